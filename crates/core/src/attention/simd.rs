@@ -1,0 +1,184 @@
+//! Vector loops of attention, written once and run with the widest instructions that the machine has.
+
+use pulp::{Arch, Simd, WithSimd};
+
+/// `out[r * keys + j] = q[r] · k[j]` for a few query rows: each key is loaded once for all of them.
+pub fn scores(q: &[f32], k: &[f32], head_dim: usize, out: &mut [f32]) {
+    Arch::new().dispatch(Scores { q, k, head_dim, out });
+}
+
+struct Scores<'a> {
+    q: &'a [f32],
+    k: &'a [f32],
+    head_dim: usize,
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Scores<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let keys = self.k.len() / self.head_dim;
+        for (j, k) in self.k.chunks_exact(self.head_dim).enumerate() {
+            for (r, q) in self.q.chunks_exact(self.head_dim).enumerate() {
+                self.out[r * keys + j] = dot(simd, q, k);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
+    let (a_head, a_tail) = S::as_simd_f32s(a);
+    let (b_head, b_tail) = S::as_simd_f32s(b);
+    // Two accumulators, so that one multiply-add need not wait for the last.
+    let mut sums = [simd.splat_f32s(0.0); 2];
+    for (i, (&x, &y)) in a_head.iter().zip(b_head).enumerate() {
+        sums[i % 2] = simd.mul_add_f32s(x, y, sums[i % 2]);
+    }
+    let head = simd.reduce_sum_f32s(simd.add_f32s(sums[0], sums[1]));
+    head + a_tail.iter().zip(b_tail).map(|(x, y)| x * y).sum::<f32>()
+}
+
+/// `out[r] += Σ_j p[r * keys + j] v[j]` for a few query rows: each value is loaded once for all of them.
+pub fn accumulate(p: &[f32], v: &[f32], head_dim: usize, out: &mut [f32]) {
+    Arch::new().dispatch(Accumulate { p, v, head_dim, out });
+}
+
+struct Accumulate<'a> {
+    p: &'a [f32],
+    v: &'a [f32],
+    head_dim: usize,
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Accumulate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let keys = self.v.len() / self.head_dim;
+        for (j, v) in self.v.chunks_exact(self.head_dim).enumerate() {
+            let (v_head, v_tail) = S::as_simd_f32s(v);
+            for (r, out) in self.out.chunks_exact_mut(self.head_dim).enumerate() {
+                let p = self.p[r * keys + j];
+                let weight = simd.splat_f32s(p);
+                let (out_head, out_tail) = S::as_mut_simd_f32s(out);
+                for (o, &x) in out_head.iter_mut().zip(v_head) {
+                    *o = simd.mul_add_f32s(weight, x, *o);
+                }
+                for (o, &x) in out_tail.iter_mut().zip(v_tail) {
+                    *o += p * x;
+                }
+            }
+        }
+    }
+}
+
+/// The largest of `x`; -inf if there is none.
+pub fn max(x: &[f32]) -> f32 {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || lanes(x, f32::NEG_INFINITY, |a, b| if b > a { b } else { a }),
+    )
+}
+
+/// Replaces each x by `exp(x - shift)` and returns their sum.
+pub fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for x in x.iter_mut() {
+                *x = exp(*x - shift);
+            }
+            lanes(x, 0.0, |a, b| a + b)
+        },
+    )
+}
+
+/// Multiplies each of `x` by `factor`.
+pub fn scale(x: &mut [f32], factor: f32) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || x.iter_mut().for_each(|x| *x *= factor),
+    );
+}
+
+/// Adds each of `x` to its place in `sums`.
+pub fn add(sums: &mut [f32], x: &[f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || sums.iter_mut().zip(x).for_each(|(s, x)| *s += x),
+    );
+}
+
+/// Folds with 32 independent accumulators: float operations may not be reordered by the compiler, so the order is made one
+/// that vectors can follow.
+#[inline(always)]
+fn lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
+    let mut acc = [start; 32];
+    let chunks = x.chunks_exact(32);
+    let tail = chunks.remainder().iter().copied().fold(start, fold);
+    for chunk in chunks {
+        for (a, &x) in acc.iter_mut().zip(chunk) {
+            *a = fold(*a, x);
+        }
+    }
+    acc.into_iter().fold(tail, fold)
+}
+
+/// e^x for x ≤ 0 to about 2 units in the last place: x = n ln 2 + r, a polynomial of degree 6 in r, and n put into the
+/// exponent's bits. Below e^-87, the smallest normal number, it is zero.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    let clamped = if x > -87.0 { x } else { -87.0 };
+    let shifted = clamped * std::f32::consts::LOG2_E + MAGIC;
+    let n = shifted - MAGIC;
+    // ln 2 in two parts, so that n ln 2 is exact enough to subtract.
+    let r = (clamped - n * 0.693_359_4) + n * 2.121_944_4e-4;
+    let mut poly = 1.0 / 720.0;
+    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        poly = poly * r + c;
+    }
+    let value = f32::from_bits(poly.to_bits().wrapping_add(shifted.to_bits() << 23));
+    if x > -87.0 { value } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close_to_the_standard_library() {
+        for i in 0..100_000 {
+            let x = -87.0 * i as f32 / 100_000.0;
+            let (got, want) = (exp(x), x.exp());
+            assert!((got - want).abs() <= 4.0 * f32::EPSILON * want, "exp({x}): {got}, not {want}");
+        }
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn odd_lengths_have_no_lost_tail() {
+        let x: Vec<f32> = (0..77).map(|i| i as f32).collect();
+        assert_eq!(max(&x), 76.0);
+        assert_eq!(lanes(&x, 0.0, |a, b| a + b), 76.0 * 77.0 / 2.0);
+        let (q, k) = (&x[..2 * 7], &x[7..5 * 7]);
+        let mut out = [0.0; 8];
+        scores(q, k, 7, &mut out);
+        for (r, q) in q.chunks(7).enumerate() {
+            for (j, k) in k.chunks(7).enumerate() {
+                let want: f32 = q.iter().zip(k).map(|(a, b)| a * b).sum();
+                assert_eq!(out[r * 4 + j], want);
+            }
+        }
+        let mut sum = [1.0; 14];
+        accumulate(&out, k, 7, &mut sum);
+        let want =
+            |r: usize, c: usize| 1.0 + (0..4).map(|j| out[r * 4 + j] * k[j * 7 + c]).sum::<f32>();
+        assert!((sum[9] - want(1, 2)).abs() <= 1e-6 * sum[9]);
+    }
+}

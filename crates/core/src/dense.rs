@@ -1,0 +1,8 @@
+//! The plain store and cache: every key and value in f32, f16 or bf16.
+
+mod cache;
+mod pages;
+mod store;
+
+pub use cache::DenseCache;
+pub use store::DenseStore;

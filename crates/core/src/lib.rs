@@ -1,0 +1,21 @@
+#![doc = include_str!("../README.md")]
+#![deny(unsafe_code)]
+
+pub mod attention;
+mod cache;
+mod dense;
+mod error;
+mod footprint;
+mod lm;
+mod rope;
+mod shape;
+mod store;
+
+pub use cache::{KvCache, Step};
+pub use dense::{DenseCache, DenseStore};
+pub use error::{Error, Result};
+pub use footprint::Footprint;
+pub use lm::{CausalLm, Logits};
+pub use rope::{Rope, RopeScaling};
+pub use shape::{AttentionShape, LayerShape};
+pub use store::{KvStore, Partial, Selection, Visible};

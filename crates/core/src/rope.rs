@@ -1,0 +1,255 @@
+//! The rotary position embedding (Su et al., arXiv 2104.09864) and its scalings.
+
+use std::f64::consts::PI;
+use std::ops::Range;
+use std::sync::Mutex;
+
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+
+/// How the frequencies are stretched for contexts longer than the model was first trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum RopeScaling {
+    /// As trained.
+    #[default]
+    None,
+    /// Positions divided by the factor (position interpolation, arXiv 2306.15595; LongChat).
+    Linear(f64),
+    /// Llama 3.1's: low frequencies divided by `factor`, high ones kept, a ramp between.
+    Llama3 {
+        /// What low frequencies are divided by.
+        factor: f64,
+        /// Wavelengths above `original_context / low_freq_factor` are scaled in full.
+        low_freq_factor: f64,
+        /// Wavelengths below `original_context / high_freq_factor` are left alone.
+        high_freq_factor: f64,
+        /// The context length, in tokens, before the extension.
+        original_context: usize,
+    },
+}
+
+/// Rotates queries and keys by their positions, channel i with channel i + rotary_dims/2 (the layout of Hugging Face checkpoints).
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use longctx_core::{Rope, RopeScaling};
+///
+/// let rope = Rope::new(64, 64, 10_000.0, RopeScaling::None)?;
+/// let k = Tensor::randn(0f32, 1., (1, 2, 5, 64), &Device::Cpu)?;
+/// // Five tokens at positions 100 to 104.
+/// let rotated = rope.apply(&k, 100)?;
+/// // Turning back by the same positions gives the keys again.
+/// let back = rope.apply_at(&rotated, &[-100, -101, -102, -103, -104])?;
+/// let error = (back - k)?.abs()?.max_all()?.to_scalar::<f32>()?;
+/// assert!(error < 1e-5);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct Rope {
+    head_dim: usize,
+    /// One frequency per rotated pair of channels, radians per position.
+    frequencies: Vec<f64>,
+    /// The table of the last range asked for: all layers of a model ask for the same one.
+    last: Mutex<Option<Table>>,
+}
+
+#[derive(Debug, Clone)]
+struct Table {
+    positions: Range<usize>,
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rope {
+    /// For heads of `head_dim` channels, of which the first `rotary_dims` rotate, with base `theta`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if `rotary_dims` is odd, zero or above `head_dim`, or a factor is not positive.
+    pub fn new(
+        head_dim: usize,
+        rotary_dims: usize,
+        theta: f64,
+        scaling: RopeScaling,
+    ) -> Result<Self> {
+        if rotary_dims == 0 || rotary_dims > head_dim || !rotary_dims.is_multiple_of(2) {
+            let expected = format!("an even number from 2 to head_dim = {head_dim}");
+            return Err(Error::setting("rotary_dims", expected, rotary_dims));
+        }
+        positive("rope theta", theta)?;
+        let frequencies = (0..rotary_dims)
+            .step_by(2)
+            .map(|i| scaling.scale(theta.powf(-(i as f64) / rotary_dims as f64)))
+            .collect::<Result<_>>()?;
+        Ok(Self { head_dim, frequencies, last: Mutex::new(None) })
+    }
+
+    /// Channels of a head that rotate.
+    pub fn rotary_dims(&self) -> usize {
+        2 * self.frequencies.len()
+    }
+
+    /// Radians per position, one for each rotated pair of channels; scaling included.
+    pub fn frequencies(&self) -> &[f64] {
+        &self.frequencies
+    }
+
+    /// Rotates `x` (`[batch, heads, tokens, head_dim]`) to positions `start`, `start + 1`, ….
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if `x` has another shape.
+    pub fn apply(&self, x: &Tensor, start: usize) -> Result<Tensor> {
+        let tokens = self.check(x)?;
+        let (cos, sin) = self.table(start..start + tokens, x.dtype(), x.device())?;
+        self.rotate(x, &cos, &sin)
+    }
+
+    /// Rotates token i of `x` (`[batch, heads, tokens, head_dim]`) by `positions[i]`. Rotations add up: moving a key that is
+    /// rotated already to another position is a rotation by the difference, which may be negative.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if `x` has another shape or there is not one position per token.
+    pub fn apply_at(&self, x: &Tensor, positions: &[i64]) -> Result<Tensor> {
+        let tokens = self.check(x)?;
+        if positions.len() != tokens {
+            return Err(Error::mismatch("positions", format!("{tokens} of them"), positions.len()));
+        }
+        let angles = positions.iter().map(|&p| p as f64);
+        let (cos, sin) = self.cos_sin(angles, x.dtype(), x.device())?;
+        self.rotate(x, &cos, &sin)
+    }
+
+    fn check(&self, x: &Tensor) -> Result<usize> {
+        match x.dims() {
+            &[_, _, tokens, d] if d == self.head_dim => Ok(tokens),
+            dims => Err(Error::mismatch(
+                "input of the rotary embedding",
+                format!("[batch, heads, tokens, {}]", self.head_dim),
+                format!("{dims:?}"),
+            )),
+        }
+    }
+
+    fn table(
+        &self,
+        positions: Range<usize>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<(Tensor, Tensor)> {
+        let mut last = self.last.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(t) = &*last
+            && t.positions == positions
+            && t.cos.dtype() == dtype
+            && t.cos.device().same_device(device)
+        {
+            return Ok((t.cos.clone(), t.sin.clone()));
+        }
+        let (cos, sin) = self.cos_sin(positions.clone().map(|p| p as f64), dtype, device)?;
+        *last = Some(Table { positions, cos: cos.clone(), sin: sin.clone() });
+        Ok((cos, sin))
+    }
+
+    /// Angles are taken in f64: at position 1,000,000 an f32 product would be off by several hundredths of a radian.
+    fn cos_sin(
+        &self,
+        positions: impl ExactSizeIterator<Item = f64>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<(Tensor, Tensor)> {
+        let shape = (positions.len(), self.frequencies.len());
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for position in positions {
+            for frequency in &self.frequencies {
+                let (s, c) = (position * frequency).sin_cos();
+                cos.push(c as f32);
+                sin.push(s as f32);
+            }
+        }
+        let tensor = |x| -> Result<Tensor> {
+            Ok(Tensor::from_vec(x, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+        };
+        Ok((tensor(cos)?, tensor(sin)?))
+    }
+
+    fn rotate(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+        let rotary = self.rotary_dims();
+        if rotary == self.head_dim {
+            return Ok(candle_nn::rotary_emb::rope(&x.contiguous()?, cos, sin)?);
+        }
+        let turned = x.narrow(3, 0, rotary)?.contiguous()?;
+        let turned = candle_nn::rotary_emb::rope(&turned, cos, sin)?;
+        let still = x.narrow(3, rotary, self.head_dim - rotary)?;
+        Ok(Tensor::cat(&[&turned, &still], 3)?)
+    }
+}
+
+impl RopeScaling {
+    fn scale(self, frequency: f64) -> Result<f64> {
+        match self {
+            RopeScaling::None => Ok(frequency),
+            RopeScaling::Linear(factor) => Ok(frequency / positive("rope factor", factor)?),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                positive("rope factor", factor)?;
+                positive(
+                    "rope high_freq_factor - low_freq_factor",
+                    high_freq_factor - low_freq_factor,
+                )?;
+                let turns = original_context as f64 * frequency / (2.0 * PI);
+                let ramp = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                let keep = ramp.clamp(0.0, 1.0);
+                Ok(frequency * (keep + (1.0 - keep) / factor))
+            }
+        }
+    }
+}
+
+fn positive(name: &str, value: f64) -> Result<f64> {
+    if value.is_finite() && value > 0.0 {
+        Ok(value)
+    } else {
+        Err(Error::setting(name, "a positive number", value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(dims: (usize, usize, usize, usize)) -> Tensor {
+        Tensor::randn(0f32, 1., dims, &Device::Cpu).unwrap()
+    }
+
+    fn distance(a: &Tensor, b: &Tensor) -> f32 {
+        (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+    }
+
+    #[test]
+    fn scores_depend_on_distance_alone() {
+        let rope = Rope::new(32, 32, 10_000.0, RopeScaling::None).unwrap();
+        let (q, k) = (random((1, 1, 1, 32)), random((1, 1, 1, 32)));
+        let score = |at_q, at_k| {
+            let (q, k) = (rope.apply(&q, at_q).unwrap(), rope.apply(&k, at_k).unwrap());
+            (q * k).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()
+        };
+        assert!((score(7, 3) - score(100_007, 100_003)).abs() < 1e-4);
+    }
+
+    #[test]
+    fn positions_one_by_one_equal_a_range() {
+        let rope = Rope::new(16, 8, 10_000.0, RopeScaling::Linear(4.0)).unwrap();
+        let x = random((2, 3, 4, 16));
+        let range = rope.apply(&x, 9).unwrap();
+        assert_eq!(distance(&range, &rope.apply_at(&x, &[9, 10, 11, 12]).unwrap()), 0.0);
+        // Partial: the channels past the first eight stay.
+        assert_eq!(distance(&range.narrow(3, 8, 8).unwrap(), &x.narrow(3, 8, 8).unwrap()), 0.0);
+    }
+
+    #[test]
+    fn bad_settings_are_named() {
+        let message =
+            |dims, theta, scaling| Rope::new(16, dims, theta, scaling).unwrap_err().to_string();
+        assert!(message(7, 1e4, RopeScaling::None).contains("rotary_dims"));
+        assert!(message(18, 1e4, RopeScaling::None).contains("head_dim = 16"));
+        assert!(message(16, -1.0, RopeScaling::None).contains("theta"));
+        assert!(message(16, 1e4, RopeScaling::Linear(0.0)).contains("rope factor"));
+    }
+}
