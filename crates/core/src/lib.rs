@@ -3,18 +3,22 @@
 
 pub mod attention;
 mod cache;
+mod compress;
 mod dense;
 mod error;
 mod footprint;
+mod generate;
 mod lm;
 mod rope;
 mod shape;
 mod store;
 
 pub use cache::{KvCache, Step};
+pub use compress::{Compressed, Piece, Prompt, PromptCompressor, Rate};
 pub use dense::{DenseCache, DenseStore};
 pub use error::{Error, Result};
 pub use footprint::Footprint;
+pub use generate::{GenerateOptions, Generation, Sampler, Sampling, StopReason, generate, prefill};
 pub use lm::{CausalLm, Logits};
 pub use rope::{Rope, RopeScaling};
 pub use shape::{AttentionShape, LayerShape};

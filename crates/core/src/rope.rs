@@ -83,6 +83,20 @@ impl Rope {
         Ok(Self { head_dim, frequencies, last: Mutex::new(None) })
     }
 
+    /// The same with each frequency divided by a factor of its own, as GGUF files of Llama 3.1 and its kin say it.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] unless there is one factor per rotated pair of channels; [`Error::Setting`] if one is not positive.
+    pub fn with_factors(mut self, factors: &[f32]) -> Result<Self> {
+        if factors.len() != self.frequencies.len() {
+            return Err(Error::mismatch("rope factors", self.frequencies.len(), factors.len()));
+        }
+        for (frequency, &factor) in self.frequencies.iter_mut().zip(factors) {
+            *frequency /= positive("rope factor", factor.into())?;
+        }
+        Ok(self)
+    }
+
     /// Channels of a head that rotate.
     pub fn rotary_dims(&self) -> usize {
         2 * self.frequencies.len()

@@ -1,0 +1,130 @@
+//! Matrix products with weights, dense or quantized.
+
+use crate::quantized::QuantizedMatrix;
+use candle_core::{D, DType, Tensor};
+use longctx_core::Result;
+
+/// A linear map `y = x Wᵀ + b`; W is `[out, in]`.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    weight: Weight,
+    bias: Option<Tensor>,
+}
+
+/// A weight matrix `[out, in]`.
+#[derive(Debug, Clone)]
+pub enum Weight {
+    /// In a float format.
+    Dense(Tensor),
+    /// In a format of GGUF files.
+    Quantized(QuantizedMatrix),
+}
+
+impl Linear {
+    pub fn new(weight: Weight, bias: Option<Tensor>) -> Self {
+        Self { weight, bias }
+    }
+
+    /// `x`: `[…, in]`; gives `[…, out]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = self.weight.forward(x)?;
+        Ok(match &self.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+}
+
+impl Weight {
+    fn out(&self) -> Result<usize> {
+        match self {
+            Weight::Dense(w) => Ok(w.dims2()?.0),
+            Weight::Quantized(matrix) => Ok(matrix.dims()?.0),
+        }
+    }
+
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Weight::Quantized(matrix) => matrix.forward(x),
+            Weight::Dense(w) => {
+                let (out, inner) = w.dims2()?;
+                let mut dims = x.dims().to_vec();
+                let rows = x.elem_count() / inner.max(1);
+                if let Some(last) = dims.last_mut() {
+                    *last = out;
+                }
+                Ok(x.reshape((rows, inner))?.matmul(&w.t()?)?.reshape(dims)?)
+            }
+        }
+    }
+
+    /// Rows of the matrix, as an embedding: `ids` `[…]` gives `[…, in]` in `dtype`.
+    pub fn embed(&self, ids: &Tensor, dtype: DType) -> Result<Tensor> {
+        let rows = match self {
+            Weight::Dense(w) => w.index_select(&ids.flatten_all()?, 0)?,
+            Weight::Quantized(matrix) => matrix.rows(&ids.flatten_all()?)?,
+        };
+        let mut dims = ids.dims().to_vec();
+        dims.push(rows.dim(D::Minus1)?);
+        Ok(rows.to_dtype(dtype)?.reshape(dims)?)
+    }
+}
+
+/// Several maps of one input, as a single product where their formats allow: each wake-up of the threads, and each reading of the
+/// input, then serves all of them.
+#[derive(Debug, Clone)]
+pub struct Joined {
+    maps: Vec<Linear>,
+    /// Outputs of each map that was joined.
+    sizes: Vec<usize>,
+}
+
+impl Joined {
+    pub fn new(maps: Vec<Linear>) -> Result<Self> {
+        let sizes = maps.iter().map(|map| map.weight.out()).collect::<Result<_>>()?;
+        let maps = match Self::stack(&maps)? {
+            Some(one) => vec![one],
+            None => maps,
+        };
+        Ok(Self { maps, sizes })
+    }
+
+    fn stack(maps: &[Linear]) -> Result<Option<Linear>> {
+        let biases: Vec<_> = maps.iter().filter_map(|map| map.bias.as_ref()).collect();
+        let bias = match biases.len() {
+            0 => None,
+            n if n == maps.len() => Some(Tensor::cat(&biases, 0)?),
+            _ => return Ok(None),
+        };
+        let (mut dense, mut quantized) = (Vec::new(), Vec::new());
+        for map in maps {
+            match &map.weight {
+                Weight::Dense(w) => dense.push(w),
+                Weight::Quantized(m) => quantized.push(m),
+            }
+        }
+        let weight = if quantized.is_empty() {
+            Some(Weight::Dense(Tensor::cat(&dense, 0)?))
+        } else if dense.is_empty() {
+            QuantizedMatrix::stack(&quantized)?.map(Weight::Quantized)
+        } else {
+            None
+        };
+        Ok(weight.map(|weight| Linear { weight, bias }))
+    }
+
+    /// `x`: `[…, in]`; gives one `[…, out]` per map.
+    pub fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+        let [one] = self.maps.as_slice() else {
+            return self.maps.iter().map(|map| map.forward(x)).collect();
+        };
+        let y = one.forward(x)?;
+        let mut start = 0;
+        let mut outputs = Vec::new();
+        for &size in &self.sizes {
+            outputs.push(y.narrow(D::Minus1, start, size)?);
+            start += size;
+        }
+        Ok(outputs)
+    }
+}

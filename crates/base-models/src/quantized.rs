@@ -1,0 +1,418 @@
+//! Weights in GGUF's block formats, multiplied without being expanded in memory.
+//!
+//! candle's quantized product rounds the activations to 8 bits and has no vector code for Q4_0 and Q4_1 on x86. Here activations stay in f32:
+//! a few rows meet the packed blocks directly, many rows meet a matrix that is expanded for the one call and used as a
+//! plain product. Formats other than Q4_0, Q4_1 and Q8_0, and other devices, go through candle.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
+use candle_core::{DType, Device, Module, Tensor};
+use longctx_core::{Error, Result, attention::with_slice};
+use pulp::Arch;
+use rayon::prelude::*;
+
+/// Weights of a block.
+const BLOCK: usize = 32;
+/// Up to so many rows of activations, reading packed blocks beats expanding the matrix.
+const FEW_ROWS: usize = 4;
+/// Weights that are worth a thread.
+const MIN_WORK: usize = 1 << 16;
+
+/// A matrix `[out, in]` in a block format.
+#[derive(Debug, Clone)]
+pub struct QuantizedMatrix {
+    tensor: Arc<QTensor>,
+    kernel: Kernel,
+}
+
+#[derive(Debug, Clone)]
+enum Kernel {
+    Q4_0,
+    Q4_1,
+    Q8_0,
+    Candle(Arc<QMatMul>),
+}
+
+impl QuantizedMatrix {
+    /// # Errors
+    /// [`Error::NotFinite`] if a block's scale is NaN or infinite, naming the tensor; [`Error::Mismatch`] unless it is a matrix.
+    pub fn new(name: &str, tensor: QTensor) -> Result<Self> {
+        if tensor.rank() != 2 {
+            let got = format!("{:?}", tensor.shape());
+            return Err(Error::mismatch(name, "a matrix", got));
+        }
+        let on_cpu = matches!(tensor.device(), Device::Cpu);
+        let tensor = Arc::new(tensor);
+        let kernel = match tensor.dtype() {
+            GgmlDType::Q4_0 if on_cpu => Kernel::Q4_0,
+            GgmlDType::Q4_1 if on_cpu => Kernel::Q4_1,
+            GgmlDType::Q8_0 if on_cpu => Kernel::Q8_0,
+            _ => Kernel::Candle(Arc::new(QMatMul::from_arc(tensor.clone())?)),
+        };
+        let matrix = Self { tensor, kernel };
+        matrix.check_scales(name)?;
+        Ok(matrix)
+    }
+
+    /// The matrices one above the other, if all have the same format and inner dimension, on the CPU.
+    pub fn stack(parts: &[&Self]) -> Result<Option<Self>> {
+        let [first, ..] = parts else { return Ok(None) };
+        let (_, inner) = first.dims()?;
+        let same = |m: &&Self| {
+            m.tensor.dtype() == first.tensor.dtype()
+                && m.dims().is_ok_and(|(_, i)| i == inner)
+                && matches!(m.tensor.device(), Device::Cpu)
+        };
+        if !parts.iter().all(same) {
+            return Ok(None);
+        }
+        let mut data = Vec::new();
+        let mut rows = 0;
+        for part in parts {
+            data.extend_from_slice(&part.tensor.data()?);
+            rows += part.dims()?.0;
+        }
+        first.with_data(data, rows).map(Some)
+    }
+
+    /// Row i of the result is row `order(i)` of this matrix.
+    pub fn reorder(&self, order: impl Fn(usize) -> usize) -> Result<Self> {
+        let (rows, _) = self.dims()?;
+        let data = self.tensor.data()?;
+        let size = data.len() / rows.max(1);
+        let row = |i| data[order(i) * size..(order(i) + 1) * size].iter().copied();
+        self.with_data((0..rows).flat_map(row).collect(), rows)
+    }
+
+    fn with_data(&self, data: Vec<u8>, rows: usize) -> Result<Self> {
+        let storage =
+            QStorage::from_data(Cow::Owned(data), &self.tensor.device(), self.tensor.dtype())?;
+        Self::new("rearranged weights", QTensor::new(storage, (rows, self.dims()?.1))?)
+    }
+
+    /// `(out, in)`.
+    pub fn dims(&self) -> Result<(usize, usize)> {
+        Ok(self.tensor.shape().dims2()?)
+    }
+
+    /// The block format.
+    pub fn dtype(&self) -> GgmlDType {
+        self.tensor.dtype()
+    }
+
+    /// The same blocks on another device.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        if self.tensor.device().same_device(device) {
+            return Ok(self.clone());
+        }
+        let data = Cow::Owned(self.tensor.data()?.into_owned());
+        let storage = QStorage::from_data(data, device, self.tensor.dtype())?;
+        Self::new("moved weights", QTensor::new(storage, self.dims()?)?)
+    }
+
+    /// The whole matrix in f32.
+    pub fn expand(&self) -> Result<Tensor> {
+        match self.kernel {
+            Kernel::Q4_0 => self.expand_as::<Q4_0>(),
+            Kernel::Q4_1 => self.expand_as::<Q4_1>(),
+            Kernel::Q8_0 => self.expand_as::<Q8_0>(),
+            Kernel::Candle(_) => Ok(self.tensor.dequantize(&self.tensor.device())?),
+        }
+    }
+
+    /// The rows named by `ids` (u32, `[n]`), in f32.
+    pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+        match self.kernel {
+            Kernel::Q4_0 => self.rows_as::<Q4_0>(ids),
+            Kernel::Q4_1 => self.rows_as::<Q4_1>(ids),
+            Kernel::Q8_0 => self.rows_as::<Q8_0>(ids),
+            Kernel::Candle(_) => Ok(self.tensor.embedding(ids)?),
+        }
+    }
+
+    /// `x`: `[…, in]`; gives `[…, out]`, both in f32 on the CPU.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (out, inner) = self.dims()?;
+        let mut dims = x.dims().to_vec();
+        match dims.last_mut() {
+            Some(last) if *last == inner => *last = out,
+            _ => {
+                let expected = format!("[…, {inner}]");
+                return Err(Error::mismatch(
+                    "input of a linear map",
+                    expected,
+                    format!("{:?}", x.dims()),
+                ));
+            }
+        }
+        let rows = x.elem_count() / inner;
+        let x = x.reshape((rows, inner))?;
+        let y = match &self.kernel {
+            Kernel::Candle(matmul) => matmul.forward(&x)?,
+            _ if rows > FEW_ROWS => x.matmul(&self.expand()?.t()?)?,
+            Kernel::Q4_0 => self.product::<Q4_0>(&x)?,
+            Kernel::Q4_1 => self.product::<Q4_1>(&x)?,
+            Kernel::Q8_0 => self.product::<Q8_0>(&x)?,
+        };
+        Ok(y.reshape(dims)?)
+    }
+
+    fn check_scales(&self, name: &str) -> Result<()> {
+        let data = self.tensor.data()?;
+        match self.kernel {
+            Kernel::Q4_0 => check_scales::<Q4_0>(name, &data),
+            Kernel::Q4_1 => check_scales::<Q4_1>(name, &data),
+            Kernel::Q8_0 => check_scales::<Q8_0>(name, &data),
+            Kernel::Candle(_) => Ok(()),
+        }
+    }
+
+    fn expand_as<F: Format>(&self) -> Result<Tensor> {
+        let (rows, inner) = self.dims()?;
+        let data = self.tensor.data()?;
+        let mut out = vec![0.0; rows * inner];
+        let size = inner / BLOCK * F::BYTES;
+        out.par_chunks_mut(inner)
+            .with_min_len(MIN_WORK.div_ceil(inner))
+            .zip(data.par_chunks(size))
+            .for_each(|(out, row)| Arch::new().dispatch(|| expand_row::<F>(row, out)));
+        Ok(Tensor::from_vec(out, (rows, inner), &Device::Cpu)?)
+    }
+
+    fn rows_as<F: Format>(&self, ids: &Tensor) -> Result<Tensor> {
+        let (rows, inner) = self.dims()?;
+        let data = self.tensor.data()?;
+        let ids = ids.to_vec1::<u32>()?;
+        let mut out = vec![0.0; ids.len() * inner];
+        let size = inner / BLOCK * F::BYTES;
+        for (out, &id) in out.chunks_exact_mut(inner).zip(&ids) {
+            if id as usize >= rows {
+                return Err(Error::mismatch("token", format!("an id below {rows}"), id));
+            }
+            let row = &data[id as usize * size..][..size];
+            Arch::new().dispatch(|| expand_row::<F>(row, out));
+        }
+        Ok(Tensor::from_vec(out, (ids.len(), inner), &Device::Cpu)?)
+    }
+
+    fn product<F: Format>(&self, x: &Tensor) -> Result<Tensor> {
+        let (out, inner) = self.dims()?;
+        let rows = x.dim(0)?;
+        let data = self.tensor.data()?;
+        let size = inner / BLOCK * F::BYTES;
+        let x = x.to_dtype(DType::F32)?.contiguous()?;
+        let chunk =
+            (MIN_WORK / inner.max(1)).max(out.div_ceil(rayon::current_num_threads())).max(1);
+        // One row of weights after the other, so that each is read once for all rows of x.
+        let mut transposed = vec![0.0; out * rows];
+        with_slice::<f32, _>(&x, |x| {
+            let sums: Vec<f32> = x.chunks_exact(BLOCK).map(|b| b.iter().sum()).collect();
+            let blocks = inner / BLOCK;
+            transposed.par_chunks_mut(chunk * rows).zip(data.par_chunks(chunk * size)).for_each(
+                |(out, weights)| {
+                    Arch::new().dispatch(
+                        #[inline(always)]
+                        || {
+                            for (out, row) in
+                                out.chunks_exact_mut(rows).zip(weights.chunks_exact(size))
+                            {
+                                for (r, out) in out.iter_mut().enumerate() {
+                                    let (x, sums) = (&x[r * inner..][..inner], &sums[r * blocks..]);
+                                    *out = dot::<F>(row, x, sums);
+                                }
+                            }
+                        },
+                    );
+                },
+            );
+            Ok(())
+        })?;
+        let y = Tensor::from_vec(transposed, (out, rows), &Device::Cpu)?;
+        Ok(if rows == 1 { y.reshape((1, out))? } else { y.t()?.contiguous()? })
+    }
+}
+
+/// A block format: 32 weights w = scale * q + offset.
+trait Format {
+    const BYTES: usize;
+    /// The two bytes of each f16 in a block: where they start.
+    const HALVES: &'static [usize];
+
+    /// Scale, offset and the whole numbers q of a block.
+    fn unpack(block: &[u8]) -> (f32, f32, [f32; BLOCK]);
+}
+
+struct Q4_0;
+struct Q4_1;
+struct Q8_0;
+
+impl Format for Q4_0 {
+    const BYTES: usize = 18;
+    const HALVES: &'static [usize] = &[0];
+
+    #[inline(always)]
+    fn unpack(block: &[u8]) -> (f32, f32, [f32; BLOCK]) {
+        let scale = half_at(block, 0);
+        (scale, -8.0 * scale, nibbles(&block[2..18]))
+    }
+}
+
+impl Format for Q4_1 {
+    const BYTES: usize = 20;
+    const HALVES: &'static [usize] = &[0, 2];
+
+    #[inline(always)]
+    fn unpack(block: &[u8]) -> (f32, f32, [f32; BLOCK]) {
+        (half_at(block, 0), half_at(block, 2), nibbles(&block[4..20]))
+    }
+}
+
+impl Format for Q8_0 {
+    const BYTES: usize = 34;
+    const HALVES: &'static [usize] = &[0];
+
+    #[inline(always)]
+    fn unpack(block: &[u8]) -> (f32, f32, [f32; BLOCK]) {
+        let mut q = [0.0; BLOCK];
+        for (q, &byte) in q.iter_mut().zip(&block[2..34]) {
+            *q = f32::from(byte as i8);
+        }
+        (half_at(block, 0), 0.0, q)
+    }
+}
+
+/// Sixteen bytes hold weights 0 to 15 in their low halves and 16 to 31 in their high ones.
+#[inline(always)]
+fn nibbles(bytes: &[u8]) -> [f32; BLOCK] {
+    let mut q = [0.0; BLOCK];
+    let (low, high) = q.split_at_mut(BLOCK / 2);
+    for ((low, high), &byte) in low.iter_mut().zip(high).zip(bytes) {
+        *low = f32::from(byte & 15);
+        *high = f32::from(byte >> 4);
+    }
+    q
+}
+
+/// A finite f16 in f32, without a branch: the bits in place, then the exponent's bias put right by a product, which is exact for
+/// subnormal numbers too. [`QuantizedMatrix::new`] has refused NaN and infinity.
+#[inline(always)]
+fn half_at(block: &[u8], at: usize) -> f32 {
+    let bits = u32::from(u16::from_le_bytes([block[at], block[at + 1]]));
+    let sign = (bits & 0x8000) << 16;
+    let value = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
+    f32::from_bits(value.to_bits() | sign)
+}
+
+#[inline(always)]
+fn dot<F: Format>(row: &[u8], x: &[f32], sums: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; BLOCK / 2];
+    let mut rest = 0.0;
+    for ((block, x), sum) in row.chunks_exact(F::BYTES).zip(x.chunks_exact(BLOCK)).zip(sums) {
+        let (scale, offset, q) = F::unpack(block);
+        for (i, lane) in lanes.iter_mut().enumerate() {
+            let pair = q[i].mul_add(x[i], q[i + BLOCK / 2] * x[i + BLOCK / 2]);
+            *lane = scale.mul_add(pair, *lane);
+        }
+        rest += offset * sum;
+    }
+    lanes.iter().sum::<f32>() + rest
+}
+
+#[inline(always)]
+fn expand_row<F: Format>(row: &[u8], out: &mut [f32]) {
+    for (block, out) in row.chunks_exact(F::BYTES).zip(out.chunks_exact_mut(BLOCK)) {
+        let (scale, offset, q) = F::unpack(block);
+        for (out, q) in out.iter_mut().zip(q) {
+            *out = scale * q + offset;
+        }
+    }
+}
+
+fn check_scales<F: Format>(name: &str, data: &[u8]) -> Result<()> {
+    for (i, block) in data.chunks_exact(F::BYTES).enumerate() {
+        for &at in F::HALVES {
+            let value = half::f16::from_le_bytes([block[at], block[at + 1]]);
+            if !value.is_finite() {
+                let position = format!("block {i}");
+                return Err(Error::NotFinite {
+                    what: name.into(),
+                    value: value.to_f32(),
+                    position,
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matrix(dtype: GgmlDType, rows: usize, inner: usize) -> QuantizedMatrix {
+        let dense = Tensor::randn(0f32, 1., (rows, inner), &Device::Cpu).unwrap();
+        QuantizedMatrix::new("w", QTensor::quantize(&dense, dtype).unwrap()).unwrap()
+    }
+
+    fn distance(a: &Tensor, b: &Tensor) -> f32 {
+        (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+    }
+
+    #[test]
+    fn products_equal_candles_expansion_times_x() {
+        for dtype in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0, GgmlDType::Q5_1] {
+            let m = matrix(dtype, 70, 96);
+            let expanded = m.tensor.dequantize(&Device::Cpu).unwrap();
+            assert_eq!(distance(&m.expand().unwrap(), &expanded), 0.0, "{dtype:?}");
+            for rows in [1, 3, 9] {
+                let x = Tensor::randn(0f32, 1., (rows, 96), &Device::Cpu).unwrap();
+                let want = x.matmul(&expanded.t().unwrap()).unwrap();
+                // candle rounds the activations of its formats to 8 bits.
+                let tolerance = if dtype == GgmlDType::Q5_1 { 0.5 } else { 1e-4 };
+                let error = distance(&m.forward(&x).unwrap(), &want);
+                assert!(error < tolerance, "{dtype:?}, {rows} rows: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn halves_of_every_size_are_exact() {
+        for bits in 0..=u16::MAX {
+            let half = half::f16::from_bits(bits);
+            if half.is_finite() {
+                assert_eq!(half_at(&bits.to_le_bytes(), 0).to_bits(), half.to_f32().to_bits());
+            }
+        }
+    }
+
+    #[test]
+    fn rows_stack_and_reorder() {
+        let (a, b) = (matrix(GgmlDType::Q4_1, 3, 64), matrix(GgmlDType::Q4_1, 2, 64));
+        let stacked = QuantizedMatrix::stack(&[&a, &b]).unwrap().unwrap();
+        let turned = stacked.reorder(|i| 4 - i).unwrap();
+        let ids = Tensor::new(&[1u32, 0], &Device::Cpu).unwrap();
+        let want = Tensor::new(&[3u32, 4], &Device::Cpu).unwrap();
+        let want = stacked.expand().unwrap().index_select(&want, 0).unwrap();
+        assert_eq!(distance(&turned.rows(&ids).unwrap(), &want), 0.0);
+        let other = matrix(GgmlDType::Q8_0, 2, 64);
+        assert!(QuantizedMatrix::stack(&[&a, &other]).unwrap().is_none());
+    }
+
+    #[test]
+    fn damage_and_misfits_are_named() {
+        let m = matrix(GgmlDType::Q4_1, 2, 64);
+        let mut data = m.tensor.data().unwrap().to_vec();
+        data[20..22].copy_from_slice(&half::f16::NAN.to_le_bytes());
+        let storage = QStorage::from_data(Cow::Owned(data), &Device::Cpu, GgmlDType::Q4_1).unwrap();
+        let broken = QTensor::new(storage, (2, 64)).unwrap();
+        let message = QuantizedMatrix::new("blk.0.attn_q.weight", broken).unwrap_err().to_string();
+        assert_eq!(message, "blk.0.attn_q.weight: NaN at block 1");
+
+        let x = Tensor::zeros((1, 63), DType::F32, &Device::Cpu).unwrap();
+        assert!(m.forward(&x).unwrap_err().to_string().contains("[…, 64], got [1, 63]"));
+        let id = Tensor::new(&[2u32], &Device::Cpu).unwrap();
+        assert!(m.rows(&id).unwrap_err().to_string().contains("an id below 2, got 2"));
+    }
+}

@@ -1,0 +1,242 @@
+//! Generation: a prompt in, tokens out one at a time.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use crate::{CausalLm, Error, Logits, Result};
+use candle_core::Tensor;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+/// How the next token is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum Sampling {
+    /// The most probable one.
+    #[default]
+    Greedy,
+    /// Drawn at random.
+    Random {
+        /// Logits are divided by it: below 1 sharper, above 1 flatter.
+        temperature: f32,
+        /// Among the k most probable; `None`: among all.
+        top_k: Option<usize>,
+        /// Among the most probable that together have probability p (nucleus sampling, arXiv 1904.09751); `None`: among all.
+        top_p: Option<f32>,
+        /// The same seed gives the same tokens.
+        seed: u64,
+    },
+}
+
+/// How to generate.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerateOptions {
+    /// The most tokens to generate.
+    pub max_tokens: usize,
+    /// Tokens that end the generation; they are not part of its result.
+    pub stop: Vec<u32>,
+    /// How the next token is chosen.
+    pub sampling: Sampling,
+    /// Tokens of the prompt to feed at a time. `None`: all at once, which is exact under every cache; in chunks, later ones see
+    /// what the cache made of earlier ones.
+    pub prefill_chunk: Option<usize>,
+}
+
+impl Default for GenerateOptions {
+    /// 256 tokens, greedy, the whole prompt at once.
+    fn default() -> Self {
+        Self { max_tokens: 256, stop: Vec::new(), sampling: Sampling::Greedy, prefill_chunk: None }
+    }
+}
+
+/// What was generated, and how long it took.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generation {
+    /// The tokens, without the prompt and the stop token.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub stop: StopReason,
+    /// From the first token of the prompt to the first logits.
+    pub prefill: Duration,
+    /// All steps after that.
+    pub decode: Duration,
+    /// Steps after the prefill: one less than there were choices.
+    pub decode_steps: usize,
+}
+
+/// Why a generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopReason {
+    /// The most tokens asked for.
+    MaxTokens,
+    /// This stop token came.
+    StopToken(u32),
+    /// The callback broke off.
+    Callback,
+}
+
+/// Feeds `prompt` to the model and generates; `on_token` sees each token as it comes and may break off.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use longctx_core::*;
+/// # struct Counter(usize);
+/// # impl CausalLm for Counter {
+/// #     fn forward(&mut self, tokens: &Tensor, _: Logits) -> Result<Tensor> {
+/// #         self.0 += tokens.dim(1)?;
+/// #         let last = tokens.get(0)?.to_vec1::<u32>()?[tokens.dim(1)? - 1];
+/// #         let next: Vec<f32> = (0..10).map(|i| if i == (last + 1) % 10 { 9. } else { 0. }).collect();
+/// #         Ok(Tensor::from_vec(next, (1, 1, 10), &Device::Cpu)?)
+/// #     }
+/// #     fn reset(&mut self) { self.0 = 0 }
+/// #     fn seen(&self) -> usize { self.0 }
+/// #     fn footprint(&self) -> Footprint { Footprint::default() }
+/// #     fn vocab_size(&self) -> usize { 10 }
+/// #     fn context_length(&self) -> Option<usize> { None }
+/// #     fn family(&self) -> &str { "counter" }
+/// #     fn device(&self) -> &Device { &Device::Cpu }
+/// # }
+/// # let mut model = Counter(0);
+/// use std::ops::ControlFlow;
+///
+/// // `model` counts up and starts again after 9.
+/// let options = GenerateOptions { max_tokens: 3, ..Default::default() };
+/// let generation = generate(&mut model, &[5, 6, 7], &options, |_| ControlFlow::Continue(()))?;
+/// assert_eq!(generation.tokens, [8, 9, 0]);
+/// # Ok::<(), Error>(())
+/// ```
+///
+/// # Errors
+/// An empty prompt, bad sampling settings, and whatever the model reports.
+pub fn generate(
+    model: &mut dyn CausalLm,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    mut on_token: impl FnMut(u32) -> ControlFlow<()>,
+) -> Result<Generation> {
+    let mut sampler = Sampler::new(options.sampling)?;
+    let started = Instant::now();
+    let mut logits = prefill(model, prompt, options.prefill_chunk)?;
+    let prefill = started.elapsed();
+    let mut done = Generation {
+        tokens: Vec::new(),
+        stop: StopReason::MaxTokens,
+        prefill,
+        decode: Duration::ZERO,
+        decode_steps: 0,
+    };
+    let started = Instant::now();
+    while done.tokens.len() < options.max_tokens {
+        let token = sampler.choose(&logits.flatten_all()?.to_vec1()?)?;
+        if options.stop.contains(&token) {
+            done.stop = StopReason::StopToken(token);
+            break;
+        }
+        done.tokens.push(token);
+        if on_token(token).is_break() {
+            done.stop = StopReason::Callback;
+            break;
+        }
+        if done.tokens.len() < options.max_tokens {
+            let next = Tensor::new(&[[token]], model.device())?;
+            logits = model.forward(&next, Logits::Last)?;
+            done.decode_steps += 1;
+        }
+    }
+    done.decode = started.elapsed();
+    Ok(done)
+}
+
+/// Feeds a prompt, whole or in chunks; gives the logits of its last token, `[1, 1, vocab]`.
+///
+/// # Errors
+/// An empty prompt, a chunk of 0, and whatever the model reports.
+pub fn prefill(model: &mut dyn CausalLm, prompt: &[u32], chunk: Option<usize>) -> Result<Tensor> {
+    if chunk == Some(0) {
+        return Err(Error::setting("prefill_chunk", "at least 1 token", 0));
+    }
+    let mut logits = None;
+    for part in prompt.chunks(chunk.unwrap_or(prompt.len()).max(1)) {
+        let tokens = Tensor::new(part, model.device())?.unsqueeze(0)?;
+        logits = Some(model.forward(&tokens, Logits::Last)?);
+    }
+    logits.ok_or_else(|| Error::mismatch("prompt", "at least one token", 0))
+}
+
+/// Chooses tokens from logits.
+#[derive(Debug)]
+pub struct Sampler {
+    sampling: Sampling,
+    rng: StdRng,
+}
+
+impl Sampler {
+    /// # Errors
+    /// [`Error::Setting`] if the temperature is not positive, `top_k` is 0 or `top_p` is outside (0, 1].
+    pub fn new(sampling: Sampling) -> Result<Self> {
+        let mut seed_used = 0;
+        if let Sampling::Random { temperature, top_k, top_p, seed } = sampling {
+            if !(temperature > 0.0 && temperature.is_finite()) {
+                return Err(Error::setting("temperature", "a positive number", temperature));
+            }
+            if top_k == Some(0) {
+                return Err(Error::setting("top_k", "at least 1", 0));
+            }
+            if let Some(p) = top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
+                return Err(Error::setting("top_p", "a number in (0, 1]", p));
+            }
+            seed_used = seed;
+        }
+        Ok(Self { sampling, rng: StdRng::seed_from_u64(seed_used) })
+    }
+
+    /// The next token.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if a logit is NaN; [`Error::Mismatch`] if there are none.
+    pub fn choose(&mut self, logits: &[f32]) -> Result<u32> {
+        if let Some(at) = logits.iter().position(|x| x.is_nan()) {
+            let position = format!("token {at}");
+            return Err(Error::NotFinite { what: "logits".into(), value: f32::NAN, position });
+        }
+        let best = (0u32..)
+            .zip(logits)
+            .max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)))
+            .ok_or_else(|| Error::mismatch("logits", "at least one", 0))?;
+        match self.sampling {
+            Sampling::Greedy => Ok(best.0),
+            Sampling::Random { temperature, top_k, top_p, .. } => {
+                Ok(self.draw(logits, *best.1, temperature, top_k, top_p))
+            }
+        }
+    }
+
+    fn draw(
+        &mut self,
+        logits: &[f32],
+        max: f32,
+        temperature: f32,
+        top_k: Option<usize>,
+        top_p: Option<f32>,
+    ) -> u32 {
+        let weight = |&x: &f32| f64::from((x - max) / temperature).exp();
+        let mut tokens: Vec<(u32, f64)> = (0u32..).zip(logits.iter().map(weight)).collect();
+        tokens.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        tokens.truncate(top_k.unwrap_or(usize::MAX));
+        let sum = |tokens: &[(u32, f64)]| tokens.iter().map(|t| t.1).sum::<f64>();
+        let nucleus = f64::from(top_p.unwrap_or(1.0)) * sum(&tokens);
+        let mut reached = 0.0;
+        let enough = tokens.iter().position(|t| {
+            reached += t.1;
+            reached >= nucleus
+        });
+        tokens.truncate(enough.map_or(tokens.len(), |at| at + 1));
+        let mut left = self.rng.random::<f64>() * sum(&tokens);
+        for &(token, weight) in &tokens {
+            left -= weight;
+            if left < 0.0 {
+                return token;
+            }
+        }
+        tokens[tokens.len() - 1].0
+    }
+}
