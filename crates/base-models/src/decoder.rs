@@ -1,8 +1,10 @@
 //! The decoder: Llama's layers, with what Mistral and Qwen add.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::config::Config;
+use crate::folder::Folder;
 use crate::linear::{Joined, Linear, Weight};
 use crate::weights::{LoadOptions, Weights};
 use candle_core::{DType, Device, Tensor};
@@ -35,6 +37,15 @@ struct Inner {
 }
 
 impl Transformer {
+    /// From a folder with `config.json` and `model.safetensors` or its shards; no tokenizer is needed.
+    ///
+    /// # Errors
+    /// As [`Pretrained::from_folder`](crate::Pretrained::from_folder).
+    pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
+        let config = Config::from_file(&folder.join("config.json"))?;
+        Self::load(config, &Folder::open(folder, options)?, options)
+    }
+
     pub(crate) fn load(config: Config, w: &impl Weights, options: &LoadOptions) -> Result<Self> {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = w.matrix("model.embed_tokens.weight", vocab, hidden)?;

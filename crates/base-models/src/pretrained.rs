@@ -3,9 +3,7 @@
 use std::path::Path;
 
 use crate::chat::ChatTemplate;
-use crate::config::Config;
 use crate::decoder::Transformer;
-use crate::folder::Folder;
 use crate::gguf::Gguf;
 use crate::tokenizer::Tokenizer;
 use crate::weights::LoadOptions;
@@ -46,8 +44,7 @@ impl Pretrained {
     /// [`Error::File`] naming the file that is missing or broken; [`Error::Mismatch`] naming a tensor of another shape;
     /// [`Error::Unsupported`] for another architecture.
     pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
-        let config = Config::from_file(&folder.join("config.json"))?;
-        let model = Transformer::load(config, &Folder::open(folder, options)?, options)?;
+        let model = Transformer::from_folder(folder, options)?;
         let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
         Ok(Self { model, tokenizer, chat: ChatTemplate::from_folder(folder)? })
     }

@@ -114,7 +114,8 @@ fn check_pages<T>(
     }
     let d = shape.head_dim;
     for (head, pages) in heads.iter().enumerate() {
-        let fits = |p: &Page<'_, T>| p.keys.len() == p.values.len() && p.keys.len() % d == 0;
+        let fits =
+            |p: &Page<'_, T>| p.keys.len() == p.values.len() && p.keys.len().is_multiple_of(d);
         if let Some(p) = pages.iter().find(|p| !fits(p)) {
             return Err(Error::mismatch(
                 format!("page of head {head}"),
