@@ -1,0 +1,11 @@
+//! Cheap compressors that need no model: what every other method has to beat.
+
+mod extract;
+mod middle;
+mod random;
+mod rank;
+
+pub use extract::{Extract, Ranking};
+pub use middle::TruncateMiddle;
+pub use random::RandomDrop;
+pub use rank::{bm25, tf_idf};
