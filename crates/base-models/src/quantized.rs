@@ -312,8 +312,7 @@ fn dot<F: Format>(row: &[u8], x: &[f32], sums: &[f32]) -> f32 {
     for ((block, x), sum) in row.chunks_exact(F::BYTES).zip(x.chunks_exact(BLOCK)).zip(sums) {
         let (scale, offset, q) = F::unpack(block);
         for (i, lane) in lanes.iter_mut().enumerate() {
-            let pair = q[i].mul_add(x[i], q[i + BLOCK / 2] * x[i + BLOCK / 2]);
-            *lane = scale.mul_add(pair, *lane);
+            *lane += scale * (q[i] * x[i] + q[i + BLOCK / 2] * x[i + BLOCK / 2]);
         }
         rest += offset * sum;
     }

@@ -1,0 +1,46 @@
+//! What can go wrong in an evaluation.
+
+use std::path::PathBuf;
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong: what was expected, what came, and where.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A setting that no evaluation can work with.
+    #[error("setting `{name}`: expected {expected}, got {got}")]
+    Setting {
+        /// The setting's name.
+        name: String,
+        /// The values that work.
+        expected: String,
+        /// The value given.
+        got: String,
+    },
+    /// A file that can't be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    /// An [`Error::Setting`] from anything printable.
+    pub fn setting(
+        name: impl Into<String>,
+        expected: impl std::fmt::Display,
+        got: impl std::fmt::Display,
+    ) -> Self {
+        Self::Setting { name: name.into(), expected: expected.to_string(), got: got.to_string() }
+    }
+
+    /// For `map_err` after an operation on `path`.
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Io { path: path.into(), source }
+    }
+}

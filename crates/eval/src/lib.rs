@@ -1,0 +1,10 @@
+#![doc = include_str!("../README.md")]
+#![deny(unsafe_code)]
+
+mod error;
+mod haystack;
+pub mod needle;
+mod python;
+
+pub use error::{Error, Result};
+pub use haystack::Haystack;

@@ -1,0 +1,180 @@
+//! What is packed how: bits, groups, and when tokens leave full precision.
+
+use crate::{Error, Result};
+
+/// Bits of a code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Bits {
+    /// Codes 0 to 3, 16 in a word.
+    Two = 2,
+    /// Codes 0 to 15, 8 in a word.
+    Four = 4,
+    /// Codes 0 to 255, 4 in a word.
+    Eight = 8,
+}
+
+impl Bits {
+    /// The number.
+    pub const fn count(self) -> usize {
+        self as usize
+    }
+
+    /// The largest code, `2^bits - 1`.
+    pub const fn max_code(self) -> u32 {
+        (1 << self as u32) - 1
+    }
+
+    /// Codes in a 32-bit word.
+    pub const fn per_word(self) -> usize {
+        32 / self as usize
+    }
+}
+
+impl TryFrom<usize> for Bits {
+    type Error = Error;
+
+    fn try_from(bits: usize) -> Result<Self> {
+        match bits {
+            2 => Ok(Self::Two),
+            4 => Ok(Self::Four),
+            8 => Ok(Self::Eight),
+            _ => Err(Error::setting("bits", "2, 4 or 8", bits)),
+        }
+    }
+}
+
+/// A direction in a matrix of tokens (rows) and channels (columns).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Axis {
+    /// From token to token: down a column.
+    Tokens,
+    /// From channel to channel: along a row.
+    Channels,
+}
+
+/// How a matrix is quantized: groups of `group` numbers along an axis share a scale and a zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Scheme {
+    /// Bits of a code.
+    pub bits: Bits,
+    /// Where a group's numbers follow each other. [`Axis::Tokens`] is KIVI's "per channel", [`Axis::Channels`] "per token".
+    pub along: Axis,
+    /// Numbers of a group: 32, 64 or 128. The last group of a line may be shorter.
+    pub group: usize,
+}
+
+impl Scheme {
+    /// Checks the group.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] unless it is 32, 64 or 128.
+    pub fn new(bits: Bits, along: Axis, group: usize) -> Result<Self> {
+        match group {
+            32 | 64 | 128 => Ok(Self { bits, along, group }),
+            _ => Err(Error::setting("group", "32, 64 or 128", group)),
+        }
+    }
+}
+
+/// When tokens leave the full-precision residual.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Flush {
+    /// At once: no residual. Needs keys quantized along channels.
+    Immediate,
+    /// Keys and values together, whenever a whole group of tokens is there.
+    Together,
+    /// As KIVI's code does: keys whenever so many are there, all of them; values one by one, the newest so many staying.
+    Staggered(usize),
+}
+
+/// How a kv head is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Format {
+    keys: Scheme,
+    values: Scheme,
+    flush: Flush,
+}
+
+impl Format {
+    /// Checks that the parts fit together.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if values are not quantized along channels, if keys along tokens should be flushed at once, or if a staggered
+    /// flush is not of a positive multiple of the keys' group.
+    pub fn new(keys: Scheme, values: Scheme, flush: Flush) -> Result<Self> {
+        let keys = Scheme::new(keys.bits, keys.along, keys.group)?;
+        let values = Scheme::new(values.bits, values.along, values.group)?;
+        if values.along != Axis::Channels {
+            return Err(Error::setting("values.along", "channels", "tokens"));
+        }
+        if flush == Flush::Immediate && keys.along == Axis::Tokens {
+            let expected = "a flush in whole groups for keys that are quantized along tokens";
+            return Err(Error::setting("flush", expected, "an immediate one"));
+        }
+        let format = Self { keys, values, flush };
+        if let Flush::Staggered(residual) = flush
+            && (residual == 0 || !residual.is_multiple_of(format.chunk()))
+        {
+            let expected = format!("a positive multiple of {}", format.chunk());
+            return Err(Error::setting("residual", expected, residual));
+        }
+        Ok(format)
+    }
+
+    /// KIVI (arXiv 2402.02750): keys along tokens, values along channels, the newest `residual` tokens in full precision.
+    ///
+    /// # Errors
+    /// As [`Format::new`].
+    pub fn kivi(key_bits: Bits, value_bits: Bits, group: usize, residual: usize) -> Result<Self> {
+        Self::new(
+            Scheme::new(key_bits, Axis::Tokens, group)?,
+            Scheme::new(value_bits, Axis::Channels, group)?,
+            Flush::Staggered(residual),
+        )
+    }
+
+    /// FlexGen's (arXiv 2303.06865), as the paper's benchmark has it: keys and values along channels, nothing kept in full precision.
+    ///
+    /// # Errors
+    /// As [`Format::new`].
+    pub fn flexgen(key_bits: Bits, value_bits: Bits, group: usize) -> Result<Self> {
+        Self::new(
+            Scheme::new(key_bits, Axis::Channels, group)?,
+            Scheme::new(value_bits, Axis::Channels, group)?,
+            Flush::Immediate,
+        )
+    }
+
+    /// The keys' scheme.
+    pub fn keys(&self) -> Scheme {
+        self.keys
+    }
+
+    /// The values' scheme.
+    pub fn values(&self) -> Scheme {
+        self.values
+    }
+
+    /// When tokens are packed.
+    pub fn flush(&self) -> Flush {
+        self.flush
+    }
+
+    /// Tokens that are packed, and freed, together.
+    pub(crate) fn chunk(&self) -> usize {
+        match self.keys.along {
+            Axis::Tokens => self.keys.group,
+            Axis::Channels => 32,
+        }
+    }
+
+    /// Of so many keys and values in full precision, how many are to be packed now.
+    pub(crate) fn ready(&self, keys: usize, values: usize) -> (usize, usize) {
+        let whole = |n: usize, size: usize| n - n % size;
+        match self.flush {
+            Flush::Immediate => (keys, values),
+            Flush::Together => (whole(keys, self.chunk()), whole(values, self.chunk())),
+            Flush::Staggered(r) => (whole(keys, r), values.saturating_sub(r)),
+        }
+    }
+}

@@ -1,0 +1,305 @@
+//! One kv head's keys and values: packed chunks, and the newest tokens in full precision.
+
+use std::ops::Range;
+
+use crate::number::{Number, to_f16};
+use crate::quantize::Quantizer;
+use crate::residual::Residual;
+use crate::{Axis, Error, Format, Packed, Result};
+
+/// One kv head's keys and values.
+///
+/// Tokens come in at the end, in full precision; the format's flush moves them into packed chunks of a few dozen tokens, so that growing
+/// never moves what is there. Entries that are dropped leave holes, which the attention skips; a chunk of holes is freed.
+#[derive(Debug, Clone)]
+pub struct Head {
+    format: Format,
+    head_dim: usize,
+    pub(crate) keys: Vec<Packed>,
+    pub(crate) values: Vec<Packed>,
+    /// Keys packed, holes included; the rest is in `new_keys`.
+    packed_keys: usize,
+    packed_values: usize,
+    pub(crate) new_keys: Residual,
+    pub(crate) new_values: Residual,
+    /// A bit for each packed key, set while it is held.
+    live: Vec<u32>,
+    len: usize,
+}
+
+/// Bytes that a [`Head`] holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HeadBytes {
+    /// Packed codes, holes included.
+    pub codes: usize,
+    /// Scales and zeros.
+    pub scales: usize,
+    /// The newest tokens, in f16.
+    pub residual: usize,
+    /// The bits that say which packed entries are held.
+    pub live: usize,
+    /// Allocated for tokens to come.
+    pub slack: usize,
+}
+
+impl Head {
+    /// An empty head of `head_dim` channels.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if `head_dim` is zero.
+    pub fn new(head_dim: usize, format: Format) -> Result<Self> {
+        if head_dim == 0 {
+            return Err(Error::setting("head_dim", "at least 1", head_dim));
+        }
+        Ok(Self {
+            format,
+            head_dim,
+            keys: Vec::new(),
+            values: Vec::new(),
+            packed_keys: 0,
+            packed_values: 0,
+            new_keys: Residual::new(head_dim),
+            new_values: Residual::new(head_dim),
+            live: Vec::new(),
+            len: 0,
+        })
+    }
+
+    /// Appends tokens: keys and values `[tokens, head_dim]`, and packs what the format says is ready.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if the slices are no whole rows or differ in length; [`Error::NotFinite`] and [`Error::OutOfRange`] with the
+    /// position. On these nothing is appended.
+    pub fn append<T: Number>(&mut self, keys: &[T], values: &[T]) -> Result<()> {
+        let d = self.head_dim;
+        if !keys.len().is_multiple_of(d) {
+            let expected = format!("whole rows of {d} numbers");
+            return Err(Error::mismatch("keys", expected, format!("{} numbers", keys.len())));
+        }
+        if values.len() != keys.len() {
+            return Err(Error::mismatch("values", format!("{} numbers", keys.len()), values.len()));
+        }
+        let (keys, values) = (to_f16(keys, d)?, to_f16(values, d)?);
+        self.new_keys.push(&keys);
+        self.new_values.push(&values);
+        self.len += keys.len() / d;
+        self.flush()
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let (keys, values) = self.format.ready(self.new_keys.len(), self.new_values.len());
+        let (chunk, d) = (self.format.chunk(), self.head_dim);
+        let quantizer = &mut Quantizer::default();
+        if keys > 0 {
+            let room = || Packed::new(chunk, d, self.format.keys(), Axis::Tokens);
+            pack(&mut self.keys, &self.new_keys, keys, d, room, quantizer)?;
+            self.new_keys.drop_oldest(keys);
+            self.live.resize((self.packed_keys + keys).div_ceil(32), 0);
+            (self.packed_keys..self.packed_keys + keys)
+                .for_each(|slot| self.live[slot / 32] |= 1 << (slot % 32));
+            self.packed_keys += keys;
+        }
+        if values > 0 {
+            let room = || Packed::new(chunk, d, self.format.values(), Axis::Channels);
+            pack(&mut self.values, &self.new_values, values, d, room, quantizer)?;
+            self.new_values.drop_oldest(values);
+            self.packed_values += values;
+        }
+        Ok(())
+    }
+
+    /// Keeps the entries named and frees the others. Survivors close ranks: they are renumbered from 0 in order. Nothing is unpacked; a packed
+    /// chunk is freed once all its entries are gone.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] unless `keep` is strictly increasing and below [`len`](Self::len).
+    pub fn retain(&mut self, keep: &[u32]) -> Result<()> {
+        if let Some(pair) = keep.windows(2).find(|pair| pair[0] >= pair[1]) {
+            let got = format!("{} before {}", pair[0], pair[1]);
+            return Err(Error::mismatch("entries to keep", "strictly increasing ones", got));
+        }
+        if let Some(&last) = keep.last().filter(|&&last| last as usize >= self.len) {
+            let expected = format!("entries below {}", self.len);
+            return Err(Error::mismatch("entries to keep", expected, last));
+        }
+        let slots: Vec<usize> = self.slots(keep.iter().map(|&entry| entry as usize)).collect();
+        self.live.fill(0);
+        let packed = slots.partition_point(|&slot| slot < self.packed_keys);
+        slots[..packed].iter().for_each(|slot| self.live[slot / 32] |= 1 << (slot % 32));
+        self.retain_new(&slots[packed..]);
+        self.free_chunks();
+        self.len = keep.len();
+        Ok(())
+    }
+
+    /// Values whose keys are packed already stay in the queue until they are packed too.
+    fn retain_new(&mut self, slots: &[usize]) {
+        let keys: Vec<_> = slots.iter().map(|slot| slot - self.packed_keys).collect();
+        self.new_keys.retain(&keys);
+        let waiting = self.packed_keys.saturating_sub(self.packed_values);
+        let kept = slots.iter().map(|slot| slot - self.packed_values);
+        let values: Vec<_> = (0..waiting).chain(kept).collect();
+        self.new_values.retain(&values);
+    }
+
+    fn free_chunks(&mut self) {
+        let chunk = self.format.chunk();
+        let words = chunk / 32;
+        let whole = self.packed_keys.min(self.packed_values) / chunk;
+        for i in (0..whole).rev() {
+            let bits = i * words..(i + 1) * words;
+            if self.live[bits.clone()].iter().all(|&word| word == 0) {
+                self.live.drain(bits);
+                self.keys.remove(i);
+                self.values.remove(i);
+                self.packed_keys -= chunk;
+                self.packed_values -= chunk;
+            }
+        }
+    }
+
+    /// Writes the keys and values held, dequantized: `[len, head_dim]` each.
+    pub fn read(&self) -> (Vec<f32>, Vec<f32>) {
+        let d = self.head_dim;
+        let (mut keys, mut values) = (vec![0.0; self.len * d], vec![0.0; self.len * d]);
+        let rows = keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d));
+        for (slot, (key, value)) in self.slots(0..self.len).zip(rows) {
+            read_row(&self.keys, &self.new_keys, self.packed_keys, slot, key);
+            read_row(&self.values, &self.new_values, self.packed_values, slot, value);
+        }
+        (keys, values)
+    }
+
+    /// Where entries (increasing) lie, holes counted.
+    pub(crate) fn slots(
+        &self,
+        entries: impl Iterator<Item = usize>,
+    ) -> impl Iterator<Item = usize> {
+        let mut word = 0;
+        let mut before = 0; // entries held in the words before
+        entries.map(move |entry| {
+            while word < self.live.len() && before + self.live[word].count_ones() as usize <= entry
+            {
+                before += self.live[word].count_ones() as usize;
+                word += 1;
+            }
+            match self.live.get(word) {
+                Some(&bits) => 32 * word + nth_one(bits, entry - before),
+                None => self.packed_keys + entry - before,
+            }
+        })
+    }
+
+    /// The slots of a range of entries: from its first entry's to just after its last's.
+    pub(crate) fn slot_range(&self, entries: &Range<usize>) -> Range<usize> {
+        if entries.is_empty() {
+            return 0..0;
+        }
+        if self.len == self.slot_count() {
+            return entries.clone();
+        }
+        let mut ends = self.slots([entries.start, entries.end - 1].into_iter());
+        let first = ends.next().unwrap_or(0);
+        first..ends.next().unwrap_or(first) + 1
+    }
+
+    /// Entries and holes.
+    pub(crate) fn slot_count(&self) -> usize {
+        self.packed_keys + self.new_keys.len()
+    }
+
+    /// Whether a slot holds an entry.
+    pub(crate) fn is_live(&self, slot: usize) -> bool {
+        slot >= self.packed_keys || self.live[slot / 32] >> (slot % 32) & 1 == 1
+    }
+
+    pub(crate) fn packed_keys(&self) -> usize {
+        self.packed_keys
+    }
+
+    pub(crate) fn packed_values(&self) -> usize {
+        self.packed_values
+    }
+
+    /// Entries held.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing is held.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Channels.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// How it is held.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> HeadBytes {
+        let mut bytes = HeadBytes { live: size_of_val(&*self.live), ..Default::default() };
+        for packed in self.keys.iter().chain(&self.values) {
+            let (codes, scales) = packed.bytes();
+            // A chunk that is being filled counts by its rows.
+            let used = |bytes: usize| bytes * packed.rows() / packed.capacity();
+            bytes.codes += used(codes);
+            bytes.scales += used(scales);
+            bytes.slack += codes - used(codes) + scales - used(scales);
+        }
+        for new in [&self.new_keys, &self.new_values] {
+            let (held, room) = new.bytes();
+            bytes.residual += held;
+            bytes.slack += room;
+        }
+        bytes
+    }
+}
+
+/// Packs the oldest `count` rows into the chunks, the last of which may have room.
+fn pack(
+    chunks: &mut Vec<Packed>,
+    new: &Residual,
+    count: usize,
+    columns: usize,
+    room: impl Fn() -> Result<Packed>,
+    quantizer: &mut Quantizer,
+) -> Result<()> {
+    let rows = new.oldest(count);
+    let mut rows = rows.as_slice();
+    while !rows.is_empty() {
+        match chunks.last_mut() {
+            Some(last) if last.rows() < last.capacity() => {
+                let free = (last.capacity() - last.rows()) * columns;
+                let (now, later) = rows.split_at(rows.len().min(free));
+                last.push_f16(now, quantizer)?;
+                rows = later;
+            }
+            _ => chunks.push(room()?),
+        }
+    }
+    Ok(())
+}
+
+fn read_row(chunks: &[Packed], new: &Residual, packed: usize, slot: usize, out: &mut [f32]) {
+    match slot.checked_sub(packed) {
+        Some(i) => new.widen(i, out),
+        None => {
+            let chunk = chunks[0].capacity();
+            chunks[slot / chunk].dequantize_row(slot % chunk, out);
+        }
+    }
+}
+
+/// The position of the `n`-th set bit, counted from 0.
+fn nth_one(mut bits: u32, n: usize) -> usize {
+    for _ in 0..n {
+        bits &= bits - 1;
+    }
+    bits.trailing_zeros() as usize
+}

@@ -1,0 +1,77 @@
+//! The number formats that can be quantized, and their way to f16.
+
+use crate::{Error, Result};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+/// A number format that keys and values may come in: f32, f16 or bf16.
+///
+/// All are rounded to f16 first, the format in which KIVI's and FlexGen's arithmetic is done.
+pub trait Number: Copy + Send + Sync + sealed::Sealed {
+    /// Appends `src` to `out`, rounded to nearest; numbers beyond f16's range become infinite.
+    fn extend_f16(src: &[Self], out: &mut Vec<f16>);
+
+    /// The number in f32.
+    fn widen(self) -> f32;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
+}
+
+impl Number for f32 {
+    fn extend_f16(src: &[Self], out: &mut Vec<f16>) {
+        let start = out.len();
+        out.resize(start + src.len(), f16::ZERO);
+        out[start..].convert_from_f32_slice(src);
+    }
+
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Number for f16 {
+    fn extend_f16(src: &[Self], out: &mut Vec<f16>) {
+        out.extend_from_slice(src);
+    }
+
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Number for bf16 {
+    fn extend_f16(src: &[Self], out: &mut Vec<f16>) {
+        out.extend(src.iter().map(|x| f16::from_f32(x.to_f32())));
+    }
+
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// `src` (rows of `columns` numbers) in f16.
+///
+/// # Errors
+/// [`Error::NotFinite`] or [`Error::OutOfRange`] for the first number that f16 can't hold.
+pub fn to_f16<T: Number>(src: &[T], columns: usize) -> Result<Vec<f16>> {
+    let mut out = Vec::with_capacity(src.len());
+    T::extend_f16(src, &mut out);
+    // All exponent bits set: infinity or NaN.
+    let bad = |x: &f16| x.to_bits() & 0x7c00 == 0x7c00;
+    // A scan without early exit is one that vectors can do.
+    if !out.iter().fold(false, |any, x| any | bad(x)) {
+        return Ok(out);
+    }
+    let at = out.iter().position(bad).unwrap_or_default();
+    let (value, row, column) = (src[at].widen(), at / columns, at % columns);
+    Err(if value.is_finite() {
+        Error::OutOfRange { value, row, column }
+    } else {
+        Error::NotFinite { value, row, column }
+    })
+}

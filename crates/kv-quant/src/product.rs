@@ -1,0 +1,113 @@
+//! Products of vectors with a packed matrix: scales and zeros are folded into the vectors or the sums, codes are never turned back.
+
+use crate::kernel::{self, Panel, Rows};
+use crate::packed::PANEL;
+use crate::{Axis, Packed, vector};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+/// Scratch space of products.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    scales: Vec<f32>,
+    zeros: Vec<f32>,
+    folded: Vec<f32>,
+    sums: Vec<f32>,
+}
+
+impl Packed {
+    /// `out[r * out_stride + lane] += Σ_s x[r][s] * dequantized[s][lane]` over the steps of `x`.
+    ///
+    /// With tokens in lanes the steps are the channels: `x` holds queries, `out` receives scores. With channels in lanes the steps are the rows: `x`
+    /// holds attention weights, `out` receives outputs. Lanes are rounded up to a multiple of 16, in which `out` has room; the sums of lanes
+    /// that hold nothing mean nothing.
+    pub(crate) fn accumulate(
+        &self,
+        x: Rows<'_>,
+        out: &mut [f32],
+        out_stride: usize,
+        s: &mut Scratch,
+    ) {
+        if self.scheme.along == self.lanes {
+            self.accumulate_by_step(x, out, out_stride, s);
+        } else {
+            self.accumulate_by_lane(x, out, out_stride, s);
+        }
+    }
+
+    /// All lanes of a group share each step's scale: x * scale takes the place of x, and x · zeros is one number per row.
+    fn accumulate_by_step(&self, x: Rows<'_>, out: &mut [f32], out_stride: usize, s: &mut Scratch) {
+        let panels_of_group = self.scheme.group / PANEL;
+        let width = self.param_width();
+        for panel in 0..self.lane_count().div_ceil(PANEL) {
+            if panel % panels_of_group == 0 {
+                let at = panel / panels_of_group * width;
+                widen(&self.scales[at..at + x.steps], &mut s.scales);
+                widen(&self.zeros[at..at + x.steps], &mut s.zeros);
+                s.folded.resize(x.count * x.steps, 0.0);
+                s.sums.resize(x.count, 0.0);
+                for r in 0..x.count {
+                    let row = &x.data[r * x.stride..][..x.steps];
+                    let folded = &mut s.folded[r * x.steps..][..x.steps];
+                    s.sums[r] = vector::fold(row, &s.scales, &s.zeros, folded);
+                }
+            }
+            let lanes = 16 * self.panel_width(panel);
+            let out = &mut out[panel * PANEL..];
+            for (r, &sum) in s.sums[..x.count].iter().enumerate() {
+                out[r * out_stride..][..lanes].iter_mut().for_each(|out| *out += sum);
+            }
+            let folded = Rows { data: &s.folded, stride: x.steps, ..x };
+            kernel::accumulate(self.panel(panel, 0), folded, out, out_stride);
+        }
+    }
+
+    /// Each lane has its own scale for a group of steps: it multiplies the group's sum.
+    fn accumulate_by_lane(&self, x: Rows<'_>, out: &mut [f32], out_stride: usize, s: &mut Scratch) {
+        let width = self.param_width();
+        for (group, first) in (0..x.steps).step_by(self.scheme.group).enumerate() {
+            let steps = self.scheme.group.min(x.steps - first);
+            let part = Rows { data: &x.data[first..], steps, ..x };
+            widen(&self.scales[group * width..][..width], &mut s.scales);
+            widen(&self.zeros[group * width..][..width], &mut s.zeros);
+            for panel in 0..self.lane_count().div_ceil(PANEL) {
+                let lanes = panel * PANEL..width.min((panel + 1) * PANEL);
+                s.sums.clear();
+                s.sums.resize(x.count * PANEL, 0.0);
+                kernel::accumulate(self.panel(panel, first), part, &mut s.sums, PANEL);
+                for r in 0..x.count {
+                    let total = vector::sum(&part.data[r * x.stride..][..steps]);
+                    vector::scale_and_add(
+                        &s.sums[r * PANEL..][..lanes.len()],
+                        &s.scales[lanes.clone()],
+                        &s.zeros[lanes.clone()],
+                        total,
+                        &mut out[r * out_stride + lanes.start..][..lanes.len()],
+                    );
+                }
+            }
+        }
+    }
+
+    /// The words of a panel from step `first` on, which begins a word.
+    fn panel(&self, panel: usize, first: usize) -> Panel<'_> {
+        let (words, width) = (self.words(), self.panel_width(panel));
+        let start = 2 * panel * words;
+        let codes = &self.codes[start..start + words * width];
+        let bits = self.scheme.bits;
+        Panel { codes: &codes[first / bits.per_word() * width..], width, bits }
+    }
+
+    /// Scales of a group: one for each position on the other axis.
+    fn param_width(&self) -> usize {
+        match self.scheme.along {
+            Axis::Tokens => self.columns,
+            Axis::Channels => self.capacity,
+        }
+    }
+}
+
+fn widen(src: &[f16], out: &mut Vec<f32>) {
+    out.resize(src.len(), 0.0);
+    src.convert_to_f32_slice(out);
+}

@@ -1,0 +1,157 @@
+//! Loops over slices, written once and compiled for the widest instructions that the machine has.
+
+use pulp::Arch;
+
+/// `folded = x * scales`; returns `x · zeros`.
+pub fn fold(x: &[f32], scales: &[f32], zeros: &[f32], folded: &mut [f32]) -> f32 {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for ((f, x), scale) in folded.iter_mut().zip(x).zip(scales) {
+                *f = x * scale;
+            }
+            dot_lanes(x, zeros)
+        },
+    )
+}
+
+/// `out += sums * scales + total * zeros`.
+pub fn scale_and_add(sums: &[f32], scales: &[f32], zeros: &[f32], total: f32, out: &mut [f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (((out, sum), scale), zero) in out.iter_mut().zip(sums).zip(scales).zip(zeros) {
+                *out += sum * scale + total * zero;
+            }
+        },
+    );
+}
+
+/// `a · b`.
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || dot_lanes(a, b),
+    )
+}
+
+/// `out += weight * x`.
+pub fn add_scaled(weight: f32, x: &[f32], out: &mut [f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || out.iter_mut().zip(x).for_each(|(out, x)| *out += weight * x),
+    );
+}
+
+/// `out += x`.
+pub fn add(x: &[f32], out: &mut [f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || out.iter_mut().zip(x).for_each(|(out, x)| *out += x),
+    );
+}
+
+/// Multiplies each of `x` by `factor`.
+pub fn scale(x: &mut [f32], factor: f32) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || x.iter_mut().for_each(|x| *x *= factor),
+    );
+}
+
+/// The sum of `x`.
+pub fn sum(x: &[f32]) -> f32 {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || lanes(x, 0.0, |a, b| a + b),
+    )
+}
+
+/// The largest of `x`; -inf if there is none.
+pub fn max(x: &[f32]) -> f32 {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || lanes(x, f32::NEG_INFINITY, |a, b| if b > a { b } else { a }),
+    )
+}
+
+/// Replaces each x by `exp(x - shift)` and returns their sum.
+pub fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            x.iter_mut().for_each(|x| *x = exp(*x - shift));
+            lanes(x, 0.0, |a, b| a + b)
+        },
+    )
+}
+
+#[inline(always)]
+fn dot_lanes(a: &[f32], b: &[f32]) -> f32 {
+    let mut acc = [0.0; 32];
+    let (a, b) = (a.chunks_exact(32), b.chunks_exact(32));
+    let tail: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
+    for (a, b) in a.zip(b) {
+        for ((acc, a), b) in acc.iter_mut().zip(a).zip(b) {
+            *acc += a * b;
+        }
+    }
+    tail + acc.iter().sum::<f32>()
+}
+
+/// Folds with 32 independent accumulators: the compiler may not reorder float operations, so the order is made one that
+/// vectors can follow.
+#[inline(always)]
+fn lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
+    let mut acc = [start; 32];
+    let chunks = x.chunks_exact(32);
+    let tail = chunks.remainder().iter().copied().fold(start, fold);
+    for chunk in chunks {
+        for (a, &x) in acc.iter_mut().zip(chunk) {
+            *a = fold(*a, x);
+        }
+    }
+    acc.into_iter().fold(tail, fold)
+}
+
+/// e^x for x ≤ 0 to about 2 units in the last place: x = n ln 2 + r, a polynomial of degree 6 in r, and n added to the
+/// exponent's bits. Below -87, where the result would be no normal number, it is zero.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    let clamped = if x > -87.0 { x } else { -87.0 };
+    let shifted = clamped * std::f32::consts::LOG2_E + MAGIC;
+    let n = shifted - MAGIC;
+    // ln 2 in two parts, so that n ln 2 is exact enough to subtract.
+    let r = (clamped - n * 0.693_359_4) + n * 2.121_944_4e-4;
+    let mut poly = 1.0 / 720.0;
+    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        poly = poly * r + c;
+    }
+    let value = f32::from_bits(poly.to_bits().wrapping_add(shifted.to_bits() << 23));
+    if x > -87.0 { value } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close_to_the_standard_library() {
+        for i in 0..100_000 {
+            let x = -87.0 * i as f32 / 100_000.0;
+            let (got, want) = (exp(x), x.exp());
+            assert!((got - want).abs() <= 4.0 * f32::EPSILON * want, "exp({x}): {got}, not {want}");
+        }
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn odd_lengths_have_no_lost_tail() {
+        let x: Vec<f32> = (0..77).map(|i| i as f32).collect();
+        assert_eq!(max(&x), 76.0);
+        assert_eq!(sum(&x), 76.0 * 77.0 / 2.0);
+        assert_eq!(dot(&x, &x), x.iter().map(|x| x * x).sum::<f32>());
+    }
+}

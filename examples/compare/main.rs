@@ -1,0 +1,160 @@
+//! The needle test, once per method: what each way to remember finds, holds and costs.
+//!
+//!     cargo run --release --example compare
+//!     cargo run --release --example compare -- --words 512,4096 --methods dense-f16,kivi-2 --haystack FOLDER
+
+mod method;
+mod report;
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use base_models::{LoadOptions, Pretrained};
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use longctx_core::{CausalLm, GenerateOptions, generate};
+use longctx_eval::Haystack;
+use longctx_eval::needle::{Needle, Sample, score, spaced};
+use longctx_examples::{memory, model};
+use method::{METHODS, Method, REFERENCE};
+use report::Row;
+
+#[derive(Parser)]
+#[command(about = "Compares KV caches on the needle (passkey) test")]
+struct Args {
+    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
+    #[arg(long)]
+    model: Option<String>,
+    /// A folder of text, or a text file, to hide the key in; by default text that the program makes itself
+    #[arg(long)]
+    haystack: Option<PathBuf>,
+    /// Lengths of the text, in words
+    #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048, 4096])]
+    words: Vec<usize>,
+    /// How many depths to hide the key at, evenly from the start to the end
+    #[arg(long, default_value_t = 3)]
+    depths: usize,
+    /// Digits of the key
+    #[arg(long, default_value_t = 7)]
+    digits: usize,
+    /// Tokens to generate for an answer
+    #[arg(long, default_value_t = 16)]
+    max_tokens: usize,
+    /// Tokens of the prompt to feed at a time; by default the whole prompt, which is exact under every method
+    #[arg(long)]
+    prefill_chunk: Option<usize>,
+    /// Methods to run; by default all
+    #[arg(long, value_delimiter = ',')]
+    methods: Vec<String>,
+    /// Where to save the table
+    #[arg(long, default_value = "results")]
+    out: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let methods = chosen(&args.methods)?;
+    ensure!(args.depths > 0 && !args.words.is_empty(), "at least one depth and one length");
+    let name = match &args.model {
+        Some(name) => name.clone(),
+        None => model::smollm2()?.display().to_string(),
+    };
+    let llm = Pretrained::open(&name, &LoadOptions::default())?;
+    let prompts = prompts(&args, &llm)?;
+    let longest = prompts.iter().map(|(tokens, _)| tokens.len()).max().unwrap_or(0);
+    let limit = llm.model.config().context_length;
+    ensure!(
+        longest + args.max_tokens <= limit,
+        "a prompt of {longest} tokens does not fit the model's context of {limit}: ask for fewer --words"
+    );
+    println!("{name}: {} prompts, the longest of {longest} tokens.", prompts.len());
+    let bar = ProgressBar::new((methods.len() * prompts.len()) as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} (left: {eta})")?);
+    let mut rows = Vec::new();
+    for method in methods {
+        bar.set_message(method.name);
+        rows.push(run(method, &llm, &prompts, &args, &bar)?);
+    }
+    bar.finish_and_clear();
+    let reference = rows.iter().find(|row| row.method == REFERENCE).map(|row| row.kv_bytes);
+    for row in &mut rows {
+        row.ratio = reference.map(|bytes| bytes as f64 / row.kv_bytes as f64);
+    }
+    report::print(&rows);
+    report::save(&rows, &args.out)
+}
+
+fn chosen(names: &[String]) -> Result<Vec<&'static Method>> {
+    let known: Vec<_> = METHODS.iter().map(|m| m.name).collect();
+    if let Some(name) = names.iter().find(|name| !known.contains(&name.as_str())) {
+        anyhow::bail!("there is no method {name:?}; there are {}", known.join(", "));
+    }
+    let wanted = |m: &&Method| names.is_empty() || names.iter().any(|name| name == m.name);
+    Ok(METHODS.iter().filter(wanted).collect())
+}
+
+/// The tokens of each prompt, and its key.
+fn prompts(args: &Args, llm: &Pretrained) -> Result<Vec<(Vec<u32>, String)>> {
+    let haystack = match &args.haystack {
+        Some(path) => Haystack::from_path(path)?,
+        None => Haystack::generated(0),
+    };
+    let mut prompts = Vec::new();
+    for &words in &args.words {
+        for (seed, depth) in (0..).zip(spaced(0.0, 1.0, args.depths)) {
+            let needle = Needle { depth, digits: args.digits, seed };
+            let Sample { prompt, answer } = needle.in_words(&haystack, words)?;
+            // The prompt ends where the key begins. Its last space would be a token of its own, which the model has seldom seen there.
+            prompts.push((llm.tokenizer.encode(prompt.trim_end(), true)?, answer));
+        }
+    }
+    Ok(prompts)
+}
+
+fn run(
+    method: &Method,
+    llm: &Pretrained,
+    prompts: &[(Vec<u32>, String)],
+    args: &Args,
+    bar: &ProgressBar,
+) -> Result<Row> {
+    memory::restart_peak();
+    let mut session = llm.model.session(method.cache)?;
+    let options = GenerateOptions {
+        max_tokens: args.max_tokens,
+        stop: llm.model.config().eos.clone(),
+        prefill_chunk: args.prefill_chunk,
+        ..Default::default()
+    };
+    let (mut exact, mut partial, mut longest, mut kv_bytes) = (0.0, 0.0, 0, 0);
+    let (mut prefill, mut decode) = ((0, Duration::ZERO), (0, Duration::ZERO));
+    for (tokens, answer) in prompts {
+        session.reset();
+        let done = generate(&mut session, tokens, &options, |_| ControlFlow::Continue(()))?;
+        let score = score(&llm.tokenizer.decode(&done.tokens)?, answer);
+        exact += score.exact;
+        partial += score.partial;
+        prefill = (prefill.0 + tokens.len(), prefill.1 + done.prefill);
+        decode = (decode.0 + done.decode_steps, decode.1 + done.decode);
+        if tokens.len() >= longest {
+            longest = tokens.len();
+            kv_bytes = session.footprint().total();
+        }
+        bar.inc(1);
+    }
+    let per_second = |(count, time): (usize, Duration)| count as f64 / time.as_secs_f64();
+    Ok(Row {
+        method: method.name.into(),
+        tried: prompts.len(),
+        exact,
+        partial: partial / prompts.len() as f64,
+        longest_prompt: longest,
+        kv_bytes,
+        ratio: None,
+        prefill_tokens_per_second: per_second(prefill),
+        decode_tokens_per_second: per_second(decode),
+        peak_resident_bytes: memory::peak(),
+    })
+}
