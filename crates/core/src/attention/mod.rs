@@ -14,6 +14,9 @@ mod ops;
 mod simd;
 mod tile;
 
+#[cfg(test)]
+mod tests;
+
 pub use element::{Element, with_slice};
 pub use tile::{Page, attend_pages, mass_pages};
 
