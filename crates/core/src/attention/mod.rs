@@ -6,7 +6,7 @@
 //! block by block.
 //!
 //! candle-nn's CPU `flash_attn` walks one query row at a time over keys in `[tokens, heads, head_dim]` order: every query
-//! head reads its kv head anew, and it can neither merge with other parts nor say what was attended. `docs/attention.md` has both measured.
+//! head reads its kv head anew, and it can neither merge with other parts nor say what was attended.
 
 mod element;
 mod gemm;
