@@ -41,8 +41,8 @@ impl Pretrained {
     /// From a folder with `config.json`, `tokenizer.json` and `model.safetensors` or its shards and their index.
     ///
     /// # Errors
-    /// [`Error::File`] naming the file that is missing or broken; [`Error::Mismatch`] naming a tensor of another shape;
-    /// [`Error::Unsupported`] for another architecture.
+    /// [`Error::File`](longctx_core::Error::File) naming the file that is missing or broken; [`Error::Mismatch`](longctx_core::Error::Mismatch) naming a tensor of another shape;
+    /// [`Error::Unsupported`](longctx_core::Error::Unsupported) for another architecture.
     pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
         let model = Transformer::from_folder(folder, options)?;
         let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
@@ -67,7 +67,7 @@ impl Pretrained {
     /// From the Hugging Face Hub, by name: "HuggingFaceTB/SmolLM2-135M-Instruct". Files are kept in the Hub's usual cache.
     ///
     /// # Errors
-    /// [`Error::File`] naming the model and the file that could not be had; then as [`from_folder`](Self::from_folder).
+    /// [`Error::File`](longctx_core::Error::File) naming the model and the file that could not be had; then as [`from_folder`](Self::from_folder).
     #[cfg(feature = "hub")]
     pub fn from_hub(name: &str, options: &LoadOptions) -> Result<Self> {
         Self::from_folder(&crate::hub::download(name)?, options)
@@ -76,7 +76,7 @@ impl Pretrained {
     /// From the Hugging Face Hub: this build has no feature `hub`.
     ///
     /// # Errors
-    /// [`Error::Unsupported`], always.
+    /// [`Error::Unsupported`](longctx_core::Error::Unsupported), always.
     #[cfg(not(feature = "hub"))]
     pub fn from_hub(name: &str, _: &LoadOptions) -> Result<Self> {
         Err(Error::Unsupported(format!(

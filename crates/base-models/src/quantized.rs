@@ -5,12 +5,13 @@
 //! plain product. Formats other than Q4_0, Q4_1 and Q8_0, and other devices, go through candle.
 
 use std::borrow::Cow;
+use std::marker::PhantomData;
 use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
 use longctx_core::{Error, Result, attention::with_slice};
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 /// Weights of a block.
@@ -177,7 +178,7 @@ impl QuantizedMatrix {
         out.par_chunks_mut(inner)
             .with_min_len(MIN_WORK.div_ceil(inner))
             .zip(data.par_chunks(size))
-            .for_each(|(out, row)| Arch::new().dispatch(|| expand_row::<F>(row, out)));
+            .for_each(|(out, row)| Arch::new().dispatch(Expand::<F>::new(row, out)));
         Ok(Tensor::from_vec(out, (rows, inner), &Device::Cpu)?)
     }
 
@@ -192,7 +193,7 @@ impl QuantizedMatrix {
                 return Err(Error::mismatch("token", format!("an id below {rows}"), id));
             }
             let row = &data[id as usize * size..][..size];
-            Arch::new().dispatch(|| expand_row::<F>(row, out));
+            Arch::new().dispatch(Expand::<F>::new(row, out));
         }
         Ok(Tensor::from_vec(out, (ids.len(), inner), &Device::Cpu)?)
     }
@@ -209,22 +210,16 @@ impl QuantizedMatrix {
         let mut transposed = vec![0.0; out * rows];
         with_slice::<f32, _>(&x, |x| {
             let sums: Vec<f32> = x.chunks_exact(BLOCK).map(|b| b.iter().sum()).collect();
-            let blocks = inner / BLOCK;
             transposed.par_chunks_mut(chunk * rows).zip(data.par_chunks(chunk * size)).for_each(
                 |(out, weights)| {
-                    Arch::new().dispatch(
-                        #[inline(always)]
-                        || {
-                            for (out, row) in
-                                out.chunks_exact_mut(rows).zip(weights.chunks_exact(size))
-                            {
-                                for (r, out) in out.iter_mut().enumerate() {
-                                    let (x, sums) = (&x[r * inner..][..inner], &sums[r * blocks..]);
-                                    *out = dot::<F>(row, x, sums);
-                                }
-                            }
-                        },
-                    );
+                    Arch::new().dispatch(Product {
+                        weights,
+                        x,
+                        sums: &sums,
+                        out,
+                        rows,
+                        format: PhantomData::<F>,
+                    })
                 },
             );
             Ok(())
@@ -319,12 +314,60 @@ fn dot<F: Format>(row: &[u8], x: &[f32], sums: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
-#[inline(always)]
-fn expand_row<F: Format>(row: &[u8], out: &mut [f32]) {
-    for (block, out) in row.chunks_exact(F::BYTES).zip(out.chunks_exact_mut(BLOCK)) {
-        let (scale, offset, q) = F::unpack(block);
-        for (out, q) in out.iter_mut().zip(q) {
-            *out = scale * q + offset;
+/// The products of some rows of weights with all rows of x. A struct and not a closure: only what is inlined into `with_simd` is
+/// compiled for wide registers.
+struct Product<'a, F> {
+    weights: &'a [u8],
+    /// `[rows, in]`
+    x: &'a [f32],
+    /// The sum of each block of x.
+    sums: &'a [f32],
+    /// `[out, rows]`
+    out: &'a mut [f32],
+    rows: usize,
+    format: PhantomData<F>,
+}
+
+impl<F: Format> WithSimd for Product<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { weights, x, sums, out, rows, .. } = self;
+        let inner = x.len() / rows;
+        let size = inner / BLOCK * F::BYTES;
+        for (out, row) in out.chunks_exact_mut(rows).zip(weights.chunks_exact(size)) {
+            for (r, out) in out.iter_mut().enumerate() {
+                *out = dot::<F>(row, &x[r * inner..][..inner], &sums[r * (inner / BLOCK)..]);
+            }
+        }
+    }
+}
+
+/// A row of weights in f32.
+struct Expand<'a, F> {
+    row: &'a [u8],
+    out: &'a mut [f32],
+    format: PhantomData<F>,
+}
+
+impl<'a, F: Format> Expand<'a, F> {
+    fn new(row: &'a [u8], out: &'a mut [f32]) -> Self {
+        Self { row, out, format: PhantomData }
+    }
+}
+
+impl<F: Format> WithSimd for Expand<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let blocks = self.row.chunks_exact(F::BYTES);
+        for (block, out) in blocks.zip(self.out.chunks_exact_mut(BLOCK)) {
+            let (scale, offset, q) = F::unpack(block);
+            for (out, q) in out.iter_mut().zip(q) {
+                *out = scale * q + offset;
+            }
         }
     }
 }

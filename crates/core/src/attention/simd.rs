@@ -78,39 +78,76 @@ impl WithSimd for Accumulate<'_> {
 
 /// The largest of `x`; -inf if there is none.
 pub fn max(x: &[f32]) -> f32 {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || lanes(x, f32::NEG_INFINITY, |a, b| if b > a { b } else { a }),
-    )
+    Arch::new().dispatch(Max(x))
+}
+
+// These are structs and not closures, because only what is inlined into `with_simd` is compiled for wide registers; a closure's body
+// was measured to be compiled for the oldest processors alone.
+struct Max<'a>(&'a [f32]);
+
+impl WithSimd for Max<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> f32 {
+        lanes(self.0, f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
+    }
 }
 
 /// Replaces each x by `exp(x - shift)` and returns their sum.
 pub fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            for x in x.iter_mut() {
-                *x = exp(*x - shift);
-            }
-            lanes(x, 0.0, |a, b| a + b)
-        },
-    )
+    Arch::new().dispatch(ExpSum(x, shift))
+}
+
+struct ExpSum<'a>(&'a mut [f32], f32);
+
+impl WithSimd for ExpSum<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> f32 {
+        let ExpSum(x, shift) = self;
+        for x in x.iter_mut() {
+            *x = exp(*x - shift);
+        }
+        lanes(x, 0.0, |a, b| a + b)
+    }
 }
 
 /// Multiplies each of `x` by `factor`.
 pub fn scale(x: &mut [f32], factor: f32) {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || x.iter_mut().for_each(|x| *x *= factor),
-    );
+    Arch::new().dispatch(Scale(x, factor));
+}
+
+struct Scale<'a>(&'a mut [f32], f32);
+
+impl WithSimd for Scale<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for x in self.0 {
+            *x *= self.1;
+        }
+    }
 }
 
 /// Adds each of `x` to its place in `sums`.
 pub fn add(sums: &mut [f32], x: &[f32]) {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || sums.iter_mut().zip(x).for_each(|(s, x)| *s += x),
-    );
+    Arch::new().dispatch(Add(sums, x));
+}
+
+struct Add<'a>(&'a mut [f32], &'a [f32]);
+
+impl WithSimd for Add<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (sum, x) in self.0.iter_mut().zip(self.1) {
+            *sum += x;
+        }
+    }
 }
 
 /// Folds with 32 independent accumulators: float operations may not be reordered by the compiler, so the order is made one
