@@ -15,6 +15,26 @@ pub trait KvStore: Send {
     /// If the tensors do not fit the store's shape or its batch; [`Error::NotFinite`] from stores that quantize.
     fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()>;
 
+    /// Appends to each kv head the tokens selected for it among those of `k` and `v`, `[batch, kv_heads, tokens, head_dim]`.
+    ///
+    /// # Errors
+    /// As [`append`](KvStore::append), and if the selection is not one list per batch entry and kv head, strictly increasing, within the tokens.
+    fn append_selected(&mut self, k: &Tensor, v: &Tensor, tokens: &Selection) -> Result<()> {
+        let (batch, count) = self.shape().check_kv(k, v)?;
+        tokens.check(&vec![count; batch * self.shape().kv_heads])?;
+        let lists = tokens.heads();
+        let longest = lists.iter().map(Vec::len).max().unwrap_or(0);
+        self.append(&gather(k, lists, longest)?, &gather(v, lists, longest)?)?;
+        if lists.iter().all(|list| list.len() == longest) {
+            return Ok(());
+        }
+        // Shorter lists were filled up to the longest one's length: what fills them goes again.
+        let own = |(len, list): (usize, &Vec<u32>)| 0..(len - longest + list.len()) as u32;
+        let heads = self.lens().into_iter().zip(lists).map(|head| own(head).collect());
+        let keep = Selection::new(heads.collect());
+        self.retain(&keep)
+    }
+
     /// Attention of queries `[batch, heads, tokens, head_dim]` over the entries that `visible` allows.
     ///
     /// # Errors
@@ -64,6 +84,22 @@ pub trait KvStore: Send {
 
     /// Forgets everything and gives the memory back.
     fn reset(&mut self);
+}
+
+/// The listed tokens of each head of `[batch, kv_heads, tokens, head_dim]`; lists shorter than `count` end with their last token repeated.
+fn gather(x: &Tensor, lists: &[Vec<u32>], count: usize) -> Result<Tensor> {
+    let (batch, kv_heads, tokens, d) = x.dims4()?;
+    let rows: Vec<u32> = (0..)
+        .zip(lists)
+        .flat_map(|(head, list)| {
+            let last = list.last().copied().unwrap_or(0);
+            let filled = list.iter().copied().chain(std::iter::repeat(last)).take(count);
+            filled.map(move |token| head * tokens as u32 + token)
+        })
+        .collect();
+    let rows = Tensor::from_vec(rows, batch * kv_heads * count, x.device())?;
+    let flat = x.contiguous()?.reshape((batch * kv_heads * tokens, d))?;
+    Ok(flat.index_select(&rows, 0)?.reshape((batch, kv_heads, count, d))?)
 }
 
 /// Which entries a query sees.
@@ -188,5 +224,32 @@ impl Selection {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DenseStore;
+    use candle_core::Device;
+
+    #[test]
+    fn each_head_takes_the_tokens_selected_for_it() {
+        let shape = AttentionShape::new(2, 2, 1).unwrap();
+        let mut store = DenseStore::new(shape, DType::F32).unwrap();
+        let k = Tensor::arange(0f32, 10., &Device::Cpu).unwrap().reshape((1, 2, 5, 1)).unwrap();
+        let v = (&k + 100.0).unwrap();
+        let ragged = Selection::new(vec![vec![1, 3, 4], vec![]]);
+        let even = Selection::new(vec![vec![0, 2], vec![3, 4]]);
+        store.append_selected(&k, &v, &ragged).unwrap();
+        store.append_selected(&k, &v, &even).unwrap();
+        let keys = |head| store.read(0, head).unwrap().0.flatten_all().unwrap().to_vec1().unwrap();
+        let (first, second): (Vec<f32>, Vec<f32>) = (keys(0), keys(1));
+        assert_eq!((first, second), (vec![1., 3., 4., 0., 2.], vec![8., 9.]));
+        let (keys, values) = store.read(0, 1).unwrap();
+        let apart: Vec<f32> = (values - keys).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        assert_eq!(apart, [100.0; 2]);
+        let past = Selection::new(vec![vec![5], vec![]]);
+        assert!(store.append_selected(&k, &v, &past).unwrap_err().to_string().contains("head 0"));
     }
 }

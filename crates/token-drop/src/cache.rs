@@ -1,0 +1,459 @@
+//! The frame: one layer's cache that lets a policy say what stays in its store.
+
+use crate::{Budget, ledger::Ledger};
+use candle_core::Tensor;
+use longctx_core::{
+    Error, EvictionPolicy, Footprint, Held, HeldHead, KvCache, KvStore, Mass, Partial, Protected,
+    Result, Selection, Step, Visible, attention,
+};
+
+/// Which calls of several tokens are followed by compression.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Prefill {
+    /// Each: a prompt in chunks never holds more than the budget and one chunk, and a chunk sees what earlier compression left.
+    #[default]
+    EveryCall,
+    /// The first alone, as kvpress does it; what comes later stays, unless the cache evicts while decoding.
+    FirstCall,
+}
+
+/// A cache that keeps, in any store, what a policy selects within a budget.
+///
+/// Attention among the tokens of one call is exact: tokens are evicted after it, and their memory given back. A decoded token joins
+/// the store before it attends. Keys keep the rotation of their true positions unless the policy
+/// [rerotates](EvictionPolicy::rerotates).
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use longctx_core::{AttentionShape, DenseStore, KvCache, Rope, RopeScaling, Step};
+/// use token_drop::{Budget, PolicyCache, SnapKv};
+///
+/// let shape = AttentionShape::new(8, 2, 64)?;
+/// let rope = Rope::new(64, 64, 10_000.0, RopeScaling::None)?;
+/// let store = DenseStore::new(shape, DType::F16)?;
+/// let mut cache = PolicyCache::new(store, SnapKv::new(32)?, Budget::Ratio(0.25))?;
+/// let q = Tensor::randn(0f32, 1., (1, 8, 400, 64), &Device::Cpu)?;
+/// let k = Tensor::randn(0f32, 1., (1, 2, 400, 64), &Device::Cpu)?;
+/// cache.attend(&Step { q: &q, k: &k, v: &k, shape: &shape, rope: &rope })?;
+/// assert_eq!((cache.seen(), cache.held()), (400, 100));
+/// assert!(cache.positions()[0].ends_with(&[397, 398, 399]));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct PolicyCache<S, P> {
+    store: S,
+    policy: P,
+    budget: Budget,
+    extra: Protected,
+    prefill: Prefill,
+    decode_step: Option<usize>,
+    /// The budget in tokens, not rounded, as the last call of several tokens settled it.
+    allowed: f64,
+    ledger: Ledger,
+    /// The newest queries before the rotary embedding, if the policy needs several of them while decoding.
+    queries: Option<Tensor>,
+    seen: usize,
+}
+
+/// One call's rotated tensors; `kv` unless the store has them already.
+struct Call<'a> {
+    step: &'a Step<'a>,
+    q: &'a Tensor,
+    kv: Option<(&'a Tensor, &'a Tensor)>,
+    lse: &'a Tensor,
+}
+
+impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
+    /// An empty cache over `store`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the budget is no token, a ratio outside (0, 1), or smaller than what the policy protects, or the store
+    /// holds something; [`Error::Unsupported`] if the layer has a sliding window.
+    pub fn new(store: S, policy: P, budget: Budget) -> Result<Self> {
+        if store.shape().window.is_some() {
+            let what = "an eviction policy in a layer that has a sliding window of its own";
+            return Err(Error::Unsupported(what.into()));
+        }
+        if !store.is_empty() {
+            return Err(Error::setting("store", "an empty store", store.len()));
+        }
+        let decode_step = policy.decode_step();
+        Self {
+            store,
+            policy,
+            budget,
+            extra: Protected::default(),
+            prefill: Prefill::default(),
+            decode_step,
+            allowed: 0.0,
+            ledger: Ledger::default(),
+            queries: None,
+            seen: 0,
+        }
+        .checked()
+    }
+
+    /// Keeps the first `sinks` and the newest `recent` tokens beside what the policy protects.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if they are more than the budget.
+    pub fn with_protected(mut self, extra: Protected) -> Result<Self> {
+        self.extra = extra;
+        self.checked()
+    }
+
+    /// Which calls of several tokens are compressed; by default each.
+    #[must_use]
+    pub fn with_prefill(mut self, prefill: Prefill) -> Self {
+        self.prefill = prefill;
+        self
+    }
+
+    /// Gives up `step` tokens at a time while decoding, so that from `budget - step + 1` to `budget` are held; `None` keeps all decoded
+    /// tokens. The policy has a [default](EvictionPolicy::decode_step).
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the step is 0.
+    pub fn with_decode_step(mut self, step: Option<usize>) -> Result<Self> {
+        self.decode_step = step;
+        self.checked()
+    }
+
+    fn checked(self) -> Result<Self> {
+        self.budget.check(|budget| self.protected(budget).total())?;
+        if self.decode_step == Some(0) {
+            return Err(Error::setting("decode step", "at least 1 token", 0));
+        }
+        if let Some(Mass::Newest { queries, .. }) = self.policy.needs().mass
+            && queries > 1
+            && self.policy.protects(usize::MAX).recent < queries
+        {
+            let expected = format!("at least the {queries} tokens whose queries are observed");
+            let got = self.policy.protects(usize::MAX).recent;
+            return Err(Error::setting("protected recent tokens", expected, got));
+        }
+        Ok(self)
+    }
+
+    /// The store.
+    pub fn store(&self) -> &S {
+        &self.store
+    }
+
+    /// The policy.
+    pub fn policy(&self) -> &P {
+        &self.policy
+    }
+
+    /// The positions in the text of each kv head's entries, `[batch * kv_heads]` lists.
+    pub fn positions(&self) -> &[Vec<u32>] {
+        self.ledger.positions()
+    }
+
+    fn protected(&self, budget: usize) -> Protected {
+        self.policy.protects(budget).union(self.extra)
+    }
+
+    /// Each head's budget, and what is protected within it.
+    fn budgets(&self) -> (Vec<usize>, Protected) {
+        let heads = self.ledger.heads();
+        let protected = self.protected(self.allowed as usize);
+        let mut budgets = self.policy.budgets(self.allowed, self.seen, heads);
+        budgets.iter_mut().for_each(|b| *b = (*b).max(protected.total()));
+        (budgets, protected)
+    }
+
+    /// Where the next token goes: a rerotating cache has no gaps.
+    fn next_position(&self) -> usize {
+        if self.policy.rerotates() { self.held() } else { self.seen }
+    }
+
+    fn check(&self, step: &Step<'_>) -> Result<usize> {
+        let shape = self.store.shape();
+        let (batch, tokens) = shape.check_q(step.q)?;
+        let of_kv = shape.check_kv(step.k, step.v)?;
+        if of_kv != (batch, tokens) {
+            let expected = format!("batch {batch} and {tokens} tokens, as q has");
+            return Err(Error::mismatch("k and v", expected, format!("{of_kv:?}")));
+        }
+        let heads = self.ledger.heads();
+        if heads > 0 && heads != batch * shape.kv_heads {
+            return Err(Error::mismatch("batch", heads / shape.kv_heads, batch));
+        }
+        Ok(tokens)
+    }
+
+    /// Several tokens: exact attention among them, and over what was kept; then compression.
+    fn take_many(&mut self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<Partial> {
+        let (batch, tokens) = step.shape.check_q(step.q)?;
+        let mut parts = vec![attention::attend(q, k, step.v, step.shape, Visible::Causal)?];
+        if !self.store.is_empty() {
+            parts.push(self.store.attend(q, Visible::All)?);
+        }
+        let whole = Partial::merge(&parts)?;
+        let first = self.seen == 0;
+        self.seen += tokens;
+        self.allowed = self.budget.of(self.seen);
+        self.ledger.add(batch * step.shape.kv_heads, self.seen - tokens..self.seen);
+        self.remember_queries(step.q)?;
+        let call = Call { step, q, kv: Some((k, step.v)), lse: &whole.lse };
+        let (budgets, protected) = self.budgets();
+        let compress = (first || self.prefill == Prefill::EveryCall)
+            && self.policy.is_over(&self.ledger.lens(), &budgets);
+        let keep = self.judge(&call, compress.then_some(&budgets), protected)?;
+        match keep {
+            Some(keep) => self.keep_with_new(step, k, &keep)?,
+            None => self.store.append(k, step.v)?,
+        }
+        Ok(whole)
+    }
+
+    /// One token: it joins the store, attends, and perhaps has others evicted.
+    fn take_one(&mut self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<Partial> {
+        self.store.append(k, step.v)?;
+        let whole = self.store.attend(q, Visible::Causal)?;
+        self.seen += 1;
+        self.ledger.add(self.store.lens().len(), self.seen - 1..self.seen);
+        self.remember_queries(step.q)?;
+        let call = Call { step, q, kv: None, lse: &whole.lse };
+        let (mut budgets, protected) = self.budgets();
+        let over = self.policy.is_over(&self.ledger.lens(), &budgets);
+        let evict = self.decode_step.filter(|_| over);
+        let (step_size, least) = (evict.unwrap_or(1), protected.total().max(1));
+        budgets.iter_mut().for_each(|b| *b = b.saturating_sub(step_size - 1).max(least));
+        if let Some(keep) = self.judge(&call, evict.map(|_| &budgets), protected)? {
+            self.store.retain(&keep)?;
+            self.ledger.retain(&keep);
+            self.close_gaps(step, &keep)?;
+        }
+        Ok(whole)
+    }
+
+    /// Scores, if the policy must; and selects, if there are budgets to meet.
+    fn judge(
+        &mut self,
+        call: &Call<'_>,
+        budgets: Option<&Vec<usize>>,
+        protected: Protected,
+    ) -> Result<Option<Selection>> {
+        let carries = self.policy.needs().previous;
+        if budgets.is_none() && !carries {
+            return Ok(None);
+        }
+        let scores = self.score(call)?;
+        let shape = self.store.shape();
+        let keep = budgets.map(|b| self.policy.select(&scores, b, shape, protected));
+        if carries {
+            self.ledger.carry(scores);
+        }
+        Ok(keep)
+    }
+
+    /// Keeps what is selected among the store's entries and the call's tokens, which come after them.
+    fn keep_with_new(&mut self, step: &Step<'_>, k: &Tensor, keep: &Selection) -> Result<()> {
+        let mut lens = self.store.lens();
+        lens.resize(keep.heads().len(), 0);
+        let split = |(list, len): (&Vec<u32>, &usize)| {
+            let (old, new) = list.split_at(list.partition_point(|&entry| (entry as usize) < *len));
+            (old.to_vec(), new.iter().map(|entry| entry - *len as u32).collect())
+        };
+        let (old, new): (Vec<_>, Vec<_>) = keep.heads().iter().zip(&lens).map(split).unzip();
+        if !self.store.is_empty() {
+            self.store.retain(&Selection::new(old))?;
+        }
+        self.store.append_selected(k, step.v, &Selection::new(new))?;
+        self.ledger.retain(keep);
+        self.close_gaps(step, keep)
+    }
+
+    /// For policies that rerotate: entries lay without gaps, entry i at position i; those kept are turned to close the gaps between them.
+    fn close_gaps(&mut self, step: &Step<'_>, keep: &Selection) -> Result<()> {
+        if !self.policy.rerotates() {
+            return Ok(());
+        }
+        let (shape, lens) = (*self.store.shape(), self.store.lens());
+        if lens.iter().any(|len| *len != lens[0]) {
+            let what = "new rotations where heads keep different numbers of entries";
+            return Err(Error::Unsupported(what.into()));
+        }
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for (head, kept) in keep.heads().iter().enumerate() {
+            let (k, v) = self.store.read(head / shape.kv_heads, head % shape.kv_heads)?;
+            let moves: Vec<_> = (0..).zip(kept).map(|(to, &from)| to - i64::from(from)).collect();
+            keys.push(step.rope.apply_at(&k.unsqueeze(0)?.unsqueeze(0)?, &moves)?);
+            values.push(v);
+        }
+        let dims = (lens.len() / shape.kv_heads, shape.kv_heads, lens[0], shape.head_dim);
+        let device = step.k.device();
+        self.store.reset();
+        self.store.append(
+            &Tensor::cat(&keys, 0)?.reshape(dims)?.to_device(device)?,
+            &Tensor::stack(&values, 0)?.reshape(dims)?.to_device(device)?,
+        )
+    }
+
+    fn remember_queries(&mut self, q: &Tensor) -> Result<()> {
+        let needs = self.policy.needs();
+        let of_mass = match needs.mass {
+            Some(Mass::Newest { queries, .. }) if queries > 1 => queries,
+            _ => 0,
+        };
+        let wanted = needs.queries.unwrap_or(0).max(of_mass);
+        if wanted == 0 || self.decode_step.is_none() {
+            return Ok(());
+        }
+        let all = match &self.queries {
+            Some(old) => Tensor::cat(&[old, q], 2)?,
+            None => q.clone(),
+        };
+        let len = all.dim(2)?;
+        let count = wanted.min(len);
+        // A copy, so that the whole prompt's queries do not stay behind a view of the last.
+        self.queries = Some(all.narrow(2, len - count, count)?.force_contiguous()?);
+        Ok(())
+    }
+
+    /// Has the policy score everything.
+    fn score(&self, call: &Call<'_>) -> Result<Vec<Vec<f32>>> {
+        let needs = self.policy.needs();
+        let (mass, mass_queries) = match needs.mass {
+            Some(mass) => self.mass(call, mass)?,
+            None => (Vec::new(), 0),
+        };
+        let group = self.store.shape().group();
+        let heads = (0..self.ledger.heads()).map(|head| {
+            let of_group = head * group..(head + 1) * group;
+            let (keys, values) = self.read(call, head, needs.keys, needs.values)?;
+            let positions = &self.ledger.positions()[head];
+            let mass = mass.get(of_group).unwrap_or_default();
+            let previous = self.ledger.scores(head);
+            Ok(HeldHead { positions, keys, values, mass, mass_queries, previous })
+        });
+        let held = Held {
+            shape: self.store.shape(),
+            rope: call.step.rope,
+            next_position: self.seen,
+            queries: match call.kv {
+                Some(_) => Some(call.step.q),
+                None => self.queries.as_ref(),
+            },
+            heads: heads.collect::<Result<_>>()?,
+        };
+        let scores = self.policy.score(&held)?;
+        let expected = self.ledger.lens();
+        if !scores.iter().map(Vec::len).eq(expected.iter().copied()) {
+            let got = format!("{:?}", scores.iter().map(Vec::len).collect::<Vec<_>>());
+            return Err(Error::mismatch("a policy's scores", format!("{expected:?}"), got));
+        }
+        Ok(scores)
+    }
+
+    /// Keys and values of one kv head in f32: the store's, then the call's own.
+    fn read(
+        &self,
+        call: &Call<'_>,
+        head: usize,
+        keys: bool,
+        values: bool,
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        if !keys && !values {
+            return Ok((Vec::new(), Vec::new()));
+        }
+        let (batch, kv_head) =
+            (head / self.store.shape().kv_heads, head % self.store.shape().kv_heads);
+        let mut parts = Vec::new();
+        if !self.store.is_empty() {
+            parts.push(self.store.read(batch, kv_head)?);
+        }
+        if let Some((k, v)) = call.kv {
+            parts.push((k.get(batch)?.get(kv_head)?, v.get(batch)?.get(kv_head)?));
+        }
+        let (mut k, mut v) = (Vec::new(), Vec::new());
+        let numbers = |x: &Tensor| -> Result<Vec<f32>> {
+            Ok(x.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1()?)
+        };
+        for (part_k, part_v) in &parts {
+            if keys {
+                k.extend(numbers(part_k)?);
+            }
+            if values {
+                v.extend(numbers(part_v)?);
+            }
+        }
+        Ok((k, v))
+    }
+
+    /// The attention that entries received, `[batch * heads]` lists, and from how many queries.
+    fn mass(&self, call: &Call<'_>, mass: Mass) -> Result<(Vec<Vec<f32>>, usize)> {
+        let tokens = call.q.dim(2)?;
+        let (queries, by_position) = match mass {
+            Mass::Call => (tokens, false),
+            Mass::Newest { queries, by_position } => (queries, by_position),
+        };
+        let (q, mut lse) = match &self.queries {
+            // While decoding, queries of earlier calls look again at what is there now.
+            Some(earlier) if call.kv.is_none() && queries > 1 => {
+                let q = call.step.rope.apply(earlier, self.next_position() - earlier.dim(2)?)?;
+                let lse = self.store.attend(&q, Visible::Causal)?.lse;
+                (q, lse)
+            }
+            _ => {
+                let count = queries.min(tokens);
+                let newest = |x: &Tensor| x.narrow(2, tokens - count, count);
+                (newest(call.q)?, newest(call.lse)?)
+            }
+        };
+        let count = q.dim(2)?;
+        if by_position {
+            // Attention is exp(score - lse), so that ln(n) less in the sum counts a query n times.
+            let first = self.seen - count;
+            let logs: Vec<_> = (first..self.seen).map(|n| (n.max(1) as f32).ln()).collect();
+            lse = lse.broadcast_sub(&Tensor::from_vec(logs, count, lse.device())?)?;
+        }
+        let Some((k, _)) = call.kv else {
+            return Ok((self.store.mass(&q, &lse, Visible::Causal)?, count));
+        };
+        let own = attention::mass(&q, k, &lse, self.store.shape(), Visible::Causal)?;
+        if self.store.is_empty() {
+            return Ok((own, count));
+        }
+        let mut all = self.store.mass(&q, &lse, Visible::All)?;
+        all.iter_mut().zip(own).for_each(|(all, own)| all.extend(own));
+        Ok((all, count))
+    }
+}
+
+impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
+    fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
+        let tokens = self.check(step)?;
+        let q = step.rope.apply(step.q, self.next_position())?;
+        let k = step.rope.apply(step.k, self.next_position())?;
+        let whole = match tokens {
+            1 if !self.store.is_empty() => self.take_one(step, &q, &k)?,
+            _ => self.take_many(step, &q, &k)?,
+        };
+        whole.into_output(step.q.dtype())
+    }
+
+    fn seen(&self) -> usize {
+        self.seen
+    }
+
+    fn held(&self) -> usize {
+        self.store.len()
+    }
+
+    fn footprint(&self) -> Footprint {
+        let queries =
+            self.queries.as_ref().map_or(0, |q| q.elem_count() * q.dtype().size_in_bytes());
+        let bookkeeping = self.ledger.bytes() + queries;
+        self.store.footprint() + Footprint { bookkeeping, ..Default::default() }
+    }
+
+    fn reset(&mut self) {
+        self.store.reset();
+        self.ledger = Ledger::default();
+        self.queries = None;
+        self.seen = 0;
+    }
+}

@@ -1,0 +1,32 @@
+//! Scores of a kv head from those of the query heads that share it.
+
+/// How the query heads of a group are joined (GQA).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Group {
+    /// Their mean.
+    #[default]
+    Mean,
+    /// The largest.
+    Max,
+}
+
+impl Group {
+    /// Joins lists that are equally long, one per query head.
+    pub(crate) fn join(self, heads: &[Vec<f32>]) -> Vec<f32> {
+        let Some((first, others)) = heads.split_first() else { return Vec::new() };
+        let mut joined = first.clone();
+        for head in others {
+            for (x, &y) in joined.iter_mut().zip(head) {
+                *x = match self {
+                    Group::Mean => *x + y,
+                    Group::Max => x.max(y),
+                };
+            }
+        }
+        if self == Group::Mean {
+            let count = heads.len() as f32;
+            joined.iter_mut().for_each(|x| *x /= count);
+        }
+        joined
+    }
+}

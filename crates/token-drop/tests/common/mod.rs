@@ -1,0 +1,109 @@
+//! Small layers and inputs.
+#![allow(dead_code)]
+
+use candle_core::{DType, Device, Tensor};
+use longctx_core::{
+    AttentionShape, DenseStore, EvictionPolicy, KvCache, Rope, RopeScaling, Step, Visible,
+    attention,
+};
+use token_drop::*;
+
+pub const HEADS: usize = 4;
+pub const KV_HEADS: usize = 2;
+pub const DIM: usize = 32;
+
+pub fn shape() -> AttentionShape {
+    AttentionShape::new(HEADS, KV_HEADS, DIM).unwrap()
+}
+
+pub fn rope() -> Rope {
+    Rope::new(DIM, DIM, 10_000.0, RopeScaling::None).unwrap()
+}
+
+pub fn store(dtype: DType) -> DenseStore {
+    DenseStore::new(shape(), dtype).unwrap()
+}
+
+/// Queries, keys and values of a call, before the rotary embedding.
+#[derive(Clone)]
+pub struct Input {
+    pub q: Tensor,
+    pub k: Tensor,
+    pub v: Tensor,
+}
+
+impl Input {
+    pub fn random(batch: usize, tokens: usize) -> Self {
+        let x = |heads| Tensor::randn(0f32, 1., (batch, heads, tokens, DIM), &Device::Cpu).unwrap();
+        Self { q: x(HEADS), k: x(KV_HEADS), v: x(KV_HEADS) }
+    }
+
+    pub fn narrow(&self, dim: usize, start: usize, len: usize) -> Self {
+        let cut = |x: &Tensor| x.narrow(dim, start, len).unwrap().contiguous().unwrap();
+        Self { q: cut(&self.q), k: cut(&self.k), v: cut(&self.v) }
+    }
+
+    pub fn batch(&self, entry: usize) -> Self {
+        self.narrow(0, entry, 1)
+    }
+
+    pub fn tokens(&self) -> usize {
+        self.q.dim(2).unwrap()
+    }
+
+    pub fn feed(&self, cache: &mut impl KvCache) -> longctx_core::Result<Tensor> {
+        let (shape, rope) = (shape(), rope());
+        cache.attend(&Step { q: &self.q, k: &self.k, v: &self.v, shape: &shape, rope: &rope })
+    }
+}
+
+/// Feeds a text in calls of the given sizes.
+pub fn feed_all(cache: &mut impl KvCache, text: &Input, calls: &[usize]) -> Vec<Tensor> {
+    let mut start = 0;
+    let mut outs = Vec::new();
+    for &count in calls {
+        outs.push(text.narrow(2, start, count).feed(cache).unwrap());
+        start += count;
+    }
+    outs
+}
+
+pub fn distance(a: &Tensor, b: &Tensor) -> f32 {
+    (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+}
+
+pub fn bits(x: &Tensor) -> Vec<u32> {
+    x.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+/// Attention of the last token of `text` (batch 1) over the tokens at `positions`, one list per kv head, computed from the text itself.
+pub fn attention_over(text: &Input, positions: &[Vec<u32>]) -> Tensor {
+    let last = text.tokens() - 1;
+    let q = rope().apply(&text.q.narrow(2, last, 1).unwrap(), last).unwrap();
+    let k = rope().apply(&text.k, 0).unwrap();
+    let one = AttentionShape::new(HEADS / KV_HEADS, 1, DIM).unwrap();
+    let outs: Vec<_> = (0..KV_HEADS)
+        .map(|head| {
+            let q = q.narrow(1, head * one.heads, one.heads).unwrap();
+            let at = Tensor::new(&*positions[head], &Device::Cpu).unwrap();
+            let of = |x: &Tensor| {
+                x.narrow(1, head, 1).unwrap().contiguous().unwrap().index_select(&at, 2).unwrap()
+            };
+            attention::attend(&q, &of(&k), &of(&text.v), &one, Visible::All).unwrap().out
+        })
+        .collect();
+    Tensor::cat(&outs, 1).unwrap()
+}
+
+/// Every policy of the crate, with settings that fit budgets from 12 on.
+pub fn policies() -> Vec<(&'static str, Box<dyn EvictionPolicy>)> {
+    vec![
+        ("random", Box::new(Random::new(7))),
+        ("recent", Box::new(Recent::default())),
+        ("recent with sinks", Box::new(Recent::with_sinks(4))),
+        ("k-norm", Box::new(KNorm)),
+        ("snap-kv", Box::new(SnapKv::new(8).unwrap())),
+        ("tova", Box::new(Tova)),
+        ("h2o", Box::new(H2o::default())),
+    ]
+}
