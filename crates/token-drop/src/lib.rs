@@ -7,11 +7,15 @@ mod group;
 mod ledger;
 mod policy;
 mod streaming_llm;
+mod wrapper;
 
 pub use budget::Budget;
 pub use cache::{PolicyCache, Prefill};
 pub use group::Group;
 pub use policy::{
-    h2o::H2o, k_norm::KNorm, random::Random, recent::Recent, snap_kv::SnapKv, tova::Tova,
+    duo_attention::DuoAttention, expected_attention::ExpectedAttention, finch::Finch, h2o::H2o,
+    k_norm::KNorm, key_diff::KeyDiff, lag_kv::LagKv, random::Random, recent::Recent,
+    snap_kv::SnapKv, tova::Tova,
 };
 pub use streaming_llm::StreamingLlm;
+pub use wrapper::{ada_kv::AdaKv, chunk_kv::ChunkKv, pyramid_kv::PyramidKv, rerotated::Rerotated};

@@ -102,6 +102,16 @@ impl<S: KvStore> StreamingLlm<S> {
         Ok(self)
     }
 
+    /// The sinks.
+    pub fn sinks(&self) -> &DenseStore {
+        &self.sinks
+    }
+
+    /// The newest tokens.
+    pub fn window(&self) -> &S {
+        &self.window
+    }
+
     /// Tokens that must leave the window before `coming` ones join it.
     fn surplus(&self, coming: usize) -> usize {
         let over = (self.window.len() + coming).saturating_sub(self.room.1);

@@ -77,19 +77,26 @@ pub fn bits(x: &Tensor) -> Vec<u32> {
 }
 
 /// Attention of the last token of `text` (batch 1) over the tokens at `positions`, one list per kv head, computed from the text itself.
-pub fn attention_over(text: &Input, positions: &[Vec<u32>]) -> Tensor {
+/// `contiguous`: with keys and the query rotated as if there were no other tokens.
+pub fn attention_over(text: &Input, positions: &[Vec<u32>], contiguous: bool) -> Tensor {
     let last = text.tokens() - 1;
-    let q = rope().apply(&text.q.narrow(2, last, 1).unwrap(), last).unwrap();
-    let k = rope().apply(&text.k, 0).unwrap();
     let one = AttentionShape::new(HEADS / KV_HEADS, 1, DIM).unwrap();
     let outs: Vec<_> = (0..KV_HEADS)
         .map(|head| {
+            let kept = positions[head].len() as i64;
+            let places: Vec<i64> = match contiguous {
+                true => (0..kept).collect(),
+                false => positions[head].iter().map(|&p| p.into()).collect(),
+            };
+            let q = text.q.narrow(2, last, 1).unwrap();
             let q = q.narrow(1, head * one.heads, one.heads).unwrap();
             let at = Tensor::new(&*positions[head], &Device::Cpu).unwrap();
             let of = |x: &Tensor| {
                 x.narrow(1, head, 1).unwrap().contiguous().unwrap().index_select(&at, 2).unwrap()
             };
-            attention::attend(&q, &of(&k), &of(&text.v), &one, Visible::All).unwrap().out
+            let q = rope().apply_at(&q, &places[kept as usize - 1..]).unwrap();
+            let k = rope().apply_at(&of(&text.k), &places).unwrap();
+            attention::attend(&q, &k, &of(&text.v), &one, Visible::All).unwrap().out
         })
         .collect();
     Tensor::cat(&outs, 1).unwrap()
@@ -105,5 +112,15 @@ pub fn policies() -> Vec<(&'static str, Box<dyn EvictionPolicy>)> {
         ("snap-kv", Box::new(SnapKv::new(8).unwrap())),
         ("tova", Box::new(Tova)),
         ("h2o", Box::new(H2o::default())),
+        ("key-diff", Box::new(KeyDiff)),
+        ("lag-kv", Box::new(LagKv::new(2, 8).unwrap())),
+        ("expected attention", Box::new(ExpectedAttention::new(2))),
+        ("finch", Box::new(Finch::new(6).unwrap())),
+        ("ada snap-kv", Box::new(AdaKv::new(SnapKv::new(8).unwrap()))),
+        ("ada h2o", Box::new(AdaKv::new(H2o::default()))),
+        ("chunk h2o", Box::new(ChunkKv::new(H2o::default(), 4).unwrap())),
+        ("rerotated k-norm", Box::new(Rerotated::new(KNorm))),
+        ("pyramid k-norm", Box::new(PyramidKv::new(KNorm, 3, 4, 3.0).unwrap())),
+        ("duo", Box::new(DuoAttention::new(vec![true; KV_HEADS], 4, 8).unwrap())),
     ]
 }
