@@ -7,10 +7,33 @@ use crate::{Error, Result};
 pub enum Bits {
     /// Codes 0 to 3, 16 in a word.
     Two = 2,
+    /// Codes 0 to 7: the two lower bits 16 in a word, the upper bit 32 in a word.
+    Three = 3,
     /// Codes 0 to 15, 8 in a word.
     Four = 4,
     /// Codes 0 to 255, 4 in a word.
     Eight = 8,
+}
+
+/// Bits of codes that lie together in words of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Plane {
+    /// How many.
+    pub bits: usize,
+    /// The lowest one's place in the code.
+    pub shift: usize,
+}
+
+impl Plane {
+    /// Codes in a 32-bit word.
+    pub const fn per_word(self) -> usize {
+        32 / self.bits
+    }
+
+    /// The bits set, at the bottom.
+    pub const fn mask(self) -> u32 {
+        (1 << self.bits) - 1
+    }
 }
 
 impl Bits {
@@ -24,9 +47,14 @@ impl Bits {
         (1 << self as u32) - 1
     }
 
-    /// Codes in a 32-bit word.
-    pub const fn per_word(self) -> usize {
-        32 / self as usize
+    /// The planes that codes are split into: one, unless 32 is no multiple of the bits.
+    pub(crate) const fn planes(self) -> &'static [Plane] {
+        match self {
+            Self::Two => &[Plane { bits: 2, shift: 0 }],
+            Self::Three => &[Plane { bits: 2, shift: 0 }, Plane { bits: 1, shift: 2 }],
+            Self::Four => &[Plane { bits: 4, shift: 0 }],
+            Self::Eight => &[Plane { bits: 8, shift: 0 }],
+        }
     }
 }
 
@@ -36,9 +64,10 @@ impl TryFrom<usize> for Bits {
     fn try_from(bits: usize) -> Result<Self> {
         match bits {
             2 => Ok(Self::Two),
+            3 => Ok(Self::Three),
             4 => Ok(Self::Four),
             8 => Ok(Self::Eight),
-            _ => Err(Error::setting("bits", "2, 4 or 8", bits)),
+            _ => Err(Error::setting("bits", "2, 3, 4 or 8", bits)),
         }
     }
 }
@@ -85,6 +114,8 @@ pub enum Flush {
     Together,
     /// As KIVI's code does: keys whenever so many are there, all of them; values one by one, the newest so many staying.
     Staggered(usize),
+    /// Never: everything stays in f16.
+    Never,
 }
 
 /// How a kv head is held.
@@ -145,6 +176,12 @@ impl Format {
         )
     }
 
+    /// Everything in f16: what sinks lie in, and what others are compared with.
+    pub fn f16() -> Self {
+        let scheme = Scheme { bits: Bits::Eight, along: Axis::Channels, group: 32 };
+        Self { keys: scheme, values: scheme, flush: Flush::Never }
+    }
+
     /// The keys' scheme.
     pub fn keys(&self) -> Scheme {
         self.keys
@@ -173,6 +210,7 @@ impl Format {
         let whole = |n: usize, size: usize| n - n % size;
         match self.flush {
             Flush::Immediate => (keys, values),
+            Flush::Never => (0, 0),
             Flush::Together => (whole(keys, self.chunk()), whole(values, self.chunk())),
             Flush::Staggered(r) => (whole(keys, r), values.saturating_sub(r)),
         }

@@ -108,8 +108,11 @@ impl Head {
         Ok(())
     }
 
-    /// Keeps the entries named and frees the others. Survivors close ranks: they are renumbered from 0 in order. Nothing is unpacked; a packed
-    /// chunk is freed once all its entries are gone.
+    /// Keeps the entries named and frees the others. Survivors close ranks: they are renumbered from 0 in order. Nothing is quantized anew.
+    ///
+    /// A packed chunk is freed once all its entries are gone. Keys that are quantized along channels, one by one, also move together
+    /// with their values once half of what is packed is holes: each move is paid for by a dropped entry. Keys quantized along tokens
+    /// share their scales with their chunk and can't leave it: there, drop runs of entries to get memory back.
     ///
     /// # Errors
     /// [`Error::Mismatch`] unless `keep` is strictly increasing and below [`len`](Self::len).
@@ -129,7 +132,7 @@ impl Head {
         self.retain_new(&slots[packed..]);
         self.free_chunks();
         self.len = keep.len();
-        Ok(())
+        self.close_ranks()
     }
 
     /// Values whose keys are packed already stay in the queue until they are packed too.
@@ -156,6 +159,24 @@ impl Head {
                 self.packed_values -= chunk;
             }
         }
+    }
+
+    /// Moves entries whose keys and values are packed one by one together, if half of their places are holes.
+    fn close_ranks(&mut self) -> Result<()> {
+        let whole = self.packed_keys.min(self.packed_values);
+        let held: Vec<_> = (0..whole).filter(|&slot| self.is_live(slot)).collect();
+        if self.format.keys().along == Axis::Tokens || whole == 0 || 2 * held.len() > whole {
+            return Ok(());
+        }
+        let rest: Vec<_> = (whole..self.packed_keys).map(|slot| self.is_live(slot)).collect();
+        self.keys = gather(&self.keys, held.iter().copied().chain(whole..self.packed_keys))?;
+        self.values = gather(&self.values, held.iter().copied().chain(whole..self.packed_values))?;
+        self.packed_keys -= whole - held.len();
+        self.packed_values -= whole - held.len();
+        self.live = vec![0; self.packed_keys.div_ceil(32)];
+        let rest = rest.iter().enumerate().filter(|(_, live)| **live).map(|(i, _)| held.len() + i);
+        (0..held.len()).chain(rest).for_each(|slot| self.live[slot / 32] |= 1 << (slot % 32));
+        Ok(())
     }
 
     /// Writes the keys and values held, dequantized: `[len, head_dim]` each.
@@ -284,6 +305,23 @@ fn pack(
         }
     }
     Ok(())
+}
+
+/// New chunks of the rows in the given slots.
+fn gather(chunks: &[Packed], slots: impl Iterator<Item = usize>) -> Result<Vec<Packed>> {
+    let mut gathered: Vec<Packed> = Vec::new();
+    let codes = &mut Vec::new();
+    for slot in slots {
+        let size = chunks[0].capacity();
+        let from = &chunks[slot / size];
+        if gathered.last().is_none_or(|last| last.rows() == size) {
+            gathered.push(Packed::new(size, from.columns(), from.scheme(), from.lanes)?);
+        }
+        if let Some(last) = gathered.last_mut() {
+            last.push_packed(from, slot % size, codes);
+        }
+    }
+    Ok(gathered)
 }
 
 fn read_row(chunks: &[Packed], new: &Residual, packed: usize, slot: usize, out: &mut [f32]) {

@@ -1,5 +1,7 @@
 //! A matrix of tokens by channels in packed form. `docs/formats.md` has the layout bit by bit.
 
+use crate::array::Array;
+use crate::format::Plane;
 use crate::number::{Number, to_f16};
 use crate::quantize::Quantizer;
 use crate::{Axis, Error, Result, Scheme};
@@ -8,10 +10,8 @@ use half::f16;
 /// Lanes of a panel: two lines.
 pub(crate) const PANEL: usize = 32;
 
-/// One 32-bit word of codes for each of 16 lanes; a cache line, and a vector register where these are widest.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[repr(C, align(64))]
-pub struct Line(pub [u32; 16]);
+/// One 32-bit word of codes for each of 16 lanes: a vector register where these are widest.
+pub(crate) type Line = [u32; 16];
 
 /// A quantized matrix: rows are tokens, columns are channels.
 ///
@@ -41,11 +41,11 @@ pub struct Packed {
     /// Rows that there is room for.
     pub(crate) capacity: usize,
     pub(crate) columns: usize,
-    /// `[panel][word][line]`
-    pub(crate) codes: Box<[Line]>,
+    /// `[plane][panel][word][line]`
+    pub(crate) codes: Array<Line>,
     /// `[group][position on the other axis]`
-    pub(crate) scales: Box<[f16]>,
-    pub(crate) zeros: Box<[f16]>,
+    pub(crate) scales: Array<f16>,
+    pub(crate) zeros: Array<f16>,
 }
 
 impl Packed {
@@ -58,24 +58,16 @@ impl Packed {
         if columns == 0 {
             return Err(Error::setting("columns", "at least 1", columns));
         }
-        let (lane_count, steps) = match lanes {
-            Axis::Tokens => (capacity, columns),
-            Axis::Channels => (columns, capacity),
-        };
-        let lines = lane_count.div_ceil(16) * steps.div_ceil(scheme.bits.per_word());
-        let params = match scheme.along {
-            Axis::Tokens => capacity.div_ceil(scheme.group) * columns,
-            Axis::Channels => columns.div_ceil(scheme.group) * capacity,
-        };
+        let (lines, params) = sizes(capacity, columns, scheme, lanes);
         Ok(Self {
             scheme,
             lanes,
             rows: 0,
             capacity,
             columns,
-            codes: vec![Line::default(); lines].into(),
-            scales: vec![f16::ZERO; params].into(),
-            zeros: vec![f16::ZERO; params].into(),
+            codes: Array::zeroed(lines),
+            scales: Array::zeroed(params),
+            zeros: Array::zeroed(params),
         })
     }
 
@@ -156,46 +148,65 @@ impl Packed {
     }
 
     fn store_codes(&mut self, row: usize, codes: &[u8]) {
-        let (bits, per_word) = (self.scheme.bits.count(), self.scheme.bits.per_word());
-        match self.lanes {
-            Axis::Tokens => {
-                for (word, codes) in codes.chunks(per_word).enumerate() {
-                    let packed =
-                        codes.iter().rev().fold(0, |word, &code| word << bits | u32::from(code));
-                    *self.word_mut(row, word) = packed;
+        let mut plane_start = 0;
+        for &plane in self.scheme.bits.planes() {
+            let (per_word, mask) = (plane.per_word(), plane.mask());
+            match self.lanes {
+                Axis::Tokens => {
+                    let first = plane_start + self.line_in_plane(plane, row, 0);
+                    let width = self.panel_width(row / PANEL);
+                    let lines = self.codes[first..].iter_mut().step_by(width);
+                    for (line, codes) in lines.zip(codes.chunks(per_word)) {
+                        line[row % 16] = codes.iter().rev().fold(0, |word, &code| {
+                            word << plane.bits | u32::from(code) >> plane.shift & mask
+                        });
+                    }
                 }
-            }
-            Axis::Channels => {
-                let shift = row % per_word * bits;
-                for first in (0..self.columns).step_by(16) {
-                    let line = self.line(first, row / per_word);
-                    let codes = &codes[first..self.columns.min(first + 16)];
-                    for (word, &code) in self.codes[line].0.iter_mut().zip(codes) {
-                        *word |= u32::from(code) << shift;
+                Axis::Channels => {
+                    let shift = row % per_word * plane.bits;
+                    for (first, codes) in (0..).step_by(16).zip(codes.chunks(16)) {
+                        let line = plane_start + self.line_in_plane(plane, first, row / per_word);
+                        for (word, &code) in self.codes[line].iter_mut().zip(codes) {
+                            *word |= (u32::from(code) >> plane.shift & mask) << shift;
+                        }
                     }
                 }
             }
+            plane_start += self.plane_lines(plane);
         }
     }
 
-    fn word_mut(&mut self, lane: usize, word: usize) -> &mut u32 {
-        let line = self.line(lane, word);
-        &mut self.codes[line].0[lane % 16]
+    /// Appends a row of a matrix of the same columns and scheme, along channels, as it lies: nothing is quantized anew.
+    pub(crate) fn push_packed(&mut self, from: &Self, row: usize, codes: &mut Vec<u8>) {
+        codes.resize(self.columns, 0);
+        from.unpack_row(row, codes);
+        self.store_codes(self.rows, codes);
+        for group in 0..self.columns.div_ceil(self.scheme.group) {
+            let (to, at) = (group * self.capacity + self.rows, group * from.capacity + row);
+            self.scales[to] = from.scales[at];
+            self.zeros[to] = from.zeros[at];
+        }
+        self.rows += 1;
     }
 
-    /// The line that holds word `word` of lane `lane`.
-    fn line(&self, lane: usize, word: usize) -> usize {
-        let (panel, words) = (lane / PANEL, self.words());
-        2 * panel * words + word * self.panel_width(panel) + lane % PANEL / 16
+    /// Where a lane's word lies, counted from the plane's first line.
+    fn line_in_plane(&self, plane: Plane, lane: usize, word: usize) -> usize {
+        let panel = lane / PANEL;
+        2 * panel * self.words(plane) + word * self.panel_width(panel) + lane % PANEL / 16
     }
 
-    /// Words of a lane.
-    pub(crate) fn words(&self) -> usize {
+    /// Words of a lane in a plane.
+    pub(crate) fn words(&self, plane: Plane) -> usize {
         let steps = match self.lanes {
             Axis::Tokens => self.columns,
             Axis::Channels => self.capacity,
         };
-        steps.div_ceil(self.scheme.bits.per_word())
+        steps.div_ceil(plane.per_word())
+    }
+
+    /// Lines of a plane.
+    pub(crate) fn plane_lines(&self, plane: Plane) -> usize {
+        self.lane_count().div_ceil(16) * self.words(plane)
     }
 
     /// Lanes that there is room for.
@@ -211,20 +222,23 @@ impl Packed {
         if self.lane_count() - panel * PANEL > 16 { 2 } else { 1 }
     }
 
-    /// Forgets the rows from `rows` on, which along tokens must be a whole number of groups.
+    /// Forgets the rows from `rows` on.
     fn truncate(&mut self, rows: usize) {
         self.rows = rows;
-        let bits = self.scheme.bits;
-        for row in rows..self.capacity {
-            match self.lanes {
-                Axis::Tokens => (0..self.words()).for_each(|word| *self.word_mut(row, word) = 0),
-                Axis::Channels => {
-                    let mask = !(bits.max_code() << (row % bits.per_word() * bits.count()));
-                    for lane in 0..self.columns {
-                        *self.word_mut(lane, row / bits.per_word()) &= mask;
-                    }
+        let mut plane_start = 0;
+        for &plane in self.scheme.bits.planes() {
+            for row in rows..self.capacity {
+                let (lanes, steps) = match self.lanes {
+                    Axis::Tokens => (row..row + 1, 0..self.columns),
+                    Axis::Channels => (0..self.columns, row..row + 1),
+                };
+                for (lane, step) in lanes.flat_map(|l| steps.clone().map(move |s| (l, s))) {
+                    let line = self.line_in_plane(plane, lane, step / plane.per_word());
+                    let shift = step % plane.per_word() * plane.bits;
+                    self.codes[plane_start + line][lane % 16] &= !(plane.mask() << shift);
                 }
             }
+            plane_start += self.plane_lines(plane);
         }
     }
 
@@ -253,13 +267,9 @@ impl Packed {
         if row >= self.rows || column >= self.columns {
             return None;
         }
-        let (lane, step) = match self.lanes {
-            Axis::Tokens => (row, column),
-            Axis::Channels => (column, row),
-        };
-        let bits = self.scheme.bits;
-        let word = self.codes[self.line(lane, step / bits.per_word())].0[lane % 16];
-        Some((word >> (step % bits.per_word() * bits.count()) & bits.max_code()) as u8)
+        let mut codes = vec![0; self.columns];
+        self.unpack_row(row, &mut codes);
+        Some(codes[column])
     }
 
     /// The scale and zero of a row and column's group; `None` outside the matrix.
@@ -289,13 +299,37 @@ impl Packed {
         Ok(())
     }
 
-    pub(crate) fn dequantize_row(&self, row: usize, out: &mut [f32]) {
-        for (column, out) in out.iter_mut().enumerate() {
-            if let (Some(code), Some((scale, zero))) =
-                (self.code(row, column), self.params(row, column))
-            {
-                *out = f32::from(code) * scale.to_f32() + zero.to_f32();
+    /// Writes a row's codes.
+    pub(crate) fn unpack_row(&self, row: usize, codes: &mut [u8]) {
+        codes.fill(0);
+        let mut plane_start = 0;
+        for &plane in self.scheme.bits.planes() {
+            let per_word = plane.per_word();
+            let mut join = |column: usize, word: u32, shift: usize| {
+                codes[column] |= ((word >> shift & plane.mask()) << plane.shift) as u8;
+            };
+            for column in 0..self.columns {
+                let (lane, step) = match self.lanes {
+                    Axis::Tokens => (row, column),
+                    Axis::Channels => (column, row),
+                };
+                let line = plane_start + self.line_in_plane(plane, lane, step / per_word);
+                join(column, self.codes[line][lane % 16], step % per_word * plane.bits);
             }
+            plane_start += self.plane_lines(plane);
+        }
+    }
+
+    pub(crate) fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        let mut codes = vec![0; self.columns];
+        self.unpack_row(row, &mut codes);
+        let group = self.scheme.group;
+        for (column, (out, code)) in out.iter_mut().zip(codes).enumerate() {
+            let at = match self.scheme.along {
+                Axis::Tokens => row / group * self.columns + column,
+                Axis::Channels => column / group * self.capacity + row,
+            };
+            *out = f32::from(code) * self.scales[at].to_f32() + self.zeros[at].to_f32();
         }
     }
 
@@ -303,6 +337,26 @@ impl Packed {
     pub fn bytes(&self) -> (usize, usize) {
         (size_of_val(&*self.codes), size_of_val(&*self.scales) + size_of_val(&*self.zeros))
     }
+}
+
+/// Lines of codes, and numbers of scales, that a matrix needs.
+pub(crate) fn sizes(
+    capacity: usize,
+    columns: usize,
+    scheme: Scheme,
+    lanes: Axis,
+) -> (usize, usize) {
+    let (lane_count, steps) = match lanes {
+        Axis::Tokens => (capacity, columns),
+        Axis::Channels => (columns, capacity),
+    };
+    let words: usize =
+        scheme.bits.planes().iter().map(|plane| steps.div_ceil(plane.per_word())).sum();
+    let params = match scheme.along {
+        Axis::Tokens => capacity.div_ceil(scheme.group) * columns,
+        Axis::Channels => columns.div_ceil(scheme.group) * capacity,
+    };
+    (lane_count.div_ceil(16) * words, params)
 }
 
 /// The error with its row counted from `start` rows earlier.

@@ -1,5 +1,6 @@
 //! Products of vectors with a packed matrix: scales and zeros are folded into the vectors or the sums, codes are never turned back.
 
+use crate::format::Plane;
 use crate::kernel::{self, Panel, Rows};
 use crate::packed::PANEL;
 use crate::{Axis, Packed, vector};
@@ -55,10 +56,10 @@ impl Packed {
             let lanes = 16 * self.panel_width(panel);
             let out = &mut out[panel * PANEL..];
             for (r, &sum) in s.sums[..x.count].iter().enumerate() {
-                out[r * out_stride..][..lanes].iter_mut().for_each(|out| *out += sum);
+                vector::shift(&mut out[r * out_stride..][..lanes], sum);
             }
             let folded = Rows { data: &s.folded, stride: x.steps, ..x };
-            kernel::accumulate(self.panel(panel, 0), folded, out, out_stride);
+            self.panels(panel, 0).for_each(|p| kernel::accumulate(p, folded, out, out_stride));
         }
     }
 
@@ -74,7 +75,8 @@ impl Packed {
                 let lanes = panel * PANEL..width.min((panel + 1) * PANEL);
                 s.sums.clear();
                 s.sums.resize(x.count * PANEL, 0.0);
-                kernel::accumulate(self.panel(panel, first), part, &mut s.sums, PANEL);
+                self.panels(panel, first)
+                    .for_each(|p| kernel::accumulate(p, part, &mut s.sums, PANEL));
                 for r in 0..x.count {
                     let total = vector::sum(&part.data[r * x.stride..][..steps]);
                     vector::scale_and_add(
@@ -89,13 +91,19 @@ impl Packed {
         }
     }
 
-    /// The words of a panel from step `first` on, which begins a word.
-    fn panel(&self, panel: usize, first: usize) -> Panel<'_> {
-        let (words, width) = (self.words(), self.panel_width(panel));
-        let start = 2 * panel * words;
-        let codes = &self.codes[start..start + words * width];
-        let bits = self.scheme.bits;
-        Panel { codes: &codes[first / bits.per_word() * width..], width, bits }
+    /// The words of a panel from step `first` on, which begins a word, plane by plane.
+    fn panels(&self, panel: usize, first: usize) -> impl Iterator<Item = Panel<'_>> {
+        let width = self.panel_width(panel);
+        let mut plane_start = 0;
+        self.scheme.bits.planes().iter().map(move |&plane| {
+            let words = self.words(plane);
+            let start = plane_start + 2 * panel * words;
+            plane_start += self.plane_lines(plane);
+            let Plane { bits, shift } = plane;
+            let codes = &self.codes[start + first / plane.per_word() * width..]
+                [..(words - first / plane.per_word()) * width];
+            Panel { codes, width, bits, unit: (1 << shift) as f32 }
+        })
     }
 
     /// Scales of a group: one for each position on the other axis.

@@ -4,10 +4,11 @@
 //! range / (2^bits - 1), code = round((x - min) / scale) with ties to even. A group whose scale is zero, be it constant or narrower than f16
 //! can divide, has code 0 throughout and gives back its minimum.
 
+use crate::vector::wide;
 use crate::{Axis, Error, Result, Scheme};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 
 /// Quantizes rows of one width; keeps its scratch space from call to call.
 #[derive(Debug, Default)]
@@ -15,7 +16,6 @@ pub struct Quantizer {
     x: Vec<f32>,
     min: Vec<f32>,
     max: Vec<f32>,
-    rounded: Vec<f16>,
     /// One code per number of the rows last given to [`group_rows`](Self::group_rows).
     pub codes: Vec<u8>,
     /// One scale per group of these rows.
@@ -31,69 +31,50 @@ impl Quantizer {
     /// # Errors
     /// [`Error::OutOfRange`] for a group whose range is beyond f16's, rows counted from the first given.
     pub fn group_rows(&mut self, rows: &[f16], columns: usize, scheme: Scheme) -> Result<()> {
-        self.codes.clear();
         self.scales.clear();
         self.zeros.clear();
-        match scheme.along {
-            Axis::Tokens => {
-                self.column_extremes(rows, columns);
-                self.params(scheme, 0, 1)?;
-                for row in rows.chunks_exact(columns) {
-                    self.encode(row, scheme);
-                }
-            }
-            Axis::Channels => {
-                for (r, row) in rows.chunks_exact(columns).enumerate() {
-                    self.row_extremes(row, scheme.group);
-                    self.params(scheme, r, scheme.group)?;
-                    spread(&mut self.min, scheme.group, columns);
-                    spread(&mut self.max, scheme.group, columns);
-                    self.encode(row, scheme);
-                }
-            }
-        }
-        Ok(())
+        self.codes.resize(rows.len(), 0);
+        let mut x = std::mem::take(&mut self.x);
+        x.resize(rows.len(), 0.0);
+        rows.convert_to_f32_slice(&mut x);
+        let done = match scheme.along {
+            Axis::Tokens => self.along_tokens(&x, columns, scheme),
+            Axis::Channels => self.along_channels(&x, columns, scheme),
+        };
+        self.x = x;
+        done
     }
 
-    fn widen(&mut self, row: &[f16]) {
-        self.x.resize(row.len(), 0.0);
-        row.convert_to_f32_slice(&mut self.x);
-    }
-
-    fn column_extremes(&mut self, rows: &[f16], columns: usize) {
+    fn along_tokens(&mut self, x: &[f32], columns: usize, scheme: Scheme) -> Result<()> {
         self.min.clear();
         self.max.clear();
         self.min.resize(columns, f32::INFINITY);
         self.max.resize(columns, f32::NEG_INFINITY);
-        for row in rows.chunks_exact(columns) {
-            self.widen(row);
-            let (x, min, max) = (&self.x, &mut self.min, &mut self.max);
-            Arch::new().dispatch(
-                #[inline(always)]
-                || {
-                    for ((&x, min), max) in x.iter().zip(min).zip(max) {
-                        *min = if x < *min { x } else { *min };
-                        *max = if x > *max { x } else { *max };
-                    }
-                },
-            );
+        x.chunks_exact(columns).for_each(|row| extremes(row, &mut self.min, &mut self.max));
+        self.params(scheme, 0, 1)?;
+        let largest = scheme.bits.max_code() as f32;
+        for (row, codes) in x.chunks_exact(columns).zip(self.codes.chunks_exact_mut(columns)) {
+            encode(row, &self.min, &self.max, largest, codes);
         }
+        Ok(())
     }
 
-    fn row_extremes(&mut self, row: &[f16], group: usize) {
-        self.widen(row);
-        self.min.clear();
-        self.max.clear();
-        let (x, min, max) = (&self.x, &mut self.min, &mut self.max);
-        Arch::new().dispatch(
-            #[inline(always)]
-            || {
-                for group in x.chunks(group) {
-                    min.push(fold(group, f32::INFINITY, |a, b| if b < a { b } else { a }));
-                    max.push(fold(group, f32::NEG_INFINITY, |a, b| if b > a { b } else { a }));
-                }
-            },
-        );
+    fn along_channels(&mut self, x: &[f32], columns: usize, scheme: Scheme) -> Result<()> {
+        let largest = scheme.bits.max_code() as f32;
+        for (r, row) in x.chunks_exact(columns).enumerate() {
+            self.min.clear();
+            self.max.clear();
+            for group in row.chunks(scheme.group) {
+                self.min.push(least(group));
+                self.max.push(crate::vector::max(group));
+            }
+            self.params(scheme, r, scheme.group)?;
+            spread(&mut self.min, scheme.group, columns);
+            spread(&mut self.max, scheme.group, columns);
+            let codes = &mut self.codes[r * columns..][..columns];
+            encode(row, &self.min, &self.max, largest, codes);
+        }
+        Ok(())
     }
 
     /// From extremes to parameters: appends scales and zeros; leaves zeros in `min` and divisors in `max`.
@@ -111,33 +92,43 @@ impl Quantizer {
         }
         Ok(())
     }
+}
 
-    /// Appends the codes of a row, whose zeros lie in `min` and divisors in `max`, one per column.
-    fn encode(&mut self, row: &[f16], scheme: Scheme) {
-        self.widen(row);
-        self.rounded.resize(row.len(), f16::ZERO);
-        let (x, zero, divisor) = (&mut self.x, &self.min, &self.max);
-        let arch = Arch::new();
-        arch.dispatch(
-            #[inline(always)]
-            || x.iter_mut().zip(zero).for_each(|(x, zero)| *x -= zero),
-        );
-        self.rounded.convert_from_f32_slice(x);
-        self.rounded.convert_to_f32_slice(x);
-        arch.dispatch(
-            #[inline(always)]
-            || x.iter_mut().zip(divisor).for_each(|(x, divisor)| *x /= divisor),
-        );
-        self.rounded.convert_from_f32_slice(x);
-        self.rounded.convert_to_f32_slice(x);
-        let start = self.codes.len();
-        self.codes.resize(start + row.len(), 0);
-        let (codes, largest) = (&mut self.codes[start..], scheme.bits.max_code() as f32);
-        arch.dispatch(
-            #[inline(always)]
-            || codes.iter_mut().zip(x).for_each(|(code, x)| *code = round(*x, largest)),
-        );
+wide! {
+    /// Takes a row into its columns' least and largest numbers so far.
+    fn extremes(x: &'a [f32], min: &'a mut [f32], max: &'a mut [f32]) -> () {
+        for ((&x, min), max) in x.iter().zip(min).zip(max) {
+            *min = if x < *min { x } else { *min };
+            *max = if x > *max { x } else { *max };
+        }
     }
+}
+
+wide! {
+    /// The least of `x`.
+    fn least(x: &'a [f32]) -> f32 {
+        crate::vector::lanes(x, f32::INFINITY, |a, b| if b < a { b } else { a })
+    }
+}
+
+wide! {
+    /// The codes of a row, with one zero and one divisor per column.
+    fn encode(x: &'a [f32], zeros: &'a [f32], divisors: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
+        for (((code, x), zero), divisor) in codes.iter_mut().zip(x).zip(zeros).zip(divisors) {
+            *code = round(as_f16(as_f16(x - zero) / divisor), largest);
+        }
+    }
+}
+
+/// To the nearest number that f16 can hold, ties to even, for numbers from 0 to f16's largest.
+#[inline(always)]
+fn as_f16(x: f32) -> f32 {
+    const LEAST_NORMAL: f32 = 6.103_515_6e-5; // 2^-14
+    // Adding 0.5 to a smaller number leaves it 2^-24, f16's smallest, as its last place.
+    let small = (x + 0.5) - 0.5;
+    let bits = x.to_bits();
+    let normal = f32::from_bits((bits + 0xfff + (bits >> 13 & 1)) & !0x1fff);
+    if x < LEAST_NORMAL { small } else { normal }
 }
 
 /// To the nearest whole number from 0 to `largest`, ties to even.
@@ -149,20 +140,6 @@ fn round(x: f32, largest: f32) -> u8 {
     (x + MAGIC).to_bits() as u8
 }
 
-/// Folds with 16 independent accumulators, which vectors can follow; `op` is associative and commutative.
-#[inline(always)]
-fn fold(x: &[f32], start: f32, op: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
-    let mut acc = [start; 16];
-    let chunks = x.chunks_exact(16);
-    let tail = chunks.remainder().iter().copied().fold(start, op);
-    for chunk in chunks {
-        for (a, &x) in acc.iter_mut().zip(chunk) {
-            *a = op(*a, x);
-        }
-    }
-    acc.into_iter().fold(tail, op)
-}
-
 /// From one number per group to one per column.
 fn spread(x: &mut Vec<f32>, group: usize, columns: usize) {
     let groups = x.len();
@@ -170,5 +147,25 @@ fn spread(x: &mut Vec<f32>, group: usize, columns: usize) {
     for g in (0..groups).rev() {
         let value = x[g];
         x[g * group..columns.min((g + 1) * group)].fill(value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn f16_rounding_is_that_of_half() {
+        let odd = 1013; // a step through all bit patterns
+        for bits in (0..=65504f32.to_bits()).step_by(odd) {
+            let x = f32::from_bits(bits);
+            assert_eq!(as_f16(x), f16::from_f32(x).to_f32(), "{x:e}");
+        }
+        // Ties, among normal numbers and below.
+        for x in
+            [1.0 + 2f32.powi(-11), 1.0 + 3.0 * 2f32.powi(-11), 2f32.powi(-25), 3.0 * 2f32.powi(-25)]
+        {
+            assert_eq!(as_f16(x), f16::from_f32(x).to_f32(), "{x:e}");
+        }
     }
 }

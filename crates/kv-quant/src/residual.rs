@@ -4,7 +4,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 /// Rows that room is made for at a time.
-const STEP: usize = 32;
+const STEP: usize = 8;
 
 /// A first-in, first-out queue of rows, in f16.
 #[derive(Debug, Clone)]

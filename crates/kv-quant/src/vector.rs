@@ -1,89 +1,103 @@
 //! Loops over slices, written once and compiled for the widest instructions that the machine has.
 
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 
-/// `folded = x * scales`; returns `x · zeros`.
-pub fn fold(x: &[f32], scales: &[f32], zeros: &[f32], folded: &mut [f32]) -> f32 {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            for ((f, x), scale) in folded.iter_mut().zip(x).zip(scales) {
-                *f = x * scale;
+/// Defines a function whose body is compiled once for each instruction set, and run with the widest that the machine has. Only what is
+/// inlined into `with_simd` of a struct is; the body of a closure would be compiled for the oldest processors alone.
+macro_rules! wide {
+    ($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*) -> $out:ty $body:block) => {
+        $(#[$doc])*
+        pub fn $name<'a>($($arg: $type),*) -> $out {
+            struct Loop<'a>($($type),*);
+            impl<'a> WithSimd for Loop<'a> {
+                type Output = $out;
+
+                #[inline(always)]
+                fn with_simd<S: Simd>(self, _: S) -> $out {
+                    let Self($($arg),*) = self;
+                    $body
+                }
             }
-            dot_lanes(x, zeros)
-        },
-    )
+            Arch::new().dispatch(Loop($($arg),*))
+        }
+    };
+}
+pub(crate) use wide;
+
+wide! {
+    /// `folded = x * scales`; returns `x · zeros`.
+    fn fold(x: &'a [f32], scales: &'a [f32], zeros: &'a [f32], folded: &'a mut [f32]) -> f32 {
+        for ((f, x), scale) in folded.iter_mut().zip(x).zip(scales) {
+            *f = x * scale;
+        }
+        dot_lanes(x, zeros)
+    }
 }
 
-/// `out += sums * scales + total * zeros`.
-pub fn scale_and_add(sums: &[f32], scales: &[f32], zeros: &[f32], total: f32, out: &mut [f32]) {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            for (((out, sum), scale), zero) in out.iter_mut().zip(sums).zip(scales).zip(zeros) {
-                *out += sum * scale + total * zero;
-            }
-        },
-    );
+wide! {
+    /// `out += sums * scales + total * zeros`.
+    fn scale_and_add(sums: &'a [f32], scales: &'a [f32], zeros: &'a [f32], total: f32, out: &'a mut [f32]) -> () {
+        for (((out, sum), scale), zero) in out.iter_mut().zip(sums).zip(scales).zip(zeros) {
+            *out += sum * scale + total * zero;
+        }
+    }
 }
 
-/// `a · b`.
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || dot_lanes(a, b),
-    )
+wide! {
+    /// `a · b`.
+    fn dot(a: &'a [f32], b: &'a [f32]) -> f32 {
+        dot_lanes(a, b)
+    }
 }
 
-/// `out += weight * x`.
-pub fn add_scaled(weight: f32, x: &[f32], out: &mut [f32]) {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || out.iter_mut().zip(x).for_each(|(out, x)| *out += weight * x),
-    );
+wide! {
+    /// `out += weight * x`.
+    fn add_scaled(weight: f32, x: &'a [f32], out: &'a mut [f32]) -> () {
+        out.iter_mut().zip(x).for_each(|(out, x)| *out += weight * x);
+    }
 }
 
-/// `out += x`.
-pub fn add(x: &[f32], out: &mut [f32]) {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || out.iter_mut().zip(x).for_each(|(out, x)| *out += x),
-    );
+wide! {
+    /// `out += x`.
+    fn add(x: &'a [f32], out: &'a mut [f32]) -> () {
+        out.iter_mut().zip(x).for_each(|(out, x)| *out += x);
+    }
 }
 
-/// Multiplies each of `x` by `factor`.
-pub fn scale(x: &mut [f32], factor: f32) {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || x.iter_mut().for_each(|x| *x *= factor),
-    );
+wide! {
+    /// Adds a number to each of `out`.
+    fn shift(out: &'a mut [f32], by: f32) -> () {
+        out.iter_mut().for_each(|out| *out += by);
+    }
 }
 
-/// The sum of `x`.
-pub fn sum(x: &[f32]) -> f32 {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || lanes(x, 0.0, |a, b| a + b),
-    )
+wide! {
+    /// Multiplies each of `x` by `factor`.
+    fn scale(x: &'a mut [f32], factor: f32) -> () {
+        x.iter_mut().for_each(|x| *x *= factor);
+    }
 }
 
-/// The largest of `x`; -inf if there is none.
-pub fn max(x: &[f32]) -> f32 {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || lanes(x, f32::NEG_INFINITY, |a, b| if b > a { b } else { a }),
-    )
+wide! {
+    /// The sum of `x`.
+    fn sum(x: &'a [f32]) -> f32 {
+        lanes(x, 0.0, |a, b| a + b)
+    }
 }
 
-/// Replaces each x by `exp(x - shift)` and returns their sum.
-pub fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            x.iter_mut().for_each(|x| *x = exp(*x - shift));
-            lanes(x, 0.0, |a, b| a + b)
-        },
-    )
+wide! {
+    /// The largest of `x`; -inf if there is none.
+    fn max(x: &'a [f32]) -> f32 {
+        lanes(x, f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
+    }
+}
+
+wide! {
+    /// Replaces each x by `exp(x - shift)` and returns their sum.
+    fn exp_sum(x: &'a mut [f32], shift: f32) -> f32 {
+        x.iter_mut().for_each(|x| *x = exp(*x - shift));
+        lanes(x, 0.0, |a, b| a + b)
+    }
 }
 
 #[inline(always)]
@@ -102,7 +116,7 @@ fn dot_lanes(a: &[f32], b: &[f32]) -> f32 {
 /// Folds with 32 independent accumulators: the compiler may not reorder float operations, so the order is made one that
 /// vectors can follow.
 #[inline(always)]
-fn lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
+pub fn lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
     let mut acc = [start; 32];
     let chunks = x.chunks_exact(32);
     let tail = chunks.remainder().iter().copied().fold(start, fold);

@@ -2,7 +2,7 @@
 #![cfg(feature = "candle")]
 
 use candle_core::{DType, Device, Tensor};
-use kv_quant::{Bits, Format, QuantCache, QuantStore};
+use kv_quant::{Axis, Bits, Flush, Format, QuantCache, QuantStore, Scheme};
 use longctx_core::{
     AttentionShape, DenseCache, KvCache, KvStore, Partial, Rope, RopeScaling, Selection, Step,
     Visible, attention,
@@ -10,7 +10,7 @@ use longctx_core::{
 
 fn formats() -> Vec<Format> {
     let mut formats = Vec::new();
-    for bits in [Bits::Two, Bits::Four, Bits::Eight] {
+    for bits in [Bits::Two, Bits::Three, Bits::Four, Bits::Eight] {
         formats.push(Format::kivi(bits, bits, 32, 128).unwrap());
         formats.push(Format::flexgen(bits, bits, 32).unwrap());
     }
@@ -153,4 +153,32 @@ fn numbers_that_cannot_be_packed_are_named() {
     let k = Tensor::from_vec(data, (1, 1, 3, 4), &Device::Cpu).unwrap();
     let message = store.append(&k, &k).unwrap_err().to_string();
     assert!(message.contains("NaN at token 1, channel 2"), "{message}");
+}
+
+#[test]
+fn holes_are_closed_where_tokens_are_packed_one_by_one() {
+    let shape = AttentionShape::new(2, 1, 64).unwrap();
+    let one_by_one = Scheme::new(Bits::Four, Axis::Channels, 32).unwrap();
+    for flush in [Flush::Immediate, Flush::Together, Flush::Staggered(64)] {
+        let format = Format::new(one_by_one, one_by_one, flush).unwrap();
+        let mut store = QuantStore::new(shape, format).unwrap();
+        for tokens in [500, 100] {
+            store.append(&random(1, tokens, 64), &random(1, tokens, 64)).unwrap();
+        }
+        let before = (store.footprint().total(), store.read(0, 0).unwrap());
+        // Every fifth entry: each chunk keeps some.
+        let keep: Vec<u32> = (0..600).filter(|e| e % 5 == 2).collect();
+        store.retain(&Selection::uniform(2, keep.clone())).unwrap();
+        let rows = Tensor::new(keep.as_slice(), &Device::Cpu).unwrap();
+        let (k, v) = store.read(0, 0).unwrap();
+        assert_eq!(relative(&k, &before.1.0.index_select(&rows, 0).unwrap()), 0.0);
+        assert_eq!(relative(&v, &before.1.1.index_select(&rows, 0).unwrap()), 0.0);
+        assert!(store.footprint().total() * 3 < before.0, "{flush:?}: {}", store.footprint());
+        // What comes later finds its place.
+        store.append(&random(1, 77, 64), &random(1, 77, 64)).unwrap();
+        let q = random(2, 1, 64);
+        let (got, want) =
+            (store.attend(&q, Visible::All).unwrap(), reference(&store, &q, Visible::All));
+        assert!(relative(&got.out, &want.out) < 1e-3, "{flush:?}");
+    }
 }

@@ -4,14 +4,13 @@ use super::{Panel, Rows};
 
 /// As [`accumulate`](super::accumulate).
 pub fn accumulate(panel: Panel<'_>, x: Rows<'_>, out: &mut [f32], out_stride: usize) {
-    let (bits, mask) = (panel.bits.count(), panel.bits.max_code());
-    let per_word = panel.bits.per_word();
+    let (mask, per_word) = ((1u32 << panel.bits) - 1, 32 / panel.bits);
     for (i, line) in panel.codes.iter().enumerate() {
         let (word, half) = (i / panel.width, i % panel.width);
         let first = word * per_word;
         for step in first..x.steps.min(first + per_word) {
-            let shift = (step - first) * bits;
-            let codes = line.0.map(|word| (word >> shift & mask) as i32 as f32);
+            let shift = (step - first) * panel.bits;
+            let codes = line.map(|word| (word >> shift & mask) as i32 as f32 * panel.unit);
             for r in 0..x.count {
                 let weight = x.data[r * x.stride + step];
                 let sums = &mut out[r * out_stride + 16 * half..][..16];

@@ -1,0 +1,79 @@
+//! The kernel with AVX2 and FMA: a line is two registers.
+
+use super::{Kernel, Panel, Rows};
+use std::arch::x86_64::{
+    __m256i, _mm256_and_si256, _mm256_cvtepi32_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_srlv_epi32,
+    _mm256_storeu_ps,
+};
+
+/// The kernel, if this machine has what it needs.
+pub fn kernel() -> Option<Kernel> {
+    let has =
+        std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma");
+    has.then_some(accumulate)
+}
+
+fn accumulate(panel: Panel<'_>, x: Rows<'_>, out: &mut [f32], out_stride: usize) {
+    for half in 0..panel.width {
+        in_blocks!(x, 4, |first| rows(panel, half, x, first, &mut *out, out_stride));
+    }
+}
+
+/// `R` rows against the `half`-th line of each word.
+///
+/// # Safety
+/// AVX2, FMA, and what [`run`](super::run) checks; `half` is below the panel's width, rows `first` to `first + R` are among `x.count`.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn rows<const R: usize>(
+    panel: Panel<'_>,
+    half: usize,
+    x: Rows<'_>,
+    first: usize,
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    let per_word = 32 / panel.bits;
+    let mask = _mm256_set1_epi32((1 << panel.bits) - 1);
+    let mut sums = [[_mm256_setzero_ps(); 2]; R];
+    let x_first = x.data[first * x.stride..].as_ptr();
+    for (word, line) in panel.codes.iter().skip(half).step_by(panel.width).enumerate() {
+        let start = word * per_word;
+        if start >= x.steps {
+            break;
+        }
+        // SAFETY: a line holds 16 words, two registers.
+        let mut words: [__m256i; 2] = unsafe {
+            [
+                _mm256_loadu_si256(line[..8].as_ptr().cast()),
+                _mm256_loadu_si256(line[8..].as_ptr().cast()),
+            ]
+        };
+        let shift = _mm256_set1_epi32(panel.bits as i32);
+        for step in start..x.steps.min(start + per_word) {
+            let mut codes = [_mm256_setzero_ps(); 2];
+            for (code, word) in codes.iter_mut().zip(&mut words) {
+                *code = _mm256_cvtepi32_ps(_mm256_and_si256(*word, mask));
+                *word = _mm256_srlv_epi32(*word, shift);
+            }
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: row first + r < x.count and step < x.steps lie in `x.data`.
+                let weight = _mm256_set1_ps(unsafe { *x_first.add(r * x.stride + step) });
+                for (sum, code) in sums.iter_mut().zip(codes) {
+                    *sum = _mm256_fmadd_ps(weight, code, *sum);
+                }
+            }
+        }
+    }
+    let unit = _mm256_set1_ps(panel.unit);
+    for (r, sums) in sums.iter().enumerate() {
+        let out = &mut out[(first + r) * out_stride + 16 * half..][..16];
+        for (&sum, out) in sums.iter().zip(out.chunks_exact_mut(8)) {
+            // SAFETY: `out` holds 8 numbers.
+            unsafe {
+                let before = _mm256_loadu_ps(out.as_ptr());
+                _mm256_storeu_ps(out.as_mut_ptr(), _mm256_fmadd_ps(sum, unit, before));
+            }
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! The kernel with AVX-512: a line is one register. Codes of 4 bits and fewer become floats by one permutation of a table of 16.
+
+use super::{Kernel, Panel, Rows};
+use std::arch::x86_64::{
+    __m512, __m512i, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_permutexvar_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srlv_epi32, _mm512_storeu_ps,
+};
+
+/// The kernel, if this machine has what it needs.
+pub fn kernel() -> Option<Kernel> {
+    std::arch::is_x86_feature_detected!("avx512f").then_some(accumulate)
+}
+
+fn accumulate(panel: Panel<'_>, x: Rows<'_>, out: &mut [f32], out_stride: usize) {
+    in_blocks!(x, 8, |first| by_format(panel, x, first, out, out_stride));
+}
+
+/// # Safety
+/// AVX-512F, and what [`run`](super::run) checks; rows `first` to `first + R` are among `x.count`.
+unsafe fn by_format<const R: usize>(
+    panel: Panel<'_>,
+    x: Rows<'_>,
+    first: usize,
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    // SAFETY: as this function's.
+    unsafe {
+        match (panel.bits, panel.width) {
+            (1, 1) => rows::<R, 1, 1>(panel, x, first, out, out_stride),
+            (1, _) => rows::<R, 2, 1>(panel, x, first, out, out_stride),
+            (2, 1) => rows::<R, 1, 2>(panel, x, first, out, out_stride),
+            (2, _) => rows::<R, 2, 2>(panel, x, first, out, out_stride),
+            (4, 1) => rows::<R, 1, 4>(panel, x, first, out, out_stride),
+            (4, _) => rows::<R, 2, 4>(panel, x, first, out, out_stride),
+            (_, 1) => rows::<R, 1, 8>(panel, x, first, out, out_stride),
+            (_, _) => rows::<R, 2, 8>(panel, x, first, out, out_stride),
+        }
+    }
+}
+
+/// `R` rows against a panel of `W` lines of `B`-bit codes.
+///
+/// # Safety
+/// As [`by_format`], and `W` and `B` are the panel's.
+#[target_feature(enable = "avx512f")]
+unsafe fn rows<const R: usize, const W: usize, const B: usize>(
+    panel: Panel<'_>,
+    x: Rows<'_>,
+    first: usize,
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    // A code indexes the table with its four lowest bits; what lies above the code's own is the next code's, so the table repeats.
+    let table: [f32; 16] = std::array::from_fn(|i| (i % (1 << B.min(4))) as f32 * panel.unit);
+    // SAFETY: the table has 16 numbers.
+    let table = unsafe { _mm512_loadu_ps(table.as_ptr()) };
+    let mut sums = [[_mm512_setzero_ps(); W]; R];
+    let x_first = x.data[first * x.stride..].as_ptr();
+    for (word, lines) in panel.codes.chunks_exact(W).enumerate() {
+        let start = word * (32 / B);
+        if start >= x.steps {
+            break;
+        }
+        let mut words = [_mm512_setzero_si512(); W];
+        for (words, line) in words.iter_mut().zip(lines) {
+            // SAFETY: a line is 64 bytes.
+            *words = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
+        }
+        for i in 0..(32 / B).min(x.steps - start) {
+            let mut codes = [_mm512_setzero_ps(); W];
+            for (codes, &words) in codes.iter_mut().zip(&words) {
+                *codes = decode::<B>(words, i, table);
+            }
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: row first + r < x.count and step start + i < x.steps lie in `x.data`.
+                let weight = unsafe { *x_first.add(r * x.stride + start + i) };
+                for (sum, code) in sums.iter_mut().zip(codes) {
+                    *sum = _mm512_fmadd_ps(_mm512_set1_ps(weight), code, *sum);
+                }
+            }
+        }
+    }
+    for (r, sums) in sums.iter().enumerate() {
+        let out = &mut out[(first + r) * out_stride..][..16 * W];
+        for (&sum, out) in sums.iter().zip(out.chunks_exact_mut(16)) {
+            let unit = _mm512_set1_ps(if B == 8 { panel.unit } else { 1.0 });
+            // SAFETY: `out` holds 16 numbers.
+            unsafe {
+                let before = _mm512_loadu_ps(out.as_ptr());
+                let after = _mm512_fmadd_ps(sum, unit, before);
+                _mm512_storeu_ps(out.as_mut_ptr(), after);
+            }
+        }
+    }
+}
+
+/// The `i`-th code of each word, as a float.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn decode<const B: usize>(line: __m512i, i: usize, table: __m512) -> __m512 {
+    let code = _mm512_srlv_epi32(line, _mm512_set1_epi32((i * B) as i32));
+    if B == 8 {
+        _mm512_cvtepi32_ps(_mm512_and_si512(code, _mm512_set1_epi32(0xff)))
+    } else {
+        _mm512_permutexvar_ps(code, table)
+    }
+}
