@@ -4,14 +4,17 @@
 mod budget;
 mod cache;
 mod group;
+mod inf_llm;
 mod ledger;
 mod policy;
+mod rows;
 mod streaming_llm;
 mod wrapper;
 
 pub use budget::Budget;
 pub use cache::{PolicyCache, Prefill};
 pub use group::Group;
+pub use inf_llm::{InfLlm, InfLlmSettings};
 pub use policy::{
     duo_attention::DuoAttention, expected_attention::ExpectedAttention, finch::Finch, h2o::H2o,
     k_norm::KNorm, key_diff::KeyDiff, lag_kv::LagKv, random::Random, recent::Recent,
