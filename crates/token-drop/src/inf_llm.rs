@@ -12,7 +12,7 @@ use longctx_core::{
 use memory::Memory;
 pub use settings::InfLlmSettings;
 
-/// Entries by which the window's buffer may outgrow the window before it is cut.
+/// Decoded tokens by which the window's buffer may outgrow the window before it is cut.
 const OVERHANG: usize = 256;
 
 /// Nothing is dropped: queries see the first tokens, a local window, and a few blocks of the past that are fetched for them.
@@ -193,7 +193,7 @@ impl<T: Element> State<T> {
         let window = self.pages(&self.window);
         let mass = attention::mass_pages(&q, &whole.lse, &window, &near, Visible::Causal)?;
         self.note(&mass);
-        self.settle(step.shape);
+        self.settle(step.shape, if tokens > 1 { 0 } else { OVERHANG });
         Ok(whole)
     }
 
@@ -279,8 +279,8 @@ impl<T: Element> State<T> {
         }
     }
 
-    /// Fills the first tokens and then blocks from the remainder, and cuts the window's buffer.
-    fn settle(&mut self, shape: &AttentionShape) {
+    /// Fills the first tokens and then blocks from the remainder, and cuts the window's buffer if it is longer by more than `overhang`.
+    fn settle(&mut self, shape: &AttentionShape, overhang: usize) {
         let wanted = (self.sizes.init - self.init.len()).min(self.remainder.len());
         if wanted > 0 {
             self.init.join(self.remainder.take_front(wanted));
@@ -292,9 +292,10 @@ impl<T: Element> State<T> {
             self.drop_scores(self.sizes.block);
         }
         let surplus = self.window.len().saturating_sub(self.sizes.local);
-        if surplus > OVERHANG {
+        if surplus > overhang {
             self.window.take_front(surplus);
             self.window_start += surplus;
+            self.window.shrink();
         }
     }
 

@@ -7,6 +7,7 @@ mod group;
 mod inf_llm;
 mod ledger;
 mod policy;
+mod quest;
 mod rows;
 mod streaming_llm;
 mod wrapper;
@@ -20,5 +21,6 @@ pub use policy::{
     k_norm::KNorm, key_diff::KeyDiff, lag_kv::LagKv, random::Random, recent::Recent,
     snap_kv::SnapKv, tova::Tova,
 };
+pub use quest::Quest;
 pub use streaming_llm::StreamingLlm;
 pub use wrapper::{ada_kv::AdaKv, chunk_kv::ChunkKv, pyramid_kv::PyramidKv, rerotated::Rerotated};

@@ -22,6 +22,10 @@ impl<T: Element> Rows<T> {
         self.keys.len()
     }
 
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
     pub fn len(&self) -> usize {
         self.keys.first().map_or(0, |keys| keys.len() / self.head_dim)
     }
@@ -43,6 +47,11 @@ impl<T: Element> Rows<T> {
             keys: front(&mut self.keys),
             values: front(&mut self.values),
         }
+    }
+
+    /// Gives back what is allocated beyond the entries.
+    pub fn shrink(&mut self) {
+        self.keys.iter_mut().chain(&mut self.values).for_each(Vec::shrink_to_fit);
     }
 
     /// Moves the first `count` heads out.
