@@ -5,10 +5,13 @@
 
 use std::ops::Range;
 
+use crate::hadamard::hadamard;
 use crate::head::Head;
 use crate::kernel::Rows;
+use crate::packed::PANEL;
 use crate::product::Scratch;
-use crate::{Error, Result, vector};
+use crate::rotary::{Place, Turned};
+use crate::{Error, KeyBasis, Result, vector};
 use rayon::prelude::*;
 
 /// Slots of a block; a multiple of every chunk's size.
@@ -131,6 +134,7 @@ struct Buffers {
     q: Vec<f32>,
     scores: Vec<f32>,
     row: Vec<f32>,
+    turned: Turned,
     scratch: Scratch,
 }
 
@@ -193,7 +197,7 @@ impl<'a, V: Fn(usize, usize) -> Range<usize> + Sync> Call<'a, V> {
         let rows = self.group * item.queries.len();
         let mut tile = Tile::new(rows, self.head_dim);
         let seen = self.seen(item.head, &item.queries);
-        self.gather_queries(item.head, &item.queries, &mut buffers.q);
+        self.gather_queries(item.head, &item.queries, buffers);
         for slots in blocks(item.slots.clone(), BLOCK) {
             self.score(head, &seen, &slots, buffers);
             tile.soften(&mut buffers.scores, slots.len());
@@ -213,7 +217,7 @@ impl<'a, V: Fn(usize, usize) -> Range<usize> + Sync> Call<'a, V> {
         let mut sums = vec![vec![0.0; part.len()]; self.group];
         for queries in self.query_blocks() {
             let seen = self.seen(head, &queries);
-            self.gather_queries(head, &queries, &mut buffers.q);
+            self.gather_queries(head, &queries, buffers);
             for slots in blocks(part.clone(), BLOCK) {
                 self.score(kv_head, &seen, &slots, buffers);
                 for (row, scores) in buffers.scores.chunks_exact_mut(BLOCK).enumerate() {
@@ -241,15 +245,20 @@ impl<'a, V: Fn(usize, usize) -> Range<usize> + Sync> Call<'a, V> {
         queries.clone().map(|query| kv_head.slot_range(&(self.visible)(head, query))).collect()
     }
 
-    /// The queries of a kv head's group, scaled: row `g * queries.len() + i` is query i of the g-th head.
-    fn gather_queries(&self, head: usize, queries: &Range<usize>, out: &mut Vec<f32>) {
+    /// The queries of a kv head's group, scaled and in the keys' basis: row `g * queries.len() + i` is query i of the g-th head.
+    fn gather_queries(&self, head: usize, queries: &Range<usize>, buffers: &mut Buffers) {
         let d = self.head_dim;
+        let out = &mut buffers.q;
         out.clear();
+        buffers.turned.clear();
         for g in 0..self.group {
             let start = ((head * self.group + g) * self.q.tokens + queries.start) * d;
             out.extend_from_slice(&self.q.data[start..start + queries.len() * d]);
         }
         vector::scale(out, self.q.scale);
+        if self.kv_heads[head].format().basis() == KeyBasis::Hadamard {
+            hadamard(out, d);
+        }
     }
 
     /// Scores of all rows against a block of slots, rows `BLOCK` apart; -inf where a row sees no entry.
@@ -260,18 +269,30 @@ impl<'a, V: Fn(usize, usize) -> Range<usize> + Sync> Call<'a, V> {
         slots: &Range<usize>,
         buffers: &mut Buffers,
     ) {
-        let Buffers { q, scores, row, scratch } = buffers;
+        let Buffers { q, scores, row, turned, scratch } = buffers;
         let d = self.head_dim;
         let rows = q.len() / d;
         scores.clear();
         scores.resize(rows * BLOCK, 0.0);
         let x = Rows { data: q, stride: d, count: rows, steps: d };
         for (first, chunk) in chunks(&head.keys, head.format().chunk(), slots) {
-            chunk.accumulate(x, &mut scores[first - slots.start..], BLOCK, scratch);
+            let out = &mut scores[first - slots.start..];
+            match head.rotary() {
+                Some(rotary) => {
+                    let place = Place { rotary, token: first, turned };
+                    chunk.accumulate_rotated(q, place, out, BLOCK, scratch);
+                }
+                None => chunk.accumulate(x, out, BLOCK, scratch),
+            }
         }
         row.resize(d, 0.0);
         for slot in slots.start.max(head.packed_keys())..slots.end {
             head.new_keys.widen(slot - head.packed_keys(), row);
+            let mut q = q.as_slice();
+            if let Some(rotary) = head.rotary() {
+                rotary.rotate_row(row, slot % PANEL);
+                q = turned.turn(q, d, rotary, slot - slot % PANEL);
+            }
             for (q, scores) in q.chunks_exact(d).zip(scores.chunks_exact_mut(BLOCK)) {
                 scores[slot - slots.start] = vector::dot(q, row);
             }

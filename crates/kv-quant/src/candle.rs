@@ -1,9 +1,15 @@
 //! The packed heads behind longctx-core's traits, on candle tensors.
 
 mod cache;
+mod dequant;
+#[cfg(feature = "save")]
+mod file;
 mod store;
 
-pub use cache::QuantCache;
+pub use cache::{Order, QuantCache};
+pub use dequant::DequantCache;
+#[cfg(feature = "save")]
+pub use file::{load_caches, save_caches};
 pub use store::QuantStore;
 
 impl From<crate::Error> for longctx_core::Error {
@@ -26,6 +32,8 @@ impl From<crate::Error> for longctx_core::Error {
                 expected: "a number within f16's range of ±65504".into(),
                 got: value.to_string(),
             },
+            #[cfg(feature = "save")]
+            E::File { path, reason } => Self::File { path, reason },
         }
     }
 }

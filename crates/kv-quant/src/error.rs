@@ -47,9 +47,23 @@ pub enum Error {
         /// The channel.
         column: usize,
     },
+    /// A file that can't be read or written, or does not hold what it should.
+    #[cfg(feature = "save")]
+    #[error("{}: {reason}", path.display())]
+    File {
+        /// The file; empty for bytes.
+        path: std::path::PathBuf,
+        /// Why it can't be used.
+        reason: String,
+    },
 }
 
 impl Error {
+    #[cfg(feature = "save")]
+    pub(crate) fn file(path: impl Into<std::path::PathBuf>, reason: impl ToString) -> Self {
+        Self::File { path: path.into(), reason: reason.to_string() }
+    }
+
     pub(crate) fn setting(name: &'static str, expected: impl ToString, got: impl ToString) -> Self {
         Self::Setting { name, expected: expected.to_string(), got: got.to_string() }
     }

@@ -118,12 +118,26 @@ pub enum Flush {
     Never,
 }
 
+/// What keys are turned into before they are packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum KeyBasis {
+    /// Nothing: they are packed as they come.
+    #[default]
+    Given,
+    /// Their Walsh-Hadamard transform, which spreads a channel's outliers over all channels (QuaRot, arXiv 2404.00456). Queries are transformed
+    /// too, so that scores stay the same.
+    Hadamard,
+    /// They come as they are before the rotary embedding, and are rotated while they are scored (KVQuant, arXiv 2401.18079).
+    BeforeRope,
+}
+
 /// How a kv head is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Format {
     keys: Scheme,
     values: Scheme,
     flush: Flush,
+    basis: KeyBasis,
 }
 
 impl Format {
@@ -142,7 +156,7 @@ impl Format {
             let expected = "a flush in whole groups for keys that are quantized along tokens";
             return Err(Error::setting("flush", expected, "an immediate one"));
         }
-        let format = Self { keys, values, flush };
+        let format = Self { keys, values, flush, basis: KeyBasis::Given };
         if let Flush::Staggered(residual) = flush
             && (residual == 0 || !residual.is_multiple_of(format.chunk()))
         {
@@ -179,7 +193,17 @@ impl Format {
     /// Everything in f16: what sinks lie in, and what others are compared with.
     pub fn f16() -> Self {
         let scheme = Scheme { bits: Bits::Eight, along: Axis::Channels, group: 32 };
-        Self { keys: scheme, values: scheme, flush: Flush::Never }
+        Self { keys: scheme, values: scheme, flush: Flush::Never, basis: KeyBasis::Given }
+    }
+
+    /// The same with keys packed in another basis.
+    pub fn with_basis(self, basis: KeyBasis) -> Self {
+        Self { basis, ..self }
+    }
+
+    /// What keys are turned into before they are packed.
+    pub fn basis(&self) -> KeyBasis {
+        self.basis
     }
 
     /// The keys' scheme.

@@ -1,11 +1,14 @@
 //! One kv head's keys and values: packed chunks, and the newest tokens in full precision.
 
 use std::ops::Range;
+use std::sync::Arc;
 
+use crate::hadamard::hadamard;
 use crate::number::{Number, to_f16};
 use crate::quantize::Quantizer;
 use crate::residual::Residual;
-use crate::{Axis, Error, Format, Packed, Result};
+use crate::rotary::Rotary;
+use crate::{Axis, Error, Format, KeyBasis, Packed, Result};
 
 /// One kv head's keys and values.
 ///
@@ -15,6 +18,7 @@ use crate::{Axis, Error, Format, Packed, Result};
 pub struct Head {
     format: Format,
     head_dim: usize,
+    rotary: Option<Arc<Rotary>>,
     pub(crate) keys: Vec<Packed>,
     pub(crate) values: Vec<Packed>,
     /// Keys packed, holes included; the rest is in `new_keys`.
@@ -46,14 +50,37 @@ impl Head {
     /// An empty head of `head_dim` channels.
     ///
     /// # Errors
-    /// [`Error::Setting`] if `head_dim` is zero.
+    /// [`Error::Setting`] if `head_dim` is zero, or the format has keys [before RoPE](KeyBasis::BeforeRope).
     pub fn new(head_dim: usize, format: Format) -> Result<Self> {
+        if format.basis() == KeyBasis::BeforeRope {
+            let expected = "a rotary embedding for keys before RoPE (`Head::before_rope`)";
+            return Err(Error::setting("rotary embedding", expected, "none"));
+        }
+        Self::make(head_dim, format, None)
+    }
+
+    /// An empty head whose keys come as they are before the rotary embedding, and are rotated while they are scored. Queries come rotated. Nothing
+    /// can be dropped from such a head, since a key's position is its number.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if `head_dim` is zero or less than the embedding rotates.
+    pub fn before_rope(head_dim: usize, format: Format, rotary: Arc<Rotary>) -> Result<Self> {
+        let rotary_dims = 2 * rotary.frequencies().len();
+        if rotary_dims > head_dim {
+            let expected = format!("at most head_dim = {head_dim}");
+            return Err(Error::setting("rotated channels", expected, rotary_dims));
+        }
+        Self::make(head_dim, format.with_basis(KeyBasis::BeforeRope), Some(rotary))
+    }
+
+    fn make(head_dim: usize, format: Format, rotary: Option<Arc<Rotary>>) -> Result<Self> {
         if head_dim == 0 {
             return Err(Error::setting("head_dim", "at least 1", head_dim));
         }
         Ok(Self {
             format,
             head_dim,
+            rotary,
             keys: Vec::new(),
             values: Vec::new(),
             packed_keys: 0,
@@ -79,9 +106,14 @@ impl Head {
         if values.len() != keys.len() {
             return Err(Error::mismatch("values", format!("{} numbers", keys.len()), values.len()));
         }
-        let (keys, values) = (to_f16(keys, d)?, to_f16(values, d)?);
-        self.new_keys.push(&keys);
-        self.new_values.push(&values);
+        let (mut new_keys, new_values) = (to_f16(keys, d)?, to_f16(values, d)?);
+        if self.format.basis() == KeyBasis::Hadamard {
+            let mut rows: Vec<f32> = keys.iter().map(|x| x.widen()).collect();
+            hadamard(&mut rows, d);
+            new_keys = to_f16(&rows, d)?;
+        }
+        self.new_keys.push(&new_keys);
+        self.new_values.push(&new_values);
         self.len += keys.len() / d;
         self.flush()
     }
@@ -115,7 +147,8 @@ impl Head {
     /// share their scales with their chunk and can't leave it: there, drop runs of entries to get memory back.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] unless `keep` is strictly increasing and below [`len`](Self::len).
+    /// [`Error::Mismatch`] unless `keep` is strictly increasing and below [`len`](Self::len); if it is not everything, for keys
+    /// [before RoPE](KeyBasis::BeforeRope).
     pub fn retain(&mut self, keep: &[u32]) -> Result<()> {
         if let Some(pair) = keep.windows(2).find(|pair| pair[0] >= pair[1]) {
             let got = format!("{} before {}", pair[0], pair[1]);
@@ -124,6 +157,10 @@ impl Head {
         if let Some(&last) = keep.last().filter(|&&last| last as usize >= self.len) {
             let expected = format!("entries below {}", self.len);
             return Err(Error::mismatch("entries to keep", expected, last));
+        }
+        if self.rotary.is_some() && keep.len() < self.len {
+            let expected = format!("all {}, for keys packed before RoPE", self.len);
+            return Err(Error::mismatch("entries to keep", expected, keep.len()));
         }
         let slots: Vec<usize> = self.slots(keep.iter().map(|&entry| entry as usize)).collect();
         self.live.fill(0);
@@ -179,14 +216,21 @@ impl Head {
         Ok(())
     }
 
-    /// Writes the keys and values held, dequantized: `[len, head_dim]` each.
+    /// The keys and values held, dequantized: `[len, head_dim]` each. Keys are as queries meet them: rotated, if they came before RoPE.
     pub fn read(&self) -> (Vec<f32>, Vec<f32>) {
         let d = self.head_dim;
         let (mut keys, mut values) = (vec![0.0; self.len * d], vec![0.0; self.len * d]);
+        let codes = &mut Vec::new();
         let rows = keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d));
         for (slot, (key, value)) in self.slots(0..self.len).zip(rows) {
-            read_row(&self.keys, &self.new_keys, self.packed_keys, slot, key);
-            read_row(&self.values, &self.new_values, self.packed_values, slot, value);
+            read_row(&self.keys, &self.new_keys, self.packed_keys, slot, codes, key);
+            read_row(&self.values, &self.new_values, self.packed_values, slot, codes, value);
+            if let Some(rotary) = &self.rotary {
+                rotary.place(key, slot);
+            }
+        }
+        if self.format.basis() == KeyBasis::Hadamard {
+            hadamard(&mut keys, d);
         }
         (keys, values)
     }
@@ -224,6 +268,59 @@ impl Head {
         first..ends.next().unwrap_or(first) + 1
     }
 
+    /// What a file says of its tokens.
+    #[cfg(feature = "save")]
+    pub(crate) fn counts(&self) -> crate::file::Counts {
+        let Self { len, packed_keys, packed_values, .. } = *self;
+        crate::file::Counts { len, packed_keys, packed_values }
+    }
+
+    /// The bits that say which packed entries are held.
+    #[cfg(feature = "save")]
+    pub(crate) fn live(&self) -> &[u32] {
+        &self.live
+    }
+
+    /// Takes in what a file holds beside the packed chunks.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if the parts do not fit together.
+    #[cfg(feature = "save")]
+    pub(crate) fn restore(
+        &mut self,
+        counts: crate::file::Counts,
+        new_keys: &[half::f16],
+        new_values: &[half::f16],
+        live: Vec<u32>,
+    ) -> Result<()> {
+        let d = self.head_dim;
+        if !new_keys.len().is_multiple_of(d) || !new_values.len().is_multiple_of(d) {
+            let expected = format!("whole rows of {d}");
+            let got = format!("{} and {}", new_keys.len(), new_values.len());
+            return Err(Error::mismatch("numbers of the newest tokens", expected, got));
+        }
+        let keys = counts.packed_keys + new_keys.len() / d;
+        let values = counts.packed_values + new_values.len() / d;
+        if keys != values {
+            return Err(Error::mismatch("values", keys, values));
+        }
+        let (last, bits) = (live.last().copied().unwrap_or(0), counts.packed_keys % 32);
+        if live.len() != counts.packed_keys.div_ceil(32) || bits > 0 && last >> bits != 0 {
+            let got = format!("{} words", live.len());
+            return Err(Error::mismatch("bits of packed entries", counts.packed_keys, got));
+        }
+        let packed: usize = live.iter().map(|word| word.count_ones() as usize).sum();
+        let len = packed + new_keys.len() / d;
+        if counts.len != len || self.rotary.is_some() && packed != counts.packed_keys {
+            return Err(Error::mismatch("entries held", counts.len, len));
+        }
+        self.new_keys.push(new_keys);
+        self.new_values.push(new_values);
+        (self.packed_keys, self.packed_values) = (counts.packed_keys, counts.packed_values);
+        (self.live, self.len) = (live, len);
+        Ok(())
+    }
+
     /// Entries and holes.
     pub(crate) fn slot_count(&self) -> usize {
         self.packed_keys + self.new_keys.len()
@@ -255,6 +352,11 @@ impl Head {
     /// Channels.
     pub fn head_dim(&self) -> usize {
         self.head_dim
+    }
+
+    /// The rotary embedding of keys that came before it.
+    pub fn rotary(&self) -> Option<&Arc<Rotary>> {
+        self.rotary.as_ref()
     }
 
     /// How it is held.
@@ -324,12 +426,19 @@ fn gather(chunks: &[Packed], slots: impl Iterator<Item = usize>) -> Result<Vec<P
     Ok(gathered)
 }
 
-fn read_row(chunks: &[Packed], new: &Residual, packed: usize, slot: usize, out: &mut [f32]) {
+fn read_row(
+    chunks: &[Packed],
+    new: &Residual,
+    packed: usize,
+    slot: usize,
+    codes: &mut Vec<u8>,
+    out: &mut [f32],
+) {
     match slot.checked_sub(packed) {
         Some(i) => new.widen(i, out),
         None => {
             let chunk = chunks[0].capacity();
-            chunks[slot / chunk].dequantize_row(slot % chunk, out);
+            chunks[slot / chunk].dequantize_row(slot % chunk, codes, out);
         }
     }
 }

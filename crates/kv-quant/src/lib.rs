@@ -3,7 +3,10 @@
 mod array;
 mod attention;
 mod error;
+#[cfg(feature = "save")]
+mod file;
 mod format;
+mod hadamard;
 mod head;
 mod kernel;
 mod number;
@@ -11,6 +14,7 @@ mod packed;
 mod product;
 mod quantize;
 mod residual;
+mod rotary;
 mod vector;
 
 #[cfg(feature = "candle")]
@@ -18,10 +22,15 @@ mod candle;
 
 pub use attention::{Attended, Queries, attend, mass};
 #[cfg(feature = "candle")]
-pub use candle::{QuantCache, QuantStore};
+pub use candle::{DequantCache, Order, QuantCache, QuantStore};
+#[cfg(all(feature = "candle", feature = "save"))]
+pub use candle::{load_caches, save_caches};
 pub use error::{Error, Result};
-pub use format::{Axis, Bits, Flush, Format, Scheme};
+#[cfg(feature = "save")]
+pub use file::{load, load_bytes, save};
+pub use format::{Axis, Bits, Flush, Format, KeyBasis, Scheme};
 pub use head::{Head, HeadBytes};
 pub use number::Number;
 pub use packed::Packed;
 pub use quantize::Quantizer;
+pub use rotary::Rotary;

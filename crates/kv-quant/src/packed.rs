@@ -58,7 +58,17 @@ impl Packed {
         if columns == 0 {
             return Err(Error::setting("columns", "at least 1", columns));
         }
-        let (lines, params) = sizes(capacity, columns, scheme, lanes);
+        let (lane_count, steps) = match lanes {
+            Axis::Tokens => (capacity, columns),
+            Axis::Channels => (columns, capacity),
+        };
+        let planes = scheme.bits.planes().iter();
+        let words: usize = planes.map(|plane| steps.div_ceil(plane.per_word())).sum();
+        let lines = lane_count.div_ceil(16) * words;
+        let params = match scheme.along {
+            Axis::Tokens => capacity.div_ceil(scheme.group) * columns,
+            Axis::Channels => columns.div_ceil(scheme.group) * capacity,
+        };
         Ok(Self {
             scheme,
             lanes,
@@ -223,7 +233,7 @@ impl Packed {
     }
 
     /// Forgets the rows from `rows` on.
-    fn truncate(&mut self, rows: usize) {
+    pub(crate) fn truncate(&mut self, rows: usize) {
         self.rows = rows;
         let mut plane_start = 0;
         for &plane in self.scheme.bits.planes() {
@@ -293,8 +303,9 @@ impl Packed {
             let expected = format!("{} x {} numbers", self.rows, self.columns);
             return Err(Error::mismatch("output", expected, out.len()));
         }
+        let codes = &mut Vec::new();
         for (row, out) in out.chunks_exact_mut(self.columns).enumerate() {
-            self.dequantize_row(row, out);
+            self.dequantize_row(row, codes, out);
         }
         Ok(())
     }
@@ -320,11 +331,11 @@ impl Packed {
         }
     }
 
-    pub(crate) fn dequantize_row(&self, row: usize, out: &mut [f32]) {
-        let mut codes = vec![0; self.columns];
-        self.unpack_row(row, &mut codes);
+    pub(crate) fn dequantize_row(&self, row: usize, codes: &mut Vec<u8>, out: &mut [f32]) {
+        codes.resize(self.columns, 0);
+        self.unpack_row(row, codes);
         let group = self.scheme.group;
-        for (column, (out, code)) in out.iter_mut().zip(codes).enumerate() {
+        for (column, (out, &mut code)) in out.iter_mut().zip(codes).enumerate() {
             let at = match self.scheme.along {
                 Axis::Tokens => row / group * self.columns + column,
                 Axis::Channels => column / group * self.capacity + row,
@@ -337,26 +348,6 @@ impl Packed {
     pub fn bytes(&self) -> (usize, usize) {
         (size_of_val(&*self.codes), size_of_val(&*self.scales) + size_of_val(&*self.zeros))
     }
-}
-
-/// Lines of codes, and numbers of scales, that a matrix needs.
-pub(crate) fn sizes(
-    capacity: usize,
-    columns: usize,
-    scheme: Scheme,
-    lanes: Axis,
-) -> (usize, usize) {
-    let (lane_count, steps) = match lanes {
-        Axis::Tokens => (capacity, columns),
-        Axis::Channels => (columns, capacity),
-    };
-    let words: usize =
-        scheme.bits.planes().iter().map(|plane| steps.div_ceil(plane.per_word())).sum();
-    let params = match scheme.along {
-        Axis::Tokens => capacity.div_ceil(scheme.group) * columns,
-        Axis::Channels => columns.div_ceil(scheme.group) * capacity,
-    };
-    (lane_count.div_ceil(16) * words, params)
 }
 
 /// The error with its row counted from `start` rows earlier.

@@ -3,9 +3,11 @@
 use crate::format::Plane;
 use crate::kernel::{self, Panel, Rows};
 use crate::packed::PANEL;
+use crate::vector::wide;
 use crate::{Axis, Packed, vector};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use pulp::{Arch, Simd, WithSimd};
 
 /// Scratch space of products.
 #[derive(Debug, Default)]
@@ -14,6 +16,8 @@ pub struct Scratch {
     zeros: Vec<f32>,
     folded: Vec<f32>,
     sums: Vec<f32>,
+    /// A dequantized panel: `[step][32 lanes]`.
+    pub tile: Vec<f32>,
 }
 
 impl Packed {
@@ -91,6 +95,37 @@ impl Packed {
         }
     }
 
+    /// Writes a panel of two lines, dequantized, into the scratch space's tile.
+    pub(crate) fn dequantize_panel(&self, panel: usize, s: &mut Scratch) {
+        s.tile.clear();
+        s.tile.resize(self.columns * PANEL, 0.0);
+        for Panel { codes, bits, unit, .. } in self.panels(panel, 0) {
+            add_codes(codes.as_flattened(), bits, unit, &mut s.tile);
+        }
+        let (width, group) = (self.param_width(), self.scheme.group);
+        for (step, column) in s.tile.chunks_exact_mut(PANEL).enumerate() {
+            match self.scheme.along {
+                Axis::Tokens => {
+                    let at = panel * PANEL / group * width + step;
+                    let (scale, zero) = (self.scales[at].to_f32(), self.zeros[at].to_f32());
+                    column.iter_mut().for_each(|x| *x = *x * scale + zero);
+                }
+                Axis::Channels => {
+                    let at = step / group * width + panel * PANEL;
+                    if step % group == 0 {
+                        widen(&self.scales[at..at + PANEL], &mut s.scales);
+                        widen(&self.zeros[at..at + PANEL], &mut s.zeros);
+                    }
+                    let params = s.scales.iter().zip(&s.zeros);
+                    column
+                        .iter_mut()
+                        .zip(params)
+                        .for_each(|(x, (scale, zero))| *x = *x * scale + zero);
+                }
+            }
+        }
+    }
+
     /// The words of a panel from step `first` on, which begins a word, plane by plane.
     fn panels(&self, panel: usize, first: usize) -> impl Iterator<Item = Panel<'_>> {
         let width = self.panel_width(panel);
@@ -111,6 +146,20 @@ impl Packed {
         match self.scheme.along {
             Axis::Tokens => self.columns,
             Axis::Channels => self.capacity,
+        }
+    }
+}
+
+wide! {
+    /// Adds the codes of a panel's words, `[word][32 lanes]`, to a tile `[step][32 lanes]`.
+    fn add_codes(words: &'a [u32], bits: usize, unit: f32, tile: &'a mut [f32]) -> () {
+        let mask = (1 << bits) - 1;
+        for (words, steps) in words.chunks_exact(PANEL).zip(tile.chunks_mut(32 / bits * PANEL)) {
+            for (i, lanes) in steps.chunks_exact_mut(PANEL).enumerate() {
+                for (lane, word) in lanes.iter_mut().zip(words) {
+                    *lane += (word >> (i * bits) & mask) as i32 as f32 * unit;
+                }
+            }
         }
     }
 }

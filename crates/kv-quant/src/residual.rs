@@ -31,6 +31,12 @@ impl Residual {
         &self.ring[at..at + self.columns]
     }
 
+    /// All rows, the oldest first.
+    #[cfg(feature = "save")]
+    pub fn rows(&self) -> impl Iterator<Item = &[f16]> {
+        (0..self.len).map(|i| self.row(i))
+    }
+
     /// Writes row `i` in f32.
     pub fn widen(&self, i: usize, out: &mut [f32]) {
         self.row(i).convert_to_f32_slice(out);

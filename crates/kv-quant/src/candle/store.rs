@@ -1,4 +1,6 @@
-use crate::{Format, Head, HeadBytes, Queries};
+use std::sync::Arc;
+
+use crate::{Format, Head, HeadBytes, Queries, Rotary};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::attention::with_slice;
 use longctx_core::{
@@ -9,7 +11,8 @@ use longctx_core::{
 #[derive(Debug, Clone)]
 pub struct QuantStore {
     shape: AttentionShape,
-    format: Format,
+    /// What every head begins as.
+    empty: Head,
     batch: usize,
     heads: Vec<Head>,
 }
@@ -18,15 +21,41 @@ impl QuantStore {
     /// An empty store.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the format does not fit the heads.
+    /// [`Error::Setting`] if the format does not fit the heads, or has keys [before RoPE](crate::KeyBasis::BeforeRope).
     pub fn new(shape: AttentionShape, format: Format) -> Result<Self> {
-        Head::new(shape.head_dim, format)?;
-        Ok(Self { shape, format, batch: 0, heads: Vec::new() })
+        let empty = Head::new(shape.head_dim, format)?;
+        Ok(Self { shape, empty, batch: 0, heads: Vec::new() })
+    }
+
+    /// An empty store whose keys come as they are before the rotary embedding; its queries come rotated.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the format or the embedding does not fit the heads.
+    pub fn before_rope(shape: AttentionShape, format: Format, rotary: Arc<Rotary>) -> Result<Self> {
+        let empty = Head::before_rope(shape.head_dim, format, rotary)?;
+        Ok(Self { shape, empty, batch: 0, heads: Vec::new() })
+    }
+
+    /// A store of heads that another one held: `[batch * kv_heads]`, as [`heads`](Self::heads) gives them. None make an empty store.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if they are no whole number of batch entries, or are held in another way than this store's.
+    pub fn with_heads(self, heads: Vec<Head>) -> Result<Self> {
+        if !heads.len().is_multiple_of(self.shape.kv_heads) {
+            let expected = format!("a multiple of {}", self.shape.kv_heads);
+            return Err(Error::mismatch("packed heads", expected, heads.len()));
+        }
+        let of = |head: &Head| (head.head_dim(), head.format(), head.rotary().cloned());
+        if let Some(other) = heads.iter().find(|head| of(head) != of(&self.empty)) {
+            let (expected, got) = (format!("{:?}", of(&self.empty)), format!("{:?}", of(other)));
+            return Err(Error::mismatch("format of packed heads", expected, got));
+        }
+        Ok(Self { batch: heads.len() / self.shape.kv_heads, heads, ..self })
     }
 
     /// How keys and values are held.
     pub fn format(&self) -> Format {
-        self.format
+        self.empty.format()
     }
 
     /// The packed heads, `[batch * kv_heads]`; none before the first append.
@@ -70,7 +99,7 @@ impl KvStore for QuantStore {
         let (batch, tokens) = self.shape.check_kv(k, v)?;
         let d = self.shape.head_dim;
         if self.heads.is_empty() {
-            self.heads = vec![Head::new(d, self.format)?; batch * self.shape.kv_heads];
+            self.heads = vec![self.empty.clone(); batch * self.shape.kv_heads];
             self.batch = batch;
         }
         if batch != self.batch {

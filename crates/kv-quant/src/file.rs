@@ -1,0 +1,35 @@
+//! Packed heads in safetensors files: written once, mapped back. `docs/formats.md` has the layout.
+//!
+//! Codes and scales are not read when a file is opened, but mapped: they are paged in as attention comes to them, after one
+//! pass that compares checksums.
+
+mod header;
+mod read;
+mod write;
+
+pub(crate) use header::Counts;
+pub use read::{load, load_bytes};
+pub use write::save;
+
+/// What the metadata's `format` says.
+const FORMAT: &str = "kv-quant";
+/// The layout's version: a reader refuses all others.
+const VERSION: &str = "1";
+
+/// The tensors of a head: name, and whether it holds words (u32) or halves (f16).
+const TENSORS: [(&str, bool); 9] = [
+    ("keys.codes", true),
+    ("keys.scales", false),
+    ("keys.zeros", false),
+    ("values.codes", true),
+    ("values.scales", false),
+    ("values.zeros", false),
+    ("keys.new", false),
+    ("values.new", false),
+    ("live", true),
+];
+
+/// The name of a head's tensor.
+fn name(layer: usize, head: usize, tensor: &str) -> String {
+    format!("{layer}.{head}.{tensor}")
+}

@@ -1,0 +1,51 @@
+//! The Walsh-Hadamard transform of keys and queries.
+//!
+//! It is orthonormal, so that transformed queries and keys have the scores of plain ones, and it spreads what is large in one channel over
+//! all: what groups along channels quantize best. QuaRot (arXiv 2404.00456) and TurboQuant (arXiv 2504.19874) rotate keys before quantizing.
+
+use crate::vector::wide;
+use pulp::{Arch, Simd, WithSimd};
+
+/// Transforms each row of `columns` numbers, in blocks of the largest power of two that divides `columns`. It is its own inverse.
+pub fn hadamard(rows: &mut [f32], columns: usize) {
+    let block = 1 << columns.trailing_zeros();
+    rows.chunks_exact_mut(block).for_each(transform);
+}
+
+wide! {
+    fn transform(x: &'a mut [f32]) -> () {
+        let mut half = 1;
+        while half < x.len() {
+            for pair in x.chunks_exact_mut(2 * half) {
+                let (low, high) = pair.split_at_mut(half);
+                for (a, b) in low.iter_mut().zip(high) {
+                    (*a, *b) = (*a + *b, *a - *b);
+                }
+            }
+            half *= 2;
+        }
+        let norm = (x.len() as f32).sqrt().recip();
+        x.iter_mut().for_each(|x| *x *= norm);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn is_orthonormal_and_its_own_inverse() {
+        for columns in [64, 80, 96, 128] {
+            let x: Vec<f32> = (0..2 * columns).map(|i| (i as f32 * 0.7).sin()).collect();
+            let mut y = x.clone();
+            hadamard(&mut y, columns);
+            let dot = |x: &[f32]| -> f32 {
+                x[..columns].iter().zip(&x[columns..]).map(|(a, b)| a * b).sum()
+            };
+            assert!((dot(&x) - dot(&y)).abs() < 1e-4);
+            assert!(x.iter().zip(&y).any(|(a, b)| (a - b).abs() > 0.1));
+            hadamard(&mut y, columns);
+            assert!(x.iter().zip(&y).all(|(a, b)| (a - b).abs() < 1e-5));
+        }
+    }
+}

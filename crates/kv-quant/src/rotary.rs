@@ -1,0 +1,179 @@
+//! Keys packed before the rotary embedding and rotated while they are scored, as KVQuant does (arXiv 2401.18079).
+//!
+//! A channel keeps its range over all tokens before the rotation, and loses it after; so keys along tokens quantize better before. Scoring rotates
+//! a panel of 32 tokens at a time. Rotations add up: with queries turned back by the panel's first position, every panel's
+//! tokens are rotated by 0 to 31 positions alone, and one small table serves them all.
+
+use crate::packed::PANEL;
+use crate::product::Scratch;
+use crate::vector::wide;
+use crate::{Error, Packed, Result};
+use pulp::{Arch, Simd, WithSimd};
+
+/// A rotary embedding, and the position of the first token appended. Channel i turns with channel i + n, for n frequencies; the channels
+/// past 2n stay.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rotary {
+    frequencies: Vec<f64>,
+    first: usize,
+    /// Rotations by 0 to 31 positions: `[frequency][position]`.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Rotary {
+    /// For these frequencies, in radians per position; the first token appended stands at position `first`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a frequency that is not finite.
+    pub fn new(frequencies: &[f64], first: usize) -> Result<Self> {
+        if let Some(bad) = frequencies.iter().find(|f| !f.is_finite()) {
+            return Err(Error::setting("frequency", "a finite number", bad));
+        }
+        let angles = || frequencies.iter().flat_map(|f| (0..PANEL).map(move |p| p as f64 * f));
+        Ok(Self {
+            frequencies: frequencies.into(),
+            first,
+            cos: angles().map(|angle| angle.cos() as f32).collect(),
+            sin: angles().map(|angle| angle.sin() as f32).collect(),
+        })
+    }
+
+    /// Radians per position, one for each pair of channels.
+    pub fn frequencies(&self) -> &[f64] {
+        &self.frequencies
+    }
+
+    /// The position of the first token appended.
+    pub fn first(&self) -> usize {
+        self.first
+    }
+
+    /// Rotates a row by `positions`, at most 31.
+    pub(crate) fn rotate_row(&self, row: &mut [f32], positions: usize) {
+        let (low, high) = row.split_at_mut(self.frequencies.len());
+        for (i, (a, b)) in low.iter_mut().zip(high).enumerate() {
+            let (cos, sin) = (self.cos[i * PANEL + positions], self.sin[i * PANEL + positions]);
+            (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+        }
+    }
+
+    /// Rotates a row from position 0 to that of the `token`-th one.
+    pub(crate) fn place(&self, row: &mut [f32], token: usize) {
+        let position = (self.first + token) as f64;
+        let (low, high) = row.split_at_mut(self.frequencies.len());
+        for ((a, b), frequency) in low.iter_mut().zip(high).zip(&self.frequencies) {
+            let (sin, cos) = (position * frequency).sin_cos();
+            let (sin, cos) = (sin as f32, cos as f32);
+            (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+        }
+    }
+}
+
+/// Queries turned back by a position.
+#[derive(Debug, Default)]
+pub struct Turned {
+    by: Option<usize>,
+    cos: Vec<f64>,
+    sin: Vec<f64>,
+    q: Vec<f32>,
+}
+
+impl Turned {
+    /// Forgets what another call's queries were turned by.
+    pub fn clear(&mut self) {
+        self.by = None;
+    }
+
+    /// The rows of `q` turned back by the position of the `token`-th key.
+    pub fn turn(&mut self, q: &[f32], columns: usize, rotary: &Rotary, token: usize) -> &[f32] {
+        let position = rotary.first + token;
+        if self.by == Some(position) {
+            return &self.q;
+        }
+        if position >= PANEL && self.by == Some(position - PANEL) {
+            self.advance(rotary);
+        } else {
+            let angles = || rotary.frequencies.iter().map(|f| position as f64 * f);
+            self.cos = angles().map(f64::cos).collect();
+            self.sin = angles().map(f64::sin).collect();
+        }
+        self.by = Some(position);
+        self.q.clear();
+        self.q.extend_from_slice(q);
+        for row in self.q.chunks_exact_mut(columns) {
+            let (low, high) = row.split_at_mut(self.cos.len());
+            for ((a, b), (cos, sin)) in low.iter_mut().zip(high).zip(self.cos.iter().zip(&self.sin))
+            {
+                let (cos, sin) = (*cos as f32, *sin as f32);
+                (*a, *b) = (*a * cos + *b * sin, *b * cos - *a * sin);
+            }
+        }
+        &self.q
+    }
+
+    /// From one panel's angles to the next one's, in f64: thousands of such steps lose nothing that f32 would keep.
+    fn advance(&mut self, rotary: &Rotary) {
+        for ((cos, sin), frequency) in
+            self.cos.iter_mut().zip(&mut self.sin).zip(&rotary.frequencies)
+        {
+            let (s, c) = (PANEL as f64 * frequency).sin_cos();
+            (*cos, *sin) = (*cos * c - *sin * s, *sin * c + *cos * s);
+        }
+    }
+}
+
+/// Where a chunk of keys stands.
+pub struct Place<'a> {
+    /// The embedding.
+    pub rotary: &'a Rotary,
+    /// The number of its first key.
+    pub token: usize,
+    /// The queries, turned back by an earlier chunk's position.
+    pub turned: &'a mut Turned,
+}
+
+impl Packed {
+    /// `out[r * out_stride + row] += q[r] · key[row]` for keys rotated to their places.
+    pub(crate) fn accumulate_rotated(
+        &self,
+        q: &[f32],
+        Place { rotary, token, turned }: Place<'_>,
+        out: &mut [f32],
+        out_stride: usize,
+        s: &mut Scratch,
+    ) {
+        for panel in 0..self.rows.div_ceil(PANEL) {
+            let q = turned.turn(q, self.columns, rotary, token + panel * PANEL);
+            self.dequantize_panel(panel, s);
+            rotate_panel(&mut s.tile, &rotary.cos, &rotary.sin);
+            let out = &mut out[panel * PANEL..];
+            for (q, out) in q.chunks_exact(self.columns).zip(out.chunks_mut(out_stride)) {
+                weigh_panel(q, &s.tile, &mut out[..PANEL]);
+            }
+        }
+    }
+}
+
+wide! {
+    /// Rotates the columns of a tile, `[channel][32 tokens]`.
+    fn rotate_panel(tile: &'a mut [f32], cos: &'a [f32], sin: &'a [f32]) -> () {
+        let (low, high) = tile.split_at_mut(cos.len());
+        for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+            (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+        }
+    }
+}
+
+wide! {
+    /// `out += q · tile`.
+    fn weigh_panel(q: &'a [f32], tile: &'a [f32], out: &'a mut [f32]) -> () {
+        let mut sums = [0.0; PANEL];
+        for (q, column) in q.iter().zip(tile.chunks_exact(PANEL)) {
+            for (sum, x) in sums.iter_mut().zip(column) {
+                *sum += q * x;
+            }
+        }
+        out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+    }
+}
