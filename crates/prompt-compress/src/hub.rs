@@ -1,0 +1,18 @@
+//! Checkpoints from the Hugging Face Hub.
+
+use std::path::PathBuf;
+
+use hf_hub::api::sync::ApiBuilder;
+use longctx_core::{Error, Result};
+
+/// Fetches a checkpoint's three files unless they are there already; gives the folder.
+pub fn download(name: &str) -> Result<PathBuf> {
+    let api = ApiBuilder::from_env().build().map_err(|e| Error::file(name, e))?;
+    let repo = api.model(name.to_owned());
+    let fetch = |file: &str| repo.get(file).map_err(|e| Error::file(format!("{name}/{file}"), e));
+    fetch("tokenizer.json")?;
+    fetch("model.safetensors")?;
+    let config = fetch("config.json")?;
+    let folder = config.parent().map(Into::into);
+    folder.ok_or_else(|| Error::file(name, "config.json lies in no folder"))
+}

@@ -1,0 +1,178 @@
+//! LLMLingua-2: an encoder says for each token whether it stays.
+//!
+//! Pan et al., *LLMLingua-2: Data Distillation for Efficient and Faithful Task-Agnostic Prompt Compression*, arXiv 2403.12968.
+//! Gives the texts, labels and counts of the Python package `llmlingua` 0.2.2 (`compress_prompt_llmlingua2`).
+
+mod checkpoint;
+mod compress;
+mod encoder;
+mod forced;
+mod gelu;
+mod vocabulary;
+mod windows;
+mod words;
+
+use std::path::Path;
+
+pub use checkpoint::Family;
+pub use compress::{Compression, ContextFilter, ContextTarget, Label, Request, Scored, Target};
+
+use candle_core::Device;
+use checkpoint::{Config, Weights};
+use encoder::{Encoder, Framed};
+use longctx_core::{Compressed, Error, Prompt, PromptCompressor, Rate, Result};
+use vocabulary::Vocabulary;
+use windows::{Token, split};
+use words::merge;
+
+use crate::tokens::cl100k_tokens;
+
+/// How a word's probability comes from its tokens'.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WordProbability {
+    /// Their mean.
+    #[default]
+    Mean,
+    /// The first one's.
+    First,
+}
+
+/// What to keep besides what the encoder wants kept, and where to cut long texts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Tokens that always stay: at most 100.
+    pub force_tokens: Vec<String>,
+    /// Tokens with a digit in them always stay.
+    pub force_digits: bool,
+    /// Of forced tokens that follow each other with nothing between, one is enough.
+    pub drop_consecutive: bool,
+    /// How a word's probability comes from its tokens'.
+    pub word_probability: WordProbability,
+    /// Tokens after which a text may be cut into windows.
+    pub window_ends: Vec<String>,
+    /// Windows of 512 tokens that go through the encoder at a time: what bounds the memory.
+    pub batch: usize,
+}
+
+impl Default for Settings {
+    /// The package's defaults; eight windows at a time.
+    fn default() -> Self {
+        Self {
+            force_tokens: Vec::new(),
+            force_digits: false,
+            drop_consecutive: false,
+            word_probability: WordProbability::Mean,
+            window_ends: vec![".".into(), "\n".into()],
+            batch: 8,
+        }
+    }
+}
+
+impl Settings {
+    /// The settings of arXiv 2407.01527: line ends, full stops, exclamation and question marks and commas stay, one at a time.
+    pub fn paper() -> Self {
+        let force_tokens = ["\n", ".", "!", "?", ","].map(String::from).to_vec();
+        Self { force_tokens, drop_consecutive: true, ..Self::default() }
+    }
+}
+
+/// A checkpoint with its settings.
+///
+/// The published checkpoints are `microsoft/llmlingua-2-xlm-roberta-large-meetingbank` and
+/// `microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank`.
+#[derive(Debug)]
+pub struct LlmLingua2 {
+    encoder: Encoder,
+    config: Config,
+    vocabulary: Vocabulary,
+    settings: Settings,
+}
+
+impl LlmLingua2 {
+    /// From a folder with `config.json`, `tokenizer.json` and `model.safetensors`.
+    ///
+    /// # Errors
+    /// [`Error::File`] for a file that is missing or broken; [`Error::Mismatch`] for a head without two classes or a tensor of
+    /// another shape; [`Error::Unsupported`] for another architecture's settings; [`Error::Setting`] for a batch of 0.
+    pub fn from_folder(folder: &Path, settings: Settings, device: &Device) -> Result<Self> {
+        if settings.batch == 0 {
+            return Err(Error::setting("batch", "at least 1 window", 0));
+        }
+        let config = Config::from_file(&folder.join("config.json"))?;
+        let vocabulary = Vocabulary::open(&folder.join("tokenizer.json"), config.model_type)?;
+        let mut weights = Weights::open(&folder.join("model.safetensors"), device)?;
+        let encoder = Encoder::load(config.clone(), &mut weights, device)?;
+        Ok(Self { encoder, config, vocabulary, settings })
+    }
+
+    /// From the Hugging Face Hub by name: files that are not in its cache are fetched.
+    ///
+    /// # Errors
+    /// [`Error::File`] for what can't be fetched; as [`from_folder`](Self::from_folder).
+    #[cfg(feature = "hub")]
+    pub fn from_hub(name: &str, settings: Settings, device: &Device) -> Result<Self> {
+        Self::from_folder(&crate::hub::download(name)?, settings, device)
+    }
+
+    /// The encoder that the checkpoint is made from.
+    pub fn family(&self) -> Family {
+        self.config.model_type
+    }
+
+    /// The settings.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Runs the encoder over `contexts` once; any number of rates and filters can then be applied to the result.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if there is no context, or one is nothing but white space; [`Error::Setting`] for forced tokens that are
+    /// empty or too many; [`Error::Unsupported`] if a forced token needs an added token that the checkpoint has no embedding for.
+    pub fn score(&self, contexts: &[&str]) -> Result<Scored<'_>> {
+        if contexts.is_empty() {
+            return Err(Error::mismatch("contexts", "at least one", 0));
+        }
+        let forced = self.vocabulary.forced(&self.settings.force_tokens)?;
+        let rows = self.encoder.vocab_size();
+        if forced.has_stand_ins() && self.vocabulary.largest_id() as usize >= rows {
+            let what = format!(
+                "forced tokens that are not in the vocabulary: the checkpoint's embedding has {rows} rows, none for added tokens"
+            );
+            return Err(Error::Unsupported(what));
+        }
+        let mut scored = Vec::with_capacity(contexts.len());
+        for text in contexts {
+            Prompt::new(text)?;
+            let windows = split(&self.vocabulary, &forced, &self.settings.window_ends, text)?;
+            let mut words = Vec::with_capacity(windows.len());
+            for batch in windows.chunks(self.settings.batch) {
+                let frame = |window: &windows::Window| {
+                    window.frame(&self.vocabulary, |ids| self.config.positions(ids))
+                };
+                let framed = batch.iter().map(frame).collect::<Result<Vec<_>>>()?;
+                let (framed, tokens): (Vec<Framed>, Vec<Vec<Token>>) = framed.into_iter().unzip();
+                for (tokens, probabilities) in tokens.iter().zip(self.encoder.keep(&framed)?) {
+                    let merged =
+                        merge(&self.vocabulary, &forced, &self.settings, tokens, &probabilities);
+                    words.push(merged);
+                }
+            }
+            scored.push((windows, words));
+        }
+        let tokens = contexts.iter().map(|text| cl100k_tokens(text)).sum();
+        Ok(Scored::new(self, forced, scored, tokens))
+    }
+}
+
+impl PromptCompressor for LlmLingua2 {
+    /// The question is not looked at. Rate 1 gives the text back as it is; the package would write it back through the tokenizer.
+    fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed> {
+        if rate == Rate::ONE {
+            return Compressed::copy(prompt.text, std::iter::once(0..prompt.text.len()));
+        }
+        let scored = self.score(&[prompt.text])?;
+        let mut compression = scored.compress(&Request::rate(rate))?;
+        Ok(compression.contexts.pop().map(|(_, compressed)| compressed).unwrap_or_default())
+    }
+}

@@ -1,0 +1,286 @@
+//! From scored words to shorter texts: rates, token targets, whole contexts left out.
+
+use std::ops::Range;
+use std::sync::LazyLock;
+
+use super::LlmLingua2;
+use super::forced::Forced;
+use super::windows::Window;
+use super::words::{Word, select};
+use crate::percentile::{Number, percentile};
+use crate::tokens::cl100k_tokens;
+use longctx_core::{Compressed, Error, Piece, Rate, Result};
+use regex::Regex;
+
+/// How much stays.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Target {
+    /// A share of the tokens.
+    Rate(Rate),
+    /// So many tokens of `cl100k_base` in all contexts together.
+    Tokens(usize),
+}
+
+/// How many contexts stay, to be compressed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum ContextTarget {
+    /// So many that the words to be dropped are about half of the work.
+    Auto,
+    /// A share of the contexts.
+    Rate(Rate),
+    /// About so many contexts.
+    Contexts(usize),
+    /// About so many tokens.
+    Tokens(usize),
+}
+
+/// Leaves out the contexts whose words are least likely to stay.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ContextFilter {
+    /// How many stay.
+    pub target: ContextTarget,
+    /// Contexts that stay in any case.
+    pub force: Vec<usize>,
+}
+
+/// What to do with scored contexts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// How much stays.
+    pub target: Target,
+    /// Whether words are dropped at all; with a filter alone, whole contexts are.
+    pub drop_words: bool,
+    /// Whether whole contexts are dropped first. It does nothing where there is only one.
+    pub filter: Option<ContextFilter>,
+}
+
+impl Request {
+    /// Words are dropped until the rate is met.
+    pub fn rate(rate: Rate) -> Self {
+        Self { target: Target::Rate(rate), drop_words: true, filter: None }
+    }
+
+    /// Words are dropped until so many tokens are left.
+    pub fn tokens(tokens: usize) -> Self {
+        Self { target: Target::Tokens(tokens), drop_words: true, filter: None }
+    }
+
+    /// With a filter over contexts before.
+    pub fn with_filter(self, target: ContextTarget, force: Vec<usize>) -> Self {
+        Self { filter: Some(ContextFilter { target, force }), ..self }
+    }
+}
+
+/// A word of the prompt, and whether it stayed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Label {
+    /// The word.
+    pub word: String,
+    /// Whether it stayed.
+    pub kept: bool,
+    /// Whether all of it was forced to stay.
+    pub forced: bool,
+}
+
+/// Compressed contexts.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Compression {
+    /// Contexts that stayed, each with its number.
+    pub contexts: Vec<(usize, Compressed)>,
+    /// Every word of every context.
+    pub labels: Vec<Label>,
+    /// Tokens of `cl100k_base` before.
+    pub original_tokens: usize,
+    /// Tokens of `cl100k_base` after.
+    pub compressed_tokens: usize,
+}
+
+impl Compression {
+    /// The contexts that stayed, with an empty line between.
+    pub fn text(&self) -> String {
+        let texts: Vec<&str> = self.contexts.iter().map(|(_, c)| c.text.as_str()).collect();
+        texts.join("\n\n")
+    }
+}
+
+/// Contexts whose words have been given probabilities.
+#[derive(Debug)]
+pub struct Scored<'a> {
+    model: &'a LlmLingua2,
+    forced: Forced,
+    contexts: Vec<Context>,
+    tokens: usize,
+}
+
+/// The windows of a context, and the words of each.
+type Context = (Vec<Window>, Vec<Vec<Word>>);
+
+impl<'a> Scored<'a> {
+    pub(super) fn new(
+        model: &'a LlmLingua2,
+        forced: Forced,
+        contexts: Vec<Context>,
+        tokens: usize,
+    ) -> Self {
+        Self { model, forced, contexts, tokens }
+    }
+
+    /// Tokens of `cl100k_base` in all contexts.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// The shorter contexts.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the target is 0 tokens, or fewer than what is forced to stay takes, or a forced context does not exist.
+    pub fn compress(&self, request: &Request) -> Result<Compression> {
+        if request.target == Target::Tokens(0) {
+            return Err(Error::setting("target", "at least 1 token", 0));
+        }
+        let filter = request.filter.as_ref().filter(|_| self.contexts.len() > 1);
+        let stays = match filter {
+            Some(filter) => self.filter(filter, request)?,
+            None => vec![true; self.contexts.len()],
+        };
+        let rate = match request.target {
+            _ if !request.drop_words => 1.0,
+            Target::Rate(rate) => rate.get(),
+            Target::Tokens(target) if filter.is_none() => share(target, self.tokens),
+            Target::Tokens(target) => {
+                let staying = self.contexts.iter().zip(&stays).filter(|(_, stays)| **stays);
+                let windows = staying.flat_map(|((windows, _), _)| windows);
+                share(target, windows.map(|window| cl100k_tokens(&window.text)).sum())
+            }
+        };
+        let mut done = Compression { original_tokens: self.tokens, ..Default::default() };
+        for (i, context) in self.contexts.iter().enumerate() {
+            let compressed = match stays[i] {
+                false => {
+                    done.labels.extend(self.dropped(context));
+                    continue;
+                }
+                true if rate < 1.0 => self.shorten(context, 1.0 - rate, &mut done.labels)?,
+                true => self.write_back(context, &mut done.labels),
+            };
+            done.compressed_tokens += cl100k_tokens(&compressed.text);
+            done.contexts.push((i, compressed));
+        }
+        self.check_forced(request.target, &done.labels)?;
+        Ok(done)
+    }
+
+    /// Which contexts stay: those whose mean probability is not below the percentile that the filter asks for.
+    fn filter(&self, filter: &ContextFilter, request: &Request) -> Result<Vec<bool>> {
+        let count = self.contexts.len();
+        if let Some(&bad) = filter.force.iter().find(|&&i| i >= count) {
+            return Err(Error::setting("forced contexts", format!("numbers below {count}"), bad));
+        }
+        let halves = request.drop_words;
+        let rate = match (filter.target, request.target) {
+            (ContextTarget::Rate(rate), _) if rate < Rate::ONE => rate.get(),
+            (ContextTarget::Contexts(n), _) => share(n, count),
+            (ContextTarget::Tokens(n), _) => share(n, self.tokens),
+            (_, Target::Rate(rate)) if halves => (rate.get() + 1.0) / 2.0,
+            (_, Target::Rate(rate)) => rate.get(),
+            (_, Target::Tokens(n)) => share(if halves { n * 2 } else { n }, self.tokens),
+        };
+        let mean = |(_, windows): &Context| {
+            let words: Vec<f32> = windows.iter().flatten().map(|word| word.free).collect();
+            Number::Narrow(words.iter().sum::<f32>() / words.len().max(1) as f32)
+        };
+        let means: Vec<Number> = self.contexts.iter().map(mean).collect();
+        let q = (100.0 * (1.0 - rate)) as u32;
+        let threshold = percentile(&means, q).unwrap_or(0.0);
+        let stays =
+            |(i, mean): (usize, &Number)| mean.get() >= threshold || filter.force.contains(&i);
+        Ok(means.iter().enumerate().map(stays).collect())
+    }
+
+    /// The words that stay, written back window by window.
+    fn shorten(
+        &self,
+        (_, windows): &Context,
+        reduce: f64,
+        labels: &mut Vec<Label>,
+    ) -> Result<Compressed> {
+        let (vocabulary, settings) = (&self.model.vocabulary, &self.model.settings);
+        let mut compressed = Compressed::default();
+        for words in windows {
+            let stays = select(words, &self.forced, settings.drop_consecutive, reduce);
+            labels.extend(words.iter().zip(&stays).map(|(word, &kept)| self.label(word, kept)));
+            let kept: Vec<&Word> =
+                words.iter().zip(&stays).filter(|(_, stays)| **stays).map(|(w, _)| w).collect();
+            let written = vocabulary.decode(kept.iter().map(|word| word.text.clone()).collect())?;
+            for (word, written) in kept.iter().zip(&written) {
+                append(&mut compressed, written, &word.source);
+            }
+        }
+        Ok(compressed)
+    }
+
+    /// A context in which no word is dropped: the package writes it back through the tokenizer.
+    fn write_back(&self, (windows, _): &Context, labels: &mut Vec<Label>) -> Compressed {
+        let mut compressed = Compressed::default();
+        for window in windows {
+            for (at, source) in &window.parts {
+                let written = self.forced.restore(&window.text[at.clone()]);
+                append(&mut compressed, &written, source);
+            }
+            let text = self.forced.restore(&window.text);
+            let words = plain_words(&text).into_iter();
+            labels.extend(words.map(|word| Label { word, kept: true, forced: false }));
+        }
+        compressed
+    }
+
+    fn dropped(&self, (_, windows): &'a Context) -> impl Iterator<Item = Label> {
+        windows.iter().flatten().map(|word| self.label(word, false))
+    }
+
+    fn label(&self, word: &Word, kept: bool) -> Label {
+        let forced = word.probability == Number::Wide(1.0);
+        Label { word: self.model.vocabulary.label(&word.text).to_owned(), kept, forced }
+    }
+
+    fn check_forced(&self, target: Target, labels: &[Label]) -> Result<()> {
+        let forced = labels.iter().filter(|label| label.kept && label.forced);
+        let forced: usize = forced.map(|label| cl100k_tokens(&label.word)).sum();
+        match target {
+            Target::Tokens(target) if target < forced => {
+                let expected = format!("at least {forced}, what the forced tokens take");
+                Err(Error::setting("target", expected, target))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The share of `total` that `part` is, 1 at most.
+fn share(part: usize, total: usize) -> f64 {
+    (part as f64 / total.max(1) as f64).min(1.0)
+}
+
+/// Adds a word as it is written back; leading white space belongs to no piece. A word whose bytes another one shares joins its piece.
+fn append(compressed: &mut Compressed, written: &str, source: &Range<usize>) {
+    let space = written.len() - written.trim_start_matches(' ').len();
+    let output = compressed.text.len() + space..compressed.text.len() + written.len();
+    compressed.text.push_str(written);
+    match compressed.pieces.last_mut() {
+        _ if output.is_empty() => {}
+        Some(last) if source.start < last.source.end => {
+            last.source.end = last.source.end.max(source.end);
+            last.output.end = output.end;
+        }
+        _ if source.is_empty() => {}
+        _ => compressed.pieces.push(Piece { source: source.clone(), output }),
+    }
+}
+
+/// The words and marks of a text from which nothing is dropped, as the package's own pattern finds them.
+fn plain_words(text: &str) -> Vec<String> {
+    static PATTERN: LazyLock<Option<Regex>> =
+        LazyLock::new(|| Regex::new(r#"[\p{L}\p{N}_]+|[<>=/!@#$%^&*()?":{}|\\`~;+-]"#).ok());
+    let Some(pattern) = PATTERN.as_ref() else { return Vec::new() };
+    pattern.find_iter(text).map(|found| found.as_str().to_owned()).collect()
+}

@@ -1,0 +1,95 @@
+//! Tokens that are always kept, and what stands for them where the vocabulary lacks them.
+
+use std::ops::Range;
+
+/// Forced tokens.
+#[derive(Debug)]
+pub struct Forced {
+    tokens: Vec<String>,
+    /// Pairs: a token, and the token of the vocabulary that stands for it.
+    stand_ins: Vec<(String, String)>,
+}
+
+impl Forced {
+    pub fn new(tokens: Vec<String>, stand_ins: Vec<(String, String)>) -> Self {
+        Self { tokens, stand_ins }
+    }
+
+    pub fn contains(&self, token: &str) -> bool {
+        self.tokens.iter().any(|forced| forced == token)
+    }
+
+    pub fn is_stand_in(&self, token: &str) -> bool {
+        self.stand_ins.iter().any(|(_, stand_in)| stand_in == token)
+    }
+
+    /// What stands for `token`, if anything does.
+    pub fn stand_in(&self, token: &str) -> Option<&str> {
+        self.stand_ins.iter().find(|(forced, _)| forced == token).map(|(_, s)| s.as_str())
+    }
+
+    /// Whether anything is replaced at all.
+    pub fn has_stand_ins(&self) -> bool {
+        !self.stand_ins.is_empty()
+    }
+
+    /// Forced tokens in place of their stand-ins.
+    pub fn restore(&self, text: &str) -> String {
+        self.stand_ins.iter().fold(text.to_owned(), |text, (token, s)| text.replace(s, token))
+    }
+
+    /// Stand-ins in place of forced tokens.
+    pub fn replace(&self, text: &str) -> Traced {
+        let whole = Traced { text: text.to_owned(), origin: (0..=text.len()).collect() };
+        self.stand_ins.iter().fold(whole, |traced, (token, s)| traced.replace(token, s))
+    }
+}
+
+/// A text made from another by replacements, which knows where its bytes come from.
+#[derive(Debug)]
+pub struct Traced {
+    pub text: String,
+    /// For each byte, and for the end: where it lies in the first text. Bytes of a replacement lie where it begins.
+    origin: Vec<usize>,
+}
+
+impl Traced {
+    /// Bytes of the first text.
+    pub fn source(&self, range: &Range<usize>) -> Range<usize> {
+        self.origin[range.start]..self.origin[range.end]
+    }
+
+    fn replace(self, from: &str, to: &str) -> Self {
+        let mut text = String::with_capacity(self.text.len());
+        let mut origin = Vec::with_capacity(self.origin.len());
+        let mut done = 0;
+        for (at, _) in self.text.match_indices(from) {
+            text.push_str(&self.text[done..at]);
+            origin.extend_from_slice(&self.origin[done..at]);
+            text.push_str(to);
+            origin.extend(std::iter::repeat_n(self.origin[at], to.len()));
+            done = at + from.len();
+        }
+        text.push_str(&self.text[done..]);
+        origin.extend_from_slice(&self.origin[done..]);
+        Self { text, origin }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replacements_know_their_origin() {
+        let pairs = vec![("\n".into(), "[NEW0]".into()), ("ab".into(), "[NEW3]".into())];
+        let forced = Forced::new(vec!["\n".into(), "ab".into()], pairs);
+        let traced = forced.replace("x\nyab!");
+        assert_eq!(traced.text, "x[NEW0]y[NEW3]!");
+        assert_eq!(traced.source(&(1..7)), 1..2);
+        assert_eq!(traced.source(&(7..8)), 2..3);
+        assert_eq!(traced.source(&(8..14)), 3..5);
+        assert_eq!(traced.source(&(0..15)), 0..6);
+        assert_eq!(forced.restore(&traced.text), "x\nyab!");
+    }
+}

@@ -1,0 +1,145 @@
+//! The checkpoint's tokenizer, with llmlingua's rules for words and forced tokens.
+
+use std::ops::Range;
+use std::path::Path;
+
+use super::checkpoint::Family;
+use super::forced::Forced;
+use longctx_core::{Error, Result};
+use tokenizers::{AddedToken, Decoder, Encoding, Tokenizer};
+
+/// Tokens that stand for forced tokens which the vocabulary lacks.
+const ADDED: usize = 100;
+
+/// Python's `string.punctuation`.
+const PUNCTUATION: &str = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~";
+
+#[derive(Debug)]
+pub struct Vocabulary {
+    tokenizer: Tokenizer,
+    family: Family,
+    /// Ids of the first and the last token of a window.
+    pub frame: (u32, u32),
+}
+
+impl Vocabulary {
+    pub fn open(path: &Path, family: Family) -> Result<Self> {
+        let failed = |e: tokenizers::Error| Error::file(path, e);
+        let mut tokenizer = Tokenizer::from_file(path).map_err(failed)?;
+        tokenizer.with_truncation(None).map_err(failed)?;
+        tokenizer.with_padding(None);
+        if tokenizer.get_decoder().is_none() {
+            return Err(Error::file(path, "the tokenizer has no decoder"));
+        }
+        let added = (0..ADDED).map(|i| AddedToken::from(added(i), true));
+        tokenizer.add_special_tokens(added.collect::<Vec<_>>()).map_err(failed)?;
+        // The package frames every window with BERT's names. XLM-RoBERTa's vocabulary does not have them, so that its
+        // windows begin and end with the unknown token; the published checkpoints are used, and were measured, like this.
+        let (first, last) = match family {
+            Family::Bert => ("[CLS]", "[SEP]"),
+            Family::XlmRoberta => ("<unk>", "<unk>"),
+        };
+        let id = |token: &str| {
+            let missing = || Error::file(path, format!("there is no token {token:?}"));
+            tokenizer.token_to_id(token).ok_or_else(missing)
+        };
+        let frame = (id(first)?, id(last)?);
+        Ok(Self { tokenizer, family, frame })
+    }
+
+    pub fn encode(&self, text: &str) -> Result<Encoding> {
+        self.tokenizer.encode(text, false).map_err(failed)
+    }
+
+    /// The token as it stands in the vocabulary: for what the vocabulary lacks, the unknown token.
+    pub fn token(&self, id: u32) -> String {
+        self.tokenizer.id_to_token(id).unwrap_or_default()
+    }
+
+    /// The largest id, that of the last added token.
+    pub fn largest_id(&self) -> u32 {
+        self.tokenizer.token_to_id(&added(ADDED - 1)).unwrap_or(u32::MAX)
+    }
+
+    /// What each of `tokens` adds to the text that they make together.
+    pub fn decode(&self, tokens: Vec<String>) -> Result<Vec<String>> {
+        match self.tokenizer.get_decoder() {
+            Some(decoder) => decoder.decode_chain(tokens).map_err(failed),
+            None => Ok(tokens),
+        }
+    }
+
+    /// Whether a token stands for no text.
+    pub fn is_special(&self, token: &str) -> bool {
+        match self.family {
+            Family::Bert => matches!(token, "[UNK]" | "[SEP]" | "[PAD]" | "[CLS]" | "[MASK]"),
+            Family::XlmRoberta => matches!(token, "<s>" | "</s>" | "<unk>" | "<pad>" | "<mask>"),
+        }
+    }
+
+    /// Whether the encoder's attention leaves a token out: BERT's padding, where a text spells it out.
+    pub fn is_masked(&self, token: &str) -> bool {
+        self.family == Family::Bert && token == "[PAD]"
+    }
+
+    pub fn begins_word(&self, token: &str, forced: &Forced) -> bool {
+        match self.family {
+            Family::Bert => {
+                let pure = self.pure(token);
+                forced.contains(pure) || forced.is_stand_in(pure) || !token.starts_with("##")
+            }
+            Family::XlmRoberta => {
+                PUNCTUATION.contains(token)
+                    || forced.contains(token)
+                    || forced.is_stand_in(token)
+                    || token.starts_with('▁')
+            }
+        }
+    }
+
+    /// The token without the marks of its place in a word.
+    pub fn pure<'a>(&self, token: &'a str) -> &'a str {
+        match self.family {
+            Family::Bert => token.trim_start_matches('#'),
+            Family::XlmRoberta => token.trim_start_matches('▁'),
+        }
+    }
+
+    /// A word as the package reports it.
+    pub fn label<'a>(&self, word: &'a str) -> &'a str {
+        match self.family {
+            Family::Bert => word,
+            Family::XlmRoberta => word.trim_start_matches('▁'),
+        }
+    }
+
+    /// The forced tokens, each that is not exactly one token of the vocabulary with its stand-in.
+    pub fn forced(&self, tokens: &[String]) -> Result<Forced> {
+        if tokens.len() > ADDED {
+            return Err(Error::setting("force_tokens", format!("at most {ADDED}"), tokens.len()));
+        }
+        if tokens.iter().any(String::is_empty) {
+            return Err(Error::setting("force_tokens", "tokens of at least one character", "\"\""));
+        }
+        let mut stand_ins = Vec::new();
+        for (i, token) in tokens.iter().enumerate() {
+            if self.encode(token)?.len() != 1 {
+                stand_ins.push((token.clone(), added(i)));
+            }
+        }
+        Ok(Forced::new(tokens.to_vec(), stand_ins))
+    }
+}
+
+fn added(i: usize) -> String {
+    format!("[NEW{i}]")
+}
+
+fn failed(e: tokenizers::Error) -> Error {
+    Error::Unsupported(format!("tokenizer: {e}"))
+}
+
+/// The bytes from the first of `ranges` to the last; `None` of none.
+pub fn hull(ranges: impl IntoIterator<Item = Range<usize>>) -> Option<Range<usize>> {
+    ranges.into_iter().reduce(|a, b| a.start.min(b.start)..a.end.max(b.end))
+}

@@ -1,0 +1,100 @@
+//! Cutting a text into windows that the encoder takes in one go, and knowing where every token comes from.
+
+use std::ops::Range;
+
+use super::encoder::{Framed, WINDOW};
+use super::forced::Forced;
+use super::vocabulary::{Vocabulary, hull};
+use longctx_core::Result;
+
+/// A run of the text's tokens, written back as text.
+#[derive(Debug)]
+pub struct Window {
+    /// The text, with stand-ins for forced tokens.
+    pub text: String,
+    /// How the text is put together: byte ranges in it, each with its bytes in the original.
+    pub parts: Vec<(Range<usize>, Range<usize>)>,
+}
+
+/// A token that the encoder sees.
+#[derive(Debug)]
+pub struct Token {
+    pub text: String,
+    /// Its bytes in the original; empty where no byte stands behind it.
+    pub source: Range<usize>,
+}
+
+/// Cuts `text` into windows: as long as fits, and back to the last of `ends` in it.
+///
+/// As in the package a window may hold one token more than the encoder takes with its frame, which then lacks its last token.
+pub fn split(
+    vocabulary: &Vocabulary,
+    forced: &Forced,
+    ends: &[String],
+    text: &str,
+) -> Result<Vec<Window>> {
+    let traced = forced.replace(text);
+    let encoding = vocabulary.encode(&traced.text)?;
+    let (tokens, offsets) = (encoding.get_tokens(), encoding.get_offsets());
+    let is_end = |token: &String| {
+        ends.iter().any(|end| end == token || forced.stand_in(end) == Some(token.as_str()))
+    };
+    let mut windows = Vec::new();
+    let mut start = 0;
+    while start < tokens.len() {
+        let full = start + WINDOW - 2;
+        let last = match full < tokens.len() {
+            true => (start + 1..=full).rev().find(|&i| is_end(&tokens[i])).unwrap_or(full),
+            false => tokens.len() - 1,
+        };
+        let decoded = vocabulary.decode(tokens[start..=last].to_vec())?;
+        let mut window = Window { text: String::new(), parts: Vec::new() };
+        for (part, &(from, to)) in decoded.iter().zip(&offsets[start..=last]) {
+            let at = window.text.len();
+            window.text.push_str(part);
+            window.parts.push((at..window.text.len(), traced.source(&(from..to))));
+        }
+        windows.push(window);
+        start = last + 1;
+    }
+    Ok(windows)
+}
+
+impl Window {
+    /// The window's tokens as the encoder takes them, between the two of the frame, and what they are.
+    pub fn frame(
+        &self,
+        vocabulary: &Vocabulary,
+        positions: impl Fn(&[u32]) -> Vec<u32>,
+    ) -> Result<(Framed, Vec<Token>)> {
+        let encoding = vocabulary.encode(&self.text)?;
+        let (first, last) = vocabulary.frame;
+        let mut tokens = vec![Token { text: vocabulary.token(first), source: 0..0 }];
+        let mut ids = vec![first];
+        for (&id, &(from, to)) in encoding.get_ids().iter().zip(encoding.get_offsets()) {
+            ids.push(id);
+            tokens.push(Token { text: vocabulary.token(id), source: self.source(from..to) });
+        }
+        ids.push(last);
+        tokens.push(Token { text: vocabulary.token(last), source: 0..0 });
+        ids.truncate(WINDOW);
+        tokens.truncate(WINDOW);
+        let positions = positions(&ids);
+        let seen: Vec<bool> = tokens.iter().map(|t| !vocabulary.is_masked(&t.text)).collect();
+        let only_seen = |all: Vec<u32>| {
+            all.into_iter().zip(&seen).filter(|(_, seen)| **seen).map(|(x, _)| x).collect()
+        };
+        let framed = Framed { ids: only_seen(ids), positions: only_seen(positions) };
+        let mut kept = seen.iter();
+        tokens.retain(|_| *kept.next().unwrap_or(&true));
+        Ok((framed, tokens))
+    }
+
+    /// The bytes of the original behind a range of the window's text.
+    fn source(&self, range: Range<usize>) -> Range<usize> {
+        let first = self.parts.partition_point(|(at, _)| at.end <= range.start);
+        let behind = self.parts[first..].iter().take_while(|(at, _)| at.start < range.end);
+        let behind = behind.map(|(_, source)| source.clone()).filter(|source| !source.is_empty());
+        hull(behind).unwrap_or(0..0)
+    }
+}

@@ -1,0 +1,149 @@
+//! Words from sub-word tokens, and which of them stay.
+
+use std::ops::Range;
+
+use super::forced::Forced;
+use super::vocabulary::{Vocabulary, hull};
+use super::windows::Token;
+use super::{Settings, WordProbability};
+use crate::percentile::{Number, percentile};
+use crate::tokens::cl100k_tokens;
+
+/// A word of a window.
+#[derive(Debug)]
+pub struct Word {
+    /// As the tokenizer writes it, with the marks of its place and forced tokens restored.
+    pub text: String,
+    /// The probability that it stays; 1 if it is forced to.
+    pub probability: Number,
+    /// The probability without force, which ranks whole contexts.
+    pub free: f32,
+    /// Its bytes in the original; empty where no byte stands behind it.
+    pub source: Range<usize>,
+    /// Its tokens in the unit that rates count in.
+    pub weight: usize,
+}
+
+/// Merges the tokens of a window, with the probability that each stays, into words.
+pub fn merge(
+    vocabulary: &Vocabulary,
+    forced: &Forced,
+    settings: &Settings,
+    tokens: &[Token],
+    probabilities: &[f32],
+) -> Vec<Word> {
+    let mut words: Vec<Parts> = Vec::new();
+    for (token, &free) in tokens.iter().zip(probabilities) {
+        if vocabulary.is_special(&token.text) {
+            continue;
+        }
+        let pure = vocabulary.pure(&token.text);
+        let digit = settings.force_digits && has_digit(&token.text);
+        match words.last_mut() {
+            Some(word) if !vocabulary.begins_word(&token.text, forced) => {
+                word.text.push_str(pure);
+                word.push(free, digit, token);
+            }
+            _ => {
+                let force = digit || forced.contains(pure) || forced.is_stand_in(pure);
+                let mut word = Parts { text: forced.restore(&token.text), ..Parts::default() };
+                word.push(free, force, token);
+                words.push(word);
+            }
+        }
+    }
+    words.into_iter().map(|word| word.finish(settings.word_probability)).collect()
+}
+
+/// A decimal digit of any script.
+fn has_digit(token: &str) -> bool {
+    static DIGIT: std::sync::LazyLock<Option<regex::Regex>> =
+        std::sync::LazyLock::new(|| regex::Regex::new(r"\d").ok());
+    DIGIT.as_ref().is_some_and(|digit| digit.is_match(token))
+}
+
+/// A word as its tokens come in.
+#[derive(Default)]
+struct Parts {
+    text: String,
+    free: Vec<f32>,
+    forced: Vec<bool>,
+    sources: Vec<Range<usize>>,
+}
+
+impl Parts {
+    fn push(&mut self, free: f32, forced: bool, token: &Token) {
+        self.free.push(free);
+        self.forced.push(forced);
+        if !token.source.is_empty() {
+            self.sources.push(token.source.clone());
+        }
+    }
+
+    fn finish(self, how: WordProbability) -> Word {
+        let count = match how {
+            WordProbability::Mean => self.free.len(),
+            WordProbability::First => 1,
+        };
+        let mean = |values: &mut dyn Iterator<Item = f32>| values.sum::<f32>() / count as f32;
+        // The package takes the first token's probability for each of the others here, though not above.
+        let free = mean(&mut std::iter::repeat_n(self.free[0], count));
+        let of_parts = self.free.iter().zip(&self.forced);
+        let with_force = mean(&mut of_parts.take(count).map(|(&p, &f)| if f { 1.0 } else { p }));
+        let probability = match self.forced[..count].iter().all(|&forced| forced) {
+            true => Number::Wide(1.0),
+            false => Number::Narrow(with_force),
+        };
+        let weight = cl100k_tokens(&self.text);
+        let source = hull(self.sources).unwrap_or(0..0);
+        Word { text: self.text, probability, free, source, weight }
+    }
+}
+
+/// Which words of a window stay if `reduce` of its tokens are to go.
+pub fn select(words: &[Word], forced: &Forced, drop_consecutive: bool, reduce: f64) -> Vec<bool> {
+    let mut probabilities: Vec<Number> = words.iter().map(|word| word.probability).collect();
+    if drop_consecutive {
+        drop_repeated(words, forced, &mut probabilities, (100.0 * reduce) as u32);
+    }
+    let weighted: Vec<Number> = words
+        .iter()
+        .zip(&probabilities)
+        .flat_map(|(word, &probability)| std::iter::repeat_n(probability, word.weight))
+        .collect();
+    let Some(threshold) = percentile(&weighted, (100.0 * reduce + 1.0) as u32) else {
+        return vec![false; words.len()];
+    };
+    let mut last_kept: Option<&str> = None;
+    let mut stays = Vec::with_capacity(words.len());
+    for (word, probability) in words.iter().zip(&probabilities) {
+        let probability = probability.get();
+        let above = probability > threshold || (threshold == 1.0 && probability == threshold);
+        let repeats = last_kept == Some(word.text.as_str());
+        let kept = above && !(drop_consecutive && repeats && forced.contains(&word.text));
+        if kept {
+            last_kept = Some(&word.text);
+        }
+        stays.push(kept);
+    }
+    stays
+}
+
+/// Takes a forced word's probability away if the same one came before and nothing likely to stay lies between.
+fn drop_repeated(words: &[Word], forced: &Forced, probabilities: &mut [Number], q: u32) {
+    let Some(threshold) = percentile(probabilities, q) else { return };
+    let mut between = false;
+    let mut previous: Option<&str> = None;
+    for (word, probability) in words.iter().zip(probabilities) {
+        if forced.contains(&word.text) {
+            if between {
+                between = false;
+            } else if previous == Some(word.text.as_str()) {
+                *probability = Number::Wide(0.0);
+            }
+            previous = Some(&word.text);
+        } else {
+            between |= probability.get() > threshold;
+        }
+    }
+}
