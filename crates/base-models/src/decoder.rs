@@ -128,6 +128,22 @@ impl CausalLm for Decoder {
         Ok(head.forward(&x)?.to_dtype(DType::F32)?)
     }
 
+    fn rewind(&mut self, seen: usize) -> Result<bool> {
+        for layer in 0..self.caches.len() {
+            if self.caches[layer].rewind(seen)? {
+                continue;
+            }
+            if layer == 0 {
+                return Ok(false);
+            }
+            // Layers with caches of different kinds: those before this one have already gone back.
+            let what = format!("rewinding a model whose layer {layer} can't, unlike those before");
+            return Err(Error::Unsupported(what));
+        }
+        self.seen = seen;
+        Ok(true)
+    }
+
     fn reset(&mut self) {
         self.caches.iter_mut().for_each(|cache| cache.reset());
         self.seen = 0;

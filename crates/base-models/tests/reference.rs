@@ -61,6 +61,21 @@ fn the_last_tokens_logits_are_the_last_of_all() {
 }
 
 #[test]
+fn a_rewound_session_goes_on_from_there() {
+    let model = Transformer::from_folder(&fixture("llama"), &LoadOptions::default()).unwrap();
+    let session = || model.session(|layer| DenseCache::new(layer.attention, DType::F32)).unwrap();
+    let tokens = |ids: &[u32]| Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+    let mut rewound = session();
+    rewound.forward(&tokens(&[1, 2, 3, 4, 5]), Logits::Last).unwrap();
+    assert!(rewound.rewind(2).unwrap());
+    assert_eq!(rewound.seen(), 2);
+    let again = rewound.forward(&tokens(&[7, 8]), Logits::Last).unwrap();
+    let expected = session().forward(&tokens(&[1, 2, 7, 8]), Logits::Last).unwrap();
+    assert!(distance(&again, &expected) < 1e-5);
+    assert!(rewound.rewind(9).is_err());
+}
+
+#[test]
 fn window_is_read_from_the_configuration() {
     let config = Config::from_file(&fixture("mistral").join("config.json")).unwrap();
     assert_eq!(config.windows, [Some(16), Some(16)]);

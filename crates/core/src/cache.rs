@@ -33,6 +33,16 @@ pub trait KvCache: Send {
     /// [`Error::Mismatch`](crate::Error::Mismatch) if a tensor does not fit the layer's shape, or the batch differs from earlier calls'.
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor>;
 
+    /// Forgets what was taken in after the first `seen` tokens; says whether it could. `false` changes nothing: a cache that has
+    /// dropped or changed what it holds can't go back.
+    ///
+    /// # Errors
+    /// If fewer than `seen` tokens were taken in.
+    fn rewind(&mut self, seen: usize) -> Result<bool> {
+        crate::lm::check_rewind(self.seen(), seen)?;
+        Ok(seen == self.seen())
+    }
+
     /// Tokens taken in since the last reset.
     fn seen(&self) -> usize;
 
@@ -49,6 +59,9 @@ pub trait KvCache: Send {
 impl<C: KvCache + ?Sized> KvCache for Box<C> {
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         (**self).attend(step)
+    }
+    fn rewind(&mut self, seen: usize) -> Result<bool> {
+        (**self).rewind(seen)
     }
     fn seen(&self) -> usize {
         (**self).seen()

@@ -1,6 +1,6 @@
 //! Language models, seen from outside.
 
-use crate::{Footprint, Result};
+use crate::{Error, Footprint, Result};
 use candle_core::{Device, Tensor};
 
 /// For which of the tokens given the logits are wanted.
@@ -23,6 +23,16 @@ pub trait CausalLm {
     /// Forgets all tokens fed.
     fn reset(&mut self);
 
+    /// Forgets what was fed after the first `seen` tokens, so that others can follow them; says whether it could. `false` changes
+    /// nothing: a recurrent state or a compressed cache can't be taken back, and the tokens have to be fed again after a reset.
+    ///
+    /// # Errors
+    /// If fewer than `seen` tokens were fed; whatever the layers report.
+    fn rewind(&mut self, seen: usize) -> Result<bool> {
+        check_rewind(self.seen(), seen)?;
+        Ok(seen == self.seen())
+    }
+
     /// Tokens fed since the last reset.
     fn seen(&self) -> usize;
 
@@ -40,4 +50,12 @@ pub trait CausalLm {
 
     /// Where the model computes; tokens are expected there.
     fn device(&self) -> &Device;
+}
+
+/// Checks that a memory of `held` tokens can go back to `seen`.
+pub(crate) fn check_rewind(held: usize, seen: usize) -> Result<()> {
+    if seen > held {
+        return Err(Error::mismatch("tokens to rewind to", format!("at most {held}"), seen));
+    }
+    Ok(())
 }

@@ -63,6 +63,17 @@ impl KvCache for DenseCache {
         out.into_output(step.q.dtype())
     }
 
+    fn rewind(&mut self, seen: usize) -> Result<bool> {
+        crate::lm::check_rewind(self.seen, seen)?;
+        if self.store.len() != self.seen {
+            return Ok(seen == self.seen);
+        }
+        let first = (0..seen as u32).collect();
+        self.store.retain(&Selection::uniform(self.store.lens().len(), first))?;
+        self.seen = seen;
+        Ok(true)
+    }
+
     fn seen(&self) -> usize {
         self.seen
     }
@@ -78,5 +89,46 @@ impl KvCache for DenseCache {
     fn reset(&mut self) {
         self.store.reset();
         self.seen = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Rope, RopeScaling};
+    use candle_core::Device;
+
+    #[test]
+    fn a_rewound_cache_goes_on_as_if_the_rest_had_never_come() {
+        let mut shape = AttentionShape::new(4, 2, 64).unwrap();
+        let rope = Rope::new(64, 64, 10_000.0, RopeScaling::None).unwrap();
+        let all = |heads| Tensor::randn(0f32, 1., (1, heads, 340, 64), &Device::Cpu).unwrap();
+        let (q, kv) = (all(4), all(2));
+        let feed = |cache: &mut DenseCache, from: usize, len: usize| {
+            let (q, kv) = (q.narrow(2, from, len).unwrap(), kv.narrow(2, from, len).unwrap());
+            let (shape, rope) = (&cache.store.shape().clone(), &rope);
+            cache.attend(&Step { q: &q, k: &kv, v: &kv, shape, rope }).unwrap()
+        };
+        for first in [0, 1, 256, 300] {
+            let mut cache = DenseCache::new(shape, DType::F32).unwrap();
+            feed(&mut cache, 0, first + 10);
+            assert!(cache.rewind(first).unwrap());
+            assert_eq!((cache.seen(), cache.held()), (first, first));
+            let again = feed(&mut cache, 320, 20);
+            let mut plain = DenseCache::new(shape, DType::F32).unwrap();
+            if first > 0 {
+                feed(&mut plain, 0, first);
+            }
+            let expected = feed(&mut plain, 320, 20);
+            let difference = (again - expected).unwrap().abs().unwrap().flatten_all().unwrap();
+            assert!(difference.max(0).unwrap().to_scalar::<f32>().unwrap() < 1e-6);
+            assert!(cache.rewind(first + 21).unwrap_err().to_string().contains("at most"));
+        }
+        // What slid out of a window is gone.
+        shape.window = Some(8);
+        let mut cache = DenseCache::new(shape, DType::F32).unwrap();
+        feed(&mut cache, 0, 340);
+        assert!(!cache.rewind(100).unwrap());
+        assert_eq!(cache.seen(), 340);
     }
 }
