@@ -1,0 +1,62 @@
+//! Attention whose keys and values a cache of the caller's choice keeps.
+
+use std::sync::Arc;
+
+use crate::checkpoint::Checkpoint;
+use crate::linear::Linear;
+use crate::matrix::{Matrix, Rows};
+use crate::mixer::Input;
+use candle_core::{Device, Tensor};
+use longctx_core::{AttentionShape, KvCache, Result, Rope, Step};
+
+#[derive(Debug)]
+pub struct Attention {
+    hidden: usize,
+    pub shape: AttentionShape,
+    qkv: Matrix,
+    out: Linear,
+    rope: Arc<Rope>,
+}
+
+impl Attention {
+    /// From `name.q_proj.weight`, `k_proj`, `v_proj` and `o_proj`; only the last may have a bias.
+    pub fn load(
+        w: &Checkpoint,
+        name: &str,
+        hidden: usize,
+        shape: AttentionShape,
+        rope: Arc<Rope>,
+        out_bias: bool,
+    ) -> Result<Self> {
+        let (queries, keys) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        let part = |part: &str, out| (format!("{name}.{part}.weight"), out);
+        let names = [part("q_proj", queries), part("k_proj", keys), part("v_proj", keys)];
+        Ok(Self {
+            hidden,
+            shape,
+            qkv: w.joined(&names, hidden)?,
+            out: Linear::load(w, &format!("{name}.o_proj"), hidden, queries, out_bias)?,
+            rope,
+        })
+    }
+
+    /// `[batch, tokens, hidden]` to the same.
+    pub fn forward(&self, x: Input<'_>, cache: &mut dyn KvCache, out: &mut [f32]) -> Result<()> {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let mut qkv = vec![0.0; x.rows() * self.qkv.out()];
+        self.qkv.apply(Rows::new(x.x, self.hidden), &mut qkv);
+        let qkv = Tensor::from_vec(
+            qkv,
+            (x.batch, x.tokens, heads + 2 * kv_heads, head_dim),
+            &Device::Cpu,
+        )?;
+        let part = |start, count| qkv.narrow(2, start, count)?.transpose(1, 2)?.contiguous();
+        let (q, k) = (part(0, heads)?, part(heads, kv_heads)?);
+        let v = part(heads + kv_heads, kv_heads)?;
+        let step = Step { q: &q, k: &k, v: &v, shape: &self.shape, rope: &self.rope };
+        let attended = cache.attend(&step)?.transpose(1, 2)?.flatten_all()?;
+        let attended: Vec<f32> = attended.to_vec1()?;
+        self.out.apply(Rows::new(&attended, heads * head_dim), out);
+        Ok(())
+    }
+}

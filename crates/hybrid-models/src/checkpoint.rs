@@ -1,0 +1,196 @@
+//! Where weights come from: safetensors, PyTorch's `.pth`, or tensors in memory.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+
+use crate::matrix::Matrix;
+use candle_core::pickle::PthTensors;
+use candle_core::safetensors::MmapedSafetensors;
+use candle_core::{DType, Device, Tensor};
+use longctx_core::{Error, Result};
+use serde_json::Value;
+
+/// How weights are to be held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// The format of weight matrices: f32, f16 or bf16. Half-precision ones decode nearly twice as fast. Activations, states and the
+    /// few weights that are no matrices are f32 always.
+    pub dtype: DType,
+}
+
+impl Default for LoadOptions {
+    /// In f32.
+    fn default() -> Self {
+        Self { dtype: DType::F32 }
+    }
+}
+
+/// Tensors by name.
+pub struct Checkpoint {
+    path: PathBuf,
+    source: Source,
+    dtype: DType,
+}
+
+enum Source {
+    Safetensors(MmapedSafetensors),
+    Pickle(PthTensors),
+    Memory(HashMap<String, Tensor>),
+}
+
+impl Checkpoint {
+    /// The weights in a folder: `model.safetensors` or its shards, else `pytorch_model.bin`, else the only `.pth` or `.safetensors`; or
+    /// those in one file.
+    pub fn open(path: &Path, options: &LoadOptions) -> Result<Self> {
+        let files = files(path)?;
+        let named = |e: candle_core::Error| Error::file(path, e);
+        for file in &files {
+            // candle's own message for a missing file does not name it.
+            std::fs::File::open(file).map_err(|e| Error::file(file, e))?;
+        }
+        let is_safetensors = |f: &PathBuf| f.extension().is_some_and(|e| e == "safetensors");
+        let source = if files.iter().all(is_safetensors) {
+            // SAFETY: memory-mapping is sound as long as nobody changes the files while they are mapped: a checkpoint is written once,
+            // and this is the documented condition of every loader that maps safetensors.
+            #[allow(unsafe_code)]
+            let mapped = unsafe { MmapedSafetensors::multi(&files) };
+            Source::Safetensors(mapped.map_err(named)?)
+        } else {
+            Source::Pickle(PthTensors::new(&files[0], None).map_err(named)?)
+        };
+        Self::new(path.into(), source, options)
+    }
+
+    /// Tensors in memory.
+    pub fn from_tensors(tensors: HashMap<String, Tensor>, options: &LoadOptions) -> Result<Self> {
+        Self::new("tensors in memory".into(), Source::Memory(tensors), options)
+    }
+
+    fn new(path: PathBuf, source: Source, options: &LoadOptions) -> Result<Self> {
+        match options.dtype {
+            dtype @ (DType::F32 | DType::F16 | DType::BF16) => Ok(Self { path, source, dtype }),
+            other => Err(Error::setting("dtype", "f32, f16 or bf16", other.as_str())),
+        }
+    }
+
+    /// The shape of a tensor, if there is one of that name.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        match &self.source {
+            Source::Safetensors(files) => files.get(name).ok().map(|view| view.shape().to_vec()),
+            Source::Pickle(file) => {
+                file.tensor_infos().get(name).map(|info| info.layout.dims().to_vec())
+            }
+            Source::Memory(tensors) => tensors.get(name).map(|t| t.dims().to_vec()),
+        }
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.shape(name).is_some()
+    }
+
+    /// The first of several names that there is a tensor of: families whose layouts name it differently.
+    pub fn any_of<'a>(&self, names: &[&'a str]) -> Result<&'a str> {
+        names.iter().copied().find(|name| self.has(name)).ok_or_else(|| self.missing(names))
+    }
+
+    fn missing(&self, names: &[&str]) -> Error {
+        let names: Vec<_> = names.iter().map(|name| format!("{name:?}")).collect();
+        Error::file(&self.path, format!("there is no tensor {}", names.join(" or ")))
+    }
+
+    /// A tensor in f32. Dimensions of 1 in front are no part of its shape.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        Ok(self.get(name, shape)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// A matrix `[out, inner]`, in the format asked for.
+    pub fn matrix(&self, name: &str, out: usize, inner: usize) -> Result<Matrix> {
+        self.in_format(&self.get(name, &[out, inner])?)
+    }
+
+    /// A matrix stored the other way, `[inner, out]`.
+    pub fn transposed(&self, name: &str, out: usize, inner: usize) -> Result<Matrix> {
+        self.in_format(&self.get(name, &[inner, out])?.t()?)
+    }
+
+    /// Several matrices `[out, inner]` with one input, as one.
+    pub fn joined(&self, names: &[(String, usize)], inner: usize) -> Result<Matrix> {
+        let load = |(name, out): &(String, usize)| self.get(name, &[*out, inner]);
+        let matrices = names.iter().map(load).collect::<Result<Vec<_>>>()?;
+        self.in_format(&Tensor::cat(&matrices, 0)?)
+    }
+
+    /// A matrix made of this checkpoint's tensors, in the format asked for.
+    pub fn in_format(&self, matrix: &Tensor) -> Result<Matrix> {
+        Matrix::new(&matrix.to_dtype(self.dtype)?)
+    }
+
+    fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = match &self.source {
+            Source::Safetensors(files) if self.has(name) => files.load(name, &Device::Cpu)?,
+            Source::Pickle(file) => self.unpickle(file, name)?,
+            Source::Memory(tensors) if self.has(name) => tensors[name].clone(),
+            _ => return Err(self.missing(&[name])),
+        };
+        let dims = tensor.dims();
+        let ones = dims.len().saturating_sub(shape.len());
+        if dims[ones..] != *shape || dims[..ones].iter().any(|&d| d != 1) {
+            let what = format!("tensor {name:?} in {}", self.path.display());
+            return Err(Error::mismatch(what, format!("{shape:?}"), format!("{dims:?}")));
+        }
+        Ok(tensor.reshape(shape)?)
+    }
+
+    fn unpickle(&self, file: &PthTensors, name: &str) -> Result<Tensor> {
+        let info = file.tensor_infos().get(name).ok_or_else(|| self.missing(&[name]))?;
+        // candle would skip as many bytes as there are numbers to skip.
+        if info.layout.start_offset() != 0 {
+            let reason = format!("tensor {name:?} is a part of another one's storage");
+            return Err(Error::Unsupported(format!("{}: {reason}", self.path.display())));
+        }
+        let failed = |e: &dyn std::fmt::Display| Error::file(&self.path, format!("{name:?}: {e}"));
+        file.get(name).map_err(|e| failed(&e))?.ok_or_else(|| self.missing(&[name]))
+    }
+}
+
+fn files(path: &Path) -> Result<Vec<PathBuf>> {
+    if !path.is_dir() {
+        return Ok(vec![path.into()]);
+    }
+    let index = path.join("model.safetensors.index.json");
+    if index.exists() {
+        return Ok(shard_names(&index)?.iter().map(|name| path.join(name)).collect());
+    }
+    for single in ["model.safetensors", "pytorch_model.bin"] {
+        if path.join(single).exists() {
+            return Ok(vec![path.join(single)]);
+        }
+    }
+    let entries = std::fs::read_dir(path).map_err(|e| Error::file(path, e))?;
+    let entries: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    for end in ["pth", "safetensors"] {
+        let has_end = |p: &&PathBuf| p.extension().is_some_and(|e| e == end);
+        let found: Vec<_> = entries.iter().filter(has_end).cloned().collect();
+        if found.len() == 1 {
+            return Ok(found);
+        }
+    }
+    let expected =
+        "model.safetensors, its index, pytorch_model.bin, or a single other file of weights";
+    Err(Error::file(path, format!("there is neither of {expected}")))
+}
+
+/// The file names that an index refers to.
+pub fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
+    let text = std::fs::read_to_string(index).map_err(|e| Error::file(index, e))?;
+    let json: Value = serde_json::from_str(&text).map_err(|e| Error::file(index, e))?;
+    let map = json["weight_map"]
+        .as_object()
+        .ok_or_else(|| Error::file(index, "there is no object \"weight_map\""))?;
+    map.iter()
+        .map(|(tensor, file)| match file.as_str() {
+            Some(file) => Ok(file.to_owned()),
+            None => Err(Error::file(index, format!("the file of {tensor:?} is no string"))),
+        })
+        .collect()
+}

@@ -1,0 +1,46 @@
+//! The feed-forward block with a gate: W_down (gelu(W_gate x) ∘ W_up x).
+
+use crate::checkpoint::Checkpoint;
+use crate::linear::Linear;
+use crate::matrix::Rows;
+use crate::mixer::{Input, Part, Recurrent};
+use crate::simd::{TimesGelu, zip};
+use crate::workspace::Workspace;
+use longctx_core::Result;
+use rayon::prelude::*;
+
+#[derive(Debug)]
+pub struct GatedMlp {
+    hidden: usize,
+    inner: usize,
+    gate_up: Linear,
+    down: Linear,
+}
+
+impl GatedMlp {
+    /// From `name.gate_proj`, `up_proj` and `down_proj`, all with biases.
+    pub fn load(w: &Checkpoint, name: &str, hidden: usize, inner: usize) -> Result<Self> {
+        let names = ["gate_proj", "up_proj"].map(|part| format!("{name}.{part}"));
+        let gate_up = Linear::joined(w, &names, inner, hidden)?;
+        let down = Linear::load(w, &format!("{name}.down_proj"), hidden, inner, true)?;
+        Ok(Self { hidden, inner, gate_up, down })
+    }
+}
+
+impl Recurrent for GatedMlp {
+    fn state(&self) -> Vec<Part> {
+        Vec::new()
+    }
+
+    fn forward(&self, x: Input<'_>, _: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
+        let mut gate_up = workspace.take(x.rows() * 2 * self.inner);
+        self.gate_up.apply(Rows::new(x.x, self.hidden), &mut gate_up);
+        gate_up.par_chunks_exact_mut(2 * self.inner).for_each(|row| {
+            let (gate, up) = row.split_at_mut(self.inner);
+            zip(TimesGelu, up, gate);
+        });
+        let gated = Rows::new(&gate_up, 2 * self.inner).columns(self.inner, self.inner);
+        self.down.apply(gated, out);
+        workspace.give(gate_up);
+    }
+}

@@ -1,0 +1,29 @@
+#![doc = include_str!("../README.md")]
+#![deny(unsafe_code)]
+
+mod attention;
+mod checkpoint;
+mod conv;
+mod gated_mlp;
+mod linear;
+mod mamba;
+mod mamba2;
+mod mamba_lm;
+mod matrix;
+mod mixer;
+mod model;
+mod norm;
+mod pretrained;
+mod recurrent_gemma;
+mod rg_lru;
+mod rwkv;
+mod session;
+mod simd;
+mod split;
+mod state;
+mod workspace;
+
+pub use checkpoint::LoadOptions;
+pub use model::Model;
+pub use session::Session;
+pub use state::State;

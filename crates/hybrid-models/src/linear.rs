@@ -1,0 +1,36 @@
+//! Linear maps with biases.
+
+use crate::checkpoint::Checkpoint;
+use crate::matrix::{Matrix, Rows};
+use crate::simd::{Add, zip};
+use longctx_core::Result;
+
+/// A linear map with a bias, if it has one.
+#[derive(Debug)]
+pub struct Linear {
+    matrix: Matrix,
+    bias: Option<Vec<f32>>,
+}
+
+impl Linear {
+    pub fn load(w: &Checkpoint, name: &str, out: usize, inner: usize, bias: bool) -> Result<Self> {
+        let matrix = w.matrix(&format!("{name}.weight"), out, inner)?;
+        let bias = bias.then(|| w.tensor(&format!("{name}.bias"), &[out])).transpose()?;
+        Ok(Self { matrix, bias })
+    }
+
+    /// Several maps of one input, each with a bias, as one.
+    pub fn joined(w: &Checkpoint, names: &[String], out: usize, inner: usize) -> Result<Self> {
+        let weights: Vec<_> = names.iter().map(|name| (format!("{name}.weight"), out)).collect();
+        let bias = |name: &String| w.tensor(&format!("{name}.bias"), &[out]);
+        let biases = names.iter().map(bias).collect::<Result<Vec<_>>>()?.concat();
+        Ok(Self { matrix: w.joined(&weights, inner)?, bias: Some(biases) })
+    }
+
+    pub fn apply(&self, x: Rows<'_>, y: &mut [f32]) {
+        self.matrix.apply(x, y);
+        if let Some(bias) = &self.bias {
+            y.chunks_exact_mut(bias.len()).for_each(|row| zip(Add, row, bias));
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Mamba's mixer: a selective state space (Gu and Dao, arXiv 2312.00752).
+
+mod scan;
+
+use crate::checkpoint::Checkpoint;
+use crate::conv::Conv;
+use crate::linear::Linear;
+use crate::matrix::{Matrix, Rows};
+use crate::mixer::{Input, Part, Recurrent};
+use crate::workspace::Workspace;
+use longctx_core::Result;
+use scan::{Scan, by_blocks};
+
+/// The numbers of a Mamba mixer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MambaShape {
+    /// Channels between layers.
+    pub hidden: usize,
+    /// Channels of the recurrence.
+    pub inner: usize,
+    /// States per channel.
+    pub states: usize,
+    /// Width of the bottleneck through which time steps are projected.
+    pub rank: usize,
+    /// Taps of the convolution.
+    pub taps: usize,
+    /// Whether the convolution has a bias.
+    pub conv_bias: bool,
+    /// Whether the projections in and out have biases.
+    pub bias: bool,
+}
+
+#[derive(Debug)]
+pub struct Mamba {
+    shape: MambaShape,
+    /// Gives the recurrence's input and the gate.
+    project_in: Linear,
+    conv: Conv,
+    /// Gives the time step's bottleneck, B and C.
+    select: Matrix,
+    time_step: Matrix,
+    scan: Scan,
+    project_out: Linear,
+}
+
+impl Mamba {
+    /// `name`: as in "backbone.layers.0.mixer".
+    pub fn load(w: &Checkpoint, name: &str, shape: MambaShape) -> Result<Self> {
+        let MambaShape { hidden, inner, states, rank, taps, conv_bias, bias } = shape;
+        let part = |part: &str| format!("{name}.{part}");
+        let a_log = w.tensor(&part("A_log"), &[inner, states])?;
+        Ok(Self {
+            shape,
+            project_in: Linear::load(w, &part("in_proj"), 2 * inner, hidden, bias)?,
+            conv: Conv::load(w, &part("conv1d"), inner, taps, conv_bias, true)?,
+            select: w.matrix(&part("x_proj.weight"), rank + 2 * states, inner)?,
+            time_step: w.matrix(&part("dt_proj.weight"), inner, rank)?,
+            scan: Scan {
+                a: by_blocks(&a_log.iter().map(|a| -a.exp()).collect::<Vec<_>>(), states),
+                states,
+                time_bias: w.tensor(&part("dt_proj.bias"), &[inner])?,
+                skip: w.tensor(&part("D"), &[inner])?,
+            },
+            project_out: Linear::load(w, &part("out_proj"), hidden, inner, bias)?,
+        })
+    }
+}
+
+impl Recurrent for Mamba {
+    fn state(&self) -> Vec<Part> {
+        let MambaShape { inner, states, taps, .. } = self.shape;
+        vec![Part::new("conv", &[taps - 1, inner]), Part::new("ssm", &[inner * states])]
+    }
+
+    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
+        let MambaShape { hidden, inner, states, rank, .. } = self.shape;
+        let (rows, tokens) = (x.rows(), x.tokens);
+        let mut projected = workspace.take(rows * 2 * inner);
+        let mut u = workspace.take(rows * inner);
+        let mut selected = workspace.take(rows * (rank + 2 * states));
+        let mut steps = workspace.take(rows * inner);
+
+        self.project_in.apply(Rows::new(x.x, hidden), &mut projected);
+        let projected_rows = Rows::new(&projected, 2 * inner);
+        let size = state.len() / x.batch;
+        for (entry, state) in state.chunks_exact_mut(size).enumerate() {
+            let (conv, _) = state.split_at_mut(self.conv.state_size());
+            let x = projected_rows.columns(0, inner).part(entry * tokens, tokens);
+            let u = &mut u[entry * tokens * inner..][..tokens * inner];
+            self.conv.forward(x, tokens, conv, u);
+        }
+        self.select.apply(Rows::new(&u, inner), &mut selected);
+        let selected_rows = Rows::new(&selected, rank + 2 * states);
+        self.time_step.apply(selected_rows.columns(0, rank), &mut steps);
+        for (entry, state) in state.chunks_exact_mut(size).enumerate() {
+            let (_, ssm) = state.split_at_mut(self.conv.state_size());
+            let u = &mut u[entry * tokens * inner..][..tokens * inner];
+            let inputs = scan::Inputs {
+                steps: Rows::new(&steps, inner).part(entry * tokens, tokens),
+                b: selected_rows.columns(rank, states).part(entry * tokens, tokens),
+                c: selected_rows.columns(rank + states, states).part(entry * tokens, tokens),
+                gate: projected_rows.columns(inner, inner).part(entry * tokens, tokens),
+            };
+            self.scan.run(inputs, tokens, ssm, u);
+        }
+        self.project_out.apply(Rows::new(&u, inner), out);
+
+        for buffer in [steps, selected, u, projected] {
+            workspace.give(buffer);
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Mamba-2's mixer: a state space with one decay per head (Dao and Gu, arXiv 2405.21060).
+
+mod ssd;
+
+use crate::checkpoint::Checkpoint;
+use crate::conv::Conv;
+use crate::linear::Linear;
+use crate::matrix::Rows;
+use crate::mixer::{Input, Part, Recurrent};
+use crate::norm::rms_groups;
+use crate::simd::{TimesSilu, zip};
+use crate::workspace::Workspace;
+use longctx_core::Result;
+use ssd::Ssd;
+
+/// The numbers of a Mamba-2 mixer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Mamba2Shape {
+    /// Channels between layers.
+    pub hidden: usize,
+    /// Heads of the recurrence.
+    pub heads: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Groups of heads that share B and C.
+    pub groups: usize,
+    /// States per channel.
+    pub states: usize,
+    /// Taps of the convolution.
+    pub taps: usize,
+    /// Whether the convolution has a bias.
+    pub conv_bias: bool,
+    /// Whether the projections in and out have biases.
+    pub bias: bool,
+    /// Time steps are clamped to this range.
+    pub time_step_limit: (f32, f32),
+    /// Added to the mean square in the gated norm.
+    pub norm_eps: f32,
+}
+
+impl Mamba2Shape {
+    /// Channels of the recurrence.
+    pub fn inner(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Channels of the convolution: the recurrence's, B and C.
+    fn convolved(&self) -> usize {
+        self.inner() + 2 * self.groups * self.states
+    }
+}
+
+#[derive(Debug)]
+pub struct Mamba2 {
+    shape: Mamba2Shape,
+    /// Gives the gate, what is convolved, and the time steps.
+    project_in: Linear,
+    conv: Conv,
+    ssd: Ssd,
+    norm: Vec<f32>,
+    project_out: Linear,
+}
+
+impl Mamba2 {
+    /// `name`: as in "backbone.layers.0.mixer".
+    pub fn load(w: &Checkpoint, name: &str, shape: Mamba2Shape) -> Result<Self> {
+        let Mamba2Shape { hidden, heads, taps, conv_bias, bias, .. } = shape;
+        let (inner, convolved) = (shape.inner(), shape.convolved());
+        let part = |part: &str| format!("{name}.{part}");
+        let a_log = w.tensor(&part("A_log"), &[heads])?;
+        Ok(Self {
+            shape,
+            project_in: Linear::load(w, &part("in_proj"), inner + convolved + heads, hidden, bias)?,
+            conv: Conv::load(w, &part("conv1d"), convolved, taps, conv_bias, true)?,
+            ssd: Ssd {
+                shape,
+                a: a_log.iter().map(|a| -a.exp()).collect(),
+                time_bias: w.tensor(&part("dt_bias"), &[heads])?,
+                skip: w.tensor(&part("D"), &[heads])?,
+            },
+            norm: w.tensor(&part("norm.weight"), &[inner])?,
+            project_out: Linear::load(w, &part("out_proj"), hidden, inner, bias)?,
+        })
+    }
+}
+
+impl Recurrent for Mamba2 {
+    fn state(&self) -> Vec<Part> {
+        let Mamba2Shape { heads, head_dim, states, taps, .. } = self.shape;
+        let conv = Part::new("conv", &[taps - 1, self.shape.convolved()]);
+        vec![conv, Part::new("ssm", &[heads, states, head_dim])]
+    }
+
+    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
+        let Mamba2Shape { hidden, heads, groups, norm_eps, .. } = self.shape;
+        let (inner, convolved) = (self.shape.inner(), self.shape.convolved());
+        let (rows, tokens) = (x.rows(), x.tokens);
+        let width = inner + convolved + heads;
+        let mut projected = workspace.take(rows * width);
+        let mut mixed = workspace.take(rows * convolved);
+        let mut y = workspace.take(rows * inner);
+
+        self.project_in.apply(Rows::new(x.x, hidden), &mut projected);
+        let projected_rows = Rows::new(&projected, width);
+        let size = state.len() / x.batch;
+        for (entry, state) in state.chunks_exact_mut(size).enumerate() {
+            let of_entry = projected_rows.part(entry * tokens, tokens);
+            let (conv, ssm) = state.split_at_mut(self.conv.state_size());
+            let mixed = &mut mixed[entry * tokens * convolved..][..tokens * convolved];
+            self.conv.forward(of_entry.columns(inner, convolved), tokens, conv, mixed);
+            let y = &mut y[entry * tokens * inner..][..tokens * inner];
+            let steps = of_entry.columns(inner + convolved, heads);
+            self.ssd.run(Rows::new(mixed, convolved), steps, tokens, ssm, y, workspace);
+        }
+        for (y, row) in y.chunks_exact_mut(inner).zip(0..) {
+            zip(TimesSilu, y, projected_rows.columns(0, inner).row(row));
+        }
+        rms_groups(&mut y, &self.norm, inner / groups, norm_eps);
+        self.project_out.apply(Rows::new(&y, inner), out);
+
+        for buffer in [y, mixed, projected] {
+            workspace.give(buffer);
+        }
+    }
+}

@@ -1,0 +1,319 @@
+//! The recurrence H ← e^(Δ a) H + Δ B xᵀ, y = Hᵀ C + D x of each head, token by token or, for prompts, in chunks of matrix
+//! products: the state space duality of arXiv 2405.21060, section 6.
+//!
+//! With s(t) the sum of Δ a up to token t of a chunk, its outputs are
+//! Y = (L ∘ C Bᵀ) (Δ X) + e^s ∘ (C H₀) with L(t, u) = e^(s(t) − s(u)) for u ≤ t, and the state after it is
+//! H = e^s(end) H₀ + Bᵀ (e^(s(end) − s) Δ X). No exponent is positive, so nothing overflows.
+
+use std::cell::RefCell;
+
+use super::Mamba2Shape;
+use crate::matrix::{Rows, Strided, multiply};
+use crate::simd::{Exp, Softplus, exp, map};
+use crate::split::{Units, split};
+use crate::workspace::Workspace;
+use gemm::Parallelism;
+use pulp::{Arch, Scalar, Simd, WithSimd};
+use rayon::prelude::*;
+
+/// Tokens of a chunk.
+const CHUNK: usize = 64;
+/// Up to so many tokens, steps are cheaper than a chunk.
+const STEPS: usize = 8;
+/// Tokens x channels that are worth a second thread.
+const PARALLEL: usize = 1 << 12;
+
+/// The recurrence's own weights.
+#[derive(Debug)]
+pub struct Ssd {
+    pub shape: Mamba2Shape,
+    /// Per head, as is all below.
+    pub a: Vec<f32>,
+    /// Added to the time steps before the softplus.
+    pub time_bias: Vec<f32>,
+    /// D.
+    pub skip: Vec<f32>,
+}
+
+/// What a chunk of a head needs for a while.
+#[derive(Default)]
+struct Scratch {
+    /// Δ.
+    steps: Vec<f32>,
+    /// s.
+    sums: Vec<f32>,
+    /// e^s, then e^(s(end) − s).
+    decays: Vec<f32>,
+    /// Δ X.
+    inputs: Vec<f32>,
+    /// L ∘ C Bᵀ.
+    weights: Vec<f32>,
+    /// Y.
+    outputs: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+impl Ssd {
+    /// `mixed`: rows of x, B and C; `steps`: time steps before bias and softplus, per head. Moves `state` `[heads, states, head_dim]` on and
+    /// writes `y` `[tokens, heads, head_dim]`.
+    pub fn run(
+        &self,
+        mixed: Rows<'_>,
+        steps: Rows<'_>,
+        tokens: usize,
+        state: &mut [f32],
+        y: &mut [f32],
+        workspace: &mut Workspace,
+    ) {
+        let Mamba2Shape { heads, head_dim, states, groups, .. } = self.shape;
+        let mut products = workspace.take(groups * tokens.next_multiple_of(CHUNK) * CHUNK);
+        self.products(mixed, tokens, &mut products);
+        let of_group = products.len() / groups;
+        let matrices = [
+            Units { data: y, per_unit: head_dim },
+            Units { data: state, per_unit: states * head_dim },
+        ];
+        let parallel = tokens * heads * head_dim >= PARALLEL;
+        split(heads, 1, parallel, matrices, |unit, [mut y, mut state]| {
+            let head = Head::new(self, unit.start, mixed, steps);
+            let products = &products[unit.start / (heads / groups) * of_group..][..of_group];
+            let state = state.row(0);
+            SCRATCH.with_borrow_mut(|scratch| {
+                for (start, products) in
+                    (0..tokens).step_by(CHUNK).zip(products.chunks(CHUNK * CHUNK))
+                {
+                    let count = CHUNK.min(tokens - start);
+                    head.time_steps(start, count, scratch);
+                    if count <= STEPS {
+                        for t in 0..count {
+                            head.step(start + t, scratch.steps[t], state, y.row(start + t));
+                        }
+                        continue;
+                    }
+                    head.chunk(start, count, products, scratch, state);
+                    for (t, from) in scratch.outputs.chunks_exact(head_dim).enumerate() {
+                        y.row(start + t).copy_from_slice(from);
+                    }
+                }
+            });
+        });
+        workspace.give(products);
+    }
+
+    /// C Bᵀ of each chunk that will be a product, for each group.
+    fn products(&self, mixed: Rows<'_>, tokens: usize, products: &mut [f32]) {
+        let Mamba2Shape { groups, .. } = self.shape;
+        let chunks = tokens.div_ceil(CHUNK);
+        let run = |(i, product): (usize, &mut [f32])| {
+            let (group, start) = (i / chunks, i % chunks * CHUNK);
+            let count = CHUNK.min(tokens - start);
+            if count > STEPS {
+                let head = Head::new(self, group * (self.shape.heads / groups), mixed, mixed);
+                let b = strided(head.b.part(start, count));
+                let b = Strided { row: b.column, column: b.row, ..b };
+                let c = strided(head.c.part(start, count));
+                let dims = [count, self.shape.states, count];
+                multiply(dims, c, b, product, count, 0.0, Parallelism::None);
+            }
+        };
+        match groups * chunks > 1 {
+            true => products.par_chunks_mut(CHUNK * CHUNK).enumerate().for_each(run),
+            false => products.chunks_mut(CHUNK * CHUNK).enumerate().for_each(run),
+        }
+    }
+}
+
+fn strided(rows: Rows<'_>) -> Strided<'_> {
+    Strided { data: rows.data, row: rows.stride, column: 1 }
+}
+
+fn packed(data: &[f32], width: usize) -> Strided<'_> {
+    Strided { data, row: width, column: 1 }
+}
+
+/// One head of one batch entry.
+struct Head<'a> {
+    states: usize,
+    head_dim: usize,
+    a: f32,
+    skip: f32,
+    time_bias: f32,
+    limit: (f32, f32),
+    steps: Rows<'a>,
+    x: Rows<'a>,
+    b: Rows<'a>,
+    c: Rows<'a>,
+}
+
+impl<'a> Head<'a> {
+    fn new(ssd: &Ssd, head: usize, mixed: Rows<'a>, steps: Rows<'a>) -> Self {
+        let Mamba2Shape { heads, head_dim, states, groups, .. } = ssd.shape;
+        let b = heads * head_dim + head / (heads / groups) * states;
+        Self {
+            states,
+            head_dim,
+            a: ssd.a[head],
+            skip: ssd.skip[head],
+            time_bias: ssd.time_bias[head],
+            limit: ssd.shape.time_step_limit,
+            steps: steps.columns(head, 1),
+            x: mixed.columns(head * head_dim, head_dim),
+            b: mixed.columns(b, states),
+            c: mixed.columns(b + groups * states, states),
+        }
+    }
+
+    /// Δ and s.
+    fn time_steps(&self, start: usize, count: usize, scratch: &mut Scratch) {
+        let Scratch { steps, sums, .. } = scratch;
+        steps.clear();
+        steps.extend((0..count).map(|t| self.steps.row(start + t)[0] + self.time_bias));
+        map(Softplus, steps);
+        steps.iter_mut().for_each(|step| *step = step.max(self.limit.0).min(self.limit.1));
+        let mut sum = 0.0;
+        sums.clear();
+        sums.extend(steps.iter().map(|step| {
+            sum += step * self.a;
+            sum
+        }));
+    }
+
+    fn step(&self, t: usize, step: f32, state: &mut [f32], y: &mut [f32]) {
+        let decay = (step * self.a).exp();
+        let (x, b, c) = (self.x.row(t), self.b.row(t), self.c.row(t));
+        Arch::new().dispatch(Step { decay, step, skip: self.skip, x, b, c, state, y });
+    }
+
+    /// Leaves a chunk's outputs `[count, head_dim]` in the scratch and moves the state on.
+    fn chunk(
+        &self,
+        start: usize,
+        count: usize,
+        products: &[f32],
+        scratch: &mut Scratch,
+        state: &mut [f32],
+    ) {
+        let (states, d) = (self.states, self.head_dim);
+        let Scratch { steps, sums, decays, inputs, weights, outputs } = scratch;
+        weights.clear();
+        weights.extend_from_slice(&products[..count * count]);
+        Arch::new().dispatch(Decay { sums, weights });
+        decays.clone_from(sums);
+        map(Exp, decays);
+        inputs.clear();
+        outputs.clear();
+        for (t, step) in (start..).zip(steps.iter()) {
+            inputs.extend(self.x.row(t).iter().map(|x| x * step));
+        }
+        outputs.resize(count * d, 0.0);
+
+        let (b, c) = (self.b.part(start, count), self.c.part(start, count));
+        let none = Parallelism::None;
+        multiply([count, states, d], strided(c), packed(state, d), outputs, d, 0.0, none);
+        scale_rows(outputs, d, decays);
+        multiply(
+            [count, count, d],
+            packed(weights, count),
+            packed(inputs, d),
+            outputs,
+            d,
+            1.0,
+            none,
+        );
+        for (t, y) in outputs.chunks_exact_mut(d).enumerate() {
+            y.iter_mut().zip(self.x.row(start + t)).for_each(|(y, x)| *y += self.skip * x);
+        }
+
+        let end = sums[count - 1];
+        decays.iter_mut().zip(sums.iter()).for_each(|(decay, s)| *decay = end - s);
+        map(Exp, decays);
+        scale_rows(inputs, d, decays);
+        let b = Strided { data: b.data, row: 1, column: b.stride };
+        multiply([states, count, d], b, packed(inputs, d), state, d, end.exp(), none);
+    }
+}
+
+fn scale_rows(x: &mut [f32], width: usize, by: &[f32]) {
+    for (row, by) in x.chunks_exact_mut(width).zip(by) {
+        row.iter_mut().for_each(|x| *x *= by);
+    }
+}
+
+/// `weights[t][u] *= e^(s(t) − s(u))` for u ≤ t; zero for the others.
+struct Decay<'a> {
+    sums: &'a [f32],
+    weights: &'a mut [f32],
+}
+
+impl WithSimd for Decay<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        #[inline(always)]
+        fn run<S: Simd>(simd: S, w: &mut [S::f32s], sums: &[S::f32s], s: f32) {
+            for (w, &u) in w.iter_mut().zip(sums) {
+                let decay = exp(simd, simd.sub_f32s(simd.splat_f32s(s), u));
+                *w = simd.mul_f32s(*w, decay);
+            }
+        }
+        for (t, row) in self.weights.chunks_exact_mut(self.sums.len()).enumerate() {
+            let (seen, unseen) = row.split_at_mut(t + 1);
+            unseen.fill(0.0);
+            let (w, w_tail) = S::as_mut_simd_f32s(seen);
+            let (s, s_tail) = S::as_simd_f32s(&self.sums[..t + 1]);
+            run(simd, w, s, self.sums[t]);
+            run(Scalar, w_tail, s_tail, self.sums[t]);
+        }
+    }
+}
+
+/// One token of one head.
+struct Step<'a> {
+    decay: f32,
+    step: f32,
+    skip: f32,
+    x: &'a [f32],
+    b: &'a [f32],
+    c: &'a [f32],
+    /// `[states, head_dim]`.
+    state: &'a mut [f32],
+    y: &'a mut [f32],
+}
+
+impl WithSimd for Step<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { decay, step, skip, x, b, c, state, y } = self;
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = skip * x;
+        }
+        #[inline(always)]
+        fn run<S: Simd>(
+            simd: S,
+            [decay, input, c]: [f32; 3],
+            h: &mut [S::f32s],
+            x: &[S::f32s],
+            y: &mut [S::f32s],
+        ) {
+            for ((h, &x), y) in h.iter_mut().zip(x).zip(y) {
+                let kept = simd.mul_f32s(simd.splat_f32s(decay), *h);
+                *h = simd.mul_add_f32s(simd.splat_f32s(input), x, kept);
+                *y = simd.mul_add_f32s(simd.splat_f32s(c), *h, *y);
+            }
+        }
+        let (x, x_tail) = S::as_simd_f32s(x);
+        let d = y.len();
+        let (y, y_tail) = S::as_mut_simd_f32s(y);
+        for ((h, b), &c) in state.chunks_exact_mut(d).zip(b).zip(c) {
+            let (h, h_tail) = S::as_mut_simd_f32s(h);
+            run(simd, [decay, step * b, c], h, x, y);
+            run(Scalar, [decay, step * b, c], h_tail, x_tail, y_tail);
+        }
+    }
+}

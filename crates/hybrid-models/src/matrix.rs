@@ -1,0 +1,365 @@
+//! Weight matrices: products with many rows through `gemm`, with few by reading the weights once.
+
+use std::fmt;
+
+use crate::simd::dot;
+use crate::split::{Units, split};
+use candle_core::{DType, Tensor};
+use gemm::Parallelism;
+use half::{bf16, f16};
+use longctx_core::{Error, Result};
+use pulp::{Arch, Simd, WithSimd};
+
+/// Up to so many rows, reading the weights is what a product costs.
+const FEW_ROWS: usize = 4;
+/// Outputs that a thread computes at a time when rows are few: its weights fit the second-level cache.
+const OUTPUTS: usize = 32;
+/// Products smaller than this are not worth a second thread.
+const PARALLEL: usize = 1 << 15;
+/// Rows of a half-precision matrix that are widened at a time.
+const PANEL: usize = 256;
+
+/// A weight matrix `[out, inner]` in its own number format.
+#[derive(Clone)]
+pub struct Matrix {
+    out: usize,
+    inner: usize,
+    data: Data,
+}
+
+#[derive(Clone)]
+enum Data {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl fmt::Debug for Matrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let format = match self.data {
+            Data::F32(_) => "f32",
+            Data::F16(_) => "f16",
+            Data::Bf16(_) => "bf16",
+        };
+        write!(f, "Matrix({format} [{}, {}])", self.out, self.inner)
+    }
+}
+
+/// Rows of numbers, `stride` apart: a matrix or some columns of one.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    pub data: &'a [f32],
+    pub stride: usize,
+    pub width: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// Rows of `width` numbers, one after the other.
+    pub fn new(data: &'a [f32], width: usize) -> Self {
+        Self { data, stride: width, width }
+    }
+
+    /// Columns `start..start + width` of these rows.
+    pub fn columns(self, start: usize, width: usize) -> Self {
+        assert!(
+            start + width <= self.width,
+            "columns {start}..{} of {}",
+            start + width,
+            self.width
+        );
+        let data = self.data.get(start..).unwrap_or_default();
+        Self { data, stride: self.stride, width }
+    }
+
+    /// Rows `start..start + count`.
+    pub fn part(self, start: usize, count: usize) -> Self {
+        let first = start * self.stride;
+        let end = match count {
+            0 => first,
+            _ => first + (count - 1) * self.stride + self.width,
+        };
+        Self { data: &self.data[first..end], ..self }
+    }
+
+    pub fn row(self, i: usize) -> &'a [f32] {
+        &self.data[i * self.stride..][..self.width]
+    }
+}
+
+impl Matrix {
+    /// From a tensor of two dimensions, in f32, f16 or bf16.
+    pub fn new(weights: &Tensor) -> Result<Self> {
+        let (out, inner) = weights.dims2()?;
+        let flat = weights.flatten_all()?;
+        let data = match flat.dtype() {
+            DType::F32 => Data::F32(flat.to_vec1()?),
+            DType::F16 => Data::F16(flat.to_vec1()?),
+            DType::BF16 => Data::Bf16(flat.to_vec1()?),
+            other => return Err(Error::setting("dtype", "f32, f16 or bf16", other.as_str())),
+        };
+        Ok(Self { out, inner, data })
+    }
+
+    pub fn out(&self) -> usize {
+        self.out
+    }
+
+    /// Writes one row of the matrix in f32: an embedding.
+    pub fn row(&self, i: usize, into: &mut [f32]) {
+        self.widen(i..i + 1, into);
+    }
+
+    /// `y[r] = W x[r]`; `y` holds rows of `out` numbers.
+    pub fn apply(&self, x: Rows<'_>, y: &mut [f32]) {
+        self.apply_on(x, y, true);
+    }
+
+    /// The same on one thread, for a task that has others beside it.
+    pub fn apply_alone(&self, x: Rows<'_>, y: &mut [f32]) {
+        self.apply_on(x, y, false);
+    }
+
+    fn apply_on(&self, x: Rows<'_>, y: &mut [f32], threads: bool) {
+        let rows = y.len() / self.out;
+        assert_eq!(x.width, self.inner, "columns of the input");
+        assert_eq!(y.len(), rows * self.out, "rows of {} numbers", self.out);
+        if rows <= FEW_ROWS {
+            return self.apply_few(x, rows, y, threads);
+        }
+        if let Data::F32(w) = &self.data {
+            return product(x, rows, w, y, self.out, threads);
+        }
+        let mut panel = vec![0.0; PANEL.min(self.out) * self.inner];
+        for start in (0..self.out).step_by(PANEL) {
+            let end = self.out.min(start + PANEL);
+            let panel = &mut panel[..(end - start) * self.inner];
+            self.widen(start..end, panel);
+            product(x, rows, panel, &mut y[start..], self.out, threads);
+        }
+    }
+
+    fn apply_few(&self, x: Rows<'_>, rows: usize, y: &mut [f32], threads: bool) {
+        let parallel = threads && self.out * self.inner * rows >= PARALLEL;
+        let y = [Units { data: y, per_unit: 1 }];
+        split(self.out, OUTPUTS, parallel, y, |outputs, [mut y]| {
+            let weights = outputs.start * self.inner..outputs.end * self.inner;
+            for row in 0..rows {
+                let (x, y) = (x.row(row), y.row(row));
+                match &self.data {
+                    Data::F32(w) => Arch::new().dispatch(Dots { w: &w[weights.clone()], x, y }),
+                    Data::F16(w) => Arch::new().dispatch(Dots { w: &w[weights.clone()], x, y }),
+                    Data::Bf16(w) => Arch::new().dispatch(Dots { w: &w[weights.clone()], x, y }),
+                }
+            }
+        });
+    }
+
+    fn widen(&self, rows: std::ops::Range<usize>, into: &mut [f32]) {
+        let range = rows.start * self.inner..rows.end * self.inner;
+        match &self.data {
+            Data::F32(w) => into.copy_from_slice(&w[range]),
+            Data::F16(w) => Arch::new().dispatch(Widen { from: &w[range], into }),
+            Data::Bf16(w) => Arch::new().dispatch(Widen { from: &w[range], into }),
+        }
+    }
+}
+
+/// A number format of weights.
+trait Number: Copy + Send + Sync {
+    fn widen(self) -> f32;
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Number for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+impl Number for f16 {
+    /// Exponent and mantissa are moved to where f32 has them; the product corrects the exponent's offset, subnormal numbers included.
+    /// A loop of this becomes vectors, which one of the library's conversion does not. Infinities become large numbers: weights have none.
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        let bits = u32::from(self.to_bits());
+        let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((254 - 15) << 23);
+        f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
+    }
+}
+
+struct Widen<'a, T> {
+    from: &'a [T],
+    into: &'a mut [f32],
+}
+
+impl<T: Number> WithSimd for Widen<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (y, x) in self.into.iter_mut().zip(self.from) {
+            *y = x.widen();
+        }
+    }
+}
+
+/// `y[i]` = row i of `w` times `x`.
+struct Dots<'a, T> {
+    w: &'a [T],
+    x: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl WithSimd for Dots<'_, f32> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        for (w, y) in self.w.chunks_exact(self.x.len()).zip(self.y) {
+            *y = dot(simd, w, self.x);
+        }
+    }
+}
+
+/// Weights are widened a little at a time, into the first-level cache.
+macro_rules! half_dots {
+    ($type:ty) => {
+        impl WithSimd for Dots<'_, $type> {
+            type Output = ();
+
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, simd: S) {
+                let mut wide = [0.0; 512];
+                for (w, y) in self.w.chunks_exact(self.x.len()).zip(self.y) {
+                    let mut sum = 0.0;
+                    for (w, x) in w.chunks(wide.len()).zip(self.x.chunks(wide.len())) {
+                        let wide = &mut wide[..w.len()];
+                        for (y, x) in wide.iter_mut().zip(w) {
+                            *y = x.widen();
+                        }
+                        sum += dot(simd, wide, x);
+                    }
+                    *y = sum;
+                }
+            }
+        }
+    };
+}
+
+half_dots!(f16);
+half_dots!(bf16);
+
+/// `y[r][o] = x[r] · w[o]`, for `rows` rows and the outputs that `w` has rows for; rows of `y` are `y_stride` apart.
+fn product(x: Rows<'_>, rows: usize, w: &[f32], y: &mut [f32], y_stride: usize, threads: bool) {
+    let outputs = w.len() / x.width;
+    let threads = match threads && rows * w.len() >= 1 << 18 {
+        true => Parallelism::Rayon(0),
+        false => Parallelism::None,
+    };
+    let w = Strided { data: w, row: 1, column: x.width };
+    let x_strided = Strided { data: x.data, row: x.stride, column: 1 };
+    multiply([rows, x.width, outputs], x_strided, w, y, y_stride, 0.0, threads);
+}
+
+/// Numbers of a matrix at `row * i + column * j`.
+#[derive(Clone, Copy)]
+pub struct Strided<'a> {
+    pub data: &'a [f32],
+    pub row: usize,
+    pub column: usize,
+}
+
+impl Strided<'_> {
+    fn holds(&self, rows: usize, columns: usize) -> bool {
+        (rows - 1) * self.row + (columns - 1) * self.column < self.data.len()
+    }
+}
+
+/// `y = keep y + a b` for `a` `[m, k]` and `b` `[k, n]`; rows of `y` are `y_stride` apart.
+#[allow(unsafe_code)]
+pub fn multiply(
+    [m, k, n]: [usize; 3],
+    a: Strided<'_>,
+    b: Strided<'_>,
+    y: &mut [f32],
+    y_stride: usize,
+    keep: f32,
+    threads: Parallelism,
+) {
+    assert!(m > 0 && k > 0 && n > 0, "an empty product");
+    assert!(a.holds(m, k) && b.holds(k, n), "a factor is too short");
+    assert!(n <= y_stride && (m - 1) * y_stride + n <= y.len(), "the product does not fit");
+    // SAFETY: `holds` checked that the last element that these strides reach lies within `a.data` and `b.data`; the strides are not negative, so
+    // all others do. The last assertion says the same of what is written to `y`, whose rows don't overlap, and which nobody else borrows.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            y.as_mut_ptr(),
+            1,
+            y_stride as isize,
+            keep != 0.0,
+            a.data.as_ptr(),
+            a.column as isize,
+            a.row as isize,
+            b.data.as_ptr(),
+            b.column as isize,
+            b.row as isize,
+            keep,
+            1.0,
+            false,
+            false,
+            false,
+            threads,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn every_format_and_row_count_equals_candles_product() {
+        let weights = Tensor::randn(0f32, 1.0, (300, 70), &Device::Cpu).unwrap();
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let weights = weights.to_dtype(dtype).unwrap();
+            let matrix = Matrix::new(&weights).unwrap();
+            let exact = weights.to_dtype(DType::F32).unwrap();
+            for rows in [1, 3, 4, 5, 33] {
+                let x = Tensor::randn(0f32, 1.0, (rows, 80), &Device::Cpu).unwrap();
+                let want = x.narrow(1, 6, 70).unwrap().matmul(&exact.t().unwrap()).unwrap();
+                let data: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
+                let mut got = vec![f32::NAN; rows * 300];
+                matrix.apply(Rows::new(&data, 80).columns(6, 70), &mut got);
+                let want: Vec<f32> = want.flatten_all().unwrap().to_vec1().unwrap();
+                for (got, want) in got.iter().zip(&want) {
+                    assert!((got - want).abs() < 1e-4, "{dtype:?}, {rows} rows: {got}, not {want}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_finite_f16_is_widened_exactly() {
+        for x in (0..=u16::MAX).map(f16::from_bits).filter(|x| x.is_finite()) {
+            assert_eq!(x.widen().to_bits(), x.to_f32().to_bits());
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "a factor is too short")]
+    fn a_short_factor_is_refused() {
+        let a = Strided { data: &[1.0; 5], row: 3, column: 1 };
+        multiply([2, 3, 2], a, a, &mut [0.0; 4], 2, 0.0, Parallelism::None);
+    }
+}

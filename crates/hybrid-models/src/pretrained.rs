@@ -1,0 +1,84 @@
+//! Models from wherever they lie.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use crate::checkpoint::{Checkpoint, LoadOptions};
+use crate::mamba_lm;
+use crate::model::Model;
+use crate::{recurrent_gemma, rwkv};
+use candle_core::Tensor;
+use longctx_core::{Error, Result};
+use serde_json::Value;
+
+impl Model {
+    /// From a folder with `config.json` (where the family has one) and the weights: `model.safetensors` or its shards, `pytorch_model.bin`, or
+    /// one `.pth` file. No tokenizer is needed.
+    ///
+    /// # Errors
+    /// [`Error::File`] naming the file that is missing or broken, or the tensor that is not in it; [`Error::Mismatch`] naming a tensor
+    /// of another shape; [`Error::Unsupported`] for another architecture.
+    pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
+        let path = folder.join("config.json");
+        let config = match path.exists() || !folder.exists() {
+            true => {
+                let text = std::fs::read_to_string(&path).map_err(|e| Error::file(&path, e))?;
+                parse(&text).map_err(|e| Error::file(&path, e))?
+            }
+            false => Value::Null,
+        };
+        load(&config, &Checkpoint::open(folder, options)?)
+    }
+
+    /// From tensors in memory, named as in the family's checkpoints, and the text of its `config.json`, where the family has one.
+    ///
+    /// # Errors
+    /// As [`from_folder`](Self::from_folder).
+    pub fn from_tensors(
+        config: Option<&str>,
+        tensors: HashMap<String, Tensor>,
+        options: &LoadOptions,
+    ) -> Result<Self> {
+        let config = config.map_or(Ok(Value::Null), parse);
+        let config = config.map_err(|e| Error::file("config.json", e))?;
+        load(&config, &Checkpoint::from_tensors(tensors, options)?)
+    }
+}
+
+/// Python writes infinity as a bare word, which JSON has not: it is read as null.
+fn parse(config: &str) -> serde_json::Result<Value> {
+    let outside_strings = |(i, part): (usize, &str)| match i % 2 {
+        0 => part.replace("Infinity", "null"),
+        _ => part.to_owned(),
+    };
+    let parts: Vec<_> = config.split('"').enumerate().map(outside_strings).collect();
+    serde_json::from_str(&parts.join("\""))
+}
+
+fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
+    match config["model_type"].as_str() {
+        Some("mamba") => mamba_lm::load(config, w),
+        Some("mamba2") => mamba_lm::load2(config, w),
+        Some("recurrent_gemma") => recurrent_gemma::load(config, w),
+        Some("rwkv" | "rwkv5" | "rwkv6") => rwkv::load(config, w),
+        None if rwkv::is_rwkv(w) => rwkv::load(config, w),
+        // The authors' layout names no family.
+        None if mamba_lm::is_mamba2(config) => mamba_lm::load2(config, w),
+        None if config.get("d_model").is_some() => mamba_lm::load(config, w),
+        other => {
+            let known = "mamba, mamba2, recurrent_gemma, rwkv";
+            let got = other.unwrap_or("none named, and not RWKV's tensors");
+            Err(Error::Unsupported(format!("architecture {got:?} (known: {known})")))
+        }
+    }
+}
+
+/// One id or a list of them.
+pub fn ids(value: Option<&Value>) -> Vec<u32> {
+    let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Some(Value::Array(list)) => list.iter().filter_map(id).collect(),
+        Some(one) => id(one).into_iter().collect(),
+        None => Vec::new(),
+    }
+}

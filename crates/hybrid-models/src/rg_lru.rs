@@ -1,0 +1,210 @@
+//! The recurrent block of Griffin, with its real-gated linear recurrent unit (De et al., arXiv 2402.19427).
+//!
+//! Per channel: r and i are gates, a = e^(−8 r softplus(Λ)), h ← a h + √(1 − a²) i x. The very first token has no past and comes in whole, with
+//! a factor of 1 in place of the root.
+
+use crate::checkpoint::Checkpoint;
+use crate::conv::Conv;
+use crate::linear::Linear;
+use crate::matrix::{Matrix, Rows};
+use crate::mixer::{Input, Part, Recurrent};
+use crate::simd::{Softplus, TimesGelu, exp, map, sigmoid, zip};
+use crate::split::{Columns, Units, split};
+use crate::workspace::Workspace;
+use candle_core::{Device, Tensor};
+use longctx_core::Result;
+use pulp::{Arch, Scalar, Simd, WithSimd};
+
+/// Tokens x channels that are worth a second thread.
+const PARALLEL: usize = 1 << 10;
+
+/// The numbers of an RG-LRU block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RgLruShape {
+    /// Channels between layers.
+    pub hidden: usize,
+    /// Channels of the recurrence.
+    pub width: usize,
+    /// Blocks of the gates' block-diagonal matrices.
+    pub blocks: usize,
+    /// Taps of the convolution.
+    pub taps: usize,
+}
+
+#[derive(Debug)]
+pub struct RgLru {
+    shape: RgLruShape,
+    /// Gives the output's gate and the recurrence's input.
+    project_in: Linear,
+    conv: Conv,
+    /// Per block, the recurrence's gate and the input's, before the sigmoid: `[2 width / blocks, width / blocks]`.
+    gates: Vec<Matrix>,
+    /// Biases of both gates, each `[width]`.
+    recurrent_bias: Vec<f32>,
+    input_bias: Vec<f32>,
+    /// −8 softplus(Λ).
+    decay: Vec<f32>,
+    project_out: Linear,
+}
+
+impl RgLru {
+    /// `name`: as in "model.layers.0.temporal_block".
+    pub fn load(w: &Checkpoint, name: &str, shape: RgLruShape) -> Result<Self> {
+        let RgLruShape { hidden, width, blocks, taps } = shape;
+        let part = |part: &str| format!("{name}.{part}");
+        let block = width / blocks;
+        let gate =
+            |gate: &str| w.tensor(&part(&format!("rg_lru.{gate}_weight")), &[blocks, block, block]);
+        let bias = |gate: &str| w.tensor(&part(&format!("rg_lru.{gate}_bias")), &[blocks, block]);
+        let (recurrent, input) = (gate("recurrent_gate")?, gate("input_gate")?);
+        let size = block * block;
+        let joined = |i: usize| -> Result<Matrix> {
+            let both = [&recurrent, &input].map(|gates| &gates[i * size..(i + 1) * size]);
+            // Stored [in, out].
+            let transposed =
+                both.map(|gate| Ok(Tensor::from_slice(gate, (block, block), &Device::Cpu)?.t()?));
+            let transposed = transposed.into_iter().collect::<Result<Vec<_>>>()?;
+            w.in_format(&Tensor::cat(&transposed, 0)?)
+        };
+        let mut decay = w.tensor(&part("rg_lru.recurrent_param"), &[width])?;
+        map(Softplus, &mut decay);
+        decay.iter_mut().for_each(|x| *x *= -8.0);
+        Ok(Self {
+            shape,
+            project_in: Linear::joined(w, &[part("linear_y"), part("linear_x")], width, hidden)?,
+            conv: Conv::load(w, &part("conv_1d"), width, taps, true, false)?,
+            gates: (0..blocks).map(joined).collect::<Result<_>>()?,
+            recurrent_bias: bias("recurrent_gate")?,
+            input_bias: bias("input_gate")?,
+            decay,
+            project_out: Linear::load(w, &part("linear_out"), hidden, width, true)?,
+        })
+    }
+}
+
+impl Recurrent for RgLru {
+    fn state(&self) -> Vec<Part> {
+        let RgLruShape { width, taps, .. } = self.shape;
+        let conv = Part::new("conv", &[taps - 1, width]);
+        // 0 until the first token has been seen, then 1.
+        vec![conv, Part::new("lru", &[width]), Part::new("started", &[1])]
+    }
+
+    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
+        let RgLruShape { hidden, width, blocks, .. } = self.shape;
+        let (rows, tokens) = (x.rows(), x.tokens);
+        let mut projected = workspace.take(rows * 2 * width);
+        let mut u = workspace.take(rows * width);
+        let mut gates = workspace.take(tokens * 2 * width);
+        let mut y = workspace.take(rows * width);
+
+        self.project_in.apply(Rows::new(x.x, hidden), &mut projected);
+        let projected_rows = Rows::new(&projected, 2 * width);
+        let size = state.len() / x.batch;
+        for (entry, state) in state.chunks_exact_mut(size).enumerate() {
+            let (conv, rest) = state.split_at_mut(self.conv.state_size());
+            let (lru, started) = rest.split_at_mut(width);
+            let of_entry = projected_rows.part(entry * tokens, tokens);
+            let range = entry * tokens * width..(entry + 1) * tokens * width;
+            let (u, y) = (&mut u[range.clone()], &mut y[range]);
+            self.conv.forward(of_entry.columns(width, width), tokens, conv, u);
+            let u = Rows::new(u, width);
+            let block = width / blocks;
+            let matrices = [
+                Units { data: &mut *y, per_unit: block },
+                Units { data: lru, per_unit: block },
+                Units { data: &mut gates, per_unit: tokens * 2 * block },
+            ];
+            let first = started[0] == 0.0;
+            split(
+                blocks,
+                1,
+                tokens * width >= PARALLEL,
+                matrices,
+                |unit, [y, mut h, mut gates]| {
+                    let channels = unit.start * block..unit.end * block;
+                    let u = u.columns(channels.start, block);
+                    let gates = gates.row(0);
+                    self.gates[unit.start].apply_alone(u, gates);
+                    let gates = Rows::new(gates, 2 * block);
+                    let biases =
+                        [&self.recurrent_bias, &self.input_bias].map(|b| &b[channels.clone()]);
+                    let decay = &self.decay[channels];
+                    Arch::new().dispatch(Scan {
+                        u,
+                        gates,
+                        biases,
+                        decay,
+                        first,
+                        tokens,
+                        h: h.row(0),
+                        y,
+                    });
+                },
+            );
+            started[0] = 1.0;
+        }
+        for (row, y) in y.chunks_exact_mut(width).enumerate() {
+            zip(TimesGelu, y, projected_rows.columns(0, width).row(row));
+        }
+        self.project_out.apply(Rows::new(&y, width), out);
+
+        for buffer in [y, gates, u, projected] {
+            workspace.give(buffer);
+        }
+    }
+}
+
+/// The recurrence of one block of channels.
+struct Scan<'a> {
+    u: Rows<'a>,
+    /// The recurrence's gate, then the input's.
+    gates: Rows<'a>,
+    biases: [&'a [f32]; 2],
+    decay: &'a [f32],
+    first: bool,
+    tokens: usize,
+    h: &'a mut [f32],
+    y: Columns<'a>,
+}
+
+impl WithSimd for Scan<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match self.h.len().is_multiple_of(S::F32_LANES) {
+            true => self.run(simd),
+            false => self.run(Scalar),
+        }
+    }
+}
+
+impl Scan<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let width = self.h.len();
+        let h = S::as_mut_simd_f32s(self.h).0;
+        let [recurrent_bias, input_bias] = self.biases.map(|bias| S::as_simd_f32s(bias).0);
+        let decay = S::as_simd_f32s(self.decay).0;
+        let one = simd.splat_f32s(1.0);
+        for t in 0..self.tokens {
+            let u = S::as_simd_f32s(self.u.row(t)).0;
+            let (r, i) = self.gates.row(t).split_at(width);
+            let (r, i) = (S::as_simd_f32s(r).0, S::as_simd_f32s(i).0);
+            let y = S::as_mut_simd_f32s(self.y.row(t)).0;
+            let whole = self.first && t == 0;
+            for v in 0..h.len() {
+                let r = sigmoid(simd, simd.add_f32s(r[v], recurrent_bias[v]));
+                let i = sigmoid(simd, simd.add_f32s(i[v], input_bias[v]));
+                let log = simd.mul_f32s(decay[v], r);
+                let square = exp(simd, simd.add_f32s(log, log));
+                let root = simd.sqrt_f32s(simd.sub_f32s(one, square));
+                let root = if whole { one } else { root };
+                let new = simd.mul_f32s(simd.mul_f32s(u[v], i), root);
+                h[v] = simd.mul_add_f32s(exp(simd, log), h[v], new);
+                y[v] = h[v];
+            }
+        }
+    }
+}

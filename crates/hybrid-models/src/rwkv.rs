@@ -1,0 +1,178 @@
+//! RWKV language models, versions 4 to 7: which version a checkpoint is, and the names in it.
+//!
+//! Two layouts are in use: that of the authors' `.pth` files (`blocks.0.att.key.weight`) and that of Hugging Face's `transformers`
+//! (`rwkv.blocks.0.attention.key.weight`). The sizes are read off the tensors.
+
+mod channel_mix;
+mod mix;
+mod v4;
+mod v5;
+mod v6;
+mod v7;
+mod wkv;
+
+use crate::checkpoint::Checkpoint;
+use crate::mixer::{Mixer, Recurrent, Residual};
+use crate::model::{Inner, Model};
+use crate::norm::Norm;
+use channel_mix::ChannelMix;
+use longctx_core::{Error, Result};
+use serde_json::Value;
+use v5::V5;
+
+/// The end of a text, in both vocabularies that RWKV models use.
+const END: u32 = 0;
+
+/// Of the group norm of a head's outputs: the authors' 1e-5, times the square of the 8 by which they divide.
+const GROUP_EPS: f32 = 64e-5;
+
+/// The tensors' names in one of the layouts.
+pub struct Names {
+    transformers: bool,
+}
+
+impl Names {
+    fn of(w: &Checkpoint) -> Result<Self> {
+        let embeddings = w.any_of(&["emb.weight", "rwkv.embeddings.weight"])?;
+        Ok(Self { transformers: embeddings.starts_with("rwkv.") })
+    }
+
+    fn top(&self, part: &str) -> String {
+        match (self.transformers, part) {
+            (false, _) | (true, "head.weight") => part.to_owned(),
+            (true, "emb.weight") => "rwkv.embeddings.weight".into(),
+            (true, _) => format!("rwkv.{part}"),
+        }
+    }
+
+    fn block(&self, layer: usize, part: &str) -> String {
+        let part = match (self.transformers, part) {
+            (true, "ln0") => "pre_ln",
+            _ => part,
+        };
+        self.top(&format!("blocks.{layer}.{part}"))
+    }
+
+    /// A tensor of the time mixing.
+    pub fn time(&self, layer: usize, part: &str) -> String {
+        let block = if self.transformers { "attention" } else { "att" };
+        self.block(layer, &format!("{block}.{}", self.mix(part)))
+    }
+
+    /// A tensor of the channel mixing.
+    fn channel(&self, layer: usize, part: &str) -> String {
+        let block = if self.transformers { "feed_forward" } else { "ffn" };
+        self.block(layer, &format!("{block}.{}", self.mix(part)))
+    }
+
+    fn mix<'a>(&self, part: &'a str) -> &'a str {
+        match (self.transformers, part) {
+            (true, "time_mix_k") => "time_mix_key",
+            (true, "time_mix_v") => "time_mix_value",
+            (true, "time_mix_r") => "time_mix_receptance",
+            (true, "time_mix_g") => "time_mix_gate",
+            _ => part,
+        }
+    }
+}
+
+/// A checkpoint's version, by the tensors that only it has.
+fn version(w: &Checkpoint, names: &Names) -> Result<usize> {
+    let has = |part: &str| w.has(&names.time(0, part));
+    if has("r_k") {
+        Ok(7)
+    } else if has("time_maa_x") {
+        Ok(6)
+    } else if has("time_faaaa") && has("gate.weight") {
+        Ok(5)
+    } else if has("time_first") && !has("ln_x.weight") {
+        Ok(4)
+    } else {
+        Err(Error::Unsupported("a version of RWKV other than 4, 5.2, 6 and 7".into()))
+    }
+}
+
+/// Whether a checkpoint without `config.json` is of RWKV.
+pub fn is_rwkv(w: &Checkpoint) -> bool {
+    w.has("emb.weight") && w.has("blocks.0.ln0.weight")
+}
+
+/// Builds the model; `config.json`, where there is one, says no more than the norms' epsilon.
+pub fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
+    let names = Names::of(w)?;
+    let version = version(w, &names)?;
+    let embeddings = names.top("emb.weight");
+    let &[vocab, hidden] = w.shape(&embeddings).unwrap_or_default().as_slice() else {
+        return Err(Error::mismatch(embeddings, "[vocabulary, hidden]", "another shape"));
+    };
+    let layers = (0..).take_while(|&i| w.has(&names.block(i, "ln1.weight"))).count();
+    let eps = config["layer_norm_epsilon"].as_f64().unwrap_or(1e-5) as f32;
+    // `transformers` halves what flows between the layers every so often, to stay in the range of f16. A norm undoes it but for its epsilon,
+    // which is scaled here in its stead.
+    let rescale = config["rescale_every"].as_u64().filter(|&every| every > 0 && version == 4);
+    let eps_at = |layer: usize| match rescale {
+        Some(every) => eps * 4f32.powi((layer as u64 / every) as i32),
+        None => eps,
+    };
+    let norm = |name: String, eps: f32| -> Result<Norm> {
+        let tensor = |part: &str| w.tensor(&format!("{name}.{part}"), &[hidden]);
+        Ok(Norm::Layer { weight: tensor("weight")?, bias: tensor("bias")?, eps })
+    };
+    let mut residuals = Vec::new();
+    for layer in 0..layers {
+        let time_mix: Box<dyn Recurrent> = match version {
+            4 => Box::new(v4::V4::load(w, &names, layer, hidden)?),
+            5 => Box::new(V5::load(w, |part| names.time(layer, part), hidden)?),
+            6 => Box::new(v6::V6::load(w, &names, layer, hidden)?),
+            _ => Box::new(v7::V7::load(w, &names, layer, hidden)?),
+        };
+        let channel_mix = ChannelMix::load(w, &names, layer, hidden, version)?;
+        let mixers = [("ln1", "time_mix", time_mix), ("ln2", "channel_mix", Box::new(channel_mix))];
+        for (norm_name, name, mixer) in mixers {
+            let norm = norm(names.block(layer, norm_name), eps_at(layer))?;
+            residuals.push(Residual { layer, name, norm, mixer: Mixer::Recurrent(mixer) });
+        }
+    }
+    Ok(Model::new(Inner {
+        family: ["rwkv4", "rwkv5", "rwkv6", "rwkv7"][version - 4],
+        hidden,
+        layers,
+        embedding: w.matrix(&embeddings, vocab, hidden)?,
+        embedding_scale: 1.0,
+        embedding_norm: Some(norm(names.block(0, "ln0"), eps)?),
+        residuals,
+        norm: norm(names.top("ln_out"), eps_at(layers))?,
+        head: Some(w.matrix(&names.top("head.weight"), vocab, hidden)?),
+        soft_cap: None,
+        eos: vec![END],
+    }))
+}
+
+/// The shape of a tensor `[heads, head_dim]` that fills a hidden size.
+fn heads(w: &Checkpoint, name: &str, hidden: usize) -> Result<(usize, usize)> {
+    match w.shape(name).unwrap_or_default().as_slice() {
+        &[heads, size] if heads * size == hidden => Ok((heads, size)),
+        other => {
+            let expected = format!("[heads, {hidden} / heads]");
+            Err(Error::mismatch(format!("tensor {name:?}"), expected, format!("{other:?}")))
+        }
+    }
+}
+
+/// What the names of the token shift's weights begin with.
+fn mix_prefix(version: usize) -> &'static str {
+    match version {
+        4 | 5 => "time_mix_",
+        6 => "time_maa_",
+        _ => "x_",
+    }
+}
+
+/// Weights of the row before in the token shift. Up to version 5 checkpoints hold those of the row itself.
+fn load_mix(w: &Checkpoint, name: &str, hidden: usize, version: usize) -> Result<Vec<f32>> {
+    let mut weights = w.tensor(name, &[hidden])?;
+    if version <= 5 {
+        weights.iter_mut().for_each(|x| *x = 1.0 - *x);
+    }
+    Ok(weights)
+}

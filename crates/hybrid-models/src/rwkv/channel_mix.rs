@@ -1,0 +1,77 @@
+//! RWKV's feed-forward block: W_v relu(W_k x_k)², before version 7 gated by the sigmoid of W_r x_r.
+
+use super::Names;
+use super::mix::{differences, mix};
+use crate::checkpoint::Checkpoint;
+use crate::matrix::{Matrix, Rows};
+use crate::mixer::{Input, Part, Recurrent};
+use crate::simd::{SquaredRelu, TimesSigmoid, map, zip};
+use crate::workspace::Workspace;
+use longctx_core::{Error, Result};
+
+#[derive(Debug)]
+pub struct ChannelMix {
+    hidden: usize,
+    inner: usize,
+    key_mix: Vec<f32>,
+    key: Matrix,
+    value: Matrix,
+    receptance: Option<(Vec<f32>, Matrix)>,
+}
+
+impl ChannelMix {
+    pub fn load(
+        w: &Checkpoint,
+        names: &Names,
+        layer: usize,
+        hidden: usize,
+        version: usize,
+    ) -> Result<Self> {
+        let name = |part: &str| names.channel(layer, part);
+        let key = name("key.weight");
+        let &[inner, _] = w.shape(&key).unwrap_or_default().as_slice() else {
+            return Err(Error::mismatch(format!("tensor {key:?}"), "[inner, hidden]", "another"));
+        };
+        let prefix = super::mix_prefix(version);
+        let mix =
+            |part: &str| super::load_mix(w, &name(&format!("{prefix}{part}")), hidden, version);
+        let receptance = match version {
+            7 => None,
+            _ => Some((mix("r")?, w.matrix(&name("receptance.weight"), hidden, hidden)?)),
+        };
+        Ok(Self {
+            hidden,
+            inner,
+            key_mix: mix("k")?,
+            key: w.matrix(&key, inner, hidden)?,
+            value: w.matrix(&name("value.weight"), hidden, inner)?,
+            receptance,
+        })
+    }
+}
+
+impl Recurrent for ChannelMix {
+    fn state(&self) -> Vec<Part> {
+        vec![Part::new("shift", &[self.hidden])]
+    }
+
+    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
+        let (rows, hidden) = (x.rows(), self.hidden);
+        let mut shift = workspace.take(rows * hidden);
+        let mut mixed = workspace.take(rows * hidden);
+        let mut keys = workspace.take(rows * self.inner);
+        differences(x, hidden, state, &mut shift);
+        mix(x.x, &shift, &self.key_mix, &mut mixed);
+        self.key.apply(Rows::new(&mixed, hidden), &mut keys);
+        map(SquaredRelu, &mut keys);
+        self.value.apply(Rows::new(&keys, self.inner), out);
+        if let Some((receptance_mix, receptance)) = &self.receptance {
+            mix(x.x, &shift, receptance_mix, &mut mixed);
+            receptance.apply(Rows::new(&mixed, hidden), &mut shift);
+            zip(TimesSigmoid, out, &shift);
+        }
+        for buffer in [keys, mixed, shift] {
+            workspace.give(buffer);
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! RWKV-5's time mixing ("Eagle", Peng et al., arXiv 2404.05892): a matrix per head that decays per key channel.
+
+use super::mix::{differences, mix};
+use super::wkv::{Inputs, wkv};
+use super::{GROUP_EPS, heads, load_mix};
+use crate::checkpoint::Checkpoint;
+use crate::matrix::{Matrix, Rows};
+use crate::mixer::{Input, Part, Recurrent};
+use crate::norm::layer_groups;
+use crate::simd::{TimesSilu, zip};
+use crate::workspace::Workspace;
+use longctx_core::Result;
+
+#[derive(Debug)]
+pub struct V5 {
+    hidden: usize,
+    heads: usize,
+    head_dim: usize,
+    /// Token shift and map of receptance, key, value and gate.
+    maps: [(Vec<f32>, Matrix); 4],
+    /// e^−e^decay.
+    decay: Vec<f32>,
+    own: Vec<f32>,
+    group_norm: (Vec<f32>, Vec<f32>),
+    output: Matrix,
+}
+
+impl V5 {
+    /// `name` gives a tensor's full name.
+    pub fn load(w: &Checkpoint, name: impl Fn(&str) -> String, hidden: usize) -> Result<Self> {
+        let (heads, head_dim) = heads(w, &name("time_faaaa"), hidden)?;
+        let map = |mix: &str, matrix: &str| -> Result<(Vec<f32>, Matrix)> {
+            let matrix = w.matrix(&name(matrix), hidden, hidden)?;
+            Ok((load_mix(w, &name(mix), hidden, 5)?, matrix))
+        };
+        let decay = w.tensor(&name("time_decay"), &[heads, head_dim])?;
+        let norm = |part: &str| w.tensor(&name(part), &[hidden]);
+        Ok(Self {
+            hidden,
+            heads,
+            head_dim,
+            maps: [
+                map("time_mix_r", "receptance.weight")?,
+                map("time_mix_k", "key.weight")?,
+                map("time_mix_v", "value.weight")?,
+                map("time_mix_g", "gate.weight")?,
+            ],
+            decay: decay.iter().map(|x| (-x.exp()).exp()).collect(),
+            own: w.tensor(&name("time_faaaa"), &[heads, head_dim])?,
+            group_norm: (norm("ln_x.weight")?, norm("ln_x.bias")?),
+            output: w.matrix(&name("output.weight"), hidden, hidden)?,
+        })
+    }
+}
+
+impl Recurrent for V5 {
+    fn state(&self) -> Vec<Part> {
+        let wkv = Part::new("wkv", &[self.heads, self.head_dim, self.head_dim]);
+        vec![Part::new("shift", &[self.hidden]), wkv]
+    }
+
+    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
+        let (rows, tokens, hidden) = (x.rows(), x.tokens, self.hidden);
+        let [mut shift, mut mixed] = [0; 2].map(|_| workspace.take(rows * hidden));
+        let mut maps = [0; 4].map(|_| workspace.take(rows * hidden));
+        differences(x, hidden, state, &mut shift);
+        for ((weights, matrix), y) in self.maps.iter().zip(&mut maps) {
+            mix(x.x, &shift, weights, &mut mixed);
+            matrix.apply(Rows::new(&mixed, hidden), y);
+        }
+        let [r, k, v, gate] = &maps;
+        let y = &mut mixed;
+        let size = state.len() / x.batch;
+        for (entry, state) in state.chunks_exact_mut(size).enumerate() {
+            let of_entry = |data| Rows::new(data, hidden).part(entry * tokens, tokens);
+            let w = Rows { data: &self.decay, stride: 0, width: hidden };
+            let inputs = Inputs { r: of_entry(r), k: of_entry(k), v: of_entry(v), w, u: &self.own };
+            let y = &mut y[entry * tokens * hidden..][..tokens * hidden];
+            wkv(inputs, self.head_dim, tokens, &mut state[hidden..], y);
+        }
+        let (weight, bias) = &self.group_norm;
+        layer_groups(y, weight, bias, self.head_dim, GROUP_EPS);
+        zip(TimesSilu, y, gate);
+        self.output.apply(Rows::new(y, hidden), out);
+        for buffer in maps.into_iter().rev().chain([mixed, shift]) {
+            workspace.give(buffer);
+        }
+    }
+}

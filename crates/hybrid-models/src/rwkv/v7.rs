@@ -1,0 +1,267 @@
+//! RWKV-7's time mixing ("Goose", Peng et al., arXiv 2503.14456): the generalised delta rule.
+//!
+//! Per head, with κ̂ the removal key: S ← S (diag(w) − κ̂ᵀ (a ∘ κ̂)) + vᵀ k and y = S r.
+
+mod delta;
+
+use super::mix::{differences, mix};
+use super::{GROUP_EPS, Names, heads, load_mix};
+use crate::checkpoint::Checkpoint;
+use crate::matrix::{Matrix, Rows};
+use crate::mixer::{Input, Part, Recurrent};
+use crate::norm::layer_groups;
+use crate::simd::{Map, Sigmoid, Tanh, Times, exp, map, sigmoid, zip};
+use crate::workspace::Workspace;
+use delta::{Inputs, delta_rule};
+use longctx_core::{Error, Result};
+use pulp::{Arch, Scalar, Simd, WithSimd};
+use rayon::prelude::*;
+
+#[derive(Debug)]
+pub struct V7 {
+    hidden: usize,
+    heads: usize,
+    head_dim: usize,
+    /// Token shifts, in the order of [`MIXES`].
+    mixes: Vec<Vec<f32>>,
+    receptance: Matrix,
+    key: Matrix,
+    value: Matrix,
+    /// Of the decay, the rate of learning and the gate.
+    decay: LowRank,
+    rate: LowRank,
+    gate: LowRank,
+    /// How much of the first layer's values comes in; `None` in the first layer.
+    first_values: Option<LowRank>,
+    removal: Vec<f32>,
+    key_rate: Vec<f32>,
+    own: Vec<f32>,
+    group_norm: (Vec<f32>, Vec<f32>),
+    output: Matrix,
+}
+
+const MIXES: [&str; 6] = ["r", "w", "k", "v", "a", "g"];
+
+/// `bias + W₂ f(W₁ x)`.
+#[derive(Debug)]
+struct LowRank {
+    first: Matrix,
+    second: Matrix,
+    /// None for the gate.
+    bias: Vec<f32>,
+}
+
+impl LowRank {
+    /// From `name`1, `name`2 and, if it is there, `name`0.
+    fn load(w: &Checkpoint, name: &str, hidden: usize) -> Result<Self> {
+        let first = format!("{name}1");
+        let &[_, rank] = w.shape(&first).unwrap_or_default().as_slice() else {
+            return Err(Error::mismatch(format!("tensor {first:?}"), "[hidden, rank]", "another"));
+        };
+        let bias = format!("{name}0");
+        Ok(Self {
+            first: w.transposed(&first, rank, hidden)?,
+            second: w.transposed(&format!("{name}2"), hidden, rank)?,
+            bias: match w.has(&bias) {
+                true => w.tensor(&bias, &[hidden])?,
+                false => vec![0.0; hidden],
+            },
+        })
+    }
+
+    fn apply(&self, x: &[f32], f: Option<Inner>, workspace: &mut Workspace, y: &mut [f32]) {
+        let hidden = self.bias.len();
+        let mut bottleneck = workspace.take(x.len() / hidden * self.first.out());
+        self.first.apply(Rows::new(x, hidden), &mut bottleneck);
+        match f {
+            Some(Inner::Tanh) => map(Tanh, &mut bottleneck),
+            Some(Inner::Sigmoid) => map(Sigmoid, &mut bottleneck),
+            None => {}
+        }
+        self.second.apply(Rows::new(&bottleneck, self.first.out()), y);
+        y.par_chunks_exact_mut(hidden).for_each(|row| zip(crate::simd::Add, row, &self.bias));
+        workspace.give(bottleneck);
+    }
+}
+
+/// The function between the two matrices.
+enum Inner {
+    Tanh,
+    Sigmoid,
+}
+
+/// The decay e^(−e^−½ sigmoid(x)).
+#[derive(Clone, Copy)]
+struct Forget;
+
+impl Map for Forget {
+    #[inline(always)]
+    fn at<S: Simd>(self, simd: S, x: S::f32s) -> S::f32s {
+        exp(simd, simd.mul_f32s(sigmoid(simd, x), simd.splat_f32s(-0.606_530_66)))
+    }
+}
+
+impl V7 {
+    pub fn load(w: &Checkpoint, names: &Names, layer: usize, hidden: usize) -> Result<Self> {
+        let name = |part: &str| names.time(layer, part);
+        let (heads, head_dim) = heads(w, &name("r_k"), hidden)?;
+        let mix = |part: &&str| load_mix(w, &name(&format!("x_{part}")), hidden, 7);
+        let map = |part: &str| w.matrix(&name(part), hidden, hidden);
+        let low_rank = |part: &str| LowRank::load(w, &name(part), hidden);
+        let vector = |part: &str| w.tensor(&name(part), &[hidden]);
+        Ok(Self {
+            hidden,
+            heads,
+            head_dim,
+            mixes: MIXES.iter().map(mix).collect::<Result<_>>()?,
+            receptance: map("receptance.weight")?,
+            key: map("key.weight")?,
+            value: map("value.weight")?,
+            decay: low_rank("w")?,
+            rate: low_rank("a")?,
+            gate: low_rank("g")?,
+            first_values: (layer > 0).then(|| low_rank("v")).transpose()?,
+            removal: vector("k_k")?,
+            key_rate: vector("k_a")?,
+            own: w.tensor(&name("r_k"), &[heads, head_dim])?,
+            group_norm: (vector("ln_x.weight")?, vector("ln_x.bias")?),
+            output: map("output.weight")?,
+        })
+    }
+
+    /// The values, with some of the first layer's mixed in; the first layer leaves its own for the others.
+    fn values(&self, mixed: &[f32], workspace: &mut Workspace, v: &mut [f32]) {
+        self.value.apply(Rows::new(mixed, self.hidden), v);
+        let Some(share) = &self.first_values else {
+            workspace.first_values.clear();
+            workspace.first_values.extend_from_slice(v);
+            return;
+        };
+        let mut shares = workspace.take(v.len());
+        share.apply(mixed, None, workspace, &mut shares);
+        map(Sigmoid, &mut shares);
+        let others = workspace.first_values.iter().zip(&shares);
+        v.iter_mut().zip(others).for_each(|(v, (first, share))| *v += (first - *v) * share);
+        workspace.give(shares);
+    }
+}
+
+impl Recurrent for V7 {
+    fn state(&self) -> Vec<Part> {
+        let wkv = Part::new("wkv", &[self.heads, self.head_dim, self.head_dim]);
+        vec![Part::new("shift", &[self.hidden]), wkv]
+    }
+
+    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
+        let (rows, tokens, hidden) = (x.rows(), x.tokens, self.hidden);
+        let [mut shift, mut mixed] = [0; 2].map(|_| workspace.take(rows * hidden));
+        let [mut r, mut w, mut k, mut v, mut a, mut g] =
+            [0; 6].map(|_| workspace.take(rows * hidden));
+        differences(x, hidden, state, &mut shift);
+        for (part, weights) in MIXES.into_iter().zip(&self.mixes) {
+            mix(x.x, &shift, weights, &mut mixed);
+            let input = Rows::new(&mixed, hidden);
+            match part {
+                "r" => self.receptance.apply(input, &mut r),
+                "w" => self.decay.apply(&mixed, Some(Inner::Tanh), workspace, &mut w),
+                "k" => self.key.apply(input, &mut k),
+                "v" => self.values(&mixed, workspace, &mut v),
+                "a" => self.rate.apply(&mixed, None, workspace, &mut a),
+                _ => self.gate.apply(&mixed, Some(Inner::Sigmoid), workspace, &mut g),
+            }
+        }
+        map(Forget, &mut w);
+        // From here on `shift` is the removal key, and `a` what is added where it removes.
+        let removal = &mut shift;
+        let parts = k.par_chunks_exact_mut(hidden).zip(a.par_chunks_exact_mut(hidden));
+        parts.zip(removal.par_chunks_exact_mut(hidden)).for_each(|((k, a), removal)| {
+            Arch::new().dispatch(Keys { layer: self, k, a, removal });
+        });
+        let y = &mut mixed;
+        let size = state.len() / x.batch;
+        for (entry, state) in state.chunks_exact_mut(size).enumerate() {
+            let of_entry = |data| Rows::new(data, hidden).part(entry * tokens, tokens);
+            let inputs = Inputs {
+                r: of_entry(&r),
+                k: of_entry(&k),
+                v: of_entry(&v),
+                w: of_entry(&w),
+                removal: of_entry(removal),
+                added: of_entry(&a),
+            };
+            let y = &mut y[entry * tokens * hidden..][..tokens * hidden];
+            delta_rule(inputs, self.head_dim, tokens, &mut state[hidden..], y);
+        }
+        let (weight, bias) = &self.group_norm;
+        layer_groups(y, weight, bias, self.head_dim, GROUP_EPS);
+        self.add_own(&r, &k, &v, y);
+        zip(Times, y, &g);
+        self.output.apply(Rows::new(y, hidden), out);
+        for buffer in [g, a, v, k, w, r, mixed, shift] {
+            workspace.give(buffer);
+        }
+    }
+}
+
+impl V7 {
+    /// Adds (Σ r k ρ) v of each head, for the token's own key and value.
+    fn add_own(&self, r: &[f32], k: &[f32], v: &[f32], y: &mut [f32]) {
+        let d = self.head_dim;
+        let inputs = r.par_chunks_exact(d).zip(k.par_chunks_exact(d)).zip(v.par_chunks_exact(d));
+        y.par_chunks_exact_mut(d).zip(inputs).enumerate().for_each(|(i, (y, ((r, k), v)))| {
+            let own = &self.own[i % self.heads * d..][..d];
+            let weight: f32 = r.iter().zip(k).zip(own).map(|((r, k), own)| r * k * own).sum();
+            y.iter_mut().zip(v).for_each(|(y, v)| *y += weight * v);
+        });
+    }
+}
+
+/// One row's removal keys κ̂ (unit length per head), then its keys k (1 + (a − 1) α) and what is added, a ∘ κ̂, in the place of a.
+struct Keys<'a> {
+    layer: &'a V7,
+    k: &'a mut [f32],
+    /// Before the sigmoid.
+    a: &'a mut [f32],
+    removal: &'a mut [f32],
+}
+
+impl WithSimd for Keys<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let V7 { head_dim, removal: scale, key_rate, .. } = self.layer;
+        let heads = self.removal.chunks_exact_mut(*head_dim).zip(self.k.chunks_exact(*head_dim));
+        for ((removal, k), scale) in heads.zip(scale.chunks_exact(*head_dim)) {
+            for ((removal, k), scale) in removal.iter_mut().zip(k).zip(scale) {
+                *removal = k * scale;
+            }
+            let norm = crate::simd::dot(simd, removal, removal).sqrt().max(1e-12);
+            for removal in removal {
+                *removal /= norm;
+            }
+        }
+        #[inline(always)]
+        fn run<S: Simd>(
+            simd: S,
+            k: &mut [S::f32s],
+            a: &mut [S::f32s],
+            removal: &[S::f32s],
+            key_rate: &[S::f32s],
+        ) {
+            let one = simd.splat_f32s(1.0);
+            for (((k, a), &removal), &key_rate) in k.iter_mut().zip(a).zip(removal).zip(key_rate) {
+                let rate = sigmoid(simd, *a);
+                let factor = simd.mul_add_f32s(simd.sub_f32s(rate, one), key_rate, one);
+                *k = simd.mul_f32s(*k, factor);
+                *a = simd.mul_f32s(rate, removal);
+            }
+        }
+        let (k, k_tail) = S::as_mut_simd_f32s(self.k);
+        let (a, a_tail) = S::as_mut_simd_f32s(self.a);
+        let (removal, removal_tail) = S::as_simd_f32s(self.removal);
+        let (rate, rate_tail) = S::as_simd_f32s(key_rate);
+        run(simd, k, a, removal, rate);
+        run(Scalar, k_tail, a_tail, removal_tail, rate_tail);
+    }
+}

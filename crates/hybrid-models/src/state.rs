@@ -1,0 +1,165 @@
+//! A recurrent model's state as a value: cloned, saved, loaded.
+
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::path::Path;
+
+use crate::mixer::Part;
+use longctx_core::{Error, Footprint, Result};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+/// Of the file format: a safetensors file with one f32 tensor `[batch, …]` per array and, in its metadata, `format`, `version`,
+/// `family`, `batch` and `seen`.
+const FORMAT: &str = "longctx-state";
+const VERSION: &str = "1";
+
+/// All that a recurrent model remembers of the tokens it has seen.
+///
+/// A session goes on from it bit for bit as the session that gave it would have, also after a way through a file.
+#[derive(Debug, Clone, PartialEq)]
+pub struct State {
+    family: String,
+    batch: usize,
+    seen: usize,
+    /// By name ("layers.0.mixer.conv"): the shape of one entry's array, and all entries' numbers, one after the other.
+    arrays: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+}
+
+impl State {
+    pub(crate) fn new(family: &str, batch: usize, seen: usize) -> Self {
+        Self { family: family.into(), batch, seen, arrays: BTreeMap::new() }
+    }
+
+    /// Takes in one residual block's `[batch, size]` numbers.
+    pub(crate) fn take_in(&mut self, name: &str, parts: &[Part], data: &[f32]) {
+        let size: usize = parts.iter().map(Part::size).sum();
+        let mut start = 0;
+        for part in parts {
+            let of_entry = |entry: &[f32]| entry[start..start + part.size()].to_vec();
+            let numbers = data.chunks_exact(size).flat_map(of_entry).collect();
+            self.arrays.insert(format!("{name}.{}", part.name), (part.shape.clone(), numbers));
+            start += part.size();
+        }
+    }
+
+    /// Gives one residual block's `[batch, size]` numbers.
+    pub(crate) fn give_out(&self, name: &str, parts: &[Part]) -> Result<Vec<f32>> {
+        let find = |part: &Part| {
+            let name = format!("{name}.{}", part.name);
+            let what = format!("array {name:?} of the state");
+            let expected = format!("{:?}", part.shape);
+            match self.arrays.get(&name) {
+                Some((shape, numbers)) if *shape == part.shape => Ok((numbers, part.size())),
+                Some((shape, _)) => Err(Error::mismatch(what, expected, format!("{shape:?}"))),
+                None => Err(Error::mismatch(what, expected, "nothing")),
+            }
+        };
+        let found = parts.iter().map(find).collect::<Result<Vec<_>>>()?;
+        let of_entry = |entry: usize| {
+            found.iter().flat_map(move |&(numbers, size)| {
+                numbers[entry * size..(entry + 1) * size].iter().copied()
+            })
+        };
+        Ok((0..self.batch).flat_map(of_entry).collect())
+    }
+
+    pub(crate) fn check_family(&self, family: &str) -> Result<()> {
+        match self.family == family {
+            true => Ok(()),
+            false => Err(Error::mismatch("family of the state", family, &self.family)),
+        }
+    }
+
+    /// The family of the model that it is of.
+    pub fn family(&self) -> &str {
+        &self.family
+    }
+
+    /// Entries of the batch; none before the first tokens.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Tokens that it remembers.
+    pub fn seen(&self) -> usize {
+        self.seen
+    }
+
+    /// Bytes held.
+    pub fn footprint(&self) -> Footprint {
+        let bytes = |(_, numbers): &(_, Vec<f32>)| size_of_val(numbers.as_slice());
+        Footprint { payload: self.arrays.values().map(bytes).sum(), ..Default::default() }
+    }
+
+    /// Writes a safetensors file.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it can't be written.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let failed = |e: safetensors::SafeTensorError| Error::file(path, e);
+        let bytes: Vec<(&String, Vec<usize>, Vec<u8>)> = self
+            .arrays
+            .iter()
+            .map(|(name, (shape, numbers))| {
+                let shape = [&[self.batch], shape.as_slice()].concat();
+                (name, shape, numbers.iter().flat_map(|x| x.to_le_bytes()).collect())
+            })
+            .collect();
+        let views = bytes
+            .iter()
+            .map(|(name, shape, bytes)| {
+                Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?))
+            })
+            .collect::<std::result::Result<Vec<_>, _>>()
+            .map_err(failed)?;
+        let metadata = HashMap::from(
+            [
+                ("format", FORMAT.into()),
+                ("version", VERSION.into()),
+                ("family", self.family.clone()),
+                ("batch", self.batch.to_string()),
+                ("seen", self.seen.to_string()),
+            ]
+            .map(|(key, value): (&str, String)| (key.to_owned(), value)),
+        );
+        safetensors::serialize_to_file(views, Some(metadata), path).map_err(failed)
+    }
+
+    /// Reads a file that [`save`](Self::save) wrote.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it can't be read, is no saved state, or is of another version.
+    pub fn load(path: &Path) -> Result<Self> {
+        let failed = |e: &dyn std::fmt::Display| Error::file(path, e);
+        let buffer = std::fs::read(path).map_err(|e| failed(&e))?;
+        let (_, header) = SafeTensors::read_metadata(&buffer).map_err(|e| failed(&e))?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let field = |key: &str| {
+            metadata.get(key).ok_or_else(|| failed(&format!("no saved state: no field {key:?}")))
+        };
+        let number = |key: &str| -> Result<usize> {
+            field(key)?.parse().map_err(|_| failed(&format!("field {key:?} is no number")))
+        };
+        if (field("format")?.as_str(), field("version")?.as_str()) != (FORMAT, VERSION) {
+            let got = format!("{} version {}", field("format")?, field("version")?);
+            return Err(failed(&format!("expected {FORMAT} version {VERSION}, got {got}")));
+        }
+        let mut state = Self::new(field("family")?, number("batch")?, number("seen")?);
+        let tensors = SafeTensors::deserialize(&buffer).map_err(|e| failed(&e))?;
+        for (name, view) in tensors.iter() {
+            match view.shape() {
+                [batch, shape @ ..] if *batch == state.batch && view.dtype() == Dtype::F32 => {
+                    let (numbers, _) = view.data().as_chunks::<4>();
+                    let numbers = numbers.iter().map(|&b| f32::from_le_bytes(b)).collect();
+                    state.arrays.insert(name.to_owned(), (shape.to_vec(), numbers));
+                }
+                shape => {
+                    let expected = format!("F32 [{}, …]", state.batch);
+                    let got = format!("{:?} {shape:?}", view.dtype());
+                    return Err(failed(&format!("{name:?}: expected {expected}, got {got}")));
+                }
+            }
+        }
+        Ok(state)
+    }
+}

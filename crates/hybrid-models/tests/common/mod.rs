@@ -1,0 +1,75 @@
+//! What the tests share: the fixtures, and feeding in chunks.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use hybrid_models::{LoadOptions, Model, Session};
+use longctx_core::{CausalLm, DenseCache, Logits};
+
+pub struct Fixture {
+    pub folder: PathBuf,
+    pub tokens: Tensor,
+    pub logits: Tensor,
+    pub logits_of_bf16: Tensor,
+}
+
+impl Fixture {
+    pub fn open(name: &str) -> Self {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
+        let file = folder.join("expected.safetensors");
+        let mut expected = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
+        let mut take = |name| expected.remove(name).unwrap();
+        let tokens = take("tokens").to_dtype(DType::U32).unwrap();
+        let (logits, logits_of_bf16) = (take("logits"), take("logits_of_bf16"));
+        Self { folder, tokens, logits, logits_of_bf16 }
+    }
+
+    pub fn model(&self, dtype: DType) -> Model {
+        Model::from_folder(&self.folder, &LoadOptions { dtype }).unwrap()
+    }
+
+    /// The model with all its weights rounded to `stored`, its matrices held in `held`.
+    pub fn rounded(&self, stored: DType, held: DType) -> Model {
+        let tensors = self.tensors().into_iter();
+        let tensors = tensors.map(|(name, t)| (name, t.to_dtype(stored).unwrap())).collect();
+        let config = std::fs::read_to_string(self.folder.join("config.json")).ok();
+        Model::from_tensors(config.as_deref(), tensors, &LoadOptions { dtype: held }).unwrap()
+    }
+
+    pub fn tensors(&self) -> HashMap<String, Tensor> {
+        let file = self.folder.join("model.safetensors");
+        if file.exists() {
+            return candle_core::safetensors::load(file, &Device::Cpu).unwrap();
+        }
+        let all = candle_core::pickle::read_all(self.folder.join("model.pth")).unwrap();
+        all.into_iter().collect()
+    }
+}
+
+pub fn distance(a: &Tensor, b: &Tensor) -> f32 {
+    (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+}
+
+pub fn session(model: &Model) -> Session {
+    model.session(|layer| DenseCache::new(layer.attention, DType::F32)).unwrap()
+}
+
+/// All logits of `tokens`, fed in chunks of these lengths, the last of which repeats.
+pub fn feed(model: &Model, tokens: &Tensor, cuts: &[usize]) -> Tensor {
+    feed_on(&mut session(model), tokens, cuts)
+}
+
+pub fn feed_on(session: &mut Session, tokens: &Tensor, cuts: &[usize]) -> Tensor {
+    let length = tokens.dim(1).unwrap();
+    let (mut start, mut parts) = (0, Vec::new());
+    for &cut in cuts.iter().chain(std::iter::repeat(cuts.last().unwrap())) {
+        let count = cut.min(length - start);
+        if count == 0 {
+            break;
+        }
+        parts.push(session.forward(&tokens.narrow(1, start, count).unwrap(), Logits::All).unwrap());
+        start += count;
+    }
+    Tensor::cat(&parts, 1).unwrap()
+}

@@ -1,0 +1,70 @@
+//! Logits beside those of public implementations: see `fixtures/generate.py`.
+
+mod common;
+
+use candle_core::DType;
+use common::{Fixture, distance, feed};
+
+/// Whole, in uneven chunks, and token by token.
+fn check(name: &str) {
+    let fixture = Fixture::open(name);
+    let model = fixture.model(DType::F32);
+    let length = fixture.tokens.dim(1).unwrap();
+    for cuts in [vec![length], vec![1, 30, 2, 33], vec![1; length]] {
+        let error = distance(&feed(&model, &fixture.tokens, &cuts), &fixture.logits);
+        assert!(error <= 1e-4, "{name} in chunks of {cuts:?}: off by {error}");
+        println!("{name} in {} chunks: off by {error}", cuts.len());
+    }
+    check_half(&fixture, &[length]);
+    check_half(&fixture, &[1; 200]);
+}
+
+/// A checkpoint in bf16 beside the public implementation on the same weights; and one in f16, whose weights f32 holds exactly, beside
+/// the same in f32.
+fn check_half(fixture: &Fixture, cuts: &[usize]) {
+    let run = |stored, held| feed(&fixture.rounded(stored, held), &fixture.tokens, cuts);
+    let error = distance(&run(DType::BF16, DType::BF16), &fixture.logits_of_bf16);
+    assert!(error <= 1e-4, "bf16: off by {error}");
+    let error = distance(&run(DType::F16, DType::F16), &run(DType::F16, DType::F32));
+    assert!(error <= 1e-4, "f16: off by {error}");
+}
+
+#[test]
+fn mamba() {
+    check("mamba");
+}
+
+#[test]
+fn mamba2() {
+    check("mamba2");
+}
+
+#[test]
+fn mamba2_with_groups() {
+    check("mamba2_groups");
+}
+
+#[test]
+fn recurrent_gemma() {
+    check("recurrent_gemma");
+}
+
+#[test]
+fn rwkv4() {
+    check("rwkv4");
+}
+
+#[test]
+fn rwkv5() {
+    check("rwkv5");
+}
+
+#[test]
+fn rwkv6() {
+    check("rwkv6");
+}
+
+#[test]
+fn rwkv7() {
+    check("rwkv7");
+}
