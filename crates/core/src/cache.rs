@@ -1,6 +1,6 @@
 //! One attention layer's memory, as a model sees it.
 
-use crate::{AttentionShape, Footprint, Result, Rope};
+use crate::{AttentionShape, Footprint, Partial, Result, Rope};
 use candle_core::Tensor;
 
 /// What an attention layer hands its cache in one forward call.
@@ -33,6 +33,16 @@ pub trait KvCache: Send {
     /// [`Error::Mismatch`](crate::Error::Mismatch) if a tensor does not fit the layer's shape, or the batch differs from earlier calls'.
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor>;
 
+    /// Takes in a prompt, as the first call, whose attention the caller has computed: `whole`, exact and causal. For engines with a prefill of
+    /// their own. The default computes it once more.
+    ///
+    /// # Errors
+    /// As [`attend`](KvCache::attend).
+    fn take_prompt(&mut self, step: &Step<'_>, whole: &Partial) -> Result<()> {
+        let _ = whole;
+        self.attend(step).map(drop)
+    }
+
     /// Forgets what was taken in after the first `seen` tokens; says whether it could. `false` changes nothing: a cache that has
     /// dropped or changed what it holds can't go back.
     ///
@@ -59,6 +69,9 @@ pub trait KvCache: Send {
 impl<C: KvCache + ?Sized> KvCache for Box<C> {
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         (**self).attend(step)
+    }
+    fn take_prompt(&mut self, step: &Step<'_>, whole: &Partial) -> Result<()> {
+        (**self).take_prompt(step, whole)
     }
     fn rewind(&mut self, seen: usize) -> Result<bool> {
         (**self).rewind(seen)

@@ -183,14 +183,24 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok(tokens)
     }
 
-    /// Several tokens: exact attention among them, and over what was kept; then compression.
-    fn take_many(&mut self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<Partial> {
-        let (batch, tokens) = step.shape.check_q(step.q)?;
+    /// Exact attention among several tokens, and over what was kept.
+    fn attend_many(&self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<Partial> {
         let mut parts = vec![attention::attend(q, k, step.v, step.shape, Visible::Causal)?];
         if !self.store.is_empty() {
             parts.push(self.store.attend(q, Visible::All)?);
         }
-        let whole = Partial::merge(&parts)?;
+        Partial::merge(&parts)
+    }
+
+    /// Takes in several tokens that have attended, and compresses.
+    fn take_many(
+        &mut self,
+        step: &Step<'_>,
+        q: &Tensor,
+        k: &Tensor,
+        whole: &Partial,
+    ) -> Result<()> {
+        let (batch, tokens) = step.shape.check_q(step.q)?;
         let first = self.seen == 0;
         self.seen += tokens;
         self.allowed = self.budget.of(self.seen);
@@ -202,10 +212,9 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             && self.policy.is_over(&self.ledger.lens(), &budgets);
         let keep = self.judge(&call, compress.then_some(&budgets), protected)?;
         match keep {
-            Some(keep) => self.keep_with_new(step, k, &keep)?,
-            None => self.store.append(k, step.v)?,
+            Some(keep) => self.keep_with_new(step, k, &keep),
+            None => self.store.append(k, step.v),
         }
-        Ok(whole)
     }
 
     /// One token: it joins the store, attends, and perhaps has others evicted.
@@ -430,9 +439,22 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
         let k = step.rope.apply(step.k, self.next_position())?;
         let whole = match tokens {
             1 if !self.store.is_empty() => self.take_one(step, &q, &k)?,
-            _ => self.take_many(step, &q, &k)?,
+            _ => {
+                let whole = self.attend_many(step, &q, &k)?;
+                self.take_many(step, &q, &k, &whole)?;
+                whole
+            }
         };
         whole.into_output(step.q.dtype())
+    }
+
+    fn take_prompt(&mut self, step: &Step<'_>, whole: &Partial) -> Result<()> {
+        self.check(step)?;
+        if self.seen > 0 {
+            return Err(Error::mismatch("tokens seen before a prompt", 0, self.seen));
+        }
+        let (q, k) = (step.rope.apply(step.q, 0)?, step.rope.apply(step.k, 0)?);
+        self.take_many(step, &q, &k, whole)
     }
 
     fn seen(&self) -> usize {

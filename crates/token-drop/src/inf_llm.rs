@@ -330,8 +330,8 @@ impl<T: Element> State<T> {
     }
 }
 
-impl<T: Element> KvCache for InfLlm<T> {
-    fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
+impl<T: Element> InfLlm<T> {
+    fn check(&self, step: &Step<'_>) -> Result<()> {
         let (batch, tokens) = self.shape.check_q(step.q)?;
         let of_kv = self.shape.check_kv(step.k, step.v)?;
         let held = self.state.as_ref().map_or(batch, |state| state.memories.len());
@@ -342,13 +342,12 @@ impl<T: Element> KvCache for InfLlm<T> {
         if !matches!(step.q.device(), Device::Cpu) {
             return Err(Error::Unsupported("InfLLM on a device other than the CPU".into()));
         }
-        let exact = match self.exact_prompt && self.seen == 0 {
-            true => {
-                let (q, k) = (step.rope.apply(step.q, 0)?, step.rope.apply(step.k, 0)?);
-                Some(attention::attend(&q, &k, step.v, step.shape, Visible::Causal)?)
-            }
-            false => None,
-        };
+        Ok(())
+    }
+
+    /// Takes tokens in chunk by chunk. `exact`: their attention output if it is known already.
+    fn take(&mut self, step: &Step<'_>, exact: Option<&Partial>) -> Result<Tensor> {
+        let (batch, tokens) = self.shape.check_q(step.q)?;
         let mut state = match self.state.take() {
             Some(state) => state,
             None => self.start(batch, tokens)?,
@@ -358,7 +357,7 @@ impl<T: Element> KvCache for InfLlm<T> {
             let count = state.sizes.chunk.min(tokens - start);
             let part = |x: &Tensor| x.narrow(2, start, count)?.contiguous();
             let (q, k, v) = (part(step.q)?, part(step.k)?, part(step.v)?);
-            let exact = match &exact {
+            let exact = match exact {
                 Some(whole) => Some(Partial { out: part(&whole.out)?, lse: part(&whole.lse)? }),
                 None => None,
             };
@@ -369,6 +368,26 @@ impl<T: Element> KvCache for InfLlm<T> {
         self.seen += tokens;
         self.state = Some(state);
         Ok(Tensor::cat(&outs, 2)?.to_dtype(step.q.dtype())?)
+    }
+}
+
+impl<T: Element> KvCache for InfLlm<T> {
+    fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
+        self.check(step)?;
+        if !self.exact_prompt || self.seen > 0 {
+            return self.take(step, None);
+        }
+        let (q, k) = (step.rope.apply(step.q, 0)?, step.rope.apply(step.k, 0)?);
+        let whole = attention::attend(&q, &k, step.v, step.shape, Visible::Causal)?;
+        self.take(step, Some(&whole))
+    }
+
+    fn take_prompt(&mut self, step: &Step<'_>, whole: &Partial) -> Result<()> {
+        self.check(step)?;
+        if self.seen > 0 {
+            return Err(Error::mismatch("tokens seen before a prompt", 0, self.seen));
+        }
+        self.take(step, Some(whole)).map(drop)
     }
 
     fn seen(&self) -> usize {

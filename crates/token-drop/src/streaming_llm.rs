@@ -177,6 +177,17 @@ impl<S: KvStore> KvCache for StreamingLlm<S> {
         Partial::merge(&parts)?.into_output(step.q.dtype())
     }
 
+    fn take_prompt(&mut self, step: &Step<'_>, _: &Partial) -> Result<()> {
+        let (_, tokens) = step.shape.check_q(step.q)?;
+        if self.seen > 0 {
+            return Err(Error::mismatch("tokens seen before a prompt", 0, self.seen));
+        }
+        self.room = self.size.of(tokens);
+        self.take(&step.rope.apply(step.k, 0)?, step.v)?;
+        self.seen = tokens;
+        Ok(())
+    }
+
     fn seen(&self) -> usize {
         self.seen
     }

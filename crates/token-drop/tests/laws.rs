@@ -4,7 +4,9 @@ mod common;
 
 use candle_core::DType;
 use common::*;
-use longctx_core::{DenseCache, EvictionPolicy, KvCache, KvStore, Protected};
+use longctx_core::{
+    DenseCache, EvictionPolicy, KvCache, KvStore, Protected, Step, Visible, attention,
+};
 use proptest::prelude::*;
 use token_drop::*;
 
@@ -96,6 +98,42 @@ proptest! {
                 for (a, b) in together.iter().zip(&outs) {
                     prop_assert!(distance(&a.narrow(0, entry, 1).unwrap(), b) < 1e-5);
                 }
+            }
+        }
+    }
+
+    /// A prompt whose attention was computed elsewhere leaves every cache in the same state.
+    #[test]
+    fn a_prompt_taken_in_equals_one_that_attends(prompt in 30usize..70) {
+        let text = Input::random(1, prompt + 3);
+        let caches = || -> Vec<(&str, Box<dyn KvCache>)> {
+            let framed = policies().into_iter().map(|(name, policy)| {
+                let cache = PolicyCache::new(store(DType::F32), policy, Budget::Tokens(20));
+                (name, Box::new(cache.unwrap()) as Box<dyn KvCache>)
+            });
+            let sizes = InfLlmSettings {
+                init: 2, local: 12, block: 4, top_blocks: 2, resident_blocks: 2, representatives: 2, chunk: 8,
+            };
+            let streaming = StreamingLlm::new(2, 18, store(DType::F32)).unwrap();
+            let inf_llm = InfLlm::<f32>::new(sizes, shape()).unwrap().with_exact_prompt();
+            framed.chain([
+                ("streaming-llm", Box::new(streaming) as Box<dyn KvCache>),
+                ("inf-llm", Box::new(inf_llm)),
+            ]).collect()
+        };
+        let first = text.narrow(2, 0, prompt);
+        let (q, k) = (rope().apply(&first.q, 0).unwrap(), rope().apply(&first.k, 0).unwrap());
+        let whole = attention::attend(&q, &k, &first.v, &shape(), Visible::Causal).unwrap();
+        for ((name, mut attends), (_, mut takes)) in caches().into_iter().zip(caches()) {
+            first.feed(&mut attends).unwrap();
+            let (shape, rope) = (shape(), rope());
+            let step = Step { q: &first.q, k: &first.k, v: &first.v, shape: &shape, rope: &rope };
+            takes.take_prompt(&step, &whole).unwrap();
+            prop_assert!(takes.take_prompt(&step, &whole).is_err());
+            for token in prompt..prompt + 3 {
+                let next = text.narrow(2, token, 1);
+                let (a, b) = (next.feed(&mut attends).unwrap(), next.feed(&mut takes).unwrap());
+                prop_assert_eq!(bits(&a), bits(&b), "{}", name);
             }
         }
     }
