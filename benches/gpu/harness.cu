@@ -1,0 +1,487 @@
+// Checks the kernels of kv-quant against plain ones, and times them. Needs nothing but CUDA.
+//
+//     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DHEAD_DIM=128 -o check benches/gpu/harness.cu && ./check check
+//     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DTIMES -o times benches/gpu/harness.cu && ./times time
+//
+// `small` in place of `check` takes short lengths only, for compute-sanitizer.
+//
+// The reference reads the numbers as they were before packing, quantizes each group on its own with plain divisions, and computes
+// softmax attention in f64: it shares neither layout nor arithmetic with what it checks.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "attend.cuh"
+#include "quantize.cuh"
+
+void ok(cudaError_t error, int line) {
+    if (error == cudaSuccess) return;
+    printf("line %d: %s\n", line, cudaGetErrorString(error));
+    exit(1);
+}
+#define OK(call) ok(call, __LINE__)
+
+using namespace kvq;
+typedef long long i64;
+
+template <class T>
+struct Buffer {
+    T* p = nullptr;
+    size_t n = 0;
+    T* take(size_t count) {
+        if (count > n) {
+            if (p) OK(cudaFree(p));
+            OK(cudaMalloc(&p, count * sizeof(T)));
+            n = count;
+        }
+        return p;
+    }
+};
+
+// ---- The plain side ----
+
+__device__ float noise(unsigned long long i) {  // Normal numbers from a hash of the index.
+    auto mix = [](unsigned long long x) {
+        x += 0x9e3779b97f4a7c15ull, x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull, x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+        return x ^ x >> 31;
+    };
+    unsigned long long h = mix(i);
+    float u = ((h & 0xffffff) + 1) * (1.f / 16777216.f), v = (h >> 24 & 0xffffff) * (1.f / 16777216.f);
+    return sqrtf(-2.f * logf(u)) * cospif(2.f * v);
+}
+
+__device__ float number(const void* p, i64 i, int kind) {
+    return kind ? __bfloat162float(((const __nv_bfloat16*)p)[i]) : __half2float(((const __half*)p)[i]);
+}
+
+// Channels have means and widths of their own, as keys do.
+__global__ void fill(void* x, i64 n, int d, float spread, int kind, unsigned long long seed) {
+    for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < n; i += (i64)gridDim.x * blockDim.x) {
+        int c = i % d;
+        float y = noise(seed + i) * (1.f + spread * (c % 7 == 0)) + spread * noise(c + 12345);
+        if (kind) ((__nv_bfloat16*)x)[i] = __float2bfloat16(y);
+        else ((__half*)x)[i] = __float2half(y);
+    }
+}
+
+__device__ float as_f16(float x) { return __half2float(__float2half_rn(x)); }
+
+// One group of `n` numbers, `step` apart: what they are after quantization to `bits` bits.
+__device__ void group_of(const void* x, float* y, i64 at, i64 step, int n, int bits, int kind) {
+    float low = INFINITY, high = -INFINITY;
+    for (int i = 0; i < n; i++) {
+        float v = as_f16(number(x, at + i * step, kind));
+        low = fminf(low, v), high = fmaxf(high, v);
+    }
+    float largest = (1 << bits) - 1, scale = as_f16(__fdiv_rn(as_f16(high - low), largest));
+    for (int i = 0; i < n; i++) {
+        float v = as_f16(number(x, at + i * step, kind));
+        float code = scale > 0.f ? fminf(rintf(as_f16(__fdiv_rn(as_f16(v - low), scale))), largest) : 0.f;
+        y[at + i * step] = fmaf(code, scale, low);
+    }
+}
+
+// What the first `packed_k` keys and `packed_v` values of each row stand for; the rest as it is.
+__global__ void plain_quantize(const void* k, const void* v, float* yk, float* yv, int rows, int tokens, int packed_k, int packed_v, int d,
+                               int bits, int group, int kind) {
+    i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x;
+    i64 groups = packed_k / group;
+    if (i < rows * groups * d) group_of(k, yk, (i / d / groups * tokens + i / d % groups * group) * d + i % d, d, group, bits, kind);
+    int vgroup = group < d ? group : d, vgroups = d / vgroup;
+    i64 n = (i64)rows * packed_v * vgroups;
+    if (i < n) group_of(v, yv, (i / vgroups / packed_v * tokens + i / vgroups % packed_v) * d + i % vgroups * vgroup, 1, vgroup, bits, kind);
+    i64 token = i / d % tokens;
+    if (i < (i64)rows * tokens * d) {
+        if (token >= packed_k) yk[i] = number(k, i, kind);
+        if (token >= packed_v) yv[i] = number(v, i, kind);
+    }
+}
+
+struct Plain {
+    const void* q;
+    const float *k, *v;
+    double *scores, *out, *lse;
+    int tokens, d, columns, queries, causal, window, kind;
+    float scale, soft_cap;
+};
+
+__global__ void plain_scores(Plain a) {
+    int row = blockIdx.y, column = blockIdx.z;
+    int token = blockIdx.x * blockDim.x + threadIdx.x;
+    if (token >= a.tokens) return;
+    double sum = 0;
+    for (int c = 0; c < a.d; c++) sum += (double)number(a.q, (i64)(row * a.columns + column) * a.d + c, a.kind) * a.k[((i64)row * a.tokens + token) * a.d + c];
+    sum *= a.scale;
+    if (a.soft_cap > 0) sum = a.soft_cap * tanh(sum / a.soft_cap);
+    int to = a.causal ? a.tokens - a.queries + 1 + column % a.queries : a.tokens, from = a.causal && a.window ? to - a.window : 0;
+    a.scores[(i64)(row * a.columns + column) * a.tokens + token] = token >= from && token < to ? sum : -INFINITY;
+}
+
+__global__ void plain_softmax(Plain a) {  // One block of 256 a column.
+    __shared__ double part[256];
+    double* s = a.scores + (i64)blockIdx.x * a.tokens;
+    auto join = [&](double x, bool add) {
+        part[threadIdx.x] = x;
+        __syncthreads();
+        for (int i = 128; i; i /= 2) {
+            if (threadIdx.x < i) part[threadIdx.x] = add ? part[threadIdx.x] + part[threadIdx.x + i] : fmax(part[threadIdx.x], part[threadIdx.x + i]);
+            __syncthreads();
+        }
+        double y = part[0];
+        __syncthreads();
+        return y;
+    };
+    double top = -INFINITY, sum = 0;
+    for (int i = threadIdx.x; i < a.tokens; i += 256) top = fmax(top, s[i]);
+    top = join(top, false);
+    for (int i = threadIdx.x; i < a.tokens; i += 256) sum += s[i] = exp(s[i] - top);
+    sum = join(sum, true);
+    for (int i = threadIdx.x; i < a.tokens; i += 256) s[i] /= sum;
+    if (threadIdx.x == 0) a.lse[blockIdx.x] = top + log(sum);
+}
+
+__global__ void plain_values(Plain a) {  // Blocks of D threads: (pieces of 1024 tokens, rows, columns).
+    int row = blockIdx.y, column = blockIdx.z;
+    double sum = 0;
+    for (int t = blockIdx.x * 1024; t < min(a.tokens, blockIdx.x * 1024 + 1024); t++)
+        sum += a.scores[(i64)(row * a.columns + column) * a.tokens + t] * a.v[((i64)row * a.tokens + t) * a.d + threadIdx.x];
+    atomicAdd(a.out + (i64)(row * a.columns + column) * a.d + threadIdx.x, sum);
+}
+
+// ---- What is checked ----
+
+template <int B, int G, int D>
+__global__ void __launch_bounds__(128) quantize_kernel(const QuantizeArgs args) {
+    Quantize<B, G, D>::run(args);
+}
+
+template <int B, int G, int D, int N, int W, int S>
+__global__ void __launch_bounds__(W * 32) attend_kernel(const AttendArgs args) {
+    attend<B, G, D, N, W, S>(args);
+}
+
+// Reads the packed records back by the layout's own account of where things lie.
+template <int B, int G, int D>
+__global__ void unpack(const unsigned char* packed, i64 stride, float* yk, float* yv, int rows, int tokens, int packed_k, int packed_v) {
+    using L = Layout<B, G, D>;
+    i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x;
+    int c = i % D, t = i / D % tokens;
+    i64 row = i / D / tokens;
+    if (row >= rows) return;
+    const unsigned char* record = packed + row * stride + (i64)(t / G) * L::RECORD;
+    const unsigned char* tile = record + L::HEADER + t % G / TILE * L::TILE_BYTES;
+    auto half_at = [](const unsigned char* p, int i) { return __half2float(((const __half*)p)[i]); };
+    auto code = [&](const unsigned char* codes, typename L::Place p) { return *(const uint32_t*)(codes + p.byte) >> p.shift & ((1 << B) - 1); };
+    if (t < packed_k)
+        yk[i] = fmaf(code(tile + L::K_CODES, L::key_at(t % TILE, c)), half_at(record + L::K_SCALE, L::key_param_at(c)), half_at(record + L::K_MIN, L::key_param_at(c)));
+    int at = L::value_param_at(t % TILE, c / L::VGROUP);
+    if (t < packed_v) yv[i] = fmaf(code(tile + L::V_CODES, L::value_at(t % TILE, c)), half_at(tile + L::V_SCALE, at), half_at(tile + L::V_MIN, at));
+}
+
+__global__ void count_unequal(const float* a, const float* b, int rows, int tokens, int upto, int d, unsigned long long* count) {
+    i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x;
+    if (i < (i64)rows * tokens * d && i / d % tokens < upto && a[i] != b[i]) atomicAdd(count, 1ull);
+}
+
+struct Variant {
+    int n, warps, stages, shared;
+    void (*kernel)(const AttendArgs);
+};
+
+struct Config {
+    int bits, group, d, record, tile_bytes;
+    void (*quantize)(const QuantizeArgs);
+    int quantize_shared, k_parts;
+    void (*unpack)(const unsigned char*, i64, float*, float*, int, int, int, int);
+    std::vector<Variant> attend;
+};
+
+template <int B, int G, int D, int N, int W, int S>
+Variant variant() {
+    Variant v{N, W, S, attend_shared<B, G, D, N, W, S>(), attend_kernel<B, G, D, N, W, S>};
+    if (v.shared <= 227 * 1024 - 4096) OK(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared));
+    return v;
+}
+
+template <int B, int G, int D>
+Config config(std::vector<Variant> attend) {
+    using Q = Quantize<B, G, D>;
+    return {B, G, D, Layout<B, G, D>::RECORD, Layout<B, G, D>::TILE_BYTES, quantize_kernel<B, G, D>, Q::SHARED, Q::K_PARTS, unpack<B, G, D>, attend};
+}
+
+Buffer<__half> raw_k, raw_v, query, ring_k, ring_v, out;
+Buffer<float> ref_k, ref_v, got_k, got_v, lse, part_out, part_lse;
+Buffer<double> scores, ref_out, ref_lse;
+Buffer<unsigned char> packed;
+Buffer<unsigned> arrived;
+Buffer<unsigned long long> counters;
+
+unsigned blocks(i64 n) { return unsigned((n + 255) / 256); }
+
+struct Case {
+    int batch, kv_heads, per_kv, tokens, residual, queries, causal, window, kind;
+    float soft_cap;
+    bool staggered;  // values lag behind keys, as in KIVI's code
+};
+
+void quantize(const Config& c, const void* k, const void* v, unsigned char* to, i64 stride, int rows, int pitch, int packed_k, int tiles_v, int kind) {
+    int records = packed_k / c.group;
+    QuantizeArgs a{k, v, to, nullptr, counters.take(8), stride, pitch, 0, 1 << 30, 0, records, 0, tiles_v, 0, kind};
+    dim3 grid(std::max(records * c.k_parts, tiles_v), rows, 2);
+    if (!grid.x) return;
+    c.quantize<<<grid, 128, c.quantize_shared>>>(a);
+    OK(cudaGetLastError());
+}
+
+AttendArgs prepare(const Config& c, const Variant& v, const Case& s, int packed_len, int residual, int ring, int start, i64 stride, int splits) {
+    int rows = s.batch * s.kv_heads, columns = s.per_kv * s.queries, z = (columns + 8 * v.n - 1) / (8 * v.n);
+    AttendArgs a{};
+    a.q = query.p, a.packed = packed.p, a.residual_k = ring_k.p, a.residual_v = ring_v.p;
+    a.out = out.take((i64)rows * columns * c.d), a.lse = lse.take(rows * columns);
+    i64 parts = (i64)rows * z * (splits + 1) * 8 * v.n;
+    a.part_out = part_out.take(parts * c.d), a.part_lse = part_lse.take(parts);
+    size_t before = arrived.n;
+    a.arrived = arrived.take(rows * z);
+    if (arrived.n != before) OK(cudaMemset(arrived.p, 0, arrived.n * 4));
+    OK(cudaMemset(a.out, 0xff, (i64)rows * columns * c.d * 2)), OK(cudaMemset(a.lse, 0xff, rows * columns * 4));
+    OK(cudaMemset(a.part_out, 0xff, parts * c.d * 4)), OK(cudaMemset(a.part_lse, 0xff, parts * 4));
+    a.packed_stride = stride, a.packed_len = packed_len, a.residual_len = residual, a.ring_start = start, a.ring = ring;
+    a.kv_heads = s.kv_heads, a.heads_per_kv = s.per_kv, a.queries = s.queries, a.splits = splits;
+    a.causal = s.causal, a.window = s.window, a.kind = s.kind, a.out_kind = s.kind;
+    a.scale = 1.f / sqrtf(c.d), a.soft_cap = s.soft_cap;
+    return a;
+}
+
+void launch(const Variant& v, const AttendArgs& a, int rows) {
+    int columns = a.heads_per_kv * a.queries;
+    dim3 grid(a.splits + 1, rows, (columns + 8 * v.n - 1) / (8 * v.n));
+    v.kernel<<<grid, v.warps * 32, v.shared>>>(a);
+    OK(cudaGetLastError());
+}
+
+// Gives the relative error |out - ref| / |ref| over all outputs; prints what is wrong.
+double check(const Config& c, const Variant& v, const Case& s, int splits) {
+    int rows = s.batch * s.kv_heads, columns = s.per_kv * s.queries, d = c.d, t = s.tokens;
+    i64 n = (i64)rows * t * d;
+    fill<<<1024, 256>>>(raw_k.take(n), n, d, 2.f, s.kind, 1000000007ull * t), fill<<<1024, 256>>>(raw_v.take(n), n, d, .3f, s.kind, 77ull * t + (1ull << 40));
+    fill<<<64, 256>>>(query.take((i64)rows * columns * d), (i64)rows * columns * d, d, 0.f, s.kind, 5ull << 41);
+    int packed_v = std::max(0, t - s.residual), packed_k = packed_v / c.group * c.group;
+    if (s.staggered) packed_k = std::min((packed_v + c.group - 1) / c.group * c.group, t / c.group * c.group), packed_v = std::min(packed_v, packed_k);
+    else packed_v = packed_k;
+    int tiles_v = std::min((packed_v + 31) / 32, t / 32), residual = t - packed_v;
+    i64 stride = (i64)((t + c.group - 1) / c.group) * c.record;
+    OK(cudaMemset(packed.take(rows * stride), 0, rows * stride));
+    OK(cudaMemset(counters.take(8), 0, 64));
+    quantize(c, raw_k.p, raw_v.p, packed.p, stride, rows, t, packed_k, tiles_v, s.kind);
+    unsigned big = blocks(n);
+    plain_quantize<<<big, 256>>>(raw_k.p, raw_v.p, ref_k.take(n), ref_v.take(n), rows, t, packed_k, packed_v, d, c.bits, c.group, s.kind);
+    c.unpack<<<big, 256>>>(packed.p, stride, got_k.take(n), got_v.take(n), rows, t, packed_k, packed_v);
+    count_unequal<<<big, 256>>>(ref_k.p, got_k.p, rows, t, packed_k, d, counters.p + 1), count_unequal<<<big, 256>>>(ref_v.p, got_v.p, rows, t, packed_v, d, counters.p + 2);
+    // The ring begins somewhere in its middle. Keys that are packed ahead of their values come from it too, here in full precision.
+    int ring = residual + 5, start = ring * 2 / 3;
+    ring_k.take((i64)rows * ring * d), ring_v.take((i64)rows * ring * d);
+    OK(cudaMemset(ring_k.p, 0x3c, (i64)rows * ring * d * 2)), OK(cudaMemset(ring_v.p, 0x3c, (i64)rows * ring * d * 2));
+    int first = std::min(residual, ring - start);
+    for (int part = 0; part < 2; part++) {
+        size_t from = packed_v + (part ? first : 0), to = part ? 0 : start, count = part ? residual - first : first, w = d * 2;
+        if (!count) continue;
+        OK(cudaMemcpy2D((char*)ring_k.p + to * w, ring * w, (char*)raw_k.p + from * w, t * w, count * w, rows, cudaMemcpyDeviceToDevice));
+        OK(cudaMemcpy2D((char*)ring_v.p + to * w, ring * w, (char*)raw_v.p + from * w, t * w, count * w, rows, cudaMemcpyDeviceToDevice));
+    }
+    if (packed_k > packed_v)  // The reference takes these from full precision as well.
+        plain_quantize<<<big, 256>>>(raw_k.p, raw_v.p, ref_k.p, ref_v.p, rows, t, packed_k = packed_v / c.group * c.group, packed_v, d, c.bits, c.group, s.kind);
+    AttendArgs a = prepare(c, v, s, packed_v, residual, ring, start, stride, splits);
+    if (s.staggered && packed_v % c.group) {  // The record that values end in has its keys packed: the reference too.
+        plain_quantize<<<big, 256>>>(raw_k.p, raw_v.p, got_k.p, got_v.p, rows, t, packed_k + c.group, packed_v, d, c.bits, c.group, s.kind);
+        for (int row = 0; row < rows; row++)
+            OK(cudaMemcpy(ref_k.p + ((i64)row * t + packed_k) * d, got_k.p + ((i64)row * t + packed_k) * d, (i64)(packed_v - packed_k) * d * 4, cudaMemcpyDeviceToDevice));
+    }
+    launch(v, a, rows);
+    i64 outs = (i64)rows * columns * d;
+    Plain p{query.p, ref_k.p, ref_v.p, scores.take((i64)rows * columns * t), ref_out.take(outs), ref_lse.take(rows * columns), t, d, columns, s.queries, s.causal, s.window, s.kind, a.scale, s.soft_cap};
+    OK(cudaMemset(p.out, 0, outs * 8));
+    plain_scores<<<dim3((t + 255) / 256, rows, columns), 256>>>(p), plain_softmax<<<rows * columns, 256>>>(p), plain_values<<<dim3((t + 1023) / 1024, rows, columns), d>>>(p);
+    OK(cudaDeviceSynchronize());
+    std::vector<double> ref(outs), rl(rows * columns);
+    std::vector<__half> got(outs);
+    std::vector<float> gl(rows * columns);
+    unsigned long long bad[8];
+    OK(cudaMemcpy(ref.data(), ref_out.p, outs * 8, cudaMemcpyDeviceToHost)), OK(cudaMemcpy(got.data(), out.p, outs * 2, cudaMemcpyDeviceToHost));
+    OK(cudaMemcpy(rl.data(), ref_lse.p, rl.size() * 8, cudaMemcpyDeviceToHost)), OK(cudaMemcpy(gl.data(), lse.p, gl.size() * 4, cudaMemcpyDeviceToHost));
+    OK(cudaMemcpy(bad, counters.p, 64, cudaMemcpyDeviceToHost));
+    double diff = 0, norm = 0, lse_off = 0;
+    for (int i = 0; i < rows * columns; i++) {
+        for (int j = i * d; j < (i + 1) * d; j++) {
+            float x;
+            if (s.kind) {
+                __nv_bfloat16 b;
+                memcpy(&b, &got[j], 2), x = __bfloat162float(b);
+            } else x = __half2float(got[j]);
+            diff += (x - ref[j]) * (x - ref[j]), norm += ref[j] * ref[j];
+        }
+        double l = fabs(gl[i] - rl[i]);
+        lse_off = l <= lse_off ? lse_off : l;  // NaN counts as the worst.
+    }
+    double worst = sqrt(diff / norm);
+    double limit = s.kind ? 6e-3 : 2e-3;
+    if (!(worst <= limit) || !(lse_off < 4e-3) || bad[0] || bad[1] || bad[2])
+        printf("WRONG bits %d group %d d %d n %d warps %d stages %d: batch %d kv %d x %d tokens %d residual %d queries %d causal %d window %d kind %d cap %g stag %d splits %d: error %.2e, lse %.2e, status %llx, keys %llu, values %llu\n",
+               c.bits, c.group, c.d, v.n, v.warps, v.stages, s.batch, s.kv_heads, s.per_kv, t, s.residual, s.queries, s.causal, s.window, s.kind, s.soft_cap, s.staggered, splits, worst, lse_off, bad[0], bad[1], bad[2]);
+    return worst;
+}
+
+int default_splits(const Variant& v, int rows, int z, int records) {
+    int per_sm = 0, sms = 0;
+    OK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
+    OK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, v.kernel, v.warps * 32, v.shared));
+    int splits = std::max(1, per_sm * sms / (rows * z) - 1);
+    return std::max(1, std::min(splits, (records + v.warps - 1) / v.warps));
+}
+
+double median_ms(int count, const std::function<void(int)>& f) {
+    std::vector<cudaEvent_t> events(2 * count);
+    for (auto& e : events) OK(cudaEventCreate(&e));
+    for (int i = 0; i < 5; i++) f(i);
+    for (int i = 0; i < count; i++) OK(cudaEventRecord(events[2 * i])), f(i), OK(cudaEventRecord(events[2 * i + 1]));
+    OK(cudaDeviceSynchronize());
+    std::vector<float> times(count);
+    for (int i = 0; i < count; i++) OK(cudaEventElapsedTime(&times[i], events[2 * i], events[2 * i + 1]));
+    for (auto& e : events) OK(cudaEventDestroy(e));
+    std::sort(times.begin(), times.end());
+    return times[count / 2];
+}
+
+double copy_bandwidth() {
+    size_t n = 4ull << 30;
+    char *a, *b;
+    OK(cudaMalloc(&a, n)), OK(cudaMalloc(&b, n)), OK(cudaMemset(a, 1, n));
+    double ms = median_ms(20, [&](int) { OK(cudaMemcpyAsync(b, a, n, cudaMemcpyDeviceToDevice)); });
+    OK(cudaFree(a)), OK(cudaFree(b));
+    return 2. * n / ms * 1e-6;
+}
+
+double copy_gbs;
+
+void time_attend(const Config& c, const Variant& v, int batch, int kv, int per, int t, int adjust = 0) {
+    if (v.shared > 220 * 1024) return;
+    Case s{batch, kv, per, t, 128, 1, 1, 0, 0, 0.f, false};
+    int rows = batch * kv, packed_len = t - 128;
+    i64 stride = (i64)(packed_len / c.group) * c.record, bytes = rows * stride;
+    int copies = int(std::max<i64>(2, (200ll << 20) / bytes + 1));
+    i64 n = (i64)rows * packed_len * c.d, have = std::min(n, (i64)1 << 28);
+    fill<<<4096, 256>>>(raw_k.take(have), have, c.d, 2.f, 0, 1), fill<<<4096, 256>>>(raw_v.take(have), have, c.d, .3f, 0, 2);
+    packed.take(bytes * copies);
+    // Rows take turns with one stretch of numbers.
+    i64 rows_at_once = std::max<i64>(1, have / ((i64)packed_len * c.d));
+    for (i64 r = 0; r < rows * copies; r += rows_at_once)
+        quantize(c, raw_k.p, raw_v.p, packed.p + r * stride, stride, (int)std::min(rows_at_once, rows * copies - r), packed_len, packed_len, packed_len / 32, 0);
+    i64 ring = (i64)rows * 128 * c.d;
+    fill<<<1024, 256>>>(query.take((i64)rows * per * c.d), (i64)rows * per * c.d, c.d, 0.f, 0, 3);
+    fill<<<1024, 256>>>(ring_k.take(ring), ring, c.d, 2.f, 0, 4), fill<<<1024, 256>>>(ring_v.take(ring), ring, c.d, .3f, 0, 5);
+    int z = (per + 8 * v.n - 1) / (8 * v.n), splits = std::max(1, default_splits(v, rows, z, packed_len / c.group) + adjust), per_sm = 0;
+    OK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, v.kernel, v.warps * 32, v.shared));
+    AttendArgs a = prepare(c, v, s, packed_len, 128, 128, 0, stride, splits);
+    double ms = median_ms(60, [&](int i) {
+        a.packed = packed.p + i % copies * bytes;
+        launch(v, a, rows);
+    });
+    double gbs = (bytes + ring * 4.) / ms * 1e-6;
+    printf("attend b%d g%d d%d batch %d heads %2d/%2d tokens %6d | warps %d stages %d shared %6d blocks/sm %d splits %3d | %8.4f ms %6.0f GB/s %5.1f%%\n", c.bits, c.group, c.d,
+           batch, kv * per, kv, t, v.warps, v.stages, v.shared, per_sm, splits, ms, gbs, 100 * gbs / copy_gbs);
+}
+
+void time_quantize(const Config& c, int rows, int t, int kind) {
+    i64 n = (i64)rows * t * c.d, stride = (i64)(t / c.group) * c.record;
+    fill<<<4096, 256>>>(raw_k.take(n), n, c.d, 2.f, kind, 1), fill<<<4096, 256>>>(raw_v.take(n), n, c.d, .3f, kind, 2);
+    packed.take(rows * stride);
+    double ms = median_ms(50, [&](int) { quantize(c, raw_k.p, raw_v.p, packed.p, stride, rows, t, t, t / 32, kind); });
+    double gbs = (n * 4. + rows * stride) / ms * 1e-6;
+    printf("quantize b%d g%d d%d rows %d tokens %d kind %d | %8.4f ms %6.0f GB/s %5.1f%%\n", c.bits, c.group, c.d, rows, t, kind, ms, gbs, 100 * gbs / copy_gbs);
+}
+
+#ifndef WIDE
+#define WIDE 1
+#endif
+
+template <int B, int G, int D>
+Config checked() {
+    constexpr int S = B == 8 || D == 256 ? 3 : 4;
+#if WIDE
+    return config<B, G, D>({variant<B, G, D, 1, 4, S>(), variant<B, G, D, 2, 4, S>()});
+#else
+    return config<B, G, D>({variant<B, G, D, 1, 4, S>()});
+#endif
+}
+
+template <int B, int D>
+void groups(std::vector<Config>& all) {
+    all.push_back(checked<B, 32, D>()), all.push_back(checked<B, 64, D>()), all.push_back(checked<B, 128, D>());
+}
+
+std::vector<Config> everything() {
+    std::vector<Config> all;
+#ifdef HEAD_DIM
+    groups<4, HEAD_DIM>(all), groups<2, HEAD_DIM>(all), groups<8, HEAD_DIM>(all);
+#endif
+    return all;
+}
+
+int main(int count, char** words) {
+    std::string what = count > 1 ? words[1] : "check";
+    OK(cudaSetDevice(0));
+    if (what == "check" || what == "small") {
+        bool small = what == "small";
+        std::vector<int> lengths = {1, 31, 32, 33, 127, 300};
+        if (!small) for (int t : {4096, 32768, 131072}) lengths.push_back(t);
+        int cases = 0;
+        for (auto& c : everything()) {
+            double worst[2] = {}, blocked = 0;
+            for (auto& v : c.attend)
+                for (int t : lengths)
+                    for (auto [kv, per] : {std::pair{4, 1}, {2, 4}, {1, 8}, {1, 16}}) {
+                        if ((t > 40000 || small) && per != 4) continue;
+                        for (int kind = 0; kind < 2; kind++) {
+                            if (small && kind) continue;
+                            Case s{t > 40000 || small ? 1 : 2, kv, per, t, per == 4 ? 33 : 0, 1, 1, 0, kind, 0.f, per == 8};
+                            int z = (per + 8 * v.n - 1) / (8 * v.n);
+                            int splits = per == 1 ? 1 : default_splits(v, s.batch * kv, z, t / c.group + 1);
+                            worst[kind] = std::max(worst[kind], check(c, v, s, splits)), cases++;
+                        }
+                        if (t < 40 || small || t > 5000) continue;
+                        Case block{1, kv, per, t, 40, 17, 1, t / 2, 0, 0.f, true}, capped{1, kv, per, t, 32, 5, 0, 0, 0, 3.f, false};
+                        blocked = std::max({blocked, check(c, v, block, 3), check(c, v, capped, 2)}), cases += 2;
+                    }
+            printf("bits %d group %3d d %3d: worst error f16 %.2e, bf16 %.2e, query blocks %.2e\n", c.bits, c.group, c.d, worst[0], worst[1], blocked);
+        }
+        printf("%d cases\n", cases);
+    }
+#ifdef TIMES
+    if (what == "time") {
+        copy_gbs = copy_bandwidth();
+        printf("copy: %.0f GB/s\n", copy_gbs);
+        auto four = config<4, 32, 128>({variant<4, 32, 128, 1, 4, 4>(), variant<4, 32, 128, 1, 4, 3>(), variant<4, 32, 128, 1, 4, 5>(), variant<4, 32, 128, 1, 8, 4>(), variant<4, 32, 128, 1, 2, 4>()});
+        auto two = config<2, 32, 128>({variant<2, 32, 128, 1, 4, 4>(), variant<2, 32, 128, 1, 4, 3>(), variant<2, 32, 128, 1, 4, 6>(), variant<2, 32, 128, 1, 8, 4>(), variant<2, 32, 128, 1, 2, 6>()});
+        auto eight = config<8, 32, 128>({variant<8, 32, 128, 1, 4, 3>()});
+        time_quantize(four, 8, 131072, 0), time_quantize(two, 8, 131072, 0), time_quantize(four, 8, 131072, 1), time_quantize(eight, 8, 131072, 0);
+        for (int t : {131072, 32768, 4096})
+            for (auto [kv, per] : {std::pair{32, 1}, {8, 4}})
+                for (auto* c : {&four, &two}) {
+                    for (auto& v : c->attend) time_attend(*c, v, 1, kv, per, t);
+                    time_attend(*c, c->attend[0], 1, kv, per, t, 1);
+                }
+        time_attend(eight, eight.attend[0], 1, 8, 4, 131072), time_attend(eight, eight.attend[0], 1, 32, 1, 131072);
+    }
+    if (what == "one") {
+        copy_gbs = 3000;
+        auto four = config<4, 32, 128>({variant<4, 32, 128, 1, 4, 4>()});
+        time_attend(four, four.attend[0], 1, 8, 4, 131072), time_attend(four, four.attend[0], 1, 32, 1, 131072);
+    }
+#endif
+    OK(cudaDeviceSynchronize());
+    return 0;
+}

@@ -1,0 +1,571 @@
+// Attention of a few queries over a packed cache and its full-precision residual, split over positions, in one launch.
+//
+// A warp streams tiles of 32 tokens through its own ring of shared memory and keeps its own running softmax; no barrier within the
+// loop. Codes are the large (16-row) operand of the tensor cores: 16 tokens (keys) or 16 channels (values); the columns, i.e. the
+// query heads of one kv head times the queries, are the small one. Scales of keys multiply the queries, scales of values the
+// probabilities; minima go through a product of their own, whose spare rows sum the probabilities up.
+#pragma once
+#include <cuda_bf16.h>
+#include "layout.cuh"
+#include "ptx.cuh"
+
+namespace kvq {
+
+// Mirrored by `AttendArgs` in src/cuda/args.rs.
+struct AttendArgs {
+    const void* q;                // [batch, heads, queries, D], f16 or bf16, contiguous
+    const unsigned char* packed;  // [batch, kv_heads] rows of records, each `packed_stride` bytes
+    const void* residual_k;       // [batch, kv_heads] rings of `ring` tokens, D channels each; f16 or bf16
+    const void* residual_v;
+    void* out;                    // [batch, heads, queries, D], as `out_kind` says
+    float* lse;                   // [batch, heads, queries], natural logarithm; may be null
+    float* part_out;              // [batch * kv_heads * blocks of columns, splits, columns, D]
+    float* part_lse;              // [batch * kv_heads * blocks of columns, splits, columns], in base 2
+    unsigned* arrived;            // [batch * kv_heads * blocks of columns], zero before and after
+    const int* lens;              // {packed, residual, start of the ring} on the device, or null: take the three below
+    long long packed_stride;
+    int packed_len;    // tokens in records; the last record may hold more, which are not seen
+    int residual_len;  // tokens in the ring, newer than the packed ones
+    int ring_start;    // the oldest one's place
+    int ring;          // places in the ring
+    int kv_heads, heads_per_kv, queries;
+    int splits;        // blocks that share one kv head's packed tokens; a last one takes the residual
+    int causal;        // the last `queries` tokens are the queries' own
+    int window;        // tokens that a query sees up to its own, with `causal`; 0: all
+    int kind;          // of q and the residual: 0 f16, 1 bf16
+    int out_kind;      // 0 f16, 1 bf16, 2 f32
+    float scale;       // of the scores
+    float soft_cap;    // 0: none
+};
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+__device__ __forceinline__ float load_as_float(const void* p, long long i, int kind) {
+    return kind ? __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]) : __half2float(static_cast<const __half*>(p)[i]);
+}
+
+// Two neighbours as f16; i is even.
+__device__ __forceinline__ uint32_t load_pair(const void* p, long long i, int kind) {
+    uint32_t x = *reinterpret_cast<const uint32_t*>(static_cast<const __half*>(p) + i);
+    return kind ? bits(__float22half2_rn(__bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x)))) : x;
+}
+
+__device__ __forceinline__ void store(void* p, long long i, int kind, float x) {
+    if (kind == 2) static_cast<float*>(p)[i] = x;
+    else if (kind == 1) static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16(x);
+    else static_cast<__half*>(p)[i] = __float2half(x);
+}
+
+// Rows 16 `f` to 16 `f` + 15 of a unit as the tensor cores' large operand.
+template <int BITS>
+__device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t* words, int f) {
+    if constexpr (BITS == 8) {
+        a[0] = words[2 * f] & 0x00ff00ffu, a[2] = (words[2 * f] >> 8) & 0x00ff00ffu;
+        a[1] = words[2 * f + 1] & 0x00ff00ffu, a[3] = (words[2 * f + 1] >> 8) & 0x00ff00ffu;
+    } else {
+        uint32_t x = BITS == 4 ? words[f] : words[0];
+        uint32_t y = x >> 8;
+        uint32_t low = BITS == 4 ? 0x000f000fu : 0x00030003u << (4 * f);
+        uint32_t high = low << BITS;
+        a[0] = x & low, a[1] = x & high, a[2] = y & low, a[3] = y & high;
+    }
+}
+
+// The columns' constants: the softmax's scale in base 2 and the visible range of positions of the two columns of this lane.
+template <int N>
+struct Columns {
+    float scale[N][2];
+    int from[N][2], to[N][2];
+    int from_max, to_min;  // over all columns of the block
+    float soft_cap;
+};
+
+// A warp's running softmax over the tokens that it has seen, in units of the columns' scales.
+template <int D, int N>
+struct Running {
+    float out[D / 16][N][4];  // channels x columns
+    float zero[N][4];         // rows 0-7: what the minima add to each group of channels; rows 8-15: the sum of probabilities
+    float max[N][2];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                zero[n][i] = 0.f;
+#pragma unroll
+                for (int c = 0; c < D / 16; c++) out[c][n][i] = 0.f;
+            }
+            max[n][0] = max[n][1] = -1e30f;
+        }
+    }
+
+    __device__ __forceinline__ void rescale(int n, int e, float factor) {
+        zero[n][e] *= factor, zero[n][e + 2] *= factor;
+#pragma unroll
+        for (int c = 0; c < D / 16; c++) out[c][n][e] *= factor, out[c][n][e + 2] *= factor;
+    }
+
+    // Takes the scores of 32 tokens (2 x 16 rows) in; gives their probabilities, as the tensor cores' small operand.
+    __device__ __forceinline__ void step(float (&s)[2][N][4], const Columns<N>& columns, uint32_t (&p)[2][N][2]) {
+        bool grows = false;
+        float top[N][2];
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                top[n][e] = fmaxf(fmaxf(s[0][n][e], s[0][n][e + 2]), fmaxf(s[1][n][e], s[1][n][e + 2]));
+                grows |= top[n][e] > max[n][e];
+            }
+        // A new maximum is rare after the first tiles.
+        if (__any_sync(FULL, grows)) {
+#pragma unroll
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float x = top[n][e];
+                    x = fmaxf(x, __shfl_xor_sync(FULL, x, 4));
+                    x = fmaxf(x, __shfl_xor_sync(FULL, x, 8));
+                    x = fmaxf(fmaxf(x, __shfl_xor_sync(FULL, x, 16)), max[n][e]);
+                    rescale(n, e, exp2_fast((max[n][e] - x) * columns.scale[n][e]));
+                    max[n][e] = x;
+                }
+        }
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float c0 = columns.scale[n][0], c1 = columns.scale[n][1];
+            float m0 = max[n][0] * c0, m1 = max[n][1] * c1;
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float x = exp2_fast(fmaf(s[r][n][2 * h], c0, -m0)), y = exp2_fast(fmaf(s[r][n][2 * h + 1], c1, -m1));
+                    p[r][n][h] = transpose(bits(__floats2half2_rn(x, y)));
+                }
+        }
+    }
+};
+
+// Soft cap and visibility of 32 tokens' scores from position `at` on; those from `end` on are no tokens.
+template <int N>
+__device__ __forceinline__ void restrict(float (&s)[2][N][4], const Columns<N>& columns, int at, int end, int lane) {
+    if (columns.soft_cap > 0.f) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float natural = columns.scale[n][e] / LOG2E;
+#pragma unroll
+                for (int r = 0; r < 2; r++)
+#pragma unroll
+                    for (int h = 0; h < 4; h += 2)
+                        s[r][n][e + h] = columns.soft_cap * tanhf(s[r][n][e + h] * natural / columns.soft_cap) / natural;
+            }
+    }
+    if (at < columns.from_max || at + TILE > min(columns.to_min, end)) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    int token = at + 16 * r + i / 2 * 8 + lane / 4;
+                    if (token < columns.from[n][i % 2] || token >= min(columns.to[n][i % 2], end)) s[r][n][i] = -INFINITY;
+                }
+    }
+}
+
+// Scores of a tile's 32 tokens. `queries` are the block's, in fragments; `scaled` and `bias` are the record's, kept over its tiles.
+template <class L, int N>
+__device__ __forceinline__ void packed_scores(float (&s)[2][N][4], uint32_t (&scaled)[L::D / 16][N][2], float (&bias)[N][4],
+                                              const unsigned char* header, const unsigned char* tile, const unsigned char* queries,
+                                              bool first, int lane) {
+    constexpr int D = L::D, BITS = L::BITS;
+    float sum[2][N][4] = {};
+    if (first) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) bias[n][i] = 0.f;
+#pragma unroll
+        for (int j = 0; j < D / 32; j++) {
+            uint4 scale = load16(header + L::K_SCALE + j * 64 + lane % 4 * 16);
+            uint4 min = load16(header + L::K_MIN + j * 64 + lane % 4 * 16);
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                uint4 q = load16(queries + (n * (D / 32) + j) * 512 + lane * 16);
+                mma(bias[n], {min.x, min.x, min.y, min.y}, q.x, q.y);
+                mma(bias[n], {min.z, min.z, min.w, min.w}, q.z, q.w);
+                scaled[2 * j][n][0] = multiply(q.x, scale.x), scaled[2 * j][n][1] = multiply(q.y, scale.y);
+                scaled[2 * j + 1][n][0] = multiply(q.z, scale.z), scaled[2 * j + 1][n][1] = multiply(q.w, scale.w);
+            }
+        }
+    }
+    constexpr int UNITS = 4 / L::WORDS;  // in a lane's 16 bytes
+#pragma unroll
+    for (int j = 0; j < D / 16 / UNITS; j++) {
+        uint4 loaded = load16(tile + L::K_CODES + j * 512 + lane * 16);
+        uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+#pragma unroll
+        for (int u = 0; u < UNITS; u++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                uint32_t a[4];
+                fragment<BITS>(a, words + u * L::WORDS, r);
+#pragma unroll
+                for (int n = 0; n < N; n++) mma(sum[r][n], a, scaled[j * UNITS + u][n][0], scaled[j * UNITS + u][n][1]);
+            }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) s[r][n][i] = fmaf(sum[r][n][i], unscale<BITS>(2 * r + i / 2), bias[n][i % 2]);
+}
+
+// Adds a tile's values, weighted with the probabilities.
+template <class L, int N>
+__device__ __forceinline__ void packed_values(Running<L::D, N>& running, const uint32_t (&p)[2][N][2], const unsigned char* tile, int lane) {
+    constexpr int D = L::D, BITS = L::BITS, G = L::VGROUPS;
+    constexpr int UNITS = 4 / L::WORDS;
+    uint32_t scaled[G][N][2];
+#pragma unroll
+    for (int j = 0; j < D / 16 / UNITS; j++) {
+        uint4 loaded = load16(tile + L::V_CODES + j * 512 + lane * 16);
+        uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+            int unit = j * UNITS + u;
+            int r = unit / (D / 32), block = unit % (D / 32);
+            if (block == 0) {
+                const unsigned char* params = tile + r * 32 * G + lane % 4 * 8 * L::PAIR;
+#pragma unroll
+                for (int g = 0; g < G; g += L::PAIR) {
+                    uint32_t scale[4];
+                    if constexpr (L::PAIR == 2) {
+                        uint4 x = load16(params + L::V_SCALE + g * 32);
+                        scale[0] = x.x, scale[1] = x.y, scale[2] = x.z, scale[3] = x.w;
+                    } else {
+                        uint2 x = *reinterpret_cast<const uint2*>(params + L::V_SCALE);
+                        scale[0] = x.x, scale[1] = x.y;
+                    }
+#pragma unroll
+                    for (int i = 0; i < 2 * L::PAIR; i++)
+#pragma unroll
+                        for (int n = 0; n < N; n++) scaled[g + i / 2][n][i % 2] = multiply(p[r][n][i % 2], scale[i]);
+                }
+                int g = lane / 4;
+                uint2 min = make_uint2(0, 0);
+                if (g < G) min = *reinterpret_cast<const uint2*>(params + L::V_MIN + g / L::PAIR * 32 * L::PAIR + g % L::PAIR * 8);
+                constexpr uint32_t ONES = 0x3c003c00u;
+#pragma unroll
+                for (int n = 0; n < N; n++) mma(running.zero[n], {min.x, ONES, min.y, ONES}, p[r][n][0], p[r][n][1]);
+            }
+#pragma unroll
+            for (int f = 0; f < 2; f++) {
+                uint32_t a[4];
+                fragment<BITS>(a, words + u * L::WORDS, f);
+                int g = block * 32 / L::VGROUP;
+#pragma unroll
+                for (int n = 0; n < N; n++) mma(running.out[2 * block + f][n], a, scaled[g][n][0], scaled[g][n][1]);
+            }
+        }
+    }
+}
+
+// A warp's share of the packed tokens: every `warps`-th record of [record, end).
+template <class L, int N, int STAGES>
+__device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Columns<N>& columns, const unsigned char* row,
+                                            const unsigned char* queries, unsigned char* ring, int record, int end, int warps, int packed,
+                                            int lane) {
+    constexpr int STAGE = L::HEADER + L::TILE_BYTES;
+    int tiles = record < end ? ((end - record + warps - 1) / warps) * L::TILES : 0;
+    const unsigned char* source = row + (long long)record * L::RECORD;
+    const long long next_record = (long long)(warps - 1) * L::RECORD;
+    uint32_t ring_address = shared_address(ring);
+
+    int issued = 0, issue_stage = 0;
+    auto issue = [&]() {
+        if (issued < tiles) {
+            bool first = L::TILES == 1 || issued % L::TILES == 0;
+            uint32_t target = ring_address + issue_stage * STAGE + (first ? 0 : L::HEADER);
+            if (first) {
+#pragma unroll
+                for (int i = 0; i < STAGE; i += 512)
+                    if (i + 512 <= STAGE || i + lane * 16 < STAGE) copy16(target + i + lane * 16, source + i + lane * 16);
+                source += STAGE;
+            } else {
+#pragma unroll
+                for (int i = 0; i < L::TILE_BYTES; i += 512)
+                    if (i + 512 <= L::TILE_BYTES || i + lane * 16 < L::TILE_BYTES) copy16(target + i + lane * 16, source + i + lane * 16);
+                source += L::TILE_BYTES;
+            }
+            issued++;
+            if (L::TILES == 1 || issued % L::TILES == 0) source += next_record;
+            issue_stage = issue_stage + 1 == STAGES ? 0 : issue_stage + 1;
+        }
+        copy_commit();
+    };
+
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) issue();
+
+    uint32_t scaled[L::D / 16][N][2];
+    float bias[N][4];
+    int stage = 0;
+    for (int i = 0; i < tiles; i++) {
+        copy_wait<STAGES - 2>();
+        __syncwarp();  // Lanes read what others copied, and have all left the stage that is filled next.
+        issue();
+        const unsigned char* header = ring + stage * STAGE;
+        const unsigned char* tile = header + L::HEADER;
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        int sub = L::TILES == 1 ? 0 : i % L::TILES;
+        float s[2][N][4];
+        packed_scores<L, N>(s, scaled, bias, header, tile, queries, sub == 0, lane);
+        restrict<N>(s, columns, (record + i / L::TILES * warps) * L::GROUP + sub * TILE, packed, lane);
+        uint32_t p[2][N][2];
+        running.step(s, columns, p);
+        packed_values<L, N>(running, p, tile, lane);
+    }
+}
+
+// A warp's share of the residual: every `warps`-th tile of 32 tokens. It is short: read straight from memory.
+template <int D, int N>
+__device__ __forceinline__ void residual_loop(Running<D, N>& running, const Columns<N>& columns, const AttendArgs& args, long long row,
+                                              const unsigned char* queries, int packed, int len, int start, int warp, int warps, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int at = warp * TILE; at < len; at += warps * TILE) {
+        auto place = [&](int token) {  // A token past the end is masked: any finite one will do.
+            int i = start + min(at + token, len - 1);
+            return (row * args.ring + (i >= args.ring ? i - args.ring : i)) * D;
+        };
+        float s[2][N][4] = {};
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            long long low = place(16 * r + g) + 2 * t, high = place(16 * r + g + 8) + 2 * t;
+#pragma unroll
+            for (int j = 0; j < D / 32; j++) {
+                uint32_t a[2][4];
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    int channel = 32 * j + 16 * h;
+                    a[h][0] = load_pair(args.residual_k, low + channel, args.kind);
+                    a[h][1] = load_pair(args.residual_k, high + channel, args.kind);
+                    a[h][2] = load_pair(args.residual_k, low + channel + 8, args.kind);
+                    a[h][3] = load_pair(args.residual_k, high + channel + 8, args.kind);
+                }
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    uint4 q = load16(queries + (n * (D / 32) + j) * 512 + lane * 16);
+                    mma(s[r][n], a[0], q.x, q.y);
+                    mma(s[r][n], a[1], q.z, q.w);
+                }
+            }
+        }
+        restrict<N>(s, columns, packed + at, packed + len, lane);
+        uint32_t p[2][N][2];
+        running.step(s, columns, p);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            long long from[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) from[i] = place(16 * r + 2 * t + i / 2 * 8 + i % 2) + g;
+            constexpr uint32_t ONES = 0x3c003c00u;
+#pragma unroll
+            for (int n = 0; n < N; n++) mma(running.zero[n], {0u, ONES, 0u, ONES}, p[r][n][0], p[r][n][1]);
+#pragma unroll
+            for (int c = 0; c < D / 16; c++) {
+                uint32_t a[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int channel = 16 * c + i % 2 * 8;
+                    a[i] = bits(__floats2half2_rn(load_as_float(args.residual_v, from[i / 2 * 2] + channel, args.kind),
+                                                  load_as_float(args.residual_v, from[i / 2 * 2 + 1] + channel, args.kind)));
+                }
+#pragma unroll
+                for (int n = 0; n < N; n++) mma(running.out[c][n], a, p[r][n][0], p[r][n][1]);
+            }
+        }
+    }
+}
+
+// The block's columns as fragments in shared memory, each scaled by a power of two so that its largest entry lies in [0.5, 1): then
+// no product with a scale of the keys leaves f16. Gives the exponents back through `exponents`.
+template <int D, int N>
+__device__ __forceinline__ void load_queries(const AttendArgs& args, long long first_row, int columns, unsigned char* queries, float* factors) {
+    for (int column = threadIdx.x / 32; column < 8 * N; column += blockDim.x / 32) {
+        const int lane = threadIdx.x % 32;
+        float x[D / 32], top = 0.f;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            x[i] = column < columns ? load_as_float(args.q, (first_row + column) * D + i * 32 + lane, args.kind) : 0.f;
+            top = fmaxf(top, fabsf(x[i]));
+        }
+#pragma unroll
+        for (int i = 16; i > 0; i /= 2) top = fmaxf(top, __shfl_xor_sync(FULL, top, i));
+        int exponent = 0;
+        if (top > 0.f) frexpf(top, &exponent);
+        float shrink = ldexpf(1.f, -exponent);
+        if (lane == 0) factors[column] = ldexpf(1.f, exponent);
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            int k = lane % 16;
+            int at = ((column / 8 * (D / 32) + i) * 32 + column % 8 * 4 + k % 8 / 2) * 8 + lane / 16 * 4 + k / 8 * 2 + k % 2;
+            reinterpret_cast<__half*>(queries)[at] = __float2half(x[i] * shrink);
+        }
+    }
+}
+
+// Writes a finished column's channel, and its log-sum-exp with channel 0.
+template <int D>
+__device__ __forceinline__ void finish(const AttendArgs& args, long long column, int channel, float value, float lse2) {
+    store(args.out, column * D + channel, args.out_kind, value);
+    if (channel == 0 && args.lse) args.lse[column] = lse2 / LOG2E;
+}
+
+// Grid: (splits + 1, batch * kv_heads, blocks of 8 N columns). Column c of a kv head is query c % queries of its head c / queries.
+template <int BITS, int GROUP, int D, int N, int WARPS, int STAGES>
+__device__ __forceinline__ void attend(const AttendArgs& args) {
+    using L = Layout<BITS, GROUP, D>;
+    extern __shared__ __align__(128) unsigned char shared[];
+    constexpr int QUERIES = N * 16 * D, STAGE = L::HEADER + L::TILE_BYTES, PITCH = D + 4;
+    __shared__ float factors[8 * N], warp_max[WARPS][8 * N], warp_sum[WARPS][8 * N];
+    __shared__ bool last;
+    unsigned char* queries = shared;
+    unsigned char* ring = shared + QUERIES + threadIdx.x / 32 * (STAGES * STAGE);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int split = blockIdx.x;
+    const long long row = blockIdx.y;
+    const int all_columns = args.heads_per_kv * args.queries;
+    const int first_column = blockIdx.z * 8 * N;
+    const int live = min(all_columns - first_column, 8 * N);
+    const long long first_row = row * all_columns + first_column;
+
+    int packed = args.packed_len, residual = args.residual_len, start = args.ring_start;
+    if (args.lens) packed = args.lens[0], residual = args.lens[1], start = args.lens[2];
+    load_queries<D, N>(args, first_row, live, queries, factors);
+    __syncthreads();
+
+    Columns<N> columns;
+    columns.soft_cap = args.soft_cap, columns.from_max = 0, columns.to_min = packed + residual;
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            int column = 8 * n + 2 * t + e;
+            columns.scale[n][e] = factors[column] * args.scale * LOG2E;
+            int to = packed + residual, from = 0;
+            if (args.causal) {
+                to += 1 - args.queries + (first_column + column) % args.queries;
+                if (args.window) from = max(0, to - args.window);
+            }
+            columns.from[n][e] = from, columns.to[n][e] = to;
+        }
+    if (args.causal) {
+        columns.to_min = packed + residual + 1 - args.queries;
+        if (args.window) columns.from_max = max(0, packed + residual - args.window);
+    }
+
+    Running<D, N> running;
+    running.clear();
+    if (split < args.splits) {
+        int first_record = 0, records = (packed + GROUP - 1) / GROUP;
+        if (args.causal && args.window) first_record = max(0, packed + residual + 1 - args.queries - args.window) / GROUP;
+        first_record = min(first_record, records);
+        long long count = records - first_record;
+        int from = first_record + int(count * split / args.splits), to = first_record + int(count * (split + 1) / args.splits);
+        packed_loop<L, N, STAGES>(running, columns, args.packed + row * args.packed_stride, queries, ring, from + warp, to, WARPS, packed, lane);
+    } else {
+        residual_loop<D, N>(running, columns, args, row, queries, packed, residual, start, warp, WARPS, lane);
+    }
+    const bool coded = split < args.splits;
+
+    // Join the block's warps.
+    __syncthreads();  // All warps are done with the ring, which now takes their outputs.
+    float* outs = reinterpret_cast<float*>(shared);
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            int column = 8 * n + 2 * t + e;
+            if (g == 0) warp_max[warp][column] = running.max[n][e] * columns.scale[n][e], warp_sum[warp][column] = running.zero[n][e + 2];
+#pragma unroll
+            for (int c = 0; c < D / 16; c++) {
+                float zero = __shfl_sync(FULL, running.zero[n][e], c * 16 / L::VGROUP * 4 + t);
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float factor = coded ? unscale<BITS>(2 * c + h) : 1.f;
+                    outs[(warp * 8 * N + column) * PITCH + 16 * c + 8 * h + g] = fmaf(running.out[c][n][e + 2 * h], factor, zero);
+                }
+            }
+        }
+    __syncthreads();
+    const long long block = row * gridDim.z + blockIdx.z;
+    for (int i = threadIdx.x; i < live * D; i += WARPS * 32) {
+        int column = i / D, channel = i % D;
+        float top = warp_max[0][column];
+#pragma unroll
+        for (int w = 1; w < WARPS; w++) top = fmaxf(top, warp_max[w][column]);
+        float sum = 0.f, value = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            float factor = exp2_fast(warp_max[w][column] - top);
+            sum = fmaf(warp_sum[w][column], factor, sum);
+            value = fmaf(outs[(w * 8 * N + column) * PITCH + channel], factor, value);
+        }
+        value = sum > 0.f ? value / sum : 0.f;
+        float lse2 = sum > 0.f ? top + log2f(sum) : -INFINITY;
+        if (gridDim.x == 1) {
+            finish<D>(args, first_row + column, channel, value, lse2);
+        } else {
+            long long at = (block * gridDim.x + split) * (8 * N) + column;
+            args.part_out[at * D + channel] = value;
+            if (channel == 0) args.part_lse[at] = lse2;
+        }
+    }
+    if (gridDim.x == 1) return;
+
+    // The last block to arrive joins the splits.
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(args.arrived + block, 1u) == gridDim.x - 1;
+        if (last) args.arrived[block] = 0;
+    }
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    const float* lses = args.part_lse + block * gridDim.x * (8 * N);
+    const float* parts = args.part_out + block * gridDim.x * (8 * N) * D;
+    const int splits = gridDim.x;
+    for (int i = threadIdx.x; i < live * (D / 4); i += WARPS * 32) {
+        int column = i / (D / 4), channel = i % (D / 4) * 4;
+        float top = -INFINITY;
+#pragma unroll 8
+        for (int s = 0; s < splits; s++) top = fmaxf(top, lses[s * 8 * N + column]);
+        float sum = 0.f, value[4] = {};
+#pragma unroll 8
+        for (int s = 0; s < splits; s++) {
+            float factor = top > -INFINITY ? exp2_fast(lses[s * 8 * N + column] - top) : 0.f;
+            float4 x = *reinterpret_cast<const float4*>(parts + (s * 8 * N + column) * D + channel);
+            sum += factor;
+            value[0] = fmaf(x.x, factor, value[0]), value[1] = fmaf(x.y, factor, value[1]);
+            value[2] = fmaf(x.z, factor, value[2]), value[3] = fmaf(x.w, factor, value[3]);
+        }
+        float lse2 = sum > 0.f ? top + log2f(sum) : -INFINITY;
+#pragma unroll
+        for (int k = 0; k < 4; k++) finish<D>(args, first_row + column, channel + k, sum > 0.f ? value[k] / sum : 0.f, lse2);
+    }
+}
+
+// Bytes of dynamic shared memory.
+template <int BITS, int GROUP, int D, int N, int WARPS, int STAGES>
+constexpr int attend_shared() {
+    using L = Layout<BITS, GROUP, D>;
+    int ring = N * 16 * D + WARPS * STAGES * (L::HEADER + L::TILE_BYTES), outs = WARPS * 8 * N * (D + 4) * 4;
+    return ring > outs ? ring : outs;
+}
+
+}  // namespace kvq

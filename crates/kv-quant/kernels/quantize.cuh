@@ -1,0 +1,237 @@
+// Quantizes and packs whole groups of keys and whole tiles of values, in the arithmetic of src/quantize.rs to the last bit: operations
+// in f32, each rounded to f16; scale = range / (2^bits - 1); code = round((x - min) / scale), ties to even; code 0 without a scale.
+//
+// A block takes keys of GROUP tokens x K_CHANNELS channels, or values of 32 tokens x D channels, into shared memory. From there a warp
+// loads 16 columns as fragments of 8x8 matrices (values transposed), so that for both a group runs down the rows and the codes are
+// already in the lanes that write them.
+#pragma once
+#include <cuda_bf16.h>
+#include "layout.cuh"
+#include "ptx.cuh"
+
+namespace kvq {
+
+// Mirrored by `QuantizeArgs` in src/cuda/args.rs.
+struct QuantizeArgs {
+    const void* k;               // rows of `pitch` tokens, D channels each, f16 or bf16
+    const void* v;
+    unsigned char* packed;       // rows of records, each `packed_stride` bytes
+    void* rounded;               // as `k`: where what the packed keys stand for is written; may be null
+    unsigned long long* status;  // takes the first group out of range, if it holds none yet; see `report`
+    long long packed_stride;
+    long long pitch;   // tokens from a row to the next
+    int start;         // the place of the first token given
+    int ring;          // places after which the first follows
+    int key_record;    // the record that takes the first token's keys
+    int key_records;   // how many records take keys
+    int value_tile;    // the tile of 32 tokens that takes the first token's values
+    int value_tiles;   // how many tiles take values
+    int value_offset;  // the token, counted from the first given, with which the values begin
+    int kind;          // of k and v: 0 f16, 1 bf16
+};
+
+// A group that holds infinities or NaNs, or is wider than f16 can say: bit 63, then values (1) or keys (0), row, token, channel.
+__device__ __forceinline__ void report(unsigned long long* status, bool values, int row, int token, int channel) {
+    unsigned long long at = 1ull << 63 | (unsigned long long)values << 62 | (unsigned long long)row << 40 | (unsigned long long)token << 9 | channel;
+    atomicCAS_system(status, 0ull, at);
+}
+
+// x / s as f32 division and rounding to f16 would have it. An f16 quotient is never within 2^-24 of where f16 rounds, unless it is
+// there exactly; with one step of correction the reciprocal's error stays below that.
+__device__ __forceinline__ float divide(float x, float s, float reciprocal) {
+    float q = x * reciprocal;
+    return fmaf(fmaf(-q, s, x), reciprocal, q);
+}
+
+template <int BITS, int GROUP, int D>
+struct Quantize {
+    using L = Layout<BITS, GROUP, D>;
+    static constexpr int THREADS = 128;
+    static constexpr int K_CHANNELS = D < 8192 / GROUP ? D : 8192 / GROUP;
+    static constexpr int K_PARTS = D / K_CHANNELS;
+    static constexpr int K_OUT = L::TILES * (K_CHANNELS * TILE * BITS / 8) + 4 * K_CHANNELS;
+    static constexpr int V_OUT = L::TILE_BYTES - L::V_CODES;
+    static constexpr int SOURCE = 2 * (GROUP * K_CHANNELS > TILE * D ? GROUP * K_CHANNELS : TILE * D);
+    static constexpr int SHARED = SOURCE + (K_OUT > V_OUT ? K_OUT : V_OUT);
+
+    // Copies `tokens` x `channels` to shared memory as f16; 16-byte pieces of a row change places so that columns lie in all banks.
+    template <int TOKENS, int CHANNELS>
+    static __device__ __forceinline__ void load(unsigned char* source, const void* from, const QuantizeArgs& args, int row, int token, int channel) {
+        constexpr int PIECES = CHANNELS / 8, EACH = TOKENS * PIECES / THREADS;
+        uint4 x[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int piece = threadIdx.x + i * THREADS;
+            int place = args.start + token + piece / PIECES;
+            if (place >= args.ring) place -= args.ring;
+            long long at = (row * args.pitch + place) * D + channel + piece % PIECES * 8;
+            x[i] = *reinterpret_cast<const uint4*>(static_cast<const __half*>(from) + at);
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int piece = threadIdx.x + i * THREADS, r = piece / PIECES, c = piece % PIECES;
+            if (args.kind) x[i] = make_uint4(f16_of_bf16(x[i].x), f16_of_bf16(x[i].y), f16_of_bf16(x[i].z), f16_of_bf16(x[i].w));
+            *reinterpret_cast<uint4*>(source + (r * PIECES + (c ^ r % 8)) * 16) = x[i];
+        }
+    }
+
+    // 32 rows x 16 columns in fragments: words [row / 8][column / 8].
+    template <int CHANNELS, bool TRANSPOSED>
+    static __device__ __forceinline__ void unit(uint32_t (&x)[4][2], const unsigned char* source, int row, int column) {
+        constexpr int PIECES = CHANNELS / 8;
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int r = row + half * 16 + lane / 8 % 2 * 8, c = column + lane / 16 * 8;
+            int token = TRANSPOSED ? c + lane % 8 : r + lane % 8, piece = (TRANSPOSED ? r : c) / 8;
+            uint32_t at = shared_address(source + (token * PIECES + (piece ^ token % 8)) * 16);
+            uint32_t(&a)[2] = x[2 * half], (&b)[2] = x[2 * half + 1];
+            load_matrices<TRANSPOSED>(a[0], b[0], a[1], b[1], at);
+        }
+    }
+
+    // Parameters of the 4 columns of a lane (two pairs) over `UNITS` units of rows, and the units' codes in place of the numbers.
+    template <int UNITS>
+    static __device__ __forceinline__ void encode(uint32_t (&x)[UNITS][4][2], __half2 (&scale)[2], __half2 (&min)[2], bool& bad) {
+        constexpr float LARGEST = (1 << BITS) - 1;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            __half2 low = half2_of(x[0][0][h]), high = low;
+#pragma unroll
+            for (int u = 0; u < UNITS; u++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) low = __hmin2_nan(low, half2_of(x[u][i][h])), high = __hmax2_nan(high, half2_of(x[u][i][h]));
+#pragma unroll
+            for (int i = 4; i < 32; i *= 2) {
+                low = __hmin2_nan(low, half2_of(__shfl_xor_sync(FULL, bits(low), i)));
+                high = __hmax2_nan(high, half2_of(__shfl_xor_sync(FULL, bits(high), i)));
+            }
+            float2 range = __half22float2(__hsub2(high, low));
+            bad |= !(range.x < INFINITY) || !(range.y < INFINITY);
+            min[h] = low;
+            scale[h] = __floats2half2_rn(__fdiv_rn(range.x, LARGEST), __fdiv_rn(range.y, LARGEST));
+            float2 s = __half22float2(scale[h]);
+            float2 r = make_float2(s.x > 0.f ? __frcp_rn(s.x) : 0.f, s.y > 0.f ? __frcp_rn(s.y) : 0.f);
+#pragma unroll
+            for (int u = 0; u < UNITS; u++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float2 y = __half22float2(__hsub2(half2_of(x[u][i][h]), low));
+                    __half2 q = __floats2half2_rn(divide(y.x, s.x, r.x), divide(y.y, s.y, r.y));
+                    // From 1024 to 2047 the numbers of f16 are the integers: the sum rounds, and ends in the code.
+                    q = __hadd2(__hmin2(q, __float2half2_rn(LARGEST)), __float2half2_rn(1024.f));
+                    x[u][i][h] = bits(q) & 0x00ff00ffu;
+                }
+        }
+    }
+
+    // A unit's words in this lane, to where `code_at` has them.
+    static __device__ __forceinline__ void write_codes(unsigned char* codes, int unit, const uint32_t (&x)[4][2]) {
+        const int lane = threadIdx.x % 32;
+        uint32_t row[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) row[i] = x[i][0] | x[i][1] << 8;
+#pragma unroll
+        for (int w = 0; w < L::WORDS; w++) {
+            uint32_t word = 0;
+            constexpr int ROWS = 8 / BITS;  // of the 4, in a word
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) word |= row[w * ROWS + i] << (BITS * i);
+            int at = unit * L::WORDS + w;
+            *reinterpret_cast<uint32_t*>(codes + at / 4 * 512 + lane * 16 + at % 4 * 4) = word;
+        }
+    }
+
+    static __device__ __forceinline__ void copy_out(unsigned char* to, const unsigned char* from, int bytes) {
+        for (int i = threadIdx.x * 16; i < bytes; i += THREADS * 16) *reinterpret_cast<uint4*>(to + i) = load16(from + i);
+    }
+
+    static __device__ __forceinline__ void keys(const QuantizeArgs& args, int record, int channel, unsigned char* shared) {
+        const int row = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        constexpr int CODES = K_CHANNELS * TILE * BITS / 8, UNITS = L::TILES;
+        unsigned char* out = shared + SOURCE;
+        __half* params = reinterpret_cast<__half*>(out + UNITS * CODES);
+        load<GROUP, K_CHANNELS>(shared, args.k, args, row, record * GROUP, channel);
+        __syncthreads();
+        for (int block = warp; block < K_CHANNELS / 16; block += THREADS / 32) {
+            uint32_t x[UNITS][4][2];
+            __half2 scale[2], min[2];
+            bool bad = false;
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) unit<K_CHANNELS, false>(x[u], shared, u * TILE, block * 16);
+            encode<UNITS>(x, scale, min, bad);
+            if (bad) report(args.status, false, row, record * GROUP, channel + block * 16 + 2 * t);
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) write_codes(out + u * CODES, block, x[u]);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                int at = L::key_param_at(block * 16 + h * 8 + 2 * t);
+                if (g == 0) *reinterpret_cast<__half2*>(params + at) = scale[h], *reinterpret_cast<__half2*>(params + K_CHANNELS + at) = min[h];
+                if (args.rounded == nullptr) continue;
+                float2 s = __half22float2(scale[h]), m = __half22float2(min[h]);
+#pragma unroll
+                for (int u = 0; u < UNITS; u++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        int place = args.start + record * GROUP + u * TILE + i * 8 + g;
+                        if (place >= args.ring) place -= args.ring;
+                        long long to = (row * args.pitch + place) * D + channel + block * 16 + h * 8 + 2 * t;
+                        float low = fmaf(x[u][i][h] & 0xff, s.x, m.x), high = fmaf(x[u][i][h] >> 16, s.y, m.y);
+                        uint32_t pair = args.kind ? bits_of(__floats2bfloat162_rn(low, high)) : bits(__floats2half2_rn(low, high));
+                        *reinterpret_cast<uint32_t*>(static_cast<__half*>(args.rounded) + to) = pair;
+                    }
+            }
+        }
+        __syncthreads();
+        unsigned char* to = args.packed + row * args.packed_stride + (long long)(args.key_record + record) * L::RECORD;
+        copy_out(to + L::K_SCALE + 2 * channel, out + UNITS * CODES, 2 * K_CHANNELS);
+        copy_out(to + L::K_MIN + 2 * channel, out + UNITS * CODES + 2 * K_CHANNELS, 2 * K_CHANNELS);
+#pragma unroll
+        for (int u = 0; u < UNITS; u++)
+            copy_out(to + L::HEADER + u * L::TILE_BYTES + L::K_CODES + channel * TILE * BITS / 8, out + u * CODES, CODES);
+    }
+
+    static __device__ __forceinline__ void values(const QuantizeArgs& args, int tile, unsigned char* shared) {
+        const int row = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        constexpr int UNITS = L::VGROUP / 32;
+        unsigned char* out = shared + SOURCE;
+        __half* scales = reinterpret_cast<__half*>(out + L::V_SCALE - L::V_CODES);
+        __half* minima = reinterpret_cast<__half*>(out + L::V_MIN - L::V_CODES);
+        load<TILE, D>(shared, args.v, args, row, args.value_offset + tile * TILE, 0);
+        __syncthreads();
+        for (int task = warp; task < 2 * L::VGROUPS; task += THREADS / 32) {
+            int half = task / L::VGROUPS, group = task % L::VGROUPS;
+            uint32_t x[UNITS][4][2];
+            __half2 scale[2], min[2];
+            bool bad = false;
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) unit<D, true>(x[u], shared, group * L::VGROUP + u * 32, half * 16);
+            encode<UNITS>(x, scale, min, bad);
+            if (bad) report(args.status, true, row, args.value_offset + tile * TILE + half * 16 + 2 * t, group * L::VGROUP);
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) write_codes(out, half * (D / 32) + group * UNITS + u, x[u]);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                int at = L::value_param_at(half * 16 + h * 8 + 2 * t, group);
+                if (g == 0) *reinterpret_cast<__half2*>(scales + at) = scale[h], *reinterpret_cast<__half2*>(minima + at) = min[h];
+            }
+        }
+        __syncthreads();
+        int at = args.value_tile + tile;
+        unsigned char* to = args.packed + row * args.packed_stride + (long long)(at / L::TILES) * L::RECORD;
+        copy_out(to + L::HEADER + at % L::TILES * L::TILE_BYTES + L::V_CODES, out, V_OUT);
+    }
+
+    // Grid: (max(key records * K_PARTS, value tiles), rows, 2).
+    static __device__ __forceinline__ void run(const QuantizeArgs& args) {
+        extern __shared__ __align__(128) unsigned char shared[];
+        const int block = blockIdx.x;
+        if (blockIdx.z == 0) {
+            if (block < args.key_records * K_PARTS) keys(args, block / K_PARTS, block % K_PARTS * K_CHANNELS, shared);
+        } else if (block < args.value_tiles) {
+            values(args, block, shared);
+        }
+    }
+};
+
+}  // namespace kvq
