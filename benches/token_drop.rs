@@ -1,0 +1,141 @@
+//! One attention layer under each policy beside the dense cache: a decode step after 8,192 tokens of prompt at a quarter of it, the prefill,
+//! and the peak memory of a prefill up to 32,768 tokens.
+//!
+//!     cargo bench -p longctx-benches --bench token_drop -- decode
+//!     cargo bench -p longctx-benches --bench token_drop -- prefill
+//!     cargo bench -p longctx-benches --bench token_drop -- memory
+//!
+//! The layer has SmolLM2's shape: 9 heads, 3 kv heads of 64 channels.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use candle_core::{DType, Device, Tensor};
+use criterion::{Criterion, SamplingMode, criterion_group};
+use half::f16;
+use longctx_core::{
+    AttentionShape, DenseCache, DenseStore, EvictionPolicy, KvCache, Result, Rope, RopeScaling,
+    Step,
+};
+use longctx_examples::memory;
+use token_drop::*;
+
+const PROMPT: usize = 8192;
+const RATIO: f64 = 0.25;
+
+type Make = fn(AttentionShape) -> Result<Box<dyn KvCache>>;
+
+const METHODS: [(&str, Make); 15] = [
+    ("dense", |s| Ok(Box::new(DenseCache::new(s, DType::F16)?))),
+    ("random", |s| policy(s, Random::new(0))),
+    ("recent", |s| policy(s, Recent::default())),
+    ("k-norm", |s| policy(s, KNorm)),
+    ("key-diff", |s| policy(s, KeyDiff)),
+    ("lag-kv", |s| policy(s, LagKv::new(4, 128)?)),
+    ("expected-attention", |s| policy(s, ExpectedAttention::default())),
+    ("snap-kv", |s| policy(s, SnapKv::new(32)?)),
+    ("tova", |s| policy(s, Tova)),
+    ("h2o", |s| policy(s, H2o::default())),
+    ("ada-snap-kv", |s| policy(s, AdaKv::new(SnapKv::new(32)?))),
+    ("chunk-snap-kv", |s| policy(s, ChunkKv::new(SnapKv::new(32)?, 20)?)),
+    ("streaming-llm", |s| Ok(Box::new(StreamingLlm::with_ratio(RATIO, store(s)?)?))),
+    ("quest", |s| Ok(Box::new(Quest::<f16>::new(PROMPT / 4, s)?))),
+    ("infllm", |s| Ok(Box::new(InfLlm::<f16>::with_ratio(RATIO, s)?))),
+];
+
+fn store(shape: AttentionShape) -> Result<DenseStore> {
+    DenseStore::new(shape, DType::F16)
+}
+
+fn policy(shape: AttentionShape, p: impl EvictionPolicy + 'static) -> Result<Box<dyn KvCache>> {
+    Ok(Box::new(PolicyCache::new(store(shape)?, p, Budget::Ratio(RATIO))?))
+}
+
+struct Text {
+    shape: AttentionShape,
+    rope: Rope,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+}
+
+impl Text {
+    fn random(tokens: usize) -> Self {
+        let shape = AttentionShape::new(9, 3, 64).expect("a shape");
+        let rope = Rope::new(64, 64, 100_000.0, RopeScaling::None).expect("a rotary embedding");
+        let x =
+            |heads| Tensor::randn(0f32, 1., (1, heads, tokens, 64), &Device::Cpu).expect("data");
+        Self { shape, rope, q: x(shape.heads), k: x(shape.kv_heads), v: x(shape.kv_heads) }
+    }
+
+    fn feed(&self, cache: &mut dyn KvCache) {
+        let Self { shape, rope, q, k, v } = self;
+        black_box(cache.attend(&Step { q, k, v, shape, rope }).expect("attention"));
+    }
+}
+
+fn decode(c: &mut Criterion) {
+    let (prompt, token) = (Text::random(PROMPT), Text::random(1));
+    let mut group = c.benchmark_group("decode");
+    // Short, so that caches which keep decoded tokens do not grow by much: a few hundred tokens at most.
+    group.sampling_mode(SamplingMode::Flat).sample_size(20);
+    group.warm_up_time(Duration::from_millis(20)).measurement_time(Duration::from_millis(200));
+    for (name, make) in METHODS {
+        let mut filled = None;
+        group.bench_function(name, |b| {
+            let cache = filled.get_or_insert_with(|| {
+                let mut cache = make(prompt.shape).expect("a cache");
+                prompt.feed(&mut *cache);
+                cache
+            });
+            b.iter(|| token.feed(&mut **cache));
+        });
+    }
+    group.finish();
+}
+
+fn prefill(c: &mut Criterion) {
+    let prompt = Text::random(PROMPT);
+    let mut group = c.benchmark_group("prefill");
+    group.sampling_mode(SamplingMode::Flat).sample_size(10);
+    group.warm_up_time(Duration::from_millis(1)).measurement_time(Duration::from_secs(1));
+    for (name, make) in METHODS {
+        group.bench_function(name, |b| {
+            let mut cache = make(prompt.shape).expect("a cache");
+            b.iter(|| {
+                cache.reset();
+                prompt.feed(&mut *cache);
+            });
+        });
+    }
+    group.finish();
+}
+
+/// Prints what the process's peak grew by during a prefill, the prompt's own tensors not counted.
+fn peak_memory() {
+    println!("peak memory of a prefill, MB beside q, k and v themselves");
+    for (name, make) in METHODS {
+        let grown = [8192, 16_384, 32_768].map(|tokens| {
+            let prompt = Text::random(tokens);
+            memory::restart_peak();
+            let before = memory::peak();
+            let mut cache = make(prompt.shape).expect("a cache");
+            prompt.feed(&mut *cache);
+            match (before, memory::peak()) {
+                (Some(before), Some(after)) => format!("{:9.1}", (after - before) as f64 / 1e6),
+                _ => "unknown".into(),
+            }
+        });
+        println!("{name:20} {}", grown.join(" "));
+    }
+}
+
+criterion_group!(speed, decode, prefill);
+
+fn main() {
+    if std::env::args().any(|arg| arg == "memory") {
+        return peak_memory();
+    }
+    speed();
+    Criterion::default().configure_from_args().final_summary();
+}
