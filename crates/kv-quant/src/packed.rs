@@ -167,9 +167,7 @@ impl Packed {
                     let width = self.panel_width(row / PANEL);
                     let lines = self.codes[first..].iter_mut().step_by(width);
                     for (line, codes) in lines.zip(codes.chunks(per_word)) {
-                        line[row % 16] = codes.iter().rev().fold(0, |word, &code| {
-                            word << plane.bits | u32::from(code) >> plane.shift & mask
-                        });
+                        line[row % 16] = join(codes, plane);
                     }
                 }
                 Axis::Channels => {
@@ -348,6 +346,23 @@ impl Packed {
     pub fn bytes(&self) -> (usize, usize) {
         (size_of_val(&*self.codes), size_of_val(&*self.scales) + size_of_val(&*self.zeros))
     }
+}
+
+/// The word of up to `per_word` codes, eight of them at a time: neighbours move together, then pairs, then fours.
+fn join(codes: &[u8], Plane { bits, shift }: Plane) -> u32 {
+    let (ones, pairs, fours) =
+        (0x0101_0101_0101_0101, 0x0001_0001_0001_0001, 0x0000_0001_0000_0001);
+    let mask = |bits: usize| (1u64 << bits) - 1;
+    let mut word = 0;
+    for (i, codes) in codes.chunks(8).enumerate() {
+        let mut bytes = [0; 8];
+        bytes[..codes.len()].copy_from_slice(codes);
+        let x = (u64::from_le_bytes(bytes) >> shift) & (ones * mask(bits));
+        let x = (x | x >> (8 - bits)) & (pairs * mask(2 * bits));
+        let x = (x | x >> (16 - 2 * bits)) & (fours * mask(4 * bits));
+        word |= (x | x >> (32 - 4 * bits)) << (8 * bits * i);
+    }
+    word as u32
 }
 
 /// The error with its row counted from `start` rows earlier.

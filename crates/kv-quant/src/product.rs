@@ -1,12 +1,10 @@
 //! Products of vectors with a packed matrix: scales and zeros are folded into the vectors or the sums, codes are never turned back.
 
 use crate::format::Plane;
-use crate::kernel::{self, Panel, Rows};
+use crate::kernel::{self, Panel, Rows, widen};
 use crate::packed::PANEL;
 use crate::vector::wide;
 use crate::{Axis, Packed, vector};
-use half::f16;
-use half::slice::HalfFloatSliceExt;
 use pulp::{Arch, Simd, WithSimd};
 
 /// Scratch space of products.
@@ -15,6 +13,9 @@ pub struct Scratch {
     scales: Vec<f32>,
     zeros: Vec<f32>,
     folded: Vec<f32>,
+    starts: Vec<f32>,
+    /// A zero for each row.
+    nothing: Vec<f32>,
     sums: Vec<f32>,
     /// A dequantized panel: `[step][32 lanes]`.
     pub tile: Vec<f32>,
@@ -33,6 +34,10 @@ impl Packed {
         out_stride: usize,
         s: &mut Scratch,
     ) {
+        if x.steps == 0 {
+            return;
+        }
+        s.nothing.resize(x.count, 0.0);
         if self.scheme.along == self.lanes {
             self.accumulate_by_step(x, out, out_stride, s);
         } else {
@@ -50,20 +55,16 @@ impl Packed {
                 widen(&self.scales[at..at + x.steps], &mut s.scales);
                 widen(&self.zeros[at..at + x.steps], &mut s.zeros);
                 s.folded.resize(x.count * x.steps, 0.0);
-                s.sums.resize(x.count, 0.0);
-                for r in 0..x.count {
-                    let row = &x.data[r * x.stride..][..x.steps];
-                    let folded = &mut s.folded[r * x.steps..][..x.steps];
-                    s.sums[r] = vector::fold(row, &s.scales, &s.zeros, folded);
-                }
+                s.starts.resize(x.count, 0.0);
+                vector::fold(x, &s.scales, &s.zeros, &mut s.folded, &mut s.starts);
             }
-            let lanes = 16 * self.panel_width(panel);
             let out = &mut out[panel * PANEL..];
-            for (r, &sum) in s.sums[..x.count].iter().enumerate() {
-                vector::shift(&mut out[r * out_stride..][..lanes], sum);
-            }
             let folded = Rows { data: &s.folded, stride: x.steps, ..x };
-            self.panels(panel, 0).for_each(|p| kernel::accumulate(p, folded, out, out_stride));
+            let mut starts = &s.starts;
+            for plane in self.panels(panel, 0) {
+                kernel::accumulate(plane, folded, starts, out, out_stride);
+                starts = &s.nothing;
+            }
         }
     }
 
@@ -79,8 +80,9 @@ impl Packed {
                 let lanes = panel * PANEL..width.min((panel + 1) * PANEL);
                 s.sums.clear();
                 s.sums.resize(x.count * PANEL, 0.0);
-                self.panels(panel, first)
-                    .for_each(|p| kernel::accumulate(p, part, &mut s.sums, PANEL));
+                for plane in self.panels(panel, first) {
+                    kernel::accumulate(plane, part, &s.nothing, &mut s.sums, PANEL);
+                }
                 for r in 0..x.count {
                     let total = vector::sum(&part.data[r * x.stride..][..steps]);
                     vector::scale_and_add(
@@ -162,9 +164,4 @@ wide! {
             }
         }
     }
-}
-
-fn widen(src: &[f16], out: &mut Vec<f32>) {
-    out.resize(src.len(), 0.0);
-    src.convert_to_f32_slice(out);
 }

@@ -4,7 +4,8 @@
 //! range / (2^bits - 1), code = round((x - min) / scale) with ties to even. A group whose scale is zero, be it constant or narrower than f16
 //! can divide, has code 0 throughout and gives back its minimum.
 
-use crate::vector::wide;
+use crate::kernel::widen;
+use crate::vector::{lanes, wide};
 use crate::{Axis, Error, Result, Scheme};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -14,8 +15,10 @@ use pulp::{Arch, Simd, WithSimd};
 #[derive(Debug, Default)]
 pub struct Quantizer {
     x: Vec<f32>,
+    /// Least and largest number of each group; then zeros and divisors.
     min: Vec<f32>,
     max: Vec<f32>,
+    scale: Vec<f32>,
     /// One code per number of the rows last given to [`group_rows`](Self::group_rows).
     pub codes: Vec<u8>,
     /// One scale per group of these rows.
@@ -31,93 +34,115 @@ impl Quantizer {
     /// # Errors
     /// [`Error::OutOfRange`] for a group whose range is beyond f16's, rows counted from the first given.
     pub fn group_rows(&mut self, rows: &[f16], columns: usize, scheme: Scheme) -> Result<()> {
-        self.scales.clear();
-        self.zeros.clear();
-        self.codes.resize(rows.len(), 0);
-        let mut x = std::mem::take(&mut self.x);
-        x.resize(rows.len(), 0.0);
-        rows.convert_to_f32_slice(&mut x);
-        let done = match scheme.along {
-            Axis::Tokens => self.along_tokens(&x, columns, scheme),
-            Axis::Channels => self.along_channels(&x, columns, scheme),
+        widen(rows, &mut self.x);
+        let groups = match scheme.along {
+            Axis::Tokens => columns,
+            Axis::Channels => rows.len() / columns * columns.div_ceil(scheme.group),
         };
-        self.x = x;
-        done
-    }
-
-    fn along_tokens(&mut self, x: &[f32], columns: usize, scheme: Scheme) -> Result<()> {
-        self.min.clear();
-        self.max.clear();
-        self.min.resize(columns, f32::INFINITY);
-        self.max.resize(columns, f32::NEG_INFINITY);
-        x.chunks_exact(columns).for_each(|row| extremes(row, &mut self.min, &mut self.max));
-        self.params(scheme, 0, 1)?;
+        for x in [&mut self.min, &mut self.max, &mut self.scale] {
+            x.resize(groups, 0.0);
+        }
+        let Self { x, min, max, .. } = self;
+        match scheme.along {
+            Axis::Tokens => extremes_of_columns(x, min, max),
+            Axis::Channels => extremes_of_groups(x, columns, scheme.group, min, max),
+        }
+        self.params(scheme, columns)?;
+        self.codes.resize(rows.len(), 0);
+        let Self { x, min, max, codes, .. } = self;
         let largest = scheme.bits.max_code() as f32;
-        for (row, codes) in x.chunks_exact(columns).zip(self.codes.chunks_exact_mut(columns)) {
-            encode(row, &self.min, &self.max, largest, codes);
+        match scheme.along {
+            Axis::Tokens => encode_columns(x, min, max, largest, codes),
+            Axis::Channels => encode_groups(x, columns, scheme.group, min, max, largest, codes),
         }
         Ok(())
     }
 
-    fn along_channels(&mut self, x: &[f32], columns: usize, scheme: Scheme) -> Result<()> {
-        let largest = scheme.bits.max_code() as f32;
-        for (r, row) in x.chunks_exact(columns).enumerate() {
-            self.min.clear();
-            self.max.clear();
-            for group in row.chunks(scheme.group) {
-                self.min.push(least(group));
-                self.max.push(crate::vector::max(group));
+    /// From extremes to scales and zeros; leaves zeros in `min` and divisors in `max`.
+    fn params(&mut self, scheme: Scheme, columns: usize) -> Result<()> {
+        const BEYOND: f32 = 65520.0; // rounds to infinity
+        let Self { min, max, scale, .. } = self;
+        if let Some(group) = (0..min.len()).find(|&group| max[group] - min[group] >= BEYOND) {
+            let (row, column) = match scheme.along {
+                Axis::Tokens => (0, group),
+                Axis::Channels => {
+                    let groups = columns.div_ceil(scheme.group);
+                    (group / groups, group % groups * scheme.group)
+                }
+            };
+            return Err(Error::OutOfRange { value: max[group] - min[group], row, column });
+        }
+        scales(min, max, scheme.bits.max_code() as f32, scale);
+        self.scales.resize(min.len(), f16::ZERO);
+        self.zeros.resize(min.len(), f16::ZERO);
+        self.scales.convert_from_f32_slice(scale);
+        self.zeros.convert_from_f32_slice(min);
+        Ok(())
+    }
+}
+
+wide! {
+    /// The least and the largest number of each column.
+    fn extremes_of_columns(x: &'a [f32], min: &'a mut [f32], max: &'a mut [f32]) -> () {
+        min.fill(f32::INFINITY);
+        max.fill(f32::NEG_INFINITY);
+        for row in x.chunks_exact(min.len()) {
+            for ((&x, min), max) in row.iter().zip(min.iter_mut()).zip(max.iter_mut()) {
+                *min = if x < *min { x } else { *min };
+                *max = if x > *max { x } else { *max };
             }
-            self.params(scheme, r, scheme.group)?;
-            spread(&mut self.min, scheme.group, columns);
-            spread(&mut self.max, scheme.group, columns);
-            let codes = &mut self.codes[r * columns..][..columns];
-            encode(row, &self.min, &self.max, largest, codes);
         }
-        Ok(())
     }
+}
 
-    /// From extremes to parameters: appends scales and zeros; leaves zeros in `min` and divisors in `max`.
-    fn params(&mut self, scheme: Scheme, row: usize, step: usize) -> Result<()> {
-        for (group, (min, max)) in self.min.iter_mut().zip(&mut self.max).enumerate() {
-            let range = f16::from_f32(*max - *min);
-            if range.is_infinite() {
-                return Err(Error::OutOfRange { value: *max - *min, row, column: group * step });
+wide! {
+    /// The least and the largest number of each group of each row.
+    fn extremes_of_groups(x: &'a [f32], columns: usize, group: usize, min: &'a mut [f32], max: &'a mut [f32]) -> () {
+        let groups = x.chunks_exact(columns).flat_map(|row| row.chunks(group));
+        for ((group, min), max) in groups.zip(min).zip(max) {
+            *min = lanes(group, f32::INFINITY, |a, b| if b < a { b } else { a });
+            *max = lanes(group, f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+        }
+    }
+}
+
+wide! {
+    /// Scales of groups; leaves what differences are divided by in `max`: infinity, and so code 0 for all, in a group without a scale.
+    fn scales(min: &'a [f32], max: &'a mut [f32], largest: f32, scales: &'a mut [f32]) -> () {
+        for ((min, max), scale) in min.iter().zip(max).zip(scales) {
+            *scale = as_f16(as_f16(*max - min) / largest);
+            *max = if *scale == 0.0 { f32::INFINITY } else { *scale };
+        }
+    }
+}
+
+wide! {
+    /// Codes of rows with one zero and one divisor per column.
+    fn encode_columns(x: &'a [f32], zeros: &'a [f32], divisors: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
+        for (row, codes) in x.chunks_exact(zeros.len()).zip(codes.chunks_exact_mut(zeros.len())) {
+            for (((code, x), zero), divisor) in codes.iter_mut().zip(row).zip(zeros).zip(divisors) {
+                *code = encode(*x, *zero, *divisor, largest);
             }
-            let scale = f16::from_f32(range.to_f32() / scheme.bits.max_code() as f32);
-            self.scales.push(scale);
-            self.zeros.push(f16::from_f32(*min));
-            // Division by infinity makes code 0 of every number of a group without a scale.
-            *max = if scale == f16::ZERO { f32::INFINITY } else { scale.to_f32() };
-        }
-        Ok(())
-    }
-}
-
-wide! {
-    /// Takes a row into its columns' least and largest numbers so far.
-    fn extremes(x: &'a [f32], min: &'a mut [f32], max: &'a mut [f32]) -> () {
-        for ((&x, min), max) in x.iter().zip(min).zip(max) {
-            *min = if x < *min { x } else { *min };
-            *max = if x > *max { x } else { *max };
         }
     }
 }
 
 wide! {
-    /// The least of `x`.
-    fn least(x: &'a [f32]) -> f32 {
-        crate::vector::lanes(x, f32::INFINITY, |a, b| if b < a { b } else { a })
+    /// Codes of rows whose groups have a zero and a divisor each.
+    fn encode_groups(x: &'a [f32], columns: usize, group: usize, zeros: &'a [f32], divisors: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
+        let groups = x.chunks_exact(columns).flat_map(|row| row.chunks(group));
+        let codes = codes.chunks_exact_mut(columns).flat_map(|row| row.chunks_mut(group));
+        for (((group, codes), zero), divisor) in groups.zip(codes).zip(zeros).zip(divisors) {
+            for (code, x) in codes.iter_mut().zip(group) {
+                *code = encode(*x, *zero, *divisor, largest);
+            }
+        }
     }
 }
 
-wide! {
-    /// The codes of a row, with one zero and one divisor per column.
-    fn encode(x: &'a [f32], zeros: &'a [f32], divisors: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
-        for (((code, x), zero), divisor) in codes.iter_mut().zip(x).zip(zeros).zip(divisors) {
-            *code = round(as_f16(as_f16(x - zero) / divisor), largest);
-        }
-    }
+#[inline(always)]
+fn encode(x: f32, zero: f32, divisor: f32, largest: f32) -> u8 {
+    round(as_f16(as_f16(x - zero) / divisor), largest)
 }
 
 /// To the nearest number that f16 can hold, ties to even, for numbers from 0 to f16's largest.
@@ -138,16 +163,6 @@ fn round(x: f32, largest: f32) -> u8 {
     let x = if x > largest { largest } else { x };
     let x = if x < 0.0 { 0.0 } else { x };
     (x + MAGIC).to_bits() as u8
-}
-
-/// From one number per group to one per column.
-fn spread(x: &mut Vec<f32>, group: usize, columns: usize) {
-    let groups = x.len();
-    x.resize(columns, 0.0);
-    for g in (0..groups).rev() {
-        let value = x[g];
-        x[g * group..columns.min((g + 1) * group)].fill(value);
-    }
 }
 
 #[cfg(test)]

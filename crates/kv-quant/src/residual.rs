@@ -1,7 +1,7 @@
 //! The newest tokens in full precision: a ring of f16 rows.
 
+use crate::kernel::widen_into;
 use half::f16;
-use half::slice::HalfFloatSliceExt;
 
 /// Rows that room is made for at a time.
 const STEP: usize = 8;
@@ -39,7 +39,7 @@ impl Residual {
 
     /// Writes row `i` in f32.
     pub fn widen(&self, i: usize, out: &mut [f32]) {
-        self.row(i).convert_to_f32_slice(out);
+        widen_into(self.row(i), out);
     }
 
     /// The oldest `count` rows, one after the other.

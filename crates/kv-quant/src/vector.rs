@@ -1,5 +1,6 @@
 //! Loops over slices, written once and compiled for the widest instructions that the machine has.
 
+use crate::kernel::Rows;
 use pulp::{Arch, Simd, WithSimd};
 
 /// Defines a function whose body is compiled once for each instruction set, and run with the widest that the machine has. Only what is
@@ -25,12 +26,15 @@ macro_rules! wide {
 pub(crate) use wide;
 
 wide! {
-    /// `folded = x * scales`; returns `x · zeros`.
-    fn fold(x: &'a [f32], scales: &'a [f32], zeros: &'a [f32], folded: &'a mut [f32]) -> f32 {
-        for ((f, x), scale) in folded.iter_mut().zip(x).zip(scales) {
-            *f = x * scale;
+    /// For each row r: `folded[r] = x[r] * scales`, `sums[r] = x[r] · zeros`.
+    fn fold(x: Rows<'a>, scales: &'a [f32], zeros: &'a [f32], folded: &'a mut [f32], sums: &'a mut [f32]) -> () {
+        for (r, (folded, sum)) in folded.chunks_exact_mut(x.steps).zip(sums).enumerate() {
+            let x = &x.data[r * x.stride..][..x.steps];
+            for ((f, x), scale) in folded.iter_mut().zip(x).zip(scales) {
+                *f = x * scale;
+            }
+            *sum = dot_lanes(x, zeros);
         }
-        dot_lanes(x, zeros)
     }
 }
 
@@ -61,13 +65,6 @@ wide! {
     /// `out += x`.
     fn add(x: &'a [f32], out: &'a mut [f32]) -> () {
         out.iter_mut().zip(x).for_each(|(out, x)| *out += x);
-    }
-}
-
-wide! {
-    /// Adds a number to each of `out`.
-    fn shift(out: &'a mut [f32], by: f32) -> () {
-        out.iter_mut().for_each(|out| *out += by);
     }
 }
 
@@ -110,7 +107,7 @@ fn dot_lanes(a: &[f32], b: &[f32]) -> f32 {
             *acc += a * b;
         }
     }
-    tail + acc.iter().sum::<f32>()
+    tail + halve(acc, |a, b| a + b)
 }
 
 /// Folds with 32 independent accumulators: the compiler may not reorder float operations, so the order is made one that
@@ -125,7 +122,18 @@ pub fn lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f3
             *a = fold(*a, x);
         }
     }
-    acc.into_iter().fold(tail, fold)
+    fold(tail, halve(acc, fold))
+}
+
+/// Folds 32 numbers into one, half onto half: the order that vectors can follow.
+#[inline(always)]
+fn halve(mut acc: [f32; 32], fold: impl Fn(f32, f32) -> f32) -> f32 {
+    for half in [16, 8, 4, 2, 1] {
+        for i in 0..half {
+            acc[i] = fold(acc[i], acc[i + half]);
+        }
+    }
+    acc[0]
 }
 
 /// e^x for x ≤ 0 to about 2 units in the last place: x = n ln 2 + r, a polynomial of degree 6 in r, and n added to the

@@ -1,22 +1,44 @@
 //! The kernel with AVX2 and FMA: a line is two registers.
 
-use super::{Kernel, Panel, Rows};
+use super::{Kernels, Panel, Rows};
+use half::f16;
 use std::arch::x86_64::{
-    __m256i, _mm256_and_si256, _mm256_cvtepi32_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
-    _mm256_loadu_si256, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_srlv_epi32,
-    _mm256_storeu_ps,
+    __m256i, _mm_loadu_si128, _mm256_add_ps, _mm256_and_si256, _mm256_cvtepi32_ps, _mm256_cvtph_ps,
+    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setzero_ps, _mm256_srlv_epi32, _mm256_storeu_ps,
 };
 
-/// The kernel, if this machine has what it needs.
-pub fn kernel() -> Option<Kernel> {
-    let has =
-        std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma");
-    has.then_some(accumulate)
+/// The kernels, if this machine has what they need.
+pub fn kernels() -> Option<Kernels> {
+    let has = std::arch::is_x86_feature_detected!("avx2")
+        && std::arch::is_x86_feature_detected!("fma")
+        && std::arch::is_x86_feature_detected!("f16c");
+    has.then_some(Kernels {
+        name: "AVX2",
+        accumulate,
+        // SAFETY: F16C is there.
+        widen: |src, out| unsafe { widen(src, out) },
+    })
 }
 
-fn accumulate(panel: Panel<'_>, x: Rows<'_>, out: &mut [f32], out_stride: usize) {
+/// # Safety
+/// F16C.
+#[target_feature(enable = "avx,f16c")]
+unsafe fn widen(src: &[f16], out: &mut [f32]) {
+    let whole = src.len() / 8 * 8;
+    for (src, out) in src.chunks_exact(8).zip(out.chunks_exact_mut(8)) {
+        // SAFETY: both have 8 numbers.
+        unsafe {
+            let halves = _mm_loadu_si128(src.as_ptr().cast());
+            _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(halves));
+        }
+    }
+    out[whole..].iter_mut().zip(&src[whole..]).for_each(|(out, x)| *out = x.to_f32());
+}
+
+fn accumulate(panel: Panel<'_>, x: Rows<'_>, start: &[f32], out: &mut [f32], out_stride: usize) {
     for half in 0..panel.width {
-        in_blocks!(x, 4, |first| rows(panel, half, x, first, &mut *out, out_stride));
+        in_blocks!(x, 4, |first| rows(panel, half, x, first, start, &mut *out, out_stride));
     }
 }
 
@@ -30,6 +52,7 @@ unsafe fn rows<const R: usize>(
     half: usize,
     x: Rows<'_>,
     first: usize,
+    start: &[f32],
     out: &mut [f32],
     out_stride: usize,
 ) {
@@ -38,8 +61,8 @@ unsafe fn rows<const R: usize>(
     let mut sums = [[_mm256_setzero_ps(); 2]; R];
     let x_first = x.data[first * x.stride..].as_ptr();
     for (word, line) in panel.codes.iter().skip(half).step_by(panel.width).enumerate() {
-        let start = word * per_word;
-        if start >= x.steps {
+        let begin = word * per_word;
+        if begin >= x.steps {
             break;
         }
         // SAFETY: a line holds 16 words, two registers.
@@ -50,7 +73,7 @@ unsafe fn rows<const R: usize>(
             ]
         };
         let shift = _mm256_set1_epi32(panel.bits as i32);
-        for step in start..x.steps.min(start + per_word) {
+        for step in begin..x.steps.min(begin + per_word) {
             let mut codes = [_mm256_setzero_ps(); 2];
             for (code, word) in codes.iter_mut().zip(&mut words) {
                 *code = _mm256_cvtepi32_ps(_mm256_and_si256(*word, mask));
@@ -68,10 +91,11 @@ unsafe fn rows<const R: usize>(
     let unit = _mm256_set1_ps(panel.unit);
     for (r, sums) in sums.iter().enumerate() {
         let out = &mut out[(first + r) * out_stride + 16 * half..][..16];
+        let start = _mm256_set1_ps(start[first + r]);
         for (&sum, out) in sums.iter().zip(out.chunks_exact_mut(8)) {
             // SAFETY: `out` holds 8 numbers.
             unsafe {
-                let before = _mm256_loadu_ps(out.as_ptr());
+                let before = _mm256_add_ps(_mm256_loadu_ps(out.as_ptr()), start);
                 _mm256_storeu_ps(out.as_mut_ptr(), _mm256_fmadd_ps(sum, unit, before));
             }
         }

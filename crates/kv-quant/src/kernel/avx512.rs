@@ -1,19 +1,41 @@
 //! The kernel with AVX-512: a line is one register. Codes of 4 bits and fewer become floats by one permutation of a table of 16.
 
-use super::{Kernel, Panel, Rows};
+use super::{Kernels, Panel, Rows};
+use half::f16;
 use std::arch::x86_64::{
-    __m512, __m512i, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_permutexvar_ps, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srlv_epi32, _mm512_storeu_ps,
+    __m512, __m512i, _mm256_loadu_si256, _mm512_add_ps, _mm512_and_si512, _mm512_cvtepi32_ps,
+    _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutexvar_ps,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srlv_epi32,
+    _mm512_storeu_ps,
 };
 
-/// The kernel, if this machine has what it needs.
-pub fn kernel() -> Option<Kernel> {
-    std::arch::is_x86_feature_detected!("avx512f").then_some(accumulate)
+/// The kernels, if this machine has what they need.
+pub fn kernels() -> Option<Kernels> {
+    std::arch::is_x86_feature_detected!("avx512f").then_some(Kernels {
+        name: "AVX-512",
+        accumulate,
+        // SAFETY: AVX-512F is there.
+        widen: |src, out| unsafe { widen(src, out) },
+    })
 }
 
-fn accumulate(panel: Panel<'_>, x: Rows<'_>, out: &mut [f32], out_stride: usize) {
-    in_blocks!(x, 8, |first| by_format(panel, x, first, out, out_stride));
+/// # Safety
+/// AVX-512F.
+#[target_feature(enable = "avx512f")]
+unsafe fn widen(src: &[f16], out: &mut [f32]) {
+    let whole = src.len() / 16 * 16;
+    for (src, out) in src.chunks_exact(16).zip(out.chunks_exact_mut(16)) {
+        // SAFETY: both have 16 numbers.
+        unsafe {
+            let halves = _mm256_loadu_si256(src.as_ptr().cast());
+            _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtph_ps(halves));
+        }
+    }
+    out[whole..].iter_mut().zip(&src[whole..]).for_each(|(out, x)| *out = x.to_f32());
+}
+
+fn accumulate(panel: Panel<'_>, x: Rows<'_>, start: &[f32], out: &mut [f32], out_stride: usize) {
+    in_blocks!(x, 8, |first| by_format(panel, x, first, start, out, out_stride));
 }
 
 /// # Safety
@@ -22,20 +44,21 @@ unsafe fn by_format<const R: usize>(
     panel: Panel<'_>,
     x: Rows<'_>,
     first: usize,
+    start: &[f32],
     out: &mut [f32],
     out_stride: usize,
 ) {
     // SAFETY: as this function's.
     unsafe {
         match (panel.bits, panel.width) {
-            (1, 1) => rows::<R, 1, 1>(panel, x, first, out, out_stride),
-            (1, _) => rows::<R, 2, 1>(panel, x, first, out, out_stride),
-            (2, 1) => rows::<R, 1, 2>(panel, x, first, out, out_stride),
-            (2, _) => rows::<R, 2, 2>(panel, x, first, out, out_stride),
-            (4, 1) => rows::<R, 1, 4>(panel, x, first, out, out_stride),
-            (4, _) => rows::<R, 2, 4>(panel, x, first, out, out_stride),
-            (_, 1) => rows::<R, 1, 8>(panel, x, first, out, out_stride),
-            (_, _) => rows::<R, 2, 8>(panel, x, first, out, out_stride),
+            (1, 1) => rows::<R, 1, 1>(panel, x, first, start, out, out_stride),
+            (1, _) => rows::<R, 2, 1>(panel, x, first, start, out, out_stride),
+            (2, 1) => rows::<R, 1, 2>(panel, x, first, start, out, out_stride),
+            (2, _) => rows::<R, 2, 2>(panel, x, first, start, out, out_stride),
+            (4, 1) => rows::<R, 1, 4>(panel, x, first, start, out, out_stride),
+            (4, _) => rows::<R, 2, 4>(panel, x, first, start, out, out_stride),
+            (_, 1) => rows::<R, 1, 8>(panel, x, first, start, out, out_stride),
+            (_, _) => rows::<R, 2, 8>(panel, x, first, start, out, out_stride),
         }
     }
 }
@@ -49,6 +72,7 @@ unsafe fn rows<const R: usize, const W: usize, const B: usize>(
     panel: Panel<'_>,
     x: Rows<'_>,
     first: usize,
+    start: &[f32],
     out: &mut [f32],
     out_stride: usize,
 ) {
@@ -59,8 +83,8 @@ unsafe fn rows<const R: usize, const W: usize, const B: usize>(
     let mut sums = [[_mm512_setzero_ps(); W]; R];
     let x_first = x.data[first * x.stride..].as_ptr();
     for (word, lines) in panel.codes.chunks_exact(W).enumerate() {
-        let start = word * (32 / B);
-        if start >= x.steps {
+        let begin = word * (32 / B);
+        if begin >= x.steps {
             break;
         }
         let mut words = [_mm512_setzero_si512(); W];
@@ -68,14 +92,14 @@ unsafe fn rows<const R: usize, const W: usize, const B: usize>(
             // SAFETY: a line is 64 bytes.
             *words = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
         }
-        for i in 0..(32 / B).min(x.steps - start) {
+        for i in 0..(32 / B).min(x.steps - begin) {
             let mut codes = [_mm512_setzero_ps(); W];
             for (codes, &words) in codes.iter_mut().zip(&words) {
                 *codes = decode::<B>(words, i, table);
             }
             for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: row first + r < x.count and step start + i < x.steps lie in `x.data`.
-                let weight = unsafe { *x_first.add(r * x.stride + start + i) };
+                // SAFETY: row first + r < x.count and step begin + i < x.steps lie in `x.data`.
+                let weight = unsafe { *x_first.add(r * x.stride + begin + i) };
                 for (sum, code) in sums.iter_mut().zip(codes) {
                     *sum = _mm512_fmadd_ps(_mm512_set1_ps(weight), code, *sum);
                 }
@@ -84,13 +108,15 @@ unsafe fn rows<const R: usize, const W: usize, const B: usize>(
     }
     for (r, sums) in sums.iter().enumerate() {
         let out = &mut out[(first + r) * out_stride..][..16 * W];
+        let (start, unit) = (
+            _mm512_set1_ps(start[first + r]),
+            _mm512_set1_ps(if B == 8 { panel.unit } else { 1.0 }),
+        );
         for (&sum, out) in sums.iter().zip(out.chunks_exact_mut(16)) {
-            let unit = _mm512_set1_ps(if B == 8 { panel.unit } else { 1.0 });
             // SAFETY: `out` holds 16 numbers.
             unsafe {
-                let before = _mm512_loadu_ps(out.as_ptr());
-                let after = _mm512_fmadd_ps(sum, unit, before);
-                _mm512_storeu_ps(out.as_mut_ptr(), after);
+                let before = _mm512_add_ps(_mm512_loadu_ps(out.as_ptr()), start);
+                _mm512_storeu_ps(out.as_mut_ptr(), _mm512_fmadd_ps(sum, unit, before));
             }
         }
     }

@@ -30,7 +30,10 @@ mod portable;
 #[cfg(test)]
 mod tests;
 
+use std::sync::OnceLock;
+
 use crate::packed::Line;
+use half::f16;
 
 /// A panel's words for a run of steps.
 #[derive(Debug, Clone, Copy)]
@@ -58,40 +61,84 @@ pub struct Rows<'a> {
     pub steps: usize,
 }
 
-/// A way to do it: rows of vectors, a panel, and rows of sums so far apart.
-type Kernel = fn(Panel<'_>, Rows<'_>, &mut [f32], usize);
+/// A panel, rows of vectors, what each row's sums begin with, rows of sums so far, and how far apart these are.
+type Accumulate = fn(Panel<'_>, Rows<'_>, &[f32], &mut [f32], usize);
 
-/// `out[r * out_stride + lane] += unit * Σ_s x[r][s] code[s][lane]`, for all lanes of the panel.
+/// One instruction set's way.
+#[derive(Debug, Clone, Copy)]
+struct Kernels {
+    #[cfg_attr(not(test), expect(dead_code, reason = "tests name the kernel that fails"))]
+    name: &'static str,
+    accumulate: Accumulate,
+    /// Writes halves as floats, in a slice of the same length.
+    widen: fn(&[f16], &mut [f32]),
+}
+
+/// `out[r * out_stride + lane] += start[r] + unit * Σ_s x[r][s] code[s][lane]`, for all lanes of the panel.
 ///
 /// # Panics
-/// If the rows of `x`, the codes or the rows of `out` reach beyond their slices.
-pub fn accumulate(panel: Panel<'_>, x: Rows<'_>, out: &mut [f32], out_stride: usize) {
-    let kernel = kernels().last().map_or(portable::accumulate as Kernel, |(_, kernel)| kernel);
-    run(kernel, panel, x, out, out_stride);
+/// If the rows of `x`, the starts, the codes or the rows of `out` reach beyond their slices.
+pub fn accumulate(
+    panel: Panel<'_>,
+    x: Rows<'_>,
+    start: &[f32],
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    run(best().accumulate, panel, x, start, out, out_stride);
+}
+
+/// Halves as floats, in the place of what `out` held.
+pub fn widen(src: &[f16], out: &mut Vec<f32>) {
+    out.resize(src.len(), 0.0);
+    (best().widen)(src, out);
+}
+
+/// Halves as floats.
+///
+/// # Panics
+/// If the slices differ in length.
+pub fn widen_into(src: &[f16], out: &mut [f32]) {
+    assert_eq!(src.len(), out.len(), "floats");
+    (best().widen)(src, out);
 }
 
 /// Checks what the kernels, some of them in raw pointers, rely on.
-fn run(kernel: Kernel, panel: Panel<'_>, x: Rows<'_>, out: &mut [f32], out_stride: usize) {
-    if x.count == 0 || x.steps == 0 {
+fn run(
+    accumulate: Accumulate,
+    panel: Panel<'_>,
+    x: Rows<'_>,
+    start: &[f32],
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    if x.count == 0 {
         return;
     }
     assert!(matches!(panel.width, 1 | 2) && matches!(panel.bits, 1 | 2 | 4 | 8), "panel");
     assert!((x.count - 1) * x.stride + x.steps <= x.data.len(), "rows of the vectors");
+    assert!(x.count <= start.len(), "starts");
     assert!((x.count - 1) * out_stride + 16 * panel.width <= out.len(), "rows of the sums");
     assert!(x.steps.div_ceil(32 / panel.bits) * panel.width <= panel.codes.len(), "codes");
-    kernel(panel, x, out, out_stride);
+    accumulate(panel, x, start, out, out_stride);
 }
 
-/// The kernels that this machine can run, the fastest last.
-fn kernels() -> impl DoubleEndedIterator<Item = (&'static str, Kernel)> {
+/// The fastest that this machine can run.
+fn best() -> &'static Kernels {
+    static BEST: OnceLock<Kernels> = OnceLock::new();
+    BEST.get_or_init(|| kernels().last().unwrap_or(portable::KERNELS))
+}
+
+/// All that this machine can run, the fastest last.
+fn kernels() -> impl Iterator<Item = Kernels> {
     [
-        Some(("portable", portable::accumulate as Kernel)),
+        Some(portable::KERNELS),
         #[cfg(target_arch = "x86_64")]
-        avx2::kernel().map(|kernel| ("AVX2", kernel)),
+        avx2::kernels(),
         #[cfg(target_arch = "x86_64")]
-        avx512::kernel().map(|kernel| ("AVX-512", kernel)),
+        avx512::kernels(),
         #[cfg(target_arch = "aarch64")]
-        Some(("NEON", neon::accumulate as Kernel)),
+        Some(neon::KERNELS),
     ]
     .into_iter()
     .flatten()

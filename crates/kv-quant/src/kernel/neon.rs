@@ -1,15 +1,17 @@
 //! The kernel with NEON: a line is four registers.
 
-use super::{Panel, Rows};
+use super::{Kernels, Panel, Rows, portable};
 use std::arch::aarch64::{
-    vandq_u32, vcvtq_f32_u32, vdupq_n_f32, vdupq_n_s32, vdupq_n_u32, vfmaq_f32, vfmaq_n_f32,
-    vld1q_f32, vld1q_u32, vshlq_u32, vst1q_f32,
+    vaddq_f32, vandq_u32, vcvtq_f32_u32, vdupq_n_f32, vdupq_n_s32, vdupq_n_u32, vfmaq_f32,
+    vfmaq_n_f32, vld1q_f32, vld1q_u32, vshlq_u32, vst1q_f32,
 };
 
-/// As [`accumulate`](super::accumulate).
-pub fn accumulate(panel: Panel<'_>, x: Rows<'_>, out: &mut [f32], out_stride: usize) {
+/// Every 64-bit ARM machine has NEON.
+pub const KERNELS: Kernels = Kernels { name: "NEON", accumulate, widen: portable::widen };
+
+fn accumulate(panel: Panel<'_>, x: Rows<'_>, start: &[f32], out: &mut [f32], out_stride: usize) {
     for half in 0..panel.width {
-        in_blocks!(x, 4, |first| rows(panel, half, x, first, &mut *out, out_stride));
+        in_blocks!(x, 4, |first| rows(panel, half, x, first, start, &mut *out, out_stride));
     }
 }
 
@@ -23,6 +25,7 @@ unsafe fn rows<const R: usize>(
     half: usize,
     x: Rows<'_>,
     first: usize,
+    start: &[f32],
     out: &mut [f32],
     out_stride: usize,
 ) {
@@ -32,8 +35,8 @@ unsafe fn rows<const R: usize>(
     let mut sums = [[vdupq_n_f32(0.0); 4]; R];
     let x_first = x.data[first * x.stride..].as_ptr();
     for (word, line) in panel.codes.iter().skip(half).step_by(panel.width).enumerate() {
-        let start = word * per_word;
-        if start >= x.steps {
+        let begin = word * per_word;
+        if begin >= x.steps {
             break;
         }
         let mut words = [vdupq_n_u32(0); 4];
@@ -41,7 +44,7 @@ unsafe fn rows<const R: usize>(
             // SAFETY: a register holds 4 words.
             *word = unsafe { vld1q_u32(line.as_ptr()) };
         }
-        for step in start..x.steps.min(start + per_word) {
+        for step in begin..x.steps.min(begin + per_word) {
             let mut codes = [vdupq_n_f32(0.0); 4];
             for (code, word) in codes.iter_mut().zip(&mut words) {
                 *code = vcvtq_f32_u32(vandq_u32(*word, mask));
@@ -58,10 +61,11 @@ unsafe fn rows<const R: usize>(
     }
     for (r, sums) in sums.iter().enumerate() {
         let out = &mut out[(first + r) * out_stride + 16 * half..][..16];
+        let start = vdupq_n_f32(start[first + r]);
         for (&sum, out) in sums.iter().zip(out.chunks_exact_mut(4)) {
             // SAFETY: `out` holds 4 numbers.
             unsafe {
-                let before = vld1q_f32(out.as_ptr());
+                let before = vaddq_f32(vld1q_f32(out.as_ptr()), start);
                 vst1q_f32(out.as_mut_ptr(), vfmaq_n_f32(before, sum, panel.unit));
             }
         }

@@ -1,9 +1,20 @@
 //! The kernel in plain Rust, the yardstick of the others.
 
-use super::{Panel, Rows};
+use super::{Kernels, Panel, Rows};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 
-/// As [`accumulate`](super::accumulate).
-pub fn accumulate(panel: Panel<'_>, x: Rows<'_>, out: &mut [f32], out_stride: usize) {
+/// What any machine can run.
+pub const KERNELS: Kernels = Kernels { name: "portable", accumulate, widen };
+
+pub fn widen(src: &[f16], out: &mut [f32]) {
+    src.convert_to_f32_slice(out);
+}
+
+fn accumulate(panel: Panel<'_>, x: Rows<'_>, start: &[f32], out: &mut [f32], out_stride: usize) {
+    for (r, start) in start[..x.count].iter().enumerate() {
+        out[r * out_stride..][..16 * panel.width].iter_mut().for_each(|sum| *sum += start);
+    }
     let (mask, per_word) = ((1u32 << panel.bits) - 1, 32 / panel.bits);
     for (i, line) in panel.codes.iter().enumerate() {
         let (word, half) = (i / panel.width, i % panel.width);

@@ -1,6 +1,7 @@
 //! Every kernel that this machine can run against the portable one.
 
 use super::{Panel, Rows, kernels, run};
+use half::f16;
 
 /// A small generator of repeatable words.
 fn words(seed: u64) -> impl FnMut() -> u32 {
@@ -43,11 +44,12 @@ fn steps_to_lines(steps: usize, bits: usize, width: usize) -> usize {
 
 fn check(panel: Panel<'_>, x: Rows<'_>, out_stride: usize) {
     let before = vec![0.25; x.count * out_stride];
+    let start: Vec<f32> = (0..x.count).map(|r| r as f32 - 1.5).collect();
     let results: Vec<_> = kernels()
-        .map(|(name, kernel)| {
+        .map(|kernels| {
             let mut out = before.clone();
-            run(kernel, panel, x, &mut out, out_stride);
-            (name, out)
+            run(kernels.accumulate, panel, x, &start, &mut out, out_stride);
+            (kernels.name, out)
         })
         .collect();
     let largest = panel.unit * ((1 << panel.bits) * x.steps) as f32;
@@ -57,6 +59,19 @@ fn check(panel: Panel<'_>, x: Rows<'_>, out_stride: usize) {
             assert!(error <= 1e-6 * largest, "{name} {} bits, {i}: {got}, not {want}", panel.bits);
             // What lies between the rows is left alone.
             assert!(i % out_stride < 16 * panel.width || *got == 0.25, "{name} wrote at {i}");
+        }
+    }
+}
+
+#[test]
+fn halves_become_floats() {
+    let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).filter(|x| !x.is_nan()).collect();
+    for kernels in kernels() {
+        for len in [0, 1, 7, 8, 15, 16, 17, 33, halves.len()] {
+            let mut out = vec![0.0; len];
+            (kernels.widen)(&halves[..len], &mut out);
+            let same = halves.iter().zip(&out).all(|(half, &x)| half.to_f32() == x);
+            assert!(same, "{}, {len}", kernels.name);
         }
     }
 }

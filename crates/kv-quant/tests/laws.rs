@@ -1,0 +1,224 @@
+//! Laws of the codec and of the heads, on random shapes and numbers.
+
+use half::{bf16, f16};
+use kv_quant::{
+    Axis, Bits, Error, Flush, Format, Head, KeyBasis, Packed, Quantizer, Queries, Scheme, attend,
+    mass,
+};
+use proptest::prelude::*;
+
+fn bits() -> impl Strategy<Value = Bits> {
+    prop_oneof![Just(Bits::Two), Just(Bits::Three), Just(Bits::Four), Just(Bits::Eight)]
+}
+
+fn group() -> impl Strategy<Value = usize> {
+    prop_oneof![Just(32usize), Just(64), Just(128)]
+}
+
+fn axis() -> impl Strategy<Value = Axis> {
+    prop_oneof![Just(Axis::Tokens), Just(Axis::Channels)]
+}
+
+fn scheme() -> impl Strategy<Value = Scheme> {
+    (bits(), axis(), group()).prop_map(|(b, a, g)| Scheme::new(b, a, g).unwrap())
+}
+
+fn format() -> impl Strategy<Value = Format> {
+    let flush = prop_oneof![
+        Just(Flush::Immediate),
+        Just(Flush::Together),
+        Just(Flush::Never),
+        Just(Flush::Staggered(128)),
+    ];
+    let basis = prop_oneof![Just(KeyBasis::Given), Just(KeyBasis::Hadamard)];
+    (scheme(), bits(), group(), flush, basis).prop_filter_map(
+        "keys along tokens are not flushed at once",
+        |(keys, bits, group, flush, basis)| {
+            let values = Scheme::new(bits, Axis::Channels, group).unwrap();
+            Some(Format::new(keys, values, flush).ok()?.with_basis(basis))
+        },
+    )
+}
+
+/// A matrix of numbers between wide extremes: rows, columns, numbers.
+fn matrix(rows: usize) -> impl Strategy<Value = (usize, Vec<f32>)> {
+    let size = (1..=rows, 1usize..70, -6i32..5);
+    size.prop_flat_map(|(rows, columns, exponent)| {
+        let number = (-1000i32..=1000).prop_map(move |x| x as f32 * 10f32.powi(exponent - 3));
+        (Just(columns), prop::collection::vec(number, rows * columns))
+    })
+}
+
+/// Repeatable numbers for the heads' keys and values.
+fn numbers(seed: u32, count: usize) -> Vec<f32> {
+    (0..count).map(|i| ((i as f32 + seed as f32) * 1.618).sin() * 1.5 + 0.3).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 96 }, ..Default::default() })]
+
+    #[test]
+    fn what_comes_back_is_within_half_a_step((columns, x) in matrix(80), scheme in scheme(), lanes in axis()) {
+        let packed = Packed::quantize(&x, columns, scheme, lanes).unwrap();
+        let mut back = vec![0.0; x.len()];
+        packed.dequantize(&mut back).unwrap();
+        for (i, (&x, back)) in x.iter().zip(back).enumerate() {
+            let (row, column) = (i / columns, i % columns);
+            let (scale, zero) = packed.params(row, column).unwrap();
+            let x = f16::from_f32(x).to_f32();
+            // Beside half a step: the scale's own rounding shifts the last code by up to max_code / 2 of its last places, and
+            // the difference and the quotient are rounded to f16 before they become a code.
+            let (scale, largest) = (scale.to_f32(), scheme.bits.max_code() as f32);
+            let ulp = |x: f32| (x * f32::from(f16::EPSILON)).max(6e-8);
+            let slack = largest * ulp(scale) / 2.0 + ulp((x - zero.to_f32()).abs()) + ulp(largest) * scale / 2.0;
+            prop_assert!((x - back).abs() <= scale / 2.0 + slack, "{x} -> {back}, scale {scale}");
+        }
+    }
+
+    #[test]
+    fn packing_is_a_bijection(codes in prop::collection::vec(0u8..=255, 64 * 33), bits in bits(), lanes in axis()) {
+        // Codes that are the numbers themselves: with 0 and the largest code in each group the scale is 1.
+        let largest = bits.max_code() as u8;
+        let (rows, columns) = (64, 33);
+        let mut x: Vec<f32> = codes.iter().map(|c| f32::from(c & largest)).collect();
+        for row in 0..rows {
+            x[row * columns] = 0.0;
+            x[row * columns + 1] = f32::from(largest);
+            (x[row * columns + 32], x[row * columns + 31]) = (0.0, f32::from(largest));
+        }
+        let scheme = Scheme::new(bits, Axis::Channels, 64).unwrap();
+        let packed = Packed::quantize(&x, columns, scheme, lanes).unwrap();
+        for (i, &x) in x.iter().enumerate() {
+            prop_assert_eq!(packed.code(i / columns, i % columns), Some(x as u8));
+        }
+    }
+
+    #[test]
+    fn a_constant_group_is_exact(x in -60000f32..60000.0, (columns, of) in matrix(40), scheme in scheme(), lanes in axis()) {
+        let constant = vec![x; of.len()];
+        let packed = Packed::quantize(&constant, columns, scheme, lanes).unwrap();
+        let mut back = vec![0.0; of.len()];
+        packed.dequantize(&mut back).unwrap();
+        prop_assert!(back.iter().all(|&b| b == f16::from_f32(x).to_f32()));
+    }
+
+    #[test]
+    fn bad_numbers_are_named(
+        (columns, x) in matrix(40), at in any::<prop::sample::Index>(), scheme in scheme(),
+        bad in prop_oneof![Just(f32::NAN), Just(f32::INFINITY), Just(f32::NEG_INFINITY), Just(1e6)],
+    ) {
+        let (at, mut x) = (at.index(x.len()), x);
+        x[at] = bad;
+        let (want_row, want_column) = (at / columns, at % columns);
+        match Packed::quantize(&x, columns, scheme, Axis::Tokens) {
+            Err(Error::NotFinite { value, row, column }) => {
+                prop_assert!(!bad.is_finite() && (value == bad || bad.is_nan()));
+                prop_assert_eq!((row, column), (want_row, want_column));
+            }
+            Err(Error::OutOfRange { row, column, .. }) => {
+                prop_assert!(bad.is_finite());
+                prop_assert_eq!((row, column), (want_row, want_column));
+            }
+            other => prop_assert!(false, "{other:?}"),
+        }
+        let halves: Vec<f16> = x.iter().map(|&x| f16::from_f32(x)).collect();
+        prop_assert!(Packed::quantize(&halves, columns, scheme, Axis::Tokens).is_err());
+    }
+
+    #[test]
+    fn rows_one_by_one_equal_rows_at_once((columns, x) in matrix(60), bits in bits(), group in group(), lanes in axis()) {
+        let scheme = Scheme::new(bits, Axis::Channels, group).unwrap();
+        let once = Packed::quantize(&x, columns, scheme, lanes).unwrap();
+        let mut steps = Packed::new(x.len() / columns, columns, scheme, lanes).unwrap();
+        for row in x.chunks(columns) {
+            steps.push(row, &mut Quantizer::default()).unwrap();
+        }
+        prop_assert_eq!(once, steps);
+    }
+
+    #[test]
+    fn all_number_formats_agree((columns, x) in matrix(40), scheme in scheme(), lanes in axis()) {
+        let narrow: Vec<bf16> = x.iter().map(|&x| bf16::from_f32(x)).collect();
+        let wide: Vec<f32> = narrow.iter().map(|x| x.to_f32()).collect();
+        let halves: Vec<f16> = wide.iter().map(|&x| f16::from_f32(x)).collect();
+        let packed = Packed::quantize(&wide, columns, scheme, lanes).unwrap();
+        prop_assert_eq!(&packed, &Packed::quantize(&narrow, columns, scheme, lanes).unwrap());
+        prop_assert_eq!(&packed, &Packed::quantize(&halves, columns, scheme, lanes).unwrap());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 48 }, ..Default::default() })]
+
+    #[test]
+    fn tokens_one_by_one_equal_tokens_at_once(format in format(), tokens in 1usize..300, d in 1usize..40) {
+        let (k, v) = (numbers(1, tokens * d), numbers(2, tokens * d));
+        let mut once = Head::new(d, format).unwrap();
+        once.append(&k, &v).unwrap();
+        let mut steps = Head::new(d, format).unwrap();
+        for (k, v) in k.chunks(d).zip(v.chunks(d)) {
+            steps.append(k, v).unwrap();
+        }
+        prop_assert_eq!(once.read(), steps.read());
+        prop_assert_eq!(once.bytes().codes, steps.bytes().codes);
+        prop_assert_eq!(once.bytes().residual, steps.bytes().residual);
+    }
+
+    #[test]
+    fn fused_attention_equals_dequantize_then_attend(
+        format in format(), tokens in 1usize..400, d in 1usize..100, group in 1usize..6, queries in 1usize..4, keep in 1u32..5,
+    ) {
+        let mut head = Head::new(d, format).unwrap();
+        head.append(&numbers(3, tokens * d), &numbers(4, tokens * d)).unwrap();
+        head.retain(&(0..tokens as u32).filter(|e| e % 5 < keep).collect::<Vec<_>>()).unwrap();
+        let (len, scale) = (head.len(), (d as f32).powf(-0.5));
+        let q = numbers(5, group * queries * d);
+        let all = Queries { data: &q, heads: group, tokens: queries, scale, soft_cap: Some(30.0) };
+        let heads = [head];
+        let got = attend(&heads, 1, &all, |_, _| 0..len).unwrap();
+        let (keys, values) = heads[0].read();
+        for (row, q) in q.chunks(d).enumerate() {
+            let dot = |k: &[f32]| -> f64 { q.iter().zip(k).map(|(a, b)| f64::from(a * b)).sum() };
+            let score = |k| 30.0 * (dot(k) * f64::from(scale) / 30.0).tanh();
+            let scores: Vec<f64> = keys.chunks(d).map(score).collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+            let mut want = vec![0.0; d];
+            for (s, v) in scores.iter().zip(values.chunks(d)) {
+                let p = (s - max).exp() / sum;
+                want.iter_mut().zip(v).for_each(|(w, &v)| *w += p * f64::from(v));
+            }
+            let largest = want.iter().fold(1e-6f64, |a, w| a.max(w.abs()));
+            for (got, want) in got.out[row * d..].iter().zip(&want) {
+                prop_assert!((f64::from(*got) - want).abs() <= 1e-3 * largest, "{got}, not {want}");
+            }
+            prop_assert!((f64::from(got.lse[row]) - (max + sum.ln())).abs() < 1e-3);
+        }
+        // Masses are probabilities: each query's add up to 1.
+        let mass = mass(&heads, 1, &all, &got.lse, |_, _| 0..len).unwrap();
+        for of_head in mass {
+            prop_assert_eq!(of_head.len(), len);
+            prop_assert!((of_head.iter().sum::<f32>() - queries as f32).abs() < 1e-2);
+        }
+    }
+
+    #[test]
+    fn what_is_retained_is_untouched(format in format(), tokens in 1usize..300, keep in prop::collection::vec(any::<bool>(), 300)) {
+        let d = 24;
+        let mut head = Head::new(d, format).unwrap();
+        head.append(&numbers(6, tokens * d), &numbers(7, tokens * d)).unwrap();
+        let (keys, values) = head.read();
+        let keep: Vec<u32> = (0..tokens as u32).filter(|&e| keep[e as usize]).collect();
+        head.retain(&keep).unwrap();
+        let rows = |x: &[f32]| -> Vec<f32> {
+            keep.iter().flat_map(|&e| x[e as usize * d..][..d].to_vec()).collect()
+        };
+        prop_assert_eq!(head.read(), (rows(&keys), rows(&values)));
+        // Later tokens find their places.
+        head.append(&numbers(8, 150 * d), &numbers(9, 150 * d)).unwrap();
+        prop_assert_eq!(head.len(), keep.len() + 150);
+        if matches!(format.flush(), Flush::Immediate | Flush::Never) {
+            prop_assert_eq!(&head.read().0[..keep.len() * d], rows(&keys));
+        }
+    }
+}
