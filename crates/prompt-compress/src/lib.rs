@@ -4,13 +4,20 @@
 pub mod baseline;
 #[cfg(feature = "hub")]
 mod hub;
+pub mod llmlingua;
 pub mod llmlingua2;
+mod meter;
 mod percentile;
+mod selective_context;
 mod structured;
+mod target;
 mod tokens;
 mod units;
 
+pub use llmlingua::LlmLingua;
 pub use llmlingua2::LlmLingua2;
+pub use selective_context::{SelectiveContext, Unit};
 pub use structured::{Section, StructuredPrompt};
+pub use target::Target;
 pub use tokens::cl100k_tokens;
 pub use units::{sentences, words};

@@ -15,7 +15,7 @@ mod words;
 use std::path::Path;
 
 pub use checkpoint::Family;
-pub use compress::{Compression, ContextFilter, ContextTarget, Label, Request, Scored, Target};
+pub use compress::{Compression, ContextFilter, ContextTarget, Label, Request, Scored};
 
 use candle_core::Device;
 use checkpoint::{Config, Weights};

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use longctx_core::Rate;
-use prompt_compress::LlmLingua2;
 use prompt_compress::llmlingua2::{
-    Compression, ContextTarget, Family, Request, Settings, Target, WordProbability,
+    Compression, ContextTarget, Family, Request, Settings, WordProbability,
 };
+use prompt_compress::{LlmLingua2, Target};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 

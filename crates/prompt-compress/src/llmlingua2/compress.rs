@@ -7,19 +7,11 @@ use super::LlmLingua2;
 use super::forced::Forced;
 use super::windows::Window;
 use super::words::{Word, select};
+use crate::Target;
 use crate::percentile::{Number, percentile};
 use crate::tokens::cl100k_tokens;
 use longctx_core::{Compressed, Error, Piece, Rate, Result};
 use regex::Regex;
-
-/// How much stays.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Target {
-    /// A share of the tokens.
-    Rate(Rate),
-    /// So many tokens of `cl100k_base` in all contexts together.
-    Tokens(usize),
-}
 
 /// How many contexts stay, to be compressed.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -46,7 +38,7 @@ pub struct ContextFilter {
 /// What to do with scored contexts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
-    /// How much stays.
+    /// How much stays, in tokens of `cl100k_base`.
     pub target: Target,
     /// Whether words are dropped at all; with a filter alone, whole contexts are.
     pub drop_words: bool,

@@ -1,0 +1,354 @@
+//! LLMLingua and LongLLMLingua: what surprises a small model stays.
+//!
+//! Jiang et al., *LLMLingua: Compressing Prompts for Accelerated Inference of Large Language Models*, arXiv 2310.05736, and
+//! *LongLLMLingua: Accelerating and Enhancing LLMs in Long Context Scenarios via Prompt Compression*, arXiv 2310.06839. Gives the
+//! texts of the Python package `llmlingua` 0.2.2 (`compress_prompt`) as long as the text that is kept fits the model's context. Beyond
+//! it the package cuts its cache in the middle and goes on with positions and losses that no longer match; here the model reads the
+//! newer half of its context anew.
+
+mod budget;
+mod cut;
+mod documents;
+mod ratios;
+mod segments;
+
+use std::ops::Range;
+
+pub use documents::Documents;
+
+use crate::meter::{Meter, count, encode, failed};
+use crate::tokens::cl100k_tokens;
+use crate::{Target, sentences};
+use documents::{Joined, Kept};
+use longctx_core::{CausalLm, Compressed, Error, Prompt, PromptCompressor, Rate, Result};
+use ratios::ratios;
+use segments::{Plan, compress};
+use tokenizers::Tokenizer;
+
+/// Where the question stands when a document is weighed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Before it: how well the question foretells the document.
+    Before,
+    /// After it: how well the document foretells the question.
+    After,
+}
+
+/// How documents and sentences are ranked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rank {
+    /// By their own perplexity, the most surprising first (LLMLingua).
+    Plain,
+    /// By their bearing on the question (LongLLMLingua).
+    Question(Place),
+}
+
+/// What tokens are weighed by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weigh {
+    /// Their loss.
+    Loss,
+    /// Their loss with the question before the text.
+    Conditioned,
+    /// What the question takes away from their loss (contrastive perplexity).
+    Contrast,
+}
+
+/// The order in which documents come out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// As they were.
+    Original,
+    /// Best first.
+    Ranked,
+    /// The best at both ends, the worst in the middle.
+    BestAtBothEnds,
+}
+
+/// Tokens of whole documents that go on to finer choices, from the target.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Budget {
+    /// So many more.
+    Plus(f64),
+    /// So many times more.
+    Times(f64),
+}
+
+impl Budget {
+    fn of(self, target: f64) -> f64 {
+        match self {
+            Budget::Plus(tokens) => target + tokens,
+            Budget::Times(factor) => target * factor,
+        }
+    }
+}
+
+/// How sentences are chosen.
+#[derive(Debug, Clone)]
+pub struct Sentences {
+    /// Tokens of sentences that stay, from the target.
+    pub budget: f64,
+    /// How a document is cut: ranges that tile it.
+    pub split: fn(&str) -> Vec<Range<usize>>,
+    /// Sentences at the start of all that get the bonus; only where the question ranks.
+    pub first: usize,
+    /// Sentences at the end of all that get the bonus; only where the question ranks.
+    pub last: usize,
+    /// What is added to their mean loss. As in the package a bonus puts a sentence behind others where the question ranks.
+    pub bonus: f32,
+}
+
+impl Default for Sentences {
+    /// The package's numbers, and sentences as Unicode has them; the package takes NLTK's.
+    fn default() -> Self {
+        Self { budget: 1.4, split: sentences, first: 0, last: 0, bonus: 100.0 }
+    }
+}
+
+/// How to compress.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// How documents and sentences are ranked.
+    pub rank: Rank,
+    /// Whether whole documents are left out first. It does nothing where there is only one.
+    pub choose_documents: bool,
+    /// Tokens of documents that stay.
+    pub document_budget: Budget,
+    /// Documents that stay in any case.
+    pub force_documents: Vec<usize>,
+    /// The order in which documents come out.
+    pub order: Order,
+    /// How much more of the best document's tokens stays than of the middle one's, as a share.
+    pub dynamic_ratio: f64,
+    /// Whether and how sentences are left out.
+    pub sentences: Option<Sentences>,
+    /// Whether tokens are left out.
+    pub choose_tokens: bool,
+    /// What tokens are weighed by.
+    pub weigh: Weigh,
+    /// Tokens that are cut at a time.
+    pub segment: usize,
+    /// The token that separates documents, if pairs of it stay.
+    pub keep_split: Option<u32>,
+    /// Whether the question comes out after the documents.
+    pub append_question: bool,
+}
+
+impl Settings {
+    /// LLMLingua with the package's defaults.
+    pub fn llmlingua() -> Self {
+        Self {
+            rank: Rank::Plain,
+            choose_documents: true,
+            document_budget: Budget::Plus(100.0),
+            force_documents: Vec::new(),
+            order: Order::Original,
+            dynamic_ratio: 0.0,
+            sentences: None,
+            choose_tokens: true,
+            weigh: Weigh::Loss,
+            segment: 200,
+            keep_split: None,
+            append_question: false,
+        }
+    }
+
+    /// LongLLMLingua with the settings that its authors recommend.
+    pub fn long() -> Self {
+        Self {
+            rank: Rank::Question(Place::After),
+            order: Order::Ranked,
+            dynamic_ratio: 0.3,
+            weigh: Weigh::Contrast,
+            ..Self::llmlingua()
+        }
+    }
+}
+
+/// A compressed prompt with its counts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Compression {
+    /// The shorter text; its record speaks of the documents' text.
+    pub compressed: Compressed,
+    /// Tokens of `cl100k_base` before, with the instruction and the question.
+    pub original_tokens: usize,
+    /// Tokens of `cl100k_base` after.
+    pub compressed_tokens: usize,
+}
+
+/// A causal model that prompts are compressed with.
+#[derive(Debug)]
+pub struct LlmLingua<M> {
+    meter: Meter<M>,
+    plain: Option<Meter<M>>,
+    tokenizer: Tokenizer,
+    settings: Settings,
+}
+
+impl<M: CausalLm> LlmLingua<M> {
+    /// A model and its tokenizer.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a segment of 0 tokens.
+    pub fn new(model: M, tokenizer: Tokenizer, settings: Settings) -> Result<Self> {
+        if settings.segment == 0 {
+            return Err(Error::setting("segment", "at least 1 token", 0));
+        }
+        Ok(Self { meter: Meter::new(model), plain: None, tokenizer, settings })
+    }
+
+    /// A second session of the same model: contrastive perplexity reads the text with and without the question, and one session for
+    /// both would read it all anew for every segment.
+    pub fn with_second(mut self, model: M) -> Self {
+        self.plain = Some(Meter::new(model));
+        self
+    }
+
+    /// The settings.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Compresses documents; targets are in the model's own tokens, the instruction and the question among them as in the package.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] without documents, or without a question where the settings ask for one; [`Error::Setting`] for a question so
+    /// long that two segments no longer fit the context beside it; whatever the model reports.
+    pub fn compress_documents(
+        &mut self,
+        documents: &Documents,
+        instruction: &str,
+        question: &str,
+        target: Target,
+    ) -> Result<Compression> {
+        let asks = self.settings.rank != Rank::Plain || self.settings.weigh != Weigh::Loss;
+        if asks && question.trim().is_empty() {
+            return Err(Error::mismatch("prompt", "a question", "none"));
+        }
+        let source = documents.text.as_str();
+        let texts: Vec<&str> =
+            documents.ranges.iter().filter_map(|r| source.get(r.clone())).collect();
+        if texts.is_empty() || texts.len() < documents.ranges.len() {
+            let got = format!("{:?}", documents.ranges);
+            return Err(Error::mismatch("documents", "at least one, on character boundaries", got));
+        }
+        let target = self.tokens(&texts, instruction, question, target)?;
+        let kept = self.choose(documents, question, target)?;
+        let compressed = match self.settings.choose_tokens {
+            true => self.choose_tokens(&kept, source, question, target)?,
+            false => {
+                let joined = Joined::new(None, &kept, source);
+                let whole = 0..joined.text.len();
+                joined.record(std::slice::from_ref(&whole), source, joined.text.clone())
+            }
+        };
+        let before = [&[instruction], &texts[..], &[question]].concat().join("\n\n");
+        let question = if self.settings.append_question { question } else { "" };
+        let compressed = frame(compressed, instruction, question);
+        let compressed_tokens = cl100k_tokens(&compressed.text);
+        Ok(Compression {
+            compressed,
+            original_tokens: cl100k_tokens(before.trim()),
+            compressed_tokens,
+        })
+    }
+
+    /// The tokens of the documents that stay.
+    fn tokens(
+        &self,
+        texts: &[&str],
+        instruction: &str,
+        question: &str,
+        target: Target,
+    ) -> Result<f64> {
+        let rate = match target {
+            Target::Tokens(tokens) => return Ok(tokens as f64),
+            Target::Rate(rate) => rate.get(),
+        };
+        let (before, after) =
+            (count(&self.tokenizer, instruction)?, count(&self.tokenizer, question)?);
+        let mut all = before + after;
+        for text in texts {
+            all += count(&self.tokenizer, text)?;
+        }
+        let after = if self.settings.append_question { after } else { 0 };
+        Ok(all as f64 * rate - before as f64 - after as f64)
+    }
+
+    /// The coarse choices: documents, then sentences.
+    fn choose(&mut self, documents: &Documents, question: &str, target: f64) -> Result<Vec<Kept>> {
+        let source = documents.text.as_str();
+        let kept = match self.settings.choose_documents && documents.ranges.len() > 1 {
+            true => self.choose_documents(&documents.ranges, source, question, target)?,
+            false => {
+                let whole = |range: &Range<usize>| Kept { ranges: vec![range.clone()], bonus: 0.0 };
+                documents.ranges.iter().map(whole).collect()
+            }
+        };
+        match self.settings.sentences.clone() {
+            Some(sentences) => self.choose_sentences(kept, source, question, target, &sentences),
+            None => Ok(kept),
+        }
+    }
+
+    fn choose_tokens(
+        &mut self,
+        kept: &[Kept],
+        source: &str,
+        question: &str,
+        target: f64,
+    ) -> Result<Compressed> {
+        let (size, context) = (self.settings.segment, self.meter.context_length());
+        let prefix = Some(question).filter(|_| self.settings.weigh != Weigh::Loss);
+        let joined = Joined::new(prefix, kept, source);
+        let tokens = encode(&self.tokenizer, &joined.text, false)?;
+        let front = prefix.map_or(0, |prefix| prefix.len() + 2);
+        let start = tokens.offsets.partition_point(|offset| offset.start < front);
+        if start + 2 * size > context {
+            let expected =
+                format!("a question of at most {} tokens", context.saturating_sub(2 * size));
+            return Err(Error::setting("question", expected, start));
+        }
+        let mut lengths = Vec::with_capacity(kept.len());
+        for document in kept {
+            lengths.push(encode(&self.tokenizer, &document.text(source), false)?.ids.len() + 2);
+        }
+        let bonus: Vec<f64> = kept.iter().map(|document| document.bonus).collect();
+        let plan = Plan {
+            size,
+            start,
+            steps: &ratios(&lengths, &bonus, target, size),
+            split: self.settings.keep_split,
+            contrast: self.settings.weigh == Weigh::Contrast,
+        };
+        let left = compress(&mut self.meter, self.plain.as_mut(), tokens.ids, &plan)?;
+        let text = self.tokenizer.decode(&left.ids, false).map_err(failed)?;
+        let ranges: Vec<Range<usize>> =
+            left.origin.iter().map(|&i| tokens.offsets[i].clone()).collect();
+        Ok(joined.record(&ranges, source, text))
+    }
+}
+
+/// The instruction before, the question after, with empty lines between.
+fn frame(compressed: Compressed, instruction: &str, question: &str) -> Compressed {
+    let Compressed { text, mut pieces } = compressed;
+    let parts = [instruction, if text.trim().is_empty() { "" } else { &text }, question];
+    let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+    let shift = if instruction.is_empty() { 0 } else { instruction.len() + 2 };
+    for piece in &mut pieces {
+        piece.output = piece.output.start + shift..piece.output.end + shift;
+    }
+    Compressed { text: parts.join("\n\n"), pieces }
+}
+
+impl<M: CausalLm> PromptCompressor for LlmLingua<M> {
+    /// Paragraphs are the documents. Rate 1 gives the text back as it is.
+    fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed> {
+        if rate == Rate::ONE {
+            return Compressed::copy(prompt.text, std::iter::once(0..prompt.text.len()));
+        }
+        let documents = Documents::paragraphs(prompt.text);
+        let question = prompt.question.unwrap_or("");
+        Ok(self.compress_documents(&documents, "", question, Target::Rate(rate))?.compressed)
+    }
+}

@@ -1,0 +1,146 @@
+//! Coarse choices by perplexity: which documents, and which sentences.
+
+use std::ops::Range;
+
+use super::documents::Kept;
+use super::{LlmLingua, Order, Place, Rank, Sentences};
+use crate::meter::{count, encode, mean};
+use longctx_core::{CausalLm, Error, Result};
+
+/// What LongLLMLingua puts after a question, so that the model asks itself whether the answer is there.
+const RESTRICTION: &str = " We can get the answer to this question in the given documents.";
+
+impl<M: CausalLm> LlmLingua<M> {
+    /// The mean loss of a text, or of the question with the text before it, or of the text with the question before it.
+    fn surprise(&mut self, text: &str, question: &str) -> Result<f32> {
+        let (whole, first) = match self.settings.rank {
+            Rank::Plain => (text.to_owned(), 0),
+            Rank::Question(Place::After) => {
+                (format!("{text}{question}"), count(&self.tokenizer, text)? - 1)
+            }
+            Rank::Question(Place::Before) => {
+                (format!("{question}{text}"), count(&self.tokenizer, question)? - 1)
+            }
+        };
+        let mut ids = encode(&self.tokenizer, &whole, true)?.ids;
+        ids.truncate(self.meter.context_length());
+        let losses = self.meter.losses(&ids, 0)?;
+        Ok(mean(losses.get(first..).unwrap_or(&[])))
+    }
+
+    /// Texts, those that should stay first: the most surprising, or those that make the question least surprising.
+    fn rank(&self, surprises: &[f32]) -> Vec<usize> {
+        let key = |&i: &usize| match self.settings.rank {
+            Rank::Plain => -surprises[i],
+            Rank::Question(_) => surprises[i],
+        };
+        let mut order: Vec<usize> = (0..surprises.len()).collect();
+        order.sort_by(|a, b| key(a).total_cmp(&key(b)));
+        order
+    }
+
+    /// The documents that fit the budget.
+    pub(super) fn choose_documents(
+        &mut self,
+        documents: &[Range<usize>],
+        source: &str,
+        question: &str,
+        target: f64,
+    ) -> Result<Vec<Kept>> {
+        let asked = format!("{question}{RESTRICTION}");
+        let mut surprises = Vec::with_capacity(documents.len());
+        for document in documents {
+            surprises.push(self.surprise(&source[document.clone()], &asked)?);
+        }
+        let target = if target < 0.0 { 100.0 } else { target };
+        let mut left = self.settings.document_budget.of(target);
+        let mut used = self.settings.force_documents.clone();
+        if let Some(&bad) = used.iter().find(|&&i| i >= documents.len()) {
+            let expected = format!("numbers below {}", documents.len());
+            return Err(Error::setting("force_documents", expected, bad));
+        }
+        for i in self.rank(&surprises) {
+            left -= count(&self.tokenizer, &source[documents[i].clone()])? as f64;
+            if !used.contains(&i) {
+                used.push(i);
+            }
+            if left < 0.0 {
+                break;
+            }
+        }
+        let bonus = bonuses(used.len(), self.settings.dynamic_ratio);
+        let mut ranked: Vec<(usize, f64)> = used.into_iter().zip(bonus).collect();
+        match self.settings.order {
+            Order::Original => ranked.sort_by_key(|&(i, _)| i),
+            Order::Ranked => {}
+            Order::BestAtBothEnds => {
+                let every_other = |from| ranked.iter().copied().skip(from).step_by(2);
+                let mut last: Vec<_> = every_other(1).collect();
+                last.reverse();
+                ranked = every_other(0).chain(last).collect();
+            }
+        }
+        let kept = |(i, bonus): (usize, f64)| Kept { ranges: vec![documents[i].clone()], bonus };
+        Ok(ranked.into_iter().map(kept).collect())
+    }
+
+    /// The sentences that fit the budget.
+    pub(super) fn choose_sentences(
+        &mut self,
+        documents: Vec<Kept>,
+        source: &str,
+        question: &str,
+        target: f64,
+        sentences: &Sentences,
+    ) -> Result<Vec<Kept>> {
+        let cut = |document: &Kept| -> Vec<Range<usize>> {
+            let whole = document.ranges[0].clone();
+            let cut = (sentences.split)(&source[whole.clone()]);
+            cut.into_iter().map(|r| whole.start + r.start..whole.start + r.end).collect()
+        };
+        let of_documents: Vec<Vec<Range<usize>>> = documents.iter().map(cut).collect();
+        let all: Vec<&Range<usize>> = of_documents.iter().flatten().collect();
+        if all.len() == 1 {
+            return Ok(documents);
+        }
+        let asked = match self.settings.rank {
+            Rank::Plain => format!("{question}{RESTRICTION}"),
+            Rank::Question(_) => question.to_owned(),
+        };
+        let mut surprises = Vec::with_capacity(all.len());
+        for sentence in &all {
+            surprises.push(self.surprise(&source[(*sentence).clone()], &asked)?);
+        }
+        if let Rank::Question(_) = self.settings.rank {
+            let (first, last) = (sentences.first.min(all.len()), sentences.last.min(all.len()));
+            surprises[..first].iter_mut().for_each(|s| *s += sentences.bonus);
+            let from = all.len() - last;
+            surprises[from..].iter_mut().for_each(|s| *s += sentences.bonus);
+        }
+        let target = if target < 0.0 { 100.0 } else { target };
+        let mut left = target * sentences.budget;
+        let mut stays = vec![false; all.len()];
+        for i in self.rank(&surprises) {
+            left -= count(&self.tokenizer, &source[all[i].clone()])? as f64;
+            stays[i] = true;
+            if left < 0.0 {
+                break;
+            }
+        }
+        let mut stays = stays.into_iter();
+        let keep = |(document, sentences): (Kept, Vec<Range<usize>>)| {
+            let ranges = sentences.into_iter().zip(&mut stays).filter(|(_, stays)| *stays);
+            Kept { ranges: ranges.map(|(range, _)| range).collect(), ..document }
+        };
+        Ok(documents.into_iter().zip(of_documents).map(keep).collect())
+    }
+}
+
+/// What is added to the ratio of each document, best first: from `spread` down to `-spread`.
+fn bonuses(count: usize, spread: f64) -> Vec<f64> {
+    if count < 2 || spread <= 0.0 {
+        return vec![0.0; count];
+    }
+    let step = spread / (count - 1) as f64;
+    (0..count).map(|i| (count as f64 - 1.0 - 2.0 * i as f64) * step).collect()
+}

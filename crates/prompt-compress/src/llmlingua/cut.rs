@@ -1,0 +1,145 @@
+//! One cut: which tokens of a part of a segment stay.
+
+use super::ratios::Step;
+use super::segments::{Kept, Plan, Track};
+use longctx_core::{Error, Result};
+
+/// Tokens while they are being cut.
+#[derive(Debug)]
+pub struct Cut<'a> {
+    pub kept: Kept,
+    /// Tokens that stay because they separate contexts.
+    keep: Option<Vec<bool>>,
+    plan: &'a Plan<'a>,
+}
+
+impl<'a> Cut<'a> {
+    pub fn new(ids: Vec<u32>, plan: &'a Plan<'a>) -> Self {
+        let keep = plan.split.map(|split| {
+            let is = |at: Option<usize>| at.and_then(|at| ids.get(at)) == Some(&split);
+            let pair = |i: usize| is(i.checked_sub(1)) || is(Some(i + 1));
+            (0..ids.len()).map(|i| ids[i] == split && pair(i)).collect()
+        });
+        let origin = (0..ids.len()).collect();
+        Self { kept: Kept { ids, origin }, keep, plan }
+    }
+
+    /// Cuts the part of the segment that ends at `end` which `step` speaks of; gives the end of a segment after it.
+    ///
+    /// Positions are signed, and count from the end where they are negative, as they do in the package: a text shorter than a
+    /// segment depends on it.
+    pub fn step(
+        &mut self,
+        track: &mut Track,
+        own: &mut Track,
+        end: usize,
+        step: &Step,
+    ) -> Result<usize> {
+        let (size, tokens) = (self.plan.size as isize, step.tokens as isize);
+        let end = end as isize - size + tokens;
+        let mut need = self.wanted(track, own, step.ratio)?;
+        let after = place(end, need.len());
+        need[after..].fill(true);
+        let before = place(end - tokens, need.len());
+        need[..before].fill(true);
+        filter(track.losses_mut(), &need);
+        if self.plan.contrast {
+            let start = self.plan.start;
+            let losses = own.losses_mut();
+            need.resize(need.len().max(losses.len() + start + 1), true);
+            filter(losses, &need[start..]);
+        }
+        need.resize(self.kept.ids.len(), true);
+        self.keep_splits(&mut need, end, tokens);
+        filter(&mut self.kept.ids, &need);
+        filter(&mut self.kept.origin, &need);
+        if let Some(keep) = &mut self.keep {
+            filter(keep, &need);
+        }
+        let gone = need[..place(end, need.len())].iter().filter(|need| !**need).count() as isize;
+        Ok((end - gone + size).max(0) as usize)
+    }
+
+    /// Which tokens cost more than the threshold that leaves `ratio` of all.
+    fn wanted(&self, track: &Track, own: &Track, ratio: f64) -> Result<Vec<bool>> {
+        let losses = track.losses();
+        let last = losses.first().is_some_and(|&loss| loss > 0.0);
+        if !self.plan.contrast {
+            let threshold = threshold(losses.to_vec(), ratio);
+            let above = losses.iter().map(|&loss| loss > threshold);
+            return Ok(above.chain(std::iter::once(last)).collect());
+        }
+        let start = self.plan.start;
+        let (Some(front), Some(text)) = (losses.get(..start), losses.get(start..)) else {
+            return Err(Error::mismatch("losses", format!("more than {start}"), losses.len()));
+        };
+        if own.losses().len() < text.len() {
+            let expected = format!("at least {}", text.len());
+            return Err(Error::mismatch(
+                "losses without the question",
+                expected,
+                own.losses().len(),
+            ));
+        }
+        let taken: Vec<f32> = own.losses().iter().zip(text).map(|(own, with)| own - with).collect();
+        let threshold = threshold(taken.clone(), ratio);
+        let above = taken.iter().map(|&taken| taken > threshold);
+        let front = front.iter().map(|&loss| loss > 0.0);
+        Ok(front.chain(above).chain(std::iter::once(last)).collect())
+    }
+
+    /// Keeps the pairs that separate contexts, and of other separators in a row only the first.
+    fn keep_splits(&self, need: &mut [bool], end: isize, tokens: isize) {
+        let (Some(keep), Some(split)) = (&self.keep, self.plan.split) else { return };
+        need.iter_mut().zip(keep).for_each(|(need, &keep)| *need |= keep);
+        let mut last = None;
+        for i in (end - tokens).max(0)..end.min(need.len() as isize) {
+            let i = i as usize;
+            if !need[i] {
+                continue;
+            }
+            let now = Some(self.kept.ids[i]);
+            if now == Some(split) && last == now && !keep[i] {
+                need[i] = false;
+            } else {
+                last = now;
+            }
+        }
+    }
+
+    /// Takes finished tokens away from the model's sight, so that the segment that ends at `end` fits into `context` tokens; says
+    /// how many. Half of the context goes at a time: what stays has to be read anew.
+    pub fn slide(&mut self, end: usize, context: usize, gone: &mut Kept) -> usize {
+        let (start, size) = (self.plan.start, self.plan.size);
+        let stay = (context / 2).max(start + size);
+        let range = start..start + end.saturating_sub(stay);
+        gone.ids.extend(self.kept.ids.drain(range.clone()));
+        gone.origin.extend(self.kept.origin.drain(range.clone()));
+        if let Some(keep) = &mut self.keep {
+            keep.drain(range.clone());
+        }
+        range.len()
+    }
+}
+
+/// The loss above which a share of the tokens lies.
+fn threshold(mut losses: Vec<f32>, ratio: f64) -> f32 {
+    if ratio == 1.0 || losses.is_empty() {
+        return f32::NEG_INFINITY;
+    }
+    let at = ((losses.len() as f64 * ratio) as usize).saturating_sub(1).min(losses.len() - 1);
+    losses.sort_by(|a, b| b.total_cmp(a));
+    losses[at]
+}
+
+/// A position that may count from the end, as in a Python slice.
+fn place(at: isize, len: usize) -> usize {
+    let at = if at < 0 { at + len as isize } else { at };
+    at.clamp(0, len as isize) as usize
+}
+
+/// Keeps the elements whose place in `need` holds; those past its end go.
+fn filter<T>(values: &mut Vec<T>, need: &[bool]) {
+    let mut need = need.iter();
+    values.retain(|_| need.next().copied().unwrap_or(false));
+}

@@ -1,0 +1,167 @@
+//! A prompt as documents, and how what is kept of it maps back.
+
+use std::ops::Range;
+
+use longctx_core::{Compressed, Piece};
+
+/// A text and the documents in it: byte ranges that do not overlap.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Documents {
+    /// The whole text.
+    pub text: String,
+    /// Where the documents lie, in any order.
+    pub ranges: Vec<Range<usize>>,
+}
+
+impl Documents {
+    /// Documents given one by one; the text is all of them with an empty line between.
+    pub fn join<S: AsRef<str>>(documents: &[S]) -> Self {
+        let mut joined = Self::default();
+        for document in documents {
+            if !joined.text.is_empty() {
+                joined.text.push_str("\n\n");
+            }
+            let start = joined.text.len();
+            joined.text.push_str(document.as_ref());
+            joined.ranges.push(start..joined.text.len());
+        }
+        joined
+    }
+
+    /// One document for each paragraph of `text`: what empty lines separate.
+    pub fn paragraphs(text: &str) -> Self {
+        let mut ranges = Vec::new();
+        let mut start = 0;
+        for part in text.split("\n\n") {
+            if !part.trim().is_empty() {
+                ranges.push(start..start + part.len());
+            }
+            start += part.len() + 2;
+        }
+        Self { text: text.to_owned(), ranges }
+    }
+}
+
+/// A document as far as it has been kept: ranges of the text, one after the other.
+#[derive(Debug, Clone)]
+pub struct Kept {
+    pub ranges: Vec<Range<usize>>,
+    /// What is added to the ratio of its tokens.
+    pub bonus: f64,
+}
+
+impl Kept {
+    pub fn text(&self, source: &str) -> String {
+        self.ranges.iter().map(|range| &source[range.clone()]).collect()
+    }
+}
+
+/// A text put together from others, which knows which bytes of the documents' text its own are.
+#[derive(Debug, Default)]
+pub struct Joined {
+    pub text: String,
+    /// Ranges of the text, each with where it begins in the documents' text.
+    parts: Vec<(Range<usize>, usize)>,
+}
+
+impl Joined {
+    /// A prefix that comes from nowhere, and documents, with empty lines between.
+    pub fn new(prefix: Option<&str>, documents: &[Kept], source: &str) -> Self {
+        let mut joined = Self::default();
+        joined.text.push_str(prefix.unwrap_or(""));
+        for (i, document) in documents.iter().enumerate() {
+            if i > 0 || prefix.is_some() {
+                joined.text.push_str("\n\n");
+            }
+            for range in &document.ranges {
+                let start = joined.text.len();
+                joined.text.push_str(&source[range.clone()]);
+                joined.parts.push((start..joined.text.len(), range.start));
+            }
+        }
+        joined
+    }
+
+    /// The bytes of the documents' text behind a range of this one: more than one range where it goes over a seam.
+    fn sources(&self, range: &Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let first = self.parts.partition_point(|(part, _)| part.end <= range.start);
+        let (from, to) = (range.start, range.end);
+        self.parts[first..].iter().take_while(move |(part, _)| part.start < to).map(
+            move |(part, source)| {
+                let (from, to) = (from.max(part.start), to.min(part.end));
+                source + from - part.start..source + to - part.start
+            },
+        )
+    }
+
+    /// The record of `output`, which tokens with these ranges of this text were written into, in order.
+    ///
+    /// A token that is not written as it stood leaves no piece: half of a character, a separator.
+    pub fn record(&self, kept: &[Range<usize>], source: &str, output: String) -> Compressed {
+        let mut compressed = Compressed { text: output, pieces: Vec::new() };
+        let mut at = 0;
+        let mut done: Vec<Range<usize>> = Vec::new();
+        for range in kept.iter().flat_map(|range| self.sources(range)) {
+            if range.is_empty() || done.last() == Some(&range) {
+                continue;
+            }
+            let Some(found) = find(&compressed.text, at, &source[range.clone()]) else { continue };
+            let whole = &source[range.clone()];
+            let source = range.end - found.len()..range.end;
+            debug_assert!(whole.ends_with(&compressed.text[found.clone()]));
+            at = found.end;
+            done.push(range);
+            match compressed.pieces.last_mut() {
+                Some(last) if last.source.end == source.start && last.output.end == found.start => {
+                    (last.source.end, last.output.end) = (source.end, found.end);
+                }
+                _ => compressed.pieces.push(Piece { source, output: found }),
+            }
+        }
+        compressed
+    }
+}
+
+/// Where `token` stands in `text` from `at` on, past white space and what stands for broken characters; or what is left of it
+/// without the white space before it.
+fn find(text: &str, mut at: usize, token: &str) -> Option<Range<usize>> {
+    loop {
+        for token in [token, token.trim_start()] {
+            if !token.is_empty() && text[at..].starts_with(token) {
+                return Some(at..at + token.len());
+            }
+        }
+        let skipped = text[at..].chars().next()?;
+        if !(skipped.is_whitespace() || skipped == '\u{fffd}') {
+            return None;
+        }
+        at += skipped.len_utf8();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paragraphs_and_joined_documents() {
+        let documents = Documents::paragraphs("one\n\n\n\ntwo\nthree\n\n");
+        assert_eq!(documents.ranges, [0..3, 7..16]);
+        let documents = Documents::join(&["one", "two"]);
+        assert_eq!((documents.text.as_str(), &documents.ranges[1]), ("one\n\ntwo", &(5..8)));
+    }
+
+    #[test]
+    fn pieces_go_over_seams_and_skip_what_is_broken() {
+        let source = "alpha beta gamma é";
+        let kept = [Kept { ranges: vec![0..6, 11..19], bonus: 0.0 }];
+        let joined = Joined::new(Some("q"), &kept, source);
+        assert_eq!(joined.text, "q\n\nalpha gamma é");
+        // "alpha", " gam" over the seam, half of "é".
+        let ranges = [3..8, 8..12, 14..17];
+        let record = joined.record(&ranges, source, "alpha gam\u{fffd}".into());
+        record.check(source).unwrap();
+        assert_eq!(record.rebuild(source), "alpha gam");
+        assert_eq!(record.pieces.len(), 2);
+    }
+}

@@ -1,0 +1,110 @@
+//! A causal language model as a meter of surprise: what a token costs it after those before.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+use longctx_core::{CausalLm, Error, Logits, Result};
+use rayon::prelude::*;
+use tokenizers::Tokenizer;
+
+/// Tokens fed at a time: the logits of a whole prompt over a whole vocabulary would not fit.
+const CHUNK: usize = 256;
+
+/// A model that remembers what it was fed, so that sequences with the same beginning pay for it once.
+#[derive(Debug)]
+pub struct Meter<M> {
+    model: M,
+    fed: Vec<u32>,
+}
+
+impl<M: CausalLm> Meter<M> {
+    pub fn new(model: M) -> Self {
+        Self { model, fed: Vec::new() }
+    }
+
+    /// The longest context that the model was made for.
+    pub fn context_length(&self) -> usize {
+        self.model.context_length().unwrap_or(usize::MAX)
+    }
+
+    /// The loss (negative log-likelihood, in nats) of each token after the first of `ids[from..]`, given all before it.
+    pub fn losses(&mut self, ids: &[u32], from: usize) -> Result<Vec<f32>> {
+        if ids.len() < from + 2 {
+            return Ok(Vec::new());
+        }
+        // The last token's own logits are not needed, nor is it fed.
+        let ids_fed = &ids[..ids.len() - 1];
+        let same = self.fed.iter().zip(ids_fed).take_while(|(a, b)| a == b).count();
+        self.rewind(same.min(from))?;
+        while self.fed.len() < from {
+            let next = &ids[self.fed.len()..from];
+            self.feed(&next[..next.len().min(CHUNK)], Logits::Last)?;
+        }
+        let mut losses = Vec::with_capacity(ids.len() - from - 1);
+        for start in (from..ids_fed.len()).step_by(CHUNK) {
+            let end = ids_fed.len().min(start + CHUNK);
+            let logits = self.feed(&ids[start..end], Logits::All)?.squeeze(0)?;
+            let vocab = logits.dim(1)?;
+            let logits = logits.flatten_all()?.to_vec1::<f32>()?;
+            let rows = logits.par_chunks(vocab).zip(&ids[start + 1..=end]);
+            losses.extend(rows.map(|(row, &id)| loss(row, id as usize)).collect::<Vec<_>>());
+        }
+        match losses.iter().position(|loss| !loss.is_finite()) {
+            Some(at) => {
+                let (value, position) = (losses[at], format!("token {}", from + 1 + at));
+                Err(Error::NotFinite { what: "loss".into(), value, position })
+            }
+            None => Ok(losses),
+        }
+    }
+
+    fn feed(&mut self, ids: &[u32], logits: Logits) -> Result<Tensor> {
+        let tokens = Tensor::new(ids, self.model.device())?.unsqueeze(0)?;
+        let logits = self.model.forward(&tokens, logits)?;
+        self.fed.extend_from_slice(ids);
+        Ok(logits)
+    }
+
+    /// Goes back to the first `len` tokens, or to none where the model's memory can't be taken back.
+    fn rewind(&mut self, len: usize) -> Result<()> {
+        if len == 0 || !self.model.rewind(len)? {
+            self.model.reset();
+            self.fed.clear();
+        }
+        self.fed.truncate(len);
+        Ok(())
+    }
+}
+
+fn loss(logits: &[f32], id: usize) -> f32 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = logits.iter().map(|x| (x - max).exp()).sum();
+    sum.ln() + max - logits[id]
+}
+
+/// The mean, as a loss of a whole text; NaN of nothing.
+pub fn mean(losses: &[f32]) -> f32 {
+    (losses.iter().map(|&x| f64::from(x)).sum::<f64>() / losses.len() as f64) as f32
+}
+
+/// The tokens of a text, each with its bytes.
+pub struct Tokens {
+    pub ids: Vec<u32>,
+    pub offsets: Vec<Range<usize>>,
+}
+
+/// Cuts a text into tokens; `special`: with what the model expects around a text.
+pub fn encode(tokenizer: &Tokenizer, text: &str, special: bool) -> Result<Tokens> {
+    let encoding = tokenizer.encode(text, special).map_err(failed)?;
+    let offsets = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+    Ok(Tokens { ids: encoding.get_ids().to_vec(), offsets })
+}
+
+/// Tokens of a text, with what the model expects around it.
+pub fn count(tokenizer: &Tokenizer, text: &str) -> Result<usize> {
+    Ok(tokenizer.encode_fast(text, true).map_err(failed)?.len())
+}
+
+pub fn failed(e: tokenizers::Error) -> Error {
+    Error::Unsupported(format!("tokenizer: {e}"))
+}

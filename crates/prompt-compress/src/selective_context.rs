@@ -1,0 +1,121 @@
+//! Selective-Context: what a model could have foretold goes.
+//!
+//! Li et al., *Compressing Context to Enhance Inference Efficiency of Large Language Models*, arXiv 2310.06201. The authors' units are
+//! noun phrases, sentences or tokens; here words, with the white space before them, or sentences.
+
+use std::ops::Range;
+
+use crate::meter::{Meter, encode};
+use crate::units::sentences;
+use longctx_core::{CausalLm, Compressed, Error, Prompt, PromptCompressor, Rate, Result};
+use tokenizers::Tokenizer;
+
+/// What stays or goes as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// A word, with the white space before it.
+    Word,
+    /// A sentence.
+    Sentence,
+}
+
+/// A causal model that says how much each unit of a text tells.
+#[derive(Debug)]
+pub struct SelectiveContext<M> {
+    meter: Meter<M>,
+    tokenizer: Tokenizer,
+    /// The token that a text is read after.
+    first: u32,
+    unit: Unit,
+}
+
+impl<M: CausalLm> SelectiveContext<M> {
+    /// A model, its tokenizer and the token that it expects before a text.
+    pub fn new(model: M, tokenizer: Tokenizer, first: u32, unit: Unit) -> Self {
+        Self { meter: Meter::new(model), tokenizer, first, unit }
+    }
+
+    /// The mean self-information of each unit, in nats per token; NaN where no token begins in it.
+    fn information(&mut self, text: &str, units: &[Range<usize>]) -> Result<Vec<f64>> {
+        let tokens = encode(&self.tokenizer, text, false)?;
+        let mut sums = vec![(0.0, 0usize); units.len()];
+        let read = self.meter.context_length().saturating_sub(1);
+        if read == 0 {
+            return Err(Error::setting("context length", "at least 2 tokens", read + 1));
+        }
+        let windows = tokens.ids.chunks(read).zip(tokens.offsets.chunks(read));
+        for (ids, offsets) in windows {
+            let ids = [&[self.first], ids].concat();
+            for (loss, offset) in self.meter.losses(&ids, 0)?.into_iter().zip(offsets) {
+                let unit = units.partition_point(|unit| unit.start <= offset.start);
+                let sum = &mut sums[unit.saturating_sub(1)];
+                *sum = (sum.0 + f64::from(loss), sum.1 + 1);
+            }
+        }
+        Ok(sums.into_iter().map(|(sum, count)| sum / count as f64).collect())
+    }
+}
+
+impl<M: CausalLm> PromptCompressor for SelectiveContext<M> {
+    /// Keeps the units above the percentile of self-information that the rate asks for. The question is not looked at.
+    fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed> {
+        let units = match self.unit {
+            Unit::Word => spaced_words(prompt.text),
+            Unit::Sentence => sentences(prompt.text),
+        };
+        let information = self.information(prompt.text, &units)?;
+        let mut known: Vec<f64> = information.iter().copied().filter(|x| !x.is_nan()).collect();
+        known.sort_by(f64::total_cmp);
+        let threshold = quantile(&known, 1.0 - rate.get());
+        let stays = |information: f64| information >= threshold || rate == Rate::ONE;
+        let kept = units.into_iter().zip(information).filter(|&(_, x)| stays(x));
+        Compressed::copy(prompt.text, kept.map(|(unit, _)| unit))
+    }
+}
+
+/// The `q`th quantile of sorted numbers, between two of them by their distance.
+fn quantile(sorted: &[f64], q: f64) -> f64 {
+    let Some(last) = sorted.len().checked_sub(1) else { return f64::NEG_INFINITY };
+    let at = last as f64 * q;
+    let (a, b) = (sorted[at.floor() as usize], sorted[at.ceil() as usize]);
+    a + (b - a) * at.fract()
+}
+
+/// Words with the white space before them; white space at the end goes to the last one.
+fn spaced_words(text: &str) -> Vec<Range<usize>> {
+    let mut words: Vec<Range<usize>> = Vec::new();
+    let mut in_word = false;
+    for (at, c) in text.char_indices() {
+        let space = c.is_whitespace();
+        if words.is_empty() || (space && in_word) {
+            words.push(at..at);
+        }
+        in_word = !space;
+        if let Some(last) = words.last_mut() {
+            last.end = at + c.len_utf8();
+        }
+    }
+    // What follows the last word is white space alone.
+    if words.len() > 1 && !in_word {
+        let end = words.pop().map(|space| space.end);
+        if let (Some(last), Some(end)) = (words.last_mut(), end) {
+            last.end = end;
+        }
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_tile_the_text() {
+        let cut = |text: &'static str| {
+            spaced_words(text).into_iter().map(|r| &text[r]).collect::<Vec<_>>()
+        };
+        assert_eq!(cut(" a  b\nc \n"), [" a", "  b", "\nc \n"]);
+        assert_eq!(cut(" \n"), [" \n"]);
+        assert!(cut("").is_empty());
+    }
+}

@@ -1,0 +1,285 @@
+//! What holds for every text: the model-based compressors keep a subsequence, say where it comes from, and meet the rate; broken
+//! input is named.
+
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use base_models::{Decoder, LoadOptions, Transformer};
+use candle_core::{DType, Device, Tensor};
+use longctx_core::{Compressed, DenseCache, Prompt, PromptCompressor, Rate};
+use prompt_compress::llmlingua::{self, Documents};
+use prompt_compress::llmlingua2::{Request, Settings};
+use prompt_compress::{
+    LlmLingua, LlmLingua2, SelectiveContext, StructuredPrompt, Target, Unit, cl100k_tokens,
+};
+use proptest::prelude::*;
+use tokenizers::Tokenizer;
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+const XLM_ROBERTA: &str = "tiny-xlm-roberta-large";
+const BERT: &str = "tiny-bert-base-multilingual-cased";
+
+fn llmlingua2(name: &str, settings: Settings) -> LlmLingua2 {
+    LlmLingua2::from_folder(&fixture(name), settings, &Device::Cpu).unwrap()
+}
+
+static TINY: LazyLock<[LlmLingua2; 4]> = LazyLock::new(|| {
+    [
+        llmlingua2(XLM_ROBERTA, Settings::default()),
+        llmlingua2(BERT, Settings::default()),
+        llmlingua2(XLM_ROBERTA, Settings::paper()),
+        llmlingua2(BERT, Settings::paper()),
+    ]
+});
+
+fn llama() -> (Decoder, Tokenizer) {
+    let folder = fixture("tiny-llama");
+    let model = Transformer::from_folder(&folder, &LoadOptions::default()).unwrap();
+    let session = model.session(|layer| DenseCache::new(layer.attention, DType::F32)).unwrap();
+    (session, Tokenizer::from_file(folder.join("tokenizer.json")).unwrap())
+}
+
+fn text() -> impl Strategy<Value = String> {
+    prop_oneof!["([a-z]{1,6}[ ,.!?\n]{1,2}){1,200}", "(\\w{1,5}[ ,.]{1,2}){1,40}", ".{1,80}"]
+        .prop_filter("text", |text| !text.trim().is_empty())
+}
+
+/// Nothing is invented: each piece of the output stands in the source, in the same order.
+fn is_in_order(compressed: &Compressed) -> bool {
+    compressed.pieces.windows(2).all(|pair| pair[0].source.end <= pair[1].source.start)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn llmlingua2_keeps_a_subsequence(which in 0..4usize, text in text(), rate in 0.05..0.95f64) {
+        let scored = TINY[which].score(&[&text]).unwrap();
+        let got = scored.compress(&Request::rate(Rate::new(rate).unwrap())).unwrap();
+        prop_assert_eq!(got.original_tokens, cl100k_tokens(&text));
+        let Some((0, compressed)) = got.contexts.first() else { panic!("one context") };
+        compressed.check(&text).unwrap();
+        prop_assert!(is_in_order(compressed));
+        prop_assert_eq!(got.compressed_tokens, cl100k_tokens(&compressed.text));
+        if text.is_ascii() {
+            // Without characters that normalisation changes, pieces are the bytes of the source.
+            for piece in &compressed.pieces {
+                prop_assert_eq!(&text[piece.source.clone()], &compressed.text[piece.output.clone()]);
+            }
+            let spaces = |text: &str| text.split_whitespace().collect::<String>();
+            prop_assert_eq!(spaces(&compressed.rebuild(&text)), spaces(&compressed.text));
+        }
+    }
+
+    #[test]
+    fn llmlingua2_meets_the_rate(text in "([a-z]{1,6}[ ,.]{1,2}){20,90}", rate in 0.05..0.95f64) {
+        // One window without forced tokens: what is kept is the share of the tokens that a whole percentile leaves, within a word.
+        let scored = TINY[1].score(&[&text]).unwrap();
+        let got = scored.compress(&Request::rate(Rate::new(rate).unwrap())).unwrap();
+        let weights = |kept: fn(bool) -> bool| -> Vec<usize> {
+            let words = got.labels.iter().filter(|label| kept(label.kept));
+            words.map(|label| cl100k_tokens(&label.word)).collect()
+        };
+        let all = weights(|_| true);
+        let (total, longest) = (all.iter().sum::<usize>() as f64, all.into_iter().max().unwrap_or(0));
+        let kept = weights(|kept| kept).iter().sum::<usize>() as f64;
+        let slack = longest as f64 + 0.02 * total;
+        prop_assert!((kept - rate * total).abs() <= slack, "{kept} of {total} at {rate}");
+    }
+
+    #[test]
+    fn rate_one_changes_nothing(which in 0..2usize, text in text()) {
+        let mut model = llmlingua2([XLM_ROBERTA, BERT][which], Settings::paper());
+        let same = model.compress(Prompt::new(&text).unwrap(), Rate::ONE).unwrap();
+        prop_assert_eq!(same.text, text);
+    }
+
+    #[test]
+    fn causal_compressors_keep_a_subsequence(text in text(), rate in 0.1..0.9f64, segment in 8..40usize) {
+        let prompt = Prompt::new(&text).unwrap().with_question("what is it?");
+        let rate = Rate::new(rate).unwrap();
+        let (model, tokenizer) = llama();
+        let long = llmlingua::Settings { segment, ..llmlingua::Settings::long() };
+        let plain = llmlingua::Settings { segment, ..llmlingua::Settings::llmlingua() };
+        let mut compressors: Vec<Box<dyn PromptCompressor>> = vec![
+            Box::new(LlmLingua::new(llama().0, tokenizer.clone(), plain).unwrap()),
+            Box::new(LlmLingua::new(llama().0, tokenizer.clone(), long).unwrap()),
+            Box::new(SelectiveContext::new(model, tokenizer, 0, Unit::Word)),
+        ];
+        for (i, compressor) in compressors.iter_mut().enumerate() {
+            let short = compressor.compress(prompt, rate).unwrap();
+            short.check(&text).unwrap();
+            for piece in &short.pieces {
+                prop_assert_eq!(&text[piece.source.clone()], &short.text[piece.output.clone()]);
+            }
+            prop_assert!(i == 1 || is_in_order(&short));
+            prop_assert_eq!(compressor.compress(prompt, Rate::ONE).unwrap().text, text.clone());
+        }
+    }
+
+    #[test]
+    fn selective_context_meets_the_rate(text in "([a-z]{1,6}[ ,.!]{1,2}){2,80}", rate in 0.05..1.0f64) {
+        let (model, tokenizer) = llama();
+        let mut selective = SelectiveContext::new(model, tokenizer, 0, Unit::Word);
+        let short = selective.compress(Prompt::new(&text).unwrap(), Rate::new(rate).unwrap()).unwrap();
+        let words = |text: &str| text.split_whitespace().count() as f64;
+        prop_assert!((words(&short.text) - rate * words(&text)).abs() <= 1.0 + 1e-9);
+        prop_assert_eq!(short.rebuild(&text), short.text);
+    }
+
+    #[test]
+    fn protected_sections_come_through(which in 0..2usize, head in ".{0,20}", body in text(), tail in ".{0,20}") {
+        let prompt = StructuredPrompt::new().keep(&*head).compress(&*body).keep(&*tail);
+        let mut model = llmlingua2([XLM_ROBERTA, BERT][which], Settings::default());
+        let short = prompt.compress_with(&mut model, Rate::new(0.3).unwrap()).unwrap();
+        short.check(&prompt.text()).unwrap();
+        prop_assert!(short.text.starts_with(&head) && short.text.ends_with(&tail));
+    }
+}
+
+#[test]
+fn a_text_longer_than_the_context_is_read_on() {
+    // 4,096 tokens are the tiny model's context: the text has about three times as many, and what is kept goes past it too.
+    let text: String =
+        (0..3000).map(|i| format!("the {} of item {i}, ", ["cat", "dog", "key"][i % 3])).collect();
+    let (model, tokenizer) = llama();
+    let tokens = tokenizer.encode(text.as_str(), false).unwrap().len();
+    assert!(tokens > 12_000, "{tokens}");
+    let settings = llmlingua::Settings { segment: 400, ..llmlingua::Settings::llmlingua() };
+    let mut lingua = LlmLingua::new(model, tokenizer, settings).unwrap();
+    let short = lingua.compress(Prompt::new(&text).unwrap(), Rate::new(0.6).unwrap()).unwrap();
+    short.check(&text).unwrap();
+    assert!(is_in_order(&short));
+    assert_eq!(short.rebuild(&text), short.text);
+    let share = short.text.len() as f64 / text.len() as f64;
+    assert!((0.4..0.8).contains(&share), "{share}");
+}
+
+#[test]
+fn memory_is_bounded_by_the_batch() {
+    // The same probabilities whatever goes through the encoder together.
+    let text = "The council met at nine. Nobody was late, and the budget was read! ".repeat(120);
+    let labels = |batch| {
+        let model = llmlingua2(BERT, Settings { batch, ..Settings::paper() });
+        let got = model.score(&[&text]).unwrap();
+        got.compress(&Request::rate(Rate::new(0.5).unwrap())).unwrap().labels
+    };
+    assert_eq!(labels(1), labels(8));
+}
+
+#[test]
+fn broken_requests_are_named() {
+    let model = llmlingua2(BERT, Settings::paper());
+    let message = |contexts: &[&str]| model.score(contexts).unwrap_err().to_string();
+    assert!(message(&[]).contains("at least one"));
+    assert!(message(&["a b", " \n"]).contains("nothing but white space"));
+    let scored = model.score(&["One. Two! Three, four? Five.", "Six. Seven."]).unwrap();
+    let message = |request: &Request| scored.compress(request).unwrap_err().to_string();
+    assert!(message(&Request::tokens(0)).contains("at least 1 token"));
+    let forced = message(&Request::tokens(2));
+    assert!(forced.contains("what the forced tokens take, got 2"), "{forced}");
+    let filter = prompt_compress::llmlingua2::ContextTarget::Auto;
+    let request = Request::rate(Rate::new(0.5).unwrap()).with_filter(filter, vec![2]);
+    assert!(message(&request).contains("numbers below 2, got 2"));
+    for (tokens, expected) in
+        [(vec!["x".into(); 101], "at most 100"), (vec![String::new()], "at least one character")]
+    {
+        let model = llmlingua2(BERT, Settings { force_tokens: tokens, ..Settings::default() });
+        assert!(model.score(&["a b"]).unwrap_err().to_string().contains(expected));
+    }
+    assert!(Rate::new(1.5).is_err() && Rate::new(0.0).is_err());
+    let settings = Settings { batch: 0, ..Settings::default() };
+    let error = LlmLingua2::from_folder(&fixture(BERT), settings, &Device::Cpu).unwrap_err();
+    assert!(error.to_string().contains("at least 1 window"));
+}
+
+#[test]
+fn causal_requests_are_checked() {
+    let (model, tokenizer) = llama();
+    let mut lingua = LlmLingua::new(model, tokenizer.clone(), llmlingua::Settings::long()).unwrap();
+    let prompt = Prompt::new("one two three").unwrap();
+    let error = lingua.compress(prompt, Rate::new(0.5).unwrap()).unwrap_err();
+    assert!(error.to_string().contains("a question"));
+    let error = lingua.compress_documents(&Documents::default(), "", "q", Target::Tokens(5));
+    assert!(error.unwrap_err().to_string().contains("at least one"));
+    let long = "why ".repeat(4000);
+    let error = lingua.compress(prompt.with_question(&long), Rate::new(0.5).unwrap()).unwrap_err();
+    assert!(error.to_string().contains("a question of at most"), "{error}");
+    let settings = llmlingua::Settings { segment: 0, ..llmlingua::Settings::long() };
+    assert!(LlmLingua::new(llama().0, tokenizer, settings).is_err());
+}
+
+/// A copy of a checkpoint that a test may break.
+fn copy(name: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "tokenizer.json", "model.safetensors"] {
+        std::fs::copy(fixture(name).join(file), folder.path().join(file)).unwrap();
+    }
+    folder
+}
+
+#[test]
+fn broken_checkpoints_are_named() {
+    let open = |folder: &tempfile::TempDir| {
+        LlmLingua2::from_folder(folder.path(), Settings::paper(), &Device::Cpu)
+    };
+    let message = |folder: &tempfile::TempDir| open(folder).unwrap_err().to_string();
+    for file in ["config.json", "tokenizer.json", "model.safetensors"] {
+        let folder = copy(BERT);
+        std::fs::remove_file(folder.path().join(file)).unwrap();
+        assert!(message(&folder).contains(file));
+        std::fs::write(folder.path().join(file), "{").unwrap();
+        assert!(message(&folder).contains(file));
+    }
+    let folder = copy(BERT);
+    let path = folder.path().join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..bytes.len() - 100]).unwrap();
+    assert!(message(&folder).contains("promises"));
+
+    let rewrite = |name: &str, tensor: Option<Tensor>| {
+        let folder = copy(BERT);
+        let path = folder.path().join("model.safetensors");
+        let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+        tensors.remove(name);
+        tensors.extend(tensor.map(|tensor| (name.to_owned(), tensor)));
+        candle_core::safetensors::save(&tensors, &path).unwrap();
+        folder
+    };
+    let zeros = |shape: &[usize]| Some(Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap());
+    let three = message(&rewrite("classifier.weight", zeros(&[3, 32])));
+    assert!(three.contains("two classes") && three.contains("[3, 32]"), "{three}");
+    assert!(message(&rewrite("classifier.weight", None)).contains("two classes"));
+    assert!(message(&rewrite("bert.embeddings.LayerNorm.bias", None)).contains("LayerNorm.bias"));
+    let config = |from: &str, to: &str| {
+        let folder = copy(BERT);
+        let path = folder.path().join("config.json");
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from));
+        std::fs::write(&path, text.replace(from, to)).unwrap();
+        message(&folder)
+    };
+    assert!(config("\"gelu\"", "\"relu\"").contains("relu"));
+    assert!(config("\"absolute\"", "\"relative_key\"").contains("relative_key"));
+    assert!(config("\"model_type\": \"bert\"", "\"model_type\": \"gpt2\"").contains("gpt2"));
+    assert!(
+        config("\"max_position_embeddings\": 512", "\"max_position_embeddings\": 64")
+            .contains("at least 512")
+    );
+
+    // A checkpoint without rows for added tokens can't stand in for what its vocabulary lacks.
+    let path = fixture(BERT).join("model.safetensors");
+    let words = "bert.embeddings.word_embeddings.weight";
+    let all = candle_core::safetensors::load(&path, &Device::Cpu).unwrap().remove(words).unwrap();
+    let rows = all.dim(0).unwrap() - 100;
+    let folder = rewrite(words, Some(all.narrow(0, 0, rows).unwrap().contiguous().unwrap()));
+    let path = folder.path().join("config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let vocab = |rows| format!("\"vocab_size\": {rows}");
+    std::fs::write(&path, text.replace(&vocab(rows + 100), &vocab(rows))).unwrap();
+    let error = open(&folder).unwrap().score(&["a b\nc"]).unwrap_err().to_string();
+    assert!(error.contains("none for added tokens"), "{error}");
+}

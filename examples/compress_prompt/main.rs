@@ -1,0 +1,75 @@
+//! A prompt in, a shorter one out.
+//!
+//!     cargo run --release --example compress_prompt -- --rate 0.5 --question "Who came late?" minutes.txt
+//!     cargo run --release --example compress_prompt -- --method llmlingua2 --encoder FOLDER --rate 0.25 < report.txt
+//!
+//! The compressed text goes to standard output; the counts, and on a terminal what went and what stayed, to standard error.
+
+mod diff;
+mod method;
+
+use std::io::{IsTerminal, Read};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use longctx_core::{Prompt, PromptCompressor, Rate};
+use method::{Method, Models};
+use prompt_compress::{StructuredPrompt, cl100k_tokens};
+
+#[derive(Parser)]
+#[command(about = "Compresses a prompt")]
+struct Args {
+    /// A file; by default standard input
+    file: Option<PathBuf>,
+    /// How much stays, in (0, 1]
+    #[arg(long, default_value_t = 0.5)]
+    rate: f64,
+    /// How to compress
+    #[arg(long, value_enum, default_value_t = Method::Llmlingua)]
+    method: Method,
+    /// What will be asked of the text, for the methods that look at it
+    #[arg(long)]
+    question: Option<String>,
+    /// The text has sections in llmlingua's tags: <llmlingua, rate=0.3>…</llmlingua>, <llmlingua, compress=False>…</llmlingua>
+    #[arg(long)]
+    tags: bool,
+    /// Show what went and what stayed even if standard error is no terminal
+    #[arg(long)]
+    diff: bool,
+    #[command(flatten)]
+    models: Models,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let text = match &args.file {
+        Some(file) => std::fs::read_to_string(file).with_context(|| file.display().to_string())?,
+        None => {
+            let mut text = String::new();
+            std::io::stdin().read_to_string(&mut text)?;
+            text
+        }
+    };
+    let rate = Rate::new(args.rate)?;
+    let mut compressor = args.method.open(&args.models)?;
+    let (text, compressed) = if args.tags {
+        let mut prompt = StructuredPrompt::parse(&text)?;
+        if let Some(question) = &args.question {
+            prompt = prompt.question(question);
+        }
+        (prompt.text(), prompt.compress_with(&mut compressor, rate)?)
+    } else {
+        let prompt = Prompt { question: args.question.as_deref(), ..Prompt::new(&text)? };
+        let compressed = compressor.compress(prompt, rate)?;
+        (text, compressed)
+    };
+    println!("{}", compressed.text);
+    if args.diff || std::io::stderr().is_terminal() {
+        eprintln!("{}", diff::coloured(&text, &compressed));
+    }
+    let (before, after) = (cl100k_tokens(&text), cl100k_tokens(&compressed.text));
+    let times = before as f64 / after.max(1) as f64;
+    eprintln!("{before} tokens before, {after} after: {times:.2}x (cl100k_base)");
+    Ok(())
+}

@@ -1,0 +1,103 @@
+//! The compressors by name.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use base_models::{Decoder, LoadOptions, Pretrained};
+use candle_core::{DType, Device};
+use clap::ValueEnum;
+use longctx_core::{DenseCache, PromptCompressor};
+use longctx_examples::model;
+use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle};
+use prompt_compress::{LlmLingua, LlmLingua2, SelectiveContext, Unit, llmlingua, llmlingua2};
+
+/// What the methods that need a model run on.
+#[derive(clap::Args)]
+pub struct Models {
+    /// The causal model of llmlingua, longllmlingua and selective-context: a GGUF file, a folder or a name of the Hub; by default
+    /// SmolLM2-135M-Instruct, fetched if need be
+    #[arg(long)]
+    model: Option<String>,
+    /// The encoder of llmlingua2: a folder or a name of the Hub
+    #[arg(long, default_value = "microsoft/llmlingua-2-xlm-roberta-large-meetingbank")]
+    encoder: String,
+    /// What llmlingua2 keeps in any case; by default line ends and . ! ? ,
+    #[arg(long, value_delimiter = ' ')]
+    force: Option<Vec<String>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Method {
+    /// What an encoder wants kept
+    Llmlingua2,
+    /// What surprises a causal model
+    Llmlingua,
+    /// What the question makes less surprising
+    Longllmlingua,
+    /// Words that tell a causal model most
+    SelectiveContext,
+    /// Sentences that BM25 ranks best
+    Bm25,
+    /// Sentences that TF-IDF ranks best
+    TfIdf,
+    /// Both ends of the text
+    Middle,
+    /// Random words
+    Random,
+}
+
+impl Method {
+    pub fn open(self, models: &Models) -> Result<Box<dyn PromptCompressor>> {
+        Ok(match self {
+            Method::Llmlingua2 => Box::new(models.encoder()?),
+            Method::Llmlingua => models.lingua(llmlingua::Settings::llmlingua())?,
+            Method::Longllmlingua => models.lingua(llmlingua::Settings::long())?,
+            Method::SelectiveContext => {
+                let llm = models.causal()?;
+                let config = llm.model.config();
+                let first = config.bos.or(config.eos.first().copied());
+                let first = first.context("the model has no token to begin a text with")?;
+                let tokenizer = llm.tokenizer.inner().clone();
+                Box::new(SelectiveContext::new(session(&llm)?, tokenizer, first, Unit::Word))
+            }
+            Method::Bm25 => Box::new(Extract { ranking: Ranking::Bm25 }),
+            Method::TfIdf => Box::new(Extract { ranking: Ranking::TfIdf }),
+            Method::Middle => Box::new(TruncateMiddle),
+            Method::Random => Box::new(RandomDrop { seed: 0 }),
+        })
+    }
+}
+
+impl Models {
+    fn causal(&self) -> Result<Pretrained> {
+        let name = match &self.model {
+            Some(name) => name.clone(),
+            None => model::smollm2()?.display().to_string(),
+        };
+        Ok(Pretrained::open(&name, &LoadOptions::default())?)
+    }
+
+    fn lingua(&self, settings: llmlingua::Settings) -> Result<Box<dyn PromptCompressor>> {
+        let llm = self.causal()?;
+        let tokenizer = llm.tokenizer.inner().clone();
+        let lingua = LlmLingua::new(session(&llm)?, tokenizer, settings)?;
+        Ok(Box::new(lingua.with_second(session(&llm)?)))
+    }
+
+    fn encoder(&self) -> Result<LlmLingua2> {
+        let mut settings = llmlingua2::Settings::paper();
+        if let Some(force) = &self.force {
+            settings.force_tokens = force.clone();
+        }
+        let folder = PathBuf::from(&self.encoder);
+        if folder.join("config.json").exists() {
+            return Ok(LlmLingua2::from_folder(&folder, settings, &Device::Cpu)?);
+        }
+        ensure!(!Path::new(&self.encoder).is_dir(), "{}: no config.json in it", self.encoder);
+        Ok(LlmLingua2::from_hub(&self.encoder, settings, &Device::Cpu)?)
+    }
+}
+
+fn session(llm: &Pretrained) -> Result<Decoder> {
+    Ok(llm.model.session(|layer| DenseCache::new(layer.attention, DType::F16))?)
+}

@@ -1,0 +1,42 @@
+//! The compressors that are compared.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use base_models::Pretrained;
+use candle_core::Device;
+use longctx_core::PromptCompressor;
+use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle};
+use prompt_compress::llmlingua::{Order, Settings};
+use prompt_compress::{LlmLingua, LlmLingua2, SelectiveContext, Unit, llmlingua2};
+
+type Named = (&'static str, Box<dyn PromptCompressor>);
+
+/// All of them, by name. Segments of 100 tokens: passages are short.
+pub fn all(llm: &Pretrained, encoder: Option<&Path>) -> Result<Vec<Named>> {
+    let tokenizer = llm.tokenizer.inner().clone();
+    let config = llm.model.config();
+    let first = config.bos.or(config.eos.first().copied());
+    let first = first.context("the model has no token to begin a text with")?;
+    let selective =
+        SelectiveContext::new(crate::session(llm)?, tokenizer.clone(), first, Unit::Word);
+    let plain = Settings { segment: 100, ..Settings::llmlingua() };
+    let lingua = LlmLingua::new(crate::session(llm)?, tokenizer.clone(), plain)?;
+    let long = Settings { segment: 100, order: Order::Original, ..Settings::long() };
+    let long = LlmLingua::new(crate::session(llm)?, tokenizer, long)?;
+    let mut all: Vec<Named> = vec![
+        ("random words", Box::new(RandomDrop { seed: 0 })),
+        ("middle left out", Box::new(TruncateMiddle)),
+        ("BM25 sentences", Box::new(Extract { ranking: Ranking::Bm25 })),
+        ("TF-IDF sentences", Box::new(Extract { ranking: Ranking::TfIdf })),
+        ("Selective-Context", Box::new(selective)),
+        ("LLMLingua", Box::new(lingua)),
+        ("LongLLMLingua", Box::new(long.with_second(crate::session(llm)?))),
+    ];
+    if let Some(folder) = encoder {
+        let settings = llmlingua2::Settings::paper();
+        let model = LlmLingua2::from_folder(folder, settings, &Device::Cpu)?;
+        all.push(("LLMLingua-2", Box::new(model)));
+    }
+    Ok(all)
+}
