@@ -11,7 +11,7 @@ use crate::kernel::Rows;
 use crate::packed::PANEL;
 use crate::product::Scratch;
 use crate::rotary::{Place, Turned};
-use crate::{Error, KeyBasis, Result, vector};
+use crate::{Error, KeyBasis, Packed, Result, vector};
 use rayon::prelude::*;
 
 /// Slots of a block; a multiple of every chunk's size.
@@ -275,7 +275,10 @@ impl<'a, V: Fn(usize, usize) -> Range<usize> + Sync> Call<'a, V> {
         scores.clear();
         scores.resize(rows * BLOCK, 0.0);
         let x = Rows { data: q, stride: d, count: rows, steps: d };
-        for (first, chunk) in chunks(&head.keys, head.format().chunk(), slots) {
+        let size = head.format().chunk();
+        for (first, chunk) in chunks(&head.keys, size, slots) {
+            // The block's values come next.
+            head.values.get(first / size).into_iter().for_each(Packed::prefetch);
             let out = &mut scores[first - slots.start..];
             match head.rotary() {
                 Some(rotary) => {
@@ -378,7 +381,10 @@ impl Tile {
     /// Adds the values of a block of slots, weighted with the scores that [`soften`](Self::soften) left.
     fn weigh(&mut self, head: &Head, slots: &Range<usize>, buffers: &mut Buffers) {
         let Buffers { scores, row, scratch, .. } = buffers;
-        for (first, chunk) in chunks(&head.values, head.format().chunk(), slots) {
+        let size = head.format().chunk();
+        for (first, chunk) in chunks(&head.values, size, slots) {
+            // The next block's keys come next.
+            head.keys.get((first + BLOCK) / size).into_iter().for_each(Packed::prefetch);
             let steps = chunk.rows().min(slots.end - first);
             let data = &scores[first - slots.start..];
             let x = Rows { data, stride: BLOCK, count: self.sum.len(), steps };
@@ -413,10 +419,10 @@ impl Tile {
 
 /// The chunks that lie in a block of slots, each with its first slot.
 fn chunks<'a>(
-    all: &'a [crate::Packed],
+    all: &'a [Packed],
     size: usize,
     slots: &Range<usize>,
-) -> impl Iterator<Item = (usize, &'a crate::Packed)> {
+) -> impl Iterator<Item = (usize, &'a Packed)> {
     let first = slots.start / size;
     let last = slots.end.div_ceil(size).min(all.len());
     all[first.min(last)..last].iter().zip(first..).map(move |(chunk, i)| (i * size, chunk))

@@ -1,5 +1,14 @@
 #![doc = include_str!("../README.md")]
 
+/// The pages of the book, so that their examples are compiled and run.
+#[cfg(all(doctest, feature = "candle"))]
+mod pages {
+    #[doc = include_str!("../../../docs/kv-quant-slices.md")]
+    mod slices {}
+    #[doc = include_str!("../../../docs/kv-quant-candle.md")]
+    mod candle {}
+}
+
 mod array;
 mod attention;
 mod error;
@@ -19,12 +28,16 @@ mod vector;
 
 #[cfg(feature = "candle")]
 mod candle;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 pub use attention::{Attended, Queries, attend, mass};
 #[cfg(feature = "candle")]
 pub use candle::{DequantCache, Order, QuantCache, QuantStore};
 #[cfg(all(feature = "candle", feature = "save"))]
 pub use candle::{load_caches, save_caches};
+#[cfg(feature = "cuda")]
+pub use cuda::CudaStore;
 pub use error::{Error, Result};
 #[cfg(feature = "save")]
 pub use file::{load, load_bytes, save};

@@ -353,6 +353,9 @@ fn join(codes: &[u8], Plane { bits, shift }: Plane) -> u32 {
     let (ones, pairs, fours) =
         (0x0101_0101_0101_0101, 0x0001_0001_0001_0001, 0x0000_0001_0000_0001);
     let mask = |bits: usize| (1u64 << bits) - 1;
+    if let (8, Ok(bytes)) = (bits, codes.try_into()) {
+        return u32::from_le_bytes(bytes);
+    }
     let mut word = 0;
     for (i, codes) in codes.chunks(8).enumerate() {
         let mut bytes = [0; 8];

@@ -45,6 +45,13 @@ impl Packed {
         }
     }
 
+    /// Asks for the whole matrix to be brought near.
+    pub(crate) fn prefetch(&self) {
+        kernel::prefetch(&self.codes);
+        kernel::prefetch(&self.scales);
+        kernel::prefetch(&self.zeros);
+    }
+
     /// All lanes of a group share each step's scale: x * scale takes the place of x, and x · zeros is one number per row.
     fn accumulate_by_step(&self, x: Rows<'_>, out: &mut [f32], out_stride: usize, s: &mut Scratch) {
         let panels_of_group = self.scheme.group / PANEL;

@@ -120,7 +120,8 @@ impl Attend {
         let shared = ring.max(outs);
         let attribute = |a| context.attribute(a).map_err(wrap);
         use CUdevice_attribute::*;
-        if attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? < shared as i32 + 4096 {
+        if attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? < shared as i32 + 4096
+        {
             return Ok(None);
         }
         let name = format!("attend_b{bits}_g{group}_d{head_dim}_n{n}");
@@ -202,7 +203,12 @@ impl Kernels {
 
     /// # Safety
     /// As [`Attend::launch`], with kernels/quantize.cuh.
-    pub unsafe fn quantize(&self, stream: &CudaStream, args: &QuantizeArgs, rows: usize) -> Result<()> {
+    pub unsafe fn quantize(
+        &self,
+        stream: &CudaStream,
+        args: &QuantizeArgs,
+        rows: usize,
+    ) -> Result<()> {
         let parts = self.layout.key_parts() as i32;
         let grid = ((args.key_records * parts).max(args.value_tiles) as u32, rows as u32, 2);
         // SAFETY: the caller's.
@@ -258,11 +264,7 @@ unsafe fn launch<A: DeviceRepr>(
 }
 
 /// A module, loaded once for each context.
-fn module(
-    context: &Arc<CudaContext>,
-    name: &'static str,
-    image: &[u8],
-) -> Result<Arc<CudaModule>> {
+fn module(context: &Arc<CudaContext>, name: &'static str, image: &[u8]) -> Result<Arc<CudaModule>> {
     static LOADED: Mutex<Option<HashMap<(usize, &str), Arc<CudaModule>>>> = Mutex::new(None);
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
     let loaded = loaded.get_or_insert_default();

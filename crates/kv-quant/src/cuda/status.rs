@@ -21,7 +21,8 @@ impl Status {
     pub fn new(context: &Arc<CudaContext>) -> Result<Self> {
         let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
         // SAFETY: the word is written before it is read.
-        let mut memory = unsafe { context.alloc_pinned_with_flags::<u64>(1, flags) }.map_err(wrap)?;
+        let mut memory =
+            unsafe { context.alloc_pinned_with_flags::<u64>(1, flags) }.map_err(wrap)?;
         let word = memory.as_mut_ptr().map_err(wrap)?;
         // SAFETY: `word` points to the one number allocated above.
         unsafe { word.write_volatile(0) };
@@ -44,7 +45,9 @@ impl Status {
         let (token, channel) = (word >> 9 & 0x7fff_ffff, word & 0x1ff);
         let what = if values { "values" } else { "keys" };
         let expected = "finite numbers whose range f16 can hold";
-        let place = format!("batch and kv head {row}, {what} of the group of {group} from token {token}, channel {channel}");
+        let place = format!(
+            "batch and kv head {row}, {what} of the group of {group} from token {token}, channel {channel}"
+        );
         Err(Error::mismatch(place, expected, "infinite, NaN or too wide"))
     }
 }

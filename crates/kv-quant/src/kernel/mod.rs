@@ -103,6 +103,18 @@ pub fn widen_into(src: &[f16], out: &mut [f32]) {
     (best().widen)(src, out);
 }
 
+/// Asks for memory that will be read soon. A chunk is too short for the hardware to see the pattern before it ends.
+pub fn prefetch<T>(data: &[T]) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    for start in (0..size_of_val(data)).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing that the program sees, and the address lies in `data`.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().add(start)) };
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = data;
+}
+
 /// Checks what the kernels, some of them in raw pointers, rely on.
 fn run(
     accumulate: Accumulate,
