@@ -27,6 +27,27 @@ use words::merge;
 
 use crate::tokens::cl100k_tokens;
 
+/// The settings of arXiv 2407.01527: their names and rates.
+pub const PAPER_RATES: [(&str, f64); 4] = [
+    ("llmlingua2-2x", 0.5),
+    ("llmlingua2-4x", 0.25),
+    ("llmlingua2-6x", 0.17),
+    ("llmlingua2-8x", 0.125),
+];
+
+/// The rate of one of the paper's settings by its name; [`Settings::paper`] goes with each.
+///
+/// ```
+/// use prompt_compress::llmlingua2::paper_rate;
+///
+/// assert_eq!(paper_rate("llmlingua2-4x").map(|rate| rate.get()), Some(0.25));
+/// assert!(paper_rate("llmlingua2-5x").is_none());
+/// ```
+pub fn paper_rate(name: &str) -> Option<Rate> {
+    let (_, rate) = PAPER_RATES.iter().find(|(known, _)| *known == name)?;
+    Rate::new(*rate).ok()
+}
+
 /// How a word's probability comes from its tokens'.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WordProbability {
