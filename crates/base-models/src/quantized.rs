@@ -301,17 +301,21 @@ fn half_at(block: &[u8], at: usize) -> f32 {
 }
 
 #[inline(always)]
-fn dot<F: Format>(row: &[u8], x: &[f32], sums: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; BLOCK / 2];
+fn dot<S: Simd, F: Format>(simd: S, row: &[u8], x: &[f32], sums: &[f32]) -> f32 {
+    let mut lanes = simd.splat_f32s(0.0);
     let mut rest = 0.0;
     for ((block, x), sum) in row.chunks_exact(F::BYTES).zip(x.chunks_exact(BLOCK)).zip(sums) {
         let (scale, offset, q) = F::unpack(block);
-        for (i, lane) in lanes.iter_mut().enumerate() {
-            *lane += scale * (q[i] * x[i] + q[i + BLOCK / 2] * x[i + BLOCK / 2]);
+        // A register's width divides a block's, so nothing is left over.
+        let ((q, _), (x, _)) = (S::as_simd_f32s(&q), S::as_simd_f32s(x));
+        let mut product = simd.mul_f32s(q[0], x[0]);
+        for (&q, &x) in q.iter().zip(x).skip(1) {
+            product = simd.mul_add_e_f32s(q, x, product);
         }
+        lanes = simd.mul_add_e_f32s(simd.splat_f32s(scale), product, lanes);
         rest += offset * sum;
     }
-    lanes.iter().sum::<f32>() + rest
+    simd.reduce_sum_f32s(lanes) + rest
 }
 
 /// The products of some rows of weights with all rows of x. A struct and not a closure: only what is inlined into `with_simd` is
@@ -332,13 +336,13 @@ impl<F: Format> WithSimd for Product<'_, F> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let Self { weights, x, sums, out, rows, .. } = self;
         let inner = x.len() / rows;
         let size = inner / BLOCK * F::BYTES;
         for (out, row) in out.chunks_exact_mut(rows).zip(weights.chunks_exact(size)) {
             for (r, out) in out.iter_mut().enumerate() {
-                *out = dot::<F>(row, &x[r * inner..][..inner], &sums[r * (inner / BLOCK)..]);
+                *out = dot::<S, F>(simd, row, &x[r * inner..][..inner], &sums[r * (inner / BLOCK)..]);
             }
         }
     }

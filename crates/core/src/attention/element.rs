@@ -20,9 +20,35 @@ impl Element for f32 {
 impl Element for f16 {
     fn widen<'a>(src: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
         scratch.resize(src.len(), 0.0);
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx512f") {
+            // SAFETY: the processor has AVX-512F.
+            #[allow(unsafe_code)]
+            unsafe {
+                widen_avx512(src, scratch)
+            };
+            return scratch;
+        }
         src.convert_to_f32_slice(scratch);
         scratch
     }
+}
+
+/// Sixteen numbers an instruction; `half` takes eight, and was measured to be several times slower.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+#[allow(unsafe_code)]
+fn widen_avx512(src: &[f16], out: &mut [f32]) {
+    use std::arch::x86_64::{_mm256_loadu_si256, _mm512_cvtph_ps, _mm512_storeu_ps};
+    let (mut src, mut out) = (src.chunks_exact(16), out.chunks_exact_mut(16));
+    for (src, out) in (&mut src).zip(&mut out) {
+        // SAFETY: both chunks hold 16 numbers: 32 bytes to read and 64 to write, at any alignment.
+        unsafe {
+            let halves = _mm256_loadu_si256(src.as_ptr().cast());
+            _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtph_ps(halves));
+        }
+    }
+    src.remainder().convert_to_f32_slice(out.into_remainder());
 }
 
 impl Element for bf16 {
@@ -41,4 +67,20 @@ pub fn with_slice<T: Element, R>(x: &Tensor, f: impl FnOnce(&[T]) -> Result<R>) 
         return Err(Error::mismatch("tensor", "a contiguous one on the CPU", got));
     };
     f(&data.as_slice::<T>()?[start..end])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_is_widened_exactly() {
+        // An odd length, so that the last few take the path of the remainder.
+        let halves: Vec<_> = (0..=u16::MAX).chain(0..7).map(f16::from_bits).collect();
+        let mut scratch = Vec::new();
+        for (half, wide) in halves.iter().zip(f16::widen(&halves, &mut scratch)) {
+            let want = half.to_f32();
+            assert!(wide.to_bits() == want.to_bits() || (wide.is_nan() && want.is_nan()), "{half}");
+        }
+    }
 }

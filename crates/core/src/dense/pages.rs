@@ -4,6 +4,9 @@ use crate::attention::{Element, Page};
 
 /// Entries of a page.
 const PAGE: usize = 256;
+/// A page that is not full has room for fewer entries than this beyond those it holds: many heads hold few entries under an
+/// eviction policy, and room that nothing uses would be most of their memory.
+const ROOM: usize = 16;
 
 /// One kv head's keys and values, `[entries, head_dim]` each, cut into pages of 256 entries.
 #[derive(Debug, Clone)]
@@ -26,9 +29,8 @@ impl<T: Element> Pages<T> {
     }
 
     pub fn append(&mut self, keys: &[T], values: &[T]) {
-        let page = PAGE * self.head_dim;
-        extend(&mut self.keys, keys, page);
-        extend(&mut self.values, values, page);
+        extend(&mut self.keys, keys, self.head_dim);
+        extend(&mut self.values, values, self.head_dim);
     }
 
     /// Keeps the entries named, in increasing order, moving them forward in place.
@@ -57,15 +59,18 @@ impl<T: Element> Pages<T> {
     }
 }
 
-fn extend<T: Copy>(pages: &mut Vec<Vec<T>>, mut rows: &[T], page: usize) {
+fn extend<T: Copy>(pages: &mut Vec<Vec<T>>, mut rows: &[T], head_dim: usize) {
+    let page = PAGE * head_dim;
     while !rows.is_empty() {
         match pages.last_mut() {
             Some(last) if last.len() < page => {
                 let (now, later) = rows.split_at(rows.len().min(page - last.len()));
+                let room = (last.len() + now.len()).next_multiple_of(ROOM * head_dim);
+                last.reserve_exact(room - last.len());
                 last.extend_from_slice(now);
                 rows = later;
             }
-            _ => pages.push(Vec::with_capacity(page)),
+            _ => pages.push(Vec::new()),
         }
     }
 }
@@ -85,5 +90,6 @@ fn compact<T: Copy>(pages: &mut Vec<Vec<T>>, keep: &[u32], head_dim: usize) {
     pages.truncate(keep.len().div_ceil(PAGE));
     if let Some(last) = pages.last_mut() {
         last.truncate((keep.len() - 1) % PAGE * head_dim + head_dim);
+        last.shrink_to(last.len().next_multiple_of(ROOM * head_dim));
     }
 }
