@@ -5,6 +5,8 @@ mod attention;
 mod checkpoint;
 mod conv;
 mod gated_mlp;
+#[cfg(feature = "hub")]
+mod hub;
 mod linear;
 mod mamba;
 mod mamba2;
@@ -21,9 +23,14 @@ mod session;
 mod simd;
 mod split;
 mod state;
+mod tokenizer;
 mod workspace;
+mod world;
 
 pub use checkpoint::LoadOptions;
 pub use model::Model;
+pub use pretrained::Pretrained;
 pub use session::Session;
 pub use state::State;
+pub use tokenizer::Tokenizer;
+pub use world::World;

@@ -6,10 +6,49 @@ use std::path::Path;
 use crate::checkpoint::{Checkpoint, LoadOptions};
 use crate::mamba_lm;
 use crate::model::Model;
+use crate::tokenizer::Tokenizer;
 use crate::{recurrent_gemma, rwkv};
 use candle_core::Tensor;
 use longctx_core::{Error, Result};
 use serde_json::Value;
+
+/// A model and its tokenizer.
+#[derive(Debug, Clone)]
+pub struct Pretrained {
+    /// The weights.
+    pub model: Model,
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+}
+
+impl Pretrained {
+    /// Opens what `name` names: a folder, or else a model of the Hugging Face Hub ("state-spaces/mamba-130m-hf"), kept in the Hub's usual
+    /// cache.
+    ///
+    /// # Errors
+    /// As [`from_folder`](Self::from_folder); [`Error::File`] naming the file that could not be had.
+    pub fn open(name: &str, options: &LoadOptions) -> Result<Self> {
+        let path = Path::new(name);
+        if path.is_dir() {
+            return Self::from_folder(path, options);
+        }
+        #[cfg(feature = "hub")]
+        return Self::from_folder(&crate::hub::download(name)?, options);
+        #[cfg(not(feature = "hub"))]
+        Err(Error::Unsupported(format!(
+            "{name}: no such folder, and no feature `hub` to download it"
+        )))
+    }
+
+    /// From a folder as [`Model::from_folder`] takes it, with `tokenizer.json` or RWKV's World vocabulary.
+    ///
+    /// # Errors
+    /// As [`Model::from_folder`] and [`Tokenizer::from_folder`].
+    pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
+        let model = Model::from_folder(folder, options)?;
+        Ok(Self { model, tokenizer: Tokenizer::from_folder(folder)? })
+    }
+}
 
 impl Model {
     /// From a folder with `config.json` (where the family has one) and the weights: `model.safetensors` or its shards, `pytorch_model.bin`, or

@@ -40,8 +40,9 @@ pub struct Ssd {
 struct Scratch {
     /// Δ.
     steps: Vec<f32>,
-    /// s.
+    /// s, and what rounding it to f32 left over: differences of sums are to be as exact as steps taken one by one.
     sums: Vec<f32>,
+    rests: Vec<f32>,
     /// e^s, then e^(s(end) − s).
     decays: Vec<f32>,
     /// Δ X.
@@ -168,17 +169,19 @@ impl<'a> Head<'a> {
 
     /// Δ and s.
     fn time_steps(&self, start: usize, count: usize, scratch: &mut Scratch) {
-        let Scratch { steps, sums, .. } = scratch;
+        let Scratch { steps, sums, rests, .. } = scratch;
         steps.clear();
         steps.extend((0..count).map(|t| self.steps.row(start + t)[0] + self.time_bias));
         map(Softplus, steps);
         steps.iter_mut().for_each(|step| *step = step.max(self.limit.0).min(self.limit.1));
         let mut sum = 0.0;
         sums.clear();
-        sums.extend(steps.iter().map(|step| {
-            sum += step * self.a;
-            sum
-        }));
+        rests.clear();
+        for step in steps {
+            sum += f64::from(*step * self.a);
+            sums.push(sum as f32);
+            rests.push((sum - f64::from(sum as f32)) as f32);
+        }
     }
 
     fn step(&self, t: usize, step: f32, state: &mut [f32], y: &mut [f32]) {
@@ -197,10 +200,10 @@ impl<'a> Head<'a> {
         state: &mut [f32],
     ) {
         let (states, d) = (self.states, self.head_dim);
-        let Scratch { steps, sums, decays, inputs, weights, outputs } = scratch;
+        let Scratch { steps, sums, rests, decays, inputs, weights, outputs } = scratch;
         weights.clear();
         weights.extend_from_slice(&products[..count * count]);
-        Arch::new().dispatch(Decay { sums, weights });
+        Arch::new().dispatch(Decay { sums, rests, weights });
         decays.clone_from(sums);
         map(Exp, decays);
         inputs.clear();
@@ -227,8 +230,10 @@ impl<'a> Head<'a> {
             y.iter_mut().zip(self.x.row(start + t)).for_each(|(y, x)| *y += self.skip * x);
         }
 
-        let end = sums[count - 1];
-        decays.iter_mut().zip(sums.iter()).for_each(|(decay, s)| *decay = end - s);
+        let (end, end_rest) = (sums[count - 1], rests[count - 1]);
+        for (decay, (s, rest)) in decays.iter_mut().zip(sums.iter().zip(rests.iter())) {
+            *decay = (end - s) + (end_rest - rest);
+        }
         map(Exp, decays);
         scale_rows(inputs, d, decays);
         let b = Strided { data: b.data, row: 1, column: b.stride };
@@ -245,6 +250,7 @@ fn scale_rows(x: &mut [f32], width: usize, by: &[f32]) {
 /// `weights[t][u] *= e^(s(t) − s(u))` for u ≤ t; zero for the others.
 struct Decay<'a> {
     sums: &'a [f32],
+    rests: &'a [f32],
     weights: &'a mut [f32],
 }
 
@@ -254,10 +260,16 @@ impl WithSimd for Decay<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         #[inline(always)]
-        fn run<S: Simd>(simd: S, w: &mut [S::f32s], sums: &[S::f32s], s: f32) {
-            for (w, &u) in w.iter_mut().zip(sums) {
-                let decay = exp(simd, simd.sub_f32s(simd.splat_f32s(s), u));
-                *w = simd.mul_f32s(*w, decay);
+        fn run<S: Simd>(
+            simd: S,
+            w: &mut [S::f32s],
+            (sums, rests): (&[S::f32s], &[S::f32s]),
+            (s, rest): (f32, f32),
+        ) {
+            let (s, rest) = (simd.splat_f32s(s), simd.splat_f32s(rest));
+            for ((w, &u), &u_rest) in w.iter_mut().zip(sums).zip(rests) {
+                let between = simd.add_f32s(simd.sub_f32s(s, u), simd.sub_f32s(rest, u_rest));
+                *w = simd.mul_f32s(*w, exp(simd, between));
             }
         }
         for (t, row) in self.weights.chunks_exact_mut(self.sums.len()).enumerate() {
@@ -265,8 +277,10 @@ impl WithSimd for Decay<'_> {
             unseen.fill(0.0);
             let (w, w_tail) = S::as_mut_simd_f32s(seen);
             let (s, s_tail) = S::as_simd_f32s(&self.sums[..t + 1]);
-            run(simd, w, s, self.sums[t]);
-            run(Scalar, w_tail, s_tail, self.sums[t]);
+            let (rest, rest_tail) = S::as_simd_f32s(&self.rests[..t + 1]);
+            let at = (self.sums[t], self.rests[t]);
+            run(simd, w, (s, rest), at);
+            run(Scalar, w_tail, (s_tail, rest_tail), at);
         }
     }
 }

@@ -1,9 +1,7 @@
 //! Logits beside those of public implementations: see `fixtures/generate.py`.
 
-mod common;
-
+use crate::common::{Fixture, distance, feed};
 use candle_core::DType;
-use common::{Fixture, distance, feed};
 
 /// Whole, in uneven chunks, and token by token.
 fn check(name: &str) {

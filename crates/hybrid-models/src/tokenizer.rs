@@ -1,0 +1,71 @@
+//! Text to tokens and back.
+
+use std::path::Path;
+
+use crate::world::World;
+use longctx_core::{Error, Result};
+
+/// A model's tokenizer: a `tokenizer.json`, or the vocabulary of RWKV's World models.
+#[derive(Debug, Clone)]
+pub enum Tokenizer {
+    /// Of the `tokenizers` crate.
+    Json(Box<tokenizers::Tokenizer>),
+    /// RWKV's.
+    World(World),
+}
+
+impl Tokenizer {
+    /// From a folder with `tokenizer.json`, or else a World vocabulary: `rwkv_vocab_v20230424.txt` or another `*vocab*.txt`.
+    ///
+    /// # Errors
+    /// [`Error::File`] if there is neither, or what there is can't be read.
+    pub fn from_folder(folder: &Path) -> Result<Self> {
+        let json = folder.join("tokenizer.json");
+        if json.exists() {
+            let inner =
+                tokenizers::Tokenizer::from_file(&json).map_err(|e| Error::file(json, e))?;
+            return Ok(Self::Json(Box::new(inner)));
+        }
+        let entries = std::fs::read_dir(folder).map_err(|e| Error::file(folder, e))?;
+        let is_vocabulary = |path: &std::path::PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.contains("vocab") && name.ends_with(".txt")
+        };
+        match entries.flatten().map(|entry| entry.path()).find(is_vocabulary) {
+            Some(path) => Ok(Self::World(World::from_file(&path)?)),
+            None => {
+                let reason = "there is neither tokenizer.json nor a World vocabulary (*vocab*.txt)";
+                Err(Error::file(folder, reason))
+            }
+        }
+    }
+
+    /// The tokens of a text. `special`: with what the model expects around a text, most often a first token.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with the tokenizer's own message.
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        match self {
+            Self::Json(inner) => {
+                let encoding = inner.encode_fast(text, special).map_err(failed)?;
+                Ok(encoding.get_ids().to_vec())
+            }
+            Self::World(world) => world.encode(text.as_bytes()),
+        }
+    }
+
+    /// The text of tokens, special ones left out; bytes that are no UTF-8 become replacement characters.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with the tokenizer's own message.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String> {
+        match self {
+            Self::Json(inner) => inner.decode(tokens, true).map_err(failed),
+            Self::World(world) => Ok(String::from_utf8_lossy(&world.decode(tokens)).into_owned()),
+        }
+    }
+}
+
+fn failed(e: tokenizers::Error) -> Error {
+    Error::Unsupported(format!("tokenizer: {e}"))
+}

@@ -1,0 +1,7 @@
+//! All models beside public implementations and by law.
+
+mod common;
+mod errors;
+mod laws;
+mod reference;
+mod world;
