@@ -1,0 +1,202 @@
+//! Few tokens in full precision or many in few bits? The needle test over policies, stores and memory budgets.
+//!
+//!     cargo run --release --example trade_off
+//!     cargo run --release --example trade_off -- --equal tokens --stores f16 --shares 0.5,0.25,0.125 --policies all
+//!
+//! The whole prompt attends exactly, once; every cache takes it in and then decodes for itself. With `--prefill-chunk` each cache
+//! reads the prompt for itself, in chunks, which takes as many prefills as there are caches.
+
+mod cell;
+mod fan;
+mod plot;
+mod report;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use anyhow::{Result, ensure};
+use base_models::{LoadOptions, Pretrained};
+use candle_core::{Device, Tensor};
+use cell::{Cell, Equal, POLICIES, Store};
+use clap::Parser;
+use fan::Fan;
+use indicatif::{ProgressBar, ProgressStyle};
+use longctx_core::{CausalLm, Footprint, KvCache, LayerShape, Logits};
+use longctx_eval::Haystack;
+use longctx_eval::needle::{Needle, Sample, score};
+use longctx_examples::model;
+use report::Row;
+
+#[derive(Parser)]
+#[command(about = "Sweeps eviction policies, stores and budgets over the needle (passkey) test")]
+struct Args {
+    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
+    #[arg(long)]
+    model: Option<String>,
+    /// Lengths of the prompts, in tokens
+    #[arg(long, value_delimiter = ',', default_values_t = [2000])]
+    tokens: Vec<usize>,
+    /// Where to hide the key: 0 at the start, 1 at the end; a prompt and a key of its own for each
+    #[arg(long, value_delimiter = ',', default_values_t = [0.1, 0.3, 0.5, 0.7, 0.9])]
+    depths: Vec<f64>,
+    /// Policies by name, or "all"
+    #[arg(long, value_delimiter = ',', default_values = ["recent", "snap-kv", "h2o", "tova"])]
+    policies: Vec<String>,
+    /// What keys and values are held in: f16, kivi-4, kivi-2
+    #[arg(long, value_delimiter = ',', default_values = ["f16", "kivi-4", "kivi-2"])]
+    stores: Vec<Store>,
+    /// Shares of the dense f16 cache, of its bytes or of its tokens
+    #[arg(long, value_delimiter = ',', default_values_t = [0.5, 0.25, 0.125, 0.0625])]
+    shares: Vec<f64>,
+    /// What a share is a share of
+    #[arg(long, default_value = "bytes")]
+    equal: Equal,
+    /// Tokens of the prompt to feed at a time; by default the whole prompt, which attends exactly
+    #[arg(long)]
+    prefill_chunk: Option<usize>,
+    /// Tokens to generate for an answer
+    #[arg(long, default_value_t = 12)]
+    max_tokens: usize,
+    /// Where to save the table and the plot, and under which name
+    #[arg(long, default_value = "results/trade_off")]
+    out: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    ensure!(!args.depths.is_empty(), "at least one depth");
+    let name = match &args.model {
+        Some(name) => name.clone(),
+        None => model::smollm2()?.display().to_string(),
+    };
+    let llm = Pretrained::open(&name, &LoadOptions::default())?;
+    let mut rows: Vec<Row> = Vec::new();
+    for &tokens in &args.tokens {
+        let cells = cells(&args, tokens)?;
+        let prompts = prompts(&args, &llm, tokens)?;
+        println!("{tokens} tokens: {} caches x {} prompts", cells.len(), prompts.len());
+        let bar = ProgressBar::new((cells.len() * prompts.len()) as u64);
+        bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} (left: {eta})")?);
+        let mut own: Vec<_> = cells.iter().map(|cell| Row::new(cell, tokens)).collect();
+        for (prompt, answer) in &prompts {
+            let answers = match args.prefill_chunk {
+                None => at_once(&llm, &cells, prompt, &args, &bar)?,
+                Some(chunk) => one_by_one(&llm, &cells, prompt, chunk, &args, &bar)?,
+            };
+            for (row, (text, bytes)) in own.iter_mut().zip(answers) {
+                row.add(score(&text, answer), bytes);
+            }
+        }
+        bar.finish_and_clear();
+        report::print(&own);
+        rows.extend(own);
+        report::save(&rows, &args.out)?;
+    }
+    plot::save(&rows, &args.out.with_extension("svg"))
+}
+
+fn cells(args: &Args, tokens: usize) -> Result<Vec<Cell>> {
+    let policies: Vec<&str> = match args.policies.iter().any(|p| p == "all") {
+        true => POLICIES.to_vec(),
+        false => args.policies.iter().map(String::as_str).collect(),
+    };
+    let mut cells = vec![Cell::dense()];
+    for &share in &args.shares {
+        ensure!(share > 0.0 && share < 1.0, "a share between 0 and 1, not {share}");
+        for &store in &args.stores {
+            for policy in &policies {
+                cells.extend(Cell::new(policy, store, share, args.equal, tokens)?);
+            }
+        }
+    }
+    Ok(cells)
+}
+
+/// The tokens of each prompt, and its key.
+fn prompts(args: &Args, llm: &Pretrained, tokens: usize) -> Result<Vec<(Vec<u32>, String)>> {
+    let haystack = Haystack::generated(0);
+    let count = |text: &str| anyhow::Ok(llm.tokenizer.encode(text.trim_end(), true)?.len());
+    let prompt = |(seed, &depth)| {
+        let needle = Needle { depth, digits: 7, seed };
+        let Sample { prompt, answer } = needle.in_tokens(&haystack, tokens, count)?;
+        // The prompt ends where the key begins. Its last space would be a token of its own.
+        Ok((llm.tokenizer.encode(prompt.trim_end(), true)?, answer))
+    };
+    (0..).zip(&args.depths).map(prompt).collect()
+}
+
+type Answers = Vec<(String, Footprint)>;
+
+/// One exact prefill, which all caches take in.
+fn at_once(
+    llm: &Pretrained,
+    cells: &[Cell],
+    prompt: &[u32],
+    args: &Args,
+    bar: &ProgressBar,
+) -> Result<Answers> {
+    let active = Arc::new(AtomicUsize::new(0));
+    let mut session = llm.model.session(|layer| {
+        let caches =
+            cells.iter().map(|cell| cell.cache(layer)).collect::<longctx_core::Result<_>>()?;
+        Ok(Fan::new(caches, active.clone()))
+    })?;
+    let first = feed(&mut session, prompt)?;
+    let mut answers = Vec::new();
+    for i in 0..cells.len() {
+        active.store(i, Ordering::Relaxed);
+        answers.push(answer(llm, &mut session, first, args)?);
+        bar.inc(1);
+    }
+    Ok(answers)
+}
+
+/// Each cache reads the prompt for itself.
+fn one_by_one(
+    llm: &Pretrained,
+    cells: &[Cell],
+    prompt: &[u32],
+    chunk: usize,
+    args: &Args,
+    bar: &ProgressBar,
+) -> Result<Answers> {
+    let mut answers = Vec::new();
+    for cell in cells {
+        let cache =
+            |layer: &LayerShape| -> longctx_core::Result<Box<dyn KvCache>> { cell.cache(layer) };
+        let mut session = llm.model.session(cache)?;
+        let mut first = 0;
+        for chunk in prompt.chunks(chunk) {
+            first = feed(&mut session, chunk)?;
+        }
+        answers.push(answer(llm, &mut session, first, args)?);
+        bar.inc(1);
+    }
+    Ok(answers)
+}
+
+/// Writes on greedily from the first token of the answer; with the bytes held at its end.
+fn answer(
+    llm: &Pretrained,
+    session: &mut impl CausalLm,
+    first: u32,
+    args: &Args,
+) -> Result<(String, Footprint)> {
+    let mut tokens = vec![first];
+    while tokens.len() < args.max_tokens {
+        let next = feed(session, &tokens[tokens.len() - 1..])?;
+        if llm.model.config().eos.contains(&next) {
+            break;
+        }
+        tokens.push(next);
+    }
+    Ok((llm.tokenizer.decode(&tokens)?, session.footprint()))
+}
+
+/// The most probable next token.
+fn feed(session: &mut impl CausalLm, tokens: &[u32]) -> Result<u32> {
+    let tokens = Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?;
+    let logits = session.forward(&tokens, Logits::Last)?;
+    Ok(logits.flatten_all()?.argmax(0)?.to_scalar()?)
+}

@@ -1,0 +1,96 @@
+//! The table, and the same as JSON and CSV.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
+use longctx_core::Footprint;
+use longctx_eval::needle::Score;
+use serde::Serialize;
+
+use crate::cell::Cell;
+
+/// What one cell of the sweep did.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    pub tokens: usize,
+    pub policy: String,
+    pub store: &'static str,
+    pub share: f64,
+    /// Tokens per kv head that may be held.
+    pub budget: usize,
+    pub tried: usize,
+    /// Keys found whole.
+    pub exact: f64,
+    /// The sum of the shares of the keys that were found.
+    pub partial: f64,
+    /// Bytes held after the last answer, without what is allocated for tokens to come.
+    pub bytes: usize,
+    /// The part of them that is the policy's own.
+    pub bookkeeping: usize,
+}
+
+impl Row {
+    pub fn new(cell: &Cell, tokens: usize) -> Self {
+        Self {
+            tokens,
+            policy: cell.policy.clone(),
+            store: cell.store.name(),
+            share: cell.share,
+            budget: cell.budget.min(tokens),
+            tried: 0,
+            exact: 0.0,
+            partial: 0.0,
+            bytes: 0,
+            bookkeeping: 0,
+        }
+    }
+
+    pub fn add(&mut self, score: Score, held: Footprint) {
+        self.tried += 1;
+        self.exact += score.exact;
+        self.partial += score.partial;
+        self.bytes = held.total() - held.slack;
+        self.bookkeeping = held.bookkeeping;
+    }
+
+    /// The mean share of a key that was found.
+    pub fn quality(&self) -> f64 {
+        self.partial / self.tried.max(1) as f64
+    }
+}
+
+pub fn print(rows: &[Row]) {
+    let mut table = Table::new();
+    table
+        .load_preset(UTF8_FULL_CONDENSED)
+        .set_header(["policy", "store", "share", "tokens", "bytes", "exact", "partial"]);
+    for row in rows {
+        table.add_row([
+            row.policy.clone(),
+            row.store.into(),
+            format!("{:.4}", row.share),
+            row.budget.to_string(),
+            format!("{:.2} MB", row.bytes as f64 / 1e6),
+            format!("{} of {}", row.exact, row.tried),
+            format!("{:.2}", row.quality()),
+        ]);
+    }
+    for column in table.column_iter_mut().skip(2) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    println!("{table}");
+}
+
+/// Writes `NAME.json` and `NAME.csv`.
+pub fn save(rows: &[Row], name: &Path) -> Result<()> {
+    if let Some(folder) = name.parent() {
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
+    fs::write(name.with_extension("json"), serde_json::to_string_pretty(rows)? + "\n")?;
+    let mut csv = csv::Writer::from_path(name.with_extension("csv"))?;
+    rows.iter().try_for_each(|row| csv.serialize(row))?;
+    csv.flush()?;
+    Ok(())
+}
