@@ -342,7 +342,8 @@ impl<F: Format> WithSimd for Product<'_, F> {
         let size = inner / BLOCK * F::BYTES;
         for (out, row) in out.chunks_exact_mut(rows).zip(weights.chunks_exact(size)) {
             for (r, out) in out.iter_mut().enumerate() {
-                *out = dot::<S, F>(simd, row, &x[r * inner..][..inner], &sums[r * (inner / BLOCK)..]);
+                *out =
+                    dot::<S, F>(simd, row, &x[r * inner..][..inner], &sums[r * (inner / BLOCK)..]);
             }
         }
     }
