@@ -5,6 +5,8 @@ mod error;
 mod haystack;
 pub mod needle;
 mod python;
+mod task;
 
 pub use error::{Error, Result};
 pub use haystack::Haystack;
+pub use task::{Category, Sample, Samples, Score, Task};
