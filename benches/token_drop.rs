@@ -8,6 +8,7 @@
 //! The layer has SmolLM2's shape: 9 heads, 3 kv heads of 64 channels.
 
 use std::hint::black_box;
+use std::process::Command;
 use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};
@@ -111,30 +112,41 @@ fn prefill(c: &mut Criterion) {
     group.finish();
 }
 
-/// Prints what the process's peak grew by during a prefill, the prompt's own tensors not counted.
+/// Prints what the peak grows by during a prefill, the prompt's own tensors not counted; each in a process of its own, so that no memory
+/// is there from before.
 fn peak_memory() {
     println!("peak memory of a prefill, MB beside q, k and v themselves");
-    for (name, make) in METHODS {
-        let grown = [8192, 16_384, 32_768].map(|tokens| {
-            let prompt = Text::random(tokens);
-            memory::restart_peak();
-            let before = memory::peak();
-            let mut cache = make(prompt.shape).expect("a cache");
-            prompt.feed(&mut *cache);
-            match (before, memory::peak()) {
-                (Some(before), Some(after)) => format!("{:9.1}", (after - before) as f64 / 1e6),
-                _ => "unknown".into(),
-            }
+    let program = std::env::current_exe().expect("the path of this program");
+    for (name, _) in METHODS {
+        let grown = [8192, 16_384, 32_768].map(|tokens: usize| {
+            let child = Command::new(&program).args(["grown", name, &tokens.to_string()]).output();
+            String::from_utf8_lossy(&child.expect("a child process").stdout).trim().to_owned()
         });
-        println!("{name:20} {}", grown.join(" "));
+        println!("{name:20} {}", grown.map(|g| format!("{g:>9}")).join(" "));
+    }
+}
+
+fn grown(name: &str, tokens: usize) {
+    let prompt = Text::random(tokens);
+    let (_, make) = METHODS.into_iter().find(|(known, _)| *known == name).expect("a method");
+    memory::restart_peak();
+    let before = memory::peak();
+    let mut cache = make(prompt.shape).expect("a cache");
+    prompt.feed(&mut *cache);
+    match (before, memory::peak()) {
+        (Some(before), Some(after)) => println!("{:.1}", (after - before) as f64 / 1e6),
+        _ => println!("unknown"),
     }
 }
 
 criterion_group!(speed, decode, prefill);
 
 fn main() {
-    if std::env::args().any(|arg| arg == "memory") {
-        return peak_memory();
+    let args: Vec<_> = std::env::args().collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        [_, "grown", name, tokens] => return grown(name, tokens.parse().expect("a number")),
+        args if args.contains(&"memory") => return peak_memory(),
+        _ => {}
     }
     speed();
     Criterion::default().configure_from_args().final_summary();
