@@ -3,7 +3,7 @@
 mod memory;
 mod settings;
 
-use crate::rows::Rows;
+use crate::{check::check_cpu_step, rows::Rows};
 use candle_core::{D, DType, Device, Tensor};
 use longctx_core::attention::{self, Element, Page};
 use longctx_core::{
@@ -332,17 +332,8 @@ impl<T: Element> State<T> {
 
 impl<T: Element> InfLlm<T> {
     fn check(&self, step: &Step<'_>) -> Result<()> {
-        let (batch, tokens) = self.shape.check_q(step.q)?;
-        let of_kv = self.shape.check_kv(step.k, step.v)?;
-        let held = self.state.as_ref().map_or(batch, |state| state.memories.len());
-        if of_kv != (batch, tokens) || batch != held {
-            let expected = format!("batch {held} and {tokens} tokens");
-            return Err(Error::mismatch("q, k and v", expected, format!("{batch}, {of_kv:?}")));
-        }
-        if !matches!(step.q.device(), Device::Cpu) {
-            return Err(Error::Unsupported("InfLLM on a device other than the CPU".into()));
-        }
-        Ok(())
+        let held = self.state.as_ref().map(|state| state.memories.len());
+        check_cpu_step(step, &self.shape, held).map(drop)
     }
 
     /// Takes tokens in chunk by chunk. `exact`: their attention output if it is known already.

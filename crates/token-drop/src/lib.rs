@@ -3,6 +3,7 @@
 
 mod budget;
 mod cache;
+mod check;
 mod group;
 mod inf_llm;
 mod ledger;

@@ -1,8 +1,7 @@
 //! Quest: Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv 2406.10774.
 
-use crate::Group;
-use crate::rows::Rows;
-use candle_core::{DType, Device, Tensor};
+use crate::{Group, check::check_cpu_step, rows::Rows};
+use candle_core::{DType, Tensor};
 use longctx_core::attention::{self, Element, Page, with_slice};
 use longctx_core::{AttentionShape, Error, Footprint, KvCache, Partial, Result, Step, Visible};
 
@@ -146,22 +145,16 @@ impl<T: Element> Held<T> {
 
 impl<T: Element> KvCache for Quest<T> {
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
-        let (batch, tokens) = self.shape.check_q(step.q)?;
-        let of_kv = self.shape.check_kv(step.k, step.v)?;
+        let held = self.held.as_ref().map(|held| held.rows.heads() / self.shape.kv_heads);
+        let (batch, tokens) = check_cpu_step(step, &self.shape, held)?;
         let heads = batch * self.shape.kv_heads;
+        let q = step.rope.apply(step.q, self.seen)?;
+        let k = step.rope.apply(step.k, self.seen)?;
         let mut held = self.held.take().unwrap_or_else(|| Held {
             rows: Rows::new(heads, self.shape.head_dim),
             bounds: vec![Vec::new(); heads],
         });
-        let fits = of_kv == (batch, tokens) && held.rows.heads() == heads;
-        if !fits || !matches!(step.q.device(), Device::Cpu) {
-            let expected = format!("batch {} on the CPU", held.rows.heads() / self.shape.kv_heads);
-            let got = format!("batch {batch}, k and v {of_kv:?}, {:?}", step.q.device());
-            self.held = Some(held).filter(|held| held.rows.len() > 0);
-            return Err(Error::mismatch("q, k and v", expected, got));
-        }
-        let q = step.rope.apply(step.q, self.seen)?;
-        held.append(&step.rope.apply(step.k, self.seen)?, step.v, self.page)?;
+        held.append(&k, step.v, self.page)?;
         let out = match tokens {
             1 => self.decode(&held, &q)?,
             _ => {

@@ -1,5 +1,6 @@
 //! StreamingLLM: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453.
 
+use crate::check::check_step;
 use candle_core::{DType, Tensor};
 use longctx_core::{
     DenseStore, Error, Footprint, KvCache, KvStore, Partial, Result, Selection, Step, Visible,
@@ -112,6 +113,14 @@ impl<S: KvStore> StreamingLlm<S> {
         &self.window
     }
 
+    /// Checks a call before anything changes; gives its tokens.
+    fn check(&self, step: &Step<'_>) -> Result<usize> {
+        let shape = self.window.shape();
+        let heads = self.window.lens().len();
+        let (_, tokens) = check_step(step, shape, (heads > 0).then_some(heads / shape.kv_heads))?;
+        Ok(tokens)
+    }
+
     /// Tokens that must leave the window before `coming` ones join it.
     fn surplus(&self, coming: usize) -> usize {
         let over = (self.window.len() + coming).saturating_sub(self.room.1);
@@ -147,7 +156,7 @@ impl<S: KvStore> StreamingLlm<S> {
 
 impl<S: KvStore> KvCache for StreamingLlm<S> {
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
-        let (_, tokens) = step.shape.check_q(step.q)?;
+        let tokens = self.check(step)?;
         if self.seen == 0 {
             self.room = self.size.of(tokens);
         }
@@ -178,7 +187,7 @@ impl<S: KvStore> KvCache for StreamingLlm<S> {
     }
 
     fn take_prompt(&mut self, step: &Step<'_>, _: &Partial) -> Result<()> {
-        let (_, tokens) = step.shape.check_q(step.q)?;
+        let tokens = self.check(step)?;
         if self.seen > 0 {
             return Err(Error::mismatch("tokens seen before a prompt", 0, self.seen));
         }

@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::DType;
 use common::*;
-use longctx_core::{AttentionShape, DenseStore, Protected, Result};
+use longctx_core::{AttentionShape, DenseStore, KvCache, Protected, Result, Step};
 use token_drop::*;
 
 fn message<T>(made: Result<T>) -> String {
@@ -35,20 +35,54 @@ fn policies_of_their_own() {
 }
 
 #[test]
-fn layers_and_inputs() {
+fn layers() {
     let mut windowed = shape();
     windowed.window = Some(8);
     let store_of = |shape| DenseStore::new(shape, DType::F32).unwrap();
     let cache = PolicyCache::new(store_of(windowed), KNorm, Budget::Tokens(8));
     assert!(message(cache).contains("sliding window"));
-    let mut cache = PolicyCache::new(store(DType::F32), KNorm, Budget::Tokens(8)).unwrap();
-    Input::random(1, 20).feed(&mut cache).unwrap();
-    assert!(message(Input::random(2, 1).feed(&mut cache)).contains("batch"));
-    let mut other = PolicyCache::new(
-        store_of(AttentionShape::new(HEADS, KV_HEADS, 64).unwrap()),
-        KNorm,
-        Budget::Tokens(8),
-    )
-    .unwrap();
-    assert!(message(Input::random(1, 4).feed(&mut other)).contains("64"));
+}
+
+/// Calls that fit no cache are named, and change nothing.
+#[test]
+fn calls() {
+    let sizes = InfLlmSettings {
+        init: 2,
+        local: 12,
+        block: 4,
+        top_blocks: 2,
+        resident_blocks: 2,
+        representatives: 2,
+        chunk: 8,
+    };
+    let policy = PolicyCache::new(store(DType::F32), Tova, Budget::Tokens(8)).unwrap();
+    let caches: [Box<dyn KvCache>; 4] = [
+        Box::new(policy),
+        Box::new(StreamingLlm::new(2, 6, store(DType::F32)).unwrap()),
+        Box::new(InfLlm::<f32>::new(sizes, shape()).unwrap()),
+        Box::new(Quest::<f32>::new(16, shape()).unwrap()),
+    ];
+    let one = Input::random(1, 1);
+    let bad = [
+        (Input { k: Input::random(1, 2).k, v: Input::random(1, 2).v, ..one.clone() }, "k and v"),
+        (Input { v: Input::random(1, 2).v, ..one.clone() }, "v: expected"),
+        (Input { q: one.k.clone(), ..one.clone() }, "q: expected"),
+        (one.narrow(2, 0, 0), "at least 1"),
+        (Input::random(2, 1), "batch"),
+    ];
+    for (i, mut cache) in caches.into_iter().enumerate() {
+        Input::random(1, 20).feed(&mut cache).unwrap();
+        let before = (cache.seen(), cache.held(), cache.footprint());
+        for (call, name) in &bad {
+            let got = message(call.feed(&mut cache));
+            assert!(got.contains(name), "cache {i}: {got:?} does not name {name:?}");
+        }
+        let other = AttentionShape { scale: 1.0, ..shape() };
+        let rope = rope();
+        let step = Step { q: &one.q, k: &one.k, v: &one.v, shape: &other, rope: &rope };
+        assert!(message(cache.attend(&step)).contains("shape"), "cache {i}");
+        assert_eq!((cache.seen(), cache.held(), cache.footprint()), before, "cache {i}");
+        one.feed(&mut cache).unwrap();
+        assert_eq!(cache.seen(), 21, "cache {i}");
+    }
 }
