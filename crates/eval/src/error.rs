@@ -27,6 +27,18 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// A record of a task's data that no question can be made of.
+    #[error("{}, line {line}, field `{field}`: {fault}", path.display())]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The field.
+        field: String,
+        /// What was expected and what came.
+        fault: String,
+    },
 }
 
 impl Error {

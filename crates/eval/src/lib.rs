@@ -3,10 +3,14 @@
 
 mod error;
 mod haystack;
+pub mod metric;
 pub mod needle;
 mod python;
 mod task;
 
 pub use error::{Error, Result};
 pub use haystack::Haystack;
-pub use task::{Category, Sample, Samples, Score, Task};
+pub use task::{
+    Category, CountTokens, Length, NeedleGrid, Sample, Samples, Score, Task, longbench,
+    truncate_middle,
+};

@@ -1,6 +1,13 @@
 //! What a task is: questions put to a model, and a score for what it answers.
 
-use crate::Result;
+pub mod longbench;
+mod needle;
+mod truncate;
+
+pub use needle::{CountTokens, Length, NeedleGrid};
+pub use truncate::truncate_middle;
+
+use crate::{Error, Result};
 
 /// The paper's seven categories, and what goes beyond them.
 #[derive(
@@ -71,6 +78,11 @@ pub trait Task: Send + Sync {
     /// # Errors
     /// If there are more or fewer predictions than turns.
     fn score(&self, sample: &Sample, predictions: &[String]) -> Result<Score>;
+
+    /// Whether a model's answer ends at a newline, once it has a token.
+    fn stops_at_newline(&self) -> bool {
+        false
+    }
 }
 
 /// A task's questions, and the records that could not be made into one.
@@ -80,4 +92,16 @@ pub struct Samples {
     pub samples: Vec<Sample>,
     /// What is wrong with each record left out: file, line and field.
     pub skipped: Vec<crate::Error>,
+}
+
+/// The prediction for a sample of one turn.
+fn one_prediction<'a>(sample: &Sample, predictions: &'a [String]) -> Result<&'a str> {
+    match predictions {
+        [prediction] => Ok(prediction),
+        _ => Err(Error::setting(
+            format!("predictions of sample {}", sample.id),
+            1,
+            predictions.len(),
+        )),
+    }
 }

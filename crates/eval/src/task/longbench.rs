@@ -1,0 +1,124 @@
+//! LongBench (Bai et al., arXiv 2308.14508): 16 English tasks, prompted and scored as in the paper's longctx_bench.
+
+mod record;
+mod specs;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use self::record::Record;
+use self::specs::{SPECS, Spec};
+use super::one_prediction;
+use crate::{Category, Error, Result, Sample, Samples, Score, Task};
+
+/// One of LongBench's tasks, with the file that holds its records.
+#[derive(Debug, Clone)]
+pub struct LongBench {
+    spec: &'static Spec,
+    file: PathBuf,
+}
+
+/// The names of the 16 tasks, which are also those of their files.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    SPECS.iter().map(|spec| spec.name)
+}
+
+/// The task called `name`, its records in `folder/name.jsonl`.
+///
+/// # Errors
+/// [`Error::Setting`] if there is no such task. The file is looked at when the samples are asked for.
+pub fn task(name: &str, folder: impl AsRef<Path>) -> Result<LongBench> {
+    let known = || format!("one of {}", names().collect::<Vec<_>>().join(", "));
+    let spec = SPECS.iter().find(|spec| spec.name == name);
+    let spec = spec.ok_or_else(|| Error::setting("task", known(), name))?;
+    Ok(LongBench { spec, file: folder.as_ref().join(format!("{name}.jsonl")) })
+}
+
+/// All 16 tasks, their records in the folder's files.
+///
+/// ```
+/// use longctx_eval::longbench;
+///
+/// let tasks = longbench::tasks("data/longbench");
+/// assert_eq!(tasks.len(), 16);
+/// assert_eq!(tasks[1].name(), "qasper");
+/// ```
+pub fn tasks(folder: impl AsRef<Path>) -> Vec<Box<dyn Task>> {
+    let file = |spec: &Spec| folder.as_ref().join(format!("{}.jsonl", spec.name));
+    SPECS
+        .iter()
+        .map(|spec| Box::new(LongBench { spec, file: file(spec) }) as Box<dyn Task>)
+        .collect()
+}
+
+impl Task for LongBench {
+    fn name(&self) -> &str {
+        self.spec.name
+    }
+
+    fn category(&self) -> Category {
+        self.spec.category
+    }
+
+    fn samples(&self) -> Result<Samples> {
+        let bytes = fs::read(&self.file).map_err(Error::io(&self.file))?;
+        let mut samples = Samples::default();
+        for (i, line) in bytes.split(|byte| *byte == b'\n').enumerate() {
+            if line.trim_ascii().is_empty() {
+                continue;
+            }
+            match Record::parse(line).and_then(|record| self.sample(record, i + 1)) {
+                Ok(sample) => samples.samples.push(sample),
+                Err(fault) => samples.skipped.push(Error::Record {
+                    path: self.file.clone(),
+                    line: i + 1,
+                    field: fault.field.to_owned(),
+                    fault: fault.message,
+                }),
+            }
+        }
+        Ok(samples)
+    }
+
+    /// On the few-shot tasks, only the first line written counts.
+    fn score(&self, sample: &Sample, predictions: &[String]) -> Result<Score> {
+        let mut prediction = one_prediction(sample, predictions)?;
+        if self.spec.category == Category::FewShot {
+            prediction = prediction.trim_start_matches('\n').split('\n').next().unwrap_or("");
+        }
+        let value = self.spec.metric.best(prediction, &sample.answers, &sample.classes);
+        Ok(Score { value, partial: None })
+    }
+
+    /// On SAMSum, where a model would go on with dialogues of its own.
+    fn stops_at_newline(&self) -> bool {
+        self.spec.name == "samsum"
+    }
+}
+
+impl LongBench {
+    fn sample(&self, record: Record, line: usize) -> Result<Sample, record::Fault> {
+        record.check(self.spec.metric)?;
+        Ok(Sample {
+            // Identifiers are not unique where a question stands twice in a file; lines are.
+            id: record.id.map_or_else(|| format!("line-{line}"), |id| format!("{line}-{id}")),
+            turns: vec![render(self.spec.prompt, &record.context, &record.input)],
+            answers: record.answers,
+            classes: record.all_classes,
+            max_new_tokens: self.spec.max_new_tokens,
+            chat: !matches!(self.spec.category, Category::FewShot | Category::Code),
+        })
+    }
+}
+
+/// Puts the fields in their places; braces within a field stay as they are.
+fn render(prompt: &str, context: &str, input: &str) -> String {
+    let mut text = String::with_capacity(prompt.len() + context.len() + input.len());
+    for (i, piece) in prompt.split("{context}").enumerate() {
+        if i > 0 {
+            text.push_str(context);
+        }
+        text.push_str(&piece.replace("{input}", input));
+    }
+    text
+}
