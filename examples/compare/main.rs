@@ -1,7 +1,7 @@
 //! The needle test, once per method: what each way to remember finds, holds and costs.
 //!
 //!     cargo run --release --example compare
-//!     cargo run --release --example compare -- --words 512,4096 --methods dense-f16,kivi-2 --haystack FOLDER
+//!     cargo run --release --example compare -- --words 512,4096 --methods dense-f16,h2o-4x --haystack FOLDER
 
 mod method;
 mod report;
@@ -13,12 +13,13 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use base_models::{LoadOptions, Pretrained};
 use clap::Parser;
+use clap::builder::PossibleValuesParser;
 use indicatif::{ProgressBar, ProgressStyle};
 use longctx_core::{CausalLm, GenerateOptions, generate};
 use longctx_eval::Haystack;
 use longctx_eval::needle::{Needle, Sample, score, spaced};
 use longctx_examples::{memory, model};
-use method::{METHODS, Method, REFERENCE};
+use method::{DEFAULT, METHODS, Method, REFERENCE};
 use report::Row;
 
 #[derive(Parser)]
@@ -31,7 +32,7 @@ struct Args {
     #[arg(long)]
     haystack: Option<PathBuf>,
     /// Lengths of the text, in words
-    #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048, 4096])]
+    #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048])]
     words: Vec<usize>,
     /// How many depths to hide the key at, evenly from the start to the end
     #[arg(long, default_value_t = 3)]
@@ -45,8 +46,8 @@ struct Args {
     /// Tokens of the prompt to feed at a time; by default the whole prompt, which is exact under every method
     #[arg(long)]
     prefill_chunk: Option<usize>,
-    /// Methods to run; by default all
-    #[arg(long, value_delimiter = ',')]
+    /// Methods to run
+    #[arg(long, value_delimiter = ',', default_values = DEFAULT, value_parser = names())]
     methods: Vec<String>,
     /// Where to save the table
     #[arg(long, default_value = "results")]
@@ -55,7 +56,8 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let methods = chosen(&args.methods)?;
+    let wanted = |method: &&Method| args.methods.iter().any(|name| name == method.name);
+    let methods: Vec<_> = METHODS.iter().filter(wanted).collect();
     ensure!(args.depths > 0 && !args.words.is_empty(), "at least one depth and one length");
     let name = match &args.model {
         Some(name) => name.clone(),
@@ -86,13 +88,8 @@ fn main() -> Result<()> {
     report::save(&rows, &args.out)
 }
 
-fn chosen(names: &[String]) -> Result<Vec<&'static Method>> {
-    let known: Vec<_> = METHODS.iter().map(|m| m.name).collect();
-    if let Some(name) = names.iter().find(|name| !known.contains(&name.as_str())) {
-        anyhow::bail!("there is no method {name:?}; there are {}", known.join(", "));
-    }
-    let wanted = |m: &&Method| names.is_empty() || names.iter().any(|name| name == m.name);
-    Ok(METHODS.iter().filter(wanted).collect())
+fn names() -> PossibleValuesParser {
+    PossibleValuesParser::new(METHODS.iter().map(|method| method.name))
 }
 
 /// The tokens of each prompt, and its key.
