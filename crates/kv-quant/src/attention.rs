@@ -278,14 +278,14 @@ impl<'a, V: Fn(usize, usize) -> Range<usize> + Sync> Call<'a, V> {
         let size = head.format().chunk();
         for (first, chunk) in chunks(&head.keys, size, slots) {
             // The block's values come next.
-            head.values.get(first / size).into_iter().for_each(Packed::prefetch);
+            let next = head.values.get(first / size);
             let out = &mut scores[first - slots.start..];
             match head.rotary() {
                 Some(rotary) => {
                     let place = Place { rotary, token: first, turned };
                     chunk.accumulate_rotated(q, place, out, BLOCK, scratch);
                 }
-                None => chunk.accumulate(x, out, BLOCK, scratch),
+                None => chunk.accumulate(x, next, out, BLOCK, scratch),
             }
         }
         row.resize(d, 0.0);
@@ -384,11 +384,11 @@ impl Tile {
         let size = head.format().chunk();
         for (first, chunk) in chunks(&head.values, size, slots) {
             // The next block's keys come next.
-            head.keys.get((first + BLOCK) / size).into_iter().for_each(Packed::prefetch);
+            let next = head.keys.get((first + BLOCK) / size);
             let steps = chunk.rows().min(slots.end - first);
             let data = &scores[first - slots.start..];
             let x = Rows { data, stride: BLOCK, count: self.sum.len(), steps };
-            chunk.accumulate(x, &mut self.out, self.stride, scratch);
+            chunk.accumulate(x, next, &mut self.out, self.stride, scratch);
         }
         row.resize(head.head_dim(), 0.0);
         for slot in slots.start.max(head.packed_values())..slots.end {

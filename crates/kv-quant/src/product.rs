@@ -1,8 +1,10 @@
-//! Products of vectors with a packed matrix: scales and zeros are folded into the vectors or the sums, codes are never turned back.
+//! Products of vectors with a packed matrix: codes become numbers in registers alone.
+
+use std::slice::Chunks;
 
 use crate::format::Plane;
-use crate::kernel::{self, Panel, Rows, widen};
-use crate::packed::PANEL;
+use crate::kernel::{self, Panel, Params, Rows, widen};
+use crate::packed::{Line, PANEL};
 use crate::vector::wide;
 use crate::{Axis, Packed, vector};
 use pulp::{Arch, Simd, WithSimd};
@@ -12,9 +14,8 @@ use pulp::{Arch, Simd, WithSimd};
 pub struct Scratch {
     scales: Vec<f32>,
     zeros: Vec<f32>,
-    folded: Vec<f32>,
-    starts: Vec<f32>,
-    /// A zero for each row.
+    /// A one and a zero for each step.
+    ones: Vec<f32>,
     nothing: Vec<f32>,
     sums: Vec<f32>,
     /// A dequantized panel: `[step][32 lanes]`.
@@ -26,10 +27,11 @@ impl Packed {
     ///
     /// With tokens in lanes the steps are the channels: `x` holds queries, `out` receives scores. With channels in lanes the steps are the rows: `x`
     /// holds attention weights, `out` receives outputs. Lanes are rounded up to a multiple of 16, in which `out` has room; the sums of lanes
-    /// that hold nothing mean nothing.
+    /// that hold nothing mean nothing. The matrix `next`, which a product soon to come reads, is brought near meanwhile.
     pub(crate) fn accumulate(
         &self,
         x: Rows<'_>,
+        next: Option<&Self>,
         out: &mut [f32],
         out_stride: usize,
         s: &mut Scratch,
@@ -37,47 +39,59 @@ impl Packed {
         if x.steps == 0 {
             return;
         }
-        s.nothing.resize(x.count, 0.0);
+        let mut ahead: &[Line] = &[];
+        if let Some(next) = next {
+            kernel::prefetch(&next.scales);
+            kernel::prefetch(&next.zeros);
+            ahead = &next.codes;
+        }
         if self.scheme.along == self.lanes {
-            self.accumulate_by_step(x, out, out_stride, s);
+            self.accumulate_by_step(x, ahead, out, out_stride, s);
         } else {
-            self.accumulate_by_lane(x, out, out_stride, s);
+            self.accumulate_by_lane(x, ahead, out, out_stride, s);
         }
     }
 
-    /// Asks for the whole matrix to be brought near.
-    pub(crate) fn prefetch(&self) {
-        kernel::prefetch(&self.codes);
-        kernel::prefetch(&self.scales);
-        kernel::prefetch(&self.zeros);
-    }
-
-    /// All lanes of a group share each step's scale: x * scale takes the place of x, and x · zeros is one number per row.
-    fn accumulate_by_step(&self, x: Rows<'_>, out: &mut [f32], out_stride: usize, s: &mut Scratch) {
+    /// All lanes of a group share each step's scale and zero: the kernel makes a table of what codes mean, step by step.
+    fn accumulate_by_step(
+        &self,
+        x: Rows<'_>,
+        ahead: &[Line],
+        out: &mut [f32],
+        out_stride: usize,
+        s: &mut Scratch,
+    ) {
+        let mut ahead = self.shares(ahead, 1);
         let panels_of_group = self.scheme.group / PANEL;
         let width = self.param_width();
+        widen(&self.scales, &mut s.scales);
+        widen(&self.zeros, &mut s.zeros);
+        s.nothing.resize(x.steps, 0.0);
         for panel in 0..self.lane_count().div_ceil(PANEL) {
-            if panel % panels_of_group == 0 {
-                let at = panel / panels_of_group * width;
-                widen(&self.scales[at..at + x.steps], &mut s.scales);
-                widen(&self.zeros[at..at + x.steps], &mut s.zeros);
-                s.folded.resize(x.count * x.steps, 0.0);
-                s.starts.resize(x.count, 0.0);
-                vector::fold(x, &s.scales, &s.zeros, &mut s.folded, &mut s.starts);
-            }
-            let out = &mut out[panel * PANEL..];
-            let folded = Rows { data: &s.folded, stride: x.steps, ..x };
-            let mut starts = &s.starts;
-            for plane in self.panels(panel, 0) {
-                kernel::accumulate(plane, folded, starts, out, out_stride);
-                starts = &s.nothing;
+            let at = panel / panels_of_group * width;
+            let (scales, mut zeros) = (&s.scales[at..], &s.zeros[at..]);
+            for plane in self.panels(panel, 0, &mut ahead) {
+                let params = Params { scales, zeros };
+                kernel::accumulate(plane, params, x, &mut out[panel * PANEL..], out_stride);
+                zeros = &s.nothing[..];
             }
         }
     }
 
     /// Each lane has its own scale for a group of steps: it multiplies the group's sum.
-    fn accumulate_by_lane(&self, x: Rows<'_>, out: &mut [f32], out_stride: usize, s: &mut Scratch) {
+    fn accumulate_by_lane(
+        &self,
+        x: Rows<'_>,
+        ahead: &[Line],
+        out: &mut [f32],
+        out_stride: usize,
+        s: &mut Scratch,
+    ) {
+        let mut ahead = self.shares(ahead, x.steps.div_ceil(self.scheme.group));
         let width = self.param_width();
+        s.ones.resize(self.scheme.group, 1.0);
+        s.nothing.resize(self.scheme.group, 0.0);
+        let as_they_are = Params { scales: &s.ones, zeros: &s.nothing };
         for (group, first) in (0..x.steps).step_by(self.scheme.group).enumerate() {
             let steps = self.scheme.group.min(x.steps - first);
             let part = Rows { data: &x.data[first..], steps, ..x };
@@ -87,8 +101,8 @@ impl Packed {
                 let lanes = panel * PANEL..width.min((panel + 1) * PANEL);
                 s.sums.clear();
                 s.sums.resize(x.count * PANEL, 0.0);
-                for plane in self.panels(panel, first) {
-                    kernel::accumulate(plane, part, &s.nothing, &mut s.sums, PANEL);
+                for plane in self.panels(panel, first, &mut ahead) {
+                    kernel::accumulate(plane, as_they_are, part, &mut s.sums, PANEL);
                 }
                 for r in 0..x.count {
                     let total = vector::sum(&part.data[r * x.stride..][..steps]);
@@ -108,7 +122,7 @@ impl Packed {
     pub(crate) fn dequantize_panel(&self, panel: usize, s: &mut Scratch) {
         s.tile.clear();
         s.tile.resize(self.columns * PANEL, 0.0);
-        for Panel { codes, bits, unit, .. } in self.panels(panel, 0) {
+        for Panel { codes, bits, unit, .. } in self.panels(panel, 0, &mut [].chunks(1)) {
             add_codes(codes.as_flattened(), bits, unit, &mut s.tile);
         }
         let (width, group) = (self.param_width(), self.scheme.group);
@@ -135,8 +149,19 @@ impl Packed {
         }
     }
 
+    /// Lines to be brought near, in equal shares for the kernel's calls: so many for each panel and plane.
+    fn shares<'a>(&self, ahead: &'a [Line], calls: usize) -> Chunks<'a, Line> {
+        let calls = calls * self.lane_count().div_ceil(PANEL) * self.scheme.bits.planes().len();
+        ahead.chunks(ahead.len().div_ceil(calls).max(1))
+    }
+
     /// The words of a panel from step `first` on, which begins a word, plane by plane.
-    fn panels(&self, panel: usize, first: usize) -> impl Iterator<Item = Panel<'_>> {
+    fn panels<'a>(
+        &'a self,
+        panel: usize,
+        first: usize,
+        ahead: &mut Chunks<'a, Line>,
+    ) -> impl Iterator<Item = Panel<'a>> {
         let width = self.panel_width(panel);
         let mut plane_start = 0;
         self.scheme.bits.planes().iter().map(move |&plane| {
@@ -146,7 +171,8 @@ impl Packed {
             let Plane { bits, shift } = plane;
             let codes = &self.codes[start + first / plane.per_word() * width..]
                 [..(words - first / plane.per_word()) * width];
-            Panel { codes, width, bits, unit: (1 << shift) as f32 }
+            let ahead = ahead.next().unwrap_or_default();
+            Panel { codes, width, bits, unit: (1 << shift) as f32, ahead }
         })
     }
 

@@ -171,7 +171,8 @@ mod tests {
 
     #[test]
     fn f16_rounding_is_that_of_half() {
-        let odd = 1013; // a step through all bit patterns
+        // An odd step through all bit patterns.
+        let odd = if cfg!(miri) { 1_000_003 } else { 1013 };
         for bits in (0..=65504f32.to_bits()).step_by(odd) {
             let x = f32::from_bits(bits);
             assert_eq!(as_f16(x), f16::from_f32(x).to_f32(), "{x:e}");

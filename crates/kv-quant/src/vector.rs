@@ -1,6 +1,5 @@
 //! Loops over slices, written once and compiled for the widest instructions that the machine has.
 
-use crate::kernel::Rows;
 use pulp::{Arch, Simd, WithSimd};
 
 /// Defines a function whose body is compiled once for each instruction set, and run with the widest that the machine has. Only what is
@@ -24,19 +23,6 @@ macro_rules! wide {
     };
 }
 pub(crate) use wide;
-
-wide! {
-    /// For each row r: `folded[r] = x[r] * scales`, `sums[r] = x[r] · zeros`.
-    fn fold(x: Rows<'a>, scales: &'a [f32], zeros: &'a [f32], folded: &'a mut [f32], sums: &'a mut [f32]) -> () {
-        for (r, (folded, sum)) in folded.chunks_exact_mut(x.steps).zip(sums).enumerate() {
-            let x = &x.data[r * x.stride..][..x.steps];
-            for ((f, x), scale) in folded.iter_mut().zip(x).zip(scales) {
-                *f = x * scale;
-            }
-            *sum = dot_lanes(x, zeros);
-        }
-    }
-}
 
 wide! {
     /// `out += sums * scales + total * zeros`.
@@ -160,8 +146,9 @@ mod tests {
 
     #[test]
     fn exp_is_close_to_the_standard_library() {
-        for i in 0..100_000 {
-            let x = -87.0 * i as f32 / 100_000.0;
+        let count = if cfg!(miri) { 1000 } else { 100_000 };
+        for i in 0..count {
+            let x = -87.0 * i as f32 / count as f32;
             let (got, want) = (exp(x), x.exp());
             assert!((got - want).abs() <= 4.0 * f32::EPSILON * want, "exp({x}): {got}, not {want}");
         }

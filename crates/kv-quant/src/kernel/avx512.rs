@@ -1,11 +1,12 @@
-//! The kernel with AVX-512: a line is one register. Codes of 4 bits and fewer become floats by one permutation of a table of 16.
+//! The kernel with AVX-512: a line is one register. Codes of 4 bits and fewer become dequantized numbers by one permutation of a table of
+//! 16, which each step's scale and zero make anew by one multiplication: fewer than the lines of a step would need.
 
-use super::{Kernels, Panel, Rows};
+use super::{Kernels, Panel, Params, Rows, prefetch};
 use half::f16;
 use std::arch::x86_64::{
     __m512, __m512i, _mm256_loadu_si256, _mm512_add_ps, _mm512_and_si512, _mm512_cvtepi32_ps,
     _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutexvar_ps,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srlv_epi32,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi32,
     _mm512_storeu_ps,
 };
 
@@ -34,31 +35,37 @@ unsafe fn widen(src: &[f16], out: &mut [f32]) {
     out[whole..].iter_mut().zip(&src[whole..]).for_each(|(out, x)| *out = x.to_f32());
 }
 
-fn accumulate(panel: Panel<'_>, x: Rows<'_>, start: &[f32], out: &mut [f32], out_stride: usize) {
-    in_blocks!(x, 8, |first| by_format(panel, x, first, start, out, out_stride));
+fn accumulate(
+    panel: Panel<'_>,
+    params: Params<'_>,
+    x: Rows<'_>,
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    in_blocks!(x, 8, |first| by_format(panel, params, x, first, out, out_stride));
 }
 
 /// # Safety
 /// AVX-512F, and what [`run`](super::run) checks; rows `first` to `first + R` are among `x.count`.
 unsafe fn by_format<const R: usize>(
     panel: Panel<'_>,
+    params: Params<'_>,
     x: Rows<'_>,
     first: usize,
-    start: &[f32],
     out: &mut [f32],
     out_stride: usize,
 ) {
     // SAFETY: as this function's.
     unsafe {
         match (panel.bits, panel.width) {
-            (1, 1) => rows::<R, 1, 1>(panel, x, first, start, out, out_stride),
-            (1, _) => rows::<R, 2, 1>(panel, x, first, start, out, out_stride),
-            (2, 1) => rows::<R, 1, 2>(panel, x, first, start, out, out_stride),
-            (2, _) => rows::<R, 2, 2>(panel, x, first, start, out, out_stride),
-            (4, 1) => rows::<R, 1, 4>(panel, x, first, start, out, out_stride),
-            (4, _) => rows::<R, 2, 4>(panel, x, first, start, out, out_stride),
-            (_, 1) => rows::<R, 1, 8>(panel, x, first, start, out, out_stride),
-            (_, _) => rows::<R, 2, 8>(panel, x, first, start, out, out_stride),
+            (1, 1) => rows::<R, 1, 1>(panel, params, x, first, out, out_stride),
+            (1, _) => rows::<R, 2, 1>(panel, params, x, first, out, out_stride),
+            (2, 1) => rows::<R, 1, 2>(panel, params, x, first, out, out_stride),
+            (2, _) => rows::<R, 2, 2>(panel, params, x, first, out, out_stride),
+            (4, 1) => rows::<R, 1, 4>(panel, params, x, first, out, out_stride),
+            (4, _) => rows::<R, 2, 4>(panel, params, x, first, out, out_stride),
+            (_, 1) => rows::<R, 1, 8>(panel, params, x, first, out, out_stride),
+            (_, _) => rows::<R, 2, 8>(panel, params, x, first, out, out_stride),
         }
     }
 }
@@ -68,11 +75,11 @@ unsafe fn by_format<const R: usize>(
 /// # Safety
 /// As [`by_format`], and `W` and `B` are the panel's.
 #[target_feature(enable = "avx512f")]
-unsafe fn rows<const R: usize, const W: usize, const B: usize>(
+unsafe fn rows<const R: usize, const W: usize, const B: u32>(
     panel: Panel<'_>,
+    params: Params<'_>,
     x: Rows<'_>,
     first: usize,
-    start: &[f32],
     out: &mut [f32],
     out_stride: usize,
 ) {
@@ -82,54 +89,64 @@ unsafe fn rows<const R: usize, const W: usize, const B: usize>(
     let table = unsafe { _mm512_loadu_ps(table.as_ptr()) };
     let mut sums = [[_mm512_setzero_ps(); W]; R];
     let x_first = x.data[first * x.stride..].as_ptr();
+    let (scales, zeros) = (params.scales.as_ptr(), params.zeros.as_ptr());
+    let mut ahead = panel.ahead_by_word();
     for (word, lines) in panel.codes.chunks_exact(W).enumerate() {
-        let begin = word * (32 / B);
+        let begin = word * (32 / B as usize);
         if begin >= x.steps {
             break;
         }
+        ahead.next().into_iter().for_each(prefetch);
         let mut words = [_mm512_setzero_si512(); W];
         for (words, line) in words.iter_mut().zip(lines) {
             // SAFETY: a line is 64 bytes.
             *words = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
         }
-        for i in 0..(32 / B).min(x.steps - begin) {
-            let mut codes = [_mm512_setzero_ps(); W];
-            for (codes, &words) in codes.iter_mut().zip(&words) {
-                *codes = decode::<B>(words, i, table);
-            }
+        for step in begin..x.steps.min(begin + 32 / B as usize) {
+            // SAFETY: step < x.steps, and there are as many scales and zeros.
+            let (scale, zero) = unsafe { (*scales.add(step), *zeros.add(step)) };
+            let values = decode::<W, B>(words, table, scale, zero, panel.unit);
+            words = words.map(|words| _mm512_srli_epi32::<B>(words));
             for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: row first + r < x.count and step begin + i < x.steps lie in `x.data`.
-                let weight = unsafe { *x_first.add(r * x.stride + begin + i) };
-                for (sum, code) in sums.iter_mut().zip(codes) {
-                    *sum = _mm512_fmadd_ps(_mm512_set1_ps(weight), code, *sum);
+                // SAFETY: row first + r < x.count and step < x.steps lie in `x.data`.
+                let weight = unsafe { *x_first.add(r * x.stride + step) };
+                for (sum, value) in sums.iter_mut().zip(values) {
+                    *sum = _mm512_fmadd_ps(_mm512_set1_ps(weight), value, *sum);
                 }
             }
         }
     }
     for (r, sums) in sums.iter().enumerate() {
         let out = &mut out[(first + r) * out_stride..][..16 * W];
-        let (start, unit) = (
-            _mm512_set1_ps(start[first + r]),
-            _mm512_set1_ps(if B == 8 { panel.unit } else { 1.0 }),
-        );
         for (&sum, out) in sums.iter().zip(out.chunks_exact_mut(16)) {
             // SAFETY: `out` holds 16 numbers.
             unsafe {
-                let before = _mm512_add_ps(_mm512_loadu_ps(out.as_ptr()), start);
-                _mm512_storeu_ps(out.as_mut_ptr(), _mm512_fmadd_ps(sum, unit, before));
+                let before = _mm512_loadu_ps(out.as_ptr());
+                _mm512_storeu_ps(out.as_mut_ptr(), _mm512_add_ps(before, sum));
             }
         }
     }
 }
 
-/// The `i`-th code of each word, as a float.
+/// The lowest code of each word, dequantized.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn decode<const B: usize>(line: __m512i, i: usize, table: __m512) -> __m512 {
-    let code = _mm512_srlv_epi32(line, _mm512_set1_epi32((i * B) as i32));
+fn decode<const W: usize, const B: u32>(
+    words: [__m512i; W],
+    table: __m512,
+    scale: f32,
+    zero: f32,
+    unit: f32,
+) -> [__m512; W] {
+    let zero = _mm512_set1_ps(zero);
     if B == 8 {
-        _mm512_cvtepi32_ps(_mm512_and_si512(code, _mm512_set1_epi32(0xff)))
+        let scale = _mm512_set1_ps(scale * unit);
+        words.map(|words| {
+            let codes = _mm512_and_si512(words, _mm512_set1_epi32(0xff));
+            _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), scale, zero)
+        })
     } else {
-        _mm512_permutexvar_ps(code, table)
+        let table = _mm512_fmadd_ps(table, _mm512_set1_ps(scale), zero);
+        words.map(|words| _mm512_permutexvar_ps(words, table))
     }
 }

@@ -46,6 +46,17 @@ pub struct Panel<'a> {
     pub bits: usize,
     /// What a code's lowest bit is worth.
     pub unit: f32,
+    /// Codes of a later product, to be asked for while this one is computed: asked for at once, they would fill the queue of misses, and the
+    /// product would wait for them.
+    pub ahead: &'a [Line],
+}
+
+impl<'a> Panel<'a> {
+    /// What to ask for at each word.
+    fn ahead_by_word(&self) -> std::slice::Chunks<'a, Line> {
+        let words = self.codes.len() / self.width;
+        self.ahead.chunks(self.ahead.len().div_ceil(words.max(1)).max(1))
+    }
 }
 
 /// Rows of vectors over the steps, `stride` apart.
@@ -61,8 +72,17 @@ pub struct Rows<'a> {
     pub steps: usize,
 }
 
-/// A panel, rows of vectors, what each row's sums begin with, rows of sums so far, and how far apart these are.
-type Accumulate = fn(Panel<'_>, Rows<'_>, &[f32], &mut [f32], usize);
+/// A scale and a zero for each step, at least as many as steps.
+#[derive(Debug, Clone, Copy)]
+pub struct Params<'a> {
+    /// What codes are multiplied by.
+    pub scales: &'a [f32],
+    /// What is added to them then.
+    pub zeros: &'a [f32],
+}
+
+/// A panel, its steps' scales and zeros, rows of vectors, rows of sums so far, and how far apart these are.
+type Accumulate = fn(Panel<'_>, Params<'_>, Rows<'_>, &mut [f32], usize);
 
 /// One instruction set's way.
 #[derive(Debug, Clone, Copy)]
@@ -74,18 +94,18 @@ struct Kernels {
     widen: fn(&[f16], &mut [f32]),
 }
 
-/// `out[r * out_stride + lane] += start[r] + unit * Σ_s x[r][s] code[s][lane]`, for all lanes of the panel.
+/// `out[r * out_stride + lane] += Σ_s x[r][s] (unit * code[s][lane] * scale[s] + zero[s])`, for all lanes of the panel.
 ///
 /// # Panics
-/// If the rows of `x`, the starts, the codes or the rows of `out` reach beyond their slices.
+/// If the rows of `x`, the parameters, the codes or the rows of `out` reach beyond their slices.
 pub fn accumulate(
     panel: Panel<'_>,
+    params: Params<'_>,
     x: Rows<'_>,
-    start: &[f32],
     out: &mut [f32],
     out_stride: usize,
 ) {
-    run(best().accumulate, panel, x, start, out, out_stride);
+    run(best().accumulate, panel, params, x, out, out_stride);
 }
 
 /// Halves as floats, in the place of what `out` held.
@@ -104,6 +124,7 @@ pub fn widen_into(src: &[f16], out: &mut [f32]) {
 }
 
 /// Asks for memory that will be read soon. A chunk is too short for the hardware to see the pattern before it ends.
+#[inline]
 pub fn prefetch<T>(data: &[T]) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     for start in (0..size_of_val(data)).step_by(64) {
@@ -119,8 +140,8 @@ pub fn prefetch<T>(data: &[T]) {
 fn run(
     accumulate: Accumulate,
     panel: Panel<'_>,
+    params: Params<'_>,
     x: Rows<'_>,
-    start: &[f32],
     out: &mut [f32],
     out_stride: usize,
 ) {
@@ -129,10 +150,10 @@ fn run(
     }
     assert!(matches!(panel.width, 1 | 2) && matches!(panel.bits, 1 | 2 | 4 | 8), "panel");
     assert!((x.count - 1) * x.stride + x.steps <= x.data.len(), "rows of the vectors");
-    assert!(x.count <= start.len(), "starts");
+    assert!(x.steps <= params.scales.len().min(params.zeros.len()), "scales and zeros");
     assert!((x.count - 1) * out_stride + 16 * panel.width <= out.len(), "rows of the sums");
     assert!(x.steps.div_ceil(32 / panel.bits) * panel.width <= panel.codes.len(), "codes");
-    accumulate(panel, x, start, out, out_stride);
+    accumulate(panel, params, x, out, out_stride);
 }
 
 /// The fastest that this machine can run.

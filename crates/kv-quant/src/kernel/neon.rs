@@ -1,6 +1,6 @@
 //! The kernel with NEON: a line is four registers.
 
-use super::{Kernels, Panel, Rows, portable};
+use super::{Kernels, Panel, Params, Rows, portable};
 use std::arch::aarch64::{
     vaddq_f32, vandq_u32, vcvtq_f32_u32, vdupq_n_f32, vdupq_n_s32, vdupq_n_u32, vfmaq_f32,
     vfmaq_n_f32, vld1q_f32, vld1q_u32, vshlq_u32, vst1q_f32,
@@ -9,9 +9,15 @@ use std::arch::aarch64::{
 /// Every 64-bit ARM machine has NEON.
 pub const KERNELS: Kernels = Kernels { name: "NEON", accumulate, widen: portable::widen };
 
-fn accumulate(panel: Panel<'_>, x: Rows<'_>, start: &[f32], out: &mut [f32], out_stride: usize) {
+fn accumulate(
+    panel: Panel<'_>,
+    params: Params<'_>,
+    x: Rows<'_>,
+    out: &mut [f32],
+    out_stride: usize,
+) {
     for half in 0..panel.width {
-        in_blocks!(x, 4, |first| rows(panel, half, x, first, start, &mut *out, out_stride));
+        in_blocks!(x, 4, |first| rows(panel, half, params, x, first, &mut *out, out_stride));
     }
 }
 
@@ -23,9 +29,9 @@ fn accumulate(panel: Panel<'_>, x: Rows<'_>, start: &[f32], out: &mut [f32], out
 unsafe fn rows<const R: usize>(
     panel: Panel<'_>,
     half: usize,
+    params: Params<'_>,
     x: Rows<'_>,
     first: usize,
-    start: &[f32],
     out: &mut [f32],
     out_stride: usize,
 ) {
@@ -45,28 +51,28 @@ unsafe fn rows<const R: usize>(
             *word = unsafe { vld1q_u32(line.as_ptr()) };
         }
         for step in begin..x.steps.min(begin + per_word) {
-            let mut codes = [vdupq_n_f32(0.0); 4];
-            for (code, word) in codes.iter_mut().zip(&mut words) {
-                *code = vcvtq_f32_u32(vandq_u32(*word, mask));
+            let (scale, zero) = (params.scales[step] * panel.unit, vdupq_n_f32(params.zeros[step]));
+            let mut values = [zero; 4];
+            for (value, word) in values.iter_mut().zip(&mut words) {
+                let code = vcvtq_f32_u32(vandq_u32(*word, mask));
+                *value = vfmaq_n_f32(zero, code, scale);
                 *word = vshlq_u32(*word, right);
             }
             for (r, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: row first + r < x.count and step < x.steps lie in `x.data`.
                 let weight = vdupq_n_f32(unsafe { *x_first.add(r * x.stride + step) });
-                for (sum, code) in sums.iter_mut().zip(codes) {
-                    *sum = vfmaq_f32(*sum, weight, code);
+                for (sum, value) in sums.iter_mut().zip(values) {
+                    *sum = vfmaq_f32(*sum, weight, value);
                 }
             }
         }
     }
     for (r, sums) in sums.iter().enumerate() {
         let out = &mut out[(first + r) * out_stride + 16 * half..][..16];
-        let start = vdupq_n_f32(start[first + r]);
         for (&sum, out) in sums.iter().zip(out.chunks_exact_mut(4)) {
             // SAFETY: `out` holds 4 numbers.
             unsafe {
-                let before = vaddq_f32(vld1q_f32(out.as_ptr()), start);
-                vst1q_f32(out.as_mut_ptr(), vfmaq_n_f32(before, sum, panel.unit));
+                vst1q_f32(out.as_mut_ptr(), vaddq_f32(vld1q_f32(out.as_ptr()), sum));
             }
         }
     }
