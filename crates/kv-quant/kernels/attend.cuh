@@ -5,56 +5,10 @@
 // query heads of one kv head times the queries, are the small one. Scales of keys multiply the queries, scales of values the
 // probabilities; minima go through a product of their own, whose spare rows sum the probabilities up.
 #pragma once
-#include <cuda_bf16.h>
+#include "join.cuh"
 #include "layout.cuh"
-#include "ptx.cuh"
 
 namespace kvq {
-
-// Mirrored by `AttendArgs` in src/cuda/args.rs.
-struct AttendArgs {
-    const void* q;                // [batch, heads, queries, D], f16 or bf16, contiguous
-    const unsigned char* packed;  // [batch, kv_heads] rows of records, each `packed_stride` bytes
-    const void* residual_k;       // [batch, kv_heads] rings of `ring` tokens, D channels each; f16 or bf16
-    const void* residual_v;
-    void* out;                    // [batch, heads, queries, D], as `out_kind` says
-    float* lse;                   // [batch, heads, queries], natural logarithm; may be null
-    float* part_out;              // [batch * kv_heads * blocks of columns, splits, columns, D]
-    float* part_lse;              // [batch * kv_heads * blocks of columns, splits, columns], in base 2
-    unsigned* arrived;            // [batch * kv_heads * blocks of columns], zero before and after
-    const int* lens;              // {packed, residual, start of the ring} on the device, or null: take the three below
-    long long packed_stride;
-    int packed_len;    // tokens in records; the last record may hold more, which are not seen
-    int residual_len;  // tokens in the ring, newer than the packed ones
-    int ring_start;    // the oldest one's place
-    int ring;          // places in the ring
-    int kv_heads, heads_per_kv, queries;
-    int splits;        // blocks that share one kv head's packed tokens; a last one takes the residual
-    int causal;        // the last `queries` tokens are the queries' own
-    int window;        // tokens that a query sees up to its own, with `causal`; 0: all
-    int kind;          // of q and the residual: 0 f16, 1 bf16
-    int out_kind;      // 0 f16, 1 bf16, 2 f32
-    float scale;       // of the scores
-    float soft_cap;    // 0: none
-};
-
-constexpr float LOG2E = 1.4426950408889634f;
-
-__device__ __forceinline__ float load_as_float(const void* p, long long i, int kind) {
-    return kind ? __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]) : __half2float(static_cast<const __half*>(p)[i]);
-}
-
-// Two neighbours as f16; i is even.
-__device__ __forceinline__ uint32_t load_pair(const void* p, long long i, int kind) {
-    uint32_t x = *reinterpret_cast<const uint32_t*>(static_cast<const __half*>(p) + i);
-    return kind ? bits(__float22half2_rn(__bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x)))) : x;
-}
-
-__device__ __forceinline__ void store(void* p, long long i, int kind, float x) {
-    if (kind == 2) static_cast<float*>(p)[i] = x;
-    else if (kind == 1) static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16(x);
-    else static_cast<__half*>(p)[i] = __float2half(x);
-}
 
 // Rows 16 `f` to 16 `f` + 15 of a unit as the tensor cores' large operand.
 template <int BITS>
@@ -274,11 +228,12 @@ __device__ __forceinline__ void packed_values(Running<L::D, N>& running, const u
     }
 }
 
-// A warp's share of the packed tokens: every `warps`-th record of [record, end).
-template <class L, int N, int STAGES>
+// A warp's share of the packed tokens: every `warps`-th record of [record, end). Calls `ready`, which sets queries and columns up, once
+// the first copies are under way.
+template <class L, int N, int STAGES, class Ready>
 __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Columns<N>& columns, const unsigned char* row,
                                             const unsigned char* queries, unsigned char* ring, int record, int end, int warps, int packed,
-                                            int lane) {
+                                            int lane, Ready ready) {
     constexpr int STAGE = L::HEADER + L::TILE_BYTES;
     int tiles = record < end ? ((end - record + warps - 1) / warps) * L::TILES : 0;
     const unsigned char* source = row + (long long)record * L::RECORD;
@@ -310,6 +265,7 @@ __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Col
 
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) issue();
+    ready();
 
     uint32_t scaled[L::D / 16][N][2];
     float bias[N][4];
@@ -418,13 +374,6 @@ __device__ __forceinline__ void load_queries(const AttendArgs& args, long long f
     }
 }
 
-// Writes a finished column's channel, and its log-sum-exp with channel 0.
-template <int D>
-__device__ __forceinline__ void finish(const AttendArgs& args, long long column, int channel, float value, float lse2) {
-    store(args.out, column * D + channel, args.out_kind, value);
-    if (channel == 0 && args.lse) args.lse[column] = lse2 / LOG2E;
-}
-
 // Grid: (splits + 1, batch * kv_heads, blocks of 8 N columns). Column c of a kv head is query c % queries of its head c / queries.
 template <int BITS, int GROUP, int D, int N, int WARPS, int STAGES>
 __device__ __forceinline__ void attend(const AttendArgs& args) {
@@ -445,28 +394,29 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
 
     int packed = args.packed_len, residual = args.residual_len, start = args.ring_start;
     if (args.lens) packed = args.lens[0], residual = args.lens[1], start = args.lens[2];
-    load_queries<D, N>(args, first_row, live, queries, factors);
-    __syncthreads();
-
     Columns<N> columns;
-    columns.soft_cap = args.soft_cap, columns.from_max = 0, columns.to_min = packed + residual;
+    auto ready = [&]() {
+        load_queries<D, N>(args, first_row, live, queries, factors);
+        __syncthreads();
+        columns.soft_cap = args.soft_cap, columns.from_max = 0, columns.to_min = packed + residual;
 #pragma unroll
-    for (int n = 0; n < N; n++)
+        for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            int column = 8 * n + 2 * t + e;
-            columns.scale[n][e] = factors[column] * args.scale * LOG2E;
-            int to = packed + residual, from = 0;
-            if (args.causal) {
-                to += 1 - args.queries + (first_column + column) % args.queries;
-                if (args.window) from = max(0, to - args.window);
+            for (int e = 0; e < 2; e++) {
+                int column = 8 * n + 2 * t + e;
+                columns.scale[n][e] = factors[column] * args.scale * LOG2E;
+                int to = packed + residual, from = 0;
+                if (args.causal) {
+                    to += 1 - args.queries + (first_column + column) % args.queries;
+                    if (args.window) from = max(0, to - args.window);
+                }
+                columns.from[n][e] = from, columns.to[n][e] = to;
             }
-            columns.from[n][e] = from, columns.to[n][e] = to;
+        if (args.causal) {
+            columns.to_min = packed + residual + 1 - args.queries;
+            if (args.window) columns.from_max = max(0, packed + residual - args.window);
         }
-    if (args.causal) {
-        columns.to_min = packed + residual + 1 - args.queries;
-        if (args.window) columns.from_max = max(0, packed + residual - args.window);
-    }
+    };
 
     Running<D, N> running;
     running.clear();
@@ -476,8 +426,9 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
         first_record = min(first_record, records);
         long long count = records - first_record;
         int from = first_record + int(count * split / args.splits), to = first_record + int(count * (split + 1) / args.splits);
-        packed_loop<L, N, STAGES>(running, columns, args.packed + row * args.packed_stride, queries, ring, from + warp, to, WARPS, packed, lane);
+        packed_loop<L, N, STAGES>(running, columns, args.packed + row * args.packed_stride, queries, ring, from + warp, to, WARPS, packed, lane, ready);
     } else {
+        ready();
         residual_loop<D, N>(running, columns, args, row, queries, packed, residual, start, warp, WARPS, lane);
     }
     const bool coded = split < args.splits;
@@ -537,27 +488,7 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     __syncthreads();
     if (!last) return;
     __threadfence();
-    const float* lses = args.part_lse + block * gridDim.x * (8 * N);
-    const float* parts = args.part_out + block * gridDim.x * (8 * N) * D;
-    const int splits = gridDim.x;
-    for (int i = threadIdx.x; i < live * (D / 4); i += WARPS * 32) {
-        int column = i / (D / 4), channel = i % (D / 4) * 4;
-        float top = -INFINITY;
-#pragma unroll 8
-        for (int s = 0; s < splits; s++) top = fmaxf(top, lses[s * 8 * N + column]);
-        float sum = 0.f, value[4] = {};
-#pragma unroll 8
-        for (int s = 0; s < splits; s++) {
-            float factor = top > -INFINITY ? exp2_fast(lses[s * 8 * N + column] - top) : 0.f;
-            float4 x = *reinterpret_cast<const float4*>(parts + (s * 8 * N + column) * D + channel);
-            sum += factor;
-            value[0] = fmaf(x.x, factor, value[0]), value[1] = fmaf(x.y, factor, value[1]);
-            value[2] = fmaf(x.z, factor, value[2]), value[3] = fmaf(x.w, factor, value[3]);
-        }
-        float lse2 = sum > 0.f ? top + log2f(sum) : -INFINITY;
-#pragma unroll
-        for (int k = 0; k < 4; k++) finish<D>(args, first_row + column, channel + k, sum > 0.f ? value[k] / sum : 0.f, lse2);
-    }
+    join_splits<D, N, WARPS>(args, block * gridDim.x * (8 * N), first_row, live, shared, warp_max[0], warp_sum[0]);
 }
 
 // Bytes of dynamic shared memory.

@@ -20,13 +20,14 @@ struct QuantizeArgs {
     unsigned long long* status;  // takes the first group out of range, if it holds none yet; see `report`
     long long packed_stride;
     long long pitch;   // tokens from a row to the next
-    int start;         // the place of the first token given
+    int start;         // the place of the first token
     int ring;          // places after which the first follows
-    int key_record;    // the record that takes the first token's keys
-    int key_records;   // how many records take keys
-    int value_tile;    // the tile of 32 tokens that takes the first token's values
-    int value_tiles;   // how many tiles take values
-    int value_offset;  // the token, counted from the first given, with which the values begin
+    int key_offset;    // the token, counted from the first, with which the keys to pack begin
+    int key_record;    // the first record that takes keys
+    int key_records;   // how many do
+    int value_offset;  // the token with which the values to pack begin
+    int value_tile;    // the first tile of 32 tokens that takes values
+    int value_tiles;   // how many do
     int kind;          // of k and v: 0 f16, 1 bf16
 };
 
@@ -151,7 +152,7 @@ struct Quantize {
         constexpr int CODES = K_CHANNELS * TILE * BITS / 8, UNITS = L::TILES;
         unsigned char* out = shared + SOURCE;
         __half* params = reinterpret_cast<__half*>(out + UNITS * CODES);
-        load<GROUP, K_CHANNELS>(shared, args.k, args, row, record * GROUP, channel);
+        load<GROUP, K_CHANNELS>(shared, args.k, args, row, args.key_offset + record * GROUP, channel);
         __syncthreads();
         for (int block = warp; block < K_CHANNELS / 16; block += THREADS / 32) {
             uint32_t x[UNITS][4][2];
@@ -160,7 +161,7 @@ struct Quantize {
 #pragma unroll
             for (int u = 0; u < UNITS; u++) unit<K_CHANNELS, false>(x[u], shared, u * TILE, block * 16);
             encode<UNITS>(x, scale, min, bad);
-            if (bad) report(args.status, false, row, record * GROUP, channel + block * 16 + 2 * t);
+            if (bad) report(args.status, false, row, (args.key_record + record) * GROUP, channel + block * 16 + 2 * t);
 #pragma unroll
             for (int u = 0; u < UNITS; u++) write_codes(out + u * CODES, block, x[u]);
 #pragma unroll
@@ -173,7 +174,7 @@ struct Quantize {
                 for (int u = 0; u < UNITS; u++)
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        int place = args.start + record * GROUP + u * TILE + i * 8 + g;
+                        int place = args.start + args.key_offset + record * GROUP + u * TILE + i * 8 + g;
                         if (place >= args.ring) place -= args.ring;
                         long long to = (row * args.pitch + place) * D + channel + block * 16 + h * 8 + 2 * t;
                         float low = fmaf(x[u][i][h] & 0xff, s.x, m.x), high = fmaf(x[u][i][h] >> 16, s.y, m.y);
@@ -207,7 +208,7 @@ struct Quantize {
 #pragma unroll
             for (int u = 0; u < UNITS; u++) unit<D, true>(x[u], shared, group * L::VGROUP + u * 32, half * 16);
             encode<UNITS>(x, scale, min, bad);
-            if (bad) report(args.status, true, row, args.value_offset + tile * TILE + half * 16 + 2 * t, group * L::VGROUP);
+            if (bad) report(args.status, true, row, (args.value_tile + tile) * TILE + half * 16 + 2 * t, group * L::VGROUP);
 #pragma unroll
             for (int u = 0; u < UNITS; u++) write_codes(out, half * (D / 32) + group * UNITS + u, x[u]);
 #pragma unroll

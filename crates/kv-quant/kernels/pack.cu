@@ -1,0 +1,17 @@
+// quantize_b<bits>_g<group>_d<head_dim>, unpack_... alike, move_tokens
+#include "move.cuh"
+#include "quantize.cuh"
+#include "unpack.cuh"
+
+extern "C" __global__ void move_tokens(const kvq::MoveArgs args) { kvq::move_tokens(args); }
+
+#define KERNELS(B, G, D)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(128) quantize_b##B##_g##G##_d##D(const kvq::QuantizeArgs args) { \
+        kvq::Quantize<B, G, D>::run(args);                                                                       \
+    }                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(256) unpack_b##B##_g##G##_d##D(const kvq::UnpackArgs args) { kvq::unpack<B, G, D>(args); }
+#define GROUPS(B, D) KERNELS(B, 32, D) KERNELS(B, 64, D) KERNELS(B, 128, D)
+#define HEAD_DIMS(B) GROUPS(B, 64) GROUPS(B, 128) GROUPS(B, 256)
+HEAD_DIMS(2)
+HEAD_DIMS(4)
+HEAD_DIMS(8)
