@@ -124,7 +124,8 @@ impl<S: KvStore> StreamingLlm<S> {
     /// Tokens that must leave the window before `coming` ones join it.
     fn surplus(&self, coming: usize) -> usize {
         let over = (self.window.len() + coming).saturating_sub(self.room.1);
-        over.next_multiple_of(self.step).min(self.window.len() + coming)
+        // A ratio of a short prompt may leave a window smaller than the step.
+        over.next_multiple_of(self.step.min(self.room.1))
     }
 
     fn drop_oldest(&mut self, count: usize) -> Result<()> {

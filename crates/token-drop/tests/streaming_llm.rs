@@ -102,6 +102,20 @@ fn a_step_drops_groups_and_keeps_within_the_window() {
     assert_eq!(helds, [16, 17, 18, 15, 16, 17, 18, 15, 16, 17, 18, 15, 16]);
 }
 
+/// A quarter of 40 tokens is a window of 10, smaller than the step: the newest token stays all the same.
+#[test]
+fn a_step_larger_than_the_window_of_a_short_prompt_leaves_the_newest() {
+    let mut cache = StreamingLlm::with_ratio(0.25, store(DType::F32)).unwrap();
+    cache = cache.with_step(32).unwrap();
+    let mut helds = Vec::new();
+    for tokens in [40].into_iter().chain([1; 12]) {
+        let (q, k) = (random(HEADS, tokens), random(KV_HEADS, tokens));
+        cache.attend(&Step { q: &q, k: &k, v: &k, shape: &shape(), rope: &rope() }).unwrap();
+        helds.push(cache.held());
+    }
+    assert_eq!(helds, [10, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 2]);
+}
+
 #[test]
 fn memory_stays_constant_over_100_000_tokens() {
     let shape = AttentionShape::new(1, 1, 8).unwrap();

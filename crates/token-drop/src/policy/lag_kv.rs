@@ -74,12 +74,17 @@ fn relative_spread(rows: &[f32], reference: &[f32], d: usize) -> Vec<f32> {
         high.iter_mut().zip(row).for_each(|(high, &x)| *high = high.max(x));
     }
     let spread = |row: &[f32]| {
-        let scaled: Vec<_> = (0..d).map(|c| (row[c] - low[c]) / (high[c] - low[c])).collect();
+        let scaled: Vec<_> = (0..d).map(|c| scaled(row[c], low[c], high[c])).collect();
         let mean = scaled.iter().sum::<f32>() / d as f32;
         let squares: f32 = scaled.iter().map(|x| (x - mean).powi(2)).sum();
         (squares / (d - 1) as f32).sqrt()
     };
     rows.chunks_exact(d).map(spread).collect()
+}
+
+/// Where x lies in a range; a range of no width has nothing to tell apart, and says so for every x.
+fn scaled(x: f32, low: f32, high: f32) -> f32 {
+    if high > low { (x - low) / (high - low) } else { 0.0 }
 }
 
 fn softmax(mut x: Vec<f32>) -> Vec<f32> {
@@ -88,4 +93,18 @@ fn softmax(mut x: Vec<f32>) -> Vec<f32> {
     let sum: f32 = x.iter().sum();
     x.iter_mut().for_each(|x| *x /= sum);
     x
+}
+
+#[cfg(test)]
+mod tests {
+    use super::relative_spread;
+
+    #[test]
+    fn spreads_are_relative_to_the_reference_and_a_constant_channel_does_not_count() {
+        let reference = [0.0, 7.0, 1.0, 2.0, 7.0, 5.0];
+        // Scaled: (0, 0, 1) and (0.5, 0, 0.5).
+        let spread = relative_spread(&[0.0, 9.0, 5.0, 1.0, 1.0, 3.0], &reference, 3);
+        assert!((spread[0] - (1.0f32 / 3.0).sqrt()).abs() < 1e-6);
+        assert!((spread[1] - (1.0f32 / 12.0).sqrt()).abs() < 1e-6);
+    }
 }
