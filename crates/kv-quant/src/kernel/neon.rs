@@ -1,6 +1,6 @@
 //! The kernel with NEON: a line is four registers.
 
-use super::{Kernels, Panel, Params, Rows, portable};
+use super::{Kernels, Panel, Params, Rows, portable, prefetch};
 use std::arch::aarch64::{
     vaddq_f32, vandq_u32, vcvtq_f32_u32, vdupq_n_f32, vdupq_n_s32, vdupq_n_u32, vfmaq_f32,
     vfmaq_n_f32, vld1q_f32, vld1q_u32, vshlq_u32, vst1q_f32,
@@ -40,11 +40,13 @@ unsafe fn rows<const R: usize>(
     let right = vdupq_n_s32(-(panel.bits as i32)); // a shift to the left by a negative number
     let mut sums = [[vdupq_n_f32(0.0); 4]; R];
     let x_first = x.data[first * x.stride..].as_ptr();
+    let mut ahead = panel.ahead_by_word();
     for (word, line) in panel.codes.iter().skip(half).step_by(panel.width).enumerate() {
         let begin = word * per_word;
         if begin >= x.steps {
             break;
         }
+        ahead.next().into_iter().for_each(prefetch);
         let mut words = [vdupq_n_u32(0); 4];
         for (word, line) in words.iter_mut().zip(line.chunks_exact(4)) {
             // SAFETY: a register holds 4 words.
