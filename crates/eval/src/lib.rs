@@ -11,6 +11,6 @@ mod task;
 pub use error::{Error, Result};
 pub use haystack::Haystack;
 pub use task::{
-    Category, CountTokens, Length, NeedleGrid, Sample, Samples, Score, Task, longbench,
-    truncate_middle,
+    Category, CountTokens, Length, NeedleGrid, Sample, Samples, Score, Task, long_generation,
+    longbench, truncate_middle,
 };

@@ -1,5 +1,6 @@
 //! What a task is: questions put to a model, and a score for what it answers.
 
+pub mod long_generation;
 pub mod longbench;
 mod needle;
 mod truncate;
@@ -92,6 +93,16 @@ pub struct Samples {
     pub samples: Vec<Sample>,
     /// What is wrong with each record left out: file, line and field.
     pub skipped: Vec<crate::Error>,
+}
+
+/// Checks that there is one prediction a turn.
+fn check_turns(sample: &Sample, predictions: &[String]) -> Result<()> {
+    if predictions.len() == sample.turns.len() {
+        Ok(())
+    } else {
+        let name = format!("predictions of sample {}", sample.id);
+        Err(Error::setting(name, sample.turns.len(), predictions.len()))
+    }
 }
 
 /// The prediction for a sample of one turn.

@@ -1,0 +1,110 @@
+//! Tasks whose answer is long or comes in many turns: what a cache forgets while the model writes, which LongBench's short
+//! answers can't show. Made from a seed, of any length, scored by program.
+
+mod listing;
+mod machine;
+mod recall;
+mod table;
+
+use rand::prelude::*;
+use rand_chacha::ChaCha8Rng;
+
+pub use listing::Listing;
+pub use machine::StateMachine;
+pub use recall::Recall;
+pub use table::TableEdit;
+
+use crate::{Result, Sample, Samples, Task};
+
+/// How much of a task to make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Records, rows, facts or steps in each sample: what the text grows with.
+    pub items: usize,
+    /// Samples.
+    pub samples: usize,
+    /// Which ones.
+    pub seed: u64,
+}
+
+/// All four tasks at one size.
+///
+/// ```
+/// use longctx_eval::long_generation::{Size, tasks};
+///
+/// for task in tasks(Size { items: 20, samples: 2, seed: 1 }) {
+///     let sample = task.samples()?.samples.remove(0);
+///     assert_eq!(task.score(&sample, &sample.answers)?.value, 1.0);
+/// }
+/// # Ok::<(), longctx_eval::Error>(())
+/// ```
+pub fn tasks(size: Size) -> Vec<Box<dyn Task>> {
+    vec![
+        Box::new(Recall(size)),
+        Box::new(Listing(size)),
+        Box::new(TableEdit(size)),
+        Box::new(StateMachine(size)),
+    ]
+}
+
+const NAMES: [&str; 20] = [
+    "Anna", "Bruno", "Clara", "Daniel", "Edith", "Felix", "Greta", "Henry", "Ida", "Jonas",
+    "Katrin", "Leo", "Marta", "Nils", "Olga", "Peter", "Rosa", "Simon", "Tilda", "Viktor",
+];
+const THINGS: [&str; 16] = [
+    "lantern", "letter", "map", "basket", "notebook", "ladder", "kettle", "rope", "mirror",
+    "violin", "cart", "hammer", "bench", "clock", "boat", "chair",
+];
+const CITIES: [&str; 12] = [
+    "Almaty", "Belgrade", "Cairo", "Dakar", "Helsinki", "Istanbul", "Jakarta", "Lisbon", "Mumbai",
+    "Nairobi", "Sofia", "Toronto",
+];
+
+/// A person of `items` people, all different: "Anna", …, "Anna 2", …
+fn person(i: usize) -> String {
+    let name = NAMES[i % NAMES.len()];
+    if i < NAMES.len() { name.to_owned() } else { format!("{name} {}", i / NAMES.len() + 1) }
+}
+
+fn pick<'a>(rng: &mut ChaCha8Rng, from: &[&'a str]) -> &'a str {
+    from[rng.random_range(0..from.len())]
+}
+
+/// `size.samples` samples of a task, each from a generator of its own.
+fn make(size: Size, sample: impl Fn(&mut ChaCha8Rng) -> Parts) -> Result<Samples> {
+    if size.items == 0 {
+        return Err(crate::Error::setting("items", "at least 1", 0));
+    }
+    let one = |i: usize| {
+        let mut rng = ChaCha8Rng::seed_from_u64(size.seed);
+        rng.set_stream(i as u64);
+        let Parts { turns, answers, max_new_tokens } = sample(&mut rng);
+        let id = format!("{}-{}-{i}", size.items, size.seed);
+        Sample { id, turns, answers, classes: Vec::new(), max_new_tokens, chat: true }
+    };
+    Ok(Samples { samples: (0..size.samples).map(one).collect(), skipped: Vec::new() })
+}
+
+/// What differs between the samples of a task.
+struct Parts {
+    turns: Vec<String>,
+    answers: Vec<String>,
+    max_new_tokens: usize,
+}
+
+/// Tokens enough for `text` and as much again: no tokenizer spends more than one on each character.
+fn room_for(text: &str) -> usize {
+    text.len() + 16
+}
+
+/// The lines that say something, without the white space around them.
+fn lines(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().map(str::trim).filter(|line| !line.is_empty())
+}
+
+/// The share of lines at the same place in both texts that are equal, of the longer text's lines.
+fn same_lines(prediction: &str, answer: &str) -> f64 {
+    let same = lines(prediction).zip(lines(answer)).filter(|(ours, theirs)| ours == theirs).count();
+    let longer = lines(prediction).count().max(lines(answer).count());
+    if longer == 0 { 1.0 } else { same as f64 / longer as f64 }
+}
