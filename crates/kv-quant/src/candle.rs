@@ -4,6 +4,8 @@ mod cache;
 mod dequant;
 #[cfg(feature = "save")]
 mod file;
+#[cfg(feature = "cuda")]
+mod on_device;
 mod store;
 
 pub use cache::{Order, QuantCache};

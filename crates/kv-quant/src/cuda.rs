@@ -1,7 +1,11 @@
 //! Packed keys and values on candle's CUDA device, in a layout made for the tensor cores (kernels/layout.cuh).
 
 mod args;
+mod attend;
+mod fill;
+mod held;
 mod kernels;
+mod read;
 mod status;
 mod store;
 

@@ -46,12 +46,15 @@ pub enum Order {
 /// ```
 #[derive(Debug, Clone)]
 pub struct QuantCache {
-    format: Format,
-    order: Order,
+    pub(super) format: Format,
+    pub(super) order: Order,
     /// The first tokens, in f16.
     sinks: QuantStore,
-    sink_tokens: usize,
+    pub(super) sink_tokens: usize,
     store: QuantStore,
+    /// In place of both, where a CUDA device has kernels for the format.
+    #[cfg(feature = "cuda")]
+    pub(super) device: Option<crate::CudaStore>,
     seen: usize,
 }
 
@@ -76,7 +79,16 @@ impl QuantCache {
         )?;
         let sinks = QuantStore::new(shape, Format::f16())?;
         let order = Order::default();
-        Ok(Self { format, order, sinks, sink_tokens: 0, store, seen: 0 })
+        Ok(Self {
+            format,
+            order,
+            sinks,
+            sink_tokens: 0,
+            store,
+            #[cfg(feature = "cuda")]
+            device: None,
+            seen: 0,
+        })
     }
 
     /// The same with a call's tokens quantized at another time.
@@ -137,6 +149,11 @@ impl QuantCache {
         self.settle_rope(step.rope)?;
         let q = step.rope.apply(step.q, self.seen)?;
         let k = step.rope.apply(step.k, self.seen)?;
+        #[cfg(feature = "cuda")]
+        if let Some(done) = self.attend_on_device(&q, &k, step.v)? {
+            self.seen += tokens;
+            return Ok(done);
+        }
         let mut parts = Vec::new();
         let held = [&self.sinks, &self.store].map(|store| !store.is_empty());
         if self.order == Order::QuantizeFirst {
@@ -204,16 +221,28 @@ impl KvCache for QuantCache {
     }
 
     fn held(&self) -> usize {
+        #[cfg(feature = "cuda")]
+        if let Some(store) = &self.device {
+            return store.len();
+        }
         self.sinks.len() + self.store.len()
     }
 
     fn footprint(&self) -> Footprint {
+        #[cfg(feature = "cuda")]
+        if let Some(store) = &self.device {
+            return store.footprint();
+        }
         self.sinks.footprint() + self.store.footprint()
     }
 
     fn reset(&mut self) {
         self.sinks.reset();
         self.store.reset();
+        #[cfg(feature = "cuda")]
+        {
+            self.device = None;
+        }
         self.seen = 0;
     }
 }

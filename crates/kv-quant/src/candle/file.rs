@@ -35,6 +35,11 @@ use longctx_core::{Error, Result};
 pub fn save_caches(path: impl AsRef<Path>, caches: &[QuantCache]) -> Result<()> {
     let mut lists = Vec::new();
     for (layer, cache) in caches.iter().enumerate() {
+        #[cfg(feature = "cuda")]
+        if cache.device.is_some() {
+            let what = format!("saving the cache of layer {layer}, which is on a CUDA device");
+            return Err(Error::Unsupported(what));
+        }
         let stores = [cache.sinks().heads(), cache.store().heads()];
         if stores.iter().all(|heads| heads.is_empty()) {
             return Err(Error::mismatch(format!("cache of layer {layer}"), "tokens", "none"));

@@ -7,7 +7,8 @@ use longctx_core::{
     AttentionShape, Error, Footprint, KvStore, Partial, Result, Selection, Visible,
 };
 
-/// Packed keys and values of one layer: a [`Head`] per batch entry and kv head. Attention reads the codes as they lie.
+/// Packed keys and values of one layer: a [`Head`] per batch entry and kv head. Attention reads the codes as they lie, on the host; tensors of
+/// another device are copied there and back.
 #[derive(Debug, Clone)]
 pub struct QuantStore {
     shape: AttentionShape,
@@ -75,7 +76,7 @@ impl QuantStore {
         if batch != self.batch {
             return Err(Error::mismatch("batch", self.batch, batch));
         }
-        let q = q.to_dtype(DType::F32)?.contiguous()?;
+        let q = q.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
         with_slice::<f32, _>(&q, |data| {
             let AttentionShape { heads, scale, soft_cap, .. } = self.shape;
             Ok(f(batch, Queries { data, heads, tokens, scale, soft_cap })?)
@@ -105,7 +106,7 @@ impl KvStore for QuantStore {
         if batch != self.batch {
             return Err(Error::mismatch("batch", self.batch, batch));
         }
-        let rows = |x: &Tensor| x.to_dtype(DType::F32)?.contiguous();
+        let rows = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous();
         let (k, v) = (rows(k)?, rows(v)?);
         let size = (tokens * d).max(1);
         with_slice::<f32, _>(&k, |k| {
@@ -130,9 +131,9 @@ impl KvStore for QuantStore {
             out: Tensor::from_vec(
                 done.out,
                 (batch, heads, tokens, self.shape.head_dim),
-                &Device::Cpu,
+                q.device(),
             )?,
-            lse: Tensor::from_vec(done.lse, (batch, heads, tokens), &Device::Cpu)?,
+            lse: Tensor::from_vec(done.lse, (batch, heads, tokens), q.device())?,
         })
     }
 
