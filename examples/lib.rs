@@ -1,4 +1,5 @@
-//! What several examples need: a model that fetches itself, and the process's memory.
+//! What several examples need: a model that fetches itself, models as subjects of an evaluation, the process's memory.
 
-pub mod memory;
+pub use longctx_eval::memory;
 pub mod model;
+pub mod subject;

@@ -39,6 +39,32 @@ pub enum Error {
         /// What was expected and what came.
         fault: String,
     },
+    /// A setting whose method nobody has registered.
+    #[error("setting `{setting}`: method `{method}` is not available; there are {available}")]
+    NotAvailable {
+        /// The setting's name.
+        setting: String,
+        /// Its method.
+        method: String,
+        /// The methods that are registered.
+        available: String,
+    },
+    /// A subject that could not be opened or could not answer.
+    #[error("{what}: {source}")]
+    Subject {
+        /// The setting, and the task and sample if there is one.
+        what: String,
+        /// What it says itself.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A picture of a report that could not be drawn.
+    #[error("drawing {what}: {reason}")]
+    Drawing {
+        /// Which picture.
+        what: String,
+        /// Why.
+        reason: String,
+    },
 }
 
 impl Error {

@@ -1,0 +1,141 @@
+//! How near a method stays to the dense model, token by token: what separates methods where task scores are noise.
+
+use crate::{Error, Result};
+
+/// What a subject thought of a reference text while reading it (teacher forcing).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Forced {
+    /// The tokens of the text.
+    pub tokens: Vec<u32>,
+    /// For each of them, the logits from which it would have been drawn: `[tokens][vocab]`.
+    pub logits: Vec<Vec<f32>>,
+}
+
+/// A subject beside the dense model, over the same reference text.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Agreement {
+    /// Tokens of the text.
+    pub tokens: usize,
+    /// The subject's perplexity on the text.
+    pub perplexity: f64,
+    /// The dense model's.
+    pub dense_perplexity: f64,
+    /// The share of tokens for which both put the same one first.
+    pub top1: f64,
+    /// The mean Kullback-Leibler divergence of the subject's distribution from the dense model's, in nats.
+    pub kl: f64,
+}
+
+impl Forced {
+    /// exp of the mean negative log-likelihood of the text's tokens.
+    ///
+    /// # Errors
+    /// If there are no tokens, or not one list of logits for each, or a token is outside the vocabulary.
+    pub fn perplexity(&self) -> Result<f64> {
+        self.check()?;
+        let surprise = |(token, logits): (&u32, &Vec<f32>)| -log_softmax(logits)[*token as usize];
+        let sum: f64 = self.tokens.iter().zip(&self.logits).map(surprise).sum();
+        Ok((sum / self.tokens.len() as f64).exp())
+    }
+
+    /// How this subject's thoughts agree with those of `dense` over the same text.
+    ///
+    /// ```
+    /// use longctx_eval::Forced;
+    ///
+    /// let dense = Forced { tokens: vec![1, 0], logits: vec![vec![0.0, 3.0], vec![2.0, 1.0]] };
+    /// let mut other = dense.clone();
+    /// assert_eq!(other.agreement(&dense)?.kl, 0.0);
+    /// other.logits[1] = vec![1.0, 2.0];
+    /// assert_eq!(other.agreement(&dense)?.top1, 0.5);
+    /// # Ok::<(), longctx_eval::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`perplexity`](Self::perplexity), and if the two texts or vocabularies differ.
+    pub fn agreement(&self, dense: &Self) -> Result<Agreement> {
+        let (perplexity, dense_perplexity) = (self.perplexity()?, dense.perplexity()?);
+        if self.tokens != dense.tokens {
+            return Err(Error::setting("reference text", "the dense model's tokens", "others"));
+        }
+        let (mut same, mut kl) = (0usize, 0.0);
+        for (ours, theirs) in self.logits.iter().zip(&dense.logits) {
+            if ours.len() != theirs.len() {
+                return Err(Error::setting("vocabulary", theirs.len(), ours.len()));
+            }
+            same += usize::from(first(ours) == first(theirs));
+            kl += divergence(&log_softmax(theirs), &log_softmax(ours));
+        }
+        let tokens = self.tokens.len();
+        let mean = |sum: f64| sum / tokens as f64;
+        Ok(Agreement {
+            tokens,
+            perplexity,
+            dense_perplexity,
+            top1: mean(same as f64),
+            kl: mean(kl),
+        })
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.tokens.is_empty() || self.tokens.len() != self.logits.len() {
+            let expected = format!("one for each of the {} tokens, at least 1", self.tokens.len());
+            return Err(Error::setting("lists of logits", expected, self.logits.len()));
+        }
+        for (&token, logits) in self.tokens.iter().zip(&self.logits) {
+            if token as usize >= logits.len() {
+                let expected = format!("below the vocabulary's {}", logits.len());
+                return Err(Error::setting("token", expected, token));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&x| f64::from(x - max).exp()).sum();
+    logits.iter().map(|&x| f64::from(x - max) - sum.ln()).collect()
+}
+
+/// KL(p || q) of two distributions given as logarithms.
+fn divergence(p: &[f64], q: &[f64]) -> f64 {
+    let kl: f64 = p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum();
+    // It is never negative; a sum of rounded terms can be.
+    kl.max(0.0)
+}
+
+fn first(logits: &[f32]) -> Option<usize> {
+    (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn perplexity_of_even_odds_is_their_number() {
+        let even = Forced { tokens: vec![0, 3, 1], logits: vec![vec![0.5; 4]; 3] };
+        assert!((even.perplexity().unwrap() - 4.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn divergence_by_hand() {
+        // p = (1/2, 1/2), q = (1/4, 3/4): KL = ln 2 - ln(3) / 2.
+        let dense = Forced { tokens: vec![0], logits: vec![vec![0.0, 0.0]] };
+        let other = Forced { tokens: vec![0], logits: vec![vec![0.0, 3f32.ln()]] };
+        let agreement = other.agreement(&dense).unwrap();
+        assert!((agreement.kl - (2f64.ln() - 3f64.ln() / 2.0)).abs() < 1e-7);
+        assert!((agreement.perplexity - 4.0).abs() < 1e-6);
+        assert_eq!(agreement.top1, 0.0);
+    }
+
+    #[test]
+    fn unequal_texts_and_stray_tokens_are_errors() {
+        let one = Forced { tokens: vec![0], logits: vec![vec![0.0, 0.0]] };
+        let other = Forced { tokens: vec![1], ..one.clone() };
+        assert!(other.agreement(&one).unwrap_err().to_string().contains("dense model's tokens"));
+        let stray = Forced { tokens: vec![2], ..one };
+        assert!(stray.perplexity().unwrap_err().to_string().contains("below the vocabulary's 2"));
+    }
+}

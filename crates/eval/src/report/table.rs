@@ -1,0 +1,162 @@
+//! Results gathered by setting, category and task.
+
+use crate::{Category, Error, Record, Result};
+
+/// The paper's categories and ours, with the words for a table's head, in its order.
+pub(super) const CATEGORIES: [(Category, &str); 8] = [
+    (Category::SingleDocQa, "Single-doc QA"),
+    (Category::MultiDocQa, "Multi-doc QA"),
+    (Category::Summarization, "Summarization"),
+    (Category::FewShot, "Few-shot"),
+    (Category::Synthetic, "Synthetic"),
+    (Category::Code, "Code"),
+    (Category::Needle, "Needle"),
+    (Category::LongGeneration, "Long generation"),
+];
+
+/// All settings, in the order in which they came.
+pub(super) struct Table {
+    pub rows: Vec<Row>,
+    /// Tasks in the order in which they came.
+    pub tasks: Vec<String>,
+}
+
+/// One setting.
+pub(super) struct Row {
+    pub setting: String,
+    pub tasks: Vec<TaskScore>,
+    pub samples: usize,
+    /// Dense bytes over bytes held, summed over all samples that tell both.
+    pub ratio: Option<f64>,
+    pub first_token_seconds: f64,
+    pub prompt_tokens: f64,
+    pub decode_tokens_per_second: Option<f64>,
+    pub peak_resident_bytes: Option<u64>,
+}
+
+/// One setting's mean on one task, in percent.
+pub(super) struct TaskScore {
+    pub task: String,
+    pub category: Category,
+    pub samples: usize,
+    pub score: f64,
+    pub partial: Option<f64>,
+}
+
+impl Table {
+    pub fn new(records: &[Record]) -> Self {
+        let settings = distinct(records.iter().map(|record| record.setting.as_str()));
+        let tasks = distinct(records.iter().map(|record| record.task.as_str()));
+        let of = |setting: &String| {
+            let own: Vec<_> = records.iter().filter(|record| record.setting == *setting).collect();
+            Row::new(setting, &tasks, &own)
+        };
+        Self { rows: settings.iter().map(of).collect(), tasks }
+    }
+
+    /// The categories that any result is of.
+    pub fn categories(&self) -> Vec<(Category, &'static str)> {
+        let has = |category| {
+            self.rows.iter().any(|row| row.tasks.iter().any(|task| task.category == category))
+        };
+        CATEGORIES.into_iter().filter(|(category, _)| has(*category)).collect()
+    }
+
+    /// One line a setting and task.
+    pub fn csv(&self) -> Result<String> {
+        let mut out = csv::Writer::from_writer(Vec::new());
+        let broken = |error: String| Error::setting("scores.csv", "a table", error);
+        let head = ["setting", "task", "samples", "score", "partial", "ratio"];
+        let more = ["first_token_seconds", "decode_tokens_per_second", "peak_resident_bytes"];
+        out.write_record(head.iter().chain(&more)).map_err(|e| broken(e.to_string()))?;
+        let number = |x: Option<f64>| x.map_or_else(String::new, |x| format!("{x:.4}"));
+        for row in &self.rows {
+            for task in &row.tasks {
+                let fields = [
+                    row.setting.clone(),
+                    task.task.clone(),
+                    task.samples.to_string(),
+                    number(Some(task.score)),
+                    number(task.partial),
+                    number(row.ratio),
+                    number(Some(row.first_token_seconds)),
+                    number(row.decode_tokens_per_second),
+                    row.peak_resident_bytes.map_or_else(String::new, |bytes| bytes.to_string()),
+                ];
+                out.write_record(&fields).map_err(|e| broken(e.to_string()))?;
+            }
+        }
+        let bytes = out.into_inner().map_err(|e| broken(e.to_string()))?;
+        String::from_utf8(bytes).map_err(|e| broken(e.to_string()))
+    }
+}
+
+impl Row {
+    fn new(setting: &str, tasks: &[String], own: &[&Record]) -> Self {
+        let of_task = |task: &String| {
+            let own: Vec<_> = own.iter().filter(|record| record.task == *task).collect();
+            let first = own.first()?;
+            let partial: Vec<f64> = own.iter().filter_map(|record| record.score.partial).collect();
+            Some(TaskScore {
+                task: task.clone(),
+                category: first.category,
+                samples: own.len(),
+                score: 100.0 * mean(own.iter().map(|record| record.score.value))?,
+                partial: mean(partial).map(|share| 100.0 * share),
+            })
+        };
+        let bytes = own.iter().filter_map(|r| Some((r.dense_bytes? as f64, r.kv_bytes? as f64)));
+        let (dense, held) = bytes.fold((0.0, 0.0), |sum, x| (sum.0 + x.0, sum.1 + x.1));
+        Self {
+            setting: setting.to_owned(),
+            tasks: tasks.iter().filter_map(of_task).collect(),
+            samples: own.len(),
+            ratio: (held > 0.0).then(|| dense / held),
+            first_token_seconds: mean(own.iter().map(|r| r.timings.first_token_seconds))
+                .unwrap_or(0.0),
+            prompt_tokens: mean(own.iter().map(|r| r.prompt_tokens as f64)).unwrap_or(0.0),
+            decode_tokens_per_second: mean(
+                own.iter().filter_map(|r| r.timings.decode_tokens_per_second),
+            ),
+            peak_resident_bytes: own.iter().filter_map(|r| r.timings.peak_resident_bytes).max(),
+        }
+    }
+
+    /// The mean of the category's tasks, as the paper takes it.
+    pub fn category(&self, category: Category) -> Option<f64> {
+        mean(self.tasks.iter().filter(|task| task.category == category).map(|task| task.score))
+    }
+
+    /// The mean of the categories.
+    pub fn overall(&self) -> Option<f64> {
+        mean(CATEGORIES.iter().filter_map(|(category, _)| self.category(*category)))
+    }
+
+    /// The method's name without its size: settings of one family share a colour.
+    pub fn family(&self) -> &str {
+        let method = self.setting.rsplit('/').next().unwrap_or(&self.setting);
+        let is_size = |part: &str| {
+            part.trim_end_matches('x').parse::<u32>().is_ok() || part == "f16" || part == "f32"
+        };
+        match method.rsplit_once('-') {
+            Some((family, size)) if is_size(size) => family,
+            _ => method,
+        }
+    }
+}
+
+fn mean(numbers: impl IntoIterator<Item = f64>) -> Option<f64> {
+    let (sum, count) = numbers.into_iter().fold((0.0, 0u32), |(sum, n), x| (sum + x, n + 1));
+    (count > 0).then(|| sum / f64::from(count))
+}
+
+/// Each once, in the order in which they come.
+pub(super) fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut all: Vec<String> = Vec::new();
+    for name in names {
+        if all.iter().all(|other| other != name) {
+            all.push(name.to_owned());
+        }
+    }
+    all
+}

@@ -1,0 +1,252 @@
+//! Runs: settings times tasks, a line for each answer, taken up again where they were broken off.
+
+mod folder;
+mod methods;
+mod reader;
+mod record;
+mod subject;
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+pub use folder::{Manifest, records};
+pub use methods::Methods;
+pub use reader::{Reader, Text};
+pub use record::{Record, Timings};
+pub use subject::{Answer, Fault, Question, Subject};
+
+use self::folder::{Results, join};
+use crate::{Error, Result, Sample, Setting, Task, memory};
+
+/// What every sample of a run is held to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Limits {
+    /// The most samples of a task, its first ones.
+    pub samples: Option<usize>,
+    /// The most tokens to write in a turn, where the task would allow more.
+    pub max_new_tokens: Option<usize>,
+}
+
+/// Which part of a run this process does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shard {
+    /// From 1 to `count`.
+    pub index: usize,
+    /// How many processes share the work.
+    pub count: usize,
+}
+
+impl Shard {
+    /// All of it.
+    pub const WHOLE: Self = Self { index: 1, count: 1 };
+}
+
+/// A run.
+pub struct Plan<'a> {
+    /// Where results go.
+    pub folder: PathBuf,
+    /// What is evaluated.
+    pub settings: Vec<Setting>,
+    /// On what.
+    pub tasks: &'a [Box<dyn Task>],
+    /// Less than all of it.
+    pub limits: Limits,
+    /// This process's part.
+    pub shard: Shard,
+    /// Recorded with every result; tasks that are made, not read, are made from it by whoever makes them.
+    pub seed: u64,
+    /// Break off at the first bad record of a task's data and the first error of a subject, rather than go on without it.
+    pub strict: bool,
+}
+
+/// What happens in a run, as it happens.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A last line broke off when an earlier process ended; it was dropped, and its sample will be answered again.
+    Dropped(&'a str),
+    /// A record of a task's data was left out.
+    Skipped(&'a Error),
+    /// So many answers are wanted of this process, and so many are there from earlier.
+    Began {
+        /// Samples times settings.
+        total: usize,
+        /// Answered before.
+        done: usize,
+    },
+    /// A setting's subject is being opened.
+    Opening(&'a Setting),
+    /// A sample was answered.
+    Answered(&'a Record),
+    /// A sample could not be answered: it has no result, and a later run tries it again.
+    Failed(&'a Error),
+}
+
+/// What a process did.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Summary {
+    /// Samples answered now.
+    pub answered: usize,
+    /// Answered by earlier processes.
+    pub before: usize,
+    /// Samples that could not be answered.
+    pub failed: usize,
+    /// Records of the tasks' data that were left out.
+    pub skipped: usize,
+    /// Within models and prompt compressors.
+    pub model: Duration,
+    /// Answering, scoring and writing results, without opening models.
+    pub total: Duration,
+}
+
+/// Answers what is not answered yet.
+///
+/// # Errors
+/// [`Error::Setting`] if the folder belongs to a run with other limits, another seed or other settings of the same name, or another process
+/// writes the same shard; [`Error::NotAvailable`] before anything runs, if a setting's method is not registered; and, if the plan is strict,
+/// the first bad record or failing subject.
+pub fn run(
+    plan: &Plan<'_>,
+    methods: &Methods<'_>,
+    on_event: &mut dyn FnMut(Event<'_>),
+) -> Result<Summary> {
+    if !(1..=plan.shard.count).contains(&plan.shard.index) {
+        let expected = format!("1 to {}", plan.shard.count);
+        return Err(Error::setting("shard", expected, plan.shard.index));
+    }
+    plan.settings.iter().try_for_each(|setting| methods.check(setting))?;
+    let mut summary = Summary::default();
+    let samples = load(plan, &mut summary, on_event)?;
+    join(&plan.folder, &plan.manifest())?;
+    let (mut results, torn) = Results::open(&plan.folder, plan.shard)?;
+    if let Some(torn) = &torn {
+        on_event(Event::Dropped(torn));
+    }
+    let done: HashSet<_> = records(&plan.folder)?.iter().map(Record::key).collect();
+    let units = plan.units(&samples);
+    let open = |unit: &&Unit<'_>| !done.contains(&unit.key());
+    summary.before = units.iter().filter(|unit| !open(unit)).count();
+    on_event(Event::Began { total: units.len(), done: summary.before });
+    let mut subject: Option<(&str, Box<dyn Subject>)> = None;
+    for unit in units.iter().filter(open) {
+        if subject.as_ref().is_none_or(|(name, _)| *name != unit.setting.name) {
+            on_event(Event::Opening(unit.setting));
+            // The old one goes first: two models need not fit in memory.
+            drop(subject.take());
+            subject = Some((&unit.setting.name, methods.open(unit.setting)?));
+        }
+        let Some((_, reader)) = &mut subject else { continue };
+        let started = Instant::now();
+        match unit.answer(plan, reader.as_mut()) {
+            Ok(record) => {
+                results.append(&record)?;
+                summary.answered += 1;
+                summary.model += Duration::from_secs_f64(record.timings.model_seconds);
+                on_event(Event::Answered(&record));
+            }
+            Err(error) if plan.strict => return Err(error),
+            Err(error) => {
+                summary.failed += 1;
+                on_event(Event::Failed(&error));
+            }
+        }
+        summary.total += started.elapsed();
+    }
+    Ok(summary)
+}
+
+/// Each task's samples, to the limit.
+fn load(
+    plan: &Plan<'_>,
+    summary: &mut Summary,
+    on_event: &mut dyn FnMut(Event<'_>),
+) -> Result<Vec<Vec<Sample>>> {
+    let mut all = Vec::new();
+    for task in plan.tasks {
+        let mut of_task = task.samples()?;
+        summary.skipped += of_task.skipped.len();
+        of_task.skipped.iter().for_each(|error| on_event(Event::Skipped(error)));
+        if plan.strict && !of_task.skipped.is_empty() {
+            return Err(of_task.skipped.remove(0));
+        }
+        of_task.samples.truncate(plan.limits.samples.unwrap_or(usize::MAX));
+        all.push(of_task.samples);
+    }
+    Ok(all)
+}
+
+/// One sample under one setting.
+struct Unit<'a> {
+    setting: &'a Setting,
+    task: &'a dyn Task,
+    sample: &'a Sample,
+}
+
+impl Plan<'_> {
+    fn manifest(&self) -> Manifest {
+        let settings: BTreeMap<_, _> =
+            self.settings.iter().map(|setting| (setting.name.clone(), setting.clone())).collect();
+        Manifest {
+            versions: [env!("CARGO_PKG_VERSION").to_owned()].into(),
+            seed: self.seed,
+            limits: self.limits,
+            settings,
+            tasks: self.tasks.iter().map(|task| task.name().to_owned()).collect(),
+        }
+    }
+
+    /// This process's part, dealt out in turn.
+    fn units<'a>(&'a self, samples: &'a [Vec<Sample>]) -> Vec<Unit<'a>> {
+        let tasks = || self.tasks.iter().map(AsRef::as_ref).zip(samples);
+        let mut all = Vec::new();
+        for setting in &self.settings {
+            for (task, samples) in tasks() {
+                all.extend(samples.iter().map(|sample| Unit { setting, task, sample }));
+            }
+        }
+        all.into_iter().skip(self.shard.index - 1).step_by(self.shard.count).collect()
+    }
+}
+
+impl Unit<'_> {
+    fn key(&self) -> record::Key {
+        (self.setting.name.clone(), self.task.name().to_owned(), self.sample.id.clone())
+    }
+
+    fn answer(&self, plan: &Plan<'_>, subject: &mut dyn Subject) -> Result<Record> {
+        let started = Instant::now();
+        memory::restart_peak();
+        let most = plan.limits.max_new_tokens.unwrap_or(usize::MAX);
+        let question = Question {
+            sample: self.sample,
+            max_new_tokens: self.sample.max_new_tokens.min(most),
+            stops_at_newline: self.task.stops_at_newline(),
+        };
+        let what = || format!("{}, {}, {}", self.setting.name, self.task.name(), self.sample.id);
+        let answer =
+            subject.answer(&question).map_err(|source| Error::Subject { what: what(), source })?;
+        let score = self.task.score(self.sample, &answer.predictions)?;
+        let per_second = answer.decode_steps as f64 / answer.decode.as_secs_f64();
+        Ok(Record {
+            setting: self.setting.name.clone(),
+            task: self.task.name().to_owned(),
+            category: self.task.category(),
+            sample: self.sample.id.clone(),
+            predictions: answer.predictions,
+            score,
+            prompt_tokens: answer.prompt_tokens,
+            new_tokens: answer.new_tokens,
+            kv_bytes: answer.kv_bytes,
+            dense_bytes: answer.dense_bytes,
+            seed: plan.seed,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            timings: Timings {
+                first_token_seconds: answer.first_token.as_secs_f64(),
+                decode_tokens_per_second: (answer.decode_steps > 0).then_some(per_second),
+                model_seconds: answer.model.as_secs_f64(),
+                total_seconds: started.elapsed().as_secs_f64(),
+                peak_resident_bytes: memory::peak(),
+            },
+        })
+    }
+}

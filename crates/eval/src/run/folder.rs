@@ -1,0 +1,146 @@
+//! A run's folder: what was asked for, and a file of results for each process.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use super::record::Record;
+use super::{Limits, Shard};
+use crate::{Error, Result, Setting};
+
+/// What all processes of a run agree on; `run.json` in its folder.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Manifest {
+    /// Versions of `longctx-eval` that wrote results.
+    pub versions: BTreeSet<String>,
+    /// What everything random begins with.
+    pub seed: u64,
+    /// What every sample is held to.
+    pub limits: Limits,
+    /// The settings, by name.
+    pub settings: BTreeMap<String, Setting>,
+    /// The tasks, by name.
+    pub tasks: BTreeSet<String>,
+}
+
+/// The results of all processes that share a folder, file by file in the order of their names; `run.json` is not looked at.
+///
+/// A last line that breaks off, as a killed process leaves it, is passed over.
+///
+/// # Errors
+/// If the folder or a file can't be read; [`Error::Record`] for a broken line before a file's last.
+pub fn records(folder: &Path) -> Result<Vec<Record>> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(folder).map_err(Error::io(folder))? {
+        let path = entry.map_err(Error::io(folder))?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if name.starts_with("results-") && name.ends_with(".jsonl") {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    let mut all = Vec::new();
+    for path in &paths {
+        all.extend(read(path)?.0);
+    }
+    Ok(all)
+}
+
+/// Adds this process's part to the folder's manifest, or begins it.
+pub(super) fn join(folder: &Path, ours: &Manifest) -> Result<()> {
+    fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let path = folder.join("run.json");
+    let lock = folder.join("run.lock");
+    let guard = File::create(&lock).map_err(Error::io(&lock))?;
+    guard.lock().map_err(Error::io(&lock))?;
+    let mut merged = ours.clone();
+    if path.exists() {
+        let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
+        merged.merge(serde_json::from_str(&text).map_err(|error| broken(&path, 1, &error))?)?;
+    }
+    let text = serde_json::to_string_pretty(&merged).map_err(|error| broken(&path, 1, &error))?;
+    // Written beside and renamed: a process killed here leaves the old one whole.
+    let new = folder.join("run.json.new");
+    fs::write(&new, text + "\n").map_err(Error::io(&new))?;
+    fs::rename(&new, &path).map_err(Error::io(&path))
+}
+
+impl Manifest {
+    fn merge(&mut self, theirs: Self) -> Result<()> {
+        if self.seed != theirs.seed {
+            return Err(Error::setting("seed", format!("{}, the run's", theirs.seed), self.seed));
+        }
+        if self.limits != theirs.limits {
+            let (theirs, ours) = (format!("{:?}, the run's", theirs.limits), self.limits);
+            return Err(Error::setting("limits", theirs, format!("{ours:?}")));
+        }
+        for (name, setting) in theirs.settings {
+            if let Some(ours) = self.settings.get(&name).filter(|ours| **ours != setting) {
+                let expected = format!("as in the run's folder, {setting:?}");
+                return Err(Error::setting(name, expected, format!("{ours:?}")));
+            }
+            self.settings.insert(name, setting);
+        }
+        self.versions.extend(theirs.versions);
+        self.tasks.extend(theirs.tasks);
+        Ok(())
+    }
+}
+
+/// The file that one process appends to.
+#[derive(Debug)]
+pub(super) struct Results {
+    path: PathBuf,
+    file: File,
+}
+
+impl Results {
+    /// Opens the shard's file, alone; says what a torn last line held that was dropped.
+    pub fn open(folder: &Path, shard: Shard) -> Result<(Self, Option<String>)> {
+        let path = folder.join(format!("results-{}-of-{}.jsonl", shard.index, shard.count));
+        let options = OpenOptions::new().create(true).append(true).read(true).clone();
+        let file = options.open(&path).map_err(Error::io(&path))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let name = path.display().to_string();
+                return Err(Error::setting(name, "no other process writing", "one that does"));
+            }
+            Err(TryLockError::Error(error)) => return Err(Error::io(&path)(error)),
+        }
+        let (_, whole, torn) = read(&path)?;
+        if torn.is_some() {
+            file.set_len(whole).map_err(Error::io(&path))?;
+        }
+        Ok((Self { path, file }, torn))
+    }
+
+    /// One line, on its way to the disk before this returns.
+    pub fn append(&mut self, record: &Record) -> Result<()> {
+        let mut line =
+            serde_json::to_string(record).map_err(|error| broken(&self.path, 0, &error))?;
+        line.push('\n');
+        self.file.write_all(line.as_bytes()).map_err(Error::io(&self.path))?;
+        self.file.sync_data().map_err(Error::io(&self.path))
+    }
+}
+
+/// The records of a file, the bytes of its whole lines, and what follows them.
+fn read(path: &Path) -> Result<(Vec<Record>, u64, Option<String>)> {
+    let bytes = fs::read(path).map_err(Error::io(path))?;
+    let whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+    let torn = (whole < bytes.len())
+        .then(|| String::from_utf8_lossy(&bytes[whole..]).chars().take(60).collect());
+    let mut records = Vec::new();
+    for (i, line) in bytes[..whole].split(|&byte| byte == b'\n').enumerate() {
+        if !line.is_empty() {
+            records.push(serde_json::from_slice(line).map_err(|e| broken(path, i + 1, &e))?);
+        }
+    }
+    Ok((records, whole as u64, torn))
+}
+
+fn broken(path: &Path, line: usize, error: &serde_json::Error) -> Error {
+    Error::Record { path: path.into(), line, field: "(line)".into(), fault: error.to_string() }
+}

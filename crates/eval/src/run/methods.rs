@@ -1,0 +1,58 @@
+//! The methods that whoever composes has registered.
+
+use std::collections::BTreeMap;
+
+use super::subject::{Fault, Subject};
+use crate::{Error, Result, Setting};
+
+type Open<'a> = Box<dyn Fn(&Setting) -> Result<Box<dyn Subject>, Fault> + 'a>;
+
+/// How to open a setting's subject, by the name of its method.
+#[derive(Default)]
+pub struct Methods<'a> {
+    open: BTreeMap<String, Open<'a>>,
+}
+
+impl<'a> Methods<'a> {
+    /// Settings whose method is `name` are opened so. A name registered before is replaced.
+    pub fn register(
+        &mut self,
+        name: impl Into<String>,
+        open: impl Fn(&Setting) -> Result<Box<dyn Subject>, Fault> + 'a,
+    ) {
+        self.open.insert(name.into(), Box::new(open));
+    }
+
+    /// The names, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.open.keys().map(String::as_str)
+    }
+
+    /// Whether the setting's method is registered.
+    pub fn has(&self, setting: &Setting) -> bool {
+        self.open.contains_key(&setting.method)
+    }
+
+    /// # Errors
+    /// [`Error::NotAvailable`] if the setting's method is not registered.
+    pub fn check(&self, setting: &Setting) -> Result<()> {
+        self.find(setting).map(drop)
+    }
+
+    /// The setting's subject.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check); [`Error::Subject`] if it can't be opened.
+    pub fn open(&self, setting: &Setting) -> Result<Box<dyn Subject>> {
+        let what = || format!("opening {}", setting.name);
+        self.find(setting)?(setting).map_err(|source| Error::Subject { what: what(), source })
+    }
+
+    fn find(&self, setting: &Setting) -> Result<&Open<'a>> {
+        self.open.get(&setting.method).ok_or_else(|| Error::NotAvailable {
+            setting: setting.name.clone(),
+            method: setting.method.clone(),
+            available: self.names().collect::<Vec<_>>().join(", "),
+        })
+    }
+}

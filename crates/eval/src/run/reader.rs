@@ -1,0 +1,239 @@
+//! A causal language model as a subject.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use candle_core::{Device, Tensor};
+use longctx_core::{
+    CausalLm, Footprint, GenerateOptions, Generation, Logits, Prompt, PromptCompressor, Rate,
+    generate, prefill,
+};
+
+use super::subject::{Answer, Fault, Question, Subject};
+use crate::{Forced, truncate_middle};
+
+/// A model's tokenizer and chat template.
+pub trait Text {
+    /// Text to tokens; `special`: with the tokens that begin a text.
+    ///
+    /// # Errors
+    /// Whatever the tokenizer reports.
+    fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, Fault>;
+
+    /// Tokens to text, without special ones.
+    ///
+    /// # Errors
+    /// Whatever the tokenizer reports.
+    fn decode(&self, tokens: &[u32]) -> Result<String, Fault>;
+
+    /// A conversation in the model's template, up to where the model answers; `None` if it has none. Turns of the user's and the
+    /// model's alternate, the user's first and last.
+    ///
+    /// # Errors
+    /// Whatever the template reports.
+    fn chat(&self, conversation: &[String]) -> Result<Option<String>, Fault>;
+
+    /// Tokens that end an answer.
+    fn stop(&self) -> &[u32];
+}
+
+/// A model behind [`CausalLm`], with any cache, that reads prompts and writes greedily.
+///
+/// A turn's text is cut in the middle to the context limit, then compressed, then put in the chat template.
+pub struct Reader {
+    model: Box<dyn CausalLm>,
+    text: Box<dyn Text>,
+    context: usize,
+    prefill_chunk: Option<usize>,
+    compressor: Option<(Box<dyn PromptCompressor>, Rate)>,
+    dense_bytes_per_token: Option<f64>,
+}
+
+impl Reader {
+    /// Reads at most `context` tokens of a turn, all at once.
+    pub fn new(model: impl CausalLm + 'static, text: impl Text + 'static, context: usize) -> Self {
+        Self {
+            model: Box::new(model),
+            text: Box::new(text),
+            context,
+            prefill_chunk: None,
+            compressor: None,
+            dense_bytes_per_token: None,
+        }
+    }
+
+    /// Feeds prompts in chunks, so that later ones see what the cache made of earlier ones.
+    #[must_use]
+    pub fn with_prefill_chunk(mut self, chunk: Option<usize>) -> Self {
+        self.prefill_chunk = chunk;
+        self
+    }
+
+    /// Compresses each turn's text first.
+    #[must_use]
+    pub fn with_compressor(mut self, compressor: Box<dyn PromptCompressor>, rate: Rate) -> Self {
+        self.compressor = Some((compressor, rate));
+        self
+    }
+
+    /// Tells the bytes of a dense f16 cache for one token, which ratios are taken against.
+    #[must_use]
+    pub fn with_dense_bytes_per_token(mut self, bytes: f64) -> Self {
+        self.dense_bytes_per_token = Some(bytes);
+        self
+    }
+
+    /// The turn as the model gets it, and how many tokens compression took from it.
+    fn shorten(&mut self, turn: &str, spent: &mut Duration) -> Result<(String, usize), Fault> {
+        let text = &self.text;
+        let encode = |x: &str| text.encode(x, false);
+        let cut = truncate_middle(turn, self.context, encode, |tokens| text.decode(tokens))?;
+        let Some((compressor, rate)) = &mut self.compressor else {
+            return Ok((cut, 0));
+        };
+        let started = Instant::now();
+        let short = compressor.compress(Prompt::new(&cut)?, *rate)?.text;
+        *spent += started.elapsed();
+        let saved = encode(&cut)?.len().saturating_sub(encode(&short)?.len());
+        Ok((short, saved))
+    }
+
+    /// Generates from `tokens`, with the time spent within the model.
+    fn write(
+        &mut self,
+        tokens: &[u32],
+        question: &Question<'_>,
+        spent: &mut Duration,
+    ) -> Result<Generation, Fault> {
+        let options = GenerateOptions {
+            max_tokens: question.max_new_tokens,
+            stop: self.text.stop().to_vec(),
+            prefill_chunk: self.prefill_chunk,
+            ..Default::default()
+        };
+        let mut model = Timed { inner: &mut *self.model, spent: Duration::ZERO };
+        let mut written = 0;
+        let mut broken = None;
+        let done = generate(&mut model, tokens, &options, |token| {
+            written += 1;
+            if !question.stops_at_newline || written < 2 {
+                return ControlFlow::Continue(());
+            }
+            match self.text.decode(&[token]) {
+                Ok(text) if !text.contains('\n') => ControlFlow::Continue(()),
+                Ok(_) => ControlFlow::Break(()),
+                Err(fault) => {
+                    broken = Some(fault);
+                    ControlFlow::Break(())
+                }
+            }
+        })?;
+        *spent += model.spent;
+        broken.map_or(Ok(done), Err)
+    }
+}
+
+impl Subject for Reader {
+    fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault> {
+        self.model.reset();
+        let mut done = Answer::default();
+        let mut conversation = Vec::new();
+        // What the model has read and written, and the tokens of it that it has not been fed yet.
+        let (mut read, mut pending) = (String::new(), Vec::new());
+        let mut saved = 0;
+        for (i, turn) in question.sample.turns.iter().enumerate() {
+            let started = Instant::now();
+            let (text, less) = self.shorten(turn, &mut done.model)?;
+            saved += less;
+            conversation.push(text);
+            let in_template =
+                if question.sample.chat { self.text.chat(&conversation)? } else { None };
+            let template = in_template.is_some();
+            // A space at the end would be a token of its own, which models have seldom seen there.
+            let full = in_template
+                .unwrap_or_else(|| conversation.join("\n").trim_end_matches(' ').to_owned());
+            let tokens = match full.strip_prefix(&read) {
+                Some(rest) if i > 0 => {
+                    [std::mem::take(&mut pending), self.text.encode(rest, false)?].concat()
+                }
+                _ => {
+                    self.model.reset();
+                    self.text.encode(&full, !template)?
+                }
+            };
+            let before = started.elapsed();
+            let written = self.write(&tokens, question, &mut done.model)?;
+            if i == 0 {
+                done.first_token = before + written.prefill;
+            }
+            done.prompt_tokens += tokens.len();
+            done.new_tokens += written.tokens.len();
+            done.decode += written.decode;
+            done.decode_steps += written.decode_steps;
+            let answer = self.text.decode(&written.tokens)?;
+            pending = written.tokens[written.decode_steps.min(written.tokens.len())..].to_vec();
+            read = full + &answer;
+            conversation.push(answer.clone());
+            done.predictions.push(answer);
+        }
+        let held = self.model.footprint();
+        done.kv_bytes = Some(held.total() - held.slack);
+        let tokens = self.model.seen() + saved;
+        done.dense_bytes = self.dense_bytes_per_token.map(|each| (each * tokens as f64) as usize);
+        Ok(done)
+    }
+
+    fn teacher_forced(&mut self, prompt: &str, text: &str) -> Result<Forced, Fault> {
+        self.model.reset();
+        let mut unused = Duration::ZERO;
+        let (prompt, _) = self.shorten(prompt, &mut unused)?;
+        let prompt = self.text.encode(&prompt, true)?;
+        let tokens = self.text.encode(text, false)?;
+        let mut next = prefill(&mut *self.model, &prompt, self.prefill_chunk)?;
+        let mut logits = Vec::with_capacity(tokens.len());
+        for (i, &token) in tokens.iter().enumerate() {
+            logits.push(next.flatten_all()?.to_vec1()?);
+            if i + 1 < tokens.len() {
+                let fed = Tensor::new(&[[token]], self.model.device())?;
+                next = self.model.forward(&fed, Logits::Last)?;
+            }
+        }
+        Ok(Forced { tokens, logits })
+    }
+}
+
+/// A model with a stopwatch.
+struct Timed<'a> {
+    inner: &'a mut dyn CausalLm,
+    spent: Duration,
+}
+
+impl CausalLm for Timed<'_> {
+    fn forward(&mut self, tokens: &Tensor, logits: Logits) -> longctx_core::Result<Tensor> {
+        let started = Instant::now();
+        let out = self.inner.forward(tokens, logits);
+        self.spent += started.elapsed();
+        out
+    }
+    fn reset(&mut self) {
+        self.inner.reset();
+    }
+    fn seen(&self) -> usize {
+        self.inner.seen()
+    }
+    fn footprint(&self) -> Footprint {
+        self.inner.footprint()
+    }
+    fn vocab_size(&self) -> usize {
+        self.inner.vocab_size()
+    }
+    fn context_length(&self) -> Option<usize> {
+        self.inner.context_length()
+    }
+    fn family(&self) -> &str {
+        self.inner.family()
+    }
+    fn device(&self) -> &Device {
+        self.inner.device()
+    }
+}

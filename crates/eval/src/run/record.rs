@@ -1,0 +1,64 @@
+//! One line of a run's results.
+
+use crate::{Category, Score};
+
+/// How a subject answered one sample: one JSON line.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Record {
+    /// The setting's name.
+    pub setting: String,
+    /// The task's name.
+    pub task: String,
+    /// The task's category.
+    pub category: Category,
+    /// The sample's id.
+    pub sample: String,
+    /// What was written, one a turn.
+    pub predictions: Vec<String>,
+    /// How good that is.
+    pub score: Score,
+    /// Tokens read, of all turns.
+    pub prompt_tokens: usize,
+    /// Tokens written.
+    pub new_tokens: usize,
+    /// Bytes held at the end.
+    pub kv_bytes: Option<usize>,
+    /// Bytes that a dense f16 cache would hold for the same text.
+    pub dense_bytes: Option<usize>,
+    /// The run's seed.
+    pub seed: u64,
+    /// The version of `longctx-eval`.
+    pub version: String,
+    /// What differs from run to run, in one field so that it can be left out of a comparison.
+    pub timings: Timings,
+}
+
+/// Times and memory of one sample.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Timings {
+    /// From the first turn's text to its first logits.
+    pub first_token_seconds: f64,
+    /// `None` if at most one token was written.
+    pub decode_tokens_per_second: Option<f64>,
+    /// Within the model and the prompt compressor.
+    pub model_seconds: f64,
+    /// From the sample's text to its score.
+    pub total_seconds: f64,
+    /// The most memory that the process held meanwhile, weights included; `None` where the system does not tell.
+    pub peak_resident_bytes: Option<u64>,
+}
+
+impl Record {
+    /// Dense bytes over bytes held.
+    pub fn ratio(&self) -> Option<f64> {
+        Some(self.dense_bytes? as f64 / self.kv_bytes.filter(|&bytes| bytes > 0)? as f64)
+    }
+
+    /// What tells this line from all others of its run.
+    pub(crate) fn key(&self) -> Key {
+        (self.setting.clone(), self.task.clone(), self.sample.clone())
+    }
+}
+
+/// Setting, task, sample.
+pub(crate) type Key = (String, String, String);

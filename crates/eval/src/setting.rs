@@ -1,0 +1,150 @@
+//! What is evaluated, by name: a method, a model, how much of a prompt it reads, and in which template.
+
+mod paper;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+pub use paper::paper;
+
+use crate::{Error, Result};
+
+/// One column of a comparison: a way to remember, on a model.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Setting {
+    /// Unique and stable: "mistral-7b/kivi-2".
+    pub name: String,
+    /// The registered method that opens it: "kivi-2".
+    pub method: String,
+    /// A model of the Hub ("org/name"), a folder or a file.
+    pub model: String,
+    /// The most tokens of a prompt; longer ones are cut in the middle.
+    pub context: usize,
+    /// The text around a chat prompt.
+    #[serde(default)]
+    pub template: Template,
+}
+
+/// The text around a chat prompt.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Template {
+    /// The one that the model brings along; none if it brings none.
+    #[default]
+    Own,
+    /// None: the model goes on from the prompt itself.
+    Plain,
+    /// This one, in Jinja, with `messages`, `add_generation_prompt`, `bos_token` and `eos_token`.
+    Jinja(String),
+}
+
+/// Settings that a TOML file defines, each a `[[setting]]`:
+///
+/// ```
+/// use longctx_eval::setting;
+///
+/// let settings = setting::from_toml(r#"
+/// [[setting]]
+/// name = "qwen-0.5b/kivi-2"
+/// method = "kivi-2"
+/// model = "Qwen/Qwen2.5-0.5B-Instruct"
+/// context = 16000
+///
+/// [[setting]]
+/// name = "mine"
+/// method = "my-cache"
+/// model = "models/mine.gguf"
+/// context = 4000
+/// template = { jinja = "{{ messages[-1].content }} ANSWER:" }
+/// "#)?;
+/// assert_eq!(settings[1].method, "my-cache");
+/// # Ok::<(), longctx_eval::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Setting`] with the place that does not parse, or a name that is there twice.
+pub fn from_toml(text: &str) -> Result<Vec<Setting>> {
+    #[derive(serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct File {
+        #[serde(rename = "setting")]
+        settings: Vec<Setting>,
+    }
+    let file: File =
+        toml::from_str(text).map_err(|e| Error::setting("settings file", "[[setting]]s", e))?;
+    let mut names = BTreeSet::new();
+    for setting in &file.settings {
+        if !names.insert(&setting.name) {
+            return Err(Error::setting("name", "another for each setting", &setting.name));
+        }
+        if setting.context < 2 {
+            return Err(Error::setting("context", "at least 2 tokens", setting.context));
+        }
+    }
+    Ok(file.settings)
+}
+
+/// The settings of a TOML file.
+///
+/// # Errors
+/// If it can't be read; as [`from_toml`].
+pub fn from_toml_file(path: &Path) -> Result<Vec<Setting>> {
+    from_toml(&std::fs::read_to_string(path).map_err(Error::io(path))?)
+}
+
+impl Setting {
+    /// A method on a model, named after both.
+    pub fn of(method: &str, model: &str, context: usize) -> Self {
+        Self {
+            name: method.to_owned(),
+            method: method.to_owned(),
+            model: model.to_owned(),
+            context,
+            template: Template::Own,
+        }
+    }
+
+    /// The same setting on another model, in that model's own template; the name stays.
+    #[must_use]
+    pub fn on(self, model: &str) -> Self {
+        Self { model: model.to_owned(), template: Template::Own, ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_paper_has_65_settings_by_distinct_names() {
+        let all = paper();
+        let names: BTreeSet<_> = all.iter().map(|setting| setting.name.as_str()).collect();
+        assert_eq!((all.len(), names.len()), (65, 65));
+        let count = |part: &str| all.iter().filter(|setting| setting.name.contains(part)).count();
+        let parts = ["baseline", "kivi-", "flexgen-4", "h2o-", "streaming-llm-", "infllm-"];
+        assert_eq!(parts.map(count), [3, 6, 3, 12, 12, 12]);
+        assert_eq!([count("llmlingua2-"), count("mamba-"), count("rwkv")], [12, 2, 1]);
+        let llama = all.iter().find(|setting| setting.name == "llama-3-8b/h2o-4x").unwrap();
+        assert_eq!((llama.method.as_str(), llama.context), ("h2o-4x", 7500));
+    }
+
+    #[test]
+    fn another_model_brings_its_own_template() {
+        let moved = paper().pop().unwrap().on("models/small.gguf");
+        assert_eq!((moved.model.as_str(), moved.template), ("models/small.gguf", Template::Own));
+    }
+
+    #[test]
+    fn mistakes_in_a_file_are_named() {
+        let setting = |rest: &str| format!("[[setting]]\nname = \"a\"\nmethod = \"m\"\n{rest}");
+        let whole = "model = \"x\"\ncontext = 9\n";
+        assert_eq!(from_toml(&setting(whole)).unwrap().len(), 1);
+        let twice = setting(whole) + &setting(whole);
+        assert!(from_toml(&twice).unwrap_err().to_string().contains("`name`"));
+        let misspelt = setting("model = \"x\"\ncontext = 9\nmodle = 1");
+        assert!(from_toml(&misspelt).unwrap_err().to_string().contains("modle"));
+        let short = setting("model = \"x\"\ncontext = 1");
+        assert!(from_toml(&short).unwrap_err().to_string().contains("at least 2"));
+    }
+}

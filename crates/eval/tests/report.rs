@@ -1,0 +1,108 @@
+//! Reports of results made up by hand.
+
+use std::fs;
+use std::path::Path;
+
+use longctx_eval::{Agreement, Category, Record, Score, Timings, report};
+use tempfile::tempdir;
+
+fn record(setting: &str, task: &str, category: Category, sample: &str, value: f64) -> Record {
+    Record {
+        setting: setting.into(),
+        task: task.into(),
+        category,
+        sample: sample.into(),
+        predictions: vec!["<b>7 | 8</b>".into()],
+        score: Score { value, partial: (category == Category::Needle).then_some(0.5) },
+        prompt_tokens: 100,
+        new_tokens: 3,
+        kv_bytes: Some(if setting == "dense-f16" { 1000 } else { 250 }),
+        dense_bytes: Some(1000),
+        seed: 0,
+        version: "0".into(),
+        timings: Timings {
+            first_token_seconds: 0.5,
+            decode_tokens_per_second: Some(40.0),
+            model_seconds: 1.0,
+            total_seconds: 1.0,
+            peak_resident_bytes: Some(2_000_000),
+        },
+    }
+}
+
+fn folder(at: &Path) {
+    let mut lines = String::new();
+    for (setting, better) in [("dense-f16", 1.0), ("h2o-2x", 0.75), ("h2o-4x", 0.5)] {
+        for (task, category, sample, value) in [
+            ("qasper", Category::SingleDocQa, "1", 0.4),
+            ("qasper", Category::SingleDocQa, "2", 0.2),
+            ("narrativeqa", Category::SingleDocQa, "1", 0.7),
+            ("trec", Category::FewShot, "1", 0.8),
+            ("lcc", Category::Code, "1", 0.6),
+            ("needle", Category::Needle, "600x0.250-0", 0.0),
+            ("needle", Category::Needle, "1200x0.750-0", 1.0),
+        ] {
+            let record = record(setting, task, category, sample, value * better);
+            lines += &(serde_json::to_string(&record).unwrap() + "\n");
+        }
+    }
+    fs::write(at.join("results-1-of-1.jsonl"), lines).unwrap();
+}
+
+#[test]
+fn numbers_are_those_of_the_results() {
+    let at = tempdir().unwrap();
+    folder(at.path());
+    let agreement =
+        Agreement { tokens: 9, perplexity: 4.5, dense_perplexity: 4.25, top1: 0.875, kl: 0.0625 };
+    report::add_agreement(at.path(), "h2o-4x", &Agreement { kl: 9.0, ..agreement }).unwrap();
+    report::add_agreement(at.path(), "h2o-4x", &agreement).unwrap();
+    let written = report::write(at.path()).unwrap();
+    assert_eq!(written.len(), 6, "{written:?}");
+    let page = fs::read_to_string(at.path().join("report.md")).unwrap();
+    let row = |start: &str| {
+        let line = page.lines().find(|line| line.starts_with(start)).unwrap();
+        line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>()
+    };
+    // Single-doc QA is the mean of its tasks' means: (30 + 70) / 2.
+    let dense = ["dense-f16", "50.0", "80.0", "60.0", "50.0", "60.0", "1.00", "100", "0.50"];
+    assert_eq!(row("| dense-f16")[..9], dense);
+    let quarter = row("| h2o-4x");
+    assert_eq!(quarter[1..7], ["25.0", "40.0", "30.0", "25.0", "30.0", "4.00"]);
+    assert_eq!(quarter[9..], ["40.0", "2", "7"]);
+    // The newest agreement of a setting.
+    assert!(page.contains("| h2o-4x | 4.500 | 4.250 | 87.5 | 0.0625 | 9 |"), "{page}");
+    let csv = fs::read_to_string(at.path().join("scores.csv")).unwrap();
+    assert_eq!(csv.lines().count(), 1 + 3 * 5);
+    let start = "h2o-2x,needle,2,37.5000,50.0000,4.0000,0.5000,40.0000,2000000";
+    assert!(csv.lines().any(|line| line == start), "{csv}");
+}
+
+#[test]
+fn the_page_needs_nothing_else() {
+    let at = tempdir().unwrap();
+    folder(at.path());
+    report::write(at.path()).unwrap();
+    let page = fs::read_to_string(at.path().join("report.html")).unwrap();
+    assert_eq!(page.matches("<svg").count(), 3);
+    for outside in ["src=", "href=", "@import", "<script"] {
+        assert!(!page.contains(outside), "{outside}");
+    }
+    // Each picture names what it shows.
+    for (name, words) in [
+        ("quality-against-bytes", vec!["dense-f16", "h2o-2x", "h2o-4x", "4x"]),
+        ("radar", vec!["h2o-2x", "h2o-4x", "Few-shot 80"]),
+        ("needle", vec!["dense-f16", "600", "1200", "25 %", "75 %"]),
+    ] {
+        let svg = fs::read_to_string(at.path().join(format!("{name}.svg"))).unwrap();
+        for word in words {
+            assert!(svg.contains(word), "{name}: {word}");
+        }
+    }
+}
+
+#[test]
+fn a_folder_without_results_is_an_error() {
+    let at = tempdir().unwrap();
+    assert!(report::write(at.path()).unwrap_err().to_string().contains("at least one result"));
+}

@@ -1,0 +1,228 @@
+//! Runs that are killed, resumed and shared.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+use std::{env, fs, thread};
+
+use longctx_eval::{
+    Answer, Category, Error, Event, Fault, Limits, Methods, Plan, Question, Record, Sample,
+    Samples, Score, Setting, Shard, Subject, Summary, Task, records, run,
+};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tempfile::tempdir;
+
+/// Sums of two numbers.
+struct Sums(&'static str);
+
+impl Task for Sums {
+    fn name(&self) -> &str {
+        self.0
+    }
+    fn category(&self) -> Category {
+        Category::Synthetic
+    }
+    fn samples(&self) -> longctx_eval::Result<Samples> {
+        let sample = |i: usize| Sample {
+            id: format!("{i}"),
+            turns: vec![format!("{i} + {i}")],
+            answers: vec![format!("{}", 2 * i)],
+            classes: vec![],
+            max_new_tokens: 10,
+            chat: false,
+        };
+        Ok(Samples { samples: (0..60).map(sample).collect(), skipped: vec![] })
+    }
+    fn score(&self, sample: &Sample, predictions: &[String]) -> longctx_eval::Result<Score> {
+        let value = f64::from(u8::from(predictions[0] == sample.answers[0]));
+        Ok(Score { value, partial: None })
+    }
+}
+
+/// Right wherever the first number is not divisible by three; slow enough to be killed in between.
+struct Adder;
+
+impl Subject for Adder {
+    fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault> {
+        thread::sleep(Duration::from_millis(2));
+        let number: usize = question.sample.id.parse()?;
+        if number == 59 && question.max_new_tokens == 1 {
+            return Err("59 is too much".into());
+        }
+        let sum = 2 * number + usize::from(number.is_multiple_of(3));
+        Ok(Answer { predictions: vec![sum.to_string()], new_tokens: 1, ..Answer::default() })
+    }
+}
+
+fn plan<'a>(folder: &Path, tasks: &'a [Box<dyn Task>], shard: Shard) -> Plan<'a> {
+    Plan {
+        folder: folder.into(),
+        settings: ["a", "b"].map(|name| Setting::of(name, "none", 100)).into(),
+        tasks,
+        limits: Limits::default(),
+        shard,
+        seed: 7,
+        strict: false,
+    }
+}
+
+fn tasks() -> Vec<Box<dyn Task>> {
+    vec![Box::new(Sums("sums")), Box::new(Sums("more"))]
+}
+
+fn methods() -> Methods<'static> {
+    let mut methods = Methods::default();
+    for name in ["a", "b"] {
+        methods.register(name, |_| Ok(Box::new(Adder)));
+    }
+    methods
+}
+
+fn go(folder: &Path, shard: Shard) -> Summary {
+    run(&plan(folder, &tasks(), shard), &methods(), &mut |_| {}).unwrap()
+}
+
+/// All lines but for what differs from run to run.
+fn lines(file: &Path) -> Vec<serde_json::Value> {
+    let strip = |line: &str| {
+        let mut value: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert!(value.as_object_mut().unwrap().remove("timings").is_some());
+        value
+    };
+    fs::read_to_string(file).unwrap().lines().map(strip).collect()
+}
+
+const FILE: &str = "results-1-of-1.jsonl";
+const TOTAL: usize = 2 * 2 * 60;
+const CHILD: &str = "LONGCTX_EVAL_TEST_FOLDER";
+
+fn child(folder: &Path) -> Child {
+    Command::new(env::current_exe().unwrap())
+        .args(["--exact", "killed_three_times_it_gives_the_same_file"])
+        .env(CHILD, folder)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+fn answered(folder: &Path) -> usize {
+    fs::read_to_string(folder.join(FILE)).map_or(0, |text| text.lines().count())
+}
+
+#[test]
+fn killed_three_times_it_gives_the_same_file() {
+    if let Some(folder) = env::var_os(CHILD) {
+        go(Path::new(&folder), Shard::WHOLE);
+        return;
+    }
+    let (undisturbed, killed) = (tempdir().unwrap(), tempdir().unwrap());
+    go(undisturbed.path(), Shard::WHOLE);
+    let seed = env::var("SEED").map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
+    println!("SEED={seed}");
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    for kill in 1..=3 {
+        let before = answered(killed.path());
+        let mut process = child(killed.path());
+        let goal = before + rng.random_range(1..60);
+        while answered(killed.path()) < goal {
+            assert!(process.try_wait().unwrap().is_none(), "ended before kill {kill}");
+            thread::sleep(Duration::from_micros(rng.random_range(100..2000)));
+        }
+        process.kill().unwrap();
+        process.wait().unwrap();
+        assert!((before + 1..TOTAL).contains(&answered(killed.path())));
+    }
+    // The fourth process finds the file as a kill in the middle of a write leaves it.
+    let path = killed.path().join(FILE);
+    let text = fs::read_to_string(&path).unwrap();
+    let torn = text.len() - rng.random_range(2..80);
+    fs::write(&path, &text[..torn]).unwrap();
+    assert!(child(killed.path()).wait().unwrap().success());
+    assert_eq!(lines(&path), lines(&undisturbed.path().join(FILE)));
+    assert_eq!(lines(&path).len(), TOTAL);
+}
+
+#[test]
+fn a_torn_last_line_is_dropped_with_a_word() {
+    let folder = tempdir().unwrap();
+    go(folder.path(), Shard::WHOLE);
+    let path = folder.path().join(FILE);
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, &text[..text.len() - 20]).unwrap();
+    let mut words = Vec::new();
+    let mut listen = |event: Event<'_>| {
+        if let Event::Dropped(line) = event {
+            words.push(line.to_owned());
+        }
+    };
+    let tasks = tasks();
+    let summary = run(&plan(folder.path(), &tasks, Shard::WHOLE), &methods(), &mut listen).unwrap();
+    assert_eq!((summary.answered, summary.before), (1, TOTAL - 1));
+    assert!(words.len() == 1 && words[0].starts_with("{\"setting\":\"b\""), "{words:?}");
+    // In the middle of a file, it is damage and no kill.
+    fs::write(&path, format!("{}\n{text}", &text[..30])).unwrap();
+    let error = records(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("line 1"), "{error}");
+}
+
+#[test]
+fn shards_share_the_work() {
+    let (alone, shared) = (tempdir().unwrap(), tempdir().unwrap());
+    go(alone.path(), Shard::WHOLE);
+    thread::scope(|scope| {
+        for index in 1..=3 {
+            let folder = shared.path();
+            scope.spawn(move || go(folder, Shard { index, count: 3 }));
+        }
+    });
+    let sorted = |folder: &Path| {
+        let mut all = records(folder).unwrap();
+        all.sort_by_key(|r| (r.setting.clone(), r.task.clone(), r.sample.clone()));
+        all.into_iter()
+            .map(|r: Record| (r.setting, r.task, r.sample, r.predictions))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(sorted(alone.path()), sorted(shared.path()));
+    // Another division of the same work finds it all done.
+    assert_eq!(go(shared.path(), Shard::WHOLE).answered, 0);
+}
+
+#[test]
+fn what_a_folder_does_not_fit_is_an_error() {
+    let folder = tempdir().unwrap();
+    go(folder.path(), Shard::WHOLE);
+    let tasks = tasks();
+    let again = |change: fn(&mut Plan<'_>)| {
+        let mut plan = plan(folder.path(), &tasks, Shard::WHOLE);
+        change(&mut plan);
+        run(&plan, &methods(), &mut |_| {}).unwrap_err()
+    };
+    let changed = again(|plan| plan.settings[0].context = 50).to_string();
+    assert!(changed.contains("`a`") && changed.contains("context: 100"), "{changed}");
+    assert!(again(|plan| plan.seed = 8).to_string().contains("seed"));
+    assert!(again(|plan| plan.limits.samples = Some(1)).to_string().contains("limits"));
+    assert!(again(|plan| plan.shard.index = 2).to_string().contains("1 to 1"));
+    let missing = again(|plan| plan.settings[1].method = "c".into());
+    assert!(matches!(missing, Error::NotAvailable { .. }), "{missing}");
+    assert!(missing.to_string().contains("`c` is not available; there are a, b"));
+}
+
+#[test]
+fn a_failing_sample_stops_only_a_strict_run() {
+    let folder = tempdir().unwrap();
+    let tasks = tasks();
+    let mut plan = plan(folder.path(), &tasks, Shard::WHOLE);
+    plan.limits.max_new_tokens = Some(1);
+    let mut faults = Vec::new();
+    let mut listen = |event: Event<'_>| {
+        if let Event::Failed(error) = event {
+            faults.push(error.to_string());
+        }
+    };
+    let summary = run(&plan, &methods(), &mut listen).unwrap();
+    assert_eq!((summary.answered, summary.failed), (TOTAL - 4, 4));
+    assert_eq!(faults[0], "a, sums, 59: 59 is too much");
+    plan.strict = true;
+    assert!(run(&plan, &methods(), &mut |_| {}).unwrap_err().to_string().contains("59"));
+}

@@ -1,0 +1,65 @@
+//! Token by token beside the dense model: perplexity, top-1 agreement, divergence.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Error, Result, ensure};
+use longctx_eval::{Setting, report, word_range};
+use longctx_examples::subject::Models;
+
+use crate::chosen::Chosen;
+use crate::method;
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    chosen: Chosen,
+    /// The text: what a setting reads first, and then the words that it is asked about
+    #[arg(long)]
+    text: PathBuf,
+    /// Words read first, which the method compresses
+    #[arg(long, default_value_t = 700)]
+    prompt_words: usize,
+    /// Words after them, read one token at a time
+    #[arg(long, default_value_t = 100)]
+    words: usize,
+    /// The run's folder, where agreement.jsonl is added to
+    #[arg(long)]
+    out: PathBuf,
+}
+
+pub fn agree(args: Args) -> Result<()> {
+    let models = Models::new(args.chosen.prefill_chunk);
+    let methods = method::all(&models);
+    let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
+    let count = text.split_whitespace().count();
+    let wanted = args.prompt_words + args.words;
+    ensure!(count >= wanted, "{}: {count} words, {wanted} wanted", args.text.display());
+    let prompt = word_range(&text, 0, args.prompt_words);
+    // The words begin with the space before them, as they would in the running text.
+    let words = format!(" {}", word_range(&text, args.prompt_words, wanted));
+    let think = |setting: &Setting| {
+        methods.open(setting)?.teacher_forced(prompt, &words).map_err(Error::from_boxed)
+    };
+    let mut dense = None;
+    for setting in args.chosen.settings(&methods)? {
+        let reference = match &dense {
+            Some((model, forced)) if *model == setting.model => forced,
+            _ => {
+                let reference = Setting { method: "dense-f16".into(), ..setting.clone() };
+                &dense.insert((setting.model.clone(), think(&reference)?)).1
+            }
+        };
+        let agreement = think(&setting)?.agreement(reference)?;
+        report::add_agreement(&args.out, &setting.name, &agreement)?;
+        println!(
+            "{:28} perplexity {:8.3} (dense {:.3}), top-1 {:5.1} %, KL {:.4} nats",
+            setting.name,
+            agreement.perplexity,
+            agreement.dense_perplexity,
+            100.0 * agreement.top1,
+            agreement.kl
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,129 @@
+//! Models as subjects: weights opened once, and a session with the setting's own memory.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use base_models::{ChatTemplate, Decoder, LoadOptions, Message, Pretrained};
+use candle_core::{DType, Device, Tensor};
+use longctx_core::{CausalLm, DenseCache, KvCache, LayerShape, Logits};
+use longctx_eval::{Fault, Reader, Setting, Template, Text};
+
+/// The transformer in use, so that settings on the same one share its weights.
+#[derive(Default)]
+pub struct Models {
+    open: RefCell<HashMap<String, Pretrained>>,
+    prefill_chunk: Option<usize>,
+}
+
+impl Models {
+    /// Prompts are fed `prefill_chunk` tokens at a time; `None`: all at once.
+    pub fn new(prefill_chunk: Option<usize>) -> Self {
+        Self { prefill_chunk, ..Self::default() }
+    }
+
+    /// The transformer that `name` names.
+    pub fn get(&self, name: &str) -> Result<Pretrained, Fault> {
+        let mut open = self.open.borrow_mut();
+        if let Some(llm) = open.get(name) {
+            return Ok(llm.clone());
+        }
+        // Weights are large: one model at a time.
+        open.clear();
+        let llm = Pretrained::open(name, &LoadOptions::default())?;
+        open.insert(name.to_owned(), llm.clone());
+        Ok(llm)
+    }
+
+    /// The setting's transformer, each of whose layers remembers through a cache that `make` builds.
+    pub fn reader<C: KvCache + 'static>(
+        &self,
+        setting: &Setting,
+        make: impl Fn(&LayerShape) -> longctx_core::Result<C>,
+    ) -> Result<Reader, Fault> {
+        let llm = self.get(&setting.model)?;
+        let reader =
+            Reader::new(llm.model.session(make)?, text(&llm, &setting.template)?, setting.context);
+        let dense = dense_bytes_per_token(&mut dense(&llm)?)?;
+        Ok(reader.with_prefill_chunk(self.prefill_chunk).with_dense_bytes_per_token(dense))
+    }
+
+    /// A recurrent or hybrid model; attention layers, in those that have any, remember in f16.
+    pub fn recurrent(&self, setting: &Setting) -> Result<Reader, Fault> {
+        let options = hybrid_models::LoadOptions::default();
+        let llm = hybrid_models::Pretrained::open(&setting.model, &options)?;
+        let session = llm.model.session(|layer| DenseCache::new(layer.attention, DType::F16))?;
+        let chat = match &setting.template {
+            Template::Jinja(template) => Some(ChatTemplate::new(template, "", "")?),
+            Template::Own | Template::Plain => None,
+        };
+        let text = RecurrentText { stop: llm.model.eos().to_vec(), tokenizer: llm.tokenizer, chat };
+        Ok(Reader::new(session, text, setting.context).with_prefill_chunk(self.prefill_chunk))
+    }
+}
+
+/// A session in f16, the reference for bytes.
+pub fn dense(llm: &Pretrained) -> longctx_core::Result<Decoder> {
+    llm.model.session(|layer| DenseCache::new(layer.attention, DType::F16))
+}
+
+/// Counted, on a few tokens: a dense cache grows by the same bytes with each.
+fn dense_bytes_per_token(session: &mut Decoder) -> longctx_core::Result<f64> {
+    const TOKENS: usize = 8;
+    session.forward(&Tensor::zeros((1, TOKENS), DType::U32, &Device::Cpu)?, Logits::Last)?;
+    let held = session.footprint();
+    Ok((held.total() - held.slack) as f64 / TOKENS as f64)
+}
+
+fn text(llm: &Pretrained, template: &Template) -> Result<TransformerText, Fault> {
+    let config = llm.model.config();
+    let chat = match template {
+        Template::Own => llm.chat.clone(),
+        Template::Plain => None,
+        Template::Jinja(template) => {
+            let token = |id: Option<u32>| id.and_then(|id| llm.tokenizer.token(id));
+            let (bos, eos) = (token(config.bos), token(config.eos.first().copied()));
+            Some(ChatTemplate::new(template, &bos.unwrap_or_default(), &eos.unwrap_or_default())?)
+        }
+    };
+    Ok(TransformerText { tokenizer: llm.tokenizer.clone(), chat, stop: config.eos.clone() })
+}
+
+struct TransformerText {
+    tokenizer: base_models::Tokenizer,
+    chat: Option<ChatTemplate>,
+    stop: Vec<u32>,
+}
+
+struct RecurrentText {
+    tokenizer: hybrid_models::Tokenizer,
+    chat: Option<ChatTemplate>,
+    stop: Vec<u32>,
+}
+
+/// Both tokenizers have the same methods.
+macro_rules! impl_text {
+    ($type:ty) => {
+        impl Text for $type {
+            fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, Fault> {
+                Ok(self.tokenizer.encode(text, special)?)
+            }
+            fn decode(&self, tokens: &[u32]) -> Result<String, Fault> {
+                Ok(self.tokenizer.decode(tokens)?)
+            }
+            fn chat(&self, conversation: &[String]) -> Result<Option<String>, Fault> {
+                let message = |(i, said): (usize, &String)| match i % 2 {
+                    0 => Message::user(said),
+                    _ => Message::assistant(said),
+                };
+                let messages: Vec<_> = conversation.iter().enumerate().map(message).collect();
+                Ok(self.chat.as_ref().map(|chat| chat.render(&messages, true)).transpose()?)
+            }
+            fn stop(&self) -> &[u32] {
+                &self.stop
+            }
+        }
+    };
+}
+
+impl_text!(TransformerText);
+impl_text!(RecurrentText);
