@@ -1,29 +1,49 @@
-//! The feed-forward block with a gate: W_down (gelu(W_gate x) ∘ W_up x).
+//! The feed-forward block with a gate: W_down (g(W_gate x) ∘ W_up x), with g GELU or SiLU (arXiv 2002.05202).
 
 use crate::checkpoint::Checkpoint;
 use crate::linear::Linear;
 use crate::matrix::Rows;
 use crate::mixer::{Input, Part, Recurrent};
-use crate::simd::{TimesGelu, zip};
+use crate::simd::{TimesGelu, TimesSilu, zip};
 use crate::workspace::Workspace;
 use longctx_core::Result;
 use rayon::prelude::*;
+use serde::Deserialize;
+
+/// The function of the gate.
+#[derive(Deserialize, Debug, Default, Clone, Copy)]
+pub enum Gate {
+    /// By its approximation with tanh.
+    #[serde(rename = "gelu_pytorch_tanh")]
+    Gelu,
+    #[default]
+    #[serde(rename = "silu")]
+    Silu,
+}
 
 #[derive(Debug)]
 pub struct GatedMlp {
     hidden: usize,
     inner: usize,
+    gate: Gate,
     gate_up: Linear,
     down: Linear,
 }
 
 impl GatedMlp {
-    /// From `name.gate_proj`, `up_proj` and `down_proj`, all with biases.
-    pub fn load(w: &Checkpoint, name: &str, hidden: usize, inner: usize) -> Result<Self> {
+    /// From `name.gate_proj`, `up_proj` and `down_proj`, all with biases or none.
+    pub fn load(
+        w: &Checkpoint,
+        name: &str,
+        hidden: usize,
+        inner: usize,
+        gate: Gate,
+        bias: bool,
+    ) -> Result<Self> {
         let names = ["gate_proj", "up_proj"].map(|part| format!("{name}.{part}"));
-        let gate_up = Linear::joined(w, &names, inner, hidden)?;
-        let down = Linear::load(w, &format!("{name}.down_proj"), hidden, inner, true)?;
-        Ok(Self { hidden, inner, gate_up, down })
+        let gate_up = Linear::joined(w, &names, inner, hidden, bias)?;
+        let down = Linear::load(w, &format!("{name}.down_proj"), hidden, inner, bias)?;
+        Ok(Self { hidden, inner, gate, gate_up, down })
     }
 }
 
@@ -37,7 +57,10 @@ impl Recurrent for GatedMlp {
         self.gate_up.apply(Rows::new(x.x, self.hidden), &mut gate_up);
         gate_up.par_chunks_exact_mut(2 * self.inner).for_each(|row| {
             let (gate, up) = row.split_at_mut(self.inner);
-            zip(TimesGelu, up, gate);
+            match self.gate {
+                Gate::Gelu => zip(TimesGelu, up, gate),
+                Gate::Silu => zip(TimesSilu, up, gate),
+            }
         });
         let gated = Rows::new(&gate_up, 2 * self.inner).columns(self.inner, self.inner);
         self.down.apply(gated, out);

@@ -22,6 +22,7 @@ mod rwkv;
 mod session;
 mod simd;
 mod split;
+mod stack;
 mod state;
 mod tokenizer;
 mod workspace;

@@ -19,12 +19,19 @@ impl Linear {
         Ok(Self { matrix, bias })
     }
 
-    /// Several maps of one input, each with a bias, as one.
-    pub fn joined(w: &Checkpoint, names: &[String], out: usize, inner: usize) -> Result<Self> {
+    /// Several maps of one input, each with a bias or none of them, as one.
+    pub fn joined(
+        w: &Checkpoint,
+        names: &[String],
+        out: usize,
+        inner: usize,
+        bias: bool,
+    ) -> Result<Self> {
         let weights: Vec<_> = names.iter().map(|name| (format!("{name}.weight"), out)).collect();
-        let bias = |name: &String| w.tensor(&format!("{name}.bias"), &[out]);
-        let biases = names.iter().map(bias).collect::<Result<Vec<_>>>()?.concat();
-        Ok(Self { matrix: w.joined(&weights, inner)?, bias: Some(biases) })
+        let of_map = |name: &String| w.tensor(&format!("{name}.bias"), &[out]);
+        let biases = || names.iter().map(of_map).collect::<Result<Vec<_>>>();
+        let bias = bias.then(biases).transpose()?.map(|biases| biases.concat());
+        Ok(Self { matrix: w.joined(&weights, inner)?, bias })
     }
 
     pub fn apply(&self, x: Rows<'_>, y: &mut [f32]) {

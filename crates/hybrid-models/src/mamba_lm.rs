@@ -9,10 +9,10 @@ use crate::mamba2::{Mamba2, Mamba2Shape};
 use crate::mixer::{Mixer, Recurrent, Residual};
 use crate::model::{Inner, Model};
 use crate::norm::Norm;
-use crate::pretrained::ids;
+use crate::pretrained::{ids, positive};
 use longctx_core::{Error, Result};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
 /// `config.json`, in either layout.
 #[derive(Deserialize)]
@@ -101,7 +101,26 @@ pub fn load2(config: &Value, w: &Checkpoint) -> Result<Model> {
     c.model("mamba2", w, |name| Ok(Box::new(Mamba2::load(w, name, shape)?)))
 }
 
+/// The shape of a Mamba mixer in a stack; `settings` are the mixer's fields of `config.json`.
+pub fn shape(settings: &Map<String, Value>, hidden: usize) -> Result<MambaShape> {
+    Config::of_mixer(settings, hidden)?.mamba()
+}
+
+/// The shape of a Mamba-2 mixer in a stack whose norms have this epsilon.
+pub fn shape2(settings: &Map<String, Value>, hidden: usize, eps: f32) -> Result<Mamba2Shape> {
+    Ok(Mamba2Shape { norm_eps: eps, ..Config::of_mixer(settings, hidden)?.mamba2()? })
+}
+
 impl Config {
+    fn of_mixer(settings: &Map<String, Value>, hidden: usize) -> Result<Self> {
+        let mut config = settings.clone();
+        for (name, value) in [("hidden_size", hidden), ("num_hidden_layers", 1), ("vocab_size", 1)]
+        {
+            config.insert(name.into(), json!(value));
+        }
+        Self::parse(&Value::Object(config))
+    }
+
     fn parse(config: &Value) -> Result<Self> {
         let c = Self::deserialize(config)
             .map_err(|e| Error::setting("config.json", "the fields of a Mamba model", e))?;
@@ -226,12 +245,5 @@ impl Config {
             soft_cap: None,
             eos: ids(self.eos_token_id.as_ref()),
         }))
-    }
-}
-
-fn positive(name: &str, value: usize) -> Result<()> {
-    match value {
-        0 => Err(Error::setting(name, "at least 1", value)),
-        _ => Ok(()),
     }
 }

@@ -7,7 +7,7 @@ use crate::checkpoint::{Checkpoint, LoadOptions};
 use crate::mamba_lm;
 use crate::model::Model;
 use crate::tokenizer::Tokenizer;
-use crate::{recurrent_gemma, rwkv};
+use crate::{recurrent_gemma, rwkv, stack};
 use candle_core::Tensor;
 use longctx_core::{Error, Result};
 use serde_json::Value;
@@ -100,15 +100,24 @@ fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
         Some("mamba2") => mamba_lm::load2(config, w),
         Some("recurrent_gemma") => recurrent_gemma::load(config, w),
         Some("rwkv" | "rwkv5" | "rwkv6") => rwkv::load(config, w),
+        Some("hybrid") => stack::load(config, w),
         None if rwkv::is_rwkv(w) => rwkv::load(config, w),
         // The authors' layout names no family.
         None if mamba_lm::is_mamba2(config) => mamba_lm::load2(config, w),
         None if config.get("d_model").is_some() => mamba_lm::load(config, w),
         other => {
-            let known = "mamba, mamba2, recurrent_gemma, rwkv";
+            let known = "mamba, mamba2, recurrent_gemma, rwkv, hybrid";
             let got = other.unwrap_or("none named, and not RWKV's tensors");
             Err(Error::Unsupported(format!("architecture {got:?} (known: {known})")))
         }
+    }
+}
+
+/// Refuses a size of zero.
+pub fn positive(name: &str, value: usize) -> Result<()> {
+    match value {
+        0 => Err(Error::setting(name, "at least 1", value)),
+        _ => Ok(()),
     }
 }
 

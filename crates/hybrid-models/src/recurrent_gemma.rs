@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use crate::attention::Attention;
 use crate::checkpoint::Checkpoint;
-use crate::gated_mlp::GatedMlp;
+use crate::gated_mlp::{Gate, GatedMlp};
 use crate::mixer::{Mixer, Residual};
 use crate::model::{Inner, Model};
 use crate::norm::Norm;
-use crate::pretrained::ids;
+use crate::pretrained::{ids, positive};
 use crate::rg_lru::{RgLru, RgLruShape};
 use half::bf16;
 use longctx_core::{AttentionShape, Error, Result, Rope, RopeScaling};
@@ -91,7 +91,8 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
         };
         let norm_name = format!("{name}.temporal_pre_norm");
         residuals.push(Residual { layer, name: "temporal_block", norm: norm(&norm_name)?, mixer });
-        let mlp = GatedMlp::load(w, &format!("{name}.mlp_block"), hidden, c.intermediate_size / 2)?;
+        let (mlp, inner) = (format!("{name}.mlp_block"), c.intermediate_size / 2);
+        let mlp = GatedMlp::load(w, &mlp, hidden, inner, Gate::Gelu, true)?;
         residuals.push(Residual {
             layer,
             name: "mlp_block",
@@ -136,9 +137,7 @@ impl Config {
             ("conv1d_width", self.conv1d_width),
             ("attention_window_size", self.attention_window_size),
         ] {
-            if value == 0 {
-                return Err(Error::setting(name, "a positive number", value));
-            }
+            positive(name, value)?;
         }
         Ok(())
     }

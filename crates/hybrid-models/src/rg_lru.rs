@@ -71,7 +71,13 @@ impl RgLru {
         decay.iter_mut().for_each(|x| *x *= -8.0);
         Ok(Self {
             shape,
-            project_in: Linear::joined(w, &[part("linear_y"), part("linear_x")], width, hidden)?,
+            project_in: Linear::joined(
+                w,
+                &[part("linear_y"), part("linear_x")],
+                width,
+                hidden,
+                true,
+            )?,
             conv: Conv::load(w, &part("conv_1d"), width, taps, true, false)?,
             gates: (0..blocks).map(joined).collect::<Result<_>>()?,
             recurrent_bias: bias("recurrent_gate")?,

@@ -126,7 +126,7 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
             6 => Box::new(v6::V6::load(w, &names, layer, hidden)?),
             _ => Box::new(v7::V7::load(w, &names, layer, hidden)?),
         };
-        let channel_mix = ChannelMix::load(w, &names, layer, hidden, version)?;
+        let channel_mix = ChannelMix::load(w, |part| names.channel(layer, part), hidden, version)?;
         let mixers = [("ln1", "time_mix", time_mix), ("ln2", "channel_mix", Box::new(channel_mix))];
         for (norm_name, name, mixer) in mixers {
             let norm = norm(names.block(layer, norm_name), eps_at(layer))?;
@@ -146,6 +146,16 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
         soft_cap: None,
         eos: vec![END],
     }))
+}
+
+/// RWKV-5's time mixing outside a model of RWKV: tensors as in `att.`, after another name.
+pub fn time_mix_of_v5(w: &Checkpoint, name: &str, hidden: usize) -> Result<Box<dyn Recurrent>> {
+    Ok(Box::new(V5::load(w, |part| format!("{name}.{part}"), hidden)?))
+}
+
+/// RWKV-5's channel mixing: tensors as in `ffn.`, after another name.
+pub fn channel_mix_of_v5(w: &Checkpoint, name: &str, hidden: usize) -> Result<Box<dyn Recurrent>> {
+    Ok(Box::new(ChannelMix::load(w, |part| format!("{name}.{part}"), hidden, 5)?))
 }
 
 /// The shape of a tensor `[heads, head_dim]` that fills a hidden size.

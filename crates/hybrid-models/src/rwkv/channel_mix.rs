@@ -1,6 +1,5 @@
 //! RWKV's feed-forward block: W_v relu(W_k x_k)², before version 7 gated by the sigmoid of W_r x_r.
 
-use super::Names;
 use super::mix::{differences, mix};
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Matrix, Rows};
@@ -20,14 +19,13 @@ pub struct ChannelMix {
 }
 
 impl ChannelMix {
+    /// `name` gives a tensor's full name.
     pub fn load(
         w: &Checkpoint,
-        names: &Names,
-        layer: usize,
+        name: impl Fn(&str) -> String,
         hidden: usize,
         version: usize,
     ) -> Result<Self> {
-        let name = |part: &str| names.channel(layer, part);
         let key = name("key.weight");
         let &[inner, _] = w.shape(&key).unwrap_or_default().as_slice() else {
             return Err(Error::mismatch(format!("tensor {key:?}"), "[inner, hidden]", "another"));

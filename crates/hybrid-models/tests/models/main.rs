@@ -4,4 +4,5 @@ mod common;
 mod errors;
 mod laws;
 mod reference;
+mod stack;
 mod world;
