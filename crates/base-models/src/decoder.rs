@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::config::Config;
 use crate::folder::Folder;
 use crate::linear::{Joined, Linear, Weight};
+use crate::random::Random;
 use crate::weights::{LoadOptions, Weights};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::{rms_norm, silu};
@@ -44,6 +45,14 @@ impl Transformer {
     pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
         let config = Config::from_file(&folder.join("config.json"))?;
         Self::load(config, &Folder::open(folder, options)?, options)
+    }
+
+    /// With random weights (matrices from N(0, 0.02²), norms 1, biases 0): for benchmarks of a shape without its checkpoint.
+    ///
+    /// # Errors
+    /// If the shape does not fit itself, or the device lacks the memory.
+    pub fn random(config: Config, options: &LoadOptions) -> Result<Self> {
+        Self::load(config, &Random(options.clone()), options)
     }
 
     pub(crate) fn load(config: Config, w: &impl Weights, options: &LoadOptions) -> Result<Self> {

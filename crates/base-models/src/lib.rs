@@ -11,6 +11,7 @@ mod hub;
 mod linear;
 mod pretrained;
 mod quantized;
+mod random;
 mod tokenizer;
 mod weights;
 

@@ -2,6 +2,7 @@
 
 mod cache;
 mod pages;
+mod rows;
 mod store;
 
 pub use cache::DenseCache;

@@ -17,7 +17,7 @@ struct QuantizeArgs {
     const void* v;
     unsigned char* packed;       // rows of records, each `packed_stride` bytes
     void* rounded;               // as `k`: where what the packed keys stand for is written; may be null
-    unsigned long long* status;  // takes the first group out of range, if it holds none yet; see `report`
+    unsigned long long* status;  // takes a group out of range, any one if there are several; see `report`
     long long packed_stride;
     long long pitch;   // tokens from a row to the next
     int start;         // the place of the first token
@@ -34,7 +34,8 @@ struct QuantizeArgs {
 // A group that holds infinities or NaNs, or is wider than f16 can say: bit 63, then values (1) or keys (0), row, token, channel.
 __device__ __forceinline__ void report(unsigned long long* status, bool values, int row, int token, int channel) {
     unsigned long long at = 1ull << 63 | (unsigned long long)values << 62 | (unsigned long long)row << 40 | (unsigned long long)token << 9 | channel;
-    atomicCAS_system(status, 0ull, at);
+    // The word may lie in the host's memory, where not every machine has atomics; one store of eight bytes is whole on all.
+    *reinterpret_cast<volatile unsigned long long*>(status) = at;
 }
 
 // x / s as f32 division and rounding to f16 would have it. An f16 quotient is never within 2^-24 of where f16 rounds, unless it is

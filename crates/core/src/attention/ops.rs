@@ -7,7 +7,12 @@ use candle_core::{D, DType, Tensor};
 /// Queries of a block: scores of `heads x QUERIES x entries` exist at a time.
 const QUERIES: usize = 128;
 
-/// As [`attend`](super::attend), on any device.
+/// The most that a row's unnormalised weights may add up to: in f16, values of up to 1,000 then sum up without overflow, and even weights of
+/// 100,000 entries are normal numbers.
+const SUM: f64 = 64.0;
+
+/// As [`attend`](super::attend), on any device. Queries and keys both in f16 are multiplied as they are (scores then carry f16's
+/// relative error, as in every implementation on plain matrix products), others in f32.
 pub fn attend(
     q: &Tensor,
     k: &Tensor,
@@ -30,13 +35,15 @@ pub fn attend(
             lse: Tensor::full(f32::NEG_INFINITY, (batch, shape.heads, tokens), q.device())?,
         });
     }
-    let k = k.to_dtype(DType::F32)?;
-    let v = v.to_dtype(DType::F32)?.contiguous()?;
-    let keys = k.transpose(2, 3)?.contiguous()?;
+    let dtype = match (q.dtype(), k.dtype()) {
+        (DType::F16, DType::F16) => DType::F16,
+        _ => DType::F32,
+    };
+    let (keys, v) = (k.to_dtype(dtype)?.transpose(2, 3)?, v.to_dtype(dtype)?);
     let mut parts = (Vec::new(), Vec::new());
     for start in (0..tokens).step_by(QUERIES) {
         let count = QUERIES.min(tokens - start);
-        let block = q.narrow(2, start, count)?.to_dtype(DType::F32)?;
+        let block = q.narrow(2, start, count)?.to_dtype(dtype)?;
         let mask = mask(start..start + count, tokens, len, shape, visible, q)?;
         let (out, lse) = attend_block(&block, &keys, &v, shape, mask.as_ref())?;
         parts.0.push(out);
@@ -57,7 +64,7 @@ fn attend_block(
     let (kv_heads, group, len) = (shape.kv_heads, shape.group(), values.dim(2)?);
     let q =
         (q.contiguous()?.reshape((batch, kv_heads, group * count, d))? * f64::from(shape.scale))?;
-    let mut scores = q.matmul(keys)?;
+    let mut scores = q.matmul(keys)?.to_dtype(DType::F32)?;
     if let Some(cap) = shape.soft_cap.map(f64::from) {
         scores = ((scores / cap)?.tanh()? * cap)?;
     }
@@ -71,7 +78,10 @@ fn attend_block(
     let max = scores.max_keepdim(D::Minus1)?.maximum(f32::MIN)?;
     let weights = scores.broadcast_sub(&max)?.exp()?;
     let sum = weights.sum_keepdim(D::Minus1)?;
-    let out = weights.matmul(values)?.broadcast_div(&sum.maximum(f32::MIN_POSITIVE)?)?;
+    let shrink = (&sum / SUM)?.maximum(1f32)?;
+    let weights = weights.broadcast_div(&shrink)?.to_dtype(values.dtype())?;
+    let out = weights.matmul(values)?.to_dtype(DType::F32)?;
+    let out = out.broadcast_mul(&(shrink / sum.maximum(f32::MIN_POSITIVE)?)?)?;
     let lse = (max + sum.log()?)?;
     Ok((out.reshape((batch, heads, count, d))?, lse.reshape((batch, heads, count))?))
 }

@@ -1,5 +1,7 @@
 use super::DenseStore;
-use crate::{AttentionShape, Footprint, KvCache, KvStore, Result, Selection, Step, Visible};
+use crate::{
+    AttentionShape, Footprint, KvCache, KvStore, Partial, Result, Selection, Step, Visible,
+};
 use candle_core::{DType, Tensor};
 
 /// Entries by which a sliding-window cache may outgrow its window before it is cut.
@@ -61,6 +63,14 @@ impl KvCache for DenseCache {
         self.seen += tokens;
         self.drop_out_of_window()?;
         out.into_output(step.q.dtype())
+    }
+
+    fn take_prompt(&mut self, step: &Step<'_>, _: &Partial) -> Result<()> {
+        let (_, tokens) = step.shape.check_q(step.q)?;
+        let k = step.rope.apply(step.k, self.seen)?;
+        self.store.append(&k, step.v)?;
+        self.seen += tokens;
+        self.drop_out_of_window()
     }
 
     fn rewind(&mut self, seen: usize) -> Result<bool> {

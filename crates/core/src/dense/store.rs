@@ -1,4 +1,5 @@
 use super::pages::Pages;
+use super::rows::Rows;
 use crate::attention::{self, Element};
 use crate::{AttentionShape, Error, Footprint, KvStore, Partial, Result, Selection, Visible};
 use candle_core::{DType, Device, Tensor};
@@ -22,7 +23,7 @@ enum Held {
     F32(Vec<Pages<f32>>),
     F16(Vec<Pages<f16>>),
     BF16(Vec<Pages<bf16>>),
-    OnDevice { k: Tensor, v: Tensor },
+    OnDevice(Rows),
 }
 
 impl DenseStore {
@@ -49,10 +50,7 @@ impl DenseStore {
             (Device::Cpu, DType::F16) => Held::F16(vec![Pages::new(d); heads]),
             (Device::Cpu, DType::BF16) => Held::BF16(vec![Pages::new(d); heads]),
             (Device::Cpu, _) => Held::F32(vec![Pages::new(d); heads]),
-            _ => {
-                let none = k.narrow(2, 0, 0)?.to_dtype(self.dtype)?;
-                Held::OnDevice { k: none.clone(), v: none }
-            }
+            _ => Held::OnDevice(Rows::new(&k.to_dtype(self.dtype)?)?),
         };
         Ok(())
     }
@@ -81,10 +79,7 @@ impl KvStore for DenseStore {
             Held::F32(heads) => append_pages(heads, &k, &v)?,
             Held::F16(heads) => append_pages(heads, &k, &v)?,
             Held::BF16(heads) => append_pages(heads, &k, &v)?,
-            Held::OnDevice { k: old_k, v: old_v } => {
-                *old_k = Tensor::cat(&[&*old_k, &k], 2)?;
-                *old_v = Tensor::cat(&[&*old_v, &v], 2)?;
-            }
+            Held::OnDevice(rows) => rows.append(&k, &v)?,
         }
         Ok(())
     }
@@ -95,7 +90,10 @@ impl KvStore for DenseStore {
             Held::F32(heads) => attention::attend_pages(q, &pages(heads), &self.shape, visible),
             Held::F16(heads) => attention::attend_pages(q, &pages(heads), &self.shape, visible),
             Held::BF16(heads) => attention::attend_pages(q, &pages(heads), &self.shape, visible),
-            Held::OnDevice { k, v } => attention::attend(q, k, v, &self.shape, visible),
+            Held::OnDevice(rows) => {
+                let (k, v) = rows.held()?;
+                attention::attend(q, &k, &v, &self.shape, visible)
+            }
         }
     }
 
@@ -105,7 +103,7 @@ impl KvStore for DenseStore {
             Held::F32(heads) => attention::mass_pages(q, lse, &pages(heads), &self.shape, visible),
             Held::F16(heads) => attention::mass_pages(q, lse, &pages(heads), &self.shape, visible),
             Held::BF16(heads) => attention::mass_pages(q, lse, &pages(heads), &self.shape, visible),
-            Held::OnDevice { k, .. } => attention::mass(q, k, lse, &self.shape, visible),
+            Held::OnDevice(rows) => attention::mass(q, &rows.held()?.0, lse, &self.shape, visible),
         }
     }
 
@@ -116,9 +114,9 @@ impl KvStore for DenseStore {
             Held::F32(heads) => retain_pages(heads, keep),
             Held::F16(heads) => retain_pages(heads, keep),
             Held::BF16(heads) => retain_pages(heads, keep),
-            Held::OnDevice { k, v } => {
-                *k = gather(k, keep)?;
-                *v = gather(v, keep)?;
+            Held::OnDevice(rows) => {
+                let (k, v) = rows.held()?;
+                rows.replace(gather(&k, keep)?, gather(&v, keep)?)?;
             }
         }
         Ok(())
@@ -132,8 +130,9 @@ impl KvStore for DenseStore {
             Held::F32(heads) => read_pages(&heads[head], d),
             Held::F16(heads) => read_pages(&heads[head], d),
             Held::BF16(heads) => read_pages(&heads[head], d),
-            Held::OnDevice { k, v } => {
-                let of = |x: &Tensor| x.get(batch)?.get(kv_head)?.to_dtype(DType::F32);
+            Held::OnDevice(rows) => {
+                let (k, v) = rows.held()?;
+                let of = |x: Tensor| x.get(batch)?.get(kv_head)?.to_dtype(DType::F32);
                 Ok((of(k)?, of(v)?))
             }
         }
@@ -145,7 +144,7 @@ impl KvStore for DenseStore {
             Held::F32(heads) => heads.iter().map(Pages::len).collect(),
             Held::F16(heads) => heads.iter().map(Pages::len).collect(),
             Held::BF16(heads) => heads.iter().map(Pages::len).collect(),
-            Held::OnDevice { k, .. } => vec![k.dims()[2]; self.batch * self.shape.kv_heads],
+            Held::OnDevice(rows) => vec![rows.len(); self.batch * self.shape.kv_heads],
         }
     }
 
@@ -159,9 +158,9 @@ impl KvStore for DenseStore {
             Held::F32(heads) => footprint(heads),
             Held::F16(heads) => footprint(heads),
             Held::BF16(heads) => footprint(heads),
-            Held::OnDevice { k, .. } => {
-                let payload = 2 * k.elem_count() * self.dtype.size_in_bytes();
-                Footprint { payload, ..Default::default() }
+            Held::OnDevice(rows) => {
+                let (payload, slack) = rows.bytes();
+                Footprint { payload, slack, ..Default::default() }
             }
         }
     }

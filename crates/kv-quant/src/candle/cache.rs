@@ -216,6 +216,22 @@ impl KvCache for QuantCache {
         Ok(Tensor::cat(&outputs, 2)?)
     }
 
+    /// Its tokens are packed the same in either [`Order`]; what they saw of each other is the caller's matter.
+    fn take_prompt(&mut self, step: &Step<'_>, _: &Partial) -> Result<()> {
+        let (_, tokens) = step.shape.check_q(step.q)?;
+        self.settle_rope(step.rope)?;
+        let k = step.rope.apply(step.k, self.seen)?;
+        #[cfg(feature = "cuda")]
+        if let Some(store) = self.settle_device(&k)? {
+            store.append(&k, step.v)?;
+            self.seen += tokens;
+            return Ok(());
+        }
+        self.append(step, &k)?;
+        self.seen += tokens;
+        Ok(())
+    }
+
     fn seen(&self) -> usize {
         self.seen
     }

@@ -15,12 +15,9 @@ impl QuantCache {
         k: &Tensor,
         v: &Tensor,
     ) -> Result<Option<Partial>> {
-        let Device::Cuda(device) = q.device() else { return Ok(None) };
-        if self.device.is_none() && self.store().is_empty() && self.sinks().is_empty() {
-            self.device = self.on_device(device)?;
-        }
-        let Some(store) = &mut self.device else { return Ok(None) };
-        if self.order == Order::QuantizeFirst {
+        let order = self.order;
+        let Some(store) = self.settle_device(q)? else { return Ok(None) };
+        if order == Order::QuantizeFirst {
             store.append(k, v)?;
             return store.attend(q, Visible::Causal).map(Some);
         }
@@ -37,6 +34,15 @@ impl QuantCache {
         }
         store.append(k, v)?;
         Partial::merge(&parts).map(Some)
+    }
+
+    /// The store on the device of the tensors that come, begun with the first of them.
+    pub(super) fn settle_device(&mut self, like: &Tensor) -> Result<Option<&mut CudaStore>> {
+        let Device::Cuda(device) = like.device() else { return Ok(None) };
+        if self.device.is_none() && self.store().is_empty() && self.sinks().is_empty() {
+            self.device = self.on_device(device)?;
+        }
+        Ok(self.device.as_mut())
     }
 
     /// A store with kernels for this cache. Where there are none the host's are right too, but slow: said once.
