@@ -1,6 +1,9 @@
 //! The needle test, once per method: what each way to remember finds, holds and costs.
 //!
+//! A model without attention layers has no cache to choose: it is run once, with its state.
+//!
 //!     cargo run --release --example compare
+//!     cargo run --release --example compare -- --model state-spaces/mamba-130m-hf
 //!     cargo run --release --example compare -- --words 512,4096 --methods dense-f16,h2o-4x --haystack FOLDER
 
 mod method;
@@ -11,21 +14,22 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use base_models::{LoadOptions, Pretrained};
 use clap::Parser;
 use clap::builder::PossibleValuesParser;
 use indicatif::{ProgressBar, ProgressStyle};
-use longctx_core::{CausalLm, GenerateOptions, generate};
+use longctx_core::{GenerateOptions, generate};
 use longctx_eval::Haystack;
 use longctx_eval::needle::{Needle, Sample, score, spaced};
+use longctx_examples::llm::Llm;
 use longctx_examples::{memory, model};
-use method::{DEFAULT, METHODS, Method, REFERENCE};
+use method::{DEFAULT, METHODS, Method, REFERENCE, STATE};
 use report::Row;
 
 #[derive(Parser)]
 #[command(about = "Compares KV caches on the needle (passkey) test")]
 struct Args {
-    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
+    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub, transformer or recurrent; by default SmolLM2-135M-Instruct,
+    /// fetched if need be
     #[arg(long)]
     model: Option<String>,
     /// A folder of text, or a text file, to hide the key in; by default text that the program makes itself
@@ -56,21 +60,25 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let wanted = |method: &&Method| args.methods.iter().any(|name| name == method.name);
-    let methods: Vec<_> = METHODS.iter().filter(wanted).collect();
     ensure!(args.depths > 0 && !args.words.is_empty(), "at least one depth and one length");
     let name = match &args.model {
         Some(name) => name.clone(),
         None => model::smollm2()?.display().to_string(),
     };
-    let llm = Pretrained::open(&name, &LoadOptions::default())?;
+    let llm = Llm::open(&name)?;
+    let wanted = |method: &&Method| args.methods.iter().any(|name| name == method.name);
+    let methods: Vec<_> = match llm.has_attention() {
+        true => METHODS.iter().filter(wanted).collect(),
+        false => vec![&STATE],
+    };
     let prompts = prompts(&args, &llm)?;
     let longest = prompts.iter().map(|(tokens, _)| tokens.len()).max().unwrap_or(0);
-    let limit = llm.model.config().context_length;
-    ensure!(
-        longest + args.max_tokens <= limit,
-        "a prompt of {longest} tokens does not fit the model's context of {limit}: ask for fewer --words"
-    );
+    if let Some(limit) = llm.context_length() {
+        ensure!(
+            longest + args.max_tokens <= limit,
+            "a prompt of {longest} tokens does not fit the model's context of {limit}: ask for fewer --words"
+        );
+    }
     println!("{name}: {} prompts, the longest of {longest} tokens.", prompts.len());
     let bar = ProgressBar::new((methods.len() * prompts.len()) as u64);
     bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} (left: {eta})")?);
@@ -93,7 +101,7 @@ fn names() -> PossibleValuesParser {
 }
 
 /// The tokens of each prompt, and its key.
-fn prompts(args: &Args, llm: &Pretrained) -> Result<Vec<(Vec<u32>, String)>> {
+fn prompts(args: &Args, llm: &Llm) -> Result<Vec<(Vec<u32>, String)>> {
     let haystack = match &args.haystack {
         Some(path) => Haystack::from_path(path)?,
         None => Haystack::generated(0),
@@ -104,7 +112,7 @@ fn prompts(args: &Args, llm: &Pretrained) -> Result<Vec<(Vec<u32>, String)>> {
             let needle = Needle { depth, digits: args.digits, seed };
             let Sample { prompt, answer } = needle.in_words(&haystack, words)?;
             // The prompt ends where the key begins. Its last space would be a token of its own, which the model has seldom seen there.
-            prompts.push((llm.tokenizer.encode(prompt.trim_end(), true)?, answer));
+            prompts.push((llm.encode(prompt.trim_end())?, answer));
         }
     }
     Ok(prompts)
@@ -112,16 +120,16 @@ fn prompts(args: &Args, llm: &Pretrained) -> Result<Vec<(Vec<u32>, String)>> {
 
 fn run(
     method: &Method,
-    llm: &Pretrained,
+    llm: &Llm,
     prompts: &[(Vec<u32>, String)],
     args: &Args,
     bar: &ProgressBar,
 ) -> Result<Row> {
     memory::restart_peak();
-    let mut session = llm.model.session(method.cache)?;
+    let mut session = llm.session(method.cache)?;
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
-        stop: llm.model.config().eos.clone(),
+        stop: llm.eos().to_vec(),
         prefill_chunk: args.prefill_chunk,
         ..Default::default()
     };
@@ -129,8 +137,8 @@ fn run(
     let (mut prefill, mut decode) = ((0, Duration::ZERO), (0, Duration::ZERO));
     for (tokens, answer) in prompts {
         session.reset();
-        let done = generate(&mut session, tokens, &options, |_| ControlFlow::Continue(()))?;
-        let score = score(&llm.tokenizer.decode(&done.tokens)?, answer);
+        let done = generate(session.as_mut(), tokens, &options, |_| ControlFlow::Continue(()))?;
+        let score = score(&llm.decode(&done.tokens)?, answer);
         exact += score.exact;
         partial += score.partial;
         prefill = (prefill.0 + tokens.len(), prefill.1 + done.prefill);

@@ -38,6 +38,10 @@ pub const METHODS: [Method; 9] = [
     Method { name: "infllm-4x", cache: |l| boxed(InfLlm::<f16>::with_ratio(0.25, l.attention)) },
 ];
 
+/// What a model without attention layers is run with: no cache is ever built.
+pub const STATE: Method =
+    Method { name: "state", cache: |l| boxed(DenseCache::new(l.attention, DType::F16)) };
+
 /// What runs unless others are asked for: a few minutes on two cores.
 pub const DEFAULT: [&str; 6] =
     ["dense-f32", REFERENCE, "kivi-4", "kivi-2", "streaming-4x", "streaming-4x-kivi-4"];
