@@ -36,10 +36,11 @@ fn main() -> Result<()> {
     );
     println!("|---:|---|---:|---:|---:|---:|");
     for tokens in [4_096, 32_768, 131_072] {
-        decode(&model, tokens, "f16", |layer| DenseCache::new(layer.attention, DType::F16))?;
+        let decode = |name, cache: &MakeCache<'_>| decode(&model, &device, tokens, name, cache);
+        decode("f16", &|layer| Ok(Box::new(DenseCache::new(layer.attention, DType::F16)?)))?;
         for (name, bits) in [("KIVI-4", Bits::Four), ("KIVI-2", Bits::Two)] {
             let format = Format::kivi(bits, bits, 32, 128)?;
-            decode(&model, tokens, name, |layer| QuantCache::new(layer.attention, format))?;
+            decode(name, &|layer| Ok(Box::new(QuantCache::new(layer.attention, format)?)))?;
         }
     }
     Ok(())
@@ -69,15 +70,18 @@ fn llama_3_8b() -> Config {
     }
 }
 
+type MakeCache<'a> = dyn Fn(&LayerShape) -> longctx_core::Result<Box<dyn KvCache>> + 'a;
+
 /// Median of steps after a random past.
-fn decode<C: KvCache + 'static>(
+fn decode(
     model: &Transformer,
+    device: &Device,
     tokens: usize,
     name: &str,
-    cache: impl Fn(&LayerShape) -> longctx_core::Result<C>,
+    cache: &MakeCache<'_>,
 ) -> Result<()> {
-    let mut session = model.session(|layer| filled(cache(layer)?, layer, tokens))?;
-    let token = Tensor::new(&[[42u32]], session.device())?;
+    let mut session = model.session(|layer| filled(cache(layer)?, layer, tokens, device))?;
+    let token = Tensor::new(&[[42u32]], device)?;
     let mut times = Vec::new();
     for _ in 0..STEPS {
         let start = Instant::now();
@@ -95,17 +99,22 @@ fn decode<C: KvCache + 'static>(
     Ok(())
 }
 
-fn filled<C: KvCache>(mut cache: C, layer: &LayerShape, tokens: usize) -> longctx_core::Result<C> {
-    let (shape, device) = (layer.attention, Device::new_cuda(0)?);
+fn filled(
+    mut cache: Box<dyn KvCache>,
+    layer: &LayerShape,
+    tokens: usize,
+    device: &Device,
+) -> longctx_core::Result<Box<dyn KvCache>> {
+    let shape = layer.attention;
     let random = || -> longctx_core::Result<Tensor> {
-        let x = Tensor::randn(0f32, 1., (1, shape.kv_heads, tokens, shape.head_dim), &device)?;
+        let x = Tensor::randn(0f32, 1., (1, shape.kv_heads, tokens, shape.head_dim), device)?;
         Ok(x.to_dtype(DType::F16)?)
     };
     let rope = Rope::new(shape.head_dim, shape.head_dim, 500_000.0, RopeScaling::None)?;
     let (k, v) = (random()?, random()?);
     // Attention among random tokens is not worth computing: the cache is only filled.
-    let q = Tensor::zeros((1, shape.heads, tokens, shape.head_dim), DType::F16, &device)?;
-    let nothing = Tensor::zeros(1, DType::F32, &device)?;
+    let q = Tensor::zeros((1, shape.heads, tokens, shape.head_dim), DType::F16, device)?;
+    let nothing = Tensor::zeros(1, DType::F32, device)?;
     let whole = Partial { out: nothing.clone(), lse: nothing };
     cache.take_prompt(&Step { q: &q, k: &k, v: &v, shape: &shape, rope: &rope }, &whole)?;
     Ok(cache)
