@@ -1,5 +1,5 @@
-//! Own code: the crates `rouge` and `rouge-lsum` count every word, the Python package only distinct ones, and it lets the order
-//! of a table's walk decide which of several longest subsequences counts.
+//! Own code, for the quirks of one Python package: it counts distinct words, not all of them, and the order of a table's walk
+//! decides which of several longest subsequences counts. A plain ROUGE-L gives other numbers.
 
 use std::collections::HashSet;
 
