@@ -25,6 +25,9 @@ use ratios::ratios;
 use segments::{Plan, compress};
 use tokenizers::Tokenizer;
 
+/// Segments that [`PromptCompressor::compress`] cuts a text into at least. Up to a segment at its end stays whole.
+const SEGMENTS: usize = 16;
+
 /// Where the question stands when a document is weighed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
@@ -221,6 +224,18 @@ impl<M: CausalLm> LlmLingua<M> {
         question: &str,
         target: Target,
     ) -> Result<Compression> {
+        self.run(documents, instruction, question, target, 1)
+    }
+
+    /// As [`compress_documents`](Self::compress_documents), with shorter segments if there would be fewer than `segments`.
+    fn run(
+        &mut self,
+        documents: &Documents,
+        instruction: &str,
+        question: &str,
+        target: Target,
+        segments: usize,
+    ) -> Result<Compression> {
         let asks = self.settings.rank != Rank::Plain || self.settings.weigh != Weigh::Loss;
         if asks && question.trim().is_empty() {
             return Err(Error::mismatch("prompt", "a question", "none"));
@@ -235,7 +250,7 @@ impl<M: CausalLm> LlmLingua<M> {
         let target = self.tokens(&texts, instruction, question, target)?;
         let kept = self.choose(documents, question, target)?;
         let compressed = match self.settings.choose_tokens {
-            true => self.choose_tokens(&kept, source, question, target)?,
+            true => self.choose_tokens(&kept, source, question, target, segments)?,
             false => {
                 let joined = Joined::new(None, &kept, source);
                 let whole = 0..joined.text.len();
@@ -297,13 +312,18 @@ impl<M: CausalLm> LlmLingua<M> {
         source: &str,
         question: &str,
         target: f64,
+        segments: usize,
     ) -> Result<Compressed> {
-        let (size, context) = (self.settings.segment, self.meter.context_length());
         let prefix = Some(question).filter(|_| self.settings.weigh != Weigh::Loss);
         let joined = Joined::new(prefix, kept, source);
         let tokens = encode(&self.tokenizer, &joined.text, false)?;
         let front = prefix.map_or(0, |prefix| prefix.len() + 2);
         let start = tokens.offsets.partition_point(|offset| offset.start < front);
+        let context = self.meter.context_length();
+        let size = match segments {
+            1 => self.settings.segment,
+            _ => self.settings.segment.min(((tokens.ids.len() - start) / segments).max(2)),
+        };
         if start + 2 * size > context {
             let expected =
                 format!("a question of at most {} tokens", context.saturating_sub(2 * size));
@@ -342,13 +362,14 @@ fn frame(compressed: Compressed, instruction: &str, question: &str) -> Compresse
 }
 
 impl<M: CausalLm> PromptCompressor for LlmLingua<M> {
-    /// Paragraphs are the documents. Rate 1 gives the text back as it is.
+    /// Paragraphs are the documents. Segments are as long as the settings say or, in a short text, a sixteenth of what the choice of
+    /// documents leaves: the package hardly cuts a text shorter than a segment. Rate 1 gives the text back as it is.
     fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed> {
         if rate == Rate::ONE {
             return Compressed::copy(prompt.text, std::iter::once(0..prompt.text.len()));
         }
         let documents = Documents::paragraphs(prompt.text);
         let question = prompt.question.unwrap_or("");
-        Ok(self.compress_documents(&documents, "", question, Target::Rate(rate))?.compressed)
+        Ok(self.run(&documents, "", question, Target::Rate(rate), SEGMENTS)?.compressed)
     }
 }

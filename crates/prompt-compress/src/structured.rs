@@ -122,12 +122,13 @@ impl StructuredPrompt {
     /// Compresses each section that may be cut, at its own rate or at `rate`.
     ///
     /// # Errors
-    /// Whatever the compressor reports.
+    /// [`Error::Mismatch`] if there is nothing but white space in all sections; whatever the compressor reports.
     pub fn compress_with(
         &self,
         compressor: &mut impl PromptCompressor,
         rate: Rate,
     ) -> Result<Compressed> {
+        Prompt::new(&self.text())?;
         let mut whole = Compressed::default();
         let mut start = 0;
         for section in &self.sections {
@@ -196,6 +197,14 @@ mod tests {
                 Section::Compress("x".into(), None),
             ]
         );
+    }
+
+    #[test]
+    fn an_empty_prompt_is_named() {
+        let rate = Rate::new(0.5).unwrap();
+        let prompt = StructuredPrompt::new().keep(" ").compress("\n");
+        let error = prompt.compress_with(&mut crate::baseline::TruncateMiddle, rate).unwrap_err();
+        assert!(error.to_string().contains("nothing but white space"), "{error}");
     }
 
     #[test]

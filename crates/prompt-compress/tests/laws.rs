@@ -141,6 +141,23 @@ proptest! {
 }
 
 #[test]
+fn short_texts_are_cut_too() {
+    // Fewer tokens than a segment of the package's: cut all the same, to about the rate.
+    let text = "The council met at nine, and Mayor Ortiz opened with the budget of the harbour. "
+        .repeat(3);
+    let rate = Rate::new(0.5).unwrap();
+    for settings in [llmlingua::Settings::llmlingua(), llmlingua::Settings::long()] {
+        let (model, tokenizer) = llama();
+        let count = |text: &str| tokenizer.encode(text, false).unwrap().len() as f64;
+        let mut lingua = LlmLingua::new(model, tokenizer.clone(), settings).unwrap();
+        let prompt = Prompt::new(&text).unwrap().with_question("who?");
+        let short = lingua.compress(prompt, rate).unwrap();
+        let share = count(&short.text) / count(&text);
+        assert!((0.35..0.65).contains(&share), "{share}");
+    }
+}
+
+#[test]
 fn a_text_longer_than_the_context_is_read_on() {
     // 4,096 tokens are the tiny model's context: the text has about three times as many, and what is kept goes past it too.
     let text: String =
@@ -159,8 +176,7 @@ fn a_text_longer_than_the_context_is_read_on() {
 }
 
 #[test]
-fn memory_is_bounded_by_the_batch() {
-    // The same probabilities whatever goes through the encoder together.
+fn batches_change_nothing() {
     let text = "The council met at nine. Nobody was late, and the budget was read! ".repeat(120);
     let labels = |batch| {
         let model = llmlingua2(BERT, Settings { batch, ..Settings::paper() });

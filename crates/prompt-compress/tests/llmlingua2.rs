@@ -58,7 +58,8 @@ impl Case {
     fn texts(&self) -> Vec<String> {
         match (&self.contexts, self.name.as_str()) {
             (Some(contexts), _) => contexts.clone(),
-            (None, "50,000 words") => vec![long_text(50_000)],
+            (None, "50,000 words") => vec![long_text(50_000, 1)],
+            (None, "other 50,000 words") => vec![long_text(50_000, 2)],
             (None, name) => panic!("no text for {name}"),
         }
     }
@@ -148,12 +149,11 @@ impl Options {
 }
 
 /// The same words as `long_text` of fixtures/llmlingua2.py.
-fn long_text(count: usize) -> String {
+fn long_text(count: usize, mut seed: u64) -> String {
     const WORDS: [&str; 20] = [
         "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world",
         "school", "state", "family", "student", "group", "country", "problem", "hand", "part",
     ];
-    let mut seed = 1u64;
     let word = |i: usize| {
         seed = (seed * 1_103_515_245 + 12_345) % (1 << 31);
         let word = WORDS[(seed >> 16) as usize % WORDS.len()];
