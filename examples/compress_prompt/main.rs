@@ -8,7 +8,7 @@
 mod diff;
 mod method;
 
-use std::io::{IsTerminal, Read};
+use std::io::{ErrorKind, IsTerminal, Read, Write};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -47,7 +47,7 @@ fn main() -> Result<()> {
         Some(file) => std::fs::read_to_string(file).with_context(|| file.display().to_string())?,
         None => {
             let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text)?;
+            std::io::stdin().read_to_string(&mut text).context("standard input")?;
             text
         }
     };
@@ -64,7 +64,7 @@ fn main() -> Result<()> {
         let compressed = compressor.compress(prompt, rate)?;
         (text, compressed)
     };
-    println!("{}", compressed.text);
+    print(&compressed.text)?;
     if args.diff || std::io::stderr().is_terminal() {
         eprintln!("{}", diff::coloured(&text, &compressed));
     }
@@ -72,4 +72,14 @@ fn main() -> Result<()> {
     let times = before as f64 / after.max(1) as f64;
     eprintln!("{before} tokens before, {after} after: {times:.2}x (cl100k_base)");
     Ok(())
+}
+
+/// Writes the text as it is, on a terminal with a line end after it. A reader that has seen enough is no error.
+fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    let end = if out.is_terminal() && !text.ends_with('\n') { "\n" } else { "" };
+    match write!(out, "{text}{end}").and_then(|()| out.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        done => Ok(done?),
+    }
 }

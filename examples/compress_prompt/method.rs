@@ -94,7 +94,12 @@ impl Models {
             return Ok(LlmLingua2::from_folder(&folder, settings, &Device::Cpu)?);
         }
         ensure!(!Path::new(&self.encoder).is_dir(), "{}: no config.json in it", self.encoder);
-        Ok(LlmLingua2::from_hub(&self.encoder, settings, &Device::Cpu)?)
+        LlmLingua2::from_hub(&self.encoder, settings, &Device::Cpu).with_context(|| {
+            let name = &self.encoder;
+            format!(
+                "{name}: no folder with a checkpoint, and not to be had from the Hub; see --encoder"
+            )
+        })
     }
 }
 

@@ -3,7 +3,8 @@
 //!     cargo run --release --example prompt_quality -- --samples FOLDER
 //!
 //! FOLDER has LongBench samples in JSON lines. Of each a passage around the answer is taken; the table shows how much of it each method
-//! keeps, the perplexity of the right answer after what is kept, and how many pass keys come through whole. LLMLingua-2 joins in with
+//! keeps, how many answers it still holds word for word, the perplexity of the right answer after it, and how many pass keys come
+//! through whole. LLMLingua-2 joins in with
 //! `--encoder`: a folder with a trained checkpoint.
 
 mod method;
@@ -65,12 +66,15 @@ fn main() -> Result<()> {
         needles.len(),
         args.words
     );
-    println!("| method | rate | kept | perplexity of the answer | pass keys |");
-    println!("|---|---|---|---|---|");
+    println!("| method | rate | kept | answers kept | perplexity of the answer | pass keys |");
+    println!("|---|---|---|---|---|---|");
     let whole: Vec<String> = questions.iter().map(|sample| sample.text.clone()).collect();
-    println!("| whole passage | 1 | 1.00 | {:.2} | |", reader.perplexity(&questions, &whole)?);
+    let perplexity = reader.perplexity(&questions, &whole)?;
+    let all = questions.len();
+    println!("| whole passage | 1 | 1.00 | {all}/{all} | {perplexity:.2} | |");
     let nothing = vec![String::new(); questions.len()];
-    println!("| no passage | 0 | 0.00 | {:.2} | |", reader.perplexity(&questions, &nothing)?);
+    let perplexity = reader.perplexity(&questions, &nothing)?;
+    println!("| no passage | 0 | 0.00 | 0/{all} | {perplexity:.2} | |");
     for &rate in &args.rates {
         let rate = Rate::new(rate)?;
         for (name, mut compressor) in method::all(&llm, args.encoder.as_deref())? {
@@ -85,13 +89,19 @@ fn main() -> Result<()> {
             let count = |texts: &[String]| texts.iter().map(|t| cl100k_tokens(t)).sum::<usize>();
             let kept = count(&short) as f64 / count(&whole) as f64;
             let perplexity = reader.perplexity(&questions, &short)?;
-            let found = shorten(&needles)?;
-            let found = found.iter().zip(&needles).filter(|(text, n)| text.contains(&n.answer));
-            let (found, all) = (found.count(), needles.len());
-            println!("| {name} | {} | {kept:.2} | {perplexity:.2} | {found}/{all} |", rate.get());
+            let (answers, keys) =
+                (survivors(&questions, &short), survivors(&needles, &shorten(&needles)?));
+            let rate = rate.get();
+            println!("| {name} | {rate} | {kept:.2} | {answers} | {perplexity:.2} | {keys} |");
         }
     }
     Ok(())
+}
+
+/// How many of the answers still stand in the texts, of how many.
+fn survivors(samples: &[Sample], texts: &[String]) -> String {
+    let stands = |(text, sample): &(&String, &Sample)| text.contains(&sample.answer);
+    format!("{}/{}", texts.iter().zip(samples).filter(stands).count(), samples.len())
 }
 
 /// Reads passages and answers.

@@ -12,7 +12,7 @@ use prompt_compress::{LlmLingua, LlmLingua2, SelectiveContext, Unit, llmlingua2}
 
 type Named = (&'static str, Box<dyn PromptCompressor>);
 
-/// All of them, by name. Segments of 100 tokens: passages are short.
+/// All of them, by name.
 pub fn all(llm: &Pretrained, encoder: Option<&Path>) -> Result<Vec<Named>> {
     let tokenizer = llm.tokenizer.inner().clone();
     let config = llm.model.config();
@@ -20,9 +20,9 @@ pub fn all(llm: &Pretrained, encoder: Option<&Path>) -> Result<Vec<Named>> {
     let first = first.context("the model has no token to begin a text with")?;
     let selective =
         SelectiveContext::new(crate::session(llm)?, tokenizer.clone(), first, Unit::Word);
-    let plain = Settings { segment: 100, ..Settings::llmlingua() };
+    let plain = Settings::llmlingua();
     let lingua = LlmLingua::new(crate::session(llm)?, tokenizer.clone(), plain)?;
-    let long = Settings { segment: 100, order: Order::Original, ..Settings::long() };
+    let long = Settings { order: Order::Original, ..Settings::long() };
     let long = LlmLingua::new(crate::session(llm)?, tokenizer, long)?;
     let mut all: Vec<Named> = vec![
         ("random words", Box::new(RandomDrop { seed: 0 })),
