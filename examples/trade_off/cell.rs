@@ -14,7 +14,7 @@ use token_drop::*;
 const WINDOW: usize = 32;
 
 /// Every policy by name.
-pub const POLICIES: [&str; 16] = [
+pub const POLICIES: [&str; 17] = [
     "random",
     "recent",
     "streaming-llm",
@@ -25,6 +25,7 @@ pub const POLICIES: [&str; 16] = [
     "tova",
     "h2o",
     "snap-kv",
+    "wide-snap-kv",
     "pyramid-snap-kv",
     "ada-snap-kv",
     "chunk-snap-kv",
@@ -115,6 +116,8 @@ impl Cell {
             "tova" => Box::new(Tova),
             "h2o" => Box::new(H2o::default()),
             "snap-kv" => Box::new(snap_kv()?),
+            // As wide as two keys of 7 digits less one: a vote for the first digit reaches the last.
+            "wide-snap-kv" => Box::new(snap_kv()?.with_kernel(13)?),
             "pyramid-snap-kv" => {
                 Box::new(PyramidKv::new(snap_kv()?, layer.layer, layer.layers, 20.0)?)
             }

@@ -11,11 +11,12 @@ mod fan;
 mod plot;
 mod report;
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use base_models::{LoadOptions, Pretrained};
 use candle_core::{Device, Tensor};
 use cell::{Cell, Equal, POLICIES, Store};
@@ -27,6 +28,7 @@ use longctx_eval::Haystack;
 use longctx_eval::needle::{Needle, Sample, score};
 use longctx_examples::model;
 use report::Row;
+use serde::Serialize;
 
 #[derive(Parser)]
 #[command(about = "Sweeps eviction policies, stores and budgets over the needle (passkey) test")]
@@ -61,6 +63,9 @@ struct Args {
     /// Where to save the table and the plot, and under which name
     #[arg(long, default_value = "results/trade_off")]
     out: PathBuf,
+    /// Save the prompts, their tokens and their keys, as JSON here, and do nothing else
+    #[arg(long)]
+    save_prompts: Option<PathBuf>,
 }
 
 fn main() -> Result<()> {
@@ -71,6 +76,9 @@ fn main() -> Result<()> {
         None => model::smollm2()?.display().to_string(),
     };
     let llm = Pretrained::open(&name, &LoadOptions::default())?;
+    if let Some(path) = &args.save_prompts {
+        return save_prompts(&args, &llm, path);
+    }
     let mut rows: Vec<Row> = Vec::new();
     for &tokens in &args.tokens {
         let cells = cells(&args, tokens)?;
@@ -79,10 +87,10 @@ fn main() -> Result<()> {
         let bar = ProgressBar::new((cells.len() * prompts.len()) as u64);
         bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} (left: {eta})")?);
         let mut own: Vec<_> = cells.iter().map(|cell| Row::new(cell, tokens)).collect();
-        for (prompt, answer) in &prompts {
+        for Prompt { tokens, answer } in &prompts {
             let answers = match args.prefill_chunk {
-                None => at_once(&llm, &cells, prompt, &args, &bar)?,
-                Some(chunk) => one_by_one(&llm, &cells, prompt, chunk, &args, &bar)?,
+                None => at_once(&llm, &cells, tokens, &args, &bar)?,
+                Some(chunk) => one_by_one(&llm, &cells, tokens, chunk, &args, &bar)?,
             };
             for (row, (text, bytes)) in own.iter_mut().zip(answers) {
                 row.add(score(&text, answer), bytes);
@@ -113,17 +121,32 @@ fn cells(args: &Args, tokens: usize) -> Result<Vec<Cell>> {
     Ok(cells)
 }
 
-/// The tokens of each prompt, and its key.
-fn prompts(args: &Args, llm: &Pretrained, tokens: usize) -> Result<Vec<(Vec<u32>, String)>> {
+#[derive(Serialize)]
+struct Prompt {
+    tokens: Vec<u32>,
+    /// The key hidden in it.
+    answer: String,
+}
+
+fn save_prompts(args: &Args, llm: &Pretrained, path: &Path) -> Result<()> {
+    let of_length = |&tokens| prompts(args, llm, tokens);
+    let prompts: Vec<_> = args.tokens.iter().map(of_length).collect::<Result<_>>()?;
+    let all: Vec<_> = prompts.iter().flatten().collect();
+    fs::write(path, serde_json::to_string(&all)?).with_context(|| path.display().to_string())
+}
+
+fn prompts(args: &Args, llm: &Pretrained, tokens: usize) -> Result<Vec<Prompt>> {
     let haystack = Haystack::generated(0);
     let count = |text: &str| anyhow::Ok(llm.tokenizer.encode(text.trim_end(), true)?.len());
-    let prompt = |(seed, &depth)| {
+    let prompt = |&depth: &f64| {
+        // A key of its own for each depth, the same in every run.
+        let seed = (depth * 1000.0) as u64;
         let needle = Needle { depth, digits: 7, seed };
         let Sample { prompt, answer } = needle.in_tokens(&haystack, tokens, count)?;
         // The prompt ends where the key begins. Its last space would be a token of its own.
-        Ok((llm.tokenizer.encode(prompt.trim_end(), true)?, answer))
+        Ok(Prompt { tokens: llm.tokenizer.encode(prompt.trim_end(), true)?, answer })
     };
-    (0..).zip(&args.depths).map(prompt).collect()
+    args.depths.iter().map(prompt).collect()
 }
 
 type Answers = Vec<(String, Footprint)>;
