@@ -103,7 +103,10 @@ fn checkpoint() -> Result<PathBuf> {
     }
     std::fs::write(folder.join("config.json"), config.to_string())?;
     let vocab = config["vocab_size"].as_u64().unwrap_or_default() as usize;
-    candle_core::safetensors::save(&weights(vocab)?, folder.join("model.safetensors"))?;
+    // transformers opens no file that does not say whose tensors it holds.
+    let info = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let path = folder.join("model.safetensors");
+    safetensors::serialize_to_file(weights(vocab)?, Some(info), &path)?;
     Ok(folder)
 }
 
