@@ -1,7 +1,8 @@
 //! Selective-Context: what a model could have foretold goes.
 //!
 //! Li et al., *Compressing Context to Enhance Inference Efficiency of Large Language Models*, arXiv 2310.06201. The authors' units are
-//! noun phrases, sentences or tokens; here words, with the white space before them, or sentences.
+//! noun phrases, sentences or tokens; here words, with the white space before them, or sentences. Where a token is a space alone it does
+//! not count, as in the authors' program, the Python package `selective-context` 0.1.4.
 
 use std::ops::Range;
 
@@ -27,29 +28,51 @@ pub struct SelectiveContext<M> {
     /// The token that a text is read after.
     first: u32,
     unit: Unit,
+    split: Split,
+    /// Whether each sentence is read by itself.
+    alone: bool,
 }
 
+/// Cuts a text into ranges that tile it.
+type Split = fn(&str) -> Vec<Range<usize>>;
+
 impl<M: CausalLm> SelectiveContext<M> {
-    /// A model, its tokenizer and the token that it expects before a text.
+    /// A model, its tokenizer and the token that it expects before a text. What is read before a token counts as known, as far as
+    /// the model's context reaches; sentences are Unicode's.
     pub fn new(model: M, tokenizer: Tokenizer, first: u32, unit: Unit) -> Self {
-        Self { meter: Meter::new(model), tokenizer, first, unit }
+        let split = sentences;
+        Self { meter: Meter::new(model), tokenizer, first, unit, split, alone: false }
+    }
+
+    /// Reads each sentence by itself, as the authors' program does: what earlier ones said is news again. `split` gives the sentences,
+    /// ranges that tile the text.
+    pub fn sentence_by_sentence(self, split: fn(&str) -> Vec<Range<usize>>) -> Self {
+        Self { split, alone: true, ..self }
     }
 
     /// The mean self-information of each unit, in nats per token; NaN where no token begins in it.
     fn information(&mut self, text: &str, units: &[Range<usize>]) -> Result<Vec<f64>> {
-        let tokens = encode(&self.tokenizer, text, false)?;
         let mut sums = vec![(0.0, 0usize); units.len()];
         let read = self.meter.context_length().saturating_sub(1);
         if read == 0 {
             return Err(Error::setting("context length", "at least 2 tokens", read + 1));
         }
-        let windows = tokens.ids.chunks(read).zip(tokens.offsets.chunks(read));
-        for (ids, offsets) in windows {
-            let ids = [&[self.first], ids].concat();
-            for (loss, offset) in self.meter.losses(&ids, 0)?.into_iter().zip(offsets) {
-                let unit = units.partition_point(|unit| unit.start <= offset.start);
-                let sum = &mut sums[unit.saturating_sub(1)];
-                *sum = (sum.0 + f64::from(loss), sum.1 + 1);
+        let whole = std::iter::once(0..text.len()).collect();
+        for part in if self.alone { (self.split)(text) } else { whole } {
+            // Sentences are read without the white space around them.
+            let part = if self.alone { trimmed(text, part)? } else { part };
+            let tokens = encode(&self.tokenizer, &text[part.clone()], false)?;
+            for (ids, offsets) in tokens.ids.chunks(read).zip(tokens.offsets.chunks(read)) {
+                let ids = [&[self.first], ids].concat();
+                for (loss, offset) in self.meter.losses(&ids, 0)?.into_iter().zip(offsets) {
+                    let start = part.start + offset.start;
+                    if &text[start..part.start + offset.end] == " " {
+                        continue;
+                    }
+                    let unit = units.partition_point(|unit| unit.start <= start);
+                    let sum = &mut sums[unit.saturating_sub(1)];
+                    *sum = (sum.0 + f64::from(loss), sum.1 + 1);
+                }
             }
         }
         Ok(sums.into_iter().map(|(sum, count)| sum / count as f64).collect())
@@ -61,7 +84,7 @@ impl<M: CausalLm> PromptCompressor for SelectiveContext<M> {
     fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed> {
         let units = match self.unit {
             Unit::Word => spaced_words(prompt.text),
-            Unit::Sentence => sentences(prompt.text),
+            Unit::Sentence => (self.split)(prompt.text),
         };
         let information = self.information(prompt.text, &units)?;
         let mut known: Vec<f64> = information.iter().copied().filter(|x| !x.is_nan()).collect();
@@ -71,6 +94,16 @@ impl<M: CausalLm> PromptCompressor for SelectiveContext<M> {
         let kept = units.into_iter().zip(information).filter(|&(_, x)| stays(x));
         Compressed::copy(prompt.text, kept.map(|(unit, _)| unit))
     }
+}
+
+/// The range without the white space at its ends.
+fn trimmed(text: &str, range: Range<usize>) -> Result<Range<usize>> {
+    let Some(part) = text.get(range.clone()) else {
+        let expected = format!("character boundaries within {} bytes", text.len());
+        return Err(Error::mismatch("sentence", expected, format!("{range:?}")));
+    };
+    let start = range.start + part.len() - part.trim_start().len();
+    Ok(start..start + part.trim().len())
 }
 
 /// The `q`th quantile of sorted numbers, between two of them by their distance.

@@ -225,7 +225,11 @@ fn causal_requests_are_checked() {
     let error = lingua.compress(prompt.with_question(&long), Rate::new(0.5).unwrap()).unwrap_err();
     assert!(error.to_string().contains("a question of at most"), "{error}");
     let settings = llmlingua::Settings { segment: 0, ..llmlingua::Settings::long() };
-    assert!(LlmLingua::new(llama().0, tokenizer, settings).is_err());
+    assert!(LlmLingua::new(llama().0, tokenizer.clone(), settings).is_err());
+    let mut selective = SelectiveContext::new(llama().0, tokenizer, 0, Unit::Word)
+        .sentence_by_sentence(|text| vec![0..1, 1..text.len()]);
+    let error = selective.compress(Prompt::new("é").unwrap(), Rate::new(0.5).unwrap()).unwrap_err();
+    assert!(error.to_string().contains("sentence: expected character boundaries"), "{error}");
 }
 
 /// A copy of a checkpoint that a test may break.
