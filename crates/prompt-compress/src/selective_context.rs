@@ -66,7 +66,7 @@ impl<M: CausalLm> SelectiveContext<M> {
                 let ids = [&[self.first], ids].concat();
                 for (loss, offset) in self.meter.losses(&ids, 0)?.into_iter().zip(offsets) {
                     let start = part.start + offset.start;
-                    if &text[start..part.start + offset.end] == " " {
+                    if text.get(start..part.start + offset.end) == Some(" ") {
                         continue;
                     }
                     let unit = units.partition_point(|unit| unit.start <= start);
