@@ -349,10 +349,15 @@ impl<M: CausalLm> LlmLingua<M> {
     }
 }
 
-/// The instruction before, the question after, with empty lines between.
+/// The instruction before, the question after, with empty lines between. White space alone is left out, as in the package.
 fn frame(compressed: Compressed, instruction: &str, question: &str) -> Compressed {
     let Compressed { text, mut pieces } = compressed;
-    let parts = [instruction, if text.trim().is_empty() { "" } else { &text }, question];
+    let mut body = text.as_str();
+    if body.trim().is_empty() {
+        body = "";
+        pieces.clear();
+    }
+    let parts = [instruction, body, question];
     let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
     let shift = if instruction.is_empty() { 0 } else { instruction.len() + 2 };
     for piece in &mut pieces {

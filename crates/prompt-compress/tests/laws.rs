@@ -158,6 +158,15 @@ fn short_texts_are_cut_too() {
 }
 
 #[test]
+fn white_space_alone_leaves_no_piece() {
+    let (model, tokenizer) = llama();
+    let settings = llmlingua::Settings { segment: 8, ..llmlingua::Settings::llmlingua() };
+    let mut lingua = LlmLingua::new(model, tokenizer, settings).unwrap();
+    let short = lingua.compress(Prompt::new("0\u{b}").unwrap(), Rate::new(0.1).unwrap()).unwrap();
+    assert_eq!(short, Compressed::default());
+}
+
+#[test]
 fn a_text_longer_than_the_context_is_read_on() {
     // 4,096 tokens are the tiny model's context: the text has about three times as many, and what is kept goes past it too.
     let text: String =
