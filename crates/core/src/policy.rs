@@ -30,6 +30,11 @@ pub trait EvictionPolicy: Send {
         vec![(budget as usize).max(1); heads]
     }
 
+    /// Whether the policy bounds its heads itself and heeds no budget of the cache's. By default it does not.
+    fn bounds_heads(&self) -> bool {
+        false
+    }
+
     /// Whether heads that hold `lens` entries are over their budgets.
     fn is_over(&self, lens: &[usize], budgets: &[usize]) -> bool {
         lens.iter().zip(budgets).any(|(len, budget)| len > budget)
@@ -192,6 +197,9 @@ impl<P: EvictionPolicy + ?Sized> EvictionPolicy for Box<P> {
     }
     fn budgets(&self, budget: f64, seen: usize, heads: usize) -> Vec<usize> {
         (**self).budgets(budget, seen, heads)
+    }
+    fn bounds_heads(&self) -> bool {
+        (**self).bounds_heads()
     }
     fn is_over(&self, lens: &[usize], budgets: &[usize]) -> bool {
         (**self).is_over(lens, budgets)

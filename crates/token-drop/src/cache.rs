@@ -69,8 +69,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     /// An empty cache over `store`.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the budget is no token, a ratio outside (0, 1), or smaller than what the policy protects, or the store
-    /// holds something; [`Error::Unsupported`] if the layer has a sliding window.
+    /// [`Error::Setting`] if the budget is no token, a ratio outside (0, 1), or smaller than what the policy protects, if it is
+    /// [`Budget::Policy`] for a policy that does not bound its heads itself or another for one that does, or if the store holds something; [`Error::Unsupported`] if the layer has a sliding window.
     pub fn new(store: S, policy: P, budget: Budget) -> Result<Self> {
         if store.shape().window.is_some() {
             let what = "an eviction policy in a layer that has a sliding window of its own";
@@ -122,7 +122,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     }
 
     fn checked(self) -> Result<Self> {
-        self.budget.check(|budget| self.protected(budget).total())?;
+        let bounds_heads = self.policy.bounds_heads();
+        self.budget.check(bounds_heads, |budget| self.protected(budget).total())?;
         if self.decode_step == Some(0) {
             return Err(Error::setting("decode step", "at least 1 token", 0));
         }

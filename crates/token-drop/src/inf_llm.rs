@@ -27,7 +27,11 @@ const OVERHANG: usize = 256;
 /// accelerator would have to hold.
 ///
 /// A prompt is read in chunks, each of which sees no more than the above. [`with_exact_prompt`](InfLlm::with_exact_prompt) gives the first call exact
-/// attention instead. On the CPU alone; `T` is the format of keys and values: `f32`, `f16` or `bf16`.
+/// attention instead.
+///
+/// Blocks are rows of its own, unrotated, and not a [`KvStore`](longctx_core::KvStore)'s, since a store attends over all that it holds: so there
+/// is no packed InfLLM, and the format `T` of keys and values can only be `f32`, `f16` or `bf16`. On the CPU alone: tensors of another
+/// device are [`Error::Unsupported`].
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -11,7 +11,9 @@ use longctx_core::{AttentionShape, Error, Footprint, KvCache, Partial, Result, S
 /// them can reach. The pages with the highest bounds are read, each kv head's own, with the newest page always among them. The
 /// query heads of a group read the same pages, chosen by their largest bound. Calls of several tokens are exact, as in the published code.
 ///
-/// It saves time, not memory: what is held is a dense cache and two keys more per page. On the CPU alone; `T` is `f32`, `f16` or `bf16`.
+/// It saves time, not memory: what is held is a dense cache and two keys more per page. The rows are its own and not a
+/// [`KvStore`](longctx_core::KvStore)'s, since a store attends over all that it holds: so there is no packed Quest, and `T` can
+/// only be `f32`, `f16` or `bf16`. On the CPU alone: tensors of another device are [`Error::Unsupported`].
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -23,6 +23,11 @@ macro_rules! forward {
             self.policy.budgets(budget, seen, heads)
         }
     };
+    (@bounds_heads) => {
+        fn bounds_heads(&self) -> bool {
+            self.policy.bounds_heads()
+        }
+    };
     (@is_over) => {
         fn is_over(&self, lens: &[usize], budgets: &[usize]) -> bool {
             self.policy.is_over(lens, budgets)

@@ -32,7 +32,8 @@ proptest! {
     ) {
         let text = Input::random(1, calls.iter().sum());
         for (name, policy) in policies() {
-            let mut cache = PolicyCache::new(store(DType::F16), policy, Budget::Tokens(budget)).unwrap()
+            let allowed = common::budget(&policy, budget);
+            let mut cache = PolicyCache::new(store(DType::F16), policy, allowed).unwrap()
                 .with_protected(Protected { sinks, recent }).unwrap()
                 .with_decode_step(Some(step)).unwrap();
             let mut start = 0;
@@ -66,12 +67,12 @@ proptest! {
         let mut dense = DenseCache::new(shape(), DType::F32).unwrap();
         let expected = feed_all(&mut dense, &text, &calls);
         for (name, policy) in policies() {
-            let budget = Budget::Tokens((prompt + decoded).max(20));
             // DuoAttention bounds its heads itself: without streaming heads it keeps everything.
             let policy = match name {
                 "duo" => Box::new(DuoAttention::new(vec![false; KV_HEADS], 4, 8).unwrap()),
                 _ => policy,
             };
+            let budget = budget(&policy, (prompt + decoded).max(20));
             let mut cache = PolicyCache::new(store(DType::F32), policy, budget).unwrap();
             for (out, expected) in feed_all(&mut cache, &text, &calls).iter().zip(&expected) {
                 prop_assert_eq!(bits(out), bits(expected), "{}", name);
@@ -83,7 +84,8 @@ proptest! {
     fn batch_entries_do_not_mix(calls in calls(), budget in 12usize..40) {
         let text = Input::random(2, calls.iter().sum());
         for (name, policy) in policies() {
-            let mut both = PolicyCache::new(store(DType::F32), policy, Budget::Tokens(budget)).unwrap();
+            let allowed = common::budget(&policy, budget);
+            let mut both = PolicyCache::new(store(DType::F32), policy, allowed).unwrap();
             let together = feed_all(&mut both, &text, &calls);
             for entry in 0..2 {
                 let policy = policies().into_iter().find(|(n, _)| *n == name).unwrap().1;
@@ -91,7 +93,7 @@ proptest! {
                 if name == "random" && entry == 1 {
                     continue;
                 }
-                let mut alone = PolicyCache::new(store(DType::F32), policy, Budget::Tokens(budget)).unwrap();
+                let mut alone = PolicyCache::new(store(DType::F32), policy, allowed).unwrap();
                 let outs = feed_all(&mut alone, &text.batch(entry), &calls);
                 let of_entry = entry * KV_HEADS..(entry + 1) * KV_HEADS;
                 prop_assert_eq!(&both.positions()[of_entry], alone.positions(), "{}", name);
@@ -108,7 +110,8 @@ proptest! {
         let text = Input::random(1, prompt + 3);
         let caches = || -> Vec<(&str, Box<dyn KvCache>)> {
             let framed = policies().into_iter().map(|(name, policy)| {
-                let cache = PolicyCache::new(store(DType::F32), policy, Budget::Tokens(20));
+                let budget = budget(&policy, 20);
+                let cache = PolicyCache::new(store(DType::F32), policy, budget);
                 (name, Box::new(cache.unwrap()) as Box<dyn KvCache>)
             });
             let sizes = InfLlmSettings {
@@ -143,7 +146,8 @@ proptest! {
     fn what_is_evicted_is_never_seen_again(prompt in 16usize..60, budget in 12usize..30) {
         let text = Input::random(1, prompt + 12);
         for (name, policy) in policies() {
-            let mut cache = PolicyCache::new(store(DType::F32), policy, Budget::Tokens(budget)).unwrap()
+            let allowed = common::budget(&policy, budget);
+            let mut cache = PolicyCache::new(store(DType::F32), policy, allowed).unwrap()
                 .with_decode_step(Some(3)).unwrap();
             text.narrow(2, 0, prompt).feed(&mut cache).unwrap();
             for token in prompt..prompt + 12 {

@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::DType;
 use common::*;
-use longctx_core::{AttentionShape, DenseStore, KvCache, Protected, Result, Step};
+use longctx_core::{AttentionShape, DenseStore, EvictionPolicy, KvCache, Protected, Result, Step};
 use token_drop::*;
 
 fn message<T>(made: Result<T>) -> String {
@@ -25,6 +25,29 @@ fn budgets() {
     let window = PolicyCache::new(store(DType::F32), SnapKv::new(32).unwrap(), Budget::Tokens(16));
     assert!(message(window).contains("at least the 32 protected tokens"));
     assert!(message(make(Budget::Tokens(8)).unwrap().with_decode_step(Some(0))).contains("step"));
+}
+
+/// A budget that would be ignored is an error, and so is none where there must be one.
+#[test]
+fn a_policy_that_bounds_its_heads_takes_no_other_budget() {
+    let duo = || DuoAttention::new(vec![true, false], 4, 8).unwrap();
+    let make = |budget| PolicyCache::new(store(DType::F32), duo(), budget);
+    for budget in [Budget::Tokens(100), Budget::Ratio(0.5)] {
+        assert!(message(make(budget)).contains("bounds its heads itself"));
+    }
+    let mut cache = make(Budget::Policy).unwrap();
+    Input::random(1, 50).feed(&mut cache).unwrap();
+    assert_eq!(cache.positions().iter().map(Vec::len).collect::<Vec<_>>(), [12, 50]);
+    let wrapped = |budget| PolicyCache::new(store(DType::F32), AdaKv::new(duo()), budget);
+    assert!(message(wrapped(Budget::Tokens(100))).contains("bounds its heads itself"));
+    let boxed: Box<dyn EvictionPolicy> = Box::new(duo());
+    assert!(PolicyCache::new(store(DType::F32), boxed, Budget::Policy).is_ok());
+    let others: [Box<dyn EvictionPolicy>; 3] =
+        [Box::new(KNorm), Box::new(AdaKv::new(KNorm)), Box::new(H2o::default())];
+    for policy in others {
+        let made = PolicyCache::new(store(DType::F32), policy, Budget::Policy);
+        assert!(message(made).contains("tokens or a ratio"));
+    }
 }
 
 #[test]

@@ -2,7 +2,8 @@
 
 use longctx_core::{Error, EvictionPolicy, Held, Needs, Protected, Result};
 
-/// Keeps everything in retrieval heads, and sinks and the newest tokens in streaming heads. Needs [`Budget::Policy`](crate::Budget::Policy).
+/// Keeps everything in retrieval heads, and sinks and the newest tokens in streaming heads. Its cache takes
+/// [`Budget::Policy`](crate::Budget::Policy) and no other.
 #[derive(Debug, Clone)]
 pub struct DuoAttention {
     streaming: Vec<bool>,
@@ -67,6 +68,10 @@ impl EvictionPolicy for DuoAttention {
     fn budgets(&self, _: f64, _: usize, heads: usize) -> Vec<usize> {
         let budget = |streaming| if streaming { self.sinks + self.recent } else { usize::MAX };
         self.streaming.iter().copied().cycle().take(heads).map(budget).collect()
+    }
+
+    fn bounds_heads(&self) -> bool {
+        true
     }
 
     /// At 1 the streaming heads hold no more and no less than the published code's.

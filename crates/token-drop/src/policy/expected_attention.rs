@@ -17,19 +17,27 @@ const REMEMBERED: usize = 128;
 #[derive(Debug, Clone, Copy)]
 pub struct ExpectedAttention {
     sinks: usize,
+    group: Group,
 }
 
 impl Default for ExpectedAttention {
     /// 4 sinks, as kvpress has them.
     fn default() -> Self {
-        Self { sinks: 4 }
+        Self::new(4)
     }
 }
 
 impl ExpectedAttention {
     /// The first `sinks` tokens stay, and their queries, which are often outliers, don't count.
     pub fn new(sinks: usize) -> Self {
-        Self { sinks }
+        Self { sinks, group: Group::Mean }
+    }
+
+    /// How the expected attention of a group's query heads is joined; by default by its mean.
+    #[must_use]
+    pub fn with_group(mut self, group: Group) -> Self {
+        self.group = group;
+        self
     }
 
     fn score_head(&self, head: &HeldHead<'_>, queries: &[Queries], scale: f64) -> Result<Vec<f32>> {
@@ -47,7 +55,7 @@ impl ExpectedAttention {
         let expected: Vec<_> = queries.iter().map(of_query_head).collect::<Result<_>>()?;
         let norm = |value: &[f32]| value.iter().map(|x| x * x).sum::<f32>().sqrt();
         let norms = head.values.chunks_exact(d).skip(self.sinks).map(norm);
-        Ok(Group::Mean.join(&expected).into_iter().zip(norms).map(|(e, norm)| e * norm).collect())
+        Ok(self.group.join(&expected).into_iter().zip(norms).map(|(e, norm)| e * norm).collect())
     }
 }
 

@@ -10,6 +10,7 @@ use longctx_core::{EvictionPolicy, Held, Mass, Needs, Protected, Result};
 #[derive(Debug, Clone, Copy)]
 pub struct Finch {
     question: usize,
+    group: Group,
 }
 
 impl Finch {
@@ -19,7 +20,14 @@ impl Finch {
     /// [`Error::Setting`](longctx_core::Error::Setting) if there are none.
     pub fn new(question: usize) -> Result<Self> {
         check_window(question)?;
-        Ok(Self { question })
+        Ok(Self { question, group: Group::Mean })
+    }
+
+    /// How the scores of a group's query heads are joined; by default by their mean.
+    #[must_use]
+    pub fn with_group(mut self, group: Group) -> Self {
+        self.group = group;
+        self
     }
 }
 
@@ -31,9 +39,9 @@ impl EvictionPolicy for Finch {
 
     fn score(&self, held: &Held<'_>) -> Result<Vec<Vec<f32>>> {
         let scores = held.heads.iter().map(|head| {
-            let mut mean = Group::Mean.join(head.mass);
-            mean.truncate(head.positions.len().saturating_sub(self.question));
-            mean
+            let mut joined = self.group.join(head.mass);
+            joined.truncate(head.positions.len().saturating_sub(self.question));
+            joined
         });
         let lens: Vec<_> = held.heads.iter().map(|head| head.positions.len()).collect();
         Ok(end_with(scores.collect(), &lens))

@@ -6,7 +6,8 @@ use longctx_core::{EvictionPolicy, Held, Mass, Needs, Protected, Result};
 
 /// Keeps what the newest query attends to, averaged over all heads of the layer; at every decoded token one goes.
 ///
-/// As in kvpress, the newest token itself stays, and all heads keep the same tokens. The paper's code can drop the newest.
+/// As in kvpress, the newest token itself stays, and all heads keep the same tokens. The paper's code can drop the newest. There is no
+/// [`Group`] to choose: the heads that are averaged are not those of one kv head but all of them.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Tova;
 

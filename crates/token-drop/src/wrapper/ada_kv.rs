@@ -65,7 +65,7 @@ impl<P: EvictionPolicy> AdaKv<P> {
 }
 
 impl<P: EvictionPolicy> EvictionPolicy for AdaKv<P> {
-    forward!(needs, score, protects, budgets, rerotates, decode_step);
+    forward!(needs, score, protects, budgets, bounds_heads, rerotates, decode_step);
 
     fn is_over(&self, lens: &[usize], budgets: &[usize]) -> bool {
         let sum = |x: &[usize]| x.iter().fold(0usize, |sum, &x| sum.saturating_add(x));

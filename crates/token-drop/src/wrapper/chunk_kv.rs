@@ -27,7 +27,7 @@ impl<P: EvictionPolicy> ChunkKv<P> {
 }
 
 impl<P: EvictionPolicy> EvictionPolicy for ChunkKv<P> {
-    forward!(needs, score, protects, budgets, is_over, rerotates, decode_step);
+    forward!(needs, score, protects, budgets, bounds_heads, is_over, rerotates, decode_step);
 
     fn select(
         &self,

@@ -19,7 +19,7 @@ impl<P: EvictionPolicy> Rerotated<P> {
 }
 
 impl<P: EvictionPolicy> EvictionPolicy for Rerotated<P> {
-    forward!(needs, score, protects, budgets, is_over, select, decode_step);
+    forward!(needs, score, protects, budgets, bounds_heads, is_over, select, decode_step);
 
     fn rerotates(&self) -> bool {
         true

@@ -102,6 +102,11 @@ pub fn attention_over(text: &Input, positions: &[Vec<u32>], contiguous: bool) ->
     Tensor::cat(&outs, 1).unwrap()
 }
 
+/// So many tokens, unless the policy bounds its heads itself.
+pub fn budget(policy: &impl EvictionPolicy, tokens: usize) -> Budget {
+    if policy.bounds_heads() { Budget::Policy } else { Budget::Tokens(tokens) }
+}
+
 /// Every policy of the crate, with settings that fit budgets from 12 on.
 pub fn policies() -> Vec<(&'static str, Box<dyn EvictionPolicy>)> {
     vec![

@@ -1,0 +1,79 @@
+//! The query heads of a kv head are joined by their mean or their maximum, as the policy is told.
+
+mod common;
+
+use candle_core::Tensor;
+use common::*;
+use longctx_core::{AttentionShape, EvictionPolicy, Held, HeldHead};
+use token_drop::*;
+
+/// What each of two query heads gave to four entries, the last of which is the window's.
+const MASS: [[f32; 4]; 2] = [[3.0, 0.0, 1.0, 9.0], [0.0, 2.0, 1.5, 9.0]];
+
+/// The scores of the first three entries.
+fn scores(policy: &impl EvictionPolicy) -> Vec<f32> {
+    let shape = AttentionShape::new(2, 1, 4).unwrap();
+    let head = HeldHead {
+        positions: &[0, 1, 2, 3],
+        keys: Vec::new(),
+        values: Vec::new(),
+        mass: &MASS.map(Vec::from),
+        mass_queries: 1,
+        previous: &[0.0; 4],
+    };
+    let rope = rope();
+    let held =
+        Held { shape: &shape, rope: &rope, next_position: 4, queries: None, heads: vec![head] };
+    policy.score(&held).unwrap()[0][..3].to_vec()
+}
+
+#[test]
+fn attention_is_joined_by_mean_or_max() {
+    let snap_kv = SnapKv::new(1).unwrap().with_kernel(1).unwrap();
+    let (finch, h2o) = (Finch::new(1).unwrap(), H2o::default());
+    let mean = [1.5, 1.0, 1.25];
+    assert_eq!([scores(&snap_kv), scores(&finch), scores(&h2o)], [mean; 3]);
+    let max = Group::Max;
+    let joined = [
+        scores(&snap_kv.with_group(max)),
+        scores(&finch.with_group(max)),
+        scores(&h2o.with_group(max)),
+    ];
+    assert_eq!(joined, [[3.0, 2.0, 1.5]; 3]);
+}
+
+/// Expected attention of each query head alone, joined by hand.
+#[test]
+fn expected_attention_is_joined_by_mean_or_max() {
+    let text = Input::random(1, 60);
+    let (rope, group) = (rope(), HEADS / KV_HEADS);
+    let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let positions: Vec<u32> = (0..60).collect();
+    let score = |policy: ExpectedAttention, q: &Tensor| {
+        let shape = AttentionShape::new(q.dim(1).unwrap(), 1, DIM).unwrap();
+        let head = |x: &Tensor| numbers(&x.narrow(1, 0, 1).unwrap());
+        let head = HeldHead {
+            positions: &positions,
+            keys: head(&text.k),
+            values: head(&text.v),
+            mass: &[],
+            mass_queries: 0,
+            previous: &[],
+        };
+        let (queries, heads) = (Some(q), vec![head]);
+        let held = Held { shape: &shape, rope: &rope, next_position: 60, queries, heads };
+        policy.score(&held).unwrap().remove(0)
+    };
+    let policy = ExpectedAttention::new(0);
+    let alone: Vec<_> =
+        (0..group).map(|h| score(policy, &text.q.narrow(1, h, 1).unwrap())).collect();
+    let together = text.q.narrow(1, 0, group).unwrap();
+    for group in [Group::Mean, Group::Max] {
+        let joined = score(policy.with_group(group), &together);
+        for (i, score) in joined.into_iter().enumerate() {
+            let (a, b) = (alone[0][i], alone[1][i]);
+            let expected = if group == Group::Mean { (a + b) / 2.0 } else { a.max(b) };
+            assert!((score - expected).abs() <= 1e-5 * expected, "{group:?}: {score}, {expected}");
+        }
+    }
+}
