@@ -7,7 +7,6 @@
 //! reads the prompt for itself, in chunks, which takes as many prefills as there are caches.
 
 mod cell;
-mod fan;
 mod plot;
 mod report;
 
@@ -21,11 +20,11 @@ use base_models::{LoadOptions, Pretrained};
 use candle_core::{Device, Tensor};
 use cell::{Cell, Equal, POLICIES, Store};
 use clap::Parser;
-use fan::Fan;
 use indicatif::{ProgressBar, ProgressStyle};
 use longctx_core::{CausalLm, Footprint, KvCache, LayerShape, Logits};
 use longctx_eval::Haystack;
 use longctx_eval::needle::{Needle, Sample, score};
+use longctx_examples::fan::Fan;
 use longctx_examples::model;
 use report::Row;
 use serde::Serialize;
@@ -63,6 +62,9 @@ struct Args {
     /// Where to save the table and the plot, and under which name
     #[arg(long, default_value = "results/trade_off")]
     out: PathBuf,
+    /// Draw the plot of a table that was saved as JSON again, and do nothing else
+    #[arg(long)]
+    redraw: Option<PathBuf>,
     /// Save the prompts, their tokens and their keys, as JSON here, and do nothing else
     #[arg(long)]
     save_prompts: Option<PathBuf>,
@@ -71,6 +73,9 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     ensure!(!args.depths.is_empty(), "at least one depth");
+    if let Some(table) = &args.redraw {
+        return plot::save(&report::open(table)?, &args.out.with_extension("svg"));
+    }
     let name = match &args.model {
         Some(name) => name.clone(),
         None => model::smollm2()?.display().to_string(),

@@ -1,62 +1,115 @@
-//! Quality against bytes, one line per policy and store.
+//! Quality against bytes: a panel for each policy, a line for each store.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
+use plotters::coord::Shift;
+use plotters::element::{DashedPathElement, DynElement, IntoDynElement};
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::report::Row;
+
+/// Colours of Okabe and Ito, which differ for the colour-blind too; each store has a marker of its own, for prints in grey.
+const STORES: [(&str, RGBColor); 3] = [
+    ("f16", RGBColor(0, 114, 178)),
+    ("kivi-4", RGBColor(213, 94, 0)),
+    ("kivi-2", RGBColor(0, 158, 115)),
+];
+const INK: RGBColor = RGBColor(60, 60, 60);
+const FAINT: RGBColor = RGBColor(228, 228, 228);
+const PANEL: (u32, u32) = (360, 250);
+const LEGEND: u32 = 44;
+
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// Draws the rows of the longest prompts as an SVG file.
 pub fn save(rows: &[Row], path: &Path) -> Result<()> {
     let longest = rows.iter().map(|row| row.tokens).max().unwrap_or(0);
-    let mut lines: BTreeMap<(&str, &str), Vec<(f64, f64)>> = BTreeMap::new();
-    for row in rows.iter().filter(|row| row.tokens == longest) {
-        let line = lines.entry((&row.policy, row.store)).or_default();
-        line.push((row.bytes as f64 / 1e6, row.quality()));
+    let rows: Vec<_> = rows.iter().filter(|row| row.tokens == longest).collect();
+    let mut policies: Vec<&str> = Vec::new();
+    for row in rows.iter().filter(|row| row.policy != "dense") {
+        if !policies.contains(&&*row.policy) {
+            policies.push(&row.policy);
+        }
     }
-    let bytes = || lines.values().flatten().map(|point| point.0);
-    let (least, most) = (bytes().fold(f64::MAX, f64::min), bytes().fold(0.0, f64::max));
-    let area = SVGBackend::new(path, (900, 560)).into_drawing_area();
+    let columns = (policies.len() as f64).sqrt().ceil().max(1.0) as usize;
+    let lines = policies.len().div_ceil(columns).max(1);
+    let size = (PANEL.0 * columns as u32, LEGEND + PANEL.1 * lines as u32);
+    let area = SVGBackend::new(path, size).into_drawing_area();
     area.fill(&WHITE)?;
-    let title = format!("Needle test, {longest} tokens: share of the key found");
-    let mut chart = ChartBuilder::on(&area)
-        .caption(title, ("sans-serif", 20))
-        .margin(12)
-        .x_label_area_size(40)
-        .y_label_area_size(50)
-        .build_cartesian_2d((least * 0.9..most * 1.1).log_scale(), 0.0..1.02)?;
-    chart.configure_mesh().x_desc("MB of keys and values held").y_desc("share found").draw()?;
-    let policies: Vec<&str> = {
-        let mut names: Vec<_> = lines.keys().map(|(policy, _)| *policy).collect();
-        names.dedup();
-        names
-    };
-    for ((policy, store), mut points) in lines {
-        points.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let number = policies.iter().position(|name| *name == policy).unwrap_or(0);
-        let color = Palette99::pick(number).to_rgba();
-        // Fewer bits, larger dots.
-        let size = match store {
-            "kivi-2" => 7,
-            "kivi-4" => 5,
-            _ => 3,
-        };
-        chart
-            .draw_series(LineSeries::new(points.iter().copied(), color.stroke_width(1)))?
-            .label(format!("{policy}, {store}"))
-            .legend(move |(x, y)| Circle::new((x + 8, y), size, color.stroke_width(1)));
-        let dots = points.iter().map(|&point| Circle::new(point, size, color.stroke_width(1)));
-        chart.draw_series(dots)?;
+    let (top, below) = area.split_vertically(LEGEND);
+    legend(&top, &rows)?;
+    for (panel, policy) in below.split_evenly((lines, columns)).iter().zip(policies) {
+        draw(panel, policy, &rows)?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK)
-        .draw()?;
     area.present()?;
     println!("Drawn as {}.", path.display());
     Ok(())
+}
+
+/// The stores that occur, in a row; and how the dense cache is shown.
+fn legend(area: &Area<'_>, rows: &[&Row]) -> Result<()> {
+    let text = ("sans-serif", 14).into_font().color(&INK).pos(Pos::new(HPos::Left, VPos::Center));
+    let (mut x, y) = (56, 24);
+    let there = STORES.iter().filter(|(name, _)| rows.iter().any(|row| row.store == *name));
+    for &(name, color) in there {
+        area.draw(&PathElement::new([(x, y), (x + 28, y)], color.stroke_width(2)))?;
+        area.draw(&marker(name, (x + 14, y), color))?;
+        area.draw(&Text::new(name.to_owned(), (x + 35, y), text.clone()))?;
+        x += 100;
+    }
+    area.draw(&DashedPathElement::new([(x, y), (x + 28, y)], 4, 3, INK.stroke_width(1)))?;
+    area.draw(&Text::new("dense, f16", (x + 35, y), text))?;
+    Ok(())
+}
+
+/// One policy's panel. Bytes are drawn by their logarithm, a step for each doubling.
+fn draw(area: &Area<'_>, policy: &str, rows: &[&Row]) -> Result<()> {
+    let x = |row: &Row| (row.bytes as f64 / 1e6).log2();
+    let least = rows.iter().map(|row| x(row)).fold(f64::MAX, f64::min);
+    let most = rows.iter().map(|row| x(row)).fold(f64::MIN, f64::max);
+    let mut chart = ChartBuilder::on(area)
+        .caption(policy, ("sans-serif", 15).into_font().color(&INK))
+        .margin(8)
+        .x_label_area_size(38)
+        .y_label_area_size(48)
+        .build_cartesian_2d(least - 0.25..most + 0.25, -0.04..1.04)?;
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(FAINT)
+        .axis_style(INK)
+        .x_labels(6)
+        .y_labels(5)
+        .x_label_formatter(&|x| format!("{}", 2f64.powf(*x)))
+        .label_style(("sans-serif", 12).into_font().color(&INK))
+        .x_desc("MB held")
+        .y_desc("share of the key found")
+        .draw()?;
+    if let Some(dense) = rows.iter().find(|row| row.policy == "dense") {
+        let ends = [(least - 0.25, dense.quality()), (most + 0.25, dense.quality())];
+        chart.draw_series([DashedPathElement::new(ends, 4, 3, INK.stroke_width(1))])?;
+    }
+    for (store, color) in STORES {
+        let of_line = rows.iter().filter(|row| row.policy == policy && row.store == store);
+        let mut points: Vec<_> = of_line.map(|row| (x(row), row.quality())).collect();
+        points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        chart.draw_series(LineSeries::new(points.iter().copied(), color.stroke_width(2)))?;
+        chart.draw_series(points.into_iter().map(|point| marker(store, point, color)))?;
+    }
+    Ok(())
+}
+
+fn marker<'a, C: Clone + 'static>(
+    store: &str,
+    at: C,
+    color: RGBColor,
+) -> DynElement<'static, SVGBackend<'a>, C> {
+    match store {
+        "f16" => Circle::new(at, 4, color.filled()).into_dyn(),
+        "kivi-4" => TriangleMarker::new(at, 6, color.filled()).into_dyn(),
+        _ => Cross::new(at, 4, color.stroke_width(2)).into_dyn(),
+    }
 }

@@ -7,16 +7,16 @@ use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use longctx_core::Footprint;
 use longctx_eval::needle::Score;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::cell::Cell;
 
 /// What one cell of the sweep did.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Row {
     pub tokens: usize,
     pub policy: String,
-    pub store: &'static str,
+    pub store: String,
     pub share: f64,
     /// Tokens per kv head that may be held.
     pub budget: usize,
@@ -36,7 +36,7 @@ impl Row {
         Self {
             tokens,
             policy: cell.policy.clone(),
-            store: cell.store.name(),
+            store: cell.store.name().into(),
             share: cell.share,
             budget: cell.budget.min(tokens),
             tried: 0,
@@ -69,7 +69,7 @@ pub fn print(rows: &[Row]) {
     for row in rows {
         table.add_row([
             row.policy.clone(),
-            row.store.into(),
+            row.store.clone(),
             format!("{:.4}", row.share),
             row.budget.to_string(),
             format!("{:.2} MB", row.bytes as f64 / 1e6),
@@ -93,4 +93,10 @@ pub fn save(rows: &[Row], name: &Path) -> Result<()> {
     rows.iter().try_for_each(|row| csv.serialize(row))?;
     csv.flush()?;
     Ok(())
+}
+
+/// The rows of a `NAME.json`.
+pub fn open(path: &Path) -> Result<Vec<Row>> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    serde_json::from_str(&text).with_context(|| path.display().to_string())
 }

@@ -1,3 +1,5 @@
+//! Many caches on the cost of one prefill.
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
