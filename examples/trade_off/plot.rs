@@ -40,8 +40,11 @@ pub fn save(rows: &[Row], path: &Path) -> Result<()> {
     area.fill(&WHITE)?;
     let (top, below) = area.split_vertically(LEGEND);
     legend(&top, &rows)?;
-    for (panel, policy) in below.split_evenly((lines, columns)).iter().zip(policies) {
-        draw(panel, policy, &rows)?;
+    for (i, (panel, policy)) in
+        below.split_evenly((lines, columns)).iter().zip(&policies).enumerate()
+    {
+        let outer = Outer { left: i % columns == 0, bottom: i + columns >= policies.len() };
+        draw(panel, policy, &rows, outer)?;
     }
     area.present()?;
     println!("Drawn as {}.", path.display());
@@ -64,37 +67,44 @@ fn legend(area: &Area<'_>, rows: &[&Row]) -> Result<()> {
     Ok(())
 }
 
-/// One policy's panel. Bytes are drawn by their logarithm, a step for each doubling.
-fn draw(area: &Area<'_>, policy: &str, rows: &[&Row]) -> Result<()> {
-    let x = |row: &Row| (row.bytes as f64 / 1e6).log2();
-    let least = rows.iter().map(|row| x(row)).fold(f64::MAX, f64::min);
-    let most = rows.iter().map(|row| x(row)).fold(f64::MIN, f64::max);
+/// Where a panel has no neighbour: there its axis is named.
+struct Outer {
+    left: bool,
+    bottom: bool,
+}
+
+/// One policy's panel. Bytes are drawn by their logarithm, with a tick at each doubling.
+fn draw(area: &Area<'_>, policy: &str, rows: &[&Row], outer: Outer) -> Result<()> {
+    let bytes = || rows.iter().map(|row| row.bytes as f64 / 1e6);
+    let least = bytes().fold(f64::MAX, f64::min) * 0.85;
+    let most = bytes().fold(f64::MIN, f64::max) * 1.15;
     let mut chart = ChartBuilder::on(area)
         .caption(policy, ("sans-serif", 15).into_font().color(&INK))
         .margin(8)
         .x_label_area_size(38)
         .y_label_area_size(48)
-        .build_cartesian_2d(least - 0.25..most + 0.25, -0.04..1.04)?;
+        .build_cartesian_2d((least..most).log_scale().base(2.0), -0.04..1.04)?;
     chart
         .configure_mesh()
         .disable_x_mesh()
         .light_line_style(TRANSPARENT)
         .bold_line_style(FAINT)
         .axis_style(INK)
-        .x_labels(6)
         .y_labels(5)
-        .x_label_formatter(&|x| format!("{}", 2f64.powf(*x)))
+        .x_labels(8)
+        .x_label_formatter(&|x| format!("{}", (x * 1e3).round() / 1e3))
         .label_style(("sans-serif", 12).into_font().color(&INK))
-        .x_desc("MB held")
-        .y_desc("share of the key found")
+        .x_desc(if outer.bottom { "MB held" } else { "" })
+        .y_desc(if outer.left { "share of the key found" } else { "" })
         .draw()?;
     if let Some(dense) = rows.iter().find(|row| row.policy == "dense") {
-        let ends = [(least - 0.25, dense.quality()), (most + 0.25, dense.quality())];
+        let ends = [(least, dense.quality()), (most, dense.quality())];
         chart.draw_series([DashedPathElement::new(ends, 4, 3, INK.stroke_width(1))])?;
     }
     for (store, color) in STORES {
         let of_line = rows.iter().filter(|row| row.policy == policy && row.store == store);
-        let mut points: Vec<_> = of_line.map(|row| (x(row), row.quality())).collect();
+        let mut points: Vec<_> =
+            of_line.map(|row| (row.bytes as f64 / 1e6, row.quality())).collect();
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
         chart.draw_series(LineSeries::new(points.iter().copied(), color.stroke_width(2)))?;
         chart.draw_series(points.into_iter().map(|point| marker(store, point, color)))?;
