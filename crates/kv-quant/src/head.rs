@@ -8,6 +8,7 @@ use crate::number::{Number, to_f16};
 use crate::quantize::Quantizer;
 use crate::residual::Residual;
 use crate::rotary::Rotary;
+use crate::words::Scratch;
 use crate::{Axis, Error, Format, KeyBasis, Packed, Result};
 
 /// One kv head's keys and values.
@@ -412,7 +413,7 @@ fn pack(
 /// New chunks of the rows in the given slots.
 fn gather(chunks: &[Packed], slots: impl Iterator<Item = usize>) -> Result<Vec<Packed>> {
     let mut gathered: Vec<Packed> = Vec::new();
-    let codes = &mut Vec::new();
+    let (codes, scratch) = (&mut Vec::new(), &mut Scratch::default());
     for slot in slots {
         let size = chunks[0].capacity();
         let from = &chunks[slot / size];
@@ -420,7 +421,7 @@ fn gather(chunks: &[Packed], slots: impl Iterator<Item = usize>) -> Result<Vec<P
             gathered.push(Packed::new(size, from.columns(), from.scheme(), from.lanes)?);
         }
         if let Some(last) = gathered.last_mut() {
-            last.push_packed(from, slot % size, codes);
+            last.push_packed(from, slot % size, codes, scratch);
         }
     }
     Ok(gathered)

@@ -25,6 +25,7 @@ mod quantize;
 mod residual;
 mod rotary;
 mod vector;
+mod words;
 
 #[cfg(feature = "candle")]
 mod candle;

@@ -4,6 +4,7 @@ use crate::array::Array;
 use crate::format::Plane;
 use crate::number::{Number, to_f16};
 use crate::quantize::Quantizer;
+use crate::words::{self, Scratch};
 use crate::{Axis, Error, Result, Scheme};
 use half::f16;
 
@@ -130,8 +131,9 @@ impl Packed {
                 return Err(at_row(e, self.rows - start));
             }
             self.store_params(quantizer);
-            for (r, codes) in quantizer.codes.chunks_exact(self.columns).enumerate() {
-                self.store_codes(self.rows + r, codes);
+            let Quantizer { codes, scratch, .. } = &mut *quantizer;
+            for (r, codes) in codes.chunks_exact(self.columns).enumerate() {
+                self.store_codes(self.rows + r, codes, scratch);
             }
             self.rows += rows.len() / self.columns;
         }
@@ -157,27 +159,28 @@ impl Packed {
         }
     }
 
-    fn store_codes(&mut self, row: usize, codes: &[u8]) {
+    fn store_codes(&mut self, row: usize, codes: &[u8], scratch: &mut Scratch) {
+        let Scratch { padded, joined } = scratch;
+        padded.clear();
+        padded.extend_from_slice(codes);
+        padded.resize(codes.len().next_multiple_of(PANEL), 0);
         let mut plane_start = 0;
         for &plane in self.scheme.bits.planes() {
-            let (per_word, mask) = (plane.per_word(), plane.mask());
+            let words = self.words(plane);
             match self.lanes {
                 Axis::Tokens => {
                     let first = plane_start + self.line_in_plane(plane, row, 0);
                     let width = self.panel_width(row / PANEL);
+                    joined.resize(words, 0);
+                    words::join(padded, plane, joined);
                     let lines = self.codes[first..].iter_mut().step_by(width);
-                    for (line, codes) in lines.zip(codes.chunks(per_word)) {
-                        line[row % 16] = join(codes, plane);
-                    }
+                    lines.zip(&*joined).for_each(|(line, word)| line[row % 16] = *word);
                 }
                 Axis::Channels => {
-                    let shift = row % per_word * plane.bits;
-                    for (first, codes) in (0..).step_by(16).zip(codes.chunks(16)) {
-                        let line = plane_start + self.line_in_plane(plane, first, row / per_word);
-                        for (word, &code) in self.codes[line].iter_mut().zip(codes) {
-                            *word |= (u32::from(code) >> plane.shift & mask) << shift;
-                        }
-                    }
+                    let (word, step) = (row / plane.per_word(), row % plane.per_word());
+                    let lines = plane_start..plane_start + self.plane_lines(plane);
+                    let lines = &mut self.codes[lines];
+                    words::spread(padded, plane, word, words, step * plane.bits, lines);
                 }
             }
             plane_start += self.plane_lines(plane);
@@ -185,10 +188,16 @@ impl Packed {
     }
 
     /// Appends a row of a matrix of the same columns and scheme, along channels, as it lies: nothing is quantized anew.
-    pub(crate) fn push_packed(&mut self, from: &Self, row: usize, codes: &mut Vec<u8>) {
+    pub(crate) fn push_packed(
+        &mut self,
+        from: &Self,
+        row: usize,
+        codes: &mut Vec<u8>,
+        scratch: &mut Scratch,
+    ) {
         codes.resize(self.columns, 0);
         from.unpack_row(row, codes);
-        self.store_codes(self.rows, codes);
+        self.store_codes(self.rows, codes, scratch);
         for group in 0..self.columns.div_ceil(self.scheme.group) {
             let (to, at) = (group * self.capacity + self.rows, group * from.capacity + row);
             self.scales[to] = from.scales[at];
@@ -346,26 +355,6 @@ impl Packed {
     pub fn bytes(&self) -> (usize, usize) {
         (size_of_val(&*self.codes), size_of_val(&*self.scales) + size_of_val(&*self.zeros))
     }
-}
-
-/// The word of up to `per_word` codes, eight of them at a time: neighbours move together, then pairs, then fours.
-fn join(codes: &[u8], Plane { bits, shift }: Plane) -> u32 {
-    let (ones, pairs, fours) =
-        (0x0101_0101_0101_0101, 0x0001_0001_0001_0001, 0x0000_0001_0000_0001);
-    let mask = |bits: usize| (1u64 << bits) - 1;
-    if let (8, Ok(bytes)) = (bits, codes.try_into()) {
-        return u32::from_le_bytes(bytes);
-    }
-    let mut word = 0;
-    for (i, codes) in codes.chunks(8).enumerate() {
-        let mut bytes = [0; 8];
-        bytes[..codes.len()].copy_from_slice(codes);
-        let x = (u64::from_le_bytes(bytes) >> shift) & (ones * mask(bits));
-        let x = (x | x >> (8 - bits)) & (pairs * mask(2 * bits));
-        let x = (x | x >> (16 - 2 * bits)) & (fours * mask(4 * bits));
-        word |= (x | x >> (32 - 4 * bits)) << (8 * bits * i);
-    }
-    word as u32
 }
 
 /// The error with its row counted from `start` rows earlier.

@@ -6,6 +6,7 @@
 
 use crate::kernel::widen;
 use crate::vector::{lanes, wide};
+use crate::words::Scratch;
 use crate::{Axis, Error, Result, Scheme};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -19,6 +20,7 @@ pub struct Quantizer {
     min: Vec<f32>,
     max: Vec<f32>,
     scale: Vec<f32>,
+    pub(crate) scratch: Scratch,
     /// One code per number of the rows last given to [`group_rows`](Self::group_rows).
     pub codes: Vec<u8>,
     /// One scale per group of these rows.

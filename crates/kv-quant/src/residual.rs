@@ -44,7 +44,9 @@ impl Residual {
 
     /// The oldest `count` rows, one after the other.
     pub fn oldest(&self, count: usize) -> Vec<f16> {
-        (0..count).flat_map(|i| self.row(i)).copied().collect()
+        let mut rows = Vec::with_capacity(count * self.columns);
+        (0..count).for_each(|i| rows.extend_from_slice(self.row(i)));
+        rows
     }
 
     /// Appends rows.

@@ -1,0 +1,69 @@
+//! Codes into the words of a packed matrix, a row at a time.
+
+use crate::format::Plane;
+use crate::packed::{Line, PANEL};
+use crate::vector::wide;
+use pulp::{Arch, Simd, WithSimd};
+
+/// Scratch space of packing.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// A row's codes, and zeros up to a whole panel.
+    pub padded: Vec<u8>,
+    /// A lane's words.
+    pub joined: Vec<u32>,
+}
+
+wide! {
+    /// A lane's words: `32 / bits` codes in each, the first in the lowest bits. There are as many codes as the words hold.
+    fn join(codes: &'a [u8], plane: Plane, words: &'a mut [u32]) -> () {
+        match plane.bits {
+            1 => join_bits::<1, 32>(codes, plane.shift, words),
+            2 => join_bits::<2, 16>(codes, plane.shift, words),
+            4 => join_bits::<4, 8>(codes, plane.shift, words),
+            _ => join_bits::<8, 4>(codes, plane.shift, words),
+        }
+    }
+}
+
+/// Eight codes at a time: neighbours move together, then pairs, then fours.
+#[inline(always)]
+fn join_bits<const BITS: usize, const PER_WORD: usize>(
+    codes: &[u8],
+    shift: usize,
+    words: &mut [u32],
+) {
+    const fn mask(bits: usize) -> u64 {
+        (1 << bits) - 1
+    }
+    for (word, codes) in words.iter_mut().zip(codes.as_chunks::<PER_WORD>().0) {
+        if let (8, Ok(bytes)) = (BITS, codes[..].try_into()) {
+            *word = u32::from_le_bytes(bytes);
+            continue;
+        }
+        let mut joined = 0;
+        for (i, codes) in codes.as_chunks().0.iter().enumerate() {
+            let x = u64::from_le_bytes(*codes) >> shift & (0x0101_0101_0101_0101 * mask(BITS));
+            let x = (x | x >> (8 - BITS)) & (0x0001_0001_0001_0001 * mask(2 * BITS));
+            let x = (x | x >> (16 - 2 * BITS)) & (0x0000_0001_0000_0001 * mask(4 * BITS));
+            joined |= (x | x >> (32 - 4 * BITS)) << (8 * BITS * i);
+        }
+        *word = joined as u32;
+    }
+}
+
+wide! {
+    /// Puts a code into a word of each lane, at bit `at`, where there are zeros. `codes` has one for each lane of `lines`: all lines of a plane,
+    /// `words` words to a lane.
+    fn spread(codes: &'a [u8], plane: Plane, word: usize, words: usize, at: usize, lines: &'a mut [Line]) -> () {
+        for (panel, codes) in lines.chunks_mut(2 * words).zip(codes.chunks(PANEL)) {
+            let width = panel.len() / words;
+            let lines = panel[word * width..][..width].iter_mut();
+            for (line, codes) in lines.zip(codes.as_chunks::<16>().0) {
+                for (word, &code) in line.iter_mut().zip(codes) {
+                    *word |= (u32::from(code) >> plane.shift & plane.mask()) << at;
+                }
+            }
+        }
+    }
+}
