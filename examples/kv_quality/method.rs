@@ -24,8 +24,16 @@ pub const METHODS: &[Method] = &[
     Method { name: "KIVI-4, before RoPE", cache: |l| boxed(cache(l, before_rope(Bits::Four))) },
     Method { name: "KIVI-2, before RoPE", cache: |l| boxed(cache(l, before_rope(Bits::Two))) },
     Method {
+        name: "KIVI-4, 4 sinks",
+        cache: |l| boxed(sinks(cache(l, kivi(Bits::Four, Bits::Four)))),
+    },
+    Method {
         name: "KIVI-2, 4 sinks",
         cache: |l| boxed(sinks(cache(l, kivi(Bits::Two, Bits::Two)))),
+    },
+    Method {
+        name: "KIVI-2, before RoPE, 4 sinks",
+        cache: |l| boxed(sinks(cache(l, before_rope(Bits::Two)))),
     },
     Method { name: "FlexGen-4, 4 sinks", cache: |l| boxed(sinks(first(l, flexgen(Bits::Four)))) },
     Method { name: "FlexGen-3", cache: |l| boxed(first(l, flexgen(Bits::Three))) },
@@ -41,13 +49,22 @@ pub const METHODS: &[Method] = &[
         name: "KIVI, keys 2, values 4",
         cache: |l| boxed(cache(l, kivi(Bits::Two, Bits::Four))),
     },
+    Method {
+        name: "KIVI, 4 in the first and last 2 layers, else 2",
+        cache: |l| {
+            let edge = l.layer < 2 || l.layer + 2 >= l.layers;
+            let bits = if edge { Bits::Four } else { Bits::Two };
+            boxed(cache(l, kivi(bits, bits)))
+        },
+    },
     Method { name: "FlexGen-4, after attention", cache: |l| boxed(cache(l, flexgen(Bits::Four))) },
     Method {
         name: "FlexGen-4, newest 128 in f16",
-        cache: |l| {
-            let scheme = Scheme::new(Bits::Four, Axis::Channels, 64)?;
-            boxed(cache(l, Format::new(scheme, scheme, Flush::Staggered(128))))
-        },
+        cache: |l| boxed(cache(l, with_newest(Bits::Four))),
+    },
+    Method {
+        name: "FlexGen-3, Hadamard, newest 128 in f16",
+        cache: |l| boxed(cache(l, Ok(with_newest(Bits::Three)?.with_basis(KeyBasis::Hadamard)))),
     },
 ];
 
@@ -67,6 +84,12 @@ fn flexgen(bits: Bits) -> kv_quant::Result<Format> {
 
 fn hadamard(bits: Bits) -> kv_quant::Result<Format> {
     Ok(flexgen(bits)?.with_basis(KeyBasis::Hadamard))
+}
+
+/// FlexGen's groups with KIVI's residual.
+fn with_newest(bits: Bits) -> kv_quant::Result<Format> {
+    let scheme = Scheme::new(bits, Axis::Channels, 64)?;
+    Format::new(scheme, scheme, Flush::Staggered(128))
 }
 
 fn boxed(cache: Result<QuantCache>) -> Result<Box<dyn KvCache>> {
