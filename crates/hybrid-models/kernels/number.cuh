@@ -7,10 +7,17 @@ namespace hybrid {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
-__device__ __forceinline__ float number(const __half* p, long long i) { return __half2float(p[i]); }
-__device__ __forceinline__ float number(const __nv_bfloat16* p, long long i) { return __bfloat162float(p[i]); }
-__device__ __forceinline__ void put(__half* p, long long i, float x) { p[i] = __float2half_rn(x); }
-__device__ __forceinline__ void put(__nv_bfloat16* p, long long i, float x) { p[i] = __float2bfloat16_rn(x); }
+__device__ __forceinline__ float number(float x) { return x; }
+__device__ __forceinline__ float number(__half x) { return __half2float(x); }
+__device__ __forceinline__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class T>
+__device__ __forceinline__ T rounded(float x);
+template <>
+__device__ __forceinline__ float rounded<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ __half rounded<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
 // 2^x to 2 units in the last place.
 __device__ __forceinline__ float exp2_of(float x) {
@@ -18,10 +25,36 @@ __device__ __forceinline__ float exp2_of(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+__device__ __forceinline__ float exp_of(float x) { return exp2_of(x * LOG2_E); }
 
-// Beyond 20, softplus is its argument in f32.
-__device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(exp2_of(x * LOG2_E)); }
+__device__ __forceinline__ float inverse(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + exp2_of(-x * LOG2_E)); }
+// Beyond 20, softplus is its argument in f32; below -8, the logarithm's series keeps what 1 + e^x would round away.
+__device__ __forceinline__ float softplus(float x) {
+    const float e = exp_of(x);
+    const float y = x < -8.f ? e * fmaf(e, -0.5f, 1.f) : 0.6931471805599453f * __log2f(1.f + e);
+    return x > 20.f ? x : y;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return inverse(1.f + exp_of(-x)); }
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+// With the tanh: x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
+__device__ __forceinline__ float gelu(float x) { return x * sigmoid(1.5957691216057308f * fmaf(0.044715f * x * x, x, x)); }
+
+// RWKV-6's decay e^-e^x, RWKV-7's e^(-e^(-1/2) sigmoid(x)).
+__device__ __forceinline__ float forget6(float x) { return exp_of(-exp_of(x)); }
+__device__ __forceinline__ float forget7(float x) { return exp2_of(-0.6065306597126334f * LOG2_E * sigmoid(x)); }
+
+// The entry points NAME_f16, NAME_bf16 and NAME_f32 of `kernel<T>(Args)`.
+#define ENTRY(name, threads, kernel, Args, kind, T) \
+    extern "C" __global__ void __launch_bounds__(threads) name##_##kind(Args p) { kernel<T>(p); }
+#define ENTRIES(name, threads, kernel, Args)           \
+    ENTRY(name, threads, kernel, Args, f16, __half)         \
+    ENTRY(name, threads, kernel, Args, bf16, __nv_bfloat16) \
+    ENTRY(name, threads, kernel, Args, f32, float)
 
 }  // namespace hybrid

@@ -1,0 +1,5 @@
+#include "conv.cuh"
+
+namespace hybrid {
+ENTRIES(conv, CONV_THREADS, conv, Conv)
+}

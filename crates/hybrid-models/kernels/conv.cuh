@@ -1,0 +1,124 @@
+// The causal depthwise convolution before a recurrence, with its bias and SiLU, prefill and decode. Its state moves on in place.
+//
+// A thread takes 8 neighbouring channels (16 bytes a token) through RUN tokens; the inputs under the taps stay in registers.
+#pragma once
+#include "args.cuh"
+#include "number.cuh"
+
+namespace hybrid {
+
+constexpr int CONV_THREADS = 128, CONV_LANE = 8, CONV_CHANNELS = 32 * CONV_LANE, CONV_RUN = 16, CONV_TOKENS = CONV_RUN * CONV_THREADS / 32;
+
+template <class T, int V>
+struct Vector;
+template <class T>
+struct Vector<T, 1> {
+    T x;
+};
+template <>
+struct __align__(16) Vector<__half, 8> {
+    __half x[8];
+};
+template <>
+struct __align__(16) Vector<__nv_bfloat16, 8> {
+    __nv_bfloat16 x[8];
+};
+template <>
+struct __align__(16) Vector<float, 8> {
+    float x[8];
+};
+template <class T, int V>
+__device__ __forceinline__ void load(const T* from, float (&to)[V]) {
+    const Vector<T, V> v = *reinterpret_cast<const Vector<T, V>*>(from);
+#pragma unroll
+    for (int i = 0; i < V; i++) to[i] = number(((const T*)&v)[i]);
+}
+template <class T, int V>
+__device__ __forceinline__ void store(T* to, const float (&from)[V]) {
+    Vector<T, V> v;
+#pragma unroll
+    for (int i = 0; i < V; i++) ((T*)&v)[i] = rounded<T>(from[i]);
+    *reinterpret_cast<Vector<T, V>*>(to) = v;
+}
+
+// V channels from `channel` on, at most TAPS taps; of more than there are, the oldest have weight 0.
+template <class T, int V, int TAPS>
+__device__ void conv_channels(const Conv& p, int channel, int start) {
+    constexpr int PAST = TAPS - 1, AHEAD = 4;
+    const int past = p.taps - 1, entry = blockIdx.z;
+    const long long row = (long long)entry * p.tokens;
+    const T* x = (const T*)p.x + row * p.x_row + channel;
+    T* y = (T*)p.y + row * p.y_row + channel;
+    float* state = p.state + (long long)entry * past * p.channels + channel;
+
+    float weight[TAPS][V], bias[V], in[PAST + AHEAD][V];
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        bias[i] = p.bias ? p.bias[channel + i] : 0.f;
+#pragma unroll
+        for (int j = 0; j < TAPS; j++) {
+            const int tap = j - (TAPS - p.taps);
+            weight[j][i] = tap >= 0 ? p.weight[(long long)tap * p.channels + channel + i] : 0.f;
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < PAST; j++) {
+        const int t = start - PAST + j;
+        if (t >= 0) {
+            load<T, V>(x + (long long)t * p.x_row, in[j]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < V; i++) in[j][i] = t + past >= 0 ? state[(long long)(t + past) * p.channels + i] : 0.f;
+        }
+    }
+    const int end = min(start + CONV_RUN, p.tokens);
+    for (int t = start; t < end; t += AHEAD) {
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) load<T, V>(x + (long long)min(t + a, p.tokens - 1) * p.x_row, in[PAST + a]);
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            float sum[V];
+#pragma unroll
+            for (int i = 0; i < V; i++) {
+                sum[i] = bias[i];
+#pragma unroll
+                for (int j = 0; j < TAPS; j++) sum[i] = fmaf(weight[j][i], in[a + j][i], sum[i]);
+                if (p.silu) sum[i] = silu(sum[i]);
+            }
+            if (t + a < end) store<T, V>(y + (long long)(t + a) * p.y_row, sum);
+        }
+#pragma unroll
+        for (int j = 0; j < PAST; j++) {
+#pragma unroll
+            for (int i = 0; i < V; i++) in[j][i] = in[j + AHEAD][i];
+        }
+    }
+    if (start > 0) return;
+    // Only this thread has read these channels' state. Rows move towards the front, so that none is overwritten before it is read.
+    for (int j = 0; j < past; j++) {
+        const int t = p.tokens - past + j;
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            state[(long long)j * p.channels + i] = t >= 0 ? number(x[(long long)t * p.x_row + i]) : state[(long long)(t + past) * p.channels + i];
+        }
+    }
+}
+
+// Grid (channels / CONV_CHANNELS, tokens / CONV_TOKENS, batch), both rounded up; CONV_THREADS threads.
+template <class T>
+__device__ void conv(const Conv& p) {
+    const int lane = threadIdx.x % 32, first = blockIdx.x * CONV_CHANNELS;
+    const int start = blockIdx.y * CONV_TOKENS + threadIdx.x / 32 * CONV_RUN;
+    if (start >= p.tokens) return;
+    const bool aligned = ((size_t)p.x | (size_t)p.y) % 16 == 0 && (p.x_row | p.y_row | p.channels) % CONV_LANE == 0;
+    if (aligned && p.taps == 4) {
+        const int channel = first + lane * CONV_LANE;
+        if (channel < p.channels) conv_channels<T, CONV_LANE, 4>(p, channel, start);
+        return;
+    }
+    for (int channel = first + lane; channel < min(first + CONV_CHANNELS, p.channels); channel += 32) {
+        conv_channels<T, 1, 8>(p, channel, start);
+    }
+}
+
+}  // namespace hybrid
