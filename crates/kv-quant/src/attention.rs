@@ -50,7 +50,8 @@ pub struct Attended {
 /// `visible` gives, for a kv head's number and a query token, the entries that it sees; its ranges' ends must not decrease from query to query.
 ///
 /// # Errors
-/// [`Error::Mismatch`] if the queries don't fit the heads.
+/// [`Error::Mismatch`] if the queries don't fit the heads, or a query sees entries that are not held or fewer than the one before it;
+/// [`Error::NotFinite`] for NaN or infinity among the queries: the row is counted through `[batch, heads, tokens]`.
 pub fn attend(
     kv_heads: &[Head],
     batch: usize,
@@ -148,16 +149,41 @@ impl<'a, V: Fn(usize, usize) -> Range<usize> + Sync> Call<'a, V> {
             let expected = format!("{head_dim} channels, as the first has");
             return Err(Error::mismatch("kv heads", expected, other.head_dim()));
         }
-        let heads = batch * q.heads;
-        if !kv_heads.len().is_multiple_of(batch.max(1)) || !heads.is_multiple_of(kv_heads.len()) {
+        let heads = batch.saturating_mul(q.heads);
+        let fit = heads > 0
+            && kv_heads.len().is_multiple_of(batch)
+            && heads.is_multiple_of(kv_heads.len());
+        if !fit {
             let expected = format!("a multiple of the batch, {batch}, that divides {heads} heads");
             return Err(Error::mismatch("kv heads", expected, kv_heads.len()));
         }
-        if q.data.len() != heads * q.tokens * head_dim {
+        if q.data.len() != heads.saturating_mul(q.tokens).saturating_mul(head_dim) {
             let expected = format!("{heads} heads x {} tokens x {head_dim}", q.tokens);
             return Err(Error::mismatch("queries", expected, q.data.len()));
         }
-        Ok(Self { kv_heads, q, visible, head_dim, group: heads / kv_heads.len() })
+        if let Some(at) = q.data.iter().position(|x| !x.is_finite()) {
+            let (value, row, column) = (q.data[at], at / head_dim, at % head_dim);
+            return Err(Error::NotFinite { value, row, column });
+        }
+        let call = Self { kv_heads, q, visible, head_dim, group: heads / kv_heads.len() };
+        call.check_visible()?;
+        Ok(call)
+    }
+
+    fn check_visible(&self) -> Result<()> {
+        for (number, head) in self.kv_heads.iter().enumerate() {
+            let mut before = 0;
+            for query in 0..self.q.tokens {
+                let end = (self.visible)(number, query).end;
+                if end < before || end > head.len() {
+                    let expected = format!("an end from {before} to {}", head.len());
+                    let got = format!("{end} for query {query} and kv head {number}");
+                    return Err(Error::mismatch("visible entries", expected, got));
+                }
+                before = end;
+            }
+        }
+        Ok(())
     }
 
     fn plan(&self) -> Vec<Item> {

@@ -31,7 +31,7 @@ impl From<crate::Error> for longctx_core::Error {
             },
             E::OutOfRange { value, row, column } => Self::Mismatch {
                 what: format!("token {row}, channel {column} of keys or values to quantize"),
-                expected: "a number within f16's range of ±65504".into(),
+                expected: "a number within ±32752, half of f16's range".into(),
                 got: value.to_string(),
             },
             #[cfg(feature = "save")]

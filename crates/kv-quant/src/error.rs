@@ -37,8 +37,9 @@ pub enum Error {
         /// The channel.
         column: usize,
     },
-    /// A finite number, or the difference of a group's largest and smallest, beyond f16's ±65504.
-    #[error("{value} at row {row}, column {column} is beyond the range of f16")]
+    /// A finite number, or the difference of a group's largest and smallest, beyond f16's ±65504; a number beyond half of that, where
+    /// tokens that share a group come one by one.
+    #[error("{value} at row {row}, column {column} is too large for groups in f16")]
     OutOfRange {
         /// The number, or the difference.
         value: f32,

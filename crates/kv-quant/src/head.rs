@@ -9,7 +9,8 @@ use crate::quantize::Quantizer;
 use crate::residual::Residual;
 use crate::rotary::Rotary;
 use crate::words::Scratch;
-use crate::{Axis, Error, Format, KeyBasis, Packed, Result};
+use crate::{Axis, Error, Flush, Format, KeyBasis, Packed, Result};
+use half::f16;
 
 /// One kv head's keys and values.
 ///
@@ -30,6 +31,13 @@ pub struct Head {
     /// A bit for each packed key, set while it is held.
     live: Vec<u32>,
     len: usize,
+}
+
+/// Tokens on their way into a head: keys, in the format's basis, and values, `[tokens, head_dim]`.
+#[derive(Debug)]
+pub(crate) struct Tokens {
+    keys: Vec<f16>,
+    values: Vec<f16>,
 }
 
 /// Bytes that a [`Head`] holds.
@@ -96,9 +104,14 @@ impl Head {
     /// Appends tokens: keys and values `[tokens, head_dim]`, and packs what the format says is ready.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if the slices are no whole rows or differ in length; [`Error::NotFinite`] and [`Error::OutOfRange`] with the
-    /// position. On these nothing is appended.
+    /// [`Error::Mismatch`] if the slices are no whole rows or differ in length; [`Error::NotFinite`] and, beyond ±32752 (±65504 if
+    /// nothing is packed), [`Error::OutOfRange`] with the position. On these nothing is appended.
     pub fn append<T: Number>(&mut self, keys: &[T], values: &[T]) -> Result<()> {
+        self.take(&self.check(keys, values)?)
+    }
+
+    /// Tokens as they are packed, if they can be.
+    pub(crate) fn check<T: Number>(&self, keys: &[T], values: &[T]) -> Result<Tokens> {
         let d = self.head_dim;
         if !keys.len().is_multiple_of(d) {
             let expected = format!("whole rows of {d} numbers");
@@ -107,15 +120,30 @@ impl Head {
         if values.len() != keys.len() {
             return Err(Error::mismatch("values", format!("{} numbers", keys.len()), values.len()));
         }
-        let (mut new_keys, new_values) = (to_f16(keys, d)?, to_f16(values, d)?);
+        let largest = self.largest();
+        let mut tokens =
+            Tokens { keys: to_f16(keys, d, largest)?, values: to_f16(values, d, largest)? };
         if self.format.basis() == KeyBasis::Hadamard {
             let mut rows: Vec<f32> = keys.iter().map(|x| x.widen()).collect();
             hadamard(&mut rows, d);
-            new_keys = to_f16(&rows, d)?;
+            tokens.keys = to_f16(&rows, d, largest)?;
         }
-        self.new_keys.push(&new_keys);
-        self.new_values.push(&new_values);
-        self.len += keys.len() / d;
+        Ok(tokens)
+    }
+
+    /// The largest number taken in. Half of f16's range, so that no group's range can be beyond it, whatever tokens come to share a group.
+    fn largest(&self) -> f16 {
+        match self.format.flush() {
+            Flush::Never => f16::MAX,
+            _ => f16::from_bits(f16::MAX.to_bits() - 0x400),
+        }
+    }
+
+    /// Appends what [`check`](Self::check) has found fit for this head.
+    pub(crate) fn take(&mut self, tokens: &Tokens) -> Result<()> {
+        self.new_keys.push(&tokens.keys);
+        self.new_values.push(&tokens.values);
+        self.len += tokens.keys.len() / self.head_dim;
         self.flush()
     }
 
@@ -290,8 +318,8 @@ impl Head {
     pub(crate) fn restore(
         &mut self,
         counts: crate::file::Counts,
-        new_keys: &[half::f16],
-        new_values: &[half::f16],
+        new_keys: &[f16],
+        new_values: &[f16],
         live: Vec<u32>,
     ) -> Result<()> {
         let d = self.head_dim;
@@ -304,6 +332,12 @@ impl Head {
         let values = counts.packed_values + new_values.len() / d;
         if keys != values {
             return Err(Error::mismatch("values", keys, values));
+        }
+        let largest = self.largest();
+        let beyond = |x| crate::number::beyond(x, largest).is_some();
+        if beyond(new_keys) || beyond(new_values) {
+            let expected = format!("numbers within ±{largest}");
+            return Err(Error::mismatch("newest tokens", expected, "others"));
         }
         let (last, bits) = (live.last().copied().unwrap_or(0), counts.packed_keys % 32);
         if live.len() != counts.packed_keys.div_ceil(32) || bits > 0 && last >> bits != 0 {

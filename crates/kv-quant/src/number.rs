@@ -54,24 +54,30 @@ impl Number for bf16 {
     }
 }
 
-/// `src` (rows of `columns` numbers) in f16.
+/// `src` (rows of `columns` numbers) in f16, none of them beyond ±`largest`.
 ///
 /// # Errors
-/// [`Error::NotFinite`] or [`Error::OutOfRange`] for the first number that f16 can't hold.
-pub fn to_f16<T: Number>(src: &[T], columns: usize) -> Result<Vec<f16>> {
+/// [`Error::NotFinite`] or [`Error::OutOfRange`] for the first number that is.
+pub fn to_f16<T: Number>(src: &[T], columns: usize, largest: f16) -> Result<Vec<f16>> {
     let mut out = Vec::with_capacity(src.len());
     T::extend_f16(src, &mut out);
-    // All exponent bits set: infinity or NaN.
-    let bad = |x: &f16| x.to_bits() & 0x7c00 == 0x7c00;
-    // A scan without early exit is one that vectors can do.
-    if !out.iter().fold(false, |any, x| any | bad(x)) {
-        return Ok(out);
+    match beyond(&out, largest) {
+        None => Ok(out),
+        Some(at) => {
+            let (value, row, column) = (src[at].widen(), at / columns, at % columns);
+            Err(if value.is_finite() {
+                Error::OutOfRange { value, row, column }
+            } else {
+                Error::NotFinite { value, row, column }
+            })
+        }
     }
-    let at = out.iter().position(bad).unwrap_or_default();
-    let (value, row, column) = (src[at].widen(), at / columns, at % columns);
-    Err(if value.is_finite() {
-        Error::OutOfRange { value, row, column }
-    } else {
-        Error::NotFinite { value, row, column }
-    })
+}
+
+/// Where the first number beyond ±`largest` is, or NaN.
+pub fn beyond(x: &[f16], largest: f16) -> Option<usize> {
+    // Without their signs, halves are ordered as their bits are; NaN and infinity come last.
+    let beyond = |x: &f16| x.to_bits() & 0x7fff > largest.to_bits();
+    // A scan without early exit is one that vectors can do.
+    if x.iter().fold(false, |any, x| any | beyond(x)) { x.iter().position(beyond) } else { None }
 }

@@ -108,7 +108,7 @@ impl Packed {
             let expected = format!("whole rows of {} numbers", self.columns);
             return Err(Error::mismatch("matrix", expected, format!("{} numbers", src.len())));
         }
-        self.push_f16(&to_f16(src, self.columns)?, quantizer)
+        self.push_f16(&to_f16(src, self.columns, f16::MAX)?, quantizer)
     }
 
     /// Appends rows of finite numbers.
@@ -127,8 +127,9 @@ impl Packed {
         for rows in src.chunks(group * self.columns) {
             let done = quantizer.group_rows(rows, self.columns, self.scheme);
             if let Err(e) = done {
+                let done = self.rows - start;
                 self.truncate(start);
-                return Err(at_row(e, self.rows - start));
+                return Err(at_row(e, done));
             }
             self.store_params(quantizer);
             let Quantizer { codes, scratch, .. } = &mut *quantizer;

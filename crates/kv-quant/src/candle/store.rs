@@ -6,6 +6,7 @@ use longctx_core::attention::with_slice;
 use longctx_core::{
     AttentionShape, Error, Footprint, KvStore, Partial, Result, Selection, Visible,
 };
+use rayon::prelude::*;
 
 /// Packed keys and values of one layer: a [`Head`] per batch entry and kv head. Attention reads the codes as they lie, on the host; tensors of
 /// another device are copied there and back.
@@ -109,13 +110,17 @@ impl KvStore for QuantStore {
         let rows = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous();
         let (k, v) = (rows(k)?, rows(v)?);
         let size = (tokens * d).max(1);
+        // Few tokens are not worth other threads' wake-up.
+        let at_once = 64usize.div_ceil(tokens.max(1));
         with_slice::<f32, _>(&k, |k| {
             with_slice::<f32, _>(&v, |v| {
-                let parts = k.chunks_exact(size).zip(v.chunks_exact(size));
-                for (head, (k, v)) in self.heads.iter_mut().zip(parts) {
-                    head.append(k, v)?;
-                }
-                Ok(())
+                let parts = k.par_chunks_exact(size).zip(v.par_chunks_exact(size));
+                let heads = self.heads.par_iter().zip(parts).with_min_len(at_once);
+                // All heads' numbers are checked before any head takes them in.
+                let checked: crate::Result<Vec<_>> =
+                    heads.map(|(head, (k, v))| head.check(k, v)).collect();
+                let heads = self.heads.par_iter_mut().zip(checked?).with_min_len(at_once);
+                Ok(heads.try_for_each(|(head, tokens)| head.take(&tokens))?)
             })
         })
     }
