@@ -13,32 +13,44 @@ use candle_nn::VarBuilder;
 use candle_transformers::models::{mamba, mamba2, recurrent_gemma, rwkv_v5};
 use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use hybrid_models::{LoadOptions, Model, Session};
+use longctx_benches::recurrent::{self, Outline};
 use longctx_benches::tokens;
 use longctx_core::{CausalLm, DenseCache, Logits};
-use serde_json::json;
+use serde::de::DeserializeOwned;
 
 const PROMPT: usize = 2048;
 /// Tokens by which models that go token by token are measured.
 const FEW: usize = 64;
 
-/// Random weights, made as they are named.
-#[derive(Default)]
-struct Weights(HashMap<String, Tensor>);
+/// An outline with random weights.
+struct Weights {
+    outline: Outline,
+    tensors: HashMap<String, Tensor>,
+}
 
 impl Weights {
-    fn add(&mut self, name: &str, mean: f32, shape: &[usize]) -> Result<()> {
-        let spread = if shape.len() > 1 { 0.02 } else { 0.1 };
-        self.0.insert(name.into(), Tensor::randn(mean, spread, shape, &Device::Cpu)?);
-        Ok(())
+    fn random(outline: Outline) -> Result<Self> {
+        let random = |(name, mean, shape): &(String, f32, Vec<usize>)| -> Result<(String, Tensor)> {
+            let spread = if shape.len() > 1 { 0.02 } else { 0.1 };
+            Ok((name.clone(), Tensor::randn(*mean, spread, shape.as_slice(), &Device::Cpu)?))
+        };
+        let tensors = outline.tensors.iter().map(random).collect::<Result<_>>()?;
+        Ok(Self { outline, tensors })
     }
 
     fn builder(&self) -> VarBuilder<'static> {
-        VarBuilder::from_tensors(self.0.clone(), DType::F32, &Device::Cpu)
+        VarBuilder::from_tensors(self.tensors.clone(), DType::F32, &Device::Cpu)
     }
 
-    fn session(&self, config: &serde_json::Value, dtype: DType) -> Result<Session> {
-        let options = LoadOptions { dtype };
-        let model = Model::from_tensors(Some(&config.to_string()), self.0.clone(), &options)?;
+    /// candle's configuration.
+    fn config<T: DeserializeOwned>(&self) -> Result<T> {
+        Ok(serde_json::from_value(self.outline.config.clone())?)
+    }
+
+    fn session(&self, dtype: DType) -> Result<Session> {
+        let options = LoadOptions { dtype, ..Default::default() };
+        let config = self.outline.config.to_string();
+        let model = Model::from_tensors(Some(&config), self.tensors.clone(), &options)?;
         Ok(model.session(|l| DenseCache::new(l.attention, DType::F32))?)
     }
 }
@@ -51,14 +63,14 @@ trait Theirs {
     fn feed(&mut self, tokens: &Tensor) -> Result<Tensor>;
 }
 
-/// Times both sides; `vocab` bounds the ids.
+/// Times both sides.
 fn compare(
     c: &mut Criterion,
     name: &str,
-    (weights, config): (&Weights, &serde_json::Value),
+    weights: &Weights,
     mut theirs: impl Theirs,
-    vocab: u32,
 ) -> Result<()> {
+    let vocab = weights.outline.vocab as u32;
     let prompt = tokens(PROMPT, vocab)?;
     let one = tokens(1, vocab)?;
     let mut group = c.benchmark_group(name);
@@ -66,7 +78,7 @@ fn compare(
     group.warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_secs(1));
 
     for dtype in [DType::F32, DType::BF16] {
-        let mut ours = weights.session(config, dtype)?;
+        let mut ours = weights.session(dtype)?;
         group.throughput(Throughput::Elements(PROMPT as u64));
         group.bench_function(format!("prefill, ours, {}", dtype.as_str()), |b| {
             b.iter(|| {
@@ -127,34 +139,12 @@ impl Theirs for Mamba {
     }
 }
 
-/// mamba-130m.
 fn mamba_130m(c: &mut Criterion) -> Result<()> {
-    let (hidden, inner, layers, vocab) = (768, 1536, 24, 50280);
-    let mut w = Weights::default();
-    w.add("backbone.embedding.weight", 0.0, &[vocab, hidden])?;
-    w.add("backbone.norm_f.weight", 1.0, &[hidden])?;
-    for layer in 0..layers {
-        let name = |part: &str| format!("backbone.layers.{layer}.{part}");
-        w.add(&name("norm.weight"), 1.0, &[hidden])?;
-        for (part, mean, shape) in [
-            ("in_proj.weight", 0.0, vec![2 * inner, hidden]),
-            ("conv1d.weight", 0.0, vec![inner, 1, 4]),
-            ("conv1d.bias", 0.0, vec![inner]),
-            ("x_proj.weight", 0.0, vec![48 + 32, inner]),
-            ("dt_proj.weight", 0.0, vec![inner, 48]),
-            ("dt_proj.bias", -3.0, vec![inner]),
-            ("A_log", 1.0, vec![inner, 16]),
-            ("D", 1.0, vec![inner]),
-            ("out_proj.weight", 0.0, vec![hidden, inner]),
-        ] {
-            w.add(&name(&format!("mixer.{part}")), mean, &shape)?;
-        }
-    }
-    let config = json!({ "d_model": hidden, "n_layer": layers, "vocab_size": vocab, "pad_vocab_size_multiple": 8 });
-    let theirs: mamba::Config = serde_json::from_value(config.clone())?;
-    let state = mamba::State::new(1, &theirs, DType::F32, &Device::Cpu)?;
-    let model = mamba::Model::new(&theirs, w.builder().pp("backbone"))?;
-    compare(c, "mamba-130m", (&w, &config), Mamba { model, config: theirs, state }, vocab as u32)
+    let w = Weights::random(recurrent::mamba(768, 24))?;
+    let config: mamba::Config = w.config()?;
+    let state = mamba::State::new(1, &config, DType::F32, &Device::Cpu)?;
+    let model = mamba::Model::new(&config, w.builder().pp("backbone"))?;
+    compare(c, "mamba-130m", &w, Mamba { model, config, state })
 }
 
 struct Mamba2 {
@@ -179,37 +169,12 @@ impl Theirs for Mamba2 {
     }
 }
 
-/// mamba2-130m.
 fn mamba2_130m(c: &mut Criterion) -> Result<()> {
-    let (hidden, inner, heads, states, layers, vocab) = (768, 1536, 24, 128, 24, 50288);
-    let mut w = Weights::default();
-    w.add("backbone.embeddings.weight", 0.0, &[vocab, hidden])?;
-    w.add("backbone.norm_f.weight", 1.0, &[hidden])?;
-    let convolved = inner + 2 * states;
-    for layer in 0..layers {
-        let name = |part: &str| format!("backbone.layers.{layer}.{part}");
-        w.add(&name("norm.weight"), 1.0, &[hidden])?;
-        for (part, mean, shape) in [
-            ("in_proj.weight", 0.0, vec![inner + convolved + heads, hidden]),
-            ("conv1d.weight", 0.0, vec![convolved, 1, 4]),
-            ("conv1d.bias", 0.0, vec![convolved]),
-            ("dt_bias", -3.0, vec![heads]),
-            ("A_log", 1.0, vec![heads]),
-            ("D", 1.0, vec![heads]),
-            ("norm.weight", 1.0, vec![inner]),
-            ("out_proj.weight", 0.0, vec![hidden, inner]),
-        ] {
-            w.add(&name(&format!("mixer.{part}")), mean, &shape)?;
-        }
-    }
-    let config = json!({
-        "model_type": "mamba2", "hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocab,
-        "state_size": states, "head_dim": 64, "n_groups": 1, "expand": 2,
-    });
-    let theirs: mamba2::Config = serde_json::from_value(config.clone())?;
-    let state = mamba2::State::new(1, &theirs, DType::F32, &Device::Cpu)?;
-    let model = mamba2::Model::new(&theirs, w.builder().pp("backbone"))?;
-    compare(c, "mamba2-130m", (&w, &config), Mamba2 { model, config: theirs, state }, vocab as u32)
+    let w = Weights::random(recurrent::mamba2(768, 24))?;
+    let config: mamba2::Config = w.config()?;
+    let state = mamba2::State::new(1, &config, DType::F32, &Device::Cpu)?;
+    let model = mamba2::Model::new(&config, w.builder().pp("backbone"))?;
+    compare(c, "mamba2-130m", &w, Mamba2 { model, config, state })
 }
 
 struct Rwkv5 {
@@ -231,46 +196,12 @@ impl Theirs for Rwkv5 {
     }
 }
 
-/// The shape of the 169M models in RWKV-5's form.
 fn rwkv5_169m(c: &mut Criterion) -> Result<()> {
-    let (hidden, inner, layers, vocab) = (768, 2688, 12, 65536);
-    let mut w = Weights::default();
-    w.add("rwkv.embeddings.weight", 0.0, &[vocab, hidden])?;
-    w.add("head.weight", 0.0, &[vocab, hidden])?;
-    let mut norms = vec!["rwkv.ln_out".to_owned(), "rwkv.blocks.0.pre_ln".into()];
-    for layer in 0..layers {
-        let block = format!("rwkv.blocks.{layer}");
-        norms.extend(["ln1", "ln2", "attention.ln_x"].map(|norm| format!("{block}.{norm}")));
-        for part in ["receptance", "key", "value", "gate", "output"] {
-            w.add(&format!("{block}.attention.{part}.weight"), 0.0, &[hidden, hidden])?;
-        }
-        for part in ["key", "value", "receptance", "gate"] {
-            w.add(&format!("{block}.attention.time_mix_{part}"), 0.5, &[1, 1, hidden])?;
-        }
-        for (part, mean) in [("time_decay", -1.0), ("time_faaaa", 0.1)] {
-            w.add(&format!("{block}.attention.{part}"), mean, &[hidden / 64, 64])?;
-        }
-        let feed_forward = format!("{block}.feed_forward");
-        for part in ["key", "receptance"] {
-            w.add(&format!("{feed_forward}.time_mix_{part}"), 0.5, &[1, 1, hidden])?;
-        }
-        w.add(&format!("{feed_forward}.key.weight"), 0.0, &[inner, hidden])?;
-        w.add(&format!("{feed_forward}.value.weight"), 0.0, &[hidden, inner])?;
-        w.add(&format!("{feed_forward}.receptance.weight"), 0.0, &[hidden, hidden])?;
-    }
-    for norm in norms {
-        w.add(&format!("{norm}.weight"), 1.0, &[hidden])?;
-        w.add(&format!("{norm}.bias"), 0.0, &[hidden])?;
-    }
-    let config = json!({
-        "model_type": "rwkv5", "vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers,
-        "attention_hidden_size": hidden, "num_attention_heads": 64, "head_size": 64, "intermediate_size": inner,
-        "layer_norm_epsilon": 1e-5, "rescale_every": 6,
-    });
-    let theirs: rwkv_v5::Config = serde_json::from_value(config.clone())?;
-    let state = rwkv_v5::State::new(1, &theirs, &Device::Cpu)?;
-    let model = rwkv_v5::Model::new(&theirs, w.builder())?;
-    compare(c, "rwkv5-169m", (&w, &config), Rwkv5 { model, config: theirs, state }, vocab as u32)
+    let w = Weights::random(recurrent::rwkv5(768, 2688, 12))?;
+    let config: rwkv_v5::Config = w.config()?;
+    let state = rwkv_v5::State::new(1, &config, &Device::Cpu)?;
+    let model = rwkv_v5::Model::new(&config, w.builder())?;
+    compare(c, "rwkv5-169m", &w, Rwkv5 { model, config, state })
 }
 
 struct RecurrentGemma {
@@ -297,50 +228,14 @@ impl Theirs for RecurrentGemma {
     }
 }
 
-/// Two recurrent layers of RecurrentGemma-2B, with 8,192 of its 256,000 tokens: the vocabulary's matrix would hide the layers.
+/// Two recurrent layers, with 8,192 tokens: the vocabulary's matrix would hide the layers.
 fn recurrent_gemma_slice(c: &mut Criterion) -> Result<()> {
-    let (hidden, inner, heads, layers, vocab) = (2560, 7680, 10, 2, 8192);
-    let mut w = Weights::default();
-    w.add("model.embed_tokens.weight", 0.0, &[vocab, hidden])?;
-    w.add("model.final_norm.weight", 0.0, &[hidden])?;
-    for layer in 0..layers {
-        let name = |part: &str| format!("model.layers.{layer}.{part}");
-        for norm in ["temporal_pre_norm", "channel_pre_norm"] {
-            w.add(&name(&format!("{norm}.weight")), 0.0, &[hidden])?;
-        }
-        for (part, out, from) in [
-            ("temporal_block.linear_y", hidden, hidden),
-            ("temporal_block.linear_x", hidden, hidden),
-            ("temporal_block.linear_out", hidden, hidden),
-            ("mlp_block.gate_proj", inner, hidden),
-            ("mlp_block.up_proj", inner, hidden),
-            ("mlp_block.down_proj", hidden, inner),
-        ] {
-            w.add(&name(&format!("{part}.weight")), 0.0, &[out, from])?;
-            w.add(&name(&format!("{part}.bias")), 0.0, &[out])?;
-        }
-        w.add(&name("temporal_block.conv_1d.weight"), 0.0, &[hidden, 1, 4])?;
-        w.add(&name("temporal_block.conv_1d.bias"), 0.0, &[hidden])?;
-        let block = hidden / heads;
-        w.add(&name("temporal_block.rg_lru.recurrent_param"), 0.5, &[hidden])?;
-        for gate in ["input_gate", "recurrent_gate"] {
-            let gate = name(&format!("temporal_block.rg_lru.{gate}"));
-            w.add(&format!("{gate}_weight"), 0.0, &[heads, block, block])?;
-            w.add(&format!("{gate}_bias"), 0.0, &[heads, block])?;
-        }
-    }
-    let config = json!({
-        "model_type": "recurrent_gemma", "vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers,
-        "intermediate_size": 2 * inner, "num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": 256,
-        "lru_width": hidden, "attention_window_size": 2048, "conv1d_width": 4, "logits_soft_cap": 30.0,
-        "hidden_activation": "gelu_pytorch_tanh", "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-        "block_types": ["recurrent", "recurrent", "attention"], "attention_bias": false,
-    });
-    let theirs: recurrent_gemma::Config = serde_json::from_value(config.clone())?;
+    let w = Weights::random(recurrent::recurrent_gemma(2, 8192))?;
+    let config: recurrent_gemma::Config = w.config()?;
     let weights = w.builder().pp("model");
-    let model = recurrent_gemma::Model::new(&theirs, weights.clone())?;
-    let theirs = RecurrentGemma { weights, config: theirs, model, seen: 0 };
-    compare(c, "recurrent-gemma-2b, 2 layers", (&w, &config), theirs, vocab as u32)
+    let model = recurrent_gemma::Model::new(&config, weights.clone())?;
+    let theirs = RecurrentGemma { weights, config, model, seen: 0 };
+    compare(c, "recurrent-gemma-2b, 2 layers", &w, theirs)
 }
 
 fn all(c: &mut Criterion) {

@@ -1,5 +1,7 @@
 //! What several benchmarks need. Each benchmark is a file beside this one: `cargo bench -p longctx-benches --bench NAME`.
 
+pub mod recurrent;
+
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 

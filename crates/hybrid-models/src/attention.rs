@@ -11,11 +11,11 @@ use longctx_core::{AttentionShape, KvCache, Result, Rope, Step};
 
 #[derive(Debug)]
 pub struct Attention {
-    hidden: usize,
+    pub hidden: usize,
     pub shape: AttentionShape,
-    qkv: Matrix,
-    out: Linear,
-    rope: Arc<Rope>,
+    pub qkv: Matrix,
+    pub out: Linear,
+    pub rope: Arc<Rope>,
 }
 
 impl Attention {

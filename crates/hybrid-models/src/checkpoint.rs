@@ -11,17 +11,19 @@ use longctx_core::{Error, Result};
 use serde_json::Value;
 
 /// How weights are to be held.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// The format of weight matrices: f32, f16 or bf16. Half-precision ones decode nearly twice as fast. Activations, states and the
-    /// few weights that are no matrices are f32 always.
+    /// Where the model computes: the CPU or, with the feature `cuda`, a CUDA device.
+    pub device: Device,
+    /// The format of weight matrices: f32, f16 or bf16; half-precision ones decode nearly twice as fast. A CUDA device also takes the input and
+    /// the output of a product in it. States, sums of layers and the few weights that are no matrices are f32 always.
     pub dtype: DType,
 }
 
 impl Default for LoadOptions {
-    /// In f32.
+    /// On the CPU, in f32.
     fn default() -> Self {
-        Self { dtype: DType::F32 }
+        Self { device: Device::Cpu, dtype: DType::F32 }
     }
 }
 

@@ -17,10 +17,10 @@ const PARALLEL: usize = 1 << 14;
 #[derive(Debug, Clone)]
 pub struct Conv {
     /// `[taps, channels]`.
-    weight: Vec<f32>,
-    bias: Vec<f32>,
-    taps: usize,
-    silu: bool,
+    pub weight: Vec<f32>,
+    pub bias: Vec<f32>,
+    pub taps: usize,
+    pub silu: bool,
 }
 
 impl Conv {

@@ -23,11 +23,11 @@ pub enum Gate {
 
 #[derive(Debug)]
 pub struct GatedMlp {
-    hidden: usize,
-    inner: usize,
-    gate: Gate,
-    gate_up: Linear,
-    down: Linear,
+    pub hidden: usize,
+    pub inner: usize,
+    pub gate: Gate,
+    pub gate_up: Linear,
+    pub down: Linear,
 }
 
 impl GatedMlp {
@@ -65,5 +65,10 @@ impl Recurrent for GatedMlp {
         let gated = Rows::new(&gate_up, 2 * self.inner).columns(self.inner, self.inner);
         self.down.apply(gated, out);
         workspace.give(gate_up);
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+        Ok(Box::new(crate::cuda::Mlp::new(self, to)?))
     }
 }

@@ -4,7 +4,10 @@
 mod attention;
 mod checkpoint;
 mod conv;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod gated_mlp;
+mod host;
 #[cfg(feature = "hub")]
 mod hub;
 mod linear;
@@ -12,6 +15,7 @@ mod mamba;
 mod mamba2;
 mod mamba_lm;
 mod matrix;
+mod memory;
 mod mixer;
 mod model;
 mod norm;

@@ -8,8 +8,8 @@ use longctx_core::Result;
 /// A linear map with a bias, if it has one.
 #[derive(Debug)]
 pub struct Linear {
-    matrix: Matrix,
-    bias: Option<Vec<f32>>,
+    pub matrix: Matrix,
+    pub bias: Option<Vec<f32>>,
 }
 
 impl Linear {

@@ -6,10 +6,10 @@ use crate::checkpoint::Checkpoint;
 use crate::conv::Conv;
 use crate::linear::Linear;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Part, Recurrent};
+use crate::mixer::{Input, Part, Recurrent, transposed};
 use crate::workspace::Workspace;
 use longctx_core::Result;
-use scan::{Scan, by_blocks};
+use scan::Scan;
 
 /// The numbers of a Mamba mixer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,15 +32,15 @@ pub struct MambaShape {
 
 #[derive(Debug)]
 pub struct Mamba {
-    shape: MambaShape,
+    pub shape: MambaShape,
     /// Gives the recurrence's input and the gate.
-    project_in: Linear,
-    conv: Conv,
+    pub project_in: Linear,
+    pub conv: Conv,
     /// Gives the time step's bottleneck, B and C.
-    select: Matrix,
-    time_step: Matrix,
-    scan: Scan,
-    project_out: Linear,
+    pub select: Matrix,
+    pub time_step: Matrix,
+    pub scan: Scan,
+    pub project_out: Linear,
 }
 
 impl Mamba {
@@ -48,7 +48,8 @@ impl Mamba {
     pub fn load(w: &Checkpoint, name: &str, shape: MambaShape) -> Result<Self> {
         let MambaShape { hidden, inner, states, rank, taps, conv_bias, bias } = shape;
         let part = |part: &str| format!("{name}.{part}");
-        let a_log = w.tensor(&part("A_log"), &[inner, states])?;
+        let mut a = w.tensor(&part("A_log"), &[inner, states])?;
+        a.iter_mut().for_each(|a| *a = -a.exp());
         Ok(Self {
             shape,
             project_in: Linear::load(w, &part("in_proj"), 2 * inner, hidden, bias)?,
@@ -56,7 +57,7 @@ impl Mamba {
             select: w.matrix(&part("x_proj.weight"), rank + 2 * states, inner)?,
             time_step: w.matrix(&part("dt_proj.weight"), inner, rank)?,
             scan: Scan {
-                a: by_blocks(&a_log.iter().map(|a| -a.exp()).collect::<Vec<_>>(), states),
+                a: transposed(&a, scan::BLOCK, states).collect(),
                 states,
                 time_bias: w.tensor(&part("dt_proj.bias"), &[inner])?,
                 skip: w.tensor(&part("D"), &[inner])?,
@@ -66,10 +67,24 @@ impl Mamba {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl Mamba {
+    /// A, `[channels, states]`.
+    pub fn a(&self) -> Vec<f32> {
+        let mut a = Vec::new();
+        let MambaShape { inner, states, .. } = self.shape;
+        Part::in_blocks("a", [inner, states], scan::BLOCK).read(&self.scan.a, &mut a);
+        a
+    }
+}
+
 impl Recurrent for Mamba {
     fn state(&self) -> Vec<Part> {
         let MambaShape { inner, states, taps, .. } = self.shape;
-        vec![Part::new("conv", &[taps - 1, inner]), Part::new("ssm", &[inner * states])]
+        vec![
+            Part::new("conv", &[taps - 1, inner]),
+            Part::in_blocks("ssm", [inner, states], scan::BLOCK),
+        ]
     }
 
     fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
@@ -108,5 +123,10 @@ impl Recurrent for Mamba {
         for buffer in [steps, selected, u, projected] {
             workspace.give(buffer);
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+        Ok(Box::new(crate::cuda::Mamba::new(self, to)?))
     }
 }

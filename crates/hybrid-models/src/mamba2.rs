@@ -11,7 +11,7 @@ use crate::norm::rms_groups;
 use crate::simd::{TimesSilu, zip};
 use crate::workspace::Workspace;
 use longctx_core::Result;
-use ssd::Ssd;
+pub use ssd::Ssd;
 
 /// The numbers of a Mamba-2 mixer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -45,20 +45,20 @@ impl Mamba2Shape {
     }
 
     /// Channels of the convolution: the recurrence's, B and C.
-    fn convolved(&self) -> usize {
+    pub fn convolved(&self) -> usize {
         self.inner() + 2 * self.groups * self.states
     }
 }
 
 #[derive(Debug)]
 pub struct Mamba2 {
-    shape: Mamba2Shape,
+    pub shape: Mamba2Shape,
     /// Gives the gate, what is convolved, and the time steps.
-    project_in: Linear,
-    conv: Conv,
-    ssd: Ssd,
-    norm: Vec<f32>,
-    project_out: Linear,
+    pub project_in: Linear,
+    pub conv: Conv,
+    pub ssd: Ssd,
+    pub norm: Vec<f32>,
+    pub project_out: Linear,
 }
 
 impl Mamba2 {
@@ -121,5 +121,10 @@ impl Recurrent for Mamba2 {
         for buffer in [y, mixed, projected] {
             workspace.give(buffer);
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+        Ok(Box::new(crate::cuda::Mamba2::new(self, to)?))
     }
 }

@@ -4,10 +4,10 @@
 //! `transformers` (`hidden_size`, `backbone.embeddings`). The layers' tensors have the same names in both.
 
 use crate::checkpoint::Checkpoint;
+use crate::host::Host;
 use crate::mamba::{Mamba, MambaShape};
 use crate::mamba2::{Mamba2, Mamba2Shape};
 use crate::mixer::{Mixer, Recurrent, Residual};
-use crate::model::{Inner, Model};
 use crate::norm::Norm;
 use crate::pretrained::{ids, positive};
 use longctx_core::{Error, Result};
@@ -88,14 +88,14 @@ pub fn is_mamba2(config: &Value) -> bool {
 }
 
 /// Builds a model of Mamba-1 from its `config.json`.
-pub fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
+pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
     let c = Config::parse(config)?;
     let shape = c.mamba()?;
     c.model("mamba", w, |name| Ok(Box::new(Mamba::load(w, name, shape)?)))
 }
 
 /// Builds a model of Mamba-2 from its `config.json`.
-pub fn load2(config: &Value, w: &Checkpoint) -> Result<Model> {
+pub fn load2(config: &Value, w: &Checkpoint) -> Result<Host> {
     let c = Config::parse(config)?;
     let shape = c.mamba2()?;
     c.model("mamba2", w, |name| Ok(Box::new(Mamba2::load(w, name, shape)?)))
@@ -208,7 +208,7 @@ impl Config {
         family: &'static str,
         w: &Checkpoint,
         mixer: impl Fn(&str) -> Result<Box<dyn Recurrent>>,
-    ) -> Result<Model> {
+    ) -> Result<Host> {
         let hidden = self.hidden_size;
         let vocab = self.vocab_size.next_multiple_of(self.pad_vocab_size_multiple.max(1));
         positive("vocab_size", vocab)?;
@@ -232,7 +232,7 @@ impl Config {
             })
         };
         let head = ["lm_head.weight", "model.lm_head.weight"].into_iter().find(|name| w.has(name));
-        Ok(Model::new(Inner {
+        Ok(Host {
             family,
             hidden,
             layers: self.num_hidden_layers,
@@ -244,6 +244,6 @@ impl Config {
             head: head.map(|name| w.matrix(name, vocab, hidden)).transpose()?,
             soft_cap: None,
             eos: ids(self.eos_token_id.as_ref()),
-        }))
+        })
     }
 }

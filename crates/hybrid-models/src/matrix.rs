@@ -104,6 +104,27 @@ impl Matrix {
         self.out
     }
 
+    /// The format of its numbers.
+    #[cfg(feature = "cuda")]
+    pub fn dtype(&self) -> DType {
+        match self.data {
+            Data::F32(_) => DType::F32,
+            Data::F16(_) => DType::F16,
+            Data::Bf16(_) => DType::BF16,
+        }
+    }
+
+    /// A copy `[out, inner]` on a device.
+    #[cfg(feature = "cuda")]
+    pub fn to_tensor(&self, device: &candle_core::Device) -> Result<Tensor> {
+        let shape = (self.out, self.inner);
+        Ok(match &self.data {
+            Data::F32(w) => Tensor::from_slice(w, shape, device)?,
+            Data::F16(w) => Tensor::from_slice(w, shape, device)?,
+            Data::Bf16(w) => Tensor::from_slice(w, shape, device)?,
+        })
+    }
+
     /// Writes one row of the matrix in f32: an embedding.
     pub fn row(&self, i: usize, into: &mut [f32]) {
         self.widen(i..i + 1, into);

@@ -5,6 +5,8 @@ use std::fmt::Debug;
 use crate::attention::Attention;
 use crate::norm::Norm;
 use crate::workspace::Workspace;
+#[cfg(feature = "cuda")]
+use longctx_core::Result;
 
 /// Rows that a mixer reads: `[batch, tokens, width]`.
 #[derive(Clone, Copy)]
@@ -12,6 +14,8 @@ pub struct Input<'a> {
     pub x: &'a [f32],
     pub batch: usize,
     pub tokens: usize,
+    /// Tokens that came before them.
+    pub start: usize,
 }
 
 impl Input<'_> {
@@ -27,16 +31,47 @@ pub struct Part {
     pub shape: Vec<usize>,
     /// What it holds before the first token.
     pub start: f32,
+    /// A matrix whose rows lie in the host's memory in blocks of so many (the last may be smaller), each transposed.
+    pub block: Option<usize>,
 }
 
 impl Part {
     pub fn new(name: &'static str, shape: &[usize]) -> Self {
-        Self { name, shape: shape.to_vec(), start: 0.0 }
+        Self { name, shape: shape.to_vec(), start: 0.0, block: None }
+    }
+
+    pub fn in_blocks(name: &'static str, shape: [usize; 2], block: usize) -> Self {
+        Self { block: Some(block), ..Self::new(name, &shape) }
     }
 
     pub fn size(&self) -> usize {
         self.shape.iter().product()
     }
+
+    /// Appends an entry's numbers in the order in which they lie in the host's memory.
+    pub fn lay_out(&self, numbers: &[f32], into: &mut Vec<f32>) {
+        match self.block {
+            Some(block) => into.extend(transposed(numbers, block, self.shape[1])),
+            None => into.extend(numbers),
+        }
+    }
+
+    /// Appends an entry's numbers, that lie so, row by row.
+    pub fn read(&self, laid_out: &[f32], into: &mut Vec<f32>) {
+        let Some(block) = self.block else { return into.extend(laid_out) };
+        for block in laid_out.chunks(block * self.shape[1]) {
+            let rows = block.len() / self.shape[1];
+            into.extend(transposed(block, self.shape[1], rows));
+        }
+    }
+}
+
+/// The numbers of a matrix of so many columns: blocks of `block` rows, each transposed.
+pub fn transposed(x: &[f32], block: usize, columns: usize) -> impl Iterator<Item = f32> + '_ {
+    x.chunks(block * columns).flat_map(move |block| {
+        let rows = block.len() / columns;
+        (0..block.len()).map(move |i| block[i % rows * columns + i / rows])
+    })
 }
 
 /// A mixer whose memory of the tokens before is a state of fixed size; a feed-forward block is one without any.
@@ -46,6 +81,10 @@ pub trait Recurrent: Debug + Send + Sync {
 
     /// Reads `x` and the state `[batch, size]`, leaves the state after the last token and writes `out` `[batch, tokens, hidden]`.
     fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]);
+
+    /// The same mixer with its weights on a device, over the same arrays of state.
+    #[cfg(feature = "cuda")]
+    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>>;
 }
 
 /// `x + mixer(norm(x))`.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use crate::checkpoint::{Checkpoint, LoadOptions};
+use crate::host::Host;
 use crate::mamba_lm;
 use crate::model::Model;
 use crate::tokenizer::Tokenizer;
@@ -66,7 +67,7 @@ impl Model {
             }
             false => Value::Null,
         };
-        load(&config, &Checkpoint::open(folder, options)?)
+        Model::new(load(&config, &Checkpoint::open(folder, options)?)?, &options.device)
     }
 
     /// From tensors in memory, named as in the family's checkpoints, and the text of its `config.json`, where the family has one.
@@ -80,7 +81,7 @@ impl Model {
     ) -> Result<Self> {
         let config = config.map_or(Ok(Value::Null), parse);
         let config = config.map_err(|e| Error::file("config.json", e))?;
-        load(&config, &Checkpoint::from_tensors(tensors, options)?)
+        Model::new(load(&config, &Checkpoint::from_tensors(tensors, options)?)?, &options.device)
     }
 }
 
@@ -94,7 +95,7 @@ fn parse(config: &str) -> serde_json::Result<Value> {
     serde_json::from_str(&parts.join("\""))
 }
 
-fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
+fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
     match config["model_type"].as_str() {
         Some("mamba") => mamba_lm::load(config, w),
         Some("mamba2") => mamba_lm::load2(config, w),

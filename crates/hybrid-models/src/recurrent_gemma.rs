@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::attention::Attention;
 use crate::checkpoint::Checkpoint;
 use crate::gated_mlp::{Gate, GatedMlp};
+use crate::host::Host;
 use crate::mixer::{Mixer, Residual};
-use crate::model::{Inner, Model};
 use crate::norm::Norm;
 use crate::pretrained::{ids, positive};
 use crate::rg_lru::{RgLru, RgLruShape};
@@ -67,7 +67,7 @@ fn default_eps() -> f32 {
 }
 
 /// Builds the model from its `config.json`.
-pub fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
+pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
     let c = Config::deserialize(config)
         .map_err(|e| Error::setting("config.json", "the fields of a RecurrentGemma model", e))?;
     c.check()?;
@@ -101,7 +101,7 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
         });
     }
     let head = "lm_head.weight";
-    Ok(Model::new(Inner {
+    Ok(Host {
         family: "recurrent_gemma",
         hidden,
         layers: c.num_hidden_layers,
@@ -114,7 +114,7 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
         head: w.has(head).then(|| w.matrix(head, c.vocab_size, hidden)).transpose()?,
         soft_cap: Some(c.logits_soft_cap),
         eos: ids(c.eos_token_id.as_ref()),
-    }))
+    })
 }
 
 impl Config {

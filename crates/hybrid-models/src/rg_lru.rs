@@ -33,18 +33,18 @@ pub struct RgLruShape {
 
 #[derive(Debug)]
 pub struct RgLru {
-    shape: RgLruShape,
+    pub shape: RgLruShape,
     /// Gives the output's gate and the recurrence's input.
-    project_in: Linear,
-    conv: Conv,
+    pub project_in: Linear,
+    pub conv: Conv,
     /// Per block, the recurrence's gate and the input's, before the sigmoid: `[2 width / blocks, width / blocks]`.
-    gates: Vec<Matrix>,
+    pub gates: Vec<Matrix>,
     /// Biases of both gates, each `[width]`.
-    recurrent_bias: Vec<f32>,
-    input_bias: Vec<f32>,
+    pub recurrent_bias: Vec<f32>,
+    pub input_bias: Vec<f32>,
     /// −8 softplus(Λ).
-    decay: Vec<f32>,
-    project_out: Linear,
+    pub decay: Vec<f32>,
+    pub project_out: Linear,
 }
 
 impl RgLru {
@@ -92,8 +92,7 @@ impl Recurrent for RgLru {
     fn state(&self) -> Vec<Part> {
         let RgLruShape { width, taps, .. } = self.shape;
         let conv = Part::new("conv", &[taps - 1, width]);
-        // 0 until the first token has been seen, then 1.
-        vec![conv, Part::new("lru", &[width]), Part::new("started", &[1])]
+        vec![conv, Part::new("lru", &[width])]
     }
 
     fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
@@ -108,8 +107,7 @@ impl Recurrent for RgLru {
         let projected_rows = Rows::new(&projected, 2 * width);
         let size = state.len() / x.batch;
         for (entry, state) in state.chunks_exact_mut(size).enumerate() {
-            let (conv, rest) = state.split_at_mut(self.conv.state_size());
-            let (lru, started) = rest.split_at_mut(width);
+            let (conv, lru) = state.split_at_mut(self.conv.state_size());
             let of_entry = projected_rows.part(entry * tokens, tokens);
             let range = entry * tokens * width..(entry + 1) * tokens * width;
             let (u, y) = (&mut u[range.clone()], &mut y[range]);
@@ -121,7 +119,7 @@ impl Recurrent for RgLru {
                 Units { data: lru, per_unit: block },
                 Units { data: &mut gates, per_unit: tokens * 2 * block },
             ];
-            let first = started[0] == 0.0;
+            let first = x.start == 0;
             split(
                 blocks,
                 1,
@@ -148,7 +146,6 @@ impl Recurrent for RgLru {
                     });
                 },
             );
-            started[0] = 1.0;
         }
         for (row, y) in y.chunks_exact_mut(width).enumerate() {
             zip(TimesGelu, y, projected_rows.columns(0, width).row(row));
@@ -158,6 +155,11 @@ impl Recurrent for RgLru {
         for buffer in [y, gates, u, projected] {
             workspace.give(buffer);
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+        Ok(Box::new(crate::cuda::RgLru::new(self, to)?))
     }
 }
 

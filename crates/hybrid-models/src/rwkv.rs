@@ -11,20 +11,27 @@ mod v6;
 mod v7;
 mod wkv;
 
+pub use channel_mix::ChannelMix;
+pub use v5::V5;
+#[cfg(feature = "cuda")]
+pub use {
+    v4::V4,
+    v6::V6,
+    v7::{LowRank, V7},
+};
+
 use crate::checkpoint::Checkpoint;
+use crate::host::Host;
 use crate::mixer::{Mixer, Recurrent, Residual};
-use crate::model::{Inner, Model};
 use crate::norm::Norm;
-use channel_mix::ChannelMix;
 use longctx_core::{Error, Result};
 use serde_json::Value;
-use v5::V5;
 
 /// The end of a text, in both vocabularies that RWKV models use.
 const END: u32 = 0;
 
 /// Of the group norm of a head's outputs: the authors' 1e-5, times the square of the 8 by which they divide.
-const GROUP_EPS: f32 = 64e-5;
+pub const GROUP_EPS: f32 = 64e-5;
 
 /// The tensors' names in one of the layouts.
 pub struct Names {
@@ -98,7 +105,7 @@ pub fn is_rwkv(w: &Checkpoint) -> bool {
 }
 
 /// Builds the model; `config.json`, where there is one, says no more than the norms' epsilon.
-pub fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
+pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
     let names = Names::of(w)?;
     let version = version(w, &names)?;
     let embeddings = names.top("emb.weight");
@@ -133,7 +140,7 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
             residuals.push(Residual { layer, name, norm, mixer: Mixer::Recurrent(mixer) });
         }
     }
-    Ok(Model::new(Inner {
+    Ok(Host {
         family: ["rwkv4", "rwkv5", "rwkv6", "rwkv7"][version - 4],
         hidden,
         layers,
@@ -145,7 +152,7 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
         head: Some(w.matrix(&names.top("head.weight"), vocab, hidden)?),
         soft_cap: None,
         eos: vec![END],
-    }))
+    })
 }
 
 /// RWKV-5's time mixing outside a model of RWKV: tensors as in `att.`, after another name.

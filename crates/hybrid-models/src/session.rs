@@ -1,12 +1,11 @@
 //! A model at work.
 
-use std::ops::Range;
-
-use crate::model::{BLOCK, Model};
+use crate::memory::Memory;
+use crate::model::{Block, Kept, Model, Weights};
 use crate::state::State;
 use crate::workspace::Workspace;
 use candle_core::{DType, Device, Tensor};
-use longctx_core::{CausalLm, Error, Footprint, KvCache, Logits, Result};
+use longctx_core::{CausalLm, Error, Footprint, Logits, Result};
 
 /// A model with its memory: a state of fixed size per recurrent layer, a cache per attention layer.
 ///
@@ -18,13 +17,6 @@ pub struct Session {
     /// Entries of the batch, from the first tokens on.
     batch: Option<usize>,
     seen: usize,
-}
-
-/// What one residual block remembers.
-pub(crate) enum Memory {
-    /// `[batch, size]`, empty before the first tokens.
-    State(Vec<f32>),
-    Cache(Box<dyn KvCache>),
 }
 
 impl Session {
@@ -44,9 +36,9 @@ impl Session {
     pub fn state(&self) -> Result<State> {
         self.refuse_attention()?;
         let mut state = State::new(self.model.family(), self.batch.unwrap_or(0), self.seen);
-        for ((name, parts), memory) in self.model.inner.state_parts().zip(&self.memories) {
-            if let Memory::State(data) = memory {
-                state.take_in(&name, &parts, data);
+        for (block, memory) in self.model.outline.blocks.iter().zip(&self.memories) {
+            if let Kept::State(parts) = &block.kept {
+                memory.save(&mut state, &block.name, parts)?;
             }
         }
         Ok(state)
@@ -59,12 +51,12 @@ impl Session {
     pub fn restore(&mut self, state: &State) -> Result<()> {
         self.refuse_attention()?;
         state.check_family(self.model.family())?;
-        let memories = self
-            .model
-            .inner
-            .state_parts()
-            .map(|(name, parts)| Ok(Memory::State(state.give_out(&name, &parts)?)))
-            .collect::<Result<_>>()?;
+        let device = self.model.device();
+        let load = |block: &Block| match &block.kept {
+            Kept::State(parts) => Memory::load(state, &block.name, parts, device),
+            Kept::Cache(_) => unreachable!("attention is refused"),
+        };
+        let memories = self.model.outline.blocks.iter().map(load).collect::<Result<_>>()?;
         self.memories = memories;
         self.batch = Some(state.batch()).filter(|&batch| batch > 0);
         self.seen = state.seen();
@@ -85,14 +77,9 @@ impl Session {
             Some(_) => return Ok(()),
             None => self.batch = Some(batch),
         }
-        for ((_, parts), memory) in self.model.inner.state_parts().zip(&mut self.memories) {
-            if let Memory::State(state) = memory {
-                state.clear();
-                for _ in 0..batch {
-                    for part in &parts {
-                        state.resize(state.len() + part.size(), part.start);
-                    }
-                }
+        for (block, memory) in self.model.outline.blocks.iter().zip(&mut self.memories) {
+            if let Kept::State(parts) = &block.kept {
+                *memory = Memory::start(parts, batch, self.model.device())?;
             }
         }
         Ok(())
@@ -101,44 +88,29 @@ impl Session {
 
 impl CausalLm for Session {
     fn forward(&mut self, tokens: &Tensor, logits: Logits) -> Result<Tensor> {
-        let model = self.model.inner.clone();
-        let (batch, count) = check_tokens(tokens, self.vocab_size())?;
+        let (ids, batch) = ids(tokens, self.vocab_size())?;
         self.start(batch)?;
-        let ids: Vec<u32> = tokens.flatten_all()?.to_vec1()?;
+        let count = ids.len() / batch;
         let wanted = match logits {
             Logits::Last => 1,
             Logits::All => count,
         };
-        let hidden = model.hidden;
-        let mut top = self.workspace.take(batch * wanted * hidden);
-        for (entries, span) in spans(batch, count, model.has_attention()) {
-            let mut x = self.workspace.take(entries.len() * span.len() * hidden);
-            let of_span = entries.clone().flat_map(|e| span.clone().map(move |t| e * count + t));
-            model.embed(of_span.map(|i| ids[i]), &mut x);
-            model.run(&mut x, batch, entries.clone(), &mut self.memories, &mut self.workspace)?;
-            for (entry, x) in entries.zip(x.chunks_exact(span.len() * hidden)) {
-                let first = span.start.max(count - wanted);
-                if first < span.end {
-                    let x = &x[(first - span.start) * hidden..];
-                    let at = (entry * wanted + first - (count - wanted)) * hidden;
-                    top[at..at + x.len()].copy_from_slice(x);
-                }
+        let (seen, memories) = (self.seen, &mut self.memories);
+        let logits = match &self.model.weights {
+            Weights::Host(model) => {
+                let workspace = &mut self.workspace;
+                let logits = model.forward(&ids, batch, wanted, seen, memories, workspace)?;
+                Tensor::from_vec(logits, (batch, wanted, self.vocab_size()), &Device::Cpu)?
             }
-            self.workspace.give(x);
-        }
+            #[cfg(feature = "cuda")]
+            Weights::Cuda(model) => model.forward(&ids, batch, wanted, seen, memories)?,
+        };
         self.seen += count;
-        let logits = model.logits(&mut top);
-        self.workspace.give(top);
-        Ok(Tensor::from_vec(logits, (batch, wanted, self.vocab_size()), &Device::Cpu)?)
+        Ok(logits)
     }
 
     fn reset(&mut self) {
-        for memory in &mut self.memories {
-            match memory {
-                Memory::State(state) => *state = Vec::new(),
-                Memory::Cache(cache) => cache.reset(),
-            }
-        }
+        self.memories.iter_mut().for_each(Memory::reset);
         self.batch = None;
         self.seen = 0;
     }
@@ -148,13 +120,7 @@ impl CausalLm for Session {
     }
 
     fn footprint(&self) -> Footprint {
-        let footprint = |memory: &Memory| match memory {
-            Memory::State(state) => {
-                Footprint { payload: size_of_val(state.as_slice()), ..Default::default() }
-            }
-            Memory::Cache(cache) => cache.footprint(),
-        };
-        self.memories.iter().map(footprint).sum()
+        self.memories.iter().map(Memory::footprint).sum()
     }
 
     fn vocab_size(&self) -> usize {
@@ -170,37 +136,24 @@ impl CausalLm for Session {
     }
 
     fn device(&self) -> &Device {
-        &Device::Cpu
+        self.model.device()
     }
 }
 
-/// The pieces of a forward call that go through all layers at a time: (entries, tokens). Without attention, memory is that of one
-/// block; attention layers take the whole prompt in one call, so that a cache may compress it after exact attention.
-fn spans(batch: usize, count: usize, whole: bool) -> Vec<(Range<usize>, Range<usize>)> {
-    if whole || count == 1 {
-        return vec![(0..batch, 0..count)];
-    }
-    let blocks = move |entry| {
-        let block = move |start| (entry..entry + 1, start..count.min(start + BLOCK));
-        (0..count).step_by(BLOCK).map(block)
+/// The ids of `tokens`, row by row, and the batch, if shape, dtype and ids are right.
+fn ids(tokens: &Tensor, vocab: usize) -> Result<(Vec<u32>, usize)> {
+    let mismatch = |got: String| {
+        let expected = format!("u32 [batch, tokens] with at least one token, ids below {vocab}");
+        Error::mismatch("tokens", expected, got)
     };
-    (0..batch).flat_map(blocks).collect()
-}
-
-/// Checks the shape, the dtype and the largest id; gives the batch and the number of tokens.
-fn check_tokens(tokens: &Tensor, vocab: usize) -> Result<(usize, usize)> {
-    let expected = || format!("u32 [batch, tokens] with at least one token, ids below {vocab}");
     match tokens.dims() {
         &[batch, count] if tokens.dtype() == DType::U32 && batch * count > 0 => {
-            let largest = tokens.flatten_all()?.max(0)?.to_scalar::<u32>()?;
-            if largest as usize >= vocab {
-                return Err(Error::mismatch("tokens", expected(), format!("the id {largest}")));
+            let ids: Vec<u32> = tokens.flatten_all()?.to_vec1()?;
+            match ids.iter().find(|&&id| id as usize >= vocab) {
+                Some(id) => Err(mismatch(format!("the id {id}"))),
+                None => Ok((ids, batch)),
             }
-            Ok((batch, count))
         }
-        dims => {
-            let got = format!("{} {dims:?}", tokens.dtype().as_str());
-            Err(Error::mismatch("tokens", expected(), got))
-        }
+        dims => Err(mismatch(format!("{} {dims:?}", tokens.dtype().as_str()))),
     }
 }

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use crate::attention::Attention;
 use crate::checkpoint::Checkpoint;
 use crate::gated_mlp::GatedMlp;
+use crate::host::Host;
 use crate::mamba::Mamba;
 use crate::mamba_lm;
 use crate::mamba2::Mamba2;
 use crate::mixer::{Mixer, Recurrent, Residual};
-use crate::model::{Inner, Model};
 use crate::norm::Norm;
 use crate::pretrained::ids;
 use crate::rg_lru::RgLru;
@@ -22,7 +22,7 @@ use serde_json::Value;
 use settings::{Block, Config, NormKind};
 
 /// Builds a stack from its `config.json`.
-pub fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
+pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
     let c = Config::deserialize(config)
         .map_err(|e| Error::setting("config.json", "the fields of a hybrid stack", e))?;
     c.check()?;
@@ -45,7 +45,7 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
         }
     }
     let optional = |name: &str| w.has(&format!("{name}.weight"));
-    Ok(Model::new(Inner {
+    Ok(Host {
         family: "hybrid",
         hidden,
         layers: c.layers.len(),
@@ -57,7 +57,7 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Model> {
         head: optional("head").then(|| w.matrix("head.weight", vocab, hidden)).transpose()?,
         soft_cap: c.logits_soft_cap,
         eos: ids(c.eos_token_id.as_ref()),
-    }))
+    })
 }
 
 impl Config {

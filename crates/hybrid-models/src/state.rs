@@ -30,37 +30,23 @@ impl State {
         Self { family: family.into(), batch, seen, arrays: BTreeMap::new() }
     }
 
-    /// Takes in one residual block's `[batch, size]` numbers.
-    pub(crate) fn take_in(&mut self, name: &str, parts: &[Part], data: &[f32]) {
-        let size: usize = parts.iter().map(Part::size).sum();
-        let mut start = 0;
-        for part in parts {
-            let of_entry = |entry: &[f32]| entry[start..start + part.size()].to_vec();
-            let numbers = data.chunks_exact(size).flat_map(of_entry).collect();
-            self.arrays.insert(format!("{name}.{}", part.name), (part.shape.clone(), numbers));
-            start += part.size();
-        }
+    /// Takes in one array of a residual block: `[batch, …]` numbers.
+    pub(crate) fn insert(&mut self, block: &str, part: &Part, numbers: Vec<f32>) {
+        self.arrays.insert(format!("{block}.{}", part.name), (part.shape.clone(), numbers));
     }
 
-    /// Gives one residual block's `[batch, size]` numbers.
-    pub(crate) fn give_out(&self, name: &str, parts: &[Part]) -> Result<Vec<f32>> {
-        let find = |part: &Part| {
-            let name = format!("{name}.{}", part.name);
-            let what = format!("array {name:?} of the state");
+    /// One array of a residual block: `[batch, …]` numbers.
+    pub(crate) fn array(&self, block: &str, part: &Part) -> Result<&[f32]> {
+        let name = format!("{block}.{}", part.name);
+        let mismatch = |got: String| {
             let expected = format!("{:?}", part.shape);
-            match self.arrays.get(&name) {
-                Some((shape, numbers)) if *shape == part.shape => Ok((numbers, part.size())),
-                Some((shape, _)) => Err(Error::mismatch(what, expected, format!("{shape:?}"))),
-                None => Err(Error::mismatch(what, expected, "nothing")),
-            }
+            Error::mismatch(format!("array {name:?} of the state"), expected, got)
         };
-        let found = parts.iter().map(find).collect::<Result<Vec<_>>>()?;
-        let of_entry = |entry: usize| {
-            found.iter().flat_map(move |&(numbers, size)| {
-                numbers[entry * size..(entry + 1) * size].iter().copied()
-            })
-        };
-        Ok((0..self.batch).flat_map(of_entry).collect())
+        match self.arrays.get(&name) {
+            Some((shape, numbers)) if *shape == part.shape => Ok(numbers),
+            Some((shape, _)) => Err(mismatch(format!("{shape:?}"))),
+            None => Err(mismatch("nothing".into())),
+        }
     }
 
     pub(crate) fn check_family(&self, family: &str) -> Result<()> {

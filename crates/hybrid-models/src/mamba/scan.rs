@@ -18,7 +18,7 @@ const PARALLEL: usize = 1 << 11;
 /// The scan's own weights.
 #[derive(Debug)]
 pub struct Scan {
-    /// A, in blocks as [`by_blocks`] makes them.
+    /// A, `[channels, states]` in blocks of [`BLOCK`] channels, each transposed; as the state lies, too.
     pub a: Vec<f32>,
     pub states: usize,
     /// Added to the time steps before the softplus.
@@ -36,17 +36,6 @@ pub struct Inputs<'a> {
     pub c: Rows<'a>,
     /// The output is multiplied by its SiLU.
     pub gate: Rows<'a>,
-}
-
-/// `[channels, states]` to blocks of [`BLOCK`] channels (the last may be smaller), each `[states, channels of the block]`: the layout
-/// of the state.
-pub fn by_blocks(x: &[f32], states: usize) -> Vec<f32> {
-    x.chunks(BLOCK * states)
-        .flat_map(|block| {
-            let channels = block.len() / states;
-            (0..block.len()).map(move |i| block[i % channels * states + i / channels])
-        })
-        .collect()
 }
 
 impl Scan {

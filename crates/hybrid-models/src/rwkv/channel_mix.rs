@@ -10,12 +10,12 @@ use longctx_core::{Error, Result};
 
 #[derive(Debug)]
 pub struct ChannelMix {
-    hidden: usize,
-    inner: usize,
-    key_mix: Vec<f32>,
-    key: Matrix,
-    value: Matrix,
-    receptance: Option<(Vec<f32>, Matrix)>,
+    pub hidden: usize,
+    pub inner: usize,
+    pub key_mix: Vec<f32>,
+    pub key: Matrix,
+    pub value: Matrix,
+    pub receptance: Option<(Vec<f32>, Matrix)>,
 }
 
 impl ChannelMix {
@@ -71,5 +71,10 @@ impl Recurrent for ChannelMix {
         for buffer in [keys, mixed, shift] {
             workspace.give(buffer);
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+        Ok(Box::new(crate::cuda::ChannelMix::new(self, to)?))
     }
 }

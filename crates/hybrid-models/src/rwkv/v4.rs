@@ -22,18 +22,18 @@ const LOWEST: f32 = -1e38;
 
 #[derive(Debug)]
 pub struct V4 {
-    hidden: usize,
+    pub hidden: usize,
     /// Channels of the recurrence.
-    inner: usize,
+    pub inner: usize,
     /// Of key, value and receptance.
-    mixes: [Vec<f32>; 3],
-    key: Matrix,
-    value: Matrix,
-    receptance: Matrix,
-    output: Matrix,
+    pub mixes: [Vec<f32>; 3],
+    pub key: Matrix,
+    pub value: Matrix,
+    pub receptance: Matrix,
+    pub output: Matrix,
     /// −e^decay.
-    decay: Vec<f32>,
-    first: Vec<f32>,
+    pub decay: Vec<f32>,
+    pub first: Vec<f32>,
 }
 
 impl V4 {
@@ -98,6 +98,11 @@ impl Recurrent for V4 {
         for buffer in [r, v, k, mixed, shift] {
             workspace.give(buffer);
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+        Ok(Box::new(crate::cuda::V4::new(self, to)?))
     }
 }
 

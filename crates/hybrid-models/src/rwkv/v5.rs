@@ -13,16 +13,16 @@ use longctx_core::Result;
 
 #[derive(Debug)]
 pub struct V5 {
-    hidden: usize,
-    heads: usize,
-    head_dim: usize,
+    pub hidden: usize,
+    pub heads: usize,
+    pub head_dim: usize,
     /// Token shift and map of receptance, key, value and gate.
-    maps: [(Vec<f32>, Matrix); 4],
+    pub maps: [(Vec<f32>, Matrix); 4],
     /// e^−e^decay.
-    decay: Vec<f32>,
-    own: Vec<f32>,
-    group_norm: (Vec<f32>, Vec<f32>),
-    output: Matrix,
+    pub decay: Vec<f32>,
+    pub own: Vec<f32>,
+    pub group_norm: (Vec<f32>, Vec<f32>),
+    pub output: Matrix,
 }
 
 impl V5 {
@@ -85,5 +85,10 @@ impl Recurrent for V5 {
         for buffer in maps.into_iter().rev().chain([mixed, shift]) {
             workspace.give(buffer);
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+        Ok(Box::new(crate::cuda::V5::new(self, to)?))
     }
 }

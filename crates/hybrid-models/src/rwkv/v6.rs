@@ -19,24 +19,24 @@ const MIXES: [&str; 5] = ["w", "k", "v", "r", "g"];
 
 #[derive(Debug)]
 pub struct V6 {
-    hidden: usize,
-    heads: usize,
-    head_dim: usize,
+    pub hidden: usize,
+    pub heads: usize,
+    pub head_dim: usize,
     /// The token shift of what the other shifts are computed from.
-    shift_mix: Vec<f32>,
+    pub shift_mix: Vec<f32>,
     /// To the bottlenecks of all five shifts, one after the other.
-    shift_in: Matrix,
+    pub shift_in: Matrix,
     /// From each bottleneck.
-    shift_out: Vec<Matrix>,
-    mixes: Vec<Vec<f32>>,
-    decay: Vec<f32>,
-    decay_in: Matrix,
-    decay_out: Matrix,
-    own: Vec<f32>,
+    pub shift_out: Vec<Matrix>,
+    pub mixes: Vec<Vec<f32>>,
+    pub decay: Vec<f32>,
+    pub decay_in: Matrix,
+    pub decay_out: Matrix,
+    pub own: Vec<f32>,
     /// Of key, value, receptance and gate.
-    maps: [Matrix; 4],
-    group_norm: (Vec<f32>, Vec<f32>),
-    output: Matrix,
+    pub maps: [Matrix; 4],
+    pub group_norm: (Vec<f32>, Vec<f32>),
+    pub output: Matrix,
 }
 
 impl V6 {
@@ -156,5 +156,10 @@ impl Recurrent for V6 {
         for buffer in maps.into_iter().rev().chain([mixed, shift]) {
             workspace.give(buffer);
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+        Ok(Box::new(crate::cuda::V6::new(self, to)?))
     }
 }

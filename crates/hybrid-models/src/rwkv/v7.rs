@@ -19,36 +19,36 @@ use rayon::prelude::*;
 
 #[derive(Debug)]
 pub struct V7 {
-    hidden: usize,
-    heads: usize,
-    head_dim: usize,
+    pub hidden: usize,
+    pub heads: usize,
+    pub head_dim: usize,
     /// Token shifts, in the order of [`MIXES`].
-    mixes: Vec<Vec<f32>>,
-    receptance: Matrix,
-    key: Matrix,
-    value: Matrix,
+    pub mixes: Vec<Vec<f32>>,
+    pub receptance: Matrix,
+    pub key: Matrix,
+    pub value: Matrix,
     /// Of the decay, the rate of learning and the gate.
-    decay: LowRank,
-    rate: LowRank,
-    gate: LowRank,
+    pub decay: LowRank,
+    pub rate: LowRank,
+    pub gate: LowRank,
     /// How much of the first layer's values comes in; `None` in the first layer.
-    first_values: Option<LowRank>,
-    removal: Vec<f32>,
-    key_rate: Vec<f32>,
-    own: Vec<f32>,
-    group_norm: (Vec<f32>, Vec<f32>),
-    output: Matrix,
+    pub first_values: Option<LowRank>,
+    pub removal: Vec<f32>,
+    pub key_rate: Vec<f32>,
+    pub own: Vec<f32>,
+    pub group_norm: (Vec<f32>, Vec<f32>),
+    pub output: Matrix,
 }
 
 const MIXES: [&str; 6] = ["r", "w", "k", "v", "a", "g"];
 
 /// `bias + W₂ f(W₁ x)`.
 #[derive(Debug)]
-struct LowRank {
-    first: Matrix,
-    second: Matrix,
+pub struct LowRank {
+    pub first: Matrix,
+    pub second: Matrix,
     /// None for the gate.
-    bias: Vec<f32>,
+    pub bias: Vec<f32>,
 }
 
 impl LowRank {
@@ -200,6 +200,11 @@ impl Recurrent for V7 {
         for buffer in [g, a, v, k, w, r, mixed, shift] {
             workspace.give(buffer);
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+        Ok(Box::new(crate::cuda::V7::new(self, to)?))
     }
 }
 

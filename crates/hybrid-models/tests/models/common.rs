@@ -26,7 +26,7 @@ impl Fixture {
     }
 
     pub fn model(&self, dtype: DType) -> Model {
-        Model::from_folder(&self.folder, &LoadOptions { dtype }).unwrap()
+        Model::from_folder(&self.folder, &LoadOptions { dtype, ..Default::default() }).unwrap()
     }
 
     /// The model with all its weights rounded to `stored`, its matrices held in `held`.
@@ -34,7 +34,12 @@ impl Fixture {
         let tensors = self.tensors().into_iter();
         let tensors = tensors.map(|(name, t)| (name, t.to_dtype(stored).unwrap())).collect();
         let config = std::fs::read_to_string(self.folder.join("config.json")).ok();
-        Model::from_tensors(config.as_deref(), tensors, &LoadOptions { dtype: held }).unwrap()
+        Model::from_tensors(
+            config.as_deref(),
+            tensors,
+            &LoadOptions { dtype: held, ..Default::default() },
+        )
+        .unwrap()
     }
 
     pub fn tensors(&self) -> HashMap<String, Tensor> {

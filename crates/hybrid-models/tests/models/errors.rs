@@ -52,7 +52,7 @@ fn other_families_and_vocabularies_are_named() {
     assert!(smaller.contains("embeddings") && smaller.contains("95"), "{smaller}");
     let of_mamba2 = message(&config.replace("\"mamba\"", "\"mamba2\""));
     assert!(of_mamba2.contains("num_heads"), "{of_mamba2}");
-    let options = LoadOptions { dtype: DType::U8 };
+    let options = LoadOptions { dtype: DType::U8, ..Default::default() };
     let refused = Model::from_tensors(Some(&config), tensors.clone(), &options).unwrap_err();
     assert!(refused.to_string().contains("dtype"));
     let nowhere = Model::from_folder(std::path::Path::new("/nowhere"), &LoadOptions::default());

@@ -3,6 +3,7 @@
 mod common;
 mod errors;
 mod laws;
+mod mixed;
 mod reference;
 mod stack;
 mod world;

@@ -1,20 +1,16 @@
 //! Stacks of one family equal that family's public implementation; stacks of all mixers obey the laws of each; attention layers remember
 //! through whatever cache they are given.
 
-use std::collections::HashMap;
 use std::path::Path;
 
+use crate::mixed::{Tensors, mixed};
 use crate::common::{Fixture, SAME, distance, feed, feed_on, relative_distance};
 use candle_core::{DType, Device, Tensor};
 use hybrid_models::{LoadOptions, Model, Session};
 use kv_quant::{Bits, Format, QuantCache};
 use longctx_core::{CausalLm, DenseStore, Error, Logits, Result};
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 use token_drop::{Budget, KNorm, PolicyCache};
-
-type Tensors = HashMap<String, Tensor>;
 
 fn build(config: &Value, tensors: Tensors) -> Result<Model> {
     Model::from_tensors(Some(&config.to_string()), tensors, &LoadOptions::default())
@@ -158,119 +154,6 @@ fn of_attention_alone_is_llama() {
     check(&model, &expected["tokens"], &expected["logits"]);
 }
 
-/// All mixers in one stack of random weights: attention at the second and the last layer.
-fn mixed() -> (Value, Tensors) {
-    let hidden = 32;
-    let layers = json!([
-        ["mamba"],
-        ["attention", "mlp"],
-        ["rwkv5", "channel_mix"],
-        ["mamba2"],
-        ["rg_lru", "mlp"],
-        ["attention"]
-    ]);
-    let config = json!({
-        "model_type": "hybrid", "vocab_size": 50, "hidden_size": hidden, "layers": layers,
-        "attention": { "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32 },
-        "mamba2": { "state_size": 8, "head_dim": 16 }, "mlp": { "intermediate_size": 40 }, "rg_lru": { "num_heads": 2 },
-    });
-    let block = |kind: &str| -> Vec<(&str, Vec<usize>)> {
-        match kind {
-            "mamba" => vec![
-                ("in_proj.weight", vec![128, 32]),
-                ("conv1d.weight", vec![64, 1, 4]),
-                ("conv1d.bias", vec![64]),
-                ("x_proj.weight", vec![2 + 32, 64]),
-                ("dt_proj.weight", vec![64, 2]),
-                ("dt_proj.bias", vec![64]),
-                ("A_log", vec![64, 16]),
-                ("D", vec![64]),
-                ("out_proj.weight", vec![32, 64]),
-            ],
-            "mamba2" => vec![
-                ("in_proj.weight", vec![64 + 80 + 4, 32]),
-                ("conv1d.weight", vec![80, 1, 4]),
-                ("conv1d.bias", vec![80]),
-                ("dt_bias", vec![4]),
-                ("A_log", vec![4]),
-                ("D", vec![4]),
-                ("norm.weight", vec![64]),
-                ("out_proj.weight", vec![32, 64]),
-            ],
-            "attention" => vec![
-                ("q_proj.weight", vec![128, 32]),
-                ("k_proj.weight", vec![64, 32]),
-                ("v_proj.weight", vec![64, 32]),
-                ("o_proj.weight", vec![32, 128]),
-            ],
-            "mlp" => vec![
-                ("gate_proj.weight", vec![40, 32]),
-                ("up_proj.weight", vec![40, 32]),
-                ("down_proj.weight", vec![32, 40]),
-            ],
-            "rwkv5" => vec![
-                ("time_mix_r", vec![32]),
-                ("time_mix_k", vec![32]),
-                ("time_mix_v", vec![32]),
-                ("time_mix_g", vec![32]),
-                ("receptance.weight", vec![32, 32]),
-                ("key.weight", vec![32, 32]),
-                ("value.weight", vec![32, 32]),
-                ("gate.weight", vec![32, 32]),
-                ("output.weight", vec![32, 32]),
-                ("time_decay", vec![2, 16]),
-                ("time_faaaa", vec![2, 16]),
-                ("ln_x.weight", vec![32]),
-                ("ln_x.bias", vec![32]),
-            ],
-            "channel_mix" => vec![
-                ("time_mix_k", vec![32]),
-                ("time_mix_r", vec![32]),
-                ("key.weight", vec![60, 32]),
-                ("value.weight", vec![32, 60]),
-                ("receptance.weight", vec![32, 32]),
-            ],
-            _ => vec![
-                ("linear_y.weight", vec![32, 32]),
-                ("linear_y.bias", vec![32]),
-                ("linear_x.weight", vec![32, 32]),
-                ("linear_x.bias", vec![32]),
-                ("linear_out.weight", vec![32, 32]),
-                ("linear_out.bias", vec![32]),
-                ("conv_1d.weight", vec![32, 1, 4]),
-                ("conv_1d.bias", vec![32]),
-                ("rg_lru.recurrent_param", vec![32]),
-                ("rg_lru.recurrent_gate_weight", vec![2, 16, 16]),
-                ("rg_lru.recurrent_gate_bias", vec![2, 16]),
-                ("rg_lru.input_gate_weight", vec![2, 16, 16]),
-                ("rg_lru.input_gate_bias", vec![2, 16]),
-            ],
-        }
-    };
-    let mut rng = StdRng::seed_from_u64(5);
-    let mut random = |mean: f32, spread: f32, shape: &[usize]| {
-        // Uniform, of this standard deviation.
-        let half = spread * 3f32.sqrt();
-        let count = shape.iter().product();
-        let numbers = (0..count).map(|_| rng.random_range(mean - half..mean + half)).collect();
-        Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap()
-    };
-    let mut tensors = Tensors::from([
-        ("embed.weight".into(), random(0.0, 1.0, &[50, hidden])),
-        ("final_norm.weight".into(), random(1.0, 0.1, &[hidden])),
-    ]);
-    for (i, blocks) in config["layers"].as_array().unwrap().iter().enumerate() {
-        for kind in blocks.as_array().unwrap().iter().map(|kind| kind.as_str().unwrap()) {
-            let name = format!("layers.{i}.{kind}");
-            tensors.insert(format!("{name}_norm.weight"), random(1.0, 0.1, &[hidden]));
-            for (part, shape) in block(kind) {
-                tensors.insert(format!("{name}.{part}"), random(0.0, 0.2, &shape));
-            }
-        }
-    }
-    (config, tensors)
-}
-
 fn ids(batch: usize, count: usize) -> Tensor {
     let ids: Vec<u32> = (0..batch * count).map(|i| (i * i * 7 + i * 3) as u32 % 50).collect();
     Tensor::from_vec(ids, (batch, count), &Device::Cpu).unwrap()
@@ -278,7 +161,7 @@ fn ids(batch: usize, count: usize) -> Tensor {
 
 #[test]
 fn of_all_mixers_chunks_equal_steps_and_entries_do_not_mix() {
-    let (config, tensors) = mixed();
+    let (config, tensors) = mixed(32, 16);
     let model = build(&config, tensors).unwrap();
     let ids = ids(3, 90);
     let steps = feed(&model, &ids, &[1]);
@@ -301,7 +184,7 @@ fn decode(mut session: Session) -> (Tensor, Tensor, Session) {
 
 #[test]
 fn attention_layers_can_be_quantized_and_evicted() {
-    let (config, tensors) = mixed();
+    let (config, tensors) = mixed(32, 16);
     let model = build(&config, tensors).unwrap();
     let (prompt, exact, dense) = decode(crate::common::session(&model));
     let format = |bits| Format::kivi(bits, bits, 32, 32).unwrap();
@@ -338,7 +221,7 @@ fn attention_layers_can_be_quantized_and_evicted() {
 
 #[test]
 fn broken_configurations_are_named() {
-    let (config, tensors) = mixed();
+    let (config, tensors) = mixed(32, 16);
     let message = |change: &dyn Fn(&mut Value)| {
         let mut config = config.clone();
         change(&mut config);

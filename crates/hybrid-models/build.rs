@@ -1,0 +1,49 @@
+//! With feature `cuda`, compiles kernels/*.cu for compute capabilities 8.0 and 9.0, with PTX for newer ones.
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    #[cfg(feature = "cuda")]
+    cuda::compile();
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+
+    const TARGETS: [&str; 2] =
+        ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"];
+
+    /// Writes `images.rs`, an array of the compiled kernels, into the folder that cargo gives.
+    pub fn compile() {
+        println!("cargo:rerun-if-changed=kernels");
+        let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+        let nvcc = cudaforge::CudaToolkit::detect().expect("feature `cuda` needs nvcc").nvcc_path;
+        let entries = std::fs::read_dir("kernels").expect("a folder of kernels").flatten();
+        let mut sources: Vec<_> = entries.map(|entry| entry.path()).collect();
+        sources.retain(|path| path.extension().is_some_and(|end| end == "cu"));
+        sources.sort();
+        let images: String = std::thread::scope(|scope| {
+            let (nvcc, out) = (&nvcc, &out);
+            let mut running = Vec::new();
+            for source in &sources {
+                running.push(scope.spawn(move || compile_one(nvcc, source, out)));
+            }
+            running.into_iter().map(|image| image.join().expect("nvcc compiles")).collect()
+        });
+        std::fs::write(out.join("images.rs"), format!("&[{images}]")).expect("room in OUT_DIR");
+    }
+
+    /// Gives the expression for the compiled file's bytes.
+    fn compile_one(nvcc: &Path, source: &Path, out: &Path) -> String {
+        let name = source.file_stem().expect("a file of kernels");
+        let image = out.join(name).with_extension("fatbin");
+        let mut command = Command::new(nvcc);
+        command.args(["-O3", "-std=c++17", "-fatbin"]);
+        command.args(TARGETS.iter().flat_map(|target| ["-gencode", target]));
+        command.arg("-o").arg(&image).arg(source);
+        let status = command.status().expect("nvcc starts");
+        assert!(status.success(), "{command:?}: {status}");
+        format!("include_bytes!({image:?}),")
+    }
+}

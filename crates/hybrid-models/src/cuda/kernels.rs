@@ -1,0 +1,142 @@
+//! Which kernels there are, and how they are launched.
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute;
+use candle_core::cuda::cudarc::driver::{
+    CudaFunction, CudaModule, CudaStream, DevicePtr, DeviceRepr, DriverError, LaunchConfig,
+    PushKernelArg,
+};
+use candle_core::cuda::cudarc::nvrtc::Ptx;
+use candle_core::{CudaDevice, DType, Storage, Tensor};
+use half::{bf16, f16};
+use longctx_core::{Error, Result};
+
+/// Compute capability, times ten, from which on there are kernels.
+const OLDEST: i32 = 80;
+
+/// The compiled kernels/*.cu.
+const IMAGES: &[&[u8]] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
+
+/// The kernels, loaded into a device's context.
+#[derive(Debug)]
+pub struct Kernels {
+    modules: Vec<Arc<CudaModule>>,
+    stream: Arc<CudaStream>,
+}
+
+impl Kernels {
+    /// # Errors
+    /// [`Error::Unsupported`] for a device older than the kernels.
+    pub fn load(device: &CudaDevice) -> Result<Self> {
+        let stream = device.cuda_stream();
+        let context = stream.context();
+        let attribute = |a| context.attribute(a).map_err(wrap);
+        use CUdevice_attribute::*;
+        let major = attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        if 10 * major + minor < OLDEST {
+            let reason = "there are kernels for 8.0 and newer";
+            let place = format!("a CUDA device of compute capability {major}.{minor}");
+            return Err(Error::Unsupported(format!("{place}: {reason}")));
+        }
+        let load = |image: &&[u8]| context.load_module(Ptx::from_binary(image.to_vec()));
+        let modules = IMAGES.iter().map(load).collect::<Result<_, _>>().map_err(wrap)?;
+        Ok(Self { modules, stream })
+    }
+
+    /// The kernel of a name for inputs and outputs of a format.
+    pub fn get(&self, name: &str, dtype: DType) -> Result<Kernel> {
+        let entry = format!("{name}_{}", dtype.as_str());
+        let function = self.modules.iter().find_map(|module| module.load_function(&entry).ok());
+        let function = function.ok_or_else(|| Error::Unsupported(format!("no kernel {entry}")))?;
+        Ok(Kernel { function, stream: self.stream.clone() })
+    }
+}
+
+#[derive(Debug)]
+pub struct Kernel {
+    function: CudaFunction,
+    stream: Arc<CudaStream>,
+}
+
+impl Kernel {
+    /// # Safety
+    /// `args` must be what the kernel takes and right for the grid; its addresses must be those of arrays on the kernel's device, of the
+    /// sizes that the kernel's struct gives, and of tensors that outlive this call: all work is on one stream, so that memory freed after it
+    /// is not used again before it.
+    pub unsafe fn launch<A: DeviceRepr>(
+        &self,
+        grid_dim: (usize, usize, usize),
+        threads: usize,
+        args: &A,
+    ) -> Result<()> {
+        let (x, y, z) = grid_dim;
+        let config = LaunchConfig {
+            grid_dim: (x as u32, y as u32, z as u32),
+            block_dim: (threads as u32, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        let mut builder = self.stream.launch_builder(&self.function);
+        builder.arg(args);
+        // SAFETY: the caller's.
+        unsafe { builder.launch(config) }.map_err(wrap)?;
+        Ok(())
+    }
+}
+
+/// A tensor of numbers that nobody has written yet.
+///
+/// # Safety
+/// A kernel must write all of it before anything reads it.
+pub unsafe fn unwritten(shape: (usize, usize), like: &Tensor) -> Result<Tensor> {
+    // SAFETY: the caller's.
+    Ok(unsafe { Tensor::empty(shape, like.dtype(), like.device())? })
+}
+
+/// The device address of a tensor's first number.
+pub fn address(x: &Tensor) -> Result<u64> {
+    let (storage, layout) = x.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        return Err(Error::mismatch("tensor", "one on a CUDA device", "one elsewhere"));
+    };
+    let stream = storage.device().cuda_stream();
+    let start = match storage.dtype() {
+        DType::F32 => storage.as_cuda_slice::<f32>()?.device_ptr(&stream).0,
+        DType::F16 => storage.as_cuda_slice::<f16>()?.device_ptr(&stream).0,
+        DType::BF16 => storage.as_cuda_slice::<bf16>()?.device_ptr(&stream).0,
+        other => return Err(Error::mismatch("tensor", "f32, f16 or bf16", other.as_str())),
+    };
+    Ok(start + (layout.start_offset() * storage.dtype().size_in_bytes()) as u64)
+}
+
+/// `[rows, columns]` of a matrix, whole or some columns of a wider one.
+#[derive(Clone, Copy)]
+pub struct Rows {
+    pub address: u64,
+    /// Numbers from one row to the next.
+    pub row: i32,
+}
+
+impl Rows {
+    pub fn of(x: &Tensor) -> Result<Self> {
+        match *x.stride() {
+            [row, 1] => Ok(Self { address: address(x)?, row: row as i32 }),
+            ref other => {
+                let (expected, got) = ("[row, 1]", format!("{other:?}"));
+                Err(Error::mismatch("strides of a kernel's input", expected, got))
+            }
+        }
+    }
+
+    /// Whether kernels that read eight numbers of half precision at a time can.
+    pub fn in_eights(self) -> bool {
+        self.address.is_multiple_of(16) && self.row % 8 == 0
+    }
+}
+
+fn wrap(error: DriverError) -> Error {
+    candle_core::Error::wrap(error).into()
+}

@@ -1,0 +1,55 @@
+//! Mamba's mixer on the device.
+
+use super::conv::Conv;
+use super::selective_scan::{Inputs, Scan};
+use super::target::{Linear, Target};
+use super::{Carried, Input, Mixer};
+use crate::mamba::{Mamba as Host, MambaShape};
+use candle_core::{DType, Tensor};
+use longctx_core::Result;
+
+#[derive(Debug)]
+pub struct Mamba {
+    shape: MambaShape,
+    project_in: Linear,
+    conv: Conv,
+    select: Linear,
+    time_step: Linear,
+    scan: Scan,
+    project_out: Linear,
+    dtype: DType,
+}
+
+impl Mamba {
+    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+        Ok(Self {
+            shape: host.shape,
+            project_in: to.linear(&host.project_in)?,
+            conv: Conv::new(&host.conv, to)?,
+            select: to.matrix(&host.select)?,
+            time_step: to.matrix(&host.time_step)?,
+            scan: Scan::new(host, to)?,
+            project_out: to.linear(&host.project_out)?,
+            dtype: to.dtype,
+        })
+    }
+}
+
+impl Mixer for Mamba {
+    fn forward(&self, x: Input<'_>, state: &mut [Tensor], _: &mut Carried) -> Result<Tensor> {
+        let [conv, ssm] = state else { unreachable!("the host's mixer has these arrays") };
+        let MambaShape { inner, states, rank, .. } = self.shape;
+        let projected = self.project_in.apply(&x.x.to_dtype(self.dtype)?)?;
+        let u = self.conv.apply(&projected.narrow(1, 0, inner)?, x.batch, conv)?;
+        let selected = self.select.apply(&u)?;
+        let steps = self.time_step.apply(&selected.narrow(1, 0, rank)?.contiguous()?)?;
+        let inputs = Inputs {
+            u: &u,
+            steps: &steps,
+            b: &selected.narrow(1, rank, states)?,
+            c: &selected.narrow(1, rank + states, states)?,
+            gate: &projected.narrow(1, inner, inner)?,
+        };
+        self.project_out.apply(&self.scan.apply(inputs, x.batch, ssm)?)
+    }
+}

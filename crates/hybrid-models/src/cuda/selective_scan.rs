@@ -1,0 +1,93 @@
+//! Mamba's selective scan on the device: kernels/selective_scan.cu.
+#![allow(unsafe_code)]
+
+use super::args;
+use super::kernels::{Kernel, Rows, address, unwritten};
+use super::target::Target;
+use crate::mamba::Mamba as Host;
+use candle_core::Tensor;
+use longctx_core::{Error, Result};
+
+/// States per channel of published models, which a kernel is made for.
+const USUAL_STATES: usize = 16;
+/// As in kernels/args.cuh.
+const MOST_STATES: usize = 256;
+
+#[derive(Debug)]
+pub struct Scan {
+    /// `[channels, states]`.
+    a: Tensor,
+    skip: Tensor,
+    time_bias: Tensor,
+    states: usize,
+    kernel: Kernel,
+    /// Channels of a block of threads.
+    channels: usize,
+}
+
+/// Rows that the scan reads, or columns of wider ones.
+pub struct Inputs<'a> {
+    pub u: &'a Tensor,
+    /// Time steps before their bias and softplus, per channel.
+    pub steps: &'a Tensor,
+    pub b: &'a Tensor,
+    pub c: &'a Tensor,
+    /// The output is multiplied by its SiLU.
+    pub gate: &'a Tensor,
+}
+
+impl Scan {
+    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+        let (inner, states) = (host.shape.inner, host.shape.states);
+        if states > MOST_STATES {
+            let what = format!("Mamba with {states} states on a CUDA device");
+            return Err(Error::Unsupported(format!("{what}: kernels have up to {MOST_STATES}")));
+        }
+        let (kernel, channels) = match states {
+            USUAL_STATES => ("selective_scan", 16),
+            _ => ("selective_scan_any", 4),
+        };
+        Ok(Self {
+            a: to.vector(&host.a())?.reshape((inner, states))?,
+            skip: to.vector(&host.scan.skip)?,
+            time_bias: to.vector(&host.scan.time_bias)?,
+            states,
+            kernel: to.kernel(kernel)?,
+            channels,
+        })
+    }
+
+    /// `[batch * tokens, channels]`; the state is `[batch, channels, states]`.
+    pub fn apply(&self, inputs: Inputs<'_>, batch: usize, state: &Tensor) -> Result<Tensor> {
+        let (rows, channels) = inputs.u.dims2()?;
+        // SAFETY: the launch below writes all of it.
+        let y = unsafe { unwritten((rows, channels), inputs.u)? };
+        let (u, steps, z) = (Rows::of(inputs.u)?, Rows::of(inputs.steps)?, Rows::of(inputs.gate)?);
+        let (b, c) = (Rows::of(inputs.b)?, Rows::of(inputs.c)?);
+        let args = args::SelectiveScan {
+            u: u.address,
+            steps: steps.address,
+            z: z.address,
+            b: b.address,
+            c: c.address,
+            a: address(&self.a)?,
+            d: address(&self.skip)?,
+            bias: address(&self.time_bias)?,
+            state: address(state)?,
+            y: address(&y)?,
+            tokens: (rows / batch) as i32,
+            channels: channels as i32,
+            states: self.states as i32,
+            u_row: u.row,
+            steps_row: steps.row,
+            z_row: z.row,
+            b_row: b.row,
+            c_row: c.row,
+            y_row: channels as i32,
+        };
+        let grid = (channels.div_ceil(self.channels), batch, 1);
+        // SAFETY: the sizes are those of the tensors, which live until the end of this function.
+        unsafe { self.kernel.launch(grid, 128, &args)? };
+        Ok(y)
+    }
+}

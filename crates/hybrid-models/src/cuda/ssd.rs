@@ -1,0 +1,93 @@
+//! Mamba-2's recurrence on the device: kernels/ssd.cu.
+#![allow(unsafe_code)]
+
+use super::args;
+use super::kernels::{Kernel, Rows, address, unwritten};
+use super::target::{InChunks, Target};
+use crate::mamba2::{Mamba2Shape, Ssd as Host};
+use candle_core::Tensor;
+use longctx_core::{Error, Result};
+
+/// As in kernels/args.cuh.
+const MOST_STATES: usize = 256;
+
+#[derive(Debug)]
+pub struct Ssd {
+    shape: Mamba2Shape,
+    a: Tensor,
+    skip: Tensor,
+    time_bias: Tensor,
+    in_chunks: Option<InChunks>,
+    any: Kernel,
+}
+
+impl Ssd {
+    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+        let Mamba2Shape { head_dim, states, .. } = host.shape;
+        if states > MOST_STATES {
+            let what = format!("Mamba-2 with {states} states on a CUDA device");
+            return Err(Error::Unsupported(format!("{what}: kernels have up to {MOST_STATES}")));
+        }
+        let usual = head_dim == 64 && matches!(states, 64 | 128);
+        Ok(Self {
+            shape: host.shape,
+            a: to.vector(&host.a)?,
+            skip: to.vector(&host.skip)?,
+            time_bias: to.vector(&host.time_bias)?,
+            in_chunks: if usual { to.in_chunks("ssd")? } else { None },
+            any: to.kernel("ssd_any")?,
+        })
+    }
+
+    /// `mixed`: rows of x, B and C; `steps`: time steps before bias and softplus, per head. Gives `[batch * tokens, heads * head_dim]`; the state
+    /// is `[batch, heads, states, head_dim]`.
+    pub fn apply(
+        &self,
+        mixed: &Tensor,
+        steps: &Tensor,
+        batch: usize,
+        state: &Tensor,
+    ) -> Result<Tensor> {
+        let Mamba2Shape { heads, head_dim, groups, states, time_step_limit, .. } = self.shape;
+        let (rows, inner) = (mixed.dim(0)?, heads * head_dim);
+        let tokens = rows / batch;
+        // SAFETY: the launch below writes all of it.
+        let y = unsafe { unwritten((rows, inner), mixed)? };
+        let part = |start: usize, width: usize| Rows::of(&mixed.narrow(1, start, width)?);
+        let (x, b) = (part(0, inner)?, part(inner, groups * states)?);
+        let c = part(inner + groups * states, groups * states)?;
+        let (of_steps, to_y) = (Rows::of(steps)?, Rows::of(&y)?);
+        let args = args::Ssd {
+            x: x.address,
+            b: b.address,
+            c: c.address,
+            steps: of_steps.address,
+            a: address(&self.a)?,
+            d: address(&self.skip)?,
+            bias: address(&self.time_bias)?,
+            state: address(state)?,
+            y: to_y.address,
+            tokens: tokens as i32,
+            heads: heads as i32,
+            head_dim: head_dim as i32,
+            groups: groups as i32,
+            states: states as i32,
+            x_row: x.row,
+            b_row: b.row,
+            c_row: c.row,
+            steps_row: of_steps.row,
+            y_row: to_y.row,
+            step_min: time_step_limit.0,
+            step_max: time_step_limit.1,
+        };
+        let in_chunks = InChunks::fitting(&self.in_chunks, tokens, &[x, b, c, to_y]);
+        // SAFETY: the sizes are those of the tensors, which live until the end of this function.
+        unsafe {
+            match in_chunks {
+                Some(kernel) => kernel.launch((2, heads, batch), 128, &args)?,
+                None => self.any.launch((head_dim.div_ceil(32), heads, batch), 128, &args)?,
+            }
+        }
+        Ok(y)
+    }
+}

@@ -1,0 +1,179 @@
+//! Weights on their way to the device.
+
+use std::sync::Arc;
+
+use super::kernels::{Kernel, Kernels, Rows};
+use crate::linear::Linear as HostLinear;
+use crate::matrix::Matrix;
+use crate::norm::Norm as HostNorm;
+use candle_core::{CudaDevice, DType, Device, Tensor};
+use longctx_core::Result;
+
+/// A device, and the format in which weights are held there.
+#[derive(Debug)]
+pub struct Target {
+    pub device: Device,
+    pub dtype: DType,
+    kernels: Arc<Kernels>,
+}
+
+impl Target {
+    pub fn new(device: &CudaDevice, dtype: DType) -> Result<Self> {
+        let kernels = Arc::new(Kernels::load(device)?);
+        Ok(Self { device: Device::Cuda(device.clone()), dtype, kernels })
+    }
+
+    /// A kernel for the format of the weights.
+    pub fn kernel(&self, name: &str) -> Result<Kernel> {
+        self.kernels.get(name, self.dtype)
+    }
+
+    /// The kernel that takes many tokens in chunks of matrix products, where there is one for the format of the weights.
+    pub fn in_chunks(&self, name: &str) -> Result<Option<InChunks>> {
+        match self.dtype {
+            DType::F32 => Ok(None),
+            _ => Ok(Some(InChunks(self.kernel(name)?))),
+        }
+    }
+
+    /// Numbers in f32.
+    pub fn vector(&self, numbers: &[f32]) -> Result<Tensor> {
+        Ok(Tensor::new(numbers, &self.device)?)
+    }
+
+    /// Numbers in the format of the weights.
+    pub fn narrow(&self, numbers: &[f32]) -> Result<Tensor> {
+        Ok(self.vector(numbers)?.to_dtype(self.dtype)?)
+    }
+
+    /// A linear map without a bias.
+    pub fn matrix(&self, matrix: &Matrix) -> Result<Linear> {
+        Ok(Linear { weight: matrix.to_tensor(&self.device)?.t()?, bias: None })
+    }
+
+    pub fn linear(&self, linear: &HostLinear) -> Result<Linear> {
+        let bias = linear.bias.as_ref().map(|bias| self.narrow(bias)).transpose()?;
+        Ok(Linear { bias, ..self.matrix(&linear.matrix)? })
+    }
+
+    /// Matrices of one shape.
+    pub fn batched<'a>(&self, matrices: impl IntoIterator<Item = &'a Matrix>) -> Result<Batched> {
+        let one = |matrix: &Matrix| matrix.to_tensor(&self.device);
+        let all = matrices.into_iter().map(one).collect::<Result<Vec<_>>>()?;
+        Ok(Batched { weights: Tensor::stack(&all, 0)?.transpose(1, 2)? })
+    }
+
+    pub fn norm(&self, norm: &HostNorm) -> Result<Norm> {
+        Ok(match norm {
+            HostNorm::Rms { weight, eps } => Norm::Rms { weight: self.vector(weight)?, eps: *eps },
+            HostNorm::Layer { weight, bias, eps } => {
+                let (weight, bias) = (self.vector(weight)?, self.vector(bias)?);
+                Norm::Layer { weight, bias, eps: *eps }
+            }
+        })
+    }
+}
+
+/// A kernel that is worth it for many tokens.
+#[derive(Debug)]
+pub struct InChunks(Kernel);
+
+impl InChunks {
+    const FEWEST_TOKENS: usize = 16;
+
+    /// The kernel, if it is worth it for so many tokens and can read these rows.
+    pub fn fitting<'a>(this: &'a Option<Self>, tokens: usize, rows: &[Rows]) -> Option<&'a Kernel> {
+        let fits =
+            |_: &&Self| tokens >= Self::FEWEST_TOKENS && rows.iter().all(|rows| rows.in_eights());
+        this.as_ref().filter(fits).map(|InChunks(kernel)| kernel)
+    }
+}
+
+/// A linear map with a bias, if it has one.
+#[derive(Debug)]
+pub struct Linear {
+    /// `[inner, out]`, lying the other way.
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// `[rows, inner]` to `[rows, out]`, both in the format of the weights.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        let y = x.matmul(&self.weight)?;
+        Ok(match &self.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+
+    /// The matrix as the checkpoint has it, `[out, inner]`.
+    pub fn rows(&self) -> Result<Tensor> {
+        Ok(self.weight.t()?)
+    }
+}
+
+/// Linear maps of one shape, each with an input of its own.
+#[derive(Debug)]
+pub struct Batched {
+    /// `[count, inner, out]`, each lying the other way.
+    weights: Tensor,
+}
+
+impl Batched {
+    pub fn count(&self) -> usize {
+        self.weights.dims()[0]
+    }
+
+    /// `[count, rows, inner]` to `[count, rows, out]`, both in the format of the weights.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(x.matmul(&self.weights)?)
+    }
+}
+
+/// A norm of f32 rows.
+#[derive(Debug)]
+pub enum Norm {
+    Rms { weight: Tensor, eps: f32 },
+    Layer { weight: Tensor, bias: Tensor, eps: f32 },
+}
+
+impl Norm {
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Self::Rms { weight, eps } => candle_nn::ops::rms_norm(x, weight, *eps)?,
+            Self::Layer { weight, bias, eps } => candle_nn::ops::layer_norm(x, weight, bias, *eps)?,
+        })
+    }
+}
+
+/// Layer norm of each group of channels, with a weight and a bias for each channel.
+#[derive(Debug)]
+pub struct GroupNorm {
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    zeros: Tensor,
+    eps: f32,
+}
+
+impl GroupNorm {
+    pub fn new(to: &Target, weight: &[f32], bias: &[f32], group: usize, eps: f32) -> Result<Self> {
+        Ok(Self {
+            weight: to.vector(weight)?,
+            bias: to.vector(bias)?,
+            ones: to.vector(&vec![1.0; group])?,
+            zeros: to.vector(&vec![0.0; group])?,
+            eps,
+        })
+    }
+
+    /// Of `[rows, channels]` in f32.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        let (rows, channels) = x.dims2()?;
+        let groups = x.reshape((rows * channels / self.ones.elem_count(), ()))?;
+        let normed = candle_nn::ops::layer_norm(&groups, &self.ones, &self.zeros, self.eps)?;
+        let normed = normed.reshape((rows, channels))?;
+        Ok(normed.broadcast_mul(&self.weight)?.broadcast_add(&self.bias)?)
+    }
+}

@@ -1,0 +1,80 @@
+//! RWKV-4's time mixing on the device.
+#![allow(unsafe_code)]
+
+use super::args;
+use super::kernels::{Kernel, Rows, address, unwritten};
+use super::shift::{Shift, differences};
+use super::target::{Batched, Linear, Target};
+use super::{Carried, Input, Mixer};
+use crate::rwkv::V4 as Host;
+use candle_core::{DType, Tensor};
+use candle_nn::ops::sigmoid;
+use longctx_core::Result;
+
+#[derive(Debug)]
+pub struct V4 {
+    shift: Shift,
+    /// Of key, value and receptance.
+    maps: Batched,
+    output: Linear,
+    decay: Tensor,
+    first: Tensor,
+    kernel: Kernel,
+    dtype: DType,
+}
+
+impl V4 {
+    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+        Ok(Self {
+            shift: Shift::new(&host.mixes, to)?,
+            maps: to.batched([&host.key, &host.value, &host.receptance])?,
+            output: to.matrix(&host.output)?,
+            decay: to.vector(&host.decay)?,
+            first: to.vector(&host.first)?,
+            kernel: to.kernel("wkv4")?,
+            dtype: to.dtype,
+        })
+    }
+
+    /// kernels/wkv4.cu
+    fn wkv(&self, k: &Tensor, v: &Tensor, batch: usize, state: [&Tensor; 3]) -> Result<Tensor> {
+        let (rows, channels) = k.dims2()?;
+        // SAFETY: the launch below writes all of it.
+        let y = unsafe { unwritten((rows, channels), k)? };
+        let (k, v) = (Rows::of(k)?, Rows::of(v)?);
+        let [numerator, denominator, largest] = state;
+        let args = args::Wkv4 {
+            k: k.address,
+            v: v.address,
+            decay: address(&self.decay)?,
+            first: address(&self.first)?,
+            numerator: address(numerator)?,
+            denominator: address(denominator)?,
+            largest: address(largest)?,
+            y: address(&y)?,
+            tokens: (rows / batch) as i32,
+            channels: channels as i32,
+            state_entry: channels as i32,
+            k_row: k.row,
+            v_row: v.row,
+            y_row: channels as i32,
+        };
+        // SAFETY: the sizes are those of the tensors, which live until the end of this function.
+        unsafe { self.kernel.launch((channels.div_ceil(128), batch, 1), 128, &args)? };
+        Ok(y)
+    }
+}
+
+impl Mixer for V4 {
+    fn forward(&self, x: Input<'_>, state: &mut [Tensor], _: &mut Carried) -> Result<Tensor> {
+        let [shift, numerator, denominator, largest] = state else {
+            unreachable!("the host's mixer has these arrays")
+        };
+        let differences = differences(&x, shift)?;
+        let mixed = self.shift.apply(x.x, &differences)?.to_dtype(self.dtype)?;
+        let maps = self.maps.apply(&mixed)?;
+        let state = [&*numerator, denominator, largest];
+        let y = self.wkv(&maps.get(0)?, &maps.get(1)?, x.batch, state)?;
+        self.output.apply(&(y * sigmoid(&maps.get(2)?)?)?)
+    }
+}

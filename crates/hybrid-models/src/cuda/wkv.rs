@@ -1,0 +1,175 @@
+//! The recurrences of RWKV-5, 6 and 7 on the device: kernels/wkv*.cu.
+#![allow(unsafe_code)]
+
+use super::args;
+use super::kernels::{Kernel, Rows, address, unwritten};
+use super::target::{InChunks, Target};
+use crate::rwkv::V7;
+use candle_core::{DType, Tensor};
+use longctx_core::{Error, Result};
+
+/// Channels of a head, as in kernels/args.cuh.
+const MOST_CHANNELS: usize = 128;
+/// Channels of a head in published models, which kernels are made for.
+const USUAL_CHANNELS: usize = 64;
+
+/// The kernels of one version.
+#[derive(Debug)]
+struct Version {
+    heads: usize,
+    dim: usize,
+    in_chunks: Option<InChunks>,
+    any: Kernel,
+}
+
+impl Version {
+    fn new(name: &str, heads: usize, dim: usize, to: &Target) -> Result<Self> {
+        if dim > MOST_CHANNELS {
+            let what = format!("RWKV with heads of {dim} channels on a CUDA device");
+            return Err(Error::Unsupported(format!("{what}: kernels have up to {MOST_CHANNELS}")));
+        }
+        let in_chunks = if dim == USUAL_CHANNELS { to.in_chunks(name)? } else { None };
+        Ok(Self { heads, dim, in_chunks, any: to.kernel(&format!("{name}_any"))? })
+    }
+
+    /// # Safety
+    /// As [`Kernel::launch`]; `rows` are all of T that `args` has.
+    unsafe fn launch<A: candle_core::cuda::cudarc::driver::DeviceRepr>(
+        &self,
+        rows: &[Rows],
+        (batch, tokens): (usize, usize),
+        args: &A,
+    ) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe {
+            match InChunks::fitting(&self.in_chunks, tokens, rows) {
+                Some(kernel) => kernel.launch((2, self.heads, batch), 128, args),
+                None => self.any.launch((self.dim.div_ceil(32), self.heads, batch), 128, args),
+            }
+        }
+    }
+}
+
+/// Of versions 5 and 6.
+#[derive(Debug)]
+pub struct Wkv {
+    version: Version,
+    /// In 5, what is kept at each token; in 6, what is added to the token's own part of it before e^−e^.
+    decay: Tensor,
+    own: Tensor,
+}
+
+impl Wkv {
+    /// `name`: "wkv5" or "wkv6".
+    pub fn new(name: &str, decay: &[f32], own: &[f32], dim: usize, to: &Target) -> Result<Self> {
+        let version = Version::new(name, own.len() / dim, dim, to)?;
+        Ok(Self { version, decay: to.vector(decay)?, own: to.vector(own)? })
+    }
+
+    /// `[batch * tokens, channels]` of receptance, key, value and, in 6, the tokens' decays; the state is `[batch, heads, keys, values]`.
+    pub fn apply(
+        &self,
+        [r, k, v]: [&Tensor; 3],
+        w: Option<&Tensor>,
+        batch: usize,
+        state: &Tensor,
+    ) -> Result<Tensor> {
+        let (rows, channels) = r.dims2()?;
+        let tokens = rows / batch;
+        // SAFETY: the launch below writes all of it.
+        let y = unsafe { unwritten((rows, channels), r)? };
+        let [r, k, v, to_y] = [Rows::of(r)?, Rows::of(k)?, Rows::of(v)?, Rows::of(&y)?];
+        let w = w.map_or(Ok(Rows { address: 0, row: 0 }), Rows::of)?;
+        let args = args::Wkv {
+            r: r.address,
+            k: k.address,
+            v: v.address,
+            w: w.address,
+            decay: address(&self.decay)?,
+            u: address(&self.own)?,
+            state: address(state)?,
+            y: to_y.address,
+            tokens: tokens as i32,
+            heads: self.version.heads as i32,
+            dim: self.version.dim as i32,
+            r_row: r.row,
+            k_row: k.row,
+            v_row: v.row,
+            w_row: w.row,
+            y_row: to_y.row,
+        };
+        // SAFETY: the sizes are those of the tensors, which live until the end of this function.
+        unsafe { self.version.launch(&[r, k, v, w, to_y], (batch, tokens), &args)? };
+        Ok(y)
+    }
+}
+
+/// Version 7's delta rule, with what its layer does to the keys before.
+#[derive(Debug)]
+pub struct Wkv7 {
+    version: Version,
+    decay: Tensor,
+    rate_bias: Tensor,
+    removal_scale: Tensor,
+    key_rate: Tensor,
+    own_scale: Tensor,
+}
+
+impl Wkv7 {
+    pub fn new(host: &V7, to: &Target) -> Result<Self> {
+        Ok(Self {
+            version: Version::new("wkv7", host.heads, host.head_dim, to)?,
+            decay: to.vector(&host.decay.bias)?,
+            rate_bias: to.vector(&host.rate.bias)?,
+            removal_scale: to.vector(&host.removal)?,
+            key_rate: to.vector(&host.key_rate)?,
+            own_scale: to.vector(&host.own)?,
+        })
+    }
+
+    /// `[batch * tokens, channels]` of receptance, key, value, and decay and rate before their biases; the state is `[batch, heads, keys, values]`.
+    /// Gives the output and, in f32, the share `[batch * tokens, heads]` in which each head's own value is to be added after the norm.
+    pub fn apply(
+        &self,
+        [r, key, v, w, a]: [&Tensor; 5],
+        batch: usize,
+        state: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let (rows, channels) = r.dims2()?;
+        let (tokens, heads) = (rows / batch, self.version.heads);
+        // SAFETY: the launch below writes all of both.
+        let (y, own) = unsafe {
+            let own = Tensor::empty((rows, heads), DType::F32, r.device())?;
+            (unwritten((rows, channels), r)?, own)
+        };
+        let [r, key, v] = [Rows::of(r)?, Rows::of(key)?, Rows::of(v)?];
+        let [w, a, to_y] = [Rows::of(w)?, Rows::of(a)?, Rows::of(&y)?];
+        let args = args::Wkv7 {
+            r: r.address,
+            key: key.address,
+            v: v.address,
+            w: w.address,
+            a: a.address,
+            decay: address(&self.decay)?,
+            rate_bias: address(&self.rate_bias)?,
+            removal_scale: address(&self.removal_scale)?,
+            key_rate: address(&self.key_rate)?,
+            own_scale: address(&self.own_scale)?,
+            state: address(state)?,
+            y: to_y.address,
+            own: address(&own)?,
+            tokens: tokens as i32,
+            heads: heads as i32,
+            dim: self.version.dim as i32,
+            r_row: r.row,
+            key_row: key.row,
+            v_row: v.row,
+            w_row: w.row,
+            a_row: a.row,
+            y_row: to_y.row,
+        };
+        // SAFETY: the sizes are those of the tensors, which live until the end of this function.
+        unsafe { self.version.launch(&[r, key, v, w, a, to_y], (batch, tokens), &args)? };
+        Ok((y, own))
+    }
+}

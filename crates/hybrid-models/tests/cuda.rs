@@ -1,0 +1,167 @@
+//! Models on a CUDA device beside public implementations, and beside themselves on the CPU. Skipped, with a printed line, where there is no device.
+
+#[allow(dead_code)]
+#[path = "models/common.rs"]
+mod common;
+#[path = "models/mixed.rs"]
+mod mixed;
+
+use candle_core::{DType, Device, Tensor};
+use common::{Fixture, distance, feed, feed_on, relative_distance, session};
+use hybrid_models::{LoadOptions, Model};
+use longctx_core::{CausalLm, Logits};
+use mixed::mixed;
+
+const FAMILIES: [&str; 8] =
+    ["mamba", "mamba2", "mamba2_groups", "recurrent_gemma", "rwkv4", "rwkv5", "rwkv6", "rwkv7"];
+
+fn device() -> Option<Device> {
+    match Device::new_cuda(0) {
+        Ok(device) => Some(device),
+        Err(error) => {
+            println!("skipped: no CUDA device ({error})");
+            None
+        }
+    }
+}
+
+fn on(device: &Device, dtype: DType) -> LoadOptions {
+    LoadOptions { device: device.clone(), dtype }
+}
+
+/// How to cut a prompt of so many tokens: not at all, unevenly, into tokens.
+fn cuts(length: usize) -> [Vec<usize>; 3] {
+    [vec![length], vec![1, 30, 2, 33], vec![1]]
+}
+
+fn on_host(logits: Tensor) -> Tensor {
+    logits.to_device(&Device::Cpu).unwrap()
+}
+
+#[test]
+fn logits_equal_public_implementations() {
+    let Some(device) = device() else { return };
+    for name in FAMILIES {
+        let fixture = Fixture::open(name);
+        let model = Model::from_folder(&fixture.folder, &on(&device, DType::F32)).unwrap();
+        for cuts in cuts(fixture.tokens.dim(1).unwrap()) {
+            let logits = on_host(feed(&model, &fixture.tokens, &cuts));
+            let error = distance(&logits, &fixture.logits);
+            println!("{name}, f32, cut at {cuts:?}: off by {error:.1e}");
+            assert!(error <= 1e-4, "{name} in chunks of {cuts:?}: off by {error}");
+        }
+    }
+}
+
+/// Products, and what goes into them, are in half precision here; the references are computed in f32.
+#[test]
+fn logits_in_half_precision_are_near() {
+    let Some(device) = device() else { return };
+    for name in FAMILIES {
+        let fixture = Fixture::open(name);
+        for (dtype, expected, bound) in
+            [(DType::F16, &fixture.logits, 5e-3), (DType::BF16, &fixture.logits_of_bf16, 2e-2)]
+        {
+            let model = Model::from_folder(&fixture.folder, &on(&device, dtype)).unwrap();
+            for cuts in cuts(fixture.tokens.dim(1).unwrap()) {
+                let logits = on_host(feed(&model, &fixture.tokens, &cuts));
+                let error = relative_distance(&logits, expected);
+                println!(
+                    "{name}, {dtype:?}, cut at {cuts:?}: off by {error:.1e} of the largest logit"
+                );
+                assert!(error <= bound, "{name}, {dtype:?}: off by {error} of the largest logit");
+            }
+        }
+    }
+}
+
+/// At the sizes of published models' heads and states, for which there are kernels of their own.
+#[test]
+fn a_stack_of_all_mixers_equals_the_host() {
+    let Some(device) = device() else { return };
+    let (config, tensors) = mixed(256, 64);
+    let load = |options: &LoadOptions| {
+        Model::from_tensors(Some(&config.to_string()), tensors.clone(), options).unwrap()
+    };
+    let ids: Vec<u32> = (0..2 * 700).map(|i| (i * i * 7 + i * 3) % 50).collect();
+    let ids = Tensor::from_vec(ids, (2, 700), &Device::Cpu).unwrap();
+    for (dtype, bound) in [(DType::F32, 1e-3), (DType::F16, 1e-2), (DType::BF16, 5e-2)] {
+        let want = feed(&load(&on(&Device::Cpu, dtype)), &ids, &[700]);
+        let model = load(&on(&device, dtype));
+        for cuts in [&[700][..], &[500, 1, 40]] {
+            let error = relative_distance(&on_host(feed(&model, &ids, cuts)), &want);
+            println!(
+                "all mixers, {dtype:?}, cut at {cuts:?}: off by {error:.1e} of the largest logit"
+            );
+            assert!(error <= bound, "{dtype:?}, cut at {cuts:?}: off by {error}");
+        }
+    }
+}
+
+#[test]
+fn a_state_moves_between_the_host_and_the_device() {
+    let Some(device) = device() else { return };
+    for name in FAMILIES.into_iter().filter(|&name| name != "recurrent_gemma") {
+        let fixture = Fixture::open(name);
+        let length = fixture.tokens.dim(1).unwrap();
+        let places = [Device::Cpu, device.clone()];
+        let models =
+            places.map(|to| Model::from_folder(&fixture.folder, &on(&to, DType::F32)).unwrap());
+        for (from, to) in [(0, 1), (1, 0)] {
+            let (mut first, mut second) = (session(&models[from]), session(&models[to]));
+            feed_on(&mut first, &fixture.tokens.narrow(1, 0, 40).unwrap(), &[37, 1]);
+            let state = first.state().unwrap();
+            second.restore(&state).unwrap();
+            assert_eq!(second.state().unwrap(), state);
+            assert_eq!(second.footprint(), first.footprint());
+            let rest = fixture.tokens.narrow(1, 40, length - 40).unwrap();
+            let logits = on_host(feed_on(&mut second, &rest, &[7]));
+            let want = fixture.logits.narrow(1, 40, length - 40).unwrap();
+            let error = distance(&logits, &want);
+            assert!(error <= 1e-4, "{name}, from place {from} to {to}: off by {error}");
+        }
+    }
+}
+
+/// A device's prompt goes through layers in blocks of 4,096 rows.
+#[test]
+fn long_prompts_and_their_pieces_leave_the_same_state() {
+    let Some(device) = device() else { return };
+    for name in ["mamba", "mamba2", "rwkv4", "rwkv5", "rwkv6", "rwkv7"] {
+        let fixture = Fixture::open(name);
+        let ids: Vec<u32> = (0..5000).map(|i| i * 7 % 96).collect();
+        let ids = Tensor::from_vec(ids, (1, 5000), &Device::Cpu).unwrap();
+        let last = |place: &Device, cut: usize| {
+            let model = Model::from_folder(&fixture.folder, &on(place, DType::F32)).unwrap();
+            let mut session = session(&model);
+            let mut logits = None;
+            for start in (0..5000).step_by(cut) {
+                let piece = ids.narrow(1, start, cut.min(5000 - start)).unwrap();
+                logits = Some(session.forward(&piece, Logits::Last).unwrap());
+            }
+            on_host(logits.unwrap())
+        };
+        let want = last(&Device::Cpu, 5000);
+        for cut in [5000, 333] {
+            let error = relative_distance(&last(&device, cut), &want);
+            println!(
+                "{name}, 5,000 tokens in pieces of {cut}: off by {error:.1e} of the largest logit"
+            );
+            assert!(error <= common::SAME, "{name}, pieces of {cut}: off by {error}");
+        }
+    }
+}
+
+#[test]
+fn wrong_tokens_are_named_on_the_device_too() {
+    let Some(device) = device() else { return };
+    let fixture = Fixture::open("mamba");
+    let model = Model::from_folder(&fixture.folder, &on(&device, DType::F16)).unwrap();
+    let mut session = session(&model);
+    assert!(session.device().is_cuda());
+    let ids = Tensor::new(&[[1u32, 96]], &device).unwrap();
+    let message = session.forward(&ids, Logits::Last).unwrap_err().to_string();
+    assert!(message.contains("the id 96"), "{message}");
+    let refused = Model::from_folder(&fixture.folder, &on(&device, DType::U8)).unwrap_err();
+    assert!(refused.to_string().contains("dtype"), "{refused}");
+}
