@@ -5,7 +5,8 @@
 // columns of a wider matrix; the rows of a batch's entries follow each other (row = entry * tokens + token). Any tokens >= 1.
 //
 // Every kernel has two entry points a kind: `NAME_T`, for the shapes said below, and `NAME_any_T` for all others (and for few tokens,
-// where the comment says so), with the same struct and its own grid. No kernel takes dynamic shared memory. `/` rounds up in grids.
+// where the comment says so), with the same struct and its own grid. `/` rounds up in grids. Where dynamic shared memory is said,
+// it must be allowed first (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES).
 #pragma once
 
 namespace hybrid {
@@ -26,7 +27,7 @@ struct SelectiveScan {
 
 // Mamba-2: H <- e^(dt a) H + dt B x', y = H' C + D x of each head, dt = min(max(softplus(steps + bias), step_min), step_max).
 // ssd_T (f16, bf16): head_dim == 64, states == 64 or 128, all rows and pointers multiples of 8 numbers; worth it from 16 tokens on.
-//   Grid (2, heads, batch), 128 threads.
+//   Grid (2, heads, batch), 256 threads, SSD_SHARED_64 or SSD_SHARED_128 bytes of dynamic shared memory.
 // ssd_any_T: states <= 256, head_dim any. Grid (head_dim / 32, heads, batch), 128 threads. For decode, too.
 struct Ssd {
     const void* x;                // T, rows of heads * head_dim
@@ -39,11 +40,12 @@ struct Ssd {
     int x_row, b_row, c_row, steps_row, y_row;
     float step_min, step_max;
 };
+constexpr int SSD_SHARED_64 = 58888, SSD_SHARED_128 = 101896;
 
 // RWKV-5 and 6: y = S' r + (r . (u o k)) v, then S <- diag(w) S + k v' of each head.
 // w: in 5 `decay` itself, in 6 e^-e^(w + decay), all in f32.
 // wkv5_T, wkv6_T (f16, bf16): dim == 64, all rows and pointers multiples of 8 numbers; worth it from 16 tokens on.
-//   Grid (2, heads, batch), 128 threads.
+//   Grid (2, heads, batch), 192 threads, WKV_SHARED bytes of dynamic shared memory.
 // wkv5_any_T, wkv6_any_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. For decode, too.
 struct Wkv {
     const void *r, *k, *v;  // T, rows of heads * dim
@@ -55,6 +57,7 @@ struct Wkv {
     int tokens, heads, dim;
     int r_row, k_row, v_row, w_row, y_row;
 };
+constexpr int WKV_SHARED = 101376;
 
 // RWKV-7's delta rule with what its layer does to the keys before: per head, with rate = sigmoid(a + rate_bias),
 //   removal = key o removal_scale, divided by its length (at least 1e-12); k = key o (1 + (rate - 1) o key_rate); added = rate o removal;
@@ -85,7 +88,7 @@ struct Wkv4 {
 // RG-LRU: log a = decay sigmoid(r + r_bias), h <- a h + sqrt(1 - a^2) sigmoid(i + i_bias) x, y = h gelu(gate).
 // Channel c of a gate's row lies at (c / block) * block_stride + row * gate_row + c % block: the product with a block-diagonal matrix
 // may stay as it comes, [blocks][rows][block]. Plain rows: block = channels, block_stride = 0.
-// rg_lru_T: Grid (channels / 64 * tokens / 128 * batch), 256 threads. One entry point a kind, for all shapes, decode too.
+// rg_lru_T: Grid (channels / 64 * tokens / 64 * batch), 256 threads. One entry point a kind, for all shapes, decode too.
 struct RgLru {
     const void* x;                              // T, rows of `channels`
     const void *r, *i;                          // T, gates before bias and sigmoid
@@ -100,7 +103,7 @@ struct RgLru {
     int block, block_stride;
     int first;                                  // 1: the first token has no past and comes in whole, with 1 in place of the root
 };
-// Bytes of scratch: 256 + 1024 * batch * (channels / 64) * (tokens / 128), rounded up both. For up to 128 tokens it may be null.
+// Bytes of scratch: 256 + 1024 * batch * (channels / 64) * (tokens / 64), rounded up both. For up to 64 tokens it may be null.
 
 // Causal depthwise convolution: y[t] = bias + sum over j of weight[j] x[t - (taps - 1) + j], then SiLU if asked for.
 // conv_T: taps <= 8. Grid (channels / 256, tokens / 64, batch), 128 threads. One entry point a kind, for all shapes, decode too.

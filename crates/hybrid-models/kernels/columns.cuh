@@ -44,10 +44,4 @@ struct Column {
     }
 };
 
-// Calls f<N> with registers for so many rows.
-#define FOR_ROWS(rows, f, ...)                          \
-    if ((rows) <= 16 * PARTS) f<T, 16>(__VA_ARGS__);    \
-    else if ((rows) <= 32 * PARTS) f<T, 32>(__VA_ARGS__); \
-    else f<T, 64>(__VA_ARGS__)
-
 }  // namespace hybrid

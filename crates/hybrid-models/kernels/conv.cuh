@@ -1,50 +1,42 @@
 // The causal depthwise convolution before a recurrence, with its bias and SiLU, prefill and decode. Its state moves on in place.
 //
-// A thread takes 8 neighbouring channels (16 bytes a token) through RUN tokens; the inputs under the taps stay in registers.
+// A thread takes LANE neighbouring channels through RUN tokens; the inputs under the taps stay in registers.
 #pragma once
 #include "args.cuh"
 #include "number.cuh"
 
 namespace hybrid {
 
-constexpr int CONV_THREADS = 128, CONV_LANE = 8, CONV_CHANNELS = 32 * CONV_LANE, CONV_RUN = 16, CONV_TOKENS = CONV_RUN * CONV_THREADS / 32;
+#ifndef CONV_LANE_
+#define CONV_LANE_ 4
+#define CONV_AHEAD 8
+#define CONV_BLOCKS 6
+#endif
+constexpr int CONV_THREADS = 128, CONV_CHANNELS = 256, CONV_TOKENS = 64, CONV_LANE = CONV_LANE_;
+constexpr int CONV_LANES = CONV_CHANNELS / CONV_LANE, CONV_RUN = CONV_TOKENS * CONV_LANES / CONV_THREADS;
 
 template <class T, int V>
-struct Vector;
-template <class T>
-struct Vector<T, 1> {
-    T x;
-};
-template <>
-struct __align__(16) Vector<__half, 8> {
-    __half x[8];
-};
-template <>
-struct __align__(16) Vector<__nv_bfloat16, 8> {
-    __nv_bfloat16 x[8];
-};
-template <>
-struct __align__(16) Vector<float, 8> {
-    float x[8];
+struct __align__(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Vector {
+    T x[V];
 };
 template <class T, int V>
 __device__ __forceinline__ void load(const T* from, float (&to)[V]) {
     const Vector<T, V> v = *reinterpret_cast<const Vector<T, V>*>(from);
 #pragma unroll
-    for (int i = 0; i < V; i++) to[i] = number(((const T*)&v)[i]);
+    for (int i = 0; i < V; i++) to[i] = number(v.x[i]);
 }
 template <class T, int V>
 __device__ __forceinline__ void store(T* to, const float (&from)[V]) {
     Vector<T, V> v;
 #pragma unroll
-    for (int i = 0; i < V; i++) ((T*)&v)[i] = rounded<T>(from[i]);
+    for (int i = 0; i < V; i++) v.x[i] = rounded<T>(from[i]);
     *reinterpret_cast<Vector<T, V>*>(to) = v;
 }
 
 // V channels from `channel` on, at most TAPS taps; of more than there are, the oldest have weight 0.
 template <class T, int V, int TAPS>
 __device__ void conv_channels(const Conv& p, int channel, int start) {
-    constexpr int PAST = TAPS - 1, AHEAD = 4;
+    constexpr int PAST = TAPS - 1, AHEAD = V == 1 ? 4 : CONV_AHEAD;
     const int past = p.taps - 1, entry = blockIdx.z;
     const long long row = (long long)entry * p.tokens;
     const T* x = (const T*)p.x + row * p.x_row + channel;
@@ -73,8 +65,15 @@ __device__ void conv_channels(const Conv& p, int channel, int start) {
     }
     const int end = min(start + CONV_RUN, p.tokens);
     for (int t = start; t < end; t += AHEAD) {
+        const T* from = x + (long long)t * p.x_row;
+        T* to = y + (long long)t * p.y_row;
+        const int count = end - t;
+        // Beyond the last token, it is read again.
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) load<T, V>(x + (long long)min(t + a, p.tokens - 1) * p.x_row, in[PAST + a]);
+        for (int a = 0; a < AHEAD; a++) {
+            load<T, V>(from, in[PAST + a]);
+            if (a + 1 < count) from += p.x_row;
+        }
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
             float sum[V];
@@ -85,7 +84,8 @@ __device__ void conv_channels(const Conv& p, int channel, int start) {
                 for (int j = 0; j < TAPS; j++) sum[i] = fmaf(weight[j][i], in[a + j][i], sum[i]);
                 if (p.silu) sum[i] = silu(sum[i]);
             }
-            if (t + a < end) store<T, V>(y + (long long)(t + a) * p.y_row, sum);
+            if (a < count) store<T, V>(to, sum);
+            to += p.y_row;
         }
 #pragma unroll
         for (int j = 0; j < PAST; j++) {
@@ -107,8 +107,8 @@ __device__ void conv_channels(const Conv& p, int channel, int start) {
 // Grid (channels / CONV_CHANNELS, tokens / CONV_TOKENS, batch), both rounded up; CONV_THREADS threads.
 template <class T>
 __device__ void conv(const Conv& p) {
-    const int lane = threadIdx.x % 32, first = blockIdx.x * CONV_CHANNELS;
-    const int start = blockIdx.y * CONV_TOKENS + threadIdx.x / 32 * CONV_RUN;
+    const int lane = threadIdx.x % CONV_LANES, first = blockIdx.x * CONV_CHANNELS;
+    const int start = blockIdx.y * CONV_TOKENS + threadIdx.x / CONV_LANES * CONV_RUN;
     if (start >= p.tokens) return;
     const bool aligned = ((size_t)p.x | (size_t)p.y) % 16 == 0 && (p.x_row | p.y_row | p.channels) % CONV_LANE == 0;
     if (aligned && p.taps == 4) {
@@ -116,7 +116,7 @@ __device__ void conv(const Conv& p) {
         if (channel < p.channels) conv_channels<T, CONV_LANE, 4>(p, channel, start);
         return;
     }
-    for (int channel = first + lane; channel < min(first + CONV_CHANNELS, p.channels); channel += 32) {
+    for (int channel = first + lane; channel < min(first + CONV_CHANNELS, p.channels); channel += CONV_LANES) {
         conv_channels<T, 1, 8>(p, channel, start);
     }
 }

@@ -1,5 +1,6 @@
 // Numbers in memory, and functions of them.
 #pragma once
+#include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -18,6 +19,40 @@ template <>
 __device__ __forceinline__ __half rounded<__half>(float x) { return __float2half_rn(x); }
 template <>
 __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+// Two neighbours as they lie in memory, the first in the lower half.
+template <class T>
+struct PairOf {
+    typedef uint32_t Bits;
+};
+template <>
+struct PairOf<float> {
+    typedef float2 Bits;
+};
+template <class T>
+using Bits = typename PairOf<T>::Bits;
+template <class T>
+__device__ __forceinline__ Bits<T> packed(float x, float y);
+template <>
+__device__ __forceinline__ float2 packed<float>(float x, float y) { return make_float2(x, y); }
+template <>
+__device__ __forceinline__ uint32_t packed<__half>(float x, float y) {
+    const __half2 both = __floats2half2_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+template <>
+__device__ __forceinline__ uint32_t packed<__nv_bfloat16>(float x, float y) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+template <class T>
+__device__ __forceinline__ float2 unpacked(Bits<T> x);
+template <>
+__device__ __forceinline__ float2 unpacked<float>(float2 x) { return x; }
+template <>
+__device__ __forceinline__ float2 unpacked<__half>(uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
+template <>
+__device__ __forceinline__ float2 unpacked<__nv_bfloat16>(uint32_t x) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x)); }
 
 // 2^x to 2 units in the last place.
 __device__ __forceinline__ float exp2_of(float x) {
@@ -49,12 +84,28 @@ __device__ __forceinline__ float gelu(float x) { return x * sigmoid(1.5957691216
 __device__ __forceinline__ float forget6(float x) { return exp_of(-exp_of(x)); }
 __device__ __forceinline__ float forget7(float x) { return exp2_of(-0.6065306597126334f * LOG2_E * sigmoid(x)); }
 
-// The entry points NAME_f16, NAME_bf16 and NAME_f32 of `kernel<T>(Args)`.
-#define ENTRY(name, threads, kernel, Args, kind, T) \
-    extern "C" __global__ void __launch_bounds__(threads) name##_##kind(Args p) { kernel<T>(p); }
-#define ENTRIES(name, threads, kernel, Args)           \
-    ENTRY(name, threads, kernel, Args, f16, __half)         \
-    ENTRY(name, threads, kernel, Args, bf16, __nv_bfloat16) \
-    ENTRY(name, threads, kernel, Args, f32, float)
+// The sum over N neighbours of each of x[0..N), x[i] in the lane i of them.
+template <int N, int LANES>
+__device__ __forceinline__ float sums_of_lanes(float (&x)[LANES], int lane) {
+    if constexpr (N == 1) {
+        return x[0];
+    } else {
+        const bool upper = lane & N / 2;
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            const float kept = upper ? x[i + N / 2] : x[i], given = upper ? x[i] : x[i + N / 2];
+            x[i] = kept + __shfl_xor_sync(~0u, given, N / 2);
+        }
+        return sums_of_lanes<N / 2>(x, lane);
+    }
+}
+
+// The entry points NAME_f16, NAME_bf16 and NAME_f32 of `kernel<T>(Args)`; bounds: (threads) or (threads, blocks).
+#define ENTRY(name, bounds, kernel, Args, kind, T) \
+    extern "C" __global__ void __launch_bounds__ bounds name##_##kind(Args p) { kernel<T>(p); }
+#define ENTRIES(name, bounds, kernel, Args)                \
+    ENTRY(name, bounds, kernel, Args, f16, __half)         \
+    ENTRY(name, bounds, kernel, Args, bf16, __nv_bfloat16) \
+    ENTRY(name, bounds, kernel, Args, f32, float)
 
 }  // namespace hybrid

@@ -1,5 +1,5 @@
 #include "rg_lru.cuh"
 
 namespace hybrid {
-ENTRIES(rg_lru, LRU_THREADS, rg_lru, RgLru)
+ENTRIES(rg_lru, (LRU_THREADS, LRU_BLOCKS), rg_lru, RgLru)
 }

@@ -12,7 +12,11 @@
 
 namespace hybrid {
 
-constexpr int LRU_THREADS = 256, LRU_WARPS = LRU_THREADS / 32, LRU_TILE = 64, LRU_RUN = 16, LRU_CHUNK = LRU_WARPS * LRU_RUN;
+#ifndef LRU_RUN_
+#define LRU_RUN_ 8
+#define LRU_BLOCKS 3
+#endif
+constexpr int LRU_THREADS = 256, LRU_WARPS = LRU_THREADS / 32, LRU_TILE = 64, LRU_RUN = LRU_RUN_, LRU_CHUNK = LRU_WARPS * LRU_RUN;
 constexpr int LRU_LOOK = 8;  // A multiple of LRU_THREADS / LRU_TILE.
 
 // What a chunk publishes.
@@ -36,33 +40,11 @@ __device__ __forceinline__ int acquired(const int* p) {
 }
 __device__ __forceinline__ void release(int* p, int x) { asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
 
-template <class T>
-struct Pair {
-    T x, y;
-};
-// Two neighbours; PAIRED: in one access; otherwise the second may not exist.
+// Two neighbours; PAIRED: in one access; otherwise they lie where they may, and the second may be the first.
 template <bool PAIRED, class T>
-__device__ __forceinline__ Pair<T> pair_of(const T* p, bool second) {
-    struct __align__(2 * sizeof(T)) Aligned {
-        T x, y;
-    };
-    if (PAIRED) {
-        const Aligned both = *reinterpret_cast<const Aligned*>(p);
-        return {both.x, both.y};
-    }
-    return {p[0], second ? p[1] : p[0]};
-}
-template <bool PAIRED, class T>
-__device__ __forceinline__ void put_pair(T* p, bool second, float2 x) {
-    struct __align__(2 * sizeof(T)) Aligned {
-        T x, y;
-    };
-    if (PAIRED) {
-        *reinterpret_cast<Aligned*>(p) = {rounded<T>(x.x), rounded<T>(x.y)};
-        return;
-    }
-    p[0] = rounded<T>(x.x);
-    if (second) p[1] = rounded<T>(x.y);
+__device__ __forceinline__ Bits<T> pair_of(const T* first, const T* second) {
+    if (PAIRED) return *reinterpret_cast<const Bits<T>*>(first);
+    return packed<T>(number(*first), number(*second));
 }
 
 // a and the new part of h of one token and channel.
@@ -86,7 +68,7 @@ __device__ void rg_lru_chunk(const RgLru& p) {
     if (thread == 0) ticket = chunks > 1 ? atomicInc(&scratch->ticket, gridDim.x - 1) : blockIdx.x;
     __syncthreads();
     const int chunk = ticket / (tiles * p.batch), strand = ticket % (tiles * p.batch), entry = strand / tiles, first = strand % tiles * LRU_TILE;
-    const int channel = min(first + 2 * lane, p.channels - 1);
+    const int channel = min(first + 2 * lane, p.channels - (PAIRED ? 2 : 1));
     const bool used = first + 2 * lane < p.channels, second = first + 2 * lane + 1 < p.channels;
     const int start = chunk * LRU_CHUNK + warp * LRU_RUN, count = min(p.tokens - start, LRU_RUN);  // May be negative.
 
@@ -94,30 +76,39 @@ __device__ void rg_lru_chunk(const RgLru& p) {
     const long long gates = (long long)(channel / p.block) * p.block_stride + channel % p.block;
     const long long gates_second = second ? (long long)((channel + 1) / p.block) * p.block_stride + (channel + 1) % p.block : gates;
     float2 a[LRU_RUN], b[LRU_RUN];
+    Bits<T> z[LRU_RUN];
+    const int next = second ? channel + 1 : channel;
     {
         auto at = [&](int j) { return row + max(min(start + j, p.tokens - 1), 0); };
-        auto gate_of = [&](const void* g, int j) -> Pair<T> {
+        auto gate_of = [&](const void* g, int j) {
             const T* of_row = (const T*)g + at(j) * p.gate_row;
-            if (PAIRED) return pair_of<PAIRED>(of_row + gates, true);
-            return {of_row[gates], of_row[gates_second]};
+            return pair_of<PAIRED>(of_row + gates, of_row + gates_second);
         };
-        const int next = second ? channel + 1 : channel;
+        auto of = [&](const void* x, int j, int stride) {
+            const T* of_row = (const T*)x + at(j) * stride;
+            return pair_of<PAIRED>(of_row + channel, of_row + next);
+        };
         const float2 r_bias = {p.r_bias[channel], p.r_bias[next]}, i_bias = {p.i_bias[channel], p.i_bias[next]};
         const float2 decay = {p.decay[channel] * LOG2_E, p.decay[next] * LOG2_E};
         constexpr int AHEAD = sizeof(T) == 2 ? LRU_RUN : LRU_RUN / 2;
 #pragma unroll
         for (int from = 0; from < LRU_RUN; from += AHEAD) {
-            Pair<T> x[AHEAD], r[AHEAD], i[AHEAD];
+            Bits<T> x[AHEAD], r[AHEAD], i[AHEAD];
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
-                x[j] = pair_of<PAIRED>((const T*)p.x + at(from + j) * p.x_row + channel, second);
+                x[j] = of(p.x, from + j, p.x_row);
                 r[j] = gate_of(p.r, from + j), i[j] = gate_of(p.i, from + j);
+            }
+            if (p.gate) {
+#pragma unroll
+                for (int j = from; j < from + AHEAD; j++) z[j] = of(p.gate, j, p.z_row);
             }
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
                 const bool whole = p.first && start + from + j == 0;
-                const float2 u = lru_step(number(x[j].x), number(r[j].x) + r_bias.x, number(i[j].x) + i_bias.x, decay.x, whole);
-                const float2 v = lru_step(number(x[j].y), number(r[j].y) + r_bias.y, number(i[j].y) + i_bias.y, decay.y, whole);
+                const float2 xs = unpacked<T>(x[j]), rs = unpacked<T>(r[j]), in = unpacked<T>(i[j]);
+                const float2 u = lru_step(xs.x, rs.x + r_bias.x, in.x + i_bias.x, decay.x, whole);
+                const float2 v = lru_step(xs.y, rs.y + r_bias.y, in.y + i_bias.y, decay.y, whole);
                 const bool is = from + j < count;  // A token beyond the last changes nothing.
                 a[from + j] = is ? make_float2(u.x, v.x) : make_float2(1.f, 1.f);
                 b[from + j] = is ? make_float2(u.y, v.y) : make_float2(0.f, 0.f);
@@ -186,10 +177,16 @@ __device__ void rg_lru_chunk(const RgLru& p) {
         if (!used || j >= count) continue;
         float2 y = h;
         if (p.gate) {
-            const Pair<T> z = pair_of<PAIRED>((const T*)p.gate + (row + start + j) * p.z_row + channel, second);
-            y.x *= gelu(number(z.x)), y.y *= gelu(number(z.y));
+            const float2 g = unpacked<T>(z[j]);
+            y.x *= gelu(g.x), y.y *= gelu(g.y);
         }
-        put_pair<PAIRED>((T*)p.y + (row + start + j) * p.y_row + channel, second, y);
+        T* to = (T*)p.y + (row + start + j) * p.y_row + channel;
+        if (PAIRED) {
+            *reinterpret_cast<Bits<T>*>(to) = packed<T>(y.x, y.y);
+        } else {
+            to[0] = rounded<T>(y.x);
+            if (second) to[1] = rounded<T>(y.y);
+        }
     }
     if (chunks == 1) return;
     // The last block leaves the scratch as it was.

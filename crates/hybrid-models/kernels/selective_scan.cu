@@ -2,6 +2,6 @@
 #include "selective_scan_any.cuh"
 
 namespace hybrid {
-ENTRIES(selective_scan, SCAN_THREADS<SCAN_LANES>, selective_scan, SelectiveScan)
-ENTRIES(selective_scan_any, SCAN_ANY_THREADS, selective_scan_any, SelectiveScan)
+ENTRIES(selective_scan, (SCAN_THREADS<SCAN_LANES>), selective_scan, SelectiveScan)
+ENTRIES(selective_scan_any, (SCAN_ANY_THREADS), selective_scan_any, SelectiveScan)
 }

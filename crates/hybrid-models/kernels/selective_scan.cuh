@@ -16,21 +16,6 @@ constexpr int STATES = 16, SCAN_CHANNELS = 16, SCAN_TILE = 32;
 template <int LANES>
 constexpr int SCAN_THREADS = LANES* SCAN_CHANNELS;
 
-// The sum over LANES neighbours of each of x[0..LANES), x[i] in the lane i of them.
-template <int LANES>
-__device__ __forceinline__ float sums_of_lanes(float (&x)[LANES], int lane) {
-#pragma unroll
-    for (int half = LANES / 2; half; half /= 2) {
-        const bool upper = lane & half;
-#pragma unroll
-        for (int i = 0; i < half; i++) {
-            const float kept = upper ? x[i + half] : x[i], given = upper ? x[i] : x[i + half];
-            x[i] = kept + __shfl_xor_sync(~0u, given, half);
-        }
-    }
-    return x[0];
-}
-
 // Grid (channels / SCAN_CHANNELS rounded up, batch); SCAN_THREADS<LANES> threads.
 template <class T, int LANES>
 __device__ void selective_scan_lanes(const SelectiveScan& p) {

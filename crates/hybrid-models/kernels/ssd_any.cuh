@@ -31,6 +31,10 @@ __device__ void ssd_columns(const Ssd& p) {
 }
 
 template <class T>
-__device__ void ssd_any(const Ssd& p) { FOR_ROWS(p.states, ssd_columns, p); }
+__device__ void ssd_any(const Ssd& p) {
+    if (p.states <= 16 * PARTS) ssd_columns<T, 16>(p);
+    else if (p.states <= 32 * PARTS) ssd_columns<T, 32>(p);
+    else ssd_columns<T, 64>(p);
+}
 
 }  // namespace hybrid

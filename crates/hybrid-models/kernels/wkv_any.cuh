@@ -70,16 +70,11 @@ __device__ void wkv7_columns(const Wkv7& p) {
     s.store();
 }
 
-template <class T, int N>
-__device__ void wkv5_columns(const Wkv& p) { wkv_columns<T, N, false>(p); }
-template <class T, int N>
-__device__ void wkv6_columns(const Wkv& p) { wkv_columns<T, N, true>(p); }
-
 template <class T>
-__device__ void wkv5_any(const Wkv& p) { FOR_ROWS(p.dim, wkv5_columns, p); }
+__device__ void wkv5_any(const Wkv& p) { p.dim <= 16 * PARTS ? wkv_columns<T, 16, false>(p) : wkv_columns<T, 32, false>(p); }
 template <class T>
-__device__ void wkv6_any(const Wkv& p) { FOR_ROWS(p.dim, wkv6_columns, p); }
+__device__ void wkv6_any(const Wkv& p) { p.dim <= 16 * PARTS ? wkv_columns<T, 16, true>(p) : wkv_columns<T, 32, true>(p); }
 template <class T>
-__device__ void wkv7_any(const Wkv7& p) { FOR_ROWS(p.dim, wkv7_columns, p); }
+__device__ void wkv7_any(const Wkv7& p) { p.dim <= 16 * PARTS ? wkv7_columns<T, 16>(p) : wkv7_columns<T, 32>(p); }
 
 }  // namespace hybrid

@@ -1,0 +1,268 @@
+// Mamba-2's recurrence for prompts, in chunks of matrix products: the state space duality of Dao and Gu, arXiv 2405.21060, section 6.
+// With s(t) the sum of dt a up to token t of a chunk and H its state before,
+//
+//     Y = (L o C B') X + e^s o (C H) + D X,  L(t, u) = e^(s(t) - s(u)) dt(u) for u <= t,  H <- e^s(end) H + B' (e^(s(end) - s) dt o X)
+//
+// No exponent is positive. A block takes COLUMNS of a head's channels through all tokens. Four warps compute outputs, 16 tokens each, from a
+// 16-bit copy of the state, while four more compute the state after the chunk, in f32 registers, a quarter of its rows each;
+// what they multiply is split in two 16-bit numbers, so that the state is as exact as f32 steps make it. The next chunk is on its way.
+#pragma once
+#include "args.cuh"
+#include "mma.cuh"
+
+namespace hybrid {
+
+constexpr int SSD_THREADS = 256, SSD_CHUNK = 64, SSD_COLUMNS = 32, SSD_DIM = 64;
+
+template <class T, int N>
+struct SsdShared {
+    T b[2][SSD_CHUNK][N + PAD], c[2][SSD_CHUNK][N + PAD];
+    T x[2][SSD_CHUNK][SSD_COLUMNS + PAD];
+    T state[2][N][SSD_COLUMNS + PAD];
+    float2 sums[2][SSD_CHUNK];  // s in units of ln 2, and dt
+    float rests[2][SSD_CHUNK];  // e^(s(end) - s) dt
+    float decay[2];             // e^s(end)
+};
+
+template <class T, int N>
+struct SsdBlock {
+    const Ssd& p;
+    SsdShared<T, N>& shared;
+    const int head, first, warp, lane, row, pair;  // first: of the head's columns
+    const long long start;
+    const T *x, *b, *c;
+
+    __device__ SsdBlock(const Ssd& p, SsdShared<T, N>& shared)
+        : p(p), shared(shared), head(blockIdx.y), first(blockIdx.x * SSD_COLUMNS), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32),
+          row(lane / 4), pair(lane % 4 * 2), start((long long)blockIdx.z * p.tokens) {
+        const int group = head / (p.heads / p.groups);
+        x = (const T*)p.x + start * p.x_row + head * SSD_DIM + first;
+        b = (const T*)p.b + start * p.b_row + group * N;
+        c = (const T*)p.c + start * p.c_row + group * N;
+    }
+
+    __device__ int chunks() const { return (p.tokens + SSD_CHUNK - 1) / SSD_CHUNK; }
+
+    // Of chunk i, by all threads.
+    __device__ void copy(int i) {
+        const int t0 = i * SSD_CHUNK, stage = i % 2;
+        auto rows = [&](auto& to, const T* from, int stride, int width) {
+            for (int j = threadIdx.x; j < SSD_CHUNK * width / 8; j += SSD_THREADS) {
+                const int t = j / (width / 8), at = j % (width / 8) * 8;
+                copy16(&to[t][at], from + (long long)min(t0 + t, p.tokens - 1) * stride + at, t0 + t < p.tokens);
+            }
+        };
+        rows(shared.b[stage], b, p.b_row, N);
+        rows(shared.c[stage], c, p.c_row, N);
+        rows(shared.x[stage], x, p.x_row, SSD_COLUMNS);
+        end_copies();
+    }
+
+    // dt and its sums in chunk i, by one warp; a lane takes two tokens.
+    __device__ void time_steps(int i) {
+        const T* steps = (const T*)p.steps + start * p.steps_row + head;
+        const double a = (double)p.a[head] * LOG2_E;
+        float dt[2];
+        double sum[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int t = i * SSD_CHUNK + 2 * lane + j;
+            const float step = softplus(number(steps[(long long)min(t, p.tokens - 1) * p.steps_row]) + p.bias[head]);
+            dt[j] = t < p.tokens ? fminf(fmaxf(step, p.step_min), p.step_max) : 0.f;
+            sum[j] = a * dt[j];
+        }
+        sum[1] += sum[0];
+        double before = sum[1];
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const double other = __shfl_up_sync(~0u, before, step);
+            if (lane >= step) before += other;
+        }
+        const double end = __shfl_sync(~0u, before, 31);
+        before -= sum[1];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const double s = before + sum[j];
+            shared.sums[i % 2][2 * lane + j] = make_float2((float)s, dt[j]);
+            shared.rests[i % 2][2 * lane + j] = exp2_of((float)(end - s)) * dt[j];
+        }
+        if (lane == 0) shared.decay[i % 2] = exp2_of((float)end);
+    }
+
+    // By the first four warps: 16 tokens each.
+    __device__ void outputs(int i) {
+        const int stage = i % 2, t0 = warp * 16;
+        const int matrix = lane / 8, line = lane % 8;
+        float y[SSD_COLUMNS / 8][4] = {}, weights[SSD_CHUNK / 8][4] = {};
+#pragma unroll
+        for (int k = 0; k < N; k += 16) {
+            uint32_t c_of[4];
+            load_matrices(c_of, &shared.c[stage][t0 + matrix % 2 * 8 + line][k + matrix / 2 * 8]);
+#pragma unroll
+            for (int j = 0; j < SSD_COLUMNS; j += 16) {
+                uint32_t h[4];
+                load_transposed(h, &shared.state[stage][k + matrix % 2 * 8 + line][j + matrix / 2 * 8]);
+                multiply<T>(y[j / 8], c_of, h[0], h[1]);
+                multiply<T>(y[j / 8 + 1], c_of, h[2], h[3]);
+            }
+#pragma unroll
+            for (int u = 0; u < SSD_CHUNK; u += 16) {
+                if (u > t0) break;
+                uint32_t b_of[4];
+                load_matrices(b_of, &shared.b[stage][u + matrix / 2 * 8 + line][k + matrix % 2 * 8]);
+                multiply<T>(weights[u / 8], c_of, b_of[0], b_of[1]);
+                multiply<T>(weights[u / 8 + 1], c_of, b_of[2], b_of[3]);
+            }
+        }
+        const int t[2] = {t0 + row, t0 + row + 8};
+        const float s[2] = {shared.sums[stage][t[0]].x, shared.sums[stage][t[1]].x};
+        const float decay[2] = {exp2_of(s[0]), exp2_of(s[1])};
+#pragma unroll
+        for (int j = 0; j < SSD_COLUMNS / 8; j++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) y[j][e] *= decay[e / 2];
+        }
+#pragma unroll
+        for (int u0 = 0; u0 < SSD_CHUNK; u0 += 16) {
+            if (u0 > t0) break;
+            uint32_t w[4];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int u = u0 + half * 8 + pair;
+                const float4 at = *reinterpret_cast<const float4*>(&shared.sums[stage][u]);
+                const float(&product)[4] = weights[u0 / 8 + half];
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const float first = product[2 * e] * exp2_of(s[e] - at.x) * at.y, second = product[2 * e + 1] * exp2_of(s[e] - at.z) * at.w;
+                    w[half * 2 + e] = packed<T>(u <= t[e] ? first : 0.f, u + 1 <= t[e] ? second : 0.f);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < SSD_COLUMNS; j += 16) {
+                uint32_t x_of[4];
+                load_transposed(x_of, &shared.x[stage][u0 + matrix % 2 * 8 + line][j + matrix / 2 * 8]);
+                multiply<T>(y[j / 8], w, x_of[0], x_of[1]);
+                multiply<T>(y[j / 8 + 1], w, x_of[2], x_of[3]);
+            }
+        }
+        const float d = p.d[head];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int token = i * SSD_CHUNK + t[e];
+            if (token >= p.tokens) continue;
+            T* to = (T*)p.y + (start + token) * p.y_row + head * SSD_DIM + first + pair;
+#pragma unroll
+            for (int j = 0; j < SSD_COLUMNS / 8; j++) {
+                const float2 x_of = unpacked<T>(*reinterpret_cast<const uint32_t*>(&shared.x[stage][t[e]][j * 8 + pair]));
+                *reinterpret_cast<uint32_t*>(to + j * 8) = packed<T>(fmaf(d, x_of.x, y[j][2 * e]), fmaf(d, x_of.y, y[j][2 * e + 1]));
+            }
+        }
+    }
+
+    // By the last four warps: a quarter of the state's rows each.
+    static constexpr int TILES = N / 64;
+    float h[TILES][SSD_COLUMNS / 8][4];
+
+    __device__ float* state_at(int tile, int j, int e) const {
+        const int n = (warp * TILES + tile) * 16 + row + e * 8;
+        return p.state + (((long long)blockIdx.z * p.heads + head) * N + n) * SSD_DIM + first + j * 8 + pair;
+    }
+    template <class F>
+    __device__ void each_pair(F f) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+            for (int j = 0; j < SSD_COLUMNS / 8; j++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) f(tile, j, e);
+            }
+        }
+    }
+    __device__ void load_state() {
+        each_pair([&](int tile, int j, int e) {
+            const float2 both = *reinterpret_cast<const float2*>(state_at(tile, j, e));
+            h[tile][j][2 * e] = both.x, h[tile][j][2 * e + 1] = both.y;
+        });
+        share_state(0);
+    }
+    __device__ void store_state() {
+        each_pair([&](int tile, int j, int e) {
+            *reinterpret_cast<float2*>(state_at(tile, j, e)) = make_float2(h[tile][j][2 * e], h[tile][j][2 * e + 1]);
+        });
+    }
+    // For the outputs of chunk i.
+    __device__ void share_state(int i) {
+        each_pair([&](int tile, int j, int e) {
+            T* to = &shared.state[i % 2][(warp * TILES + tile) * 16 + row + e * 8][j * 8 + pair];
+            *reinterpret_cast<uint32_t*>(to) = packed<T>(h[tile][j][2 * e], h[tile][j][2 * e + 1]);
+        });
+    }
+    __device__ void move_state(int i) {
+        const int stage = i % 2, matrix = lane / 8, line = lane % 8;
+        const float decay = shared.decay[stage];
+        each_pair([&](int tile, int j, int e) { h[tile][j][2 * e] *= decay, h[tile][j][2 * e + 1] *= decay; });
+#pragma unroll
+        for (int u = 0; u < SSD_CHUNK; u += 16) {
+            uint32_t high[SSD_COLUMNS / 16][4], low[SSD_COLUMNS / 16][4];
+            const float2 rest[2] = {*reinterpret_cast<const float2*>(&shared.rests[stage][u + pair]),
+                                    *reinterpret_cast<const float2*>(&shared.rests[stage][u + pair + 8])};
+#pragma unroll
+            for (int j = 0; j < SSD_COLUMNS / 16; j++) {
+                uint32_t x_of[4];
+                load_transposed(x_of, &shared.x[stage][u + matrix % 2 * 8 + line][j * 16 + matrix / 2 * 8]);
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float2 both = unpacked<T>(x_of[e]);
+                    split<T>(both.x * rest[e % 2].x, both.y * rest[e % 2].y, high[j][e], low[j][e]);
+                }
+            }
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
+                uint32_t b_of[4];
+                load_transposed(b_of, &shared.b[stage][u + matrix / 2 * 8 + line][(warp * TILES + tile) * 16 + matrix % 2 * 8]);
+#pragma unroll
+                for (int j = 0; j < SSD_COLUMNS / 8; j++) {
+                    multiply<T>(h[tile][j], b_of, high[j / 2][j % 2 * 2], high[j / 2][j % 2 * 2 + 1]);
+                    multiply<T>(h[tile][j], b_of, low[j / 2][j % 2 * 2], low[j / 2][j % 2 * 2 + 1]);
+                }
+            }
+        }
+        share_state(i + 1);
+    }
+
+    // Chunk i is there for all, with the state before it; chunk i + 1 is on its way.
+    __device__ void begin(int i) {
+        await_copies<0>();
+        asm volatile("bar.sync 0;" ::: "memory");
+        if (i + 1 < chunks()) copy(i + 1);
+    }
+    __device__ void run() {
+        copy(0);
+        if (threadIdx.x < SSD_THREADS / 2) {
+            if (warp == 0) time_steps(0);
+            for (int i = 0; i < chunks(); i++) {
+                begin(i);
+                outputs(i);
+                // The first warp has the least to do.
+                if (warp == 0 && i + 1 < chunks()) time_steps(i + 1);
+            }
+        } else {
+            load_state();
+            for (int i = 0; i < chunks(); i++) {
+                begin(i);
+                move_state(i);
+            }
+            store_state();
+        }
+    }
+};
+
+// Grid (SSD_DIM / SSD_COLUMNS, heads, batch), SSD_THREADS threads, SsdShared<T, states> bytes of dynamic shared memory.
+template <class T>
+__device__ void ssd(const Ssd& p) {
+    extern __shared__ __align__(16) char memory[];
+    if (p.states == 64) SsdBlock<T, 64>(p, *(SsdShared<T, 64>*)memory).run();
+    else SsdBlock<T, 128>(p, *(SsdShared<T, 128>*)memory).run();
+}
+
+}  // namespace hybrid

@@ -1,0 +1,287 @@
+// The recurrence of RWKV-5 and 6 for prompts, in chunks of 16 tokens and matrix products. With W(t) the product of a chunk's decays up to
+// token t and S its state before,
+//
+//     y(t) = (r(t) o W(t - 1)) S + sum over s <= t of A(t, s) v(s),  S <- diag(W(end)) S + sum over s of (k(s) o W(end) / W(s)) v(s)'
+//     A(t, s) = r(t) . (k(s) o w(s + 1) ... w(t - 1)),  A(t, t) = r(t) . (u o k(t))
+//
+// No decay is ever divided by, so that any decays from 0 to 1 will do: for s < t let L be the highest bit in which they differ; then
+// A(t, s) = Z(t) . Z(s) with Z(t) = r(t) o w(m) ... w(t - 1), Z(s) = k(s) o w(s + 1) ... w(m - 1) and m = t with its bits below L cleared.
+// A level L takes one product Z Z'.
+//
+// A block takes VALUES of a head's values through all tokens. Each of four warps prepares a chunk (decays, A); meanwhile one warp for
+// each 16 values goes through the four chunks before, its columns of S in f32 registers. What it multiplies with S, and adds to it, is split in
+// two 16-bit numbers, so that S is as exact as f32 steps make it.
+#pragma once
+#include "args.cuh"
+#include "mma.cuh"
+
+namespace hybrid {
+
+constexpr int HEAD = 64, WKV_CHUNK = 16, WKV_CHUNKS = 4, WKV_GROUP = WKV_CHUNKS * WKV_CHUNK, WKV_VALUES = 32;
+constexpr int WKV_MAKERS = WKV_CHUNKS, WKV_WARPS = WKV_MAKERS + WKV_VALUES / 16, WKV_THREADS = 32 * WKV_WARPS;
+
+// What is prepared of a chunk. high and low: a number's rounding and what it left over.
+template <class T>
+struct WkvChunk {
+    __nv_bfloat16 r_high[WKV_CHUNK][HEAD + PAD], r_low[WKV_CHUNK][HEAD + PAD];  // r(t) o W(t - 1)
+    T k_high[WKV_CHUNK][HEAD + PAD], k_low[WKV_CHUNK][HEAD + PAD];              // k(s) o W(end) / W(s)
+    T v[WKV_CHUNK][WKV_VALUES + PAD];
+    T a[WKV_CHUNK][WKV_CHUNK + PAD];
+    float decay[HEAD];  // W(end)
+};
+
+template <class T>
+struct WkvShared {
+    WkvChunk<T> chunks[2][WKV_CHUNKS];
+    T z[WKV_MAKERS][WKV_CHUNK][HEAD + PAD];
+};
+
+__device__ __forceinline__ float2 operator*(float2 a, float2 b) { return make_float2(a.x * b.x, a.y * b.y); }
+
+// Two numbers next to each other, rounded.
+template <class T>
+__device__ __forceinline__ void put(T* to, float2 x) {
+    *reinterpret_cast<Bits<T>*>(to) = packed<T>(x.x, x.y);
+}
+template <class T>
+__device__ __forceinline__ void put_split(T* high, T* low, float2 x) {
+    split<T>(x.x, x.y, *reinterpret_cast<uint32_t*>(high), *reinterpret_cast<uint32_t*>(low));
+}
+
+// c += x y' of two matrices [16][HEAD] in shared memory, as fragments of 16 x 16.
+template <class T>
+__device__ __forceinline__ void product(float (&c)[2][4], const T (&x)[WKV_CHUNK][HEAD + PAD], const T (&y)[WKV_CHUNK][HEAD + PAD], int lane) {
+    const int matrix = lane / 8, line = lane % 8;
+#pragma unroll
+    for (int k = 0; k < HEAD; k += 16) {
+        uint32_t a[4], b[4];
+        load_matrices(a, &x[matrix % 2 * 8 + line][k + matrix / 2 * 8]);
+        load_matrices(b, &y[matrix / 2 * 8 + line][k + matrix % 2 * 8]);
+        multiply<T>(c[0], a, b[0], b[1]);
+        multiply<T>(c[1], a, b[2], b[3]);
+    }
+}
+
+template <class T, bool TOKEN_DECAYS>
+struct WkvMaker {
+    const Wkv& p;
+    WkvShared<T>& shared;
+    const int warp, lane, head;
+    const long long start;
+    float2 u, decay;
+    Bits<T> r_next[WKV_CHUNK], k_next[WKV_CHUNK], w_next[WKV_CHUNK];
+
+    // A lane takes two neighbouring keys.
+    __device__ WkvMaker(const Wkv& p, WkvShared<T>& shared)
+        : p(p), shared(shared), warp(threadIdx.x / 32), lane(threadIdx.x % 32), head(blockIdx.y * HEAD), start((long long)blockIdx.z * p.tokens) {
+        u = *reinterpret_cast<const float2*>(p.u + head + 2 * lane);
+        decay = *reinterpret_cast<const float2*>(p.decay + head + 2 * lane);
+    }
+
+    __device__ void load(int group) {
+        const int t0 = group * WKV_GROUP + warp * WKV_CHUNK;
+#pragma unroll
+        for (int t = 0; t < WKV_CHUNK; t++) {
+            const long long row = start + min(t0 + t, p.tokens - 1);
+            auto pair = [&](const void* x, int stride) { return *reinterpret_cast<const Bits<T>*>((const T*)x + row * stride + head + 2 * lane); };
+            r_next[t] = pair(p.r, p.r_row), k_next[t] = pair(p.k, p.k_row);
+            if (TOKEN_DECAYS) w_next[t] = pair(p.w, p.w_row);
+        }
+    }
+
+    // Values of a group, by all makers.
+    __device__ void copy_values(int group) {
+        for (int i = threadIdx.x; i < WKV_GROUP * WKV_VALUES / 8; i += 32 * WKV_MAKERS) {
+            const int t = i / (WKV_VALUES / 8), at = i % (WKV_VALUES / 8) * 8, token = group * WKV_GROUP + t;
+            const T* from = (const T*)p.v + (start + min(token, p.tokens - 1)) * p.v_row + head + blockIdx.x * WKV_VALUES + at;
+            copy16(&shared.chunks[group % 2][t / WKV_CHUNK].v[t % WKV_CHUNK][at], from, token < p.tokens);
+        }
+        end_copies();
+    }
+
+    // The places of A that are of this level.
+    template <int LEVEL>
+    __device__ void weigh(const float2 (&r)[WKV_CHUNK], const float2 (&k)[WKV_CHUNK], const float2 (&w)[WKV_CHUNK], float (&a)[2][4]) {
+        auto& z = shared.z[warp];
+        __syncwarp();
+#pragma unroll
+        for (int middle = LEVEL; middle < WKV_CHUNK; middle += 2 * LEVEL) {
+            float2 before = {1.f, 1.f}, after = {1.f, 1.f};
+#pragma unroll
+            for (int i = 0; i < LEVEL; i++) {
+                put(&z[middle + i][2 * lane], r[middle + i] * before);
+                before = before * w[middle + i];
+                put(&z[middle - 1 - i][2 * lane], k[middle - 1 - i] * after);
+                after = after * w[middle - 1 - i];
+            }
+        }
+        __syncwarp();
+        float both[2][4] = {};
+        product<T>(both, z, z, lane);
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            const int t = lane / 4 + e % 4 / 2 * 8, s = lane % 4 * 2 + e % 2 + e / 4 * 8;
+            if (s < t && (t ^ s) >= LEVEL && (t ^ s) < 2 * LEVEL) a[e / 4][e % 4] = both[e / 4][e % 4];
+        }
+    }
+
+    __device__ void make(int group) {
+        const int t0 = group * WKV_GROUP + warp * WKV_CHUNK;
+        WkvChunk<T>& chunk = shared.chunks[group % 2][warp];
+        float2 r[WKV_CHUNK], k[WKV_CHUNK], w[WKV_CHUNK];
+        float own[WKV_CHUNK];
+        const float2 one = {1.f, 1.f}, none = {0.f, 0.f};
+#pragma unroll
+        for (int t = 0; t < WKV_CHUNK; t++) {
+            // A token beyond the last changes nothing.
+            const bool is = t0 + t < p.tokens;
+            r[t] = is ? unpacked<T>(r_next[t]) : none, k[t] = is ? unpacked<T>(k_next[t]) : none;
+            w[t] = decay;
+            if (TOKEN_DECAYS) {
+                const float2 x = unpacked<T>(w_next[t]);
+                w[t] = make_float2(forget6(x.x + decay.x), forget6(x.y + decay.y));
+            }
+            if (!is) w[t] = one;
+            own[t] = fmaf(r[t].x * u.x, k[t].x, r[t].y * u.y * k[t].y);
+        }
+        if ((group + 1) * WKV_GROUP + warp * WKV_CHUNK < p.tokens) load(group + 1);
+
+        float2 before = one, after = one;
+#pragma unroll
+        for (int t = 0; t < WKV_CHUNK; t++) {
+            put_split(&chunk.r_high[t][2 * lane], &chunk.r_low[t][2 * lane], r[t] * before);
+            before = before * w[t];
+            const int s = WKV_CHUNK - 1 - t;
+            put_split(&chunk.k_high[s][2 * lane], &chunk.k_low[s][2 * lane], k[s] * after);
+            after = after * w[s];
+        }
+        *reinterpret_cast<float2*>(&chunk.decay[2 * lane]) = before;
+
+        // A's places of this lane: tokens row and row + 8, of the tokens before them pair and pair + 1 in each half.
+        const int row = lane / 4, pair = lane % 4 * 2;
+        float own_sum = sums_of_lanes<WKV_CHUNK>(own, lane);
+        own_sum += __shfl_xor_sync(~0u, own_sum, 16);
+        const float own_of[2] = {__shfl_sync(~0u, own_sum, row), __shfl_sync(~0u, own_sum, row + 8)};
+        float a[2][4];
+#pragma unroll
+        for (int e = 0; e < 8; e++) a[e / 4][e % 4] = row + e % 4 / 2 * 8 == pair + e % 2 + e / 4 * 8 ? own_of[e % 4 / 2] : 0.f;
+        weigh<8>(r, k, w, a), weigh<4>(r, k, w, a), weigh<2>(r, k, w, a), weigh<1>(r, k, w, a);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            put(&chunk.a[row][half * 8 + pair], make_float2(a[half][0], a[half][1]));
+            put(&chunk.a[row + 8][half * 8 + pair], make_float2(a[half][2], a[half][3]));
+        }
+    }
+};
+
+// 16 columns of S, transposed: fragments C of [values][keys], eight keys a tile. Packed in pairs they are fragments A of S' and B of S, too.
+template <class T>
+struct WkvUser {
+    const int lane, row, pair, first;
+    float s[HEAD / 8][4];
+
+    __device__ WkvUser(int first) : lane(threadIdx.x % 32), row(lane / 4), pair(lane % 4 * 2), first(first) {}
+
+    __device__ void load_state(const float* state) {
+#pragma unroll
+        for (int j = 0; j < HEAD / 8; j++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[j][e] = state[(j * 8 + pair + e % 2) * HEAD + first + row + e / 2 * 8];
+        }
+    }
+    __device__ void store_state(float* state) {
+#pragma unroll
+        for (int j = 0; j < HEAD / 8; j++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) state[(j * 8 + pair + e % 2) * HEAD + first + row + e / 2 * 8] = s[j][e];
+        }
+    }
+
+    // y (tokens x values) of the chunk, and S after it. `value`: where the 16 values lie in the chunk's.
+    __device__ void chunk(const WkvChunk<T>& chunk, int value, float (&y)[2][4]) {
+        const int matrix = lane / 8, line = lane % 8;
+#pragma unroll
+        for (int k = 0; k < HEAD; k += 16) {
+            uint32_t r_high[4], r_low[4];
+            load_matrices(r_high, &chunk.r_high[matrix % 2 * 8 + line][k + matrix / 2 * 8]);
+            load_matrices(r_low, &chunk.r_low[matrix % 2 * 8 + line][k + matrix / 2 * 8]);
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                uint32_t high[2], low[2];
+#pragma unroll
+                for (int e = 0; e < 2; e++) split<__nv_bfloat16>(s[k / 8 + e][2 * n], s[k / 8 + e][2 * n + 1], high[e], low[e]);
+                multiply<__nv_bfloat16>(y[n], r_high, high[0], high[1]);
+                multiply<__nv_bfloat16>(y[n], r_high, low[0], low[1]);
+                multiply<__nv_bfloat16>(y[n], r_low, high[0], high[1]);
+            }
+        }
+        uint32_t a[4], v[4];
+        load_matrices(a, &chunk.a[matrix % 2 * 8 + line][matrix / 2 * 8]);
+        load_transposed(v, &chunk.v[matrix % 2 * 8 + line][value + matrix / 2 * 8]);
+        multiply<T>(y[0], a, v[0], v[1]);
+        multiply<T>(y[1], a, v[2], v[3]);
+
+        const uint32_t v_transposed[4] = {v[0], v[2], v[1], v[3]};
+#pragma unroll
+        for (int j = 0; j < HEAD / 16; j++) {
+            uint32_t high[4], low[4];
+            load_transposed(high, &chunk.k_high[matrix % 2 * 8 + line][j * 16 + matrix / 2 * 8]);
+            load_transposed(low, &chunk.k_low[matrix % 2 * 8 + line][j * 16 + matrix / 2 * 8]);
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float(&tile)[4] = s[2 * j + e];
+                const float2 decay = *reinterpret_cast<const float2*>(&chunk.decay[(2 * j + e) * 8 + pair]);
+                tile[0] *= decay.x, tile[1] *= decay.y, tile[2] *= decay.x, tile[3] *= decay.y;
+                multiply<T>(tile, v_transposed, high[2 * e], high[2 * e + 1]);
+                multiply<T>(tile, v_transposed, low[2 * e], low[2 * e + 1]);
+            }
+        }
+    }
+};
+
+// Grid (HEAD / WKV_VALUES, heads, batch), WKV_THREADS threads, WkvShared<T> bytes of dynamic shared memory.
+template <class T, bool TOKEN_DECAYS>
+__device__ void wkv(const Wkv& p) {
+    extern __shared__ __align__(16) char memory[];
+    WkvShared<T>& shared = *(WkvShared<T>*)memory;
+    const int warp = threadIdx.x / 32, groups = (p.tokens + WKV_GROUP - 1) / WKV_GROUP;
+    // Between two barriers, the makers fill one half of the chunks and the users empty the other.
+    if (warp < WKV_MAKERS) {
+        WkvMaker<T, TOKEN_DECAYS> maker(p, shared);
+        maker.load(0);
+        for (int group = 0; group < groups; group++) {
+            maker.copy_values(group);
+            if (group * WKV_GROUP + warp * WKV_CHUNK < p.tokens) maker.make(group);
+            await_copies<0>();
+            asm volatile("bar.sync 0;" ::: "memory");
+        }
+        return;
+    }
+    const int value = (warp - WKV_MAKERS) * 16, first = blockIdx.x * WKV_VALUES + value;
+    float* state = p.state + ((long long)blockIdx.z * p.heads + blockIdx.y) * HEAD * HEAD;
+    WkvUser<T> user(first);
+    user.load_state(state);
+    for (int group = 0; group < groups; group++) {
+        asm volatile("bar.sync 0;" ::: "memory");
+        for (int i = 0; i < WKV_CHUNKS && group * WKV_GROUP + i * WKV_CHUNK < p.tokens; i++) {
+            float y[2][4] = {};
+            user.chunk(shared.chunks[group % 2][i], value, y);
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int t = group * WKV_GROUP + i * WKV_CHUNK + user.row + e * 8;
+                if (t >= p.tokens) continue;
+                T* to = (T*)p.y + ((long long)blockIdx.z * p.tokens + t) * p.y_row + blockIdx.y * HEAD + first + user.pair;
+                put(to, make_float2(y[0][2 * e], y[0][2 * e + 1]));
+                put(to + 8, make_float2(y[1][2 * e], y[1][2 * e + 1]));
+            }
+        }
+    }
+    user.store_state(state);
+}
+
+template <class T>
+__device__ void wkv5(const Wkv& p) { wkv<T, false>(p); }
+template <class T>
+__device__ void wkv6(const Wkv& p) { wkv<T, true>(p); }
+
+}  // namespace hybrid
