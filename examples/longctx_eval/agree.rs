@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Error, Result, ensure};
-use longctx_eval::{Setting, report, word_range};
+use longctx_eval::{Forced, Setting, report, word_range};
 use longctx_examples::subject::Models;
 
 use crate::chosen::Chosen;
@@ -41,8 +41,14 @@ pub fn agree(args: Args) -> Result<()> {
     let think = |setting: &Setting| {
         methods.open(setting)?.teacher_forced(prompt, &words).map_err(Error::from_boxed)
     };
-    let mut dense = None;
+    let name = args.text.file_name().unwrap_or_default().display();
+    let what = format!("{name}, words {} to {wanted}", args.prompt_words);
+    let mut dense: Option<(String, Forced)> = None;
     for setting in args.chosen.settings(&methods)? {
+        if report::has_agreement(&args.out, &setting.name, &what)? {
+            println!("{:28} done before", setting.name);
+            continue;
+        }
         let reference = match &dense {
             Some((model, forced)) if *model == setting.model => forced,
             _ => {
@@ -51,7 +57,7 @@ pub fn agree(args: Args) -> Result<()> {
             }
         };
         let agreement = think(&setting)?.agreement(reference)?;
-        report::add_agreement(&args.out, &setting.name, &agreement)?;
+        report::add_agreement(&args.out, &setting.name, &what, &agreement)?;
         println!(
             "{:28} perplexity {:8.3} (dense {:.3}), top-1 {:5.1} %, KL {:.4} nats",
             setting.name,

@@ -1,18 +1,21 @@
 //! What the command line chooses: settings and tasks.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Result, bail, ensure};
 use longctx_eval::needle::spaced;
 use longctx_eval::{
-    CountTokens, Error, Haystack, Length, Methods, NeedleGrid, Setting, Task, longbench, setting,
+    CountTokens, Error, Haystack, Length, Methods, NeedleGrid, Setting, Task, long_generation,
+    longbench, setting,
 };
 use longctx_examples::model;
 use longctx_examples::subject::Models;
 
 /// Context of a method that is named without a setting.
 const CONTEXT: usize = 7500;
+/// Where LongBench's records are looked for if no folder is named.
+const DATA: &str = "data/longbench";
 
 #[derive(clap::Args)]
 pub struct Chosen {
@@ -75,12 +78,12 @@ impl Chosen {
 
 #[derive(clap::Args)]
 pub struct TaskArgs {
-    /// Tasks by name, or "longbench" for its 16, or "all"
+    /// Tasks by name, or "longbench" for its 16, or "long-generation" for the tasks with long answers, or "all"
     #[arg(long, value_delimiter = ',', default_value = "all")]
     tasks: Vec<String>,
-    /// LongBench's records: a folder of its JSON lines
-    #[arg(long, default_value = "data/longbench")]
-    data: PathBuf,
+    /// LongBench's records: a folder of its JSON lines; by default data/longbench, filled from the Hub's THUDM/LongBench
+    #[arg(long)]
+    data: Option<PathBuf>,
     /// The needle test's background: a folder of text, or a text file; by default text that the program makes itself
     #[arg(long)]
     haystack: Option<PathBuf>,
@@ -99,14 +102,23 @@ pub struct TaskArgs {
     /// Wrong keys beside each key of the task "multi-needle"
     #[arg(long, default_value_t = 4)]
     distractors: usize,
+    /// Records, rows, facts or steps in each sample of the tasks with long answers
+    #[arg(long, default_value_t = 20)]
+    items: usize,
+    /// Samples of each of them
+    #[arg(long, default_value_t = 10)]
+    long_samples: usize,
     /// What tasks that are made begin with
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
 
+/// The needle tests by name.
+const NEEDLES: [&str; 3] = ["needle", "needle-64", "multi-needle"];
+
 /// All tasks by name.
 pub fn task_names() -> impl Iterator<Item = &'static str> {
-    longbench::names().chain(["needle", "needle-64", "multi-needle"])
+    longbench::names().chain(NEEDLES).chain(long_generation::names())
 }
 
 impl TaskArgs {
@@ -117,9 +129,10 @@ impl TaskArgs {
             match wanted.as_str() {
                 "all" => names.extend(task_names()),
                 "longbench" => names.extend(longbench::names()),
+                "long-generation" => names.extend(long_generation::names()),
                 name => names.extend(task_names().find(|known| *known == name)),
             }
-            let known = ["all", "longbench"].contains(&wanted.as_str());
+            let known = ["all", "longbench", "long-generation"].contains(&wanted.as_str());
             if !known && !names.contains(&wanted.as_str()) {
                 bail!(
                     "no task {wanted:?}: there are {}",
@@ -127,12 +140,22 @@ impl TaskArgs {
                 );
             }
         }
+        let of_longbench = |name: &str| longbench::names().any(|known| known == name);
+        let data = self.data.as_deref().unwrap_or(Path::new(DATA));
+        if self.data.is_none() && names.iter().any(|name| of_longbench(name)) {
+            longbench::download(data)?;
+        }
         let mut tasks: Vec<Box<dyn Task>> = Vec::new();
         for name in names {
-            if longbench::names().any(|known| known == name) {
-                tasks.push(Box::new(longbench::task(name, &self.data)?));
-            } else {
+            if of_longbench(name) {
+                tasks.push(Box::new(longbench::task(name, data)?));
+            } else if NEEDLES.contains(&name) {
                 tasks.push(Box::new(self.needle(name, models, settings)?));
+            } else {
+                let (items, samples, seed) = (self.items, self.long_samples, self.seed);
+                let size = long_generation::Size { items, samples, seed };
+                let all = long_generation::tasks(size).into_iter();
+                tasks.extend(all.filter(|task| task.name() == name));
             }
         }
         Ok(tasks)

@@ -119,9 +119,20 @@ fn list() {
         println!("  {:28} {} to {} tokens{note}", setting.name, setting.model, setting.context);
     }
     println!("Methods, each of which is a setting with --model:");
-    methods.names().for_each(|name| println!("  {name}"));
+    let names: Vec<_> = methods.names().collect();
+    for family in names.chunk_by(|a, b| family(a) == family(b)) {
+        println!("  {}", family.join(" "));
+    }
     println!("Tasks:");
     chosen::task_names().for_each(|name| println!("  {name}"));
+}
+
+/// A name without its ratio: what `list` puts on one line.
+fn family(name: &str) -> &str {
+    match name.rsplit_once('-') {
+        Some((family, size)) if size.ends_with('x') => family,
+        _ => name,
+    }
 }
 
 fn shard(text: &str) -> Result<Shard, String> {

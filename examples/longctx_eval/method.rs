@@ -2,7 +2,7 @@
 
 use candle_core::DType;
 use half::f16;
-use kv_quant::{Bits, Format, Order, QuantCache, QuantStore};
+use kv_quant::{Bits, Format, KeyBasis, Order, QuantCache, QuantStore};
 use longctx_core::{
     DenseCache, DenseStore, EvictionPolicy, KvCache, LayerShape, PromptCompressor, Rate, Result,
 };
@@ -29,16 +29,18 @@ const TIMES: [u32; 4] = [2, 4, 6, 8];
 const ENCODER: &str = "microsoft/llmlingua-2-xlm-roberta-large-meetingbank";
 
 /// Methods of one size.
-const FIXED: [(&str, Whole); 8] = [
+const FIXED: [(&str, Whole); 11] = [
     ("dense-f32", |l| boxed(DenseCache::new(l.attention, DType::F32))),
     ("dense-f16", |l| boxed(DenseCache::new(l.attention, DType::F16))),
     ("kivi-8", |l| boxed(QuantCache::new(l.attention, kivi(Bits::Eight)?))),
     ("kivi-4", |l| boxed(QuantCache::new(l.attention, kivi(Bits::Four)?))),
     ("kivi-2", |l| boxed(QuantCache::new(l.attention, kivi(Bits::Two)?))),
-    ("flexgen-4", |l| {
-        let format = Format::flexgen(Bits::Four, Bits::Four, 64)?;
-        boxed(Ok(QuantCache::new(l.attention, format)?.with_order(Order::QuantizeFirst)))
+    ("kivi-before-rope-2", |l| {
+        boxed(QuantCache::new(l.attention, kivi(Bits::Two)?.with_basis(KeyBasis::BeforeRope)))
     }),
+    ("flexgen-4", |l| flexgen(l, KeyBasis::Given)),
+    ("flexgen-hadamard-4", |l| flexgen(l, KeyBasis::Hadamard)),
+    ("quest-512", |l| boxed(Quest::<f16>::new(512, l.attention))),
     ("streaming-llm-4x-kivi-4", |l| {
         let store = QuantStore::new(l.attention, kivi(Bits::Four)?)?;
         boxed(StreamingLlm::with_ratio(0.25, store)?.with_step(32))
@@ -50,7 +52,7 @@ const FIXED: [(&str, Whole); 8] = [
 ];
 
 /// Methods that keep a share of the tokens, the share given.
-const BY_RATIO: [(&str, Part); 15] = [
+const BY_RATIO: [(&str, Part); 16] = [
     ("streaming-llm", |l, share| boxed(StreamingLlm::with_ratio(share, store(l)?))),
     ("infllm", |l, share| boxed(InfLlm::<f16>::with_ratio(share, l.attention))),
     ("h2o", |l, share| evict(l, share, H2o::default())),
@@ -60,13 +62,14 @@ const BY_RATIO: [(&str, Part); 15] = [
     ("pyramid-snap-kv", |l, share| {
         evict(l, share, PyramidKv::new(SnapKv::new(WINDOW)?, l.layer, l.layers, 20.0)?)
     }),
-    ("tova", |l, share| evict(l, share, Tova)),
+    ("tova", |l, share| evict(l, share, Tova::default())),
     ("finch", |l, share| evict(l, share, Finch::new(16)?)),
     ("expected-attention", |l, share| evict(l, share, ExpectedAttention::default())),
     ("k-norm", |l, share| evict(l, share, KNorm)),
     ("key-diff", |l, share| evict(l, share, KeyDiff)),
     ("lag-kv", |l, share| evict(l, share, LagKv::new(4, 64)?)),
     ("recent", |l, share| evict(l, share, Recent::default())),
+    ("rerotated-snap-kv", |l, share| evict(l, share, Rerotated::new(SnapKv::new(WINDOW)?))),
     ("random", |l, share| evict(l, share, Random::new(l.layer as u64))),
 ];
 
@@ -132,6 +135,11 @@ fn evict(layer: &LayerShape, share: f64, policy: impl EvictionPolicy + 'static) 
 /// KIVI's defaults: groups of 32, the newest 128 tokens in full precision.
 fn kivi(bits: Bits) -> Result<Format> {
     Ok(Format::kivi(bits, bits, 32, 128)?)
+}
+
+fn flexgen(layer: &LayerShape, basis: KeyBasis) -> Cache {
+    let format = Format::flexgen(Bits::Four, Bits::Four, 64)?.with_basis(basis);
+    boxed(Ok(QuantCache::new(layer.attention, format)?.with_order(Order::QuantizeFirst)))
 }
 
 fn boxed<C: KvCache + 'static>(cache: Result<C>) -> Cache {

@@ -72,6 +72,8 @@ fn every_family_is_a_subject_of_the_evaluation() {
                 id: "0".into(),
                 turns: vec![text.into()],
                 answers: Vec::new(),
+                context: None,
+                question: None,
                 classes: Vec::new(),
                 max_new_tokens: 4,
                 chat: false,

@@ -57,6 +57,14 @@ pub enum Error {
         /// What it says itself.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// Data that could not be fetched.
+    #[error("fetching {what}: {reason}")]
+    Download {
+        /// What was asked for.
+        what: String,
+        /// What went wrong.
+        reason: String,
+    },
     /// A picture of a report that could not be drawn.
     #[error("drawing {what}: {reason}")]
     Drawing {

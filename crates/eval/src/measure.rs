@@ -9,6 +9,10 @@ pub struct Forced {
     pub tokens: Vec<u32>,
     /// For each of them, the logits from which it would have been drawn: `[tokens][vocab]`.
     pub logits: Vec<Vec<f32>>,
+    /// Bytes that the method holds at the end; `None` if it can't tell.
+    pub kv_bytes: Option<usize>,
+    /// Bytes that a dense f16 cache would hold; `None` if there is no such cache.
+    pub dense_bytes: Option<usize>,
 }
 
 /// A subject beside the dense model, over the same reference text.
@@ -24,6 +28,8 @@ pub struct Agreement {
     pub top1: f64,
     /// The mean Kullback-Leibler divergence of the subject's distribution from the dense model's, in nats.
     pub kl: f64,
+    /// Dense bytes over bytes held at the end.
+    pub ratio: Option<f64>,
 }
 
 impl Forced {
@@ -43,7 +49,8 @@ impl Forced {
     /// ```
     /// use longctx_eval::Forced;
     ///
-    /// let dense = Forced { tokens: vec![1, 0], logits: vec![vec![0.0, 3.0], vec![2.0, 1.0]] };
+    /// let logits = vec![vec![0.0, 3.0], vec![2.0, 1.0]];
+    /// let dense = Forced { tokens: vec![1, 0], logits, kv_bytes: None, dense_bytes: None };
     /// let mut other = dense.clone();
     /// assert_eq!(other.agreement(&dense)?.kl, 0.0);
     /// other.logits[1] = vec![1.0, 2.0];
@@ -74,6 +81,7 @@ impl Forced {
             dense_perplexity,
             top1: mean(same as f64),
             kl: mean(kl),
+            ratio: ratio(self.dense_bytes, self.kv_bytes),
         })
     }
 
@@ -90,6 +98,11 @@ impl Forced {
         }
         Ok(())
     }
+}
+
+/// Dense bytes over bytes held.
+pub(crate) fn ratio(dense: Option<usize>, held: Option<usize>) -> Option<f64> {
+    Some(dense? as f64 / held.filter(|&bytes| bytes > 0)? as f64)
 }
 
 fn log_softmax(logits: &[f32]) -> Vec<f64> {
@@ -113,26 +126,30 @@ fn first(logits: &[f32]) -> Option<usize> {
 mod tests {
     use super::*;
 
+    fn forced(tokens: Vec<u32>, logits: Vec<Vec<f32>>) -> Forced {
+        Forced { tokens, logits, kv_bytes: Some(25), dense_bytes: Some(100) }
+    }
+
     #[test]
     fn perplexity_of_even_odds_is_their_number() {
-        let even = Forced { tokens: vec![0, 3, 1], logits: vec![vec![0.5; 4]; 3] };
+        let even = forced(vec![0, 3, 1], vec![vec![0.5; 4]; 3]);
         assert!((even.perplexity().unwrap() - 4.0).abs() < 1e-12);
     }
 
     #[test]
     fn divergence_by_hand() {
         // p = (1/2, 1/2), q = (1/4, 3/4): KL = ln 2 - ln(3) / 2.
-        let dense = Forced { tokens: vec![0], logits: vec![vec![0.0, 0.0]] };
-        let other = Forced { tokens: vec![0], logits: vec![vec![0.0, 3f32.ln()]] };
+        let dense = forced(vec![0], vec![vec![0.0, 0.0]]);
+        let other = forced(vec![0], vec![vec![0.0, 3f32.ln()]]);
         let agreement = other.agreement(&dense).unwrap();
         assert!((agreement.kl - (2f64.ln() - 3f64.ln() / 2.0)).abs() < 1e-7);
         assert!((agreement.perplexity - 4.0).abs() < 1e-6);
-        assert_eq!(agreement.top1, 0.0);
+        assert_eq!((agreement.top1, agreement.ratio), (0.0, Some(4.0)));
     }
 
     #[test]
     fn unequal_texts_and_stray_tokens_are_errors() {
-        let one = Forced { tokens: vec![0], logits: vec![vec![0.0, 0.0]] };
+        let one = forced(vec![0], vec![vec![0.0, 0.0]]);
         let other = Forced { tokens: vec![1], ..one.clone() };
         assert!(other.agreement(&one).unwrap_err().to_string().contains("dense model's tokens"));
         let stray = Forced { tokens: vec![2], ..one };

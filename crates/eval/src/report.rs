@@ -9,13 +9,14 @@ mod radar;
 mod scatter;
 mod table;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-pub use agreement::add_agreement;
+pub use agreement::{add_agreement, has_agreement};
 
-use self::table::Table;
-use crate::{Error, Result, records};
+use self::table::{Table, distinct, family};
+use crate::{Error, Manifest, Result, records};
 
 /// Writes `report.md`, `scores.csv`, `report.html` (self-contained) and the pictures of `folder`'s results into it; returns what was written.
 ///
@@ -30,9 +31,19 @@ pub fn write(folder: &Path) -> Result<Vec<PathBuf>> {
         return Err(Error::setting("folder", "a run's, with at least one result", got));
     }
     let table = Table::new(&records);
-    let agreements = agreement::read(folder)?;
+    let mut agreements = agreement::read(folder)?;
+    // Families in the order of the results, each from few to many times fewer bytes.
+    let families = distinct(table.rows.iter().map(|row| family(&row.setting)));
+    agreements.sort_by(|a, b| {
+        let rank = |line: &agreement::Line| {
+            families.iter().position(|name| name == family(&line.setting)).unwrap_or(families.len())
+        };
+        let ratio = |line: &agreement::Line| line.agreement.ratio.unwrap_or(0.0);
+        rank(a).cmp(&rank(b)).then(ratio(a).total_cmp(&ratio(b)))
+    });
     let pictures: Vec<(&str, String)> = [
-        ("quality-against-bytes", scatter::draw(&table)?),
+        ("quality-against-bytes", scatter::scores(&table)?),
+        ("divergence-against-bytes", scatter::divergences(&agreements)?),
         ("radar", radar::draw(&table)?),
         ("needle", heat_map::draw(&records)?),
     ]
@@ -50,8 +61,37 @@ pub fn write(folder: &Path) -> Result<Vec<PathBuf>> {
         save(&format!("{name}.svg"), svg)?;
     }
     let names: Vec<&str> = pictures.iter().map(|(name, _)| *name).collect();
-    save("report.md", &markdown::page(&table, &agreements, &names))?;
-    save("report.html", &html::page(&table, &agreements, &pictures))?;
+    let facts = facts(folder)?;
+    save("report.md", &markdown::page(&facts, &table, &agreements, &names))?;
+    save("report.html", &html::page(&facts, &table, &agreements, &pictures))?;
     save("scores.csv", &table.csv()?)?;
     Ok(written)
+}
+
+/// What `run.json` says of the run, in a sentence.
+fn facts(folder: &Path) -> Result<String> {
+    let Some(run) = Manifest::of(folder)? else { return Ok("No run.json.".into()) };
+    let all = |words: &mut dyn Iterator<Item = String>| {
+        let words: BTreeSet<String> = words.collect();
+        words.into_iter().collect::<Vec<_>>().join(", ")
+    };
+    let file = |model: &str| match Path::new(model).file_name() {
+        Some(name) if Path::new(model).is_absolute() => name.to_string_lossy().into_owned(),
+        _ => model.to_owned(),
+    };
+    let models = all(&mut run.settings.values().map(|setting| file(&setting.model)));
+    let contexts = all(&mut run.settings.values().map(|setting| setting.context.to_string()));
+    let versions = all(&mut run.versions.iter().cloned());
+    let most = |limit: Option<usize>, what: &str| match limit {
+        Some(limit) => format!("at most {limit} {what}"),
+        None => format!("all {what}"),
+    };
+    Ok(format!(
+        "{} settings on {models}; {} tasks, {}; prompts cut to {contexts} tokens, {}; seed {}; longctx-eval {versions}.",
+        run.settings.len(),
+        run.tasks.len(),
+        most(run.limits.samples, "samples each"),
+        most(run.limits.max_new_tokens, "new tokens a turn that the task allows"),
+        run.seed,
+    ))
 }

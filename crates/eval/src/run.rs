@@ -22,7 +22,7 @@ use crate::{Error, Result, Sample, Setting, Task, memory};
 /// What every sample of a run is held to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Limits {
-    /// The most samples of a task, its first ones.
+    /// The most samples of a task, its first ones. A folder's run can grow: a later process may ask for more.
     pub samples: Option<usize>,
     /// The most tokens to write in a turn, where the task would allow more.
     pub max_new_tokens: Option<usize>,
@@ -78,7 +78,7 @@ pub enum Event<'a> {
     Opening(&'a Setting),
     /// A sample was answered.
     Answered(&'a Record),
-    /// A sample could not be answered: it has no result, and a later run tries it again.
+    /// A sample could not be answered, or a setting not be opened: there is no result, and a later run tries it again.
     Failed(&'a Error),
 }
 
@@ -102,9 +102,9 @@ pub struct Summary {
 /// Answers what is not answered yet.
 ///
 /// # Errors
-/// [`Error::Setting`] if the folder belongs to a run with other limits, another seed or other settings of the same name, or another process
+/// [`Error::Setting`] if the folder belongs to a run with another limit of new tokens, another seed or other settings of the same name, or another process
 /// writes the same shard; [`Error::NotAvailable`] before anything runs, if a setting's method is not registered; and, if the plan is strict,
-/// the first bad record or failing subject.
+/// the first bad record or failing subject. Otherwise a subject that can't be opened is told once, and its samples count as failed.
 pub fn run(
     plan: &Plan<'_>,
     methods: &Methods<'_>,
@@ -127,17 +127,20 @@ pub fn run(
     let open = |unit: &&Unit<'_>| !done.contains(&unit.key());
     summary.before = units.iter().filter(|unit| !open(unit)).count();
     on_event(Event::Began { total: units.len(), done: summary.before });
-    let mut subject: Option<(&str, Box<dyn Subject>)> = None;
+    // The setting whose turn it is, and its subject unless that could not be opened.
+    let mut turn: Option<(&str, Option<Box<dyn Subject>>)> = None;
     for unit in units.iter().filter(open) {
-        if subject.as_ref().is_none_or(|(name, _)| *name != unit.setting.name) {
-            on_event(Event::Opening(unit.setting));
+        if turn.as_ref().is_none_or(|(name, _)| *name != unit.setting.name) {
             // The old one goes first: two models need not fit in memory.
-            drop(subject.take());
-            subject = Some((&unit.setting.name, methods.open(unit.setting)?));
+            drop(turn.take());
+            turn = Some((&unit.setting.name, open_subject(plan, methods, unit.setting, on_event)?));
         }
-        let Some((_, reader)) = &mut subject else { continue };
+        let Some((_, Some(subject))) = &mut turn else {
+            summary.failed += 1;
+            continue;
+        };
         let started = Instant::now();
-        match unit.answer(plan, reader.as_mut()) {
+        match unit.answer(plan, subject.as_mut()) {
             Ok(record) => {
                 results.append(&record)?;
                 summary.answered += 1;
@@ -153,6 +156,23 @@ pub fn run(
         summary.total += started.elapsed();
     }
     Ok(summary)
+}
+
+/// The setting's subject; `None` if it can't be opened and the run goes on without it.
+fn open_subject(
+    plan: &Plan<'_>,
+    methods: &Methods<'_>,
+    setting: &Setting,
+    on_event: &mut dyn FnMut(Event<'_>),
+) -> Result<Option<Box<dyn Subject>>> {
+    on_event(Event::Opening(setting));
+    match methods.open(setting) {
+        Err(error) if !plan.strict => {
+            on_event(Event::Failed(&error));
+            Ok(None)
+        }
+        opened => opened.map(Some),
+    }
 }
 
 /// Each task's samples, to the limit.
@@ -195,16 +215,18 @@ impl Plan<'_> {
         }
     }
 
-    /// This process's part, dealt out in turn.
+    /// This process's part. Each setting, task and sample is dealt to the shard after its neighbour's: every shard gets some of the
+    /// slow ones, and keeps what it has when the run grows by samples.
     fn units<'a>(&'a self, samples: &'a [Vec<Sample>]) -> Vec<Unit<'a>> {
-        let tasks = || self.tasks.iter().map(AsRef::as_ref).zip(samples);
+        let ours = |turn: usize| turn % self.shard.count == self.shard.index - 1;
         let mut all = Vec::new();
-        for setting in &self.settings {
-            for (task, samples) in tasks() {
-                all.extend(samples.iter().map(|sample| Unit { setting, task, sample }));
+        for (s, setting) in self.settings.iter().enumerate() {
+            for (t, (task, samples)) in self.tasks.iter().zip(samples).enumerate() {
+                let dealt = samples.iter().enumerate().filter(|(i, _)| ours(s + t + i));
+                all.extend(dealt.map(|(_, sample)| Unit { setting, task: task.as_ref(), sample }));
             }
         }
-        all.into_iter().skip(self.shard.index - 1).step_by(self.shard.count).collect()
+        all
     }
 }
 

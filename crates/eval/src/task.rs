@@ -8,6 +8,8 @@ mod truncate;
 pub use needle::{CountTokens, Length, NeedleGrid};
 pub use truncate::truncate_middle;
 
+use std::ops::Range;
+
 use crate::{Error, Result};
 
 /// The paper's seven categories, and what goes beyond them.
@@ -41,6 +43,10 @@ pub struct Sample {
     pub id: String,
     /// What the model reads before each of its answers: one text, or one a turn. No chat template is applied yet.
     pub turns: Vec<String>,
+    /// Where the first turn holds its long context, in bytes: what a prompt compressor may shorten. `None`: every turn as a whole.
+    pub context: Option<Range<usize>>,
+    /// What is asked of the context, for compressors that look at it.
+    pub question: Option<String>,
     /// What would be right, in the words of the task's data: alternatives for a task of one turn, else one a turn.
     pub answers: Vec<String>,
     /// The classes that a classification task chooses from; empty elsewhere.

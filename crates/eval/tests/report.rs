@@ -39,39 +39,61 @@ fn folder(at: &Path) {
             ("narrativeqa", Category::SingleDocQa, "1", 0.7),
             ("trec", Category::FewShot, "1", 0.8),
             ("lcc", Category::Code, "1", 0.6),
-            ("needle", Category::Needle, "600x0.250-0", 0.0),
-            ("needle", Category::Needle, "1200x0.750-0", 1.0),
+            ("needle", Category::Needle, "600-words-0.250-0", 0.0),
+            ("needle", Category::Needle, "1200-words-0.750-0", 1.0),
         ] {
             let record = record(setting, task, category, sample, value * better);
             lines += &(serde_json::to_string(&record).unwrap() + "\n");
         }
     }
     fs::write(at.join("results-1-of-1.jsonl"), lines).unwrap();
+    let run = r#"{"versions": ["0"], "seed": 0, "limits": {"samples": 2, "max_new_tokens": null},
+        "settings": {"h2o-4x": {"name": "h2o-4x", "method": "h2o-4x", "model": "/far/small.gguf", "context": 300}},
+        "tasks": ["qasper"]}"#;
+    fs::write(at.join("run.json"), run).unwrap();
 }
 
 #[test]
 fn numbers_are_those_of_the_results() {
     let at = tempdir().unwrap();
     folder(at.path());
-    let agreement =
-        Agreement { tokens: 9, perplexity: 4.5, dense_perplexity: 4.25, top1: 0.875, kl: 0.0625 };
-    report::add_agreement(at.path(), "h2o-4x", &Agreement { kl: 9.0, ..agreement }).unwrap();
-    report::add_agreement(at.path(), "h2o-4x", &agreement).unwrap();
+    let agreement = Agreement {
+        tokens: 9,
+        perplexity: 4.5,
+        dense_perplexity: 4.25,
+        top1: 0.875,
+        kl: 0.0625,
+        ratio: Some(4.0),
+    };
+    report::add_agreement(at.path(), "h2o-4x", "essay", &Agreement { kl: 9.0, ..agreement })
+        .unwrap();
+    report::add_agreement(at.path(), "h2o-4x", "essay", &agreement).unwrap();
     let written = report::write(at.path()).unwrap();
-    assert_eq!(written.len(), 6, "{written:?}");
+    assert_eq!(written.len(), 7, "{written:?}");
     let page = fs::read_to_string(at.path().join("report.md")).unwrap();
     let row = |start: &str| {
         let line = page.lines().find(|line| line.starts_with(start)).unwrap();
         line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>()
     };
     // Single-doc QA is the mean of its tasks' means: (30 + 70) / 2.
-    let dense = ["dense-f16", "50.0", "80.0", "60.0", "50.0", "60.0", "1.00", "100", "0.50"];
-    assert_eq!(row("| dense-f16")[..9], dense);
-    let quarter = row("| h2o-4x");
-    assert_eq!(quarter[1..7], ["25.0", "40.0", "30.0", "25.0", "30.0", "4.00"]);
-    assert_eq!(quarter[9..], ["40.0", "2", "7"]);
+    let dense = ["50.0", "80.0", "60.0", "50.0", "60.0", "–", "1.00", "0.50", "40.0"];
+    assert_eq!(row("| dense-f16")[1..], dense);
+    // Halved scores are worse on all 7 samples but the one that is 0 anyway.
+    let quarter = ["25.0", "40.0", "30.0", "25.0", "30.0", "0 / 6", "4.00", "0.50", "40.0"];
+    assert_eq!(row("| h2o-4x")[1..], quarter);
+    // The cost: samples, prompt, bytes held, ratio, speed, peak.
+    let cost = "| h2o-4x | 7 | 100 | 0.00 | 4.00 | 0.50 | 40.0 | 2 |";
+    assert!(page.contains(cost), "{page}");
+    // Tasks by category, then by name.
+    assert!(
+        page.contains("| setting | narrativeqa | qasper | trec | lcc | needle | needle, in part |"),
+        "{page}"
+    );
+    let facts =
+        "1 settings on small.gguf; 1 tasks, at most 2 samples each; prompts cut to 300 tokens";
+    assert!(page.contains(facts), "{page}");
     // The newest agreement of a setting.
-    assert!(page.contains("| h2o-4x | 4.500 | 4.250 | 87.5 | 0.0625 | 9 |"), "{page}");
+    assert!(page.contains("| h2o-4x | 4.00 | 0.0625 | 87.5 | 4.50 | 4.25 | 9 |"), "{page}");
     let csv = fs::read_to_string(at.path().join("scores.csv")).unwrap();
     assert_eq!(csv.lines().count(), 1 + 3 * 5);
     let start = "h2o-2x,needle,2,37.5000,50.0000,4.0000,0.5000,40.0000,2000000";
@@ -90,7 +112,7 @@ fn the_page_needs_nothing_else() {
     }
     // Each picture names what it shows.
     for (name, words) in [
-        ("quality-against-bytes", vec!["dense-f16", "h2o-2x", "h2o-4x", "4x"]),
+        ("quality-against-bytes", vec!["dense-f16", "h2o-2x … 4x", "4x", "score, %"]),
         ("radar", vec!["h2o-2x", "h2o-4x", "Few-shot 80"]),
         ("needle", vec!["dense-f16", "600", "1200", "25 %", "75 %"]),
     ] {

@@ -27,6 +27,8 @@ impl Task for Sums {
         let sample = |i: usize| Sample {
             id: format!("{i}"),
             turns: vec![format!("{i} + {i}")],
+            context: None,
+            question: None,
             answers: vec![format!("{}", 2 * i)],
             classes: vec![],
             max_new_tokens: 10,
@@ -189,6 +191,29 @@ fn shards_share_the_work() {
 }
 
 #[test]
+fn a_run_grows_by_samples() {
+    let folder = tempdir().unwrap();
+    let tasks = tasks();
+    let with = |samples, shard| {
+        let mut plan = plan(folder.path(), &tasks, shard);
+        plan.limits.samples = samples;
+        run(&plan, &methods(), &mut |_| {}).unwrap()
+    };
+    let parts = || (1..=3).map(|index| Shard { index, count: 3 });
+    // Each part keeps what it has: none finds another's samples its own when there are more.
+    for (samples, answered) in [(Some(3), 2 * 2 * 3), (Some(20), 2 * 2 * 17), (None, 2 * 2 * 40)] {
+        let done: Vec<_> = parts().map(|shard| with(samples, shard)).collect();
+        assert_eq!(done.iter().map(|part| part.answered).sum::<usize>(), answered);
+        assert!(done.iter().all(|part| part.answered.abs_diff(answered / 3) <= 4), "{done:?}");
+    }
+    assert_eq!(records(folder.path()).unwrap().len(), TOTAL);
+    // Fewer are there already.
+    assert_eq!(with(Some(5), Shard::WHOLE).answered, 0);
+    let manifest = fs::read_to_string(folder.path().join("run.json")).unwrap();
+    assert!(manifest.contains("\"samples\": null"), "{manifest}");
+}
+
+#[test]
 fn what_a_folder_does_not_fit_is_an_error() {
     let folder = tempdir().unwrap();
     go(folder.path(), Shard::WHOLE);
@@ -201,11 +226,32 @@ fn what_a_folder_does_not_fit_is_an_error() {
     let changed = again(|plan| plan.settings[0].context = 50).to_string();
     assert!(changed.contains("`a`") && changed.contains("context: 100"), "{changed}");
     assert!(again(|plan| plan.seed = 8).to_string().contains("seed"));
-    assert!(again(|plan| plan.limits.samples = Some(1)).to_string().contains("limits"));
+    let longer = again(|plan| plan.limits.max_new_tokens = Some(5)).to_string();
+    assert!(longer.contains("max_new_tokens") && longer.contains("no limit"), "{longer}");
     assert!(again(|plan| plan.shard.index = 2).to_string().contains("1 to 1"));
     let missing = again(|plan| plan.settings[1].method = "c".into());
     assert!(matches!(missing, Error::NotAvailable { .. }), "{missing}");
     assert!(missing.to_string().contains("`c` is not available; there are a, b"));
+}
+
+#[test]
+fn a_setting_that_does_not_open_stops_only_a_strict_run() {
+    let folder = tempdir().unwrap();
+    let tasks = tasks();
+    let mut plan = plan(folder.path(), &tasks, Shard::WHOLE);
+    let mut methods = methods();
+    methods.register("a", |_| Err("no such model".into()));
+    let mut faults = Vec::new();
+    let mut listen = |event: Event<'_>| {
+        if let Event::Failed(error) = event {
+            faults.push(error.to_string());
+        }
+    };
+    let summary = run(&plan, &methods, &mut listen).unwrap();
+    assert_eq!((summary.answered, summary.failed), (TOTAL / 2, TOTAL / 2));
+    assert_eq!(faults, ["opening a: no such model"]);
+    plan.strict = true;
+    assert!(run(&plan, &methods, &mut |_| {}).unwrap_err().to_string().contains("no such model"));
 }
 
 #[test]

@@ -12,26 +12,50 @@ const FILE: &str = "agreement.jsonl";
 #[derive(serde::Serialize, serde::Deserialize)]
 pub(super) struct Line {
     pub setting: String,
+    /// Which text, in a few words.
+    pub text: String,
     #[serde(flatten)]
     pub agreement: Agreement,
 }
 
-/// Adds a setting's agreement to the folder; the newest of a setting is the one reported.
+/// Adds a setting's agreement over a text to the folder; the newest of a setting and text is the one reported. `text` says in a few
+/// words which one it is: "essay.txt, words 700 to 800".
 ///
 /// # Errors
 /// If the file can't be written.
-pub fn add_agreement(folder: &Path, setting: &str, agreement: &Agreement) -> Result<()> {
+pub fn add_agreement(
+    folder: &Path,
+    setting: &str,
+    text: &str,
+    agreement: &Agreement,
+) -> Result<()> {
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let path = folder.join(FILE);
-    let line = Line { setting: setting.to_owned(), agreement: *agreement };
-    let text = serde_json::to_string(&line)
+    let line = Line { setting: setting.to_owned(), text: text.to_owned(), agreement: *agreement };
+    let mut line = serde_json::to_string(&line)
         .map_err(|error| Error::setting("agreement", "finite numbers", error))?;
+    line.push('\n');
     let mut file =
         OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io(&path))?;
-    writeln!(file, "{text}").map_err(Error::io(&path))
+    // In one piece: other processes add to the file too.
+    file.write_all(line.as_bytes()).map_err(Error::io(&path))
 }
 
-/// The folder's, one a setting, in the order in which settings came.
+/// Whether the folder has the setting's agreement over the text.
+///
+/// # Errors
+/// If the folder's file can't be read.
+pub fn has_agreement(folder: &Path, setting: &str, text: &str) -> Result<bool> {
+    Ok(read(folder)?.iter().any(|line| line.is(setting, text)))
+}
+
+impl Line {
+    fn is(&self, setting: &str, text: &str) -> bool {
+        self.setting == setting && self.text == text
+    }
+}
+
+/// The folder's, one a setting and text, in the order in which they came.
 pub(super) fn read(folder: &Path) -> Result<Vec<Line>> {
     let path = folder.join(FILE);
     if !path.exists() {
@@ -46,7 +70,7 @@ pub(super) fn read(folder: &Path) -> Result<Vec<Line>> {
             field: "(line)".into(),
             fault: error.to_string(),
         })?;
-        match all.iter_mut().find(|other| other.setting == line.setting) {
+        match all.iter_mut().find(|other| other.is(&line.setting, &line.text)) {
             Some(other) => *other = line,
             None => all.push(line),
         }

@@ -9,64 +9,80 @@ use super::plot::{Area, Drawn, svg, text};
 use super::table::distinct;
 use crate::{Category, Record, Result};
 
-const PANEL: (i32, i32) = (320, 270);
-const COLUMNS: usize = 3;
+const PANEL: (i32, i32) = (280, 200);
+const COLUMNS: usize = 4;
 /// Left, top, right, bottom of a map within its panel.
-const MAP: (i32, i32, i32, i32) = (56, 34, 306, 220);
+const MAP: (i32, i32, i32, i32) = (46, 26, 268, 156);
+/// Room for the title.
+const HEAD: i32 = 44;
 
-/// The mean share of the key by depth (in thousandths) and length.
-type Map = BTreeMap<(u32, u32), (f64, u32)>;
+/// The sum of the found shares of the key and their number, by depth (in thousandths) and length.
+type Cells = BTreeMap<(u32, u32), (f64, u32)>;
+
+struct Map {
+    title: String,
+    cells: Cells,
+    /// What a length counts.
+    unit: &'static str,
+}
 
 /// `None` if no needle was looked for.
 pub(super) fn draw(records: &[Record]) -> Result<Option<String>> {
     let needles: Vec<_> = records.iter().filter(|r| r.category == Category::Needle).collect();
-    let titles = distinct(needles.iter().map(|r| r.setting.as_str()));
+    let settings = distinct(needles.iter().map(|r| r.setting.as_str()));
     let tasks = distinct(needles.iter().map(|r| r.task.as_str()));
     let mut maps = Vec::new();
     for task in &tasks {
-        for title in &titles {
-            let own = needles.iter().filter(|r| r.task == *task && r.setting == *title);
-            let mut map = Map::new();
-            for record in own {
-                let Some(place) = place(&record.sample) else { continue };
-                let cell = map.entry(place).or_default();
-                cell.0 += record.score.partial.unwrap_or(record.score.value);
-                cell.1 += 1;
-            }
-            let title = if tasks.len() > 1 { format!("{title}, {task}") } else { title.clone() };
-            if !map.is_empty() {
-                maps.push((title, map));
-            }
+        for setting in &settings {
+            let own = needles.iter().filter(|r| r.task == *task && r.setting == *setting);
+            let title =
+                if tasks.len() > 1 { format!("{setting}, {task}") } else { setting.clone() };
+            maps.extend(map(title, own.copied()));
         }
     }
     if maps.is_empty() {
         return Ok(None);
     }
-    let lines = maps.len().div_ceil(COLUMNS);
-    let size = (PANEL.0 as u32 * COLUMNS as u32, PANEL.1 as u32 * lines as u32 + 40);
+    let columns = COLUMNS.min(maps.len().max(2));
+    let lines = maps.len().div_ceil(columns);
+    let size = (PANEL.0 as u32 * columns as u32, PANEL.1 as u32 * lines as u32 + HEAD as u32);
     let panels = |area: &Area<'_>| -> Drawn {
-        let title =
-            "Needle test: share of the key's digits found, by length (across) and depth (down)";
-        text(area, title, (size.0 as i32 / 2, 10), 18, (HPos::Center, VPos::Top), &BLACK)?;
-        for (i, (title, map)) in maps.iter().enumerate() {
-            let corner = ((i % COLUMNS) as i32 * PANEL.0, (i / COLUMNS) as i32 * PANEL.1 + 40);
-            panel(area, corner, title, map)?;
+        let title = "Needle test: digits of the key found, %";
+        text(area, title, (size.0 as i32 / 2, 12), 18, (HPos::Center, VPos::Top), &BLACK)?;
+        for (i, map) in maps.iter().enumerate() {
+            let corner = ((i % columns) as i32 * PANEL.0, (i / columns) as i32 * PANEL.1 + HEAD);
+            panel(area, corner, map)?;
         }
         Ok(())
     };
     svg("needle test", size, panels).map(Some)
 }
 
-/// Depth and length from a sample's id: "600x0.111-1".
-fn place(id: &str) -> Option<(u32, u32)> {
-    let (length, rest) = id.split_once('x')?;
-    let (depth, _) = rest.rsplit_once('-')?;
-    Some(((depth.parse::<f64>().ok()? * 1000.0).round() as u32, length.parse().ok()?))
+fn map<'a>(title: String, records: impl Iterator<Item = &'a Record>) -> Option<Map> {
+    let mut cells = Cells::new();
+    let mut unit = None;
+    for record in records {
+        let Some((depth, length, counted)) = place(&record.sample) else { continue };
+        let cell = cells.entry((depth, length)).or_default();
+        cell.0 += record.score.partial.unwrap_or(record.score.value);
+        cell.1 += 1;
+        unit = Some(counted);
+    }
+    Some(Map { title, cells, unit: unit? })
 }
 
-fn panel(area: &Area<'_>, corner: (i32, i32), title: &str, map: &Map) -> Drawn {
-    let mut depths: Vec<u32> = map.keys().map(|key| key.0).collect();
-    let mut lengths: Vec<u32> = map.keys().map(|key| key.1).collect();
+/// Depth, length and what it counts, from a sample's id: "600-words-0.111-1".
+fn place(id: &str) -> Option<(u32, u32, &'static str)> {
+    let mut parts = id.split('-');
+    let length = parts.next()?.parse().ok()?;
+    let unit = ["words", "tokens"].into_iter().find(|unit| parts.clone().next() == Some(unit))?;
+    let depth: f64 = parts.nth(1)?.parse().ok()?;
+    Some(((depth * 1000.0).round() as u32, length, unit))
+}
+
+fn panel(area: &Area<'_>, corner: (i32, i32), map: &Map) -> Drawn {
+    let mut depths: Vec<u32> = map.cells.keys().map(|key| key.0).collect();
+    let mut lengths: Vec<u32> = map.cells.keys().map(|key| key.1).collect();
     depths.dedup();
     lengths.sort_unstable();
     lengths.dedup();
@@ -75,13 +91,14 @@ fn panel(area: &Area<'_>, corner: (i32, i32), title: &str, map: &Map) -> Drawn {
     let x = |i: usize| left + width * i as i32 / lengths.len() as i32;
     let y = |i: usize| top + height * i as i32 / depths.len() as i32;
     let grey = RGBColor(90, 90, 90);
-    text(area, title, (left, corner.1 + 12), 14, (HPos::Left, VPos::Top), &BLACK)?;
+    text(area, &map.title, (left, corner.1 + 6), 14, (HPos::Left, VPos::Top), &BLACK)?;
+    text(area, "depth", (left - 6, corner.1 + 8), 11, (HPos::Right, VPos::Top), &grey)?;
     for (row, depth) in depths.iter().enumerate() {
         let words = format!("{:.0} %", f64::from(*depth) / 10.0);
         let middle = (y(row) + y(row + 1)) / 2;
         text(area, &words, (left - 6, middle), 11, (HPos::Right, VPos::Center), &grey)?;
         for (column, length) in lengths.iter().enumerate() {
-            let Some((sum, count)) = map.get(&(*depth, *length)) else { continue };
+            let Some((sum, count)) = map.cells.get(&(*depth, *length)) else { continue };
             let share = sum / f64::from(*count);
             let corners = [(x(column), y(row)), (x(column + 1) - 1, y(row + 1) - 1)];
             area.draw(&Rectangle::new(corners, shade(share).filled()))?;
@@ -100,7 +117,7 @@ fn panel(area: &Area<'_>, corner: (i32, i32), title: &str, map: &Map) -> Drawn {
         let at = ((x(column) + x(column + 1)) / 2, top + height + 4);
         text(area, &length.to_string(), at, 11, (HPos::Center, VPos::Top), &grey)?;
     }
-    Ok(())
+    text(area, map.unit, (left - 6, top + height + 4), 11, (HPos::Right, VPos::Top), &grey)
 }
 
 /// From nearly white to deep blue.

@@ -11,16 +11,22 @@ const STYLE: &str = "body{font:15px/1.45 system-ui,sans-serif;max-width:1180px;m
     th:first-child,td:first-child{text-align:left;white-space:nowrap}tr:hover td{background:#f4f7fb}\
     svg{max-width:100%;height:auto}";
 
-pub(super) fn page(table: &Table, agreements: &[Line], pictures: &[(&str, String)]) -> String {
+pub(super) fn page(
+    facts: &str,
+    table: &Table,
+    agreements: &[Line],
+    pictures: &[(&str, String)],
+) -> String {
     let mut out = format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>longctx-eval</title>\
-         <style>{STYLE}</style></head><body>\n<h1>longctx-eval</h1>\n"
+         <style>{STYLE}</style></head><body>\n<h1>longctx-eval</h1>\n<p>{}</p>\n",
+        escape(facts)
     );
-    for cells in tables(table, agreements) {
-        out += &section(&cells);
-    }
-    for (_, svg) in pictures {
-        out += &format!("<p>{svg}</p>\n");
+    for (i, cells) in tables(table, agreements).iter().enumerate() {
+        out += &section(cells);
+        for (_, svg) in pictures.iter().filter(|_| i == 0) {
+            out += &format!("<p>{svg}</p>\n");
+        }
     }
     out + "</body></html>\n"
 }
@@ -32,8 +38,9 @@ fn section(cells: &Cells) -> String {
     };
     let body: String = cells.rows.iter().map(|cells| row("td", cells)).collect();
     format!(
-        "<h2>{}</h2>\n<div class=\"wide\"><table><thead>{}</thead><tbody>{body}</tbody></table></div>\n",
+        "<h2>{}</h2>\n<p>{}</p>\n<div class=\"wide\"><table><thead>{}</thead><tbody>{body}</tbody></table></div>\n",
         escape(&cells.title),
+        escape(&cells.note),
         row("th", &cells.head)
     )
 }

@@ -1,109 +1,170 @@
 //! Tables as Markdown, and the cells that HTML shows too.
 
 use super::agreement::Line;
-use super::table::Table;
+use super::table::{Table, distinct};
 
 /// A table as text: a title, a head and rows.
 pub(super) struct Cells {
     pub title: String,
+    pub note: String,
     pub head: Vec<String>,
     pub rows: Vec<Vec<String>>,
 }
 
 /// The whole report.
-pub(super) fn page(table: &Table, agreements: &[Line], pictures: &[&str]) -> String {
-    let mut out = String::new();
-    for cells in tables(table, agreements) {
-        out += &format!("## {}\n\n", cells.title);
-        out += &line(&cells.head);
-        let rule = |(i, _): (usize, &String)| if i == 0 { "---" } else { "---:" }.to_owned();
-        out += &line(&cells.head.iter().enumerate().map(rule).collect::<Vec<_>>());
-        for row in &cells.rows {
-            out += &line(row);
+pub(super) fn page(facts: &str, table: &Table, agreements: &[Line], pictures: &[&str]) -> String {
+    let mut out = format!("# Report\n\n{facts}\n\n");
+    for (i, cells) in tables(table, agreements).iter().enumerate() {
+        out += &section(cells);
+        // The pictures come after the table that says most.
+        for name in pictures.iter().filter(|_| i == 0) {
+            out += &format!("![{name}]({name}.svg)\n\n");
         }
-        out.push('\n');
-    }
-    for name in pictures {
-        out += &format!("![{name}]({name}.svg)\n\n");
     }
     out.trim_end().to_owned() + "\n"
 }
 
-/// Category scores with bytes and speed, task scores, agreement.
+fn section(cells: &Cells) -> String {
+    let mut out = format!("## {}\n\n{}\n\n", cells.title, cells.note);
+    out += &line(&cells.head);
+    let rule = |(i, _): (usize, &String)| if i == 0 { "---" } else { "---:" }.to_owned();
+    out += &line(&cells.head.iter().enumerate().map(rule).collect::<Vec<_>>());
+    out.extend(cells.rows.iter().map(|row| line(row)));
+    out + "\n"
+}
+
+/// Category scores with bytes and speed, task scores, costs, agreement.
 pub(super) fn tables(table: &Table, agreements: &[Line]) -> Vec<Cells> {
-    let mut all = vec![categories(table), tasks(table)];
-    if !agreements.is_empty() {
-        all.push(agreement(agreements));
-    }
+    let mut all = vec![categories(table), tasks(table), costs(table)];
+    let texts = distinct(agreements.iter().map(|line| line.text.as_str()));
+    all.extend(texts.iter().map(|text| agreement(text, agreements)));
     all
 }
 
 fn categories(table: &Table) -> Cells {
     let categories = table.categories();
+    let first = table.rows.first().map(|row| row.setting.clone()).unwrap_or_default();
     let mut head = vec!["setting".to_owned()];
     head.extend(categories.iter().map(|(_, words)| (*words).to_owned()));
-    let more = [
-        "mean",
-        "bytes, dense f16 / held",
-        "prompt, tokens",
-        "first token, s",
-        "decode, tokens/s",
-        "peak, MB",
-        "samples",
-    ];
+    let more = ["mean", "better / worse", "dense / held", "first token, s", "decode, tokens/s"];
     head.extend(more.map(str::to_owned));
     let row = |row: &super::table::Row| {
         let mut cells = vec![row.setting.clone()];
         cells.extend(categories.iter().map(|(category, _)| number(row.category(*category), 1)));
         cells.push(number(row.overall(), 1));
+        cells.push(match row.setting == first {
+            true => "–".to_owned(),
+            false => format!("{} / {}", row.better, row.worse),
+        });
         cells.push(number(row.ratio, 2));
-        cells.push(number(Some(row.prompt_tokens), 0));
         cells.push(number(Some(row.first_token_seconds), 2));
         cells.push(number(row.decode_tokens_per_second, 1));
-        cells.push(number(row.peak_resident_bytes.map(|bytes| bytes as f64 / 1e6), 0));
-        cells.push(row.samples.to_string());
         cells
     };
     Cells {
-        title: "Score by category (percent, mean of the category's tasks), bytes and speed".into(),
+        title: "Score by category, bytes and speed".into(),
+        note: format!(
+            "Percent, the mean of a category's tasks. Better / worse: on how many samples the score is above and below that of {first}. \
+             Dense / held: bytes of a dense f16 cache over bytes held, both counted."
+        ),
         head,
+        rows: table.rows.iter().map(row).collect(),
+    }
+}
+
+fn costs(table: &Table) -> Cells {
+    let head = [
+        "setting",
+        "samples",
+        "prompt, tokens",
+        "held, MB",
+        "dense / held",
+        "first token, s",
+        "decode, tokens/s",
+        "peak resident, MB",
+    ];
+    let megabytes = |bytes: f64| bytes / 1e6;
+    let row = |row: &super::table::Row| {
+        vec![
+            row.setting.clone(),
+            row.samples.to_string(),
+            number(Some(row.prompt_tokens), 0),
+            number(row.kv_bytes.map(megabytes), 2),
+            number(row.ratio, 2),
+            number(Some(row.first_token_seconds), 2),
+            number(row.decode_tokens_per_second, 1),
+            number(row.peak_resident_bytes.map(|bytes| megabytes(bytes as f64)), 0),
+        ]
+    };
+    Cells {
+        title: "Cost of a sample".into(),
+        note: "Means over the samples; the peak is the largest of any, the whole process's with its weights.".into(),
+        head: head.map(str::to_owned).into(),
         rows: table.rows.iter().map(row).collect(),
     }
 }
 
 fn tasks(table: &Table) -> Cells {
-    let head = std::iter::once("setting".to_owned()).chain(table.tasks.iter().cloned()).collect();
+    let partly = |task: &String| {
+        let own = table.rows.iter().flat_map(|row| &row.tasks);
+        own.filter(|own| own.task == *task).any(|own| own.partial.is_some())
+    };
+    let mut head = vec!["setting".to_owned()];
+    for task in &table.tasks {
+        head.push(task.clone());
+        head.extend(partly(task).then(|| format!("{task}, in part")));
+    }
     let row = |row: &super::table::Row| {
-        let score = |task: &String| {
+        let mut cells = vec![row.setting.clone()];
+        for task in &table.tasks {
             let found = row.tasks.iter().find(|own| own.task == *task);
-            number(found.map(|own| own.score), 1)
-        };
-        std::iter::once(row.setting.clone()).chain(table.tasks.iter().map(score)).collect()
+            cells.push(number(found.map(|own| own.score), 1));
+            if partly(task) {
+                cells.push(number(found.and_then(|own| own.partial), 1));
+            }
+        }
+        cells
     };
     Cells {
-        title: "Score by task (percent)".into(),
+        title: "Score by task".into(),
+        note: match table.tasks.iter().any(partly) {
+            true => "Percent. In part: the share of the key that was found.".into(),
+            false => "Percent.".into(),
+        },
         head,
         rows: table.rows.iter().map(row).collect(),
     }
 }
 
-fn agreement(lines: &[Line]) -> Cells {
-    let head = ["setting", "perplexity", "dense", "top-1 agreement, %", "KL, nats", "tokens"];
+fn agreement(text: &str, lines: &[Line]) -> Cells {
+    let head = [
+        "setting",
+        "dense / held",
+        "KL, nats",
+        "top-1 agreement, %",
+        "perplexity",
+        "dense perplexity",
+        "tokens",
+    ];
     let row = |line: &Line| {
         let own = &line.agreement;
         vec![
             line.setting.clone(),
-            format!("{:.3}", own.perplexity),
-            format!("{:.3}", own.dense_perplexity),
-            format!("{:.1}", 100.0 * own.top1),
-            format!("{:.4}", own.kl),
+            number(own.ratio, 2),
+            number(Some(own.kl), 4),
+            number(Some(100.0 * own.top1), 1),
+            number(Some(own.perplexity), 2),
+            number(Some(own.dense_perplexity), 2),
             own.tokens.to_string(),
         ]
     };
     Cells {
-        title: "Beside the dense model, token by token (teacher forcing)".into(),
+        title: "Beside the dense model, token by token".into(),
+        note: format!(
+            "Teacher forcing over {text}. Dense / held: at the end. Dense perplexity: the model's own with a dense f16 cache."
+        ),
         head: head.map(str::to_owned).into(),
-        rows: lines.iter().map(row).collect(),
+        rows: lines.iter().filter(|line| line.text == text).map(row).collect(),
     }
 }
 

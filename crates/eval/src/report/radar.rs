@@ -6,12 +6,14 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, VPos};
 
 use super::plot::{Area, Drawn, colour, svg, text};
-use super::table::{Row, Table, distinct};
+use super::table::{Row, Table, distinct, family};
 use crate::{Category, Result};
 
 /// Width and height of one radar.
-const PANEL: (i32, i32) = (330, 330);
+const PANEL: (i32, i32) = (380, 310);
 const COLUMNS: usize = 3;
+/// Outlines that can still be told apart.
+const MOST: usize = 4;
 const RADIUS: f64 = 88.0;
 
 /// One direction: a category, its name, and the best score of any setting in it.
@@ -29,23 +31,36 @@ pub(super) fn draw(table: &Table) -> Result<Option<String>> {
     let (Some(reference), true) = (table.rows.first(), axes.len() >= 3) else {
         return Ok(None);
     };
-    let mut families = distinct(table.rows.iter().map(|row| row.family()));
-    if families.len() > 1 {
-        families.retain(|family| family != reference.family());
-    }
-    let lines = families.len().div_ceil(COLUMNS);
+    let groups = groups(table);
+    let lines = groups.len().div_ceil(COLUMNS);
     let size = (PANEL.0 as u32 * COLUMNS as u32, PANEL.1 as u32 * lines as u32 + 40);
     let panels = |area: &Area<'_>| -> Drawn {
         let title = format!("Score by category, rim: the best of all; grey: {}", reference.setting);
         text(area, &title, (size.0 as i32 / 2, 10), 18, (HPos::Center, VPos::Top), &BLACK)?;
-        for (i, family) in families.iter().enumerate() {
+        for (i, rows) in groups.iter().enumerate() {
             let corner = ((i % COLUMNS) as i32 * PANEL.0, (i / COLUMNS) as i32 * PANEL.1 + 40);
-            let rows: Vec<_> = table.rows.iter().filter(|row| row.family() == family).collect();
-            panel(area, corner, reference, &rows, &axes)?;
+            panel(area, corner, reference, rows, &axes)?;
         }
         Ok(())
     };
     svg("radar", size, panels).map(Some)
+}
+
+/// Which settings share a radar: those of a family that has several, and up to [`MOST`] of those that stand alone.
+fn groups(table: &Table) -> Vec<Vec<&Row>> {
+    // The first setting is in grey everywhere.
+    let rows = &table.rows[usize::from(table.rows.len() > 1)..];
+    let mut groups: Vec<Vec<&Row>> = Vec::new();
+    let mut alone = Vec::new();
+    for family in distinct(rows.iter().map(|row| family(&row.setting))) {
+        let own: Vec<_> = rows.iter().filter(|row| self::family(&row.setting) == family).collect();
+        match own.len() {
+            1 => alone.extend(own),
+            _ => groups.push(own),
+        }
+    }
+    groups.extend(alone.chunks(MOST).map(<[_]>::to_vec));
+    groups
 }
 
 fn panel(
@@ -74,7 +89,7 @@ fn panel(
             -1 => HPos::Right,
             _ => HPos::Center,
         };
-        text(area, &format!("{words} {best:.0}"), at, 10, (side, VPos::Center), &grey)?;
+        text(area, &format!("{words} {best:.0}"), at, 11, (side, VPos::Center), &grey)?;
     }
     let outline = |row: &Row| {
         let share = |(category, _, best): &Axis| match row.category(*category) {
@@ -89,7 +104,7 @@ fn panel(
         area.draw(&PathElement::new(outline(row), colour(i).stroke_width(2)))?;
         // Names below, two a line.
         let at =
-            (corner.0 + 14 + (i % 2) as i32 * (PANEL.0 / 2), corner.1 + 254 + (i / 2) as i32 * 18);
+            (corner.0 + 14 + (i % 2) as i32 * (PANEL.0 / 2), corner.1 + 250 + (i / 2) as i32 * 18);
         let dash = vec![(at.0, at.1 + 7), (at.0 + 16, at.1 + 7)];
         area.draw(&PathElement::new(dash, colour(i).stroke_width(3)))?;
         text(area, &row.setting, (at.0 + 22, at.1), 12, (HPos::Left, VPos::Top), &BLACK)?;

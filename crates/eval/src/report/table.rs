@@ -1,5 +1,7 @@
 //! Results gathered by setting, category and task.
 
+use std::collections::HashMap;
+
 use crate::{Category, Error, Record, Result};
 
 /// The paper's categories and ours, with the words for a table's head, in its order.
@@ -17,7 +19,7 @@ pub(super) const CATEGORIES: [(Category, &str); 8] = [
 /// All settings, in the order in which they came.
 pub(super) struct Table {
     pub rows: Vec<Row>,
-    /// Tasks in the order in which they came.
+    /// Tasks by category, then by name.
     pub tasks: Vec<String>,
 }
 
@@ -26,6 +28,11 @@ pub(super) struct Row {
     pub setting: String,
     pub tasks: Vec<TaskScore>,
     pub samples: usize,
+    /// On how many samples the score is better and worse than the first setting's.
+    pub better: usize,
+    pub worse: usize,
+    /// Bytes held at the end, the mean.
+    pub kv_bytes: Option<f64>,
     /// Dense bytes over bytes held, summed over all samples that tell both.
     pub ratio: Option<f64>,
     pub first_token_seconds: f64,
@@ -46,10 +53,18 @@ pub(super) struct TaskScore {
 impl Table {
     pub fn new(records: &[Record]) -> Self {
         let settings = distinct(records.iter().map(|record| record.setting.as_str()));
-        let tasks = distinct(records.iter().map(|record| record.task.as_str()));
+        let mut tasks: Vec<_> = records.iter().map(|r| (r.category, r.task.as_str())).collect();
+        tasks.sort_unstable();
+        let tasks = distinct(tasks.into_iter().map(|(_, task)| task));
+        let first = settings.first().map(String::as_str).unwrap_or_default();
+        let reference: HashMap<_, _> = records
+            .iter()
+            .filter(|record| record.setting == first)
+            .map(|r| ((r.task.as_str(), r.sample.as_str()), r.score.value))
+            .collect();
         let of = |setting: &String| {
             let own: Vec<_> = records.iter().filter(|record| record.setting == *setting).collect();
-            Row::new(setting, &tasks, &own)
+            Row::new(setting, &tasks, &own, &reference)
         };
         Self { rows: settings.iter().map(of).collect(), tasks }
     }
@@ -92,7 +107,18 @@ impl Table {
 }
 
 impl Row {
-    fn new(setting: &str, tasks: &[String], own: &[&Record]) -> Self {
+    fn new(
+        setting: &str,
+        tasks: &[String],
+        own: &[&Record],
+        reference: &HashMap<(&str, &str), f64>,
+    ) -> Self {
+        let differences = own.iter().filter_map(|r| {
+            Some(r.score.value - reference.get(&(r.task.as_str(), r.sample.as_str()))?)
+        });
+        let (better, worse) = differences.fold((0, 0), |(better, worse), difference| {
+            (better + usize::from(difference > 0.0), worse + usize::from(difference < 0.0))
+        });
         let of_task = |task: &String| {
             let own: Vec<_> = own.iter().filter(|record| record.task == *task).collect();
             let first = own.first()?;
@@ -111,6 +137,9 @@ impl Row {
             setting: setting.to_owned(),
             tasks: tasks.iter().filter_map(of_task).collect(),
             samples: own.len(),
+            better,
+            worse,
+            kv_bytes: mean(own.iter().filter_map(|r| Some(r.kv_bytes? as f64))),
             ratio: (held > 0.0).then(|| dense / held),
             first_token_seconds: mean(own.iter().map(|r| r.timings.first_token_seconds))
                 .unwrap_or(0.0),
@@ -131,17 +160,16 @@ impl Row {
     pub fn overall(&self) -> Option<f64> {
         mean(CATEGORIES.iter().filter_map(|(category, _)| self.category(*category)))
     }
+}
 
-    /// The method's name without its size: settings of one family share a colour.
-    pub fn family(&self) -> &str {
-        let method = self.setting.rsplit('/').next().unwrap_or(&self.setting);
-        let is_size = |part: &str| {
-            part.trim_end_matches('x').parse::<u32>().is_ok() || part == "f16" || part == "f32"
-        };
-        match method.rsplit_once('-') {
-            Some((family, size)) if is_size(size) => family,
-            _ => method,
-        }
+/// A setting's name without its size, on one model: "h2o" of "h2o-4x".
+pub(super) fn family(setting: &str) -> &str {
+    let is_size = |part: &str| {
+        part.trim_end_matches('x').parse::<u32>().is_ok() || part == "f16" || part == "f32"
+    };
+    match setting.rsplit_once('-') {
+        Some((family, size)) if is_size(size) => family,
+        _ => setting,
     }
 }
 

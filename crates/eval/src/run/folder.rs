@@ -55,9 +55,8 @@ pub(super) fn join(folder: &Path, ours: &Manifest) -> Result<()> {
     let guard = File::create(&lock).map_err(Error::io(&lock))?;
     guard.lock().map_err(Error::io(&lock))?;
     let mut merged = ours.clone();
-    if path.exists() {
-        let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
-        merged.merge(serde_json::from_str(&text).map_err(|error| broken(&path, 1, &error))?)?;
+    if let Some(theirs) = Manifest::of(folder)? {
+        merged.merge(theirs)?;
     }
     let text = serde_json::to_string_pretty(&merged).map_err(|error| broken(&path, 1, &error))?;
     // Written beside and renamed: a process killed here leaves the old one whole.
@@ -67,14 +66,31 @@ pub(super) fn join(folder: &Path, ours: &Manifest) -> Result<()> {
 }
 
 impl Manifest {
+    /// The folder's; `None` if there is none.
+    ///
+    /// # Errors
+    /// If it can't be read.
+    pub fn of(folder: &Path) -> Result<Option<Self>> {
+        let path = folder.join("run.json");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
+        Ok(Some(serde_json::from_str(&text).map_err(|error| broken(&path, 1, &error))?))
+    }
+
     fn merge(&mut self, theirs: Self) -> Result<()> {
         if self.seed != theirs.seed {
             return Err(Error::setting("seed", format!("{}, the run's", theirs.seed), self.seed));
         }
-        if self.limits != theirs.limits {
-            let (theirs, ours) = (format!("{:?}, the run's", theirs.limits), self.limits);
-            return Err(Error::setting("limits", theirs, format!("{ours:?}")));
+        let (ours, run) = (self.limits.max_new_tokens, theirs.limits.max_new_tokens);
+        if ours != run {
+            let expected = format!("{}, as in the run's folder", most(run));
+            return Err(Error::setting("max_new_tokens", expected, most(ours)));
         }
+        // A run can grow: a task's first samples are the same however many there are.
+        let samples = self.limits.samples.zip(theirs.limits.samples);
+        self.limits.samples = samples.map(|(ours, run)| ours.max(run));
         for (name, setting) in theirs.settings {
             if let Some(ours) = self.settings.get(&name).filter(|ours| **ours != setting) {
                 let expected = format!("as in the run's folder, {setting:?}");
@@ -86,6 +102,10 @@ impl Manifest {
         self.tasks.extend(theirs.tasks);
         Ok(())
     }
+}
+
+fn most(limit: Option<usize>) -> String {
+    limit.map_or_else(|| "no limit".into(), |limit| limit.to_string())
 }
 
 /// The file that one process appends to.

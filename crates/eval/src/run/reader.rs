@@ -1,6 +1,6 @@
 //! A causal language model as a subject.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
@@ -39,7 +39,8 @@ pub trait Text {
 
 /// A model behind [`CausalLm`], with any cache, that reads prompts and writes greedily.
 ///
-/// A turn's text is cut in the middle to the context limit, then compressed, then put in the chat template.
+/// A turn's text is cut in the middle to the context limit, then compressed, then put in the chat template. Of a text that tells its
+/// context, only that is compressed, as in longctx_bench: instruction and question stay whole.
 pub struct Reader {
     model: Box<dyn CausalLm>,
     text: Box<dyn Text>,
@@ -69,7 +70,7 @@ impl Reader {
         self
     }
 
-    /// Compresses each turn's text first.
+    /// Compresses each turn's text first, or only the context where the sample tells it.
     #[must_use]
     pub fn with_compressor(mut self, compressor: Box<dyn PromptCompressor>, rate: Rate) -> Self {
         self.compressor = Some((compressor, rate));
@@ -84,18 +85,44 @@ impl Reader {
     }
 
     /// The turn as the model gets it, and how many tokens compression took from it.
-    fn shorten(&mut self, turn: &str, spent: &mut Duration) -> Result<(String, usize), Fault> {
+    fn shorten(
+        &mut self,
+        turn: &str,
+        context: Option<&Range<usize>>,
+        question: Option<&str>,
+        spent: &mut Duration,
+    ) -> Result<(String, usize), Fault> {
         let text = &self.text;
         let encode = |x: &str| text.encode(x, false);
         let cut = truncate_middle(turn, self.context, encode, |tokens| text.decode(tokens))?;
         let Some((compressor, rate)) = &mut self.compressor else {
             return Ok((cut, 0));
         };
+        let (before, inner, after) = context
+            .and_then(|place| inside(&cut, turn.get(..place.start)?, turn.get(place.end..)?))
+            .unwrap_or(("", &cut, ""));
+        if inner.trim().is_empty() {
+            return Ok((cut, 0));
+        }
         let started = Instant::now();
-        let short = compressor.compress(Prompt::new(&cut)?, *rate)?.text;
+        let prompt = Prompt { question, ..Prompt::new(inner)? };
+        let short = compressor.compress(prompt, *rate)?.text;
         *spent += started.elapsed();
+        let short = [before, &short, after].concat();
         let saved = encode(&cut)?.len().saturating_sub(encode(&short)?.len());
         Ok((short, saved))
+    }
+
+    /// What the model remembers with now.
+    fn kv_bytes(&self) -> usize {
+        let held = self.model.footprint();
+        held.total() - held.slack
+    }
+
+    /// What a dense cache would hold now, had compression not taken `saved` tokens.
+    fn dense_bytes(&self, saved: usize) -> Option<usize> {
+        let tokens = self.model.seen() + saved;
+        self.dense_bytes_per_token.map(|each| (each * tokens as f64) as usize)
     }
 
     /// Generates from `tokens`, with the time spent within the model.
@@ -143,7 +170,10 @@ impl Subject for Reader {
         let mut saved = 0;
         for (i, turn) in question.sample.turns.iter().enumerate() {
             let started = Instant::now();
-            let (text, less) = self.shorten(turn, &mut done.model)?;
+            let sample = question.sample;
+            let context = sample.context.as_ref().filter(|_| i == 0);
+            let (text, less) =
+                self.shorten(turn, context, sample.question.as_deref(), &mut done.model)?;
             saved += less;
             conversation.push(text);
             let in_template =
@@ -176,17 +206,15 @@ impl Subject for Reader {
             conversation.push(answer.clone());
             done.predictions.push(answer);
         }
-        let held = self.model.footprint();
-        done.kv_bytes = Some(held.total() - held.slack);
-        let tokens = self.model.seen() + saved;
-        done.dense_bytes = self.dense_bytes_per_token.map(|each| (each * tokens as f64) as usize);
+        done.kv_bytes = Some(self.kv_bytes());
+        done.dense_bytes = self.dense_bytes(saved);
         Ok(done)
     }
 
     fn teacher_forced(&mut self, prompt: &str, text: &str) -> Result<Forced, Fault> {
         self.model.reset();
         let mut unused = Duration::ZERO;
-        let (prompt, _) = self.shorten(prompt, &mut unused)?;
+        let (prompt, saved) = self.shorten(prompt, None, None, &mut unused)?;
         let prompt = self.text.encode(&prompt, true)?;
         let tokens = self.text.encode(text, false)?;
         let mut next = prefill(&mut *self.model, &prompt, self.prefill_chunk)?;
@@ -198,8 +226,16 @@ impl Subject for Reader {
                 next = self.model.forward(&fed, Logits::Last)?;
             }
         }
-        Ok(Forced { tokens, logits })
+        let (kv_bytes, dense_bytes) = (Some(self.kv_bytes()), self.dense_bytes(saved));
+        Ok(Forced { tokens, logits, kv_bytes, dense_bytes })
     }
+}
+
+/// `text` taken apart; `None` if the cut in the middle went into what stands before or after the context.
+fn inside<'a>(text: &'a str, before: &str, after: &str) -> Option<(&'a str, &'a str, &'a str)> {
+    let inner = text.strip_prefix(before)?.strip_suffix(after)?;
+    let start = before.len();
+    Some((&text[..start], inner, &text[start + inner.len()..]))
 }
 
 /// A model with a stopwatch.

@@ -1,5 +1,6 @@
 //! One line of a run's results.
 
+use crate::measure::ratio;
 use crate::{Category, Score};
 
 /// How a subject answered one sample: one JSON line.
@@ -51,7 +52,7 @@ pub struct Timings {
 impl Record {
     /// Dense bytes over bytes held.
     pub fn ratio(&self) -> Option<f64> {
-        Some(self.dense_bytes? as f64 / self.kv_bytes.filter(|&bytes| bytes > 0)? as f64)
+        ratio(self.dense_bytes, self.kv_bytes)
     }
 
     /// What tells this line from all others of its run.

@@ -25,11 +25,18 @@ const TRANSFORMERS: [(&str, &str, usize); 3] = [
     ("longchat-7b", "lmsys/longchat-7b-v1.5-32k", 31_500),
 ];
 
-/// Short name, model, limit, template. No configuration of RWKV is published: its limit is the transformers'.
+/// RWKV's turns, with the white space of longctx_bench's `build_chat`.
+const RWKV: &str = "User: hi\n\n                Assistant: Hi. I am your assistant and I will provide expert full response in full details. \
+    Please feel free to ask any question and I will always answer it.\
+    {% for m in messages %}\n\n                \
+    {{ 'User' if m.role == 'user' else 'Assistant' }}: {{ m.content }}{% endfor %}\
+    {% if add_generation_prompt %}\n\n                Assistant:{% endif %}";
+
+/// Short name, model, limit, template. The RWKV is the one that longctx_bench calls BlinkDL/rwkv-5-world, in Hugging Face's layout.
 const RECURRENT: [(&str, &str, usize, Option<&str>); 5] = [
     ("mamba-2.8b", "state-spaces/mamba-2.8b-hf", 1500, None),
     ("mamba-chat", "havenhq/mamba-chat", 1500, Some(ZEPHYR)),
-    ("rwkv-5-world", "RWKV/v5-Eagle-7B-HF", 31_500, None),
+    ("rwkv-5-world", "RWKV/v5-Eagle-7B-HF", 3500, Some(RWKV)),
     ("recurrentgemma-2b", "google/recurrentgemma-2b-it", 7500, Some(GEMMA)),
     ("recurrentgemma-9b", "google/recurrentgemma-9b-it", 7500, Some(GEMMA)),
 ];

@@ -47,6 +47,11 @@ pub fn tasks(size: Size) -> Vec<Box<dyn Task>> {
     ]
 }
 
+/// The names of the four.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    ["recall", "listing", "table-edit", "state-machine"].into_iter()
+}
+
 const NAMES: [&str; 20] = [
     "Anna", "Bruno", "Clara", "Daniel", "Edith", "Felix", "Greta", "Henry", "Ida", "Jonas",
     "Katrin", "Leo", "Marta", "Nils", "Olga", "Peter", "Rosa", "Simon", "Tilda", "Viktor",
@@ -80,7 +85,16 @@ fn make(size: Size, sample: impl Fn(&mut ChaCha8Rng) -> Parts) -> Result<Samples
         rng.set_stream(i as u64);
         let Parts { turns, answers, max_new_tokens } = sample(&mut rng);
         let id = format!("{}-{}-{i}", size.items, size.seed);
-        Sample { id, turns, answers, classes: Vec::new(), max_new_tokens, chat: true }
+        Sample {
+            id,
+            turns,
+            context: None,
+            question: None,
+            answers,
+            classes: Vec::new(),
+            max_new_tokens,
+            chat: true,
+        }
     };
     Ok(Samples { samples: (0..size.samples).map(one).collect(), skipped: Vec::new() })
 }

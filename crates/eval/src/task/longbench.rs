@@ -1,11 +1,16 @@
 //! LongBench (Bai et al., arXiv 2308.14508): 16 English tasks, prompted and scored as in the paper's longctx_bench.
 
+#[cfg(feature = "hub")]
+mod hub;
 mod record;
 mod specs;
 
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "hub")]
+pub use self::hub::download;
 use self::record::Record;
 use self::specs::{SPECS, Spec};
 use super::one_prediction;
@@ -99,10 +104,13 @@ impl Task for LongBench {
 impl LongBench {
     fn sample(&self, record: Record, line: usize) -> Result<Sample, record::Fault> {
         record.check(self.spec.metric)?;
+        let (prompt, context) = render(self.spec.prompt, &record.context, &record.input);
         Ok(Sample {
             // Identifiers are not unique where a question stands twice in a file; lines are.
             id: record.id.map_or_else(|| format!("line-{line}"), |id| format!("{line}-{id}")),
-            turns: vec![render(self.spec.prompt, &record.context, &record.input)],
+            turns: vec![prompt],
+            context: Some(context),
+            question: Some(record.input).filter(|input| !input.trim().is_empty()),
             answers: record.answers,
             classes: record.all_classes,
             max_new_tokens: self.spec.max_new_tokens,
@@ -111,14 +119,13 @@ impl LongBench {
     }
 }
 
-/// Puts the fields in their places; braces within a field stay as they are.
-fn render(prompt: &str, context: &str, input: &str) -> String {
-    let mut text = String::with_capacity(prompt.len() + context.len() + input.len());
-    for (i, piece) in prompt.split("{context}").enumerate() {
-        if i > 0 {
-            text.push_str(context);
-        }
-        text.push_str(&piece.replace("{input}", input));
-    }
-    text
+/// Puts the fields in their places and tells the context's; braces within a field stay as they are.
+fn render(prompt: &str, context: &str, input: &str) -> (String, Range<usize>) {
+    let (before, after) = prompt.split_once("{context}").unwrap_or((prompt, ""));
+    let mut text = before.to_owned();
+    let start = text.len();
+    text += context;
+    let place = start..text.len();
+    text += &after.replace("{input}", input);
+    (text, place)
 }

@@ -18,6 +18,15 @@ pub enum Length {
     Tokens(CountTokens),
 }
 
+impl Length {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Words => "words",
+            Self::Tokens(_) => "tokens",
+        }
+    }
+}
+
 /// Needles at every length and depth of a grid.
 ///
 /// ```
@@ -26,7 +35,7 @@ pub enum Length {
 /// let grid = NeedleGrid { lengths: vec![600], ..NeedleGrid::paper(Haystack::generated(0), 7) };
 /// let samples = grid.samples()?.samples;
 /// assert_eq!(samples.len(), 10 * 3);
-/// assert_eq!(samples[4].id, "600x0.111-1");
+/// assert_eq!(samples[4].id, "600-words-0.111-1");
 /// assert_eq!(grid.score(&samples[4], &samples[4].answers)?.value, 1.0);
 /// # Ok::<(), longctx_eval::Error>(())
 /// ```
@@ -83,8 +92,10 @@ impl NeedleGrid {
             }
         };
         Ok(Sample {
-            id: format!("{length}x{depth:.3}-{repeat}"),
+            id: format!("{length}-{}-{depth:.3}-{repeat}", self.unit.name()),
             turns: vec![prompt],
+            context: None,
+            question: None,
             answers: vec![answer],
             classes: Vec::new(),
             max_new_tokens: MAX_NEW_TOKENS,

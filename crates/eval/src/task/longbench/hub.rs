@@ -1,0 +1,95 @@
+//! LongBench's records from the Hugging Face Hub.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use flate2::read::DeflateDecoder;
+use hf_hub::api::sync::ApiBuilder;
+use zip::{CompressionMethod, ZipArchive};
+
+use super::names;
+use crate::{Error, Result};
+
+/// The authors' dataset, whose archive has `data/qasper.jsonl` and so on.
+const DATASET: &str = "THUDM/LongBench";
+const ARCHIVE: &str = "data.zip";
+
+/// Puts the files of the 16 tasks into `folder`, those that are not there yet, from the Hub's `THUDM/LongBench` (114 MB, kept in the
+/// Hub's own cache too).
+///
+/// # Errors
+/// If the Hub can't be reached, the archive lacks a task or is damaged, or a file can't be written.
+pub fn download(folder: impl AsRef<Path>) -> Result<()> {
+    if names().all(|name| file(folder.as_ref(), name).exists()) {
+        return Ok(());
+    }
+    let failed = |error| Error::Download {
+        what: format!("{DATASET}/{ARCHIVE}"),
+        reason: format!("{error}"),
+    };
+    let api = ApiBuilder::from_env().build().map_err(failed)?;
+    let archive = api.dataset(DATASET.to_owned()).get(ARCHIVE).map_err(failed)?;
+    unpack(&archive, folder.as_ref())
+}
+
+fn file(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!("{name}.jsonl"))
+}
+
+/// Takes the tasks' files out of LongBench's archive.
+fn unpack(archive: &Path, folder: &Path) -> Result<()> {
+    let broken = |error: zip::result::ZipError| Error::io(archive)(error.into());
+    let opened = File::open(archive).map_err(Error::io(archive))?;
+    let mut zip = ZipArchive::new(opened).map_err(broken)?;
+    fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    for name in names() {
+        let path = file(folder, name);
+        if path.exists() {
+            continue;
+        }
+        // Raw, since zip's own inflating would bring compressors along.
+        let entry = zip.by_name_raw(format!("data/{name}.jsonl").as_bytes()).map_err(broken)?;
+        // Written beside and renamed: a download that breaks off leaves no half file.
+        let new = folder.join(format!("{name}.jsonl.new"));
+        let mut out = File::create(&new).map_err(Error::io(&new))?;
+        let copied = match entry.compression() {
+            CompressionMethod::Stored => io::copy(&mut { entry }, &mut out),
+            _ => io::copy(&mut DeflateDecoder::new(entry), &mut out),
+        };
+        copied.map_err(Error::io(&new))?;
+        fs::rename(&new, &path).map_err(Error::io(&path))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `fixtures/make_archive.py` made it: each task's name, in an archive like LongBench's.
+    const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/longbench.zip");
+
+    #[test]
+    fn files_come_out_of_the_archive_and_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("trec.jsonl"), "mine").unwrap();
+        unpack(Path::new(FIXTURE), folder.path()).unwrap();
+        for name in names() {
+            let text = fs::read_to_string(file(folder.path(), name)).unwrap();
+            let whole = format!("{{\"dataset\": \"{name}\"}}\n").repeat(50);
+            assert_eq!(text, if name == "trec" { "mine".to_owned() } else { whole });
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 16);
+        // Nothing is left to fetch.
+        download(folder.path()).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_is_no_archive_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let error =
+            unpack(Path::new(&FIXTURE.replace("longbench.zip", "prompts.json")), folder.path());
+        assert!(matches!(error, Err(Error::Io { .. })), "{error:?}");
+    }
+}

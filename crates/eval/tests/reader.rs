@@ -1,0 +1,144 @@
+//! What a model is fed of a sample: cut, compressed, in its template.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use candle_core::{Device, Tensor};
+use longctx_core::{
+    CausalLm, Compressed, Footprint, Logits, Prompt, PromptCompressor, Rate, Result,
+};
+use longctx_eval::{Fault, Question, Reader, Sample, Subject, Task, Text, longbench};
+
+const VOCAB: usize = 128;
+
+/// Writes down what it is fed; answers with the letter after the last.
+#[derive(Default)]
+struct Notes {
+    fed: Rc<RefCell<String>>,
+    seen: usize,
+}
+
+impl CausalLm for Notes {
+    fn forward(&mut self, tokens: &Tensor, _: Logits) -> Result<Tensor> {
+        let tokens: Vec<u32> = tokens.flatten_all()?.to_vec1()?;
+        self.seen += tokens.len();
+        self.fed.borrow_mut().extend(tokens.iter().map(|&t| char::from(t as u8)));
+        let mut logits = [0f32; VOCAB];
+        logits[(tokens[tokens.len() - 1] as usize + 1) % VOCAB] = 1.0;
+        Ok(Tensor::new(&[[logits]], &Device::Cpu)?)
+    }
+    fn reset(&mut self) {
+        self.seen = 0;
+        self.fed.borrow_mut().clear();
+    }
+    fn seen(&self) -> usize {
+        self.seen
+    }
+    fn footprint(&self) -> Footprint {
+        Footprint { payload: 2 * self.seen, slack: 100, ..Default::default() }
+    }
+    fn vocab_size(&self) -> usize {
+        VOCAB
+    }
+    fn context_length(&self) -> Option<usize> {
+        None
+    }
+    fn family(&self) -> &str {
+        "notes"
+    }
+    fn device(&self) -> &Device {
+        &Device::Cpu
+    }
+}
+
+/// A token a byte.
+struct Bytes;
+
+impl Text for Bytes {
+    fn encode(&self, text: &str, _: bool) -> std::result::Result<Vec<u32>, Fault> {
+        Ok(text.bytes().map(u32::from).collect())
+    }
+    fn decode(&self, tokens: &[u32]) -> std::result::Result<String, Fault> {
+        Ok(tokens.iter().map(|&t| char::from(t as u8)).collect())
+    }
+    fn chat(&self, conversation: &[String]) -> std::result::Result<Option<String>, Fault> {
+        let turn = |(i, said): (usize, &String)| match i % 2 {
+            0 => format!("<{said}>"),
+            _ => said.clone(),
+        };
+        Ok(Some(conversation.iter().enumerate().map(turn).collect()))
+    }
+    fn stop(&self) -> &[u32] {
+        &[]
+    }
+}
+
+/// Keeps the first half, with the question behind.
+struct FirstHalf;
+
+impl PromptCompressor for FirstHalf {
+    fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed> {
+        let mut short = Compressed::copy(prompt.text, [0..rate.of(prompt.text.len())])?;
+        short.text += &format!("[{}]", prompt.question.unwrap_or("-"));
+        Ok(short)
+    }
+}
+
+fn sample(turns: &[&str], chat: bool) -> Sample {
+    Sample {
+        id: "0".into(),
+        turns: turns.iter().map(|&turn| turn.into()).collect(),
+        context: None,
+        question: None,
+        answers: Vec::new(),
+        classes: Vec::new(),
+        max_new_tokens: 2,
+        chat,
+    }
+}
+
+/// What was fed, what was written, and the share of the bytes of a dense cache that was held.
+fn fed(context: usize, compress: bool, sample: &Sample) -> (String, Vec<String>, f64) {
+    let model = Notes::default();
+    let fed = model.fed.clone();
+    let mut reader = Reader::new(model, Bytes, context).with_dense_bytes_per_token(2.0);
+    if compress {
+        reader = reader.with_compressor(Box::new(FirstHalf), Rate::new(0.5).unwrap());
+    }
+    let question = Question { sample, max_new_tokens: 2, stops_at_newline: false };
+    let answer = reader.answer(&question).unwrap();
+    let share = answer.kv_bytes.unwrap() as f64 / answer.dense_bytes.unwrap() as f64;
+    (fed.take(), answer.predictions, share)
+}
+
+#[test]
+fn turns_are_cut_and_put_in_the_template() {
+    let (plain, written, share) = fed(100, false, &sample(&["abc  "], false));
+    // The last token written is not fed any more.
+    assert_eq!((plain.as_str(), &written[..], share), ("abcd", &["de".to_owned()][..], 1.0));
+    assert_eq!(fed(100, false, &sample(&["abc"], true)).0, "<abc>?");
+    assert_eq!(fed(4, false, &sample(&["abcdefgh"], true)).0, "<abgh>?");
+    // A second turn continues the conversation: nothing is fed twice.
+    assert_eq!(fed(100, false, &sample(&["ab", "xy"], true)).0, "<ab>?@<xy>?");
+}
+
+#[test]
+fn a_compressor_gets_the_whole_or_the_context() {
+    let (whole, _, share) = fed(100, true, &sample(&["abcdefgh"], false));
+    assert_eq!(whole, "abcd[-]^");
+    // 8 tokens would have been held beside the one written; 7 were.
+    assert!((share - 8.0 / 9.0).abs() < 1e-9, "{share}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let record =
+        r#"{"context": "abcdefgh", "input": "Who?", "answers": ["x"], "all_classes": null}"#;
+    std::fs::write(folder.path().join("qasper.jsonl"), record).unwrap();
+    let task = longbench::task("qasper", folder.path()).unwrap();
+    let sample = &task.samples().unwrap().samples[0];
+    let (before, after) = sample.turns[0].split_once("abcdefgh").unwrap();
+    let kept = |context| fed(context, true, sample).0;
+    assert!(kept(5000).starts_with(&format!("<{before}abcd[Who?]{after}>")), "{}", kept(5000));
+    // A cut into the instruction leaves no context to tell: the whole is compressed.
+    let short = kept(100);
+    assert!(short.starts_with(&format!("<{}[Who?]>", &before[..50])), "{short}");
+}
