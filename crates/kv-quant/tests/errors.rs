@@ -176,5 +176,5 @@ fn queries_are_checked() {
     assert!(nothing.out.iter().all(|&x| x == 0.0));
     assert!(nothing.lse.iter().all(|&x| x == f32::NEG_INFINITY));
     let none = Queries { data: &[], tokens: 0, ..queries };
-    assert_eq!(attend(&heads, 1, &none, |_, _| 0..100).unwrap().out, []);
+    assert!(attend(&heads, 1, &none, |_, _| 0..100).unwrap().out.is_empty());
 }

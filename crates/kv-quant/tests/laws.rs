@@ -222,3 +222,52 @@ proptest! {
         }
     }
 }
+
+/// Long contexts are cut over positions, more of them for more threads, and joined again.
+#[test]
+#[cfg_attr(miri, ignore = "too long for an interpreter")]
+fn any_number_of_threads_gives_the_same() {
+    let (tokens, d, heads, queries) = (3000, 40, 3, 4);
+    let scale = (d as f32).powf(-0.5);
+    let format = Format::kivi(Bits::Four, Bits::Two, 32, 128).unwrap();
+    let mut head = Head::new(d, format).unwrap();
+    head.append(&numbers(1, tokens * d), &numbers(2, tokens * d)).unwrap();
+    head.retain(&(0..tokens as u32).filter(|e| e % 11 > 0).collect::<Vec<_>>()).unwrap();
+    let len = head.len();
+    let q = numbers(3, heads * queries * d);
+    let queries = Queries { data: &q, heads, tokens: queries, scale, soft_cap: None };
+    // Causal, over all entries and in a window.
+    for first in [0, 1000] {
+        let seen = |_, i: usize| first + i..len - queries.tokens + i + 1;
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| attend(std::slice::from_ref(&head), 1, &queries, seen).unwrap())
+        };
+        let (keys, values) = head.read();
+        for threads in [1, 2, 5] {
+            let got = run(threads);
+            for (row, q) in q.chunks(d).enumerate() {
+                let seen = seen(0, row % queries.tokens);
+                let of = |x: &[f32], e: usize| x[e * d..][..d].to_vec();
+                let weights: Vec<f64> = seen
+                    .clone()
+                    .map(|e| q.iter().zip(of(&keys, e)).map(|(a, b)| f64::from(a * b)).sum())
+                    .map(|dot: f64| (dot * f64::from(scale)).exp())
+                    .collect();
+                let sum: f64 = weights.iter().sum();
+                for (i, got) in got.out[row * d..][..d].iter().enumerate() {
+                    let want: f64 = seen
+                        .clone()
+                        .zip(&weights)
+                        .map(|(e, w)| w * f64::from(values[e * d + i]))
+                        .sum();
+                    assert!(
+                        (f64::from(*got) - want / sum).abs() < 1e-3,
+                        "{threads} threads, row {row}"
+                    );
+                }
+                assert!((f64::from(got.lse[row]) - sum.ln()).abs() < 1e-3);
+            }
+        }
+    }
+}

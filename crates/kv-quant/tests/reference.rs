@@ -1,6 +1,8 @@
 //! Codes, scales and zeros against KIVI's published functions, and numbers given back against the paper's FlexGen quantizer. The fixture is made
 //! by `fixtures/make.py`.
 
+#![cfg(not(miri))] // too long for an interpreter, and full of files
+
 use half::f16;
 use kv_quant::{Axis, Bits, Packed, Scheme};
 use safetensors::SafeTensors;

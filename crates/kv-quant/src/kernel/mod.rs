@@ -1,4 +1,7 @@
 //! The one kernel that scores and weighted sums are made of: products of a few vectors with a panel of codes.
+//!
+//! Under Miri it is the portable one: there the detection of instruction sets finds only those that the compiler was told of, and NEON is left out.
+//! With `RUSTFLAGS=-Ctarget-feature=+avx2,+fma,+f16c` Miri is given the AVX2 kernel, to run as far as it knows the intrinsics.
 
 /// Calls `$rows::<R>` for blocks of 8, 4, 3, 2 and 1 rows until all are done: codes are unpacked once per block.
 macro_rules! in_blocks {
@@ -24,7 +27,7 @@ macro_rules! in_blocks {
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-#[cfg(target_arch = "aarch64")]
+#[cfg(all(target_arch = "aarch64", not(miri)))]
 mod neon;
 mod portable;
 #[cfg(test)]
@@ -170,7 +173,7 @@ fn kernels() -> impl Iterator<Item = Kernels> {
         avx2::kernels(),
         #[cfg(target_arch = "x86_64")]
         avx512::kernels(),
-        #[cfg(target_arch = "aarch64")]
+        #[cfg(all(target_arch = "aarch64", not(miri)))]
         Some(neon::KERNELS),
     ]
     .into_iter()
