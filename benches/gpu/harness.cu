@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "attend.cuh"
+#include "mass.cuh"
 #include "quantize.cuh"
 #include "unpack.cuh"
 
@@ -167,6 +168,11 @@ __global__ void __launch_bounds__(W * 32) attend_kernel(const AttendArgs args) {
 }
 
 template <int B, int G, int D>
+__global__ void __launch_bounds__(MASS_WARPS * 32) mass_kernel(const AttendArgs args) {
+    mass<B, G, D>(args);
+}
+
+template <int B, int G, int D>
 __global__ void unpack_kernel(const UnpackArgs args) {
     unpack<B, G, D>(args);
 }
@@ -187,6 +193,8 @@ struct Config {
     void (*quantize)(const QuantizeArgs);
     int quantize_shared, k_parts;
     void (*unpack)(const UnpackArgs);
+    void (*mass)(const AttendArgs);
+    int mass_shared;
     std::vector<Variant> attend;
 };
 
@@ -200,11 +208,12 @@ Variant variant() {
 template <int B, int G, int D>
 Config config(std::vector<Variant> attend) {
     using Q = Quantize<B, G, D>;
-    return {B, G, D, Layout<B, G, D>::RECORD, Layout<B, G, D>::TILE_BYTES, quantize_kernel<B, G, D>, Q::SHARED, Q::K_PARTS, unpack_kernel<B, G, D>, attend};
+    return {B, G, D, Layout<B, G, D>::RECORD, Layout<B, G, D>::TILE_BYTES, quantize_kernel<B, G, D>, Q::SHARED, Q::K_PARTS, unpack_kernel<B, G, D>,
+            mass_kernel<B, G, D>, mass_shared<B, G, D>(), attend};
 }
 
 Buffer<__half> raw_k, raw_v, query, ring_k, ring_v, out;
-Buffer<float> ref_k, ref_v, got_k, got_v, lse, part_out, part_lse;
+Buffer<float> ref_k, ref_v, got_k, got_v, lse, part_out, part_lse, masses;
 Buffer<double> scores, ref_out, ref_lse;
 Buffer<unsigned char> packed;
 Buffer<unsigned> arrived;
@@ -246,12 +255,65 @@ AttendArgs prepare(const Config& c, const Variant& v, const Case& s, int packed_
     return a;
 }
 
-void launch(const Variant& v, const AttendArgs& a, int rows) {
+void launch(const Variant& v, const AttendArgs& a, int rows, cudaStream_t stream = 0) {
     int columns = a.heads_per_kv * a.queries;
     dim3 grid(a.splits + 1, rows, (columns + 8 * v.n - 1) / (8 * v.n));
-    v.kernel<<<grid, v.warps * 32, v.shared>>>(a);
+    v.kernel<<<grid, v.warps * 32, v.shared, stream>>>(a);
     OK(cudaGetLastError());
 }
+
+void launch_mass(const Config& c, AttendArgs a, int rows) {
+    auto tiles = [](int tokens) { return (tokens + TILE - 1) / TILE; };
+    int warps = tiles(a.packed_len) + tiles(a.residual_len), heads = a.queries > 1 ? a.heads_per_kv : (a.heads_per_kv + 7) / 8;
+    i64 n = (i64)rows * a.heads_per_kv * (a.packed_len + a.residual_len);
+    a.out = masses.take(n);
+    OK(cudaMemset(a.out, 0xff, n * 4));
+    c.mass<<<dim3((warps + MASS_WARPS - 1) / MASS_WARPS, rows, heads), MASS_WARPS * 32, c.mass_shared>>>(a);
+    OK(cudaGetLastError());
+}
+
+// Gives the relative error of the masses beside the plain probabilities, of which `scores` holds [head][query][token].
+double check_mass(int heads, int queries, int tokens) {
+    std::vector<double> plain((i64)heads * queries * tokens);
+    std::vector<float> got((i64)heads * tokens);
+    OK(cudaMemcpy(plain.data(), scores.p, plain.size() * 8, cudaMemcpyDeviceToHost));
+    OK(cudaMemcpy(got.data(), masses.p, got.size() * 4, cudaMemcpyDeviceToHost));
+    double diff = 0, norm = 0;
+    for (int h = 0; h < heads; h++)
+        for (int t = 0; t < tokens; t++) {
+            double want = 0;
+            for (int q = 0; q < queries; q++) want += plain[((i64)h * queries + q) * tokens + t];
+            double off = got[(i64)h * tokens + t] - want;
+            diff += off * off, norm += want * want;
+        }
+    return sqrt(diff / norm);
+}
+
+// Whether a captured launch that reads its lengths on the device gives, for other lengths than it was captured with, what a plain launch gives.
+bool check_graph(const Variant& v, AttendArgs a, int rows, i64 outs) {
+    std::vector<__half> plain(outs), replayed(outs);
+    launch(v, a, rows);
+    OK(cudaMemcpy(plain.data(), a.out, outs * 2, cudaMemcpyDeviceToHost));
+    OK(cudaMemset(a.out, 0xff, outs * 2));
+    int lens[3] = {a.packed_len, a.residual_len, a.ring_start}, *on_device;
+    OK(cudaMalloc(&on_device, sizeof lens)), OK(cudaMemset(on_device, 0, sizeof lens));
+    a.lens = on_device, a.packed_len = a.residual_len = a.ring_start = 0;
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t ready;
+    OK(cudaStreamCreate(&stream)), OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    launch(v, a, rows, stream);
+    OK(cudaStreamEndCapture(stream, &graph)), OK(cudaGraphInstantiate(&ready, graph, 0));
+    for (int i = 0; i < 2; i++) {
+        if (i == 1) OK(cudaMemcpy(on_device, lens, sizeof lens, cudaMemcpyHostToDevice));  // The first replay sees nothing.
+        OK(cudaGraphLaunch(ready, stream)), OK(cudaStreamSynchronize(stream));
+    }
+    OK(cudaMemcpy(replayed.data(), a.out, outs * 2, cudaMemcpyDeviceToHost));
+    OK(cudaGraphExecDestroy(ready)), OK(cudaGraphDestroy(graph)), OK(cudaStreamDestroy(stream)), OK(cudaFree(on_device));
+    return !memcmp(plain.data(), replayed.data(), outs * 2);
+}
+
+double worst_mass = 0;
 
 // Gives the relative error |out - ref| / |ref| over all outputs; prints what is wrong.
 double check(const Config& c, const Variant& v, const Case& s, int splits) {
@@ -291,6 +353,7 @@ double check(const Config& c, const Variant& v, const Case& s, int splits) {
             OK(cudaMemcpy(ref_k.p + ((i64)row * t + packed_k) * d, got_k.p + ((i64)row * t + packed_k) * d, (i64)(packed_v - packed_k) * d * 4, cudaMemcpyDeviceToDevice));
     }
     launch(v, a, rows);
+    launch_mass(c, a, rows);
     i64 outs = (i64)rows * columns * d;
     Plain p{query.p, ref_k.p, ref_v.p, scores.take((i64)rows * columns * t), ref_out.take(outs), ref_lse.take(rows * columns), t, d, columns, s.queries, s.causal, s.window, s.kind, a.scale, s.soft_cap};
     OK(cudaMemset(p.out, 0, outs * 8));
@@ -316,11 +379,13 @@ double check(const Config& c, const Variant& v, const Case& s, int splits) {
         double l = fabs(gl[i] - rl[i]);
         lse_off = l <= lse_off ? lse_off : l;  // NaN counts as the worst.
     }
-    double worst = sqrt(diff / norm);
+    double worst = sqrt(diff / norm), mass = check_mass(rows * s.per_kv, s.queries, t);
+    bool graph = check_graph(v, a, rows, outs);
     double limit = s.kind ? 6e-3 : 2e-3;
-    if (!(worst <= limit) || !(lse_off < 4e-3) || bad[0] || bad[1] || bad[2])
-        printf("WRONG bits %d group %d d %d n %d warps %d stages %d: batch %d kv %d x %d tokens %d residual %d queries %d causal %d window %d kind %d cap %g stag %d splits %d: error %.2e, lse %.2e, status %llx, keys %llu, values %llu\n",
-               c.bits, c.group, c.d, v.n, v.warps, v.stages, s.batch, s.kv_heads, s.per_kv, t, s.residual, s.queries, s.causal, s.window, s.kind, s.soft_cap, s.staggered, splits, worst, lse_off, bad[0], bad[1], bad[2]);
+    if (!(worst <= limit) || !(mass <= limit) || !graph || !(lse_off < 4e-3) || bad[0] || bad[1] || bad[2])
+        printf("WRONG bits %d group %d d %d n %d warps %d stages %d: batch %d kv %d x %d tokens %d residual %d queries %d causal %d window %d kind %d cap %g stag %d splits %d: error %.2e, mass %.2e, graph %d, lse %.2e, status %llx, keys %llu, values %llu\n",
+               c.bits, c.group, c.d, v.n, v.warps, v.stages, s.batch, s.kv_heads, s.per_kv, t, s.residual, s.queries, s.causal, s.window, s.kind, s.soft_cap, s.staggered, splits, worst, mass, graph, lse_off, bad[0], bad[1], bad[2]);
+    worst_mass = std::max(worst_mass, mass);
     return worst;
 }
 
@@ -448,7 +513,8 @@ int main(int count, char** words) {
                         blocked = std::max({blocked, check(c, v, block, 3), check(c, v, capped, 2)}), cases += 2;
                     }
             }
-            printf("bits %d group %3d d %3d: worst error f16 %.2e, bf16 %.2e, query blocks %.2e\n", c.bits, c.group, c.d, worst[0], worst[1], blocked);
+            printf("bits %d group %3d d %3d: worst error f16 %.2e, bf16 %.2e, query blocks %.2e, masses %.2e\n", c.bits, c.group, c.d, worst[0], worst[1], blocked, worst_mass);
+            worst_mass = 0;
         }
         printf("%d cases\n", cases);
     }

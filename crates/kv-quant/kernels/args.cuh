@@ -12,7 +12,7 @@ struct AttendArgs {
     const void* residual_k;       // [batch, kv_heads] rings of `ring` tokens, D channels each; f16 or bf16
     const void* residual_v;
     void* out;                    // [batch, heads, queries, D], as `out_kind` says
-    float* lse;                   // [batch, heads, queries], natural logarithm; may be null
+    float* lse;                   // [batch, heads, queries], natural logarithm; may be null. mass.cuh reads it
     float* part_out;              // [batch * kv_heads * blocks of columns, splits, columns, D]
     float* part_lse;              // [batch * kv_heads * blocks of columns, splits, columns], in base 2
     unsigned* arrived;            // [batch * kv_heads * blocks of columns], zero before and after

@@ -6,33 +6,9 @@
 // probabilities; minima go through a product of their own, whose spare rows sum the probabilities up.
 #pragma once
 #include "join.cuh"
-#include "layout.cuh"
+#include "scores.cuh"
 
 namespace kvq {
-
-// Rows 16 `f` to 16 `f` + 15 of a unit as the tensor cores' large operand.
-template <int BITS>
-__device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t* words, int f) {
-    if constexpr (BITS == 8) {
-        a[0] = words[2 * f] & 0x00ff00ffu, a[2] = (words[2 * f] >> 8) & 0x00ff00ffu;
-        a[1] = words[2 * f + 1] & 0x00ff00ffu, a[3] = (words[2 * f + 1] >> 8) & 0x00ff00ffu;
-    } else {
-        uint32_t x = BITS == 4 ? words[f] : words[0];
-        uint32_t y = x >> 8;
-        uint32_t low = BITS == 4 ? 0x000f000fu : 0x00030003u << (4 * f);
-        uint32_t high = low << BITS;
-        a[0] = x & low, a[1] = x & high, a[2] = y & low, a[3] = y & high;
-    }
-}
-
-// The columns' constants: the softmax's scale in base 2 and the visible range of positions of the two columns of this lane.
-template <int N>
-struct Columns {
-    float scale[N][2];
-    int from[N][2], to[N][2];
-    int from_max, to_min;  // over all columns of the block
-    float soft_cap;
-};
 
 // A warp's running softmax over the tokens that it has seen, in units of the columns' scales.
 template <int D, int N>
@@ -99,84 +75,6 @@ struct Running {
         }
     }
 };
-
-// Soft cap and visibility of 32 tokens' scores from position `at` on; those from `end` on are no tokens.
-template <int N>
-__device__ __forceinline__ void restrict(float (&s)[2][N][4], const Columns<N>& columns, int at, int end, int lane) {
-    if (columns.soft_cap > 0.f) {
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float natural = columns.scale[n][e] / LOG2E;
-#pragma unroll
-                for (int r = 0; r < 2; r++)
-#pragma unroll
-                    for (int h = 0; h < 4; h += 2)
-                        s[r][n][e + h] = columns.soft_cap * tanhf(s[r][n][e + h] * natural / columns.soft_cap) / natural;
-            }
-    }
-    if (at < columns.from_max || at + TILE > min(columns.to_min, end)) {
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    int token = at + 16 * r + i / 2 * 8 + lane / 4;
-                    if (token < columns.from[n][i % 2] || token >= min(columns.to[n][i % 2], end)) s[r][n][i] = -INFINITY;
-                }
-    }
-}
-
-// Scores of a tile's 32 tokens. `queries` are the block's, in fragments; `scaled` and `bias` are the record's, kept over its tiles.
-template <class L, int N>
-__device__ __forceinline__ void packed_scores(float (&s)[2][N][4], uint32_t (&scaled)[L::D / 16][N][2], float (&bias)[N][4],
-                                              const unsigned char* header, const unsigned char* tile, const unsigned char* queries,
-                                              bool first, int lane) {
-    constexpr int D = L::D, BITS = L::BITS;
-    float sum[2][N][4] = {};
-    if (first) {
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) bias[n][i] = 0.f;
-#pragma unroll
-        for (int j = 0; j < D / 32; j++) {
-            uint4 scale = load16(header + L::K_SCALE + j * 64 + lane % 4 * 16);
-            uint4 min = load16(header + L::K_MIN + j * 64 + lane % 4 * 16);
-#pragma unroll
-            for (int n = 0; n < N; n++) {
-                uint4 q = load16(queries + (n * (D / 32) + j) * 512 + lane * 16);
-                mma(bias[n], {min.x, min.x, min.y, min.y}, q.x, q.y);
-                mma(bias[n], {min.z, min.z, min.w, min.w}, q.z, q.w);
-                scaled[2 * j][n][0] = multiply(q.x, scale.x), scaled[2 * j][n][1] = multiply(q.y, scale.y);
-                scaled[2 * j + 1][n][0] = multiply(q.z, scale.z), scaled[2 * j + 1][n][1] = multiply(q.w, scale.w);
-            }
-        }
-    }
-    constexpr int UNITS = 4 / L::WORDS;  // in a lane's 16 bytes
-#pragma unroll
-    for (int j = 0; j < D / 16 / UNITS; j++) {
-        uint4 loaded = load16(tile + L::K_CODES + j * 512 + lane * 16);
-        uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-#pragma unroll
-        for (int u = 0; u < UNITS; u++)
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                uint32_t a[4];
-                fragment<BITS>(a, words + u * L::WORDS, r);
-#pragma unroll
-                for (int n = 0; n < N; n++) mma(sum[r][n], a, scaled[j * UNITS + u][n][0], scaled[j * UNITS + u][n][1]);
-            }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) s[r][n][i] = fmaf(sum[r][n][i], unscale<BITS>(2 * r + i / 2), bias[n][i % 2]);
-}
 
 // Adds a tile's values, weighted with the probabilities.
 template <class L, int N>
@@ -287,7 +185,7 @@ __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Col
     }
 }
 
-// A warp's share of the residual: every `warps`-th tile of 32 tokens. It is short: read straight from memory.
+// A warp's share of the residual: every `warps`-th tile of 32 tokens.
 template <int D, int N>
 __device__ __forceinline__ void residual_loop(Running<D, N>& running, const Columns<N>& columns, const AttendArgs& args, long long row,
                                               const unsigned char* queries, int packed, int len, int start, int warp, int warps, int lane) {
@@ -298,28 +196,7 @@ __device__ __forceinline__ void residual_loop(Running<D, N>& running, const Colu
             return (row * args.ring + (i >= args.ring ? i - args.ring : i)) * D;
         };
         float s[2][N][4] = {};
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            long long low = place(16 * r + g) + 2 * t, high = place(16 * r + g + 8) + 2 * t;
-#pragma unroll
-            for (int j = 0; j < D / 32; j++) {
-                uint32_t a[2][4];
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    int channel = 32 * j + 16 * h;
-                    a[h][0] = load_pair(args.residual_k, low + channel, args.kind);
-                    a[h][1] = load_pair(args.residual_k, high + channel, args.kind);
-                    a[h][2] = load_pair(args.residual_k, low + channel + 8, args.kind);
-                    a[h][3] = load_pair(args.residual_k, high + channel + 8, args.kind);
-                }
-#pragma unroll
-                for (int n = 0; n < N; n++) {
-                    uint4 q = load16(queries + (n * (D / 32) + j) * 512 + lane * 16);
-                    mma(s[r][n], a[0], q.x, q.y);
-                    mma(s[r][n], a[1], q.z, q.w);
-                }
-            }
-        }
+        residual_scores<D, N>(s, args, queries, lane, place);
         restrict<N>(s, columns, packed + at, packed + len, lane);
         uint32_t p[2][N][2];
         running.step(s, columns, p);
@@ -343,33 +220,6 @@ __device__ __forceinline__ void residual_loop(Running<D, N>& running, const Colu
 #pragma unroll
                 for (int n = 0; n < N; n++) mma(running.out[c][n], a, p[r][n][0], p[r][n][1]);
             }
-        }
-    }
-}
-
-// The block's columns as fragments in shared memory, each scaled by a power of two so that its largest entry lies in [0.5, 1): then
-// no product with a scale of the keys leaves f16. Gives the exponents back through `exponents`.
-template <int D, int N>
-__device__ __forceinline__ void load_queries(const AttendArgs& args, long long first_row, int columns, unsigned char* queries, float* factors) {
-    for (int column = threadIdx.x / 32; column < 8 * N; column += blockDim.x / 32) {
-        const int lane = threadIdx.x % 32;
-        float x[D / 32], top = 0.f;
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) {
-            x[i] = column < columns ? load_as_float(args.q, (first_row + column) * D + i * 32 + lane, args.kind) : 0.f;
-            top = fmaxf(top, fabsf(x[i]));
-        }
-#pragma unroll
-        for (int i = 16; i > 0; i /= 2) top = fmaxf(top, __shfl_xor_sync(FULL, top, i));
-        int exponent = 0;
-        if (top > 0.f) frexpf(top, &exponent);
-        float shrink = ldexpf(1.f, -exponent);
-        if (lane == 0) factors[column] = ldexpf(1.f, exponent);
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) {
-            int k = lane % 16;
-            int at = ((column / 8 * (D / 32) + i) * 32 + column % 8 * 4 + k % 8 / 2) * 8 + lane / 16 * 4 + k / 8 * 2 + k % 2;
-            reinterpret_cast<__half*>(queries)[at] = __float2half(x[i] * shrink);
         }
     }
 }
@@ -398,24 +248,7 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     auto ready = [&]() {
         load_queries<D, N>(args, first_row, live, queries, factors);
         __syncthreads();
-        columns.soft_cap = args.soft_cap, columns.from_max = 0, columns.to_min = packed + residual;
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                int column = 8 * n + 2 * t + e;
-                columns.scale[n][e] = factors[column] * args.scale * LOG2E;
-                int to = packed + residual, from = 0;
-                if (args.causal) {
-                    to += 1 - args.queries + (first_column + column) % args.queries;
-                    if (args.window) from = max(0, to - args.window);
-                }
-                columns.from[n][e] = from, columns.to[n][e] = to;
-            }
-        if (args.causal) {
-            columns.to_min = packed + residual + 1 - args.queries;
-            if (args.window) columns.from_max = max(0, packed + residual - args.window);
-        }
+        columns = columns_of<N>(args, factors, first_column, packed + residual, lane);
     };
 
     Running<D, N> running;

@@ -5,6 +5,7 @@ mod attend;
 mod fill;
 mod held;
 mod kernels;
+mod mass;
 mod read;
 mod status;
 mod store;

@@ -52,6 +52,14 @@ fn stores_attend_as_on_the_host() {
                     assert!(error <= 2e-3, "{what}: {error}");
                     let error = relative(&got.lse, &want.lse);
                     assert!(error <= 2e-3, "lse, {what}: {error}");
+                    let want = host.mass(&q, &want.lse, Visible::Causal).unwrap();
+                    let got = store.mass(&dq, &got.lse, Visible::Causal).unwrap();
+                    let flat = |masses: Vec<Vec<f32>>| {
+                        let numbers = masses.concat();
+                        Tensor::from_vec(numbers, 2 * heads * host.len(), &Device::Cpu).unwrap()
+                    };
+                    let error = relative(&flat(got), &flat(want));
+                    assert!(error <= 2e-3, "mass, {what}: {error}");
                 }
                 let (k, v) = host.read(1, kv_heads - 1).unwrap();
                 let (dk, dv) = store.read(1, kv_heads - 1).unwrap();

@@ -15,7 +15,7 @@ impl CudaStore {
         q: &Tensor,
         visible: Visible,
     ) -> Result<Partial> {
-        let AttentionShape { heads, kv_heads, head_dim, scale, window, soft_cap } = self.shape;
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
         let (queries, stream) = (q.dim(2)?, self.device.cuda_stream());
         let columns = heads / kv_heads * queries;
         let kernels = &self.kernels.attend;
@@ -36,34 +36,16 @@ impl CudaStore {
         let (out, lse) =
             unsafe { (stream.alloc::<f32>(rows * head_dim), stream.alloc::<f32>(rows)) };
         let (out, lse) = (out.map_err(wrap)?, lse.map_err(wrap)?);
-        let ring = held.in_ring(&stream, held.values);
         with_address(q, q, &stream, |q, _| {
             let args = AttendArgs {
                 q,
-                packed: held.packed.device_ptr(&stream).0,
-                residual_k: ring.k,
-                residual_v: ring.v,
                 out: out.device_ptr(&stream).0,
                 lse: lse.device_ptr(&stream).0,
                 part_out: scratch.out.device_ptr(&stream).0,
                 part_lse: scratch.lse.device_ptr(&stream).0,
                 arrived: scratch.arrived.device_ptr(&stream).0,
-                lens: 0,
-                packed_stride: (held.capacity * self.layout.record()) as i64,
-                packed_len: held.values as i32,
-                residual_len: (held.len - held.values) as i32,
-                ring_start: ring.start as i32,
-                ring: ring.ring,
-                kv_heads: kv_heads as i32,
-                heads_per_kv: (heads / kv_heads) as i32,
-                queries: queries as i32,
                 splits: splits as i32,
-                causal: (visible == Visible::Causal) as i32,
-                window: window.unwrap_or(0) as i32,
-                kind: kind(held.dtype),
-                out_kind: 2,
-                scale,
-                soft_cap: soft_cap.unwrap_or(0.0),
+                ..self.over(held, queries, visible)
             };
             // SAFETY: the sizes above are those that the kernel counts with; calls of one stream follow each other.
             unsafe { kernel.launch(&stream, &args, held.rows, blocks) }
@@ -72,5 +54,31 @@ impl CudaStore {
             out: self.tensor(out, &[held.batch, heads, queries, head_dim]),
             lse: self.tensor(lse, &[held.batch, heads, queries]),
         })
+    }
+    /// What all kernels that compute scores are told: what is held, the heads, who sees what.
+    pub(super) fn over(&self, held: &Held, queries: usize, visible: Visible) -> AttendArgs {
+        let AttentionShape { heads, kv_heads, scale, window, soft_cap, .. } = self.shape;
+        let stream = self.device.cuda_stream();
+        let ring = held.in_ring(&stream, held.values);
+        AttendArgs {
+            packed: held.packed.device_ptr(&stream).0,
+            residual_k: ring.k,
+            residual_v: ring.v,
+            packed_stride: (held.capacity * self.layout.record()) as i64,
+            packed_len: held.values as i32,
+            residual_len: (held.len - held.values) as i32,
+            ring_start: ring.start as i32,
+            ring: ring.ring,
+            kv_heads: kv_heads as i32,
+            heads_per_kv: (heads / kv_heads) as i32,
+            queries: queries as i32,
+            causal: (visible == Visible::Causal) as i32,
+            window: window.unwrap_or(0) as i32,
+            kind: kind(held.dtype),
+            out_kind: 2,
+            scale,
+            soft_cap: soft_cap.unwrap_or(0.0),
+            ..AttendArgs::default()
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Which kernels there are, and how they are launched.
 
-use super::args::{MoveArgs, QuantizeArgs, UnpackArgs};
+use super::args::{AttendArgs, MoveArgs, QuantizeArgs, UnpackArgs};
 use super::wrap;
 use crate::{Axis, Bits, Flush, Format, KeyBasis};
 use candle_core::CudaDevice;
@@ -22,6 +22,8 @@ const PACK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pack.fatbin"));
 pub const TILE: usize = 32;
 /// As in kernels/attend.cuh.
 const MAX_SPLITS: usize = 127;
+/// As in kernels/mass.cuh.
+const MASS_WARPS: usize = 4;
 
 /// Sizes in bytes of the packed layout: kernels/layout.cuh.
 #[derive(Debug, Clone, Copy)]
@@ -150,7 +152,7 @@ impl Attend {
     pub unsafe fn launch(
         &self,
         stream: &CudaStream,
-        args: &super::args::AttendArgs,
+        args: &AttendArgs,
         rows: usize,
         blocks: usize,
     ) -> Result<()> {
@@ -165,6 +167,7 @@ impl Attend {
 pub struct Kernels {
     /// For 8 columns, and for 16 where there is one.
     pub attend: Vec<Attend>,
+    mass: CudaFunction,
     quantize: CudaFunction,
     unpack: CudaFunction,
     move_tokens: CudaFunction,
@@ -194,11 +197,25 @@ impl Kernels {
         let load = |name: &str| pack.load_function(name).map_err(wrap);
         Ok(Some(Self {
             attend,
+            mass: module.load_function(&format!("mass_b{bits}_g{group}_d{head_dim}")).map_err(wrap)?,
             quantize: load(&format!("quantize_b{bits}_g{group}_d{head_dim}"))?,
             unpack: load(&format!("unpack_b{bits}_g{group}_d{head_dim}"))?,
             move_tokens: load("move_tokens")?,
             layout,
         }))
+    }
+
+    /// # Safety
+    /// As [`Attend::launch`], with kernels/mass.cuh.
+    pub unsafe fn mass(&self, stream: &CudaStream, args: &AttendArgs, rows: usize) -> Result<()> {
+        let tiles = |tokens: i32| (tokens as usize).div_ceil(TILE);
+        let blocks = (tiles(args.packed_len) + tiles(args.residual_len)).div_ceil(MASS_WARPS);
+        // With one query, its heads share a block of the tensor cores' columns; otherwise, each head's queries do.
+        let heads = (args.heads_per_kv as usize).div_ceil(if args.queries > 1 { 1 } else { 8 });
+        let grid = (blocks as u32, rows as u32, heads as u32);
+        let shared = MASS_WARPS * (self.layout.header() + self.layout.codes());
+        // SAFETY: the caller's.
+        unsafe { launch(stream, &self.mass, grid, 32 * MASS_WARPS, shared, args) }
     }
 
     /// # Safety

@@ -8,7 +8,7 @@ use crate::{Flush, Format};
 use candle_core::cuda::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Storage, Tensor, op::BackpropOp};
 use longctx_core::{
-    AttentionShape, Error, Footprint, KvStore, Partial, Result, Selection, Visible, attention,
+    AttentionShape, Error, Footprint, KvStore, Partial, Result, Selection, Visible,
 };
 use std::sync::Arc;
 
@@ -173,9 +173,12 @@ impl KvStore for CudaStore {
     }
 
     fn mass(&self, q: &Tensor, lse: &Tensor, visible: Visible) -> Result<Vec<Vec<f32>>> {
+        self.status.check(self.layout.group)?;
         self.check_causal(q, visible)?;
-        let (k, _) = self.dense()?;
-        attention::mass(&q.to_dtype(DType::F32)?, &k, lse, &self.shape, visible)
+        self.check_device(q)?;
+        self.check_device(lse)?;
+        let held = self.known()?;
+        self.launch_mass(held, &q.to_dtype(held.dtype)?.contiguous()?, lse, visible)
     }
 
     fn retain(&mut self, keep: &Selection) -> Result<()> {

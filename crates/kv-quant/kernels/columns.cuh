@@ -1,0 +1,98 @@
+// The small operand of the tensor cores: a block's columns, i.e. the query heads of one kv head times the queries; what they see.
+#pragma once
+#include "args.cuh"
+#include "layout.cuh"
+
+namespace kvq {
+
+// The columns' constants: the softmax's scale in base 2 and the visible range of positions of the two columns of this lane.
+template <int N>
+struct Columns {
+    float scale[N][2];
+    int from[N][2], to[N][2];
+    int from_max, to_min;  // over all columns of the block
+    float soft_cap;
+};
+
+// The block's columns as fragments in shared memory, each scaled by a power of two so that its largest entry lies in [0.5, 1): then
+// no product with a scale of the keys leaves f16. Gives the exponents back through `exponents`.
+template <int D, int N>
+__device__ __forceinline__ void load_queries(const AttendArgs& args, long long first_row, int columns, unsigned char* queries, float* factors) {
+    for (int column = threadIdx.x / 32; column < 8 * N; column += blockDim.x / 32) {
+        const int lane = threadIdx.x % 32;
+        float x[D / 32], top = 0.f;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            x[i] = column < columns ? load_as_float(args.q, (first_row + column) * D + i * 32 + lane, args.kind) : 0.f;
+            top = fmaxf(top, fabsf(x[i]));
+        }
+#pragma unroll
+        for (int i = 16; i > 0; i /= 2) top = fmaxf(top, __shfl_xor_sync(FULL, top, i));
+        int exponent = 0;
+        if (top > 0.f) frexpf(top, &exponent);
+        float shrink = ldexpf(1.f, -exponent);
+        if (lane == 0) factors[column] = ldexpf(1.f, exponent);
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            int k = lane % 16;
+            int at = ((column / 8 * (D / 32) + i) * 32 + column % 8 * 4 + k % 8 / 2) * 8 + lane / 16 * 4 + k / 8 * 2 + k % 2;
+            reinterpret_cast<__half*>(queries)[at] = __float2half(x[i] * shrink);
+        }
+    }
+}
+
+// The constants of the block's columns, of which column c is query (first + c) % queries; `factors` are those of `load_queries`.
+template <int N>
+__device__ __forceinline__ Columns<N> columns_of(const AttendArgs& args, const float* factors, int first, int tokens, int lane) {
+    Columns<N> columns;
+    columns.soft_cap = args.soft_cap, columns.from_max = 0, columns.to_min = tokens;
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            int column = 8 * n + lane % 4 * 2 + e;
+            columns.scale[n][e] = factors[column] * args.scale * LOG2E;
+            int to = tokens, from = 0;
+            if (args.causal) {
+                to += 1 - args.queries + (first + column) % args.queries;
+                if (args.window) from = max(0, to - args.window);
+            }
+            columns.from[n][e] = from, columns.to[n][e] = to;
+        }
+    if (args.causal) {
+        columns.to_min = tokens + 1 - args.queries;
+        if (args.window) columns.from_max = max(0, tokens - args.window);
+    }
+    return columns;
+}
+
+// Soft cap and visibility of 32 tokens' scores from position `at` on; those from `end` on are no tokens.
+template <int N>
+__device__ __forceinline__ void restrict(float (&s)[2][N][4], const Columns<N>& columns, int at, int end, int lane) {
+    if (columns.soft_cap > 0.f) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float natural = columns.scale[n][e] / LOG2E;
+#pragma unroll
+                for (int r = 0; r < 2; r++)
+#pragma unroll
+                    for (int h = 0; h < 4; h += 2)
+                        s[r][n][e + h] = columns.soft_cap * tanhf(s[r][n][e + h] * natural / columns.soft_cap) / natural;
+            }
+    }
+    if (at < columns.from_max || at + TILE > min(columns.to_min, end)) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    int token = at + 16 * r + i / 2 * 8 + lane / 4;
+                    if (token < columns.from[n][i % 2] || token >= min(columns.to[n][i % 2], end)) s[r][n][i] = -INFINITY;
+                }
+    }
+}
+
+}  // namespace kvq
