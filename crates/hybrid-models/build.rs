@@ -34,9 +34,9 @@ mod cuda {
         std::fs::write(out.join("images.rs"), format!("&[{images}]")).expect("room in OUT_DIR");
     }
 
-    /// Gives the expression for the compiled file's bytes.
+    /// Gives the expression for the file's name and its compiled bytes.
     fn compile_one(nvcc: &Path, source: &Path, out: &Path) -> String {
-        let name = source.file_stem().expect("a file of kernels");
+        let name = source.file_stem().and_then(|name| name.to_str()).expect("a file of kernels");
         let image = out.join(name).with_extension("fatbin");
         let mut command = Command::new(nvcc);
         command.args(["-O3", "-std=c++17", "-fatbin"]);
@@ -44,6 +44,6 @@ mod cuda {
         command.arg("-o").arg(&image).arg(source);
         let status = command.status().expect("nvcc starts");
         assert!(status.success(), "{command:?}: {status}");
-        format!("include_bytes!({image:?}),")
+        format!("({name:?}, include_bytes!({image:?})),")
     }
 }

@@ -8,7 +8,7 @@ use crate::conv::Conv as Host;
 use candle_core::Tensor;
 use longctx_core::{Error, Result};
 
-/// As in kernels/conv.cuh.
+/// As in kernels/args.cuh, as are grids.
 const MOST_TAPS: usize = 8;
 
 #[derive(Debug)]
@@ -31,7 +31,7 @@ impl Conv {
             bias: to.vector(&host.bias)?,
             taps: host.taps,
             silu: host.silu,
-            kernel: to.kernel("conv")?,
+            kernel: to.kernel("conv", 128)?,
         })
     }
 
@@ -55,9 +55,9 @@ impl Conv {
             x_row: from.row,
             y_row: channels as i32,
         };
-        let grid = (channels.div_ceil(256), tokens.div_ceil(32), batch);
+        let grid = (channels.div_ceil(256), tokens.div_ceil(64), batch);
         // SAFETY: the sizes are those of the tensors, which live until the end of this function.
-        unsafe { self.kernel.launch(grid, 128, &args)? };
+        unsafe { self.kernel.launch(grid, &args)? };
         Ok(y)
     }
 }

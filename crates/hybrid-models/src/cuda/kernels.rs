@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute;
+use candle_core::cuda::cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
 use candle_core::cuda::cudarc::driver::{
     CudaFunction, CudaModule, CudaStream, DevicePtr, DeviceRepr, DriverError, LaunchConfig,
     PushKernelArg,
@@ -17,13 +17,13 @@ use longctx_core::{Error, Result};
 /// Compute capability, times ten, from which on there are kernels.
 const OLDEST: i32 = 80;
 
-/// The compiled kernels/*.cu.
-const IMAGES: &[&[u8]] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
+/// The compiled kernels/*.cu. What a file holds has names that begin with the file's.
+const IMAGES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
 /// The kernels, loaded into a device's context.
 #[derive(Debug)]
 pub struct Kernels {
-    modules: Vec<Arc<CudaModule>>,
+    modules: Vec<(&'static str, Arc<CudaModule>)>,
     stream: Arc<CudaStream>,
 }
 
@@ -42,17 +42,26 @@ impl Kernels {
             let place = format!("a CUDA device of compute capability {major}.{minor}");
             return Err(Error::Unsupported(format!("{place}: {reason}")));
         }
-        let load = |image: &&[u8]| context.load_module(Ptx::from_binary(image.to_vec()));
-        let modules = IMAGES.iter().map(load).collect::<Result<_, _>>().map_err(wrap)?;
+        let load = |&(name, image): &(&'static str, &[u8])| {
+            let module = context.load_module(Ptx::from_binary(image.to_vec())).map_err(wrap)?;
+            Ok((name, module))
+        };
+        let modules = IMAGES.iter().map(load).collect::<Result<_>>()?;
         Ok(Self { modules, stream })
     }
 
-    /// The kernel of a name for inputs and outputs of a format.
-    pub fn get(&self, name: &str, dtype: DType) -> Result<Kernel> {
+    /// The kernel of a name for inputs and outputs of a format, by blocks of so many threads with so many bytes of dynamic shared memory.
+    pub fn get(&self, name: &str, dtype: DType, threads: u32, shared: u32) -> Result<Kernel> {
         let entry = format!("{name}_{}", dtype.as_str());
-        let function = self.modules.iter().find_map(|module| module.load_function(&entry).ok());
-        let function = function.ok_or_else(|| Error::Unsupported(format!("no kernel {entry}")))?;
-        Ok(Kernel { function, stream: self.stream.clone() })
+        let holds = |(file, _): &&(&str, _)| name.starts_with(file);
+        let (_, module) = (self.modules.iter().find(holds))
+            .ok_or_else(|| Error::Unsupported(format!("{name} on a CUDA device: no kernel")))?;
+        let function = module.load_function(&entry).map_err(wrap)?;
+        if shared > 0 {
+            use CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as DYNAMIC;
+            function.set_attribute(DYNAMIC, shared as i32).map_err(wrap)?;
+        }
+        Ok(Kernel { function, stream: self.stream.clone(), threads, shared })
     }
 }
 
@@ -60,6 +69,8 @@ impl Kernels {
 pub struct Kernel {
     function: CudaFunction,
     stream: Arc<CudaStream>,
+    threads: u32,
+    shared: u32,
 }
 
 impl Kernel {
@@ -70,14 +81,13 @@ impl Kernel {
     pub unsafe fn launch<A: DeviceRepr>(
         &self,
         grid_dim: (usize, usize, usize),
-        threads: usize,
         args: &A,
     ) -> Result<()> {
         let (x, y, z) = grid_dim;
         let config = LaunchConfig {
             grid_dim: (x as u32, y as u32, z as u32),
-            block_dim: (threads as u32, 1, 1),
-            shared_mem_bytes: 0,
+            block_dim: (self.threads, 1, 1),
+            shared_mem_bytes: self.shared,
         };
         let mut builder = self.stream.launch_builder(&self.function);
         builder.arg(args);

@@ -12,7 +12,7 @@ use longctx_core::Result;
 
 /// Channels and tokens of a block of threads, as in kernels/args.cuh.
 const CHANNELS: usize = 64;
-const TOKENS: usize = 128;
+const TOKENS: usize = 64;
 
 #[derive(Debug)]
 pub struct RgLru {
@@ -39,7 +39,7 @@ impl RgLru {
             recurrent_bias: to.vector(&host.recurrent_bias)?,
             input_bias: to.vector(&host.input_bias)?,
             decay: to.vector(&host.decay)?,
-            kernel: to.kernel("rg_lru")?,
+            kernel: to.kernel("rg_lru", 256)?,
             project_out: to.linear(&host.project_out)?,
             dtype: to.dtype,
         })
@@ -86,7 +86,7 @@ impl RgLru {
             first: first as i32,
         };
         // SAFETY: the sizes are those of the tensors, which live until the end of this function.
-        unsafe { self.kernel.launch((parts, 1, 1), 256, &args)? };
+        unsafe { self.kernel.launch((parts, 1, 1), &args)? };
         Ok(y)
     }
 }

@@ -52,7 +52,7 @@ impl Scan {
             skip: to.vector(&host.scan.skip)?,
             time_bias: to.vector(&host.scan.time_bias)?,
             states,
-            kernel: to.kernel(kernel)?,
+            kernel: to.kernel(kernel, 128)?,
             channels,
         })
     }
@@ -87,7 +87,7 @@ impl Scan {
         };
         let grid = (channels.div_ceil(self.channels), batch, 1);
         // SAFETY: the sizes are those of the tensors, which live until the end of this function.
-        unsafe { self.kernel.launch(grid, 128, &args)? };
+        unsafe { self.kernel.launch(grid, &args)? };
         Ok(y)
     }
 }

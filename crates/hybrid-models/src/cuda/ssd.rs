@@ -8,8 +8,11 @@ use crate::mamba2::{Mamba2Shape, Ssd as Host};
 use candle_core::Tensor;
 use longctx_core::{Error, Result};
 
-/// As in kernels/args.cuh.
+/// As in kernels/args.cuh, as are grids.
 const MOST_STATES: usize = 256;
+/// Bytes of shared memory for 64 and for 128 states.
+const SHARED_64: u32 = 58_888;
+const SHARED_128: u32 = 101_896;
 
 #[derive(Debug)]
 pub struct Ssd {
@@ -28,14 +31,18 @@ impl Ssd {
             let what = format!("Mamba-2 with {states} states on a CUDA device");
             return Err(Error::Unsupported(format!("{what}: kernels have up to {MOST_STATES}")));
         }
-        let usual = head_dim == 64 && matches!(states, 64 | 128);
+        let in_chunks = match (head_dim, states) {
+            (64, 64) => to.in_chunks("ssd", 256, SHARED_64)?,
+            (64, 128) => to.in_chunks("ssd", 256, SHARED_128)?,
+            _ => None,
+        };
         Ok(Self {
             shape: host.shape,
             a: to.vector(&host.a)?,
             skip: to.vector(&host.skip)?,
             time_bias: to.vector(&host.time_bias)?,
-            in_chunks: if usual { to.in_chunks("ssd")? } else { None },
-            any: to.kernel("ssd_any")?,
+            in_chunks,
+            any: to.kernel("ssd_any", 128)?,
         })
     }
 
@@ -84,8 +91,8 @@ impl Ssd {
         // SAFETY: the sizes are those of the tensors, which live until the end of this function.
         unsafe {
             match in_chunks {
-                Some(kernel) => kernel.launch((2, heads, batch), 128, &args)?,
-                None => self.any.launch((head_dim.div_ceil(32), heads, batch), 128, &args)?,
+                Some(kernel) => kernel.launch((2, heads, batch), &args)?,
+                None => self.any.launch((head_dim.div_ceil(32), heads, batch), &args)?,
             }
         }
         Ok(y)

@@ -23,16 +23,16 @@ impl Target {
         Ok(Self { device: Device::Cuda(device.clone()), dtype, kernels })
     }
 
-    /// A kernel for the format of the weights.
-    pub fn kernel(&self, name: &str) -> Result<Kernel> {
-        self.kernels.get(name, self.dtype)
+    /// A kernel for the format of the weights, by blocks of so many threads.
+    pub fn kernel(&self, name: &str, threads: u32) -> Result<Kernel> {
+        self.kernels.get(name, self.dtype, threads, 0)
     }
 
-    /// The kernel that takes many tokens in chunks of matrix products, where there is one for the format of the weights.
-    pub fn in_chunks(&self, name: &str) -> Result<Option<InChunks>> {
+    /// A kernel for many tokens, where there is one for the format of the weights.
+    pub fn in_chunks(&self, name: &str, threads: u32, shared: u32) -> Result<Option<InChunks>> {
         match self.dtype {
             DType::F32 => Ok(None),
-            _ => Ok(Some(InChunks(self.kernel(name)?))),
+            dtype => Ok(Some(InChunks(self.kernels.get(name, dtype, threads, shared)?))),
         }
     }
 
@@ -74,7 +74,7 @@ impl Target {
     }
 }
 
-/// A kernel that is worth it for many tokens.
+/// A kernel in half precision that is worth it for many tokens.
 #[derive(Debug)]
 pub struct InChunks(Kernel);
 

@@ -31,7 +31,7 @@ impl V4 {
             output: to.matrix(&host.output)?,
             decay: to.vector(&host.decay)?,
             first: to.vector(&host.first)?,
-            kernel: to.kernel("wkv4")?,
+            kernel: to.kernel("wkv4", 128)?,
             dtype: to.dtype,
         })
     }
@@ -60,7 +60,7 @@ impl V4 {
             y_row: channels as i32,
         };
         // SAFETY: the sizes are those of the tensors, which live until the end of this function.
-        unsafe { self.kernel.launch((channels.div_ceil(128), batch, 1), 128, &args)? };
+        unsafe { self.kernel.launch((channels.div_ceil(128), batch, 1), &args)? };
         Ok(y)
     }
 }

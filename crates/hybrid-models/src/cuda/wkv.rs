@@ -8,10 +8,12 @@ use crate::rwkv::V7;
 use candle_core::{DType, Tensor};
 use longctx_core::{Error, Result};
 
-/// Channels of a head, as in kernels/args.cuh.
+/// Channels of a head, as in kernels/args.cuh, as are grids.
 const MOST_CHANNELS: usize = 128;
 /// Channels of a head in published models, which kernels are made for.
 const USUAL_CHANNELS: usize = 64;
+/// Bytes of shared memory of those of versions 5 and 6.
+const SHARED: u32 = 101_376;
 
 /// The kernels of one version.
 #[derive(Debug)]
@@ -28,8 +30,12 @@ impl Version {
             let what = format!("RWKV with heads of {dim} channels on a CUDA device");
             return Err(Error::Unsupported(format!("{what}: kernels have up to {MOST_CHANNELS}")));
         }
-        let in_chunks = if dim == USUAL_CHANNELS { to.in_chunks(name)? } else { None };
-        Ok(Self { heads, dim, in_chunks, any: to.kernel(&format!("{name}_any"))? })
+        let in_chunks = match (name, dim) {
+            ("wkv5" | "wkv6", USUAL_CHANNELS) => to.in_chunks(name, 192, SHARED)?,
+            ("wkv7", USUAL_CHANNELS) => to.in_chunks(name, 128, 0)?,
+            _ => None,
+        };
+        Ok(Self { heads, dim, in_chunks, any: to.kernel(&format!("{name}_any"), 128)? })
     }
 
     /// # Safety
@@ -43,8 +49,8 @@ impl Version {
         // SAFETY: the caller's.
         unsafe {
             match InChunks::fitting(&self.in_chunks, tokens, rows) {
-                Some(kernel) => kernel.launch((2, self.heads, batch), 128, args),
-                None => self.any.launch((self.dim.div_ceil(32), self.heads, batch), 128, args),
+                Some(kernel) => kernel.launch((2, self.heads, batch), args),
+                None => self.any.launch((self.dim.div_ceil(32), self.heads, batch), args),
             }
         }
     }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 pub type Tensors = HashMap<String, Tensor>;
 
-/// With so many channels between layers, and heads of so many in RWKV-5 and Mamba-2; attention at the second and the last layer.
+/// With so many channels between layers, and heads of so many in RWKV-5 and Mamba-2, which has as many states; attention at the second and the last layer.
 pub fn mixed(hidden: usize, head_dim: usize) -> (Value, Tensors) {
     let layers = json!([
         ["mamba"],
@@ -19,11 +19,10 @@ pub fn mixed(hidden: usize, head_dim: usize) -> (Value, Tensors) {
         ["rg_lru", "mlp"],
         ["attention"]
     ]);
-    let states = head_dim / 2;
     let config = json!({
         "model_type": "hybrid", "vocab_size": 50, "hidden_size": hidden, "layers": layers,
         "attention": { "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32 },
-        "mamba2": { "state_size": states, "head_dim": head_dim }, "mlp": { "intermediate_size": 40 },
+        "mamba2": { "state_size": head_dim, "head_dim": head_dim }, "mlp": { "intermediate_size": 40 },
         "rg_lru": { "num_heads": 2 },
     });
     let mut rng = StdRng::seed_from_u64(5);
@@ -44,7 +43,7 @@ pub fn mixed(hidden: usize, head_dim: usize) -> (Value, Tensors) {
         for kind in blocks.as_array().unwrap().iter().map(|kind| kind.as_str().unwrap()) {
             let name = format!("layers.{i}.{kind}");
             tensors.insert(format!("{name}_norm.weight"), random(1.0, 0.1, &[hidden]));
-            for (part, shape) in block(kind, hidden, head_dim, states) {
+            for (part, shape) in block(kind, hidden, head_dim) {
                 let spread = if shape.len() > 1 { spread } else { 0.2 };
                 tensors.insert(format!("{name}.{part}"), random(0.0, spread, &shape));
             }
@@ -54,7 +53,7 @@ pub fn mixed(hidden: usize, head_dim: usize) -> (Value, Tensors) {
 }
 
 /// Names and shapes of a block's tensors.
-fn block(kind: &str, h: usize, d: usize, states: usize) -> Vec<(&'static str, Vec<usize>)> {
+fn block(kind: &str, h: usize, d: usize) -> Vec<(&'static str, Vec<usize>)> {
     let (inner, rank) = (2 * h, h.div_ceil(16));
     match kind {
         "mamba" => vec![
@@ -69,9 +68,9 @@ fn block(kind: &str, h: usize, d: usize, states: usize) -> Vec<(&'static str, Ve
             ("out_proj.weight", vec![h, inner]),
         ],
         "mamba2" => vec![
-            ("in_proj.weight", vec![2 * inner + 2 * states + inner / d, h]),
-            ("conv1d.weight", vec![inner + 2 * states, 1, 4]),
-            ("conv1d.bias", vec![inner + 2 * states]),
+            ("in_proj.weight", vec![2 * inner + 2 * d + inner / d, h]),
+            ("conv1d.weight", vec![inner + 2 * d, 1, 4]),
+            ("conv1d.bias", vec![inner + 2 * d]),
             ("dt_bias", vec![inner / d]),
             ("A_log", vec![inner / d]),
             ("D", vec![inner / d]),
