@@ -37,7 +37,6 @@ constexpr bool F16 = std::is_same<T, __half>::value;
 // The entry point of a kind.
 #define PICK(T, name) (F16<T> ? name##_f16 : F32<T> ? name##_f32 : name##_bf16)
 #define PICK16(T, name) (F16<T> ? name##_f16 : name##_bf16)
-constexpr int SCAN_BLOCK = SCAN_THREADS<SCAN_LANES>;
 int parts(i64 n, int of) { return int((n + of - 1) / of); }
 
 // ---- Inputs: normal numbers from a hash of the index ----
@@ -258,7 +257,7 @@ struct Scan {
     }
     void run() {
         if (any) PICK(T, selective_scan_any)<<<dim3(parts(p.channels, 4), batch), 128>>>(p);
-        else PICK(T, selective_scan)<<<dim3(parts(p.channels, 16), batch), SCAN_BLOCK>>>(p);
+        else PICK(T, selective_scan)<<<dim3(parts(p.channels, 16), batch), SCAN_THREADS>>>(p);
         OK(cudaGetLastError());
     }
     i64 outputs() { return (i64)batch * p.tokens * p.channels; }
@@ -335,9 +334,8 @@ struct Wkv7s {
     }
     void run() {
         dim3 grid(parts(p.dim, 32), p.heads, batch);
-        if constexpr (F32<T>) wkv7_any_f32<<<grid, 128>>>(p);
-        else if (any) PICK(T, wkv7_any)<<<grid, 128>>>(p);
-        else PICK16(T, wkv7)<<<dim3(2, p.heads, batch), 128>>>(p);
+        if (any) PICK(T, wkv7_any)<<<grid, 128>>>(p);
+        else PICK(T, wkv7)<<<dim3(2, p.heads, batch), DELTA_THREADS>>>(p);
         OK(cudaGetLastError());
     }
     i64 outputs() { return (i64)batch * p.tokens * p.heads * p.dim; }
@@ -377,11 +375,13 @@ struct Lru {
         p = {rows<T>(n, channels, pad, 0, 1), rows<T>(n, channels, pad, 0, 1), rows<T>(n, channels, pad, 0, 1),
              gate ? rows<T>(n, channels, pad, 0, 1) : nullptr, numbers<float>(channels, 0, 1), numbers<float>(channels, 0, 1),
              numbers<float>(channels, -1, 1, MINUS_EXP), numbers<float>((i64)batch * channels, 0, 1), poisoned<T>(n * channels),
-             filled<char>(256 + 1024ll * batch * parts(channels, 64) * parts(tokens, LRU_CHUNK), 0), batch, tokens, channels, row, gate_row, channels, row,
+             poisoned<char>(256 + 1024ll * batch * parts(channels, LRU_TILE) * parts(tokens, LRU_CHUNK)), batch, tokens, channels, row, gate_row, channels, row,
              block, stride, first};
     }
     void run() {
-        PICK(T, rg_lru)<<<parts(p.channels, 64) * parts(p.tokens, LRU_CHUNK) * batch, LRU_THREADS>>>(p);
+        int blocks = parts(p.channels, LRU_TILE) * parts(p.tokens, LRU_CHUNK) * batch;
+        if (p.tokens > LRU_CHUNK) OK(cudaMemsetAsync(p.scratch, 0, 256 + 1024ll * blocks));
+        PICK(T, rg_lru)<<<blocks, LRU_THREADS>>>(p);
         OK(cudaGetLastError());
     }
     i64 outputs() { return (i64)batch * p.tokens * p.channels; }
@@ -500,7 +500,7 @@ void check_all(const char* type, bool small) {
             }
         });
     }
-    if (!F32<T>) each("wkv7", [&](int tokens, int batch, Worst& w) {
+    each("wkv7", [&](int tokens, int batch, Worst& w) {
         for (int heads : {1, 5}) {
             Wkv7s<T> k(batch, tokens, heads, 64, 8, false);
             check<T>(k, k.p.state, fast_limit, "wkv7", w);

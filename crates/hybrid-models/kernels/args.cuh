@@ -40,7 +40,7 @@ struct Ssd {
     int x_row, b_row, c_row, steps_row, y_row;
     float step_min, step_max;
 };
-constexpr int SSD_SHARED_64 = 58888, SSD_SHARED_128 = 101896;
+constexpr int SSD_SHARED_64 = 69128, SSD_SHARED_128 = 112136;
 
 // RWKV-5 and 6: y = S' r + (r . (u o k)) v, then S <- diag(w) S + k v' of each head.
 // w: in 5 `decay` itself, in 6 e^-e^(w + decay), all in f32.
@@ -62,8 +62,7 @@ constexpr int WKV_SHARED = 101376;
 // RWKV-7's delta rule with what its layer does to the keys before: per head, with rate = sigmoid(a + rate_bias),
 //   removal = key o removal_scale, divided by its length (at least 1e-12); k = key o (1 + (rate - 1) o key_rate); added = rate o removal;
 //   w = e^(-e^(-1/2) sigmoid(w + decay)); S <- diag(w) S - added (removal' S) + k v'; y = S' r; own = sum of r o k o own_scale.
-// wkv7_T (f16, bf16): dim == 64, all rows and pointers multiples of 8 numbers; worth it from 16 tokens on.
-//   Grid (2, heads, batch), 128 threads.
+// wkv7_T (f32, too): dim == 64, all rows and pointers multiples of 8 numbers. Grid (2, heads, batch), 128 threads.
 // wkv7_any_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. For decode, too.
 struct Wkv7 {
     const void *r, *key, *v, *w, *a;                                       // T, rows of heads * dim; w, a: before bias and sigmoid
@@ -97,7 +96,7 @@ struct RgLru {
     const float* decay;                         // [channels]: -8 softplus(Lambda)
     float* state;                               // [batch][channels]
     void* y;                                    // T, rows of `channels`; none of the inputs
-    void* scratch;                              // RG_LRU_SCRATCH bytes (below), 256-aligned, zero before the first launch (each leaves it so)
+    void* scratch;                              // RG_LRU_SCRATCH bytes (below), 256-aligned, zero before each launch
     int batch, tokens, channels;
     int x_row, gate_row, y_row, z_row;          // gate_row: of r and i; z_row: of `gate`
     int block, block_stride;

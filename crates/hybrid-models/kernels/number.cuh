@@ -54,6 +54,13 @@ __device__ __forceinline__ float2 unpacked<__half>(uint32_t x) { return __half22
 template <>
 __device__ __forceinline__ float2 unpacked<__nv_bfloat16>(uint32_t x) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x)); }
 
+// Two neighbours; PAIRED: in one access; otherwise they lie where they may, and the second may be the first.
+template <bool PAIRED, class T>
+__device__ __forceinline__ Bits<T> pair_of(const T* first, const T* second) {
+    if (PAIRED) return *reinterpret_cast<const Bits<T>*>(first);
+    return packed<T>(number(*first), number(*second));
+}
+
 // 2^x to 2 units in the last place.
 __device__ __forceinline__ float exp2_of(float x) {
     float y;
@@ -84,19 +91,20 @@ __device__ __forceinline__ float gelu(float x) { return x * sigmoid(1.5957691216
 __device__ __forceinline__ float forget6(float x) { return exp_of(-exp_of(x)); }
 __device__ __forceinline__ float forget7(float x) { return exp2_of(-0.6065306597126334f * LOG2_E * sigmoid(x)); }
 
-// The sum over N neighbours of each of x[0..N), x[i] in the lane i of them.
-template <int N, int LANES>
-__device__ __forceinline__ float sums_of_lanes(float (&x)[LANES], int lane) {
+// The sum over N lanes, APART from each other, of each of x[0..N), x[i] in the i-th of them.
+template <int N, int APART = 1, int M>
+__device__ __forceinline__ float sums_of_lanes(float (&x)[M], int lane) {
     if constexpr (N == 1) {
         return x[0];
     } else {
-        const bool upper = lane & N / 2;
+        constexpr int HALF = N / 2;
+        const bool upper = lane / APART & HALF;
 #pragma unroll
-        for (int i = 0; i < N / 2; i++) {
-            const float kept = upper ? x[i + N / 2] : x[i], given = upper ? x[i] : x[i + N / 2];
-            x[i] = kept + __shfl_xor_sync(~0u, given, N / 2);
+        for (int i = 0; i < HALF; i++) {
+            const float kept = upper ? x[i + HALF] : x[i], given = upper ? x[i] : x[i + HALF];
+            x[i] = kept + __shfl_xor_sync(~0u, given, HALF * APART);
         }
-        return sums_of_lanes<N / 2>(x, lane);
+        return sums_of_lanes<HALF, APART>(x, lane);
     }
 }
 

@@ -19,6 +19,7 @@ struct SsdShared {
     T b[2][SSD_CHUNK][N + PAD], c[2][SSD_CHUNK][N + PAD];
     T x[2][SSD_CHUNK][SSD_COLUMNS + PAD];
     T state[2][N][SSD_COLUMNS + PAD];
+    T high[SSD_CHUNK][SSD_COLUMNS + PAD], low[SSD_CHUNK][SSD_COLUMNS + PAD];  // e^(s(end) - s) dt o X, split
     float2 sums[2][SSD_CHUNK];  // s in units of ln 2, and dt
     float rests[2][SSD_CHUNK];  // e^(s(end) - s) dt
     float decay[2];             // e^s(end)
@@ -30,45 +31,56 @@ struct SsdBlock {
     SsdShared<T, N>& shared;
     const int head, first, warp, lane, row, pair;  // first: of the head's columns
     const long long start;
+    // Rows are copied 16 bytes a thread. Of the chunk to copy, this thread's part.
+    static constexpr int PIECES = N / 8, ROWS = SSD_THREADS / PIECES, X_PIECES = SSD_COLUMNS / 8;
+    static_assert(SSD_THREADS / X_PIECES == SSD_CHUNK, "x takes one round");
     const T *x, *b, *c;
 
     __device__ SsdBlock(const Ssd& p, SsdShared<T, N>& shared)
         : p(p), shared(shared), head(blockIdx.y), first(blockIdx.x * SSD_COLUMNS), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32),
           row(lane / 4), pair(lane % 4 * 2), start((long long)blockIdx.z * p.tokens) {
         const int group = head / (p.heads / p.groups);
-        x = (const T*)p.x + start * p.x_row + head * SSD_DIM + first;
-        b = (const T*)p.b + start * p.b_row + group * N;
-        c = (const T*)p.c + start * p.c_row + group * N;
+        const long long row = start + threadIdx.x / PIECES, x_row = start + threadIdx.x / X_PIECES;
+        x = (const T*)p.x + x_row * p.x_row + head * SSD_DIM + first + threadIdx.x % X_PIECES * 8;
+        b = (const T*)p.b + row * p.b_row + group * N + threadIdx.x % PIECES * 8;
+        c = (const T*)p.c + row * p.c_row + group * N + threadIdx.x % PIECES * 8;
     }
 
     __device__ int chunks() const { return (p.tokens + SSD_CHUNK - 1) / SSD_CHUNK; }
 
-    // Of chunk i, by all threads.
+    // Of chunk i, by all threads. Rows beyond the last token become zeros.
     __device__ void copy(int i) {
-        const int t0 = i * SSD_CHUNK, stage = i % 2;
-        auto rows = [&](auto& to, const T* from, int stride, int width) {
-            for (int j = threadIdx.x; j < SSD_CHUNK * width / 8; j += SSD_THREADS) {
-                const int t = j / (width / 8), at = j % (width / 8) * 8;
-                copy16(&to[t][at], from + (long long)min(t0 + t, p.tokens - 1) * stride + at, t0 + t < p.tokens);
-            }
-        };
-        rows(shared.b[stage], b, p.b_row, N);
-        rows(shared.c[stage], c, p.c_row, N);
-        rows(shared.x[stage], x, p.x_row, SSD_COLUMNS);
+        const int stage = i % 2, left = p.tokens - i * SSD_CHUNK, at = threadIdx.x % PIECES * 8;
+#pragma unroll
+        for (int t = threadIdx.x / PIECES, j = 0; j < SSD_CHUNK / ROWS; j++, t += ROWS) {
+            copy16(&shared.b[stage][t][at], b, t < left);
+            copy16(&shared.c[stage][t][at], c, t < left);
+            b += ROWS * p.b_row, c += ROWS * p.c_row;
+        }
+        const int t = threadIdx.x / X_PIECES;
+        copy16(&shared.x[stage][t][threadIdx.x % X_PIECES * 8], x, t < left);
+        x += SSD_CHUNK * p.x_row;
         end_copies();
     }
 
-    // dt and its sums in chunk i, by one warp; a lane takes two tokens.
+    // Of chunk i; a lane takes two tokens.
+    T steps[2];
+    __device__ void load_steps(int i) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const long long t = min(i * SSD_CHUNK + 2 * lane + j, p.tokens - 1);
+            steps[j] = ((const T*)p.steps)[(start + t) * p.steps_row + head];
+        }
+    }
+    // dt and its sums in chunk i, by one warp.
     __device__ void time_steps(int i) {
-        const T* steps = (const T*)p.steps + start * p.steps_row + head;
         const double a = (double)p.a[head] * LOG2_E;
         float dt[2];
         double sum[2];
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            const int t = i * SSD_CHUNK + 2 * lane + j;
-            const float step = softplus(number(steps[(long long)min(t, p.tokens - 1) * p.steps_row]) + p.bias[head]);
-            dt[j] = t < p.tokens ? fminf(fmaxf(step, p.step_min), p.step_max) : 0.f;
+            const float step = softplus(number(steps[j]) + p.bias[head]);
+            dt[j] = i * SSD_CHUNK + 2 * lane + j < p.tokens ? fminf(fmaxf(step, p.step_min), p.step_max) : 0.f;
             sum[j] = a * dt[j];
         }
         sum[1] += sum[0];
@@ -89,31 +101,38 @@ struct SsdBlock {
         if (lane == 0) shared.decay[i % 2] = exp2_of((float)end);
     }
 
+    // C H and, for the first 16 TILES_OF_16 tokens of the chunk, C B'; without branches, so that loads run ahead of products.
+    template <int TILES_OF_16>
+    __device__ void products(int stage, int t0, float (&y)[SSD_COLUMNS / 8][4], float (&weights)[SSD_CHUNK / 8][4]) {
+        const int matrix = lane / 8, line = lane % 8;
+#pragma unroll
+        for (int k = 0; k < N; k += 16) {
+            uint32_t c_of[4], h[SSD_COLUMNS / 16][4], b_of[TILES_OF_16][4];
+            load_matrices(c_of, &shared.c[stage][t0 + matrix % 2 * 8 + line][k + matrix / 2 * 8]);
+#pragma unroll
+            for (int j = 0; j < SSD_COLUMNS / 16; j++) load_transposed(h[j], &shared.state[stage][k + matrix % 2 * 8 + line][j * 16 + matrix / 2 * 8]);
+#pragma unroll
+            for (int u = 0; u < TILES_OF_16; u++) load_matrices(b_of[u], &shared.b[stage][u * 16 + matrix / 2 * 8 + line][k + matrix % 2 * 8]);
+#pragma unroll
+            for (int j = 0; j < SSD_COLUMNS / 16; j++) {
+                multiply<T>(y[2 * j], c_of, h[j][0], h[j][1]);
+                multiply<T>(y[2 * j + 1], c_of, h[j][2], h[j][3]);
+            }
+#pragma unroll
+            for (int u = 0; u < TILES_OF_16; u++) {
+                multiply<T>(weights[2 * u], c_of, b_of[u][0], b_of[u][1]);
+                multiply<T>(weights[2 * u + 1], c_of, b_of[u][2], b_of[u][3]);
+            }
+        }
+    }
+
     // By the first four warps: 16 tokens each.
     __device__ void outputs(int i) {
         const int stage = i % 2, t0 = warp * 16;
         const int matrix = lane / 8, line = lane % 8;
         float y[SSD_COLUMNS / 8][4] = {}, weights[SSD_CHUNK / 8][4] = {};
-#pragma unroll
-        for (int k = 0; k < N; k += 16) {
-            uint32_t c_of[4];
-            load_matrices(c_of, &shared.c[stage][t0 + matrix % 2 * 8 + line][k + matrix / 2 * 8]);
-#pragma unroll
-            for (int j = 0; j < SSD_COLUMNS; j += 16) {
-                uint32_t h[4];
-                load_transposed(h, &shared.state[stage][k + matrix % 2 * 8 + line][j + matrix / 2 * 8]);
-                multiply<T>(y[j / 8], c_of, h[0], h[1]);
-                multiply<T>(y[j / 8 + 1], c_of, h[2], h[3]);
-            }
-#pragma unroll
-            for (int u = 0; u < SSD_CHUNK; u += 16) {
-                if (u > t0) break;
-                uint32_t b_of[4];
-                load_matrices(b_of, &shared.b[stage][u + matrix / 2 * 8 + line][k + matrix % 2 * 8]);
-                multiply<T>(weights[u / 8], c_of, b_of[0], b_of[1]);
-                multiply<T>(weights[u / 8 + 1], c_of, b_of[2], b_of[3]);
-            }
-        }
+        if (warp < 2) products<2>(stage, t0, y, weights);
+        else products<4>(stage, t0, y, weights);
         const int t[2] = {t0 + row, t0 + row + 8};
         const float s[2] = {shared.sums[stage][t[0]].x, shared.sums[stage][t[1]].x};
         const float decay[2] = {exp2_of(s[0]), exp2_of(s[1])};
@@ -125,7 +144,9 @@ struct SsdBlock {
 #pragma unroll
         for (int u0 = 0; u0 < SSD_CHUNK; u0 += 16) {
             if (u0 > t0) break;
-            uint32_t w[4];
+            uint32_t w[4], x_of[SSD_COLUMNS / 16][4];
+#pragma unroll
+            for (int j = 0; j < SSD_COLUMNS / 16; j++) load_transposed(x_of[j], &shared.x[stage][u0 + matrix % 2 * 8 + line][j * 16 + matrix / 2 * 8]);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int u = u0 + half * 8 + pair;
@@ -138,11 +159,9 @@ struct SsdBlock {
                 }
             }
 #pragma unroll
-            for (int j = 0; j < SSD_COLUMNS; j += 16) {
-                uint32_t x_of[4];
-                load_transposed(x_of, &shared.x[stage][u0 + matrix % 2 * 8 + line][j + matrix / 2 * 8]);
-                multiply<T>(y[j / 8], w, x_of[0], x_of[1]);
-                multiply<T>(y[j / 8 + 1], w, x_of[2], x_of[3]);
+            for (int j = 0; j < SSD_COLUMNS / 16; j++) {
+                multiply<T>(y[2 * j], w, x_of[j][0], x_of[j][1]);
+                multiply<T>(y[2 * j + 1], w, x_of[j][2], x_of[j][3]);
             }
         }
         const float d = p.d[head];
@@ -197,33 +216,49 @@ struct SsdBlock {
             *reinterpret_cast<uint32_t*>(to) = packed<T>(h[tile][j][2 * e], h[tile][j][2 * e + 1]);
         });
     }
+    // Sixteen tokens of what is added to the state, half a row a lane.
+    __device__ void split_inputs(int stage) {
+        const int t = warp * 16 + lane / 2, at = lane % 2 * (SSD_COLUMNS / 2);
+        const float rest = shared.rests[stage][t];
+#pragma unroll
+        for (int j = 0; j < SSD_COLUMNS / 2; j += 8) {
+            uint4 x_of = *reinterpret_cast<const uint4*>(&shared.x[stage][t][at + j]), high, low;
+            auto scaled = [&](uint32_t x, uint32_t& high, uint32_t& low) {
+                const float2 both = unpacked<T>(x);
+                split<T>(both.x * rest, both.y * rest, high, low);
+            };
+            scaled(x_of.x, high.x, low.x), scaled(x_of.y, high.y, low.y), scaled(x_of.z, high.z, low.z), scaled(x_of.w, high.w, low.w);
+            *reinterpret_cast<uint4*>(&shared.high[t][at + j]) = high;
+            *reinterpret_cast<uint4*>(&shared.low[t][at + j]) = low;
+        }
+        asm volatile("bar.sync 1, %0;" ::"n"(SSD_THREADS / 2) : "memory");
+    }
     __device__ void move_state(int i) {
         const int stage = i % 2, matrix = lane / 8, line = lane % 8;
         const float decay = shared.decay[stage];
+        split_inputs(stage);
         each_pair([&](int tile, int j, int e) { h[tile][j][2 * e] *= decay, h[tile][j][2 * e + 1] *= decay; });
 #pragma unroll
         for (int u = 0; u < SSD_CHUNK; u += 16) {
-            uint32_t high[SSD_COLUMNS / 16][4], low[SSD_COLUMNS / 16][4];
-            const float2 rest[2] = {*reinterpret_cast<const float2*>(&shared.rests[stage][u + pair]),
-                                    *reinterpret_cast<const float2*>(&shared.rests[stage][u + pair + 8])};
+            uint32_t high[SSD_COLUMNS / 16][4], low[SSD_COLUMNS / 16][4], b_of[TILES][4];
 #pragma unroll
             for (int j = 0; j < SSD_COLUMNS / 16; j++) {
-                uint32_t x_of[4];
-                load_transposed(x_of, &shared.x[stage][u + matrix % 2 * 8 + line][j * 16 + matrix / 2 * 8]);
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float2 both = unpacked<T>(x_of[e]);
-                    split<T>(both.x * rest[e % 2].x, both.y * rest[e % 2].y, high[j][e], low[j][e]);
-                }
+                load_transposed(high[j], &shared.high[u + matrix % 2 * 8 + line][j * 16 + matrix / 2 * 8]);
+                load_transposed(low[j], &shared.low[u + matrix % 2 * 8 + line][j * 16 + matrix / 2 * 8]);
             }
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
-                uint32_t b_of[4];
-                load_transposed(b_of, &shared.b[stage][u + matrix / 2 * 8 + line][(warp * TILES + tile) * 16 + matrix % 2 * 8]);
+                load_transposed(b_of[tile], &shared.b[stage][u + matrix / 2 * 8 + line][(warp * TILES + tile) * 16 + matrix % 2 * 8]);
+            }
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
                 for (int j = 0; j < SSD_COLUMNS / 8; j++) {
-                    multiply<T>(h[tile][j], b_of, high[j / 2][j % 2 * 2], high[j / 2][j % 2 * 2 + 1]);
-                    multiply<T>(h[tile][j], b_of, low[j / 2][j % 2 * 2], low[j / 2][j % 2 * 2 + 1]);
+                    multiply<T>(h[tile][j], b_of[tile], high[j / 2][j % 2 * 2], high[j / 2][j % 2 * 2 + 1]);
+                }
+#pragma unroll
+                for (int j = 0; j < SSD_COLUMNS / 8; j++) {
+                    multiply<T>(h[tile][j], b_of[tile], low[j / 2][j % 2 * 2], low[j / 2][j % 2 * 2 + 1]);
                 }
             }
         }
@@ -239,21 +274,19 @@ struct SsdBlock {
     __device__ void run() {
         copy(0);
         if (threadIdx.x < SSD_THREADS / 2) {
-            if (warp == 0) time_steps(0);
-            for (int i = 0; i < chunks(); i++) {
-                begin(i);
-                outputs(i);
-                // The first warp has the least to do.
-                if (warp == 0 && i + 1 < chunks()) time_steps(i + 1);
-            }
-        } else {
-            load_state();
-            for (int i = 0; i < chunks(); i++) {
-                begin(i);
-                move_state(i);
-            }
-            store_state();
+            for (int i = 0; i < chunks(); i++) begin(i), outputs(i);
+            return;
         }
+        const bool steps_side = warp == 3;
+        if (steps_side) load_steps(0), time_steps(0);
+        load_state();
+        for (int i = 0; i < chunks(); i++) {
+            begin(i);
+            if (steps_side) load_steps(i + 1);
+            move_state(i);
+            if (steps_side) time_steps(i + 1);
+        }
+        store_state();
     }
 };
 

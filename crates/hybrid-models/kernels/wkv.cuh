@@ -68,6 +68,7 @@ struct WkvMaker {
     WkvShared<T>& shared;
     const int warp, lane, head;
     const long long start;
+    const T *r_at, *k_at, *w_at;  // Of this lane's keys of the first token of the chunk to load
     float2 u, decay;
     Bits<T> r_next[WKV_CHUNK], k_next[WKV_CHUNK], w_next[WKV_CHUNK];
 
@@ -76,17 +77,27 @@ struct WkvMaker {
         : p(p), shared(shared), warp(threadIdx.x / 32), lane(threadIdx.x % 32), head(blockIdx.y * HEAD), start((long long)blockIdx.z * p.tokens) {
         u = *reinterpret_cast<const float2*>(p.u + head + 2 * lane);
         decay = *reinterpret_cast<const float2*>(p.decay + head + 2 * lane);
+        const long long row = start + warp * WKV_CHUNK;
+        r_at = (const T*)p.r + row * p.r_row + head + 2 * lane, k_at = (const T*)p.k + row * p.k_row + head + 2 * lane;
+        w_at = (const T*)p.w + row * p.w_row + head + 2 * lane;
     }
 
+    // Beyond the last token, it is read again.
     __device__ void load(int group) {
-        const int t0 = group * WKV_GROUP + warp * WKV_CHUNK;
+        const int count = p.tokens - group * WKV_GROUP - warp * WKV_CHUNK;
+        if (count <= 0) return;
+        auto rows = [&](const T*& at, int row, Bits<T>(&to)[WKV_CHUNK]) {
+            const T* from = at;
 #pragma unroll
-        for (int t = 0; t < WKV_CHUNK; t++) {
-            const long long row = start + min(t0 + t, p.tokens - 1);
-            auto pair = [&](const void* x, int stride) { return *reinterpret_cast<const Bits<T>*>((const T*)x + row * stride + head + 2 * lane); };
-            r_next[t] = pair(p.r, p.r_row), k_next[t] = pair(p.k, p.k_row);
-            if (TOKEN_DECAYS) w_next[t] = pair(p.w, p.w_row);
-        }
+            for (int t = 0; t < WKV_CHUNK; t++) {
+                to[t] = *reinterpret_cast<const Bits<T>*>(from);
+                if (t + 1 < count) from += row;
+            }
+            at += WKV_GROUP * row;
+        };
+        rows(r_at, p.r_row, r_next);
+        rows(k_at, p.k_row, k_next);
+        if (TOKEN_DECAYS) rows(w_at, p.w_row, w_next);
     }
 
     // Values of a group, by all makers.
@@ -133,18 +144,22 @@ struct WkvMaker {
         const float2 one = {1.f, 1.f}, none = {0.f, 0.f};
 #pragma unroll
         for (int t = 0; t < WKV_CHUNK; t++) {
-            // A token beyond the last changes nothing.
-            const bool is = t0 + t < p.tokens;
-            r[t] = is ? unpacked<T>(r_next[t]) : none, k[t] = is ? unpacked<T>(k_next[t]) : none;
-            w[t] = decay;
+            r[t] = unpacked<T>(r_next[t]), k[t] = unpacked<T>(k_next[t]), w[t] = decay;
             if (TOKEN_DECAYS) {
                 const float2 x = unpacked<T>(w_next[t]);
                 w[t] = make_float2(forget6(x.x + decay.x), forget6(x.y + decay.y));
             }
-            if (!is) w[t] = one;
-            own[t] = fmaf(r[t].x * u.x, k[t].x, r[t].y * u.y * k[t].y);
         }
-        if ((group + 1) * WKV_GROUP + warp * WKV_CHUNK < p.tokens) load(group + 1);
+        load(group + 1);
+        // Tokens beyond the last change nothing.
+        if (t0 + WKV_CHUNK > p.tokens) {
+#pragma unroll
+            for (int t = 0; t < WKV_CHUNK; t++) {
+                if (t0 + t >= p.tokens) r[t] = k[t] = none, w[t] = one;
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < WKV_CHUNK; t++) own[t] = fmaf(r[t].x * u.x, k[t].x, r[t].y * u.y * k[t].y);
 
         float2 before = one, after = one;
 #pragma unroll
@@ -200,42 +215,41 @@ struct WkvUser {
     // y (tokens x values) of the chunk, and S after it. `value`: where the 16 values lie in the chunk's.
     __device__ void chunk(const WkvChunk<T>& chunk, int value, float (&y)[2][4]) {
         const int matrix = lane / 8, line = lane % 8;
-#pragma unroll
-        for (int k = 0; k < HEAD; k += 16) {
-            uint32_t r_high[4], r_low[4];
-            load_matrices(r_high, &chunk.r_high[matrix % 2 * 8 + line][k + matrix / 2 * 8]);
-            load_matrices(r_low, &chunk.r_low[matrix % 2 * 8 + line][k + matrix / 2 * 8]);
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                uint32_t high[2], low[2];
-#pragma unroll
-                for (int e = 0; e < 2; e++) split<__nv_bfloat16>(s[k / 8 + e][2 * n], s[k / 8 + e][2 * n + 1], high[e], low[e]);
-                multiply<__nv_bfloat16>(y[n], r_high, high[0], high[1]);
-                multiply<__nv_bfloat16>(y[n], r_high, low[0], low[1]);
-                multiply<__nv_bfloat16>(y[n], r_low, high[0], high[1]);
-            }
-        }
         uint32_t a[4], v[4];
         load_matrices(a, &chunk.a[matrix % 2 * 8 + line][matrix / 2 * 8]);
         load_transposed(v, &chunk.v[matrix % 2 * 8 + line][value + matrix / 2 * 8]);
+        const uint32_t v_transposed[4] = {v[0], v[2], v[1], v[3]};
+        // Sums apart, so that products need not wait for one another.
+        float part[2][2][4] = {};
         multiply<T>(y[0], a, v[0], v[1]);
         multiply<T>(y[1], a, v[2], v[3]);
-
-        const uint32_t v_transposed[4] = {v[0], v[2], v[1], v[3]};
 #pragma unroll
-        for (int j = 0; j < HEAD / 16; j++) {
-            uint32_t high[4], low[4];
-            load_transposed(high, &chunk.k_high[matrix % 2 * 8 + line][j * 16 + matrix / 2 * 8]);
-            load_transposed(low, &chunk.k_low[matrix % 2 * 8 + line][j * 16 + matrix / 2 * 8]);
+        for (int k = 0; k < HEAD / 16; k++) {
+            uint32_t r_high[4], r_low[4], k_high[4], k_low[4];
+            load_matrices(r_high, &chunk.r_high[matrix % 2 * 8 + line][k * 16 + matrix / 2 * 8]);
+            load_matrices(r_low, &chunk.r_low[matrix % 2 * 8 + line][k * 16 + matrix / 2 * 8]);
+            load_transposed(k_high, &chunk.k_high[matrix % 2 * 8 + line][k * 16 + matrix / 2 * 8]);
+            load_transposed(k_low, &chunk.k_low[matrix % 2 * 8 + line][k * 16 + matrix / 2 * 8]);
+            uint32_t high[2][2], low[2][2];
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                float(&tile)[4] = s[2 * j + e];
-                const float2 decay = *reinterpret_cast<const float2*>(&chunk.decay[(2 * j + e) * 8 + pair]);
+                float(&tile)[4] = s[2 * k + e];
+                split<__nv_bfloat16>(tile[0], tile[1], high[0][e], low[0][e]);
+                split<__nv_bfloat16>(tile[2], tile[3], high[1][e], low[1][e]);
+                const float2 decay = *reinterpret_cast<const float2*>(&chunk.decay[(2 * k + e) * 8 + pair]);
                 tile[0] *= decay.x, tile[1] *= decay.y, tile[2] *= decay.x, tile[3] *= decay.y;
-                multiply<T>(tile, v_transposed, high[2 * e], high[2 * e + 1]);
-                multiply<T>(tile, v_transposed, low[2 * e], low[2 * e + 1]);
+                multiply<T>(tile, v_transposed, k_high[2 * e], k_high[2 * e + 1]);
+                multiply<T>(tile, v_transposed, k_low[2 * e], k_low[2 * e + 1]);
+            }
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                multiply<__nv_bfloat16>(y[n], r_high, high[n][0], high[n][1]);
+                multiply<__nv_bfloat16>(part[0][n], r_high, low[n][0], low[n][1]);
+                multiply<__nv_bfloat16>(part[1][n], r_low, high[n][0], high[n][1]);
             }
         }
+#pragma unroll
+        for (int e = 0; e < 8; e++) y[e / 4][e % 4] += part[0][e / 4][e % 4] + part[1][e / 4][e % 4];
     }
 };
 
