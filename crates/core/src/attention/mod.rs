@@ -3,11 +3,13 @@
 //! Online softmax over blocks of entries (FlashAttention, Dao et al., arXiv 2205.14135), so that no tokens × tokens matrix exists at
 //! any length. A kv head's block is widened to f32 once for its whole query group. On CPUs many query rows go through matrix
 //! products, and a few through vector loops that read each key and value once; on other devices candle's operations do the work,
-//! block by block.
+//! block by block, but for a few queries over f16 or bf16 on a CUDA device, which have a kernel.
 //!
 //! candle-nn's CPU `flash_attn` walks one query row at a time over keys in `[tokens, heads, head_dim]` order: every query
 //! head reads its kv head anew, and it can neither merge with other parts nor say what was attended.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod element;
 mod gemm;
 mod ops;
@@ -50,6 +52,10 @@ pub fn attend(
 ) -> Result<Partial> {
     shape.check_kv(k, v)?;
     if !matches!(q.device(), Device::Cpu) {
+        #[cfg(feature = "cuda")]
+        if let Some(done) = cuda::attend(q, k, v, shape, visible)? {
+            return Ok(done);
+        }
         return ops::attend(q, k, v, shape, visible);
     }
     match k.dtype() {

@@ -197,7 +197,9 @@ impl Kernels {
         let load = |name: &str| pack.load_function(name).map_err(wrap);
         Ok(Some(Self {
             attend,
-            mass: module.load_function(&format!("mass_b{bits}_g{group}_d{head_dim}")).map_err(wrap)?,
+            mass: module
+                .load_function(&format!("mass_b{bits}_g{group}_d{head_dim}"))
+                .map_err(wrap)?,
             quantize: load(&format!("quantize_b{bits}_g{group}_d{head_dim}"))?,
             unpack: load(&format!("unpack_b{bits}_g{group}_d{head_dim}"))?,
             move_tokens: load("move_tokens")?,
