@@ -1,5 +1,5 @@
 #include "conv.cuh"
 
 namespace hybrid {
-ENTRIES(conv, (CONV_THREADS, CONV_BLOCKS), conv, Conv)
+ENTRIES(conv, (CONV_THREADS, 4), conv, Conv)
 }

@@ -7,12 +7,7 @@
 
 namespace hybrid {
 
-#ifndef CONV_LANE_
-#define CONV_LANE_ 4
-#define CONV_AHEAD 8
-#define CONV_BLOCKS 4
-#endif
-constexpr int CONV_THREADS = 128, CONV_CHANNELS = 256, CONV_TOKENS = 64, CONV_LANE = CONV_LANE_;
+constexpr int CONV_THREADS = 128, CONV_CHANNELS = 256, CONV_TOKENS = 64, CONV_LANE = 4, CONV_AHEAD = 8;
 constexpr int CONV_LANES = CONV_CHANNELS / CONV_LANE, CONV_RUN = CONV_TOKENS * CONV_LANES / CONV_THREADS;
 
 template <class T, int V>

@@ -23,19 +23,21 @@ __device__ __forceinline__ void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit numbers; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
+// Four 8x8 matrices of 16-bit numbers; lane i gives the (shared) address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
-__device__ __forceinline__ void load_transposed(uint32_t (&x)[4], const void* row) {
+__device__ __forceinline__ void load_transposed(uint32_t (&x)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) { load_matrices(x, shared_address(row)); }
+__device__ __forceinline__ void load_transposed(uint32_t (&x)[4], const void* row) { load_transposed(x, shared_address(row)); }
 
 template <class T>
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

@@ -13,10 +13,8 @@
 
 namespace hybrid {
 
-#ifndef LRU_BLOCKS
-#define LRU_BLOCKS 4
-#endif
 constexpr int LRU_THREADS = 256, LRU_WARPS = LRU_THREADS / 32, LRU_TILE = 64, LRU_RUN = 8, LRU_CHUNK = LRU_WARPS * LRU_RUN;
+constexpr int LRU_BLOCKS = 4;  // On a multiprocessor.
 constexpr int LRU_LOOK = 8;  // A multiple of LRU_THREADS / LRU_TILE.
 
 // What a chunk publishes.

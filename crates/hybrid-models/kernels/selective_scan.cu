@@ -1,9 +1,6 @@
 #include "selective_scan.cuh"
 #include "selective_scan_any.cuh"
 
-#ifndef SCAN_BLOCKS
-#define SCAN_BLOCKS 5
-#endif
 namespace hybrid {
 ENTRIES(selective_scan, (SCAN_THREADS, SCAN_BLOCKS), selective_scan, SelectiveScan)
 ENTRIES(selective_scan_any, (SCAN_ANY_THREADS), selective_scan_any, SelectiveScan)

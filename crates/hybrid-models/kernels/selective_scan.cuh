@@ -13,6 +13,7 @@
 namespace hybrid {
 
 constexpr int STATES = 16, SCAN_CHANNELS = 16, SCAN_TILE = 32, SCAN_LANES = 4, SCAN_SIDE = SCAN_CHANNELS * SCAN_LANES, SCAN_THREADS = 2 * SCAN_SIDE;
+constexpr int SCAN_BLOCKS = 5;  // On a multiprocessor.
 
 constexpr int SUMS_ROW = SCAN_CHANNELS + 8;  // So that four rows of eight lie in different banks.
 

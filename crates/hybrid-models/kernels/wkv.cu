@@ -3,17 +3,14 @@
 #include "wkv4.cuh"
 #include "wkv7.cuh"
 
-#ifndef WKV6_BLOCKS
-#define WKV6_BLOCKS 1
-#endif
 namespace hybrid {
 static_assert(sizeof(WkvShared<__half>) == WKV_SHARED, "as args.cuh says");
 ENTRIES(wkv4, (WKV4_THREADS), wkv4, Wkv4)
-ENTRY(wkv5, (WKV_THREADS, 2), wkv5, Wkv, f16, __half)
-ENTRY(wkv5, (WKV_THREADS, 2), wkv5, Wkv, bf16, __nv_bfloat16)
+ENTRY(wkv5, (WKV_THREADS), wkv5, Wkv, f16, __half)
+ENTRY(wkv5, (WKV_THREADS), wkv5, Wkv, bf16, __nv_bfloat16)
 ENTRIES(wkv5_any, (COLUMN_THREADS), wkv5_any, Wkv)
-ENTRY(wkv6, (WKV_THREADS, WKV6_BLOCKS), wkv6, Wkv, f16, __half)
-ENTRY(wkv6, (WKV_THREADS, WKV6_BLOCKS), wkv6, Wkv, bf16, __nv_bfloat16)
+ENTRY(wkv6, (WKV_THREADS), wkv6, Wkv, f16, __half)
+ENTRY(wkv6, (WKV_THREADS), wkv6, Wkv, bf16, __nv_bfloat16)
 ENTRIES(wkv6_any, (COLUMN_THREADS), wkv6_any, Wkv)
 ENTRIES(wkv7, (DELTA_THREADS), wkv7, Wkv7)
 ENTRIES(wkv7_any, (COLUMN_THREADS), wkv7_any, Wkv7)

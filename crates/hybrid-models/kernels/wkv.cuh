@@ -12,6 +12,8 @@
 // each 16 values goes through the four chunks before, its columns of S in f32 registers. What it multiplies with S, and adds to it, is split in
 // two 16-bit numbers, so that S is as exact as f32 steps make it.
 #pragma once
+#include <cstddef>
+#include <type_traits>
 #include "args.cuh"
 #include "mma.cuh"
 
@@ -42,6 +44,11 @@ __device__ __forceinline__ float2 operator*(float2 a, float2 b) { return make_fl
 template <class T>
 __device__ __forceinline__ void put(T* to, float2 x) {
     *reinterpret_cast<Bits<T>*>(to) = packed<T>(x.x, x.y);
+}
+__device__ __forceinline__ float2 load_pair(uint32_t shared_at) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(shared_at) : "memory");
+    return x;
 }
 template <class T>
 __device__ __forceinline__ void put_split(T* high, T* low, float2 x) {
@@ -136,6 +143,8 @@ struct WkvMaker {
         }
     }
 
+    // FULL: no token of the chunk lies beyond the last.
+    template <bool FULL>
     __device__ void make(int group) {
         const int t0 = group * WKV_GROUP + warp * WKV_CHUNK;
         WkvChunk<T>& chunk = shared.chunks[group % 2][warp];
@@ -152,7 +161,7 @@ struct WkvMaker {
         }
         load(group + 1);
         // Tokens beyond the last change nothing.
-        if (t0 + WKV_CHUNK > p.tokens) {
+        if (!FULL) {
 #pragma unroll
             for (int t = 0; t < WKV_CHUNK; t++) {
                 if (t0 + t >= p.tokens) r[t] = k[t] = none, w[t] = one;
@@ -161,6 +170,14 @@ struct WkvMaker {
 #pragma unroll
         for (int t = 0; t < WKV_CHUNK; t++) own[t] = fmaf(r[t].x * u.x, k[t].x, r[t].y * u.y * k[t].y);
 
+        // A's places of this lane: tokens row and row + 8, of the tokens before them pair and pair + 1 in each half.
+        const int row = lane / 4, pair = lane % 4 * 2;
+        float own_sum = sums_of_lanes<WKV_CHUNK>(own, lane);
+        own_sum += __shfl_xor_sync(~0u, own_sum, 16);
+        const float own_of[2] = {__shfl_sync(~0u, own_sum, row), __shfl_sync(~0u, own_sum, row + 8)};
+        float a[2][4];
+#pragma unroll
+        for (int e = 0; e < 8; e++) a[e / 4][e % 4] = row + e % 4 / 2 * 8 == pair + e % 2 + e / 4 * 8 ? own_of[e % 4 / 2] : 0.f;
         float2 before = one, after = one;
 #pragma unroll
         for (int t = 0; t < WKV_CHUNK; t++) {
@@ -172,14 +189,6 @@ struct WkvMaker {
         }
         *reinterpret_cast<float2*>(&chunk.decay[2 * lane]) = before;
 
-        // A's places of this lane: tokens row and row + 8, of the tokens before them pair and pair + 1 in each half.
-        const int row = lane / 4, pair = lane % 4 * 2;
-        float own_sum = sums_of_lanes<WKV_CHUNK>(own, lane);
-        own_sum += __shfl_xor_sync(~0u, own_sum, 16);
-        const float own_of[2] = {__shfl_sync(~0u, own_sum, row), __shfl_sync(~0u, own_sum, row + 8)};
-        float a[2][4];
-#pragma unroll
-        for (int e = 0; e < 8; e++) a[e / 4][e % 4] = row + e % 4 / 2 * 8 == pair + e % 2 + e / 4 * 8 ? own_of[e % 4 / 2] : 0.f;
         weigh<8>(r, k, w, a), weigh<4>(r, k, w, a), weigh<2>(r, k, w, a), weigh<1>(r, k, w, a);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -192,6 +201,8 @@ struct WkvMaker {
 // 16 columns of S, transposed: fragments C of [values][keys], eight keys a tile. Packed in pairs they are fragments A of S' and B of S, too.
 template <class T>
 struct WkvUser {
+    // bf16 outputs are no more exact than r rounded to bf16.
+    static constexpr bool SPLIT_R = !std::is_same<T, __nv_bfloat16>::value;
     const int lane, row, pair, first;
     float s[HEAD / 8][4];
 
@@ -212,13 +223,17 @@ struct WkvUser {
         }
     }
 
-    // y (tokens x values) of the chunk, and S after it. `value`: where the 16 values lie in the chunk's.
-    __device__ void chunk(const WkvChunk<T>& chunk, int value, float (&y)[2][4]) {
-        const int matrix = lane / 8, line = lane % 8;
+    // y (tokens x values) of the chunk at this shared address, and S after it. `value`: where the 16 values lie in the chunk's.
+    __device__ void chunk(uint32_t at, int value, float (&y)[2][4]) {
+        typedef WkvChunk<T> Chunk;
+        // A lane's row of matrices 16 numbers wide, in rows of so many bytes.
+        auto place = [&](int bytes) { return at + (lane / 8 % 2 * 8 + lane % 8) * bytes + lane / 16 * 16; };
+        const uint32_t rows = place(sizeof(Chunk::r_high[0]));
         uint32_t a[4], v[4];
-        load_matrices(a, &chunk.a[matrix % 2 * 8 + line][matrix / 2 * 8]);
-        load_transposed(v, &chunk.v[matrix % 2 * 8 + line][value + matrix / 2 * 8]);
+        load_matrices(a, place(sizeof(Chunk::a[0])) + offsetof(Chunk, a));
+        load_transposed(v, place(sizeof(Chunk::v[0])) + offsetof(Chunk, v) + 2 * value);
         const uint32_t v_transposed[4] = {v[0], v[2], v[1], v[3]};
+        const uint32_t decays = at + offsetof(Chunk, decay) + 4 * pair;
         // Sums apart, so that products need not wait for one another.
         float part[2][2][4] = {};
         multiply<T>(y[0], a, v[0], v[1]);
@@ -226,17 +241,17 @@ struct WkvUser {
 #pragma unroll
         for (int k = 0; k < HEAD / 16; k++) {
             uint32_t r_high[4], r_low[4], k_high[4], k_low[4];
-            load_matrices(r_high, &chunk.r_high[matrix % 2 * 8 + line][k * 16 + matrix / 2 * 8]);
-            load_matrices(r_low, &chunk.r_low[matrix % 2 * 8 + line][k * 16 + matrix / 2 * 8]);
-            load_transposed(k_high, &chunk.k_high[matrix % 2 * 8 + line][k * 16 + matrix / 2 * 8]);
-            load_transposed(k_low, &chunk.k_low[matrix % 2 * 8 + line][k * 16 + matrix / 2 * 8]);
+            load_matrices(r_high, rows + offsetof(Chunk, r_high) + 32 * k);
+            load_transposed(k_high, rows + offsetof(Chunk, k_high) + 32 * k);
+            load_transposed(k_low, rows + offsetof(Chunk, k_low) + 32 * k);
+            if (SPLIT_R) load_matrices(r_low, rows + offsetof(Chunk, r_low) + 32 * k);
             uint32_t high[2][2], low[2][2];
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 float(&tile)[4] = s[2 * k + e];
                 split<__nv_bfloat16>(tile[0], tile[1], high[0][e], low[0][e]);
                 split<__nv_bfloat16>(tile[2], tile[3], high[1][e], low[1][e]);
-                const float2 decay = *reinterpret_cast<const float2*>(&chunk.decay[(2 * k + e) * 8 + pair]);
+                const float2 decay = load_pair(decays + (2 * k + e) * 32);
                 tile[0] *= decay.x, tile[1] *= decay.y, tile[2] *= decay.x, tile[3] *= decay.y;
                 multiply<T>(tile, v_transposed, k_high[2 * e], k_high[2 * e + 1]);
                 multiply<T>(tile, v_transposed, k_low[2 * e], k_low[2 * e + 1]);
@@ -245,7 +260,7 @@ struct WkvUser {
             for (int n = 0; n < 2; n++) {
                 multiply<__nv_bfloat16>(y[n], r_high, high[n][0], high[n][1]);
                 multiply<__nv_bfloat16>(part[0][n], r_high, low[n][0], low[n][1]);
-                multiply<__nv_bfloat16>(part[1][n], r_low, high[n][0], high[n][1]);
+                if (SPLIT_R) multiply<__nv_bfloat16>(part[1][n], r_low, high[n][0], high[n][1]);
             }
         }
 #pragma unroll
@@ -265,7 +280,9 @@ __device__ void wkv(const Wkv& p) {
         maker.load(0);
         for (int group = 0; group < groups; group++) {
             maker.copy_values(group);
-            if (group * WKV_GROUP + warp * WKV_CHUNK < p.tokens) maker.make(group);
+            const int count = p.tokens - group * WKV_GROUP - warp * WKV_CHUNK;
+            if (count >= WKV_CHUNK) maker.template make<true>(group);
+            else if (count > 0) maker.template make<false>(group);
             await_copies<0>();
             asm volatile("bar.sync 0;" ::: "memory");
         }
@@ -275,19 +292,18 @@ __device__ void wkv(const Wkv& p) {
     float* state = p.state + ((long long)blockIdx.z * p.heads + blockIdx.y) * HEAD * HEAD;
     WkvUser<T> user(first);
     user.load_state(state);
+    int left = p.tokens - user.row;  // Tokens from this lane's first row of the chunk on; its second row is 8 further.
+    T* to = (T*)p.y + ((long long)blockIdx.z * p.tokens + user.row) * p.y_row + blockIdx.y * HEAD + first + user.pair;
+    const int below = 8 * p.y_row;
     for (int group = 0; group < groups; group++) {
         asm volatile("bar.sync 0;" ::: "memory");
-        for (int i = 0; i < WKV_CHUNKS && group * WKV_GROUP + i * WKV_CHUNK < p.tokens; i++) {
+        const int chunks = min(WKV_CHUNKS, (p.tokens - group * WKV_GROUP + WKV_CHUNK - 1) / WKV_CHUNK);
+        uint32_t at = shared_address(&shared.chunks[group % 2][0]);
+        for (int i = 0; i < chunks; i++, at += sizeof(WkvChunk<T>), left -= WKV_CHUNK, to += 2 * below) {
             float y[2][4] = {};
-            user.chunk(shared.chunks[group % 2][i], value, y);
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int t = group * WKV_GROUP + i * WKV_CHUNK + user.row + e * 8;
-                if (t >= p.tokens) continue;
-                T* to = (T*)p.y + ((long long)blockIdx.z * p.tokens + t) * p.y_row + blockIdx.y * HEAD + first + user.pair;
-                put(to, make_float2(y[0][2 * e], y[0][2 * e + 1]));
-                put(to + 8, make_float2(y[1][2 * e], y[1][2 * e + 1]));
-            }
+            user.chunk(at, value, y);
+            if (left > 0) put(to, make_float2(y[0][0], y[0][1])), put(to + 8, make_float2(y[1][0], y[1][1]));
+            if (left > 8) put(to + below, make_float2(y[0][2], y[0][3])), put(to + below + 8, make_float2(y[1][2], y[1][3]));
         }
     }
     user.store_state(state);

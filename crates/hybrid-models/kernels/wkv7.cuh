@@ -67,28 +67,36 @@ __device__ void wkv7(const Wkv7& p) {
             if (p.own && blockIdx.x == 0 && lane == 0 && tile + t < p.tokens) p.own[(start + tile + t) * p.heads + blockIdx.y] = own;
         }
     };
+    // The removal keys of the token to come are there before it; all its other numbers before what they are needed for is known.
+    float4 removal[QUADS];
+    auto load_removal = [&](int t) {
+#pragma unroll
+        for (int m = 0; m < QUADS; m++) removal[m] = removals[t][part + 4 * m];
+    };
     auto step = [&](int t) {
         const float v = vs[t][column];
-        float sum[QUADS] = {};
+        float sum[QUADS];
 #pragma unroll
         for (int m = 0; m < QUADS; m++) {
-            const float4 removal = removals[t][part + 4 * m];
-            sum[m] = fmaf(s[m][3], removal.w, fmaf(s[m][2], removal.z, fmaf(s[m][1], removal.y, s[m][0] * removal.x)));
+            sum[m] = fmaf(s[m][3], removal[m].w, fmaf(s[m][2], removal[m].z, fmaf(s[m][1], removal[m].y, s[m][0] * removal[m].x)));
         }
+        float4 w4[QUADS], k4[QUADS], add4[QUADS], r4[QUADS];
+#pragma unroll
+        for (int m = 0; m < QUADS; m++) w4[m] = ws[t][part + 4 * m], k4[m] = ks[t][part + 4 * m], add4[m] = adds[t][part + 4 * m], r4[m] = rs[t][part + 4 * m];
+        load_removal(min(t + 1, DELTA_TILE - 1));
         float found = (sum[0] + sum[1]) + (sum[2] + sum[3]);
         found += __shfl_xor_sync(~0u, found, 8);
+#pragma unroll
+        for (int m = 0; m < QUADS; m++) {
+            s[m][0] = fmaf(w4[m].x, s[m][0], k4[m].x * v), s[m][1] = fmaf(w4[m].y, s[m][1], k4[m].y * v);
+            s[m][2] = fmaf(w4[m].z, s[m][2], k4[m].z * v), s[m][3] = fmaf(w4[m].w, s[m][3], k4[m].w * v);
+        }
         found += __shfl_xor_sync(~0u, found, 16);
 #pragma unroll
         for (int m = 0; m < QUADS; m++) {
-            const float4 w4 = ws[t][part + 4 * m], k4 = ks[t][part + 4 * m], add4 = adds[t][part + 4 * m], r4 = rs[t][part + 4 * m];
-            const float w[] = {w4.x, w4.y, w4.z, w4.w}, k[] = {k4.x, k4.y, k4.z, k4.w}, add[] = {add4.x, add4.y, add4.z, add4.w};
-            const float r[] = {r4.x, r4.y, r4.z, r4.w};
-            sum[m] = 0;
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                s[m][e] = fmaf(add[e], found, fmaf(w[e], s[m][e], k[e] * v));
-                sum[m] = fmaf(r[e], s[m][e], sum[m]);
-            }
+            s[m][0] = fmaf(add4[m].x, found, s[m][0]), s[m][1] = fmaf(add4[m].y, found, s[m][1]);
+            s[m][2] = fmaf(add4[m].z, found, s[m][2]), s[m][3] = fmaf(add4[m].w, found, s[m][3]);
+            sum[m] = fmaf(s[m][3], r4[m].w, fmaf(s[m][2], r4[m].z, fmaf(s[m][1], r4[m].y, s[m][0] * r4[m].x)));
         }
         return (sum[0] + sum[1]) + (sum[2] + sum[3]);
     };
@@ -99,6 +107,7 @@ __device__ void wkv7(const Wkv7& p) {
         prepare(tile);
         __syncthreads();
         if (tile + DELTA_TILE < p.tokens) load(tile + DELTA_TILE);
+        load_removal(0);
         int t = 0;
         for (; t + 4 <= count; t += 4) {
             float sums[4];
