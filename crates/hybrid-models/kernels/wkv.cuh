@@ -170,14 +170,6 @@ struct WkvMaker {
 #pragma unroll
         for (int t = 0; t < WKV_CHUNK; t++) own[t] = fmaf(r[t].x * u.x, k[t].x, r[t].y * u.y * k[t].y);
 
-        // A's places of this lane: tokens row and row + 8, of the tokens before them pair and pair + 1 in each half.
-        const int row = lane / 4, pair = lane % 4 * 2;
-        float own_sum = sums_of_lanes<WKV_CHUNK>(own, lane);
-        own_sum += __shfl_xor_sync(~0u, own_sum, 16);
-        const float own_of[2] = {__shfl_sync(~0u, own_sum, row), __shfl_sync(~0u, own_sum, row + 8)};
-        float a[2][4];
-#pragma unroll
-        for (int e = 0; e < 8; e++) a[e / 4][e % 4] = row + e % 4 / 2 * 8 == pair + e % 2 + e / 4 * 8 ? own_of[e % 4 / 2] : 0.f;
         float2 before = one, after = one;
 #pragma unroll
         for (int t = 0; t < WKV_CHUNK; t++) {
@@ -189,6 +181,14 @@ struct WkvMaker {
         }
         *reinterpret_cast<float2*>(&chunk.decay[2 * lane]) = before;
 
+        // A's places of this lane: tokens row and row + 8, of the tokens before them pair and pair + 1 in each half.
+        const int row = lane / 4, pair = lane % 4 * 2;
+        float own_sum = sums_of_lanes<WKV_CHUNK>(own, lane);
+        own_sum += __shfl_xor_sync(~0u, own_sum, 16);
+        const float own_of[2] = {__shfl_sync(~0u, own_sum, row), __shfl_sync(~0u, own_sum, row + 8)};
+        float a[2][4];
+#pragma unroll
+        for (int e = 0; e < 8; e++) a[e / 4][e % 4] = row + e % 4 / 2 * 8 == pair + e % 2 + e / 4 * 8 ? own_of[e % 4 / 2] : 0.f;
         weigh<8>(r, k, w, a), weigh<4>(r, k, w, a), weigh<2>(r, k, w, a), weigh<1>(r, k, w, a);
 #pragma unroll
         for (int half = 0; half < 2; half++) {

@@ -1,138 +1,176 @@
 // RWKV-7's recurrence (Peng and others, arXiv 2503.14456) for prompts: the generalised delta rule, with what the layer does to its keys.
 //
-// A block takes VALUES of a head's values through all tokens; four threads share a column's 64 keys, which stay in registers. What is the same
-// for all columns (decays, removal keys, keys, what is added) is computed once per block, a tile of tokens at a time, while the
-// next tile is on its way.
+// A block takes VALUES of a head's values through all tokens. Half of its warps keep the state in registers: four lanes share two columns,
+// a quarter of their 64 keys each. What is the same for all columns (decays, removal keys, keys, what is added) the other half
+// computes once per block, for the tile of tokens after, while its own loads for the tile after the next are on their way.
 #pragma once
 #include "args.cuh"
 #include "number.cuh"
 
 namespace hybrid {
 
-constexpr int DELTA_THREADS = 128, DELTA_TILE = 16, DELTA_VALUES = 32, DELTA_DIM = 64;
+constexpr int DELTA_THREADS = 128, DELTA_TILE = 8, DELTA_VALUES = 32, DELTA_DIM = 64, DELTA_QUADS = DELTA_DIM / 16;
 
-// Grid (DELTA_DIM / DELTA_VALUES, heads, batch), DELTA_THREADS threads.
+struct DeltaTile {
+    float4 r[DELTA_TILE][DELTA_DIM / 4], w[DELTA_TILE][DELTA_DIM / 4], k[DELTA_TILE][DELTA_DIM / 4];
+    float4 removal[DELTA_TILE][DELTA_DIM / 4], added[DELTA_TILE][DELTA_DIM / 4];  // added: with its sign changed
+    float v[DELTA_TILE][DELTA_VALUES], y[DELTA_TILE][DELTA_VALUES];
+};
+
 template <class T>
-__device__ void wkv7(const Wkv7& p) {
-    constexpr int WARPS = DELTA_THREADS / 32, ROWS = DELTA_TILE / WARPS, QUADS = DELTA_DIM / 16;
-    __shared__ float4 rs[DELTA_TILE][DELTA_DIM / 4], ws[DELTA_TILE][DELTA_DIM / 4], ks[DELTA_TILE][DELTA_DIM / 4];
-    __shared__ float4 removals[DELTA_TILE][DELTA_DIM / 4], adds[DELTA_TILE][DELTA_DIM / 4];
-    __shared__ float vs[DELTA_TILE][DELTA_VALUES], ys[DELTA_TILE][DELTA_VALUES];
+struct DeltaMaker {
+    static constexpr int ROWS = DELTA_TILE / 2;  // Tokens of a tile that a warp prepares; a lane takes two neighbouring keys, and one value.
 
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, part = lane / 8, column = warp * 8 + lane % 8;
-    const int head = blockIdx.y * DELTA_DIM, first = head + blockIdx.x * DELTA_VALUES;
-    const long long start = (long long)blockIdx.z * p.tokens;
-    float* state = p.state + ((long long)blockIdx.z * p.heads + blockIdx.y) * DELTA_DIM * DELTA_DIM + blockIdx.x * DELTA_VALUES + column;
+    const Wkv7& p;
+    DeltaTile (&tiles)[2];
+    const int warp, lane, head, first;
+    const long long start;
+    float2 decay, rate_bias, removal_scale, key_rate, own_scale;
+    Bits<T> r[ROWS], key[ROWS], w[ROWS], a[ROWS];
+    T v[ROWS];
 
-    // Keys 4 (part + 4 m) + e.
-    float s[QUADS][4];
-#pragma unroll
-    for (int m = 0; m < QUADS; m++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) s[m][e] = state[(4 * (part + 4 * m) + e) * DELTA_DIM];
+    __device__ DeltaMaker(const Wkv7& p, DeltaTile (&tiles)[2])
+        : p(p), tiles(tiles), warp(threadIdx.x / 32 % 2), lane(threadIdx.x % 32), head(blockIdx.y * DELTA_DIM), first(head + blockIdx.x * DELTA_VALUES),
+          start((long long)blockIdx.z * p.tokens) {
+        auto pair_at = [&](const float* x) { return *reinterpret_cast<const float2*>(x + head + 2 * lane); };
+        decay = pair_at(p.decay), rate_bias = pair_at(p.rate_bias), removal_scale = pair_at(p.removal_scale);
+        key_rate = pair_at(p.key_rate), own_scale = pair_at(p.own_scale);
     }
-    // Of every ROWS-th row of a tile, a warp prepares all keys, a lane two neighbours.
-    auto pair_of = [&](const float* x) { return *reinterpret_cast<const float2*>(x + head + 2 * lane); };
-    const float2 decay = pair_of(p.decay), rate_bias = pair_of(p.rate_bias), removal_scale = pair_of(p.removal_scale);
-    const float2 key_rate = pair_of(p.key_rate), own_scale = pair_of(p.own_scale);
-    Bits<T> r_next[ROWS], key_next[ROWS], w_next[ROWS], a_next[ROWS];
-    T v_next[ROWS];
-    auto load = [&](int tile) {
+
+    // Beyond the last token, it is read again, and not used.
+    __device__ void load(int tile) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const long long row = start + min(tile + warp * ROWS + i, p.tokens - 1);
+            const long long row = start + min(tile * DELTA_TILE + warp * ROWS + i, p.tokens - 1);
             auto at = [&](const void* x, int stride) { return *reinterpret_cast<const Bits<T>*>((const T*)x + row * stride + head + 2 * lane); };
-            r_next[i] = at(p.r, p.r_row), key_next[i] = at(p.key, p.key_row), w_next[i] = at(p.w, p.w_row), a_next[i] = at(p.a, p.a_row);
-            v_next[i] = ((const T*)p.v)[row * p.v_row + first + lane];
+            r[i] = at(p.r, p.r_row), key[i] = at(p.key, p.key_row), w[i] = at(p.w, p.w_row), a[i] = at(p.a, p.a_row);
+            v[i] = ((const T*)p.v)[row * p.v_row + first + lane];
         }
-    };
-    auto prepare = [&](int tile) {
+    }
+    __device__ void make(int tile) {
+        DeltaTile& to = tiles[tile % 2];
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const int t = warp * ROWS + i;
-            const float2 r = unpacked<T>(r_next[i]), key = unpacked<T>(key_next[i]), w = unpacked<T>(w_next[i]), a = unpacked<T>(a_next[i]);
-            float2 removal = {key.x * removal_scale.x, key.y * removal_scale.y};
-            const float2 rate = {sigmoid(a.x + rate_bias.x), sigmoid(a.y + rate_bias.y)};
-            const float2 k = {key.x * fmaf(rate.x - 1.f, key_rate.x, 1.f), key.y * fmaf(rate.y - 1.f, key_rate.y, 1.f)};
+            const int t = warp * ROWS + i, token = tile * DELTA_TILE + t;
+            const float2 rs = unpacked<T>(r[i]), keys = unpacked<T>(key[i]), ws = unpacked<T>(w[i]), as = unpacked<T>(a[i]);
+            float2 removal = {keys.x * removal_scale.x, keys.y * removal_scale.y};
+            const float2 rate = {sigmoid(as.x + rate_bias.x), sigmoid(as.y + rate_bias.y)};
+            const float2 k = {keys.x * fmaf(rate.x - 1.f, key_rate.x, 1.f), keys.y * fmaf(rate.y - 1.f, key_rate.y, 1.f)};
             float norm = fmaf(removal.x, removal.x, removal.y * removal.y);
-            float own = fmaf(r.x * k.x, own_scale.x, r.y * k.y * own_scale.y);
+            float own = fmaf(rs.x * k.x, own_scale.x, rs.y * k.y * own_scale.y);
 #pragma unroll
             for (int step = 1; step < 32; step *= 2) norm += __shfl_xor_sync(~0u, norm, step), own += __shfl_xor_sync(~0u, own, step);
             const float scale = 1.f / fmaxf(sqrtf(norm), 1e-12f);
             removal.x *= scale, removal.y *= scale;
-            auto put = [&](float4(&to)[DELTA_TILE][DELTA_DIM / 4], float x, float y) { ((float2*)to[t])[lane] = make_float2(x, y); };
-            put(rs, r.x, r.y), put(ks, k.x, k.y), put(removals, removal.x, removal.y);
-            put(ws, forget7(w.x + decay.x), forget7(w.y + decay.y)), put(adds, -rate.x * removal.x, -rate.y * removal.y);
-            vs[t][lane] = number(v_next[i]);
-            if (p.own && blockIdx.x == 0 && lane == 0 && tile + t < p.tokens) p.own[(start + tile + t) * p.heads + blockIdx.y] = own;
+            auto put = [&](float4(&rows)[DELTA_TILE][DELTA_DIM / 4], float x, float y) { ((float2*)rows[t])[lane] = make_float2(x, y); };
+            put(to.r, rs.x, rs.y), put(to.k, k.x, k.y), put(to.removal, removal.x, removal.y);
+            put(to.w, forget7(ws.x + decay.x), forget7(ws.y + decay.y)), put(to.added, -rate.x * removal.x, -rate.y * removal.y);
+            to.v[t][lane] = number(v[i]);
+            if (p.own && blockIdx.x == 0 && lane == 0 && token < p.tokens) p.own[(start + token) * p.heads + blockIdx.y] = own;
         }
-    };
-    // The removal keys of the token to come are there before it; all its other numbers before what they are needed for is known.
-    float4 removal[QUADS];
-    auto load_removal = [&](int t) {
-#pragma unroll
-        for (int m = 0; m < QUADS; m++) removal[m] = removals[t][part + 4 * m];
-    };
-    auto step = [&](int t) {
-        const float v = vs[t][column];
-        float sum[QUADS];
-#pragma unroll
-        for (int m = 0; m < QUADS; m++) {
-            sum[m] = fmaf(s[m][3], removal[m].w, fmaf(s[m][2], removal[m].z, fmaf(s[m][1], removal[m].y, s[m][0] * removal[m].x)));
-        }
-        float4 w4[QUADS], k4[QUADS], add4[QUADS], r4[QUADS];
-#pragma unroll
-        for (int m = 0; m < QUADS; m++) w4[m] = ws[t][part + 4 * m], k4[m] = ks[t][part + 4 * m], add4[m] = adds[t][part + 4 * m], r4[m] = rs[t][part + 4 * m];
-        load_removal(min(t + 1, DELTA_TILE - 1));
-        float found = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        found += __shfl_xor_sync(~0u, found, 8);
-#pragma unroll
-        for (int m = 0; m < QUADS; m++) {
-            s[m][0] = fmaf(w4[m].x, s[m][0], k4[m].x * v), s[m][1] = fmaf(w4[m].y, s[m][1], k4[m].y * v);
-            s[m][2] = fmaf(w4[m].z, s[m][2], k4[m].z * v), s[m][3] = fmaf(w4[m].w, s[m][3], k4[m].w * v);
-        }
-        found += __shfl_xor_sync(~0u, found, 16);
-#pragma unroll
-        for (int m = 0; m < QUADS; m++) {
-            s[m][0] = fmaf(add4[m].x, found, s[m][0]), s[m][1] = fmaf(add4[m].y, found, s[m][1]);
-            s[m][2] = fmaf(add4[m].z, found, s[m][2]), s[m][3] = fmaf(add4[m].w, found, s[m][3]);
-            sum[m] = fmaf(s[m][3], r4[m].w, fmaf(s[m][2], r4[m].z, fmaf(s[m][1], r4[m].y, s[m][0] * r4[m].x)));
-        }
-        return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    };
-
-    load(0);
-    for (int tile = 0; tile < p.tokens; tile += DELTA_TILE) {
-        const int count = min(DELTA_TILE, p.tokens - tile);
-        prepare(tile);
-        __syncthreads();
-        if (tile + DELTA_TILE < p.tokens) load(tile + DELTA_TILE);
-        load_removal(0);
-        int t = 0;
-        for (; t + 4 <= count; t += 4) {
-            float sums[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[i] = step(t + i);
-            ys[t + part][column] = sums_of_lanes<4, 8>(sums, lane);
-        }
-        for (; t < count; t++) {
-            float sum = step(t);
-            sum += __shfl_xor_sync(~0u, sum, 8);
-            sum += __shfl_xor_sync(~0u, sum, 16);
-            ys[t][column] = sum;
-        }
-        __syncthreads();
+    }
+    __device__ void finish(int tile) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const int t = warp * ROWS + i;
-            if (t < count) ((T*)p.y)[(start + tile + t) * p.y_row + first + lane] = rounded<T>(ys[t][lane]);
+            const int t = warp * ROWS + i, token = tile * DELTA_TILE + t;
+            if (token < p.tokens) ((T*)p.y)[(start + token) * p.y_row + first + lane] = rounded<T>(tiles[tile % 2].y[t][lane]);
         }
     }
+};
+
+// Two columns, of each the keys 4 (part + 4 m) + e.
+struct DeltaColumns {
+    const int lane, part, column;
+    float s[2][DELTA_QUADS][4];
+
+    __device__ DeltaColumns() : lane(threadIdx.x % 32), part(lane / 8), column(threadIdx.x / 32 * 16 + lane % 8) {}
+    template <class F>
+    __device__ void each(F f) {
 #pragma unroll
-    for (int m = 0; m < QUADS; m++) {
+        for (int c = 0; c < 2; c++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) state[(4 * (part + 4 * m) + e) * DELTA_DIM] = s[m][e];
+            for (int m = 0; m < DELTA_QUADS; m++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) f(s[c][m][e], (4 * (part + 4 * m) + e) * DELTA_DIM + column + 8 * c);
+            }
+        }
     }
+    static __device__ float dot(const float (&x)[DELTA_QUADS][4], const float4 (&y)[DELTA_QUADS]) {
+        float sum[DELTA_QUADS];
+#pragma unroll
+        for (int m = 0; m < DELTA_QUADS; m++) sum[m] = fmaf(x[m][3], y[m].w, fmaf(x[m][2], y[m].z, fmaf(x[m][1], y[m].y, x[m][0] * y[m].x)));
+        return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    }
+
+    __device__ void step(DeltaTile& tile, int t) {
+        auto row = [&](const float4(&rows)[DELTA_TILE][DELTA_DIM / 4], float4(&to)[DELTA_QUADS]) {
+#pragma unroll
+            for (int m = 0; m < DELTA_QUADS; m++) to[m] = rows[t][part + 4 * m];
+        };
+        float4 removal[DELTA_QUADS], w[DELTA_QUADS], k[DELTA_QUADS], added[DELTA_QUADS], r[DELTA_QUADS];
+        row(tile.removal, removal), row(tile.w, w), row(tile.k, k), row(tile.added, added), row(tile.r, r);
+        float found[2] = {dot(s[0], removal), dot(s[1], removal)}, y[2];
+#pragma unroll
+        for (int c = 0; c < 2; c++) found[c] += __shfl_xor_sync(~0u, found[c], 8);
+#pragma unroll
+        for (int c = 0; c < 2; c++) found[c] += __shfl_xor_sync(~0u, found[c], 16);
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const float v = tile.v[t][column + 8 * c];
+#pragma unroll
+            for (int m = 0; m < DELTA_QUADS; m++) {
+                s[c][m][0] = fmaf(added[m].x, found[c], fmaf(w[m].x, s[c][m][0], k[m].x * v));
+                s[c][m][1] = fmaf(added[m].y, found[c], fmaf(w[m].y, s[c][m][1], k[m].y * v));
+                s[c][m][2] = fmaf(added[m].z, found[c], fmaf(w[m].z, s[c][m][2], k[m].z * v));
+                s[c][m][3] = fmaf(added[m].w, found[c], fmaf(w[m].w, s[c][m][3], k[m].w * v));
+            }
+            y[c] = dot(s[c], r);
+        }
+        // Lanes of parts 0 and 1 end up with the first column's sum, the others with the second's.
+        const bool upper = part & 2;
+        float sum = (upper ? y[1] : y[0]) + __shfl_xor_sync(~0u, upper ? y[0] : y[1], 16);
+        sum += __shfl_xor_sync(~0u, sum, 8);
+        if (part % 2 == 0) tile.y[t][column + part * 4] = sum;
+    }
+};
+
+// Grid (DELTA_DIM / DELTA_VALUES, heads, batch), DELTA_THREADS threads.
+template <class T>
+__device__ void wkv7(const Wkv7& p) {
+    __shared__ DeltaTile tiles[2];
+    const int count = (p.tokens + DELTA_TILE - 1) / DELTA_TILE;
+    auto barrier = [] { asm volatile("bar.sync 0;" ::: "memory"); };
+    if (threadIdx.x >= DELTA_THREADS / 2) {
+        DeltaMaker<T> maker(p, tiles);
+        maker.load(0);
+        maker.make(0);
+        if (count > 1) maker.load(1);
+        for (int tile = 0; tile < count; tile++) {
+            barrier();
+            // The outputs before what overwrites their tile.
+            if (tile > 0) maker.finish(tile - 1);
+            if (tile + 1 < count) maker.make(tile + 1);
+            if (tile + 2 < count) maker.load(tile + 2);
+        }
+        barrier();
+        maker.finish(count - 1);
+        return;
+    }
+    float* state = p.state + ((long long)blockIdx.z * p.heads + blockIdx.y) * DELTA_DIM * DELTA_DIM + blockIdx.x * DELTA_VALUES;
+    DeltaColumns columns;
+    columns.each([&](float& s, int at) { s = state[at]; });
+    for (int tile = 0; tile < count; tile++) {
+        barrier();
+        const int tokens = min(DELTA_TILE, p.tokens - tile * DELTA_TILE);
+        if (tokens == DELTA_TILE) {
+#pragma unroll 2
+            for (int t = 0; t < DELTA_TILE; t++) columns.step(tiles[tile % 2], t);
+        } else {
+            for (int t = 0; t < tokens; t++) columns.step(tiles[tile % 2], t);
+        }
+    }
+    barrier();
+    columns.each([&](float& s, int at) { state[at] = s; });
 }
 
 }  // namespace hybrid
