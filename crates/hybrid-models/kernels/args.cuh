@@ -40,7 +40,7 @@ struct Ssd {
     int x_row, b_row, c_row, steps_row, y_row;
     float step_min, step_max;
 };
-constexpr int SSD_SHARED_64 = 69128, SSD_SHARED_128 = 112136;
+constexpr int SSD_SHARED_64 = 69128, SSD_SHARED_128 = 112136;  // The latter is more than devices of 8.6 and 8.9 have (101376).
 
 // RWKV-5 and 6: y = S' r + (r . (u o k)) v, then S <- diag(w) S + k v' of each head.
 // w: in 5 `decay` itself, in 6 e^-e^(w + decay), all in f32.
