@@ -26,7 +26,7 @@ const RATIO: f64 = 0.25;
 
 type Make = fn(AttentionShape) -> Result<Box<dyn KvCache>>;
 
-const METHODS: [(&str, Make); 15] = [
+const METHODS: [(&str, Make); 18] = [
     ("dense", |s| Ok(Box::new(DenseCache::new(s, DType::F16)?))),
     ("random", |s| policy(s, Random::new(0))),
     ("recent", |s| policy(s, Recent::default())),
@@ -35,10 +35,18 @@ const METHODS: [(&str, Make); 15] = [
     ("lag-kv", |s| policy(s, LagKv::new(4, 128)?)),
     ("expected-attention", |s| policy(s, ExpectedAttention::default())),
     ("snap-kv", |s| policy(s, SnapKv::new(32)?)),
-    ("tova", |s| policy(s, Tova)),
+    ("tova", |s| policy(s, Tova::default())),
     ("h2o", |s| policy(s, H2o::default())),
     ("ada-snap-kv", |s| policy(s, AdaKv::new(SnapKv::new(32)?))),
     ("chunk-snap-kv", |s| policy(s, ChunkKv::new(SnapKv::new(32)?, 20)?)),
+    // The middle layer, which keeps as much as all do in the mean.
+    ("pyramid-snap-kv", |s| policy(s, PyramidKv::new(SnapKv::new(32)?, 1, 3, 20.0)?)),
+    ("finch", |s| policy(s, Finch::new(32)?)),
+    // One head of three keeps everything: a third rather than a quarter.
+    ("duo-attention", |s| {
+        let duo = DuoAttention::new(vec![false, true, true], 16, 64)?;
+        Ok(Box::new(PolicyCache::new(store(s)?, duo, Budget::Policy)?))
+    }),
     ("streaming-llm", |s| Ok(Box::new(StreamingLlm::with_ratio(RATIO, store(s)?)?))),
     ("quest", |s| Ok(Box::new(Quest::<f16>::new(PROMPT / 4, s)?))),
     ("infllm", |s| Ok(Box::new(InfLlm::<f16>::with_ratio(RATIO, s)?))),

@@ -23,7 +23,7 @@ fn policy(name: &str) -> Result<Box<dyn EvictionPolicy>> {
     Ok(match name {
         "snap-kv" => Box::new(SnapKv::new(32)?),
         "expected-attention" => Box::new(ExpectedAttention::default()),
-        "tova" => Box::new(Tova),
+        "tova" => Box::new(Tova::default()),
         "k-norm" => Box::new(KNorm),
         "key-diff" => Box::new(KeyDiff),
         "lag-kv" => Box::new(LagKv::new(4, 64)?),

@@ -22,7 +22,7 @@ fn policies() -> Vec<Box<dyn EvictionPolicy>> {
         Box::new(KNorm),
         Box::new(Recent::with_sinks(4)),
         Box::new(H2o::default()),
-        Box::new(Tova),
+        Box::new(Tova::default()),
         Box::new(SnapKv::new(16).unwrap()),
         Box::new(AdaKv::new(SnapKv::new(16).unwrap())),
         Box::new(Rerotated::new(KeyDiff)),

@@ -66,7 +66,7 @@ fn snap_kv() -> SnapKv {
 fn policies_keep_the_positions_that_kvpress_keeps() {
     let fixture = Fixture::load();
     fixture.compare("snap_kv", |_| snap_kv());
-    fixture.compare("tova", |_| Tova);
+    fixture.compare("tova", |_| Tova::default());
     fixture.compare("k_norm", |_| KNorm);
     fixture.compare("key_diff", |_| KeyDiff);
     fixture.compare("expected_attention", |_| ExpectedAttention::default());

@@ -55,6 +55,11 @@ fn policies_of_their_own() {
     assert!(message(SnapKv::new(0)).contains("window"));
     assert!(message(SnapKv::new(8).unwrap().with_kernel(4)).contains("kernel"));
     assert!(message(H2o::default().with_heavy_share(f64::NAN)).contains("heavy share"));
+    assert!(message(Finch::new(0)).contains("window"));
+    assert!(message(LagKv::new(4, 0)).contains("lag"));
+    assert!(message(ChunkKv::new(KNorm, 0)).contains("chunk"));
+    assert!(message(DuoAttention::new(vec![true], 4, 0)).contains("recent"));
+    assert!(message(DuoAttention::new(Vec::new(), 4, 8)).contains("streaming"));
 }
 
 #[test]
@@ -78,7 +83,7 @@ fn calls() {
         representatives: 2,
         chunk: 8,
     };
-    let policy = PolicyCache::new(store(DType::F32), Tova, Budget::Tokens(8)).unwrap();
+    let policy = PolicyCache::new(store(DType::F32), Tova::default(), Budget::Tokens(8)).unwrap();
     let caches: [Box<dyn KvCache>; 4] = [
         Box::new(policy),
         Box::new(StreamingLlm::new(2, 6, store(DType::F32)).unwrap()),

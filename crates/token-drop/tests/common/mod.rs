@@ -115,7 +115,7 @@ pub fn policies() -> Vec<(&'static str, Box<dyn EvictionPolicy>)> {
         ("recent with sinks", Box::new(Recent::with_sinks(4))),
         ("k-norm", Box::new(KNorm)),
         ("snap-kv", Box::new(SnapKv::new(8).unwrap())),
-        ("tova", Box::new(Tova)),
+        ("tova", Box::new(Tova::default())),
         ("h2o", Box::new(H2o::default())),
         ("key-diff", Box::new(KeyDiff)),
         ("lag-kv", Box::new(LagKv::new(2, 8).unwrap())),

@@ -1,0 +1,57 @@
+//! TOVA's published code may drop the newest token, kvpress and this crate's default do not.
+
+mod common;
+
+use candle_core::{D, DType, Tensor};
+use common::*;
+use longctx_core::KvCache;
+use token_drop::*;
+
+/// The tokens that the last query of a text attends to the most, averaged over all heads; computed by a softmax over all scores.
+fn most_attended(text: &Input, count: usize) -> Vec<u32> {
+    let (q, k) = (rope().apply(&text.q, 0).unwrap(), rope().apply(&text.k, 0).unwrap());
+    let q = q.narrow(2, text.tokens() - 1, 1).unwrap().contiguous().unwrap();
+    let group = HEADS / KV_HEADS;
+    let repeated: Vec<_> = (0..HEADS).map(|h| k.narrow(1, h / group, 1).unwrap()).collect();
+    let k = Tensor::cat(&repeated, 1).unwrap();
+    let scores = (q.matmul(&k.t().unwrap()).unwrap() * f64::from(shape().scale)).unwrap();
+    let weights = candle_nn::ops::softmax(&scores, D::Minus1).unwrap().mean(1).unwrap();
+    let weights: Vec<f32> = weights.flatten_all().unwrap().to_vec1().unwrap();
+    let mut order: Vec<_> = (0..text.tokens() as u32).collect();
+    order.sort_by(|&a, &b| weights[b as usize].total_cmp(&weights[a as usize]));
+    order.truncate(count);
+    order.sort_unstable();
+    order
+}
+
+/// A text whose newest key points away from every query that looks at it.
+fn text_that_ignores_its_end() -> Input {
+    let mut text = Input::random(1, 60);
+    let (last, group) = (text.tokens() - 1, HEADS / KV_HEADS);
+    let q = text.q.narrow(2, last, 1).unwrap();
+    let away: Vec<_> = (0..KV_HEADS)
+        .map(|h| {
+            let queries = q.narrow(1, h * group, group).unwrap();
+            (queries.sum_keepdim(1).unwrap() * -2.0).unwrap()
+        })
+        .collect();
+    let away = Tensor::cat(&away, 1).unwrap();
+    text.k = Tensor::cat(&[text.k.narrow(2, 0, last).unwrap(), away], 2).unwrap();
+    text
+}
+
+#[test]
+fn the_newest_token_goes_as_in_the_published_code_if_asked_for() {
+    let text = text_that_ignores_its_end();
+    let kept = |policy: Tova| {
+        let mut cache = PolicyCache::new(store(DType::F32), policy, Budget::Tokens(20)).unwrap();
+        text.feed(&mut cache).unwrap();
+        assert_eq!(cache.held(), 20);
+        cache.positions().to_vec()
+    };
+    let published = most_attended(&text, 20);
+    assert!(!published.contains(&59));
+    assert_eq!(kept(Tova::default().with_published_newest()), [published.clone(), published]);
+    let own = [most_attended(&text.narrow(2, 0, 60), 19), vec![59]].concat();
+    assert_eq!(kept(Tova::default()), [own.clone(), own]);
+}
