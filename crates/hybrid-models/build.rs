@@ -14,10 +14,16 @@ mod cuda {
     const TARGETS: [&str; 2] =
         ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"];
 
-    /// Writes `images.rs`, an array of the compiled kernels, into the folder that cargo gives.
+    /// Bytes of dynamic shared memory that kernels/args.cuh says.
+    const SHARED: [&str; 3] = ["SSD_SHARED_64", "SSD_SHARED_128", "WKV_SHARED"];
+
+    /// Writes `images.rs`, an array of the compiled kernels, and `shared.rs`, the constants of [`SHARED`], into the folder that cargo gives.
     pub fn compile() {
         println!("cargo:rerun-if-changed=kernels");
         let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+        let args = std::fs::read_to_string("kernels/args.cuh").expect("the kernels' arguments");
+        std::fs::write(out.join("shared.rs"), SHARED.map(|name| constant(&args, name)).concat())
+            .expect("room in OUT_DIR");
         let nvcc = cudaforge::CudaToolkit::detect().expect("feature `cuda` needs nvcc").nvcc_path;
         let entries = std::fs::read_dir("kernels").expect("a folder of kernels").flatten();
         let mut sources: Vec<_> = entries.map(|entry| entry.path()).collect();
@@ -32,6 +38,12 @@ mod cuda {
             running.into_iter().map(|image| image.join().expect("nvcc compiles")).collect()
         });
         std::fs::write(out.join("images.rs"), format!("&[{images}]")).expect("room in OUT_DIR");
+    }
+
+    fn constant(source: &str, name: &str) -> String {
+        let (_, rest) = source.split_once(&format!("{name} = ")).expect(name);
+        let value: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        format!("pub const {name}: u32 = {value};")
     }
 
     /// Gives the expression for the file's name and its compiled bytes.

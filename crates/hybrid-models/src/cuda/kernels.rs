@@ -20,11 +20,16 @@ const OLDEST: i32 = 80;
 /// The compiled kernels/*.cu. What a file holds has names that begin with the file's.
 const IMAGES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
+// Bytes of dynamic shared memory, as in kernels/args.cuh.
+include!(concat!(env!("OUT_DIR"), "/shared.rs"));
+
 /// The kernels, loaded into a device's context.
 #[derive(Debug)]
 pub struct Kernels {
     modules: Vec<(&'static str, Arc<CudaModule>)>,
     stream: Arc<CudaStream>,
+    /// The most bytes of shared memory that a block may have.
+    pub most_shared: u32,
 }
 
 impl Kernels {
@@ -47,7 +52,8 @@ impl Kernels {
             Ok((name, module))
         };
         let modules = IMAGES.iter().map(load).collect::<Result<_>>()?;
-        Ok(Self { modules, stream })
+        let most_shared = attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
+        Ok(Self { modules, stream, most_shared })
     }
 
     /// The kernel of a name for inputs and outputs of a format, by blocks of so many threads with so many bytes of dynamic shared memory.

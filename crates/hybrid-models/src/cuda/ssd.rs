@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::args;
-use super::kernels::{Kernel, Rows, address, unwritten};
+use super::kernels::{Kernel, Rows, SSD_SHARED_64, SSD_SHARED_128, address, unwritten};
 use super::target::{InChunks, Target};
 use crate::mamba2::{Mamba2Shape, Ssd as Host};
 use candle_core::Tensor;
@@ -10,9 +10,6 @@ use longctx_core::{Error, Result};
 
 /// As in kernels/args.cuh, as are grids.
 const MOST_STATES: usize = 256;
-/// Bytes of shared memory for 64 and for 128 states.
-const SHARED_64: u32 = 58_888;
-const SHARED_128: u32 = 101_896;
 
 #[derive(Debug)]
 pub struct Ssd {
@@ -32,8 +29,8 @@ impl Ssd {
             return Err(Error::Unsupported(format!("{what}: kernels have up to {MOST_STATES}")));
         }
         let in_chunks = match (head_dim, states) {
-            (64, 64) => to.in_chunks("ssd", 256, SHARED_64)?,
-            (64, 128) => to.in_chunks("ssd", 256, SHARED_128)?,
+            (64, 64) => to.in_chunks("ssd", 256, SSD_SHARED_64)?,
+            (64, 128) => to.in_chunks("ssd", 256, SSD_SHARED_128)?,
             _ => None,
         };
         Ok(Self {

@@ -28,12 +28,12 @@ impl Target {
         self.kernels.get(name, self.dtype, threads, 0)
     }
 
-    /// A kernel for many tokens, where there is one for the format of the weights.
+    /// A kernel for many tokens, where there is one for the format of the weights and the device has so much shared memory.
     pub fn in_chunks(&self, name: &str, threads: u32, shared: u32) -> Result<Option<InChunks>> {
-        match self.dtype {
-            DType::F32 => Ok(None),
-            dtype => Ok(Some(InChunks(self.kernels.get(name, dtype, threads, shared)?))),
+        if self.dtype == DType::F32 || shared > self.kernels.most_shared {
+            return Ok(None);
         }
+        Ok(Some(InChunks(self.kernels.get(name, self.dtype, threads, shared)?)))
     }
 
     /// Numbers in f32.

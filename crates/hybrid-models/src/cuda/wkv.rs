@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::args;
-use super::kernels::{Kernel, Rows, address, unwritten};
+use super::kernels::{Kernel, Rows, WKV_SHARED, address, unwritten};
 use super::target::{InChunks, Target};
 use crate::rwkv::V7;
 use candle_core::{DType, Tensor};
@@ -12,8 +12,6 @@ use longctx_core::{Error, Result};
 const MOST_CHANNELS: usize = 128;
 /// Channels of a head in published models, which kernels are made for.
 const USUAL_CHANNELS: usize = 64;
-/// Bytes of shared memory of those of versions 5 and 6.
-const SHARED: u32 = 101_376;
 
 /// The kernels of one version.
 #[derive(Debug)]
@@ -31,7 +29,7 @@ impl Version {
             return Err(Error::Unsupported(format!("{what}: kernels have up to {MOST_CHANNELS}")));
         }
         let in_chunks = match (name, dim) {
-            ("wkv5" | "wkv6", USUAL_CHANNELS) => to.in_chunks(name, 192, SHARED)?,
+            ("wkv5" | "wkv6", USUAL_CHANNELS) => to.in_chunks(name, 192, WKV_SHARED)?,
             ("wkv7", USUAL_CHANNELS) => to.in_chunks(name, 128, 0)?,
             _ => None,
         };
