@@ -3,8 +3,8 @@
 
 use std::path::Path;
 
-use crate::mixed::{Tensors, mixed};
 use crate::common::{Fixture, SAME, distance, feed, feed_on, relative_distance};
+use crate::mixed::{Tensors, mixed};
 use candle_core::{DType, Device, Tensor};
 use hybrid_models::{LoadOptions, Model, Session};
 use kv_quant::{Bits, Format, QuantCache};
