@@ -22,7 +22,7 @@ use longctx_eval::Haystack;
 use longctx_eval::needle::{Needle, Sample, score, spaced};
 use longctx_examples::llm::Llm;
 use longctx_examples::{memory, model};
-use method::{DEFAULT, METHODS, Method, REFERENCE, STATE};
+use method::{METHODS, Method, REFERENCE, STATE};
 use report::Row;
 
 #[derive(Parser)]
@@ -47,11 +47,11 @@ struct Args {
     /// Tokens to generate for an answer
     #[arg(long, default_value_t = 16)]
     max_tokens: usize,
-    /// Tokens of the prompt to feed at a time; by default the whole prompt, which is exact under every method
+    /// Tokens of the prompt to feed at a time; by default the whole prompt, which is exact under every method but InfLLM
     #[arg(long)]
     prefill_chunk: Option<usize>,
-    /// Methods to run
-    #[arg(long, value_delimiter = ',', default_values = DEFAULT, value_parser = names())]
+    /// Methods to run; by default all
+    #[arg(long, value_delimiter = ',', default_values = METHODS.map(|method| method.name), value_parser = names())]
     methods: Vec<String>,
     /// Where to save the table
     #[arg(long, default_value = "results")]

@@ -12,7 +12,7 @@ pub struct Method {
     pub cache: fn(&LayerShape) -> Result<Box<dyn KvCache>>,
 }
 
-/// Every method, the reference for ratios (dense f16) among them.
+/// Every method, the reference for ratios (dense f16) among them: a few minutes on two cores.
 pub const METHODS: [Method; 9] = [
     Method { name: "dense-f32", cache: |l| boxed(DenseCache::new(l.attention, DType::F32)) },
     Method { name: REFERENCE, cache: |l| boxed(DenseCache::new(l.attention, DType::F16)) },
@@ -41,10 +41,6 @@ pub const METHODS: [Method; 9] = [
 /// What a model without attention layers is run with: no cache is ever built.
 pub const STATE: Method =
     Method { name: "state", cache: |l| boxed(DenseCache::new(l.attention, DType::F16)) };
-
-/// What runs unless others are asked for: a few minutes on two cores.
-pub const DEFAULT: [&str; 6] =
-    ["dense-f32", REFERENCE, "kivi-4", "kivi-2", "streaming-4x", "streaming-4x-kivi-4"];
 
 /// Compression ratios are against this method's bytes.
 pub const REFERENCE: &str = "dense-f16";

@@ -1,6 +1,6 @@
 //! One cell of the sweep: a policy, a store, and how much it may hold.
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use clap::ValueEnum;
 use half::f16;
@@ -10,11 +10,14 @@ use longctx_core::{
 };
 use token_drop::*;
 
+use crate::heads::{Heads, RECENT, SINKS};
+
 /// The newest queries that SnapKV and its kin observe; the question of the needle test is shorter.
 const WINDOW: usize = 32;
 
-/// Every policy by name.
-pub const POLICIES: [&str; 17] = [
+/// Every policy by name; "dense" keeps everything.
+pub const POLICIES: [&str; 19] = [
+    "dense",
     "random",
     "recent",
     "streaming-llm",
@@ -30,6 +33,7 @@ pub const POLICIES: [&str; 17] = [
     "ada-snap-kv",
     "chunk-snap-kv",
     "finch",
+    "duo-attention",
     "quest",
     "infllm",
 ];
@@ -60,24 +64,25 @@ pub struct Cell {
     pub share: f64,
     /// Tokens per kv head.
     pub budget: usize,
+    /// Which kv heads stream, per layer, under DuoAttention.
+    streaming: Vec<Vec<bool>>,
 }
 
 impl Cell {
     pub fn dense() -> Self {
-        Self { policy: "dense".into(), store: Store::F16, share: 1.0, budget: usize::MAX }
+        let (policy, streaming) = ("dense".into(), Vec::new());
+        Self { policy, store: Store::F16, share: 1.0, budget: usize::MAX, streaming }
     }
 
-    /// `None` where there is no such cache: retrieval holds everything, in f16 alone.
+    /// `None` where there is no such cache: retrieval holds everything, in f16 alone, and DuoAttention's streaming heads have a least size.
     pub fn new(
         policy: &str,
         store: Store,
         share: f64,
         equal: Equal,
         tokens: usize,
+        heads: &Heads,
     ) -> Result<Option<Self>> {
-        if !POLICIES.contains(&policy) {
-            bail!("there is no policy {policy:?}; there are {}", POLICIES.join(", "));
-        }
         if matches!(policy, "quest" | "infllm") && (store != Store::F16 || equal == Equal::Bytes) {
             return Ok(None);
         }
@@ -85,7 +90,12 @@ impl Cell {
             Equal::Tokens => (share * tokens as f64) as usize,
             Equal::Bytes => store.tokens_in(share, tokens)?,
         };
-        Ok(Some(Self { policy: policy.into(), store, share, budget }))
+        let streaming = match policy {
+            "duo-attention" => heads.split(budget, tokens)?,
+            _ => Some(Vec::new()),
+        };
+        let cell = |streaming| Self { policy: policy.into(), store, share, budget, streaming };
+        Ok(streaming.map(cell))
     }
 
     /// A cache for one layer.
@@ -113,7 +123,7 @@ impl Cell {
             "key-diff" => Box::new(KeyDiff),
             "lag-kv" => Box::new(LagKv::new(4, 64)?),
             "expected-attention" => Box::new(ExpectedAttention::default()),
-            "tova" => Box::new(Tova),
+            "tova" => Box::new(Tova::default()),
             "h2o" => Box::new(H2o::default()),
             "snap-kv" => Box::new(snap_kv()?),
             // As wide as two keys of 7 digits less one: a vote for the first digit reaches the last.
@@ -124,11 +134,19 @@ impl Cell {
             "ada-snap-kv" => Box::new(AdaKv::new(snap_kv()?)),
             "chunk-snap-kv" => Box::new(ChunkKv::new(snap_kv()?, 20)?),
             "finch" => Box::new(Finch::new(16)?),
+            "duo-attention" => {
+                let streaming = self.streaming[layer.layer].clone();
+                Box::new(DuoAttention::new(streaming, SINKS, RECENT)?)
+            }
             _ => Box::new(Recent::default()),
         };
         // An answer is short: only policies that evict at every token evict during it.
         let step = policy.decode_step().filter(|&step| step == 1);
-        let cache = PolicyCache::new(store, policy, Budget::Tokens(self.budget))?;
+        let budget = match policy.bounds_heads() {
+            true => Budget::Policy,
+            false => Budget::Tokens(self.budget),
+        };
+        let cache = PolicyCache::new(store, policy, budget)?;
         Ok(Box::new(cache.with_decode_step(step)?))
     }
 

@@ -7,6 +7,7 @@
 //! reads the prompt for itself, in chunks, which takes as many prefills as there are caches.
 
 mod cell;
+mod heads;
 mod plot;
 mod report;
 
@@ -20,6 +21,8 @@ use base_models::{LoadOptions, Pretrained};
 use candle_core::{Device, Tensor};
 use cell::{Cell, Equal, POLICIES, Store};
 use clap::Parser;
+use clap::builder::PossibleValuesParser;
+use heads::Heads;
 use indicatif::{ProgressBar, ProgressStyle};
 use longctx_core::{CausalLm, Footprint, KvCache, LayerShape, Logits};
 use longctx_eval::Haystack;
@@ -41,8 +44,8 @@ struct Args {
     /// Where to hide the key: 0 at the start, 1 at the end; a prompt and a key of its own for each
     #[arg(long, value_delimiter = ',', default_values_t = [0.1, 0.3, 0.5, 0.7, 0.9])]
     depths: Vec<f64>,
-    /// Policies by name, or "all"
-    #[arg(long, value_delimiter = ',', default_values = ["recent", "snap-kv", "h2o", "tova"])]
+    /// Policies by name; "dense" keeps everything, "all" is all of them
+    #[arg(long, value_delimiter = ',', default_values = ["dense", "recent", "snap-kv", "h2o", "tova"], value_parser = names())]
     policies: Vec<String>,
     /// What keys and values are held in: f16, kivi-4, kivi-2
     #[arg(long, value_delimiter = ',', default_values = ["f16", "kivi-4", "kivi-2"])]
@@ -84,9 +87,17 @@ fn main() -> Result<()> {
     if let Some(path) = &args.save_prompts {
         return save_prompts(&args, &llm, path);
     }
+    let policies = match args.policies.iter().any(|policy| policy == "all") {
+        true => POLICIES.map(String::from).to_vec(),
+        false => args.policies.clone(),
+    };
+    let heads = match policies.iter().any(|policy| policy == "duo-attention") {
+        true => Heads::measure(&llm)?,
+        false => Heads::default(),
+    };
     let mut rows: Vec<Row> = Vec::new();
     for &tokens in &args.tokens {
-        let cells = cells(&args, tokens)?;
+        let cells = cells(&args, &policies, &heads, tokens)?;
         let prompts = prompts(&args, &llm, tokens)?;
         println!("{tokens} tokens: {} caches x {} prompts", cells.len(), prompts.len());
         let bar = ProgressBar::new((cells.len() * prompts.len()) as u64);
@@ -109,17 +120,18 @@ fn main() -> Result<()> {
     plot::save(&rows, &args.out.with_extension("svg"))
 }
 
-fn cells(args: &Args, tokens: usize) -> Result<Vec<Cell>> {
-    let policies: Vec<&str> = match args.policies.iter().any(|p| p == "all") {
-        true => POLICIES.to_vec(),
-        false => args.policies.iter().map(String::as_str).collect(),
-    };
-    let mut cells = vec![Cell::dense()];
+fn names() -> PossibleValuesParser {
+    PossibleValuesParser::new(POLICIES.into_iter().chain(["all"]))
+}
+
+fn cells(args: &Args, policies: &[String], heads: &Heads, tokens: usize) -> Result<Vec<Cell>> {
+    let (dense, policies): (Vec<&String>, Vec<_>) = policies.iter().partition(|p| *p == "dense");
+    let mut cells: Vec<_> = dense.iter().map(|_| Cell::dense()).collect();
     for &share in &args.shares {
         ensure!(share > 0.0 && share < 1.0, "a share between 0 and 1, not {share}");
         for &store in &args.stores {
             for policy in &policies {
-                cells.extend(Cell::new(policy, store, share, args.equal, tokens)?);
+                cells.extend(Cell::new(policy, store, share, args.equal, tokens, heads)?);
             }
         }
     }
