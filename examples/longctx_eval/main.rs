@@ -119,7 +119,8 @@ fn list() {
         println!("  {:28} {} to {} tokens{note}", setting.name, setting.model, setting.context);
     }
     println!("Methods, each of which is a setting with --model:");
-    let names: Vec<_> = methods.names().collect();
+    let mut names: Vec<_> = methods.names().collect();
+    names.sort_by_key(|name| family(name));
     for family in names.chunk_by(|a, b| family(a) == family(b)) {
         println!("  {}", family.join(" "));
     }

@@ -88,6 +88,10 @@ fn the_needle_grid_is_the_papers() {
     }
     assert!(samples.iter().all(|sample| sample.turns[0].contains(&sample.answers[0])));
     assert_eq!(samples, small.samples().unwrap().samples);
+    // A grid that grows keeps what it has: the same place, the same key.
+    let corner = NeedleGrid { lengths: vec![700], depths: vec![0.0, 1.0], ..small.clone() };
+    let of_corner = corner.samples().unwrap().samples;
+    assert!(of_corner.len() == 6 && of_corner.iter().all(|sample| samples.contains(sample)));
     let half = samples[0].answers[0][..32].to_owned();
     let score = small.score(&samples[0], &[half]).unwrap();
     assert_eq!((score.value, score.partial), (0.0, Some(0.5)));

@@ -1,6 +1,6 @@
 //! A run's folder: what was asked for, and a file of results for each process.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ pub struct Manifest {
 
 /// The results of all processes that share a folder, file by file in the order of their names; `run.json` is not looked at.
 ///
-/// A last line that breaks off, as a killed process leaves it, is passed over.
+/// A last line that breaks off, as a killed process leaves it, is passed over. A sample that is there twice counts once.
 ///
 /// # Errors
 /// If the folder or a file can't be read; [`Error::Record`] for a broken line before a file's last.
@@ -44,6 +44,9 @@ pub fn records(folder: &Path) -> Result<Vec<Record>> {
     for path in &paths {
         all.extend(read(path)?.0);
     }
+    // Processes that divided the work in different ways may have answered the same.
+    let mut keys = HashSet::new();
+    all.retain(|record: &Record| keys.insert(record.key()));
     Ok(all)
 }
 

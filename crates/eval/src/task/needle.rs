@@ -78,7 +78,11 @@ impl NeedleGrid {
         }
     }
 
-    fn sample(&self, length: usize, depth: f64, repeat: usize, seed: u64) -> Result<Sample> {
+    fn sample(&self, length: usize, depth: f64, repeat: usize) -> Result<Sample> {
+        // From the place alone: every grid that has a place has the same key there.
+        let place = [length, (depth * 1000.0).round() as usize, repeat];
+        let seed =
+            place.iter().fold(self.seed, |sum, &x| sum.wrapping_mul(0x1_0000_01b3) ^ x as u64);
         let one = Needle { depth, digits: self.digits, seed };
         let many = MultiNeedle { needle: one, distractors: self.distractors };
         let needle::Sample { prompt, answer } = match (&self.unit, self.distractors) {
@@ -118,8 +122,7 @@ impl Task for NeedleGrid {
         for &length in &self.lengths {
             for &depth in &self.depths {
                 for repeat in 0..self.repeats {
-                    let seed = self.seed.wrapping_add(samples.len() as u64);
-                    samples.push(self.sample(length, depth, repeat, seed)?);
+                    samples.push(self.sample(length, depth, repeat)?);
                 }
             }
         }
