@@ -78,7 +78,8 @@ struct FirstHalf;
 
 impl PromptCompressor for FirstHalf {
     fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed> {
-        let mut short = Compressed::copy(prompt.text, [0..rate.of(prompt.text.len())])?;
+        let mut short =
+            Compressed::copy(prompt.text, std::iter::once(0..rate.of(prompt.text.len())))?;
         short.text += &format!("[{}]", prompt.question.unwrap_or("-"));
         Ok(short)
     }
