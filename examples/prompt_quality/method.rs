@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use base_models::Pretrained;
 use candle_core::Device;
 use longctx_core::PromptCompressor;
@@ -12,8 +12,23 @@ use prompt_compress::{LlmLingua, LlmLingua2, SelectiveContext, Unit, llmlingua2}
 
 type Named = (&'static str, Box<dyn PromptCompressor>);
 
+/// What others are held against.
+pub const RANDOM: &str = "random words";
+
+/// Those that are named, or all.
+pub fn some(names: &[String], llm: &Pretrained, encoder: Option<&Path>) -> Result<Vec<Named>> {
+    let mut all = all(llm, encoder)?;
+    let unknown = names.iter().find(|name| all.iter().all(|(known, _)| known != name));
+    if let Some(name) = unknown {
+        let known: Vec<&str> = all.iter().map(|(name, _)| *name).collect();
+        bail!("no method {name:?}; there are {}", known.join(", "));
+    }
+    all.retain(|(name, _)| names.is_empty() || names.iter().any(|wanted| wanted == name));
+    Ok(all)
+}
+
 /// All of them, by name.
-pub fn all(llm: &Pretrained, encoder: Option<&Path>) -> Result<Vec<Named>> {
+fn all(llm: &Pretrained, encoder: Option<&Path>) -> Result<Vec<Named>> {
     let tokenizer = llm.tokenizer.inner().clone();
     let config = llm.model.config();
     let first = config.bos.or(config.eos.first().copied());
@@ -25,7 +40,7 @@ pub fn all(llm: &Pretrained, encoder: Option<&Path>) -> Result<Vec<Named>> {
     let long = Settings { order: Order::Original, ..Settings::long() };
     let long = LlmLingua::new(crate::session(llm)?, tokenizer, long)?;
     let mut all: Vec<Named> = vec![
-        ("random words", Box::new(RandomDrop { seed: 0 })),
+        (RANDOM, Box::new(RandomDrop { seed: 0 })),
         ("middle left out", Box::new(TruncateMiddle)),
         ("BM25 sentences", Box::new(Extract { ranking: Ranking::Bm25 })),
         ("TF-IDF sentences", Box::new(Extract { ranking: Ranking::TfIdf })),

@@ -24,7 +24,7 @@ struct Record {
     answers: Vec<String>,
 }
 
-/// Up to `per_task` questions of each task whose answer stands in the text word for word, with about `words` words around it.
+/// Up to `per_task` questions of each task whose answer, other than yes and no, stands in the text word for word, with about `words` words around it.
 pub fn questions(folder: &Path, per_task: usize, words: usize) -> Result<Vec<Sample>> {
     let mut all = Vec::new();
     for task in TASKS {
@@ -41,7 +41,9 @@ pub fn questions(folder: &Path, per_task: usize, words: usize) -> Result<Vec<Sam
 }
 
 fn passage(record: &Record, words: usize) -> Option<Sample> {
-    let mut places = record.answers.iter().map(|answer| (answer, record.context.find(answer)));
+    // "yes" and "no" stand in a text by chance.
+    let telling = record.answers.iter().filter(|answer| !["yes", "no"].contains(&answer.as_str()));
+    let mut places = telling.map(|answer| (answer, find(&record.context, answer)));
     let (answer, at) = places.find_map(|(answer, at)| Some((answer, at?)))?;
     // Of a triviaqa prompt the question is the part before "Answer:".
     let question = record.input.trim().trim_end_matches("Answer:").trim();
@@ -50,6 +52,16 @@ fn passage(record: &Record, words: usize) -> Option<Sample> {
     let before = words_back(&record.context[..at], words / 3);
     let text: Vec<&str> = record.context[before..].split_inclusive(' ').take(words).collect();
     Some(Sample { text: text.concat(), question: question.into(), answer: answer.clone() })
+}
+
+/// Where `answer` first stands in `text` by itself and not within a word.
+fn find(text: &str, answer: &str) -> Option<usize> {
+    let inside = |c: Option<char>| c.is_some_and(char::is_alphanumeric);
+    let mut places = text.match_indices(answer).map(|(at, _)| at);
+    places.find(|&at| {
+        let (before, after) = (&text[..at], &text[at + answer.len()..]);
+        !inside(before.chars().next_back()) && !inside(after.chars().next())
+    })
 }
 
 /// Where the last `words` words of `text` begin.

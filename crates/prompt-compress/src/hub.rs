@@ -9,7 +9,10 @@ use longctx_core::{Error, Result};
 pub fn download(name: &str) -> Result<PathBuf> {
     let api = ApiBuilder::from_env().build().map_err(|e| Error::file(name, e))?;
     let repo = api.model(name.to_owned());
-    let fetch = |file: &str| repo.get(file).map_err(|e| Error::file(format!("{name}/{file}"), e));
+    let fetch = |file: &str| {
+        let lacking = |e| format!("not in the Hub's cache, and not to be fetched: {e}");
+        repo.get(file).map_err(|e| Error::file(format!("{name}/{file}"), lacking(e)))
+    };
     fetch("tokenizer.json")?;
     fetch("model.safetensors")?;
     let config = fetch("config.json")?;

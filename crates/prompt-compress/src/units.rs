@@ -3,25 +3,35 @@
 use std::ops::Range;
 use unicode_segmentation::UnicodeSegmentation;
 
-/// The words of `text` (Unicode Standard Annex 29), each with the white space after it; the ranges tile the text.
+/// The words of `text` (Unicode Standard Annex 29), each with its punctuation and the white space after it; the ranges tile the text.
 ///
-/// Punctuation counts as a word, as does a Chinese character. White space before the first word goes to the first word.
+/// Punctuation goes with the word before it, or after it where white space stands before. So does white space before the first word.
+/// A Chinese character counts as a word.
 ///
 /// ```
-/// let text = "Hello,  world!";
+/// let text = "Hello,  (new) world!";
 /// let words: Vec<&str> = prompt_compress::words(text).into_iter().map(|r| &text[r]).collect();
-/// assert_eq!(words, ["Hello", ",  ", "world", "!"]);
+/// assert_eq!(words, ["Hello,  ", "(new) ", "world!"]);
 /// ```
 pub fn words(text: &str) -> Vec<Range<usize>> {
     let mut words: Vec<Range<usize>> = Vec::new();
-    let mut only_space = true;
+    // Whether there is nothing but white space so far; whether the last word has letters or digits, and white space at its end.
+    let (mut only_space, mut named, mut spaced) = (true, false, false);
     for (start, part) in text.split_word_bound_indices() {
         let end = start + part.len();
         let space = part.trim().is_empty();
+        let names = part.contains(char::is_alphanumeric);
         match words.last_mut() {
-            Some(last) if space || only_space => last.end = end,
-            _ => words.push(start..end),
+            Some(last) if space || only_space || (!spaced && !(named && names)) => {
+                last.end = end;
+                named |= names;
+            }
+            _ => {
+                words.push(start..end);
+                named = names;
+            }
         }
+        spaced = space;
         only_space &= space;
     }
     words
@@ -47,7 +57,8 @@ mod tests {
         let cut =
             |text: &'static str| words(text).into_iter().map(|r| &text[r]).collect::<Vec<_>>();
         assert_eq!(cut("  a b\n"), ["  a ", "b\n"]);
-        assert_eq!(cut("你好"), ["你", "好"]);
+        assert_eq!(cut("你好。"), ["你", "好。"]);
+        assert_eq!(cut("a - (b), c/d"), ["a ", "- ", "(b), ", "c/", "d"]);
         assert_eq!(cut(" \n"), [" \n"]);
         assert!(cut("").is_empty());
     }

@@ -42,5 +42,5 @@ fn opens_by_name() {
     assert_eq!(model.family(), Family::Bert);
     assert!(model.score(&["One. Two!"]).is_ok());
     let error = open("nobody/nothing").unwrap_err().to_string();
-    assert!(error.contains("nobody/nothing/tokenizer.json"), "{error}");
+    assert!(error.contains("nobody/nothing/tokenizer.json: not in the Hub's cache"), "{error}");
 }

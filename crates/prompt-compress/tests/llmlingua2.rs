@@ -56,11 +56,11 @@ impl Case {
     }
 
     fn texts(&self) -> Vec<String> {
-        match (&self.contexts, self.name.as_str()) {
+        let name = self.name.as_str();
+        match (&self.contexts, name.strip_prefix("50,000 words from ")) {
             (Some(contexts), _) => contexts.clone(),
-            (None, "50,000 words") => vec![long_text(50_000, 1)],
-            (None, "other 50,000 words") => vec![long_text(50_000, 2)],
-            (None, name) => panic!("no text for {name}"),
+            (None, Some(seed)) => vec![long_text(50_000, seed.parse().unwrap())],
+            (None, None) => panic!("no text for {name}"),
         }
     }
 
@@ -169,6 +169,9 @@ fn own_texts_equal_the_package() {
     assert_eq!(families.len(), 2);
     for (family, cases) in &families {
         assert!(cases.len() > 100);
+        let long = cases.iter().filter(|case| case.contexts.is_none());
+        let rates: Vec<f64> = long.filter_map(|case| case.options.rate).collect();
+        assert!([0.5, 0.25, 0.17, 0.125].iter().all(|rate| rates.contains(rate)), "{rates:?}");
         for same in cases.chunk_by(|a, b| a.shares_scores(b)) {
             let model = open(family, same[0].options.settings());
             let contexts = same[0].texts();

@@ -1,0 +1,114 @@
+//! What is left of answers and pass keys, and what the answers cost a model.
+
+use anyhow::Result;
+use base_models::{Decoder, Pretrained};
+use candle_core::{D, Device, Tensor};
+use candle_nn::ops::log_softmax;
+use longctx_core::{CausalLm, Logits};
+use prompt_compress::cl100k_tokens;
+
+use crate::sample::Sample;
+
+/// What [`Outcome::row`] gives.
+pub const COLUMNS: [&str; 5] = [
+    "kept",
+    "answers kept",
+    "perplexity of the answer",
+    "likelier than after random words",
+    "pass keys",
+];
+
+/// Questions, pass keys, and a model that reads them.
+pub struct Trial<'a> {
+    pub questions: Vec<Sample>,
+    pub keys: Vec<Sample>,
+    pub llm: &'a Pretrained,
+    pub session: Decoder,
+}
+
+/// What came of a method.
+pub struct Outcome {
+    /// Tokens that stayed, of how many.
+    kept: (usize, usize),
+    /// Answers that still stand in their passages.
+    answers: usize,
+    /// What each answer costs the model, in nats, and its tokens.
+    costs: Vec<(f64, usize)>,
+    /// Pass keys that came through whole, of how many.
+    keys: (usize, usize),
+}
+
+impl Trial<'_> {
+    /// Shortens all passages, and looks at what is left.
+    pub fn run(&mut self, mut shorten: impl FnMut(&Sample) -> Result<String>) -> Result<Outcome> {
+        let mut outcome =
+            Outcome { kept: (0, 0), answers: 0, costs: Vec::new(), keys: (0, self.keys.len()) };
+        for sample in &self.questions {
+            let short = shorten(sample)?;
+            outcome.kept.0 += cl100k_tokens(&short);
+            outcome.kept.1 += cl100k_tokens(&sample.text);
+            outcome.answers += usize::from(survives(sample, &short));
+            outcome.costs.push(cost(self.llm, &mut self.session, sample, &short)?);
+        }
+        for sample in &self.keys {
+            outcome.keys.0 += usize::from(survives(sample, &shorten(sample)?));
+        }
+        Ok(outcome)
+    }
+}
+
+impl Outcome {
+    /// The columns of a table, beside random words at the same rate.
+    pub fn row(&self, random: Option<&Outcome>) -> String {
+        let all = self.costs.len();
+        let likelier = random.map_or(String::new(), |random| {
+            let pairs = self.costs.iter().zip(&random.costs);
+            format!("{}/{all}", pairs.filter(|(own, random)| own.0 < random.0).count())
+        });
+        let (nats, tokens) =
+            self.costs.iter().fold((0.0, 0), |sum, cost| (sum.0 + cost.0, sum.1 + cost.1));
+        [
+            format!("{:.2}", self.kept.0 as f64 / self.kept.1 as f64),
+            format!("{}/{all}", self.answers),
+            format!("{:.2}", (nats / tokens as f64).exp()),
+            likelier,
+            format!("{}/{}", self.keys.0, self.keys.1),
+        ]
+        .join(" | ")
+    }
+}
+
+/// Whether the answer's words still stand in a text, one after the other.
+fn survives(sample: &Sample, text: &str) -> bool {
+    plain(text).contains(&plain(&sample.answer))
+}
+
+/// The words of a text in small letters, with a space before and behind each: some tokenizers write the rest in another way.
+fn plain(text: &str) -> String {
+    let words = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+    words.fold(" ".to_owned(), |all, word| all + &word.to_lowercase() + " ")
+}
+
+/// What the answer costs after a passage and the question, in nats, and its tokens.
+fn cost(
+    llm: &Pretrained,
+    session: &mut Decoder,
+    sample: &Sample,
+    passage: &str,
+) -> Result<(f64, usize)> {
+    let prompt = format!("{passage}\n\nQuestion: {}\nAnswer:", sample.question);
+    let prompt = llm.tokenizer.encode(&prompt, true)?;
+    let answer = llm.tokenizer.encode(&format!(" {}", sample.answer), false)?;
+    let all = [prompt.as_slice(), &answer].concat();
+    session.reset();
+    let first = prompt.len() - 1;
+    session.forward(&row(&all[..first])?, Logits::Last)?;
+    let logits = session.forward(&row(&all[first..all.len() - 1])?, Logits::All)?;
+    let log = log_softmax(&logits.squeeze(0)?, D::Minus1)?.to_vec2::<f32>()?;
+    let nats = log.iter().zip(&answer).map(|(log, &id)| -f64::from(log[id as usize])).sum();
+    Ok((nats, answer.len()))
+}
+
+fn row(ids: &[u32]) -> Result<Tensor> {
+    Ok(Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?)
+}
