@@ -22,7 +22,7 @@ pub fn words(text: &str) -> Vec<Range<usize>> {
         let space = part.trim().is_empty();
         let names = part.contains(char::is_alphanumeric);
         match words.last_mut() {
-            Some(last) if space || only_space || (!spaced && !(named && names)) => {
+            Some(last) if space || only_space || !(spaced || named && names) => {
                 last.end = end;
                 named |= names;
             }
