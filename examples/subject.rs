@@ -3,22 +3,30 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
+use crate::encoder;
 use base_models::{ChatTemplate, Decoder, LoadOptions, Message, Pretrained};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{CausalLm, DenseCache, KvCache, LayerShape, Logits};
 use longctx_eval::{Fault, Reader, Setting, Template, Text};
 
 /// The transformer in use, so that settings on the same one share its weights.
-#[derive(Default)]
 pub struct Models {
     open: RefCell<HashMap<String, Pretrained>>,
     prefill_chunk: Option<usize>,
+    /// LLMLingua-2's: a folder, or a name of the Hub.
+    pub encoder: String,
+}
+
+impl Default for Models {
+    fn default() -> Self {
+        Self { open: RefCell::default(), prefill_chunk: None, encoder: encoder::PUBLISHED.into() }
+    }
 }
 
 impl Models {
-    /// Prompts are fed `prefill_chunk` tokens at a time; `None`: all at once.
-    pub fn new(prefill_chunk: Option<usize>) -> Self {
-        Self { prefill_chunk, ..Self::default() }
+    /// Prompts are fed `prefill_chunk` tokens at a time; `None`: all at once. `encoder` is LLMLingua-2's.
+    pub fn new(prefill_chunk: Option<usize>, encoder: &str) -> Self {
+        Self { prefill_chunk, encoder: encoder.into(), ..Self::default() }
     }
 
     /// The transformer that `name` names.

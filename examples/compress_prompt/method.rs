@@ -1,13 +1,11 @@
 //! The compressors by name.
 
-use std::path::{Path, PathBuf};
-
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use base_models::{Decoder, LoadOptions, Pretrained};
-use candle_core::{DType, Device};
+use candle_core::DType;
 use clap::ValueEnum;
 use longctx_core::{DenseCache, PromptCompressor};
-use longctx_examples::model;
+use longctx_examples::{encoder, model};
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle};
 use prompt_compress::{LlmLingua, LlmLingua2, SelectiveContext, Unit, llmlingua, llmlingua2};
 
@@ -19,7 +17,7 @@ pub struct Models {
     #[arg(long)]
     model: Option<String>,
     /// The encoder of llmlingua2: a folder or a name of the Hub
-    #[arg(long, default_value = "microsoft/llmlingua-2-xlm-roberta-large-meetingbank")]
+    #[arg(long, default_value = encoder::PUBLISHED)]
     encoder: String,
     /// What llmlingua2 keeps in any case; by default line ends and . ! ? ,
     #[arg(long, value_delimiter = ' ')]
@@ -89,17 +87,7 @@ impl Models {
         if let Some(force) = &self.force {
             settings.force_tokens = force.clone();
         }
-        let folder = PathBuf::from(&self.encoder);
-        if folder.join("config.json").exists() {
-            return Ok(LlmLingua2::from_folder(&folder, settings, &Device::Cpu)?);
-        }
-        ensure!(!Path::new(&self.encoder).is_dir(), "{}: no config.json in it", self.encoder);
-        LlmLingua2::from_hub(&self.encoder, settings, &Device::Cpu).with_context(|| {
-            let name = &self.encoder;
-            format!(
-                "{name}: no folder with a checkpoint, and not to be had from the Hub; see --encoder"
-            )
-        })
+        encoder::open(&self.encoder, settings)
     }
 }
 

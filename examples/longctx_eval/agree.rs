@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Error, Result, ensure};
 use longctx_eval::{Forced, Setting, report, word_range};
-use longctx_examples::subject::Models;
 
 use crate::chosen::Chosen;
 use crate::method;
@@ -29,7 +28,7 @@ pub struct Args {
 }
 
 pub fn agree(args: Args) -> Result<()> {
-    let models = Models::new(args.chosen.prefill_chunk);
+    let models = args.chosen.models();
     let methods = method::all(&models);
     let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let count = text.split_whitespace().count();

@@ -9,8 +9,8 @@ use longctx_eval::{
     CountTokens, Error, Haystack, Length, Methods, NeedleGrid, Setting, Task, long_generation,
     longbench, setting,
 };
-use longctx_examples::model;
 use longctx_examples::subject::Models;
+use longctx_examples::{encoder, model};
 
 /// Context of a method that is named without a setting.
 const CONTEXT: usize = 7500;
@@ -34,10 +34,18 @@ pub struct Chosen {
     context: Option<usize>,
     /// Tokens of a prompt to feed at a time; by default all at once, which attends exactly
     #[arg(long)]
-    pub prefill_chunk: Option<usize>,
+    prefill_chunk: Option<usize>,
+    /// The encoder of LLMLingua-2: a folder with a checkpoint, or a name of the Hub
+    #[arg(long, default_value = encoder::PUBLISHED)]
+    encoder: String,
 }
 
 impl Chosen {
+    /// What opens the settings' models.
+    pub fn models(&self) -> Models {
+        Models::new(self.prefill_chunk, &self.encoder)
+    }
+
     /// The settings, in the order asked for.
     pub fn settings(&self, methods: &Methods<'_>) -> Result<Vec<Setting>> {
         let mut known = setting::paper();

@@ -82,7 +82,7 @@ fn main() -> Result<()> {
 }
 
 fn answer(args: RunArgs) -> Result<()> {
-    let models = Models::new(args.chosen.prefill_chunk);
+    let models = args.chosen.models();
     let methods = method::all(&models);
     let settings = args.chosen.settings(&methods)?;
     let tasks = args.tasks.open(&models, &settings)?;

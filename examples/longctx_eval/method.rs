@@ -7,9 +7,10 @@ use longctx_core::{
     DenseCache, DenseStore, EvictionPolicy, KvCache, LayerShape, PromptCompressor, Rate, Result,
 };
 use longctx_eval::{Fault, Methods, Reader, Setting};
+use longctx_examples::encoder;
 use longctx_examples::subject::{Models, dense};
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle};
-use prompt_compress::{LlmLingua, LlmLingua2, SelectiveContext, Unit, llmlingua, llmlingua2};
+use prompt_compress::{LlmLingua, SelectiveContext, Unit, llmlingua, llmlingua2};
 use token_drop::*;
 
 type Cache = Result<Box<dyn KvCache>>;
@@ -25,8 +26,6 @@ type Shortener = fn(&Models, &Setting) -> Compressor;
 const WINDOW: usize = 32;
 /// The compression ratios of the paper.
 const TIMES: [u32; 4] = [2, 4, 6, 8];
-/// The encoder of LLMLingua-2.
-const ENCODER: &str = "microsoft/llmlingua-2-xlm-roberta-large-meetingbank";
 
 /// Methods of one size.
 const FIXED: [(&str, Whole); 11] = [
@@ -75,9 +74,8 @@ const BY_RATIO: [(&str, Part); 16] = [
 
 /// Methods that shorten the prompt; the model that reads it may help.
 const BY_PROMPT: [(&str, Shortener); 7] = [
-    ("llmlingua2", |_, _| {
-        let settings = llmlingua2::Settings::paper();
-        Ok(Box::new(LlmLingua2::from_hub(ENCODER, settings, &candle_core::Device::Cpu)?))
+    ("llmlingua2", |models, _| {
+        Ok(Box::new(encoder::open(&models.encoder, llmlingua2::Settings::paper())?))
     }),
     ("llmlingua", |models, setting| {
         let llm = models.get(&setting.model)?;
