@@ -1,10 +1,10 @@
 //! The compressors by name.
 
 use anyhow::{Context, Result};
-use base_models::{Decoder, LoadOptions, Pretrained};
-use candle_core::DType;
+use base_models::{LoadOptions, Pretrained};
 use clap::ValueEnum;
-use longctx_core::{DenseCache, PromptCompressor};
+use longctx_core::PromptCompressor;
+use longctx_examples::subject::dense;
 use longctx_examples::{encoder, model};
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle};
 use prompt_compress::{LlmLingua, LlmLingua2, SelectiveContext, Unit, llmlingua, llmlingua2};
@@ -56,7 +56,7 @@ impl Method {
                 let first = config.bos.or(config.eos.first().copied());
                 let first = first.context("the model has no token to begin a text with")?;
                 let tokenizer = llm.tokenizer.inner().clone();
-                Box::new(SelectiveContext::new(session(&llm)?, tokenizer, first, Unit::Word))
+                Box::new(SelectiveContext::new(dense(&llm)?, tokenizer, first, Unit::Word))
             }
             Method::Bm25 => Box::new(Extract { ranking: Ranking::Bm25 }),
             Method::TfIdf => Box::new(Extract { ranking: Ranking::TfIdf }),
@@ -78,8 +78,8 @@ impl Models {
     fn lingua(&self, settings: llmlingua::Settings) -> Result<Box<dyn PromptCompressor>> {
         let llm = self.causal()?;
         let tokenizer = llm.tokenizer.inner().clone();
-        let lingua = LlmLingua::new(session(&llm)?, tokenizer, settings)?;
-        Ok(Box::new(lingua.with_second(session(&llm)?)))
+        let lingua = LlmLingua::new(dense(&llm)?, tokenizer, settings)?;
+        Ok(Box::new(lingua.with_second(dense(&llm)?)))
     }
 
     fn encoder(&self) -> Result<LlmLingua2> {
@@ -89,8 +89,4 @@ impl Models {
         }
         encoder::open(&self.encoder, settings)
     }
-}
-
-fn session(llm: &Pretrained) -> Result<Decoder> {
-    Ok(llm.model.session(|layer| DenseCache::new(layer.attention, DType::F16))?)
 }

@@ -32,9 +32,9 @@ struct Args {
     /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
     #[arg(long)]
     model: Option<String>,
-    /// A folder with an LLMLingua-2 checkpoint
+    /// The encoder of LLMLingua-2: a folder with a checkpoint, or a name of the Hub
     #[arg(long)]
-    encoder: Option<PathBuf>,
+    encoder: Option<String>,
     /// Questions of each task
     #[arg(long, default_value_t = 2)]
     per_task: usize,

@@ -1,14 +1,12 @@
 //! The compressors that are compared.
 
-use std::path::Path;
-
 use anyhow::{Context, Result, bail};
 use base_models::Pretrained;
-use candle_core::Device;
 use longctx_core::PromptCompressor;
+use longctx_examples::encoder;
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle};
 use prompt_compress::llmlingua::{Order, Settings};
-use prompt_compress::{LlmLingua, LlmLingua2, SelectiveContext, Unit, llmlingua2};
+use prompt_compress::{LlmLingua, SelectiveContext, Unit, llmlingua2};
 
 type Named = (&'static str, Box<dyn PromptCompressor>);
 
@@ -16,7 +14,7 @@ type Named = (&'static str, Box<dyn PromptCompressor>);
 pub const RANDOM: &str = "random words";
 
 /// Those that are named, or all.
-pub fn some(names: &[String], llm: &Pretrained, encoder: Option<&Path>) -> Result<Vec<Named>> {
+pub fn some(names: &[String], llm: &Pretrained, encoder: Option<&str>) -> Result<Vec<Named>> {
     let mut all = all(llm, encoder)?;
     let unknown = names.iter().find(|name| all.iter().all(|(known, _)| known != name));
     if let Some(name) = unknown {
@@ -28,7 +26,7 @@ pub fn some(names: &[String], llm: &Pretrained, encoder: Option<&Path>) -> Resul
 }
 
 /// All of them, by name.
-fn all(llm: &Pretrained, encoder: Option<&Path>) -> Result<Vec<Named>> {
+fn all(llm: &Pretrained, encoder: Option<&str>) -> Result<Vec<Named>> {
     let tokenizer = llm.tokenizer.inner().clone();
     let config = llm.model.config();
     let first = config.bos.or(config.eos.first().copied());
@@ -48,9 +46,8 @@ fn all(llm: &Pretrained, encoder: Option<&Path>) -> Result<Vec<Named>> {
         ("LLMLingua", Box::new(lingua)),
         ("LongLLMLingua", Box::new(long.with_second(crate::session(llm)?))),
     ];
-    if let Some(folder) = encoder {
-        let settings = llmlingua2::Settings::paper();
-        let model = LlmLingua2::from_folder(folder, settings, &Device::Cpu)?;
+    if let Some(name) = encoder {
+        let model = encoder::open(name, llmlingua2::Settings::paper())?;
         all.push(("LLMLingua-2", Box::new(model)));
     }
     Ok(all)
