@@ -16,7 +16,6 @@ const THREADS: usize = 128;
 
 /// Field for field what the kernels take. Pointers are device addresses.
 #[repr(C)]
-#[derive(Clone, Copy)]
 struct Args {
     q: u64,
     k: u64,
@@ -111,27 +110,26 @@ fn launch(
     let parts = rows * splits * columns;
     let (part_out, part_max, part_sum) = (alloc(parts * d)?, alloc(parts)?, alloc(parts)?);
     let address = |x: &CudaSlice<f32>| x.device_ptr(&stream).0;
-    let args = Args {
-        q: 0,
-        k: 0,
-        v: 0,
-        out: address(&out),
-        lse: address(&lse),
-        part_out: address(&part_out),
-        part_max: address(&part_max),
-        part_sum: address(&part_sum),
-        row: row as i64,
-        tokens: tokens as i32,
-        columns: columns as i32,
-        queries: queries as i32,
-        splits: splits as i32,
-        causal: (visible == Visible::Causal) as i32,
-        window: shape.window.unwrap_or(0) as i32,
-        scale: shape.scale,
-        soft_cap: shape.soft_cap.unwrap_or(0.0),
-    };
     with_addresses([q, k, v], &stream, |[q, k, v]| {
-        let args = Args { q, k, v, ..args };
+        let args = Args {
+            q,
+            k,
+            v,
+            out: address(&out),
+            lse: address(&lse),
+            part_out: address(&part_out),
+            part_max: address(&part_max),
+            part_sum: address(&part_sum),
+            row: row as i64,
+            tokens: tokens as i32,
+            columns: columns as i32,
+            queries: queries as i32,
+            splits: splits as i32,
+            causal: (visible == Visible::Causal) as i32,
+            window: shape.window.unwrap_or(0) as i32,
+            scale: shape.scale,
+            soft_cap: shape.soft_cap.unwrap_or(0.0),
+        };
         let config = |grid_dim, threads: usize| LaunchConfig {
             grid_dim,
             block_dim: (threads as u32, 1, 1),
