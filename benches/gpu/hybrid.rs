@@ -1,8 +1,12 @@
 //! Prefill and decode of recurrent models on a GPU, random weights in f16, beside candle-transformers' on the same weights where it has the model.
 //!
 //!     cargo bench -p longctx-benches --features cuda --bench cuda_hybrid
+//!     cargo bench -p longctx-benches --features cuda --bench cuda_hybrid -- rwkv gemma
 //!
-//! candle's models take one token at a time: what a token costs them does not depend on how many came before, so that a few tell their speed.
+//! The second takes only models whose names contain one of the words.
+//!
+//! candle's Mamba, Mamba-2 and RWKV-5 take one token at a time: what a token costs them does not depend on how many came before, so that a few
+//! tell their speed, also with a prompt. Its RecurrentGemma takes the whole prompt.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -10,7 +14,7 @@ use std::time::Instant;
 use anyhow::Result;
 use candle_core::{DType, Device, IndexOp, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{mamba, mamba2, rwkv_v5};
+use candle_transformers::models::{mamba, mamba2, recurrent_gemma, rwkv_v5};
 use hybrid_models::{LoadOptions, Model};
 use longctx_benches::recurrent::{self, Outline};
 use longctx_benches::tokens;
@@ -25,23 +29,31 @@ fn main() -> Result<()> {
         println!("skipped: no CUDA device");
         return Ok(());
     };
-    println!("| model | prefill of 8,192 tokens, tokens/s | decode, tokens/s | candle, tokens/s |");
-    println!("|---|---:|---:|---:|");
+    println!("Tokens per second, a prompt of {PROMPT} tokens:");
+    println!("| model | prefill, candle | prefill, ours | decode, candle | decode, ours |");
+    println!("|---|---:|---:|---:|---:|");
     let random = Random::new()?;
-    let run = |name: &str, outline: Outline, theirs: Option<&Make<'_>>| -> Result<()> {
+    // cargo itself adds `--bench`.
+    let wanted: Vec<String> =
+        std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
+    let run = |name: &str, outline: Outline, make: &Make<'_>| -> Result<()> {
+        let lower = name.to_lowercase();
+        if !wanted.is_empty() && !wanted.iter().any(|word| lower.contains(&word.to_lowercase())) {
+            return Ok(());
+        }
         let weights = random.weights(&outline)?;
         let (prefill, decode) = ours(&outline, weights.clone(), &device)?;
-        let theirs = match theirs {
-            Some(make) => few(make(&outline, weights, &device)?, &device)?,
-            None => String::new(),
-        };
-        println!("| {name} | {prefill:.0} | {decode:.1} | {theirs} |");
+        let theirs = make(&outline, weights, &device)?;
+        let (their_prefill, their_decode) = theirs.speeds(outline.vocab, &device)?;
+        println!(
+            "| {name} | {their_prefill:.1} | {prefill:.0} | {their_decode:.1} | {decode:.1} |"
+        );
         Ok(())
     };
-    run("mamba-2.8b", recurrent::mamba(2560, 64), Some(&candle_mamba))?;
-    run("RWKV-5 7B", recurrent::rwkv5(4096, 14336, 32), Some(&candle_rwkv5))?;
-    run("mamba2-2.7b", recurrent::mamba2(2560, 64), Some(&candle_mamba2))?;
-    run("RecurrentGemma-2B", recurrent::recurrent_gemma(26, 256_000), None)
+    run("mamba-2.8b", recurrent::mamba(2560, 64), &candle_mamba)?;
+    run("RWKV-5 7B", recurrent::rwkv5(4096, 14336, 32), &candle_rwkv5)?;
+    run("mamba2-2.7b", recurrent::mamba2(2560, 64), &candle_mamba2)?;
+    run("RecurrentGemma-2B", recurrent::recurrent_gemma(26, 256_000), &candle_recurrent_gemma)
 }
 
 /// Random numbers that all weights are cut out of: to draw billions would take minutes.
@@ -82,10 +94,14 @@ fn ours(
         best = best.min(seconds(|| session.forward(&prompt, Logits::Last).map_err(Into::into))?);
     }
     let one = tokens(1, outline.vocab as u32)?;
-    let step = |_| seconds(|| session.forward(&one, Logits::Last).map_err(Into::into));
-    let mut times = (0..STEPS).map(step).collect::<Result<Vec<_>>>()?;
+    let decode = median(|| seconds(|| Ok(session.forward(&one, Logits::Last)?)))?;
+    Ok((PROMPT as f64 / best, 1.0 / decode))
+}
+
+fn median(mut time: impl FnMut() -> Result<f64>) -> Result<f64> {
+    let mut times = (0..STEPS).map(|_| time()).collect::<Result<Vec<_>>>()?;
     times.sort_by(f64::total_cmp);
-    Ok((PROMPT as f64 / best, 1.0 / times[STEPS / 2]))
+    Ok(times[STEPS / 2])
 }
 
 /// Until the next token is chosen, as a generation waits for it.
@@ -95,15 +111,24 @@ fn seconds(run: impl FnOnce() -> Result<Tensor>) -> Result<f64> {
     Ok(start.elapsed().as_secs_f64())
 }
 
-type Step = Box<dyn FnMut(&Tensor) -> Result<Tensor>>;
-type Make<'a> = dyn Fn(&Outline, HashMap<String, Tensor>, &Device) -> Result<Step> + 'a;
+/// candle's model: gives the logits after tokens `[1, n]`.
+struct Theirs {
+    feed: Box<dyn FnMut(&Tensor) -> Result<Tensor>>,
+    /// Whether n may be more than one.
+    whole_prompts: bool,
+}
 
-/// candle's tokens per second, one token after another.
-fn few(mut step: Step, device: &Device) -> Result<String> {
-    let token = Tensor::new(&[[42u32]], device)?;
-    let mut times = (0..STEPS).map(|_| seconds(|| step(&token))).collect::<Result<Vec<_>>>()?;
-    times.sort_by(f64::total_cmp);
-    Ok(format!("{:.1}", 1.0 / times[STEPS / 2]))
+type Make<'a> = dyn Fn(&Outline, HashMap<String, Tensor>, &Device) -> Result<Theirs> + 'a;
+
+impl Theirs {
+    /// Tokens per second of a prompt, asked for once, and of steps, the median.
+    fn speeds(mut self, vocab: usize, device: &Device) -> Result<(f64, f64)> {
+        let prompt = tokens(PROMPT, vocab as u32)?.to_device(device)?;
+        let whole = self.whole_prompts.then(|| seconds(|| (self.feed)(&prompt))).transpose()?;
+        let one = tokens(1, vocab as u32)?.to_device(device)?;
+        let decode = 1.0 / median(|| seconds(|| (self.feed)(&one)))?;
+        Ok((whole.map_or(decode, |seconds| PROMPT as f64 / seconds), decode))
+    }
 }
 
 fn builder(weights: HashMap<String, Tensor>, device: &Device) -> Result<VarBuilder<'static>> {
@@ -119,29 +144,31 @@ fn candle_mamba(
     outline: &Outline,
     weights: HashMap<String, Tensor>,
     device: &Device,
-) -> Result<Step> {
+) -> Result<Theirs> {
     let config: mamba::Config = serde_json::from_value(outline.config.clone())?;
     let model = mamba::Model::new(&config, builder(weights, device)?.pp("backbone"))?;
     let mut state = mamba::State::new(1, &config, DTYPE, device)?;
-    Ok(Box::new(move |token| Ok(model.forward(&token.i(0)?, &mut state)?)))
+    let feed = Box::new(move |token: &Tensor| Ok(model.forward(&token.i(0)?, &mut state)?));
+    Ok(Theirs { feed, whole_prompts: false })
 }
 
 fn candle_mamba2(
     outline: &Outline,
     weights: HashMap<String, Tensor>,
     device: &Device,
-) -> Result<Step> {
+) -> Result<Theirs> {
     let config: mamba2::Config = serde_json::from_value(outline.config.clone())?;
     let model = mamba2::Model::new(&config, builder(weights, device)?.pp("backbone"))?;
     let mut state = mamba2::State::new(1, &config, DTYPE, device)?;
-    Ok(Box::new(move |token| Ok(model.forward(&token.i(0)?, &mut state)?)))
+    let feed = Box::new(move |token: &Tensor| Ok(model.forward(&token.i(0)?, &mut state)?));
+    Ok(Theirs { feed, whole_prompts: false })
 }
 
 fn candle_rwkv5(
     outline: &Outline,
     weights: HashMap<String, Tensor>,
     device: &Device,
-) -> Result<Step> {
+) -> Result<Theirs> {
     let config: rwkv_v5::Config = serde_json::from_value(outline.config.clone())?;
     let model = rwkv_v5::Model::new(&config, builder(weights, device)?)?;
     let mut state = rwkv_v5::State::new(1, &config, device)?;
@@ -152,5 +179,23 @@ fn candle_rwkv5(
             *part = part.to_dtype(DTYPE)?;
         }
     }
-    Ok(Box::new(move |token| Ok(model.forward(token, &mut state)?)))
+    let feed = Box::new(move |token: &Tensor| Ok(model.forward(token, &mut state)?));
+    Ok(Theirs { feed, whole_prompts: false })
+}
+
+fn candle_recurrent_gemma(
+    outline: &Outline,
+    weights: HashMap<String, Tensor>,
+    device: &Device,
+) -> Result<Theirs> {
+    let mut config: recurrent_gemma::Config = serde_json::from_value(outline.config.clone())?;
+    config.max_seq_len = PROMPT + STEPS;
+    let mut model = recurrent_gemma::Model::new(&config, builder(weights, device)?.pp("model"))?;
+    let mut seen = 0;
+    let feed = Box::new(move |tokens: &Tensor| {
+        let logits = model.forward(tokens, seen)?;
+        seen += tokens.dim(1)?;
+        Ok(logits)
+    });
+    Ok(Theirs { feed, whole_prompts: true })
 }
