@@ -20,12 +20,12 @@ pub enum Error {
         got: String,
     },
     /// A file that can't be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {reason}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// A record of a task's data that no question can be made of.
     #[error("{}, line {line}, field `{field}`: {fault}", path.display())]
@@ -40,22 +40,26 @@ pub enum Error {
         fault: String,
     },
     /// A setting whose method nobody has registered.
-    #[error("setting `{setting}`: method `{method}` is not available; there are {available}")]
+    #[error(
+        "setting `{setting}`: expected one of the {count} registered methods, got `{method}`; the nearest are {nearest}"
+    )]
     NotAvailable {
         /// The setting's name.
         setting: String,
         /// Its method.
         method: String,
-        /// The methods that are registered.
-        available: String,
+        /// How many methods are registered.
+        count: usize,
+        /// Those whose names are most like it.
+        nearest: String,
     },
     /// A subject that could not be opened or could not answer.
-    #[error("{what}: {source}")]
+    #[error("{what}: {reason}")]
     Subject {
         /// The setting, and the task and sample if there is one.
         what: String,
         /// What it says itself.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        reason: Box<dyn std::error::Error + Send + Sync>,
     },
     /// Data that could not be fetched.
     #[error("fetching {what}: {reason}")]
@@ -87,6 +91,6 @@ impl Error {
 
     /// For `map_err` after an operation on `path`.
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
-        move |source| Self::Io { path: path.into(), source }
+        move |reason| Self::Io { path: path.into(), reason }
     }
 }

@@ -246,7 +246,7 @@ impl Unit<'_> {
         };
         let what = || format!("{}, {}, {}", self.setting.name, self.task.name(), self.sample.id);
         let answer =
-            subject.answer(&question).map_err(|source| Error::Subject { what: what(), source })?;
+            subject.answer(&question).map_err(|reason| Error::Subject { what: what(), reason })?;
         let score = self.task.score(self.sample, &answer.predictions)?;
         let per_second = answer.decode_steps as f64 / answer.decode.as_secs_f64();
         Ok(Record {

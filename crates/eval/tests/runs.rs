@@ -235,7 +235,11 @@ fn what_a_folder_does_not_fit_is_an_error() {
     assert!(again(|plan| plan.shard.index = 2).to_string().contains("1 to 1"));
     let missing = again(|plan| plan.settings[1].method = "c".into());
     assert!(matches!(missing, Error::NotAvailable { .. }), "{missing}");
-    assert!(missing.to_string().contains("`c` is not available; there are a, b"));
+    assert!(
+        missing
+            .to_string()
+            .contains("one of the 2 registered methods, got `c`; the nearest are a, b")
+    );
 }
 
 #[test]

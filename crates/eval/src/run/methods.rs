@@ -45,14 +45,23 @@ impl<'a> Methods<'a> {
     /// As [`check`](Self::check); [`Error::Subject`] if it can't be opened.
     pub fn open(&self, setting: &Setting) -> Result<Box<dyn Subject>> {
         let what = || format!("opening {}", setting.name);
-        self.find(setting)?(setting).map_err(|source| Error::Subject { what: what(), source })
+        self.find(setting)?(setting).map_err(|reason| Error::Subject { what: what(), reason })
     }
 
     fn find(&self, setting: &Setting) -> Result<&Open<'a>> {
         self.open.get(&setting.method).ok_or_else(|| Error::NotAvailable {
             setting: setting.name.clone(),
             method: setting.method.clone(),
-            available: self.names().collect::<Vec<_>>().join(", "),
+            count: self.open.len(),
+            nearest: self.nearest(&setting.method),
         })
+    }
+
+    /// The three names most like this one.
+    fn nearest(&self, method: &str) -> String {
+        let mut names: Vec<_> = self.names().collect();
+        names.sort_by_cached_key(|name| strsim::damerau_levenshtein(name, method));
+        names.truncate(3);
+        names.join(", ")
     }
 }
