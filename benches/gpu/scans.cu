@@ -15,6 +15,7 @@
 
 #include "conv.cu"
 #include "rg_lru.cu"
+#include "rows.cu"
 #include "selective_scan.cu"
 #include "ssd.cu"
 #include "wkv.cu"
@@ -409,6 +410,8 @@ struct Convs {
     double bytes() { return outputs() * 2. * sizeof(T) + states() * 8.; }
 };
 
+#include "rows.cuh"
+
 // ---- Checks ----
 
 template <class T>
@@ -530,6 +533,46 @@ void check_all(const char* type, bool small) {
             check<T>(k, k.p.state, state_limit, "conv", w);
         }
     });
+    const double sum_limit = 1e-6;
+    each("rows_norm", [&](int tokens, int batch, Worst& w) {
+        for (int channels : {40, 333, 4200}) {
+            if (channels > 1000 && tokens > 257) continue;
+            Norms<T, false> k(batch, tokens, channels, channels != 40, channels != 333);
+            check<T>(k, k.p.x, sum_limit, "rows_norm", w);
+            Norms<T, true> wide(batch, tokens, channels, channels == 40, channels == 333);
+            check<float>(wide, wide.p.x, sum_limit, "rows_norm_wide", w);
+        }
+    });
+    each("rows_gated_norm", [&](int tokens, int batch, Worst& w) {
+        for (int group : {20, 333, 640}) {
+            GatedNorms<T> k(batch, tokens, group == 640 ? 1 : 2, group, group == 333 ? 1 : 8);
+            check<T>(k, nullptr, 0, "rows_gated_norm", w);
+        }
+    });
+    each("rows_head_norm", [&](int tokens, int batch, Worst& w) {
+        for (int dim : {16, 64, 100, 33}) {
+            HeadNorms<T> k(batch, tokens, 5, dim, dim % 3 == 1);
+            check<T>(k, nullptr, 0, "rows_head_norm", w);
+        }
+    });
+    each("rows_shift", [&](int tokens, int batch, Worst& w) {
+        for (int channels : {48, 333, 1040}) {
+            Shifts<T> k(batch, tokens, channels, channels == 48 ? 6 : channels == 333 ? 1 : 4, channels != 1040);
+            check<T>(k, k.p.last, sum_limit, "rows_shift", w);
+        }
+    });
+    each("rows_gate", [&](int tokens, int batch, Worst& w) {
+        for (int function : {GATE_SILU, GATE_GELU, GATE_SIGMOID, GATE_RELU}) {
+            Gates<T> k(batch, tokens, function % 2 ? 333 : 56, function % 2 ? 1 : 8, function, function > 1);
+            check<T>(k, nullptr, 0, "rows_gate", w);
+        }
+    });
+    each("rows_blend", [&](int tokens, int batch, Worst& w) {
+        for (int channels : {48, 333}) {
+            Blends<T> k(batch, tokens, channels);
+            check<T>(k, nullptr, 0, "rows_blend", w);
+        }
+    });
 }
 
 // ---- Times: medians of 30 between events ----
@@ -578,6 +621,12 @@ void time_all(double copy) {
             if (wanted("rg_lru")) time_one("rg_lru, RecurrentGemma-2B", Lru<T>(batch, tokens, 2560, 0, 2560, false, false), copy);
             if (wanted("rg_lru")) time_one("rg_lru, blocks of 256, gate", Lru<T>(batch, tokens, 2560, 0, 256, true, false), copy);
             if (wanted("conv")) time_one("conv, mamba-2.8b", Convs<T>(batch, tokens, 5120, 4, true, 0), copy);
+            if (wanted("rows_norm")) time_one("rows_norm, 2,560 channels", Norms<T, false>(batch, tokens, 2560, true, false), copy);
+            if (wanted("rows_norm")) time_one("rows_norm_wide, 4,096 channels", Norms<T, true>(batch, tokens, 4096, true, true), copy);
+            if (wanted("rows_gated_norm")) time_one("rows_gated_norm, mamba2-2.7b", GatedNorms<T>(batch, tokens, 1, 5120, 0), copy);
+            if (wanted("rows_head_norm")) time_one("rows_head_norm, RWKV-5-7B", HeadNorms<T>(batch, tokens, 64, 64, false), copy);
+            if (wanted("rows_shift")) time_one("rows_shift, 4 mixes, RWKV-5-7B", Shifts<T>(batch, tokens, 4096, 4, false), copy);
+            if (wanted("rows_gate")) time_one("rows_gate, GELU, RecurrentGemma-2B", Gates<T>(batch, tokens, 7680, 7680, GATE_GELU, true), copy);
         }
     }
 }

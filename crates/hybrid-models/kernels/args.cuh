@@ -116,4 +116,71 @@ struct Conv {
     int x_row, y_row;
 };
 
+// ---- Between the recurrences: kernels of rows.cu, each with one entry point a kind, for all shapes; fastest where widths and rows are
+// multiples of 8 numbers and arrays lie at multiples of 16 bytes. Arrays without `*_row` are contiguous.
+
+// x <- x + added, y = norm(x): a layer norm with a bias, an RMS norm without. rows_norm_T gives y in T, rows_norm_wide_T in f32.
+// Grid (rows), 512 threads, 4 * channels bytes of dynamic shared memory.
+struct Norm {
+    float* x;                    // [rows][channels]
+    const void* added;           // T, [rows][channels]; may be null: nothing
+    const float *weight, *bias;  // [channels]; bias may be null
+    void* y;                     // T or f32, [rows][channels]
+    int channels;
+    float eps;
+};
+
+// Mamba-2: y = RMS norm of each group of channels of x silu(gate), o weight.
+// rows_gated_norm_T: Grid (rows, groups), 512 threads, 4 * group bytes of dynamic shared memory.
+struct GatedNorm {
+    const void* x;        // T, [rows][groups * group]
+    const void* gate;     // T, rows of groups * group
+    const float* weight;  // [groups * group]
+    void* y;              // T, [rows][groups * group]; may be x
+    int groups, group, gate_row;
+    float eps;
+};
+
+// RWKV: y = (layer norm of each head of x, o weight + bias, + own v) o gate, or its SiLU.
+// rows_head_norm_T: dim <= 256. Grid (rows * heads * lanes / 128), 128 threads, lanes being dim / 8 and then the next power of 2.
+struct HeadNorm {
+    const void* x;               // T, [rows][heads][dim]
+    const void* gate;            // T, [rows][heads][dim]
+    const float *weight, *bias;  // [heads][dim]
+    const float* own;            // [rows][heads]; may be null: no v is added
+    const void* v;               // T, [rows][heads][dim]
+    void* y;                     // T, [rows][heads][dim]; may be x
+    int rows, heads, dim, silu;
+    float eps;
+};
+
+// RWKV's token shift: y of a mix = x + (row before - x) o (weight + more).
+// rows_shift_T: Grid (channels / 1024, tokens / 4, batch), 128 threads.
+struct Shift {
+    const float* x;        // [batch][tokens][channels]
+    const float* before;   // [batch][channels]: before each entry's first row
+    float* last;           // [batch][channels]: each entry's last row; not `before`
+    const float* weights;  // [mixes][channels]
+    const void* more;      // T, [mixes][batch][tokens][channels]; may be null
+    void* y;               // T, [mixes][batch][tokens][channels]
+    int tokens, channels, mixes;
+};
+
+// y = f(gate + gate_bias) (x + x_bias). rows_gate_T: Grid (rows * (channels / 8) / 256), 256 threads.
+enum GateFunction { GATE_SILU, GATE_GELU, GATE_SIGMOID, GATE_RELU };
+struct Gate {
+    const void *gate, *x;             // T, rows of `channels`; may be the same
+    const float *gate_bias, *x_bias;  // [channels]; may both be null
+    void* y;                          // T, [rows][channels]; may be an input
+    int rows, channels, gate_row, x_row, function;
+};
+
+// RWKV-7's values: y = x + (other - x) sigmoid(share + bias). rows_blend_T: grid and threads as rows_gate_T.
+struct Blend {
+    const void *x, *other, *share;  // T, [rows][channels]
+    const float* bias;              // [channels]
+    void* y;                        // T, [rows][channels]; may be an input
+    int rows, channels;
+};
+
 }  // namespace hybrid

@@ -1,5 +1,5 @@
-//! The models on candle's CUDA device. Products with matrices are candle's; convolutions, scans and recurrences are kernels/*.cu; the rest are
-//! candle's operations. Nothing waits for the device between a call's ids and its logits.
+//! The models on candle's CUDA device. Products with matrices are candle's; convolutions, scans, recurrences, and norms, token shifts and gates
+//! with what surrounds them are kernels/*.cu. Nothing waits for the device between a call's ids and its logits.
 //!
 //! Rows between layers are f32, what goes into and out of products is in the format of the weights, states are f32 and change in place.
 
@@ -7,11 +7,15 @@ mod args;
 mod attention;
 mod channel_mix;
 mod conv;
+mod gate;
+mod gated_norm;
+mod head_norm;
 mod kernels;
 mod mamba;
 mod mamba2;
 mod mlp;
 mod model;
+mod norm;
 mod rg_lru;
 mod selective_scan;
 mod shift;
@@ -41,7 +45,7 @@ use std::fmt::Debug;
 
 /// Rows that a mixer reads.
 pub struct Input<'a> {
-    /// `[batch * tokens, hidden]`, normalised, in f32.
+    /// `[batch * tokens, hidden]`, normalised, in the format of the weights, or in f32 for mixers that [read](Mixer::reads_f32) that.
     pub x: &'a Tensor,
     pub batch: usize,
     pub tokens: usize,
@@ -57,6 +61,11 @@ pub struct Carried {
 
 /// A mixer of [`Recurrent`](crate::mixer::Recurrent)'s kind, its weights on the device.
 pub trait Mixer: Debug + Send + Sync {
+    /// Whether it reads its rows in f32. A token shift takes differences of rows, which would keep little of them after a rounding.
+    fn reads_f32(&self) -> bool {
+        false
+    }
+
     /// Reads the state, one tensor `[batch, …]` for each of its arrays, leaves the one after the last token and gives
     /// `[batch * tokens, hidden]` in the format of the weights.
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], carried: &mut Carried) -> Result<Tensor>;

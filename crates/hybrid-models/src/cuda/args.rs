@@ -161,6 +161,89 @@ pub struct Conv {
     pub y_row: i32,
 }
 
+#[repr(C)]
+#[derive(Debug)]
+pub struct Norm {
+    pub x: u64,
+    pub added: u64,
+    pub weight: u64,
+    pub bias: u64,
+    pub y: u64,
+    pub channels: i32,
+    pub eps: f32,
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub struct GatedNorm {
+    pub x: u64,
+    pub gate: u64,
+    pub weight: u64,
+    pub y: u64,
+    pub groups: i32,
+    pub group: i32,
+    pub gate_row: i32,
+    pub eps: f32,
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub struct HeadNorm {
+    pub x: u64,
+    pub gate: u64,
+    pub weight: u64,
+    pub bias: u64,
+    pub own: u64,
+    pub v: u64,
+    pub y: u64,
+    pub rows: i32,
+    pub heads: i32,
+    pub dim: i32,
+    pub silu: i32,
+    pub eps: f32,
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub struct Shift {
+    pub x: u64,
+    pub before: u64,
+    pub last: u64,
+    pub weights: u64,
+    pub more: u64,
+    pub y: u64,
+    pub tokens: i32,
+    pub channels: i32,
+    pub mixes: i32,
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub struct Gate {
+    pub gate: u64,
+    pub x: u64,
+    pub gate_bias: u64,
+    pub x_bias: u64,
+    pub y: u64,
+    pub rows: i32,
+    pub channels: i32,
+    pub gate_row: i32,
+    pub x_row: i32,
+    pub function: i32,
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub struct Blend {
+    pub x: u64,
+    pub other: u64,
+    pub share: u64,
+    pub bias: u64,
+    pub y: u64,
+    pub rows: i32,
+    pub channels: i32,
+}
+
 macro_rules! plain {
     ($($args:ty),*) => {
         $(
@@ -172,3 +255,4 @@ macro_rules! plain {
 }
 
 plain!(SelectiveScan, Ssd, Wkv, Wkv7, Wkv4, RgLru, Conv);
+plain!(Norm, GatedNorm, HeadNorm, Shift, Gate, Blend);

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use super::Input;
 use super::target::{Linear, Target};
 use crate::attention::Attention as Host;
-use candle_core::DType;
 use candle_core::Tensor;
 use longctx_core::{AttentionShape, KvCache, Result, Rope, Step};
 
@@ -15,18 +14,17 @@ pub struct Attention {
     qkv: Linear,
     out: Linear,
     rope: Arc<Rope>,
-    dtype: DType,
 }
 
 impl Attention {
     pub fn new(host: &Host, to: &Target) -> Result<Self> {
         let (qkv, out) = (to.matrix(&host.qkv)?, to.linear(&host.out)?);
-        Ok(Self { shape: host.shape, qkv, out, rope: host.rope.clone(), dtype: to.dtype })
+        Ok(Self { shape: host.shape, qkv, out, rope: host.rope.clone() })
     }
 
     pub fn forward(&self, x: Input<'_>, cache: &mut dyn KvCache) -> Result<Tensor> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
-        let qkv = self.qkv.apply(&x.x.to_dtype(self.dtype)?)?;
+        let qkv = self.qkv.apply(x.x)?;
         let qkv = qkv.reshape((x.batch, x.tokens, heads + 2 * kv_heads, head_dim))?;
         let part = |start, count| qkv.narrow(2, start, count)?.transpose(1, 2)?.contiguous();
         let (q, k) = (part(0, heads)?, part(heads, kv_heads)?);

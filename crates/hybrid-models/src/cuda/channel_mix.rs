@@ -1,10 +1,11 @@
 //! RWKV's feed-forward block on the device.
 
-use super::shift::{Shift, differences};
+use super::gate::{Function, Gate};
+use super::shift::Shift;
 use super::target::{Linear, Target};
 use super::{Carried, Input, Mixer};
 use crate::rwkv::ChannelMix as Host;
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use longctx_core::Result;
 
 #[derive(Debug)]
@@ -12,37 +13,40 @@ pub struct ChannelMix {
     /// Of key and receptance.
     shift: Shift,
     key: Linear,
+    /// Times the key itself: its square.
+    relu: Gate,
     value: Linear,
-    receptance: Option<Linear>,
-    dtype: DType,
+    receptance: Option<(Linear, Gate)>,
 }
 
 impl ChannelMix {
     pub fn new(host: &Host, to: &Target) -> Result<Self> {
         let receptance = host.receptance.as_ref();
         let mixes = std::iter::once(&host.key_mix).chain(receptance.map(|(mix, _)| mix));
+        let gated =
+            |matrix| -> Result<_> { Ok((to.matrix(matrix)?, Gate::new(Function::Sigmoid, to)?)) };
         Ok(Self {
             shift: Shift::new(mixes, to)?,
             key: to.matrix(&host.key)?,
+            relu: Gate::new(Function::Relu, to)?,
             value: to.matrix(&host.value)?,
-            receptance: receptance.map(|(_, matrix)| to.matrix(matrix)).transpose()?,
-            dtype: to.dtype,
+            receptance: receptance.map(|(_, matrix)| gated(matrix)).transpose()?,
         })
     }
 }
 
 impl Mixer for ChannelMix {
+    fn reads_f32(&self) -> bool {
+        true
+    }
+
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], _: &mut Carried) -> Result<Tensor> {
-        let differences = differences(&x, &mut state[0])?;
-        let mixed = self.shift.apply(x.x, &differences)?.to_dtype(self.dtype)?;
-        let keys = self.key.apply(&mixed.get(0)?)?.relu()?.sqr()?;
-        let values = self.value.apply(&keys)?;
+        let mixed = self.shift.apply(&x, &mut state[0])?;
+        let keys = self.key.apply(&mixed.get(0)?)?;
+        let values = self.value.apply(&self.relu.apply(&keys, &keys)?)?;
         match &self.receptance {
             None => Ok(values),
-            Some(receptance) => {
-                let share = candle_nn::ops::sigmoid(&receptance.apply(&mixed.get(1)?)?)?;
-                Ok((share * values)?)
-            }
+            Some((receptance, gate)) => gate.apply(&receptance.apply(&mixed.get(1)?)?, &values),
         }
     }
 }

@@ -5,7 +5,7 @@ use super::selective_scan::{Inputs, Scan};
 use super::target::{Linear, Target};
 use super::{Carried, Input, Mixer};
 use crate::mamba::{Mamba as Host, MambaShape};
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use longctx_core::Result;
 
 #[derive(Debug)]
@@ -17,7 +17,6 @@ pub struct Mamba {
     time_step: Linear,
     scan: Scan,
     project_out: Linear,
-    dtype: DType,
 }
 
 impl Mamba {
@@ -30,7 +29,6 @@ impl Mamba {
             time_step: to.matrix(&host.time_step)?,
             scan: Scan::new(host, to)?,
             project_out: to.linear(&host.project_out)?,
-            dtype: to.dtype,
         })
     }
 }
@@ -39,7 +37,7 @@ impl Mixer for Mamba {
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], _: &mut Carried) -> Result<Tensor> {
         let [conv, ssm] = state else { unreachable!("the host's mixer has these arrays") };
         let MambaShape { inner, states, rank, .. } = self.shape;
-        let projected = self.project_in.apply(&x.x.to_dtype(self.dtype)?)?;
+        let projected = self.project_in.apply(x.x)?;
         let u = self.conv.apply(&projected.narrow(1, 0, inner)?, x.batch, conv)?;
         let selected = self.select.apply(&u)?;
         let steps = self.time_step.apply(&selected.narrow(1, 0, rank)?.contiguous()?)?;

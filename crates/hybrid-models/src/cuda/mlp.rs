@@ -1,35 +1,41 @@
 //! The feed-forward block with a gate, on the device.
 
+use super::gate::{Function, Gate};
 use super::target::{Linear, Target};
 use super::{Carried, Input, Mixer};
-use crate::gated_mlp::{Gate, GatedMlp};
-use candle_core::{DType, Tensor};
+use crate::gated_mlp::{Gate as HostGate, GatedMlp};
+use candle_core::Tensor;
 use longctx_core::Result;
 
 #[derive(Debug)]
 pub struct Mlp {
     inner: usize,
-    gate: Gate,
+    /// Without its bias, which is added with the gate.
     gate_up: Linear,
+    gate: Gate,
     down: Linear,
-    dtype: DType,
 }
 
 impl Mlp {
     pub fn new(host: &GatedMlp, to: &Target) -> Result<Self> {
-        let (gate_up, down) = (to.linear(&host.gate_up)?, to.linear(&host.down)?);
-        Ok(Self { inner: host.inner, gate: host.gate, gate_up, down, dtype: to.dtype })
+        let function = match host.gate {
+            HostGate::Gelu => Function::Gelu,
+            HostGate::Silu => Function::Silu,
+        };
+        let mut gate = Gate::new(function, to)?;
+        if let Some(bias) = &host.gate_up.bias {
+            let (of_gate, of_up) = bias.split_at(host.inner);
+            gate = gate.biased([to.vector(of_gate)?, to.vector(of_up)?]);
+        }
+        let (gate_up, down) = (to.matrix(&host.gate_up.matrix)?, to.linear(&host.down)?);
+        Ok(Self { inner: host.inner, gate_up, gate, down })
     }
 }
 
 impl Mixer for Mlp {
     fn forward(&self, x: Input<'_>, _: &mut [Tensor], _: &mut Carried) -> Result<Tensor> {
-        let gate_up = self.gate_up.apply(&x.x.to_dtype(self.dtype)?)?;
-        let gate = gate_up.narrow(1, 0, self.inner)?;
-        let gate = match self.gate {
-            Gate::Gelu => gate.gelu()?,
-            Gate::Silu => gate.silu()?,
-        };
-        self.down.apply(&(gate * gate_up.narrow(1, self.inner, self.inner)?)?)
+        let gate_up = self.gate_up.apply(x.x)?;
+        let [gate, up] = [0, self.inner].map(|start| gate_up.narrow(1, start, self.inner));
+        self.down.apply(&self.gate.apply(&gate?, &up?)?)
     }
 }

@@ -1,7 +1,8 @@
 //! A model that computes on a CUDA device.
 
 use super::attention::Attention;
-use super::target::{Linear, Norm, Target};
+use super::norm::Norm;
+use super::target::{Linear, Target};
 use super::{Carried, Input, Mixer};
 use crate::host::Host;
 use crate::memory::Memory;
@@ -15,9 +16,9 @@ const BLOCK: usize = 4096;
 #[derive(Debug)]
 pub struct OnDevice {
     device: Device,
-    dtype: DType,
     embedding: Tensor,
     embedding_scale: f64,
+    /// Its output is f32.
     embedding_norm: Option<Norm>,
     residuals: Vec<Residual>,
     norm: Norm,
@@ -44,21 +45,22 @@ impl OnDevice {
         let to = Target::new(device, host.embedding.dtype())?;
         let embedding = to.matrix(&host.embedding)?;
         let head = host.head.as_ref().map(|head| to.matrix(head)).transpose()?;
+        let embedding_norm = host.embedding_norm.map(|norm| Norm::new(&norm, true, &to));
         let residual = |residual: mixer::Residual| -> Result<Residual> {
             let kind = match &residual.mixer {
                 mixer::Mixer::Recurrent(mixer) => Kind::Recurrent(mixer.on_device(&to)?),
                 mixer::Mixer::Attention(mixer) => Kind::Attention(Attention::new(mixer, &to)?),
             };
-            Ok(Residual { norm: to.norm(&residual.norm)?, kind })
+            let wide = matches!(&kind, Kind::Recurrent(mixer) if mixer.reads_f32());
+            Ok(Residual { norm: Norm::new(&residual.norm, wide, &to)?, kind })
         };
         Ok(Self {
             device: to.device.clone(),
-            dtype: to.dtype,
             embedding: embedding.rows()?,
             embedding_scale: host.embedding_scale.into(),
-            embedding_norm: host.embedding_norm.map(|norm| to.norm(&norm)).transpose()?,
+            embedding_norm: embedding_norm.transpose()?,
             residuals: host.residuals.into_iter().map(residual).collect::<Result<_>>()?,
-            norm: to.norm(&host.norm)?,
+            norm: Norm::new(&host.norm, false, &to)?,
             head: head.unwrap_or(embedding),
             soft_cap: host.soft_cap.map(f64::from),
         })
@@ -82,73 +84,75 @@ impl OnDevice {
         let attention = self.residuals.iter().any(|r| matches!(r.kind, Kind::Attention(_)));
         // Attention layers take the whole prompt in one call, so that a cache may compress it after exact attention.
         let block = if attention { count } else { block(batch) };
-        let mut top = Vec::new();
+        let mut logits = Vec::new();
         for start in (0..count).step_by(block) {
             let tokens = block.min(count - start);
             let x = self.embed(&ids.narrow(1, start, tokens)?)?;
-            let x = self.run(x, batch, seen + start, memories)?;
+            let added = self.run(&x, (batch, tokens), seen + start, memories)?;
             let first = start.max(count - wanted);
             if first < start + tokens {
-                top.push(x.narrow(1, first - start, start + tokens - first)?);
+                let (first, wanted) = (first - start, start + tokens - first);
+                let top = |x: &Tensor| part(x, batch, first, wanted);
+                let added = added.as_ref().map(top).transpose()?;
+                logits.push(self.logits(&top(&x)?, added.as_ref())?.reshape((
+                    batch,
+                    wanted,
+                    (),
+                ))?);
             }
         }
-        self.logits(&Tensor::cat(&top, 1)?)
+        Ok(Tensor::cat(&logits, 1)?)
     }
 
-    /// `[batch, tokens]` to `[batch, tokens, hidden]` in f32.
+    /// `[batch, tokens]` to f32 `[batch * tokens, hidden]`, which nobody else has.
     fn embed(&self, ids: &Tensor) -> Result<Tensor> {
-        let (batch, tokens) = ids.dims2()?;
         let rows = self.embedding.index_select(&ids.flatten_all()?, 0)?.to_dtype(DType::F32)?;
         let rows = match self.embedding_scale {
             1.0 => rows,
             scale => (rows * scale)?,
         };
-        let rows = match &self.embedding_norm {
-            Some(norm) => norm.apply(&rows)?,
-            None => rows,
-        };
-        Ok(rows.reshape((batch, tokens, ()))?)
+        match &self.embedding_norm {
+            Some(norm) => norm.apply(&rows, None),
+            None => Ok(rows),
+        }
     }
 
-    /// Sends `[batch, tokens, hidden]` through all layers.
+    /// Sends f32 `[batch * tokens, hidden]` through all layers, each of which adds to it in its place, but the last: gives what that one adds.
     fn run(
         &self,
-        mut x: Tensor,
-        batch: usize,
+        x: &Tensor,
+        (batch, tokens): (usize, usize),
         seen: usize,
         memories: &mut [Memory],
-    ) -> Result<Tensor> {
-        let (tokens, block) = (x.dim(1)?, block(batch));
+    ) -> Result<Option<Tensor>> {
         let mut carried = Carried::default();
+        let mut added = None;
         for (residual, memory) in self.residuals.iter().zip(memories) {
-            x = match (&residual.kind, memory) {
+            let normed = residual.norm.apply(x, added.as_ref())?;
+            added = Some(match (&residual.kind, memory) {
                 (Kind::Recurrent(mixer), Memory::OnDevice(state)) => {
-                    let mut parts = Vec::new();
-                    for start in (0..tokens).step_by(block) {
-                        let part = x.narrow(1, start, block.min(tokens - start))?;
-                        let mix = |x: Input<'_>| mixer.forward(x, state, &mut carried);
-                        parts.push(residual.add(&part, seen + start, mix)?);
-                    }
-                    if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 1)? }
+                    in_blocks(&normed, (batch, tokens), |x, tokens, start| {
+                        let x = Input { x, batch, tokens, start: seen + start };
+                        mixer.forward(x, state, &mut carried)
+                    })?
                 }
                 (Kind::Attention(attention), Memory::Cache(cache)) => {
-                    residual.add(&x, seen, |x| attention.forward(x, cache.as_mut()))?
+                    let x = Input { x: &normed, batch, tokens, start: seen };
+                    attention.forward(x, cache.as_mut())?
                 }
                 _ => unreachable!("memories are made from the mixers"),
-            };
+            });
         }
-        Ok(x)
+        Ok(added)
     }
 
-    fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        let (batch, wanted, hidden) = x.dims3()?;
-        let rows = self.norm.apply(&x.contiguous()?.reshape((batch * wanted, hidden))?)?;
-        let logits = self.head.apply(&rows.to_dtype(self.dtype)?)?.to_dtype(DType::F32)?;
-        let logits = match self.soft_cap {
+    /// The logits of rows, to which something is added before.
+    fn logits(&self, x: &Tensor, added: Option<&Tensor>) -> Result<Tensor> {
+        let logits = self.head.apply(&self.norm.apply(x, added)?)?.to_dtype(DType::F32)?;
+        Ok(match self.soft_cap {
             Some(cap) => ((logits / cap)?.tanh()? * cap)?,
             None => logits,
-        };
-        Ok(logits.reshape((batch, wanted, ()))?)
+        })
     }
 }
 
@@ -157,18 +161,27 @@ fn block(batch: usize) -> usize {
     (BLOCK / batch).max(1)
 }
 
-impl Residual {
-    /// `x + mix(norm(x))` for `[batch, tokens, hidden]`.
-    fn add(
-        &self,
-        x: &Tensor,
-        start: usize,
-        mix: impl FnOnce(Input<'_>) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        let (batch, tokens, hidden) = x.dims3()?;
-        let rows = x.contiguous()?.reshape((batch * tokens, hidden))?;
-        let normed = self.norm.apply(&rows)?;
-        let mixed = mix(Input { x: &normed, batch, tokens, start })?;
-        Ok((rows + mixed.to_dtype(DType::F32)?)?.reshape((batch, tokens, hidden))?)
+/// Hands `[batch * tokens, width]` on in blocks, each with its number of tokens and of those before it, and joins what comes back.
+fn in_blocks(
+    x: &Tensor,
+    (batch, tokens): (usize, usize),
+    mut run: impl FnMut(&Tensor, usize, usize) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let block = block(batch);
+    if tokens <= block {
+        return run(x, tokens, 0);
     }
+    let mut parts = Vec::new();
+    for start in (0..tokens).step_by(block) {
+        let count = block.min(tokens - start);
+        let y = run(&part(x, batch, start, count)?, count, start)?;
+        parts.push(y.reshape((batch, count, ()))?);
+    }
+    Ok(Tensor::cat(&parts, 1)?.reshape((batch * tokens, ()))?)
+}
+
+/// Tokens `start..start + count` of each entry of `[batch * tokens, width]`.
+fn part(x: &Tensor, batch: usize, start: usize, count: usize) -> Result<Tensor> {
+    let by_entry = x.reshape((batch, x.dim(0)? / batch, ()))?;
+    Ok(by_entry.narrow(1, start, count)?.contiguous()?.reshape((batch * count, ()))?)
 }

@@ -26,7 +26,6 @@ pub struct RgLru {
     decay: Tensor,
     kernel: Kernel,
     project_out: Linear,
-    dtype: DType,
 }
 
 impl RgLru {
@@ -41,7 +40,6 @@ impl RgLru {
             decay: to.vector(&host.decay)?,
             kernel: to.kernel("rg_lru", 256)?,
             project_out: to.linear(&host.project_out)?,
-            dtype: to.dtype,
         })
     }
 
@@ -95,7 +93,7 @@ impl Mixer for RgLru {
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], _: &mut Carried) -> Result<Tensor> {
         let [conv, lru] = state else { unreachable!("the host's mixer has these arrays") };
         let RgLruShape { width, blocks, .. } = self.shape;
-        let projected = self.project_in.apply(&x.x.to_dtype(self.dtype)?)?;
+        let projected = self.project_in.apply(x.x)?;
         let u = self.conv.apply(&projected.narrow(1, width, width)?, x.batch, conv)?;
         let by_block = u.reshape((u.dim(0)?, blocks, width / blocks))?.transpose(0, 1)?;
         let gates = self.gates.apply(&by_block.contiguous()?)?;

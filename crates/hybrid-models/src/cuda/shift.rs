@@ -1,47 +1,65 @@
-//! RWKV's token shift on the device: each row mixed with the row before it.
+//! RWKV's token shift on the device, each row mixed with the row before it: kernels/shift.cuh.
+#![allow(unsafe_code)]
 
 use super::Input;
+use super::args;
+use super::kernels::{Kernel, address};
 use super::target::Target;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use longctx_core::Result;
 
 /// Several mixes of the same rows, each with a weight per channel.
 #[derive(Debug)]
 pub struct Shift {
-    /// Of the row before, `[mixes, 1, hidden]`.
+    /// Of the row before, `[mixes, channels]`.
     weights: Tensor,
+    /// Of the mixes.
+    dtype: DType,
+    kernel: Kernel,
 }
 
 impl Shift {
     pub fn new<'a>(mixes: impl IntoIterator<Item = &'a Vec<f32>>, to: &Target) -> Result<Self> {
         let mixes = mixes.into_iter().map(|mix| to.vector(mix)).collect::<Result<Vec<_>>>()?;
-        Ok(Self { weights: Tensor::stack(&mixes, 0)?.unsqueeze(1)? })
+        let kernel = to.kernel("rows_shift", 128)?;
+        Ok(Self { weights: Tensor::stack(&mixes, 0)?, dtype: to.dtype, kernel })
     }
 
-    /// The mixes `[mixes, rows, hidden]` in f32, of rows and their [`differences`] to those before.
-    pub fn apply(&self, x: &Tensor, differences: &Tensor) -> Result<Tensor> {
-        mix(x, differences, &self.weights)
+    /// The mixes `[mixes, rows, channels]` of rows in f32. The state `[batch, channels]` is the row before each entry's first, and then its last.
+    pub fn apply(&self, x: &Input<'_>, state: &mut Tensor) -> Result<Tensor> {
+        let (mixed, last) = self.mix(x, state, None)?;
+        *state = last;
+        Ok(mixed)
     }
 
-    /// The same, with something added to the weights for each row: `[mixes, rows, hidden]`.
-    pub fn apply_with(&self, x: &Tensor, differences: &Tensor, more: &Tensor) -> Result<Tensor> {
-        mix(x, differences, &more.broadcast_add(&self.weights)?)
+    /// The mixes, and each entry's last row. `before`: the rows before the entries' first ones. `more`, `[mixes, rows, channels]`, is added to the
+    /// weights.
+    pub fn mix(
+        &self,
+        x: &Input<'_>,
+        before: &Tensor,
+        more: Option<&Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        let (mixes, (rows, channels)) = (self.weights.dim(0)?, x.x.dims2()?);
+        // SAFETY: the launch below writes all of both.
+        let (y, last) = unsafe {
+            let y = Tensor::empty((mixes, rows, channels), self.dtype, x.x.device())?;
+            (y, Tensor::empty((x.batch, channels), DType::F32, x.x.device())?)
+        };
+        let args = args::Shift {
+            x: address(x.x)?,
+            before: address(before)?,
+            last: address(&last)?,
+            weights: address(&self.weights)?,
+            more: more.map_or(Ok(0), address)?,
+            y: address(&y)?,
+            tokens: x.tokens as i32,
+            channels: channels as i32,
+            mixes: mixes as i32,
+        };
+        let grid = (channels.div_ceil(1024), x.tokens.div_ceil(4), x.batch);
+        // SAFETY: the sizes are those of the tensors, all contiguous, which live until the end of this function.
+        unsafe { self.kernel.launch(grid, &args)? };
+        Ok((y, last))
     }
-}
-
-fn mix(x: &Tensor, differences: &Tensor, weights: &Tensor) -> Result<Tensor> {
-    Ok(weights.broadcast_mul(&differences.unsqueeze(0)?)?.broadcast_add(&x.unsqueeze(0)?)?)
-}
-
-/// The row before minus the row, for every row. The state `[batch, hidden]` is the row before each entry's first, and then its last.
-pub fn differences(x: &Input<'_>, state: &mut Tensor) -> Result<Tensor> {
-    let rows = x.x.reshape((x.batch, x.tokens, ()))?;
-    let before = state.unsqueeze(1)?;
-    let before = match x.tokens {
-        1 => before,
-        tokens => Tensor::cat(&[before, rows.narrow(1, 0, tokens - 1)?], 1)?,
-    };
-    // A copy: a view would keep all rows.
-    *state = rows.narrow(1, x.tokens - 1, 1)?.squeeze(1)?.force_contiguous()?;
-    Ok((before - &rows)?.reshape(x.x.shape())?)
 }

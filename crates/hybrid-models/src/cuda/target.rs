@@ -5,7 +5,6 @@ use std::sync::Arc;
 use super::kernels::{Kernel, Kernels, Rows};
 use crate::linear::Linear as HostLinear;
 use crate::matrix::Matrix;
-use crate::norm::Norm as HostNorm;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_core::Result;
 
@@ -25,7 +24,12 @@ impl Target {
 
     /// A kernel for the format of the weights, by blocks of so many threads.
     pub fn kernel(&self, name: &str, threads: u32) -> Result<Kernel> {
-        self.kernels.get(name, self.dtype, threads, 0)
+        self.kernel_sharing(name, threads, 0)
+    }
+
+    /// The same with so many bytes of shared memory.
+    pub fn kernel_sharing(&self, name: &str, threads: u32, shared: usize) -> Result<Kernel> {
+        self.kernels.get(name, self.dtype, threads, shared as u32)
     }
 
     /// A kernel for many tokens, where there is one for the format of the weights and the device has so much shared memory.
@@ -61,16 +65,6 @@ impl Target {
         let one = |matrix: &Matrix| matrix.to_tensor(&self.device);
         let all = matrices.into_iter().map(one).collect::<Result<Vec<_>>>()?;
         Ok(Batched { weights: Tensor::stack(&all, 0)?.transpose(1, 2)? })
-    }
-
-    pub fn norm(&self, norm: &HostNorm) -> Result<Norm> {
-        Ok(match norm {
-            HostNorm::Rms { weight, eps } => Norm::Rms { weight: self.vector(weight)?, eps: *eps },
-            HostNorm::Layer { weight, bias, eps } => {
-                let (weight, bias) = (self.vector(weight)?, self.vector(bias)?);
-                Norm::Layer { weight, bias, eps: *eps }
-            }
-        })
     }
 }
 
@@ -128,52 +122,5 @@ impl Batched {
     /// `[count, rows, inner]` to `[count, rows, out]`, both in the format of the weights.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         Ok(x.matmul(&self.weights)?)
-    }
-}
-
-/// A norm of f32 rows.
-#[derive(Debug)]
-pub enum Norm {
-    Rms { weight: Tensor, eps: f32 },
-    Layer { weight: Tensor, bias: Tensor, eps: f32 },
-}
-
-impl Norm {
-    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self {
-            Self::Rms { weight, eps } => candle_nn::ops::rms_norm(x, weight, *eps)?,
-            Self::Layer { weight, bias, eps } => candle_nn::ops::layer_norm(x, weight, bias, *eps)?,
-        })
-    }
-}
-
-/// Layer norm of each group of channels, with a weight and a bias for each channel.
-#[derive(Debug)]
-pub struct GroupNorm {
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    zeros: Tensor,
-    eps: f32,
-}
-
-impl GroupNorm {
-    pub fn new(to: &Target, weight: &[f32], bias: &[f32], group: usize, eps: f32) -> Result<Self> {
-        Ok(Self {
-            weight: to.vector(weight)?,
-            bias: to.vector(bias)?,
-            ones: to.vector(&vec![1.0; group])?,
-            zeros: to.vector(&vec![0.0; group])?,
-            eps,
-        })
-    }
-
-    /// Of `[rows, channels]` in f32.
-    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let (rows, channels) = x.dims2()?;
-        let groups = x.reshape((rows * channels / self.ones.elem_count(), ()))?;
-        let normed = candle_nn::ops::layer_norm(&groups, &self.ones, &self.zeros, self.eps)?;
-        let normed = normed.reshape((rows, channels))?;
-        Ok(normed.broadcast_mul(&self.weight)?.broadcast_add(&self.bias)?)
     }
 }

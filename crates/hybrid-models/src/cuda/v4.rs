@@ -2,13 +2,13 @@
 #![allow(unsafe_code)]
 
 use super::args;
+use super::gate::{Function, Gate};
 use super::kernels::{Kernel, Rows, address, unwritten};
-use super::shift::{Shift, differences};
+use super::shift::Shift;
 use super::target::{Batched, Linear, Target};
 use super::{Carried, Input, Mixer};
 use crate::rwkv::V4 as Host;
-use candle_core::{DType, Tensor};
-use candle_nn::ops::sigmoid;
+use candle_core::Tensor;
 use longctx_core::Result;
 
 #[derive(Debug)]
@@ -16,11 +16,11 @@ pub struct V4 {
     shift: Shift,
     /// Of key, value and receptance.
     maps: Batched,
+    gate: Gate,
     output: Linear,
     decay: Tensor,
     first: Tensor,
     kernel: Kernel,
-    dtype: DType,
 }
 
 impl V4 {
@@ -28,11 +28,11 @@ impl V4 {
         Ok(Self {
             shift: Shift::new(&host.mixes, to)?,
             maps: to.batched([&host.key, &host.value, &host.receptance])?,
+            gate: Gate::new(Function::Sigmoid, to)?,
             output: to.matrix(&host.output)?,
             decay: to.vector(&host.decay)?,
             first: to.vector(&host.first)?,
             kernel: to.kernel("wkv4", 128)?,
-            dtype: to.dtype,
         })
     }
 
@@ -66,15 +66,18 @@ impl V4 {
 }
 
 impl Mixer for V4 {
+    fn reads_f32(&self) -> bool {
+        true
+    }
+
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], _: &mut Carried) -> Result<Tensor> {
         let [shift, numerator, denominator, largest] = state else {
             unreachable!("the host's mixer has these arrays")
         };
-        let differences = differences(&x, shift)?;
-        let mixed = self.shift.apply(x.x, &differences)?.to_dtype(self.dtype)?;
+        let mixed = self.shift.apply(&x, shift)?;
         let maps = self.maps.apply(&mixed)?;
         let state = [&*numerator, denominator, largest];
         let y = self.wkv(&maps.get(0)?, &maps.get(1)?, x.batch, state)?;
-        self.output.apply(&(y * sigmoid(&maps.get(2)?)?)?)
+        self.output.apply(&self.gate.apply(&maps.get(2)?, &y)?)
     }
 }

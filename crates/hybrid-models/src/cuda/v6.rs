@@ -1,11 +1,12 @@
 //! RWKV-6's time mixing on the device.
 
-use super::shift::{Shift, differences};
-use super::target::{Batched, GroupNorm, Linear, Target};
+use super::head_norm::HeadNorm;
+use super::shift::Shift;
+use super::target::{Batched, Linear, Target};
 use super::wkv::Wkv;
 use super::{Carried, Input, Mixer};
-use crate::rwkv::{GROUP_EPS, V6 as Host};
-use candle_core::{DType, Tensor};
+use crate::rwkv::V6 as Host;
+use candle_core::Tensor;
 use longctx_core::Result;
 
 #[derive(Debug)]
@@ -21,14 +22,12 @@ pub struct V6 {
     /// Of key, value, receptance and gate.
     maps: Batched,
     wkv: Wkv,
-    group_norm: GroupNorm,
+    norm: HeadNorm,
     output: Linear,
-    dtype: DType,
 }
 
 impl V6 {
     pub fn new(host: &Host, to: &Target) -> Result<Self> {
-        let (weight, bias) = &host.group_norm;
         Ok(Self {
             shift_mix: Shift::new([&host.shift_mix], to)?,
             shift_in: to.matrix(&host.shift_in)?,
@@ -38,33 +37,35 @@ impl V6 {
             decay_out: to.matrix(&host.decay_out)?,
             maps: to.batched(&host.maps)?,
             wkv: Wkv::new("wkv6", &host.decay, &host.own, host.head_dim, to)?,
-            group_norm: GroupNorm::new(to, weight, bias, host.head_dim, GROUP_EPS)?,
+            norm: HeadNorm::new(&host.group_norm, host.heads, to)?,
             output: to.matrix(&host.output)?,
-            dtype: to.dtype,
         })
     }
 
     /// The five mixes `[5, rows, hidden]`, by weights that depend on the rows.
-    fn mixes(&self, x: &Tensor, differences: &Tensor) -> Result<Tensor> {
-        let mixed = self.shift_mix.apply(x, differences)?.get(0)?;
-        let bottlenecks = self.shift_in.apply(&mixed.to_dtype(self.dtype)?)?.tanh()?;
-        let (rows, mixes) = (x.dim(0)?, self.shift_out.count());
-        let bottlenecks = bottlenecks.reshape((rows, mixes, ()))?.transpose(0, 1)?;
-        let more = self.shift_out.apply(&bottlenecks.contiguous()?)?.to_dtype(DType::F32)?;
-        Ok(self.shift.apply_with(x, differences, &more)?.to_dtype(self.dtype)?)
+    fn mixes(&self, x: &Input<'_>, state: &mut Tensor) -> Result<Tensor> {
+        let (mixed, _) = self.shift_mix.mix(x, state, None)?;
+        let bottlenecks = self.shift_in.apply(&mixed.get(0)?)?.tanh()?;
+        let bottlenecks = bottlenecks.reshape((x.x.dim(0)?, self.shift_out.count(), ()))?;
+        let more = self.shift_out.apply(&bottlenecks.transpose(0, 1)?.contiguous()?)?;
+        let (mixed, last) = self.shift.mix(x, state, Some(&more))?;
+        *state = last;
+        Ok(mixed)
     }
 }
 
 impl Mixer for V6 {
+    fn reads_f32(&self) -> bool {
+        true
+    }
+
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], _: &mut Carried) -> Result<Tensor> {
         let [shift, wkv] = state else { unreachable!("the host's mixer has these arrays") };
-        let differences = differences(&x, shift)?;
-        let mixed = self.mixes(x.x, &differences)?;
+        let mixed = self.mixes(&x, shift)?;
         let decays = self.decay_out.apply(&self.decay_in.apply(&mixed.get(0)?)?.tanh()?)?;
         let maps = self.maps.apply(&mixed.narrow(0, 1, self.maps.count())?)?;
         let [k, v, r, gate] = [0, 1, 2, 3].map(|i| maps.get(i));
         let y = self.wkv.apply([&r?, &k?, &v?], Some(&decays), x.batch, wkv)?;
-        let y = self.group_norm.apply(&y.to_dtype(DType::F32)?)?.to_dtype(self.dtype)?;
-        self.output.apply(&(y * gate?.silu()?)?)
+        self.output.apply(&self.norm.with_silu(&y, &gate?)?)
     }
 }

@@ -1,0 +1,50 @@
+// Eight neighbours of a row at a time.
+#pragma once
+#include "number.cuh"
+
+namespace hybrid {
+
+constexpr int EIGHT = 8;
+
+template <class T>
+struct __align__(16) Eight {
+    T x[EIGHT];
+};
+
+// WHOLE: in accesses of 16 bytes; otherwise the first `count` of them, one by one, and zeros for the rest.
+template <bool WHOLE, class T>
+__device__ __forceinline__ void load(const T* from, int count, float (&to)[EIGHT]) {
+    if (WHOLE) {
+        const Eight<T> eight = *reinterpret_cast<const Eight<T>*>(from);
+#pragma unroll
+        for (int i = 0; i < EIGHT; i++) to[i] = number(eight.x[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < EIGHT; i++) to[i] = i < count ? number(from[i]) : 0.f;
+    }
+}
+
+template <bool WHOLE, class T>
+__device__ __forceinline__ void store(T* to, int count, const float (&from)[EIGHT]) {
+    if (WHOLE) {
+        Eight<T> eight;
+#pragma unroll
+        for (int i = 0; i < EIGHT; i++) eight.x[i] = rounded<T>(from[i]);
+        *reinterpret_cast<Eight<T>*>(to) = eight;
+    } else {
+#pragma unroll
+        for (int i = 0; i < EIGHT; i++) {
+            if (i < count) to[i] = rounded<T>(from[i]);
+        }
+    }
+}
+
+// Whether arrays, null or not, and rows or parts of such widths can be read in eights.
+__device__ __forceinline__ bool in_eights(const void* array) { return (size_t)array % 16 == 0; }
+__device__ __forceinline__ bool in_eights(int width) { return width % EIGHT == 0; }
+template <class... All>
+__device__ __forceinline__ bool all_in_eights(All... all) {
+    return (in_eights(all) && ...);
+}
+
+}  // namespace hybrid

@@ -1,0 +1,60 @@
+// Products with functions of a gate.
+#pragma once
+#include "args.cuh"
+#include "eights.cuh"
+
+namespace hybrid {
+
+constexpr int GATE_THREADS = 256;
+
+__device__ __forceinline__ float opened(int function, float x) {
+    switch (function) {
+        case GATE_SILU: return silu(x);
+        case GATE_GELU: return gelu(x);
+        case GATE_SIGMOID: return sigmoid(x);
+        default: return fmaxf(x, 0.f);
+    }
+}
+
+template <class T, bool WHOLE>
+__device__ void gate_of(const Gate& p) {
+    const int eights = (p.channels + EIGHT - 1) / EIGHT;
+    const long long thread = (long long)blockIdx.x * GATE_THREADS + threadIdx.x, row = thread / eights;
+    if (row >= p.rows) return;
+    const int c = int(thread % eights) * EIGHT, count = min(EIGHT, p.channels - c);
+    float gate[EIGHT], x[EIGHT], gate_bias[EIGHT] = {}, x_bias[EIGHT] = {};
+    load<WHOLE>((const T*)p.gate + row * p.gate_row + c, count, gate), load<WHOLE>((const T*)p.x + row * p.x_row + c, count, x);
+    if (p.x_bias) load<WHOLE>(p.gate_bias + c, count, gate_bias), load<WHOLE>(p.x_bias + c, count, x_bias);
+#pragma unroll
+    for (int i = 0; i < EIGHT; i++) x[i] = opened(p.function, gate[i] + gate_bias[i]) * (x[i] + x_bias[i]);
+    store<WHOLE>((T*)p.y + row * p.channels + c, count, x);
+}
+
+template <class T>
+__device__ void gate(const Gate& p) {
+    if (all_in_eights(p.gate, p.x, p.gate_bias, p.x_bias, p.y, p.channels, p.gate_row, p.x_row)) gate_of<T, true>(p);
+    else gate_of<T, false>(p);
+}
+
+template <class T, bool WHOLE>
+__device__ void blend_of(const Blend& p) {
+    const int eights = (p.channels + EIGHT - 1) / EIGHT;
+    const long long thread = (long long)blockIdx.x * GATE_THREADS + threadIdx.x, row = thread / eights;
+    if (row >= p.rows) return;
+    const int c = int(thread % eights) * EIGHT, count = min(EIGHT, p.channels - c);
+    const long long at = row * p.channels + c;
+    float x[EIGHT], other[EIGHT], share[EIGHT], bias[EIGHT];
+    load<WHOLE>((const T*)p.x + at, count, x), load<WHOLE>((const T*)p.other + at, count, other);
+    load<WHOLE>((const T*)p.share + at, count, share), load<WHOLE>(p.bias + c, count, bias);
+#pragma unroll
+    for (int i = 0; i < EIGHT; i++) x[i] = fmaf(other[i] - x[i], sigmoid(share[i] + bias[i]), x[i]);
+    store<WHOLE>((T*)p.y + at, count, x);
+}
+
+template <class T>
+__device__ void blend(const Blend& p) {
+    if (all_in_eights(p.x, p.other, p.share, p.bias, p.y, p.channels)) blend_of<T, true>(p);
+    else blend_of<T, false>(p);
+}
+
+}  // namespace hybrid

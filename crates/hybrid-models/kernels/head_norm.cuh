@@ -1,0 +1,57 @@
+// RWKV's layer norm of each head, with the token's own value and the gate after it.
+//
+// A lane takes eight channels, the lanes of a head, a power of two of them, lie next to each other.
+#pragma once
+#include "args.cuh"
+#include "eights.cuh"
+
+namespace hybrid {
+
+constexpr int HEAD_NORM_THREADS = 128;
+
+__device__ __forceinline__ float sum_of_lanes(float x, int lanes) {
+    for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+
+template <class T, bool WHOLE>
+__device__ void head_norm_of(const HeadNorm& p) {
+    int lanes = 1;
+    while (lanes * EIGHT < p.dim) lanes *= 2;
+    const long long thread = (long long)blockIdx.x * HEAD_NORM_THREADS + threadIdx.x, of_row = thread / lanes;
+    const int c = int(thread % lanes) * EIGHT, count = of_row < (long long)p.rows * p.heads ? max(0, min(EIGHT, p.dim - c)) : 0;
+    const int channel = int(of_row % p.heads) * p.dim + c;
+    const long long at = of_row * p.dim + c;
+    // Lanes without channels go along for the sums.
+    float x[EIGHT] = {}, sum = 0;
+    if (count) load<WHOLE>((const T*)p.x + at, count, x);
+#pragma unroll
+    for (int i = 0; i < EIGHT; i++) sum += x[i];
+    const float mean = sum_of_lanes(sum, lanes) / p.dim;
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < EIGHT; i++) {
+        x[i] -= mean;
+        if (i < count) sum = fmaf(x[i], x[i], sum);
+    }
+    const float scale = rsqrtf(sum_of_lanes(sum, lanes) / p.dim + p.eps);
+    if (!count) return;
+    float weight[EIGHT], bias[EIGHT], gate[EIGHT], v[EIGHT] = {};
+    load<WHOLE>(p.weight + channel, count, weight), load<WHOLE>(p.bias + channel, count, bias);
+    load<WHOLE>((const T*)p.gate + at, count, gate);
+    const float own = p.own ? p.own[of_row] : 0.f;
+    if (p.own) load<WHOLE>((const T*)p.v + at, count, v);
+#pragma unroll
+    for (int i = 0; i < EIGHT; i++) {
+        x[i] = fmaf(own, v[i], fmaf(x[i] * scale, weight[i], bias[i])) * (p.silu ? silu(gate[i]) : gate[i]);
+    }
+    store<WHOLE>((T*)p.y + at, count, x);
+}
+
+template <class T>
+__device__ void head_norm(const HeadNorm& p) {
+    if (all_in_eights(p.x, p.gate, p.v, p.weight, p.bias, p.y, p.dim)) head_norm_of<T, true>(p);
+    else head_norm_of<T, false>(p);
+}
+
+}  // namespace hybrid

@@ -1,0 +1,97 @@
+//! Products with functions of a gate: kernels/gate.cuh.
+#![allow(unsafe_code)]
+
+use super::args;
+use super::kernels::{Kernel, Rows, address, unwritten};
+use super::target::Target;
+use candle_core::Tensor;
+use longctx_core::Result;
+
+/// In the order of kernels/args.cuh.
+#[derive(Debug, Clone, Copy)]
+pub enum Function {
+    Silu,
+    Gelu,
+    Sigmoid,
+    Relu,
+}
+
+/// `f(gate) x`.
+#[derive(Debug)]
+pub struct Gate {
+    function: Function,
+    /// Added to the gate and to x before.
+    biases: Option<[Tensor; 2]>,
+    kernel: Kernel,
+}
+
+impl Gate {
+    pub fn new(function: Function, to: &Target) -> Result<Self> {
+        Ok(Self { function, biases: None, kernel: to.kernel("rows_gate", 256)? })
+    }
+
+    /// With biases of the gate and of x.
+    pub fn biased(self, biases: [Tensor; 2]) -> Self {
+        Self { biases: Some(biases), ..self }
+    }
+
+    /// Both are `[rows, channels]`, whole or columns of wider rows.
+    pub fn apply(&self, gate: &Tensor, x: &Tensor) -> Result<Tensor> {
+        let (rows, channels) = x.dims2()?;
+        // SAFETY: the launch below writes all of it.
+        let y = unsafe { unwritten((rows, channels), x)? };
+        let (gate, x) = (Rows::of(gate)?, Rows::of(x)?);
+        let bias = |i: usize| self.biases.as_ref().map_or(Ok(0), |biases| address(&biases[i]));
+        let args = args::Gate {
+            gate: gate.address,
+            x: x.address,
+            gate_bias: bias(0)?,
+            x_bias: bias(1)?,
+            y: address(&y)?,
+            rows: rows as i32,
+            channels: channels as i32,
+            gate_row: gate.row,
+            x_row: x.row,
+            function: self.function as i32,
+        };
+        // SAFETY: the sizes are those of the tensors, which live until the end of this function.
+        unsafe { self.kernel.launch(grid(rows, channels), &args)? };
+        Ok(y)
+    }
+}
+
+/// `x + (other - x) sigmoid(share + bias)`.
+#[derive(Debug)]
+pub struct Blend {
+    bias: Tensor,
+    kernel: Kernel,
+}
+
+impl Blend {
+    pub fn new(bias: &[f32], to: &Target) -> Result<Self> {
+        Ok(Self { bias: to.vector(bias)?, kernel: to.kernel("rows_blend", 256)? })
+    }
+
+    /// All are `[rows, channels]`.
+    pub fn apply(&self, x: &Tensor, other: &Tensor, share: &Tensor) -> Result<Tensor> {
+        let (rows, channels) = x.dims2()?;
+        // SAFETY: the launch below writes all of it.
+        let y = unsafe { unwritten((rows, channels), x)? };
+        let args = args::Blend {
+            x: address(x)?,
+            other: address(other)?,
+            share: address(share)?,
+            bias: address(&self.bias)?,
+            y: address(&y)?,
+            rows: rows as i32,
+            channels: channels as i32,
+        };
+        // SAFETY: the sizes are those of the tensors, all contiguous, which live until the end of this function.
+        unsafe { self.kernel.launch(grid(rows, channels), &args)? };
+        Ok(y)
+    }
+}
+
+fn grid(rows: usize, channels: usize) -> (usize, usize, usize) {
+    ((rows * channels.div_ceil(8)).div_ceil(256), 1, 1)
+}

@@ -1,0 +1,45 @@
+//! Mamba-2's norm of a recurrence's output and its gate: kernels/norm.cuh.
+#![allow(unsafe_code)]
+
+use super::args;
+use super::kernels::{Kernel, Rows, address, unwritten};
+use super::target::Target;
+use candle_core::Tensor;
+use longctx_core::Result;
+
+/// The RMS norm, by groups of channels.
+#[derive(Debug)]
+pub struct GatedNorm {
+    weight: Tensor,
+    groups: usize,
+    eps: f32,
+    kernel: Kernel,
+}
+
+impl GatedNorm {
+    pub fn new(weight: &[f32], groups: usize, eps: f32, to: &Target) -> Result<Self> {
+        let kernel = to.kernel_sharing("rows_gated_norm", 512, size_of_val(weight) / groups)?;
+        Ok(Self { weight: to.vector(weight)?, groups, eps, kernel })
+    }
+
+    /// Of `x silu(gate)`, `[rows, channels]`; the gate may be columns of wider rows.
+    pub fn apply(&self, x: &Tensor, gate: &Tensor) -> Result<Tensor> {
+        let (rows, channels) = x.dims2()?;
+        // SAFETY: the launch below writes all of it.
+        let y = unsafe { unwritten((rows, channels), x)? };
+        let gate = Rows::of(gate)?;
+        let args = args::GatedNorm {
+            x: address(x)?,
+            gate: gate.address,
+            weight: address(&self.weight)?,
+            y: address(&y)?,
+            groups: self.groups as i32,
+            group: (channels / self.groups) as i32,
+            gate_row: gate.row,
+            eps: self.eps,
+        };
+        // SAFETY: the sizes are those of the tensors, which live until the end of this function.
+        unsafe { self.kernel.launch((rows, self.groups, 1), &args)? };
+        Ok(y)
+    }
+}

@@ -1,0 +1,61 @@
+//! RWKV's norm of each head's output, with what comes after it: kernels/head_norm.cuh.
+#![allow(unsafe_code)]
+
+use super::args;
+use super::kernels::{Kernel, address, unwritten};
+use super::target::Target;
+use crate::rwkv::GROUP_EPS;
+use candle_core::Tensor;
+use longctx_core::Result;
+
+/// The layer norm of each head.
+#[derive(Debug)]
+pub struct HeadNorm {
+    weight: Tensor,
+    bias: Tensor,
+    heads: usize,
+    kernel: Kernel,
+}
+
+impl HeadNorm {
+    pub fn new((weight, bias): &(Vec<f32>, Vec<f32>), heads: usize, to: &Target) -> Result<Self> {
+        let kernel = to.kernel("rows_head_norm", 128)?;
+        Ok(Self { weight: to.vector(weight)?, bias: to.vector(bias)?, heads, kernel })
+    }
+
+    /// Of `x`, times the SiLU of `gate`, both `[rows, channels]`.
+    pub fn with_silu(&self, x: &Tensor, gate: &Tensor) -> Result<Tensor> {
+        self.apply(x, gate, None)
+    }
+
+    /// Of `x`, plus each head's share, f32 `[rows, heads]`, of `v`; times `gate`. All others are `[rows, channels]`.
+    pub fn with_own(&self, x: &Tensor, gate: &Tensor, v: &Tensor, own: &Tensor) -> Result<Tensor> {
+        self.apply(x, gate, Some((v, own)))
+    }
+
+    fn apply(&self, x: &Tensor, gate: &Tensor, own: Option<(&Tensor, &Tensor)>) -> Result<Tensor> {
+        let (rows, channels) = x.dims2()?;
+        let dim = channels / self.heads;
+        // SAFETY: the launch below writes all of it.
+        let y = unsafe { unwritten((rows, channels), x)? };
+        let args = args::HeadNorm {
+            x: address(x)?,
+            gate: address(gate)?,
+            weight: address(&self.weight)?,
+            bias: address(&self.bias)?,
+            own: own.map_or(Ok(0), |(_, own)| address(own))?,
+            v: own.map_or(Ok(0), |(v, _)| address(v))?,
+            y: address(&y)?,
+            rows: rows as i32,
+            heads: self.heads as i32,
+            dim: dim as i32,
+            silu: own.is_none() as i32,
+            eps: GROUP_EPS,
+        };
+        let lanes = dim.div_ceil(8).next_power_of_two();
+        let grid = ((rows * self.heads * lanes).div_ceil(128), 1, 1);
+        // SAFETY: the sizes are those of the tensors, all contiguous, which live until the end of this function.
+        unsafe { self.kernel.launch(grid, &args)? };
+        Ok(y)
+    }
+}
