@@ -2,31 +2,62 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::path::PathBuf;
+use std::rc::Rc;
 
 use crate::encoder;
+use crate::heads::Heads;
 use base_models::{ChatTemplate, Decoder, LoadOptions, Message, Pretrained};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{CausalLm, DenseCache, KvCache, LayerShape, Logits};
 use longctx_eval::{Fault, Reader, Setting, Template, Text};
 
-/// The transformer in use, so that settings on the same one share its weights.
+/// The transformer in use, so that settings on the same one share its weights, and what is known of its heads.
+#[derive(Default)]
 pub struct Models {
     open: RefCell<HashMap<String, Pretrained>>,
-    prefill_chunk: Option<usize>,
-    /// LLMLingua-2's: a folder, or a name of the Hub.
-    pub encoder: String,
+    heads: RefCell<HashMap<String, Rc<Heads>>>,
+    options: Options,
 }
 
-impl Default for Models {
+/// What methods need beside the model.
+pub struct Options {
+    /// Tokens of a prompt to feed at a time; `None`: all at once.
+    pub prefill_chunk: Option<usize>,
+    /// LLMLingua-2's: a folder, or a name of the Hub.
+    pub encoder: String,
+    /// DuoAttention's scores: a file; `None`: they are measured.
+    pub heads: Option<PathBuf>,
+}
+
+impl Default for Options {
     fn default() -> Self {
-        Self { open: RefCell::default(), prefill_chunk: None, encoder: encoder::PUBLISHED.into() }
+        Self { prefill_chunk: None, encoder: encoder::PUBLISHED.into(), heads: None }
     }
 }
 
 impl Models {
-    /// Prompts are fed `prefill_chunk` tokens at a time; `None`: all at once. `encoder` is LLMLingua-2's.
-    pub fn new(prefill_chunk: Option<usize>, encoder: &str) -> Self {
-        Self { prefill_chunk, encoder: encoder.into(), ..Self::default() }
+    /// None is open yet.
+    pub fn new(options: Options) -> Self {
+        Self { options, ..Self::default() }
+    }
+
+    /// LLMLingua-2's encoder.
+    pub fn encoder(&self) -> &str {
+        &self.options.encoder
+    }
+
+    /// DuoAttention's scores of a model's heads.
+    pub fn heads(&self, model: &str) -> Result<Rc<Heads>, Fault> {
+        if let Some(heads) = self.heads.borrow().get(model) {
+            return Ok(heads.clone());
+        }
+        let heads = Rc::new(match &self.options.heads {
+            Some(path) => Heads::read(path)?,
+            None => Heads::measure(&self.get(model)?)?,
+        });
+        self.heads.borrow_mut().insert(model.to_owned(), heads.clone());
+        Ok(heads)
     }
 
     /// The transformer that `name` names.
@@ -52,7 +83,7 @@ impl Models {
         let reader =
             Reader::new(llm.model.session(make)?, text(&llm, &setting.template)?, setting.context);
         let dense = dense_bytes_per_token(&mut dense(&llm)?)?;
-        Ok(reader.with_prefill_chunk(self.prefill_chunk).with_dense_bytes_per_token(dense))
+        Ok(reader.with_prefill_chunk(self.options.prefill_chunk).with_dense_bytes_per_token(dense))
     }
 
     /// A recurrent or hybrid model; attention layers, in those that have any, remember in f16.
@@ -65,7 +96,8 @@ impl Models {
             Template::Own | Template::Plain => None,
         };
         let text = RecurrentText { stop: llm.model.eos().to_vec(), tokenizer: llm.tokenizer, chat };
-        Ok(Reader::new(session, text, setting.context).with_prefill_chunk(self.prefill_chunk))
+        Ok(Reader::new(session, text, setting.context)
+            .with_prefill_chunk(self.options.prefill_chunk))
     }
 }
 

@@ -9,7 +9,7 @@ use longctx_eval::{
     CountTokens, Error, Haystack, Length, Methods, NeedleGrid, Setting, Task, long_generation,
     longbench, setting,
 };
-use longctx_examples::subject::Models;
+use longctx_examples::subject::{Models, Options};
 use longctx_examples::{encoder, model};
 
 /// Context of a method that is named without a setting.
@@ -38,12 +38,17 @@ pub struct Chosen {
     /// The encoder of LLMLingua-2: a folder with a checkpoint, or a name of the Hub
     #[arg(long, default_value = encoder::PUBLISHED)]
     encoder: String,
+    /// DuoAttention's score of every kv head, a file like its full_attention_heads.tsv; by default attention to three needles says which
+    /// heads look far back
+    #[arg(long)]
+    heads: Option<PathBuf>,
 }
 
 impl Chosen {
     /// What opens the settings' models.
     pub fn models(&self) -> Models {
-        Models::new(self.prefill_chunk, &self.encoder)
+        let (encoder, heads) = (self.encoder.clone(), self.heads.clone());
+        Models::new(Options { prefill_chunk: self.prefill_chunk, encoder, heads })
     }
 
     /// The settings, in the order asked for.

@@ -8,6 +8,7 @@ use longctx_core::{
 };
 use longctx_eval::{Fault, Methods, Reader, Setting};
 use longctx_examples::encoder;
+use longctx_examples::heads::{RECENT, SINKS};
 use longctx_examples::subject::{Models, dense};
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle};
 use prompt_compress::{LlmLingua, SelectiveContext, Unit, llmlingua, llmlingua2};
@@ -75,7 +76,7 @@ const BY_RATIO: [(&str, Part); 16] = [
 /// Methods that shorten the prompt; the model that reads it may help.
 const BY_PROMPT: [(&str, Shortener); 7] = [
     ("llmlingua2", |models, _| {
-        Ok(Box::new(encoder::open(&models.encoder, llmlingua2::Settings::paper())?))
+        Ok(Box::new(encoder::open(models.encoder(), llmlingua2::Settings::paper())?))
     }),
     ("llmlingua", |models, setting| {
         let llm = models.get(&setting.model)?;
@@ -110,6 +111,11 @@ pub fn all(models: &Models) -> Methods<'_> {
                 Ok(Box::new(models.reader(setting, |layer| cache(layer, share))?))
             });
         }
+        // The other heads keep everything, so that the cache is larger than the share by their sinks and window.
+        methods.register(format!("duo-attention-{times}x"), move |setting| {
+            let streaming = models.heads(&setting.model)?.share(1.0 - share)?;
+            Ok(Box::new(models.reader(setting, |layer| duo_attention(layer, &streaming))?))
+        });
         for (name, compressor) in BY_PROMPT {
             methods.register(format!("{name}-{times}x"), move |setting| {
                 let reader: Reader = models.reader(setting, FIXED[1].1)?;
@@ -128,6 +134,20 @@ fn store(layer: &LayerShape) -> Result<DenseStore> {
 
 fn evict(layer: &LayerShape, share: f64, policy: impl EvictionPolicy + 'static) -> Cache {
     boxed(PolicyCache::new(store(layer)?, policy, Budget::Ratio(share)))
+}
+
+/// `streaming`: which heads do, per layer.
+fn duo_attention(layer: &LayerShape, streaming: &[Vec<bool>]) -> Cache {
+    let expected = layer.layers;
+    let of_layer = streaming.get(layer.layer).ok_or_else(|| {
+        longctx_core::Error::mismatch(
+            "layers that DuoAttention has scores of",
+            expected,
+            streaming.len(),
+        )
+    })?;
+    let policy = DuoAttention::new(of_layer.clone(), SINKS, RECENT)?;
+    boxed(PolicyCache::new(store(layer)?, policy, Budget::Policy))
 }
 
 /// KIVI's defaults: groups of 32, the newest 128 tokens in full precision.

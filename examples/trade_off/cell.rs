@@ -10,7 +10,7 @@ use longctx_core::{
 };
 use token_drop::*;
 
-use crate::heads::{Heads, RECENT, SINKS};
+use longctx_examples::heads::{Heads, RECENT, SINKS};
 
 /// The newest queries that SnapKV and its kin observe; the question of the needle test is shorter.
 const WINDOW: usize = 32;

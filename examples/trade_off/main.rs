@@ -7,7 +7,6 @@
 //! reads the prompt for itself, in chunks, which takes as many prefills as there are caches.
 
 mod cell;
-mod heads;
 mod plot;
 mod report;
 
@@ -22,12 +21,12 @@ use candle_core::{Device, Tensor};
 use cell::{Cell, Equal, POLICIES, Store};
 use clap::Parser;
 use clap::builder::PossibleValuesParser;
-use heads::Heads;
 use indicatif::{ProgressBar, ProgressStyle};
 use longctx_core::{CausalLm, Footprint, KvCache, LayerShape, Logits};
 use longctx_eval::Haystack;
 use longctx_eval::needle::{Needle, Sample, score};
 use longctx_examples::fan::Fan;
+use longctx_examples::heads::Heads;
 use longctx_examples::model;
 use report::Row;
 use serde::Serialize;

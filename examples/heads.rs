@@ -1,9 +1,10 @@
-//! Which heads DuoAttention lets stream. There are no published head scores for SmolLM2, so that these are our own: attention looked at on a few
-//! needles, where the paper learns a gate per head by gradient descent.
+//! Which heads DuoAttention lets stream. Published scores are a gate per head, learnt by gradient descent; for a model without them,
+//! such as SmolLM2, attention is looked at on a few needles.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use base_models::Pretrained;
 use candle_core::{Device, Tensor};
 use longctx_core::{CausalLm, Footprint, KvCache, LayerShape, Logits, Step, Visible, attention};
@@ -11,8 +12,9 @@ use longctx_eval::Haystack;
 use longctx_eval::needle::{Needle, Sample};
 use token_drop::DuoAttention;
 
-/// What a streaming head keeps.
+/// First tokens that a streaming head keeps.
 pub const SINKS: usize = 16;
+/// Newest tokens that it keeps.
 pub const RECENT: usize = 64;
 
 /// For each layer and kv head, how much it looks at what a streaming head drops.
@@ -46,6 +48,26 @@ impl Heads {
         Ok(Self { scores })
     }
 
+    /// Published scores, as DuoAttention's `full_attention_heads.tsv` has them: a line a layer, a number a kv head.
+    pub fn read(path: &Path) -> Result<Self> {
+        let mut lines = csv::ReaderBuilder::new()
+            .delimiter(b'\t')
+            .has_headers(false)
+            .from_path(path)
+            .with_context(|| path.display().to_string())?;
+        let scores = lines.deserialize().collect::<Result<Vec<Vec<f32>>, _>>();
+        let scores = scores.with_context(|| {
+            format!("{}: expected a line a layer, a number a kv head", path.display())
+        })?;
+        ensure!(!scores.is_empty(), "{}: expected a line a layer, got none", path.display());
+        Ok(Self { scores })
+    }
+
+    /// The heads that stream, per layer, if this share of all does.
+    pub fn share(&self, share: f64) -> longctx_core::Result<Vec<Vec<bool>>> {
+        DuoAttention::split(&self.scores, share)
+    }
+
     /// The heads that stream, per layer, if a prompt of so many tokens is to be kept at `budget` per kv head in the mean; `None` if that is less than
     /// streaming heads alone keep.
     pub fn split(&self, budget: usize, tokens: usize) -> Result<Option<Vec<Vec<bool>>>> {
@@ -54,7 +76,7 @@ impl Heads {
             return Ok(None);
         }
         let share = (tokens - budget) as f64 / (tokens - kept) as f64;
-        Ok(Some(DuoAttention::split(&self.scores, share)?))
+        Ok(Some(self.share(share)?))
     }
 }
 
@@ -102,5 +124,28 @@ impl KvCache for Probe {
 
     fn reset(&mut self) {
         self.seen = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn published_scores_are_read_and_others_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("heads.tsv");
+        let read = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            Heads::read(&path)
+        };
+        // As numpy's savetxt writes them.
+        let text = "9.000000000000000222e-01\t1.000000000000000056e-01\n2.0e-01\t8.0e-01\n";
+        let heads = read(text).unwrap();
+        assert_eq!(heads.share(0.5).unwrap(), [[false, true], [true, false]]);
+        for wrong in ["", "0.5\tx\n", "0.5\t0.5\n0.5\n"] {
+            let error = format!("{:#}", read(wrong).err().expect(wrong));
+            assert!(error.contains("heads.tsv"), "{error}");
+        }
     }
 }
