@@ -79,6 +79,13 @@ __global__ void plain(Blend p, double* y) {
     y[i] = x + (at<T>(p.other, i) - x) * sigmoid_of(at<T>(p.share, i) + p.bias[i % p.channels]);
 }
 
+// The numbers before are what `y` holds.
+template <class T>
+__global__ void plain(Bias p, double* y) {
+    i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x;
+    if (i < (i64)p.rows * p.channels) y[i] = at<T>(p.y, i) + p.bias[i % p.channels];
+}
+
 // What a check and a clock need beside a kernel's arguments.
 template <class P>
 struct Of : P {
@@ -203,4 +210,22 @@ struct Blends {
     i64 states() { return 0; }
     void plainly(double*, double* y) { plain<T><<<parts(outputs(), 256), 256>>>(p, y); }
     double bytes() { return outputs() * 4. * sizeof(T); }
+};
+
+template <class T>
+struct Biases {
+    Of<Bias> p;
+    int batch;
+    Biases(int batch, int tokens, int channels) : batch(batch) {
+        i64 n = (i64)batch * tokens * channels;
+        p = {{numbers<T>(n, 0, 1), numbers<float>(channels, 0, 1), batch * tokens, channels}, tokens};
+    }
+    void run() {
+        PICK(T, rows_bias)<<<parts((i64)p.rows * parts(p.channels, 8), 256), 256>>>(p);
+        OK(cudaGetLastError());
+    }
+    i64 outputs() { return (i64)p.rows * p.channels; }
+    i64 states() { return 0; }
+    void plainly(double*, double* y) { plain<T><<<parts(outputs(), 256), 256>>>(p, y); }
+    double bytes() { return outputs() * 2. * sizeof(T); }
 };

@@ -573,6 +573,12 @@ void check_all(const char* type, bool small) {
             check<T>(k, nullptr, 0, "rows_blend", w);
         }
     });
+    each("rows_bias", [&](int tokens, int batch, Worst& w) {
+        for (int channels : {48, 333}) {
+            Biases<T> k(batch, tokens, channels);
+            check<T>(k, nullptr, 0, "rows_bias", w);
+        }
+    });
 }
 
 // ---- Times: medians of 30 between events ----
@@ -627,6 +633,7 @@ void time_all(double copy) {
             if (wanted("rows_head_norm")) time_one("rows_head_norm, RWKV-5-7B", HeadNorms<T>(batch, tokens, 64, 64, false), copy);
             if (wanted("rows_shift")) time_one("rows_shift, 4 mixes, RWKV-5-7B", Shifts<T>(batch, tokens, 4096, 4, false), copy);
             if (wanted("rows_gate")) time_one("rows_gate, GELU, RecurrentGemma-2B", Gates<T>(batch, tokens, 7680, 7680, GATE_GELU, true), copy);
+            if (wanted("rows_bias")) time_one("rows_bias, 2,560 channels", Biases<T>(batch, tokens, 2560), copy);
         }
     }
 }

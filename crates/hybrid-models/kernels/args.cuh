@@ -183,4 +183,11 @@ struct Blend {
     int rows, channels;
 };
 
+// y <- y + bias. rows_bias_T: grid and threads as rows_gate_T.
+struct Bias {
+    void* y;            // T, [rows][channels]
+    const float* bias;  // [channels]
+    int rows, channels;
+};
+
 }  // namespace hybrid

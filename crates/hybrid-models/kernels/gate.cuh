@@ -1,4 +1,4 @@
-// Products with functions of a gate.
+// What happens to each number of a row: products with functions of a gate, blends, biases.
 #pragma once
 #include "args.cuh"
 #include "eights.cuh"
@@ -18,10 +18,8 @@ __device__ __forceinline__ float opened(int function, float x) {
 
 template <class T, bool WHOLE>
 __device__ void gate_of(const Gate& p) {
-    const int eights = (p.channels + EIGHT - 1) / EIGHT;
-    const long long thread = (long long)blockIdx.x * GATE_THREADS + threadIdx.x, row = thread / eights;
+    const auto [row, c, count] = place(p.channels);
     if (row >= p.rows) return;
-    const int c = int(thread % eights) * EIGHT, count = min(EIGHT, p.channels - c);
     float gate[EIGHT], x[EIGHT], gate_bias[EIGHT] = {}, x_bias[EIGHT] = {};
     load<WHOLE>((const T*)p.gate + row * p.gate_row + c, count, gate), load<WHOLE>((const T*)p.x + row * p.x_row + c, count, x);
     if (p.x_bias) load<WHOLE>(p.gate_bias + c, count, gate_bias), load<WHOLE>(p.x_bias + c, count, x_bias);
@@ -38,10 +36,8 @@ __device__ void gate(const Gate& p) {
 
 template <class T, bool WHOLE>
 __device__ void blend_of(const Blend& p) {
-    const int eights = (p.channels + EIGHT - 1) / EIGHT;
-    const long long thread = (long long)blockIdx.x * GATE_THREADS + threadIdx.x, row = thread / eights;
+    const auto [row, c, count] = place(p.channels);
     if (row >= p.rows) return;
-    const int c = int(thread % eights) * EIGHT, count = min(EIGHT, p.channels - c);
     const long long at = row * p.channels + c;
     float x[EIGHT], other[EIGHT], share[EIGHT], bias[EIGHT];
     load<WHOLE>((const T*)p.x + at, count, x), load<WHOLE>((const T*)p.other + at, count, other);
@@ -55,6 +51,24 @@ template <class T>
 __device__ void blend(const Blend& p) {
     if (all_in_eights(p.x, p.other, p.share, p.bias, p.y, p.channels)) blend_of<T, true>(p);
     else blend_of<T, false>(p);
+}
+
+template <class T, bool WHOLE>
+__device__ void bias_of(const Bias& p) {
+    const auto [row, c, count] = place(p.channels);
+    if (row >= p.rows) return;
+    T* y = (T*)p.y + row * p.channels + c;
+    float x[EIGHT], bias[EIGHT];
+    load<WHOLE>(y, count, x), load<WHOLE>(p.bias + c, count, bias);
+#pragma unroll
+    for (int i = 0; i < EIGHT; i++) x[i] += bias[i];
+    store<WHOLE>(y, count, x);
+}
+
+template <class T>
+__device__ void bias(const Bias& p) {
+    if (all_in_eights(p.y, p.bias, p.channels)) bias_of<T, true>(p);
+    else bias_of<T, false>(p);
 }
 
 }  // namespace hybrid

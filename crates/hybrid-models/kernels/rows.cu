@@ -11,4 +11,5 @@ ENTRIES(rows_head_norm, (HEAD_NORM_THREADS), head_norm, HeadNorm)
 ENTRIES(rows_shift, (SHIFT_THREADS), shift, Shift)
 ENTRIES(rows_gate, (GATE_THREADS), gate, Gate)
 ENTRIES(rows_blend, (GATE_THREADS), blend, Blend)
+ENTRIES(rows_bias, (GATE_THREADS), bias, Bias)
 }  // namespace hybrid

@@ -1,4 +1,4 @@
-//! The models on candle's CUDA device. Products with matrices are candle's; convolutions, scans, recurrences, and norms, token shifts and gates
+//! The models on candle's CUDA device. Products with matrices are cuBLAS's; convolutions, scans, recurrences, and norms, token shifts and gates
 //! with what surrounds them are kernels/*.cu. Nothing waits for the device between a call's ids and its logits.
 //!
 //! Rows between layers are f32, what goes into and out of products is in the format of the weights, states are f32 and change in place.
@@ -11,11 +11,13 @@ mod gate;
 mod gated_norm;
 mod head_norm;
 mod kernels;
+mod linear;
 mod mamba;
 mod mamba2;
 mod mlp;
 mod model;
 mod norm;
+mod product;
 mod rg_lru;
 mod selective_scan;
 mod shift;

@@ -244,6 +244,15 @@ pub struct Blend {
     pub channels: i32,
 }
 
+#[repr(C)]
+#[derive(Debug)]
+pub struct Bias {
+    pub y: u64,
+    pub bias: u64,
+    pub rows: i32,
+    pub channels: i32,
+}
+
 macro_rules! plain {
     ($($args:ty),*) => {
         $(
@@ -255,4 +264,4 @@ macro_rules! plain {
 }
 
 plain!(SelectiveScan, Ssd, Wkv, Wkv7, Wkv4, RgLru, Conv);
-plain!(Norm, GatedNorm, HeadNorm, Shift, Gate, Blend);
+plain!(Norm, GatedNorm, HeadNorm, Shift, Gate, Blend, Bias);

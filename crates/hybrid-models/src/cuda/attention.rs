@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use super::Input;
-use super::target::{Linear, Target};
+use super::linear::Linear;
+use super::target::Target;
 use crate::attention::Attention as Host;
 use candle_core::Tensor;
 use longctx_core::{AttentionShape, KvCache, Result, Rope, Step};

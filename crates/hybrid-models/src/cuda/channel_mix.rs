@@ -1,8 +1,9 @@
 //! RWKV's feed-forward block on the device.
 
 use super::gate::{Function, Gate};
+use super::linear::Linear;
 use super::shift::Shift;
-use super::target::{Linear, Target};
+use super::target::Target;
 use super::{Carried, Input, Mixer};
 use crate::rwkv::ChannelMix as Host;
 use candle_core::Tensor;

@@ -1,4 +1,4 @@
-//! Products with functions of a gate: kernels/gate.cuh.
+//! What happens to each number of a row, products with functions of a gate above all: kernels/gate.cuh.
 #![allow(unsafe_code)]
 
 use super::args;
@@ -89,6 +89,32 @@ impl Blend {
         // SAFETY: the sizes are those of the tensors, all contiguous, which live until the end of this function.
         unsafe { self.kernel.launch(grid(rows, channels), &args)? };
         Ok(y)
+    }
+}
+
+/// What is added to every row.
+#[derive(Debug)]
+pub struct Bias {
+    bias: Tensor,
+    kernel: Kernel,
+}
+
+impl Bias {
+    pub fn new(bias: &[f32], to: &Target) -> Result<Self> {
+        Ok(Self { bias: to.vector(bias)?, kernel: to.kernel("rows_bias", 256)? })
+    }
+
+    /// To `[rows, channels]`, in its place.
+    pub fn add(&self, y: &Tensor) -> Result<()> {
+        let (rows, channels) = y.dims2()?;
+        let args = args::Bias {
+            y: address(y)?,
+            bias: address(&self.bias)?,
+            rows: rows as i32,
+            channels: channels as i32,
+        };
+        // SAFETY: the sizes are those of the tensors, both contiguous, which live until the end of this function.
+        unsafe { self.kernel.launch(grid(rows, channels), &args) }
     }
 }
 

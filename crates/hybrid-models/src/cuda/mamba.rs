@@ -1,8 +1,9 @@
 //! Mamba's mixer on the device.
 
 use super::conv::Conv;
+use super::linear::Linear;
 use super::selective_scan::{Inputs, Scan};
-use super::target::{Linear, Target};
+use super::target::Target;
 use super::{Carried, Input, Mixer};
 use crate::mamba::{Mamba as Host, MambaShape};
 use candle_core::Tensor;
@@ -40,7 +41,7 @@ impl Mixer for Mamba {
         let projected = self.project_in.apply(x.x)?;
         let u = self.conv.apply(&projected.narrow(1, 0, inner)?, x.batch, conv)?;
         let selected = self.select.apply(&u)?;
-        let steps = self.time_step.apply(&selected.narrow(1, 0, rank)?.contiguous()?)?;
+        let steps = self.time_step.apply(&selected.narrow(1, 0, rank)?)?;
         let inputs = Inputs {
             u: &u,
             steps: &steps,

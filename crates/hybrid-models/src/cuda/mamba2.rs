@@ -2,8 +2,9 @@
 
 use super::conv::Conv;
 use super::gated_norm::GatedNorm;
+use super::linear::Linear;
 use super::ssd::Ssd;
-use super::target::{Linear, Target};
+use super::target::Target;
 use super::{Carried, Input, Mixer};
 use crate::mamba2::{Mamba2 as Host, Mamba2Shape};
 use candle_core::Tensor;

@@ -1,7 +1,8 @@
 //! The feed-forward block with a gate, on the device.
 
 use super::gate::{Function, Gate};
-use super::target::{Linear, Target};
+use super::linear::Linear;
+use super::target::Target;
 use super::{Carried, Input, Mixer};
 use crate::gated_mlp::{Gate as HostGate, GatedMlp};
 use candle_core::Tensor;

@@ -1,8 +1,9 @@
 //! A model that computes on a CUDA device.
 
 use super::attention::Attention;
+use super::linear::Linear;
 use super::norm::Norm;
-use super::target::{Linear, Target};
+use super::target::Target;
 use super::{Carried, Input, Mixer};
 use crate::host::Host;
 use crate::memory::Memory;
@@ -56,7 +57,7 @@ impl OnDevice {
         };
         Ok(Self {
             device: to.device.clone(),
-            embedding: embedding.rows()?,
+            embedding: embedding.weight.clone(),
             embedding_scale: host.embedding_scale.into(),
             embedding_norm: embedding_norm.transpose()?,
             residuals: host.residuals.into_iter().map(residual).collect::<Result<_>>()?,

@@ -4,7 +4,8 @@
 use super::args;
 use super::conv::Conv;
 use super::kernels::{Kernel, Rows, address, unwritten};
-use super::target::{Batched, Linear, Target};
+use super::linear::{Batched, Linear};
+use super::target::Target;
 use super::{Carried, Input, Mixer};
 use crate::rg_lru::{RgLru as Host, RgLruShape};
 use candle_core::{DType, Tensor};
@@ -96,7 +97,7 @@ impl Mixer for RgLru {
         let projected = self.project_in.apply(x.x)?;
         let u = self.conv.apply(&projected.narrow(1, width, width)?, x.batch, conv)?;
         let by_block = u.reshape((u.dim(0)?, blocks, width / blocks))?.transpose(0, 1)?;
-        let gates = self.gates.apply(&by_block.contiguous()?)?;
+        let gates = self.gates.apply(&by_block)?;
         let gate = projected.narrow(1, 0, width)?;
         let y = self.scan([&u, &gates, &gate], x.batch, x.start == 0, lru)?;
         self.project_out.apply(&y)

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
+use super::gate::Bias;
 use super::kernels::{Kernel, Kernels, Rows};
+use super::linear::{Batched, Linear};
 use crate::linear::Linear as HostLinear;
 use crate::matrix::Matrix;
 use candle_core::{CudaDevice, DType, Device, Tensor};
@@ -45,18 +47,13 @@ impl Target {
         Ok(Tensor::new(numbers, &self.device)?)
     }
 
-    /// Numbers in the format of the weights.
-    pub fn narrow(&self, numbers: &[f32]) -> Result<Tensor> {
-        Ok(self.vector(numbers)?.to_dtype(self.dtype)?)
-    }
-
     /// A linear map without a bias.
     pub fn matrix(&self, matrix: &Matrix) -> Result<Linear> {
-        Ok(Linear { weight: matrix.to_tensor(&self.device)?.t()?, bias: None })
+        Ok(Linear { weight: matrix.to_tensor(&self.device)?, bias: None })
     }
 
     pub fn linear(&self, linear: &HostLinear) -> Result<Linear> {
-        let bias = linear.bias.as_ref().map(|bias| self.narrow(bias)).transpose()?;
+        let bias = linear.bias.as_ref().map(|bias| Bias::new(bias, self)).transpose()?;
         Ok(Linear { bias, ..self.matrix(&linear.matrix)? })
     }
 
@@ -64,7 +61,7 @@ impl Target {
     pub fn batched<'a>(&self, matrices: impl IntoIterator<Item = &'a Matrix>) -> Result<Batched> {
         let one = |matrix: &Matrix| matrix.to_tensor(&self.device);
         let all = matrices.into_iter().map(one).collect::<Result<Vec<_>>>()?;
-        Ok(Batched { weights: Tensor::stack(&all, 0)?.transpose(1, 2)? })
+        Ok(Batched { weights: Tensor::stack(&all, 0)? })
     }
 }
 
@@ -80,47 +77,5 @@ impl InChunks {
         let fits =
             |_: &&Self| tokens >= Self::FEWEST_TOKENS && rows.iter().all(|rows| rows.in_eights());
         this.as_ref().filter(fits).map(|InChunks(kernel)| kernel)
-    }
-}
-
-/// A linear map with a bias, if it has one.
-#[derive(Debug)]
-pub struct Linear {
-    /// `[inner, out]`, lying the other way.
-    weight: Tensor,
-    bias: Option<Tensor>,
-}
-
-impl Linear {
-    /// `[rows, inner]` to `[rows, out]`, both in the format of the weights.
-    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let y = x.matmul(&self.weight)?;
-        Ok(match &self.bias {
-            Some(bias) => y.broadcast_add(bias)?,
-            None => y,
-        })
-    }
-
-    /// The matrix as the checkpoint has it, `[out, inner]`.
-    pub fn rows(&self) -> Result<Tensor> {
-        Ok(self.weight.t()?)
-    }
-}
-
-/// Linear maps of one shape, each with an input of its own.
-#[derive(Debug)]
-pub struct Batched {
-    /// `[count, inner, out]`, each lying the other way.
-    weights: Tensor,
-}
-
-impl Batched {
-    pub fn count(&self) -> usize {
-        self.weights.dims()[0]
-    }
-
-    /// `[count, rows, inner]` to `[count, rows, out]`, both in the format of the weights.
-    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.matmul(&self.weights)?)
     }
 }

@@ -4,8 +4,9 @@
 use super::args;
 use super::gate::{Function, Gate};
 use super::kernels::{Kernel, Rows, address, unwritten};
+use super::linear::{Batched, Linear};
 use super::shift::Shift;
-use super::target::{Batched, Linear, Target};
+use super::target::Target;
 use super::{Carried, Input, Mixer};
 use crate::rwkv::V4 as Host;
 use candle_core::Tensor;

@@ -1,8 +1,9 @@
 //! RWKV-5's time mixing on the device.
 
 use super::head_norm::HeadNorm;
+use super::linear::{Batched, Linear};
 use super::shift::Shift;
-use super::target::{Batched, Linear, Target};
+use super::target::Target;
 use super::wkv::Wkv;
 use super::{Carried, Input, Mixer};
 use crate::rwkv::V5 as Host;

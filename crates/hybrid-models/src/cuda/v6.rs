@@ -1,8 +1,9 @@
 //! RWKV-6's time mixing on the device.
 
 use super::head_norm::HeadNorm;
+use super::linear::{Batched, Linear};
 use super::shift::Shift;
-use super::target::{Batched, Linear, Target};
+use super::target::Target;
 use super::wkv::Wkv;
 use super::{Carried, Input, Mixer};
 use crate::rwkv::V6 as Host;
@@ -47,7 +48,7 @@ impl V6 {
         let (mixed, _) = self.shift_mix.mix(x, state, None)?;
         let bottlenecks = self.shift_in.apply(&mixed.get(0)?)?.tanh()?;
         let bottlenecks = bottlenecks.reshape((x.x.dim(0)?, self.shift_out.count(), ()))?;
-        let more = self.shift_out.apply(&bottlenecks.transpose(0, 1)?.contiguous()?)?;
+        let more = self.shift_out.apply(&bottlenecks.transpose(0, 1)?)?;
         let (mixed, last) = self.shift.mix(x, state, Some(&more))?;
         *state = last;
         Ok(mixed)

@@ -2,8 +2,9 @@
 
 use super::gate::Blend;
 use super::head_norm::HeadNorm;
+use super::linear::{Batched, Linear};
 use super::shift::Shift;
-use super::target::{Batched, Linear, Target};
+use super::target::Target;
 use super::wkv::Wkv7;
 use super::{Carried, Input, Mixer};
 use crate::rwkv::{LowRank as HostLowRank, V7 as Host};
