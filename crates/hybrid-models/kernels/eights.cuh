@@ -48,11 +48,11 @@ __device__ __forceinline__ bool all_in_eights(All... all) {
 }
 
 // The eight channels, or at the end of a row the last few, that are this thread's in a one-dimensional grid.
-struct Place {
+struct RowPart {
     long long row;
     int c, count;
 };
-__device__ __forceinline__ Place place(int channels) {
+__device__ __forceinline__ RowPart row_part(int channels) {
     const int eights = (channels + EIGHT - 1) / EIGHT;
     const long long thread = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const int c = int(thread % eights) * EIGHT;

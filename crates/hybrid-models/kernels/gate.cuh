@@ -18,7 +18,7 @@ __device__ __forceinline__ float opened(int function, float x) {
 
 template <class T, bool WHOLE>
 __device__ void gate_of(const Gate& p) {
-    const auto [row, c, count] = place(p.channels);
+    const auto [row, c, count] = row_part(p.channels);
     if (row >= p.rows) return;
     float gate[EIGHT], x[EIGHT], gate_bias[EIGHT] = {}, x_bias[EIGHT] = {};
     load<WHOLE>((const T*)p.gate + row * p.gate_row + c, count, gate), load<WHOLE>((const T*)p.x + row * p.x_row + c, count, x);
@@ -36,7 +36,7 @@ __device__ void gate(const Gate& p) {
 
 template <class T, bool WHOLE>
 __device__ void blend_of(const Blend& p) {
-    const auto [row, c, count] = place(p.channels);
+    const auto [row, c, count] = row_part(p.channels);
     if (row >= p.rows) return;
     const long long at = row * p.channels + c;
     float x[EIGHT], other[EIGHT], share[EIGHT], bias[EIGHT];
@@ -55,7 +55,7 @@ __device__ void blend(const Blend& p) {
 
 template <class T, bool WHOLE>
 __device__ void bias_of(const Bias& p) {
-    const auto [row, c, count] = place(p.channels);
+    const auto [row, c, count] = row_part(p.channels);
     if (row >= p.rows) return;
     T* y = (T*)p.y + row * p.channels + c;
     float x[EIGHT], bias[EIGHT];
