@@ -156,14 +156,14 @@ __global__ void plain(Wkv p, double* state, double* y) {
 }
 
 template <class T>
-__global__ void plain(Wkv7 p, double* state, double* y) {
+__global__ void plain(Wkv7 p, double* state, double* y, double* own) {
     int j = threadIdx.x, head = blockIdx.x, first = head * p.dim;
     i64 base = ((i64)blockIdx.y * p.heads + head) * p.dim * p.dim + j;
     double s[128];
     for (int i = 0; i < p.dim; i++) s[i] = p.state[base + (i64)i * p.dim];
     for (int t = 0; t < p.tokens; t++) {
         i64 row = (i64)blockIdx.y * p.tokens + t;
-        double sum = 0, v = at<T>(p.v, row * p.v_row + first + j), norm = 0, found = 0;
+        double sum = 0, v = at<T>(p.v, row * p.v_row + first + j), norm = 0, found = 0, share = 0;
         for (int i = 0; i < p.dim; i++) {
             double removal = at<T>(p.key, row * p.key_row + first + i) * p.removal_scale[first + i];
             norm += removal * removal, found += removal * s[i];
@@ -174,8 +174,10 @@ __global__ void plain(Wkv7 p, double* state, double* y) {
             double k = key * (1 + (rate - 1) * p.key_rate[first + i]), added = rate * key * p.removal_scale[first + i] / norm;
             double w = exp(-exp(-0.5) * sigmoid_of(at<T>(p.w, row * p.w_row + first + i) + p.decay[first + i]));
             s[i] = w * s[i] - added * found + k * v;
-            sum += at<T>(p.r, row * p.r_row + first + i) * s[i];
+            double r = at<T>(p.r, row * p.r_row + first + i);
+            sum += r * s[i], share += r * k * p.own_scale[first + i];
         }
+        if (own && j == 0) own[row * p.heads + head] = share;
         y[row * p.heads * p.dim + first + j] = sum;
     }
     for (int i = 0; i < p.dim; i++) state[base + (i64)i * p.dim] = s[i];
@@ -325,23 +327,28 @@ struct Wkv7s {
     Wkv7 p;
     int batch;
     bool any;
-    Wkv7s(int batch, int tokens, int heads, int dim, int pad, bool any) : batch(batch), any(any) {
+    int blocks;  // In chunks: of a head
+    double* own = nullptr;
+    Wkv7s(int batch, int tokens, int heads, int dim, int pad, bool any, int blocks = 2) : batch(batch), any(any), blocks(blocks) {
         i64 n = (i64)batch * tokens;
         int width = heads * dim, row = width + pad;
         auto input = [&] { return rows<T>(n, width, pad, 0, 1); };
         auto weight = [&](float mean) { return numbers<float>(width, mean, 0.5); };
         p = {input(), input(), input(), input(), input(), weight(-2), weight(0), weight(1), weight(1), weight(0),
-             numbers<float>((i64)batch * width * dim, 0, 1), poisoned<T>(n * width), nullptr, tokens, heads, dim, row, row, row, row, row, width};
+             numbers<float>((i64)batch * width * dim, 0, 1), poisoned<T>(n * width), poisoned<float>(n * heads), tokens, heads, dim, row, row, row, row, row, width};
     }
     void run() {
-        dim3 grid(parts(p.dim, 32), p.heads, batch);
-        if (any) PICK(T, wkv7_any)<<<grid, 128>>>(p);
-        else PICK(T, wkv7)<<<dim3(2, p.heads, batch), DELTA_THREADS>>>(p);
+        if (any) PICK(T, wkv7_any)<<<dim3(parts(p.dim, 32), p.heads, batch), 128>>>(p);
+        else if constexpr (F32<T>) wkv7_f32<<<dim3(2, p.heads, batch), DELTA_THREADS>>>(p);
+        else launch(PICK16(T, wkv7), dim3(blocks, p.heads, batch), WKV7_THREADS, WKV7_SHARED, p);
         OK(cudaGetLastError());
     }
     i64 outputs() { return (i64)batch * p.tokens * p.heads * p.dim; }
     i64 states() { return (i64)batch * p.heads * p.dim * p.dim; }
-    void plainly(double* state, double* y) { plain<T><<<dim3(p.heads, batch), p.dim>>>(p, state, y); }
+    void plainly(double* state, double* y) {
+        own = poisoned<double>((i64)batch * p.tokens * p.heads);
+        plain<T><<<dim3(p.heads, batch), p.dim>>>(p, state, y, own);
+    }
     double bytes() { return outputs() * 6. * sizeof(T) + states() * 8.; }
 };
 
@@ -433,6 +440,16 @@ struct Worst {
     double y = 0, state = 0;
 };
 
+// How far what a kernel gives beside outputs and states is off, where 1 is allowed. RWKV-7's shares are sums of rounded numbers that may cancel.
+template <class K>
+double beside(K&) {
+    return 0;
+}
+template <class T>
+double beside(Wkv7s<T>& k) {
+    return k.p.own ? error_of(k.p.own, k.own, (i64)k.batch * k.p.tokens * k.p.heads) / (F32<T> || k.any ? 1e-5 : 3e-3) : 0;
+}
+
 // Outputs to the rounding of their kind; states to `state_limit`.
 template <class T, class K>
 void check(K k, float* state, double state_limit, const char* name, Worst& worst, double y_limit = 0) {
@@ -445,7 +462,7 @@ void check(K k, float* state, double state_limit, const char* name, Worst& worst
     worst.cases++;
     if (!(y_off <= worst.y)) worst.y = y_off;
     if (!(s_off <= worst.state)) worst.state = s_off;
-    if (!(y_off <= y_limit && s_off <= state_limit)) {
+    if (!(y_off <= y_limit && s_off <= state_limit && beside(k) <= 1)) {
         if (worst.failed++ < 6) printf("FAILED %s, %d tokens, batch %d: off by %g, state by %g\n", name, k.p.tokens, k.batch, y_off, s_off);
     }
     free_all();
@@ -505,10 +522,14 @@ void check_all(const char* type, bool small) {
             }
         });
     }
+    // RWKV-7 in chunks: what meets the state is rounded to f16, where half of its error comes from the keys.
     each("wkv7", [&](int tokens, int batch, Worst& w) {
         for (int heads : {1, 5}) {
-            Wkv7s<T> k(batch, tokens, heads, 64, 8, false);
-            check<T>(k, k.p.state, fast_limit, "wkv7", w);
+            for (int blocks : {1, 2}) {
+                Wkv7s<T> k(batch, tokens, heads, 64, 8, false, blocks);
+                if (heads == 1) k.p.own = nullptr;
+                check<T>(k, k.p.state, F32<T> ? fast_limit : 5e-4, "wkv7", w);
+            }
         }
     });
     each("wkv7_any", [&](int tokens, int batch, Worst& w) {
@@ -615,6 +636,8 @@ void time_one(const char* name, K k, double copy) {
 
 template <class T>
 void time_all(double copy) {
+    int processors;
+    OK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
     for (int tokens : {8192, 1}) {
         for (int batch : {1, 4, 8}) {
             bool any = tokens == 1;
@@ -623,7 +646,7 @@ void time_all(double copy) {
             if (wanted("ssd")) time_one("ssd, mamba2-2.7b", Ssds<T>(batch, tokens, 80, 64, 1, 128, 0, any), copy);
             if (wanted("wkv5")) time_one("wkv5, RWKV-5-7B", Wkvs<T>(5, batch, tokens, 64, 64, 0, any), copy);
             if (wanted("wkv6")) time_one("wkv6, RWKV-6-7B", Wkvs<T>(6, batch, tokens, 64, 64, 0, any), copy);
-            if (wanted("wkv7")) time_one("wkv7, 64 heads", Wkv7s<T>(batch, tokens, 64, 64, 0, any), copy);
+            if (wanted("wkv7")) time_one("wkv7, 64 heads", Wkv7s<T>(batch, tokens, 64, 64, 0, any, 128 * batch > processors ? 1 : 2), copy);
             if (wanted("rg_lru")) time_one("rg_lru, RecurrentGemma-2B", Lru<T>(batch, tokens, 2560, 0, 2560, false, false), copy);
             if (wanted("rg_lru")) time_one("rg_lru, blocks of 256, gate", Lru<T>(batch, tokens, 2560, 0, 256, true, false), copy);
             if (wanted("conv")) time_one("conv, mamba-2.8b", Convs<T>(batch, tokens, 5120, 4, true, 0), copy);

@@ -23,6 +23,29 @@ __device__ __forceinline__ void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
+// A barrier in shared memory, for `count` arrivals. Who awaits a phase, whose parity begins with 0 and alternates, sees what was written before them.
+__device__ __forceinline__ void set_barrier(uint64_t* barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void arrive_at(uint64_t* barrier) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void await_barrier(uint64_t* barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+#define AWAIT "mbarrier.try_wait.parity.shared.b64"  // Sleeps
+#else
+#define AWAIT "mbarrier.test_wait.parity.shared.b64"
+#endif
+    uint32_t done;
+    do {
+        asm volatile("{ .reg .pred p; " AWAIT " p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done)
+                     : "r"(shared_address(barrier)), "r"(parity)
+                     : "memory");
+    } while (!done);
+#undef AWAIT
+}
+
 // Four 8x8 matrices of 16-bit numbers; lane i gives the (shared) address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -38,6 +61,13 @@ __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], uint32_t row) 
 }
 __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) { load_matrices(x, shared_address(row)); }
 __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], const void* row) { load_transposed(x, shared_address(row)); }
+
+// An 8x8 matrix of 16-bit numbers, two neighbours of a row in each lane.
+__device__ __forceinline__ uint32_t transposed(uint32_t x) {
+    uint32_t y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
 
 template <class T>
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

@@ -91,6 +91,25 @@ __device__ __forceinline__ float gelu(float x) { return x * sigmoid(1.5957691216
 __device__ __forceinline__ float forget6(float x) { return exp_of(-exp_of(x)); }
 __device__ __forceinline__ float forget7(float x) { return exp2_of(-0.6065306597126334f * LOG2_E * sigmoid(x)); }
 
+// tanh to 2^-11.
+__device__ __forceinline__ float tanh_of(float x) {
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Pairs of f16 in a word.
+__device__ __forceinline__ uint32_t times(uint32_t x, uint32_t y) {
+    uint32_t z;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+__device__ __forceinline__ uint32_t times_plus(uint32_t x, uint32_t y, uint32_t z) {
+    uint32_t sum;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(x), "r"(y), "r"(z));
+    return sum;
+}
+
 // The sum over N lanes, APART from each other, of each of x[0..N), x[i] in the i-th of them.
 template <int N, int APART = 1, int M>
 __device__ __forceinline__ float sums_of_lanes(float (&x)[M], int lane) {

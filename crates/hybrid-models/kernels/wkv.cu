@@ -2,9 +2,11 @@
 #include "wkv_any.cuh"
 #include "wkv4.cuh"
 #include "wkv7.cuh"
+#include "wkv7_chunks.cuh"
 
 namespace hybrid {
 static_assert(sizeof(WkvShared<__half>) == WKV_SHARED, "as args.cuh says");
+static_assert(sizeof(Wkv7Shared<__half, WKV7_DIM>) == WKV7_SHARED, "as args.cuh says");
 ENTRIES(wkv4, (WKV4_THREADS), wkv4, Wkv4)
 ENTRY(wkv5, (WKV_THREADS), wkv5, Wkv, f16, __half)
 ENTRY(wkv5, (WKV_THREADS), wkv5, Wkv, bf16, __nv_bfloat16)
@@ -12,6 +14,8 @@ ENTRIES(wkv5_any, (COLUMN_THREADS), wkv5_any, Wkv)
 ENTRY(wkv6, (WKV_THREADS), wkv6, Wkv, f16, __half)
 ENTRY(wkv6, (WKV_THREADS), wkv6, Wkv, bf16, __nv_bfloat16)
 ENTRIES(wkv6_any, (COLUMN_THREADS), wkv6_any, Wkv)
-ENTRIES(wkv7, (DELTA_THREADS), wkv7, Wkv7)
+ENTRY(wkv7, (WKV7_THREADS), wkv7_chunks, Wkv7, f16, __half)
+ENTRY(wkv7, (WKV7_THREADS), wkv7_chunks, Wkv7, bf16, __nv_bfloat16)
+ENTRY(wkv7, (DELTA_THREADS), wkv7, Wkv7, f32, float)
 ENTRIES(wkv7_any, (COLUMN_THREADS), wkv7_any, Wkv7)
 }

@@ -30,6 +30,8 @@ pub struct Kernels {
     stream: Arc<CudaStream>,
     /// The most bytes of shared memory that a block may have.
     pub most_shared: u32,
+    /// Multiprocessors of the device.
+    pub processors: u32,
 }
 
 impl Kernels {
@@ -53,7 +55,8 @@ impl Kernels {
         };
         let modules = IMAGES.iter().map(load).collect::<Result<_>>()?;
         let most_shared = attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
-        Ok(Self { modules, stream, most_shared })
+        let processors = attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        Ok(Self { modules, stream, most_shared, processors })
     }
 
     /// The kernel of a name for inputs and outputs of a format, by blocks of so many threads with so many bytes of dynamic shared memory.

@@ -42,6 +42,16 @@ impl Target {
         Ok(Some(InChunks(self.kernels.get(name, self.dtype, threads, shared)?)))
     }
 
+    /// A kernel that is worth it for many tokens in f32, if that is the format of the weights.
+    pub fn in_f32(&self, name: &str, threads: u32) -> Result<Option<InChunks>> {
+        (self.dtype == DType::F32).then(|| self.kernel(name, threads).map(InChunks)).transpose()
+    }
+
+    /// Multiprocessors of the device.
+    pub fn processors(&self) -> usize {
+        self.kernels.processors as usize
+    }
+
     /// Numbers in f32.
     pub fn vector(&self, numbers: &[f32]) -> Result<Tensor> {
         Ok(Tensor::new(numbers, &self.device)?)
@@ -65,7 +75,7 @@ impl Target {
     }
 }
 
-/// A kernel in half precision that is worth it for many tokens.
+/// A kernel that is worth it for many tokens.
 #[derive(Debug)]
 pub struct InChunks(Kernel);
 

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::args;
-use super::kernels::{Kernel, Rows, WKV_SHARED, address, unwritten};
+use super::kernels::{Kernel, Rows, WKV_SHARED, WKV7_SHARED, address, unwritten};
 use super::target::{InChunks, Target};
 use crate::rwkv::V7;
 use candle_core::{DType, Tensor};
@@ -19,6 +19,8 @@ struct Version {
     heads: usize,
     dim: usize,
     in_chunks: Option<InChunks>,
+    /// Up to how many blocks in all `in_chunks` takes two for a head; beyond, it takes one.
+    most_halves: usize,
     any: Kernel,
 }
 
@@ -30,10 +32,16 @@ impl Version {
         }
         let in_chunks = match (name, dim) {
             ("wkv5" | "wkv6", USUAL_CHANNELS) => to.in_chunks(name, 192, WKV_SHARED)?,
-            ("wkv7", USUAL_CHANNELS) => to.in_chunks(name, 128, 0)?,
+            ("wkv7", USUAL_CHANNELS) => {
+                let in_f32 = to.in_f32(name, 128)?;
+                if in_f32.is_some() { in_f32 } else { to.in_chunks(name, 384, WKV7_SHARED)? }
+            }
             _ => None,
         };
-        Ok(Self { heads, dim, in_chunks, any: to.kernel(&format!("{name}_any"), 128)? })
+        let either = name == "wkv7" && to.dtype != DType::F32;
+        let most_halves = if either { to.processors() } else { usize::MAX };
+        let any = to.kernel(&format!("{name}_any"), 128)?;
+        Ok(Self { heads, dim, in_chunks, most_halves, any })
     }
 
     /// # Safety
@@ -47,7 +55,10 @@ impl Version {
         // SAFETY: the caller's.
         unsafe {
             match InChunks::fitting(&self.in_chunks, tokens, rows) {
-                Some(kernel) => kernel.launch((2, self.heads, batch), args),
+                Some(kernel) => {
+                    let blocks = if 2 * self.heads * batch <= self.most_halves { 2 } else { 1 };
+                    kernel.launch((blocks, self.heads, batch), args)
+                }
                 None => self.any.launch((self.dim.div_ceil(32), self.heads, batch), args),
             }
         }
