@@ -95,11 +95,8 @@ impl OnDevice {
                 let (first, wanted) = (first - start, start + tokens - first);
                 let top = |x: &Tensor| part(x, batch, first, wanted);
                 let added = added.as_ref().map(top).transpose()?;
-                logits.push(self.logits(&top(&x)?, added.as_ref())?.reshape((
-                    batch,
-                    wanted,
-                    (),
-                ))?);
+                let rows = self.logits(&top(&x)?, added.as_ref())?;
+                logits.push(rows.reshape((batch, wanted, ()))?);
             }
         }
         Ok(Tensor::cat(&logits, 1)?)
