@@ -125,7 +125,7 @@ struct Conv {
 // multiples of 8 numbers and arrays lie at multiples of 16 bytes. Arrays without `*_row` are contiguous.
 
 // x <- x + added, y = norm(x): a layer norm with a bias, an RMS norm without. rows_norm_T gives y in T, rows_norm_wide_T in f32.
-// Grid (rows), 512 threads, 4 * channels bytes of dynamic shared memory.
+// Grid (rows), 256 threads, 4 * channels bytes of dynamic shared memory.
 struct Norm {
     float* x;                    // [rows][channels]
     const void* added;           // T, [rows][channels]; may be null: nothing
@@ -136,7 +136,7 @@ struct Norm {
 };
 
 // Mamba-2: y = RMS norm of each group of channels of x silu(gate), o weight.
-// rows_gated_norm_T: Grid (rows, groups), 512 threads, 4 * group bytes of dynamic shared memory.
+// rows_gated_norm_T: Grid (rows, groups), 256 threads, 4 * group bytes of dynamic shared memory.
 struct GatedNorm {
     const void* x;        // T, [rows][groups * group]
     const void* gate;     // T, rows of groups * group

@@ -23,8 +23,9 @@ __device__ void head_norm_of(const HeadNorm& p) {
     const int channel = int(of_row % p.heads) * p.dim + c;
     const long long at = of_row * p.dim + c;
     // Lanes without channels go along for the sums.
-    float x[EIGHT] = {}, sum = 0;
-    if (count) load<WHOLE>((const T*)p.x + at, count, x);
+    float x[EIGHT] = {}, gate[EIGHT], v[EIGHT] = {}, sum = 0;
+    if (count) load<WHOLE>((const T*)p.x + at, count, x), load<WHOLE>((const T*)p.gate + at, count, gate);
+    if (count && p.own) load<WHOLE>((const T*)p.v + at, count, v);
 #pragma unroll
     for (int i = 0; i < EIGHT; i++) sum += x[i];
     const float mean = sum_of_lanes(sum, lanes) / p.dim;
@@ -36,11 +37,9 @@ __device__ void head_norm_of(const HeadNorm& p) {
     }
     const float scale = rsqrtf(sum_of_lanes(sum, lanes) / p.dim + p.eps);
     if (!count) return;
-    float weight[EIGHT], bias[EIGHT], gate[EIGHT], v[EIGHT] = {};
+    float weight[EIGHT], bias[EIGHT];
     load<WHOLE>(p.weight + channel, count, weight), load<WHOLE>(p.bias + channel, count, bias);
-    load<WHOLE>((const T*)p.gate + at, count, gate);
     const float own = p.own ? p.own[of_row] : 0.f;
-    if (p.own) load<WHOLE>((const T*)p.v + at, count, v);
 #pragma unroll
     for (int i = 0; i < EIGHT; i++) {
         x[i] = fmaf(own, v[i], fmaf(x[i] * scale, weight[i], bias[i])) * (p.silu ? silu(gate[i]) : gate[i]);

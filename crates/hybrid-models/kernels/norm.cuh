@@ -5,7 +5,7 @@
 
 namespace hybrid {
 
-constexpr int NORM_THREADS = 512, NORM_TILE = NORM_THREADS * EIGHT;
+constexpr int NORM_THREADS = 256, NORM_TILE = NORM_THREADS * EIGHT;
 
 // Of the block's threads, for all of them.
 __device__ __forceinline__ float sum_of_block(float x) {

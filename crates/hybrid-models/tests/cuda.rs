@@ -53,8 +53,19 @@ fn logits_equal_public_implementations() {
     }
 }
 
-/// Products, and what goes into them, are in half precision here; the references are computed in f32. Where a layer's output nearly cancels
-/// before a norm, rounding grows, so that the bound is on the whole: the norm of the difference in parts of the logits'.
+/// How far a family's logits in f16 and bf16 may be: the norm of the difference in parts of the logits'. Seen on an H100: Mamba 5.4e-3 and
+/// 4.4e-2, Mamba-2 2.9e-3 and 2.5e-2, the others up to 1.9e-3 and 1.6e-2. Where a layer's output nearly cancels before a norm, as in the tiny Mamba,
+/// rounding grows: rounding to bf16 what goes into its products, and nothing else, already costs 2.7e-2.
+fn bounds(family: &str) -> [(DType, f32); 2] {
+    let (f16, bf16) = match family {
+        "mamba" => (7e-3, 5.5e-2),
+        "mamba2" | "mamba2_groups" => (4e-3, 3e-2),
+        _ => (2.5e-3, 2e-2),
+    };
+    [(DType::F16, f16), (DType::BF16, bf16)]
+}
+
+/// Products, and what goes into them, are in half precision here; the references are computed in f32.
 #[test]
 fn logits_in_half_precision_are_near() {
     let Some(device) = device() else { return };
@@ -62,9 +73,11 @@ fn logits_in_half_precision_are_near() {
     let mut far = Vec::new();
     for name in FAMILIES {
         let fixture = Fixture::open(name);
-        for (dtype, expected, bound) in
-            [(DType::F16, &fixture.logits, 1e-2), (DType::BF16, &fixture.logits_of_bf16, 8e-2)]
-        {
+        for (dtype, bound) in bounds(name) {
+            let expected = match dtype {
+                DType::BF16 => &fixture.logits_of_bf16,
+                _ => &fixture.logits,
+            };
             let model = Model::from_folder(&fixture.folder, &on(&device, dtype)).unwrap();
             for cuts in cuts(fixture.tokens.dim(1).unwrap()) {
                 let logits = on_host(feed(&model, &fixture.tokens, &cuts));
@@ -93,7 +106,7 @@ fn a_stack_of_all_mixers_equals_the_host() {
     };
     let ids: Vec<u32> = (0..2 * 700).map(|i| (i * i * 7 + i * 3) % 50).collect();
     let ids = Tensor::from_vec(ids, (2, 700), &Device::Cpu).unwrap();
-    for (dtype, bound) in [(DType::F32, 1e-3), (DType::F16, 1e-2), (DType::BF16, 5e-2)] {
+    for (dtype, bound) in [(DType::F32, 1e-4), (DType::F16, 1e-3), (DType::BF16, 1e-2)] {
         let want = feed(&load(&on(&Device::Cpu, dtype)), &ids, &[700]);
         let model = load(&on(&device, dtype));
         for cuts in [&[700][..], &[500, 1, 40]] {

@@ -18,7 +18,7 @@ pub struct GatedNorm {
 
 impl GatedNorm {
     pub fn new(weight: &[f32], groups: usize, eps: f32, to: &Target) -> Result<Self> {
-        let kernel = to.kernel_sharing("rows_gated_norm", 512, size_of_val(weight) / groups)?;
+        let kernel = to.kernel_sharing("rows_gated_norm", 256, size_of_val(weight) / groups)?;
         Ok(Self { weight: to.vector(weight)?, groups, eps, kernel })
     }
 

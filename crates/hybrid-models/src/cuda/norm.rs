@@ -28,7 +28,7 @@ impl Norm {
         };
         let (name, dtype) =
             if wide { ("rows_norm_wide", DType::F32) } else { ("rows_norm", to.dtype) };
-        let kernel = to.kernel_sharing(name, 512, size_of_val(weight.as_slice()))?;
+        let kernel = to.kernel_sharing(name, 256, size_of_val(weight.as_slice()))?;
         Ok(Self { weight: to.vector(weight)?, bias, eps, dtype, kernel })
     }
 
