@@ -77,7 +77,7 @@ struct Wkv7 {
     int tokens, heads, dim;
     int r_row, key_row, v_row, w_row, a_row, y_row;
 };
-constexpr int WKV7_SHARED = 212000;
+constexpr int WKV7_SHARED = 169600;
 
 // RWKV-4: [channels] each; see src/rwkv/v4.rs. y = mean of the values by e^key. Grid (channels / 128, batch), 128 threads. One entry point a kind.
 struct Wkv4 {

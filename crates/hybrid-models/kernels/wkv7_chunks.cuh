@@ -13,31 +13,35 @@
 //
 // RWKV-7 keeps at least e^-e^(-1/2) = 0.545 of a number at each token, so that W(t) / M lies within 2^-7 and 2^7, and f16 holds all rows, for bf16 inputs too.
 //
-// A block takes VALUES of a head's values through all tokens. Makers, warps that each prepare every WKV7_MAKERS-th chunk, do all but the lines
-// above; two users go through all chunks, half of the columns of S each in f32 registers. Makers hold tokens x keys as fragments: a lane has tokens
-// row and row + 8 (row = lane / 4), and of the keys those that lie side by side in memory: tile j of eight keys, columns pair and pair + 1, are the keys
-// 8 (lane % 4) + 2 j and the next in the first half of the head (j < 4), 24 more in the other. It is the same order wherever keys are summed over.
+// A block takes VALUES of a head's values through all tokens. Makers, warps that take every MAKERS-th chunk each, do all but the lines above; users
+// go through all chunks, each with 16 columns of S in f32 registers. Users are what a block waits for (40 products a chunk, in the order of time), so
+// that more makers than they need would but take their issue slots.
+//
+// Makers hold tokens x keys as fragments: a lane has tokens row and row + 8 (row = lane / 4), and of the keys those that lie side by side in memory:
+// tile j of eight keys, columns pair and pair + 1, are the keys 8 (lane % 4) + 2 j and the next in the first half of the head (j < 4), and 24 more in
+// the other. It is the same order wherever keys are summed over.
 #pragma once
+#include <type_traits>
 #include "args.cuh"
 #include "mma.cuh"
 
 namespace hybrid {
 
 constexpr int WKV7_CHUNK = 16, WKV7_DIM = 64, WKV7_TILES = WKV7_DIM / 8;
-constexpr int WKV7_MAKERS = 10, WKV7_USERS = 2, WKV7_THREADS = 32 * (WKV7_MAKERS + WKV7_USERS);
+constexpr int WKV7_WARPS = 12, WKV7_THREADS = 32 * WKV7_WARPS;
 // Keys, state and all that comes of them are held divided by this, which leaves f16 room for states up to a million.
 constexpr float WKV7_SCALE = 16.f;
 
 template <class T, int VALUES>
 struct Wkv7Chunk {
-    uint4 r[WKV7_TILES / 2][32], c[WKV7_TILES / 2][32];         // Lanes' fragments B of R' and C', 16 keys each
-    uint32_t k[2 * WKV7_TILES][32], b[2 * WKV7_TILES][32];      // 8 x 8 blocks: [tile, half of the tokens][token][keys]
-    uint32_t kr[4][32], br[4][32], kc[4][32], solve[4][32];     // K R', B R', K C' and -(I + B C')^-1, blocks [half of t, half of s][s][t]
-    uint4 v[VALUES / 16][32];                               // 8 x 8 blocks of T: [half of the tokens, half of the values][token][values]
+    uint4 r[WKV7_TILES / 2][32], c[WKV7_TILES / 2][32];          // Lanes' fragments B of R' and C', 16 keys each
+    uint32_t k[2 * WKV7_TILES][32], b[2 * WKV7_TILES][32];       // 8 x 8 blocks: [tile, half of the tokens][token][keys]
+    uint32_t kr[4][32], br[4][32], kc[4][32], solve[4][32];      // K R', B R', K C' and -(I + B C')^-1: blocks [half of t, half of s][s][t]
+    uint4 v[VALUES / 16][32];                                    // Blocks of T of 16 values: [half of the tokens, half of the values][token][values]
     float2 before[4][WKV7_TILES + 2], after[4][WKV7_TILES + 2];  // M and W(15) / M of [lane % 4][tile]
 };
 
-// A chunk's inputs as they come, in 16 bytes, which lie in their rows in an order (at ^ turn) such that no two lanes that read at once meet in a bank.
+// A chunk's inputs as they come, by 16 bytes. In each row these lie in an order of its own (at ^ turn), so that lanes that read at once meet in no bank.
 struct Wkv7Raw {
     uint4 key[WKV7_CHUNK][8], a[WKV7_CHUNK][8], r[WKV7_CHUNK][8], w[WKV7_CHUNK][8];
 };
@@ -47,7 +51,7 @@ __device__ __forceinline__ int turn_of_values(int eight) { return eight * 2 % 8 
 
 // What is the same for all chunks, two f16 in a word, of [lane % 4][half of the tiles].
 struct Wkv7Weights {
-    uint4 rate_bias[4][2], key_slope[4][2], key_base[4][2], removal[4][2], own[4][2];
+    uint4 rate_bias[4][2], key_rate[4][2], removal[4][2], own[4][2];
 
     // By one warp.
     __device__ void fill(const Wkv7& p, int lane) {
@@ -55,29 +59,30 @@ struct Wkv7Weights {
         auto of = [&](const float* x) { return *(const float2*)(x + key); };
         auto put = [&](uint4(&to)[4][2], float x, float y) { ((uint32_t*)&to[lane % 4][0])[j] = packed<__half>(x, y); };
         const float2 bias = of(p.rate_bias), rate = of(p.key_rate), scale = of(p.removal_scale), share = of(p.own_scale);
-        // rate = (1 + tanh(x / 2)) / 2, and the key is multiplied with 1 + (rate - 1) key_rate.
-        constexpr float ONE = 1 / WKV7_SCALE;
-        put(rate_bias, 0.5f * bias.x, 0.5f * bias.y), put(removal, scale.x, scale.y), put(own, share.x, share.y);
-        put(key_slope, 0.5f * ONE * rate.x, 0.5f * ONE * rate.y), put(key_base, ONE * (1 - 0.5f * rate.x), ONE * (1 - 0.5f * rate.y));
+        // The rate is (1 + tanh(x / 2)) / 2.
+        put(rate_bias, 0.5f * bias.x, 0.5f * bias.y), put(key_rate, 0.5f / WKV7_SCALE * rate.x, 0.5f / WKV7_SCALE * rate.y);
+        put(removal, scale.x, scale.y), put(own, share.x, share.y);
     }
 };
 
 template <class T, int VALUES>
 struct Wkv7Shared {
-    Wkv7Chunk<T, VALUES> chunks[WKV7_MAKERS];
-    Wkv7Raw raw[WKV7_MAKERS];
+    static constexpr int USERS = VALUES / 16, MAKERS = VALUES == WKV7_DIM ? 8 : 6;  // The rest of the block's warps leave at once.
+    Wkv7Chunk<T, VALUES> chunks[MAKERS];
+    Wkv7Raw raw[MAKERS];
     Wkv7Weights weights;
-    uint64_t full[WKV7_MAKERS], empty[WKV7_MAKERS];
+    uint64_t full[MAKERS], empty[MAKERS];
 };
 
-// Two numbers of T as f16.
+// Two numbers of T in a word as two f16.
 template <class T>
 __device__ __forceinline__ uint32_t as_f16(uint32_t x) {
     if (std::is_same<T, __half>::value) return x;
     const float2 y = unpacked<T>(x);
     return packed<__half>(y.x, y.y);
 }
-constexpr uint32_t ONES = 0x3c003c00, HALVES = 0x38003800;
+constexpr uint32_t ONES = 0x3c003c00, HALVES = 0x38003800;  // As two f16
+__device__ __forceinline__ void four(const uint4& x, uint32_t (&to)[4]) { to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w; }
 
 // Two tiles of the rows: fragments B of R' and C', A of K and B.
 struct Wkv7Rows {
@@ -86,7 +91,7 @@ struct Wkv7Rows {
 
 template <class T, int VALUES>
 struct Wkv7Maker {
-    static constexpr int EIGHTS = VALUES / 8;
+    static constexpr int EIGHTS = VALUES / 8, MAKERS = Wkv7Shared<T, VALUES>::MAKERS;
     const Wkv7& p;
     Wkv7Chunk<T, VALUES>& chunk;
     Wkv7Raw& raw;
@@ -112,7 +117,7 @@ struct Wkv7Maker {
         r_at = (const T*)p.r + token * p.r_row + at, w_at = (const T*)p.w + token * p.w_row + at;
         v_at = (const T*)p.v + (start + warp * WKV7_CHUNK + lane / EIGHTS) * p.v_row + head + blockIdx.x * VALUES + lane % EIGHTS * 8;
         chunk.kr[1][lane] = chunk.br[1][lane] = chunk.kc[1][lane] = chunk.solve[1][lane] = 0;
-        const int s = 2 * quarter;
+        const int s = 2 * quarter;  // Columns s and s + 1, and 8 further
         auto early = [&](int s) { return row == 7 || s > row ? -1.f : 0.f; };
         auto late = [&](int s) { return s <= row ? 1.f : 0.f; };
         sums[0] = packed<__half>(early(s), early(s + 1)), sums[1] = sums[2] = none(), sums[3] = packed<__half>(late(s), late(s + 1));
@@ -133,7 +138,7 @@ struct Wkv7Maker {
             const int token = lane / 8 + t;
             copy16(&to[token][lane % 8 ^ turn(token)], at, token < left);
         }
-        from += WKV7_MAKERS * WKV7_CHUNK * (long long)stride;
+        from += MAKERS * WKV7_CHUNK * (long long)stride;
     }
     __device__ void load_first(int left) {
         load(w_at, p.w_row, raw.w, left, turn_of_pairs);
@@ -154,11 +159,11 @@ struct Wkv7Maker {
             const int token = lane / EIGHTS + t;
             copy16(&chunk.v[eight / 2][(token / 8 * 2 + eight % 2) * 8 + (token % 8 ^ turn_of_values(eight))], at, token < left);
         }
-        v_at += WKV7_MAKERS * WKV7_CHUNK * (long long)p.v_row;
+        v_at += MAKERS * WKV7_CHUNK * (long long)p.v_row;
         end_copies();
     }
 
-    // Exponents of W(t) / M.
+    // Logarithms of W(t) / M, to base 2; in row 7, of 1 / M.
     __device__ void sum_decays(int left, float (&g)[WKV7_TILES][4]) {
         constexpr float UNIT = -1.f / (0.6065306597126334f * LOG2_E);
         const uint32_t select = row % 2 ? 0x7632 : 0x5410;
@@ -187,28 +192,25 @@ struct Wkv7Maker {
         }
     }
 
-    static __device__ void four(const uint4& x, uint32_t (&to)[4]) { to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w; }
     // Four tiles of token row + 8 late.
     __device__ void words(const uint4 (&from)[WKV7_CHUNK][8], int half, int late, uint32_t (&to)[4]) {
         four(from[row + 8 * late][4 * half + quarter ^ turn_of_rows(row)], to);
     }
 
-    // Of two lanes' diagonal places of x x', tokens row and row + 8, to all lanes of the row.
+    // The diagonal of a 16 x 16 matrix, of which eight columns each are given: places row and row + 8, to all lanes of the row.
     __device__ float2 diagonal(const float (&early)[4], const float (&late)[4]) {
         const float x = row % 2 ? early[1] : early[0], y = row % 2 ? late[3] : late[2];
         const int from = (lane & 28) + row / 2;
         return make_float2(__shfl_sync(~0u, x, from), __shfl_sync(~0u, y, from));
     }
 
-    // Unit removal keys, and keys as f16.
+    // Keys as f16, and c: removal keys of length 1.
     __device__ void remove(uint32_t (&key)[WKV7_TILES][2], uint32_t (&c)[WKV7_TILES][2]) {
         float early[4] = {}, late[4] = {};
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            uint32_t x[2][4];
-            words(raw.key, half, 0, x[0]), words(raw.key, half, 1, x[1]);
-            uint32_t scales[4];
-            four(weights.removal[quarter][half], scales);
+            uint32_t x[2][4], scales[4];
+            words(raw.key, half, 0, x[0]), words(raw.key, half, 1, x[1]), four(weights.removal[quarter][half], scales);
 #pragma unroll
             for (int j = 4 * half; j < 4 * half + 4; j += 2) {
                 // The same twice, since as fragments A and B they lie in other registers.
@@ -233,13 +235,12 @@ struct Wkv7Maker {
 
     // Half of the head as it came, of tokens row and row + 8, and its weights.
     struct Half {
-        uint32_t a[2][4], r[2][4], rate_bias[4], key_slope[4], key_base[4], own[4];
+        uint32_t a[2][4], r[2][4], rate_bias[4], key_rate[4];
     };
     __device__ void read(int half, Half& to) {
 #pragma unroll
         for (int late = 0; late < 2; late++) words(raw.a, half, late, to.a[late]), words(raw.r, half, late, to.r[late]);
-        four(weights.rate_bias[quarter][half], to.rate_bias), four(weights.key_slope[quarter][half], to.key_slope);
-        four(weights.key_base[quarter][half], to.key_base), four(weights.own[quarter][half], to.own);
+        four(weights.rate_bias[quarter][half], to.rate_bias), four(weights.key_rate[quarter][half], to.key_rate);
     }
 
     // Rows of tile j, the i-th of two.
@@ -253,7 +254,8 @@ struct Wkv7Maker {
         if (row == 0) before[1] = ONES;
         if (row == 7) ups[0] = ONES, down[0] = make_float2(1.f, 1.f);
         const int at = j % 4;
-        const float2 bias = unpacked<__half>(from.rate_bias[at]), slope = unpacked<__half>(from.key_slope[at]), base = unpacked<__half>(from.key_base[at]);
+        const float2 bias = unpacked<__half>(from.rate_bias[at]), slope = unpacked<__half>(from.key_rate[at]);
+        const float2 base = {1 / WKV7_SCALE - slope.x, 1 / WKV7_SCALE - slope.y};
 #pragma unroll
         for (int late = 0; late < 2; late++) {
             const float2 x = unpacked<T>(from.a[late][at]), keys = unpacked<__half>(key[late]), by = down[late];
@@ -271,18 +273,22 @@ struct Wkv7Maker {
     struct Products {
         float k[4][4], b[4][4], own[2][4];
     };
-    __device__ void multiply_rows(const Wkv7Rows& x, const uint32_t* own, bool own_wanted, Products& to) {
+    __device__ void multiply_rows(const Wkv7Rows& x, int step, bool own_wanted, Products& to) {
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             const uint32_t r[2] = {x.r[2 * n], x.r[2 * n + 1]}, c[2] = {x.c[2 * n], x.c[2 * n + 1]};
             multiply<__half>(to.k[n], x.k, r[0], r[1]), multiply<__half>(to.b[n], x.b, r[0], r[1]);
             multiply<__half>(to.k[2 + n], x.k, c[0], c[1]), multiply<__half>(to.b[2 + n], x.b, c[0], c[1]);
-            if (own_wanted) multiply<__half>(to.own[n], x.k, times(r[0], own[0]), times(r[1], own[1]));
+        }
+        if (own_wanted) {
+            const uint2 own = ((const uint2*)&weights.own[quarter][0])[step];
+#pragma unroll
+            for (int n = 0; n < 2; n++) multiply<__half>(to.own[n], x.k, times(x.r[2 * n], own.x), times(x.r[2 * n + 1], own.y));
         }
     }
 
     __device__ void make(int index, int parity) {
-        const int left = p.tokens - index * WKV7_CHUNK, next = left - WKV7_MAKERS * WKV7_CHUNK;
+        const int left = p.tokens - index * WKV7_CHUNK, next = left - MAKERS * WKV7_CHUNK;
         const bool own_wanted = p.own && blockIdx.x == 0;
         await_copies<1>();
         __syncwarp();
@@ -308,7 +314,7 @@ struct Wkv7Maker {
                 for (int i = 0; i < 2; i++) make_tile(2 * step + i, i, inputs, g[2 * step + i], key[2 * step + i], unit[2 * step + i], rows);
                 chunk.r[step][lane] = make_uint4(rows.r[0], rows.r[1], rows.r[2], rows.r[3]);
                 chunk.c[step][lane] = make_uint4(rows.c[0], rows.c[1], rows.c[2], rows.c[3]);
-                multiply_rows(rows, &inputs.own[2 * (step % 2)], own_wanted, products);
+                multiply_rows(rows, step, own_wanted, products);
             }
         }
         __syncwarp();
@@ -328,7 +334,7 @@ struct Wkv7Maker {
         int parity = 1, index = threadIdx.x / 32;
         const int left = p.tokens - index * WKV7_CHUNK;
         if (left > 0) load_first(left), load_second(left);
-        for (; index * WKV7_CHUNK < p.tokens; index += WKV7_MAKERS, parity ^= 1) {
+        for (; index * WKV7_CHUNK < p.tokens; index += MAKERS, parity ^= 1) {
             make(index, parity);
             if (lane == 0) arrive_at(full);
         }
@@ -373,147 +379,149 @@ struct Wkv7Maker {
     }
 };
 
-// SLICES of 16 columns of S, transposed: fragments C of [values][keys], eight keys a tile. Packed in pairs they are fragments A of S'.
+// 16 columns of S, transposed: fragments C of [values][keys], eight keys a tile. Packed in pairs they are fragments A of S'.
 template <class T, int VALUES>
 struct Wkv7User {
-    static constexpr int SLICES = VALUES / 16 / WKV7_USERS;
     typedef Wkv7Chunk<T, VALUES> Chunk;
+    typedef Wkv7Shared<T, VALUES> Shared;
     const Wkv7& p;
-    const int lane, row, quarter, slice;
-    float s[SLICES][WKV7_TILES][4];
-    float2 after[WKV7_TILES];
-    int v_at[SLICES];
+    Shared& shared;
+    const int lane, row, quarter, slice, v_at;
+    float s[WKV7_TILES][4];
+    // What the next chunk begins with: its values, what S is multiplied with before, C, and what is found of its own keys.
+    uint32_t v[4], c[WKV7_TILES / 2][4];
+    float2 decay[WKV7_TILES];
+    float found[2][4];
+    int slot = 0, parity = 0;
 
-    __device__ Wkv7User(const Wkv7& p, int slice) : p(p), lane(threadIdx.x % 32), row(lane / 4), quarter(lane % 4), slice(slice) {
-#pragma unroll
-        for (int i = 0; i < SLICES; i++) v_at[i] = (slice + i) * 32 + lane / 8 * 8 + (lane % 8 ^ turn_of_values(2 * (slice + i) + lane / 8 % 2));
-    }
+    __device__ Wkv7User(const Wkv7& p, Shared& shared, int slice)
+        : p(p), shared(shared), lane(threadIdx.x % 32), row(lane / 4), quarter(lane % 4), slice(slice),
+          v_at(slice * 32 + lane / 8 * 8 + (lane % 8 ^ turn_of_values(2 * slice + lane / 8 % 2))) {}
+
     template <class F>
     __device__ void each(F f) {
         const int first = blockIdx.x * VALUES + slice * 16 + row;
 #pragma unroll
-        for (int i = 0; i < SLICES; i++) {
+        for (int j = 0; j < WKV7_TILES; j++) {
 #pragma unroll
-            for (int j = 0; j < WKV7_TILES; j++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) f(s[i][j][e], (j / 4 * 32 + quarter * 8 + j % 4 * 2 + e % 2) * WKV7_DIM + first + i * 16 + e / 2 * 8);
-            }
+            for (int e = 0; e < 4; e++) f(s[j][e], (j / 4 * 32 + quarter * 8 + j % 4 * 2 + e % 2) * WKV7_DIM + first + e / 2 * 8);
         }
     }
     __device__ void load_state(const float* state) {
         each([&](float& s, int at) { s = state[at] * (1 / WKV7_SCALE); });
 #pragma unroll
-        for (int j = 0; j < WKV7_TILES; j++) after[j] = make_float2(1.f, 1.f);
+        for (int j = 0; j < WKV7_TILES; j++) decay[j] = make_float2(1.f, 1.f);
     }
-    __device__ void decay() {
+    __device__ void decay_state() {
 #pragma unroll
-        for (int i = 0; i < SLICES; i++) {
-#pragma unroll
-            for (int j = 0; j < WKV7_TILES; j++) s[i][j][0] *= after[j].x, s[i][j][1] *= after[j].y, s[i][j][2] *= after[j].x, s[i][j][3] *= after[j].y;
-        }
+        for (int j = 0; j < WKV7_TILES; j++) s[j][0] *= decay[j].x, s[j][1] *= decay[j].y, s[j][2] *= decay[j].x, s[j][3] *= decay[j].y;
     }
     __device__ void store_state(float* state) {
-        decay();
+        decay_state();
         each([&](float& s, int at) { state[at] = s * WKV7_SCALE; });
     }
+
     static __device__ void pack(const float (&x)[4], const float (&y)[4], uint32_t (&to)[4]) {
         to[0] = packed<__half>(x[0], x[1]), to[1] = packed<__half>(x[2], x[3]), to[2] = packed<__half>(y[0], y[1]), to[3] = packed<__half>(y[2], y[3]);
     }
-    // c += x y of two tokens' eights, or S += x y of two tiles.
+    // c += x y of two tokens' eights, or of two tiles of S.
     static __device__ void add(float (&first)[4], float (&second)[4], const uint32_t (&x)[4], const uint32_t (&y)[4]) {
         multiply<__half>(first, x, y[0], y[1]), multiply<__half>(second, x, y[2], y[3]);
     }
-    __device__ void add_blocks(float (&c)[SLICES][2][4], const uint32_t (&x)[SLICES][4], const uint32_t (&blocks)[4][32]) {
+    __device__ void load(const uint32_t (&blocks)[4][32], uint32_t (&to)[4]) { load_transposed(to, &blocks[0][0] + 4 * lane); }
+    __device__ void add(float (&c)[2][4], const uint32_t (&x)[4], const uint32_t (&blocks)[4][32]) {
         uint32_t y[4];
-        load_transposed(y, &blocks[0][0] + 4 * lane);
-#pragma unroll
-        for (int i = 0; i < SLICES; i++) add(c[i][0], c[i][1], x[i], y);
-    }
-    __device__ void add_state(float (&c)[SLICES][2][4], const uint32_t (&x)[SLICES][4], const uint4& y) {
-        const uint32_t words[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-        for (int i = 0; i < SLICES; i++) add(c[i][0], c[i][1], x[i], words);
+        load(blocks, y);
+        add(c[0], c[1], x, y);
     }
     // S += (x y)', of y all keys.
-    __device__ void add_to_state(const uint32_t (&x)[SLICES][4], const uint32_t (&blocks)[2 * WKV7_TILES][32]) {
+    __device__ void add_to_state(const uint32_t (&x)[4], const uint32_t (&blocks)[2 * WKV7_TILES][32]) {
 #pragma unroll
         for (int j = 0; j < WKV7_TILES; j += 2) {
             uint32_t y[4];
             load_transposed(y, &blocks[2 * j][0] + 4 * lane);
-#pragma unroll
-            for (int i = 0; i < SLICES; i++) add(s[i][j], s[i][j + 1], x[i], y);
+            add(s[j], s[j + 1], x, y);
         }
     }
 
-    // y (values x tokens, divided by WKV7_SCALE), and S after the chunk.
-    __device__ void step(const Chunk& chunk, float (&y)[SLICES][2][4]) {
+    // Of the chunk in the slot, all that needs no S.
+    __device__ void begin() {
+        await_barrier(&shared.full[slot], parity);
+        const Chunk& chunk = shared.chunks[slot];
+        load_transposed(v, &chunk.v[0][0] + v_at);
+        uint32_t kc[4];
+        load(chunk.kc, kc);
+#pragma unroll
+        for (int k = 0; k < WKV7_TILES / 2; k++) four(chunk.c[k][lane], c[k]);
 #pragma unroll
         for (int j = 0; j < WKV7_TILES; j += 2) {
             const float4 by = *(const float4*)&chunk.before[quarter][j];
-            after[j] = make_float2(after[j].x * by.x, after[j].y * by.y), after[j + 1] = make_float2(after[j + 1].x * by.z, after[j + 1].y * by.w);
+            decay[j].x *= by.x, decay[j].y *= by.y, decay[j + 1].x *= by.z, decay[j + 1].y *= by.w;
         }
-        decay();
-        uint32_t v[SLICES][4], u[SLICES][4], state[WKV7_TILES / 2][SLICES][4];
 #pragma unroll
-        for (int i = 0; i < SLICES; i++) {
-            load_transposed(v[i], &chunk.v[0][0] + v_at[i]);
-#pragma unroll
-            for (int e = 0; e < 4; e++) v[i][e] = as_f16<T>(v[i][e]);
-        }
-        // Products that others wait for come first; in between, those that wait for nothing.
-        float found[SLICES][2][4] = {}, solved[SLICES][2][4] = {};
-        add_blocks(found, v, chunk.kc);
+        for (int e = 0; e < 4; e++) v[e] = as_f16<T>(v[e]), found[0][e] = found[1][e] = 0.f;
+        add(found[0], found[1], v, kc);
+    }
+
+    // S after the chunk, and its y (values x tokens, divided by WKV7_SCALE). In between, the next chunk begins: S waits for nothing but products.
+    __device__ void step(bool last, float (&y)[2][4]) {
+        const Chunk& chunk = shared.chunks[slot];
+        uint64_t* empty = &shared.empty[slot];
+        uint32_t u[4], state[WKV7_TILES / 2][4];
+        float more[2][4] = {}, solved[2][4] = {};
+        decay_state();
 #pragma unroll
         for (int k = 0; k < WKV7_TILES / 2; k++) {
-#pragma unroll
-            for (int i = 0; i < SLICES; i++) pack(s[i][2 * k], s[i][2 * k + 1], state[k][i]);
-            add_state(found, state[k], chunk.c[k][lane]);
+            pack(s[2 * k], s[2 * k + 1], state[k]);
+            k % 2 ? add(more[0], more[1], state[k], c[k]) : add(found[0], found[1], state[k], c[k]);
         }
         add_to_state(v, chunk.k);
+        uint32_t solve[4];
+        load(chunk.solve, solve);
 #pragma unroll
-        for (int i = 0; i < SLICES; i++) pack(found[i][0], found[i][1], u[i]);
-        add_blocks(solved, u, chunk.solve);
-        add_blocks(y, v, chunk.kr);
+        for (int e = 0; e < 8; e++) found[e / 4][e % 4] += more[e / 4][e % 4];
+        pack(found[0], found[1], u);
+        add(solved[0], solved[1], u, solve);
+        add(y, v, chunk.kr);
 #pragma unroll
-        for (int k = 0; k < WKV7_TILES / 2; k++) add_state(y, state[k], chunk.r[k][lane]);
-#pragma unroll
-        for (int i = 0; i < SLICES; i++) pack(solved[i][0], solved[i][1], u[i]);
-        add_to_state(u, chunk.b);
-        add_blocks(y, u, chunk.br);
+        for (int k = 0; k < WKV7_TILES / 2; k++) {
+            uint32_t r[4];
+            four(chunk.r[k][lane], r);
+            add(y[0], y[1], state[k], r);
+        }
+        pack(solved[0], solved[1], u);
+        uint32_t br[4];
+        load(chunk.br, br);
 #pragma unroll
         for (int j = 0; j < WKV7_TILES; j += 2) {
             const float4 by = *(const float4*)&chunk.after[quarter][j];
-            after[j] = make_float2(by.x, by.y), after[j + 1] = make_float2(by.z, by.w);
+            decay[j] = make_float2(by.x, by.y), decay[j + 1] = make_float2(by.z, by.w);
         }
+        add_to_state(u, chunk.b);
+        add(y[0], y[1], u, br);
+        if (++slot == Shared::MAKERS) slot = 0, parity ^= 1;
+        if (!last) begin();
+        __syncwarp();
+        if (lane == 0) arrive_at(empty);
     }
 
     // y of a chunk to rows of the output, of which so many are left from this lane's first on; its second is 8 further.
-    __device__ void store(T* to, int left, const float (&y)[SLICES][2][4]) {
-        uint32_t rows[2][2 * SLICES];  // Of both tokens: values pair and pair + 1 of each eight
+    __device__ void store(T* to, int left, const float (&y)[2][4]) {
+        uint32_t rows[2][2];  // Of both tokens: values pair and pair + 1 of both eights
 #pragma unroll
-        for (int e = 0; e < 4 * SLICES; e++) {
-            const float(&from)[4] = y[e / 4][e % 4 / 2];
-            rows[e % 4 / 2][e / 4 * 2 + e % 2] = transposed(packed<T>(WKV7_SCALE * from[e % 2 * 2], WKV7_SCALE * from[e % 2 * 2 + 1]));
-        }
-#pragma unroll
-        for (int e = 0; e < 2 * SLICES; e++) {
-            if (left > 0) *(uint32_t*)(to + 8 * e) = rows[0][e];
-            if (left > 8) *(uint32_t*)(to + 8 * p.y_row + 8 * e) = rows[1][e];
-        }
+        for (int e = 0; e < 4; e++) rows[e / 2][e % 2] = transposed(packed<T>(WKV7_SCALE * y[e / 2][e % 2 * 2], WKV7_SCALE * y[e / 2][e % 2 * 2 + 1]));
+        if (left > 0) *(uint32_t*)to = rows[0][0], *(uint32_t*)(to + 8) = rows[0][1];
+        if (left > 8) *(uint32_t*)(to + 8 * p.y_row) = rows[1][0], *(uint32_t*)(to + 8 * p.y_row + 8) = rows[1][1];
     }
 
-    __device__ void use_all(Wkv7Shared<T, VALUES>& shared) {
+    __device__ void use_all() {
         float* state = p.state + ((long long)blockIdx.z * p.heads + blockIdx.y) * WKV7_DIM * WKV7_DIM;
         load_state(state);
         T* to = (T*)p.y + ((long long)blockIdx.z * p.tokens + row) * p.y_row + blockIdx.y * WKV7_DIM + blockIdx.x * VALUES + slice * 16 + 2 * quarter;
-        int slot = 0, parity = 0;
+        begin();
         for (int first = 0; first < p.tokens; first += WKV7_CHUNK, to += WKV7_CHUNK * p.y_row) {
-            float y[SLICES][2][4] = {};
-            await_barrier(&shared.full[slot], parity);
-            step(shared.chunks[slot], y);
-            __syncwarp();
-            if (lane == 0) arrive_at(&shared.empty[slot]);
-            if (++slot == WKV7_MAKERS) slot = 0, parity ^= 1;
+            float y[2][4] = {};
+            step(first + WKV7_CHUNK >= p.tokens, y);
             store(to, p.tokens - first - row, y);
         }
         store_state(state);
@@ -524,16 +532,17 @@ template <class T, int VALUES>
 __device__ void wkv7_of_values(const Wkv7& p) {
     extern __shared__ __align__(16) char memory[];
     Wkv7Shared<T, VALUES>& shared = *(Wkv7Shared<T, VALUES>*)memory;
+    typedef Wkv7Shared<T, VALUES> Shared;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == 0) shared.weights.fill(p, lane);
-    if (threadIdx.x < WKV7_MAKERS) set_barrier(&shared.full[threadIdx.x], 1), set_barrier(&shared.empty[threadIdx.x], WKV7_USERS);
+    if (threadIdx.x < Shared::MAKERS) set_barrier(&shared.full[threadIdx.x], 1), set_barrier(&shared.empty[threadIdx.x], Shared::USERS);
     __syncthreads();
-    if (warp < WKV7_MAKERS) {
+    if (warp < Shared::MAKERS) {
         Wkv7Maker<T, VALUES> maker(p, shared, warp);
         maker.make_all();
-    } else {
-        Wkv7User<T, VALUES> user(p, (warp - WKV7_MAKERS) * (VALUES / 16 / WKV7_USERS));
-        user.use_all(shared);
+    } else if (warp < Shared::MAKERS + Shared::USERS) {
+        Wkv7User<T, VALUES> user(p, shared, warp - Shared::MAKERS);
+        user.use_all();
     }
 }
 
