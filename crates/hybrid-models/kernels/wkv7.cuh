@@ -1,4 +1,5 @@
-// RWKV-7's recurrence (Peng and others, arXiv 2503.14456) for prompts: the generalised delta rule, with what the layer does to its keys.
+// RWKV-7's recurrence (Peng and others, arXiv 2503.14456) for prompts in f32, token by token: the generalised delta rule, with what the layer does to
+// its keys.
 //
 // A block takes VALUES of a head's values through all tokens. Half of its warps keep the state in registers: four lanes share two columns,
 // a quarter of their 64 keys each. What is the same for all columns (decays, removal keys, keys, what is added) the other half
