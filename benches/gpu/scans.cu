@@ -245,12 +245,13 @@ void* rows(i64 n, int width, int pad, float mean, float spread) {
     return numbers<T>(n * (width + pad), mean, spread);
 }
 
+enum ScanForm { USUAL, FEW, ANY };  // The entry points selective_scan, selective_scan_few and selective_scan_any
 template <class T>
 struct Scan {
     SelectiveScan p;
     int batch;
-    bool any;
-    Scan(int batch, int tokens, int channels, int states, int pad, bool any) : batch(batch), any(any) {
+    ScanForm form;
+    Scan(int batch, int tokens, int channels, int states, int pad, ScanForm form) : batch(batch), form(form) {
         i64 n = (i64)batch * tokens;
         int row = channels + pad, selected = states + pad;
         p = {rows<T>(n, channels, pad, 0, 1), rows<T>(n, channels, pad, -1, 1.5), rows<T>(n, channels, pad, 0, 1), rows<T>(n, states, pad, 0, 1),
@@ -259,8 +260,9 @@ struct Scan {
              row, row, row, selected, selected, channels};
     }
     void run() {
-        if (any) PICK(T, selective_scan_any)<<<dim3(parts(p.channels, 4), batch), 128>>>(p);
-        else PICK(T, selective_scan)<<<dim3(parts(p.channels, 16), batch), SCAN_THREADS>>>(p);
+        if (form == ANY) PICK(T, selective_scan_any)<<<dim3(parts(p.channels, 4), batch), 128>>>(p);
+        else if (form == FEW) launch(PICK(T, selective_scan_few), dim3(parts(p.channels, 40), batch), 320, SCAN_FEW_SHARED, p);
+        else launch(PICK(T, selective_scan), dim3(parts(p.channels, 32), batch), 128, SCAN_SHARED, p);
         OK(cudaGetLastError());
     }
     i64 outputs() { return (i64)batch * p.tokens * p.channels; }
@@ -301,19 +303,23 @@ struct Wkvs {
     Wkv p;
     int batch;
     bool any;
-    Wkvs(int version, int batch, int tokens, int heads, int dim, int pad, bool any) : batch(batch), any(any) {
+    int blocks;  // In chunks: of a head
+    // large: nothing is forgotten, and states grow beyond what f16 can hold, outputs don't.
+    Wkvs(int version, int batch, int tokens, int heads, int dim, int pad, bool any, int blocks = 2, bool large = false)
+        : batch(batch), any(any), blocks(blocks) {
         i64 n = (i64)batch * tokens;
         int width = heads * dim, row = width + pad;
         bool six = version == 6;
-        p = {rows<T>(n, width, pad, 0, 1), rows<T>(n, width, pad, 0, 1), rows<T>(n, width, pad, 0, 1), six ? rows<T>(n, width, pad, 0, 1) : nullptr,
-             six ? numbers<float>(width, -3, 2) : numbers<float>(width, -3, 2, DECAY), numbers<float>(width, 0, 1),
+        float mean = large ? 80 : 0, forgets = large ? -25 : -3, spread = large ? 0.1 : 2;
+        p = {rows<T>(n, width, pad, 0, large ? 1e-4 : 1), rows<T>(n, width, pad, mean, 1), rows<T>(n, width, pad, mean, 1),
+             six ? rows<T>(n, width, pad, 0, 1) : nullptr, numbers<float>(width, forgets, spread, six ? PLAIN : DECAY), numbers<float>(width, 0, 1),
              numbers<float>((i64)batch * width * dim, 0, 1), poisoned<T>(n * width), tokens, heads, dim, row, row, row, row, width};
     }
     void run() {
-        dim3 grid(parts(p.dim, 32), p.heads, batch), fast(2, p.heads, batch);
+        dim3 grid(parts(p.dim, 32), p.heads, batch), fast(blocks, p.heads, batch);
         if constexpr (F32<T>) p.w ? wkv6_any_f32<<<grid, 128>>>(p) : wkv5_any_f32<<<grid, 128>>>(p);
         else if (any) p.w ? PICK(T, wkv6_any)<<<grid, 128>>>(p) : PICK(T, wkv5_any)<<<grid, 128>>>(p);
-        else launch(p.w ? PICK16(T, wkv6) : PICK16(T, wkv5), fast, WKV_THREADS, WKV_SHARED, p);
+        else launch(p.w ? PICK16(T, wkv6) : PICK16(T, wkv5), fast, WKV_THREADS, WKV_SHARED + (WKV_THREADS / 32 - 2) * WKV_MAKER_SHARED, p);
         OK(cudaGetLastError());
     }
     i64 outputs() { return (i64)batch * p.tokens * p.heads * p.dim; }
@@ -484,13 +490,19 @@ void check_all(const char* type, bool small) {
     };
     each("selective_scan", [&](int tokens, int batch, Worst& w) {
         for (int channels : {16, 40, 333}) {
-            Scan<T> k(batch, tokens, channels, 16, channels % 2 ? 1 : 8, false);
+            Scan<T> k(batch, tokens, channels, 16, channels % 2 ? 1 : 8, USUAL);
             check<T>(k, k.p.state, state_limit, "selective_scan", w);
+        }
+    });
+    each("selective_scan_few", [&](int tokens, int batch, Worst& w) {
+        for (int channels : {16, 40, 333}) {
+            Scan<T> k(batch, tokens, channels, 16, channels % 2 ? 1 : 8, FEW);
+            check<T>(k, k.p.state, state_limit, "selective_scan_few", w);
         }
     });
     each("selective_scan_any", [&](int tokens, int batch, Worst& w) {
         for (int channels : {5, 72}) {
-            Scan<T> k(batch, tokens, channels, channels == 5 ? 7 : 33, 3, true);
+            Scan<T> k(batch, tokens, channels, channels == 5 ? 7 : 33, 3, ANY);
             if (channels == 5) k.p.z = nullptr;
             check<T>(k, k.p.state, state_limit, "selective_scan_any", w);
         }
@@ -509,10 +521,17 @@ void check_all(const char* type, bool small) {
     });
     for (int version : {5, 6}) {
         std::string name = version == 5 ? "wkv5" : "wkv6";
+        // What products take is rounded to T, keys and receptances with the decays they are multiplied by, and S for outputs. Of a few tokens, one rounded
+        // A(t, t) is in all outputs.
         if (!F32<T>) each(name.c_str(), [&](int tokens, int batch, Worst& w) {
-            for (int heads : {1, 5}) {
-                Wkvs<T> k(version, batch, tokens, heads, 64, 8, false);
-                check<T>(k, k.p.state, fast_limit, name.c_str(), w);
+            const double y_limit = (F16<T> ? 1e-3 : 5.5e-3) * (tokens < 16 ? 2 : 1), s_limit = F16<T> ? 4.5e-4 : 3.5e-3;
+            for (int blocks : {1, 2}) {
+                for (int heads : {1, 5}) {
+                    Wkvs<T> k(version, batch, tokens, heads, 64, 8, false, blocks);
+                    check<T>(k, k.p.state, s_limit, name.c_str(), w, y_limit);
+                }
+                Wkvs<T> k(version, batch, tokens, 2, 64, 8, false, blocks, true);
+                check<T>(k, k.p.state, s_limit, name.c_str(), w, y_limit);
             }
         });
         each((name + "_any").c_str(), [&](int tokens, int batch, Worst& w) {
@@ -641,11 +660,12 @@ void time_all(double copy) {
     for (int tokens : {8192, 1}) {
         for (int batch : {1, 4, 8}) {
             bool any = tokens == 1;
-            if (wanted("selective_scan")) time_one("selective_scan, mamba-2.8b", Scan<T>(batch, tokens, 5120, 16, 0, false), copy);
-            if (wanted("selective_scan") && any) time_one("selective_scan_any, mamba-2.8b", Scan<T>(batch, tokens, 5120, 16, 0, true), copy);
+            if (wanted("selective_scan")) time_one("selective_scan, mamba-2.8b", Scan<T>(batch, tokens, 5120, 16, 0, USUAL), copy);
+            if (wanted("selective_scan_few") && !any && batch == 1) time_one("selective_scan_few, mamba-2.8b", Scan<T>(batch, tokens, 5120, 16, 0, FEW), copy);
+            if (wanted("selective_scan") && any) time_one("selective_scan_any, mamba-2.8b", Scan<T>(batch, tokens, 5120, 16, 0, ANY), copy);
             if (wanted("ssd")) time_one("ssd, mamba2-2.7b", Ssds<T>(batch, tokens, 80, 64, 1, 128, 0, any), copy);
-            if (wanted("wkv5")) time_one("wkv5, RWKV-5-7B", Wkvs<T>(5, batch, tokens, 64, 64, 0, any), copy);
-            if (wanted("wkv6")) time_one("wkv6, RWKV-6-7B", Wkvs<T>(6, batch, tokens, 64, 64, 0, any), copy);
+            if (wanted("wkv5")) time_one("wkv5, RWKV-5-7B", Wkvs<T>(5, batch, tokens, 64, 64, 0, any, 128 * batch > processors ? 1 : 2), copy);
+            if (wanted("wkv6")) time_one("wkv6, RWKV-6-7B", Wkvs<T>(6, batch, tokens, 64, 64, 0, any, 128 * batch > processors ? 1 : 2), copy);
             if (wanted("wkv7")) time_one("wkv7, 64 heads", Wkv7s<T>(batch, tokens, 64, 64, 0, any, 128 * batch > processors ? 1 : 2), copy);
             if (wanted("rg_lru")) time_one("rg_lru, RecurrentGemma-2B", Lru<T>(batch, tokens, 2560, 0, 2560, false, false), copy);
             if (wanted("rg_lru")) time_one("rg_lru, blocks of 256, gate", Lru<T>(batch, tokens, 2560, 0, 256, true, false), copy);

@@ -15,7 +15,15 @@ mod cuda {
         ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"];
 
     /// Bytes of dynamic shared memory that kernels/args.cuh says.
-    const SHARED: [&str; 4] = ["SSD_SHARED_64", "SSD_SHARED_128", "WKV_SHARED", "WKV7_SHARED"];
+    const SHARED: [&str; 7] = [
+        "SCAN_SHARED",
+        "SCAN_FEW_SHARED",
+        "SSD_SHARED_64",
+        "SSD_SHARED_128",
+        "WKV_SHARED",
+        "WKV_MAKER_SHARED",
+        "WKV7_SHARED",
+    ];
 
     /// Writes `images.rs`, an array of the compiled kernels, and `shared.rs`, the constants of [`SHARED`], into the folder that cargo gives.
     pub fn compile() {

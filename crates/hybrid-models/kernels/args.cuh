@@ -12,7 +12,9 @@
 namespace hybrid {
 
 // Mamba: h <- exp(dt A) h + dt B u, y = (C h + D u) silu(z), dt = softplus(steps + bias).
-// selective_scan_T: states == 16. Grid (channels / 16, batch), 128 threads. Any tokens, decode too.
+// selective_scan_T: states == 16. Grid (channels / 32, batch), 128 threads, SCAN_SHARED bytes of dynamic shared memory. Any tokens, decode too.
+// selective_scan_few_T: the same in grid (channels / 40, batch), 320 threads, SCAN_FEW_SHARED bytes: faster for many tokens where no
+//   multiprocessor gets two of these blocks.
 // selective_scan_any_T: states <= 256. Grid (channels / 4, batch), 128 threads.
 struct SelectiveScan {
     const void *u, *steps, *z;  // T, rows of `channels`; z may be null: no gate
@@ -24,6 +26,7 @@ struct SelectiveScan {
     int tokens, channels, states;
     int u_row, steps_row, z_row, b_row, c_row, y_row;
 };
+constexpr int SCAN_SHARED = 30720, SCAN_FEW_SHARED = 118784;  // The latter is more than devices of 8.6 and 8.9 have (101376).
 
 // Mamba-2: H <- e^(dt a) H + dt B x', y = H' C + D x of each head, dt = min(max(softplus(steps + bias), step_min), step_max).
 // ssd_T (f16, bf16): head_dim == 64, states == 64 or 128, all rows and pointers multiples of 8 numbers; worth it from 16 tokens on.
@@ -44,8 +47,10 @@ constexpr int SSD_SHARED_64 = 69128, SSD_SHARED_128 = 112136;  // The latter is 
 
 // RWKV-5 and 6: y = S' r + (r . (u o k)) v, then S <- diag(w) S + k v' of each head.
 // w: in 5 `decay` itself, in 6 e^-e^(w + decay), all in f32.
-// wkv5_T, wkv6_T (f16, bf16): dim == 64, all rows and pointers multiples of 8 numbers; worth it from 16 tokens on.
-//   Grid (2, heads, batch), 192 threads, WKV_SHARED bytes of dynamic shared memory.
+// wkv5_T, wkv6_T (f16, bf16): dim == 64, all rows and pointers multiples of 8 numbers; worth it from 16 tokens on. What products take is rounded to T,
+//   the state is kept in f32 and may be beyond what T can hold. Grid (1 or 2, heads, batch), 256 threads, or 192, or with 2 blocks for a head 128;
+//   WKV_SHARED + (threads / 32 - 2) * WKV_MAKER_SHARED bytes of dynamic shared memory. 2 blocks for a head are faster where all of them are on the
+//   device at a time, 1 otherwise.
 // wkv5_any_T, wkv6_any_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. For decode, too.
 struct Wkv {
     const void *r, *k, *v;  // T, rows of heads * dim
@@ -57,7 +62,7 @@ struct Wkv {
     int tokens, heads, dim;
     int r_row, k_row, v_row, w_row, y_row;
 };
-constexpr int WKV_SHARED = 101376;
+constexpr int WKV_SHARED = 2688, WKV_MAKER_SHARED = 28160;
 
 // RWKV-7's delta rule with what its layer does to the keys before: per head, with rate = sigmoid(a + rate_bias),
 //   removal = key o removal_scale, divided by its length (at least 1e-12); k = key o (1 + (rate - 1) o key_rate); added = rate o removal;

@@ -5,7 +5,8 @@
 #include "wkv7_chunks.cuh"
 
 namespace hybrid {
-static_assert(sizeof(WkvShared<__half>) == WKV_SHARED, "as args.cuh says");
+static_assert(sizeof(WkvConstants<__half, false>) == WKV_SHARED && sizeof(WkvConstants<__half, true>) <= WKV_SHARED, "as args.cuh says");
+static_assert(sizeof(WkvMade<__half, true>) == WKV_MAKER_SHARED && sizeof(WkvMade<__half, false>) <= WKV_MAKER_SHARED, "as args.cuh says");
 static_assert(sizeof(Wkv7Shared<__half, WKV7_DIM>) == WKV7_SHARED, "as args.cuh says");
 ENTRIES(wkv4, (WKV4_THREADS), wkv4, Wkv4)
 ENTRY(wkv5, (WKV_THREADS), wkv5, Wkv, f16, __half)

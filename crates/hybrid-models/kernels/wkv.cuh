@@ -5,308 +5,152 @@
 //     A(t, s) = r(t) . (k(s) o w(s + 1) ... w(t - 1)),  A(t, t) = r(t) . (u o k(t))
 //
 // No decay is ever divided by, so that any decays from 0 to 1 will do: for s < t let L be the highest bit in which they differ; then
-// A(t, s) = Z(t) . Z(s) with Z(t) = r(t) o w(m) ... w(t - 1), Z(s) = k(s) o w(s + 1) ... w(m - 1) and m = t with its bits below L cleared.
-// A level L takes one product Z Z'.
+// A(t, s) = (r(t) o w(m) ... w(t - 1)) . (k(s) o w(s + 1) ... w(m - 1)), m = t with its bits below L cleared. A level L takes one product, of the
+// eight tokens with the bit and the eight without.
 //
-// A block takes VALUES of a head's values through all tokens. Each of four warps prepares a chunk (decays, A); meanwhile one warp for
-// each 16 values goes through the four chunks before, its columns of S in f32 registers. What it multiplies with S, and adds to it, is split in
-// two 16-bit numbers, so that S is as exact as f32 steps make it.
+// A block takes a head's values, or half of them, through all tokens. Some of its warps, makers, prepare chunks in turn; others, users, go through all
+// chunks in order, each with the columns of S of 16 values in f32 registers. What products take is rounded to 16 bits: S, too, for outputs.
 #pragma once
 #include <cstddef>
 #include <type_traits>
-#include "args.cuh"
-#include "mma.cuh"
+#include "wkv5_maker.cuh"
+#include "wkv6_maker.cuh"
 
 namespace hybrid {
 
-constexpr int HEAD = 64, WKV_CHUNK = 16, WKV_CHUNKS = 4, WKV_GROUP = WKV_CHUNKS * WKV_CHUNK, WKV_VALUES = 32;
-constexpr int WKV_MAKERS = WKV_CHUNKS, WKV_WARPS = WKV_MAKERS + WKV_VALUES / 16, WKV_THREADS = 32 * WKV_WARPS;
-
-// What is prepared of a chunk. high and low: a number's rounding and what it left over.
-template <class T>
-struct WkvChunk {
-    __nv_bfloat16 r_high[WKV_CHUNK][HEAD + PAD], r_low[WKV_CHUNK][HEAD + PAD];  // r(t) o W(t - 1)
-    T k_high[WKV_CHUNK][HEAD + PAD], k_low[WKV_CHUNK][HEAD + PAD];              // k(s) o W(end) / W(s)
-    T v[WKV_CHUNK][WKV_VALUES + PAD];
-    T a[WKV_CHUNK][WKV_CHUNK + PAD];
-    float decay[HEAD];  // W(end)
-};
-
-template <class T>
-struct WkvShared {
-    WkvChunk<T> chunks[2][WKV_CHUNKS];
-    T z[WKV_MAKERS][WKV_CHUNK][HEAD + PAD];
-};
-
-__device__ __forceinline__ float2 operator*(float2 a, float2 b) { return make_float2(a.x * b.x, a.y * b.y); }
-
-// Two numbers next to each other, rounded.
-template <class T>
-__device__ __forceinline__ void put(T* to, float2 x) {
-    *reinterpret_cast<Bits<T>*>(to) = packed<T>(x.x, x.y);
-}
-__device__ __forceinline__ float2 load_pair(uint32_t shared_at) {
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(shared_at) : "memory");
-    return x;
-}
-template <class T>
-__device__ __forceinline__ void put_split(T* high, T* low, float2 x) {
-    split<T>(x.x, x.y, *reinterpret_cast<uint32_t*>(high), *reinterpret_cast<uint32_t*>(low));
-}
-
-// c += x y' of two matrices [16][HEAD] in shared memory, as fragments of 16 x 16.
-template <class T>
-__device__ __forceinline__ void product(float (&c)[2][4], const T (&x)[WKV_CHUNK][HEAD + PAD], const T (&y)[WKV_CHUNK][HEAD + PAD], int lane) {
-    const int matrix = lane / 8, line = lane % 8;
-#pragma unroll
-    for (int k = 0; k < HEAD; k += 16) {
-        uint32_t a[4], b[4];
-        load_matrices(a, &x[matrix % 2 * 8 + line][k + matrix / 2 * 8]);
-        load_matrices(b, &y[matrix / 2 * 8 + line][k + matrix % 2 * 8]);
-        multiply<T>(c[0], a, b[0], b[1]);
-        multiply<T>(c[1], a, b[2], b[3]);
-    }
-}
-
+// 16 columns of S, transposed: fragments C of [values][keys], eight keys a tile. Packed in pairs they are fragments B of S, too.
 template <class T, bool TOKEN_DECAYS>
-struct WkvMaker {
-    const Wkv& p;
-    WkvShared<T>& shared;
-    const int warp, lane, head;
-    const long long start;
-    const T *r_at, *k_at, *w_at;  // Of this lane's keys of the first token of the chunk to load
-    float2 u, decay;
-    Bits<T> r_next[WKV_CHUNK], k_next[WKV_CHUNK], w_next[WKV_CHUNK];
-
-    // A lane takes two neighbouring keys.
-    __device__ WkvMaker(const Wkv& p, WkvShared<T>& shared)
-        : p(p), shared(shared), warp(threadIdx.x / 32), lane(threadIdx.x % 32), head(blockIdx.y * HEAD), start((long long)blockIdx.z * p.tokens) {
-        u = *reinterpret_cast<const float2*>(p.u + head + 2 * lane);
-        decay = *reinterpret_cast<const float2*>(p.decay + head + 2 * lane);
-        const long long row = start + warp * WKV_CHUNK;
-        r_at = (const T*)p.r + row * p.r_row + head + 2 * lane, k_at = (const T*)p.k + row * p.k_row + head + 2 * lane;
-        w_at = (const T*)p.w + row * p.w_row + head + 2 * lane;
-    }
-
-    // Beyond the last token, it is read again.
-    __device__ void load(int group) {
-        const int count = p.tokens - group * WKV_GROUP - warp * WKV_CHUNK;
-        if (count <= 0) return;
-        auto rows = [&](const T*& at, int row, Bits<T>(&to)[WKV_CHUNK]) {
-            const T* from = at;
-#pragma unroll
-            for (int t = 0; t < WKV_CHUNK; t++) {
-                to[t] = *reinterpret_cast<const Bits<T>*>(from);
-                if (t + 1 < count) from += row;
-            }
-            at += WKV_GROUP * row;
-        };
-        rows(r_at, p.r_row, r_next);
-        rows(k_at, p.k_row, k_next);
-        if (TOKEN_DECAYS) rows(w_at, p.w_row, w_next);
-    }
-
-    // Values of a group, by all makers.
-    __device__ void copy_values(int group) {
-        for (int i = threadIdx.x; i < WKV_GROUP * WKV_VALUES / 8; i += 32 * WKV_MAKERS) {
-            const int t = i / (WKV_VALUES / 8), at = i % (WKV_VALUES / 8) * 8, token = group * WKV_GROUP + t;
-            const T* from = (const T*)p.v + (start + min(token, p.tokens - 1)) * p.v_row + head + blockIdx.x * WKV_VALUES + at;
-            copy16(&shared.chunks[group % 2][t / WKV_CHUNK].v[t % WKV_CHUNK][at], from, token < p.tokens);
-        }
-        end_copies();
-    }
-
-    // The places of A that are of this level.
-    template <int LEVEL>
-    __device__ void weigh(const float2 (&r)[WKV_CHUNK], const float2 (&k)[WKV_CHUNK], const float2 (&w)[WKV_CHUNK], float (&a)[2][4]) {
-        auto& z = shared.z[warp];
-        __syncwarp();
-#pragma unroll
-        for (int middle = LEVEL; middle < WKV_CHUNK; middle += 2 * LEVEL) {
-            float2 before = {1.f, 1.f}, after = {1.f, 1.f};
-#pragma unroll
-            for (int i = 0; i < LEVEL; i++) {
-                put(&z[middle + i][2 * lane], r[middle + i] * before);
-                before = before * w[middle + i];
-                put(&z[middle - 1 - i][2 * lane], k[middle - 1 - i] * after);
-                after = after * w[middle - 1 - i];
-            }
-        }
-        __syncwarp();
-        float both[2][4] = {};
-        product<T>(both, z, z, lane);
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-            const int t = lane / 4 + e % 4 / 2 * 8, s = lane % 4 * 2 + e % 2 + e / 4 * 8;
-            if (s < t && (t ^ s) >= LEVEL && (t ^ s) < 2 * LEVEL) a[e / 4][e % 4] = both[e / 4][e % 4];
-        }
-    }
-
-    // FULL: no token of the chunk lies beyond the last.
-    template <bool FULL>
-    __device__ void make(int group) {
-        const int t0 = group * WKV_GROUP + warp * WKV_CHUNK;
-        WkvChunk<T>& chunk = shared.chunks[group % 2][warp];
-        float2 r[WKV_CHUNK], k[WKV_CHUNK], w[WKV_CHUNK];
-        float own[WKV_CHUNK];
-        const float2 one = {1.f, 1.f}, none = {0.f, 0.f};
-#pragma unroll
-        for (int t = 0; t < WKV_CHUNK; t++) {
-            r[t] = unpacked<T>(r_next[t]), k[t] = unpacked<T>(k_next[t]), w[t] = decay;
-            if (TOKEN_DECAYS) {
-                const float2 x = unpacked<T>(w_next[t]);
-                w[t] = make_float2(forget6(x.x + decay.x), forget6(x.y + decay.y));
-            }
-        }
-        load(group + 1);
-        // Tokens beyond the last change nothing.
-        if (!FULL) {
-#pragma unroll
-            for (int t = 0; t < WKV_CHUNK; t++) {
-                if (t0 + t >= p.tokens) r[t] = k[t] = none, w[t] = one;
-            }
-        }
-#pragma unroll
-        for (int t = 0; t < WKV_CHUNK; t++) own[t] = fmaf(r[t].x * u.x, k[t].x, r[t].y * u.y * k[t].y);
-
-        float2 before = one, after = one;
-#pragma unroll
-        for (int t = 0; t < WKV_CHUNK; t++) {
-            put_split(&chunk.r_high[t][2 * lane], &chunk.r_low[t][2 * lane], r[t] * before);
-            before = before * w[t];
-            const int s = WKV_CHUNK - 1 - t;
-            put_split(&chunk.k_high[s][2 * lane], &chunk.k_low[s][2 * lane], k[s] * after);
-            after = after * w[s];
-        }
-        *reinterpret_cast<float2*>(&chunk.decay[2 * lane]) = before;
-
-        // A's places of this lane: tokens row and row + 8, of the tokens before them pair and pair + 1 in each half.
-        const int row = lane / 4, pair = lane % 4 * 2;
-        float own_sum = sums_of_lanes<WKV_CHUNK>(own, lane);
-        own_sum += __shfl_xor_sync(~0u, own_sum, 16);
-        const float own_of[2] = {__shfl_sync(~0u, own_sum, row), __shfl_sync(~0u, own_sum, row + 8)};
-        float a[2][4];
-#pragma unroll
-        for (int e = 0; e < 8; e++) a[e / 4][e % 4] = row + e % 4 / 2 * 8 == pair + e % 2 + e / 4 * 8 ? own_of[e % 4 / 2] : 0.f;
-        weigh<8>(r, k, w, a), weigh<4>(r, k, w, a), weigh<2>(r, k, w, a), weigh<1>(r, k, w, a);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            put(&chunk.a[row][half * 8 + pair], make_float2(a[half][0], a[half][1]));
-            put(&chunk.a[row + 8][half * 8 + pair], make_float2(a[half][2], a[half][3]));
-        }
-    }
-};
-
-// 16 columns of S, transposed: fragments C of [values][keys], eight keys a tile. Packed in pairs they are fragments A of S' and B of S, too.
-template <class T>
 struct WkvUser {
-    // bf16 outputs are no more exact than r rounded to bf16.
-    static constexpr bool SPLIT_R = !std::is_same<T, __nv_bfloat16>::value;
+    typedef WkvMade<T, TOKEN_DECAYS> Made;
+    static constexpr bool NARROW = std::is_same<T, __half>::value;  // f16 has numbers to 65504; S may have larger ones
+    const Wkv& p;
+    const WkvRoles roles;
     const int lane, row, pair, first;
+    float* const state;
     float s[HEAD / 8][4];
+    float seen = 0;  // Not a number once what was read from S was not finite
 
-    __device__ WkvUser(int first) : lane(threadIdx.x % 32), row(lane / 4), pair(lane % 4 * 2), first(first) {}
+    __device__ WkvUser(const Wkv& p)
+        : p(p), lane(threadIdx.x % 32), row(lane / 4), pair(lane % 4 * 2), first((blockIdx.x * roles.users + threadIdx.x / 32) * 16),
+          state(p.state + ((long long)blockIdx.z * p.heads + blockIdx.y) * HEAD * HEAD + pair * HEAD + first + row) {}
 
-    __device__ void load_state(const float* state) {
+    __device__ void load_state() {
 #pragma unroll
-        for (int j = 0; j < HEAD / 8; j++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) s[j][e] = state[(j * 8 + pair + e % 2) * HEAD + first + row + e / 2 * 8];
-        }
+        for (int i = 0; i < HEAD / 2; i++) s[i / 4][i % 4] = state[(i / 4 * 8 + i % 2) * HEAD + i / 2 % 2 * 8];
     }
-    __device__ void store_state(float* state) {
+    __device__ void store_state() {
 #pragma unroll
-        for (int j = 0; j < HEAD / 8; j++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) state[(j * 8 + pair + e % 2) * HEAD + first + row + e / 2 * 8] = s[j][e];
-        }
+        for (int i = 0; i < HEAD / 2; i++) state[(i / 4 * 8 + i % 2) * HEAD + i / 2 % 2 * 8] = s[i / 4][i % 4];
     }
 
-    // y (tokens x values) of the chunk at this shared address, and S after it. `value`: where the 16 values lie in the chunk's.
-    __device__ void chunk(uint32_t at, int value, float (&y)[2][4]) {
-        typedef WkvChunk<T> Chunk;
+    // S rounded: [keys 8 j..][values 8 n..]. SCALED: a 2^-16th of it if it is too large; gives what to multiply by.
+    template <bool SCALED>
+    __device__ float round_state(uint32_t (&to)[HEAD / 8][2]) const {
+        auto pack = [&](float by) {
+#pragma unroll
+            for (int i = 0; i < HEAD / 4; i++) to[i / 2][i % 2] = packed<T>(s[i / 2][i % 2 * 2] * by, s[i / 2][i % 2 * 2 + 1] * by);
+        };
+        pack(1.f);
+        if (SCALED) {
+            bool large = false;
+#pragma unroll
+            for (int i = 0; i < HEAD / 2; i++) large |= fabsf(s[i / 4][i % 4]) >= 65504.f;
+            if (__any_sync(~0u, large)) return pack(1.f / 65536), 65536.f;
+        }
+        return 1.f;
+    }
+
+    // A chunk: its outputs, and S after it. made and v: shared addresses of what was made, and of its values.
+    template <bool SCALED>
+    __device__ __forceinline__ void use(uint32_t made, uint32_t v_at, float (&y)[2][4]) {
+        uint32_t rounded_s[HEAD / 8][2], a[4], v[4], v_transposed[4], r[4][4], k[4][4];
+        const float scale = round_state<SCALED>(rounded_s);
         // A lane's row of matrices 16 numbers wide, in rows of so many bytes.
-        auto place = [&](int bytes) { return at + (lane / 8 % 2 * 8 + lane % 8) * bytes + lane / 16 * 16; };
-        const uint32_t rows = place(sizeof(Chunk::r_high[0]));
-        uint32_t a[4], v[4];
-        load_matrices(a, place(sizeof(Chunk::a[0])) + offsetof(Chunk, a));
-        load_transposed(v, place(sizeof(Chunk::v[0])) + offsetof(Chunk, v) + 2 * value);
-        const uint32_t v_transposed[4] = {v[0], v[2], v[1], v[3]};
-        const uint32_t decays = at + offsetof(Chunk, decay) + 4 * pair;
-        // Sums apart, so that products need not wait for one another.
-        float part[2][2][4] = {};
-        multiply<T>(y[0], a, v[0], v[1]);
-        multiply<T>(y[1], a, v[2], v[3]);
+        const int sixteen = lane % 16, right = lane / 16 * 16, bytes = sizeof(Made::r[0]);
+        const uint32_t rows = made + sixteen * bytes + right;
 #pragma unroll
-        for (int k = 0; k < HEAD / 16; k++) {
-            uint32_t r_high[4], r_low[4], k_high[4], k_low[4];
-            load_matrices(r_high, rows + offsetof(Chunk, r_high) + 32 * k);
-            load_transposed(k_high, rows + offsetof(Chunk, k_high) + 32 * k);
-            load_transposed(k_low, rows + offsetof(Chunk, k_low) + 32 * k);
-            if (SPLIT_R) load_matrices(r_low, rows + offsetof(Chunk, r_low) + 32 * k);
-            uint32_t high[2][2], low[2][2];
+        for (int i = 0; i < 4; i++) load_matrices(r[i], rows + offsetof(Made, r) + 32 * i);
+        load_transposed(v, v_at + sixteen * bytes + right + 2 * first);
+        load_transposed(v_transposed, v_at + (lane / 16 * 8 + lane % 8) * bytes + lane / 8 % 2 * 16 + 2 * first);
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float(&tile)[4] = s[2 * k + e];
-                split<__nv_bfloat16>(tile[0], tile[1], high[0][e], low[0][e]);
-                split<__nv_bfloat16>(tile[2], tile[3], high[1][e], low[1][e]);
-                const float2 decay = load_pair(decays + (2 * k + e) * 32);
-                tile[0] *= decay.x, tile[1] *= decay.y, tile[2] *= decay.x, tile[3] *= decay.y;
-                multiply<T>(tile, v_transposed, k_high[2 * e], k_high[2 * e + 1]);
-                multiply<T>(tile, v_transposed, k_low[2 * e], k_low[2 * e + 1]);
-            }
+        for (int i = 0; i < 4; i++) load_transposed(k[i], rows + offsetof(Made, k) + 32 * i);
+        load_matrices(a, made + offsetof(Made, a) + sixteen * sizeof(Made::a[0]) + right);
+        float part[2][4] = {};
 #pragma unroll
-            for (int n = 0; n < 2; n++) {
-                multiply<__nv_bfloat16>(y[n], r_high, high[n][0], high[n][1]);
-                multiply<__nv_bfloat16>(part[0][n], r_high, low[n][0], low[n][1]);
-                if (SPLIT_R) multiply<__nv_bfloat16>(part[1][n], r_low, high[n][0], high[n][1]);
-            }
+        for (int i = 0; i < 4; i++) {
+#pragma unroll
+            for (int n = 0; n < 2; n++) multiply<T>(i % 2 ? part[n] : y[n], r[i], rounded_s[2 * i][n], rounded_s[2 * i + 1][n]);
         }
 #pragma unroll
-        for (int e = 0; e < 8; e++) y[e / 4][e % 4] += part[0][e / 4][e % 4] + part[1][e / 4][e % 4];
+        for (int j = 0; j < HEAD / 8; j++) {
+            float2 decay;
+            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(decay.x), "=f"(decay.y) : "r"(made + (int)offsetof(Made, decay) + 4 * pair + 32 * j));
+            s[j][0] *= decay.x, s[j][1] *= decay.y, s[j][2] *= decay.x, s[j][3] *= decay.y;
+            multiply<T>(s[j], v_transposed, k[j / 2][j % 2 * 2], k[j / 2][j % 2 * 2 + 1]);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; e++) y[e / 4][e % 4] = (y[e / 4][e % 4] + part[e / 4][e % 4]) * scale;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            // One row of tokens tells of all columns of S.
+            if (NARROW && !SCALED) seen = fmaf(y[n][0], 0.f, fmaf(y[n][1], 0.f, seen));
+            multiply<T>(y[n], a, v[2 * n], v[2 * n + 1]);
+        }
+    }
+
+    // Through all chunks. Not SCALED: gives whether S became too large for its copies in T.
+    template <bool SCALED>
+    __device__ bool run(const Made* all) {
+        const uint32_t start = shared_address(all);
+        const int chunks = wkv_chunks(p.tokens), below = 8 * p.y_row;
+        T* to = (T*)p.y + ((long long)blockIdx.z * p.tokens + row) * p.y_row + blockIdx.y * HEAD + first + pair;
+        int left = p.tokens - row;  // Tokens from this lane's first row of the chunk on; its second row is 8 further
+        int maker = 0, turn = 0;
+        load_state();
+        for (int i = 0; i < chunks; i += 2) {
+            const uint32_t at = start + maker * (int)sizeof(Made), v_at = at + (int)offsetof(Made, v) + turn * (int)sizeof(Made::v[0]);
+            float y[2][2][4] = {};
+            roles.await_made(maker / 2);
+            use<SCALED>(at, v_at, y[0]);
+            use<SCALED>(at + (int)sizeof(Made), v_at + (int)sizeof(Made), y[1]);
+            if (i + roles.makers < chunks) roles.used(maker), roles.used(maker + 1);
+#pragma unroll
+            for (int j = 0; j < 4; j++, left -= 8, to += below) {
+                if (left > 0) {
+#pragma unroll
+                    for (int n = 0; n < 2; n++) store4(to + 8 * n, packed<T>(y[j / 2][n][j % 2 * 2], y[j / 2][n][j % 2 * 2 + 1]));
+                }
+            }
+            maker += 2;
+            if (maker == roles.makers) maker = 0, turn = turn == 2 ? 0 : turn + 1;
+        }
+        return seen != 0;
     }
 };
 
-// Grid (HEAD / WKV_VALUES, heads, batch), WKV_THREADS threads, WkvShared<T> bytes of dynamic shared memory.
+// Grid (1 or 2, heads, batch), 32 (HEAD / 16 / grid.x + makers) threads, an even number of makers up to 6, WkvConstants and a WkvMade for each maker in
+// dynamic shared memory.
 template <class T, bool TOKEN_DECAYS>
 __device__ void wkv(const Wkv& p) {
     extern __shared__ __align__(16) char memory[];
-    WkvShared<T>& shared = *(WkvShared<T>*)memory;
-    const int warp = threadIdx.x / 32, groups = (p.tokens + WKV_GROUP - 1) / WKV_GROUP;
-    // Between two barriers, the makers fill one half of the chunks and the users empty the other.
-    if (warp < WKV_MAKERS) {
-        WkvMaker<T, TOKEN_DECAYS> maker(p, shared);
-        maker.load(0);
-        for (int group = 0; group < groups; group++) {
-            maker.copy_values(group);
-            const int count = p.tokens - group * WKV_GROUP - warp * WKV_CHUNK;
-            if (count >= WKV_CHUNK) maker.template make<true>(group);
-            else if (count > 0) maker.template make<false>(group);
-            await_copies<0>();
-            asm volatile("bar.sync 0;" ::: "memory");
-        }
-        return;
-    }
-    const int value = (warp - WKV_MAKERS) * 16, first = blockIdx.x * WKV_VALUES + value;
-    float* state = p.state + ((long long)blockIdx.z * p.heads + blockIdx.y) * HEAD * HEAD;
-    WkvUser<T> user(first);
-    user.load_state(state);
-    int left = p.tokens - user.row;  // Tokens from this lane's first row of the chunk on; its second row is 8 further.
-    T* to = (T*)p.y + ((long long)blockIdx.z * p.tokens + user.row) * p.y_row + blockIdx.y * HEAD + first + user.pair;
-    const int below = 8 * p.y_row;
-    for (int group = 0; group < groups; group++) {
-        asm volatile("bar.sync 0;" ::: "memory");
-        const int chunks = min(WKV_CHUNKS, (p.tokens - group * WKV_GROUP + WKV_CHUNK - 1) / WKV_CHUNK);
-        uint32_t at = shared_address(&shared.chunks[group % 2][0]);
-        for (int i = 0; i < chunks; i++, at += sizeof(WkvChunk<T>), left -= WKV_CHUNK, to += 2 * below) {
-            float y[2][4] = {};
-            user.chunk(at, value, y);
-            if (left > 0) put(to, make_float2(y[0][0], y[0][1])), put(to + 8, make_float2(y[1][0], y[1][1]));
-            if (left > 8) put(to + below, make_float2(y[0][2], y[0][3])), put(to + below + 8, make_float2(y[1][2], y[1][3]));
+    typedef WkvConstants<T, TOKEN_DECAYS> Constants;
+    typedef typename std::conditional<TOKEN_DECAYS, Wkv6Maker<T>, Wkv5Maker<T>>::type Maker;
+    typedef WkvUser<T, TOKEN_DECAYS> User;
+    Constants& constants = *(Constants*)memory;
+    WkvMade<T, TOKEN_DECAYS>* made = (WkvMade<T, TOKEN_DECAYS>*)(memory + sizeof(Constants));
+    const WkvRoles roles;
+    constants.fill(p);
+    __syncthreads();
+    if (roles.maker >= 0) {
+        for (bool again = false;; again = true) {
+            Maker(p, made[roles.maker], constants).run();
+            if (!User::NARROW || again || !__syncthreads_or(false)) return;
         }
     }
-    user.store_state(state);
+    User user(p);
+    const bool large = user.template run<false>(made);
+    if (User::NARROW && __syncthreads_or(large)) user.template run<true>(made);  // All again, with the makers
+    user.store_state();
 }
 
 template <class T>

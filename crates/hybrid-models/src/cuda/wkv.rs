@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::args;
-use super::kernels::{Kernel, Rows, WKV_SHARED, WKV7_SHARED, address, unwritten};
+use super::kernels::{Kernel, Rows, WKV_MAKER_SHARED, WKV_SHARED, WKV7_SHARED, address, unwritten};
 use super::target::{InChunks, Target};
 use crate::rwkv::V7;
 use candle_core::{DType, Tensor};
@@ -30,18 +30,29 @@ impl Version {
             let what = format!("RWKV with heads of {dim} channels on a CUDA device");
             return Err(Error::Unsupported(format!("{what}: kernels have up to {MOST_CHANNELS}")));
         }
-        let in_chunks = match (name, dim) {
-            ("wkv5" | "wkv6", USUAL_CHANNELS) => to.in_chunks(name, 192, WKV_SHARED)?,
-            ("wkv7", USUAL_CHANNELS) => {
-                let in_f32 = to.in_f32(name, 128)?;
-                if in_f32.is_some() { in_f32 } else { to.in_chunks(name, 384, WKV7_SHARED)? }
-            }
-            _ => None,
+        let (in_chunks, whole) = match (name, dim) {
+            ("wkv5" | "wkv6", USUAL_CHANNELS) => Self::with_makers(name, to)?,
+            ("wkv7", USUAL_CHANNELS) => match to.in_f32(name, 128)? {
+                None => (to.in_chunks(name, 384, WKV7_SHARED)?, true),
+                in_f32 => (in_f32, false),
+            },
+            _ => (None, false),
         };
-        let either = name == "wkv7" && to.dtype != DType::F32;
-        let most_halves = if either { to.processors() } else { usize::MAX };
+        let most_halves = if whole { to.processors() } else { usize::MAX };
         let any = to.kernel(&format!("{name}_any"), 128)?;
         Ok(Self { heads, dim, in_chunks, most_halves, any })
+    }
+
+    /// The kernel in chunks of 5 or 6 with as many warps that prepare chunks as there is shared memory for, and whether one block may take a head.
+    fn with_makers(name: &str, to: &Target) -> Result<(Option<InChunks>, bool)> {
+        for makers in [6, 4, 2] {
+            let shared = WKV_SHARED + makers * WKV_MAKER_SHARED;
+            let kernel = to.in_chunks(name, 32 * (2 + makers), shared)?;
+            if kernel.is_some() {
+                return Ok((kernel, makers > 2));
+            }
+        }
+        Ok((None, false))
     }
 
     /// # Safety
