@@ -311,7 +311,7 @@ struct Wkvs {
         int width = heads * dim, row = width + pad;
         bool six = version == 6;
         float mean = large ? 80 : 0, forgets = large ? -25 : -3, spread = large ? 0.1 : 2;
-        p = {rows<T>(n, width, pad, 0, large ? 1e-4 : 1), rows<T>(n, width, pad, mean, 1), rows<T>(n, width, pad, mean, 1),
+        p = {rows<T>(n, width, pad, 0, large ? 2e-5 : 1), rows<T>(n, width, pad, mean, 1), rows<T>(n, width, pad, mean, 1),
              six ? rows<T>(n, width, pad, 0, 1) : nullptr, numbers<float>(width, forgets, spread, six ? PLAIN : DECAY), numbers<float>(width, 0, 1),
              numbers<float>((i64)batch * width * dim, 0, 1), poisoned<T>(n * width), tokens, heads, dim, row, row, row, row, width};
     }
