@@ -2,6 +2,7 @@
 #include "selective_scan_any.cuh"
 
 namespace hybrid {
-ENTRIES(selective_scan, (SCAN_THREADS, SCAN_BLOCKS), selective_scan, SelectiveScan)
+ENTRIES(selective_scan, (ScanUsual::THREADS, SCAN_BLOCKS), selective_scan, SelectiveScan)
+ENTRIES(selective_scan_few, (ScanFew::THREADS, 1), selective_scan_few, SelectiveScan)
 ENTRIES(selective_scan_any, (SCAN_ANY_THREADS), selective_scan_any, SelectiveScan)
 }

@@ -2,175 +2,246 @@
 //
 //     h <- exp(dt A) h + dt B u,  y = (C h + D u) silu(z),  dt = softplus(steps + bias)
 //
-// A block takes CHANNELS channels through all tokens, a tile of them at a time. One half of its warps keeps the states in registers, four to a
-// lane; the other half computes what depends on no state (dt, the gate) for the tile after, finishes the outputs of the tile before, and
-// has the loads of the tile after the next on their way. Lanes of a quarter warp have the same four states of eight channels, so
-// that reading B and C takes no more than one access for all.
+// A block takes some channels through all tokens, a tile of them at a time. First each thread computes what depends on no state (dt, dt u) for
+// four tokens, a quad, of two channels, and has the loads of the next tile on their way. Then LANES lanes share a channel, each with some of its
+// states in registers, and go through the quads. Last each thread adds up its four tokens' parts of C h. All but the states passes from one to the
+// other through shared memory, in quads, so that one access brings four tokens. Blocks of a multiple of four warps: others don't spread
+// evenly over the four parts of a multiprocessor.
 #pragma once
 #include "args.cuh"
 #include "number.cuh"
 
 namespace hybrid {
 
-constexpr int STATES = 16, SCAN_CHANNELS = 16, SCAN_TILE = 32, SCAN_LANES = 4, SCAN_SIDE = SCAN_CHANNELS * SCAN_LANES, SCAN_THREADS = 2 * SCAN_SIDE;
-constexpr int SCAN_BLOCKS = 5;  // On a multiprocessor.
+constexpr int STATES = 16;
 
-constexpr int SUMS_ROW = SCAN_CHANNELS + 8;  // So that four rows of eight lie in different banks.
+// WARPS of a block; LANES that share a channel: even, so that pairs of lanes read the same dt and the pairs of every second lane the same B and C,
+// which halves the time of such accesses.
+template <int WARPS, int OF_LANES>
+struct ScanShape {
+    static constexpr int LANES = OF_LANES, THREADS = 32 * WARPS, OWN = STATES / LANES, WARP = 32 / LANES;  // OWN: states of a lane; WARP: channels of a warp
+    static constexpr int CHANNELS = WARPS * WARP, PAIRS = CHANNELS / 2, QUADS = THREADS / PAIRS, TILE = 4 * QUADS;
+    static constexpr int SELECTING = STATES * QUADS;  // Threads that load four tokens of two states of B or C
+    static_assert(LANES % 2 == 0 && THREADS % PAIRS == 0 && SELECTING <= THREADS);
 
-struct ScanShared {
-    float4 inputs[2][SCAN_TILE][SCAN_CHANNELS / 2];  // dt and dt u of two channels
-    float4 b[2][SCAN_TILE][SCAN_LANES], c[2][SCAN_TILE][SCAN_LANES];
-    float sums[2][SCAN_TILE][SUMS_ROW];  // C h
+    struct Quad {
+        float4 dt[CHANNELS], in[CHANNELS], b[STATES], c[STATES];  // in: dt u. Even channels and states come first.
+        float4 sums[LANES][CHANNELS + 4];                         // The lanes' parts of C h. + 4: so that pairs of lanes write to different banks.
+    };
+    struct Shared {
+        Quad quads[QUADS];
+    };
 };
+typedef ScanShape<4, 4> ScanUsual;
+typedef ScanShape<10, 8> ScanFew;
+static_assert(sizeof(ScanUsual::Shared) == SCAN_SHARED && sizeof(ScanFew::Shared) == SCAN_FEW_SHARED, "as args.cuh says");
+constexpr int SCAN_BLOCKS = 4;  // On a multiprocessor; of ScanFew 1.
 
-template <class T, bool PAIRED>
-struct ScanMaker {
-    static constexpr int PAIRS = SCAN_CHANNELS / 2, STEP = SCAN_SIDE / PAIRS, ITEMS = SCAN_TILE / STEP;  // A thread takes every STEP-th token of a pair of channels,
-    static constexpr int HALVES = STATES / 2, SELECT_STEP = SCAN_SIDE / HALVES, SELECTED = SCAN_TILE / SELECT_STEP;  // and of a pair of states.
+// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), to 3e-7 of it by a polynomial: special functions are what binds.
+__device__ __forceinline__ float scan_softplus(float x) {
+    const float e = exp2_of(-LOG2_E * fabsf(x));
+    float y = fmaf(e, -0.00853921007f, 0.044089634f);
+    y = fmaf(e, y, -0.107681714f), y = fmaf(e, y, 0.177452415f), y = fmaf(e, y, -0.244954631f);
+    y = fmaf(e, y, 0.332754791f), y = fmaf(e, y, -0.499974042f), y = fmaf(e, y, 0.999999821f);
+    return fmaf(e, y, fmaxf(x, 0.f));
+}
+// Of two numbers with one reciprocal. Beyond 2^62, where the product would be too large, silu is 0 in f16 and below 1e-17 |x|.
+__device__ __forceinline__ float2 scan_silu(float2 x) {
+    const float px = 1.f + exp2_of(fminf(-LOG2_E * x.x, 62.f)), py = 1.f + exp2_of(fminf(-LOG2_E * x.y, 62.f));
+    const float inv = inverse(px * py);
+    return make_float2(x.x * (py * inv), x.y * (px * inv));
+}
+__device__ __forceinline__ float4 four(const float (&x)[4]) { return make_float4(x[0], x[1], x[2], x[3]); }
 
+// Four tokens of two channels, before the states and after them. WHOLE: the tile has no tokens beyond the last.
+template <class S, class T, bool PAIRED>
+struct ScanEnds {
     const SelectiveScan& p;
-    ScanShared& shared;
-    const int thread, first;
+    typename S::Shared& shared;
+    const int thread, pair, quad, first;
     const bool used, second;
     int channel, next;
     float2 d, bias;
-    const T *u_at, *steps_at, *z_at, *b_at, *c_at;  // Of this thread's first token of the tile to load
-    T* y_at;                                        // Of that of the tile to finish
-    Bits<T> steps[ITEMS], b[SELECTED], c[SELECTED];
-    // Of the tile that is loaded, the one the states pass over, and the one to finish.
-    Bits<T> u[3][ITEMS], z[3][ITEMS];
+    const T *u_at, *steps_at, *z_at, *selected_at;  // Of this thread's first token of the tile to load
+    int selected_row, selected_quad, selected_to;
+    T* y_at;                                      // Of that of the tile to finish
+    Bits<T> u[4], steps[4], z[4], selected[4];  // Of the tile to come
+    Bits<T> us[4], zs[4];                         // Of this one
 
-    __device__ ScanMaker(const SelectiveScan& p, ScanShared& shared)
-        : p(p), shared(shared), thread(threadIdx.x - SCAN_SIDE), first(blockIdx.x * SCAN_CHANNELS + thread % PAIRS * 2), used(first < p.channels),
-          second(first + 1 < p.channels) {
+    __device__ ScanEnds(const SelectiveScan& p, typename S::Shared& shared)
+        : p(p), shared(shared), thread(threadIdx.x), pair(thread % S::PAIRS), quad(thread / S::PAIRS), first(blockIdx.x * S::CHANNELS + pair * 2),
+          used(first < p.channels), second(first + 1 < p.channels) {
         channel = min(first, p.channels - (PAIRED ? 2 : 1)), next = second ? channel + 1 : channel;
         d = make_float2(p.d[channel], p.d[next]), bias = make_float2(p.bias[channel], p.bias[next]);
-        const long long start = (long long)blockIdx.y * p.tokens, row = start + thread / PAIRS, selected = start + thread / HALVES;
+        const long long start = (long long)blockIdx.y * p.tokens, row = start + 4 * quad;
         u_at = (const T*)p.u + row * p.u_row + channel, steps_at = (const T*)p.steps + row * p.steps_row + channel;
         z_at = (const T*)p.z + row * p.z_row + channel, y_at = (T*)p.y + row * p.y_row + first;
-        b_at = (const T*)p.b + selected * p.b_row + thread % HALVES * 2, c_at = (const T*)p.c + selected * p.c_row + thread % HALVES * 2;
+        constexpr int HALF = STATES / 2;
+        const bool of_c = thread / HALF % 2;
+        selected_quad = thread / STATES, selected_row = of_c ? p.c_row : p.b_row;
+        selected_at = (const T*)(of_c ? p.c : p.b) + (start + 4 * selected_quad) * selected_row + thread % HALF * 2;
+        selected_to = (of_c ? STATES : 0) + thread % HALF;
     }
+    __device__ bool selects() { return S::SELECTING == S::THREADS || selected_quad < S::QUADS; }
 
-    // N rows, `step` apart; no more than `count` of them. Moves on to the next tile's.
-    template <int N>
-    __device__ void rows(const T*& at, int row, int step, int to_next, int count, Bits<T> (&to)[N]) {
-        const T* from = at;
+    template <bool WHOLE>
+    __device__ void rows(const T* at, int row, int to_next, int count, Bits<T> (&to)[4]) {
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-            to[i] = i * step < count ? pair_of<PAIRED>(from, from + to_next) : packed<T>(0.f, 0.f);
-            from += step * row;
+        for (int i = 0; i < 4; i++) {
+            const T* from = at + (long long)i * row;
+            to[i] = WHOLE || i < count ? pair_of<PAIRED>(from, from + to_next) : packed<T>(0.f, 0.f);
         }
-        at = from;
     }
+    template <bool WHOLE>
     __device__ void load(int tile) {
-        const int count = p.tokens - tile * SCAN_TILE - thread / PAIRS, selected = p.tokens - tile * SCAN_TILE - thread / HALVES;
-        rows(u_at, p.u_row, STEP, next - channel, count, u[0]);
-        rows(steps_at, p.steps_row, STEP, next - channel, count, steps);
-        if (p.z) rows(z_at, p.z_row, STEP, next - channel, count, z[0]);
-        rows(b_at, p.b_row, SELECT_STEP, 1, selected, b);
-        rows(c_at, p.c_row, SELECT_STEP, 1, selected, c);
+        const int left = p.tokens - tile * S::TILE, count = left - 4 * quad;
+        rows<WHOLE>(u_at, p.u_row, next - channel, count, u);
+        rows<WHOLE>(steps_at, p.steps_row, next - channel, count, steps);
+        if (p.z) rows<WHOLE>(z_at, p.z_row, next - channel, count, z);
+        u_at += S::TILE * (long long)p.u_row, steps_at += S::TILE * (long long)p.steps_row, z_at += S::TILE * (long long)p.z_row;
+        if (selects()) rows<WHOLE>(selected_at, selected_row, 1, left - 4 * selected_quad, selected);
+        selected_at += S::TILE * (long long)selected_row;
     }
+    template <bool WHOLE>
     __device__ void make(int tile) {
-        const int stage = tile % 2, count = p.tokens - tile * SCAN_TILE - thread / PAIRS;
-        float4* inputs = &shared.inputs[stage][thread / PAIRS][thread % PAIRS];
+        const int count = p.tokens - tile * S::TILE - 4 * quad;
+        float dt[2][4], in[2][4];
 #pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
-            const float2 us = unpacked<T>(u[0][i]), in = unpacked<T>(steps[i]);
-            float2 dt = {softplus(in.x + bias.x), softplus(in.y + bias.y)};
-            if (i * STEP >= count) dt = make_float2(0.f, 0.f);  // A token beyond the last leaves the states as they are.
-            inputs[i * STEP * PAIRS] = make_float4(dt.x, dt.x * us.x, dt.y, dt.y * us.y);
-            u[2][i] = u[1][i], u[1][i] = u[0][i];
-            z[2][i] = z[1][i], z[1][i] = z[0][i];
+        for (int i = 0; i < 4; i++) {
+            const float2 one = unpacked<T>(u[i]), step = unpacked<T>(steps[i]);
+            dt[0][i] = scan_softplus(step.x + bias.x), dt[1][i] = scan_softplus(step.y + bias.y);
+            if (!WHOLE && i >= count) dt[0][i] = dt[1][i] = 0.f;  // A token beyond the last leaves the states as they are.
+            in[0][i] = dt[0][i] * one.x, in[1][i] = dt[1][i] * one.y;
         }
-        float2* to_b = (float2*)shared.b[stage][thread / HALVES] + thread % HALVES;
-        float2* to_c = (float2*)shared.c[stage][thread / HALVES] + thread % HALVES;
+        typename S::Quad& to = shared.quads[quad];
+        to.dt[pair] = four(dt[0]), to.dt[S::PAIRS + pair] = four(dt[1]);
+        to.in[pair] = four(in[0]), to.in[S::PAIRS + pair] = four(in[1]);
+        if (selects()) {
+            float s[2][4];
 #pragma unroll
-        for (int i = 0; i < SELECTED; i++) {
-            to_b[i * SELECT_STEP * HALVES] = unpacked<T>(b[i]), to_c[i * SELECT_STEP * HALVES] = unpacked<T>(c[i]);
-        }
-    }
-    // Outputs of a tile. AGE: of its u and z, 1 for the last tile made and 2 for the one before.
-    template <int AGE>
-    __device__ void finish(int tile) {
-        const int count = p.tokens - tile * SCAN_TILE - thread / PAIRS;
-        const float* sums = &shared.sums[tile % 2][thread / PAIRS][thread % PAIRS * 2];
-#pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
-            const float2 sum = *(const float2*)(sums + i * STEP * SUMS_ROW), us = unpacked<T>(u[AGE][i]);
-            float y[2] = {fmaf(d.x, us.x, sum.x), fmaf(d.y, us.y, sum.y)};
-            if (p.z) {
-                const float2 zs = unpacked<T>(z[AGE][i]);
-                y[0] *= silu(zs.x), y[1] *= silu(zs.y);
+            for (int i = 0; i < 4; i++) {
+                const float2 one = unpacked<T>(selected[i]);
+                s[0][i] = one.x, s[1][i] = one.y;
             }
-            if (used && i * STEP < count) {
-                if (PAIRED) {
-                    *reinterpret_cast<Bits<T>*>(y_at) = packed<T>(y[0], y[1]);
-                } else {
-                    y_at[0] = rounded<T>(y[0]);
-                    if (second) y_at[1] = rounded<T>(y[1]);
+            float4* of_state = shared.quads[selected_quad].b + selected_to;
+            of_state[0] = four(s[0]), of_state[STATES / 2] = four(s[1]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) us[i] = u[i], zs[i] = z[i];
+    }
+    __device__ float4 sum_of(int place) {
+        const typename S::Quad& from = shared.quads[quad];
+        float4 y = from.sums[0][place];
+#pragma unroll
+        for (int i = 1; i < S::LANES; i++) {
+            const float4 x = from.sums[i][place];
+            y.x += x.x, y.y += x.y, y.z += x.z, y.w += x.w;
+        }
+        return y;
+    }
+    template <bool WHOLE>
+    __device__ void finish(int tile) {
+        const int count = p.tokens - tile * S::TILE - 4 * quad;
+        if (used) {
+            const float4 s[2] = {sum_of(pair), sum_of(S::PAIRS + pair)};
+            float y[2][4] = {{s[0].x, s[0].y, s[0].z, s[0].w}, {s[1].x, s[1].y, s[1].z, s[1].w}};
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float2 one = unpacked<T>(us[i]);
+                y[0][i] = fmaf(d.x, one.x, y[0][i]), y[1][i] = fmaf(d.y, one.y, y[1][i]);
+            }
+            if (p.z) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float2 gate = scan_silu(unpacked<T>(zs[i]));
+                    y[0][i] *= gate.x, y[1][i] *= gate.y;
                 }
             }
-            y_at += STEP * p.y_row;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (!WHOLE && i >= count) break;
+                T* to = y_at + (long long)i * p.y_row;
+                if (PAIRED) {
+                    *reinterpret_cast<Bits<T>*>(to) = packed<T>(y[0][i], y[1][i]);
+                } else {
+                    to[0] = rounded<T>(y[0][i]);
+                    if (second) to[1] = rounded<T>(y[1][i]);
+                }
+            }
         }
+        y_at += S::TILE * (long long)p.y_row;
     }
 };
 
-// Grid (channels / SCAN_CHANNELS rounded up, batch), SCAN_THREADS threads.
-template <class T, bool PAIRED>
-__device__ void selective_scan_channels(const SelectiveScan& p, ScanShared& shared) {
-    const int tiles = (p.tokens + SCAN_TILE - 1) / SCAN_TILE;
-    auto barrier = [] { asm volatile("bar.sync 0;" ::: "memory"); };
-    if (threadIdx.x >= SCAN_SIDE) {
-        ScanMaker<T, PAIRED> maker(p, shared);
-        maker.load(0);
-        maker.make(0);
-        if (tiles > 1) maker.load(1);
-        for (int tile = 0; tile < tiles; tile++) {
-            barrier();
-            if (tile > 0) maker.template finish<2>(tile - 1);
-            if (tile + 1 < tiles) maker.make(tile + 1);
-            if (tile + 2 < tiles) maker.load(tile + 2);
-        }
-        barrier();
-        maker.template finish<1>(tiles - 1);
-        return;
-    }
-    constexpr int N = STATES / SCAN_LANES;
-    const int lane = threadIdx.x % 32, part = lane / 8, own = threadIdx.x / 32 * 8 + lane % 8, channel = blockIdx.x * SCAN_CHANNELS + own;
+// Grid (channels / CHANNELS rounded up, batch), THREADS threads, sizeof(Shared) bytes of dynamic shared memory.
+template <class S, class T, bool PAIRED>
+__device__ void selective_scan_channels(const SelectiveScan& p, typename S::Shared& shared) {
+    constexpr int N = S::OWN;
+    const int tiles = (p.tokens + S::TILE - 1) / S::TILE, whole = p.tokens / S::TILE;
+    ScanEnds<S, T, PAIRED> ends(p, shared);
+    auto load = [&](int tile) { tile < whole ? ends.template load<true>(tile) : ends.template load<false>(tile); };
+    load(0);
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int part = lane % 2 + lane / 2 / S::WARP * 2, place = warp * S::WARP + lane / 2 % S::WARP;
+    const int channel = blockIdx.x * S::CHANNELS + place % S::PAIRS * 2 + place / S::PAIRS;
     const bool used = channel < p.channels;
-    float4* state = (float4*)(p.state + ((long long)blockIdx.y * p.channels + (used ? channel : 0)) * STATES) + part;
-    const float4 start = *state, as = ((const float4*)p.a)[(long long)(used ? channel : 0) * SCAN_LANES + part];
-    const float a[N] = {as.x * LOG2_E, as.y * LOG2_E, as.z * LOG2_E, as.w * LOG2_E};
-    float h[N] = {start.x, start.y, start.z, start.w};
-    for (int tile = 0; tile < tiles; tile++) {
-        barrier();
-        const int stage = tile % 2, count = min(SCAN_TILE, p.tokens - tile * SCAN_TILE);
-        for (int from = 0; from < count; from += 2 * SCAN_LANES) {
-            float sums[2][SCAN_LANES];
+    auto state_of = [&](int k) { return (part * N + k) % (STATES / 2) * 2 + (part * N + k) / (STATES / 2); };
+    float* state = p.state + ((long long)blockIdx.y * p.channels + channel) * STATES;
+    float a[N], h[N];
 #pragma unroll
-            for (int i = 0; i < 2 * SCAN_LANES; i++) {
-                const float2 in = ((const float2*)shared.inputs[stage][from + i])[own];
-                const float4 b = shared.b[stage][from + i][part], c = shared.c[stage][from + i][part];
-                h[0] = fmaf(exp2_of(in.x * a[0]), h[0], in.y * b.x), h[1] = fmaf(exp2_of(in.x * a[1]), h[1], in.y * b.y);
-                h[2] = fmaf(exp2_of(in.x * a[2]), h[2], in.y * b.z), h[3] = fmaf(exp2_of(in.x * a[3]), h[3], in.y * b.w);
-                sums[i / SCAN_LANES][i % SCAN_LANES] = fmaf(h[3], c.w, fmaf(h[2], c.z, fmaf(h[1], c.y, h[0] * c.x)));
-            }
-            shared.sums[stage][from + part][own] = sums_of_lanes<SCAN_LANES, 8>(sums[0], lane);
-            shared.sums[stage][from + SCAN_LANES + part][own] = sums_of_lanes<SCAN_LANES, 8>(sums[1], lane);
-        }
+    for (int k = 0; k < N; k++) {
+        a[k] = used ? p.a[(long long)channel * STATES + state_of(k)] * LOG2_E : 0.f, h[k] = used ? state[state_of(k)] : 0.f;
     }
-    barrier();
-    if (used) *state = make_float4(h[0], h[1], h[2], h[3]);
+    for (int tile = 0; tile < tiles; tile++) {
+        __syncthreads();
+        tile < whole ? ends.template make<true>(tile) : ends.template make<false>(tile);
+        if (tile + 1 < tiles) load(tile + 1);
+        __syncthreads();
+        const int quads = min(S::QUADS, (p.tokens - tile * S::TILE + 3) / 4);
+        auto pass = [&](int quad) {
+            typename S::Quad& at = shared.quads[quad];
+            const float4 dt = at.dt[place], in = at.in[place];
+            float4 sum;
+#pragma unroll
+            for (int k = 0; k < N; k++) {
+                const float4 b = at.b[part * N + k], c = at.c[part * N + k];
+                h[k] = fmaf(exp2_of(dt.x * a[k]), h[k], in.x * b.x), sum.x = k ? fmaf(h[k], c.x, sum.x) : h[k] * c.x;
+                h[k] = fmaf(exp2_of(dt.y * a[k]), h[k], in.y * b.y), sum.y = k ? fmaf(h[k], c.y, sum.y) : h[k] * c.y;
+                h[k] = fmaf(exp2_of(dt.z * a[k]), h[k], in.z * b.z), sum.z = k ? fmaf(h[k], c.z, sum.z) : h[k] * c.z;
+                h[k] = fmaf(exp2_of(dt.w * a[k]), h[k], in.w * b.w), sum.w = k ? fmaf(h[k], c.w, sum.w) : h[k] * c.w;
+            }
+            at.sums[part][place] = sum;
+        };
+        if (S::QUADS <= 8 && quads == S::QUADS) {
+#pragma unroll
+            for (int quad = 0; quad < S::QUADS; quad++) pass(quad);
+        } else {
+#pragma unroll 2
+            for (int quad = 0; quad < quads; quad++) pass(quad);
+        }
+        __syncthreads();
+        tile < whole ? ends.template finish<true>(tile) : ends.template finish<false>(tile);
+    }
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+        if (used) state[state_of(k)] = h[k];
+    }
 }
 
-template <class T>
-__device__ void selective_scan(const SelectiveScan& p) {
-    __shared__ ScanShared shared;
+template <class S, class T>
+__device__ void selective_scan_shape(const SelectiveScan& p) {
+    extern __shared__ __align__(16) char scan_bytes[];
+    typename S::Shared& shared = *(typename S::Shared*)scan_bytes;
     const size_t pair = 2 * sizeof(T) - 1;
     const size_t pointers = (size_t)p.u | (size_t)p.steps | (size_t)p.z | (size_t)p.b | (size_t)p.c | (size_t)p.y;
     const int rows = p.u_row | p.steps_row | (p.z ? p.z_row : 0) | p.b_row | p.c_row | p.y_row | p.channels;
-    if ((pointers & pair) == 0 && rows % 2 == 0) selective_scan_channels<T, true>(p, shared);
-    else selective_scan_channels<T, false>(p, shared);
+    if ((pointers & pair) == 0 && rows % 2 == 0) selective_scan_channels<S, T, true>(p, shared);
+    else selective_scan_channels<S, T, false>(p, shared);
 }
+template <class T>
+__device__ void selective_scan(const SelectiveScan& p) { selective_scan_shape<ScanUsual, T>(p); }
+template <class T>
+__device__ void selective_scan_few(const SelectiveScan& p) { selective_scan_shape<ScanFew, T>(p); }
 
 }  // namespace hybrid

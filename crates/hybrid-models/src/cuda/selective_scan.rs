@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::args;
-use super::kernels::{Kernel, Rows, address, unwritten};
+use super::kernels::{Kernel, Rows, SCAN_FEW_SHARED, SCAN_SHARED, address, unwritten};
 use super::target::Target;
 use crate::mamba::Mamba as Host;
 use candle_core::Tensor;
@@ -12,6 +12,10 @@ use longctx_core::{Error, Result};
 const USUAL_STATES: usize = 16;
 /// As in kernels/args.cuh.
 const MOST_STATES: usize = 256;
+/// Channels of a block of threads where there are few.
+const FEW_CHANNELS: usize = 40;
+/// Tokens from which on the kernel for few channels is worth it.
+const FEW_TOKENS: usize = 64;
 
 #[derive(Debug)]
 pub struct Scan {
@@ -23,6 +27,9 @@ pub struct Scan {
     kernel: Kernel,
     /// Channels of a block of threads.
     channels: usize,
+    /// For many tokens where no multiprocessor gets two of its blocks, if the device can have it.
+    few: Option<Kernel>,
+    processors: usize,
 }
 
 /// Rows that the scan reads, or columns of wider ones.
@@ -43,17 +50,23 @@ impl Scan {
             let what = format!("Mamba with {states} states on a CUDA device");
             return Err(Error::Unsupported(format!("{what}: kernels have up to {MOST_STATES}")));
         }
-        let (kernel, channels) = match states {
-            USUAL_STATES => ("selective_scan", 16),
-            _ => ("selective_scan_any", 4),
+        let (kernel, channels, few) = match states {
+            USUAL_STATES => (
+                to.kernel_sharing("selective_scan", 128, SCAN_SHARED as usize)?,
+                32,
+                to.kernel_where_it_fits("selective_scan_few", 320, SCAN_FEW_SHARED)?,
+            ),
+            _ => (to.kernel("selective_scan_any", 128)?, 4, None),
         };
         Ok(Self {
             a: to.vector(&host.a())?.reshape((inner, states))?,
             skip: to.vector(&host.scan.skip)?,
             time_bias: to.vector(&host.scan.time_bias)?,
             states,
-            kernel: to.kernel(kernel, 128)?,
+            kernel,
             channels,
+            few,
+            processors: to.processors(),
         })
     }
 
@@ -85,9 +98,14 @@ impl Scan {
             c_row: c.row,
             y_row: channels as i32,
         };
-        let grid = (channels.div_ceil(self.channels), batch, 1);
+        let few = rows / batch >= FEW_TOKENS
+            && channels.div_ceil(FEW_CHANNELS) * batch <= self.processors;
+        let (kernel, of_block) = match &self.few {
+            Some(kernel) if few => (kernel, FEW_CHANNELS),
+            _ => (&self.kernel, self.channels),
+        };
         // SAFETY: the sizes are those of the tensors, which live until the end of this function.
-        unsafe { self.kernel.launch(grid, &args)? };
+        unsafe { kernel.launch((channels.div_ceil(of_block), batch, 1), &args)? };
         Ok(y)
     }
 }

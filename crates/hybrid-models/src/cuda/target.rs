@@ -34,12 +34,23 @@ impl Target {
         self.kernels.get(name, self.dtype, threads, shared as u32)
     }
 
+    /// The same where the device has so much shared memory for a block.
+    pub fn kernel_where_it_fits(
+        &self,
+        name: &str,
+        threads: u32,
+        shared: u32,
+    ) -> Result<Option<Kernel>> {
+        let fits = shared <= self.kernels.most_shared;
+        fits.then(|| self.kernel_sharing(name, threads, shared as usize)).transpose()
+    }
+
     /// A kernel for many tokens, where there is one for the format of the weights and the device has so much shared memory.
     pub fn in_chunks(&self, name: &str, threads: u32, shared: u32) -> Result<Option<InChunks>> {
-        if self.dtype == DType::F32 || shared > self.kernels.most_shared {
+        if self.dtype == DType::F32 {
             return Ok(None);
         }
-        Ok(Some(InChunks(self.kernels.get(name, self.dtype, threads, shared)?)))
+        Ok(self.kernel_where_it_fits(name, threads, shared)?.map(InChunks))
     }
 
     /// A kernel that is worth it for many tokens in f32, if that is the format of the weights.
