@@ -5,8 +5,8 @@
 // A block takes some channels through all tokens, a tile of them at a time. First each thread computes what depends on no state (dt, dt u) for
 // four tokens, a quad, of two channels, and has the loads of the next tile on their way. Then LANES lanes share a channel, each with some of its
 // states in registers, and go through the quads. Last each thread adds up its four tokens' parts of C h. All but the states passes from one to the
-// other through shared memory, in quads, so that one access brings four tokens. Blocks of a multiple of four warps: others don't spread
-// evenly over the four parts of a multiprocessor.
+// other through shared memory, in quads, so that one access brings four tokens. Blocks of one warp, which need no barriers, take 1.7 times as long
+// where there are many (H100).
 #pragma once
 #include "args.cuh"
 #include "number.cuh"
@@ -33,11 +33,11 @@ struct ScanShape {
     };
 };
 typedef ScanShape<4, 4> ScanUsual;
-typedef ScanShape<10, 8> ScanFew;
+typedef ScanShape<10, 8> ScanFew;  // More warps for as many channels: a multiprocessor has one block, and latency binds.
 static_assert(sizeof(ScanUsual::Shared) == SCAN_SHARED && sizeof(ScanFew::Shared) == SCAN_FEW_SHARED, "as args.cuh says");
 constexpr int SCAN_BLOCKS = 4;  // On a multiprocessor; of ScanFew 1.
 
-// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), to 3e-7 of it by a polynomial: special functions are what binds.
+// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), to 3e-7 of it by a polynomial: special functions bind.
 __device__ __forceinline__ float scan_softplus(float x) {
     const float e = exp2_of(-LOG2_E * fabsf(x));
     float y = fmaf(e, -0.00853921007f, 0.044089634f);
