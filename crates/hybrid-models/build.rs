@@ -11,26 +11,34 @@ mod cuda {
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
-    const TARGETS: [&str; 2] =
-        ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"];
+    /// sm_90a is 9.0 with its own instructions, for the kernels that have another way without them.
+    const TARGETS: [&str; 3] = [
+        "arch=compute_80,code=sm_80",
+        "arch=compute_90a,code=sm_90a",
+        "arch=compute_90,code=compute_90",
+    ];
 
-    /// Bytes of dynamic shared memory that kernels/args.cuh says.
-    const SHARED: [&str; 7] = [
+    /// Bytes of shared memory and of scratch that kernels/args.cuh says.
+    const SIZES: [&str; 11] = [
         "SCAN_SHARED",
         "SCAN_FEW_SHARED",
         "SSD_SHARED_64",
         "SSD_SHARED_128",
+        "SSD_WGMMA_SHARED_64",
+        "SSD_WGMMA_SHARED_128",
+        "SSD_PACKET_64",
+        "SSD_PACKET_128",
         "WKV_SHARED",
         "WKV_MAKER_SHARED",
         "WKV7_SHARED",
     ];
 
-    /// Writes `images.rs`, an array of the compiled kernels, and `shared.rs`, the constants of [`SHARED`], into the folder that cargo gives.
+    /// Writes `images.rs`, an array of the compiled kernels, and `sizes.rs`, the constants of [`SIZES`], into the folder that cargo gives.
     pub fn compile() {
         println!("cargo:rerun-if-changed=kernels");
         let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
         let args = std::fs::read_to_string("kernels/args.cuh").expect("the kernels' arguments");
-        std::fs::write(out.join("shared.rs"), SHARED.map(|name| constant(&args, name)).concat())
+        std::fs::write(out.join("sizes.rs"), SIZES.map(|name| constant(&args, name)).concat())
             .expect("room in OUT_DIR");
         let nvcc = cudaforge::CudaToolkit::detect().expect("feature `cuda` needs nvcc").nvcc_path;
         let entries = std::fs::read_dir("kernels").expect("a folder of kernels").flatten();

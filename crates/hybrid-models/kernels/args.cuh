@@ -29,8 +29,11 @@ struct SelectiveScan {
 constexpr int SCAN_SHARED = 30720, SCAN_FEW_SHARED = 118784;  // The latter is more than devices of 8.6 and 8.9 have (101376).
 
 // Mamba-2: H <- e^(dt a) H + dt B x', y = H' C + D x of each head, dt = min(max(softplus(steps + bias), step_min), step_max).
-// ssd_T (f16, bf16): head_dim == 64, states == 64 or 128, all rows and pointers multiples of 8 numbers; worth it from 16 tokens on.
-//   Grid (2, heads, batch), 256 threads, SSD_SHARED_64 or SSD_SHARED_128 bytes of dynamic shared memory.
+// ssd_T (f16, bf16): head_dim == 64, states == 64 or 128, all rows and pointers multiples of 8 numbers; worth it from 16 tokens on. What products
+//   take is rounded to T, the state is kept in f32. Grid (2, heads, batch), 256 threads, SSD_SHARED_64 or SSD_SHARED_128 bytes of dynamic shared memory.
+// ssd_wgmma_T: the same on devices of compute capability 9.0 alone (code for sm_90a; elsewhere it does nothing), in clusters of two blocks, after
+//   ssd_packets_T with the same struct: grid (tokens / 64, groups, batch), 128 threads. Grid (groups * (heads / groups / 2) * 2, batch), 384 threads,
+//   SSD_WGMMA_SHARED_64 or SSD_WGMMA_SHARED_128 bytes of dynamic shared memory.
 // ssd_any_T: states <= 256, head_dim any. Grid (head_dim / 32, heads, batch), 128 threads. For decode, too.
 struct Ssd {
     const void* x;                // T, rows of heads * head_dim
@@ -39,11 +42,14 @@ struct Ssd {
     const float *a, *d, *bias;    // [heads]; a: -exp(A_log)
     float* state;                 // [batch][heads][states][head_dim]
     void* y;                      // T, rows of heads * head_dim; may not be x
+    void* scratch;                // For ssd_wgmma: batch * groups * (tokens / 64 + 1) packets of SSD_PACKET_64 or SSD_PACKET_128 bytes, 16-aligned
     int tokens, heads, head_dim, groups, states;
     int x_row, b_row, c_row, steps_row, y_row;
     float step_min, step_max;
 };
-constexpr int SSD_SHARED_64 = 69128, SSD_SHARED_128 = 112136;  // The latter is more than devices of 8.6 and 8.9 have (101376).
+constexpr int SSD_SHARED_64 = 58888, SSD_SHARED_128 = 101896;  // The latter is more than devices of 8.6 and 8.9 have (101376).
+constexpr int SSD_WGMMA_SHARED_64 = 125024, SSD_WGMMA_SHARED_128 = 174176;
+constexpr int SSD_PACKET_64 = 26624, SSD_PACKET_128 = 43008;
 
 // RWKV-5 and 6: y = S' r + (r . (u o k)) v, then S <- diag(w) S + k v' of each head.
 // w: in 5 `decay` itself, in 6 e^-e^(w + decay), all in f32.

@@ -4,8 +4,8 @@
 //     Y = (L o C B') X + e^s o (C H) + D X,  L(t, u) = e^(s(t) - s(u)) dt(u) for u <= t,  H <- e^s(end) H + B' (e^(s(end) - s) dt o X)
 //
 // No exponent is positive. A block takes COLUMNS of a head's channels through all tokens. Four warps compute outputs, 16 tokens each, from a
-// 16-bit copy of the state, while four more compute the state after the chunk, in f32 registers, a quarter of its rows each;
-// what they multiply is split in two 16-bit numbers, so that the state is as exact as f32 steps make it. The next chunk is on its way.
+// 16-bit copy of the state, while four more compute the state after the chunk, in f32 registers, a quarter of its rows each. The next chunk is
+// on its way. For devices without wgmma; ssd_wgmma.cuh is the same for those with it.
 #pragma once
 #include "args.cuh"
 #include "mma.cuh"
@@ -19,7 +19,6 @@ struct SsdShared {
     T b[2][SSD_CHUNK][N + PAD], c[2][SSD_CHUNK][N + PAD];
     T x[2][SSD_CHUNK][SSD_COLUMNS + PAD];
     T state[2][N][SSD_COLUMNS + PAD];
-    T high[SSD_CHUNK][SSD_COLUMNS + PAD], low[SSD_CHUNK][SSD_COLUMNS + PAD];  // e^(s(end) - s) dt o X, split
     float2 sums[2][SSD_CHUNK];  // s in units of ln 2, and dt
     float rests[2][SSD_CHUNK];  // e^(s(end) - s) dt
     float decay[2];             // e^s(end)
@@ -216,50 +215,27 @@ struct SsdBlock {
             *reinterpret_cast<uint32_t*>(to) = packed<T>(h[tile][j][2 * e], h[tile][j][2 * e + 1]);
         });
     }
-    // Sixteen tokens of what is added to the state, half a row a lane.
-    __device__ void split_inputs(int stage) {
-        const int t = warp * 16 + lane / 2, at = lane % 2 * (SSD_COLUMNS / 2);
-        const float rest = shared.rests[stage][t];
-#pragma unroll
-        for (int j = 0; j < SSD_COLUMNS / 2; j += 8) {
-            uint4 x_of = *reinterpret_cast<const uint4*>(&shared.x[stage][t][at + j]), high, low;
-            auto scaled = [&](uint32_t x, uint32_t& high, uint32_t& low) {
-                const float2 both = unpacked<T>(x);
-                split<T>(both.x * rest, both.y * rest, high, low);
-            };
-            scaled(x_of.x, high.x, low.x), scaled(x_of.y, high.y, low.y), scaled(x_of.z, high.z, low.z), scaled(x_of.w, high.w, low.w);
-            *reinterpret_cast<uint4*>(&shared.high[t][at + j]) = high;
-            *reinterpret_cast<uint4*>(&shared.low[t][at + j]) = low;
-        }
-        asm volatile("bar.sync 1, %0;" ::"n"(SSD_THREADS / 2) : "memory");
-    }
     __device__ void move_state(int i) {
         const int stage = i % 2, matrix = lane / 8, line = lane % 8;
         const float decay = shared.decay[stage];
-        split_inputs(stage);
         each_pair([&](int tile, int j, int e) { h[tile][j][2 * e] *= decay, h[tile][j][2 * e + 1] *= decay; });
 #pragma unroll
         for (int u = 0; u < SSD_CHUNK; u += 16) {
-            uint32_t high[SSD_COLUMNS / 16][4], low[SSD_COLUMNS / 16][4], b_of[TILES][4];
+            uint32_t x_of[SSD_COLUMNS / 16][4], b_of[TILES][4];
 #pragma unroll
             for (int j = 0; j < SSD_COLUMNS / 16; j++) {
-                load_transposed(high[j], &shared.high[u + matrix % 2 * 8 + line][j * 16 + matrix / 2 * 8]);
-                load_transposed(low[j], &shared.low[u + matrix % 2 * 8 + line][j * 16 + matrix / 2 * 8]);
+                load_transposed(x_of[j], &shared.x[stage][u + matrix % 2 * 8 + line][j * 16 + matrix / 2 * 8]);
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float2 rest = *reinterpret_cast<const float2*>(&shared.rests[stage][u + e % 2 * 8 + pair]), both = unpacked<T>(x_of[j][e]);
+                    x_of[j][e] = packed<T>(both.x * rest.x, both.y * rest.y);
+                }
             }
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
                 load_transposed(b_of[tile], &shared.b[stage][u + matrix / 2 * 8 + line][(warp * TILES + tile) * 16 + matrix % 2 * 8]);
-            }
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-                for (int j = 0; j < SSD_COLUMNS / 8; j++) {
-                    multiply<T>(h[tile][j], b_of[tile], high[j / 2][j % 2 * 2], high[j / 2][j % 2 * 2 + 1]);
-                }
-#pragma unroll
-                for (int j = 0; j < SSD_COLUMNS / 8; j++) {
-                    multiply<T>(h[tile][j], b_of[tile], low[j / 2][j % 2 * 2], low[j / 2][j % 2 * 2 + 1]);
-                }
+                for (int j = 0; j < SSD_COLUMNS / 8; j++) multiply<T>(h[tile][j], b_of[tile], x_of[j / 2][j % 2 * 2], x_of[j / 2][j % 2 * 2 + 1]);
             }
         }
         share_state(i + 1);
@@ -268,7 +244,7 @@ struct SsdBlock {
     // Chunk i is there for all, with the state before it; chunk i + 1 is on its way.
     __device__ void begin(int i) {
         await_copies<0>();
-        asm volatile("bar.sync 0;" ::: "memory");
+        __syncthreads();
         if (i + 1 < chunks()) copy(i + 1);
     }
     __device__ void run() {

@@ -39,6 +39,7 @@ pub struct Ssd {
     pub bias: u64,
     pub state: u64,
     pub y: u64,
+    pub scratch: u64,
     pub tokens: i32,
     pub heads: i32,
     pub head_dim: i32,

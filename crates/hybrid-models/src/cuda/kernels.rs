@@ -20,8 +20,8 @@ const OLDEST: i32 = 80;
 /// The compiled kernels/*.cu. What a file holds has names that begin with the file's.
 const IMAGES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
-// Bytes of dynamic shared memory, as in kernels/args.cuh.
-include!(concat!(env!("OUT_DIR"), "/shared.rs"));
+// Bytes of dynamic shared memory and of scratch, as in kernels/args.cuh.
+include!(concat!(env!("OUT_DIR"), "/sizes.rs"));
 
 /// The kernels, loaded into a device's context.
 #[derive(Debug)]
@@ -32,6 +32,8 @@ pub struct Kernels {
     pub most_shared: u32,
     /// Multiprocessors of the device.
     pub processors: u32,
+    /// Whether the device has the instructions of compute capability 9.0 that later ones lack.
+    pub hopper: bool,
 }
 
 impl Kernels {
@@ -56,7 +58,8 @@ impl Kernels {
         let modules = IMAGES.iter().map(load).collect::<Result<_>>()?;
         let most_shared = attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
         let processors = attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
-        Ok(Self { modules, stream, most_shared, processors })
+        let hopper = (major, minor) == (9, 0);
+        Ok(Self { modules, stream, most_shared, processors, hopper })
     }
 
     /// The kernel of a name for inputs and outputs of a format, by blocks of so many threads with so many bytes of dynamic shared memory.

@@ -2,14 +2,20 @@
 #![allow(unsafe_code)]
 
 use super::args;
-use super::kernels::{Kernel, Rows, SSD_SHARED_64, SSD_SHARED_128, address, unwritten};
+use super::kernels::{
+    Kernel, Rows, SSD_PACKET_64, SSD_PACKET_128, SSD_SHARED_64, SSD_SHARED_128,
+    SSD_WGMMA_SHARED_64, SSD_WGMMA_SHARED_128, address, unwritten,
+};
 use super::target::{InChunks, Target};
 use crate::mamba2::{Mamba2Shape, Ssd as Host};
 use candle_core::Tensor;
 use longctx_core::{Error, Result};
 
-/// As in kernels/args.cuh, as are grids.
+// As in kernels/args.cuh, as are grids.
 const MOST_STATES: usize = 256;
+const CHUNK: usize = 64;
+/// Blocks, each of a head, that `ssd_wgmma` has beside each other.
+const CLUSTER: usize = 2;
 
 #[derive(Debug)]
 pub struct Ssd {
@@ -18,7 +24,16 @@ pub struct Ssd {
     skip: Tensor,
     time_bias: Tensor,
     in_chunks: Option<InChunks>,
+    /// What `in_chunks` takes before it, where it is the kernel for compute capability 9.0.
+    packets: Option<Packets>,
     any: Kernel,
+}
+
+/// What a group's heads have in common of each chunk, made by a kernel of its own.
+#[derive(Debug)]
+struct Packets {
+    kernel: Kernel,
+    bytes: u32,
 }
 
 impl Ssd {
@@ -28,10 +43,10 @@ impl Ssd {
             let what = format!("Mamba-2 with {states} states on a CUDA device");
             return Err(Error::Unsupported(format!("{what}: kernels have up to {MOST_STATES}")));
         }
-        let in_chunks = match (head_dim, states) {
-            (64, 64) => to.in_chunks("ssd", 256, SSD_SHARED_64)?,
-            (64, 128) => to.in_chunks("ssd", 256, SSD_SHARED_128)?,
-            _ => None,
+        let (in_chunks, packets) = match (head_dim, states) {
+            (64, 64) => in_chunks(to, SSD_SHARED_64, SSD_WGMMA_SHARED_64, SSD_PACKET_64)?,
+            (64, 128) => in_chunks(to, SSD_SHARED_128, SSD_WGMMA_SHARED_128, SSD_PACKET_128)?,
+            _ => (None, None),
         };
         Ok(Self {
             shape: host.shape,
@@ -39,6 +54,7 @@ impl Ssd {
             skip: to.vector(&host.skip)?,
             time_bias: to.vector(&host.time_bias)?,
             in_chunks,
+            packets,
             any: to.kernel("ssd_any", 128)?,
         })
     }
@@ -61,6 +77,15 @@ impl Ssd {
         let (x, b) = (part(0, inner)?, part(inner, groups * states)?);
         let c = part(inner + groups * states, groups * states)?;
         let (of_steps, to_y) = (Rows::of(steps)?, Rows::of(&y)?);
+        let in_chunks = InChunks::fitting(&self.in_chunks, tokens, &[x, b, c, to_y]);
+        let packets = self.packets.as_ref().filter(|_| in_chunks.is_some());
+        let chunks = tokens.div_ceil(CHUNK);
+        // SAFETY: `packets` writes all that is read of it.
+        let scratch = packets
+            .map(|packets| unsafe {
+                unwritten((batch * groups * (chunks + 1), packets.bytes as usize / 2), mixed)
+            })
+            .transpose()?;
         let args = args::Ssd {
             x: x.address,
             b: b.address,
@@ -71,6 +96,7 @@ impl Ssd {
             bias: address(&self.time_bias)?,
             state: address(state)?,
             y: to_y.address,
+            scratch: scratch.as_ref().map_or(Ok(0), address)?,
             tokens: tokens as i32,
             heads: heads as i32,
             head_dim: head_dim as i32,
@@ -84,14 +110,33 @@ impl Ssd {
             step_min: time_step_limit.0,
             step_max: time_step_limit.1,
         };
-        let in_chunks = InChunks::fitting(&self.in_chunks, tokens, &[x, b, c, to_y]);
         // SAFETY: the sizes are those of the tensors, which live until the end of this function.
         unsafe {
-            match in_chunks {
-                Some(kernel) => kernel.launch((2, heads, batch), &args)?,
-                None => self.any.launch((head_dim.div_ceil(32), heads, batch), &args)?,
+            match (in_chunks, packets) {
+                (Some(kernel), Some(packets)) => {
+                    packets.kernel.launch((chunks, groups, batch), &args)?;
+                    let blocks = groups * (heads / groups).next_multiple_of(CLUSTER);
+                    kernel.launch((blocks, batch, 1), &args)?;
+                }
+                (Some(kernel), None) => kernel.launch((2, heads, batch), &args)?,
+                (None, _) => self.any.launch((head_dim.div_ceil(32), heads, batch), &args)?,
             }
         }
         Ok(y)
     }
+}
+
+/// The kernel for prompts, and what it takes before it.
+fn in_chunks(
+    to: &Target,
+    shared: u32,
+    wgmma_shared: u32,
+    packet: u32,
+) -> Result<(Option<InChunks>, Option<Packets>)> {
+    if !to.hopper() {
+        return Ok((to.in_chunks("ssd", 256, shared)?, None));
+    }
+    let in_chunks = to.in_chunks("ssd_wgmma", 384, wgmma_shared)?;
+    let packets = in_chunks.is_some().then(|| to.kernel("ssd_packets", 128)).transpose()?;
+    Ok((in_chunks, packets.map(|kernel| Packets { kernel, bytes: packet })))
 }

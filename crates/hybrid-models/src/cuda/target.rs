@@ -45,6 +45,11 @@ impl Target {
         fits.then(|| self.kernel_sharing(name, threads, shared as usize)).transpose()
     }
 
+    /// Whether kernels for compute capability 9.0 alone can be launched.
+    pub fn hopper(&self) -> bool {
+        self.kernels.hopper
+    }
+
     /// A kernel for many tokens, where there is one for the format of the weights and the device has so much shared memory.
     pub fn in_chunks(&self, name: &str, threads: u32, shared: u32) -> Result<Option<InChunks>> {
         if self.dtype == DType::F32 {
