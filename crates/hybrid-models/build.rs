@@ -19,7 +19,7 @@ mod cuda {
     ];
 
     /// Bytes of shared memory and of scratch that kernels/args.cuh says.
-    const SIZES: [&str; 11] = [
+    const SIZES: [&str; 12] = [
         "SCAN_SHARED",
         "SCAN_FEW_SHARED",
         "SSD_SHARED_64",
@@ -31,6 +31,7 @@ mod cuda {
         "WKV_SHARED",
         "WKV_MAKER_SHARED",
         "WKV7_SHARED",
+        "WKV7_HALF_SHARED",
     ];
 
     /// Writes `images.rs`, an array of the compiled kernels, and `sizes.rs`, the constants of [`SIZES`], into the folder that cargo gives.

@@ -75,8 +75,8 @@ constexpr int WKV_SHARED = 2688, WKV_MAKER_SHARED = 28160;
 //   w = e^(-e^(-1/2) sigmoid(w + decay)); S <- diag(w) S - added (removal' S) + k v'; y = S' r; own = sum of r o k o own_scale.
 // wkv7_T (f16, bf16): dim == 64, all rows and pointers multiples of 8 numbers; worth it from 16 tokens on. Works in f16 inside, with both kinds:
 //   at the strongest decays, r beyond 500 and keys beyond 8000 are too large, at any, v beyond 65504 and states beyond a million.
-//   Grid (1 or 2, heads, batch), 384 threads, WKV7_SHARED bytes of dynamic shared memory. 2 blocks for a head are faster where all
-//   of them are on the device at a time, 1 otherwise.
+//   Grid (1 or 2, heads, batch), 384 threads, WKV7_SHARED or, with 2, at least WKV7_HALF_SHARED bytes of dynamic shared memory. 2 blocks for a
+//   head are faster where all of them are on the device at a time, 1 otherwise.
 // wkv7_f32, token by token: the same shapes. Grid (2, heads, batch), 128 threads.
 // wkv7_any_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. For decode, too.
 struct Wkv7 {
@@ -88,7 +88,7 @@ struct Wkv7 {
     int tokens, heads, dim;
     int r_row, key_row, v_row, w_row, a_row, y_row;
 };
-constexpr int WKV7_SHARED = 169600;
+constexpr int WKV7_SHARED = 169600, WKV7_HALF_SHARED = 121184;  // Devices of 8.0 have 166912 at most, those of 8.6 and 8.9 101376.
 
 // RWKV-4: [channels] each; see src/rwkv/v4.rs. y = mean of the values by e^key. Grid (channels / 128, batch), 128 threads. One entry point a kind.
 struct Wkv4 {

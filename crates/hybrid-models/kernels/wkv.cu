@@ -7,7 +7,7 @@
 namespace hybrid {
 static_assert(sizeof(WkvConstants<__half, false>) == WKV_SHARED && sizeof(WkvConstants<__half, true>) <= WKV_SHARED, "as args.cuh says");
 static_assert(sizeof(WkvMade<__half, true>) == WKV_MAKER_SHARED && sizeof(WkvMade<__half, false>) <= WKV_MAKER_SHARED, "as args.cuh says");
-static_assert(sizeof(Wkv7Shared<__half, WKV7_DIM>) == WKV7_SHARED, "as args.cuh says");
+static_assert(sizeof(Wkv7Shared<__half, WKV7_DIM>) == WKV7_SHARED && sizeof(Wkv7Shared<__half, WKV7_DIM / 2>) == WKV7_HALF_SHARED, "as args.cuh says");
 ENTRIES(wkv4, (WKV4_THREADS), wkv4, Wkv4)
 ENTRY(wkv5, (WKV_THREADS), wkv5, Wkv, f16, __half)
 ENTRY(wkv5, (WKV_THREADS), wkv5, Wkv, bf16, __nv_bfloat16)

@@ -546,7 +546,7 @@ __device__ void wkv7_of_values(const Wkv7& p) {
     }
 }
 
-// Grid (2 for half a head's values in a block, 1 for all, heads, batch), WKV7_THREADS threads, WKV7_SHARED bytes of dynamic shared memory.
+// Grid (2 for half a head's values in a block, 1 for all, heads, batch), WKV7_THREADS threads, dynamic shared memory as args.cuh says.
 template <class T>
 __device__ void wkv7_chunks(const Wkv7& p) {
     gridDim.x == 1 ? wkv7_of_values<T, 64>(p) : wkv7_of_values<T, 32>(p);

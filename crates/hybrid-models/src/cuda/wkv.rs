@@ -2,7 +2,9 @@
 #![allow(unsafe_code)]
 
 use super::args;
-use super::kernels::{Kernel, Rows, WKV_MAKER_SHARED, WKV_SHARED, WKV7_SHARED, address, unwritten};
+use super::kernels::{
+    Kernel, Rows, WKV_MAKER_SHARED, WKV_SHARED, WKV7_HALF_SHARED, WKV7_SHARED, address, unwritten,
+};
 use super::target::{InChunks, Target};
 use crate::rwkv::V7;
 use candle_core::{DType, Tensor};
@@ -33,7 +35,10 @@ impl Version {
         let (in_chunks, whole) = match (name, dim) {
             ("wkv5" | "wkv6", USUAL_CHANNELS) => Self::with_makers(name, to)?,
             ("wkv7", USUAL_CHANNELS) => match to.in_f32(name, 128)? {
-                None => (to.in_chunks(name, 384, WKV7_SHARED)?, true),
+                None => match to.in_chunks(name, 384, WKV7_SHARED)? {
+                    None => (to.in_chunks(name, 384, WKV7_HALF_SHARED)?, false),
+                    whole => (whole, true),
+                },
                 in_f32 => (in_f32, false),
             },
             _ => (None, false),
