@@ -1,8 +1,10 @@
 //! Attention by candle's own operations, a block of queries at a time: for devices without a kernel of ours, and the plain
-//! path that the kernels are tested against.
+//! path that the kernels are tested against. Entries that no query of a block sees are left out, and masks are made for those alone that only
+//! some of them see: they come from the host.
 
 use super::super::{AttentionShape, Error, Partial, Result, Visible};
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Device, Tensor};
+use std::ops::Range;
 
 /// Queries of a block: scores of `heads x QUERIES x entries` exist at a time.
 const QUERIES: usize = 128;
@@ -44,36 +46,37 @@ pub fn attend(
     for start in (0..tokens).step_by(QUERIES) {
         let count = QUERIES.min(tokens - start);
         let block = q.narrow(2, start, count)?.to_dtype(dtype)?;
-        let mask = mask(start..start + count, tokens, len, shape, visible, q)?;
-        let (out, lse) = attend_block(&block, &keys, &v, shape, mask.as_ref())?;
+        let seen: Vec<_> =
+            (start..start + count).map(|i| visible.range(i, tokens, len, shape.window)).collect();
+        // Both ends of what a query sees move on from query to query.
+        let (first, last) = (seen[0].start, seen[count - 1].end);
+        let keys = keys.narrow(3, first, last - first)?;
+        let values = v.narrow(2, first, last - first)?;
+        let (out, lse) = attend_block(&block, &keys, &values, shape, &seen)?;
         parts.0.push(out);
         parts.1.push(lse);
     }
     Ok(Partial { out: Tensor::cat(&parts.0, 2)?, lse: Tensor::cat(&parts.1, 2)? })
 }
 
-/// The group's query heads become rows of their kv head, so that no kv head is repeated.
+/// The group's query heads become rows of their kv head, so that no kv head is repeated. `seen`: of each query; keys and values are those that
+/// any of them sees.
 fn attend_block(
     q: &Tensor,
     keys: &Tensor,
     values: &Tensor,
     shape: &AttentionShape,
-    mask: Option<&Tensor>,
+    seen: &[Range<usize>],
 ) -> Result<(Tensor, Tensor)> {
     let (batch, heads, count, d) = q.dims4()?;
-    let (kv_heads, group, len) = (shape.kv_heads, shape.group(), values.dim(2)?);
+    let (kv_heads, group) = (shape.kv_heads, shape.group());
     let q =
         (q.contiguous()?.reshape((batch, kv_heads, group * count, d))? * f64::from(shape.scale))?;
-    let mut scores = q.matmul(keys)?.to_dtype(DType::F32)?;
+    let mut scores = q.matmul(keys)?.to_dtype(DType::F32)?.contiguous()?;
     if let Some(cap) = shape.soft_cap.map(f64::from) {
         scores = ((scores / cap)?.tanh()? * cap)?;
     }
-    if let Some(mask) = mask {
-        scores = scores
-            .reshape((batch, kv_heads, group, count, len))?
-            .broadcast_add(mask)?
-            .reshape((batch, kv_heads, group * count, len))?;
-    }
+    mask_scores(&scores, group, seen)?;
     // A row that sees nothing has -inf throughout: a finite maximum keeps it at zero instead of NaN.
     let max = scores.max_keepdim(D::Minus1)?.maximum(f32::MIN)?;
     let weights = scores.broadcast_sub(&max)?.exp()?;
@@ -86,23 +89,31 @@ fn attend_block(
     Ok((out.reshape((batch, heads, count, d))?, lse.reshape((batch, heads, count))?))
 }
 
-/// `[count, len]`: 0 where a query sees an entry, -inf elsewhere; `None` if every query sees every entry.
-fn mask(
-    queries: std::ops::Range<usize>,
-    tokens: usize,
-    len: usize,
-    shape: &AttentionShape,
-    visible: Visible,
-    like: &Tensor,
-) -> Result<Option<Tensor>> {
-    let ranges: Vec<_> =
-        queries.clone().map(|i| visible.range(i, tokens, len, shape.window)).collect();
-    if ranges.iter().all(|r| *r == (0..len)) {
-        return Ok(None);
-    }
-    let row = |seen: std::ops::Range<usize>| {
-        (0..len).map(move |j| if seen.contains(&j) { 0.0 } else { f32::NEG_INFINITY })
+/// Makes scores `[batch, kv_heads, group * queries, entries]`, contiguous and nobody else's, -inf where a query does not see an entry.
+fn mask_scores(scores: &Tensor, group: usize, seen: &[Range<usize>]) -> Result<()> {
+    let (batch, kv_heads, rows, _) = scores.dims4()?;
+    let (first, last) = (&seen[0], &seen[seen.len() - 1]);
+    // What all queries see, if anything, lies between what only the first and what only the last ones see.
+    let edges = match last.start < first.end {
+        true => [first.start..last.start, first.end..last.end],
+        false => [first.start..last.end, 0..0],
     };
-    let data: Vec<f32> = ranges.into_iter().flat_map(row).collect();
-    Ok(Some(Tensor::from_vec(data, (queries.len(), len), like.device())?))
+    for edge in edges.into_iter().filter(|edge| !edge.is_empty()) {
+        let (at, len) = (edge.start - first.start, edge.len());
+        let by_query =
+            scores.narrow(3, at, len)?.reshape((batch, kv_heads, group, seen.len(), len))?;
+        let masked = by_query.broadcast_add(&mask(seen, edge, scores.device())?)?;
+        scores.slice_set(&masked.reshape((batch, kv_heads, rows, len))?, 3, at)?;
+    }
+    Ok(())
+}
+
+/// `[queries, entries]`: 0 where a query sees an entry, -inf elsewhere.
+fn mask(seen: &[Range<usize>], entries: Range<usize>, device: &Device) -> Result<Tensor> {
+    let row = |seen: &Range<usize>| {
+        let seen = seen.clone();
+        entries.clone().map(move |j| if seen.contains(&j) { 0.0 } else { f32::NEG_INFINITY })
+    };
+    let data: Vec<f32> = seen.iter().flat_map(row).collect();
+    Ok(Tensor::from_vec(data, (seen.len(), entries.len()), device)?)
 }

@@ -18,6 +18,7 @@ fn shapes() -> Vec<AttentionShape> {
         plain,
         AttentionShape::new(4, 4, 80).unwrap(),
         AttentionShape { window: Some(100), ..plain },
+        AttentionShape { window: Some(200), ..plain },
         AttentionShape { soft_cap: Some(5.0), ..AttentionShape::new(8, 1, 32).unwrap() },
     ]
 }
