@@ -3,30 +3,12 @@
 // A thread takes LANE neighbouring channels through RUN tokens; the inputs under the taps stay in registers.
 #pragma once
 #include "args.cuh"
-#include "number.cuh"
+#include "neighbours.cuh"
 
 namespace hybrid {
 
 constexpr int CONV_THREADS = 128, CONV_CHANNELS = 256, CONV_TOKENS = 64, CONV_LANE = 4, CONV_AHEAD = 8;
 constexpr int CONV_LANES = CONV_CHANNELS / CONV_LANE, CONV_RUN = CONV_TOKENS * CONV_LANES / CONV_THREADS;
-
-template <class T, int V>
-struct __align__(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Vector {
-    T x[V];
-};
-template <class T, int V>
-__device__ __forceinline__ void load(const T* from, float (&to)[V]) {
-    const Vector<T, V> v = *reinterpret_cast<const Vector<T, V>*>(from);
-#pragma unroll
-    for (int i = 0; i < V; i++) to[i] = number(v.x[i]);
-}
-template <class T, int V>
-__device__ __forceinline__ void store(T* to, const float (&from)[V]) {
-    Vector<T, V> v;
-#pragma unroll
-    for (int i = 0; i < V; i++) v.x[i] = rounded<T>(from[i]);
-    *reinterpret_cast<Vector<T, V>*>(to) = v;
-}
 
 // V channels from `channel` on, at most TAPS taps; of more than there are, the oldest have weight 0.
 template <class T, int V, int TAPS>

@@ -1,23 +1,16 @@
 // Eight neighbours of a row at a time.
 #pragma once
-#include "number.cuh"
+#include "neighbours.cuh"
 
 namespace hybrid {
 
 constexpr int EIGHT = 8;
 
-template <class T>
-struct __align__(16) Eight {
-    T x[EIGHT];
-};
-
 // WHOLE: in accesses of 16 bytes; otherwise the first `count` of them, one by one, and zeros for the rest.
 template <bool WHOLE, class T>
 __device__ __forceinline__ void load(const T* from, int count, float (&to)[EIGHT]) {
     if (WHOLE) {
-        const Eight<T> eight = *reinterpret_cast<const Eight<T>*>(from);
-#pragma unroll
-        for (int i = 0; i < EIGHT; i++) to[i] = number(eight.x[i]);
+        load<T, EIGHT>(from, to);
     } else {
 #pragma unroll
         for (int i = 0; i < EIGHT; i++) to[i] = i < count ? number(from[i]) : 0.f;
@@ -27,10 +20,7 @@ __device__ __forceinline__ void load(const T* from, int count, float (&to)[EIGHT
 template <bool WHOLE, class T>
 __device__ __forceinline__ void store(T* to, int count, const float (&from)[EIGHT]) {
     if (WHOLE) {
-        Eight<T> eight;
-#pragma unroll
-        for (int i = 0; i < EIGHT; i++) eight.x[i] = rounded<T>(from[i]);
-        *reinterpret_cast<Eight<T>*>(to) = eight;
+        store<T, EIGHT>(to, from);
     } else {
 #pragma unroll
         for (int i = 0; i < EIGHT; i++) {
