@@ -1,13 +1,13 @@
 //! The compressors by name.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use base_models::{LoadOptions, Pretrained};
 use clap::ValueEnum;
 use longctx_core::PromptCompressor;
 use longctx_examples::subject::dense;
-use longctx_examples::{encoder, model};
+use longctx_examples::{encoder, model, selective_context};
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle};
-use prompt_compress::{LlmLingua, LlmLingua2, SelectiveContext, Unit, llmlingua, llmlingua2};
+use prompt_compress::{LlmLingua, LlmLingua2, llmlingua, llmlingua2};
 
 /// What the methods that need a model run on.
 #[derive(clap::Args)]
@@ -52,11 +52,7 @@ impl Method {
             Method::Longllmlingua => models.lingua(llmlingua::Settings::long())?,
             Method::SelectiveContext => {
                 let llm = models.causal()?;
-                let config = llm.model.config();
-                let first = config.bos.or(config.eos.first().copied());
-                let first = first.context("the model has no token to begin a text with")?;
-                let tokenizer = llm.tokenizer.inner().clone();
-                Box::new(SelectiveContext::new(dense(&llm)?, tokenizer, first, Unit::Word))
+                Box::new(selective_context::on(&llm, dense(&llm)?)?)
             }
             Method::Bm25 => Box::new(Extract { ranking: Ranking::Bm25 }),
             Method::TfIdf => Box::new(Extract { ranking: Ranking::TfIdf }),

@@ -9,9 +9,10 @@ use longctx_core::{
 use longctx_eval::{Fault, Methods, Reader, Setting};
 use longctx_examples::encoder;
 use longctx_examples::heads::{RECENT, SINKS};
+use longctx_examples::selective_context;
 use longctx_examples::subject::{Models, dense};
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle};
-use prompt_compress::{LlmLingua, SelectiveContext, Unit, llmlingua, llmlingua2};
+use prompt_compress::{LlmLingua, llmlingua, llmlingua2};
 use token_drop::*;
 
 type Cache = Result<Box<dyn KvCache>>;
@@ -86,11 +87,7 @@ const BY_PROMPT: [(&str, Shortener); 7] = [
     }),
     ("selective-context", |models, setting| {
         let llm = models.get(&setting.model)?;
-        let config = llm.model.config();
-        let first = config.bos.or(config.eos.first().copied());
-        let first = first.ok_or("the model has no token to begin a text with")?;
-        let tokenizer = llm.tokenizer.inner().clone();
-        Ok(Box::new(SelectiveContext::new(dense(&llm)?, tokenizer, first, Unit::Word)))
+        Ok(Box::new(selective_context::on(&llm, dense(&llm)?)?))
     }),
     ("tf-idf", |_, _| Ok(Box::new(Extract { ranking: Ranking::TfIdf }))),
     ("bm25", |_, _| Ok(Box::new(Extract { ranking: Ranking::Bm25 }))),

@@ -1,12 +1,12 @@
 //! The compressors that are compared.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use base_models::Pretrained;
 use longctx_core::PromptCompressor;
-use longctx_examples::encoder;
+use longctx_examples::{encoder, selective_context};
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle};
 use prompt_compress::llmlingua::{Order, Settings};
-use prompt_compress::{LlmLingua, SelectiveContext, Unit, llmlingua2};
+use prompt_compress::{LlmLingua, llmlingua2};
 
 type Named = (&'static str, Box<dyn PromptCompressor>);
 
@@ -28,11 +28,7 @@ pub fn some(names: &[String], llm: &Pretrained, encoder: Option<&str>) -> Result
 /// All of them, by name.
 fn all(llm: &Pretrained, encoder: Option<&str>) -> Result<Vec<Named>> {
     let tokenizer = llm.tokenizer.inner().clone();
-    let config = llm.model.config();
-    let first = config.bos.or(config.eos.first().copied());
-    let first = first.context("the model has no token to begin a text with")?;
-    let selective =
-        SelectiveContext::new(crate::session(llm)?, tokenizer.clone(), first, Unit::Word);
+    let selective = selective_context::on(llm, crate::session(llm)?)?;
     let plain = Settings::llmlingua();
     let lingua = LlmLingua::new(crate::session(llm)?, tokenizer.clone(), plain)?;
     let long = Settings { order: Order::Original, ..Settings::long() };

@@ -1,0 +1,14 @@
+//! Selective-Context on an opened transformer.
+
+use anyhow::{Context, Result};
+use base_models::{Decoder, Pretrained};
+use prompt_compress::{SelectiveContext, Unit};
+
+/// By words. `session` is one of the transformer's own.
+pub fn on(llm: &Pretrained, session: Decoder) -> Result<SelectiveContext<Decoder>> {
+    let config = llm.model.config();
+    let first = config.bos.or(config.eos.first().copied());
+    let first = first.context("the model has no token to begin a text with")?;
+    let tokenizer = llm.tokenizer.inner().clone();
+    Ok(SelectiveContext::new(session, tokenizer, first, Unit::Word))
+}
