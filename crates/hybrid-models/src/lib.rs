@@ -3,6 +3,7 @@
 
 mod attention;
 mod checkpoint;
+mod config;
 mod conv;
 #[cfg(feature = "cuda")]
 mod cuda;

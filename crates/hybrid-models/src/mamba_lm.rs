@@ -4,12 +4,12 @@
 //! `transformers` (`hidden_size`, `backbone.embeddings`). The layers' tensors have the same names in both.
 
 use crate::checkpoint::Checkpoint;
+use crate::config::{ids, positive};
 use crate::host::Host;
 use crate::mamba::{Mamba, MambaShape};
 use crate::mamba2::{Mamba2, Mamba2Shape};
 use crate::mixer::{Mixer, Recurrent, Residual};
 use crate::norm::Norm;
-use crate::pretrained::{ids, positive};
 use longctx_core::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};

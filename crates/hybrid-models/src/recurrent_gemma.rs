@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use crate::attention::Attention;
 use crate::checkpoint::Checkpoint;
+use crate::config::{ids, positive};
 use crate::gated_mlp::{Gate, GatedMlp};
 use crate::host::Host;
 use crate::mixer::{Mixer, Residual};
 use crate::norm::Norm;
-use crate::pretrained::{ids, positive};
 use crate::rg_lru::{RgLru, RgLruShape};
 use half::bf16;
 use longctx_core::{AttentionShape, Error, Result, Rope, RopeScaling};

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::attention::Attention;
 use crate::checkpoint::Checkpoint;
+use crate::config::ids;
 use crate::gated_mlp::GatedMlp;
 use crate::host::Host;
 use crate::mamba::Mamba;
@@ -13,7 +14,6 @@ use crate::mamba_lm;
 use crate::mamba2::Mamba2;
 use crate::mixer::{Mixer, Recurrent, Residual};
 use crate::norm::Norm;
-use crate::pretrained::ids;
 use crate::rg_lru::RgLru;
 use crate::rwkv::{channel_mix_of_v5, time_mix_of_v5};
 use longctx_core::{Error, Result};

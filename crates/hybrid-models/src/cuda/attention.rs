@@ -19,7 +19,7 @@ pub struct Attention {
 
 impl Attention {
     pub fn new(host: &Host, to: &Target) -> Result<Self> {
-        let (qkv, out) = (to.matrix(&host.qkv)?, to.linear(&host.out)?);
+        let (qkv, out) = (Linear::of(&host.qkv, to)?, Linear::new(&host.out, to)?);
         Ok(Self { shape: host.shape, qkv, out, rope: host.rope.clone() })
     }
 

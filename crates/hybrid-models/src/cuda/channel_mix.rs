@@ -24,13 +24,14 @@ impl ChannelMix {
     pub fn new(host: &Host, to: &Target) -> Result<Self> {
         let receptance = host.receptance.as_ref();
         let mixes = std::iter::once(&host.key_mix).chain(receptance.map(|(mix, _)| mix));
-        let gated =
-            |matrix| -> Result<_> { Ok((to.matrix(matrix)?, Gate::new(Function::Sigmoid, to)?)) };
+        let gated = |matrix| -> Result<_> {
+            Ok((Linear::of(matrix, to)?, Gate::new(Function::Sigmoid, to)?))
+        };
         Ok(Self {
             shift: Shift::new(mixes, to)?,
-            key: to.matrix(&host.key)?,
+            key: Linear::of(&host.key, to)?,
             relu: Gate::new(Function::Relu, to)?,
-            value: to.matrix(&host.value)?,
+            value: Linear::of(&host.value, to)?,
             receptance: receptance.map(|(_, matrix)| gated(matrix)).transpose()?,
         })
     }

@@ -2,6 +2,9 @@
 
 use super::gate::Bias;
 use super::product::product;
+use super::target::Target;
+use crate::linear::Linear as Host;
+use crate::matrix::Matrix;
 use candle_core::Tensor;
 use longctx_core::Result;
 
@@ -10,10 +13,20 @@ use longctx_core::Result;
 pub struct Linear {
     /// `[out, inner]`.
     pub weight: Tensor,
-    pub bias: Option<Bias>,
+    bias: Option<Bias>,
 }
 
 impl Linear {
+    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+        let bias = host.bias.as_ref().map(|bias| Bias::new(bias, to)).transpose()?;
+        Ok(Self { bias, ..Self::of(&host.matrix, to)? })
+    }
+
+    /// Without a bias.
+    pub fn of(matrix: &Matrix, to: &Target) -> Result<Self> {
+        Ok(Self { weight: matrix.to_tensor(&to.device)?, bias: None })
+    }
+
     /// `[rows, inner]`, whole or columns of wider rows, to `[rows, out]`, both in the format of the weights.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let y = product(&x.unsqueeze(0)?, &self.weight.unsqueeze(0)?)?.squeeze(0)?;
@@ -28,10 +41,16 @@ impl Linear {
 #[derive(Debug)]
 pub struct Batched {
     /// `[count, out, inner]`.
-    pub weights: Tensor,
+    weights: Tensor,
 }
 
 impl Batched {
+    pub fn new<'a>(matrices: impl IntoIterator<Item = &'a Matrix>, to: &Target) -> Result<Self> {
+        let one = |matrix: &Matrix| matrix.to_tensor(&to.device);
+        let all = matrices.into_iter().map(one).collect::<Result<Vec<_>>>()?;
+        Ok(Self { weights: Tensor::stack(&all, 0)? })
+    }
+
     pub fn count(&self) -> usize {
         self.weights.dims()[0]
     }

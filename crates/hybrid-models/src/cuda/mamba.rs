@@ -24,12 +24,12 @@ impl Mamba {
     pub fn new(host: &Host, to: &Target) -> Result<Self> {
         Ok(Self {
             shape: host.shape,
-            project_in: to.linear(&host.project_in)?,
+            project_in: Linear::new(&host.project_in, to)?,
             conv: Conv::new(&host.conv, to)?,
-            select: to.matrix(&host.select)?,
-            time_step: to.matrix(&host.time_step)?,
+            select: Linear::of(&host.select, to)?,
+            time_step: Linear::of(&host.time_step, to)?,
             scan: Scan::new(host, to)?,
-            project_out: to.linear(&host.project_out)?,
+            project_out: Linear::new(&host.project_out, to)?,
         })
     }
 }

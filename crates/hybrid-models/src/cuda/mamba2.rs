@@ -24,11 +24,11 @@ impl Mamba2 {
     pub fn new(host: &Host, to: &Target) -> Result<Self> {
         Ok(Self {
             shape: host.shape,
-            project_in: to.linear(&host.project_in)?,
+            project_in: Linear::new(&host.project_in, to)?,
             conv: Conv::new(&host.conv, to)?,
             ssd: Ssd::new(&host.ssd, to)?,
             norm: GatedNorm::new(&host.norm, host.shape.groups, host.shape.norm_eps, to)?,
-            project_out: to.linear(&host.project_out)?,
+            project_out: Linear::new(&host.project_out, to)?,
         })
     }
 }

@@ -28,7 +28,7 @@ impl Mlp {
             let (of_gate, of_up) = bias.split_at(host.inner);
             gate = gate.biased([to.vector(of_gate)?, to.vector(of_up)?]);
         }
-        let (gate_up, down) = (to.matrix(&host.gate_up.matrix)?, to.linear(&host.down)?);
+        let (gate_up, down) = (Linear::of(&host.gate_up.matrix, to)?, Linear::new(&host.down, to)?);
         Ok(Self { inner: host.inner, gate_up, gate, down })
     }
 }

@@ -44,8 +44,8 @@ impl OnDevice {
     /// Copies a model's weights to the device, one block at a time, in the format that they have.
     pub fn new(host: Host, device: &CudaDevice) -> Result<Self> {
         let to = Target::new(device, host.embedding.dtype())?;
-        let embedding = to.matrix(&host.embedding)?;
-        let head = host.head.as_ref().map(|head| to.matrix(head)).transpose()?;
+        let embedding = Linear::of(&host.embedding, &to)?;
+        let head = host.head.as_ref().map(|head| Linear::of(head, &to)).transpose()?;
         let embedding_norm = host.embedding_norm.map(|norm| Norm::new(&norm, true, &to));
         let residual = |residual: mixer::Residual| -> Result<Residual> {
             let kind = match &residual.mixer {

@@ -33,14 +33,14 @@ impl RgLru {
     pub fn new(host: &Host, to: &Target) -> Result<Self> {
         Ok(Self {
             shape: host.shape,
-            project_in: to.linear(&host.project_in)?,
+            project_in: Linear::new(&host.project_in, to)?,
             conv: Conv::new(&host.conv, to)?,
-            gates: to.batched(&host.gates)?,
+            gates: Batched::new(&host.gates, to)?,
             recurrent_bias: to.vector(&host.recurrent_bias)?,
             input_bias: to.vector(&host.input_bias)?,
             decay: to.vector(&host.decay)?,
             kernel: to.kernel("rg_lru", 256)?,
-            project_out: to.linear(&host.project_out)?,
+            project_out: Linear::new(&host.project_out, to)?,
         })
     }
 

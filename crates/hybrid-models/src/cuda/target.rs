@@ -1,12 +1,8 @@
-//! Weights on their way to the device.
+//! The device that a model goes to: its kernels, and the format of weights there.
 
 use std::sync::Arc;
 
-use super::gate::Bias;
 use super::kernels::{Kernel, Kernels, Rows};
-use super::linear::{Batched, Linear};
-use crate::linear::Linear as HostLinear;
-use crate::matrix::Matrix;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_core::Result;
 
@@ -71,23 +67,6 @@ impl Target {
     /// Numbers in f32.
     pub fn vector(&self, numbers: &[f32]) -> Result<Tensor> {
         Ok(Tensor::new(numbers, &self.device)?)
-    }
-
-    /// A linear map without a bias.
-    pub fn matrix(&self, matrix: &Matrix) -> Result<Linear> {
-        Ok(Linear { weight: matrix.to_tensor(&self.device)?, bias: None })
-    }
-
-    pub fn linear(&self, linear: &HostLinear) -> Result<Linear> {
-        let bias = linear.bias.as_ref().map(|bias| Bias::new(bias, self)).transpose()?;
-        Ok(Linear { bias, ..self.matrix(&linear.matrix)? })
-    }
-
-    /// Matrices of one shape.
-    pub fn batched<'a>(&self, matrices: impl IntoIterator<Item = &'a Matrix>) -> Result<Batched> {
-        let one = |matrix: &Matrix| matrix.to_tensor(&self.device);
-        let all = matrices.into_iter().map(one).collect::<Result<Vec<_>>>()?;
-        Ok(Batched { weights: Tensor::stack(&all, 0)? })
     }
 }
 

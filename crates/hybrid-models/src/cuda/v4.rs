@@ -28,9 +28,9 @@ impl V4 {
     pub fn new(host: &Host, to: &Target) -> Result<Self> {
         Ok(Self {
             shift: Shift::new(&host.mixes, to)?,
-            maps: to.batched([&host.key, &host.value, &host.receptance])?,
+            maps: Batched::new([&host.key, &host.value, &host.receptance], to)?,
             gate: Gate::new(Function::Sigmoid, to)?,
-            output: to.matrix(&host.output)?,
+            output: Linear::of(&host.output, to)?,
             decay: to.vector(&host.decay)?,
             first: to.vector(&host.first)?,
             kernel: to.kernel("wkv4", 128)?,

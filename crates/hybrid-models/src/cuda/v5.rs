@@ -24,10 +24,10 @@ impl V5 {
     pub fn new(host: &Host, to: &Target) -> Result<Self> {
         Ok(Self {
             shift: Shift::new(host.maps.iter().map(|(mix, _)| mix), to)?,
-            maps: to.batched(host.maps.iter().map(|(_, matrix)| matrix))?,
+            maps: Batched::new(host.maps.iter().map(|(_, matrix)| matrix), to)?,
             wkv: Wkv::new("wkv5", &host.decay, &host.own, host.head_dim, to)?,
             norm: HeadNorm::new(&host.group_norm, host.heads, to)?,
-            output: to.matrix(&host.output)?,
+            output: Linear::of(&host.output, to)?,
         })
     }
 }

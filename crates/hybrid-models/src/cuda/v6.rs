@@ -31,15 +31,15 @@ impl V6 {
     pub fn new(host: &Host, to: &Target) -> Result<Self> {
         Ok(Self {
             shift_mix: Shift::new([&host.shift_mix], to)?,
-            shift_in: to.matrix(&host.shift_in)?,
-            shift_out: to.batched(&host.shift_out)?,
+            shift_in: Linear::of(&host.shift_in, to)?,
+            shift_out: Batched::new(&host.shift_out, to)?,
             shift: Shift::new(&host.mixes, to)?,
-            decay_in: to.matrix(&host.decay_in)?,
-            decay_out: to.matrix(&host.decay_out)?,
-            maps: to.batched(&host.maps)?,
+            decay_in: Linear::of(&host.decay_in, to)?,
+            decay_out: Linear::of(&host.decay_out, to)?,
+            maps: Batched::new(&host.maps, to)?,
             wkv: Wkv::new("wkv6", &host.decay, &host.own, host.head_dim, to)?,
             norm: HeadNorm::new(&host.group_norm, host.heads, to)?,
-            output: to.matrix(&host.output)?,
+            output: Linear::of(&host.output, to)?,
         })
     }
 

@@ -37,7 +37,7 @@ struct LowRank {
 
 impl LowRank {
     fn new(host: &HostLowRank, to: &Target) -> Result<Self> {
-        Ok(Self { first: to.matrix(&host.first)?, second: to.matrix(&host.second)? })
+        Ok(Self { first: Linear::of(&host.first, to)?, second: Linear::of(&host.second, to)? })
     }
 
     fn apply(
@@ -64,14 +64,14 @@ impl V7 {
         };
         Ok(Self {
             shift: Shift::new([r, k, v, w, a, g], to)?,
-            maps: to.batched([&host.receptance, &host.key, &host.value])?,
+            maps: Batched::new([&host.receptance, &host.key, &host.value], to)?,
             decay: LowRank::new(&host.decay, to)?,
             rate: LowRank::new(&host.rate, to)?,
             gate: LowRank::new(&host.gate, to)?,
             first_values: host.first_values.as_ref().map(blend).transpose()?,
             wkv: Wkv7::new(host, to)?,
             norm: HeadNorm::new(&host.group_norm, host.heads, to)?,
-            output: to.matrix(&host.output)?,
+            output: Linear::of(&host.output, to)?,
         })
     }
 

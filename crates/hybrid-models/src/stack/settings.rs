@@ -1,7 +1,7 @@
 //! The configuration of a stack.
 
+use crate::config::positive;
 use crate::gated_mlp::Gate;
-use crate::pretrained::positive;
 use crate::rg_lru::RgLruShape;
 use longctx_core::{AttentionShape, Error, Result, Rope, RopeScaling};
 use serde::Deserialize;
