@@ -1,7 +1,7 @@
-#include "norm.cuh"
-#include "head_norm.cuh"
-#include "shift.cuh"
-#include "gate.cuh"
+#include "rows/norm.cuh"
+#include "rows/head_norm.cuh"
+#include "rows/shift.cuh"
+#include "rows/gate.cuh"
 
 namespace hybrid {
 ENTRIES(rows_norm, (NORM_THREADS), norm, Norm)

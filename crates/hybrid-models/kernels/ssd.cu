@@ -1,6 +1,6 @@
-#include "ssd.cuh"
-#include "ssd_any.cuh"
-#include "ssd_wgmma.cuh"
+#include "ssd/ssd.cuh"
+#include "ssd/ssd_any.cuh"
+#include "ssd/ssd_wgmma.cuh"
 
 namespace hybrid {
 static_assert(sizeof(SsdShared<__half, 128>) == SSD_SHARED_128 && sizeof(SsdShared<__half, 64>) == SSD_SHARED_64, "as args.cuh says");

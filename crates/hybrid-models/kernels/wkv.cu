@@ -1,8 +1,8 @@
-#include "wkv.cuh"
-#include "wkv_any.cuh"
-#include "wkv4.cuh"
-#include "wkv7.cuh"
-#include "wkv7_chunks.cuh"
+#include "wkv/wkv.cuh"
+#include "wkv/wkv_any.cuh"
+#include "wkv/wkv4.cuh"
+#include "wkv/wkv7.cuh"
+#include "wkv/wkv7_chunks.cuh"
 
 namespace hybrid {
 static_assert(sizeof(WkvConstants<__half, false>) == WKV_SHARED && sizeof(WkvConstants<__half, true>) <= WKV_SHARED, "as args.cuh says");

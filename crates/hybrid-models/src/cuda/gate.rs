@@ -1,4 +1,4 @@
-//! What happens to each number of a row, products with functions of a gate above all: kernels/gate.cuh.
+//! What happens to each number of a row, products with functions of a gate above all: kernels/rows/gate.cuh.
 #![allow(unsafe_code)]
 
 use super::args;

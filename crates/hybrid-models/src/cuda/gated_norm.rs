@@ -1,4 +1,4 @@
-//! Mamba-2's norm of a recurrence's output and its gate: kernels/norm.cuh.
+//! Mamba-2's norm of a recurrence's output and its gate: kernels/rows/norm.cuh.
 #![allow(unsafe_code)]
 
 use super::args;

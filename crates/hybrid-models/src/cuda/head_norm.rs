@@ -1,4 +1,4 @@
-//! RWKV's norm of each head's output, with what comes after it: kernels/head_norm.cuh.
+//! RWKV's norm of each head's output, with what comes after it: kernels/rows/head_norm.cuh.
 #![allow(unsafe_code)]
 
 use super::args;

@@ -1,4 +1,4 @@
-//! The norm in front of a mixer: kernels/norm.cuh.
+//! The norm in front of a mixer: kernels/rows/norm.cuh.
 #![allow(unsafe_code)]
 
 use super::args;

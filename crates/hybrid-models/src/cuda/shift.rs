@@ -1,4 +1,4 @@
-//! RWKV's token shift on the device, each row mixed with the row before it: kernels/shift.cuh.
+//! RWKV's token shift on the device, each row mixed with the row before it: kernels/rows/shift.cuh.
 #![allow(unsafe_code)]
 
 use super::Input;

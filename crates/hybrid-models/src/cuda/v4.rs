@@ -37,7 +37,7 @@ impl V4 {
         })
     }
 
-    /// kernels/wkv4.cu
+    /// kernels/wkv/wkv4.cuh
     fn wkv(&self, k: &Tensor, v: &Tensor, batch: usize, state: [&Tensor; 3]) -> Result<Tensor> {
         let (rows, channels) = k.dims2()?;
         // SAFETY: the launch below writes all of it.

@@ -1,4 +1,4 @@
-//! The recurrences of RWKV-5, 6 and 7 on the device: kernels/wkv*.cu.
+//! The recurrences of RWKV-5, 6 and 7 on the device: kernels/wkv.cu.
 #![allow(unsafe_code)]
 
 use super::args;

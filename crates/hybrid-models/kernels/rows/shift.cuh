@@ -2,7 +2,7 @@
 //
 // A thread takes eight channels of SHIFT_RUN rows, which stay in registers while the mixes pass.
 #pragma once
-#include "args.cuh"
+#include "../args.cuh"
 #include "eights.cuh"
 
 namespace hybrid {

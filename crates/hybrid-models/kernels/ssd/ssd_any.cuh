@@ -1,6 +1,6 @@
 // Mamba-2's recurrence (Dao and Gu, arXiv 2405.21060), any shape, token by token.
 #pragma once
-#include "columns.cuh"
+#include "../columns.cuh"
 
 namespace hybrid {
 

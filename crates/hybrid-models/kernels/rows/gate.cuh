@@ -1,6 +1,6 @@
 // What happens to each number of a row: products with functions of a gate, blends, biases.
 #pragma once
-#include "args.cuh"
+#include "../args.cuh"
 #include "eights.cuh"
 
 namespace hybrid {

@@ -1,8 +1,8 @@
 // RWKV-4's recurrence (Peng and others, arXiv 2305.13048), prefill and decode: a thread takes a channel through all tokens. Numerator and
 // denominator are kept relative to the largest exponent seen.
 #pragma once
-#include "args.cuh"
-#include "number.cuh"
+#include "../args.cuh"
+#include "../number.cuh"
 
 namespace hybrid {
 

@@ -5,8 +5,8 @@
 // the other. It is the same order wherever keys are summed over.
 #pragma once
 #include <type_traits>
-#include "args.cuh"
-#include "mma.cuh"
+#include "../args.cuh"
+#include "../mma.cuh"
 
 namespace hybrid {
 

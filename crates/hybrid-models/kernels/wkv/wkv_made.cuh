@@ -1,7 +1,7 @@
 // What the warps of wkv.cuh share: the head's constants, a maker's memory, and how makers load.
 #pragma once
-#include "args.cuh"
-#include "mma.cuh"
+#include "../args.cuh"
+#include "../mma.cuh"
 
 namespace hybrid {
 

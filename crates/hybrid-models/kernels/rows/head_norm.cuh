@@ -2,7 +2,7 @@
 //
 // A lane takes eight channels, the lanes of a head, a power of two of them, lie next to each other.
 #pragma once
-#include "args.cuh"
+#include "../args.cuh"
 #include "eights.cuh"
 
 namespace hybrid {

@@ -5,8 +5,8 @@
 // a quarter of their 64 keys each. What is the same for all columns (decays, removal keys, keys, what is added) the other half
 // computes once per block, for the tile of tokens after, while its own loads for the tile after the next are on their way.
 #pragma once
-#include "args.cuh"
-#include "number.cuh"
+#include "../args.cuh"
+#include "../number.cuh"
 
 namespace hybrid {
 

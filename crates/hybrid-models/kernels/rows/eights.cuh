@@ -1,6 +1,6 @@
 // Eight neighbours of a row at a time.
 #pragma once
-#include "neighbours.cuh"
+#include "../neighbours.cuh"
 
 namespace hybrid {
 

@@ -7,8 +7,8 @@
 // 16-bit copy of the state, while four more compute the state after the chunk, in f32 registers, a quarter of its rows each. The next chunk is
 // on its way. For devices without wgmma; ssd_wgmma.cuh is the same for those with it.
 #pragma once
-#include "args.cuh"
-#include "mma.cuh"
+#include "../args.cuh"
+#include "../mma.cuh"
 
 namespace hybrid {
 

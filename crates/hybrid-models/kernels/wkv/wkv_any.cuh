@@ -1,6 +1,6 @@
 // The recurrences of RWKV-5 and 6 (Peng and others, arXiv 2404.05892) and of RWKV-7 (arXiv 2503.14456), any shape, token by token.
 #pragma once
-#include "columns.cuh"
+#include "../columns.cuh"
 
 namespace hybrid {
 

@@ -1,8 +1,8 @@
 // What all heads of a group need of a chunk of 64 tokens, made once: B, C and C B', as ssd_wgmma.cuh has them in shared memory, so that a packet
 // comes in one copy.
 #pragma once
-#include "args.cuh"
-#include "hopper.cuh"
+#include "../args.cuh"
+#include "../hopper.cuh"
 
 namespace hybrid {
 

@@ -1,6 +1,6 @@
 // Norms of whole rows, a block of threads each, with what comes before them: the sum with a layer's output, or Mamba-2's gate.
 #pragma once
-#include "args.cuh"
+#include "../args.cuh"
 #include "eights.cuh"
 
 namespace hybrid {
