@@ -5,8 +5,8 @@ use std::ops::Range;
 use crate::matrix::{Matrix, Rows};
 use crate::memory::Memory;
 use crate::mixer::{Input, Mixer, Residual};
-use crate::model::{Block, Kept, Outline};
 use crate::norm::Norm;
+use crate::outline::{Block, Kept, Outline};
 use crate::workspace::Workspace;
 use longctx_core::Result;
 

@@ -20,6 +20,7 @@ mod memory;
 mod mixer;
 mod model;
 mod norm;
+mod outline;
 mod pretrained;
 mod recurrent_gemma;
 mod rg_lru;

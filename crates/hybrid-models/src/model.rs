@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use crate::host::Host;
 use crate::memory::Memory;
-use crate::mixer::Part;
+use crate::outline::{Block, Kept, Outline};
 use crate::session::Session;
 use candle_core::Device;
-use longctx_core::{AttentionShape, Error, KvCache, LayerShape, Result};
+use longctx_core::{Error, KvCache, LayerShape, Result};
 
 /// A model's weights, shared by all sessions that run on them.
 #[derive(Debug, Clone)]
@@ -22,37 +22,6 @@ pub(crate) enum Weights {
     Host(Arc<Host>),
     #[cfg(feature = "cuda")]
     Cuda(Arc<crate::cuda::OnDevice>),
-}
-
-/// What there is to know of a model without its weights.
-#[derive(Debug)]
-pub(crate) struct Outline {
-    pub family: &'static str,
-    pub hidden: usize,
-    pub layers: usize,
-    pub vocab: usize,
-    /// The tokens that end a text.
-    pub eos: Vec<u32>,
-    pub blocks: Vec<Block>,
-}
-
-/// A residual block.
-#[derive(Debug)]
-pub(crate) struct Block {
-    /// Which layer of the model it belongs to.
-    pub layer: usize,
-    /// Its full name, for saved states.
-    pub name: String,
-    pub kept: Kept,
-}
-
-/// What a residual block remembers.
-#[derive(Debug)]
-pub(crate) enum Kept {
-    /// Arrays of fixed size.
-    State(Vec<Part>),
-    /// Keys and values, in a cache of the caller's choice.
-    Cache(AttentionShape),
 }
 
 impl Model {
@@ -135,11 +104,5 @@ impl Model {
         };
         let memories = self.outline.blocks.iter().map(memory).collect::<Result<_>>()?;
         Ok(Session::new(self.clone(), memories))
-    }
-}
-
-impl Outline {
-    pub fn has_attention(&self) -> bool {
-        self.blocks.iter().any(|block| matches!(block.kept, Kept::Cache(_)))
     }
 }

@@ -1,7 +1,8 @@
 //! A model at work.
 
 use crate::memory::Memory;
-use crate::model::{Block, Kept, Model, Weights};
+use crate::model::{Model, Weights};
+use crate::outline::{Block, Kept};
 use crate::state::State;
 use crate::workspace::Workspace;
 use candle_core::{DType, Device, Tensor};
