@@ -84,12 +84,4 @@ __device__ __forceinline__ void multiply<__nv_bfloat16>(float (&c)[4], const uin
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// x and y as sums of two numbers of T each: what rounding leaves over is not lost.
-template <class T>
-__device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
-    high = packed<T>(x, y);
-    const float2 rounded = unpacked<T>(high);
-    low = packed<T>(x - rounded.x, y - rounded.y);
-}
-
 }  // namespace hybrid
