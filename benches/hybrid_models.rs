@@ -10,13 +10,12 @@ use std::time::Duration;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{mamba, mamba2, recurrent_gemma, rwkv_v5};
 use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use hybrid_models::{LoadOptions, Model, Session};
+use longctx_benches::candle;
 use longctx_benches::recurrent::{self, Outline};
 use longctx_benches::tokens;
 use longctx_core::{CausalLm, DenseCache, Logits};
-use serde::de::DeserializeOwned;
 
 const PROMPT: usize = 2048;
 /// Tokens by which models that go token by token are measured.
@@ -42,11 +41,6 @@ impl Weights {
         VarBuilder::from_tensors(self.tensors.clone(), DType::F32, &Device::Cpu)
     }
 
-    /// candle's configuration.
-    fn config<T: DeserializeOwned>(&self) -> Result<T> {
-        Ok(serde_json::from_value(self.outline.config.clone())?)
-    }
-
     fn session(&self, dtype: DType) -> Result<Session> {
         let options = LoadOptions { dtype, ..Default::default() };
         let config = self.outline.config.to_string();
@@ -55,21 +49,10 @@ impl Weights {
     }
 }
 
-/// The other side: feeds a prompt `[1, tokens]` to a fresh model, or one more token.
-trait Theirs {
-    /// Tokens that it can be given at once.
-    const AT_ONCE: bool;
-    fn reset(&mut self) -> Result<()>;
-    fn feed(&mut self, tokens: &Tensor) -> Result<Tensor>;
-}
-
 /// Times both sides.
-fn compare(
-    c: &mut Criterion,
-    name: &str,
-    weights: &Weights,
-    mut theirs: impl Theirs,
-) -> Result<()> {
+fn compare(c: &mut Criterion, name: &str, outline: Outline, theirs: candle::Make) -> Result<()> {
+    let weights = Weights::random(outline)?;
+    let mut theirs = theirs(&weights.outline, weights.builder())?;
     let vocab = weights.outline.vocab as u32;
     let prompt = tokens(PROMPT, vocab)?;
     let one = tokens(1, vocab)?;
@@ -97,13 +80,13 @@ fn compare(
     group.bench_function("decode, candle-transformers", |b| {
         b.iter(|| black_box(theirs.feed(&one).unwrap()));
     });
-    let count = if theirs_at_once(&theirs) { PROMPT } else { FEW };
+    let count = if theirs.whole_prompts() { PROMPT } else { FEW };
     let prompt = prompt.narrow(1, 0, count)?;
     group.throughput(Throughput::Elements(count as u64));
     group.bench_function("prefill, candle-transformers", |b| {
         b.iter(|| {
             theirs.reset().unwrap();
-            if theirs_at_once(&theirs) {
+            if theirs.whole_prompts() {
                 black_box(theirs.feed(&prompt).unwrap());
             } else {
                 for i in 0..count {
@@ -116,133 +99,14 @@ fn compare(
     Ok(())
 }
 
-fn theirs_at_once<T: Theirs>(_: &T) -> bool {
-    T::AT_ONCE
-}
-
-struct Mamba {
-    model: mamba::Model,
-    config: mamba::Config,
-    state: mamba::State,
-}
-
-impl Theirs for Mamba {
-    const AT_ONCE: bool = false;
-
-    fn reset(&mut self) -> Result<()> {
-        self.state = mamba::State::new(1, &self.config, DType::F32, &Device::Cpu)?;
-        Ok(())
-    }
-
-    fn feed(&mut self, tokens: &Tensor) -> Result<Tensor> {
-        Ok(self.model.forward(&tokens.squeeze(0)?, &mut self.state)?)
-    }
-}
-
-fn mamba_130m(c: &mut Criterion) -> Result<()> {
-    let w = Weights::random(recurrent::mamba(768, 24))?;
-    let config: mamba::Config = w.config()?;
-    let state = mamba::State::new(1, &config, DType::F32, &Device::Cpu)?;
-    let model = mamba::Model::new(&config, w.builder().pp("backbone"))?;
-    compare(c, "mamba-130m", &w, Mamba { model, config, state })
-}
-
-struct Mamba2 {
-    model: mamba2::Model,
-    config: mamba2::Config,
-    state: mamba2::State,
-}
-
-impl Theirs for Mamba2 {
-    const AT_ONCE: bool = true;
-
-    fn reset(&mut self) -> Result<()> {
-        self.state = mamba2::State::new(1, &self.config, DType::F32, &Device::Cpu)?;
-        Ok(())
-    }
-
-    fn feed(&mut self, tokens: &Tensor) -> Result<Tensor> {
-        match tokens.dim(1)? {
-            1 => Ok(self.model.forward(&tokens.squeeze(0)?, &mut self.state)?),
-            _ => Ok(self.model.forward_prefill(tokens, &mut self.state, 256)?),
-        }
-    }
-}
-
-fn mamba2_130m(c: &mut Criterion) -> Result<()> {
-    let w = Weights::random(recurrent::mamba2(768, 24))?;
-    let config: mamba2::Config = w.config()?;
-    let state = mamba2::State::new(1, &config, DType::F32, &Device::Cpu)?;
-    let model = mamba2::Model::new(&config, w.builder().pp("backbone"))?;
-    compare(c, "mamba2-130m", &w, Mamba2 { model, config, state })
-}
-
-struct Rwkv5 {
-    model: rwkv_v5::Model,
-    config: rwkv_v5::Config,
-    state: rwkv_v5::State,
-}
-
-impl Theirs for Rwkv5 {
-    const AT_ONCE: bool = false;
-
-    fn reset(&mut self) -> Result<()> {
-        self.state = rwkv_v5::State::new(1, &self.config, &Device::Cpu)?;
-        Ok(())
-    }
-
-    fn feed(&mut self, tokens: &Tensor) -> Result<Tensor> {
-        Ok(self.model.forward(tokens, &mut self.state)?)
-    }
-}
-
-fn rwkv5_169m(c: &mut Criterion) -> Result<()> {
-    let w = Weights::random(recurrent::rwkv5(768, 2688, 12))?;
-    let config: rwkv_v5::Config = w.config()?;
-    let state = rwkv_v5::State::new(1, &config, &Device::Cpu)?;
-    let model = rwkv_v5::Model::new(&config, w.builder())?;
-    compare(c, "rwkv5-169m", &w, Rwkv5 { model, config, state })
-}
-
-struct RecurrentGemma {
-    weights: VarBuilder<'static>,
-    config: recurrent_gemma::Config,
-    model: recurrent_gemma::Model,
-    seen: usize,
-}
-
-impl Theirs for RecurrentGemma {
-    const AT_ONCE: bool = true;
-
-    /// It has no other way to forget.
-    fn reset(&mut self) -> Result<()> {
-        self.model = recurrent_gemma::Model::new(&self.config, self.weights.clone())?;
-        self.seen = 0;
-        Ok(())
-    }
-
-    fn feed(&mut self, tokens: &Tensor) -> Result<Tensor> {
-        let logits = self.model.forward(tokens, self.seen)?;
-        self.seen += tokens.dim(1)?;
-        Ok(logits)
-    }
-}
-
-/// Two recurrent layers, with 8,192 tokens: the vocabulary's matrix would hide the layers.
-fn recurrent_gemma_slice(c: &mut Criterion) -> Result<()> {
-    let w = Weights::random(recurrent::recurrent_gemma(2, 8192))?;
-    let config: recurrent_gemma::Config = w.config()?;
-    let weights = w.builder().pp("model");
-    let model = recurrent_gemma::Model::new(&config, weights.clone())?;
-    let theirs = RecurrentGemma { weights, config, model, seen: 0 };
-    compare(c, "recurrent-gemma-2b, 2 layers", &w, theirs)
-}
-
 fn all(c: &mut Criterion) {
-    mamba_130m(c).expect("mamba");
-    mamba2_130m(c).expect("mamba2");
-    rwkv5_169m(c).expect("rwkv5");
-    recurrent_gemma_slice(c).expect("recurrent gemma");
+    let mut run = |name: &str, outline, theirs| compare(c, name, outline, theirs).expect(name);
+    run("mamba-130m", recurrent::mamba(768, 24), candle::mamba);
+    run("mamba2-130m", recurrent::mamba2(768, 24), candle::mamba2);
+    run("rwkv5-169m", recurrent::rwkv5(768, 2688, 12), candle::rwkv5);
+    // Two recurrent layers, with 8,192 tokens: the vocabulary's matrix would hide the layers.
+    let slice = recurrent::recurrent_gemma(2, 8192);
+    run("recurrent-gemma-2b, 2 layers", slice, candle::recurrent_gemma);
 }
 
 criterion_group!(hybrid_models, all);

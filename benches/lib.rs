@@ -1,5 +1,6 @@
 //! What several benchmarks need. Each benchmark is a file beside this one: `cargo bench -p longctx-benches --bench NAME`.
 
+pub mod candle;
 pub mod recurrent;
 
 use anyhow::Result;

@@ -5,17 +5,17 @@
 //!
 //! The second takes only models whose names contain one of the words.
 //!
-//! candle's Mamba, Mamba-2 and RWKV-5 take one token at a time: what a token costs them does not depend on how many came before, so that a few
-//! tell their speed, also with a prompt. Its RecurrentGemma takes the whole prompt.
+//! candle's Mamba and RWKV-5 take one token at a time: what a token costs them does not depend on how many came before, so that a few
+//! tell their speed, also with a prompt.
 
 use std::collections::HashMap;
 use std::time::Instant;
 
 use anyhow::Result;
-use candle_core::{DType, Device, IndexOp, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{mamba, mamba2, recurrent_gemma, rwkv_v5};
 use hybrid_models::{LoadOptions, Model};
+use longctx_benches::candle::{self, Theirs};
 use longctx_benches::recurrent::{self, Outline};
 use longctx_benches::tokens;
 use longctx_core::{CausalLm, DenseCache, Logits};
@@ -36,24 +36,27 @@ fn main() -> Result<()> {
     // cargo itself adds `--bench`.
     let wanted: Vec<String> =
         std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
-    let run = |name: &str, outline: Outline, make: &Make<'_>| -> Result<()> {
+    let run = |name: &str, outline: Outline, make: candle::Make| -> Result<()> {
         let lower = name.to_lowercase();
         if !wanted.is_empty() && !wanted.iter().any(|word| lower.contains(&word.to_lowercase())) {
             return Ok(());
         }
         let weights = random.weights(&outline)?;
         let (prefill, decode) = ours(&outline, weights.clone(), &device)?;
-        let theirs = make(&outline, weights, &device)?;
-        let (their_prefill, their_decode) = theirs.speeds(outline.vocab, &device)?;
+        let model = make(&outline, builder(weights, &device)?)?;
+        let (their_prefill, their_decode) = theirs(model, outline.vocab, &device)?;
         println!(
             "| {name} | {their_prefill:.1} | {prefill:.0} | {their_decode:.1} | {decode:.1} |"
         );
         Ok(())
     };
-    run("mamba-2.8b", recurrent::mamba(2560, 64), &candle_mamba)?;
-    run("RWKV-5 7B", recurrent::rwkv5(4096, 14336, 32), &candle_rwkv5)?;
-    run("mamba2-2.7b", recurrent::mamba2(2560, 64), &candle_mamba2)?;
-    run("RecurrentGemma-2B", recurrent::recurrent_gemma(26, 256_000), &candle_recurrent_gemma)
+    run("mamba-2.8b", recurrent::mamba(2560, 64), candle::mamba)?;
+    run("RWKV-5 7B", recurrent::rwkv5(4096, 14336, 32), candle::rwkv5)?;
+    run("mamba2-2.7b", recurrent::mamba2(2560, 64), candle::mamba2)?;
+    let mut gemma = recurrent::recurrent_gemma(26, 256_000);
+    // candle makes its rotations for so many tokens.
+    gemma.config["max_seq_len"] = (PROMPT + STEPS).into();
+    run("RecurrentGemma-2B", gemma, candle::recurrent_gemma)
 }
 
 /// Random numbers that all weights are cut out of: to draw billions would take minutes.
@@ -111,24 +114,13 @@ fn seconds(run: impl FnOnce() -> Result<Tensor>) -> Result<f64> {
     Ok(start.elapsed().as_secs_f64())
 }
 
-/// candle's model: gives the logits after tokens `[1, n]`.
-struct Theirs {
-    feed: Box<dyn FnMut(&Tensor) -> Result<Tensor>>,
-    /// Whether n may be more than one.
-    whole_prompts: bool,
-}
-
-type Make<'a> = dyn Fn(&Outline, HashMap<String, Tensor>, &Device) -> Result<Theirs> + 'a;
-
-impl Theirs {
-    /// Tokens per second of a prompt, asked for once, and of steps, the median.
-    fn speeds(mut self, vocab: usize, device: &Device) -> Result<(f64, f64)> {
-        let prompt = tokens(PROMPT, vocab as u32)?.to_device(device)?;
-        let whole = self.whole_prompts.then(|| seconds(|| (self.feed)(&prompt))).transpose()?;
-        let one = tokens(1, vocab as u32)?.to_device(device)?;
-        let decode = 1.0 / median(|| seconds(|| (self.feed)(&one)))?;
-        Ok((whole.map_or(decode, |seconds| PROMPT as f64 / seconds), decode))
-    }
+/// candle's tokens per second: of a prompt, asked for once where it takes one at once, and of steps, the median.
+fn theirs(mut model: Box<dyn Theirs>, vocab: usize, device: &Device) -> Result<(f64, f64)> {
+    let prompt = tokens(PROMPT, vocab as u32)?.to_device(device)?;
+    let whole = model.whole_prompts().then(|| seconds(|| model.feed(&prompt))).transpose()?;
+    let one = tokens(1, vocab as u32)?.to_device(device)?;
+    let decode = 1.0 / median(|| seconds(|| model.feed(&one)))?;
+    Ok((whole.map_or(decode, |seconds| PROMPT as f64 / seconds), decode))
 }
 
 fn builder(weights: HashMap<String, Tensor>, device: &Device) -> Result<VarBuilder<'static>> {
@@ -138,64 +130,4 @@ fn builder(weights: HashMap<String, Tensor>, device: &Device) -> Result<VarBuild
     };
     let weights = weights.into_iter().map(put).collect::<Result<_>>()?;
     Ok(VarBuilder::from_tensors(weights, DTYPE, device))
-}
-
-fn candle_mamba(
-    outline: &Outline,
-    weights: HashMap<String, Tensor>,
-    device: &Device,
-) -> Result<Theirs> {
-    let config: mamba::Config = serde_json::from_value(outline.config.clone())?;
-    let model = mamba::Model::new(&config, builder(weights, device)?.pp("backbone"))?;
-    let mut state = mamba::State::new(1, &config, DTYPE, device)?;
-    let feed = Box::new(move |token: &Tensor| Ok(model.forward(&token.i(0)?, &mut state)?));
-    Ok(Theirs { feed, whole_prompts: false })
-}
-
-fn candle_mamba2(
-    outline: &Outline,
-    weights: HashMap<String, Tensor>,
-    device: &Device,
-) -> Result<Theirs> {
-    let config: mamba2::Config = serde_json::from_value(outline.config.clone())?;
-    let model = mamba2::Model::new(&config, builder(weights, device)?.pp("backbone"))?;
-    let mut state = mamba2::State::new(1, &config, DTYPE, device)?;
-    let feed = Box::new(move |token: &Tensor| Ok(model.forward(&token.i(0)?, &mut state)?));
-    Ok(Theirs { feed, whole_prompts: false })
-}
-
-fn candle_rwkv5(
-    outline: &Outline,
-    weights: HashMap<String, Tensor>,
-    device: &Device,
-) -> Result<Theirs> {
-    let config: rwkv_v5::Config = serde_json::from_value(outline.config.clone())?;
-    let model = rwkv_v5::Model::new(&config, builder(weights, device)?)?;
-    let mut state = rwkv_v5::State::new(1, &config, device)?;
-    for layer in &mut state.per_layer {
-        for part in
-            [&mut layer.extract_key_value, &mut layer.linear_attention, &mut layer.feed_forward]
-        {
-            *part = part.to_dtype(DTYPE)?;
-        }
-    }
-    let feed = Box::new(move |token: &Tensor| Ok(model.forward(token, &mut state)?));
-    Ok(Theirs { feed, whole_prompts: false })
-}
-
-fn candle_recurrent_gemma(
-    outline: &Outline,
-    weights: HashMap<String, Tensor>,
-    device: &Device,
-) -> Result<Theirs> {
-    let mut config: recurrent_gemma::Config = serde_json::from_value(outline.config.clone())?;
-    config.max_seq_len = PROMPT + STEPS;
-    let mut model = recurrent_gemma::Model::new(&config, builder(weights, device)?.pp("model"))?;
-    let mut seen = 0;
-    let feed = Box::new(move |tokens: &Tensor| {
-        let logits = model.forward(tokens, seen)?;
-        seen += tokens.dim(1)?;
-        Ok(logits)
-    });
-    Ok(Theirs { feed, whole_prompts: true })
 }
