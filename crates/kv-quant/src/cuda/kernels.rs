@@ -284,7 +284,8 @@ unsafe fn launch<A: DeviceRepr>(
 
 /// A module, loaded once for each context.
 fn module(context: &Arc<CudaContext>, name: &'static str, image: &[u8]) -> Result<Arc<CudaModule>> {
-    static LOADED: Mutex<Option<HashMap<(usize, &str), Arc<CudaModule>>>> = Mutex::new(None);
+    type Modules = HashMap<(usize, &'static str), Arc<CudaModule>>;
+    static LOADED: Mutex<Option<Modules>> = Mutex::new(None);
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
     let loaded = loaded.get_or_insert_default();
     let key = (context.cu_ctx() as usize, name);
