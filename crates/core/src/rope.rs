@@ -128,12 +128,7 @@ impl Rope {
         self.rotate(x, &cos, &sin)
     }
 
-    fn table(
-        &self,
-        positions: &[i64],
-        dtype: DType,
-        device: &Device,
-    ) -> Result<(Tensor, Tensor)> {
+    fn table(&self, positions: &[i64], dtype: DType, device: &Device) -> Result<(Tensor, Tensor)> {
         let mut last = self.last.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some(t) = &*last
             && t.positions == positions

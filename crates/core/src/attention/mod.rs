@@ -93,7 +93,11 @@ pub fn attention_sums(
     check_tokens(batch, tokens)?;
     if batch.seqs() != queries.seqs() {
         let got = format!("{:?}", queries.seqs());
-        return Err(Error::mismatch("sequences of the queries", format!("{:?}", batch.seqs()), got));
+        return Err(Error::mismatch(
+            "sequences of the queries",
+            format!("{:?}", batch.seqs()),
+            got,
+        ));
     }
     let cpu = |x: &Tensor| -> Result<Tensor> { Ok(x.to_device(&Device::Cpu)?) };
     let (q, lse, k) = (cpu(q)?, cpu(lse)?, cpu(k)?);

@@ -63,15 +63,16 @@ impl<T: Element> Pool<T> {
     /// Blocks that appending to a head takes: new ones, and the copy of a shared last one.
     fn wanted(&self, table: &Table, tokens: usize) -> usize {
         let new = (table.len + tokens).div_ceil(BLOCK) - table.blocks.len();
-        let shared = |&last: &u32| tokens > 0 && table.len % BLOCK > 0 && self.blocks.shared(last);
+        let shared = |&last: &u32| {
+            tokens > 0 && !table.len.is_multiple_of(BLOCK) && self.blocks.shared(last)
+        };
         new + usize::from(table.blocks.last().is_some_and(shared))
     }
 
     /// Appends rows to a head. The room has been checked.
     pub fn append(&mut self, seq: SeqId, head: usize, keys: &[T], values: &[T]) {
         let (d, dv) = (self.head_dim, self.value_dim);
-        let tables =
-            self.seqs.entry(seq).or_insert_with(|| vec![Table::default(); self.kv_heads]);
+        let tables = self.seqs.entry(seq).or_insert_with(|| vec![Table::default(); self.kv_heads]);
         let table = &mut tables[head];
         let (mut done, count) = (0, keys.len() / d);
         while done < count {
