@@ -63,12 +63,12 @@ pub struct PolicyCache<S, P> {
     /// What the policy reads.
     needs: Needs,
     settings: Settings,
-    sequences: Sequences<Held>,
+    sequences: Sequences<SeqState>,
 }
 
 /// What is kept of a sequence beside the store.
 #[derive(Debug, Clone)]
-struct Held {
+struct SeqState {
     entries: Entries,
     /// The newest queries before the rotary embedding, if the policy observes several of them while
     /// decoding.
@@ -283,7 +283,7 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
         let gone = sequence.seen - len;
         if len == 0 {
             cut(&mut self.store, seq, &vec![0; kv_heads])?;
-            sequence.state = Held::new(kv_heads);
+            sequence.state = SeqState::new(kv_heads);
         } else if gone > 0 {
             cut(&mut self.store, seq, &shortened(&sequence.state.entries, gone))?;
             sequence.state.entries.drop_newest(gone);
@@ -340,7 +340,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     }
 
     /// Whether what a sequence held after its first `len` tokens can be had again.
-    fn check_restorable(&self, sequence: &Sequence<Held>, len: usize) -> Result<()> {
+    fn check_restorable(&self, sequence: &Sequence<SeqState>, len: usize) -> Result<()> {
         let state = &sequence.state;
         let unsupported = |why: String| Err(Error::Unsupported(format!("truncating {why}")));
         if len < state.evicted_at {
@@ -384,7 +384,7 @@ fn shortened(entries: &Entries, gone: usize) -> Vec<usize> {
     entries.lens().into_iter().map(|len| len.saturating_sub(gone)).collect()
 }
 
-impl Held {
+impl SeqState {
     fn new(kv_heads: usize) -> Self {
         Self { entries: Entries::new(kv_heads), queries: None, evicted_at: 0 }
     }

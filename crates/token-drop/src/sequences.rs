@@ -41,7 +41,10 @@ impl<T: Clone> Sequences<T> {
         if tokens == 0 {
             return Err(Error::mismatch("tokens of a prompt", "at least one", 0));
         }
-        self.expected.insert(seq, tokens);
+        match self.known.get_mut(&seq) {
+            Some(sequence) => sequence.prompt = Prompt::new(Some(tokens)),
+            None => drop(self.expected.insert(seq, tokens)),
+        }
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 mod common;
 
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use common::*;
 use longctx_core::{AttentionState, Batch, DenseCache, DenseStore, Error, KvCache, KvStore, Mask};
 use proptest::prelude::*;
@@ -199,7 +199,7 @@ proptest! {
         // InfLLM attends to a prompt in chunks, unless it is told to be exact.
         for ((name, mut attends), (_, mut takes)) in all.filter(|((n, _), _)| *n != "inf-llm") {
             first.step(&batch, |step| attends.attend(step)).unwrap();
-            let take = |cache: &mut Box<dyn KvCache>, lse| {
+            let take = |cache: &mut Box<dyn KvCache>, lse: Option<&Tensor>| {
                 first.step(&batch, |step| cache.append_prompt(step, lse))
             };
             if takes.needs_lse() {

@@ -101,6 +101,9 @@ fn inf_llm_in_chunks_as_whole() {
     let (chunked, same) = read(&in_chunks, false);
     assert_eq!((same, chunked.top_blocks), (tokens, whole.top_blocks));
     assert_eq!(read(&in_chunks, true).0, whole);
+    // More blocks leave a smaller window, by more than a short call brings.
+    let (short, same) = read(&[50; 60], false);
+    assert_eq!((same, short.top_blocks), (tokens, whole.top_blocks));
 }
 
 #[test]

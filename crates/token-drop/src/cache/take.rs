@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::plan::Plan;
 use super::score::Own;
-use super::{Held, PolicyCache};
+use super::{PolicyCache, SeqState};
 use crate::{
     EvictionPolicy,
     part::{Part, join},
@@ -12,7 +12,7 @@ use crate::{
 };
 use candle_core::Tensor;
 use longctx_core::{
-    AttentionState, Batch, Error, KvCache, KvStore, Mask, Result, Selection, SeqId, Step, attention,
+    AttentionState, Batch, Error, KvStore, Mask, Result, Selection, SeqId, Step, attention,
 };
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
@@ -21,7 +21,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     pub(super) fn begin(&mut self, batch: &Batch) -> Vec<Vec<usize>> {
         let kv_heads = self.spec.shape.kv_heads;
         let begin = |(seq, tokens): (SeqId, std::ops::Range<usize>)| {
-            let sequence = self.sequences.begin(seq, || Held::new(kv_heads));
+            let sequence = self.sequences.begin(seq, || SeqState::new(kv_heads));
             sequence.state.entries.add(sequence.seen..sequence.seen + tokens.len());
             self.store.lens(seq)
         };

@@ -57,7 +57,8 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         for (seq, own) in rows.batch.iter() {
             let sizes = self.size.of(self.sequences.prompt_with(seq, own.len()))?;
             let spec = &self.spec;
-            self.sequences.begin(seq, || State::new(sizes, spec)).state.resize(sizes);
+            let sequence = self.sequences.begin(seq, || State::new(sizes, spec));
+            sequence.state.resize(sizes, sequence.seen);
         }
         self.past.append(&rows.batch, &rows.k, &rows.v)?;
         let mut done = Vec::new();
