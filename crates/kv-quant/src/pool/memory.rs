@@ -54,11 +54,8 @@ impl BlockLayout {
         let chunk = format.chunk();
         let keys = Layout::new(chunk, head_dim, format.keys(), Axis::Tokens)?;
         let values = Layout::new(chunk, value_dim, format.values(), Axis::Channels)?;
-        let part = |start, layout: &Layout| Part {
-            start,
-            codes: layout.lines(),
-            params: layout.params(),
-        };
+        let part =
+            |start, layout: &Layout| Part { start, codes: layout.lines(), params: layout.params() };
         let key_part = part(0, &keys);
         let value_part = part(key_part.end(), &values);
         Ok(Self { keys, values, key_part, value_part })
