@@ -281,7 +281,7 @@ void check(const Case& c) {
     OK(cudaMemset(outb.take(outs + 64), 0xff, (outs + 64) * 2));
     OK(cudaMemset(lseb.take(rows + 64), 0xff, (rows + 64) * 4));
     a.out = (uint64_t)outb.p, a.lse = (uint64_t)lseb.p;
-    cu_q.take(seqs + 1), cu_k.take(seqs + 1);
+    cu_q.take(seqs + 2), cu_k.take(seqs + 2);
     a.cu_seqlens_q = (uint64_t)cu_q.p, a.cu_seqlens_k = (uint64_t)cu_k.p;
     a.seqs = seqs, a.tokens = tokens, a.heads = c.heads, a.kv_heads = c.kv_heads;
     a.causal = c.causal, a.past = c.past, a.window = c.window, a.scale = p.scale, a.soft_cap = c.soft_cap;

@@ -139,7 +139,8 @@ struct MmaTile {
         __syncthreads();  // k has come; v is no longer read.
         copy_v(block);
         add_scores(s);
-        softmax.shape<MASKED>(s, rows, block * N);
+        softmax.cap(s);
+        if constexpr (MASKED) softmax.mask(s, rows, block * N);
         softmax.update(s, factor);
         rescale(o, factor);
         to_operand<T>(s, p);

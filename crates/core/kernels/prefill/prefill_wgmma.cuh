@@ -103,17 +103,20 @@ struct Multiplier {
     WgmmaShared<T, D>& shared;
     const PrefillArgs& a;
     const int group;
-    const Rows rows;
     Softmax softmax;
     Stage<Shape::STAGES> k, v;
     float o[D / 2];
     uint32_t p[N / 16][4];
 
     __device__ __forceinline__ Multiplier(const PrefillArgs& a, WgmmaShared<T, D>& shared)
-        : shared(shared), a(a), group(threadIdx.x / 128 - 1),
-          rows(shared.tile, a.pack, threadIdx.x / 32 * 16 - 64, Shape::ROWS / a.pack * a.pack), softmax(a) {
+        : shared(shared), a(a), group(threadIdx.x / 128 - 1), softmax(a) {
 #pragma unroll
         for (int i = 0; i < D / 2; i++) o[i] = 0.f;
+    }
+
+    // Made where it is needed: most blocks need no mask, and registers are scarce.
+    __device__ __forceinline__ Rows rows() const {
+        return Rows(shared.tile, a.pack, threadIdx.x / 32 * 16 - 64, Shape::ROWS / a.pack * a.pack);
     }
 
     __device__ __forceinline__ void start_scores(float (&s)[N / 2]) {
@@ -168,7 +171,8 @@ struct Multiplier {
         pin(s);
         release(&shared.k_empty[k.index]);
         k.advance();
-        softmax.shape<true>(s, rows, block * N);
+        softmax.cap(s);
+        softmax.mask(s, rows(), block * N);
         softmax.update(s, factor);
         to_operand<T>(s, p);
     }
@@ -187,7 +191,8 @@ struct Multiplier {
         pin(s);
         release(&shared.k_empty[k.index]);
         k.advance();
-        softmax.shape<MASKED>(s, rows, block * N);
+        softmax.cap(s);
+        if constexpr (MASKED) softmax.mask(s, rows(), block * N);
         softmax.update(s, factor);
         wgmma_wait<0>();
         pin(o);
@@ -207,7 +212,7 @@ struct Multiplier {
     __device__ __forceinline__ void run() {
         const KeyBlocks blocks = key_blocks<N>(shared.tile);
         if (blocks.begin < blocks.end) {
-            if (group == 0) named_arrive_own_turn();
+            if (Shape::TAKE_TURNS && group == 0) named_arrive(1, 256);  // It has the first turn.
             int block = blocks.end - 1;
             first_block(block--);
 #pragma unroll 1
@@ -218,12 +223,8 @@ struct Multiplier {
             for (; block >= blocks.begin; block--) step<true>(block);
             last_values();
         }
-        store_rows<T, D>(a, shared.tile, rows, o, softmax);
+        store_rows<T, D>(a, shared.tile, rows(), o, softmax);
         if (blocks.begin < blocks.end && group == 0) await_turn();  // Leaves no arrival behind.
-    }
-    // The first warp group has the first turn.
-    __device__ __forceinline__ void named_arrive_own_turn() {
-        if (Shape::TAKE_TURNS) named_arrive(1, 256);
     }
 };
 

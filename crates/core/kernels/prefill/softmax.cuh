@@ -62,25 +62,25 @@ struct Softmax {
         max[0] = max[1] = -INFINITY, sum[0] = sum[1] = 0.f;
     }
 
-    // Soft cap and mask; first_key is that of column 0.
-    template <bool MASKED, int L>
-    __device__ __forceinline__ void shape(float (&s)[L], const Rows& rows, int first_key) const {
-        if (cap_scale != 0.f) {
+    template <int L>
+    __device__ __forceinline__ void cap(float (&s)[L]) const {
+        if (cap_scale == 0.f) return;
 #pragma unroll
-            for (int i = 0; i < L; i++) s[i] = tanh_exp(s[i] * cap_scale);
-        }
-        if constexpr (MASKED) {
-            const int key = first_key + threadIdx.x % 4 * 2;
+        for (int i = 0; i < L; i++) s[i] = tanh_exp(s[i] * cap_scale);
+    }
+    // first_key is that of column 0.
+    template <int L>
+    __device__ __forceinline__ static void mask(float (&s)[L], const Rows& rows, int first_key) {
+        const int key = first_key + threadIdx.x % 4 * 2;
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const int limit = rows.limit[h] - key, start = rows.start[h] - key;
+        for (int h = 0; h < 2; h++) {
+            const int limit = rows.limit[h] - key, start = rows.start[h] - key;
 #pragma unroll
-                for (int j = 0; j < L / 4; j++) {
+            for (int j = 0; j < L / 4; j++) {
 #pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        const int column = 8 * j + e;
-                        if (column >= limit || column < start) s[4 * j + 2 * h + e] = -INFINITY;
-                    }
+                for (int e = 0; e < 2; e++) {
+                    const int column = 8 * j + e;
+                    if (column >= limit || column < start) s[4 * j + 2 * h + e] = -INFINITY;
                 }
             }
         }
