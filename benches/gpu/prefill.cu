@@ -41,7 +41,7 @@ struct Kernel {
 template <class T, int D>
 Kernel kernel_of(const void* wgmma, const void* mma) {
     if (WGMMA) return {wgmma, WgmmaShape<D>::ROWS, WgmmaShape<D>::THREADS, int(sizeof(WgmmaShared<T, D>))};
-    return {mma, MMA_ROWS, MMA_THREADS, int(sizeof(MmaShared<T, D>))};
+    return {mma, MmaShape<D>::ROWS, MMA_THREADS, int(sizeof(MmaShared<T, D>))};
 }
 Kernel kernel(int d, bool bf16) {
 #define OF(D)                                                                                                                       \

@@ -3,16 +3,21 @@
 #pragma once
 #include "softmax.cuh"
 
-constexpr int MMA_THREADS = 128, MMA_ROWS = 64;
+constexpr int MMA_THREADS = 128;
 template <int D>
-constexpr int MMA_KEYS = D <= 128 ? 64 : 32;  // Of a block
+struct MmaShape {
+    static constexpr int ROW_TILES = D <= 128 ? 2 : 1;  // Of 16 rows, of a warp; they share what it reads of keys and values
+    static constexpr int ROWS = 64 * ROW_TILES;
+    static constexpr int N = D <= 96 ? 64 : 32;         // Keys of a block
+    static constexpr int COLUMNS = (D + 63) / 64;       // Of 64 elements
+};
 
 // Columns of 64 elements, rows of 128 bytes, whose 16-byte pieces lie at the number of the piece xor that of the row modulo 8.
 template <class T, int D>
 struct MmaShared {
-    static constexpr int COLUMNS = (D + 63) / 64;
-    using Keys = T[COLUMNS][MMA_KEYS<D>][64];
-    alignas(128) T q[COLUMNS][MMA_ROWS][64];
+    using Shape = MmaShape<D>;
+    using Keys = T[Shape::COLUMNS][Shape::N][64];
+    alignas(128) T q[Shape::COLUMNS][Shape::ROWS][64];
     alignas(128) Keys k;
     alignas(128) Keys v;
 };
@@ -49,29 +54,36 @@ __device__ __forceinline__ void mma(float* d, const uint32_t (&a)[4], uint32_t b
 
 template <class T, int D>
 struct MmaTile {
-    static constexpr int N = MMA_KEYS<D>;
+    using Shape = MmaShape<D>;
     using Keys = typename MmaShared<T, D>::Keys;
+    static constexpr int N = Shape::N, ROW_TILES = Shape::ROW_TILES;
     MmaShared<T, D>& shared;
     const PrefillArgs& a;
     const Tile tile;
-    const Rows rows;
-    Softmax softmax;
-    float o[D / 2];
+    Softmax softmax[ROW_TILES];
+    float o[ROW_TILES][D / 2];
 
-    __device__ __forceinline__ MmaTile(const PrefillArgs& a, MmaShared<T, D>& shared, const Tile& tile)
-        : shared(shared), a(a), tile(tile), rows(tile, a.pack, threadIdx.x / 32 * 16, MMA_ROWS / a.pack * a.pack), softmax(a) {
+    __device__ __forceinline__ MmaTile(const PrefillArgs& a, MmaShared<T, D>& shared, const Tile& tile) : shared(shared), a(a), tile(tile) {
 #pragma unroll
-        for (int i = 0; i < D / 2; i++) o[i] = 0.f;
+        for (int m = 0; m < ROW_TILES; m++) {
+            softmax[m] = Softmax(a);
+#pragma unroll
+            for (int i = 0; i < D / 2; i++) o[m][i] = 0.f;
+        }
     }
 
+    __device__ __forceinline__ int first_row(int m) const { return (threadIdx.x / 32 * ROW_TILES + m) * 16; }
+    // Made where it is needed: most blocks need no mask, and registers are scarce.
+    __device__ __forceinline__ Rows rows(int m) const { return Rows(tile, a.pack, first_row(m), Shape::ROWS / a.pack * a.pack); }
+
     template <int ROWS>
-    __device__ static __forceinline__ T* piece_at(T (&x)[(D + 63) / 64][ROWS][64], int row, int piece) {
+    __device__ static __forceinline__ T* piece_at(T (&x)[Shape::COLUMNS][ROWS][64], int row, int piece) {
         return &x[piece / 8][row][(piece % 8 ^ row % 8) * 8];
     }
 
     // `row_at` gives where a row begins, or null; such rows become zeros.
     template <int ROWS, class RowAt>
-    __device__ __forceinline__ void copy_rows(T (&to)[(D + 63) / 64][ROWS][64], RowAt row_at) {
+    __device__ __forceinline__ void copy_rows(T (&to)[Shape::COLUMNS][ROWS][64], RowAt row_at) {
 #pragma unroll 4
         for (int i = threadIdx.x; i < ROWS * (D / 8); i += MMA_THREADS) {
             const int row = i / (D / 8), piece = i % (D / 8);
@@ -102,22 +114,23 @@ struct MmaTile {
     __device__ __forceinline__ void copy_k(int block) { copy_block(shared.k, a.k, a.k_token, a.k_head, block); }
     __device__ __forceinline__ void copy_v(int block) { copy_block(shared.v, a.v, a.v_token, a.v_head, block); }
 
-    __device__ __forceinline__ void add_scores(float (&s)[N / 2]) {
-        const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
+    __device__ __forceinline__ void add_scores(float (&s)[ROW_TILES][N / 2]) {
+        const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int i = 0; i < D / 16; i++) {
-            uint32_t q[4];
-            load_matrices<false>(q, piece_at(shared.q, first + lane % 16, 2 * i + lane / 16));
+            uint32_t q[ROW_TILES][4];
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; m++) load_matrices<false>(q[m], piece_at(shared.q, first_row(m) + lane % 16, 2 * i + lane / 16));
 #pragma unroll
             for (int j = 0; j < N / 16; j++) {
                 uint32_t k[4];
                 load_matrices<false>(k, piece_at(shared.k, 16 * j + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
-                mma<T>(s + 8 * j, q, k[0], k[1]);
-                mma<T>(s + 8 * j + 4, q, k[2], k[3]);
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; m++) mma<T>(s[m] + 8 * j, q[m], k[0], k[1]), mma<T>(s[m] + 8 * j + 4, q[m], k[2], k[3]);
             }
         }
     }
-    __device__ __forceinline__ void add_values(const uint32_t (&p)[N / 16][4]) {
+    __device__ __forceinline__ void add_values(const uint32_t (&p)[ROW_TILES][N / 16][4]) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int i = 0; i < N / 16; i++) {
@@ -125,25 +138,29 @@ struct MmaTile {
             for (int j = 0; j < D / 16; j++) {
                 uint32_t v[4];
                 load_matrices<true>(v, piece_at(shared.v, 16 * i + lane % 16, 2 * j + lane / 16));
-                mma<T>(o + 8 * j, p[i], v[0], v[1]);
-                mma<T>(o + 8 * j + 4, p[i], v[2], v[3]);
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; m++) mma<T>(o[m] + 8 * j, p[m][i], v[0], v[1]), mma<T>(o[m] + 8 * j + 4, p[m][i], v[2], v[3]);
             }
         }
     }
 
     template <bool MASKED>
     __device__ __forceinline__ void step(int block, int first_block) {
-        float s[N / 2] = {}, factor[2];
-        uint32_t p[N / 16][4];
+        float s[ROW_TILES][N / 2] = {};
+        uint32_t p[ROW_TILES][N / 16][4];
         await_copies<0>();
         __syncthreads();  // k has come; v is no longer read.
         copy_v(block);
         add_scores(s);
-        softmax.cap(s);
-        if constexpr (MASKED) softmax.mask(s, rows, block * N);
-        softmax.update(s, factor);
-        rescale(o, factor);
-        to_operand<T>(s, p);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; m++) {
+            float factor[2];
+            softmax[m].cap(s[m]);
+            if constexpr (MASKED) softmax[m].mask(s[m], rows(m), block * N);
+            softmax[m].update(s[m], factor);
+            rescale(o[m], factor);
+            to_operand<T>(s[m], p[m]);
+        }
         await_copies<0>();
         __syncthreads();  // v has come; k is no longer read.
         if (block > first_block) copy_k(block - 1);
@@ -163,14 +180,15 @@ struct MmaTile {
 #pragma unroll 1
             for (; block >= blocks.begin; block--) step<true>(block, blocks.begin);
         }
-        store_rows<T, D>(a, tile, rows, o, softmax);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; m++) store_rows<T, D>(a, tile, rows(m), o[m], softmax[m]);
     }
 };
 
-// Grid: at least the tiles of the call, (tokens / (MMA_ROWS / pack) + seqs) * heads / pack. MMA_THREADS threads, MmaShared bytes.
+// Grid: at least the tiles of the call, (tokens / (ROWS / pack) + seqs) * heads / pack. MMA_THREADS threads, MmaShared bytes.
 template <class T, int D>
 __device__ __forceinline__ void prefill_mma(const PrefillArgs& a) {
     extern __shared__ __align__(1024) unsigned char memory[];
     Tile tile;
-    if (find_tile<MMA_ROWS, D>(a, blockIdx.x, tile)) MmaTile<T, D>(a, *reinterpret_cast<MmaShared<T, D>*>(memory), tile).run();
+    if (find_tile<MmaShape<D>::ROWS, D>(a, blockIdx.x, tile)) MmaTile<T, D>(a, *reinterpret_cast<MmaShared<T, D>*>(memory), tile).run();
 }

@@ -56,6 +56,7 @@ struct Softmax {
     float scale;           // To units of ln 2
     float cap_scale;       // 0: no soft cap
 
+    Softmax() = default;
     __device__ __forceinline__ Softmax(const PrefillArgs& a) {
         const bool capped = a.soft_cap > 0.f;
         scale = (capped ? a.soft_cap : a.scale) * LOG2E, cap_scale = capped ? a.scale / a.soft_cap : 0.f;
