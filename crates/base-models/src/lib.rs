@@ -12,12 +12,14 @@ mod linear;
 mod pretrained;
 mod quantized;
 mod random;
+mod session;
 mod tokenizer;
 mod weights;
 
 pub use chat::{ChatTemplate, Message};
 pub use config::Config;
-pub use decoder::{Decoder, Transformer};
+pub use decoder::Transformer;
 pub use pretrained::Pretrained;
+pub use session::Decoder;
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::LoadOptions;
