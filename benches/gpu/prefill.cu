@@ -187,7 +187,7 @@ __global__ void plain(Plain a) {
 struct Case {
     std::vector<int> queries, keys;  // Of each sequence
     int heads, kv_heads, d;
-    bool bf16, causal = true, past = false, paged = false, fused = false, poison = false;
+    bool bf16, causal = true, past = false, paged = false, fused = false, poison = false, out_f32 = false;
     int window = 0;
     double soft_cap = 0;
 };
@@ -204,7 +204,7 @@ struct Worst {
 } worst;
 
 void check(const Case& c) {
-    static Buffer<uint16_t> qb, kb, vb, outb, pool_k, pool_v;
+    static Buffer<uint16_t> qb, kb, vb, outb, pool_k, pool_v;  // outb: two for each number if it is f32
     static Buffer<float> lseb;
     static Buffer<double> ref_out, ref_lse;
     static Buffer<uint32_t> cu_q, cu_k, table, lens;
@@ -278,13 +278,14 @@ void check(const Case& c) {
         a.kv_extent = extent, a.block_table = (uint64_t)table.p, a.seqlens_k = (uint64_t)lens.put(flat);
         a.table_head = blocks, a.table_seq = (i64)blocks * c.kv_heads, a.lens_head = 1, a.lens_seq = c.kv_heads;
     }
-    OK(cudaMemset(outb.take(outs + 64), 0xff, (outs + 64) * 2));
+    const int words = c.out_f32 ? 2 : 1;  // Of 16 bits, of an output
+    OK(cudaMemset(outb.take(words * outs + 64), 0xff, (words * outs + 64) * 2));
     OK(cudaMemset(lseb.take(rows + 64), 0xff, (rows + 64) * 4));
     a.out = (uint64_t)outb.p, a.lse = (uint64_t)lseb.p;
     cu_q.take(seqs + 2), cu_k.take(seqs + 2);
     a.cu_seqlens_q = (uint64_t)cu_q.p, a.cu_seqlens_k = (uint64_t)cu_k.p;
     a.seqs = seqs, a.tokens = tokens, a.heads = c.heads, a.kv_heads = c.kv_heads;
-    a.causal = c.causal, a.past = c.past, a.window = c.window, a.scale = p.scale, a.soft_cap = c.soft_cap;
+    a.causal = c.causal, a.past = c.past, a.window = c.window, a.scale = p.scale, a.soft_cap = c.soft_cap, a.out_f32 = c.out_f32;
     static cudaStream_t stream = [] { cudaStream_t s; OK(cudaStreamCreate(&s)); return s; }();
     cudaGraph_t graph;
     cudaGraphExec_t replay;
@@ -299,7 +300,7 @@ void check(const Case& c) {
     OK(cudaGraphExecDestroy(replay));
     OK(cudaGraphDestroy(graph));
 
-    std::vector<uint16_t> out(outs + 64);
+    std::vector<uint16_t> out(words * outs + 64);
     std::vector<float> lse(rows + 64);
     std::vector<double> want(outs), want_lse(rows);
     OK(cudaMemcpy(out.data(), outb.p, out.size() * 2, cudaMemcpyDeviceToHost));
@@ -308,18 +309,19 @@ void check(const Case& c) {
     OK(cudaMemcpy(want_lse.data(), p.lse, rows * 8, cudaMemcpyDeviceToHost));
     double error = 0, norm = 0, row_worst = 0, lse_worst = 0;
     bool beyond = false, unlike = false;
-    for (int i = 0; i < 64; i++) beyond |= out[outs + i] != 0xffff || *(uint32_t*)&lse[rows + i] != 0xffffffffu;
+    for (int i = 0; i < 64; i++) beyond |= out[words * outs + i] != 0xffff || *(uint32_t*)&lse[rows + i] != 0xffffffffu;
     for (i64 r = 0; r < rows; r++) {
         const int token = r / c.heads;
         const int s = std::upper_bound(cq.begin(), cq.end(), (uint32_t)token) - cq.begin() - 1;
         if (c.poison && s % 2) continue;
         double e = 0, n = 0;
         for (int j = 0; j < c.d; j++) {
-            const uint16_t bits = out[r * c.d + j];
-            double x;
-            if (c.bf16) { uint32_t wide = (uint32_t)bits << 16; float f; memcpy(&f, &wide, 4); x = f; }
-            else { __half h; memcpy(&h, &bits, 2); x = __half2float(h); }
-            const double y = want[r * c.d + j];
+            const i64 at = r * c.d + j;
+            float x;
+            if (c.out_f32) memcpy(&x, &out[2 * at], 4);
+            else if (c.bf16) { const uint32_t wide = (uint32_t)out[at] << 16; memcpy(&x, &wide, 4); }
+            else { __half h; memcpy(&h, &out[at], 2); x = __half2float(h); }
+            const double y = want[at];
             e += (x - y) * (x - y), n += y * y;
         }
         error += e, norm += n;
@@ -338,8 +340,8 @@ void check(const Case& c) {
     worst.cases++, worst.failures += bad;
     worst.out[c.bf16] = std::max(worst.out[c.bf16], relative), worst.lse = std::max(worst.lse, lse_worst);
     if (bad && worst.failures <= 40) {
-        printf("FAIL d %d %s heads %d/%d causal %d past %d paged %d fused %d poison %d window %d cap %g: error %.2e row %.2e lse %.2e%s%s |", c.d, c.bf16 ? "bf16" : "f16",
-               c.heads, c.kv_heads, c.causal, c.past, c.paged, c.fused, c.poison, c.window, c.soft_cap, relative, row_worst, lse_worst, beyond ? " BEYOND" : "",
+        printf("FAIL d %d %s heads %d/%d causal %d past %d paged %d fused %d poison %d f32 %d window %d cap %g: error %.2e row %.2e lse %.2e%s%s |", c.d, c.bf16 ? "bf16" : "f16",
+               c.heads, c.kv_heads, c.causal, c.past, c.paged, c.fused, c.poison, c.out_f32, c.window, c.soft_cap, relative, row_worst, lse_worst, beyond ? " BEYOND" : "",
                unlike ? " UNLIKE" : "");
         for (int s = 0; s < seqs && s < 8; s++) printf(" %d/%d", c.queries[s], c.keys[s]);
         printf("\n");
@@ -364,6 +366,7 @@ void check_all(bool small, int only) {
             for (auto [heads, kv_heads] : {std::pair{6, 2}, {7, 1}, {8, 1}, {4, 4}, {20, 4}, {48, 1}}) {
                 with(mixed, mixed, heads, kv_heads, same);
                 with(mixed, mixed, heads, kv_heads, [](Case& c) { c.fused = true; });
+                with(mixed, mixed, heads, kv_heads, [](Case& c) { c.out_f32 = true; });
                 if (heads > 8 || (small && heads != 6)) continue;
                 with(mixed, more, heads, kv_heads, same);
                 with(mixed, more, heads, kv_heads, full);
@@ -393,20 +396,20 @@ void check_all(bool small, int only) {
 
 // ---- Times ----
 
-void time_one(std::vector<int> lens, int heads, int kv_heads, int d, bool bf16, bool causal, int window, double soft_cap = 0) {
+void time_one(std::vector<int> lens, int heads, int kv_heads, int d, bool bf16, bool causal, int window, double soft_cap = 0, bool out_f32 = false) {
     const auto cu = sums(lens);
     const i64 tokens = cu.back(), n_q = tokens * heads * d, n_k = tokens * kv_heads * d;
     Buffer<uint16_t> q, k, v, out;
     Buffer<float> lse;
     Buffer<uint32_t> lengths;
-    q.take(n_q), k.take(n_k), v.take(n_k), out.take(n_q), lse.take(tokens * heads);
+    q.take(n_q), k.take(n_k), v.take(n_k), out.take(2 * n_q), lse.take(tokens * heads);
     fill<<<2048, 256>>>(q.p, n_q, 1, bf16, 1), fill<<<2048, 256>>>(k.p, n_k, 1, bf16, 2), fill<<<2048, 256>>>(v.p, n_k, 1, bf16, 3);
     PrefillArgs a = {};
     a.q = (uint64_t)q.p, a.k = (uint64_t)k.p, a.v = (uint64_t)v.p, a.out = (uint64_t)out.p, a.lse = (uint64_t)lse.p;
     a.cu_seqlens_q = a.cu_seqlens_k = (uint64_t)lengths.put(cu);
     a.q_head = a.k_head = a.v_head = d, a.q_token = heads * d, a.k_token = a.v_token = kv_heads * d;
     a.seqs = lens.size(), a.tokens = a.kv_extent = tokens, a.heads = heads, a.kv_heads = kv_heads;
-    a.causal = causal, a.window = window, a.scale = 1 / std::sqrt((float)d), a.soft_cap = soft_cap;
+    a.causal = causal, a.window = window, a.scale = 1 / std::sqrt((float)d), a.soft_cap = soft_cap, a.out_f32 = out_f32;
     double pairs = 0;
     for (double n : lens) pairs += !causal ? n * n : window && window < n ? window * (n - window) + window * window / 2. : n * n / 2;
     const int count = pairs > 2e9 ? 10 : 40;
@@ -424,8 +427,8 @@ void time_one(std::vector<int> lens, int heads, int kv_heads, int d, bool bf16, 
     }
     std::sort(ms.begin(), ms.end());
     const double t = ms[count / 2];
-    printf("%-5s %-4s d %3d heads %2d/%2d seqs %3zu tokens %6lld %-6s window %5d cap %2g | %9.4f ms %6.1f TFLOP/s\n", WGMMA ? "wgmma" : "mma", bf16 ? "bf16" : "f16", d, heads,
-           kv_heads, lens.size(), (i64)tokens, causal ? "causal" : "full", window, soft_cap, t, 4 * pairs * d * heads / t * 1e-9);
+    printf("%-5s %-4s d %3d heads %2d/%2d seqs %3zu tokens %6lld %-6s window %5d cap %2g out %-5s | %9.4f ms %6.1f TFLOP/s\n", WGMMA ? "wgmma" : "mma", bf16 ? "bf16" : "f16", d, heads,
+           kv_heads, lens.size(), (i64)tokens, causal ? "causal" : "full", window, soft_cap, out_f32 ? "f32" : "as q", t, 4 * pairs * d * heads / t * 1e-9);
     for (auto* b : {&q, &k, &v, &out}) OK(cudaFree(b->p));
     OK(cudaFree(lse.p));
     OK(cudaFree(lengths.p));
@@ -433,6 +436,7 @@ void time_one(std::vector<int> lens, int heads, int kv_heads, int d, bool bf16, 
 
 void time_all(bool brief) {
     for (int n : {8192, 32768}) time_one({n}, 32, 8, 128, true, true, 0);
+    time_one({8192}, 32, 8, 128, true, true, 0, 0, true);
     time_one({8192}, 32, 8, 128, false, true, 0);
     time_one({8192}, 32, 8, 128, true, false, 0);
     time_one({8192}, 32, 32, 128, true, true, 0);

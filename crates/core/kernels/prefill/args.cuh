@@ -1,4 +1,4 @@
-// Arguments of the prefill kernels, mirrored by `PrefillArgs` in src/attention/cuda/prefill.rs.
+// Arguments of the prefill kernels, mirrored by `PrefillArgs` in src/cuda/prefill.rs.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,7 +11,7 @@ constexpr int PAGE = 64;
 struct PrefillArgs {
     uint64_t q;             // [tokens, heads, head_dim], f16 or bf16
     uint64_t k, v;          // [kv_extent, kv_heads, head_dim]; paged: [kv_extent blocks, PAGE, head_dim]
-    uint64_t out;           // [tokens, heads, head_dim], contiguous, as q
+    uint64_t out;           // [tokens, heads, head_dim], contiguous, as q or f32
     uint64_t lse;           // [tokens, heads], contiguous, f32, natural logarithm; -inf where no key is visible
     uint64_t cu_seqlens_q;  // [seqs + 1], u32
     uint64_t cu_seqlens_k;  // [seqs + 1], u32; unused if paged
@@ -30,8 +30,8 @@ struct PrefillArgs {
     int32_t window;    // A query sees the `window` keys up to its own position; 0: no limit
     float scale;       // Of the dot products; positive
     float soft_cap;    // Scores become soft_cap * tanh(score / soft_cap); 0: they stay as they are
-    int32_t reserved;  // Fills the struct to a multiple of 8 bytes
+    int32_t out_f32;   // 0: out has the format of q; 1: f32
 };
 static_assert(sizeof(PrefillArgs) == 200 && offsetof(PrefillArgs, q_token) == 72 && offsetof(PrefillArgs, seqs) == 152 &&
                   offsetof(PrefillArgs, scale) == 188,
-              "as in src/attention/cuda/prefill.rs");
+              "as in src/cuda/prefill.rs");

@@ -8,7 +8,7 @@ template <int D>
 struct MmaShape {
     static constexpr int ROW_TILES = D <= 128 ? 2 : 1;  // Of 16 rows, of a warp; they share what it reads of keys and values
     static constexpr int ROWS = 64 * ROW_TILES;
-    static constexpr int N = D <= 128 ? 64 : 32;        // Keys of a block
+    static constexpr int N = D <= 96 ? 64 : 32;         // Keys of a block
     static constexpr int COLUMNS = (D + 63) / 64;       // Of 64 elements
 };
 

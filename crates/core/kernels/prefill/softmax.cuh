@@ -160,27 +160,39 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
     }
 }
 
-// Writes a warp's 16 rows of outputs, 16 bytes a lane, and their log-sum-exps.
+// Writes a thread's part of a row: 16 bytes a lane, after an exchange among the four lanes of the row.
+template <class T, int D>
+__device__ __forceinline__ void store_row(T* out, const float (&o)[D / 2], int h, float factor, bool valid) {
+    const int lane = threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < D / 8; j += 4) {
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int at = j + i < D / 8 ? 4 * (j + i) + 2 * h : 0;
+            w[i] = pack_pair<T>(o[at] * factor, o[at + 1] * factor);
+        }
+        transpose_quad(w);
+        if (valid && j + lane < D / 8) *reinterpret_cast<uint4*>(out + (j + lane) * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+}
+template <int D>
+__device__ __forceinline__ void store_row_f32(float* out, const float (&o)[D / 2], int h, float factor, bool valid) {
+    if (!valid) return;
+#pragma unroll
+    for (int j = 0; j < D / 8; j++)
+        *reinterpret_cast<float2*>(out + 8 * j + threadIdx.x % 4 * 2) = make_float2(o[4 * j + 2 * h] * factor, o[4 * j + 2 * h + 1] * factor);
+}
+
+// Writes a warp's 16 rows of outputs and their log-sum-exps.
 template <class T, int D>
 __device__ __forceinline__ void store_rows(const PrefillArgs& a, const Tile& tile, const Rows& rows, const float (&o)[D / 2], Softmax& softmax) {
     softmax.finish();
-    const int lane = threadIdx.x % 4;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int64_t row = int64_t(tile.first_token + rows.token[h]) * a.heads + tile.first_head + rows.head[h];
-        const float inverse = softmax.inverse(h);
-        T* out = reinterpret_cast<T*>(a.out) + row * D + lane * 8;
-#pragma unroll
-        for (int j = 0; j < D / 8; j += 4) {
-            uint32_t w[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int at = 4 * (j + i) + 2 * h;
-                w[i] = j + i < D / 8 ? pack_pair<T>(o[at < D / 2 ? at : 0] * inverse, o[at < D / 2 ? at + 1 : 0] * inverse) : 0;
-            }
-            transpose_quad(w);
-            if (rows.valid[h] && j + lane < D / 8) *reinterpret_cast<uint4*>(out + j * 8) = make_uint4(w[0], w[1], w[2], w[3]);
-        }
-        if (rows.valid[h] && lane == 0) reinterpret_cast<float*>(a.lse)[row] = softmax.lse(h);
+        if (a.out_f32) store_row_f32<D>(reinterpret_cast<float*>(a.out) + row * D, o, h, softmax.inverse(h), rows.valid[h]);
+        else store_row<T, D>(reinterpret_cast<T*>(a.out) + row * D, o, h, softmax.inverse(h), rows.valid[h]);
+        if (rows.valid[h] && threadIdx.x % 4 == 0) reinterpret_cast<float*>(a.lse)[row] = softmax.lse(h);
     }
 }
