@@ -40,8 +40,8 @@ struct Kernel {
 };
 template <class T, int D>
 Kernel kernel_of(const void* wgmma, const void* mma) {
-    if (WGMMA) return {wgmma, WgmmaShape<D>::ROWS, WgmmaShape<D>::THREADS, int(sizeof(WgmmaShared<T, D>))};
-    return {mma, MmaShape<D>::ROWS, MMA_THREADS, int(sizeof(MmaShared<T, D>))};
+    if (WGMMA) return {wgmma, WgmmaShape<D>::ROWS, WgmmaShape<D>::THREADS, WgmmaShape<D>::SHARED_BYTES};
+    return {mma, MmaShape<D>::ROWS, MMA_THREADS, MmaShape<D>::SHARED_BYTES};
 }
 Kernel kernel(int d, bool bf16) {
 #define OF(D)                                                                                                                       \

@@ -10,6 +10,7 @@ struct MmaShape {
     static constexpr int ROWS = 64 * ROW_TILES;
     static constexpr int N = D <= 96 ? 64 : 32;         // Keys of a block
     static constexpr int COLUMNS = (D + 63) / 64;       // Of 64 elements
+    static constexpr int SHARED_BYTES = COLUMNS * 128 * (ROWS + 2 * N);  // As in src/cuda/prefill.rs
 };
 
 // Columns of 64 elements, rows of 128 bytes, whose 16-byte pieces lie at the number of the piece xor that of the row modulo 8.
@@ -21,6 +22,8 @@ struct MmaShared {
     alignas(128) Keys k;
     alignas(128) Keys v;
 };
+
+static_assert(sizeof(MmaShared<__half, 80>) == MmaShape<80>::SHARED_BYTES, "tiles alone");
 
 __device__ __forceinline__ void copy_16(void* to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(valid ? 16 : 0)
@@ -185,7 +188,7 @@ struct MmaTile {
     }
 };
 
-// Grid: at least the tiles of the call, (tokens / (ROWS / pack) + seqs) * heads / pack. MMA_THREADS threads, MmaShared bytes.
+// Grid: at least the tiles of the call, (tokens / (ROWS / pack) + seqs) * heads / pack. MMA_THREADS threads, SHARED_BYTES.
 template <class T, int D>
 __device__ __forceinline__ void prefill_mma(const PrefillArgs& a) {
     extern __shared__ __align__(1024) unsigned char memory[];

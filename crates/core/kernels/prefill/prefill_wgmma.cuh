@@ -15,6 +15,7 @@ struct WgmmaShape {
     static constexpr int COLUMNS = (D + 63) / 64;        // Of 64 elements; the copies fill them up with zeros
     static constexpr int REGISTERS = WARP_GROUPS == 2 ? 240 : 160, COPY_REGISTERS = WARP_GROUPS == 2 ? 24 : 32;
     static constexpr bool TAKE_TURNS = D <= 128;
+    static constexpr int SHARED_BYTES = COLUMNS * 128 * (ROWS + 2 * STAGES * N) + 1024;  // As in src/cuda/prefill.rs
 };
 
 template <class T, int D>
@@ -28,6 +29,10 @@ struct WgmmaShared {
     Tile tile;
     int found;
 };
+
+static_assert(sizeof(WgmmaShared<__half, 64>) == WgmmaShape<64>::SHARED_BYTES, "tiles and 1,024 bytes for the rest");
+static_assert(sizeof(WgmmaShared<__half, 128>) == WgmmaShape<128>::SHARED_BYTES, "tiles and 1,024 bytes for the rest");
+static_assert(sizeof(WgmmaShared<__half, 256>) == WgmmaShape<256>::SHARED_BYTES, "tiles and 1,024 bytes for the rest");
 
 // A place in a ring of shared memory, and the parity of its barriers.
 template <int STAGES>
@@ -228,7 +233,7 @@ struct Multiplier {
     }
 };
 
-// Grid: at least the tiles of the call, (tokens / (ROWS / pack) + seqs) * heads / pack. THREADS threads, WgmmaShared bytes.
+// Grid: at least the tiles of the call, (tokens / (ROWS / pack) + seqs) * heads / pack. THREADS threads, SHARED_BYTES.
 template <class T, int D>
 __device__ __forceinline__ void prefill_wgmma(const PrefillArgs& a, const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v) {
     using Shape = WgmmaShape<D>;
