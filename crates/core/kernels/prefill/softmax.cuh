@@ -160,7 +160,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
     }
 }
 
-// Writes a thread's part of a row: 16 bytes a lane, after an exchange among the four lanes of the row.
+// Writes a thread's part of a row: 16 bytes a lane, after an exchange among the four lanes of the row. Results do not
+// stay in the L2 cache: keys and values are wanted there.
 template <class T, int D>
 __device__ __forceinline__ void store_row(T* out, const float (&o)[D / 2], int h, float factor, bool valid) {
     const int lane = threadIdx.x % 4;
@@ -173,15 +174,21 @@ __device__ __forceinline__ void store_row(T* out, const float (&o)[D / 2], int h
             w[i] = pack_pair<T>(o[at] * factor, o[at + 1] * factor);
         }
         transpose_quad(w);
-        if (valid && j + lane < D / 8) *reinterpret_cast<uint4*>(out + (j + lane) * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+        if (valid && j + lane < D / 8) __stcs(reinterpret_cast<uint4*>(out + (j + lane) * 8), make_uint4(w[0], w[1], w[2], w[3]));
     }
 }
 template <int D>
 __device__ __forceinline__ void store_row_f32(float* out, const float (&o)[D / 2], int h, float factor, bool valid) {
-    if (!valid) return;
+    const int lane = threadIdx.x % 4, odd = lane % 2;
 #pragma unroll
-    for (int j = 0; j < D / 8; j++)
-        *reinterpret_cast<float2*>(out + 8 * j + threadIdx.x % 4 * 2) = make_float2(o[4 * j + 2 * h] * factor, o[4 * j + 2 * h + 1] * factor);
+    for (int j = 0; j < D / 8; j += 2) {
+        // Even lanes take block j, odd ones block j + 1, four numbers each.
+        const float *x = o + 4 * j + 2 * h, *y = x + 4;
+        const float first = __shfl_xor_sync(~0u, odd ? x[0] : y[0], 1), second = __shfl_xor_sync(~0u, odd ? x[1] : y[1], 1);
+        const float4 four = odd ? make_float4(first, second, y[0], y[1]) : make_float4(x[0], x[1], first, second);
+        const float4 scaled = make_float4(four.x * factor, four.y * factor, four.z * factor, four.w * factor);
+        if (valid) __stcs(reinterpret_cast<float4*>(out + (j + odd) * 8 + lane / 2 * 4), scaled);
+    }
 }
 
 // Writes a warp's 16 rows of outputs and their log-sum-exps.

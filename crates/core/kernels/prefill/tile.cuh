@@ -31,8 +31,9 @@ __device__ KeyBlocks key_blocks(const Tile& tile) {
     return blocks;
 }
 
-// Sequences of at least this many bytes of keys and values in one head are walked a few heads at a time, for the L2 cache.
+// A sequence's heads are walked in sections whose keys and values fit the L2 cache, but of two waves of tiles or more.
 constexpr int64_t L2_BYTES = 24 << 20;
+constexpr int SECTION_TILES = 256;
 
 // Finds the block's tile; false if there are fewer tiles than blocks. To be called by a whole warp. Within a sequence,
 // tiles with most keys come first, so that the last ones to run are short.
@@ -68,12 +69,13 @@ __device__ bool find_tile(const PrefillArgs& a, int index, Tile& tile) {
         const uint32_t* cu_k = reinterpret_cast<const uint32_t*>(a.cu_seqlens_k);
         tile.first_key = cu_k[seq], keys = int(cu_k[seq + 1]) - tile.first_key;
     }
-    const int64_t head_bytes = int64_t(keys) * D * 4 * a.pack / group_heads;
-    const int section = max(1, min(groups, int(L2_BYTES / (head_bytes + 1))));
-    const int first_group = index / (tiles * section) * section, heads_here = min(section, groups - first_group);
+    const int64_t bytes = int64_t(keys) * D * 4 * a.kv_heads;
+    const int sections = max(1, min(min(groups, tiles * groups / SECTION_TILES), int((bytes + L2_BYTES - 1) / L2_BYTES)));
+    const int section = ((index / tiles + 1) * sections - 1) / groups;  // Of the groups section * groups / sections and on
+    const int first_group = section * groups / sections, groups_here = (section + 1) * groups / sections - first_group;
     index -= tiles * first_group;
-    const int m = tiles - 1 - index / heads_here;
-    tile.first_head = (first_group + index % heads_here) * a.pack;
+    const int m = tiles - 1 - index / groups_here;
+    tile.first_head = (first_group + index % groups_here) * a.pack;
     tile.kv_head = tile.first_head / group_heads;
     if (a.block_table)
         tile.first_key = 0, keys = reinterpret_cast<const uint32_t*>(a.seqlens_k)[seq * a.lens_seq + tile.kv_head * a.lens_head];
