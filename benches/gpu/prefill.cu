@@ -2,11 +2,12 @@
 //
 //     nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -I crates/core -o prefill benches/gpu/prefill.cu && ./prefill check
 //
-// `-arch=sm_90 -DNO_WGMMA` in place of `-gencode ...` builds the kernels for devices without wgmma. `small` in place of `check` takes
-// short lengths only, for compute-sanitizer; a head_dim after it takes that one alone. `time` and `brief` measure.
+// `-arch=sm_90 -DNO_WGMMA` in place of `-gencode ...` builds the kernels for devices without wgmma.
+// `small` in place of `check` takes short lengths only, for compute-sanitizer; a head_dim after it
+// takes that one alone. `time` and `brief` measure.
 //
-// The reference computes softmax attention row by row in f64 from contiguous keys: it shares neither tiles nor arithmetic
-// with what it checks.
+// The reference computes softmax attention row by row in f64 from contiguous keys: it shares
+// neither tiles nor arithmetic with what it checks.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -6,8 +6,9 @@
 // Tokens of a block of a paged cache.
 constexpr int PAGE = 64;
 
-// Addresses are device addresses. Strides count elements. q, k and v start at multiples of 16 bytes, and so do all
-// their rows. Extents that a CUDA graph must not freeze (sequence lengths, block tables) lie in device memory.
+// Addresses are device addresses. Strides count elements. q, k and v start at multiples of 16
+// bytes, and so do all their rows. Extents that a CUDA graph must not freeze (sequence lengths,
+// block tables) lie in device memory.
 struct PrefillArgs {
     uint64_t q;             // [tokens, heads, head_dim], f16 or bf16
     uint64_t k, v;          // [kv_extent, kv_heads, head_dim]; paged: [kv_extent blocks, PAGE, head_dim]

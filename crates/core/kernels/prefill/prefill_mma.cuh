@@ -1,5 +1,6 @@
-// Prefill attention for compute capabilities without wgmma, in the manner of FlashAttention-2 (arXiv 2307.08691): four warps of 16 rows,
-// mma.m16n8k16, asynchronous copies of a block's values beside its scores and of the next keys beside its values.
+// Prefill attention for compute capabilities without wgmma, in the manner of FlashAttention-2
+// (arXiv 2307.08691): four warps of 16 or 32 rows, mma.m16n8k16, asynchronous copies of a block's values
+// beside its scores and of the next keys beside its values.
 #pragma once
 #include "softmax.cuh"
 
@@ -13,7 +14,8 @@ struct MmaShape {
     static constexpr int SHARED_BYTES = COLUMNS * 128 * (ROWS + 2 * N);  // As in src/cuda/prefill.rs
 };
 
-// Columns of 64 elements, rows of 128 bytes, whose 16-byte pieces lie at the number of the piece xor that of the row modulo 8.
+// Columns of 64 elements, rows of 128 bytes, whose 16-byte pieces lie at the number of the piece
+// xor that of the row modulo 8.
 template <class T, int D>
 struct MmaShared {
     using Shape = MmaShape<D>;
@@ -188,7 +190,8 @@ struct MmaTile {
     }
 };
 
-// Grid: at least the tiles of the call, (tokens / (ROWS / pack) + seqs) * heads / pack. MMA_THREADS threads, SHARED_BYTES.
+// Grid: at least the tiles of the call, (tokens / (ROWS / pack) + seqs) * heads / pack. MMA_THREADS
+// threads, SHARED_BYTES.
 template <class T, int D>
 __device__ __forceinline__ void prefill_mma(const PrefillArgs& a) {
     extern __shared__ __align__(1024) unsigned char memory[];

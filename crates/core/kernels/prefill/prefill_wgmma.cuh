@@ -1,7 +1,8 @@
-// Prefill attention for compute capability 9.0a, warp-specialised as in FlashAttention-3 (arXiv 2407.08608): one thread
-// copies queries, keys and values to shared memory by tensor maps; warp groups of 64 rows each multiply. A warp group
-// runs the scores of a key block while the values of the one before it are summed, and takes turns with the others, so
-// that its softmax runs beside their products.
+// Prefill attention for compute capability 9.0a, warp-specialised as in FlashAttention-3 (arXiv
+// 2407.08608): one thread copies queries, keys and values to shared memory by tensor maps; warp
+// groups of 64 rows each multiply. A warp group runs the scores of a key block while the values of
+// the one before it are summed, and takes turns with the others, so that its softmax runs beside
+// their products.
 #pragma once
 #include "softmax.cuh"
 #include "wgmma.cuh"
@@ -146,7 +147,8 @@ struct Multiplier {
         if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
     }
 
-    // Values after the last key may be anything, and 0 * NaN is NaN. Each warp group clears them for itself.
+    // Values after the last key may be anything, and 0 * NaN is NaN. Each warp group clears them
+    // for itself.
     __device__ __forceinline__ void clear_values(int first_key) {
         const int from = max(shared.tile.keys - first_key, 0);
         if (from >= N) return;
@@ -233,7 +235,8 @@ struct Multiplier {
     }
 };
 
-// Grid: at least the tiles of the call, (tokens / (ROWS / pack) + seqs) * heads / pack. THREADS threads, SHARED_BYTES.
+// Grid: at least the tiles of the call, (tokens / (ROWS / pack) + seqs) * heads / pack. THREADS
+// threads, SHARED_BYTES.
 template <class T, int D>
 __device__ __forceinline__ void prefill_wgmma(const PrefillArgs& a, const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v) {
     using Shape = WgmmaShape<D>;

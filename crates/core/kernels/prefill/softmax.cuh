@@ -1,7 +1,8 @@
 // Online softmax over accumulator fragments, and the store of a tile's results.
 //
-// A thread holds two rows of its warp's 16 x N accumulator, 8 apart: x[4 j + 2 h + e] is column 8 j + 2 (lane % 4) + e
-// of row lane / 4 + 8 h. mma.m16n8k16 and wgmma share this layout. Four neighbouring lanes share a row.
+// A thread holds two rows of its warp's 16 x N accumulator, 8 apart: x[4 j + 2 h + e] is column 8 j
+// + 2 (lane % 4) + e of row lane / 4 + 8 h. mma.m16n8k16 and wgmma share this layout. Four
+// neighbouring lanes share a row.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -20,7 +21,8 @@ __device__ __forceinline__ float reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// tanh.approx errs by 2^-11, which a soft cap of 50 turns into 0.02 of a score; this errs by some 1e-7.
+// tanh.approx errs by 2^-11, which a soft cap of 50 turns into 0.02 of a score; this errs by some
+// 1e-7.
 __device__ __forceinline__ float tanh_exp(float x) { return 1.f - 2.f * reciprocal(1.f + exp2_approx(2.f * LOG2E * x)); }
 
 template <class T>
@@ -87,7 +89,8 @@ struct Softmax {
         }
     }
 
-    // Turns scores into probabilities relative to the new maxima; earlier sums count `factor` times.
+    // Turns scores into probabilities relative to the new maxima; earlier sums count `factor`
+    // times.
     template <int L>
     __device__ __forceinline__ void update(float (&s)[L], float (&factor)[2]) {
 #pragma unroll
@@ -160,8 +163,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
     }
 }
 
-// Writes a thread's part of a row: 16 bytes a lane, after an exchange among the four lanes of the row. Results do not
-// stay in the L2 cache: keys and values are wanted there.
+// Writes a thread's part of a row: 16 bytes a lane, after an exchange among the four lanes of the
+// row. Results do not stay in the L2 cache: keys and values are wanted there.
 template <class T, int D>
 __device__ __forceinline__ void store_row(T* out, const float (&o)[D / 2], int h, float factor, bool valid) {
     const int lane = threadIdx.x % 4;

@@ -1,7 +1,8 @@
 // A tile: the queries of one thread block, and the keys that they see.
 //
-// A tile holds `pack` query heads of one kv head times ROWS / pack consecutive tokens of one sequence. Row r is token
-// r / pack and head r % pack. Packed heads share the loads of keys and values.
+// A tile holds `pack` query heads of one kv head times ROWS / pack consecutive tokens of one
+// sequence. Row r is token r / pack and head r % pack. Packed heads share the loads of keys and
+// values.
 #pragma once
 #include "args.cuh"
 
@@ -17,7 +18,8 @@ struct Tile {
     __device__ int start(int token) const { return window ? max(position + token + 1 - window, 0) : 0; }
 };
 
-// Key blocks of N keys that a tile visits, from the last to the first. Blocks outside [clear_begin, clear_end) need a mask.
+// Key blocks of N keys that a tile visits, from the last to the first. Blocks outside [clear_begin,
+// clear_end) need a mask.
 struct KeyBlocks {
     int begin, end, clear_begin, clear_end;
 };
@@ -31,12 +33,13 @@ __device__ KeyBlocks key_blocks(const Tile& tile) {
     return blocks;
 }
 
-// A sequence's heads are walked in sections whose keys and values fit the L2 cache, but of two waves of tiles or more.
+// A sequence's heads are walked in sections whose keys and values fit the L2 cache, but of two
+// waves of tiles or more.
 constexpr int64_t L2_BYTES = 24 << 20;
 constexpr int SECTION_TILES = 256;
 
-// Finds the block's tile; false if there are fewer tiles than blocks. To be called by a whole warp. Within a sequence,
-// tiles with most keys come first, so that the last ones to run are short.
+// Finds the block's tile; false if there are fewer tiles than blocks. To be called by a whole warp.
+// Within a sequence, tiles with most keys come first, so that the last ones to run are short.
 template <int ROWS, int D>
 __device__ bool find_tile(const PrefillArgs& a, int index, Tile& tile) {
     const uint32_t* cu_q = reinterpret_cast<const uint32_t*>(a.cu_seqlens_q);

@@ -1,5 +1,5 @@
-// Instructions of compute capability 9.0a: wgmma, mbarriers and copies by tensor maps (PTX ISA: "Asynchronous warpgroup
-// level matrix instructions", "mbarrier", "cp.async.bulk.tensor").
+// Instructions of compute capability 9.0a: wgmma, mbarriers and copies by tensor maps (PTX ISA:
+// "Asynchronous warpgroup level matrix instructions", "mbarrier", "cp.async.bulk.tensor").
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -57,7 +57,8 @@ __device__ __forceinline__ void decrease_registers() {
 
 // ---- wgmma ----
 
-// Orders ordinary writes to shared memory before the reads of wgmma; for each writing thread, before a barrier.
+// Orders ordinary writes to shared memory before the reads of wgmma; for each writing thread,
+// before a barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -72,18 +73,18 @@ __device__ __forceinline__ void pin(float (&x)[L]) {
     for (int i = 0; i < L; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// Shared memory in columns of 64 elements: [columns / 64][rows][64], rows of 128 bytes whose 16-byte pieces lie at the
-// number of the piece xor that of the row modulo 8, as a tensor map with CU_TENSOR_MAP_SWIZZLE_128B writes them. The
-// descriptor's stride byte offset is that of 8 rows; its leading byte offset, read only if rows are the summed
-// dimension, is that of 64 columns.
+// Shared memory in columns of 64 elements: [columns / 64][rows][64], rows of 128 bytes whose
+// 16-byte pieces lie at the number of the piece xor that of the row modulo 8, as a tensor map with
+// CU_TENSOR_MAP_SWIZZLE_128B writes them. The descriptor's stride byte offset is that of 8 rows;
+// its leading byte offset, read only if rows are the summed dimension, is that of 64 columns.
 __device__ __forceinline__ uint64_t swizzled_descriptor(const void* matrix, int leading_bytes) {
     const uint32_t low = (smem_address(matrix) & 0x3ffff) >> 4 | uint32_t(leading_bytes >> 4) << 16;
     return uint64_t(0x40000040) << 32 | low;
 }
 
-// Products of a warp group: d (64 x N, in registers) = a b, or d += a b if `add`.
-// wgmma_ss: a and b are in shared memory, their columns are the summed dimension.
-// wgmma_rs: a is in registers, as mma.m16n8k16 takes it; b is in shared memory, its rows are the summed dimension.
+// Products of a warp group: d (64 x N, in registers) = a b, or d += a b if `add`. wgmma_ss: a and b
+// are in shared memory, their columns are the summed dimension. wgmma_rs: a is in registers, as
+// mma.m16n8k16 takes it; b is in shared memory, its rows are the summed dimension.
 #define SUMS4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
 #define SUMS_32 SUMS16(0), SUMS16(16)

@@ -68,6 +68,7 @@ fn served<'a>(
     let head_dim = shape.head_dim;
     if halves
         && shape.value_dim == head_dim
+        && shape.window != Some(0)
         && crate::cuda::has_prefill(device.cuda_stream().context(), head_dim)?
     {
         return Ok(Some(device));

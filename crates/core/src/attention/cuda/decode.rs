@@ -94,7 +94,7 @@ pub fn attend(
         queries: queries as i32,
         splits: splits as i32,
         causal: (mask == Mask::Causal).into(),
-        window: shape.window.unwrap_or(0) as i32,
+        window: shape.window.map_or(0, |window| window.min(1 << 30) as i32),
         scale: shape.scale,
         soft_cap: shape.soft_cap.unwrap_or(0.0),
     };

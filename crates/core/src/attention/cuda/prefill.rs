@@ -43,7 +43,7 @@ pub fn attend(
         heads: shape.heads as i32,
         kv_heads: shape.kv_heads as i32,
         causal: causal.into(),
-        window: if causal { shape.window.unwrap_or(0) as i32 } else { 0 },
+        window: shape.window.filter(|_| causal).map_or(0, |window| window.min(1 << 30) as i32),
         scale: shape.scale,
         soft_cap: shape.soft_cap.unwrap_or(0.0),
         out_f32: 1,
