@@ -77,6 +77,23 @@ pub trait KvStore: Send {
     /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if there is no such head.
     fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)>;
 
+    /// The same of a range of entries. A store that can read a part overrides it: by default all
+    /// entries of the head are read, and those outside of the range left out.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), and [`Error::Mismatch`] for a range past the head's end.
+    fn read_range(
+        &self,
+        seq: SeqId,
+        kv_head: usize,
+        entries: Range<usize>,
+    ) -> Result<(Tensor, Tensor)> {
+        let (k, v) = self.read(seq, kv_head)?;
+        check_range(&entries, k.dim(0)?)?;
+        let part = |x: &Tensor| x.narrow(0, entries.start, entries.len());
+        Ok((part(&k)?, part(&v)?))
+    }
+
     /// Entries of a sequence, `[kv_heads]`; none for a sequence that is not known.
     fn lens(&self, seq: SeqId) -> Vec<usize>;
 
@@ -121,6 +138,15 @@ pub trait KvStore: Send {
     fn len(&self, seq: SeqId) -> usize {
         self.lens(seq).into_iter().max().unwrap_or(0)
     }
+}
+
+/// Checks a range of entries to read against a head's entries.
+pub(crate) fn check_range(entries: &Range<usize>, len: usize) -> Result<()> {
+    if entries.start > entries.end || entries.end > len {
+        let expected = format!("a range within {len}");
+        return Err(Error::mismatch("entries to read", expected, format!("{entries:?}")));
+    }
+    Ok(())
 }
 
 /// Which entries of its sequence a query sees.

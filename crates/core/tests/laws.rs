@@ -111,6 +111,23 @@ proptest! {
 }
 
 #[test]
+fn a_range_that_is_read_equals_the_part_of_all() {
+    let mut store = DenseStore::new(shape(), DType::F16).unwrap();
+    let [_, k, v] = tensors(&[(4, 0, 100)]);
+    store.append(&Batch::single(4, 100).unwrap(), &k, &v).unwrap();
+    let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for range in [0..100, 0..0, 100..100, 31..33, 64..96, 5..6] {
+        let (all_k, all_v) = store.read(4, 1).unwrap();
+        let (k, v) = store.read_range(4, 1, range.clone()).unwrap();
+        let part = |x: &Tensor| numbers(&x.narrow(0, range.start, range.len()).unwrap());
+        assert_eq!((numbers(&k), numbers(&v)), (part(&all_k), part(&all_v)), "{range:?}");
+    }
+    assert!(store.read_range(4, 1, 90..101).unwrap_err().to_string().contains("within 100"));
+    assert!(store.read_range(4, 2, 0..1).unwrap_err().to_string().contains("kv head"));
+    assert!(matches!(store.read_range(5, 0, 0..1), Err(Error::UnknownSequence(5))));
+}
+
+#[test]
 fn a_sliding_window_goes_back_as_far_as_it_can_see() {
     let windowed = LayerSpec { shape: AttentionShape { window: Some(8), ..shape() }, ..spec() };
     let mut cache = DenseCache::new(windowed.clone(), DType::F32).unwrap();

@@ -127,7 +127,8 @@ impl KvCache for DenseCache {
         // Entries that slid out of the window are gone: the rest must still fill the window of the
         // token to come.
         let dropped = seen - self.store.len(seq);
-        let first_seen = len.saturating_sub(self.spec.shape.window.unwrap_or(len) - 1);
+        let reach = self.spec.shape.window.map_or(len, |window| window - 1);
+        let first_seen = len.saturating_sub(reach);
         if len < seen && dropped > first_seen {
             let what = "truncating a sequence beyond what its sliding window still holds";
             return Err(Error::Unsupported(what.into()));

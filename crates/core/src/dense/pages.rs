@@ -29,13 +29,13 @@ pub fn masked<'a, T: Element>(
     };
     ranges.check(&heads.iter().map(len).collect::<Vec<_>>())?;
     let cut = |(pages, ranges): (&Vec<Page<'a, T>>, &Vec<Range<usize>>)| {
-        ranges.iter().flat_map(|range| cut(pages, range, shape)).collect()
+        ranges.iter().flat_map(|range| within(pages, range, shape)).collect()
     };
     Ok(heads.iter().zip(ranges.heads()).map(cut).collect())
 }
 
 /// The parts of a head's pages within a range of entries. All pages but the last are full.
-fn cut<'a, T: Element>(
+pub fn within<'a, T: Element>(
     pages: &[Page<'a, T>],
     range: &Range<usize>,
     shape: &AttentionShape,

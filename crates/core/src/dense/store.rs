@@ -1,8 +1,8 @@
 use super::device::DeviceSeqs;
-use super::pages::{masked, pages, read, scatter};
+use super::pages::{masked, pages, read, scatter, within};
 use super::pool::Pool;
 use crate::attention::{self, Element};
-use crate::store::check_selections;
+use crate::store::{check_range, check_selections};
 use crate::{
     AttentionShape, AttentionState, Batch, Error, Footprint, KvStore, Mask, Result, Selection,
     SeqId,
@@ -70,6 +70,15 @@ impl DenseStore {
 
     fn known(&self, seq: SeqId) -> bool {
         on_pool!(&self.held, pool => !pool.lens(seq).is_empty(), seqs => seqs.contains(seq))
+    }
+
+    fn check_head(&self, seq: SeqId, kv_head: usize) -> Result<()> {
+        self.check_known(seq)?;
+        if kv_head >= self.shape.kv_heads {
+            let expected = format!("one of {}", self.shape.kv_heads);
+            return Err(Error::mismatch("kv head", expected, kv_head));
+        }
+        Ok(())
     }
 
     fn check_known(&self, seq: SeqId) -> Result<()> {
@@ -184,14 +193,27 @@ impl KvStore for DenseStore {
     }
 
     fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
-        self.check_known(seq)?;
-        if kv_head >= self.shape.kv_heads {
-            let expected = format!("one of {}", self.shape.kv_heads);
-            return Err(Error::mismatch("kv head", expected, kv_head));
-        }
+        self.check_head(seq, kv_head)?;
         on_pool!(&self.held,
             pool => read(&pool.pages(seq, kv_head), &self.shape),
             seqs => seqs.read(seq, kv_head))
+    }
+
+    fn read_range(
+        &self,
+        seq: SeqId,
+        kv_head: usize,
+        entries: Range<usize>,
+    ) -> Result<(Tensor, Tensor)> {
+        self.check_head(seq, kv_head)?;
+        check_range(&entries, self.lens(seq)[kv_head])?;
+        on_pool!(&self.held,
+        pool => read(&within(&pool.pages(seq, kv_head), &entries, &self.shape), &self.shape),
+        seqs => {
+            let (k, v) = seqs.read(seq, kv_head)?;
+            let part = |x: Tensor| x.narrow(0, entries.start, entries.len());
+            Ok((part(k)?, part(v)?))
+        })
     }
 
     fn lens(&self, seq: SeqId) -> Vec<usize> {
