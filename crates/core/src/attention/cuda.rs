@@ -44,10 +44,10 @@ pub fn attend_one(
     if entries == 0 || (mask == Mask::Causal && entries < queries) {
         return Ok(None);
     }
-    if shape.group() * queries <= MOST_COLUMNS {
-        if let Some(state) = decode::attend(device, q, k, v, shape, mask)? {
-            return Ok(Some(state));
-        }
+    if shape.group() * queries <= MOST_COLUMNS
+        && let Some(state) = decode::attend(device, q, k, v, shape, mask)?
+    {
+        return Ok(Some(state));
     }
     let lens = Tensor::new(&[[0, queries as u32], [0, entries as u32]], q.device())?;
     let lens = (&lens.get(0)?, &lens.get(1)?);

@@ -136,13 +136,13 @@ impl Shape {
             let shared_bytes = columns * 128 * (rows + 4 * keys) + 1024;
             return Self { wgmma, rows: rows as i32, threads, shared_bytes };
         }
-        let rows = if head_dim <= 128 { 128 } else { 64 };
+        let rows: u32 = if head_dim <= 128 { 128 } else { 64 };
         let keys = if head_dim <= 96 { 64 } else { 32 };
         Self {
             wgmma,
             rows: rows as i32,
             threads: 128,
-            shared_bytes: columns * 128 * (rows as u32 + 2 * keys),
+            shared_bytes: columns * 128 * (rows + 2 * keys),
         }
     }
 

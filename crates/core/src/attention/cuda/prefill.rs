@@ -58,7 +58,7 @@ pub fn attend(
 /// A view as it is if its rows begin at multiples of 16 bytes, or else a contiguous copy.
 fn rows(x: &Tensor) -> Result<Tensor> {
     let layout = x.layout();
-    let aligned = layout.start_offset() % 8 == 0
+    let aligned = layout.start_offset().is_multiple_of(8)
         && layout.stride()[2] == 1
         && strides(x).iter().all(|stride| *stride > 0 && stride % 8 == 0);
     Ok(if aligned { x.clone() } else { x.force_contiguous()? })
