@@ -34,6 +34,9 @@ pub(crate) trait Weights {
     /// Whether there is a tensor of that name.
     fn has(&self, name: &str) -> bool;
 
+    /// Checks that every tensor has been asked for, once the model is put together.
+    fn finish(&self) -> Result<()>;
+
     /// A linear map, with a bias if asked for.
     fn linear(&self, name: &str, out: usize, inner: usize, bias: bool) -> Result<Linear> {
         let weight = self.matrix(&format!("{name}.weight"), out, inner)?;

@@ -1,0 +1,42 @@
+//! GGUF files with the metadata and tensors that a test needs.
+#![allow(dead_code)]
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Tensor};
+
+pub fn text(s: &str) -> Value {
+    Value::String(s.into())
+}
+
+pub fn texts<S: AsRef<str>>(list: &[S]) -> Value {
+    Value::Array(list.iter().map(|s| text(s.as_ref())).collect())
+}
+
+pub fn integers(list: &[i32]) -> Value {
+    Value::Array(list.iter().map(|&n| Value::I32(n)).collect())
+}
+
+pub fn floats(list: &[f32]) -> Value {
+    Value::Array(list.iter().map(|&x| Value::F32(x)).collect())
+}
+
+/// Writes `model.gguf`.
+pub fn write(folder: &Path, metadata: &[(&str, Value)], tensors: &[(&str, &QTensor)]) -> PathBuf {
+    let path = folder.join("model.gguf");
+    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+    gguf_file::write(&mut File::create(&path).unwrap(), &metadata, tensors).unwrap();
+    path
+}
+
+/// A tensor as GGUF files hold it, in f32.
+pub fn stored(tensor: &Tensor) -> QTensor {
+    QTensor::quantize(&tensor.to_dtype(DType::F32).unwrap(), GgmlDType::F32).unwrap()
+}
+
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
