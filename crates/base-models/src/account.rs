@@ -1,4 +1,5 @@
-//! Which tensors of a checkpoint a model has used: one that it has no use for would change what it computes.
+//! Which tensors of a checkpoint a model has used: one that it has no use for would change what it
+//! computes.
 
 use std::collections::BTreeSet;
 use std::path::Path;

@@ -95,7 +95,8 @@ impl ChatOptions {
 
 /// A model's chat template, in Jinja, as `tokenizer_config.json` or a GGUF file carries it.
 ///
-/// It is compiled when it is first used, so that one that does not compile leaves its model open to completion.
+/// It is compiled when it is first used, so that one that does not compile leaves its model open to
+/// completion.
 ///
 /// ```
 /// use base_models::{ChatTemplate, Message};
@@ -151,7 +152,8 @@ impl ChatTemplate {
         Ok(Self { chat, with_tools: None, tokens })
     }
 
-    /// The template of a checkpoint folder: `chat_template.jinja`, or the one in `tokenizer_config.json`. `None` if there is none.
+    /// The template of a checkpoint folder: `chat_template.jinja`, or the one in
+    /// `tokenizer_config.json`. `None` if there is none.
     pub(crate) fn from_folder(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join("tokenizer_config.json");
         let text = files::read_text_if_present(&path)?.unwrap_or_else(|| "{}".into());
@@ -184,13 +186,14 @@ impl ChatTemplate {
     /// The conversation as text; `reply`: with the words that make the model answer.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with what the template itself objects to, or the line that does not compile.
+    /// [`Error::Unsupported`] with what the template itself objects to, or the line that does not
+    /// compile.
     pub fn render(&self, messages: &[Message], reply: bool) -> Result<String> {
         self.render_with(messages, &ChatOptions { reply, ..ChatOptions::default() })
     }
 
-    /// The conversation as text, with tools and other variables. Messages are [`Message`]s, or maps with the fields that
-    /// the template reads, such as `tool_calls`.
+    /// The conversation as text, with tools and other variables. Messages are [`Message`]s, or maps
+    /// with the fields that the template reads, such as `tool_calls`.
     ///
     /// # Errors
     /// As [`render`](Self::render).
@@ -221,7 +224,8 @@ impl ChatTemplate {
 fn value(name: &str, of: &impl Serialize) -> Result<(Value, usize)> {
     let failed = |e: &dyn std::fmt::Display| Error::Unsupported(format!("chat: {name:?}: {e}"));
     let json = serde_json::to_string(of).map_err(|e| failed(&e))?;
-    // Through text, which has no more depth than can be parsed, and the order that it was written in.
+    // Through text, which has no more depth than can be parsed, and the order that it was written
+    // in.
     let value = serde_json::from_str(&json).map_err(|e| failed(&e))?;
     Ok((value, json.len()))
 }

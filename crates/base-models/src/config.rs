@@ -60,7 +60,8 @@ impl Config {
     /// Reads a `config.json`. Absent fields have the values that `transformers` gives them.
     ///
     /// # Errors
-    /// [`Error::File`] if it can't be read or a field is missing; [`Error::Unsupported`] for another architecture.
+    /// [`Error::File`] if it can't be read or a field is missing; [`Error::Unsupported`] for
+    /// another architecture.
     pub fn from_file(path: &Path) -> Result<Self> {
         let json = files::read_json(path)?;
         let config = from_fields(&Fields::new(path, &json)?)?;
@@ -68,7 +69,8 @@ impl Config {
         Ok(config)
     }
 
-    /// Reads a folder's `config.json` and, if it is there, `generation_config.json`, whose end tokens come first.
+    /// Reads a folder's `config.json` and, if it is there, `generation_config.json`, whose end
+    /// tokens come first.
     ///
     /// # Errors
     /// As [`from_file`](Self::from_file).
@@ -204,8 +206,8 @@ fn from_fields(raw: &Fields) -> Result<Config> {
     Ok(Config { windows: windows(raw, family, layers)?, ..config })
 }
 
-/// Mistral's layers all have the window. Qwen's have it from some layer on, or where `layer_types` says so, and only if
-/// it is in use. Llama's have none, whatever the fields say.
+/// Mistral's layers all have the window. Qwen's have it from some layer on, or where `layer_types`
+/// says so, and only if it is in use. Llama's have none, whatever the fields say.
 fn windows(raw: &Fields, family: &str, layers: usize) -> Result<Vec<Option<usize>>> {
     let window = match raw.number("sliding_window")? {
         Some(window) => Some(window),
@@ -234,7 +236,8 @@ fn windows(raw: &Fields, family: &str, layers: usize) -> Result<Vec<Option<usize
     types.iter().map(window).collect()
 }
 
-/// The base and the scaling. Version 5 of `transformers` moved both into `rope_parameters`; a `rope_scaling` goes before it.
+/// The base and the scaling. Version 5 of `transformers` moved both into `rope_parameters`; a
+/// `rope_scaling` goes before it.
 fn rope(raw: &Fields, context: usize) -> Result<(f64, RopeScaling)> {
     let scaling = raw.fields("rope_scaling")?.filter(|fields| !fields.is_empty());
     let fields = match scaling {

@@ -7,15 +7,14 @@ use crate::config::Config;
 use crate::folder::Folder;
 use crate::linear::{Joined, Linear, Weight};
 use crate::random::Random;
+use crate::session::Decoder;
 use crate::weights::{LoadOptions, Weights};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::{rms_norm, silu};
-use longctx_core::{
-    AttentionShape, CausalLm, Error, Footprint, KvCache, LayerShape, Logits, Result, Rope, Step,
-};
+use longctx_core::{AttentionShape, Batch, KvCache, LayerSpec, Logits, Result, Rope, Step};
 
-/// Tokens that go through a feed-forward block at a time: its inner activations, several times wider than the
-/// model, never exist for the whole prompt.
+/// Tokens that go through a feed-forward block at a time: its inner activations, several times
+/// wider than the model, never exist for the whole prompt.
 const FEED_FORWARD_TOKENS: usize = 1024;
 
 /// A decoder's weights, shared by all sessions that run on them.
@@ -34,7 +33,7 @@ struct Inner {
     norm: Tensor,
     /// `None` if the embedding's matrix is the output head.
     head: Option<Weight>,
-    rope: Rope,
+    rope: Arc<Rope>,
 }
 
 impl Transformer {
@@ -76,6 +75,7 @@ impl Transformer {
         };
         w.finish()?;
         let (device, dtype) = (options.device.clone(), options.dtype);
+        let rope = Arc::new(rope);
         let inner = Inner { config, device, dtype, embedding, layers, norm, head, rope };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -85,120 +85,49 @@ impl Transformer {
         &self.inner.config
     }
 
-    /// A session on these weights: a [`CausalLm`] whose layers remember through caches that `make` builds, one per layer.
+    /// Where the model computes.
+    pub fn device(&self) -> &Device {
+        &self.inner.device
+    }
+
+    /// A session on these weights: a [`CausalLm`](longctx_core::CausalLm) whose layers remember
+    /// through caches that `make` builds, one per layer. Queries and keys come to them before the
+    /// rotary embedding, which each layer's [`LayerSpec`] holds.
     ///
     /// # Errors
-    /// Whatever `make` reports.
+    /// Whatever `make` reports; [`Error::Setting`](longctx_core::Error::Setting) for a cache that
+    /// was made without the rotary embedding.
     pub fn session<C: KvCache + 'static>(
         &self,
-        make: impl Fn(&LayerShape) -> Result<C>,
+        make: impl Fn(&LayerSpec) -> Result<C>,
     ) -> Result<Decoder> {
-        let layers = self.inner.layers.len();
-        let cache = |(layer, l): (usize, &Layer)| -> Result<Box<dyn KvCache>> {
-            Ok(Box::new(make(&LayerShape { layer, layers, attention: l.shape })?))
+        let layers = &self.inner.layers;
+        let cache = |(index, layer): (usize, &Layer)| -> Result<Box<dyn KvCache>> {
+            let spec = LayerSpec::new(layer.shape).with_rope(self.inner.rope.clone());
+            Ok(Box::new(make(&spec.at(index, layers.len()))?))
         };
-        let caches = self.inner.layers.iter().enumerate().map(cache).collect::<Result<_>>()?;
-        Ok(Decoder { model: self.clone(), caches, seen: 0 })
-    }
-}
-
-/// A transformer at work: weights, and one cache per layer.
-pub struct Decoder {
-    model: Transformer,
-    caches: Vec<Box<dyn KvCache>>,
-    seen: usize,
-}
-
-impl Decoder {
-    /// The weights.
-    pub fn model(&self) -> &Transformer {
-        &self.model
+        Decoder::new(self.clone(), layers.iter().enumerate().map(cache).collect::<Result<_>>()?)
     }
 
-    /// The caches, one per layer.
-    pub fn caches(&self) -> &[Box<dyn KvCache>] {
-        &self.caches
-    }
-}
-
-impl CausalLm for Decoder {
-    fn forward(&mut self, tokens: &Tensor, logits: Logits) -> Result<Tensor> {
-        let model = &self.model.inner;
-        let count = check_tokens(tokens, model.config.vocab_size)?;
-        let mut x = model.embedding.embed(tokens, model.dtype)?;
-        for (layer, cache) in model.layers.iter().zip(&mut self.caches) {
-            x = layer.forward(&x, cache.as_mut(), &model.rope, model.config.norm_eps)?;
+    /// Logits of a batch whose ids are checked. After an error, some of the caches have advanced.
+    pub(crate) fn forward(
+        &self,
+        caches: &mut [Box<dyn KvCache>],
+        batch: &Batch,
+        ids: &[u32],
+        logits: Logits,
+    ) -> Result<Tensor> {
+        let Inner { config, device, dtype, embedding, layers, norm, head, .. } = &*self.inner;
+        let mut x = embedding.embed(&Tensor::new(ids, device)?, *dtype)?;
+        for (layer, cache) in layers.iter().zip(caches) {
+            x = layer.forward(&x, cache.as_mut(), batch, config.norm_eps)?;
         }
-        self.seen += count;
-        if logits == Logits::Last {
-            x = x.narrow(1, count - 1, 1)?.contiguous()?;
+        if logits == Logits::Last && batch.tokens() > batch.seqs().len() {
+            let last: Vec<_> = batch.cu_seqlens()[1..].iter().map(|&end| end as u32 - 1).collect();
+            x = x.index_select(&Tensor::new(last, device)?, 0)?;
         }
-        let x = rms_norm(&x, &model.norm, model.config.norm_eps as f32)?;
-        let head = model.head.as_ref().unwrap_or(&model.embedding);
-        Ok(head.forward(&x)?.to_dtype(DType::F32)?)
-    }
-
-    fn rewind(&mut self, seen: usize) -> Result<bool> {
-        for layer in 0..self.caches.len() {
-            if self.caches[layer].rewind(seen)? {
-                continue;
-            }
-            if layer == 0 {
-                return Ok(false);
-            }
-            // Layers with caches of different kinds: those before this one have already gone back.
-            let what = format!("rewinding a model whose layer {layer} can't, unlike those before");
-            return Err(Error::Unsupported(what));
-        }
-        self.seen = seen;
-        Ok(true)
-    }
-
-    fn reset(&mut self) {
-        self.caches.iter_mut().for_each(|cache| cache.reset());
-        self.seen = 0;
-    }
-
-    fn seen(&self) -> usize {
-        self.seen
-    }
-
-    fn footprint(&self) -> Footprint {
-        self.caches.iter().map(|cache| cache.footprint()).sum()
-    }
-
-    fn vocab_size(&self) -> usize {
-        self.model.config().vocab_size
-    }
-
-    fn context_length(&self) -> Option<usize> {
-        Some(self.model.config().context_length)
-    }
-
-    fn family(&self) -> &str {
-        &self.model.config().family
-    }
-
-    fn device(&self) -> &Device {
-        &self.model.inner.device
-    }
-}
-
-/// Checks the shape, the dtype and the largest id; gives the number of tokens.
-fn check_tokens(tokens: &Tensor, vocab: usize) -> Result<usize> {
-    let expected = || format!("u32 [batch, tokens] with at least one token, ids below {vocab}");
-    match tokens.dims() {
-        &[batch, count] if tokens.dtype() == DType::U32 && batch * count > 0 => {
-            let largest = tokens.flatten_all()?.max(0)?.to_scalar::<u32>()?;
-            if largest as usize >= vocab {
-                return Err(Error::mismatch("tokens", expected(), format!("the id {largest}")));
-            }
-            Ok(count)
-        }
-        dims => {
-            let got = format!("{} {dims:?}", tokens.dtype().as_str());
-            Err(Error::mismatch("tokens", expected(), got))
-        }
+        let x = rms_norm(&x, norm, config.norm_eps as f32)?;
+        Ok(head.as_ref().unwrap_or(embedding).forward(&x)?.to_dtype(DType::F32)?)
     }
 }
 
@@ -248,46 +177,49 @@ impl Layer {
         })
     }
 
+    /// `x`: `[tokens, hidden]`, the tokens of all sequences of the batch.
     fn forward(
         &self,
         x: &Tensor,
         cache: &mut dyn KvCache,
-        rope: &Rope,
+        batch: &Batch,
         eps: f64,
     ) -> Result<Tensor> {
         let normed = rms_norm(x, &self.attention_norm, eps as f32)?;
-        let x = (x + self.attend(&normed, cache, rope, eps)?)?;
-        let tokens = x.dim(1)?;
+        let x = (x + self.attend(&normed, cache, batch, eps)?)?;
+        let tokens = x.dim(0)?;
         let mut parts = Vec::new();
         for start in (0..tokens).step_by(FEED_FORWARD_TOKENS) {
-            let part = x.narrow(1, start, FEED_FORWARD_TOKENS.min(tokens - start))?.contiguous()?;
+            let part = x.narrow(0, start, FEED_FORWARD_TOKENS.min(tokens - start))?;
             let normed = rms_norm(&part, &self.feed_forward_norm, eps as f32)?;
             parts.push((part + self.feed_forward(&normed)?)?);
         }
         match parts.as_slice() {
             [one] => Ok(one.clone()),
-            parts => Ok(Tensor::cat(parts, 1)?),
+            parts => Ok(Tensor::cat(parts, 0)?),
         }
     }
 
-    fn attend(&self, x: &Tensor, cache: &mut dyn KvCache, rope: &Rope, eps: f64) -> Result<Tensor> {
-        let (batch, tokens, _) = x.dims3()?;
+    fn attend(
+        &self,
+        x: &Tensor,
+        cache: &mut dyn KvCache,
+        batch: &Batch,
+        eps: f64,
+    ) -> Result<Tensor> {
+        let AttentionShape { heads, kv_heads, head_dim, value_dim, .. } = self.shape;
+        let tokens = batch.tokens();
         let projected = self.qkv.forward(x)?;
-        let heads = |i: usize, heads| -> Result<Tensor> {
-            let split = projected[i].reshape((batch, tokens, heads, self.shape.head_dim))?;
-            Ok(split.transpose(1, 2)?.contiguous()?)
-        };
-        let mut q = heads(0, self.shape.heads)?;
-        let mut k = heads(1, self.shape.kv_heads)?;
-        let v = heads(2, self.shape.kv_heads)?;
+        let mut q = projected[0].reshape((tokens, heads, head_dim))?;
+        let mut k = projected[1].reshape((tokens, kv_heads, head_dim))?;
+        let v = projected[2].reshape((tokens, kv_heads, value_dim))?;
         drop(projected);
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             q = rms_norm(&q, q_norm, eps as f32)?;
             k = rms_norm(&k, k_norm, eps as f32)?;
         }
-        let out = cache.attend(&Step { q: &q, k: &k, v: &v, shape: &self.shape, rope })?;
-        let width = self.shape.heads * self.shape.head_dim;
-        self.out.forward(&out.transpose(1, 2)?.reshape((batch, tokens, width))?)
+        let out = cache.attend(&Step { batch, q: &q, k: &k, v: &v })?;
+        self.out.forward(&out.reshape((tokens, heads * value_dim))?)
     }
 
     fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {

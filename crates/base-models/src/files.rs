@@ -1,4 +1,5 @@
-//! Files of a checkpoint, opened without surprises: regular files only, inside the folder that was named.
+//! Files of a checkpoint, opened without surprises: regular files only, inside the folder that was
+//! named.
 
 use std::fs::File;
 use std::path::{Component, Path, PathBuf};

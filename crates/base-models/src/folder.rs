@@ -1,4 +1,5 @@
-//! Checkpoints in Hugging Face's layout: a folder with `config.json` and weights in safetensors or PyTorch's files.
+//! Checkpoints in Hugging Face's layout: a folder with `config.json` and weights in safetensors or
+//! PyTorch's files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -21,8 +22,8 @@ pub(crate) const LAYOUTS: [(&str, &str); 2] = [
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 ];
 
-/// Tensors that can be computed from the settings, or that concern activations and caches, which are computed
-/// in full precision here.
+/// Tensors that can be computed from the settings, or that concern activations and caches, which
+/// are computed in full precision here.
 const HARMLESS: [&str; 7] = [
     "rotary_emb.inv_freq",
     "self_attn.rotary_emb",
@@ -59,8 +60,9 @@ impl Folder {
         let safetensors = files.iter().all(|f| f.extension().is_some_and(|e| e == "safetensors"));
         let source = match safetensors {
             true => {
-                // SAFETY: memory-mapping is sound as long as nobody changes the files while they are mapped: a checkpoint is
-                // written once, and this is the documented condition of every loader that maps safetensors.
+                // SAFETY: memory-mapping is sound as long as nobody changes the files while they
+                // are mapped: a checkpoint is written once, and this is the documented condition of
+                // every loader that maps safetensors.
                 #[allow(unsafe_code)]
                 let mapped = unsafe { MmapedSafetensors::multi(&files) };
                 Source::Safetensors(mapped.map_err(|e| Error::file(path, e))?)
@@ -95,7 +97,8 @@ impl Folder {
         }
     }
 
-    /// The tensor's numbers in f32 or as they are stored, on the CPU; 8-bit floats without their scales.
+    /// The tensor's numbers in f32 or as they are stored, on the CPU; 8-bit floats without their
+    /// scales.
     fn numbers(&self, name: &str) -> Result<Tensor> {
         match &self.source {
             Source::Torch(files, homes) => files[homes[name]].load(name),

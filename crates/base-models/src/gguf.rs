@@ -34,7 +34,8 @@ const READ: [&str; 17] = [
     "vocab_size",
 ];
 
-/// Settings that change what a model computes, and are not read: with a value other than the neutral one they are refused.
+/// Settings that change what a model computes, and are not read: with a value other than the
+/// neutral one they are refused.
 const REFUSED: [(&str, f64); 24] = [
     ("attention.causal", 1.0),
     ("attention.clamp_kqv", 0.0),
@@ -70,7 +71,8 @@ pub(crate) struct Gguf {
     file: GgufFile,
     options: LoadOptions,
     account: Account,
-    /// Query and key/value heads, where rows of these projections are interleaved for llama.cpp's rotary embedding.
+    /// Query and key/value heads, where rows of these projections are interleaved for llama.cpp's
+    /// rotary embedding.
     interleaved: Option<(usize, usize)>,
 }
 
@@ -88,7 +90,8 @@ impl Gguf {
     /// The model's shape, from the file's metadata.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with each setting that changes what the model computes and is not read.
+    /// [`Error::Unsupported`] with each setting that changes what the model computes and is not
+    /// read.
     pub fn config(&mut self) -> Result<Config> {
         let family = self.file.text("general.architecture")?;
         let family = family.ok_or_else(|| self.missing("general.architecture"))?.to_owned();
@@ -142,7 +145,8 @@ impl Gguf {
         Ok(Config { windows, ..config })
     }
 
-    /// Llama files have a window for all layers or none; a Qwen model uses its window in some layers, which files don't tell.
+    /// Llama files have a window for all layers or none; a Qwen model uses its window in some
+    /// layers, which files don't tell.
     fn window(&self, config: &Config) -> Result<Option<usize>> {
         let key = format!("{}.attention.sliding_window", config.family);
         let window = self.file.number(&key)?.filter(|&w| w > 0);
@@ -154,7 +158,8 @@ impl Gguf {
         }
     }
 
-    /// Linear is what a factor means unless the file names a type; "none" means that there is no factor.
+    /// Linear is what a factor means unless the file names a type; "none" means that there is no
+    /// factor.
     fn rope_scaling(&self, family: &str) -> Result<RopeScaling> {
         let key = |name: &str| format!("{family}.rope.{name}");
         let factor = match self.file.float(&key("scaling.factor"))? {
@@ -243,7 +248,8 @@ impl Gguf {
     }
 }
 
-/// llama.cpp rotates channel 2i with 2i+1, Hugging Face i with i + d/2: the row of llama.cpp's that is row `row` here.
+/// llama.cpp rotates channel 2i with 2i+1, Hugging Face i with i + d/2: the row of llama.cpp's that
+/// is row `row` here.
 fn interleaved_row(row: usize, d: usize) -> usize {
     let (head, channel) = (row / d, row % d);
     head * d + 2 * (channel % (d / 2)) + channel / (d / 2)

@@ -60,11 +60,12 @@ pub(crate) struct GgufFile {
 }
 
 impl GgufFile {
-    /// Reads the headers of a file and of the parts that belong to it (`name-00001-of-00003.gguf` and so on).
+    /// Reads the headers of a file and of the parts that belong to it (`name-00001-of-00003.gguf`
+    /// and so on).
     ///
     /// # Errors
-    /// [`Error::File`] with the file that is missing, truncated or damaged; [`Error::Unsupported`] with the
-    /// first tensor whose type can't be multiplied.
+    /// [`Error::File`] with the file that is missing, truncated or damaged; [`Error::Unsupported`]
+    /// with the first tensor whose type can't be multiplied.
     pub fn open(path: &Path) -> Result<Self> {
         let first = Part::read(path)?;
         let count = split_number(path, &first, "split.count")?.unwrap_or(1);
@@ -326,7 +327,8 @@ impl Header<'_> {
         }
     }
 
-    /// A truncated file is found out before anything is loaded, by the first tensor that goes past its end.
+    /// A truncated file is found out before anything is loaded, by the first tensor that goes past
+    /// its end.
     fn check_ends(&self, tensors: &[(String, TensorInfo)]) -> Result<()> {
         let end = |info: &TensorInfo| info.start.saturating_add(info.bytes as u64);
         let beyond = tensors.iter().filter(|(_, info)| end(info) > self.size);
@@ -433,7 +435,8 @@ impl Header<'_> {
     }
 }
 
-/// ggml's name of a type, the weights of a block, its bytes, and candle's type if it can be multiplied.
+/// ggml's name of a type, the weights of a block, its bytes, and candle's type if it can be
+/// multiplied.
 fn tensor_type(id: u32) -> (&'static str, usize, usize, Option<GgmlDType>) {
     let known = |name, dtype: GgmlDType| (name, dtype.block_size(), dtype.type_size(), Some(dtype));
     let name = match id {

@@ -10,7 +10,8 @@ use longctx_core::{Error, Result};
 const OPTIONAL: [&str; 3] =
     ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"];
 
-/// Fetches what [`Pretrained::from_folder`](crate::Pretrained::from_folder) needs, unless it is there already; gives the folder.
+/// Fetches what [`Pretrained::from_folder`](crate::Pretrained::from_folder) needs, unless it is
+/// there already; gives the folder.
 pub(crate) fn download(name: &str) -> Result<PathBuf> {
     let api = ApiBuilder::from_env().build().map_err(|e| Error::file(name, e))?;
     let repo = api.model(name.to_owned());
@@ -21,8 +22,8 @@ pub(crate) fn download(name: &str) -> Result<PathBuf> {
     for file in OPTIONAL {
         let _ = repo.get(file);
     }
-    if repo.get("tokenizer.json").is_err() {
-        fetch(&repo, name, "tokenizer.model")?;
+    if let Err(e) = fetch(&repo, name, "tokenizer.json") {
+        repo.get("tokenizer.model").map_err(|_| e)?;
         let _ = repo.get("added_tokens.json");
     }
     for (single, index) in LAYOUTS {

@@ -1,4 +1,5 @@
-//! Fields of a JSON object, as leniently as Python reads them: null is absent, 2048.0 a whole number.
+//! Fields of a JSON object, as leniently as Python reads them: null is absent, 2048.0 a whole
+//! number.
 
 use std::path::Path;
 

@@ -23,6 +23,7 @@ mod quantized;
 mod random;
 mod sentence_piece;
 mod sentence_piece_model;
+mod session;
 mod template;
 mod text_stream;
 mod tokenizer;
@@ -31,8 +32,9 @@ mod weights;
 
 pub use chat::{ChatOptions, ChatTemplate, Message};
 pub use config::Config;
-pub use decoder::{Decoder, Transformer};
+pub use decoder::Transformer;
 pub use pretrained::Pretrained;
+pub use session::Decoder;
 pub use text_stream::TextStream;
 pub use tokenizer::Tokenizer;
 pub use weights::LoadOptions;

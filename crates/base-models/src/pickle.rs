@@ -1,7 +1,8 @@
-//! Python pickles as data: what PyTorch writes around the tensors of a checkpoint. Nothing is ever called.
+//! Python pickles as data: what PyTorch writes around the tensors of a checkpoint. Nothing is ever
+//! called.
 //!
-//! Objects lie in an arena and refer to each other by index, so that no object is copied when the memo gives it out
-//! again, nothing recurses, and memory is bounded by the number of bytes read.
+//! Objects lie in an arena and refer to each other by index, so that no object is copied when the
+//! memo gives it out again, nothing recurses, and memory is bounded by the number of bytes read.
 
 use std::collections::HashMap;
 

@@ -1,19 +1,22 @@
 //! How text is split before byte-level BPE, by the names of `tokenizer.ggml.pre`.
 //!
-//! The names are those of llama.cpp's build 11434 (`src/llama-vocab.cpp`). The patterns are those of the models'
-//! own `tokenizer.json` where llama.cpp cites them, and llama.cpp's elsewhere.
+//! The names are those of llama.cpp's build 11434 (`src/llama-vocab.cpp`). The patterns are those
+//! of the models' own `tokenizer.json` where llama.cpp cites them, and llama.cpp's elsewhere.
 
 /// A way to split text, and what else llama.cpp derives from its name.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PreTokenizer {
     names: &'static [&'static str],
-    /// Regular expressions, applied one after the other. Matches and the text between them become pieces.
+    /// Regular expressions, applied one after the other. Matches and the text between them become
+    /// pieces.
     pub splits: &'static [&'static str],
     /// Whether a piece that is a token stays whole even if no merges lead to it.
     pub ignore_merges: bool,
-    /// Whether a text begins with the BOS token, unless `tokenizer.ggml.add_bos_token` says otherwise.
+    /// Whether a text begins with the BOS token, unless `tokenizer.ggml.add_bos_token` says
+    /// otherwise.
     pub add_bos: bool,
-    /// Whether text is brought into Unicode's form NFC first. GGUF files don't say; the model's own tokenizer does.
+    /// Whether text is brought into Unicode's form NFC first. GGUF files don't say; the model's own
+    /// tokenizer does.
     pub nfc: bool,
 }
 

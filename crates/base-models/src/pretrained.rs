@@ -22,7 +22,8 @@ pub struct Pretrained {
 }
 
 impl Pretrained {
-    /// Opens what `name` names: a `.gguf` file, a folder in Hugging Face's layout, or else a model of the Hub ("org/name").
+    /// Opens what `name` names: a `.gguf` file, a folder in Hugging Face's layout, or else a model
+    /// of the Hub ("org/name").
     ///
     /// # Errors
     /// As the constructor that it comes to.
@@ -37,10 +38,12 @@ impl Pretrained {
         }
     }
 
-    /// From a folder with `config.json`, `tokenizer.json` and `model.safetensors` or its shards and their index.
+    /// From a folder with `config.json`, `tokenizer.json` and `model.safetensors` or its shards and
+    /// their index.
     ///
     /// # Errors
-    /// [`Error::File`](longctx_core::Error::File) naming the file that is missing or broken; [`Error::Mismatch`](longctx_core::Error::Mismatch) naming a tensor of another shape;
+    /// [`Error::File`](longctx_core::Error::File) naming the file that is missing or broken;
+    /// [`Error::Mismatch`](longctx_core::Error::Mismatch) naming a tensor of another shape;
     /// [`Error::Unsupported`](longctx_core::Error::Unsupported) for another architecture.
     pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
         let model = Transformer::from_folder(folder, options)?;
@@ -51,7 +54,8 @@ impl Pretrained {
     /// From one GGUF file of the architecture llama, qwen2 or qwen3.
     ///
     /// # Errors
-    /// As [`from_folder`](Self::from_folder); a truncated file is named with the tensor that is cut off.
+    /// As [`from_folder`](Self::from_folder); a truncated file is named with the tensor that is cut
+    /// off.
     pub fn from_gguf(path: &Path, options: &LoadOptions) -> Result<Self> {
         let mut file = Gguf::open(path, options)?;
         let config = file.config()?;
@@ -67,7 +71,8 @@ impl Pretrained {
 
     /// The tokens of a conversation, with the words that make the model answer.
     ///
-    /// The template itself writes the token that begins a text, so that none is put in front of it again.
+    /// The template itself writes the token that begins a text, so that none is put in front of it
+    /// again.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if the model has no chat template; as [`ChatTemplate::render`].
@@ -90,10 +95,12 @@ impl Pretrained {
         self.tokenizer.encode(&chat.render_with(messages, options)?, false)
     }
 
-    /// From the Hugging Face Hub, by name: "HuggingFaceTB/SmolLM2-135M-Instruct". Files are kept in the Hub's usual cache.
+    /// From the Hugging Face Hub, by name: "HuggingFaceTB/SmolLM2-135M-Instruct". Files are kept in
+    /// the Hub's usual cache.
     ///
     /// # Errors
-    /// [`Error::File`](longctx_core::Error::File) naming the model and the file that could not be had; then as [`from_folder`](Self::from_folder).
+    /// [`Error::File`](longctx_core::Error::File) naming the model and the file that could not be
+    /// had; then as [`from_folder`](Self::from_folder).
     #[cfg(feature = "hub")]
     pub fn from_hub(name: &str, options: &LoadOptions) -> Result<Self> {
         Self::from_folder(&crate::hub::download(name)?, options)

@@ -53,13 +53,15 @@ impl Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SpacePrefix {
     Never,
-    /// In front of the text and after each control or user-defined token, as llama.cpp and SentencePiece's first users do.
+    /// In front of the text and after each control or user-defined token, as llama.cpp and
+    /// SentencePiece's first users do.
     EachFragment,
     /// In front of the text alone.
     Text,
 }
 
-/// A tokenizer that merges the pair whose piece has the best score, and takes unknown characters apart into bytes.
+/// A tokenizer that merges the pair whose piece has the best score, and takes unknown characters
+/// apart into bytes.
 pub(crate) fn tokenizer(pieces: &[Piece], prefix: SpacePrefix) -> Result<Tokenizer> {
     let vocab = vocabulary(pieces.iter().map(|piece| piece.text.as_str()))?;
     let bytes = (0..=255u8).all(|byte| vocab.contains_key(&format!("<0x{byte:02X}>")));

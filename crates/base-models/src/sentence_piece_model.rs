@@ -1,4 +1,5 @@
-//! SentencePiece's own file, `tokenizer.model`, with the files that `transformers` writes beside it.
+//! SentencePiece's own file, `tokenizer.model`, with the files that `transformers` writes beside
+//! it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
@@ -63,7 +64,8 @@ struct NormalizerSpec {
 /// The tokenizer of a folder that has a `tokenizer.model`, as `transformers` makes it for Llama.
 ///
 /// # Errors
-/// [`Error::File`] if a file is broken; [`Error::Unsupported`] if the model is not BPE or changes its text.
+/// [`Error::File`] if a file is broken; [`Error::Unsupported`] if the model is not BPE or changes
+/// its text.
 pub(crate) fn tokenizer(folder: &Path) -> Result<Tokenizer> {
     let path = folder.join("tokenizer.model");
     let mut bytes = Vec::new();
@@ -127,7 +129,8 @@ fn check(path: &Path, trainer: &TrainerSpec, normalizer: &NormalizerSpec) -> Res
     Ok(())
 }
 
-/// Tokens beyond the model's own: `added_tokens_decoder` of the configuration, or `added_tokens.json`.
+/// Tokens beyond the model's own: `added_tokens_decoder` of the configuration, or
+/// `added_tokens.json`.
 fn added_tokens(folder: &Path, config: &Fields) -> Result<BTreeMap<u32, AddedToken>> {
     let path = folder.join("added_tokens.json");
     let mut added = BTreeMap::new();

@@ -11,7 +11,8 @@ use minijinja::{Environment, ErrorKind, State};
 
 /// The longest template, in bytes. Those of public models have less than a quarter of it.
 const MAX_LENGTH: usize = 128 << 10;
-/// The longest tag, in bytes, texts in quotes aside: the parser's time grows with the square of an expression's depth.
+/// The longest tag, in bytes, texts in quotes aside: the parser's time grows with the square of an
+/// expression's depth.
 const MAX_TAG: usize = 4096;
 /// The most signs in a row.
 const MAX_SIGNS: usize = 8;
@@ -129,7 +130,8 @@ fn check_tags(source: &str) -> Result<()> {
     Ok(())
 }
 
-/// `{% generation %}` marks the assistant's words for training; here it is a scope of its own, which is all that is left.
+/// `{% generation %}` marks the assistant's words for training; here it is a scope of its own,
+/// which is all that is left.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -152,8 +154,8 @@ fn without_generation_tags(source: &str) -> String {
     out + rest
 }
 
-/// Runs a function on a stack that a deeply nested expression or value does not overflow. What it refers to is dropped
-/// there, too.
+/// Runs a function on a stack that a deeply nested expression or value does not overflow. What it
+/// refers to is dropped there, too.
 fn with_deep_stack<T: Send>(run: impl FnOnce() -> Result<T, minijinja::Error> + Send) -> Result<T> {
     let failed = |e: &dyn std::fmt::Display| Error::Unsupported(format!("chat template: {e}"));
     thread::scope(|scope| {

@@ -11,12 +11,13 @@ const UNFINISHED: usize = 3;
 
 /// Turns tokens into text one at a time, in constant time each.
 ///
-/// The pieces joined are [`Tokenizer::decode`] of all tokens, as long as these make whole characters.
+/// The pieces joined are [`Tokenizer::decode`] of all tokens, as long as these make whole
+/// characters.
 #[derive(Debug)]
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
-    /// The tokens of the last whole characters. They are decoded again in front of the next ones: a token's text
-    /// depends on whether something stands before it.
+    /// The tokens of the last whole characters. They are decoded again in front of the next ones: a
+    /// token's text depends on whether something stands before it.
     before: Vec<u32>,
     /// The tokens since then, of which the last ends within a character.
     held: Vec<u32>,
@@ -53,7 +54,8 @@ impl<'a> TextStream<'a> {
         Ok(new)
     }
 
-    /// The text of what is still held back, with U+FFFD for an unfinished character. The stream then begins anew.
+    /// The text of what is still held back, with U+FFFD for an unfinished character. The stream
+    /// then begins anew.
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].
@@ -75,7 +77,8 @@ impl<'a> TextStream<'a> {
         }
     }
 
-    /// Forgets the first tokens held back: each of many ends within a character, or the text is broken and given out.
+    /// Forgets the first tokens held back: each of many ends within a character, or the text is
+    /// broken and given out.
     fn shorten(&mut self, text: &str) -> Result<String> {
         let rest = text.strip_prefix(&self.given).unwrap_or(text);
         let last = self.held.split_off(self.held.len() - UNFINISHED - 1);

@@ -18,7 +18,8 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json`. Its sections on truncation and padding are left out: they belong to training.
+    /// Reads a `tokenizer.json`. Its sections on truncation and padding are left out: they belong
+    /// to training.
     ///
     /// # Errors
     /// [`Error::File`] if it can't be read.
@@ -32,11 +33,13 @@ impl Tokenizer {
         Ok(Self { inner })
     }
 
-    /// Reads a folder's `tokenizer.json` or, if there is none, its `tokenizer.model` (SentencePiece's format) with the
-    /// tokens that `tokenizer_config.json` or `added_tokens.json` adds.
+    /// Reads a folder's `tokenizer.json` or, if there is none, its `tokenizer.model`
+    /// (SentencePiece's format) with the tokens that `tokenizer_config.json` or `added_tokens.json`
+    /// adds.
     ///
     /// # Errors
-    /// [`Error::File`] if they can't be read; [`Error::Unsupported`] for a SentencePiece model that is not BPE.
+    /// [`Error::File`] if they can't be read; [`Error::Unsupported`] for a SentencePiece model that
+    /// is not BPE.
     pub fn from_folder(folder: &Path) -> Result<Self> {
         let json = folder.join("tokenizer.json");
         if json.exists() || !folder.join("tokenizer.model").exists() {
@@ -45,12 +48,13 @@ impl Tokenizer {
         Ok(Self { inner: sentence_piece_model::tokenizer(folder)? })
     }
 
-    /// Builds the tokenizer that a GGUF file describes: byte-level BPE ("gpt2": Llama 3, Qwen, SmolLM) or
-    /// SentencePiece BPE ("llama": Llama 2, Mistral). Text is split by the pre-tokenizer that the file names.
+    /// Builds the tokenizer that a GGUF file describes: byte-level BPE ("gpt2": Llama 3, Qwen,
+    /// SmolLM) or SentencePiece BPE ("llama": Llama 2, Mistral). Text is split by the pre-tokenizer
+    /// that the file names.
     ///
     /// # Errors
-    /// [`Error::File`] naming the metadata that is missing or broken; [`Error::Unsupported`] naming a model or a
-    /// pre-tokenizer that is not known.
+    /// [`Error::File`] naming the metadata that is missing or broken; [`Error::Unsupported`] naming
+    /// a model or a pre-tokenizer that is not known.
     pub fn from_gguf(path: &Path) -> Result<Self> {
         Self::from_gguf_file(&GgufFile::open(path)?)
     }
@@ -59,7 +63,8 @@ impl Tokenizer {
         Ok(Self { inner: gguf_tokenizer::tokenizer(file)? })
     }
 
-    /// The tokens of a text. `special`: with what the model expects around a text, most often a first token.
+    /// The tokens of a text. `special`: with what the model expects around a text, most often a
+    /// first token.
     ///
     /// # Errors
     /// [`Error::Unsupported`] with the tokenizer's own message.

@@ -1,4 +1,5 @@
-//! PyTorch's `.bin` and `.pth` files: a zip archive with a pickle that describes tensors, and their storages.
+//! PyTorch's `.bin` and `.pth` files: a zip archive with a pickle that describes tensors, and their
+//! storages.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -32,7 +33,8 @@ struct TensorInfo {
 
 impl TorchFile {
     /// # Errors
-    /// [`Error::File`] with what is damaged, or with a tensor whose numbers don't lie one after the other.
+    /// [`Error::File`] with what is damaged, or with a tensor whose numbers don't lie one after the
+    /// other.
     pub fn open(path: &Path) -> Result<Self> {
         let failed = |e: &dyn std::fmt::Display| Error::file(path, e);
         let file = files::open(path)?;

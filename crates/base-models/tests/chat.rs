@@ -1,4 +1,5 @@
-//! Chat templates against `transformers`, and within bounds. `fixtures/make_chat.py` made the texts.
+//! Chat templates against `transformers`, and within bounds. `fixtures/make_chat.py` made the
+//! texts.
 
 mod common;
 

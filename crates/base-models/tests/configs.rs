@@ -1,4 +1,5 @@
-//! Configurations mean what they mean to `transformers`, or are refused. `fixtures/make_configs.py` makes random ones.
+//! Configurations mean what they mean to `transformers`, or are refused. `fixtures/make_configs.py`
+//! makes random ones.
 
 mod common;
 
@@ -6,8 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use base_models::{Config, LoadOptions, Transformer};
-use candle_core::{DType, Device};
-use longctx_core::{CausalLm, DenseCache, Logits, RopeScaling};
+use longctx_core::RopeScaling;
 use serde_json::{Value, json};
 
 /// A configuration of a family with what `more` says.
@@ -149,13 +149,7 @@ fn random_configurations_give_the_logits_of_transformers_or_are_refused() {
                 continue;
             }
         };
-        let expected =
-            candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu)
-                .unwrap();
-        let mut session = model.session(|l| DenseCache::new(l.attention, DType::F32)).unwrap();
-        let got = session.forward(&expected["tokens"], Logits::All).unwrap();
-        let error = (got - &expected["logits"]).unwrap().abs().unwrap().max_all().unwrap();
-        let error: f32 = error.to_scalar().unwrap();
+        let error = common::error_of(&model, &folder);
         largest = largest.max(error);
         assert!(error <= 1e-4, "{}: {error}", folder.display());
         equal += 1;

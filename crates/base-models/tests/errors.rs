@@ -7,7 +7,7 @@ use base_models::{LoadOptions, Pretrained, Transformer};
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use longctx_core::{CausalLm, DenseCache, Logits};
+use longctx_core::{Batch, CausalLm, DenseCache, LayerSpec, Logits};
 
 /// A copy of the tiny Llama fixture, to be broken.
 fn copy() -> tempfile::TempDir {
@@ -116,10 +116,22 @@ fn broken_gguf_files() {
 fn tokens_that_the_model_does_not_know() {
     let folder = copy();
     let model = Transformer::from_folder(folder.path(), &LoadOptions::default()).unwrap();
-    let mut session = model.session(|l| DenseCache::new(l.attention, DType::F32)).unwrap();
+    let mut session = model.session(|l| DenseCache::new(l.clone(), DType::F32)).unwrap();
+    let batch = Batch::new(&[(3, 1), (4, 1)]).unwrap();
     let mut message =
-        |tokens: Tensor| session.forward(&tokens, Logits::Last).unwrap_err().to_string();
-    assert!(message(Tensor::new(&[[95u32, 96]], &Device::Cpu).unwrap()).contains("the id 96"));
-    assert!(message(Tensor::new(&[1u32], &Device::Cpu).unwrap()).contains("got u32 [1]"));
-    assert!(message(Tensor::new(&[[1i64]], &Device::Cpu).unwrap()).contains("got i64 [1, 1]"));
+        |ids: &[u32]| session.forward(&batch, ids, Logits::Last).unwrap_err().to_string();
+    assert!(
+        message(&[95, 96]).contains("token id 1 of the batch: expected an id below 96, got 96")
+    );
+    assert!(message(&[1]).contains("token ids: expected 2, got 1"));
+    assert!(session.seqs().is_empty() && session.footprint().payload == 0);
+}
+
+#[test]
+fn a_cache_without_the_layers_rotary_embedding() {
+    let folder = copy();
+    let model = Transformer::from_folder(folder.path(), &LoadOptions::default()).unwrap();
+    let bare = |l: &LayerSpec| DenseCache::new(LayerSpec::new(l.shape), DType::F32);
+    let message = model.session(bare).err().unwrap().to_string();
+    assert!(message.contains("rope of layer 0's cache"), "{message}");
 }

@@ -1,4 +1,5 @@
-//! The formats that weights come in, and that nothing in a file is left out. `fixtures/make_formats.py` made the numbers.
+//! The formats that weights come in, and that nothing in a file is left out.
+//! `fixtures/make_formats.py` made the numbers.
 
 mod common;
 
@@ -10,8 +11,7 @@ use base_models::{LoadOptions, Pretrained, Tokenizer, Transformer};
 use candle_core::quantized::QTensor;
 use candle_core::quantized::gguf_file::Value;
 use candle_core::{DType, Device, Tensor};
-use common::{fixture, integers, stored, text, texts};
-use longctx_core::{CausalLm, DenseCache, Logits};
+use common::{error_of, fixture, integers, stored, text, texts};
 use serde_json::json;
 
 type Tensors = HashMap<String, Tensor>;
@@ -22,15 +22,6 @@ fn load(folder: &Path) -> Result<Transformer, String> {
 
 fn tensors(path: &Path) -> Tensors {
     candle_core::safetensors::load(path, &Device::Cpu).unwrap()
-}
-
-fn logits(model: &Transformer, tokens: &Tensor) -> Tensor {
-    let mut session = model.session(|l| DenseCache::new(l.attention, DType::F32)).unwrap();
-    session.forward(tokens, Logits::All).unwrap()
-}
-
-fn distance(a: &Tensor, b: &Tensor) -> f32 {
-    (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
 }
 
 /// Copies a fixture's files, so that they can be changed.
@@ -59,8 +50,7 @@ fn pytorch_files_and_8_bit_floats_give_the_logits_of_transformers() {
     for name in ["biased", "torch", "torch-sharded", "fp8-tensor", "fp8-channel", "fp8-block"] {
         let folder = fixture("formats").join(name);
         let model = load(&folder).unwrap();
-        let expected = tensors(&folder.join("expected.safetensors"));
-        let error = distance(&logits(&model, &expected["tokens"]), &expected["logits"]);
+        let error = error_of(&model, &folder);
         println!("{name}: max abs difference {error:e}");
         assert!(error <= 1e-4, "{name}: {error}");
     }
@@ -187,6 +177,12 @@ fn sentence_piece_models_give_sentence_pieces_ids() {
     assert!(message.contains("\"<more>\" has the id 500, where 420 is free"), "{message}");
 }
 
+#[test]
+fn sentence_piece_models_other_than_bpe_are_refused() {
+    let message = Tokenizer::from_folder(&fixture("formats/unigram")).unwrap_err().to_string();
+    assert!(message.contains("a SentencePiece model that is not of type BPE"), "{message}");
+}
+
 /// A fixture of a folder as a GGUF file of the architecture llama, with what `more` adds.
 struct Converted {
     metadata: Vec<(String, Value)>,
@@ -277,20 +273,28 @@ impl Converted {
     }
 }
 
-fn error_of(model: &Transformer, name: &str) -> f32 {
-    let expected = tensors(&fixture(name).join("expected.safetensors"));
-    distance(&logits(model, &expected["tokens"]), &expected["logits"])
+#[test]
+fn gguf_gives_the_logits_of_transformers() {
+    assert!(error_of(&Converted::new("llama").open().unwrap(), &fixture("llama")) < 1e-4);
 }
 
 #[test]
-fn gguf_gives_the_logits_of_transformers() {
-    assert!(error_of(&Converted::new("llama").open().unwrap(), "llama") < 1e-4);
+fn gguf_end_tokens_are_those_that_the_file_names_and_those_of_known_names() {
+    let mut converted = Converted::new("llama")
+        .with("tokenizer.ggml.eos_token_id", Value::U32(2))
+        .with("tokenizer.ggml.eot_token_id", Value::U32(9));
+    let tokens = converted.metadata.iter_mut().find(|(key, _)| key.ends_with(".tokens"));
+    let Some((_, Value::Array(tokens))) = tokens else { panic!("no tokens") };
+    tokens[5] = text("<|im_end|>");
+    tokens[7] = text("<|eot_id|>");
+    tokens[2] = text("<|endoftext|>");
+    assert_eq!(converted.open().unwrap().config().eos, [2, 9, 5, 7]);
 }
 
 #[test]
 fn gguf_biases_are_read() {
     let model = Converted::new("formats/biased").open().unwrap();
-    assert!(error_of(&model, "formats/biased") < 1e-4);
+    assert!(error_of(&model, &fixture("formats/biased")) < 1e-4);
 }
 
 #[test]
@@ -301,13 +305,13 @@ fn gguf_rope_factors_are_read_under_each_of_their_names() {
         factor("llama.rope.scaling.factor"),
         factor("llama.rope.scaling.factor").with("llama.rope.scaling.type", text("linear")),
     ] {
-        assert!(error_of(&converted.open().unwrap(), "llama-linear") < 1e-4);
+        assert!(error_of(&converted.open().unwrap(), &fixture("llama-linear")) < 1e-4);
     }
     // "none" switches the factor off.
     let none = Converted::new("llama")
         .with("llama.rope.scaling.factor", Value::F32(4.0))
         .with("llama.rope.scaling.type", text("none"));
-    assert!(error_of(&none.open().unwrap(), "llama") < 1e-4);
+    assert!(error_of(&none.open().unwrap(), &fixture("llama")) < 1e-4);
     let yarn = Converted::new("llama").with("llama.rope.scaling.type", text("yarn"));
     assert!(yarn.open().unwrap_err().contains("rope scaling \"yarn\""));
 }
@@ -369,7 +373,7 @@ fn split_gguf_files_are_read_from_the_first_part() {
     let message = open(&first).unwrap_err().to_string();
     assert!(message.contains("tiny-00002-of-00002.gguf"), "{message}");
     let second = split(1, &[], &whole.tensors[half..]);
-    assert!(error_of(&open(&first).unwrap().model, "llama") < 1e-4);
+    assert!(error_of(&open(&first).unwrap().model, &fixture("llama")) < 1e-4);
     assert!(
         open(&second).unwrap_err().to_string().contains("this is part 2 of 2; name the first part")
     );

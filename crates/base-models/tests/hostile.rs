@@ -1,4 +1,5 @@
-//! A file may be wrong, never deadly: no panic, no allocation beyond its size, no hang, nothing read outside its folder.
+//! A file may be wrong, never deadly: no panic, no allocation beyond its size, no hang, nothing
+//! read outside its folder.
 
 mod common;
 
@@ -226,7 +227,8 @@ fn bin(pickle: &[u8]) -> tempfile::TempDir {
     folder
 }
 
-/// `{"model.norm.weight": function(arguments)}` with the operations that make the function's arguments.
+/// `{"model.norm.weight": function(arguments)}` with the operations that make the function's
+/// arguments.
 fn entry(function: &str, arguments: &[u8]) -> Vec<u8> {
     let mut pickle = b"\x80\x02}X\x11\x00\x00\x00model.norm.weight".to_vec();
     let (module, name) = function.rsplit_once('.').unwrap();
@@ -236,7 +238,8 @@ fn entry(function: &str, arguments: &[u8]) -> Vec<u8> {
     pickle
 }
 
-/// The arguments of a tensor: a storage said to hold `count` numbers, an offset, a shape and strides.
+/// The arguments of a tensor: a storage said to hold `count` numbers, an offset, a shape and
+/// strides.
 fn tensor(count: u32, offset: u32, dims: &[u32], strides: &[u32]) -> Vec<u8> {
     let int = |n: &u32| [&b"\x8a\x05"[..], &n.to_le_bytes(), &[0]].concat();
     let tuple =

@@ -17,7 +17,8 @@ use rand::{Rng, SeedableRng};
 /// How many inputs a test makes unless LONGCTX_MUTATIONS says otherwise.
 const FEW: usize = 300;
 
-/// A copy with some bytes changed, stretches cut, doubled or taken from another input, or numbers made extreme.
+/// A copy with some bytes changed, stretches cut, doubled or taken from another input, or numbers
+/// made extreme.
 fn mutated(rng: &mut StdRng, seeds: &[Vec<u8>]) -> Vec<u8> {
     let mut data = seeds.choose(rng).expect("a seed").clone();
     for _ in 0..rng.random_range(1..6) {

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use base_models::{Config, LoadOptions, Pretrained, Transformer};
 use candle_core::{DType, Device, Tensor};
-use longctx_core::{CausalLm, DenseCache, GenerateOptions, Logits, generate};
+use longctx_core::{
+    Batch, CausalLm, DenseCache, GenerateOptions, LayerSpec, Logits, Result, generate,
+};
 
 const TINY: [&str; 6] = ["llama", "llama-linear", "llama-3.1", "mistral", "qwen2", "qwen3"];
 const TOLERANCE: f32 = 1e-4;
@@ -14,18 +16,24 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-/// Feeds the tokens in chunks of the given sizes, the last of which repeats, and joins the logits of all tokens.
-fn logits(model: &Transformer, tokens: &Tensor, chunks: &[usize]) -> Tensor {
-    let mut session = model.session(|l| DenseCache::new(l.attention, DType::F32)).unwrap();
+/// Feeds the tokens to sequence 0 in chunks of the given sizes, the last of which repeats, and
+/// joins the logits of all tokens.
+fn logits(model: &Transformer, tokens: &[u32], chunks: &[usize]) -> Tensor {
+    let mut session = model.session(dense).unwrap();
     let mut parts = Vec::new();
     let mut sizes = chunks.iter().copied().chain(std::iter::repeat(chunks[chunks.len() - 1]));
-    let total = tokens.dim(1).unwrap();
-    while session.seen() < total {
-        let size = sizes.next().unwrap().min(total - session.seen());
-        let part = tokens.narrow(1, session.seen(), size).unwrap();
-        parts.push(session.forward(&part, Logits::All).unwrap());
+    let mut rest = tokens;
+    while !rest.is_empty() {
+        let (part, after) = rest.split_at(sizes.next().unwrap().min(rest.len()));
+        let batch = Batch::single(0, part.len()).unwrap();
+        parts.push(session.forward(&batch, part, Logits::All).unwrap());
+        rest = after;
     }
-    Tensor::cat(&parts, 1).unwrap()
+    Tensor::cat(&parts, 0).unwrap()
+}
+
+fn dense(layer: &LayerSpec) -> Result<DenseCache> {
+    DenseCache::new(layer.clone(), DType::F32)
 }
 
 fn distance(a: &Tensor, b: &Tensor) -> f32 {
@@ -40,39 +48,17 @@ fn logits_equal_those_of_transformers() {
         let expected =
             candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu)
                 .unwrap();
-        let (tokens, want) = (&expected["tokens"], &expected["logits"]);
-        for chunks in [&[70][..], &[33, 1, 20], &[1]] {
-            let error = distance(&logits(&model, tokens, chunks), want);
-            println!("{name}, chunks {chunks:?}: max abs difference {error:e}");
-            assert!(error <= TOLERANCE, "{name}, chunks {chunks:?}: {error}");
+        // Rows of the fixture's batch are sequences of equal length.
+        let rows = expected["tokens"].to_vec2::<u32>().unwrap();
+        for (row, tokens) in rows.iter().enumerate() {
+            let want = expected["logits"].get(row).unwrap();
+            for chunks in [&[70][..], &[33, 1, 20], &[1]] {
+                let error = distance(&logits(&model, tokens, chunks), &want);
+                println!("{name}, row {row}, chunks {chunks:?}: max abs difference {error:e}");
+                assert!(error <= TOLERANCE, "{name}, row {row}, chunks {chunks:?}: {error}");
+            }
         }
     }
-}
-
-#[test]
-fn the_last_tokens_logits_are_the_last_of_all() {
-    let model = Transformer::from_folder(&fixture("llama"), &LoadOptions::default()).unwrap();
-    let tokens = Tensor::arange(0u32, 20, &Device::Cpu).unwrap().reshape((2, 10)).unwrap();
-    let all = logits(&model, &tokens, &[10]);
-    let mut session = model.session(|l| DenseCache::new(l.attention, DType::F32)).unwrap();
-    let last = session.forward(&tokens, Logits::Last).unwrap();
-    assert_eq!(last.dims(), [2, 1, 96]);
-    assert!(distance(&last, &all.narrow(1, 9, 1).unwrap()) < 1e-5);
-}
-
-#[test]
-fn a_rewound_session_goes_on_from_there() {
-    let model = Transformer::from_folder(&fixture("llama"), &LoadOptions::default()).unwrap();
-    let session = || model.session(|layer| DenseCache::new(layer.attention, DType::F32)).unwrap();
-    let tokens = |ids: &[u32]| Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-    let mut rewound = session();
-    rewound.forward(&tokens(&[1, 2, 3, 4, 5]), Logits::Last).unwrap();
-    assert!(rewound.rewind(2).unwrap());
-    assert_eq!(rewound.seen(), 2);
-    let again = rewound.forward(&tokens(&[7, 8]), Logits::Last).unwrap();
-    let expected = session().forward(&tokens(&[1, 2, 7, 8]), Logits::Last).unwrap();
-    assert!(distance(&again, &expected) < 1e-5);
-    assert!(rewound.rewind(9).is_err());
 }
 
 #[test]
@@ -107,9 +93,10 @@ fn smollm2_continues_as_with_transformers() {
     for expand in [false, true] {
         let options = LoadOptions { expand, ..Default::default() };
         let llm = Pretrained::from_gguf(&path, &options).unwrap();
-        let mut session = llm.model.session(|l| DenseCache::new(l.attention, DType::F32)).unwrap();
+        let mut session = llm.model.session(dense).unwrap();
         let options = GenerateOptions { max_tokens: 64, ..Default::default() };
-        let got = generate(&mut session, &ids("prompt"), &options, |_| ControlFlow::Continue(()));
+        let got =
+            generate(&mut session, 0, &ids("prompt"), &options, |_| ControlFlow::Continue(()));
         assert_eq!(got.unwrap().tokens, ids("continuation"), "expand: {expand}");
     }
 }

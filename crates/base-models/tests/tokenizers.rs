@@ -1,5 +1,5 @@
-//! Tokenizers built from GGUF files, SentencePiece models and `tokenizer.json`, against llama.cpp, `tokenizers` and
-//! `sentencepiece`. `fixtures/tokenizers` has the scripts that made the numbers.
+//! Tokenizers built from GGUF files, SentencePiece models and `tokenizer.json`, against llama.cpp,
+//! `tokenizers` and `sentencepiece`. `fixtures/tokenizers` has the scripts that made the numbers.
 
 mod common;
 
@@ -201,8 +201,9 @@ fn a_stream_takes_the_same_time_for_each_token() {
     assert_eq!(pieces.concat(), tokenizer.decode(&ids).unwrap());
 }
 
-/// Names for which llama.cpp's pattern is not the model's own: it has no upper and lower case of other scripts than
-/// Latin, no combining marks, or no digits beyond ASCII. The model's own is used here.
+/// Names for which llama.cpp's pattern is not the model's own: it has no upper and lower case of
+/// other scripts than Latin, no combining marks, or no digits beyond ASCII. The model's own is used
+/// here.
 const APPROXIMATED: [&str; 12] = [
     "cohere2moe",
     "gpt-4o",
@@ -246,7 +247,8 @@ fn pieces(tokenizer: &Tokenizer, text: &str) -> Vec<String> {
 fn every_pre_tokenizer_of_llama_cpp_splits_as_there_or_is_refused() {
     let json = fs::read_to_string(fixture("splits.json")).unwrap();
     let expected: Splits = serde_json::from_str(&json).unwrap();
-    // llama.cpp's regular expressions know less of Unicode: it takes some spaces and marks for other characters.
+    // llama.cpp's regular expressions know less of Unicode: it takes some spaces and marks for
+    // other characters.
     let exotic = "\u{85}\u{a0}\u{ad}\u{200b}\u{200d}\u{2003}\u{2028}\u{2029}\u{3000}\u{feff}";
     let mut differ = BTreeMap::new();
     for (name, want) in &expected.llama_cpp {

@@ -1,7 +1,9 @@
 //! The plain store and cache: every key and value in f32, f16 or bf16.
 
 mod cache;
+mod device;
 mod pages;
+mod pool;
 mod rows;
 mod store;
 

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::SeqId;
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -47,6 +49,28 @@ pub enum Error {
         /// Why it can't be used.
         reason: String,
     },
+    /// A pool of fixed capacity has no room. Nothing was appended.
+    #[error("{what}: {asked} bytes are asked for and {free} are free")]
+    PoolFull {
+        /// The pool.
+        what: String,
+        /// Bytes that the call needs.
+        asked: usize,
+        /// Bytes that are free.
+        free: usize,
+    },
+    /// A sequence that has not begun, or has been removed.
+    #[error("sequence {0} is not known")]
+    UnknownSequence(SeqId),
+    /// A sequence whose layers saw different tokens, since a call failed midway. It answers nothing
+    /// until it is removed.
+    #[error("sequence {seq} can't go on since a call failed: {reason}")]
+    Poisoned {
+        /// The sequence.
+        seq: SeqId,
+        /// The error of that call.
+        reason: String,
+    },
     /// Something that this build or this model does not do.
     #[error("not supported: {0}")]
     Unsupported(String),
@@ -77,5 +101,14 @@ impl Error {
     /// An [`Error::File`] from a path and anything printable.
     pub fn file(path: impl Into<PathBuf>, reason: impl std::fmt::Display) -> Self {
         Self::File { path: path.into(), reason: reason.to_string() }
+    }
+}
+
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Candle(error) => error,
+            other => candle_core::Error::wrap(other),
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use crate::{CausalLm, Error, Logits, Result};
+use crate::{Batch, CausalLm, Error, Logits, Result, SeqId};
 use candle_core::Tensor;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -74,22 +74,30 @@ pub enum StopReason {
     Callback,
 }
 
-/// Feeds `prompt` to the model and generates; `on_token` sees each token as it comes and may break off.
+/// Feeds `prompt` to a sequence of the model and generates; `on_token` sees each token as it comes
+/// and may break off. The sequence stays, with all that it was fed, until it is removed.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};
 /// # use longctx_core::*;
 /// # struct Counter(usize);
 /// # impl CausalLm for Counter {
-/// #     fn forward(&mut self, tokens: &Tensor, _: Logits) -> Result<Tensor> {
-/// #         self.0 += tokens.dim(1)?;
-/// #         let last = tokens.get(0)?.to_vec1::<u32>()?[tokens.dim(1)? - 1];
+/// #     fn forward(&mut self, batch: &Batch, ids: &[u32], _: Logits) -> Result<Tensor> {
+/// #         self.0 += ids.len();
+/// #         let last = ids[ids.len() - 1];
 /// #         let next: Vec<f32> = (0..10).map(|i| if i == (last + 1) % 10 { 9. } else { 0. }).collect();
-/// #         Ok(Tensor::from_vec(next, (1, 1, 10), &Device::Cpu)?)
+/// #         Ok(Tensor::from_vec(next, (1, 10), &Device::Cpu)?)
 /// #     }
-/// #     fn reset(&mut self) { self.0 = 0 }
-/// #     fn seen(&self) -> usize { self.0 }
+/// #     fn fork(&mut self, from: SeqId, _: SeqId) -> Result<()> { Err(Error::UnknownSequence(from)) }
+/// #     fn check_truncate(&self, seq: SeqId, _: usize) -> Result<()> { Err(Error::UnknownSequence(seq)) }
+/// #     fn truncate(&mut self, seq: SeqId, _: usize) -> Result<()> { Err(Error::UnknownSequence(seq)) }
+/// #     fn remove(&mut self, _: SeqId) -> bool { std::mem::take(&mut self.0) > 0 }
+/// #     fn seqs(&self) -> Vec<SeqId> { vec![0] }
+/// #     fn seen(&self, _: SeqId) -> usize { self.0 }
+/// #     fn can_take(&self, _: &Batch) -> bool { true }
 /// #     fn footprint(&self) -> Footprint { Footprint::default() }
+/// #     fn seq_footprint(&self, _: SeqId) -> Footprint { Footprint::default() }
+/// #     fn clear(&mut self) { self.0 = 0 }
 /// #     fn vocab_size(&self) -> usize { 10 }
 /// #     fn context_length(&self) -> Option<usize> { None }
 /// #     fn family(&self) -> &str { "counter" }
@@ -100,7 +108,7 @@ pub enum StopReason {
 ///
 /// // `model` counts up and starts again after 9.
 /// let options = GenerateOptions { max_tokens: 3, ..Default::default() };
-/// let generation = generate(&mut model, &[5, 6, 7], &options, |_| ControlFlow::Continue(()))?;
+/// let generation = generate(&mut model, 0, &[5, 6, 7], &options, |_| ControlFlow::Continue(()))?;
 /// assert_eq!(generation.tokens, [8, 9, 0]);
 /// # Ok::<(), Error>(())
 /// ```
@@ -109,13 +117,14 @@ pub enum StopReason {
 /// An empty prompt, bad sampling settings, and whatever the model reports.
 pub fn generate(
     model: &mut dyn CausalLm,
+    seq: SeqId,
     prompt: &[u32],
     options: &GenerateOptions,
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generation> {
     let mut sampler = Sampler::new(options.sampling)?;
     let started = Instant::now();
-    let mut logits = prefill(model, prompt, options.prefill_chunk)?;
+    let mut logits = prefill(model, seq, prompt, options.prefill_chunk)?;
     let prefill = started.elapsed();
     let mut done = Generation {
         tokens: Vec::new(),
@@ -137,8 +146,7 @@ pub fn generate(
             break;
         }
         if done.tokens.len() < options.max_tokens {
-            let next = Tensor::new(&[[token]], model.device())?;
-            logits = model.forward(&next, Logits::Last)?;
+            logits = model.forward(&Batch::single(seq, 1)?, &[token], Logits::Last)?;
             done.decode_steps += 1;
         }
     }
@@ -146,18 +154,23 @@ pub fn generate(
     Ok(done)
 }
 
-/// Feeds a prompt, whole or in chunks; gives the logits of its last token, `[1, 1, vocab]`.
+/// Feeds a prompt to a sequence, whole or in chunks; gives the logits of its last token,
+/// `[1, vocab]`.
 ///
 /// # Errors
 /// An empty prompt, a chunk of 0, and whatever the model reports.
-pub fn prefill(model: &mut dyn CausalLm, prompt: &[u32], chunk: Option<usize>) -> Result<Tensor> {
+pub fn prefill(
+    model: &mut dyn CausalLm,
+    seq: SeqId,
+    prompt: &[u32],
+    chunk: Option<usize>,
+) -> Result<Tensor> {
     if chunk == Some(0) {
         return Err(Error::setting("prefill_chunk", "at least 1 token", 0));
     }
     let mut logits = None;
     for part in prompt.chunks(chunk.unwrap_or(prompt.len()).max(1)) {
-        let tokens = Tensor::new(part, model.device())?.unsqueeze(0)?;
-        logits = Some(model.forward(&tokens, Logits::Last)?);
+        logits = Some(model.forward(&Batch::single(seq, part.len())?, part, Logits::Last)?);
     }
     logits.ok_or_else(|| Error::mismatch("prompt", "at least one token", 0))
 }

@@ -2,26 +2,29 @@
 #![deny(unsafe_code)]
 
 pub mod attention;
+mod batch;
 mod cache;
 mod compress;
 mod dense;
 mod error;
+mod finite;
 mod footprint;
 mod generate;
 mod lm;
-mod policy;
 mod rope;
 mod shape;
+mod state;
 mod store;
 
-pub use cache::{KvCache, Step};
+pub use batch::{Batch, SeqId};
+pub use cache::{KvCache, Step, check_new};
 pub use compress::{Compressed, Piece, Prompt, PromptCompressor, Rate};
 pub use dense::{DenseCache, DenseStore};
 pub use error::{Error, Result};
 pub use footprint::Footprint;
 pub use generate::{GenerateOptions, Generation, Sampler, Sampling, StopReason, generate, prefill};
 pub use lm::{CausalLm, Logits};
-pub use policy::{EvictionPolicy, Held, HeldHead, Mass, Needs, Protected};
 pub use rope::{Rope, RopeScaling};
-pub use shape::{AttentionShape, LayerShape};
-pub use store::{KvStore, Partial, Selection, Visible};
+pub use shape::{AttentionShape, LayerSpec};
+pub use state::AttentionState;
+pub use store::{EntryRanges, KvStore, Mask, Selection, check_selections};

@@ -1,7 +1,6 @@
 //! The rotary position embedding (Su et al., arXiv 2104.09864) and its scalings.
 
 use std::f64::consts::PI;
-use std::ops::Range;
 use std::sync::Mutex;
 
 use crate::{Error, Result};
@@ -35,11 +34,11 @@ pub enum RopeScaling {
 /// use longctx_core::{Rope, RopeScaling};
 ///
 /// let rope = Rope::new(64, 64, 10_000.0, RopeScaling::None)?;
-/// let k = Tensor::randn(0f32, 1., (1, 2, 5, 64), &Device::Cpu)?;
-/// // Five tokens at positions 100 to 104.
-/// let rotated = rope.apply(&k, 100)?;
+/// let k = Tensor::randn(0f32, 1., (5, 2, 64), &Device::Cpu)?;
+/// // Five tokens, three of one sequence and two of another.
+/// let rotated = rope.apply(&k, &[100, 101, 102, 7, 8])?;
 /// // Turning back by the same positions gives the keys again.
-/// let back = rope.apply_at(&rotated, &[-100, -101, -102, -103, -104])?;
+/// let back = rope.apply(&rotated, &[-100, -101, -102, -7, -8])?;
 /// let error = (back - k)?.abs()?.max_all()?.to_scalar::<f32>()?;
 /// assert!(error < 1e-5);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -49,13 +48,13 @@ pub struct Rope {
     head_dim: usize,
     /// One frequency per rotated pair of channels, radians per position.
     frequencies: Vec<f64>,
-    /// The table of the last range asked for: all layers of a model ask for the same one.
+    /// The table of the last positions: all layers of a model ask for the same ones.
     last: Mutex<Option<Table>>,
 }
 
 #[derive(Debug, Clone)]
 struct Table {
-    positions: Range<usize>,
+    positions: Vec<i64>,
     cos: Tensor,
     sin: Tensor,
 }
@@ -107,48 +106,29 @@ impl Rope {
         &self.frequencies
     }
 
-    /// Rotates `x` (`[batch, heads, tokens, head_dim]`) to positions `start`, `start + 1`, ….
-    ///
-    /// # Errors
-    /// [`Error::Mismatch`] if `x` has another shape.
-    pub fn apply(&self, x: &Tensor, start: usize) -> Result<Tensor> {
-        let tokens = self.check(x)?;
-        let (cos, sin) = self.table(start..start + tokens, x.dtype(), x.device())?;
-        self.rotate(x, &cos, &sin)
-    }
-
-    /// Rotates token i of `x` (`[batch, heads, tokens, head_dim]`) by `positions[i]`. Rotations add up: moving a key that is
-    /// rotated already to another position is a rotation by the difference, which may be negative.
+    /// Rotates token i of `x` (`[tokens, heads, head_dim]`) by `positions[i]`. Rotations add up:
+    /// moving a key that is rotated already to another position is a rotation by the difference,
+    /// which may be negative.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if `x` has another shape or there is not one position per token.
-    pub fn apply_at(&self, x: &Tensor, positions: &[i64]) -> Result<Tensor> {
-        let tokens = self.check(x)?;
+    pub fn apply(&self, x: &Tensor, positions: &[i64]) -> Result<Tensor> {
+        let tokens = match x.dims() {
+            &[tokens, _, d] if d == self.head_dim => tokens,
+            dims => {
+                let expected = format!("[tokens, heads, {}]", self.head_dim);
+                let what = "input of the rotary embedding";
+                return Err(Error::mismatch(what, expected, format!("{dims:?}")));
+            }
+        };
         if positions.len() != tokens {
             return Err(Error::mismatch("positions", format!("{tokens} of them"), positions.len()));
         }
-        let angles = positions.iter().map(|&p| p as f64);
-        let (cos, sin) = self.cos_sin(angles, x.dtype(), x.device())?;
+        let (cos, sin) = self.table(positions, x.dtype(), x.device())?;
         self.rotate(x, &cos, &sin)
     }
 
-    fn check(&self, x: &Tensor) -> Result<usize> {
-        match x.dims() {
-            &[_, _, tokens, d] if d == self.head_dim => Ok(tokens),
-            dims => Err(Error::mismatch(
-                "input of the rotary embedding",
-                format!("[batch, heads, tokens, {}]", self.head_dim),
-                format!("{dims:?}"),
-            )),
-        }
-    }
-
-    fn table(
-        &self,
-        positions: Range<usize>,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<(Tensor, Tensor)> {
+    fn table(&self, positions: &[i64], dtype: DType, device: &Device) -> Result<(Tensor, Tensor)> {
         let mut last = self.last.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some(t) = &*last
             && t.positions == positions
@@ -157,7 +137,8 @@ impl Rope {
         {
             return Ok((t.cos.clone(), t.sin.clone()));
         }
-        let (cos, sin) = self.cos_sin(positions.clone().map(|p| p as f64), dtype, device)?;
+        let (cos, sin) = self.cos_sin(positions, dtype, device)?;
+        let positions = positions.to_vec();
         *last = Some(Table { positions, cos: cos.clone(), sin: sin.clone() });
         Ok((cos, sin))
     }
@@ -165,15 +146,15 @@ impl Rope {
     /// Angles are taken in f64: at position 1,000,000 an f32 product would be off by several hundredths of a radian.
     fn cos_sin(
         &self,
-        positions: impl ExactSizeIterator<Item = f64>,
+        positions: &[i64],
         dtype: DType,
         device: &Device,
     ) -> Result<(Tensor, Tensor)> {
         let shape = (positions.len(), self.frequencies.len());
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
-        for position in positions {
+        for &position in positions {
             for frequency in &self.frequencies {
-                let (s, c) = (position * frequency).sin_cos();
+                let (s, c) = (position as f64 * frequency).sin_cos();
                 cos.push(c as f32);
                 sin.push(s as f32);
             }
@@ -186,13 +167,15 @@ impl Rope {
 
     fn rotate(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         let rotary = self.rotary_dims();
+        let turn = |x: &Tensor| -> Result<Tensor> {
+            let x = x.contiguous()?.unsqueeze(0)?;
+            Ok(candle_nn::rotary_emb::rope_thd(&x, cos, sin)?.squeeze(0)?)
+        };
         if rotary == self.head_dim {
-            return Ok(candle_nn::rotary_emb::rope(&x.contiguous()?, cos, sin)?);
+            return turn(x);
         }
-        let turned = x.narrow(3, 0, rotary)?.contiguous()?;
-        let turned = candle_nn::rotary_emb::rope(&turned, cos, sin)?;
-        let still = x.narrow(3, rotary, self.head_dim - rotary)?;
-        Ok(Tensor::cat(&[&turned, &still], 3)?)
+        let still = x.narrow(2, rotary, self.head_dim - rotary)?;
+        Ok(Tensor::cat(&[&turn(&x.narrow(2, 0, rotary)?)?, &still], 2)?)
     }
 }
 
@@ -228,7 +211,7 @@ fn positive(name: &str, value: f64) -> Result<f64> {
 mod tests {
     use super::*;
 
-    fn random(dims: (usize, usize, usize, usize)) -> Tensor {
+    fn random(dims: (usize, usize, usize)) -> Tensor {
         Tensor::randn(0f32, 1., dims, &Device::Cpu).unwrap()
     }
 
@@ -239,22 +222,27 @@ mod tests {
     #[test]
     fn scores_depend_on_distance_alone() {
         let rope = Rope::new(32, 32, 10_000.0, RopeScaling::None).unwrap();
-        let (q, k) = (random((1, 1, 1, 32)), random((1, 1, 1, 32)));
+        let (q, k) = (random((1, 1, 32)), random((1, 1, 32)));
         let score = |at_q, at_k| {
-            let (q, k) = (rope.apply(&q, at_q).unwrap(), rope.apply(&k, at_k).unwrap());
+            let (q, k) = (rope.apply(&q, &[at_q]).unwrap(), rope.apply(&k, &[at_k]).unwrap());
             (q * k).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()
         };
         assert!((score(7, 3) - score(100_007, 100_003)).abs() < 1e-4);
     }
 
     #[test]
-    fn positions_one_by_one_equal_a_range() {
+    fn tokens_of_several_sequences_rotate_each_by_its_own_position() {
         let rope = Rope::new(16, 8, 10_000.0, RopeScaling::Linear(4.0)).unwrap();
-        let x = random((2, 3, 4, 16));
-        let range = rope.apply(&x, 9).unwrap();
-        assert_eq!(distance(&range, &rope.apply_at(&x, &[9, 10, 11, 12]).unwrap()), 0.0);
+        let x = random((4, 3, 16));
+        let positions = [9, 10, 0, 500];
+        let all = rope.apply(&x, &positions).unwrap();
+        for (i, position) in positions.into_iter().enumerate() {
+            let one = rope.apply(&x.narrow(0, i, 1).unwrap(), &[position]).unwrap();
+            assert_eq!(distance(&all.narrow(0, i, 1).unwrap(), &one), 0.0);
+        }
         // Partial: the channels past the first eight stay.
-        assert_eq!(distance(&range.narrow(3, 8, 8).unwrap(), &x.narrow(3, 8, 8).unwrap()), 0.0);
+        assert_eq!(distance(&all.narrow(2, 8, 8).unwrap(), &x.narrow(2, 8, 8).unwrap()), 0.0);
+        assert!(rope.apply(&x, &[1, 2]).unwrap_err().to_string().contains("positions"));
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! What an attention layer looks like to its cache.
 
-use crate::{Error, Result};
-use candle_core::Tensor;
+use std::sync::Arc;
+
+use crate::{AttentionState, Error, Result, Rope};
+use candle_core::{DType, Tensor};
 
 /// One attention layer's numbers.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -10,8 +12,10 @@ pub struct AttentionShape {
     pub heads: usize,
     /// Key/value heads; divides `heads` (equal: MHA; fewer: GQA; one: MQA).
     pub kv_heads: usize,
-    /// Channels of one head.
+    /// Channels of a query or key.
     pub head_dim: usize,
+    /// Channels of a value, most often `head_dim`.
+    pub value_dim: usize,
     /// What scores q·k are multiplied with, most often `head_dim^-0.5`.
     pub scale: f32,
     /// Sliding window: a query sees itself and the `window - 1` tokens before it. `None`: all.
@@ -34,7 +38,8 @@ impl AttentionShape {
             return Err(Error::setting("kv_heads", expected, kv_heads));
         }
         let scale = (head_dim as f32).powf(-0.5);
-        Ok(Self { heads, kv_heads, head_dim, scale, window: None, soft_cap: None })
+        let (value_dim, window, soft_cap) = (head_dim, None, None);
+        Ok(Self { heads, kv_heads, head_dim, value_dim, scale, window, soft_cap })
     }
 
     /// Query heads that share one kv head.
@@ -42,50 +47,116 @@ impl AttentionShape {
         self.heads / self.kv_heads
     }
 
-    /// Checks queries `[batch, heads, tokens, head_dim]`; gives `(batch, tokens)`.
+    /// Checks queries `[tokens, heads, head_dim]`; gives the number of tokens.
     ///
     /// # Errors
     /// [`Error::Mismatch`] naming `q`.
-    pub fn check_q(&self, q: &Tensor) -> Result<(usize, usize)> {
-        self.check("q", q, self.heads)
+    pub fn check_q(&self, q: &Tensor) -> Result<usize> {
+        check("q", q, self.heads, self.head_dim)
     }
 
-    /// Checks keys and values `[batch, kv_heads, tokens, head_dim]`; gives `(batch, tokens)`.
+    /// Checks keys `[tokens, kv_heads, head_dim]` and values `[tokens, kv_heads, value_dim]`;
+    /// gives the number of tokens.
     ///
     /// # Errors
     /// [`Error::Mismatch`] naming `k` or `v`.
-    pub fn check_kv(&self, k: &Tensor, v: &Tensor) -> Result<(usize, usize)> {
-        let of_k = self.check("k", k, self.kv_heads)?;
-        let of_v = self.check("v", v, self.kv_heads)?;
-        if of_k != of_v {
-            return Err(Error::mismatch(
-                "v",
-                format!("the shape of k, {:?}", k.dims()),
-                format!("{:?}", v.dims()),
-            ));
+    pub fn check_kv(&self, k: &Tensor, v: &Tensor) -> Result<usize> {
+        let tokens = check("k", k, self.kv_heads, self.head_dim)?;
+        let of_v = check("v", v, self.kv_heads, self.value_dim)?;
+        if tokens != of_v {
+            return Err(Error::mismatch("tokens of v", format!("the {tokens} of k"), of_v));
         }
-        Ok(of_k)
+        Ok(tokens)
     }
+}
 
-    fn check(&self, what: &str, x: &Tensor, heads: usize) -> Result<(usize, usize)> {
-        match x.dims() {
-            &[batch, h, tokens, d] if h == heads && d == self.head_dim => Ok((batch, tokens)),
-            dims => Err(Error::mismatch(
-                what,
-                format!("[batch, {heads}, tokens, {}]", self.head_dim),
-                format!("{dims:?}"),
-            )),
+fn check(what: &str, x: &Tensor, heads: usize, channels: usize) -> Result<usize> {
+    match x.dims() {
+        &[tokens, h, d] if h == heads && d == channels => Ok(tokens),
+        dims => {
+            let expected = format!("[tokens, {heads}, {channels}]");
+            Err(Error::mismatch(what, expected, format!("{dims:?}")))
         }
     }
 }
 
-/// One attention layer of a model, as the maker of its cache sees it.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LayerShape {
+/// One attention layer of a model, bound to its cache when the cache is made.
+#[derive(Debug, Clone)]
+pub struct LayerSpec {
     /// Which layer of the model, from 0.
-    pub layer: usize,
-    /// Layers in the model.
-    pub layers: usize,
-    /// The layer's attention.
-    pub attention: AttentionShape,
+    pub index: usize,
+    /// Layers of the model.
+    pub count: usize,
+    /// The layer's numbers.
+    pub shape: AttentionShape,
+    /// The rotary embedding that the cache applies to queries and keys. `None`: the engine rotates
+    /// them itself, or the layer has no positions.
+    pub rope: Option<Arc<Rope>>,
+    /// Learned sink logits, `[heads]`: each joins its query head's softmax without a value.
+    pub sink_logits: Option<Arc<[f32]>>,
+}
+
+impl LayerSpec {
+    /// The only layer of a model, whose queries and keys come rotated.
+    pub fn new(shape: AttentionShape) -> Self {
+        Self { index: 0, count: 1, shape, rope: None, sink_logits: None }
+    }
+
+    /// The same with queries and keys that the cache rotates.
+    #[must_use]
+    pub fn with_rope(self, rope: Arc<Rope>) -> Self {
+        Self { rope: Some(rope), ..self }
+    }
+
+    /// The same as layer `index` of `count`.
+    #[must_use]
+    pub fn at(self, index: usize, count: usize) -> Self {
+        Self { index, count, ..self }
+    }
+
+    /// The same with learned sink logits.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] unless there is one for each query head.
+    pub fn with_sink_logits(self, logits: Arc<[f32]>) -> Result<Self> {
+        if logits.len() != self.shape.heads {
+            return Err(Error::mismatch("sink logits", self.shape.heads, logits.len()));
+        }
+        Ok(Self { sink_logits: Some(logits), ..self })
+    }
+
+    /// The rotary embedding, for caches that move keys.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] naming `user` if the layer has none.
+    pub fn rope_for(&self, user: &str) -> Result<&Arc<Rope>> {
+        let missing = || {
+            let expected = format!("a rotary embedding: {user} rotates keys itself");
+            Error::setting("rope", expected, "none")
+        };
+        self.rope.as_ref().ok_or_else(missing)
+    }
+
+    /// `[tokens, heads, head_dim]` rotated to positions, or as they are without an embedding.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn rotate(&self, x: &Tensor, positions: &[i64]) -> Result<Tensor> {
+        match &self.rope {
+            Some(rope) => rope.apply(x, positions),
+            None => Ok(x.clone()),
+        }
+    }
+
+    /// The layer's output in `dtype` from the attention over all that its queries see.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn output(&self, state: AttentionState, dtype: DType) -> Result<Tensor> {
+        let state = match &self.sink_logits {
+            Some(logits) => state.with_sink_logits(logits)?,
+            None => state,
+        };
+        Ok(state.out.to_dtype(dtype)?)
+    }
 }

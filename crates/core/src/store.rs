@@ -1,129 +1,180 @@
-//! Keys and values of one layer, and attention over them: what caches and policies are built from.
+//! Keys and values of one layer for many sequences, and attention over them: what caches are
+//! built from.
 
-use crate::{AttentionShape, Error, Footprint, Result};
-use candle_core::{D, DType, Tensor};
+use std::ops::Range;
 
-/// Holds keys and values for some positions per kv head, and attends over them.
+use crate::{AttentionShape, AttentionState, Batch, Error, Footprint, Result, SeqId};
+use candle_core::Tensor;
+
+/// Holds keys and values for some positions per sequence and kv head, and attends over them.
 ///
-/// A store knows nothing of positions or the rotary embedding: keys come rotated as the cache wants them. Entries are numbered
-/// per kv head in the order in which they were appended; after [`retain`](KvStore::retain) the survivors close ranks, so
-/// that entry i of one head and of another may come from different tokens.
+/// A store knows nothing of positions or the rotary embedding: keys come rotated as the cache wants
+/// them. Entries are numbered per sequence and kv head in the order in which they were appended;
+/// after [`retain`](KvStore::retain) the survivors close ranks, so that entry i of one head and of
+/// another may come from different tokens.
+///
+/// Memory lies in blocks of a pool. A sequence has a block table per kv head; forks share blocks.
+/// After an error nothing has changed.
 pub trait KvStore: Send {
-    /// Appends keys and values `[batch, kv_heads, tokens, head_dim]` to every head.
-    ///
-    /// # Errors
-    /// If the tensors do not fit the store's shape or its batch; [`Error::NotFinite`] from stores that quantize.
-    fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()>;
-
-    /// Appends to each kv head the tokens selected for it among those of `k` and `v`, `[batch, kv_heads, tokens, head_dim]`.
-    ///
-    /// # Errors
-    /// As [`append`](KvStore::append), and if the selection is not one list per batch entry and kv head, strictly increasing, within the tokens.
-    fn append_selected(&mut self, k: &Tensor, v: &Tensor, tokens: &Selection) -> Result<()> {
-        let (batch, count) = self.shape().check_kv(k, v)?;
-        tokens.check(&vec![count; batch * self.shape().kv_heads])?;
-        let lists = tokens.heads();
-        let longest = lists.iter().map(Vec::len).max().unwrap_or(0);
-        self.append(&gather(k, lists, longest)?, &gather(v, lists, longest)?)?;
-        if lists.iter().all(|list| list.len() == longest) {
-            return Ok(());
-        }
-        // Shorter lists were filled up to the longest one's length: what fills them goes again.
-        let own = |(len, list): (usize, &Vec<u32>)| 0..(len - longest + list.len()) as u32;
-        let heads = self.lens().into_iter().zip(lists).map(|head| own(head).collect());
-        let keep = Selection::new(heads.collect());
-        self.retain(&keep)
-    }
-
-    /// Attention of queries `[batch, heads, tokens, head_dim]` over the entries that `visible` allows.
-    ///
-    /// # Errors
-    /// If `q` does not fit the store, or `visible` speaks of more entries than there are.
-    fn attend(&self, q: &Tensor, visible: Visible) -> Result<Partial>;
-
-    /// Attention probability received by each entry, summed over the queries: for query head h of batch b, the vector
-    /// `[b * heads + h]` with one number per entry of its kv head.
-    ///
-    /// `lse` (`[batch, heads, tokens]`) is the log-sum-exp of *all* that the queries see, here and in other stores, so that the
-    /// masses of several stores add up to the number of queries.
-    ///
-    /// # Errors
-    /// As [`attend`](KvStore::attend).
-    fn mass(&self, q: &Tensor, lse: &Tensor, visible: Visible) -> Result<Vec<Vec<f32>>>;
-
-    /// Keeps the selected entries of each kv head and frees the others.
-    ///
-    /// # Errors
-    /// If the selection is not one list per batch and kv head, strictly increasing, within the entries held.
-    fn retain(&mut self, keep: &Selection) -> Result<()>;
-
-    /// The keys and values of one kv head, dequantized to f32: two tensors `[entries, head_dim]`. For policies and tests.
-    ///
-    /// # Errors
-    /// If there is no such batch entry or kv head.
-    fn read(&self, batch: usize, kv_head: usize) -> Result<(Tensor, Tensor)>;
-
-    /// Entries held by each kv head: `[batch * kv_heads]` numbers. Empty before the first append.
-    fn lens(&self) -> Vec<usize>;
-
-    /// Entries held by the head that holds the most.
-    fn len(&self) -> usize {
-        self.lens().into_iter().max().unwrap_or(0)
-    }
-
-    /// Whether nothing is held.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     /// The layer that it was made for.
     fn shape(&self) -> &AttentionShape;
 
-    /// Bytes held.
+    /// Appends keys `[tokens, kv_heads, head_dim]` and values `[tokens, kv_heads, value_dim]` to
+    /// every head of the batch's sequences. Sequences that are not known begin.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if the tensors do not fit; [`Error::NotFinite`] from stores that
+    /// quantize; [`Error::PoolFull`].
+    fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()>;
+
+    /// Appends to each kv head the tokens selected for it. `tokens` has a selection for each
+    /// sequence of the batch, whose numbers count that sequence's own tokens.
+    ///
+    /// # Errors
+    /// As [`append`](KvStore::append), and [`Error::Mismatch`] for a selection that does not fit.
+    fn append_selected(
+        &mut self,
+        batch: &Batch,
+        k: &Tensor,
+        v: &Tensor,
+        tokens: &[Selection],
+    ) -> Result<()>;
+
+    /// Attention of queries `[tokens, heads, head_dim]` over the entries that `mask` allows. A
+    /// query that sees nothing has zeros, and -inf as its log-sum-exp.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if `q` or `mask` does not fit what is held.
+    fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState>;
+
+    /// Attention probability received by each entry, summed over the queries: for query head h of
+    /// the batch's i-th sequence, the vector `[i * heads + h]` with one number per entry of its kv
+    /// head.
+    ///
+    /// `lse` (`[tokens, heads]`) is the log-sum-exp of *all* that the queries see, here and
+    /// elsewhere, so that the sums of several stores add up to the number of queries.
+    ///
+    /// # Errors
+    /// As [`attend`](KvStore::attend).
+    fn attention_sums(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        lse: &Tensor,
+        mask: Mask<'_>,
+    ) -> Result<Vec<Vec<f32>>>;
+
+    /// Keeps the selected entries of each kv head of a sequence and frees the others.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`]; [`Error::Mismatch`] for a selection that does not fit.
+    fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()>;
+
+    /// The keys `[entries, head_dim]` and values `[entries, value_dim]` of one kv head, in f32 on
+    /// the CPU. For policies and tests.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if there is no such head.
+    fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)>;
+
+    /// The same of a range of entries. A store that can read a part overrides it: by default all
+    /// entries of the head are read, and those outside of the range left out.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), and [`Error::Mismatch`] for a range past the head's end.
+    fn read_range(
+        &self,
+        seq: SeqId,
+        kv_head: usize,
+        entries: Range<usize>,
+    ) -> Result<(Tensor, Tensor)> {
+        let (k, v) = self.read(seq, kv_head)?;
+        check_range(&entries, k.dim(0)?)?;
+        let part = |x: &Tensor| x.narrow(0, entries.start, entries.len());
+        Ok((part(&k)?, part(&v)?))
+    }
+
+    /// Entries of a sequence, `[kv_heads]`; none for a sequence that is not known.
+    fn lens(&self, seq: SeqId) -> Vec<usize>;
+
+    /// Makes `to` a copy of `from` that shares its blocks until one of them changes them.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`] for `from`; [`Error::Mismatch`] if `to` exists.
+    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()>;
+
+    /// Whether [`truncate`](Self::truncate) can do this; an error says why not.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if a head holds fewer entries;
+    /// [`Error::Unsupported`] if the format can't.
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()>;
+
+    /// Drops all entries of every head after its first `len`.
+    ///
+    /// # Errors
+    /// As [`check_truncate`](Self::check_truncate), and no others.
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()>;
+
+    /// Ends a sequence and gives its blocks back. Returns whether it existed.
+    fn remove(&mut self, seq: SeqId) -> bool;
+
+    /// The sequences, in increasing order.
+    fn seqs(&self) -> Vec<SeqId>;
+
+    /// Whether there is memory to append the batch's tokens to every head.
+    fn can_append(&self, batch: &Batch) -> bool;
+
+    /// Bytes held for all sequences, with what is allocated and free.
     fn footprint(&self) -> Footprint;
 
-    /// Forgets everything and gives the memory back.
-    fn reset(&mut self);
+    /// Bytes held for one sequence. Blocks that it shares with others count in full.
+    fn seq_footprint(&self, seq: SeqId) -> Footprint;
+
+    /// Ends all sequences and gives the memory back.
+    fn clear(&mut self);
+
+    /// Entries of the head of a sequence that holds the most.
+    fn len(&self, seq: SeqId) -> usize {
+        self.lens(seq).into_iter().max().unwrap_or(0)
+    }
 }
 
-/// The listed tokens of each head of `[batch, kv_heads, tokens, head_dim]`; lists shorter than `count` end with their last token repeated.
-fn gather(x: &Tensor, lists: &[Vec<u32>], count: usize) -> Result<Tensor> {
-    let (batch, kv_heads, tokens, d) = x.dims4()?;
-    let rows: Vec<u32> = (0..)
-        .zip(lists)
-        .flat_map(|(head, list)| {
-            let last = list.last().copied().unwrap_or(0);
-            let filled = list.iter().copied().chain(std::iter::repeat(last)).take(count);
-            filled.map(move |token| head * tokens as u32 + token)
-        })
-        .collect();
-    let rows = Tensor::from_vec(rows, batch * kv_heads * count, x.device())?;
-    let flat = x.contiguous()?.reshape((batch * kv_heads * tokens, d))?;
-    Ok(flat.index_select(&rows, 0)?.reshape((batch, kv_heads, count, d))?)
+/// Checks a range of entries to read against a head's entries.
+pub(crate) fn check_range(entries: &Range<usize>, len: usize) -> Result<()> {
+    if entries.start > entries.end || entries.end > len {
+        let expected = format!("a range within {len}");
+        return Err(Error::mismatch("entries to read", expected, format!("{entries:?}")));
+    }
+    Ok(())
 }
 
-/// Which entries a query sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Visible {
+/// Which entries of its sequence a query sees.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Mask<'a> {
     /// Every query sees every entry: they all lie in its past.
-    All,
-    /// The last `tokens` entries are the queries' own tokens. Query i sees the entries up to its own; with the layer's
-    /// sliding window, only the last `window` of these.
+    Full,
+    /// A sequence's last n entries are its n queries' own tokens. Query i sees the entries up to
+    /// its own; with the layer's sliding window, only the last `window` of these.
     Causal,
+    /// Every query of a sequence sees the ranges that are listed for it.
+    Entries(&'a EntryRanges),
 }
 
-impl Visible {
-    /// The range of entries that query `i` of `queries` sees among `len`.
+impl Mask<'_> {
+    /// The range of entries that query `i` of `queries` sees among `len`, under
+    /// [`Full`](Mask::Full) and [`Causal`](Mask::Causal). A selection of ranges is applied before:
+    /// its entries are then all there is.
     pub fn range(
         self,
         i: usize,
         queries: usize,
         len: usize,
         window: Option<usize>,
-    ) -> std::ops::Range<usize> {
+    ) -> Range<usize> {
         match self {
-            Visible::All => 0..len,
-            Visible::Causal => {
+            Mask::Full | Mask::Entries(_) => 0..len,
+            Mask::Causal => {
                 let end = (len + i + 1).saturating_sub(queries);
                 end.saturating_sub(window.unwrap_or(end))..end
             }
@@ -131,50 +182,60 @@ impl Visible {
     }
 }
 
-/// Attention over a part of what a query sees: mergeable with other parts without loss.
-#[derive(Debug, Clone)]
-pub struct Partial {
-    /// The softmax-weighted sum of the part's values, normalised within the part: f32, `[batch, heads, tokens, head_dim]`.
-    pub out: Tensor,
-    /// The logarithm of the part's sum of exponentiated scores: f32, `[batch, heads, tokens]`; -inf where nothing was seen.
-    pub lse: Tensor,
+/// Ranges of entries to attend to: a list for each sequence of a batch and kv head,
+/// `[sequences * kv_heads]`. The ranges of a list are disjoint and in increasing order.
+///
+/// Retrieval reads blocks of the past through it, from any store. Blocks outside of the ranges are
+/// not read.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct EntryRanges {
+    heads: Vec<Vec<Range<usize>>>,
 }
 
-impl Partial {
-    /// Joins attention over disjoint sets of entries into attention over their union.
+impl EntryRanges {
+    /// One list for each sequence and kv head.
     ///
     /// # Errors
-    /// If `parts` is empty, or their shapes differ.
-    pub fn merge(parts: &[Partial]) -> Result<Partial> {
-        let [first, rest @ ..] = parts else {
-            return Err(Error::mismatch("parts of an attention", "at least one", 0));
-        };
-        if rest.is_empty() {
-            return Ok(first.clone());
+    /// [`Error::Mismatch`] naming a list whose ranges are empty, overlap or decrease.
+    pub fn new(heads: Vec<Vec<Range<usize>>>) -> Result<Self> {
+        for (head, ranges) in heads.iter().enumerate() {
+            let mut end = 0;
+            for range in ranges {
+                if range.start < end || range.is_empty() {
+                    let what = format!("ranges of list {head}");
+                    let expected = format!("a range that begins at {end} or later");
+                    return Err(Error::mismatch(what, expected, format!("{range:?}")));
+                }
+                end = range.end;
+            }
         }
-        let lse = Tensor::stack(&parts.iter().map(|p| &p.lse).collect::<Vec<_>>(), 0)?;
-        // A query that sees nothing in any part keeps -inf as its log-sum-exp and zero as its output.
-        let max = lse.max(0)?.maximum(f32::MIN)?;
-        let weights = lse.broadcast_sub(&max.unsqueeze(0)?)?.exp()?;
-        let sum = weights.sum(0)?;
-        let scaled = weights.broadcast_div(&sum.maximum(f32::MIN_POSITIVE)?.unsqueeze(0)?)?;
-        let mut out = first.out.broadcast_mul(&scaled.get(0)?.unsqueeze(D::Minus1)?)?;
-        for (i, part) in rest.iter().enumerate() {
-            out = (out + part.out.broadcast_mul(&scaled.get(i + 1)?.unsqueeze(D::Minus1)?)?)?;
-        }
-        Ok(Partial { out, lse: (max + sum.log()?)? })
+        Ok(Self { heads })
     }
 
-    /// The output alone, in the dtype that the model computes in.
+    /// The lists.
+    pub fn heads(&self) -> &[Vec<Range<usize>>] {
+        &self.heads
+    }
+
+    /// Checks the lists against the entries of each sequence's heads.
     ///
     /// # Errors
-    /// If the conversion fails.
-    pub fn into_output(self, dtype: DType) -> Result<Tensor> {
-        Ok(self.out.to_dtype(dtype)?)
+    /// [`Error::Mismatch`] for another number of lists, or a range past a head's end.
+    pub fn check(&self, lens: &[usize]) -> Result<()> {
+        if self.heads.len() != lens.len() {
+            return Err(Error::mismatch("lists of entry ranges", lens.len(), self.heads.len()));
+        }
+        for (head, (ranges, &len)) in self.heads.iter().zip(lens).enumerate() {
+            if let Some(last) = ranges.last().filter(|last| last.end > len) {
+                let what = format!("entry ranges of list {head}");
+                return Err(Error::mismatch(what, format!("an end of at most {len}"), last.end));
+            }
+        }
+        Ok(())
     }
 }
 
-/// Which entries stay: for each batch entry and kv head (`[batch * kv_heads]`), entry numbers in increasing order.
+/// Some entries of a sequence: for each kv head (`[kv_heads]`), entry numbers in increasing order.
 ///
 /// ```
 /// use longctx_core::Selection;
@@ -190,7 +251,7 @@ pub struct Selection {
 }
 
 impl Selection {
-    /// One list per batch entry and kv head, batch-major.
+    /// One list per kv head.
     pub fn new(heads: Vec<Vec<u32>>) -> Self {
         Self { heads }
     }
@@ -208,7 +269,8 @@ impl Selection {
     /// Checks the lists against the entries that each head holds.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] naming the first head whose list is not strictly increasing or goes past its end.
+    /// [`Error::Mismatch`] naming the first head whose list is not strictly increasing or goes past
+    /// its end.
     pub fn check(&self, lens: &[usize]) -> Result<()> {
         if self.heads.len() != lens.len() {
             return Err(Error::mismatch("heads of a selection", lens.len(), self.heads.len()));
@@ -227,29 +289,16 @@ impl Selection {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::DenseStore;
-    use candle_core::Device;
-
-    #[test]
-    fn each_head_takes_the_tokens_selected_for_it() {
-        let shape = AttentionShape::new(2, 2, 1).unwrap();
-        let mut store = DenseStore::new(shape, DType::F32).unwrap();
-        let k = Tensor::arange(0f32, 10., &Device::Cpu).unwrap().reshape((1, 2, 5, 1)).unwrap();
-        let v = (&k + 100.0).unwrap();
-        let ragged = Selection::new(vec![vec![1, 3, 4], vec![]]);
-        let even = Selection::new(vec![vec![0, 2], vec![3, 4]]);
-        store.append_selected(&k, &v, &ragged).unwrap();
-        store.append_selected(&k, &v, &even).unwrap();
-        let keys = |head| store.read(0, head).unwrap().0.flatten_all().unwrap().to_vec1().unwrap();
-        let (first, second): (Vec<f32>, Vec<f32>) = (keys(0), keys(1));
-        assert_eq!((first, second), (vec![1., 3., 4., 0., 2.], vec![8., 9.]));
-        let (keys, values) = store.read(0, 1).unwrap();
-        let apart: Vec<f32> = (values - keys).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-        assert_eq!(apart, [100.0; 2]);
-        let past = Selection::new(vec![vec![5], vec![]]);
-        assert!(store.append_selected(&k, &v, &past).unwrap_err().to_string().contains("head 0"));
+/// Checks one selection for each sequence of a batch against the sequences' tokens.
+///
+/// # Errors
+/// [`Error::Mismatch`] for another number of selections; as [`Selection::check`].
+pub fn check_selections(batch: &Batch, tokens: &[Selection], kv_heads: usize) -> Result<()> {
+    if tokens.len() != batch.seqs().len() {
+        return Err(Error::mismatch("selections of tokens", batch.seqs().len(), tokens.len()));
     }
+    for ((_, own), selection) in batch.iter().zip(tokens) {
+        selection.check(&vec![own.len(); kv_heads])?;
+    }
+    Ok(())
 }

@@ -5,13 +5,14 @@ use std::rc::Rc;
 
 use candle_core::{Device, Tensor};
 use longctx_core::{
-    CausalLm, Compressed, Footprint, Logits, Prompt, PromptCompressor, Rate, Result,
+    Batch, CausalLm, Compressed, Error, Footprint, Logits, Prompt, PromptCompressor, Rate, Result,
+    SeqId,
 };
 use longctx_eval::{Fault, Question, Reader, Sample, Subject, Task, Text, longbench};
 
 const VOCAB: usize = 128;
 
-/// Writes down what it is fed; answers with the letter after the last.
+/// Notes the tokens that it is fed; answers with the letter after the last. Knows one sequence.
 #[derive(Default)]
 struct Notes {
     fed: Rc<RefCell<String>>,
@@ -19,23 +20,44 @@ struct Notes {
 }
 
 impl CausalLm for Notes {
-    fn forward(&mut self, tokens: &Tensor, _: Logits) -> Result<Tensor> {
-        let tokens: Vec<u32> = tokens.flatten_all()?.to_vec1()?;
-        self.seen += tokens.len();
-        self.fed.borrow_mut().extend(tokens.iter().map(|&t| char::from(t as u8)));
+    fn forward(&mut self, batch: &Batch, ids: &[u32], _: Logits) -> Result<Tensor> {
+        assert_eq!(batch.seqs(), [0]);
+        self.seen += ids.len();
+        self.fed.borrow_mut().extend(ids.iter().map(|&t| char::from(t as u8)));
         let mut logits = [0f32; VOCAB];
-        logits[(tokens[tokens.len() - 1] as usize + 1) % VOCAB] = 1.0;
-        Ok(Tensor::new(&[[logits]], &Device::Cpu)?)
+        logits[(ids[ids.len() - 1] as usize + 1) % VOCAB] = 1.0;
+        Ok(Tensor::new(&[logits], &Device::Cpu)?)
     }
-    fn reset(&mut self) {
-        self.seen = 0;
+    fn fork(&mut self, _: SeqId, _: SeqId) -> Result<()> {
+        Err(Error::Unsupported("notes of two sequences".into()))
+    }
+    fn check_truncate(&self, _: SeqId, _: usize) -> Result<()> {
+        Err(Error::Unsupported("notes that end earlier".into()))
+    }
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.check_truncate(seq, len)
+    }
+    fn remove(&mut self, _: SeqId) -> bool {
         self.fed.borrow_mut().clear();
+        std::mem::take(&mut self.seen) > 0
     }
-    fn seen(&self) -> usize {
+    fn seqs(&self) -> Vec<SeqId> {
+        if self.seen > 0 { vec![0] } else { Vec::new() }
+    }
+    fn seen(&self, _: SeqId) -> usize {
         self.seen
+    }
+    fn can_take(&self, _: &Batch) -> bool {
+        true
     }
     fn footprint(&self) -> Footprint {
         Footprint { payload: 2 * self.seen, slack: 100, ..Default::default() }
+    }
+    fn seq_footprint(&self, _: SeqId) -> Footprint {
+        self.footprint()
+    }
+    fn clear(&mut self) {
+        self.remove(0);
     }
     fn vocab_size(&self) -> usize {
         VOCAB

@@ -1,5 +1,7 @@
 //! The error type of the slice API, free of candle.
 
+use std::fmt;
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -17,7 +19,7 @@ pub enum Error {
         /// The value given.
         got: String,
     },
-    /// A slice's length or a count does not fit.
+    /// A slice's length, a count or an identifier does not fit.
     #[error("{what}: expected {expected}, got {got}")]
     Mismatch {
         /// The argument.
@@ -27,26 +29,33 @@ pub enum Error {
         /// What came.
         got: String,
     },
-    /// NaN or infinity in what is to be quantized.
-    #[error("{value} at row {row}, column {column}")]
+    /// NaN or infinity among numbers that should be finite.
+    #[error("{value} at {at}")]
     NotFinite {
         /// NaN or an infinity.
         value: f32,
-        /// The token.
-        row: usize,
-        /// The channel.
-        column: usize,
+        /// Where it is.
+        at: Position,
     },
-    /// A finite number, or the difference of a group's largest and smallest, beyond f16's ±65504; a number beyond half of that, where
-    /// tokens that share a group come one by one.
-    #[error("{value} at row {row}, column {column} is too large for groups in f16")]
+    /// A finite number, or the difference of a group's largest and smallest, beyond f16's ±65504; a
+    /// number beyond half of that, where tokens that share a group come one by one.
+    #[error("{value} at {at} is too large for groups in f16")]
     OutOfRange {
         /// The number, or the difference.
         value: f32,
-        /// The token.
-        row: usize,
-        /// The channel.
-        column: usize,
+        /// Where it is.
+        at: Position,
+    },
+    /// A sequence that has not begun, or has been removed.
+    #[error("sequence {0} is not known")]
+    UnknownSequence(u64),
+    /// A pool of fixed capacity has no room. Nothing has changed.
+    #[error("the pool is full: {asked} bytes are asked for and {free} are free")]
+    PoolFull {
+        /// Bytes that the call needs.
+        asked: usize,
+        /// Bytes that are free.
+        free: usize,
     },
     /// A file that can't be read or written, or does not hold what it should.
     #[cfg(feature = "save")]
@@ -57,6 +66,48 @@ pub enum Error {
         /// Why it can't be used.
         reason: String,
     },
+}
+
+/// Where a number is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Position {
+    /// In a matrix.
+    Matrix {
+        /// The row: a token.
+        row: usize,
+        /// The column: a channel.
+        column: usize,
+    },
+    /// Among the keys, values or queries of some sequences.
+    Sequence {
+        /// `keys`, `values` or `queries`.
+        of: &'static str,
+        /// The sequence.
+        seq: u64,
+        /// The token, counted from the sequence's first one in the call.
+        token: usize,
+        /// The kv head, or the query head.
+        head: usize,
+        /// The channel.
+        channel: usize,
+    },
+}
+
+impl Position {
+    pub(crate) fn row(at: usize, columns: usize) -> Self {
+        Self::Matrix { row: at / columns, column: at % columns }
+    }
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Matrix { row, column } => write!(f, "row {row}, column {column}"),
+            Self::Sequence { of, seq, token, head, channel } => {
+                write!(f, "{of} of sequence {seq}: token {token}, head {head}, channel {channel}")
+            }
+        }
+    }
 }
 
 impl Error {
@@ -75,5 +126,14 @@ impl Error {
         got: impl ToString,
     ) -> Self {
         Self::Mismatch { what, expected: expected.to_string(), got: got.to_string() }
+    }
+
+    /// The error for a number that can't be packed.
+    pub(crate) fn number(value: f32, at: Position) -> Self {
+        if value.is_finite() {
+            Self::OutOfRange { value, at }
+        } else {
+            Self::NotFinite { value, at }
+        }
     }
 }

@@ -1,15 +1,11 @@
-//! Packed heads in safetensors files: written once, mapped back. `docs/formats.md` has the layout.
-//!
-//! Codes and scales are not read when a file is opened, but mapped: they are paged in as attention comes to them, after one
-//! pass that compares checksums.
+//! Sequences in safetensors files: a prefix cache on disk. `docs/formats.md` has the layout.
 
 mod header;
 mod read;
 mod write;
 
-pub(crate) use header::Counts;
-pub use read::{load, load_bytes};
-pub use write::save;
+pub use read::CacheFile;
+pub use write::{save, to_bytes};
 
 /// What the metadata's `format` says.
 const FORMAT: &str = "kv-quant";

@@ -105,14 +105,19 @@ impl Scheme {
     }
 }
 
-/// When tokens leave the full-precision residual.
+/// When tokens leave full precision and are packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Flush {
-    /// At once: no residual. Needs keys quantized along channels.
+    /// At once: nothing is kept in full precision. Needs keys quantized along channels.
     Immediate,
-    /// Keys and values together, whenever a whole group of tokens is there.
-    Together,
-    /// As KIVI's code does: keys whenever so many are there, all of them; values one by one, the newest so many staying.
+    /// Keys and values together, in whole groups of tokens, as soon as at least so many newer tokens
+    /// remain in full precision. With 0, a group leaves once it is complete.
+    ///
+    /// The newest packed group stays in full precision, too, until the next one is packed, so that
+    /// a sequence can be truncated by up to a group of tokens and be as if it had never had them.
+    Rolling(usize),
+    /// As KIVI's published code does: keys all at once, whenever there are so many in full
+    /// precision; values one by one, the newest so many staying.
     Staggered(usize),
     /// Never: everything stays in f16.
     Never,
@@ -144,8 +149,8 @@ impl Format {
     /// Checks that the parts fit together.
     ///
     /// # Errors
-    /// [`Error::Setting`] if values are not quantized along channels, if keys along tokens should be flushed at once, or if a staggered
-    /// flush is not of a positive multiple of the keys' group.
+    /// [`Error::Setting`] if values are not quantized along channels, if keys along tokens should be
+    /// flushed at once, or if a staggered flush is not of a positive multiple of the keys' group.
     pub fn new(keys: Scheme, values: Scheme, flush: Flush) -> Result<Self> {
         let keys = Scheme::new(keys.bits, keys.along, keys.group)?;
         let values = Scheme::new(values.bits, values.along, values.group)?;
@@ -175,6 +180,24 @@ impl Format {
             Scheme::new(key_bits, Axis::Tokens, group)?,
             Scheme::new(value_bits, Axis::Channels, group)?,
             Flush::Staggered(residual),
+        )
+    }
+
+    /// [`kivi`](Self::kivi) with a [rolling](Flush::Rolling) flush: at least the newest `residual`
+    /// keys, too, are in full precision, and tokens can be rolled back.
+    ///
+    /// # Errors
+    /// As [`Format::new`].
+    pub fn kivi_rolling(
+        key_bits: Bits,
+        value_bits: Bits,
+        group: usize,
+        residual: usize,
+    ) -> Result<Self> {
+        Self::new(
+            Scheme::new(key_bits, Axis::Tokens, group)?,
+            Scheme::new(value_bits, Axis::Channels, group)?,
+            Flush::Rolling(residual),
         )
     }
 
@@ -221,11 +244,19 @@ impl Format {
         self.flush
     }
 
-    /// Tokens that are packed, and freed, together.
+    /// Tokens of a block: they are packed, shared and freed together.
     pub(crate) fn chunk(&self) -> usize {
         match self.keys.along {
             Axis::Tokens => self.keys.group,
             Axis::Channels => 32,
+        }
+    }
+
+    /// Packed tokens that stay in full precision, too.
+    pub(crate) fn overlap(&self) -> usize {
+        match self.flush {
+            Flush::Rolling(_) => self.chunk(),
+            _ => 0,
         }
     }
 
@@ -235,7 +266,10 @@ impl Format {
         match self.flush {
             Flush::Immediate => (keys, values),
             Flush::Never => (0, 0),
-            Flush::Together => (whole(keys, self.chunk()), whole(values, self.chunk())),
+            Flush::Rolling(r) => {
+                let ready = |n: usize| whole(n.saturating_sub(r), self.chunk());
+                (ready(keys), ready(values))
+            }
             Flush::Staggered(r) => (whole(keys, r), values.saturating_sub(r)),
         }
     }

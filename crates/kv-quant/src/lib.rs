@@ -9,20 +9,19 @@ mod pages {
     mod candle {}
 }
 
-mod array;
 mod attention;
 mod error;
 #[cfg(feature = "save")]
 mod file;
 mod format;
 mod hadamard;
-mod head;
 mod kernel;
+mod layout;
 mod number;
 mod packed;
+mod pool;
 mod product;
 mod quantize;
-mod residual;
 mod rotary;
 mod vector;
 mod words;
@@ -32,19 +31,19 @@ mod candle;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-pub use attention::{Attended, Queries, attend, mass};
+pub use attention::{Attended, Mask, Queries};
 #[cfg(feature = "candle")]
 pub use candle::{DequantCache, Order, QuantCache, QuantStore};
 #[cfg(all(feature = "candle", feature = "save"))]
 pub use candle::{load_caches, save_caches};
 #[cfg(feature = "cuda")]
 pub use cuda::CudaStore;
-pub use error::{Error, Result};
+pub use error::{Error, Position, Result};
 #[cfg(feature = "save")]
-pub use file::{load, load_bytes, save};
+pub use file::{CacheFile, save, to_bytes};
 pub use format::{Axis, Bits, Flush, Format, KeyBasis, Scheme};
-pub use head::{Head, HeadBytes};
 pub use number::Number;
 pub use packed::Packed;
+pub use pool::{Pool, PoolBytes, PoolShape};
 pub use quantize::Quantizer;
 pub use rotary::Rotary;

@@ -1,15 +1,28 @@
-//! The number formats that can be quantized, and their way to f16.
+//! The number formats of keys, values, queries and outputs.
 
-use crate::{Error, Result};
+use std::borrow::Cow;
+
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use rayon::prelude::*;
 
-/// A number format that keys and values may come in: f32, f16 or bf16.
+/// Numbers that one thread converts at a time.
+const PART: usize = 1 << 16;
+
+/// A number format that keys, values and queries may come in, and outputs may be written in: f32, f16
+/// or bf16.
 ///
-/// All are rounded to f16 first, the format in which KIVI's and FlexGen's arithmetic is done.
+/// Keys and values are rounded to f16 first, the format in which KIVI's and FlexGen's arithmetic is
+/// done.
 pub trait Number: Copy + Send + Sync + sealed::Sealed {
-    /// Appends `src` to `out`, rounded to nearest; numbers beyond f16's range become infinite.
-    fn extend_f16(src: &[Self], out: &mut Vec<f16>);
+    /// `src` rounded to nearest; numbers beyond f16's range become infinite.
+    fn halves(src: &[Self]) -> Cow<'_, [f16]>;
+
+    /// Writes `src` in f32, in a slice of the same length.
+    fn widen_all(src: &[Self], out: &mut [f32]);
+
+    /// Writes `src` rounded to nearest, in a slice of the same length.
+    fn narrow_all(src: &[f32], out: &mut [Self]);
 
     /// The number in f32.
     fn widen(self) -> f32;
@@ -23,10 +36,19 @@ mod sealed {
 }
 
 impl Number for f32 {
-    fn extend_f16(src: &[Self], out: &mut Vec<f16>) {
-        let start = out.len();
-        out.resize(start + src.len(), f16::ZERO);
-        out[start..].convert_from_f32_slice(src);
+    fn halves(src: &[Self]) -> Cow<'_, [f16]> {
+        let mut out = vec![f16::ZERO; src.len()];
+        let parts = out.par_chunks_mut(PART).zip(src.par_chunks(PART));
+        parts.for_each(|(out, src)| out.convert_from_f32_slice(src));
+        out.into()
+    }
+
+    fn widen_all(src: &[Self], out: &mut [f32]) {
+        out.copy_from_slice(src);
+    }
+
+    fn narrow_all(src: &[f32], out: &mut [Self]) {
+        out.copy_from_slice(src);
     }
 
     fn widen(self) -> f32 {
@@ -35,8 +57,16 @@ impl Number for f32 {
 }
 
 impl Number for f16 {
-    fn extend_f16(src: &[Self], out: &mut Vec<f16>) {
-        out.extend_from_slice(src);
+    fn halves(src: &[Self]) -> Cow<'_, [f16]> {
+        src.into()
+    }
+
+    fn widen_all(src: &[Self], out: &mut [f32]) {
+        crate::kernel::widen_into(src, out);
+    }
+
+    fn narrow_all(src: &[f32], out: &mut [Self]) {
+        out.convert_from_f32_slice(src);
     }
 
     fn widen(self) -> f32 {
@@ -45,8 +75,21 @@ impl Number for f16 {
 }
 
 impl Number for bf16 {
-    fn extend_f16(src: &[Self], out: &mut Vec<f16>) {
-        out.extend(src.iter().map(|x| f16::from_f32(x.to_f32())));
+    fn halves(src: &[Self]) -> Cow<'_, [f16]> {
+        let mut out = vec![f16::ZERO; src.len()];
+        let parts = out.par_chunks_mut(PART).zip(src.par_chunks(PART));
+        parts.for_each(|(out, src)| {
+            out.iter_mut().zip(src).for_each(|(out, x)| *out = f16::from_f32(x.to_f32()));
+        });
+        out.into()
+    }
+
+    fn widen_all(src: &[Self], out: &mut [f32]) {
+        src.convert_to_f32_slice(out);
+    }
+
+    fn narrow_all(src: &[f32], out: &mut [Self]) {
+        out.convert_from_f32_slice(src);
     }
 
     fn widen(self) -> f32 {
@@ -54,23 +97,12 @@ impl Number for bf16 {
     }
 }
 
-/// `src` (rows of `columns` numbers) in f16, none of them beyond ±`largest`.
-///
-/// # Errors
-/// [`Error::NotFinite`] or [`Error::OutOfRange`] for the first number that is.
-pub fn to_f16<T: Number>(src: &[T], columns: usize, largest: f16) -> Result<Vec<f16>> {
-    let mut out = Vec::with_capacity(src.len());
-    T::extend_f16(src, &mut out);
-    match beyond(&out, largest) {
-        None => Ok(out),
-        Some(at) => {
-            let (value, row, column) = (src[at].widen(), at / columns, at % columns);
-            Err(if value.is_finite() {
-                Error::OutOfRange { value, row, column }
-            } else {
-                Error::NotFinite { value, row, column }
-            })
-        }
+/// `src` in f16, or where the first number beyond ±`largest` is.
+pub fn to_f16<T: Number>(src: &[T], largest: f16) -> Result<Cow<'_, [f16]>, usize> {
+    let halves = T::halves(src);
+    match beyond(&halves, largest) {
+        None => Ok(halves),
+        Some(at) => Err(at),
     }
 }
 
@@ -79,5 +111,6 @@ pub fn beyond(x: &[f16], largest: f16) -> Option<usize> {
     // Without their signs, halves are ordered as their bits are; NaN and infinity come last.
     let beyond = |x: &f16| x.to_bits() & 0x7fff > largest.to_bits();
     // A scan without early exit is one that vectors can do.
-    if x.iter().fold(false, |any, x| any | beyond(x)) { x.iter().position(beyond) } else { None }
+    let any = |x: &[f16]| x.iter().fold(false, |any, x| any | beyond(x));
+    if x.par_chunks(PART).any(any) { x.iter().position(beyond) } else { None }
 }

@@ -4,9 +4,10 @@ use std::slice::Chunks;
 
 use crate::format::Plane;
 use crate::kernel::{self, Panel, Params, Rows, widen};
-use crate::packed::{Line, PANEL};
+use crate::layout::{Line, PANEL};
+use crate::packed::PackedRef;
 use crate::vector::wide;
-use crate::{Axis, Packed, vector};
+use crate::{Axis, vector};
 use pulp::{Arch, Simd, WithSimd};
 
 /// Scratch space of products.
@@ -22,7 +23,7 @@ pub struct Scratch {
     pub tile: Vec<f32>,
 }
 
-impl Packed {
+impl PackedRef<'_> {
     /// `out[r * out_stride + lane] += Σ_s x[r][s] * dequantized[s][lane]` over the steps of `x`.
     ///
     /// With tokens in lanes the steps are the channels: `x` holds queries, `out` receives scores. With channels in lanes the steps are the rows: `x`
@@ -31,7 +32,7 @@ impl Packed {
     pub(crate) fn accumulate(
         &self,
         x: Rows<'_>,
-        next: Option<&Self>,
+        next: Option<PackedRef<'_>>,
         out: &mut [f32],
         out_stride: usize,
         s: &mut Scratch,
@@ -41,11 +42,11 @@ impl Packed {
         }
         let mut ahead: &[Line] = &[];
         if let Some(next) = next {
-            kernel::prefetch(&next.scales);
-            kernel::prefetch(&next.zeros);
-            ahead = &next.codes;
+            kernel::prefetch(next.scales);
+            kernel::prefetch(next.zeros);
+            ahead = next.codes;
         }
-        if self.scheme.along == self.lanes {
+        if self.layout.scheme.along == self.layout.lanes {
             self.accumulate_by_step(x, ahead, out, out_stride, s);
         } else {
             self.accumulate_by_lane(x, ahead, out, out_stride, s);
@@ -62,12 +63,12 @@ impl Packed {
         s: &mut Scratch,
     ) {
         let mut ahead = self.shares(ahead, 1);
-        let panels_of_group = self.scheme.group / PANEL;
-        let width = self.param_width();
-        widen(&self.scales, &mut s.scales);
-        widen(&self.zeros, &mut s.zeros);
+        let panels_of_group = self.layout.scheme.group / PANEL;
+        let width = self.layout.param_width();
+        widen(self.scales, &mut s.scales);
+        widen(self.zeros, &mut s.zeros);
         s.nothing.resize(x.steps, 0.0);
-        for panel in 0..self.lane_count().div_ceil(PANEL) {
+        for panel in 0..self.layout.lane_count().div_ceil(PANEL) {
             let at = panel / panels_of_group * width;
             let (scales, mut zeros) = (&s.scales[at..], &s.zeros[at..]);
             for plane in self.panels(panel, 0, &mut ahead) {
@@ -87,17 +88,17 @@ impl Packed {
         out_stride: usize,
         s: &mut Scratch,
     ) {
-        let mut ahead = self.shares(ahead, x.steps.div_ceil(self.scheme.group));
-        let width = self.param_width();
-        s.ones.resize(self.scheme.group, 1.0);
-        s.nothing.resize(self.scheme.group, 0.0);
+        let mut ahead = self.shares(ahead, x.steps.div_ceil(self.layout.scheme.group));
+        let width = self.layout.param_width();
+        s.ones.resize(self.layout.scheme.group, 1.0);
+        s.nothing.resize(self.layout.scheme.group, 0.0);
         let as_they_are = Params { scales: &s.ones, zeros: &s.nothing };
-        for (group, first) in (0..x.steps).step_by(self.scheme.group).enumerate() {
-            let steps = self.scheme.group.min(x.steps - first);
+        for (group, first) in (0..x.steps).step_by(self.layout.scheme.group).enumerate() {
+            let steps = self.layout.scheme.group.min(x.steps - first);
             let part = Rows { data: &x.data[first..], steps, ..x };
             widen(&self.scales[group * width..][..width], &mut s.scales);
             widen(&self.zeros[group * width..][..width], &mut s.zeros);
-            for panel in 0..self.lane_count().div_ceil(PANEL) {
+            for panel in 0..self.layout.lane_count().div_ceil(PANEL) {
                 let lanes = panel * PANEL..width.min((panel + 1) * PANEL);
                 s.sums.clear();
                 s.sums.resize(x.count * PANEL, 0.0);
@@ -121,13 +122,13 @@ impl Packed {
     /// Writes a panel of two lines, dequantized, into the scratch space's tile.
     pub(crate) fn dequantize_panel(&self, panel: usize, s: &mut Scratch) {
         s.tile.clear();
-        s.tile.resize(self.columns * PANEL, 0.0);
+        s.tile.resize(self.layout.columns * PANEL, 0.0);
         for Panel { codes, bits, unit, .. } in self.panels(panel, 0, &mut [].chunks(1)) {
             add_codes(codes.as_flattened(), bits, unit, &mut s.tile);
         }
-        let (width, group) = (self.param_width(), self.scheme.group);
+        let (width, group) = (self.layout.param_width(), self.layout.scheme.group);
         for (step, column) in s.tile.chunks_exact_mut(PANEL).enumerate() {
-            match self.scheme.along {
+            match self.layout.scheme.along {
                 Axis::Tokens => {
                     let at = panel * PANEL / group * width + step;
                     let (scale, zero) = (self.scales[at].to_f32(), self.zeros[at].to_f32());
@@ -151,7 +152,9 @@ impl Packed {
 
     /// Lines to be brought near, in equal shares for the kernel's calls: so many for each panel and plane.
     fn shares<'a>(&self, ahead: &'a [Line], calls: usize) -> Chunks<'a, Line> {
-        let calls = calls * self.lane_count().div_ceil(PANEL) * self.scheme.bits.planes().len();
+        let calls = calls
+            * self.layout.lane_count().div_ceil(PANEL)
+            * self.layout.scheme.bits.planes().len();
         ahead.chunks(ahead.len().div_ceil(calls).max(1))
     }
 
@@ -162,26 +165,18 @@ impl Packed {
         first: usize,
         ahead: &mut Chunks<'a, Line>,
     ) -> impl Iterator<Item = Panel<'a>> {
-        let width = self.panel_width(panel);
+        let width = self.layout.panel_width(panel);
         let mut plane_start = 0;
-        self.scheme.bits.planes().iter().map(move |&plane| {
-            let words = self.words(plane);
+        self.layout.scheme.bits.planes().iter().map(move |&plane| {
+            let words = self.layout.words(plane);
             let start = plane_start + 2 * panel * words;
-            plane_start += self.plane_lines(plane);
+            plane_start += self.layout.plane_lines(plane);
             let Plane { bits, shift } = plane;
             let codes = &self.codes[start + first / plane.per_word() * width..]
                 [..(words - first / plane.per_word()) * width];
             let ahead = ahead.next().unwrap_or_default();
             Panel { codes, width, bits, unit: (1 << shift) as f32, ahead }
         })
-    }
-
-    /// Scales of a group: one for each position on the other axis.
-    fn param_width(&self) -> usize {
-        match self.scheme.along {
-            Axis::Tokens => self.columns,
-            Axis::Channels => self.capacity,
-        }
     }
 }
 

@@ -7,7 +7,7 @@
 use crate::kernel::widen;
 use crate::vector::{lanes, wide};
 use crate::words::Scratch;
-use crate::{Axis, Error, Result, Scheme};
+use crate::{Axis, Error, Position, Result, Scheme};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use pulp::{Arch, Simd, WithSimd};
@@ -72,7 +72,8 @@ impl Quantizer {
                     (group / groups, group % groups * scheme.group)
                 }
             };
-            return Err(Error::OutOfRange { value: max[group] - min[group], row, column });
+            let at = Position::Matrix { row, column };
+            return Err(Error::OutOfRange { value: max[group] - min[group], at });
         }
         scales(min, max, scheme.bits.max_code() as f32, scale);
         self.scales.resize(min.len(), f16::ZERO);

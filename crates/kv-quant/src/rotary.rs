@@ -4,10 +4,11 @@
 //! a panel of 32 tokens at a time. Rotations add up: with queries turned back by the panel's first position, every panel's
 //! tokens are rotated by 0 to 31 positions alone, and one small table serves them all.
 
-use crate::packed::PANEL;
+use crate::layout::PANEL;
+use crate::packed::PackedRef;
 use crate::product::Scratch;
 use crate::vector::wide;
-use crate::{Error, Packed, Result};
+use crate::{Error, Result};
 use pulp::{Arch, Simd, WithSimd};
 
 /// A rotary embedding, and the position of the first token appended. Channel i turns with channel i + n, for n frequencies; the channels
@@ -133,7 +134,7 @@ pub struct Place<'a> {
     pub turned: &'a mut Turned,
 }
 
-impl Packed {
+impl PackedRef<'_> {
     /// `out[r * out_stride + row] += q[r] · key[row]` for keys rotated to their places.
     pub(crate) fn accumulate_rotated(
         &self,
@@ -144,11 +145,11 @@ impl Packed {
         s: &mut Scratch,
     ) {
         for panel in 0..self.rows.div_ceil(PANEL) {
-            let q = turned.turn(q, self.columns, rotary, token + panel * PANEL);
+            let q = turned.turn(q, self.layout.columns, rotary, token + panel * PANEL);
             self.dequantize_panel(panel, s);
             rotate_panel(&mut s.tile, &rotary.cos, &rotary.sin);
             let out = &mut out[panel * PANEL..];
-            for (q, out) in q.chunks_exact(self.columns).zip(out.chunks_mut(out_stride)) {
+            for (q, out) in q.chunks_exact(self.layout.columns).zip(out.chunks_mut(out_stride)) {
                 weigh_panel(q, &s.tile, &mut out[..PANEL]);
             }
         }

@@ -1,7 +1,7 @@
 //! Codes into the words of a packed matrix, a row at a time.
 
 use crate::format::Plane;
-use crate::packed::{Line, PANEL};
+use crate::layout::{Line, PANEL};
 use crate::vector::wide;
 use pulp::{Arch, Simd, WithSimd};
 
@@ -53,15 +53,16 @@ fn join_bits<const BITS: usize, const PER_WORD: usize>(
 }
 
 wide! {
-    /// Puts a code into a word of each lane, at bit `at`, where there are zeros. `codes` has one for each lane of `lines`: all lines of a plane,
-    /// `words` words to a lane.
+    /// Puts a code into a word of each lane, at bit `at`. `codes` has one for each lane of `lines`:
+    /// all lines of a plane, `words` words to a lane.
     fn spread(codes: &'a [u8], plane: Plane, word: usize, words: usize, at: usize, lines: &'a mut [Line]) -> () {
         for (panel, codes) in lines.chunks_mut(2 * words).zip(codes.chunks(PANEL)) {
             let width = panel.len() / words;
             let lines = panel[word * width..][..width].iter_mut();
             for (line, codes) in lines.zip(codes.as_chunks::<16>().0) {
                 for (word, &code) in line.iter_mut().zip(codes) {
-                    *word |= (u32::from(code) >> plane.shift & plane.mask()) << at;
+                    let code = u32::from(code) >> plane.shift & plane.mask();
+                    *word = *word & !(plane.mask() << at) | code << at;
                 }
             }
         }

@@ -1,10 +1,8 @@
 //! Bad input to the slice API: an error that says what was expected, what came and where; never a panic; nothing changed.
 
-use std::ops::Range;
-
 use kv_quant::{
-    Axis, Bits, Error, Flush, Format, Head, KeyBasis, Packed, Quantizer, Queries, Result, Rotary,
-    Scheme, attend, mass,
+    Axis, Bits, Error, Flush, Format, KeyBasis, Mask, Packed, Pool, PoolShape, Position, Quantizer,
+    Queries, Result, Rotary, Scheme,
 };
 
 fn scheme(along: Axis) -> Scheme {
@@ -19,10 +17,16 @@ fn numbers(count: usize) -> Vec<f32> {
     (0..count).map(|i| (i as f32 * 0.37).sin()).collect()
 }
 
-fn head(d: usize, tokens: usize) -> Head {
-    let mut head = Head::new(d, kivi()).unwrap();
-    head.append(&numbers(tokens * d), &numbers(tokens * d)).unwrap();
-    head
+fn shape(head_dim: usize) -> PoolShape {
+    PoolShape { kv_heads: 2, head_dim, value_dim: head_dim / 2 }
+}
+
+/// Two sequences of 100 tokens, 7 and 8.
+fn pool() -> Pool {
+    let mut pool = Pool::new(shape(8), kivi()).unwrap();
+    let (k, v) = (numbers(200 * 2 * 8), numbers(200 * 2 * 4));
+    pool.append(&[7, 8], &[0, 100, 200], &k, &v).unwrap();
+    pool
 }
 
 /// The message of a setting's or an argument's error.
@@ -55,13 +59,18 @@ fn settings_are_checked() {
             message(Format::kivi(Bits::Two, Bits::Two, 64, 96)),
             "expected a positive multiple of 64, got 96",
         ),
-        (message(Head::new(0, kivi())), "`head_dim`: expected at least 1, got 0"),
+        (message(Pool::new(shape(0), kivi())), "`head_dim`: expected at least 1, got 0"),
+        (message(Pool::new(shape(1), kivi())), "`value_dim`: expected at least 1, got 0"),
         (
-            message(Head::new(64, kivi().with_basis(KeyBasis::BeforeRope))),
+            message(Pool::new(PoolShape { kv_heads: 0, ..shape(8) }, kivi())),
+            "`kv_heads`: expected at least 1, got 0",
+        ),
+        (
+            message(Pool::new(shape(64), kivi().with_basis(KeyBasis::BeforeRope))),
             "expected a rotary embedding",
         ),
         (
-            message(rotary(&[1.0; 5]).and_then(|r| Head::before_rope(8, kivi(), r))),
+            message(rotary(&[1.0; 5]).and_then(|r| Pool::before_rope(shape(8), kivi(), r))),
             "expected at most head_dim = 8, got 10",
         ),
         (message(rotary(&[f64::NAN])), "`frequency`: expected a finite number, got NaN"),
@@ -86,7 +95,8 @@ fn matrices_check_their_sizes() {
     let mut far = numbers(40 * 2);
     (far[70], far[71]) = (6e4, -6e4);
     let error = packed.push(&far, q).unwrap_err();
-    assert_eq!(error, Error::OutOfRange { value: 120_000.0, row: 35, column: 0 });
+    let at = Position::Matrix { row: 35, column: 0 };
+    assert_eq!(error, Error::OutOfRange { value: 120_000.0, at });
     let mut back = [0.0; 2];
     packed.dequantize(&mut back).unwrap();
     assert_eq!(
@@ -96,85 +106,160 @@ fn matrices_check_their_sizes() {
 }
 
 #[test]
-fn heads_stay_as_they_were() {
+fn sequences_stay_as_they_were() {
     let formats = [kivi(), Format::flexgen(Bits::Four, Bits::Four, 32).unwrap(), Format::f16()];
     for format in formats {
-        let d = 16;
-        let mut head = Head::new(d, format).unwrap();
-        head.append(&numbers(50 * d), &numbers(50 * d)).unwrap();
-        let before = (head.read(), head.bytes());
-        let good = numbers(100 * d);
-        let with = |x: f32| {
-            let mut bad = good.clone();
-            bad[70 * d + 3] = x;
-            bad
+        let mut pool = Pool::new(shape(16), format).unwrap();
+        pool.append(&[3], &[0, 50], &numbers(50 * 32), &numbers(50 * 16)).unwrap();
+        let before = (pool.read(3, 1).unwrap(), pool.footprint());
+        let (cu, keys, values) = ([0, 40, 100], numbers(100 * 32), numbers(100 * 16));
+        let with = |x: &[f32], columns: usize, bad: f32| {
+            let mut x = x.to_vec();
+            // Token 30 of the second sequence, kv head 1, channel 3.
+            x[(70 * 2 + 1) * columns + 3] = bad;
+            x
         };
-        assert!(message(head.append(&good[1..], &good[1..])).contains("whole rows of 16"));
-        assert!(message(head.append(&good, &good[d..])).contains("1600 numbers, got 1584"));
+        let short = pool.append(&[3, 4], &cu, &keys[1..], &values);
+        assert!(message(short).contains("100 tokens x 2 kv heads x 16, got 3199"));
+        let short = pool.append(&[3, 4], &cu, &keys, &values[16..]);
+        assert!(message(short).contains("100 tokens x 2 kv heads x 8, got 1584"));
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1e5] {
-            for (keys, values) in [(&with(bad), &good), (&good, &with(bad))] {
-                let error = head.append(keys, values).unwrap_err();
-                let (Error::NotFinite { row, column, .. } | Error::OutOfRange { row, column, .. }) =
-                    error
-                else {
+            for (of, keys, values) in [
+                ("keys", &with(&keys, 16, bad), &values),
+                ("values", &keys, &with(&values, 8, bad)),
+            ] {
+                let error = pool.append(&[3, 4], &cu, keys, values).unwrap_err();
+                let text = format!("{of} of sequence 4: token 30, head 1, channel 3");
+                assert!(error.to_string().contains(&text), "{error}");
+                let (Error::NotFinite { at, .. } | Error::OutOfRange { at, .. }) = error else {
                     panic!("{error}")
                 };
-                assert_eq!((row, column), (70, 3));
+                let want = Position::Sequence { of, seq: 4, token: 30, head: 1, channel: 3 };
+                assert_eq!(at, want);
             }
         }
-        // Within f16, but a group could be too wide: refused where it comes in, not when its group is full.
-        let wide = head.append(&with(4e4), &good);
+        // Within f16, but a group could be too wide: refused where it comes in, not when its group is
+        // full.
+        let wide = pool.append(&[3, 4], &cu, &with(&keys, 16, 4e4), &values);
         assert_eq!(wide.is_err(), format != Format::f16());
         if wide.is_err() {
-            assert_eq!(before, (head.read(), head.bytes()), "{format:?}");
+            assert_eq!(before, (pool.read(3, 1).unwrap(), pool.footprint()), "{format:?}");
+            assert_eq!(pool.lens(4), None);
         }
-        head.append(&with(-32752.0), &with(32752.0)).unwrap();
-        head.append(&with(32752.0), &with(-32752.0)).unwrap();
+        for x in [-32752.0, 32752.0] {
+            pool.append(&[3, 4], &cu, &with(&keys, 16, x), &with(&values, 8, -x)).unwrap();
+        }
     }
+}
+
+#[test]
+fn batches_are_checked() {
+    let mut pool = pool();
+    let (k, v) = (numbers(10 * 16), numbers(10 * 8));
+    for (seqs, cu, want) in [
+        (&[7, 8][..], &[0, 10][..], "cu_seqlens: expected 3, got 2"),
+        (&[7], &[], "cu_seqlens: expected 2, got 0"),
+        (&[7], &[1, 10], "expected 0 at its beginning, got 1"),
+        (&[7, 8], &[0, 11, 10], "never decrease, got 11 before 10"),
+        (&[7, 7], &[0, 5, 10], "expected each once, got 7 twice"),
+    ] {
+        let got = message(pool.append(seqs, cu, &k, &v));
+        assert!(got.contains(want), "{got:?} does not say {want:?}");
+        assert!(!pool.can_append(seqs, cu));
+        let q = numbers(10 * 32);
+        let q = Queries { data: &q[..], heads: 4, scale: 1.0, soft_cap: None, window: None };
+        let got = message(pool.attend(&q, seqs, cu, Mask::Full));
+        assert!(got.contains(want), "{got:?} does not say {want:?}");
+    }
+    for (lists, want) in [
+        (vec![vec![]], "selections of tokens: expected 2, got 1"),
+        (vec![vec![1, 1], vec![]], "strictly increasing numbers, got 1 before 1"),
+        (vec![vec![], vec![10]], "numbers below 10, got 10"),
+    ] {
+        let got = message(pool.append_selected(&[7], &[0, 10], &k, &v, &lists));
+        assert!(got.contains(want), "{got:?} does not say {want:?}");
+    }
+    assert_eq!(pool.lens(7), Some(vec![100, 100]));
 }
 
 #[test]
 fn entries_to_keep_are_checked() {
-    let mut head = head(8, 100);
-    assert!(message(head.retain(&[3, 3])).contains("strictly increasing ones, got 3 before 3"));
-    assert!(message(head.retain(&[3, 100])).contains("entries below 100, got 100"));
-    assert_eq!(head.len(), 100);
-    head.retain(&[]).unwrap();
-    assert!(head.is_empty());
-    assert!(message(head.retain(&[0])).contains("entries below 0"));
+    let mut pool = pool();
+    let run =
+        |pool: &mut Pool, keep: [&[u32]; 2]| message(pool.retain(7, &keep.map(<[u32]>::to_vec)));
+    assert!(run(&mut pool, [&[3, 3], &[]]).contains("strictly increasing numbers, got 3 before 3"));
+    assert!(run(&mut pool, [&[], &[3, 100]]).contains("numbers below 100, got 100"));
+    assert!(message(pool.retain(7, &[vec![]])).contains("expected 2, got 1"));
+    assert_eq!(pool.retain(9, &[vec![], vec![]]), Err(Error::UnknownSequence(9)));
+    assert_eq!(pool.lens(7), Some(vec![100, 100]));
+    pool.retain(7, &[vec![], vec![4]]).unwrap();
+    assert_eq!(pool.lens(7), Some(vec![0, 1]));
+    assert!(run(&mut pool, [&[0], &[]]).contains("numbers below 0"));
+    assert!(message(pool.truncate(7, 1)).contains("at most the 0 of its shortest head, got 1"));
+    assert!(message(pool.read(7, 2)).contains("kv head: expected below 2, got 2"));
+    assert_eq!(pool.read(9, 0), Err(Error::UnknownSequence(9)));
+    // Positions of keys before RoPE are their numbers.
+    let rotary = Rotary::new(&[1.0], 0).unwrap().into();
+    let mut rotated = Pool::before_rope(shape(8), kivi(), rotary).unwrap();
+    rotated.append(&[1], &[0, 5], &numbers(5 * 16), &numbers(5 * 8)).unwrap();
+    let dropped = rotated.retain(1, &[vec![0, 1, 2, 3, 4], vec![1]]);
+    assert!(message(dropped).contains("all 5, for keys packed before RoPE"));
 }
 
 #[test]
 fn queries_are_checked() {
-    let heads = [head(8, 100), head(8, 100)];
-    let q = numbers(4 * 3 * 8);
-    let queries = Queries { data: &q, heads: 4, tokens: 3, scale: 1.0, soft_cap: None };
-    let run = |heads: &[Head], batch, queries: &Queries<'_>, ranges: [Range<usize>; 3]| {
-        message(attend(heads, batch, queries, |_, i| ranges[i].clone()))
-    };
-    let all = || [0..100, 0..100, 0..100];
-    assert!(run(&[], 1, &queries, all()).contains("at least one, got 0"));
-    let mixed = [head(8, 10), head(16, 10)];
-    assert!(run(&mixed, 1, &queries, all()).contains("8 channels, as the first has, got 16"));
-    for (batch, heads_of_entry) in [(0, 4), (1, 0), (1, 3), (3, 4), (usize::MAX, 4)] {
-        let queries = Queries { heads: heads_of_entry, ..queries };
-        assert!(run(&heads, batch, &queries, all()).starts_with("kv heads"), "{batch}");
+    let pool = pool();
+    let q = numbers(5 * 4 * 8);
+    let queries = Queries { data: &q[..], heads: 4, scale: 1.0, soft_cap: None, window: None };
+    fn run_on(pool: &Pool, queries: &Queries<'_>, mask: Mask<'_>) -> String {
+        message(pool.attend(queries, &[7, 8], &[0, 2, 5], mask))
+    }
+    let run = |queries: &Queries<'_>, mask: Mask<'_>| run_on(&pool, queries, mask);
+    for heads in [0, 1, 3, usize::MAX] {
+        let queries = Queries { heads, ..queries };
+        assert!(
+            run(&queries, Mask::Full).starts_with("query heads: expected a multiple"),
+            "{heads}"
+        );
     }
     let short = Queries { data: &q[1..], ..queries };
-    assert!(run(&heads, 1, &short, all()).contains("4 heads x 3 tokens x 8, got 95"));
-    let beyond = run(&heads, 1, &queries, [0..100, 0..100, 0..101]);
-    assert!(beyond.contains("from 100 to 100, got 101 for query 2 and kv head 0"), "{beyond}");
-    assert!(run(&heads, 1, &queries, [0..9, 0..8, 0..9]).contains("from 9 to 100, got 8"));
+    assert!(run(&short, Mask::Full).contains("5 tokens x 4 heads x 8, got 159"));
     let mut bad = q.clone();
-    bad[5 * 8 + 1] = f32::NAN;
-    let error = attend(&heads, 1, &Queries { data: &bad, ..queries }, |_, _| 0..1).unwrap_err();
-    assert!(matches!(error, Error::NotFinite { row: 5, column: 1, .. }), "{error}");
-    let lse = mass(&heads, 1, &queries, &[0.0; 11], |_, _| 0..100);
-    assert!(message(lse).contains("1 x 4 x 3 numbers, got 11"));
+    bad[(3 * 4 + 2) * 8 + 1] = f32::NAN;
+    let bad = Queries { data: &bad[..], ..queries };
+    let Err(Error::NotFinite { at, .. }) = pool.attend(&bad, &[7, 8], &[0, 2, 5], Mask::Full)
+    else {
+        panic!("NaN was taken")
+    };
+    let want = Position::Sequence { of: "queries", seq: 8, token: 1, head: 2, channel: 1 };
+    assert_eq!(at, want);
+    let lists = |list: Vec<std::ops::Range<usize>>| vec![vec![], vec![], list, vec![]];
+    for (lists, want) in [
+        (vec![vec![]; 3], "lists of entries: expected 4, got 3"),
+        (lists(vec![3..9, 8..10]), "within 9..100, got 8..10"),
+        (lists(vec![3..9, 99..101]), "within 9..100, got 99..101"),
+        (lists(vec![5..5]), "got 5..5"),
+    ] {
+        let got = run(&queries, Mask::Entries(&lists));
+        assert!(got.contains(want), "{got:?} does not say {want:?}");
+    }
+    let many = numbers(101 * 4 * 8);
+    let many = Queries { data: &many[..], ..queries };
+    let got = message(pool.attend(&many, &[7], &[0, 101], Mask::Causal));
+    assert!(got.contains("at least the 101 tokens of its queries, got 100"), "{got}");
+    let sums = pool.attention_sums(&queries, &[0.0; 19], &[7, 8], &[0, 2, 5], Mask::Full);
+    assert!(message(sums).contains("lse: expected 20, got 19"));
+    let (mut out, mut lse) = (vec![0f32; 80], vec![0.0; 20]);
+    let batch = (&[7, 8], &[0, 2, 5]);
+    let short = pool.attend_into(&queries, batch.0, batch.1, Mask::Full, &mut out[1..], &mut lse);
+    assert!(message(short).contains("output: expected 80, got 79"));
+    let short = pool.attend_into(&queries, batch.0, batch.1, Mask::Full, &mut out, &mut lse[1..]);
+    assert!(message(short).contains("lse: expected 20, got 19"));
     // Nothing to see is no error.
-    let nothing = attend(&heads, 1, &queries, |_, _| 0..0).unwrap();
+    let nothing = pool.attend(&queries, &[7, 8], &[0, 2, 5], Mask::Entries(&vec![vec![]; 4]));
+    let nothing = nothing.unwrap();
     assert!(nothing.out.iter().all(|&x| x == 0.0));
     assert!(nothing.lse.iter().all(|&x| x == f32::NEG_INFINITY));
-    let none = Queries { data: &[], tokens: 0, ..queries };
-    assert!(attend(&heads, 1, &none, |_, _| 0..100).unwrap().out.is_empty());
+    let none = Queries { data: &[], ..queries };
+    assert!(pool.attend(&none, &[7, 8], &[0, 0, 0], Mask::Causal).unwrap().out.is_empty());
 }

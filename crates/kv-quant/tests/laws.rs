@@ -1,10 +1,13 @@
-//! Laws of the codec and of the heads, on random shapes and numbers.
+//! Laws of the codec and of pools, on random shapes and numbers.
+
+mod plain;
 
 use half::{bf16, f16};
 use kv_quant::{
-    Axis, Bits, Error, Flush, Format, Head, KeyBasis, Packed, Quantizer, Queries, Scheme, attend,
-    mass,
+    Axis, Bits, Error, Flush, Format, KeyBasis, Mask, Packed, Pool, Position, Quantizer, Queries,
+    Scheme,
 };
+use plain::{numbers, shape};
 use proptest::prelude::*;
 
 fn bits() -> impl Strategy<Value = Bits> {
@@ -26,7 +29,8 @@ fn scheme() -> impl Strategy<Value = Scheme> {
 fn format() -> impl Strategy<Value = Format> {
     let flush = prop_oneof![
         Just(Flush::Immediate),
-        Just(Flush::Together),
+        Just(Flush::Rolling(0)),
+        Just(Flush::Rolling(40)),
         Just(Flush::Never),
         Just(Flush::Staggered(128)),
     ];
@@ -47,11 +51,6 @@ fn matrix(rows: usize) -> impl Strategy<Value = (usize, Vec<f32>)> {
         let number = (-1000i32..=1000).prop_map(move |x| x as f32 * 10f32.powi(exponent - 3));
         (Just(columns), prop::collection::vec(number, rows * columns))
     })
-}
-
-/// Repeatable numbers for the heads' keys and values.
-fn numbers(seed: u32, count: usize) -> Vec<f32> {
-    (0..count).map(|i| ((i as f32 + seed as f32) * 1.618).sin() * 1.5 + 0.3).collect()
 }
 
 proptest! {
@@ -111,11 +110,11 @@ proptest! {
         x[at] = bad;
         let (want_row, want_column) = (at / columns, at % columns);
         match Packed::quantize(&x, columns, scheme, Axis::Tokens) {
-            Err(Error::NotFinite { value, row, column }) => {
+            Err(Error::NotFinite { value, at: Position::Matrix { row, column } }) => {
                 prop_assert!(!bad.is_finite() && (value == bad || bad.is_nan()));
                 prop_assert_eq!((row, column), (want_row, want_column));
             }
-            Err(Error::OutOfRange { row, column, .. }) => {
+            Err(Error::OutOfRange { at: Position::Matrix { row, column }, .. }) => {
                 prop_assert!(bad.is_finite());
                 prop_assert_eq!((row, column), (want_row, want_column));
             }
@@ -147,56 +146,49 @@ proptest! {
     }
 }
 
+/// A pool of one kv head with a sequence of so many tokens.
+fn pool(format: Format, d: usize, v: usize, tokens: usize) -> Pool {
+    let mut pool = Pool::new(shape(1, d, v), format).unwrap();
+    pool.append(&[1], &[0, tokens], &numbers(1, tokens * d), &numbers(2, tokens * v)).unwrap();
+    pool
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 48 }, ..Default::default() })]
 
     #[test]
-    fn tokens_one_by_one_equal_tokens_at_once(format in format(), tokens in 1usize..300, d in 1usize..40) {
-        let (k, v) = (numbers(1, tokens * d), numbers(2, tokens * d));
-        let mut once = Head::new(d, format).unwrap();
-        once.append(&k, &v).unwrap();
-        let mut steps = Head::new(d, format).unwrap();
-        for (k, v) in k.chunks(d).zip(v.chunks(d)) {
-            steps.append(k, v).unwrap();
+    fn tokens_one_by_one_equal_tokens_at_once(format in format(), tokens in 1usize..300, d in 1usize..40, v in 1usize..40) {
+        let once = pool(format, d, v, tokens);
+        let mut steps = Pool::new(shape(1, d, v), format).unwrap();
+        let (keys, values) = (numbers(1, tokens * d), numbers(2, tokens * v));
+        for (k, v) in keys.chunks(d).zip(values.chunks(v)) {
+            steps.append(&[1], &[0, 1], k, v).unwrap();
         }
-        prop_assert_eq!(once.read(), steps.read());
-        prop_assert_eq!(once.bytes().codes, steps.bytes().codes);
-        prop_assert_eq!(once.bytes().residual, steps.bytes().residual);
+        prop_assert_eq!(once.read(1, 0).unwrap(), steps.read(1, 0).unwrap());
+        let bytes = |pool: &Pool| (pool.footprint().codes, pool.footprint().residual);
+        prop_assert_eq!(bytes(&once), bytes(&steps));
     }
 
     #[test]
     fn fused_attention_equals_dequantize_then_attend(
-        format in format(), tokens in 1usize..400, d in 1usize..100, group in 1usize..6, queries in 1usize..4, keep in 1u32..5,
+        format in format(), tokens in 1usize..400, d in 1usize..100, v in 1usize..100, group in 1usize..6,
+        queries in 1usize..4, keep in 1u32..5,
     ) {
-        let mut head = Head::new(d, format).unwrap();
-        head.append(&numbers(3, tokens * d), &numbers(4, tokens * d)).unwrap();
-        head.retain(&(0..tokens as u32).filter(|e| e % 5 < keep).collect::<Vec<_>>()).unwrap();
-        let (len, scale) = (head.len(), (d as f32).powf(-0.5));
+        let mut pool = pool(format, d, v, tokens);
+        pool.retain(1, &[(0..tokens as u32).filter(|e| e % 5 < keep).collect()]).unwrap();
+        let (len, scale) = (pool.lens(1).unwrap()[0], (d as f32).powf(-0.5));
         let q = numbers(5, group * queries * d);
-        let all = Queries { data: &q, heads: group, tokens: queries, scale, soft_cap: Some(30.0) };
-        let heads = [head];
-        let got = attend(&heads, 1, &all, |_, _| 0..len).unwrap();
-        let (keys, values) = heads[0].read();
+        let all = Queries { data: &q[..], heads: group, scale, soft_cap: Some(30.0), window: None };
+        let got = pool.attend(&all, &[1], &[0, queries], Mask::Full).unwrap();
+        let held = pool.read(1, 0).unwrap();
         for (row, q) in q.chunks(d).enumerate() {
-            let dot = |k: &[f32]| -> f64 { q.iter().zip(k).map(|(a, b)| f64::from(a * b)).sum() };
-            let score = |k| 30.0 * (dot(k) * f64::from(scale) / 30.0).tanh();
-            let scores: Vec<f64> = keys.chunks(d).map(score).collect();
-            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
-            let mut want = vec![0.0; d];
-            for (s, v) in scores.iter().zip(values.chunks(d)) {
-                let p = (s - max).exp() / sum;
-                want.iter_mut().zip(v).for_each(|(w, &v)| *w += p * f64::from(v));
-            }
-            let largest = want.iter().fold(1e-6f64, |a, w| a.max(w.abs()));
-            for (got, want) in got.out[row * d..].iter().zip(&want) {
-                prop_assert!((f64::from(*got) - want).abs() <= 1e-3 * largest, "{got}, not {want}");
-            }
-            prop_assert!((f64::from(got.lse[row]) - (max + sum.ln())).abs() < 1e-3);
+            let (want, lse) = plain::attend(q, &held, v, 0..len, scale, Some(30.0));
+            prop_assert!(plain::close(&got.out[row * v..][..v], &want));
+            prop_assert!((f64::from(got.lse[row]) - lse).abs() < 1e-3);
         }
-        // Masses are probabilities: each query's add up to 1.
-        let mass = mass(&heads, 1, &all, &got.lse, |_, _| 0..len).unwrap();
-        for of_head in mass {
+        // Sums are of probabilities: each query's add up to 1.
+        let sums = pool.attention_sums(&all, &got.lse, &[1], &[0, queries], Mask::Full).unwrap();
+        for of_head in sums {
             prop_assert_eq!(of_head.len(), len);
             prop_assert!((of_head.iter().sum::<f32>() - queries as f32).abs() < 1e-2);
         }
@@ -205,69 +197,19 @@ proptest! {
     #[test]
     fn what_is_retained_is_untouched(format in format(), tokens in 1usize..300, keep in prop::collection::vec(any::<bool>(), 300)) {
         let d = 24;
-        let mut head = Head::new(d, format).unwrap();
-        head.append(&numbers(6, tokens * d), &numbers(7, tokens * d)).unwrap();
-        let (keys, values) = head.read();
+        let mut pool = pool(format, d, d, tokens);
+        let (keys, values) = pool.read(1, 0).unwrap();
         let keep: Vec<u32> = (0..tokens as u32).filter(|&e| keep[e as usize]).collect();
-        head.retain(&keep).unwrap();
+        pool.retain(1, std::slice::from_ref(&keep)).unwrap();
         let rows = |x: &[f32]| -> Vec<f32> {
             keep.iter().flat_map(|&e| x[e as usize * d..][..d].to_vec()).collect()
         };
-        prop_assert_eq!(head.read(), (rows(&keys), rows(&values)));
+        prop_assert_eq!(pool.read(1, 0).unwrap(), (rows(&keys), rows(&values)));
         // Later tokens find their places.
-        head.append(&numbers(8, 150 * d), &numbers(9, 150 * d)).unwrap();
-        prop_assert_eq!(head.len(), keep.len() + 150);
+        pool.append(&[1], &[0, 150], &numbers(8, 150 * d), &numbers(9, 150 * d)).unwrap();
+        prop_assert_eq!(pool.lens(1).unwrap()[0], keep.len() + 150);
         if matches!(format.flush(), Flush::Immediate | Flush::Never) {
-            prop_assert_eq!(&head.read().0[..keep.len() * d], rows(&keys));
-        }
-    }
-}
-
-/// Long contexts are cut over positions, more of them for more threads, and joined again.
-#[test]
-#[cfg_attr(miri, ignore = "too long for an interpreter")]
-fn any_number_of_threads_gives_the_same() {
-    let (tokens, d, heads, queries) = (3000, 40, 3, 4);
-    let scale = (d as f32).powf(-0.5);
-    let format = Format::kivi(Bits::Four, Bits::Two, 32, 128).unwrap();
-    let mut head = Head::new(d, format).unwrap();
-    head.append(&numbers(1, tokens * d), &numbers(2, tokens * d)).unwrap();
-    head.retain(&(0..tokens as u32).filter(|e| e % 11 > 0).collect::<Vec<_>>()).unwrap();
-    let len = head.len();
-    let q = numbers(3, heads * queries * d);
-    let queries = Queries { data: &q, heads, tokens: queries, scale, soft_cap: None };
-    // Causal, over all entries and in a window.
-    for first in [0, 1000] {
-        let seen = |_, i: usize| first + i..len - queries.tokens + i + 1;
-        let run = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| attend(std::slice::from_ref(&head), 1, &queries, seen).unwrap())
-        };
-        let (keys, values) = head.read();
-        for threads in [1, 2, 5] {
-            let got = run(threads);
-            for (row, q) in q.chunks(d).enumerate() {
-                let seen = seen(0, row % queries.tokens);
-                let of = |x: &[f32], e: usize| x[e * d..][..d].to_vec();
-                let weights: Vec<f64> = seen
-                    .clone()
-                    .map(|e| q.iter().zip(of(&keys, e)).map(|(a, b)| f64::from(a * b)).sum())
-                    .map(|dot: f64| (dot * f64::from(scale)).exp())
-                    .collect();
-                let sum: f64 = weights.iter().sum();
-                for (i, got) in got.out[row * d..][..d].iter().enumerate() {
-                    let want: f64 = seen
-                        .clone()
-                        .zip(&weights)
-                        .map(|(e, w)| w * f64::from(values[e * d + i]))
-                        .sum();
-                    assert!(
-                        (f64::from(*got) - want / sum).abs() < 1e-3,
-                        "{threads} threads, row {row}"
-                    );
-                }
-                assert!((f64::from(got.lse[row]) - sum.ln()).abs() < 1e-3);
-            }
+            prop_assert_eq!(&pool.read(1, 0).unwrap().0[..keep.len() * d], rows(&keys));
         }
     }
 }

@@ -3,12 +3,14 @@
 use std::ops::Range;
 
 use candle_core::Tensor;
-use longctx_core::{CausalLm, Error, Logits, Result};
+use longctx_core::{Batch, CausalLm, Error, Logits, Result, SeqId};
 use rayon::prelude::*;
 use tokenizers::Tokenizer;
 
 /// Tokens fed at a time: the logits of a whole prompt over a whole vocabulary would not fit.
 const CHUNK: usize = 256;
+/// The sequence that all texts run in.
+const SEQ: SeqId = 0;
 
 /// A model that remembers what it was fed, so that sequences with the same beginning pay for it once.
 #[derive(Debug)]
@@ -35,7 +37,7 @@ impl<M: CausalLm> Meter<M> {
         // The last token's own logits are not needed, nor is it fed.
         let ids_fed = &ids[..ids.len() - 1];
         let same = self.fed.iter().zip(ids_fed).take_while(|(a, b)| a == b).count();
-        self.rewind(same.min(from))?;
+        self.truncate(same.min(from))?;
         while self.fed.len() < from {
             let next = &ids[self.fed.len()..from];
             self.feed(&next[..next.len().min(CHUNK)], Logits::Last)?;
@@ -43,7 +45,7 @@ impl<M: CausalLm> Meter<M> {
         let mut losses = Vec::with_capacity(ids.len() - from - 1);
         for start in (from..ids_fed.len()).step_by(CHUNK) {
             let end = ids_fed.len().min(start + CHUNK);
-            let logits = self.feed(&ids[start..end], Logits::All)?.squeeze(0)?;
+            let logits = self.feed(&ids[start..end], Logits::All)?;
             let vocab = logits.dim(1)?;
             let logits = logits.flatten_all()?.to_vec1::<f32>()?;
             let rows = logits.par_chunks(vocab).zip(&ids[start + 1..=end]);
@@ -59,19 +61,20 @@ impl<M: CausalLm> Meter<M> {
     }
 
     fn feed(&mut self, ids: &[u32], logits: Logits) -> Result<Tensor> {
-        let tokens = Tensor::new(ids, self.model.device())?.unsqueeze(0)?;
-        let logits = self.model.forward(&tokens, logits)?;
+        let logits = self.model.forward(&Batch::single(SEQ, ids.len())?, ids, logits)?;
         self.fed.extend_from_slice(ids);
         Ok(logits)
     }
 
-    /// Goes back to the first `len` tokens, or to none where the model's memory can't be taken back.
-    fn rewind(&mut self, len: usize) -> Result<()> {
-        if len == 0 || !self.model.rewind(len)? {
-            self.model.reset();
+    /// Goes back to the first `len` tokens, or to none if the model's memory can't be truncated.
+    fn truncate(&mut self, len: usize) -> Result<()> {
+        if len > 0 && self.model.check_truncate(SEQ, len).is_ok() {
+            self.model.truncate(SEQ, len)?;
+            self.fed.truncate(len);
+        } else {
+            self.model.remove(SEQ);
             self.fed.clear();
         }
-        self.fed.truncate(len);
         Ok(())
     }
 }

@@ -9,7 +9,8 @@ use std::sync::LazyLock;
 use base_models::{Decoder, LoadOptions, Transformer};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{
-    CausalLm, Compressed, DenseCache, Footprint, Logits, Prompt, PromptCompressor, Rate, Result,
+    Batch, CausalLm, Compressed, DenseCache, Footprint, Logits, Prompt, PromptCompressor, Rate,
+    Result, SeqId,
 };
 use prompt_compress::llmlingua::{self, Documents};
 use prompt_compress::llmlingua2::{Request, Settings};
@@ -43,7 +44,7 @@ static TINY: LazyLock<[LlmLingua2; 4]> = LazyLock::new(|| {
 fn llama() -> (Decoder, Tokenizer) {
     let folder = fixture("tiny-llama");
     let model = Transformer::from_folder(&folder, &LoadOptions::default()).unwrap();
-    let session = model.session(|layer| DenseCache::new(layer.attention, DType::F32)).unwrap();
+    let session = model.session(|layer| DenseCache::new(layer.clone(), DType::F32)).unwrap();
     (session, Tokenizer::from_file(folder.join("tokenizer.json")).unwrap())
 }
 
@@ -226,25 +227,49 @@ fn a_text_longer_than_the_context_is_read_on() {
 struct Counting(Decoder, Rc<Cell<usize>>);
 
 impl CausalLm for Counting {
-    fn forward(&mut self, tokens: &Tensor, logits: Logits) -> Result<Tensor> {
-        self.1.set(self.1.get() + tokens.elem_count());
-        self.0.forward(tokens, logits)
+    fn forward(&mut self, batch: &Batch, ids: &[u32], logits: Logits) -> Result<Tensor> {
+        self.1.set(self.1.get() + ids.len());
+        self.0.forward(batch, ids, logits)
     }
 
-    fn rewind(&mut self, len: usize) -> Result<bool> {
-        self.0.rewind(len)
+    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        self.0.fork(from, to)
     }
 
-    fn reset(&mut self) {
-        self.0.reset();
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        self.0.check_truncate(seq, len)
     }
 
-    fn seen(&self) -> usize {
-        self.0.seen()
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.0.truncate(seq, len)
+    }
+
+    fn remove(&mut self, seq: SeqId) -> bool {
+        self.0.remove(seq)
+    }
+
+    fn seqs(&self) -> Vec<SeqId> {
+        self.0.seqs()
+    }
+
+    fn seen(&self, seq: SeqId) -> usize {
+        self.0.seen(seq)
+    }
+
+    fn can_take(&self, batch: &Batch) -> bool {
+        self.0.can_take(batch)
     }
 
     fn footprint(&self) -> Footprint {
         self.0.footprint()
+    }
+
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        self.0.seq_footprint(seq)
+    }
+
+    fn clear(&mut self) {
+        self.0.clear();
     }
 
     fn vocab_size(&self) -> usize {

@@ -22,7 +22,7 @@ fn folder() -> PathBuf {
 
 fn model() -> Decoder {
     let model = Transformer::from_folder(&folder(), &LoadOptions::default()).unwrap();
-    model.session(|layer| DenseCache::new(layer.attention, DType::F32)).unwrap()
+    model.session(|layer| DenseCache::new(layer.clone(), DType::F32)).unwrap()
 }
 
 fn tokenizer() -> Tokenizer {

@@ -1,12 +1,14 @@
-//! GGUF files with the metadata and tensors that a test needs.
+//! GGUF files with the metadata and tensors that a test needs, and the logits of fixtures.
 #![allow(dead_code)]
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use base_models::Transformer;
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
+use longctx_core::{Batch, CausalLm, DenseCache, LayerSpec, Logits};
 
 pub fn text(s: &str) -> Value {
     Value::String(s.into())
@@ -39,4 +41,22 @@ pub fn stored(tensor: &Tensor) -> QTensor {
 
 pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// The largest difference between a model's logits and those in its fixture's
+/// `expected.safetensors`.
+pub fn error_of(model: &Transformer, folder: &Path) -> f32 {
+    let path = folder.join("expected.safetensors");
+    let expected = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let dense = |layer: &LayerSpec| DenseCache::new(layer.clone(), DType::F32);
+    let mut session = model.session(dense).unwrap();
+    let mut largest = 0f32;
+    // Rows of the fixture's batch are sequences.
+    for (row, tokens) in expected["tokens"].to_vec2::<u32>().unwrap().iter().enumerate() {
+        let batch = Batch::single(row as u64, tokens.len()).unwrap();
+        let got = session.forward(&batch, tokens, Logits::All).unwrap();
+        let difference = (got - expected["logits"].get(row).unwrap()).unwrap().abs().unwrap();
+        largest = largest.max(difference.max_all().unwrap().to_scalar().unwrap());
+    }
+    largest
 }

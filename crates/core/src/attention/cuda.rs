@@ -1,6 +1,6 @@
 //! A few queries over a dense cache on a CUDA device: kernels/attend.cu.
 
-use crate::{AttentionShape, Error, Partial, Result, Visible};
+use crate::{AttentionShape, Error, Mask, Result};
 use candle_core::cuda::cudarc::driver::{
     CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, LaunchConfig, PushKernelArg, sys,
 };
@@ -46,15 +46,16 @@ pub fn attend(
     k: &Tensor,
     v: &Tensor,
     shape: &AttentionShape,
-    visible: Visible,
-) -> Result<Option<Partial>> {
-    let (batch, queries) = shape.check_q(q)?;
-    let (kv_batch, tokens) = shape.check_kv(k, v)?;
+    mask: Mask<'_>,
+) -> Result<Option<(Tensor, Tensor)>> {
+    let (batch, queries) = (q.dim(0)?, q.dim(2)?);
+    let (kv_batch, tokens) = (k.dim(0)?, k.dim(2)?);
     let columns = shape.group() * queries;
     let alike =
         kv_batch == batch && k.dtype() == v.dtype() && k.layout().stride() == v.layout().stride();
-    let seen = tokens > 0 && queries > 0 && (visible == Visible::All || tokens >= queries);
+    let seen = tokens > 0 && queries > 0 && (mask != Mask::Causal || tokens >= queries);
     let kernels = matches!(k.dtype(), DType::F16 | DType::BF16)
+        && shape.value_dim == shape.head_dim
         && matches!(shape.head_dim, 64 | 128 | 256)
         && columns <= MOST_COLUMNS;
     // The last rows of a grown cache lie apart from each other, but all equally far.
@@ -65,7 +66,7 @@ pub fn attend(
     match k.device() {
         candle_core::Device::Cuda(device) if alike && seen && kernels => {
             let q = q.to_dtype(k.dtype())?.contiguous()?;
-            launch(device, &q, k, v, row, shape, visible).map(Some)
+            launch(device, &q, k, v, row, shape, mask).map(Some)
         }
         _ => Ok(None),
     }
@@ -79,8 +80,8 @@ fn launch(
     v: &Tensor,
     row: usize,
     shape: &AttentionShape,
-    visible: Visible,
-) -> Result<Partial> {
+    mask: Mask<'_>,
+) -> Result<(Tensor, Tensor)> {
     let (batch, queries, tokens, d) = (q.dim(0)?, q.dim(2)?, k.dim(2)?, shape.head_dim);
     let (rows, columns, stream) =
         (batch * shape.kv_heads, shape.group() * queries, device.cuda_stream());
@@ -125,7 +126,7 @@ fn launch(
             columns: columns as i32,
             queries: queries as i32,
             splits: splits as i32,
-            causal: (visible == Visible::Causal) as i32,
+            causal: (mask == Mask::Causal) as i32,
             window: shape.window.unwrap_or(0) as i32,
             scale: shape.scale,
             soft_cap: shape.soft_cap.unwrap_or(0.0),
@@ -151,10 +152,8 @@ fn launch(
         let storage = CudaStorage::wrap_cuda_slice(x, device.clone());
         Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
     };
-    Ok(Partial {
-        out: tensor(out, &[batch, shape.heads, queries, d]),
-        lse: tensor(lse, &[batch, shape.heads, queries]),
-    })
+    let out = tensor(out, &[batch, shape.heads, queries, d]);
+    Ok((out, tensor(lse, &[batch, shape.heads, queries])))
 }
 
 /// Calls `f` with the device addresses of where the tensors, in f16 or bf16, begin.

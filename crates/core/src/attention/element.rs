@@ -8,29 +8,38 @@ use half::{bf16, f16};
 /// A number format of keys and values: f32, f16 or bf16.
 pub trait Element: WithDType {
     /// `src` in f32: itself, or written into `scratch`.
-    fn widen<'a>(src: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32];
+    fn widen<'a>(src: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        scratch.resize(src.len(), 0.0);
+        Self::widen_into(src, scratch);
+        scratch
+    }
+
+    /// Writes `src` in f32; `out` is as long.
+    fn widen_into(src: &[Self], out: &mut [f32]);
 }
 
 impl Element for f32 {
     fn widen<'a>(src: &'a [Self], _: &'a mut Vec<f32>) -> &'a [f32] {
         src
     }
+
+    fn widen_into(src: &[Self], out: &mut [f32]) {
+        out.copy_from_slice(src);
+    }
 }
 
 impl Element for f16 {
-    fn widen<'a>(src: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        scratch.resize(src.len(), 0.0);
+    fn widen_into(src: &[Self], out: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
         if std::arch::is_x86_feature_detected!("avx512f") {
             // SAFETY: the processor has AVX-512F.
             #[allow(unsafe_code)]
             unsafe {
-                widen_avx512(src, scratch)
+                widen_avx512(src, out)
             };
-            return scratch;
+            return;
         }
-        src.convert_to_f32_slice(scratch);
-        scratch
+        src.convert_to_f32_slice(out);
     }
 }
 
@@ -40,6 +49,7 @@ impl Element for f16 {
 #[allow(unsafe_code)]
 fn widen_avx512(src: &[f16], out: &mut [f32]) {
     use std::arch::x86_64::{_mm256_loadu_si256, _mm512_cvtph_ps, _mm512_storeu_ps};
+    assert_eq!(src.len(), out.len(), "numbers to widen");
     let (mut src, mut out) = (src.chunks_exact(16), out.chunks_exact_mut(16));
     for (src, out) in (&mut src).zip(&mut out) {
         // SAFETY: both chunks hold 16 numbers: 32 bytes to read and 64 to write, at any alignment.
@@ -52,10 +62,8 @@ fn widen_avx512(src: &[f16], out: &mut [f32]) {
 }
 
 impl Element for bf16 {
-    fn widen<'a>(src: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        scratch.resize(src.len(), 0.0);
-        src.convert_to_f32_slice(scratch);
-        scratch
+    fn widen_into(src: &[Self], out: &mut [f32]) {
+        src.convert_to_f32_slice(out);
     }
 }
 

@@ -1,12 +1,14 @@
 //! Exact attention in tiles: memory linear in the length, kv heads never repeated, all cores used.
 //!
-//! Online softmax over blocks of entries (FlashAttention, Dao et al., arXiv 2205.14135), so that no tokens × tokens matrix exists at
-//! any length. A kv head's block is widened to f32 once for its whole query group. On CPUs many query rows go through matrix
-//! products, and a few through vector loops that read each key and value once; on other devices candle's operations do the work,
-//! block by block, but for a few queries over f16 or bf16 on a CUDA device, which have a kernel.
+//! Online softmax over blocks of entries (FlashAttention, Dao et al., arXiv 2205.14135), so that no
+//! tokens × tokens matrix exists at any length. A kv head's block is widened to f32 once for its
+//! whole query group. On CPUs many query rows go through matrix products, and a few through vector
+//! loops that read each key and value once; on other devices candle's operations do the work, block
+//! by block, but for a few queries over f16 or bf16 on a CUDA device, which have a kernel.
 //!
-//! candle-nn's CPU `flash_attn` walks one query row at a time over keys in `[tokens, heads, head_dim]` order: every query
-//! head reads its kv head anew, and it can neither merge with other parts nor say what was attended.
+//! candle-nn's CPU `flash_attn` walks one query row at a time over keys in
+//! `[tokens, heads, head_dim]` order: every query head reads its kv head anew, and it can neither
+//! merge with other parts nor say what was attended.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -20,115 +22,182 @@ mod tile;
 mod tests;
 
 pub use element::{Element, with_slice};
-pub use tile::{Page, attend_pages, mass_pages};
+pub use tile::{Page, attend_pages, attention_sums_pages};
 
-use crate::{AttentionShape, Partial, Result, Visible};
+use crate::{AttentionShape, AttentionState, Batch, Error, Mask, Result};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 
-/// Attention of queries `[batch, heads, tokens, head_dim]` over keys and values `[batch, kv_heads, entries, head_dim]`.
+/// Causal attention of each sequence's queries `[tokens, heads, head_dim]` over the keys
+/// `[tokens, kv_heads, head_dim]` and values `[tokens, kv_heads, value_dim]` of the same tokens.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use longctx_core::{AttentionShape, Visible, attention};
+/// use longctx_core::{AttentionShape, Batch, attention};
 ///
 /// let shape = AttentionShape::new(6, 2, 64)?;
-/// let q = Tensor::randn(0f32, 1., (1, 6, 10, 64), &Device::Cpu)?;
-/// let k = Tensor::randn(0f32, 1., (1, 2, 10, 64), &Device::Cpu)?;
-/// let causal = attention::attend(&q, &k, &k, &shape, Visible::Causal)?;
-/// assert_eq!(causal.out.dims(), [1, 6, 10, 64]);
-/// assert_eq!(causal.lse.dims(), [1, 6, 10]);
+/// let batch = Batch::new(&[(0, 7), (1, 3)])?;
+/// let q = Tensor::randn(0f32, 1., (10, 6, 64), &Device::Cpu)?;
+/// let k = Tensor::randn(0f32, 1., (10, 2, 64), &Device::Cpu)?;
+/// let causal = attention::attend(&batch, &q, &k, &k, &shape)?;
+/// assert_eq!(causal.out.dims(), [10, 6, 64]);
+/// assert_eq!(causal.lse.dims(), [10, 6]);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
 /// # Errors
-/// [`Error::Mismatch`](crate::Error::Mismatch) if a tensor does not fit `shape`, or there are fewer entries than causal queries.
+/// [`Error::Mismatch`] if a tensor does not fit `shape` or the batch.
 pub fn attend(
+    batch: &Batch,
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     shape: &AttentionShape,
-    visible: Visible,
-) -> Result<Partial> {
-    shape.check_kv(k, v)?;
+) -> Result<AttentionState> {
+    check_tokens(batch, shape.check_q(q)?)?;
+    check_tokens(batch, shape.check_kv(k, v)?)?;
     if !matches!(q.device(), Device::Cpu) {
-        #[cfg(feature = "cuda")]
-        if let Some(done) = cuda::attend(q, k, v, shape, visible)? {
-            return Ok(done);
-        }
-        return ops::attend(q, k, v, shape, visible);
+        let (k, v) = (k.transpose(0, 1)?, v.transpose(0, 1)?);
+        let kv = |i: usize| {
+            let tokens = &batch.cu_seqlens()[i..i + 2];
+            let of = |x: &Tensor| x.narrow(1, tokens[0], tokens[1] - tokens[0])?.unsqueeze(0);
+            Ok((of(&k)?, of(&v)?))
+        };
+        return attend_each(batch, q, shape, Mask::Causal, kv);
     }
     match k.dtype() {
-        DType::F16 => attend_tensor::<f16>(q, k, v, shape, visible),
-        DType::BF16 => attend_tensor::<bf16>(q, k, v, shape, visible),
-        _ => attend_tensor::<f32>(
-            q,
-            &k.to_dtype(DType::F32)?,
-            &v.to_dtype(DType::F32)?,
-            shape,
-            visible,
-        ),
+        DType::F16 => attend_tensors::<f16>(batch, q, k, v, shape),
+        DType::BF16 => attend_tensors::<bf16>(batch, q, k, v, shape),
+        _ => {
+            let f32 = |x: &Tensor| x.to_dtype(DType::F32);
+            attend_tensors::<f32>(batch, q, &f32(k)?, &f32(v)?, shape)
+        }
     }
 }
 
-/// Attention probability that each entry receives, summed over the queries: what [`KvStore::mass`](crate::KvStore::mass) promises,
-/// over plain tensors.
+/// Attention probability that each token of its own sequence receives, summed over the queries:
+/// what [`KvStore::attention_sums`](crate::KvStore::attention_sums) promises, over the tokens of a
+/// call. `queries` are each sequence's last ones; as many as `q` and `lse` have.
 ///
 /// # Errors
-/// As [`attend`], and if `lse` is not `[batch, heads, tokens]`.
-pub fn mass(
-    q: &Tensor,
+/// As [`attend`], and if `lse` is not `[queries, heads]`.
+pub fn attention_sums(
+    batch: &Batch,
     k: &Tensor,
+    queries: &Batch,
+    q: &Tensor,
     lse: &Tensor,
     shape: &AttentionShape,
-    visible: Visible,
 ) -> Result<Vec<Vec<f32>>> {
-    let cpu = |x: &Tensor| -> Result<Tensor> {
-        Ok(x.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?)
-    };
-    let keys = k.to_device(&Device::Cpu)?.contiguous()?;
+    let tokens = k.dim(0)?;
+    check_tokens(batch, tokens)?;
+    if batch.seqs() != queries.seqs() {
+        let got = format!("{:?}", queries.seqs());
+        return Err(Error::mismatch(
+            "sequences of the queries",
+            format!("{:?}", batch.seqs()),
+            got,
+        ));
+    }
+    let cpu = |x: &Tensor| -> Result<Tensor> { Ok(x.to_device(&Device::Cpu)?) };
+    let (q, lse, k) = (cpu(q)?, cpu(lse)?, cpu(k)?);
+    // The sums read no values: any rows of the right length will do.
+    let shape = AttentionShape { value_dim: shape.head_dim, ..*shape };
     match k.dtype() {
-        DType::F16 => mass_tensor::<f16>(&cpu(q)?, &keys, &cpu(lse)?, shape, visible),
-        DType::BF16 => mass_tensor::<bf16>(&cpu(q)?, &keys, &cpu(lse)?, shape, visible),
-        _ => mass_tensor::<f32>(&cpu(q)?, &cpu(k)?, &cpu(lse)?, shape, visible),
+        DType::F16 => sums_of_tensor::<f16>(batch, &k, queries, &q, &lse, &shape),
+        DType::BF16 => sums_of_tensor::<bf16>(batch, &k, queries, &q, &lse, &shape),
+        _ => sums_of_tensor::<f32>(batch, &k.to_dtype(DType::F32)?, queries, &q, &lse, &shape),
     }
 }
 
-fn attend_tensor<T: Element>(
+/// Attention sequence by sequence on a device other than the CPU. `kv` gives the i-th sequence's
+/// keys and values, `[1, kv_heads, entries, channels]`.
+pub(crate) fn attend_each(
+    batch: &Batch,
+    q: &Tensor,
+    shape: &AttentionShape,
+    mask: Mask<'_>,
+    kv: impl Fn(usize) -> Result<(Tensor, Tensor)>,
+) -> Result<AttentionState> {
+    let mut parts = (Vec::new(), Vec::new());
+    for (i, (_, tokens)) in batch.iter().enumerate() {
+        let q = q.narrow(0, tokens.start, tokens.len())?.transpose(0, 1)?.unsqueeze(0)?;
+        let (k, v) = kv(i)?;
+        let (out, lse) = attend_one(&q, &k, &v, shape, mask)?;
+        parts.0.push(out.squeeze(0)?.transpose(0, 1)?);
+        parts.1.push(lse.squeeze(0)?.transpose(0, 1)?);
+    }
+    Ok(AttentionState { out: Tensor::cat(&parts.0, 0)?, lse: Tensor::cat(&parts.1, 0)? })
+}
+
+/// One sequence's attention: q `[1, heads, tokens, head_dim]`, keys and values
+/// `[1, kv_heads, entries, channels]`.
+fn attend_one(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     shape: &AttentionShape,
-    visible: Visible,
-) -> Result<Partial> {
-    let (k, v) = (k.contiguous()?, v.contiguous()?);
-    let rows = k.dim(2)? * shape.head_dim;
-    element::with_slice::<T, _>(&k, |k| {
-        element::with_slice::<T, _>(&v, |v| {
-            let heads: Vec<_> = split(k, rows)
-                .zip(split(v, rows))
+    mask: Mask<'_>,
+) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if let Some(done) = cuda::attend(q, k, v, shape, mask)? {
+        return Ok(done);
+    }
+    ops::attend(q, k, v, shape, mask)
+}
+
+fn check_tokens(batch: &Batch, tokens: usize) -> Result<()> {
+    if tokens != batch.tokens() {
+        return Err(Error::mismatch("tokens", format!("the batch's {}", batch.tokens()), tokens));
+    }
+    Ok(())
+}
+
+/// The rows of each sequence and kv head of `[kv_heads, tokens, channels]` numbers,
+/// `[sequences * kv_heads]`.
+fn rows_of<'a, T>(batch: &Batch, x: &'a [T], kv_heads: usize, d: usize) -> Vec<&'a [T]> {
+    let head = batch.tokens() * d;
+    let of_seq = |tokens: std::ops::Range<usize>| {
+        (0..kv_heads).map(move |h| &x[h * head + tokens.start * d..h * head + tokens.end * d])
+    };
+    batch.iter().flat_map(|(_, tokens)| of_seq(tokens)).collect()
+}
+
+fn attend_tensors<T: Element>(
+    batch: &Batch,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    shape: &AttentionShape,
+) -> Result<AttentionState> {
+    let by_head = |x: &Tensor| x.transpose(0, 1)?.contiguous();
+    element::with_slice::<T, _>(&by_head(k)?, |k| {
+        element::with_slice::<T, _>(&by_head(v)?, |v| {
+            let keys = rows_of(batch, k, shape.kv_heads, shape.head_dim);
+            let values = rows_of(batch, v, shape.kv_heads, shape.value_dim);
+            let heads: Vec<_> = keys
+                .into_iter()
+                .zip(values)
                 .map(|(keys, values)| vec![Page { keys, values }])
                 .collect();
-            attend_pages(q, &heads, shape, visible)
+            attend_pages(batch, q, &heads, shape, Mask::Causal)
         })
     })
 }
 
-fn mass_tensor<T: Element>(
-    q: &Tensor,
+fn sums_of_tensor<T: Element>(
+    batch: &Batch,
     k: &Tensor,
+    queries: &Batch,
+    q: &Tensor,
     lse: &Tensor,
     shape: &AttentionShape,
-    visible: Visible,
 ) -> Result<Vec<Vec<f32>>> {
-    let rows = k.dim(2)? * shape.head_dim;
-    element::with_slice::<T, _>(k, |k| {
-        let heads: Vec<_> = split(k, rows).map(|keys| vec![Page { keys, values: keys }]).collect();
-        mass_pages(q, lse, &heads, shape, visible)
+    element::with_slice::<T, _>(&k.transpose(0, 1)?.contiguous()?, |k| {
+        let heads: Vec<_> = rows_of(batch, k, shape.kv_heads, shape.head_dim)
+            .into_iter()
+            .map(|keys| vec![Page { keys, values: keys }])
+            .collect();
+        attention_sums_pages(queries, q, lse, &heads, shape, Mask::Causal)
     })
-}
-
-/// The parts of each batch entry and head.
-fn split<T>(data: &[T], size: usize) -> impl Iterator<Item = &[T]> {
-    data.chunks_exact(size.max(1))
 }

@@ -1,41 +1,39 @@
-//! Attention by candle's own operations, a block of queries at a time: for devices without a kernel of ours, and the plain
-//! path that the kernels are tested against. Entries that no query of a block sees are left out, and masks are made for those alone that only
-//! some of them see: they come from the host.
+//! Attention by candle's own operations, a block of queries at a time: for devices without a kernel
+//! of ours, and the plain path that the kernels are tested against. Entries that no query of a block
+//! sees are left out. Only the two edges of the others need a mask.
 
-use super::super::{AttentionShape, Error, Partial, Result, Visible};
+use crate::{AttentionShape, Error, Mask, Result};
 use candle_core::{D, DType, Device, Tensor};
 use std::ops::Range;
 
 /// Queries of a block: scores of `heads x QUERIES x entries` exist at a time.
 const QUERIES: usize = 128;
 
-/// The most that a row's unnormalised weights may add up to: in f16, values of up to 1,000 then sum up without overflow, and even weights of
-/// 100,000 entries are normal numbers.
+/// The most that a row's unnormalised weights may add up to: in f16, values of up to 1,000 then sum
+/// up without overflow, and even weights of 100,000 entries are normal numbers.
 const SUM: f64 = 64.0;
 
-/// As [`attend`](super::attend), on any device. Queries and keys both in f16 are multiplied as they are (scores then carry f16's
-/// relative error, as in every implementation on plain matrix products), others in f32.
+/// One sequence's attention on any device: q `[1, heads, tokens, head_dim]`, keys and values
+/// `[1, kv_heads, entries, channels]`; gives the output `[1, heads, tokens, value_dim]` and the
+/// log-sum-exp `[1, heads, tokens]`. Queries and keys both in f16 are multiplied as they are
+/// (scores then carry f16's relative error, as in every implementation on plain matrix products),
+/// others in f32.
 pub fn attend(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     shape: &AttentionShape,
-    visible: Visible,
-) -> Result<Partial> {
-    let (batch, tokens) = shape.check_q(q)?;
-    let (kv_batch, len) = shape.check_kv(k, v)?;
-    if kv_batch != batch {
-        return Err(Error::mismatch("batch of k and v", batch, kv_batch));
-    }
-    if visible == Visible::Causal && len < tokens {
+    mask: Mask<'_>,
+) -> Result<(Tensor, Tensor)> {
+    let (tokens, len) = (q.dim(2)?, k.dim(2)?);
+    if mask == Mask::Causal && len < tokens {
         let expected = format!("at least the {tokens} of the queries' own tokens");
         return Err(Error::mismatch("entries of a kv head", expected, len));
     }
     if len == 0 {
-        return Ok(Partial {
-            out: q.to_dtype(DType::F32)?.zeros_like()?,
-            lse: Tensor::full(f32::NEG_INFINITY, (batch, shape.heads, tokens), q.device())?,
-        });
+        let out = (1, shape.heads, tokens, shape.value_dim);
+        let lse = Tensor::full(f32::NEG_INFINITY, (1, shape.heads, tokens), q.device())?;
+        return Ok((Tensor::zeros(out, DType::F32, q.device())?, lse));
     }
     let dtype = match (q.dtype(), k.dtype()) {
         (DType::F16, DType::F16) => DType::F16,
@@ -47,7 +45,7 @@ pub fn attend(
         let count = QUERIES.min(tokens - start);
         let block = q.narrow(2, start, count)?.to_dtype(dtype)?;
         let seen: Vec<_> =
-            (start..start + count).map(|i| visible.range(i, tokens, len, shape.window)).collect();
+            (start..start + count).map(|i| mask.range(i, tokens, len, shape.window)).collect();
         // Both ends of what a query sees move on from query to query.
         let (first, last) = (seen[0].start, seen[count - 1].end);
         let keys = keys.narrow(3, first, last - first)?;
@@ -56,11 +54,11 @@ pub fn attend(
         parts.0.push(out);
         parts.1.push(lse);
     }
-    Ok(Partial { out: Tensor::cat(&parts.0, 2)?, lse: Tensor::cat(&parts.1, 2)? })
+    Ok((Tensor::cat(&parts.0, 2)?, Tensor::cat(&parts.1, 2)?))
 }
 
-/// The group's query heads become rows of their kv head, so that no kv head is repeated. `seen`: of each query; keys and values are those that
-/// any of them sees.
+/// The group's query heads become rows of their kv head, so that no kv head is repeated. `seen`: the
+/// entries that each query sees; keys and values are those that any of them sees.
 fn attend_block(
     q: &Tensor,
     keys: &Tensor,
@@ -86,14 +84,15 @@ fn attend_block(
     let out = weights.matmul(values)?.to_dtype(DType::F32)?;
     let out = out.broadcast_mul(&(shrink / sum.maximum(f32::MIN_POSITIVE)?)?)?;
     let lse = (max + sum.log()?)?;
-    Ok((out.reshape((batch, heads, count, d))?, lse.reshape((batch, heads, count))?))
+    Ok((out.reshape((batch, heads, count, shape.value_dim))?, lse.reshape((batch, heads, count))?))
 }
 
-/// Makes scores `[batch, kv_heads, group * queries, entries]`, contiguous and nobody else's, -inf where a query does not see an entry.
+/// Sets scores `[batch, kv_heads, group * queries, entries]` to -inf where a query does not see an
+/// entry. The tensor is contiguous and has no other user.
 fn mask_scores(scores: &Tensor, group: usize, seen: &[Range<usize>]) -> Result<()> {
     let (batch, kv_heads, rows, _) = scores.dims4()?;
     let (first, last) = (&seen[0], &seen[seen.len() - 1]);
-    // What all queries see, if anything, lies between what only the first and what only the last ones see.
+    // Only the two edges need a mask: all queries see the entries between them.
     let edges = match last.start < first.end {
         true => [first.start..last.start, first.end..last.end],
         false => [first.start..last.end, 0..0],

@@ -1,15 +1,15 @@
 //! Tiles against candle's own operations, which build the whole matrix of scores.
 
-use super::{attend, mass, ops};
-use crate::{AttentionShape, DenseStore, KvStore, Partial, Selection, Visible};
+use super::{Page, attend, attend_pages, attention_sums, ops};
+use crate::{AttentionShape, AttentionState, Batch, Mask};
 use candle_core::{DType, Device, Tensor};
 
-fn random(heads: usize, tokens: usize, d: usize) -> Tensor {
-    Tensor::randn(0f32, 1., (2, heads, tokens, d), &Device::Cpu).unwrap()
+fn random(tokens: usize, heads: usize, d: usize) -> Tensor {
+    Tensor::randn(0f32, 1., (tokens, heads, d), &Device::Cpu).unwrap()
 }
 
 fn distance(a: &Tensor, b: &Tensor) -> f32 {
-    (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+    (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
 }
 
 fn shapes() -> Vec<AttentionShape> {
@@ -19,25 +19,91 @@ fn shapes() -> Vec<AttentionShape> {
         AttentionShape::new(4, 4, 80).unwrap(),
         AttentionShape { window: Some(100), ..plain },
         AttentionShape { window: Some(200), ..plain },
+        AttentionShape { value_dim: 48, ..plain },
         AttentionShape { soft_cap: Some(5.0), ..AttentionShape::new(8, 1, 32).unwrap() },
     ]
+}
+
+/// One sequence's attention by plain operations, over `[entries, kv_heads, channels]`.
+fn plain(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    shape: &AttentionShape,
+    mask: Mask<'_>,
+) -> AttentionState {
+    let by_head = |x: &Tensor| x.transpose(0, 1).unwrap().unsqueeze(0).unwrap();
+    let (out, lse) = ops::attend(&by_head(q), &by_head(k), &by_head(v), shape, mask).unwrap();
+    let back = |x: Tensor| x.squeeze(0).unwrap().transpose(0, 1).unwrap();
+    AttentionState { out: back(out), lse: back(lse) }
+}
+
+/// A tensor's rows by head, `[heads][entries * channels]`.
+fn rows(x: &Tensor) -> Vec<Vec<f32>> {
+    let x = x.transpose(0, 1).unwrap().contiguous().unwrap();
+    x.flatten_from(1).unwrap().to_vec2().unwrap()
+}
+
+/// Attention by tiles over pages of the given length.
+fn paged(
+    batch: &Batch,
+    q: &Tensor,
+    kv: &[(Tensor, Tensor)],
+    shape: &AttentionShape,
+    mask: Mask<'_>,
+    page: usize,
+) -> AttentionState {
+    let held: Vec<_> = kv.iter().map(|(k, v)| (rows(k), rows(v))).collect();
+    let heads: Vec<Vec<Page<'_, f32>>> = held
+        .iter()
+        .flat_map(|(keys, values)| keys.iter().zip(values))
+        .map(|(keys, values)| {
+            let keys = keys.chunks(page * shape.head_dim);
+            let pages = keys.zip(values.chunks(page * shape.value_dim));
+            pages.map(|(keys, values)| Page { keys, values }).collect()
+        })
+        .collect();
+    attend_pages(batch, q, &heads, shape, mask).unwrap()
 }
 
 #[test]
 fn tiles_equal_the_whole_matrix() {
     for shape in shapes() {
-        // One token over a long past (split over entries), a few, a prompt of several tiles, and more entries than queries.
-        for (tokens, entries) in [(1, 1), (1, 1500), (3, 700), (300, 300), (90, 640)] {
-            let q = random(shape.heads, tokens, shape.head_dim);
-            let k = random(shape.kv_heads, entries, shape.head_dim);
-            let v = random(shape.kv_heads, entries, shape.head_dim);
-            for visible in [Visible::All, Visible::Causal] {
-                let got = attend(&q, &k, &v, &shape, visible).unwrap();
-                let want = ops::attend(&q, &k, &v, &shape, visible).unwrap();
-                let case = format!("{shape:?}, {tokens} over {entries}, {visible:?}");
-                assert!(distance(&got.out, &want.out) < 1e-5, "{case}");
-                assert!(distance(&got.lse, &want.lse) < 1e-5, "{case}");
+        // One token over a long past (split over entries), a few, a prompt of several tiles, and
+        // more entries than queries; all in one batch and in pages of several lengths.
+        let sizes = [(1, 1), (1, 1500), (3, 700), (300, 300), (90, 640)];
+        let seqs: Vec<_> = (0..).zip(sizes).map(|(seq, (tokens, _))| (seq, tokens)).collect();
+        let batch = Batch::new(&seqs).unwrap();
+        let q = random(batch.tokens(), shape.heads, shape.head_dim);
+        let kv = sizes.map(|(_, entries)| {
+            let k = random(entries, shape.kv_heads, shape.head_dim);
+            (k, random(entries, shape.kv_heads, shape.value_dim))
+        });
+        for (mask, page) in [(Mask::Full, 32), (Mask::Causal, 32), (Mask::Causal, 1000)] {
+            let got = paged(&batch, &q, &kv, &shape, mask, page);
+            for ((_, tokens), (k, v)) in batch.iter().zip(&kv) {
+                let part = |x: &Tensor| x.narrow(0, tokens.start, tokens.len()).unwrap();
+                let want = plain(&part(&q), k, v, &shape, mask);
+                let case = format!("{shape:?}, {tokens:?}, {mask:?}, pages of {page}");
+                assert!(distance(&part(&got.out), &want.out) < 1e-5, "{case}");
+                assert!(distance(&part(&got.lse), &want.lse) < 1e-5, "{case}");
             }
+        }
+    }
+}
+
+#[test]
+fn prompts_in_one_batch_attend_each_to_their_own() {
+    for shape in shapes() {
+        let batch = Batch::new(&[(5, 130), (2, 1), (9, 77)]).unwrap();
+        let of = |heads, d| random(batch.tokens(), heads, d);
+        let (q, k) = (of(shape.heads, shape.head_dim), of(shape.kv_heads, shape.head_dim));
+        let v = of(shape.kv_heads, shape.value_dim);
+        let got = attend(&batch, &q, &k, &v, &shape).unwrap();
+        for (_, tokens) in batch.iter() {
+            let part = |x: &Tensor| x.narrow(0, tokens.start, tokens.len()).unwrap();
+            let want = plain(&part(&q), &part(&k), &part(&v), &shape, Mask::Causal);
+            assert!(distance(&part(&got.out), &want.out) < 1e-5, "{shape:?}, {tokens:?}");
         }
     }
 }
@@ -45,86 +111,71 @@ fn tiles_equal_the_whole_matrix() {
 #[test]
 fn parts_merge_into_the_whole() {
     let shape = AttentionShape::new(6, 2, 64).unwrap();
-    let (q, k, v) = (random(6, 9, 64), random(2, 400, 64), random(2, 400, 64));
-    let whole = attend(&q, &k, &v, &shape, Visible::Causal).unwrap();
-    let part = |x: &Tensor, start, len| x.narrow(2, start, len).unwrap();
-    let parts: Vec<_> =
-        [(0, 150, Visible::All), (150, 241, Visible::All), (391, 9, Visible::Causal)]
-            .map(|(start, len, visible)| {
-                attend(&q, &part(&k, start, len), &part(&v, start, len), &shape, visible).unwrap()
-            })
-            .into();
-    let merged = Partial::merge(&parts).unwrap();
+    let (q, k, v) = (random(9, 6, 64), random(400, 2, 64), random(400, 2, 64));
+    let batch = Batch::single(0, 9).unwrap();
+    let over = |start, len, mask| {
+        let part = |x: &Tensor| x.narrow(0, start, len).unwrap();
+        paged(&batch, &q, &[(part(&k), part(&v))], &shape, mask, 32)
+    };
+    let whole = over(0, 400, Mask::Causal);
+    let parts = [(0, 150, Mask::Full), (150, 241, Mask::Full), (391, 9, Mask::Causal)];
+    let parts = parts.map(|(start, len, mask)| over(start, len, mask));
+    let merged = AttentionState::merge(&parts).unwrap();
     assert!(distance(&merged.out, &whole.out) < 1e-5);
     assert!(distance(&merged.lse, &whole.lse) < 1e-5);
 }
 
 #[test]
-fn mass_is_the_column_sum_of_the_probabilities() {
+fn attention_sums_are_the_column_sums_of_the_probabilities() {
     for shape in shapes() {
-        let (tokens, entries, d) = (70, 600, shape.head_dim);
-        let q = random(shape.heads, tokens, d);
-        let k = random(shape.kv_heads, entries, d);
-        let lse = attend(&q, &k, &k, &shape, Visible::Causal).unwrap().lse;
-        let mass = mass(&q, &k, &lse, &shape, Visible::Causal).unwrap();
-        // Attention over one-hot values gives the probabilities themselves, a block of channels at a time.
-        let eye = Tensor::eye(d, DType::F32, &Device::Cpu).unwrap();
-        let mut want = vec![0.0; entries];
-        for start in (0..entries).step_by(d) {
-            let len = d.min(entries - start);
-            let v =
-                Tensor::zeros((2, shape.kv_heads, entries, d), DType::F32, &Device::Cpu).unwrap();
-            let hot =
-                eye.narrow(0, 0, len).unwrap().broadcast_as((2, shape.kv_heads, len, d)).unwrap();
-            let v =
-                v.slice_assign(&[0..2, 0..shape.kv_heads, start..start + len, 0..d], &hot).unwrap();
-            let p = attend(&q, &k, &v, &shape, Visible::Causal).unwrap().out;
-            let sums = p.sum(2).unwrap().get(1).unwrap().get(0).unwrap().to_vec1::<f32>().unwrap();
-            want[start..start + len].copy_from_slice(&sums[..len]);
+        let (tokens, d) = (300, shape.value_dim);
+        let batch = Batch::new(&[(1, 20), (0, tokens)]).unwrap();
+        let q = random(batch.tokens(), shape.heads, shape.head_dim);
+        let k = random(batch.tokens(), shape.kv_heads, shape.head_dim);
+        let v = random(batch.tokens(), shape.kv_heads, d);
+        let lse = attend(&batch, &q, &k, &v, &shape).unwrap().lse;
+        let sums = attention_sums(&batch, &k, &batch, &q, &lse, &shape).unwrap();
+        // Attention over one-hot values gives the probabilities themselves, some at a time.
+        let mut want = vec![0.0; tokens];
+        for start in (0..tokens).step_by(d) {
+            let hot = |t: usize, c: usize| if t == start + c { 1f32 } else { 0.0 };
+            let entries = (0..tokens).flat_map(|t| (0..shape.kv_heads).map(move |_| t));
+            let v: Vec<f32> = entries.flat_map(|t| (0..d).map(move |c| hot(t, c))).collect();
+            let v = Tensor::from_vec(v, (tokens, shape.kv_heads, d), &Device::Cpu).unwrap();
+            let own = |x: &Tensor| x.narrow(0, 20, tokens).unwrap();
+            let out = plain(&own(&q), &own(&k), &v, &shape, Mask::Causal).out;
+            let of_head = out.sum(0).unwrap().get(1).unwrap().to_vec1::<f32>().unwrap();
+            let len = d.min(tokens - start);
+            want[start..start + len].copy_from_slice(&of_head[..len]);
         }
-        for (got, want) in mass[shape.heads].iter().zip(&want) {
+        for (got, want) in sums[shape.heads + 1].iter().zip(&want) {
             assert!((got - want).abs() < 1e-4, "{shape:?}: {got}, not {want}");
         }
-    }
-}
-
-#[test]
-fn a_store_holds_what_it_is_told_to_keep() {
-    let shape = AttentionShape::new(4, 2, 32).unwrap();
-    for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::F16, 2e-3), (DType::BF16, 2e-2)] {
-        let mut store = DenseStore::new(shape, dtype).unwrap();
-        let (k, v) = (random(2, 700, 32), random(2, 700, 32));
-        store.append(&k.narrow(2, 0, 650).unwrap(), &v.narrow(2, 0, 650).unwrap()).unwrap();
-        store.append(&k.narrow(2, 650, 50).unwrap(), &v.narrow(2, 650, 50).unwrap()).unwrap();
-        assert_eq!(store.footprint().payload, 2 * 4 * 700 * 32 * dtype.size_in_bytes());
-        // Every head keeps another part.
-        let keep: Vec<Vec<u32>> =
-            (0..4).map(|h| (0..700).filter(|e| e % (h + 2) == 0).collect()).collect();
-        store.retain(&Selection::new(keep.clone())).unwrap();
-        let one = AttentionShape { heads: 2, kv_heads: 1, ..shape };
-        let q = random(4, 1, 32);
-        let got = store.attend(&q, Visible::All).unwrap().out;
-        for (h, keep) in keep.iter().enumerate() {
-            let rows = Tensor::new(keep.as_slice(), &Device::Cpu).unwrap();
-            let of = |x: &Tensor| {
-                let head = x.narrow(0, h / 2, 1).unwrap().narrow(1, h % 2, 1).unwrap();
-                head.contiguous().unwrap().index_select(&rows, 2).unwrap()
-            };
-            let query =
-                |x: &Tensor| x.narrow(0, h / 2, 1).unwrap().narrow(1, h % 2 * 2, 2).unwrap();
-            let want = ops::attend(&query(&q), &of(&k), &of(&v), &one, Visible::All).unwrap();
-            assert!(distance(&query(&got), &want.out) < tolerance, "{dtype:?}, head {h}");
-        }
+        // The newest queries alone.
+        let newest = Batch::new(&[(1, 1), (0, 3)]).unwrap();
+        let rows = Tensor::new(&[19u32, 317, 318, 319], &Device::Cpu).unwrap();
+        let part = |x: &Tensor| x.index_select(&rows, 0).unwrap();
+        let few = attention_sums(&batch, &k, &newest, &part(&q), &part(&lse), &shape).unwrap();
+        let total = few[shape.heads].iter().sum::<f32>();
+        assert!((total - 3.0).abs() < 1e-4, "{total}");
     }
 }
 
 #[test]
 fn misfits_are_named() {
     let shape = AttentionShape::new(4, 2, 32).unwrap();
-    let message =
-        |q: &Tensor, k: &Tensor| attend(q, k, k, &shape, Visible::Causal).unwrap_err().to_string();
-    let expected = "q: expected [batch, 4, tokens, 32], got [2, 3, 1, 32]";
-    assert_eq!(message(&random(3, 1, 32), &random(2, 1, 32)), expected);
-    assert!(message(&random(4, 1, 32), &random(2, 1, 16)).starts_with("k: expected"));
-    assert!(message(&random(4, 5, 32), &random(2, 4, 32)).contains("at least the 5"));
+    let batch = Batch::single(3, 5).unwrap();
+    let message = |q: &Tensor, k: &Tensor| attend(&batch, q, k, k, &shape).unwrap_err().to_string();
+    let expected = "q: expected [tokens, 4, 32], got [5, 3, 32]";
+    assert_eq!(message(&random(5, 3, 32), &random(5, 2, 32)), expected);
+    assert!(message(&random(5, 4, 32), &random(5, 2, 16)).starts_with("k: expected"));
+    assert!(message(&random(5, 4, 32), &random(4, 2, 32)).contains("the batch's 5"));
+    let (q, k) = (random(5, 4, 32), random(4, 2, 32));
+    let (keys, short) = (rows(&k), |rows: &Vec<Vec<f32>>, h: usize| rows[h].clone());
+    let pages: Vec<_> = (0..2).map(|h| short(&keys, h)).collect();
+    let pages: Vec<_> = pages.iter().map(|x| vec![Page { keys: x, values: x }]).collect();
+    let error = attend_pages(&batch, &q, &pages, &shape, Mask::Causal).unwrap_err().to_string();
+    assert!(error.contains("sequence 3") && error.contains("at least the 5"), "{error}");
+    let f16 = k.to_dtype(DType::F16).unwrap();
+    assert!(super::with_slice::<f32, _>(&f16, |_| Ok(())).is_err());
 }

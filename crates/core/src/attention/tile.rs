@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::element::{Element, with_slice};
 use super::gemm::{Matrix, multiply};
 use super::simd;
-use crate::{AttentionShape, Error, Partial, Result, Visible};
+use crate::{AttentionShape, AttentionState, Batch, Error, Mask, Result};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
@@ -18,31 +18,34 @@ const FEW_ROWS: usize = 8;
 /// A part of the entries smaller than this is not worth a thread's wake-up.
 const MIN_SPLIT: usize = 512;
 
-/// A run of consecutive entries of one kv head: `[entries, head_dim]`, row-major.
+/// A run of consecutive entries of one kv head, row-major.
 #[derive(Debug, Clone, Copy)]
 pub struct Page<'a, T> {
-    /// The keys.
+    /// The keys, `[entries, head_dim]`.
     pub keys: &'a [T],
-    /// The values; as many numbers as `keys`.
+    /// The values, `[entries, value_dim]`.
     pub values: &'a [T],
 }
 
-/// Attention of queries `[batch, heads, tokens, head_dim]` on the CPU over the pages of each batch entry and kv head
-/// (`[batch * kv_heads]` lists, whose lengths may differ).
+/// Attention of queries `[tokens, heads, head_dim]` on the CPU over the pages of each sequence and
+/// kv head (`[sequences * kv_heads]` lists, whose lengths may differ). A mask of
+/// [entry ranges](Mask::Entries) is the caller's to apply: the pages then are the ranges.
 ///
 /// # Errors
-/// [`Error::Mismatch`] if `q` or the pages do not fit `shape`, or a head has fewer entries than there are causal queries.
+/// [`Error::Mismatch`] if `q` or the pages do not fit `shape`, or a head has fewer entries than
+/// there are causal queries.
 pub fn attend_pages<T: Element>(
+    batch: &Batch,
     q: &Tensor,
     heads: &[Vec<Page<'_, T>>],
     shape: &AttentionShape,
-    visible: Visible,
-) -> Result<Partial> {
-    let (batch, tokens) = shape.check_q(q)?;
-    let lens = check_pages(heads, shape, batch, tokens, visible)?;
+    mask: Mask<'_>,
+) -> Result<AttentionState> {
+    let tokens = check_queries(batch, q, shape)?;
+    let lens = check_pages(heads, shape, batch, mask)?;
     let q = q.to_dtype(DType::F32)?.contiguous()?;
     let (out, lse) = with_slice::<f32, _>(&q, |q| {
-        let call = Call { q, tokens, shape, visible };
+        let call = Call { q, batch, shape, mask };
         let done: Vec<_> = call
             .plan(&lens)
             .into_par_iter()
@@ -53,102 +56,120 @@ pub fn attend_pages<T: Element>(
             .collect();
         Ok(call.gather(done))
     })?;
-    Ok(Partial {
-        out: Tensor::from_vec(out, (batch, shape.heads, tokens, shape.head_dim), &Device::Cpu)?,
-        lse: Tensor::from_vec(lse, (batch, shape.heads, tokens), &Device::Cpu)?,
+    Ok(AttentionState {
+        out: Tensor::from_vec(out, (tokens, shape.heads, shape.value_dim), &Device::Cpu)?,
+        lse: Tensor::from_vec(lse, (tokens, shape.heads), &Device::Cpu)?,
     })
 }
 
-/// Attention probability that each entry receives, summed over the queries, by a second pass that uses the log-sum-exp of a
-/// first one: for query head h of batch b, the vector `[b * heads + h]`, one number per entry.
+/// Attention probability that each entry receives, summed over the queries, by a second pass that
+/// uses the log-sum-exp of a first one: for query head h of the i-th sequence, the vector
+/// `[i * heads + h]`, one number per entry.
 ///
 /// # Errors
-/// As [`attend_pages`], and if `lse` is not `[batch, heads, tokens]`.
-pub fn mass_pages<T: Element>(
+/// As [`attend_pages`], and if `lse` is not `[tokens, heads]`.
+pub fn attention_sums_pages<T: Element>(
+    batch: &Batch,
     q: &Tensor,
     lse: &Tensor,
     heads: &[Vec<Page<'_, T>>],
     shape: &AttentionShape,
-    visible: Visible,
+    mask: Mask<'_>,
 ) -> Result<Vec<Vec<f32>>> {
-    let (batch, tokens) = shape.check_q(q)?;
-    let lens = check_pages(heads, shape, batch, tokens, visible)?;
-    if lse.dims() != [batch, shape.heads, tokens] {
-        let expected = format!("[{batch}, {}, {tokens}]", shape.heads);
+    let tokens = check_queries(batch, q, shape)?;
+    let lens = check_pages(heads, shape, batch, mask)?;
+    if lse.dims() != [tokens, shape.heads] {
+        let expected = format!("[{tokens}, {}]", shape.heads);
         return Err(Error::mismatch("lse", expected, format!("{:?}", lse.dims())));
     }
     let lse = lse.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
     let q = q.to_dtype(DType::F32)?.contiguous()?;
     with_slice::<f32, _>(&q, |q| {
-        let call = Call { q, tokens, shape, visible };
+        let call = Call { q, batch, shape, mask };
         let parts: Vec<(usize, Range<usize>)> = (0..heads.len())
             .flat_map(|h| blocks(0..lens[h], MIN_SPLIT).map(move |part| (h, part)))
             .collect();
         let sums: Vec<_> = parts
             .into_par_iter()
             .map_init(Scratch::default, |scratch, (head, part)| {
-                call.mass(head, &part, &heads[head], lens[head], &lse, scratch)
+                call.attention_sums(head, &part, &heads[head], lens[head], &lse, scratch)
             })
             .collect();
-        let mut mass = vec![Vec::new(); batch * shape.heads];
+        let mut all = vec![Vec::new(); heads.len() * shape.group()];
         for (head, part) in sums {
-            let group = part.len() / shape.group();
-            for (g, sums) in part.chunks(group).enumerate() {
-                mass[head * shape.group() + g].extend_from_slice(sums);
+            let entries = part.len() / shape.group();
+            for (g, sums) in part.chunks(entries).enumerate() {
+                all[head * shape.group() + g].extend_from_slice(sums);
             }
         }
-        Ok(mass)
+        Ok(all)
     })
 }
 
+fn check_queries(batch: &Batch, q: &Tensor, shape: &AttentionShape) -> Result<usize> {
+    let tokens = shape.check_q(q)?;
+    if tokens != batch.tokens() {
+        return Err(Error::mismatch("tokens of q", batch.tokens(), tokens));
+    }
+    Ok(tokens)
+}
+
+/// The entries of each sequence and kv head.
 fn check_pages<T>(
     heads: &[Vec<Page<'_, T>>],
     shape: &AttentionShape,
-    batch: usize,
-    tokens: usize,
-    visible: Visible,
+    batch: &Batch,
+    mask: Mask<'_>,
 ) -> Result<Vec<usize>> {
-    if heads.len() != batch * shape.kv_heads {
-        let expected = format!("{batch} batch entries x {} kv heads", shape.kv_heads);
+    if heads.len() != batch.seqs().len() * shape.kv_heads {
+        let expected = format!("{} sequences x {} kv heads", batch.seqs().len(), shape.kv_heads);
         return Err(Error::mismatch("lists of pages", expected, heads.len()));
     }
-    let d = shape.head_dim;
+    let (d, dv) = (shape.head_dim, shape.value_dim);
     for (head, pages) in heads.iter().enumerate() {
-        let fits =
-            |p: &Page<'_, T>| p.keys.len() == p.values.len() && p.keys.len().is_multiple_of(d);
+        let fits = |p: &Page<'_, T>| {
+            p.keys.len().is_multiple_of(d) && p.keys.len() / d * dv == p.values.len()
+        };
         if let Some(p) = pages.iter().find(|p| !fits(p)) {
             return Err(Error::mismatch(
                 format!("page of head {head}"),
-                format!("rows of {d} channels, as many values as keys"),
+                format!("rows of {d} channels, as many rows of {dv} as values"),
                 format!("{} keys and {} values", p.keys.len(), p.values.len()),
             ));
         }
     }
     let len = |pages: &Vec<Page<'_, T>>| pages.iter().map(|p| p.keys.len() / d).sum::<usize>();
     let lens: Vec<_> = heads.iter().map(len).collect();
-    if let (Visible::Causal, Some(&short)) = (visible, lens.iter().find(|&&len| len < tokens)) {
-        let expected = format!("at least the {tokens} of the queries' own tokens");
-        return Err(Error::mismatch("entries of a kv head", expected, short));
+    if mask == Mask::Causal {
+        for ((seq, tokens), lens) in batch.iter().zip(lens.chunks(shape.kv_heads)) {
+            if let Some(&short) = lens.iter().find(|&&len| len < tokens.len()) {
+                let what = format!("entries of a kv head of sequence {seq}");
+                let expected = format!("at least the {} of the queries' own tokens", tokens.len());
+                return Err(Error::mismatch(what, expected, short));
+            }
+        }
     }
     Ok(lens)
 }
 
-/// One call's queries and rules.
+/// One call's queries and rules. A head is a sequence's kv head, numbered `[sequences * kv_heads]`.
 struct Call<'a> {
     q: &'a [f32],
-    tokens: usize,
+    batch: &'a Batch,
     shape: &'a AttentionShape,
-    visible: Visible,
+    mask: Mask<'a>,
 }
 
-/// A tile's share of the work: a block of queries of one batch entry and kv head, over a range of its entries.
+/// A tile's share of the work: a block of queries of one head, over a range of its entries.
+/// Queries are counted within their sequence.
 struct Item {
     head: usize,
     queries: Range<usize>,
     entries: Range<usize>,
 }
 
-/// What a tile computed: for each row the sum of weighted values, the largest score and the sum of weights.
+/// A tile's result: for each row the sum of weighted values, the largest score and the sum of
+/// weights.
 struct Tile {
     out: Vec<f32>,
     max: Vec<f32>,
@@ -159,38 +180,57 @@ struct Tile {
 struct Scratch {
     q: Vec<f32>,
     scores: Vec<f32>,
+    wide: Widened,
+}
+
+/// A block's keys and values in f32.
+#[derive(Default)]
+struct Widened {
     keys: Vec<f32>,
     values: Vec<f32>,
 }
 
 impl Call<'_> {
-    /// Blocks of queries; if these are too few for all threads, each over several ranges of entries.
+    /// Blocks of queries, each over one or several ranges of entries: ranges are so long that the
+    /// threads have a few each, whichever sequences the entries belong to.
     fn plan(&self, lens: &[usize]) -> Vec<Item> {
-        let queries = self.query_blocks();
-        let wanted = 4 * rayon::current_num_threads();
-        let splits = wanted.div_ceil((lens.len() * queries.len()).max(1));
-        let mut items = Vec::new();
-        for (head, &len) in lens.iter().enumerate() {
-            for queries in &queries {
-                let entries = self.visible_to(queries, len);
-                let size = entries.len().div_ceil(splits).max(MIN_SPLIT);
-                items.extend(blocks(entries, size).map(|entries| Item {
-                    head,
-                    queries: queries.clone(),
-                    entries,
-                }));
-            }
-        }
-        items
+        let whole: Vec<Item> = (0..lens.len())
+            .flat_map(|head| self.query_blocks(head).map(move |queries| (head, queries)))
+            .map(|(head, queries)| {
+                let entries = self.visible_to(head, &queries, lens[head]);
+                Item { head, queries, entries }
+            })
+            .collect();
+        let total: usize = whole.iter().map(|item| item.entries.len()).sum();
+        let size = total.div_ceil(4 * rayon::current_num_threads()).max(MIN_SPLIT);
+        let split = |item: Item| {
+            // Equal parts, none much smaller than the others.
+            let parts = item.entries.len().div_ceil(size).max(1);
+            let size = item.entries.len().div_ceil(parts).max(1);
+            let Item { head, queries, entries } = item;
+            blocks(entries, size).map(move |entries| Item {
+                head,
+                queries: queries.clone(),
+                entries,
+            })
+        };
+        whole.into_iter().flat_map(split).collect()
     }
 
-    fn query_blocks(&self) -> Vec<Range<usize>> {
-        blocks(0..self.tokens, (ROWS / self.shape.group()).max(1)).collect()
+    /// The tokens of the sequence that a head belongs to.
+    fn tokens(&self, head: usize) -> Range<usize> {
+        let seq = head / self.shape.kv_heads;
+        self.batch.cu_seqlens()[seq]..self.batch.cu_seqlens()[seq + 1]
+    }
+
+    fn query_blocks(&self, head: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        blocks(0..self.tokens(head).len(), (ROWS / self.shape.group()).max(1))
     }
 
     /// Entries that at least one of the queries sees.
-    fn visible_to(&self, queries: &Range<usize>, len: usize) -> Range<usize> {
-        let of = |i| self.visible.range(i, self.tokens, len, self.shape.window);
+    fn visible_to(&self, head: usize, queries: &Range<usize>, len: usize) -> Range<usize> {
+        let tokens = self.tokens(head).len();
+        let of = |i| self.mask.range(i, tokens, len, self.shape.window);
         of(queries.start).start..of(queries.end - 1).end
     }
 
@@ -201,25 +241,24 @@ impl Call<'_> {
         len: usize,
         scratch: &mut Scratch,
     ) -> Tile {
-        let d = self.shape.head_dim;
+        let dv = self.shape.value_dim;
         let rows = self.shape.group() * item.queries.len();
         let mut tile = Tile {
-            out: vec![0.0; rows * d],
+            out: vec![0.0; rows * dv],
             max: vec![f32::NEG_INFINITY; rows],
             sum: vec![0.0; rows],
         };
-        let Scratch { q, scores, keys, values } = scratch;
+        let Scratch { q, scores, wide } = scratch;
         self.gather_queries(item.head, &item.queries, q);
-        for_each_block(pages, d, &item.entries, |start, page| {
-            let keys = T::widen(page.keys, keys);
-            self.score(q, keys, &item.queries, start, len, scores);
-            tile.soften(scores, d);
-            weigh(scores, T::widen(page.values, values), d, &mut tile.out);
+        for_each_block(pages, self.shape, &item.entries, rows, wide, |start, keys, values| {
+            self.score(q, keys, item.head, &item.queries, start, len, scores);
+            tile.soften(scores, dv);
+            weigh(scores, values, dv, &mut tile.out);
         });
         tile
     }
 
-    fn mass<T: Element>(
+    fn attention_sums<T: Element>(
         &self,
         head: usize,
         entries: &Range<usize>,
@@ -230,24 +269,23 @@ impl Call<'_> {
     ) -> (usize, Vec<f32>) {
         let group = self.shape.group();
         let mut sums = vec![0.0; group * entries.len()];
-        let Scratch { q, scores, keys, .. } = scratch;
-        for queries in self.query_blocks() {
-            let seen = self.visible_to(&queries, len);
+        let Scratch { q, scores, wide } = scratch;
+        for queries in self.query_blocks(head) {
+            let seen = self.visible_to(head, &queries, len);
             let seen = seen.start.max(entries.start)..seen.end.min(entries.end);
             if seen.is_empty() {
                 continue;
             }
             self.gather_queries(head, &queries, q);
-            for_each_block(pages, self.shape.head_dim, &seen, |start, page| {
-                let keys = T::widen(page.keys, keys);
-                self.score(q, keys, &queries, start, len, scores);
+            let rows = group * queries.len();
+            for_each_block(pages, self.shape, &seen, rows, wide, |start, keys, _| {
+                self.score(q, keys, head, &queries, start, len, scores);
                 let width = keys.len() / self.shape.head_dim;
                 for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
-                    let (g, i) = (row / queries.len(), row % queries.len());
-                    let lse = lse[(head * group + g) * self.tokens + queries.start + i];
+                    let lse = lse[self.row(head, &queries, row)];
                     if lse > f32::NEG_INFINITY {
                         simd::exp_sum(scores, lse);
-                        let at = g * entries.len() + start - entries.start;
+                        let at = row / queries.len() * entries.len() + start - entries.start;
                         simd::add(&mut sums[at..at + width], scores);
                     }
                 }
@@ -256,22 +294,33 @@ impl Call<'_> {
         (head, sums)
     }
 
-    /// The queries of a kv head's group, scaled: row `g * queries.len() + i` is query i of the g-th head.
+    /// Where a tile's row lies among `[tokens, heads]`: row `g * queries.len() + i` is query i of
+    /// the group's g-th head.
+    fn row(&self, head: usize, queries: &Range<usize>, row: usize) -> usize {
+        let token = self.tokens(head).start + queries.start + row % queries.len();
+        let query_head = head % self.shape.kv_heads * self.shape.group() + row / queries.len();
+        token * self.shape.heads + query_head
+    }
+
+    /// The queries of a kv head's group, scaled.
     fn gather_queries(&self, head: usize, queries: &Range<usize>, out: &mut Vec<f32>) {
         let d = self.shape.head_dim;
         out.clear();
-        for g in 0..self.shape.group() {
-            let start = ((head * self.shape.group() + g) * self.tokens + queries.start) * d;
-            out.extend_from_slice(&self.q[start..start + queries.len() * d]);
+        for row in 0..self.shape.group() * queries.len() {
+            let start = self.row(head, queries, row) * d;
+            out.extend_from_slice(&self.q[start..start + d]);
         }
         simd::scale(out, self.shape.scale);
     }
 
-    /// Scores of all rows against the keys of the entries from `start` on; -inf where a row does not see an entry.
+    /// Scores of all rows against the keys of the entries from `start` on; -inf where a row does
+    /// not see an entry.
+    #[allow(clippy::too_many_arguments)]
     fn score(
         &self,
         q: &[f32],
         keys: &[f32],
+        head: usize,
         queries: &Range<usize>,
         start: usize,
         len: usize,
@@ -289,9 +338,10 @@ impl Call<'_> {
         if let Some(cap) = self.shape.soft_cap {
             scores.iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
         }
+        let tokens = self.tokens(head).len();
         for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
             let query = queries.start + row % queries.len();
-            let seen = self.visible.range(query, self.tokens, len, self.shape.window);
+            let seen = self.mask.range(query, tokens, len, self.shape.window);
             let before = seen.start.saturating_sub(start).min(width);
             let until = seen.end.saturating_sub(start).min(width);
             scores[..before].fill(f32::NEG_INFINITY);
@@ -299,26 +349,25 @@ impl Call<'_> {
         }
     }
 
-    /// Joins the tiles of one block of queries, divides by the sums of weights, and puts rows in their places.
+    /// Joins the tiles of one block of queries, divides by the sums of weights, and puts rows in
+    /// their places.
     fn gather(&self, done: Vec<(Item, Tile)>) -> (Vec<f32>, Vec<f32>) {
-        let d = self.shape.head_dim;
-        let rows = self.q.len() / d;
-        let mut out = vec![0.0; rows * d];
+        let dv = self.shape.value_dim;
+        let rows = self.batch.tokens() * self.shape.heads;
+        let mut out = vec![0.0; rows * dv];
         let mut lse = vec![f32::NEG_INFINITY; rows];
         let mut done = done.into_iter().peekable();
         while let Some((item, mut tile)) = done.next() {
             let same = |other: &Item| other.head == item.head && other.queries == item.queries;
             while let Some((_, other)) = done.next_if(|(other, _)| same(other)) {
-                tile.join(&other, d);
+                tile.join(&other, dv);
             }
             for (row, (values, (max, sum))) in
-                tile.out.chunks_exact(d).zip(tile.max.iter().zip(&tile.sum)).enumerate()
+                tile.out.chunks_exact(dv).zip(tile.max.iter().zip(&tile.sum)).enumerate()
             {
-                let (g, i) = (row / item.queries.len(), row % item.queries.len());
-                let to =
-                    (item.head * self.shape.group() + g) * self.tokens + item.queries.start + i;
+                let to = self.row(item.head, &item.queries, row);
                 if *sum > 0.0 {
-                    let place = &mut out[to * d..(to + 1) * d];
+                    let place = &mut out[to * dv..(to + 1) * dv];
                     place.copy_from_slice(values);
                     simd::scale(place, sum.recip());
                     lse[to] = max + sum.ln();
@@ -330,8 +379,9 @@ impl Call<'_> {
 }
 
 impl Tile {
-    /// Turns scores into weights relative to each row's largest score so far, and rescales what was summed before.
-    fn soften(&mut self, scores: &mut [f32], head_dim: usize) {
+    /// Turns scores into weights relative to each row's largest score so far, and rescales the sums
+    /// from before.
+    fn soften(&mut self, scores: &mut [f32], value_dim: usize) {
         let rows = self.max.len();
         let width = scores.len() / rows;
         for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
@@ -344,22 +394,22 @@ impl Tile {
             if max > self.max[row] {
                 let shrink = (self.max[row] - max).exp();
                 self.sum[row] *= shrink;
-                simd::scale(&mut self.out[row * head_dim..][..head_dim], shrink);
+                simd::scale(&mut self.out[row * value_dim..][..value_dim], shrink);
                 self.max[row] = max;
             }
             self.sum[row] += sum;
         }
     }
 
-    fn join(&mut self, other: &Tile, head_dim: usize) {
+    fn join(&mut self, other: &Tile, value_dim: usize) {
         for row in 0..self.max.len() {
             let max = self.max[row].max(other.max[row]);
             if max == f32::NEG_INFINITY {
                 continue;
             }
             let (a, b) = ((self.max[row] - max).exp(), (other.max[row] - max).exp());
-            let ours = &mut self.out[row * head_dim..][..head_dim];
-            let theirs = &other.out[row * head_dim..][..head_dim];
+            let ours = &mut self.out[row * value_dim..][..value_dim];
+            let theirs = &other.out[row * value_dim..][..value_dim];
             ours.iter_mut().zip(theirs).for_each(|(x, y)| *x = *x * a + y * b);
             self.sum[row] = self.sum[row] * a + other.sum[row] * b;
             self.max[row] = max;
@@ -368,30 +418,78 @@ impl Tile {
 }
 
 /// Adds the values weighted with `weights` to `out`.
-fn weigh(weights: &[f32], values: &[f32], head_dim: usize, out: &mut [f32]) {
-    let (rows, width) = (out.len() / head_dim, values.len() / head_dim);
+fn weigh(weights: &[f32], values: &[f32], value_dim: usize, out: &mut [f32]) {
+    let (rows, width) = (out.len() / value_dim, values.len() / value_dim);
     if rows <= FEW_ROWS {
-        simd::accumulate(weights, values, head_dim, out);
+        simd::accumulate(weights, values, value_dim, out);
     } else {
-        let values = Matrix::new(values, width, head_dim);
-        multiply(Matrix::new(weights, rows, width), values, out, head_dim, true);
+        let values = Matrix::new(values, width, value_dim);
+        multiply(Matrix::new(weights, rows, width), values, out, value_dim, true);
     }
 }
 
-/// Calls `f` with the first entry's number and the rows of each block of the pages that lies within `entries`.
-fn for_each_block<T>(
+/// Calls `f` with the first entry's number, the keys and the values, in f32, of each block of at
+/// most [`BLOCK`] entries of the pages that lie within `entries`.
+///
+/// Pages may be far shorter than a block. They are joined into one, since a matrix product of few
+/// columns is slow; but where a few rows read f32 as it lies, a copy would cost more.
+fn for_each_block<T: Element>(
     pages: &[Page<'_, T>],
-    head_dim: usize,
+    shape: &AttentionShape,
+    entries: &Range<usize>,
+    rows: usize,
+    wide: &mut Widened,
+    mut f: impl FnMut(usize, &[f32], &[f32]),
+) {
+    let (d, dv) = (shape.head_dim, shape.value_dim);
+    let in_place = rows <= FEW_ROWS && T::DTYPE == DType::F32;
+    let Widened { keys, values } = wide;
+    if !in_place {
+        keys.resize(BLOCK * d, 0.0);
+        values.resize(BLOCK * dv, 0.0);
+    }
+    let (mut start, mut filled) = (entries.start, 0);
+    for_each_run(pages, shape, entries, |first, page| {
+        if in_place {
+            let (mut keys, mut values) = (Vec::new(), Vec::new());
+            return f(first, T::widen(page.keys, &mut keys), T::widen(page.values, &mut values));
+        }
+        let count = page.keys.len() / d;
+        let mut done = 0;
+        while done < count {
+            let now = (BLOCK - filled).min(count - done);
+            let rows = |x| done * x..(done + now) * x;
+            let place = |x| filled * x..(filled + now) * x;
+            T::widen_into(&page.keys[rows(d)], &mut keys[place(d)]);
+            T::widen_into(&page.values[rows(dv)], &mut values[place(dv)]);
+            (done, filled) = (done + now, filled + now);
+            if filled == BLOCK {
+                f(start, keys, values);
+                (start, filled) = (start + filled, 0);
+            }
+        }
+    });
+    if filled > 0 {
+        f(start, &keys[..filled * d], &values[..filled * dv]);
+    }
+}
+
+/// Calls `f` with the first entry's number and the rows of each run of at most [`BLOCK`] entries of
+/// one page that lies within `entries`.
+fn for_each_run<T>(
+    pages: &[Page<'_, T>],
+    shape: &AttentionShape,
     entries: &Range<usize>,
     mut f: impl FnMut(usize, Page<'_, T>),
 ) {
+    let (d, dv) = (shape.head_dim, shape.value_dim);
     let mut first = 0;
     for page in pages {
-        let len = page.keys.len() / head_dim;
+        let len = page.keys.len() / d;
         let wanted = entries.start.max(first)..entries.end.min(first + len);
-        for block in blocks(wanted, BLOCK) {
-            let rows = (block.start - first) * head_dim..(block.end - first) * head_dim;
-            f(block.start, Page { keys: &page.keys[rows.clone()], values: &page.values[rows] });
+        for run in blocks(wanted, BLOCK) {
+            let rows = |x: usize| (run.start - first) * x..(run.end - first) * x;
+            f(run.start, Page { keys: &page.keys[rows(d)], values: &page.values[rows(dv)] });
         }
         first += len;
     }

@@ -1,144 +1,180 @@
+use std::collections::BTreeMap;
+
 use super::DenseStore;
 use crate::{
-    AttentionShape, Footprint, KvCache, KvStore, Partial, Result, Selection, Step, Visible,
+    Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result, Selection, SeqId, Step,
+    check_new,
 };
 use candle_core::{DType, Tensor};
 
-/// Entries by which a sliding-window cache may outgrow its window before it is cut.
+/// Entries by which a sequence may outgrow a sliding window before it is cut.
 const OVERHANG: usize = 256;
 
-/// The exact cache: everything kept, or, with a sliding window, everything that a later token can see.
+/// The exact cache: everything kept, or, with a sliding window, everything that a later token can
+/// see.
 ///
 /// ```
+/// use std::sync::Arc;
 /// use candle_core::{DType, Device, Tensor};
-/// use longctx_core::{AttentionShape, DenseCache, KvCache, Rope, RopeScaling, Step};
+/// use longctx_core::{AttentionShape, Batch, DenseCache, KvCache, LayerSpec, Rope, RopeScaling, Step};
 ///
-/// let shape = AttentionShape::new(8, 2, 64)?;
-/// let rope = Rope::new(64, 64, 10_000.0, RopeScaling::None)?;
-/// let mut cache = DenseCache::new(shape, DType::F16)?;
-/// for tokens in [100, 1, 1] {
-///     let q = Tensor::randn(0f32, 1., (1, 8, tokens, 64), &Device::Cpu)?;
-///     let k = Tensor::randn(0f32, 1., (1, 2, tokens, 64), &Device::Cpu)?;
-///     let out = cache.attend(&Step { q: &q, k: &k, v: &k, shape: &shape, rope: &rope })?;
-///     assert_eq!(out.dims(), [1, 8, tokens, 64]);
+/// let rope = Arc::new(Rope::new(64, 64, 10_000.0, RopeScaling::None)?);
+/// let spec = LayerSpec::new(AttentionShape::new(8, 2, 64)?).with_rope(rope);
+/// let mut cache = DenseCache::new(spec, DType::F16)?;
+/// // Two prompts, then a token for each.
+/// for batch in [Batch::new(&[(0, 100), (1, 30)])?, Batch::decode(&[0, 1])?] {
+///     let q = Tensor::randn(0f32, 1., (batch.tokens(), 8, 64), &Device::Cpu)?;
+///     let k = Tensor::randn(0f32, 1., (batch.tokens(), 2, 64), &Device::Cpu)?;
+///     let out = cache.attend(&Step { batch: &batch, q: &q, k: &k, v: &k })?;
+///     assert_eq!(out.dims(), [batch.tokens(), 8, 64]);
 /// }
-/// assert_eq!(cache.seen(), 102);
-/// assert_eq!(cache.footprint().payload, 102 * 2 * 64 * 2 * 2);
+/// assert_eq!((cache.seen(0), cache.seen(1)), (101, 31));
+/// assert_eq!(cache.footprint().payload, 132 * 2 * 64 * 2 * 2);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
 pub struct DenseCache {
+    spec: LayerSpec,
     store: DenseStore,
-    seen: usize,
+    seen: BTreeMap<SeqId, usize>,
 }
 
 impl DenseCache {
     /// An empty cache that will hold `dtype`: f32, f16 or bf16.
     ///
     /// # Errors
-    /// [`Error::Setting`](crate::Error::Setting) for another dtype.
-    pub fn new(shape: AttentionShape, dtype: DType) -> Result<Self> {
-        Ok(Self { store: DenseStore::new(shape, dtype)?, seen: 0 })
+    /// [`Error::Setting`] for another dtype.
+    pub fn new(spec: LayerSpec, dtype: DType) -> Result<Self> {
+        let store = DenseStore::new(spec.shape, dtype)?;
+        Ok(Self { spec, store, seen: BTreeMap::new() })
     }
 
-    fn drop_out_of_window(&mut self) -> Result<()> {
-        let Some(window) = self.store.shape().window else { return Ok(()) };
-        let lens = self.store.lens();
-        let len = self.store.len();
-        if len > window + OVERHANG {
-            let newest = (len - window) as u32..len as u32;
-            self.store.retain(&Selection::uniform(lens.len(), newest.collect()))?;
+    /// The same with at most `bytes` bytes of keys and values.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_capacity(spec: LayerSpec, dtype: DType, bytes: usize) -> Result<Self> {
+        let store = DenseStore::with_capacity(spec.shape, dtype, bytes)?;
+        Ok(Self { spec, store, seen: BTreeMap::new() })
+    }
+
+    /// The keys, rotated, and values.
+    pub fn store(&self) -> &DenseStore {
+        &self.store
+    }
+
+    /// Counts a batch's tokens as seen, and drops entries that have left the sliding window.
+    fn advance(&mut self, batch: &Batch) -> Result<()> {
+        for (seq, tokens) in batch.iter() {
+            *self.seen.entry(seq).or_default() += tokens.len();
+        }
+        let Some(window) = self.spec.shape.window else { return Ok(()) };
+        for &seq in batch.seqs() {
+            let len = self.store.len(seq);
+            if len > window + OVERHANG {
+                let newest = (len - window) as u32..len as u32;
+                let keep = Selection::uniform(self.spec.shape.kv_heads, newest.collect());
+                // Dropping may need blocks for copies of shared ones; without room for them, the
+                // entries stay until the next call.
+                match self.store.retain(seq, &keep) {
+                    Err(Error::PoolFull { .. }) => {}
+                    other => other?,
+                }
+            }
         }
         Ok(())
     }
 }
 
 impl KvCache for DenseCache {
+    fn spec(&self) -> &LayerSpec {
+        &self.spec
+    }
+
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
-        let (_, tokens) = step.shape.check_q(step.q)?;
-        let q = step.rope.apply(step.q, self.seen)?;
-        let k = step.rope.apply(step.k, self.seen)?;
-        self.store.append(&k, step.v)?;
-        let out = self.store.attend(&q, Visible::Causal)?;
-        self.seen += tokens;
-        self.drop_out_of_window()?;
-        out.into_output(step.q.dtype())
+        step.check(&self.spec)?;
+        let (q, k) = step.rotate(&self.spec, |seq| self.seen(seq))?;
+        self.store.append(step.batch, &k, step.v)?;
+        let out = self.store.attend(step.batch, &q, Mask::Causal)?;
+        self.advance(step.batch)?;
+        self.spec.output(out, step.q.dtype())
     }
 
-    fn take_prompt(&mut self, step: &Step<'_>, _: &Partial) -> Result<()> {
-        let (_, tokens) = step.shape.check_q(step.q)?;
-        let k = step.rope.apply(step.k, self.seen)?;
-        self.store.append(&k, step.v)?;
-        self.seen += tokens;
-        self.drop_out_of_window()
+    fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
+        step.check(&self.spec)?;
+        check_new(self, step.batch)?;
+        let (_, k) = step.rotate(&self.spec, |_| 0)?;
+        self.store.append(step.batch, &k, step.v)?;
+        self.advance(step.batch)
     }
 
-    fn rewind(&mut self, seen: usize) -> Result<bool> {
-        crate::lm::check_rewind(self.seen, seen)?;
-        if self.store.len() != self.seen {
-            return Ok(seen == self.seen);
+    fn needs_lse(&self) -> bool {
+        false
+    }
+
+    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        self.store.fork(from, to)?;
+        self.seen.insert(to, self.seen(from));
+        Ok(())
+    }
+
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        let seen = *self.seen.get(&seq).ok_or(Error::UnknownSequence(seq))?;
+        if len > seen {
+            let what = format!("tokens of sequence {seq} to keep");
+            return Err(Error::mismatch(what, format!("at most {seen}"), len));
         }
-        let first = (0..seen as u32).collect();
-        self.store.retain(&Selection::uniform(self.store.lens().len(), first))?;
-        self.seen = seen;
-        Ok(true)
+        // Entries that slid out of the window are gone: the rest must still fill the window of the
+        // token to come.
+        let dropped = seen - self.store.len(seq);
+        let reach = self.spec.shape.window.map_or(len, |window| window - 1);
+        let first_seen = len.saturating_sub(reach);
+        if len < seen && dropped > first_seen {
+            let what = "truncating a sequence beyond what its sliding window still holds";
+            return Err(Error::Unsupported(what.into()));
+        }
+        Ok(())
     }
 
-    fn seen(&self) -> usize {
-        self.seen
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.check_truncate(seq, len)?;
+        let dropped = self.seen(seq) - self.store.len(seq);
+        self.store.truncate(seq, len - dropped)?;
+        self.seen.insert(seq, len);
+        Ok(())
     }
 
-    fn held(&self) -> usize {
-        self.store.len()
+    fn remove(&mut self, seq: SeqId) -> bool {
+        self.store.remove(seq);
+        self.seen.remove(&seq).is_some()
+    }
+
+    fn seqs(&self) -> Vec<SeqId> {
+        self.seen.keys().copied().collect()
+    }
+
+    fn seen(&self, seq: SeqId) -> usize {
+        self.seen.get(&seq).copied().unwrap_or(0)
+    }
+
+    fn held(&self, seq: SeqId) -> usize {
+        self.store.len(seq)
+    }
+
+    fn can_take(&self, batch: &Batch) -> bool {
+        self.store.can_append(batch)
     }
 
     fn footprint(&self) -> Footprint {
         self.store.footprint()
     }
 
-    fn reset(&mut self) {
-        self.store.reset();
-        self.seen = 0;
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        self.store.seq_footprint(seq)
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{Rope, RopeScaling};
-    use candle_core::Device;
-
-    #[test]
-    fn a_rewound_cache_goes_on_as_if_the_rest_had_never_come() {
-        let mut shape = AttentionShape::new(4, 2, 64).unwrap();
-        let rope = Rope::new(64, 64, 10_000.0, RopeScaling::None).unwrap();
-        let all = |heads| Tensor::randn(0f32, 1., (1, heads, 340, 64), &Device::Cpu).unwrap();
-        let (q, kv) = (all(4), all(2));
-        let feed = |cache: &mut DenseCache, from: usize, len: usize| {
-            let (q, kv) = (q.narrow(2, from, len).unwrap(), kv.narrow(2, from, len).unwrap());
-            let (shape, rope) = (&cache.store.shape().clone(), &rope);
-            cache.attend(&Step { q: &q, k: &kv, v: &kv, shape, rope }).unwrap()
-        };
-        for first in [0, 1, 256, 300] {
-            let mut cache = DenseCache::new(shape, DType::F32).unwrap();
-            feed(&mut cache, 0, first + 10);
-            assert!(cache.rewind(first).unwrap());
-            assert_eq!((cache.seen(), cache.held()), (first, first));
-            let again = feed(&mut cache, 320, 20);
-            let mut plain = DenseCache::new(shape, DType::F32).unwrap();
-            if first > 0 {
-                feed(&mut plain, 0, first);
-            }
-            let expected = feed(&mut plain, 320, 20);
-            let difference = (again - expected).unwrap().abs().unwrap().flatten_all().unwrap();
-            assert!(difference.max(0).unwrap().to_scalar::<f32>().unwrap() < 1e-6);
-            assert!(cache.rewind(first + 21).unwrap_err().to_string().contains("at most"));
-        }
-        // What slid out of a window is gone.
-        shape.window = Some(8);
-        let mut cache = DenseCache::new(shape, DType::F32).unwrap();
-        feed(&mut cache, 0, 340);
-        assert!(!cache.rewind(100).unwrap());
-        assert_eq!(cache.seen(), 340);
+    fn clear(&mut self) {
+        self.store.clear();
+        self.seen.clear();
     }
 }

@@ -1,95 +1,84 @@
-//! Keys and values of one kv head in pages: growing never moves what is there, and freed pages go back at once.
+//! A pool's blocks as pages to attend over.
 
+use std::ops::Range;
+
+use super::pool::{BLOCK, Pool};
 use crate::attention::{Element, Page};
+use crate::{AttentionShape, Batch, EntryRanges, Mask, Result, SeqId};
+use candle_core::{Device, Tensor};
 
-/// Entries of a page.
-const PAGE: usize = 256;
-/// A page that is not full has room for fewer entries than this beyond those it holds: many heads hold few entries under an
-/// eviction policy, and room that nothing uses would be most of their memory.
-const ROOM: usize = 16;
-
-/// One kv head's keys and values, `[entries, head_dim]` each, cut into pages of 256 entries.
-#[derive(Debug, Clone)]
-pub struct Pages<T> {
-    head_dim: usize,
-    keys: Vec<Vec<T>>,
-    values: Vec<Vec<T>>,
+/// The pages of each sequence and kv head.
+pub fn pages<'a, T: Element>(
+    pool: &'a Pool<T>,
+    batch: &Batch,
+    shape: &AttentionShape,
+) -> Vec<Vec<Page<'a, T>>> {
+    let of_seq = |&seq: &SeqId| (0..shape.kv_heads).map(move |head| pool.pages(seq, head));
+    batch.seqs().iter().flat_map(of_seq).collect()
 }
 
-impl<T: Element> Pages<T> {
-    pub fn new(head_dim: usize) -> Self {
-        Self { head_dim, keys: Vec::new(), values: Vec::new() }
-    }
-
-    pub fn len(&self) -> usize {
-        match self.keys.as_slice() {
-            [] => 0,
-            [full @ .., last] => full.len() * PAGE + last.len() / self.head_dim,
-        }
-    }
-
-    pub fn append(&mut self, keys: &[T], values: &[T]) {
-        extend(&mut self.keys, keys, self.head_dim);
-        extend(&mut self.values, values, self.head_dim);
-    }
-
-    /// Keeps the entries named, in increasing order, moving them forward in place.
-    pub fn retain(&mut self, keep: &[u32]) {
-        for pages in [&mut self.keys, &mut self.values] {
-            compact(pages, keep, self.head_dim);
-        }
-    }
-
-    pub fn pages(&self) -> Vec<Page<'_, T>> {
-        let pair = |(keys, values)| Page { keys, values };
-        self.keys
-            .iter()
-            .map(Vec::as_slice)
-            .zip(self.values.iter().map(Vec::as_slice))
-            .map(pair)
-            .collect()
-    }
-
-    /// Bytes that hold entries, and bytes allocated beyond them.
-    pub fn bytes(&self) -> (usize, usize) {
-        let pages = || self.keys.iter().chain(&self.values);
-        let held: usize = pages().map(Vec::len).sum();
-        let allocated: usize = pages().map(Vec::capacity).sum();
-        (held * size_of::<T>(), (allocated - held) * size_of::<T>())
-    }
+/// The pages' entries that a mask of ranges names, or the pages themselves.
+pub fn masked<'a, T: Element>(
+    heads: &[Vec<Page<'a, T>>],
+    shape: &AttentionShape,
+    mask: Mask<'_>,
+) -> Result<Vec<Vec<Page<'a, T>>>> {
+    let Mask::Entries(ranges) = mask else { return Ok(heads.to_vec()) };
+    let len = |pages: &Vec<Page<'a, T>>| {
+        pages.iter().map(|page| page.keys.len() / shape.head_dim).sum::<usize>()
+    };
+    ranges.check(&heads.iter().map(len).collect::<Vec<_>>())?;
+    let cut = |(pages, ranges): (&Vec<Page<'a, T>>, &Vec<Range<usize>>)| {
+        ranges.iter().flat_map(|range| within(pages, range, shape)).collect()
+    };
+    Ok(heads.iter().zip(ranges.heads()).map(cut).collect())
 }
 
-fn extend<T: Copy>(pages: &mut Vec<Vec<T>>, mut rows: &[T], head_dim: usize) {
-    let page = PAGE * head_dim;
-    while !rows.is_empty() {
-        match pages.last_mut() {
-            Some(last) if last.len() < page => {
-                let (now, later) = rows.split_at(rows.len().min(page - last.len()));
-                let room = (last.len() + now.len()).next_multiple_of(ROOM * head_dim);
-                last.reserve_exact(room - last.len());
-                last.extend_from_slice(now);
-                rows = later;
-            }
-            _ => pages.push(Vec::new()),
-        }
-    }
+/// The parts of a head's pages within a range of entries. All pages but the last are full.
+pub fn within<'a, T: Element>(
+    pages: &[Page<'a, T>],
+    range: &Range<usize>,
+    shape: &AttentionShape,
+) -> Vec<Page<'a, T>> {
+    let (d, dv) = (shape.head_dim, shape.value_dim);
+    let part = |i: usize| {
+        let start = range.start.max(i * BLOCK) - i * BLOCK;
+        let end = range.end.min((i + 1) * BLOCK) - i * BLOCK;
+        let Page { keys, values } = pages[i];
+        Page { keys: &keys[start * d..end * d], values: &values[start * dv..end * dv] }
+    };
+    (range.start / BLOCK..range.end.div_ceil(BLOCK)).map(part).collect()
 }
 
-fn compact<T: Copy>(pages: &mut Vec<Vec<T>>, keep: &[u32], head_dim: usize) {
-    let place = |entry: usize| (entry / PAGE, entry % PAGE * head_dim);
-    for (to, &from) in keep.iter().enumerate() {
-        let ((to_page, to), (from_page, from)) = (place(to), place(from as usize));
-        if to_page == from_page {
-            pages[to_page].copy_within(from..from + head_dim, to);
-        } else {
-            let (before, after) = pages.split_at_mut(from_page);
-            let row = &after[0][from..from + head_dim];
-            before[to_page][to..to + head_dim].copy_from_slice(row);
+/// Sums over ranges of entries in their places among all entries; 0 elsewhere.
+pub fn scatter<T: Element>(
+    sums: Vec<Vec<f32>>,
+    ranges: &EntryRanges,
+    heads: &[Vec<Page<'_, T>>],
+    shape: &AttentionShape,
+) -> Vec<Vec<f32>> {
+    let place = |(i, sums): (usize, Vec<f32>)| {
+        let head = i / shape.group();
+        let len = heads[head].iter().map(|page| page.keys.len() / shape.head_dim).sum();
+        let mut all = vec![0.0; len];
+        let mut sums = sums.into_iter();
+        for range in &ranges.heads()[head] {
+            all[range.clone()].iter_mut().zip(&mut sums).for_each(|(place, sum)| *place = sum);
         }
+        all
+    };
+    sums.into_iter().enumerate().map(place).collect()
+}
+
+pub fn read<T: Element>(pages: &[Page<'_, T>], shape: &AttentionShape) -> Result<(Tensor, Tensor)> {
+    let (mut keys, mut values, mut scratch) = (Vec::new(), Vec::new(), Vec::new());
+    for page in pages {
+        keys.extend_from_slice(T::widen(page.keys, &mut scratch));
+        values.extend_from_slice(T::widen(page.values, &mut scratch));
     }
-    pages.truncate(keep.len().div_ceil(PAGE));
-    if let Some(last) = pages.last_mut() {
-        last.truncate((keep.len() - 1) % PAGE * head_dim + head_dim);
-        last.shrink_to(last.len().next_multiple_of(ROOM * head_dim));
-    }
+    let len = keys.len() / shape.head_dim;
+    Ok((
+        Tensor::from_vec(keys, (len, shape.head_dim), &Device::Cpu)?,
+        Tensor::from_vec(values, (len, shape.value_dim), &Device::Cpu)?,
+    ))
 }

@@ -1,12 +1,16 @@
-//! Keys and values of all kv heads in one tensor each, with room to grow: how devices other than the CPU hold them.
+//! Keys and values of all kv heads of a sequence in one tensor each, with room to grow: how devices
+//! other than the CPU hold them.
 
-use crate::Result;
+use std::ops::Range;
+
+use crate::{Error, Footprint, Result, Selection};
 use candle_core::Tensor;
 
-/// Room for so many entries more than are needed, at least, whenever there has to be more: growing copies everything.
+/// Room for so many entries more than are needed, at least, whenever there has to be more: growing
+/// copies everything.
 const ROOM: usize = 256;
 
-/// Keys and values `[batch, kv_heads, capacity, head_dim]`, of which the first `len` entries are held.
+/// Keys and values `[1, kv_heads, capacity, channels]`, of which the first `len` entries are held.
 #[derive(Debug)]
 pub struct Rows {
     k: Tensor,
@@ -15,10 +19,9 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Nothing, for tensors like `k`.
-    pub fn new(k: &Tensor) -> Result<Self> {
-        let none = k.narrow(2, 0, 0)?;
-        Ok(Self { k: none.clone(), v: none, len: 0 })
+    /// Nothing, for tensors like `k` and `v`.
+    pub fn new(k: &Tensor, v: &Tensor) -> Result<Self> {
+        Ok(Self { k: k.narrow(2, 0, 0)?, v: v.narrow(2, 0, 0)?, len: 0 })
     }
 
     pub fn len(&self) -> usize {
@@ -32,10 +35,11 @@ impl Rows {
             return Ok(());
         }
         if len > self.k.dim(2)? {
-            // A sixteenth more: the copies of a whole generation cost as much as reading the cache some sixteen times.
+            // A sixteenth more: the copies of a whole generation cost as much as reading the cache
+            // some sixteen times.
             let capacity = len + ROOM.max(self.len / 16);
-            self.k = self.grown(&self.k, capacity)?;
-            self.v = self.grown(&self.v, capacity)?;
+            let (k, v) = (self.grown(&self.k, capacity)?, self.grown(&self.v, capacity)?);
+            (self.k, self.v) = (k, v);
         }
         self.k.slice_set(k, 2, self.len)?;
         self.v.slice_set(v, 2, self.len)?;
@@ -52,24 +56,65 @@ impl Rows {
         Ok(more)
     }
 
-    /// Puts others in the place of all that is held.
-    pub fn replace(&mut self, k: Tensor, v: Tensor) -> Result<()> {
+    /// Keeps the selected entries; every head must keep equally many.
+    pub fn retain(&mut self, keep: &Selection) -> Result<()> {
+        let (k, v) = self.held()?;
+        let (k, v) = (gather(&k, keep.heads())?, gather(&v, keep.heads())?);
         self.len = k.dim(2)?;
         (self.k, self.v) = (k, v);
         Ok(())
     }
 
-    /// What is held, `[batch, kv_heads, len, head_dim]`, as a view.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = len.min(self.len);
+    }
+
+    /// A copy without the room to grow.
+    pub fn copy(&self) -> Result<Self> {
+        let (k, v) = self.held()?;
+        Ok(Self { k: k.force_contiguous()?, v: v.force_contiguous()?, len: self.len })
+    }
+
+    /// The entries, `[1, kv_heads, len, channels]`, as a view.
     pub fn held(&self) -> Result<(Tensor, Tensor)> {
         Ok((self.k.narrow(2, 0, self.len)?, self.v.narrow(2, 0, self.len)?))
     }
 
-    /// Bytes that hold entries, and bytes allocated beyond them.
-    pub fn bytes(&self) -> (usize, usize) {
-        let bytes = 2 * self.k.elem_count() * self.k.dtype().size_in_bytes();
-        let held = bytes / self.k.dims()[2].max(1) * self.len;
-        (held, bytes - held)
+    /// The entries within each head's ranges.
+    pub fn selected(&self, ranges: &[Vec<Range<usize>>]) -> Result<(Tensor, Tensor)> {
+        let entries = |ranges: &Vec<Range<usize>>| -> Vec<u32> {
+            ranges.iter().cloned().flatten().map(|entry| entry as u32).collect()
+        };
+        let lists: Vec<_> = ranges.iter().map(entries).collect();
+        let (k, v) = self.held()?;
+        Ok((gather(&k, &lists)?, gather(&v, &lists)?))
     }
+
+    pub fn footprint(&self) -> Footprint {
+        let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
+        let held = |x: &Tensor| bytes(x) / x.dims()[2].max(1) * self.len;
+        let payload = held(&self.k) + held(&self.v);
+        let slack = bytes(&self.k) + bytes(&self.v) - payload;
+        Footprint { payload, slack, ..Default::default() }
+    }
+}
+
+/// The listed entries of each head of `[1, kv_heads, entries, channels]`; the lists are equally
+/// long.
+pub fn gather(x: &Tensor, lists: &[Vec<u32>]) -> Result<Tensor> {
+    let (_, kv_heads, len, d) = x.dims4()?;
+    let count = lists[0].len();
+    if lists.iter().any(|list| list.len() != count) {
+        let what = "heads that keep different numbers of entries in a dense store off the CPU";
+        return Err(Error::Unsupported(what.into()));
+    }
+    let rows: Vec<u32> = (0..)
+        .zip(lists)
+        .flat_map(|(head, list)| list.iter().map(move |entry| head * len as u32 + entry))
+        .collect();
+    let rows = Tensor::new(rows, x.device())?;
+    let flat = x.contiguous()?.reshape((kv_heads * len, d))?;
+    Ok(flat.index_select(&rows, 0)?.reshape((1, kv_heads, count, d))?)
 }
 
 #[cfg(test)]
@@ -78,11 +123,11 @@ mod tests {
     use candle_core::{DType, Device};
 
     #[test]
-    fn what_was_appended_is_held() {
-        let all = Tensor::randn(0f32, 1., (2, 3, 900, 8), &Device::Cpu).unwrap();
+    fn appended_entries_are_held() {
+        let all = Tensor::randn(0f32, 1., (1, 3, 900, 8), &Device::Cpu).unwrap();
         let all = all.to_dtype(DType::F16).unwrap();
         let part = |from, len| all.narrow(2, from, len).unwrap().contiguous().unwrap();
-        let mut rows = Rows::new(&all).unwrap();
+        let mut rows = Rows::new(&all, &all).unwrap();
         for (from, len) in [(0, 300), (300, 0), (300, 1), (301, 256), (557, 343)] {
             rows.append(&part(from, len), &part(from, len)).unwrap();
             let expected = part(0, from + len);
@@ -90,7 +135,7 @@ mod tests {
                 let same = held.eq(&expected).unwrap().min_all().unwrap();
                 assert_eq!(same.to_scalar::<u8>().unwrap(), 1);
             }
-            assert_eq!(rows.bytes().0, 2 * (from + len) * 6 * 8 * 2);
+            assert_eq!(rows.footprint().payload, 2 * (from + len) * 3 * 8 * 2);
         }
     }
 }

@@ -1,227 +1,302 @@
-use super::pages::Pages;
-use super::rows::Rows;
+use super::device::DeviceSeqs;
+use super::pages::{masked, pages, read, scatter, within};
+use super::pool::Pool;
 use crate::attention::{self, Element};
-use crate::{AttentionShape, Error, Footprint, KvStore, Partial, Result, Selection, Visible};
-use candle_core::{DType, Device, Tensor};
+use crate::store::{check_range, check_selections};
+use crate::{
+    AttentionShape, AttentionState, Batch, Error, Footprint, KvStore, Mask, Result, Selection,
+    SeqId,
+};
+use candle_core::{DType, Tensor};
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// Keys and values as they are, in f32, f16 or bf16.
 ///
-/// On the CPU each kv head has pages of its own, so that growing moves nothing and heads may hold different entries. On
-/// other devices there is one tensor for all heads, which then keep equally many entries.
+/// On the CPU they lie in blocks of 32 entries of one kv head, in a pool that all sequences share.
+/// On other devices each sequence has one tensor for all heads, which then keep equally many
+/// entries. The first tensors decide on the device; later ones from another are refused.
 #[derive(Debug)]
 pub struct DenseStore {
     shape: AttentionShape,
     dtype: DType,
-    batch: usize,
+    capacity: usize,
     held: Held,
 }
 
 #[derive(Debug)]
 enum Held {
-    Nothing,
-    F32(Vec<Pages<f32>>),
-    F16(Vec<Pages<f16>>),
-    BF16(Vec<Pages<bf16>>),
-    OnDevice(Rows),
+    F32(Pool<f32>),
+    F16(Pool<f16>),
+    BF16(Pool<bf16>),
+    OnDevice(DeviceSeqs),
+}
+
+/// Runs an expression on the pool of the type that is held, or another on a device's sequences.
+macro_rules! on_pool {
+    ($held:expr, $pool:ident => $host:expr, $seqs:ident => $device:expr) => {
+        match $held {
+            Held::F32($pool) => $host,
+            Held::F16($pool) => $host,
+            Held::BF16($pool) => $host,
+            Held::OnDevice($seqs) => $device,
+        }
+    };
 }
 
 impl DenseStore {
-    /// An empty store that will hold `dtype`.
+    /// An empty store that will hold `dtype` and grows as it must.
     ///
     /// # Errors
     /// [`Error::Setting`] unless `dtype` is f32, f16 or bf16.
     pub fn new(shape: AttentionShape, dtype: DType) -> Result<Self> {
-        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
-            return Err(Error::setting("dtype", "f32, f16 or bf16", dtype.as_str()));
-        }
-        Ok(Self { shape, dtype, batch: 0, held: Held::Nothing })
+        Self::with_capacity(shape, dtype, usize::MAX)
     }
 
-    /// The format of what is held.
+    /// The same with a pool of at most `bytes` bytes of blocks. An append that does not fit is
+    /// [`Error::PoolFull`].
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_capacity(shape: AttentionShape, dtype: DType, bytes: usize) -> Result<Self> {
+        let held = empty(&shape, dtype, bytes)?;
+        Ok(Self { shape, dtype, capacity: bytes, held })
+    }
+
+    /// The format of keys and values.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
 
-    fn allocate(&mut self, batch: usize, k: &Tensor) -> Result<()> {
-        let (heads, d) = (batch * self.shape.kv_heads, self.shape.head_dim);
-        self.batch = batch;
-        self.held = match (k.device(), self.dtype) {
-            (Device::Cpu, DType::F16) => Held::F16(vec![Pages::new(d); heads]),
-            (Device::Cpu, DType::BF16) => Held::BF16(vec![Pages::new(d); heads]),
-            (Device::Cpu, _) => Held::F32(vec![Pages::new(d); heads]),
-            _ => Held::OnDevice(Rows::new(&k.to_dtype(self.dtype)?)?),
+    fn known(&self, seq: SeqId) -> bool {
+        on_pool!(&self.held, pool => !pool.lens(seq).is_empty(), seqs => seqs.contains(seq))
+    }
+
+    fn check_head(&self, seq: SeqId, kv_head: usize) -> Result<()> {
+        self.check_known(seq)?;
+        if kv_head >= self.shape.kv_heads {
+            let expected = format!("one of {}", self.shape.kv_heads);
+            return Err(Error::mismatch("kv head", expected, kv_head));
+        }
+        Ok(())
+    }
+
+    fn check_known(&self, seq: SeqId) -> Result<()> {
+        if self.known(seq) { Ok(()) } else { Err(Error::UnknownSequence(seq)) }
+    }
+
+    /// Checks an append before anything changes; an empty store moves to the tensors' device.
+    fn settle(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
+        let tokens = self.shape.check_kv(k, v)?;
+        if tokens != batch.tokens() {
+            return Err(Error::mismatch("tokens of k", batch.tokens(), tokens));
+        }
+        let on_cpu = !matches!(self.held, Held::OnDevice(_));
+        if on_cpu == k.device().is_cpu() {
+            return Ok(());
+        }
+        if !self.seqs().is_empty() {
+            let name = |cpu| if cpu { "the CPU" } else { "another" };
+            return Err(Error::mismatch("device of k and v", name(on_cpu), name(!on_cpu)));
+        }
+        self.held = match on_cpu {
+            true => Held::OnDevice(DeviceSeqs::new(&self.shape, self.dtype)),
+            false => empty(&self.shape, self.dtype, self.capacity)?,
         };
         Ok(())
     }
+}
 
-    fn check_head(&self, batch: usize, kv_head: usize) -> Result<usize> {
-        if batch >= self.batch || kv_head >= self.shape.kv_heads {
-            let expected = format!("one of {} x {}", self.batch, self.shape.kv_heads);
-            return Err(Error::mismatch("kv head", expected, format!("{batch}, {kv_head}")));
-        }
-        Ok(batch * self.shape.kv_heads + kv_head)
-    }
+fn empty(shape: &AttentionShape, dtype: DType, capacity: usize) -> Result<Held> {
+    let AttentionShape { kv_heads, head_dim, value_dim, .. } = *shape;
+    Ok(match dtype {
+        DType::F32 => Held::F32(Pool::new(kv_heads, head_dim, value_dim, capacity)),
+        DType::F16 => Held::F16(Pool::new(kv_heads, head_dim, value_dim, capacity)),
+        DType::BF16 => Held::BF16(Pool::new(kv_heads, head_dim, value_dim, capacity)),
+        other => return Err(Error::setting("dtype", "f32, f16 or bf16", other.as_str())),
+    })
 }
 
 impl KvStore for DenseStore {
-    fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
-        let (batch, _) = self.shape.check_kv(k, v)?;
-        if matches!(self.held, Held::Nothing) {
-            self.allocate(batch, k)?;
-        }
-        if batch != self.batch {
-            return Err(Error::mismatch("batch", self.batch, batch));
-        }
-        let (k, v) = (k.to_dtype(self.dtype)?.contiguous()?, v.to_dtype(self.dtype)?.contiguous()?);
-        match &mut self.held {
-            Held::Nothing => {}
-            Held::F32(heads) => append_pages(heads, &k, &v)?,
-            Held::F16(heads) => append_pages(heads, &k, &v)?,
-            Held::BF16(heads) => append_pages(heads, &k, &v)?,
-            Held::OnDevice(rows) => rows.append(&k, &v)?,
-        }
-        Ok(())
-    }
-
-    fn attend(&self, q: &Tensor, visible: Visible) -> Result<Partial> {
-        match &self.held {
-            Held::Nothing => Err(Error::mismatch("store", "entries to attend over", "none")),
-            Held::F32(heads) => attention::attend_pages(q, &pages(heads), &self.shape, visible),
-            Held::F16(heads) => attention::attend_pages(q, &pages(heads), &self.shape, visible),
-            Held::BF16(heads) => attention::attend_pages(q, &pages(heads), &self.shape, visible),
-            Held::OnDevice(rows) => {
-                let (k, v) = rows.held()?;
-                attention::attend(q, &k, &v, &self.shape, visible)
-            }
-        }
-    }
-
-    fn mass(&self, q: &Tensor, lse: &Tensor, visible: Visible) -> Result<Vec<Vec<f32>>> {
-        match &self.held {
-            Held::Nothing => Err(Error::mismatch("store", "entries to attend over", "none")),
-            Held::F32(heads) => attention::mass_pages(q, lse, &pages(heads), &self.shape, visible),
-            Held::F16(heads) => attention::mass_pages(q, lse, &pages(heads), &self.shape, visible),
-            Held::BF16(heads) => attention::mass_pages(q, lse, &pages(heads), &self.shape, visible),
-            Held::OnDevice(rows) => attention::mass(q, &rows.held()?.0, lse, &self.shape, visible),
-        }
-    }
-
-    fn retain(&mut self, keep: &Selection) -> Result<()> {
-        keep.check(&self.lens())?;
-        match &mut self.held {
-            Held::Nothing => {}
-            Held::F32(heads) => retain_pages(heads, keep),
-            Held::F16(heads) => retain_pages(heads, keep),
-            Held::BF16(heads) => retain_pages(heads, keep),
-            Held::OnDevice(rows) => {
-                let (k, v) = rows.held()?;
-                rows.replace(gather(&k, keep)?, gather(&v, keep)?)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn read(&self, batch: usize, kv_head: usize) -> Result<(Tensor, Tensor)> {
-        let head = self.check_head(batch, kv_head)?;
-        let d = self.shape.head_dim;
-        match &self.held {
-            Held::Nothing => Err(Error::mismatch("store", "entries to read", "none")),
-            Held::F32(heads) => read_pages(&heads[head], d),
-            Held::F16(heads) => read_pages(&heads[head], d),
-            Held::BF16(heads) => read_pages(&heads[head], d),
-            Held::OnDevice(rows) => {
-                let (k, v) = rows.held()?;
-                let of = |x: Tensor| x.get(batch)?.get(kv_head)?.to_dtype(DType::F32);
-                Ok((of(k)?, of(v)?))
-            }
-        }
-    }
-
-    fn lens(&self) -> Vec<usize> {
-        match &self.held {
-            Held::Nothing => Vec::new(),
-            Held::F32(heads) => heads.iter().map(Pages::len).collect(),
-            Held::F16(heads) => heads.iter().map(Pages::len).collect(),
-            Held::BF16(heads) => heads.iter().map(Pages::len).collect(),
-            Held::OnDevice(rows) => vec![rows.len(); self.batch * self.shape.kv_heads],
-        }
-    }
-
     fn shape(&self) -> &AttentionShape {
         &self.shape
     }
 
-    fn footprint(&self) -> Footprint {
-        match &self.held {
-            Held::Nothing => Footprint::default(),
-            Held::F32(heads) => footprint(heads),
-            Held::F16(heads) => footprint(heads),
-            Held::BF16(heads) => footprint(heads),
-            Held::OnDevice(rows) => {
-                let (payload, slack) = rows.bytes();
-                Footprint { payload, slack, ..Default::default() }
+    fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.settle(batch, k, v)?;
+        let (k, v) = (k.to_dtype(self.dtype)?, v.to_dtype(self.dtype)?);
+        let all = |tokens: Range<usize>, _: usize, _: usize| tokens;
+        on_pool!(&mut self.held,
+            pool => {
+                pool.check_room(batch)?;
+                append_pool(pool, batch, &k, &v, all)
+            },
+            seqs => seqs.append(batch, &k, &v))
+    }
+
+    fn append_selected(
+        &mut self,
+        batch: &Batch,
+        k: &Tensor,
+        v: &Tensor,
+        tokens: &[Selection],
+    ) -> Result<()> {
+        check_selections(batch, tokens, self.shape.kv_heads)?;
+        self.settle(batch, k, v)?;
+        let (k, v) = (k.to_dtype(self.dtype)?, v.to_dtype(self.dtype)?);
+        let selected = |own: Range<usize>, seq: usize, head: usize| {
+            let list = tokens[seq].heads()[head].iter();
+            list.map(move |&token| own.start + token as usize)
+        };
+        on_pool!(&mut self.held,
+            pool => {
+                pool.check_room_for(batch, tokens)?;
+                append_pool(pool, batch, &k, &v, selected)
+            },
+            seqs => seqs.append_selected(batch, &k, &v, tokens))
+    }
+
+    fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
+        on_pool!(&self.held,
+            pool => {
+                let pages = masked(&pages(pool, batch, &self.shape), &self.shape, mask)?;
+                attention::attend_pages(batch, q, &pages, &self.shape, mask)
+            },
+            seqs => seqs.attend(batch, q, mask))
+    }
+
+    fn attention_sums(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        lse: &Tensor,
+        mask: Mask<'_>,
+    ) -> Result<Vec<Vec<f32>>> {
+        on_pool!(&self.held,
+            pool => {
+                let all = pages(pool, batch, &self.shape);
+                let pages = masked(&all, &self.shape, mask)?;
+                let sums =
+                    attention::attention_sums_pages(batch, q, lse, &pages, &self.shape, mask)?;
+                Ok(match mask {
+                    Mask::Entries(ranges) => scatter(sums, ranges, &all, &self.shape),
+                    _ => sums,
+                })
+            },
+            seqs => seqs.attention_sums(batch, q, lse, mask))
+    }
+
+    fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
+        self.check_known(seq)?;
+        keep.check(&self.lens(seq))?;
+        on_pool!(&mut self.held, pool => pool.retain(seq, keep), seqs => seqs.retain(seq, keep))
+    }
+
+    fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
+        self.check_head(seq, kv_head)?;
+        on_pool!(&self.held,
+            pool => read(&pool.pages(seq, kv_head), &self.shape),
+            seqs => seqs.read(seq, kv_head))
+    }
+
+    fn read_range(
+        &self,
+        seq: SeqId,
+        kv_head: usize,
+        entries: Range<usize>,
+    ) -> Result<(Tensor, Tensor)> {
+        self.check_head(seq, kv_head)?;
+        check_range(&entries, self.lens(seq)[kv_head])?;
+        on_pool!(&self.held,
+        pool => read(&within(&pool.pages(seq, kv_head), &entries, &self.shape), &self.shape),
+        seqs => {
+            let (k, v) = seqs.read(seq, kv_head)?;
+            let part = |x: Tensor| x.narrow(0, entries.start, entries.len());
+            Ok((part(k)?, part(v)?))
+        })
+    }
+
+    fn lens(&self, seq: SeqId) -> Vec<usize> {
+        on_pool!(&self.held, pool => pool.lens(seq), seqs => seqs.lens(seq))
+    }
+
+    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        self.check_known(from)?;
+        if self.known(to) {
+            return Err(Error::mismatch("sequence to fork to", "a new one", to));
+        }
+        on_pool!(&mut self.held, pool => pool.fork(from, to), seqs => seqs.fork(from, to)?);
+        Ok(())
+    }
+
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        self.check_known(seq)?;
+        match self.lens(seq).into_iter().min() {
+            Some(least) if least < len => {
+                let what = format!("entries of sequence {seq} to keep");
+                Err(Error::mismatch(what, format!("at most {least}"), len))
             }
+            _ => Ok(()),
         }
     }
 
-    fn reset(&mut self) {
-        self.batch = 0;
-        self.held = Held::Nothing;
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.check_truncate(seq, len)?;
+        on_pool!(&mut self.held, pool => pool.truncate(seq, len), seqs => seqs.truncate(seq, len));
+        Ok(())
+    }
+
+    fn remove(&mut self, seq: SeqId) -> bool {
+        on_pool!(&mut self.held, pool => pool.remove(seq), seqs => seqs.remove(seq))
+    }
+
+    fn seqs(&self) -> Vec<SeqId> {
+        on_pool!(&self.held, pool => pool.seqs(), seqs => seqs.seqs())
+    }
+
+    fn can_append(&self, batch: &Batch) -> bool {
+        on_pool!(&self.held, pool => pool.check_room(batch).is_ok(), _seqs => true)
+    }
+
+    fn footprint(&self) -> Footprint {
+        on_pool!(&self.held, pool => pool.footprint(), seqs => seqs.footprint())
+    }
+
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        on_pool!(&self.held, pool => pool.seq_footprint(seq), seqs => seqs.seq_footprint(seq))
+    }
+
+    fn clear(&mut self) {
+        on_pool!(&mut self.held, pool => pool.clear(), seqs => seqs.clear());
     }
 }
 
-fn append_pages<T: Element>(heads: &mut [Pages<T>], k: &Tensor, v: &Tensor) -> Result<()> {
-    let size = (k.elem_count() / heads.len()).max(1);
-    attention::with_slice::<T, _>(k, |k| {
-        attention::with_slice::<T, _>(v, |v| {
-            for ((head, k), v) in heads.iter_mut().zip(k.chunks(size)).zip(v.chunks(size)) {
-                head.append(k, v);
+/// Appends to each head the rows that `rows` names: given a sequence's tokens, its place in the
+/// batch and the head.
+fn append_pool<T: Element, R: IntoIterator<Item = usize>>(
+    pool: &mut Pool<T>,
+    batch: &Batch,
+    k: &Tensor,
+    v: &Tensor,
+    rows: impl Fn(Range<usize>, usize, usize) -> R,
+) -> Result<()> {
+    let (kv_heads, d, dv) = (k.dim(1)?, k.dim(2)?, v.dim(2)?);
+    attention::with_slice::<T, _>(&k.contiguous()?, |k| {
+        attention::with_slice::<T, _>(&v.contiguous()?, |v| {
+            let (mut keys, mut values) = (Vec::new(), Vec::new());
+            for (i, (seq, tokens)) in batch.iter().enumerate() {
+                for head in 0..kv_heads {
+                    keys.clear();
+                    values.clear();
+                    for token in rows(tokens.clone(), i, head) {
+                        let row = token * kv_heads + head;
+                        keys.extend_from_slice(&k[row * d..(row + 1) * d]);
+                        values.extend_from_slice(&v[row * dv..(row + 1) * dv]);
+                    }
+                    pool.append(seq, head, &keys, &values);
+                }
             }
             Ok(())
         })
     })
-}
-
-fn pages<T: Element>(heads: &[Pages<T>]) -> Vec<Vec<attention::Page<'_, T>>> {
-    heads.iter().map(Pages::pages).collect()
-}
-
-fn retain_pages<T: Element>(heads: &mut [Pages<T>], keep: &Selection) {
-    heads.iter_mut().zip(keep.heads()).for_each(|(head, keep)| head.retain(keep));
-}
-
-fn read_pages<T: Element>(head: &Pages<T>, head_dim: usize) -> Result<(Tensor, Tensor)> {
-    let (mut keys, mut values, mut scratch) = (Vec::new(), Vec::new(), Vec::new());
-    for page in head.pages() {
-        keys.extend_from_slice(T::widen(page.keys, &mut scratch));
-        values.extend_from_slice(T::widen(page.values, &mut scratch));
-    }
-    let tensor = |x| Tensor::from_vec(x, (head.len(), head_dim), &Device::Cpu);
-    Ok((tensor(keys)?, tensor(values)?))
-}
-
-fn footprint<T: Element>(heads: &[Pages<T>]) -> Footprint {
-    let of = |head: &Pages<T>| {
-        let (payload, slack) = head.bytes();
-        Footprint { payload, slack, ..Default::default() }
-    };
-    heads.iter().map(of).sum()
-}
-
-/// The selected entries of `[batch, kv_heads, entries, head_dim]`; every head must keep equally many.
-fn gather(x: &Tensor, keep: &Selection) -> Result<Tensor> {
-    let (batch, kv_heads, len, d) = x.dims4()?;
-    let count = keep.heads()[0].len();
-    if keep.heads().iter().any(|head| head.len() != count) {
-        let what = "heads that keep different numbers of entries in a dense store outside the CPU";
-        return Err(Error::Unsupported(what.into()));
-    }
-    let rows: Vec<u32> = (0..)
-        .zip(keep.heads())
-        .flat_map(|(head, keep)| keep.iter().map(move |entry| head * len as u32 + entry))
-        .collect();
-    let rows = Tensor::new(rows, x.device())?;
-    let flat = x.contiguous()?.reshape((batch * kv_heads * len, d))?;
-    Ok(flat.index_select(&rows, 0)?.reshape((batch, kv_heads, count, d))?)
 }

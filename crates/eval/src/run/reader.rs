@@ -5,12 +5,15 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use longctx_core::{
-    CausalLm, Footprint, GenerateOptions, Generation, Logits, Prompt, PromptCompressor, Rate,
-    generate, prefill,
+    Batch, CausalLm, Footprint, GenerateOptions, Generation, Logits, Prompt, PromptCompressor,
+    Rate, SeqId, generate, prefill,
 };
 
 use super::subject::{Answer, Fault, Question, Subject};
 use crate::{Forced, truncate_middle};
+
+/// The sequence that every sample runs in.
+const SEQ: SeqId = 0;
 
 /// A model's tokenizer and chat template.
 pub trait Text {
@@ -26,8 +29,8 @@ pub trait Text {
     /// Whatever the tokenizer reports.
     fn decode(&self, tokens: &[u32]) -> Result<String, Fault>;
 
-    /// A conversation in the model's template, up to where the model answers; `None` if it has none. Turns of the user's and the
-    /// model's alternate, the user's first and last.
+    /// A conversation in the model's chat template, up to where the model answers; `None` without a
+    /// template. Turns of the user and of the model alternate; the user has the first and the last.
     ///
     /// # Errors
     /// Whatever the template reports.
@@ -39,8 +42,9 @@ pub trait Text {
 
 /// A model behind [`CausalLm`], with any cache, that reads prompts and writes greedily.
 ///
-/// A turn's text is cut in the middle to the context limit, then compressed, then put in the chat template. Of a text that tells its
-/// context, only that is compressed, as in longctx_bench: instruction and question stay whole.
+/// A turn's text is cut in the middle to the context limit, then compressed, then put in the chat
+/// template. If a sample marks its context, only the context is compressed, as in longctx_bench:
+/// instruction and question stay whole.
 pub struct Reader {
     model: Box<dyn CausalLm>,
     text: Box<dyn Text>,
@@ -70,14 +74,14 @@ impl Reader {
         self
     }
 
-    /// Compresses each turn's text first, or only the context where the sample tells it.
+    /// Compresses each turn's text first, or only the context where the sample marks it.
     #[must_use]
     pub fn with_compressor(mut self, compressor: Box<dyn PromptCompressor>, rate: Rate) -> Self {
         self.compressor = Some((compressor, rate));
         self
     }
 
-    /// Tells the bytes of a dense f16 cache for one token, which ratios are taken against.
+    /// Sets the bytes of a dense f16 cache for one token, which ratios are taken against.
     #[must_use]
     pub fn with_dense_bytes_per_token(mut self, bytes: f64) -> Self {
         self.dense_bytes_per_token = Some(bytes);
@@ -113,15 +117,15 @@ impl Reader {
         Ok((short, saved))
     }
 
-    /// What the model remembers with now.
+    /// Bytes that the model's caches or states hold now.
     fn kv_bytes(&self) -> usize {
         let held = self.model.footprint();
         held.total() - held.slack
     }
 
-    /// What a dense cache would hold now, had compression not taken `saved` tokens.
+    /// Bytes that a dense cache would hold now, if compression had not taken `saved` tokens.
     fn dense_bytes(&self, saved: usize) -> Option<usize> {
-        let tokens = self.model.seen() + saved;
+        let tokens = self.model.seen(SEQ) + saved;
         self.dense_bytes_per_token.map(|each| (each * tokens as f64) as usize)
     }
 
@@ -141,7 +145,7 @@ impl Reader {
         let mut model = Timed { inner: &mut *self.model, spent: Duration::ZERO };
         let mut written = 0;
         let mut broken = None;
-        let done = generate(&mut model, tokens, &options, |token| {
+        let done = generate(&mut model, SEQ, tokens, &options, |token| {
             written += 1;
             if !question.stops_at_newline || written < 2 {
                 return ControlFlow::Continue(());
@@ -162,10 +166,10 @@ impl Reader {
 
 impl Subject for Reader {
     fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault> {
-        self.model.reset();
+        self.model.remove(SEQ);
         let mut done = Answer::default();
         let mut conversation = Vec::new();
-        // What the model has read and written, and the tokens of it that it has not been fed yet.
+        // The text that the model has read and written, and its tokens that were not fed yet.
         let (mut read, mut pending) = (String::new(), Vec::new());
         let mut saved = 0;
         for (i, turn) in question.sample.turns.iter().enumerate() {
@@ -187,7 +191,7 @@ impl Subject for Reader {
                     [std::mem::take(&mut pending), self.text.encode(rest, false)?].concat()
                 }
                 _ => {
-                    self.model.reset();
+                    self.model.remove(SEQ);
                     self.text.encode(&full, !template)?
                 }
             };
@@ -212,18 +216,17 @@ impl Subject for Reader {
     }
 
     fn teacher_forced(&mut self, prompt: &str, text: &str) -> Result<Forced, Fault> {
-        self.model.reset();
+        self.model.remove(SEQ);
         let mut unused = Duration::ZERO;
         let (prompt, saved) = self.shorten(prompt, None, None, &mut unused)?;
         let prompt = self.text.encode(&prompt, true)?;
         let tokens = self.text.encode(text, false)?;
-        let mut next = prefill(&mut *self.model, &prompt, self.prefill_chunk)?;
+        let mut next = prefill(&mut *self.model, SEQ, &prompt, self.prefill_chunk)?;
         let mut logits = Vec::with_capacity(tokens.len());
         for (i, &token) in tokens.iter().enumerate() {
             logits.push(next.flatten_all()?.to_vec1()?);
             if i + 1 < tokens.len() {
-                let fed = Tensor::new(&[[token]], self.model.device())?;
-                next = self.model.forward(&fed, Logits::Last)?;
+                next = self.model.forward(&Batch::single(SEQ, 1)?, &[token], Logits::Last)?;
             }
         }
         let (kv_bytes, dense_bytes) = (Some(self.kv_bytes()), self.dense_bytes(saved));
@@ -231,7 +234,8 @@ impl Subject for Reader {
     }
 }
 
-/// `text` taken apart; `None` if the cut in the middle went into what stands before or after the context.
+/// `text` as the part before the context, the context, and the part after it; `None` if the cut in
+/// the middle went into the parts around the context.
 fn inside<'a>(text: &'a str, before: &str, after: &str) -> Option<(&'a str, &'a str, &'a str)> {
     let inner = text.strip_prefix(before)?.strip_suffix(after)?;
     let start = before.len();
@@ -245,20 +249,46 @@ struct Timed<'a> {
 }
 
 impl CausalLm for Timed<'_> {
-    fn forward(&mut self, tokens: &Tensor, logits: Logits) -> longctx_core::Result<Tensor> {
+    fn forward(
+        &mut self,
+        batch: &Batch,
+        ids: &[u32],
+        logits: Logits,
+    ) -> longctx_core::Result<Tensor> {
         let started = Instant::now();
-        let out = self.inner.forward(tokens, logits);
+        let out = self.inner.forward(batch, ids, logits);
         self.spent += started.elapsed();
         out
     }
-    fn reset(&mut self) {
-        self.inner.reset();
+    fn fork(&mut self, from: SeqId, to: SeqId) -> longctx_core::Result<()> {
+        self.inner.fork(from, to)
     }
-    fn seen(&self) -> usize {
-        self.inner.seen()
+    fn check_truncate(&self, seq: SeqId, len: usize) -> longctx_core::Result<()> {
+        self.inner.check_truncate(seq, len)
+    }
+    fn truncate(&mut self, seq: SeqId, len: usize) -> longctx_core::Result<()> {
+        self.inner.truncate(seq, len)
+    }
+    fn remove(&mut self, seq: SeqId) -> bool {
+        self.inner.remove(seq)
+    }
+    fn seqs(&self) -> Vec<SeqId> {
+        self.inner.seqs()
+    }
+    fn seen(&self, seq: SeqId) -> usize {
+        self.inner.seen(seq)
+    }
+    fn can_take(&self, batch: &Batch) -> bool {
+        self.inner.can_take(batch)
     }
     fn footprint(&self) -> Footprint {
         self.inner.footprint()
+    }
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        self.inner.seq_footprint(seq)
+    }
+    fn clear(&mut self) {
+        self.inner.clear();
     }
     fn vocab_size(&self) -> usize {
         self.inner.vocab_size()

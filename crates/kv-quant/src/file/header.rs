@@ -1,19 +1,23 @@
-//! What a file says of its heads beside their tensors, as JSON in the safetensors metadata.
+//! What a file says of its sequences beside their tensors, as JSON in the safetensors metadata.
 
-use crate::format::Flush;
-use crate::{Axis, Bits, Error, Format, Head, KeyBasis, Result, Rotary, Scheme};
+use crate::pool::Sequence;
+use crate::pool::head::Head;
+use crate::{Axis, Bits, Error, Flush, Format, KeyBasis, Pool, PoolShape, Result, Rotary, Scheme};
 use serde::{Deserialize, Serialize};
 
-/// One list of heads that are held alike.
+/// A sequence of one pool.
 #[derive(Debug, Serialize, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct Layer {
-    pub head_dim: usize,
+    head_dim: usize,
+    /// Where it is not head_dim.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    value_dim: Option<usize>,
     keys: Matrix,
     values: Matrix,
-    /// `immediate`, `together`, `never`, or `staggered`.
+    /// `immediate`, `together` (rolling without a residual), `rolling`, `staggered` or `never`.
     flush: String,
-    /// Tokens of a staggered flush.
+    /// Tokens of a rolling or staggered flush.
     residual: usize,
     /// `given`, `hadamard` or `before-rope`.
     basis: String,
@@ -46,24 +50,12 @@ pub struct Counts {
 }
 
 impl Layer {
-    /// What heads have in common; `None` if there are none.
-    ///
-    /// # Errors
-    /// [`Error::Mismatch`] if they are of several formats.
-    pub fn of(heads: &[Head]) -> Result<Option<Self>> {
-        let Some(first) = heads.first() else { return Ok(None) };
-        let format = first.format();
-        let alike = |head: &Head| {
-            head.format() == format
-                && head.head_dim() == first.head_dim()
-                && head.rotary() == first.rotary()
-        };
-        if !heads.iter().all(alike) {
-            return Err(Error::mismatch("heads of a layer", "one format and head_dim", "several"));
-        }
+    pub fn of(pool: &Pool, sequence: &Sequence) -> Self {
+        let (format, shape) = (pool.format(), pool.shape());
         let (flush, residual) = match format.flush() {
             Flush::Immediate => ("immediate", 0),
-            Flush::Together => ("together", 0),
+            Flush::Rolling(0) => ("together", 0),
+            Flush::Rolling(residual) => ("rolling", residual),
             Flush::Never => ("never", 0),
             Flush::Staggered(residual) => ("staggered", residual),
         };
@@ -72,45 +64,61 @@ impl Layer {
             KeyBasis::Hadamard => "hadamard",
             KeyBasis::BeforeRope => "before-rope",
         };
-        let rotary = first.rotary().map(|rotary| Embedding {
+        let rotary = pool.rotary().map(|rotary| Embedding {
             frequencies: rotary.frequencies().into(),
             first: rotary.first(),
         });
-        Ok(Some(Self {
-            head_dim: first.head_dim(),
+        Self {
+            head_dim: shape.head_dim,
+            value_dim: (shape.value_dim != shape.head_dim).then_some(shape.value_dim),
             keys: Matrix::of(format.keys()),
             values: Matrix::of(format.values()),
             flush: flush.into(),
             residual,
             basis: basis.into(),
             rotary,
-            heads: heads.iter().map(Head::counts).collect(),
-        }))
+            heads: sequence.heads.iter().map(Counts::of).collect(),
+        }
     }
 
-    /// An empty head of this layer.
-    pub fn head(&self) -> Result<Head> {
+    /// An empty pool like the one that held it.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a description that no pool has.
+    pub fn pool(&self) -> Result<Pool> {
         const MOST_CHANNELS: usize = 1 << 16;
-        if self.head_dim > MOST_CHANNELS {
-            let expected = format!("at most {MOST_CHANNELS}");
-            return Err(Error::setting("head_dim", expected, self.head_dim));
+        let value_dim = self.value_dim.unwrap_or(self.head_dim);
+        for (name, size) in [("head_dim", self.head_dim), ("value_dim", value_dim)] {
+            if size > MOST_CHANNELS {
+                return Err(Error::setting(name, format!("at most {MOST_CHANNELS}"), size));
+            }
         }
         let flush = match self.flush.as_str() {
             "immediate" => Flush::Immediate,
-            "together" => Flush::Together,
+            "together" => Flush::Rolling(0),
+            "rolling" => Flush::Rolling(self.residual),
             "never" => Flush::Never,
             "staggered" => Flush::Staggered(self.residual),
             other => return Err(Error::setting("flush", "a known one", other)),
         };
         let format = Format::new(self.keys.scheme()?, self.values.scheme()?, flush)?;
+        let (kv_heads, head_dim) = (self.heads.len(), self.head_dim);
+        let shape = PoolShape { kv_heads, head_dim, value_dim };
         match (self.basis.as_str(), &self.rotary) {
-            ("given", None) => Head::new(self.head_dim, format),
-            ("hadamard", None) => Head::new(self.head_dim, format.with_basis(KeyBasis::Hadamard)),
+            ("given", None) => Pool::new(shape, format),
+            ("hadamard", None) => Pool::new(shape, format.with_basis(KeyBasis::Hadamard)),
             ("before-rope", Some(Embedding { frequencies, first })) => {
-                Head::before_rope(self.head_dim, format, Rotary::new(frequencies, *first)?.into())
+                Pool::before_rope(shape, format, Rotary::new(frequencies, *first)?.into())
             }
             (other, _) => Err(Error::setting("basis of keys", "a known one", other)),
         }
+    }
+}
+
+impl Counts {
+    fn of(head: &Head) -> Self {
+        let Head { len, packed_keys, packed_values, .. } = *head;
+        Self { len, packed_keys, packed_values }
     }
 }
 

@@ -1,145 +1,224 @@
-//! A file's heads, its codes left where they lie.
+//! A file's sequences into pools.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 
 use super::header::{Counts, Layer};
 use super::{FORMAT, VERSION, name};
-use crate::array::Array;
-use crate::{Axis, Error, Head, Packed, Result};
-use bytemuck::Pod;
-use bytes::Bytes;
+use crate::layout::Layout;
+use crate::pool::Sequence;
+use crate::pool::head::Head;
+use crate::pool::memory::{Memory, Need, PAGE};
+use crate::{Axis, Error, Flush, Pool, Result};
 use half::f16;
 use safetensors::tensor::{Dtype, SafeTensors};
 
-/// Maps a file that [`save`](super::save) has written and gives back its lists of heads.
-///
-/// The file must stay as it is while the heads live: they read from it. Appending to them copies no more than the chunk appended to.
-///
-/// # Errors
-/// [`Error::File`] if the file can't be opened, is truncated or damaged, or is of another format or version.
-pub fn load(path: impl AsRef<Path>) -> Result<Vec<Vec<Head>>> {
-    let path = path.as_ref();
-    let file = File::open(path).map_err(|e| Error::file(path, e))?;
-    // SAFETY: what the map shows may change only if the file is changed, which this function's documentation rules out.
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::file(path, e))?;
-    load_bytes(Bytes::from_owner(map)).map_err(|e| match e {
-        Error::File { reason, .. } => Error::file(path, reason),
-        other => Error::file(path, other),
-    })
+/// A file of sequences, whose checksums have been compared.
+pub struct CacheFile {
+    bytes: Box<dyn AsRef<[u8]> + Send + Sync>,
+    layers: Vec<Option<Layer>>,
+    /// Type and place of each tensor.
+    tensors: HashMap<String, (Dtype, Range<usize>)>,
 }
 
-/// The same from the bytes of a file, which must lie at a multiple of 4 in memory.
-///
-/// # Errors
-/// As [`load`], with an empty path.
-pub fn load_bytes(bytes: Bytes) -> Result<Vec<Vec<Head>>> {
-    let failed = |e: &dyn std::fmt::Display| Error::file("", e);
-    let (header_len, header) = SafeTensors::read_metadata(&bytes).map_err(|e| failed(&e))?;
-    let metadata = header.metadata().clone().unwrap_or_default();
-    let entry = |key: &str| metadata.get(key).map(String::as_str).unwrap_or_default();
-    if (entry("format"), entry("version")) != (FORMAT, VERSION) {
-        let got = format!("format \"{}\", version \"{}\"", entry("format"), entry("version"));
-        return Err(failed(&format!(
-            "expected format \"{FORMAT}\", version \"{VERSION}\", got {got}"
-        )));
-    }
-    if crc32fast::hash(entry("heads").as_bytes()).to_string() != entry("check") {
-        return Err(failed(&"the description of its heads is damaged"));
-    }
-    let (layers, sums): (Vec<Option<Layer>>, HashMap<String, u32>) =
-        serde_json::from_str(entry("heads")).map_err(|e| failed(&e))?;
-    let mut tensors = HashMap::new();
-    for (tensor, info) in header.tensors() {
-        let (start, end) = info.data_offsets;
-        let data = bytes.slice(8 + header_len + start..8 + header_len + end);
-        if sums.get(&tensor) != Some(&crc32fast::hash(&data)) {
-            return Err(failed(&format!("tensor {tensor} is damaged")));
+/// One head's parts, checked.
+struct Parts<'a> {
+    counts: Counts,
+    keys: Matrix<'a>,
+    values: Matrix<'a>,
+    new_keys: Vec<f16>,
+    new_values: Vec<f16>,
+    live: Vec<u32>,
+}
+
+/// The bytes of a packed matrix.
+struct Matrix<'a> {
+    codes: &'a [u8],
+    scales: &'a [u8],
+    zeros: &'a [u8],
+}
+
+impl Pool {
+    /// Begins a sequence with what a file holds as its `layer`-th one. It goes on as the one that was
+    /// saved, but that the newest packed group has left full precision.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if the sequence exists, the file has no such layer, or its pool was made
+    /// in another way; [`Error::File`] if the layer's tensors do not fit together;
+    /// [`Error::PoolFull`]. On an error nothing has changed.
+    pub fn load(&mut self, seq: u64, file: &CacheFile, layer: usize) -> Result<()> {
+        self.check_new(seq)?;
+        let like = file.pool(layer)?;
+        if (like.shape, like.format, &like.rotary) != (self.shape, self.format, &self.rotary) {
+            let of = |pool: &Pool| {
+                let rotary = pool.rotary.as_ref().map(|r| (r.frequencies().len(), r.first()));
+                format!("{:?}, {:?}, {rotary:?}", pool.shape, pool.format)
+            };
+            return Err(Error::mismatch("pool of the saved sequence", of(self), of(&like)));
         }
-        tensors.insert(tensor, (info.dtype, data));
+        let counts = file.layer(layer)?.heads.iter().enumerate();
+        let parts: Vec<_> = counts
+            .map(|(h, &counts)| file.parts(self, (layer, h), counts))
+            .collect::<Result<_>>()?;
+        let mut need = Need::default();
+        parts.iter().for_each(|parts| need += parts.need(&self.memory));
+        self.check_room(self.memory.bytes(need).max(0) as usize)?;
+        let heads = parts.into_iter().map(|parts| parts.head(&mut self.memory)).collect();
+        self.seqs.insert(seq, Sequence { heads });
+        Ok(())
     }
-    let source = Source { tensors };
-    layers.iter().enumerate().map(|(l, layer)| source.layer(l, layer)).collect()
 }
 
-struct Source {
-    tensors: HashMap<String, (Dtype, Bytes)>,
+impl fmt::Debug for CacheFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CacheFile").field("layers", &self.layers).finish_non_exhaustive()
+    }
 }
 
-impl Source {
-    fn layer(&self, l: usize, layer: &Option<Layer>) -> Result<Vec<Head>> {
-        let Some(layer) = layer else { return Ok(Vec::new()) };
-        let empty = layer.head()?;
-        let heads = layer.heads.iter().enumerate();
-        heads.map(|(h, counts)| self.head(l, h, *counts, empty.clone())).collect()
+impl CacheFile {
+    /// Maps a file that [`save`](super::save) has written. It must stay as it is while this lives.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the file can't be opened, is truncated or damaged, or is of another format
+    /// or version.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let file = File::open(path).map_err(|e| Error::file(path, e))?;
+        // SAFETY: what the map shows may change only if the file is changed, which this function's
+        // documentation rules out.
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::file(path, e))?;
+        Self::parse(Box::new(map)).map_err(|e| match e {
+            Error::File { reason, .. } => Error::file(path, reason),
+            other => Error::file(path, other),
+        })
     }
 
-    fn head(&self, l: usize, h: usize, counts: Counts, mut head: Head) -> Result<Head> {
-        let (format, chunk, d) = (head.format(), head.format().chunk(), head.head_dim());
-        let keys = Packed::new(chunk, d, format.keys(), Axis::Tokens)?;
-        let values = Packed::new(chunk, d, format.values(), Axis::Channels)?;
-        head.keys = self.chunks(&name(l, h, "keys"), counts.packed_keys, &keys)?;
-        head.values = self.chunks(&name(l, h, "values"), counts.packed_values, &values)?;
-        let new_keys = self.numbers(&name(l, h, "keys.new"))?;
-        let new_values = self.numbers(&name(l, h, "values.new"))?;
-        let live = bytemuck::pod_collect_to_vec(&self.tensor(&name(l, h, "live"), Dtype::U32)?);
-        head.restore(counts, &new_keys, &new_values, live)
-            .map_err(|e| Error::file("", format!("head {l}.{h}: {e}")))?;
-        Ok(head)
+    /// The same from a file's bytes.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), with an empty path.
+    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self> {
+        Self::parse(Box::new(bytes))
     }
 
-    /// The chunks of a matrix of so many rows, like an empty one.
-    fn chunks(&self, matrix: &str, rows: usize, empty: &Packed) -> Result<Vec<Packed>> {
-        let capacity = empty.capacity();
-        let count = rows.div_ceil(capacity);
-        let tensor = |t: &str, dtype, chunk_bytes| {
+    /// Sequences in the file.
+    pub fn len(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Whether the file holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.layers.is_empty()
+    }
+
+    /// Whether the `layer`-th sequence has heads: files of earlier releases have lists without.
+    pub(crate) fn has(&self, layer: usize) -> bool {
+        self.layers.get(layer).is_some_and(Option::is_some)
+    }
+
+    /// An empty pool, made as the one that held the `layer`-th sequence.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if there is no such sequence; [`Error::File`] for one without heads, or
+    /// whose description no pool has.
+    pub fn pool(&self, layer: usize) -> Result<Pool> {
+        self.layer(layer)?.pool().map_err(|e| Error::file("", format!("layer {layer}: {e}")))
+    }
+
+    fn layer(&self, layer: usize) -> Result<&Layer> {
+        match self.layers.get(layer) {
+            Some(Some(layer)) => Ok(layer),
+            Some(None) => Err(Error::file("", format!("layer {layer} has no heads"))),
+            None => {
+                Err(Error::mismatch("layer of the file", format!("below {}", self.len()), layer))
+            }
+        }
+    }
+
+    fn parse(bytes: Box<dyn AsRef<[u8]> + Send + Sync>) -> Result<Self> {
+        let data = (*bytes).as_ref();
+        let failed = |e: &dyn fmt::Display| Error::file("", e);
+        let (header_len, header) = SafeTensors::read_metadata(data).map_err(|e| failed(&e))?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let entry = |key: &str| metadata.get(key).map(String::as_str).unwrap_or_default();
+        if (entry("format"), entry("version")) != (FORMAT, VERSION) {
+            let got = format!("format \"{}\", version \"{}\"", entry("format"), entry("version"));
+            return Err(failed(&format!(
+                "expected format \"{FORMAT}\", version \"{VERSION}\", got {got}"
+            )));
+        }
+        if crc32fast::hash(entry("heads").as_bytes()).to_string() != entry("check") {
+            return Err(failed(&"the description of its heads is damaged"));
+        }
+        let (layers, sums): (_, HashMap<String, u32>) =
+            serde_json::from_str(entry("heads")).map_err(|e| failed(&e))?;
+        let mut tensors = HashMap::new();
+        for (tensor, info) in header.tensors() {
+            let (start, end) = info.data_offsets;
+            let place = 8 + header_len + start..8 + header_len + end;
+            if sums.get(&tensor) != Some(&crc32fast::hash(&data[place.clone()])) {
+                return Err(failed(&format!("tensor {tensor} is damaged")));
+            }
+            tensors.insert(tensor, (info.dtype, place));
+        }
+        Ok(Self { bytes, layers, tensors })
+    }
+
+    /// The parts of a head, which fit together and the pool.
+    fn parts(&self, pool: &Pool, (l, h): (usize, usize), counts: Counts) -> Result<Parts<'_>> {
+        let layout = pool.memory.layout;
+        let numbers = |tensor: &str| self.numbers(&name(l, h, tensor));
+        let parts = Parts {
+            counts,
+            keys: self.matrix(&name(l, h, "keys"), counts.packed_keys, &layout.keys)?,
+            values: self.matrix(&name(l, h, "values"), counts.packed_values, &layout.values)?,
+            new_keys: numbers("keys.new")?,
+            new_values: numbers("values.new")?,
+            live: bytemuck::pod_collect_to_vec(self.tensor(&name(l, h, "live"), Dtype::U32)?),
+        };
+        parts.check(pool).map_err(|e| Error::file("", format!("head {l}.{h}: {e}")))?;
+        Ok(parts)
+    }
+
+    /// The blocks' parts of a matrix of so many rows.
+    fn matrix(&self, matrix: &str, rows: usize, layout: &Layout) -> Result<Matrix<'_>> {
+        let count = rows.div_ceil(layout.capacity);
+        let tensor = |t: &str, dtype, block_bytes: usize| {
             let tensor = format!("{matrix}.{t}");
             let data = self.tensor(&tensor, dtype)?;
-            if data.len() % chunk_bytes != 0 || data.len() / chunk_bytes != count {
-                let expected = format!("{count} chunks of {chunk_bytes} bytes");
+            if !data.len().is_multiple_of(block_bytes) || data.len() / block_bytes != count {
+                let expected = format!("{count} blocks of {block_bytes} bytes");
                 let got = format!("expected {expected}, got {} bytes", data.len());
                 return Err(Error::file("", format!("tensor {tensor}: {got}")));
             }
             Ok(data)
         };
-        let (lines, params) = (size_of_val(&*empty.codes), size_of_val(&*empty.scales));
+        let (lines, params) = (layout.lines() * 64, layout.params() * size_of::<f16>());
         let codes = tensor("codes", Dtype::U32, lines)?;
         let scales = tensor("scales", Dtype::F16, params)?;
         let zeros = tensor("zeros", Dtype::F16, params)?;
         self.numbers(&format!("{matrix}.scales"))?;
         self.numbers(&format!("{matrix}.zeros"))?;
-        (0..count)
-            .map(|i| {
-                let part = |data: &Bytes, size| data.slice(i * size..(i + 1) * size);
-                let mut chunk = Packed {
-                    codes: values(part(&codes, lines))?,
-                    scales: values(part(&scales, params))?,
-                    zeros: values(part(&zeros, params))?,
-                    ..empty.clone()
-                };
-                chunk.rows = capacity.min(rows - i * capacity);
-                if chunk.rows < capacity {
-                    // What is appended later must find zeros.
-                    chunk.truncate(chunk.rows);
-                }
-                Ok(chunk)
-            })
-            .collect()
+        Ok(Matrix { codes, scales, zeros })
     }
 
     /// A tensor of finite halves.
     fn numbers(&self, name: &str) -> Result<Vec<f16>> {
-        let numbers: Vec<f16> = bytemuck::pod_collect_to_vec(&self.tensor(name, Dtype::F16)?);
+        let numbers: Vec<f16> = bytemuck::pod_collect_to_vec(self.tensor(name, Dtype::F16)?);
         match numbers.iter().find(|x| !x.is_finite()) {
             Some(bad) => Err(Error::file("", format!("tensor {name} holds {bad}"))),
             None => Ok(numbers),
         }
     }
 
-    fn tensor(&self, name: &str, expected: Dtype) -> Result<Bytes> {
+    fn tensor(&self, name: &str, expected: Dtype) -> Result<&[u8]> {
         match self.tensors.get(name) {
-            Some((dtype, data)) if *dtype == expected => Ok(data.clone()),
+            Some((dtype, place)) if *dtype == expected => {
+                Ok(&(*self.bytes).as_ref()[place.clone()])
+            }
             Some((dtype, _)) => {
                 Err(Error::file("", format!("tensor {name}: expected {expected:?}, got {dtype:?}")))
             }
@@ -148,6 +227,95 @@ impl Source {
     }
 }
 
-fn values<T: Pod>(bytes: Bytes) -> Result<Array<T>> {
-    Array::shared(bytes).ok_or_else(|| Error::file("", "its tensors are not aligned"))
+impl Parts<'_> {
+    /// Checks that the tensors and counts fit together.
+    fn check(&self, pool: &Pool) -> Result<()> {
+        let Counts { len, packed_keys, packed_values } = self.counts;
+        let (head_dim, value_dim) = (pool.shape.head_dim, pool.shape.value_dim);
+        let (new_keys, new_values) = (self.new_keys.len(), self.new_values.len());
+        if !new_keys.is_multiple_of(head_dim) || !new_values.is_multiple_of(value_dim) {
+            let expected = format!("whole rows of {head_dim} and {value_dim}");
+            let got = format!("{new_keys} and {new_values}");
+            return Err(Error::mismatch("numbers of the newest tokens", expected, got));
+        }
+        let keys = packed_keys.checked_add(new_keys / head_dim);
+        let values = packed_values.checked_add(new_values / value_dim);
+        if keys.is_none() || keys != values {
+            return Err(Error::mismatch("values", format!("{keys:?}"), format!("{values:?}")));
+        }
+        let staggered = matches!(pool.format.flush(), Flush::Staggered(_));
+        let chunk = pool.format.chunk();
+        let along_tokens = pool.format.keys().along == Axis::Tokens;
+        if packed_values > packed_keys
+            || packed_values < packed_keys && !staggered
+            || along_tokens && !packed_keys.is_multiple_of(chunk)
+        {
+            let expected = format!("whole groups of {chunk}, and no more values than keys");
+            let got = format!("{packed_keys} keys and {packed_values} values");
+            return Err(Error::mismatch("packed tokens", expected, got));
+        }
+        let largest = pool.largest();
+        let beyond = |x| crate::number::beyond(x, largest).is_some();
+        if beyond(&self.new_keys) || beyond(&self.new_values) {
+            let expected = format!("numbers within ±{largest}");
+            return Err(Error::mismatch("newest tokens", expected, "others"));
+        }
+        let (last, bits) = (self.live.last().copied().unwrap_or(0), packed_keys % 32);
+        if self.live.len() != packed_keys.div_ceil(32) || bits > 0 && last >> bits != 0 {
+            let got = format!("{} words", self.live.len());
+            return Err(Error::mismatch("bits of packed entries", packed_keys, got));
+        }
+        let packed: usize = self.live.iter().map(|word| word.count_ones() as usize).sum();
+        let held = packed + new_keys / head_dim;
+        if len != held || pool.rotary.is_some() && packed != packed_keys {
+            return Err(Error::mismatch("entries held", len, held));
+        }
+        Ok(())
+    }
+
+    fn blocks(&self, memory: &Memory) -> usize {
+        self.counts.packed_keys.div_ceil(memory.layout.keys.capacity)
+    }
+
+    fn need(&self, memory: &Memory) -> Need {
+        let Counts { packed_keys, packed_values, .. } = self.counts;
+        let pages = |packed: usize, numbers: usize, columns: usize| {
+            let rows = numbers / columns;
+            ((packed % PAGE + rows).div_ceil(PAGE) * usize::from(rows > 0)) as isize
+        };
+        Need {
+            blocks: self.blocks(memory) as isize,
+            key_pages: pages(packed_keys, self.new_keys.len(), memory.layout.keys.columns),
+            value_pages: pages(packed_values, self.new_values.len(), memory.layout.values.columns),
+        }
+    }
+
+    /// Copies everything into a pool's memory.
+    fn head(self, memory: &mut Memory) -> Head {
+        let Counts { len, packed_keys, packed_values } = self.counts;
+        let mut head = Head { packed_keys, packed_values, len, ..Head::default() };
+        for i in 0..self.blocks(memory) {
+            let block = memory.blocks.alloc();
+            head.blocks.push(block);
+            let (keys, values) = memory.layout.parts_mut(memory.blocks.get_mut(block), 0, 0);
+            for (matrix, part) in [(&self.keys, keys), (&self.values, values)] {
+                copy(matrix.codes, i, bytemuck::cast_slice_mut(part.codes));
+                copy(matrix.scales, i, bytemuck::cast_slice_mut(part.scales));
+                copy(matrix.zeros, i, bytemuck::cast_slice_mut(part.zeros));
+            }
+        }
+        let Memory { layout, key_pages, value_pages, .. } = memory;
+        head.keys.replace(key_pages, packed_keys, &self.new_keys, layout.keys.columns);
+        head.values.replace(value_pages, packed_values, &self.new_values, layout.values.columns);
+        head.live = self.live;
+        head.settle_live();
+        head
+    }
+}
+
+/// The `i`-th of the parts of `from` that are as long as `to`, if there is one.
+fn copy(from: &[u8], i: usize, to: &mut [u8]) {
+    if let Some(part) = from.chunks_exact(to.len()).nth(i) {
+        to.copy_from_slice(part);
+    }
 }

@@ -1,59 +1,78 @@
-//! Heads to a file.
+//! Sequences to a file.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use super::header::Layer;
 use super::{FORMAT, TENSORS, VERSION, name};
-use crate::packed::Packed;
-use crate::{Error, Head, Result};
+use crate::pool::head::Head;
+use crate::pool::memory::Memory;
+use crate::{Error, Pool, Result};
 use safetensors::tensor::{Dtype, View};
 
-/// Writes lists of heads, one for each layer, to a safetensors file.
+/// Writes sequences, such as one of each layer's pool, to a safetensors file. An existing file is
+/// replaced once all is written.
 ///
 /// # Errors
-/// [`Error::Mismatch`] for a list with heads of several formats; [`Error::File`] if the file can't be written.
-pub fn save(path: impl AsRef<Path>, layers: &[&[Head]]) -> Result<()> {
+/// [`Error::UnknownSequence`]; [`Error::File`] if the file can't be written.
+pub fn save(path: impl AsRef<Path>, sequences: &[(&Pool, u64)]) -> Result<()> {
     let path = path.as_ref();
-    let failed = |e: &dyn std::fmt::Display| Error::file(path, e);
-    let headers: Vec<_> = layers.iter().map(|heads| Layer::of(heads)).collect::<Result<_>>()?;
-    let mut tensors = Vec::new();
-    let mut sums = HashMap::new();
-    for (l, heads) in layers.iter().enumerate() {
-        for (h, head) in heads.iter().enumerate() {
+    let (tensors, metadata) = parts(sequences)?;
+    safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|e| Error::file(path, e))
+}
+
+/// The bytes that [`save`] writes.
+///
+/// # Errors
+/// [`Error::UnknownSequence`].
+pub fn to_bytes(sequences: &[(&Pool, u64)]) -> Result<Vec<u8>> {
+    let (tensors, metadata) = parts(sequences)?;
+    safetensors::serialize(tensors, Some(metadata)).map_err(|e| Error::file("", e))
+}
+
+/// Tensors with their names, and the metadata.
+type Parts<'a> = (Vec<(String, Tensor<'a>)>, HashMap<String, String>);
+
+fn parts<'a>(sequences: &[(&'a Pool, u64)]) -> Result<Parts<'a>> {
+    let (mut layers, mut tensors, mut sums) = (Vec::new(), Vec::new(), BTreeMap::new());
+    for (l, &(pool, seq)) in sequences.iter().enumerate() {
+        let sequence = pool.sequence(seq)?;
+        layers.push(Layer::of(pool, sequence));
+        for (h, head) in sequence.heads.iter().enumerate() {
             for (tensor, words) in TENSORS {
                 let tensor_name = name(l, h, tensor);
-                let view = Tensor::new(head, tensor, words);
+                let view = Tensor::new(head, &pool.memory, tensor, words);
                 sums.insert(tensor_name.clone(), crc32fast::hash(&view.data()));
                 tensors.push((tensor_name, view));
             }
         }
     }
-    let json = serde_json::to_string(&(headers, sums)).map_err(|e| failed(&e))?;
+    let json = serde_json::to_string(&(layers, sums)).map_err(|e| Error::file("", e))?;
     let metadata = HashMap::from([
         ("format".to_owned(), FORMAT.to_owned()),
         ("version".to_owned(), VERSION.to_owned()),
         ("check".to_owned(), crc32fast::hash(json.as_bytes()).to_string()),
         ("heads".to_owned(), json),
     ]);
-    safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|e| failed(&e))
+    Ok((tensors, metadata))
 }
 
-/// A tensor of a head; its bytes are joined from the chunks when they are written.
+/// A tensor of a head; its bytes are joined from the blocks when they are written.
 struct Tensor<'a> {
     head: &'a Head,
+    memory: &'a Memory,
     name: &'static str,
     dtype: Dtype,
     shape: [usize; 1],
 }
 
 impl<'a> Tensor<'a> {
-    fn new(head: &'a Head, name: &'static str, words: bool) -> Self {
+    fn new(head: &'a Head, memory: &'a Memory, name: &'static str, words: bool) -> Self {
         let (dtype, size) = if words { (Dtype::U32, 4) } else { (Dtype::F16, 2) };
         let mut bytes = 0;
-        head.for_each_part(name, |part| bytes += part.len());
-        Self { head, name, dtype, shape: [bytes / size] }
+        head.for_each_part(memory, name, |part| bytes += part.len());
+        Self { head, memory, name, dtype, shape: [bytes / size] }
     }
 }
 
@@ -68,7 +87,7 @@ impl View for Tensor<'_> {
 
     fn data(&self) -> Cow<'_, [u8]> {
         let mut bytes = Vec::with_capacity(self.data_len());
-        self.head.for_each_part(self.name, |part| bytes.extend_from_slice(part));
+        self.head.for_each_part(self.memory, self.name, |part| bytes.extend_from_slice(part));
         bytes.into()
     }
 
@@ -79,20 +98,25 @@ impl View for Tensor<'_> {
 
 impl Head {
     /// Hands the bytes of one of its tensors on, piece by piece.
-    fn for_each_part(&self, name: &str, mut f: impl FnMut(&[u8])) {
-        let mut chunks = |chunks: &[Packed], bytes: fn(&Packed) -> &[u8]| {
-            chunks.iter().for_each(|chunk| f(bytes(chunk)));
-        };
+    fn for_each_part(&self, memory: &Memory, name: &str, mut f: impl FnMut(&[u8])) {
+        let chunk = memory.layout.keys.capacity;
+        let keys = (0..self.packed_keys.div_ceil(chunk)).map(|i| self.packed_keys(memory, i));
+        let values = (0..self.packed_values.div_ceil(chunk)).map(|i| self.packed_values(memory, i));
+        let columns = [memory.layout.keys.columns, memory.layout.values.columns];
         match name {
-            "keys.codes" => chunks(&self.keys, |c| bytemuck::cast_slice(&c.codes)),
-            "keys.scales" => chunks(&self.keys, |c| bytemuck::cast_slice(&c.scales)),
-            "keys.zeros" => chunks(&self.keys, |c| bytemuck::cast_slice(&c.zeros)),
-            "values.codes" => chunks(&self.values, |c| bytemuck::cast_slice(&c.codes)),
-            "values.scales" => chunks(&self.values, |c| bytemuck::cast_slice(&c.scales)),
-            "values.zeros" => chunks(&self.values, |c| bytemuck::cast_slice(&c.zeros)),
-            "keys.new" => self.new_keys.rows().for_each(|row| f(bytemuck::cast_slice(row))),
-            "values.new" => self.new_values.rows().for_each(|row| f(bytemuck::cast_slice(row))),
-            _ => f(bytemuck::cast_slice(self.live())),
+            "keys.codes" => keys.for_each(|part| f(bytemuck::cast_slice(part.codes))),
+            "keys.scales" => keys.for_each(|part| f(bytemuck::cast_slice(part.scales))),
+            "keys.zeros" => keys.for_each(|part| f(bytemuck::cast_slice(part.zeros))),
+            "values.codes" => values.for_each(|part| f(bytemuck::cast_slice(part.codes))),
+            "values.scales" => values.for_each(|part| f(bytemuck::cast_slice(part.scales))),
+            "values.zeros" => values.for_each(|part| f(bytemuck::cast_slice(part.zeros))),
+            "keys.new" => (self.packed_keys..self.slots()).for_each(|slot| {
+                f(bytemuck::cast_slice(self.keys.row(&memory.key_pages, slot, columns[0])));
+            }),
+            "values.new" => (self.packed_values..self.slots()).for_each(|slot| {
+                f(bytemuck::cast_slice(self.values.row(&memory.value_pages, slot, columns[1])));
+            }),
+            _ => f(bytemuck::cast_slice(&self.live_bits())),
         }
     }
 }

@@ -35,7 +35,7 @@ mod tests;
 
 use std::sync::OnceLock;
 
-use crate::packed::Line;
+use crate::layout::Line;
 use half::f16;
 
 /// A panel's words for a run of steps.

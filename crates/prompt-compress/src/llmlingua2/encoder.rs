@@ -7,7 +7,7 @@ use super::checkpoint::{Config, Family, Weights};
 use super::gelu::bias_gelu;
 use candle_core::{Device, Tensor};
 use candle_nn::ops::layer_norm;
-use longctx_core::{AttentionShape, Error, Result, Visible, attention};
+use longctx_core::{AttentionShape, Batch, DenseStore, Error, KvStore, Mask, Result};
 
 /// Tokens of a window, with its frame: what the checkpoints were trained on.
 pub const WINDOW: usize = 512;
@@ -232,16 +232,12 @@ impl Layer {
 /// Attention within each window: `[tokens, 3 * hidden]` to `[tokens, hidden]`.
 fn attend(qkv: &Tensor, lens: &[usize], shape: &AttentionShape) -> Result<Tensor> {
     let (heads, d) = (shape.heads, shape.head_dim);
-    let mut start = 0;
-    let mut windows = Vec::with_capacity(lens.len());
-    for &len in lens.iter().filter(|&&len| len > 0) {
-        let window = qkv.narrow(0, start, len)?.reshape((len, 3, heads, d))?;
-        start += len;
-        let part = |i: usize| -> Result<Tensor> {
-            Ok(window.narrow(1, i, 1)?.squeeze(1)?.transpose(0, 1)?.contiguous()?.unsqueeze(0)?)
-        };
-        let out = attention::attend(&part(0)?, &part(1)?, &part(2)?, shape, Visible::All)?.out;
-        windows.push(out.squeeze(0)?.transpose(0, 1)?.reshape((len, heads * d))?);
-    }
-    Ok(Tensor::cat(&windows, 0)?)
+    let windows: Vec<_> = (0..).zip(lens.iter().copied()).filter(|(_, len)| *len > 0).collect();
+    let batch = Batch::new(&windows)?;
+    let qkv = qkv.reshape((batch.tokens(), 3, heads, d))?;
+    let part = |i: usize| -> Result<Tensor> { Ok(qkv.narrow(1, i, 1)?.squeeze(1)?) };
+    let mut store = DenseStore::new(*shape, qkv.dtype())?;
+    store.append(&batch, &part(1)?, &part(2)?)?;
+    let out = store.attend(&batch, &part(0)?, Mask::Full)?.out;
+    Ok(out.reshape((batch.tokens(), heads * d))?)
 }

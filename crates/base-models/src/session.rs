@@ -1,0 +1,193 @@
+//! A transformer at work: one set of weights, and one cache per layer for many sequences.
+
+use std::collections::BTreeMap;
+
+use crate::decoder::Transformer;
+use candle_core::{Device, Tensor};
+use longctx_core::{Batch, CausalLm, Error, Footprint, KvCache, Logits, Result, SeqId};
+
+/// A transformer with its caches, one per layer, for many sequences.
+///
+/// If a layer fails in the middle of a call, the layers before it go back. Where a cache can't go
+/// back, the sequence is poisoned: its calls are [`Error::Poisoned`] until it is removed.
+pub struct Decoder {
+    model: Transformer,
+    caches: Vec<Box<dyn KvCache>>,
+    sequences: BTreeMap<SeqId, Sequence>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Sequence {
+    seen: usize,
+    /// The error that left its layers with different tokens.
+    poisoned: Option<String>,
+}
+
+impl Decoder {
+    pub(crate) fn new(model: Transformer, caches: Vec<Box<dyn KvCache>>) -> Result<Self> {
+        for (index, cache) in caches.iter().enumerate() {
+            if cache.spec().rope.is_none() {
+                let name = format!("rope of layer {index}'s cache");
+                return Err(Error::setting(name, "the layer's rotary embedding", "none"));
+            }
+        }
+        Ok(Self { model, caches, sequences: BTreeMap::new() })
+    }
+
+    /// The weights.
+    pub fn model(&self) -> &Transformer {
+        &self.model
+    }
+
+    /// The caches, one per layer.
+    pub fn caches(&self) -> &[Box<dyn KvCache>] {
+        &self.caches
+    }
+
+    /// A sequence that is known and not poisoned.
+    fn sound(&self, seq: SeqId) -> Result<&Sequence> {
+        let sequence = self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))?;
+        match &sequence.poisoned {
+            None => Ok(sequence),
+            Some(reason) => Err(Error::Poisoned { seq, reason: reason.clone() }),
+        }
+    }
+
+    fn check(&self, batch: &Batch, ids: &[u32]) -> Result<()> {
+        if ids.len() != batch.tokens() {
+            return Err(Error::mismatch("token ids", batch.tokens(), ids.len()));
+        }
+        let vocab = self.vocab_size();
+        if let Some(at) = ids.iter().position(|&id| id as usize >= vocab) {
+            let what = format!("token id {at} of the batch");
+            return Err(Error::mismatch(what, format!("an id below {vocab}"), ids[at]));
+        }
+        let known = batch.seqs().iter().filter(|seq| self.sequences.contains_key(seq));
+        known.copied().try_for_each(|seq| self.sound(seq).map(drop))
+    }
+
+    /// Takes every layer back to the tokens before a call that failed.
+    fn roll_back(&mut self, batch: &Batch, error: &Error) {
+        for &seq in batch.seqs() {
+            let Some(sequence) = self.sequences.get_mut(&seq) else {
+                remove(&mut self.caches, seq);
+                continue;
+            };
+            if let Err(why) = go_back(&mut self.caches, seq, sequence.seen) {
+                sequence.poisoned = Some(format!("{error}; a layer can't go back: {why}"));
+            }
+        }
+    }
+}
+
+/// Takes the caches that have advanced back to a sequence's first `len` tokens, or none of them if
+/// one can't.
+fn go_back(caches: &mut [Box<dyn KvCache>], seq: SeqId, len: usize) -> Result<()> {
+    let mut advanced: Vec<_> = caches.iter_mut().filter(|cache| cache.seen(seq) != len).collect();
+    advanced.iter().try_for_each(|cache| cache.check_truncate(seq, len))?;
+    advanced.iter_mut().try_for_each(|cache| cache.truncate(seq, len))
+}
+
+fn remove(caches: &mut [Box<dyn KvCache>], seq: SeqId) {
+    for cache in caches {
+        cache.remove(seq);
+    }
+}
+
+impl CausalLm for Decoder {
+    fn forward(&mut self, batch: &Batch, ids: &[u32], logits: Logits) -> Result<Tensor> {
+        self.check(batch, ids)?;
+        let out = self.model.forward(&mut self.caches, batch, ids, logits);
+        match &out {
+            Ok(_) => {
+                for (seq, tokens) in batch.iter() {
+                    self.sequences.entry(seq).or_default().seen += tokens.len();
+                }
+            }
+            Err(error) => self.roll_back(batch, error),
+        }
+        out
+    }
+
+    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        let sequence = self.sound(from)?.clone();
+        if self.sequences.contains_key(&to) {
+            let what = format!("sequence {to} to fork into");
+            return Err(Error::mismatch(what, "one that is not known", "one that is"));
+        }
+        for done in 0..self.caches.len() {
+            if let Err(error) = self.caches[done].fork(from, to) {
+                remove(&mut self.caches[..done], to);
+                return Err(error);
+            }
+        }
+        self.sequences.insert(to, sequence);
+        Ok(())
+    }
+
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        let seen = self.sound(seq)?.seen;
+        if len > seen {
+            let what = format!("tokens of sequence {seq} to keep");
+            return Err(Error::mismatch(what, format!("at most {seen}"), len));
+        }
+        self.caches.iter().try_for_each(|cache| cache.check_truncate(seq, len))
+    }
+
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.check_truncate(seq, len)?;
+        let done = self.caches.iter_mut().try_for_each(|cache| cache.truncate(seq, len));
+        let sequence = self.sequences.entry(seq).or_default();
+        match &done {
+            Ok(()) => sequence.seen = len,
+            Err(error) => sequence.poisoned = Some(error.to_string()),
+        }
+        done
+    }
+
+    fn remove(&mut self, seq: SeqId) -> bool {
+        remove(&mut self.caches, seq);
+        self.sequences.remove(&seq).is_some()
+    }
+
+    fn seqs(&self) -> Vec<SeqId> {
+        self.sequences.keys().copied().collect()
+    }
+
+    fn seen(&self, seq: SeqId) -> usize {
+        self.sequences.get(&seq).map_or(0, |sequence| sequence.seen)
+    }
+
+    fn can_take(&self, batch: &Batch) -> bool {
+        self.caches.iter().all(|cache| cache.can_take(batch))
+    }
+
+    fn footprint(&self) -> Footprint {
+        self.caches.iter().map(|cache| cache.footprint()).sum()
+    }
+
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        self.caches.iter().map(|cache| cache.seq_footprint(seq)).sum()
+    }
+
+    fn clear(&mut self) {
+        self.caches.iter_mut().for_each(|cache| cache.clear());
+        self.sequences.clear();
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.model.config().vocab_size
+    }
+
+    fn context_length(&self) -> Option<usize> {
+        Some(self.model.config().context_length)
+    }
+
+    fn family(&self) -> &str {
+        &self.model.config().family
+    }
+
+    fn device(&self) -> &Device {
+        self.model.device()
+    }
+}

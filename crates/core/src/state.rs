@@ -1,0 +1,83 @@
+//! Attention over a part of what queries see, which merges with other parts without loss.
+
+use crate::{Error, Result};
+use candle_core::{D, Tensor};
+
+/// Attention over a part of what queries see.
+#[derive(Debug, Clone)]
+pub struct AttentionState {
+    /// The softmax-weighted sum of the part's values, normalised within the part: f32,
+    /// `[tokens, heads, value_dim]`; zero where nothing was seen.
+    pub out: Tensor,
+    /// The natural logarithm of the part's sum of exponentiated scores: f32, `[tokens, heads]`;
+    /// -inf where nothing was seen.
+    pub lse: Tensor,
+}
+
+impl AttentionState {
+    /// Joins attention over disjoint sets of entries into attention over their union.
+    ///
+    /// # Errors
+    /// If `parts` is empty, or their shapes differ.
+    pub fn merge(parts: &[AttentionState]) -> Result<AttentionState> {
+        let [first, rest @ ..] = parts else {
+            return Err(Error::mismatch("parts of an attention", "at least one", 0));
+        };
+        if rest.is_empty() {
+            return Ok(first.clone());
+        }
+        let lse = Tensor::stack(&parts.iter().map(|p| &p.lse).collect::<Vec<_>>(), 0)?;
+        // A query that sees nothing in any part keeps -inf as its log-sum-exp and zero as output.
+        let max = lse.max(0)?.maximum(f32::MIN)?;
+        let weights = lse.broadcast_sub(&max.unsqueeze(0)?)?.exp()?;
+        let sum = weights.sum(0)?;
+        let scaled = weights.broadcast_div(&sum.maximum(f32::MIN_POSITIVE)?.unsqueeze(0)?)?;
+        let mut out = first.out.broadcast_mul(&scaled.get(0)?.unsqueeze(D::Minus1)?)?;
+        for (i, part) in rest.iter().enumerate() {
+            out = (out + part.out.broadcast_mul(&scaled.get(i + 1)?.unsqueeze(D::Minus1)?)?)?;
+        }
+        Ok(AttentionState { out, lse: (max + sum.log()?)? })
+    }
+
+    /// The state after each query head's learned sink logit (`[heads]`) has joined its softmax: the
+    /// sink takes a share of the attention and has no value.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] unless there is one logit for each head.
+    pub fn with_sink_logits(self, logits: &[f32]) -> Result<AttentionState> {
+        let heads = self.lse.dim(D::Minus1)?;
+        if logits.len() != heads {
+            return Err(Error::mismatch("sink logits", heads, logits.len()));
+        }
+        let sinks = Tensor::new(logits, self.lse.device())?.broadcast_as(self.lse.shape())?;
+        let max = self.lse.maximum(&sinks)?;
+        let sum = ((&self.lse - &max)?.exp()? + (sinks - &max)?.exp()?)?;
+        let lse = (max + sum.log()?)?;
+        let share = (&self.lse - &lse)?.exp()?;
+        Ok(AttentionState { out: self.out.broadcast_mul(&share.unsqueeze(D::Minus1)?)?, lse })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn a_sink_logit_is_one_more_score_without_a_value() {
+        // Two scores s and a sink: softmax over three, of which two have values.
+        let (scores, values, sink) = ([0.3f32, -1.2], [2.0f32, 5.0], 0.7f32);
+        let sum: f32 = scores.iter().map(|s| s.exp()).sum();
+        let out = scores.iter().zip(values).map(|(s, v)| s.exp() * v).sum::<f32>() / sum;
+        let state = AttentionState {
+            out: Tensor::new(&[[[out]]], &Device::Cpu).unwrap(),
+            lse: Tensor::new(&[[sum.ln()]], &Device::Cpu).unwrap(),
+        };
+        let with = state.with_sink_logits(&[sink]).unwrap();
+        let all = sum + sink.exp();
+        let got = with.out.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
+        assert!((got - out * sum / all).abs() < 1e-6);
+        let lse = with.lse.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
+        assert!((lse - all.ln()).abs() < 1e-6);
+    }
+}

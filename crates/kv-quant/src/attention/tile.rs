@@ -1,0 +1,113 @@
+//! Sums of weighted values, and softmax over tiles of entries.
+
+use super::TILE;
+use super::plan::Span;
+use super::score::Buffers;
+use crate::kernel::{Rows, widen_into};
+use crate::pool::head::Head;
+use crate::pool::memory::Memory;
+use crate::vector;
+
+/// For each row the sum of weighted values, the largest score and the sum of weights.
+pub struct Tile {
+    out: Vec<f32>,
+    max: Vec<f32>,
+    sum: Vec<f32>,
+    /// From row to row of `out`: the channels in whole lines.
+    stride: usize,
+}
+
+impl Tile {
+    pub fn new(rows: usize, value_dim: usize) -> Self {
+        let stride = value_dim.next_multiple_of(16);
+        Self {
+            out: vec![0.0; rows * stride],
+            max: vec![f32::NEG_INFINITY; rows],
+            sum: vec![0.0; rows],
+            stride,
+        }
+    }
+
+    pub fn rows(&self) -> usize {
+        self.sum.len()
+    }
+
+    /// Turns scores, of which each row has `width`, into weights relative to the row's largest score
+    /// so far, and rescales what was summed before.
+    pub fn soften(&mut self, scores: &mut [f32], width: usize) {
+        for (row, scores) in scores.chunks_exact_mut(TILE).enumerate() {
+            let scores = &mut scores[..width];
+            let max = self.max[row].max(vector::max(scores));
+            if max == f32::NEG_INFINITY {
+                scores.fill(0.0);
+                continue;
+            }
+            let sum = vector::exp_sum(scores, max);
+            if max > self.max[row] {
+                let shrink = (self.max[row] - max).exp();
+                self.sum[row] *= shrink;
+                vector::scale(&mut self.out[row * self.stride..][..self.stride], shrink);
+                self.max[row] = max;
+            }
+            self.sum[row] += sum;
+        }
+    }
+
+    /// Adds the values of a part of a tile, weighted with the scores that [`soften`](Self::soften)
+    /// left. The slots go on to `end`.
+    pub fn weigh(
+        &mut self,
+        head: &Head,
+        memory: &Memory,
+        (part, end): &(Span, usize),
+        buffers: &mut Buffers,
+    ) {
+        let Buffers { scores, row, scratch, .. } = buffers;
+        let (layout, slots) = (&memory.layout, &part.slots);
+        let size = layout.keys.capacity;
+        let scores = &scores[part.offset..];
+        for first in (slots.start..slots.end.min(head.packed_values)).step_by(size) {
+            // The next tile's keys come next.
+            let next = (first + TILE) / size;
+            let next = (first + TILE < *end && next < head.blocks.len())
+                .then(|| head.packed_keys(memory, next));
+            let block = head.packed_values(memory, first / size);
+            let steps = block.rows.min(slots.end - first);
+            let data = &scores[first - slots.start..];
+            let x = Rows { data, stride: TILE, count: self.sum.len(), steps };
+            block.accumulate(x, next, &mut self.out, self.stride, scratch);
+        }
+        row.resize(layout.values.columns, 0.0);
+        for slot in slots.start.max(head.packed_values)..slots.end {
+            widen_into(head.values.row(&memory.value_pages, slot, row.len()), row);
+            let weights = scores[slot - slots.start..].iter().step_by(TILE);
+            for (out, weight) in self.out.chunks_exact_mut(self.stride).zip(weights) {
+                vector::add_scaled(*weight, row, out);
+            }
+        }
+    }
+
+    /// Adds the sums over other entries.
+    pub fn join(&mut self, other: &Tile) {
+        for row in 0..self.max.len() {
+            let max = self.max[row].max(other.max[row]);
+            if max == f32::NEG_INFINITY {
+                continue;
+            }
+            let (a, b) = ((self.max[row] - max).exp(), (other.max[row] - max).exp());
+            let ours = &mut self.out[row * self.stride..][..self.stride];
+            vector::scale(ours, a);
+            vector::add_scaled(b, &other.out[row * self.stride..][..self.stride], ours);
+            self.sum[row] = self.sum[row] * a + other.sum[row] * b;
+            self.max[row] = max;
+        }
+    }
+
+    /// A row's weighted mean, and the logarithm of its sum of weights; `None` if it saw nothing.
+    pub fn finish(&mut self, row: usize, value_dim: usize) -> Option<(&[f32], f32)> {
+        let sum = self.sum[row];
+        let values = &mut self.out[row * self.stride..][..value_dim];
+        vector::scale(values, sum.recip());
+        (sum > 0.0).then(|| (&*values, self.max[row] + sum.ln()))
+    }
+}

@@ -1,0 +1,223 @@
+//! One layer's packed keys and values for many sequences, in blocks that sequences share.
+
+mod append;
+pub(crate) mod batch;
+mod footprint;
+pub(crate) mod head;
+pub(crate) mod memory;
+mod retain;
+mod slabs;
+mod tail;
+mod truncate;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::hadamard::hadamard;
+use crate::rotary::Rotary;
+use crate::{Error, Format, KeyBasis, Result};
+pub use footprint::PoolBytes;
+use head::Head;
+use memory::{BlockLayout, Memory};
+
+/// The heads of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PoolShape {
+    /// Heads of keys and values.
+    pub kv_heads: usize,
+    /// Channels of a key, and of a query.
+    pub head_dim: usize,
+    /// Channels of a value, and of an output.
+    pub value_dim: usize,
+}
+
+/// One layer's packed keys and values for many sequences of any lengths.
+///
+/// A sequence has a table of blocks for each kv head; a block holds a few dozen packed tokens of one
+/// kv head, and its newest tokens are in pages in full precision. Forks share blocks and pages: one
+/// that is shared is copied before it is written to. Sequences are named by numbers of the caller's
+/// choice. A pool grows as it needs to, unless it is given a [capacity](Self::with_capacity).
+///
+/// Dropped entries leave holes, which the attention skips; a block of holes is freed.
+#[derive(Debug, Clone)]
+pub struct Pool {
+    pub(crate) shape: PoolShape,
+    pub(crate) format: Format,
+    pub(crate) rotary: Option<Arc<Rotary>>,
+    pub(crate) memory: Memory,
+    pub(crate) seqs: BTreeMap<u64, Sequence>,
+    capacity: Option<usize>,
+}
+
+/// What a pool holds of one sequence.
+#[derive(Debug, Clone)]
+pub(crate) struct Sequence {
+    /// `[kv_heads]`
+    pub heads: Vec<Head>,
+}
+
+impl Sequence {
+    fn new(kv_heads: usize) -> Self {
+        Self { heads: vec![Head::default(); kv_heads] }
+    }
+}
+
+impl Pool {
+    /// An empty pool.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a shape with a zero, or a format with keys
+    /// [before RoPE](KeyBasis::BeforeRope).
+    pub fn new(shape: PoolShape, format: Format) -> Result<Self> {
+        if format.basis() == KeyBasis::BeforeRope {
+            let expected = "a rotary embedding for keys before RoPE (`Pool::before_rope`)";
+            return Err(Error::setting("rotary embedding", expected, "none"));
+        }
+        Self::make(shape, format, None)
+    }
+
+    /// An empty pool whose keys come as they are before the rotary embedding, and are rotated while
+    /// they are scored. Queries come rotated. Nothing can be [dropped](Self::retain) from such a pool,
+    /// since a key's position is its number.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a shape with a zero, or fewer channels than the embedding rotates.
+    pub fn before_rope(shape: PoolShape, format: Format, rotary: Arc<Rotary>) -> Result<Self> {
+        let rotated = 2 * rotary.frequencies().len();
+        if rotated > shape.head_dim {
+            let expected = format!("at most head_dim = {}", shape.head_dim);
+            return Err(Error::setting("rotated channels", expected, rotated));
+        }
+        Self::make(shape, format.with_basis(KeyBasis::BeforeRope), Some(rotary))
+    }
+
+    fn make(shape: PoolShape, format: Format, rotary: Option<Arc<Rotary>>) -> Result<Self> {
+        let PoolShape { kv_heads, head_dim, value_dim } = shape;
+        let sizes = [("kv_heads", kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)];
+        if let Some((name, size)) = sizes.into_iter().find(|(_, size)| *size == 0) {
+            return Err(Error::setting(name, "at least 1", size));
+        }
+        let memory = Memory::new(BlockLayout::new(&format, head_dim, value_dim)?);
+        Ok(Self { shape, format, rotary, memory, seqs: BTreeMap::new(), capacity: None })
+    }
+
+    /// The same with blocks and pages of at most so many bytes in use at a time.
+    ///
+    /// Beyond these, a pool allocates free blocks (less than an eighth of those in use, and less than
+    /// two slabs of 16 of each kind) and tables: see [`footprint`](Self::footprint).
+    pub fn with_capacity(self, bytes: usize) -> Self {
+        Self { capacity: Some(bytes), ..self }
+    }
+
+    /// The most bytes of blocks and pages; `None` for a pool that grows.
+    pub fn capacity(&self) -> Option<usize> {
+        self.capacity
+    }
+
+    /// Bytes of blocks and pages that can still be taken; `usize::MAX` for a pool that grows.
+    pub fn free_bytes(&self) -> usize {
+        self.capacity.map_or(usize::MAX, |bytes| bytes.saturating_sub(self.memory.used()))
+    }
+
+    pub(crate) fn check_room(&self, asked: usize) -> Result<()> {
+        match self.free_bytes() {
+            free if asked > free => Err(Error::PoolFull { asked, free }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes `to` a copy of `from` that shares all of its memory. This copies tables of block
+    /// numbers; a block or page is copied when one of the sequences writes to it.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`] for `from`; [`Error::Mismatch`] if `to` exists.
+    pub fn fork(&mut self, from: u64, to: u64) -> Result<()> {
+        self.check_new(to)?;
+        let Some(sequence) = self.seqs.get(&from) else { return Err(Error::UnknownSequence(from)) };
+        let heads = sequence.heads.iter().map(|head| head.fork(&mut self.memory)).collect();
+        self.seqs.insert(to, Sequence { heads });
+        Ok(())
+    }
+
+    pub(crate) fn check_new(&self, seq: u64) -> Result<()> {
+        match self.seqs.contains_key(&seq) {
+            true => Err(Error::mismatch("sequence", "a new one", format!("{seq}, which exists"))),
+            false => Ok(()),
+        }
+    }
+
+    /// Ends a sequence, and gives its blocks back. Returns whether it existed.
+    pub fn remove(&mut self, seq: u64) -> bool {
+        let Some(mut sequence) = self.seqs.remove(&seq) else { return false };
+        sequence.heads.iter_mut().for_each(|head| head.release(&mut self.memory));
+        self.memory.shrink();
+        true
+    }
+
+    /// Ends all sequences, and gives all memory back.
+    pub fn clear(&mut self) {
+        self.seqs.clear();
+        self.memory = Memory::new(self.memory.layout);
+    }
+
+    /// The sequences, in increasing order.
+    pub fn seqs(&self) -> impl ExactSizeIterator<Item = u64> {
+        self.seqs.keys().copied()
+    }
+
+    /// Entries of a sequence, `[kv_heads]`; `None` for one that is not known.
+    pub fn lens(&self, seq: u64) -> Option<Vec<usize>> {
+        Some(self.seqs.get(&seq)?.heads.iter().map(|head| head.len).collect())
+    }
+
+    /// The keys `[entries, head_dim]` and values `[entries, value_dim]` of one kv head, dequantized.
+    /// Keys are as queries meet them: rotated, if they came before RoPE.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if there is no such head.
+    pub fn read(&self, seq: u64, kv_head: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+        let sequence = self.sequence(seq)?;
+        let Some(head) = sequence.heads.get(kv_head) else {
+            return Err(Error::mismatch(
+                "kv head",
+                format!("below {}", self.shape.kv_heads),
+                kv_head,
+            ));
+        };
+        let PoolShape { head_dim, value_dim, .. } = self.shape;
+        let mut keys = vec![0.0; head.len * head_dim];
+        let mut values = vec![0.0; head.len * value_dim];
+        let codes = &mut Vec::new();
+        let rows = keys.chunks_exact_mut(head_dim).zip(values.chunks_exact_mut(value_dim));
+        for (slot, (key, value)) in head.slots_of(0..head.len).zip(rows) {
+            head.read_key(&self.memory, slot, codes, key);
+            head.read_value(&self.memory, slot, codes, value);
+            if let Some(rotary) = &self.rotary {
+                rotary.place(key, slot);
+            }
+        }
+        if self.format.basis() == KeyBasis::Hadamard {
+            hadamard(&mut keys, head_dim);
+        }
+        Ok((keys, values))
+    }
+
+    pub(crate) fn sequence(&self, seq: u64) -> Result<&Sequence> {
+        self.seqs.get(&seq).ok_or(Error::UnknownSequence(seq))
+    }
+
+    /// The heads.
+    pub fn shape(&self) -> PoolShape {
+        self.shape
+    }
+
+    /// How keys and values are held.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// The rotary embedding of keys that come before it.
+    pub fn rotary(&self) -> Option<&Arc<Rotary>> {
+        self.rotary.as_ref()
+    }
+}

@@ -1,0 +1,352 @@
+//! Tokens into blocks and pages. Everything is checked before anything changes.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use super::head::{Growth, Head};
+use super::memory::{Memory, Need, PAGE};
+use super::slabs::Slabs;
+use super::tail::{self, Tail};
+use super::{Pool, Sequence, batch};
+use crate::hadamard::hadamard;
+use crate::layout::Line;
+use crate::number::{Number, to_f16};
+use crate::quantize::Quantizer;
+use crate::{Error, Flush, KeyBasis, Result};
+use half::f16;
+use rayon::prelude::*;
+
+/// Keys or values of a call, `[tokens, kv_heads, columns]`.
+struct Incoming<'a> {
+    data: Cow<'a, [f16]>,
+    kv_heads: usize,
+    columns: usize,
+}
+
+/// What one kv head of a sequence takes in.
+struct Item<'a> {
+    seq: u64,
+    head: usize,
+    /// The sequence's first token in the call.
+    first: usize,
+    /// The tokens taken in, counted from there; `None` for all.
+    selected: Option<&'a [u32]>,
+    /// Slots before.
+    slots: usize,
+    to: Growth,
+}
+
+/// A block to be written to: its item, its number in the head's table, the slots of its new keys and
+/// values.
+struct Fill {
+    item: usize,
+    block: usize,
+    keys: Range<usize>,
+    values: Range<usize>,
+}
+
+#[derive(Default)]
+struct Scratch {
+    rows: Vec<f16>,
+    quantizer: Quantizer,
+}
+
+impl Pool {
+    /// Appends tokens: keys `[tokens, kv_heads, head_dim]` and values `[tokens, kv_heads, value_dim]`
+    /// of some sequences, one after the other. The i-th sequence's tokens are those from
+    /// `cu_seqlens[i]` to `cu_seqlens[i + 1]`. A sequence that is not known begins.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if `cu_seqlens` does not fit the sequences, one of these comes twice, or
+    /// a slice has another length; [`Error::NotFinite`] and, beyond ±32752 (±65504 if nothing is
+    /// packed), [`Error::OutOfRange`] with the position; [`Error::PoolFull`]. On an error nothing has
+    /// changed.
+    pub fn append<T: Number>(
+        &mut self,
+        seqs: &[u64],
+        cu_seqlens: &[usize],
+        keys: &[T],
+        values: &[T],
+    ) -> Result<()> {
+        batch::check(seqs, cu_seqlens)?;
+        self.take(seqs, cu_seqlens, keys, values, None)
+    }
+
+    /// Appends to each kv head the tokens selected for it. `selected` has a list for each sequence
+    /// and kv head, `[sequences * kv_heads]`, of the sequence's own tokens, counted from 0.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append), and [`Error::Mismatch`] for another number of lists, or one that
+    /// is not strictly increasing or goes past the sequence's tokens.
+    pub fn append_selected<T: Number>(
+        &mut self,
+        seqs: &[u64],
+        cu_seqlens: &[usize],
+        keys: &[T],
+        values: &[T],
+        selected: &[Vec<u32>],
+    ) -> Result<()> {
+        batch::check(seqs, cu_seqlens)?;
+        let lists = seqs.len() * self.shape.kv_heads;
+        if selected.len() != lists {
+            return Err(Error::mismatch("selections of tokens", lists, selected.len()));
+        }
+        for (list, selected) in selected.iter().enumerate() {
+            let i = list / self.shape.kv_heads;
+            batch::check_list("selected tokens", selected, cu_seqlens[i + 1] - cu_seqlens[i])?;
+        }
+        self.take(seqs, cu_seqlens, keys, values, Some(selected))
+    }
+
+    /// Bytes of blocks and pages that [`append`](Self::append) would take beyond those that it gives
+    /// back. Sequences of the call that share a block are counted as if each had to copy it.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append).
+    pub fn bytes_needed(&self, seqs: &[u64], cu_seqlens: &[usize]) -> Result<usize> {
+        batch::check(seqs, cu_seqlens)?;
+        Ok(self.need(&self.items(seqs, cu_seqlens, None)))
+    }
+
+    /// Whether there is room to append so many tokens to the sequences.
+    pub fn can_append(&self, seqs: &[u64], cu_seqlens: &[usize]) -> bool {
+        self.bytes_needed(seqs, cu_seqlens).is_ok_and(|bytes| bytes <= self.free_bytes())
+    }
+
+    /// The largest number taken in. Half of f16's range, so that no group's range can be beyond it,
+    /// whatever tokens come to share a group.
+    pub(crate) fn largest(&self) -> f16 {
+        match self.format.flush() {
+            Flush::Never => f16::MAX,
+            _ => f16::from_bits(f16::MAX.to_bits() - 0x400),
+        }
+    }
+
+    fn take<T: Number>(
+        &mut self,
+        seqs: &[u64],
+        cu_seqlens: &[usize],
+        keys: &[T],
+        values: &[T],
+        selected: Option<&[Vec<u32>]>,
+    ) -> Result<()> {
+        let tokens = cu_seqlens.last().copied().unwrap_or(0);
+        let (head_dim, value_dim) = (self.shape.head_dim, self.shape.value_dim);
+        let mut keys = self.incoming("keys", (seqs, cu_seqlens), keys, tokens, head_dim)?;
+        let values = self.incoming("values", (seqs, cu_seqlens), values, tokens, value_dim)?;
+        if self.format.basis() == KeyBasis::Hadamard {
+            let rows = keys.data.iter().map(|x| x.to_f32()).collect();
+            keys = self.transformed((seqs, cu_seqlens), rows)?;
+        }
+        let items = self.items(seqs, cu_seqlens, selected);
+        self.check_room(self.need(&items))?;
+        for &seq in seqs {
+            let heads = self.shape.kv_heads;
+            self.seqs.entry(seq).or_insert_with(|| Sequence::new(heads));
+        }
+        self.pack(&items, &keys, &values)?;
+        self.push_tails(&items, &keys, &values);
+        self.memory.shrink();
+        Ok(())
+    }
+
+    /// The numbers in f16, if they can be packed.
+    fn incoming<'a, T: Number>(
+        &self,
+        of: &'static str,
+        batch: (&[u64], &[usize]),
+        data: &'a [T],
+        tokens: usize,
+        columns: usize,
+    ) -> Result<Incoming<'a>> {
+        let kv_heads = self.shape.kv_heads;
+        if data.len() != tokens * kv_heads * columns {
+            let expected = format!("{tokens} tokens x {kv_heads} kv heads x {columns}");
+            return Err(Error::mismatch(of, expected, format!("{} numbers", data.len())));
+        }
+        let data = to_f16(data, self.largest()).map_err(|at| {
+            let value = data[at].widen();
+            Error::number(value, batch::position(of, batch, kv_heads, columns, at))
+        })?;
+        Ok(Incoming { data, kv_heads, columns })
+    }
+
+    /// Keys in the Hadamard basis.
+    fn transformed(
+        &self,
+        batch: (&[u64], &[usize]),
+        mut rows: Vec<f32>,
+    ) -> Result<Incoming<'static>> {
+        let (kv_heads, columns) = (self.shape.kv_heads, self.shape.head_dim);
+        rows.par_chunks_mut(64 * columns).for_each(|rows| hadamard(rows, columns));
+        let data = to_f16(&rows, self.largest()).map_err(|at| {
+            Error::number(rows[at], batch::position("keys", batch, kv_heads, columns, at))
+        })?;
+        Ok(Incoming { data: data.into_owned().into(), kv_heads, columns })
+    }
+
+    fn items<'a>(
+        &self,
+        seqs: &[u64],
+        cu_seqlens: &[usize],
+        selected: Option<&'a [Vec<u32>]>,
+    ) -> Vec<Item<'a>> {
+        let new = Head::default();
+        let mut items = Vec::with_capacity(seqs.len() * self.shape.kv_heads);
+        for (i, &seq) in seqs.iter().enumerate() {
+            let (first, end) = (cu_seqlens[i], cu_seqlens[i + 1]);
+            for head in 0..self.shape.kv_heads {
+                let selected = selected.map(|lists| &*lists[i * self.shape.kv_heads + head]);
+                let tokens = selected.map_or(end - first, <[u32]>::len);
+                let held = self.seqs.get(&seq).map_or(&new, |sequence| &sequence.heads[head]);
+                let (slots, to) = (held.slots(), held.grown(&self.format, tokens));
+                items.push(Item { seq, head, first, selected, slots, to });
+            }
+        }
+        items
+    }
+
+    /// Bytes that the items take.
+    fn need(&self, items: &[Item<'_>]) -> usize {
+        let (new, chunk) = (Head::default(), self.format.chunk());
+        let mut need = Need::default();
+        for item in items {
+            let held = self.seqs.get(&item.seq).map_or(&new, |seq| &seq.heads[item.head]);
+            need += held.need_to_grow(&self.memory, chunk, &item.to);
+        }
+        self.memory.bytes(need).max(0) as usize
+    }
+
+    /// Packs what is ready, from the tails and the tokens that come.
+    fn pack(
+        &mut self,
+        items: &[Item<'_>],
+        keys: &Incoming<'_>,
+        values: &Incoming<'_>,
+    ) -> Result<()> {
+        let chunk = self.format.chunk();
+        let Self { seqs, memory, .. } = self;
+        let mut fills = Vec::new();
+        for (number, item) in items.iter().enumerate() {
+            let Some(head) = head_mut(seqs, item) else { continue };
+            let written: Vec<_> = head.written_blocks(chunk, &item.to).collect();
+            for (i, [keys, values]) in written {
+                match head.blocks.get_mut(i) {
+                    Some(block) => *block = memory.blocks.unshare(*block),
+                    None => head.blocks.push(memory.blocks.alloc()),
+                }
+                fills.push(Fill { item: number, block: i, keys, values });
+            }
+        }
+        let rows: usize = fills.iter().map(|fill| fill.keys.len().max(fill.values.len())).sum();
+        let heads: Vec<&Head> =
+            items.iter().filter_map(|item| Some(&seqs.get(&item.seq)?.heads[item.head])).collect();
+        let Memory { layout, blocks, key_pages, value_pages } = memory;
+        let blocks = blocks.many_mut(fills.iter().map(|fill| heads[fill.item].blocks[fill.block]));
+        let pack = |scratch: &mut Scratch, (number, lines): (usize, &mut [Line])| {
+            let fill = &fills[number];
+            let (item, head) = (&items[fill.item], heads[fill.item]);
+            let held = |packed: usize| packed.saturating_sub(fill.block * chunk).min(chunk);
+            let (mut key_part, mut value_part) =
+                layout.parts_mut(lines, held(head.packed_keys), held(head.packed_values));
+            let Scratch { rows, quantizer } = scratch;
+            keys.gather(item, &head.keys, key_pages, fill.keys.clone(), rows);
+            key_part.push(rows, quantizer)?;
+            values.gather(item, &head.values, value_pages, fill.values.clone(), rows);
+            value_part.push(rows, quantizer)
+        };
+        let at_once = least_share(blocks.len(), rows);
+        blocks.into_par_iter().with_min_len(at_once).map_init(Scratch::default, pack).collect()
+    }
+
+    /// Moves the tails on, and puts what is not packed, or kept beside, into their pages.
+    fn push_tails(&mut self, items: &[Item<'_>], keys: &Incoming<'_>, values: &Incoming<'_>) {
+        let Self { seqs, memory, .. } = self;
+        for item in items {
+            let Some(head) = head_mut(seqs, item) else { continue };
+            head.set_packed_keys(item.to.packed_keys);
+            head.packed_values = item.to.packed_values;
+            head.len += item.to.slots - item.slots;
+            head.keys.advance(&mut memory.key_pages, item.to.key_start);
+            head.keys.grow(&mut memory.key_pages, item.to.slots);
+            head.values.advance(&mut memory.value_pages, item.to.value_start);
+            head.values.grow(&mut memory.value_pages, item.to.slots);
+        }
+        let heads = items.iter().filter_map(|item| Some(&seqs.get(&item.seq)?.heads[item.head]));
+        let heads: Vec<&Head> = heads.collect();
+        keys.write(items, &heads, |head| &head.keys, &mut memory.key_pages);
+        values.write(items, &heads, |head| &head.values, &mut memory.value_pages);
+    }
+}
+
+impl Incoming<'_> {
+    /// The row that an item's head gets at a slot.
+    fn row(&self, item: &Item<'_>, slot: usize) -> &[f16] {
+        let i = slot - item.slots;
+        let token = item.first + item.selected.map_or(i, |selected| selected[i] as usize);
+        &self.data[(token * self.kv_heads + item.head) * self.columns..][..self.columns]
+    }
+
+    /// The rows of some slots, from the tail or from what comes.
+    fn gather(
+        &self,
+        item: &Item<'_>,
+        tail: &Tail,
+        slabs: &Slabs,
+        slots: Range<usize>,
+        rows: &mut Vec<f16>,
+    ) {
+        rows.clear();
+        for slot in slots {
+            rows.extend_from_slice(if slot < item.slots {
+                tail.row(slabs, slot, self.columns)
+            } else {
+                self.row(item, slot)
+            });
+        }
+    }
+
+    /// Writes what comes into the pages of the heads' tails, which have room for it.
+    fn write(
+        &self,
+        items: &[Item<'_>],
+        heads: &[&Head],
+        tail: impl Fn(&Head) -> &Tail,
+        slabs: &mut Slabs,
+    ) {
+        let mut parts = Vec::new();
+        let mut rows = 0;
+        for (item, head) in items.iter().zip(heads) {
+            let tail = tail(head);
+            let mut slot = item.slots.max(tail.start);
+            while slot < tail.end {
+                let end = tail.end.min((slot / PAGE + 1) * PAGE);
+                parts.push((item, tail.page(slot), slot..end));
+                rows += end - slot;
+                slot = end;
+            }
+        }
+        let pages = slabs.many_mut(parts.iter().map(|(_, page, _)| *page));
+        let at_once = least_share(pages.len(), rows / 8);
+        pages.into_par_iter().with_min_len(at_once).for_each(|(number, lines)| {
+            let (item, _, slots) = &parts[number];
+            let page = tail::rows_mut(lines);
+            for slot in slots.clone() {
+                let at = slot % PAGE * self.columns;
+                page[at..at + self.columns].copy_from_slice(self.row(item, slot));
+            }
+        });
+    }
+}
+
+fn head_mut<'a>(
+    seqs: &'a mut std::collections::BTreeMap<u64, Sequence>,
+    item: &Item<'_>,
+) -> Option<&'a mut Head> {
+    Some(&mut seqs.get_mut(&item.seq)?.heads[item.head])
+}
+
+/// Parts that make up 64 rows: fewer are not worth another thread's wake-up.
+fn least_share(parts: usize, rows: usize) -> usize {
+    (64 * parts).div_ceil(rows.max(1)).max(1)
+}

@@ -1,0 +1,107 @@
+//! Bytes that a pool holds, counted.
+
+use super::head::Head;
+use super::memory::{Memory, PAGE};
+use super::{Pool, Sequence};
+use half::f16;
+
+/// Bytes that a [`Pool`], or one of its sequences, holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PoolBytes {
+    /// Packed codes, holes included.
+    pub codes: usize,
+    /// Scales and zeros.
+    pub scales: usize,
+    /// The newest tokens, in f16.
+    pub residual: usize,
+    /// Tables of blocks, reference counts, and the bits that say which packed entries are held.
+    pub bookkeeping: usize,
+    /// Allocated for tokens to come: free blocks, and the free part of those that are being filled.
+    pub slack: usize,
+}
+
+impl PoolBytes {
+    /// All of them.
+    pub fn total(&self) -> usize {
+        self.codes + self.scales + self.residual + self.bookkeeping + self.slack
+    }
+}
+
+impl Pool {
+    /// Bytes held for all sequences, and what is allocated and free.
+    pub fn footprint(&self) -> PoolBytes {
+        let mut bytes = PoolBytes::default();
+        let mut counted = self.memory.slabs().map(|slabs| vec![false; slabs.identifiers()]);
+        for sequence in self.seqs.values() {
+            self.add(sequence, &mut bytes, &mut |kind, block| {
+                !std::mem::replace(&mut counted[kind][block as usize], true)
+            });
+        }
+        for slabs in self.memory.slabs() {
+            let (free, tables) = slabs.overhead();
+            bytes.slack += free;
+            bytes.bookkeeping += tables;
+        }
+        bytes
+    }
+
+    /// Bytes held for one sequence; those that it shares with others count in full. Zeros for a
+    /// sequence that is not known.
+    pub fn seq_footprint(&self, seq: u64) -> PoolBytes {
+        let mut bytes = PoolBytes::default();
+        if let Some(sequence) = self.seqs.get(&seq) {
+            self.add(sequence, &mut bytes, &mut |_, _| true);
+        }
+        bytes
+    }
+
+    /// Adds a sequence's blocks and pages of which `new` says that they are not counted yet.
+    fn add(
+        &self,
+        sequence: &Sequence,
+        bytes: &mut PoolBytes,
+        new: &mut impl FnMut(usize, u32) -> bool,
+    ) {
+        bytes.bookkeeping += size_of::<Sequence>() + size_of::<u64>();
+        for head in &sequence.heads {
+            head.add_blocks(&self.memory, bytes, |block| new(0, block));
+            let tails =
+                [(&head.keys, &self.memory.key_pages), (&head.values, &self.memory.value_pages)];
+            let columns = [self.shape.head_dim, self.shape.value_dim];
+            for (kind, ((tail, slabs), columns)) in tails.into_iter().zip(columns).enumerate() {
+                for (i, &page) in (tail.start / PAGE..).zip(&tail.pages) {
+                    if new(1 + kind, page) {
+                        let rows = tail.end.min((i + 1) * PAGE) - tail.start.max(i * PAGE);
+                        let held = rows * columns * size_of::<f16>();
+                        bytes.residual += held;
+                        bytes.slack += slabs.block_bytes() - held;
+                    }
+                }
+                bytes.bookkeeping += tail.table_bytes();
+            }
+            let tables = head.blocks.capacity() + head.live.capacity();
+            bytes.bookkeeping += tables * size_of::<u32>() + size_of::<Head>();
+        }
+    }
+}
+
+impl Head {
+    /// A block that is being filled counts by its rows.
+    fn add_blocks(&self, memory: &Memory, bytes: &mut PoolBytes, mut new: impl FnMut(u32) -> bool) {
+        for (i, &block) in self.blocks.iter().enumerate() {
+            if !new(block) {
+                continue;
+            }
+            let mut used = 0;
+            for part in [self.packed_keys(memory, i), self.packed_values(memory, i)] {
+                let share = |bytes: usize| bytes * part.rows / part.layout.capacity;
+                let codes = share(size_of_val(part.codes));
+                let scales = share(size_of_val(part.scales) + size_of_val(part.zeros));
+                bytes.codes += codes;
+                bytes.scales += scales;
+                used += codes + scales;
+            }
+            bytes.slack += memory.blocks.block_bytes() - used;
+        }
+    }
+}

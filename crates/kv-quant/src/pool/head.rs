@@ -1,0 +1,248 @@
+//! What a sequence holds of one kv head: tables of blocks and pages, and which entries are held.
+//!
+//! Tokens appended take *slots*, in order. Those of the first slots are packed in blocks; those of
+//! the last ones are in the tails. An entry that is dropped leaves a hole in its block: its slot stays
+//! until the block is freed. Entries are the slots that are no holes.
+
+use std::ops::Range;
+
+use super::memory::{Memory, Need};
+use super::tail::Tail;
+use crate::Format;
+use crate::packed::PackedRef;
+
+#[derive(Debug, Clone, Default)]
+pub struct Head {
+    pub blocks: Vec<u32>,
+    /// Keys packed, holes included.
+    pub packed_keys: usize,
+    pub packed_values: usize,
+    pub keys: Tail,
+    pub values: Tail,
+    /// A bit for each packed key, set while it is held; empty while there are no holes.
+    pub live: Vec<u32>,
+    /// Entries held.
+    pub len: usize,
+}
+
+/// A head's counts after an append.
+#[derive(Debug, Clone, Copy)]
+pub struct Growth {
+    pub packed_keys: usize,
+    pub packed_values: usize,
+    pub slots: usize,
+    /// The first key that stays in full precision.
+    pub key_start: usize,
+    pub value_start: usize,
+}
+
+impl Head {
+    /// Entries and holes.
+    pub fn slots(&self) -> usize {
+        self.keys.end
+    }
+
+    pub fn has_holes(&self) -> bool {
+        self.len < self.slots()
+    }
+
+    /// Whether a slot holds an entry.
+    pub fn is_live(&self, slot: usize) -> bool {
+        slot >= self.packed_keys
+            || self.live.is_empty()
+            || self.live[slot / 32] >> (slot % 32) & 1 == 1
+    }
+
+    /// The slots of entries, which are given in increasing order.
+    pub fn slots_of(&self, entries: impl Iterator<Item = usize>) -> impl Iterator<Item = usize> {
+        let mut word = 0;
+        let mut before = 0; // entries held in the words before
+        entries.map(move |entry| {
+            if self.live.is_empty() {
+                return entry;
+            }
+            while let Some(bits) = self.live.get(word)
+                && before + bits.count_ones() as usize <= entry
+            {
+                before += bits.count_ones() as usize;
+                word += 1;
+            }
+            match self.live.get(word) {
+                Some(&bits) => 32 * word + nth_one(bits, entry - before),
+                None => self.packed_keys + entry - before,
+            }
+        })
+    }
+
+    /// The slots of a range of entries: from its first entry's to just after its last's.
+    pub fn slot_range(&self, entries: &Range<usize>) -> Range<usize> {
+        if entries.is_empty() {
+            return 0..0;
+        }
+        if !self.has_holes() {
+            return entries.clone();
+        }
+        let mut ends = self.slots_of([entries.start, entries.end - 1].into_iter());
+        let first = ends.next().unwrap_or(0);
+        first..ends.next().unwrap_or(first) + 1
+    }
+
+    /// Sets the bits of the slots given, all of them packed, and clears all others.
+    pub fn set_live(&mut self, slots: impl Iterator<Item = usize>) {
+        self.live = vec![0; self.packed_keys.div_ceil(32)];
+        slots.for_each(|slot| self.live[slot / 32] |= 1 << (slot % 32));
+        self.settle_live();
+    }
+
+    /// A bit for each packed key, set while it is held.
+    #[cfg(feature = "save")]
+    pub fn live_bits(&self) -> std::borrow::Cow<'_, [u32]> {
+        if !self.live.is_empty() {
+            return (&*self.live).into();
+        }
+        let mut bits = vec![u32::MAX; self.packed_keys.div_ceil(32)];
+        if let Some(last) = bits.last_mut()
+            && !self.packed_keys.is_multiple_of(32)
+        {
+            *last = (1 << (self.packed_keys % 32)) - 1;
+        }
+        bits.into()
+    }
+
+    /// Forgets the bits where there are no holes.
+    pub fn settle_live(&mut self) {
+        if !self.has_holes() {
+            self.live = Vec::new();
+        }
+    }
+
+    /// Changes the number of packed keys; those that are added are held.
+    pub fn set_packed_keys(&mut self, count: usize) {
+        let before = std::mem::replace(&mut self.packed_keys, count);
+        if self.live.is_empty() {
+            return;
+        }
+        self.live.resize(count.div_ceil(32), 0);
+        (before..count).for_each(|slot| self.live[slot / 32] |= 1 << (slot % 32));
+        if count < before && !count.is_multiple_of(32) {
+            self.live[count / 32] &= (1 << (count % 32)) - 1;
+        }
+    }
+
+    /// The counts after an append of so many tokens.
+    pub fn grown(&self, format: &Format, tokens: usize) -> Growth {
+        let slots = self.slots() + tokens;
+        let (keys, values) = format.ready(slots - self.packed_keys, slots - self.packed_values);
+        let (packed_keys, packed_values) = (self.packed_keys + keys, self.packed_values + values);
+        let start =
+            |tail: &Tail, packed: usize| tail.start.max(packed.saturating_sub(format.overlap()));
+        Growth {
+            packed_keys,
+            packed_values,
+            slots,
+            key_start: start(&self.keys, packed_keys),
+            value_start: start(&self.values, packed_values),
+        }
+    }
+
+    /// The blocks that are written to when a head grows, each with the slots of the keys and values
+    /// that are packed into it.
+    pub fn written_blocks(
+        &self,
+        chunk: usize,
+        to: &Growth,
+    ) -> impl Iterator<Item = (usize, [Range<usize>; 2])> {
+        let parts = [self.packed_keys..to.packed_keys, self.packed_values..to.packed_values];
+        let first = self.packed_keys.min(self.packed_values) / chunk;
+        let last = to.packed_keys.max(to.packed_values).div_ceil(chunk);
+        (first..last).filter_map(move |i| {
+            let within = |part: &Range<usize>| {
+                let start = part.start.max(i * chunk);
+                start..part.end.min((i + 1) * chunk).max(start)
+            };
+            let parts = [within(&parts[0]), within(&parts[1])];
+            (!parts.iter().all(Range::is_empty)).then_some((i, parts))
+        })
+    }
+
+    /// Memory that growing takes.
+    pub fn need_to_grow(&self, memory: &Memory, chunk: usize, to: &Growth) -> Need {
+        let mut blocks = 0;
+        for (i, _) in self.written_blocks(chunk, to) {
+            let fresh = self.blocks.get(i).is_none_or(|&block| memory.blocks.is_shared(block));
+            blocks += isize::from(fresh);
+        }
+        Need {
+            blocks,
+            key_pages: self.keys.need(&memory.key_pages, to.key_start, to.slots),
+            value_pages: self.values.need(&memory.value_pages, to.value_start, to.slots),
+        }
+    }
+
+    /// The keys of the `i`-th block.
+    pub fn packed_keys<'a>(&self, memory: &'a Memory, i: usize) -> PackedRef<'a> {
+        let chunk = memory.layout.keys.capacity;
+        let rows = (self.packed_keys.saturating_sub(i * chunk)).min(chunk);
+        memory.layout.keys(memory.blocks.get(self.blocks[i]), rows)
+    }
+
+    /// The values of the `i`-th block.
+    pub fn packed_values<'a>(&self, memory: &'a Memory, i: usize) -> PackedRef<'a> {
+        let chunk = memory.layout.keys.capacity;
+        let rows = (self.packed_values.saturating_sub(i * chunk)).min(chunk);
+        memory.layout.values(memory.blocks.get(self.blocks[i]), rows)
+    }
+
+    /// Writes a slot's key in f32, in the format's basis.
+    pub fn read_key(&self, memory: &Memory, slot: usize, codes: &mut Vec<u8>, out: &mut [f32]) {
+        if slot >= self.packed_keys {
+            return crate::kernel::widen_into(
+                self.keys.row(&memory.key_pages, slot, out.len()),
+                out,
+            );
+        }
+        let chunk = memory.layout.keys.capacity;
+        self.packed_keys(memory, slot / chunk).dequantize_row(slot % chunk, codes, out);
+    }
+
+    /// Writes a slot's value in f32.
+    pub fn read_value(&self, memory: &Memory, slot: usize, codes: &mut Vec<u8>, out: &mut [f32]) {
+        if slot >= self.packed_values {
+            return crate::kernel::widen_into(
+                self.values.row(&memory.value_pages, slot, out.len()),
+                out,
+            );
+        }
+        let chunk = memory.layout.keys.capacity;
+        self.packed_values(memory, slot / chunk).dequantize_row(slot % chunk, codes, out);
+    }
+
+    /// A copy of the tables that shares all blocks and pages.
+    pub fn fork(&self, memory: &mut Memory) -> Self {
+        self.blocks.iter().for_each(|&block| memory.blocks.share(block));
+        self.keys.share(&mut memory.key_pages);
+        self.values.share(&mut memory.value_pages);
+        self.clone()
+    }
+
+    /// Gives all blocks and pages up.
+    pub fn release(&mut self, memory: &mut Memory) {
+        self.blocks.drain(..).for_each(|block| memory.blocks.release(block));
+        self.keys.release(&mut memory.key_pages);
+        self.values.release(&mut memory.value_pages);
+    }
+
+    /// Gives up the blocks from the `count`-th on.
+    pub fn truncate_blocks(&mut self, memory: &mut Memory, count: usize) {
+        let rest = count.min(self.blocks.len())..;
+        self.blocks.drain(rest).for_each(|block| memory.blocks.release(block));
+    }
+}
+
+/// The position of the `n`-th set bit, counted from 0.
+fn nth_one(mut bits: u32, n: usize) -> usize {
+    for _ in 0..n {
+        bits &= bits - 1;
+    }
+    bits.trailing_zeros() as usize
+}

@@ -1,0 +1,134 @@
+//! A pool's memory: blocks of packed tokens, and pages of tokens in full precision.
+
+use super::slabs::Slabs;
+use crate::layout::{Layout, Line};
+use crate::packed::{PackedMut, PackedRef};
+use crate::{Axis, Format, Result};
+use half::f16;
+
+/// Tokens of a page in full precision. It divides every block's number of tokens.
+pub const PAGE: usize = 16;
+
+/// A block's keys and values: `[codes][scales, zeros]` of the keys, then of the values, each part at
+/// a whole line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockLayout {
+    pub keys: Layout,
+    pub values: Layout,
+}
+
+#[derive(Debug, Clone)]
+pub struct Memory {
+    pub layout: BlockLayout,
+    pub blocks: Slabs,
+    pub key_pages: Slabs,
+    pub value_pages: Slabs,
+}
+
+/// Blocks and pages that a change takes (or gives back, if negative).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Need {
+    pub blocks: isize,
+    pub key_pages: isize,
+    pub value_pages: isize,
+}
+
+impl BlockLayout {
+    /// # Errors
+    /// [`Error::Setting`](crate::Error::Setting) for no channels.
+    pub fn new(format: &Format, head_dim: usize, value_dim: usize) -> Result<Self> {
+        let chunk = format.chunk();
+        Ok(Self {
+            keys: Layout::new(chunk, head_dim, format.keys(), Axis::Tokens)?,
+            values: Layout::new(chunk, value_dim, format.values(), Axis::Channels)?,
+        })
+    }
+
+    fn lines(&self) -> usize {
+        [self.keys, self.values].iter().map(|part| part.lines() + param_lines(part)).sum()
+    }
+
+    /// The keys of a block that holds `rows` of them.
+    pub fn keys<'a>(&self, block: &'a [Line], rows: usize) -> PackedRef<'a> {
+        view(self.keys, block, rows)
+    }
+
+    /// The values of a block that holds `rows` of them.
+    pub fn values<'a>(&self, block: &'a [Line], rows: usize) -> PackedRef<'a> {
+        view(self.values, &block[self.keys.lines() + param_lines(&self.keys)..], rows)
+    }
+
+    /// The keys and values of a block, which holds so many of them.
+    pub fn parts_mut<'a>(
+        &self,
+        block: &'a mut [Line],
+        keys: usize,
+        values: usize,
+    ) -> (PackedMut<'a>, PackedMut<'a>) {
+        let first = self.keys.lines() + param_lines(&self.keys);
+        let (key_lines, value_lines) = block.split_at_mut(first);
+        (view_mut(self.keys, key_lines, keys), view_mut(self.values, value_lines, values))
+    }
+}
+
+/// Lines of a matrix's scales and zeros.
+fn param_lines(layout: &Layout) -> usize {
+    (2 * layout.params() * size_of::<f16>()).div_ceil(size_of::<Line>())
+}
+
+fn view(layout: Layout, lines: &[Line], rows: usize) -> PackedRef<'_> {
+    let (codes, params) = lines.split_at(layout.lines());
+    let (scales, zeros) = bytemuck::cast_slice(params).split_at(layout.params());
+    PackedRef { layout, rows, codes, scales, zeros: &zeros[..layout.params()] }
+}
+
+fn view_mut(layout: Layout, lines: &mut [Line], rows: usize) -> PackedMut<'_> {
+    let (codes, params) = lines.split_at_mut(layout.lines());
+    let (scales, zeros) = bytemuck::cast_slice_mut(params).split_at_mut(layout.params());
+    PackedMut { layout, rows, codes, scales, zeros: &mut zeros[..layout.params()] }
+}
+
+impl Memory {
+    pub fn new(layout: BlockLayout) -> Self {
+        let page = |columns: usize| {
+            Slabs::new((PAGE * columns * size_of::<f16>()).div_ceil(size_of::<Line>()))
+        };
+        Self {
+            layout,
+            blocks: Slabs::new(layout.lines()),
+            key_pages: page(layout.keys.columns),
+            value_pages: page(layout.values.columns),
+        }
+    }
+
+    pub fn slabs(&self) -> [&Slabs; 3] {
+        [&self.blocks, &self.key_pages, &self.value_pages]
+    }
+
+    /// Bytes of the blocks and pages in use.
+    pub fn used(&self) -> usize {
+        self.slabs().iter().map(|slabs| slabs.used() * slabs.block_bytes()).sum()
+    }
+
+    /// Bytes of blocks and pages.
+    pub fn bytes(&self, need: Need) -> isize {
+        let counts = [need.blocks, need.key_pages, need.value_pages];
+        let sizes = self.slabs().map(|slabs| slabs.block_bytes() as isize);
+        counts.iter().zip(sizes).map(|(count, size)| count * size).sum()
+    }
+
+    /// Gives memory back if much is free.
+    pub fn shrink(&mut self) {
+        for slabs in [&mut self.blocks, &mut self.key_pages, &mut self.value_pages] {
+            slabs.shrink();
+        }
+    }
+}
+
+impl std::ops::AddAssign for Need {
+    fn add_assign(&mut self, other: Self) {
+        self.blocks += other.blocks;
+        self.key_pages += other.key_pages;
+        self.value_pages += other.value_pages;
+    }
+}

@@ -1,0 +1,227 @@
+//! Entries dropped. What stays is not quantized anew.
+
+use super::head::Head;
+use super::memory::{Memory, Need, PAGE};
+use super::slabs::Slabs;
+use super::tail::Tail;
+use super::{Pool, batch};
+use crate::packed::PackedRow;
+use crate::{Axis, Error, Format, Result};
+
+/// Which slots of a head stay.
+struct Kept {
+    /// Slots of the entries that stay.
+    slots: Vec<usize>,
+    /// How many of these are packed.
+    packed: usize,
+    /// Whether an entry in full precision is dropped.
+    tail_changes: bool,
+}
+
+impl Pool {
+    /// Keeps the entries named for each kv head and frees the others. Survivors close ranks: they are
+    /// renumbered from 0 in order. Nothing is quantized anew.
+    ///
+    /// A block is freed once all its entries are gone. Keys that are quantized along channels, one by
+    /// one, also move together with their values once half of what is packed is holes: each move is
+    /// paid for by a dropped entry. Keys quantized along tokens share their scales with their block
+    /// and can't leave it: there, drop runs of entries to get memory back.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`]; [`Error::Mismatch`] for another number of lists than kv heads, for
+    /// a list that is not strictly increasing or goes past its head's entries, or, for keys
+    /// [before RoPE](crate::KeyBasis::BeforeRope), does not keep all; [`Error::PoolFull`] if entries
+    /// in full precision are shared with another sequence and there is no room for a copy of those
+    /// that stay. On an error nothing has changed.
+    pub fn retain(&mut self, seq: u64, keep: &[Vec<u32>]) -> Result<()> {
+        let heads = &self.sequence(seq)?.heads;
+        if keep.len() != heads.len() {
+            return Err(Error::mismatch("lists of entries to keep", heads.len(), keep.len()));
+        }
+        let (mut kept, mut need) = (Vec::new(), Need::default());
+        for (head, keep) in heads.iter().zip(keep) {
+            batch::check_list("entries to keep", keep, head.len)?;
+            if self.rotary.is_some() && keep.len() < head.len {
+                let expected = format!("all {}, for keys packed before RoPE", head.len);
+                return Err(Error::mismatch("entries to keep", expected, keep.len()));
+            }
+            let of_head = head.kept(keep);
+            need += of_head.need(head, &self.memory);
+            kept.push(of_head);
+        }
+        self.check_room(self.memory.bytes(need).max(0) as usize)?;
+        let free = self.free_bytes();
+        let Self { seqs, memory, format, .. } = self;
+        let heads = seqs.get_mut(&seq).into_iter().flat_map(|sequence| &mut sequence.heads);
+        for (head, kept) in heads.zip(kept) {
+            head.retain(kept, memory);
+            head.close_ranks(format, memory, free);
+        }
+        memory.shrink();
+        Ok(())
+    }
+}
+
+impl Head {
+    fn kept(&self, keep: &[u32]) -> Kept {
+        let slots: Vec<_> = self.slots_of(keep.iter().map(|&entry| entry as usize)).collect();
+        let packed = slots.partition_point(|&slot| slot < self.packed_keys);
+        let tail_changes = slots.len() - packed < self.slots() - self.packed_keys;
+        Kept { slots, packed, tail_changes }
+    }
+
+    fn retain(&mut self, Kept { slots, packed, tail_changes }: Kept, memory: &mut Memory) {
+        if slots.len() == self.len {
+            return;
+        }
+        self.len = slots.len();
+        self.keys.advance(&mut memory.key_pages, self.packed_keys.max(self.keys.start));
+        self.values.advance(&mut memory.value_pages, self.packed_values.max(self.values.start));
+        if tail_changes {
+            let (layout, waiting) = (memory.layout, self.packed_values..self.packed_keys);
+            keep_rows(
+                &mut self.keys,
+                self.packed_keys,
+                slots[packed..].iter().copied(),
+                &mut memory.key_pages,
+                layout.keys.columns,
+            );
+            // Values whose keys are packed stay in the queue until they are packed, too.
+            keep_rows(
+                &mut self.values,
+                self.packed_values,
+                waiting.chain(slots[packed..].iter().copied()),
+                &mut memory.value_pages,
+                layout.values.columns,
+            );
+        }
+        self.set_live(slots[..packed].iter().copied());
+        self.free_blocks(memory);
+        self.settle_live();
+    }
+
+    /// Frees the blocks that hold nothing but holes. The slots after them move down.
+    fn free_blocks(&mut self, memory: &mut Memory) {
+        if self.live.is_empty() {
+            return;
+        }
+        let chunk = memory.layout.keys.capacity;
+        let words = chunk / 32;
+        let whole = self.packed_keys.min(self.packed_values) / chunk;
+        let empty = |live: &[u32], i: usize| live[i * words..][..words].iter().all(|&w| w == 0);
+        let freed: Vec<_> = (0..whole).filter(|&i| empty(&self.live, i)).collect();
+        for &i in &freed {
+            memory.blocks.release(self.blocks[i]);
+        }
+        let stays = |i: usize| freed.binary_search(&i).is_err();
+        let mut i = 0..;
+        self.blocks.retain(|_| i.next().is_some_and(stays));
+        let mut i = 0..;
+        self.live.retain(|_| i.next().is_some_and(|word: usize| stays(word / words)));
+        self.move_down(freed.len() * chunk);
+    }
+
+    /// Renumbers the slots after some that are gone.
+    fn move_down(&mut self, by: usize) {
+        self.packed_keys -= by;
+        self.packed_values -= by;
+        for tail in [&mut self.keys, &mut self.values] {
+            tail.start -= by;
+            tail.end -= by;
+        }
+    }
+
+    /// Moves entries whose keys and values are packed one by one together, if half of their places
+    /// are holes and there is room for it.
+    fn close_ranks(&mut self, format: &Format, memory: &mut Memory, free: usize) {
+        if !self.has_holes() || format.keys().along == Axis::Tokens {
+            return;
+        }
+        let whole = self.packed_keys.min(self.packed_values);
+        let held: Vec<_> = (0..whole).filter(|&slot| self.is_live(slot)).collect();
+        if whole == 0 || 2 * held.len() > whole {
+            return;
+        }
+        let (chunk, gone) = (format.chunk(), whole - held.len());
+        let count = (self.packed_keys.max(self.packed_values) - gone).div_ceil(chunk);
+        let freed = self.blocks.iter().filter(|&&block| !memory.blocks.is_shared(block)).count();
+        if count.saturating_sub(freed) * memory.blocks.block_bytes() > free {
+            return;
+        }
+        let live: Vec<_> = (0..held.len())
+            .chain((whole..self.packed_keys).filter(|&slot| self.is_live(slot)).map(|s| s - gone))
+            .collect();
+        let blocks = self.gather(&held, whole, count, memory);
+        self.truncate_blocks(memory, 0);
+        self.blocks = blocks;
+        self.move_pages(gone, memory);
+        self.set_live(live.into_iter());
+    }
+
+    /// Renumbers the slots after some that are gone, which may be no whole pages.
+    fn move_pages(&mut self, by: usize, memory: &mut Memory) {
+        if by.is_multiple_of(PAGE) {
+            return self.move_down(by);
+        }
+        self.packed_keys -= by;
+        self.packed_values -= by;
+        let layout = memory.layout;
+        let move_rows = |tail: &mut Tail, slabs: &mut Slabs, columns| {
+            let slots = tail.start..tail.end;
+            keep_rows(tail, slots.start - by, slots, slabs, columns);
+        };
+        move_rows(&mut self.keys, &mut memory.key_pages, layout.keys.columns);
+        move_rows(&mut self.values, &mut memory.value_pages, layout.values.columns);
+    }
+
+    /// New blocks with the rows of the slots held and of all packed ones from `whole` on.
+    fn gather(&self, held: &[usize], whole: usize, count: usize, memory: &mut Memory) -> Vec<u32> {
+        let chunk = memory.layout.keys.capacity;
+        let blocks: Vec<u32> = (0..count).map(|_| memory.blocks.alloc()).collect();
+        let row = &mut PackedRow::default();
+        let all = |packed: usize| held.iter().copied().chain(whole..packed).enumerate();
+        for (to, slot) in all(self.packed_keys) {
+            self.packed_keys(memory, slot / chunk).copy_row(slot % chunk, row);
+            let lines = memory.blocks.get_mut(blocks[to / chunk]);
+            memory.layout.parts_mut(lines, to % chunk, 0).0.push_row(row);
+        }
+        for (to, slot) in all(self.packed_values) {
+            self.packed_values(memory, slot / chunk).copy_row(slot % chunk, row);
+            let lines = memory.blocks.get_mut(blocks[to / chunk]);
+            memory.layout.parts_mut(lines, 0, to % chunk).1.push_row(row);
+        }
+        blocks
+    }
+}
+
+impl Kept {
+    fn need(&self, head: &Head, memory: &Memory) -> Need {
+        if !self.tail_changes {
+            return Need::default();
+        }
+        let rows = self.slots.len() - self.packed;
+        let value_rows = rows + head.packed_keys - head.packed_values;
+        Need {
+            blocks: 0,
+            key_pages: head.keys.need_to_replace(&memory.key_pages, head.packed_keys, rows),
+            value_pages: head.values.need_to_replace(
+                &memory.value_pages,
+                head.packed_values,
+                value_rows,
+            ),
+        }
+    }
+}
+
+/// Keeps the rows of some slots of a tail, renumbered from `start` on.
+fn keep_rows(
+    tail: &mut Tail,
+    start: usize,
+    slots: impl Iterator<Item = usize>,
+    slabs: &mut Slabs,
+    columns: usize,
+) {
+    let mut rows = Vec::new();
+    slots.for_each(|slot| rows.extend_from_slice(tail.row(slabs, slot, columns)));
+    tail.replace(slabs, start, &rows, columns);
+}

@@ -1,0 +1,162 @@
+//! The newest entries rolled back.
+
+use super::Pool;
+use super::head::Head;
+use super::memory::{Memory, Need};
+use crate::{Axis, Error, Flush, Format, Result};
+use half::f16;
+
+/// How a head is cut.
+struct Cut {
+    len: usize,
+    /// Slots that stay.
+    slots: usize,
+    /// Keys and values that stay packed.
+    packed_keys: usize,
+    packed_values: usize,
+    /// The first slot of a block that is cut into and whose entries go back to full precision.
+    unpacked: Option<usize>,
+}
+
+impl Pool {
+    /// Whether [`truncate`](Self::truncate) can do this.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if a head holds fewer entries;
+    /// [`Error::PoolFull`] if a block has to be unpacked and there is no room.
+    pub fn check_truncate(&self, seq: u64, len: usize) -> Result<()> {
+        let heads = &self.sequence(seq)?.heads;
+        if let Some(short) = heads.iter().find(|head| head.len < len) {
+            let expected = format!("at most the {} of its shortest head", short.len);
+            return Err(Error::mismatch("entries to leave", expected, len));
+        }
+        let mut need = Need::default();
+        for head in heads {
+            need += head.cut(&self.format, len).need(head, &self.memory);
+        }
+        self.check_room(self.memory.bytes(need).max(0) as usize)
+    }
+
+    /// Drops the entries of every head after its first `len`.
+    ///
+    /// With a [rolling](Flush::Rolling) flush, a sequence of which nothing was evicted is then what it
+    /// would be if it had never had them, bit by bit, if at least `residual` entries are left behind
+    /// its last but one packed group: always after a cut of up to a group of tokens. A deeper cut that
+    /// lies among entries in full precision changes none of those that stay.
+    ///
+    /// A cut into a block of keys along tokens unpacks it: the block's entries before the cut go back
+    /// to full precision with their quantized values, and are quantized anew, from those, once their
+    /// group is full again. Blocks of tokens that are packed one by one are shortened, and nothing
+    /// else changes. With a [staggered](Flush::Staggered) flush, values that the dropped tokens have
+    /// pushed out of the residual stay packed.
+    ///
+    /// # Errors
+    /// As [`check_truncate`](Self::check_truncate), and no others. Nothing has changed then.
+    pub fn truncate(&mut self, seq: u64, len: usize) -> Result<()> {
+        self.check_truncate(seq, len)?;
+        let largest = self.largest();
+        let Self { seqs, memory, format, .. } = self;
+        let heads = seqs.get_mut(&seq).into_iter().flat_map(|sequence| &mut sequence.heads);
+        heads.for_each(|head| head.apply(head.cut(format, len), memory, largest));
+        memory.shrink();
+        Ok(())
+    }
+}
+
+impl Head {
+    fn cut(&self, format: &Format, len: usize) -> Cut {
+        let last = len.checked_sub(1).and_then(|last| self.slots_of([last].into_iter()).next());
+        let slots = last.map_or(0, |slot| slot + 1);
+        let cut = |packed_keys: usize, packed_values: usize, unpacked| {
+            let packed_values = packed_values.min(slots);
+            Cut { len, slots, packed_keys, packed_values, unpacked }
+        };
+        let packed = self.still_packed(format, slots);
+        if packed <= slots {
+            return cut(packed, self.packed_values.min(packed), None);
+        }
+        if format.keys().along == Axis::Channels {
+            return cut(slots, self.packed_values, None);
+        }
+        let first = slots - slots % format.chunk();
+        let unpacked = (first < slots).then_some(first);
+        cut(first, self.packed_values.min(first), unpacked)
+    }
+
+    /// Keys that would be packed among so many slots, as far as those that are packed too many are
+    /// still in full precision, too.
+    fn still_packed(&self, format: &Format, slots: usize) -> usize {
+        let Flush::Rolling(residual) = format.flush() else { return self.packed_keys };
+        let chunk = format.chunk();
+        let missing = (self.packed_keys + residual).saturating_sub(slots);
+        let start = self.keys.start.max(self.values.start);
+        let there = self.packed_keys.saturating_sub(start) / chunk * chunk;
+        self.packed_keys - missing.next_multiple_of(chunk).min(there)
+    }
+
+    fn apply(&mut self, cut: Cut, memory: &mut Memory, largest: f16) {
+        let Memory { layout, .. } = memory;
+        let (chunk, head_dim, value_dim) =
+            (layout.keys.capacity, layout.keys.columns, layout.values.columns);
+        if let Some(first) = cut.unpacked {
+            let (keys, values) = self.unpack(&cut, first, memory, largest);
+            self.keys.replace(&mut memory.key_pages, first, &keys, head_dim);
+            self.values.replace(&mut memory.value_pages, cut.packed_values, &values, value_dim);
+        } else {
+            self.keys.truncate(&mut memory.key_pages, cut.slots);
+            self.values.truncate(&mut memory.value_pages, cut.slots);
+        }
+        self.set_packed_keys(cut.packed_keys);
+        self.packed_values = cut.packed_values;
+        self.len = cut.len;
+        self.truncate_blocks(memory, cut.packed_keys.max(cut.packed_values).div_ceil(chunk));
+        self.settle_live();
+    }
+
+    /// The rows of the entries that leave the block, and of the values before them that are not
+    /// packed.
+    fn unpack(
+        &self,
+        cut: &Cut,
+        first: usize,
+        memory: &Memory,
+        largest: f16,
+    ) -> (Vec<f16>, Vec<f16>) {
+        let layout = &memory.layout;
+        let (mut key, mut value) =
+            (vec![0.0; layout.keys.columns], vec![0.0; layout.values.columns]);
+        let (mut keys, mut values, mut codes) = (Vec::new(), Vec::new(), Vec::new());
+        // A scale that was rounded up may give numbers back that are just too large to be packed.
+        let half = |&x: &f32| f16::from_f32(x).clamp(-largest, largest);
+        for slot in cut.packed_values..cut.slots {
+            if slot >= first && self.is_live(slot) {
+                self.read_key(memory, slot, &mut codes, &mut key);
+                keys.extend(key.iter().map(half));
+            }
+            if slot < first || self.is_live(slot) {
+                self.read_value(memory, slot, &mut codes, &mut value);
+                values.extend(value.iter().map(half));
+            }
+        }
+        (keys, values)
+    }
+}
+
+impl Cut {
+    fn need(&self, head: &Head, memory: &Memory) -> Need {
+        let Some(first) = self.unpacked else { return Need::default() };
+        let rows = (first..self.slots).filter(|&slot| head.is_live(slot)).count();
+        let blocks = head.blocks[first / memory.layout.keys.capacity..].iter();
+        let freed = blocks.filter(|&&block| !memory.blocks.is_shared(block)).count();
+        let value_rows = rows + first - self.packed_values;
+        Need {
+            blocks: -(freed as isize),
+            key_pages: head.keys.need_to_replace(&memory.key_pages, first, rows),
+            value_pages: head.values.need_to_replace(
+                &memory.value_pages,
+                self.packed_values,
+                value_rows,
+            ),
+        }
+    }
+}
