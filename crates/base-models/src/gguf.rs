@@ -4,7 +4,8 @@ use std::path::Path;
 
 use crate::account::Account;
 use crate::config::{Config, unknown_architecture};
-use crate::gguf_file::{GgufFile, Value};
+use crate::gguf_file::GgufFile;
+use crate::gguf_header::Value;
 use crate::gguf_tokenizer;
 use crate::linear::Weight;
 use crate::quantized::QuantizedMatrix;
@@ -221,7 +222,7 @@ impl Gguf {
 
     fn info(&self, name: &str) -> Result<&[usize]> {
         let missing = || Error::file(self.file.path(), format!("there is no tensor {name:?}"));
-        Ok(self.file.info(name).ok_or_else(missing)?.dims())
+        Ok(self.file.info(name).ok_or_else(missing)?.dims.as_slice())
     }
 
     fn read(&self, name: &str, shape: &[usize], device: &Device) -> Result<QTensor> {

@@ -2,7 +2,8 @@
 
 use std::collections::HashSet;
 
-use crate::gguf_file::{GgufFile, Value};
+use crate::gguf_file::GgufFile;
+use crate::gguf_header::Value;
 use crate::pre_tokenizers::{NOT_BYTE_LEVEL, PreTokenizer};
 use crate::sentence_piece::{self, Kind, Piece, SpacePrefix};
 use longctx_core::{Error, Result};

@@ -8,8 +8,10 @@ mod decoder;
 mod files;
 mod folder;
 mod fp8;
+mod ggml_types;
 mod gguf;
 mod gguf_file;
+mod gguf_header;
 mod gguf_tokenizer;
 #[cfg(feature = "hub")]
 mod hub;
