@@ -46,6 +46,10 @@ const END_TOKENS: [&str; 26] = [
     "<|file_sep|>",
 ];
 
+/// Those of them that are words of a markup language in some vocabularies (Qwen's), unless the file
+/// gives them a type of their own.
+const AMBIGUOUS: [&str; 5] = ["</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]"];
+
 /// Byte-level BPE ("gpt2": Llama 3, Qwen, SmolLM) or SentencePiece ("llama": Llama 2, Mistral).
 pub(crate) fn tokenizer(file: &GgufFile) -> Result<Tokenizer> {
     match file.text("tokenizer.ggml.model")? {
@@ -63,13 +67,16 @@ pub(crate) fn end_tokens(file: &GgufFile) -> Result<Vec<u32>> {
         ends.extend(token_id(file, key)?);
     }
     let tokens = file.texts("tokenizer.ggml.tokens")?.unwrap_or_default();
+    let kinds = declared_kinds(file, tokens.len())?;
     let present: HashSet<&str> = tokens.iter().map(String::as_str).collect();
     // In these two families <|end|> ends a part of an answer.
     let parts = present.contains("<|return|>") && present.contains("<|call|>")
         || present.contains("<|flush|>") && present.contains("<|calls|>");
     for (id, token) in (0u32..).zip(tokens) {
         let ends_part = parts && token == "<|end|>";
-        if END_TOKENS.contains(&token.as_str()) && !ends_part && !ends.contains(&id) {
+        let normal = kinds.as_ref().is_some_and(|kinds| kinds[id as usize] == Kind::Normal);
+        let word = normal && AMBIGUOUS.contains(&token.as_str());
+        if END_TOKENS.contains(&token.as_str()) && !ends_part && !word {
             ends.push(id);
         }
     }
@@ -174,22 +181,28 @@ fn tokens(file: &GgufFile) -> Result<Vec<String>> {
     Ok(tokens.iter().enumerate().map(named).collect())
 }
 
+/// What the file says that each token is.
+fn declared_kinds(file: &GgufFile, count: usize) -> Result<Option<Vec<Kind>>> {
+    let key = "tokenizer.ggml.token_type";
+    match file.get(key) {
+        None => Ok(None),
+        Some(Value::Integers(numbers)) if numbers.len() >= count => {
+            Ok(Some(numbers[..count].iter().map(|&n| Kind::from_number(n)).collect()))
+        }
+        Some(_) => Err(file.bad(key, format!("is no list of {count} numbers"))),
+    }
+}
+
 /// What each token is. Tokens that end a text are control tokens even in files that don't say so.
 fn kinds(file: &GgufFile, tokens: &[String]) -> Result<Vec<Kind>> {
-    let key = "tokenizer.ggml.token_type";
-    let mut kinds: Vec<_> = match file.get(key) {
-        None => vec![Kind::Normal; tokens.len()],
-        Some(Value::Integers(numbers)) if numbers.len() >= tokens.len() => {
-            numbers[..tokens.len()].iter().map(|&n| Kind::from_number(n)).collect()
-        }
-        Some(_) => return Err(file.bad(key, format!("is no list of {} numbers", tokens.len()))),
-    };
     let mut special = end_tokens(file)?;
-    if file.get(key).is_none() {
+    let declared = declared_kinds(file, tokens.len())?;
+    if declared.is_none() {
         for key in ["bos_token_id", "unknown_token_id", "padding_token_id", "seperator_token_id"] {
             special.extend(token_id(file, key)?);
         }
     }
+    let mut kinds = declared.unwrap_or_else(|| vec![Kind::Normal; tokens.len()]);
     for id in special {
         if let Some(kind @ (Kind::Normal | Kind::Unused)) = kinds.get_mut(id as usize) {
             *kind = Kind::Control;
