@@ -8,34 +8,33 @@ use crate::mixer::Part;
 use longctx_core::{Error, Footprint, Result};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-/// Of the file format: a safetensors file with one f32 tensor `[batch, …]` per array and, in its metadata, `format`, `version`,
-/// `family`, `batch` and `seen`.
+/// Of the file format: a safetensors file with one f32 tensor `[1, …]` per array and, in its
+/// metadata, `format`, `version`, `family`, `batch` (1) and `seen`.
 const FORMAT: &str = "longctx-state";
 const VERSION: &str = "1";
 
-/// All that a recurrent model remembers of the tokens it has seen.
+/// All that a recurrent model remembers of a sequence.
 ///
 /// A session goes on from it bit for bit as the session that gave it would have, also after a way through a file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
     family: String,
-    batch: usize,
     seen: usize,
-    /// By name ("layers.0.mixer.conv"): the shape of one entry's array, and all entries' numbers, one after the other.
+    /// By name ("layers.0.mixer.conv"): an array's shape and its numbers.
     arrays: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
 }
 
 impl State {
-    pub(crate) fn new(family: &str, batch: usize, seen: usize) -> Self {
-        Self { family: family.into(), batch, seen, arrays: BTreeMap::new() }
+    pub(crate) fn new(family: &str, seen: usize) -> Self {
+        Self { family: family.into(), seen, arrays: BTreeMap::new() }
     }
 
-    /// Takes in one array of a residual block: `[batch, …]` numbers.
+    /// Takes in one array of a residual block.
     pub(crate) fn insert(&mut self, block: &str, part: &Part, numbers: Vec<f32>) {
         self.arrays.insert(format!("{block}.{}", part.name), (part.shape.clone(), numbers));
     }
 
-    /// One array of a residual block: `[batch, …]` numbers.
+    /// One array of a residual block.
     pub(crate) fn array(&self, block: &str, part: &Part) -> Result<&[f32]> {
         let name = format!("{block}.{}", part.name);
         let mismatch = |got: String| {
@@ -61,11 +60,6 @@ impl State {
         &self.family
     }
 
-    /// Entries of the batch; none before the first tokens.
-    pub fn batch(&self) -> usize {
-        self.batch
-    }
-
     /// Tokens that it remembers.
     pub fn seen(&self) -> usize {
         self.seen
@@ -87,7 +81,7 @@ impl State {
             .arrays
             .iter()
             .map(|(name, (shape, numbers))| {
-                let shape = [&[self.batch], shape.as_slice()].concat();
+                let shape = [&[1], shape.as_slice()].concat();
                 (name, shape, numbers.iter().flat_map(|x| x.to_le_bytes()).collect())
             })
             .collect();
@@ -103,7 +97,7 @@ impl State {
                 ("format", FORMAT.into()),
                 ("version", VERSION.into()),
                 ("family", self.family.clone()),
-                ("batch", self.batch.to_string()),
+                ("batch", "1".into()),
                 ("seen", self.seen.to_string()),
             ]
             .map(|(key, value): (&str, String)| (key.to_owned(), value)),
@@ -114,7 +108,8 @@ impl State {
     /// Reads a file that [`save`](Self::save) wrote.
     ///
     /// # Errors
-    /// [`Error::File`] if it can't be read, is no saved state, or is of another version.
+    /// [`Error::File`] if it can't be read, is no saved state of one sequence, or is of another
+    /// version.
     pub fn load(path: &Path) -> Result<Self> {
         let failed = |e: &dyn std::fmt::Display| Error::file(path, e);
         let buffer = std::fs::read(path).map_err(|e| failed(&e))?;
@@ -130,19 +125,22 @@ impl State {
             let got = format!("{} version {}", field("format")?, field("version")?);
             return Err(failed(&format!("expected {FORMAT} version {VERSION}, got {got}")));
         }
-        let mut state = Self::new(field("family")?, number("batch")?, number("seen")?);
+        if number("batch")? != 1 {
+            let got = field("batch")?;
+            return Err(failed(&format!("expected the state of 1 sequence, got {got}")));
+        }
+        let mut state = Self::new(field("family")?, number("seen")?);
         let tensors = SafeTensors::deserialize(&buffer).map_err(|e| failed(&e))?;
         for (name, view) in tensors.iter() {
             match view.shape() {
-                [batch, shape @ ..] if *batch == state.batch && view.dtype() == Dtype::F32 => {
+                [1, shape @ ..] if view.dtype() == Dtype::F32 => {
                     let (numbers, _) = view.data().as_chunks::<4>();
                     let numbers = numbers.iter().map(|&b| f32::from_le_bytes(b)).collect();
                     state.arrays.insert(name.to_owned(), (shape.to_vec(), numbers));
                 }
                 shape => {
-                    let expected = format!("F32 [{}, …]", state.batch);
                     let got = format!("{:?} {shape:?}", view.dtype());
-                    return Err(failed(&format!("{name:?}: expected {expected}, got {got}")));
+                    return Err(failed(&format!("{name:?}: expected F32 [1, …], got {got}")));
                 }
             }
         }

@@ -1,11 +1,10 @@
-//! The packed heads behind longctx-core's traits, on candle tensors.
+//! Packed pools behind longctx-core's traits, on candle tensors.
 
 mod cache;
 mod dequant;
 #[cfg(feature = "save")]
 mod file;
-#[cfg(feature = "cuda")]
-mod on_device;
+mod part;
 mod store;
 
 pub use cache::{Order, QuantCache};
@@ -24,16 +23,20 @@ impl From<crate::Error> for longctx_core::Error {
             E::Mismatch { what, expected, got } => {
                 Self::Mismatch { what: what.into(), expected, got }
             }
-            E::NotFinite { value, row, column } => Self::NotFinite {
-                what: "keys or values to quantize".into(),
+            E::NotFinite { value, at } => Self::NotFinite {
+                what: "numbers to quantize".into(),
                 value,
-                position: format!("token {row}, channel {column}"),
+                position: at.to_string(),
             },
-            E::OutOfRange { value, row, column } => Self::Mismatch {
-                what: format!("token {row}, channel {column} of keys or values to quantize"),
-                expected: "a number within ±32752, half of f16's range".into(),
+            E::OutOfRange { value, at } => Self::Mismatch {
+                what: format!("number to quantize at {at}"),
+                expected: "one within ±32752, half of f16's range".into(),
                 got: value.to_string(),
             },
+            E::UnknownSequence(seq) => Self::UnknownSequence(seq),
+            E::PoolFull { asked, free } => {
+                Self::PoolFull { what: "pool of packed blocks".into(), asked, free }
+            }
             #[cfg(feature = "save")]
             E::File { path, reason } => Self::File { path, reason },
         }

@@ -1,10 +1,11 @@
 #![doc = include_str!("../README.md")]
 
 /// The pages of the book, so that their examples are compiled and run.
-#[cfg(all(doctest, feature = "candle"))]
+#[cfg(doctest)]
 mod pages {
     #[doc = include_str!("../../../docs/kv-quant-slices.md")]
     mod slices {}
+    #[cfg(feature = "candle")]
     #[doc = include_str!("../../../docs/kv-quant-candle.md")]
     mod candle {}
 }

@@ -1,22 +1,28 @@
-//! Caches in files, caches of several formats, and what caches and stores refuse.
+//! Caches in files, caches of several formats, forks and rollbacks, and what caches and stores refuse.
 #![cfg(all(feature = "candle", feature = "save"))]
+
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use kv_quant::{
-    Bits, DequantCache, Format, KeyBasis, Order, QuantCache, QuantStore, load_caches, save_caches,
+    Bits, DequantCache, Flush, Format, KeyBasis, Order, QuantCache, QuantStore, load_caches,
+    save_caches,
 };
-use longctx_core::{AttentionShape, Error, KvCache, KvStore, Rope, RopeScaling, Step};
+use longctx_core::{
+    AttentionShape, Batch, Error, KvCache, KvStore, LayerSpec, Rope, RopeScaling, SeqId, Step,
+};
 
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 const DIM: usize = 64;
 
-fn shape() -> AttentionShape {
-    AttentionShape::new(HEADS, KV_HEADS, DIM).unwrap()
+fn spec() -> LayerSpec {
+    let rope = Rope::new(DIM, DIM, 10_000.0, RopeScaling::None).unwrap();
+    LayerSpec::new(AttentionShape::new(HEADS, KV_HEADS, DIM).unwrap()).with_rope(Arc::new(rope))
 }
 
-fn random(batch: usize, heads: usize, tokens: usize) -> Tensor {
-    Tensor::randn(0f32, 1., (batch, heads, tokens, DIM), &Device::Cpu).unwrap()
+fn random(tokens: usize, heads: usize) -> Tensor {
+    Tensor::randn(0f32, 1., (tokens, heads, DIM), &Device::Cpu).unwrap()
 }
 
 fn kivi(bits: Bits) -> Format {
@@ -29,98 +35,178 @@ fn flexgen() -> Format {
 
 /// One cache per layer, each of its own bits and options.
 fn layers() -> Vec<QuantCache> {
-    let cache = |format| QuantCache::new(shape(), format).unwrap();
+    let cache = |format| QuantCache::new(spec(), format).unwrap();
     vec![
         cache(kivi(Bits::Four)),
         cache(kivi(Bits::Two)).with_sinks(4).unwrap(),
         cache(kivi(Bits::Three).with_basis(KeyBasis::BeforeRope)).with_sinks(2).unwrap(),
         cache(flexgen().with_basis(KeyBasis::Hadamard)).with_order(Order::QuantizeFirst),
+        cache(Format::kivi_rolling(Bits::Four, Bits::Four, 32, 64).unwrap()),
     ]
 }
 
-fn feed(caches: &mut [QuantCache], q: &Tensor, kv: &Tensor) -> Vec<Vec<f32>> {
-    let (shape, rope) = (shape(), Rope::new(DIM, DIM, 10_000.0, RopeScaling::None).unwrap());
-    let step = Step { q, k: kv, v: kv, shape: &shape, rope: &rope };
-    let run = |cache: &mut QuantCache| cache.attend(&step).unwrap().flatten_all().unwrap();
-    caches.iter_mut().map(|cache| run(cache).to_vec1().unwrap()).collect()
+fn attend(cache: &mut QuantCache, batch: &Batch, q: &Tensor, kv: &Tensor) -> Vec<f32> {
+    let out = cache.attend(&Step { batch, q, k: kv, v: kv }).unwrap();
+    out.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn feed(caches: &mut [QuantCache], batch: &Batch, q: &Tensor, kv: &Tensor) -> Vec<Vec<f32>> {
+    caches.iter_mut().map(|cache| attend(cache, batch, q, kv)).collect()
 }
 
 #[test]
-fn what_was_saved_goes_on_as_if_it_had_not_been() {
+fn a_saved_sequence_goes_on_as_if_it_had_not_been_saved() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("prompt.safetensors");
     let mut caches = layers();
-    feed(&mut caches, &random(2, HEADS, 200), &random(2, KV_HEADS, 200));
-    save_caches(&path, &caches).unwrap();
-    let mut opened = load_caches(&path, layers()).unwrap();
+    let prompts = Batch::new(&[(7, 200), (3, 90)]).unwrap();
+    feed(&mut caches, &prompts, &random(290, HEADS), &random(290, KV_HEADS));
+    save_caches(&path, 7, &caches).unwrap();
+    let mut opened = layers();
+    load_caches(&path, 5, &mut opened).unwrap();
     for tokens in [1, 100, 1] {
         for (saved, opened) in caches.iter().zip(&opened) {
-            assert_eq!((saved.seen(), saved.held()), (opened.seen(), opened.held()));
-            assert_eq!(saved.footprint().payload, opened.footprint().payload);
-            assert_eq!(saved.footprint().residual, opened.footprint().residual);
+            assert_eq!((saved.seen(7), saved.held(7)), (opened.seen(5), opened.held(5)));
+            assert_eq!(saved.seq_footprint(7).payload, opened.seq_footprint(5).payload);
         }
-        let (q, kv) = (random(2, HEADS, tokens), random(2, KV_HEADS, tokens));
-        assert_eq!(feed(&mut caches, &q, &kv), feed(&mut opened, &q, &kv));
+        let (q, kv) = (random(tokens, HEADS), random(tokens, KV_HEADS));
+        let of = |seq| Batch::single(seq, tokens).unwrap();
+        assert!(feed(&mut caches, &of(7), &q, &kv) == feed(&mut opened, &of(5), &q, &kv));
     }
     // Layers of fewer bits take less memory.
-    let payload = |layer: usize| caches[layer].footprint().payload;
+    let payload = |layer: usize| caches[layer].seq_footprint(7).payload;
     assert!(payload(1) < payload(2) && payload(2) < payload(0));
 }
 
 #[test]
-fn a_file_of_other_caches_is_refused() {
+fn a_file_of_other_caches_is_refused_and_changes_none() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("prompt.safetensors");
-    let message = save_caches(&path, &layers()).unwrap_err().to_string();
-    assert!(message.contains("layer 0") && !path.exists(), "{message}");
+    assert!(matches!(save_caches(&path, 0, &layers()), Err(Error::UnknownSequence(0))));
+    assert!(!path.exists());
     let mut caches = layers();
-    feed(&mut caches, &random(1, HEADS, 100), &random(1, KV_HEADS, 100));
-    save_caches(&path, &caches).unwrap();
+    let batch = Batch::single(0, 100).unwrap();
+    feed(&mut caches, &batch, &random(100, HEADS), &random(100, KV_HEADS));
+    save_caches(&path, 0, &caches).unwrap();
     let (mut fewer, mut more, mut other) = (layers(), layers(), layers());
     fewer.pop();
     more.push(layers().remove(0));
-    other.swap(0, 1);
-    for wrong in [fewer, more, other, Vec::new()] {
-        let error = load_caches(&path, wrong).unwrap_err();
+    other.swap(1, 2);
+    for mut wrong in [fewer, more, other, Vec::new()] {
+        let error = load_caches(&path, 1, &mut wrong).unwrap_err();
         assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+        assert!(wrong.iter().all(|cache| cache.seqs().is_empty() && cache.held(1) == 0));
     }
-    let error = load_caches(dir.path().join("none"), layers()).unwrap_err();
+    assert!(load_caches(&path, 0, &mut caches).unwrap_err().to_string().contains("a new one"));
+    let error = load_caches(dir.path().join("none"), 0, &mut layers()).unwrap_err();
     assert!(matches!(error, Error::File { .. }), "{error}");
 }
 
 #[test]
-fn what_a_cache_cannot_do_is_said() {
-    let windowed = AttentionShape { window: Some(128), ..shape() };
-    let error = QuantCache::new(windowed, kivi(Bits::Four)).unwrap_err();
+fn forks_go_their_own_ways_and_rollbacks_within_the_tail_are_exact() {
+    for (i, mut cache) in layers().into_iter().enumerate() {
+        let mut plain = cache.clone();
+        let (q, kv) = (random(300, HEADS), random(300, KV_HEADS));
+        let call = |cache: &mut QuantCache, seq: SeqId, from: usize, count: usize| {
+            let batch = Batch::single(seq, count).unwrap();
+            let part = |x: &Tensor| x.narrow(0, from, count).unwrap();
+            attend(cache, &batch, &part(&q), &part(&kv))
+        };
+        call(&mut cache, 1, 0, 150);
+        cache.fork(1, 2).unwrap();
+        let shared = cache.footprint().total();
+        // Three tokens too many, which go again.
+        call(&mut cache, 2, 290, 3);
+        cache.truncate(2, 150).unwrap();
+        assert_eq!((cache.seen(1), cache.seen(2)), (150, 150));
+        let (one, two) = (call(&mut cache, 1, 150, 40), call(&mut cache, 2, 200, 40));
+        // A plain copy of each.
+        call(&mut plain, 1, 0, 150);
+        let mut other = plain.clone();
+        assert!(call(&mut plain, 1, 150, 40) == one, "layer {i}");
+        let want = call(&mut other, 1, 200, 40);
+        // A staggered flush has packed three values for the tokens that are gone.
+        let exact = !matches!(cache.format().flush(), Flush::Staggered(_));
+        let worst = want.iter().zip(&two).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(if exact { worst == 0.0 } else { worst < 0.15 }, "layer {i}: {worst}");
+        assert!(cache.remove(1) && cache.remove(2) && !cache.remove(1));
+        assert_eq!(cache.footprint().payload + cache.footprint().residual, 0);
+        assert!(shared > 0);
+    }
+}
+
+#[test]
+fn refusals_name_their_reason() {
+    let windowed = AttentionShape { window: Some(128), ..spec().shape };
+    let error = QuantCache::new(LayerSpec::new(windowed), kivi(Bits::Four)).unwrap_err();
     assert!(matches!(error, Error::Unsupported(_)), "{error}");
-    let mut caches = [QuantCache::new(shape(), kivi(Bits::Four)).unwrap()];
-    feed(&mut caches, &random(1, HEADS, 3), &random(1, KV_HEADS, 3));
+    let mut caches = [QuantCache::new(spec(), kivi(Bits::Four)).unwrap()];
+    let batch = Batch::single(0, 3).unwrap();
+    feed(&mut caches, &batch, &random(3, HEADS), &random(3, KV_HEADS));
     let [cache] = caches;
     let message = cache.with_sinks(4).unwrap_err().to_string();
-    assert!(message.contains("an empty cache, got 3 tokens"), "{message}");
+    assert!(message.contains("an empty cache, got 1 sequences"), "{message}");
+}
+
+#[test]
+fn a_call_that_fails_changes_nothing() {
+    for mut cache in layers() {
+        let batch = Batch::new(&[(0, 3), (1, 80)]).unwrap();
+        let (q, kv) = (random(83, HEADS), random(83, KV_HEADS));
+        attend(&mut cache, &batch, &q, &kv);
+        let mut before = cache.clone();
+        // A number too large for a packed group, in the last token of a new sequence.
+        let next = Batch::new(&[(0, 2), (2, 9)]).unwrap();
+        let (q, kv) = (random(11, HEADS), random(11, KV_HEADS));
+        let mut numbers: Vec<f32> = kv.flatten_all().unwrap().to_vec1().unwrap();
+        *numbers.last_mut().unwrap() = 4e4;
+        let bad = Tensor::from_vec(numbers, kv.shape(), &Device::Cpu).unwrap();
+        let error = cache.attend(&Step { batch: &next, q: &q, k: &kv, v: &bad }).unwrap_err();
+        assert!(error.to_string().contains("sequence 2"), "{error}");
+        let nan = (&kv * f64::NAN).unwrap();
+        assert!(cache.attend(&Step { batch: &next, q: &q, k: &nan, v: &kv }).is_err());
+        assert_eq!(cache.seqs(), before.seqs());
+        let sizes = |cache: &QuantCache| {
+            let footprint = cache.footprint();
+            (footprint.payload, footprint.scales, footprint.residual)
+        };
+        assert_eq!(sizes(&cache), sizes(&before));
+        assert_eq!(attend(&mut cache, &next, &q, &kv), attend(&mut before, &next, &q, &kv));
+    }
+}
+
+#[test]
+fn a_full_pool_is_an_error_that_names_bytes() {
+    let mut cache = QuantCache::new(spec(), kivi(Bits::Four)).unwrap().with_capacity(200_000);
+    let prompt = Batch::single(0, 200).unwrap();
+    attend(&mut cache, &prompt, &random(200, HEADS), &random(200, KV_HEADS));
+    let long = Batch::single(1, 4000).unwrap();
+    assert!(!cache.can_take(&long) && cache.can_take(&Batch::single(1, 100).unwrap()));
+    let (q, kv) = (random(4000, HEADS), random(4000, KV_HEADS));
+    let error = cache.attend(&Step { batch: &long, q: &q, k: &kv, v: &kv }).unwrap_err();
+    assert!(matches!(error, Error::PoolFull { .. }), "{error}");
+    assert_eq!((cache.seqs(), cache.held(1)), (vec![0], 0));
 }
 
 #[test]
 fn a_store_takes_in_all_heads_or_none() {
-    let mut store = QuantStore::new(shape(), flexgen()).unwrap();
-    let good = random(2, KV_HEADS, 5);
-    store.append(&good, &good).unwrap();
-    // A number too large for the last head's last token.
-    let mut numbers: Vec<f32> = good.flatten_all().unwrap().to_vec1().unwrap();
-    *numbers.last_mut().unwrap() = 4e4;
-    let bad = Tensor::from_vec(numbers, good.shape(), &Device::Cpu).unwrap();
-    let message = store.append(&good, &bad).unwrap_err().to_string();
-    assert!(message.contains("token 4, channel 63"), "{message}");
-    assert_eq!(store.lens(), [5; 4]);
-    assert!(store.append(&random(1, KV_HEADS, 5), &random(1, KV_HEADS, 5)).is_err());
-    assert!(store.read(2, 0).is_err() && store.read(0, KV_HEADS).is_err());
-    assert_eq!(store.lens(), [5; 4]);
+    let mut store = QuantStore::new(spec().shape, flexgen()).unwrap();
+    let good = random(5, KV_HEADS);
+    let batch = Batch::single(9, 5).unwrap();
+    store.append(&batch, &good, &good).unwrap();
+    assert!(store.append(&Batch::single(9, 4).unwrap(), &good, &good).is_err());
+    assert!(store.append(&batch, &good, &random(5, HEADS)).is_err());
+    assert!(store.read(2, 0).is_err() && store.read(9, KV_HEADS).is_err());
+    assert_eq!(store.lens(9), [5; 2]);
 }
 
 #[test]
 fn the_adapter_keeps_dtype_and_batch_and_refuses_what_does_not_fit() {
     let mut ours = DequantCache::new(KV_HEADS, DIM, kivi(Bits::Eight)).unwrap();
     let mut candles = candle_nn::kv_cache::KvCache::new(2, 512);
+    let random = |batch: usize, heads: usize, tokens: usize| {
+        Tensor::randn(0f32, 1., (batch, heads, tokens, DIM), &Device::Cpu).unwrap()
+    };
     let half = |x: Tensor| x.to_dtype(DType::F16).unwrap();
     for tokens in [100, 1, 33] {
         let (k, v) = (half(random(2, KV_HEADS, tokens)), half(random(2, KV_HEADS, tokens)));
@@ -140,6 +226,21 @@ fn the_adapter_keeps_dtype_and_batch_and_refuses_what_does_not_fit() {
     assert!(ours.append(&nan, &nan).is_err());
     assert!(ours.append(&random(1, KV_HEADS, 1), &random(1, KV_HEADS, 1)).is_err());
     assert!(ours.append(&random(2, HEADS, 1), &random(2, HEADS, 1)).is_err());
-    assert_eq!((ours.current_seq_len(), flat(&ours)), (134, before));
+    assert!(ours.truncate(135).is_err());
+    assert_eq!((ours.current_seq_len(), flat(&ours)), (134, before.clone()));
     assert!(DequantCache::new(KV_HEADS, 0, kivi(Bits::Four)).is_err());
+
+    // A clone that goes on and back, and a batch taken apart and put together.
+    let mut draft = ours.clone();
+    draft.append(&random(2, KV_HEADS, 5), &random(2, KV_HEADS, 5)).unwrap();
+    draft.truncate(134).unwrap();
+    assert_eq!((flat(&draft), flat(&ours)), (before.clone(), before.clone()));
+    let other = DequantCache::new(KV_HEADS, DIM, kivi(Bits::Eight)).unwrap();
+    let mut parts = draft.split();
+    assert_eq!(parts.len(), 2);
+    parts.swap(0, 1);
+    let swapped = flat(&DequantCache::join(parts).unwrap());
+    assert_eq!([&swapped[before.len() / 2..], &swapped[..before.len() / 2]].concat(), before);
+    assert!(DequantCache::join(vec![ours.clone(), other]).is_err());
+    assert!(DequantCache::join(vec![ours.clone(), ours.sibling()]).is_err());
 }

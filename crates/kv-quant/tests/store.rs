@@ -1,24 +1,29 @@
 //! The packed store against plain attention over what it gives back dequantized.
 #![cfg(feature = "candle")]
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use kv_quant::{Axis, Bits, Flush, Format, QuantCache, QuantStore, Scheme};
 use longctx_core::{
-    AttentionShape, DenseCache, KvCache, KvStore, Partial, Rope, RopeScaling, Selection, Step,
-    Visible, attention,
+    AttentionShape, AttentionState, Batch, DenseCache, DenseStore, EntryRanges, Footprint, KvCache,
+    KvStore, LayerSpec, Mask, Rope, RopeScaling, Selection, SeqId, Step,
 };
+
+const SEQS: [SeqId; 2] = [11, 4];
 
 fn formats() -> Vec<Format> {
     let mut formats = Vec::new();
     for bits in [Bits::Two, Bits::Three, Bits::Four, Bits::Eight] {
         formats.push(Format::kivi(bits, bits, 32, 128).unwrap());
+        formats.push(Format::kivi_rolling(bits, bits, 32, 64).unwrap());
         formats.push(Format::flexgen(bits, bits, 32).unwrap());
     }
     formats
 }
 
-fn random(heads: usize, tokens: usize, d: usize) -> Tensor {
-    Tensor::randn(0f32, 1., (2, heads, tokens, d), &Device::Cpu).unwrap()
+fn random(tokens: usize, heads: usize, d: usize) -> Tensor {
+    Tensor::randn(0f32, 1., (tokens, heads, d), &Device::Cpu).unwrap()
 }
 
 fn relative(a: &Tensor, b: &Tensor) -> f32 {
@@ -26,87 +31,128 @@ fn relative(a: &Tensor, b: &Tensor) -> f32 {
     scalar((a - b).unwrap()) / scalar(b.clone())
 }
 
-/// Attention over the dequantized entries of each head; they may differ in number.
-fn reference(store: &QuantStore, q: &Tensor, visible: Visible) -> Partial {
+/// Bytes without those for tokens to come.
+fn used(footprint: Footprint) -> usize {
+    footprint.total() - footprint.slack
+}
+
+/// So many tokens for each of the sequences.
+fn batch(tokens: &[usize]) -> Batch {
+    Batch::new(&SEQS.into_iter().zip(tokens.iter().copied()).collect::<Vec<_>>()).unwrap()
+}
+
+fn append(store: &mut QuantStore, tokens: &[usize]) {
+    let (batch, shape) = (batch(tokens), *store.shape());
+    let of = |d| random(batch.tokens(), shape.kv_heads, d);
+    store.append(&batch, &of(shape.head_dim), &of(shape.value_dim)).unwrap();
+}
+
+/// A dense store of the dequantized entries; heads may differ in number.
+fn dequantized(store: &QuantStore) -> DenseStore {
     let shape = *store.shape();
-    let one = AttentionShape { heads: shape.group(), kv_heads: 1, ..shape };
-    let (mut out, mut lse) = (Vec::new(), Vec::new());
-    for batch in 0..2 {
-        for head in 0..shape.kv_heads {
-            let (k, v) = store.read(batch, head).unwrap();
-            let kv = |x: Tensor| x.unsqueeze(0).unwrap().unsqueeze(0).unwrap();
-            let q = q.narrow(0, batch, 1).unwrap().narrow(1, head * shape.group(), shape.group());
-            let part = attention::attend(&q.unwrap(), &kv(k), &kv(v), &one, visible).unwrap();
-            out.push(part.out);
-            lse.push(part.lse);
-        }
+    let mut dense = DenseStore::new(shape, DType::F32).unwrap();
+    for seq in store.seqs() {
+        let heads: Vec<_> = (0..shape.kv_heads).map(|h| store.read(seq, h).unwrap()).collect();
+        let longest = store.len(seq);
+        let pad = |x: &Tensor| {
+            let missing = longest - x.dim(0).unwrap();
+            x.pad_with_zeros(0, 0, missing).unwrap()
+        };
+        let join = |of: fn(&(Tensor, Tensor)) -> &Tensor| {
+            Tensor::stack(&heads.iter().map(|head| pad(of(head))).collect::<Vec<_>>(), 1).unwrap()
+        };
+        let own = |&len: &usize| (0..len as u32).collect();
+        let selection = Selection::new(store.lens(seq).iter().map(own).collect());
+        let (k, v) = (join(|head| &head.0), join(|head| &head.1));
+        let batch = Batch::single(seq, longest).unwrap();
+        dense.append_selected(&batch, &k, &v, &[selection]).unwrap();
     }
-    let join = |parts: &[Tensor]| {
-        let rows: Vec<_> =
-            parts.chunks(shape.kv_heads).map(|heads| Tensor::cat(heads, 1).unwrap()).collect();
-        Tensor::cat(&rows, 0).unwrap()
-    };
-    Partial { out: join(&out), lse: join(&lse) }
+    dense
+}
+
+fn check(store: &QuantStore, batch: &Batch, mask: Mask<'_>, case: &str) -> AttentionState {
+    let q = random(batch.tokens(), store.shape().heads, store.shape().head_dim);
+    let got = store.attend(batch, &q, mask).unwrap();
+    let dense = dequantized(store);
+    let want = dense.attend(batch, &q, mask).unwrap();
+    assert!(relative(&got.out, &want.out) < 1e-3, "{case}");
+    assert!(relative(&got.lse, &want.lse) < 1e-3, "{case}");
+    let sums = store.attention_sums(batch, &q, &got.lse, mask).unwrap();
+    for (got, want) in sums.iter().zip(dense.attention_sums(batch, &q, &want.lse, mask).unwrap()) {
+        assert_eq!(got.len(), want.len(), "{case}");
+        let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst < 1e-2, "{case}: {worst}");
+    }
+    got
 }
 
 #[test]
 fn fused_attention_equals_dequantize_then_attend() {
-    for d in [64, 80] {
-        let shape = AttentionShape::new(6, 2, d).unwrap();
+    for (d, value_dim) in [(64, 64), (80, 48)] {
+        let shape = AttentionShape { value_dim, ..AttentionShape::new(6, 2, d).unwrap() };
         for format in formats() {
             let mut store = QuantStore::new(shape, format).unwrap();
-            for tokens in [300, 1, 37] {
-                store.append(&random(2, tokens, d), &random(2, tokens, d)).unwrap();
+            for tokens in [[300, 40], [1, 1], [37, 200]] {
+                append(&mut store, &tokens);
             }
-            for (tokens, visible) in
-                [(1, Visible::All), (5, Visible::Causal), (40, Visible::Causal)]
-            {
-                let q = random(6, tokens, d);
-                let (got, want) =
-                    (store.attend(&q, visible).unwrap(), reference(&store, &q, visible));
-                assert!(relative(&got.out, &want.out) < 1e-3, "{format:?} {tokens} {visible:?}");
-                assert!(relative(&got.lse, &want.lse) < 1e-3, "{format:?} {tokens} {visible:?}");
-                let mass = store.mass(&q, &got.lse, visible).unwrap();
-                for of_head in mass {
-                    assert!(
-                        (of_head.iter().sum::<f32>() - tokens as f32).abs() < 1e-2 * tokens as f32
-                    );
-                }
+            let calls = [([1, 1], Mask::Full), ([5, 1], Mask::Causal), ([40, 3], Mask::Causal)];
+            for (tokens, mask) in calls {
+                let case = format!("{format:?} {tokens:?} {mask:?}");
+                check(&store, &batch(&tokens), mask, &case);
             }
+            // Ranges that begin and end within blocks, others for each head.
+            let ranges = vec![vec![3..40, 64..65, 100..338], vec![0..338], vec![], vec![200..241]];
+            let ranges = EntryRanges::new(ranges).unwrap();
+            check(&store, &batch(&[2, 2]), Mask::Entries(&ranges), &format!("{format:?} ranges"));
         }
     }
 }
 
 #[test]
-fn what_is_retained_is_untouched_and_the_rest_is_freed() {
+fn a_sequence_that_is_not_known_has_nothing_to_attend_to() {
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let mut store = QuantStore::new(shape, formats()[0]).unwrap();
+    append(&mut store, &[90]);
+    let q = random(3, 4, 64);
+    let calls = Batch::new(&[(77, 1), (SEQS[0], 2)]).unwrap();
+    let both = store.attend(&calls, &q, Mask::Full).unwrap();
+    let lse: Vec<f32> = both.lse.get(0).unwrap().to_vec1().unwrap();
+    assert_eq!(lse, [f32::NEG_INFINITY; 4]);
+    let own = q.narrow(0, 1, 2).unwrap();
+    let alone = store.attend(&Batch::single(SEQS[0], 2).unwrap(), &own, Mask::Full).unwrap();
+    assert_eq!(relative(&both.out.narrow(0, 1, 2).unwrap(), &alone.out), 0.0);
+}
+
+#[test]
+fn retained_entries_are_untouched_and_the_rest_is_freed() {
     let shape = AttentionShape::new(4, 2, 64).unwrap();
     for format in formats() {
         let mut store = QuantStore::new(shape, format).unwrap();
-        store.append(&random(2, 600, 64), &random(2, 600, 64)).unwrap();
-        let before: Vec<_> = (0..4).map(|h| store.read(h / 2, h % 2).unwrap()).collect();
-        let bytes = store.footprint().total();
-        // Ragged: another stretch for each head.
-        let keep: Vec<Vec<u32>> = (0..4)
-            .map(|h| {
-                (0..600).filter(|e| e % 7 == h || (*e > 100 * h && *e < 100 * h + 60)).collect()
-            })
-            .collect();
-        store.retain(&Selection::new(keep.clone())).unwrap();
-        for (h, keep) in keep.iter().enumerate() {
-            let (k, v) = store.read(h / 2, h % 2).unwrap();
-            let rows = Tensor::new(keep.as_slice(), &Device::Cpu).unwrap();
-            assert_eq!(relative(&k, &before[h].0.index_select(&rows, 0).unwrap()), 0.0);
-            assert_eq!(relative(&v, &before[h].1.index_select(&rows, 0).unwrap()), 0.0);
+        append(&mut store, &[600, 600]);
+        let bytes = used(store.footprint());
+        for seq in SEQS {
+            let before: Vec<_> = (0..2).map(|h| store.read(seq, h).unwrap()).collect();
+            // Ragged: another stretch for each head.
+            let keep: Vec<Vec<u32>> = (0..2)
+                .map(|h| {
+                    (0..600).filter(|e| e % 7 == h || (*e > 100 * h && *e < 100 * h + 60)).collect()
+                })
+                .collect();
+            store.retain(seq, &Selection::new(keep.clone())).unwrap();
+            for (h, keep) in keep.iter().enumerate() {
+                let (k, v) = store.read(seq, h).unwrap();
+                let rows = Tensor::new(keep.as_slice(), &Device::Cpu).unwrap();
+                assert_eq!(relative(&k, &before[h].0.index_select(&rows, 0).unwrap()), 0.0);
+                assert_eq!(relative(&v, &before[h].1.index_select(&rows, 0).unwrap()), 0.0);
+            }
         }
-        let q = random(4, 1, 64);
-        let (got, want) =
-            (store.attend(&q, Visible::All).unwrap(), reference(&store, &q, Visible::All));
-        assert!(relative(&got.out, &want.out) < 1e-3, "{format:?}");
-        let newest: Vec<u32> = (keep[0].len() as u32 - 40..keep[0].len() as u32).collect();
-        let mut all: Vec<Vec<u32>> = vec![newest];
-        all.extend((1..4).map(|_| (0..10).collect()));
-        store.retain(&Selection::new(all)).unwrap();
-        assert!(store.footprint().total() < bytes / 3, "{format:?}: {}", store.footprint());
+        check(&store, &batch(&[1, 2]), Mask::Full, &format!("{format:?}"));
+        for seq in SEQS {
+            let len = store.lens(seq)[0] as u32;
+            let few = vec![(len - 40..len).collect(), (0..10).collect()];
+            store.retain(seq, &Selection::new(few)).unwrap();
+        }
+        assert!(used(store.footprint()) < bytes / 3, "{format:?}: {}", store.footprint());
     }
 }
 
@@ -114,11 +160,11 @@ fn what_is_retained_is_untouched_and_the_rest_is_freed() {
 fn footprint_ratios_at_8192_tokens() {
     for d in [64, 128] {
         let shape = AttentionShape::new(1, 1, d).unwrap();
-        let kv = Tensor::randn(0f32, 1., (1, 1, 8192, d), &Device::Cpu).unwrap();
+        let kv = random(8192, 1, d);
         let ratio = |format: Format| {
             let mut store = QuantStore::new(shape, format).unwrap();
-            store.append(&kv, &kv).unwrap();
-            (8192 * d * 2 * 2) as f64 / store.footprint().total() as f64
+            store.append(&Batch::single(0, 8192).unwrap(), &kv, &kv).unwrap();
+            (8192 * d * 2 * 2) as f64 / store.seq_footprint(0).total() as f64
         };
         let kivi = |bits| ratio(Format::kivi(bits, bits, 32, 128).unwrap());
         let (two, four) = (kivi(Bits::Two), kivi(Bits::Four));
@@ -130,55 +176,58 @@ fn footprint_ratios_at_8192_tokens() {
 
 #[test]
 fn a_prompt_is_exact_and_decoding_is_close_to_dense() {
-    let shape = AttentionShape::new(4, 2, 64).unwrap();
     let rope = Rope::new(64, 64, 10_000.0, RopeScaling::None).unwrap();
-    let mut dense = DenseCache::new(shape, DType::F32).unwrap();
-    let mut packed =
-        QuantCache::new(shape, Format::kivi(Bits::Eight, Bits::Eight, 32, 128).unwrap()).unwrap();
-    for (tokens, tolerance) in [(300, 1e-6), (1, 2e-2), (1, 2e-2), (50, 2e-2)] {
-        let (q, k, v) = (random(4, tokens, 64), random(2, tokens, 64), random(2, tokens, 64));
-        let step = Step { q: &q, k: &k, v: &v, shape: &shape, rope: &rope };
+    let spec = LayerSpec::new(AttentionShape::new(4, 2, 64).unwrap()).with_rope(Arc::new(rope));
+    let mut dense = DenseCache::new(spec.clone(), DType::F32).unwrap();
+    let format = Format::kivi(Bits::Eight, Bits::Eight, 32, 128).unwrap();
+    let mut packed = QuantCache::new(spec, format).unwrap();
+    for (tokens, tolerance) in [([300, 7], 1e-6), ([1, 1], 2e-2), ([1, 200], 2e-2), ([50, 1], 2e-2)]
+    {
+        let batch = batch(&tokens);
+        let of = |heads| random(batch.tokens(), heads, 64);
+        let (q, k, v) = (of(4), of(2), of(2));
+        let step = Step { batch: &batch, q: &q, k: &k, v: &v };
         let (got, want) = (packed.attend(&step).unwrap(), dense.attend(&step).unwrap());
-        assert!(relative(&got, &want) <= tolerance, "{tokens} tokens: {}", relative(&got, &want));
+        let error = relative(&got, &want);
+        assert!(error <= tolerance, "{tokens:?} tokens: {error}");
     }
 }
 
 #[test]
 fn numbers_that_cannot_be_packed_are_named() {
     let shape = AttentionShape::new(1, 1, 4).unwrap();
-    let mut store =
-        QuantStore::new(shape, Format::flexgen(Bits::Four, Bits::Four, 32).unwrap()).unwrap();
+    let format = Format::flexgen(Bits::Four, Bits::Four, 32).unwrap();
+    let mut store = QuantStore::new(shape, format).unwrap();
     let mut data = vec![0f32; 12];
     data[6] = f32::NAN;
-    let k = Tensor::from_vec(data, (1, 1, 3, 4), &Device::Cpu).unwrap();
-    let message = store.append(&k, &k).unwrap_err().to_string();
-    assert!(message.contains("NaN at token 1, channel 2"), "{message}");
+    let k = Tensor::from_vec(data, (3, 1, 4), &Device::Cpu).unwrap();
+    let message = store.append(&Batch::single(5, 3).unwrap(), &k, &k).unwrap_err().to_string();
+    assert!(message.contains("keys of sequence 5: token 1, head 0, channel 2"), "{message}");
 }
 
 #[test]
 fn holes_are_closed_where_tokens_are_packed_one_by_one() {
     let shape = AttentionShape::new(2, 1, 64).unwrap();
     let one_by_one = Scheme::new(Bits::Four, Axis::Channels, 32).unwrap();
-    for flush in [Flush::Immediate, Flush::Together, Flush::Staggered(64)] {
+    for flush in [Flush::Immediate, Flush::Rolling(64), Flush::Staggered(64)] {
         let format = Format::new(one_by_one, one_by_one, flush).unwrap();
         let mut store = QuantStore::new(shape, format).unwrap();
         for tokens in [500, 100] {
-            store.append(&random(1, tokens, 64), &random(1, tokens, 64)).unwrap();
+            append(&mut store, &[tokens]);
         }
-        let before = (store.footprint().total(), store.read(0, 0).unwrap());
-        // Every fifth entry: each chunk keeps some.
+        let seq = SEQS[0];
+        let before = (used(store.seq_footprint(seq)), store.read(seq, 0).unwrap());
+        // Every fifth entry: each block keeps some.
         let keep: Vec<u32> = (0..600).filter(|e| e % 5 == 2).collect();
-        store.retain(&Selection::uniform(2, keep.clone())).unwrap();
+        store.retain(seq, &Selection::uniform(1, keep.clone())).unwrap();
         let rows = Tensor::new(keep.as_slice(), &Device::Cpu).unwrap();
-        let (k, v) = store.read(0, 0).unwrap();
+        let (k, v) = store.read(seq, 0).unwrap();
         assert_eq!(relative(&k, &before.1.0.index_select(&rows, 0).unwrap()), 0.0);
         assert_eq!(relative(&v, &before.1.1.index_select(&rows, 0).unwrap()), 0.0);
-        assert!(store.footprint().total() * 3 < before.0, "{flush:?}: {}", store.footprint());
-        // What comes later finds its place.
-        store.append(&random(1, 77, 64), &random(1, 77, 64)).unwrap();
-        let q = random(2, 1, 64);
-        let (got, want) =
-            (store.attend(&q, Visible::All).unwrap(), reference(&store, &q, Visible::All));
-        assert!(relative(&got.out, &want.out) < 1e-3, "{flush:?}");
+        let after = store.seq_footprint(seq);
+        assert!(used(after) * 3 < before.0, "{flush:?}: {after}");
+        // Later tokens find their places.
+        append(&mut store, &[77]);
+        check(&store, &batch(&[1]), Mask::Full, &format!("{flush:?}"));
     }
 }

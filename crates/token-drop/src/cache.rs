@@ -1,141 +1,189 @@
-//! The frame: one layer's cache that lets a policy say what stays in its store.
+//! The cache that applies a policy: one layer, any store, many sequences.
 
-mod judge;
+mod plan;
+mod score;
+mod take;
 
-use crate::{Budget, check::check_step, ledger::Ledger};
+use crate::{
+    Budget, EvictionPolicy, Granularity, HeadBudgets, LayerBudgets, Needs, Prefill, Protected,
+    Settings,
+    entries::Entries,
+    sequences::{Sequence, Sequences},
+    storage::{check_store, cut},
+};
 use candle_core::Tensor;
 use longctx_core::{
-    Error, EvictionPolicy, Footprint, KvCache, KvStore, Mass, Partial, Protected, Result,
-    Selection, Step, Visible, attention,
+    Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Result, SeqId, Step, check_new,
 };
 
-/// Which calls of several tokens are followed by compression.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Prefill {
-    /// Each: a prompt in chunks never holds more than the budget and one chunk, and a chunk sees what earlier compression left.
-    #[default]
-    EveryCall,
-    /// The first alone, as kvpress does it; what comes later stays, unless the cache evicts while decoding.
-    FirstCall,
-}
-
-/// A cache that keeps, in any store, what a policy selects within a budget.
+/// A cache that keeps, in any store, what a policy selects within a budget, for each sequence on
+/// its own.
 ///
-/// Attention among the tokens of one call is exact: tokens are evicted after it, and their memory given back. A decoded token joins
-/// the store before it attends. Keys keep the rotation of their true positions unless the policy
-/// [rerotates](EvictionPolicy::rerotates).
+/// Attention among the tokens of one call is exact: tokens are evicted after it, and their memory
+/// given back. A decoded token joins the store before it attends. Keys keep the rotation of their
+/// true positions unless the cache [re-rotates](Settings::rerotate) them.
+///
+/// [`new`](Self::new) applies any policy with [plain settings](Settings::new). A published method
+/// has a constructor of its own, with the settings that its public code has:
+/// [`snap_kv`](Self::snap_kv), [`h2o`](Self::h2o), [`tova`](Self::tova), [`finch`](Self::finch),
+/// [`expected_attention`](Self::expected_attention), [`lag_kv`](Self::lag_kv),
+/// [`recent`](Self::recent), [`duo_attention`](Self::duo_attention). The `with_` methods change one
+/// setting.
 ///
 /// ```
+/// use std::sync::Arc;
 /// use candle_core::{DType, Device, Tensor};
-/// use longctx_core::{AttentionShape, DenseStore, KvCache, Rope, RopeScaling, Step};
-/// use token_drop::{Budget, PolicyCache, SnapKv};
+/// use longctx_core::{
+///     AttentionShape, Batch, DenseStore, KvCache, LayerSpec, Rope, RopeScaling, Step,
+/// };
+/// use token_drop::{Budget, HeadBudgets, PolicyCache, SnapKv};
 ///
-/// let shape = AttentionShape::new(8, 2, 64)?;
-/// let rope = Rope::new(64, 64, 10_000.0, RopeScaling::None)?;
-/// let store = DenseStore::new(shape, DType::F16)?;
-/// let mut cache = PolicyCache::new(store, SnapKv::new(32)?, Budget::Ratio(0.25))?;
-/// let q = Tensor::randn(0f32, 1., (1, 8, 400, 64), &Device::Cpu)?;
-/// let k = Tensor::randn(0f32, 1., (1, 2, 400, 64), &Device::Cpu)?;
-/// cache.attend(&Step { q: &q, k: &k, v: &k, shape: &shape, rope: &rope })?;
-/// assert_eq!((cache.seen(), cache.held()), (400, 100));
-/// assert!(cache.positions()[0].ends_with(&[397, 398, 399]));
+/// let rope = Arc::new(Rope::new(64, 64, 10_000.0, RopeScaling::None)?);
+/// let spec = LayerSpec::new(AttentionShape::new(8, 2, 64)?).with_rope(rope);
+/// let store = DenseStore::new(spec.shape, DType::F16)?;
+/// let mut cache = PolicyCache::snap_kv(spec, store, SnapKv::new(32)?, Budget::Ratio(0.25))?;
+/// let batch = Batch::new(&[(0, 400), (1, 200)])?;
+/// let q = Tensor::randn(0f32, 1., (600, 8, 64), &Device::Cpu)?;
+/// let k = Tensor::randn(0f32, 1., (600, 2, 64), &Device::Cpu)?;
+/// cache.attend(&Step { batch: &batch, q: &q, k: &k, v: &k })?;
+/// assert_eq!((cache.seen(0), cache.held(0)), (400, 100));
+/// assert_eq!((cache.seen(1), cache.held(1)), (200, 50));
+/// assert!(cache.positions(1)[0].ends_with(&[197, 198, 199]));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// In a pool of fixed capacity, an eviction from blocks that forks share needs room for copies.
+/// Where there is none, it is put off: the sequence holds more than its budget until a later call
+/// evicts.
 #[derive(Debug)]
 pub struct PolicyCache<S, P> {
+    spec: LayerSpec,
     store: S,
     policy: P,
-    budget: Budget,
-    extra: Protected,
-    prefill: Prefill,
-    decode_step: Option<usize>,
-    /// The budget in tokens, not rounded, as the last call of several tokens settled it.
-    allowed: f64,
-    ledger: Ledger,
-    /// The newest queries before the rotary embedding, if the policy needs several of them while decoding.
-    queries: Option<Tensor>,
-    seen: usize,
+    /// What the policy reads.
+    needs: Needs,
+    settings: Settings,
+    sequences: Sequences<Held>,
 }
 
-/// One call's rotated tensors; `kv` unless the store has them already.
-struct Call<'a> {
-    step: &'a Step<'a>,
-    q: &'a Tensor,
-    kv: Option<(&'a Tensor, &'a Tensor)>,
-    lse: &'a Tensor,
+/// What is kept of a sequence beside the store.
+#[derive(Debug, Clone)]
+struct Held {
+    entries: Entries,
+    /// The newest queries before the rotary embedding, if the policy observes several of them while
+    /// decoding.
+    queries: Option<Tensor>,
+    /// Tokens that had come when entries were last evicted.
+    evicted_at: usize,
 }
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
+    /// An empty cache over `store`, with [plain settings](Settings::new).
+    ///
+    /// # Errors
+    /// As [`with_settings`](Self::with_settings).
+    pub fn new(spec: LayerSpec, store: S, policy: P, budget: Budget) -> Result<Self> {
+        Self::with_settings(spec, store, policy, Settings::new(budget))
+    }
+
     /// An empty cache over `store`.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the budget is no token, a ratio outside (0, 1), or smaller than what the policy protects, if it is
-    /// [`Budget::Policy`] for a policy that does not bound its heads itself or another for one that does, or if the store holds something; [`Error::Unsupported`] if the layer has a sliding window.
-    pub fn new(store: S, policy: P, budget: Budget) -> Result<Self> {
-        if store.shape().window.is_some() {
-            let what = "an eviction policy in a layer that has a sliding window of its own";
-            return Err(Error::Unsupported(what.into()));
-        }
-        if !store.is_empty() {
-            return Err(Error::setting("store", "an empty store", store.len()));
-        }
-        let decode_step = policy.decode_step();
-        Self {
-            store,
-            policy,
-            budget,
-            extra: Protected::default(),
-            prefill: Prefill::default(),
-            decode_step,
-            allowed: 0.0,
-            ledger: Ledger::default(),
-            queries: None,
-            seen: 0,
-        }
-        .checked()
+    /// [`Error::Setting`] naming the setting that can't be met, does not go with another one, or
+    /// needs a rotary embedding that the layer has not, and if the store holds something;
+    /// [`Error::Mismatch`] if the store was made for another shape; [`Error::Unsupported`] if the
+    /// layer has a sliding window.
+    pub fn with_settings(spec: LayerSpec, store: S, policy: P, settings: Settings) -> Result<Self> {
+        check_store(&spec, &store, "an eviction policy")?;
+        let needs = policy.needs();
+        settings.check(&spec, &needs)?;
+        Ok(Self { spec, store, policy, needs, settings, sequences: Sequences::default() })
     }
 
-    /// Keeps the first `sinks` and the newest `recent` tokens beside what the policy protects.
+    /// How the model's layers share the budget.
     ///
     /// # Errors
-    /// [`Error::Setting`] if they are more than the budget.
-    pub fn with_protected(mut self, extra: Protected) -> Result<Self> {
-        self.extra = extra;
+    /// As [`with_settings`](Self::with_settings).
+    pub fn with_layer_budgets(mut self, layer_budgets: LayerBudgets) -> Result<Self> {
+        self.settings.layer_budgets = layer_budgets;
         self.checked()
     }
 
-    /// Which calls of several tokens are compressed; by default each.
+    /// How the layer's kv heads share the budget.
+    ///
+    /// # Errors
+    /// As [`with_settings`](Self::with_settings).
+    pub fn with_head_budgets(mut self, head_budgets: HeadBudgets) -> Result<Self> {
+        self.settings.head_budgets = head_budgets;
+        self.checked()
+    }
+
+    /// What is kept or dropped as one.
+    ///
+    /// # Errors
+    /// As [`with_settings`](Self::with_settings).
+    pub fn with_granularity(mut self, granularity: Granularity) -> Result<Self> {
+        self.settings.granularity = granularity;
+        self.checked()
+    }
+
+    /// The entries that stay whatever their scores.
+    ///
+    /// # Errors
+    /// As [`with_settings`](Self::with_settings).
+    pub fn with_protected(mut self, protected: Protected) -> Result<Self> {
+        self.settings.protected = protected;
+        self.checked()
+    }
+
+    /// Which calls of a prompt are followed by eviction.
     #[must_use]
     pub fn with_prefill(mut self, prefill: Prefill) -> Self {
-        self.prefill = prefill;
+        self.settings.prefill = prefill;
         self
     }
 
-    /// Gives up `step` tokens at a time while decoding, so that from `budget - step + 1` to `budget` are held; `None` keeps all decoded
-    /// tokens. The policy has a [default](EvictionPolicy::decode_step).
+    /// How many entries a head gives up at a time while decoding, so that it holds from
+    /// `budget - step + 1` to `budget` of them; `None` keeps all decoded tokens.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the step is 0.
+    /// As [`with_settings`](Self::with_settings).
     pub fn with_decode_step(mut self, step: Option<usize>) -> Result<Self> {
-        self.decode_step = step;
+        self.settings.decode_step = step;
+        self.checked()
+    }
+
+    /// Rotates kept keys to contiguous positions.
+    ///
+    /// # Errors
+    /// As [`with_settings`](Self::with_settings).
+    pub fn with_rerotation(mut self) -> Result<Self> {
+        self.settings.rerotate = true;
         self.checked()
     }
 
     fn checked(self) -> Result<Self> {
-        let bounds_heads = self.policy.bounds_heads();
-        self.budget.check(bounds_heads, |budget| self.protected(budget).total())?;
-        if self.decode_step == Some(0) {
-            return Err(Error::setting("decode step", "at least 1 token", 0));
-        }
-        if let Some(Mass::Newest { queries, .. }) = self.policy.needs().mass
-            && queries > 1
-            && self.policy.protects(usize::MAX).recent < queries
-        {
-            let expected = format!("at least the {queries} tokens whose queries are observed");
-            let got = self.policy.protects(usize::MAX).recent;
-            return Err(Error::setting("protected recent tokens", expected, got));
-        }
+        self.settings.check(&self.spec, &self.needs)?;
         Ok(self)
+    }
+
+    /// The same cache with its policy behind a pointer, for policies that are chosen at run time.
+    pub fn boxed(self) -> PolicyCache<S, Box<dyn EvictionPolicy>>
+    where
+        P: 'static,
+    {
+        let Self { spec, store, policy, needs, settings, sequences } = self;
+        PolicyCache { spec, store, policy: Box::new(policy), needs, settings, sequences }
+    }
+
+    /// Tells the length of the prompt of a sequence that has not begun, so that a budget that is a
+    /// ratio of it is the same from its first chunk on. Calls of one token within that length then
+    /// belong to the prompt, too.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if the sequence has begun or the prompt is empty.
+    pub fn expect_prompt(&mut self, seq: SeqId, tokens: usize) -> Result<()> {
+        self.sequences.expect_prompt(seq, tokens)
     }
 
     /// The store.
@@ -148,179 +196,211 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         &self.policy
     }
 
-    /// The positions in the text of each kv head's entries, `[batch * kv_heads]` lists.
-    pub fn positions(&self) -> &[Vec<u32>] {
-        self.ledger.positions()
+    /// The settings.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
-    fn protected(&self, budget: usize) -> Protected {
-        self.policy.protects(budget).union(self.extra)
+    /// The positions in the text of each kv head's entries, `[kv_heads]` lists; none for a sequence
+    /// that is not known.
+    pub fn positions(&self, seq: SeqId) -> &[Vec<u32>] {
+        self.sequences.get(seq).map_or(&[], |sequence| sequence.state.entries.positions())
     }
 
-    /// Each head's budget, and what is protected within it.
-    fn budgets(&self) -> (Vec<usize>, Protected) {
-        let heads = self.ledger.heads();
-        let protected = self.protected(self.allowed as usize);
-        let mut budgets = self.policy.budgets(self.allowed, self.seen, heads);
-        budgets.iter_mut().for_each(|b| *b = (*b).max(protected.total()));
-        (budgets, protected)
+    /// Where a sequence's next token goes: a cache that re-rotates has no gaps.
+    fn next_position(&self, seq: SeqId) -> usize {
+        if self.settings.rerotate { self.held(seq) } else { self.seen(seq) }
     }
 
-    /// Where the next token goes: a rerotating cache has no gaps.
-    fn next_position(&self) -> usize {
-        if self.policy.rerotates() { self.held() } else { self.seen }
-    }
-
-    /// Checks a call before anything changes; gives its tokens.
-    fn check(&self, step: &Step<'_>) -> Result<usize> {
-        let batch = self.ledger.heads() / self.store.shape().kv_heads;
-        let (_, tokens) = check_step(step, self.store.shape(), (batch > 0).then_some(batch))?;
-        Ok(tokens)
-    }
-
-    /// Exact attention among several tokens, and over what was kept.
-    fn attend_many(&self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<Partial> {
-        let mut parts = vec![attention::attend(q, k, step.v, step.shape, Visible::Causal)?];
-        if !self.store.is_empty() {
-            parts.push(self.store.attend(q, Visible::All)?);
+    /// Newest queries that are remembered: those that the policy observes while decoding.
+    fn remembered(&self) -> usize {
+        if self.settings.decode_step.is_none() {
+            return 0;
         }
-        Partial::merge(&parts)
-    }
-
-    /// Takes in several tokens that have attended, and compresses.
-    fn take_many(
-        &mut self,
-        step: &Step<'_>,
-        q: &Tensor,
-        k: &Tensor,
-        whole: &Partial,
-    ) -> Result<()> {
-        let (batch, tokens) = step.shape.check_q(step.q)?;
-        let first = self.seen == 0;
-        self.seen += tokens;
-        self.allowed = self.budget.of(self.seen);
-        self.ledger.add(batch * step.shape.kv_heads, self.seen - tokens..self.seen);
-        self.remember_queries(step.q)?;
-        let call = Call { step, q, kv: Some((k, step.v)), lse: &whole.lse };
-        let (budgets, protected) = self.budgets();
-        let compress = (first || self.prefill == Prefill::EveryCall)
-            && self.policy.is_over(&self.ledger.lens(), &budgets);
-        let keep = self.judge(&call, compress.then_some(&budgets), protected)?;
-        match keep {
-            Some(keep) => self.keep_with_new(step, k, &keep),
-            None => self.store.append(k, step.v),
-        }
-    }
-
-    /// One token: it joins the store, attends, and perhaps has others evicted.
-    fn take_one(&mut self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<Partial> {
-        self.store.append(k, step.v)?;
-        let whole = self.store.attend(q, Visible::Causal)?;
-        self.seen += 1;
-        self.ledger.add(self.store.lens().len(), self.seen - 1..self.seen);
-        self.remember_queries(step.q)?;
-        let call = Call { step, q, kv: None, lse: &whole.lse };
-        let (mut budgets, protected) = self.budgets();
-        let over = self.policy.is_over(&self.ledger.lens(), &budgets);
-        let evict = self.decode_step.filter(|_| over);
-        let (step_size, least) = (evict.unwrap_or(1), protected.total().max(1));
-        budgets.iter_mut().for_each(|b| *b = b.saturating_sub(step_size - 1).max(least));
-        if let Some(keep) = self.judge(&call, evict.map(|_| &budgets), protected)? {
-            self.store.retain(&keep)?;
-            self.ledger.retain(&keep);
-            self.close_gaps(step, &keep)?;
-        }
-        Ok(whole)
-    }
-
-    /// Keeps what is selected among the store's entries and the call's tokens, which come after them.
-    fn keep_with_new(&mut self, step: &Step<'_>, k: &Tensor, keep: &Selection) -> Result<()> {
-        let mut lens = self.store.lens();
-        lens.resize(keep.heads().len(), 0);
-        let split = |(list, len): (&Vec<u32>, &usize)| {
-            let (old, new) = list.split_at(list.partition_point(|&entry| (entry as usize) < *len));
-            (old.to_vec(), new.iter().map(|entry| entry - *len as u32).collect())
+        let observed = match self.needs.attention {
+            Some(crate::ObservedQueries::Newest { queries, .. }) if queries > 1 => queries,
+            _ => 0,
         };
-        let (old, new): (Vec<_>, Vec<_>) = keep.heads().iter().zip(&lens).map(split).unzip();
-        if !self.store.is_empty() {
-            self.store.retain(&Selection::new(old))?;
-        }
-        self.store.append_selected(k, step.v, &Selection::new(new))?;
-        self.ledger.retain(keep);
-        self.close_gaps(step, keep)
-    }
-
-    /// For policies that rerotate: entries lay without gaps, entry i at position i; those kept are turned to close the gaps between them.
-    fn close_gaps(&mut self, step: &Step<'_>, keep: &Selection) -> Result<()> {
-        if !self.policy.rerotates() {
-            return Ok(());
-        }
-        let (shape, lens) = (*self.store.shape(), self.store.lens());
-        if lens.iter().any(|len| *len != lens[0]) {
-            let what = "new rotations where heads keep different numbers of entries";
-            return Err(Error::Unsupported(what.into()));
-        }
-        let (mut keys, mut values) = (Vec::new(), Vec::new());
-        for (head, kept) in keep.heads().iter().enumerate() {
-            let (k, v) = self.store.read(head / shape.kv_heads, head % shape.kv_heads)?;
-            let moves: Vec<_> = (0..).zip(kept).map(|(to, &from)| to - i64::from(from)).collect();
-            keys.push(step.rope.apply_at(&k.unsqueeze(0)?.unsqueeze(0)?, &moves)?);
-            values.push(v);
-        }
-        let dims = (lens.len() / shape.kv_heads, shape.kv_heads, lens[0], shape.head_dim);
-        let device = step.k.device();
-        self.store.reset();
-        self.store.append(
-            &Tensor::cat(&keys, 0)?.reshape(dims)?.to_device(device)?,
-            &Tensor::stack(&values, 0)?.reshape(dims)?.to_device(device)?,
-        )
+        self.needs.queries.unwrap_or(0).max(observed)
     }
 }
 
 impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
+    fn spec(&self) -> &LayerSpec {
+        &self.spec
+    }
+
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
-        let tokens = self.check(step)?;
-        let q = step.rope.apply(step.q, self.next_position())?;
-        let k = step.rope.apply(step.k, self.next_position())?;
-        let whole = match tokens {
-            1 if !self.store.is_empty() => self.take_one(step, &q, &k)?,
-            _ => {
-                let whole = self.attend_many(step, &q, &k)?;
-                self.take_many(step, &q, &k, &whole)?;
-                whole
-            }
-        };
-        whole.into_output(step.q.dtype())
-    }
-
-    fn take_prompt(&mut self, step: &Step<'_>, whole: &Partial) -> Result<()> {
         self.check(step)?;
-        if self.seen > 0 {
-            return Err(Error::mismatch("tokens seen before a prompt", 0, self.seen));
+        let lens = self.begin(step.batch);
+        match self.take(step) {
+            Ok(out) => Ok(out),
+            Err(error) => Err(self.take_back(step.batch, &lens, error)),
         }
-        let (q, k) = (step.rope.apply(step.q, 0)?, step.rope.apply(step.k, 0)?);
-        self.take_many(step, &q, &k, whole)
     }
 
-    fn seen(&self) -> usize {
-        self.seen
+    fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
+        self.check(step)?;
+        check_new(self, step.batch)?;
+        if self.needs_lse() {
+            crate::storage::check_lse(step, lse, &self.spec)?;
+        }
+        let lens = self.begin(step.batch);
+        self.take_prompt(step, lse).map_err(|error| self.take_back(step.batch, &lens, error))
     }
 
-    fn held(&self) -> usize {
-        self.store.len()
+    fn needs_lse(&self) -> bool {
+        self.needs.attention.is_some()
+    }
+
+    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        self.sequences.check_fork(from, to)?;
+        self.store.fork(from, to)?;
+        self.sequences.fork(from, to);
+        Ok(())
+    }
+
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        let sequence = self.sequences.check_truncate(seq, len)?;
+        if len == sequence.seen || len == 0 {
+            return Ok(());
+        }
+        self.check_restorable(sequence, len)?;
+        let lens = shortened(&sequence.state.entries, sequence.seen - len);
+        match lens.iter().all(|len| *len == lens[0]) {
+            true => self.store.check_truncate(seq, lens[0]),
+            // Heads that hold different numbers of entries keep the first ones of each.
+            false => Ok(()),
+        }
+    }
+
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.check_truncate(seq, len)?;
+        let kv_heads = self.spec.shape.kv_heads;
+        let Some(sequence) = self.sequences.get_mut(seq) else {
+            return Err(Error::UnknownSequence(seq));
+        };
+        let gone = sequence.seen - len;
+        if len == 0 {
+            cut(&mut self.store, seq, &vec![0; kv_heads])?;
+            sequence.state = Held::new(kv_heads);
+        } else if gone > 0 {
+            cut(&mut self.store, seq, &shortened(&sequence.state.entries, gone))?;
+            sequence.state.entries.drop_newest(gone);
+            sequence.state.forget_queries(gone)?;
+        }
+        sequence.truncate(len);
+        Ok(())
+    }
+
+    fn remove(&mut self, seq: SeqId) -> bool {
+        self.store.remove(seq);
+        self.sequences.remove(seq)
+    }
+
+    fn seqs(&self) -> Vec<SeqId> {
+        self.sequences.ids()
+    }
+
+    fn seen(&self, seq: SeqId) -> usize {
+        self.sequences.seen(seq)
+    }
+
+    fn held(&self, seq: SeqId) -> usize {
+        self.store.len(seq)
+    }
+
+    fn can_take(&self, batch: &Batch) -> bool {
+        let appended: Vec<_> =
+            batch.iter().map(|(seq, own)| (seq, self.most_appended(seq, own.len()))).collect();
+        Batch::new(&appended).is_ok_and(|batch| self.store.can_append(&batch))
     }
 
     fn footprint(&self) -> Footprint {
-        let queries =
-            self.queries.as_ref().map_or(0, |q| q.elem_count() * q.dtype().size_in_bytes());
-        let bookkeeping = self.ledger.bytes() + queries;
-        self.store.footprint() + Footprint { bookkeeping, ..Default::default() }
+        let states = self.sequences.iter().map(|(_, sequence)| sequence.state.footprint());
+        self.store.footprint() + states.sum()
     }
 
-    fn reset(&mut self) {
-        self.store.reset();
-        self.ledger = Ledger::default();
-        self.queries = None;
-        self.seen = 0;
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        let state = self.sequences.get(seq).map(|sequence| sequence.state.footprint());
+        self.store.seq_footprint(seq) + state.unwrap_or_default()
+    }
+
+    fn clear(&mut self) {
+        self.store.clear();
+        self.sequences.clear();
+    }
+}
+
+impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
+    /// Checks a call before anything changes.
+    fn check(&self, step: &Step<'_>) -> Result<()> {
+        step.check(&self.spec)?;
+        self.sequences.check(step.batch)
+    }
+
+    /// Whether what a sequence held after its first `len` tokens can be had again.
+    fn check_restorable(&self, sequence: &Sequence<Held>, len: usize) -> Result<()> {
+        let state = &sequence.state;
+        let unsupported = |why: String| Err(Error::Unsupported(format!("truncating {why}")));
+        if len < state.evicted_at {
+            let last = state.evicted_at;
+            return unsupported(format!(
+                "to {len} tokens a sequence that had entries evicted after {last}"
+            ));
+        }
+        if self.needs.previous {
+            return unsupported("a sequence whose scores are sums over all its tokens".into());
+        }
+        let wanted = self.remembered();
+        let kept = state.queries.as_ref().map_or(Ok(0), |q| q.dim(0))?;
+        if kept.saturating_sub(sequence.seen - len) < wanted.min(len) {
+            return unsupported(format!(
+                "a sequence of which the newest {wanted} queries are kept"
+            ));
+        }
+        Ok(())
+    }
+
+    /// The most entries that a call of `tokens` tokens appends to a head.
+    fn most_appended(&self, seq: SeqId, tokens: usize) -> usize {
+        let prompt = self.sequences.prompt_with(seq, tokens).len();
+        let (budgets, _) = self.settings.limits(&self.spec, prompt, self.seen(seq) + tokens);
+        let budget = budgets.into_iter().max().unwrap_or(usize::MAX);
+        if self.settings.rerotate {
+            // Kept keys are appended anew before the old ones go.
+            return budget.saturating_add(1).min(self.held(seq) + tokens) + tokens;
+        }
+        let even = self.settings.head_budgets == HeadBudgets::Uniform;
+        match self.evicts_prompt(seq, tokens) && even && !self.joins(seq, tokens) {
+            true => tokens.min(budget),
+            false => tokens,
+        }
+    }
+}
+
+/// Each head's entries without its newest `gone`.
+fn shortened(entries: &Entries, gone: usize) -> Vec<usize> {
+    entries.lens().into_iter().map(|len| len.saturating_sub(gone)).collect()
+}
+
+impl Held {
+    fn new(kv_heads: usize) -> Self {
+        Self { entries: Entries::new(kv_heads), queries: None, evicted_at: 0 }
+    }
+
+    /// Takes the newest `gone` queries back.
+    fn forget_queries(&mut self, gone: usize) -> Result<()> {
+        self.queries = match self.queries.take() {
+            Some(q) if q.dim(0)? > gone => Some(q.narrow(0, 0, q.dim(0)? - gone)?),
+            _ => None,
+        };
+        Ok(())
+    }
+
+    fn footprint(&self) -> Footprint {
+        let bytes = |q: &Tensor| q.elem_count() * q.dtype().size_in_bytes();
+        let queries = self.queries.as_ref().map_or(0, bytes);
+        Footprint { bookkeeping: self.entries.bytes() + queries, ..Default::default() }
     }
 }

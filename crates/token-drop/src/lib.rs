@@ -3,25 +3,31 @@
 
 mod budget;
 mod cache;
-mod check;
+mod entries;
 mod group;
 mod inf_llm;
-mod ledger;
+mod part;
 mod policy;
+mod prompt;
 mod quest;
-mod rows;
+mod select;
+mod sequences;
+mod settings;
+mod sharing;
+mod storage;
 mod streaming_llm;
-mod wrapper;
 
 pub use budget::Budget;
-pub use cache::{PolicyCache, Prefill};
+pub use cache::PolicyCache;
 pub use group::Group;
 pub use inf_llm::{InfLlm, InfLlmSettings};
 pub use policy::{
-    duo_attention::DuoAttention, expected_attention::ExpectedAttention, finch::Finch, h2o::H2o,
-    k_norm::KNorm, key_diff::KeyDiff, lag_kv::LagKv, random::Random, recent::Recent,
-    snap_kv::SnapKv, tova::Tova,
+    EvictionPolicy, HeadView, LayerView, Needs, ObservedQueries, duo_attention::DuoAttention,
+    expected_attention::ExpectedAttention, finch::Finch, h2o::H2o, k_norm::KNorm,
+    key_diff::KeyDiff, lag_kv::LagKv, random::Random, recent::Recent, snap_kv::SnapKv, tova::Tova,
 };
 pub use quest::Quest;
+pub use select::{Granularity, Protected};
+pub use settings::{Prefill, Settings};
+pub use sharing::{HeadBudgets, LayerBudgets};
 pub use streaming_llm::StreamingLlm;
-pub use wrapper::{ada_kv::AdaKv, chunk_kv::ChunkKv, pyramid_kv::PyramidKv, rerotated::Rerotated};

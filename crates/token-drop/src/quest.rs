@@ -1,191 +1,268 @@
-//! Quest: Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv 2406.10774.
+//! Quest: Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv
+//! 2406.10774.
 
-use crate::{Group, check::check_cpu_step, rows::Rows};
-use candle_core::{DType, Tensor};
-use longctx_core::attention::{self, Element, Page, with_slice};
-use longctx_core::{AttentionShape, Error, Footprint, KvCache, Partial, Result, Step, Visible};
+mod bounds;
+
+use crate::part::{Part, join};
+use crate::sequences::Sequences;
+use crate::storage::{check_store, cut};
+use bounds::Bounds;
+use candle_core::{DType, Device, Tensor};
+use longctx_core::{
+    AttentionState, Batch, EntryRanges, Error, Footprint, KvCache, KvStore, LayerSpec, Mask,
+    Result, SeqId, Step, check_new,
+};
 
 /// Nothing is dropped: a decoded token reads the few pages whose keys could match its query best.
 ///
-/// Each page of 16 tokens keeps the least and the largest number of each channel of its keys, which bound the score that any of
-/// them can reach. The pages with the highest bounds are read, each kv head's own, with the newest page always among them. The
-/// query heads of a group read the same pages, chosen by their largest bound. Calls of several tokens are exact, as in the published code.
+/// Each page of 16 tokens keeps the least and the largest number of each channel of its keys, which
+/// bound the score that any of them can reach. The pages with the highest bounds are read, each kv
+/// head's own, with the newest page always among them. The query heads of a group read the same
+/// pages, chosen by their largest bound. Calls of several tokens are exact, as in the published
+/// code.
 ///
-/// It saves time, not memory: what is held is a dense cache and two keys more per page. The rows are its own and not a
-/// [`KvStore`](longctx_core::KvStore)'s, since a store attends over all that it holds: so there is no packed Quest, and `T` can
-/// only be `f32`, `f16` or `bf16`. On the CPU alone: tensors of another device are [`Error::Unsupported`].
+/// It saves time, not memory: what is held is the store, and two keys in f16 for each page and kv
+/// head. Keys and values lie in any [`KvStore`], packed ones included; bounds are of the keys as
+/// they came. Pages that do not end where the store's blocks end are read in parts of blocks.
+///
+/// [`truncate`](KvCache::truncate) goes back as far as the store can. The bounds of the page that
+/// it ends in are taken anew from the store's keys.
 ///
 /// ```
-/// use candle_core::{Device, Tensor};
-/// use longctx_core::{AttentionShape, KvCache, Rope, RopeScaling, Step};
+/// use candle_core::{DType, Device, Tensor};
+/// use longctx_core::{AttentionShape, Batch, DenseStore, KvCache, LayerSpec, Step};
 /// use token_drop::Quest;
 ///
-/// let shape = AttentionShape::new(8, 2, 64)?;
-/// let rope = Rope::new(64, 64, 10_000.0, RopeScaling::None)?;
-/// let mut cache = Quest::<f32>::new(64, shape)?;
-/// for tokens in [400, 1] {
-///     let q = Tensor::randn(0f32, 1., (1, 8, tokens, 64), &Device::Cpu)?;
-///     let k = Tensor::randn(0f32, 1., (1, 2, tokens, 64), &Device::Cpu)?;
-///     cache.attend(&Step { q: &q, k: &k, v: &k, shape: &shape, rope: &rope })?;
+/// // An engine that rotates queries and keys itself.
+/// let spec = LayerSpec::new(AttentionShape::new(8, 2, 64)?);
+/// let store = DenseStore::new(spec.shape, DType::F16)?;
+/// let mut cache = Quest::new(spec, store, 64)?;
+/// for batch in [Batch::new(&[(0, 400), (1, 30)])?, Batch::decode(&[0, 1])?] {
+///     let q = Tensor::randn(0f32, 1., (batch.tokens(), 8, 64), &Device::Cpu)?;
+///     let k = Tensor::randn(0f32, 1., (batch.tokens(), 2, 64), &Device::Cpu)?;
+///     cache.attend(&Step { batch: &batch, q: &q, k: &k, v: &k })?;
 /// }
-/// assert_eq!(cache.held(), 401);
+/// assert_eq!((cache.held(0), cache.held(1)), (401, 31));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
-pub struct Quest<T> {
-    shape: AttentionShape,
+pub struct Quest<S> {
+    spec: LayerSpec,
+    store: S,
+    /// Pages that a decoded token reads.
     pages: usize,
+    /// Tokens of a page.
     page: usize,
-    held: Option<Held<T>>,
-    seen: usize,
+    sequences: Sequences<Bounds>,
 }
 
-#[derive(Debug)]
-struct Held<T> {
-    rows: Rows<T>,
-    /// For each head, the least and the largest of each channel in each whole or growing page: `[pages, 2, head_dim]`.
-    bounds: Vec<Vec<T>>,
-}
-
-impl<T: Element> Quest<T> {
+impl<S: KvStore> Quest<S> {
     /// A decoded token reads at most `budget` tokens, in pages of 16.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the budget is less than a page; [`Error::Unsupported`] if the layer has a sliding window.
-    pub fn new(budget: usize, shape: AttentionShape) -> Result<Self> {
-        Self::with_page(budget, 16, shape)
+    /// [`Error::Setting`] if the budget is less than a page or the store holds something;
+    /// [`Error::Mismatch`] if the store was made for another shape; [`Error::Unsupported`] if the
+    /// layer has a sliding window.
+    pub fn new(spec: LayerSpec, store: S, budget: usize) -> Result<Self> {
+        Self::with_page(spec, store, budget, 16)
     }
 
     /// The same with pages of another size.
     ///
     /// # Errors
     /// As [`new`](Self::new), and if the page is empty.
-    pub fn with_page(budget: usize, page: usize, shape: AttentionShape) -> Result<Self> {
+    pub fn with_page(spec: LayerSpec, store: S, budget: usize, page: usize) -> Result<Self> {
         if page == 0 {
             return Err(Error::setting("page", "at least 1 token", 0));
         }
         if budget < page {
             return Err(Error::setting("budget", format!("at least a page of {page}"), budget));
         }
-        if shape.window.is_some() {
-            let what = "Quest in a layer that has a sliding window of its own";
-            return Err(Error::Unsupported(what.into()));
+        check_store(&spec, &store, "Quest")?;
+        Ok(Self { spec, store, pages: budget / page, page, sequences: Sequences::default() })
+    }
+
+    /// The store.
+    pub fn store(&self) -> &S {
+        &self.store
+    }
+
+    /// Attention of tokens that are in the store.
+    fn attend_all(&self, batch: &Batch, q: &Tensor) -> Result<AttentionState> {
+        let prompts = Part::of(batch, |_, tokens| tokens > 1)?;
+        let decoded = Part::of(batch, |_, tokens| tokens == 1)?;
+        let mut parts = Vec::new();
+        if let Some(part) = &prompts {
+            parts.push((part, self.store.attend(&part.batch, &part.take(q)?, Mask::Causal)?));
         }
-        Ok(Self { shape, pages: budget / page, page, held: None, seen: 0 })
-    }
-
-    fn decode(&self, held: &Held<T>, q: &Tensor) -> Result<Partial> {
-        let (group, d) = (self.shape.group(), self.shape.head_dim);
-        let q32 = q.to_dtype(DType::F32)?.contiguous()?;
-        let chosen: Vec<_> = with_slice::<f32, _>(&q32, |q| {
-            let queries = q.chunks_exact(group * d).enumerate();
-            Ok(queries.map(|(head, queries)| self.choose(&held.bounds[head], queries)).collect())
-        })?;
-        let runs = |(head, pages): (usize, Vec<usize>)| self.runs(&held.rows, head, &pages);
-        let pages: Vec<_> = chosen.into_iter().enumerate().map(runs).collect();
-        attention::attend_pages(q, &pages, &self.shape, Visible::All)
-    }
-
-    /// The pages of the highest bounds, in the order of the text; the newest always.
-    fn choose(&self, bounds: &[T], queries: &[f32]) -> Vec<usize> {
-        let d = self.shape.head_dim;
-        let count = bounds.len() / (2 * d);
-        let mut order: Vec<_> = (0..count).collect();
-        if count <= self.pages {
-            return order;
+        if let Some(part) = &decoded {
+            let q = part.take(q)?;
+            let ranges = self.choose(&part.batch, &q)?;
+            parts.push((part, self.store.attend(&part.batch, &q, Mask::Entries(&ranges))?));
         }
-        let mut scratch = Vec::new();
-        let bounds = T::widen(bounds, &mut scratch);
-        let bound = |query: &[f32], page: &[f32]| {
-            let (low, high) = page.split_at(d);
-            let ends = low.iter().zip(high).zip(query);
-            ends.map(|((low, high), q)| (q * low).max(q * high)).sum::<f32>()
-        };
-        let of_head = |query| bounds.chunks_exact(2 * d).map(|page| bound(query, page)).collect();
-        let heads: Vec<Vec<f32>> = queries.chunks_exact(d).map(of_head).collect();
-        let mut scores = Group::Max.join(&heads);
-        scores[count - 1] = f32::INFINITY;
-        order.select_nth_unstable_by(self.pages - 1, |&a, &b| scores[b].total_cmp(&scores[a]));
-        order.truncate(self.pages);
-        order.sort_unstable();
-        order
+        join(&parts, batch.tokens())
     }
 
-    /// Neighbouring pages read as one.
-    fn runs<'a>(&self, rows: &'a Rows<T>, head: usize, pages: &[usize]) -> Vec<Page<'a, T>> {
-        pages
-            .chunk_by(|a, b| a + 1 == *b)
-            .map(|run| {
+    /// The entries that decoded tokens read.
+    fn choose(&self, batch: &Batch, q: &Tensor) -> Result<EntryRanges> {
+        let shape = &self.spec.shape;
+        let of_group = shape.group() * shape.head_dim;
+        let q = q.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+        let mut ranges = Vec::new();
+        for (i, queries) in q.chunks_exact(of_group).enumerate() {
+            let seq = batch.seqs()[i / shape.kv_heads];
+            let len = self.sequences.seen(seq) + 1;
+            let pages = match self.sequences.get(seq) {
+                Some(sequence) => {
+                    sequence.state.choose(i % shape.kv_heads, queries, len, self.pages)
+                }
+                None => vec![0],
+            };
+            // Neighbouring pages are read as one range.
+            let run = |run: &[usize]| {
                 let end = (run[run.len() - 1] + 1) * self.page;
-                rows.page(head, run[0] * self.page..end.min(rows.len()))
-            })
-            .collect()
+                run[0] * self.page..end.min(len)
+            };
+            ranges.push(pages.chunk_by(|a, b| a + 1 == *b).map(run).collect());
+        }
+        EntryRanges::new(ranges)
     }
-}
 
-impl<T: Element> Held<T> {
-    fn append(&mut self, k: &Tensor, v: &Tensor, page: usize) -> Result<()> {
-        let first = self.rows.len() / page;
-        self.rows.append(k, v)?;
-        let len = self.rows.len();
-        for (head, bounds) in self.bounds.iter_mut().enumerate() {
-            let d = self.rows.head_dim();
-            bounds.truncate(first * 2 * d);
-            for start in (first * page..len).step_by(page) {
-                let keys = self.rows.page(head, start..(start + page).min(len)).keys;
-                let fold = |pick: fn(T, T) -> T| {
-                    let column = |c: usize| keys[c..].iter().step_by(d).copied();
-                    (0..d).map(move |c| column(c).reduce(pick).unwrap_or(keys[c]))
-                };
-                bounds.extend(fold(|a, b| if b < a { b } else { a }));
-                bounds.extend(fold(|a, b| if b > a { b } else { a }));
+    /// Takes a call's keys, `[kv_heads, tokens, head_dim]` on the CPU in f32, into the bounds.
+    fn note(&mut self, batch: &Batch, keys: &Tensor) -> Result<()> {
+        let (kv_heads, page, d) = (self.spec.shape.kv_heads, self.page, self.spec.shape.head_dim);
+        for &seq in batch.seqs() {
+            self.sequences.begin(seq, || Bounds::new(kv_heads, page, d));
+        }
+        for (seq, tokens) in batch.iter() {
+            let own = keys.narrow(1, tokens.start, tokens.len())?;
+            let Some(sequence) = self.sequences.get_mut(seq) else { continue };
+            for head in 0..kv_heads {
+                let keys = own.get(head)?.flatten_all()?.to_vec1::<f32>()?;
+                sequence.state.add(head, sequence.seen, &keys);
             }
+            self.sequences.advance(seq, tokens.len());
         }
         Ok(())
     }
+
+    /// Appends a call's tokens and attends with them, if they do.
+    fn take(&mut self, step: &Step<'_>, attends: bool) -> Result<Option<Tensor>> {
+        let (q, k) = step.rotate(&self.spec, |seq| self.sequences.seen(seq))?;
+        let cpu = |x: &Tensor| x.to_dtype(DType::F32)?.to_device(&Device::Cpu);
+        let keys = cpu(&k)?.transpose(0, 1)?.contiguous()?;
+        self.store.append(step.batch, &k, step.v)?;
+        let out = match attends {
+            true => {
+                let state = self.attend_all(step.batch, &q)?;
+                Some(self.spec.output(state, step.q.dtype())?)
+            }
+            false => None,
+        };
+        self.note(step.batch, &keys).map_err(|error| self.sequences.poison(step.batch, error))?;
+        Ok(out)
+    }
+
+    /// Takes a call in, or leaves everything as it was.
+    fn take_whole(&mut self, step: &Step<'_>, attends: bool) -> Result<Option<Tensor>> {
+        let lens: Vec<_> = step.batch.seqs().iter().map(|&seq| self.store.lens(seq)).collect();
+        self.take(step, attends).map_err(|error| {
+            for (&seq, lens) in step.batch.seqs().iter().zip(&lens) {
+                if cut(&mut self.store, seq, lens).is_err() {
+                    return self.sequences.poison(step.batch, error);
+                }
+            }
+            error
+        })
+    }
 }
 
-impl<T: Element> KvCache for Quest<T> {
+impl<S: KvStore> KvCache for Quest<S> {
+    fn spec(&self) -> &LayerSpec {
+        &self.spec
+    }
+
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
-        let held = self.held.as_ref().map(|held| held.rows.heads() / self.shape.kv_heads);
-        let (batch, tokens) = check_cpu_step(step, &self.shape, held)?;
-        let heads = batch * self.shape.kv_heads;
-        let q = step.rope.apply(step.q, self.seen)?;
-        let k = step.rope.apply(step.k, self.seen)?;
-        let mut held = self.held.take().unwrap_or_else(|| Held {
-            rows: Rows::new(heads, self.shape.head_dim),
-            bounds: vec![Vec::new(); heads],
-        });
-        held.append(&k, step.v, self.page)?;
-        let out = match tokens {
-            1 => self.decode(&held, &q)?,
-            _ => {
-                let whole: Vec<_> = (0..heads).map(|head| vec![held.rows.whole(head)]).collect();
-                attention::attend_pages(&q, &whole, &self.shape, Visible::Causal)?
-            }
+        step.check(&self.spec)?;
+        self.sequences.check(step.batch)?;
+        let nothing = || Error::mismatch("output", "a tensor", "none");
+        self.take_whole(step, true)?.ok_or_else(nothing)
+    }
+
+    fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
+        step.check(&self.spec)?;
+        self.sequences.check(step.batch)?;
+        check_new(self, step.batch)?;
+        self.take_whole(step, false).map(drop)
+    }
+
+    fn needs_lse(&self) -> bool {
+        false
+    }
+
+    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        self.sequences.check_fork(from, to)?;
+        self.store.fork(from, to)?;
+        self.sequences.fork(from, to);
+        Ok(())
+    }
+
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        self.sequences.check_truncate(seq, len)?;
+        self.store.check_truncate(seq, len)
+    }
+
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.check_truncate(seq, len)?;
+        self.store.truncate(seq, len)?;
+        let Some(sequence) = self.sequences.get_mut(seq) else {
+            return Err(Error::UnknownSequence(seq));
         };
-        self.seen += tokens;
-        self.held = Some(held);
-        out.into_output(step.q.dtype())
+        if len == sequence.seen {
+            return Ok(());
+        }
+        sequence.truncate(len);
+        let first = sequence.state.truncate(len);
+        for head in 0..self.spec.shape.kv_heads {
+            let (keys, _) = self.store.read_range(seq, head, first..len)?;
+            sequence.state.add(head, first, &keys.flatten_all()?.to_vec1::<f32>()?);
+        }
+        Ok(())
     }
 
-    fn seen(&self) -> usize {
-        self.seen
+    fn remove(&mut self, seq: SeqId) -> bool {
+        self.store.remove(seq);
+        self.sequences.remove(seq)
     }
 
-    fn held(&self) -> usize {
-        self.seen
+    fn seqs(&self) -> Vec<SeqId> {
+        self.sequences.ids()
+    }
+
+    fn seen(&self, seq: SeqId) -> usize {
+        self.sequences.seen(seq)
+    }
+
+    fn held(&self, seq: SeqId) -> usize {
+        self.sequences.seen(seq)
+    }
+
+    fn can_take(&self, batch: &Batch) -> bool {
+        self.store.can_append(batch)
     }
 
     fn footprint(&self) -> Footprint {
-        let Some(held) = &self.held else { return Footprint::default() };
-        let bounds: usize = held.bounds.iter().map(Vec::capacity).sum();
-        let bookkeeping = bounds * size_of::<T>();
-        held.rows.footprint() + Footprint { bookkeeping, ..Default::default() }
+        let bounds = self.sequences.iter().map(|(_, sequence)| sequence.state.footprint());
+        self.store.footprint() + bounds.sum()
     }
 
-    fn reset(&mut self) {
-        self.held = None;
-        self.seen = 0;
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        let bounds = self.sequences.get(seq).map(|sequence| sequence.state.footprint());
+        self.store.seq_footprint(seq) + bounds.unwrap_or_default()
+    }
+
+    fn clear(&mut self) {
+        self.store.clear();
+        self.sequences.clear();
     }
 }

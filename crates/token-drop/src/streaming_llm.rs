@@ -1,106 +1,147 @@
-//! StreamingLLM: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453.
+//! StreamingLLM: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv
+//! 2309.17453.
 
-use crate::check::check_step;
+use std::collections::BTreeMap;
+
+use crate::budget::check_ratio;
+use crate::part::{Part, join};
+use crate::prompt::Prompt;
+use crate::sequences::Sequences;
+use crate::storage::{check_store, cut, evict, fork};
 use candle_core::{DType, Tensor};
 use longctx_core::{
-    DenseStore, Error, Footprint, KvCache, KvStore, Partial, Result, Selection, Step, Visible,
-    attention,
+    AttentionState, Batch, DenseStore, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result,
+    Selection, SeqId, Step, attention, check_new,
 };
 
 /// Share of the kept tokens that are sinks, where a ratio of the prompt is kept (arXiv 2407.01527).
 const SINK_SHARE: f64 = 0.021;
+/// Sinks that a ratio keeps at least: those of the published code.
+const SINKS: usize = 4;
 
-/// The first tokens ("sinks") and a window of the newest ones, at constant memory however long the text grows.
+/// The first tokens ("sinks") and a window of the newest ones, at constant memory however long the
+/// text grows.
 ///
-/// Positions are those *within the cache*: with 4 sinks and a window of 60, the newest token is never past position 64.
-/// The published code rotates the whole window anew for every token. That is not needed, since attention sees only
-/// differences of positions: keys of the window stay rotated at their true positions and meet queries rotated at theirs; keys
-/// of the sinks stay where they were at first and meet queries rotated at their place within the cache. The two parts of the
-/// attention are merged without loss. So the window may lie in any store, packed ones included; the few sinks lie in f32.
+/// Positions are those *within the cache*: with 4 sinks and a window of 60, the newest token is
+/// never past position 64. The published code rotates the whole window anew for every token. That
+/// is not needed, since attention sees only differences of positions: keys of the window stay
+/// rotated at their true positions and meet queries rotated at theirs; keys of the sinks stay where
+/// they were at first and meet queries rotated at their place within the cache. The two parts of
+/// the attention are merged without loss. So the window may lie in any store, packed ones included;
+/// the few sinks lie in f32.
 ///
-/// The whole prompt in one call gets exact attention; tokens are dropped afterwards.
+/// A whole prompt in one call gets exact attention; tokens are dropped afterwards.
+///
+/// [`truncate`](KvCache::truncate) takes back tokens that came after the last ones were dropped:
+/// with [`with_step`](Self::with_step), up to a step of them.
+///
+/// In a pool of fixed capacity, dropping tokens from blocks that forks share needs room for copies.
+/// Where there is none, they are dropped by a later call.
 #[derive(Debug)]
 pub struct StreamingLlm<S> {
+    spec: LayerSpec,
     size: Size,
     step: usize,
     sinks: DenseStore,
     window: S,
-    /// Tokens that the sinks and the window have room for; a ratio is settled by the first call.
-    room: (usize, usize),
-    seen: usize,
+    sequences: Sequences<Dropped>,
+}
+
+/// What is kept of a sequence beside the stores: the tokens that had come when some were last
+/// dropped.
+#[derive(Debug, Clone, Default)]
+struct Dropped {
+    at: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
 enum Size {
     Tokens { sinks: usize, window: usize },
-    RatioOfPrompt(f64),
+    Ratio(f64),
 }
 
 impl Size {
-    fn of(self, prompt: usize) -> (usize, usize) {
+    /// Sinks, and tokens in all.
+    fn of(self, prompt: Prompt) -> (usize, usize) {
         match self {
-            Size::Tokens { sinks, window } => (sinks, window),
-            Size::RatioOfPrompt(ratio) => {
-                let kept = (ratio * prompt as f64) as usize;
-                let sinks = (kept as f64 * SINK_SHARE) as usize;
-                (sinks, (kept - sinks).max(1))
+            Size::Tokens { sinks, window } => (sinks, sinks.saturating_add(window)),
+            Size::Ratio(ratio) => {
+                let kept = ((ratio * prompt.len() as f64) as usize).max(SINKS + 1);
+                (((kept as f64 * SINK_SHARE) as usize).max(SINKS), kept)
             }
         }
     }
+}
+
+/// Where the tokens of one sequence's call go.
+#[derive(Debug, Clone, Copy)]
+struct Moves {
+    tokens: usize,
+    /// The call's first tokens that become sinks.
+    sinks: usize,
+    /// Tokens that leave the window.
+    leave: usize,
+    /// The call's tokens after the sinks that never enter it.
+    skip: usize,
 }
 
 impl<S: KvStore> StreamingLlm<S> {
     /// Keeps the first `sinks` tokens, and the newest `window` ones in `store`.
     ///
     /// # Errors
-    /// [`Error::Setting`] if `window` is 0 or `store` holds something; [`Error::Unsupported`] if the layer has a sliding
-    /// window of its own.
-    pub fn new(sinks: usize, window: usize, store: S) -> Result<Self> {
+    /// [`Error::Setting`] if `window` is 0, `store` holds something, or the layer has no rotary
+    /// embedding; [`Error::Unsupported`] if the layer has a sliding window of its own.
+    pub fn new(spec: LayerSpec, store: S, sinks: usize, window: usize) -> Result<Self> {
         if window == 0 {
             return Err(Error::setting("window", "at least 1 token", window));
         }
-        Self::with_size(Size::Tokens { sinks, window }, store)
+        Self::with_size(spec, store, Size::Tokens { sinks, window })
     }
 
-    /// Keeps `ratio` of the tokens of the first call: 2.1% of these as sinks, the others as the window.
+    /// Keeps `ratio` of the tokens of the prompt, and no fewer than 5: 2.1 % of them as sinks, but
+    /// at least 4, the others as the window.
+    ///
+    /// [`expect_prompt`](Self::expect_prompt) tells a prompt's length beforehand. Otherwise the
+    /// window grows as the prompt comes, and the sinks are those of its first call.
     ///
     /// # Errors
-    /// As [`new`](Self::new), and [`Error::Setting`] if `ratio` is not between 0 and 1, ends excluded.
-    pub fn with_ratio(ratio: f64, store: S) -> Result<Self> {
-        if !(ratio > 0.0 && ratio < 1.0) {
-            return Err(Error::setting("ratio", "a number between 0 and 1", ratio));
-        }
-        Self::with_size(Size::RatioOfPrompt(ratio), store)
+    /// As [`new`](Self::new), and [`Error::Setting`] if `ratio` is not between 0 and 1, ends
+    /// excluded.
+    pub fn with_ratio(spec: LayerSpec, store: S, ratio: f64) -> Result<Self> {
+        check_ratio(ratio)?;
+        Self::with_size(spec, store, Size::Ratio(ratio))
     }
 
-    fn with_size(size: Size, window: S) -> Result<Self> {
-        let shape = *window.shape();
-        if shape.window.is_some() {
-            let what = "StreamingLLM in a layer that has a sliding window of its own";
-            return Err(Error::Unsupported(what.into()));
-        }
-        if !window.is_empty() {
-            return Err(Error::setting("store", "an empty store", window.len()));
-        }
-        let sinks = DenseStore::new(shape, DType::F32)?;
-        Ok(Self { size, step: 1, sinks, window, room: (0, 0), seen: 0 })
+    fn with_size(spec: LayerSpec, window: S, size: Size) -> Result<Self> {
+        check_store(&spec, &window, "StreamingLLM")?;
+        spec.rope_for("StreamingLLM")?;
+        let sinks = DenseStore::new(spec.shape, DType::F32)?;
+        Ok(Self { spec, size, step: 1, sinks, window, sequences: Sequences::default() })
     }
 
-    /// Drops `step` tokens at a time, so that the window holds from `window - step + 1` to `window` of them. A step of a whole
-    /// group spares a packed store from packing all groups anew.
+    /// Drops `step` tokens at a time, so that the window holds from `window - step + 1` to `window`
+    /// of them. A step of a whole group spares a packed store from packing all groups anew.
     ///
     /// # Errors
     /// [`Error::Setting`] if `step` is 0 or more than the window.
     pub fn with_step(mut self, step: usize) -> Result<Self> {
         let most = match self.size {
             Size::Tokens { window, .. } => window,
-            Size::RatioOfPrompt(_) => usize::MAX,
+            Size::Ratio(_) => usize::MAX,
         };
         if step == 0 || step > most {
             return Err(Error::setting("step", "from 1 to the window", step));
         }
         self.step = step;
         Ok(self)
+    }
+
+    /// Tells the length of the prompt of a sequence that has not begun, for a ratio of it.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if the sequence has begun or the prompt is empty.
+    pub fn expect_prompt(&mut self, seq: SeqId, tokens: usize) -> Result<()> {
+        self.sequences.expect_prompt(seq, tokens)
     }
 
     /// The sinks.
@@ -113,106 +154,233 @@ impl<S: KvStore> StreamingLlm<S> {
         &self.window
     }
 
-    /// Checks a call before anything changes; gives its tokens.
-    fn check(&self, step: &Step<'_>) -> Result<usize> {
-        let shape = self.window.shape();
-        let heads = self.window.lens().len();
-        let (_, tokens) = check_step(step, shape, (heads > 0).then_some(heads / shape.kv_heads))?;
-        Ok(tokens)
-    }
-
-    /// Tokens that must leave the window before `coming` ones join it.
-    fn surplus(&self, coming: usize) -> usize {
-        let over = (self.window.len() + coming).saturating_sub(self.room.1);
+    /// What a call of `tokens` tokens of a sequence moves.
+    fn moves(&self, seq: SeqId, tokens: usize) -> Moves {
+        let (sinks, all) = self.size.of(self.sequences.prompt_with(seq, tokens));
+        let (held, window) = (self.sinks.len(seq), self.window.len(seq));
+        // Only tokens that follow the sinks can join them.
+        let first = match held == self.sequences.seen(seq) {
+            true => sinks.saturating_sub(held).min(tokens),
+            false => 0,
+        };
+        let room = all.saturating_sub(held + first).max(1);
+        let over = (window + tokens - first).saturating_sub(room);
         // A ratio of a short prompt may leave a window smaller than the step.
-        over.next_multiple_of(self.step.min(self.room.1))
+        let surplus = over.next_multiple_of(self.step.min(room));
+        let leave = surplus.min(window);
+        Moves { tokens, sinks: first, leave, skip: surplus - leave }
     }
 
-    fn drop_oldest(&mut self, count: usize) -> Result<()> {
-        let heads = self.window.lens().len();
-        let newest = count as u32..self.window.len() as u32;
-        self.window.retain(&Selection::uniform(heads, newest.collect()))
+    /// A decoded token that enters the window joins it before it attends, so that it is read once.
+    fn attend_all(
+        &mut self,
+        step: &Step<'_>,
+        moves: &BTreeMap<SeqId, Moves>,
+    ) -> Result<AttentionState> {
+        let (q, k) = step.rotate(&self.spec, |seq| self.sequences.seen(seq))?;
+        let within_cache = step.batch.positions(|seq| self.held(seq));
+        let decoded = |seq| moves[&seq].tokens == 1 && moves[&seq].sinks == 0;
+        let prompts = Part::of(step.batch, |seq, _| !decoded(seq))?;
+        let ones = Part::of(step.batch, |seq, _| decoded(seq))?;
+        let mut of_window = Vec::new();
+        if let Some(part) = &prompts {
+            let (q, k, v) = (part.take(&q)?, part.take(&k)?, part.take(step.v)?);
+            let mut parts = vec![attention::attend(&part.batch, &q, &k, &v, &self.spec.shape)?];
+            if part.batch.seqs().iter().any(|&seq| self.window.len(seq) > 0) {
+                parts.push(self.window.attend(&part.batch, &q, Mask::Full)?);
+            }
+            of_window.push((part, AttentionState::merge(&parts)?));
+        }
+        let mut parts = Vec::new();
+        if step.batch.seqs().iter().any(|&seq| self.sinks.len(seq) > 0) {
+            let q = self.spec.rotate(step.q, &within_cache)?;
+            parts.push(self.sinks.attend(step.batch, &q, Mask::Full)?);
+        }
+        if let Some(part) = &ones {
+            self.window.append(&part.batch, &part.take(&k)?, &part.take(step.v)?)?;
+            of_window.push((part, self.window.attend(&part.batch, &part.take(&q)?, Mask::Causal)?));
+        }
+        parts.push(join(&of_window, step.batch.tokens())?);
+        self.append(step, &k, moves, |seq| !decoded(seq))?;
+        AttentionState::merge(&parts)
     }
 
-    /// Takes in rotated keys and their values, and never holds more than there is room for.
-    fn take(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
-        let tokens = k.dim(2)?;
-        let first = (self.room.0 - self.sinks.len()).min(tokens);
-        if first > 0 {
-            self.sinks.append(&k.narrow(2, 0, first)?, &v.narrow(2, 0, first)?)?;
+    /// Appends the tokens that stay, of the sequences that `appends` names.
+    fn append(
+        &mut self,
+        step: &Step<'_>,
+        k: &Tensor,
+        moves: &BTreeMap<SeqId, Moves>,
+        appends: impl Fn(SeqId) -> bool,
+    ) -> Result<()> {
+        let first = |seq, _| if appends(seq) { 0..moves[&seq].sinks } else { 0..0 };
+        if let Some(part) = Part::new(step.batch, first)? {
+            self.sinks.append(&part.batch, &part.take(k)?, &part.take(step.v)?)?;
         }
-        let surplus = self.surplus(tokens - first);
-        let old = surplus.min(self.window.len());
-        if old > 0 {
-            self.drop_oldest(old)?;
-        }
-        let skip = first + surplus - old;
-        if skip < tokens {
-            let newest = |x: &Tensor| x.narrow(2, skip, tokens - skip);
-            self.window.append(&newest(k)?, &newest(v)?)?;
+        let newest = |seq, tokens| match moves[&seq] {
+            Moves { sinks, skip, .. } if appends(seq) => sinks + skip..tokens,
+            _ => 0..0,
+        };
+        if let Some(part) = Part::new(step.batch, newest)? {
+            self.window.append(&part.batch, &part.take(k)?, &part.take(step.v)?)?;
         }
         Ok(())
+    }
+
+    /// Has tokens leave the window, and counts the call's.
+    fn finish(&mut self, batch: &Batch, moves: &BTreeMap<SeqId, Moves>) -> Result<()> {
+        for &seq in batch.seqs() {
+            self.sequences.begin(seq, Dropped::default);
+        }
+        for (seq, tokens) in batch.iter() {
+            let Moves { leave, skip, .. } = moves[&seq];
+            if leave > 0 {
+                let newest = leave as u32..self.window.len(seq) as u32;
+                let keep = Selection::uniform(self.spec.shape.kv_heads, newest.collect());
+                if let Err(error) = evict(&mut self.window, seq, &keep) {
+                    return Err(self.sequences.poison(batch, error));
+                }
+            }
+            self.sequences.advance(seq, tokens.len());
+            if let Some(sequence) = self.sequences.get_mut(seq).filter(|_| leave + skip > 0) {
+                sequence.state.at = sequence.seen;
+            }
+        }
+        Ok(())
+    }
+
+    fn moves_of(&self, batch: &Batch) -> BTreeMap<SeqId, Moves> {
+        batch.iter().map(|(seq, own)| (seq, self.moves(seq, own.len()))).collect()
+    }
+
+    /// What each sequence holds of the sinks and of the window.
+    fn lens(&self, batch: &Batch) -> Vec<[Vec<usize>; 2]> {
+        batch.seqs().iter().map(|&seq| [self.sinks.lens(seq), self.window.lens(seq)]).collect()
+    }
+
+    /// Puts the stores back to what they held before a call that failed.
+    fn take_back(&mut self, batch: &Batch, lens: &[[Vec<usize>; 2]], error: Error) -> Error {
+        for (&seq, [sinks, window]) in batch.seqs().iter().zip(lens) {
+            let done = cut(&mut self.sinks, seq, sinks);
+            if done.and_then(|()| cut(&mut self.window, seq, window)).is_err() {
+                return self.sequences.poison(batch, error);
+            }
+        }
+        error
     }
 }
 
 impl<S: KvStore> KvCache for StreamingLlm<S> {
-    fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
-        let tokens = self.check(step)?;
-        if self.seen == 0 {
-            self.room = self.size.of(tokens);
-        }
-        let q = step.rope.apply(step.q, self.seen)?;
-        let k = step.rope.apply(step.k, self.seen)?;
-        let mut parts = Vec::new();
-        if !self.sinks.is_empty() {
-            let within_cache = step.rope.apply(step.q, self.held())?;
-            parts.push(self.sinks.attend(&within_cache, Visible::All)?);
-        }
-        if tokens == 1 && self.sinks.len() == self.room.0 {
-            // A decoded token reads the window once, itself included.
-            self.window.append(&k, step.v)?;
-            parts.push(self.window.attend(&q, Visible::Causal)?);
-            let surplus = self.surplus(0);
-            if surplus > 0 {
-                self.drop_oldest(surplus)?;
-            }
-        } else {
-            if !self.window.is_empty() {
-                parts.push(self.window.attend(&q, Visible::All)?);
-            }
-            parts.push(attention::attend(&q, &k, step.v, step.shape, Visible::Causal)?);
-            self.take(&k, step.v)?;
-        }
-        self.seen += tokens;
-        Partial::merge(&parts)?.into_output(step.q.dtype())
+    fn spec(&self) -> &LayerSpec {
+        &self.spec
     }
 
-    fn take_prompt(&mut self, step: &Step<'_>, _: &Partial) -> Result<()> {
-        let tokens = self.check(step)?;
-        if self.seen > 0 {
-            return Err(Error::mismatch("tokens seen before a prompt", 0, self.seen));
-        }
-        self.room = self.size.of(tokens);
-        self.take(&step.rope.apply(step.k, 0)?, step.v)?;
-        self.seen = tokens;
+    fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
+        step.check(&self.spec)?;
+        self.sequences.check(step.batch)?;
+        let (moves, lens) = (self.moves_of(step.batch), self.lens(step.batch));
+        let attended = self.attend_all(step, &moves);
+        let out = attended.and_then(|state| self.spec.output(state, step.q.dtype()));
+        let out = out.map_err(|error| self.take_back(step.batch, &lens, error))?;
+        self.finish(step.batch, &moves)?;
+        Ok(out)
+    }
+
+    fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
+        step.check(&self.spec)?;
+        self.sequences.check(step.batch)?;
+        check_new(self, step.batch)?;
+        let (_, k) = step.rotate(&self.spec, |_| 0)?;
+        let (moves, lens) = (self.moves_of(step.batch), self.lens(step.batch));
+        let appended = self.append(step, &k, &moves, |_| true);
+        appended.map_err(|error| self.take_back(step.batch, &lens, error))?;
+        self.finish(step.batch, &moves)
+    }
+
+    fn needs_lse(&self) -> bool {
+        false
+    }
+
+    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        self.sequences.check_fork(from, to)?;
+        fork(&mut self.window, from, to)?;
+        fork(&mut self.sinks, from, to).inspect_err(|_| {
+            self.window.remove(to);
+        })?;
+        self.sequences.fork(from, to);
         Ok(())
     }
 
-    fn seen(&self) -> usize {
-        self.seen
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        let sequence = self.sequences.check_truncate(seq, len)?;
+        let dropped = sequence.state.at;
+        if len > 0 && len < dropped {
+            let what = format!(
+                "truncating to {len} tokens a sequence that had tokens dropped after {dropped}"
+            );
+            return Err(Error::Unsupported(what));
+        }
+        let window = self.window.len(seq);
+        match window > 0 {
+            true => self.window.check_truncate(seq, window.saturating_sub(sequence.seen - len)),
+            false => Ok(()),
+        }
     }
 
-    fn held(&self) -> usize {
-        self.sinks.len() + self.window.len()
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.check_truncate(seq, len)?;
+        let gone = self.sequences.seen(seq) - len;
+        let kv_heads = self.spec.shape.kv_heads;
+        let (sinks, window) = (self.sinks.len(seq), self.window.len(seq));
+        let left = if len == 0 { 0 } else { window.saturating_sub(gone) };
+        cut(&mut self.window, seq, &vec![left; kv_heads])?;
+        cut(&mut self.sinks, seq, &vec![sinks.min(len); kv_heads])?;
+        if let Some(sequence) = self.sequences.get_mut(seq) {
+            sequence.state.at = sequence.state.at.min(len);
+            sequence.truncate(len);
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, seq: SeqId) -> bool {
+        self.sinks.remove(seq);
+        self.window.remove(seq);
+        self.sequences.remove(seq)
+    }
+
+    fn seqs(&self) -> Vec<SeqId> {
+        self.sequences.ids()
+    }
+
+    fn seen(&self, seq: SeqId) -> usize {
+        self.sequences.seen(seq)
+    }
+
+    fn held(&self, seq: SeqId) -> usize {
+        self.sinks.len(seq) + self.window.len(seq)
+    }
+
+    fn can_take(&self, batch: &Batch) -> bool {
+        let appended = batch.iter().filter_map(|(seq, own)| {
+            let Moves { tokens, sinks, skip, .. } = self.moves(seq, own.len());
+            Some((seq, tokens - sinks - skip)).filter(|(_, tokens)| *tokens > 0)
+        });
+        let appended: Vec<_> = appended.collect();
+        appended.is_empty()
+            || Batch::new(&appended).is_ok_and(|batch| self.window.can_append(&batch))
     }
 
     fn footprint(&self) -> Footprint {
         self.sinks.footprint() + self.window.footprint()
     }
 
-    fn reset(&mut self) {
-        self.sinks.reset();
-        self.window.reset();
-        self.seen = 0;
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        self.sinks.seq_footprint(seq) + self.window.seq_footprint(seq)
+    }
+
+    fn clear(&mut self) {
+        self.sinks.clear();
+        self.window.clear();
+        self.sequences.clear();
     }
 }

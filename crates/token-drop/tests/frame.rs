@@ -1,26 +1,26 @@
-//! When the frame compresses, and by how much.
+//! When the cache evicts, and how much stays.
 
 mod common;
 
 use candle_core::DType;
 use common::*;
-use longctx_core::{EvictionPolicy, Held, KvCache, KvStore, Mass, Needs};
+use longctx_core::{DenseStore, KvCache, KvStore};
 use token_drop::*;
 
-fn cache(budget: usize) -> PolicyCache<longctx_core::DenseStore, KNorm> {
-    PolicyCache::new(store(DType::F32), KNorm, Budget::Tokens(budget)).unwrap()
+fn cache(budget: usize) -> PolicyCache<DenseStore, KNorm> {
+    PolicyCache::new(spec(), store(DType::F32), KNorm, Budget::Tokens(budget)).unwrap()
 }
 
 /// What is held after each call.
 fn helds(cache: &mut impl KvCache, calls: &[usize]) -> Vec<usize> {
-    let text = Input::random(1, calls.iter().sum());
+    let text = Input::random(calls.iter().sum());
     let mut start = 0;
     calls
         .iter()
         .map(|&count| {
-            text.narrow(2, start, count).feed(cache).unwrap();
+            text.narrow(start, count).feed(cache, 5).unwrap();
             start += count;
-            cache.held()
+            cache.held(5)
         })
         .collect()
 }
@@ -35,62 +35,55 @@ fn decoding_gives_up_a_step_of_tokens_at_a_time() {
 }
 
 #[test]
-fn each_chunk_of_a_prompt_is_compressed_or_the_first_alone() {
+fn each_chunk_of_a_prompt_is_followed_by_eviction_or_the_first_alone() {
     let calls = [40, 30, 30];
     assert_eq!(helds(&mut cache(20), &calls), [20, 20, 20]);
     let mut first = cache(20).with_prefill(Prefill::FirstCall);
     assert_eq!(helds(&mut first, &calls), [20, 50, 80]);
 }
 
-/// A ratio is of the prompt so far; decoded tokens do not raise it.
-#[test]
-fn a_ratio_grows_with_the_prompt_alone() {
-    let ratio = Budget::Ratio(0.25);
-    let mut cache = PolicyCache::new(store(DType::F32), KNorm, ratio).unwrap();
-    cache = cache.with_decode_step(Some(1)).unwrap();
-    assert_eq!(helds(&mut cache, &[40, 60, 1, 1, 1]), [10, 25, 25, 25, 25]);
-}
-
 #[test]
 fn layers_hold_what_the_pyramid_gives_them() {
     let held = |layer| {
-        let policy = PyramidKv::new(KNorm, layer, 3, 4.0).unwrap();
-        let budget = Budget::Tokens(40);
-        helds(&mut PolicyCache::new(store(DType::F32), policy, budget).unwrap(), &[200])
+        let spec = spec().at(layer, 3);
+        let cache = PolicyCache::new(spec, store(DType::F32), KNorm, Budget::Tokens(40)).unwrap();
+        let pyramid = LayerBudgets::Pyramid { beta: 4.0 };
+        helds(&mut cache.with_layer_budgets(pyramid).unwrap(), &[200])
     };
     // From 2 x 40 - 10 down to a quarter of 40.
     assert_eq!([held(0), held(1), held(2)], [[70], [40], [10]]);
 }
 
-/// Keys of a tenth of the length are the best by their norm: one head takes all but the other's safeguard, a fifth of its budget.
+/// Keys of a tenth of the length are the best by their norm: one head takes all but the other's
+/// safeguard, a fifth of its budget.
 #[test]
 fn a_head_frees_what_it_loses_to_another() {
-    let mut text = Input::random(1, 200);
+    let mut text = Input::random(200);
     let (winner, loser) = (text.k.narrow(1, 0, 1).unwrap(), text.k.narrow(1, 1, 1).unwrap());
     text.k = candle_core::Tensor::cat(&[(winner * 0.1).unwrap(), loser], 1).unwrap();
-    let policy = AdaKv::new(KNorm);
-    let mut cache = PolicyCache::new(store(DType::F16), policy, Budget::Tokens(50)).unwrap();
-    text.feed(&mut cache).unwrap();
-    assert_eq!(cache.store().lens(), [90, 10]);
-    let held = cache.store().footprint();
+    let cache = PolicyCache::new(spec(), store(DType::F16), KNorm, Budget::Tokens(50)).unwrap();
+    let mut cache = cache.with_head_budgets(HeadBudgets::ADA_KV).unwrap();
+    text.feed(&mut cache, 0).unwrap();
+    assert_eq!(cache.store().lens(0), [90, 10]);
+    let held = cache.store().seq_footprint(0);
     let entry = 2 * DIM * 2;
     assert_eq!(held.payload, 100 * entry);
-    // A head has room for fewer than 16 entries more than it holds.
-    assert!(held.total() < (100 + 2 * 16) * entry, "{held:?}");
+    // Blocks of 32: three for the one head, one for the other.
+    assert_eq!(held.payload + held.slack, 4 * 32 * entry);
 }
 
-/// A policy that looks at several queries, whose tokens it does not keep.
+/// A policy that looks at several queries, whose tokens are not kept.
 #[derive(Debug)]
 struct Forgetful;
 
 impl EvictionPolicy for Forgetful {
     fn needs(&self) -> Needs {
-        let mass = Mass::Newest { queries: 4, by_position: false };
-        Needs { mass: Some(mass), ..Default::default() }
+        let newest = ObservedQueries::Newest { queries: 4, by_position: false };
+        Needs { attention: Some(newest), ..Default::default() }
     }
 
-    fn score(&self, held: &Held<'_>) -> longctx_core::Result<Vec<Vec<f32>>> {
-        Ok(held.heads.iter().map(|head| vec![0.0; head.positions.len()]).collect())
+    fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Vec<Vec<f32>>> {
+        Ok(view.heads.iter().map(|head| vec![0.0; head.positions.len()]).collect())
     }
 }
 
@@ -103,16 +96,24 @@ impl EvictionPolicy for Miscounting {
         Needs::default()
     }
 
-    fn score(&self, held: &Held<'_>) -> longctx_core::Result<Vec<Vec<f32>>> {
-        Ok(held.heads.iter().map(|head| vec![0.0; head.positions.len() - 1]).collect())
+    fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Vec<Vec<f32>>> {
+        Ok(view.heads.iter().map(|head| vec![0.0; head.positions.len() - 1]).collect())
     }
 }
 
 #[test]
-fn what_is_wrong_with_a_policy_is_named() {
-    let error = PolicyCache::new(store(DType::F32), Forgetful, Budget::Tokens(8)).unwrap_err();
-    assert!(error.to_string().contains("at least the 4 tokens whose queries are observed"));
-    let mut cache = PolicyCache::new(store(DType::F32), Miscounting, Budget::Tokens(8)).unwrap();
-    let error = Input::random(1, 20).feed(&mut cache).unwrap_err().to_string();
+fn what_is_wrong_with_a_policy_is_named_and_changes_nothing() {
+    let made = PolicyCache::new(spec(), store(DType::F32), Forgetful, Budget::Tokens(8));
+    let error = made.unwrap_err().to_string();
+    assert!(error.contains("at least the 4 tokens whose queries are observed"));
+    let made = PolicyCache::new(spec(), store(DType::F32), Miscounting, Budget::Tokens(8));
+    let mut cache = made.unwrap().with_decode_step(Some(1)).unwrap();
+    let error = Input::random(20).feed(&mut cache, 0).unwrap_err().to_string();
     assert!(error.contains("a policy's scores") && error.contains("[20, 20]"), "{error}");
+    assert!(cache.seqs().is_empty() && cache.store().seqs().is_empty());
+    // Also while decoding, when the token is in the store already.
+    Input::random(8).feed(&mut cache, 0).unwrap();
+    assert!(Input::random(1).feed(&mut cache, 0).is_err());
+    assert_eq!((cache.seen(0), cache.store().lens(0)), (8, vec![8, 8]));
+    assert_eq!(cache.positions(0), [(0..8).collect::<Vec<_>>(), (0..8).collect()]);
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicIsize, Ordering};
 
 use candle_core::DType;
 use common::*;
-use longctx_core::KvCache;
+use longctx_core::{DenseStore, KvCache};
 use token_drop::*;
 
 /// The system's allocator, which counts the bytes that are allocated.
@@ -36,46 +36,44 @@ static COUNTING: Counting = Counting;
 const PROMPT: usize = 2000;
 const BUDGET: usize = 250;
 
-type Make = Box<dyn Fn() -> Box<dyn KvCache>>;
+type Made = Box<dyn Fn() -> Box<dyn KvCache>>;
 
 /// Every cache of the crate, and whether it drops anything.
-fn caches() -> Vec<(&'static str, bool, Make)> {
-    let mut all: Vec<(_, _, Make)> = Vec::new();
-    for (i, (name, _)) in policies().into_iter().enumerate() {
-        let make = move || -> Box<dyn KvCache> {
-            let policy = policies().remove(i).1;
-            let allowed = budget(&policy, BUDGET);
-            Box::new(PolicyCache::new(store(DType::F16), policy, allowed).unwrap())
+fn caches() -> Vec<(&'static str, bool, Made)> {
+    let mut all: Vec<(_, _, Made)> = Vec::new();
+    for (name, make) in methods::<DenseStore>() {
+        let made = move || -> Box<dyn KvCache> {
+            Box::new(make(spec(), store(DType::F16), Budget::Tokens(BUDGET)).unwrap())
         };
-        all.push((name, true, Box::new(make)));
+        all.push((name, true, Box::new(made)));
     }
-    let streaming = || StreamingLlm::new(4, BUDGET - 4, store(DType::F16)).unwrap();
+    let streaming = || StreamingLlm::new(spec(), store(DType::F16), 4, BUDGET - 4).unwrap();
     all.push(("streaming-llm", true, Box::new(move || Box::new(streaming()))));
-    let quest = || Quest::<f32>::new(BUDGET, shape()).unwrap();
+    let quest = || Quest::new(spec(), store(DType::F16), BUDGET).unwrap();
     all.push(("quest", false, Box::new(move || Box::new(quest()))));
     let sizes = InfLlmSettings { local: 128, block: 32, chunk: 64, ..Default::default() };
-    let inf_llm = move || InfLlm::<f32>::new(sizes, shape()).unwrap();
+    let inf_llm = move || InfLlm::new(spec(), store(DType::F16), store(DType::F16), sizes).unwrap();
     all.push(("infllm", false, Box::new(move || Box::new(inf_llm()))));
     all
 }
 
 #[test]
 fn what_is_held_is_what_is_allocated_and_no_more() {
-    let prompt = Input::random(1, PROMPT);
-    let decoded: Vec<_> = (0..40).map(|_| Input::random(1, 1)).collect();
-    let feed = |make: &Make| {
-        let mut cache = make();
-        prompt.feed(&mut cache).unwrap();
-        decoded.iter().for_each(|token| drop(token.feed(&mut cache).unwrap()));
+    let prompt = Input::random(PROMPT);
+    let decoded: Vec<_> = (0..40).map(|_| Input::random(1)).collect();
+    let feed = |made: &Made| {
+        let mut cache = made();
+        prompt.feed(&mut cache, 0).unwrap();
+        decoded.iter().for_each(|token| drop(token.feed(&mut cache, 0).unwrap()));
         cache
     };
     // 2 x 32 channels of f16 for each of 2 kv heads.
     let dense = (PROMPT * KV_HEADS * 2 * DIM * 2) as isize;
-    for (name, drops, make) in caches() {
+    for (name, drops, made) in caches() {
         // Threads keep what they allocate for their work when they first do it.
-        drop(feed(&make));
+        drop(feed(&made));
         let before = LIVE.load(Ordering::Relaxed);
-        let cache = feed(&make);
+        let cache = feed(&made);
         let allocated = LIVE.load(Ordering::Relaxed) - before;
         let said = cache.footprint().total() as isize;
         assert!(

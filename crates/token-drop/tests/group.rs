@@ -4,27 +4,25 @@ mod common;
 
 use candle_core::Tensor;
 use common::*;
-use longctx_core::{AttentionShape, EvictionPolicy, Held, HeldHead};
+use longctx_core::{AttentionShape, LayerSpec};
 use token_drop::*;
 
 /// What each of two query heads gave to four entries, the last of which is the window's.
-const MASS: [[f32; 4]; 2] = [[3.0, 0.0, 1.0, 9.0], [0.0, 2.0, 1.5, 9.0]];
+const SUMS: [[f32; 4]; 2] = [[3.0, 0.0, 1.0, 9.0], [0.0, 2.0, 1.5, 9.0]];
 
 /// The scores of the first three entries.
 fn scores(policy: &impl EvictionPolicy) -> Vec<f32> {
-    let shape = AttentionShape::new(2, 1, 4).unwrap();
-    let head = HeldHead {
+    let spec = LayerSpec::new(AttentionShape::new(2, 1, 4).unwrap());
+    let head = HeadView {
         positions: &[0, 1, 2, 3],
         keys: Vec::new(),
         values: Vec::new(),
-        mass: &MASS.map(Vec::from),
-        mass_queries: 1,
+        attention_sums: &SUMS.map(Vec::from),
+        observed: 1,
         previous: &[0.0; 4],
     };
-    let rope = rope();
-    let held =
-        Held { shape: &shape, rope: &rope, next_position: 4, queries: None, heads: vec![head] };
-    policy.score(&held).unwrap()[0][..3].to_vec()
+    let view = LayerView { spec: &spec, seen: 4, queries: None, heads: vec![head] };
+    policy.score(&view).unwrap()[0][..3].to_vec()
 }
 
 #[test]
@@ -45,24 +43,24 @@ fn attention_is_joined_by_mean_or_max() {
 /// Expected attention of each query head alone, joined by hand.
 #[test]
 fn expected_attention_is_joined_by_mean_or_max() {
-    let text = Input::random(1, 60);
-    let (rope, group) = (rope(), HEADS / KV_HEADS);
+    let text = Input::random(60);
+    let group = HEADS / KV_HEADS;
     let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let positions: Vec<u32> = (0..60).collect();
     let score = |policy: ExpectedAttention, q: &Tensor| {
         let shape = AttentionShape::new(q.dim(1).unwrap(), 1, DIM).unwrap();
+        let spec = LayerSpec::new(shape).with_rope(rope(DIM));
         let head = |x: &Tensor| numbers(&x.narrow(1, 0, 1).unwrap());
-        let head = HeldHead {
+        let head = HeadView {
             positions: &positions,
             keys: head(&text.k),
             values: head(&text.v),
-            mass: &[],
-            mass_queries: 0,
+            attention_sums: &[],
+            observed: 0,
             previous: &[],
         };
-        let (queries, heads) = (Some(q), vec![head]);
-        let held = Held { shape: &shape, rope: &rope, next_position: 60, queries, heads };
-        policy.score(&held).unwrap().remove(0)
+        let view = LayerView { spec: &spec, seen: 60, queries: Some(q), heads: vec![head] };
+        policy.score(&view).unwrap().remove(0)
     };
     let policy = ExpectedAttention::new(0);
     let alone: Vec<_> =

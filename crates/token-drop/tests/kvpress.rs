@@ -1,33 +1,29 @@
-//! Kept positions against kvpress 0.5.5, per layer and kv head, for the same projections (fixtures/make_kvpress.py).
+//! Kept positions against kvpress 0.5.5, per layer and kv head, for the same projections
+//! (fixtures/make_kvpress.py).
 
 mod common;
 
 use std::collections::HashMap;
-use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use common::distance;
-use longctx_core::{
-    AttentionShape, DenseStore, EvictionPolicy, KvCache, KvStore, Rope, RopeScaling, Step,
-};
+use common::{distance, fixture, rope, rows};
+use longctx_core::{AttentionShape, Batch, DenseStore, KvCache, KvStore, LayerSpec, Result, Step};
 use token_drop::*;
 
 const LAYERS: usize = 3;
 const TOKENS: usize = 320;
 
+type Any = PolicyCache<DenseStore, Box<dyn EvictionPolicy>>;
+
 struct Fixture {
     tensors: HashMap<String, Tensor>,
     shape: AttentionShape,
-    rope: Rope,
 }
 
 impl Fixture {
     fn load() -> Self {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/kvpress.safetensors");
-        let tensors = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
         let shape = AttentionShape::new(4, 2, 16).unwrap();
-        let rope = Rope::new(16, 16, 10_000.0, RopeScaling::None).unwrap();
-        Self { tensors, shape, rope }
+        Self { tensors: fixture("kvpress.safetensors"), shape }
     }
 
     fn kept(&self, name: &str, layer: usize) -> Vec<Vec<u32>> {
@@ -39,58 +35,85 @@ impl Fixture {
     }
 
     fn prefill(&self, cache: &mut impl KvCache, layer: usize) {
-        let tensor = |x| &self.tensors[&format!("{x}.{layer}")];
+        let tensor = |x| rows(&self.tensors[&format!("{x}.{layer}")]);
         let (q, k, v) = (tensor("q"), tensor("k"), tensor("v"));
-        cache.attend(&Step { q, k, v, shape: &self.shape, rope: &self.rope }).unwrap();
+        let batch = Batch::single(0, TOKENS).unwrap();
+        cache.attend(&Step { batch: &batch, q: &q, k: &k, v: &v }).unwrap();
+    }
+
+    fn spec(&self, layer: usize) -> LayerSpec {
+        LayerSpec::new(self.shape).with_rope(rope(16)).at(layer, LAYERS)
     }
 
     fn store(&self) -> DenseStore {
         DenseStore::new(self.shape, DType::F32).unwrap()
     }
 
-    fn compare<P: EvictionPolicy>(&self, name: &str, policy: impl Fn(usize) -> P) {
+    fn compare(&self, name: &str, make: impl Fn(LayerSpec, DenseStore, Budget) -> Result<Any>) {
         for layer in 0..LAYERS {
-            let mut cache =
-                PolicyCache::new(self.store(), policy(layer), Budget::Ratio(0.5)).unwrap();
+            let mut cache = make(self.spec(layer), self.store(), Budget::Ratio(0.5)).unwrap();
             self.prefill(&mut cache, layer);
-            assert_eq!(cache.positions(), self.kept(name, layer), "{name}, layer {layer}");
+            assert_eq!(cache.positions(0), self.kept(name, layer), "{name}, layer {layer}");
         }
     }
 }
 
-fn snap_kv() -> SnapKv {
-    SnapKv::new(16).unwrap()
+fn snap_kv(spec: LayerSpec, s: DenseStore, b: Budget) -> Result<PolicyCache<DenseStore, SnapKv>> {
+    PolicyCache::snap_kv(spec, s, SnapKv::new(16)?, b)
+}
+
+fn finch(spec: LayerSpec, s: DenseStore, b: Budget) -> Result<Any> {
+    Ok(PolicyCache::finch(spec, s, Finch::new(16)?, b)?.boxed())
+}
+
+fn rerotated(spec: LayerSpec, s: DenseStore, b: Budget) -> Result<Any> {
+    Ok(snap_kv(spec, s, b)?.with_rerotation()?.boxed())
 }
 
 #[test]
 fn policies_keep_the_positions_that_kvpress_keeps() {
     let fixture = Fixture::load();
-    fixture.compare("snap_kv", |_| snap_kv());
-    fixture.compare("tova", |_| Tova::default());
-    fixture.compare("k_norm", |_| KNorm);
-    fixture.compare("key_diff", |_| KeyDiff);
-    fixture.compare("expected_attention", |_| ExpectedAttention::default());
-    fixture.compare("lag_kv", |_| LagKv::new(4, 32).unwrap());
-    fixture.compare("streaming_llm", |_| Recent::with_sinks(4));
-    fixture.compare("finch", |_| Finch::new(16).unwrap());
+    fixture.compare("snap_kv", |spec, s, b| Ok(snap_kv(spec, s, b)?.boxed()));
+    fixture
+        .compare("tova", |spec, s, b| Ok(PolicyCache::tova(spec, s, Tova::default(), b)?.boxed()));
+    fixture.compare("k_norm", |spec, s, b| Ok(PolicyCache::new(spec, s, KNorm, b)?.boxed()));
+    fixture.compare("key_diff", |spec, s, b| Ok(PolicyCache::new(spec, s, KeyDiff, b)?.boxed()));
+    fixture.compare("expected_attention", |spec, s, b| {
+        let policy = ExpectedAttention::default();
+        Ok(PolicyCache::expected_attention(spec, s, policy, b)?.boxed())
+    });
+    fixture.compare("lag_kv", |spec, s, b| {
+        Ok(PolicyCache::lag_kv(spec, s, LagKv::new(4, 32)?, b)?.boxed())
+    });
+    fixture.compare("streaming_llm", |spec, s, b| Ok(PolicyCache::recent(spec, s, 4, b)?.boxed()));
+    fixture.compare("finch", finch);
 }
 
 #[test]
-fn wrappers_keep_the_positions_that_kvpress_keeps() {
+fn settings_keep_the_positions_that_kvpress_keeps() {
     let fixture = Fixture::load();
-    let pyramid = |layer| PyramidKv::new(snap_kv(), layer, LAYERS, 3.0).unwrap();
-    fixture.compare("pyramid_kv", pyramid);
-    fixture.compare("ada_kv", |_| AdaKv::new(snap_kv()));
-    fixture.compare("chunk_kv", |_| ChunkKv::new(KNorm, 20).unwrap());
-    fixture.compare("rerotated", |_| Rerotated::new(snap_kv()));
+    fixture.compare("pyramid_kv", |spec, s, b| {
+        let pyramid = LayerBudgets::Pyramid { beta: 3.0 };
+        Ok(snap_kv(spec, s, b)?.with_layer_budgets(pyramid)?.boxed())
+    });
+    fixture.compare("ada_kv", |spec, s, b| {
+        Ok(snap_kv(spec, s, b)?.with_head_budgets(HeadBudgets::ADA_KV)?.boxed())
+    });
+    fixture.compare("chunk_kv", |spec, s, b| {
+        let k_norm = PolicyCache::new(spec, s, KNorm, b)?;
+        Ok(k_norm.with_granularity(Granularity::Chunk(20))?.boxed())
+    });
+    fixture.compare("rerotated", rerotated);
 }
 
-/// The cache that places tokens anew keeps the same ones: its values are those at kvpress's positions.
+/// The cache that places tokens anew keeps the same ones: its values are those at kvpress's
+/// positions.
 #[test]
 fn streaming_llm_keeps_the_positions_that_kvpress_keeps() {
     let fixture = Fixture::load();
     for layer in 0..LAYERS {
-        let mut cache = StreamingLlm::new(4, TOKENS / 2 - 4, fixture.store()).unwrap();
+        let (spec, store) = (fixture.spec(layer), fixture.store());
+        let mut cache = StreamingLlm::new(spec, store, 4, TOKENS / 2 - 4).unwrap();
         fixture.prefill(&mut cache, layer);
         for (head, kept) in fixture.kept("streaming_llm", layer).into_iter().enumerate() {
             let kept = Tensor::new(kept, &Device::Cpu).unwrap();
@@ -106,8 +129,8 @@ fn streaming_llm_keeps_the_positions_that_kvpress_keeps() {
 #[test]
 fn keys_are_rerotated_as_in_kvpress() {
     let fixture = Fixture::load();
-    let check = |name: &str, policy: Box<dyn EvictionPolicy>| {
-        let mut cache = PolicyCache::new(fixture.store(), policy, Budget::Ratio(0.5)).unwrap();
+    let check = |name: &str, make: fn(LayerSpec, DenseStore, Budget) -> Result<Any>| {
+        let mut cache = make(fixture.spec(0), fixture.store(), Budget::Ratio(0.5)).unwrap();
         fixture.prefill(&mut cache, 0);
         for head in 0..2 {
             let expected = &fixture.tensors[&format!("{name}.keys")];
@@ -116,6 +139,6 @@ fn keys_are_rerotated_as_in_kvpress() {
             assert!(distance(&keys, &expected) < 1e-4, "{name}, head {head}");
         }
     };
-    check("finch", Box::new(Finch::new(16).unwrap()));
-    check("rerotated", Box::new(Rerotated::new(snap_kv())));
+    check("finch", finch);
+    check("rerotated", rerotated);
 }

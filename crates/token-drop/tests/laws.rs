@@ -1,12 +1,10 @@
-//! What holds for every policy, every store and every text.
+//! What holds for every method, every store and every text.
 
 mod common;
 
 use candle_core::DType;
 use common::*;
-use longctx_core::{
-    DenseCache, EvictionPolicy, KvCache, KvStore, Protected, Step, Visible, attention,
-};
+use longctx_core::{AttentionState, Batch, DenseCache, DenseStore, Error, KvCache, KvStore, Mask};
 use proptest::prelude::*;
 use token_drop::*;
 
@@ -17,44 +15,53 @@ fn calls() -> impl Strategy<Value = Vec<usize>> {
 }
 
 /// The most that the heads may hold together: heads may share unevenly what is theirs.
-fn check_held(name: &str, cache: &impl KvCache, positions: &[Vec<u32>], budget: usize) {
+fn check_held(name: &str, seen: usize, positions: &[Vec<u32>], budget: usize) {
     let total: usize = positions.iter().map(Vec::len).sum();
-    let most = budget.min(cache.seen()) * positions.len();
+    let most = budget.min(seen) * positions.len();
     assert!(total <= most, "{name}: {total} held, allowed {most}");
 }
 
+fn some_cases() -> ProptestConfig {
+    ProptestConfig { cases: cases(12, 500), failure_persistence: None, ..Default::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(some_cases())]
 
     #[test]
     fn budgets_and_protection_hold(
-        calls in calls(), budget in 12usize..40, sinks in 0usize..3, recent in 0usize..3, step in 1usize..9,
+        calls in calls(), budget in 12usize..40, sinks in 0usize..3, recent in 0usize..3,
+        step in 1usize..9,
     ) {
-        let text = Input::random(1, calls.iter().sum());
-        for (name, policy) in policies() {
-            let allowed = common::budget(&policy, budget);
-            let mut cache = PolicyCache::new(store(DType::F16), policy, allowed).unwrap()
-                .with_protected(Protected { sinks, recent }).unwrap()
+        let text = Input::random(calls.iter().sum());
+        for (name, make) in methods::<DenseStore>() {
+            let cache = make(spec(), store(DType::F16), Budget::Tokens(budget)).unwrap();
+            let own = cache.settings().protected;
+            let protected = Protected {
+                sinks: own.sinks.max(sinks), recent: own.recent.max(recent), ..own
+            };
+            let mut cache = cache.with_protected(protected).unwrap()
                 .with_decode_step(Some(step)).unwrap();
             let mut start = 0;
             for &count in &calls {
-                text.narrow(2, start, count).feed(&mut cache).unwrap();
+                text.narrow(start, count).feed(&mut cache, 4).unwrap();
                 start += count;
-                check_held(name, &cache, cache.positions(), budget);
-                let stored: Vec<_> = cache.store().lens();
-                for (head, positions) in cache.positions().iter().enumerate() {
+                let positions = cache.positions(4);
+                check_held(name, start, positions, budget);
+                let stored = cache.store().lens(4);
+                for (head, positions) in positions.iter().enumerate() {
                     prop_assert_eq!(positions.len(), stored[head]);
                     prop_assert!(positions.windows(2).all(|w| w[0] < w[1]));
-                    let first = 0..sinks.min(start) as u32;
-                    let last = start.saturating_sub(recent) as u32..start as u32;
+                    let first = 0..protected.sinks.min(start) as u32;
+                    let last = start.saturating_sub(protected.recent) as u32..start as u32;
                     for protected in first.chain(last) {
                         prop_assert!(positions.contains(&protected), "{}: {} gone", name, protected);
                     }
                 }
             }
-            prop_assert_eq!(cache.seen(), start);
+            prop_assert_eq!(cache.seen(4), start);
             // 2 x 32 channels of f16 per entry.
-            let entries: usize = cache.positions().iter().map(Vec::len).sum();
+            let entries: usize = cache.positions(4).iter().map(Vec::len).sum();
             prop_assert_eq!(cache.footprint().payload, entries * 2 * DIM * 2);
             prop_assert!(cache.footprint().bookkeeping >= entries * 4);
         }
@@ -63,101 +70,218 @@ proptest! {
     #[test]
     fn a_budget_for_everything_changes_no_bit(prompt in 2usize..90, decoded in 0usize..12) {
         let calls = [vec![prompt], vec![1; decoded]].concat();
-        let text = Input::random(1, prompt + decoded);
-        let mut dense = DenseCache::new(shape(), DType::F32).unwrap();
-        let expected = feed_all(&mut dense, &text, &calls);
-        for (name, policy) in policies() {
-            // DuoAttention bounds its heads itself: without streaming heads it keeps everything.
-            let policy = match name {
-                "duo" => Box::new(DuoAttention::new(vec![false; KV_HEADS], 4, 8).unwrap()),
-                _ => policy,
+        let text = Input::random(prompt + decoded);
+        let mut dense = DenseCache::new(spec(), DType::F32).unwrap();
+        let expected = feed_all(&mut dense, 0, &text, &calls);
+        for (name, make) in methods() {
+            let budget = Budget::Tokens((prompt + decoded).max(20));
+            // DuoAttention has budgets of its own: without streaming heads it keeps everything.
+            let mut cache = match name {
+                "duo" => {
+                    let heads = DuoAttention::new(vec![false; KV_HEADS], 4, 8).unwrap();
+                    PolicyCache::duo_attention(spec(), store(DType::F32), &heads).unwrap().boxed()
+                }
+                _ => make(spec(), store(DType::F32), budget).unwrap(),
             };
-            let budget = budget(&policy, (prompt + decoded).max(20));
-            let mut cache = PolicyCache::new(store(DType::F32), policy, budget).unwrap();
-            for (out, expected) in feed_all(&mut cache, &text, &calls).iter().zip(&expected) {
+            if name == "pyramid k-norm" {
+                cache = cache.with_layer_budgets(LayerBudgets::Uniform).unwrap();
+            }
+            for (out, expected) in feed_all(&mut cache, 0, &text, &calls).iter().zip(&expected) {
                 prop_assert_eq!(bits(out), bits(expected), "{}", name);
             }
         }
+        let mut streaming = StreamingLlm::new(spec(), store(DType::F32), 4, 200).unwrap();
+        for (out, expected) in feed_all(&mut streaming, 0, &text, &calls).iter().zip(&expected) {
+            prop_assert!(distance(out, expected) < 1e-5);
+        }
     }
 
+    /// Sequences of unequal length, some decoding while others bring prompts.
     #[test]
-    fn batch_entries_do_not_mix(calls in calls(), budget in 12usize..40) {
-        let text = Input::random(2, calls.iter().sum());
-        for (name, policy) in policies() {
-            let allowed = common::budget(&policy, budget);
-            let mut both = PolicyCache::new(store(DType::F32), policy, allowed).unwrap();
-            let together = feed_all(&mut both, &text, &calls);
-            for entry in 0..2 {
-                let policy = policies().into_iter().find(|(n, _)| *n == name).unwrap().1;
-                // Chance deals differently to every head of a batch.
-                if name == "random" && entry == 1 {
+    fn a_batch_equals_each_of_its_sequences_alone(
+        rounds in prop::collection::vec(
+            prop::collection::vec(prop::option::of(prop_oneof![Just(1usize), 2usize..30]), 3), 1..7,
+        ),
+    ) {
+        let alone = || caches(|| store(DType::F32)).into_iter();
+        let singles = alone().zip(alone()).zip(alone());
+        let together = caches(|| store(DType::F32));
+        for ((name, mut all), (((_, a), (_, b)), (_, c))) in together.into_iter().zip(singles) {
+            let mut singles = [a, b, c];
+            for round in &rounds {
+                let parts: Vec<_> = (0..).zip(round)
+                    .filter_map(|(seq, tokens)| Some((seq, Input::random((*tokens)?))))
+                    .collect();
+                if parts.is_empty() {
                     continue;
                 }
-                let mut alone = PolicyCache::new(store(DType::F32), policy, allowed).unwrap();
-                let outs = feed_all(&mut alone, &text.batch(entry), &calls);
-                let of_entry = entry * KV_HEADS..(entry + 1) * KV_HEADS;
-                prop_assert_eq!(&both.positions()[of_entry], alone.positions(), "{}", name);
-                for (a, b) in together.iter().zip(&outs) {
-                    prop_assert!(distance(&a.narrow(0, entry, 1).unwrap(), b) < 1e-5);
+                let outs = feed_batch(&mut all, &parts).unwrap();
+                for ((seq, input), out) in parts.iter().zip(outs) {
+                    let expected = input.feed(&mut singles[*seq as usize], 0).unwrap();
+                    prop_assert!(distance(&out, &expected) < 1e-5, "{}, sequence {}", name, seq);
+                    let single = &singles[*seq as usize];
+                    prop_assert_eq!(all.held(*seq), single.held(0));
+                    prop_assert_eq!(all.seq_footprint(*seq).payload, single.footprint().payload);
                 }
             }
         }
     }
 
-    /// A prompt whose attention was computed elsewhere leaves every cache in the same state.
+    /// Two continuations of one prefix, by a fork and each from the start.
     #[test]
-    fn a_prompt_taken_in_equals_one_that_attends(prompt in 30usize..70) {
-        let text = Input::random(1, prompt + 3);
-        let caches = || -> Vec<(&str, Box<dyn KvCache>)> {
-            let framed = policies().into_iter().map(|(name, policy)| {
-                let budget = budget(&policy, 20);
-                let cache = PolicyCache::new(store(DType::F32), policy, budget);
-                (name, Box::new(cache.unwrap()) as Box<dyn KvCache>)
-            });
-            let sizes = InfLlmSettings {
-                init: 2, local: 12, block: 4, top_blocks: 2, resident_blocks: 2, representatives: 2, chunk: 8,
+    fn a_fork_equals_a_copy(calls in calls(), more in calls()) {
+        let (prefix, others) = (Input::random(calls.iter().sum()), more.iter().sum());
+        let ends = [Input::random(others), Input::random(others)];
+        let all = caches(|| store(DType::F32)).into_iter();
+        let fresh = caches(|| store(DType::F32)).into_iter().zip(caches(|| store(DType::F32)));
+        for ((name, mut cache), ((_, first), (_, second))) in all.zip(fresh) {
+            feed_all(&mut cache, 7, &prefix, &calls);
+            cache.fork(7, 8).unwrap();
+            prop_assert_eq!(cache.seen(8), prefix.tokens());
+            let forked = [7, 8].map(|seq| feed_all(&mut cache, seq, &ends[seq as usize - 7], &more));
+            for ((mut plain, end), forked) in [first, second].into_iter().zip(&ends).zip(forked) {
+                feed_all(&mut plain, 0, &prefix, &calls);
+                for (a, b) in feed_all(&mut plain, 0, end, &more).iter().zip(&forked) {
+                    prop_assert!(distance(a, b) < 1e-6, "{}", name);
+                }
+            }
+            // Everything is given back: what is fed anew finds its memory there.
+            prop_assert!(cache.remove(7) && cache.remove(8));
+            prop_assert_eq!(cache.footprint().payload + cache.footprint().bookkeeping, blocks(&cache));
+            let held = cache.footprint().total();
+            feed_all(&mut cache, 9, &prefix, &calls);
+            prop_assert!(cache.footprint().payload + cache.footprint().slack <= held, "{}", name);
+        }
+    }
+
+    /// Where truncating is allowed, the sequence goes on as if it had never seen the rest.
+    #[test]
+    fn truncate_equals_never_fed(
+        calls in calls(), rejected in prop::collection::vec(1usize..4, 1..4), more in calls(),
+    ) {
+        let kept: usize = calls.iter().sum();
+        let text = Input::random(kept);
+        let gone: usize = rejected.iter().sum();
+        let (draft, end) = (Input::random(gone), Input::random(more.iter().sum()));
+        let all = caches(|| store(DType::F32)).into_iter().zip(caches(|| store(DType::F32)));
+        for ((name, mut cache), (_, mut plain)) in all {
+            feed_all(&mut cache, 0, &text, &calls);
+            feed_all(&mut plain, 0, &text, &calls);
+            feed_all(&mut cache, 0, &draft, &rejected);
+            let held = (cache.seen(0), cache.held(0), cache.footprint());
+            if let Err(error) = cache.check_truncate(0, kept) {
+                prop_assert!(matches!(error, Error::Unsupported(_)), "{}: {}", name, error);
+                prop_assert!(cache.truncate(0, kept).is_err());
+                prop_assert_eq!((cache.seen(0), cache.held(0), cache.footprint()), held);
+                continue;
+            }
+            cache.truncate(0, kept).unwrap();
+            prop_assert_eq!((cache.seen(0), cache.held(0)), (kept, plain.held(0)), "{}", name);
+            let (a, b) = (feed_all(&mut cache, 0, &end, &more), feed_all(&mut plain, 0, &end, &more));
+            for (a, b) in a.iter().zip(&b) {
+                prop_assert!(distance(a, b) < 1e-6, "{}", name);
+            }
+            cache.truncate(0, 0).unwrap();
+            let mut new = caches(|| store(DType::F32)).into_iter().find(|(n, _)| *n == name).unwrap().1;
+            let (a, b) = (feed_all(&mut cache, 0, &text, &calls), feed_all(&mut new, 0, &text, &calls));
+            a.iter().zip(&b).for_each(|(a, b)| assert!(distance(a, b) < 1e-6, "{name}"));
+        }
+    }
+
+    /// Prompts whose attention was computed elsewhere leave every cache in the same state.
+    #[test]
+    fn a_prompt_taken_in_equals_one_that_attends(prompt in 30usize..70, other in 1usize..40) {
+        let text = Input::random(prompt + other + 3);
+        let batch = Batch::new(&[(0, prompt), (1, other)]).unwrap();
+        let first = text.narrow(0, prompt + other);
+        let lse = exact(&batch, &first).lse;
+        let all = caches(|| store(DType::F32)).into_iter().zip(caches(|| store(DType::F32)));
+        // InfLLM attends to a prompt in chunks, unless it is told to be exact.
+        for ((name, mut attends), (_, mut takes)) in all.filter(|((n, _), _)| *n != "inf-llm") {
+            first.step(&batch, |step| attends.attend(step)).unwrap();
+            let take = |cache: &mut Box<dyn KvCache>, lse| {
+                first.step(&batch, |step| cache.append_prompt(step, lse))
             };
-            let streaming = StreamingLlm::new(2, 18, store(DType::F32)).unwrap();
-            let inf_llm = InfLlm::<f32>::new(sizes, shape()).unwrap().with_exact_prompt();
-            framed.chain([
-                ("streaming-llm", Box::new(streaming) as Box<dyn KvCache>),
-                ("inf-llm", Box::new(inf_llm)),
-            ]).collect()
-        };
-        let first = text.narrow(2, 0, prompt);
-        let (q, k) = (rope().apply(&first.q, 0).unwrap(), rope().apply(&first.k, 0).unwrap());
-        let whole = attention::attend(&q, &k, &first.v, &shape(), Visible::Causal).unwrap();
-        for ((name, mut attends), (_, mut takes)) in caches().into_iter().zip(caches()) {
-            first.feed(&mut attends).unwrap();
-            let (shape, rope) = (shape(), rope());
-            let step = Step { q: &first.q, k: &first.k, v: &first.v, shape: &shape, rope: &rope };
-            takes.take_prompt(&step, &whole).unwrap();
-            prop_assert!(takes.take_prompt(&step, &whole).is_err());
-            for token in prompt..prompt + 3 {
-                let next = text.narrow(2, token, 1);
-                let (a, b) = (next.feed(&mut attends).unwrap(), next.feed(&mut takes).unwrap());
-                prop_assert_eq!(bits(&a), bits(&b), "{}", name);
+            if takes.needs_lse() {
+                let wrong = lse.narrow(0, 0, 1).unwrap();
+                prop_assert!(take(&mut takes, None).unwrap_err().to_string().contains("lse"));
+                prop_assert!(take(&mut takes, Some(&wrong)).unwrap_err().to_string().contains("lse"));
+                take(&mut takes, Some(&lse)).unwrap();
+            } else {
+                take(&mut takes, None).unwrap();
+            }
+            prop_assert!(take(&mut takes, Some(&lse)).unwrap_err().to_string().contains("before its prompt"));
+            for token in 0..3 {
+                let next = text.narrow(prompt + other + token, 1);
+                for seq in [0, 1] {
+                    let (a, b) =
+                        (next.feed(&mut attends, seq).unwrap(), next.feed(&mut takes, seq).unwrap());
+                    prop_assert!(distance(&a, &b) < 1e-6, "{}", name);
+                }
             }
         }
     }
 
-    /// Each decoded token's output equals attention computed from the text over the positions that the cache says it held, and over itself.
+    /// Each decoded token's output equals attention computed from the text over the positions that
+    /// the cache says it held, and over itself.
     #[test]
     fn what_is_evicted_is_never_seen_again(prompt in 16usize..60, budget in 12usize..30) {
-        let text = Input::random(1, prompt + 12);
-        for (name, policy) in policies() {
-            let allowed = common::budget(&policy, budget);
-            let mut cache = PolicyCache::new(store(DType::F32), policy, allowed).unwrap()
-                .with_decode_step(Some(3)).unwrap();
-            text.narrow(2, 0, prompt).feed(&mut cache).unwrap();
+        let text = Input::random(prompt + 12);
+        for (name, make) in methods::<DenseStore>() {
+            let cache = make(spec(), store(DType::F32), Budget::Tokens(budget)).unwrap();
+            let mut cache = cache.with_decode_step(Some(3)).unwrap();
+            text.narrow(0, prompt).feed(&mut cache, 0).unwrap();
             for token in prompt..prompt + 12 {
-                let mut seen = cache.positions().to_vec();
+                let mut seen = cache.positions(0).to_vec();
                 seen.iter_mut().for_each(|head| head.push(token as u32));
-                let contiguous = cache.policy().rerotates();
-                let expected = attention_over(&text.narrow(2, 0, token + 1), &seen, contiguous);
-                let out = text.narrow(2, token, 1).feed(&mut cache).unwrap();
+                let contiguous = cache.settings().rerotate;
+                let expected = attention_over(&text.narrow(0, token + 1), &seen, contiguous);
+                let out = text.narrow(token, 1).feed(&mut cache, 0).unwrap();
                 prop_assert!(distance(&out, &expected) < 2e-5, "{}", name);
             }
         }
     }
+}
+
+/// What an empty pool's own tables take.
+fn blocks(cache: &Box<dyn KvCache>) -> usize {
+    let held = cache.footprint();
+    // A reference count of four bytes for each block of 32 keys and values in f32.
+    held.slack / (32 * 2 * DIM * 4) * 4
+}
+
+/// Exact attention of a batch's rows.
+fn exact(batch: &Batch, input: &Input) -> AttentionState {
+    let mut plain = store(DType::F32);
+    let positions = batch.positions(|_| 0);
+    let turn = |x| rope(DIM).apply(x, &positions).unwrap();
+    plain.append(batch, &turn(&input.k), &input.v).unwrap();
+    plain.attend(batch, &turn(&input.q), Mask::Causal).unwrap()
+}
+
+/// What truncating allows, where the law above would also hold if it allowed nothing.
+#[test]
+fn drafts_are_taken_back() {
+    let allowed = |name: &str, calls: &[usize], len: usize| {
+        let all = caches(|| store(DType::F32)).into_iter();
+        let mut cache = all.into_iter().find(|(n, _)| *n == name).unwrap().1;
+        feed_all(&mut cache, 0, &Input::random(calls.iter().sum()), calls);
+        cache.check_truncate(0, len).is_ok()
+    };
+    // After the prompt was evicted from, as long as decoding evicts nothing.
+    for name in ["snap-kv", "ada snap-kv", "finch", "expected attention"] {
+        assert!(allowed(name, &[100, 1, 1, 3], 101), "{name}");
+        assert!(!allowed(name, &[100, 1], 99), "{name}");
+    }
+    // Before anything is dropped; after a step of drops.
+    assert!(allowed("k-norm", &[15, 4], 9) && !allowed("k-norm", &[15, 6], 9));
+    assert!(allowed("streaming-llm", &[15, 4], 1) && !allowed("streaming-llm", &[15, 6], 20));
+    assert!(allowed("streaming-llm by steps", &[21, 1, 1], 21));
+    assert!(allowed("quest", &[50, 1, 1], 3));
+    // Sums over all queries can't be taken back.
+    assert!(!allowed("h2o", &[15, 1], 15) && !allowed("inf-llm", &[5, 1], 5));
+    assert!(allowed("h2o", &[15, 1], 16) && allowed("inf-llm", &[5, 1], 0));
+    // The queries that are observed while decoding are the newest ones of what is left.
+    assert!(allowed("snap-kv while decoding", &[6, 1], 6));
+    assert!(!allowed("snap-kv while decoding", &[16, 1], 16));
 }

@@ -1,24 +1,31 @@
-//! Quest against its rule computed plainly: bounds from the text's own keys, and attention over the tokens of the best pages.
+//! Quest against its rule computed plainly: bounds from the text's own keys, and attention over the
+//! tokens of the best pages.
 
 mod common;
 
 use candle_core::{DType, Tensor};
 use common::*;
-use longctx_core::{AttentionShape, DenseCache, KvCache};
+use longctx_core::{AttentionShape, DenseCache, DenseStore, KvCache, LayerSpec};
 use token_drop::Quest;
 
 const PAGE: usize = 8;
 
-/// The positions that the newest token of a text reads, for each kv head.
+fn quest(pages: usize) -> Quest<DenseStore> {
+    Quest::with_page(spec(), store(DType::F32), pages * PAGE, PAGE).unwrap()
+}
+
+/// The positions that the newest token of a text reads, for each kv head. Bounds are rounded to
+/// f16.
 fn plain_choice(text: &Input, pages: usize) -> Vec<Vec<u32>> {
     let len = text.tokens();
-    let q = rope().apply(&text.q.narrow(2, len - 1, 1).unwrap(), len - 1).unwrap();
-    let k = rope().apply(&text.k, 0).unwrap();
-    let rows = |x: &Tensor, head| x.get(0).unwrap().get(head).unwrap().to_vec2::<f32>().unwrap();
-    let choose = |head: usize| {
-        let keys = rows(&k, head);
-        let group = (0..HEADS / KV_HEADS).map(|g| rows(&q, head * HEADS / KV_HEADS + g).remove(0));
-        let group: Vec<_> = group.collect();
+    let rotated = text.rotated(0);
+    let head = |x: &Tensor, head| x.narrow(1, head, 1).unwrap().squeeze(1).unwrap();
+    let q = |h| head(&rotated.q, h).to_vec2::<f32>().unwrap().remove(len - 1);
+    let choose = |kv_head: usize| {
+        let keys = head(&rotated.k, kv_head).to_dtype(DType::F16).unwrap();
+        let keys = keys.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
+        let group: Vec<_> =
+            (0..HEADS / KV_HEADS).map(|g| q(kv_head * HEADS / KV_HEADS + g)).collect();
         let bound = |page: &[Vec<f32>], q: &Vec<f32>| -> f32 {
             let best = |c: usize| page.iter().map(|key| key[c] * q[c]).fold(f32::MIN, f32::max);
             (0..DIM).map(best).sum()
@@ -39,42 +46,46 @@ fn plain_choice(text: &Input, pages: usize) -> Vec<Vec<u32>> {
 
 #[test]
 fn a_token_reads_the_pages_of_the_highest_bounds() {
-    let text = Input::random(1, 130);
-    let mut cache = Quest::<f32>::with_page(4 * PAGE, PAGE, shape()).unwrap();
-    text.narrow(2, 0, 99).feed(&mut cache).unwrap();
+    let text = Input::random(130);
+    let mut cache = quest(4);
+    text.narrow(0, 99).feed(&mut cache, 1).unwrap();
     for token in 99..130 {
-        let so_far = text.narrow(2, 0, token + 1);
+        let so_far = text.narrow(0, token + 1);
         let expected = attention_over(&so_far, &plain_choice(&so_far, 4), false);
-        let out = text.narrow(2, token, 1).feed(&mut cache).unwrap();
+        let out = text.narrow(token, 1).feed(&mut cache, 1).unwrap();
         assert!(distance(&out, &expected) < 1e-5, "token {token}");
     }
-    assert_eq!(cache.footprint().payload, 130 * KV_HEADS * DIM * 2 * 4);
+    let held = cache.footprint();
+    assert_eq!(held.payload, 130 * KV_HEADS * DIM * 2 * 4);
+    // 17 pages of two keys in f16.
+    assert!(held.bookkeeping >= 17 * KV_HEADS * 2 * DIM * 2);
 }
 
 #[test]
 fn a_budget_for_everything_changes_no_bit() {
-    let text = Input::random(2, 60);
+    let text = Input::random(60);
     let calls = [20, 7, 1, 1, 30, 1];
-    let mut dense = DenseCache::new(shape(), DType::F32).unwrap();
-    let mut cache = Quest::<f32>::with_page(64, PAGE, shape()).unwrap();
+    let mut dense = DenseCache::new(spec(), DType::F32).unwrap();
+    let mut cache = quest(8);
     let (expected, outs) =
-        (feed_all(&mut dense, &text, &calls), feed_all(&mut cache, &text, &calls));
+        (feed_all(&mut dense, 0, &text, &calls), feed_all(&mut cache, 0, &text, &calls));
     for (out, expected) in outs.iter().zip(&expected) {
         assert_eq!(bits(out), bits(expected));
     }
-    cache.reset();
-    assert_eq!((cache.seen(), cache.footprint().total()), (0, 0));
+    cache.clear();
+    assert_eq!((cache.seen(0), cache.footprint().total()), (0, 0));
 }
 
 #[test]
-fn bad_settings_and_inputs_are_named() {
-    let message = |made: longctx_core::Result<Quest<f32>>| made.expect_err("an error").to_string();
-    assert!(message(Quest::new(15, shape())).contains("budget"));
-    assert!(message(Quest::with_page(8, 0, shape())).contains("page"));
-    let windowed = AttentionShape { window: Some(8), ..shape() };
-    assert!(message(Quest::new(16, windowed)).contains("sliding window"));
-    let mut cache = Quest::<f32>::new(16, shape()).unwrap();
-    Input::random(1, 20).feed(&mut cache).unwrap();
-    assert!(Input::random(2, 1).feed(&mut cache).unwrap_err().to_string().contains("batch"));
-    assert_eq!(cache.held(), 20);
+fn bad_settings_are_named() {
+    let message =
+        |made: longctx_core::Result<Quest<DenseStore>>| made.expect_err("an error").to_string();
+    assert!(message(Quest::new(spec(), store(DType::F32), 15)).contains("budget"));
+    assert!(message(Quest::with_page(spec(), store(DType::F32), 8, 0)).contains("page"));
+    let shape = AttentionShape { window: Some(8), ..shape() };
+    let windowed = DenseStore::new(shape, DType::F32).unwrap();
+    let made = Quest::new(LayerSpec { shape, ..spec() }, windowed, 16);
+    assert!(message(made).contains("sliding window"));
+    let other = DenseStore::new(AttentionShape::new(4, 4, DIM).unwrap(), DType::F32).unwrap();
+    assert!(message(Quest::new(spec(), other, 16)).contains("the store's shape"));
 }

@@ -1,29 +1,13 @@
-//! StreamingLLM against the published semantics, computed the slow way: keys kept unrotated, and all of them rotated by their
-//! position within the cache at every step (mit-han-lab/streaming-llm, `StartRecentKVCache` with `pos_shift` attention).
+//! StreamingLLM against the published semantics, computed the slow way: keys kept unrotated, and all
+//! of them rotated by their position within the cache at every step (mit-han-lab/streaming-llm,
+//! `StartRecentKVCache` with `pos_shift` attention).
+
+mod common;
 
 use candle_core::{D, DType, Device, Tensor};
-use longctx_core::{AttentionShape, DenseStore, KvCache, Rope, RopeScaling, Step};
+use common::{HEADS, Input, KV_HEADS, rope, shape, spec, store};
+use longctx_core::{AttentionShape, Batch, DenseStore, KvCache, KvStore, LayerSpec, Result, Step};
 use token_drop::StreamingLlm;
-
-const HEADS: usize = 4;
-const KV_HEADS: usize = 2;
-const DIM: usize = 16;
-
-fn shape() -> AttentionShape {
-    AttentionShape::new(HEADS, KV_HEADS, DIM).unwrap()
-}
-
-fn rope() -> Rope {
-    Rope::new(DIM, DIM, 10_000.0, RopeScaling::None).unwrap()
-}
-
-fn random(heads: usize, tokens: usize) -> Tensor {
-    Tensor::randn(0f32, 1., (1, heads, tokens, DIM), &Device::Cpu).unwrap()
-}
-
-fn store(dtype: DType) -> DenseStore {
-    DenseStore::new(shape(), dtype).unwrap()
-}
 
 /// Unrotated keys and values of the sinks and the window.
 struct Published {
@@ -33,19 +17,25 @@ struct Published {
 }
 
 impl Published {
-    fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor> {
+    fn attend(&mut self, input: &Input) -> candle_core::Result<Tensor> {
+        let Input { q, k, v } = input;
         let (k, v) = match &self.held {
-            Some((old_k, old_v)) => (Tensor::cat(&[old_k, k], 2)?, Tensor::cat(&[old_v, v], 2)?),
+            Some((old_k, old_v)) => (Tensor::cat(&[old_k, k], 0)?, Tensor::cat(&[old_v, v], 0)?),
             None => (k.clone(), v.clone()),
         };
-        let (tokens, len) = (q.dim(2)?, k.dim(2)?);
-        let (q, keys) = (rope().apply(q, len - tokens).unwrap(), rope().apply(&k, 0).unwrap());
+        let (tokens, len) = (q.dim(0)?, k.dim(0)?);
+        let turn = |x: &Tensor, first: usize| {
+            let positions: Vec<i64> = (first as i64..len as i64).collect();
+            rope(shape().head_dim).apply(x, &positions).unwrap()
+        };
+        let (q, keys) = (turn(q, len - tokens), turn(&k, 0));
         let repeat = |x: &Tensor| {
             let heads: Vec<_> =
                 (0..HEADS).map(|h| x.narrow(1, h * KV_HEADS / HEADS, 1).unwrap()).collect();
-            Tensor::cat(&heads, 1)
+            Tensor::cat(&heads, 1)?.transpose(0, 1)?.contiguous()
         };
-        let scores = (q.matmul(&repeat(&keys)?.t()?)? * (DIM as f64).powf(-0.5))?;
+        let scores = q.transpose(0, 1)?.contiguous()?.matmul(&repeat(&keys)?.t()?)?;
+        let scores = (scores * f64::from(shape().scale))?;
         let mask: Vec<f32> = (0..tokens)
             .flat_map(|i| (0..len).map(move |j| if j <= len - tokens + i { 0. } else { f32::MIN }))
             .collect();
@@ -53,32 +43,29 @@ impl Published {
         let out = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&repeat(&v)?)?;
         self.held = Some(if len > self.sinks + self.window {
             let cut = |x: &Tensor| {
-                let newest = x.narrow(2, len - self.window, self.window)?;
-                Tensor::cat(&[x.narrow(2, 0, self.sinks)?, newest], 2)
+                let newest = x.narrow(0, len - self.window, self.window)?;
+                Tensor::cat(&[x.narrow(0, 0, self.sinks)?, newest], 0)
             };
             (cut(&k)?, cut(&v)?)
         } else {
             (k, v)
         });
-        Ok(out)
+        out.transpose(0, 1)
     }
 }
 
 fn compare(sinks: usize, window: usize, calls: &[usize]) {
     let mut published = Published { sinks, window, held: None };
-    let mut cache = StreamingLlm::new(sinks, window, store(DType::F32)).unwrap();
+    let mut cache = StreamingLlm::new(spec(), store(DType::F32), sinks, window).unwrap();
     for (call, &tokens) in calls.iter().enumerate() {
-        let (q, k, v) = (random(HEADS, tokens), random(KV_HEADS, tokens), random(KV_HEADS, tokens));
-        let expected = published.attend(&q, &k, &v).unwrap();
-        let step = Step { q: &q, k: &k, v: &v, shape: &shape(), rope: &rope() };
-        let out = cache.attend(&step).unwrap();
-        let error = (out - expected).unwrap().abs().unwrap().max_all().unwrap();
-        let error: f32 = error.to_scalar().unwrap();
+        let input = Input::random(tokens);
+        let expected = published.attend(&input).unwrap();
+        let error = common::distance(&input.feed(&mut cache, 0).unwrap(), &expected);
         assert!(error < 2e-5, "call {call} of {tokens} tokens: off by {error}");
-        assert!(cache.held() <= sinks + window);
-        assert_eq!(cache.held(), published.held.as_ref().unwrap().0.dim(2).unwrap());
+        assert!(cache.held(0) <= sinks + window);
+        assert_eq!(cache.held(0), published.held.as_ref().unwrap().0.dim(0).unwrap());
     }
-    assert_eq!(cache.seen(), calls.iter().sum::<usize>());
+    assert_eq!(cache.seen(0), calls.iter().sum::<usize>());
 }
 
 #[test]
@@ -90,80 +77,87 @@ fn equals_the_published_semantics() {
     compare(3, 5, &[2, 2, 30, 1, 1, 4, 1, 9, 1, 1]);
 }
 
+/// What is held after each call.
+fn helds(cache: &mut impl KvCache, calls: impl Iterator<Item = usize>) -> Vec<usize> {
+    calls
+        .map(|tokens| {
+            Input::random(tokens).feed(cache, 0).unwrap();
+            cache.held(0)
+        })
+        .collect()
+}
+
 #[test]
 fn a_step_drops_groups_and_keeps_within_the_window() {
-    let mut cache = StreamingLlm::new(2, 16, store(DType::F32)).unwrap().with_step(4).unwrap();
-    let mut helds = Vec::new();
-    for tokens in [40].into_iter().chain([1; 12]) {
-        let (q, k) = (random(HEADS, tokens), random(KV_HEADS, tokens));
-        cache.attend(&Step { q: &q, k: &k, v: &k, shape: &shape(), rope: &rope() }).unwrap();
-        helds.push(cache.held());
-    }
+    let cache = StreamingLlm::new(spec(), store(DType::F32), 2, 16).unwrap();
+    let helds = helds(&mut cache.with_step(4).unwrap(), [40].into_iter().chain([1; 12]));
     assert_eq!(helds, [16, 17, 18, 15, 16, 17, 18, 15, 16, 17, 18, 15, 16]);
 }
 
-/// A quarter of 40 tokens is a window of 10, smaller than the step: the newest token stays all the same.
+/// A quarter of 40 tokens is 4 sinks and a window of 6, smaller than the step: the newest token
+/// stays all the same.
 #[test]
 fn a_step_larger_than_the_window_of_a_short_prompt_leaves_the_newest() {
-    let mut cache = StreamingLlm::with_ratio(0.25, store(DType::F32)).unwrap();
-    cache = cache.with_step(32).unwrap();
-    let mut helds = Vec::new();
-    for tokens in [40].into_iter().chain([1; 12]) {
-        let (q, k) = (random(HEADS, tokens), random(KV_HEADS, tokens));
-        cache.attend(&Step { q: &q, k: &k, v: &k, shape: &shape(), rope: &rope() }).unwrap();
-        helds.push(cache.held());
-    }
-    assert_eq!(helds, [10, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 2]);
+    let cache = StreamingLlm::with_ratio(spec(), store(DType::F32), 0.25).unwrap();
+    let helds = helds(&mut cache.with_step(32).unwrap(), [40].into_iter().chain([1; 12]));
+    assert_eq!(helds, [10, 5, 6, 7, 8, 9, 10, 5, 6, 7, 8, 9, 10]);
 }
 
 #[test]
 fn memory_stays_constant_over_100_000_tokens() {
     let shape = AttentionShape::new(1, 1, 8).unwrap();
-    let rope = Rope::new(8, 8, 10_000.0, RopeScaling::None).unwrap();
+    let spec = LayerSpec::new(shape).with_rope(rope(8));
     let store = DenseStore::new(shape, DType::F16).unwrap();
-    let mut cache = StreamingLlm::new(4, 28, store).unwrap();
-    let x = Tensor::randn(0f32, 1., (1, 1, 1, 8), &Device::Cpu).unwrap();
+    let mut cache = StreamingLlm::new(spec, store, 4, 28).unwrap();
+    let x = Tensor::randn(0f32, 1., (1, 1, 8), &Device::Cpu).unwrap();
+    let batch = Batch::single(0, 1).unwrap();
     let mut most = 0;
     for token in 0..100_000 {
-        let out = cache.attend(&Step { q: &x, k: &x, v: &x, shape: &shape, rope: &rope }).unwrap();
+        let out = cache.attend(&Step { batch: &batch, q: &x, k: &x, v: &x }).unwrap();
         if token == 999 {
             most = cache.footprint().total();
         }
         if token % 9_999 == 0 {
             assert!(token < 999 || cache.footprint().total() == most);
             // All values are the same: so is their average, at any position.
-            let error = (out - &x).unwrap().abs().unwrap().max_all().unwrap();
-            assert!(error.to_scalar::<f32>().unwrap() < 1e-2);
+            assert!(common::distance(&out, &x) < 1e-2);
         }
     }
-    assert_eq!((cache.seen(), cache.held()), (100_000, 32));
+    assert_eq!((cache.seen(0), cache.held(0)), (100_000, 32));
 }
 
 #[test]
 fn a_ratio_is_split_as_in_the_paper() {
-    let mut cache = StreamingLlm::with_ratio(0.25, store(DType::F16)).unwrap();
-    let (q, k) = (random(HEADS, 1000), random(KV_HEADS, 1000));
-    for _ in 0..2 {
-        cache.attend(&Step { q: &q, k: &k, v: &k, shape: &shape(), rope: &rope() }).unwrap();
-        assert_eq!(cache.held(), 250);
-        // 5 sinks in f32, 245 window tokens in f16.
-        assert_eq!(cache.footprint().payload, (5 * 4 + 245 * 2) * 2 * KV_HEADS * DIM);
-    }
-    cache.reset();
-    assert_eq!((cache.seen(), cache.held(), cache.footprint().total()), (0, 0, 0));
+    let mut cache = StreamingLlm::with_ratio(spec(), store(DType::F16), 0.25).unwrap();
+    let token = 2 * KV_HEADS * shape().head_dim;
+    Input::random(1000).feed(&mut cache, 0).unwrap();
+    // 5 sinks in f32, 245 window tokens in f16.
+    assert_eq!((cache.sinks().len(0), cache.window().len(0)), (5, 245));
+    assert_eq!(cache.footprint().payload, (5 * 4 + 245 * 2) * token);
+    // The prompt goes on: the window grows with it, the sinks are those of its first call.
+    Input::random(1000).feed(&mut cache, 0).unwrap();
+    assert_eq!((cache.sinks().len(0), cache.window().len(0)), (5, 495));
+    // A decoded token raises nothing.
+    Input::random(1).feed(&mut cache, 0).unwrap();
+    assert_eq!(cache.held(0), 500);
+    cache.clear();
+    assert_eq!((cache.seen(0), cache.held(0), cache.footprint().total()), (0, 0, 0));
 }
 
 #[test]
 fn bad_settings_are_named() {
-    let message = |made: longctx_core::Result<StreamingLlm<DenseStore>>| {
-        made.expect_err("an error").to_string()
-    };
-    assert!(message(StreamingLlm::new(4, 0, store(DType::F32))).contains("window"));
-    assert!(message(StreamingLlm::with_ratio(1.0, store(DType::F32))).contains("ratio"));
-    assert!(message(StreamingLlm::with_ratio(f64::NAN, store(DType::F32))).contains("ratio"));
-    let cache = StreamingLlm::new(4, 8, store(DType::F32)).unwrap();
+    let message = |made: Result<StreamingLlm<DenseStore>>| made.expect_err("an error").to_string();
+    let of_ratio = |ratio| StreamingLlm::with_ratio(spec(), store(DType::F32), ratio);
+    assert!(message(StreamingLlm::new(spec(), store(DType::F32), 4, 0)).contains("window"));
+    assert!(message(of_ratio(1.0)).contains("ratio"));
+    assert!(message(of_ratio(f64::NAN)).contains("ratio"));
+    let cache = StreamingLlm::new(spec(), store(DType::F32), 4, 8).unwrap();
     assert!(message(cache.with_step(9)).contains("step"));
-    let windowed = AttentionShape { window: Some(8), ..shape() };
-    let store = DenseStore::new(windowed, DType::F32).unwrap();
-    assert!(message(StreamingLlm::new(4, 8, store)).contains("sliding"));
+    let shape = AttentionShape { window: Some(8), ..shape() };
+    let windowed = DenseStore::new(shape, DType::F32).unwrap();
+    let made = StreamingLlm::new(LayerSpec { shape, ..spec() }, windowed, 4, 8);
+    assert!(message(made).contains("sliding"));
+    let rotated = LayerSpec::new(common::shape());
+    let made = StreamingLlm::new(rotated, store(DType::F32), 4, 8);
+    assert!(message(made).contains("StreamingLLM rotates"));
 }

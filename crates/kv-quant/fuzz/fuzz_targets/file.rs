@@ -1,4 +1,4 @@
-//! Arbitrary bytes as a file of heads: errors may come, panics may not, and what is read must work.
+//! Arbitrary bytes as a file of sequences: errors may come, panics may not, and what is read must work.
 //!
 //! Two kinds of input. Bytes that begin with 0 are the rest of a file as it is. In all others the first two bytes say how long the description of
 //! heads (JSON) is; then come the description and the data of the tensors that it names. Those are put into a file whose checksums are right, so
@@ -7,8 +7,7 @@
 
 use std::collections::HashMap;
 
-use bytes::Bytes;
-use kv_quant::load_bytes;
+use kv_quant::CacheFile;
 use libfuzzer_sys::fuzz_target;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -55,12 +54,23 @@ fuzz_target!(|data: &[u8]| {
             None => return,
         },
     };
-    if let Ok(lists) = load_bytes(Bytes::from(bytes)) {
-        for mut head in lists.into_iter().flatten() {
-            let (keys, values) = head.read();
-            assert_eq!(keys.len(), values.len());
-            let token = vec![0.5f32; head.head_dim()];
-            head.append(&token, &token).expect("a token of finite numbers");
+    let Ok(file) = CacheFile::from_bytes(bytes) else { return };
+    for layer in 0..file.len() {
+        let Ok(mut pool) = file.pool(layer) else { continue };
+        if pool.load(1, &file, layer).is_err() {
+            continue;
         }
+        let shape = pool.shape();
+        let (keys, values) = pool.read(1, shape.kv_heads - 1).expect("a head");
+        assert_eq!(keys.len() / shape.head_dim, values.len() / shape.value_dim);
+        let (key, value) = (
+            vec![0.5f32; shape.kv_heads * shape.head_dim],
+            vec![0.5f32; shape.kv_heads * shape.value_dim],
+        );
+        pool.append(&[1], &[0, 1], &key, &value).expect("a token of finite numbers");
+        let lens = pool.lens(1).expect("a sequence");
+        let shortest = lens.into_iter().min().unwrap_or(0);
+        pool.truncate(1, shortest / 2).expect("fewer entries");
+        pool.append(&[1], &[0, 1], &key, &value).expect("a token of finite numbers");
     }
 });

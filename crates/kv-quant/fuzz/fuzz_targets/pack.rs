@@ -2,7 +2,7 @@
 #![no_main]
 
 use half::f16;
-use kv_quant::{Axis, Bits, Format, Head, Packed, Queries, Scheme, attend};
+use kv_quant::{Axis, Bits, Format, Mask, Packed, Pool, PoolShape, Queries, Scheme};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -26,12 +26,17 @@ fuzz_target!(|data: &[u8]| {
         let slack = (scale.to_f32() * 1e-3).max(6e-8) * largest + x.to_f32().abs() * 1e-3;
         assert!((x.to_f32() - back).abs() <= scale.to_f32() * 0.6 + slack);
     }
-    let format = Format::kivi(bits, bits, group, group).expect("a format");
-    let mut head = Head::new(columns, format).expect("a head");
-    if head.append(x, x).is_ok() && !head.is_empty() {
-        let q = vec![1e-3; columns];
-        let queries = Queries { data: &q, heads: 1, tokens: 1, scale: 1.0, soft_cap: None };
-        let len = head.len();
-        attend(&[head], 1, &queries, |_, _| 0..len).expect("attention");
+    let format = Format::kivi_rolling(bits, bits, group, group).expect("a format");
+    let shape = PoolShape { kv_heads: 1, head_dim: columns, value_dim: columns };
+    let mut pool = Pool::new(shape, format).expect("a pool");
+    let tokens = x.len() / columns;
+    if pool.append(&[1], &[0, tokens], x, x).is_ok() {
+        let q = vec![1e-3f32; columns];
+        let queries =
+            Queries { data: &q[..], heads: 1, scale: 1.0, soft_cap: None, window: None };
+        pool.attend(&queries, &[1], &[0, 1], Mask::Full).expect("attention");
+        // What a cut unpacks can be packed again.
+        pool.truncate(1, tokens / 2).expect("fewer tokens");
+        pool.append(&[1], &[0, tokens], x, x).expect("numbers that were taken before");
     }
 });

@@ -1,111 +1,123 @@
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::QuantStore;
+use super::part::Part;
 use crate::{Format, KeyBasis, Rotary};
 use candle_core::Tensor;
 use longctx_core::{
-    AttentionShape, Error, Footprint, KvCache, KvStore, Partial, Result, Rope, Step, Visible,
-    attention,
+    AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result, SeqId,
+    Step, attention, check_new,
 };
 
 /// When a call's own tokens are quantized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Order {
-    /// After they have attended to each other in full precision: a whole prompt is exact. KIVI's way.
+    /// After they have attended to each other in full precision: a whole prompt is exact. KIVI's
+    /// way.
     #[default]
     AttendFirst,
-    /// Before: they see each other as later tokens will see them. FlexGen's way in the benchmark of arXiv 2407.01527.
+    /// Before: they see each other as later tokens will see them. FlexGen's way in the benchmark of
+    /// arXiv 2407.01527.
     QuantizeFirst,
 }
 
-/// A cache that packs what it is given: KIVI's with [`Format::kivi`], FlexGen's with [`Format::flexgen`] and [`Order::QuantizeFirst`].
+/// A cache that packs keys and values: KIVI's with [`Format::kivi`], FlexGen's with
+/// [`Format::flexgen`] and [`Order::QuantizeFirst`].
 ///
-/// Keys are packed rotated, unless the format says [`KeyBasis::BeforeRope`]. Layers may differ in bits: each has a cache of its own.
+/// Keys are packed rotated, unless the format says [`KeyBasis::BeforeRope`]. Layers may differ in
+/// bits: each has a cache of its own.
 ///
 /// ```
+/// use std::sync::Arc;
 /// use candle_core::{Device, Tensor};
 /// use kv_quant::{Bits, Format, Order, QuantCache};
-/// use longctx_core::{AttentionShape, KvCache, Rope, RopeScaling, Step};
+/// use longctx_core::{AttentionShape, Batch, KvCache, LayerSpec, Rope, RopeScaling, Step};
 ///
-/// let shape = AttentionShape::new(8, 2, 64)?;
-/// let rope = Rope::new(64, 64, 10_000.0, RopeScaling::None)?;
-/// let kivi = QuantCache::new(shape, Format::kivi(Bits::Four, Bits::Two, 32, 128)?)?;
-/// let flexgen = QuantCache::new(shape, Format::flexgen(Bits::Four, Bits::Four, 64)?)?
+/// let rope = Arc::new(Rope::new(64, 64, 10_000.0, RopeScaling::None)?);
+/// let spec = LayerSpec::new(AttentionShape::new(8, 2, 64)?).with_rope(rope);
+/// let kivi = QuantCache::new(spec.clone(), Format::kivi(Bits::Four, Bits::Two, 32, 128)?)?;
+/// let flexgen = QuantCache::new(spec, Format::flexgen(Bits::Four, Bits::Four, 64)?)?
 ///     .with_order(Order::QuantizeFirst)
 ///     .with_sinks(4)?;
 /// for mut cache in [kivi, flexgen] {
-///     for tokens in [1000, 1] {
-///         let q = Tensor::randn(0f32, 1., (1, 8, tokens, 64), &Device::Cpu)?;
-///         let k = Tensor::randn(0f32, 1., (1, 2, tokens, 64), &Device::Cpu)?;
-///         cache.attend(&Step { q: &q, k: &k, v: &k, shape: &shape, rope: &rope })?;
+///     for batch in [Batch::new(&[(0, 1000), (1, 50)])?, Batch::decode(&[0, 1])?] {
+///         let q = Tensor::randn(0f32, 1., (batch.tokens(), 8, 64), &Device::Cpu)?;
+///         let k = Tensor::randn(0f32, 1., (batch.tokens(), 2, 64), &Device::Cpu)?;
+///         cache.attend(&Step { batch: &batch, q: &q, k: &k, v: &k })?;
 ///     }
-///     assert_eq!(cache.held(), 1001);
-///     assert!(cache.footprint().payload < 1001 * 2 * 64);
+///     assert_eq!((cache.held(0), cache.held(1)), (1001, 51));
+///     assert!(cache.seq_footprint(0).payload < 1001 * 2 * 64);
 /// }
 /// # Ok::<(), longctx_core::Error>(())
 /// ```
 #[derive(Debug, Clone)]
 pub struct QuantCache {
-    pub(super) format: Format,
-    pub(super) order: Order,
-    /// The first tokens, in f16.
+    spec: LayerSpec,
+    format: Format,
+    order: Order,
+    /// Each sequence's first tokens, in f16.
     sinks: QuantStore,
-    pub(super) sink_tokens: usize,
+    sink_tokens: usize,
     store: QuantStore,
-    /// In place of both, where a CUDA device has kernels for the format.
-    #[cfg(feature = "cuda")]
-    pub(super) device: Option<crate::CudaStore>,
-    seen: usize,
+    seen: BTreeMap<SeqId, usize>,
 }
 
 impl QuantCache {
     /// An empty cache.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a layer with a sliding window; the rest as [`QuantStore::new`].
-    pub fn new(shape: AttentionShape, format: Format) -> Result<Self> {
-        if shape.window.is_some() {
-            return Err(Error::Unsupported(
-                "a packed cache in a layer with a sliding window".into(),
-            ));
+    /// [`Error::Unsupported`] for a layer with a sliding window; [`Error::Setting`] for keys
+    /// [before RoPE](KeyBasis::BeforeRope) in a layer whose keys come rotated; the rest as
+    /// [`QuantStore::new`].
+    pub fn new(spec: LayerSpec, format: Format) -> Result<Self> {
+        if spec.shape.window.is_some() {
+            let what = "a packed cache in a layer with a sliding window";
+            return Err(Error::Unsupported(what.into()));
         }
-        // Keys before RoPE need the rope, which comes with the first call.
-        let store = QuantStore::new(
-            shape,
-            format.with_basis(match format.basis() {
-                KeyBasis::BeforeRope => KeyBasis::Given,
-                other => other,
-            }),
-        )?;
-        let sinks = QuantStore::new(shape, Format::f16())?;
-        let order = Order::default();
-        Ok(Self {
-            format,
-            order,
-            sinks,
-            sink_tokens: 0,
-            store,
-            #[cfg(feature = "cuda")]
-            device: None,
-            seen: 0,
-        })
+        let store = Self::make_store(&spec, format, 0)?;
+        let sinks = QuantStore::new(spec.shape, Format::f16())?;
+        let (order, seen) = (Order::default(), BTreeMap::new());
+        Ok(Self { spec, format, order, sinks, sink_tokens: 0, store, seen })
+    }
+
+    /// The store of the tokens after the first `sinks`.
+    fn make_store(spec: &LayerSpec, format: Format, sinks: usize) -> Result<QuantStore> {
+        if format.basis() != KeyBasis::BeforeRope {
+            return QuantStore::new(spec.shape, format);
+        }
+        let rope = spec.rope_for("a cache of keys before RoPE")?;
+        let rotary = Arc::new(Rotary::new(rope.frequencies(), sinks)?);
+        QuantStore::before_rope(spec.shape, format, rotary)
     }
 
     /// The same with a call's tokens quantized at another time.
+    #[must_use]
     pub fn with_order(self, order: Order) -> Self {
         Self { order, ..self }
     }
 
-    /// The same with the first `tokens` tokens kept in f16: models attend to them out of all proportion (arXiv 2309.17453), and their keys are
-    /// outliers.
+    /// The same with each sequence's first `tokens` tokens kept in f16: models attend to them out of
+    /// all proportion (arXiv 2309.17453), and their keys are outliers.
     ///
     /// # Errors
     /// [`Error::Setting`] if the cache holds something already.
     pub fn with_sinks(self, tokens: usize) -> Result<Self> {
-        if self.seen > 0 {
-            return Err(Error::setting("sinks", "an empty cache", format!("{} tokens", self.seen)));
+        if !self.seen.is_empty() {
+            let got = format!("{} sequences", self.seen.len());
+            return Err(Error::setting("sinks", "an empty cache", got));
         }
-        Ok(Self { sink_tokens: tokens, ..self })
+        let mut store = Self::make_store(&self.spec, self.format, tokens)?;
+        if let Some(bytes) = self.store.pool().capacity() {
+            store = store.with_capacity(bytes);
+        }
+        Ok(Self { sink_tokens: tokens, store, ..self })
+    }
+
+    /// The same with at most `bytes` bytes of packed blocks and tails in use. Sinks come on top.
+    #[must_use]
+    pub fn with_capacity(self, bytes: usize) -> Self {
+        Self { store: self.store.with_capacity(bytes), ..self }
     }
 
     /// The packed keys and values.
@@ -113,7 +125,7 @@ impl QuantCache {
         &self.store
     }
 
-    /// The first tokens, in f16.
+    /// Each sequence's first tokens, in f16.
     pub fn sinks(&self) -> &QuantStore {
         &self.sinks
     }
@@ -123,142 +135,214 @@ impl QuantCache {
         self.format
     }
 
-    /// The same cache with what another, made alike, held.
-    ///
-    /// # Errors
-    /// As [`QuantStore::with_heads`].
+    /// Both stores, for those who load a sequence of so many tokens into them.
     #[cfg(feature = "save")]
-    pub(crate) fn with_stores(
-        self,
-        sinks: Vec<crate::Head>,
-        mut heads: Vec<crate::Head>,
-    ) -> Result<Self> {
-        let Self { sinks: no_sinks, store, .. } = self;
-        let sinks = no_sinks.with_heads(sinks)?;
-        let store = match heads.first().and_then(|head| head.rotary().cloned()) {
-            Some(rotary) => QuantStore::before_rope(*store.shape(), self.format, rotary)?,
-            None => store,
-        };
-        let store = store.with_heads(std::mem::take(&mut heads))?;
-        Ok(Self { seen: sinks.len() + store.len(), sinks, store, ..self })
+    pub(super) fn stores_mut(&mut self) -> (&mut QuantStore, &mut QuantStore) {
+        (&mut self.sinks, &mut self.store)
     }
 
-    /// One call's attention over what is held, its own tokens included, which are taken in before or after.
-    fn attend_step(&mut self, step: &Step<'_>) -> Result<Partial> {
-        let (_, tokens) = step.shape.check_q(step.q)?;
-        self.settle_rope(step.rope)?;
-        let q = step.rope.apply(step.q, self.seen)?;
-        let k = step.rope.apply(step.k, self.seen)?;
-        #[cfg(feature = "cuda")]
-        if let Some(done) = self.attend_on_device(&q, &k, step.v)? {
-            self.seen += tokens;
-            return Ok(done);
+    /// Takes note of a sequence that both stores hold.
+    #[cfg(feature = "save")]
+    pub(super) fn note(&mut self, seq: SeqId) {
+        self.seen.insert(seq, self.held(seq));
+    }
+
+    /// How many of the `coming` tokens of a sequence are sinks.
+    fn sinks_among(&self, seq: SeqId, coming: usize) -> usize {
+        self.sink_tokens.saturating_sub(self.seen(seq)).min(coming)
+    }
+
+    /// The batch's tokens that are sinks, and the others.
+    fn split(&self, batch: &Batch) -> Result<(Option<Part>, Option<Part>)> {
+        let first = |seq, tokens: &std::ops::Range<usize>| {
+            tokens.start + self.sinks_among(seq, tokens.len())
+        };
+        let sinks = Part::of(batch, |seq, tokens| tokens.start..first(seq, &tokens))?;
+        let rest = Part::of(batch, |seq, tokens| first(seq, &tokens)..tokens.end)?;
+        Ok((sinks, rest))
+    }
+
+    /// Appends a call's tokens to the two stores; on an error neither has changed.
+    fn append(&mut self, step: &Step<'_>, rotated: &Tensor) -> Result<()> {
+        let keys = if self.format.basis() == KeyBasis::BeforeRope { step.k } else { rotated };
+        let (Some(sinks), rest) = self.split(step.batch)? else {
+            return self.store.append(step.batch, keys, step.v);
+        };
+        self.sinks.append(&sinks.batch, &sinks.rows(rotated)?, &sinks.rows(step.v)?)?;
+        let Some(rest) = rest else { return Ok(()) };
+        let done = self.store.append(&rest.batch, &rest.rows(keys)?, &rest.rows(step.v)?);
+        if done.is_err() {
+            for &seq in sinks.batch.seqs() {
+                match self.seen.get(&seq) {
+                    // Nothing in f16 is packed: cutting it gives back exactly what was there.
+                    Some(&seen) => self.sinks.truncate(seq, seen)?,
+                    None => {
+                        self.sinks.remove(seq);
+                    }
+                }
+            }
+        }
+        done
+    }
+
+    /// Exact attention among a call's tokens, and over the tokens before.
+    fn attend_exactly(&self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<AttentionState> {
+        let mut parts = vec![attention::attend(step.batch, q, k, step.v, &self.spec.shape)?];
+        for store in [&self.sinks, &self.store] {
+            if step.batch.seqs().iter().any(|&seq| store.len(seq) > 0) {
+                parts.push(store.attend(step.batch, q, Mask::Full)?);
+            }
+        }
+        AttentionState::merge(&parts)
+    }
+
+    /// Attention of tokens that are in the stores already. `split` is of before they came.
+    fn attend_packed(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        split: (Option<Part>, Option<Part>),
+    ) -> Result<AttentionState> {
+        if self.sink_tokens == 0 {
+            return self.store.attend(batch, q, Mask::Causal);
         }
         let mut parts = Vec::new();
-        let held = [&self.sinks, &self.store].map(|store| !store.is_empty());
-        if self.order == Order::QuantizeFirst {
-            self.append(step, &k)?;
-            let to_sinks = self.sinks.len() > self.seen;
-            let own = if to_sinks { &self.sinks } else { &self.store };
-            parts.push(own.attend(&q, Visible::Causal)?);
-            if held[0] && !to_sinks {
-                parts.push(self.sinks.attend(&q, Visible::All)?);
-            }
-        } else {
-            parts.push(attention::attend(&q, &k, step.v, step.shape, Visible::Causal)?);
-            for (store, _) in [&self.sinks, &self.store].into_iter().zip(held).filter(|(_, h)| *h) {
-                parts.push(store.attend(&q, Visible::All)?);
-            }
-            self.append(step, &k)?;
+        if let (Some(part), _) = split {
+            let state = self.sinks.attend(&part.batch, &part.rows(q)?, Mask::Causal)?;
+            parts.push((part, state));
         }
-        self.seen += tokens;
-        Partial::merge(&parts)
+        if let (_, Some(part)) = split {
+            let q = part.rows(q)?;
+            let state = AttentionState::merge(&[
+                self.sinks.attend(&part.batch, &q, Mask::Full)?,
+                self.store.attend(&part.batch, &q, Mask::Causal)?,
+            ])?;
+            parts.push((part, state));
+        }
+        Part::join(&parts)
     }
 
-    fn settle_rope(&mut self, rope: &Rope) -> Result<()> {
-        if self.format.basis() == KeyBasis::BeforeRope && self.store.is_empty() {
-            let rotary = Arc::new(Rotary::new(rope.frequencies(), self.sink_tokens)?);
-            self.store = QuantStore::before_rope(*self.store.shape(), self.format, rotary)?;
+    fn advance(&mut self, batch: &Batch) {
+        for (seq, tokens) in batch.iter() {
+            *self.seen.entry(seq).or_default() += tokens.len();
         }
-        Ok(())
-    }
-
-    fn append(&mut self, step: &Step<'_>, rotated: &Tensor) -> Result<()> {
-        let tokens = rotated.dim(2)?;
-        let first = self.sink_tokens.saturating_sub(self.seen).min(tokens);
-        if first > 0 {
-            self.sinks.append(&rotated.narrow(2, 0, first)?, &step.v.narrow(2, 0, first)?)?;
-        }
-        if first < tokens {
-            let keys = if self.format.basis() == KeyBasis::BeforeRope { step.k } else { rotated };
-            let rest = |x: &Tensor| x.narrow(2, first, tokens - first);
-            self.store.append(&rest(keys)?, &rest(step.v)?)?;
-        }
-        Ok(())
     }
 }
 
 impl KvCache for QuantCache {
-    fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
-        let (_, tokens) = step.shape.check_q(step.q)?;
-        let first = self.sink_tokens.saturating_sub(self.seen);
-        if self.order == Order::AttendFirst || first == 0 || first >= tokens {
-            return self.attend_step(step)?.into_output(step.q.dtype());
-        }
-        // Sinks and packed tokens in one call: causal attention within each needs calls of their own.
-        let mut outputs = Vec::new();
-        for (start, len) in [(0, first), (first, tokens - first)] {
-            let part = |x: &Tensor| x.narrow(2, start, len);
-            let (q, k, v) = (part(step.q)?, part(step.k)?, part(step.v)?);
-            let done = self.attend_step(&Step { q: &q, k: &k, v: &v, ..*step })?;
-            outputs.push(done.into_output(step.q.dtype())?);
-        }
-        Ok(Tensor::cat(&outputs, 2)?)
+    fn spec(&self) -> &LayerSpec {
+        &self.spec
     }
 
-    /// Its tokens are packed the same in either [`Order`]; what they saw of each other is the caller's matter.
-    fn take_prompt(&mut self, step: &Step<'_>, _: &Partial) -> Result<()> {
-        let (_, tokens) = step.shape.check_q(step.q)?;
-        self.settle_rope(step.rope)?;
-        let k = step.rope.apply(step.k, self.seen)?;
-        #[cfg(feature = "cuda")]
-        if let Some(store) = self.settle_device(&k)? {
-            store.append(&k, step.v)?;
-            self.seen += tokens;
-            return Ok(());
-        }
+    fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
+        step.check(&self.spec)?;
+        let (q, k) = step.rotate(&self.spec, |seq| self.seen(seq))?;
+        let state = match self.order {
+            Order::AttendFirst => {
+                let state = self.attend_exactly(step, &q, &k)?;
+                self.append(step, &k)?;
+                state
+            }
+            Order::QuantizeFirst => {
+                let split = self.split(step.batch)?;
+                self.append(step, &k)?;
+                self.attend_packed(step.batch, &q, split)?
+            }
+        };
+        self.advance(step.batch);
+        self.spec.output(state, step.q.dtype())
+    }
+
+    /// The tokens are packed the same in either [`Order`].
+    fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
+        step.check(&self.spec)?;
+        check_new(self, step.batch)?;
+        let (_, k) = step.rotate(&self.spec, |_| 0)?;
         self.append(step, &k)?;
-        self.seen += tokens;
+        self.advance(step.batch);
         Ok(())
     }
 
-    fn seen(&self) -> usize {
-        self.seen
+    fn needs_lse(&self) -> bool {
+        false
     }
 
-    fn held(&self) -> usize {
-        #[cfg(feature = "cuda")]
-        if let Some(store) = &self.device {
-            return store.len();
+    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        let seen = *self.seen.get(&from).ok_or(Error::UnknownSequence(from))?;
+        if self.seen.contains_key(&to) {
+            return Err(Error::mismatch("sequence to fork to", "a new one", to));
         }
-        self.sinks.len() + self.store.len()
+        for store in [&mut self.sinks, &mut self.store] {
+            if !store.lens(from).is_empty() {
+                store.fork(from, to)?;
+            }
+        }
+        self.seen.insert(to, seen);
+        Ok(())
+    }
+
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        let seen = *self.seen.get(&seq).ok_or(Error::UnknownSequence(seq))?;
+        if len > seen {
+            let what = format!("tokens of sequence {seq} to keep");
+            return Err(Error::mismatch(what, format!("at most {seen}"), len));
+        }
+        let packed = len.saturating_sub(self.sink_tokens);
+        match self.store.len(seq) > packed {
+            true => self.store.check_truncate(seq, packed),
+            false => Ok(()),
+        }
+    }
+
+    /// Exact for a cut within the full-precision tail; [`Pool::truncate`](crate::Pool::truncate)
+    /// says what a deeper one costs.
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.check_truncate(seq, len)?;
+        let packed = len.saturating_sub(self.sink_tokens);
+        if self.store.len(seq) > packed {
+            self.store.truncate(seq, packed)?;
+        }
+        if self.sinks.len(seq) > len {
+            self.sinks.truncate(seq, len)?;
+        }
+        self.seen.insert(seq, len);
+        Ok(())
+    }
+
+    fn remove(&mut self, seq: SeqId) -> bool {
+        self.sinks.remove(seq);
+        self.store.remove(seq);
+        self.seen.remove(&seq).is_some()
+    }
+
+    fn seqs(&self) -> Vec<SeqId> {
+        self.seen.keys().copied().collect()
+    }
+
+    fn seen(&self, seq: SeqId) -> usize {
+        self.seen.get(&seq).copied().unwrap_or(0)
+    }
+
+    fn held(&self, seq: SeqId) -> usize {
+        self.sinks.len(seq) + self.store.len(seq)
+    }
+
+    /// Sinks count as packed tokens, which is never too little.
+    fn can_take(&self, batch: &Batch) -> bool {
+        self.store.can_append(batch)
     }
 
     fn footprint(&self) -> Footprint {
-        #[cfg(feature = "cuda")]
-        if let Some(store) = &self.device {
-            return store.footprint();
-        }
         self.sinks.footprint() + self.store.footprint()
     }
 
-    fn reset(&mut self) {
-        self.sinks.reset();
-        self.store.reset();
-        #[cfg(feature = "cuda")]
-        {
-            self.device = None;
-        }
-        self.seen = 0;
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        self.sinks.seq_footprint(seq) + self.store.seq_footprint(seq)
+    }
+
+    fn clear(&mut self) {
+        self.sinks.clear();
+        self.store.clear();
+        self.seen.clear();
     }
 }

@@ -1,11 +1,17 @@
+use std::sync::{Arc, Mutex, MutexGuard};
+
 use super::QuantStore;
 use crate::Format;
-use candle_core::{DType, Result, Tensor};
-use longctx_core::{AttentionShape, KvStore};
+use candle_core::{DType, Device, Result, Tensor};
+use longctx_core::{AttentionShape, Batch, Error, KvStore, SeqId};
 
-/// A packed cache with the methods of candle-nn's `KvCache`, for engines that attend over plain tensors: swap the type, and the cache
-/// takes a fraction of the memory. Each call dequantizes all of it; attention on the packed codes, as
-/// [`QuantCache`](super::QuantCache) does it, is many times faster.
+/// A packed cache with the methods of candle-nn's `KvCache`, for engines that attend over plain
+/// tensors: swap the type, and the cache takes a fraction of the memory. Each call dequantizes all of
+/// it; attention on the packed codes, as [`QuantCache`](super::QuantCache) does it, is many times
+/// faster.
+///
+/// A clone shares the packed blocks until one of the two changes them. [`split`](Self::split) and
+/// [`join`](Self::join) take a batch apart and put it together, without copying what is packed.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -17,14 +23,33 @@ use longctx_core::{AttentionShape, KvStore};
 /// let (k, v) = cache.append(&prompt, &prompt)?;
 /// assert_eq!(k.dims(), [1, 2, 500, 64]);
 /// let token = Tensor::randn(0f32, 1., (1, 2, 1, 64), &Device::Cpu)?;
+/// let mut draft = cache.clone();
+/// draft.append(&token, &token)?;
+/// draft.truncate(500)?;
 /// let (k, v) = cache.append(&token, &token)?;
 /// assert_eq!(v.dims(), [1, 2, 501, 64]);
-/// assert!(cache.store().heads()[0].bytes().codes < 500 * 64);
+/// assert_eq!((cache.current_seq_len(), draft.current_seq_len()), (501, 500));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct DequantCache {
+    shared: Arc<Mutex<Shared>>,
+    /// One sequence for each batch entry; none before the first append.
+    seqs: Vec<SeqId>,
+}
+
+/// The store that a cache and its clones share.
+#[derive(Debug)]
+struct Shared {
     store: QuantStore,
+    next: SeqId,
+}
+
+impl Shared {
+    fn take_id(&mut self) -> SeqId {
+        self.next += 1;
+        self.next - 1
+    }
 }
 
 impl DequantCache {
@@ -33,21 +58,43 @@ impl DequantCache {
     /// # Errors
     /// As [`QuantStore::new`].
     pub fn new(kv_heads: usize, head_dim: usize, format: Format) -> Result<Self> {
-        let shape = AttentionShape::new(kv_heads, kv_heads, head_dim).map_err(to_candle)?;
-        Ok(Self { store: QuantStore::new(shape, format).map_err(to_candle)? })
+        let store = QuantStore::new(AttentionShape::new(kv_heads, kv_heads, head_dim)?, format)?;
+        let shared = Arc::new(Mutex::new(Shared { store, next: 0 }));
+        Ok(Self { shared, seqs: Vec::new() })
     }
 
-    /// Appends keys and values `[batch, kv_heads, tokens, head_dim]`; gives all keys and values, in the dtype of those given: earlier
-    /// calls' as they come back from their codes, this call's untouched.
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        // Every change is complete or undone when a lock is released.
+        self.shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Appends keys and values `[batch, kv_heads, tokens, head_dim]`; gives all keys and values, in
+    /// the dtype of those given: earlier calls' as they come back from their codes, this call's
+    /// untouched.
     ///
     /// # Errors
-    /// If the tensors do not fit the cache, or hold NaN, infinity or numbers beyond f16's range.
+    /// If the tensors do not fit the cache, or hold NaN, infinity or numbers beyond f16's range; the
+    /// cache is then unchanged.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let before = match self.current_seq_len() {
-            0 => None,
-            _ => Some(self.read(k.dtype())?),
+        let (batch, kv_heads, tokens, d) = k.dims4()?;
+        let begins = self.seqs.is_empty();
+        if k.dims() != v.dims() || (!begins && batch != self.seqs.len()) {
+            let entries = if begins { batch } else { self.seqs.len() };
+            let expected = format!("k and v of [{entries}, {kv_heads}, {tokens}, {d}]");
+            let got = format!("{:?} and {:?}", k.dims(), v.dims());
+            return Err(Error::mismatch("keys and values", expected, got).into());
+        }
+        let before = if begins { None } else { Some(self.read(k.dtype())?) };
+        let mut shared = self.shared();
+        let seqs = match begins {
+            true => (0..batch).map(|_| shared.take_id()).collect(),
+            false => self.seqs.clone(),
         };
-        self.store.append(k, v).map_err(to_candle)?;
+        let parts: Vec<_> = seqs.iter().map(|&seq| (seq, tokens)).collect();
+        let rows = |x: &Tensor| x.transpose(1, 2)?.reshape((batch * tokens, kv_heads, d));
+        shared.store.append(&Batch::new(&parts)?, &rows(k)?, &rows(v)?)?;
+        drop(shared);
+        self.seqs = seqs;
         match before {
             Some((keys, values)) => {
                 Ok((Tensor::cat(&[&keys, k], 2)?, Tensor::cat(&[&values, v], 2)?))
@@ -58,7 +105,61 @@ impl DequantCache {
 
     /// Tokens held.
     pub fn current_seq_len(&self) -> usize {
-        self.store.len()
+        self.seqs.first().map_or(0, |&seq| self.shared().store.len(seq))
+    }
+
+    /// Forgets the tokens after the first `len`, as speculative decoding does with rejected ones.
+    /// [`Pool::truncate`](crate::Pool::truncate) says what is exact.
+    ///
+    /// # Errors
+    /// If fewer than `len` tokens are held; the cache is then unchanged.
+    pub fn truncate(&mut self, len: usize) -> Result<()> {
+        let mut shared = self.shared();
+        for &seq in &self.seqs {
+            shared.store.check_truncate(seq, len)?;
+        }
+        for &seq in &self.seqs {
+            shared.store.truncate(seq, len)?;
+        }
+        Ok(())
+    }
+
+    /// One cache for each batch entry, in order.
+    pub fn split(mut self) -> Vec<Self> {
+        let seqs = std::mem::take(&mut self.seqs);
+        let one = |seq| Self { shared: self.shared.clone(), seqs: vec![seq] };
+        seqs.into_iter().map(one).collect()
+    }
+
+    /// The batch entries of several caches as one batch. They come from one cache, by
+    /// [`split`](Self::split) or [`clone`](Self::clone), or from [`sibling`](Self::sibling)s, and
+    /// hold equally many tokens.
+    ///
+    /// # Errors
+    /// If there are none, they share no memory, or their lengths differ.
+    pub fn join(mut caches: Vec<Self>) -> Result<Self> {
+        let Some(first) = caches.first() else {
+            return Err(Error::mismatch("caches to join", "at least one", 0).into());
+        };
+        let (shared, len) = (first.shared.clone(), first.current_seq_len());
+        for cache in &caches {
+            if !Arc::ptr_eq(&cache.shared, &shared) {
+                let (expected, got) = ("clones, siblings or parts of one cache", "others");
+                return Err(Error::mismatch("caches to join", expected, got).into());
+            }
+            if cache.current_seq_len() != len {
+                let got = cache.current_seq_len();
+                return Err(Error::mismatch("tokens of the caches to join", len, got).into());
+            }
+        }
+        let seqs = caches.iter_mut().flat_map(|cache| std::mem::take(&mut cache.seqs)).collect();
+        Ok(Self { shared, seqs })
+    }
+
+    /// An empty cache in the same memory, which can be [joined](Self::join) with this one.
+    #[must_use]
+    pub fn sibling(&self) -> Self {
+        Self { shared: self.shared.clone(), seqs: Vec::new() }
     }
 
     /// All keys, dequantized to f32; `None` if there are none.
@@ -66,7 +167,7 @@ impl DequantCache {
     /// # Errors
     /// If the tensors can't be made.
     pub fn k(&self) -> Result<Option<Tensor>> {
-        Ok(if self.store.is_empty() { None } else { Some(self.read(DType::F32)?.0) })
+        Ok(if self.seqs.is_empty() { None } else { Some(self.read(DType::F32)?.0) })
     }
 
     /// All values, dequantized to f32; `None` if there are none.
@@ -74,36 +175,60 @@ impl DequantCache {
     /// # Errors
     /// If the tensors can't be made.
     pub fn v(&self) -> Result<Option<Tensor>> {
-        Ok(if self.store.is_empty() { None } else { Some(self.read(DType::F32)?.1) })
+        Ok(if self.seqs.is_empty() { None } else { Some(self.read(DType::F32)?.1) })
     }
 
     /// Forgets everything and gives the memory back.
     pub fn reset(&mut self) {
-        self.store.reset();
+        let seqs = std::mem::take(&mut self.seqs);
+        let mut shared = self.shared();
+        for seq in seqs {
+            shared.store.remove(seq);
+        }
     }
 
-    /// The packed keys and values.
-    pub fn store(&self) -> &QuantStore {
-        &self.store
+    /// Bytes of this cache, what it shares with others in full.
+    pub fn footprint(&self) -> longctx_core::Footprint {
+        let shared = self.shared();
+        self.seqs.iter().map(|&seq| shared.store.seq_footprint(seq)).sum()
     }
 
     fn read(&self, dtype: DType) -> Result<(Tensor, Tensor)> {
-        let kv_heads = self.store.shape().kv_heads;
+        let shared = self.shared();
+        let AttentionShape { kv_heads, head_dim, .. } = *shared.store.shape();
         let (mut keys, mut values) = (Vec::new(), Vec::new());
-        for batch in 0..self.store.heads().len() / kv_heads {
-            let (mut k_heads, mut v_heads) = (Vec::new(), Vec::new());
+        for &seq in &self.seqs {
             for head in 0..kv_heads {
-                let (k, v) = self.store.read(batch, head).map_err(to_candle)?;
-                k_heads.push(k);
-                v_heads.push(v);
+                let (k, v) = shared.store.pool().read(seq, head).map_err(Error::from)?;
+                keys.extend(k);
+                values.extend(v);
             }
-            keys.push(Tensor::stack(&k_heads, 0)?);
-            values.push(Tensor::stack(&v_heads, 0)?);
         }
-        Ok((Tensor::stack(&keys, 0)?.to_dtype(dtype)?, Tensor::stack(&values, 0)?.to_dtype(dtype)?))
+        let tokens = keys.len() / (self.seqs.len() * kv_heads * head_dim);
+        let tensor = |x: Vec<f32>| -> Result<Tensor> {
+            let shape = (self.seqs.len(), kv_heads, tokens, head_dim);
+            Tensor::from_vec(x, shape, &Device::Cpu)?.to_dtype(dtype)
+        };
+        Ok((tensor(keys)?, tensor(values)?))
     }
 }
 
-fn to_candle(error: longctx_core::Error) -> candle_core::Error {
-    candle_core::Error::wrap(error)
+impl Clone for DequantCache {
+    fn clone(&self) -> Self {
+        let mut shared = self.shared();
+        let fork = |&seq: &SeqId| {
+            let copy = shared.take_id();
+            // A known sequence forks to a new one without fail.
+            shared.store.fork(seq, copy).map(|()| copy).ok()
+        };
+        let seqs = self.seqs.iter().filter_map(fork).collect();
+        drop(shared);
+        Self { shared: self.shared.clone(), seqs }
+    }
+}
+
+impl Drop for DequantCache {
+    fn drop(&mut self) {
+        self.reset();
+    }
 }

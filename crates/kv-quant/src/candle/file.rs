@@ -1,77 +1,113 @@
-//! Caches in files: two lists of heads for each, the sinks and the packed ones.
+//! A sequence of a model's caches in a file: for each cache its sinks and its packed tokens.
 
 use std::path::Path;
 
 use super::QuantCache;
-use longctx_core::{Error, Result};
+use crate::{CacheFile, Pool};
+use longctx_core::{Error, KvCache, KvStore, Result, SeqId};
 
-/// Writes the caches of a model's layers to a file, so that a long prompt need not be read again.
+/// Writes a sequence of the caches of a model's layers to a file, so that a long prompt need not be
+/// read again.
 ///
 /// ```
+/// use std::sync::Arc;
 /// use candle_core::{Device, Tensor};
 /// use kv_quant::{Bits, Format, QuantCache, load_caches, save_caches};
-/// use longctx_core::{AttentionShape, KvCache, Rope, RopeScaling, Step};
+/// use longctx_core::{AttentionShape, Batch, KvCache, LayerSpec, Rope, RopeScaling, Step};
 ///
-/// let shape = AttentionShape::new(8, 2, 64)?;
-/// let rope = Rope::new(64, 64, 10_000.0, RopeScaling::None)?;
-/// let make = || QuantCache::new(shape, Format::kivi(Bits::Four, Bits::Four, 32, 128)?);
+/// let rope = Arc::new(Rope::new(64, 64, 10_000.0, RopeScaling::None)?);
+/// let spec = LayerSpec::new(AttentionShape::new(8, 2, 64)?).with_rope(rope);
+/// let make = || QuantCache::new(spec.clone(), Format::kivi(Bits::Four, Bits::Four, 32, 128)?);
 /// let mut layers = [make()?, make()?];
+/// let batch = Batch::single(7, 300)?;
 /// for cache in &mut layers {
-///     let q = Tensor::randn(0f32, 1., (1, 8, 300, 64), &Device::Cpu)?;
-///     let k = Tensor::randn(0f32, 1., (1, 2, 300, 64), &Device::Cpu)?;
-///     cache.attend(&Step { q: &q, k: &k, v: &k, shape: &shape, rope: &rope })?;
+///     let q = Tensor::randn(0f32, 1., (300, 8, 64), &Device::Cpu)?;
+///     let k = Tensor::randn(0f32, 1., (300, 2, 64), &Device::Cpu)?;
+///     cache.attend(&Step { batch: &batch, q: &q, k: &k, v: &k })?;
 /// }
 /// let path = std::env::temp_dir().join(format!("kv-quant-{}.safetensors", std::process::id()));
-/// save_caches(&path, &layers)?;
+/// save_caches(&path, 7, &layers)?;
 ///
-/// let opened = load_caches(&path, [make()?, make()?])?;
-/// assert_eq!(opened[1].seen(), 300);
+/// let mut others = [make()?, make()?];
+/// load_caches(&path, 0, &mut others)?;
+/// assert_eq!(others[1].seen(0), 300);
 /// # std::fs::remove_file(path).unwrap();
 /// # Ok::<(), longctx_core::Error>(())
 /// ```
 ///
 /// # Errors
-/// [`Error::Mismatch`] for a cache that has taken in nothing; [`Error::File`] if the file can't be written.
-pub fn save_caches(path: impl AsRef<Path>, caches: &[QuantCache]) -> Result<()> {
-    let mut lists = Vec::new();
-    for (layer, cache) in caches.iter().enumerate() {
-        #[cfg(feature = "cuda")]
-        if cache.device.is_some() {
-            let what = format!("saving the cache of layer {layer}, which is on a CUDA device");
-            return Err(Error::Unsupported(what));
+/// [`Error::UnknownSequence`] if a cache does not know the sequence; [`Error::File`] if the file
+/// can't be written.
+pub fn save_caches(path: impl AsRef<Path>, seq: SeqId, caches: &[QuantCache]) -> Result<()> {
+    let empty: Vec<_> = caches.iter().map(|cache| begun(cache, seq)).collect::<Result<_>>()?;
+    let mut sequences = Vec::new();
+    for (cache, (no_sinks, no_store)) in caches.iter().zip(&empty) {
+        if !cache.seqs().contains(&seq) {
+            return Err(Error::UnknownSequence(seq));
         }
-        let stores = [cache.sinks().heads(), cache.store().heads()];
-        if stores.iter().all(|heads| heads.is_empty()) {
-            return Err(Error::mismatch(format!("cache of layer {layer}"), "tokens", "none"));
-        }
-        lists.extend(stores);
+        let known = |pool: &Pool| pool.lens(seq).is_some();
+        let (sinks, store) = (cache.sinks().pool(), cache.store().pool());
+        sequences.push((if known(sinks) { sinks } else { no_sinks }, seq));
+        sequences.push((if known(store) { store } else { no_store }, seq));
     }
-    Ok(crate::save(path, &lists)?)
+    Ok(crate::save(path, &sequences)?)
 }
 
-/// Maps a file that [`save_caches`] has written, into empty caches made as those that were saved, and gives these back. The file must stay as
-/// it is while the caches live: they read from it.
+/// Pools like those of a cache in which the sequence has begun without a token.
+fn begun(cache: &QuantCache, seq: SeqId) -> Result<(Pool, Pool)> {
+    let begin = |like: &Pool| -> Result<Pool> {
+        let mut pool = match like.rotary() {
+            Some(rotary) => Pool::before_rope(like.shape(), like.format(), rotary.clone())?,
+            None => Pool::new(like.shape(), like.format())?,
+        };
+        pool.append::<f32>(&[seq], &[0, 0], &[], &[])?;
+        Ok(pool)
+    };
+    Ok((begin(cache.sinks().pool())?, begin(cache.store().pool())?))
+}
+
+/// Begins a sequence in each of the caches with what a file of [`save_caches`] holds. The caches are
+/// made as those that were saved.
 ///
 /// # Errors
-/// [`Error::File`] if the file can't be read, is truncated or damaged; [`Error::Mismatch`] if the caches are of another number or
-/// format than those saved.
-pub fn load_caches(
-    path: impl AsRef<Path>,
-    caches: impl IntoIterator<Item = QuantCache>,
-) -> Result<Vec<QuantCache>> {
-    let mut lists = crate::load(path)?.into_iter();
-    let mut loaded = Vec::new();
-    for cache in caches {
-        let (Some(sinks), Some(heads)) = (lists.next(), lists.next()) else {
-            return Err(Error::mismatch("caches in the file", "one for each given", loaded.len()));
-        };
-        loaded.push(cache.with_stores(sinks, heads)?);
+/// [`Error::File`] if the file can't be read, is truncated or damaged; [`Error::Mismatch`] if the
+/// caches are of another number or format than those saved, or know the sequence. On an error no
+/// cache has changed.
+pub fn load_caches(path: impl AsRef<Path>, seq: SeqId, caches: &mut [QuantCache]) -> Result<()> {
+    let file = CacheFile::open(path)?;
+    if file.len() != 2 * caches.len() {
+        return Err(Error::mismatch("caches in the file", caches.len(), file.len() / 2));
     }
-    match lists.len() / 2 {
-        0 => Ok(loaded),
-        more => {
-            let got = format!("{more} more");
-            Err(Error::mismatch("caches in the file", loaded.len(), got))
+    if let Some(cache) = caches.iter().find(|cache| cache.seqs().contains(&seq)) {
+        let got = format!("{seq}, which has {} tokens", cache.seen(seq));
+        return Err(Error::mismatch("sequence to load", "a new one", got));
+    }
+    let mut done = Ok(());
+    for (layer, cache) in caches.iter_mut().enumerate() {
+        done = load(&file, layer, seq, cache);
+        if done.is_err() {
+            break;
         }
     }
+    if done.is_err() {
+        for cache in caches {
+            cache.remove(seq);
+        }
+    }
+    done
+}
+
+fn load(file: &CacheFile, layer: usize, seq: SeqId, cache: &mut QuantCache) -> Result<()> {
+    let (sinks, store) = cache.stores_mut();
+    for (store, list) in [(sinks, 2 * layer), (store, 2 * layer + 1)] {
+        // A list without heads is a store that held nothing.
+        if file.has(list) {
+            store.pool_mut().load(seq, file, list)?;
+            if store.len(seq) == 0 {
+                store.remove(seq);
+            }
+        }
+    }
+    cache.note(seq);
+    Ok(())
 }

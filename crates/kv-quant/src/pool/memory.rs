@@ -11,10 +11,24 @@ pub const PAGE: usize = 16;
 
 /// A block's keys and values: `[codes][scales, zeros]` of the keys, then of the values, each part at
 /// a whole line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub struct BlockLayout {
     pub keys: Layout,
     pub values: Layout,
+    key_part: Part,
+    value_part: Part,
+}
+
+/// Where a matrix lies in a block. Kept, since the divisions that it takes would show in the time of
+/// a block's product.
+#[derive(Debug, Clone, Copy)]
+struct Part {
+    /// The first line.
+    start: usize,
+    /// Lines of codes.
+    codes: usize,
+    /// Scales, and as many zeros.
+    params: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -38,24 +52,30 @@ impl BlockLayout {
     /// [`Error::Setting`](crate::Error::Setting) for no channels.
     pub fn new(format: &Format, head_dim: usize, value_dim: usize) -> Result<Self> {
         let chunk = format.chunk();
-        Ok(Self {
-            keys: Layout::new(chunk, head_dim, format.keys(), Axis::Tokens)?,
-            values: Layout::new(chunk, value_dim, format.values(), Axis::Channels)?,
-        })
+        let keys = Layout::new(chunk, head_dim, format.keys(), Axis::Tokens)?;
+        let values = Layout::new(chunk, value_dim, format.values(), Axis::Channels)?;
+        let part = |start, layout: &Layout| Part {
+            start,
+            codes: layout.lines(),
+            params: layout.params(),
+        };
+        let key_part = part(0, &keys);
+        let value_part = part(key_part.end(), &values);
+        Ok(Self { keys, values, key_part, value_part })
     }
 
     fn lines(&self) -> usize {
-        [self.keys, self.values].iter().map(|part| part.lines() + param_lines(part)).sum()
+        self.value_part.end()
     }
 
     /// The keys of a block that holds `rows` of them.
     pub fn keys<'a>(&self, block: &'a [Line], rows: usize) -> PackedRef<'a> {
-        view(self.keys, block, rows)
+        self.key_part.view(self.keys, block, rows)
     }
 
     /// The values of a block that holds `rows` of them.
     pub fn values<'a>(&self, block: &'a [Line], rows: usize) -> PackedRef<'a> {
-        view(self.values, &block[self.keys.lines() + param_lines(&self.keys)..], rows)
+        self.value_part.view(self.values, &block[self.value_part.start..], rows)
     }
 
     /// The keys and values of a block, which holds so many of them.
@@ -65,27 +85,33 @@ impl BlockLayout {
         keys: usize,
         values: usize,
     ) -> (PackedMut<'a>, PackedMut<'a>) {
-        let first = self.keys.lines() + param_lines(&self.keys);
-        let (key_lines, value_lines) = block.split_at_mut(first);
-        (view_mut(self.keys, key_lines, keys), view_mut(self.values, value_lines, values))
+        let (key_lines, value_lines) = block.split_at_mut(self.value_part.start);
+        (
+            self.key_part.view_mut(self.keys, key_lines, keys),
+            self.value_part.view_mut(self.values, value_lines, values),
+        )
     }
 }
 
-/// Lines of a matrix's scales and zeros.
-fn param_lines(layout: &Layout) -> usize {
-    (2 * layout.params() * size_of::<f16>()).div_ceil(size_of::<Line>())
-}
+impl Part {
+    /// The line after the last.
+    fn end(&self) -> usize {
+        let params = 2 * self.params * size_of::<f16>();
+        self.start + self.codes + params.div_ceil(size_of::<Line>())
+    }
 
-fn view(layout: Layout, lines: &[Line], rows: usize) -> PackedRef<'_> {
-    let (codes, params) = lines.split_at(layout.lines());
-    let (scales, zeros) = bytemuck::cast_slice(params).split_at(layout.params());
-    PackedRef { layout, rows, codes, scales, zeros: &zeros[..layout.params()] }
-}
+    /// The matrix in the lines from its first on.
+    fn view<'a>(&self, layout: Layout, lines: &'a [Line], rows: usize) -> PackedRef<'a> {
+        let (codes, params) = lines.split_at(self.codes);
+        let (scales, zeros) = bytemuck::cast_slice(params).split_at(self.params);
+        PackedRef { layout, rows, codes, scales, zeros: &zeros[..self.params] }
+    }
 
-fn view_mut(layout: Layout, lines: &mut [Line], rows: usize) -> PackedMut<'_> {
-    let (codes, params) = lines.split_at_mut(layout.lines());
-    let (scales, zeros) = bytemuck::cast_slice_mut(params).split_at_mut(layout.params());
-    PackedMut { layout, rows, codes, scales, zeros: &mut zeros[..layout.params()] }
+    fn view_mut<'a>(&self, layout: Layout, lines: &'a mut [Line], rows: usize) -> PackedMut<'a> {
+        let (codes, params) = lines.split_at_mut(self.codes);
+        let (scales, zeros) = bytemuck::cast_slice_mut(params).split_at_mut(self.params);
+        PackedMut { layout, rows, codes, scales, zeros: &mut zeros[..self.params] }
+    }
 }
 
 impl Memory {

@@ -1,46 +1,48 @@
 //! The past in blocks: what represents each, which are fetched, and which are resident.
 
-use crate::rows::Rows;
-use longctx_core::attention::Element;
-
-/// One batch entry's blocks, oldest first.
-#[derive(Debug)]
-pub struct Memory<T> {
-    pub blocks: Vec<Rows<T>>,
+/// One sequence's blocks, oldest first.
+#[derive(Debug, Clone)]
+pub struct Memory {
+    blocks: usize,
     /// For each block, each query head's mean representative key: `[blocks, heads * head_dim]`.
     representatives: Vec<f32>,
-    /// Resident blocks and the fetch that last asked for each, in the order in which they became resident.
+    /// Resident blocks and the fetch that last asked for each, in the order in which they became
+    /// resident.
     resident: Vec<(usize, u64)>,
     fetches: u64,
 }
 
-impl<T: Element> Memory<T> {
+impl Memory {
     pub fn new() -> Self {
-        Self { blocks: Vec::new(), representatives: Vec::new(), resident: Vec::new(), fetches: 0 }
+        Self { blocks: 0, representatives: Vec::new(), resident: Vec::new(), fetches: 0 }
     }
 
-    /// Adds a block of unrotated keys. `scores` (one list per query head, one number per token) say which `count` tokens represent it.
-    pub fn add(&mut self, block: Rows<T>, scores: &[&[f32]], count: usize) {
-        let group = scores.len() / block.heads();
-        for (head, scores) in scores.iter().enumerate() {
-            let keys = block.whole(head / group).keys;
-            let d = keys.len() / scores.len();
-            let mut order: Vec<_> = (0..scores.len()).collect();
-            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+    pub fn len(&self) -> usize {
+        self.blocks
+    }
+
+    /// Adds a block of unrotated keys: for each query head, the `[tokens, head_dim]` keys of its kv
+    /// head and the attention that each token received, which says which `count` tokens represent
+    /// the block.
+    pub fn add<'a>(&mut self, heads: impl Iterator<Item = (&'a [f32], &'a [f32])>, count: usize) {
+        for (keys, sums) in heads {
+            let d = keys.len() / sums.len();
+            let mut order: Vec<_> = (0..sums.len()).collect();
+            order.sort_by(|&a, &b| sums[b].total_cmp(&sums[a]));
             let mut mean = vec![0.0; d];
-            let mut scratch = Vec::new();
             for &token in &order[..count] {
-                let key = T::widen(&keys[token * d..(token + 1) * d], &mut scratch);
+                let key = &keys[token * d..(token + 1) * d];
                 mean.iter_mut().zip(key).for_each(|(sum, x)| *sum += x / count as f32);
             }
             self.representatives.extend(mean);
         }
-        self.blocks.push(block);
+        self.blocks += 1;
     }
 
-    /// The `count` blocks whose representatives have the largest product with the query (`[heads * head_dim]`), the best first.
+    /// The `count` blocks whose representatives have the largest product with the query
+    /// (`[heads * head_dim]`), the best first.
     pub fn choose(&self, query: &[f32], count: usize) -> Vec<usize> {
-        let mut order: Vec<_> = (0..self.blocks.len()).collect();
+        let mut order: Vec<_> = (0..self.blocks).collect();
         if order.len() > count {
             let likeness = |block: &[f32]| block.iter().zip(query).map(|(a, b)| a * b).sum::<f32>();
             let scores: Vec<_> =
@@ -51,8 +53,8 @@ impl<T: Element> Memory<T> {
         order
     }
 
-    /// Makes the chosen blocks resident. If there is no room for all, those that were asked for the longest ago leave, and of these the
-    /// one that has been resident the longest.
+    /// Makes the chosen blocks resident. If there is no room for all, those that were asked for the
+    /// longest ago leave, and of these the one that has been resident the longest.
     pub fn fetch(&mut self, chosen: &[usize], room: usize) {
         self.fetches += 1;
         for &block in chosen {
@@ -78,8 +80,9 @@ impl<T: Element> Memory<T> {
         sorted(last.map(|&(block, _)| block))
     }
 
-    pub fn bookkeeping(&self) -> usize {
-        size_of_val(&*self.representatives) + size_of_val(&*self.resident)
+    pub fn bytes(&self) -> usize {
+        self.representatives.capacity() * size_of::<f32>()
+            + self.resident.capacity() * size_of::<(usize, u64)>()
     }
 }
 

@@ -1,3 +1,5 @@
+use crate::budget::check_ratio;
+use crate::prompt::Prompt;
 use longctx_core::{Error, Result};
 
 /// Sizes of InfLLM's memory, in tokens unless said otherwise.
@@ -5,7 +7,8 @@ use longctx_core::{Error, Result};
 pub struct InfLlmSettings {
     /// First tokens that every query sees.
     pub init: usize,
-    /// The local window: a query sees itself and the `local - 1` tokens before it at their true distances.
+    /// The local window: a query sees itself and the `local - 1` tokens before it at their true
+    /// distances.
     pub local: usize,
     /// Tokens of a block.
     pub block: usize,
@@ -35,15 +38,14 @@ impl Default for InfLlmSettings {
 }
 
 impl InfLlmSettings {
-    /// Shares of `ratio` of a prompt: 2.1% of it first tokens, 32.4% fetched blocks of 128, the rest the local window, which is never below
-    /// a chunk of 512. These are the numbers of henryzhongsc/longctx_bench for passkey retrieval and LongBench.
+    /// Shares of `ratio` of a prompt: 2.1% of it first tokens, 32.4% fetched blocks of 128, the rest
+    /// the local window, which is never below a chunk of 512. These are the numbers of
+    /// henryzhongsc/longctx_bench for passkey retrieval and LongBench.
     ///
     /// # Errors
     /// [`Error::Setting`] unless `ratio` lies between 0 and 1.
     pub fn of_prompt(ratio: f64, prompt: usize) -> Result<Self> {
-        if !(ratio > 0.0 && ratio < 1.0) {
-            return Err(Error::setting("ratio", "a number between 0 and 1", ratio));
-        }
+        check_ratio(ratio)?;
         let usual = Self::default();
         let all = (ratio * prompt as f64) as usize;
         let init = (all as f64 * 0.021) as usize;
@@ -78,6 +80,22 @@ impl InfLlmSettings {
             return Err(Error::setting("resident blocks", expected, self.resident_blocks));
         }
         Ok(())
+    }
+}
+
+/// Fixed sizes, or those of a share of each prompt.
+#[derive(Debug, Clone, Copy)]
+pub enum Size {
+    Fixed(InfLlmSettings),
+    Ratio(f64),
+}
+
+impl Size {
+    pub fn of(self, prompt: Prompt) -> Result<InfLlmSettings> {
+        match self {
+            Size::Fixed(sizes) => Ok(sizes),
+            Size::Ratio(ratio) => InfLlmSettings::of_prompt(ratio, prompt.len()),
+        }
     }
 }
 

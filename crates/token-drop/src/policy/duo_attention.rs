@@ -1,10 +1,12 @@
-//! DuoAttention: Xiao et al., "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads", arXiv 2410.10819.
+//! DuoAttention: Xiao et al., "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and
+//! Streaming Heads", arXiv 2410.10819.
 
-use longctx_core::{Error, EvictionPolicy, Held, Needs, Protected, Result};
+use crate::{Budget, PolicyCache, Protected, Recent, Settings};
+use longctx_core::{Error, KvStore, LayerSpec, Result};
 
-/// Keeps everything in retrieval heads, and sinks and the newest tokens in streaming heads. Its cache takes
-/// [`Budget::Policy`](crate::Budget::Policy) and no other.
-#[derive(Debug, Clone)]
+/// Which heads of a layer keep everything (retrieval heads), and which keep sinks and the newest
+/// tokens (streaming heads).
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DuoAttention {
     streaming: Vec<bool>,
     sinks: usize,
@@ -12,7 +14,8 @@ pub struct DuoAttention {
 }
 
 impl DuoAttention {
-    /// `streaming` says which of the layer's kv heads stream; these keep `sinks` first and `recent` newest tokens (128 and 256 in kvpress).
+    /// `streaming` says which of the layer's kv heads stream; these keep `sinks` first and `recent`
+    /// newest tokens (128 and 256 in kvpress).
     ///
     /// # Errors
     /// [`Error::Setting`] if `recent` is 0 or there are no heads.
@@ -26,8 +29,9 @@ impl DuoAttention {
         Ok(Self { streaming, sinks, recent })
     }
 
-    /// Which heads stream, per layer, if `share` of the model's kv heads do: those of the lowest scores. A head's score is its learnt
-    /// gate, as the published attention patterns give it, or any other measure of how far back it looks.
+    /// Which heads stream, per layer, if `share` of the model's kv heads do: those of the lowest
+    /// scores. A head's score is its learnt gate, as the published attention patterns give it, or
+    /// any other measure of how far back it looks.
     ///
     /// # Errors
     /// [`Error::Setting`] unless `share` lies in 0..=1.
@@ -45,38 +49,27 @@ impl DuoAttention {
         order[..count].iter().for_each(|&(layer, head)| streaming[layer][head] = true);
         Ok(streaming)
     }
+
+    /// Each head's budget.
+    pub fn budget(&self) -> Budget {
+        let of_head = |&streaming: &bool| streaming.then_some(self.sinks + self.recent);
+        Budget::Heads(self.streaming.iter().map(of_head).collect())
+    }
 }
 
-impl EvictionPolicy for DuoAttention {
-    fn needs(&self) -> Needs {
-        Needs::default()
-    }
-
-    fn score(&self, held: &Held<'_>) -> Result<Vec<Vec<f32>>> {
-        if held.shape.kv_heads != self.streaming.len() {
-            let (expected, got) = (held.shape.kv_heads, self.streaming.len());
-            return Err(Error::mismatch("heads of DuoAttention", expected, got));
-        }
-        let of_head = |positions: &[u32]| positions.iter().map(|&p| p as f32).collect();
-        Ok(held.heads.iter().map(|head| of_head(head.positions)).collect())
-    }
-
-    fn protects(&self, _: usize) -> Protected {
-        Protected { sinks: self.sinks, recent: self.recent }
-    }
-
-    fn budgets(&self, _: f64, _: usize, heads: usize) -> Vec<usize> {
-        let budget = |streaming| if streaming { self.sinks + self.recent } else { usize::MAX };
-        self.streaming.iter().copied().cycle().take(heads).map(budget).collect()
-    }
-
-    fn bounds_heads(&self) -> bool {
-        true
-    }
-
-    /// At 1 the streaming heads hold no more and no less than the published code's.
-    fn decode_step(&self) -> Option<usize> {
-        Some(1)
+impl<S: KvStore> PolicyCache<S, Recent> {
+    /// DuoAttention as published. At every decoded token a streaming head gives up one entry, so
+    /// that it holds no more and no less than the published code's.
+    ///
+    /// # Errors
+    /// As [`with_settings`](Self::with_settings).
+    pub fn duo_attention(spec: LayerSpec, store: S, heads: &DuoAttention) -> Result<Self> {
+        let settings = Settings {
+            protected: Protected { sinks: heads.sinks, recent: heads.recent, recent_share: 0.0 },
+            decode_step: Some(1),
+            ..Settings::new(heads.budget())
+        };
+        Self::with_settings(spec, store, Recent, settings)
     }
 }
 

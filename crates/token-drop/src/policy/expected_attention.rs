@@ -1,9 +1,11 @@
-//! Expected Attention: Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries
-//! Distribution", arXiv 2510.00636.
+//! Expected Attention: Devoto et al., "Expected Attention: KV Cache Compression by Estimating
+//! Attention from Future Queries Distribution", arXiv 2510.00636.
 
-use crate::Group;
-use candle_core::{D, Device, Tensor};
-use longctx_core::{EvictionPolicy, Held, HeldHead, Needs, Protected, Result, Rope};
+use crate::{
+    Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, PolicyCache, Protected, Settings,
+};
+use candle_core::{D, DType, Device, Tensor};
+use longctx_core::{AttentionShape, KvStore, LayerSpec, Result, Rope};
 
 /// Positions ahead over which the rotary embedding is averaged.
 const FUTURE: usize = 512;
@@ -12,8 +14,9 @@ const REMEMBERED: usize = 128;
 
 /// Keeps what queries to come are expected to attend to, weighed with the norm of the values.
 ///
-/// Queries are taken for normally distributed, with the mean and covariance of those seen, before the rotary embedding; the embedding is
-/// averaged over the 512 positions ahead. The expected exp(q·k) of a key k is then exp(μ·k + kᵀΣk/2).
+/// Queries are taken for normally distributed, with the mean and covariance of those seen, before
+/// the rotary embedding; the embedding is averaged over the 512 positions ahead. The expected
+/// exp(q·k) of a key k is then exp(μ·k + kᵀΣk/2).
 #[derive(Debug, Clone, Copy)]
 pub struct ExpectedAttention {
     sinks: usize,
@@ -40,9 +43,17 @@ impl ExpectedAttention {
         self
     }
 
-    fn score_head(&self, head: &HeldHead<'_>, queries: &[Queries], scale: f64) -> Result<Vec<f32>> {
-        let d = queries[0].mean.len();
+    fn score_head(
+        &self,
+        head: &HeadView<'_>,
+        queries: &[Queries],
+        shape: &AttentionShape,
+    ) -> Result<Vec<f32>> {
+        let (d, scale) = (shape.head_dim, f64::from(shape.scale));
         let (_, keys) = head.keys.split_at((self.sinks * d).min(head.keys.len()));
+        if keys.is_empty() {
+            return Ok(Vec::new());
+        }
         let keys = Tensor::from_slice(keys, (keys.len() / d, d), &Device::Cpu)?;
         let of_query_head = |q: &Queries| -> Result<Vec<f32>> {
             let mean = Tensor::from_slice(&q.mean, (d, 1), &Device::Cpu)?;
@@ -54,7 +65,7 @@ impl ExpectedAttention {
         };
         let expected: Vec<_> = queries.iter().map(of_query_head).collect::<Result<_>>()?;
         let norm = |value: &[f32]| value.iter().map(|x| x * x).sum::<f32>().sqrt();
-        let norms = head.values.chunks_exact(d).skip(self.sinks).map(norm);
+        let norms = head.values.chunks_exact(shape.value_dim).skip(self.sinks).map(norm);
         Ok(self.group.join(&expected).into_iter().zip(norms).map(|(e, norm)| e * norm).collect())
     }
 }
@@ -64,38 +75,47 @@ impl EvictionPolicy for ExpectedAttention {
         Needs { keys: true, values: true, queries: Some(REMEMBERED), ..Default::default() }
     }
 
-    fn score(&self, held: &Held<'_>) -> Result<Vec<Vec<f32>>> {
-        let Some(q) = held.queries else { return Ok(Vec::new()) };
-        let (batch, heads, tokens, _) = q.dims4()?;
-        let first = held.next_position - tokens;
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
+        let Some(q) = view.queries else { return Ok(Vec::new()) };
+        let (tokens, heads, _) = q.dims3()?;
+        let first = view.seen - tokens;
         let skip = self.sinks.saturating_sub(first).min(tokens - 1);
-        let q = q.narrow(2, skip, tokens - skip)?.to_device(&Device::Cpu)?;
-        let rotation = mean_rotation(held.rope, held.next_position);
-        let queries: Vec<_> = (0..batch * heads)
-            .map(|i| Queries::of(&q.get(i / heads)?.get(i % heads)?, &rotation))
-            .collect::<Result<_>>()?;
-        let scale = f64::from(held.shape.scale);
-        let scores: Vec<_> = held
-            .heads
-            .iter()
-            .zip(queries.chunks(held.shape.group()))
-            .map(|(head, queries)| self.score_head(head, queries, scale))
+        let q = q.narrow(0, skip, tokens - skip)?.to_device(&Device::Cpu)?;
+        let rope = view.spec.rope_for("Expected Attention")?;
+        let rotation = mean_rotation(rope, view.seen);
+        let of_head = |head| Queries::of(&q.narrow(1, head, 1)?.squeeze(1)?, &rotation);
+        let queries: Vec<_> = (0..heads).map(of_head).collect::<Result<_>>()?;
+        let shape = &view.spec.shape;
+        let groups = view.heads.iter().zip(queries.chunks(shape.group()));
+        let scores: Vec<_> = groups
+            .map(|(head, queries)| self.score_head(head, queries, shape))
             .collect::<Result<_>>()?;
         let most = scores.iter().flatten().copied().fold(0.0, f32::max) + 1.0;
-        let with_sinks = |(head, own): (&HeldHead<'_>, Vec<f32>)| {
+        let with_sinks = |(head, own): (&HeadView<'_>, Vec<f32>)| {
             let sinks = head.positions.len() - own.len();
             std::iter::repeat_n(most, sinks).chain(own).collect()
         };
-        Ok(held.heads.iter().zip(scores).map(with_sinks).collect())
+        Ok(view.heads.iter().zip(scores).map(with_sinks).collect())
     }
+}
 
-    fn protects(&self, _: usize) -> Protected {
-        Protected { sinks: self.sinks, recent: 0 }
-    }
-
-    /// While decoding, earlier queries would have to be kept.
-    fn decode_step(&self) -> Option<usize> {
-        None
+impl<S: KvStore> PolicyCache<S, ExpectedAttention> {
+    /// Expected Attention as published: sinks and decoded tokens stay.
+    ///
+    /// # Errors
+    /// As [`with_settings`](Self::with_settings).
+    pub fn expected_attention(
+        spec: LayerSpec,
+        store: S,
+        policy: ExpectedAttention,
+        budget: Budget,
+    ) -> Result<Self> {
+        let settings = Settings {
+            protected: Protected::sinks(policy.sinks),
+            decode_step: None,
+            ..Settings::new(budget)
+        };
+        Self::with_settings(spec, store, policy, settings)
     }
 }
 
@@ -109,7 +129,7 @@ struct Queries {
 impl Queries {
     /// Of queries `[tokens, head_dim]`.
     fn of(q: &Tensor, rotation: &[(f32, f32)]) -> Result<Self> {
-        let q = q.to_dtype(candle_core::DType::F32)?.contiguous()?;
+        let q = q.to_dtype(DType::F32)?.contiguous()?;
         let tokens = q.dim(0)? as f64;
         let mean = q.mean(0)?;
         let centred = q.broadcast_sub(&mean)?;

@@ -1,10 +1,14 @@
-//! Finch: Corallo and Papotti, "FINCH: Prompt-guided Key-Value Cache Compression for Large Language Models", TACL 2024.
+//! Finch: Corallo and Papotti, "FINCH: Prompt-guided Key-Value Cache Compression for Large Language
+//! Models", TACL 2024.
 
 use super::window::{check_window, end_with};
-use crate::Group;
-use longctx_core::{EvictionPolicy, Held, Mass, Needs, Protected, Result};
+use crate::{
+    Budget, EvictionPolicy, Group, LayerView, Needs, ObservedQueries, PolicyCache, Protected,
+    Settings,
+};
+use longctx_core::{KvStore, LayerSpec, Result};
 
-/// Keeps what the question at the prompt's end attends to, and closes the gaps: kept keys are rotated to contiguous positions.
+/// Keeps what the question at the prompt's end attends to.
 ///
 /// Each query of the question counts by the number of tokens before it, and nothing is smoothed.
 #[derive(Debug, Clone, Copy)]
@@ -14,7 +18,7 @@ pub struct Finch {
 }
 
 impl Finch {
-    /// With a question of so many tokens at the prompt's end, which stay.
+    /// With a question of so many tokens at the prompt's end.
     ///
     /// # Errors
     /// [`Error::Setting`](longctx_core::Error::Setting) if there are none.
@@ -33,30 +37,33 @@ impl Finch {
 
 impl EvictionPolicy for Finch {
     fn needs(&self) -> Needs {
-        let mass = Mass::Newest { queries: self.question, by_position: true };
-        Needs { mass: Some(mass), ..Default::default() }
+        let newest = ObservedQueries::Newest { queries: self.question, by_position: true };
+        Needs { attention: Some(newest), ..Default::default() }
     }
 
-    fn score(&self, held: &Held<'_>) -> Result<Vec<Vec<f32>>> {
-        let scores = held.heads.iter().map(|head| {
-            let mut joined = self.group.join(head.mass);
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
+        let scores = view.heads.iter().map(|head| {
+            let mut joined = self.group.join(head.attention_sums);
             joined.truncate(head.positions.len().saturating_sub(self.question));
             joined
         });
-        let lens: Vec<_> = held.heads.iter().map(|head| head.positions.len()).collect();
-        Ok(end_with(scores.collect(), &lens))
+        Ok(end_with(scores.collect(), &view.heads))
     }
+}
 
-    fn protects(&self, _: usize) -> Protected {
-        Protected { sinks: 0, recent: self.question }
-    }
-
-    fn rerotates(&self) -> bool {
-        true
-    }
-
-    /// The question comes once.
-    fn decode_step(&self) -> Option<usize> {
-        None
+impl<S: KvStore> PolicyCache<S, Finch> {
+    /// Finch as published: the question stays, and so do decoded tokens; kept keys are rotated to
+    /// contiguous positions.
+    ///
+    /// # Errors
+    /// As [`with_settings`](Self::with_settings).
+    pub fn finch(spec: LayerSpec, store: S, policy: Finch, budget: Budget) -> Result<Self> {
+        let settings = Settings {
+            protected: Protected::newest(policy.question),
+            decode_step: None,
+            rerotate: true,
+            ..Settings::new(budget)
+        };
+        Self::with_settings(spec, store, policy, settings)
     }
 }

@@ -1,6 +1,8 @@
-//! K-norm: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv 2406.11430.
+//! K-norm: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
+//! arXiv 2406.11430.
 
-use longctx_core::{EvictionPolicy, Held, Needs, Result};
+use crate::{EvictionPolicy, LayerView, Needs};
+use longctx_core::Result;
 
 /// Keeps the keys of smallest norm, which tend to receive the most attention.
 #[derive(Debug, Clone, Copy, Default)]
@@ -11,10 +13,10 @@ impl EvictionPolicy for KNorm {
         Needs { keys: true, ..Default::default() }
     }
 
-    fn score(&self, held: &Held<'_>) -> Result<Vec<Vec<f32>>> {
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
         let norm = |key: &[f32]| key.iter().map(|x| x * x).sum::<f32>().sqrt();
-        let d = held.shape.head_dim;
+        let d = view.spec.shape.head_dim;
         let of_head = |keys: &[f32]| keys.chunks_exact(d).map(|key| -norm(key)).collect();
-        Ok(held.heads.iter().map(|head| of_head(&head.keys)).collect())
+        Ok(view.heads.iter().map(|head| of_head(&head.keys)).collect())
     }
 }

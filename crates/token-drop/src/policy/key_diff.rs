@@ -1,8 +1,11 @@
-//! KeyDiff: Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference", arXiv 2504.15364.
+//! KeyDiff: Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM
+//! Inference", arXiv 2504.15364.
 
-use longctx_core::{EvictionPolicy, Held, Needs, Result};
+use crate::{EvictionPolicy, LayerView, Needs};
+use longctx_core::Result;
 
-/// Keeps the keys that are least like the others: those at the largest angle to the mean direction of all.
+/// Keeps the keys that are least like the others: those at the largest angle to the mean direction
+/// of all.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct KeyDiff;
 
@@ -11,8 +14,8 @@ impl EvictionPolicy for KeyDiff {
         Needs { keys: true, ..Default::default() }
     }
 
-    fn score(&self, held: &Held<'_>) -> Result<Vec<Vec<f32>>> {
-        let d = held.shape.head_dim;
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
+        let d = view.spec.shape.head_dim;
         let of_head = |keys: &[f32]| {
             let mut mean = vec![0.0; d];
             for key in keys.chunks_exact(d) {
@@ -23,7 +26,7 @@ impl EvictionPolicy for KeyDiff {
             let likeness = |key: &[f32]| dot(key, &mean) / (norm(key) * length);
             keys.chunks_exact(d).map(|key| -likeness(key)).collect()
         };
-        Ok(held.heads.iter().map(|head| of_head(&head.keys)).collect())
+        Ok(view.heads.iter().map(|head| of_head(&head.keys)).collect())
     }
 }
 

@@ -1,12 +1,16 @@
-//! LagKV: Liang et al., "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important", arXiv 2504.04704.
+//! LagKV: Liang et al., "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are
+//! Important", arXiv 2504.04704.
 
-use longctx_core::{Error, EvictionPolicy, Held, HeldHead, Needs, Protected, Result};
+use crate::{Budget, EvictionPolicy, HeadView, LayerView, Needs, PolicyCache, Protected, Settings};
+use longctx_core::{AttentionShape, Error, KvStore, LayerSpec, Result};
 
-/// Keeps the tokens whose keys and values spread the most over the range of those that follow a lag later. No attention is looked at.
+/// Keeps the tokens whose keys and values spread the most over the range of those that follow a lag
+/// later. No attention is looked at.
 ///
-/// What follows the sinks is cut into partitions as long as the lag; each is judged by the next, and tokens compete within their
-/// partition. The last whole partition and what is left over have no successor and stay, as far as the budget goes. Texts shorter than
-/// two partitions keep their newest tokens.
+/// What follows the sinks is cut into partitions as long as the lag; each is scored against the
+/// next, and tokens compete within their partition. The last whole partition and what is left over
+/// have no successor and stay, as far as the budget goes. Texts shorter than two partitions keep
+/// their newest tokens.
 #[derive(Debug, Clone, Copy)]
 pub struct LagKv {
     sinks: usize,
@@ -14,7 +18,8 @@ pub struct LagKv {
 }
 
 impl LagKv {
-    /// With `sinks` first tokens that stay (4 in kvpress) and partitions of `lag` tokens (128 in kvpress).
+    /// With `sinks` first tokens that stay (4 in kvpress) and partitions of `lag` tokens (128 in
+    /// kvpress).
     ///
     /// # Errors
     /// [`Error::Setting`] if the lag is 0.
@@ -25,7 +30,7 @@ impl LagKv {
         Ok(Self { sinks, lag })
     }
 
-    fn score_head(&self, head: &HeldHead<'_>, d: usize) -> Vec<f32> {
+    fn score_head(&self, head: &HeadView<'_>, shape: &AttentionShape) -> Vec<f32> {
         let len = head.positions.len();
         if len < self.sinks + 2 * self.lag {
             let after = len.saturating_sub(self.sinks);
@@ -33,13 +38,14 @@ impl LagKv {
             return std::iter::repeat_n(1.0, len - after).chain(newer).collect();
         }
         let mut scores = vec![1.0; len];
-        let judged = (len - self.sinks) / self.lag - 1;
-        for start in (0..judged).map(|i| self.sinks + i * self.lag) {
-            let spread = |x: &[f32]| {
+        let scored = (len - self.sinks) / self.lag - 1;
+        for start in (0..scored).map(|i| self.sinks + i * self.lag) {
+            let spread = |x: &[f32], d: usize| {
                 let part = |start: usize| &x[start * d..(start + self.lag) * d];
                 softmax(relative_spread(part(start), part(start + self.lag), d))
             };
-            let (keys, values) = (spread(&head.keys), spread(&head.values));
+            let (keys, values) =
+                (spread(&head.keys, shape.head_dim), spread(&head.values, shape.value_dim));
             let both: Vec<_> = keys.iter().zip(&values).map(|(k, v)| k + v).collect();
             let mut order: Vec<_> = (0..self.lag).collect();
             order.sort_by(|&a, &b| both[a].total_cmp(&both[b]));
@@ -56,17 +62,25 @@ impl EvictionPolicy for LagKv {
         Needs { keys: true, values: true, ..Default::default() }
     }
 
-    fn score(&self, held: &Held<'_>) -> Result<Vec<Vec<f32>>> {
-        let d = held.shape.head_dim;
-        Ok(held.heads.iter().map(|head| self.score_head(head, d)).collect())
-    }
-
-    fn protects(&self, _: usize) -> Protected {
-        Protected { sinks: self.sinks, recent: 0 }
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
+        let of_head = |head: &HeadView<'_>| self.score_head(head, &view.spec.shape);
+        Ok(view.heads.iter().map(of_head).collect())
     }
 }
 
-/// For each row, the standard deviation over channels after each is scaled to the range that it has in the reference rows.
+impl<S: KvStore> PolicyCache<S, LagKv> {
+    /// LagKV, whose sinks stay.
+    ///
+    /// # Errors
+    /// As [`with_settings`](Self::with_settings).
+    pub fn lag_kv(spec: LayerSpec, store: S, policy: LagKv, budget: Budget) -> Result<Self> {
+        let protected = Protected::sinks(policy.sinks);
+        Self::with_settings(spec, store, policy, Settings { protected, ..Settings::new(budget) })
+    }
+}
+
+/// For each row, the standard deviation over channels after each is scaled to the range that it has
+/// in the reference rows.
 fn relative_spread(rows: &[f32], reference: &[f32], d: usize) -> Vec<f32> {
     let (mut low, mut high) = (vec![f32::INFINITY; d], vec![f32::NEG_INFINITY; d]);
     for row in reference.chunks_exact(d) {
@@ -82,7 +96,7 @@ fn relative_spread(rows: &[f32], reference: &[f32], d: usize) -> Vec<f32> {
     rows.chunks_exact(d).map(spread).collect()
 }
 
-/// Where x lies in a range; a range of no width has nothing to tell apart, and says so for every x.
+/// Where x lies in a range; 0 in a range of no width.
 fn scaled(x: f32, low: f32, high: f32) -> f32 {
     if high > low { (x - low) / (high - low) } else { 0.0 }
 }

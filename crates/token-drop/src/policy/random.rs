@@ -1,6 +1,7 @@
 //! A control: what a policy is worth shows against chance.
 
-use longctx_core::{EvictionPolicy, Held, Needs, Result};
+use crate::{EvictionPolicy, LayerView, Needs};
+use longctx_core::Result;
 
 /// Keeps tokens at random, the same ones for the same seed. A token's luck, one per kv head, lasts.
 #[derive(Debug, Clone, Copy, Default)]
@@ -20,7 +21,7 @@ impl EvictionPolicy for Random {
         Needs::default()
     }
 
-    fn score(&self, held: &Held<'_>) -> Result<Vec<Vec<f32>>> {
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
         let luck = |head: usize, position: u32| {
             let mixed = mix(self.seed ^ mix((head as u64) << 32 | u64::from(position)));
             (mixed >> 40) as f32
@@ -28,11 +29,12 @@ impl EvictionPolicy for Random {
         let of_head = |(i, positions): (usize, &[u32])| {
             positions.iter().map(|&position| luck(i, position)).collect()
         };
-        Ok(held.heads.iter().map(|head| head.positions).enumerate().map(of_head).collect())
+        Ok(view.heads.iter().map(|head| head.positions).enumerate().map(of_head).collect())
     }
 }
 
-/// SplitMix64's output function (Steele et al., OOPSLA 2014): every bit of the input sways every bit of the output.
+/// SplitMix64's output function (Steele et al., OOPSLA 2014): every bit of the input sways every
+/// bit of the output.
 fn mix(x: u64) -> u64 {
     let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -1,34 +1,35 @@
-//! The newest tokens alone, a control; or with sinks, the selection of StreamingLLM: Xiao et al., arXiv 2309.17453.
+//! The newest tokens alone, a control; or with sinks, the selection of StreamingLLM: Xiao et al.,
+//! arXiv 2309.17453.
 
-use longctx_core::{EvictionPolicy, Held, Needs, Protected, Result};
+use crate::{Budget, EvictionPolicy, LayerView, Needs, PolicyCache, Protected, Settings};
+use longctx_core::{KvStore, LayerSpec, Result};
 
-/// Keeps the first few tokens, none by default, and the newest.
-///
-/// With sinks this is what kvpress calls StreamingLLM: tokens stay rotated at their true positions. [`StreamingLlm`](crate::StreamingLlm)
-/// places them within the cache, as the paper does.
+/// Keeps the newest tokens.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Recent {
-    sinks: usize,
-}
-
-impl Recent {
-    /// Keeps the first `sinks` tokens beside the newest.
-    pub fn with_sinks(sinks: usize) -> Self {
-        Self { sinks }
-    }
-}
+pub struct Recent;
 
 impl EvictionPolicy for Recent {
     fn needs(&self) -> Needs {
         Needs::default()
     }
 
-    fn score(&self, held: &Held<'_>) -> Result<Vec<Vec<f32>>> {
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
         let of_head = |positions: &[u32]| positions.iter().map(|&p| p as f32).collect();
-        Ok(held.heads.iter().map(|head| of_head(head.positions)).collect())
+        Ok(view.heads.iter().map(|head| of_head(head.positions)).collect())
     }
+}
 
-    fn protects(&self, _: usize) -> Protected {
-        Protected { sinks: self.sinks, recent: 0 }
+impl<S: KvStore> PolicyCache<S, Recent> {
+    /// The newest tokens and the first `sinks` ones.
+    ///
+    /// With sinks this is what kvpress calls StreamingLLM: tokens stay rotated at their true
+    /// positions. [`StreamingLlm`](crate::StreamingLlm) places them within the cache, as the paper
+    /// does.
+    ///
+    /// # Errors
+    /// As [`with_settings`](Self::with_settings).
+    pub fn recent(spec: LayerSpec, store: S, sinks: usize, budget: Budget) -> Result<Self> {
+        let protected = Protected::sinks(sinks);
+        Self::with_settings(spec, store, Recent, Settings { protected, ..Settings::new(budget) })
     }
 }

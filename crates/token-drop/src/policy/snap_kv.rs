@@ -1,10 +1,14 @@
-//! SnapKV: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469.
+//! SnapKV: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv
+//! 2404.14469.
 
 use super::window::{check_window, end_with};
-use crate::Group;
-use longctx_core::{Error, EvictionPolicy, Held, Mass, Needs, Protected, Result};
+use crate::{
+    Budget, EvictionPolicy, Group, LayerView, Needs, ObservedQueries, PolicyCache, Protected,
+    Settings,
+};
+use longctx_core::{Error, KvStore, LayerSpec, Result};
 
-/// Keeps what the newest queries, the observation window, attend to, smoothed over neighbours; the window itself stays.
+/// Keeps what the newest queries, the observation window, attend to, smoothed over neighbours.
 #[derive(Debug, Clone, Copy)]
 pub struct SnapKv {
     window: usize,
@@ -13,7 +17,8 @@ pub struct SnapKv {
 }
 
 impl SnapKv {
-    /// Observes the newest `window` queries (64 in kvpress, 32 in the published code); smooths over 5 tokens.
+    /// Observes the newest `window` queries (64 in kvpress, 32 in the published code); smooths over
+    /// 5 tokens.
     ///
     /// # Errors
     /// [`Error::Setting`] if the window is 0.
@@ -44,30 +49,35 @@ impl SnapKv {
 
 impl EvictionPolicy for SnapKv {
     fn needs(&self) -> Needs {
-        let mass = Mass::Newest { queries: self.window, by_position: false };
-        Needs { mass: Some(mass), ..Default::default() }
+        let newest = ObservedQueries::Newest { queries: self.window, by_position: false };
+        Needs { attention: Some(newest), ..Default::default() }
     }
 
-    fn score(&self, held: &Held<'_>) -> Result<Vec<Vec<f32>>> {
-        let scores = held.heads.iter().map(|head| {
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
+        let scores = view.heads.iter().map(|head| {
             let before = head.positions.len().saturating_sub(self.window);
-            let smooth = |mass: &Vec<f32>| {
-                let mean = smoothed(&mass[..before], self.kernel);
-                mean.into_iter().map(|x| x / head.mass_queries as f32).collect()
+            let smooth = |sums: &Vec<f32>| {
+                let mean = smoothed(&sums[..before], self.kernel);
+                mean.into_iter().map(|x| x / head.observed as f32).collect()
             };
-            self.group.join(&head.mass.iter().map(smooth).collect::<Vec<_>>())
+            self.group.join(&head.attention_sums.iter().map(smooth).collect::<Vec<_>>())
         });
-        let lens: Vec<_> = held.heads.iter().map(|head| head.positions.len()).collect();
-        Ok(end_with(scores.collect(), &lens))
+        Ok(end_with(scores.collect(), &view.heads))
     }
+}
 
-    fn protects(&self, _: usize) -> Protected {
-        Protected { sinks: 0, recent: self.window }
-    }
-
-    /// The paper compresses the prompt alone; in later steps earlier queries would have to be kept.
-    fn decode_step(&self) -> Option<usize> {
-        None
+impl<S: KvStore> PolicyCache<S, SnapKv> {
+    /// SnapKV as published: the observation window's tokens stay, and so do decoded ones.
+    ///
+    /// # Errors
+    /// As [`with_settings`](Self::with_settings).
+    pub fn snap_kv(spec: LayerSpec, store: S, policy: SnapKv, budget: Budget) -> Result<Self> {
+        let settings = Settings {
+            protected: Protected::newest(policy.window),
+            decode_step: None,
+            ..Settings::new(budget)
+        };
+        Self::with_settings(spec, store, policy, settings)
     }
 }
 

@@ -1,21 +1,24 @@
 //! TOVA: Oren et al., "Transformers are Multi-State RNNs", arXiv 2401.06104.
 
 use super::window::end_with;
-use crate::Group;
-use longctx_core::{EvictionPolicy, Held, Mass, Needs, Protected, Result};
+use crate::{
+    Budget, EvictionPolicy, Group, LayerView, Needs, ObservedQueries, PolicyCache, Protected,
+    Settings,
+};
+use longctx_core::{KvStore, LayerSpec, Result};
 
-/// Keeps what the newest query attends to, averaged over all heads of the layer; at every decoded token one goes.
+/// Keeps what the newest query attends to, averaged over all heads of the layer.
 ///
-/// As in kvpress, the newest token itself stays, and all heads keep the same tokens. There is no [`Group`] to choose: the heads that are averaged are
-/// not those of one kv head but all of them.
+/// As in kvpress, the newest token itself stays, and all heads keep the same tokens. There is no
+/// [`Group`] to choose: the heads that are averaged are not those of one kv head but all of them.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Tova {
     published_newest: bool,
 }
 
 impl Tova {
-    /// Lets the newest token go like any other, if its own query attends to it the least, as the published code does
-    /// (schwartz-lab-NLP/TOVA, `TOVACache.reduce`).
+    /// Lets the newest token go like any other, if its own query attends to it the least, as the
+    /// published code does (schwartz-lab-NLP/TOVA, `TOVACache.reduce`).
     #[must_use]
     pub fn with_published_newest(mut self) -> Self {
         self.published_newest = true;
@@ -25,29 +28,31 @@ impl Tova {
 
 impl EvictionPolicy for Tova {
     fn needs(&self) -> Needs {
-        let mass = Mass::Newest { queries: 1, by_position: false };
-        Needs { mass: Some(mass), ..Default::default() }
+        let newest = ObservedQueries::Newest { queries: 1, by_position: false };
+        Needs { attention: Some(newest), ..Default::default() }
     }
 
-    fn score(&self, held: &Held<'_>) -> Result<Vec<Vec<f32>>> {
-        let kv_heads = held.shape.kv_heads;
-        let scores = held.heads.chunks(kv_heads).flat_map(|heads| {
-            let masses = heads.iter().flat_map(|head| head.mass);
-            let mut mean = Group::Mean.join(&masses.cloned().collect::<Vec<_>>());
-            if !self.published_newest {
-                mean.pop();
-            }
-            vec![mean; kv_heads]
-        });
-        let lens: Vec<_> = held.heads.iter().map(|head| head.positions.len()).collect();
-        Ok(end_with(scores.collect(), &lens))
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
+        let sums = view.heads.iter().flat_map(|head| head.attention_sums);
+        let mut mean = Group::Mean.join(&sums.cloned().collect::<Vec<_>>());
+        if !self.published_newest {
+            mean.pop();
+        }
+        Ok(end_with(vec![mean; view.heads.len()], &view.heads))
     }
+}
 
-    fn protects(&self, _: usize) -> Protected {
-        Protected { sinks: 0, recent: usize::from(!self.published_newest) }
-    }
-
-    fn decode_step(&self) -> Option<usize> {
-        Some(1)
+impl<S: KvStore> PolicyCache<S, Tova> {
+    /// TOVA as published: at every decoded token one entry goes.
+    ///
+    /// # Errors
+    /// As [`with_settings`](Self::with_settings).
+    pub fn tova(spec: LayerSpec, store: S, policy: Tova, budget: Budget) -> Result<Self> {
+        let settings = Settings {
+            protected: Protected::newest(usize::from(!policy.published_newest)),
+            decode_step: Some(1),
+            ..Settings::new(budget)
+        };
+        Self::with_settings(spec, store, policy, settings)
     }
 }

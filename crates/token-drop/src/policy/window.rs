@@ -1,5 +1,6 @@
 //! What policies that observe the newest queries share.
 
+use crate::HeadView;
 use longctx_core::{Error, Result};
 
 pub fn check_window(window: usize) -> Result<()> {
@@ -9,9 +10,12 @@ pub fn check_window(window: usize) -> Result<()> {
     }
 }
 
-/// Lengthens each list to its head's entries with a score above all others, for the window's own tokens.
-pub fn end_with(mut scores: Vec<Vec<f32>>, lens: &[usize]) -> Vec<Vec<f32>> {
+/// Lengthens each list to its head's entries with a score above all others, for the window's own
+/// tokens.
+pub fn end_with(mut scores: Vec<Vec<f32>>, heads: &[HeadView<'_>]) -> Vec<Vec<f32>> {
     let most = scores.iter().flatten().copied().fold(0.0, f32::max) + 1.0;
-    scores.iter_mut().zip(lens).for_each(|(list, &len)| list.resize(len, most));
+    for (list, head) in scores.iter_mut().zip(heads) {
+        list.resize(head.positions.len(), most);
+    }
     scores
 }

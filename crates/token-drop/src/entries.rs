@@ -3,18 +3,21 @@
 use longctx_core::Selection;
 use std::ops::Range;
 
-/// Positions, and scores that are carried from call to call, of each batch entry's kv heads.
-#[derive(Debug, Default)]
-pub struct Ledger {
+/// Positions, and scores that are carried from call to call, of one sequence's kv heads.
+#[derive(Debug, Clone)]
+pub struct Entries {
     positions: Vec<Vec<u32>>,
     /// Empty unless the policy builds on its earlier scores.
     scores: Vec<Vec<f32>>,
 }
 
-impl Ledger {
-    /// Tokens at `positions` come to each of `heads` heads.
-    pub fn add(&mut self, heads: usize, positions: Range<usize>) {
-        self.positions.resize(heads, Vec::new());
+impl Entries {
+    pub fn new(kv_heads: usize) -> Self {
+        Self { positions: vec![Vec::new(); kv_heads], scores: Vec::new() }
+    }
+
+    /// Tokens at `positions` come to every head.
+    pub fn add(&mut self, positions: Range<usize>) {
         for head in &mut self.positions {
             head.extend(positions.clone().map(|p| p as u32));
         }
@@ -23,20 +26,20 @@ impl Ledger {
         }
     }
 
-    /// Scores to go on from; `[heads]` lists as long as the heads.
+    /// Takes each head's newest `count` entries back.
+    pub fn drop_newest(&mut self, count: usize) {
+        self.positions.iter_mut().for_each(|head| head.truncate(head.len() - count));
+        self.scores.iter_mut().for_each(|head| head.truncate(head.len() - count));
+    }
+
+    /// Scores to go on from; `[kv_heads]` lists as long as the heads.
     pub fn carry(&mut self, scores: Vec<Vec<f32>>) {
         self.scores = scores;
     }
 
     pub fn retain(&mut self, keep: &Selection) {
         retain(&mut self.positions, keep);
-        if !self.scores.is_empty() {
-            retain(&mut self.scores, keep);
-        }
-    }
-
-    pub fn heads(&self) -> usize {
-        self.positions.len()
+        retain(&mut self.scores, keep);
     }
 
     pub fn lens(&self) -> Vec<usize> {

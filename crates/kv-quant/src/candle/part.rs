@@ -1,0 +1,52 @@
+//! Some of a batch's tokens as a batch of their own.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+use longctx_core::{AttentionState, Batch, Result, SeqId};
+
+/// Some tokens of each of a batch's sequences.
+pub struct Part {
+    /// The sequences that have any, with the tokens chosen.
+    pub batch: Batch,
+    /// Where these tokens are in the whole batch.
+    rows: Vec<u32>,
+}
+
+impl Part {
+    /// The tokens that `choose` picks of each sequence's, which it is given as places in the batch;
+    /// `None` if it picks none.
+    pub fn of(
+        batch: &Batch,
+        choose: impl Fn(SeqId, Range<usize>) -> Range<usize>,
+    ) -> Result<Option<Self>> {
+        let chosen = batch.iter().map(|(seq, tokens)| (seq, choose(seq, tokens)));
+        let chosen: Vec<_> = chosen.filter(|(_, tokens)| !tokens.is_empty()).collect();
+        if chosen.is_empty() {
+            return Ok(None);
+        }
+        let seqs: Vec<_> = chosen.iter().map(|(seq, tokens)| (*seq, tokens.len())).collect();
+        let rows = chosen.into_iter().flat_map(|(_, tokens)| tokens).map(|row| row as u32);
+        Ok(Some(Self { batch: Batch::new(&seqs)?, rows: rows.collect() }))
+    }
+
+    /// The chosen tokens' rows of `[tokens, heads, channels]`.
+    pub fn rows(&self, x: &Tensor) -> Result<Tensor> {
+        let rows = Tensor::new(self.rows.as_slice(), x.device())?;
+        Ok(x.contiguous()?.index_select(&rows, 0)?)
+    }
+
+    /// Puts the states of parts that make up a batch in the order of its tokens.
+    pub fn join(parts: &[(Self, AttentionState)]) -> Result<AttentionState> {
+        let rows: Vec<u32> = parts.iter().flat_map(|(part, _)| part.rows.iter().copied()).collect();
+        let mut places = vec![0u32; rows.len()];
+        (0..).zip(&rows).for_each(|(place, &row)| places[row as usize] = place);
+        let join = |of: fn(&AttentionState) -> &Tensor| -> Result<Tensor> {
+            let all: Vec<_> = parts.iter().map(|(_, state)| of(state)).collect();
+            let all = Tensor::cat(&all, 0)?;
+            let places = Tensor::new(places.as_slice(), all.device())?;
+            Ok(all.index_select(&places, 0)?)
+        };
+        Ok(AttentionState { out: join(|state| &state.out)?, lse: join(|state| &state.lse)? })
+    }
+}

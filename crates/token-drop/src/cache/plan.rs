@@ -1,0 +1,108 @@
+//! When a call is followed by eviction, and what stays.
+
+use super::PolicyCache;
+use super::score::Own;
+use crate::{EvictionPolicy, Prefill, select::select};
+use candle_core::Tensor;
+use longctx_core::{KvStore, Result, Selection, SeqId};
+
+/// What a call changes of one sequence once its attention is known.
+#[derive(Debug)]
+pub struct Plan {
+    pub seq: SeqId,
+    pub tokens: usize,
+    /// Whether the call's tokens are in the store already.
+    pub in_store: bool,
+    /// The newest queries to remember.
+    pub queries: Option<Tensor>,
+    /// Scores to go on from.
+    pub scores: Option<Vec<Vec<f32>>>,
+    /// What stays of the store's entries and the call's tokens after them; `None`: everything.
+    pub keep: Option<Selection>,
+    /// Whether the store took of the call's tokens only those that stay.
+    pub selected: bool,
+}
+
+impl Plan {
+    /// The call's own tokens that stay, when each head held `old` entries before; all of them if
+    /// nothing is evicted.
+    pub fn own_part(&self, old: &[usize], kv_heads: usize) -> Selection {
+        let Some(keep) = &self.keep else {
+            return Selection::uniform(kv_heads, (0..self.tokens as u32).collect());
+        };
+        let own = |(head, kept): (usize, &Vec<u32>)| {
+            let old = old.get(head).map_or(0, |&len| len as u32);
+            kept.iter().filter_map(|entry| entry.checked_sub(old)).collect()
+        };
+        Selection::new(keep.heads().iter().enumerate().map(own).collect())
+    }
+}
+
+impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
+    /// Whether a call's token joins the store before it attends: one after others.
+    pub(super) fn joins(&self, seq: SeqId, tokens: usize) -> bool {
+        tokens == 1 && self.store.len(seq) > 0
+    }
+
+    /// Whether a call belongs to a prompt and is followed by eviction.
+    pub(super) fn evicts_prompt(&self, seq: SeqId, tokens: usize) -> bool {
+        let seen = self.sequences.seen(seq);
+        let prompt = tokens > 1 || seen == 0 || self.sequences.prompt(seq).expects(seen);
+        prompt && (seen == 0 || self.settings.prefill == Prefill::EveryCall)
+    }
+
+    /// How many entries at a time a call gives up if a head is over its budget; `None`: nothing.
+    fn eviction_step(&self, own: &Own) -> Option<usize> {
+        let seen = self.sequences.seen(own.seq);
+        let (seq, tokens) = (own.seq, own.tokens());
+        if tokens > 1 || seen == 0 || self.sequences.prompt(seq).expects(seen) {
+            return self.evicts_prompt(seq, tokens).then_some(1);
+        }
+        self.settings.decode_step
+    }
+
+    /// Scores a sequence if the policy must, and selects if it is over its budget.
+    pub(super) fn plan(&self, own: &Own) -> Result<Plan> {
+        let (seq, in_store, tokens) = (own.seq, own.in_store, own.tokens());
+        let queries = self.newest_queries(own)?;
+        let (mut budgets, ends) = {
+            let seen = self.sequences.seen(seq) + tokens;
+            let prompt = self.sequences.prompt_with(seq, tokens).len();
+            self.settings.limits(&self.spec, prompt, seen)
+        };
+        let lens = self.entries(seq).lens();
+        let over = self.settings.head_budgets.is_over(&lens, &budgets);
+        let evict = self.eviction_step(own).filter(|_| over);
+        let mut plan =
+            Plan { seq, tokens, in_store, queries, scores: None, keep: None, selected: false };
+        if evict.is_none() && !self.needs.previous {
+            return Ok(plan);
+        }
+        let scores = self.score(own, plan.queries.as_ref())?;
+        if let Some(step) = evict {
+            let least = ends.total().max(1);
+            budgets.iter_mut().for_each(|b| *b = b.saturating_sub(step - 1).max(least));
+            let (granularity, heads) = (self.settings.granularity, self.settings.head_budgets);
+            plan.keep = Some(select(&scores, &budgets, ends, granularity, heads));
+        }
+        plan.scores = self.needs.previous.then_some(scores);
+        Ok(plan)
+    }
+
+    /// The newest queries with the call's, if the policy will ask for them while decoding.
+    fn newest_queries(&self, own: &Own) -> Result<Option<Tensor>> {
+        let wanted = self.remembered();
+        if wanted == 0 {
+            return Ok(None);
+        }
+        let old = self.sequences.get(own.seq).and_then(|s| s.state.queries.as_ref());
+        let all = match old {
+            Some(old) => Tensor::cat(&[old, &own.unrotated_q], 0)?,
+            None => own.unrotated_q.clone(),
+        };
+        let len = all.dim(0)?;
+        let count = wanted.min(len);
+        // A copy, so that the whole prompt's queries do not stay behind a view of the last.
+        Ok(Some(all.narrow(0, len - count, count)?.force_contiguous()?))
+    }
+}

@@ -1,0 +1,246 @@
+//! A call from its tensors to what is held after it.
+
+use std::collections::BTreeSet;
+
+use super::plan::Plan;
+use super::score::Own;
+use super::{Held, PolicyCache};
+use crate::{
+    EvictionPolicy,
+    part::{Part, join},
+    storage::{cut, evict, whole_lse},
+};
+use candle_core::Tensor;
+use longctx_core::{
+    AttentionState, Batch, Error, KvCache, KvStore, Mask, Result, Selection, SeqId, Step, attention,
+};
+
+impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
+    /// Makes room for a call's tokens in what is remembered of the entries. Gives the entries that
+    /// each sequence's heads held before.
+    pub(super) fn begin(&mut self, batch: &Batch) -> Vec<Vec<usize>> {
+        let kv_heads = self.spec.shape.kv_heads;
+        let begin = |(seq, tokens): (SeqId, std::ops::Range<usize>)| {
+            let sequence = self.sequences.begin(seq, || Held::new(kv_heads));
+            sequence.state.entries.add(sequence.seen..sequence.seen + tokens.len());
+            self.store.lens(seq)
+        };
+        batch.iter().map(begin).collect()
+    }
+
+    /// Puts everything back to what it was before a call that failed. What can't be put back is
+    /// poisoned.
+    pub(super) fn take_back(&mut self, batch: &Batch, lens: &[Vec<usize>], error: Error) -> Error {
+        if self.sequences.check(batch).is_err() {
+            return error;
+        }
+        for ((seq, tokens), lens) in batch.iter().zip(lens) {
+            if cut(&mut self.store, seq, lens).is_err() {
+                return self.sequences.poison(batch, error);
+            }
+            match self.sequences.get_mut(seq) {
+                Some(sequence) if !lens.is_empty() => {
+                    sequence.state.entries.drop_newest(tokens.len());
+                }
+                _ => self.sequences.forget(seq),
+            }
+        }
+        error
+    }
+
+    /// Attends, and keeps what is selected.
+    pub(super) fn take(&mut self, step: &Step<'_>) -> Result<Tensor> {
+        let (q, k) = step.rotate(&self.spec, |seq| self.next_position(seq))?;
+        let joins = |(seq, own): &(SeqId, std::ops::Range<usize>)| self.joins(*seq, own.len());
+        let joining: BTreeSet<_> = step.batch.iter().filter(joins).map(|(seq, _)| seq).collect();
+        let prompts = Part::of(step.batch, |seq, _| !joining.contains(&seq))?;
+        let decoded = Part::of(step.batch, |seq, _| joining.contains(&seq))?;
+        let mut parts = Vec::new();
+        if let Some(part) = &prompts {
+            parts.push((part, self.attend_prompts(step, &q, &k, part)?));
+        }
+        if let Some(part) = &decoded {
+            self.store.append(&part.batch, &part.take(&k)?, &part.take(step.v)?)?;
+            parts.push((part, self.store.attend(&part.batch, &part.take(&q)?, Mask::Causal)?));
+        }
+        let whole = join(&parts, step.batch.tokens())?;
+        let lse = self.needs.attention.map(|_| whole_lse(&whole, &self.spec)).transpose()?;
+        let out = self.spec.output(whole, step.q.dtype())?;
+        self.keep(step, (&q, &k), lse.as_ref(), &joining)?;
+        Ok(out)
+    }
+
+    /// Takes in prompts that have attended elsewhere.
+    pub(super) fn take_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
+        let (q, k) = step.rotate(&self.spec, |_| 0)?;
+        self.keep(step, (&q, &k), lse.filter(|_| self.needs.attention.is_some()), &BTreeSet::new())
+    }
+
+    /// Exact attention among each sequence's own tokens, and over what it kept.
+    fn attend_prompts(
+        &self,
+        step: &Step<'_>,
+        q: &Tensor,
+        k: &Tensor,
+        part: &Part,
+    ) -> Result<AttentionState> {
+        let (batch, shape) = (&part.batch, &self.spec.shape);
+        let (q, k, v) = (part.take(q)?, part.take(k)?, part.take(step.v)?);
+        let mut parts = vec![attention::attend(batch, &q, &k, &v, shape)?];
+        if batch.seqs().iter().any(|&seq| self.store.len(seq) > 0) {
+            parts.push(self.store.attend(batch, &q, Mask::Full)?);
+        }
+        AttentionState::merge(&parts)
+    }
+
+    /// Scores and selects, sequence by sequence, and then changes the store.
+    fn keep(
+        &mut self,
+        step: &Step<'_>,
+        (q, k): (&Tensor, &Tensor),
+        lse: Option<&Tensor>,
+        joining: &BTreeSet<SeqId>,
+    ) -> Result<()> {
+        let (mut plans, mut rewritten) = (Vec::new(), Vec::new());
+        for (seq, tokens) in step.batch.iter() {
+            let own = Own::new(step, (q, k), lse, (seq, tokens), joining.contains(&seq))?;
+            let plan = self.plan(&own)?;
+            if let Some(keep) = plan.keep.as_ref().filter(|_| self.settings.rerotate) {
+                rewritten.push((seq, self.rewrite(&own, keep)?));
+            }
+            plans.push(plan);
+        }
+        self.append_prompts(step, k, &mut plans)?;
+        self.append_rewritten(step, &rewritten)?;
+        // Every tensor is in the store: what is left are evictions.
+        for plan in plans {
+            if let Err(error) = self.finish(plan) {
+                return Err(self.sequences.poison(step.batch, error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Kept keys `[kept, kv_heads, head_dim]`, rotated to contiguous positions, and values.
+    ///
+    /// Entries lay without gaps, entry i at position i.
+    fn rewrite(&self, own: &Own, keep: &Selection) -> Result<(Tensor, Tensor)> {
+        let rope = self.spec.rope_for("re-rotation")?;
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for (head, kept) in keep.heads().iter().enumerate() {
+            let (k, v) = self.all_rows(own, head)?;
+            let rows = Tensor::new(kept.as_slice(), k.device())?;
+            let moves: Vec<_> = (0..).zip(kept).map(|(to, &from)| to - i64::from(from)).collect();
+            keys.push(rope.apply(&k.index_select(&rows, 0)?.unsqueeze(1)?, &moves)?);
+            values.push(v.index_select(&rows, 0)?.unsqueeze(1)?);
+        }
+        let device = own.k.device();
+        Ok((Tensor::cat(&keys, 1)?.to_device(device)?, Tensor::cat(&values, 1)?.to_device(device)?))
+    }
+
+    /// Appends the prompts' tokens that stay, but for those of sequences that are rewritten.
+    fn append_prompts(&mut self, step: &Step<'_>, k: &Tensor, plans: &mut [Plan]) -> Result<()> {
+        let rerotate = self.settings.rerotate;
+        let appends = |plan: &Plan| !plan.in_store && !(rerotate && plan.keep.is_some());
+        let appended: BTreeSet<_> = plans.iter().filter(|p| appends(p)).map(|p| p.seq).collect();
+        let Some(part) = Part::of(step.batch, |seq, _| appended.contains(&seq))? else {
+            return Ok(());
+        };
+        let (k, v) = (part.take(k)?, part.take(step.v)?);
+        let mut plans: Vec<_> = plans.iter_mut().filter(|p| appends(p)).collect();
+        if plans.iter().all(|plan| plan.keep.is_none()) {
+            return self.store.append(&part.batch, &k, &v);
+        }
+        let kv_heads = self.spec.shape.kv_heads;
+        let own = |plan: &&mut Plan| plan.own_part(&self.store.lens(plan.seq), kv_heads);
+        let selected: Vec<_> = plans.iter().map(own).collect();
+        match self.store.append_selected(&part.batch, &k, &v, &selected) {
+            Ok(()) => {
+                plans.iter_mut().for_each(|plan| plan.selected = plan.keep.is_some());
+                Ok(())
+            }
+            // Stores that hold all heads in one tensor take whole tokens alone; what does not stay
+            // is dropped after.
+            Err(Error::Unsupported(_)) => self.store.append(&part.batch, &k, &v),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Appends the kept entries of rewritten sequences once more, behind the old ones.
+    fn append_rewritten(
+        &mut self,
+        step: &Step<'_>,
+        rewritten: &[(SeqId, (Tensor, Tensor))],
+    ) -> Result<()> {
+        if rewritten.is_empty() {
+            return Ok(());
+        }
+        let count = |(seq, (k, _)): &(SeqId, (Tensor, Tensor))| Ok((*seq, k.dim(0)?));
+        let batch = Batch::new(&rewritten.iter().map(count).collect::<Result<Vec<_>>>()?)?;
+        let all = |x: fn(&(Tensor, Tensor)) -> &Tensor| -> Result<Tensor> {
+            let parts: Vec<_> = rewritten.iter().map(|(_, rows)| x(rows)).collect();
+            Ok(Tensor::cat(&parts, 0)?.to_dtype(step.k.dtype())?)
+        };
+        self.store.append(&batch, &all(|rows| &rows.0)?, &all(|rows| &rows.1)?)
+    }
+
+    /// Drops what does not stay, and counts the call's tokens.
+    fn finish(&mut self, plan: Plan) -> Result<()> {
+        let Plan { seq, tokens, queries, scores, keep, selected, .. } = plan;
+        let before = self.entries(seq).lens();
+        if let (Some(scores), Some(sequence)) = (scores, self.sequences.get_mut(seq)) {
+            sequence.state.entries.carry(scores);
+        }
+        let evicted = keep.is_some();
+        if let Some(keep) = keep {
+            let old: Vec<_> = before.iter().map(|len| len - tokens).collect();
+            let stays = self.drop_others(seq, &old, keep, selected)?;
+            if let Some(sequence) = self.sequences.get_mut(seq) {
+                sequence.state.entries.retain(&stays);
+            }
+        }
+        self.sequences.advance(seq, tokens);
+        if let Some(sequence) = self.sequences.get_mut(seq) {
+            if evicted {
+                sequence.state.evicted_at = sequence.seen;
+            }
+            sequence.state.queries = queries;
+        }
+        Ok(())
+    }
+
+    /// Has the store drop what does not stay. Gives what it holds then of the `old` entries of each
+    /// head and the call's tokens after them.
+    fn drop_others(
+        &mut self,
+        seq: SeqId,
+        old: &[usize],
+        keep: Selection,
+        selected: bool,
+    ) -> Result<Selection> {
+        let lens = self.store.lens(seq);
+        if self.settings.rerotate {
+            // The rewritten entries are the last ones.
+            let newest = |(len, kept): (&usize, &Vec<u32>)| {
+                ((len - kept.len()) as u32..*len as u32).collect()
+            };
+            let newest = lens.iter().zip(keep.heads()).map(newest).collect();
+            self.store.retain(seq, &Selection::new(newest))?;
+            return Ok(keep);
+        }
+        if !selected {
+            let all = lens.iter().map(|&len| (0..len as u32).collect());
+            let done = evict(&mut self.store, seq, &keep)?;
+            return Ok(if done { keep } else { Selection::new(all.collect()) });
+        }
+        // The call's tokens that stay follow the old entries.
+        let (mut stays, mut all) = (Vec::new(), Vec::new());
+        for ((kept, &old), &len) in keep.heads().iter().zip(old).zip(&lens) {
+            let (of_old, new) = kept.split_at(kept.partition_point(|&e| (e as usize) < old));
+            stays.push(of_old.iter().copied().chain(old as u32..len as u32).collect());
+            all.push((0..old as u32).chain(new.iter().copied()).collect());
+        }
+        let done = evict(&mut self.store, seq, &Selection::new(stays))?;
+        Ok(if done { keep } else { Selection::new(all) })
+    }
+}

@@ -1,0 +1,359 @@
+//! One chunk of queries: what it sees, and what it leaves behind.
+
+use std::ops::Range;
+
+use super::rows::Rows;
+use super::state::State;
+use super::{InfLlm, nothing};
+use crate::part::{Part, join};
+use crate::storage::{evict, whole_lse};
+use candle_core::{DType, Device, Tensor};
+use longctx_core::{
+    AttentionState, Batch, EntryRanges, Error, KvCache, KvStore, Mask, Result, Selection, SeqId,
+    attention,
+};
+
+/// Decoded tokens by which the window's store may outgrow the window before it is cut.
+const OVERHANG: usize = 256;
+
+/// A chunk's rotated rows, and what each of its sequences sees.
+struct Chunk<'a> {
+    rows: &'a Rows,
+    q: Tensor,
+    k: Tensor,
+    /// Queries at the distance of the past.
+    q_far: Tensor,
+    seqs: Vec<ChunkSeq>,
+}
+
+/// One sequence of a chunk.
+struct ChunkSeq {
+    seq: SeqId,
+    /// The chunk's first token.
+    start: usize,
+    count: usize,
+    /// Tokens that leave the window within the chunk: one with each of the last queries.
+    leaving: Range<usize>,
+    /// The token of the window store's first entry.
+    window_start: usize,
+    /// Blocks that the chunk fetches, the best first.
+    chosen: Vec<usize>,
+}
+
+/// Late queries and the leaving tokens that they still see, both in reverse: the first of these
+/// queries sees all of them, the next one less. In reverse that is causal attention.
+struct Reversed {
+    part: Part,
+    /// Each row's place in reverse, which is its own inverse.
+    order: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+}
+
+impl<S: KvStore, W: KvStore> InfLlm<S, W> {
+    /// Takes in tokens chunk by chunk. Gives their attention, unless it is known elsewhere.
+    pub(super) fn take_rows(&mut self, rows: &Rows) -> Result<Option<AttentionState>> {
+        for (seq, own) in rows.batch.iter() {
+            let sizes = self.size.of(self.sequences.prompt_with(seq, own.len()))?;
+            let spec = &self.spec;
+            self.sequences.begin(seq, || State::new(sizes, spec)).state.resize(sizes);
+        }
+        self.past.append(&rows.batch, &rows.k, &rows.v)?;
+        let mut done = Vec::new();
+        for round in 0.. {
+            let chunk = |seq, tokens: usize| {
+                let size = self.state(seq).map_or(tokens, |state| state.sizes.chunk);
+                (round * size).min(tokens)..((round + 1) * size).min(tokens)
+            };
+            let Some(part) = Part::new(&rows.batch, chunk)? else { break };
+            let state = self.take_chunk(&rows.part(&part)?, &rows.batch)?;
+            done.extend(state.map(|state| (part, state)));
+        }
+        if rows.exact.is_some() {
+            return Ok(None);
+        }
+        let done: Vec<_> = done.iter().map(|(part, state)| (part, state.clone())).collect();
+        join(&done, rows.batch.tokens()).map(Some)
+    }
+
+    fn take_chunk(&mut self, rows: &Rows, call: &Batch) -> Result<Option<AttentionState>> {
+        let chunk = self.chunk(rows)?;
+        let reversed = self.reversed(&chunk)?;
+        let (state, lse) = match &rows.exact {
+            Some(lse) => (None, lse.clone()),
+            None => {
+                let mut parts = self.attend_window(&chunk, reversed.as_ref())?;
+                parts.extend(self.attend_past(&chunk)?);
+                let state = AttentionState::merge(&parts)?;
+                let lse = whole_lse(&state, &self.spec)?;
+                (Some(state), lse)
+            }
+        };
+        let received = self.received(&chunk, reversed.as_ref(), &lse)?;
+        self.window.append(&rows.batch, &chunk.k, &rows.v)?;
+        let done = self.settle(&chunk, received, call);
+        done.map_err(|error| self.sequences.poison(call, error))?;
+        Ok(state)
+    }
+
+    fn chunk<'a>(&self, rows: &'a Rows) -> Result<Chunk<'a>> {
+        let positions = rows.batch.positions(|seq| self.seen(seq));
+        let mut far = Vec::new();
+        for (seq, own) in rows.batch.iter() {
+            let local = self.state(seq).ok_or_else(nothing)?.sizes.local;
+            far.resize(own.end, local as i64 - 1);
+        }
+        let q_far = self.spec.rotate(&rows.q, &far)?;
+        let of_seq = |(seq, own): (SeqId, Range<usize>)| -> Result<ChunkSeq> {
+            let (state, start) = (self.state(seq).ok_or_else(nothing)?, self.seen(seq));
+            let mean = q_far.narrow(0, own.start, own.len())?.to_dtype(DType::F32)?.mean(0)?;
+            let mean = mean.flatten_all()?.to_device(&Device::Cpu)?.to_vec1::<f32>()?;
+            Ok(ChunkSeq {
+                seq,
+                start,
+                count: own.len(),
+                leaving: state.leaving(start + own.len()),
+                window_start: start - self.window.len(seq),
+                chosen: state.memory.choose(&mean, state.sizes.top_blocks),
+            })
+        };
+        let seqs = rows.batch.iter().map(of_seq).collect::<Result<_>>()?;
+        let (q, k) =
+            (self.spec.rotate(&rows.q, &positions)?, self.spec.rotate(&rows.k, &positions)?);
+        Ok(Chunk { rows, q, k, q_far, seqs })
+    }
+
+    /// Attention over the chunk's own tokens and the window before them, at true distances.
+    fn attend_window(
+        &self,
+        chunk: &Chunk<'_>,
+        reversed: Option<&Reversed>,
+    ) -> Result<Vec<AttentionState>> {
+        let (batch, shape) = (&chunk.rows.batch, &self.spec.shape);
+        let mut states = vec![attention::attend(batch, &chunk.q, &chunk.k, &chunk.rows.v, shape)?];
+        for (part, ranges) in self.window_parts(chunk)? {
+            let q = part.take(&chunk.q)?;
+            let state = self.window.attend(&part.batch, &q, Mask::Entries(&ranges))?;
+            states.push(part.spread(state, batch.tokens())?);
+        }
+        if let Some(Reversed { part, order, q, k, v }) = reversed {
+            let AttentionState { out, lse } = attention::attend(&part.batch, q, k, v, shape)?;
+            let (out, lse) = (out.index_select(order, 0)?, lse.index_select(order, 0)?);
+            states.push(part.spread(AttentionState { out, lse }, batch.tokens())?);
+        }
+        Ok(states)
+    }
+
+    /// Which queries read which entries of the window's store: all of them the tokens that stay in
+    /// the window, and those before the first token leaves the ones that leave, too.
+    fn window_parts(&self, chunk: &Chunk<'_>) -> Result<Vec<(Part, EntryRanges)>> {
+        let batch = &chunk.rows.batch;
+        let early = |seq| {
+            let of = chunk.of(seq);
+            if of.leaving.is_empty() { 0..0 } else { 0..of.count - of.leaving.len() }
+        };
+        let all = Part::of(batch, |_, _| true)?;
+        let early = Part::new(batch, |seq, _| early(seq))?;
+        let mut parts = Vec::new();
+        if let Some(part) = all {
+            let ranges = self.window_ranges(chunk, &part, |of| of.leaving.end..of.start)?;
+            parts.push((part, ranges));
+        }
+        if let Some(part) = early {
+            let ranges = self.window_ranges(chunk, &part, |of| of.leaving.clone())?;
+            parts.push((part, ranges));
+        }
+        let reads =
+            |(_, ranges): &(Part, EntryRanges)| ranges.heads().iter().any(|r| !r.is_empty());
+        parts.retain(reads);
+        Ok(parts)
+    }
+
+    /// Ranges of tokens as entries of the window's store, for each sequence of a part and kv head.
+    fn window_ranges(
+        &self,
+        chunk: &Chunk<'_>,
+        part: &Part,
+        tokens: impl Fn(&ChunkSeq) -> Range<usize>,
+    ) -> Result<EntryRanges> {
+        let of_seq = |&seq: &SeqId| {
+            let of = chunk.of(seq);
+            let Range { start, end } = tokens(of);
+            let range = start - of.window_start..end - of.window_start;
+            if range.is_empty() { Vec::new() } else { vec![range] }
+        };
+        self.for_each_head(part.batch.seqs().iter().map(of_seq))
+    }
+
+    fn for_each_head(&self, seqs: impl Iterator<Item = Vec<Range<usize>>>) -> Result<EntryRanges> {
+        let kv_heads = self.spec.shape.kv_heads;
+        EntryRanges::new(seqs.flat_map(|ranges| vec![ranges; kv_heads]).collect())
+    }
+
+    /// The late queries but the last, and the leaving tokens but the first: the i-th of the one sees
+    /// the i-th of the other and those after it.
+    fn reversed(&self, chunk: &Chunk<'_>) -> Result<Option<Reversed>> {
+        let late = |seq| {
+            let of = chunk.of(seq);
+            if of.leaving.len() < 2 { 0..0 } else { of.count - of.leaving.len()..of.count - 1 }
+        };
+        let Some(part) = Part::new(&chunk.rows.batch, |seq, _| late(seq))? else {
+            return Ok(None);
+        };
+        let order: Vec<u32> =
+            part.batch.iter().flat_map(|(_, own)| own.rev().map(|row| row as u32)).collect();
+        let order = Tensor::new(order, chunk.q.device())?;
+        let tokens = |of: &ChunkSeq| {
+            of.leaving.start + 1 - of.window_start..of.leaving.end - of.window_start
+        };
+        let (k, v) = self.read_leaving(chunk, &part, &self.window, tokens)?;
+        let q = part.take(&chunk.q)?.index_select(&order, 0)?;
+        let (k, v) = (k.index_select(&order, 0)?, v.index_select(&order, 0)?);
+        Ok(Some(Reversed { part, order, q, k, v }))
+    }
+
+    /// Keys and values of ranges of a store's entries, of the sequences of a part one after the
+    /// other, `[tokens, kv_heads, channels]`.
+    fn read_leaving(
+        &self,
+        chunk: &Chunk<'_>,
+        part: &Part,
+        store: &impl KvStore,
+        entries: impl Fn(&ChunkSeq) -> Range<usize>,
+    ) -> Result<(Tensor, Tensor)> {
+        let device = chunk.q.device();
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for &seq in part.batch.seqs() {
+            let range = entries(chunk.of(seq));
+            let (mut k, mut v) = (Vec::new(), Vec::new());
+            for head in 0..self.spec.shape.kv_heads {
+                let (head_k, head_v) = store.read_range(seq, head, range.clone())?;
+                k.push(head_k.unsqueeze(1)?);
+                v.push(head_v.unsqueeze(1)?);
+            }
+            keys.push(Tensor::cat(&k, 1)?);
+            values.push(Tensor::cat(&v, 1)?);
+        }
+        Ok((Tensor::cat(&keys, 0)?.to_device(device)?, Tensor::cat(&values, 0)?.to_device(device)?))
+    }
+
+    /// Attention over what lies outside the window, all of it at the same distance.
+    fn attend_past(&self, chunk: &Chunk<'_>) -> Result<Vec<AttentionState>> {
+        let (batch, shape) = (&chunk.rows.batch, &self.spec.shape);
+        // What leaves the window within the chunk is not past yet for its early queries.
+        let staggered = |of: &ChunkSeq| of.count > 1 && !self.published_remainder;
+        let visible = |of: &ChunkSeq| {
+            let end = if staggered(of) { of.leaving.start } else { of.leaving.end };
+            self.state(of.seq).map_or(Vec::new(), |state| state.visible(&of.chosen, end))
+        };
+        let ranges = self.for_each_head(chunk.seqs.iter().map(visible))?;
+        let mut states = Vec::new();
+        if ranges.heads().iter().any(|ranges| !ranges.is_empty()) {
+            states.push(self.past.attend(batch, &chunk.q_far, Mask::Entries(&ranges))?);
+        }
+        let late = |seq| {
+            let of = chunk.of(seq);
+            if staggered(of) { of.count - of.leaving.len()..of.count } else { 0..0 }
+        };
+        if let Some(part) = Part::new(batch, |seq, _| late(seq))? {
+            let (k, v) = self.read_leaving(chunk, &part, &self.past, |of| of.leaving.clone())?;
+            let q = part.take(&chunk.q_far)?;
+            let state = attention::attend(&part.batch, &q, &k, &v, shape)?;
+            states.push(part.spread(state, batch.tokens())?);
+        }
+        Ok(states)
+    }
+
+    /// Attention that the window's tokens and the chunk's own received: a sequence, a first token,
+    /// and from there on a list per query head.
+    fn received(
+        &self,
+        chunk: &Chunk<'_>,
+        reversed: Option<&Reversed>,
+        lse: &Tensor,
+    ) -> Result<Vec<(SeqId, usize, Vec<Vec<f32>>)>> {
+        let (batch, shape) = (&chunk.rows.batch, &self.spec.shape);
+        let mut all = Vec::new();
+        let mut add = |batch: &Batch, sums: Vec<Vec<f32>>, first: fn(&ChunkSeq) -> usize| {
+            for (&seq, sums) in batch.seqs().iter().zip(sums.chunks(shape.heads)) {
+                all.push((seq, first(chunk.of(seq)), sums.to_vec()));
+            }
+        };
+        let sums = attention::attention_sums(batch, &chunk.k, batch, &chunk.q, lse, shape)?;
+        add(batch, sums, |of| of.start);
+        for (part, ranges) in self.window_parts(chunk)? {
+            let (q, lse) = (part.take(&chunk.q)?, part.take(lse)?);
+            let mask = Mask::Entries(&ranges);
+            add(&part.batch, self.window.attention_sums(&part.batch, &q, &lse, mask)?, |of| {
+                of.window_start
+            });
+        }
+        if let Some(Reversed { part, order, q, k, .. }) = reversed {
+            let lse = part.take(lse)?.index_select(order, 0)?;
+            let batch = &part.batch;
+            let mut sums = attention::attention_sums(batch, k, batch, q, &lse, shape)?;
+            sums.iter_mut().for_each(|sums| sums.reverse());
+            add(batch, sums, |of| of.leaving.start + 1);
+        }
+        Ok(all)
+    }
+
+    /// Moves tokens from the window to the past, and cuts the window's store.
+    fn settle(
+        &mut self,
+        chunk: &Chunk<'_>,
+        received: Vec<(SeqId, usize, Vec<Vec<f32>>)>,
+        call: &Batch,
+    ) -> Result<()> {
+        for of in &chunk.seqs {
+            let state = self.state_mut(of.seq)?;
+            state.memory.fetch(&of.chosen, state.sizes.resident_blocks);
+            state.lengthen(of.count);
+        }
+        for (seq, first, sums) in received {
+            self.state_mut(seq)?.note(first, &sums);
+        }
+        for of in &chunk.seqs {
+            let blocks = self.state_mut(of.seq)?.leave(of.leaving.end);
+            for block in blocks {
+                let keys = (0..self.spec.shape.kv_heads).map(|head| {
+                    let (keys, _) = self.past.read_range(of.seq, head, block.clone())?;
+                    Ok(keys.flatten_all()?.to_vec1()?)
+                });
+                let keys = keys.collect::<Result<Vec<_>>>()?;
+                self.state_mut(of.seq)?.add_block(&keys);
+            }
+            let tokens =
+                call.iter().find(|(seq, _)| *seq == of.seq).map_or(0, |(_, own)| own.len());
+            self.sequences.advance_part(of.seq, of.count, tokens);
+            self.cut_window(of)?;
+        }
+        Ok(())
+    }
+
+    /// Drops what is out of the window, once it is more than what may hang over.
+    fn cut_window(&mut self, of: &ChunkSeq) -> Result<()> {
+        let len = self.window.len(of.seq);
+        let inside = of.start + of.count - of.leaving.end;
+        let overhang = if of.count > 1 { 0 } else { OVERHANG };
+        if len > inside + overhang {
+            let newest = (len - inside) as u32..len as u32;
+            let keep = Selection::uniform(self.spec.shape.kv_heads, newest.collect());
+            evict(&mut self.window, of.seq, &keep)?;
+        }
+        Ok(())
+    }
+
+    fn state_mut(&mut self, seq: SeqId) -> Result<&mut State> {
+        let sequence = self.sequences.get_mut(seq);
+        sequence.map(|sequence| &mut sequence.state).ok_or(Error::UnknownSequence(seq))
+    }
+}
+
+impl Chunk<'_> {
+    fn of(&self, seq: SeqId) -> &ChunkSeq {
+        let found = self.seqs.iter().find(|of| of.seq == seq);
+        found.unwrap_or_else(|| unreachable!("a chunk knows its sequences"))
+    }
+}

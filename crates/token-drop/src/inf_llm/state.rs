@@ -1,0 +1,116 @@
+//! What is kept of a sequence beside the stores.
+
+use std::ops::Range;
+
+use super::InfLlmSettings;
+use super::memory::Memory;
+use longctx_core::{Footprint, LayerSpec};
+
+/// A text in order: first tokens, blocks, a remainder that has left the window for no block yet, and
+/// the window.
+#[derive(Debug, Clone)]
+pub struct State {
+    pub sizes: InfLlmSettings,
+    /// First tokens that every query sees.
+    init: usize,
+    /// Tokens that have left the window.
+    pub left: usize,
+    pub memory: Memory,
+    /// Attention that the tokens of the remainder and the window received, a list per query head.
+    sums: Vec<Vec<f32>>,
+}
+
+impl State {
+    pub fn new(sizes: InfLlmSettings, spec: &LayerSpec) -> Self {
+        let sums = vec![Vec::new(); spec.shape.heads];
+        Self { sizes, init: 0, left: 0, memory: Memory::new(), sums }
+    }
+
+    /// New sizes of a longer prompt. Where blocks follow the first tokens, these stay as they are,
+    /// and the window takes what they lack.
+    pub fn resize(&mut self, sizes: InfLlmSettings) {
+        let init = if self.memory.len() > 0 { self.init } else { sizes.init };
+        let local = (sizes.local + sizes.init).saturating_sub(init);
+        self.sizes = InfLlmSettings { init, local, ..sizes };
+    }
+
+    /// Tokens that lie in the first tokens or a block.
+    pub fn settled(&self) -> usize {
+        self.init + self.memory.len() * self.sizes.block
+    }
+
+    /// The first tokens, the chosen blocks, and the tokens from there up to `end`, as ranges of
+    /// tokens.
+    pub fn visible(&self, chosen: &[usize], end: usize) -> Vec<Range<usize>> {
+        let mut blocks = chosen.to_vec();
+        blocks.sort_unstable();
+        let block = |i: usize| {
+            let start = self.init + i * self.sizes.block;
+            start..start + self.sizes.block
+        };
+        let all = [0..self.init].into_iter().chain(blocks.into_iter().map(block));
+        let mut ranges: Vec<Range<usize>> = Vec::new();
+        for range in all.chain([self.settled()..end]).filter(|range| !range.is_empty()) {
+            match ranges.last_mut() {
+                Some(last) if last.end == range.start => last.end = range.end,
+                _ => ranges.push(range),
+            }
+        }
+        ranges
+    }
+
+    /// Tokens that leave the window when `end` have come.
+    pub fn leaving(&self, end: usize) -> Range<usize> {
+        self.left..self.left.max(end.saturating_sub(self.sizes.local))
+    }
+
+    /// `tokens` more have come.
+    pub fn lengthen(&mut self, tokens: usize) {
+        self.sums.iter_mut().for_each(|sums| sums.resize(sums.len() + tokens, 0.0));
+    }
+
+    /// Adds attention that the tokens from `first` on received, a list per query head.
+    pub fn note(&mut self, first: usize, received: &[Vec<f32>]) {
+        let settled = self.settled();
+        for (sums, received) in self.sums.iter_mut().zip(received) {
+            let skip = settled.saturating_sub(first);
+            let places = &mut sums[first + skip - settled..];
+            places.iter_mut().zip(&received[skip.min(received.len())..]).for_each(|(a, b)| *a += b);
+        }
+    }
+
+    /// Has tokens up to `left` leave the window, and fills the first tokens. Gives the tokens of
+    /// each block that is full then.
+    pub fn leave(&mut self, left: usize) -> Vec<Range<usize>> {
+        self.left = left;
+        if self.memory.len() == 0 && self.init < self.sizes.init {
+            let wanted = (self.sizes.init - self.init).min(left - self.init);
+            self.sums.iter_mut().for_each(|sums| drop(sums.drain(..wanted)));
+            self.init += wanted;
+        }
+        let (first, block) = (self.settled(), self.sizes.block);
+        (first..left).step_by(block).map(|i| i..i + block).filter(|b| b.end <= left).collect()
+    }
+
+    /// Makes the oldest tokens that lie in no block one. `keys`: those of its kv heads.
+    pub fn add_block(&mut self, keys: &[Vec<f32>]) {
+        let (block, group) = (self.sizes.block, self.sums.len() / keys.len());
+        let heads = self.sums.iter().enumerate();
+        let heads = heads.map(|(h, sums)| (keys[h / group].as_slice(), &sums[..block]));
+        self.memory.add(heads, self.sizes.representatives);
+        self.sums.iter_mut().for_each(|sums| drop(sums.drain(..block)));
+    }
+
+    /// Tokens of the past that an accelerator need not hold, of `seen`: blocks that are not
+    /// resident, and the unrotated copies of the window.
+    pub fn away(&self, seen: usize) -> usize {
+        let blocks = self.memory.len() - self.memory.resident().len();
+        blocks * self.sizes.block + (seen - self.left)
+    }
+
+    pub fn footprint(&self) -> Footprint {
+        let sums: usize = self.sums.iter().map(Vec::capacity).sum();
+        let bookkeeping = self.memory.bytes() + sums * size_of::<f32>();
+        Footprint { bookkeeping, ..Default::default() }
+    }
+}

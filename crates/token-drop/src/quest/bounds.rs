@@ -1,0 +1,94 @@
+//! The least and the largest number of each channel of a page's keys.
+
+use crate::Group;
+use half::f16;
+use longctx_core::Footprint;
+
+/// Bounds of one sequence's pages.
+#[derive(Debug, Clone)]
+pub struct Bounds {
+    page: usize,
+    head_dim: usize,
+    /// For each kv head, the least and the largest number of each channel in each page, whole or
+    /// growing: `[pages, 2, head_dim]`, rounded to f16 as in the published code.
+    heads: Vec<Vec<f16>>,
+}
+
+impl Bounds {
+    /// Of no pages.
+    pub fn new(kv_heads: usize, page: usize, head_dim: usize) -> Self {
+        Self { page, head_dim, heads: vec![Vec::new(); kv_heads] }
+    }
+
+    /// Takes in a head's keys `[tokens, head_dim]` of the tokens from `first` on.
+    pub fn add(&mut self, head: usize, first: usize, keys: &[f32]) {
+        let (d, bounds) = (self.head_dim, &mut self.heads[head]);
+        for (i, key) in keys.chunks_exact(d).enumerate() {
+            let at = (first + i) / self.page * 2 * d;
+            let rounded = key.iter().map(|&x| round(x));
+            if at == bounds.len() {
+                bounds.extend(rounded.clone());
+                bounds.extend(rounded);
+                continue;
+            }
+            let (low, high) = bounds[at..at + 2 * d].split_at_mut(d);
+            for (x, (low, high)) in rounded.zip(low.iter_mut().zip(high)) {
+                *low = if x < *low { x } else { *low };
+                *high = if x > *high { x } else { *high };
+            }
+        }
+    }
+
+    /// Forgets the pages that do not lie whole within the first `len` tokens. Gives the first token
+    /// that then has no bounds.
+    pub fn truncate(&mut self, len: usize) -> usize {
+        let whole = len / self.page;
+        self.heads.iter_mut().for_each(|head| head.truncate(whole * 2 * self.head_dim));
+        whole * self.page
+    }
+
+    /// The `count` pages of a head with the highest bounds for the queries of its group, in the
+    /// order of the text, among those of `len` tokens. The newest page is always one of them.
+    pub fn choose(&self, head: usize, queries: &[f32], len: usize, count: usize) -> Vec<usize> {
+        let (d, pages) = (self.head_dim, len.div_ceil(self.page));
+        if pages <= count {
+            return (0..pages).collect();
+        }
+        let older = &self.heads[head][..(pages - 1) * 2 * d];
+        let mut page = vec![0.0; 2 * d];
+        let mut scores = vec![Vec::with_capacity(pages - 1); queries.len() / d];
+        for bounds in older.chunks_exact(2 * d) {
+            page.iter_mut().zip(bounds).for_each(|(to, x)| *to = x.to_f32());
+            for (scores, query) in scores.iter_mut().zip(queries.chunks_exact(d)) {
+                scores.push(bound(query, &page));
+            }
+        }
+        let scores = Group::Max.join(&scores);
+        let mut order: Vec<_> = (0..pages - 1).collect();
+        let best_first = |&a: &usize, &b: &usize| scores[b].total_cmp(&scores[a]).then(a.cmp(&b));
+        if count > 1 {
+            order.select_nth_unstable_by(count - 2, best_first);
+        }
+        order.truncate(count - 1);
+        order.push(pages - 1);
+        order.sort_unstable();
+        order
+    }
+
+    pub fn footprint(&self) -> Footprint {
+        let numbers: usize = self.heads.iter().map(Vec::capacity).sum();
+        Footprint { bookkeeping: numbers * size_of::<f16>(), ..Default::default() }
+    }
+}
+
+/// The highest score that a key within a page's bounds can have.
+fn bound(query: &[f32], page: &[f32]) -> f32 {
+    let (low, high) = page.split_at(query.len());
+    let ends = low.iter().zip(high).zip(query);
+    ends.map(|((low, high), q)| (q * low).max(q * high)).sum()
+}
+
+/// To f16, and to its largest number beyond.
+fn round(x: f32) -> f16 {
+    f16::from_f32(x.clamp(-f16::MAX.to_f32(), f16::MAX.to_f32()))
+}

@@ -1,0 +1,204 @@
+//! From scores to a selection.
+
+use crate::HeadBudgets;
+use longctx_core::Selection;
+
+/// Entries that stay whatever their scores.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Protected {
+    /// The first entries: attention sinks.
+    pub sinks: usize,
+    /// The newest entries.
+    pub recent: usize,
+    /// The newest entries as a share of the budget, from 0 to 1. The share and the rest are each
+    /// rounded down, as in H2O's published code; of `recent` and the share the larger counts.
+    pub recent_share: f64,
+}
+
+impl Protected {
+    /// The newest `recent` entries.
+    pub fn newest(recent: usize) -> Self {
+        Self { recent, ..Self::default() }
+    }
+
+    /// The first `sinks` entries.
+    pub fn sinks(sinks: usize) -> Self {
+        Self { sinks, ..Self::default() }
+    }
+
+    /// The protected ends of a budget, and the whole tokens of it.
+    pub(crate) fn within(self, budget: f64) -> (Ends, usize) {
+        let share = (self.recent_share * budget) as usize;
+        let rest = ((1.0 - self.recent_share) * budget) as usize;
+        let ends = Ends { sinks: self.sinks, recent: self.recent.max(share) };
+        (ends, share.saturating_add(rest).max(1))
+    }
+}
+
+/// How many entries are protected at both ends.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Ends {
+    pub sinks: usize,
+    pub recent: usize,
+}
+
+impl Ends {
+    pub fn total(self) -> usize {
+        self.sinks.saturating_add(self.recent)
+    }
+}
+
+/// What is kept or dropped as one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Granularity {
+    /// Each token on its own.
+    #[default]
+    Token,
+    /// ChunkKV (Liu et al., arXiv 2502.00299): whole chunks of so many neighbouring tokens (20 in
+    /// kvpress, 10 in the paper), the same in every head of a layer.
+    ///
+    /// A chunk's score is the mean of its tokens', summed over the heads. The best chunks stay, as
+    /// many as fit into the budget beside what is protected; of the next one its first tokens stay,
+    /// as far as there is room. kvpress counts chunks and not tokens, so that it can keep more than
+    /// the budget.
+    Chunk(usize),
+}
+
+/// What stays of `scores`' entries: no more than the budgets, protected ones first. Of equal scores
+/// the older entry stays.
+pub(crate) fn select(
+    scores: &[Vec<f32>],
+    budgets: &[usize],
+    ends: Ends,
+    granularity: Granularity,
+    heads: HeadBudgets,
+) -> Selection {
+    let of_heads = |scores: &[Vec<f32>]| {
+        let head = |(scores, &budget): (&Vec<f32>, &usize)| top(scores, budget, ends);
+        scores.iter().zip(budgets).map(head).collect()
+    };
+    Selection::new(match (granularity, heads) {
+        (Granularity::Chunk(chunk), _) => of_heads(&vec![chunk_ranks(scores, chunk); scores.len()]),
+        (_, HeadBudgets::Uniform) => of_heads(scores),
+        (_, HeadBudgets::Adaptive { safeguard }) => compete(scores, budgets, ends, safeguard),
+    })
+}
+
+/// The entries of the highest scores, as many as the budget, in order.
+fn top(scores: &[f32], budget: usize, ends: Ends) -> Vec<u32> {
+    let len = scores.len();
+    if len <= budget {
+        return (0..len as u32).collect();
+    }
+    let sinks = ends.sinks.min(budget);
+    let recent = ends.recent.min(budget - sinks);
+    let mut middle: Vec<u32> = (sinks as u32..(len - recent) as u32).collect();
+    let wanted = budget - sinks - recent;
+    let score = |&i: &u32| comparable(scores[i as usize]);
+    let best_first = |a: &u32, b: &u32| score(b).total_cmp(&score(a)).then(a.cmp(b));
+    if wanted > 0 && wanted < middle.len() {
+        middle.select_nth_unstable_by(wanted - 1, best_first);
+    }
+    middle.truncate(wanted);
+    middle.sort_unstable();
+    (0..sinks as u32).chain(middle).chain((len - recent) as u32..len as u32).collect()
+}
+
+/// NaN, which compares with nothing, loses against every number.
+fn comparable(score: f32) -> f32 {
+    if score.is_nan() { f32::NEG_INFINITY } else { score }
+}
+
+/// Heads that compete for the sum of their budgets, above what the safeguard leaves to each.
+fn compete(scores: &[Vec<f32>], budgets: &[usize], ends: Ends, safeguard: f64) -> Vec<Vec<u32>> {
+    let safe = |budget: usize| {
+        let share = (budget as f64 * safeguard) as usize;
+        share.max(ends.total()).max(usize::from(safeguard > 0.0))
+    };
+    let safe_of = |(scores, &budget): (&Vec<f32>, &usize)| top(scores, safe(budget), ends);
+    let mut keep: Vec<Vec<u32>> = scores.iter().zip(budgets).map(safe_of).collect();
+    let mut rest: Vec<(usize, u32)> = Vec::new();
+    for (head, (scores, kept)) in scores.iter().zip(&keep).enumerate() {
+        let mut kept = kept.iter().peekable();
+        let others = (0..scores.len() as u32).filter(|i| kept.next_if_eq(&i).is_none());
+        rest.extend(others.map(|i| (head, i)));
+    }
+    let total: usize = budgets.iter().sum();
+    let left = total.saturating_sub(keep.iter().map(Vec::len).sum());
+    let score = |&(head, i): &(usize, u32)| comparable(scores[head][i as usize]);
+    if left > 0 && left < rest.len() {
+        let best_first = |a: &_, b: &_| score(b).total_cmp(&score(a)).then_with(|| a.cmp(b));
+        rest.select_nth_unstable_by(left - 1, best_first);
+    }
+    rest.into_iter().take(left).for_each(|(head, i)| keep[head].push(i));
+    keep.iter_mut().for_each(|head| head.sort_unstable());
+    keep
+}
+
+/// Scores that order tokens by their chunk's rank first: the best chunk's have the highest number.
+fn chunk_ranks(heads: &[Vec<f32>], chunk: usize) -> Vec<f32> {
+    let len = heads.iter().map(Vec::len).min().unwrap_or(0);
+    let mean = |start: usize| {
+        let end = (start + chunk).min(len);
+        let sum: f32 = heads.iter().flat_map(|head| &head[start..end]).sum();
+        sum / (end - start) as f32
+    };
+    let means: Vec<_> = (0..len).step_by(chunk).map(mean).collect();
+    let mut order: Vec<_> = (0..means.len()).collect();
+    let score = |i: usize| comparable(means[i]);
+    order.sort_by(|&a, &b| score(a).total_cmp(&score(b)).then(b.cmp(&a)));
+    let mut ranks = vec![0.0; len];
+    for (rank, i) in order.into_iter().enumerate() {
+        ranks[i * chunk..((i + 1) * chunk).min(len)].fill(rank as f32);
+    }
+    ranks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn older_entries_win_ties_and_nan_loses() {
+        let none = Ends::default();
+        assert_eq!(top(&[1.0, f32::NAN, 1.0, 2.0, 1.0], 3, none), [0, 2, 3]);
+        assert_eq!(top(&[f32::NEG_INFINITY, 0.0, 0.0], 1, none), [1]);
+    }
+
+    #[test]
+    fn the_budget_binds_even_the_protected() {
+        assert_eq!(top(&[0.0; 10], 4, Ends { sinks: 3, recent: 3 }), [0, 1, 2, 9]);
+    }
+
+    #[test]
+    fn a_share_and_the_rest_are_each_rounded_down() {
+        let half = Protected { recent_share: 0.5, ..Default::default() };
+        assert_eq!(half.within(25.9), (Ends { sinks: 0, recent: 12 }, 24));
+        let most = Protected { sinks: 2, recent: 7, recent_share: 0.1 };
+        assert_eq!(most.within(50.0), (Ends { sinks: 2, recent: 7 }, 50));
+        assert_eq!(Protected::default().within(0.3), (Ends::default(), 1));
+    }
+
+    #[test]
+    fn heads_compete_above_the_safeguard() {
+        let scores = vec![vec![0.9, 0.8, 0.7, 0.6], vec![0.1, 0.2, 0.3, 0.65]];
+        let keep = |safeguard, ends| compete(&scores, &[2, 2], ends, safeguard);
+        let none = Ends::default();
+        assert_eq!(keep(0.0, none), [vec![0, 1, 2], vec![3]]);
+        assert_eq!(keep(1.0, none), [vec![0, 1], vec![2, 3]]);
+        assert_eq!(keep(0.5, Ends { sinks: 1, recent: 0 }), [vec![0, 1, 2], vec![0]]);
+    }
+
+    #[test]
+    fn whole_chunks_stay() {
+        // Means over both heads, chunks of two: 3, 5, 1 and, of one token, 4.
+        let scores =
+            vec![vec![1.0, 2.0, 2.0, 3.0, 0.0, 1.0, 2.0], vec![1.0, 2.0, 2.0, 3.0, 0.0, 1.0, 2.0]];
+        let keep = |budget, granularity| {
+            let uniform = HeadBudgets::Uniform;
+            select(&scores, &[budget; 2], Ends::default(), granularity, uniform).heads()[1].clone()
+        };
+        assert_eq!(keep(3, Granularity::Chunk(2)), [2, 3, 6]);
+        assert_eq!(keep(4, Granularity::Chunk(2)), [0, 2, 3, 6]);
+    }
+}

@@ -1,0 +1,178 @@
+//! What every cache of this crate keeps of each of its sequences.
+
+use std::collections::BTreeMap;
+
+use crate::prompt::Prompt;
+use longctx_core::{Batch, Error, Result, SeqId};
+
+/// The sequences of a cache. `T`: what the cache keeps of one.
+#[derive(Debug)]
+pub struct Sequences<T> {
+    known: BTreeMap<SeqId, Sequence<T>>,
+    /// Prompt lengths told before a sequence's first call.
+    expected: BTreeMap<SeqId, usize>,
+}
+
+/// One sequence.
+#[derive(Debug, Clone)]
+pub struct Sequence<T> {
+    /// Tokens that have come.
+    pub seen: usize,
+    pub prompt: Prompt,
+    pub state: T,
+    /// Why a call failed midway.
+    poisoned: Option<String>,
+}
+
+impl<T> Default for Sequences<T> {
+    fn default() -> Self {
+        Self { known: BTreeMap::new(), expected: BTreeMap::new() }
+    }
+}
+
+impl<T: Clone> Sequences<T> {
+    /// Tells the length of the prompt of a sequence that has not begun.
+    pub fn expect_prompt(&mut self, seq: SeqId, tokens: usize) -> Result<()> {
+        if self.seen(seq) > 0 {
+            let what =
+                format!("tokens that sequence {seq} saw before its prompt's length was told");
+            return Err(Error::mismatch(what, 0, self.seen(seq)));
+        }
+        if tokens == 0 {
+            return Err(Error::mismatch("tokens of a prompt", "at least one", 0));
+        }
+        self.expected.insert(seq, tokens);
+        Ok(())
+    }
+
+    /// Whether all sequences of a batch can go on.
+    pub fn check(&self, batch: &Batch) -> Result<()> {
+        let known = batch.seqs().iter().filter_map(|seq| Some((*seq, self.known.get(seq)?)));
+        known.map(|(seq, sequence)| sequence.check(seq)).collect()
+    }
+
+    pub fn get(&self, seq: SeqId) -> Option<&Sequence<T>> {
+        self.known.get(&seq)
+    }
+
+    /// A sequence that is known and can go on.
+    pub fn known(&self, seq: SeqId) -> Result<&Sequence<T>> {
+        let sequence = self.known.get(&seq).ok_or(Error::UnknownSequence(seq))?;
+        sequence.check(seq)?;
+        Ok(sequence)
+    }
+
+    pub fn get_mut(&mut self, seq: SeqId) -> Option<&mut Sequence<T>> {
+        self.known.get_mut(&seq)
+    }
+
+    /// The prompt of a sequence, known or not, after a call of `tokens` more.
+    pub fn prompt_with(&self, seq: SeqId, tokens: usize) -> Prompt {
+        self.prompt(seq).grown(tokens, self.seen(seq) + tokens)
+    }
+
+    pub fn prompt(&self, seq: SeqId) -> Prompt {
+        let new = || Prompt::new(self.expected.get(&seq).copied());
+        self.known.get(&seq).map_or_else(new, |sequence| sequence.prompt)
+    }
+
+    /// A sequence, which begins if it is not known.
+    pub fn begin(&mut self, seq: SeqId, new: impl FnOnce() -> T) -> &mut Sequence<T> {
+        let prompt = self.prompt(seq);
+        let make = || Sequence { seen: 0, prompt, state: new(), poisoned: None };
+        self.known.entry(seq).or_insert_with(make)
+    }
+
+    /// Forgets that a sequence began.
+    pub fn forget(&mut self, seq: SeqId) {
+        self.known.remove(&seq);
+    }
+
+    /// Counts a call's tokens.
+    pub fn advance(&mut self, seq: SeqId, tokens: usize) {
+        self.advance_part(seq, tokens, tokens);
+    }
+
+    /// Counts `part` of a call's `tokens` tokens.
+    pub fn advance_part(&mut self, seq: SeqId, part: usize, tokens: usize) {
+        if let Some(sequence) = self.known.get_mut(&seq) {
+            sequence.seen += part;
+            sequence.prompt = sequence.prompt.grown(tokens, sequence.seen);
+        }
+        self.expected.remove(&seq);
+    }
+
+    /// Marks the sequences of a call that failed midway, and gives its error back.
+    pub fn poison(&mut self, batch: &Batch, error: Error) -> Error {
+        for seq in batch.seqs() {
+            if let Some(sequence) = self.known.get_mut(seq) {
+                sequence.poisoned.get_or_insert(error.to_string());
+            }
+        }
+        error
+    }
+
+    /// Whether `to` can become a copy of `from`.
+    pub fn check_fork(&self, from: SeqId, to: SeqId) -> Result<()> {
+        self.known(from)?;
+        match self.known.contains_key(&to) {
+            true => Err(Error::mismatch("sequence to fork to", "a new one", to)),
+            false => Ok(()),
+        }
+    }
+
+    /// Copies a sequence; [`check_fork`](Self::check_fork) has allowed it.
+    pub fn fork(&mut self, from: SeqId, to: SeqId) {
+        if let Some(sequence) = self.known.get(&from) {
+            self.known.insert(to, sequence.clone());
+            self.expected.remove(&to);
+        }
+    }
+
+    /// A sequence that has at least `len` tokens and can go on.
+    pub fn check_truncate(&self, seq: SeqId, len: usize) -> Result<&Sequence<T>> {
+        let sequence = self.known(seq)?;
+        if len > sequence.seen {
+            let what = format!("tokens of sequence {seq} to keep");
+            return Err(Error::mismatch(what, format!("at most {}", sequence.seen), len));
+        }
+        Ok(sequence)
+    }
+
+    pub fn remove(&mut self, seq: SeqId) -> bool {
+        self.expected.remove(&seq);
+        self.known.remove(&seq).is_some()
+    }
+
+    pub fn ids(&self) -> Vec<SeqId> {
+        self.known.keys().copied().collect()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (SeqId, &Sequence<T>)> {
+        self.known.iter().map(|(&seq, sequence)| (seq, sequence))
+    }
+
+    pub fn seen(&self, seq: SeqId) -> usize {
+        self.known.get(&seq).map_or(0, |sequence| sequence.seen)
+    }
+
+    pub fn clear(&mut self) {
+        self.known.clear();
+        self.expected.clear();
+    }
+}
+
+impl<T> Sequence<T> {
+    fn check(&self, seq: SeqId) -> Result<()> {
+        match &self.poisoned {
+            Some(reason) => Err(Error::Poisoned { seq, reason: reason.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Counts only the first `len` tokens.
+    pub fn truncate(&mut self, len: usize) {
+        self.seen = len;
+        self.prompt = self.prompt.truncated(len);
+    }
+}

@@ -1,0 +1,85 @@
+//! What caches do with their stores beside attention.
+
+use candle_core::Tensor;
+use longctx_core::{
+    AttentionShape, AttentionState, Error, KvStore, LayerSpec, Result, Selection, SeqId, Step,
+};
+
+/// Checks that a store is a new one for the layer, and that the layer has no sliding window.
+pub fn check_store(spec: &LayerSpec, store: &impl KvStore, user: &str) -> Result<()> {
+    if spec.shape.window.is_some() {
+        let what = format!("{user} in a layer that has a sliding window of its own");
+        return Err(Error::Unsupported(what));
+    }
+    check_shape(&spec.shape, store)?;
+    match store.seqs().len() {
+        0 => Ok(()),
+        held => Err(Error::setting("store", "an empty store", format!("{held} sequences"))),
+    }
+}
+
+fn check_shape(shape: &AttentionShape, store: &impl KvStore) -> Result<()> {
+    if store.shape() != shape {
+        let (expected, got) = (format!("{shape:?}"), format!("{:?}", store.shape()));
+        return Err(Error::mismatch("the store's shape", expected, got));
+    }
+    Ok(())
+}
+
+/// Drops what each head holds beyond `lens`; all of it if there are none.
+pub fn cut(store: &mut impl KvStore, seq: SeqId, lens: &[usize]) -> Result<()> {
+    let held = store.lens(seq);
+    if held == lens || (held.is_empty() && lens.iter().all(|&len| len == 0)) {
+        return Ok(());
+    }
+    let Some(&first) = lens.first() else {
+        store.remove(seq);
+        return Ok(());
+    };
+    if lens.iter().all(|len| *len == first) {
+        return store.truncate(seq, first);
+    }
+    store.retain(seq, &Selection::new(lens.iter().map(|&len| (0..len as u32).collect()).collect()))
+}
+
+/// Drops the entries that `keep` does not name. Returns whether there was room to: where forks
+/// share blocks, and a pool of fixed capacity has no room for copies of those that change, nothing
+/// is dropped.
+pub fn evict(store: &mut impl KvStore, seq: SeqId, keep: &Selection) -> Result<bool> {
+    if keep.heads().iter().map(Vec::len).eq(store.lens(seq)) {
+        return Ok(true);
+    }
+    match store.retain(seq, keep) {
+        Ok(()) => Ok(true),
+        Err(Error::PoolFull { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Checks the log-sum-exp of an engine's own prefill.
+pub fn check_lse(step: &Step<'_>, lse: Option<&Tensor>, spec: &LayerSpec) -> Result<()> {
+    let expected = [step.batch.tokens(), spec.shape.heads];
+    match lse {
+        Some(lse) if lse.dims() == expected => Ok(()),
+        Some(lse) => {
+            Err(Error::mismatch("lse", format!("{expected:?}"), format!("{:?}", lse.dims())))
+        }
+        None => Err(Error::mismatch("lse", format!("{expected:?}"), "none")),
+    }
+}
+
+/// The log-sum-exp of all that queries see, learned sink logits included.
+pub fn whole_lse(state: &AttentionState, spec: &LayerSpec) -> Result<Tensor> {
+    match &spec.sink_logits {
+        Some(logits) => Ok(state.clone().with_sink_logits(logits)?.lse),
+        None => Ok(state.lse.clone()),
+    }
+}
+
+/// Forks a sequence that the store may hold nothing of.
+pub fn fork(store: &mut impl KvStore, from: SeqId, to: SeqId) -> Result<()> {
+    match store.lens(from).is_empty() {
+        true => Ok(()),
+        false => store.fork(from, to),
+    }
+}

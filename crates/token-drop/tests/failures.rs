@@ -1,0 +1,250 @@
+//! A call that fails leaves every sequence as it was, or poisoned until it is removed.
+
+mod common;
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use candle_core::{DType, Tensor};
+use common::*;
+use longctx_core::{
+    AttentionShape, AttentionState, Batch, DenseStore, Error, Footprint, KvCache, KvStore, Mask,
+    Result, Selection, SeqId,
+};
+use proptest::prelude::*;
+
+/// A store one of whose operations fails.
+struct Failing {
+    store: DenseStore,
+    /// Operations until then; 0: none fails.
+    left: Arc<AtomicUsize>,
+}
+
+impl Failing {
+    fn count(&self) -> Result<()> {
+        let left = self.left.load(Ordering::Relaxed);
+        self.left.store(left.saturating_sub(1), Ordering::Relaxed);
+        if left == 1 { Err(Error::mismatch("store", "an operation", "a failure")) } else { Ok(()) }
+    }
+}
+
+impl KvStore for Failing {
+    fn shape(&self) -> &AttentionShape {
+        self.store.shape()
+    }
+    fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.count()?;
+        self.store.append(batch, k, v)
+    }
+    fn append_selected(
+        &mut self,
+        batch: &Batch,
+        k: &Tensor,
+        v: &Tensor,
+        tokens: &[Selection],
+    ) -> Result<()> {
+        self.count()?;
+        self.store.append_selected(batch, k, v, tokens)
+    }
+    fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
+        self.count()?;
+        self.store.attend(batch, q, mask)
+    }
+    fn attention_sums(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        lse: &Tensor,
+        mask: Mask<'_>,
+    ) -> Result<Vec<Vec<f32>>> {
+        self.count()?;
+        self.store.attention_sums(batch, q, lse, mask)
+    }
+    fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
+        self.count()?;
+        self.store.retain(seq, keep)
+    }
+    fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
+        self.count()?;
+        self.store.read(seq, kv_head)
+    }
+    fn read_range(
+        &self,
+        seq: SeqId,
+        kv_head: usize,
+        entries: Range<usize>,
+    ) -> Result<(Tensor, Tensor)> {
+        self.count()?;
+        self.store.read_range(seq, kv_head, entries)
+    }
+    fn lens(&self, seq: SeqId) -> Vec<usize> {
+        self.store.lens(seq)
+    }
+    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        self.count()?;
+        self.store.fork(from, to)
+    }
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        self.store.check_truncate(seq, len)
+    }
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.store.truncate(seq, len)
+    }
+    fn remove(&mut self, seq: SeqId) -> bool {
+        self.store.remove(seq)
+    }
+    fn seqs(&self) -> Vec<SeqId> {
+        self.store.seqs()
+    }
+    fn can_append(&self, batch: &Batch) -> bool {
+        self.store.can_append(batch)
+    }
+    fn footprint(&self) -> Footprint {
+        self.store.footprint()
+    }
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        self.store.seq_footprint(seq)
+    }
+    fn clear(&mut self) {
+        self.store.clear();
+    }
+}
+
+/// What the sequences hold.
+fn held(cache: &Box<dyn KvCache>) -> Vec<(SeqId, usize, usize, Footprint)> {
+    let of = |seq| {
+        // Lists that have grown once keep their room.
+        let footprint = Footprint { slack: 0, bookkeeping: 0, ..cache.seq_footprint(seq) };
+        (seq, cache.seen(seq), cache.held(seq), footprint)
+    };
+    cache.seqs().into_iter().map(of).collect()
+}
+
+/// A sequence that decodes, one that brings a chunk, and a new one, in a call whose every operation
+/// of a store fails once.
+#[test]
+fn every_operation_of_a_store_may_fail() {
+    let before = [(0, Input::random(50)), (1, Input::random(11))];
+    let call = [(0, Input::random(1)), (1, Input::random(9)), (2, Input::random(30))];
+    let left = Arc::new(AtomicUsize::new(0));
+    let make = |kind: usize| {
+        let store = || Failing { store: store(DType::F32), left: left.clone() };
+        let mut cache = caches(store).swap_remove(kind).1;
+        feed_batch(&mut cache, &before).unwrap();
+        cache
+    };
+    let plain = caches(|| store(DType::F32)).into_iter().enumerate();
+    for (kind, (name, mut plain)) in plain {
+        feed_batch(&mut plain, &before).unwrap();
+        let expected = feed_batch(&mut plain, &call).unwrap();
+        let mut cache = make(kind);
+        let (mut failures, mut poisoned) = (0, 0);
+        let outs = loop {
+            let was = held(&cache);
+            left.store(failures + 1, Ordering::Relaxed);
+            match feed_batch(&mut cache, &call) {
+                Ok(outs) => break outs,
+                Err(error) => assert!(error.to_string().contains("a failure"), "{name}: {error}"),
+            }
+            failures += 1;
+            left.store(0, Ordering::Relaxed);
+            let end = cache.check_truncate(0, cache.seen(0));
+            if !matches!(end, Err(Error::Poisoned { .. })) {
+                assert_eq!(held(&cache), was, "{name}");
+                continue;
+            }
+            // Midway: no sequence of the call goes on, and all can be removed.
+            poisoned += 1;
+            for (seq, _) in &call {
+                let error = Input::random(1).feed(&mut cache, *seq).unwrap_err();
+                assert!(matches!(error, Error::Poisoned { .. }), "{name}: {error}");
+                assert!(cache.fork(*seq, 9).is_err() && cache.truncate(*seq, 0).is_err());
+                assert!(cache.remove(*seq), "{name}");
+            }
+            assert_eq!(cache.footprint().payload, 0, "{name}");
+            cache = make(kind);
+        };
+        assert!(failures > 0, "{name}");
+        // What fails after attention, scores and appends are the evictions, and InfLLM's later
+        // chunks.
+        let most = if name.starts_with("inf-llm") { failures } else { 3 };
+        assert!(poisoned <= most, "{name}: {poisoned} of {failures}");
+        for (out, expected) in outs.iter().zip(&expected) {
+            assert!(distance(out, expected) < 1e-5, "{name}");
+        }
+    }
+}
+
+/// Blocks of 32 entries of one kv head in f32.
+const BLOCK: usize = 32 * 2 * DIM * 4;
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: cases(24, 1000), failure_persistence: None, ..Default::default()
+    })]
+
+    /// A full pool is an error that changes nothing, and comes only where the cache said that it
+    /// would.
+    #[test]
+    fn a_full_pool_changes_nothing(
+        blocks in 4usize..16,
+        calls in prop::collection::vec((0u64..3, prop_oneof![Just(1usize), 2usize..90]), 1..14),
+    ) {
+        let store = || DenseStore::with_capacity(shape(), DType::F32, blocks * BLOCK).unwrap();
+        for (name, mut cache) in caches(store) {
+            for &(seq, tokens) in &calls {
+                let was = held(&cache);
+                let fits = cache.can_take(&Batch::single(seq, tokens).unwrap());
+                match Input::random(tokens).feed(&mut cache, seq) {
+                    Ok(_) => {}
+                    Err(Error::PoolFull { .. }) => {
+                        prop_assert!(!fits, "{}: {} tokens were to fit", name, tokens);
+                        if name.starts_with("inf-llm") && held(&cache) != was {
+                            prop_assert!(cache.remove(seq));
+                            continue;
+                        }
+                        prop_assert_eq!(held(&cache), was, "{}", name);
+                    }
+                    Err(error) => prop_assert!(false, "{}: {}", name, error),
+                }
+            }
+            // Room is there again once sequences are gone.
+            for seq in cache.seqs() {
+                prop_assert!(cache.remove(seq));
+            }
+            prop_assert!(Input::random(20).feed(&mut cache, 0).is_ok(), "{}", name);
+        }
+    }
+}
+
+/// Forks share blocks; where a full pool has no room for copies of those that an eviction changes,
+/// the eviction is put off.
+#[test]
+fn an_eviction_without_room_for_copies_is_put_off() {
+    // 100 tokens of two heads take 4 blocks each.
+    let store = || DenseStore::with_capacity(shape(), DType::F32, 9 * BLOCK).unwrap();
+    let budget = token_drop::Budget::Tokens(100);
+    let make = || token_drop::PolicyCache::h2o(spec(), store(), Default::default(), budget.clone());
+    let mut cache = make().unwrap();
+    Input::random(100).feed(&mut cache, 0).unwrap();
+    cache.fork(0, 1).unwrap();
+    // A block for each head's copy of the last would be needed, and one is there.
+    let token = Input::random(1);
+    assert!(!cache.can_take(&Batch::single(1, 1).unwrap()));
+    let error = token.feed(&mut cache, 1).unwrap_err();
+    assert!(matches!(error, Error::PoolFull { .. }));
+    assert_eq!((cache.seen(1), cache.held(1), cache.positions(1)[0].len()), (100, 100, 100));
+    // With ten, the token is taken, and nothing can be evicted until the fork is gone.
+    let store = || DenseStore::with_capacity(shape(), DType::F32, 10 * BLOCK).unwrap();
+    let budget = token_drop::Budget::Tokens(100);
+    let h2o = token_drop::H2o::default();
+    let mut cache = token_drop::PolicyCache::h2o(spec(), store(), h2o, budget).unwrap();
+    Input::random(100).feed(&mut cache, 0).unwrap();
+    cache.fork(0, 1).unwrap();
+    token.feed(&mut cache, 1).unwrap();
+    assert_eq!((cache.seen(1), cache.held(1), cache.positions(1)[0].len()), (101, 101, 101));
+    assert!(cache.remove(0));
+    token.feed(&mut cache, 1).unwrap();
+    assert_eq!((cache.seen(1), cache.held(1), cache.positions(1)[0].len()), (102, 100, 100));
+}
