@@ -64,6 +64,8 @@ fn llama_3_8b() -> Config {
         context_length: 1 << 20,
         windows: vec![None; layers],
         qkv_bias: false,
+        out_bias: false,
+        mlp_bias: false,
         qk_norm: false,
         tied_embeddings: false,
         bos: None,
