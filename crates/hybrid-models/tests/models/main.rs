@@ -5,5 +5,6 @@ mod errors;
 mod laws;
 mod mixed;
 mod reference;
+mod sequences;
 mod stack;
 mod world;

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::common::{Fixture, SAME, distance, feed, feed_on, relative_distance};
+use crate::common::{Fixture, SAME, advance, distance, feed, feed_on, relative_distance};
 use crate::mixed::{Tensors, mixed};
 use candle_core::{DType, Device, Tensor};
 use hybrid_models::{LoadOptions, Model, Session};
@@ -177,7 +177,8 @@ fn of_all_mixers_chunks_equal_steps_and_entries_do_not_mix() {
 /// The logits after a prompt of 512 tokens in one call, those of 8 more, and the session.
 fn decode(mut session: Session) -> (Tensor, Tensor, Session) {
     let ids = ids(1, 520);
-    let prompt = session.forward(&ids.narrow(1, 0, 512).unwrap(), Logits::Last).unwrap();
+    let prompt: Vec<u32> = ids.narrow(1, 0, 512).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    let prompt = advance(&mut session, &[(0, &prompt)], Logits::Last).unwrap();
     let after = feed_on(&mut session, &ids.narrow(1, 512, 8).unwrap(), &[1]);
     (prompt, after, session)
 }
@@ -189,14 +190,14 @@ fn attention_layers_can_be_quantized_and_evicted() {
     let (prompt, exact, dense) = decode(crate::common::session(&model));
     let format = |bits| Format::kivi(bits, bits, 32, 32).unwrap();
     let quantized =
-        |bits| decode(model.session(|l| QuantCache::new(l.attention, format(bits))).unwrap());
+        |bits| decode(model.session(|l| QuantCache::new(l.clone(), format(bits))).unwrap());
     let (same_prompt, in_8_bits, eight) = quantized(Bits::Eight);
     let (_, in_2_bits, two) = quantized(Bits::Two);
     let (evicted_prompt, evicted, quarter) = decode(
         model
             .session(|l| {
-                let store = DenseStore::new(l.attention, DType::F32)?;
-                PolicyCache::new(store, KNorm, Budget::Ratio(0.25))
+                let store = DenseStore::new(l.shape, DType::F32)?;
+                PolicyCache::new(l.clone(), store, KNorm, Budget::Ratio(0.25))
             })
             .unwrap(),
     );
