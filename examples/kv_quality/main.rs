@@ -91,7 +91,7 @@ fn chosen(names: &[String]) -> Result<Vec<&'static Method>> {
 /// `[contexts, context]`, each context beginning where the last ended.
 fn tokens(args: &Args, llm: &Pretrained) -> Result<Tensor> {
     let count = args.context * args.contexts;
-    let text = Haystack::from_path(&args.text)?.words(count);
+    let text = Haystack::from_path(&args.text)?.words(count)?;
     let mut tokens = llm.tokenizer.encode(&text, true)?;
     ensure!(tokens.len() >= count, "the text has {} tokens, not {count}", tokens.len());
     tokens.truncate(count);
