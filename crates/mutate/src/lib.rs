@@ -34,6 +34,8 @@ impl Trial<'_> {
     pub fn run(&self, mut read: impl FnMut(&[u8])) -> u64 {
         let wanted = std::env::var("LONGCTX_FUZZ_INPUTS").ok().and_then(|text| text.parse().ok());
         let wanted: u64 = wanted.unwrap_or(INPUTS);
+        // What is made once, such as tables, is made by the first reading, which is not measured.
+        self.corpus.iter().for_each(|input| read(input));
         for input in self.corpus {
             self.check(input, &mut read);
         }
