@@ -1,4 +1,6 @@
-//! What several examples need: several caches behind one prompt, a model that fetches itself, an encoder by name, Selective-Context, scores of a model's heads, models of any family by name, models as subjects of an evaluation, output that a reader may leave, the process's memory.
+//! What several examples need: several caches behind one prompt, a model that fetches itself, an
+//! encoder by name, Selective-Context, scores of a model's heads, models of any family by name,
+//! models as subjects of an evaluation, output that a reader may leave, the process's memory.
 
 pub use longctx_eval::memory;
 pub mod encoder;

@@ -7,7 +7,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-/// As `println!`, but nothing happens once the reader has gone away (`| head`): what is left to do, saving above all, is done.
+/// As `println!`, but nothing happens once the reader has gone away (`| head`): what is left to do,
+/// saving above all, is done.
 #[macro_export]
 macro_rules! say {
     ($($words:tt)*) => { $crate::output::line(format_args!($($words)*)) };
@@ -22,7 +23,8 @@ pub fn line(words: Arguments<'_>) {
     }
 }
 
-/// Makes the folder, and a file in it for a moment: what can't be written to is found before the work.
+/// Makes the folder, and a file in it for a moment: what can't be written to is found before the
+/// work.
 pub fn check_writable(folder: &Path) -> Result<()> {
     let name = || format!("{}: can't be written to", folder.display());
     fs::create_dir_all(folder).with_context(name)?;

@@ -1,4 +1,5 @@
-//! The programs as they are called: what a shell sees of them. `cargo test` builds them beside this.
+//! The programs as they are called: what a shell sees of them. `cargo test` builds them beside
+//! this.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

@@ -11,8 +11,9 @@ const LISTED: usize = 8;
 
 /// The names of the tensors that a loader asked for.
 ///
-/// A tensor that nobody asked for is a part of the model that is not computed: biases, adapters, scales of quantized weights. A
-/// checkpoint that has one is refused, unless the name is known to make no difference.
+/// A tensor that nobody asked for is a part of the model that is not computed: biases, adapters,
+/// scales of quantized weights. A checkpoint that has one is refused, unless the name is known to
+/// make no difference.
 #[derive(Debug, Default)]
 pub struct Asked(Mutex<BTreeSet<String>>);
 
@@ -22,7 +23,8 @@ impl Asked {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
     }
 
-    /// Compares with `all`, the tensors of the file at `path`. Returns those that were not asked for and are harmless.
+    /// Compares with `all`, the tensors of the file at `path`. Returns those that were not asked
+    /// for and are harmless.
     ///
     /// # Errors
     /// [`Error::Unsupported`] naming the tensors that were not asked for and are not harmless.

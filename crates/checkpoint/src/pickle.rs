@@ -1,8 +1,9 @@
-//! The pickle format, as far as PyTorch writes tensors with it. Nothing is imported and nothing is called: a function and its arguments are
-//! a value like any other.
+//! The pickle format, as far as PyTorch writes tensors with it. Nothing is imported and nothing is
+//! called: a function and its arguments are a value like any other.
 //!
-//! Values lie in one list and refer to each other by their place in it. So a value that is shared, deep or part of a circle costs
-//! what the bytes that made it cost, and is dropped without recursion.
+//! Values lie in one list and refer to each other by their place in it. So a value that is shared,
+//! deep or part of a circle costs what the bytes that made it cost, and is dropped without
+//! recursion.
 
 use std::collections::HashMap;
 

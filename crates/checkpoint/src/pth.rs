@@ -1,4 +1,5 @@
-//! Tensors of a PyTorch file: a zip archive with a pickle, which describes the tensors, and their storages.
+//! Tensors of a PyTorch file: a zip archive with a pickle, which describes the tensors, and their
+//! storages.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -13,7 +14,8 @@ use zip::{CompressionMethod, ZipArchive};
 
 use crate::pickle::{Id, Pickle, Value};
 
-/// A file of tensors by name, as `torch.save(model.state_dict(), path)` writes it since PyTorch 1.6.
+/// A file of tensors by name, as `torch.save(model.state_dict(), path)` writes it since PyTorch
+/// 1.6.
 pub struct Pth {
     path: PathBuf,
     file: Mutex<Box<dyn Source>>,
@@ -46,8 +48,8 @@ impl Pth {
     /// Reads the description of all tensors. Their numbers are read when they are asked for.
     ///
     /// # Errors
-    /// [`Error::File`] if the file can't be read, is no archive of PyTorch's, holds anything but a dictionary of tensors, or describes one
-    /// that its storage is too small for.
+    /// [`Error::File`] if the file can't be read, is no archive of PyTorch's, holds anything but a
+    /// dictionary of tensors, or describes one that its storage is too small for.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::file(path, e))?;
         Self::read(file, path)
@@ -218,7 +220,8 @@ fn info(
     let size = dtype.size_in_bytes();
     let held = ((range.end - range.start) / size as u64) as usize;
     let too_small = || format!("{shape:?} of stride {stride:?} from {offset}, of {held} numbers");
-    // Views may repeat numbers, but no checkpoint does: what is read is never more than what is held.
+    // Views may repeat numbers, but no checkpoint does: what is read is never more than what is
+    // held.
     let count = shape.iter().try_fold(1usize, |count, &len| count.checked_mul(len));
     let count = count.filter(|&count| count <= held).ok_or_else(too_small)?;
     let last = shape.iter().zip(&stride).try_fold(0usize, |last, (&len, &step)| {
@@ -231,7 +234,8 @@ fn info(
     Ok(Info { dtype, bytes: at(offset)..at(end), shape, stride })
 }
 
-/// The arguments of `torch._utils._rebuild_tensor_v2`, from within a parameter or a subclass of tensors.
+/// The arguments of `torch._utils._rebuild_tensor_v2`, from within a parameter or a subclass of
+/// tensors.
 fn rebuild_arguments(pickle: &Pickle, mut value: Id) -> Result<&[Id], String> {
     const WRAPPERS: usize = 4;
     for _ in 0..WRAPPERS {

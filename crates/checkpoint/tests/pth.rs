@@ -1,4 +1,5 @@
-//! PyTorch files: right ones are read as PyTorch reads them (`fixtures/make_tensors.py`), wrong ones are named and cost little.
+//! PyTorch files: right ones are read as PyTorch reads them (`fixtures/make_tensors.py`), wrong
+//! ones are named and cost little.
 
 use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};

@@ -55,7 +55,8 @@ impl Forced {
     /// exp of the mean negative log-likelihood of the text's tokens.
     ///
     /// # Errors
-    /// If there are no tokens, or not one list of logits for each, or a token is outside the vocabulary, or a logit is NaN or infinite.
+    /// If there are no tokens, or not one list of logits for each, or a token is outside the
+    /// vocabulary, or a logit is NaN or infinite.
     pub fn perplexity(&self) -> Result<f64> {
         self.check()?;
         let surprise = |(token, logits): (&u32, &Vec<f32>)| -log_softmax(logits)[*token as usize];

@@ -61,8 +61,9 @@ pub struct Plan<'a> {
     pub seed: u64,
     /// Break off at the first bad record of a task's data and the first error of a subject, rather than go on without it.
     pub strict: bool,
-    /// What else decides an answer, by name: the content of a model's files ([`content_hash`]), how a prompt is fed, what methods are given.
-    /// A folder's run is refused another value of a name that it has; it can grow by names.
+    /// What else decides an answer, by name: the content of a model's files ([`content_hash`]), how
+    /// a prompt is fed, what methods are given. A folder's run is refused another value of a name
+    /// that it has; it can grow by names.
     pub conditions: BTreeMap<String, String>,
 }
 
@@ -108,9 +109,12 @@ pub struct Summary {
 /// Answers what is not answered yet.
 ///
 /// # Errors
-/// [`Error::Setting`] if the folder belongs to a run with another limit of new tokens, another seed, other settings or conditions of the same name,
-/// or has a result for another question of the same name, or another process writes the same shard; [`Error::NotAvailable`] before anything runs, if a setting's method is not registered; and, if the plan is strict,
-/// the first bad record or failing subject. Otherwise a subject that can't be opened is told once, and its samples count as failed.
+/// [`Error::Setting`] if the folder belongs to a run with another limit of new tokens, another
+/// seed, other settings or conditions of the same name, or has a result for another question of the
+/// same name, or another process writes the same shard; [`Error::NotAvailable`] before anything
+/// runs, if a setting's method is not registered; and, if the plan is strict, the first bad record
+/// or failing subject. Otherwise a subject that can't be opened is told once, and its samples count
+/// as failed.
 pub fn run(
     plan: &Plan<'_>,
     methods: &Methods<'_>,
@@ -121,10 +125,11 @@ pub fn run(
         return Err(Error::setting("shard", expected, plan.shard.index));
     }
     plan.settings.iter().try_for_each(|setting| methods.check(setting))?;
-    let mut summary = Summary::default();
-    let samples = load(plan, &mut summary, on_event)?;
+    // The folder first: making questions can take long.
     join(&plan.folder, &plan.manifest())?;
     let (mut results, torn) = Results::open(&plan.folder, plan.shard)?;
+    let mut summary = Summary::default();
+    let samples = load(plan, &mut summary, on_event)?;
     if let Some(torn) = &torn {
         on_event(Event::Dropped(torn));
     }

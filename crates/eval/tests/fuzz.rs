@@ -1,4 +1,5 @@
-//! Damaged records and results: none panics, hangs or takes more memory than a multiple of its size.
+//! Damaged records and results: none panics, hangs or takes more memory than a multiple of its
+//! size.
 
 use std::fs;
 

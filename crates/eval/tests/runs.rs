@@ -406,3 +406,32 @@ impl Subject for Eager {
         Ok(Answer { predictions: vec!["1".into()], ..Answer::default() })
     }
 }
+
+/// Questions that nobody should ask for.
+struct Costly;
+
+impl Task for Costly {
+    fn name(&self) -> &str {
+        "costly"
+    }
+    fn category(&self) -> Category {
+        Category::Synthetic
+    }
+    fn samples(&self) -> longctx_eval::Result<Samples> {
+        panic!("made before the folder was looked at")
+    }
+    fn score(&self, _: &Sample, _: &[String]) -> longctx_eval::Result<Score> {
+        Ok(Score { value: 0.0, partial: None })
+    }
+}
+
+#[test]
+fn a_folder_that_refuses_is_found_before_questions_are_made() {
+    let folder = tempdir().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "").unwrap();
+    let tasks: [Box<dyn Task>; 1] = [Box::new(Costly)];
+    let result = run(&plan(&file.join("run"), &tasks, Shard::WHOLE), &methods(), &mut |_| {});
+    let error = result.unwrap_err();
+    assert!(matches!(error, Error::Io { .. }) && error.to_string().contains("file/run"), "{error}");
+}

@@ -41,8 +41,8 @@ enum Source {
 }
 
 impl Checkpoint {
-    /// The weights in a folder: `model.safetensors` or else its shards, else `pytorch_model.bin`, else the only `.pth` or `.safetensors`; or
-    /// those in one file.
+    /// The weights in a folder: `model.safetensors` or else its shards, else `pytorch_model.bin`,
+    /// else the only `.pth` or `.safetensors`; or those in one file.
     pub fn open(path: &Path, options: &LoadOptions) -> Result<Self> {
         let files = files(path)?;
         let named = |e: candle_core::Error| Error::file(path, e);
@@ -150,7 +150,8 @@ impl Checkpoint {
     /// Checks that every tensor was asked for.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] naming those that were not and that may change what the model computes.
+    /// [`Error::Unsupported`] naming those that were not and that may change what the model
+    /// computes.
     pub fn account(&self) -> Result<()> {
         let names: Vec<String> = match &self.source {
             Source::Safetensors(files) => {
@@ -168,8 +169,8 @@ impl Checkpoint {
     }
 }
 
-/// Whether a tensor changes nothing: tables that are computed anew, and what RWKV-7's first layer, which has no values of an earlier one
-/// to mix in, was trained beside.
+/// Whether a tensor changes nothing: tables that are computed anew, and what RWKV-7's first layer,
+/// which has no values of an earlier one to mix in, was trained beside.
 fn is_harmless(name: &str) -> bool {
     let unused = ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"];
     name.ends_with("rotary_emb.inv_freq") || unused.contains(&name)

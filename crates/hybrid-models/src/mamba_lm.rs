@@ -74,7 +74,8 @@ struct AuthorsConfig {
     rest: Map<String, Value>,
 }
 
-/// Fields of `ssm_cfg` that say how weights are drawn before training or how a GPU computes, and so nothing about a trained model.
+/// Fields of `ssm_cfg` that say how weights are drawn before training or how a GPU computes, and so
+/// nothing about a trained model.
 const NO_EFFECT: [&str; 14] = [
     "dt_min",
     "dt_max",

@@ -56,9 +56,10 @@ impl Model {
     /// one `.pth` file. No tokenizer is needed.
     ///
     /// # Errors
-    /// [`Error::File`] naming the file that is missing or broken, or the tensor that is not in it; [`Error::Mismatch`] naming a tensor
-    /// of another shape; [`Error::Unsupported`] for another architecture, and naming settings and tensors that change what the model
-    /// computes and that this crate does not read.
+    /// [`Error::File`] naming the file that is missing or broken, or the tensor that is not in it;
+    /// [`Error::Mismatch`] naming a tensor of another shape; [`Error::Unsupported`] for another
+    /// architecture, and naming settings and tensors that change what the model computes and that
+    /// this crate does not read.
     pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
         let path = folder.join("config.json");
         let config = match path.exists() || !folder.exists() {

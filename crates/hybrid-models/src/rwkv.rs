@@ -30,8 +30,9 @@ use serde_json::Value;
 /// The end of a text, in both vocabularies that RWKV models use.
 const END: u32 = 0;
 
-/// Epsilon of the group norm of a head's outputs, as in the authors' package. Training divides the outputs by 8 and norms them with 1e-5:
-/// the same, since a norm of x / 8 with epsilon e is one of x with 64 e.
+/// Epsilon of the group norm of a head's outputs, as in the authors' package. Training divides the
+/// outputs by 8 and norms them with 1e-5: the same, since a norm of x / 8 with epsilon e is one of
+/// x with 64 e.
 pub const GROUP_EPS: f32 = 64e-5;
 /// What outputs are divided by in training.
 const HEAD_SIZE_DIVISOR: u64 = 8;
@@ -117,7 +118,8 @@ pub fn is_rwkv(w: &Checkpoint) -> bool {
     w.has("emb.weight") && w.has("blocks.0.ln0.weight")
 }
 
-/// Builds the model; `config.json`, where there is one, adds the norms' epsilon and how `transformers` rescales.
+/// Builds the model; `config.json`, where there is one, adds the norms' epsilon and how
+/// `transformers` rescales.
 pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
     let names = Names::of(w)?;
     let version = version(w, &names)?;

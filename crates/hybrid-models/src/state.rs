@@ -91,7 +91,8 @@ impl State {
     /// Reads a file that [`save`](Self::save) wrote.
     ///
     /// # Errors
-    /// [`Error::File`] if it can't be read, is no saved state, is of another version, or was changed since it was written.
+    /// [`Error::File`] if it can't be read, is no saved state, is of another version, or was
+    /// changed since it was written.
     pub fn load(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
         Self::decode(&bytes).map_err(|reason| Error::file(path, reason))

@@ -1,4 +1,5 @@
-//! Damaged state files and configurations: none panics, hangs or takes more memory than a multiple of its size.
+//! Damaged state files and configurations: none panics, hangs or takes more memory than a multiple
+//! of its size.
 
 use std::path::{Path, PathBuf};
 
@@ -32,7 +33,8 @@ fn damaged_files_are_errors() {
     let trial = Trial { name: "state", corpus: &corpus, memory: |bytes| 16 * bytes + (1 << 16) };
     let tried = trial.run(|bytes| {
         if let Ok(state) = State::from_bytes(bytes) {
-            // Nothing but the states that were saved, or files of version 1, which have no checksum.
+            // Nothing but the states that were saved, or files of version 1, which have no
+            // checksum.
             let is_version_1 = bytes.windows(13).any(|part| part == b"\"version\":\"1\"");
             assert!(whole.contains(&state) || is_version_1);
         }

@@ -22,7 +22,8 @@ pub struct Trial<'a> {
     pub name: &'a str,
     /// Files that are right, which inputs are made from.
     pub corpus: &'a [Vec<u8>],
-    /// The most bytes that reading a file of so many bytes may take. Checked where [`Counting`] is the allocator.
+    /// The most bytes that reading a file of so many bytes may take. Checked where [`Counting`] is
+    /// the allocator.
     pub memory: fn(usize) -> usize,
 }
 

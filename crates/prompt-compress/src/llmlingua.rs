@@ -1,11 +1,13 @@
 //! LLMLingua and LongLLMLingua: what surprises a small model stays.
 //!
-//! Jiang et al., *LLMLingua: Compressing Prompts for Accelerated Inference of Large Language Models*, arXiv 2310.05736, and
-//! *LongLLMLingua: Accelerating and Enhancing LLMs in Long Context Scenarios via Prompt Compression*, arXiv 2310.06839. Gives the
-//! texts of the Python package `llmlingua` 0.2.2 (`compress_prompt`) as long as the text that is kept fits the model's context and no
-//! character is several tokens. Tokens that share a character stay or go together; the package cuts them one by one
-//! ([`Settings::published`]). Beyond the context the package cuts its cache in the middle and goes on with positions and losses that no longer match; here the model reads the
-//! newer half of its context anew.
+//! Jiang et al., *LLMLingua: Compressing Prompts for Accelerated Inference of Large Language
+//! Models*, arXiv 2310.05736, and *LongLLMLingua: Accelerating and Enhancing LLMs in Long Context
+//! Scenarios via Prompt Compression*, arXiv 2310.06839. Gives the texts of the Python package
+//! `llmlingua` 0.2.2 (`compress_prompt`) as long as the text that is kept fits the model's context
+//! and no character is several tokens. Tokens that share a character stay or go together; the
+//! package cuts them one by one ([`Settings::published`]). Beyond the context the package cuts its
+//! cache in the middle and goes on with positions and losses that no longer match; here the model
+//! reads the newer half of its context anew.
 
 mod budget;
 mod cut;
@@ -136,8 +138,8 @@ pub struct Settings {
     pub keep_split: Option<u32>,
     /// Whether the question comes out after the documents.
     pub append_question: bool,
-    /// Whether tokens that share a character are cut one by one, as in the package, which leaves halves of characters and joins them to others.
-    /// For comparison alone.
+    /// Whether tokens that share a character are cut one by one, as in the package, which leaves
+    /// halves of characters and joins them to others. For comparison alone.
     pub published: bool,
 }
 

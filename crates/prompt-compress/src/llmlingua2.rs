@@ -1,8 +1,9 @@
 //! LLMLingua-2: an encoder says for each token whether it stays.
 //!
-//! Pan et al., *LLMLingua-2: Data Distillation for Efficient and Faithful Task-Agnostic Prompt Compression*, arXiv 2403.12968.
-//! Gives the texts, labels and counts of the Python package `llmlingua` 0.2.2 (`compress_prompt_llmlingua2`), but that one word of a
-//! text stays at least ([`Settings::published`]).
+//! Pan et al., *LLMLingua-2: Data Distillation for Efficient and Faithful Task-Agnostic Prompt
+//! Compression*, arXiv 2403.12968. Gives the texts, labels and counts of the Python package
+//! `llmlingua` 0.2.2 (`compress_prompt_llmlingua2`), but that one word of a text stays at least
+//! ([`Settings::published`]).
 
 mod checkpoint;
 mod compress;
@@ -117,8 +118,9 @@ impl LlmLingua2 {
     /// From a folder with `config.json`, `tokenizer.json` and `model.safetensors`.
     ///
     /// # Errors
-    /// [`Error::File`] for a file that is missing or broken; [`Error::Mismatch`] for a head without two classes or a tensor of
-    /// another shape; [`Error::Unsupported`] for another architecture's settings or tensors, by name; [`Error::Setting`] for a batch of 0.
+    /// [`Error::File`] for a file that is missing or broken; [`Error::Mismatch`] for a head without
+    /// two classes or a tensor of another shape; [`Error::Unsupported`] for another architecture's
+    /// settings or tensors, by name; [`Error::Setting`] for a batch of 0.
     pub fn from_folder(folder: &Path, settings: Settings, device: &Device) -> Result<Self> {
         if settings.batch == 0 {
             return Err(Error::setting("batch", "at least 1 window", 0));

@@ -177,7 +177,8 @@ proptest! {
         let prompt = Prompt::new(&text).unwrap().with_question("何ですか?");
         let short = lingua.compress(prompt, Rate::new(rate).unwrap()).unwrap();
         prop_assert!(!short.text.contains('\u{fffd}'), "{}", short.text);
-        // Nothing but characters of the text, in its order within a paragraph, and a record of each.
+        // Nothing but characters of the text, in its order within a paragraph, and a record of
+        // each.
         if !long {
             let mut rest = text.chars();
             let missing = short.text.chars().find(|&c| !rest.any(|own| own == c));

@@ -1,5 +1,5 @@
-//! What decides questions and answers beside the settings, for a run's manifest. Only what the chosen settings and tasks depend on: a run
-//! may grow by others.
+//! What decides questions and answers beside the settings, for a run's manifest. Only what the
+//! chosen settings and tasks depend on: a run may grow by others.
 
 use std::collections::BTreeMap;
 use std::path::Path;

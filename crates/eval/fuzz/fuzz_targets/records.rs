@@ -1,4 +1,5 @@
-//! Arbitrary bytes as a file of a task's records: bad ones are left out and told, panics may not come, and every score is a share.
+//! Arbitrary bytes as a file of a task's records: bad ones are left out and told, panics may not
+//! come, and every score is a share.
 //!
 //!     cargo +nightly fuzz run records CORPUS -- -malloc_limit_mb=64 -timeout=10
 #![no_main]

@@ -1,4 +1,5 @@
-//! Arbitrary bytes as a run's results and agreements: errors may come, panics may not, and a report is written of what is read.
+//! Arbitrary bytes as a run's results and agreements: errors may come, panics may not, and a report
+//! is written of what is read.
 //!
 //!     cargo +nightly fuzz run results CORPUS -- -malloc_limit_mb=64 -timeout=10
 #![no_main]

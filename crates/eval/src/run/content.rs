@@ -8,7 +8,8 @@ use sha2::{Digest, Sha256};
 
 use crate::{Error, Result, Sample};
 
-/// SHA-256 of a file; or of a folder: of the names and contents of the files in it, those in its subfolders left out.
+/// SHA-256 of a file; or of a folder: of the names and contents of the files in it, those in its
+/// subfolders left out.
 ///
 /// For a run's [`conditions`](crate::Plan::conditions): two files of one name may differ.
 ///

@@ -32,7 +32,8 @@ pub struct Manifest {
 /// A last line that breaks off, as a killed process leaves it, is passed over. A sample that is there twice counts once.
 ///
 /// # Errors
-/// If the folder or a file can't be read; [`Error::Record`] for a broken line before a file's last, or one with a number that no sample gives.
+/// If the folder or a file can't be read; [`Error::Record`] for a broken line before a file's last,
+/// or one with a number that no sample gives.
 pub fn records(folder: &Path) -> Result<Vec<Record>> {
     let mut paths = Vec::new();
     for entry in fs::read_dir(folder).map_err(Error::io(folder))? {

@@ -14,7 +14,8 @@ pub struct Record {
     pub category: Category,
     /// The sample's id.
     pub sample: String,
-    /// SHA-256 of the question: the turns, what would be right, and the limits. `None` in results of versions that did not note it.
+    /// SHA-256 of the question: the turns, what would be right, and the limits. `None` in results
+    /// of versions that did not note it.
     #[serde(default)]
     pub question: Option<String>,
     /// What was written, one a turn.

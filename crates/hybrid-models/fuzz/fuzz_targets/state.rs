@@ -1,4 +1,5 @@
-//! Arbitrary bytes as a saved state: errors may come, panics may not, and what is read is written back as the same state.
+//! Arbitrary bytes as a saved state: errors may come, panics may not, and what is read is written
+//! back as the same state.
 //!
 //!     cargo +nightly fuzz run state CORPUS -- -malloc_limit_mb=64 -timeout=10
 #![no_main]

@@ -92,8 +92,8 @@ impl<'a> Cut<'a> {
         Ok(need)
     }
 
-    /// Tokens that share a character weigh as much as each other, their mean, so that they stay or go together; `weights` are of the tokens
-    /// from `start` on.
+    /// Tokens that share a character weigh as much as each other, their mean, so that they stay or
+    /// go together; `weights` are of the tokens from `start` on.
     fn level(&self, weights: &mut [f32], start: usize) {
         let mut from = 0;
         while from < weights.len() {

@@ -100,7 +100,8 @@ impl Weights {
     /// Checks that every tensor was asked for.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] naming those that were not and that may change what the encoder computes.
+    /// [`Error::Unsupported`] naming those that were not and that may change what the encoder
+    /// computes.
     pub fn account(&self) -> Result<()> {
         let names = self.metadata.offset_keys();
         let unread =
@@ -136,7 +137,8 @@ impl Weights {
     }
 }
 
-/// Whether a tensor is no part of a token classifier: the table of positions, the pooler, and the heads of pretraining.
+/// Whether a tensor is no part of a token classifier: the table of positions, the pooler, and the
+/// heads of pretraining.
 fn is_harmless(name: &str) -> bool {
     name.ends_with("embeddings.position_ids")
         || name.contains(".pooler.")
