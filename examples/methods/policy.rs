@@ -79,9 +79,7 @@ impl Policy {
             (Self::InfLlm, size) => {
                 let window = DenseStore::new(spec.shape, DType::F16)?;
                 match size {
-                    Size::Share(share) => {
-                        Box::new(InfLlm::with_ratio(spec, store, window, share)?)
-                    }
+                    Size::Share(share) => Box::new(InfLlm::with_ratio(spec, store, window, share)?),
                     Size::Tokens(tokens) => {
                         Box::new(InfLlm::new(spec, store, window, inf_llm_settings(tokens))?)
                     }
