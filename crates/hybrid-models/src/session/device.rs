@@ -7,7 +7,7 @@ use super::Session;
 use crate::cuda::{Call, OnDevice};
 use crate::memory::{Memories, Memory};
 use candle_core::Tensor;
-use longctx_core::{Batch, Error, Logits, Result, SeqId};
+use longctx_core::{Batch, CausalLm, Error, Logits, Result, SeqId};
 
 /// One sequence's part of a batch.
 struct Part {
