@@ -192,10 +192,10 @@ mod tests {
     use super::*;
 
     fn state() -> State {
-        let mut state = State::new("mamba", 2, 77);
+        let mut state = State::new("mamba", 77);
         let numbers = |count: usize| (0..count).map(|i| i as f32 * 0.37 - 1.0).collect();
-        state.insert("layers.0.mixer", &Part::new("conv", &[3]), numbers(6));
-        state.insert("layers.1.mixer", &Part::new("ssm", &[2, 2]), numbers(8));
+        state.insert("layers.0.mixer", &Part::new("conv", &[3]), numbers(3));
+        state.insert("layers.1.mixer", &Part::new("ssm", &[2, 2]), numbers(4));
         state
     }
 

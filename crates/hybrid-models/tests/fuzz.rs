@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use hybrid_models::{LoadOptions, Model, State};
-use longctx_core::{CausalLm, DenseCache, Logits};
+use longctx_core::{Batch, CausalLm, DenseCache, LayerSpec, Logits};
 use longctx_mutate::{Counting, Trial};
 
 #[global_allocator]
@@ -18,11 +18,10 @@ fn fixture(name: &str) -> PathBuf {
 /// The state of a model after three tokens, as a file.
 fn state(name: &str) -> Vec<u8> {
     let model = Model::from_folder(&fixture(name), &LoadOptions::default()).unwrap();
-    let cache = |layer: &longctx_core::LayerShape| DenseCache::new(layer.attention, DType::F32);
+    let cache = |spec: &LayerSpec| DenseCache::new(spec.clone(), DType::F32);
     let mut session = model.session(cache).unwrap();
-    let tokens = Tensor::new(&[[1u32, 2, 3]], &Device::Cpu).unwrap();
-    session.forward(&tokens, Logits::Last).unwrap();
-    session.state().unwrap().to_bytes().unwrap()
+    session.forward(&Batch::single(0, 3).unwrap(), &[1, 2, 3], Logits::Last).unwrap();
+    session.state(0).unwrap().to_bytes().unwrap()
 }
 
 /// One test, since memory is counted for the whole process.

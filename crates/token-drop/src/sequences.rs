@@ -47,8 +47,8 @@ impl<T: Clone> Sequences<T> {
 
     /// Whether all sequences of a batch can go on.
     pub fn check(&self, batch: &Batch) -> Result<()> {
-        let known = batch.seqs().iter().filter_map(|seq| Some((*seq, self.known.get(seq)?)));
-        known.map(|(seq, sequence)| sequence.check(seq)).collect()
+        let known = |&seq: &SeqId| self.known.get(&seq).map_or(Ok(()), |known| known.check(seq));
+        batch.seqs().iter().try_for_each(known)
     }
 
     pub fn get(&self, seq: SeqId) -> Option<&Sequence<T>> {

@@ -152,7 +152,7 @@ proptest! {
             }
             // Everything is given back: what is fed anew finds its memory there.
             prop_assert!(cache.remove(7) && cache.remove(8));
-            prop_assert_eq!(cache.footprint().payload + cache.footprint().bookkeeping, blocks(&cache));
+            prop_assert_eq!(cache.footprint().payload + cache.footprint().bookkeeping, blocks(&*cache));
             let held = cache.footprint().total();
             feed_all(&mut cache, 9, &prefix, &calls);
             prop_assert!(cache.footprint().payload + cache.footprint().slack <= held, "{}", name);
@@ -249,7 +249,7 @@ proptest! {
 }
 
 /// What an empty pool's own tables take.
-fn blocks(cache: &Box<dyn KvCache>) -> usize {
+fn blocks(cache: &dyn KvCache) -> usize {
     let held = cache.footprint();
     // A reference count of four bytes for each block of 32 keys and values in f32.
     held.slack / (32 * 2 * DIM * 4) * 4

@@ -152,7 +152,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     /// Appends the prompts' tokens that stay, but for those of sequences that are rewritten.
     fn append_prompts(&mut self, step: &Step<'_>, k: &Tensor, plans: &mut [Plan]) -> Result<()> {
         let rerotate = self.settings.rerotate;
-        let appends = |plan: &Plan| !plan.in_store && !(rerotate && plan.keep.is_some());
+        let appends = |plan: &Plan| !(plan.in_store || rerotate && plan.keep.is_some());
         let appended: BTreeSet<_> = plans.iter().filter(|p| appends(p)).map(|p| p.seq).collect();
         let Some(part) = Part::of(step.batch, |seq, _| appended.contains(&seq))? else {
             return Ok(());
