@@ -66,7 +66,9 @@ fn mutated(rng: &mut StdRng, seeds: &[Vec<u8>]) -> Vec<u8> {
     data
 }
 
-fn run(name: &str, seeds: &[Vec<u8>], target: fn(&[u8])) {
+type Target = fn(&[u8]);
+
+fn run(name: &str, seeds: &[Vec<u8>], target: Target) {
     let count = std::env::var("LONGCTX_MUTATIONS").ok().and_then(|n| n.parse().ok()).unwrap_or(FEW);
     let seed =
         std::env::var("LONGCTX_MUTATION_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
@@ -155,7 +157,7 @@ fn gguf_files() -> Vec<Vec<u8>> {
 /// Runs the files that LONGCTX_REPLAY_TEMPLATE and its kin name: what an earlier run has left.
 #[test]
 fn replay() {
-    let targets: [(&str, fn(&[u8])); 5] = [
+    let targets: [(&str, Target); 5] = [
         ("GGUF", fuzz::gguf),
         ("SAFETENSORS", fuzz::safetensors),
         ("TORCH", fuzz::torch),
