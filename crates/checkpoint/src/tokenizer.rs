@@ -22,10 +22,16 @@ pub fn open_tokenizer(path: &Path) -> Result<Tokenizer> {
 /// # Errors
 /// Why the bytes describe no tokenizer.
 pub fn read_tokenizer(bytes: &[u8]) -> Result<Tokenizer, String> {
-    // `tokenizers` panics on a decoder that is broken JSON, which is told better here, and on a few
-    // things more: merges of tokens shorter than the prefix of continuations.
+    // `tokenizers` panics on a decoder that is broken JSON, which is told better here; on merges of
+    // tokens shorter than the prefix of continuations; and, once it encodes, on a template with a
+    // special token that the file does not define. So it is tried on nothing.
     serde_json::from_slice::<Value>(bytes).map_err(|e| e.to_string())?;
-    let built = catch_unwind(|| Tokenizer::from_bytes(bytes));
+    let built = catch_unwind(|| {
+        let tokenizer = Tokenizer::from_bytes(bytes)?;
+        drop(tokenizer.encode("", true));
+        drop(tokenizer.encode(("", ""), true));
+        Ok::<_, tokenizers::Error>(tokenizer)
+    });
     let built = built.map_err(|_| "it makes the crate `tokenizers` panic".to_owned())?;
     let mut tokenizer = built.map_err(|e| e.to_string())?;
     tokenizer.with_truncation(None).map_err(|e| e.to_string())?;
@@ -53,6 +59,11 @@ mod tests {
         assert_eq!(opened.encode("abab", false).unwrap().len(), 3);
         let short = tokenizer("\"a b\"", "null");
         assert!(read_tokenizer(short.as_bytes()).unwrap_err().contains("panic"));
+        let template = r#"{"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x",
+            "type_id": 0}}], "pair": [], "special_tokens": {}}"#;
+        let undefined =
+            right.replace("\"post_processor\": null", &format!("\"post_processor\": {template}"));
+        assert!(read_tokenizer(undefined.as_bytes()).is_err());
         let whole = tokenizer("", "{\"type\": \"Fuse\"}");
         let decoder = whole.find("\"decoder\"").unwrap();
         for end in decoder + 10..decoder + 30 {

@@ -112,14 +112,15 @@ fn damaged_files_are_errors() {
             return;
         }
         fs::write(&path, bytes).unwrap();
-        if records(folder.path()).is_err() {
+        if records(folder.path()).map_or(true, |records| records.is_empty()) {
             fs::write(&path, &corpus[0]).unwrap();
         }
         fs::write(at("agreement.jsonl"), bytes).unwrap();
         if report::has_agreement(folder.path(), "", "").is_err() {
             fs::write(at("agreement.jsonl"), &corpus[1]).unwrap();
         }
-        drop(report::write(folder.path()));
+        // What is read makes a report.
+        report::write(folder.path()).unwrap();
     });
     println!("{} reports", turn / 10);
 }

@@ -186,11 +186,7 @@ impl Session {
         let entry = |(seq, rows): (SeqId, Range<usize>)| -> Result<Entry> {
             let marks = self.marks(seq, rows.len()).into_iter();
             let snapshots = marks.map(|mark| (mark, Vec::new())).collect();
-            let state = match self.memory(seq)? {
-                Memory::Host(state) => state,
-                #[cfg(feature = "cuda")]
-                Memory::OnDevice(_) => unreachable!("the model is on the host"),
-            };
+            let state = self.memory(seq)?.into_host();
             Ok(Entry { position: self.seen(seq), rows, state, snapshots })
         };
         let mut entries = batch.iter().map(entry).collect::<Result<Vec<_>>>()?;
