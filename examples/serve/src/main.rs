@@ -1,8 +1,10 @@
 //! An OpenAI-compatible server over any model and cache of the workspace.
 //!
-//!     cargo run --release -p longctx-serve -- --method kivi-4
-//!     curl http://127.0.0.1:8080/v1/completions -H 'content-type: application/json' \
-//!         -d '{"prompt": "The sky is", "max_tokens": 16}'
+//! ```text
+//! cargo run --release -p longctx-serve -- --method kivi-4
+//! curl http://127.0.0.1:8080/v1/completions -H 'content-type: application/json' \
+//!     -d '{"prompt": "The sky is", "max_tokens": 16}'
+//! ```
 
 mod answer;
 mod api;
