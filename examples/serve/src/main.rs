@@ -41,7 +41,7 @@ struct Args {
     cache_mib: Option<usize>,
     /// Tokens of a prompt that a step feeds; 0: the whole prompt, exact under every method, and
     /// without reuse of prefixes
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 128)]
     prefill_chunk: usize,
     /// Tokens of a step beyond which no further prompt joins it
     #[arg(long, default_value_t = 512)]

@@ -137,8 +137,8 @@ fn begin(
     max_tokens: Option<usize>,
     common: &Common,
 ) -> Result<Answer, Failure> {
-    if common.n.unwrap_or(1) != 1 {
-        return Err(Failure::bad_request(format!("n: expected 1, got {:?}", common.n)));
+    if let Some(n) = common.n.filter(|&n| n != 1) {
+        return Err(Failure::bad_request(format!("n: expected 1, got {n}")));
     }
     if prompt.is_empty() {
         return Err(Failure::bad_request("prompt: expected at least one token, got none"));
