@@ -72,6 +72,11 @@ impl QuantStore {
         &mut self.pool
     }
 
+    /// Checks that there is room for a batch's tokens.
+    pub(super) fn check_append(&self, batch: &Batch) -> Result<()> {
+        Ok(self.pool.check_append(batch.seqs(), batch.cu_seqlens())?)
+    }
+
     /// Keys and values as contiguous tensors of one float type, checked against a batch.
     fn prepare(&self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let tokens = self.shape.check_kv(k, v)?;
