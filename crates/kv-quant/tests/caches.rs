@@ -193,6 +193,20 @@ fn a_full_pool_is_an_error_that_names_bytes() {
 }
 
 #[test]
+fn errors_pass_through_code_that_returns_those_of_candle() {
+    fn make(residual: usize, tokens: usize) -> candle_core::Result<QuantCache> {
+        let format = Format::kivi(Bits::Four, Bits::Four, 32, residual)?;
+        let mut cache = QuantCache::new(spec(), format)?;
+        let (q, kv) = (random(1, HEADS), random(1, KV_HEADS));
+        cache.attend(&Step { batch: &Batch::single(0, tokens)?, q: &q, k: &kv, v: &kv })?;
+        Ok(cache)
+    }
+    let message = |residual, tokens| make(residual, tokens).unwrap_err().to_string();
+    assert!(message(33, 1).contains("a positive multiple of 32, got 33"), "{}", message(33, 1));
+    assert!(message(32, 2).contains("tokens of q: expected 2, got 1"), "{}", message(32, 2));
+}
+
+#[test]
 fn a_store_takes_in_all_heads_or_none() {
     let mut store = QuantStore::new(spec().shape, flexgen()).unwrap();
     let good = random(5, KV_HEADS);
