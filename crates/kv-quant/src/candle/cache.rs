@@ -108,7 +108,7 @@ impl QuantCache {
             return Err(Error::setting("sinks", "an empty cache", got));
         }
         let mut store = Self::make_store(&self.spec, self.format, tokens)?;
-        if let Some(bytes) = self.store.pool().capacity() {
+        if let Some(bytes) = self.store.capacity() {
             store = store.with_capacity(bytes);
         }
         Ok(Self { sink_tokens: tokens, store, ..self })
@@ -196,6 +196,20 @@ impl QuantCache {
         AttentionState::merge(&parts)
     }
 
+    /// The same and the append in the store, if it can attend to the call's tokens before it packs
+    /// them.
+    fn attend_in_store(
+        &mut self,
+        step: &Step<'_>,
+        q: &Tensor,
+        k: &Tensor,
+    ) -> Result<Option<AttentionState>> {
+        match self.sink_tokens {
+            0 => self.store.append_after_attention(step.batch, q, k, step.v),
+            _ => Ok(None),
+        }
+    }
+
     /// Attention of tokens that are in the stores already. `split` is of before they came.
     fn attend_packed(
         &self,
@@ -238,11 +252,14 @@ impl KvCache for QuantCache {
         step.check(&self.spec)?;
         let (q, k) = step.rotate(&self.spec, |seq| self.seen(seq))?;
         let state = match self.order {
-            Order::AttendFirst => {
-                let state = self.attend_exactly(step, &q, &k)?;
-                self.append(step, &k)?;
-                state
-            }
+            Order::AttendFirst => match self.attend_in_store(step, &q, &k)? {
+                Some(state) => state,
+                None => {
+                    let state = self.attend_exactly(step, &q, &k)?;
+                    self.append(step, &k)?;
+                    state
+                }
+            },
             Order::QuantizeFirst => {
                 let split = self.split(step.batch)?;
                 self.append(step, &k)?;

@@ -9,7 +9,7 @@ use super::tensors::{address, kind};
 use super::wrap;
 use candle_core::cuda::cudarc::driver::DevicePtr;
 use candle_core::{DType, Tensor};
-use longctx_core::{Batch, Error, Result};
+use longctx_core::{AttentionState, Batch, Error, Mask, Result, Selection};
 
 /// No entry and no record has such a number.
 const NONE: i32 = i32::MAX;
@@ -22,7 +22,7 @@ struct New {
 
 impl CudaPool {
     /// Appends to every head of the batch's sequences, and packs what the format does not keep in
-    /// full precision. After an error nothing has changed, unless a sequence is poisoned.
+    /// full precision. After an error nothing has changed, or the batch's sequences are poisoned.
     pub fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
         let new = self.begin(batch, k, v)?;
         let begun = self.make_room(batch)?;
@@ -36,33 +36,86 @@ impl CudaPool {
             _ => self.synchronize(),
         });
         let checked = done.and_then(|()| batch.seqs().iter().try_for_each(|&seq| self.check(seq)));
-        if checked.is_err() {
-            self.forget(&begun);
+        if let Err(error) = &checked {
+            self.poison(batch, &begun, error);
         }
         checked
     }
 
+    /// Appends to each head the tokens selected for it: as many for every head of a sequence.
+    pub fn append_selected(
+        &mut self,
+        batch: &Batch,
+        k: &Tensor,
+        v: &Tensor,
+        tokens: &[Selection],
+    ) -> Result<()> {
+        self.shape.check_kv(k, v)?;
+        let (kv_heads, mut rows, mut parts) = (self.shape.kv_heads, Vec::new(), Vec::new());
+        for ((seq, own), selection) in batch.iter().zip(tokens) {
+            let lists = selection.heads();
+            if lists.iter().any(|list| list.len() != lists[0].len()) {
+                let what = "appending unequal numbers of tokens to heads on a CUDA device";
+                return Err(Error::Unsupported(what.into()));
+            }
+            for i in 0..lists[0].len() {
+                let row = |(head, list): (usize, &Vec<u32>)| {
+                    ((own.start + list[i] as usize) * kv_heads + head) as u32
+                };
+                rows.extend(lists.iter().enumerate().map(row));
+            }
+            if !lists[0].is_empty() {
+                parts.push((seq, lists[0].len()));
+            }
+        }
+        if parts.is_empty() {
+            return Ok(());
+        }
+        let count = rows.len() / kv_heads;
+        let rows = Tensor::new(rows, k.device())?;
+        let gather = |x: &Tensor| -> Result<Tensor> {
+            let (_, heads, d) = x.dims3()?;
+            let x = x.contiguous()?.reshape(((), d))?.index_select(&rows, 0)?;
+            Ok(x.reshape((count, heads, d))?)
+        };
+        self.append(&Batch::new(&parts)?, &gather(k)?, &gather(v)?)
+    }
+
+    /// Appends tokens that [fit](Self::fits), attends causally to them, in full precision, and to
+    /// what is held, and packs them then. `None`, and nothing is changed, if they do not fit.
+    pub fn append_after_attention(
+        &mut self,
+        batch: &Batch,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<Option<AttentionState>> {
+        if !self.fits(batch) {
+            return Ok(None);
+        }
+        let new = self.begin(batch, k, v)?;
+        self.shape.check_q(q)?;
+        let begun = self.make_room(batch)?;
+        let done = self.fill(batch, &new).and_then(|()| {
+            let state = self.attend(batch, q, Mask::Causal)?;
+            self.pack(batch)?;
+            Ok(Some(state))
+        });
+        if let Err(error) = &done {
+            self.poison(batch, &begun, error);
+        }
+        done
+    }
+
     /// Whether the batch's tokens go into the rings beside what is there: then they can be attended
     /// to before they are packed.
-    pub fn fits(&self, batch: &Batch) -> bool {
+    fn fits(&self, batch: &Batch) -> bool {
         let ring = self.ring_places();
         batch.iter().all(|(seq, tokens)| {
             let heads = self.seqs.get(&seq).map_or(&[][..], |sequence| &sequence.heads);
             let residual = heads.iter().map(|head| head.residual()).max().unwrap_or(0);
             residual + tokens.len() <= ring
         })
-    }
-
-    /// Puts tokens that [fit](Self::fits) into the rings, and makes room to [`pack`](Self::pack)
-    /// them.
-    pub fn extend(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
-        let new = self.begin(batch, k, v)?;
-        let begun = self.make_room(batch)?;
-        let done = self.fill(batch, &new);
-        if done.is_err() {
-            self.forget(&begun);
-        }
-        done
     }
 
     /// The call's tensors, checked.
@@ -96,7 +149,7 @@ impl CudaPool {
     }
 
     /// Packs from the rings what the format no longer keeps in full precision.
-    pub fn pack(&mut self, batch: &Batch) -> Result<()> {
+    fn pack(&mut self, batch: &Batch) -> Result<()> {
         let goals = self.goals(batch, false);
         let fresh = self.take(batch, &goals)?;
         let (mut goal, mut taken) = (goals.iter(), 0);

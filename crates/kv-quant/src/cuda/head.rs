@@ -95,6 +95,8 @@ pub struct Sequence {
     pub places: usize,
     /// A number that no other sequence of the pool has had.
     pub number: u64,
+    /// Why it can't go on.
+    pub poisoned: Option<String>,
 }
 
 /// Where a head's parts lie on the device.
@@ -116,7 +118,7 @@ impl Sequence {
         let ring = || stream.alloc_zeros(kv_heads * ring).map_err(wrap);
         let (ring_k, ring_v) = (ring()?, ring()?);
         let table = stream.null().map_err(wrap)?;
-        Ok(Self { heads, ring_k, ring_v, table, places: 0, number })
+        Ok(Self { heads, ring_k, ring_v, table, places: 0, number, poisoned: None })
     }
 
     /// A sequence with the same entries that shares the records.
@@ -127,7 +129,8 @@ impl Sequence {
             0 => stream.null().map_err(wrap)?,
             _ => stream.clone_dtod(&self.table).map_err(wrap)?,
         };
-        Ok(Self { heads: self.heads.clone(), ring_k, ring_v, table, places: self.places, number })
+        let (heads, places) = (self.heads.clone(), self.places);
+        Ok(Self { heads, ring_k, ring_v, table, places, number, poisoned: None })
     }
 
     /// Makes room in the device's table for `records` records of each head.

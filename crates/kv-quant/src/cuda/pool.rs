@@ -84,6 +84,10 @@ impl CudaPool {
         self.format
     }
 
+    pub fn with_capacity(self, bytes: usize) -> Self {
+        Self { capacity: Some(bytes), ..self }
+    }
+
     pub fn capacity(&self) -> Option<usize> {
         self.capacity
     }
@@ -113,9 +117,14 @@ impl CudaPool {
         &self.status
     }
 
-    /// Whether a sequence has met numbers that can't be packed.
+    /// Whether a sequence can go on: it has met no numbers that can't be packed, and no call with it
+    /// has failed midway.
     pub(super) fn check(&self, seq: SeqId) -> Result<()> {
-        self.seqs.get(&seq).map_or(Ok(()), |sequence| self.status.check(sequence.number, seq))
+        let Some(sequence) = self.seqs.get(&seq) else { return Ok(()) };
+        match &sequence.poisoned {
+            Some(reason) => Err(Error::Poisoned { seq, reason: reason.clone() }),
+            None => self.status.check(sequence.number, seq),
+        }
     }
 
     /// A tensor on the pool's device in its dtype.
@@ -202,9 +211,19 @@ impl CudaPool {
         sequence.reserve(&stream, records)
     }
 
-    /// Removes sequences that an append which failed has begun.
+    /// Removes sequences that a call which failed has begun.
     pub(super) fn forget(&mut self, new: &[SeqId]) {
         new.iter().for_each(|seq| _ = self.seqs.remove(seq));
+    }
+
+    /// The same, and poisons the others: some of their tokens may have been taken in.
+    pub(super) fn poison(&mut self, batch: &Batch, new: &[SeqId], error: &Error) {
+        self.forget(new);
+        for seq in batch.seqs() {
+            if let Some(sequence) = self.seqs.get_mut(seq) {
+                sequence.poisoned = Some(error.to_string());
+            }
+        }
     }
 
     /// One share of work for each kv head of the batch's sequences: all of it. `columns` of q are
@@ -246,10 +265,6 @@ impl CudaPool {
 
     pub fn seqs(&self) -> Vec<SeqId> {
         self.seqs.keys().copied().collect()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.seqs.is_empty()
     }
 
     pub fn clear(&mut self) {
