@@ -1,7 +1,9 @@
-//! SmolLM2's prefill and decode beside candle-transformers' `quantized_llama` on the same file.
+//! SmolLM2's prefill and decode beside candle-transformers' `quantized_llama` on the same file, and
+//! decoding eight sequences in one batch beside one after the other.
 //!
-//! candle's model has positions for 4,096 tokens and takes a longer prompt not at all. Its decode step after 7,900 tokens is reached by
-//! single steps at its last position, which does the same work: set `LONGCTX_SLOW=1` for this quarter of an hour.
+//! candle's model has positions for 4,096 tokens and can't take a longer prompt. Its decode step
+//! after 7,900 tokens is reached by single steps at its last position, which does the same work: set
+//! `LONGCTX_SLOW=1` for this quarter of an hour.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -10,13 +12,14 @@ use std::time::Duration;
 use anyhow::Result;
 use base_models::{LoadOptions, Pretrained, Transformer};
 use candle_core::quantized::gguf_file;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use candle_transformers::models::quantized_llama::{MAX_SEQ_LEN, ModelWeights};
 use criterion::{
     BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
 };
-use longctx_benches::tokens;
-use longctx_core::{CausalLm, DenseCache, Logits};
+use longctx_benches::{ids, tokens};
+use longctx_core::{Batch, CausalLm, DenseCache, Logits, SeqId};
+use longctx_examples::methods::Method;
 use longctx_examples::model::smollm2;
 
 const LENGTHS: [usize; 4] = [512, 2048, 4000, 7900];
@@ -32,8 +35,8 @@ fn candles() -> Result<ModelWeights> {
     Ok(ModelWeights::from_gguf(content, &mut file, &Device::Cpu)?)
 }
 
-fn step(model: &mut impl CausalLm, tokens: &Tensor) -> Result<()> {
-    black_box(model.forward(tokens, Logits::Last)?);
+fn step(model: &mut impl CausalLm, seq: SeqId, ids: &[u32]) -> Result<()> {
+    black_box(model.forward(&Batch::single(seq, ids.len())?, ids, Logits::Last)?);
     Ok(())
 }
 
@@ -54,19 +57,21 @@ fn prefill(c: &mut Criterion) {
     let mut group = c.benchmark_group("prefill");
     group.sampling_mode(SamplingMode::Flat).sample_size(10).warm_up_time(Duration::from_millis(1));
     for length in LENGTHS {
-        let prompt = tokens(length, vocab).expect("tokens");
+        let prompt = ids(length, vocab);
         group.throughput(Throughput::Elements(length as u64));
         for dtype in [DType::F32, DType::F16] {
             let id = BenchmarkId::new(format!("ours, {} cache", dtype.as_str()), length);
             group.bench_function(id, |b| {
-                let mut session = model.session(|l| DenseCache::new(l.attention, dtype)).unwrap();
+                let mut session =
+                    model.session(|spec| DenseCache::new(spec.clone(), dtype)).unwrap();
                 b.iter(|| {
-                    session.reset();
-                    step(&mut session, &prompt).unwrap();
+                    session.remove(0);
+                    step(&mut session, 0, &prompt).unwrap();
                 });
             });
         }
         if length < MAX_SEQ_LEN {
+            let prompt = tokens(length, vocab).expect("tokens");
             group.bench_function(BenchmarkId::new("candle-transformers", length), |b| {
                 b.iter(|| black_box(theirs.forward(&prompt, 0).unwrap()));
             });
@@ -89,11 +94,12 @@ fn decode(c: &mut Criterion) {
             let mut filled = None;
             group.bench_function(id, |b| {
                 let session = filled.get_or_insert_with(|| {
-                    let mut new = model.session(|l| DenseCache::new(l.attention, dtype)).unwrap();
-                    step(&mut new, &tokens(length, vocab).unwrap()).unwrap();
+                    let mut new =
+                        model.session(|spec| DenseCache::new(spec.clone(), dtype)).unwrap();
+                    step(&mut new, 0, &ids(length, vocab)).unwrap();
                     new
                 });
-                b.iter(|| step(session, &one).unwrap());
+                b.iter(|| step(session, 0, &[42]).unwrap());
             });
         }
         if length < MAX_SEQ_LEN || std::env::var_os("LONGCTX_SLOW").is_some() {
@@ -112,5 +118,38 @@ fn decode(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(base_models, prefill, decode);
+/// Eight sequences of 500 to 4,000 tokens, a token for each.
+fn batched_decode(c: &mut Criterion) {
+    const SEQS: SeqId = 8;
+    let model = ours().expect("the model");
+    let vocab = model.config().vocab_size as u32;
+    let mut group = c.benchmark_group("decode of 8 sequences");
+    group.sampling_mode(SamplingMode::Flat).sample_size(10);
+    group.warm_up_time(Duration::from_millis(200)).throughput(Throughput::Elements(SEQS));
+    for name in ["dense-f16", "kivi-4"] {
+        let method = Method::named(name).expect("a method");
+        let batch = Batch::decode(&(0..SEQS).collect::<Vec<_>>()).expect("a batch");
+        let tokens = ids(SEQS as usize, vocab);
+        // Filled by the first measurement that is chosen.
+        let mut filled = None;
+        let fill = || {
+            let mut new = model.session(|spec| method.cache(spec)).unwrap();
+            for seq in 0..SEQS {
+                step(&mut new, seq, &ids(500 * (seq as usize + 1), vocab)).unwrap();
+            }
+            new
+        };
+        group.bench_function(BenchmarkId::new("in one batch", name), |b| {
+            let session = filled.get_or_insert_with(fill);
+            b.iter(|| black_box(session.forward(&batch, &tokens, Logits::Last).unwrap()));
+        });
+        group.bench_function(BenchmarkId::new("one after the other", name), |b| {
+            let session = filled.get_or_insert_with(fill);
+            b.iter(|| (0..SEQS).for_each(|seq| step(session, seq, &[42]).unwrap()));
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(base_models, prefill, decode, batched_decode);
 criterion_main!(base_models);

@@ -1,7 +1,7 @@
 //! Prefill and decode of recurrent models beside candle-transformers' on the same random weights.
 //!
-//! candle's Mamba and RWKV-5 take one token at a time: what a token costs them does not depend on how many came before, so that a
-//! few tokens tell their speed, and both sides are given in tokens per second.
+//! candle's Mamba and RWKV-5 take one token at a time. A token's cost does not depend on how many
+//! came before, so that a few tokens tell their speed. Both sides are given in tokens per second.
 
 use std::collections::HashMap;
 use std::hint::black_box;
@@ -14,8 +14,8 @@ use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_
 use hybrid_models::{LoadOptions, Model, Session};
 use longctx_benches::candle;
 use longctx_benches::recurrent::{self, Outline};
-use longctx_benches::tokens;
-use longctx_core::{CausalLm, DenseCache, Logits};
+use longctx_benches::{ids, tokens};
+use longctx_core::{Batch, CausalLm, DenseCache, Logits};
 
 const PROMPT: usize = 2048;
 /// Tokens by which models that go token by token are measured.
@@ -45,7 +45,7 @@ impl Weights {
         let options = LoadOptions { dtype, ..Default::default() };
         let config = self.outline.config.to_string();
         let model = Model::from_tensors(Some(&config), self.tensors.clone(), &options)?;
-        Ok(model.session(|l| DenseCache::new(l.attention, DType::F32))?)
+        Ok(model.session(|spec| DenseCache::new(spec.clone(), DType::F32))?)
     }
 }
 
@@ -54,34 +54,35 @@ fn compare(c: &mut Criterion, name: &str, outline: Outline, theirs: candle::Make
     let weights = Weights::random(outline)?;
     let mut theirs = theirs(&weights.outline, weights.builder())?;
     let vocab = weights.outline.vocab as u32;
-    let prompt = tokens(PROMPT, vocab)?;
-    let one = tokens(1, vocab)?;
     let mut group = c.benchmark_group(name);
     group.sampling_mode(SamplingMode::Flat).sample_size(10);
     group.warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_secs(1));
 
+    let prompt = (Batch::single(0, PROMPT)?, ids(PROMPT, vocab));
+    let one = (Batch::single(0, 1)?, ids(1, vocab));
     for dtype in [DType::F32, DType::BF16] {
         let mut ours = weights.session(dtype)?;
         group.throughput(Throughput::Elements(PROMPT as u64));
         group.bench_function(format!("prefill, ours, {}", dtype.as_str()), |b| {
             b.iter(|| {
-                ours.reset();
-                black_box(ours.forward(&prompt, Logits::Last).unwrap())
+                ours.remove(0);
+                black_box(ours.forward(&prompt.0, &prompt.1, Logits::Last).unwrap())
             });
         });
         group.throughput(Throughput::Elements(1));
         group.bench_function(format!("decode, ours, {}", dtype.as_str()), |b| {
-            b.iter(|| black_box(ours.forward(&one, Logits::Last).unwrap()));
+            b.iter(|| black_box(ours.forward(&one.0, &one.1, Logits::Last).unwrap()));
         });
     }
 
     theirs.reset()?;
+    let one = tokens(1, vocab)?;
     group.throughput(Throughput::Elements(1));
     group.bench_function("decode, candle-transformers", |b| {
         b.iter(|| black_box(theirs.feed(&one).unwrap()));
     });
     let count = if theirs.whole_prompts() { PROMPT } else { FEW };
-    let prompt = prompt.narrow(1, 0, count)?;
+    let prompt = tokens(count, vocab)?;
     group.throughput(Throughput::Elements(count as u64));
     group.bench_function("prefill, candle-transformers", |b| {
         b.iter(|| {

@@ -1,8 +1,8 @@
-//! Decode attention over packed caches beside candle-nn's CPU `flash_attn`, beside the machine's read bandwidth and beside the crates
-//! `turboquant-rs` and `tq-kv`; and how fast tokens are packed.
+//! Decode attention over packed pools beside candle-nn's CPU `flash_attn`, beside the machine's read
+//! bandwidth and beside the crates `turboquant-rs` and `tq-kv`; and how fast tokens are packed.
 //!
-//! 32 query heads, 8 kv heads of 128 channels, 32,768 tokens, one new token, all cores. Throughput of packed caches counts all bytes that
-//! they hold: codes, scales and zeros, residual.
+//! 32 query heads, 8 kv heads of 128 channels, 32,768 tokens, one new token, all cores. Throughput of
+//! packed pools counts all bytes that hold tokens: codes, scales and zeros, residual, tables.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use criterion::{
     BenchmarkGroup, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
 };
 use half::f16;
-use kv_quant::{Axis, Bits, Format, Head, Packed, Quantizer, Queries, Scheme, attend};
+use kv_quant::{Axis, Bits, Format, Mask, Packed, Pool, PoolShape, Quantizer, Queries, Scheme};
 use rayon::prelude::*;
 use tq_kv::{CompressedKeys, CompressedValues4Bit, TurboQuantConfig};
 use turboquant::QuantizedKVCache;
@@ -44,21 +44,13 @@ fn group<'a>(c: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
     group
 }
 
-fn bytes(head: &Head) -> usize {
-    let b = head.bytes();
-    b.codes + b.scales + b.residual + b.live
-}
-
-fn packed(format: Format) -> Vec<Head> {
-    (0..KV_HEADS as u64)
-        .into_par_iter()
-        .map(|h| {
-            let mut head = Head::new(DIM, format).expect("a format");
-            let (k, v) = (numbers(2 * h, TOKENS * DIM), numbers(2 * h + 1, TOKENS * DIM));
-            head.append(&k, &v).expect("numbers");
-            head
-        })
-        .collect()
+/// A pool of one sequence.
+fn packed(format: Format) -> Pool {
+    let shape = PoolShape { kv_heads: KV_HEADS, head_dim: DIM, value_dim: DIM };
+    let mut pool = Pool::new(shape, format).expect("a pool");
+    let (k, v) = (numbers(1, TOKENS * KV_HEADS * DIM), numbers(2, TOKENS * KV_HEADS * DIM));
+    pool.append(&[0], &[0, TOKENS], &k, &v).expect("numbers");
+    pool
 }
 
 fn decode(c: &mut Criterion) {
@@ -73,12 +65,19 @@ fn decode(c: &mut Criterion) {
         ("flexgen-4", Format::flexgen(Bits::Four, Bits::Four, 64).expect("FlexGen")),
     ];
     for (name, format) in formats {
-        let heads = packed(format);
-        group.throughput(Throughput::Bytes(heads.iter().map(bytes).sum::<usize>() as u64));
+        let pool = packed(format);
+        let bytes = pool.footprint();
+        group.throughput(Throughput::Bytes((bytes.total() - bytes.slack) as u64));
+        let queries =
+            Queries { data: &q, heads: HEADS, scale: SCALE, soft_cap: None, window: None };
+        let (mut out, mut lse) = (vec![0f32; HEADS * DIM], vec![0f32; HEADS]);
         group.bench_function(name, |b| {
-            let queries =
-                Queries { data: &q, heads: HEADS, tokens: 1, scale: SCALE, soft_cap: None };
-            b.iter(|| black_box(attend(&heads, 1, &queries, |_, _| 0..TOKENS).expect("attention")));
+            b.iter(|| {
+                let done =
+                    pool.attend_into(&queries, &[0], &[0, 1], Mask::Full, &mut out, &mut lse);
+                done.expect("attention");
+                black_box(&out);
+            });
         });
     }
     let q = Tensor::from_vec(q, (1, 1, HEADS, DIM), &Device::Cpu).expect("q");
@@ -104,7 +103,7 @@ fn decode(c: &mut Criterion) {
     }
 }
 
-/// The sum of 512 MiB, read by all cores: what attention can't outrun.
+/// The sum of 512 MiB, read by all cores: an upper bound of the throughput of attention.
 fn bandwidth(c: &mut Criterion) {
     let data = vec![1u64; 64 << 20];
     let mut group = group(c, "read");
@@ -123,7 +122,7 @@ fn quantize(c: &mut Criterion) {
     let x: Vec<f16> = numbers(3, 4096 * DIM).into_iter().map(f16::from_f32).collect();
     group.throughput(Throughput::Bytes(size_of_val(&*x) as u64));
     for bits in [Bits::Two, Bits::Three, Bits::Four, Bits::Eight] {
-        // As `Head` packs them: keys have tokens in lanes, values channels.
+        // As a pool packs them: keys have tokens in lanes, values channels.
         for (name, along, lanes) in
             [("keys", Axis::Tokens, Axis::Tokens), ("values", Axis::Channels, Axis::Channels)]
         {
@@ -149,7 +148,8 @@ fn softmax(scores: &mut [f32]) {
     scores.iter_mut().for_each(|s| *s /= sum);
 }
 
-/// The same shape by the functions that these crates offer for it: one query head at a time, heads shared over the cores here.
+/// The same shape by the functions that these crates offer for it: one query head at a time, heads
+/// shared over the cores here.
 fn peers(c: &mut Criterion) {
     let mut group = group(c, "peers");
     let q = numbers(99, HEADS * DIM);

@@ -1,5 +1,5 @@
-//! One attention layer under each policy beside the dense cache: a decode step after 8,192 tokens of prompt at a quarter of it, the prefill,
-//! and the peak memory of a prefill up to 32,768 tokens.
+//! One attention layer under each policy beside the dense cache: a decode step after 8,192 tokens
+//! of prompt at a quarter of it, the prefill, and the peak memory of a prefill up to 32,768 tokens.
 //!
 //!     cargo bench -p longctx-benches --bench token_drop -- decode
 //!     cargo bench -p longctx-benches --bench token_drop -- prefill
@@ -9,60 +9,61 @@
 
 use std::hint::black_box;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};
 use criterion::{Criterion, SamplingMode, criterion_group};
-use half::f16;
 use longctx_core::{
-    AttentionShape, DenseCache, DenseStore, EvictionPolicy, KvCache, Result, Rope, RopeScaling,
-    Step,
+    AttentionShape, Batch, DenseStore, KvCache, LayerSpec, Rope, RopeScaling, Step,
 };
 use longctx_examples::memory;
-use token_drop::*;
+use longctx_examples::methods::{Method, duo_attention};
 
 const PROMPT: usize = 8192;
-const RATIO: f64 = 0.25;
 
-type Make = fn(AttentionShape) -> Result<Box<dyn KvCache>>;
-
-const METHODS: [(&str, Make); 18] = [
-    ("dense", |s| Ok(Box::new(DenseCache::new(s, DType::F16)?))),
-    ("random", |s| policy(s, Random::new(0))),
-    ("recent", |s| policy(s, Recent::default())),
-    ("k-norm", |s| policy(s, KNorm)),
-    ("key-diff", |s| policy(s, KeyDiff)),
-    ("lag-kv", |s| policy(s, LagKv::new(4, 128)?)),
-    ("expected-attention", |s| policy(s, ExpectedAttention::default())),
-    ("snap-kv", |s| policy(s, SnapKv::new(32)?)),
-    ("tova", |s| policy(s, Tova::default())),
-    ("h2o", |s| policy(s, H2o::default())),
-    ("ada-snap-kv", |s| policy(s, AdaKv::new(SnapKv::new(32)?))),
-    ("chunk-snap-kv", |s| policy(s, ChunkKv::new(SnapKv::new(32)?, 20)?)),
-    // The middle layer, which keeps as much as all do in the mean.
-    ("pyramid-snap-kv", |s| policy(s, PyramidKv::new(SnapKv::new(32)?, 1, 3, 20.0)?)),
-    ("finch", |s| policy(s, Finch::new(32)?)),
-    // One head of three keeps everything: a third rather than a quarter.
-    ("duo-attention", |s| {
-        let duo = DuoAttention::new(vec![false, true, true], 16, 64)?;
-        Ok(Box::new(PolicyCache::new(store(s)?, duo, Budget::Policy)?))
-    }),
-    ("streaming-llm", |s| Ok(Box::new(StreamingLlm::with_ratio(RATIO, store(s)?)?))),
-    ("quest", |s| Ok(Box::new(Quest::<f16>::new(PROMPT / 4, s)?))),
-    ("infllm", |s| Ok(Box::new(InfLlm::<f16>::with_ratio(RATIO, s)?))),
+const METHODS: [&str; 18] = [
+    "dense-f16",
+    "random-4x",
+    "recent-4x",
+    "k-norm-4x",
+    "key-diff-4x",
+    "lag-kv-4x",
+    "expected-attention-4x",
+    "snap-kv-4x",
+    "tova-4x",
+    "h2o-4x",
+    "ada-snap-kv-4x",
+    "chunk-snap-kv-4x",
+    "pyramid-snap-kv-4x",
+    "finch-4x",
+    DUO_ATTENTION,
+    "streaming-llm-4x",
+    "quest-2048",
+    "infllm-4x",
 ];
 
-fn store(shape: AttentionShape) -> Result<DenseStore> {
-    DenseStore::new(shape, DType::F16)
+/// One head of three keeps everything: a third rather than a quarter.
+const DUO_ATTENTION: &str = "duo-attention";
+
+/// The middle layer of three, which keeps under PyramidKV as much as all do in the mean.
+fn spec() -> LayerSpec {
+    let shape = AttentionShape::new(9, 3, 64).expect("a shape");
+    let rope = Rope::new(64, 64, 100_000.0, RopeScaling::None).expect("a rotary embedding");
+    LayerSpec::new(shape).with_rope(Arc::new(rope)).at(1, 3)
 }
 
-fn policy(shape: AttentionShape, p: impl EvictionPolicy + 'static) -> Result<Box<dyn KvCache>> {
-    Ok(Box::new(PolicyCache::new(store(shape)?, p, Budget::Ratio(RATIO))?))
+fn cache(name: &str) -> Box<dyn KvCache> {
+    if name == DUO_ATTENTION {
+        let store = DenseStore::new(spec().shape, DType::F16).expect("a store");
+        let streaming = vec![vec![false, true, true]; 3];
+        return Box::new(duo_attention(spec(), store, &streaming).expect("a cache"));
+    }
+    Method::named(name).expect("a method").cache(&spec()).expect("a cache")
 }
 
 struct Text {
-    shape: AttentionShape,
-    rope: Rope,
+    batch: Batch,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -70,30 +71,28 @@ struct Text {
 
 impl Text {
     fn random(tokens: usize) -> Self {
-        let shape = AttentionShape::new(9, 3, 64).expect("a shape");
-        let rope = Rope::new(64, 64, 100_000.0, RopeScaling::None).expect("a rotary embedding");
-        let x =
-            |heads| Tensor::randn(0f32, 1., (1, heads, tokens, 64), &Device::Cpu).expect("data");
-        Self { shape, rope, q: x(shape.heads), k: x(shape.kv_heads), v: x(shape.kv_heads) }
+        let batch = Batch::single(0, tokens).expect("a batch");
+        let x = |heads| Tensor::randn(0f32, 1., (tokens, heads, 64), &Device::Cpu).expect("data");
+        Self { batch, q: x(9), k: x(3), v: x(3) }
     }
 
     fn feed(&self, cache: &mut dyn KvCache) {
-        let Self { shape, rope, q, k, v } = self;
-        black_box(cache.attend(&Step { q, k, v, shape, rope }).expect("attention"));
+        let Self { batch, q, k, v } = self;
+        black_box(cache.attend(&Step { batch, q, k, v }).expect("attention"));
     }
 }
 
 fn decode(c: &mut Criterion) {
     let (prompt, token) = (Text::random(PROMPT), Text::random(1));
     let mut group = c.benchmark_group("decode");
-    // Short, so that caches which keep decoded tokens do not grow by much: a few hundred tokens at most.
+    // Short, so that caches which keep decoded tokens grow by a few hundred tokens at most.
     group.sampling_mode(SamplingMode::Flat).sample_size(20);
     group.warm_up_time(Duration::from_millis(20)).measurement_time(Duration::from_millis(200));
-    for (name, make) in METHODS {
+    for name in METHODS {
         let mut filled = None;
         group.bench_function(name, |b| {
             let cache = filled.get_or_insert_with(|| {
-                let mut cache = make(prompt.shape).expect("a cache");
+                let mut cache = cache(name);
                 prompt.feed(&mut *cache);
                 cache
             });
@@ -108,11 +107,11 @@ fn prefill(c: &mut Criterion) {
     let mut group = c.benchmark_group("prefill");
     group.sampling_mode(SamplingMode::Flat).sample_size(10);
     group.warm_up_time(Duration::from_millis(1)).measurement_time(Duration::from_secs(1));
-    for (name, make) in METHODS {
+    for name in METHODS {
         group.bench_function(name, |b| {
-            let mut cache = make(prompt.shape).expect("a cache");
+            let mut cache = cache(name);
             b.iter(|| {
-                cache.reset();
+                cache.remove(0);
                 prompt.feed(&mut *cache);
             });
         });
@@ -120,26 +119,25 @@ fn prefill(c: &mut Criterion) {
     group.finish();
 }
 
-/// Prints what the peak grows by during a prefill, the prompt's own tensors not counted; each in a process of its own, so that no memory
-/// is there from before.
+/// Prints the growth of peak memory during a prefill, the prompt's own tensors not counted; each in
+/// a process of its own, so that no memory is there from before.
 fn peak_memory() {
     println!("peak memory of a prefill, MB beside q, k and v themselves");
     let program = std::env::current_exe().expect("the path of this program");
-    for (name, _) in METHODS {
+    for name in METHODS {
         let grown = [8192, 16_384, 32_768].map(|tokens: usize| {
             let child = Command::new(&program).args(["grown", name, &tokens.to_string()]).output();
             String::from_utf8_lossy(&child.expect("a child process").stdout).trim().to_owned()
         });
-        println!("{name:20} {}", grown.map(|g| format!("{g:>9}")).join(" "));
+        println!("{name:24} {}", grown.map(|g| format!("{g:>9}")).join(" "));
     }
 }
 
 fn grown(name: &str, tokens: usize) {
     let prompt = Text::random(tokens);
-    let (_, make) = METHODS.into_iter().find(|(known, _)| *known == name).expect("a method");
     memory::restart_peak();
     let before = memory::peak();
-    let mut cache = make(prompt.shape).expect("a cache");
+    let mut cache = cache(name);
     prompt.feed(&mut *cache);
     match (before, memory::peak()) {
         (Some(before), Some(after)) => println!("{:.1}", (after - before) as f64 / 1e6),

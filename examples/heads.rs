@@ -1,32 +1,35 @@
-//! Which heads DuoAttention lets stream. Published scores are a gate per head, learnt by gradient descent; for a model without them,
-//! such as SmolLM2, attention is looked at on a few needles.
+//! Which heads DuoAttention lets stream. Published scores are a gate per head, learnt by gradient
+//! descent. For a model without them, such as SmolLM2, attention on a few needles is measured.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
 use base_models::Pretrained;
-use candle_core::{Device, Tensor};
-use longctx_core::{CausalLm, Footprint, KvCache, LayerShape, Logits, Step, Visible, attention};
+use candle_core::DType;
+use longctx_core::{Batch, CausalLm, DenseStore, LayerSpec, Logits};
 use longctx_eval::Haystack;
 use longctx_eval::needle::{Needle, Sample};
-use token_drop::DuoAttention;
+use token_drop::{
+    Budget, DuoAttention, EvictionPolicy, LayerView, Needs, ObservedQueries, PolicyCache,
+};
 
 /// First tokens that a streaming head keeps.
 pub const SINKS: usize = 16;
 /// Newest tokens that it keeps.
 pub const RECENT: usize = 64;
 
-/// For each layer and kv head, how much it looks at what a streaming head drops.
+/// For each layer and kv head, how much it attends to tokens that a streaming head drops.
 #[derive(Default)]
 pub struct Heads {
     scores: Vec<Vec<f32>>,
 }
 
 impl Heads {
-    /// Has the model write the keys of three prompts of 1,000 tokens (other text and other keys than the sweep's). A kv head's score: of the attention
-    /// that its query heads give while they write the key, the share outside sinks and window; the mean over tokens and prompts, of the query head
-    /// where it is largest.
+    /// Has the model write the keys of three prompts of 1,000 tokens (other text and other keys than
+    /// the sweep's). A kv head's score: of the attention that its query heads give while they write
+    /// the key, the share outside sinks and window; the mean over tokens and prompts, of the query
+    /// head where it is largest.
     pub fn measure(llm: &Pretrained) -> Result<Self> {
         let sums = Arc::new(Mutex::new(Vec::new()));
         for (seed, depth) in (1..).zip([0.25, 0.5, 0.75]) {
@@ -37,18 +40,23 @@ impl Heads {
             let asked = llm.tokenizer.encode(prompt.trim_end(), true)?.len();
             let written = llm.tokenizer.encode(&format!("{prompt}{answer}"), true)?;
             ensure!(written.len() > asked, "the key {answer} has no tokens of its own");
-            // The queries that write the key: from the prompt's last token to the one before the key's last.
+            // The queries that write the key: from the prompt's last token to the one before the
+            // key's last.
             let (queries, tokens) = (written.len() - asked, &written[..written.len() - 1]);
-            let mut session = llm.model.session(|layer: &LayerShape| {
-                Ok(Probe { layer: layer.layer, queries, seen: 0, sums: sums.clone() })
+            let mut session = llm.model.session(|spec: &LayerSpec| {
+                let store = DenseStore::new(spec.shape, DType::F32)?;
+                let probe = Probe { queries, sums: sums.clone() };
+                // Any budget below the text's length has the policy asked once, after the attention.
+                PolicyCache::new(spec.clone(), store, probe, Budget::Ratio(0.5))
             })?;
-            session.forward(&Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?, Logits::Last)?;
+            session.forward(&Batch::single(0, tokens.len())?, tokens, Logits::Last)?;
         }
         let scores = std::mem::take(&mut *sums.lock().expect("no thread has panicked"));
         Ok(Self { scores })
     }
 
-    /// Published scores, as DuoAttention's `full_attention_heads.tsv` has them: a line a layer, a number a kv head.
+    /// Published scores, as DuoAttention's `full_attention_heads.tsv` has them: a line per layer, a
+    /// number per kv head.
     pub fn read(path: &Path) -> Result<Self> {
         let mut lines = csv::ReaderBuilder::new()
             .delimiter(b'\t')
@@ -68,8 +76,8 @@ impl Heads {
         DuoAttention::split(&self.scores, share)
     }
 
-    /// The heads that stream, per layer, if a prompt of so many tokens is to be kept at `budget` per kv head in the mean; `None` if that is less than
-    /// streaming heads alone keep.
+    /// The heads that stream, per layer, if a prompt of so many tokens is to be kept at `budget` per
+    /// kv head in the mean; `None` if that is less than streaming heads alone keep.
     pub fn split(&self, budget: usize, tokens: usize) -> Result<Option<Vec<Vec<bool>>>> {
         let kept = SINKS + RECENT;
         if budget < kept {
@@ -80,50 +88,32 @@ impl Heads {
     }
 }
 
-/// Exact attention over one prompt, which notes what its newest queries look at.
+/// A policy that notes what the newest queries of a prompt attend to.
 struct Probe {
-    layer: usize,
     queries: usize,
-    seen: usize,
     /// Per layer and kv head.
     sums: Arc<Mutex<Vec<Vec<f32>>>>,
 }
 
-impl KvCache for Probe {
-    fn attend(&mut self, step: &Step<'_>) -> longctx_core::Result<Tensor> {
-        let (q, k) = (step.rope.apply(step.q, 0)?, step.rope.apply(step.k, 0)?);
-        let whole = attention::attend(&q, &k, step.v, step.shape, Visible::Causal)?;
-        self.seen = q.dim(2)?;
-        let newest = |x: &Tensor| x.narrow(2, self.seen - self.queries, self.queries);
-        let (q, lse) = (newest(&q)?, newest(&whole.lse)?);
-        let mass = attention::mass(&q, &k, &lse, step.shape, Visible::Causal)?;
-        // What even the first of these queries has outside its window.
-        let dropped = SINKS..self.seen - self.queries - RECENT;
-        let share =
-            |head: &Vec<f32>| head[dropped.clone()].iter().sum::<f32>() / self.queries as f32;
-        let largest = |group: &[Vec<f32>]| group.iter().map(share).fold(0.0, f32::max);
+impl EvictionPolicy for Probe {
+    fn needs(&self) -> Needs {
+        let newest = ObservedQueries::Newest { queries: self.queries, by_position: false };
+        Needs { attention: Some(newest), ..Needs::default() }
+    }
+
+    fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Vec<Vec<f32>>> {
+        let (layer, kv_heads) = (view.spec.index, view.spec.shape.kv_heads);
         let mut sums = self.sums.lock().expect("no thread has panicked");
-        let layers = sums.len().max(self.layer + 1);
-        sums.resize(layers, vec![0.0; step.shape.kv_heads]);
-        let groups = mass.chunks(step.shape.group());
-        sums[self.layer].iter_mut().zip(groups).for_each(|(sum, group)| *sum += largest(group));
-        whole.into_output(step.q.dtype())
-    }
-
-    fn seen(&self) -> usize {
-        self.seen
-    }
-
-    fn held(&self) -> usize {
-        0
-    }
-
-    fn footprint(&self) -> Footprint {
-        Footprint::default()
-    }
-
-    fn reset(&mut self) {
-        self.seen = 0;
+        let layers = sums.len().max(layer + 1);
+        sums.resize(layers, vec![0.0; kv_heads]);
+        // The tokens outside the window even of the first of these queries.
+        let dropped = SINKS..view.seen - self.queries - RECENT;
+        for (sum, head) in sums[layer].iter_mut().zip(&view.heads) {
+            let share =
+                |of: &Vec<f32>| of[dropped.clone()].iter().sum::<f32>() / self.queries as f32;
+            *sum += head.attention_sums.iter().map(share).fold(0.0, f32::max);
+        }
+        Ok(view.heads.iter().map(|head| vec![0.0; head.positions.len()]).collect())
     }
 }
 

@@ -1,10 +1,14 @@
-//! What several examples need: several caches behind one prompt, a model that fetches itself, an encoder by name, Selective-Context, scores of a model's heads, models of any family by name, models as subjects of an evaluation, the process's memory.
+//! What several examples share: methods by name, models by name, models as subjects of an
+//! evaluation, one prefill for several caches, a model's head scores, prompt compressors, output
+//! that a reader may leave.
 
 pub use longctx_eval::memory;
 pub mod encoder;
-pub mod fan;
 pub mod heads;
 pub mod llm;
+pub mod methods;
 pub mod model;
+pub mod output;
 pub mod selective_context;
+pub mod shared_prefill;
 pub mod subject;

@@ -1,18 +1,21 @@
 //! A model by name, transformer or recurrent.
 
+use crate::methods::Method;
 use anyhow::{Result, bail};
-use longctx_core::{CausalLm, KvCache, LayerShape};
+use base_models::Message;
+use longctx_core::{CausalLm, KvCache, LayerSpec};
 
 /// A model and its tokenizer.
 pub enum Llm {
-    /// Every layer remembers through a cache.
+    /// Every layer has a cache.
     Transformer(Box<base_models::Pretrained>),
-    /// Mamba, RWKV and their kin: attention layers, in those that have any, remember through caches, the others in a state.
+    /// Mamba, RWKV and their kin: attention layers, if any, have caches, the others states.
     Recurrent(Box<hybrid_models::Pretrained>),
 }
 
 impl Llm {
-    /// Opens a GGUF file, a folder in Hugging Face's layout, or a model of the Hub, of any family that the workspace knows.
+    /// Opens a GGUF file, a folder in Hugging Face's layout, or a model of the Hub, of any family
+    /// that the workspace knows.
     pub fn open(name: &str) -> Result<Self> {
         let as_transformer = match base_models::Pretrained::open(name, &Default::default()) {
             Ok(llm) => return Ok(Self::Transformer(Box::new(llm))),
@@ -29,15 +32,26 @@ impl Llm {
         }
     }
 
-    /// A session whose attention layers remember through caches that `make` builds.
+    /// A session whose attention layers have caches that `make` builds.
     pub fn session<C: KvCache + 'static>(
         &self,
-        make: impl Fn(&LayerShape) -> longctx_core::Result<C>,
-    ) -> Result<Box<dyn CausalLm>> {
+        make: impl Fn(&LayerSpec) -> longctx_core::Result<C>,
+    ) -> Result<Box<dyn CausalLm + Send>> {
         Ok(match self {
             Self::Transformer(llm) => Box::new(llm.model.session(make)?),
             Self::Recurrent(llm) => Box::new(llm.model.session(make)?),
         })
+    }
+
+    /// A session whose attention layers have a method's caches, with at most `capacity` bytes of
+    /// keys and values in all.
+    pub fn session_with(
+        &self,
+        method: &str,
+        capacity: Option<usize>,
+    ) -> Result<Box<dyn CausalLm + Send>> {
+        let method = Method::named(method)?;
+        self.session(|spec| method.cache_within(spec, capacity.map(|bytes| bytes / spec.count)))
     }
 
     /// Whether a cache of the caller's choice changes anything.
@@ -70,6 +84,21 @@ impl Llm {
             Self::Transformer(llm) => llm.tokenizer.encode(text, true)?,
             Self::Recurrent(llm) => llm.tokenizer.encode(text, true)?,
         })
+    }
+
+    /// The tokens of a conversation in the model's template, up to where the model answers.
+    ///
+    /// # Errors
+    /// If the model has no chat template, or the template refuses the conversation.
+    pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        match self {
+            Self::Transformer(llm) => match &llm.chat {
+                // The template writes the tokens that begin a text itself.
+                Some(chat) => Ok(llm.tokenizer.encode(&chat.render(messages, true)?, false)?),
+                None => bail!("the model has no chat template: ask it for completions"),
+            },
+            Self::Recurrent(_) => bail!("recurrent models have no chat template"),
+        }
     }
 
     /// The text of tokens.

@@ -8,11 +8,11 @@ use std::rc::Rc;
 use crate::encoder;
 use crate::heads::Heads;
 use base_models::{ChatTemplate, Decoder, LoadOptions, Message, Pretrained};
-use candle_core::{DType, Device, Tensor};
-use longctx_core::{CausalLm, DenseCache, KvCache, LayerShape, Logits};
+use candle_core::DType;
+use longctx_core::{Batch, CausalLm, DenseCache, KvCache, LayerSpec, Logits};
 use longctx_eval::{Fault, Reader, Setting, Template, Text};
 
-/// The transformer in use, so that settings on the same one share its weights, and what is known of its heads.
+/// The transformer in use, so that settings on the same one share its weights, and its head scores.
 #[derive(Default)]
 pub struct Models {
     open: RefCell<HashMap<String, Pretrained>>,
@@ -73,11 +73,11 @@ impl Models {
         Ok(llm)
     }
 
-    /// The setting's transformer, each of whose layers remembers through a cache that `make` builds.
+    /// The setting's transformer, each of whose layers has a cache that `make` builds.
     pub fn reader<C: KvCache + 'static>(
         &self,
         setting: &Setting,
-        make: impl Fn(&LayerShape) -> longctx_core::Result<C>,
+        make: impl Fn(&LayerSpec) -> longctx_core::Result<C>,
     ) -> Result<Reader, Fault> {
         let llm = self.get(&setting.model)?;
         let reader =
@@ -86,11 +86,11 @@ impl Models {
         Ok(reader.with_prefill_chunk(self.options.prefill_chunk).with_dense_bytes_per_token(dense))
     }
 
-    /// A recurrent or hybrid model; attention layers, in those that have any, remember in f16.
+    /// A recurrent or hybrid model. Its attention layers, if any, have dense caches in f16.
     pub fn recurrent(&self, setting: &Setting) -> Result<Reader, Fault> {
         let options = hybrid_models::LoadOptions::default();
         let llm = hybrid_models::Pretrained::open(&setting.model, &options)?;
-        let session = llm.model.session(|layer| DenseCache::new(layer.attention, DType::F16))?;
+        let session = llm.model.session(|spec| DenseCache::new(spec.clone(), DType::F16))?;
         let chat = match &setting.template {
             Template::Jinja(template) => Some(ChatTemplate::new(template, "", "")?),
             Template::Own | Template::Plain => None,
@@ -103,13 +103,13 @@ impl Models {
 
 /// A session in f16, the reference for bytes.
 pub fn dense(llm: &Pretrained) -> longctx_core::Result<Decoder> {
-    llm.model.session(|layer| DenseCache::new(layer.attention, DType::F16))
+    llm.model.session(|spec| DenseCache::new(spec.clone(), DType::F16))
 }
 
 /// Counted, on a few tokens: a dense cache grows by the same bytes with each.
 fn dense_bytes_per_token(session: &mut Decoder) -> longctx_core::Result<f64> {
     const TOKENS: usize = 8;
-    session.forward(&Tensor::zeros((1, TOKENS), DType::U32, &Device::Cpu)?, Logits::Last)?;
+    session.forward(&Batch::single(0, TOKENS)?, &[0; TOKENS], Logits::Last)?;
     let held = session.footprint();
     Ok((held.total() - held.slack) as f64 / TOKENS as f64)
 }

@@ -1,12 +1,13 @@
-//! Prefill and decode of recurrent models on a GPU, random weights in f16, beside candle-transformers' on the same weights where it has the model.
+//! Prefill and decode of recurrent models on a GPU, random weights in f16, beside
+//! candle-transformers' on the same weights where it has the model.
 //!
 //!     cargo bench -p longctx-benches --features cuda --bench cuda_hybrid
 //!     cargo bench -p longctx-benches --features cuda --bench cuda_hybrid -- rwkv gemma
 //!
 //! The second takes only models whose names contain one of the words.
 //!
-//! candle's Mamba and RWKV-5 take one token at a time: what a token costs them does not depend on how many came before, so that a few
-//! tell their speed, also with a prompt.
+//! candle's Mamba and RWKV-5 take one token at a time. A token's cost does not depend on how many
+//! came before, so that a few tell their speed, also with a prompt.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -14,11 +15,11 @@ use std::time::Instant;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use hybrid_models::{LoadOptions, Model};
+use hybrid_models::{LoadOptions, Model, Session};
 use longctx_benches::candle::{self, Theirs};
 use longctx_benches::recurrent::{self, Outline};
-use longctx_benches::tokens;
-use longctx_core::{CausalLm, DenseCache, Logits};
+use longctx_benches::{ids, tokens};
+use longctx_core::{Batch, CausalLm, DenseCache, Logits};
 
 const PROMPT: usize = 8192;
 const STEPS: usize = 64;
@@ -89,16 +90,21 @@ fn ours(
 ) -> Result<(f64, f64)> {
     let options = LoadOptions { device: device.clone(), dtype: DTYPE };
     let model = Model::from_tensors(Some(&outline.config.to_string()), weights, &options)?;
-    let mut session = model.session(|layer| DenseCache::new(layer.attention, DTYPE))?;
-    let prompt = tokens(PROMPT, outline.vocab as u32)?;
+    let mut session = model.session(|spec| DenseCache::new(spec.clone(), DTYPE))?;
+    let prompt = ids(PROMPT, outline.vocab as u32);
     let mut best = f64::INFINITY;
     for _ in 0..3 {
-        session.reset();
-        best = best.min(seconds(|| session.forward(&prompt, Logits::Last).map_err(Into::into))?);
+        session.remove(0);
+        best = best.min(feed(&mut session, &prompt)?);
     }
-    let one = tokens(1, outline.vocab as u32)?;
-    let decode = median(|| seconds(|| Ok(session.forward(&one, Logits::Last)?)))?;
+    let decode = median(|| feed(&mut session, &prompt[..1]))?;
     Ok((PROMPT as f64 / best, 1.0 / decode))
+}
+
+/// The seconds that tokens take.
+fn feed(session: &mut Session, ids: &[u32]) -> Result<f64> {
+    let batch = Batch::single(0, ids.len())?;
+    seconds(|| Ok(session.forward(&batch, ids, Logits::Last)?))
 }
 
 fn median(mut time: impl FnMut() -> Result<f64>) -> Result<f64> {

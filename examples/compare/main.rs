@@ -1,12 +1,13 @@
-//! The needle test, once per method: what each way to remember finds, holds and costs.
+//! The needle test, once per method: what each finds, holds and costs.
 //!
 //! A model without attention layers has no cache to choose: it is run once, with its state.
 //!
 //!     cargo run --release --example compare
 //!     cargo run --release --example compare -- --model state-spaces/mamba-130m-hf
 //!     cargo run --release --example compare -- --words 512,4096 --methods dense-f16,h2o-4x --haystack FOLDER
+//!
+//! Methods are those of `examples/methods.rs`; an unknown name lists them.
 
-mod method;
 mod report;
 
 use std::ops::ControlFlow;
@@ -15,15 +16,35 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::Parser;
-use clap::builder::PossibleValuesParser;
 use indicatif::{ProgressBar, ProgressStyle};
-use longctx_core::{GenerateOptions, generate};
+use longctx_core::{GenerateOptions, SeqId, generate};
 use longctx_eval::Haystack;
 use longctx_eval::needle::{Needle, Sample, score, spaced};
 use longctx_examples::llm::Llm;
-use longctx_examples::{memory, model};
-use method::{METHODS, Method, REFERENCE, STATE};
+use longctx_examples::methods::Method;
+use longctx_examples::output::{check_writable, number};
+use longctx_examples::{memory, model, say};
 use report::Row;
+
+/// Compression ratios are against this method's bytes.
+const REFERENCE: &str = "dense-f16";
+/// A few minutes on two cores. InfLLM reads a quarter; what it does not read is still held, and
+/// counted.
+const METHODS: [&str; 9] = [
+    "dense-f32",
+    REFERENCE,
+    "kivi-4",
+    "kivi-2",
+    "streaming-llm-4x",
+    "streaming-llm-4x-kivi-4",
+    "h2o-4x",
+    "snap-kv-4x",
+    "infllm-4x",
+];
+/// The sequence that every prompt runs in.
+const SEQ: SeqId = 0;
+/// The most tokens or words of anything: more than any model reads.
+const MOST: usize = 10_000_000;
 
 #[derive(Parser)]
 #[command(about = "Compares KV caches on the needle (passkey) test")]
@@ -36,23 +57,23 @@ struct Args {
     #[arg(long)]
     haystack: Option<PathBuf>,
     /// Lengths of the text, in words
-    #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048])]
+    #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048], value_parser = number::<0, MOST>)]
     words: Vec<usize>,
     /// How many depths to hide the key at, evenly from the start to the end
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 3, value_parser = number::<1, 1000>)]
     depths: usize,
     /// Digits of the key
-    #[arg(long, default_value_t = 7)]
+    #[arg(long, default_value_t = 7, value_parser = number::<1, 1000>)]
     digits: usize,
     /// Tokens to generate for an answer
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = number::<1, MOST>)]
     max_tokens: usize,
     /// Tokens of the prompt to feed at a time; by default the whole prompt, which is exact under every method but InfLLM
-    #[arg(long)]
+    #[arg(long, value_parser = number::<1, MOST>)]
     prefill_chunk: Option<usize>,
-    /// Methods to run; by default all
-    #[arg(long, value_delimiter = ',', default_values = METHODS.map(|method| method.name), value_parser = names())]
-    methods: Vec<String>,
+    /// Methods to run, by name
+    #[arg(long, value_delimiter = ',', default_values = METHODS, value_parser = Method::named)]
+    methods: Vec<Method>,
     /// Where to save the table
     #[arg(long, default_value = "results")]
     out: PathBuf,
@@ -60,16 +81,17 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    ensure!(args.depths > 0 && !args.words.is_empty(), "at least one depth and one length");
+    ensure!(!args.words.is_empty(), "at least one length");
+    check_writable(&args.out)?;
     let name = match &args.model {
         Some(name) => name.clone(),
         None => model::smollm2()?.display().to_string(),
     };
     let llm = Llm::open(&name)?;
-    let wanted = |method: &&Method| args.methods.iter().any(|name| name == method.name);
-    let methods: Vec<_> = match llm.has_attention() {
-        true => METHODS.iter().filter(wanted).collect(),
-        false => vec![&STATE],
+    // Without attention layers, no cache is ever made.
+    let methods = match llm.has_attention() {
+        true => args.methods.iter().map(|method| (method.name(), method)).collect(),
+        false => vec![("state", &args.methods[0])],
     };
     let prompts = prompts(&args, &llm)?;
     let longest = prompts.iter().map(|(tokens, _)| tokens.len()).max().unwrap_or(0);
@@ -79,13 +101,13 @@ fn main() -> Result<()> {
             "a prompt of {longest} tokens does not fit the model's context of {limit}: ask for fewer --words"
         );
     }
-    println!("{name}: {} prompts, the longest of {longest} tokens.", prompts.len());
+    say!("{name}: {} prompts, the longest of {longest} tokens.", prompts.len());
     let bar = ProgressBar::new((methods.len() * prompts.len()) as u64);
     bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} (left: {eta})")?);
     let mut rows = Vec::new();
-    for method in methods {
-        bar.set_message(method.name);
-        rows.push(run(method, &llm, &prompts, &args, &bar)?);
+    for (name, method) in methods {
+        bar.set_message(name.to_owned());
+        rows.push(run(name, method, &llm, &prompts, &args, &bar)?);
     }
     bar.finish_and_clear();
     let reference = rows.iter().find(|row| row.method == REFERENCE).map(|row| row.kv_bytes);
@@ -94,10 +116,6 @@ fn main() -> Result<()> {
     }
     report::print(&rows);
     report::save(&rows, &args.out)
-}
-
-fn names() -> PossibleValuesParser {
-    PossibleValuesParser::new(METHODS.iter().map(|method| method.name))
 }
 
 /// The tokens of each prompt, and its key.
@@ -111,7 +129,8 @@ fn prompts(args: &Args, llm: &Llm) -> Result<Vec<(Vec<u32>, String)>> {
         for (seed, depth) in (0..).zip(spaced(0.0, 1.0, args.depths)) {
             let needle = Needle { depth, digits: args.digits, seed };
             let Sample { prompt, answer } = needle.in_words(&haystack, words)?;
-            // The prompt ends where the key begins. Its last space would be a token of its own, which the model has seldom seen there.
+            // The prompt ends where the key begins. Its last space would be a token of its own,
+            // which the model has seldom seen there.
             prompts.push((llm.encode(prompt.trim_end())?, answer));
         }
     }
@@ -119,6 +138,7 @@ fn prompts(args: &Args, llm: &Llm) -> Result<Vec<(Vec<u32>, String)>> {
 }
 
 fn run(
+    name: &str,
     method: &Method,
     llm: &Llm,
     prompts: &[(Vec<u32>, String)],
@@ -126,7 +146,7 @@ fn run(
     bar: &ProgressBar,
 ) -> Result<Row> {
     memory::restart_peak();
-    let mut session = llm.session(method.cache)?;
+    let mut session = llm.session(|spec| method.cache(spec))?;
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
         stop: llm.eos().to_vec(),
@@ -136,8 +156,9 @@ fn run(
     let (mut exact, mut partial, mut longest, mut kv_bytes) = (0.0, 0.0, 0, 0);
     let (mut prefill, mut decode) = ((0, Duration::ZERO), (0, Duration::ZERO));
     for (tokens, answer) in prompts {
-        session.reset();
-        let done = generate(session.as_mut(), tokens, &options, |_| ControlFlow::Continue(()))?;
+        session.remove(SEQ);
+        let done =
+            generate(session.as_mut(), SEQ, tokens, &options, |_| ControlFlow::Continue(()))?;
         let score = score(&llm.decode(&done.tokens)?, answer);
         exact += score.exact;
         partial += score.partial;
@@ -151,7 +172,7 @@ fn run(
     }
     let per_second = |(count, time): (usize, Duration)| count as f64 / time.as_secs_f64();
     Ok(Row {
-        method: method.name.into(),
+        method: name.into(),
         tried: prompts.len(),
         exact,
         partial: partial / prompts.len() as f64,

@@ -89,5 +89,5 @@ fn main() -> Result<()> {
 }
 
 fn session(llm: &Pretrained) -> Result<Decoder> {
-    Ok(llm.model.session(|layer| DenseCache::new(layer.attention, DType::F32))?)
+    Ok(llm.model.session(|spec| DenseCache::new(spec.clone(), DType::F32))?)
 }

@@ -2,12 +2,15 @@
 
 use anyhow::Result;
 use base_models::{Decoder, Pretrained};
-use candle_core::{D, Device, Tensor};
+use candle_core::D;
 use candle_nn::ops::log_softmax;
-use longctx_core::{CausalLm, Logits};
+use longctx_core::{Batch, CausalLm, Logits, SeqId};
 use prompt_compress::cl100k_tokens;
 
 use crate::sample::Sample;
+
+/// The sequence that every passage runs in.
+const SEQ: SeqId = 0;
 
 /// What [`Outcome::row`] gives.
 pub const COLUMNS: [&str; 5] = [
@@ -100,15 +103,11 @@ fn cost(
     let prompt = llm.tokenizer.encode(&prompt, true)?;
     let answer = llm.tokenizer.encode(&format!(" {}", sample.answer), false)?;
     let all = [prompt.as_slice(), &answer].concat();
-    session.reset();
-    let first = prompt.len() - 1;
-    session.forward(&row(&all[..first])?, Logits::Last)?;
-    let logits = session.forward(&row(&all[first..all.len() - 1])?, Logits::All)?;
-    let log = log_softmax(&logits.squeeze(0)?, D::Minus1)?.to_vec2::<f32>()?;
+    session.remove(SEQ);
+    let (read, asked) = all[..all.len() - 1].split_at(prompt.len() - 1);
+    session.forward(&Batch::single(SEQ, read.len())?, read, Logits::Last)?;
+    let logits = session.forward(&Batch::single(SEQ, asked.len())?, asked, Logits::All)?;
+    let log = log_softmax(&logits, D::Minus1)?.to_vec2::<f32>()?;
     let nats = log.iter().zip(&answer).map(|(log, &id)| -f64::from(log[id as usize])).sum();
     Ok((nats, answer.len()))
-}
-
-fn row(ids: &[u32]) -> Result<Tensor> {
-    Ok(Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?)
 }

@@ -1,6 +1,7 @@
-//! The needle test with a real model against kvpress 0.5.5 on the same model: what a quarter of the cache keeps, and what is written
-//! (fixtures/make_kvpress_needle.py). kvpress computes with the weights dequantized to f32; here the activations are quantized too, as the
-//! model's file has it, so that scores which are nearly equal may change places.
+//! The needle test with a real model against kvpress 0.5.5 on the same model: what a quarter of the
+//! cache keeps, and what is written (fixtures/make_kvpress_needle.py). kvpress computes with the
+//! weights dequantized to f32; here the activations are quantized too, as the model's file has it,
+//! so that scores which are nearly equal may change places.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -10,80 +11,109 @@ use std::sync::{Arc, Mutex};
 use base_models::{LoadOptions, Pretrained};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{
-    CausalLm, DenseCache, DenseStore, EvictionPolicy, Footprint, KvCache, LayerShape, Logits,
-    Partial, Result, Step,
+    Batch, CausalLm, DenseCache, DenseStore, Footprint, KvCache, LayerSpec, Logits, Result, SeqId,
+    Step,
 };
-use longctx_examples::fan::Fan;
-use token_drop::*;
+use longctx_examples::methods::{Evicting, Eviction};
+use longctx_examples::shared_prefill::SharedPrefill;
+use token_drop::Budget;
 
-const POLICIES: [&str; 7] =
-    ["snap-kv", "expected-attention", "tova", "k-norm", "key-diff", "lag-kv", "h2o"];
+const POLICIES: [Eviction; 7] = [
+    Eviction::SnapKv,
+    Eviction::ExpectedAttention,
+    Eviction::Tova,
+    Eviction::KNorm,
+    Eviction::KeyDiff,
+    Eviction::LagKv,
+    Eviction::H2o,
+];
 
-fn policy(name: &str) -> Result<Box<dyn EvictionPolicy>> {
-    Ok(match name {
-        "snap-kv" => Box::new(SnapKv::new(32)?),
-        "expected-attention" => Box::new(ExpectedAttention::default()),
-        "tova" => Box::new(Tova::default()),
-        "k-norm" => Box::new(KNorm),
-        "key-diff" => Box::new(KeyDiff),
-        "lag-kv" => Box::new(LagKv::new(4, 64)?),
-        _ => Box::new(H2o::default()),
-    })
-}
+/// The sequence that a prompt runs in.
+const SEQ: SeqId = 0;
 
 /// The positions that each kv head keeps, by layer and policy.
 type Kept = Arc<Mutex<HashMap<(usize, &'static str), Vec<Vec<u32>>>>>;
 
-/// A cache that tells what it kept of the prompt.
+/// A cache that notes what it kept of the prompt.
 struct Noted {
-    cache: PolicyCache<DenseStore, Box<dyn EvictionPolicy>>,
-    of: (usize, &'static str),
+    cache: Evicting<DenseStore>,
+    policy: &'static str,
     kept: Kept,
 }
 
 impl KvCache for Noted {
+    fn spec(&self) -> &LayerSpec {
+        self.cache.spec()
+    }
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         self.cache.attend(step)
     }
-    fn take_prompt(&mut self, step: &Step<'_>, whole: &Partial) -> Result<()> {
-        self.cache.take_prompt(step, whole)?;
-        self.kept.lock().unwrap().insert(self.of, self.cache.positions().to_vec());
+    fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
+        self.cache.append_prompt(step, lse)?;
+        let of = (self.spec().index, self.policy);
+        self.kept.lock().unwrap().insert(of, self.cache.positions(SEQ).to_vec());
         Ok(())
     }
-    fn seen(&self) -> usize {
-        self.cache.seen()
+    fn needs_lse(&self) -> bool {
+        self.cache.needs_lse()
     }
-    fn held(&self) -> usize {
-        self.cache.held()
+    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        self.cache.fork(from, to)
+    }
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        self.cache.check_truncate(seq, len)
+    }
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.cache.truncate(seq, len)
+    }
+    fn remove(&mut self, seq: SeqId) -> bool {
+        self.cache.remove(seq)
+    }
+    fn seqs(&self) -> Vec<SeqId> {
+        self.cache.seqs()
+    }
+    fn seen(&self, seq: SeqId) -> usize {
+        self.cache.seen(seq)
+    }
+    fn held(&self, seq: SeqId) -> usize {
+        self.cache.held(seq)
+    }
+    fn can_take(&self, batch: &Batch) -> bool {
+        self.cache.can_take(batch)
     }
     fn footprint(&self) -> Footprint {
         self.cache.footprint()
     }
-    fn reset(&mut self) {
-        self.cache.reset();
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        self.cache.seq_footprint(seq)
+    }
+    fn clear(&mut self) {
+        self.cache.clear();
     }
 }
 
-/// The dense cache and one for each policy, none of which evicts while decoding, as kvpress does not.
-fn caches(layer: &LayerShape, kept: &Kept) -> Result<Vec<Box<dyn KvCache>>> {
+/// The dense cache and one for each policy, none of which evicts while decoding, as kvpress does
+/// not.
+fn caches(spec: &LayerSpec, kept: &Kept) -> Result<Vec<Box<dyn KvCache>>> {
     let mut caches: Vec<Box<dyn KvCache>> =
-        vec![Box::new(DenseCache::new(layer.attention, DType::F32)?)];
-    for name in POLICIES {
-        let store = DenseStore::new(layer.attention, DType::F32)?;
-        let cache = PolicyCache::new(store, policy(name)?, Budget::Ratio(0.25))?;
+        vec![Box::new(DenseCache::new(spec.clone(), DType::F32)?)];
+    for policy in POLICIES {
+        let store = DenseStore::new(spec.shape, DType::F32)?;
+        let cache = policy.cache(spec.clone(), store, Budget::Ratio(0.25))?;
         let cache = cache.with_decode_step(None)?;
-        caches.push(Box::new(Noted { cache, of: (layer.layer, name), kept: kept.clone() }));
+        caches.push(Box::new(Noted { cache, policy: policy.name(), kept: kept.clone() }));
     }
     Ok(caches)
 }
 
-fn feed(session: &mut impl CausalLm, tokens: &[u32]) -> u32 {
-    let tokens = Tensor::new(tokens, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-    let logits = session.forward(&tokens, Logits::Last).unwrap();
+fn feed(session: &mut impl CausalLm, ids: &[u32]) -> u32 {
+    let batch = Batch::single(SEQ, ids.len()).unwrap();
+    let logits = session.forward(&batch, ids, Logits::Last).unwrap();
     logits.flatten_all().unwrap().argmax(0).unwrap().to_scalar().unwrap()
 }
 
-/// The share of what kvpress keeps from layer `first` on that is kept here too; `bits`: a bit per layer, kv head and position, the highest bit first.
+/// The share of what kvpress keeps from layer `first` on that is kept here too; `bits`: a bit per
+/// layer, kv head and position, the highest bit first.
 fn agreement(kept: &Kept, name: &'static str, first: usize, bits: &Tensor) -> f64 {
     let bits = bits.to_vec3::<u8>().unwrap();
     let kept = kept.lock().unwrap();
@@ -123,10 +153,12 @@ fn a_real_model_keeps_and_answers_what_it_does_under_kvpress() {
     for prompt in 0..prompts {
         let tokens = fixture[&format!("prompt.{prompt}")].to_vec1::<u32>().unwrap();
         let (kept, active) = (Kept::default(), Arc::new(AtomicUsize::new(0)));
-        let make = |layer: &LayerShape| Ok(Fan::new(caches(layer, &kept)?, active.clone()));
+        let make = |spec: &LayerSpec| {
+            Ok(SharedPrefill::new(spec.clone(), caches(spec, &kept)?, active.clone()))
+        };
         let mut session = llm.model.session(make).unwrap();
         let first = feed(&mut session, &tokens);
-        for (i, name) in ["dense"].into_iter().chain(POLICIES).enumerate() {
+        for (i, name) in ["dense"].into_iter().chain(POLICIES.map(Eviction::name)).enumerate() {
             active.store(i, Ordering::Relaxed);
             let expected = fixture[&format!("{name}.{prompt}.written")].to_vec1::<u32>().unwrap();
             let mut written = vec![first];
@@ -139,7 +171,8 @@ fn a_real_model_keeps_and_answers_what_it_does_under_kvpress() {
             if name == "dense" {
                 continue;
             }
-            // In the first layer, keys of equal tokens have equal norms wherever they stand: which of them stay is chance.
+            // In the first layer, keys of equal tokens have equal norms wherever they stand: which
+            // of them stay is chance.
             let first = usize::from(name == "k-norm");
             let bits = &fixture[&format!("{name}.{prompt}.kept")];
             let (all, share) =

@@ -1,75 +1,137 @@
 //! Eviction over packed stores: the policies of token-drop on the stores of kv-quant.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
+use half::f16;
 use kv_quant::{Bits, Format, QuantStore};
 use longctx_core::{
-    AttentionShape, DenseStore, EvictionPolicy, KvCache, KvStore, Rope, RopeScaling, Step,
+    AttentionShape, Batch, DenseStore, KvCache, KvStore, LayerSpec, Rope, RopeScaling, SeqId, Step,
 };
-use token_drop::*;
+use longctx_examples::methods::{Evicting, Eviction};
+use token_drop::{Budget, HeadBudgets, PolicyCache, SnapKv};
 
 const TOKENS: usize = 400;
+/// Two sequences of unequal length.
+const SEQS: [(SeqId, usize); 2] = [(3, TOKENS), (8, 230)];
+const RESIDUAL: usize = 32;
 
-fn shape() -> AttentionShape {
-    AttentionShape::new(4, 2, 64).unwrap()
+const POLICIES: [Eviction; 8] = [
+    Eviction::KNorm,
+    Eviction::Recent,
+    Eviction::H2o,
+    Eviction::Tova,
+    Eviction::SnapKv,
+    Eviction::AdaSnapKv,
+    Eviction::ChunkSnapKv,
+    Eviction::RerotatedSnapKv,
+];
+
+fn spec() -> LayerSpec {
+    let rope = Arc::new(Rope::new(64, 64, 10_000.0, RopeScaling::None).unwrap());
+    LayerSpec::new(AttentionShape::new(4, 2, 64).unwrap()).with_rope(rope)
 }
 
-fn packed(bits: Bits) -> QuantStore {
-    QuantStore::new(shape(), Format::kivi(bits, bits, 32, 32).unwrap()).unwrap()
+fn packed(policy: Eviction, bits: Bits, budget: Budget) -> Evicting<QuantStore> {
+    let format = Format::kivi(bits, bits, 32, RESIDUAL).unwrap();
+    policy.cache(spec(), QuantStore::new(spec().shape, format).unwrap(), budget).unwrap()
 }
 
-fn policies() -> Vec<Box<dyn EvictionPolicy>> {
-    vec![
-        Box::new(KNorm),
-        Box::new(Recent::with_sinks(4)),
-        Box::new(H2o::default()),
-        Box::new(Tova::default()),
-        Box::new(SnapKv::new(16).unwrap()),
-        Box::new(AdaKv::new(SnapKv::new(16).unwrap())),
-        Box::new(Rerotated::new(KeyDiff)),
-    ]
+/// A call's queries, keys and values.
+struct Call {
+    batch: Batch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
 }
 
-fn x(heads: usize, tokens: usize) -> Tensor {
-    Tensor::randn(0f32, 1., (1, heads, tokens, 64), &Device::Cpu).unwrap()
+impl Call {
+    fn random(seqs: &[(SeqId, usize)]) -> Self {
+        let batch = Batch::new(seqs).unwrap();
+        let x = |heads| Tensor::randn(0f32, 1., (batch.tokens(), heads, 64), &Device::Cpu).unwrap();
+        let (q, k, v) = (x(4), x(2), x(2));
+        Self { batch, q, k, v }
+    }
+
+    fn feed(&self, cache: &mut impl KvCache) -> Tensor {
+        let Self { batch, q, k, v } = self;
+        cache.attend(&Step { batch, q, k, v }).unwrap()
+    }
 }
 
-fn feed(cache: &mut impl KvCache, (q, k, v): &(Tensor, Tensor, Tensor)) -> Tensor {
-    let rope = Rope::new(64, 64, 10_000.0, RopeScaling::None).unwrap();
-    cache.attend(&Step { q, k, v, shape: &shape(), rope: &rope }).unwrap()
-}
-
-/// The prompt attends exactly and scores come from its own keys and queries, so that a packed store is left with the same tokens as a
-/// dense one; decoded tokens then see nearly the same.
+/// The prompt attends exactly and scores come from its own keys and queries, so that a packed store
+/// is left with the same tokens as a dense one; decoded tokens then see nearly the same.
 #[test]
 fn packed_stores_keep_the_same_tokens_of_a_prompt() {
-    let prompt = (x(4, TOKENS), x(2, TOKENS), x(2, TOKENS));
-    let token = (x(4, 1), x(2, 1), x(2, 1));
-    for (i, (a, b)) in policies().into_iter().zip(policies()).enumerate() {
-        let mut small = PolicyCache::new(packed(Bits::Four), a, Budget::Ratio(0.5)).unwrap();
-        let dense = DenseStore::new(shape(), DType::F32).unwrap();
-        let mut large = PolicyCache::new(dense, b, Budget::Ratio(0.5)).unwrap();
-        feed(&mut small, &prompt);
-        feed(&mut large, &prompt);
-        assert_eq!(small.positions(), large.positions(), "policy {i}");
-        assert!(small.footprint().total() * 3 < large.footprint().total(), "policy {i}");
-        let (a, b) = (feed(&mut small, &token), feed(&mut large, &token));
+    let (prompt, token) = (Call::random(&SEQS), Call::random(&[(8, 1), (3, 1)]));
+    for policy in POLICIES {
+        let name = policy.name();
+        let mut small = packed(policy, Bits::Four, Budget::Ratio(0.5));
+        let dense = DenseStore::new(spec().shape, DType::F32).unwrap();
+        let mut large = policy.cache(spec(), dense, Budget::Ratio(0.5)).unwrap();
+        prompt.feed(&mut small);
+        prompt.feed(&mut large);
+        for (seq, _) in SEQS {
+            assert_eq!(small.positions(seq), large.positions(seq), "{name}, sequence {seq}");
+        }
+        let (bytes, dense) = (small.footprint(), large.footprint());
+        assert!((bytes.total() - bytes.slack) * 3 < dense.total() - dense.slack, "{name}");
+        let (a, b) = (token.feed(&mut small), token.feed(&mut large));
         let error = (a - b).unwrap().abs().unwrap().max_all().unwrap();
         let error = error.to_scalar::<f32>().unwrap();
-        assert!(error > 0.0 && error < 0.1, "policy {i}: off by {error}");
+        assert!(error > 0.0 && error < 0.1, "{name}: off by {error}");
     }
 }
 
 #[test]
 fn budgets_hold_over_packed_stores_while_decoding() {
-    for policy in policies() {
-        let mut cache = PolicyCache::new(packed(Bits::Two), policy, Budget::Tokens(100)).unwrap();
+    for policy in POLICIES {
+        let mut cache = packed(policy, Bits::Two, Budget::Tokens(100));
         cache = cache.with_decode_step(Some(10)).unwrap();
-        feed(&mut cache, &(x(4, TOKENS), x(2, TOKENS), x(2, TOKENS)));
+        Call::random(&SEQS).feed(&mut cache);
         for _ in 0..40 {
-            feed(&mut cache, &(x(4, 1), x(2, 1), x(2, 1)));
-            let held: usize = cache.store().lens().iter().sum();
-            assert!(held <= 2 * 100);
-            assert_eq!(held, cache.positions().iter().map(Vec::len).sum::<usize>());
+            Call::random(&[(3, 1), (8, 1)]).feed(&mut cache);
+            for (seq, _) in SEQS {
+                let held: usize = cache.store().lens(seq).iter().sum();
+                assert!(held <= 2 * 100, "{}", policy.name());
+                assert_eq!(held, cache.positions(seq).iter().map(Vec::len).sum::<usize>());
+            }
+        }
+    }
+}
+
+/// Heads with budgets of their own hold different numbers of entries. Each head's newest entries
+/// stay in full precision, whatever the others hold: a head with few entries is not padded to the
+/// length of the longest.
+#[test]
+fn heads_of_unequal_length_keep_their_newest_values_in_full_precision() {
+    const WINDOW: usize = 16;
+    let prompt = Call::random(&SEQS);
+    // The second head's keys are all alike: the first head, whose scores are spread, gets more.
+    let even = prompt.k.narrow(1, 1, 1).unwrap().zeros_like().unwrap();
+    let k = Tensor::cat(&[&prompt.k.narrow(1, 0, 1).unwrap(), &even], 1).unwrap();
+    let prompt = Call { k, ..prompt };
+    let format = Format::kivi(Bits::Two, Bits::Two, 32, RESIDUAL).unwrap();
+    let store = QuantStore::new(spec().shape, format).unwrap();
+    let policy = SnapKv::new(WINDOW).unwrap();
+    let mut cache = PolicyCache::snap_kv(spec(), store, policy, Budget::Tokens(120))
+        .unwrap()
+        .with_head_budgets(HeadBudgets::Adaptive { safeguard: 0.2 })
+        .unwrap();
+    prompt.feed(&mut cache);
+    for (seq, tokens) in prompt.batch.iter() {
+        let lens = cache.store().lens(seq);
+        assert!(lens[0] != lens[1], "the heads of sequence {seq} hold {lens:?} entries");
+        for head in 0..2 {
+            let held = cache.store().read(seq, head).unwrap().1;
+            let held = held.narrow(0, lens[head] - WINDOW, WINDOW).unwrap();
+            let came = prompt.v.narrow(1, head, 1).unwrap().squeeze(1).unwrap();
+            let came = came.narrow(0, tokens.end - WINDOW, WINDOW).unwrap();
+            let rounded = |x: &f32| f16::from_f32(*x).to_f32();
+            let came = came.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let came: Vec<_> = came.iter().map(rounded).collect();
+            let held = held.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert!(held == came, "sequence {seq}, head {head} of {lens:?}");
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Recurrent and hybrid models by name: the tiny random checkpoints of `hybrid-models`, with a tokenizer of their size.
+//! Recurrent and hybrid models by name: the tiny random checkpoints of `hybrid-models`, with a
+//! tokenizer of their size.
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -48,11 +49,11 @@ fn every_family_is_opened_by_name_and_writes() {
         let llm = Llm::open(folder(family, at.path()).to_str().unwrap()).unwrap();
         assert!(matches!(llm, Llm::Recurrent(_)));
         assert_eq!(llm.has_attention(), family == "recurrent_gemma");
-        let mut session = llm.session(|l| DenseCache::new(l.attention, DType::F16)).unwrap();
+        let mut session = llm.session(|spec| DenseCache::new(spec.clone(), DType::F16)).unwrap();
         let prompt = llm.encode("The pass key is 42. The sky is blue.").unwrap();
         let options = GenerateOptions { max_tokens: 5, ..Default::default() };
-        let done =
-            generate(session.as_mut(), &prompt, &options, |_| ControlFlow::Continue(())).unwrap();
+        let done = generate(session.as_mut(), 0, &prompt, &options, |_| ControlFlow::Continue(()))
+            .unwrap();
         assert_eq!(done.tokens.len(), 5, "{family}");
         assert!(!llm.decode(&done.tokens).unwrap().is_empty());
         assert!(session.footprint().total() > 0);

@@ -3,8 +3,8 @@
 //!     cargo run --release --example trade_off
 //!     cargo run --release --example trade_off -- --equal tokens --stores f16 --shares 0.5,0.25,0.125 --policies all
 //!
-//! The whole prompt attends exactly, once; every cache takes it in and then decodes for itself. With `--prefill-chunk` each cache
-//! reads the prompt for itself, in chunks, which takes as many prefills as there are caches.
+//! The prefill is exact and shared: every cache takes it in and then decodes on its own. With
+//! `--prefill-chunk` each cache has a prefill of its own, in chunks.
 
 mod cell;
 mod plot;
@@ -17,19 +17,22 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use base_models::{LoadOptions, Pretrained};
-use candle_core::{Device, Tensor};
-use cell::{Cell, Equal, POLICIES, Store};
+use cell::{Cell, Equal};
 use clap::Parser;
 use clap::builder::PossibleValuesParser;
 use indicatif::{ProgressBar, ProgressStyle};
-use longctx_core::{CausalLm, Footprint, KvCache, LayerShape, Logits};
+use longctx_core::{Batch, CausalLm, Footprint, Logits, SeqId};
 use longctx_eval::Haystack;
 use longctx_eval::needle::{Needle, Sample, score};
-use longctx_examples::fan::Fan;
 use longctx_examples::heads::Heads;
+use longctx_examples::methods::Store;
 use longctx_examples::model;
+use longctx_examples::shared_prefill::SharedPrefill;
 use report::Row;
 use serde::Serialize;
+
+/// The sequence that a prompt runs in.
+const SEQ: SeqId = 0;
 
 #[derive(Parser)]
 #[command(about = "Sweeps eviction policies, stores and budgets over the needle (passkey) test")]
@@ -46,7 +49,7 @@ struct Args {
     /// Policies by name; "dense" keeps everything, "all" is all of them
     #[arg(long, value_delimiter = ',', default_values = ["dense", "recent", "snap-kv", "h2o", "tova"], value_parser = names())]
     policies: Vec<String>,
-    /// What keys and values are held in: f16, kivi-4, kivi-2
+    /// What keys and values are held in
     #[arg(long, value_delimiter = ',', default_values = ["f16", "kivi-4", "kivi-2"])]
     stores: Vec<Store>,
     /// Shares of the dense f16 cache, of its bytes or of its tokens
@@ -87,7 +90,7 @@ fn main() -> Result<()> {
         return save_prompts(&args, &llm, path);
     }
     let policies = match args.policies.iter().any(|policy| policy == "all") {
-        true => POLICIES.map(String::from).to_vec(),
+        true => cell::policies().map(String::from).collect(),
         false => args.policies.clone(),
     };
     let heads = match policies.iter().any(|policy| policy == "duo-attention") {
@@ -120,7 +123,7 @@ fn main() -> Result<()> {
 }
 
 fn names() -> PossibleValuesParser {
-    PossibleValuesParser::new(POLICIES.into_iter().chain(["all"]))
+    PossibleValuesParser::new(cell::policies().chain(["all"]))
 }
 
 fn cells(args: &Args, policies: &[String], heads: &Heads, tokens: usize) -> Result<Vec<Cell>> {
@@ -167,7 +170,7 @@ fn prompts(args: &Args, llm: &Pretrained, tokens: usize) -> Result<Vec<Prompt>> 
 
 type Answers = Vec<(String, Footprint)>;
 
-/// One exact prefill, which all caches take in.
+/// One exact prefill for all caches.
 fn at_once(
     llm: &Pretrained,
     cells: &[Cell],
@@ -176,10 +179,10 @@ fn at_once(
     bar: &ProgressBar,
 ) -> Result<Answers> {
     let active = Arc::new(AtomicUsize::new(0));
-    let mut session = llm.model.session(|layer| {
-        let caches =
-            cells.iter().map(|cell| cell.cache(layer)).collect::<longctx_core::Result<_>>()?;
-        Ok(Fan::new(caches, active.clone()))
+    let mut session = llm.model.session(|spec| {
+        let caches = cells.iter().map(|cell| cell.cache(spec));
+        let caches = caches.collect::<longctx_core::Result<_>>()?;
+        Ok(SharedPrefill::new(spec.clone(), caches, active.clone()))
     })?;
     let first = feed(&mut session, prompt)?;
     let mut answers = Vec::new();
@@ -191,7 +194,7 @@ fn at_once(
     Ok(answers)
 }
 
-/// Each cache reads the prompt for itself.
+/// A prefill in chunks for each cache.
 fn one_by_one(
     llm: &Pretrained,
     cells: &[Cell],
@@ -202,9 +205,7 @@ fn one_by_one(
 ) -> Result<Answers> {
     let mut answers = Vec::new();
     for cell in cells {
-        let cache =
-            |layer: &LayerShape| -> longctx_core::Result<Box<dyn KvCache>> { cell.cache(layer) };
-        let mut session = llm.model.session(cache)?;
+        let mut session = llm.model.session(|spec| cell.cache(spec))?;
         let mut first = 0;
         for chunk in prompt.chunks(chunk) {
             first = feed(&mut session, chunk)?;
@@ -234,8 +235,7 @@ fn answer(
 }
 
 /// The most probable next token.
-fn feed(session: &mut impl CausalLm, tokens: &[u32]) -> Result<u32> {
-    let tokens = Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?;
-    let logits = session.forward(&tokens, Logits::Last)?;
+fn feed(session: &mut impl CausalLm, ids: &[u32]) -> Result<u32> {
+    let logits = session.forward(&Batch::single(SEQ, ids.len())?, ids, Logits::Last)?;
     Ok(logits.flatten_all()?.argmax(0)?.to_scalar()?)
 }

@@ -1,14 +1,23 @@
 //! Chat templates: a conversation as the text that a model was trained on.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
+use crate::files;
+use crate::gguf_file::GgufFile;
+use crate::json::Fields;
+use crate::template::Template;
 use longctx_core::{Error, Result};
-use minijinja::syntax::SyntaxConfig;
-use minijinja::{Environment, ErrorKind, context};
-use serde_json::Value;
+use minijinja::Value;
+use serde::Serialize;
+
+/// The tokens of `tokenizer_config.json` that a template may name.
+const SPECIAL_TOKENS: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 /// One turn of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Message {
     /// "system", "user" or "assistant".
     pub role: String,
@@ -33,7 +42,61 @@ impl Message {
     }
 }
 
+/// What a template is given beside the messages.
+///
+/// ```
+/// use base_models::{ChatOptions, ChatTemplate, Message};
+/// use serde_json::json;
+///
+/// let template = "{% if tools %}{{ tools | tojson }}\n{% endif %}{{ messages[0].content }}\
+///                 {% if not enable_thinking %} /no_think{% endif %}";
+/// let chat = ChatTemplate::new(template, "", "")?;
+/// let tools = json!([{"name": "weather", "parameters": {}}]);
+/// let options = ChatOptions::reply().tools(&tools)?.argument("enable_thinking", false)?;
+/// let text = chat.render_with(&[Message::user("<Rain?>")], &options)?;
+/// assert_eq!(text, "[{\"name\": \"weather\", \"parameters\": {}}]\n<Rain?> /no_think");
+/// # Ok::<(), longctx_core::Error>(())
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct ChatOptions {
+    reply: bool,
+    tools: Option<Value>,
+    arguments: BTreeMap<String, Value>,
+    /// Bytes of the tools and arguments.
+    size: usize,
+}
+
+impl ChatOptions {
+    /// With the words that make the model answer (`add_generation_prompt`).
+    pub fn reply() -> Self {
+        Self { reply: true, ..Self::default() }
+    }
+
+    /// With tools, as a list of JSON schemas. Objects keep the order in which they serialize.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if they don't serialize.
+    pub fn tools(self, tools: &impl Serialize) -> Result<Self> {
+        let (tools, size) = value("tools", tools)?;
+        Ok(Self { tools: Some(tools), size: self.size + size, ..self })
+    }
+
+    /// With a variable that the template knows: "enable_thinking", "date_string", "documents".
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if its value does not serialize.
+    pub fn argument(mut self, name: &str, argument: impl Serialize) -> Result<Self> {
+        let (argument, size) = value(name, &argument)?;
+        self.arguments.insert(name.to_owned(), argument);
+        self.size += size;
+        Ok(self)
+    }
+}
+
 /// A model's chat template, in Jinja, as `tokenizer_config.json` or a GGUF file carries it.
+///
+/// It is compiled when it is first used, so that one that does not compile leaves its model open to
+/// completion.
 ///
 /// ```
 /// use base_models::{ChatTemplate, Message};
@@ -46,9 +109,34 @@ impl Message {
 /// ```
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
-    bos: String,
-    eos: String,
+    chat: Source,
+    /// For conversations with tools, where a model has a template of its own for them.
+    with_tools: Option<Source>,
+    /// The texts of special tokens, by the names that templates have for them.
+    tokens: BTreeMap<String, String>,
+}
+
+/// A template that is compiled once, when it is needed.
+#[derive(Debug, Clone)]
+struct Source {
+    text: String,
+    compiled: Arc<OnceLock<Template>>,
+}
+
+impl Source {
+    fn new(text: String) -> Self {
+        Self { text, compiled: Arc::default() }
+    }
+
+    fn compiled(&self) -> Result<&Template> {
+        match self.compiled.get() {
+            Some(template) => Ok(template),
+            None => {
+                let template = Template::new(&self.text)?;
+                Ok(self.compiled.get_or_init(|| template))
+            }
+        }
+    }
 }
 
 impl ChatTemplate {
@@ -57,62 +145,97 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Unsupported`] with the line that does not parse.
     pub fn new(template: &str, bos: &str, eos: &str) -> Result<Self> {
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(failed)?);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |message: String| -> Result<String, _> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_template_owned("chat", template.to_owned()).map_err(failed)?;
-        Ok(Self { environment, bos: bos.into(), eos: eos.into() })
+        let tokens = [("bos_token", bos), ("eos_token", eos)];
+        let tokens = tokens.map(|(name, text)| (name.to_owned(), text.to_owned())).into();
+        let chat = Source::new(template.to_owned());
+        chat.compiled()?;
+        Ok(Self { chat, with_tools: None, tokens })
     }
 
-    /// The template of a checkpoint folder: `chat_template.jinja`, or the one in `tokenizer_config.json`. `None` if there is none.
+    /// The template of a checkpoint folder: `chat_template.jinja`, or the one in
+    /// `tokenizer_config.json`. `None` if there is none.
     pub(crate) fn from_folder(folder: &Path) -> Result<Option<Self>> {
-        let config = folder.join("tokenizer_config.json");
-        let json: Value = match std::fs::read_to_string(&config) {
-            Ok(text) => serde_json::from_str(&text).map_err(|e| Error::file(&config, e))?,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Value::Null,
-            Err(e) => return Err(Error::file(&config, e)),
-        };
-        let separate = std::fs::read_to_string(folder.join("chat_template.jinja")).ok();
-        let Some(template) = separate.or_else(|| named_template(&json["chat_template"])) else {
-            return Ok(None);
-        };
-        Self::new(&template, &token(&json["bos_token"]), &token(&json["eos_token"])).map(Some)
+        let path = folder.join("tokenizer_config.json");
+        let text = files::read_text_if_present(&path)?.unwrap_or_else(|| "{}".into());
+        let json = serde_json::from_str(&text).map_err(|e| Error::file(&path, e))?;
+        let config = Fields::new(&path, &json)?;
+        let separate = files::read_text_if_present(&folder.join("chat_template.jinja"))?;
+        let chat = separate.or_else(|| named_template(&json["chat_template"], "default"));
+        let Some(chat) = chat else { return Ok(None) };
+        let with_tools = named_template(&json["chat_template"], "tool_use")
+            .filter(|_| json["chat_template"].is_array());
+        let token = |name: &&str| Some(((*name).to_owned(), config.token(name)?));
+        Ok(Some(Self {
+            chat: Source::new(chat),
+            with_tools: with_tools.map(Source::new),
+            tokens: SPECIAL_TOKENS.iter().filter_map(token).collect(),
+        }))
+    }
+
+    /// The template of a GGUF file. `None` if there is none.
+    pub(crate) fn from_gguf(
+        file: &GgufFile,
+        tokens: BTreeMap<String, String>,
+    ) -> Result<Option<Self>> {
+        let Some(chat) = file.text("tokenizer.chat_template")? else { return Ok(None) };
+        let with_tools = file.text("tokenizer.chat_template.tool_use")?;
+        let source = |text: &str| Source::new(text.to_owned());
+        Ok(Some(Self { chat: source(chat), with_tools: with_tools.map(source), tokens }))
     }
 
     /// The conversation as text; `reply`: with the words that make the model answer.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with what the template itself objects to.
+    /// [`Error::Unsupported`] with what the template itself objects to, or the line that does not
+    /// compile.
     pub fn render(&self, messages: &[Message], reply: bool) -> Result<String> {
-        let template = self.environment.get_template("chat").map_err(failed)?;
-        let turn = |m: &Message| context! { role => &m.role, content => &m.content };
-        let values = context! {
-            messages => messages.iter().map(turn).collect::<Vec<_>>(),
-            add_generation_prompt => reply,
-            bos_token => &self.bos,
-            eos_token => &self.eos,
-        };
-        template.render(values).map_err(failed)
+        self.render_with(messages, &ChatOptions { reply, ..ChatOptions::default() })
+    }
+
+    /// The conversation as text, with tools and other variables. Messages are [`Message`]s, or maps
+    /// with the fields that the template reads, such as `tool_calls`.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render).
+    pub fn render_with<M: Serialize>(
+        &self,
+        messages: &[M],
+        options: &ChatOptions,
+    ) -> Result<String> {
+        let (messages, size) = value("messages", &messages)?;
+        let mut values: BTreeMap<&str, Value> = BTreeMap::new();
+        for (name, text) in &self.tokens {
+            values.insert(name, Value::from(text.as_str()));
+        }
+        for (name, argument) in &options.arguments {
+            values.insert(name, argument.clone());
+        }
+        values.insert("messages", messages);
+        values.insert("tools", options.tools.clone().unwrap_or(Value::from(())));
+        values.entry("documents").or_insert(Value::from(()));
+        values.insert("add_generation_prompt", Value::from(options.reply));
+        let source = self.with_tools.as_ref().filter(|_| options.tools.is_some());
+        let template = source.unwrap_or(&self.chat).compiled()?;
+        template.render(Value::from_pairs(values), size + options.size)
     }
 }
 
-/// One template, or the one called "default" of several.
-fn named_template(value: &Value) -> Option<String> {
-    let default = |list: &Vec<Value>| list.iter().find(|t| t["name"] == "default").cloned();
-    let one = value.as_array().and_then(default).map_or(value.clone(), |t| t["template"].clone());
+/// A value for templates, and the bytes of its JSON.
+fn value(name: &str, of: &impl Serialize) -> Result<(Value, usize)> {
+    let failed = |e: &dyn std::fmt::Display| Error::Unsupported(format!("chat: {name:?}: {e}"));
+    let json = serde_json::to_string(of).map_err(|e| failed(&e))?;
+    // Through text, which has no more depth than can be parsed, and the order that it was written
+    // in.
+    let value = serde_json::from_str(&json).map_err(|e| failed(&e))?;
+    Ok((value, json.len()))
+}
+
+/// One template, or the one of that name of several.
+fn named_template(value: &serde_json::Value, name: &str) -> Option<String> {
+    let named = |list: &Vec<serde_json::Value>| list.iter().find(|t| t["name"] == name).cloned();
+    let one = match value.as_array() {
+        Some(list) => named(list)?["template"].clone(),
+        None => value.clone(),
+    };
     one.as_str().map(str::to_owned)
-}
-
-/// A token is written as a string, or as an object with its content.
-fn token(value: &Value) -> String {
-    value.as_str().or_else(|| value["content"].as_str()).unwrap_or_default().to_owned()
-}
-
-fn failed(e: minijinja::Error) -> Error {
-    Error::Unsupported(format!("chat template: {e:#}"))
 }

@@ -2,9 +2,14 @@
 
 use std::path::Path;
 
+use crate::files;
+use crate::json::Fields;
 use longctx_core::{AttentionShape, Error, Result, RopeScaling};
-use serde::Deserialize;
-use serde_json::Value;
+
+/// More layers than any model has: a false number must not fill the memory.
+const MAX_LAYERS: usize = 10_000;
+/// More channels, heads or tokens than any model has; products of two stay within 64 bits.
+const MAX_SIZE: usize = 1 << 31;
 
 /// The shape of a Llama-like decoder: all that differs between the families.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,6 +42,10 @@ pub struct Config {
     pub windows: Vec<Option<usize>>,
     /// Whether the query, key and value projections add a bias (Qwen2).
     pub qkv_bias: bool,
+    /// Whether the projection of the attention's output adds a bias.
+    pub out_bias: bool,
+    /// Whether the projections of the feed-forward block add biases.
+    pub mlp_bias: bool,
     /// Whether queries and keys are normalised per head (Qwen3).
     pub qk_norm: bool,
     /// Whether the output head is the embedding's matrix.
@@ -48,14 +57,67 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads a `config.json`.
+    /// Reads a `config.json`. Absent fields have the values that `transformers` gives them.
     ///
     /// # Errors
-    /// [`Error::File`] if it can't be read or a field is missing; [`Error::Unsupported`] for another architecture.
+    /// [`Error::File`] if it can't be read or a field is missing; [`Error::Unsupported`] for
+    /// another architecture.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
-        let raw: Raw = serde_json::from_str(&text).map_err(|e| Error::file(path, e))?;
-        raw.into_config()
+        let json = files::read_json(path)?;
+        let config = from_fields(&Fields::new(path, &json)?)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Reads a folder's `config.json` and, if it is there, `generation_config.json`, whose end
+    /// tokens come first.
+    ///
+    /// # Errors
+    /// As [`from_file`](Self::from_file).
+    pub fn from_folder(folder: &Path) -> Result<Self> {
+        let config = Self::from_file(&folder.join("config.json"))?;
+        let path = folder.join("generation_config.json");
+        let Some(text) = files::read_text_if_present(&path)? else { return Ok(config) };
+        let json = serde_json::from_str(&text).map_err(|e| Error::file(&path, e))?;
+        match Fields::new(&path, &json)?.ids("eos_token_id") {
+            eos if eos.is_empty() => Ok(config),
+            eos => Ok(Self { eos, ..config }),
+        }
+    }
+
+    /// Checks the sizes: what is allocated next depends on them.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] with the first that no model has.
+    pub(crate) fn check(&self) -> Result<()> {
+        let sizes = [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_attention_heads", self.heads),
+            ("num_key_value_heads", self.kv_heads),
+            ("head_dim", self.head_dim),
+            ("max_position_embeddings", self.context_length),
+        ];
+        for (name, size) in sizes {
+            if !(1..=MAX_SIZE).contains(&size) {
+                return Err(Error::setting(name, format!("1 to {MAX_SIZE}"), size));
+            }
+        }
+        if !(1..=MAX_LAYERS).contains(&self.layers) {
+            let expected = format!("1 to {MAX_LAYERS}");
+            return Err(Error::setting("num_hidden_layers", expected, self.layers));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(Error::setting("head_dim", "an even number", self.head_dim));
+        }
+        if !(0.0..1.0).contains(&self.norm_eps) {
+            return Err(Error::setting("rms_norm_eps", "0 to 1", self.norm_eps));
+        }
+        if self.windows.contains(&Some(0)) {
+            return Err(Error::setting("sliding_window", "at least 1", 0));
+        }
+        Ok(())
     }
 
     /// The attention of one layer.
@@ -68,144 +130,166 @@ impl Config {
     }
 }
 
-/// `config.json` as it is written: version 5 of `transformers` moved the rotary settings into `rope_parameters`.
-#[derive(Deserialize)]
-struct Raw {
-    model_type: String,
-    vocab_size: usize,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    #[serde(default = "default_norm_eps")]
-    rms_norm_eps: f64,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<RawRope>,
-    rope_parameters: Option<RawRope>,
-    #[serde(default = "default_context")]
-    max_position_embeddings: usize,
-    sliding_window: Option<usize>,
-    use_sliding_window: Option<bool>,
-    max_window_layers: Option<usize>,
-    layer_types: Option<Vec<String>>,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    hidden_act: Option<String>,
-    bos_token_id: Option<u32>,
-    eos_token_id: Option<Value>,
+/// What `transformers` takes for fields that a `config.json` lacks.
+struct Defaults {
+    kv_heads: Option<usize>,
+    context: usize,
+    bos: Option<u32>,
+    eos: &'static [u32],
 }
 
-#[derive(Deserialize)]
-struct RawRope {
-    #[serde(alias = "type")]
-    rope_type: Option<String>,
-    rope_theta: Option<f64>,
-    factor: Option<f64>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
-    original_max_position_embeddings: Option<usize>,
-}
-
-fn default_norm_eps() -> f64 {
-    1e-6
-}
-
-fn default_context() -> usize {
-    2048
-}
-
-impl Raw {
-    fn into_config(self) -> Result<Config> {
-        let family = self.model_type.clone();
-        if !["llama", "mistral", "qwen2", "qwen3"].contains(&family.as_str()) {
-            return Err(unknown_architecture(&family));
+fn defaults(family: &str) -> Result<Defaults> {
+    match family {
+        "llama" => Ok(Defaults { kv_heads: None, context: 2048, bos: Some(1), eos: &[2] }),
+        "mistral" => Ok(Defaults { kv_heads: Some(8), context: 131_072, bos: Some(1), eos: &[2] }),
+        "qwen2" | "qwen3" => {
+            Ok(Defaults { kv_heads: Some(32), context: 32_768, bos: None, eos: &[] })
         }
-        if self.mlp_bias || (self.attention_bias && family != "qwen2") {
-            return Err(Error::Unsupported(format!("biases in a model of type {family:?}")));
-        }
-        if let Some(act) = self.hidden_act.as_deref().filter(|&act| act != "silu") {
-            return Err(Error::Unsupported(format!("activation {act:?} (known: \"silu\")")));
-        }
-        let heads = self.num_attention_heads;
-        let head_dim = match self.head_dim {
-            Some(d) => d,
-            None if heads > 0 => self.hidden_size / heads,
-            None => return Err(Error::setting("num_attention_heads", "at least 1", 0)),
+        other => Err(unknown_architecture(other)),
+    }
+}
+
+fn from_fields(raw: &Fields) -> Result<Config> {
+    let family = raw.text("model_type")?.ok_or_else(|| raw.missing("model_type"))?;
+    let default = defaults(family)?;
+    if let Some(act) = raw.text("hidden_act")?.filter(|&act| act != "silu") {
+        return Err(Error::Unsupported(format!("activation {act:?} (known: \"silu\")")));
+    }
+    let number = |name: &str| raw.number(name)?.ok_or_else(|| raw.missing(name));
+    let (heads, hidden) = (number("num_attention_heads")?, number("hidden_size")?);
+    let head_dim = match (raw.number("head_dim")?, family) {
+        (Some(d), _) => d,
+        (None, "qwen3") => 128,
+        (None, _) => hidden / heads.max(1),
+    };
+    let kv_heads = match raw.number("num_key_value_heads")? {
+        Some(n) => n,
+        // A null means as many as queries, an absent field the family's default.
+        None if raw.has("num_key_value_heads") => heads,
+        None => default.kv_heads.unwrap_or(heads),
+    };
+    let context = raw.number("max_position_embeddings")?.unwrap_or(default.context);
+    let (rope_theta, rope_scaling) = rope(raw, context)?;
+    let layers = number("num_hidden_layers")?;
+    let attention_bias = raw.switch("attention_bias")?.unwrap_or(false);
+    let mlp_bias = raw.switch("mlp_bias")?.unwrap_or(false);
+    let config = Config {
+        family: family.to_owned(),
+        vocab_size: number("vocab_size")?,
+        hidden_size: hidden,
+        intermediate_size: number("intermediate_size")?,
+        layers,
+        heads,
+        kv_heads,
+        head_dim,
+        norm_eps: raw.float("rms_norm_eps")?.unwrap_or(1e-6),
+        rope_theta,
+        rope_scaling,
+        context_length: context,
+        windows: Vec::new(),
+        qkv_bias: family == "qwen2" || (attention_bias && family != "mistral"),
+        out_bias: attention_bias && ["llama", "qwen3"].contains(&family),
+        mlp_bias: mlp_bias && family == "llama",
+        qk_norm: family == "qwen3",
+        tied_embeddings: raw.switch("tie_word_embeddings")?.unwrap_or(false),
+        bos: match raw.has("bos_token_id") {
+            true => raw.ids("bos_token_id").first().copied(),
+            false => default.bos,
+        },
+        eos: match raw.has("eos_token_id") {
+            true => raw.ids("eos_token_id"),
+            false => default.eos.to_vec(),
+        },
+    };
+    // The windows are one per layer: their number is checked before there are so many.
+    config.check()?;
+    Ok(Config { windows: windows(raw, family, layers)?, ..config })
+}
+
+/// Mistral's layers all have the window. Qwen's have it from some layer on, or where `layer_types`
+/// says so, and only if it is in use. Llama's have none, whatever the fields say.
+fn windows(raw: &Fields, family: &str, layers: usize) -> Result<Vec<Option<usize>>> {
+    let window = match raw.number("sliding_window")? {
+        Some(window) => Some(window),
+        None if raw.has("sliding_window") => None,
+        None => Some(4096),
+    };
+    let qwen = family.starts_with("qwen");
+    let used = family == "mistral" || (qwen && raw.switch("use_sliding_window")?.unwrap_or(false));
+    let Some(window) = window.filter(|_| used) else { return Ok(vec![None; layers]) };
+    let types = raw.texts("layer_types")?.filter(|_| qwen);
+    let Some(types) = types else {
+        let first = match qwen {
+            true => raw.number("max_window_layers")?.unwrap_or(28),
+            false => 0,
         };
-        let theta = self.rope_theta.or_else(|| self.rope_parameters.as_ref()?.rope_theta);
-        let rope = self.rope_scaling.as_ref().or(self.rope_parameters.as_ref());
-        Ok(Config {
-            vocab_size: self.vocab_size,
-            hidden_size: self.hidden_size,
-            intermediate_size: self.intermediate_size,
-            layers: self.num_hidden_layers,
-            heads,
-            kv_heads: self.num_key_value_heads.unwrap_or(heads),
-            head_dim,
-            norm_eps: self.rms_norm_eps,
-            rope_theta: theta.unwrap_or(10_000.0),
-            rope_scaling: rope.map_or(Ok(RopeScaling::None), RawRope::scaling)?,
-            context_length: self.max_position_embeddings,
-            windows: self.windows(),
-            qkv_bias: family == "qwen2",
-            qk_norm: family == "qwen3",
-            tied_embeddings: self.tie_word_embeddings,
-            bos: self.bos_token_id,
-            eos: ids(self.eos_token_id.as_ref()),
-            family,
-        })
+        return Ok((0..layers).map(|layer| Some(window).filter(|_| layer >= first)).collect());
+    };
+    if types.len() != layers {
+        return Err(Error::mismatch("layer_types", format!("{layers} entries"), types.len()));
     }
-
-    /// Qwen configurations name a window that is not in use unless they say so, and then only from some layer on.
-    fn windows(&self) -> Vec<Option<usize>> {
-        let used = self.use_sliding_window.unwrap_or(self.model_type == "mistral");
-        let window = self.sliding_window.filter(|_| used);
-        let full = self.max_window_layers.filter(|_| self.use_sliding_window.is_some());
-        let slides = |layer: usize| match &self.layer_types {
-            Some(types) => types.get(layer).is_some_and(|t| t == "sliding_attention"),
-            None => layer >= full.unwrap_or(0),
-        };
-        (0..self.num_hidden_layers).map(|layer| window.filter(|_| slides(layer))).collect()
-    }
+    let window = |kind: &&str| match *kind {
+        "sliding_attention" => Ok(Some(window)),
+        "full_attention" => Ok(None),
+        other => Err(Error::Unsupported(format!("a layer of type {other:?}"))),
+    };
+    types.iter().map(window).collect()
 }
 
-impl RawRope {
-    fn scaling(&self) -> Result<RopeScaling> {
-        let need = |name: &str, value: Option<f64>| {
-            value.ok_or_else(|| {
-                Error::setting(format!("rope_scaling.{name}"), "a number", "nothing")
-            })
-        };
-        match self.rope_type.as_deref() {
-            None | Some("default") => Ok(RopeScaling::None),
-            Some("linear") => Ok(RopeScaling::Linear(need("factor", self.factor)?)),
-            Some("llama3") => Ok(RopeScaling::Llama3 {
-                factor: need("factor", self.factor)?,
-                low_freq_factor: need("low_freq_factor", self.low_freq_factor)?,
-                high_freq_factor: need("high_freq_factor", self.high_freq_factor)?,
-                original_context: self.original_max_position_embeddings.unwrap_or(8192),
-            }),
-            Some(other) => Err(Error::Unsupported(format!(
-                "rope scaling {other:?} (known: default, linear, llama3)"
-            ))),
+/// The base and the scaling. Version 5 of `transformers` moved both into `rope_parameters`; a
+/// `rope_scaling` goes before it.
+fn rope(raw: &Fields, context: usize) -> Result<(f64, RopeScaling)> {
+    let scaling = raw.fields("rope_scaling")?.filter(|fields| !fields.is_empty());
+    let fields = match scaling {
+        Some(fields) => Some(fields),
+        None => raw.fields("rope_parameters")?,
+    };
+    let top = raw.float("rope_theta")?.unwrap_or(10_000.0);
+    for fields in fields.iter().chain([raw]) {
+        if let Some(part) = fields.float("partial_rotary_factor")?.filter(|&part| part != 1.0) {
+            return Err(Error::Unsupported(format!("partial_rotary_factor {part}")));
         }
     }
-}
-
-/// One id or a list of them.
-pub(crate) fn ids(value: Option<&Value>) -> Vec<u32> {
-    let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
-    match value {
-        Some(Value::Array(list)) => list.iter().filter_map(id).collect(),
-        Some(one) => id(one).into_iter().collect(),
-        None => Vec::new(),
-    }
+    let Some(fields) = fields else { return Ok((top, RopeScaling::None)) };
+    let theta = fields.float("rope_theta")?.unwrap_or(top);
+    let kind = match fields.text("rope_type")? {
+        Some(kind) => Some(kind),
+        None => fields.text("type")?,
+    };
+    let need = |name: &str| {
+        let missing = || Error::setting(format!("rope_scaling.{name}"), "a number", "nothing");
+        fields.float(name)?.ok_or_else(missing)
+    };
+    let scaling = match kind {
+        Some("default") => RopeScaling::None,
+        Some("linear") => RopeScaling::Linear(need("factor")?),
+        Some("llama3") => {
+            let name = "original_max_position_embeddings";
+            let original = match raw.number(name)? {
+                Some(original) => Some(original),
+                None => fields.number(name)?,
+            };
+            RopeScaling::Llama3 {
+                factor: need("factor")?,
+                low_freq_factor: need("low_freq_factor")?,
+                high_freq_factor: need("high_freq_factor")?,
+                original_context: original.unwrap_or(context),
+            }
+        }
+        Some(other) => {
+            let what = format!("rope scaling {other:?} (known: default, linear, llama3)");
+            return Err(Error::Unsupported(what));
+        }
+        None if fields.has("full_attention") || fields.has("sliding_attention") => {
+            return Err(Error::Unsupported("rope parameters that differ between layers".into()));
+        }
+        None if fields.float("factor")?.is_some_and(|factor| factor != 1.0) => {
+            let what = "rope_scaling with a factor and neither \"rope_type\" nor \"type\"";
+            return Err(Error::Unsupported(what.into()));
+        }
+        None => RopeScaling::None,
+    };
+    Ok((theta, scaling))
 }
 
 pub(crate) fn unknown_architecture(name: &str) -> Error {

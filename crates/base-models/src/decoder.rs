@@ -42,7 +42,7 @@ impl Transformer {
     /// # Errors
     /// As [`Pretrained::from_folder`](crate::Pretrained::from_folder).
     pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
-        let config = Config::from_file(&folder.join("config.json"))?;
+        let config = Config::from_folder(folder)?;
         Self::load(config, &Folder::open(folder, options)?, options)
     }
 
@@ -73,6 +73,7 @@ impl Transformer {
             }
             false => rope,
         };
+        w.finish()?;
         let (device, dtype) = (options.device.clone(), options.dtype);
         let rope = Arc::new(rope);
         let inner = Inner { config, device, dtype, embedding, layers, norm, head, rope };
@@ -166,13 +167,13 @@ impl Layer {
                 linear("self_attn.v_proj", keys, hidden, c.qkv_bias)?,
             ])?,
             qk_norm,
-            out: linear("self_attn.o_proj", hidden, queries, false)?,
+            out: linear("self_attn.o_proj", hidden, queries, c.out_bias)?,
             feed_forward_norm: norm("post_attention_layernorm", hidden)?,
             gate_up: Joined::new(vec![
-                linear("mlp.gate_proj", inner, hidden, false)?,
-                linear("mlp.up_proj", inner, hidden, false)?,
+                linear("mlp.gate_proj", inner, hidden, c.mlp_bias)?,
+                linear("mlp.up_proj", inner, hidden, c.mlp_bias)?,
             ])?,
-            down: linear("mlp.down_proj", hidden, inner, false)?,
+            down: linear("mlp.down_proj", hidden, inner, c.mlp_bias)?,
         })
     }
 

@@ -1,52 +1,190 @@
-//! Checkpoints in Hugging Face's layout: a folder with `config.json` and one or more safetensors files.
+//! Checkpoints in Hugging Face's layout: a folder with `config.json` and weights in safetensors or
+//! PyTorch's files.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use crate::account::Account;
+use crate::files;
+use crate::fp8::Fp8;
 use crate::linear::Weight;
+use crate::torch_file::TorchFile;
 use crate::weights::{LoadOptions, Weights};
-use candle_core::Tensor;
 use candle_core::safetensors::MmapedSafetensors;
+use candle_core::{DType, Tensor};
 use longctx_core::{Error, Result};
+use safetensors::Dtype;
 use serde_json::Value;
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+/// The files that weights lie in, in the order in which they are looked for. An index lists shards.
+pub(crate) const LAYOUTS: [(&str, &str); 2] = [
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+];
 
-/// The safetensors files of a folder, memory-mapped.
+/// Tensors that can be computed from the settings, or that concern activations and caches, which
+/// are computed in full precision here.
+const HARMLESS: [&str; 7] = [
+    "rotary_emb.inv_freq",
+    "self_attn.rotary_emb",
+    ".input_scale",
+    ".k_scale",
+    ".v_scale",
+    ".q_scale",
+    ".output_scale",
+];
+
+/// The weights of a folder.
 pub(crate) struct Folder {
     path: PathBuf,
-    files: MmapedSafetensors,
+    source: Source,
+    fp8: Fp8,
+    account: Account,
     options: LoadOptions,
+}
+
+enum Source {
+    /// Memory-mapped.
+    Safetensors(MmapedSafetensors),
+    /// The files and, for each tensor, which of them has it.
+    Torch(Vec<TorchFile>, BTreeMap<String, usize>),
 }
 
 impl Folder {
     pub fn open(path: &Path, options: &LoadOptions) -> Result<Self> {
-        let shards = shards(path)?;
-        for shard in &shards {
-            // candle's own message for a missing file does not name it.
-            std::fs::File::open(shard).map_err(|e| Error::file(shard, e))?;
+        let fp8 = Fp8::from_folder(path)?;
+        let files = weight_files(path)?;
+        for file in &files {
+            files::open(file)?;
         }
-        // SAFETY: memory-mapping is sound as long as nobody changes the files while they are mapped: a checkpoint is written once,
-        // and this is the documented condition of every loader that maps safetensors.
-        #[allow(unsafe_code)]
-        let files = unsafe { MmapedSafetensors::multi(&shards) };
-        let files = files.map_err(|e| Error::file(path, e))?;
-        Ok(Self { path: path.into(), files, options: options.clone() })
+        let safetensors = files.iter().all(|f| f.extension().is_some_and(|e| e == "safetensors"));
+        let source = match safetensors {
+            true => {
+                // SAFETY: memory-mapping is sound as long as nobody changes the files while they
+                // are mapped: a checkpoint is written once, and this is the documented condition of
+                // every loader that maps safetensors.
+                #[allow(unsafe_code)]
+                let mapped = unsafe { MmapedSafetensors::multi(&files) };
+                Source::Safetensors(mapped.map_err(|e| Error::file(path, e))?)
+            }
+            false => {
+                let files: Vec<_> =
+                    files.iter().map(|file| TorchFile::open(file)).collect::<Result<_>>()?;
+                let mut homes = BTreeMap::new();
+                for (i, file) in files.iter().enumerate() {
+                    homes.extend(file.names().map(|name| (name.to_owned(), i)));
+                }
+                Source::Torch(files, homes)
+            }
+        };
+        let account = Account::default();
+        Ok(Self { path: path.into(), source, fp8, account, options: options.clone() })
+    }
+
+    fn names(&self) -> Vec<String> {
+        match &self.source {
+            Source::Safetensors(files) => {
+                files.tensors().into_iter().map(|(name, _)| name).collect()
+            }
+            Source::Torch(_, homes) => homes.keys().cloned().collect(),
+        }
+    }
+
+    fn dims(&self, name: &str) -> Option<Vec<usize>> {
+        match &self.source {
+            Source::Safetensors(files) => files.get(name).ok().map(|view| view.shape().to_vec()),
+            Source::Torch(files, homes) => files[*homes.get(name)?].dims(name).map(<[_]>::to_vec),
+        }
+    }
+
+    /// The tensor's numbers in f32 or as they are stored, on the CPU; 8-bit floats without their
+    /// scales.
+    fn numbers(&self, name: &str) -> Result<Tensor> {
+        match &self.source {
+            Source::Torch(files, homes) => files[homes[name]].load(name),
+            Source::Safetensors(files) => {
+                let dtype = files.get(name)?.dtype();
+                match dtype {
+                    Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 => {}
+                    Dtype::F8_E4M3 => {}
+                    other => {
+                        let what = format!("tensor {name:?} of type {other:?}");
+                        return Err(Error::Unsupported(format!("{}: {what}", self.path.display())));
+                    }
+                }
+                let tensor = files.load(name, &candle_core::Device::Cpu)?;
+                match dtype {
+                    Dtype::F8_E4M3 => Ok(tensor.to_dtype(DType::F32)?),
+                    _ => Ok(tensor),
+                }
+            }
+        }
+    }
+
+    fn is_fp8(&self, name: &str) -> bool {
+        match &self.source {
+            Source::Safetensors(files) => {
+                files.get(name).is_ok_and(|view| view.dtype() == Dtype::F8_E4M3)
+            }
+            Source::Torch(..) => false,
+        }
+    }
+
+    /// The scales of a weight in 8-bit floats.
+    fn scales(&self, name: &str) -> Result<Tensor> {
+        let candidates = [format!("{name}_scale_inv"), format!("{name}_scale")];
+        match candidates.iter().find(|scale| self.dims(scale).is_some()) {
+            Some(scale) => {
+                self.account.used(scale);
+                Ok(self.numbers(scale)?.to_dtype(DType::F32)?)
+            }
+            None => {
+                let reason = format!("tensor {name:?} is of type F8_E4M3, and there is no");
+                Err(Error::file(&self.path, format!("{reason} {}", candidates.join(" or "))))
+            }
+        }
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        let packed = name.strip_suffix(".weight").unwrap_or(name);
+        for part in ["qweight", "weight_packed"] {
+            if self.dims(&format!("{packed}.{part}")).is_some() {
+                let what = format!("packed weights (GPTQ, AWQ or kin): tensor \"{packed}.{part}\"");
+                return Error::Unsupported(format!("{}: {what}", self.path.display()));
+            }
+        }
+        Error::file(&self.path, format!("there is no tensor {name:?}"))
+    }
+
+    /// Whether two tensors have the same shape and numbers.
+    fn same(&self, a: &str, b: &str) -> Result<bool> {
+        if self.dims(a) != self.dims(b) {
+            return Ok(false);
+        }
+        if let Source::Safetensors(files) = &self.source {
+            return Ok(files.get(a)?.data() == files.get(b)?.data());
+        }
+        let bits = |name| -> Result<Vec<u32>> {
+            let numbers = self.numbers(name)?.to_dtype(DType::F32)?.flatten_all()?;
+            Ok(numbers.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+        };
+        Ok(bits(a)? == bits(b)?)
     }
 }
 
 impl Weights for Folder {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let view = self
-            .files
-            .get(name)
-            .map_err(|_| Error::file(&self.path, format!("there is no tensor {name:?}")))?;
-        if view.shape() != shape {
+        let dims = self.dims(name).ok_or_else(|| self.missing(name))?;
+        if dims != shape {
             let what = format!("tensor {name:?} in {}", self.path.display());
-            return Err(Error::mismatch(what, format!("{shape:?}"), format!("{:?}", view.shape())));
+            return Err(Error::mismatch(what, format!("{shape:?}"), format!("{dims:?}")));
         }
-        Ok(self.files.load(name, &self.options.device)?.to_dtype(self.options.dtype)?)
+        self.account.used(name);
+        let mut tensor = self.numbers(name)?;
+        if self.is_fp8(name) {
+            tensor = self.fp8.scale(name, &tensor, &self.scales(name)?)?;
+        }
+        Ok(tensor.to_dtype(self.options.dtype)?.to_device(&self.options.device)?)
     }
 
     fn matrix(&self, name: &str, out: usize, inner: usize) -> Result<Weight> {
@@ -54,35 +192,47 @@ impl Weights for Folder {
     }
 
     fn has(&self, name: &str) -> bool {
-        self.files.get(name).is_ok()
+        self.dims(name).is_some()
+    }
+
+    fn finish(&self) -> Result<()> {
+        let names = self.names();
+        // Some checkpoints hold the matrix of tied embeddings twice.
+        let (embedding, head) = ("model.embed_tokens.weight", "lm_head.weight");
+        let twice = self.has(head) && self.has(embedding) && self.same(embedding, head)?;
+        let harmless =
+            |name: &str| (twice && name == head) || HARMLESS.iter().any(|part| name.contains(part));
+        self.account.close(&self.path, names.iter().map(String::as_str), harmless)
     }
 }
 
 /// The files that hold the weights: one, or those that an index names.
-fn shards(folder: &Path) -> Result<Vec<PathBuf>> {
-    let index = folder.join(INDEX);
-    if !index.exists() {
-        let single = folder.join(SINGLE);
-        if !single.exists() {
-            return Err(Error::file(folder, format!("there is neither {SINGLE} nor {INDEX}")));
+fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    for (single, index) in LAYOUTS {
+        let single = folder.join(single);
+        if single.exists() {
+            return Ok(vec![single]);
         }
-        return Ok(vec![single]);
+        let index = folder.join(index);
+        if index.exists() {
+            let names = shard_names(&index)?;
+            return names.iter().map(|name| files::inside(folder, &index, name)).collect();
+        }
     }
-    let names = shard_names(&index)?;
-    Ok(names.iter().map(|name| folder.join(name)).collect())
+    let [(a, b), (c, d)] = LAYOUTS;
+    Err(Error::file(folder, format!("there is neither {a} nor {b}, {c} or {d}")))
 }
 
 /// The file names that an index refers to.
 pub(crate) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
-    let text = std::fs::read_to_string(index).map_err(|e| Error::file(index, e))?;
-    let json: Value = serde_json::from_str(&text).map_err(|e| Error::file(index, e))?;
+    let json = files::read_json(index)?;
     let map = json["weight_map"]
         .as_object()
         .ok_or_else(|| Error::file(index, "there is no object \"weight_map\""))?;
     map.iter()
-        .map(|(tensor, file)| match file.as_str() {
-            Some(file) => Ok(file.to_owned()),
-            None => Err(Error::file(index, format!("the file of {tensor:?} is no string"))),
+        .map(|(tensor, file)| match file {
+            Value::String(file) => Ok(file.clone()),
+            _ => Err(Error::file(index, format!("the file of {tensor:?} is no string"))),
         })
         .collect()
 }

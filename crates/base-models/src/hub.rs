@@ -2,33 +2,44 @@
 
 use std::path::PathBuf;
 
-use crate::folder::shard_names;
+use crate::files;
+use crate::folder::{LAYOUTS, shard_names};
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use longctx_core::{Error, Result};
 
-/// Fetches what [`Pretrained::from_folder`](crate::Pretrained::from_folder) needs, unless it is there already; gives the folder.
+const OPTIONAL: [&str; 3] =
+    ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"];
+
+/// Fetches what [`Pretrained::from_folder`](crate::Pretrained::from_folder) needs, unless it is
+/// there already; gives the folder.
 pub(crate) fn download(name: &str) -> Result<PathBuf> {
     let api = ApiBuilder::from_env().build().map_err(|e| Error::file(name, e))?;
     let repo = api.model(name.to_owned());
     let config = fetch(&repo, name, "config.json")?;
-    fetch(&repo, name, "tokenizer.json")?;
+    let folder = config.parent().map(PathBuf::from);
+    let folder = folder.ok_or_else(|| Error::file(name, "config.json lies in no folder"))?;
     // Models that were not made for conversation have none of these.
-    let _ = repo.get("tokenizer_config.json");
-    let _ = repo.get("chat_template.jinja");
-    match repo.get("model.safetensors.index.json") {
-        Ok(index) => {
-            for shard in shard_names(&index)? {
-                fetch(&repo, name, &shard)?;
-            }
-        }
-        Err(_) => {
-            fetch(&repo, name, "model.safetensors")?;
-        }
+    for file in OPTIONAL {
+        let _ = repo.get(file);
     }
-    config
-        .parent()
-        .map(Into::into)
-        .ok_or_else(|| Error::file(name, "config.json lies in no folder"))
+    if let Err(e) = fetch(&repo, name, "tokenizer.json") {
+        repo.get("tokenizer.model").map_err(|_| e)?;
+        let _ = repo.get("added_tokens.json");
+    }
+    for (single, index) in LAYOUTS {
+        if repo.get(single).is_ok() {
+            return Ok(folder);
+        }
+        let Ok(index) = repo.get(index) else { continue };
+        for shard in shard_names(&index)? {
+            // A name that leaves the folder would be written wherever it points.
+            files::inside(&folder, &index, &shard)?;
+            fetch(&repo, name, &shard)?;
+        }
+        return Ok(folder);
+    }
+    fetch(&repo, name, LAYOUTS[0].0)?;
+    Ok(folder)
 }
 
 fn fetch(repo: &ApiRepo, name: &str, file: &str) -> Result<PathBuf> {

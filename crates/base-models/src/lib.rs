@@ -1,25 +1,43 @@
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_code)]
 
+mod account;
 mod chat;
 mod config;
 mod decoder;
+mod files;
 mod folder;
+mod fp8;
+mod ggml_types;
 mod gguf;
+mod gguf_file;
+mod gguf_header;
+mod gguf_tokenizer;
 #[cfg(feature = "hub")]
 mod hub;
+mod json;
 mod linear;
+mod pickle;
+mod pre_tokenizers;
 mod pretrained;
+mod python_json;
 mod quantized;
 mod random;
+mod sentence_piece;
+mod sentence_piece_model;
 mod session;
+mod template;
+mod template_source;
+mod text_stream;
 mod tokenizer;
+mod torch_file;
 mod weights;
 
-pub use chat::{ChatTemplate, Message};
+pub use chat::{ChatOptions, ChatTemplate, Message};
 pub use config::Config;
 pub use decoder::Transformer;
 pub use pretrained::Pretrained;
 pub use session::Decoder;
-pub use tokenizer::{TextStream, Tokenizer};
+pub use text_stream::TextStream;
+pub use tokenizer::Tokenizer;
 pub use weights::LoadOptions;

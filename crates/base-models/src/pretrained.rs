@@ -2,14 +2,13 @@
 
 use std::path::Path;
 
-use crate::chat::ChatTemplate;
+use crate::chat::{ChatOptions, ChatTemplate, Message};
 use crate::decoder::Transformer;
 use crate::gguf::Gguf;
 use crate::tokenizer::Tokenizer;
 use crate::weights::LoadOptions;
-#[cfg(not(feature = "hub"))]
-use longctx_core::Error;
-use longctx_core::Result;
+use longctx_core::{Error, Result};
+use serde::Serialize;
 
 /// A transformer, its tokenizer and, if it was made for conversation, its chat template.
 #[derive(Debug, Clone)]
@@ -23,7 +22,8 @@ pub struct Pretrained {
 }
 
 impl Pretrained {
-    /// Opens what `name` names: a `.gguf` file, a folder in Hugging Face's layout, or else a model of the Hub ("org/name").
+    /// Opens what `name` names: a `.gguf` file, a folder in Hugging Face's layout, or else a model
+    /// of the Hub ("org/name").
     ///
     /// # Errors
     /// As the constructor that it comes to.
@@ -38,36 +38,69 @@ impl Pretrained {
         }
     }
 
-    /// From a folder with `config.json`, `tokenizer.json` and `model.safetensors` or its shards and their index.
+    /// From a folder with `config.json`, `tokenizer.json` and `model.safetensors` or its shards and
+    /// their index.
     ///
     /// # Errors
-    /// [`Error::File`](longctx_core::Error::File) naming the file that is missing or broken; [`Error::Mismatch`](longctx_core::Error::Mismatch) naming a tensor of another shape;
+    /// [`Error::File`](longctx_core::Error::File) naming the file that is missing or broken;
+    /// [`Error::Mismatch`](longctx_core::Error::Mismatch) naming a tensor of another shape;
     /// [`Error::Unsupported`](longctx_core::Error::Unsupported) for another architecture.
     pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
         let model = Transformer::from_folder(folder, options)?;
-        let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
+        let tokenizer = Tokenizer::from_folder(folder)?;
         Ok(Self { model, tokenizer, chat: ChatTemplate::from_folder(folder)? })
     }
 
     /// From one GGUF file of the architecture llama, qwen2 or qwen3.
     ///
     /// # Errors
-    /// As [`from_folder`](Self::from_folder); a truncated file is named with the tensor that is cut off.
+    /// As [`from_folder`](Self::from_folder); a truncated file is named with the tensor that is cut
+    /// off.
     pub fn from_gguf(path: &Path, options: &LoadOptions) -> Result<Self> {
         let mut file = Gguf::open(path, options)?;
         let config = file.config()?;
-        let tokenizer = Tokenizer::from_gguf(path, file.content())?;
-        let token = |id: Option<u32>| id.and_then(|id| tokenizer.token(id)).unwrap_or_default();
-        let (bos, eos) = (token(config.bos), token(config.eos.first().copied()));
-        let chat = file.chat_template().map(|t| ChatTemplate::new(t, &bos, &eos)).transpose()?;
+        let tokenizer = Tokenizer::from_gguf_file(file.file())?;
+        let ids = [("bos_token", config.bos), ("eos_token", config.eos.first().copied())];
+        let token =
+            |(name, id): (&str, Option<u32>)| Some((name.to_owned(), tokenizer.token(id?)?));
+        let tokens = ids.into_iter().filter_map(token).collect();
+        let chat = ChatTemplate::from_gguf(file.file(), tokens)?;
         let model = Transformer::load(config, &file, options)?;
         Ok(Self { model, tokenizer, chat })
     }
 
-    /// From the Hugging Face Hub, by name: "HuggingFaceTB/SmolLM2-135M-Instruct". Files are kept in the Hub's usual cache.
+    /// The tokens of a conversation, with the words that make the model answer.
+    ///
+    /// The template itself writes the token that begins a text, so that none is put in front of it
+    /// again.
     ///
     /// # Errors
-    /// [`Error::File`](longctx_core::Error::File) naming the model and the file that could not be had; then as [`from_folder`](Self::from_folder).
+    /// [`Error::Unsupported`] if the model has no chat template; as [`ChatTemplate::render`].
+    pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        self.encode_chat_with(messages, &ChatOptions::reply())
+    }
+
+    /// The tokens of a conversation, with tools and other variables of its template.
+    ///
+    /// # Errors
+    /// As [`encode_chat`](Self::encode_chat).
+    pub fn encode_chat_with<M: Serialize>(
+        &self,
+        messages: &[M],
+        options: &ChatOptions,
+    ) -> Result<Vec<u32>> {
+        let missing =
+            || Error::Unsupported("a conversation: the model has no chat template".into());
+        let chat = self.chat.as_ref().ok_or_else(missing)?;
+        self.tokenizer.encode(&chat.render_with(messages, options)?, false)
+    }
+
+    /// From the Hugging Face Hub, by name: "HuggingFaceTB/SmolLM2-135M-Instruct". Files are kept in
+    /// the Hub's usual cache.
+    ///
+    /// # Errors
+    /// [`Error::File`](longctx_core::Error::File) naming the model and the file that could not be
+    /// had; then as [`from_folder`](Self::from_folder).
     #[cfg(feature = "hub")]
     pub fn from_hub(name: &str, options: &LoadOptions) -> Result<Self> {
         Self::from_folder(&crate::hub::download(name)?, options)

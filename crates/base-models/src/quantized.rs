@@ -1,8 +1,8 @@
 //! Weights in GGUF's block formats, multiplied without being expanded in memory.
 //!
 //! candle's quantized product rounds the activations to 8 bits and has no vector code for Q4_0 and Q4_1 on x86. Here activations stay in f32:
-//! a few rows meet the packed blocks directly, many rows meet a matrix that is expanded for the one call and used as a
-//! plain product. Formats other than Q4_0, Q4_1 and Q8_0, and other devices, go through candle.
+//! a few rows meet the packed blocks directly, each block unpacked once for up to eight of them; many rows meet a matrix that is
+//! expanded for the one call and used as a plain product. Formats other than Q4_0, Q4_1 and Q8_0, and other devices, go through candle.
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
@@ -17,7 +17,9 @@ use rayon::prelude::*;
 /// Weights of a block.
 const BLOCK: usize = 32;
 /// Up to so many rows of activations, reading packed blocks beats expanding the matrix.
-const FEW_ROWS: usize = 4;
+const FEW_ROWS: usize = 32;
+/// The most rows of activations that a block is unpacked for at a time.
+const TILE: usize = 8;
 /// Weights that are worth a thread.
 const MIN_WORK: usize = 1 << 16;
 
@@ -215,17 +217,11 @@ impl QuantizedMatrix {
         // One row of weights after the other, so that each is read once for all rows of x.
         let mut transposed = vec![0.0; out * rows];
         with_slice::<f32, _>(&x, |x| {
-            let sums: Vec<f32> = x.chunks_exact(BLOCK).map(|b| b.iter().sum()).collect();
+            let tiles: Vec<_> = x.chunks(TILE * inner).map(|rows| Tile::new(rows, inner)).collect();
             transposed.par_chunks_mut(chunk * rows).zip(data.par_chunks(chunk * size)).for_each(
                 |(out, weights)| {
-                    Arch::new().dispatch(Product {
-                        weights,
-                        x,
-                        sums: &sums,
-                        out,
-                        rows,
-                        format: PhantomData::<F>,
-                    })
+                    let format = PhantomData::<F>;
+                    Arch::new().dispatch(Product { weights, tiles: &tiles, out, rows, format })
                 },
             );
             Ok(())
@@ -306,32 +302,55 @@ fn half_at(block: &[u8], at: usize) -> f32 {
     f32::from_bits(value.to_bits() | sign)
 }
 
-#[inline(always)]
-fn dot<S: Simd, F: Format>(simd: S, row: &[u8], x: &[f32], sums: &[f32]) -> f32 {
-    let mut lanes = simd.splat_f32s(0.0);
-    let mut rest = 0.0;
-    for ((block, x), sum) in row.chunks_exact(F::BYTES).zip(x.chunks_exact(BLOCK)).zip(sums) {
-        let (scale, offset, q) = F::unpack(block);
-        // A register's width divides a block's, so nothing is left over.
-        let ((q, _), (x, _)) = (S::as_simd_f32s(&q), S::as_simd_f32s(x));
-        let mut product = simd.mul_f32s(q[0], x[0]);
-        for (&q, &x) in q.iter().zip(x).skip(1) {
-            product = simd.mul_add_e_f32s(q, x, product);
-        }
-        lanes = simd.mul_add_e_f32s(simd.splat_f32s(scale), product, lanes);
-        rest += offset * sum;
-    }
-    simd.reduce_sum_f32s(lanes) + rest
+/// Up to [`TILE`] rows of activations, block by block: block b of row r is `blocks[b * width + r]`.
+struct Tile {
+    blocks: Vec<[f32; BLOCK]>,
+    /// Rows, filled up to a power of two with zeros.
+    width: usize,
 }
 
-/// The products of some rows of weights with all rows of x. A struct and not a closure: only what is inlined into `with_simd` is
-/// compiled for wide registers.
+impl Tile {
+    fn new(rows: &[f32], inner: usize) -> Self {
+        let width = (rows.len() / inner).next_power_of_two();
+        let (rows, _) = rows.as_chunks::<BLOCK>();
+        let per_row = inner / BLOCK;
+        let block = |i| rows.get(i % width * per_row + i / width).copied().unwrap_or([0.0; BLOCK]);
+        Self { blocks: (0..per_row * width).map(block).collect(), width }
+    }
+}
+
+/// The products of a row of weights with the R rows of a tile. A row's products go to A sums in
+/// turn, so that a few rows, too, keep the processor's multipliers busy.
+#[inline(always)]
+fn dots<S: Simd, F: Format, const R: usize, const A: usize>(
+    simd: S,
+    weights: &[u8],
+    tile: &[[f32; BLOCK]],
+    out: &mut [f32],
+) {
+    let mut sums = [[simd.splat_f32s(0.0); A]; R];
+    for (block, x) in weights.chunks_exact(F::BYTES).zip(tile.as_chunks::<R>().0) {
+        let (scale, offset, q) = F::unpack(block);
+        let (scale, offset) = (simd.splat_f32s(scale), simd.splat_f32s(offset));
+        // A register's width divides a block's, so nothing is left over.
+        for (i, &q) in S::as_simd_f32s(&q).0.iter().enumerate() {
+            let weights = simd.mul_add_e_f32s(scale, q, offset);
+            for (sums, x) in sums.iter_mut().zip(x) {
+                sums[i % A] = simd.mul_add_e_f32s(weights, S::as_simd_f32s(x).0[i], sums[i % A]);
+            }
+        }
+    }
+    for (out, sums) in out.iter_mut().zip(sums) {
+        let sum = sums.into_iter().reduce(|a, b| simd.add_f32s(a, b));
+        *out = sum.map_or(0.0, |sum| simd.reduce_sum_f32s(sum));
+    }
+}
+
+/// The products of some rows of weights with all rows of activations. A struct and not a closure:
+/// only what is inlined into `with_simd` is compiled for wide registers.
 struct Product<'a, F> {
     weights: &'a [u8],
-    /// `[rows, in]`
-    x: &'a [f32],
-    /// The sum of each block of x.
-    sums: &'a [f32],
+    tiles: &'a [Tile],
     /// `[out, rows]`
     out: &'a mut [f32],
     rows: usize,
@@ -343,13 +362,16 @@ impl<F: Format> WithSimd for Product<'_, F> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { weights, x, sums, out, rows, .. } = self;
-        let inner = x.len() / rows;
-        let size = inner / BLOCK * F::BYTES;
+        let Self { weights, tiles, out, rows, .. } = self;
+        let size = weights.len() / (out.len() / rows);
         for (out, row) in out.chunks_exact_mut(rows).zip(weights.chunks_exact(size)) {
-            for (r, out) in out.iter_mut().enumerate() {
-                *out =
-                    dot::<S, F>(simd, row, &x[r * inner..][..inner], &sums[r * (inner / BLOCK)..]);
+            for (Tile { blocks, width }, out) in tiles.iter().zip(out.chunks_mut(TILE)) {
+                match width {
+                    1 => dots::<S, F, 1, 4>(simd, row, blocks, out),
+                    2 => dots::<S, F, 2, 2>(simd, row, blocks, out),
+                    4 => dots::<S, F, 4, 2>(simd, row, blocks, out),
+                    _ => dots::<S, F, TILE, 1>(simd, row, blocks, out),
+                }
             }
         }
     }
@@ -419,7 +441,7 @@ mod tests {
             let m = matrix(dtype, 70, 128);
             let expanded = m.tensor.dequantize(&Device::Cpu).unwrap();
             assert_eq!(distance(&m.expand().unwrap(), &expanded), 0.0, "{dtype:?}");
-            for rows in [1, 3, 9] {
+            for rows in [1, 2, 3, 8, 13, 40] {
                 let x = Tensor::randn(0f32, 1., (rows, 128), &Device::Cpu).unwrap();
                 let want = x.matmul(&expanded.t().unwrap()).unwrap();
                 // candle rounds the activations of its formats to 8 bits.

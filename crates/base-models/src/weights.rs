@@ -11,8 +11,8 @@ pub struct LoadOptions {
     pub device: Device,
     /// In which format it computes, and dense weights are held.
     pub dtype: DType,
-    /// Whether quantized weights of a GGUF file are expanded to `dtype` at once. Packed, they take less memory and decoding is
-    /// faster; the numbers are the same.
+    /// Whether quantized weights of a GGUF file are expanded to `dtype` at once. Packed, they take
+    /// less memory and decoding is faster; the numbers are the same.
     pub expand: bool,
 }
 
@@ -23,7 +23,8 @@ impl Default for LoadOptions {
     }
 }
 
-/// Tensors by the names that Hugging Face checkpoints use, `model.layers.0.self_attn.q_proj.weight` and so on.
+/// Tensors by the names that Hugging Face checkpoints use, `model.layers.0.self_attn.q_proj.weight`
+/// and so on.
 pub(crate) trait Weights {
     /// A tensor of the given shape, in the model's dtype.
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor>;
@@ -33,6 +34,9 @@ pub(crate) trait Weights {
 
     /// Whether there is a tensor of that name.
     fn has(&self, name: &str) -> bool;
+
+    /// Checks that every tensor has been asked for, once the model is put together.
+    fn finish(&self) -> Result<()>;
 
     /// A linear map, with a bias if asked for.
     fn linear(&self, name: &str, out: usize, inner: usize, bias: bool) -> Result<Linear> {

@@ -5,6 +5,8 @@ pub mod attention;
 mod batch;
 mod cache;
 mod compress;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod dense;
 mod error;
 mod finite;

@@ -1,11 +1,16 @@
-//! Dense caches on a CUDA device beside those of the CPU. Needs a CUDA device.
+//! Attention and dense caches on a CUDA device beside those of the CPU. Needs a CUDA device.
 #![cfg(feature = "cuda")]
 
 use std::sync::Arc;
 
+use candle_core::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use candle_core::cuda::cudarc::driver::{CudaContext, DevicePtr};
 use candle_core::{DType, Device, Tensor};
+use half::f16;
+use longctx_core::cuda::{Half, PAGE, PrefillArgs, prefill};
 use longctx_core::{
-    AttentionShape, Batch, DenseCache, KvCache, LayerSpec, Rope, RopeScaling, SeqId, Step,
+    AttentionShape, Batch, DenseCache, KvCache, LayerSpec, Mask, Rope, RopeScaling, SeqId, Step,
+    attention,
 };
 
 fn random(tokens: usize, heads: usize, d: usize, dtype: DType) -> Tensor {
@@ -65,4 +70,152 @@ fn caches_attend_as_on_the_cpu() {
             }
         }
     }
+}
+
+fn relative(got: &Tensor, want: &Tensor) -> f32 {
+    let f32 = |x: &Tensor| x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+    let (got, want) = (f32(got), f32(want));
+    let norm = |x: Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+    norm((&got - &want).unwrap()) / norm(want)
+}
+
+#[test]
+fn prompts_attend_as_on_the_cpu() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let batch = Batch::new(&[(3, 1), (1, 300), (7, 64), (2, 129)]).unwrap();
+    for (heads, kv_heads, d) in
+        [(8, 2, 64), (2, 2, 80), (7, 1, 96), (8, 2, 128), (4, 2, 192), (6, 2, 256)]
+    {
+        let plain = AttentionShape::new(heads, kv_heads, d).unwrap();
+        let shapes = [
+            plain,
+            AttentionShape { window: Some(70), ..plain },
+            AttentionShape { soft_cap: Some(3.0), scale: 0.3, ..plain },
+        ];
+        for shape in shapes {
+            for (dtype, bound) in [(DType::F16, 1e-3), (DType::BF16, 6e-3)] {
+                // Queries, keys and values as views into the output of one projection.
+                let qkv = random(batch.tokens(), heads + 2 * kv_heads, d, dtype);
+                let parts = |qkv: &Tensor| {
+                    let of = |first, count| qkv.narrow(1, first, count).unwrap();
+                    (of(0, heads), of(heads, kv_heads), of(heads + kv_heads, kv_heads))
+                };
+                let (q, k, v) = parts(&qkv);
+                let want = attention::attend(&batch, &q, &k, &v, &shape).unwrap();
+                let on_device = qkv.to_device(&device).unwrap();
+                let (q, k, v) = parts(&on_device);
+                let got = attention::attend(&batch, &q, &k, &v, &shape).unwrap();
+                let error = relative(&got.out, &want.out);
+                assert!(error < bound, "{dtype:?}, {shape:?}: {error}");
+                let error = relative(&got.lse, &want.lse);
+                assert!(error < 1e-4, "{dtype:?}, {shape:?}: log-sum-exp {error}");
+            }
+        }
+    }
+}
+
+/// The kernels on memory of cudarc's, from a captured graph that is launched with other lengths
+/// than it was captured with.
+#[test]
+fn pages_attend_as_on_the_cpu() {
+    let Ok(context) = CudaContext::new(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let (heads, kv_heads, d) = (4, 2, 128);
+    let shape = AttentionShape::new(heads, kv_heads, d).unwrap();
+    let (queries, entries) = ([40usize, 7], [200usize, 70]);
+    let tokens = queries.iter().sum::<usize>();
+    let stream = context.new_stream().unwrap();
+    let rows = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f16>().unwrap();
+    let f16s = |n, heads| random(n, heads, d, DType::F16);
+
+    // Pages of both sequences and heads in reverse order, the rest of the last ones NaN.
+    let (q, kv) = (f16s(tokens, heads), entries.map(|n| (f16s(n, kv_heads), f16s(n, kv_heads))));
+    let blocks = entries.map(|n| n.div_ceil(PAGE));
+    let (most, total) = (blocks[0], kv_heads * (blocks[0] + blocks[1]));
+    let mut pools = [(); 2].map(|()| vec![f16::NAN; total * PAGE * d]);
+    let mut table = vec![0u32; 2 * kv_heads * most];
+    let mut next = total;
+    let mut held = Vec::new();
+    for (s, (k, v)) in kv.iter().enumerate() {
+        for head in 0..kv_heads {
+            let of = |x: &Tensor| rows(&x.narrow(1, head, 1).unwrap());
+            let (k, v) = (of(k), of(v));
+            for (block, (k, v)) in k.chunks(PAGE * d).zip(v.chunks(PAGE * d)).enumerate() {
+                next -= 1;
+                table[(s * kv_heads + head) * most + block] = next as u32;
+                pools[0][next * PAGE * d..][..k.len()].copy_from_slice(k);
+                pools[1][next * PAGE * d..][..v.len()].copy_from_slice(v);
+            }
+            held.push((k, v));
+        }
+    }
+    let batch = Batch::new(&[(0, queries[0]), (1, queries[1])]).unwrap();
+    let pages: Vec<_> =
+        held.iter().map(|(keys, values)| vec![attention::Page { keys, values }]).collect();
+    let want = attention::attend_pages(&batch, &q, &pages, &shape, Mask::Causal).unwrap();
+
+    let half = |x: &[f16]| stream.clone_htod(x).unwrap();
+    let (dq, dk, dv) = (half(&rows(&q)), half(&pools[0]), half(&pools[1]));
+    let table = stream.clone_htod(&table).unwrap();
+    let [mut ends, mut lens] = [3, 4].map(|n| stream.alloc_zeros::<u32>(n).unwrap());
+    let out = stream.clone_htod(&vec![f32::NAN; tokens * heads * d]).unwrap();
+    let lse = stream.clone_htod(&vec![f32::NAN; tokens * heads]).unwrap();
+    let args = PrefillArgs {
+        q: dq.device_ptr(&stream).0,
+        k: dk.device_ptr(&stream).0,
+        v: dv.device_ptr(&stream).0,
+        out: out.device_ptr(&stream).0,
+        lse: lse.device_ptr(&stream).0,
+        cu_seqlens_q: ends.device_ptr(&stream).0,
+        seqlens_k: lens.device_ptr(&stream).0,
+        block_table: table.device_ptr(&stream).0,
+        q_token: (heads * d) as i64,
+        q_head: d as i64,
+        k_token: d as i64,
+        k_head: (PAGE * d) as i64,
+        v_token: d as i64,
+        v_head: (PAGE * d) as i64,
+        table_seq: (kv_heads * most) as i64,
+        table_head: most as i64,
+        lens_seq: kv_heads as i64,
+        lens_head: 1,
+        seqs: 2,
+        tokens: tokens as i32,
+        kv_extent: total as i32,
+        heads: heads as i32,
+        kv_heads: kv_heads as i32,
+        causal: 1,
+        scale: shape.scale,
+        out_f32: 1,
+        ..PrefillArgs::default()
+    };
+    // SAFETY: the arrays above have the sizes that `args` gives and live to the end of the test.
+    let launch = || unsafe { prefill(&stream, Half::F16, d, &args) }.unwrap();
+    launch(); // Loads the kernels; all lengths are 0.
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
+    launch();
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = stream.end_capture(flags).unwrap().unwrap();
+    let lens_of = entries.map(|n| [n as u32; 2]).concat();
+    stream.memcpy_htod(&[0, queries[0] as u32, tokens as u32], &mut ends).unwrap();
+    stream.memcpy_htod(&lens_of, &mut lens).unwrap();
+    graph.launch().unwrap();
+    let tensor = |x, dims: &[usize]| {
+        Tensor::from_vec(stream.clone_dtoh(x).unwrap(), dims, &Device::Cpu).unwrap()
+    };
+    assert!(relative(&tensor(&out, &[tokens, heads, d]), &want.out) < 1e-3);
+    assert!(relative(&tensor(&lse, &[tokens, heads]), &want.lse) < 1e-4);
+
+    let unfit = PrefillArgs { q_token: 4, ..args };
+    // SAFETY: refused before anything is launched.
+    let error = unsafe { prefill(&stream, Half::F16, d, &unfit) }.unwrap_err().to_string();
+    assert!(error.contains("strides of q"), "{error}");
+    // SAFETY: as above.
+    let error = unsafe { prefill(&stream, Half::F16, 72, &args) }.unwrap_err().to_string();
+    assert!(error.contains("72"), "{error}");
 }

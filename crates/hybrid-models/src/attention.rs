@@ -5,9 +5,8 @@ use std::sync::Arc;
 use crate::checkpoint::Checkpoint;
 use crate::linear::Linear;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::Input;
 use candle_core::{Device, Tensor};
-use longctx_core::{AttentionShape, KvCache, Result, Rope, Step};
+use longctx_core::{AttentionShape, Batch, KvCache, Result, Rope, Step};
 
 #[derive(Debug)]
 pub struct Attention {
@@ -40,22 +39,24 @@ impl Attention {
         })
     }
 
-    /// `[batch, tokens, hidden]` to the same.
-    pub fn forward(&self, x: Input<'_>, cache: &mut dyn KvCache, out: &mut [f32]) -> Result<()> {
+    /// `[tokens, hidden]` of all sequences of the batch to the same.
+    pub fn forward(
+        &self,
+        x: &[f32],
+        batch: &Batch,
+        cache: &mut dyn KvCache,
+        out: &mut [f32],
+    ) -> Result<()> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
-        let mut qkv = vec![0.0; x.rows() * self.qkv.out()];
-        self.qkv.apply(Rows::new(x.x, self.hidden), &mut qkv);
-        let qkv = Tensor::from_vec(
-            qkv,
-            (x.batch, x.tokens, heads + 2 * kv_heads, head_dim),
-            &Device::Cpu,
-        )?;
-        let part = |start, count| qkv.narrow(2, start, count)?.transpose(1, 2)?.contiguous();
+        let tokens = batch.tokens();
+        let mut qkv = vec![0.0; tokens * self.qkv.out()];
+        self.qkv.apply(Rows::new(x, self.hidden), &mut qkv);
+        let qkv = Tensor::from_vec(qkv, (tokens, heads + 2 * kv_heads, head_dim), &Device::Cpu)?;
+        let part = |start, count| qkv.narrow(1, start, count)?.contiguous();
         let (q, k) = (part(0, heads)?, part(heads, kv_heads)?);
         let v = part(heads + kv_heads, kv_heads)?;
-        let step = Step { q: &q, k: &k, v: &v, shape: &self.shape, rope: &self.rope };
-        let attended = cache.attend(&step)?.transpose(1, 2)?.flatten_all()?;
-        let attended: Vec<f32> = attended.to_vec1()?;
+        let attended = cache.attend(&Step { batch, q: &q, k: &k, v: &v })?;
+        let attended: Vec<f32> = attended.flatten_all()?.to_vec1()?;
         self.out.apply(Rows::new(&attended, heads * head_dim), out);
         Ok(())
     }

@@ -9,6 +9,7 @@ mod channel_mix;
 mod conv;
 mod gate;
 mod gated_norm;
+mod groups;
 mod head_norm;
 mod kernels;
 mod linear;
@@ -30,10 +31,11 @@ mod v7;
 mod wkv;
 
 pub use channel_mix::ChannelMix;
+pub use groups::Groups;
 pub use mamba::Mamba;
 pub use mamba2::Mamba2;
 pub use mlp::Mlp;
-pub use model::OnDevice;
+pub use model::{Call, OnDevice};
 pub use rg_lru::RgLru;
 pub use target::Target;
 pub use v4::V4;
@@ -49,10 +51,11 @@ use std::fmt::Debug;
 pub struct Input<'a> {
     /// `[batch * tokens, hidden]`, normalised, in the format of the weights, or in f32 for mixers that [read](Mixer::reads_f32) that.
     pub x: &'a Tensor,
+    /// Sequences, of equally many tokens.
     pub batch: usize,
     pub tokens: usize,
-    /// Tokens that came before them.
-    pub start: usize,
+    /// Whether they are the sequences' first.
+    pub first: bool,
 }
 
 /// What layers hand to those above them for the same rows: RWKV-7's values of the first layer.

@@ -52,7 +52,13 @@ impl Recurrent for GatedMlp {
         Vec::new()
     }
 
-    fn forward(&self, x: Input<'_>, _: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
+    fn forward(
+        &self,
+        x: Input<'_>,
+        _: &mut [&mut [f32]],
+        workspace: &mut Workspace,
+        out: &mut [f32],
+    ) {
         let mut gate_up = workspace.take(x.rows() * 2 * self.inner);
         self.gate_up.apply(Rows::new(x.x, self.hidden), &mut gate_up);
         gate_up.par_chunks_exact_mut(2 * self.inner).for_each(|row| {

@@ -3,12 +3,11 @@
 use std::ops::Range;
 
 use crate::matrix::{Matrix, Rows};
-use crate::memory::Memory;
-use crate::mixer::{Input, Mixer, Residual};
+use crate::mixer::{Input, Mixer, Residual, Span};
 use crate::norm::Norm;
 use crate::outline::{Block, Kept, Outline};
 use crate::workspace::Workspace;
-use longctx_core::Result;
+use longctx_core::{Batch, KvCache, LayerSpec, Logits, Result};
 
 /// Tokens that go through a recurrent mixer at a time: activations inside a layer never exist for more.
 const BLOCK: usize = 512;
@@ -37,11 +36,13 @@ pub struct Host {
 impl Host {
     pub fn outline(&self) -> Outline {
         let block = |residual: &Residual| Block {
-            layer: residual.layer,
             name: format!("layers.{}.{}", residual.layer, residual.name),
             kept: match &residual.mixer {
                 Mixer::Recurrent(mixer) => Kept::State(mixer.state()),
-                Mixer::Attention(attention) => Kept::Cache(attention.shape),
+                Mixer::Attention(attention) => {
+                    let spec = LayerSpec::new(attention.shape).with_rope(attention.rope.clone());
+                    Kept::Cache(spec.at(residual.layer, self.layers))
+                }
             },
         };
         Outline {
@@ -54,43 +55,44 @@ impl Host {
         }
     }
 
-    /// The logits of the last `wanted` of each entry's tokens; `seen` came before `ids` `[batch, tokens]`.
+    /// The logits of a batch, row by row; the entries' states are moved on.
     pub fn forward(
         &self,
+        batch: &Batch,
         ids: &[u32],
-        batch: usize,
-        wanted: usize,
-        seen: usize,
-        memories: &mut [Memory],
+        logits: Logits,
+        entries: &mut [Entry],
+        caches: &mut [Box<dyn KvCache>],
         workspace: &mut Workspace,
     ) -> Result<Vec<f32>> {
-        let (count, hidden) = (ids.len() / batch, self.hidden);
-        let attention = self.residuals.iter().any(|r| matches!(r.mixer, Mixer::Attention(_)));
-        let mut top = workspace.take(batch * wanted * hidden);
-        for (entries, span) in spans(batch, count, attention) {
-            let mut x = workspace.take(entries.len() * span.len() * hidden);
-            let of_span = entries.clone().flat_map(|e| span.clone().map(move |t| e * count + t));
-            self.embed(of_span.map(|i| ids[i]), &mut x);
-            let start = seen + span.start;
-            self.run(&mut x, batch, entries.clone(), start, memories, workspace)?;
-            for (entry, x) in entries.zip(x.chunks_exact(span.len() * hidden)) {
-                let first = span.start.max(count - wanted);
-                if first < span.end {
-                    let x = &x[(first - span.start) * hidden..];
-                    let at = (entry * wanted + first - (count - wanted)) * hidden;
-                    top[at..at + x.len()].copy_from_slice(x);
+        let hidden = self.hidden;
+        let mut top = Vec::new();
+        let pieces = pieces(entries);
+        // Without attention, memory is that of one piece; attention layers take whole prompts in
+        // one call, so that a cache may compress them after exact attention.
+        let at_a_time = if caches.is_empty() { 1 } else { pieces.len() };
+        for pieces in pieces.chunks(at_a_time) {
+            let rows = pieces[0].rows.start..pieces[pieces.len() - 1].rows.end;
+            let mut x = workspace.take(rows.len() * hidden);
+            self.embed(&ids[rows.clone()], &mut x);
+            self.run(&mut x, pieces, batch, entries, caches, workspace)?;
+            match logits {
+                Logits::All => top.extend_from_slice(&x),
+                Logits::Last => {
+                    let last = entries.iter().map(|entry| entry.rows.end - 1);
+                    for row in last.filter(|row| rows.contains(row)) {
+                        top.extend_from_slice(&x[(row - rows.start) * hidden..][..hidden]);
+                    }
                 }
             }
             workspace.give(x);
         }
-        let logits = self.logits(&mut top);
-        workspace.give(top);
-        Ok(logits)
+        Ok(self.logits(&mut top))
     }
 
     /// Embeds ids, one row each.
-    fn embed(&self, ids: impl Iterator<Item = u32>, x: &mut [f32]) {
-        for (id, row) in ids.zip(x.chunks_exact_mut(self.hidden)) {
+    fn embed(&self, ids: &[u32], x: &mut [f32]) {
+        for (&id, row) in ids.iter().zip(x.chunks_exact_mut(self.hidden)) {
             self.embedding.row(id as usize, row);
             if self.embedding_scale != 1.0 {
                 row.iter_mut().for_each(|x| *x *= self.embedding_scale);
@@ -101,47 +103,47 @@ impl Host {
         }
     }
 
-    /// Sends `x` `[entries, tokens, hidden]` through all layers; `seen` tokens came before.
+    /// Sends the rows of some pieces, `x` `[tokens, hidden]`, through all layers.
     fn run(
         &self,
         x: &mut [f32],
-        batch: usize,
-        entries: Range<usize>,
-        seen: usize,
-        memories: &mut [Memory],
+        pieces: &[Piece],
+        batch: &Batch,
+        entries: &mut [Entry],
+        caches: &mut [Box<dyn KvCache>],
         workspace: &mut Workspace,
     ) -> Result<()> {
-        let count = entries.len();
-        let tokens = x.len() / self.hidden / count;
-        for (residual, memory) in self.residuals.iter().zip(memories) {
-            match (&residual.mixer, memory) {
-                (Mixer::Recurrent(mixer), Memory::State(state)) => {
-                    let size = state.len() / batch;
-                    let state = &mut state[entries.start * size..entries.end * size];
-                    // A single token of every entry is one product; longer inputs go entry by entry, block by block.
-                    let together = if tokens == 1 { count } else { 1 };
-                    for entry in (0..count).step_by(together) {
-                        let state = &mut state[entry * size..(entry + together) * size];
-                        let x = &mut x[entry * tokens * self.hidden..]
-                            [..together * tokens * self.hidden];
-                        let blocks = x.chunks_mut(BLOCK.max(together) * self.hidden);
-                        for (x, start) in blocks.zip((seen..).step_by(BLOCK)) {
-                            let tokens = x.len() / self.hidden / together;
-                            self.residual(residual, x, workspace, |normed, workspace, out| {
-                                let x = Input { x: normed, batch: together, tokens, start };
-                                mixer.forward(x, state, workspace, out);
-                                Ok(())
-                            })?;
+        let mut caches = caches.iter_mut();
+        let mut arrays = 0..0;
+        for residual in &self.residuals {
+            match &residual.mixer {
+                Mixer::Recurrent(mixer) => {
+                    arrays = arrays.end..arrays.end + mixer.state_size();
+                    for piece in pieces {
+                        let first = piece.rows.start - pieces[0].rows.start;
+                        let x = &mut x[first * self.hidden..][..piece.rows.len() * self.hidden];
+                        let entries = &mut entries[piece.entries()];
+                        self.residual(residual, x, workspace, |normed, workspace, out| {
+                            let x = Input { x: normed, spans: &piece.spans };
+                            let states = entries.iter_mut();
+                            let mut states: Vec<_> =
+                                states.map(|entry| &mut entry.state[arrays.clone()]).collect();
+                            mixer.forward(x, &mut states, workspace, out);
+                            Ok(())
+                        })?;
+                        for (entry, span) in entries.iter_mut().zip(&piece.spans) {
+                            entry.keep(span.position + span.tokens, arrays.clone());
                         }
                     }
                 }
-                (Mixer::Attention(attention), Memory::Cache(cache)) => {
+                Mixer::Attention(attention) => {
+                    let Some(cache) = caches.next() else {
+                        unreachable!("a session makes a cache for each attention layer")
+                    };
                     self.residual(residual, x, workspace, |normed, _, out| {
-                        let x = Input { x: normed, batch: count, tokens, start: seen };
-                        attention.forward(x, cache.as_mut(), out)
+                        attention.forward(normed, batch, cache.as_mut(), out)
                     })?;
                 }
-                _ => unreachable!("memories are made from the mixers"),
             }
         }
         Ok(())
@@ -177,15 +179,95 @@ impl Host {
     }
 }
 
-/// The pieces of a forward call that go through all layers at a time: (entries, tokens). Without attention, memory is that of one
-/// block; attention layers take the whole prompt in one call, so that a cache may compress it after exact attention.
-fn spans(batch: usize, count: usize, whole: bool) -> Vec<(Range<usize>, Range<usize>)> {
-    if whole || count == 1 {
-        return vec![(0..batch, 0..count)];
+/// One sequence of a batch, on its way.
+pub struct Entry {
+    /// Tokens that came before the batch's.
+    pub position: usize,
+    /// The batch's rows that are its.
+    pub rows: Range<usize>,
+    pub state: Vec<f32>,
+    /// Numbers of tokens after which the state is copied, in increasing order, and the copies.
+    pub snapshots: Vec<(usize, Vec<f32>)>,
+}
+
+impl Entry {
+    /// Copies some numbers of the state, if a snapshot is wanted after so many tokens.
+    fn keep(&mut self, position: usize, numbers: Range<usize>) {
+        if let Some((_, copy)) = self.snapshots.iter_mut().find(|(at, _)| *at == position) {
+            copy.resize(self.state.len(), 0.0);
+            copy[numbers.clone()].copy_from_slice(&self.state[numbers]);
+        }
     }
-    let blocks = move |entry| {
-        let block = move |start| (entry..entry + 1, start..count.min(start + BLOCK));
-        (0..count).step_by(BLOCK).map(block)
-    };
-    (0..batch).flat_map(blocks).collect()
+}
+
+/// Rows that go through a recurrent mixer together: at most one span of each sequence.
+struct Piece {
+    /// Rows of the batch.
+    rows: Range<usize>,
+    spans: Vec<Span>,
+    /// The place of the first span's sequence in the batch.
+    first: usize,
+}
+
+impl Piece {
+    /// The sequences' places in the batch.
+    fn entries(&self) -> Range<usize> {
+        self.first..self.first + self.spans.len()
+    }
+}
+
+/// Cuts a batch into pieces of up to [`BLOCK`] rows, and after each token that wants a snapshot.
+fn pieces(entries: &[Entry]) -> Vec<Piece> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    for (i, entry) in entries.iter().enumerate() {
+        let mut start = entry.rows.start;
+        while start < entry.rows.end {
+            let position = entry.position + start - entry.rows.start;
+            let open = pieces.last_mut();
+            let open = open.filter(|p| p.entries().end == i && p.rows.len() < BLOCK);
+            let piece = match open {
+                Some(piece) => piece,
+                None => {
+                    pieces.push(Piece { rows: start..start, spans: Vec::new(), first: i });
+                    let last = pieces.len() - 1;
+                    &mut pieces[last]
+                }
+            };
+            let snapshot = entry.snapshots.iter().find(|(at, _)| *at > position);
+            let tokens = (entry.rows.end - start)
+                .min(BLOCK - piece.rows.len())
+                .min(snapshot.map_or(usize::MAX, |(at, _)| at - position));
+            piece.spans.push(Span { row: piece.rows.len(), tokens, position });
+            start += tokens;
+            piece.rows.end = start;
+        }
+    }
+    pieces
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(position: usize, rows: Range<usize>, snapshots: &[usize]) -> Entry {
+        let snapshots = snapshots.iter().map(|&at| (at, Vec::new())).collect();
+        Entry { position, rows, state: Vec::new(), snapshots }
+    }
+
+    #[test]
+    fn pieces_are_full_hold_a_sequence_once_and_end_at_snapshots() {
+        let entries = [
+            entry(7, 0..1, &[]),
+            entry(0, 1..801, &[]),
+            entry(90, 801..830, &[100]),
+            entry(0, 830..831, &[]),
+        ];
+        let cut: Vec<_> = pieces(&entries)
+            .iter()
+            .map(|p| (p.rows.clone(), p.first, p.spans.iter().map(|s| s.tokens).collect()))
+            .collect();
+        let expected: [(_, _, Vec<usize>); 3] =
+            [(0..512, 0, vec![1, 511]), (512..811, 1, vec![289, 10]), (811..831, 2, vec![19, 1])];
+        assert_eq!(cut, expected);
+    }
 }

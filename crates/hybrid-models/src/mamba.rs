@@ -6,7 +6,7 @@ use crate::checkpoint::Checkpoint;
 use crate::conv::Conv;
 use crate::linear::Linear;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Part, Recurrent, transposed};
+use crate::mixer::{Input, Part, Recurrent, Span, transposed};
 use crate::workspace::Workspace;
 use longctx_core::Result;
 use scan::Scan;
@@ -87,34 +87,41 @@ impl Recurrent for Mamba {
         ]
     }
 
-    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
-        let MambaShape { hidden, inner, states, rank, .. } = self.shape;
-        let (rows, tokens) = (x.rows(), x.tokens);
+    fn forward(
+        &self,
+        x: Input<'_>,
+        states: &mut [&mut [f32]],
+        workspace: &mut Workspace,
+        out: &mut [f32],
+    ) {
+        let MambaShape { hidden, inner, states: size, rank, .. } = self.shape;
+        let rows = x.rows();
         let mut projected = workspace.take(rows * 2 * inner);
         let mut u = workspace.take(rows * inner);
-        let mut selected = workspace.take(rows * (rank + 2 * states));
+        let mut selected = workspace.take(rows * (rank + 2 * size));
         let mut steps = workspace.take(rows * inner);
 
         self.project_in.apply(Rows::new(x.x, hidden), &mut projected);
         let projected_rows = Rows::new(&projected, 2 * inner);
-        let size = state.len() / x.batch;
-        for (entry, state) in state.chunks_exact_mut(size).enumerate() {
+        for (span, state) in x.spans.iter().zip(states.iter_mut()) {
+            let Span { row, tokens, .. } = *span;
             let (conv, _) = state.split_at_mut(self.conv.state_size());
-            let x = projected_rows.columns(0, inner).part(entry * tokens, tokens);
-            let u = &mut u[entry * tokens * inner..][..tokens * inner];
+            let x = projected_rows.columns(0, inner).part(row, tokens);
+            let u = &mut u[row * inner..][..tokens * inner];
             self.conv.forward(x, tokens, conv, u);
         }
         self.select.apply(Rows::new(&u, inner), &mut selected);
-        let selected_rows = Rows::new(&selected, rank + 2 * states);
+        let selected_rows = Rows::new(&selected, rank + 2 * size);
         self.time_step.apply(selected_rows.columns(0, rank), &mut steps);
-        for (entry, state) in state.chunks_exact_mut(size).enumerate() {
+        for (span, state) in x.spans.iter().zip(states) {
+            let Span { row, tokens, .. } = *span;
             let (_, ssm) = state.split_at_mut(self.conv.state_size());
-            let u = &mut u[entry * tokens * inner..][..tokens * inner];
+            let u = &mut u[row * inner..][..tokens * inner];
             let inputs = scan::Inputs {
-                steps: Rows::new(&steps, inner).part(entry * tokens, tokens),
-                b: selected_rows.columns(rank, states).part(entry * tokens, tokens),
-                c: selected_rows.columns(rank + states, states).part(entry * tokens, tokens),
-                gate: projected_rows.columns(inner, inner).part(entry * tokens, tokens),
+                steps: Rows::new(&steps, inner).part(row, tokens),
+                b: selected_rows.columns(rank, size).part(row, tokens),
+                c: selected_rows.columns(rank + size, size).part(row, tokens),
+                gate: projected_rows.columns(inner, inner).part(row, tokens),
             };
             self.scan.run(inputs, tokens, ssm, u);
         }

@@ -6,7 +6,7 @@ use crate::checkpoint::Checkpoint;
 use crate::conv::Conv;
 use crate::linear::Linear;
 use crate::matrix::Rows;
-use crate::mixer::{Input, Part, Recurrent};
+use crate::mixer::{Input, Part, Recurrent, Span};
 use crate::norm::rms_groups;
 use crate::simd::{TimesSilu, zip};
 use crate::workspace::Workspace;
@@ -91,10 +91,16 @@ impl Recurrent for Mamba2 {
         vec![conv, Part::new("ssm", &[heads, states, head_dim])]
     }
 
-    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
+    fn forward(
+        &self,
+        x: Input<'_>,
+        states: &mut [&mut [f32]],
+        workspace: &mut Workspace,
+        out: &mut [f32],
+    ) {
         let Mamba2Shape { hidden, heads, groups, norm_eps, .. } = self.shape;
         let (inner, convolved) = (self.shape.inner(), self.shape.convolved());
-        let (rows, tokens) = (x.rows(), x.tokens);
+        let rows = x.rows();
         let width = inner + convolved + heads;
         let mut projected = workspace.take(rows * width);
         let mut mixed = workspace.take(rows * convolved);
@@ -102,14 +108,14 @@ impl Recurrent for Mamba2 {
 
         self.project_in.apply(Rows::new(x.x, hidden), &mut projected);
         let projected_rows = Rows::new(&projected, width);
-        let size = state.len() / x.batch;
-        for (entry, state) in state.chunks_exact_mut(size).enumerate() {
-            let of_entry = projected_rows.part(entry * tokens, tokens);
+        for (span, state) in x.spans.iter().zip(states) {
+            let Span { row, tokens, .. } = *span;
+            let of_span = projected_rows.part(row, tokens);
             let (conv, ssm) = state.split_at_mut(self.conv.state_size());
-            let mixed = &mut mixed[entry * tokens * convolved..][..tokens * convolved];
-            self.conv.forward(of_entry.columns(inner, convolved), tokens, conv, mixed);
-            let y = &mut y[entry * tokens * inner..][..tokens * inner];
-            let steps = of_entry.columns(inner + convolved, heads);
+            let mixed = &mut mixed[row * convolved..][..tokens * convolved];
+            self.conv.forward(of_span.columns(inner, convolved), tokens, conv, mixed);
+            let y = &mut y[row * inner..][..tokens * inner];
+            let steps = of_span.columns(inner + convolved, heads);
             self.ssd.run(Rows::new(mixed, convolved), steps, tokens, ssm, y, workspace);
         }
         for (y, row) in y.chunks_exact_mut(inner).zip(0..) {

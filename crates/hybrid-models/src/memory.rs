@@ -1,108 +1,150 @@
-//! What a residual block of a session remembers.
+//! The recurrent states of sequences.
 
-use crate::mixer::Part;
+use std::collections::BTreeMap;
+
+use crate::outline::Outline;
 use crate::state::State;
 use candle_core::Device;
-use longctx_core::{Footprint, KvCache, Result};
+use longctx_core::{Error, Result, SeqId};
 
+/// One sequence's recurrent state: the arrays of all blocks.
 pub enum Memory {
-    /// A state before the first tokens.
-    Empty,
-    /// `[batch, size]`: an entry's arrays one after the other.
-    State(Vec<f32>),
-    /// One tensor `[batch, …]` for each array.
+    /// The arrays one after the other.
+    Host(Vec<f32>),
+    /// One tensor `[1, …]` for each array.
     #[cfg(feature = "cuda")]
     OnDevice(Vec<candle_core::Tensor>),
-    Cache(Box<dyn KvCache>),
 }
 
 impl Memory {
-    /// The state of `parts` before the first tokens.
-    pub fn start(parts: &[Part], batch: usize, device: &Device) -> Result<Self> {
+    /// The state before the first token.
+    pub fn start(outline: &Outline, device: &Device) -> Result<Self> {
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
-            let array = |part: &Part| {
-                let shape = [&[batch], part.shape.as_slice()].concat();
-                candle_core::Tensor::full(part.start, shape, device)
+            let array = |(_, part): (_, &crate::mixer::Part)| {
+                candle_core::Tensor::full(part.start, part.shape_of_one(), device)
             };
-            return Ok(Self::OnDevice(parts.iter().map(array).collect::<Result<_, _>>()?));
+            return Ok(Self::OnDevice(outline.parts().map(array).collect::<Result<_, _>>()?));
         }
         let _ = device;
-        let entry = parts.iter().flat_map(|part| std::iter::repeat_n(part.start, part.size()));
-        let entry: Vec<f32> = entry.collect();
-        Ok(Self::State(entry.repeat(batch)))
+        let array =
+            |(_, part): (_, &crate::mixer::Part)| std::iter::repeat_n(part.start, part.size());
+        Ok(Self::Host(outline.parts().flat_map(array).collect()))
     }
 
-    /// The state of `parts` that a value holds under the name of the block.
-    pub fn load(state: &State, name: &str, parts: &[Part], device: &Device) -> Result<Self> {
-        let arrays =
-            parts.iter().map(|part| state.array(name, part)).collect::<Result<Vec<_>>>()?;
+    /// The arrays of a model that runs on the host.
+    pub fn into_host(self) -> Vec<f32> {
+        match self {
+            Self::Host(arrays) => arrays,
+            #[cfg(feature = "cuda")]
+            Self::OnDevice(_) => unreachable!("a model on the host keeps its states there"),
+        }
+    }
+
+    /// The state that a value holds.
+    pub fn load(state: &State, outline: &Outline, device: &Device) -> Result<Self> {
+        let arrays = outline.parts().map(|(block, part)| Ok((part, state.array(block, part)?)));
+        let arrays = arrays.collect::<Result<Vec<_>>>()?;
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
-            let array = |(part, numbers): (&Part, &[f32])| {
-                let shape = [&[state.batch()], part.shape.as_slice()].concat();
-                candle_core::Tensor::from_slice(numbers, shape, device)
-            };
-            let arrays = parts.iter().zip(arrays).map(array).collect::<Result<_, _>>()?;
-            return Ok(Self::OnDevice(arrays));
+            let tensors = arrays.into_iter().map(|(part, numbers)| {
+                candle_core::Tensor::from_slice(numbers, part.shape_of_one(), device)
+            });
+            return Ok(Self::OnDevice(tensors.collect::<Result<_, _>>()?));
         }
         let _ = device;
         let mut data = Vec::new();
-        for entry in 0..state.batch() {
-            for (part, numbers) in parts.iter().zip(&arrays) {
-                part.lay_out(&numbers[entry * part.size()..][..part.size()], &mut data);
-            }
-        }
-        Ok(Self::State(data))
+        arrays.into_iter().for_each(|(part, numbers)| part.lay_out(numbers, &mut data));
+        Ok(Self::Host(data))
     }
 
-    /// Puts a state of `parts` into a value; a cache is the caller's.
-    pub fn save(&self, state: &mut State, name: &str, parts: &[Part]) -> Result<()> {
+    /// The state as a value.
+    pub fn save(&self, outline: &Outline, seen: usize) -> Result<State> {
+        let mut state = State::new(outline.family, seen);
         match self {
-            Self::Cache(_) => {}
-            Self::Empty => parts.iter().for_each(|part| state.insert(name, part, Vec::new())),
-            Self::State(data) => {
-                let size: usize = parts.iter().map(Part::size).sum();
-                let mut start = 0;
-                for part in parts {
-                    let mut numbers = Vec::with_capacity(state.batch() * part.size());
-                    for entry in data.chunks_exact(size.max(1)) {
-                        part.read(&entry[start..start + part.size()], &mut numbers);
-                    }
-                    state.insert(name, part, numbers);
-                    start += part.size();
+            Self::Host(data) => {
+                let mut rest = data.as_slice();
+                for (block, part) in outline.parts() {
+                    let (array, after) = rest.split_at(part.size());
+                    let mut numbers = Vec::with_capacity(part.size());
+                    part.read(array, &mut numbers);
+                    state.insert(block, part, numbers);
+                    rest = after;
                 }
             }
             #[cfg(feature = "cuda")]
             Self::OnDevice(arrays) => {
-                for (part, array) in parts.iter().zip(arrays) {
-                    state.insert(name, part, array.flatten_all()?.to_vec1()?);
+                for ((block, part), array) in outline.parts().zip(arrays) {
+                    state.insert(block, part, array.flatten_all()?.to_vec1()?);
                 }
             }
+        }
+        Ok(state)
+    }
+}
+
+/// The recurrent states of all sequences of a session.
+pub enum Memories {
+    Host(BTreeMap<SeqId, Vec<f32>>),
+    #[cfg(feature = "cuda")]
+    OnDevice(crate::cuda::Groups),
+}
+
+impl Memories {
+    pub fn new(device: &Device) -> Self {
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            return Self::OnDevice(crate::cuda::Groups::default());
+        }
+        let _ = device;
+        Self::Host(BTreeMap::new())
+    }
+
+    /// A copy of a sequence's state.
+    pub fn copy(&self, seq: SeqId) -> Result<Memory> {
+        match self {
+            Self::Host(states) => {
+                states.get(&seq).cloned().map(Memory::Host).ok_or(Error::UnknownSequence(seq))
+            }
+            #[cfg(feature = "cuda")]
+            Self::OnDevice(groups) => groups.copy(seq).map(Memory::OnDevice),
+        }
+    }
+
+    /// Gives a sequence a copy of a state, in place of the one that it has.
+    pub fn put(&mut self, seq: SeqId, memory: &Memory) -> Result<()> {
+        match (self, memory) {
+            (Self::Host(states), Memory::Host(state)) => drop(states.insert(seq, state.clone())),
+            #[cfg(feature = "cuda")]
+            (Self::OnDevice(groups), Memory::OnDevice(arrays)) => groups.put(seq, arrays)?,
+            #[cfg(feature = "cuda")]
+            _ => unreachable!("all memories of a session are where its model is"),
         }
         Ok(())
     }
 
-    /// Forgets all.
-    pub fn reset(&mut self) {
+    /// Gives a sequence of the host a state, in place of the one that it has.
+    pub fn replace(&mut self, seq: SeqId, state: Vec<f32>) {
         match self {
-            Self::Cache(cache) => cache.reset(),
-            state => *state = Self::Empty,
+            Self::Host(states) => drop(states.insert(seq, state)),
+            #[cfg(feature = "cuda")]
+            Self::OnDevice(_) => unreachable!("the states are on a device"),
         }
     }
 
-    /// Bytes held.
-    pub fn footprint(&self) -> Footprint {
-        let payload = |numbers: usize| Footprint {
-            payload: numbers * size_of::<f32>(),
-            ..Default::default()
-        };
+    pub fn remove(&mut self, seq: SeqId) {
         match self {
-            Self::Empty => Footprint::default(),
-            Self::State(data) => payload(data.len()),
+            Self::Host(states) => drop(states.remove(&seq)),
             #[cfg(feature = "cuda")]
-            Self::OnDevice(arrays) => payload(arrays.iter().map(|array| array.elem_count()).sum()),
-            Self::Cache(cache) => cache.footprint(),
+            Self::OnDevice(groups) => groups.remove(seq),
+        }
+    }
+
+    pub fn clear(&mut self) {
+        match self {
+            Self::Host(states) => states.clear(),
+            #[cfg(feature = "cuda")]
+            Self::OnDevice(groups) => groups.clear(),
         }
     }
 }

@@ -8,23 +8,31 @@ use crate::workspace::Workspace;
 #[cfg(feature = "cuda")]
 use longctx_core::Result;
 
-/// Rows that a mixer reads: `[batch, tokens, width]`.
+/// Rows that a mixer reads, `[tokens, width]`: those of some sequences, one after the other.
 #[derive(Clone, Copy)]
 pub struct Input<'a> {
     pub x: &'a [f32],
-    pub batch: usize,
+    /// Each sequence's tokens, in the order of the rows, which they fill.
+    pub spans: &'a [Span],
+}
+
+/// Tokens of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// The row of the first token.
+    pub row: usize,
     pub tokens: usize,
-    /// Tokens that came before them.
-    pub start: usize,
+    /// Tokens of the sequence that came before them.
+    pub position: usize,
 }
 
 impl Input<'_> {
     pub fn rows(&self) -> usize {
-        self.batch * self.tokens
+        self.spans.iter().map(|span| span.tokens).sum()
     }
 }
 
-/// One array of a mixer's state, of one batch entry.
+/// One array of a mixer's state, of one sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Part {
     pub name: &'static str,
@@ -48,7 +56,13 @@ impl Part {
         self.shape.iter().product()
     }
 
-    /// Appends an entry's numbers in the order in which they lie in the host's memory.
+    /// `[1, …]`: of one sequence among a batch's.
+    #[cfg(feature = "cuda")]
+    pub fn shape_of_one(&self) -> Vec<usize> {
+        [&[1], self.shape.as_slice()].concat()
+    }
+
+    /// Appends a sequence's numbers in the order in which they lie in the host's memory.
     pub fn lay_out(&self, numbers: &[f32], into: &mut Vec<f32>) {
         match self.block {
             Some(block) => into.extend(transposed(numbers, block, self.shape[1])),
@@ -56,7 +70,7 @@ impl Part {
         }
     }
 
-    /// Appends an entry's numbers, that lie so, row by row.
+    /// Appends a sequence's numbers, that lie so, row by row.
     pub fn read(&self, laid_out: &[f32], into: &mut Vec<f32>) {
         let Some(block) = self.block else { return into.extend(laid_out) };
         for block in laid_out.chunks(block * self.shape[1]) {
@@ -79,8 +93,20 @@ pub trait Recurrent: Debug + Send + Sync {
     /// The arrays of the state, in the order in which they lie in it.
     fn state(&self) -> Vec<Part>;
 
-    /// Reads `x` and the state `[batch, size]`, leaves the state after the last token and writes `out` `[batch, tokens, hidden]`.
-    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]);
+    /// Numbers of a sequence's state.
+    fn state_size(&self) -> usize {
+        self.state().iter().map(Part::size).sum()
+    }
+
+    /// Reads `x` and the sequences' states, leaves each state after its sequence's last token and
+    /// writes `out` `[tokens, hidden]`.
+    fn forward(
+        &self,
+        x: Input<'_>,
+        states: &mut [&mut [f32]],
+        workspace: &mut Workspace,
+        out: &mut [f32],
+    );
 
     /// The same mixer with its weights on a device, over the same arrays of state.
     #[cfg(feature = "cuda")]

@@ -3,11 +3,10 @@
 use std::sync::Arc;
 
 use crate::host::Host;
-use crate::memory::Memory;
-use crate::outline::{Block, Kept, Outline};
+use crate::outline::Outline;
 use crate::session::Session;
 use candle_core::Device;
-use longctx_core::{Error, KvCache, LayerShape, Result};
+use longctx_core::{Error, KvCache, LayerSpec, Result};
 
 /// A model's weights, shared by all sessions that run on them.
 #[derive(Debug, Clone)]
@@ -71,7 +70,7 @@ impl Model {
 
     /// Whether there are attention layers, which remember through caches.
     pub fn has_attention(&self) -> bool {
-        self.outline.has_attention()
+        self.outline.caches().next().is_some()
     }
 
     /// Where it computes.
@@ -83,26 +82,26 @@ impl Model {
         }
     }
 
-    /// A session on these weights: a [`CausalLm`](longctx_core::CausalLm) with a state of its own. `make` builds the cache of each attention
-    /// layer, where there are any.
+    /// A session on these weights: a [`CausalLm`](longctx_core::CausalLm) with a state for each
+    /// sequence. `make` builds the cache of each attention layer, where there are any. Queries and
+    /// keys come to it before the rotary embedding, which the layer's [`LayerSpec`] holds.
     ///
     /// # Errors
-    /// Whatever `make` reports.
+    /// Whatever `make` reports; [`Error::Setting`] for a cache that was made without the rotary
+    /// embedding.
     pub fn session<C: KvCache + 'static>(
         &self,
-        make: impl Fn(&LayerShape) -> Result<C>,
+        make: impl Fn(&LayerSpec) -> Result<C>,
     ) -> Result<Session> {
-        let layers = self.layers();
-        let memory = |block: &Block| -> Result<Memory> {
-            Ok(match block.kept {
-                Kept::State(_) => Memory::Empty,
-                Kept::Cache(attention) => {
-                    let shape = LayerShape { layer: block.layer, layers, attention };
-                    Memory::Cache(Box::new(make(&shape)?))
-                }
-            })
+        let cache = |spec| -> Result<Box<dyn KvCache>> {
+            let cache = make(spec)?;
+            if cache.spec().rope.is_none() {
+                let name = format!("rope of layer {}'s cache", spec.index);
+                return Err(Error::setting(name, "the layer's rotary embedding", "none"));
+            }
+            Ok(Box::new(cache))
         };
-        let memories = self.outline.blocks.iter().map(memory).collect::<Result<_>>()?;
-        Ok(Session::new(self.clone(), memories))
+        let caches = self.outline.caches().map(cache).collect::<Result<_>>()?;
+        Ok(Session::new(self.clone(), caches))
     }
 }

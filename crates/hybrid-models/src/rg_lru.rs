@@ -7,7 +7,7 @@ use crate::checkpoint::Checkpoint;
 use crate::conv::Conv;
 use crate::linear::Linear;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Part, Recurrent};
+use crate::mixer::{Input, Part, Recurrent, Span};
 use crate::simd::{Softplus, TimesGelu, exp, map, sigmoid, zip};
 use crate::split::{Columns, Units, split};
 use crate::workspace::Workspace;
@@ -95,31 +95,38 @@ impl Recurrent for RgLru {
         vec![conv, Part::new("lru", &[width])]
     }
 
-    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
+    fn forward(
+        &self,
+        x: Input<'_>,
+        states: &mut [&mut [f32]],
+        workspace: &mut Workspace,
+        out: &mut [f32],
+    ) {
         let RgLruShape { hidden, width, blocks, .. } = self.shape;
-        let (rows, tokens) = (x.rows(), x.tokens);
+        let rows = x.rows();
         let mut projected = workspace.take(rows * 2 * width);
         let mut u = workspace.take(rows * width);
-        let mut gates = workspace.take(tokens * 2 * width);
+        let longest = x.spans.iter().map(|span| span.tokens).max().unwrap_or(0);
+        let mut gates = workspace.take(longest * 2 * width);
         let mut y = workspace.take(rows * width);
 
         self.project_in.apply(Rows::new(x.x, hidden), &mut projected);
         let projected_rows = Rows::new(&projected, 2 * width);
-        let size = state.len() / x.batch;
-        for (entry, state) in state.chunks_exact_mut(size).enumerate() {
+        for (span, state) in x.spans.iter().zip(states) {
+            let Span { row, tokens, .. } = *span;
             let (conv, lru) = state.split_at_mut(self.conv.state_size());
-            let of_entry = projected_rows.part(entry * tokens, tokens);
-            let range = entry * tokens * width..(entry + 1) * tokens * width;
+            let of_span = projected_rows.part(row, tokens);
+            let range = row * width..(row + tokens) * width;
             let (u, y) = (&mut u[range.clone()], &mut y[range]);
-            self.conv.forward(of_entry.columns(width, width), tokens, conv, u);
+            self.conv.forward(of_span.columns(width, width), tokens, conv, u);
             let u = Rows::new(u, width);
             let block = width / blocks;
             let matrices = [
                 Units { data: &mut *y, per_unit: block },
                 Units { data: lru, per_unit: block },
-                Units { data: &mut gates, per_unit: tokens * 2 * block },
+                Units { data: &mut gates[..tokens * 2 * width], per_unit: tokens * 2 * block },
             ];
-            let first = x.start == 0;
+            let first = span.position == 0;
             split(
                 blocks,
                 1,

@@ -1,28 +1,91 @@
-//! A model at work.
+//! A model at work: its memory of many sequences.
 
-use crate::memory::Memory;
+#[cfg(feature = "cuda")]
+mod device;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::host::{Entry, Host};
+use crate::memory::{Memories, Memory};
 use crate::model::{Model, Weights};
-use crate::outline::{Block, Kept};
 use crate::state::State;
 use crate::workspace::Workspace;
-use candle_core::{DType, Device, Tensor};
-use longctx_core::{CausalLm, Error, Footprint, Logits, Result};
+use candle_core::{Device, Tensor};
+use longctx_core::{Batch, CausalLm, Error, Footprint, KvCache, Logits, Result, SeqId};
 
-/// A model with its memory: a state of fixed size per recurrent layer, a cache per attention layer.
+/// A model with its memory of many sequences: for each, a state of fixed size per recurrent layer;
+/// for all, a cache per attention layer.
 ///
-/// After an error in the middle of a forward call, the layers have not all seen the same tokens: reset the session.
+/// A recurrent state can't go back: [`truncate`](CausalLm::truncate) works where nothing is
+/// forgotten, to no tokens at all, and to snapshots, if they are kept
+/// ([`with_snapshots`](Self::with_snapshots)).
+///
+/// A call on the CPU runs on copies of the states, and attention layers that have advanced before an
+/// error go back. Where a cache can't go back, and after an error on a device, where states change
+/// in place, the sequences of the call are poisoned: their calls are [`Error::Poisoned`] until they
+/// are removed.
 pub struct Session {
     model: Model,
-    memories: Vec<Memory>,
+    memories: Memories,
+    /// Of the attention layers.
+    caches: Vec<Box<dyn KvCache>>,
+    sequences: BTreeMap<SeqId, Sequence>,
+    snapshots: Option<Snapshots>,
     workspace: Workspace,
-    /// Entries of the batch, from the first tokens on.
-    batch: Option<usize>,
+}
+
+/// When states are copied, and how many copies of a sequence are kept.
+#[derive(Debug, Clone, Copy)]
+struct Snapshots {
+    every: usize,
+    keep: usize,
+}
+
+impl Snapshots {
+    /// Where a sequence's next tokens leave snapshots, as numbers of tokens, in increasing order.
+    fn of(self, seen: usize, tokens: usize) -> Vec<usize> {
+        let marks = seen / self.every + 1..=(seen + tokens) / self.every;
+        let first = marks.clone().count().saturating_sub(self.keep);
+        marks.skip(first).map(|mark| mark * self.every).collect()
+    }
+}
+
+#[derive(Clone, Default)]
+struct Sequence {
     seen: usize,
+    /// The newest copies of its state, each after so many tokens, in increasing order.
+    snapshots: Vec<(usize, Arc<Memory>)>,
+    /// The error after which it can't go on.
+    poisoned: Option<String>,
 }
 
 impl Session {
-    pub(crate) fn new(model: Model, memories: Vec<Memory>) -> Self {
-        Self { model, memories, workspace: Workspace::default(), batch: None, seen: 0 }
+    pub(crate) fn new(model: Model, caches: Vec<Box<dyn KvCache>>) -> Self {
+        let memories = Memories::new(model.device());
+        let (sequences, workspace) = (BTreeMap::new(), Workspace::default());
+        Self { model, memories, caches, sequences, snapshots: None, workspace }
+    }
+
+    /// The same with a copy of each sequence's state after every `every` tokens, of which the newest
+    /// `keep` stay, so that [`truncate`](CausalLm::truncate) can go back to them. After a truncation
+    /// to [`last_snapshot`](Self::last_snapshot), the tokens from there on are fed again.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if one of the two is 0.
+    pub fn with_snapshots(self, every: usize, keep: usize) -> Result<Self> {
+        for (name, value) in [("every", every), ("keep", keep)] {
+            if value == 0 {
+                return Err(Error::setting(name, "at least 1", value));
+            }
+        }
+        Ok(Self { snapshots: Some(Snapshots { every, keep }), ..self })
+    }
+
+    /// The tokens after which the newest snapshot of a sequence was taken.
+    pub fn last_snapshot(&self, seq: SeqId) -> Option<usize> {
+        self.sequences.get(&seq)?.snapshots.last().map(|&(seen, _)| seen)
     }
 
     /// The weights.
@@ -30,37 +93,34 @@ impl Session {
         &self.model
     }
 
-    /// All that the model remembers, as a value.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for a model with attention layers, whose caches are the caller's.
-    pub fn state(&self) -> Result<State> {
-        self.refuse_attention()?;
-        let mut state = State::new(self.model.family(), self.batch.unwrap_or(0), self.seen);
-        for (block, memory) in self.model.outline.blocks.iter().zip(&self.memories) {
-            if let Kept::State(parts) = &block.kept {
-                memory.save(&mut state, &block.name, parts)?;
-            }
-        }
-        Ok(state)
+    /// The caches of the attention layers.
+    pub fn caches(&self) -> &[Box<dyn KvCache>] {
+        &self.caches
     }
 
-    /// Goes on from a state that a session on the same model gave.
+    /// All that the model remembers of a sequence, as a value.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] naming what does not fit the model; nothing is changed then. [`Error::Unsupported`] for a model with attention layers.
-    pub fn restore(&mut self, state: &State) -> Result<()> {
+    /// [`Error::UnknownSequence`]; [`Error::Unsupported`] for a model with attention layers, whose
+    /// caches are the caller's.
+    pub fn state(&self, seq: SeqId) -> Result<State> {
+        self.refuse_attention()?;
+        let seen = self.sound(seq)?.seen;
+        self.memories.copy(seq)?.save(&self.model.outline, seen)
+    }
+
+    /// Lets a sequence go on from a state that a session on the same model gave. It takes the place
+    /// of what the sequence has seen, if it is known.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] naming what does not fit the model; nothing is changed then.
+    /// [`Error::Unsupported`] for a model with attention layers.
+    pub fn restore(&mut self, seq: SeqId, state: &State) -> Result<()> {
         self.refuse_attention()?;
         state.check_family(self.model.family())?;
-        let device = self.model.device();
-        let load = |block: &Block| match &block.kept {
-            Kept::State(parts) => Memory::load(state, &block.name, parts, device),
-            Kept::Cache(_) => unreachable!("attention is refused"),
-        };
-        let memories = self.model.outline.blocks.iter().map(load).collect::<Result<_>>()?;
-        self.memories = memories;
-        self.batch = Some(state.batch()).filter(|&batch| batch > 0);
-        self.seen = state.seen();
+        let memory = Memory::load(state, &self.model.outline, self.model.device())?;
+        self.memories.put(seq, &memory)?;
+        self.sequences.insert(seq, Sequence { seen: state.seen(), ..Default::default() });
         Ok(())
     }
 
@@ -71,57 +131,216 @@ impl Session {
         }
     }
 
-    /// Makes the states for a batch at its first tokens; afterwards, checks that it has not changed.
-    fn start(&mut self, batch: usize) -> Result<()> {
-        match self.batch {
-            Some(old) if old != batch => return Err(Error::mismatch("batch", old, batch)),
-            Some(_) => return Ok(()),
-            None => self.batch = Some(batch),
+    /// A sequence that is known and not poisoned.
+    fn sound(&self, seq: SeqId) -> Result<&Sequence> {
+        let sequence = self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))?;
+        match &sequence.poisoned {
+            None => Ok(sequence),
+            Some(reason) => Err(Error::Poisoned { seq, reason: reason.clone() }),
         }
-        for (block, memory) in self.model.outline.blocks.iter().zip(&mut self.memories) {
-            if let Kept::State(parts) = &block.kept {
-                *memory = Memory::start(parts, batch, self.model.device())?;
+    }
+
+    fn check(&self, batch: &Batch, ids: &[u32]) -> Result<()> {
+        if ids.len() != batch.tokens() {
+            return Err(Error::mismatch("token ids", batch.tokens(), ids.len()));
+        }
+        let vocab = self.vocab_size();
+        if let Some(at) = ids.iter().position(|&id| id as usize >= vocab) {
+            let what = format!("token id {at} of the batch");
+            return Err(Error::mismatch(what, format!("an id below {vocab}"), ids[at]));
+        }
+        let known = batch.seqs().iter().filter(|seq| self.sequences.contains_key(seq));
+        known.copied().try_for_each(|seq| self.sound(seq).map(drop))
+    }
+
+    /// A sequence's state: a copy, or the one before the first token.
+    fn memory(&self, seq: SeqId) -> Result<Memory> {
+        match self.sequences.contains_key(&seq) {
+            true => self.memories.copy(seq),
+            false => Memory::start(&self.model.outline, self.model.device()),
+        }
+    }
+
+    /// Where the sequence's next tokens leave snapshots.
+    fn marks(&self, seq: SeqId, tokens: usize) -> Vec<usize> {
+        self.snapshots.map_or_else(Vec::new, |snapshots| snapshots.of(self.seen(seq), tokens))
+    }
+
+    /// Counts a sequence's tokens as seen, and takes in the snapshots that they left.
+    fn advance(&mut self, seq: SeqId, tokens: usize, new: Vec<(usize, Memory)>) {
+        let sequence = self.sequences.entry(seq).or_default();
+        sequence.seen += tokens;
+        sequence.snapshots.extend(new.into_iter().map(|(seen, copy)| (seen, Arc::new(copy))));
+        let keep = self.snapshots.map_or(0, |snapshots| snapshots.keep);
+        let old = sequence.snapshots.len().saturating_sub(keep);
+        sequence.snapshots.drain(..old);
+    }
+
+    fn forward_on_host(
+        &mut self,
+        model: &Host,
+        batch: &Batch,
+        ids: &[u32],
+        logits: Logits,
+    ) -> Result<Tensor> {
+        let entry = |(seq, rows): (SeqId, Range<usize>)| -> Result<Entry> {
+            let marks = self.marks(seq, rows.len()).into_iter();
+            let snapshots = marks.map(|mark| (mark, Vec::new())).collect();
+            let state = self.memory(seq)?.into_host();
+            Ok(Entry { position: self.seen(seq), rows, state, snapshots })
+        };
+        let mut entries = batch.iter().map(entry).collect::<Result<Vec<_>>>()?;
+        let (caches, workspace) = (&mut self.caches, &mut self.workspace);
+        let numbers = model.forward(batch, ids, logits, &mut entries, caches, workspace)?;
+        for (&seq, Entry { rows, state, snapshots, .. }) in batch.seqs().iter().zip(entries) {
+            let snapshots = snapshots.into_iter().map(|(at, copy)| (at, Memory::Host(copy)));
+            self.advance(seq, rows.len(), snapshots.collect());
+            self.memories.replace(seq, state);
+        }
+        let vocab = self.vocab_size();
+        Ok(Tensor::from_vec(numbers, ((), vocab), &Device::Cpu)?)
+    }
+
+    /// Takes the caches that have advanced back to the tokens before a call that failed.
+    fn roll_back(&mut self, batch: &Batch, error: &Error) {
+        for &seq in batch.seqs() {
+            let Some(sequence) = self.sequences.get_mut(&seq) else {
+                self.memories.remove(seq);
+                remove(&mut self.caches, seq);
+                continue;
+            };
+            if !self.model.device().is_cpu() {
+                sequence.poisoned = Some(error.to_string());
+            } else if let Err(why) = go_back(&mut self.caches, seq, sequence.seen) {
+                sequence.poisoned = Some(format!("{error}; a layer can't go back: {why}"));
             }
         }
-        Ok(())
+    }
+}
+
+/// Takes the caches that have advanced back to a sequence's first `len` tokens, or none of them if
+/// one can't.
+fn go_back(caches: &mut [Box<dyn KvCache>], seq: SeqId, len: usize) -> Result<()> {
+    let mut advanced: Vec<_> = caches.iter_mut().filter(|cache| cache.seen(seq) != len).collect();
+    advanced.iter().try_for_each(|cache| cache.check_truncate(seq, len))?;
+    advanced.iter_mut().try_for_each(|cache| cache.truncate(seq, len))
+}
+
+fn remove(caches: &mut [Box<dyn KvCache>], seq: SeqId) {
+    for cache in caches {
+        cache.remove(seq);
     }
 }
 
 impl CausalLm for Session {
-    fn forward(&mut self, tokens: &Tensor, logits: Logits) -> Result<Tensor> {
-        let (ids, batch) = ids(tokens, self.vocab_size())?;
-        self.start(batch)?;
-        let count = ids.len() / batch;
-        let wanted = match logits {
-            Logits::Last => 1,
-            Logits::All => count,
-        };
-        let (seen, memories) = (self.seen, &mut self.memories);
-        let logits = match &self.model.weights {
-            Weights::Host(model) => {
-                let workspace = &mut self.workspace;
-                let logits = model.forward(&ids, batch, wanted, seen, memories, workspace)?;
-                Tensor::from_vec(logits, (batch, wanted, self.vocab_size()), &Device::Cpu)?
-            }
+    fn forward(&mut self, batch: &Batch, ids: &[u32], logits: Logits) -> Result<Tensor> {
+        self.check(batch, ids)?;
+        let out = match self.model.weights.clone() {
+            Weights::Host(model) => self.forward_on_host(&model, batch, ids, logits),
             #[cfg(feature = "cuda")]
-            Weights::Cuda(model) => model.forward(&ids, batch, wanted, seen, memories)?,
+            Weights::Cuda(model) => self.forward_on_device(&model, batch, ids, logits),
         };
-        self.seen += count;
-        Ok(logits)
+        if let Err(error) = &out {
+            self.roll_back(batch, error);
+        }
+        out
     }
 
-    fn reset(&mut self) {
-        self.memories.iter_mut().for_each(Memory::reset);
-        self.batch = None;
-        self.seen = 0;
+    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        let sequence = self.sound(from)?.clone();
+        if self.sequences.contains_key(&to) {
+            let what = format!("sequence {to} to fork into");
+            return Err(Error::mismatch(what, "one that is not known", "one that is"));
+        }
+        let memory = self.memories.copy(from)?;
+        for done in 0..self.caches.len() {
+            if let Err(error) = self.caches[done].fork(from, to) {
+                remove(&mut self.caches[..done], to);
+                return Err(error);
+            }
+        }
+        if let Err(error) = self.memories.put(to, &memory) {
+            remove(&mut self.caches, to);
+            return Err(error);
+        }
+        self.sequences.insert(to, sequence);
+        Ok(())
     }
 
-    fn seen(&self) -> usize {
-        self.seen
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        let sequence = self.sound(seq)?;
+        if len > sequence.seen {
+            let what = format!("tokens of sequence {seq} to keep");
+            return Err(Error::mismatch(what, format!("at most {}", sequence.seen), len));
+        }
+        let known = len == sequence.seen
+            || len == 0
+            || self.model.outline.state_size() == 0
+            || sequence.snapshots.iter().any(|&(at, _)| at == len);
+        if !known {
+            let what = "a recurrent state goes back to its snapshots alone, and sequence";
+            return Err(Error::Unsupported(format!("{what} {seq} has none at {len} tokens")));
+        }
+        self.caches.iter().try_for_each(|cache| cache.check_truncate(seq, len))
+    }
+
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.check_truncate(seq, len)?;
+        let sequence = self.sound(seq)?;
+        if len == sequence.seen {
+            return Ok(());
+        }
+        let kept = sequence.snapshots.iter().find(|&&(at, _)| at == len);
+        let memory = match kept {
+            Some((_, copy)) => copy.clone(),
+            None => Arc::new(Memory::start(&self.model.outline, self.model.device())?),
+        };
+        let caches = self.caches.iter_mut();
+        let done = caches.map(|cache| cache.truncate(seq, len)).collect::<Result<Vec<()>>>();
+        let done = done.and_then(|_| self.memories.put(seq, &memory));
+        let sequence = self.sequences.entry(seq).or_default();
+        match &done {
+            Ok(()) => {
+                sequence.seen = len;
+                sequence.snapshots.retain(|&(at, _)| at <= len);
+            }
+            Err(error) => sequence.poisoned = Some(error.to_string()),
+        }
+        done
+    }
+
+    fn remove(&mut self, seq: SeqId) -> bool {
+        remove(&mut self.caches, seq);
+        self.memories.remove(seq);
+        self.sequences.remove(&seq).is_some()
+    }
+
+    fn seqs(&self) -> Vec<SeqId> {
+        self.sequences.keys().copied().collect()
+    }
+
+    fn seen(&self, seq: SeqId) -> usize {
+        self.sequences.get(&seq).map_or(0, |sequence| sequence.seen)
+    }
+
+    fn can_take(&self, batch: &Batch) -> bool {
+        self.caches.iter().all(|cache| cache.can_take(batch))
     }
 
     fn footprint(&self) -> Footprint {
-        self.memories.iter().map(Memory::footprint).sum()
+        let states = self.sequences.keys().map(|&seq| self.states_footprint(seq));
+        states.chain(self.caches.iter().map(|cache| cache.footprint())).sum()
+    }
+
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        let caches = self.caches.iter().map(|cache| cache.seq_footprint(seq));
+        caches.chain([self.states_footprint(seq)]).sum()
+    }
+
+    fn clear(&mut self) {
+        self.caches.iter_mut().for_each(|cache| cache.clear());
+        self.memories.clear();
+        self.sequences.clear();
     }
 
     fn vocab_size(&self) -> usize {
@@ -141,20 +360,12 @@ impl CausalLm for Session {
     }
 }
 
-/// The ids of `tokens`, row by row, and the batch, if shape, dtype and ids are right.
-fn ids(tokens: &Tensor, vocab: usize) -> Result<(Vec<u32>, usize)> {
-    let mismatch = |got: String| {
-        let expected = format!("u32 [batch, tokens] with at least one token, ids below {vocab}");
-        Error::mismatch("tokens", expected, got)
-    };
-    match tokens.dims() {
-        &[batch, count] if tokens.dtype() == DType::U32 && batch * count > 0 => {
-            let ids: Vec<u32> = tokens.flatten_all()?.to_vec1()?;
-            match ids.iter().find(|&&id| id as usize >= vocab) {
-                Some(id) => Err(mismatch(format!("the id {id}"))),
-                None => Ok((ids, batch)),
-            }
-        }
-        dims => Err(mismatch(format!("{} {dims:?}", tokens.dtype().as_str()))),
+impl Session {
+    /// A sequence's state, and its snapshots, which a fork shares until it takes others.
+    fn states_footprint(&self, seq: SeqId) -> Footprint {
+        let Some(sequence) = self.sequences.get(&seq) else { return Footprint::default() };
+        let copies = 1 + sequence.snapshots.len();
+        let payload = copies * self.model.outline.state_size() * size_of::<f32>();
+        Footprint { payload, ..Default::default() }
     }
 }

@@ -5,37 +5,40 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use crate::mixer::Part;
+use crc32fast::Hasher;
 use longctx_core::{Error, Footprint, Result};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
 
-/// Of the file format: a safetensors file with one f32 tensor `[batch, …]` per array and, in its metadata, `format`, `version`,
-/// `family`, `batch` and `seen`.
+/// Of the file format: a safetensors file with one f32 tensor `[1, …]` per array and, in its
+/// metadata, `format`, `version`, `family`, `batch` (1), `seen` and `check`, a CRC-32 of all the
+/// others.
 const FORMAT: &str = "longctx-state";
-const VERSION: &str = "1";
+const VERSION: &str = "2";
+/// The version without `check`, which is still read.
+const UNCHECKED: &str = "1";
 
-/// All that a recurrent model remembers of the tokens it has seen.
+/// All that a recurrent model remembers of a sequence.
 ///
 /// A session goes on from it bit for bit as the session that gave it would have, also after a way through a file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
     family: String,
-    batch: usize,
     seen: usize,
-    /// By name ("layers.0.mixer.conv"): the shape of one entry's array, and all entries' numbers, one after the other.
+    /// By name ("layers.0.mixer.conv"): an array's shape and its numbers.
     arrays: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
 }
 
 impl State {
-    pub(crate) fn new(family: &str, batch: usize, seen: usize) -> Self {
-        Self { family: family.into(), batch, seen, arrays: BTreeMap::new() }
+    pub(crate) fn new(family: &str, seen: usize) -> Self {
+        Self { family: family.into(), seen, arrays: BTreeMap::new() }
     }
 
-    /// Takes in one array of a residual block: `[batch, …]` numbers.
+    /// Takes in one array of a residual block.
     pub(crate) fn insert(&mut self, block: &str, part: &Part, numbers: Vec<f32>) {
         self.arrays.insert(format!("{block}.{}", part.name), (part.shape.clone(), numbers));
     }
 
-    /// One array of a residual block: `[batch, …]` numbers.
+    /// One array of a residual block.
     pub(crate) fn array(&self, block: &str, part: &Part) -> Result<&[f32]> {
         let name = format!("{block}.{}", part.name);
         let mismatch = |got: String| {
@@ -61,11 +64,6 @@ impl State {
         &self.family
     }
 
-    /// Entries of the batch; none before the first tokens.
-    pub fn batch(&self) -> usize {
-        self.batch
-    }
-
     /// Tokens that it remembers.
     pub fn seen(&self) -> usize {
         self.seen
@@ -82,70 +80,153 @@ impl State {
     /// # Errors
     /// [`Error::File`] if it can't be written.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let failed = |e: safetensors::SafeTensorError| Error::file(path, e);
-        let bytes: Vec<(&String, Vec<usize>, Vec<u8>)> = self
-            .arrays
-            .iter()
-            .map(|(name, (shape, numbers))| {
-                let shape = [&[self.batch], shape.as_slice()].concat();
-                (name, shape, numbers.iter().flat_map(|x| x.to_le_bytes()).collect())
-            })
-            .collect();
-        let views = bytes
-            .iter()
-            .map(|(name, shape, bytes)| {
-                Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?))
-            })
-            .collect::<std::result::Result<Vec<_>, _>>()
-            .map_err(failed)?;
-        let metadata = HashMap::from(
-            [
-                ("format", FORMAT.into()),
-                ("version", VERSION.into()),
-                ("family", self.family.clone()),
-                ("batch", self.batch.to_string()),
-                ("seen", self.seen.to_string()),
-            ]
-            .map(|(key, value): (&str, String)| (key.to_owned(), value)),
-        );
-        safetensors::serialize_to_file(views, Some(metadata), path).map_err(failed)
+        std::fs::write(path, self.to_bytes()?).map_err(|e| Error::file(path, e))
     }
 
     /// Reads a file that [`save`](Self::save) wrote.
     ///
     /// # Errors
-    /// [`Error::File`] if it can't be read, is no saved state, or is of another version.
+    /// [`Error::File`] if it can't be read, is no saved state, is of another version, or was
+    /// changed since it was written.
     pub fn load(path: &Path) -> Result<Self> {
-        let failed = |e: &dyn std::fmt::Display| Error::file(path, e);
-        let buffer = std::fs::read(path).map_err(|e| failed(&e))?;
-        let (_, header) = SafeTensors::read_metadata(&buffer).map_err(|e| failed(&e))?;
+        let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
+        Self::decode(&bytes).map_err(|reason| Error::file(path, reason))
+    }
+
+    /// The bytes of a file, as [`save`](Self::save) writes it.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if arrays are too large for the format.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let bytes: Vec<(&String, Vec<usize>, Vec<u8>)> = self
+            .arrays
+            .iter()
+            .map(|(name, (shape, numbers))| {
+                let shape = [&[1], shape.as_slice()].concat();
+                (name, shape, numbers.iter().flat_map(|x| x.to_le_bytes()).collect())
+            })
+            .collect();
+        let metadata = HashMap::from(
+            [
+                ("format", FORMAT.into()),
+                ("version", VERSION.into()),
+                ("family", self.family.clone()),
+                ("batch", "1".into()),
+                ("seen", self.seen.to_string()),
+                ("check", self.check().to_string()),
+            ]
+            .map(|(key, value): (&str, String)| (key.to_owned(), value)),
+        );
+        let views = bytes.iter().map(|(name, shape, bytes)| {
+            Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?))
+        });
+        let views = views.collect::<Result<Vec<_>, SafeTensorError>>();
+        let file = views.and_then(|views| safetensors::serialize(views, Some(metadata)));
+        file.map_err(|e| Error::Unsupported(format!("saving a state: {e}")))
+    }
+
+    /// A state from the bytes of a file.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] as [`load`](Self::load).
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        Self::decode(bytes).map_err(|reason| Error::mismatch("saved state", "a whole file", reason))
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, String> {
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| e.to_string())?;
         let metadata = header.metadata().clone().unwrap_or_default();
         let field = |key: &str| {
-            metadata.get(key).ok_or_else(|| failed(&format!("no saved state: no field {key:?}")))
+            metadata.get(key).ok_or_else(|| format!("no saved state: no field {key:?}"))
         };
-        let number = |key: &str| -> Result<usize> {
-            field(key)?.parse().map_err(|_| failed(&format!("field {key:?} is no number")))
+        let number = |key: &str| -> Result<usize, String> {
+            field(key)?.parse().map_err(|_| format!("field {key:?} is no number"))
         };
-        if (field("format")?.as_str(), field("version")?.as_str()) != (FORMAT, VERSION) {
-            let got = format!("{} version {}", field("format")?, field("version")?);
-            return Err(failed(&format!("expected {FORMAT} version {VERSION}, got {got}")));
+        let is_checked = match (field("format")?.as_str(), field("version")?.as_str()) {
+            (FORMAT, VERSION) => true,
+            (FORMAT, UNCHECKED) => false,
+            (format, version) => {
+                let got = format!("got {format} version {version}");
+                return Err(format!("expected {FORMAT} version {UNCHECKED} or {VERSION}, {got}"));
+            }
+        };
+        if number("batch")? != 1 {
+            return Err(format!("expected the state of 1 sequence, got {}", field("batch")?));
         }
-        let mut state = Self::new(field("family")?, number("batch")?, number("seen")?);
-        let tensors = SafeTensors::deserialize(&buffer).map_err(|e| failed(&e))?;
+        let mut state = Self::new(field("family")?, number("seen")?);
+        let tensors = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
         for (name, view) in tensors.iter() {
             match view.shape() {
-                [batch, shape @ ..] if *batch == state.batch && view.dtype() == Dtype::F32 => {
+                [1, shape @ ..] if view.dtype() == Dtype::F32 => {
                     let (numbers, _) = view.data().as_chunks::<4>();
                     let numbers = numbers.iter().map(|&b| f32::from_le_bytes(b)).collect();
                     state.arrays.insert(name.to_owned(), (shape.to_vec(), numbers));
                 }
                 shape => {
-                    let expected = format!("F32 [{}, …]", state.batch);
                     let got = format!("{:?} {shape:?}", view.dtype());
-                    return Err(failed(&format!("{name:?}: expected {expected}, got {got}")));
+                    return Err(format!("{name:?}: expected F32 [1, …], got {got}"));
                 }
             }
         }
-        Ok(state)
+        match is_checked && number("check")? != state.check() as usize {
+            true => Err("the checksum is another: the file was changed or damaged".into()),
+            false => Ok(state),
+        }
+    }
+
+    /// CRC-32 of everything that the state holds, names and shapes included.
+    fn check(&self) -> u32 {
+        let mut hasher = Hasher::new();
+        hasher.update(format!("{}\01 {}\0", self.family, self.seen).as_bytes());
+        for (name, (shape, numbers)) in &self.arrays {
+            hasher.update(name.as_bytes());
+            hasher.update(format!("\0{shape:?}").as_bytes());
+            numbers.iter().for_each(|x| hasher.update(&x.to_le_bytes()));
+        }
+        hasher.finalize()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> State {
+        let mut state = State::new("mamba", 77);
+        let numbers = |count: usize| (0..count).map(|i| i as f32 * 0.37 - 1.0).collect();
+        state.insert("layers.0.mixer", &Part::new("conv", &[3]), numbers(3));
+        state.insert("layers.1.mixer", &Part::new("ssm", &[2, 2]), numbers(4));
+        state
+    }
+
+    #[test]
+    fn no_flipped_bit_is_taken_in() {
+        let (state, whole) = (state(), state().to_bytes().unwrap());
+        let mut refused = 0;
+        for bit in 0..8 * whole.len() {
+            let mut bytes = whole.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            match State::from_bytes(&bytes) {
+                // Spaces of the header.
+                Ok(read) => assert_eq!(read, state, "bit {bit}"),
+                Err(_) => refused += 1,
+            }
+        }
+        assert!(refused > 7 * whole.len(), "{refused} of {} bits", 8 * whole.len());
+    }
+
+    #[test]
+    fn version_1_is_still_read_and_others_are_named() {
+        let (state, whole) = (state(), state().to_bytes().unwrap());
+        let version = |digit: &str| {
+            let field = b"\"version\":\"2";
+            let at = whole.windows(field.len()).position(|part| part == field).unwrap();
+            let mut bytes = whole.clone();
+            bytes[at + field.len() - 1] = digit.as_bytes()[0];
+            State::from_bytes(&bytes).map_err(|e| e.to_string())
+        };
+        assert_eq!(version("1").unwrap(), state);
+        let error = version("3").unwrap_err();
+        assert!(error.contains("version 1 or 2") && error.contains("version 3"), "{error}");
     }
 }

@@ -24,7 +24,7 @@ const TILE: usize = 128;
 /// Slots whose weighted values are summed by themselves before sums are joined, on any number of
 /// threads and whatever else a call does: so a sequence has the same result, bit by bit, in every
 /// batch.
-const PIECE: usize = 8 * TILE;
+const PIECE: usize = 16 * TILE;
 /// Query rows of a tile.
 const ROWS: usize = 64;
 

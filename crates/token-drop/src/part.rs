@@ -40,7 +40,10 @@ impl Part {
     /// This part's rows of a tensor of all tokens.
     pub fn take(&self, x: &Tensor) -> Result<Tensor> {
         match &self.rows {
-            Some(rows) => Ok(x.index_select(&Tensor::new(rows.as_slice(), x.device())?, 0)?),
+            Some(rows) => {
+                let rows = Tensor::new(rows.as_slice(), x.device())?;
+                Ok(x.contiguous()?.index_select(&rows, 0)?)
+            }
             None => Ok(x.clone()),
         }
     }

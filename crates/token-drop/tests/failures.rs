@@ -13,6 +13,7 @@ use longctx_core::{
     Result, Selection, SeqId,
 };
 use proptest::prelude::*;
+use token_drop::{Budget, H2o, PolicyCache};
 
 /// A store one of whose operations fails.
 struct Failing {
@@ -112,7 +113,7 @@ impl KvStore for Failing {
 }
 
 /// What the sequences hold.
-fn held(cache: &Box<dyn KvCache>) -> Vec<(SeqId, usize, usize, Footprint)> {
+fn held(cache: &dyn KvCache) -> Vec<(SeqId, usize, usize, Footprint)> {
     let of = |seq| {
         // Lists that have grown once keep their room.
         let footprint = Footprint { slack: 0, bookkeeping: 0, ..cache.seq_footprint(seq) };
@@ -129,6 +130,7 @@ fn every_operation_of_a_store_may_fail() {
     let call = [(0, Input::random(1)), (1, Input::random(9)), (2, Input::random(30))];
     let left = Arc::new(AtomicUsize::new(0));
     let make = |kind: usize| {
+        left.store(0, Ordering::Relaxed);
         let store = || Failing { store: store(DType::F32), left: left.clone() };
         let mut cache = caches(store).swap_remove(kind).1;
         feed_batch(&mut cache, &before).unwrap();
@@ -141,7 +143,7 @@ fn every_operation_of_a_store_may_fail() {
         let mut cache = make(kind);
         let (mut failures, mut poisoned) = (0, 0);
         let outs = loop {
-            let was = held(&cache);
+            let was = held(&*cache);
             left.store(failures + 1, Ordering::Relaxed);
             match feed_batch(&mut cache, &call) {
                 Ok(outs) => break outs,
@@ -151,7 +153,7 @@ fn every_operation_of_a_store_may_fail() {
             left.store(0, Ordering::Relaxed);
             let end = cache.check_truncate(0, cache.seen(0));
             if !matches!(end, Err(Error::Poisoned { .. })) {
-                assert_eq!(held(&cache), was, "{name}");
+                assert_eq!(held(&*cache), was, "{name}");
                 continue;
             }
             // Midway: no sequence of the call goes on, and all can be removed.
@@ -194,17 +196,17 @@ proptest! {
         let store = || DenseStore::with_capacity(shape(), DType::F32, blocks * BLOCK).unwrap();
         for (name, mut cache) in caches(store) {
             for &(seq, tokens) in &calls {
-                let was = held(&cache);
+                let was = held(&*cache);
                 let fits = cache.can_take(&Batch::single(seq, tokens).unwrap());
                 match Input::random(tokens).feed(&mut cache, seq) {
                     Ok(_) => {}
                     Err(Error::PoolFull { .. }) => {
                         prop_assert!(!fits, "{}: {} tokens were to fit", name, tokens);
-                        if name.starts_with("inf-llm") && held(&cache) != was {
+                        if name.starts_with("inf-llm") && held(&*cache) != was {
                             prop_assert!(cache.remove(seq));
                             continue;
                         }
-                        prop_assert_eq!(held(&cache), was, "{}", name);
+                        prop_assert_eq!(held(&*cache), was, "{}", name);
                     }
                     Err(error) => prop_assert!(false, "{}: {}", name, error),
                 }
@@ -223,28 +225,29 @@ proptest! {
 #[test]
 fn an_eviction_without_room_for_copies_is_put_off() {
     // 100 tokens of two heads take 4 blocks each.
-    let store = || DenseStore::with_capacity(shape(), DType::F32, 9 * BLOCK).unwrap();
-    let budget = token_drop::Budget::Tokens(100);
-    let make = || token_drop::PolicyCache::h2o(spec(), store(), Default::default(), budget.clone());
-    let mut cache = make().unwrap();
-    Input::random(100).feed(&mut cache, 0).unwrap();
-    cache.fork(0, 1).unwrap();
-    // A block for each head's copy of the last would be needed, and one is there.
+    let full = |blocks: usize| {
+        let store = DenseStore::with_capacity(shape(), DType::F32, blocks * BLOCK).unwrap();
+        let budget = Budget::Tokens(100);
+        let mut cache = PolicyCache::h2o(spec(), store, H2o::default(), budget).unwrap();
+        Input::random(100).feed(&mut cache, 0).unwrap();
+        cache.fork(0, 1).unwrap();
+        cache
+    };
+    let held = |cache: &PolicyCache<DenseStore, H2o>| {
+        (cache.seen(1), cache.held(1), cache.positions(1)[0].len())
+    };
     let token = Input::random(1);
+    // A block for each head's copy of the last would be needed, and one is there.
+    let mut cache = full(9);
     assert!(!cache.can_take(&Batch::single(1, 1).unwrap()));
     let error = token.feed(&mut cache, 1).unwrap_err();
     assert!(matches!(error, Error::PoolFull { .. }));
-    assert_eq!((cache.seen(1), cache.held(1), cache.positions(1)[0].len()), (100, 100, 100));
+    assert_eq!(held(&cache), (100, 100, 100));
     // With ten, the token is taken, and nothing can be evicted until the fork is gone.
-    let store = || DenseStore::with_capacity(shape(), DType::F32, 10 * BLOCK).unwrap();
-    let budget = token_drop::Budget::Tokens(100);
-    let h2o = token_drop::H2o::default();
-    let mut cache = token_drop::PolicyCache::h2o(spec(), store(), h2o, budget).unwrap();
-    Input::random(100).feed(&mut cache, 0).unwrap();
-    cache.fork(0, 1).unwrap();
+    let mut cache = full(10);
     token.feed(&mut cache, 1).unwrap();
-    assert_eq!((cache.seen(1), cache.held(1), cache.positions(1)[0].len()), (101, 101, 101));
+    assert_eq!(held(&cache), (101, 101, 101));
     assert!(cache.remove(0));
     token.feed(&mut cache, 1).unwrap();
-    assert_eq!((cache.seen(1), cache.held(1), cache.positions(1)[0].len()), (102, 100, 100));
+    assert_eq!(held(&cache), (102, 100, 100));
 }

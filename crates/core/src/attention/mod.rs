@@ -3,8 +3,8 @@
 //! Online softmax over blocks of entries (FlashAttention, Dao et al., arXiv 2205.14135), so that no
 //! tokens × tokens matrix exists at any length. A kv head's block is widened to f32 once for its
 //! whole query group. On CPUs many query rows go through matrix products, and a few through vector
-//! loops that read each key and value once; on other devices candle's operations do the work, block
-//! by block, but for a few queries over f16 or bf16 on a CUDA device, which have a kernel.
+//! loops that read each key and value once; on a CUDA device fused kernels serve f16 and bf16; on
+//! other devices, and for f32, candle's operations do the work, block by block.
 //!
 //! candle-nn's CPU `flash_attn` walks one query row at a time over keys in
 //! `[tokens, heads, head_dim]` order: every query head reads its kv head anew, and it can neither
@@ -56,6 +56,10 @@ pub fn attend(
 ) -> Result<AttentionState> {
     check_tokens(batch, shape.check_q(q)?)?;
     check_tokens(batch, shape.check_kv(k, v)?)?;
+    #[cfg(feature = "cuda")]
+    if let Some(state) = cuda::attend_batch(batch, q, k, v, shape)? {
+        return Ok(state);
+    }
     if !matches!(q.device(), Device::Cpu) {
         let (k, v) = (k.transpose(0, 1)?, v.transpose(0, 1)?);
         let kv = |i: usize| {
@@ -121,16 +125,16 @@ pub(crate) fn attend_each(
 ) -> Result<AttentionState> {
     let mut parts = (Vec::new(), Vec::new());
     for (i, (_, tokens)) in batch.iter().enumerate() {
-        let q = q.narrow(0, tokens.start, tokens.len())?.transpose(0, 1)?.unsqueeze(0)?;
+        let q = q.narrow(0, tokens.start, tokens.len())?;
         let (k, v) = kv(i)?;
-        let (out, lse) = attend_one(&q, &k, &v, shape, mask)?;
-        parts.0.push(out.squeeze(0)?.transpose(0, 1)?);
-        parts.1.push(lse.squeeze(0)?.transpose(0, 1)?);
+        let state = attend_one(&q, &k, &v, shape, mask)?;
+        parts.0.push(state.out);
+        parts.1.push(state.lse);
     }
     Ok(AttentionState { out: Tensor::cat(&parts.0, 0)?, lse: Tensor::cat(&parts.1, 0)? })
 }
 
-/// One sequence's attention: q `[1, heads, tokens, head_dim]`, keys and values
+/// One sequence's attention: q `[tokens, heads, head_dim]`, keys and values
 /// `[1, kv_heads, entries, channels]`.
 fn attend_one(
     q: &Tensor,
@@ -138,12 +142,17 @@ fn attend_one(
     v: &Tensor,
     shape: &AttentionShape,
     mask: Mask<'_>,
-) -> Result<(Tensor, Tensor)> {
+) -> Result<AttentionState> {
     #[cfg(feature = "cuda")]
-    if let Some(done) = cuda::attend(q, k, v, shape, mask)? {
-        return Ok(done);
+    {
+        let by_entry = |x: &Tensor| x.squeeze(0)?.transpose(0, 1);
+        if let Some(state) = cuda::attend_one(q, &by_entry(k)?, &by_entry(v)?, shape, mask)? {
+            return Ok(state);
+        }
     }
-    ops::attend(q, k, v, shape, mask)
+    let (out, lse) = ops::attend(&q.transpose(0, 1)?.unsqueeze(0)?, k, v, shape, mask)?;
+    let by_token = |x: Tensor| x.squeeze(0)?.transpose(0, 1);
+    Ok(AttentionState { out: by_token(out)?, lse: by_token(lse)? })
 }
 
 fn check_tokens(batch: &Batch, tokens: usize) -> Result<()> {

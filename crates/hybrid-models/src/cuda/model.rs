@@ -1,15 +1,16 @@
 //! A model that computes on a CUDA device.
 
+use std::ops::Range;
+
 use super::attention::Attention;
 use super::linear::Linear;
 use super::norm::Norm;
 use super::target::Target;
 use super::{Carried, Input, Mixer};
 use crate::host::Host;
-use crate::memory::Memory;
 use crate::mixer;
 use candle_core::{CudaDevice, DType, Device, Tensor};
-use longctx_core::Result;
+use longctx_core::{Batch, KvCache, Logits, Result};
 
 /// Rows that go through a recurrent mixer at a time: activations inside a layer never exist for more.
 const BLOCK: usize = 4096;
@@ -36,8 +37,32 @@ struct Residual {
 
 #[derive(Debug)]
 enum Kind {
-    Recurrent(Box<dyn Mixer>),
+    /// With the number of arrays of its state.
+    Recurrent(Box<dyn Mixer>, usize),
     Attention(Attention),
+}
+
+/// Sequences that go through the model together.
+pub struct Call<'a> {
+    /// Of equally many tokens each.
+    pub batch: &'a Batch,
+    pub ids: &'a [u32],
+    pub logits: Logits,
+    /// Whether the tokens are the sequences' first.
+    pub first: bool,
+    /// One tensor `[sequences, …]` for each array of all blocks, changed in place.
+    pub states: &'a mut [Tensor],
+    /// Of the attention layers.
+    pub caches: &'a mut [Box<dyn KvCache>],
+    /// Numbers of the call's tokens after which the states are copied, in increasing order, and the
+    /// copies.
+    pub snapshots: Vec<(usize, Vec<Tensor>)>,
+}
+
+impl Call<'_> {
+    fn sequences(&self) -> usize {
+        self.batch.seqs().len()
+    }
 }
 
 impl OnDevice {
@@ -49,10 +74,12 @@ impl OnDevice {
         let embedding_norm = host.embedding_norm.map(|norm| Norm::new(&norm, true, &to));
         let residual = |residual: mixer::Residual| -> Result<Residual> {
             let kind = match &residual.mixer {
-                mixer::Mixer::Recurrent(mixer) => Kind::Recurrent(mixer.on_device(&to)?),
+                mixer::Mixer::Recurrent(mixer) => {
+                    Kind::Recurrent(mixer.on_device(&to)?, mixer.state().len())
+                }
                 mixer::Mixer::Attention(mixer) => Kind::Attention(Attention::new(mixer, &to)?),
             };
-            let wide = matches!(&kind, Kind::Recurrent(mixer) if mixer.reads_f32());
+            let wide = matches!(&kind, Kind::Recurrent(mixer, _) if mixer.reads_f32());
             Ok(Residual { norm: Norm::new(&residual.norm, wide, &to)?, kind })
         };
         Ok(Self {
@@ -71,25 +98,22 @@ impl OnDevice {
         &self.device
     }
 
-    /// The logits `[batch, wanted, vocab]` of the last `wanted` of each entry's tokens, in f32; `seen` came before `ids` `[batch, tokens]`.
-    pub fn forward(
-        &self,
-        ids: &[u32],
-        batch: usize,
-        wanted: usize,
-        seen: usize,
-        memories: &mut [Memory],
-    ) -> Result<Tensor> {
-        let count = ids.len() / batch;
-        let ids = Tensor::from_slice(ids, (batch, count), &self.device)?;
-        let attention = self.residuals.iter().any(|r| matches!(r.kind, Kind::Attention(_)));
+    /// The logits of a call, row by row, in f32.
+    pub fn forward(&self, call: &mut Call<'_>) -> Result<Tensor> {
+        let batch = call.sequences();
+        let count = call.ids.len() / batch;
+        let wanted = match call.logits {
+            Logits::Last => 1,
+            Logits::All => count,
+        };
+        let ids = Tensor::from_slice(call.ids, (batch, count), &self.device)?;
         // Attention layers take the whole prompt in one call, so that a cache may compress it after exact attention.
-        let block = if attention { count } else { block(batch) };
+        let block = if call.caches.is_empty() { block(batch) } else { count };
         let mut logits = Vec::new();
         for start in (0..count).step_by(block) {
             let tokens = block.min(count - start);
             let x = self.embed(&ids.narrow(1, start, tokens)?)?;
-            let added = self.run(&x, (batch, tokens), seen + start, memories)?;
+            let added = self.run(&x, start..start + tokens, call)?;
             let first = start.max(count - wanted);
             if first < start + tokens {
                 let (first, wanted) = (first - start, start + tokens - first);
@@ -99,7 +123,7 @@ impl OnDevice {
                 logits.push(rows.reshape((batch, wanted, ()))?);
             }
         }
-        Ok(Tensor::cat(&logits, 1)?)
+        Ok(Tensor::cat(&logits, 1)?.flatten(0, 1)?)
     }
 
     /// `[batch, tokens]` to f32 `[batch * tokens, hidden]`, which nobody else has.
@@ -115,30 +139,41 @@ impl OnDevice {
         }
     }
 
-    /// Sends f32 `[batch * tokens, hidden]` through all layers, each of which adds to it in its place, but the last: gives what that one adds.
-    fn run(
-        &self,
-        x: &Tensor,
-        (batch, tokens): (usize, usize),
-        seen: usize,
-        memories: &mut [Memory],
-    ) -> Result<Option<Tensor>> {
+    /// Sends f32 `[batch * tokens, hidden]`, some of each sequence's tokens, through all layers, each of which adds to it in its place, but the last:
+    /// gives what that one adds.
+    fn run(&self, x: &Tensor, tokens: Range<usize>, call: &mut Call<'_>) -> Result<Option<Tensor>> {
+        let (batch, first) = (call.sequences(), call.first);
         let mut carried = Carried::default();
         let mut added = None;
-        for (residual, memory) in self.residuals.iter().zip(memories) {
+        let mut caches = call.caches.iter_mut();
+        let mut arrays = 0..0;
+        let cuts: Vec<usize> = call.snapshots.iter().map(|(at, _)| *at).collect();
+        for residual in &self.residuals {
             let normed = residual.norm.apply(x, added.as_ref())?;
-            added = Some(match (&residual.kind, memory) {
-                (Kind::Recurrent(mixer), Memory::OnDevice(state)) => {
-                    in_blocks(&normed, (batch, tokens), |x, tokens, start| {
-                        let x = Input { x, batch, tokens, start: seen + start };
-                        mixer.forward(x, state, &mut carried)
+            added = Some(match &residual.kind {
+                Kind::Recurrent(mixer, count) => {
+                    arrays = arrays.end..arrays.end + count;
+                    let state = &mut call.states[arrays.clone()];
+                    in_blocks(&normed, batch, tokens.clone(), &cuts, |x, tokens| {
+                        let first = first && tokens.start == 0;
+                        let x = Input { x, batch, tokens: tokens.len(), first };
+                        let y = mixer.forward(x, state, &mut carried)?;
+                        if let Some((_, copy)) =
+                            call.snapshots.iter_mut().find(|(at, _)| *at == tokens.end)
+                        {
+                            for array in state.iter() {
+                                copy.push(array.copy()?);
+                            }
+                        }
+                        Ok(y)
                     })?
                 }
-                (Kind::Attention(attention), Memory::Cache(cache)) => {
-                    let x = Input { x: &normed, batch, tokens, start: seen };
-                    attention.forward(x, cache.as_mut())?
+                Kind::Attention(attention) => {
+                    let Some(cache) = caches.next() else {
+                        unreachable!("a session makes a cache for each attention layer")
+                    };
+                    attention.forward(&normed, call.batch, cache.as_mut())?
                 }
-                _ => unreachable!("memories are made from the mixers"),
             });
         }
         Ok(added)
@@ -159,26 +194,31 @@ fn block(batch: usize) -> usize {
     (BLOCK / batch).max(1)
 }
 
-/// Hands `[batch * tokens, width]` on in blocks, each with its number of tokens and of those before it, and joins what comes back.
+/// Hands `[batch * tokens, width]`, some of each sequence's tokens, on in blocks, each with the tokens that it has, and joins what comes back. Blocks end
+/// where `cuts` says so, too.
 fn in_blocks(
     x: &Tensor,
-    (batch, tokens): (usize, usize),
-    mut run: impl FnMut(&Tensor, usize, usize) -> Result<Tensor>,
+    batch: usize,
+    tokens: Range<usize>,
+    cuts: &[usize],
+    mut run: impl FnMut(&Tensor, Range<usize>) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    let block = block(batch);
-    if tokens <= block {
-        return run(x, tokens, 0);
-    }
     let mut parts = Vec::new();
-    for start in (0..tokens).step_by(block) {
-        let count = block.min(tokens - start);
-        let y = run(&part(x, batch, start, count)?, count, start)?;
-        parts.push(y.reshape((batch, count, ()))?);
+    let mut start = tokens.start;
+    while start < tokens.end {
+        let cut = cuts.iter().copied().find(|&cut| cut > start).unwrap_or(tokens.end);
+        let end = tokens.end.min(start + block(batch)).min(cut);
+        if start == tokens.start && end == tokens.end {
+            return run(x, tokens);
+        }
+        let y = run(&part(x, batch, start - tokens.start, end - start)?, start..end)?;
+        parts.push(y.reshape((batch, end - start, ()))?);
+        start = end;
     }
-    Ok(Tensor::cat(&parts, 1)?.reshape((batch * tokens, ()))?)
+    Ok(Tensor::cat(&parts, 1)?.reshape((batch * tokens.len(), ()))?)
 }
 
-/// Tokens `start..start + count` of each entry of `[batch * tokens, width]`.
+/// Tokens `start..start + count` of each sequence of `[batch * tokens, width]`.
 fn part(x: &Tensor, batch: usize, start: usize, count: usize) -> Result<Tensor> {
     let by_entry = x.reshape((batch, x.dim(0)? / batch, ()))?;
     Ok(by_entry.narrow(1, start, count)?.contiguous()?.reshape((batch * count, ()))?)

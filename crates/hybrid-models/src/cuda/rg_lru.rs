@@ -99,7 +99,7 @@ impl Mixer for RgLru {
         let by_block = u.reshape((u.dim(0)?, blocks, width / blocks))?.transpose(0, 1)?;
         let gates = self.gates.apply(&by_block)?;
         let gate = projected.narrow(1, 0, width)?;
-        let y = self.scan([&u, &gates, &gate], x.batch, x.start == 0, lru)?;
+        let y = self.scan([&u, &gates, &gate], x.batch, x.first, lru)?;
         self.project_out.apply(&y)
     }
 }

@@ -53,12 +53,18 @@ impl Recurrent for ChannelMix {
         vec![Part::new("shift", &[self.hidden])]
     }
 
-    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
+    fn forward(
+        &self,
+        x: Input<'_>,
+        states: &mut [&mut [f32]],
+        workspace: &mut Workspace,
+        out: &mut [f32],
+    ) {
         let (rows, hidden) = (x.rows(), self.hidden);
         let mut shift = workspace.take(rows * hidden);
         let mut mixed = workspace.take(rows * hidden);
         let mut keys = workspace.take(rows * self.inner);
-        differences(x, hidden, state, &mut shift);
+        differences(x, hidden, states, &mut shift);
         mix(x.x, &shift, &self.key_mix, &mut mixed);
         self.key.apply(Rows::new(&mixed, hidden), &mut keys);
         map(SquaredRelu, &mut keys);

@@ -7,11 +7,12 @@ use rayon::prelude::*;
 /// Numbers above which several threads are worth it.
 const PARALLEL: usize = 1 << 15;
 
-/// Writes the row before minus the row, for every row; the state of an entry begins with the row before its first, and then with its last.
-pub fn differences(x: Input<'_>, width: usize, state: &mut [f32], out: &mut [f32]) {
-    let size = state.len() / x.batch;
-    let entries = x.x.chunks_exact(x.tokens * width).zip(out.chunks_exact_mut(x.tokens * width));
-    for ((x, out), state) in entries.zip(state.chunks_exact_mut(size)) {
+/// Writes the row before minus the row, for every row; a sequence's state begins with the row before
+/// its first, and then with its last.
+pub fn differences(x: Input<'_>, width: usize, states: &mut [&mut [f32]], out: &mut [f32]) {
+    for (span, state) in x.spans.iter().zip(states) {
+        let numbers = span.row * width..(span.row + span.tokens) * width;
+        let (x, out) = (&x.x[numbers.clone()], &mut out[numbers]);
         let last = &mut state[..width];
         let (first, rest) = out.split_at_mut(width);
         first.iter_mut().zip(last.iter().zip(x)).for_each(|(d, (before, x))| *d = before - x);

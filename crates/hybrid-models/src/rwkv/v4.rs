@@ -6,7 +6,7 @@ use super::Names;
 use super::mix::{differences, mix};
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Part, Recurrent};
+use crate::mixer::{Input, Part, Recurrent, Span};
 use crate::simd::{TimesSigmoid, exp, zip};
 use crate::split::{Columns, Units, split};
 use crate::workspace::Workspace;
@@ -67,20 +67,26 @@ impl Recurrent for V4 {
         vec![shift, part("numerator"), part("denominator"), largest]
     }
 
-    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
-        let (rows, tokens, hidden, inner) = (x.rows(), x.tokens, self.hidden, self.inner);
+    fn forward(
+        &self,
+        x: Input<'_>,
+        states: &mut [&mut [f32]],
+        workspace: &mut Workspace,
+        out: &mut [f32],
+    ) {
+        let (rows, hidden, inner) = (x.rows(), self.hidden, self.inner);
         let mut shift = workspace.take(rows * hidden);
         let mut mixed = workspace.take(rows * hidden);
         let [mut k, mut v, mut r] = [0; 3].map(|_| workspace.take(rows * inner));
-        differences(x, hidden, state, &mut shift);
+        differences(x, hidden, states, &mut shift);
         let maps = [(&self.key, &mut k), (&self.value, &mut v), (&self.receptance, &mut r)];
         for (weights, (matrix, y)) in self.mixes.iter().zip(maps) {
             mix(x.x, &shift, weights, &mut mixed);
             matrix.apply(Rows::new(&mixed, hidden), y);
         }
-        let size = state.len() / x.batch;
-        for (entry, state) in state.chunks_exact_mut(size).enumerate() {
-            let range = entry * tokens * inner..(entry + 1) * tokens * inner;
+        for (span, state) in x.spans.iter().zip(states) {
+            let Span { row, tokens, .. } = *span;
+            let range = row * inner..(row + tokens) * inner;
             let keys = Rows::new(&k[range.clone()], inner);
             let matrices = [
                 Units { data: &mut v[range], per_unit: 1 },

@@ -5,7 +5,7 @@ use super::wkv::{Inputs, wkv};
 use super::{GROUP_EPS, heads, load_mix};
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Part, Recurrent};
+use crate::mixer::{Input, Part, Recurrent, Span};
 use crate::norm::layer_groups;
 use crate::simd::{TimesSilu, zip};
 use crate::workspace::Workspace;
@@ -59,23 +59,29 @@ impl Recurrent for V5 {
         vec![Part::new("shift", &[self.hidden]), wkv]
     }
 
-    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
-        let (rows, tokens, hidden) = (x.rows(), x.tokens, self.hidden);
+    fn forward(
+        &self,
+        x: Input<'_>,
+        states: &mut [&mut [f32]],
+        workspace: &mut Workspace,
+        out: &mut [f32],
+    ) {
+        let (rows, hidden) = (x.rows(), self.hidden);
         let [mut shift, mut mixed] = [0; 2].map(|_| workspace.take(rows * hidden));
         let mut maps = [0; 4].map(|_| workspace.take(rows * hidden));
-        differences(x, hidden, state, &mut shift);
+        differences(x, hidden, states, &mut shift);
         for ((weights, matrix), y) in self.maps.iter().zip(&mut maps) {
             mix(x.x, &shift, weights, &mut mixed);
             matrix.apply(Rows::new(&mixed, hidden), y);
         }
         let [r, k, v, gate] = &maps;
         let y = &mut mixed;
-        let size = state.len() / x.batch;
-        for (entry, state) in state.chunks_exact_mut(size).enumerate() {
-            let of_entry = |data| Rows::new(data, hidden).part(entry * tokens, tokens);
+        for (span, state) in x.spans.iter().zip(states) {
+            let Span { row, tokens, .. } = *span;
+            let of_span = |data| Rows::new(data, hidden).part(row, tokens);
             let w = Rows { data: &self.decay, stride: 0, width: hidden };
-            let inputs = Inputs { r: of_entry(r), k: of_entry(k), v: of_entry(v), w, u: &self.own };
-            let y = &mut y[entry * tokens * hidden..][..tokens * hidden];
+            let inputs = Inputs { r: of_span(r), k: of_span(k), v: of_span(v), w, u: &self.own };
+            let y = &mut y[row * hidden..][..tokens * hidden];
             wkv(inputs, self.head_dim, tokens, &mut state[hidden..], y);
         }
         let (weight, bias) = &self.group_norm;

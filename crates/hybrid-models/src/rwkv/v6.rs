@@ -5,7 +5,7 @@ use super::wkv::{Inputs, wkv};
 use super::{GROUP_EPS, Names, heads, load_mix};
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Part, Recurrent};
+use crate::mixer::{Input, Part, Recurrent, Span};
 use crate::norm::layer_groups;
 use crate::simd::{Map, Tanh, TimesSilu, exp, map, zip};
 use crate::workspace::Workspace;
@@ -113,12 +113,18 @@ impl Recurrent for V6 {
         vec![Part::new("shift", &[self.hidden]), wkv]
     }
 
-    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
-        let (rows, tokens, hidden) = (x.rows(), x.tokens, self.hidden);
+    fn forward(
+        &self,
+        x: Input<'_>,
+        states: &mut [&mut [f32]],
+        workspace: &mut Workspace,
+        out: &mut [f32],
+    ) {
+        let (rows, hidden) = (x.rows(), self.hidden);
         let [mut shift, mut mixed] = [0; 2].map(|_| workspace.take(rows * hidden));
         let mut maps = [0; 5].map(|_| workspace.take(rows * hidden));
         let mut bottleneck = workspace.take(rows * self.shift_in.out());
-        differences(x, hidden, state, &mut shift);
+        differences(x, hidden, states, &mut shift);
         mix(x.x, &shift, &self.shift_mix, &mut mixed);
         self.shift_in.apply(Rows::new(&mixed, hidden), &mut bottleneck);
         map(Tanh, &mut bottleneck);
@@ -140,11 +146,11 @@ impl Recurrent for V6 {
         }
         let [w, k, v, r, gate] = &maps;
         let y = &mut mixed;
-        let size = state.len() / x.batch;
-        for (entry, state) in state.chunks_exact_mut(size).enumerate() {
-            let of_entry = |data| Rows::new(data, hidden).part(entry * tokens, tokens);
-            let (r, k, v, w) = (of_entry(r), of_entry(k), of_entry(v), of_entry(w));
-            let y = &mut y[entry * tokens * hidden..][..tokens * hidden];
+        for (span, state) in x.spans.iter().zip(states) {
+            let Span { row, tokens, .. } = *span;
+            let of_span = |data| Rows::new(data, hidden).part(row, tokens);
+            let (r, k, v, w) = (of_span(r), of_span(k), of_span(v), of_span(w));
+            let y = &mut y[row * hidden..][..tokens * hidden];
             let inputs = Inputs { r, k, v, w, u: &self.own };
             wkv(inputs, self.head_dim, tokens, &mut state[hidden..], y);
         }

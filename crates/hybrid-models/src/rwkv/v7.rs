@@ -8,7 +8,7 @@ use super::mix::{differences, mix};
 use super::{GROUP_EPS, Names, heads, load_mix};
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Part, Recurrent};
+use crate::mixer::{Input, Part, Recurrent, Span};
 use crate::norm::layer_groups;
 use crate::simd::{Map, Sigmoid, Tanh, Times, exp, map, sigmoid, zip};
 use crate::workspace::Workspace;
@@ -152,12 +152,18 @@ impl Recurrent for V7 {
         vec![Part::new("shift", &[self.hidden]), wkv]
     }
 
-    fn forward(&self, x: Input<'_>, state: &mut [f32], workspace: &mut Workspace, out: &mut [f32]) {
-        let (rows, tokens, hidden) = (x.rows(), x.tokens, self.hidden);
+    fn forward(
+        &self,
+        x: Input<'_>,
+        states: &mut [&mut [f32]],
+        workspace: &mut Workspace,
+        out: &mut [f32],
+    ) {
+        let (rows, hidden) = (x.rows(), self.hidden);
         let [mut shift, mut mixed] = [0; 2].map(|_| workspace.take(rows * hidden));
         let [mut r, mut w, mut k, mut v, mut a, mut g] =
             [0; 6].map(|_| workspace.take(rows * hidden));
-        differences(x, hidden, state, &mut shift);
+        differences(x, hidden, states, &mut shift);
         for (part, weights) in MIXES.into_iter().zip(&self.mixes) {
             mix(x.x, &shift, weights, &mut mixed);
             let input = Rows::new(&mixed, hidden);
@@ -178,18 +184,18 @@ impl Recurrent for V7 {
             Arch::new().dispatch(Keys { layer: self, k, a, removal });
         });
         let y = &mut mixed;
-        let size = state.len() / x.batch;
-        for (entry, state) in state.chunks_exact_mut(size).enumerate() {
-            let of_entry = |data| Rows::new(data, hidden).part(entry * tokens, tokens);
+        for (span, state) in x.spans.iter().zip(states) {
+            let Span { row, tokens, .. } = *span;
+            let of_span = |data| Rows::new(data, hidden).part(row, tokens);
             let inputs = Inputs {
-                r: of_entry(&r),
-                k: of_entry(&k),
-                v: of_entry(&v),
-                w: of_entry(&w),
-                removal: of_entry(removal),
-                added: of_entry(&a),
+                r: of_span(&r),
+                k: of_span(&k),
+                v: of_span(&v),
+                w: of_span(&w),
+                removal: of_span(removal),
+                added: of_span(&a),
             };
-            let y = &mut y[entry * tokens * hidden..][..tokens * hidden];
+            let y = &mut y[row * hidden..][..tokens * hidden];
             delta_rule(inputs, self.head_dim, tokens, &mut state[hidden..], y);
         }
         let (weight, bias) = &self.group_norm;

@@ -52,15 +52,13 @@ impl<T: Number> Call<'_, T> {
         let mut tile = Tile::new(self.group * unit.queries.len(), memory.layout.values.columns);
         let end = unit.len().min((piece + 1) * PIECE);
         for offsets in blocks(piece * PIECE..end, TILE) {
-            let width = offsets.len();
-            let parts: Vec<_> = unit.parts(offsets).collect();
             self.begin_scores(buffers);
-            for (part, _) in &parts {
-                self.score(unit.head, part, seen, buffers);
+            for (part, _) in unit.parts(offsets.clone()) {
+                self.score(unit.head, &part, seen, buffers);
             }
-            tile.soften(&mut buffers.scores, width);
-            for part in &parts {
-                tile.weigh(head, memory, part, buffers);
+            tile.soften(&mut buffers.scores, offsets.len());
+            for part in unit.parts(offsets) {
+                tile.weigh(head, memory, &part, buffers);
             }
         }
         tile
@@ -107,17 +105,17 @@ impl<T: Number> Call<'_, T> {
         let (slots, scores) = (&part.slots, &mut scores[part.offset..]);
         let x = Rows { data: q, stride: d, count: q.len() / d, steps: d };
         for first in (slots.start..slots.end.min(head.packed_keys)).step_by(size) {
-            let block = head.packed_keys(memory, first / size);
+            let block = head.block(memory, first / size);
+            let keys = block.keys();
             let out = &mut scores[first - slots.start..];
             match &self.pool.rotary {
                 Some(rotary) => {
                     let place = Place { rotary, token: first, turned };
-                    block.accumulate_rotated(q, place, out, TILE, scratch);
+                    keys.accumulate_rotated(q, place, out, TILE, scratch);
                 }
                 None => {
                     // The block's values come next.
-                    let next = head.packed_values(memory, first / size);
-                    block.accumulate(x, Some(next), out, TILE, scratch);
+                    keys.accumulate(x, Some(block.values()), out, TILE, scratch);
                 }
             }
         }

@@ -70,12 +70,12 @@ impl Tile {
             // The next tile's keys come next.
             let next = (first + TILE) / size;
             let next = (first + TILE < *end && next < head.blocks.len())
-                .then(|| head.packed_keys(memory, next));
-            let block = head.packed_values(memory, first / size);
-            let steps = block.rows.min(slots.end - first);
+                .then(|| head.block(memory, next).keys());
+            let values = head.block(memory, first / size).values();
+            let steps = values.rows.min(slots.end - first);
             let data = &scores[first - slots.start..];
             let x = Rows { data, stride: TILE, count: self.sum.len(), steps };
-            block.accumulate(x, next, &mut self.out, self.stride, scratch);
+            values.accumulate(x, next, &mut self.out, self.stride, scratch);
         }
         row.resize(layout.values.columns, 0.0);
         for slot in slots.start.max(head.packed_values)..slots.end {

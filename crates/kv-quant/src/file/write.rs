@@ -100,8 +100,9 @@ impl Head {
     /// Hands the bytes of one of its tensors on, piece by piece.
     fn for_each_part(&self, memory: &Memory, name: &str, mut f: impl FnMut(&[u8])) {
         let chunk = memory.layout.keys.capacity;
-        let keys = (0..self.packed_keys.div_ceil(chunk)).map(|i| self.packed_keys(memory, i));
-        let values = (0..self.packed_values.div_ceil(chunk)).map(|i| self.packed_values(memory, i));
+        let keys = (0..self.packed_keys.div_ceil(chunk)).map(|i| self.block(memory, i).keys());
+        let values =
+            (0..self.packed_values.div_ceil(chunk)).map(|i| self.block(memory, i).values());
         let columns = [memory.layout.keys.columns, memory.layout.values.columns];
         match name {
             "keys.codes" => keys.for_each(|part| f(bytemuck::cast_slice(part.codes))),

@@ -93,7 +93,8 @@ impl Head {
                 continue;
             }
             let mut used = 0;
-            for part in [self.packed_keys(memory, i), self.packed_values(memory, i)] {
+            let parts = self.block(memory, i);
+            for part in [parts.keys(), parts.values()] {
                 let share = |bytes: usize| bytes * part.rows / part.layout.capacity;
                 let codes = share(size_of_val(part.codes));
                 let scales = share(size_of_val(part.scales) + size_of_val(part.zeros));

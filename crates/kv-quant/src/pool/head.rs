@@ -6,9 +6,10 @@
 
 use std::ops::Range;
 
-use super::memory::{Memory, Need};
+use super::memory::{BlockLayout, Memory, Need};
 use super::tail::Tail;
 use crate::Format;
+use crate::layout::Line;
 use crate::packed::PackedRef;
 
 #[derive(Debug, Clone, Default)]
@@ -34,6 +35,27 @@ pub struct Growth {
     /// The first key that stays in full precision.
     pub key_start: usize,
     pub value_start: usize,
+}
+
+/// A block and how much of it is filled.
+#[derive(Debug, Clone, Copy)]
+pub struct Block<'a> {
+    layout: &'a BlockLayout,
+    lines: &'a [Line],
+    keys: usize,
+    values: usize,
+}
+
+impl<'a> Block<'a> {
+    #[inline]
+    pub fn keys(&self) -> PackedRef<'a> {
+        self.layout.keys(self.lines, self.keys)
+    }
+
+    #[inline]
+    pub fn values(&self) -> PackedRef<'a> {
+        self.layout.values(self.lines, self.values)
+    }
 }
 
 impl Head {
@@ -179,18 +201,17 @@ impl Head {
         }
     }
 
-    /// The keys of the `i`-th block.
-    pub fn packed_keys<'a>(&self, memory: &'a Memory, i: usize) -> PackedRef<'a> {
+    /// The `i`-th block.
+    #[inline]
+    pub fn block<'a>(&self, memory: &'a Memory, i: usize) -> Block<'a> {
         let chunk = memory.layout.keys.capacity;
-        let rows = (self.packed_keys.saturating_sub(i * chunk)).min(chunk);
-        memory.layout.keys(memory.blocks.get(self.blocks[i]), rows)
-    }
-
-    /// The values of the `i`-th block.
-    pub fn packed_values<'a>(&self, memory: &'a Memory, i: usize) -> PackedRef<'a> {
-        let chunk = memory.layout.keys.capacity;
-        let rows = (self.packed_values.saturating_sub(i * chunk)).min(chunk);
-        memory.layout.values(memory.blocks.get(self.blocks[i]), rows)
+        let rows = |packed: usize| packed.saturating_sub(i * chunk).min(chunk);
+        Block {
+            layout: &memory.layout,
+            lines: memory.blocks.get(self.blocks[i]),
+            keys: rows(self.packed_keys),
+            values: rows(self.packed_values),
+        }
     }
 
     /// Writes a slot's key in f32, in the format's basis.
@@ -202,7 +223,7 @@ impl Head {
             );
         }
         let chunk = memory.layout.keys.capacity;
-        self.packed_keys(memory, slot / chunk).dequantize_row(slot % chunk, codes, out);
+        self.block(memory, slot / chunk).keys().dequantize_row(slot % chunk, codes, out);
     }
 
     /// Writes a slot's value in f32.
@@ -214,7 +235,7 @@ impl Head {
             );
         }
         let chunk = memory.layout.keys.capacity;
-        self.packed_values(memory, slot / chunk).dequantize_row(slot % chunk, codes, out);
+        self.block(memory, slot / chunk).values().dequantize_row(slot % chunk, codes, out);
     }
 
     /// A copy of the tables that shares all blocks and pages.

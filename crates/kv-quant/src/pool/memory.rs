@@ -54,11 +54,8 @@ impl BlockLayout {
         let chunk = format.chunk();
         let keys = Layout::new(chunk, head_dim, format.keys(), Axis::Tokens)?;
         let values = Layout::new(chunk, value_dim, format.values(), Axis::Channels)?;
-        let part = |start, layout: &Layout| Part {
-            start,
-            codes: layout.lines(),
-            params: layout.params(),
-        };
+        let part =
+            |start, layout: &Layout| Part { start, codes: layout.lines(), params: layout.params() };
         let key_part = part(0, &keys);
         let value_part = part(key_part.end(), &values);
         Ok(Self { keys, values, key_part, value_part })
@@ -124,6 +121,24 @@ impl Memory {
             blocks: Slabs::new(layout.lines()),
             key_pages: page(layout.keys.columns),
             value_pages: page(layout.values.columns),
+        }
+    }
+
+    /// The same, empty, with large slabs.
+    pub fn with_large_slabs(self) -> Self {
+        let Self { layout, blocks, key_pages, value_pages } = Self::new(self.layout);
+        Self {
+            layout,
+            blocks: blocks.with_large_slabs(),
+            key_pages: key_pages.with_large_slabs(),
+            value_pages: value_pages.with_large_slabs(),
+        }
+    }
+
+    /// Gives all memory back.
+    pub fn clear(&mut self) {
+        for slabs in [&mut self.blocks, &mut self.key_pages, &mut self.value_pages] {
+            slabs.clear();
         }
     }
 

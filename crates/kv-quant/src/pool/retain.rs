@@ -181,12 +181,12 @@ impl Head {
         let row = &mut PackedRow::default();
         let all = |packed: usize| held.iter().copied().chain(whole..packed).enumerate();
         for (to, slot) in all(self.packed_keys) {
-            self.packed_keys(memory, slot / chunk).copy_row(slot % chunk, row);
+            self.block(memory, slot / chunk).keys().copy_row(slot % chunk, row);
             let lines = memory.blocks.get_mut(blocks[to / chunk]);
             memory.layout.parts_mut(lines, to % chunk, 0).0.push_row(row);
         }
         for (to, slot) in all(self.packed_values) {
-            self.packed_values(memory, slot / chunk).copy_row(slot % chunk, row);
+            self.block(memory, slot / chunk).values().copy_row(slot % chunk, row);
             let lines = memory.blocks.get_mut(blocks[to / chunk]);
             memory.layout.parts_mut(lines, 0, to % chunk).1.push_row(row);
         }

@@ -125,7 +125,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             return Ok(held.clone());
         }
         let of_head = |x: &Tensor| -> Result<Tensor> {
-            let x = x.narrow(1, head, 1)?.squeeze(1)?.to_dtype(DType::F32)?;
+            let x = x.narrow(1, head, 1)?.squeeze(1)?.to_dtype(DType::F32)?.contiguous()?;
             Ok(x.to_device(&candle_core::Device::Cpu)?)
         };
         let (k, v) = (of_head(&own.k)?, of_head(&own.v)?);

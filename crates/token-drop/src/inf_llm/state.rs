@@ -26,12 +26,14 @@ impl State {
         Self { sizes, init: 0, left: 0, memory: Memory::new(), sums }
     }
 
-    /// New sizes of a longer prompt. Where blocks follow the first tokens, these stay as they are,
-    /// and the window takes what they lack.
-    pub fn resize(&mut self, sizes: InfLlmSettings) {
+    /// New sizes of a longer prompt, when `seen` tokens have come. Where blocks follow the first
+    /// tokens, these stay as they are, and the window takes what they lack. More blocks may leave a
+    /// smaller window.
+    pub fn resize(&mut self, sizes: InfLlmSettings, seen: usize) {
         let init = if self.memory.len() > 0 { self.init } else { sizes.init };
         let local = (sizes.local + sizes.init).saturating_sub(init);
         self.sizes = InfLlmSettings { init, local, ..sizes };
+        self.left = self.left.max(seen.saturating_sub(local));
     }
 
     /// Tokens that lie in the first tokens or a block.
@@ -48,10 +50,12 @@ impl State {
             let start = self.init + i * self.sizes.block;
             start..start + self.sizes.block
         };
-        let all = [0..self.init].into_iter().chain(blocks.into_iter().map(block));
+        let first = std::iter::once(0..self.init);
+        let rest = std::iter::once(self.settled()..end);
         let mut ranges: Vec<Range<usize>> = Vec::new();
-        for range in all.chain([self.settled()..end]).filter(|range| !range.is_empty()) {
+        for range in first.chain(blocks.into_iter().map(block)).chain(rest) {
             match ranges.last_mut() {
+                _ if range.is_empty() => {}
                 Some(last) if last.end == range.start => last.end = range.end,
                 _ => ranges.push(range),
             }

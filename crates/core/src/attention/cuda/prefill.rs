@@ -1,0 +1,71 @@
+//! Many queries: kernels/prefill.cu.
+
+use super::address;
+use crate::cuda::{Half, PrefillArgs};
+use crate::{AttentionShape, AttentionState, Mask, Result};
+use candle_core::{CudaDevice, DType, Tensor};
+
+/// Attention of sequences whose tokens lie one after the other: q `[tokens, heads, head_dim]`, k and
+/// v `[tokens, kv_heads, head_dim]`; `lens`: where each sequence's queries and keys begin, u32.
+pub fn attend(
+    device: &CudaDevice,
+    [q, k, v]: [&Tensor; 3],
+    (cu_seqlens_q, cu_seqlens_k): (&Tensor, &Tensor),
+    shape: &AttentionShape,
+    mask: Mask<'_>,
+) -> Result<AttentionState> {
+    let (q, k, v) = (rows(&q.to_dtype(k.dtype())?)?, rows(k)?, rows(v)?);
+    let (tokens, d) = (q.dim(0)?, shape.head_dim);
+    let half = if k.dtype() == DType::BF16 { Half::BF16 } else { Half::F16 };
+    // SAFETY: the kernel writes all of both.
+    let empty = |dims: &[usize]| unsafe { Tensor::empty(dims, DType::F32, q.device()) };
+    let (out, lse) = (empty(&[tokens, shape.heads, d])?, empty(&[tokens, shape.heads])?);
+    let causal = mask == Mask::Causal;
+    let ([q_token, q_head], [k_token, k_head], [v_token, v_head]) =
+        (strides(&q), strides(&k), strides(&v));
+    let args = PrefillArgs {
+        q: address(&q)?,
+        k: address(&k)?,
+        v: address(&v)?,
+        out: address(&out)?,
+        lse: address(&lse)?,
+        cu_seqlens_q: address(cu_seqlens_q)?,
+        cu_seqlens_k: address(cu_seqlens_k)?,
+        q_token,
+        q_head,
+        k_token,
+        k_head,
+        v_token,
+        v_head,
+        seqs: cu_seqlens_q.dim(0)? as i32 - 1,
+        tokens: tokens as i32,
+        kv_extent: k.dim(0)? as i32,
+        heads: shape.heads as i32,
+        kv_heads: shape.kv_heads as i32,
+        causal: causal.into(),
+        window: shape.window.filter(|_| causal).map_or(0, |window| window.min(1 << 30) as i32),
+        scale: shape.scale,
+        soft_cap: shape.soft_cap.unwrap_or(0.0),
+        out_f32: 1,
+        ..PrefillArgs::default()
+    };
+    // SAFETY: the tensors have the shapes and strides that `args` gives, the lengths are those of
+    // their tokens, and the device's stream frees no memory before this launch has used it.
+    unsafe { crate::cuda::prefill(&device.cuda_stream(), half, d, &args) }?;
+    Ok(AttentionState { out, lse })
+}
+
+/// A view as it is if its rows begin at multiples of 16 bytes, or else a contiguous copy.
+fn rows(x: &Tensor) -> Result<Tensor> {
+    let layout = x.layout();
+    let aligned = layout.start_offset().is_multiple_of(8)
+        && layout.stride()[2] == 1
+        && strides(x).iter().all(|stride| *stride > 0 && stride % 8 == 0);
+    Ok(if aligned { x.clone() } else { x.force_contiguous()? })
+}
+
+/// Strides of tokens and heads. A dimension of one has no stride that counts: it gets a row's length.
+fn strides(x: &Tensor) -> [i64; 2] {
+    let (dims, strides) = (x.dims(), x.stride());
+    [0, 1].map(|i| if dims[i] == 1 { dims[2] } else { strides[i] } as i64)
+}

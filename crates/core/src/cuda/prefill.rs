@@ -1,0 +1,323 @@
+//! Exact attention of many queries: kernels/prefill.cu.
+
+use std::mem::{MaybeUninit, offset_of, size_of};
+use std::sync::Arc;
+
+use super::image::{Image, compute_capability, driver};
+use crate::{Error, Result};
+use candle_core::cuda::cudarc::driver::sys::{self, CUfunction_attribute};
+use candle_core::cuda::cudarc::driver::{
+    CudaContext, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg,
+};
+
+static IMAGE: Image = Image::new(include_bytes!(concat!(env!("OUT_DIR"), "/prefill.fatbin")));
+
+/// Tokens of a block of a paged cache.
+pub const PAGE: usize = 64;
+
+/// The format of queries, keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Half {
+    /// IEEE binary16.
+    F16,
+    /// bfloat16.
+    BF16,
+}
+
+/// The arguments of [`prefill`], field for field those of the kernels.
+///
+/// Addresses are device addresses; strides count elements. q, k and v begin at multiples of 16
+/// bytes, and so do all their rows. Lengths and block tables are read from device memory.
+///
+/// Sequence s has the queries `cu_seqlens_q[s]..cu_seqlens_q[s + 1]`. Its keys are
+/// `cu_seqlens_k[s]..cu_seqlens_k[s + 1]`, or, if `block_table` is not 0, the first
+/// `seqlens_k[s, kv_head]` entries of the blocks that the table lists for it.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct PrefillArgs {
+    /// `[tokens, heads, head_dim]`, f16 or bf16.
+    pub q: u64,
+    /// `[kv_extent, kv_heads, head_dim]`; paged: `[kv_extent blocks, PAGE, head_dim]`.
+    pub k: u64,
+    /// As `k`.
+    pub v: u64,
+    /// Output, `[tokens, heads, head_dim]`, contiguous, in the format of `q` or in f32.
+    pub out: u64,
+    /// Output, `[tokens, heads]`, f32: the natural log-sum-exp; -inf where no key is visible.
+    pub lse: u64,
+    /// `[seqs + 1]`, u32.
+    pub cu_seqlens_q: u64,
+    /// `[seqs + 1]`, u32; not read if paged.
+    pub cu_seqlens_k: u64,
+    /// `[seqs, kv_heads]`, u32; paged only.
+    pub seqlens_k: u64,
+    /// `[seqs, kv_heads, blocks]`, u32. 0: keys and values are contiguous.
+    pub block_table: u64,
+    /// Strides of `q`.
+    pub q_token: i64,
+    /// See `q_token`.
+    pub q_head: i64,
+    /// Strides of `k`. Paged: `k_head` is the stride of a block.
+    pub k_token: i64,
+    /// See `k_token`.
+    pub k_head: i64,
+    /// Strides of `v`, as those of `k`.
+    pub v_token: i64,
+    /// See `v_token`.
+    pub v_head: i64,
+    /// Strides of `block_table`. `table_head` is 0 if the heads share their blocks.
+    pub table_seq: i64,
+    /// See `table_seq`.
+    pub table_head: i64,
+    /// Strides of `seqlens_k`.
+    pub lens_seq: i64,
+    /// See `lens_seq`.
+    pub lens_head: i64,
+    /// Sequences.
+    pub seqs: i32,
+    /// Queries of all sequences.
+    pub tokens: i32,
+    /// Tokens of `k` and `v`; paged: blocks.
+    pub kv_extent: i32,
+    /// Query heads.
+    pub heads: i32,
+    /// Key/value heads.
+    pub kv_heads: i32,
+    /// Query heads of a tile. [`prefill`] sets it.
+    pub pack: i32,
+    /// 1: a query sees no key after its own position.
+    pub causal: i32,
+    /// Positions of the queries. 0: a sequence's last keys are its queries' own. 1: all keys
+    /// precede the queries.
+    pub past: i32,
+    /// A query sees the `window` keys up to its own position. 0: no limit.
+    pub window: i32,
+    /// Factor of the dot products; positive.
+    pub scale: f32,
+    /// Scores s become `soft_cap * tanh(s / soft_cap)`. 0: they stay as they are.
+    pub soft_cap: f32,
+    /// 0: `out` has the format of `q`; 1: f32.
+    pub out_f32: i32,
+}
+
+// As in kernels/prefill/args.cuh.
+const _: () = assert!(
+    size_of::<PrefillArgs>() == 200
+        && offset_of!(PrefillArgs, q_token) == 72
+        && offset_of!(PrefillArgs, seqs) == 152
+        && offset_of!(PrefillArgs, scale) == 188
+);
+
+// SAFETY: plain numbers in C's layout, as the kernels read them.
+unsafe impl DeviceRepr for PrefillArgs {}
+
+#[repr(transparent)]
+struct TensorMap(sys::CUtensorMap);
+
+// SAFETY: the driver's own parameter type.
+unsafe impl DeviceRepr for TensorMap {}
+
+/// A kernel's shape, as in kernels/prefill/*.cuh.
+struct Shape {
+    wgmma: bool,
+    /// Of a tile: packed query heads times tokens.
+    rows: i32,
+    threads: u32,
+    shared_bytes: u32,
+}
+
+impl Shape {
+    fn new(wgmma: bool, head_dim: usize) -> Self {
+        let columns = head_dim.div_ceil(64) as u32;
+        if wgmma {
+            let groups = if head_dim == 64 { 3 } else { 2 };
+            let keys = if head_dim <= 128 { 128 } else { 64 };
+            let (rows, threads) = (64 * groups, 128 * (groups + 1));
+            let shared_bytes = columns * 128 * (rows + 4 * keys) + 1024;
+            return Self { wgmma, rows: rows as i32, threads, shared_bytes };
+        }
+        let rows: u32 = if head_dim <= 128 { 128 } else { 64 };
+        let keys = if head_dim <= 96 { 64 } else { 32 };
+        Self {
+            wgmma,
+            rows: rows as i32,
+            threads: 128,
+            shared_bytes: columns * 128 * (rows + 2 * keys),
+        }
+    }
+
+    /// The most query heads of a group that leave at most 1 of 16 rows of a tile unused.
+    fn pack(&self, group: i32) -> i32 {
+        let fits = |&pack: &i32| group % pack == 0 && self.rows % pack * 16 <= self.rows;
+        (1..=group.min(self.rows)).rev().find(fits).unwrap_or(1)
+    }
+}
+
+/// Whether a device has kernels for a head size: 64, 80, 96, 128, 192 or 256, from compute
+/// capability 8.0 on.
+///
+/// # Errors
+/// The driver's.
+pub fn has_prefill(context: &Arc<CudaContext>, head_dim: usize) -> Result<bool> {
+    Ok(matches!(head_dim, 64 | 80 | 96 | 128 | 192 | 256) && compute_capability(context)? >= (8, 0))
+}
+
+/// Launches exact attention of the sequences' queries. Compute capability 9.0 has kernels of its own.
+///
+/// # Errors
+/// [`Error::Unsupported`] unless [`has_prefill`]; [`Error::Mismatch`] for strides or addresses that
+/// are not multiples of 16 bytes, and for numbers of heads that do not fit; the driver's.
+///
+/// # Safety
+/// The addresses must be those of arrays on the stream's device, of the sizes and formats that the
+/// fields of [`PrefillArgs`] give, until the work that is launched here has ended. Lengths and
+/// tables must stay within the extents that `args` has.
+pub unsafe fn prefill(
+    stream: &Arc<CudaStream>,
+    half: Half,
+    head_dim: usize,
+    args: &PrefillArgs,
+) -> Result<()> {
+    let context = stream.context();
+    if !has_prefill(context, head_dim)? {
+        let what = format!("prefill attention with heads of {head_dim} channels on this device");
+        return Err(Error::Unsupported(what));
+    }
+    check(args)?;
+    if args.tokens == 0 || args.seqs == 0 {
+        return Ok(());
+    }
+    let shape = Shape::new(compute_capability(context)? == (9, 0), head_dim);
+    let args = PrefillArgs { pack: shape.pack(args.heads / args.kv_heads), ..*args };
+    let tile_tokens = shape.rows / args.pack;
+    let tiles = (args.tokens / tile_tokens + args.seqs) * (args.heads / args.pack);
+
+    let name = format!(
+        "prefill_{}_{}_d{head_dim}",
+        if shape.wgmma { "wgmma" } else { "mma" },
+        if half == Half::F16 { "f16" } else { "bf16" }
+    );
+    let function = IMAGE.function(context, &name)?;
+    let dynamic = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    function.set_attribute(dynamic, shape.shared_bytes as i32).map_err(driver)?;
+    let config = LaunchConfig {
+        grid_dim: (tiles as u32, 1, 1),
+        block_dim: (shape.threads, 1, 1),
+        shared_mem_bytes: shape.shared_bytes,
+    };
+    let mut launch = stream.launch_builder(&function);
+    launch.arg(&args);
+    let maps;
+    if shape.wgmma {
+        maps = tensor_maps(half, head_dim, &args, tile_tokens)?;
+        maps.iter().for_each(|map| {
+            launch.arg(map);
+        });
+    }
+    // SAFETY: the arguments are those of the kernel, the grid has a block for each tile, and the
+    // caller vouches for the addresses.
+    unsafe { launch.launch(config) }.map_err(driver)?;
+    Ok(())
+}
+
+fn check(args: &PrefillArgs) -> Result<()> {
+    if args.kv_heads < 1 || args.heads < 1 || args.heads % args.kv_heads != 0 {
+        let expected = format!("a multiple of the {} kv heads", args.kv_heads);
+        return Err(Error::mismatch("query heads", expected, args.heads));
+    }
+    let starts = [("q", args.q), ("k", args.k), ("v", args.v)];
+    for (what, address) in starts {
+        if address % 16 != 0 {
+            return Err(Error::mismatch(what, "an address that 16 divides", address));
+        }
+    }
+    let strides = [
+        ("q", [args.q_token, args.q_head]),
+        ("k", [args.k_token, args.k_head]),
+        ("v", [args.v_token, args.v_head]),
+    ];
+    for (what, strides) in strides {
+        if strides.iter().any(|stride| stride % 8 != 0) {
+            let got = format!("{strides:?}");
+            return Err(Error::mismatch(format!("strides of {what}"), "multiples of 8", got));
+        }
+    }
+    Ok(())
+}
+
+/// The maps of q, k and v, in boxes of 64 channels.
+fn tensor_maps(
+    half: Half,
+    head_dim: usize,
+    args: &PrefillArgs,
+    tile_tokens: i32,
+) -> Result<[TensorMap; 3]> {
+    let page = PAGE as i32;
+    let q = ([(args.heads, args.q_head), (args.tokens, args.q_token)], [args.pack, tile_tokens]);
+    let kv = |token, head| {
+        let extents = match args.block_table {
+            0 => [(args.kv_extent, token), (args.kv_heads, head)],
+            _ => [(page, token), (args.kv_extent, head)],
+        };
+        (extents, [page, 1])
+    };
+    let map = |address, (dims, rows)| tensor_map(half, head_dim, address, dims, rows);
+    Ok([
+        map(args.q, q)?,
+        map(args.k, kv(args.k_token, args.k_head))?,
+        map(args.v, kv(args.v_token, args.v_head))?,
+    ])
+}
+
+/// A map of rank 3: channels, then two dimensions of an extent, a stride in elements and the rows
+/// of a box.
+fn tensor_map(
+    half: Half,
+    head_dim: usize,
+    address: u64,
+    dims: [(i32, i64); 2],
+    rows: [i32; 2],
+) -> Result<TensorMap> {
+    let format = match half {
+        Half::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        Half::BF16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+    };
+    // A tensor without keys is not read, but an extent of 0 has no map.
+    let extents = [head_dim as u64, dims[0].0.max(1) as u64, dims[1].0.max(1) as u64];
+    let strides = dims.map(|(_, stride)| 2 * stride as u64);
+    let of_box = [64, rows[0] as u32, rows[1] as u32];
+    let mut map = MaybeUninit::uninit();
+    // SAFETY: all pointers are those of arrays of the rank's length that outlive the call, which
+    // writes `map` when it succeeds. The address is stored, not read.
+    unsafe {
+        sys::cuTensorMapEncodeTiled(
+            map.as_mut_ptr(),
+            format,
+            3,
+            address as *mut _,
+            extents.as_ptr(),
+            strides.as_ptr(),
+            of_box.as_ptr(),
+            [1; 3].as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        .result()
+        .map_err(driver)?;
+        Ok(TensorMap(map.assume_init()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Shape;
+
+    #[test]
+    fn packed_heads_divide_the_group_and_fill_a_tile() {
+        for (group, wanted) in [(1, 1), (4, 4), (7, 7), (5, 5), (48, 24), (71, 1), (128, 128)] {
+            assert_eq!(Shape::new(true, 128).pack(group), wanted, "{group}");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! The states of sequences on the device, side by side where sequences go together.
+
+use candle_core::Tensor;
+use longctx_core::{Error, Result, SeqId};
+
+/// The states of all sequences of a session, which kernels change in place. A batch that decodes
+/// step after step finds its states side by side and copies none.
+#[derive(Default)]
+pub struct Groups {
+    groups: Vec<Group>,
+}
+
+/// Sequences that went through the model together last.
+struct Group {
+    /// `None`: a sequence that was removed. Its memory is free once the group is.
+    seqs: Vec<Option<SeqId>>,
+    /// One tensor `[sequences, …]` for each array of a state.
+    arrays: Vec<Tensor>,
+}
+
+impl Group {
+    /// The group without the sequences listed, if others are left.
+    fn without(&self, seqs: &[SeqId]) -> Result<Option<Group>> {
+        let stays = |seq: &Option<SeqId>| seq.is_some_and(|seq| !seqs.contains(&seq));
+        let rows: Vec<usize> =
+            self.seqs.iter().enumerate().filter(|(_, seq)| stays(seq)).map(|(i, _)| i).collect();
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        let seqs = rows.iter().map(|&row| self.seqs[row]).collect();
+        let of_array = |array: &Tensor| side_by_side(rows.iter().map(|&row| (array, row)));
+        let arrays = self.arrays.iter().map(of_array).collect::<Result<_>>()?;
+        Ok(Some(Group { seqs, arrays }))
+    }
+}
+
+/// A tensor of some rows of others, which shares no memory with them.
+fn side_by_side<'a>(rows: impl Iterator<Item = (&'a Tensor, usize)>) -> Result<Tensor> {
+    let rows = rows.map(|(array, row)| array.narrow(0, row, 1)).collect::<Result<Vec<_>, _>>()?;
+    match rows.as_slice() {
+        [one] => Ok(one.copy()?),
+        rows => Ok(Tensor::cat(rows, 0)?),
+    }
+}
+
+impl Groups {
+    /// A sequence's group and its row there.
+    fn place(&self, seq: SeqId) -> Option<(usize, usize)> {
+        let of_group = |(i, group): (usize, &Group)| {
+            Some((i, group.seqs.iter().position(|&other| other == Some(seq))?))
+        };
+        self.groups.iter().enumerate().find_map(of_group)
+    }
+
+    /// The arrays of sequences' states, side by side: a copy.
+    fn gather(&self, seqs: &[SeqId]) -> Result<Vec<Tensor>> {
+        let place = |&seq: &SeqId| self.place(seq).ok_or(Error::UnknownSequence(seq));
+        let places = seqs.iter().map(place).collect::<Result<Vec<_>>>()?;
+        let count = places.first().map_or(0, |&(group, _)| self.groups[group].arrays.len());
+        let array = |i: usize| {
+            side_by_side(places.iter().map(|&(group, row)| (&self.groups[group].arrays[i], row)))
+        };
+        (0..count).map(array).collect()
+    }
+
+    /// A copy of a sequence's state.
+    pub fn copy(&self, seq: SeqId) -> Result<Vec<Tensor>> {
+        self.gather(&[seq])
+    }
+
+    /// Gives a sequence a copy of a state, in place of the one that it has.
+    pub fn put(&mut self, seq: SeqId, arrays: &[Tensor]) -> Result<()> {
+        let arrays = arrays.iter().map(Tensor::copy).collect::<Result<_, _>>()?;
+        self.remove(seq);
+        self.groups.push(Group { seqs: vec![Some(seq)], arrays });
+        Ok(())
+    }
+
+    pub fn remove(&mut self, seq: SeqId) {
+        if let Some((group, row)) = self.place(seq) {
+            self.groups[group].seqs[row] = None;
+        }
+        self.groups.retain(|group| group.seqs.iter().any(Option::is_some));
+    }
+
+    pub fn clear(&mut self) {
+        self.groups.clear();
+    }
+
+    /// The states of some sequences side by side, `[sequences, …]` each, to be changed in place.
+    pub fn together(&mut self, seqs: &[SeqId]) -> Result<&mut [Tensor]> {
+        let wanted: Vec<_> = seqs.iter().copied().map(Some).collect();
+        let found = self.groups.iter().position(|group| group.seqs == wanted);
+        let at = match found {
+            Some(at) => at,
+            None => {
+                let arrays = self.gather(seqs)?;
+                let moved = |group: &Group| group.seqs.iter().any(|seq| wanted.contains(seq));
+                let left = self.groups.iter().filter(|group| moved(group));
+                let left = left.map(|group| group.without(seqs)).collect::<Result<Vec<_>>>()?;
+                self.groups.retain(|group| !moved(group));
+                self.groups.extend(left.into_iter().flatten());
+                self.groups.push(Group { seqs: wanted.clone(), arrays });
+                self.groups.len() - 1
+            }
+        };
+        Ok(&mut self.groups[at].arrays)
+    }
+}

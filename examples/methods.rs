@@ -1,0 +1,206 @@
+//! The ways to hold keys and values, by name.
+//!
+//! A name is that of a whole cache, `dense-f16` or `kivi-4`, or `POLICY-SIZE[-STORE]`: what stays or
+//! is read (`h2o`, `quest`), how much (`4x`: a quarter of the prompt's tokens; `512`: so many
+//! tokens), and the store, by default f16: `h2o-4x`, `quest-512`, `snap-kv-4x-kivi-4`.
+
+mod eviction;
+mod packed;
+mod policy;
+mod store;
+
+use anyhow::{Result, bail};
+use candle_core::DType;
+use clap::ValueEnum;
+use kv_quant::QuantStore;
+use longctx_core::{DenseCache, DenseStore, KvCache, LayerSpec};
+
+pub use eviction::{Evicting, Eviction, duo_attention};
+use packed::PACKED;
+pub use policy::{Policy, Size};
+pub use store::Store;
+
+/// The compression ratios of arXiv 2407.01527.
+pub const RATIOS: [u32; 4] = [2, 4, 6, 8];
+
+const DENSE: [(&str, DType); 3] =
+    [("dense-f32", DType::F32), ("dense-f16", DType::F16), ("dense-bf16", DType::BF16)];
+
+/// A way to hold keys and values.
+#[derive(Debug, Clone)]
+pub struct Method {
+    name: String,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Dense(DType),
+    Packed(packed::Make),
+    Policy(Policy, Size, Store),
+}
+
+impl Method {
+    /// The method of a name.
+    ///
+    /// # Errors
+    /// An unknown name; the error lists the known ones.
+    pub fn named(name: &str) -> Result<Self> {
+        let dense = || DENSE.iter().find(|known| known.0 == name).map(|&(_, x)| Kind::Dense(x));
+        let packed = || PACKED.iter().find(|known| known.0 == name).map(|&(_, x)| Kind::Packed(x));
+        match dense().or_else(packed).or_else(|| of_policy(name)) {
+            Some(kind) => Ok(Self { name: name.to_owned(), kind }),
+            None => bail!(
+                "no method {name:?}. There are {}; and POLICY-SIZE[-STORE], with POLICY one of {}, \
+                 SIZE a share of the prompt such as 4x or a number of tokens, STORE one of {}",
+                whole_caches().collect::<Vec<_>>().join(", "),
+                Policy::all().map(Policy::name).collect::<Vec<_>>().join(", "),
+                Store::value_variants().iter().map(|s| s.name()).collect::<Vec<_>>().join(", "),
+            ),
+        }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// An empty cache for one layer, whose memory grows.
+    ///
+    /// # Errors
+    /// If the method does not fit the layer.
+    pub fn cache(&self, spec: &LayerSpec) -> longctx_core::Result<Box<dyn KvCache>> {
+        self.cache_within(spec, None)
+    }
+
+    /// The same with at most `capacity` bytes of keys and values; sinks and InfLLM's local window
+    /// come on top.
+    ///
+    /// # Errors
+    /// As [`cache`](Self::cache).
+    pub fn cache_within(
+        &self,
+        spec: &LayerSpec,
+        capacity: Option<usize>,
+    ) -> longctx_core::Result<Box<dyn KvCache>> {
+        let bytes = capacity.unwrap_or(usize::MAX);
+        Ok(match self.kind {
+            Kind::Dense(dtype) => Box::new(DenseCache::with_capacity(spec.clone(), dtype, bytes)?),
+            Kind::Packed(make) => Box::new(match capacity {
+                Some(bytes) => make(spec.clone())?.with_capacity(bytes),
+                None => make(spec.clone())?,
+            }),
+            Kind::Policy(policy, size, store) => match store.format()? {
+                None => {
+                    let store = DenseStore::with_capacity(spec.shape, DType::F16, bytes)?;
+                    policy.cache(spec.clone(), store, size, 1)?
+                }
+                Some(format) => {
+                    let store = QuantStore::new(spec.shape, format)?;
+                    let store = match capacity {
+                        Some(bytes) => store.with_capacity(bytes),
+                        None => store,
+                    };
+                    policy.cache(spec.clone(), store, size, format.keys().group)?
+                }
+            },
+        })
+    }
+}
+
+/// The methods that a list of all names: whole caches, and policies at the paper's ratios.
+pub fn listed() -> impl Iterator<Item = Method> {
+    let at_ratio = |times| {
+        let policies = Policy::all().filter(|policy| *policy != Policy::Quest);
+        policies.map(move |policy| format!("{}-{times}x", policy.name()))
+    };
+    let others = ["quest-512", "streaming-llm-4x-kivi-4", "snap-kv-4x-kivi-4"];
+    let names = whole_caches().chain(others).map(String::from);
+    let names = names.chain(RATIOS.into_iter().flat_map(at_ratio));
+    names.map(|name| Method::named(&name).expect("a name that the tables know"))
+}
+
+fn whole_caches() -> impl Iterator<Item = &'static str> {
+    DENSE.iter().map(|known| known.0).chain(PACKED.iter().map(|known| known.0))
+}
+
+/// `POLICY-SIZE[-STORE]`.
+fn of_policy(name: &str) -> Option<Kind> {
+    Policy::all().find_map(|policy| {
+        let rest = name.strip_prefix(policy.name())?.strip_prefix('-')?;
+        let (size, store) = match rest.split_once('-') {
+            Some((size, store)) => (size, Store::from_str(store, false).ok()?),
+            None => (rest, Store::F16),
+        };
+        let number = |digits: &str| digits.parse::<u32>().ok().filter(|&number| number > 0);
+        let size = match size.strip_suffix('x') {
+            Some(times) => Size::Share(1.0 / f64::from(number(times)?)),
+            None => Size::Tokens(number(size)? as usize),
+        };
+        Some(Kind::Policy(policy, size, store))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Tensor};
+    use longctx_core::{AttentionShape, Batch, Rope, RopeScaling, Step};
+    use std::sync::Arc;
+
+    fn spec() -> LayerSpec {
+        let rope = Arc::new(Rope::new(64, 64, 10_000.0, RopeScaling::None).unwrap());
+        LayerSpec::new(AttentionShape::new(4, 2, 64).unwrap()).with_rope(rope).at(1, 3)
+    }
+
+    fn feed(cache: &mut dyn KvCache, batch: &Batch) {
+        let x = |heads| Tensor::randn(0f32, 1., (batch.tokens(), heads, 64), &Device::Cpu).unwrap();
+        let (q, k, v) = (x(4), x(2), x(2));
+        cache.attend(&Step { batch, q: &q, k: &k, v: &v }).unwrap();
+    }
+
+    /// Two prompts of unequal length, and a token for each.
+    #[test]
+    fn every_listed_method_holds_sequences() {
+        for method in listed() {
+            let mut cache = method.cache(&spec()).unwrap();
+            feed(&mut *cache, &Batch::new(&[(3, 600), (5, 90)]).unwrap());
+            feed(&mut *cache, &Batch::decode(&[5, 3]).unwrap());
+            assert_eq!((cache.seen(3), cache.seen(5)), (601, 91), "{}", method.name());
+            assert!(cache.footprint().total() > 0, "{}", method.name());
+            assert!(cache.remove(3) && cache.remove(5), "{}", method.name());
+        }
+    }
+
+    #[test]
+    fn a_policy_takes_shares_tokens_and_stores() {
+        let held = |name: &str| {
+            let mut cache = Method::named(name).unwrap().cache(&spec()).unwrap();
+            feed(&mut *cache, &Batch::single(0, 400).unwrap());
+            (cache.held(0), cache.footprint().payload)
+        };
+        assert_eq!(held("snap-kv-4x"), (100, 100 * 2 * 64 * 2 * 2));
+        assert_eq!(held("snap-kv-200").0, 200);
+        let (tokens, packed) = held("snap-kv-200-kivi-4");
+        assert!(tokens == 200 && packed < held("snap-kv-200").1 / 2);
+    }
+
+    #[test]
+    fn capacity_bounds_every_kind_of_store() {
+        for name in ["dense-f16", "kivi-4", "h2o-4x", "snap-kv-2x-kivi-2"] {
+            let cache = Method::named(name).unwrap().cache_within(&spec(), Some(1 << 16)).unwrap();
+            assert!(cache.can_take(&Batch::single(0, 16).unwrap()), "{name}");
+            assert!(!cache.can_take(&Batch::single(0, 100_000).unwrap()), "{name}");
+        }
+    }
+
+    #[test]
+    fn unknown_names_are_told_the_known_ones() {
+        for name in ["", "kivi", "h2o", "h2o-", "h2o-0x", "h2o-x", "h2o-4x-kivi-5", "snap-kv--4x"] {
+            let error = Method::named(name).expect_err(name).to_string();
+            assert!(error.contains("flexgen-4") && error.contains("snap-kv"), "{error}");
+        }
+        let error = Method::named("quest-4x").unwrap().cache(&spec()).err().unwrap().to_string();
+        assert!(error.contains("quest"), "{error}");
+    }
+}

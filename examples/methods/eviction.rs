@@ -1,0 +1,156 @@
+//! Policies that choose, once more tokens have come than the budget holds, which are evicted.
+
+use longctx_core::{KvStore, LayerSpec, Result};
+use token_drop::{
+    Budget, DuoAttention, EvictionPolicy, ExpectedAttention, Finch, Granularity, H2o, HeadBudgets,
+    KNorm, KeyDiff, LagKv, LayerBudgets, PolicyCache, Random, Recent, SnapKv, Tova,
+};
+
+use crate::heads::{RECENT, SINKS};
+
+/// The newest queries that SnapKV and its kin observe.
+pub const WINDOW: usize = 32;
+
+/// A policy by name. DuoAttention is not among them: it needs a model's [heads](crate::heads).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Eviction {
+    /// Random tokens.
+    Random,
+    /// The newest tokens.
+    Recent,
+    /// The tokens of the shortest keys.
+    KNorm,
+    /// The tokens of the least common keys.
+    KeyDiff,
+    /// The tokens that differ from those after them.
+    LagKv,
+    /// The tokens that coming queries are expected to attend to.
+    ExpectedAttention,
+    /// Those that the newest query attends to.
+    Tova,
+    /// Those that all queries attended to.
+    H2o,
+    /// Those that the newest queries attend to.
+    SnapKv,
+    /// SnapKV smoothed over 13 tokens, so that a vote for a 7-digit key's first digit reaches its
+    /// last.
+    WideSnapKv,
+    /// SnapKV whose lower layers keep more.
+    PyramidSnapKv,
+    /// SnapKV whose heads compete.
+    AdaSnapKv,
+    /// SnapKV in chunks.
+    ChunkSnapKv,
+    /// SnapKV whose kept keys are rotated to contiguous positions.
+    RerotatedSnapKv,
+    /// Those that the question attends to, rotated to contiguous positions.
+    Finch,
+}
+
+/// A cache of a policy that is chosen at run time.
+pub type Evicting<S> = PolicyCache<S, Box<dyn EvictionPolicy>>;
+
+impl Eviction {
+    /// All of them.
+    pub const ALL: [Self; 15] = [
+        Self::Random,
+        Self::Recent,
+        Self::KNorm,
+        Self::KeyDiff,
+        Self::LagKv,
+        Self::ExpectedAttention,
+        Self::Tova,
+        Self::H2o,
+        Self::SnapKv,
+        Self::WideSnapKv,
+        Self::PyramidSnapKv,
+        Self::AdaSnapKv,
+        Self::ChunkSnapKv,
+        Self::RerotatedSnapKv,
+        Self::Finch,
+    ];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Random => "random",
+            Self::Recent => "recent",
+            Self::KNorm => "k-norm",
+            Self::KeyDiff => "key-diff",
+            Self::LagKv => "lag-kv",
+            Self::ExpectedAttention => "expected-attention",
+            Self::Tova => "tova",
+            Self::H2o => "h2o",
+            Self::SnapKv => "snap-kv",
+            Self::WideSnapKv => "wide-snap-kv",
+            Self::PyramidSnapKv => "pyramid-snap-kv",
+            Self::AdaSnapKv => "ada-snap-kv",
+            Self::ChunkSnapKv => "chunk-snap-kv",
+            Self::RerotatedSnapKv => "rerotated-snap-kv",
+            Self::Finch => "finch",
+        }
+    }
+
+    /// A cache for one layer.
+    ///
+    /// # Errors
+    /// If the budget can't be met, or the layer lacks what the policy needs.
+    pub fn cache<S: KvStore>(
+        self,
+        spec: LayerSpec,
+        store: S,
+        budget: Budget,
+    ) -> Result<Evicting<S>> {
+        let snap_kv =
+            |spec, store, budget| PolicyCache::snap_kv(spec, store, SnapKv::new(WINDOW)?, budget);
+        Ok(match self {
+            Self::Random => {
+                let policy = Random::new(spec.index as u64);
+                PolicyCache::new(spec, store, policy, budget)?.boxed()
+            }
+            Self::Recent => PolicyCache::recent(spec, store, 0, budget)?.boxed(),
+            Self::KNorm => PolicyCache::new(spec, store, KNorm, budget)?.boxed(),
+            Self::KeyDiff => PolicyCache::new(spec, store, KeyDiff, budget)?.boxed(),
+            Self::LagKv => PolicyCache::lag_kv(spec, store, LagKv::new(4, 64)?, budget)?.boxed(),
+            Self::ExpectedAttention => {
+                let policy = ExpectedAttention::default();
+                PolicyCache::expected_attention(spec, store, policy, budget)?.boxed()
+            }
+            Self::Tova => PolicyCache::tova(spec, store, Tova::default(), budget)?.boxed(),
+            Self::H2o => PolicyCache::h2o(spec, store, H2o::default(), budget)?.boxed(),
+            Self::SnapKv => snap_kv(spec, store, budget)?.boxed(),
+            Self::WideSnapKv => {
+                let policy = SnapKv::new(WINDOW)?.with_kernel(13)?;
+                PolicyCache::snap_kv(spec, store, policy, budget)?.boxed()
+            }
+            Self::PyramidSnapKv => snap_kv(spec, store, budget)?
+                .with_layer_budgets(LayerBudgets::Pyramid { beta: 20.0 })?
+                .boxed(),
+            Self::AdaSnapKv => {
+                snap_kv(spec, store, budget)?.with_head_budgets(HeadBudgets::ADA_KV)?.boxed()
+            }
+            Self::ChunkSnapKv => {
+                snap_kv(spec, store, budget)?.with_granularity(Granularity::Chunk(20))?.boxed()
+            }
+            Self::RerotatedSnapKv => snap_kv(spec, store, budget)?.with_rerotation()?.boxed(),
+            Self::Finch => PolicyCache::finch(spec, store, Finch::new(16)?, budget)?.boxed(),
+        })
+    }
+}
+
+/// DuoAttention, whose streaming heads are given for each layer.
+///
+/// # Errors
+/// If there is no list for the layer, or it is not one of its heads.
+pub fn duo_attention<S: KvStore>(
+    spec: LayerSpec,
+    store: S,
+    streaming: &[Vec<bool>],
+) -> Result<PolicyCache<S, Recent>> {
+    let of_layer = streaming.get(spec.index).ok_or_else(|| {
+        let what = "layers that DuoAttention has scores of";
+        longctx_core::Error::mismatch(what, spec.count, streaming.len())
+    })?;
+    let heads = DuoAttention::new(of_layer.clone(), SINKS, RECENT)?;
+    PolicyCache::duo_attention(spec, store, &heads)
+}

@@ -1,0 +1,64 @@
+//! What keys and values are held in under a policy.
+
+use clap::{ValueEnum, builder::PossibleValue};
+use kv_quant::{Bits, Format};
+
+/// A store's format. KIVI's have groups of 32 and at least the newest 128 tokens' values in full
+/// precision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Store {
+    /// Dense.
+    F16,
+    /// KIVI with 8 bits.
+    Kivi8,
+    /// KIVI with 4 bits.
+    Kivi4,
+    /// KIVI with 2 bits.
+    Kivi2,
+    /// KIVI with 4 bits, whose newest tokens' keys, too, are in full precision.
+    Kivi4Rolling,
+    /// The same with 2 bits.
+    Kivi2Rolling,
+}
+
+impl Store {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Kivi8 => "kivi-8",
+            Self::Kivi4 => "kivi-4",
+            Self::Kivi2 => "kivi-2",
+            Self::Kivi4Rolling => "kivi-4-rolling",
+            Self::Kivi2Rolling => "kivi-2-rolling",
+        }
+    }
+
+    /// The packed format; `None`: dense f16.
+    ///
+    /// # Errors
+    /// None for these sizes.
+    pub fn format(self) -> kv_quant::Result<Option<Format>> {
+        let kivi = |bits| Format::kivi(bits, bits, 32, 128).map(Some);
+        let rolling = |bits| Format::kivi_rolling(bits, bits, 32, 128).map(Some);
+        match self {
+            Self::F16 => Ok(None),
+            Self::Kivi8 => kivi(Bits::Eight),
+            Self::Kivi4 => kivi(Bits::Four),
+            Self::Kivi2 => kivi(Bits::Two),
+            Self::Kivi4Rolling => rolling(Bits::Four),
+            Self::Kivi2Rolling => rolling(Bits::Two),
+        }
+    }
+}
+
+impl ValueEnum for Store {
+    fn value_variants<'a>() -> &'a [Self] {
+        use Store::*;
+        &[F16, Kivi8, Kivi4, Kivi2, Kivi4Rolling, Kivi2Rolling]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.name()))
+    }
+}

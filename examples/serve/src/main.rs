@@ -1,0 +1,134 @@
+//! An OpenAI-compatible server over any model and cache of the workspace.
+//!
+//! ```text
+//! cargo run --release -p longctx-serve -- --method kivi-4
+//! curl http://127.0.0.1:8080/v1/completions -H 'content-type: application/json' \
+//!     -d '{"prompt": "The sky is", "max_tokens": 16}'
+//! ```
+
+mod answer;
+mod api;
+mod metrics;
+mod prefixes;
+mod routes;
+mod scheduler;
+mod text;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use longctx_examples::llm::Llm;
+use longctx_examples::model;
+use metrics::Metrics;
+use routes::App;
+use scheduler::{Options, Scheduler};
+use tokio::sync::mpsc::unbounded_channel;
+
+#[derive(Parser)]
+#[command(about = "Serves a model over the OpenAI API, many sequences at a time")]
+struct Args {
+    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default
+    /// SmolLM2-135M-Instruct, fetched if need be
+    #[arg(long)]
+    model: Option<String>,
+    /// How attention layers remember: dense-f16, kivi-4, kivi-2, snap-kv-4x, …
+    #[arg(long, default_value = "dense-f16")]
+    method: String,
+    /// MiB of keys and values for all sequences; by default as much as they need
+    #[arg(long)]
+    cache_mib: Option<usize>,
+    /// Tokens of a prompt that a step feeds; 0: the whole prompt, exact under every method, and
+    /// without reuse of prefixes
+    #[arg(long, default_value_t = 128)]
+    prefill_chunk: usize,
+    /// Tokens of a step beyond which no further prompt joins it
+    #[arg(long, default_value_t = 512)]
+    step_tokens: usize,
+    /// Prefixes of prompts that are kept for later requests
+    #[arg(long, default_value_t = 64)]
+    prefixes: usize,
+    /// The most tokens of an answer
+    #[arg(long, default_value_t = 4096)]
+    max_tokens: usize,
+    /// Requests that may wait; further ones are answered 429
+    #[arg(long, default_value_t = 1024)]
+    queue: usize,
+    /// The largest body of a request, in bytes
+    #[arg(long, default_value_t = 4 << 20)]
+    body_limit: usize,
+    /// Where to listen
+    #[arg(long, default_value = "127.0.0.1:8080")]
+    address: SocketAddr,
+    /// A key that requests must carry as a bearer token
+    #[arg(long, env = "LONGCTX_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let args = Args::parse();
+    ensure!(args.step_tokens > 0 && args.max_tokens > 0, "tokens: expected at least 1, got 0");
+    let name = match &args.model {
+        Some(name) => name.clone(),
+        None => model::smollm2()?.display().to_string(),
+    };
+    let llm = Llm::open(&name)?;
+    let metrics = Arc::new(Metrics::new());
+    let (requests, received) = unbounded_channel();
+    let context = llm.context_length().unwrap_or(usize::MAX);
+    let session = llm.session_with(&args.method, args.cache_mib.map(|mib| mib << 20))?;
+    let options = Options {
+        prefill_chunk: Some(args.prefill_chunk).filter(|&chunk| chunk > 0),
+        step_tokens: args.step_tokens,
+        prefixes: if args.prefill_chunk > 0 { args.prefixes } else { 0 },
+    };
+    let mut scheduler = Scheduler::new(session, options, metrics.clone());
+    let serving = std::thread::spawn(move || scheduler.run(received));
+    let app = Arc::new(App {
+        llm,
+        name: listed_name(&name),
+        context,
+        max_tokens: args.max_tokens,
+        queue: args.queue,
+        api_key: args.api_key,
+        requests,
+        metrics,
+        count: Default::default(),
+    });
+    let listener = tokio::net::TcpListener::bind(args.address)
+        .await
+        .with_context(|| format!("listening at {}", args.address))?;
+    println!("{name} with {} at http://{}", args.method, listener.local_addr()?);
+    let routes = routes::router(app, args.body_limit);
+    axum::serve(listener, routes).with_graceful_shutdown(interrupted()).await?;
+    // All senders are gone now: the scheduler ends after the last request.
+    tokio::task::spawn_blocking(move || serving.join())
+        .await?
+        .map_err(|_| anyhow::anyhow!("the scheduler panicked"))
+}
+
+/// A model's file or folder without the path to it.
+fn listed_name(name: &str) -> String {
+    match std::path::Path::new(name) {
+        path if path.exists() => {
+            path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+        }
+        _ => name.to_owned(),
+    }
+}
+
+/// Ends at an interrupt, or when the process is asked to end.
+async fn interrupted() {
+    let interrupt = tokio::signal::ctrl_c();
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+            tokio::select! { _ = interrupt => {}, _ = terminate.recv() => {} }
+            return;
+        }
+    }
+    let _ = interrupt.await;
+}

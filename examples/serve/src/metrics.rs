@@ -1,0 +1,87 @@
+//! Counters and gauges, as Prometheus reads them.
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+
+/// What the server counts.
+pub struct Metrics {
+    registry: Registry,
+    /// Requests answered to their end.
+    pub done: Counter,
+    /// Requests that failed.
+    pub failed: Counter,
+    /// Requests whose client left.
+    pub cancelled: Counter,
+    /// Tokens of prompts that were fed.
+    pub prompt_tokens: Counter,
+    /// Tokens of prompts that kept prefixes gave.
+    pub cached_tokens: Counter,
+    /// Tokens written.
+    pub written_tokens: Counter,
+    /// Requests at work.
+    pub running: Gauge,
+    /// Requests that wait for memory.
+    pub waiting: Gauge,
+    /// Sequences that the model holds, kept prefixes included.
+    pub sequences: Gauge,
+    /// Bytes of the sequences' keys and values.
+    pub kv_bytes: Gauge,
+    /// Seconds from a request to its first token.
+    pub first_token: Histogram,
+}
+
+impl Metrics {
+    /// All at zero.
+    pub fn new() -> Self {
+        let mut registry = Registry::with_prefix("longctx");
+        let counter = |registry: &mut Registry, name: &str, help: &str| {
+            let counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let gauge = |registry: &mut Registry, name: &str, help: &str| {
+            let gauge = Gauge::default();
+            registry.register(name, help, gauge.clone());
+            gauge
+        };
+        let done = counter(&mut registry, "requests_done", "Requests answered to their end");
+        let failed = counter(&mut registry, "requests_failed", "Requests that failed");
+        let cancelled = counter(&mut registry, "requests_cancelled", "Requests whose client left");
+        let prompt_tokens = counter(&mut registry, "prompt_tokens", "Tokens of prompts fed");
+        let cached_tokens =
+            counter(&mut registry, "cached_tokens", "Tokens of prompts from kept prefixes");
+        let written_tokens = counter(&mut registry, "written_tokens", "Tokens written");
+        let running = gauge(&mut registry, "requests_running", "Requests at work");
+        let waiting = gauge(&mut registry, "requests_waiting", "Requests that wait for memory");
+        let sequences = gauge(&mut registry, "sequences", "Sequences held, prefixes included");
+        let kv_bytes = gauge(&mut registry, "kv_bytes", "Bytes of the sequences' keys and values");
+        let first_token = Histogram::new(exponential_buckets(0.01, 2.0, 14));
+        let help = "Seconds from a request to its first token";
+        registry.register("first_token_seconds", help, first_token.clone());
+        Self {
+            registry,
+            done,
+            failed,
+            cancelled,
+            prompt_tokens,
+            cached_tokens,
+            written_tokens,
+            running,
+            waiting,
+            sequences,
+            kv_bytes,
+            first_token,
+        }
+    }
+
+    /// The text that Prometheus scrapes.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+}

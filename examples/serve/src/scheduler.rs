@@ -1,0 +1,472 @@
+//! The scheduler: which sequences each step advances, on one thread that owns the model.
+//!
+//! A step is one [`Batch`]: a token for every sequence that decodes, and a chunk of the prompt for
+//! sequences that don't yet. Chunks end at multiples of a fixed size, whatever else is running, so
+//! that a compressed cache sees the same chunks under any load and gives the same answers.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crate::metrics::Metrics;
+use crate::prefixes::Prefixes;
+use longctx_core::{Batch, CausalLm, Error, Footprint, Logits, Result, Sampler, Sampling, SeqId};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, error::TryRecvError};
+
+/// One prompt to continue.
+pub struct Request {
+    /// The prompt's tokens, at least one.
+    pub prompt: Vec<u32>,
+    /// The most tokens to write, at least one.
+    pub max_tokens: usize,
+    /// How the next token is chosen.
+    pub sampling: Sampling,
+    /// Tokens that end the text.
+    pub stop: Vec<u32>,
+    /// Where events go. The request is cancelled once nobody listens.
+    pub events: UnboundedSender<Event>,
+}
+
+/// What happens to a request.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A token was written.
+    Token(u32),
+    /// The text ended: at a stop token, or at the most tokens.
+    Done {
+        /// Whether a stop token ended it.
+        stopped: bool,
+        /// Tokens of the prompt that an earlier request's memory gave.
+        cached: usize,
+    },
+    /// The request can't be served.
+    Failed(String),
+}
+
+/// How steps are put together.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Tokens of a prompt that one step feeds. `None`: the whole prompt, which is exact under every
+    /// cache.
+    pub prefill_chunk: Option<usize>,
+    /// Tokens of a step, beyond which no further prompt joins it.
+    pub step_tokens: usize,
+    /// Prefixes of prompts that are kept for later requests.
+    pub prefixes: usize,
+}
+
+/// A request at work.
+struct Running {
+    request: Request,
+    seq: SeqId,
+    sampler: Sampler,
+    /// Tokens of the prompt that the model has.
+    fed: usize,
+    /// How many of them came from a kept prefix.
+    cached: usize,
+    /// The token written last, which the model has not been fed yet.
+    last: Option<u32>,
+    written: usize,
+}
+
+impl Running {
+    /// Tokens that this step feeds.
+    fn next(&self, chunk: Option<usize>) -> &[u32] {
+        if let Some(last) = &self.last {
+            return std::slice::from_ref(last);
+        }
+        let left = &self.request.prompt[self.fed..];
+        match chunk {
+            Some(chunk) => &left[..left.len().min(chunk - self.fed % chunk)],
+            None => left,
+        }
+    }
+
+    /// Tokens that the model will still be fed, at the most.
+    fn left(&self) -> usize {
+        let prompt = self.request.prompt.len() - self.fed;
+        prompt + self.request.max_tokens - self.written
+    }
+}
+
+/// The requests, and the model that serves them.
+pub struct Scheduler {
+    model: Box<dyn CausalLm + Send>,
+    options: Options,
+    waiting: VecDeque<Request>,
+    running: Vec<Running>,
+    prefixes: Prefixes,
+    next_seq: SeqId,
+    metrics: Arc<Metrics>,
+}
+
+impl Scheduler {
+    /// Without requests.
+    pub fn new(model: Box<dyn CausalLm + Send>, options: Options, metrics: Arc<Metrics>) -> Self {
+        let prefixes = Prefixes::new(options.prefixes);
+        let (waiting, running) = (VecDeque::new(), Vec::new());
+        Self { model, options, waiting, running, prefixes, next_seq: 0, metrics }
+    }
+
+    /// Serves what comes until all senders are gone and the last request is done.
+    pub fn run(&mut self, mut requests: UnboundedReceiver<Request>) {
+        let mut open = true;
+        while open || !self.waiting.is_empty() || !self.running.is_empty() {
+            if self.waiting.is_empty() && self.running.is_empty() {
+                match requests.blocking_recv() {
+                    Some(request) => self.waiting.push_back(request),
+                    None => open = false,
+                }
+            }
+            loop {
+                match requests.try_recv() {
+                    Ok(request) => self.waiting.push_back(request),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => break open = false,
+                }
+            }
+            self.step();
+        }
+    }
+
+    /// Drops what nobody waits for, admits what there is memory for, and feeds one batch.
+    pub fn step(&mut self) {
+        self.drop_cancelled();
+        self.admit();
+        if !self.running.is_empty() {
+            self.feed();
+        }
+        self.metrics.running.set(self.running.len() as i64);
+        self.metrics.waiting.set(self.waiting.len() as i64);
+        self.metrics.sequences.set(self.model.seqs().len() as i64);
+        let Footprint { payload, scales, residual, .. } = self.model.footprint();
+        self.metrics.kv_bytes.set((payload + scales + residual) as i64);
+    }
+
+    fn drop_cancelled(&mut self) {
+        self.waiting.retain(|request| !request.events.is_closed());
+        let model = &mut self.model;
+        let metrics = &self.metrics;
+        self.running.retain(|running| {
+            let keep = !running.request.events.is_closed();
+            if !keep {
+                model.remove(running.seq);
+                metrics.cancelled.inc();
+            }
+            keep
+        });
+    }
+
+    /// Begins waiting requests, the oldest first, while all running ones can reach their end in the
+    /// memory that there is. Kept prefixes make room before a request has to wait.
+    fn admit(&mut self) {
+        while let Some(request) = self.waiting.front() {
+            let (prefix, cached) = match self.prefixes.find(&request.prompt) {
+                Some((seq, len)) => (Some(seq), len),
+                None => (None, 0),
+            };
+            let left = request.prompt.len() - cached + request.max_tokens;
+            match self.begin(prefix, left) {
+                Ok(Some(seq)) => {
+                    let Some(request) = self.waiting.pop_front() else { return };
+                    self.start(request, seq, cached);
+                }
+                // Prefixes that no request needs go first; the one found above goes last.
+                Ok(None) if self.drop_prefix(prefix) => {}
+                Ok(None) if self.running.is_empty() => {
+                    let message = "the prompt and its answer do not fit the server's memory";
+                    self.refuse(message.into());
+                }
+                Ok(None) => return,
+                Err(error) => self.refuse(error.to_string()),
+            }
+        }
+    }
+
+    /// A sequence for a request that needs `left` tokens beyond a kept prefix, if there is room.
+    fn begin(&mut self, prefix: Option<SeqId>, left: usize) -> Result<Option<SeqId>> {
+        let seq = self.next_seq;
+        self.next_seq += 1;
+        if let Some(prefix) = prefix {
+            self.model.fork(prefix, seq)?;
+        }
+        let running = self.running.iter().map(|running| (running.seq, running.left()));
+        let all: Vec<_> = running.chain([(seq, left)]).filter(|(_, left)| *left > 0).collect();
+        if self.model.can_take(&Batch::new(&all)?) {
+            return Ok(Some(seq));
+        }
+        self.model.remove(seq);
+        Ok(None)
+    }
+
+    fn start(&mut self, request: Request, seq: SeqId, cached: usize) {
+        self.metrics.cached_tokens.inc_by(cached as u64);
+        match Sampler::new(request.sampling) {
+            Ok(sampler) => self.running.push(Running {
+                request,
+                seq,
+                sampler,
+                fed: cached,
+                cached,
+                last: None,
+                written: 0,
+            }),
+            Err(error) => {
+                self.model.remove(seq);
+                let _ = request.events.send(Event::Failed(error.to_string()));
+            }
+        }
+    }
+
+    fn refuse(&mut self, message: String) {
+        if let Some(request) = self.waiting.pop_front() {
+            self.metrics.failed.inc();
+            let _ = request.events.send(Event::Failed(message));
+        }
+    }
+
+    /// Gives the memory of the prefix back that was used the longest ago, `last` only if there is no
+    /// other. Returns whether there was one.
+    fn drop_prefix(&mut self, last: Option<SeqId>) -> bool {
+        let oldest = self.prefixes.drop_oldest(last);
+        oldest.is_some_and(|seq| self.model.remove(seq))
+    }
+
+    /// Feeds a batch and hands the tokens on.
+    fn feed(&mut self) {
+        let chunk = self.options.prefill_chunk;
+        let (mut seqs, mut ids, mut fed) = (Vec::new(), Vec::new(), Vec::new());
+        // Sequences that decode come first: a prompt never makes them wait for more than a step.
+        let decodes = |running: &Running| running.last.is_some();
+        let order = (0..self.running.len()).filter(|&i| decodes(&self.running[i]));
+        let order: Vec<_> =
+            order.chain((0..self.running.len()).filter(|&i| !decodes(&self.running[i]))).collect();
+        for i in order {
+            let next = self.running[i].next(chunk);
+            let joins = decodes(&self.running[i])
+                || ids.is_empty()
+                || ids.len() + next.len() <= self.options.step_tokens;
+            if joins {
+                seqs.push((self.running[i].seq, next.len()));
+                ids.extend_from_slice(next);
+                fed.push(i);
+            }
+        }
+        match self.forward(&seqs, &ids) {
+            Ok(logits) => self.advance(&fed, &seqs, logits),
+            Err(error) => self.recover(&fed, &error),
+        }
+    }
+
+    fn forward(&mut self, seqs: &[(SeqId, usize)], ids: &[u32]) -> Result<Vec<Vec<f32>>> {
+        let logits = self.model.forward(&Batch::new(seqs)?, ids, Logits::Last)?;
+        Ok(logits.to_vec2()?)
+    }
+
+    /// After a failed step: memory of kept prefixes is given back and the step tried again; without
+    /// any, the youngest of its requests fails, so that the others go on.
+    fn recover(&mut self, fed: &[usize], error: &Error) {
+        if matches!(error, Error::PoolFull { .. }) && self.drop_prefix(None) {
+            return;
+        }
+        let youngest = fed.iter().copied().max_by_key(|&i| self.running[i].seq);
+        if let Some(i) = youngest {
+            self.end(i, Event::Failed(error.to_string()));
+        }
+    }
+
+    /// Counts the tokens that were fed, and writes the next one where a prompt is complete.
+    fn advance(&mut self, fed: &[usize], seqs: &[(SeqId, usize)], logits: Vec<Vec<f32>>) {
+        let mut ended = Vec::new();
+        for ((&i, &(_, count)), logits) in fed.iter().zip(seqs).zip(&logits) {
+            if self.running[i].last.is_none() {
+                self.running[i].fed += count;
+                self.metrics.prompt_tokens.inc_by(count as u64);
+                self.keep_prefix(i);
+                if self.running[i].fed < self.running[i].request.prompt.len() {
+                    continue;
+                }
+            }
+            if let Some(event) = self.write(i, logits) {
+                ended.push((i, event));
+            }
+        }
+        // The last ones first: their places don't change when others are taken out.
+        ended.sort_by_key(|(i, _)| std::cmp::Reverse(*i));
+        for (i, event) in ended {
+            self.end(i, event);
+        }
+    }
+
+    /// Keeps the prompt as far as it was fed, if that is a whole number of chunks.
+    fn keep_prefix(&mut self, i: usize) {
+        let Running { request, seq, fed, .. } = &self.running[i];
+        let whole = self.options.prefill_chunk.is_some_and(|chunk| fed.is_multiple_of(chunk));
+        if !whole || self.options.prefixes == 0 || self.prefixes.has(&request.prompt[..*fed]) {
+            return;
+        }
+        let copy = self.next_seq;
+        self.next_seq += 1;
+        if self.model.fork(*seq, copy).is_ok() {
+            let dropped = self.prefixes.keep(&request.prompt[..*fed], copy);
+            dropped.map(|seq| self.model.remove(seq));
+        }
+    }
+
+    /// Chooses a token and hands it on; gives the event that ends the request, if any.
+    fn write(&mut self, i: usize, logits: &[f32]) -> Option<Event> {
+        let running = &mut self.running[i];
+        let token = match running.sampler.choose(logits) {
+            Ok(token) => token,
+            Err(error) => return Some(Event::Failed(error.to_string())),
+        };
+        let cached = running.cached;
+        if running.request.stop.contains(&token) {
+            return Some(Event::Done { stopped: true, cached });
+        }
+        running.last = Some(token);
+        running.written += 1;
+        self.metrics.written_tokens.inc();
+        let _ = running.request.events.send(Event::Token(token));
+        let done = running.written == running.request.max_tokens;
+        done.then_some(Event::Done { stopped: false, cached })
+    }
+
+    fn end(&mut self, i: usize, event: Event) {
+        let running = self.running.remove(i);
+        self.model.remove(running.seq);
+        match event {
+            Event::Failed(_) => self.metrics.failed.inc(),
+            _ => self.metrics.done.inc(),
+        };
+        let _ = running.request.events.send(event);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use base_models::{LoadOptions, Transformer};
+    use longctx_examples::methods::Method;
+    use tokio::sync::mpsc::unbounded_channel;
+
+    /// A scheduler over a tiny model of 96 tokens of vocabulary.
+    fn scheduler(method: &str, capacity: Option<usize>, prefixes: usize) -> Scheduler {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../crates/base-models/tests");
+        let folder = fixtures.join("fixtures/llama");
+        let model = Transformer::from_folder(&folder, &LoadOptions::default()).unwrap();
+        let method = Method::named(method).unwrap();
+        let cache = |spec: &_| method.cache_within(spec, capacity);
+        let options = Options { prefill_chunk: Some(16), step_tokens: 40, prefixes };
+        Scheduler::new(Box::new(model.session(cache).unwrap()), options, Metrics::new().into())
+    }
+
+    fn prompt(seed: usize, len: usize) -> Vec<u32> {
+        (0..len).map(|i| ((i * 31 + seed * 17 + i * i * seed) % 96) as u32).collect()
+    }
+
+    fn ask(
+        scheduler: &mut Scheduler,
+        prompt: Vec<u32>,
+        max_tokens: usize,
+    ) -> UnboundedReceiver<Event> {
+        let (events, received) = unbounded_channel();
+        let (sampling, stop) = (Sampling::Greedy, Vec::new());
+        scheduler.waiting.push_back(Request { prompt, max_tokens, sampling, stop, events });
+        received
+    }
+
+    fn finish(scheduler: &mut Scheduler) {
+        for _ in 0..10_000 {
+            if scheduler.waiting.is_empty() && scheduler.running.is_empty() {
+                return;
+            }
+            scheduler.step();
+        }
+        panic!("requests that never end");
+    }
+
+    fn events(received: &mut UnboundedReceiver<Event>) -> (Vec<u32>, Option<Event>) {
+        let (mut tokens, mut last) = (Vec::new(), None);
+        while let Ok(event) = received.try_recv() {
+            match event {
+                Event::Token(token) => tokens.push(token),
+                event => last = Some(event),
+            }
+        }
+        (tokens, last)
+    }
+
+    #[test]
+    fn answers_under_load_equal_those_alone_and_all_memory_comes_back() {
+        for method in ["dense-f32", "kivi-4", "h2o-4x", "snap-kv-2x-kivi-4"] {
+            let sizes = [(5, 9), (70, 3), (33, 20), (16, 1), (64, 12), (1, 30), (48, 7), (90, 5)];
+            let mut busy = scheduler(method, None, 0);
+            let mut all: Vec<_> = sizes
+                .iter()
+                .enumerate()
+                .map(|(i, &(len, most))| ask(&mut busy, prompt(i, len), most))
+                .collect();
+            // A third leaves: before the first step, and after some.
+            all[1].close();
+            busy.step();
+            busy.step();
+            busy.step();
+            all[4].close();
+            all[5].close();
+            finish(&mut busy);
+            for (i, received) in all.iter_mut().enumerate() {
+                let (tokens, last) = events(received);
+                if [1, 4, 5].contains(&i) {
+                    assert!(last.is_none());
+                    continue;
+                }
+                let mut alone = scheduler(method, None, 0);
+                let mut single = ask(&mut alone, prompt(i, sizes[i].0), sizes[i].1);
+                finish(&mut alone);
+                assert_eq!((tokens, last), events(&mut single), "{method}, request {i}");
+            }
+            assert!(busy.model.seqs().is_empty(), "{method}");
+            assert_eq!(busy.model.footprint().payload, 0, "{method}");
+        }
+    }
+
+    #[test]
+    fn a_prefix_is_fed_once_and_changes_no_answer() {
+        for method in ["dense-f32", "kivi-2"] {
+            let document = prompt(7, 80);
+            let question = |seed| [document.clone(), prompt(seed, 9)].concat();
+            let mut keeps = scheduler(method, None, 8);
+            let mut answers = Vec::new();
+            for seed in [1, 2, 3] {
+                let mut received = ask(&mut keeps, question(seed), 8);
+                finish(&mut keeps);
+                let (tokens, last) = events(&mut received);
+                let mut alone = scheduler(method, None, 0);
+                let mut single = ask(&mut alone, question(seed), 8);
+                finish(&mut alone);
+                assert_eq!(tokens, events(&mut single).0, "{method}");
+                answers.push(last);
+            }
+            let cached = |cached| Some(Event::Done { stopped: false, cached });
+            assert_eq!(answers, [cached(0), cached(80), cached(80)], "{method}");
+        }
+    }
+
+    #[test]
+    fn requests_wait_for_memory_and_one_that_never_fits_is_refused() {
+        let mut small = scheduler("dense-f32", Some(40_000), 4);
+        let mut all: Vec<_> = (0..6).map(|i| ask(&mut small, prompt(i, 40), 20)).collect();
+        let mut never = ask(&mut small, prompt(9, 90), 4000);
+        small.step();
+        assert!((1..6).contains(&small.running.len()), "{}", small.running.len());
+        finish(&mut small);
+        for received in &mut all {
+            let (tokens, last) = events(received);
+            assert_eq!((tokens.len(), last), (20, Some(Event::Done { stopped: false, cached: 0 })));
+        }
+        let (tokens, last) = events(&mut never);
+        assert!(tokens.is_empty() && matches!(last, Some(Event::Failed(_))), "{last:?}");
+    }
+}

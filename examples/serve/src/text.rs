@@ -1,0 +1,128 @@
+//! Text from tokens as they come: whole characters, and an end at stop strings.
+
+/// Decodes tokens to text.
+type Decode<'a> = &'a (dyn Fn(&[u32]) -> anyhow::Result<String> + Send + Sync);
+
+/// Turns tokens into pieces of text. A character whose bytes are spread over tokens comes with the
+/// last of them.
+///
+/// Only the tokens since the last piece, and the ones of that piece, are decoded for each token:
+/// what stands before decides on white space alone.
+#[derive(Default)]
+pub struct Detokenizer {
+    tokens: Vec<u32>,
+    /// Tokens before this one belong to pieces before the last.
+    start: usize,
+    /// Tokens before this one have been handed out.
+    read: usize,
+}
+
+impl Detokenizer {
+    /// The text that a token completes, which may be none.
+    pub fn push(&mut self, token: u32, decode: Decode<'_>) -> anyhow::Result<String> {
+        self.tokens.push(token);
+        let before = decode(&self.tokens[self.start..self.read])?;
+        let with = decode(&self.tokens[self.start..])?;
+        if with.ends_with('\u{FFFD}') || !with.starts_with(&before) {
+            return Ok(String::new());
+        }
+        let piece = with[before.len()..].to_owned();
+        if !piece.is_empty() {
+            (self.start, self.read) = (self.read, self.tokens.len());
+        }
+        Ok(piece)
+    }
+
+    /// The text of tokens that have completed no character.
+    pub fn finish(&mut self, decode: Decode<'_>) -> anyhow::Result<String> {
+        let before = decode(&self.tokens[self.start..self.read])?;
+        let with = decode(&self.tokens[self.start..])?;
+        self.read = self.tokens.len();
+        Ok(with.strip_prefix(&before).unwrap_or_default().to_owned())
+    }
+}
+
+/// Cuts text before the first of some strings, and holds back an end that may become one.
+pub struct StopStrings {
+    strings: Vec<String>,
+    held: String,
+}
+
+impl StopStrings {
+    /// Empty strings are ignored.
+    pub fn new(strings: Vec<String>) -> Self {
+        let strings = strings.into_iter().filter(|s| !s.is_empty()).collect();
+        Self { strings, held: String::new() }
+    }
+
+    /// The text that is safe to show, and whether a stop string has come.
+    pub fn push(&mut self, piece: &str) -> (String, bool) {
+        self.held.push_str(piece);
+        let found = self.strings.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
+        if let Some(at) = found {
+            self.held.truncate(at);
+            return (std::mem::take(&mut self.held), true);
+        }
+        let open = |stop: &String| {
+            let ends = (1..stop.len()).rev().filter(|&n| stop.is_char_boundary(n));
+            ends.map(|n| &stop[..n]).find(|start| self.held.ends_with(start)).map_or(0, str::len)
+        };
+        let keep = self.strings.iter().map(open).max().unwrap_or(0);
+        let rest = self.held.split_off(self.held.len() - keep);
+        (std::mem::replace(&mut self.held, rest), false)
+    }
+
+    /// The text that was held back, at the end.
+    pub fn finish(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn characters_come_whole() {
+        // A token is a byte.
+        let decode = |tokens: &[u32]| {
+            let bytes: Vec<u8> = tokens.iter().map(|&t| t as u8).collect();
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        let text = "aé漢🦀b";
+        let mut detokenizer = Detokenizer::default();
+        let mut all = String::new();
+        for byte in text.bytes() {
+            let piece = detokenizer.push(byte.into(), &decode).unwrap();
+            assert!(piece.chars().count() <= 1 && !piece.contains('\u{FFFD}'));
+            all += &piece;
+        }
+        assert_eq!(all, text);
+        assert_eq!(detokenizer.finish(&decode).unwrap(), "");
+        // Bytes that never become a character are shown at the end.
+        assert_eq!(detokenizer.push(0xe6, &decode).unwrap(), "");
+        assert_eq!(detokenizer.finish(&decode).unwrap(), "\u{FFFD}");
+    }
+
+    #[test]
+    fn stop_strings_end_the_text_wherever_pieces_break() {
+        let text = "one two STOP three";
+        for size in 1..text.len() {
+            let mut stops = StopStrings::new(vec!["STOP".into(), "STAB".into(), String::new()]);
+            let (mut shown, mut stopped) = (String::new(), false);
+            for piece in text.as_bytes().chunks(size) {
+                let (safe, stop) = stops.push(std::str::from_utf8(piece).unwrap());
+                shown += &safe;
+                if stop {
+                    stopped = true;
+                    break;
+                }
+            }
+            assert!(stopped);
+            assert_eq!(shown, "one two ");
+        }
+        let mut stops = StopStrings::new(vec!["STOP".into()]);
+        assert_eq!(stops.push("an ST"), ("an ".into(), false));
+        assert_eq!(stops.finish(), "ST");
+    }
+}
