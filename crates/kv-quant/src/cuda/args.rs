@@ -90,12 +90,16 @@ pub struct UnpackArgs {
     pub v: u64,
     pub first: i32,
     pub entries: i32,
+    pub ring: i32,
+    pub shift: i32,
+    pub kind: i32,
+    pub unused: i32,
 }
 
 // Sizes as in kernels/*.cuh, which assert the same.
 const _: () = assert!(size_of::<Work>() == 88 && size_of::<AttendArgs>() == 96);
 const _: () = assert!(size_of::<FillRow>() == 104 && size_of::<FillArgs>() == 32);
-const _: () = assert!(size_of::<UnpackArgs>() == 32);
+const _: () = assert!(size_of::<UnpackArgs>() == 48);
 
 // SAFETY: all five are plain numbers in C's layout, as the kernels read them.
 unsafe impl DeviceRepr for Work {}

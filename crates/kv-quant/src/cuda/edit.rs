@@ -1,7 +1,7 @@
 //! Sequences forked, cut, thinned and removed: edits of tables.
 
 use super::CudaPool;
-use super::head::Head;
+use super::head::{Cut, Head};
 use longctx_core::{Error, Result, Selection, SeqId};
 
 impl CudaPool {
@@ -11,13 +11,14 @@ impl CudaPool {
     /// will hold are in both sequences' pasts, and both pack the same values into them.
     pub fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
         self.sequence(from)?;
+        self.synchronize()?;
         self.check(from)?;
         if self.contains(to) {
             return Err(Error::mismatch("sequence to fork to", "a new one", to));
         }
         let bytes = self.sequence(from)?.ring_bytes();
         self.check_room(bytes)?;
-        let number = self.next_number();
+        let number = self.status().begin();
         let copy = self.sequence(from)?.fork(&self.stream(), number)?;
         self.seqs.insert(to, copy);
         Ok(())
@@ -26,34 +27,31 @@ impl CudaPool {
     pub fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
         let heads = &self.sequence(seq)?.heads;
         self.check(seq)?;
-        for head in heads {
-            if head.len < len {
-                let expected = format!("at most {}", head.len);
-                return Err(Error::mismatch("entries to leave", expected, len));
-            }
-            if head.cut(self.format, self.layout.group, len).is_none() {
-                let what = "truncation into packed groups on a CUDA device";
-                return Err(Error::Unsupported(format!(
-                    "{what}: {} of {} entries are packed, and {len} are to stay",
-                    head.packed.keys, head.len
-                )));
-            }
+        if let Some(short) = heads.iter().find(|head| head.len < len) {
+            let expected = format!("at most the {} of its shortest head", short.len);
+            return Err(Error::mismatch("entries to leave", expected, len));
         }
         Ok(())
     }
 
-    /// A cut among entries that are in full precision, or were until the last group was packed with
-    /// a rolling flush.
+    /// As [`Pool::truncate`](crate::Pool::truncate): entries of a record that is cut go back to
+    /// the ring as their codes have them, in the ring's dtype.
     pub fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
         let (format, group) = (self.format, self.layout.group);
-        for head in self.seqs.get_mut(&seq).into_iter().flat_map(|of| &mut of.heads) {
-            let Some(cut) = head.cut(format, group, len) else { continue };
-            (head.packed, head.len) = (cut, len);
-            let records = cut.keys / group;
-            head.table.retain(|place| place < records);
+        let cut = |head: &Head| head.cut(format, group, len);
+        let cuts: Vec<_> = self.sequence(seq)?.heads.iter().map(cut).collect();
+        let unpack = |(kv_head, cut): (usize, &Cut)| self.unpack_to_ring(seq, kv_head, cut);
+        let done = cuts.iter().enumerate().try_for_each(unpack);
+        let Some(sequence) = self.seqs.get_mut(&seq) else { return done };
+        if let Err(error) = &done {
+            sequence.poisoned = Some(error.to_string());
         }
-        Ok(())
+        for (head, cut) in sequence.heads.iter_mut().zip(cuts) {
+            (head.len, head.packed, head.ring_from) = (len, cut.packed, cut.ring_from);
+            head.table.retain(|place| place < cut.packed.keys / group);
+        }
+        done
     }
 
     /// Drops whole records.

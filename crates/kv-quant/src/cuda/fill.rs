@@ -300,7 +300,8 @@ impl CudaPool {
             return Ok(rows);
         }
         let stream = self.stream();
-        let fresh = stream.clone_htod(if fresh.is_empty() { &[0] } else { fresh }).map_err(wrap)?;
+        let fresh: &[u64] = if fresh.is_empty() { &[0] } else { fresh };
+        let fresh = stream.clone_htod(fresh).map_err(wrap)?;
         let base = fresh.device_ptr(&stream).0;
         rows.iter_mut().for_each(|row| row.fresh += base);
         let on_device = stream.clone_htod(&rows).map_err(wrap)?;

@@ -6,6 +6,7 @@ use super::wrap;
 use crate::{Flush, Format};
 use candle_core::cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use longctx_core::Result;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A kv head of a sequence. Entries are numbered from 0; those before `packed.values` are read from
@@ -57,20 +58,33 @@ impl Head {
         self.len - self.packed.values
     }
 
-    /// How far the head stays packed if it is cut to `len` entries; `None` if a record would have
-    /// to be cut.
+    /// What is left packed if the head is cut to `len` entries.
     ///
     /// With a rolling flush, groups go back to full precision as far as the ring still has them.
-    pub fn cut(&self, format: Format, group: usize, len: usize) -> Option<Packed> {
+    pub fn cut(&self, format: Format, group: usize, len: usize) -> Cut {
         let Packed { mut keys, values, tiles } = self.packed;
         if let Flush::Rolling(residual) = format.flush() {
             let missing = (keys + residual).saturating_sub(len).next_multiple_of(group);
             let start = self.ring_from.max(keys.saturating_sub(group));
             keys -= missing.min(keys.saturating_sub(start) / group * group);
         }
-        let cut = Packed { keys, values: values.min(keys), tiles: tiles.min(keys / TILE) };
-        (keys <= len).then_some(cut)
+        let mut unpacked = 0..0;
+        if keys > len {
+            keys = len - len % group;
+            unpacked = keys..values.min(len);
+        }
+        let packed = Packed { keys, values: values.min(keys), tiles: tiles.min(keys / TILE) };
+        Cut { packed, unpacked, ring_from: self.ring_from.min(keys) }
     }
+}
+
+/// What cutting a head does.
+#[derive(Debug)]
+pub struct Cut {
+    pub packed: Packed,
+    /// Entries that go from the record that is cut to the ring.
+    pub unpacked: Range<usize>,
+    pub ring_from: usize,
 }
 
 /// Places of a ring: the residual, a group that comes, and what a rolling flush keeps of packed

@@ -21,10 +21,10 @@ use std::sync::Arc;
 /// rings of all sequences in one launch.
 ///
 /// Decoding never waits for the device. So NaN or an infinity among the entries is reported by a later
-/// call, once they have been packed: the sequence is then poisoned. Calls that bring several tokens
-/// to a sequence wait, and report it themselves.
+/// call, once they have been packed: the sequence is then poisoned. [`append`](Self::append) with
+/// several tokens for a sequence waits, and reports it itself; so does [`fork`](Self::fork).
 ///
-/// A clone shares the records.
+/// A clone shares the records. Where both have a sequence, both are poisoned if one is.
 #[derive(Debug, Clone)]
 pub struct CudaPool {
     pub(super) shape: AttentionShape,
@@ -38,8 +38,6 @@ pub struct CudaPool {
     capacity: Option<usize>,
     pub(super) records: Shared,
     pub(super) seqs: BTreeMap<SeqId, Sequence>,
-    /// Sequences begun so far.
-    begun: u64,
 }
 
 impl CudaPool {
@@ -76,7 +74,6 @@ impl CudaPool {
             capacity,
             records,
             seqs: BTreeMap::new(),
-            begun: 0,
         })
     }
 
@@ -134,11 +131,6 @@ impl CudaPool {
         }
         let got = format!("one on {:?}", x.device().location());
         Err(Error::mismatch("tensor", "one on the store's device", got))
-    }
-
-    pub(super) fn next_number(&mut self) -> u64 {
-        self.begun += 1;
-        self.begun - 1
     }
 
     /// Records and sequences that the batch's tokens add.
@@ -199,7 +191,7 @@ impl CudaPool {
     fn make_room_for(&mut self, seq: SeqId, tokens: usize, new: &mut Vec<SeqId>) -> Result<()> {
         let (stream, format, group) = (self.stream(), self.format, self.layout.group);
         if !self.seqs.contains_key(&seq) {
-            let (heads, number) = (self.shape.kv_heads, self.next_number());
+            let (heads, number) = (self.shape.kv_heads, self.status.begin());
             let sizes = (heads, self.ring_numbers());
             let sequence = Sequence::new(&stream, &self.records, sizes, number)?;
             self.seqs.insert(seq, sequence);

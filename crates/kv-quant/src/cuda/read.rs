@@ -2,11 +2,16 @@
 
 use super::CudaPool;
 use super::args::UnpackArgs;
+use super::head::Cut;
+use super::tensors::kind;
 use super::wrap;
 use candle_core::cuda::cudarc::driver::{CudaSlice, DevicePtr};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use longctx_core::{Error, Result, SeqId};
+
+/// As in kernels/unpack.cuh.
+const F32: i32 = 2;
 
 impl CudaPool {
     /// The keys and values of one kv head in f32 on the CPU.
@@ -27,8 +32,9 @@ impl CudaPool {
                 table: sequence.addresses(&stream, kv_head, self.ring_numbers()).table,
                 k: on_k.device_ptr(&stream).0,
                 v: on_v.device_ptr(&stream).0,
-                first: 0,
                 entries: values as i32,
+                kind: F32,
+                ..UnpackArgs::default()
             };
             // SAFETY: both have room for so many entries, all of which are packed.
             unsafe { self.kernels.unpack(&stream, &args)? };
@@ -52,5 +58,25 @@ impl CudaPool {
         ring(&sequence.ring_v, &mut v)?;
         let tensor = |x| Tensor::from_vec(x, (head.len, d), &Device::Cpu);
         Ok((tensor(k)?, tensor(v)?))
+    }
+
+    /// Writes the entries that a cut takes out of a record to the ring.
+    pub(super) fn unpack_to_ring(&self, seq: SeqId, kv_head: usize, cut: &Cut) -> Result<()> {
+        let sequence = self.sequence(seq)?;
+        let (stream, ring) = (self.stream(), self.ring_numbers());
+        let at = sequence.addresses(&stream, kv_head, ring);
+        let args = UnpackArgs {
+            table: at.table,
+            k: at.ring_k,
+            v: at.ring_v,
+            first: cut.unpacked.start as i32,
+            entries: cut.unpacked.len() as i32,
+            ring: self.ring_places() as i32,
+            shift: sequence.heads[kv_head].shift as i32,
+            kind: kind(self.dtype.unwrap_or(DType::F16)),
+            unused: 0,
+        };
+        // SAFETY: the entries are packed, and fewer than the ring has places.
+        unsafe { self.kernels.unpack(&stream, &args) }
     }
 }

@@ -5,6 +5,7 @@ use super::wrap;
 use candle_core::cuda::cudarc::driver::{CudaContext, PinnedHostSlice, sys};
 use longctx_core::{Error, Result, SeqId};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Sequences share a word if their numbers differ by a multiple of this.
 const WORDS: u64 = 1024;
@@ -14,6 +15,8 @@ const HEAD: u32 = 9;
 
 #[derive(Debug)]
 pub struct Status {
+    /// Sequences begun so far.
+    begun: AtomicU64,
     words: *mut u64,
     /// Owns the words.
     _memory: PinnedHostSlice<u64>,
@@ -36,12 +39,23 @@ impl Status {
             // SAFETY: `words` points to the numbers allocated above.
             unsafe { words.add(i).write_volatile(0) };
         }
-        Ok(Self { words, _memory: memory })
+        Ok(Self { begun: AtomicU64::new(0), words, _memory: memory })
     }
 
     fn word(&self, number: u64) -> *mut u64 {
         // SAFETY: there are so many words.
         unsafe { self.words.add((number % WORDS) as usize) }
+    }
+
+    /// A number for a sequence that begins.
+    pub fn begin(&self) -> u64 {
+        let number = self.begun.fetch_add(1, Ordering::Relaxed);
+        if self.report(number).is_some() {
+            // From a sequence whose number has the same low bits.
+            // SAFETY: the word is valid as long as `self`.
+            unsafe { self.word(number).write_volatile(0) };
+        }
+        number
     }
 
     /// The address of a sequence's word, the same on the device as on the host.
@@ -54,13 +68,17 @@ impl Status {
         (number % (1 << NUMBER)) << 42 | (head as u64 % (1 << HEAD)) << 33
     }
 
-    /// The error that a kernel has reported for a sequence by now.
-    pub fn check(&self, number: u64, seq: SeqId) -> Result<()> {
+    /// A sequence's word, if a kernel has written it by now.
+    fn report(&self, number: u64) -> Option<u64> {
         // SAFETY: the word is valid as long as `self`; the device writes it whole.
         let word = unsafe { self.word(number).read_volatile() };
-        if word == 0 || word >> 42 & ((1 << NUMBER) - 1) != number % (1 << NUMBER) {
-            return Ok(());
-        }
+        let same = word >> 42 & ((1 << NUMBER) - 1) == number % (1 << NUMBER);
+        (word != 0 && same).then_some(word)
+    }
+
+    /// The error that a kernel has reported for a sequence by now.
+    pub fn check(&self, number: u64, seq: SeqId) -> Result<()> {
+        let Some(word) = self.report(number) else { return Ok(()) };
         let of = if word >> 62 & 1 == 1 { "values" } else { "keys" };
         let head = word >> 33 & ((1 << HEAD) - 1);
         let (entry, channel) = (word >> 9 & 0xff_ffff, word & 0x1ff);
