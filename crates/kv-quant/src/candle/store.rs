@@ -26,7 +26,7 @@ pub struct QuantStore {
 
 #[derive(Debug, Clone)]
 enum Held {
-    Host(Pool),
+    Host(Box<Pool>),
     #[cfg(feature = "cuda")]
     Cuda(Box<CudaPool>),
 }
@@ -63,7 +63,8 @@ impl QuantStore {
     /// [`Error::Setting`] if the format does not fit the heads, or has keys
     /// [before RoPE](crate::KeyBasis::BeforeRope).
     pub fn new(shape: AttentionShape, format: Format) -> Result<Self> {
-        Ok(Self { shape, held: Held::Host(Pool::new(pool_shape(&shape), format)?) })
+        let pool = Pool::new(pool_shape(&shape), format)?;
+        Ok(Self { shape, held: Held::Host(Box::new(pool)) })
     }
 
     /// An empty store whose keys come as they are before the rotary embedding; its queries come
@@ -73,7 +74,7 @@ impl QuantStore {
     /// [`Error::Setting`] if the format or the embedding does not fit the heads.
     pub fn before_rope(shape: AttentionShape, format: Format, rotary: Arc<Rotary>) -> Result<Self> {
         let pool = Pool::before_rope(pool_shape(&shape), format, rotary)?;
-        Ok(Self { shape, held: Held::Host(pool) })
+        Ok(Self { shape, held: Held::Host(Box::new(pool)) })
     }
 
     /// The same with at most `bytes` bytes of blocks and pages in use; on a CUDA device, of records
@@ -81,7 +82,7 @@ impl QuantStore {
     #[must_use]
     pub fn with_capacity(self, bytes: usize) -> Self {
         let held = match self.held {
-            Held::Host(pool) => Held::Host(pool.with_capacity(bytes)),
+            Held::Host(pool) => Held::Host(Box::new(pool.with_capacity(bytes))),
             #[cfg(feature = "cuda")]
             Held::Cuda(pool) => Held::Cuda(Box::new(pool.with_capacity(bytes))),
         };
@@ -127,10 +128,10 @@ impl QuantStore {
             }
             Device::Cpu => {
                 let pool = Pool::new(pool_shape(&self.shape), self.format())?;
-                Held::Host(match self.capacity() {
+                Held::Host(Box::new(match self.capacity() {
                     Some(bytes) => pool.with_capacity(bytes),
                     None => pool,
-                })
+                }))
             }
             _ => {
                 let what = format!("a packed store on {:?} in this build", device.location());
