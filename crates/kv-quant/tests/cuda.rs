@@ -206,8 +206,13 @@ fn whole_groups_are_dropped_and_records_come_back() {
     assert_eq!(pair.other.footprint().payload, used.payload);
     assert_eq!(pair.other.seq_footprint(7).payload, fork.payload);
     assert!(fork.payload > 0);
+    let copy = pair.other.clone();
     assert!(pair.other.remove(0) && pair.other.remove(7) && pair.other.remove(1));
     assert_eq!(pair.other.footprint().payload, 0);
+    // What a clone holds stays, and is not written over.
+    pair.append(&[(8, 400)]);
+    pair.other = copy;
+    pair.check_read(0);
 }
 
 #[test]

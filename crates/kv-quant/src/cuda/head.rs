@@ -97,6 +97,9 @@ pub fn ring_places(format: Format, layout: Layout) -> usize {
     residual + layout.group + format.overlap()
 }
 
+/// Records of a head that a new sequence's table has room for.
+const PLACES: usize = 16;
+
 /// A sequence.
 #[derive(Debug, Clone)]
 pub struct Sequence {
@@ -131,18 +134,15 @@ impl Sequence {
         let heads = (0..kv_heads).map(|_| Head::new(records)).collect();
         let ring = || stream.alloc_zeros(kv_heads * ring).map_err(wrap);
         let (ring_k, ring_v) = (ring()?, ring()?);
-        let table = stream.null().map_err(wrap)?;
-        Ok(Self { heads, ring_k, ring_v, table, places: 0, number, poisoned: None })
+        let table = stream.alloc_zeros(kv_heads * PLACES).map_err(wrap)?;
+        Ok(Self { heads, ring_k, ring_v, table, places: PLACES, number, poisoned: None })
     }
 
     /// A sequence with the same entries that shares the records.
     pub fn fork(&self, stream: &Arc<CudaStream>, number: u64) -> Result<Self> {
         let copy = |ring| stream.clone_dtod(ring).map_err(wrap);
         let (ring_k, ring_v) = (copy(&self.ring_k)?, copy(&self.ring_v)?);
-        let table = match self.places {
-            0 => stream.null().map_err(wrap)?,
-            _ => stream.clone_dtod(&self.table).map_err(wrap)?,
-        };
+        let table = stream.clone_dtod(&self.table).map_err(wrap)?;
         let (heads, places) = (self.heads.clone(), self.places);
         Ok(Self { heads, ring_k, ring_v, table, places, number, poisoned: None })
     }
@@ -153,9 +153,9 @@ impl Sequence {
             return Ok(());
         }
         let (old, heads) = (self.places, self.heads.len());
-        let places = records.max(old + old / 4).max(16);
+        let places = records.max(old + old / 4);
         let mut grown = stream.alloc_zeros::<u64>(heads * places).map_err(wrap)?;
-        for head in 0..if old > 0 { heads } else { 0 } {
+        for head in 0..heads {
             let from = self.table.slice(head * old..(head + 1) * old);
             let mut to = grown.slice_mut(head * places..head * places + old);
             stream.memcpy_dtod(&from, &mut to).map_err(wrap)?;
@@ -178,10 +178,7 @@ impl Sequence {
     /// `ring`: numbers of the ring of a kv head.
     pub fn addresses(&self, stream: &CudaStream, head: usize, ring: usize) -> Addresses {
         let of = |x: &CudaSlice<u16>| x.device_ptr(stream).0 + 2 * (head * ring) as u64;
-        let table = match self.places {
-            0 => 0,
-            places => self.table.device_ptr(stream).0 + 8 * (head * places) as u64,
-        };
+        let table = self.table.device_ptr(stream).0 + 8 * (head * self.places) as u64;
         Addresses { table, ring_k: of(&self.ring_k), ring_v: of(&self.ring_v) }
     }
 

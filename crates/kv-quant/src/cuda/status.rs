@@ -20,6 +20,14 @@ pub struct Status {
     words: *mut u64,
     /// Owns the words.
     _memory: PinnedHostSlice<u64>,
+    context: Arc<CudaContext>,
+}
+
+impl Drop for Status {
+    fn drop(&mut self) {
+        // Kernels that are under way may write to the words. A device that fails runs none.
+        _ = self.context.synchronize();
+    }
 }
 
 // SAFETY: the words are read and written with volatile accesses alone, and live as long as the
@@ -39,7 +47,7 @@ impl Status {
             // SAFETY: `words` points to the numbers allocated above.
             unsafe { words.add(i).write_volatile(0) };
         }
-        Ok(Self { begun: AtomicU64::new(0), words, _memory: memory })
+        Ok(Self { begun: AtomicU64::new(0), words, _memory: memory, context: context.clone() })
     }
 
     fn word(&self, number: u64) -> *mut u64 {
