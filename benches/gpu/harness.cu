@@ -3,7 +3,7 @@
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DHEAD_DIM=128 -o check benches/gpu/harness.cu && ./check check
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DTIMES -o times benches/gpu/harness.cu && ./times time
 //
-// `small` in place of `check` takes short lengths only, for compute-sanitizer.
+// `small` in place of `check` takes short lengths only, for compute-sanitizer. Records lie in disorder, with `time ordered` one after the other.
 //
 // The reference reads the numbers as they were before packing, quantizes each group on its own with plain divisions, and computes
 // softmax attention in f64: it shares neither layout nor arithmetic with what it checks.
@@ -236,12 +236,14 @@ struct Case {
     bool staggered;  // values lag behind keys, as in KIVI's code
 };
 
-// The block tables of `rows` kv heads of `records` records each, which lie in disorder.
+bool disorder = true;
+
+// The block tables of `rows` kv heads of `records` records each, which lie in disorder or one after the other.
 void scatter(const Config& c, i64 rows, i64 records) {
     std::vector<unsigned long long> addresses(rows * records);
     packed.take(rows * records * c.record);
     for (i64 i = 0; i < rows * records; i++) addresses[i] = (unsigned long long)(packed.p + i * c.record);
-    std::shuffle(addresses.begin(), addresses.end(), std::mt19937(7));
+    if (disorder) std::shuffle(addresses.begin(), addresses.end(), std::mt19937(7));
     OK(cudaMemcpy(table.take(addresses.size()), addresses.data(), addresses.size() * 8, cudaMemcpyHostToDevice));
 }
 
@@ -586,6 +588,7 @@ int main(int count, char** words) {
     }
 #ifdef TIMES
     if (what == "time") {
+        disorder = count < 3 || strcmp(words[2], "ordered");
         copy_gbs = copy_bandwidth();
         printf("copy: %.0f GB/s; an empty kernel: %.4f ms\n", copy_gbs, median_ms(60, [](int) { empty<<<264, 256>>>(); }));
         auto four = config<4, 32, 128>({variant<4, 32, 128, 1, 8, 3>()});
