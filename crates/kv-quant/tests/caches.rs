@@ -183,8 +183,12 @@ fn a_full_pool_is_an_error_that_names_bytes() {
     let long = Batch::single(1, 4000).unwrap();
     assert!(!cache.can_take(&long) && cache.can_take(&Batch::single(1, 100).unwrap()));
     let (q, kv) = (random(4000, HEADS), random(4000, KV_HEADS));
-    let error = cache.attend(&Step { batch: &long, q: &q, k: &kv, v: &kv }).unwrap_err();
-    assert!(matches!(error, Error::PoolFull { .. }), "{error}");
+    // Room is checked first: before attention is computed, and before numbers are packed.
+    let large = (&kv * 1e6).unwrap();
+    for kv in [kv, large] {
+        let error = cache.attend(&Step { batch: &long, q: &q, k: &kv, v: &kv }).unwrap_err();
+        assert!(matches!(error, Error::PoolFull { .. }), "{error}");
+    }
     assert_eq!((cache.seqs(), cache.held(1)), (vec![0], 0));
 }
 

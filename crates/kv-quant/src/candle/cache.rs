@@ -162,6 +162,14 @@ impl QuantCache {
         Ok((sinks, rest))
     }
 
+    /// Checks that there is room for a call's tokens, before their attention is computed.
+    fn check_room(&mut self, step: &Step<'_>) -> Result<()> {
+        match self.split(step.batch)? {
+            (_, Some(rest)) => self.store.check_append(&rest.batch, step.k.device()),
+            (_, None) => Ok(()),
+        }
+    }
+
     /// Appends a call's tokens to the two stores; on an error neither has changed.
     fn append(&mut self, step: &Step<'_>, rotated: &Tensor) -> Result<()> {
         let keys = if self.format.basis() == KeyBasis::BeforeRope { step.k } else { rotated };
@@ -250,6 +258,7 @@ impl KvCache for QuantCache {
 
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         step.check(&self.spec)?;
+        self.check_room(step)?;
         let (q, k) = step.rotate(&self.spec, |seq| self.seen(seq))?;
         let state = match self.order {
             Order::AttendFirst => match self.attend_in_store(step, &q, &k)? {

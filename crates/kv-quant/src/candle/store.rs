@@ -110,15 +110,22 @@ impl QuantStore {
         on_pool!(&mut self.held, pool => Some(pool), _pool => None)
     }
 
+    /// Checks that there is room for a batch's tokens, which lie on `device`.
+    pub(super) fn check_append(&mut self, batch: &Batch, device: &Device) -> Result<()> {
+        self.settle(device)?;
+        on_pool!(&self.held,
+            pool => Ok(pool.check_append(batch.seqs(), batch.cu_seqlens())?),
+            pool => pool.check_append(batch))
+    }
+
     /// Moves an empty store to a device.
     fn settle(&mut self, device: &Device) -> Result<()> {
-        let name = |cpu| if cpu { "the CPU" } else { "a CUDA device" };
-        let cpu = self.pool().is_some();
-        if device.is_cpu() == cpu && (cpu || !self.seqs().is_empty()) {
+        if on_pool!(&self.held, _pool => device.is_cpu(), pool => pool.is_on(device)) {
             return Ok(());
         }
         if !self.seqs().is_empty() {
-            return Err(Error::mismatch("device of k and v", name(cpu), name(!cpu)));
+            let got = format!("{:?}", device.location());
+            return Err(Error::mismatch("device of k and v", "that of the entries held", got));
         }
         self.held = match device {
             #[cfg(feature = "cuda")]

@@ -126,9 +126,9 @@ impl CudaPool {
         }
         batch.seqs().iter().try_for_each(|&seq| self.check(seq))?;
         let dtype = match self.dtype {
-            Some(dtype) => dtype,
-            None if k.dtype() == DType::BF16 => DType::BF16,
-            None => DType::F16,
+            Some(dtype) if !self.seqs.is_empty() => dtype,
+            _ if k.dtype() == DType::BF16 => DType::BF16,
+            _ => DType::F16,
         };
         let new = New { k: self.fit(k, dtype)?, v: self.fit(v, dtype)? };
         self.dtype = Some(dtype);

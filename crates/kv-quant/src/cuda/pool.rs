@@ -124,9 +124,13 @@ impl CudaPool {
         }
     }
 
+    pub fn is_on(&self, device: &Device) -> bool {
+        device.same_device(&Device::Cuda(self.device.clone()))
+    }
+
     /// A tensor on the pool's device in its dtype.
     pub(super) fn fit(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
-        if x.device().same_device(&Device::Cuda(self.device.clone())) {
+        if self.is_on(x.device()) {
             return Ok(x.to_dtype(dtype)?.contiguous()?);
         }
         let got = format!("one on {:?}", x.device().location());
@@ -167,16 +171,26 @@ impl CudaPool {
         Ok(free)
     }
 
-    pub fn can_append(&self, batch: &Batch) -> bool {
+    /// Checks that there is room for the batch's tokens. Gives the records that they take, and how
+    /// many bytes are free.
+    fn room_for(&self, batch: &Batch) -> Result<(usize, usize)> {
         let (records, seqs) = self.need(batch);
-        records * self.layout.record() + seqs * self.ring_bytes() <= self.free_bytes()
+        let free = self.check_room(records * self.layout.record() + seqs * self.ring_bytes())?;
+        Ok((records, free))
+    }
+
+    pub fn check_append(&self, batch: &Batch) -> Result<()> {
+        self.room_for(batch).map(|_| ())
+    }
+
+    pub fn can_append(&self, batch: &Batch) -> bool {
+        self.room_for(batch).is_ok()
     }
 
     /// Makes room for the batch's tokens, and begins sequences that are not known. Gives those.
     pub(super) fn make_room(&mut self, batch: &Batch) -> Result<Vec<SeqId>> {
-        let ((count, seqs), size) = (self.need(batch), self.layout.record());
-        let free = self.check_room(count * size + seqs * self.ring_bytes())?;
-        lock(&self.records).reserve(count, free / size)?;
+        let (count, free) = self.room_for(batch)?;
+        lock(&self.records).reserve(count, free / self.layout.record())?;
         let mut new = Vec::new();
         for (seq, tokens) in batch.iter() {
             let done = self.make_room_for(seq, tokens.len(), &mut new);
