@@ -269,6 +269,17 @@ fn formats_without_kernels_are_refused() {
     store.append(&batch, &x(64), &x(64)).unwrap();
     let error = store.append(&batch, &numbers(3, 2, 64), &numbers(3, 2, 64)).unwrap_err();
     assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+    // An empty store takes the dtype and the device that come next.
+    assert!(store.remove(0));
+    let large = Tensor::full(1e5f32, (3, 2, 64), &device).unwrap().to_dtype(DType::BF16).unwrap();
+    store.append(&batch, &large, &large).unwrap();
+    assert!(
+        relative(&store.read(0, 1).unwrap().0, &large.narrow(1, 1, 1).unwrap().squeeze(1).unwrap())
+            < 1e-3
+    );
+    assert!(store.remove(0));
+    store.append(&batch, &numbers(3, 2, 64), &numbers(3, 2, 64)).unwrap();
+    assert!(store.pool().is_some());
 }
 
 #[test]
