@@ -2,6 +2,11 @@
 //! evaluation, one prefill for several caches, a model's head scores, prompt compressors, output
 //! that a reader may leave.
 
+/// The page for engine authors, so that its examples are compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/engines.md")]
+mod engines {}
+
 pub use longctx_eval::memory;
 pub mod encoder;
 pub mod heads;
