@@ -247,7 +247,7 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
             crate::storage::check_lse(step, lse, &self.spec)?;
         }
         let lens = self.begin(step.batch);
-        self.take_prompt(step, lse).map_err(|error| self.take_back(step.batch, &lens, error))
+        self.take_attended(step, lse).map_err(|error| self.take_back(step.batch, &lens, error))
     }
 
     fn needs_lse(&self) -> bool {

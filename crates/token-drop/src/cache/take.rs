@@ -75,7 +75,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     }
 
     /// Takes in prompts that have attended elsewhere.
-    pub(super) fn take_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
+    pub(super) fn take_attended(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
         let (q, k) = step.rotate(&self.spec, |_| 0)?;
         self.keep(step, (&q, &k), lse.filter(|_| self.needs.attention.is_some()), &BTreeSet::new())
     }
