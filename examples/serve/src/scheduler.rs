@@ -143,9 +143,10 @@ impl Scheduler {
     }
 
     fn drop_cancelled(&mut self) {
+        let (model, metrics) = (&mut self.model, &self.metrics);
+        let waited = self.waiting.len();
         self.waiting.retain(|request| !request.events.is_closed());
-        let model = &mut self.model;
-        let metrics = &self.metrics;
+        metrics.cancelled.inc_by((waited - self.waiting.len()) as u64);
         self.running.retain(|running| {
             let keep = !running.request.events.is_closed();
             if !keep {
