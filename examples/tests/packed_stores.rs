@@ -100,18 +100,19 @@ fn budgets_hold_over_packed_stores_while_decoding() {
     }
 }
 
-/// Heads with budgets of their own hold different numbers of entries. Each head's newest entries
-/// stay in full precision, whatever the others hold: a head with few entries is not padded to the
-/// length of the longest.
-#[test]
-fn heads_of_unequal_length_keep_their_newest_values_in_full_precision() {
-    const WINDOW: usize = 16;
+/// The newest tokens that SnapKV observes.
+const WINDOW: usize = 16;
+
+/// A prompt, and a cache with budgets per head that took it in.
+fn unequal_heads(bits: Bits) -> (Call, PolicyCache<QuantStore, SnapKv>) {
     let prompt = Call::random(&SEQS);
-    // The second head's keys are all alike: the first head, whose scores are spread, gets more.
-    let even = prompt.k.narrow(1, 1, 1).unwrap().zeros_like().unwrap();
-    let k = Tensor::cat(&[&prompt.k.narrow(1, 0, 1).unwrap(), &even], 1).unwrap();
+    // Every query of the first head sees a token of its own. The second head's keys are all alike,
+    // and so are its scores: it gets less.
+    let head = |i| prompt.k.narrow(1, i, 1).unwrap();
+    let (sharp, even) = ((head(0) * 30.).unwrap(), head(1).zeros_like().unwrap());
+    let k = Tensor::cat(&[sharp, even], 1).unwrap();
     let prompt = Call { k, ..prompt };
-    let format = Format::kivi(Bits::Two, Bits::Two, 32, RESIDUAL).unwrap();
+    let format = Format::kivi(bits, bits, 32, RESIDUAL).unwrap();
     let store = QuantStore::new(spec().shape, format).unwrap();
     let policy = SnapKv::new(WINDOW).unwrap();
     let mut cache = PolicyCache::snap_kv(spec(), store, policy, Budget::Tokens(120))
@@ -119,6 +120,32 @@ fn heads_of_unequal_length_keep_their_newest_values_in_full_precision() {
         .with_head_budgets(HeadBudgets::Adaptive { safeguard: 0.2 })
         .unwrap();
     prompt.feed(&mut cache);
+    (prompt, cache)
+}
+
+/// A head pays for its own entries, rounded up to a block, and not for the longest head's.
+#[test]
+fn heads_of_unequal_length_free_their_own_blocks() {
+    // 32 keys and values of 64 channels: 4 bits a number, a scale and a zero point for 32 of them.
+    const BLOCK: usize = 2 * 64 * 32 / 2 + 2 * 64 * 4;
+    let (_, cache) = unequal_heads(Bits::Four);
+    for (seq, _) in SEQS {
+        let lens = cache.store().lens(seq);
+        assert!(lens[0] > lens[1] + 32, "the heads hold {lens:?} entries");
+        let held = cache.store().seq_footprint(seq);
+        let most: usize = lens.iter().map(|len| (len / 32 + 1) * BLOCK).sum();
+        let least: usize = lens.iter().map(|len| (len - RESIDUAL) / 32 * BLOCK).sum();
+        let bytes = held.payload + held.scales;
+        assert!((least..=most).contains(&bytes), "{bytes} bytes of {least} to {most}, {lens:?}");
+    }
+}
+
+/// Heads with budgets of their own hold different numbers of entries. Each head's newest entries
+/// stay in full precision, whatever the others hold: a head with few entries is not padded to the
+/// length of the longest.
+#[test]
+fn heads_of_unequal_length_keep_their_newest_values_in_full_precision() {
+    let (prompt, cache) = unequal_heads(Bits::Two);
     for (seq, tokens) in prompt.batch.iter() {
         let lens = cache.store().lens(seq);
         assert!(lens[0] != lens[1], "the heads of sequence {seq} hold {lens:?} entries");
