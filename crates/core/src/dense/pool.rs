@@ -365,12 +365,7 @@ impl<T: Element> Blocks<T> {
     /// Shortens a table to `len` entries and gives its blocks behind them back.
     fn cut(&mut self, table: &mut Table, len: usize) {
         let len = len.min(table.len);
-        for block in table.blocks.drain(len.div_ceil(BLOCK)..) {
-            self.references[block as usize] -= 1;
-            if self.references[block as usize] == 0 {
-                self.free.push(block);
-            }
-        }
+        table.blocks.drain(len.div_ceil(BLOCK)..).for_each(|block| self.release(block));
         table.len = len;
     }
 }
