@@ -33,6 +33,7 @@ impl Task for Sums {
             classes: vec![],
             max_new_tokens: 10,
             chat: false,
+            ..Sample::default()
         };
         Ok(Samples { samples: (0..60).map(sample).collect(), skipped: vec![] })
     }

@@ -99,6 +99,7 @@ fn make(size: Size, sample: impl Fn(&mut ChaCha8Rng) -> Parts) -> Result<Samples
             classes: Vec::new(),
             max_new_tokens,
             chat: true,
+            ..Sample::default()
         }
     };
     Ok(Samples { samples: (0..size.samples).map(one).collect(), skipped: Vec::new() })

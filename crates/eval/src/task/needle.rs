@@ -108,6 +108,7 @@ impl NeedleGrid {
             classes: Vec::new(),
             max_new_tokens: MAX_NEW_TOKENS,
             chat: false,
+            ..Sample::default()
         })
     }
 }
