@@ -12,6 +12,7 @@ mod python;
 pub mod report;
 mod run;
 pub mod setting;
+pub mod statistics;
 mod task;
 
 pub use error::{Error, Result};

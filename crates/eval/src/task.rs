@@ -71,12 +71,15 @@ pub struct Sample {
 }
 
 /// How good an answer is; every number from 0 to 1.
-#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Score {
     /// The task's metric.
     pub value: f64,
     /// A more forgiving one, where the task has it: the needle test's partial match.
     pub partial: Option<f64>,
+    /// The shares right in the first to the last quarter of a long answer: errors that build up show here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quarters: Option<[f64; 4]>,
 }
 
 /// Questions of one kind, with their metric.

@@ -115,7 +115,7 @@ impl Task for LongBench {
             prediction = prediction.trim_start_matches('\n').split('\n').next().unwrap_or("");
         }
         let value = self.spec.metric.best(prediction, &sample.answers, &sample.classes);
-        Ok(Score { value, partial: None })
+        Ok(Score { value, ..Score::default() })
     }
 
     /// On SAMSum, where a model would go on with dialogues of its own.

@@ -81,7 +81,7 @@ impl Task for LongBenchV2 {
         let chosen = chosen(one_prediction(sample, predictions)?);
         let right =
             chosen.is_some_and(|letter| sample.answers.iter().any(|answer| *answer == letter));
-        Ok(Score { value: f64::from(u8::from(right)), partial: None })
+        Ok(Score { value: f64::from(u8::from(right)), ..Score::default() })
     }
 }
 

@@ -154,6 +154,6 @@ impl Task for NeedleGrid {
         let best = scores.fold((0.0, 0.0), |(exact, partial), score| {
             (f64::max(exact, score.exact), f64::max(partial, score.partial))
         });
-        Ok(Score { value: best.0, partial: Some(best.1) })
+        Ok(Score { value: best.0, partial: Some(best.1), quarters: None })
     }
 }

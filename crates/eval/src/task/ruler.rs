@@ -225,6 +225,6 @@ impl Task for Ruler {
             (Kind::Qa(_), found) => f64::from(u8::from(found > 0)),
             (_, found) => found as f64 / sample.answers.len().max(1) as f64,
         };
-        Ok(Score { value, partial: None })
+        Ok(Score { value, ..Score::default() })
     }
 }
