@@ -212,7 +212,7 @@ fn list() {
     for school in names.chunk_by(|a, b| schools::school(a) == schools::school(b)) {
         say!("\n{}", schools::school(school[0]).title());
         for family in school.chunk_by(|a, b| family(a) == family(b)) {
-            say!("  {:70} {}", family.join(" "), schools::line(family[0]));
+            say!("  {:84} {}", family.join(" "), schools::line(family[0]));
         }
     }
     say!("\nTasks, by group:");

@@ -1,5 +1,6 @@
 //! What fits: tokens and sequences of each setting in some memory, from counted bytes.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -34,31 +35,39 @@ pub struct Args {
     settings: Vec<String>,
 }
 
-/// Lengths at which a layer's bytes are counted.
-const COUNTED: [usize; 2] = [1024, 2048];
+/// The length at which a layer's bytes are counted, unless its window is shorter; and at half of it.
+const COUNTED: usize = 2048;
 
-/// Bytes of a sequence: a fixed part and one that grows with its tokens.
+/// Bytes of a layer's sequence: a fixed part and one that grows with its tokens, up to its window.
 #[derive(Debug, Clone, Copy)]
 struct Growth {
     fixed: f64,
     per_token: f64,
+    window: Option<usize>,
+    layers: usize,
 }
 
 impl Growth {
-    /// Through two counts.
-    fn through([short, long]: [usize; 2]) -> Self {
-        let per_token = (long as f64 - short as f64) / (COUNTED[1] - COUNTED[0]) as f64;
-        Self { fixed: short as f64 - per_token * COUNTED[0] as f64, per_token }
-    }
-
     fn of(self, tokens: usize) -> f64 {
-        self.fixed + self.per_token * tokens as f64
+        let tokens = tokens.min(self.window.unwrap_or(usize::MAX));
+        (self.fixed + self.per_token * tokens as f64) * self.layers as f64
     }
+}
 
-    /// The most tokens in `room` bytes; `None`: no end.
-    fn tokens(self, room: f64) -> Option<f64> {
-        (self.per_token > 0.0).then(|| ((room - self.fixed) / self.per_token).floor().max(0.0))
+/// Bytes of a sequence in all layers.
+fn held(layers: &[Growth], tokens: usize) -> f64 {
+    layers.iter().map(|layer| layer.of(tokens)).sum()
+}
+
+/// The most tokens in `room` bytes; `None`: no end.
+fn most_tokens(layers: &[Growth], room: f64) -> Option<usize> {
+    const NO_END: usize = 1 << 50;
+    let (mut low, mut high) = (0, NO_END);
+    while low < high {
+        let middle = low + (high - low).div_ceil(2);
+        if held(layers, middle) <= room { low = middle } else { high = middle - 1 }
     }
+    (low < NO_END).then_some(low)
 }
 
 pub fn plan(args: Args) -> Result<()> {
@@ -96,14 +105,14 @@ pub fn plan(args: Args) -> Result<()> {
                 continue;
             }
         };
-        let held = own.of(args.context);
+        let bytes = held(&own, args.context);
         let whole = |x: f64| format!("{x:.0}");
         table.add_row([
             method.name().to_owned(),
-            whole(held / args.context as f64),
-            format!("{:.2}", dense.of(args.context) / held),
-            own.tokens(room).map_or_else(|| "no end".into(), whole),
-            whole((room / held).floor()),
+            whole(bytes / args.context as f64),
+            format!("{:.2}", held(&dense, args.context) / bytes),
+            most_tokens(&own, room).map_or_else(|| "no end".into(), |most| most.to_string()),
+            whole((room / bytes).floor()),
         ]);
     }
     (1..5)
@@ -111,9 +120,8 @@ pub fn plan(args: Args) -> Result<()> {
         .for_each(drop);
     say!("{table}");
     say!(
-        "Bytes are counted on a layer with {} and {} tokens and taken to grow evenly.",
-        COUNTED[0],
-        COUNTED[1]
+        "Bytes are counted on a layer with {} and {COUNTED} tokens and taken to grow evenly.",
+        COUNTED / 2
     );
     Ok(())
 }
@@ -138,22 +146,37 @@ fn read(model: &Path) -> Result<(Config, u64)> {
     bail!("{}: expected a config.json, a folder with one, or a GGUF file", model.display())
 }
 
-/// Counted on the middle layer: budgets that differ by layer have their mean there.
-fn growth(method: &Method, config: &Config) -> Result<Growth> {
+/// Counted on one layer of each window; of those without, on the middle one: budgets that differ by layer have their mean there.
+fn growth(method: &Method, config: &Config) -> Result<Vec<Growth>> {
+    let windows: BTreeSet<Option<usize>> = (0..config.layers).map(|i| window(config, i)).collect();
+    windows.into_iter().map(|window| layer(method, config, window)).collect()
+}
+
+fn window(config: &Config, layer: usize) -> Option<usize> {
+    config.windows.get(layer).copied().flatten()
+}
+
+fn layer(method: &Method, config: &Config, own: Option<usize>) -> Result<Growth> {
+    let layers = (0..config.layers).filter(|&i| window(config, i) == own).count();
     // Query heads hold nothing: as many as kv heads do.
     let shape = AttentionShape::new(config.kv_heads, config.kv_heads, config.head_dim)?;
+    let shape = AttentionShape { window: own, ..shape };
     let rope = Rope::new(config.head_dim, config.head_dim, config.rope_theta, RopeScaling::None)?;
     let spec = LayerSpec::new(shape).with_rope(Arc::new(rope)).at(config.layers / 2, config.layers);
-    let count = |tokens: usize| -> Result<usize> {
+    let count = |tokens: usize| -> Result<f64> {
         let mut cache = method.cache(&spec)?;
-        let random =
-            || Tensor::randn(0f32, 1., (tokens, config.kv_heads, config.head_dim), &Device::Cpu);
+        let size = (tokens, config.kv_heads, config.head_dim);
+        let random = || Tensor::randn(0f32, 1., size, &Device::Cpu);
         let (q, k, v) = (random()?, random()?, random()?);
         cache.attend(&Step { batch: &Batch::single(0, tokens)?, q: &q, k: &k, v: &v })?;
         let held = cache.footprint();
-        Ok((held.total() - held.slack) * config.layers)
+        Ok((held.total() - held.slack) as f64)
     };
-    Ok(Growth::through([count(COUNTED[0])?, count(COUNTED[1])?]))
+    let long = COUNTED.min(own.unwrap_or(COUNTED)).max(2);
+    let (less, more) = (count(long / 2)?, count(long)?);
+    let per_token = (more - less) / (long - long / 2) as f64;
+    let fixed = less - per_token * (long / 2) as f64;
+    Ok(Growth { fixed, per_token, window: own, layers })
 }
 
 fn bytes(text: &str) -> Result<u64, String> {
