@@ -11,13 +11,15 @@ use kv_quant::CacheFile;
 use libfuzzer_sys::fuzz_target;
 use safetensors::tensor::{Dtype, TensorView};
 
-const TENSORS: [(&str, Dtype); 9] = [
+const TENSORS: [(&str, Dtype); 11] = [
     ("keys.codes", Dtype::U32),
     ("keys.scales", Dtype::F16),
     ("keys.zeros", Dtype::F16),
+    ("keys.factors", Dtype::F16),
     ("values.codes", Dtype::U32),
     ("values.scales", Dtype::F16),
     ("values.zeros", Dtype::F16),
+    ("values.factors", Dtype::F16),
     ("keys.new", Dtype::F16),
     ("values.new", Dtype::F16),
     ("live", Dtype::U32),
@@ -39,7 +41,7 @@ fn file(data: &[u8]) -> Option<Vec<u8>> {
     let heads = format!("[{layers},{{{}}}]", sums.join(","));
     let metadata = HashMap::from([
         ("format".into(), "kv-quant".into()),
-        ("version".into(), "1".into()),
+        ("version".into(), "2".into()),
         ("check".into(), crc32fast::hash(heads.as_bytes()).to_string()),
         ("heads".into(), heads),
     ]);
