@@ -47,7 +47,7 @@ fn settings_are_checked() {
         (message(Bits::try_from(5)), "setting `bits`: expected 2, 3, 4 or 8, got 5"),
         (
             message(Scheme::new(Bits::Two, Axis::Tokens, 0)),
-            "`group`: expected 32, 64 or 128, got 0",
+            "`group`: expected 32, 64, 128, or 256 along channels, got 0",
         ),
         (message(Packed::new(32, 8, bad_scheme, Axis::Tokens)), "`group`"),
         (message(Packed::new(32, 0, channels, Axis::Tokens)), "`columns`: expected at least 1"),
@@ -86,7 +86,10 @@ fn matrices_check_their_sizes() {
     assert!(message(packed.push(&numbers(12), q)).contains("whole rows of 8 numbers, got 12"));
     assert!(message(packed.push(&numbers(41 * 8), q)).contains("expected at most 40, got 41"));
     packed.push(&numbers(5 * 8), q).unwrap();
-    assert!(message(packed.push(&numbers(8), q)).contains("a multiple of the group, 32, got 5"));
+    assert!(
+        message(packed.push(&numbers(8), q))
+            .contains("a multiple of 32, which are quantized together, got 5")
+    );
     assert!(message(packed.dequantize(&mut [0.0; 8])).contains("5 x 8 numbers, got 8"));
     assert_eq!((packed.rows(), packed.code(5, 0), packed.params(0, 8)), (5, None, None));
     // The range of a group is too large, rows counted from the first given; what was there stays.
