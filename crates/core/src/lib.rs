@@ -17,6 +17,7 @@ mod rope;
 mod shape;
 mod state;
 mod store;
+mod window;
 
 pub use batch::{Batch, SeqId};
 pub use cache::{KvCache, Step, check_new};
@@ -30,3 +31,4 @@ pub use rope::{Rope, RopeScaling};
 pub use shape::{AttentionShape, LayerSpec};
 pub use state::AttentionState;
 pub use store::{EntryRanges, KvStore, Mask, Selection, check_selections};
+pub use window::{WindowCache, for_layers};
