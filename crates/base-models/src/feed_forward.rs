@@ -4,8 +4,8 @@ use crate::config::{Activation, Config, Experts};
 use crate::linear::{Joined, Linear, Weight};
 use crate::weights::Weights;
 use candle_core::{DType, Device, Tensor};
-use candle_nn::ops::{silu, softmax_last_dim};
-use longctx_core::Result;
+use candle_nn::ops::softmax_last_dim;
+use longctx_core::{Result, silu_mul};
 
 /// A layer's feed-forward block.
 #[derive(Debug)]
@@ -67,14 +67,13 @@ impl Gated {
 }
 
 impl Activation {
+    /// The activation of the gate, times up.
     fn gated(self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-        let gate = gate.contiguous()?;
-        let gate = match self {
-            Self::Silu => silu(&gate)?,
-            Self::Gelu => gate.gelu_erf()?,
-            Self::GeluTanh => gate.gelu()?,
-        };
-        Ok((gate * up)?)
+        match self {
+            Self::Silu => silu_mul(gate, up),
+            Self::Gelu => Ok((gate.contiguous()?.gelu_erf()? * up)?),
+            Self::GeluTanh => Ok((gate.contiguous()?.gelu()? * up)?),
+        }
     }
 }
 

@@ -116,6 +116,31 @@ impl WithSimd for ExpSum<'_> {
     }
 }
 
+/// `out[i] = silu(gate[i]) * up[i]`.
+pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    Arch::new().dispatch(SiluMul { gate, up, out });
+}
+
+struct SiluMul<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl WithSimd for SiluMul<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for ((out, &x), &up) in self.out.iter_mut().zip(self.gate).zip(self.up) {
+            // The exponential of a number that is not positive can't overflow.
+            let t = exp(-x.abs());
+            let numerator = if x > 0.0 { 1.0 } else { t };
+            *out = x * numerator / (1.0 + t) * up;
+        }
+    }
+}
+
 /// Multiplies each of `x` by `factor`.
 pub fn scale(x: &mut [f32], factor: f32) {
     Arch::new().dispatch(Scale(x, factor));
