@@ -7,10 +7,12 @@ mod measure;
 pub mod memory;
 pub mod metric;
 pub mod needle;
+mod punkt;
 mod python;
 pub mod report;
 mod run;
 pub mod setting;
+pub mod statistics;
 mod task;
 
 pub use error::{Error, Result};
@@ -22,6 +24,6 @@ pub use run::{
 };
 pub use setting::{Setting, Template};
 pub use task::{
-    Category, CountTokens, Length, NeedleGrid, Sample, Samples, Score, Task, long_generation,
-    longbench, truncate_middle,
+    Category, CountTokens, Length, LongBenchV2, NeedleGrid, Sample, Samples, Score, Task,
+    long_generation, longbench, ruler, truncate_middle,
 };

@@ -300,6 +300,7 @@ impl Unit<'_> {
             task: self.task.name().to_owned(),
             category: self.task.category(),
             sample: self.sample.id.clone(),
+            group: self.sample.group.clone(),
             question: Some(self.question.to_owned()),
             predictions: answer.predictions,
             score,

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use crate::{Category, Error, Record, Result};
 
 /// The paper's categories and ours, with the words for a table's head, in its order.
-pub(super) const CATEGORIES: [(Category, &str); 8] = [
+pub(super) const CATEGORIES: [(Category, &str); 10] = [
     (Category::SingleDocQa, "Single-doc QA"),
     (Category::MultiDocQa, "Multi-doc QA"),
     (Category::Summarization, "Summarization"),
@@ -14,6 +14,8 @@ pub(super) const CATEGORIES: [(Category, &str); 8] = [
     (Category::Code, "Code"),
     (Category::Needle, "Needle"),
     (Category::LongGeneration, "Long generation"),
+    (Category::Ruler, "RULER"),
+    (Category::MultipleChoice, "Multiple choice"),
 ];
 
 /// All settings, in the order in which they came.

@@ -184,8 +184,11 @@ impl Subject for Reader {
                 if question.sample.chat { self.text.chat(&conversation)? } else { None };
             let template = in_template.is_some();
             // A space at the end would be a token of its own, which models have seldom seen there.
-            let full = in_template
+            let mut full = in_template
                 .unwrap_or_else(|| conversation.join("\n").trim_end_matches(' ').to_owned());
+            if i + 1 == sample.turns.len() {
+                full += sample.answer_prefix.as_deref().unwrap_or("");
+            }
             let tokens = match full.strip_prefix(&read) {
                 Some(rest) if i > 0 => {
                     [std::mem::take(&mut pending), self.text.encode(rest, false)?].concat()
