@@ -10,8 +10,10 @@ use crate::random::Random;
 use crate::session::Decoder;
 use crate::weights::{LoadOptions, Weights};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::ops::{rms_norm, silu};
-use longctx_core::{AttentionShape, Batch, KvCache, LayerSpec, Logits, Result, Rope, Step};
+use candle_nn::ops::rms_norm;
+use longctx_core::{
+    AttentionShape, Batch, KvCache, LayerSpec, Logits, Result, Rope, Step, silu_mul,
+};
 
 /// Tokens that go through a feed-forward block at a time: its inner activations, several times
 /// wider than the model, never exist for the whole prompt.
@@ -224,6 +226,6 @@ impl Layer {
 
     fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
         let gate_up = self.gate_up.forward(x)?;
-        self.down.forward(&(silu(&gate_up[0].contiguous()?)? * &gate_up[1])?)
+        self.down.forward(&silu_mul(&gate_up[0], &gate_up[1])?)
     }
 }

@@ -10,7 +10,7 @@ use half::f16;
 use longctx_core::cuda::{Half, PAGE, PrefillArgs, prefill};
 use longctx_core::{
     AttentionShape, Batch, DenseCache, KvCache, LayerSpec, Mask, Rope, RopeScaling, SeqId, Step,
-    attention,
+    attention, silu_mul,
 };
 
 fn random(tokens: usize, heads: usize, d: usize, dtype: DType) -> Tensor {
@@ -113,6 +113,26 @@ fn prompts_attend_as_on_the_cpu() {
                 let error = relative(&got.lse, &want.lse);
                 assert!(error < 1e-4, "{dtype:?}, {shape:?}: log-sum-exp {error}");
             }
+        }
+    }
+}
+
+#[test]
+fn gates_are_as_on_the_cpu() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    for (rows, columns) in [(1, 8), (37, 1000), (300, 4096), (5, 13)] {
+        for (dtype, bound) in [(DType::F16, 1e-3), (DType::BF16, 6e-3)] {
+            let both = random(rows, 1, 2 * columns, dtype).squeeze(1).unwrap();
+            let halves = |x: &Tensor| [0, columns].map(|at| x.narrow(1, at, columns).unwrap());
+            let [gate, up] = halves(&both.to_dtype(DType::F32).unwrap());
+            let want = silu_mul(&gate, &up).unwrap();
+            let [gate, up] = halves(&both.to_device(&device).unwrap());
+            let got = silu_mul(&gate, &up).unwrap();
+            assert_eq!(got.dtype(), dtype);
+            assert!(relative(&got, &want) < bound, "{rows} x {columns}, {dtype:?}");
         }
     }
 }

@@ -1,7 +1,6 @@
 //! A few queries over a long dense cache: kernels/attend.cu.
 
-use super::address;
-use crate::cuda::{Image, driver};
+use crate::cuda::{Image, address, driver};
 use crate::{AttentionShape, AttentionState, Mask, Result};
 use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute;
 use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
