@@ -3,22 +3,24 @@
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DHEAD_DIM=128 -o check benches/gpu/harness.cu && ./check check
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DTIMES -o times benches/gpu/harness.cu && ./times time
 //
-// `small` in place of `check` takes short lengths only, for compute-sanitizer.
+// `small` in place of `check` takes short lengths only, for compute-sanitizer. Records lie in disorder, with `time ordered` one after the other.
 //
 // The reference reads the numbers as they were before packing, quantizes each group on its own with plain divisions, and computes
 // softmax attention in f64: it shares neither layout nor arithmetic with what it checks.
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <random>
 #include <string>
 #include <vector>
 
 #include "attend.cuh"
-#include "mass.cuh"
 #include "quantize.cuh"
+#include "sums.cuh"
 #include "unpack.cuh"
 
 void ok(cudaError_t error, int line) {
@@ -108,8 +110,13 @@ struct Plain {
     const void* q;
     const float *k, *v;
     double *scores, *out, *lse;
-    int tokens, d, columns, queries, causal, window, kind;
+    int tokens, d, columns, queries, kv_heads, causal, window, kind;
     float scale, soft_cap;
+    // The row of [tokens, heads, D] of a column of a kv head of a sequence.
+    __host__ __device__ i64 row_of(int row, int column) const {
+        int per_kv = columns / queries;
+        return ((i64)(row / kv_heads * queries + column % queries) * kv_heads + row % kv_heads) * per_kv + column / queries;
+    }
 };
 
 __global__ void plain_scores(Plain a) {
@@ -117,7 +124,7 @@ __global__ void plain_scores(Plain a) {
     int token = blockIdx.x * blockDim.x + threadIdx.x;
     if (token >= a.tokens) return;
     double sum = 0;
-    for (int c = 0; c < a.d; c++) sum += (double)number(a.q, (i64)(row * a.columns + column) * a.d + c, a.kind) * a.k[((i64)row * a.tokens + token) * a.d + c];
+    for (int c = 0; c < a.d; c++) sum += (double)number(a.q, a.row_of(row, column) * a.d + c, a.kind) * a.k[((i64)row * a.tokens + token) * a.d + c];
     sum *= a.scale;
     if (a.soft_cap > 0) sum = a.soft_cap * tanh(sum / a.soft_cap);
     int to = a.causal ? a.tokens - a.queries + 1 + column % a.queries : a.tokens, from = a.causal && a.window ? to - a.window : 0;
@@ -158,7 +165,7 @@ __global__ void plain_values(Plain a) {  // Blocks of D threads: (pieces of 1024
 // ---- What is checked ----
 
 template <int B, int G, int D>
-__global__ void __launch_bounds__(128) quantize_kernel(const QuantizeArgs args) {
+__global__ void __launch_bounds__(128) quantize_kernel(const FillArgs args) {
     Quantize<B, G, D>::run(args);
 }
 
@@ -168,8 +175,8 @@ __global__ void __launch_bounds__(W * 32) attend_kernel(const AttendArgs args) {
 }
 
 template <int B, int G, int D>
-__global__ void __launch_bounds__(MASS_WARPS * 32) mass_kernel(const AttendArgs args) {
-    mass<B, G, D>(args);
+__global__ void __launch_bounds__(SUM_WARPS * 32) sums_kernel(const AttendArgs args) {
+    sums<B, G, D>(args);
 }
 
 template <int B, int G, int D>
@@ -190,11 +197,11 @@ struct Variant {
 
 struct Config {
     int bits, group, d, record, tile_bytes;
-    void (*quantize)(const QuantizeArgs);
+    void (*quantize)(const FillArgs);
     int quantize_shared, k_parts;
     void (*unpack)(const UnpackArgs);
-    void (*mass)(const AttendArgs);
-    int mass_shared;
+    void (*sums)(const AttendArgs);
+    int sums_shared;
     std::vector<Variant> attend;
 };
 
@@ -209,15 +216,17 @@ template <int B, int G, int D>
 Config config(std::vector<Variant> attend) {
     using Q = Quantize<B, G, D>;
     return {B, G, D, Layout<B, G, D>::RECORD, Layout<B, G, D>::TILE_BYTES, quantize_kernel<B, G, D>, Q::SHARED, Q::K_PARTS, unpack_kernel<B, G, D>,
-            mass_kernel<B, G, D>, mass_shared<B, G, D>(), attend};
+            sums_kernel<B, G, D>, sums_shared<B, G, D>(), attend};
 }
 
 Buffer<__half> raw_k, raw_v, query, ring_k, ring_v, out;
-Buffer<float> ref_k, ref_v, got_k, got_v, lse, part_out, part_lse, masses;
+Buffer<float> ref_k, ref_v, got_k, got_v, lse, part_out, part_lse, prob_sums;
 Buffer<double> scores, ref_out, ref_lse;
 Buffer<unsigned char> packed;
 Buffer<unsigned> arrived;
-Buffer<unsigned long long> counters;
+Buffer<unsigned long long> counters, table;
+Buffer<FillRow> fill_rows;
+Buffer<Work> work;
 
 unsigned blocks(i64 n) { return unsigned((n + 255) / 256); }
 
@@ -227,57 +236,110 @@ struct Case {
     bool staggered;  // values lag behind keys, as in KIVI's code
 };
 
-void quantize(const Config& c, const void* k, const void* v, unsigned char* to, i64 stride, int rows, int pitch, int packed_k, int tiles_v, int kind) {
-    int records = packed_k / c.group;
-    QuantizeArgs a{k, v, to, nullptr, counters.take(8), stride, pitch, 0, 1 << 30, 0, 0, records, 0, 0, tiles_v, kind};
-    dim3 grid(std::max(records * c.k_parts, tiles_v), rows, 2);
-    if (!grid.x) return;
-    c.quantize<<<grid, 128, c.quantize_shared>>>(a);
-    OK(cudaGetLastError());
+bool disorder = true;
+
+// The block tables of `rows` kv heads of `records` records each, which lie in disorder or one after the other.
+void scatter(const Config& c, i64 rows, i64 records) {
+    std::vector<unsigned long long> addresses(rows * records);
+    packed.take(rows * records * c.record);
+    for (i64 i = 0; i < rows * records; i++) addresses[i] = (unsigned long long)(packed.p + i * c.record);
+    if (disorder) std::shuffle(addresses.begin(), addresses.end(), std::mt19937(7));
+    OK(cudaMemcpy(table.take(addresses.size()), addresses.data(), addresses.size() * 8, cudaMemcpyHostToDevice));
 }
 
-AttendArgs prepare(const Config& c, const Variant& v, const Case& s, int packed_len, int residual, int ring, int start, i64 stride, int splits) {
-    int rows = s.batch * s.kv_heads, columns = s.per_kv * s.queries, z = (columns + 8 * v.n - 1) / (8 * v.n);
+// What packs rows of `pitch` entries into the records of the table's rows from `first` on.
+std::function<void()> quantizer(const Config& c, const __half* k, const __half* v, i64 first, i64 records, int rows, int pitch, int packed_k, int tiles_v,
+                                int kind) {
+    std::vector<FillRow> list(rows);
+    for (int r = 0; r < rows; r++) {
+        FillRow& row = list[r];
+        row = {};
+        row.new_k = k + (i64)r * pitch * c.d, row.new_v = v + (i64)r * pitch * c.d;
+        row.table = table.p + (first + r) * records, row.status = counters.take(8);
+        row.fresh_record = INT_MAX, row.key_records = packed_k / c.group, row.value_tiles = tiles_v;
+    }
+    OK(cudaMemcpy(fill_rows.take(rows), list.data(), rows * sizeof(FillRow), cudaMemcpyHostToDevice));
+    dim3 grid(std::max(packed_k / c.group * c.k_parts, tiles_v), rows, 2);
+    FillArgs args{fill_rows.p, c.d, 1, kind, c.d / 8, 0};
+    return [=, &c] {
+        if (grid.x) c.quantize<<<grid, 128, c.quantize_shared>>>(args);
+        OK(cudaGetLastError());
+    };
+}
+
+// One share of work for each kv head.
+std::vector<Work> heads_of(const Config& c, const Case& s, int packed_len, int residual, int ring, int start, i64 first, i64 records) {
+    std::vector<Work> heads(s.batch * s.kv_heads);
+    for (int r = 0; r < (int)heads.size(); r++) {
+        Work& w = heads[r];
+        w = {};
+        w.table = table.p + (first + r) * records;
+        w.ring_k = ring_k.p + (i64)r * ring * c.d, w.ring_v = ring_v.p + (i64)r * ring * c.d;
+        w.sums = (i64)r * s.per_kv * (packed_len + residual);
+        w.packed = packed_len, w.residual = residual, w.ring_start = start, w.queries = s.queries;
+        w.kv_head = r % s.kv_heads, w.first_token = r / s.kv_heads * s.queries;
+    }
+    return heads;
+}
+
+// Splits each kv head's records over `splits` blocks; one more takes its ring.
+std::vector<Work> split(const Config& c, const Variant& v, const Case& s, const std::vector<Work>& heads, int splits) {
+    std::vector<Work> all;
+    int join = 0;
+    for (auto& head : heads)
+        for (int column = 0; column < s.per_kv * s.queries; column += 8 * v.n, join++)
+            for (int part = 0; part <= splits; part++) {
+                i64 records = (head.packed + c.group - 1) / c.group;
+                Work w = head;
+                w.first_column = column, w.first_part = join * (splits + 1), w.part = part, w.parts = splits + 1, w.join = join;
+                w.from = part < splits ? records * part / splits : -1, w.to = part < splits ? records * (part + 1) / splits : -1;
+                all.push_back(w);
+            }
+    return all;
+}
+
+AttendArgs prepare(const Config& c, const Variant& v, const Case& s, int ring, const std::vector<Work>& all) {
+    int rows = s.batch * s.kv_heads, columns = s.per_kv * s.queries;
     AttendArgs a{};
-    a.q = query.p, a.packed = packed.p, a.residual_k = ring_k.p, a.residual_v = ring_v.p;
-    a.out = out.take((i64)rows * columns * c.d), a.lse = lse.take(rows * columns);
-    i64 parts = (i64)rows * z * (splits + 1) * 8 * v.n;
+    a.q = query.p, a.out = out.take((i64)rows * columns * c.d), a.lse = lse.take(rows * columns);
+    i64 parts = (i64)all.size() * 8 * v.n;
     a.part_out = part_out.take(parts * c.d), a.part_lse = part_lse.take(parts);
-    size_t before = arrived.n;
-    a.arrived = arrived.take(rows * z);
-    if (arrived.n != before) OK(cudaMemset(arrived.p, 0, arrived.n * 4));
+    a.arrived = arrived.take(all.size());
+    OK(cudaMemset(a.arrived, 0, all.size() * 4));
     OK(cudaMemset(a.out, 0xff, (i64)rows * columns * c.d * 2)), OK(cudaMemset(a.lse, 0xff, rows * columns * 4));
     OK(cudaMemset(a.part_out, 0xff, parts * c.d * 4)), OK(cudaMemset(a.part_lse, 0xff, parts * 4));
-    a.packed_stride = stride, a.packed_len = packed_len, a.residual_len = residual, a.ring_start = start, a.ring = ring;
-    a.kv_heads = s.kv_heads, a.heads_per_kv = s.per_kv, a.queries = s.queries, a.splits = splits;
+    a.work = work.take(all.size());
+    OK(cudaMemcpy(work.p, all.data(), all.size() * sizeof(Work), cudaMemcpyHostToDevice));
+    a.heads = s.kv_heads * s.per_kv, a.heads_per_kv = s.per_kv, a.ring = ring;
     a.causal = s.causal, a.window = s.window, a.kind = s.kind, a.out_kind = s.kind;
     a.scale = 1.f / sqrtf(c.d), a.soft_cap = s.soft_cap;
     return a;
 }
 
-void launch(const Variant& v, const AttendArgs& a, int rows, cudaStream_t stream = 0) {
-    int columns = a.heads_per_kv * a.queries;
-    dim3 grid(a.splits + 1, rows, (columns + 8 * v.n - 1) / (8 * v.n));
-    v.kernel<<<grid, v.warps * 32, v.shared, stream>>>(a);
+void launch(const Variant& v, const AttendArgs& a, int blocks, cudaStream_t stream = 0) {
+    v.kernel<<<blocks, v.warps * 32, v.shared, stream>>>(a);
     OK(cudaGetLastError());
 }
 
-void launch_mass(const Config& c, AttendArgs a, int rows) {
+void launch_sums(const Config& c, AttendArgs a, const std::vector<Work>& heads) {
     auto tiles = [](int tokens) { return (tokens + TILE - 1) / TILE; };
-    int warps = tiles(a.packed_len) + tiles(a.residual_len), heads = a.queries > 1 ? a.heads_per_kv : (a.heads_per_kv + 7) / 8;
-    i64 n = (i64)rows * a.heads_per_kv * (a.packed_len + a.residual_len);
-    a.out = masses.take(n);
+    const Work& head = heads[0];
+    int warps = tiles(head.packed) + tiles(head.residual), z = head.queries > 1 ? a.heads_per_kv : (a.heads_per_kv + 7) / 8;
+    i64 n = (i64)heads.size() * a.heads_per_kv * (head.packed + head.residual);
+    static Buffer<Work> on_device;
+    a.out = prob_sums.take(n), a.work = on_device.take(heads.size());
+    OK(cudaMemcpy(on_device.p, heads.data(), heads.size() * sizeof(Work), cudaMemcpyHostToDevice));
     OK(cudaMemset(a.out, 0xff, n * 4));
-    c.mass<<<dim3((warps + MASS_WARPS - 1) / MASS_WARPS, rows, heads), MASS_WARPS * 32, c.mass_shared>>>(a);
+    c.sums<<<dim3((warps + SUM_WARPS - 1) / SUM_WARPS, heads.size(), z), SUM_WARPS * 32, c.sums_shared>>>(a);
     OK(cudaGetLastError());
 }
 
-// Gives the relative error of the masses beside the plain probabilities, of which `scores` holds [head][query][token].
-double check_mass(int heads, int queries, int tokens) {
+// Gives the relative error of the sums beside the plain probabilities, of which `scores` holds [head][query][token].
+double check_sums(int heads, int queries, int tokens) {
     std::vector<double> plain((i64)heads * queries * tokens);
     std::vector<float> got((i64)heads * tokens);
     OK(cudaMemcpy(plain.data(), scores.p, plain.size() * 8, cudaMemcpyDeviceToHost));
-    OK(cudaMemcpy(got.data(), masses.p, got.size() * 4, cudaMemcpyDeviceToHost));
+    OK(cudaMemcpy(got.data(), prob_sums.p, got.size() * 4, cudaMemcpyDeviceToHost));
     double diff = 0, norm = 0;
     for (int h = 0; h < heads; h++)
         for (int t = 0; t < tokens; t++) {
@@ -289,31 +351,25 @@ double check_mass(int heads, int queries, int tokens) {
     return sqrt(diff / norm);
 }
 
-// Whether a captured launch that reads its lengths on the device gives, for other lengths than it was captured with, what a plain launch gives.
-bool check_graph(const Variant& v, AttendArgs a, int rows, i64 outs) {
+// Whether a captured launch gives, for work that is written after the capture, what a plain launch gives.
+bool check_graph(const Variant& v, const AttendArgs& a, const std::vector<Work>& all, i64 outs) {
     std::vector<__half> plain(outs), replayed(outs);
-    launch(v, a, rows);
     OK(cudaMemcpy(plain.data(), a.out, outs * 2, cudaMemcpyDeviceToHost));
-    OK(cudaMemset(a.out, 0xff, outs * 2));
-    int lens[3] = {a.packed_len, a.residual_len, a.ring_start}, *on_device;
-    OK(cudaMalloc(&on_device, sizeof lens)), OK(cudaMemset(on_device, 0, sizeof lens));
-    a.lens = on_device, a.packed_len = a.residual_len = a.ring_start = 0;
+    OK(cudaMemset(a.out, 0xff, outs * 2)), OK(cudaMemset(work.p, 0, all.size() * sizeof(Work)));
     cudaStream_t stream;
     cudaGraph_t graph;
     cudaGraphExec_t ready;
     OK(cudaStreamCreate(&stream)), OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-    launch(v, a, rows, stream);
+    launch(v, a, all.size(), stream);
     OK(cudaStreamEndCapture(stream, &graph)), OK(cudaGraphInstantiate(&ready, graph, 0));
-    for (int i = 0; i < 2; i++) {
-        if (i == 1) OK(cudaMemcpy(on_device, lens, sizeof lens, cudaMemcpyHostToDevice));  // The first replay sees nothing.
-        OK(cudaGraphLaunch(ready, stream)), OK(cudaStreamSynchronize(stream));
-    }
+    OK(cudaMemcpy(work.p, all.data(), all.size() * sizeof(Work), cudaMemcpyHostToDevice));
+    for (int i = 0; i < 2; i++) OK(cudaGraphLaunch(ready, stream)), OK(cudaStreamSynchronize(stream));
     OK(cudaMemcpy(replayed.data(), a.out, outs * 2, cudaMemcpyDeviceToHost));
-    OK(cudaGraphExecDestroy(ready)), OK(cudaGraphDestroy(graph)), OK(cudaStreamDestroy(stream)), OK(cudaFree(on_device));
+    OK(cudaGraphExecDestroy(ready)), OK(cudaGraphDestroy(graph)), OK(cudaStreamDestroy(stream));
     return !memcmp(plain.data(), replayed.data(), outs * 2);
 }
 
-double worst_mass = 0;
+double worst_sums = 0;
 
 // Gives the relative error |out - ref| / |ref| over all outputs; prints what is wrong.
 double check(const Config& c, const Variant& v, const Case& s, int splits) {
@@ -325,13 +381,17 @@ double check(const Config& c, const Variant& v, const Case& s, int splits) {
     if (s.staggered) packed_k = std::min((packed_v + c.group - 1) / c.group * c.group, t / c.group * c.group), packed_v = std::min(packed_v, packed_k);
     else packed_v = packed_k;
     int tiles_v = std::min((packed_v + 31) / 32, t / 32), residual = t - packed_v;
-    i64 stride = (i64)((t + c.group - 1) / c.group) * c.record;
-    OK(cudaMemset(packed.take(rows * stride), 0, rows * stride));
-    OK(cudaMemset(counters.take(8), 0, 64));
-    quantize(c, raw_k.p, raw_v.p, packed.p, stride, rows, t, packed_k, tiles_v, s.kind);
+    i64 records = (t + c.group - 1) / c.group;
+    scatter(c, rows, records);
+    OK(cudaMemset(packed.p, 0, rows * records * c.record)), OK(cudaMemset(counters.take(8), 0, 64));
+    quantizer(c, raw_k.p, raw_v.p, 0, records, rows, t, packed_k, tiles_v, s.kind)();
     unsigned big = blocks(n);
     plain_quantize<<<big, 256>>>(raw_k.p, raw_v.p, ref_k.take(n), ref_v.take(n), rows, t, packed_k, packed_v, d, c.bits, c.group, s.kind);
-    c.unpack<<<big, 256>>>(UnpackArgs{packed.p, got_k.take(n), got_v.take(n), stride, rows, t, packed_k, packed_v});
+    got_k.take(n), got_v.take(n);
+    for (int row = 0; row < rows && packed_k; row++) {
+        i64 at = (i64)row * t * d;
+        c.unpack<<<blocks((i64)packed_k * d), 256>>>(UnpackArgs{table.p + row * records, got_k.p + at, got_v.p + at, 0, packed_k, 0, 0, 2, 0});
+    }
     count_unequal<<<big, 256>>>(ref_k.p, got_k.p, rows, t, packed_k, d, counters.p + 1), count_unequal<<<big, 256>>>(ref_v.p, got_v.p, rows, t, packed_v, d, counters.p + 2);
     // The ring begins somewhere in its middle. Keys that are packed ahead of their values come from it too, here in full precision.
     int ring = residual + 5, start = ring * 2 / 3;
@@ -346,16 +406,17 @@ double check(const Config& c, const Variant& v, const Case& s, int splits) {
     }
     if (packed_k > packed_v)  // The reference takes these from full precision as well.
         plain_quantize<<<big, 256>>>(raw_k.p, raw_v.p, ref_k.p, ref_v.p, rows, t, packed_k = packed_v / c.group * c.group, packed_v, d, c.bits, c.group, s.kind);
-    AttendArgs a = prepare(c, v, s, packed_v, residual, ring, start, stride, splits);
+    auto heads = heads_of(c, s, packed_v, residual, ring, start, 0, records), all = split(c, v, s, heads, splits);
+    AttendArgs a = prepare(c, v, s, ring, all);
     if (s.staggered && packed_v % c.group) {  // The record that values end in has its keys packed: the reference too.
         plain_quantize<<<big, 256>>>(raw_k.p, raw_v.p, got_k.p, got_v.p, rows, t, packed_k + c.group, packed_v, d, c.bits, c.group, s.kind);
         for (int row = 0; row < rows; row++)
             OK(cudaMemcpy(ref_k.p + ((i64)row * t + packed_k) * d, got_k.p + ((i64)row * t + packed_k) * d, (i64)(packed_v - packed_k) * d * 4, cudaMemcpyDeviceToDevice));
     }
-    launch(v, a, rows);
-    launch_mass(c, a, rows);
+    launch(v, a, all.size());
+    launch_sums(c, a, heads);
     i64 outs = (i64)rows * columns * d;
-    Plain p{query.p, ref_k.p, ref_v.p, scores.take((i64)rows * columns * t), ref_out.take(outs), ref_lse.take(rows * columns), t, d, columns, s.queries, s.causal, s.window, s.kind, a.scale, s.soft_cap};
+    Plain p{query.p, ref_k.p, ref_v.p, scores.take((i64)rows * columns * t), ref_out.take(outs), ref_lse.take(rows * columns), t, d, columns, s.queries, s.kv_heads, s.causal, s.window, s.kind, a.scale, s.soft_cap};
     OK(cudaMemset(p.out, 0, outs * 8));
     plain_scores<<<dim3((t + 255) / 256, rows, columns), 256>>>(p), plain_softmax<<<rows * columns, 256>>>(p), plain_values<<<dim3((t + 1023) / 1024, rows, columns), d>>>(p);
     OK(cudaDeviceSynchronize());
@@ -368,24 +429,26 @@ double check(const Config& c, const Variant& v, const Case& s, int splits) {
     OK(cudaMemcpy(bad, counters.p, 64, cudaMemcpyDeviceToHost));
     double diff = 0, norm = 0, lse_off = 0;
     for (int i = 0; i < rows * columns; i++) {
-        for (int j = i * d; j < (i + 1) * d; j++) {
+        i64 row = p.row_of(i / columns, i % columns);
+        for (int j = 0; j < d; j++) {
             float x;
             if (s.kind) {
                 __nv_bfloat16 b;
-                memcpy(&b, &got[j], 2), x = __bfloat162float(b);
-            } else x = __half2float(got[j]);
-            diff += (x - ref[j]) * (x - ref[j]), norm += ref[j] * ref[j];
+                memcpy(&b, &got[row * d + j], 2), x = __bfloat162float(b);
+            } else x = __half2float(got[row * d + j]);
+            double want = ref[(i64)i * d + j];
+            diff += (x - want) * (x - want), norm += want * want;
         }
-        double l = fabs(gl[i] - rl[i]);
+        double l = fabs(gl[row] - rl[i]);
         lse_off = l <= lse_off ? lse_off : l;  // NaN counts as the worst.
     }
-    double worst = sqrt(diff / norm), mass = check_mass(rows * s.per_kv, s.queries, t);
-    bool graph = check_graph(v, a, rows, outs);
+    double worst = sqrt(diff / norm), sums = check_sums(rows * s.per_kv, s.queries, t);
+    bool graph = check_graph(v, a, all, outs);
     double limit = s.kind ? 6e-3 : 2e-3;
-    if (!(worst <= limit) || !(mass <= limit) || !graph || !(lse_off < 4e-3) || bad[0] || bad[1] || bad[2])
-        printf("WRONG bits %d group %d d %d n %d warps %d stages %d: batch %d kv %d x %d tokens %d residual %d queries %d causal %d window %d kind %d cap %g stag %d splits %d: error %.2e, mass %.2e, graph %d, lse %.2e, status %llx, keys %llu, values %llu\n",
-               c.bits, c.group, c.d, v.n, v.warps, v.stages, s.batch, s.kv_heads, s.per_kv, t, s.residual, s.queries, s.causal, s.window, s.kind, s.soft_cap, s.staggered, splits, worst, mass, graph, lse_off, bad[0], bad[1], bad[2]);
-    worst_mass = std::max(worst_mass, mass);
+    if (!(worst <= limit) || !(sums <= limit) || !graph || !(lse_off < 4e-3) || bad[0] || bad[1] || bad[2])
+        printf("WRONG bits %d group %d d %d n %d warps %d stages %d: batch %d kv %d x %d tokens %d residual %d queries %d causal %d window %d kind %d cap %g stag %d splits %d: error %.2e, sums %.2e, graph %d, lse %.2e, status %llx, keys %llu, values %llu\n",
+               c.bits, c.group, c.d, v.n, v.warps, v.stages, s.batch, s.kv_heads, s.per_kv, t, s.residual, s.queries, s.causal, s.window, s.kind, s.soft_cap, s.staggered, splits, worst, sums, graph, lse_off, bad[0], bad[1], bad[2]);
+    worst_sums = std::max(worst_sums, sums);
     return worst;
 }
 
@@ -426,24 +489,28 @@ __global__ void empty() {}
 void time_attend(const Config& c, const Variant& v, int batch, int kv, int per, int t) {
     Case s{batch, kv, per, t, 128, 1, 1, 0, 0, 0.f, false};
     int rows = batch * kv, packed_len = t - 128;
-    i64 stride = (i64)(packed_len / c.group) * c.record, bytes = rows * stride;
+    i64 records = packed_len / c.group, bytes = rows * records * c.record;
     int copies = int(std::max<i64>(2, (200ll << 20) / bytes + 1));
     i64 n = (i64)rows * packed_len * c.d, have = std::min(n, (i64)1 << 28);
     fill<<<4096, 256>>>(raw_k.take(have), have, c.d, 2.f, 0, 1), fill<<<4096, 256>>>(raw_v.take(have), have, c.d, .3f, 0, 2);
-    packed.take(bytes * copies);
+    scatter(c, (i64)rows * copies, records);
     // Rows take turns with one stretch of numbers.
     i64 rows_at_once = std::max<i64>(1, have / ((i64)packed_len * c.d));
     for (i64 r = 0; r < rows * copies; r += rows_at_once)
-        quantize(c, raw_k.p, raw_v.p, packed.p + r * stride, stride, (int)std::min(rows_at_once, rows * copies - r), packed_len, packed_len, packed_len / 32, 0);
+        quantizer(c, raw_k.p, raw_v.p, r, records, (int)std::min(rows_at_once, rows * copies - r), packed_len, packed_len, packed_len / 32, 0)();
     i64 ring = (i64)rows * 128 * c.d;
     fill<<<1024, 256>>>(query.take((i64)rows * per * c.d), (i64)rows * per * c.d, c.d, 0.f, 0, 3);
     fill<<<1024, 256>>>(ring_k.take(ring), ring, c.d, 2.f, 0, 4), fill<<<1024, 256>>>(ring_v.take(ring), ring, c.d, .3f, 0, 5);
     int z = (per + 8 * v.n - 1) / (8 * v.n), splits = default_splits(v, rows, z, packed_len / c.group), per_sm = 0;
     OK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, v.kernel, v.warps * 32, v.shared));
-    AttendArgs a = prepare(c, v, s, packed_len, 128, 128, 0, stride, splits);
+    std::vector<Work> all;
+    for (int copy = 0; copy < copies; copy++)
+        for (auto& w : split(c, v, s, heads_of(c, s, packed_len, 128, 128, 0, (i64)copy * rows, records), splits)) all.push_back(w);
+    AttendArgs a = prepare(c, v, s, 128, all);
+    int blocks = int(all.size()) / copies;
     double ms = median_ms(60, [&](int i) {
-        a.packed = packed.p + i % copies * bytes;
-        launch(v, a, rows);
+        a.work = work.p + i % copies * blocks;
+        launch(v, a, blocks);
     });
     double gbs = (bytes + ring * 4.) / ms * 1e-6;
     printf("attend b%d g%d d%d batch %d heads %2d/%2d tokens %6d | warps %d stages %d shared %6d blocks/sm %d splits %3d | %8.4f ms %6.0f GB/s %5.1f%%\n", c.bits, c.group, c.d,
@@ -451,11 +518,12 @@ void time_attend(const Config& c, const Variant& v, int batch, int kv, int per, 
 }
 
 void time_quantize(const Config& c, int rows, int t, int kind) {
-    i64 n = (i64)rows * t * c.d, stride = (i64)(t / c.group) * c.record;
+    i64 n = (i64)rows * t * c.d, records = t / c.group;
     fill<<<4096, 256>>>(raw_k.take(n), n, c.d, 2.f, kind, 1), fill<<<4096, 256>>>(raw_v.take(n), n, c.d, .3f, kind, 2);
-    packed.take(rows * stride);
-    double ms = median_ms(50, [&](int) { quantize(c, raw_k.p, raw_v.p, packed.p, stride, rows, t, t, t / 32, kind); });
-    double gbs = (n * 4. + rows * stride) / ms * 1e-6;
+    scatter(c, rows, records);
+    auto pack = quantizer(c, raw_k.p, raw_v.p, 0, records, rows, t, t, t / 32, kind);
+    double ms = median_ms(50, [&](int) { pack(); });
+    double gbs = (n * 4. + rows * records * c.record) / ms * 1e-6;
     printf("quantize b%d g%d d%d rows %d tokens %d kind %d | %8.4f ms %6.0f GB/s %5.1f%%\n", c.bits, c.group, c.d, rows, t, kind, ms, gbs, 100 * gbs / copy_gbs);
 }
 
@@ -513,13 +581,14 @@ int main(int count, char** words) {
                         blocked = std::max({blocked, check(c, v, block, 3), check(c, v, capped, 2)}), cases += 2;
                     }
             }
-            printf("bits %d group %3d d %3d: worst error f16 %.2e, bf16 %.2e, query blocks %.2e, masses %.2e\n", c.bits, c.group, c.d, worst[0], worst[1], blocked, worst_mass);
-            worst_mass = 0;
+            printf("bits %d group %3d d %3d: worst error f16 %.2e, bf16 %.2e, query blocks %.2e, sums %.2e\n", c.bits, c.group, c.d, worst[0], worst[1], blocked, worst_sums);
+            worst_sums = 0;
         }
         printf("%d cases\n", cases);
     }
 #ifdef TIMES
     if (what == "time") {
+        disorder = count < 3 || strcmp(words[2], "ordered");
         copy_gbs = copy_bandwidth();
         printf("copy: %.0f GB/s; an empty kernel: %.4f ms\n", copy_gbs, median_ms(60, [](int) { empty<<<264, 256>>>(); }));
         auto four = config<4, 32, 128>({variant<4, 32, 128, 1, 8, 3>()});

@@ -22,7 +22,8 @@ use longctx_eval::Haystack;
 use longctx_eval::needle::{Needle, Sample, score, spaced};
 use longctx_examples::llm::Llm;
 use longctx_examples::methods::Method;
-use longctx_examples::{memory, model};
+use longctx_examples::output::{check_writable, number};
+use longctx_examples::{memory, model, say};
 use report::Row;
 
 /// Compression ratios are against this method's bytes.
@@ -42,6 +43,8 @@ const METHODS: [&str; 9] = [
 ];
 /// The sequence that every prompt runs in.
 const SEQ: SeqId = 0;
+/// The most tokens or words of anything: more than any model reads.
+const MOST: usize = 10_000_000;
 
 #[derive(Parser)]
 #[command(about = "Compares KV caches on the needle (passkey) test")]
@@ -54,19 +57,19 @@ struct Args {
     #[arg(long)]
     haystack: Option<PathBuf>,
     /// Lengths of the text, in words
-    #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048])]
+    #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048], value_parser = number::<0, MOST>)]
     words: Vec<usize>,
     /// How many depths to hide the key at, evenly from the start to the end
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 3, value_parser = number::<1, 1000>)]
     depths: usize,
     /// Digits of the key
-    #[arg(long, default_value_t = 7)]
+    #[arg(long, default_value_t = 7, value_parser = number::<1, 1000>)]
     digits: usize,
     /// Tokens to generate for an answer
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = number::<1, MOST>)]
     max_tokens: usize,
     /// Tokens of the prompt to feed at a time; by default the whole prompt, which is exact under every method but InfLLM
-    #[arg(long)]
+    #[arg(long, value_parser = number::<1, MOST>)]
     prefill_chunk: Option<usize>,
     /// Methods to run, by name
     #[arg(long, value_delimiter = ',', default_values = METHODS, value_parser = Method::named)]
@@ -78,7 +81,8 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    ensure!(args.depths > 0 && !args.words.is_empty(), "at least one depth and one length");
+    ensure!(!args.words.is_empty(), "at least one length");
+    check_writable(&args.out)?;
     let name = match &args.model {
         Some(name) => name.clone(),
         None => model::smollm2()?.display().to_string(),
@@ -97,7 +101,7 @@ fn main() -> Result<()> {
             "a prompt of {longest} tokens does not fit the model's context of {limit}: ask for fewer --words"
         );
     }
-    println!("{name}: {} prompts, the longest of {longest} tokens.", prompts.len());
+    say!("{name}: {} prompts, the longest of {longest} tokens.", prompts.len());
     let bar = ProgressBar::new((methods.len() * prompts.len()) as u64);
     bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} (left: {eta})")?);
     let mut rows = Vec::new();

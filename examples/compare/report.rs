@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
+use longctx_examples::say;
 use serde::Serialize;
 
 /// What one method did.
@@ -56,9 +57,9 @@ pub fn print(rows: &[Row]) {
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    println!("{table}");
+    say!("{table}");
     if let Some(row) = rows.first() {
-        println!("KV bytes are those after the longest prompt, {} tokens.", row.longest_prompt);
+        say!("KV bytes are those after the longest prompt, {} tokens.", row.longest_prompt);
     }
 }
 
@@ -69,7 +70,7 @@ pub fn save(rows: &[Row], folder: &Path) -> Result<()> {
     let mut csv = csv::Writer::from_path(folder.join("compare.csv"))?;
     rows.iter().try_for_each(|row| csv.serialize(row))?;
     csv.flush()?;
-    println!("Saved as {0}/compare.json and {0}/compare.csv.", folder.display());
+    say!("Saved as {0}/compare.json and {0}/compare.csv.", folder.display());
     Ok(())
 }
 

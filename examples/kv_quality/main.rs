@@ -110,7 +110,7 @@ fn f16_bytes(llm: &Pretrained, args: &Args) -> usize {
 /// The contexts, each beginning where the last ended.
 fn contexts(args: &Args, llm: &Pretrained) -> Result<Vec<Vec<u32>>> {
     let count = args.context * args.contexts;
-    let text = Haystack::from_path(&args.text)?.words(count);
+    let text = Haystack::from_path(&args.text)?.words(count)?;
     let tokens = llm.tokenizer.encode(&text, true)?;
     ensure!(tokens.len() >= count, "the text has {} tokens, not {count}", tokens.len());
     Ok(tokens[..count].chunks(args.context).map(<[u32]>::to_vec).collect())

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Error, Result, ensure};
 use longctx_eval::{Forced, Setting, report, word_range};
+use longctx_examples::output::{check_writable, number};
+use longctx_examples::say;
 
-use crate::chosen::Chosen;
+use crate::chosen::{Chosen, MOST};
 use crate::method;
 
 #[derive(clap::Args)]
@@ -17,10 +19,10 @@ pub struct Args {
     #[arg(long)]
     text: PathBuf,
     /// Words read first, which the method compresses
-    #[arg(long, default_value_t = 700)]
+    #[arg(long, default_value_t = 700, value_parser = number::<1, MOST>)]
     prompt_words: usize,
     /// Words after them, read one token at a time
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 100, value_parser = number::<1, MOST>)]
     words: usize,
     /// The run's folder, where agreement.jsonl is added to
     #[arg(long)]
@@ -28,6 +30,7 @@ pub struct Args {
 }
 
 pub fn agree(args: Args) -> Result<()> {
+    check_writable(&args.out)?;
     let models = args.chosen.models();
     let methods = method::all(&models);
     let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
@@ -45,7 +48,7 @@ pub fn agree(args: Args) -> Result<()> {
     let mut dense: Option<(String, Forced)> = None;
     for setting in args.chosen.settings(&methods)? {
         if report::has_agreement(&args.out, &setting.name, &what)? {
-            println!("{:28} done before", setting.name);
+            say!("{:28} done before", setting.name);
             continue;
         }
         let reference = match &dense {
@@ -57,7 +60,7 @@ pub fn agree(args: Args) -> Result<()> {
         };
         let agreement = think(&setting)?.agreement(reference)?;
         report::add_agreement(&args.out, &setting.name, &what, &agreement)?;
-        println!(
+        say!(
             "{:28} perplexity {:8.3} (dense {:.3}), top-1 {:5.1} %, KL {:.4} nats",
             setting.name,
             agreement.perplexity,

@@ -1,5 +1,7 @@
 //! What the command line chooses: settings and tasks.
 
+mod conditions;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -9,11 +11,14 @@ use longctx_eval::{
     CountTokens, Error, Haystack, Length, Methods, NeedleGrid, Setting, Task, long_generation,
     longbench, setting,
 };
+use longctx_examples::output::number;
 use longctx_examples::subject::{Models, Options};
 use longctx_examples::{encoder, model};
 
 /// Context of a method that is named without a setting.
 const CONTEXT: usize = 7500;
+/// The most tokens or words of anything: more than any model reads.
+pub const MOST: usize = 10_000_000;
 /// Where LongBench's records are looked for if no folder is named.
 const DATA: &str = "data/longbench";
 
@@ -30,10 +35,10 @@ pub struct Chosen {
     #[arg(long)]
     model: Option<String>,
     /// The most tokens of a prompt, where the setting would allow more; longer ones are cut in the middle
-    #[arg(long)]
+    #[arg(long, value_parser = number::<2, MOST>)]
     context: Option<usize>,
     /// Tokens of a prompt to feed at a time; by default all at once, which attends exactly
-    #[arg(long)]
+    #[arg(long, value_parser = number::<1, MOST>)]
     prefill_chunk: Option<usize>,
     /// The encoder of LLMLingua-2: a folder with a checkpoint, or a name of the Hub
     #[arg(long, default_value = encoder::PUBLISHED)]
@@ -101,25 +106,25 @@ pub struct TaskArgs {
     #[arg(long)]
     haystack: Option<PathBuf>,
     /// Lengths of the needle test, in words; by default the paper's 10
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',', value_parser = number::<0, MOST>)]
     needle_words: Vec<usize>,
     /// Lengths of the needle test in tokens of the first setting's model, instead of words
-    #[arg(long, value_delimiter = ',', conflicts_with = "needle_words")]
+    #[arg(long, value_delimiter = ',', conflicts_with = "needle_words", value_parser = number::<1, MOST>)]
     needle_tokens: Vec<usize>,
     /// Depths of the needle test, evenly from the start to the end
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = number::<1, 1000>)]
     needle_depths: usize,
     /// Keys at each length and depth
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 3, value_parser = number::<1, 1000>)]
     needle_repeats: usize,
     /// Wrong keys beside each key of the task "multi-needle"
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 4, value_parser = number::<0, 23>)]
     distractors: usize,
     /// Records, rows, facts or steps in each sample of the tasks with long answers
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 20, value_parser = number::<1, 100000>)]
     items: usize,
     /// Samples of each of them
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = number::<0, 100000>)]
     long_samples: usize,
     /// What tasks that are made begin with
     #[arg(long, default_value_t = 0)]

@@ -12,10 +12,12 @@ mod progress;
 
 use std::path::PathBuf;
 
-use anyhow::Result;
-use chosen::{Chosen, TaskArgs};
+use anyhow::{Result, ensure};
+use chosen::{Chosen, MOST, TaskArgs};
 use clap::{Parser, Subcommand};
 use longctx_eval::{Limits, Plan, Shard, report, run, setting};
+use longctx_examples::output::{check_writable, number};
+use longctx_examples::say;
 use longctx_examples::subject::Models;
 use progress::Progress;
 
@@ -48,10 +50,10 @@ struct RunArgs {
     #[command(flatten)]
     tasks: TaskArgs,
     /// The most samples of a task
-    #[arg(long)]
+    #[arg(long, value_parser = number::<1, MOST>)]
     samples: Option<usize>,
     /// The most tokens to write in a turn
-    #[arg(long)]
+    #[arg(long, value_parser = number::<1, MOST>)]
     max_new: Option<usize>,
     /// This process's part of the work, as in 2/4; each part writes a file of its own
     #[arg(long, default_value = "1/1", value_parser = shard)]
@@ -70,7 +72,7 @@ fn main() -> Result<()> {
         Command::Agree(args) => agree::agree(args),
         Command::Report { folder } => {
             for path in report::write(&folder)? {
-                println!("{}", path.display());
+                say!("{}", path.display());
             }
             Ok(())
         }
@@ -82,10 +84,13 @@ fn main() -> Result<()> {
 }
 
 fn answer(args: RunArgs) -> Result<()> {
+    check_writable(&args.out)?;
     let models = args.chosen.models();
     let methods = method::all(&models);
     let settings = args.chosen.settings(&methods)?;
     let tasks = args.tasks.open(&models, &settings)?;
+    let mut conditions = args.chosen.conditions(&settings)?;
+    conditions.extend(args.tasks.conditions(&tasks, &settings)?);
     let plan = Plan {
         folder: args.out,
         settings,
@@ -94,38 +99,44 @@ fn answer(args: RunArgs) -> Result<()> {
         shard: args.shard,
         seed: args.tasks.seed,
         strict: args.strict,
+        conditions,
     };
     let mut progress = Progress::new()?;
     let summary = run(&plan, &methods, &mut |event| progress.show(&event))?;
     progress.end();
-    println!(
+    say!(
         "{} answered, {} before, {} failed, {} records left out.",
-        summary.answered, summary.before, summary.failed, summary.skipped
+        summary.answered,
+        summary.before,
+        summary.failed,
+        summary.skipped
     );
     let (model, total) = (summary.model.as_secs_f64(), summary.total.as_secs_f64());
     if summary.answered > 0 {
         let share = 100.0 * (1.0 - model / total);
-        println!("{model:.1} s in the models, {total:.1} s in all: {share:.2} % around them.");
+        say!("{model:.1} s in the models, {total:.1} s in all: {share:.2} % around them.");
     }
+    let failed = summary.failed;
+    ensure!(failed == 0 || summary.answered > 0, "all {failed} samples failed");
     Ok(())
 }
 
 fn list() {
     let models = Models::default();
     let methods = method::all(&models);
-    println!("Settings of the paper:");
+    say!("Settings of the paper:");
     for setting in setting::paper() {
         let note = if methods.has(&setting) { "" } else { "  (not available)" };
-        println!("  {:28} {} to {} tokens{note}", setting.name, setting.model, setting.context);
+        say!("  {:28} {} to {} tokens{note}", setting.name, setting.model, setting.context);
     }
-    println!("Methods, each of which is a setting with --model:");
+    say!("Methods, each of which is a setting with --model:");
     let mut names: Vec<_> = methods.names().collect();
     names.sort_by_key(|name| family(name));
     for family in names.chunk_by(|a, b| family(a) == family(b)) {
-        println!("  {}", family.join(" "));
+        say!("  {}", family.join(" "));
     }
-    println!("Tasks:");
-    chosen::task_names().for_each(|name| println!("  {name}"));
+    say!("Tasks:");
+    chosen::task_names().for_each(|name| say!("  {name}"));
 }
 
 /// A name without its ratio: what `list` puts on one line.

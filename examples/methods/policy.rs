@@ -50,8 +50,8 @@ impl Policy {
         }
     }
 
-    /// A cache for one layer over `store`; InfLLM's local window lies in f16. `step`: tokens that StreamingLLM drops at a time; a
-    /// packed store's group spares it from packing all groups anew.
+    /// A cache for one layer over `store`; InfLLM's local window lies in f16. `step`: tokens that
+    /// StreamingLLM drops at a time; a packed store's group spares it from packing all groups anew.
     ///
     /// # Errors
     /// If the size or the layer does not fit the policy.
@@ -79,9 +79,7 @@ impl Policy {
             (Self::InfLlm, size) => {
                 let window = DenseStore::new(spec.shape, DType::F16)?;
                 match size {
-                    Size::Share(share) => {
-                        Box::new(InfLlm::with_ratio(spec, store, window, share)?)
-                    }
+                    Size::Share(share) => Box::new(InfLlm::with_ratio(spec, store, window, share)?),
                     Size::Tokens(tokens) => {
                         Box::new(InfLlm::new(spec, store, window, inf_llm_settings(tokens))?)
                     }

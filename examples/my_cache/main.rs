@@ -39,6 +39,7 @@ fn main() -> Result<()> {
         shard: Shard::WHOLE,
         seed: 0,
         strict: true,
+        conditions: Default::default(),
     };
     run(&plan, &methods, &mut |_| {})?;
     for path in report::write(&plan.folder)? {

@@ -71,7 +71,7 @@ fn words_back(text: &str, words: usize) -> usize {
 
 /// Texts with a pass key each, at depths from the start to the end.
 pub fn needles(haystack: &Haystack, count: usize, words: usize) -> Result<Vec<Sample>> {
-    let hay = haystack.words(words);
+    let hay = haystack.words(words)?;
     let hay: Vec<&str> = hay.split_inclusive(' ').collect();
     let sample = |i: usize| {
         let key = 1_000_000 + 7_919_191 * (i + 1) % 9_000_000;

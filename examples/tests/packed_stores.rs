@@ -6,9 +6,12 @@ use candle_core::{DType, Device, Tensor};
 use half::f16;
 use kv_quant::{Bits, Format, QuantStore};
 use longctx_core::{
-    AttentionShape, Batch, DenseStore, KvCache, KvStore, LayerSpec, Rope, RopeScaling, SeqId, Step,
+    AttentionShape, Batch, DenseStore, KvCache, KvStore, LayerSpec, Rope, RopeScaling, Selection,
+    SeqId, Step,
 };
 use longctx_examples::methods::{Evicting, Eviction};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use token_drop::{Budget, HeadBudgets, PolicyCache, SnapKv};
 
 const TOKENS: usize = 400;
@@ -46,9 +49,15 @@ struct Call {
 }
 
 impl Call {
-    fn random(seqs: &[(SeqId, usize)]) -> Self {
+    /// Roughly normal numbers, the same in every run: the tests' bounds are close.
+    fn random(seed: u64, seqs: &[(SeqId, usize)]) -> Self {
         let batch = Batch::new(seqs).unwrap();
-        let x = |heads| Tensor::randn(0f32, 1., (batch.tokens(), heads, 64), &Device::Cpu).unwrap();
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut normal = || (0..12).map(|_| random.random::<f32>()).sum::<f32>() - 6.0;
+        let mut x = |heads: usize| {
+            let numbers = (0..batch.tokens() * heads * 64).map(|_| normal()).collect();
+            Tensor::from_vec(numbers, (batch.tokens(), heads, 64), &Device::Cpu).unwrap()
+        };
         let (q, k, v) = (x(4), x(2), x(2));
         Self { batch, q, k, v }
     }
@@ -63,7 +72,7 @@ impl Call {
 /// is left with the same tokens as a dense one; decoded tokens then see nearly the same.
 #[test]
 fn packed_stores_keep_the_same_tokens_of_a_prompt() {
-    let (prompt, token) = (Call::random(&SEQS), Call::random(&[(8, 1), (3, 1)]));
+    let (prompt, token) = (Call::random(1, &SEQS), Call::random(2, &[(8, 1), (3, 1)]));
     for policy in POLICIES {
         let name = policy.name();
         let mut small = packed(policy, Bits::Four, Budget::Ratio(0.5));
@@ -88,14 +97,44 @@ fn budgets_hold_over_packed_stores_while_decoding() {
     for policy in POLICIES {
         let mut cache = packed(policy, Bits::Two, Budget::Tokens(100));
         cache = cache.with_decode_step(Some(10)).unwrap();
-        Call::random(&SEQS).feed(&mut cache);
-        for _ in 0..40 {
-            Call::random(&[(3, 1), (8, 1)]).feed(&mut cache);
+        Call::random(1, &SEQS).feed(&mut cache);
+        for token in 0..40 {
+            Call::random(2 + token, &[(3, 1), (8, 1)]).feed(&mut cache);
             for (seq, _) in SEQS {
                 let held: usize = cache.store().lens(seq).iter().sum();
                 assert!(held <= 2 * 100, "{}", policy.name());
                 assert_eq!(held, cache.positions(seq).iter().map(Vec::len).sum::<usize>());
             }
+        }
+    }
+}
+
+/// A head pays for its own entries, rounded up to a block, and not for the longest head's.
+#[test]
+fn heads_of_unequal_length_free_their_own_blocks() {
+    // 32 keys and values of 64 channels: 4 bits a number, a scale and a zero point for 32 of them.
+    const BLOCK: usize = 2 * 64 * 32 / 2 + 2 * 64 * 4;
+    let call = Call::random(1, &SEQS);
+    let format = Format::kivi(Bits::Four, Bits::Four, 32, RESIDUAL).unwrap();
+    let first = |count| (0..count).collect();
+    let keep = [vec![first(200), first(25)], vec![first(40), first(130)]].map(Selection::new);
+    let mut selected = QuantStore::new(spec().shape, format).unwrap();
+    selected.append_selected(&call.batch, &call.k, &call.v, &keep).unwrap();
+    let mut retained = QuantStore::new(spec().shape, format).unwrap();
+    retained.append(&call.batch, &call.k, &call.v).unwrap();
+    for ((seq, _), keep) in SEQS.iter().zip(&keep) {
+        retained.retain(*seq, keep).unwrap();
+    }
+    for store in [selected, retained] {
+        for ((seq, _), keep) in SEQS.iter().zip(&keep) {
+            let held = store.seq_footprint(*seq);
+            let blocks = |of: fn(usize) -> usize| -> usize {
+                keep.heads().iter().map(|kept| of(kept.len()) * BLOCK).sum()
+            };
+            let least = blocks(|kept| kept.saturating_sub(RESIDUAL) / 32);
+            let most = blocks(|kept| kept.div_ceil(32) + 1);
+            let bytes = held.payload + held.scales;
+            assert!((least..=most).contains(&bytes), "{bytes} bytes of {least} to {most}");
         }
     }
 }
@@ -106,8 +145,9 @@ fn budgets_hold_over_packed_stores_while_decoding() {
 #[test]
 fn heads_of_unequal_length_keep_their_newest_values_in_full_precision() {
     const WINDOW: usize = 16;
-    let prompt = Call::random(&SEQS);
-    // The second head's keys are all alike: the first head, whose scores are spread, gets more.
+    let prompt = Call::random(1, &SEQS);
+    // The second head's keys are all alike: the first head, whose scores are spread, gets another
+    // share.
     let even = prompt.k.narrow(1, 1, 1).unwrap().zeros_like().unwrap();
     let k = Tensor::cat(&[&prompt.k.narrow(1, 0, 1).unwrap(), &even], 1).unwrap();
     let prompt = Call { k, ..prompt };

@@ -27,6 +27,7 @@ mod sentence_piece;
 mod sentence_piece_model;
 mod session;
 mod template;
+mod template_source;
 mod text_stream;
 mod tokenizer;
 mod torch_file;

@@ -1,21 +1,16 @@
 //! Jinja templates as `transformers` runs them, within bounds of time and memory.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use crate::python_json;
+use crate::template_source::{STORED, prepared};
 use jiff::Zoned;
 use longctx_core::{Error, Result};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value};
+use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, State};
 
-/// The longest template, in bytes. Those of public models have less than a quarter of it.
-const MAX_LENGTH: usize = 128 << 10;
-/// The longest tag, in bytes, texts in quotes aside: the parser's time grows with the square of an
-/// expression's depth.
-const MAX_TAG: usize = 4096;
-/// The most signs in a row.
-const MAX_SIGNS: usize = 8;
 /// Steps of a template, each worth a byte of a string that it makes, beyond those for its input.
 const FUEL: u64 = 4_000_000;
 /// Steps for each byte of input.
@@ -33,12 +28,7 @@ impl Template {
     /// # Errors
     /// [`Error::Unsupported`] with the line that does not parse.
     pub fn new(source: &str) -> Result<Self> {
-        if source.len() > MAX_LENGTH {
-            let what = format!("a chat template of {} bytes (at most {MAX_LENGTH})", source.len());
-            return Err(Error::Unsupported(what));
-        }
-        check_tags(source)?;
-        let source = without_generation_tags(source);
+        let source = prepared(source)?;
         let environment = with_deep_stack(|| {
             let mut environment = environment()?;
             environment.add_template_owned("chat", source)?;
@@ -56,6 +46,8 @@ impl Template {
             let mut environment = self.environment.clone();
             let fuel = FUEL.saturating_add(FUEL_PER_BYTE.saturating_mul(input as u64));
             environment.set_fuel(Some(fuel));
+            let steps = AtomicU64::new(fuel);
+            environment.add_filter(STORED, move |value: Value| stored_in_namespace(value, &steps));
             environment.get_template("chat")?.render(values)
         })
     }
@@ -95,63 +87,30 @@ fn tojson(_: &State, value: &Value, options: Kwargs) -> Result<String, minijinja
     python_json::to_string(value, &style)
 }
 
-/// Refuses expressions that no conversation needs and that the parser takes too long for.
-fn check_tags(source: &str) -> Result<()> {
-    let mut rest = source;
-    while let Some(at) = rest.find("{{").into_iter().chain(rest.find("{%")).min() {
-        let tag = &rest[at + 2..];
-        let (mut quote, mut length, mut signs) = (None, 0, 0);
-        let mut end = tag.len();
-        let mut chars = tag.char_indices();
-        while let Some((i, c)) = chars.next() {
-            match (quote, c) {
-                (Some(_), '\\') => drop(chars.next()),
-                (Some(open), _) if c == open => quote = None,
-                (Some(_), _) => {}
-                (None, '"' | '\'') => quote = Some(c),
-                (None, '}' | '%') if tag[i + 1..].starts_with('}') => {
-                    end = i;
-                    break;
-                }
-                (None, _) => length += c.len_utf8(),
-            }
-            signs = match c {
-                '-' => signs + 1,
-                _ if c.is_whitespace() => signs,
-                _ => 0,
-            };
-            if length > MAX_TAG || signs > MAX_SIGNS {
-                let what = "a chat template with an expression of inordinate length";
-                return Err(Error::Unsupported(what.into()));
-            }
+/// Lets a value into a namespace. One that holds a namespace could come to hold itself, and printing
+/// or comparing it would not end.
+fn stored_in_namespace(value: Value, steps: &AtomicU64) -> Result<Value, minijinja::Error> {
+    let refused = |what: &'static str| minijinja::Error::new(ErrorKind::InvalidOperation, what);
+    let mut all = vec![value.clone()];
+    while let Some(part) = all.pop() {
+        let take = |n: u64| n.checked_sub(1);
+        if steps.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
+            return Err(refused("the values stored in namespaces are too large"));
         }
-        rest = &tag[end..];
+        if part.as_object().is_some_and(|object| object.type_name().ends_with("::Namespace")) {
+            return Err(refused("a namespace can't be stored in a namespace"));
+        }
+        match part.kind() {
+            ValueKind::Seq | ValueKind::Iterable => all.extend(part.try_iter()?),
+            ValueKind::Map => {
+                for key in part.try_iter()? {
+                    all.push(part.get_item(&key)?);
+                }
+            }
+            _ => {}
+        }
     }
-    Ok(())
-}
-
-/// `{% generation %}` marks the assistant's words for training; here it is a scope of its own,
-/// which is all that is left.
-fn without_generation_tags(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(at) = rest.find("{%") {
-        let (before, tag) = rest.split_at(at + 2);
-        out.push_str(before);
-        let inner = tag.trim_start_matches(['-', '+']).trim_start();
-        let word = inner.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').next();
-        let word = word.unwrap_or_default();
-        let closes = inner[word.len()..].trim_start().trim_start_matches(['-', '+']);
-        let scope = match word {
-            "generation" if closes.starts_with("%}") => "with",
-            "endgeneration" if closes.starts_with("%}") => "endwith",
-            _ => word,
-        };
-        out.push_str(&tag[..tag.len() - inner.len()]);
-        out.push_str(scope);
-        rest = &inner[word.len()..];
-    }
-    out + rest
+    Ok(value)
 }
 
 /// Runs a function on a stack that a deeply nested expression or value does not overflow. What it

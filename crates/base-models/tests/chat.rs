@@ -246,6 +246,17 @@ fn hostile_templates_are_stopped() {
     ] {
         templates.push(repeat(part));
     }
+    // Namespaces that hold themselves, printed, compared and sorted.
+    for part in [
+        "{% set a.x = a %}{{ a }}",
+        "{% set a.x = [a] %}{% set b.x = [b] %}{{ a.x == b.x }}",
+        "{%- set a.x, b.x = {'k': [b]}, a -%}{{ a.x | sort }}",
+        "{% set c = [a] %}{% set a . x = c %}{{ a ~ c }}",
+        "{% set a.x = b %}{% set b.x = a %}{{ a.x in [b] }}",
+        "{% raw %}{% set a %}{% endraw %}{% set a.x = ('=' , a) +%}{{ a | string }}",
+    ] {
+        templates.push(format!("{{% set a = namespace() %}}{{% set b = namespace() %}}{part}"));
+    }
     // Many expressions, each as long as is allowed.
     for part in ["(", "not ", "a+", "a|", "a if b else ", "a[", "a.", "a==", "a and "] {
         templates.push(repeat(&format!("{{{{ {}a }}}}", part.repeat(3900 / part.len()))));

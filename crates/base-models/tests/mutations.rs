@@ -66,23 +66,27 @@ fn mutated(rng: &mut StdRng, seeds: &[Vec<u8>]) -> Vec<u8> {
     data
 }
 
-fn run(name: &str, seeds: &[Vec<u8>], target: fn(&[u8])) {
+type Target = fn(&[u8]);
+
+fn run(name: &str, seeds: &[Vec<u8>], target: Target) {
     let count = std::env::var("LONGCTX_MUTATIONS").ok().and_then(|n| n.parse().ok()).unwrap_or(FEW);
     let seed =
         std::env::var("LONGCTX_MUTATION_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
     let mut rng = StdRng::seed_from_u64(seed);
     let mut slowest = Duration::ZERO;
+    // An abort leaves the input that it came from.
+    let last = std::env::temp_dir().join(format!("{name}-{seed}"));
     for i in 0..count {
         let data = mutated(&mut rng, seeds);
+        fs::write(&last, &data).unwrap();
         let start = Instant::now();
         let caught = std::panic::catch_unwind(|| target(&data));
         slowest = slowest.max(start.elapsed());
         if caught.is_err() || start.elapsed() > Duration::from_secs(10) {
-            let path = std::env::temp_dir().join(format!("{name}-{seed}-{i}"));
-            fs::write(&path, &data).unwrap();
-            panic!("{name}, input {i}: {}, {:?}", path.display(), start.elapsed());
+            panic!("{name}, input {i}: {}, {:?}", last.display(), start.elapsed());
         }
     }
+    fs::remove_file(last).unwrap();
     println!("{name}: {count} inputs, the slowest took {slowest:?}");
 }
 
@@ -148,6 +152,25 @@ fn gguf_files() -> Vec<Vec<u8>> {
     ];
     let bytes = fs::read(common::write(folder.path(), &bytes, &[])).unwrap();
     vec![whole, bytes]
+}
+
+/// Runs the files that LONGCTX_REPLAY_TEMPLATE and its kin name: what an earlier run has left.
+#[test]
+fn replay() {
+    let targets: [(&str, Target); 5] = [
+        ("GGUF", fuzz::gguf),
+        ("SAFETENSORS", fuzz::safetensors),
+        ("TORCH", fuzz::torch),
+        ("TOKENIZER", fuzz::tokenizer),
+        ("TEMPLATE", fuzz::template),
+    ];
+    for (name, target) in targets {
+        if let Some(path) = std::env::var_os(format!("LONGCTX_REPLAY_{name}")) {
+            let start = Instant::now();
+            target(&fs::read(path).unwrap());
+            println!("{name}: {:?}", start.elapsed());
+        }
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod device;
 mod pages;
 mod pool;
 mod rows;
+mod slab;
 mod store;
 
 pub use cache::DenseCache;

@@ -14,6 +14,9 @@ pub struct Haystack {
     documents: Vec<String>,
 }
 
+/// The most words that are made: more than any model reads.
+pub(crate) const MOST_WORDS: usize = 10_000_000;
+
 /// Documents of a generated haystack, each of some 600 words.
 const DOCUMENTS: usize = 48;
 
@@ -48,7 +51,13 @@ impl Haystack {
     }
 
     /// The first `count` words, with the white space between them.
-    pub fn words(&self, count: usize) -> String {
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for more than 10 million.
+    pub fn words(&self, count: usize) -> Result<String> {
+        if count > MOST_WORDS {
+            return Err(Error::setting("words", format!("at most {MOST_WORDS}"), count));
+        }
         let mut text = String::new();
         let mut have = 0;
         for document in self.documents.iter().cycle() {
@@ -58,7 +67,7 @@ impl Haystack {
             text.push_str(document);
             have += python::split(document).count();
         }
-        word_range(&text, 0, count).to_owned()
+        Ok(word_range(&text, 0, count).to_owned())
     }
 }
 
@@ -263,12 +272,15 @@ mod tests {
     fn generated_text_has_the_words_asked_for_and_no_digits() {
         let haystack = Haystack::generated(7);
         for count in [0, 1, 512, 20_480, 60_000] {
-            let text = haystack.words(count);
+            let text = haystack.words(count).unwrap();
             assert_eq!(python::split(&text).count(), count);
             assert!(!text.contains(|c: char| c.is_ascii_digit()));
         }
-        assert!(haystack.words(900).starts_with(&haystack.words(300)));
-        assert_ne!(haystack.words(50), Haystack::generated(8).words(50));
+        let words = |count| haystack.words(count).unwrap();
+        assert!(words(900).starts_with(&words(300)));
+        assert_ne!(words(50), Haystack::generated(8).words(50).unwrap());
+        let error = haystack.words(usize::MAX).unwrap_err().to_string();
+        assert!(error.contains("at most 10000000"), "{error}");
     }
 
     #[test]
@@ -286,7 +298,7 @@ mod tests {
         fs::write(folder.path().join("b.txt"), "three four ").unwrap();
         fs::write(folder.path().join("a.txt"), "one two ").unwrap();
         let haystack = Haystack::from_path(folder.path()).unwrap();
-        assert_eq!(haystack.words(5), "one two three four one");
+        assert_eq!(haystack.words(5).unwrap(), "one two three four one");
         let missing = Haystack::from_path(folder.path().join("c")).unwrap_err();
         assert!(missing.to_string().contains("c: "), "{missing}");
         fs::write(folder.path().join("empty"), " \n").unwrap();

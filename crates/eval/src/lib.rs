@@ -18,7 +18,7 @@ pub use haystack::{Haystack, word_range};
 pub use measure::{Agreement, Forced};
 pub use run::{
     Answer, Event, Fault, Limits, Manifest, Methods, Plan, Question, Reader, Record, Shard,
-    Subject, Summary, Text, Timings, records, run,
+    Subject, Summary, Text, Timings, content_hash, records, run,
 };
 pub use setting::{Setting, Template};
 pub use task::{

@@ -32,11 +32,31 @@ pub struct Agreement {
     pub ratio: Option<f64>,
 }
 
+impl Agreement {
+    /// Checks that every number is one that a measurement can give.
+    pub(crate) fn check(&self) -> Result<()> {
+        let finite = |x: f64, from: f64| (from..=f64::MAX).contains(&x);
+        for (name, value, fits) in [
+            ("perplexity", self.perplexity, finite(self.perplexity, 1.0)),
+            ("dense_perplexity", self.dense_perplexity, finite(self.dense_perplexity, 1.0)),
+            ("top1", self.top1, (0.0..=1.0).contains(&self.top1)),
+            ("kl", self.kl, finite(self.kl, 0.0)),
+            ("ratio", self.ratio.unwrap_or(1.0), finite(self.ratio.unwrap_or(1.0), 0.0)),
+        ] {
+            if !fits {
+                return Err(Error::setting(name, "a finite number in its range", value));
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Forced {
     /// exp of the mean negative log-likelihood of the text's tokens.
     ///
     /// # Errors
-    /// If there are no tokens, or not one list of logits for each, or a token is outside the vocabulary.
+    /// If there are no tokens, or not one list of logits for each, or a token is outside the
+    /// vocabulary, or a logit is NaN or infinite.
     pub fn perplexity(&self) -> Result<f64> {
         self.check()?;
         let surprise = |(token, logits): (&u32, &Vec<f32>)| -log_softmax(logits)[*token as usize];
@@ -90,10 +110,14 @@ impl Forced {
             let expected = format!("one for each of the {} tokens, at least 1", self.tokens.len());
             return Err(Error::setting("lists of logits", expected, self.logits.len()));
         }
-        for (&token, logits) in self.tokens.iter().zip(&self.logits) {
+        for (i, (&token, logits)) in self.tokens.iter().zip(&self.logits).enumerate() {
             if token as usize >= logits.len() {
                 let expected = format!("below the vocabulary's {}", logits.len());
                 return Err(Error::setting("token", expected, token));
+            }
+            if let Some(id) = logits.iter().position(|logit| !logit.is_finite()) {
+                let what = format!("logits of token {i} of the text, vocabulary entry {id}");
+                return Err(Error::setting(what, "a finite number", logits[id]));
             }
         }
         Ok(())
@@ -154,5 +178,22 @@ mod tests {
         assert!(other.agreement(&one).unwrap_err().to_string().contains("dense model's tokens"));
         let stray = Forced { tokens: vec![2], ..one };
         assert!(stray.perplexity().unwrap_err().to_string().contains("below the vocabulary's 2"));
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_are_named() {
+        let dense = forced(vec![0, 1], vec![vec![0.5, 1.5, 2.0]; 2]);
+        for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut other = dense.clone();
+            other.logits[1][2] = wrong;
+            for result in [other.agreement(&dense), dense.agreement(&other)] {
+                let error = result.unwrap_err().to_string();
+                let place = format!(
+                    "token 1 of the text, vocabulary entry 2`: expected a finite number, got {wrong}"
+                );
+                assert!(error.contains(&place), "{error}");
+            }
+            assert!(other.perplexity().is_err());
+        }
     }
 }

@@ -4,13 +4,16 @@
 use rand::prelude::*;
 use rand_chacha::ChaCha8Rng;
 
-use crate::haystack::word_range;
+use crate::haystack::{MOST_WORDS, word_range};
 use crate::{Error, Haystack, Result, python};
 
 /// New tokens that the paper lets a model write.
 pub const MAX_NEW_TOKENS: usize = 256;
 /// The paper's lengths run from 512 to 20,480 words.
 pub const PAPER_WORDS: (usize, usize) = (512, 20_480);
+
+/// The most digits of a key.
+const MOST_DIGITS: usize = 10_000;
 
 const INSTRUCTION: &str = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. \
     I will quiz you about the important information there.\n";
@@ -64,7 +67,7 @@ impl Needle {
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         let answer = key(&mut rng, self.digits)?;
         let sentence = format!("The pass key is {answer}. Remember it. {answer} is the pass key.");
-        let prompt = prompt(&haystack.words(words), &[(self.depth, sentence)], QUESTION);
+        let prompt = prompt(&haystack.words(words)?, &[(self.depth, sentence)], QUESTION);
         Ok(Sample { prompt, answer })
     }
 
@@ -172,7 +175,7 @@ impl MultiNeedle {
             "\nWhat is the pass key of {city}? The pass key of {city} is ",
             city = cities[0]
         );
-        let prompt = prompt(&haystack.words(words), &sentences.collect::<Vec<_>>(), &question);
+        let prompt = prompt(&haystack.words(words)?, &sentences.collect::<Vec<_>>(), &question);
         Ok(Sample { prompt, answer: keys.swap_remove(0) })
     }
 
@@ -229,8 +232,8 @@ fn check_depth(depth: f64) -> Result<()> {
 }
 
 fn key(rng: &mut impl Rng, digits: usize) -> Result<String> {
-    if digits == 0 {
-        return Err(Error::setting("digits", "at least 1", digits));
+    if !(1..=MOST_DIGITS).contains(&digits) {
+        return Err(Error::setting("digits", format!("1 to {MOST_DIGITS}"), digits));
     }
     Ok((0..digits).map(|_| char::from(rng.random_range(b'0'..=b'9'))).collect())
 }
@@ -255,12 +258,15 @@ fn longest<E: From<Error>>(
     limit: usize,
     mut sample: impl FnMut(usize) -> Result<(Sample, usize), E>,
 ) -> Result<Sample, E> {
+    if limit > MOST_WORDS {
+        return Err(Error::setting("tokens", format!("at most {MOST_WORDS}"), limit).into());
+    }
     let (mut best, least) = sample(0)?;
     if least > limit {
         return Err(Error::setting("tokens", format!("at least {least}"), limit).into());
     }
     // Every word but the needle's own is at least a token, or close to it.
-    let (mut low, mut high) = (0, limit.saturating_mul(2));
+    let (mut low, mut high) = (0, MOST_WORDS.min(2 * limit));
     while low + 1 < high {
         let middle = low + (high - low) / 2;
         let (candidate, length) = sample(middle)?;

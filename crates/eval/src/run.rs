@@ -1,21 +1,24 @@
 //! Runs: settings times tasks, a line for each answer, taken up again where they were broken off.
 
+mod content;
 mod folder;
 mod methods;
 mod reader;
 mod record;
 mod subject;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+pub use content::content_hash;
 pub use folder::{Manifest, records};
 pub use methods::Methods;
 pub use reader::{Reader, Text};
 pub use record::{Record, Timings};
 pub use subject::{Answer, Fault, Question, Subject};
 
+use self::content::question_hash;
 use self::folder::{Results, join};
 use crate::{Error, Result, Sample, Setting, Task, memory};
 
@@ -58,6 +61,10 @@ pub struct Plan<'a> {
     pub seed: u64,
     /// Break off at the first bad record of a task's data and the first error of a subject, rather than go on without it.
     pub strict: bool,
+    /// What else decides an answer, by name: the content of a model's files ([`content_hash`]), how
+    /// a prompt is fed, what methods are given. A folder's run is refused another value of a name
+    /// that it has; it can grow by names.
+    pub conditions: BTreeMap<String, String>,
 }
 
 /// What happens in a run, as it happens.
@@ -102,9 +109,12 @@ pub struct Summary {
 /// Answers what is not answered yet.
 ///
 /// # Errors
-/// [`Error::Setting`] if the folder belongs to a run with another limit of new tokens, another seed or other settings of the same name, or another process
-/// writes the same shard; [`Error::NotAvailable`] before anything runs, if a setting's method is not registered; and, if the plan is strict,
-/// the first bad record or failing subject. Otherwise a subject that can't be opened is told once, and its samples count as failed.
+/// [`Error::Setting`] if the folder belongs to a run with another limit of new tokens, another
+/// seed, other settings or conditions of the same name, or has a result for another question of the
+/// same name, or another process writes the same shard; [`Error::NotAvailable`] before anything
+/// runs, if a setting's method is not registered; and, if the plan is strict, the first bad record
+/// or failing subject. Otherwise a subject that can't be opened is told once, and its samples count
+/// as failed.
 pub fn run(
     plan: &Plan<'_>,
     methods: &Methods<'_>,
@@ -115,16 +125,19 @@ pub fn run(
         return Err(Error::setting("shard", expected, plan.shard.index));
     }
     plan.settings.iter().try_for_each(|setting| methods.check(setting))?;
-    let mut summary = Summary::default();
-    let samples = load(plan, &mut summary, on_event)?;
+    // The folder first: making questions can take long.
     join(&plan.folder, &plan.manifest())?;
     let (mut results, torn) = Results::open(&plan.folder, plan.shard)?;
+    let mut summary = Summary::default();
+    let samples = load(plan, &mut summary, on_event)?;
     if let Some(torn) = &torn {
         on_event(Event::Dropped(torn));
     }
-    let done: HashSet<_> = records(&plan.folder)?.iter().map(Record::key).collect();
+    let done = records(&plan.folder)?.into_iter().map(|record| (record.key(), record.question));
+    let done: HashMap<_, _> = done.collect();
     let units = plan.units(&samples);
-    let open = |unit: &&Unit<'_>| !done.contains(&unit.key());
+    units.iter().try_for_each(|unit| unit.check(&done))?;
+    let open = |unit: &&Unit<'_>| !done.contains_key(&unit.key());
     summary.before = units.iter().filter(|unit| !open(unit)).count();
     on_event(Event::Began { total: units.len(), done: summary.before });
     // The setting whose turn it is, and its subject unless that could not be opened.
@@ -175,12 +188,18 @@ fn open_subject(
     }
 }
 
+/// A sample, and the digest of the question that it is put as.
+struct Asked {
+    sample: Sample,
+    question: String,
+}
+
 /// Each task's samples, to the limit.
 fn load(
     plan: &Plan<'_>,
     summary: &mut Summary,
     on_event: &mut dyn FnMut(Event<'_>),
-) -> Result<Vec<Vec<Sample>>> {
+) -> Result<Vec<Vec<Asked>>> {
     let mut all = Vec::new();
     for task in plan.tasks {
         let mut of_task = task.samples()?;
@@ -190,7 +209,12 @@ fn load(
             return Err(of_task.skipped.remove(0));
         }
         of_task.samples.truncate(plan.limits.samples.unwrap_or(usize::MAX));
-        all.push(of_task.samples);
+        let asked = |sample: Sample| {
+            let most = plan.max_new_tokens(&sample);
+            let question = question_hash(&sample, most, task.stops_at_newline())?;
+            Ok(Asked { sample, question })
+        };
+        all.push(of_task.samples.into_iter().map(asked).collect::<Result<_>>()?);
     }
     Ok(all)
 }
@@ -200,6 +224,7 @@ struct Unit<'a> {
     setting: &'a Setting,
     task: &'a dyn Task,
     sample: &'a Sample,
+    question: &'a str,
 }
 
 impl Plan<'_> {
@@ -212,18 +237,28 @@ impl Plan<'_> {
             limits: self.limits,
             settings,
             tasks: self.tasks.iter().map(|task| task.name().to_owned()).collect(),
+            conditions: self.conditions.clone(),
         }
+    }
+
+    fn max_new_tokens(&self, sample: &Sample) -> usize {
+        sample.max_new_tokens.min(self.limits.max_new_tokens.unwrap_or(usize::MAX))
     }
 
     /// This process's part. Each setting, task and sample is dealt to the shard after its neighbour's: every shard gets some of the
     /// slow ones, and keeps what it has when the run grows by samples.
-    fn units<'a>(&'a self, samples: &'a [Vec<Sample>]) -> Vec<Unit<'a>> {
+    fn units<'a>(&'a self, samples: &'a [Vec<Asked>]) -> Vec<Unit<'a>> {
         let ours = |turn: usize| turn % self.shard.count == self.shard.index - 1;
         let mut all = Vec::new();
         for (s, setting) in self.settings.iter().enumerate() {
             for (t, (task, samples)) in self.tasks.iter().zip(samples).enumerate() {
                 let dealt = samples.iter().enumerate().filter(|(i, _)| ours(s + t + i));
-                all.extend(dealt.map(|(_, sample)| Unit { setting, task: task.as_ref(), sample }));
+                all.extend(dealt.map(|(_, Asked { sample, question })| Unit {
+                    setting,
+                    task: task.as_ref(),
+                    sample,
+                    question,
+                }));
             }
         }
         all
@@ -235,13 +270,24 @@ impl Unit<'_> {
         (self.setting.name.clone(), self.task.name().to_owned(), self.sample.id.clone())
     }
 
+    /// Refuses a result for another question.
+    fn check(&self, done: &HashMap<record::Key, Option<String>>) -> Result<()> {
+        let Some(theirs) = done.get(&self.key()) else { return Ok(()) };
+        if theirs.as_deref() == Some(self.question) {
+            return Ok(());
+        }
+        let name = format!("question of task {}, sample {}", self.task.name(), self.sample.id);
+        let theirs = theirs.as_deref().unwrap_or("none, written by an older version");
+        let expected = format!("the one that the folder has an answer to (SHA-256 {theirs})");
+        Err(Error::setting(name, expected, format!("another (SHA-256 {})", self.question)))
+    }
+
     fn answer(&self, plan: &Plan<'_>, subject: &mut dyn Subject) -> Result<Record> {
         let started = Instant::now();
         memory::restart_peak();
-        let most = plan.limits.max_new_tokens.unwrap_or(usize::MAX);
         let question = Question {
             sample: self.sample,
-            max_new_tokens: self.sample.max_new_tokens.min(most),
+            max_new_tokens: plan.max_new_tokens(self.sample),
             stops_at_newline: self.task.stops_at_newline(),
         };
         let what = || format!("{}, {}, {}", self.setting.name, self.task.name(), self.sample.id);
@@ -249,11 +295,12 @@ impl Unit<'_> {
             subject.answer(&question).map_err(|reason| Error::Subject { what: what(), reason })?;
         let score = self.task.score(self.sample, &answer.predictions)?;
         let per_second = answer.decode_steps as f64 / answer.decode.as_secs_f64();
-        Ok(Record {
+        let record = Record {
             setting: self.setting.name.clone(),
             task: self.task.name().to_owned(),
             category: self.task.category(),
             sample: self.sample.id.clone(),
+            question: Some(self.question.to_owned()),
             predictions: answer.predictions,
             score,
             prompt_tokens: answer.prompt_tokens,
@@ -264,11 +311,14 @@ impl Unit<'_> {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             timings: Timings {
                 first_token_seconds: answer.first_token.as_secs_f64(),
-                decode_tokens_per_second: (answer.decode_steps > 0).then_some(per_second),
+                decode_tokens_per_second: Some(per_second)
+                    .filter(|speed| answer.decode_steps > 0 && speed.is_finite()),
                 model_seconds: answer.model.as_secs_f64(),
                 total_seconds: started.elapsed().as_secs_f64(),
                 peak_resident_bytes: memory::peak(),
             },
-        })
+        };
+        record.check()?;
+        Ok(record)
     }
 }

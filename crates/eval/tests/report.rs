@@ -12,6 +12,7 @@ fn record(setting: &str, task: &str, category: Category, sample: &str, value: f6
         task: task.into(),
         category,
         sample: sample.into(),
+        question: None,
         predictions: vec!["<b>7 | 8</b>".into()],
         score: Score { value, partial: (category == Category::Needle).then_some(0.5) },
         prompt_tokens: 100,
@@ -127,4 +128,38 @@ fn the_page_needs_nothing_else() {
 fn a_folder_without_results_is_an_error() {
     let at = tempdir().unwrap();
     assert!(report::write(at.path()).unwrap_err().to_string().contains("at least one result"));
+}
+
+#[test]
+fn numbers_that_no_run_gives_are_named_by_line() {
+    let at = tempdir().unwrap();
+    folder(at.path());
+    let path = at.path().join("results-1-of-1.jsonl");
+    let text = fs::read_to_string(&path).unwrap();
+    for (from, to, field) in [
+        ("\"value\":0.4", "\"value\":1e9", "score.value"),
+        ("\"value\":0.4", "\"value\":-0.5", "score.value"),
+        ("\"first_token_seconds\":0.5", "\"first_token_seconds\":-1.0", "first_token_seconds"),
+    ] {
+        assert!(text.contains(from));
+        fs::write(&path, text.replacen(from, to, 1)).unwrap();
+        let error = report::write(at.path()).unwrap_err().to_string();
+        assert!(error.contains("line 1") && error.contains(field), "{error}");
+    }
+    fs::write(&path, text).unwrap();
+    let agreement = Agreement {
+        tokens: 9,
+        perplexity: f64::INFINITY,
+        dense_perplexity: 4.25,
+        top1: 0.875,
+        kl: 0.0625,
+        ratio: None,
+    };
+    let add =
+        |agreement: &Agreement| report::add_agreement(at.path(), "h2o-4x", "essay", agreement);
+    assert!(add(&agreement).unwrap_err().to_string().contains("perplexity"));
+    let agreement = Agreement { perplexity: 4.5, kl: f64::NAN, ..agreement };
+    assert!(add(&agreement).unwrap_err().to_string().contains("`kl`"));
+    // Nothing was written that can't be read again.
+    report::write(at.path()).unwrap();
 }

@@ -66,6 +66,7 @@ fn plan<'a>(folder: &Path, tasks: &'a [Box<dyn Task>], shard: Shard) -> Plan<'a>
         shard,
         seed: 7,
         strict: false,
+        conditions: Default::default(),
     }
 }
 
@@ -279,4 +280,158 @@ fn a_failing_sample_stops_only_a_strict_run() {
     assert_eq!(faults[0], "a, sums, 59: 59 is too much");
     plan.strict = true;
     assert!(run(&plan, &methods(), &mut |_| {}).unwrap_err().to_string().contains("59"));
+}
+
+/// One sum, worded in one way or another.
+struct Worded(&'static str);
+
+impl Task for Worded {
+    fn name(&self) -> &str {
+        "worded"
+    }
+    fn category(&self) -> Category {
+        Category::Synthetic
+    }
+    fn samples(&self) -> longctx_eval::Result<Samples> {
+        let mut samples = Sums("sums").samples()?;
+        samples.samples.truncate(1);
+        samples.samples[0].turns = vec![self.0.to_owned()];
+        Ok(samples)
+    }
+    fn score(&self, _: &Sample, predictions: &[String]) -> longctx_eval::Result<Score> {
+        // What a task of somebody else's may give.
+        let value = if predictions[0] == "0" { 1.0 } else { 1e9 };
+        Ok(Score { value, partial: None })
+    }
+}
+
+#[test]
+fn another_question_of_the_same_name_is_refused() {
+    let folder = tempdir().unwrap();
+    let ask = |text| {
+        let tasks: [Box<dyn Task>; 1] = [Box::new(Worded(text))];
+        run(&plan(folder.path(), &tasks, Shard::WHOLE), &methods(), &mut |_| {})
+    };
+    assert_eq!(ask("0 + 0").unwrap().failed, 2);
+    let mut methods = methods();
+    for name in ["a", "b"] {
+        methods.register(name, |_| Ok(Box::new(Nought)));
+    }
+    let ask = |text| {
+        let tasks: [Box<dyn Task>; 1] = [Box::new(Worded(text))];
+        run(&plan(folder.path(), &tasks, Shard::WHOLE), &methods, &mut |_| {})
+    };
+    assert_eq!(ask("0 + 0").unwrap().answered, 2);
+    assert_eq!(ask("0 + 0").unwrap().before, 2);
+    let error = ask("0 plus 0").unwrap_err().to_string();
+    assert!(error.contains("task worded, sample 0") && error.contains("SHA-256"), "{error}");
+    // Results that say nothing of their question are of another version's.
+    let path = folder.path().join(FILE);
+    let text = fs::read_to_string(&path).unwrap();
+    let without = |line: &str| {
+        let mut value: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert_eq!(
+            value.as_object_mut().unwrap().remove("question").unwrap().as_str().unwrap().len(),
+            64
+        );
+        value.to_string() + "\n"
+    };
+    fs::write(&path, text.lines().map(without).collect::<String>()).unwrap();
+    assert_eq!(records(folder.path()).unwrap().len(), 2);
+    assert!(ask("0 + 0").unwrap_err().to_string().contains("older version"));
+}
+
+/// Says 0.
+struct Nought;
+
+impl Subject for Nought {
+    fn answer(&mut self, _: &Question<'_>) -> Result<Answer, Fault> {
+        Ok(Answer { predictions: vec!["0".into()], ..Answer::default() })
+    }
+}
+
+#[test]
+fn other_conditions_are_refused_by_name() {
+    let folder = tempdir().unwrap();
+    let tasks = tasks();
+    let with = |conditions: &[(&str, &str)]| {
+        let mut plan = plan(folder.path(), &tasks, Shard::WHOLE);
+        plan.limits.samples = Some(1);
+        plan.conditions = conditions
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        run(&plan, &methods(), &mut |_| {})
+    };
+    with(&[("prefill_chunk", "512"), ("model small", "12ab")]).unwrap();
+    for (name, value) in [("prefill_chunk", "all"), ("model small", "34cd")] {
+        let error = with(&[(name, value)]).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains(value), "{error}");
+        assert!(error.contains("as in the run's folder"), "{error}");
+    }
+    // A run can grow by what earlier parts did not depend on, and that is kept as well.
+    with(&[("encoder", "one")]).unwrap();
+    assert!(with(&[("encoder", "two")]).is_err());
+    let manifest = fs::read_to_string(folder.path().join("run.json")).unwrap();
+    assert!(manifest.contains("\"prefill_chunk\": \"512\""), "{manifest}");
+}
+
+#[test]
+fn a_score_that_is_no_share_is_not_written() {
+    let folder = tempdir().unwrap();
+    let tasks: [Box<dyn Task>; 1] = [Box::new(Worded("0 + 0"))];
+    // Not 0: the task gives 10^9.
+    let mut methods = Methods::default();
+    for name in ["a", "b"] {
+        methods.register(name, |_| Ok(Box::new(Eager)));
+    }
+    let mut faults = Vec::new();
+    let mut listen = |event: Event<'_>| {
+        if let Event::Failed(error) = event {
+            faults.push(error.to_string());
+        }
+    };
+    let plan = plan(folder.path(), &tasks, Shard::WHOLE);
+    let summary = run(&plan, &methods, &mut listen).unwrap();
+    assert_eq!((summary.answered, summary.failed), (0, 2));
+    assert!(faults[0].contains("score.value") && faults[0].contains("1000000000"), "{faults:?}");
+    assert!(records(folder.path()).unwrap().is_empty());
+}
+
+/// Says too much.
+struct Eager;
+
+impl Subject for Eager {
+    fn answer(&mut self, _: &Question<'_>) -> Result<Answer, Fault> {
+        Ok(Answer { predictions: vec!["1".into()], ..Answer::default() })
+    }
+}
+
+/// Questions that nobody should ask for.
+struct Costly;
+
+impl Task for Costly {
+    fn name(&self) -> &str {
+        "costly"
+    }
+    fn category(&self) -> Category {
+        Category::Synthetic
+    }
+    fn samples(&self) -> longctx_eval::Result<Samples> {
+        panic!("made before the folder was looked at")
+    }
+    fn score(&self, _: &Sample, _: &[String]) -> longctx_eval::Result<Score> {
+        Ok(Score { value: 0.0, partial: None })
+    }
+}
+
+#[test]
+fn a_folder_that_refuses_is_found_before_questions_are_made() {
+    let folder = tempdir().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "").unwrap();
+    let tasks: [Box<dyn Task>; 1] = [Box::new(Costly)];
+    let result = run(&plan(&file.join("run"), &tasks, Shard::WHOLE), &methods(), &mut |_| {});
+    let error = result.unwrap_err();
+    assert!(matches!(error, Error::Io { .. }) && error.to_string().contains("file/run"), "{error}");
 }

@@ -111,3 +111,25 @@ fn needles_in_tokens_and_among_others() {
         assert_eq!(sample.turns[0].matches("Remember it.").count(), 5);
     }
 }
+
+#[test]
+fn sizes_without_end_are_refused_at_once() {
+    let grid = || NeedleGrid::paper(Haystack::generated(0), 7);
+    let count: longctx_eval::CountTokens = Arc::new(|text: &str| Ok(text.len()));
+    let message = |grid: NeedleGrid| grid.samples().unwrap_err().to_string();
+    let long = vec![512, usize::MAX];
+    assert!(message(NeedleGrid { lengths: long.clone(), ..grid() }).contains("10000000 words"));
+    let unit = Length::Tokens(count);
+    assert!(message(NeedleGrid { lengths: long, unit, ..grid() }).contains("10000000 tokens"));
+    assert!(message(NeedleGrid { repeats: usize::MAX, ..grid() }).contains("1000000 samples"));
+    assert!(message(NeedleGrid { digits: usize::MAX, ..grid() }).contains("`digits`"));
+    for (items, samples, name) in [(usize::MAX, 1, "items"), (1, usize::MAX, "samples")] {
+        for task in longctx_eval::long_generation::tasks(longctx_eval::long_generation::Size {
+            items,
+            samples,
+            seed: 0,
+        }) {
+            assert!(task.samples().unwrap_err().to_string().contains(name));
+        }
+    }
+}

@@ -1,14 +1,13 @@
 //! Where weights come from: safetensors, PyTorch's `.pth`, or tensors in memory.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use crate::matrix::Matrix;
-use candle_core::pickle::PthTensors;
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Tensor};
+use longctx_checkpoint::{Asked, Pth, shard_names};
 use longctx_core::{Error, Result};
-use serde_json::Value;
 
 /// How weights are to be held.
 #[derive(Debug, Clone)]
@@ -32,23 +31,27 @@ pub struct Checkpoint {
     path: PathBuf,
     source: Source,
     dtype: DType,
+    asked: Asked,
 }
 
 enum Source {
     Safetensors(MmapedSafetensors),
-    Pickle(PthTensors),
+    Pickle(Pth),
     Memory(HashMap<String, Tensor>),
 }
 
 impl Checkpoint {
-    /// The weights in a folder: `model.safetensors` or its shards, else `pytorch_model.bin`, else the only `.pth` or `.safetensors`; or
-    /// those in one file.
+    /// The weights in a folder: `model.safetensors` or else its shards, else `pytorch_model.bin`,
+    /// else the only `.pth` or `.safetensors`; or those in one file.
     pub fn open(path: &Path, options: &LoadOptions) -> Result<Self> {
         let files = files(path)?;
         let named = |e: candle_core::Error| Error::file(path, e);
         for file in &files {
-            // candle's own message for a missing file does not name it.
-            std::fs::File::open(file).map_err(|e| Error::file(file, e))?;
+            // candle's own message for a missing file does not name it. A pipe would never end.
+            let kind = std::fs::metadata(file).map_err(|e| Error::file(file, e))?;
+            if !kind.is_file() {
+                return Err(Error::file(file, "not a regular file"));
+            }
         }
         let is_safetensors = |f: &PathBuf| f.extension().is_some_and(|e| e == "safetensors");
         let source = if files.iter().all(is_safetensors) {
@@ -58,7 +61,7 @@ impl Checkpoint {
             let mapped = unsafe { MmapedSafetensors::multi(&files) };
             Source::Safetensors(mapped.map_err(named)?)
         } else {
-            Source::Pickle(PthTensors::new(&files[0], None).map_err(named)?)
+            Source::Pickle(Pth::open(&files[0])?)
         };
         Self::new(path.into(), source, options)
     }
@@ -70,7 +73,9 @@ impl Checkpoint {
 
     fn new(path: PathBuf, source: Source, options: &LoadOptions) -> Result<Self> {
         match options.dtype {
-            dtype @ (DType::F32 | DType::F16 | DType::BF16) => Ok(Self { path, source, dtype }),
+            dtype @ (DType::F32 | DType::F16 | DType::BF16) => {
+                Ok(Self { path, source, dtype, asked: Asked::default() })
+            }
             other => Err(Error::setting("dtype", "f32, f16 or bf16", other.as_str())),
         }
     }
@@ -79,9 +84,7 @@ impl Checkpoint {
     pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
         match &self.source {
             Source::Safetensors(files) => files.get(name).ok().map(|view| view.shape().to_vec()),
-            Source::Pickle(file) => {
-                file.tensor_infos().get(name).map(|info| info.layout.dims().to_vec())
-            }
+            Source::Pickle(file) => file.shape(name).map(<[usize]>::to_vec),
             Source::Memory(tensors) => tensors.get(name).map(|t| t.dims().to_vec()),
         }
     }
@@ -127,46 +130,67 @@ impl Checkpoint {
         Matrix::new(&matrix.to_dtype(self.dtype)?)
     }
 
+    /// Compares the shape before a number is read.
     fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let tensor = match &self.source {
-            Source::Safetensors(files) if self.has(name) => files.load(name, &Device::Cpu)?,
-            Source::Pickle(file) => self.unpickle(file, name)?,
-            Source::Memory(tensors) if self.has(name) => tensors[name].clone(),
-            _ => return Err(self.missing(&[name])),
-        };
-        let dims = tensor.dims();
+        self.asked.note(name);
+        let dims = self.shape(name).ok_or_else(|| self.missing(&[name]))?;
         let ones = dims.len().saturating_sub(shape.len());
         if dims[ones..] != *shape || dims[..ones].iter().any(|&d| d != 1) {
             let what = format!("tensor {name:?} in {}", self.path.display());
             return Err(Error::mismatch(what, format!("{shape:?}"), format!("{dims:?}")));
         }
+        let tensor = match &self.source {
+            Source::Safetensors(files) => files.load(name, &Device::Cpu)?,
+            Source::Pickle(file) => file.tensor(name)?,
+            Source::Memory(tensors) => tensors[name].clone(),
+        };
         Ok(tensor.reshape(shape)?)
     }
 
-    fn unpickle(&self, file: &PthTensors, name: &str) -> Result<Tensor> {
-        let info = file.tensor_infos().get(name).ok_or_else(|| self.missing(&[name]))?;
-        // candle would skip as many bytes as there are numbers to skip.
-        if info.layout.start_offset() != 0 {
-            let reason = format!("tensor {name:?} is a part of another one's storage");
-            return Err(Error::Unsupported(format!("{}: {reason}", self.path.display())));
+    /// Checks that every tensor was asked for.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] naming those that were not and that may change what the model
+    /// computes.
+    pub fn account(&self) -> Result<()> {
+        let names: Vec<String> = match &self.source {
+            Source::Safetensors(files) => {
+                files.tensors().into_iter().map(|(name, _)| name).collect()
+            }
+            Source::Pickle(file) => file.names().map(str::to_owned).collect(),
+            Source::Memory(tensors) => tensors.keys().cloned().collect(),
+        };
+        let unread =
+            self.asked.account(&self.path, names.iter().map(String::as_str), is_harmless)?;
+        if !unread.is_empty() {
+            log::info!("{}: not needed, and not read: {}", self.path.display(), unread.join(", "));
         }
-        let failed = |e: &dyn std::fmt::Display| Error::file(&self.path, format!("{name:?}: {e}"));
-        file.get(name).map_err(|e| failed(&e))?.ok_or_else(|| self.missing(&[name]))
+        Ok(())
     }
+}
+
+/// Whether a tensor changes nothing: tables that are computed anew, and what RWKV-7's first layer,
+/// which has no values of an earlier one to mix in, was trained beside.
+fn is_harmless(name: &str) -> bool {
+    let unused = ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"];
+    name.ends_with("rotary_emb.inv_freq") || unused.contains(&name)
 }
 
 fn files(path: &Path) -> Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.into()]);
     }
+    let single = path.join("model.safetensors");
+    if single.exists() {
+        return Ok(vec![single]);
+    }
     let index = path.join("model.safetensors.index.json");
     if index.exists() {
         return Ok(shard_names(&index)?.iter().map(|name| path.join(name)).collect());
     }
-    for single in ["model.safetensors", "pytorch_model.bin"] {
-        if path.join(single).exists() {
-            return Ok(vec![path.join(single)]);
-        }
+    let single = path.join("pytorch_model.bin");
+    if single.exists() {
+        return Ok(vec![single]);
     }
     let entries = std::fs::read_dir(path).map_err(|e| Error::file(path, e))?;
     let entries: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
@@ -180,19 +204,4 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
     let expected =
         "model.safetensors, its index, pytorch_model.bin, or a single other file of weights";
     Err(Error::file(path, format!("there is neither of {expected}")))
-}
-
-/// The file names that an index refers to.
-pub fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
-    let text = std::fs::read_to_string(index).map_err(|e| Error::file(index, e))?;
-    let json: Value = serde_json::from_str(&text).map_err(|e| Error::file(index, e))?;
-    let map = json["weight_map"]
-        .as_object()
-        .ok_or_else(|| Error::file(index, "there is no object \"weight_map\""))?;
-    map.iter()
-        .map(|(tensor, file)| match file.as_str() {
-            Some(file) => Ok(file.to_owned()),
-            None => Err(Error::file(index, format!("the file of {tensor:?} is no string"))),
-        })
-        .collect()
 }

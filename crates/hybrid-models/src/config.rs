@@ -3,11 +3,14 @@
 use longctx_core::{Error, Result};
 use serde_json::Value;
 
-/// Refuses a size of zero.
-pub fn positive(name: &str, value: usize) -> Result<()> {
+/// The largest size that a model can have: products of two are within 64 bits.
+const LARGEST: usize = 1 << 24;
+
+/// Refuses a size of zero, and one that no model has.
+pub fn size(name: &str, value: usize) -> Result<()> {
     match value {
-        0 => Err(Error::setting(name, "at least 1", value)),
-        _ => Ok(()),
+        1..=LARGEST => Ok(()),
+        _ => Err(Error::setting(name, format!("1 to {LARGEST}"), value)),
     }
 }
 

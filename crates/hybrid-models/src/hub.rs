@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::checkpoint::shard_names;
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
+use longctx_checkpoint::shard_names;
 use longctx_core::{Error, Result};
 
 /// Fetches what [`Pretrained::from_folder`](crate::Pretrained::from_folder) needs, unless it is there already; gives the folder.

@@ -4,7 +4,7 @@
 //! `transformers` (`hidden_size`, `backbone.embeddings`). The layers' tensors have the same names in both.
 
 use crate::checkpoint::Checkpoint;
-use crate::config::{ids, positive};
+use crate::config::{ids, size};
 use crate::host::Host;
 use crate::mamba::{Mamba, MambaShape};
 use crate::mamba2::{Mamba2, Mamba2Shape};
@@ -35,17 +35,20 @@ struct Config {
     time_step_rank: Option<Value>,
     #[serde(default = "default_eps", alias = "norm_epsilon")]
     layer_norm_epsilon: f64,
-    #[serde(default)]
-    use_bias: bool,
-    #[serde(default = "yes")]
-    use_conv_bias: bool,
-    #[serde(default = "yes")]
-    rms_norm: bool,
+    use_bias: Option<bool>,
+    use_conv_bias: Option<bool>,
+    rms_norm: Option<bool>,
     hidden_act: Option<String>,
     head_dim: Option<usize>,
     num_heads: Option<usize>,
     n_groups: Option<usize>,
     time_step_limit: Option<(Value, Value)>,
+    #[serde(alias = "tie_embeddings")]
+    tie_word_embeddings: Option<bool>,
+    /// Of feed-forward blocks between the mixers.
+    d_intermediate: Option<usize>,
+    /// Layers that are attention.
+    attn_layer_idx: Option<Vec<Value>>,
     eos_token_id: Option<Value>,
 }
 
@@ -60,7 +63,48 @@ struct AuthorsConfig {
     headdim: Option<usize>,
     ngroups: Option<usize>,
     dt_limit: Option<(Value, Value)>,
+    bias: Option<bool>,
+    conv_bias: Option<bool>,
+    d_ssm: Option<usize>,
+    #[serde(rename = "D_has_hdim")]
+    d_has_hdim: Option<bool>,
+    rmsnorm: Option<bool>,
+    norm_before_gate: Option<bool>,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
 }
+
+/// Fields of `ssm_cfg` that say how weights are drawn before training or how a GPU computes, and so
+/// nothing about a trained model.
+const NO_EFFECT: [&str; 14] = [
+    "dt_min",
+    "dt_max",
+    "dt_init",
+    "dt_scale",
+    "dt_init_floor",
+    "conv_init",
+    "A_init_range",
+    "chunk_size",
+    "use_fast_path",
+    "use_mem_eff_path",
+    "layer_idx",
+    "device",
+    "dtype",
+    "sequence_parallel",
+];
+
+/// The fields of a mixer in a stack.
+const OF_MIXER: [&str; 9] = [
+    "state_size",
+    "expand",
+    "conv_kernel",
+    "time_step_rank",
+    "use_bias",
+    "use_conv_bias",
+    "head_dim",
+    "n_groups",
+    "time_step_limit",
+];
 
 fn one() -> usize {
     1
@@ -72,10 +116,6 @@ fn two() -> f64 {
 
 fn four() -> usize {
     4
-}
-
-fn yes() -> bool {
-    true
 }
 
 fn default_eps() -> f64 {
@@ -96,7 +136,11 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
 
 /// Builds a model of Mamba-2 from its `config.json`.
 pub fn load2(config: &Value, w: &Checkpoint) -> Result<Host> {
-    let c = Config::parse(config)?;
+    let mut c = Config::parse(config)?;
+    if config.get("d_model").is_none() {
+        // What `transformers` takes for fields that are left out; the authors' defaults are others.
+        c.n_groups = c.n_groups.or(Some(8));
+    }
     let shape = c.mamba2()?;
     c.model("mamba2", w, |name| Ok(Box::new(Mamba2::load(w, name, shape)?)))
 }
@@ -111,8 +155,34 @@ pub fn shape2(settings: &Map<String, Value>, hidden: usize, eps: f32) -> Result<
     Ok(Mamba2Shape { norm_eps: eps, ..Config::of_mixer(settings, hidden)?.mamba2()? })
 }
 
+impl AuthorsConfig {
+    /// Refuses what changes the numbers and is not computed here.
+    fn check(&self, inner: usize) -> Result<()> {
+        let unsupported = |what: String| Err(Error::Unsupported(format!("ssm_cfg.{what}")));
+        if let Some(d_ssm) = self.d_ssm.filter(|&d_ssm| d_ssm != inner) {
+            return unsupported(format!("d_ssm {d_ssm} beside {inner} channels"));
+        }
+        for (name, value, read) in [
+            ("D_has_hdim", self.d_has_hdim, false),
+            ("rmsnorm", self.rmsnorm, true),
+            ("norm_before_gate", self.norm_before_gate, false),
+        ] {
+            if let Some(other) = value.filter(|&value| value != read) {
+                return unsupported(format!("{name} {other}"));
+            }
+        }
+        match self.rest.keys().find(|name| !NO_EFFECT.contains(&name.as_str())) {
+            Some(other) => unsupported(format!("{other}, whose meaning is not known")),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Config {
     fn of_mixer(settings: &Map<String, Value>, hidden: usize) -> Result<Self> {
+        if let Some(other) = settings.keys().find(|name| !OF_MIXER.contains(&name.as_str())) {
+            return Err(Error::setting("field of a mixer", OF_MIXER.join(", "), other));
+        }
         let mut config = settings.clone();
         for (name, value) in [("hidden_size", hidden), ("num_hidden_layers", 1), ("vocab_size", 1)]
         {
@@ -124,13 +194,39 @@ impl Config {
     fn parse(config: &Value) -> Result<Self> {
         let c = Self::deserialize(config)
             .map_err(|e| Error::setting("config.json", "the fields of a Mamba model", e))?;
-        if !c.rms_norm {
+        if c.rms_norm == Some(false) {
             return Err(Error::Unsupported("Mamba with layer norms in place of RMS norms".into()));
         }
+        for (name, value) in [
+            ("hidden_size", c.hidden_size),
+            ("vocab_size", c.vocab_size),
+            ("pad_vocab_size_multiple", c.pad_vocab_size_multiple),
+        ] {
+            size(name, value)?;
+        }
+        if let Some(inner) = c.d_intermediate.filter(|&inner| inner > 0) {
+            let what = format!("d_intermediate {inner}: feed-forward blocks between the mixers");
+            return Err(Error::Unsupported(what));
+        }
+        if let Some(layers) = c.attn_layer_idx.as_ref().filter(|layers| !layers.is_empty()) {
+            let what = format!("attn_layer_idx: {} layers that are attention", layers.len());
+            return Err(Error::Unsupported(what));
+        }
+        c.ssm_cfg.check(c.inner())?;
         match c.hidden_act.as_deref() {
             None | Some("silu" | "swish") => Ok(c),
             Some(other) => Err(Error::Unsupported(format!("activation {other:?}"))),
         }
+    }
+
+    /// Whether the projections in and out have biases.
+    fn bias(&self) -> bool {
+        self.ssm_cfg.bias.or(self.use_bias).unwrap_or(false)
+    }
+
+    /// Whether the convolution has a bias.
+    fn conv_bias(&self) -> bool {
+        self.ssm_cfg.conv_bias.or(self.use_conv_bias).unwrap_or(true)
     }
 
     fn inner(&self) -> usize {
@@ -151,8 +247,8 @@ impl Config {
             states: self.ssm_cfg.d_state.or(self.state_size).unwrap_or(16),
             rank,
             taps: self.ssm_cfg.d_conv.unwrap_or(self.conv_kernel),
-            conv_bias: self.use_conv_bias,
-            bias: self.use_bias,
+            conv_bias: self.conv_bias(),
+            bias: self.bias(),
         };
         for (name, value) in [
             ("hidden_size", shape.hidden),
@@ -161,7 +257,7 @@ impl Config {
             ("time_step_rank", shape.rank),
             ("conv_kernel", shape.taps),
         ] {
-            positive(name, value)?;
+            size(name, value)?;
         }
         Ok(shape)
     }
@@ -170,6 +266,8 @@ impl Config {
         let inner = self.inner();
         let head_dim = self.ssm_cfg.headdim.or(self.head_dim).unwrap_or(64);
         let heads = self.num_heads.unwrap_or(inner / head_dim.max(1));
+        size("num_heads", heads)?;
+        size("head_dim", head_dim)?;
         let limit = self.ssm_cfg.dt_limit.as_ref().or(self.time_step_limit.as_ref());
         let number = |limit: &Value| limit.as_f64().map_or(f32::INFINITY, |x| x as f32);
         let shape = Mamba2Shape {
@@ -179,19 +277,18 @@ impl Config {
             groups: self.ssm_cfg.ngroups.or(self.n_groups).unwrap_or(1),
             states: self.ssm_cfg.d_state.or(self.state_size).unwrap_or(128),
             taps: self.ssm_cfg.d_conv.unwrap_or(self.conv_kernel),
-            conv_bias: self.use_conv_bias,
-            bias: self.use_bias,
+            conv_bias: self.conv_bias(),
+            bias: self.bias(),
             time_step_limit: limit.map_or((0.0, f32::INFINITY), |(a, b)| (number(a), number(b))),
             norm_eps: self.layer_norm_epsilon as f32,
         };
         for (name, value) in [
             ("hidden_size", shape.hidden),
-            ("head_dim", shape.head_dim),
             ("n_groups", shape.groups),
             ("state_size", shape.states),
             ("conv_kernel", shape.taps),
         ] {
-            positive(name, value)?;
+            size(name, value)?;
         }
         if heads * head_dim != inner || !heads.is_multiple_of(shape.groups) {
             let expected = format!(
@@ -211,7 +308,6 @@ impl Config {
     ) -> Result<Host> {
         let hidden = self.hidden_size;
         let vocab = self.vocab_size.next_multiple_of(self.pad_vocab_size_multiple.max(1));
-        positive("vocab_size", vocab)?;
         let embeddings = w.any_of(&[
             "backbone.embeddings.weight",
             "backbone.embedding.weight",
@@ -231,7 +327,11 @@ impl Config {
                 mixer: Mixer::Recurrent(mixer(&format!("{name}.mixer"))?),
             })
         };
-        let head = ["lm_head.weight", "model.lm_head.weight"].into_iter().find(|name| w.has(name));
+        let heads = ["lm_head.weight", "model.lm_head.weight"];
+        let head = match self.tie_word_embeddings {
+            Some(false) => Some(w.any_of(&heads)?),
+            _ => heads.into_iter().find(|name| w.has(name)),
+        };
         Ok(Host {
             family,
             hidden,

@@ -32,6 +32,15 @@ impl Memory {
         Ok(Self::Host(outline.parts().flat_map(array).collect()))
     }
 
+    /// The arrays of a model that runs on the host.
+    pub fn into_host(self) -> Vec<f32> {
+        match self {
+            Self::Host(arrays) => arrays,
+            #[cfg(feature = "cuda")]
+            Self::OnDevice(_) => unreachable!("a model on the host keeps its states there"),
+        }
+    }
+
     /// The state that a value holds.
     pub fn load(state: &State, outline: &Outline, device: &Device) -> Result<Self> {
         let arrays = outline.parts().map(|(block, part)| Ok((part, state.array(block, part)?)));

@@ -56,8 +56,10 @@ impl Model {
     /// one `.pth` file. No tokenizer is needed.
     ///
     /// # Errors
-    /// [`Error::File`] naming the file that is missing or broken, or the tensor that is not in it; [`Error::Mismatch`] naming a tensor
-    /// of another shape; [`Error::Unsupported`] for another architecture.
+    /// [`Error::File`] naming the file that is missing or broken, or the tensor that is not in it;
+    /// [`Error::Mismatch`] naming a tensor of another shape; [`Error::Unsupported`] for another
+    /// architecture, and naming settings and tensors that change what the model computes and that
+    /// this crate does not read.
     pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
         let path = folder.join("config.json");
         let config = match path.exists() || !folder.exists() {
@@ -96,6 +98,12 @@ fn parse(config: &str) -> serde_json::Result<Value> {
 }
 
 fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
+    let host = read(config, w)?;
+    w.account()?;
+    Ok(host)
+}
+
+fn read(config: &Value, w: &Checkpoint) -> Result<Host> {
     match config["model_type"].as_str() {
         Some("mamba") => mamba_lm::load(config, w),
         Some("mamba2") => mamba_lm::load2(config, w),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::attention::Attention;
 use crate::checkpoint::Checkpoint;
-use crate::config::{ids, positive};
+use crate::config::{ids, size};
 use crate::gated_mlp::{Gate, GatedMlp};
 use crate::host::Host;
 use crate::mixer::{Mixer, Residual};
@@ -48,6 +48,7 @@ struct Config {
 struct Rotary {
     rope_theta: Option<f64>,
     partial_rotary_factor: Option<f64>,
+    rope_type: Option<String>,
 }
 
 fn default_window() -> usize {
@@ -126,18 +127,26 @@ impl Config {
         if self.attention_bias {
             return Err(Error::Unsupported("biases of queries, keys and values".into()));
         }
-        let RgLruShape { width, blocks, .. } = self.rg_lru();
-        if blocks == 0 || width == 0 || !width.is_multiple_of(blocks) {
-            let expected = format!("a multiple of the {blocks} heads");
-            return Err(Error::setting("lru_width", expected, width));
+        let rope_type = self.rope_parameters.as_ref().and_then(|rope| rope.rope_type.as_deref());
+        if let Some(other) = rope_type.filter(|&kind| kind != "default") {
+            return Err(Error::Unsupported(format!("rope_parameters.rope_type {other:?}")));
         }
+        let RgLruShape { width, blocks, .. } = self.rg_lru();
         for (name, value) in [
             ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("num_attention_heads", self.num_attention_heads),
+            ("head_dim", self.head_dim.unwrap_or(1)),
+            ("lru_width", width),
             ("intermediate_size", self.intermediate_size / 2),
             ("conv1d_width", self.conv1d_width),
             ("attention_window_size", self.attention_window_size),
         ] {
-            positive(name, value)?;
+            size(name, value)?;
+        }
+        if !width.is_multiple_of(blocks) {
+            let expected = format!("a multiple of the {blocks} heads");
+            return Err(Error::setting("lru_width", expected, width));
         }
         Ok(())
     }

@@ -30,8 +30,14 @@ use serde_json::Value;
 /// The end of a text, in both vocabularies that RWKV models use.
 const END: u32 = 0;
 
-/// Of the group norm of a head's outputs: the authors' 1e-5, times the square of the 8 by which they divide.
+/// Epsilon of the group norm of a head's outputs, as in the authors' package. Training divides the
+/// outputs by 8 and norms them with 1e-5: the same, since a norm of x / 8 with epsilon e is one of
+/// x with 64 e.
 pub const GROUP_EPS: f32 = 64e-5;
+/// What outputs are divided by in training.
+const HEAD_SIZE_DIVISOR: u64 = 8;
+/// Epsilon of the last norm: in `transformers`, too, it is not the configuration's.
+const LAST_EPS: f32 = 1e-5;
 
 /// The tensors' names in one of the layouts.
 pub struct Names {
@@ -87,15 +93,23 @@ impl Names {
 fn version(w: &Checkpoint, names: &Names) -> Result<usize> {
     let has = |part: &str| w.has(&names.time(0, part));
     if has("r_k") {
-        Ok(7)
-    } else if has("time_maa_x") {
-        Ok(6)
-    } else if has("time_faaaa") && has("gate.weight") {
-        Ok(5)
-    } else if has("time_first") && !has("ln_x.weight") {
-        Ok(4)
-    } else {
-        Err(Error::Unsupported("a version of RWKV other than 4, 5.2, 6 and 7".into()))
+        return Ok(7);
+    }
+    if has("time_maa_x") {
+        return Ok(6);
+    }
+    if !has("ln_x.weight") {
+        let other = || Error::Unsupported("a version of RWKV other than 4, 5.2, 6 and 7".into());
+        return has("time_first").then_some(4).ok_or_else(other);
+    }
+    let decay = w.shape(&names.time(0, "time_decay")).unwrap_or_default();
+    // Up to 5.1, a head decays as a whole: one number a head, in one dimension or with others of 1.
+    match decay.as_slice() {
+        [_, size] if *size > 1 && has("gate.weight") => Ok(5),
+        _ => {
+            let what = "RWKV-5.0 and 5.1, whose heads decay as a whole; 5.2 is read";
+            Err(Error::Unsupported(format!("{what} (time_decay is {decay:?})")))
+        }
     }
 }
 
@@ -104,7 +118,8 @@ pub fn is_rwkv(w: &Checkpoint) -> bool {
     w.has("emb.weight") && w.has("blocks.0.ln0.weight")
 }
 
-/// Builds the model; `config.json`, where there is one, says no more than the norms' epsilon.
+/// Builds the model; `config.json`, where there is one, adds the norms' epsilon and how
+/// `transformers` rescales.
 pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
     let names = Names::of(w)?;
     let version = version(w, &names)?;
@@ -113,11 +128,21 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
         return Err(Error::mismatch(embeddings, "[vocabulary, hidden]", "another shape"));
     };
     let layers = (0..).take_while(|&i| w.has(&names.block(i, "ln1.weight"))).count();
+    for (name, of_tensors) in [
+        ("vocab_size", vocab as u64),
+        ("hidden_size", hidden as u64),
+        ("num_hidden_layers", layers as u64),
+        ("head_size_divisor", HEAD_SIZE_DIVISOR),
+    ] {
+        if let Some(other) = config[name].as_u64().filter(|&given| given != of_tensors) {
+            return Err(Error::setting(name, of_tensors, other));
+        }
+    }
     let eps = config["layer_norm_epsilon"].as_f64().unwrap_or(1e-5) as f32;
     // `transformers` halves what flows between the layers every so often, to stay in the range of f16. A norm undoes it but for its epsilon,
     // which is scaled here in its stead.
     let rescale = config["rescale_every"].as_u64().filter(|&every| every > 0 && version == 4);
-    let eps_at = |layer: usize| match rescale {
+    let eps_at = |eps: f32, layer: usize| match rescale {
         Some(every) => eps * 4f32.powi((layer as u64 / every) as i32),
         None => eps,
     };
@@ -136,7 +161,7 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
         let channel_mix = ChannelMix::load(w, |part| names.channel(layer, part), hidden, version)?;
         let mixers = [("ln1", "time_mix", time_mix), ("ln2", "channel_mix", Box::new(channel_mix))];
         for (norm_name, name, mixer) in mixers {
-            let norm = norm(names.block(layer, norm_name), eps_at(layer))?;
+            let norm = norm(names.block(layer, norm_name), eps_at(eps, layer))?;
             residuals.push(Residual { layer, name, norm, mixer: Mixer::Recurrent(mixer) });
         }
     }
@@ -148,7 +173,7 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
         embedding_scale: 1.0,
         embedding_norm: Some(norm(names.block(0, "ln0"), eps)?),
         residuals,
-        norm: norm(names.top("ln_out"), eps_at(layers))?,
+        norm: norm(names.top("ln_out"), eps_at(LAST_EPS, layers))?,
         head: Some(w.matrix(&names.top("head.weight"), vocab, hidden)?),
         soft_cap: None,
         eos: vec![END],

@@ -1,5 +1,8 @@
 //! A model at work: its memory of many sequences.
 
+#[cfg(feature = "cuda")]
+mod device;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -183,11 +186,7 @@ impl Session {
         let entry = |(seq, rows): (SeqId, Range<usize>)| -> Result<Entry> {
             let marks = self.marks(seq, rows.len()).into_iter();
             let snapshots = marks.map(|mark| (mark, Vec::new())).collect();
-            let state = match self.memory(seq)? {
-                Memory::Host(state) => state,
-                #[cfg(feature = "cuda")]
-                Memory::OnDevice(_) => unreachable!("the model is on the host"),
-            };
+            let state = self.memory(seq)?.into_host();
             Ok(Entry { position: self.seen(seq), rows, state, snapshots })
         };
         let mut entries = batch.iter().map(entry).collect::<Result<Vec<_>>>()?;
@@ -200,78 +199,6 @@ impl Session {
         }
         let vocab = self.vocab_size();
         Ok(Tensor::from_vec(numbers, ((), vocab), &Device::Cpu)?)
-    }
-
-    /// Sequences that bring equally many tokens go through the model together. A prompt that leaves
-    /// snapshots goes alone.
-    #[cfg(feature = "cuda")]
-    fn forward_on_device(
-        &mut self,
-        model: &crate::cuda::OnDevice,
-        batch: &Batch,
-        ids: &[u32],
-        logits: Logits,
-    ) -> Result<Tensor> {
-        let mut groups: BTreeMap<_, Vec<(usize, SeqId, Range<usize>)>> = BTreeMap::new();
-        for (i, (seq, rows)) in batch.iter().enumerate() {
-            if !self.sequences.contains_key(&seq) {
-                self.memories.put(seq, &self.memory(seq)?)?;
-            }
-            let alone = rows.len() > 1 && !self.marks(seq, rows.len()).is_empty();
-            let key = (rows.len(), self.seen(seq) == 0, alone.then_some(i));
-            groups.entry(key).or_default().push((i, seq, rows));
-        }
-        let (mut parts, mut order, mut done) = (Vec::new(), Vec::new(), Vec::new());
-        for ((tokens, first, _), group) in groups {
-            let part =
-                Batch::new(&group.iter().map(|(_, seq, _)| (*seq, tokens)).collect::<Vec<_>>())?;
-            let ids: Vec<u32> =
-                group.iter().flat_map(|(_, _, rows)| &ids[rows.clone()]).copied().collect();
-            let position = self.seen(part.seqs()[0]);
-            let marks = if tokens > 1 { self.marks(part.seqs()[0], tokens) } else { Vec::new() };
-            let snapshots = marks.iter().map(|at| (at - position, Vec::new())).collect();
-            let Memories::OnDevice(states) = &mut self.memories else {
-                unreachable!("the model is on a device")
-            };
-            let states = states.together(part.seqs())?;
-            let caches = self.caches.as_mut_slice();
-            let mut call = crate::cuda::Call {
-                batch: &part,
-                ids: &ids,
-                logits,
-                first,
-                states,
-                caches,
-                snapshots,
-            };
-            parts.push(model.forward(&mut call)?);
-            let copies = call.snapshots.into_iter();
-            let mut copies: Vec<_> =
-                copies.map(|(at, copy)| (position + at, Memory::OnDevice(copy))).collect();
-            for (i, seq, rows) in group {
-                match logits {
-                    Logits::Last => order.push(i as u32),
-                    Logits::All => order.extend(rows.map(|row| row as u32)),
-                }
-                if tokens == 1
-                    && let [at] = self.marks(seq, 1)[..]
-                {
-                    copies.push((at, self.memories.copy(seq)?));
-                }
-                done.push((seq, tokens, std::mem::take(&mut copies)));
-            }
-        }
-        for (seq, tokens, snapshots) in done {
-            self.advance(seq, tokens, snapshots);
-        }
-        if let [one] = parts.as_slice() {
-            return Ok(one.clone());
-        }
-        // Row i of the parts is row `order[i]` of the batch.
-        let mut rows = vec![0u32; order.len()];
-        (0..).zip(order).for_each(|(i, row)| rows[row as usize] = i);
-        let rows = Tensor::new(rows, self.model.device())?;
-        Ok(Tensor::cat(&parts, 0)?.index_select(&rows, 0)?)
     }
 
     /// Takes the caches that have advanced back to the tokens before a call that failed.

@@ -5,13 +5,17 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use crate::mixer::Part;
+use crc32fast::Hasher;
 use longctx_core::{Error, Footprint, Result};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
 
 /// Of the file format: a safetensors file with one f32 tensor `[1, …]` per array and, in its
-/// metadata, `format`, `version`, `family`, `batch` (1) and `seen`.
+/// metadata, `format`, `version`, `family`, `batch` (1), `seen` and `check`, a CRC-32 of all the
+/// others.
 const FORMAT: &str = "longctx-state";
-const VERSION: &str = "1";
+const VERSION: &str = "2";
+/// The version without `check`, which is still read.
+const UNCHECKED: &str = "1";
 
 /// All that a recurrent model remembers of a sequence.
 ///
@@ -76,7 +80,24 @@ impl State {
     /// # Errors
     /// [`Error::File`] if it can't be written.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let failed = |e: safetensors::SafeTensorError| Error::file(path, e);
+        std::fs::write(path, self.to_bytes()?).map_err(|e| Error::file(path, e))
+    }
+
+    /// Reads a file that [`save`](Self::save) wrote.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it can't be read, is no saved state, is of another version, or was
+    /// changed since it was written.
+    pub fn load(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
+        Self::decode(&bytes).map_err(|reason| Error::file(path, reason))
+    }
+
+    /// The bytes of a file, as [`save`](Self::save) writes it.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if arrays are too large for the format.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let bytes: Vec<(&String, Vec<usize>, Vec<u8>)> = self
             .arrays
             .iter()
@@ -85,13 +106,6 @@ impl State {
                 (name, shape, numbers.iter().flat_map(|x| x.to_le_bytes()).collect())
             })
             .collect();
-        let views = bytes
-            .iter()
-            .map(|(name, shape, bytes)| {
-                Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?))
-            })
-            .collect::<std::result::Result<Vec<_>, _>>()
-            .map_err(failed)?;
         let metadata = HashMap::from(
             [
                 ("format", FORMAT.into()),
@@ -99,38 +113,48 @@ impl State {
                 ("family", self.family.clone()),
                 ("batch", "1".into()),
                 ("seen", self.seen.to_string()),
+                ("check", self.check().to_string()),
             ]
             .map(|(key, value): (&str, String)| (key.to_owned(), value)),
         );
-        safetensors::serialize_to_file(views, Some(metadata), path).map_err(failed)
+        let views = bytes.iter().map(|(name, shape, bytes)| {
+            Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?))
+        });
+        let views = views.collect::<Result<Vec<_>, SafeTensorError>>();
+        let file = views.and_then(|views| safetensors::serialize(views, Some(metadata)));
+        file.map_err(|e| Error::Unsupported(format!("saving a state: {e}")))
     }
 
-    /// Reads a file that [`save`](Self::save) wrote.
+    /// A state from the bytes of a file.
     ///
     /// # Errors
-    /// [`Error::File`] if it can't be read, is no saved state of one sequence, or is of another
-    /// version.
-    pub fn load(path: &Path) -> Result<Self> {
-        let failed = |e: &dyn std::fmt::Display| Error::file(path, e);
-        let buffer = std::fs::read(path).map_err(|e| failed(&e))?;
-        let (_, header) = SafeTensors::read_metadata(&buffer).map_err(|e| failed(&e))?;
+    /// [`Error::Mismatch`] as [`load`](Self::load).
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        Self::decode(bytes).map_err(|reason| Error::mismatch("saved state", "a whole file", reason))
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, String> {
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| e.to_string())?;
         let metadata = header.metadata().clone().unwrap_or_default();
         let field = |key: &str| {
-            metadata.get(key).ok_or_else(|| failed(&format!("no saved state: no field {key:?}")))
+            metadata.get(key).ok_or_else(|| format!("no saved state: no field {key:?}"))
         };
-        let number = |key: &str| -> Result<usize> {
-            field(key)?.parse().map_err(|_| failed(&format!("field {key:?} is no number")))
+        let number = |key: &str| -> Result<usize, String> {
+            field(key)?.parse().map_err(|_| format!("field {key:?} is no number"))
         };
-        if (field("format")?.as_str(), field("version")?.as_str()) != (FORMAT, VERSION) {
-            let got = format!("{} version {}", field("format")?, field("version")?);
-            return Err(failed(&format!("expected {FORMAT} version {VERSION}, got {got}")));
-        }
+        let is_checked = match (field("format")?.as_str(), field("version")?.as_str()) {
+            (FORMAT, VERSION) => true,
+            (FORMAT, UNCHECKED) => false,
+            (format, version) => {
+                let got = format!("got {format} version {version}");
+                return Err(format!("expected {FORMAT} version {UNCHECKED} or {VERSION}, {got}"));
+            }
+        };
         if number("batch")? != 1 {
-            let got = field("batch")?;
-            return Err(failed(&format!("expected the state of 1 sequence, got {got}")));
+            return Err(format!("expected the state of 1 sequence, got {}", field("batch")?));
         }
         let mut state = Self::new(field("family")?, number("seen")?);
-        let tensors = SafeTensors::deserialize(&buffer).map_err(|e| failed(&e))?;
+        let tensors = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
         for (name, view) in tensors.iter() {
             match view.shape() {
                 [1, shape @ ..] if view.dtype() == Dtype::F32 => {
@@ -140,10 +164,69 @@ impl State {
                 }
                 shape => {
                     let got = format!("{:?} {shape:?}", view.dtype());
-                    return Err(failed(&format!("{name:?}: expected F32 [1, …], got {got}")));
+                    return Err(format!("{name:?}: expected F32 [1, …], got {got}"));
                 }
             }
         }
-        Ok(state)
+        match is_checked && number("check")? != state.check() as usize {
+            true => Err("the checksum is another: the file was changed or damaged".into()),
+            false => Ok(state),
+        }
+    }
+
+    /// CRC-32 of everything that the state holds, names and shapes included.
+    fn check(&self) -> u32 {
+        let mut hasher = Hasher::new();
+        hasher.update(format!("{}\01 {}\0", self.family, self.seen).as_bytes());
+        for (name, (shape, numbers)) in &self.arrays {
+            hasher.update(name.as_bytes());
+            hasher.update(format!("\0{shape:?}").as_bytes());
+            numbers.iter().for_each(|x| hasher.update(&x.to_le_bytes()));
+        }
+        hasher.finalize()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> State {
+        let mut state = State::new("mamba", 77);
+        let numbers = |count: usize| (0..count).map(|i| i as f32 * 0.37 - 1.0).collect();
+        state.insert("layers.0.mixer", &Part::new("conv", &[3]), numbers(3));
+        state.insert("layers.1.mixer", &Part::new("ssm", &[2, 2]), numbers(4));
+        state
+    }
+
+    #[test]
+    fn no_flipped_bit_is_taken_in() {
+        let (state, whole) = (state(), state().to_bytes().unwrap());
+        let mut refused = 0;
+        for bit in 0..8 * whole.len() {
+            let mut bytes = whole.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            match State::from_bytes(&bytes) {
+                // Spaces of the header.
+                Ok(read) => assert_eq!(read, state, "bit {bit}"),
+                Err(_) => refused += 1,
+            }
+        }
+        assert!(refused > 7 * whole.len(), "{refused} of {} bits", 8 * whole.len());
+    }
+
+    #[test]
+    fn version_1_is_still_read_and_others_are_named() {
+        let (state, whole) = (state(), state().to_bytes().unwrap());
+        let version = |digit: &str| {
+            let field = b"\"version\":\"2";
+            let at = whole.windows(field.len()).position(|part| part == field).unwrap();
+            let mut bytes = whole.clone();
+            bytes[at + field.len() - 1] = digit.as_bytes()[0];
+            State::from_bytes(&bytes).map_err(|e| e.to_string())
+        };
+        assert_eq!(version("1").unwrap(), state);
+        let error = version("3").unwrap_err();
+        assert!(error.contains("version 1 or 2") && error.contains("version 3"), "{error}");
     }
 }

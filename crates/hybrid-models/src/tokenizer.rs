@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::world::World;
+use longctx_checkpoint::open_tokenizer;
 use longctx_core::{Error, Result};
 
 /// A model's tokenizer: a `tokenizer.json`, or the vocabulary of RWKV's World models.
@@ -22,9 +23,7 @@ impl Tokenizer {
     pub fn from_folder(folder: &Path) -> Result<Self> {
         let json = folder.join("tokenizer.json");
         if json.exists() {
-            let inner =
-                tokenizers::Tokenizer::from_file(&json).map_err(|e| Error::file(json, e))?;
-            return Ok(Self::Json(Box::new(inner)));
+            return Ok(Self::Json(Box::new(open_tokenizer(&json)?)));
         }
         let entries = std::fs::read_dir(folder).map_err(|e| Error::file(folder, e))?;
         let is_vocabulary = |path: &std::path::PathBuf| {

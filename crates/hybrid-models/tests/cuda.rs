@@ -7,7 +7,7 @@ mod common;
 mod mixed;
 
 use candle_core::{DType, Device, Tensor};
-use common::{Fixture, distance, feed, feed_on, relative_distance, session};
+use common::{Fixture, advance, distance, feed, feed_on, relative_distance, session};
 use hybrid_models::{LoadOptions, Model};
 use longctx_core::{CausalLm, Logits};
 use mixed::mixed;
@@ -131,9 +131,11 @@ fn a_state_moves_between_the_host_and_the_device() {
         for (from, to) in [(0, 1), (1, 0)] {
             let (mut first, mut second) = (session(&models[from]), session(&models[to]));
             feed_on(&mut first, &fixture.tokens.narrow(1, 0, 40).unwrap(), &[37, 1]);
-            let state = first.state().unwrap();
-            second.restore(&state).unwrap();
-            assert_eq!(second.state().unwrap(), state);
+            for seq in 0..fixture.tokens.dim(0).unwrap() as u64 {
+                let state = first.state(seq).unwrap();
+                second.restore(seq, &state).unwrap();
+                assert_eq!(second.state(seq).unwrap(), state);
+            }
             assert_eq!(second.footprint(), first.footprint());
             let rest = fixture.tokens.narrow(1, 40, length - 40).unwrap();
             let logits = on_host(feed_on(&mut second, &rest, &[7]));
@@ -151,14 +153,15 @@ fn long_prompts_and_their_pieces_leave_the_same_state() {
     for name in FAMILIES.into_iter().filter(|&name| name != "mamba2_groups") {
         let fixture = Fixture::open(name);
         let ids: Vec<u32> = (0..2 * 5000).map(|i| i * 7 % 96).collect();
-        let ids = Tensor::from_vec(ids, (2, 5000), &Device::Cpu).unwrap();
+        let rows: Vec<&[u32]> = ids.chunks(5000).collect();
         let last = |place: &Device, cut: usize| {
             let model = Model::from_folder(&fixture.folder, &on(place, DType::F32)).unwrap();
             let mut session = session(&model);
             let mut logits = None;
             for start in (0..5000).step_by(cut) {
-                let piece = ids.narrow(1, start, cut.min(5000 - start)).unwrap();
-                logits = Some(session.forward(&piece, Logits::Last).unwrap());
+                let piece = start..5000.min(start + cut);
+                let parts = [(0, &rows[0][piece.clone()]), (1, &rows[1][piece])];
+                logits = Some(advance(&mut session, &parts, Logits::Last).unwrap());
             }
             on_host(logits.unwrap())
         };
@@ -173,6 +176,48 @@ fn long_prompts_and_their_pieces_leave_the_same_state() {
     }
 }
 
+/// Prompts and single tokens in one batch, forks, and snapshots, beside the same on the host.
+#[test]
+fn many_sequences_equal_the_host() {
+    let Some(device) = device() else { return };
+    let (config, tensors) = mixed(256, 64);
+    let stack = |place: &Device| {
+        let options = on(place, DType::F32);
+        Model::from_tensors(Some(&config.to_string()), tensors.clone(), &options).unwrap()
+    };
+    let family = |name: &str, place: &Device| {
+        Model::from_folder(&Fixture::open(name).folder, &on(place, DType::F32)).unwrap()
+    };
+    let ids: Vec<u32> = (0..300).map(|i| (i * i * 7 + i * 3) % 50).collect();
+    let run = |model: &Model| {
+        let mut session = session(model).with_snapshots(32, 4).unwrap();
+        let mut logits = Vec::new();
+        let mut step = |session: &mut hybrid_models::Session, parts: &[(u64, &[u32])]| {
+            logits.push(on_host(advance(session, parts, Logits::All).unwrap()));
+        };
+        step(&mut session, &[(0, &ids[..100]), (1, &ids[100..101]), (2, &ids[..7])]);
+        step(&mut session, &[(1, &ids[101..102]), (3, &ids[200..]), (2, &ids[7..8])]);
+        session.fork(0, 4).unwrap();
+        for i in 0..4 {
+            let token = &ids[100 + i..101 + i];
+            step(&mut session, &[(0, token), (1, token), (2, token), (4, &ids[i..i + 1])]);
+        }
+        session.remove(1);
+        session.truncate(0, 96).unwrap();
+        step(&mut session, &[(4, &ids[..1]), (0, &ids[96..97]), (2, &ids[5..6])]);
+        Tensor::cat(&logits, 0).unwrap()
+    };
+    for name in FAMILIES.into_iter().chain(["mixed"]) {
+        let [host, other] = [&Device::Cpu, &device].map(|place| match name {
+            "mixed" => run(&stack(place)),
+            _ => run(&family(name, place)),
+        });
+        let error = relative_distance(&other, &host);
+        println!("{name}: off by {error:.1e} of the largest logit");
+        assert!(error <= common::SAME, "{name}: off by {error}");
+    }
+}
+
 #[test]
 fn wrong_tokens_are_named_on_the_device_too() {
     let Some(device) = device() else { return };
@@ -180,9 +225,8 @@ fn wrong_tokens_are_named_on_the_device_too() {
     let model = Model::from_folder(&fixture.folder, &on(&device, DType::F16)).unwrap();
     let mut session = session(&model);
     assert!(session.device().is_cuda());
-    let ids = Tensor::new(&[[1u32, 96]], &device).unwrap();
-    let message = session.forward(&ids, Logits::Last).unwrap_err().to_string();
-    assert!(message.contains("the id 96"), "{message}");
+    let message = advance(&mut session, &[(0, &[1, 96])], Logits::Last).unwrap_err().to_string();
+    assert!(message.contains("token id 1 of the batch"), "{message}");
     let refused = Model::from_folder(&fixture.folder, &on(&device, DType::U8)).unwrap_err();
     assert!(refused.to_string().contains("dtype"), "{refused}");
 }

@@ -1,36 +1,57 @@
-// What an attention kernel is given, and how it reads and writes numbers of either 16-bit kind.
+// The arguments of an attention kernel, and how it reads and writes numbers of either 16-bit kind.
 #pragma once
 #include <cuda_bf16.h>
 #include "ptx.cuh"
 
 namespace kvq {
 
+// One block's share of a launch: some records of a kv head of a sequence, or its ring, for 8 N columns. The host makes the list of them,
+// so that long sequences are split over more blocks than short ones. Mirrored by `Work` in src/cuda/args.rs.
+struct Work {
+    const unsigned long long* table;  // the block table of the kv head: the address of each of its records
+    const void* ring_k;               // its ring of `ring` entries, D channels each, f16 or bf16
+    const void* ring_v;
+    long long sums;    // the place in `out` of the kv head's first sum, in sums.cuh
+    int packed;        // entries in records; the last record may hold more, which are not seen
+    int residual;      // entries in the ring, newer than the packed ones
+    int ring_start;    // the place of the oldest one
+    int kv_head;
+    int queries;       // of the sequence
+    int first_token;   // the first one's token in q
+    int first_column;  // column c of a kv head is query c % queries of its head c / queries
+    int from, to;      // records that the block reads; a block with from < 0 reads the ring
+    int first_part;    // of the parts that are joined: those of a kv head and a block of columns
+    int part, parts;   // which one of how many this block computes
+    int join;          // the place in `arrived` for these parts
+    int unused;
+};
+
 // Mirrored by `AttendArgs` in src/cuda/args.rs.
 struct AttendArgs {
-    const void* q;                // [batch, heads, queries, D], f16 or bf16, contiguous
-    const unsigned char* packed;  // [batch, kv_heads] rows of records, each `packed_stride` bytes
-    const void* residual_k;       // [batch, kv_heads] rings of `ring` tokens, D channels each; f16 or bf16
-    const void* residual_v;
-    void* out;                    // [batch, heads, queries, D], as `out_kind` says
-    float* lse;                   // [batch, heads, queries], natural logarithm; may be null. mass.cuh reads it
-    float* part_out;              // [batch * kv_heads * blocks of columns, splits, columns, D]
-    float* part_lse;              // [batch * kv_heads * blocks of columns, splits, columns], in base 2
-    unsigned* arrived;            // [batch * kv_heads * blocks of columns], zero before and after
-    const int* lens;              // {packed, residual, start of the ring} on the device, or null: take the three below
-    long long packed_stride;
-    int packed_len;    // tokens in records; the last record may hold more, which are not seen
-    int residual_len;  // tokens in the ring, newer than the packed ones
-    int ring_start;    // the oldest one's place
-    int ring;          // places in the ring
-    int kv_heads, heads_per_kv, queries;
-    int splits;        // blocks that share one kv head's packed tokens, up to MAX_SPLITS; a last one takes the residual
-    int causal;        // the last `queries` tokens are the queries' own
-    int window;        // tokens that a query sees up to its own, with `causal`; 0: all
-    int kind;          // of q and the residual: 0 f16, 1 bf16
-    int out_kind;      // 0 f16, 1 bf16, 2 f32
-    float scale;       // of the scores
-    float soft_cap;    // 0: none
+    const void* q;      // [tokens, heads, D], f16 or bf16, contiguous
+    void* out;          // [tokens, heads, D], as `out_kind` says
+    float* lse;         // [tokens, heads], natural logarithm; may be null. sums.cuh reads it
+    float* part_out;    // [parts, columns, D]
+    float* part_lse;    // [parts, columns], in base 2
+    unsigned* arrived;  // a zero for each join, before and after
+    const Work* work;   // one for each block; in sums.cuh, one for each kv head of a sequence
+    int heads, heads_per_kv;
+    int ring;        // places in a ring
+    int causal;      // the last `queries` entries are the queries' own
+    int window;      // entries that a query sees up to its own, with `causal`; 0: all
+    int kind;        // of q and the rings: 0 f16, 1 bf16
+    int out_kind;    // 0 f16, 1 bf16, 2 f32
+    float scale;     // of the scores
+    float soft_cap;  // 0: none
+    int unused;
 };
+
+static_assert(sizeof(Work) == 88 && sizeof(AttendArgs) == 96, "as in src/cuda/args.rs");
+
+// The row of q, out and lse of a column.
+__device__ __forceinline__ long long row_of(const AttendArgs& args, const Work& work, int column) {
+    return (long long)(work.first_token + column % work.queries) * args.heads + work.kv_head * args.heads_per_kv + column / work.queries;
+}
 
 constexpr int MAX_SPLITS = 127;
 constexpr float LOG2E = 1.4426950408889634f;

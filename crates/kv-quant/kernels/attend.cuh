@@ -1,4 +1,4 @@
-// Attention of a few queries over a packed cache and its full-precision residual, split over positions, in one launch.
+// Attention of a few queries of many sequences over their packed entries and full-precision residuals, split over positions, in one launch.
 //
 // A warp streams tiles of 32 tokens through its own ring of shared memory and keeps its own running softmax; no barrier within the
 // loop. Codes are the large (16-row) operand of the tensor cores: 16 tokens (keys) or 16 channels (values); the columns, i.e. the
@@ -127,15 +127,19 @@ __device__ __forceinline__ void packed_values(Running<L::D, N>& running, const u
 }
 
 // A warp's share of the packed tokens: every `warps`-th record of [record, end). Calls `ready`, which sets queries and columns up, once
-// the first copies are under way.
+// the first copies are under way. A lane holds the address of every 32nd record that comes, read from the table long before.
 template <class L, int N, int STAGES, class Ready>
-__device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Columns<N>& columns, const unsigned char* row,
+__device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Columns<N>& columns, const unsigned long long* table,
                                             const unsigned char* queries, unsigned char* ring, int record, int end, int warps, int packed,
                                             int lane, Ready ready) {
     constexpr int STAGE = L::HEADER + L::TILE_BYTES;
     int tiles = record < end ? ((end - record + warps - 1) / warps) * L::TILES : 0;
-    const unsigned char* source = row + (long long)record * L::RECORD;
-    const long long next_record = (long long)(warps - 1) * L::RECORD;
+    auto addresses = [&](int i) {
+        int at = record + (i + lane) * warps;
+        return at < end ? __ldg(table + at) : 0ull;
+    };
+    unsigned long long held = addresses(0), next = addresses(32);
+    const unsigned char* source = nullptr;
     uint32_t ring_address = shared_address(ring);
 
     int issued = 0, issue_stage = 0;
@@ -144,6 +148,9 @@ __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Col
             bool first = L::TILES == 1 || issued % L::TILES == 0;
             uint32_t target = ring_address + issue_stage * STAGE + (first ? 0 : L::HEADER);
             if (first) {
+                const int i = issued / L::TILES;
+                if (i % 32 == 0 && i > 0) held = next, next = addresses(i + 32);
+                source = reinterpret_cast<const unsigned char*>(__shfl_sync(FULL, held, i % 32));
 #pragma unroll
                 for (int i = 0; i < STAGE; i += 512)
                     if (i + 512 <= STAGE || i + lane * 16 < STAGE) copy16(target + i + lane * 16, source + i + lane * 16);
@@ -155,7 +162,6 @@ __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Col
                 source += L::TILE_BYTES;
             }
             issued++;
-            if (L::TILES == 1 || issued % L::TILES == 0) source += next_record;
             issue_stage = issue_stage + 1 == STAGES ? 0 : issue_stage + 1;
         }
         copy_commit();
@@ -176,9 +182,11 @@ __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Col
         const unsigned char* tile = header + L::HEADER;
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         int sub = L::TILES == 1 ? 0 : i % L::TILES;
+        const int at = (record + i / L::TILES * warps) * L::GROUP + sub * TILE;
+        if (at >= packed) continue;  // The keys are packed, but not yet the values.
         float s[2][N][4];
         packed_scores<L, N>(s, scaled, bias, header, tile, queries, sub == 0, lane);
-        restrict<N>(s, columns, (record + i / L::TILES * warps) * L::GROUP + sub * TILE, packed, lane);
+        restrict<N>(s, columns, at, packed, lane);
         uint32_t p[2][N][2];
         running.step(s, columns, p);
         packed_values<L, N>(running, p, tile, lane);
@@ -187,16 +195,16 @@ __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Col
 
 // A warp's share of the residual: every `warps`-th tile of 32 tokens.
 template <int D, int N>
-__device__ __forceinline__ void residual_loop(Running<D, N>& running, const Columns<N>& columns, const AttendArgs& args, long long row,
-                                              const unsigned char* queries, int packed, int len, int start, int warp, int warps, int lane) {
-    const int g = lane / 4, t = lane % 4;
+__device__ __forceinline__ void residual_loop(Running<D, N>& running, const Columns<N>& columns, const AttendArgs& args, const Work& work,
+                                              const unsigned char* queries, int warp, int warps, int lane) {
+    const int g = lane / 4, t = lane % 4, packed = work.packed, len = work.residual;
     for (int at = warp * TILE; at < len; at += warps * TILE) {
         auto place = [&](int token) {  // A token past the end is masked: any finite one will do.
-            int i = start + min(at + token, len - 1);
-            return (row * args.ring + (i >= args.ring ? i - args.ring : i)) * D;
+            int i = work.ring_start + min(at + token, len - 1);
+            return (i >= args.ring ? i - args.ring : i) * (long long)D;
         };
         float s[2][N][4] = {};
-        residual_scores<D, N>(s, args, queries, lane, place);
+        residual_scores<D, N>(s, work.ring_k, args.kind, queries, lane, place);
         restrict<N>(s, columns, packed + at, packed + len, lane);
         uint32_t p[2][N][2];
         running.step(s, columns, p);
@@ -214,8 +222,8 @@ __device__ __forceinline__ void residual_loop(Running<D, N>& running, const Colu
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     int channel = 16 * c + i % 2 * 8;
-                    a[i] = bits(__floats2half2_rn(load_as_float(args.residual_v, from[i / 2 * 2] + channel, args.kind),
-                                                  load_as_float(args.residual_v, from[i / 2 * 2 + 1] + channel, args.kind)));
+                    a[i] = bits(__floats2half2_rn(load_as_float(work.ring_v, from[i / 2 * 2] + channel, args.kind),
+                                                  load_as_float(work.ring_v, from[i / 2 * 2 + 1] + channel, args.kind)));
                 }
 #pragma unroll
                 for (int n = 0; n < N; n++) mma(running.out[c][n], a, p[r][n][0], p[r][n][1]);
@@ -224,7 +232,7 @@ __device__ __forceinline__ void residual_loop(Running<D, N>& running, const Colu
     }
 }
 
-// Grid: (splits + 1, batch * kv_heads, blocks of 8 N columns). Column c of a kv head is query c % queries of its head c / queries.
+// Grid: one block for each of `work`.
 template <int BITS, int GROUP, int D, int N, int WARPS, int STAGES>
 __device__ __forceinline__ void attend(const AttendArgs& args) {
     using L = Layout<BITS, GROUP, D>;
@@ -235,36 +243,24 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     unsigned char* queries = shared;
     unsigned char* ring = shared + QUERIES + threadIdx.x / 32 * (STAGES * STAGE);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int split = blockIdx.x;
-    const long long row = blockIdx.y;
-    const int all_columns = args.heads_per_kv * args.queries;
-    const int first_column = blockIdx.z * 8 * N;
-    const int live = min(all_columns - first_column, 8 * N);
-    const long long first_row = row * all_columns + first_column;
-
-    int packed = args.packed_len, residual = args.residual_len, start = args.ring_start;
-    if (args.lens) packed = args.lens[0], residual = args.lens[1], start = args.lens[2];
+    const Work work = args.work[blockIdx.x];
+    const int live = min(args.heads_per_kv * work.queries - work.first_column, 8 * N);
     Columns<N> columns;
     auto ready = [&]() {
-        load_queries<D, N>(args, first_row, live, queries, factors);
+        load_queries<D, N>(args, work, work.first_column, live, queries, factors);
         __syncthreads();
-        columns = columns_of<N>(args, factors, first_column, packed + residual, lane);
+        columns = columns_of<N>(args, factors, work.queries, work.first_column, work.packed + work.residual, lane);
     };
 
     Running<D, N> running;
     running.clear();
-    if (split < args.splits) {
-        int first_record = 0, records = (packed + GROUP - 1) / GROUP;
-        if (args.causal && args.window) first_record = max(0, packed + residual + 1 - args.queries - args.window) / GROUP;
-        first_record = min(first_record, records);
-        long long count = records - first_record;
-        int from = first_record + int(count * split / args.splits), to = first_record + int(count * (split + 1) / args.splits);
-        packed_loop<L, N, STAGES>(running, columns, args.packed + row * args.packed_stride, queries, ring, from + warp, to, WARPS, packed, lane, ready);
+    const bool coded = work.from >= 0;
+    if (coded) {
+        packed_loop<L, N, STAGES>(running, columns, work.table, queries, ring, work.from + warp, work.to, WARPS, work.packed, lane, ready);
     } else {
         ready();
-        residual_loop<D, N>(running, columns, args, row, queries, packed, residual, start, warp, WARPS, lane);
+        residual_loop<D, N>(running, columns, args, work, queries, warp, WARPS, lane);
     }
-    const bool coded = split < args.splits;
 
     // Join the block's warps.
     __syncthreads();  // All warps are done with the ring, which now takes their outputs.
@@ -286,7 +282,6 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
             }
         }
     __syncthreads();
-    const long long block = row * gridDim.z + blockIdx.z;
     for (int i = threadIdx.x; i < live * D; i += WARPS * 32) {
         int column = i / D, channel = i % D;
         float top = warp_max[0][column];
@@ -301,27 +296,27 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
         }
         value = sum > 0.f ? value / sum : 0.f;
         float lse2 = sum > 0.f ? top + log2f(sum) : -INFINITY;
-        if (gridDim.x == 1) {
-            finish<D>(args, first_row + column, channel, value, lse2);
+        if (work.parts == 1) {
+            finish<D>(args, row_of(args, work, work.first_column + column), channel, value, lse2);
         } else {
-            long long at = (block * gridDim.x + split) * (8 * N) + column;
+            long long at = (long long)(work.first_part + work.part) * (8 * N) + column;
             args.part_out[at * D + channel] = value;
             if (channel == 0) args.part_lse[at] = lse2;
         }
     }
-    if (gridDim.x == 1) return;
+    if (work.parts == 1) return;
 
-    // The last block to arrive joins the splits.
+    // The last block to arrive joins the parts.
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        last = atomicAdd(args.arrived + block, 1u) == gridDim.x - 1;
-        if (last) args.arrived[block] = 0;
+        last = atomicAdd(args.arrived + work.join, 1u) == work.parts - 1;
+        if (last) args.arrived[work.join] = 0;
     }
     __syncthreads();
     if (!last) return;
     __threadfence();
-    join_splits<D, N, WARPS>(args, block * gridDim.x * (8 * N), first_row, live, shared, warp_max[0], warp_sum[0]);
+    join_splits<D, N, WARPS>(args, work, live, shared, warp_max[0], warp_sum[0]);
 }
 
 // Bytes of dynamic shared memory.

@@ -14,16 +14,17 @@ struct Columns {
     float soft_cap;
 };
 
-// The block's columns as fragments in shared memory, each scaled by a power of two so that its largest entry lies in [0.5, 1): then
+// The block's `columns` columns from `first` on as fragments in shared memory, each scaled by a power of two so that its largest entry lies in [0.5, 1): then
 // no product with a scale of the keys leaves f16. Gives the exponents back through `exponents`.
 template <int D, int N>
-__device__ __forceinline__ void load_queries(const AttendArgs& args, long long first_row, int columns, unsigned char* queries, float* factors) {
+__device__ __forceinline__ void load_queries(const AttendArgs& args, const Work& work, int first, int columns, unsigned char* queries, float* factors) {
     for (int column = threadIdx.x / 32; column < 8 * N; column += blockDim.x / 32) {
         const int lane = threadIdx.x % 32;
+        const long long row = column < columns ? row_of(args, work, first + column) : 0;
         float x[D / 32], top = 0.f;
 #pragma unroll
         for (int i = 0; i < D / 32; i++) {
-            x[i] = column < columns ? load_as_float(args.q, (first_row + column) * D + i * 32 + lane, args.kind) : 0.f;
+            x[i] = column < columns ? load_as_float(args.q, row * D + i * 32 + lane, args.kind) : 0.f;
             top = fmaxf(top, fabsf(x[i]));
         }
 #pragma unroll
@@ -43,7 +44,7 @@ __device__ __forceinline__ void load_queries(const AttendArgs& args, long long f
 
 // The constants of the block's columns, of which column c is query (first + c) % queries; `factors` are those of `load_queries`.
 template <int N>
-__device__ __forceinline__ Columns<N> columns_of(const AttendArgs& args, const float* factors, int first, int tokens, int lane) {
+__device__ __forceinline__ Columns<N> columns_of(const AttendArgs& args, const float* factors, int queries, int first, int tokens, int lane) {
     Columns<N> columns;
     columns.soft_cap = args.soft_cap, columns.from_max = 0, columns.to_min = tokens;
 #pragma unroll
@@ -54,13 +55,13 @@ __device__ __forceinline__ Columns<N> columns_of(const AttendArgs& args, const f
             columns.scale[n][e] = factors[column] * args.scale * LOG2E;
             int to = tokens, from = 0;
             if (args.causal) {
-                to += 1 - args.queries + (first + column) % args.queries;
+                to += 1 - queries + (first + column) % queries;
                 if (args.window) from = max(0, to - args.window);
             }
             columns.from[n][e] = from, columns.to[n][e] = to;
         }
     if (args.causal) {
-        columns.to_min = tokens + 1 - args.queries;
+        columns.to_min = tokens + 1 - queries;
         if (args.window) columns.from_max = max(0, tokens - args.window);
     }
     return columns;

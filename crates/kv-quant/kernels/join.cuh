@@ -6,17 +6,17 @@ namespace kvq {
 
 // Writes a finished column's channel, and its log-sum-exp with channel 0.
 template <int D>
-__device__ __forceinline__ void finish(const AttendArgs& args, long long column, int channel, float value, float lse2) {
-    store(args.out, column * D + channel, args.out_kind, value);
-    if (channel == 0 && args.lse) args.lse[column] = lse2 / LOG2E;
+__device__ __forceinline__ void finish(const AttendArgs& args, long long row, int channel, float value, float lse2) {
+    store(args.out, row * D + channel, args.out_kind, value);
+    if (channel == 0 && args.lse) args.lse[row] = lse2 / LOG2E;
 }
 
-// Joins the splits' parts, of which the first column of the first split is the `first`: weights to shared memory, then the sums, which
+// Joins the parts of a kv head and a block of columns: weights to shared memory, then the sums, which
 // threads share when there are more of them than outputs.
 template <int D, int N, int WARPS>
-__device__ __forceinline__ void join_splits(const AttendArgs& args, long long first, long long first_row, int live, unsigned char* shared,
-                                            float* tops, float* sums) {
-    const int splits = gridDim.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+__device__ __forceinline__ void join_splits(const AttendArgs& args, const Work& work, int live, unsigned char* shared, float* tops, float* sums) {
+    const long long first = (long long)work.first_part * (8 * N);
+    const int splits = work.parts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const float* lses = args.part_lse + first;
     const float* parts = args.part_out + first * D;
     float* weights = reinterpret_cast<float*>(shared);
@@ -40,8 +40,9 @@ __device__ __forceinline__ void join_splits(const AttendArgs& args, long long fi
         int column = item / (D / 4), channel = item % (D / 4) * 4;
         float sum = sums[column], factor = sum > 0.f ? 1.f / sum : 0.f;
         float lse2 = sum > 0.f ? tops[column] + log2f(sum) : -INFINITY;
-        finish<D>(args, first_row + column, channel, x.x * factor, lse2), finish<D>(args, first_row + column, channel + 1, x.y * factor, lse2);
-        finish<D>(args, first_row + column, channel + 2, x.z * factor, lse2), finish<D>(args, first_row + column, channel + 3, x.w * factor, lse2);
+        long long row = row_of(args, work, work.first_column + column);
+        finish<D>(args, row, channel, x.x * factor, lse2), finish<D>(args, row, channel + 1, x.y * factor, lse2);
+        finish<D>(args, row, channel + 2, x.z * factor, lse2), finish<D>(args, row, channel + 3, x.w * factor, lse2);
     };
     for (int i = threadIdx.x; i < items * slices; i += WARPS * 32) {
         int item = i % items, column = item / (D / 4);

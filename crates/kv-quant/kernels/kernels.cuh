@@ -1,8 +1,8 @@
-// attend_b<bits>_g<group>_d<head_dim>_n<blocks of 8 columns> and mass_b<bits>_g<group>_d<head_dim>, for every shape but the bits.
+// attend_b<bits>_g<group>_d<head_dim>_n<blocks of 8 columns> and sums_b<bits>_g<group>_d<head_dim>, for every shape but the bits.
 // src/cuda/kernels.rs knows the warps and stages.
 #pragma once
 #include "attend.cuh"
-#include "mass.cuh"
+#include "sums.cuh"
 
 #define ATTEND(B, G, D, N, WARPS, STAGES)                                                                                 \
     extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_b##B##_g##G##_d##D##_n##N(const kvq::AttendArgs args) { \
@@ -11,9 +11,9 @@
 #define ATTEND_GROUPS(B, D, N, WARPS, STAGES) \
     ATTEND(B, 32, D, N, WARPS, STAGES) ATTEND(B, 64, D, N, WARPS, STAGES) ATTEND(B, 128, D, N, WARPS, STAGES)
 
-#define MASS(B, G, D)                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(kvq::MASS_WARPS * 32) mass_b##B##_g##G##_d##D(const kvq::AttendArgs args) { \
-        kvq::mass<B, G, D>(args);                                                                                              \
+#define SUM(B, G, D)                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(kvq::SUM_WARPS * 32) sums_b##B##_g##G##_d##D(const kvq::AttendArgs args) { \
+        kvq::sums<B, G, D>(args);                                                                                              \
     }
-#define MASS_GROUPS(B, D) MASS(B, 32, D) MASS(B, 64, D) MASS(B, 128, D)
-#define MASSES(B) MASS_GROUPS(B, 64) MASS_GROUPS(B, 128) MASS_GROUPS(B, 256)
+#define SUMS_GROUPS(B, D) SUM(B, 32, D) SUM(B, 64, D) SUM(B, 128, D)
+#define SUMS(B) SUMS_GROUPS(B, 64) SUMS_GROUPS(B, 128) SUMS_GROUPS(B, 256)

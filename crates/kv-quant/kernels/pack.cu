@@ -1,12 +1,12 @@
-// quantize_b<bits>_g<group>_d<head_dim>, unpack_... alike, move_tokens
-#include "move.cuh"
+// quantize_b<bits>_g<group>_d<head_dim>, unpack_... alike, and fill_rings
+#include "fill.cuh"
 #include "quantize.cuh"
 #include "unpack.cuh"
 
-extern "C" __global__ void move_tokens(const kvq::MoveArgs args) { kvq::move_tokens(args); }
+extern "C" __global__ void fill_rings(const kvq::FillArgs args) { kvq::fill_rings(args); }
 
 #define KERNELS(B, G, D)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(128) quantize_b##B##_g##G##_d##D(const kvq::QuantizeArgs args) { \
+    extern "C" __global__ void __launch_bounds__(128) quantize_b##B##_g##G##_d##D(const kvq::FillArgs args) { \
         kvq::Quantize<B, G, D>::run(args);                                                                       \
     }                                                                                                            \
     extern "C" __global__ void __launch_bounds__(256) unpack_b##B##_g##G##_d##D(const kvq::UnpackArgs args) { kvq::unpack<B, G, D>(args); }

@@ -6,36 +6,18 @@
 // already in the lanes that write them.
 #pragma once
 #include <cuda_bf16.h>
+#include "fill.cuh"
 #include "layout.cuh"
 #include "ptx.cuh"
 
 namespace kvq {
 
-// Mirrored by `QuantizeArgs` in src/cuda/args.rs.
-struct QuantizeArgs {
-    const void* k;               // rows of `pitch` tokens, D channels each, f16 or bf16
-    const void* v;
-    unsigned char* packed;       // rows of records, each `packed_stride` bytes
-    void* rounded;               // as `k`: where what the packed keys stand for is written; may be null
-    unsigned long long* status;  // takes a group out of range, any one if there are several; see `report`
-    long long packed_stride;
-    long long pitch;   // tokens from a row to the next
-    int start;         // the place of the first token
-    int ring;          // places after which the first follows
-    int key_offset;    // the token, counted from the first, with which the keys to pack begin
-    int key_record;    // the first record that takes keys
-    int key_records;   // how many do
-    int value_offset;  // the token with which the values to pack begin
-    int value_tile;    // the first tile of 32 tokens that takes values
-    int value_tiles;   // how many do
-    int kind;          // of k and v: 0 f16, 1 bf16
-};
-
-// A group that holds infinities or NaNs, or is wider than f16 can say: bit 63, then values (1) or keys (0), row, token, channel.
-__device__ __forceinline__ void report(unsigned long long* status, bool values, int row, int token, int channel) {
-    unsigned long long at = 1ull << 63 | (unsigned long long)values << 62 | (unsigned long long)row << 40 | (unsigned long long)token << 9 | channel;
+// A group that holds infinities or NaNs, or is wider than f16 can say: bit 63, then values (1) or keys (0), the row's tag, the entry in 24 bits,
+// the channel in 9.
+__device__ __forceinline__ void report(const FillRow& row, bool values, int entry, int channel) {
+    unsigned long long at = 1ull << 63 | (unsigned long long)values << 62 | row.tag | (unsigned long long)(entry & 0xffffff) << 9 | channel;
     // The word may lie in the host's memory, where not every machine has atomics; one store of eight bytes is whole on all.
-    *reinterpret_cast<volatile unsigned long long*>(status) = at;
+    *reinterpret_cast<volatile unsigned long long*>(row.status) = at;
 }
 
 // x / s as f32 division and rounding to f16 would have it. An f16 quotient is never within 2^-24 of where f16 rounds, unless it is
@@ -56,18 +38,19 @@ struct Quantize {
     static constexpr int SOURCE = 2 * (GROUP * K_CHANNELS > TILE * D ? GROUP * K_CHANNELS : TILE * D);
     static constexpr int SHARED = SOURCE + (K_OUT > V_OUT ? K_OUT : V_OUT);
 
-    // Copies `tokens` x `channels` to shared memory as f16; 16-byte pieces of a row change places so that columns lie in all banks.
+    // Copies entries from `entry` on, TOKENS x CHANNELS, to shared memory as f16; 16-byte pieces of a row change places so that columns lie in all banks.
     template <int TOKENS, int CHANNELS>
-    static __device__ __forceinline__ void load(unsigned char* source, const void* from, const QuantizeArgs& args, int row, int token, int channel) {
+    static __device__ __forceinline__ void load(unsigned char* source, const void* ring, const void* fresh, const FillArgs& args, const FillRow& row,
+                                                int entry, int channel) {
         constexpr int PIECES = CHANNELS / 8, EACH = TOKENS * PIECES / THREADS;
         uint4 x[EACH];
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             int piece = threadIdx.x + i * THREADS;
-            int place = args.start + token + piece / PIECES;
-            if (place >= args.ring) place -= args.ring;
-            long long at = (row * args.pitch + place) * D + channel + piece % PIECES * 8;
-            x[i] = *reinterpret_cast<const uint4*>(static_cast<const __half*>(from) + at);
+            int at = entry + piece / PIECES;
+            const __half* from = at < row.first_new ? static_cast<const __half*>(ring) + (at + row.shift) % args.ring * D
+                                                    : static_cast<const __half*>(fresh) + (at - row.first_new) * args.stride;
+            x[i] = *reinterpret_cast<const uint4*>(from + channel + piece % PIECES * 8);
         }
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
@@ -148,12 +131,17 @@ struct Quantize {
         for (int i = threadIdx.x * 16; i < bytes; i += THREADS * 16) *reinterpret_cast<uint4*>(to + i) = load16(from + i);
     }
 
-    static __device__ __forceinline__ void keys(const QuantizeArgs& args, int record, int channel, unsigned char* shared) {
-        const int row = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    // Where a record lies. Those that are taken now are not in the table before the launch is over.
+    static __device__ __forceinline__ unsigned char* record_of(const FillRow& row, int record) {
+        return reinterpret_cast<unsigned char*>(record < row.fresh_record ? row.table[record] : row.fresh[record - row.fresh_record]);
+    }
+
+    static __device__ __forceinline__ void keys(const FillArgs& args, const FillRow& row, int record, int channel, unsigned char* shared) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         constexpr int CODES = K_CHANNELS * TILE * BITS / 8, UNITS = L::TILES;
         unsigned char* out = shared + SOURCE;
         __half* params = reinterpret_cast<__half*>(out + UNITS * CODES);
-        load<GROUP, K_CHANNELS>(shared, args.k, args, row, args.key_offset + record * GROUP, channel);
+        load<GROUP, K_CHANNELS>(shared, row.ring_k, row.new_k, args, row, record * GROUP, channel);
         __syncthreads();
         for (int block = warp; block < K_CHANNELS / 16; block += THREADS / 32) {
             uint32_t x[UNITS][4][2];
@@ -162,30 +150,30 @@ struct Quantize {
 #pragma unroll
             for (int u = 0; u < UNITS; u++) unit<K_CHANNELS, false>(x[u], shared, u * TILE, block * 16);
             encode<UNITS>(x, scale, min, bad);
-            if (bad) report(args.status, false, row, (args.key_record + record) * GROUP, channel + block * 16 + 2 * t);
+            if (bad) report(row, false, record * GROUP, channel + block * 16 + 2 * t);
 #pragma unroll
             for (int u = 0; u < UNITS; u++) write_codes(out + u * CODES, block, x[u]);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 int at = L::key_param_at(block * 16 + h * 8 + 2 * t);
                 if (g == 0) *reinterpret_cast<__half2*>(params + at) = scale[h], *reinterpret_cast<__half2*>(params + K_CHANNELS + at) = min[h];
-                if (args.rounded == nullptr) continue;
+                if (!row.round) continue;
                 float2 s = __half22float2(scale[h]), m = __half22float2(min[h]);
 #pragma unroll
                 for (int u = 0; u < UNITS; u++)
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        int place = args.start + args.key_offset + record * GROUP + u * TILE + i * 8 + g;
-                        if (place >= args.ring) place -= args.ring;
-                        long long to = (row * args.pitch + place) * D + channel + block * 16 + h * 8 + 2 * t;
+                        int place = (record * GROUP + u * TILE + i * 8 + g + row.shift) % args.ring;
+                        long long to = (long long)place * D + channel + block * 16 + h * 8 + 2 * t;
                         float low = fmaf(x[u][i][h] & 0xff, s.x, m.x), high = fmaf(x[u][i][h] >> 16, s.y, m.y);
                         uint32_t pair = args.kind ? bits_of(__floats2bfloat162_rn(low, high)) : bits(__floats2half2_rn(low, high));
-                        *reinterpret_cast<uint32_t*>(static_cast<__half*>(args.rounded) + to) = pair;
+                        *reinterpret_cast<uint32_t*>(static_cast<__half*>(row.ring_k) + to) = pair;
                     }
             }
         }
         __syncthreads();
-        unsigned char* to = args.packed + row * args.packed_stride + (long long)(args.key_record + record) * L::RECORD;
+        unsigned char* to = record_of(row, record);
+        if (record >= row.fresh_record && channel == 0 && threadIdx.x == 0) row.table[record] = reinterpret_cast<unsigned long long>(to);
         copy_out(to + L::K_SCALE + 2 * channel, out + UNITS * CODES, 2 * K_CHANNELS);
         copy_out(to + L::K_MIN + 2 * channel, out + UNITS * CODES + 2 * K_CHANNELS, 2 * K_CHANNELS);
 #pragma unroll
@@ -193,13 +181,13 @@ struct Quantize {
             copy_out(to + L::HEADER + u * L::TILE_BYTES + L::K_CODES + channel * TILE * BITS / 8, out + u * CODES, CODES);
     }
 
-    static __device__ __forceinline__ void values(const QuantizeArgs& args, int tile, unsigned char* shared) {
-        const int row = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    static __device__ __forceinline__ void values(const FillArgs& args, const FillRow& row, int tile, unsigned char* shared) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         constexpr int UNITS = L::VGROUP / 32;
         unsigned char* out = shared + SOURCE;
         __half* scales = reinterpret_cast<__half*>(out + L::V_SCALE - L::V_CODES);
         __half* minima = reinterpret_cast<__half*>(out + L::V_MIN - L::V_CODES);
-        load<TILE, D>(shared, args.v, args, row, args.value_offset + tile * TILE, 0);
+        load<TILE, D>(shared, row.ring_v, row.new_v, args, row, tile * TILE, 0);
         __syncthreads();
         for (int task = warp; task < 2 * L::VGROUPS; task += THREADS / 32) {
             int half = task / L::VGROUPS, group = task % L::VGROUPS;
@@ -209,7 +197,7 @@ struct Quantize {
 #pragma unroll
             for (int u = 0; u < UNITS; u++) unit<D, true>(x[u], shared, group * L::VGROUP + u * 32, half * 16);
             encode<UNITS>(x, scale, min, bad);
-            if (bad) report(args.status, true, row, (args.value_tile + tile) * TILE + half * 16 + 2 * t, group * L::VGROUP);
+            if (bad) report(row, true, tile * TILE + half * 16 + 2 * t, group * L::VGROUP);
 #pragma unroll
             for (int u = 0; u < UNITS; u++) write_codes(out, half * (D / 32) + group * UNITS + u, x[u]);
 #pragma unroll
@@ -219,19 +207,19 @@ struct Quantize {
             }
         }
         __syncthreads();
-        int at = args.value_tile + tile;
-        unsigned char* to = args.packed + row * args.packed_stride + (long long)(at / L::TILES) * L::RECORD;
-        copy_out(to + L::HEADER + at % L::TILES * L::TILE_BYTES + L::V_CODES, out, V_OUT);
+        unsigned char* to = record_of(row, tile / L::TILES);
+        copy_out(to + L::HEADER + tile % L::TILES * L::TILE_BYTES + L::V_CODES, out, V_OUT);
     }
 
-    // Grid: (max(key records * K_PARTS, value tiles), rows, 2).
-    static __device__ __forceinline__ void run(const QuantizeArgs& args) {
+    // Grid: (the most of key records * K_PARTS and of value tiles that a row has, rows, 2).
+    static __device__ __forceinline__ void run(const FillArgs& args) {
         extern __shared__ __align__(128) unsigned char shared[];
+        const FillRow row = args.rows[blockIdx.y];
         const int block = blockIdx.x;
         if (blockIdx.z == 0) {
-            if (block < args.key_records * K_PARTS) keys(args, block / K_PARTS, block % K_PARTS * K_CHANNELS, shared);
-        } else if (block < args.value_tiles) {
-            values(args, block, shared);
+            if (block < row.key_records * K_PARTS) keys(args, row, row.key_record + block / K_PARTS, block % K_PARTS * K_CHANNELS, shared);
+        } else if (block < row.value_tiles) {
+            values(args, row, row.value_tile + block, shared);
         }
     }
 };

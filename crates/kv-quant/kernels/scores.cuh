@@ -71,7 +71,7 @@ __device__ __forceinline__ void packed_scores(float (&s)[2][N][4], uint32_t (&sc
 
 // Scores of 32 tokens of the residual, read straight from memory: it is short. `place` gives where a token's keys begin.
 template <int D, int N, class Place>
-__device__ __forceinline__ void residual_scores(float (&s)[2][N][4], const AttendArgs& args, const unsigned char* queries, int lane, Place place) {
+__device__ __forceinline__ void residual_scores(float (&s)[2][N][4], const void* keys, int kind, const unsigned char* queries, int lane, Place place) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -82,10 +82,10 @@ __device__ __forceinline__ void residual_scores(float (&s)[2][N][4], const Atten
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 int channel = 32 * j + 16 * h;
-                a[h][0] = load_pair(args.residual_k, low + channel, args.kind);
-                a[h][1] = load_pair(args.residual_k, high + channel, args.kind);
-                a[h][2] = load_pair(args.residual_k, low + channel + 8, args.kind);
-                a[h][3] = load_pair(args.residual_k, high + channel + 8, args.kind);
+                a[h][0] = load_pair(keys, low + channel, kind);
+                a[h][1] = load_pair(keys, high + channel, kind);
+                a[h][2] = load_pair(keys, low + channel + 8, kind);
+                a[h][3] = load_pair(keys, high + channel + 8, kind);
             }
 #pragma unroll
             for (int n = 0; n < N; n++) {

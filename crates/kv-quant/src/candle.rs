@@ -42,3 +42,9 @@ impl From<crate::Error> for longctx_core::Error {
         }
     }
 }
+
+impl From<crate::Error> for candle_core::Error {
+    fn from(error: crate::Error) -> Self {
+        longctx_core::Error::from(error).into()
+    }
+}

@@ -1,16 +1,21 @@
-//! Packed keys and values on candle's CUDA device, in a layout made for the tensor cores (kernels/layout.cuh).
+//! Packed keys and values of many sequences on candle's CUDA device, in records made for the tensor
+//! cores (kernels/layout.cuh).
 
 mod args;
 mod attend;
+mod edit;
 mod fill;
-mod held;
+mod head;
 mod kernels;
-mod mass;
+mod plan;
+mod pool;
 mod read;
+mod records;
 mod status;
-mod store;
+mod sums;
+mod tensors;
 
-pub use store::CudaStore;
+pub use pool::CudaPool;
 
 /// A driver's error as candle's.
 fn wrap(error: candle_core::cuda::cudarc::driver::DriverError) -> longctx_core::Error {

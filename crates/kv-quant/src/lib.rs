@@ -37,8 +37,6 @@ pub use attention::{Attended, Mask, Queries};
 pub use candle::{DequantCache, Order, QuantCache, QuantStore};
 #[cfg(all(feature = "candle", feature = "save"))]
 pub use candle::{load_caches, save_caches};
-#[cfg(feature = "cuda")]
-pub use cuda::CudaStore;
 pub use error::{Error, Position, Result};
 #[cfg(feature = "save")]
 pub use file::{CacheFile, save, to_bytes};

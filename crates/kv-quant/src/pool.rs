@@ -2,6 +2,7 @@
 
 mod append;
 pub(crate) mod batch;
+mod cells;
 mod footprint;
 pub(crate) mod head;
 pub(crate) mod memory;
@@ -103,10 +104,17 @@ impl Pool {
 
     /// The same with blocks and pages of at most so many bytes in use at a time.
     ///
-    /// Beyond these, a pool allocates free blocks (less than an eighth of those in use, and less than
-    /// two slabs of 16 of each kind) and tables: see [`footprint`](Self::footprint).
+    /// Tables come on top of these, and blocks that are allocated and free: see
+    /// [`footprint`](Self::footprint). An empty pool that is given 32 MiB or more allocates 4 MiB at a
+    /// time, in huge pages where the system has them, which makes attention over long sequences
+    /// faster, and keeps what it has allocated until it is [cleared](Self::clear). Others allocate 16
+    /// blocks at a time up to 16 MiB, and 4 MiB at a time beyond; they give memory back when more
+    /// than an eighth of it is free.
     pub fn with_capacity(self, bytes: usize) -> Self {
-        Self { capacity: Some(bytes), ..self }
+        const LARGE: usize = 32 << 20;
+        let large = bytes >= LARGE && self.seqs.is_empty();
+        let memory = if large { self.memory.with_large_slabs() } else { self.memory };
+        Self { memory, capacity: Some(bytes), ..self }
     }
 
     /// The most bytes of blocks and pages; `None` for a pool that grows.
@@ -157,7 +165,7 @@ impl Pool {
     /// Ends all sequences, and gives all memory back.
     pub fn clear(&mut self) {
         self.seqs.clear();
-        self.memory = Memory::new(self.memory.layout);
+        self.memory.clear();
     }
 
     /// The sequences, in increasing order.

@@ -183,9 +183,27 @@ fn a_full_pool_is_an_error_that_names_bytes() {
     let long = Batch::single(1, 4000).unwrap();
     assert!(!cache.can_take(&long) && cache.can_take(&Batch::single(1, 100).unwrap()));
     let (q, kv) = (random(4000, HEADS), random(4000, KV_HEADS));
-    let error = cache.attend(&Step { batch: &long, q: &q, k: &kv, v: &kv }).unwrap_err();
-    assert!(matches!(error, Error::PoolFull { .. }), "{error}");
+    // Room is checked first: before attention is computed, and before numbers are packed.
+    let large = (&kv * 1e6).unwrap();
+    for kv in [kv, large] {
+        let error = cache.attend(&Step { batch: &long, q: &q, k: &kv, v: &kv }).unwrap_err();
+        assert!(matches!(error, Error::PoolFull { .. }), "{error}");
+    }
     assert_eq!((cache.seqs(), cache.held(1)), (vec![0], 0));
+}
+
+#[test]
+fn errors_pass_through_code_that_returns_those_of_candle() {
+    fn make(residual: usize, tokens: usize) -> candle_core::Result<QuantCache> {
+        let format = Format::kivi(Bits::Four, Bits::Four, 32, residual)?;
+        let mut cache = QuantCache::new(spec(), format)?;
+        let (q, kv) = (random(1, HEADS), random(1, KV_HEADS));
+        cache.attend(&Step { batch: &Batch::single(0, tokens)?, q: &q, k: &kv, v: &kv })?;
+        Ok(cache)
+    }
+    let message = |residual, tokens| make(residual, tokens).unwrap_err().to_string();
+    assert!(message(33, 1).contains("a positive multiple of 32, got 33"), "{}", message(33, 1));
+    assert!(message(32, 2).contains("tokens of q: expected 2, got 1"), "{}", message(32, 2));
 }
 
 #[test]

@@ -1,107 +1,301 @@
-//! The device's kernels behind the crate's types, beside the host's on the same numbers. Needs a CUDA device.
+//! Stores and caches on a CUDA device beside those on the CPU, on the same numbers. Without a
+//! device the tests are skipped.
 #![cfg(feature = "cuda")]
 
-use candle_core::{CudaDevice, DType, Device, Tensor};
-use kv_quant::{Bits, CudaStore, Format, QuantCache, QuantStore};
-use longctx_core::{AttentionShape, KvCache, KvStore, Rope, RopeScaling, Step, Visible};
+use candle_core::{DType, Device, Tensor};
+use kv_quant::{Bits, Format, QuantCache, QuantStore};
+use longctx_core::{
+    AttentionShape, Batch, Error, KvCache, KvStore, LayerSpec, Mask, Selection, SeqId, Step,
+};
 
-fn device() -> Option<(CudaDevice, Device)> {
-    match Device::new_cuda(0) {
-        Ok(Device::Cuda(device)) => Some((device.clone(), Device::Cuda(device))),
-        _ => {
-            println!("skipped: no CUDA device");
-            None
-        }
+fn device() -> Option<Device> {
+    let device = Device::new_cuda(0).ok();
+    if device.is_none() {
+        println!("skipped: no CUDA device");
     }
+    device
 }
 
 /// Numbers that f16 holds, so that both sides begin with the same.
-fn numbers(shape: (usize, usize, usize, usize)) -> Tensor {
-    Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap().to_dtype(DType::F16).unwrap()
+fn numbers(tokens: usize, heads: usize, d: usize) -> Tensor {
+    let x = Tensor::randn(0f32, 1., (tokens, heads, d), &Device::Cpu).unwrap();
+    x.to_dtype(DType::F16).unwrap()
 }
 
 fn relative(got: &Tensor, want: &Tensor) -> f32 {
     let f32 = |x: &Tensor| x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
     let (got, want) = (f32(got), f32(want));
     let norm = |x: Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
-    norm((&got - &want).unwrap()) / norm(want)
+    norm((&got - &want).unwrap()) / norm(want).max(1e-6)
+}
+
+/// Two stores of one layer.
+struct Pair {
+    shape: AttentionShape,
+    host: QuantStore,
+    other: QuantStore,
+    device: Device,
+    what: String,
+}
+
+impl Pair {
+    fn new(shape: AttentionShape, format: Format, device: &Device) -> Self {
+        let store = || QuantStore::new(shape, format).unwrap();
+        let what = format!("{format:?}, head_dim {}", shape.head_dim);
+        Self { shape, host: store(), other: store(), device: device.clone(), what }
+    }
+
+    fn append(&mut self, parts: &[(SeqId, usize)]) {
+        let batch = Batch::new(parts).unwrap();
+        let [k, v] =
+            [0; 2].map(|_| numbers(batch.tokens(), self.shape.kv_heads, self.shape.head_dim));
+        let [dk, dv] = [&k, &v].map(|x| x.to_device(&self.device).unwrap());
+        self.host.append(&batch, &k, &v).unwrap();
+        self.other.append(&batch, &dk, &dv).unwrap();
+    }
+
+    fn check(&self, parts: &[(SeqId, usize)], mask: Mask<'_>) {
+        let batch = Batch::new(parts).unwrap();
+        let q = numbers(batch.tokens(), self.shape.heads, self.shape.head_dim);
+        let dq = q.to_device(&self.device).unwrap();
+        let what = format!("{}, {parts:?}, {mask:?}", self.what);
+        for &(seq, _) in parts {
+            assert_eq!(self.other.lens(seq), self.host.lens(seq), "{what}");
+        }
+        let want = self.host.attend(&batch, &q, mask).unwrap();
+        let got = self.other.attend(&batch, &dq, mask).unwrap();
+        let error = relative(&got.out, &want.out);
+        assert!(error <= 2e-3, "{what}: {error}");
+        // A sequence without entries has -inf.
+        let finite = |lse: &Tensor| lse.clamp(-10f32, f32::MAX).unwrap();
+        let error = relative(&finite(&got.lse), &finite(&want.lse));
+        assert!(error <= 2e-3, "lse, {what}: {error}");
+        let sums = self.host.attention_sums(&batch, &q, &want.lse, mask).unwrap();
+        let other = self.other.attention_sums(&batch, &dq, &got.lse, mask).unwrap();
+        let flat = |x: Vec<Vec<f32>>| Tensor::new(x.concat(), &Device::Cpu).unwrap();
+        let error = relative(&flat(other), &flat(sums));
+        assert!(error <= 2e-3, "sums, {what}: {error}");
+    }
+
+    /// What both hold of a sequence.
+    fn check_read(&self, seq: SeqId) {
+        for head in 0..self.shape.kv_heads {
+            let (k, v) = self.host.read(seq, head).unwrap();
+            let (dk, dv) = self.other.read(seq, head).unwrap();
+            assert_eq!(k.dims(), dk.dims());
+            assert!(relative(&dk, &k) < 1e-3 && relative(&dv, &v) < 1e-3, "{}", self.what);
+        }
+    }
+}
+
+fn formats() -> Vec<Format> {
+    let mut formats = Vec::new();
+    for bits in [Bits::Two, Bits::Four, Bits::Eight] {
+        for (group, residual) in [(32, 128), (64, 64), (128, 128)] {
+            formats.push(Format::kivi(bits, bits, group, residual).unwrap());
+        }
+        formats.push(Format::kivi_rolling(bits, bits, 32, 64).unwrap());
+        formats.push(Format::kivi_rolling(bits, bits, 64, 0).unwrap());
+    }
+    formats
 }
 
 #[test]
-fn stores_attend_as_on_the_host() {
-    let Some((cuda, device)) = device() else { return };
+fn unequal_sequences_attend_as_on_the_cpu() {
+    let Some(device) = device() else { return };
     for (heads, kv_heads, d) in [(4, 4, 64), (8, 2, 128), (8, 1, 256)] {
         let shape = AttentionShape::new(heads, kv_heads, d).unwrap();
-        for bits in [Bits::Two, Bits::Four, Bits::Eight] {
-            for (group, residual) in [(32, 128), (64, 64), (128, 128)] {
-                let format = Format::kivi(bits, bits, group, residual).unwrap();
-                let mut host = QuantStore::new(shape, format).unwrap();
-                let mut store = CudaStore::new(shape, format, &cuda).unwrap();
-                for tokens in [1, 31, 1, 33, 127, 300, 1, 1, 1200, 17, 1] {
-                    let [k, v] = [0; 2].map(|_| numbers((2, kv_heads, tokens, d)));
-                    let q = numbers((2, heads, tokens, d));
-                    let [dk, dv, dq] = [&k, &v, &q].map(|x| x.to_device(&device).unwrap());
-                    host.append(&k, &v).unwrap();
-                    store.append(&dk, &dv).unwrap();
-                    assert_eq!(store.lens(), host.lens());
-                    let want = host.attend(&q, Visible::Causal).unwrap();
-                    let got = store.attend(&dq, Visible::Causal).unwrap();
-                    let what =
-                        format!("{bits:?}, group {group}, head_dim {d}, {} held", host.len());
-                    let error = relative(&got.out, &want.out);
-                    assert!(error <= 2e-3, "{what}: {error}");
-                    let error = relative(&got.lse, &want.lse);
-                    assert!(error <= 2e-3, "lse, {what}: {error}");
-                    let want = host.mass(&q, &want.lse, Visible::Causal).unwrap();
-                    let got = store.mass(&dq, &got.lse, Visible::Causal).unwrap();
-                    let flat = |masses: Vec<Vec<f32>>| {
-                        let numbers = masses.concat();
-                        Tensor::from_vec(numbers, 2 * heads * host.len(), &Device::Cpu).unwrap()
-                    };
-                    let error = relative(&flat(got), &flat(want));
-                    assert!(error <= 2e-3, "mass, {what}: {error}");
+        for format in formats() {
+            let mut pair = Pair::new(shape, format, &device);
+            pair.append(&[(0, 1), (1, 300), (2, 31), (3, 1500)]);
+            for step in 0..6 {
+                pair.check(&[(0, 1), (1, 1), (2, 1), (3, 1)], Mask::Causal);
+                pair.append(&[(3, 1), (0, 1 + 33 * (step % 2)), (1, 127), (2, 1)]);
+            }
+            pair.check(&[(3, 1), (0, 1), (1, 17), (2, 3)], Mask::Causal);
+            pair.check(&[(1, 1), (9, 1), (3, 2)], Mask::Full);
+            (0..4).for_each(|seq| pair.check_read(seq));
+        }
+    }
+}
+
+#[test]
+fn random_operations_do_the_same_on_both() {
+    let Some(device) = device() else { return };
+    let mut state = 7u64;
+    let mut random = |n: usize| {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % n
+    };
+    let shape = AttentionShape::new(8, 2, 64).unwrap();
+    for format in formats() {
+        let mut pair = Pair::new(shape, format, &device);
+        let mut next = 0;
+        for _ in 0..60 {
+            let seqs = pair.host.seqs();
+            let some = |random: &mut dyn FnMut(usize) -> usize| {
+                (!seqs.is_empty()).then(|| seqs[random(seqs.len())])
+            };
+            match random(8) {
+                0 if seqs.len() < 6 => {
+                    pair.append(&[(next, 1 + random(400))]);
+                    next += 1;
                 }
-                let (k, v) = host.read(1, kv_heads - 1).unwrap();
-                let (dk, dv) = store.read(1, kv_heads - 1).unwrap();
-                assert!(relative(&dk, &k) < 2e-3 && relative(&dv, &v) < 2e-3);
+                1 => {
+                    let Some(from) = some(&mut random) else { continue };
+                    pair.host.fork(from, next).unwrap();
+                    pair.other.fork(from, next).unwrap();
+                    next += 1;
+                }
+                2 => {
+                    let Some(seq) = some(&mut random) else { continue };
+                    let len = pair.host.len(seq);
+                    let most = if random(2) == 0 { 40 } else { len + 1 };
+                    let len = len - random(most).min(len);
+                    pair.host.truncate(seq, len).unwrap();
+                    pair.other.truncate(seq, len).unwrap();
+                }
+                3 if seqs.len() > 3 => {
+                    let Some(seq) = some(&mut random) else { continue };
+                    assert!(pair.host.remove(seq) && pair.other.remove(seq));
+                }
+                _ => {
+                    let parts: Vec<_> =
+                        seqs.iter().map(|&seq| (seq, 1 + random(4) * random(30))).collect();
+                    if !parts.is_empty() {
+                        pair.append(&parts);
+                    }
+                }
+            }
+            let held = pair.host.seqs().into_iter().filter(|&seq| pair.host.len(seq) > 2);
+            let parts: Vec<_> = held.map(|seq| (seq, 1 + random(2))).collect();
+            if !parts.is_empty() {
+                pair.check(&parts, Mask::Causal);
             }
         }
+        pair.host.seqs().into_iter().for_each(|seq| pair.check_read(seq));
     }
 }
 
 #[test]
-fn caches_find_the_kernels_or_do_without() {
-    let Some((_, device)) = device() else { return };
-    let shape = AttentionShape::new(8, 2, 64).unwrap();
-    let rope = Rope::new(64, 64, 10_000.0, RopeScaling::None).unwrap();
-    let kivi = Format::kivi(Bits::Four, Bits::Four, 32, 128).unwrap();
+fn whole_groups_are_dropped_and_records_come_back() {
+    let Some(device) = device() else { return };
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let format = Format::kivi_rolling(Bits::Four, Bits::Four, 32, 32).unwrap();
+    let mut pair = Pair::new(shape, format, &device);
+    pair.append(&[(0, 400), (1, 90)]);
+    let bytes = |store: &QuantStore| {
+        let bytes = store.seq_footprint(0);
+        (bytes.payload, bytes.scales)
+    };
+    assert_eq!(bytes(&pair.other), bytes(&pair.host));
+    let keep = |first: u32| (0..400).filter(|i| i / 32 != first && i / 32 != 5).collect();
+    let keep = Selection::new(vec![keep(0), keep(3)]);
+    pair.host.retain(0, &keep).unwrap();
+    pair.other.retain(0, &keep).unwrap();
+    for _ in 0..5 {
+        pair.check(&[(0, 1), (1, 1)], Mask::Causal);
+        pair.append(&[(0, 20), (1, 1)]);
+    }
+    pair.check_read(0);
+    let some = Selection::uniform(2, vec![0, 1, 2]);
+    assert!(matches!(pair.other.retain(0, &some), Err(Error::Unsupported(_))));
+    let (used, fork) = (pair.other.footprint(), pair.other.seq_footprint(0));
+    pair.other.fork(0, 7).unwrap();
+    assert_eq!(pair.other.footprint().payload, used.payload);
+    assert_eq!(pair.other.seq_footprint(7).payload, fork.payload);
+    assert!(fork.payload > 0);
+    let copy = pair.other.clone();
+    assert!(pair.other.remove(0) && pair.other.remove(7) && pair.other.remove(1));
+    assert_eq!(pair.other.footprint().payload, 0);
+    // What a clone holds stays, and is not written over.
+    pair.append(&[(8, 400)]);
+    pair.other = copy;
+    pair.check_read(0);
+}
+
+#[test]
+fn a_full_pool_changes_nothing() {
+    let Some(device) = device() else { return };
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let format = Format::kivi(Bits::Four, Bits::Four, 32, 32).unwrap();
+    let mut store = QuantStore::new(shape, format).unwrap().with_capacity(1 << 20);
+    let (small, large) = (Batch::single(0, 500).unwrap(), Batch::single(1, 20_000).unwrap());
+    let tensor = |batch: &Batch| numbers(batch.tokens(), 2, 64).to_device(&device).unwrap();
+    store.append(&small, &tensor(&small), &tensor(&small)).unwrap();
+    let before = store.footprint();
+    assert!(!store.can_append(&large));
+    let error = store.append(&large, &tensor(&large), &tensor(&large)).unwrap_err();
+    assert!(matches!(error, Error::PoolFull { .. }), "{error}");
+    assert_eq!((store.footprint(), store.seqs()), (before, vec![0]));
+}
+
+#[test]
+fn caches_attend_as_on_the_cpu() {
+    let Some(device) = device() else { return };
+    let spec = LayerSpec::new(AttentionShape::new(8, 2, 64).unwrap());
+    let format = Format::kivi(Bits::Four, Bits::Four, 32, 128).unwrap();
+    let mut host = QuantCache::new(spec.clone(), format).unwrap();
+    let mut other = host.clone();
+    for parts in
+        [vec![(0, 400), (1, 7)], vec![(1, 1), (0, 1)], vec![(0, 60), (2, 30)], vec![(2, 1)]]
+    {
+        let batch = Batch::new(&parts).unwrap();
+        let [k, v] = [0; 2].map(|_| numbers(batch.tokens(), 2, 64));
+        let q = numbers(batch.tokens(), 8, 64);
+        let [dk, dv, dq] = [&k, &v, &q].map(|x| x.to_device(&device).unwrap());
+        let want = host.attend(&Step { batch: &batch, q: &q, k: &k, v: &v }).unwrap();
+        let got = other.attend(&Step { batch: &batch, q: &dq, k: &dk, v: &dv }).unwrap();
+        let error = relative(&got, &want);
+        assert!(error <= 2e-3, "{parts:?}: {error}");
+    }
+    assert_eq!((other.held(0), other.held(1), other.held(2)), (461, 8, 31));
+}
+
+#[test]
+fn formats_without_kernels_are_refused() {
+    let Some(device) = device() else { return };
+    let batch = Batch::single(0, 3).unwrap();
+    let x = |d| numbers(3, 2, d).to_device(&device).unwrap();
     let flexgen = Format::flexgen(Bits::Four, Bits::Four, 64).unwrap();
-    for format in [kivi, flexgen] {
-        let mut host = QuantCache::new(shape, format).unwrap();
-        let mut other = host.clone();
-        for tokens in [400, 1, 1, 60, 1] {
-            let [k, v] = [0; 2].map(|_| numbers((1, 2, tokens, 64)));
-            let q = numbers((1, 8, tokens, 64));
-            let [dk, dv, dq] = [&k, &v, &q].map(|x| x.to_device(&device).unwrap());
-            let want = host.attend(&Step { q: &q, k: &k, v: &v, shape: &shape, rope: &rope });
-            let got = other.attend(&Step { q: &dq, k: &dk, v: &dv, shape: &shape, rope: &rope });
-            let error = relative(&got.unwrap(), &want.unwrap());
-            // Each side rotates keys in f16 on its own: a last bit that differs now and then makes another code.
-            assert!(error <= 2e-2, "{format:?}, {tokens} tokens: {error}");
-            assert_eq!(host.held(), other.held());
-        }
+    let kivi = Format::kivi(Bits::Four, Bits::Four, 32, 128).unwrap();
+    for (format, d) in [(flexgen, 64), (kivi, 96), (Format::f16(), 64)] {
+        let mut store = QuantStore::new(AttentionShape::new(2, 2, d).unwrap(), format).unwrap();
+        let error = store.append(&batch, &x(d), &x(d)).unwrap_err();
+        assert!(matches!(error, Error::Unsupported(_)), "{error}");
     }
+    let mut store = QuantStore::new(AttentionShape::new(2, 2, 64).unwrap(), kivi).unwrap();
+    store.append(&batch, &x(64), &x(64)).unwrap();
+    let error = store.append(&batch, &numbers(3, 2, 64), &numbers(3, 2, 64)).unwrap_err();
+    assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+    // An empty store takes the dtype and the device that come next.
+    assert!(store.remove(0));
+    let large = Tensor::full(1e5f32, (3, 2, 64), &device).unwrap().to_dtype(DType::BF16).unwrap();
+    store.append(&batch, &large, &large).unwrap();
+    assert!(
+        relative(&store.read(0, 1).unwrap().0, &large.narrow(1, 1, 1).unwrap().squeeze(1).unwrap())
+            < 1e-3
+    );
+    assert!(store.remove(0));
+    store.append(&batch, &numbers(3, 2, 64), &numbers(3, 2, 64)).unwrap();
+    assert!(store.pool().is_some());
 }
 
 #[test]
-fn a_number_that_cannot_be_packed_is_reported() {
-    let Some((cuda, device)) = device() else { return };
+fn a_number_that_cannot_be_packed_ends_its_sequence_alone() {
+    let Some(device) = device() else { return };
     let shape = AttentionShape::new(2, 1, 64).unwrap();
     let format = Format::kivi(Bits::Four, Bits::Four, 32, 32).unwrap();
-    let mut store = CudaStore::new(shape, format, &cuda).unwrap();
+    let mut store = QuantStore::new(shape, format).unwrap();
+    let good = numbers(200, 1, 64).to_device(&device).unwrap();
+    store.append(&Batch::single(0, 200).unwrap(), &good, &good).unwrap();
     let mut numbers = vec![1f32; 200 * 64];
     numbers[40 * 64 + 7] = f32::INFINITY;
-    let bad = Tensor::from_vec(numbers, (1, 1, 200, 64), &device).unwrap();
-    let message = store.append(&bad, &bad).unwrap_err().to_string();
-    assert!(message.contains("group of 32") && message.contains("finite"), "{message}");
+    let bad = Tensor::from_vec(numbers, (200, 1, 64), &device).unwrap();
+    let message =
+        store.append(&Batch::single(1, 200).unwrap(), &bad, &bad).unwrap_err().to_string();
+    assert!(message.contains("sequence 1") && message.contains("kv head 0"), "{message}");
+    assert_eq!(store.seqs(), [0]);
+    store.append(&Batch::single(0, 200).unwrap(), &good, &good).unwrap();
 }

@@ -233,12 +233,12 @@ fn queries_are_checked() {
     };
     let want = Position::Sequence { of: "queries", seq: 8, token: 1, head: 2, channel: 1 };
     assert_eq!(at, want);
-    let lists = |list: Vec<std::ops::Range<usize>>| vec![vec![], vec![], list, vec![]];
+    let lists = |list: &[std::ops::Range<usize>]| vec![vec![], vec![], list.to_vec(), vec![]];
     for (lists, want) in [
         (vec![vec![]; 3], "lists of entries: expected 4, got 3"),
-        (lists(vec![3..9, 8..10]), "within 9..100, got 8..10"),
-        (lists(vec![3..9, 99..101]), "within 9..100, got 99..101"),
-        (lists(vec![5..5]), "got 5..5"),
+        (lists(&[3..9, 8..10]), "within 9..100, got 8..10"),
+        (lists(&[3..9, 99..101]), "within 9..100, got 99..101"),
+        (lists(std::slice::from_ref(&(5..5))), "got 5..5"),
     ] {
         let got = run(&queries, Mask::Entries(&lists));
         assert!(got.contains(want), "{got:?} does not say {want:?}");

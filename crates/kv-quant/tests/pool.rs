@@ -109,6 +109,22 @@ fn a_batch_equals_each_sequence_alone_on_any_number_of_threads() {
 }
 
 #[test]
+fn a_fork_of_a_long_prefix_adds_less_than_a_fiftieth_of_it() {
+    let shape = shape(1, 128, 128);
+    let rows = numbers(1, 4_096 * 128);
+    for format in [Bits::Two, Bits::Four].map(|bits| Format::kivi(bits, bits, 32, 128).unwrap()) {
+        let mut pool = Pool::new(shape, format).unwrap();
+        pool.append(&[0], &[0, 4_096], &rows, &rows).unwrap();
+        let before = pool.footprint().total();
+        for fork in 1..=16 {
+            pool.fork(0, fork).unwrap();
+            let added = pool.footprint().total() - before;
+            assert!(added * 50 < before * fork as usize, "{added} bytes of {before}, {fork} forks");
+        }
+    }
+}
+
+#[test]
 fn a_fork_equals_a_copy() {
     for mut pool in with_bases() {
         feed(&mut pool, 1, 0, 200);

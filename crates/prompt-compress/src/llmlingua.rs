@@ -1,10 +1,13 @@
 //! LLMLingua and LongLLMLingua: what surprises a small model stays.
 //!
-//! Jiang et al., *LLMLingua: Compressing Prompts for Accelerated Inference of Large Language Models*, arXiv 2310.05736, and
-//! *LongLLMLingua: Accelerating and Enhancing LLMs in Long Context Scenarios via Prompt Compression*, arXiv 2310.06839. Gives the
-//! texts of the Python package `llmlingua` 0.2.2 (`compress_prompt`) as long as the text that is kept fits the model's context. Beyond
-//! it the package cuts its cache in the middle and goes on with positions and losses that no longer match; here the model reads the
-//! newer half of its context anew.
+//! Jiang et al., *LLMLingua: Compressing Prompts for Accelerated Inference of Large Language
+//! Models*, arXiv 2310.05736, and *LongLLMLingua: Accelerating and Enhancing LLMs in Long Context
+//! Scenarios via Prompt Compression*, arXiv 2310.06839. Gives the texts of the Python package
+//! `llmlingua` 0.2.2 (`compress_prompt`) as long as the text that is kept fits the model's context
+//! and no character is several tokens. Tokens that share a character stay or go together; the
+//! package cuts them one by one ([`Settings::published`]). Beyond the context the package cuts its
+//! cache in the middle and goes on with positions and losses that no longer match; here the model
+//! reads the newer half of its context anew.
 
 mod budget;
 mod cut;
@@ -135,6 +138,9 @@ pub struct Settings {
     pub keep_split: Option<u32>,
     /// Whether the question comes out after the documents.
     pub append_question: bool,
+    /// Whether tokens that share a character are cut one by one, as in the package, which leaves
+    /// halves of characters and joins them to others. For comparison alone.
+    pub published: bool,
 }
 
 impl Settings {
@@ -153,6 +159,7 @@ impl Settings {
             segment: 200,
             keep_split: None,
             append_question: false,
+            published: false,
         }
     }
 
@@ -334,9 +341,14 @@ impl<M: CausalLm> LlmLingua<M> {
             lengths.push(encode(&self.tokenizer, &document.text(source), false)?.ids.len() + 2);
         }
         let bonus: Vec<f64> = kept.iter().map(|document| document.bonus).collect();
+        let shares = match self.settings.published {
+            true => vec![false; tokens.ids.len()],
+            false => shares(&joined.text, &tokens.offsets),
+        };
         let plan = Plan {
             size,
             start,
+            shares: &shares,
             steps: &ratios(&lengths, &bonus, target, size),
             split: self.settings.keep_split,
             contrast: self.settings.weigh == Weigh::Contrast,
@@ -347,6 +359,18 @@ impl<M: CausalLm> LlmLingua<M> {
             left.origin.iter().map(|&i| tokens.offsets[i].clone()).collect();
         Ok(joined.record(&ranges, source, text))
     }
+}
+
+/// Of each token, whether it shares a character with the one before it.
+fn shares(text: &str, tokens: &[Range<usize>]) -> Vec<bool> {
+    let mut end = 0;
+    let goes_on = |token: &Range<usize>| {
+        let inside =
+            !token.is_empty() && (token.start < end || !text.is_char_boundary(token.start));
+        end = token.end;
+        inside
+    };
+    tokens.iter().map(goes_on).collect()
 }
 
 /// The instruction before, the question after, with empty lines between. White space alone is left out, as in the package.

@@ -1,7 +1,9 @@
 //! LLMLingua-2: an encoder says for each token whether it stays.
 //!
-//! Pan et al., *LLMLingua-2: Data Distillation for Efficient and Faithful Task-Agnostic Prompt Compression*, arXiv 2403.12968.
-//! Gives the texts, labels and counts of the Python package `llmlingua` 0.2.2 (`compress_prompt_llmlingua2`).
+//! Pan et al., *LLMLingua-2: Data Distillation for Efficient and Faithful Task-Agnostic Prompt
+//! Compression*, arXiv 2403.12968. Gives the texts, labels and counts of the Python package
+//! `llmlingua` 0.2.2 (`compress_prompt_llmlingua2`), but that one word of a text stays at least
+//! ([`Settings::published`]).
 
 mod checkpoint;
 mod compress;
@@ -73,6 +75,8 @@ pub struct Settings {
     pub window_ends: Vec<String>,
     /// Windows of 512 tokens that go through the encoder at a time: what bounds the memory.
     pub batch: usize,
+    /// Whether a text may lose its last word, as in the package. For comparison alone.
+    pub published: bool,
 }
 
 impl Default for Settings {
@@ -85,6 +89,7 @@ impl Default for Settings {
             word_probability: WordProbability::Mean,
             window_ends: vec![".".into(), "\n".into()],
             batch: 8,
+            published: false,
         }
     }
 }
@@ -113,8 +118,9 @@ impl LlmLingua2 {
     /// From a folder with `config.json`, `tokenizer.json` and `model.safetensors`.
     ///
     /// # Errors
-    /// [`Error::File`] for a file that is missing or broken; [`Error::Mismatch`] for a head without two classes or a tensor of
-    /// another shape; [`Error::Unsupported`] for another architecture's settings; [`Error::Setting`] for a batch of 0.
+    /// [`Error::File`] for a file that is missing or broken; [`Error::Mismatch`] for a head without
+    /// two classes or a tensor of another shape; [`Error::Unsupported`] for another architecture's
+    /// settings or tensors, by name; [`Error::Setting`] for a batch of 0.
     pub fn from_folder(folder: &Path, settings: Settings, device: &Device) -> Result<Self> {
         if settings.batch == 0 {
             return Err(Error::setting("batch", "at least 1 window", 0));
@@ -123,6 +129,7 @@ impl LlmLingua2 {
         let vocabulary = Vocabulary::open(&folder.join("tokenizer.json"), config.model_type)?;
         let mut weights = Weights::open(&folder.join("model.safetensors"), device)?;
         let encoder = Encoder::load(config.clone(), &mut weights, device)?;
+        weights.account()?;
         Ok(Self { encoder, config, vocabulary, settings })
     }
 

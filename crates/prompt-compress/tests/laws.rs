@@ -158,6 +158,77 @@ proptest! {
     }
 }
 
+/// Three bytes a character, and in the tiny vocabulary as many tokens.
+const FOREIGN: &str = "天地玄黃宇宙洪荒日月盈昃辰宿列張いろはにほへとちりぬるをわかよたれそつねならむうゐのおくやま가나다라마바사아자차카타파하";
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn characters_of_several_tokens_stay_or_go_whole(
+        text in string_regex(&format!("([{FOREIGN}]{{1,9}}[a-zé😀]{{0,3}}[ ,。\n]{{0,2}}){{4,60}}")).unwrap(),
+        rate in 0.1..0.9f64,
+        segment in 2..60usize,
+        long in any::<bool>(),
+    ) {
+        let settings = if long { llmlingua::Settings::long() } else { llmlingua::Settings::llmlingua() };
+        let settings = llmlingua::Settings { segment, ..settings };
+        let (model, tokenizer) = llama();
+        let mut lingua = LlmLingua::new(model, tokenizer, settings).unwrap();
+        let prompt = Prompt::new(&text).unwrap().with_question("何ですか?");
+        let short = lingua.compress(prompt, Rate::new(rate).unwrap()).unwrap();
+        prop_assert!(!short.text.contains('\u{fffd}'), "{}", short.text);
+        // Nothing but characters of the text, in its order within a paragraph, and a record of
+        // each.
+        if !long {
+            let mut rest = text.chars();
+            let missing = short.text.chars().find(|&c| !rest.any(|own| own == c));
+            prop_assert_eq!(missing, None, "{} from {}", short.text, text);
+        }
+        short.check(&text).unwrap();
+    }
+}
+
+#[test]
+fn half_of_121_characters_is_about_half_of_them_and_whole() {
+    let text: String = FOREIGN.chars().cycle().take(121).collect();
+    for settings in [llmlingua::Settings::llmlingua(), llmlingua::Settings::long()] {
+        let compress = |settings| {
+            let (model, tokenizer) = llama();
+            let mut lingua = LlmLingua::new(model, tokenizer, settings).unwrap();
+            let prompt = Prompt::new(&text).unwrap().with_question("何?");
+            lingua.compress(prompt, Rate::new(0.5).unwrap()).unwrap().text
+        };
+        let short = compress(settings.clone());
+        assert!(short.chars().all(|c| FOREIGN.contains(c)), "{short}");
+        assert!((40..=80).contains(&short.chars().count()), "{short}");
+        // As published, halves of characters are left.
+        let published = compress(llmlingua::Settings { published: true, ..settings });
+        assert!(published.contains('\u{fffd}'), "{published}");
+    }
+}
+
+#[test]
+fn one_word_at_least_stays() {
+    for name in [XLM_ROBERTA, BERT] {
+        for settings in [Settings::default(), Settings::paper()] {
+            let mut model = llmlingua2(name, settings.clone());
+            for text in ["word", "time", "two words", "a.", "1"] {
+                for rate in [0.5, 0.125, 0.01] {
+                    let prompt = Prompt::new(text).unwrap();
+                    let short = model.compress(prompt, Rate::new(rate).unwrap()).unwrap();
+                    assert!(!short.text.trim().is_empty(), "{name}: {text} at {rate}");
+                    short.check(text).unwrap();
+                }
+            }
+            let published = llmlingua2(name, Settings { published: true, ..settings });
+            let scored = published.score(&["word"]).unwrap();
+            let short = scored.compress(&Request::rate(Rate::new(0.5).unwrap())).unwrap();
+            assert_eq!(short.text(), "", "{name}");
+        }
+    }
+}
+
 /// What a prompt keeps: anything, chat templates above all.
 fn kept() -> impl Strategy<Value = String> {
     prop_oneof![
@@ -438,4 +509,50 @@ fn broken_checkpoints_are_named() {
     std::fs::write(&path, text.replace(&vocab(rows + 100), &vocab(rows))).unwrap();
     let error = open(&folder).unwrap().score(&["a b\nc"]).unwrap_err().to_string();
     assert!(error.contains("none for added tokens"), "{error}");
+}
+
+#[test]
+fn tensors_and_settings_that_are_not_read_are_named() {
+    let with = |name: &str| {
+        let folder = copy(BERT);
+        let path = folder.path().join("model.safetensors");
+        let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+        let zeros = Tensor::zeros(4, DType::F32, &Device::Cpu).unwrap();
+        tensors.insert(name.to_owned(), zeros);
+        candle_core::safetensors::save(&tensors, &path).unwrap();
+        LlmLingua2::from_folder(folder.path(), Settings::paper(), &Device::Cpu)
+    };
+    for name in [
+        "bert.encoder.layer.2.output.dense.weight",
+        "bert.encoder.layer.0.attention.self.query.lora_A.weight",
+        "bert.encoder.layer.0.attention.self.query.weight_scale",
+    ] {
+        let error = with(name).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("model.safetensors"), "{error}");
+    }
+    for name in ["bert.embeddings.position_ids", "bert.pooler.dense.bias", "cls.predictions.bias"] {
+        with(name).unwrap();
+    }
+    for field in ["\"is_decoder\": true", "\"quantization_config\": {}"] {
+        let folder = copy(BERT);
+        let path = folder.path().join("config.json");
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text.replacen('{', &format!("{{{field},"), 1)).unwrap();
+        let opened = LlmLingua2::from_folder(folder.path(), Settings::paper(), &Device::Cpu);
+        let error = opened.unwrap_err().to_string();
+        assert!(error.contains(field.split('"').nth(1).unwrap()), "{error}");
+    }
+}
+
+#[test]
+fn a_tokenizer_that_is_cut_is_an_error() {
+    let folder = copy(BERT);
+    let path = folder.path().join("tokenizer.json");
+    let text = std::fs::read(&path).unwrap();
+    let at = text.windows(9).position(|part| part == b"\"decoder\"").unwrap();
+    for end in at + 9..at + 90 {
+        std::fs::write(&path, &text[..end]).unwrap();
+        let opened = LlmLingua2::from_folder(folder.path(), Settings::paper(), &Device::Cpu);
+        assert!(opened.unwrap_err().to_string().contains("tokenizer.json"));
+    }
 }

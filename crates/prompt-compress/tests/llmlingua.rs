@@ -61,7 +61,7 @@ struct Variant {
 
 /// The variants of fixtures/causal.py.
 fn variant(name: &str) -> Variant {
-    let plain = Settings { append_question: true, ..Settings::llmlingua() };
+    let plain = Settings { append_question: true, published: true, ..Settings::llmlingua() };
     let long = Settings { rank: Rank::Question(Place::After), ..plain.clone() };
     let sentences = Sentences { split: plain_sentences, ..Sentences::default() };
     let (settings, rate, split, asks, instructs) = match name {

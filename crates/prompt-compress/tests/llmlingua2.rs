@@ -125,6 +125,7 @@ impl Options {
                 _ => WordProbability::Mean,
             },
             window_ends: self.chunk_end_tokens.clone().unwrap_or(defaults.window_ends),
+            published: true,
             ..defaults
         }
     }
@@ -215,7 +216,7 @@ fn longbench_passages_equal_the_package() {
         });
     }
     for (family, rows) in &wide.results {
-        let model = open(family, Settings::paper());
+        let model = open(family, Settings { published: true, ..Settings::paper() });
         let mut compared = 0;
         for ((file, line, from, to), row) in wide.passages.iter().zip(rows) {
             let sample: Sample = serde_json::from_str(&files[file.as_str()][*line]).unwrap();

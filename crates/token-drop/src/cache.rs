@@ -54,7 +54,7 @@ use longctx_core::{
 ///
 /// In a pool of fixed capacity, an eviction from blocks that forks share needs room for copies.
 /// Where there is none, it is put off: the sequence holds more than its budget until a later call
-/// evicts.
+/// evicts. Re-rotation can't be put off: it poisons the sequences of the call.
 #[derive(Debug)]
 pub struct PolicyCache<S, P> {
     spec: LayerSpec,
@@ -176,12 +176,13 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         PolicyCache { spec, store, policy: Box::new(policy), needs, settings, sequences }
     }
 
-    /// Tells the length of the prompt of a sequence that has not begun, so that a budget that is a
-    /// ratio of it is the same from its first chunk on. Calls of one token within that length then
-    /// belong to the prompt, too.
+    /// Tells that the first `tokens` tokens of a sequence are its prompt, so that a budget that is
+    /// a ratio of it is the same from the first chunk on. Calls of one token within that length
+    /// then bring the prompt, and calls of several tokens after it, such as drafts that may be
+    /// rejected, what is decoded.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if the sequence has begun or the prompt is empty.
+    /// [`Error::Mismatch`] if as many have come already.
     pub fn expect_prompt(&mut self, seq: SeqId, tokens: usize) -> Result<()> {
         self.sequences.expect_prompt(seq, tokens)
     }
@@ -246,7 +247,7 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
             crate::storage::check_lse(step, lse, &self.spec)?;
         }
         let lens = self.begin(step.batch);
-        self.take_prompt(step, lse).map_err(|error| self.take_back(step.batch, &lens, error))
+        self.take_attended(step, lse).map_err(|error| self.take_back(step.batch, &lens, error))
     }
 
     fn needs_lse(&self) -> bool {
@@ -367,10 +368,6 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         let prompt = self.sequences.prompt_with(seq, tokens).len();
         let (budgets, _) = self.settings.limits(&self.spec, prompt, self.seen(seq) + tokens);
         let budget = budgets.into_iter().max().unwrap_or(usize::MAX);
-        if self.settings.rerotate {
-            // Kept keys are appended anew before the old ones go.
-            return budget.saturating_add(1).min(self.held(seq) + tokens) + tokens;
-        }
         let even = self.settings.head_budgets == HeadBudgets::Uniform;
         match self.evicts_prompt(seq, tokens) && even && !self.joins(seq, tokens) {
             true => tokens.min(budget),

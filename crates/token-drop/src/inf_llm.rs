@@ -70,7 +70,8 @@ use state::State;
 /// cache.attend(&Step { batch: &batch, q: &q, k: &k, v: &k })?;
 /// // 400 tokens: 4 first ones, 64 in the window, the others in 20 blocks of 16 and a remainder.
 /// assert_eq!(cache.blocks(0), 20);
-/// assert!(cache.resident_footprint().total() < cache.footprint().total() / 2);
+/// let (resident, all) = (cache.resident_footprint(), cache.footprint());
+/// assert!(resident.payload < all.payload / 2);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
@@ -138,10 +139,10 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         self
     }
 
-    /// Tells the length of the prompt of a sequence that has not begun, for a ratio of it.
+    /// Tells that the first `tokens` tokens of a sequence are its prompt, for a ratio of it.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if the sequence has begun or the prompt is empty.
+    /// [`Error::Mismatch`] if as many have come already.
     pub fn expect_prompt(&mut self, seq: SeqId, tokens: usize) -> Result<()> {
         self.sequences.expect_prompt(seq, tokens)
     }

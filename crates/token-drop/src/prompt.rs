@@ -2,9 +2,9 @@
 
 /// The prompt of one sequence, as far as it is known.
 ///
-/// The engine can tell its length before the first call. Otherwise it grows as it comes: calls of
-/// several tokens belong to the prompt, and calls of one token are decoded tokens; but as long as
-/// no call of several tokens has come, calls of one token belong to the prompt too.
+/// The engine can tell its length. Otherwise it grows as it comes: calls of several tokens belong to
+/// the prompt, and calls of one token are decoded tokens; but as long as no call of several tokens
+/// has come, calls of one token count as the prompt.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Prompt {
     expected: Option<usize>,
@@ -38,9 +38,10 @@ impl Prompt {
         self.expected.unwrap_or(self.tokens)
     }
 
-    /// Whether the token after the first `seen` is known to belong to the prompt.
-    pub fn expects(&self, seen: usize) -> bool {
-        self.expected.is_some_and(|expected| seen < expected)
+    /// Whether a call of `tokens` tokens after the first `seen` brings a prompt, and not what is
+    /// decoded.
+    pub fn brings(&self, tokens: usize, seen: usize) -> bool {
+        seen == 0 || self.expected.map_or(tokens > 1, |expected| seen < expected)
     }
 }
 
@@ -64,7 +65,8 @@ mod tests {
         assert_eq!(lens(None, &[1, 1, 1, 1]), [1, 2, 3, 4]);
         assert_eq!(lens(None, &[1, 1, 9, 1]), [1, 2, 11, 11]);
         assert_eq!(lens(Some(50), &[1, 9, 60, 1]), [50; 4]);
-        let prompt = Prompt::new(Some(50));
-        assert!(prompt.expects(49) && !prompt.expects(50));
+        let (told, untold) = (Prompt::new(Some(50)), Prompt::new(None));
+        assert!(told.brings(1, 49) && !told.brings(3, 50));
+        assert!(untold.brings(3, 50) && untold.brings(1, 0) && !untold.brings(1, 1));
     }
 }

@@ -31,15 +31,12 @@ impl<T> Default for Sequences<T> {
 }
 
 impl<T: Clone> Sequences<T> {
-    /// Tells the length of the prompt of a sequence that has not begun.
+    /// Tells that the first `tokens` tokens of a sequence are its prompt.
     pub fn expect_prompt(&mut self, seq: SeqId, tokens: usize) -> Result<()> {
-        if self.seen(seq) > 0 {
-            let what =
-                format!("tokens that sequence {seq} saw before its prompt's length was told");
-            return Err(Error::mismatch(what, 0, self.seen(seq)));
-        }
-        if tokens == 0 {
-            return Err(Error::mismatch("tokens of a prompt", "at least one", 0));
+        let seen = self.seen(seq);
+        if tokens <= seen {
+            let what = format!("tokens of the prompt of sequence {seq}");
+            return Err(Error::mismatch(what, format!("more than the {seen} that came"), tokens));
         }
         match self.known.get_mut(&seq) {
             Some(sequence) => sequence.prompt = Prompt::new(Some(tokens)),
@@ -50,8 +47,8 @@ impl<T: Clone> Sequences<T> {
 
     /// Whether all sequences of a batch can go on.
     pub fn check(&self, batch: &Batch) -> Result<()> {
-        let known = batch.seqs().iter().filter_map(|seq| Some((*seq, self.known.get(seq)?)));
-        known.map(|(seq, sequence)| sequence.check(seq)).collect()
+        let known = |&seq: &SeqId| self.known.get(&seq).map_or(Ok(()), |known| known.check(seq));
+        batch.seqs().iter().try_for_each(known)
     }
 
     pub fn get(&self, seq: SeqId) -> Option<&Sequence<T>> {

@@ -6,6 +6,9 @@ use crate::{
 use longctx_core::{Error, LayerSpec, Result};
 
 /// Which calls of a prompt are followed by eviction.
+///
+/// Calls of several tokens bring a prompt, unless its length was
+/// [told](crate::PolicyCache::expect_prompt) and is reached.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Prefill {
     /// Each: a prompt in chunks never holds more than the budget and one chunk, and a chunk sees

@@ -136,10 +136,10 @@ impl<S: KvStore> StreamingLlm<S> {
         Ok(self)
     }
 
-    /// Tells the length of the prompt of a sequence that has not begun, for a ratio of it.
+    /// Tells that the first `tokens` tokens of a sequence are its prompt, for a ratio of it.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if the sequence has begun or the prompt is empty.
+    /// [`Error::Mismatch`] if as many have come already.
     pub fn expect_prompt(&mut self, seq: SeqId, tokens: usize) -> Result<()> {
         self.sequences.expect_prompt(seq, tokens)
     }

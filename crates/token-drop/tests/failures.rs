@@ -113,7 +113,7 @@ impl KvStore for Failing {
 }
 
 /// What the sequences hold.
-fn held(cache: &Box<dyn KvCache>) -> Vec<(SeqId, usize, usize, Footprint)> {
+fn held(cache: &dyn KvCache) -> Vec<(SeqId, usize, usize, Footprint)> {
     let of = |seq| {
         // Lists that have grown once keep their room.
         let footprint = Footprint { slack: 0, bookkeeping: 0, ..cache.seq_footprint(seq) };
@@ -143,7 +143,7 @@ fn every_operation_of_a_store_may_fail() {
         let mut cache = make(kind);
         let (mut failures, mut poisoned) = (0, 0);
         let outs = loop {
-            let was = held(&cache);
+            let was = held(&*cache);
             left.store(failures + 1, Ordering::Relaxed);
             match feed_batch(&mut cache, &call) {
                 Ok(outs) => break outs,
@@ -153,7 +153,7 @@ fn every_operation_of_a_store_may_fail() {
             left.store(0, Ordering::Relaxed);
             let end = cache.check_truncate(0, cache.seen(0));
             if !matches!(end, Err(Error::Poisoned { .. })) {
-                assert_eq!(held(&cache), was, "{name}");
+                assert_eq!(held(&*cache), was, "{name}");
                 continue;
             }
             // Midway: no sequence of the call goes on, and all can be removed.
@@ -196,17 +196,17 @@ proptest! {
         let store = || DenseStore::with_capacity(shape(), DType::F32, blocks * BLOCK).unwrap();
         for (name, mut cache) in caches(store) {
             for &(seq, tokens) in &calls {
-                let was = held(&cache);
+                let was = held(&*cache);
                 let fits = cache.can_take(&Batch::single(seq, tokens).unwrap());
                 match Input::random(tokens).feed(&mut cache, seq) {
                     Ok(_) => {}
                     Err(Error::PoolFull { .. }) => {
                         prop_assert!(!fits, "{}: {} tokens were to fit", name, tokens);
-                        if name.starts_with("inf-llm") && held(&cache) != was {
+                        if name.starts_with("inf-llm") && held(&*cache) != was {
                             prop_assert!(cache.remove(seq));
                             continue;
                         }
-                        prop_assert_eq!(held(&cache), was, "{}", name);
+                        prop_assert_eq!(held(&*cache), was, "{}", name);
                     }
                     Err(error) => prop_assert!(false, "{}: {}", name, error),
                 }

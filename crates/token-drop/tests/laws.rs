@@ -67,8 +67,10 @@ proptest! {
         }
     }
 
+    /// A decoded token's output is that of the dense cache bit for bit. A prompt attends to its own
+    /// tensors, where the dense cache reads blocks, so that sums are rounded in another order.
     #[test]
-    fn a_budget_for_everything_changes_no_bit(prompt in 2usize..90, decoded in 0usize..12) {
+    fn a_budget_for_everything_changes_nothing(prompt in 2usize..90, decoded in 0usize..12) {
         let calls = [vec![prompt], vec![1; decoded]].concat();
         let text = Input::random(prompt + decoded);
         let mut dense = DenseCache::new(spec(), DType::F32).unwrap();
@@ -87,7 +89,10 @@ proptest! {
                 cache = cache.with_layer_budgets(LayerBudgets::Uniform).unwrap();
             }
             for (out, expected) in feed_all(&mut cache, 0, &text, &calls).iter().zip(&expected) {
-                prop_assert_eq!(bits(out), bits(expected), "{}", name);
+                prop_assert!(distance(out, expected) < 1e-5, "{}", name);
+                if out.dim(0).unwrap() == 1 {
+                    prop_assert!(bits(out) == bits(expected), "{}", name);
+                }
             }
         }
         let mut streaming = StreamingLlm::new(spec(), store(DType::F32), 4, 200).unwrap();
@@ -147,7 +152,7 @@ proptest! {
             }
             // Everything is given back: what is fed anew finds its memory there.
             prop_assert!(cache.remove(7) && cache.remove(8));
-            prop_assert_eq!(cache.footprint().payload + cache.footprint().bookkeeping, blocks(&cache));
+            prop_assert_eq!(cache.footprint().payload + cache.footprint().bookkeeping, blocks(&*cache));
             let held = cache.footprint().total();
             feed_all(&mut cache, 9, &prefix, &calls);
             prop_assert!(cache.footprint().payload + cache.footprint().slack <= held, "{}", name);
@@ -244,7 +249,7 @@ proptest! {
 }
 
 /// What an empty pool's own tables take.
-fn blocks(cache: &Box<dyn KvCache>) -> usize {
+fn blocks(cache: &dyn KvCache) -> usize {
     let held = cache.footprint();
     // A reference count of four bytes for each block of 32 keys and values in f32.
     held.slack / (32 * 2 * DIM * 4) * 4
@@ -270,7 +275,7 @@ fn drafts_are_taken_back() {
     };
     // After the prompt was evicted from, as long as decoding evicts nothing.
     for name in ["snap-kv", "ada snap-kv", "finch", "expected attention"] {
-        assert!(allowed(name, &[100, 1, 1, 3], 101), "{name}");
+        assert!(allowed(name, &[100, 1, 1, 1], 101), "{name}");
         assert!(!allowed(name, &[100, 1], 99), "{name}");
     }
     // Before anything is dropped; after a step of drops.
@@ -284,4 +289,29 @@ fn drafts_are_taken_back() {
     // The queries that are observed while decoding are the newest ones of what is left.
     assert!(allowed("snap-kv while decoding", &[6, 1], 6));
     assert!(!allowed("snap-kv while decoding", &[16, 1], 16));
+}
+
+/// A draft of several tokens after a prompt whose length was told is no chunk of it.
+#[test]
+fn drafts_of_several_tokens_are_taken_back() {
+    let make = || {
+        let snap_kv = SnapKv::new(8).unwrap();
+        PolicyCache::snap_kv(spec(), store(DType::F32), snap_kv, Budget::Ratio(0.25)).unwrap()
+    };
+    let text = Input::random(110);
+    let run = |cache: &mut PolicyCache<DenseStore, SnapKv>| {
+        feed_all(cache, 0, &text.narrow(0, 105), &[100, 1, 4]);
+        (cache.held(0), cache.truncate(0, 102).is_ok())
+    };
+    let (mut told, mut first, mut untold) =
+        (make(), make().with_prefill(Prefill::FirstCall), make());
+    told.expect_prompt(0, 100).unwrap();
+    assert_eq!(run(&mut told), (30, true));
+    assert_eq!(run(&mut first), (30, true));
+    assert_eq!(run(&mut untold), (26, false));
+    let mut plain = make();
+    feed_all(&mut plain, 0, &text.narrow(0, 102), &[100, 1, 1]);
+    let next = text.narrow(105, 1);
+    let (a, b) = (next.feed(&mut told, 0).unwrap(), next.feed(&mut plain, 0).unwrap());
+    assert!(distance(&a, &b) < 1e-6);
 }

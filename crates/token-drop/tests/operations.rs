@@ -135,8 +135,8 @@ fn run(name: &str, kind: usize, operations: &[Operation]) {
         }
         assert_eq!(cache.seqs(), alone.keys().copied().collect::<Vec<_>>(), "{name}");
         for (&seq, own) in &alone {
-            let held = |cache: &Cache, seq| (cache.seen(seq), cache.held(seq));
-            assert_eq!(held(&cache, seq), held(&own.cache, 0), "{name}, operation {i}");
+            let held = |cache: &dyn KvCache, seq| (cache.seen(seq), cache.held(seq));
+            assert_eq!(held(&*cache, seq), held(&*own.cache, 0), "{name}, operation {i}");
         }
     }
     cache.clear();

@@ -107,17 +107,22 @@ fn inf_llm_in_chunks_as_whole() {
 }
 
 #[test]
-fn a_prompt_is_told_before_it_begins() {
+fn a_prompt_is_told_for_each_sequence() {
     let budget = Budget::Ratio(RATIO);
     let mut cache = PolicyCache::new(spec(), store(DType::F32), KNorm, budget).unwrap();
     Input::random(20).feed(&mut cache, 0).unwrap();
-    assert!(cache.expect_prompt(0, 40).unwrap_err().to_string().contains("sequence 0"));
-    assert!(cache.expect_prompt(1, 0).unwrap_err().to_string().contains("at least one"));
+    let error = cache.expect_prompt(0, 20).unwrap_err().to_string();
+    assert!(error.contains("more than the 20 that came"), "{error}");
+    assert!(cache.expect_prompt(1, 0).is_err());
     // One sequence's prompt is not another's, and goes with it.
     cache.expect_prompt(1, 400).unwrap();
     Input::random(20).feed(&mut cache, 1).unwrap();
     Input::random(20).feed(&mut cache, 2).unwrap();
     assert_eq!([0, 1, 2].map(|seq| cache.held(seq)), [5, 20, 5]);
+    // A second turn.
+    cache.expect_prompt(0, 120).unwrap();
+    Input::random(100).feed(&mut cache, 0).unwrap();
+    assert_eq!(cache.held(0), 30);
     cache.remove(1);
     Input::random(20).feed(&mut cache, 1).unwrap();
     assert_eq!(cache.held(1), 5);

@@ -136,11 +136,11 @@ fn calls() {
     ];
     for (name, mut cache) in caches(|| store(DType::F32)) {
         feed_batch(&mut cache, &[(0, Input::random(30)), (1, Input::random(7))]).unwrap();
-        let held = |cache: &Box<dyn KvCache>| {
+        let held = |cache: &dyn KvCache| {
             let of = |seq| (cache.seen(seq), cache.held(seq), cache.seq_footprint(seq));
             (of(0), of(1), cache.footprint(), cache.seqs())
         };
-        let before = held(&cache);
+        let before = held(&*cache);
         for seq in [0, 5] {
             let batch = Batch::single(seq, 1).unwrap();
             for (call, wrong) in &bad {
@@ -155,7 +155,7 @@ fn calls() {
         assert!(message(cache.truncate(9, 0)).contains("9 is not known"), "{name}");
         assert!(message(cache.truncate(1, 8)).contains("at most 7"), "{name}");
         assert!(!cache.remove(9));
-        assert_eq!(held(&cache), before, "{name}");
+        assert_eq!(held(&*cache), before, "{name}");
         one.feed(&mut cache, 0).unwrap();
         assert_eq!((cache.seen(0), cache.seen(1)), (31, 7), "{name}");
     }

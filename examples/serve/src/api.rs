@@ -8,11 +8,9 @@ use longctx_core::Sampling;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-/// `POST /v1/completions`.
+/// `POST /v1/completions`. Other fields, the model's name among them, are ignored.
 #[derive(Debug, Deserialize)]
 pub struct Completion {
-    /// The model's name; it is not looked at beyond its type.
-    pub model: Option<String>,
     /// The text to continue.
     pub prompt: Prompt,
     /// The most tokens to write.
@@ -33,11 +31,9 @@ pub enum Prompt {
     Texts(Vec<String>),
 }
 
-/// `POST /v1/chat/completions`.
+/// `POST /v1/chat/completions`. Other fields, the model's name among them, are ignored.
 #[derive(Debug, Deserialize)]
 pub struct Chat {
-    /// The model's name; it is not looked at beyond its type.
-    pub model: Option<String>,
     /// The conversation.
     pub messages: Vec<Turn>,
     /// The most tokens to write.

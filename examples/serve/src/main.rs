@@ -1,8 +1,10 @@
 //! An OpenAI-compatible server over any model and cache of the workspace.
 //!
-//!     cargo run --release -p longctx-serve -- --method kivi-4
-//!     curl http://127.0.0.1:8080/v1/completions -H 'content-type: application/json' \
-//!         -d '{"prompt": "The sky is", "max_tokens": 16}'
+//! ```text
+//! cargo run --release -p longctx-serve -- --method kivi-4
+//! curl http://127.0.0.1:8080/v1/completions -H 'content-type: application/json' \
+//!     -d '{"prompt": "The sky is", "max_tokens": 16}'
+//! ```
 
 mod answer;
 mod api;
@@ -39,7 +41,7 @@ struct Args {
     cache_mib: Option<usize>,
     /// Tokens of a prompt that a step feeds; 0: the whole prompt, exact under every method, and
     /// without reuse of prefixes
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 128)]
     prefill_chunk: usize,
     /// Tokens of a step beyond which no further prompt joins it
     #[arg(long, default_value_t = 512)]

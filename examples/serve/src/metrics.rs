@@ -27,7 +27,7 @@ pub struct Metrics {
     pub waiting: Gauge,
     /// Sequences that the model holds, kept prefixes included.
     pub sequences: Gauge,
-    /// Bytes of the sequences' memory.
+    /// Bytes of the sequences' keys and values.
     pub kv_bytes: Gauge,
     /// Seconds from a request to its first token.
     pub first_token: Histogram,
@@ -57,7 +57,7 @@ impl Metrics {
         let running = gauge(&mut registry, "requests_running", "Requests at work");
         let waiting = gauge(&mut registry, "requests_waiting", "Requests that wait for memory");
         let sequences = gauge(&mut registry, "sequences", "Sequences held, prefixes included");
-        let kv_bytes = gauge(&mut registry, "kv_bytes", "Bytes of the sequences' memory");
+        let kv_bytes = gauge(&mut registry, "kv_bytes", "Bytes of the sequences' keys and values");
         let first_token = Histogram::new(exponential_buckets(0.01, 2.0, 14));
         let help = "Seconds from a request to its first token";
         registry.register("first_token_seconds", help, first_token.clone());

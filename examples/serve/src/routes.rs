@@ -137,8 +137,8 @@ fn begin(
     max_tokens: Option<usize>,
     common: &Common,
 ) -> Result<Answer, Failure> {
-    if common.n.unwrap_or(1) != 1 {
-        return Err(Failure::bad_request(format!("n: expected 1, got {:?}", common.n)));
+    if let Some(n) = common.n.filter(|&n| n != 1) {
+        return Err(Failure::bad_request(format!("n: expected 1, got {n}")));
     }
     if prompt.is_empty() {
         return Err(Failure::bad_request("prompt: expected at least one token, got none"));
@@ -245,10 +245,14 @@ fn stream(
 ) -> impl Stream<Item = Result<SseEvent, Infallible>> {
     let (events, received) = tokio::sync::mpsc::channel::<String>(16);
     tokio::spawn(async move {
-        // The answer is dropped, and so cancelled, as soon as the client has left.
+        // Drops the answer, which cancels it, as soon as the client has left, also before a token.
         let mut answer = answer;
         loop {
-            let (event, last) = match answer.next().await {
+            let next = tokio::select! {
+                next = answer.next() => next,
+                () = events.closed() => return,
+            };
+            let (event, last) = match next {
                 Ok(Piece::Text(piece)) => (shape.choice(shape.chunk, &piece, None), false),
                 Ok(Piece::End(finish)) => (shape.choice(shape.chunk, "", Some(finish)), true),
                 Err(failure) => (failure.body(), true),

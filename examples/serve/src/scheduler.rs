@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::metrics::Metrics;
 use crate::prefixes::Prefixes;
-use longctx_core::{Batch, CausalLm, Error, Logits, Result, Sampler, Sampling, SeqId};
+use longctx_core::{Batch, CausalLm, Error, Footprint, Logits, Result, Sampler, Sampling, SeqId};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, error::TryRecvError};
 
 /// One prompt to continue.
@@ -138,14 +138,15 @@ impl Scheduler {
         self.metrics.running.set(self.running.len() as i64);
         self.metrics.waiting.set(self.waiting.len() as i64);
         self.metrics.sequences.set(self.model.seqs().len() as i64);
-        let footprint = self.model.footprint();
-        self.metrics.kv_bytes.set((footprint.total() - footprint.slack) as i64);
+        let Footprint { payload, scales, residual, .. } = self.model.footprint();
+        self.metrics.kv_bytes.set((payload + scales + residual) as i64);
     }
 
     fn drop_cancelled(&mut self) {
+        let (model, metrics) = (&mut self.model, &self.metrics);
+        let waited = self.waiting.len();
         self.waiting.retain(|request| !request.events.is_closed());
-        let model = &mut self.model;
-        let metrics = &self.metrics;
+        metrics.cancelled.inc_by((waited - self.waiting.len()) as u64);
         self.running.retain(|running| {
             let keep = !running.request.events.is_closed();
             if !keep {

@@ -6,7 +6,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// A number format of keys and values: f32, f16 or bf16.
-pub trait Element: WithDType {
+pub trait Element: WithDType + bytemuck::Pod {
     /// `src` in f32: itself, or written into `scratch`.
     fn widen<'a>(src: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
         scratch.resize(src.len(), 0.0);

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use super::slab::Slab;
 use crate::attention::{Element, Page};
 use crate::{Batch, Error, Footprint, Result, Selection, SeqId};
 
@@ -242,7 +243,7 @@ struct Blocks<T> {
     size: usize,
     /// Bytes that all slabs together may have.
     capacity: usize,
-    slabs: Vec<Box<[T]>>,
+    slabs: Vec<Slab<T>>,
     /// Each block's slab, and where it begins there.
     places: Vec<(u32, u32)>,
     references: Vec<u32>,
@@ -292,7 +293,7 @@ impl<T: Element> Blocks<T> {
     fn grow(&mut self) {
         let blocks = (self.count() / 8).max(SLAB).min(self.unallocated());
         let slab = self.slabs.len() as u32;
-        self.slabs.push(vec![T::zero(); blocks * self.size].into_boxed_slice());
+        self.slabs.push(Slab::zeroed(blocks * self.size));
         let first = self.count() as u32;
         self.places.extend((0..blocks as u32).map(|i| (slab, i)));
         self.references.resize(self.count(), 0);
@@ -364,12 +365,7 @@ impl<T: Element> Blocks<T> {
     /// Shortens a table to `len` entries and gives its blocks behind them back.
     fn cut(&mut self, table: &mut Table, len: usize) {
         let len = len.min(table.len);
-        for block in table.blocks.drain(len.div_ceil(BLOCK)..) {
-            self.references[block as usize] -= 1;
-            if self.references[block as usize] == 0 {
-                self.free.push(block);
-            }
-        }
+        table.blocks.drain(len.div_ceil(BLOCK)..).for_each(|block| self.release(block));
         table.len = len;
     }
 }

@@ -22,13 +22,14 @@ pub(super) struct Line {
 /// words which one it is: "essay.txt, words 700 to 800".
 ///
 /// # Errors
-/// If the file can't be written.
+/// If a number is not finite, or the file can't be written.
 pub fn add_agreement(
     folder: &Path,
     setting: &str,
     text: &str,
     agreement: &Agreement,
 ) -> Result<()> {
+    agreement.check()?;
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let path = folder.join(FILE);
     let line = Line { setting: setting.to_owned(), text: text.to_owned(), agreement: *agreement };
@@ -64,12 +65,12 @@ pub(super) fn read(folder: &Path) -> Result<Vec<Line>> {
     let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
     let mut all: Vec<Line> = Vec::new();
     for (i, line) in text.lines().enumerate() {
-        let line: Line = serde_json::from_str(line).map_err(|error| Error::Record {
-            path: path.clone(),
-            line: i + 1,
-            field: "(line)".into(),
-            fault: error.to_string(),
-        })?;
+        let broken = |fault: String| {
+            let (path, line, field) = (path.clone(), i + 1, "(line)".to_owned());
+            Error::Record { path, line, field, fault }
+        };
+        let line: Line = serde_json::from_str(line).map_err(|error| broken(error.to_string()))?;
+        line.agreement.check().map_err(|error| broken(error.to_string()))?;
         match all.iter_mut().find(|other| other.is(&line.setting, &line.text)) {
             Some(other) => *other = line,
             None => all.push(line),

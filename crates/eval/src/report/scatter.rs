@@ -51,10 +51,15 @@ impl Axis {
     }
 }
 
+/// A ratio that has a place on a logarithmic axis.
+fn drawn(ratio: Option<f64>) -> Option<f64> {
+    ratio.filter(|&ratio| ratio > 0.0)
+}
+
 /// Mean score against bytes; `None` if no setting tells its bytes.
 pub(super) fn scores(table: &Table) -> Result<Option<String>> {
     let dot = |row: &super::table::Row| {
-        Some(Dot { name: row.setting.clone(), ratio: row.ratio?, value: row.overall()? })
+        Some(Dot { name: row.setting.clone(), ratio: drawn(row.ratio)?, value: row.overall()? })
     };
     let dots: Vec<Dot> = table.rows.iter().filter_map(dot).collect();
     let ceiling = dots.iter().map(|dot| dot.value).fold(1.0, f64::max) * 1.1;
@@ -75,7 +80,7 @@ pub(super) fn divergences(lines: &[Line]) -> Result<Option<String>> {
     let of_first = lines.iter().filter(|line| line.text == first.text);
     let dot = |line: &Line| {
         let value = line.agreement.kl;
-        Some(Dot { name: line.setting.clone(), ratio: line.agreement.ratio?, value })
+        Some(Dot { name: line.setting.clone(), ratio: drawn(line.agreement.ratio)?, value })
     };
     let dots: Vec<Dot> = of_first.filter_map(dot).filter(|dot| dot.value >= LEAST).collect();
     let most = dots.iter().map(|dot| dot.value).fold(10.0 * LEAST, f64::max);

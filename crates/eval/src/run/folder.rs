@@ -22,6 +22,9 @@ pub struct Manifest {
     pub settings: BTreeMap<String, Setting>,
     /// The tasks, by name.
     pub tasks: BTreeSet<String>,
+    /// What else decides a question or an answer, as [`Plan::conditions`](crate::Plan::conditions).
+    #[serde(default)]
+    pub conditions: BTreeMap<String, String>,
 }
 
 /// The results of all processes that share a folder, file by file in the order of their names; `run.json` is not looked at.
@@ -29,7 +32,8 @@ pub struct Manifest {
 /// A last line that breaks off, as a killed process leaves it, is passed over. A sample that is there twice counts once.
 ///
 /// # Errors
-/// If the folder or a file can't be read; [`Error::Record`] for a broken line before a file's last.
+/// If the folder or a file can't be read; [`Error::Record`] for a broken line before a file's last,
+/// or one with a number that no sample gives.
 pub fn records(folder: &Path) -> Result<Vec<Record>> {
     let mut paths = Vec::new();
     for entry in fs::read_dir(folder).map_err(Error::io(folder))? {
@@ -101,6 +105,13 @@ impl Manifest {
             }
             self.settings.insert(name, setting);
         }
+        for (name, value) in theirs.conditions {
+            if let Some(ours) = self.conditions.get(&name).filter(|ours| **ours != value) {
+                let expected = format!("{value}, as in the run's folder");
+                return Err(Error::setting(name, expected, ours));
+            }
+            self.conditions.insert(name, value);
+        }
         self.versions.extend(theirs.versions);
         self.tasks.extend(theirs.tasks);
         Ok(())
@@ -158,12 +169,15 @@ fn read(path: &Path) -> Result<(Vec<Record>, u64, Option<String>)> {
     let mut records = Vec::new();
     for (i, line) in bytes[..whole].split(|&byte| byte == b'\n').enumerate() {
         if !line.is_empty() {
-            records.push(serde_json::from_slice(line).map_err(|e| broken(path, i + 1, &e))?);
+            let record: Record =
+                serde_json::from_slice(line).map_err(|error| broken(path, i + 1, &error))?;
+            record.check().map_err(|error| broken(path, i + 1, &error))?;
+            records.push(record);
         }
     }
     Ok((records, whole as u64, torn))
 }
 
-fn broken(path: &Path, line: usize, error: &serde_json::Error) -> Error {
+fn broken(path: &Path, line: usize, error: &dyn std::fmt::Display) -> Error {
     Error::Record { path: path.into(), line, field: "(line)".into(), fault: error.to_string() }
 }

@@ -1,7 +1,7 @@
 //! One line of a run's results.
 
 use crate::measure::ratio;
-use crate::{Category, Score};
+use crate::{Category, Error, Result, Score};
 
 /// How a subject answered one sample: one JSON line.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -14,6 +14,10 @@ pub struct Record {
     pub category: Category,
     /// The sample's id.
     pub sample: String,
+    /// SHA-256 of the question: the turns, what would be right, and the limits. `None` in results
+    /// of versions that did not note it.
+    #[serde(default)]
+    pub question: Option<String>,
     /// What was written, one a turn.
     pub predictions: Vec<String>,
     /// How good that is.
@@ -53,6 +57,33 @@ impl Record {
     /// Dense bytes over bytes held.
     pub fn ratio(&self) -> Option<f64> {
         ratio(self.dense_bytes, self.kv_bytes)
+    }
+
+    /// Checks that every number is one that a sample can give.
+    pub(crate) fn check(&self) -> Result<()> {
+        let share = |x: f64| (0.0..=1.0).contains(&x);
+        let time = |x: f64| (0.0..=f64::MAX).contains(&x);
+        let Timings { first_token_seconds, model_seconds, total_seconds, .. } = self.timings;
+        let speed = self.timings.decode_tokens_per_second.unwrap_or(0.0);
+        for (name, value, fits, expected) in [
+            ("score.value", self.score.value, share(self.score.value), "a share from 0 to 1"),
+            (
+                "score.partial",
+                self.score.partial.unwrap_or(0.0),
+                share(self.score.partial.unwrap_or(0.0)),
+                "a share from 0 to 1",
+            ),
+            ("first_token_seconds", first_token_seconds, time(first_token_seconds), "a time"),
+            ("model_seconds", model_seconds, time(model_seconds), "a time"),
+            ("total_seconds", total_seconds, time(total_seconds), "a time"),
+            ("decode_tokens_per_second", speed, time(speed), "a speed"),
+        ] {
+            if !fits {
+                let name = format!("{name} of {}, {}, {}", self.setting, self.task, self.sample);
+                return Err(Error::setting(name, expected, value));
+            }
+        }
+        Ok(())
     }
 
     /// What tells this line from all others of its run.

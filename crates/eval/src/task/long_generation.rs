@@ -14,7 +14,10 @@ pub use machine::StateMachine;
 pub use recall::Recall;
 pub use table::TableEdit;
 
-use crate::{Result, Sample, Samples, Task};
+use crate::{Error, Result, Sample, Samples, Task};
+
+/// The most items of a sample, and samples of a task.
+const MOST: usize = 100_000;
 
 /// How much of a task to make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,8 +80,10 @@ fn pick<'a>(rng: &mut ChaCha8Rng, from: &[&'a str]) -> &'a str {
 
 /// `size.samples` samples of a task, each from a generator of its own.
 fn make(size: Size, sample: impl Fn(&mut ChaCha8Rng) -> Parts) -> Result<Samples> {
-    if size.items == 0 {
-        return Err(crate::Error::setting("items", "at least 1", 0));
+    for (name, value, least) in [("items", size.items, 1), ("samples", size.samples, 0)] {
+        if !(least..=MOST).contains(&value) {
+            return Err(Error::setting(name, format!("{least} to {MOST}"), value));
+        }
     }
     let one = |i: usize| {
         let mut rng = ChaCha8Rng::seed_from_u64(size.seed);

@@ -3,8 +3,12 @@
 use std::sync::Arc;
 
 use super::one_prediction;
+use crate::haystack::MOST_WORDS;
 use crate::needle::{self, MAX_NEW_TOKENS, MultiNeedle, Needle, PAPER_WORDS, spaced};
-use crate::{Category, Haystack, Result, Sample, Samples, Score, Task};
+use crate::{Category, Error, Haystack, Result, Sample, Samples, Score, Task};
+
+/// The most samples of a grid.
+const MOST_SAMPLES: usize = 1_000_000;
 
 /// Counts a text's tokens.
 pub type CountTokens = Arc<dyn Fn(&str) -> Result<usize> + Send + Sync>;
@@ -118,6 +122,20 @@ impl Task for NeedleGrid {
     }
 
     fn samples(&self) -> Result<Samples> {
+        let sizes = [self.lengths.len(), self.depths.len(), self.repeats];
+        let count = sizes.iter().try_fold(1usize, |count, &size| count.checked_mul(size));
+        if count.is_none_or(|count| count > MOST_SAMPLES) {
+            let expected = format!("at most {MOST_SAMPLES} samples");
+            return Err(Error::setting(
+                "lengths x depths x repeats",
+                expected,
+                format!("{sizes:?}"),
+            ));
+        }
+        if let Some(&length) = self.lengths.iter().find(|&&length| length > MOST_WORDS) {
+            let expected = format!("at most {MOST_WORDS} {}", self.unit.name());
+            return Err(Error::setting("length", expected, length));
+        }
         let mut samples = Vec::new();
         for &length in &self.lengths {
             for &depth in &self.depths {

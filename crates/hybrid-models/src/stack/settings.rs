@@ -1,6 +1,6 @@
 //! The configuration of a stack.
 
-use crate::config::positive;
+use crate::config::size;
 use crate::gated_mlp::Gate;
 use crate::rg_lru::RgLruShape;
 use longctx_core::{AttentionShape, Error, Result, Rope, RopeScaling};
@@ -47,9 +47,9 @@ fn embedding_scale() -> f32 {
 
 impl Config {
     pub fn check(&self) -> Result<()> {
-        positive("vocab_size", self.vocab_size)?;
-        positive("hidden_size", self.hidden_size)?;
-        positive("layers", self.layers.len())
+        size("vocab_size", self.vocab_size)?;
+        size("hidden_size", self.hidden_size)?;
+        size("layers", self.layers.len())
     }
 }
 
@@ -126,8 +126,10 @@ impl AttentionSettings {
         let kv_heads = self.num_key_value_heads.unwrap_or(heads);
         let head_dim = self.head_dim.unwrap_or(hidden / heads.max(1));
         if let Some(window) = self.sliding_window {
-            positive("sliding_window", window)?;
+            size("sliding_window", window)?;
         }
+        size("attention.num_attention_heads", heads)?;
+        size("attention.head_dim", head_dim)?;
         let shape = AttentionShape::new(heads, kv_heads, head_dim)?;
         Ok(AttentionShape { window: self.sliding_window, ..shape })
     }
@@ -155,9 +157,9 @@ fn taps() -> usize {
 impl RgLruSettings {
     pub fn shape(&self, hidden: usize) -> Result<RgLruShape> {
         let (width, blocks) = (self.lru_width.unwrap_or(hidden), self.num_heads);
-        positive("rg_lru.num_heads", blocks)?;
-        positive("rg_lru.lru_width", width)?;
-        positive("rg_lru.conv1d_width", self.conv1d_width)?;
+        size("rg_lru.num_heads", blocks)?;
+        size("rg_lru.lru_width", width)?;
+        size("rg_lru.conv1d_width", self.conv1d_width)?;
         if !width.is_multiple_of(blocks) {
             let expected = format!("a multiple of the {blocks} heads");
             return Err(Error::setting("rg_lru.lru_width", expected, width));
@@ -178,7 +180,7 @@ pub struct MlpSettings {
 
 impl MlpSettings {
     pub fn inner(&self) -> Result<usize> {
-        positive("mlp.intermediate_size", self.intermediate_size)?;
+        size("mlp.intermediate_size", self.intermediate_size)?;
         Ok(self.intermediate_size)
     }
 }

@@ -1,11 +1,11 @@
-//! What the tests share: the fixtures, and feeding in chunks.
+//! What the tests share: the fixtures, and feeding sequences in chunks.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use hybrid_models::{LoadOptions, Model, Session};
-use longctx_core::{CausalLm, DenseCache, Logits};
+use longctx_core::{Batch, CausalLm, DenseCache, Logits, Result, SeqId};
 
 pub struct Fixture {
     pub folder: PathBuf,
@@ -70,15 +70,24 @@ pub fn relative_distance(a: &Tensor, b: &Tensor) -> f32 {
 pub const SAME: f32 = 1e-3;
 
 pub fn session(model: &Model) -> Session {
-    model.session(|layer| DenseCache::new(layer.attention, DType::F32)).unwrap()
+    model.session(|layer| DenseCache::new(layer.clone(), DType::F32)).unwrap()
 }
 
-/// All logits of `tokens`, fed in chunks of these lengths, the last of which repeats.
+/// Feeds each sequence of a batch its tokens.
+pub fn advance(session: &mut Session, parts: &[(SeqId, &[u32])], logits: Logits) -> Result<Tensor> {
+    let lengths: Vec<_> = parts.iter().map(|(seq, ids)| (*seq, ids.len())).collect();
+    let ids: Vec<u32> = parts.iter().flat_map(|(_, ids)| ids.iter().copied()).collect();
+    session.forward(&Batch::new(&lengths)?, &ids, logits)
+}
+
+/// All logits, `[sequences, tokens, vocab]`, of `tokens`, `[sequences, tokens]`, fed in chunks of
+/// these lengths, the last of which repeats.
 pub fn feed(model: &Model, tokens: &Tensor, cuts: &[usize]) -> Tensor {
     feed_on(&mut session(model), tokens, cuts)
 }
 
 pub fn feed_on(session: &mut Session, tokens: &Tensor, cuts: &[usize]) -> Tensor {
+    let rows: Vec<Vec<u32>> = tokens.to_vec2().unwrap();
     let length = tokens.dim(1).unwrap();
     let (mut start, mut parts) = (0, Vec::new());
     for &cut in cuts.iter().chain(std::iter::repeat(cuts.last().unwrap())) {
@@ -86,7 +95,9 @@ pub fn feed_on(session: &mut Session, tokens: &Tensor, cuts: &[usize]) -> Tensor
         if count == 0 {
             break;
         }
-        parts.push(session.forward(&tokens.narrow(1, start, count).unwrap(), Logits::All).unwrap());
+        let chunks = rows.iter().map(|row| &row[start..start + count]);
+        let logits = advance(session, &(0..).zip(chunks).collect::<Vec<_>>(), Logits::All).unwrap();
+        parts.push(logits.reshape((rows.len(), count, ())).unwrap());
         start += count;
     }
     Tensor::cat(&parts, 1).unwrap()

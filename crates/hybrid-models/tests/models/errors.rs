@@ -1,9 +1,9 @@
 //! Broken checkpoints, wrong tokens and states of other models are named, and nothing panics.
 
-use crate::common::{Fixture, session};
+use crate::common::{Fixture, advance, session};
 use candle_core::{DType, Device, Tensor};
-use hybrid_models::{LoadOptions, Model};
-use longctx_core::{CausalLm, Error, Logits, Result};
+use hybrid_models::{LoadOptions, Model, Session, State};
+use longctx_core::{Batch, CausalLm, DenseCache, Error, LayerSpec, Logits, Result, SeqId};
 
 fn load(
     name: &str,
@@ -63,24 +63,64 @@ fn other_families_and_vocabularies_are_named() {
 fn wrong_tokens_and_states_are_named() {
     let model = Fixture::open("rwkv6").model(DType::F32);
     let mut rwkv = session(&model);
-    let mut feed = |tokens: &Tensor| rwkv.forward(tokens, Logits::Last).map_err(|e| e.to_string());
-    let tokens = |ids: &[u32]| Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-    assert!(feed(&tokens(&[1, 96])).unwrap_err().contains("the id 96"));
-    assert!(feed(&tokens(&[1]).to_dtype(DType::I64).unwrap()).unwrap_err().contains("i64"));
-    assert!(feed(&tokens(&[1]).squeeze(0).unwrap()).unwrap_err().contains("[1]"));
-    feed(&tokens(&[1, 2])).unwrap();
-    assert!(feed(&tokens(&[1, 2]).t().unwrap()).unwrap_err().contains("batch"));
+    let batch = Batch::new(&[(3, 1), (4, 1)]).unwrap();
+    let mut feed = |ids: &[u32]| rwkv.forward(&batch, ids, Logits::Last).map_err(|e| e.to_string());
+    assert!(feed(&[1, 96]).unwrap_err().contains("token id 1 of the batch"));
+    assert!(feed(&[1]).unwrap_err().contains("token ids: expected 2, got 1"));
+    assert!(rwkv.seqs().is_empty());
+    feed_one(&mut rwkv, 3);
 
-    let state = rwkv.state().unwrap();
+    let state = rwkv.state(3).unwrap();
+    assert!(matches!(rwkv.state(4), Err(Error::UnknownSequence(4))));
     let other = Fixture::open("rwkv7").model(DType::F32);
-    let refused = session(&other).restore(&state).unwrap_err().to_string();
+    let refused = session(&other).restore(0, &state).unwrap_err().to_string();
     assert!(refused.contains("rwkv7") && refused.contains("rwkv6"), "{refused}");
     let gemma = Fixture::open("recurrent_gemma").model(DType::F32);
-    assert!(matches!(session(&gemma).state(), Err(Error::Unsupported(_))));
+    let mut gemma = session(&gemma);
+    feed_one(&mut gemma, 3);
+    assert!(matches!(gemma.state(3), Err(Error::Unsupported(_))));
+    assert!(matches!(gemma.restore(3, &state), Err(Error::Unsupported(_))));
 
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("weights.safetensors");
     std::fs::copy(Fixture::open("rwkv6").folder.join("model.safetensors"), &path).unwrap();
-    let message = hybrid_models::State::load(&path).unwrap_err().to_string();
+    let message = State::load(&path).unwrap_err().to_string();
     assert!(message.contains("no saved state"), "{message}");
+}
+
+fn feed_one(session: &mut Session, seq: SeqId) {
+    advance(session, &[(seq, &[1])], Logits::Last).unwrap();
+}
+
+#[test]
+fn bad_snapshot_settings_and_caches_are_named() {
+    let rwkv = Fixture::open("rwkv6").model(DType::F32);
+    for (every, keep, name) in [(0, 1, "every"), (1, 0, "keep")] {
+        let message = session(&rwkv).with_snapshots(every, keep).err().unwrap().to_string();
+        assert!(message.contains(name), "{message}");
+    }
+    let gemma = Fixture::open("recurrent_gemma").model(DType::F32);
+    let bare = |l: &LayerSpec| DenseCache::new(LayerSpec::new(l.shape), DType::F32);
+    let message = gemma.session(bare).err().unwrap().to_string();
+    assert!(message.contains("rope of layer 2's cache"), "{message}");
+}
+
+/// States of several sequences in one file, as an earlier version of this crate could write them.
+#[test]
+fn a_state_of_several_sequences_is_refused() {
+    let model = Fixture::open("rwkv6").model(DType::F32);
+    let mut session = session(&model);
+    feed_one(&mut session, 0);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    session.state(0).unwrap().save(&path).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    let header_length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header = std::str::from_utf8(&bytes[8..8 + header_length]).unwrap();
+    let header = header.replace("\"batch\":\"1\"", "\"batch\":\"2\"");
+    let of_two = [&bytes[..8], header.as_bytes(), &bytes[8 + header_length..]].concat();
+    assert_ne!(of_two, bytes);
+    std::fs::write(&path, of_two).unwrap();
+    let message = State::load(&path).unwrap_err().to_string();
+    assert!(message.contains("the state of 1 sequence, got 2"), "{message}");
 }

@@ -1,6 +1,6 @@
 //! What holds for every model, whatever its weights: see each test's name.
 
-use crate::common::{Fixture, SAME, feed, feed_on, relative_distance, session};
+use crate::common::{Fixture, SAME, advance, feed, feed_on, relative_distance, session};
 use candle_core::{DType, Device, Tensor};
 use hybrid_models::State;
 use longctx_core::{CausalLm, Logits};
@@ -57,17 +57,18 @@ proptest! {
         let model = Fixture::open(name).model(DType::F32);
         let ids = |ids: &[u32]| tokens(2, &ids[..ids.len() / 2 * 2]);
         let (before, after) = (ids(&before), ids(&after));
-        let mut first = session(&model);
+        let (mut first, mut second) = (session(&model), session(&model));
         feed_on(&mut first, &before, &[17]);
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.safetensors");
-        let state = first.state().unwrap();
-        state.save(&path).unwrap();
-        let loaded = State::load(&path).unwrap();
-        prop_assert_eq!(&loaded, &state);
-        let mut second = session(&model);
-        second.restore(&loaded).unwrap();
-        prop_assert_eq!(second.seen(), first.seen());
+        for seq in [0, 1] {
+            let state = first.state(seq).unwrap();
+            state.save(&path).unwrap();
+            let loaded = State::load(&path).unwrap();
+            prop_assert_eq!(&loaded, &state);
+            second.restore(seq, &loaded).unwrap();
+            prop_assert_eq!(second.seen(seq), first.seen(seq));
+        }
         let (a, b) = (feed_on(&mut first, &after, &[5]), feed_on(&mut second, &after, &[5]));
         prop_assert_eq!(bits(&a), bits(&b));
     }
@@ -94,13 +95,13 @@ fn a_state_has_as_many_bytes_after_100_000_tokens_as_after_one() {
         let model = Fixture::open(name).model(DType::F32);
         let mut session = session(&model);
         assert_eq!(session.footprint().total(), 0);
-        session.forward(&tokens(1, &[1]), Logits::Last).unwrap();
+        advance(&mut session, &[(5, &[1])], Logits::Last).unwrap();
         let bytes = session.footprint();
-        assert_eq!(session.state().unwrap().footprint(), bytes);
+        assert_eq!(session.state(5).unwrap().footprint(), bytes);
         let ids: Vec<u32> = (0..99_999).map(|i| i * 7 % 96).collect();
-        let logits = session.forward(&tokens(1, &ids), Logits::Last).unwrap();
+        let logits = advance(&mut session, &[(5, &ids)], Logits::Last).unwrap();
         assert_eq!(session.footprint(), bytes, "{name}");
-        assert_eq!(session.seen(), 100_000);
+        assert_eq!(session.seen(5), 100_000);
         let largest: f32 = logits.abs().unwrap().max_all().unwrap().to_scalar().unwrap();
         assert!(largest.is_finite() && largest < 100.0, "{name}: a logit of {largest}");
     }

@@ -2,8 +2,10 @@
 
 mod common;
 mod errors;
+mod faults;
 mod laws;
 mod mixed;
 mod reference;
+mod sequences;
 mod stack;
 mod world;

@@ -33,6 +33,11 @@ fn mamba() {
 }
 
 #[test]
+fn mamba_with_biases() {
+    check("mamba_biases");
+}
+
+#[test]
 fn mamba2() {
     check("mamba2");
 }
@@ -43,6 +48,11 @@ fn mamba2_with_groups() {
 }
 
 #[test]
+fn mamba2_with_biases() {
+    check("mamba2_biases");
+}
+
+#[test]
 fn recurrent_gemma() {
     check("recurrent_gemma");
 }
@@ -50,6 +60,12 @@ fn recurrent_gemma() {
 #[test]
 fn rwkv4() {
     check("rwkv4");
+}
+
+/// The last norm's epsilon is not the configuration's.
+#[test]
+fn rwkv4_with_another_epsilon() {
+    check("rwkv4_epsilon");
 }
 
 #[test]

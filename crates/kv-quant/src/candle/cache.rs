@@ -108,7 +108,7 @@ impl QuantCache {
             return Err(Error::setting("sinks", "an empty cache", got));
         }
         let mut store = Self::make_store(&self.spec, self.format, tokens)?;
-        if let Some(bytes) = self.store.pool().capacity() {
+        if let Some(bytes) = self.store.capacity() {
             store = store.with_capacity(bytes);
         }
         Ok(Self { sink_tokens: tokens, store, ..self })
@@ -162,6 +162,14 @@ impl QuantCache {
         Ok((sinks, rest))
     }
 
+    /// Checks that there is room for a call's tokens, before their attention is computed.
+    fn check_room(&mut self, step: &Step<'_>) -> Result<()> {
+        match self.split(step.batch)? {
+            (_, Some(rest)) => self.store.check_append(&rest.batch, step.k.device()),
+            (_, None) => Ok(()),
+        }
+    }
+
     /// Appends a call's tokens to the two stores; on an error neither has changed.
     fn append(&mut self, step: &Step<'_>, rotated: &Tensor) -> Result<()> {
         let keys = if self.format.basis() == KeyBasis::BeforeRope { step.k } else { rotated };
@@ -194,6 +202,20 @@ impl QuantCache {
             }
         }
         AttentionState::merge(&parts)
+    }
+
+    /// The same and the append in the store, if it can attend to the call's tokens before it packs
+    /// them.
+    fn attend_in_store(
+        &mut self,
+        step: &Step<'_>,
+        q: &Tensor,
+        k: &Tensor,
+    ) -> Result<Option<AttentionState>> {
+        match self.sink_tokens {
+            0 => self.store.append_after_attention(step.batch, q, k, step.v),
+            _ => Ok(None),
+        }
     }
 
     /// Attention of tokens that are in the stores already. `split` is of before they came.
@@ -236,13 +258,17 @@ impl KvCache for QuantCache {
 
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         step.check(&self.spec)?;
+        self.check_room(step)?;
         let (q, k) = step.rotate(&self.spec, |seq| self.seen(seq))?;
         let state = match self.order {
-            Order::AttendFirst => {
-                let state = self.attend_exactly(step, &q, &k)?;
-                self.append(step, &k)?;
-                state
-            }
+            Order::AttendFirst => match self.attend_in_store(step, &q, &k)? {
+                Some(state) => state,
+                None => {
+                    let state = self.attend_exactly(step, &q, &k)?;
+                    self.append(step, &k)?;
+                    state
+                }
+            },
             Order::QuantizeFirst => {
                 let split = self.split(step.batch)?;
                 self.append(step, &k)?;

@@ -84,7 +84,7 @@ impl DequantCache {
             let got = format!("{:?} and {:?}", k.dims(), v.dims());
             return Err(Error::mismatch("keys and values", expected, got).into());
         }
-        let before = if begins { None } else { Some(self.read(k.dtype())?) };
+        let before = if begins { None } else { Some(self.read(k.dtype(), k.device())?) };
         let mut shared = self.shared();
         let seqs = match begins {
             true => (0..batch).map(|_| shared.take_id()).collect(),
@@ -162,20 +162,20 @@ impl DequantCache {
         Self { shared: self.shared.clone(), seqs: Vec::new() }
     }
 
-    /// All keys, dequantized to f32; `None` if there are none.
+    /// All keys, dequantized to f32 on the CPU; `None` if there are none.
     ///
     /// # Errors
     /// If the tensors can't be made.
     pub fn k(&self) -> Result<Option<Tensor>> {
-        Ok(if self.seqs.is_empty() { None } else { Some(self.read(DType::F32)?.0) })
+        Ok(if self.seqs.is_empty() { None } else { Some(self.read(DType::F32, &Device::Cpu)?.0) })
     }
 
-    /// All values, dequantized to f32; `None` if there are none.
+    /// All values, dequantized to f32 on the CPU; `None` if there are none.
     ///
     /// # Errors
     /// If the tensors can't be made.
     pub fn v(&self) -> Result<Option<Tensor>> {
-        Ok(if self.seqs.is_empty() { None } else { Some(self.read(DType::F32)?.1) })
+        Ok(if self.seqs.is_empty() { None } else { Some(self.read(DType::F32, &Device::Cpu)?.1) })
     }
 
     /// Forgets everything and gives the memory back.
@@ -193,21 +193,20 @@ impl DequantCache {
         self.seqs.iter().map(|&seq| shared.store.seq_footprint(seq)).sum()
     }
 
-    fn read(&self, dtype: DType) -> Result<(Tensor, Tensor)> {
+    fn read(&self, dtype: DType, device: &Device) -> Result<(Tensor, Tensor)> {
         let shared = self.shared();
         let AttentionShape { kv_heads, head_dim, .. } = *shared.store.shape();
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for &seq in &self.seqs {
             for head in 0..kv_heads {
-                let (k, v) = shared.store.pool().read(seq, head).map_err(Error::from)?;
-                keys.extend(k);
-                values.extend(v);
+                let (k, v) = shared.store.read(seq, head)?;
+                keys.push(k);
+                values.push(v);
             }
         }
-        let tokens = keys.len() / (self.seqs.len() * kv_heads * head_dim);
-        let tensor = |x: Vec<f32>| -> Result<Tensor> {
-            let shape = (self.seqs.len(), kv_heads, tokens, head_dim);
-            Tensor::from_vec(x, shape, &Device::Cpu)?.to_dtype(dtype)
+        let tensor = |heads: Vec<Tensor>| -> Result<Tensor> {
+            let shape = (self.seqs.len(), kv_heads, (), head_dim);
+            Tensor::cat(&heads, 0)?.reshape(shape)?.to_dtype(dtype)?.to_device(device)
         };
         Ok((tensor(keys)?, tensor(values)?))
     }

@@ -46,11 +46,17 @@ pub fn save_caches(path: impl AsRef<Path>, seq: SeqId, caches: &[QuantCache]) ->
             return Err(Error::UnknownSequence(seq));
         }
         let known = |pool: &Pool| pool.lens(seq).is_some();
-        let (sinks, store) = (cache.sinks().pool(), cache.store().pool());
+        let (sinks, store) = (on_cpu(cache.sinks().pool())?, on_cpu(cache.store().pool())?);
         sequences.push((if known(sinks) { sinks } else { no_sinks }, seq));
         sequences.push((if known(store) { store } else { no_store }, seq));
     }
     Ok(crate::save(path, &sequences)?)
+}
+
+/// A store's pool.
+fn on_cpu<P>(pool: Option<P>) -> Result<P> {
+    let what = "saving or loading sequences of a packed store on a CUDA device";
+    pool.ok_or_else(|| Error::Unsupported(what.into()))
 }
 
 /// Pools like those of a cache in which the sequence has begun without a token.
@@ -63,7 +69,7 @@ fn begun(cache: &QuantCache, seq: SeqId) -> Result<(Pool, Pool)> {
         pool.append::<f32>(&[seq], &[0, 0], &[], &[])?;
         Ok(pool)
     };
-    Ok((begin(cache.sinks().pool())?, begin(cache.store().pool())?))
+    Ok((begin(on_cpu(cache.sinks().pool())?)?, begin(on_cpu(cache.store().pool())?)?))
 }
 
 /// Begins a sequence in each of the caches with what a file of [`save_caches`] holds. The caches are
@@ -102,7 +108,7 @@ fn load(file: &CacheFile, layer: usize, seq: SeqId, cache: &mut QuantCache) -> R
     for (store, list) in [(sinks, 2 * layer), (store, 2 * layer + 1)] {
         // A list without heads is a store that held nothing.
         if file.has(list) {
-            store.pool_mut().load(seq, file, list)?;
+            on_cpu(store.pool_mut())?.load(seq, file, list)?;
             if store.len(seq) == 0 {
                 store.remove(seq);
             }

@@ -1,6 +1,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
+use crate::cuda::CudaPool;
 use crate::{Attended, Format, Mask, Pool, PoolBytes, PoolShape, Queries, Rotary};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -13,11 +15,34 @@ use longctx_core::{
 /// Packed keys and values of one layer for many sequences: a [`Pool`] behind longctx-core's
 /// [`KvStore`]. Attention reads the codes as they lie.
 ///
-/// Tensors are on the CPU.
+/// The first tensors decide on the device; later ones from another are refused, as long as the store
+/// holds a sequence. With feature `cuda`, a store on a CUDA device takes the formats that there are
+/// kernels for, and refuses others: `docs/cuda.md` lists them.
 #[derive(Debug, Clone)]
 pub struct QuantStore {
     shape: AttentionShape,
-    pool: Pool,
+    held: Held,
+}
+
+#[derive(Debug, Clone)]
+enum Held {
+    Host(Box<Pool>),
+    #[cfg(feature = "cuda")]
+    Cuda(Box<CudaPool>),
+}
+
+/// Runs an expression on the pool that is held, whichever it is.
+macro_rules! on_pool {
+    ($held:expr, $pool:ident => $run:expr) => {
+        on_pool!($held, $pool => $run, $pool => $run)
+    };
+    ($held:expr, $host:ident => $on_host:expr, $cuda:ident => $on_cuda:expr) => {
+        match $held {
+            Held::Host($host) => $on_host,
+            #[cfg(feature = "cuda")]
+            Held::Cuda($cuda) => $on_cuda,
+        }
+    };
 }
 
 /// Runs an expression on the numbers of a contiguous tensor, whatever float type they have.
@@ -38,7 +63,8 @@ impl QuantStore {
     /// [`Error::Setting`] if the format does not fit the heads, or has keys
     /// [before RoPE](crate::KeyBasis::BeforeRope).
     pub fn new(shape: AttentionShape, format: Format) -> Result<Self> {
-        Ok(Self { shape, pool: Pool::new(pool_shape(&shape), format)? })
+        let pool = Pool::new(pool_shape(&shape), format)?;
+        Ok(Self { shape, held: Held::Host(Box::new(pool)) })
     }
 
     /// An empty store whose keys come as they are before the rotary embedding; its queries come
@@ -47,46 +73,100 @@ impl QuantStore {
     /// # Errors
     /// [`Error::Setting`] if the format or the embedding does not fit the heads.
     pub fn before_rope(shape: AttentionShape, format: Format, rotary: Arc<Rotary>) -> Result<Self> {
-        Ok(Self { shape, pool: Pool::before_rope(pool_shape(&shape), format, rotary)? })
+        let pool = Pool::before_rope(pool_shape(&shape), format, rotary)?;
+        Ok(Self { shape, held: Held::Host(Box::new(pool)) })
     }
 
-    /// The same with at most `bytes` bytes of blocks and pages in use.
+    /// The same with at most `bytes` bytes of blocks and pages in use; on a CUDA device, of records
+    /// and rings.
     #[must_use]
     pub fn with_capacity(self, bytes: usize) -> Self {
-        Self { pool: self.pool.with_capacity(bytes), ..self }
+        let held = match self.held {
+            Held::Host(pool) => Held::Host(Box::new(pool.with_capacity(bytes))),
+            #[cfg(feature = "cuda")]
+            Held::Cuda(pool) => Held::Cuda(Box::new(pool.with_capacity(bytes))),
+        };
+        Self { held, ..self }
+    }
+
+    /// The most bytes in use; `None` for a store that grows.
+    pub fn capacity(&self) -> Option<usize> {
+        on_pool!(&self.held, pool => pool.capacity())
     }
 
     /// How keys and values are held.
     pub fn format(&self) -> Format {
-        self.pool.format()
+        on_pool!(&self.held, pool => pool.format())
     }
 
-    /// The packed keys and values.
-    pub fn pool(&self) -> &Pool {
-        &self.pool
+    /// The packed keys and values on the CPU; `None` if they are on another device.
+    pub fn pool(&self) -> Option<&Pool> {
+        on_pool!(&self.held, pool => Some(pool), _pool => None)
     }
 
-    /// The packed keys and values, for those who load sequences into them.
+    /// The same, for those who load sequences into them.
     #[cfg(feature = "save")]
-    pub(super) fn pool_mut(&mut self) -> &mut Pool {
-        &mut self.pool
+    pub(super) fn pool_mut(&mut self) -> Option<&mut Pool> {
+        on_pool!(&mut self.held, pool => Some(pool), _pool => None)
     }
 
-    /// Keys and values as contiguous tensors of one float type, checked against a batch.
-    fn prepare(&self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let tokens = self.shape.check_kv(k, v)?;
-        if tokens != batch.tokens() {
-            return Err(Error::mismatch("tokens of k", batch.tokens(), tokens));
+    /// Checks that there is room for a batch's tokens, which lie on `device`.
+    pub(super) fn check_append(&mut self, batch: &Batch, device: &Device) -> Result<()> {
+        self.settle(device)?;
+        on_pool!(&self.held,
+            pool => Ok(pool.check_append(batch.seqs(), batch.cu_seqlens())?),
+            pool => pool.check_append(batch))
+    }
+
+    /// Moves an empty store to a device.
+    fn settle(&mut self, device: &Device) -> Result<()> {
+        if on_pool!(&self.held, _pool => device.is_cpu(), pool => pool.is_on(device)) {
+            return Ok(());
         }
-        let dtype = match k.dtype() {
-            dtype @ (DType::F16 | DType::BF16) => dtype,
-            _ => DType::F32,
+        if !self.seqs().is_empty() {
+            let got = format!("{:?}", device.location());
+            return Err(Error::mismatch("device of k and v", "that of the entries held", got));
+        }
+        self.held = match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => {
+                let (format, capacity) = (self.format(), self.capacity());
+                Held::Cuda(Box::new(CudaPool::new(self.shape, format, device, capacity)?))
+            }
+            Device::Cpu => {
+                let pool = Pool::new(pool_shape(&self.shape), self.format())?;
+                Held::Host(Box::new(match self.capacity() {
+                    Some(bytes) => pool.with_capacity(bytes),
+                    None => pool,
+                }))
+            }
+            _ => {
+                let what = format!("a packed store on {:?} in this build", device.location());
+                return Err(Error::Unsupported(what));
+            }
         };
-        let fit = |x: &Tensor| -> Result<Tensor> {
-            on_cpu(x)?;
-            Ok(x.to_dtype(dtype)?.contiguous()?)
-        };
-        Ok((fit(k)?, fit(v)?))
+        Ok(())
+    }
+
+    /// Appends a batch's tokens and attends causally to them, in full precision, and to what is held;
+    /// they are packed after. `None`, and nothing is changed, where attention among the tokens is
+    /// not the store's to compute: on the CPU, or if there are many of them.
+    pub(super) fn append_after_attention(
+        &mut self,
+        batch: &Batch,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<Option<AttentionState>> {
+        self.settle(k.device())?;
+        match &mut self.held {
+            Held::Host(_) => {
+                _ = (batch, q, v);
+                Ok(None)
+            }
+            #[cfg(feature = "cuda")]
+            Held::Cuda(pool) => pool.append_after_attention(batch, q, k, v),
+        }
     }
 
     /// The queries in f32, checked against a batch.
@@ -103,6 +183,7 @@ impl QuantStore {
     /// and mask are theirs alone. `None` if there are none.
     fn of_known<R>(
         &self,
+        pool: &Pool,
         batch: &Batch,
         q: &Tensor,
         mask: longctx_core::Mask<'_>,
@@ -110,10 +191,10 @@ impl QuantStore {
     ) -> Result<Option<R>> {
         let q = self.queries(batch, q)?;
         let AttentionShape { kv_heads, heads, scale, soft_cap, window, .. } = self.shape;
-        let known = Known::of(batch, |seq| self.pool.lens(seq).is_some());
+        let known = Known::of(batch, |seq| pool.lens(seq).is_some());
         let lists: Vec<Vec<Range<usize>>> = match mask {
             longctx_core::Mask::Entries(ranges) => {
-                let lens = |&seq: &SeqId| self.pool.lens(seq).unwrap_or(vec![0; kv_heads]);
+                let lens = |&seq: &SeqId| pool.lens(seq).unwrap_or(vec![0; kv_heads]);
                 ranges.check(&batch.seqs().iter().flat_map(lens).collect::<Vec<_>>())?;
                 let of = |&i: &usize| &ranges.heads()[i * kv_heads..(i + 1) * kv_heads];
                 known.places.iter().flat_map(of).cloned().collect()
@@ -142,6 +223,49 @@ impl QuantStore {
         })
         .map(Some)
     }
+
+    fn attend_on_host(
+        &self,
+        pool: &Pool,
+        batch: &Batch,
+        q: &Tensor,
+        mask: longctx_core::Mask<'_>,
+    ) -> Result<AttentionState> {
+        let (tokens, heads, dv) = (batch.tokens(), self.shape.heads, self.shape.value_dim);
+        let done = self.of_known(pool, batch, q, mask, |queries, known, mask| {
+            let Attended { out, lse } =
+                pool.attend(&queries, &known.seqs, &known.cu_seqlens, mask)?;
+            let out = known.scatter(out, heads * dv, tokens, 0.0);
+            Ok((out, known.scatter(lse, heads, tokens, f32::NEG_INFINITY)))
+        })?;
+        let nothing = || (vec![0.0; tokens * heads * dv], vec![f32::NEG_INFINITY; tokens * heads]);
+        let (out, lse) = done.unwrap_or_else(nothing);
+        Ok(AttentionState {
+            out: Tensor::from_vec(out, (tokens, heads, dv), &Device::Cpu)?,
+            lse: Tensor::from_vec(lse, (tokens, heads), &Device::Cpu)?,
+        })
+    }
+
+    fn sums_on_host(
+        &self,
+        pool: &Pool,
+        batch: &Batch,
+        q: &Tensor,
+        lse: &Tensor,
+        mask: longctx_core::Mask<'_>,
+    ) -> Result<Vec<Vec<f32>>> {
+        let heads = self.shape.heads;
+        let lse = lse.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let mut all = vec![Vec::new(); batch.seqs().len() * heads];
+        self.of_known(pool, batch, q, mask, |queries, known, mask| {
+            let lse = known.rows(&lse, heads);
+            let sums = pool.attention_sums(&queries, &lse, &known.seqs, &known.cu_seqlens, mask)?;
+            let places = known.places.iter().flat_map(|i| i * heads..(i + 1) * heads);
+            places.zip(sums).for_each(|(place, sums)| all[place] = sums);
+            Ok(())
+        })?;
+        Ok(all)
+    }
 }
 
 fn pool_shape(shape: &AttentionShape) -> PoolShape {
@@ -149,12 +273,34 @@ fn pool_shape(shape: &AttentionShape) -> PoolShape {
     PoolShape { kv_heads, head_dim, value_dim }
 }
 
+/// Keys and values as contiguous tensors of one float type, checked against a batch.
+fn prepare(
+    shape: &AttentionShape,
+    batch: &Batch,
+    k: &Tensor,
+    v: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let tokens = shape.check_kv(k, v)?;
+    if tokens != batch.tokens() {
+        return Err(Error::mismatch("tokens of k", batch.tokens(), tokens));
+    }
+    let dtype = match k.dtype() {
+        dtype @ (DType::F16 | DType::BF16) => dtype,
+        _ => DType::F32,
+    };
+    let fit = |x: &Tensor| -> Result<Tensor> {
+        on_cpu(x)?;
+        Ok(x.to_dtype(dtype)?.contiguous()?)
+    };
+    Ok((fit(k)?, fit(v)?))
+}
+
 fn on_cpu(x: &Tensor) -> Result<()> {
     match x.device().is_cpu() {
         true => Ok(()),
         false => {
-            let what = format!("a packed store on {:?}", x.device().location());
-            Err(Error::Unsupported(what))
+            let got = format!("one on {:?}", x.device().location());
+            Err(Error::mismatch("tensor", "one on the CPU, as the store", got))
         }
     }
 }
@@ -224,9 +370,14 @@ impl KvStore for QuantStore {
     }
 
     fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
-        let (k, v) = self.prepare(batch, k, v)?;
+        self.settle(k.device())?;
         let (seqs, ends) = (batch.seqs(), batch.cu_seqlens());
-        with_numbers!(&k, k => with_slice(&v, |v| Ok(self.pool.append(seqs, ends, k, v)?)))
+        on_pool!(&mut self.held,
+            pool => {
+                let (k, v) = prepare(&self.shape, batch, k, v)?;
+                with_numbers!(&k, k => with_slice(&v, |v| Ok(pool.append(seqs, ends, k, v)?)))
+            },
+            pool => pool.append(batch, k, v))
     }
 
     fn append_selected(
@@ -237,12 +388,17 @@ impl KvStore for QuantStore {
         tokens: &[Selection],
     ) -> Result<()> {
         check_selections(batch, tokens, self.shape.kv_heads)?;
-        let (k, v) = self.prepare(batch, k, v)?;
+        self.settle(k.device())?;
         let (seqs, ends) = (batch.seqs(), batch.cu_seqlens());
-        let lists: Vec<_> = tokens.iter().flat_map(|of| of.heads()).cloned().collect();
-        with_numbers!(&k, k => with_slice(&v, |v| {
-            Ok(self.pool.append_selected(seqs, ends, k, v, &lists)?)
-        }))
+        on_pool!(&mut self.held,
+            pool => {
+                let (k, v) = prepare(&self.shape, batch, k, v)?;
+                let lists: Vec<_> = tokens.iter().flat_map(|of| of.heads()).cloned().collect();
+                with_numbers!(&k, k => with_slice(&v, |v| {
+                    Ok(pool.append_selected(seqs, ends, k, v, &lists)?)
+                }))
+            },
+            pool => pool.append_selected(batch, k, v, tokens))
     }
 
     fn attend(
@@ -251,19 +407,9 @@ impl KvStore for QuantStore {
         q: &Tensor,
         mask: longctx_core::Mask<'_>,
     ) -> Result<AttentionState> {
-        let (tokens, heads, dv) = (batch.tokens(), self.shape.heads, self.shape.value_dim);
-        let done = self.of_known(batch, q, mask, |queries, known, mask| {
-            let Attended { out, lse } =
-                self.pool.attend(&queries, &known.seqs, &known.cu_seqlens, mask)?;
-            let out = known.scatter(out, heads * dv, tokens, 0.0);
-            Ok((out, known.scatter(lse, heads, tokens, f32::NEG_INFINITY)))
-        })?;
-        let nothing = || (vec![0.0; tokens * heads * dv], vec![f32::NEG_INFINITY; tokens * heads]);
-        let (out, lse) = done.unwrap_or_else(nothing);
-        Ok(AttentionState {
-            out: Tensor::from_vec(out, (tokens, heads, dv), &Device::Cpu)?,
-            lse: Tensor::from_vec(lse, (tokens, heads), &Device::Cpu)?,
-        })
+        on_pool!(&self.held,
+            pool => self.attend_on_host(pool, batch, q, mask),
+            pool => pool.attend(batch, q, mask))
     }
 
     fn attention_sums(
@@ -273,69 +419,75 @@ impl KvStore for QuantStore {
         lse: &Tensor,
         mask: longctx_core::Mask<'_>,
     ) -> Result<Vec<Vec<f32>>> {
-        let heads = self.shape.heads;
-        let lse = lse.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let mut all = vec![Vec::new(); batch.seqs().len() * heads];
-        self.of_known(batch, q, mask, |queries, known, mask| {
-            let lse = known.rows(&lse, heads);
-            let sums =
-                self.pool.attention_sums(&queries, &lse, &known.seqs, &known.cu_seqlens, mask)?;
-            let places = known.places.iter().flat_map(|i| i * heads..(i + 1) * heads);
-            places.zip(sums).for_each(|(place, sums)| all[place] = sums);
-            Ok(())
-        })?;
-        Ok(all)
+        on_pool!(&self.held,
+            pool => self.sums_on_host(pool, batch, q, lse, mask),
+            pool => pool.attention_sums(batch, q, lse, mask))
     }
 
     fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
-        Ok(self.pool.retain(seq, keep.heads())?)
+        on_pool!(&mut self.held,
+            pool => Ok(pool.retain(seq, keep.heads())?),
+            pool => pool.retain(seq, keep))
     }
 
     fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
-        let (keys, values) = self.pool.read(seq, kv_head)?;
-        let rows =
-            |x: Vec<f32>, d: usize| Tensor::from_vec(x.clone(), (x.len() / d, d), &Device::Cpu);
-        Ok((rows(keys, self.shape.head_dim)?, rows(values, self.shape.value_dim)?))
+        on_pool!(&self.held,
+            pool => {
+                let (keys, values) = pool.read(seq, kv_head)?;
+                let rows = |x: Vec<f32>, d: usize| {
+                    Tensor::from_vec(x.clone(), (x.len() / d, d), &Device::Cpu)
+                };
+                Ok((rows(keys, self.shape.head_dim)?, rows(values, self.shape.value_dim)?))
+            },
+            pool => pool.read(seq, kv_head))
     }
 
     fn lens(&self, seq: SeqId) -> Vec<usize> {
-        self.pool.lens(seq).unwrap_or_default()
+        on_pool!(&self.held, pool => pool.lens(seq).unwrap_or_default(), pool => pool.lens(seq))
     }
 
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
-        Ok(self.pool.fork(from, to)?)
+        on_pool!(&mut self.held, pool => Ok(pool.fork(from, to)?), pool => pool.fork(from, to))
     }
 
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        Ok(self.pool.check_truncate(seq, len)?)
+        on_pool!(&self.held,
+            pool => Ok(pool.check_truncate(seq, len)?),
+            pool => pool.check_truncate(seq, len))
     }
 
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
-        Ok(self.pool.truncate(seq, len)?)
+        on_pool!(&mut self.held,
+            pool => Ok(pool.truncate(seq, len)?),
+            pool => pool.truncate(seq, len))
     }
 
     fn remove(&mut self, seq: SeqId) -> bool {
-        self.pool.remove(seq)
+        on_pool!(&mut self.held, pool => pool.remove(seq))
     }
 
     fn seqs(&self) -> Vec<SeqId> {
-        self.pool.seqs().collect()
+        on_pool!(&self.held, pool => pool.seqs().collect(), pool => pool.seqs())
     }
 
     fn can_append(&self, batch: &Batch) -> bool {
-        self.pool.can_append(batch.seqs(), batch.cu_seqlens())
+        on_pool!(&self.held,
+            pool => pool.can_append(batch.seqs(), batch.cu_seqlens()),
+            pool => pool.can_append(batch))
     }
 
     fn footprint(&self) -> Footprint {
-        as_footprint(self.pool.footprint())
+        on_pool!(&self.held, pool => as_footprint(pool.footprint()), pool => pool.footprint())
     }
 
     fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        as_footprint(self.pool.seq_footprint(seq))
+        on_pool!(&self.held,
+            pool => as_footprint(pool.seq_footprint(seq)),
+            pool => pool.seq_footprint(seq))
     }
 
     fn clear(&mut self) {
-        self.pool.clear();
+        on_pool!(&mut self.held, pool => pool.clear());
     }
 }
 

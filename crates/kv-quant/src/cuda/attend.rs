@@ -1,83 +1,116 @@
-//! One launch of attention over records and ring.
+//! One launch of attention over records and rings of many sequences.
 
-use super::CudaStore;
-use super::args::AttendArgs;
-use super::held::{Held, Scratch, kind, with_address};
+use super::CudaPool;
+use super::args::{AttendArgs, Work};
+use super::plan::{Plan, Sizes};
+use super::tensors::{address, kind, tensor};
 use super::wrap;
-use candle_core::Tensor;
 use candle_core::cuda::cudarc::driver::DevicePtr;
-use longctx_core::{AttentionShape, Error, Partial, Result, Visible};
+use candle_core::{DType, Tensor};
+use longctx_core::{AttentionState, Batch, Error, Mask, Result};
 
-impl CudaStore {
-    pub(super) fn launch_attend(
-        &self,
-        held: &Held,
-        q: &Tensor,
-        visible: Visible,
-    ) -> Result<Partial> {
-        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
-        let (queries, stream) = (q.dim(2)?, self.device.cuda_stream());
-        let columns = heads / kv_heads * queries;
+impl CudaPool {
+    pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
+        let (q, heads) = self.queries(batch, q, mask)?;
+        let (stream, d) = (self.stream(), self.shape.head_dim);
+        let columns = self.shape.group() * batch.longest();
         let kernels = &self.kernels.attend;
         let kernel = if columns > kernels[0].columns { kernels.last() } else { kernels.first() };
         let kernel = kernel.ok_or_else(|| Error::Unsupported("no attention kernel".into()))?;
-        let blocks = columns.div_ceil(kernel.columns);
-        let records = held.values.div_ceil(self.layout.group);
-        let splits = kernel.splits(held.rows, blocks, records);
-        let parts = held.rows * blocks * (splits + 1) * kernel.columns;
-        // A block of queries may need more room than a single one.
-        let more = (parts > held.scratch.lse.len()
-            || held.rows * blocks > held.scratch.arrived.len())
-        .then(|| Scratch::new(&stream, parts, head_dim, held.rows * blocks));
-        let more = more.transpose()?;
-        let scratch = more.as_ref().unwrap_or(&held.scratch);
-        let rows = held.batch * heads * queries;
-        // SAFETY: the kernel writes all of both.
-        let (out, lse) =
-            unsafe { (stream.alloc::<f32>(rows * head_dim), stream.alloc::<f32>(rows)) };
-        let (out, lse) = (out.map_err(wrap)?, lse.map_err(wrap)?);
-        with_address(q, q, &stream, |q, _| {
-            let args = AttendArgs {
-                q,
-                out: out.device_ptr(&stream).0,
-                lse: lse.device_ptr(&stream).0,
-                part_out: scratch.out.device_ptr(&stream).0,
-                part_lse: scratch.lse.device_ptr(&stream).0,
-                arrived: scratch.arrived.device_ptr(&stream).0,
-                splits: splits as i32,
-                ..self.over(held, queries, visible)
-            };
-            // SAFETY: the sizes above are those that the kernel counts with; calls of one stream follow each other.
-            unsafe { kernel.launch(&stream, &args, held.rows, blocks) }
-        })?;
-        Ok(Partial {
-            out: self.tensor(out, &[held.batch, heads, queries, head_dim]),
-            lse: self.tensor(lse, &[held.batch, heads, queries]),
+        let plan = Plan::new(
+            &heads,
+            Sizes {
+                group: self.layout.group,
+                heads_per_kv: self.shape.group(),
+                columns: kernel.columns,
+                warps: kernel.warps,
+                blocks: kernel.blocks,
+                window: self.shape.window.filter(|_| mask == Mask::Causal),
+            },
+        );
+        let rows = batch.tokens() * self.shape.heads;
+        let parts = plan.parts * kernel.columns;
+        // SAFETY: the kernel writes all that is read of these.
+        let (out, lse, part_out, part_lse) = unsafe {
+            (
+                stream.alloc::<f32>(rows * d).map_err(wrap)?,
+                stream.alloc::<f32>(rows).map_err(wrap)?,
+                stream.alloc::<f32>(parts * d).map_err(wrap)?,
+                stream.alloc::<f32>(parts).map_err(wrap)?,
+            )
+        };
+        let arrived = stream.alloc_zeros::<u32>(plan.joins).map_err(wrap)?;
+        let work = stream.clone_htod(&plan.work).map_err(wrap)?;
+        let args = AttendArgs {
+            q: address(&q, &stream)?,
+            out: out.device_ptr(&stream).0,
+            lse: lse.device_ptr(&stream).0,
+            part_out: part_out.device_ptr(&stream).0,
+            part_lse: part_lse.device_ptr(&stream).0,
+            arrived: arrived.device_ptr(&stream).0,
+            work: work.device_ptr(&stream).0,
+            ..self.score_args(mask)
+        };
+        // SAFETY: the sizes above are those that the kernel counts with; calls of one stream follow
+        // each other.
+        unsafe { kernel.launch(&stream, &args, plan.work.len())? };
+        Ok(AttentionState {
+            out: tensor(&self.device, out, &[batch.tokens(), self.shape.heads, d]),
+            lse: tensor(&self.device, lse, &[batch.tokens(), self.shape.heads]),
         })
     }
-    /// What all kernels that compute scores are told: what is held, the heads, who sees what.
-    pub(super) fn over(&self, held: &Held, queries: usize, visible: Visible) -> AttendArgs {
-        let AttentionShape { heads, kv_heads, scale, window, soft_cap, .. } = self.shape;
-        let stream = self.device.cuda_stream();
-        let ring = held.in_ring(&stream, held.values);
+
+    /// The queries in the pool's dtype, and the work that they are, checked.
+    pub(super) fn queries(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        mask: Mask<'_>,
+    ) -> Result<(Tensor, Vec<Work>)> {
+        let tokens = self.shape.check_q(q)?;
+        if tokens != batch.tokens() {
+            return Err(Error::mismatch("tokens of q", batch.tokens(), tokens));
+        }
+        match mask {
+            Mask::Full => {}
+            Mask::Causal => self.check_own(batch)?,
+            Mask::Entries(_) => {
+                let what = "attention over a selection of packed entries on a CUDA device";
+                return Err(Error::Unsupported(what.into()));
+            }
+        }
+        let q = self.fit(q, self.dtype.unwrap_or(DType::F16))?;
+        Ok((q, self.heads_of(batch)?))
+    }
+
+    /// Checks that every head holds the queries' own entries.
+    fn check_own(&self, batch: &Batch) -> Result<()> {
+        for (seq, tokens) in batch.iter() {
+            let shortest = self.lens(seq).into_iter().min().unwrap_or(0);
+            if shortest < tokens.len() {
+                let expected = format!("at least its {} own", tokens.len());
+                return Err(Error::mismatch(
+                    format!("entries of sequence {seq}"),
+                    expected,
+                    shortest,
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// What all kernels that compute scores have in common.
+    pub(super) fn score_args(&self, mask: Mask<'_>) -> AttendArgs {
         AttendArgs {
-            packed: held.packed.device_ptr(&stream).0,
-            residual_k: ring.k,
-            residual_v: ring.v,
-            packed_stride: (held.capacity * self.layout.record()) as i64,
-            packed_len: held.values as i32,
-            residual_len: (held.len - held.values) as i32,
-            ring_start: ring.start as i32,
-            ring: ring.ring,
-            kv_heads: kv_heads as i32,
-            heads_per_kv: (heads / kv_heads) as i32,
-            queries: queries as i32,
-            causal: (visible == Visible::Causal) as i32,
-            window: window.unwrap_or(0) as i32,
-            kind: kind(held.dtype),
+            heads: self.shape.heads as i32,
+            heads_per_kv: self.shape.group() as i32,
+            ring: self.ring_places() as i32,
+            causal: (mask == Mask::Causal) as i32,
+            window: self.shape.window.unwrap_or(0) as i32,
+            kind: kind(self.dtype.unwrap_or(DType::F16)),
             out_kind: 2,
-            scale,
-            soft_cap: soft_cap.unwrap_or(0.0),
+            scale: self.shape.scale,
+            soft_cap: self.shape.soft_cap.unwrap_or(0.0),
             ..AttendArgs::default()
         }
     }

@@ -1,6 +1,6 @@
 //! Which kernels there are, and how they are launched.
 
-use super::args::{AttendArgs, MoveArgs, QuantizeArgs, UnpackArgs};
+use super::args::{AttendArgs, FillArgs, UnpackArgs};
 use super::wrap;
 use crate::{Axis, Bits, Flush, Format, KeyBasis};
 use candle_core::CudaDevice;
@@ -20,10 +20,8 @@ const PACK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pack.fatbin"));
 
 /// Tokens of a tile, as in kernels/layout.cuh.
 pub const TILE: usize = 32;
-/// As in kernels/attend.cuh.
-const MAX_SPLITS: usize = 127;
-/// As in kernels/mass.cuh.
-const MASS_WARPS: usize = 4;
+/// As in kernels/sums.cuh.
+const SUM_WARPS: usize = 4;
 
 /// Sizes in bytes of the packed layout: kernels/layout.cuh.
 #[derive(Debug, Clone, Copy)]
@@ -44,7 +42,7 @@ impl Layout {
         if keys.along != Axis::Tokens || keys.group != values.group {
             return Err("keys quantized along tokens in groups as large as the values'");
         }
-        if !matches!(format.flush(), Flush::Together | Flush::Staggered(_)) {
+        if !matches!(format.flush(), Flush::Rolling(_) | Flush::Staggered(_)) {
             return Err("a full-precision residual");
         }
         if format.basis() != KeyBasis::Given {
@@ -97,10 +95,10 @@ impl Layout {
 pub struct Attend {
     function: CudaFunction,
     pub columns: usize,
-    warps: usize,
+    pub warps: usize,
     shared: usize,
     /// Blocks that the device runs at a time.
-    blocks: usize,
+    pub blocks: usize,
 }
 
 impl Attend {
@@ -137,26 +135,15 @@ impl Attend {
         Ok(Some(Self { function, columns: 8 * n, warps, shared, blocks }))
     }
 
-    /// Into how many parts the packed tokens of each of `rows` kv heads are split at most, for `blocks` blocks of columns.
-    pub fn max_splits(&self, rows: usize, blocks: usize) -> usize {
-        (self.blocks / (rows * blocks)).saturating_sub(1).clamp(1, MAX_SPLITS)
-    }
-
-    /// The same for so many records: none of a block's warps should be idle.
-    pub fn splits(&self, rows: usize, blocks: usize, records: usize) -> usize {
-        self.max_splits(rows, blocks).min(records.div_ceil(self.warps)).max(1)
-    }
-
     /// # Safety
     /// The arguments' pointers must be valid on the stream's device for the sizes that kernels/attend.cuh gives.
     pub unsafe fn launch(
         &self,
         stream: &CudaStream,
         args: &AttendArgs,
-        rows: usize,
         blocks: usize,
     ) -> Result<()> {
-        let grid = (args.splits as u32 + 1, rows as u32, blocks as u32);
+        let grid = (blocks as u32, 1, 1);
         // SAFETY: the caller's.
         unsafe { launch(stream, &self.function, grid, 32 * self.warps, self.shared, args) }
     }
@@ -167,10 +154,10 @@ impl Attend {
 pub struct Kernels {
     /// For 8 columns, and for 16 where there is one.
     pub attend: Vec<Attend>,
-    mass: CudaFunction,
+    sums: CudaFunction,
     quantize: CudaFunction,
     unpack: CudaFunction,
-    move_tokens: CudaFunction,
+    fill_rings: CudaFunction,
     layout: Layout,
 }
 
@@ -197,39 +184,43 @@ impl Kernels {
         let load = |name: &str| pack.load_function(name).map_err(wrap);
         Ok(Some(Self {
             attend,
-            mass: module
-                .load_function(&format!("mass_b{bits}_g{group}_d{head_dim}"))
+            sums: module
+                .load_function(&format!("sums_b{bits}_g{group}_d{head_dim}"))
                 .map_err(wrap)?,
             quantize: load(&format!("quantize_b{bits}_g{group}_d{head_dim}"))?,
             unpack: load(&format!("unpack_b{bits}_g{group}_d{head_dim}"))?,
-            move_tokens: load("move_tokens")?,
+            fill_rings: load("fill_rings")?,
             layout,
         }))
     }
 
+    /// For `rows` kv heads of which the longest has `tiles` tiles, and so many heads each.
+    ///
     /// # Safety
-    /// As [`Attend::launch`], with kernels/mass.cuh.
-    pub unsafe fn mass(&self, stream: &CudaStream, args: &AttendArgs, rows: usize) -> Result<()> {
-        let tiles = |tokens: i32| (tokens as usize).div_ceil(TILE);
-        let blocks = (tiles(args.packed_len) + tiles(args.residual_len)).div_ceil(MASS_WARPS);
-        // With one query, its heads share a block of the tensor cores' columns; otherwise, each head's queries do.
-        let heads = (args.heads_per_kv as usize).div_ceil(if args.queries > 1 { 1 } else { 8 });
-        let grid = (blocks as u32, rows as u32, heads as u32);
-        let shared = MASS_WARPS * (self.layout.header() + self.layout.codes());
+    /// As [`Attend::launch`], with kernels/sums.cuh.
+    pub unsafe fn sums(
+        &self,
+        stream: &CudaStream,
+        args: &AttendArgs,
+        (tiles, rows, heads): (usize, usize, usize),
+    ) -> Result<()> {
+        let grid = (tiles.div_ceil(SUM_WARPS) as u32, rows as u32, heads as u32);
+        let shared = SUM_WARPS * (self.layout.header() + self.layout.codes());
         // SAFETY: the caller's.
-        unsafe { launch(stream, &self.mass, grid, 32 * MASS_WARPS, shared, args) }
+        unsafe { launch(stream, &self.sums, grid, 32 * SUM_WARPS, shared, args) }
     }
 
+    /// For `rows` rows of which one has the most records for keys, one the most tiles of values.
+    ///
     /// # Safety
     /// As [`Attend::launch`], with kernels/quantize.cuh.
     pub unsafe fn quantize(
         &self,
         stream: &CudaStream,
-        args: &QuantizeArgs,
-        rows: usize,
+        args: &FillArgs,
+        (records, tiles, rows): (usize, usize, usize),
     ) -> Result<()> {
-        let parts = self.layout.key_parts() as i32;
-        let grid = ((args.key_records * parts).max(args.value_tiles) as u32, rows as u32, 2);
+        let grid = ((records * self.layout.key_parts()).max(tiles) as u32, rows as u32, 2);
         // SAFETY: the caller's.
         unsafe { launch(stream, &self.quantize, grid, 128, self.layout.quantize_shared(), args) }
     }
@@ -237,23 +228,22 @@ impl Kernels {
     /// # Safety
     /// As [`Attend::launch`], with kernels/unpack.cuh.
     pub unsafe fn unpack(&self, stream: &CudaStream, args: &UnpackArgs) -> Result<()> {
-        let numbers = args.rows as usize * args.tokens as usize * self.layout.head_dim;
+        let numbers = args.entries as usize * self.layout.head_dim;
         // SAFETY: the caller's.
         unsafe { launch(stream, &self.unpack, (numbers.div_ceil(256) as u32, 1, 1), 256, 0, args) }
     }
 
     /// # Safety
-    /// As [`Attend::launch`], with kernels/move.cuh.
-    pub unsafe fn move_tokens(
+    /// As [`Attend::launch`], with kernels/fill.cuh.
+    pub unsafe fn fill_rings(
         &self,
         stream: &CudaStream,
-        args: &MoveArgs,
-        tokens: usize,
-        rows: usize,
+        args: &FillArgs,
+        (entries, rows): (usize, usize),
     ) -> Result<()> {
-        let grid = (tokens as u32, rows as u32, 2);
+        let grid = (entries as u32, rows as u32, 2);
         // SAFETY: the caller's.
-        unsafe { launch(stream, &self.move_tokens, grid, args.pieces as usize, 0, args) }
+        unsafe { launch(stream, &self.fill_rings, grid, args.pieces as usize, 0, args) }
     }
 }
 

@@ -1,73 +1,82 @@
-//! Tokens on their way out: unpacked, for those who ask for keys and values themselves.
+//! Entries on their way out, for policies and tests.
 
-use super::CudaStore;
+use super::CudaPool;
 use super::args::UnpackArgs;
-use super::held::{Held, NO_RING, Place, move_tokens};
+use super::head::Cut;
+use super::tensors::kind;
 use super::wrap;
-use candle_core::cuda::cudarc::driver::{DevicePtr, DeviceRepr};
-use candle_core::{DType, Tensor};
+use candle_core::cuda::cudarc::driver::{CudaSlice, DevicePtr};
+use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use longctx_core::Result;
+use longctx_core::{Error, Result, SeqId};
 
-impl CudaStore {
-    /// All keys and values in f32, `[batch, kv_heads, len, head_dim]`.
-    pub(super) fn dense(&self) -> Result<(Tensor, Tensor)> {
-        let held = self.known()?;
-        let (stream, d) = (self.device.cuda_stream(), self.shape.head_dim);
-        let shape = |tokens| [held.batch, self.shape.kv_heads, tokens, d];
-        let (k, v) = match held.dtype {
-            DType::BF16 => self.residual::<bf16>(held)?,
-            _ => self.residual::<f16>(held)?,
+/// As in kernels/unpack.cuh.
+const F32: i32 = 2;
+
+impl CudaPool {
+    /// The keys and values of one kv head in f32 on the CPU.
+    pub fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
+        let sequence = self.sequence(seq)?;
+        self.check(seq)?;
+        let Some(head) = sequence.heads.get(kv_head) else {
+            let expected = format!("one of {}", self.shape.kv_heads);
+            return Err(Error::mismatch("kv head", expected, kv_head));
         };
-        if held.values == 0 {
-            return Ok((k, v));
+        let (stream, d, values) = (self.stream(), self.shape.head_dim, head.packed.values);
+        let (mut k, mut v) = (Vec::new(), Vec::new());
+        if values > 0 {
+            // SAFETY: the kernel writes all of both.
+            let of = || unsafe { stream.alloc::<f32>(values * d) }.map_err(wrap);
+            let (on_k, on_v) = (of()?, of()?);
+            let args = UnpackArgs {
+                table: sequence.addresses(&stream, kv_head, self.ring_numbers()).table,
+                k: on_k.device_ptr(&stream).0,
+                v: on_v.device_ptr(&stream).0,
+                entries: values as i32,
+                kind: F32,
+                ..UnpackArgs::default()
+            };
+            // SAFETY: both have room for so many entries, all of which are packed.
+            unsafe { self.kernels.unpack(&stream, &args)? };
+            k = stream.clone_dtoh(&on_k).map_err(wrap)?;
+            v = stream.clone_dtoh(&on_v).map_err(wrap)?;
         }
-        let count = held.rows * held.values * d;
-        let (pk, pv) = (stream.alloc_zeros::<f32>(count), stream.alloc_zeros::<f32>(count));
-        let (pk, pv) = (pk.map_err(wrap)?, pv.map_err(wrap)?);
-        let args = UnpackArgs {
-            packed: held.packed.device_ptr(&stream).0,
-            k: pk.device_ptr(&stream).0,
-            v: pv.device_ptr(&stream).0,
-            packed_stride: (held.capacity * self.layout.record()) as i64,
-            rows: held.rows as i32,
-            tokens: held.values as i32,
-            keys: held.values as i32,
-            values: held.values as i32,
+        let places = self.ring_places();
+        let ring = |ring: &CudaSlice<u16>, to: &mut Vec<f32>| -> Result<()> {
+            let (from, numbers) = (kv_head * self.ring_numbers(), self.ring_numbers());
+            let bits = stream.clone_dtoh(&ring.slice(from..from + numbers)).map_err(wrap)?;
+            for entry in values..head.len {
+                let at = (entry + head.shift) % places * d;
+                to.extend(bits[at..at + d].iter().map(|&bits| match self.dtype {
+                    Some(DType::BF16) => bf16::from_bits(bits).to_f32(),
+                    _ => f16::from_bits(bits).to_f32(),
+                }));
+            }
+            Ok(())
         };
-        // SAFETY: `pk` and `pv` have room for `values` tokens of each row, all of which are packed.
-        unsafe { self.kernels.unpack(&stream, &args)? };
-        let join = |packed, rest: &Tensor| -> Result<Tensor> {
-            Ok(Tensor::cat(&[&self.tensor(packed, &shape(held.values)), rest], 2)?)
-        };
-        Ok((join(pk, &k)?, join(pv, &v)?))
+        ring(&sequence.ring_k, &mut k)?;
+        ring(&sequence.ring_v, &mut v)?;
+        let tensor = |x| Tensor::from_vec(x, (head.len, d), &Device::Cpu);
+        Ok((tensor(k)?, tensor(v)?))
     }
 
-    /// The ring's tokens in f32.
-    fn residual<T>(&self, held: &Held) -> Result<(Tensor, Tensor)>
-    where
-        T: candle_core::cuda_backend::CudaDType + DeviceRepr,
-    {
-        let (stream, d, tokens) =
-            (self.device.cuda_stream(), self.shape.head_dim, held.len - held.values);
-        let count = held.rows * tokens.max(1) * d;
-        // SAFETY: all that is read is written by the copy below.
-        let (k, v) = unsafe { (stream.alloc::<T>(count), stream.alloc::<T>(count)) };
-        let (k, v) = (k.map_err(wrap)?, v.map_err(wrap)?);
-        let to = Place {
-            k: k.device_ptr(&stream).0,
-            v: v.device_ptr(&stream).0,
-            pitch: tokens,
-            start: 0,
-            ring: NO_RING,
+    /// Writes the entries that a cut takes out of a record to the ring.
+    pub(super) fn unpack_to_ring(&self, seq: SeqId, kv_head: usize, cut: &Cut) -> Result<()> {
+        let sequence = self.sequence(seq)?;
+        let (stream, ring) = (self.stream(), self.ring_numbers());
+        let at = sequence.addresses(&stream, kv_head, ring);
+        let args = UnpackArgs {
+            table: at.table,
+            k: at.ring_k,
+            v: at.ring_v,
+            first: cut.unpacked.start as i32,
+            entries: cut.unpacked.len() as i32,
+            ring: self.ring_places() as i32,
+            shift: sequence.heads[kv_head].shift as i32,
+            kind: kind(self.dtype.unwrap_or(DType::F16)),
+            unused: 0,
         };
-        let from = held.in_ring(&stream, held.values);
-        // SAFETY: both sides hold `tokens` tokens of each row.
-        unsafe { move_tokens(&self.kernels, &stream, from, to, tokens, held.rows, d / 8)? };
-        let shape = [held.batch, self.shape.kv_heads, tokens.max(1), d];
-        let f32 = |x| -> Result<Tensor> {
-            Ok(self.tensor(x, &shape).narrow(2, 0, tokens)?.to_dtype(DType::F32)?)
-        };
-        Ok((f32(k)?, f32(v)?))
+        // SAFETY: the entries are packed, and fewer than the ring has places.
+        unsafe { self.kernels.unpack(&stream, &args) }
     }
 }

@@ -1,18 +1,37 @@
-//! Where kernels leave word of numbers that cannot be quantized: a word of the host's memory, read without waiting for the device.
+//! Where kernels report numbers that cannot be quantized: words of the host's memory, read without
+//! waiting for the device.
 
 use super::wrap;
 use candle_core::cuda::cudarc::driver::{CudaContext, PinnedHostSlice, sys};
-use longctx_core::{Error, Result};
+use longctx_core::{Error, Result, SeqId};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Sequences share a word if their numbers differ by a multiple of this.
+const WORDS: u64 = 1024;
+/// Bits of a sequence's number, and of a kv head's, in a report.
+const NUMBER: u32 = 20;
+const HEAD: u32 = 9;
 
 #[derive(Debug)]
 pub struct Status {
-    word: *mut u64,
-    /// Owns the word.
+    /// Sequences begun so far.
+    begun: AtomicU64,
+    words: *mut u64,
+    /// Owns the words.
     _memory: PinnedHostSlice<u64>,
+    context: Arc<CudaContext>,
 }
 
-// SAFETY: the word is read and written with volatile accesses alone, and lives as long as the struct.
+impl Drop for Status {
+    fn drop(&mut self) {
+        // Kernels that are under way may write to the words. A device that fails runs none.
+        _ = self.context.synchronize();
+    }
+}
+
+// SAFETY: the words are read and written with volatile accesses alone, and live as long as the
+// struct.
 unsafe impl Send for Status {}
 // SAFETY: as above.
 unsafe impl Sync for Status {}
@@ -20,34 +39,61 @@ unsafe impl Sync for Status {}
 impl Status {
     pub fn new(context: &Arc<CudaContext>) -> Result<Self> {
         let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
-        // SAFETY: the word is written before it is read.
-        let mut memory =
-            unsafe { context.alloc_pinned_with_flags::<u64>(1, flags) }.map_err(wrap)?;
-        let word = memory.as_mut_ptr().map_err(wrap)?;
-        // SAFETY: `word` points to the one number allocated above.
-        unsafe { word.write_volatile(0) };
-        Ok(Self { word, _memory: memory })
-    }
-
-    /// The word's address, the same on the device as on the host.
-    pub fn address(&self) -> u64 {
-        self.word as u64
-    }
-
-    /// The error that a kernel has left by now; kv heads are numbered batch by batch.
-    pub fn check(&self, group: usize) -> Result<()> {
-        // SAFETY: `word` is valid as long as `self`; the device writes it whole.
-        let word = unsafe { self.word.read_volatile() };
-        if word == 0 {
-            return Ok(());
+        // SAFETY: the words are written before they are read.
+        let memory = unsafe { context.alloc_pinned_with_flags::<u64>(WORDS as usize, flags) };
+        let mut memory = memory.map_err(wrap)?;
+        let words = memory.as_mut_ptr().map_err(wrap)?;
+        for i in 0..WORDS as usize {
+            // SAFETY: `words` points to the numbers allocated above.
+            unsafe { words.add(i).write_volatile(0) };
         }
-        let (values, row) = (word >> 62 & 1 == 1, word >> 40 & 0x3f_ffff);
-        let (token, channel) = (word >> 9 & 0x7fff_ffff, word & 0x1ff);
-        let what = if values { "values" } else { "keys" };
-        let expected = "finite numbers whose range f16 can hold";
-        let place = format!(
-            "batch and kv head {row}, {what} of the group of {group} from token {token}, channel {channel}"
+        Ok(Self { begun: AtomicU64::new(0), words, _memory: memory, context: context.clone() })
+    }
+
+    fn word(&self, number: u64) -> *mut u64 {
+        // SAFETY: there are so many words.
+        unsafe { self.words.add((number % WORDS) as usize) }
+    }
+
+    /// A number for a sequence that begins.
+    pub fn begin(&self) -> u64 {
+        let number = self.begun.fetch_add(1, Ordering::Relaxed);
+        if self.report(number).is_some() {
+            // From a sequence whose number has the same low bits.
+            // SAFETY: the word is valid as long as `self`.
+            unsafe { self.word(number).write_volatile(0) };
+        }
+        number
+    }
+
+    /// The address of a sequence's word, the same on the device as on the host.
+    pub fn address(&self, number: u64) -> u64 {
+        self.word(number) as u64
+    }
+
+    /// What a report says of sequence and kv head.
+    pub fn tag(number: u64, head: usize) -> u64 {
+        (number % (1 << NUMBER)) << 42 | (head as u64 % (1 << HEAD)) << 33
+    }
+
+    /// A sequence's word, if a kernel has written it by now.
+    fn report(&self, number: u64) -> Option<u64> {
+        // SAFETY: the word is valid as long as `self`; the device writes it whole.
+        let word = unsafe { self.word(number).read_volatile() };
+        let same = word >> 42 & ((1 << NUMBER) - 1) == number % (1 << NUMBER);
+        (word != 0 && same).then_some(word)
+    }
+
+    /// The error that a kernel has reported for a sequence by now.
+    pub fn check(&self, number: u64, seq: SeqId) -> Result<()> {
+        let Some(word) = self.report(number) else { return Ok(()) };
+        let of = if word >> 62 & 1 == 1 { "values" } else { "keys" };
+        let head = word >> 33 & ((1 << HEAD) - 1);
+        let (entry, channel) = (word >> 9 & 0xff_ffff, word & 0x1ff);
+        let reason = format!(
+            "NaN, an infinity or a range beyond f16's among the {of} of kv head {head}, in the \
+             group from entry {entry}, channel {channel}"
         );
-        Err(Error::mismatch(place, expected, "infinite, NaN or too wide"))
+        Err(Error::Poisoned { seq, reason })
     }
 }

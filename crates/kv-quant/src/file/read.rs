@@ -115,6 +115,7 @@ impl CacheFile {
     }
 
     /// Whether the `layer`-th sequence has heads: files of earlier releases have lists without.
+    #[cfg(feature = "candle")]
     pub(crate) fn has(&self, layer: usize) -> bool {
         self.layers.get(layer).is_some_and(Option::is_some)
     }

@@ -108,9 +108,14 @@ impl Pool {
         Ok(self.need(&self.items(seqs, cu_seqlens, None)))
     }
 
+    /// Checks that there is room to append so many tokens to the sequences.
+    pub(crate) fn check_append(&self, seqs: &[u64], cu_seqlens: &[usize]) -> Result<()> {
+        self.check_room(self.bytes_needed(seqs, cu_seqlens)?)
+    }
+
     /// Whether there is room to append so many tokens to the sequences.
     pub fn can_append(&self, seqs: &[u64], cu_seqlens: &[usize]) -> bool {
-        self.bytes_needed(seqs, cu_seqlens).is_ok_and(|bytes| bytes <= self.free_bytes())
+        self.check_append(seqs, cu_seqlens).is_ok()
     }
 
     /// The largest number taken in. Half of f16's range, so that no group's range can be beyond it,

@@ -124,6 +124,24 @@ impl Memory {
         }
     }
 
+    /// The same, empty, with large slabs.
+    pub fn with_large_slabs(self) -> Self {
+        let Self { layout, blocks, key_pages, value_pages } = Self::new(self.layout);
+        Self {
+            layout,
+            blocks: blocks.with_large_slabs(),
+            key_pages: key_pages.with_large_slabs(),
+            value_pages: value_pages.with_large_slabs(),
+        }
+    }
+
+    /// Gives all memory back.
+    pub fn clear(&mut self) {
+        for slabs in [&mut self.blocks, &mut self.key_pages, &mut self.value_pages] {
+            slabs.clear();
+        }
+    }
+
     pub fn slabs(&self) -> [&Slabs; 3] {
         [&self.blocks, &self.key_pages, &self.value_pages]
     }

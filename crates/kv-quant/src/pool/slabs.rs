@@ -1,25 +1,27 @@
 //! Blocks of one size in slabs of memory, with reference counts.
 //!
-//! A block has an identifier, which tables hold, and a place, which may change: when much is free,
-//! blocks move together and whole slabs are given back.
+//! A block has an identifier, which tables hold, and a place, which may change: blocks move together
+//! when many are free, and into larger slabs when there are many.
 
+use super::cells::{Cell, Cells, LARGE};
 use crate::layout::Line;
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Zeroable;
 
-/// Blocks of a slab.
+/// Blocks of a small slab.
 const PER_SLAB: usize = 16;
-
-/// A line that begins a cache line, so that no vector load crosses one.
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(64))]
-struct Cell(Line);
+/// Bytes of small slabs after which slabs become large: those free in a large one are few then.
+const MANY: usize = 4 * LARGE;
 
 #[derive(Debug, Clone)]
 pub struct Slabs {
     /// Lines of a block.
     lines: usize,
-    slabs: Vec<Box<[Cell]>>,
-    /// Where each block lies: `slab * PER_SLAB + number in the slab`.
+    /// Blocks of a slab, a power of two.
+    per_slab: usize,
+    /// Whether slabs stay when they are not needed.
+    keeps: bool,
+    slabs: Vec<Cells>,
+    /// Where each block lies: `slab * per_slab + number in the slab`.
     places: Vec<u32>,
     /// How many tables hold each block; 0 if its identifier is free.
     references: Vec<u32>,
@@ -32,12 +34,30 @@ impl Slabs {
     pub fn new(lines: usize) -> Self {
         Self {
             lines,
+            per_slab: PER_SLAB,
+            keeps: false,
             slabs: Vec::new(),
             places: Vec::new(),
             references: Vec::new(),
             free_blocks: Vec::new(),
             free_places: Vec::new(),
         }
+    }
+
+    /// The same with large slabs, that are kept once they are allocated.
+    pub fn with_large_slabs(self) -> Self {
+        Self { per_slab: self.large(), keeps: true, ..self }
+    }
+
+    /// Forgets all blocks and gives all memory back.
+    pub fn clear(&mut self) {
+        let per_slab = if self.keeps { self.per_slab } else { PER_SLAB };
+        *self = Self { per_slab, keeps: self.keeps, ..Self::new(self.lines) };
+    }
+
+    /// Blocks of a large slab.
+    fn large(&self) -> usize {
+        LARGE.div_ceil(self.block_bytes()).next_power_of_two().max(PER_SLAB)
     }
 
     /// Bytes of a block.
@@ -57,29 +77,16 @@ impl Slabs {
 
     /// Bytes of blocks that no table holds, and of the tables of identifiers and places.
     pub fn overhead(&self) -> (usize, usize) {
-        let free = self.slabs.len() * PER_SLAB - self.used();
+        let free = self.slabs.len() * self.per_slab - self.used();
         let tables = [&self.places, &self.references, &self.free_blocks, &self.free_places];
         let tables: usize = tables.map(Vec::capacity).iter().sum();
-        let slabs = self.slabs.capacity() * size_of::<Box<[Cell]>>();
+        let slabs = self.slabs.capacity() * size_of::<Cells>();
         (free * self.block_bytes(), tables * size_of::<u32>() + slabs)
     }
 
     /// A new block of zeros, held once.
     pub fn alloc(&mut self) -> u32 {
-        let place = match self.free_places.pop() {
-            Some(place) => {
-                let (slab, range) = self.range(place);
-                self.slabs[slab][range].fill(Cell::zeroed());
-                place
-            }
-            None => {
-                let first = (self.slabs.len() * PER_SLAB) as u32;
-                let cells = bytemuck::allocation::zeroed_slice_box(PER_SLAB * self.lines);
-                self.slabs.push(cells);
-                self.free_places.extend((first + 1..first + PER_SLAB as u32).rev());
-                first
-            }
-        };
+        let place = self.take_place();
         match self.free_blocks.pop() {
             Some(block) => {
                 (self.places[block as usize], self.references[block as usize]) = (place, 1);
@@ -91,6 +98,26 @@ impl Slabs {
                 (self.places.len() - 1) as u32
             }
         }
+    }
+
+    /// A place of zeros.
+    fn take_place(&mut self) -> u32 {
+        if let Some(place) = self.free_places.pop() {
+            let (slab, range) = self.range(place);
+            self.slabs[slab][range].fill(Cell::zeroed());
+            return place;
+        }
+        let small = !self.keeps && self.per_slab == PER_SLAB;
+        if small && self.slabs.len() * PER_SLAB * self.block_bytes() >= MANY {
+            self.move_together(self.large());
+            if let Some(place) = self.free_places.pop() {
+                return place;
+            }
+        }
+        let first = (self.slabs.len() * self.per_slab) as u32;
+        self.slabs.push(Cells::zeroed(self.per_slab * self.lines));
+        self.free_places.extend((first + 1..first + self.per_slab as u32).rev());
+        first
     }
 
     /// Holds a block once more.
@@ -147,14 +174,15 @@ impl Slabs {
         let mut wanted = wanted.into_iter().peekable();
         let (mut rest, mut first) = (&mut self.slabs[..], 0);
         while let Some(&(place, _)) = wanted.peek() {
-            let slab = place / PER_SLAB;
+            let slab = place / self.per_slab;
             let (slabs, later) = std::mem::take(&mut rest).split_at_mut(slab - first + 1);
             (rest, first) = (later, slab + 1);
             let Some(cells) = slabs.last_mut() else { break };
-            for (i, cells) in cells.chunks_exact_mut(self.lines).enumerate() {
-                if let Some((_, number)) = wanted.next_if(|w| w.0 == slab * PER_SLAB + i) {
-                    found.push((number, bytemuck::cast_slice_mut(cells)));
-                }
+            let (mut blocks, mut next) = (cells.chunks_exact_mut(self.lines), slab * self.per_slab);
+            while let Some((place, number)) = wanted.next_if(|w| w.0 / self.per_slab == slab) {
+                let Some(cells) = blocks.nth(place - next) else { break };
+                found.push((number, bytemuck::cast_slice_mut(cells)));
+                next = place + 1;
             }
         }
         found
@@ -164,54 +192,38 @@ impl Slabs {
     /// moves for it is paid for by blocks freed.
     pub fn shrink(&mut self) {
         let used = self.used();
+        if self.keeps {
+            return;
+        }
         if used == 0 {
-            *self = Self::new(self.lines);
-        } else if self.free_places.len() > used / 8 + PER_SLAB {
-            self.move_together(used.div_ceil(PER_SLAB));
+            self.clear();
+        } else if self.free_places.len() > used / 8 + self.per_slab {
+            let many = used * self.block_bytes() >= MANY / 2;
+            self.move_together(if many { self.large() } else { PER_SLAB });
         }
     }
 
-    /// Leaves so many slabs, the fullest ones.
-    fn move_together(&mut self, keep: usize) {
-        let mut blocks_of = vec![Vec::new(); self.slabs.len()];
-        for (block, &place) in self.places.iter().enumerate() {
-            if self.references[block] > 0 {
-                blocks_of[place as usize / PER_SLAB].push(block);
-            }
+    /// Moves all blocks into new slabs of so many blocks, in the order of their identifiers.
+    fn move_together(&mut self, per_slab: usize) {
+        let slabs = self.used().div_ceil(per_slab);
+        let mut moved = Self { per_slab, ..Self::new(self.lines) };
+        moved.slabs.extend((0..slabs).map(|_| Cells::zeroed(per_slab * self.lines)));
+        let mut places = 0..(slabs * per_slab) as u32;
+        for block in (0..self.references.len()).filter(|&block| self.references[block] > 0) {
+            let Some(place) = places.next() else { break };
+            let (slab, range) = moved.range(place);
+            let (old_slab, old_range) = self.range(self.places[block]);
+            moved.slabs[slab][range].copy_from_slice(&self.slabs[old_slab][old_range]);
+            self.places[block] = place;
         }
-        let mut slabs: Vec<_> =
-            std::mem::take(&mut self.slabs).into_iter().zip(blocks_of).collect();
-        slabs.sort_by_key(|(_, blocks)| std::cmp::Reverse(blocks.len()));
-        let given_back = slabs.split_off(keep);
-        self.free_places.clear();
-        for (slab, (cells, blocks)) in slabs.into_iter().enumerate() {
-            let mut taken = [false; PER_SLAB];
-            for block in blocks {
-                let i = self.places[block] as usize % PER_SLAB;
-                taken[i] = true;
-                self.places[block] = (slab * PER_SLAB + i) as u32;
-            }
-            let free = (0..PER_SLAB).rev().filter(|&i| !taken[i]);
-            self.free_places.extend(free.map(|i| (slab * PER_SLAB + i) as u32));
-            self.slabs.push(cells);
-        }
-        for (cells, blocks) in given_back {
-            for block in blocks {
-                let i = self.places[block] as usize % PER_SLAB;
-                let Some(place) = self.free_places.pop() else { return };
-                let (slab, range) = self.range(place);
-                let from = &cells[i * self.lines..][..self.lines];
-                self.slabs[slab][range].copy_from_slice(from);
-                self.places[block] = place;
-            }
-        }
-        for table in [&mut self.free_places, &mut self.free_blocks] {
-            table.shrink_to_fit();
-        }
+        (self.per_slab, self.slabs) = (per_slab, moved.slabs);
+        self.free_places = places.rev().collect();
     }
 
     fn range(&self, place: u32) -> (usize, std::ops::Range<usize>) {
-        let (slab, i) = (place as usize / PER_SLAB, place as usize % PER_SLAB);
+        // A division would show in the time of a block's product.
+        let shift = self.per_slab.trailing_zeros();
+        let (slab, i) = (place as usize >> shift, place as usize & (self.per_slab - 1));
         (slab, i * self.lines..(i + 1) * self.lines)
     }
 }
@@ -260,6 +272,37 @@ mod tests {
         assert_eq!(slabs.used(), 0);
         slabs.shrink();
         assert_eq!(slabs.overhead(), (0, 0));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri maps nothing")]
+    fn large_slabs_are_kept() {
+        let mut slabs = Slabs::new(1000).with_large_slabs();
+        let blocks: Vec<u32> = (0..200).map(|i| filled(&mut slabs, i)).collect();
+        let found = slabs.many_mut(blocks.iter().copied());
+        assert!(found.into_iter().all(|(number, lines)| lines[999][15] == number as u32));
+        blocks.iter().for_each(|&block| slabs.release(block));
+        slabs.shrink();
+        assert_eq!(slabs.overhead().0, 256 * slabs.block_bytes());
+        filled(&mut slabs, 1);
+        slabs.clear();
+        assert_eq!(slabs.overhead(), (0, 0));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "too long for an interpreter")]
+    fn many_blocks_lie_in_large_slabs() {
+        let mut slabs = Slabs::new(100);
+        let count = 2 * MANY / slabs.block_bytes();
+        let blocks: Vec<u32> = (0..count as u32).map(|i| filled(&mut slabs, i)).collect();
+        assert!(slabs.per_slab > PER_SLAB);
+        assert!(blocks.iter().all(|&block| slabs.get(block)[99][15] == block));
+        let (few, rest) = blocks.split_at(100);
+        rest.iter().for_each(|&block| slabs.release(block));
+        slabs.shrink();
+        assert_eq!(slabs.per_slab, PER_SLAB);
+        assert!(few.iter().all(|&block| slabs.get(block)[99][15] == block));
+        assert!(slabs.overhead().0 < PER_SLAB * slabs.block_bytes());
     }
 
     #[test]

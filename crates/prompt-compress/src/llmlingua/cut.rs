@@ -38,9 +38,10 @@ impl<'a> Cut<'a> {
         let (size, tokens) = (self.plan.size as isize, step.tokens as isize);
         let end = end as isize - size + tokens;
         let mut need = self.wanted(track, own, step.ratio)?;
-        let after = place(end, need.len());
+        // A character that goes on after the part is left to the next one.
+        let after = self.start_of_character(place(end, need.len()));
         need[after..].fill(true);
-        let before = place(end - tokens, need.len());
+        let before = self.start_of_character(place(end - tokens, need.len()));
         need[..before].fill(true);
         filter(track.losses_mut(), &need);
         if self.plan.contrast {
@@ -63,29 +64,63 @@ impl<'a> Cut<'a> {
     /// Which tokens cost more than the threshold that leaves `ratio` of all.
     fn wanted(&self, track: &Track, own: &Track, ratio: f64) -> Result<Vec<bool>> {
         let losses = track.losses();
-        let last = losses.first().is_some_and(|&loss| loss > 0.0);
-        if !self.plan.contrast {
-            let threshold = threshold(losses.to_vec(), ratio);
-            let above = losses.iter().map(|&loss| loss > threshold);
-            return Ok(above.chain(std::iter::once(last)).collect());
-        }
-        let start = self.plan.start;
+        let start = if self.plan.contrast { self.plan.start } else { 0 };
         let (Some(front), Some(text)) = (losses.get(..start), losses.get(start..)) else {
             return Err(Error::mismatch("losses", format!("more than {start}"), losses.len()));
         };
-        if own.losses().len() < text.len() {
-            let expected = format!("at least {}", text.len());
-            return Err(Error::mismatch(
-                "losses without the question",
-                expected,
-                own.losses().len(),
-            ));
+        let mut weights = text.to_vec();
+        if self.plan.contrast {
+            let without = own.losses();
+            if without.len() < text.len() {
+                let expected = format!("at least {}", text.len());
+                let what = "losses without the question";
+                return Err(Error::mismatch(what, expected, without.len()));
+            }
+            weights.iter_mut().zip(without).for_each(|(with, without)| *with = without - *with);
         }
-        let taken: Vec<f32> = own.losses().iter().zip(text).map(|(own, with)| own - with).collect();
-        let threshold = threshold(taken.clone(), ratio);
-        let above = taken.iter().map(|&taken| taken > threshold);
+        self.level(&mut weights, start);
+        let threshold = threshold(weights.clone(), ratio);
         let front = front.iter().map(|&loss| loss > 0.0);
-        Ok(front.chain(above).chain(std::iter::once(last)).collect())
+        let above = weights.iter().map(|&weight| weight > threshold);
+        let last = losses.first().is_some_and(|&loss| loss > 0.0);
+        let mut need: Vec<bool> = front.chain(above).chain(std::iter::once(last)).collect();
+        // The last token's weight is not its character's.
+        let last = losses.len();
+        let character = self.start_of_character(last)..=last;
+        let stays = need[character.clone()].contains(&true);
+        need[character].fill(stays);
+        Ok(need)
+    }
+
+    /// Tokens that share a character weigh as much as each other, their mean, so that they stay or
+    /// go together; `weights` are of the tokens from `start` on.
+    fn level(&self, weights: &mut [f32], start: usize) {
+        let mut from = 0;
+        while from < weights.len() {
+            let goes_on = |&at: &usize| self.is_inside_character(start + at);
+            let to =
+                (from + 1..weights.len()).take_while(goes_on).last().map_or(from + 1, |at| at + 1);
+            let character = &mut weights[from..to];
+            if let [_, _, ..] = character {
+                let mean = character.iter().sum::<f32>() / character.len() as f32;
+                character.fill(mean);
+            }
+            from = to;
+        }
+    }
+
+    /// Whether a token goes on with the character of the token before it.
+    fn is_inside_character(&self, at: usize) -> bool {
+        let origin = self.kept.origin.get(at).filter(|_| at > self.plan.start);
+        origin.is_some_and(|&origin| self.plan.shares[origin])
+    }
+
+    /// The first token of the character that the token at `at` is a part of.
+    fn start_of_character(&self, mut at: usize) -> usize {
+        while self.is_inside_character(at) {
+            at -= 1;
+        }
+        at
     }
 
     /// Keeps the pairs that separate contexts, and of other separators in a row only the first.
@@ -112,7 +147,7 @@ impl<'a> Cut<'a> {
     pub fn slide(&mut self, end: usize, context: usize, gone: &mut Kept) -> usize {
         let (start, size) = (self.plan.start, self.plan.size);
         let stay = (context / 2).max(start + size);
-        let range = start..start + end.saturating_sub(stay);
+        let range = start..self.start_of_character(start + end.saturating_sub(stay));
         gone.ids.extend(self.kept.ids.drain(range.clone()));
         gone.origin.extend(self.kept.origin.drain(range.clone()));
         if let Some(keep) = &mut self.keep {

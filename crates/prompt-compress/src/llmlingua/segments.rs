@@ -21,6 +21,8 @@ pub struct Plan<'a> {
     pub start: usize,
     /// Each segment's ratios.
     pub steps: &'a [Vec<Step>],
+    /// Of each token, whether it shares a character with the one before: then both stay or go.
+    pub shares: &'a [bool],
     /// The token that separates contexts, if pairs of it stay.
     pub split: Option<u32>,
     /// Whether a token counts by what the question takes away from its loss.

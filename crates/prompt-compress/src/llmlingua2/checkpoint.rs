@@ -5,9 +5,11 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use longctx_checkpoint::Asked;
 use longctx_core::{Error, Result};
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 /// The two encoders that LLMLingua-2 checkpoints are made from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -35,6 +37,8 @@ pub struct Config {
     #[serde(default)]
     pub pad_token_id: u32,
     pub position_embedding_type: Option<String>,
+    is_decoder: Option<bool>,
+    quantization_config: Option<IgnoredAny>,
 }
 
 impl Config {
@@ -43,6 +47,14 @@ impl Config {
         let config: Config = serde_json::from_str(&text).map_err(|e| Error::file(path, e))?;
         if config.hidden_act != "gelu" {
             return Err(Error::Unsupported(format!("the activation {:?}", config.hidden_act)));
+        }
+        if config.is_decoder == Some(true) {
+            return Err(Error::Unsupported(
+                "an encoder with is_decoder, which looks back only".into(),
+            ));
+        }
+        if config.quantization_config.is_some() {
+            return Err(Error::Unsupported("quantized weights (quantization_config)".into()));
         }
         match config.position_embedding_type.as_deref() {
             None | Some("absolute") => Ok(config),
@@ -59,6 +71,7 @@ pub struct Weights {
     /// Where the tensors' bytes begin.
     start: u64,
     device: Device,
+    asked: Asked,
 }
 
 impl Weights {
@@ -80,7 +93,23 @@ impl Weights {
             return Err(failed(&format!("the header promises {promised} bytes, there are {data}")));
         }
         let start = 8 + length;
-        Ok(Self { path: path.into(), file, metadata, start, device: device.clone() })
+        let (path, device, asked) = (path.into(), device.clone(), Asked::default());
+        Ok(Self { path, file, metadata, start, device, asked })
+    }
+
+    /// Checks that every tensor was asked for.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] naming those that were not and that may change what the encoder
+    /// computes.
+    pub fn account(&self) -> Result<()> {
+        let names = self.metadata.offset_keys();
+        let unread =
+            self.asked.account(&self.path, names.iter().map(String::as_str), is_harmless)?;
+        if !unread.is_empty() {
+            log::info!("{}: not needed, and not read: {}", self.path.display(), unread.join(", "));
+        }
+        Ok(())
     }
 
     /// The shape of a tensor, if there is one by that name.
@@ -90,6 +119,7 @@ impl Weights {
 
     /// A tensor in f32.
     pub fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.asked.note(name);
         let Some(info) = self.metadata.info(name) else {
             return Err(Error::file(&self.path, format!("there is no tensor {name:?}")));
         };
@@ -105,4 +135,13 @@ impl Weights {
         read.map_err(|e| Error::file(&self.path, format!("tensor {name:?}: {e}")))?;
         Ok(Tensor::from_raw_buffer(&bytes, dtype, shape, &self.device)?.to_dtype(DType::F32)?)
     }
+}
+
+/// Whether a tensor is no part of a token classifier: the table of positions, the pooler, and the
+/// heads of pretraining.
+fn is_harmless(name: &str) -> bool {
+    name.ends_with("embeddings.position_ids")
+        || name.contains(".pooler.")
+        || name.starts_with("cls.")
+        || name.starts_with("lm_head.")
 }

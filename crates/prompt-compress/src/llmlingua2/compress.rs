@@ -198,8 +198,13 @@ impl<'a> Scored<'a> {
     ) -> Result<Compressed> {
         let (vocabulary, settings) = (&self.model.vocabulary, &self.model.settings);
         let mut compressed = Compressed::default();
-        for words in windows {
-            let stays = select(words, &self.forced, settings.drop_consecutive, reduce);
+        let choose =
+            |words: &Vec<Word>| select(words, &self.forced, settings.drop_consecutive, reduce);
+        let mut choice: Vec<Vec<bool>> = windows.iter().map(choose).collect();
+        if !settings.published {
+            keep_one(windows, &mut choice);
+        }
+        for (words, stays) in windows.iter().zip(choice) {
             labels.extend(words.iter().zip(&stays).map(|(word, &kept)| self.label(word, kept)));
             let kept: Vec<&Word> =
                 words.iter().zip(&stays).filter(|(_, stays)| **stays).map(|(w, _)| w).collect();
@@ -245,6 +250,21 @@ impl<'a> Scored<'a> {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// Lets the likeliest word stay if none does.
+fn keep_one(windows: &[Vec<Word>], choice: &mut [Vec<bool>]) {
+    if choice.iter().flatten().any(|&stays| stays) {
+        return;
+    }
+    let words = windows.iter().zip(choice).flat_map(|(words, stays)| words.iter().zip(stays));
+    let likelier = |best: &(&Word, &mut bool), next: &(&Word, &mut bool)| {
+        next.0.probability.get() > best.0.probability.get()
+    };
+    let best = words.reduce(|best, next| if likelier(&best, &next) { next } else { best });
+    if let Some((_, stays)) = best {
+        *stays = true;
     }
 }
 

@@ -108,7 +108,8 @@ mod tests {
         let slow = x.broadcast_add(&bias).unwrap().gelu_erf().unwrap();
         let fast = bias_gelu(x, &bias).unwrap();
         let worst = (fast - slow).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
-        assert!(worst.to_scalar::<f32>().unwrap() < 1e-6, "{worst}");
+        // Numbers reach 6.5, where f32 has steps of 4.8e-7.
+        assert!(worst.to_scalar::<f32>().unwrap() < 3e-6, "{worst}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::checkpoint::Family;
 use super::forced::Forced;
+use longctx_checkpoint::open_tokenizer;
 use longctx_core::{Error, Result};
 use tokenizers::{AddedToken, Decoder, Encoding, Tokenizer};
 
@@ -25,9 +26,7 @@ pub struct Vocabulary {
 impl Vocabulary {
     pub fn open(path: &Path, family: Family) -> Result<Self> {
         let failed = |e: tokenizers::Error| Error::file(path, e);
-        let mut tokenizer = Tokenizer::from_file(path).map_err(failed)?;
-        tokenizer.with_truncation(None).map_err(failed)?;
-        tokenizer.with_padding(None);
+        let mut tokenizer = open_tokenizer(path)?;
         if tokenizer.get_decoder().is_none() {
             return Err(Error::file(path, "the tokenizer has no decoder"));
         }

@@ -47,7 +47,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     /// Whether a call belongs to a prompt and is followed by eviction.
     pub(super) fn evicts_prompt(&self, seq: SeqId, tokens: usize) -> bool {
         let seen = self.sequences.seen(seq);
-        let prompt = tokens > 1 || seen == 0 || self.sequences.prompt(seq).expects(seen);
+        let prompt = self.sequences.prompt(seq).brings(tokens, seen);
         prompt && (seen == 0 || self.settings.prefill == Prefill::EveryCall)
     }
 
@@ -55,10 +55,10 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     fn eviction_step(&self, own: &Own) -> Option<usize> {
         let seen = self.sequences.seen(own.seq);
         let (seq, tokens) = (own.seq, own.tokens());
-        if tokens > 1 || seen == 0 || self.sequences.prompt(seq).expects(seen) {
-            return self.evicts_prompt(seq, tokens).then_some(1);
+        match self.sequences.prompt(seq).brings(tokens, seen) {
+            true => self.evicts_prompt(seq, tokens).then_some(1),
+            false => self.settings.decode_step,
         }
-        self.settings.decode_step
     }
 
     /// Scores a sequence if the policy must, and selects if it is over its budget.

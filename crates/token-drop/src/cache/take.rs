@@ -1,6 +1,6 @@
 //! A call from its tensors to what is held after it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::plan::Plan;
 use super::score::Own;
@@ -14,6 +14,10 @@ use candle_core::Tensor;
 use longctx_core::{
     AttentionState, Batch, Error, KvStore, Mask, Result, Selection, SeqId, Step, attention,
 };
+
+/// Kept keys `[kept, kv_heads, head_dim]`, rotated to contiguous positions, and values, of some
+/// sequences.
+type Rewritten = BTreeMap<SeqId, (Tensor, Tensor)>;
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     /// Makes room for a call's tokens in what is remembered of the entries. Gives the entries that
@@ -71,7 +75,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     }
 
     /// Takes in prompts that have attended elsewhere.
-    pub(super) fn take_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
+    pub(super) fn take_attended(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
         let (q, k) = step.rotate(&self.spec, |_| 0)?;
         self.keep(step, (&q, &k), lse.filter(|_| self.needs.attention.is_some()), &BTreeSet::new())
     }
@@ -101,20 +105,27 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         lse: Option<&Tensor>,
         joining: &BTreeSet<SeqId>,
     ) -> Result<()> {
-        let (mut plans, mut rewritten) = (Vec::new(), Vec::new());
+        let (mut plans, mut rewritten) = (Vec::new(), Rewritten::new());
         for (seq, tokens) in step.batch.iter() {
             let own = Own::new(step, (q, k), lse, (seq, tokens), joining.contains(&seq))?;
             let plan = self.plan(&own)?;
             if let Some(keep) = plan.keep.as_ref().filter(|_| self.settings.rerotate) {
-                rewritten.push((seq, self.rewrite(&own, keep)?));
+                rewritten.insert(seq, self.rewrite(&own, keep)?);
             }
             plans.push(plan);
         }
         self.append_prompts(step, k, &mut plans)?;
-        self.append_rewritten(step, &rewritten)?;
-        // Every tensor is in the store: what is left are evictions.
+        for (&seq, (k, v)) in &rewritten {
+            // Only the rows that are more than what is held: these find whether there is room while
+            // everything can still be taken back.
+            let held = self.store.len(seq);
+            if let Some(more) = k.dim(0)?.checked_sub(held).filter(|more| *more > 0) {
+                let part = |x: &Tensor| x.narrow(0, held, more);
+                self.store.append(&Batch::single(seq, more)?, &part(k)?, &part(v)?)?;
+            }
+        }
         for plan in plans {
-            if let Err(error) = self.finish(plan) {
+            if let Err(error) = self.finish(plan, &rewritten) {
                 return Err(self.sequences.poison(step.batch, error));
             }
         }
@@ -141,7 +152,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     /// Appends the prompts' tokens that stay, but for those of sequences that are rewritten.
     fn append_prompts(&mut self, step: &Step<'_>, k: &Tensor, plans: &mut [Plan]) -> Result<()> {
         let rerotate = self.settings.rerotate;
-        let appends = |plan: &Plan| !plan.in_store && !(rerotate && plan.keep.is_some());
+        let appends = |plan: &Plan| !(plan.in_store || rerotate && plan.keep.is_some());
         let appended: BTreeSet<_> = plans.iter().filter(|p| appends(p)).map(|p| p.seq).collect();
         let Some(part) = Part::of(step.batch, |seq, _| appended.contains(&seq))? else {
             return Ok(());
@@ -166,26 +177,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         }
     }
 
-    /// Appends the kept entries of rewritten sequences once more, behind the old ones.
-    fn append_rewritten(
-        &mut self,
-        step: &Step<'_>,
-        rewritten: &[(SeqId, (Tensor, Tensor))],
-    ) -> Result<()> {
-        if rewritten.is_empty() {
-            return Ok(());
-        }
-        let count = |(seq, (k, _)): &(SeqId, (Tensor, Tensor))| Ok((*seq, k.dim(0)?));
-        let batch = Batch::new(&rewritten.iter().map(count).collect::<Result<Vec<_>>>()?)?;
-        let all = |x: fn(&(Tensor, Tensor)) -> &Tensor| -> Result<Tensor> {
-            let parts: Vec<_> = rewritten.iter().map(|(_, rows)| x(rows)).collect();
-            Ok(Tensor::cat(&parts, 0)?.to_dtype(step.k.dtype())?)
-        };
-        self.store.append(&batch, &all(|rows| &rows.0)?, &all(|rows| &rows.1)?)
-    }
-
     /// Drops what does not stay, and counts the call's tokens.
-    fn finish(&mut self, plan: Plan) -> Result<()> {
+    fn finish(&mut self, plan: Plan, rewritten: &Rewritten) -> Result<()> {
         let Plan { seq, tokens, queries, scores, keep, selected, .. } = plan;
         let before = self.entries(seq).lens();
         if let (Some(scores), Some(sequence)) = (scores, self.sequences.get_mut(seq)) {
@@ -194,7 +187,10 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         let evicted = keep.is_some();
         if let Some(keep) = keep {
             let old: Vec<_> = before.iter().map(|len| len - tokens).collect();
-            let stays = self.drop_others(seq, &old, keep, selected)?;
+            let stays = match rewritten.get(&seq) {
+                Some(rows) => self.replace(seq, rows).map(|()| keep)?,
+                None => self.drop_others(seq, &old, keep, selected)?,
+            };
             if let Some(sequence) = self.sequences.get_mut(seq) {
                 sequence.state.entries.retain(&stays);
             }
@@ -209,6 +205,15 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok(())
     }
 
+    /// Puts rewritten rows in the place of what a sequence holds. A new one holds them already.
+    fn replace(&mut self, seq: SeqId, (k, v): &(Tensor, Tensor)) -> Result<()> {
+        if self.sequences.seen(seq) == 0 {
+            return Ok(());
+        }
+        self.store.truncate(seq, 0)?;
+        self.store.append(&Batch::single(seq, k.dim(0)?)?, k, v)
+    }
+
     /// Has the store drop what does not stay. Gives what it holds then of the `old` entries of each
     /// head and the call's tokens after them.
     fn drop_others(
@@ -219,15 +224,6 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         selected: bool,
     ) -> Result<Selection> {
         let lens = self.store.lens(seq);
-        if self.settings.rerotate {
-            // The rewritten entries are the last ones.
-            let newest = |(len, kept): (&usize, &Vec<u32>)| {
-                ((len - kept.len()) as u32..*len as u32).collect()
-            };
-            let newest = lens.iter().zip(keep.heads()).map(newest).collect();
-            self.store.retain(seq, &Selection::new(newest))?;
-            return Ok(keep);
-        }
         if !selected {
             let all = lens.iter().map(|&len| (0..len as u32).collect());
             let done = evict(&mut self.store, seq, &keep)?;

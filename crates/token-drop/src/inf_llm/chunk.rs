@@ -40,6 +40,10 @@ struct ChunkSeq {
     chosen: Vec<usize>,
 }
 
+/// Attention that tokens received: a sequence, its first token of these, and from there on a list
+/// per query head.
+type Received = (SeqId, usize, Vec<Vec<f32>>);
+
 /// Late queries and the leaving tokens that they still see, both in reverse: the first of these
 /// queries sees all of them, the next one less. In reverse that is causal attention.
 struct Reversed {
@@ -266,14 +270,13 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         Ok(states)
     }
 
-    /// Attention that the window's tokens and the chunk's own received: a sequence, a first token,
-    /// and from there on a list per query head.
+    /// Attention that the window's tokens and the chunk's own received.
     fn received(
         &self,
         chunk: &Chunk<'_>,
         reversed: Option<&Reversed>,
         lse: &Tensor,
-    ) -> Result<Vec<(SeqId, usize, Vec<Vec<f32>>)>> {
+    ) -> Result<Vec<Received>> {
         let (batch, shape) = (&chunk.rows.batch, &self.spec.shape);
         let mut all = Vec::new();
         let mut add = |batch: &Batch, sums: Vec<Vec<f32>>, first: fn(&ChunkSeq) -> usize| {
@@ -301,12 +304,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     }
 
     /// Moves tokens from the window to the past, and cuts the window's store.
-    fn settle(
-        &mut self,
-        chunk: &Chunk<'_>,
-        received: Vec<(SeqId, usize, Vec<Vec<f32>>)>,
-        call: &Batch,
-    ) -> Result<()> {
+    fn settle(&mut self, chunk: &Chunk<'_>, received: Vec<Received>, call: &Batch) -> Result<()> {
         for of in &chunk.seqs {
             let state = self.state_mut(of.seq)?;
             state.memory.fetch(&of.chosen, state.sizes.resident_blocks);

@@ -50,10 +50,12 @@ impl State {
             let start = self.init + i * self.sizes.block;
             start..start + self.sizes.block
         };
-        let all = [0..self.init].into_iter().chain(blocks.into_iter().map(block));
+        let first = std::iter::once(0..self.init);
+        let rest = std::iter::once(self.settled()..end);
         let mut ranges: Vec<Range<usize>> = Vec::new();
-        for range in all.chain([self.settled()..end]).filter(|range| !range.is_empty()) {
+        for range in first.chain(blocks.into_iter().map(block)).chain(rest) {
             match ranges.last_mut() {
+                _ if range.is_empty() => {}
                 Some(last) if last.end == range.start => last.end = range.end,
                 _ => ranges.push(range),
             }

@@ -7,15 +7,15 @@
 
 namespace kvq {
 
-constexpr int MASS_WARPS = 4;
+constexpr int SUM_WARPS = 4;
 
 // Adds the columns' probabilities of 32 tokens, given their scores.
-__device__ __forceinline__ void add_probabilities(float (&sum)[2][2][2], const float (&s)[2][1][4], const Columns<1>& columns, const float* lse,
-                                                  int live, int lane) {
+__device__ __forceinline__ void add_probabilities(float (&sum)[2][2][2], const float (&s)[2][1][4], const Columns<1>& columns, const AttendArgs& args,
+                                                  const Work& work, int first, int live, int lane) {
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         int column = lane % 4 * 2 + e;
-        float all = column < live ? lse[column] * LOG2E : -INFINITY;
+        float all = column < live ? args.lse[row_of(args, work, first + column)] * LOG2E : -INFINITY;
         if (all == -INFINITY) continue;  // No column, or one that sees nothing.
 #pragma unroll
         for (int r = 0; r < 2; r++)
@@ -24,26 +24,29 @@ __device__ __forceinline__ void add_probabilities(float (&sum)[2][2][2], const f
     }
 }
 
-// Grid: (tiles / MASS_WARPS rounded up, those of packed tokens and of the residual counted each on their own; batch * kv_heads; heads of a kv
-// head, or with one query blocks of 8 of them). `lse` is read, and `out` is f32 [batch, heads, tokens].
+// Grid: (tiles of the longest kv head / SUM_WARPS rounded up, those of packed entries and of the residual counted each on their own; kv
+// heads of all sequences, one `work` each; heads of a kv head, or blocks of 8 of them where no sequence has more than one query). `lse` is
+// read, and `out` takes in f32 [heads_per_kv, entries] for each kv head.
 template <int BITS, int GROUP, int D>
-__device__ __forceinline__ void mass(const AttendArgs& args) {
+__device__ __forceinline__ void sums(const AttendArgs& args) {
     using L = Layout<BITS, GROUP, D>;
     constexpr int SOURCE = L::HEADER + L::CODES;
     __shared__ __align__(128) unsigned char queries[16 * D];
     extern __shared__ __align__(128) unsigned char sources[];
     __shared__ float factors[8];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const long long row = blockIdx.y;
-    const int packed = args.packed_len, tokens = packed + args.residual_len, packed_tiles = (packed + TILE - 1) / TILE;
-    const int tile = blockIdx.x * MASS_WARPS + warp;
+    const Work work = args.work[blockIdx.y];
+    const int packed = work.packed, tokens = packed + work.residual, packed_tiles = (packed + TILE - 1) / TILE;
+    const int tile = blockIdx.x * SUM_WARPS + warp;
     const bool coded = tile < packed_tiles;
     const int ring_at = (tile - packed_tiles) * TILE, at = coded ? tile * TILE : packed + ring_at, end = coded ? packed : tokens;
-    const bool by_head = args.queries > 1;
+    const bool by_head = work.queries > 1;
+    const int first_head = by_head ? blockIdx.z : 8 * blockIdx.z;
+    if (first_head >= args.heads_per_kv || blockIdx.x * SUM_WARPS * TILE >= tokens + 2 * TILE) return;
 
     unsigned char* source = sources + warp * SOURCE;
     if (coded) {
-        const unsigned char* record = args.packed + row * args.packed_stride + (long long)(tile / L::TILES) * L::RECORD;
+        const unsigned char* record = reinterpret_cast<const unsigned char*>(work.table[tile / L::TILES]);
         const unsigned char* codes = record + L::HEADER + tile % L::TILES * L::TILE_BYTES + L::K_CODES;
         for (int i = lane * 16; i < L::HEADER; i += 512) copy16(shared_address(source + i), record + i);
         for (int i = lane * 16; i < L::CODES; i += 512) copy16(shared_address(source + L::HEADER + i), codes + i);
@@ -51,33 +54,31 @@ __device__ __forceinline__ void mass(const AttendArgs& args) {
     copy_commit();
 
     float sum[2][2][2] = {};  // of tokens 16 r + 8 h + lane / 4, columns 2 (lane % 4) + e
-    const int all = by_head ? args.queries : args.heads_per_kv;
-    const int first_head = by_head ? blockIdx.z : 8 * blockIdx.z;
-    const long long first_row = (row * args.heads_per_kv + first_head) * args.queries;
-    for (int first = 0; first < (by_head ? args.queries : 1); first += 8) {
-        const int live = min(8, by_head ? all - first : all - first_head);
+    const int last_column = by_head ? (first_head + 1) * work.queries : min(args.heads_per_kv, first_head + 8);
+    for (int first = first_head * work.queries; first < last_column; first += 8) {
+        const int live = min(8, last_column - first);
         __syncthreads();  // All are done with the queries before.
-        load_queries<D, 1>(args, first_row + first, live, queries, factors);
+        load_queries<D, 1>(args, work, first, live, queries, factors);
         copy_wait<0>();
         __syncthreads();
         if (at >= end) continue;
-        Columns<1> columns = columns_of<1>(args, factors, first, tokens, lane);
+        Columns<1> columns = columns_of<1>(args, factors, work.queries, first, tokens, lane);
         float s[2][1][4] = {};
         if (coded) {
             uint32_t scaled[D / 16][1][2];
             float bias[1][4];
             packed_scores<L, 1>(s, scaled, bias, source, source + L::HEADER - L::K_CODES, queries, true, lane);
         } else {
-            residual_scores<D, 1>(s, args, queries, lane, [&](int token) {  // A token past the end is masked: any finite one will do.
-                int i = args.ring_start + min(ring_at + token, args.residual_len - 1);
-                return (row * args.ring + (i >= args.ring ? i - args.ring : i)) * D;
+            residual_scores<D, 1>(s, work.ring_k, args.kind, queries, lane, [&](int token) {  // A token past the end is masked: any finite one will do.
+                int i = work.ring_start + min(ring_at + token, work.residual - 1);
+                return (i >= args.ring ? i - args.ring : i) * (long long)D;
             });
         }
         restrict<1>(s, columns, at, end, lane);
-        add_probabilities(sum, s, columns, args.lse + first_row + first, live, lane);
+        add_probabilities(sum, s, columns, args, work, first, live, lane);
     }
 
-    float* out = static_cast<float*>(args.out);
+    float* out = static_cast<float*>(args.out) + work.sums + (long long)first_head * tokens;
 #pragma unroll
     for (int r = 0; r < 2; r++)
 #pragma unroll
@@ -87,12 +88,12 @@ __device__ __forceinline__ void mass(const AttendArgs& args) {
                 float x = sum[r][h][0] + sum[r][h][1];
                 x += __shfl_xor_sync(FULL, x, 1);
                 x += __shfl_xor_sync(FULL, x, 2);
-                if (lane % 4 == 0 && token < end) out[first_row / args.queries * tokens + token] = x;
+                if (lane % 4 == 0 && token < end) out[token] = x;
             } else {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     int column = lane % 4 * 2 + e;
-                    if (first_head + column < all && token < end) out[(first_row + column) * tokens + token] = sum[r][h][e];
+                    if (first_head + column < args.heads_per_kv && token < end) out[(long long)column * tokens + token] = sum[r][h][e];
                 }
             }
         }
@@ -100,9 +101,9 @@ __device__ __forceinline__ void mass(const AttendArgs& args) {
 
 // Bytes of dynamic shared memory.
 template <int BITS, int GROUP, int D>
-constexpr int mass_shared() {
+constexpr int sums_shared() {
     using L = Layout<BITS, GROUP, D>;
-    return MASS_WARPS * (L::HEADER + L::CODES);
+    return SUM_WARPS * (L::HEADER + L::CODES);
 }
 
 }  // namespace kvq

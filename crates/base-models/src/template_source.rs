@@ -1,0 +1,139 @@
+//! The source of a chat template, made fit for the template engine.
+
+use longctx_core::{Error, Result};
+
+/// The longest template, in bytes. Those of public models have less than a quarter of it.
+const MAX_LENGTH: usize = 128 << 10;
+/// The longest tag, in bytes, texts in quotes aside: the parser's time grows with the square of an
+/// expression's depth.
+const MAX_TAG: usize = 4096;
+/// The most signs in a row.
+const MAX_SIGNS: usize = 8;
+/// The filter that each value passes before a namespace stores it.
+pub(crate) const STORED: &str = "stored_in_namespace";
+
+/// Checks lengths, and rewrites two kinds of tags:
+///
+/// - `{% generation %}` marks the assistant's words for training; here it is a scope of its own.
+/// - `{% set ns.x = value %}` becomes `{% set ns.x = (value) | stored_in_namespace %}`.
+///
+/// # Errors
+/// [`Error::Unsupported`] for templates and expressions longer than any conversation needs.
+pub(crate) fn prepared(source: &str) -> Result<String> {
+    if source.len() > MAX_LENGTH {
+        let what = format!("a chat template of {} bytes (at most {MAX_LENGTH})", source.len());
+        return Err(Error::Unsupported(what));
+    }
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = ["{{", "{%", "{#"].iter().filter_map(|mark| rest.find(mark)).min() {
+        out.push_str(&rest[..at + 2]);
+        let kind = rest.as_bytes()[at + 1];
+        rest = &rest[at + 2..];
+        let end = match kind {
+            b'#' => rest.find("#}").unwrap_or(rest.len()),
+            _ => tag_end(rest, kind == b'{')?,
+        };
+        let tag = &rest[..end];
+        rest = &rest[end..];
+        match kind {
+            b'%' => out.push_str(&rewritten(tag)),
+            _ => out.push_str(tag),
+        }
+        if kind == b'%' && word(tag) == "raw" {
+            let end = raw_end(rest);
+            out.push_str(&rest[..end]);
+            rest = &rest[end..];
+        }
+    }
+    Ok(out + rest)
+}
+
+/// Where the tag's closing mark stands.
+fn tag_end(tag: &str, variable: bool) -> Result<usize> {
+    let (mut length, mut signs, mut braces) = (0, 0, 0usize);
+    for (i, c, quoted) in characters(tag) {
+        if !quoted {
+            match c {
+                '}' if variable && braces == 0 && tag[i + 1..].starts_with('}') => return Ok(i),
+                '%' if !variable && tag[i + 1..].starts_with('}') => return Ok(i),
+                '{' => braces += 1,
+                '}' => braces = braces.saturating_sub(1),
+                _ => {}
+            }
+            length += c.len_utf8();
+        }
+        signs = match c {
+            '-' => signs + 1,
+            _ if c.is_whitespace() => signs,
+            _ => 0,
+        };
+        if length > MAX_TAG || signs > MAX_SIGNS {
+            let what = "a chat template with an expression of inordinate length";
+            return Err(Error::Unsupported(what.into()));
+        }
+    }
+    Ok(tag.len())
+}
+
+/// The characters of a tag with their places, and whether they stand in quotes.
+fn characters(tag: &str) -> impl Iterator<Item = (usize, char, bool)> {
+    let mut quote = None;
+    let mut escaped = false;
+    tag.char_indices().map(move |(i, c)| {
+        let quoted = quote.is_some();
+        match quote {
+            Some(_) if escaped => escaped = false,
+            Some(_) if c == '\\' => escaped = true,
+            Some(open) if c == open => quote = None,
+            None if c == '"' || c == '\'' => quote = Some(c),
+            _ => {}
+        }
+        (i, c, quoted || quote.is_some())
+    })
+}
+
+/// What a tag begins with, marks of white space aside.
+fn word(tag: &str) -> &str {
+    let inner = tag.trim_start_matches(['-', '+']).trim_start();
+    inner.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().unwrap_or_default()
+}
+
+fn rewritten(tag: &str) -> String {
+    let replaced = |with: &str| tag.replacen(word(tag), with, 1);
+    let alone = tag.trim_matches(['-', '+']).trim() == word(tag);
+    match word(tag) {
+        "generation" if alone => replaced("with"),
+        "endgeneration" if alone => replaced("endwith"),
+        "set" => stored(tag).unwrap_or_else(|| tag.to_owned()),
+        _ => tag.to_owned(),
+    }
+}
+
+/// `None` unless the tag assigns to an attribute.
+fn stored(tag: &str) -> Option<String> {
+    let equals = characters(tag).find(|(_, c, quoted)| *c == '=' && !quoted)?.0;
+    let (target, value) = (&tag[..equals], &tag[equals + 1..]);
+    let names = |c: char| c.is_alphanumeric() || c.is_whitespace() || "_.,()-+".contains(c);
+    if !target.contains('.') || !target.chars().all(names) {
+        return None;
+    }
+    let (value, mark) = match value.strip_suffix(['-', '+']) {
+        Some(inner) => (inner, &value[inner.len()..]),
+        None => (value, ""),
+    };
+    Some(format!("{target}= ({value}) | {STORED} {mark}"))
+}
+
+/// The end of what `{% raw %}` begins.
+fn raw_end(rest: &str) -> usize {
+    let mut at = 0;
+    while let Some(next) = rest[at..].find("{%") {
+        at += next;
+        if word(&rest[at + 2..]) == "endraw" {
+            return at;
+        }
+        at += 2;
+    }
+    rest.len()
+}

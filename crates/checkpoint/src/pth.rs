@@ -1,0 +1,315 @@
+//! Tensors of a PyTorch file: a zip archive with a pickle, which describes the tensors, and their
+//! storages.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
+use longctx_core::{Error, Result};
+use zip::{CompressionMethod, ZipArchive};
+
+use crate::pickle::{Id, Pickle, Value};
+
+/// A file of tensors by name, as `torch.save(model.state_dict(), path)` writes it since PyTorch
+/// 1.6.
+pub struct Pth {
+    path: PathBuf,
+    file: Mutex<Box<dyn Source>>,
+    tensors: BTreeMap<String, Info>,
+}
+
+/// What tensors are read from.
+trait Source: Read + Seek + Send {}
+
+impl<T: Read + Seek + Send> Source for T {}
+
+/// Where a tensor's numbers lie.
+#[derive(Debug, PartialEq)]
+struct Info {
+    dtype: DType,
+    shape: Vec<usize>,
+    /// Steps of each dimension, in numbers.
+    stride: Vec<usize>,
+    /// The bytes from the first number to the last.
+    bytes: Range<u64>,
+}
+
+impl std::fmt::Debug for Pth {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pth").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl Pth {
+    /// Reads the description of all tensors. Their numbers are read when they are asked for.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the file can't be read, is no archive of PyTorch's, holds anything but a
+    /// dictionary of tensors, or describes one that its storage is too small for.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|e| Error::file(path, e))?;
+        Self::read(file, path)
+    }
+
+    /// As [`open`](Self::open), from anything that can be read; `path` is what errors name.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn read(
+        source: impl Read + Seek + Send + 'static,
+        path: impl Into<PathBuf>,
+    ) -> Result<Self> {
+        let path = path.into();
+        let mut source: Box<dyn Source> = Box::new(source);
+        let tensors = describe(&mut source).map_err(|reason| Error::file(&path, reason))?;
+        Ok(Self { path, file: Mutex::new(source), tensors })
+    }
+
+    /// The names of the tensors, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// The shape of a tensor, if there is one of that name.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(name).map(|info| info.shape.as_slice())
+    }
+
+    /// A tensor in its own format, on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::File`] if there is no tensor of that name, or the file can't be read.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let failed = |e: &dyn std::fmt::Display| Error::file(&self.path, format!("{name:?}: {e}"));
+        let Some(info) = self.tensors.get(name) else {
+            return Err(Error::file(&self.path, format!("there is no tensor {name:?}")));
+        };
+        let mut bytes = vec![0; (info.bytes.end - info.bytes.start) as usize];
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let read =
+            file.seek(SeekFrom::Start(info.bytes.start)).and_then(|_| file.read_exact(&mut bytes));
+        read.map_err(|e| failed(&e))?;
+        let packed = info.packed(bytes);
+        Tensor::from_raw_buffer(&packed, info.dtype, &info.shape, &Device::Cpu)
+            .map_err(|e| failed(&e))
+    }
+}
+
+impl Info {
+    /// The numbers one after the other, in the order of the shape.
+    fn packed(&self, bytes: Vec<u8>) -> Vec<u8> {
+        let (size, count) = (self.dtype.size_in_bytes(), self.shape.iter().product::<usize>());
+        if self.is_contiguous() || count == 0 {
+            return bytes;
+        }
+        let mut packed = Vec::with_capacity(count * size);
+        let mut index = vec![0; self.shape.len()];
+        for _ in 0..count {
+            let at: usize = index.iter().zip(&self.stride).map(|(i, step)| i * step).sum();
+            packed.extend_from_slice(&bytes[at * size..][..size]);
+            for (i, len) in index.iter_mut().zip(&self.shape).rev() {
+                *i += 1;
+                if *i < *len {
+                    break;
+                }
+                *i = 0;
+            }
+        }
+        packed
+    }
+
+    fn is_contiguous(&self) -> bool {
+        let mut step = 1;
+        self.shape.iter().zip(&self.stride).rev().all(|(&len, &stride)| {
+            let fits = len == 1 || stride == step;
+            step *= len;
+            fits
+        })
+    }
+}
+
+/// The tensors that an archive describes.
+fn describe(source: &mut Box<dyn Source>) -> Result<BTreeMap<String, Info>, String> {
+    let size = source.seek(SeekFrom::End(0)).map_err(|e| e.to_string())?;
+    let entries = entries(source, size)?;
+    let mut pickles = entries.keys().filter(|name| name.ends_with("data.pkl"));
+    let (Some(pickle), None) = (pickles.next(), pickles.next()) else {
+        return Err("expected an archive of PyTorch's, with one data.pkl".into());
+    };
+    let folder = pickle.strip_suffix("data.pkl").unwrap_or_default();
+    if let Some(order) = entries.get(&format!("{folder}byteorder")) {
+        let order = load(source, order)?;
+        if order != b"little" {
+            let got = String::from_utf8_lossy(&order).chars().take(20).collect::<String>();
+            return Err(format!("expected numbers in byte order little, got {got:?}"));
+        }
+    }
+    let pickle = Pickle::read(&load(source, &entries[pickle])?)?;
+    let Value::Dict(all) = pickle.root() else {
+        return Err(format!("expected a dictionary of tensors, got {}", pickle.root().kind()));
+    };
+    let mut tensors = BTreeMap::new();
+    for &(name, value) in all {
+        let Value::Text(name) = pickle.get(name) else {
+            return Err(format!(
+                "expected tensors by name, got one by {}",
+                pickle.get(name).kind()
+            ));
+        };
+        let storage = |key: &str| entries.get(&format!("{folder}data/{key}")).cloned();
+        let info = info(&pickle, value, storage).map_err(|reason| format!("{name:?}: {reason}"))?;
+        tensors.insert(name.clone(), info);
+    }
+    Ok(tensors)
+}
+
+/// The bytes of each file in an archive of `size` bytes.
+fn entries(source: &mut Box<dyn Source>, size: u64) -> Result<HashMap<String, Range<u64>>, String> {
+    let mut archive =
+        ZipArchive::new(source).map_err(|e| format!("no archive of PyTorch's: {e}"))?;
+    let mut entries = HashMap::new();
+    for i in 0..archive.len() {
+        let entry = archive.by_index_raw(i).map_err(|e| e.to_string())?;
+        let name = entry.name().map_err(|e| e.to_string())?.into_owned();
+        if entry.compression() != CompressionMethod::Stored {
+            return Err(format!("{name:?} is compressed, which PyTorch does not do"));
+        }
+        let end =
+            entry.data_start().and_then(|start| Some(start..start.checked_add(entry.size())?));
+        match end.filter(|range| range.end <= size) {
+            Some(range) => entries.insert(name, range),
+            None => return Err(format!("{name:?} ends after the file")),
+        };
+    }
+    Ok(entries)
+}
+
+/// A small file of the archive.
+fn load(source: &mut Box<dyn Source>, range: &Range<u64>) -> Result<Vec<u8>, String> {
+    let mut bytes = vec![0; (range.end - range.start) as usize];
+    let read =
+        source.seek(SeekFrom::Start(range.start)).and_then(|_| source.read_exact(&mut bytes));
+    read.map_err(|e| e.to_string())?;
+    Ok(bytes)
+}
+
+/// What a value of the dictionary says of a tensor; `storage` gives the bytes of a storage.
+fn info(
+    pickle: &Pickle,
+    value: Id,
+    storage: impl Fn(&str) -> Option<Range<u64>>,
+) -> Result<Info, String> {
+    let arguments = rebuild_arguments(pickle, value)?;
+    let [description, offset, shape, stride, ..] = arguments else {
+        return Err(format!(
+            "expected storage, offset, shape and stride, got {} values",
+            arguments.len()
+        ));
+    };
+    let (offset, shape, stride) =
+        (number(pickle, *offset)?, numbers(pickle, *shape)?, numbers(pickle, *stride)?);
+    if shape.len() != stride.len() {
+        return Err(format!("{} dimensions with {} strides", shape.len(), stride.len()));
+    }
+    let (dtype, key) = described(pickle, *description)?;
+    let range = storage(key).ok_or_else(|| format!("there is no storage {key:?}"))?;
+    let size = dtype.size_in_bytes();
+    let held = ((range.end - range.start) / size as u64) as usize;
+    let too_small = || format!("{shape:?} of stride {stride:?} from {offset}, of {held} numbers");
+    // Views may repeat numbers, but no checkpoint does: what is read is never more than what is
+    // held.
+    let count = shape.iter().try_fold(1usize, |count, &len| count.checked_mul(len));
+    let count = count.filter(|&count| count <= held).ok_or_else(too_small)?;
+    let last = shape.iter().zip(&stride).try_fold(0usize, |last, (&len, &step)| {
+        last.checked_add(len.saturating_sub(1).checked_mul(step)?)
+    });
+    let span = if count == 0 { Some(0) } else { last.and_then(|last| last.checked_add(1)) };
+    let end = span.and_then(|span| span.checked_add(offset)).filter(|&end| end <= held);
+    let end = end.ok_or_else(too_small)?;
+    let at = |number: usize| range.start + (number * size) as u64;
+    Ok(Info { dtype, bytes: at(offset)..at(end), shape, stride })
+}
+
+/// The arguments of `torch._utils._rebuild_tensor_v2`, from within a parameter or a subclass of
+/// tensors.
+fn rebuild_arguments(pickle: &Pickle, mut value: Id) -> Result<&[Id], String> {
+    const WRAPPERS: usize = 4;
+    for _ in 0..WRAPPERS {
+        let Value::Call { function, arguments } = pickle.get(value) else {
+            return Err(format!("expected a tensor, got {}", pickle.get(value).kind()));
+        };
+        let (module, mut name) = global(pickle, *function)?;
+        let mut arguments = tuple(pickle, *arguments)?;
+        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2") {
+            let [function, _class, inner, ..] = arguments else {
+                return Err(format!("a tensor of a class from {} values", arguments.len()));
+            };
+            (_, name) = global(pickle, *function)?;
+            arguments = tuple(pickle, *inner)?;
+        }
+        match name {
+            "_rebuild_tensor_v2" => return Ok(arguments),
+            "_rebuild_parameter" | "_rebuild_parameter_with_state" => {
+                value = *arguments.first().ok_or("a parameter without a tensor")?;
+            }
+            other => return Err(format!("expected a tensor, got what {module}.{other} gives")),
+        }
+    }
+    Err("a tensor within too many others".into())
+}
+
+/// The format and the key of a storage: `("storage", class, key, device, numbers)`.
+fn described(pickle: &Pickle, description: Id) -> Result<(DType, &str), String> {
+    let Value::Persistent(id) = pickle.get(description) else {
+        return Err(format!("expected a storage, got {}", pickle.get(description).kind()));
+    };
+    let &[_, class, key, ..] = tuple(pickle, *id)? else {
+        return Err("a storage without class and key".into());
+    };
+    let dtype = match global(pickle, class)?.1 {
+        "FloatStorage" => DType::F32,
+        "DoubleStorage" => DType::F64,
+        "HalfStorage" => DType::F16,
+        "BFloat16Storage" => DType::BF16,
+        "ByteStorage" => DType::U8,
+        "ShortStorage" => DType::I16,
+        "IntStorage" => DType::I32,
+        "LongStorage" => DType::I64,
+        other => return Err(format!("numbers in {other}, which are not read")),
+    };
+    match pickle.get(key) {
+        Value::Text(key) => Ok((dtype, key)),
+        other => Err(format!("expected the key of a storage, got {}", other.kind())),
+    }
+}
+
+fn global(pickle: &Pickle, id: Id) -> Result<(&str, &str), String> {
+    match pickle.get(id) {
+        Value::Global(global) => Ok((&global.0, &global.1)),
+        other => Err(format!("expected a class or function, got {}", other.kind())),
+    }
+}
+
+fn tuple(pickle: &Pickle, id: Id) -> Result<&[Id], String> {
+    match pickle.get(id) {
+        Value::Tuple(parts) => Ok(parts),
+        other => Err(format!("expected a tuple, got {}", other.kind())),
+    }
+}
+
+fn number(pickle: &Pickle, id: Id) -> Result<usize, String> {
+    match pickle.get(id) {
+        Value::Int(number) => {
+            usize::try_from(*number).map_err(|_| format!("expected a size, got {number}"))
+        }
+        other => Err(format!("expected a size, got {}", other.kind())),
+    }
+}
+
+fn numbers(pickle: &Pickle, id: Id) -> Result<Vec<usize>, String> {
+    tuple(pickle, id)?.iter().map(|&part| number(pickle, part)).collect()
+}

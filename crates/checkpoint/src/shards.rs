@@ -1,0 +1,59 @@
+//! The index of a checkpoint in several files.
+
+use std::collections::BTreeSet;
+use std::path::{Component, Path};
+
+use longctx_core::{Error, Result};
+use serde_json::Value;
+
+/// The file names in the `weight_map` of a `model.safetensors.index.json` or
+/// `pytorch_model.bin.index.json`.
+///
+/// # Errors
+/// [`Error::File`] if the index can't be read, has no `weight_map`, or names a file outside the
+/// folder that it lies in.
+pub fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
+    let text = std::fs::read_to_string(index).map_err(|e| Error::file(index, e))?;
+    let json: Value = serde_json::from_str(&text).map_err(|e| Error::file(index, e))?;
+    let map = json["weight_map"]
+        .as_object()
+        .ok_or_else(|| Error::file(index, "there is no object \"weight_map\""))?;
+    map.iter()
+        .map(|(tensor, file)| match file.as_str() {
+            Some(file) if is_inside(file) => Ok(file.to_owned()),
+            Some(file) => {
+                let what = format!("the file of {tensor:?}, {file:?}, is not in the same folder");
+                Err(Error::file(index, what))
+            }
+            None => Err(Error::file(index, format!("the file of {tensor:?} is no string"))),
+        })
+        .collect()
+}
+
+/// Whether a name stays within the folder that it is looked up in.
+fn is_inside(name: &str) -> bool {
+    let plain = |part| matches!(part, Component::Normal(_));
+    !name.is_empty() && !name.contains('\\') && Path::new(name).components().all(plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_outside_the_folder_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let index = folder.path().join("model.safetensors.index.json");
+        let names = |file: &str| {
+            std::fs::write(&index, format!(r#"{{"weight_map": {{"a": {file}}}}}"#)).unwrap();
+            shard_names(&index)
+        };
+        assert!(names("\"model-00001-of-00002.safetensors\"").is_ok());
+        for file in
+            ["\"../secret\"", "\"/etc/passwd\"", "\"a/../../b\"", "\"\"", "\"..\\\\b\"", "3"]
+        {
+            let error = names(file).unwrap_err().to_string();
+            assert!(error.contains("\"a\""), "{file}: {error}");
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! `tokenizer.json`.
+
+use std::panic::catch_unwind;
+use std::path::Path;
+
+use longctx_core::{Error, Result};
+use serde_json::Value;
+use tokenizers::Tokenizer;
+
+/// Opens a `tokenizer.json`. Its truncation and padding are switched off: a caller gets the tokens
+/// of the text, no fewer and no more.
+///
+/// # Errors
+/// [`Error::File`] if the file can't be read, is no JSON, or describes no tokenizer.
+pub fn open_tokenizer(path: &Path) -> Result<Tokenizer> {
+    let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
+    read_tokenizer(&bytes).map_err(|reason| Error::file(path, reason))
+}
+
+/// As [`open_tokenizer`], from the file's bytes.
+///
+/// # Errors
+/// Why the bytes describe no tokenizer.
+pub fn read_tokenizer(bytes: &[u8]) -> Result<Tokenizer, String> {
+    // `tokenizers` panics on a decoder that is broken JSON, which is told better here; on merges of
+    // tokens shorter than the prefix of continuations; and, once it encodes, on a template with a
+    // special token that the file does not define. So it is tried on nothing.
+    serde_json::from_slice::<Value>(bytes).map_err(|e| e.to_string())?;
+    let built = catch_unwind(|| {
+        let tokenizer = Tokenizer::from_bytes(bytes)?;
+        drop(tokenizer.encode("", true));
+        drop(tokenizer.encode(("", ""), true));
+        Ok::<_, tokenizers::Error>(tokenizer)
+    });
+    let built = built.map_err(|_| "it makes the crate `tokenizers` panic".to_owned())?;
+    let mut tokenizer = built.map_err(|e| e.to_string())?;
+    tokenizer.with_truncation(None).map_err(|e| e.to_string())?;
+    tokenizer.with_padding(None);
+    Ok(tokenizer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_makes_tokenizers_panic_is_an_error() {
+        let tokenizer = |merge: &str, decoder: &str| {
+            format!(
+                r###"{{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+                "truncation": {{"max_length": 1, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}}, "padding": null,
+                "decoder": {decoder}, "model": {{"type": "BPE", "continuing_subword_prefix": "##", "vocab": {{"a": 0, "b": 1, "##b": 2,
+                "ab": 3, "##a": 4}}, "merges": [{merge}]}}}}"###
+            )
+        };
+        let right = tokenizer("\"a ##b\"", "null");
+        let opened = read_tokenizer(right.as_bytes()).unwrap();
+        // The file's truncation to one token is off.
+        assert_eq!(opened.encode("abab", false).unwrap().len(), 3);
+        let short = tokenizer("\"a b\"", "null");
+        assert!(read_tokenizer(short.as_bytes()).unwrap_err().contains("panic"));
+        let template = r#"{"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x",
+            "type_id": 0}}], "pair": [], "special_tokens": {}}"#;
+        let undefined =
+            right.replace("\"post_processor\": null", &format!("\"post_processor\": {template}"));
+        assert!(read_tokenizer(undefined.as_bytes()).is_err());
+        let whole = tokenizer("", "{\"type\": \"Fuse\"}");
+        let decoder = whole.find("\"decoder\"").unwrap();
+        for end in decoder + 10..decoder + 30 {
+            assert!(read_tokenizer(&whole.as_bytes()[..end]).unwrap_err().contains("EOF"));
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Batches on a device.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::Session;
+use crate::cuda::{Call, OnDevice};
+use crate::memory::{Memories, Memory};
+use candle_core::Tensor;
+use longctx_core::{Batch, CausalLm, Error, Logits, Result, SeqId};
+
+/// One sequence's part of a batch.
+struct Part {
+    /// Its place in the batch.
+    place: usize,
+    seq: SeqId,
+    rows: Range<usize>,
+}
+
+/// What a call left of a sequence.
+struct Done {
+    seq: SeqId,
+    tokens: usize,
+    snapshots: Vec<(usize, Memory)>,
+}
+
+impl Session {
+    /// Sequences that bring equally many tokens go through the model together, one group after the
+    /// other. A prompt that leaves snapshots goes alone.
+    pub(super) fn forward_on_device(
+        &mut self,
+        model: &OnDevice,
+        batch: &Batch,
+        ids: &[u32],
+        logits: Logits,
+    ) -> Result<Tensor> {
+        for &seq in batch.seqs() {
+            if !self.sequences.contains_key(&seq) {
+                self.memories.put(seq, &self.memory(seq)?)?;
+            }
+        }
+        let (mut outputs, mut order, mut done) = (Vec::new(), Vec::new(), Vec::new());
+        for group in self.groups(batch) {
+            for Part { place, rows, .. } in &group {
+                match logits {
+                    Logits::Last => order.push(*place),
+                    Logits::All => order.extend(rows.clone()),
+                }
+            }
+            outputs.push(self.forward_group(model, &group, ids, logits, &mut done)?);
+        }
+        for Done { seq, tokens, snapshots } in done {
+            self.advance(seq, tokens, snapshots);
+        }
+        in_order(outputs, &order)
+    }
+
+    /// Sequences that go together: equally many tokens, all of them first ones or none.
+    fn groups(&self, batch: &Batch) -> Vec<Vec<Part>> {
+        let mut groups: BTreeMap<_, Vec<Part>> = BTreeMap::new();
+        for (place, (seq, rows)) in batch.iter().enumerate() {
+            let alone = rows.len() > 1 && !self.marks(seq, rows.len()).is_empty();
+            let key = (rows.len(), self.seen(seq) == 0, alone.then_some(place));
+            groups.entry(key).or_default().push(Part { place, seq, rows });
+        }
+        groups.into_values().collect()
+    }
+
+    fn forward_group(
+        &mut self,
+        model: &OnDevice,
+        group: &[Part],
+        ids: &[u32],
+        logits: Logits,
+        done: &mut Vec<Done>,
+    ) -> Result<Tensor> {
+        let tokens = group[0].rows.len();
+        let batch = Batch::new(&group.iter().map(|part| (part.seq, tokens)).collect::<Vec<_>>())?;
+        let ids: Vec<u32> =
+            group.iter().flat_map(|part| &ids[part.rows.clone()]).copied().collect();
+        let seen = self.seen(group[0].seq);
+        // A snapshot after a single token is a copy of the state that is left.
+        let marks = if tokens > 1 { self.marks(group[0].seq, tokens) } else { Vec::new() };
+        let Memories::OnDevice(states) = &mut self.memories else {
+            unreachable!("the model is on a device")
+        };
+        let mut call = Call {
+            batch: &batch,
+            ids: &ids,
+            logits,
+            first: seen == 0,
+            states: states.together(batch.seqs())?,
+            caches: self.caches.as_mut_slice(),
+            snapshots: marks.iter().map(|at| (at - seen, Vec::new())).collect(),
+        };
+        let output = model.forward(&mut call)?;
+        let copies = call.snapshots.into_iter();
+        let mut copies: Vec<_> =
+            copies.map(|(at, copy)| (seen + at, Memory::OnDevice(copy))).collect();
+        for &Part { seq, .. } in group {
+            if tokens == 1
+                && let [at] = self.marks(seq, 1)[..]
+            {
+                copies.push((at, self.memories.copy(seq)?));
+            }
+            done.push(Done { seq, tokens, snapshots: std::mem::take(&mut copies) });
+        }
+        Ok(output)
+    }
+}
+
+/// The rows of all groups, of which row i is row `order[i]` of the batch, in the batch's order.
+fn in_order(outputs: Vec<Tensor>, order: &[usize]) -> Result<Tensor> {
+    let [first, rest @ ..] = outputs.as_slice() else {
+        return Err(Error::mismatch("groups of a batch", "at least one", 0));
+    };
+    if rest.is_empty() {
+        return Ok(first.clone());
+    }
+    let mut rows = vec![0u32; order.len()];
+    (0..).zip(order).for_each(|(i, &row)| rows[row] = i);
+    let rows = Tensor::new(rows, first.device())?;
+    Ok(Tensor::cat(&outputs, 0)?.index_select(&rows, 0)?)
+}

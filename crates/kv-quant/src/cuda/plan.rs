@@ -1,0 +1,150 @@
+//! How attention is split over the device: made on the host, from lengths that it knows.
+
+use super::args::Work;
+
+/// As in kernels/args.cuh.
+const MAX_SPLITS: usize = 127;
+
+/// The blocks of a launch.
+#[derive(Debug, Default)]
+pub struct Plan {
+    pub work: Vec<Work>,
+    /// Partial results.
+    pub parts: usize,
+    /// Sets of them that are joined.
+    pub joins: usize,
+}
+
+/// What decides on a plan.
+#[derive(Debug, Clone, Copy)]
+pub struct Sizes {
+    /// Entries of a record.
+    pub group: usize,
+    /// Query heads of a kv head.
+    pub heads_per_kv: usize,
+    /// Columns of a block.
+    pub columns: usize,
+    /// Warps of a block: none should be idle.
+    pub warps: usize,
+    /// Blocks that the device runs at a time.
+    pub blocks: usize,
+    /// Entries that a query sees, if causal.
+    pub window: Option<usize>,
+}
+
+/// A kv head with some columns.
+struct Row {
+    work: Work,
+    first: usize,
+    end: usize,
+}
+
+impl Plan {
+    /// Splits the records of all rows evenly over the blocks that run at a time, longer rows over
+    /// more of them: so a long sequence among short ones does not wait. Rings come last, since they
+    /// take little time.
+    pub fn new(heads: &[Work], sizes: Sizes) -> Self {
+        let mut rows = Vec::new();
+        for head in heads {
+            let (first, end) = records(head, sizes);
+            let columns = sizes.heads_per_kv * head.queries as usize;
+            for first_column in (0..columns).step_by(sizes.columns) {
+                let work = Work { first_column: first_column as i32, ..*head };
+                rows.push(Row { work, first, end });
+            }
+        }
+        let total: usize = rows.iter().map(|row| row.end - row.first).sum();
+        let budget = sizes.blocks.saturating_sub(rows.len()).max(sizes.blocks * 4 / 5);
+        rows.sort_by_key(|row| std::cmp::Reverse(row.end - row.first));
+        let (mut plan, mut rings) = (Self::default(), Vec::new());
+        for Row { work, first, end } in rows {
+            let records = end - first;
+            let splits = (records * budget / total.max(1)).min(records.div_ceil(sizes.warps));
+            let splits = splits.clamp(usize::from(records > 0), MAX_SPLITS);
+            // A row without entries has a block, too, which says so.
+            let ring = work.residual > 0 || splits == 0;
+            let parts = splits + usize::from(ring);
+            let work = Work {
+                first_part: plan.parts as i32,
+                parts: parts as i32,
+                join: plan.joins as i32,
+                ..work
+            };
+            plan.work.extend((0..splits).map(|part| Work {
+                from: (first + records * part / splits) as i32,
+                to: (first + records * (part + 1) / splits) as i32,
+                part: part as i32,
+                ..work
+            }));
+            if ring {
+                rings.push(Work { from: -1, to: -1, part: splits as i32, ..work });
+            }
+            plan.parts += parts;
+            plan.joins += 1;
+        }
+        plan.work.append(&mut rings);
+        plan
+    }
+}
+
+/// The records of which a head's queries see something.
+fn records(head: &Work, sizes: Sizes) -> (usize, usize) {
+    let (packed, residual) = (head.packed as usize, head.residual as usize);
+    let end = packed.div_ceil(sizes.group);
+    let seen = |window| (packed + residual + 1).saturating_sub(head.queries as usize + window);
+    (sizes.window.map_or(0, |window| seen(window) / sizes.group).min(end), end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sizes() -> Sizes {
+        Sizes { group: 32, heads_per_kv: 4, columns: 8, warps: 8, blocks: 264, window: None }
+    }
+
+    fn head(packed: i32) -> Work {
+        Work { packed, residual: 100, queries: 1, ..Work::default() }
+    }
+
+    /// Every record of every head is read once, every part is computed once.
+    fn check(heads: &[Work], plan: &Plan) {
+        let mut seen = vec![0; plan.parts];
+        let mut records = vec![0; plan.joins];
+        for work in &plan.work {
+            seen[(work.first_part + work.part) as usize] += 1;
+            records[work.join as usize] += (work.to - work.from) as usize;
+        }
+        assert!(seen.iter().all(|&count| count == 1));
+        let total: usize = heads.iter().map(|head| (head.packed as usize).div_ceil(32)).sum();
+        assert_eq!(records.iter().sum::<usize>(), total);
+    }
+
+    #[test]
+    fn equal_heads_fill_the_device_once() {
+        for rows in [1, 8, 32, 64] {
+            let heads = vec![head(32_768); rows];
+            let plan = Plan::new(&heads, sizes());
+            check(&heads, &plan);
+            assert!(plan.work.len() <= 264 && plan.work.len() >= 128, "{}", plan.work.len());
+        }
+    }
+
+    #[test]
+    fn a_long_sequence_does_not_wait() {
+        let mut heads = vec![head(2048); 31 * 8];
+        heads.splice(80..80, vec![head(131_072); 8]);
+        let plan = Plan::new(&heads, sizes());
+        check(&heads, &plan);
+        let longest = plan.work.iter().map(|work| work.to - work.from).max().unwrap();
+        let total = (31 * 8 * 64 + 8 * 4096) / 264;
+        assert!(longest <= 2 * total, "{longest} records in a block, {total} on average");
+    }
+
+    #[test]
+    fn heads_without_entries_have_a_block() {
+        let heads = [Work { queries: 1, ..Work::default() }];
+        let plan = Plan::new(&heads, sizes());
+        assert_eq!((plan.work.len(), plan.work[0].from, plan.work[0].parts), (1, -1, 1));
+    }
+}

@@ -1,0 +1,327 @@
+//! Packed keys and values of one layer for many sequences on a CUDA device.
+
+use super::args::Work;
+use super::head::{Head, Sequence, ring_places};
+use super::kernels::{Kernels, Layout, TILE};
+use super::records::{Records, Shared, lock};
+use super::status::Status;
+use super::wrap;
+use crate::Format;
+use candle_core::cuda::cudarc::driver::CudaStream;
+use candle_core::{CudaDevice, DType, Device, Tensor};
+use longctx_core::{AttentionShape, Batch, Error, Footprint, Result, SeqId};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Packed keys and values of one layer for many sequences on a CUDA device.
+///
+/// A record holds a group of entries of one kv head; all sequences take theirs from one pool. New
+/// entries go into a ring of the sequence in the dtype that the first ones come in (f16 or bf16; f32
+/// becomes f16) and are packed from there when the [`Format`] says so. Attention reads records and
+/// rings of all sequences in one launch.
+///
+/// Decoding never waits for the device. So NaN or an infinity among the entries is reported by a later
+/// call, once they have been packed: the sequence is then poisoned. [`append`](Self::append) with
+/// several tokens for a sequence waits, and reports it itself; so does [`fork`](Self::fork).
+///
+/// A clone shares the records. Where both have a sequence, both are poisoned if one is.
+#[derive(Debug, Clone)]
+pub struct CudaPool {
+    pub(super) shape: AttentionShape,
+    pub(super) format: Format,
+    pub(super) layout: Layout,
+    pub(super) device: CudaDevice,
+    pub(super) kernels: Kernels,
+    status: Arc<Status>,
+    /// Of the rings; the first entries decide.
+    pub(super) dtype: Option<DType>,
+    capacity: Option<usize>,
+    pub(super) records: Shared,
+    pub(super) seqs: BTreeMap<SeqId, Sequence>,
+}
+
+impl CudaPool {
+    /// An empty pool that takes at most `capacity` bytes for records and rings in use.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if there are no kernels for the format, the heads or the device,
+    /// saying what they need.
+    pub fn new(
+        shape: AttentionShape,
+        format: Format,
+        device: &CudaDevice,
+        capacity: Option<usize>,
+    ) -> Result<Self> {
+        let lacks = |what: &str| {
+            Error::Unsupported(format!("this format on a CUDA device: its kernels need {what}"))
+        };
+        if shape.value_dim != shape.head_dim {
+            return Err(lacks("keys and values of the same width"));
+        }
+        let layout = Layout::of(format, shape.head_dim).map_err(lacks)?;
+        let kernels = Kernels::load(device, layout)?
+            .ok_or_else(|| lacks("more shared memory than this device has"))?;
+        let status = Arc::new(Status::new(device.cuda_stream().context())?);
+        let records = Records::new(device.cuda_stream(), layout.record());
+        Ok(Self {
+            shape,
+            format,
+            layout,
+            device: device.clone(),
+            kernels,
+            status,
+            dtype: None,
+            capacity,
+            records,
+            seqs: BTreeMap::new(),
+        })
+    }
+
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    pub fn with_capacity(self, bytes: usize) -> Self {
+        Self { capacity: Some(bytes), ..self }
+    }
+
+    pub fn capacity(&self) -> Option<usize> {
+        self.capacity
+    }
+
+    pub(super) fn stream(&self) -> Arc<CudaStream> {
+        self.device.cuda_stream()
+    }
+
+    pub(super) fn ring_places(&self) -> usize {
+        ring_places(self.format, self.layout)
+    }
+
+    /// Numbers of the ring of a kv head.
+    pub(super) fn ring_numbers(&self) -> usize {
+        self.ring_places() * self.shape.head_dim
+    }
+
+    fn ring_bytes(&self) -> usize {
+        4 * self.shape.kv_heads * self.ring_numbers()
+    }
+
+    pub(super) fn sequence(&self, seq: SeqId) -> Result<&Sequence> {
+        self.seqs.get(&seq).ok_or(Error::UnknownSequence(seq))
+    }
+
+    pub(super) fn status(&self) -> &Status {
+        &self.status
+    }
+
+    /// Whether a sequence can go on: it has met no numbers that can't be packed, and no call with it
+    /// has failed midway.
+    pub(super) fn check(&self, seq: SeqId) -> Result<()> {
+        let Some(sequence) = self.seqs.get(&seq) else { return Ok(()) };
+        match &sequence.poisoned {
+            Some(reason) => Err(Error::Poisoned { seq, reason: reason.clone() }),
+            None => self.status.check(sequence.number, seq),
+        }
+    }
+
+    pub fn is_on(&self, device: &Device) -> bool {
+        device.same_device(&Device::Cuda(self.device.clone()))
+    }
+
+    /// A tensor on the pool's device in its dtype.
+    pub(super) fn fit(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
+        if self.is_on(x.device()) {
+            return Ok(x.to_dtype(dtype)?.contiguous()?);
+        }
+        let got = format!("one on {:?}", x.device().location());
+        Err(Error::mismatch("tensor", "one on the store's device", got))
+    }
+
+    /// Records and sequences that the batch's tokens add.
+    fn need(&self, batch: &Batch) -> (usize, usize) {
+        let (format, group, kv_heads) = (self.format, self.layout.group, self.shape.kv_heads);
+        let mut need = (0, 0);
+        for (seq, tokens) in batch.iter() {
+            match self.seqs.get(&seq) {
+                Some(sequence) => {
+                    let of = |head: &Head| head.need(format, group, tokens.len());
+                    need.0 += sequence.heads.iter().map(of).sum::<usize>();
+                }
+                None => {
+                    need.0 += kv_heads * (format.ready(tokens.len(), tokens.len()).0 / group);
+                    need.1 += 1;
+                }
+            }
+        }
+        need
+    }
+
+    fn free_bytes(&self) -> usize {
+        let used = lock(&self.records).used() * self.layout.record();
+        let used = used + self.seqs.len() * self.ring_bytes();
+        self.capacity.map_or(usize::MAX, |capacity| capacity.saturating_sub(used))
+    }
+
+    /// Gives how many bytes are free, if so many are.
+    pub(super) fn check_room(&self, asked: usize) -> Result<usize> {
+        let free = self.free_bytes();
+        if asked > free {
+            return Err(Error::PoolFull { what: "pool of packed records".into(), asked, free });
+        }
+        Ok(free)
+    }
+
+    /// Checks that there is room for the batch's tokens. Gives the records that they take, and how
+    /// many bytes are free.
+    fn room_for(&self, batch: &Batch) -> Result<(usize, usize)> {
+        let (records, seqs) = self.need(batch);
+        let free = self.check_room(records * self.layout.record() + seqs * self.ring_bytes())?;
+        Ok((records, free))
+    }
+
+    pub fn check_append(&self, batch: &Batch) -> Result<()> {
+        self.room_for(batch).map(|_| ())
+    }
+
+    pub fn can_append(&self, batch: &Batch) -> bool {
+        self.room_for(batch).is_ok()
+    }
+
+    /// Makes room for the batch's tokens, and begins sequences that are not known. Gives those.
+    pub(super) fn make_room(&mut self, batch: &Batch) -> Result<Vec<SeqId>> {
+        let (count, free) = self.room_for(batch)?;
+        lock(&self.records).reserve(count, free / self.layout.record())?;
+        let mut new = Vec::new();
+        for (seq, tokens) in batch.iter() {
+            let done = self.make_room_for(seq, tokens.len(), &mut new);
+            if let Err(error) = done {
+                self.forget(&new);
+                return Err(error);
+            }
+        }
+        Ok(new)
+    }
+
+    fn make_room_for(&mut self, seq: SeqId, tokens: usize, new: &mut Vec<SeqId>) -> Result<()> {
+        let (stream, format, group) = (self.stream(), self.format, self.layout.group);
+        if !self.seqs.contains_key(&seq) {
+            let (heads, number) = (self.shape.kv_heads, self.status.begin());
+            let sizes = (heads, self.ring_numbers());
+            let sequence = Sequence::new(&stream, &self.records, sizes, number)?;
+            self.seqs.insert(seq, sequence);
+            new.push(seq);
+        }
+        let Some(sequence) = self.seqs.get_mut(&seq) else { return Ok(()) };
+        let records = |head: &Head| head.packed_at(format, head.len + tokens).keys / group;
+        let records = sequence.heads.iter().map(records).max().unwrap_or(0);
+        sequence.reserve(&stream, records)
+    }
+
+    /// Removes sequences that a call which failed has begun.
+    pub(super) fn forget(&mut self, new: &[SeqId]) {
+        new.iter().for_each(|seq| _ = self.seqs.remove(seq));
+    }
+
+    /// The same, and poisons the others: some of their tokens may have been taken in.
+    pub(super) fn poison(&mut self, batch: &Batch, new: &[SeqId], error: &Error) {
+        self.forget(new);
+        for seq in batch.seqs() {
+            if let Some(sequence) = self.seqs.get_mut(seq) {
+                sequence.poisoned = Some(error.to_string());
+            }
+        }
+    }
+
+    /// One share of work for each kv head of the batch's sequences: all of it. `columns` of q are
+    /// told by tokens.
+    pub(super) fn heads_of(&self, batch: &Batch) -> Result<Vec<Work>> {
+        let (stream, ring) = (self.stream(), self.ring_places());
+        let mut work = Vec::with_capacity(batch.seqs().len() * self.shape.kv_heads);
+        for (seq, tokens) in batch.iter() {
+            self.check(seq)?;
+            for kv_head in 0..self.shape.kv_heads {
+                let mut own = Work {
+                    kv_head: kv_head as i32,
+                    queries: tokens.len() as i32,
+                    first_token: tokens.start as i32,
+                    ..Work::default()
+                };
+                if let Some(sequence) = self.seqs.get(&seq) {
+                    let head = &sequence.heads[kv_head];
+                    let at = sequence.addresses(&stream, kv_head, self.ring_numbers());
+                    (own.table, own.ring_k, own.ring_v) = (at.table, at.ring_k, at.ring_v);
+                    own.packed = head.packed.values as i32;
+                    own.residual = head.residual() as i32;
+                    own.ring_start = ((head.packed.values + head.shift) % ring) as i32;
+                }
+                work.push(own);
+            }
+        }
+        Ok(work)
+    }
+
+    pub fn contains(&self, seq: SeqId) -> bool {
+        self.seqs.contains_key(&seq)
+    }
+
+    pub fn lens(&self, seq: SeqId) -> Vec<usize> {
+        let lens = |sequence: &Sequence| sequence.heads.iter().map(|head| head.len).collect();
+        self.seqs.get(&seq).map_or(Vec::new(), lens)
+    }
+
+    pub fn seqs(&self) -> Vec<SeqId> {
+        self.seqs.keys().copied().collect()
+    }
+
+    pub fn clear(&mut self) {
+        self.seqs.clear();
+        lock(&self.records).shrink();
+        self.dtype = None;
+    }
+
+    /// Bytes of the codes and of the scales in a head's records.
+    fn record_bytes(&self, head: &Head) -> (usize, usize) {
+        let (layout, d) = (self.layout, self.shape.head_dim);
+        let (keys, tiles) = (head.packed.keys, head.packed.tiles);
+        let scales = keys / layout.group * 4 * d + tiles * 4 * TILE * layout.value_groups();
+        ((keys / TILE + tiles) * layout.codes(), scales)
+    }
+
+    /// Records that sequences share count once in the whole, in full for each sequence.
+    pub fn footprint(&self) -> Footprint {
+        let mut whole = self.seqs.keys().map(|&seq| self.seq_footprint(seq)).sum::<Footprint>();
+        let held: usize = self.seqs.values().flat_map(|of| &of.heads).map(Self::records_of).sum();
+        let (size, records) = (self.layout.record(), lock(&self.records));
+        let shared = held - records.used().min(held);
+        // What is shared is whole records, but for a few that are being filled.
+        let (codes, groups) = (self.layout.codes(), self.layout.group / TILE);
+        let codes = (shared * 2 * groups * codes).min(whole.payload);
+        let scales = (shared * size).saturating_sub(codes).min(whole.scales);
+        (whole.payload, whole.scales) = (whole.payload - codes, whole.scales - scales);
+        whole.slack += records.bytes() - records.used() * size;
+        whole
+    }
+
+    fn records_of(head: &Head) -> usize {
+        head.table.numbers().len()
+    }
+
+    pub fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        let Some(sequence) = self.seqs.get(&seq) else { return Footprint::default() };
+        let mut bytes = Footprint { bookkeeping: sequence.table_bytes(), ..Footprint::default() };
+        for head in &sequence.heads {
+            let (codes, scales) = self.record_bytes(head);
+            bytes.payload += codes;
+            bytes.scales += scales;
+            bytes.residual += head.residual() * self.shape.head_dim * 4;
+            bytes.slack += Self::records_of(head) * self.layout.record() - codes - scales;
+        }
+        bytes.slack += sequence.ring_bytes() - bytes.residual;
+        bytes
+    }
+
+    /// Waits for the device.
+    pub(super) fn synchronize(&self) -> Result<()> {
+        self.stream().synchronize().map_err(wrap)
+    }
+}

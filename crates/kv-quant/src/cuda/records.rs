@@ -1,0 +1,149 @@
+//! Records: blocks of one size in slabs of device memory, counted by the tables that hold them.
+
+use super::wrap;
+use candle_core::cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use longctx_core::Result;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The smallest slab, in bytes.
+const SLAB: usize = 1 << 20;
+
+/// The records of one pool. Several tables hold one record only if what it will ever contain is
+/// settled.
+#[derive(Debug)]
+pub struct Records {
+    stream: Arc<CudaStream>,
+    /// Bytes of a record.
+    size: usize,
+    slabs: Vec<CudaSlice<u8>>,
+    /// By record number.
+    addresses: Vec<u64>,
+    counts: Vec<u32>,
+    free: Vec<u32>,
+}
+
+/// Records that several tables take from.
+pub type Shared = Arc<Mutex<Records>>;
+
+pub fn lock(records: &Shared) -> MutexGuard<'_, Records> {
+    // Every change is complete before anything can panic.
+    records.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Records {
+    pub fn new(stream: Arc<CudaStream>, size: usize) -> Shared {
+        let (slabs, addresses, counts, free) = Default::default();
+        Arc::new(Mutex::new(Self { stream, size, slabs, addresses, counts, free }))
+    }
+
+    /// Records that tables hold.
+    pub fn used(&self) -> usize {
+        self.addresses.len() - self.free.len()
+    }
+
+    /// Bytes of all slabs.
+    pub fn bytes(&self) -> usize {
+        self.slabs.iter().map(CudaSlice::len).sum()
+    }
+
+    /// Makes sure that `count` records are free. At most `room` are allocated beyond those in use,
+    /// unless `count` is more.
+    pub fn reserve(&mut self, count: usize, room: usize) -> Result<()> {
+        if count <= self.free.len() {
+            return Ok(());
+        }
+        // A quarter more than there is, so that growth is rare.
+        let wanted = (self.addresses.len() / 4).max(SLAB / self.size);
+        let wanted = wanted.min(room.saturating_sub(self.free.len()));
+        let count = wanted.max(count - self.free.len());
+        // SAFETY: a tile of a record is written before it is read.
+        let slab = unsafe { self.stream.alloc::<u8>(count * self.size) }.map_err(wrap)?;
+        let (base, first) = (slab.device_ptr(&self.stream).0, self.addresses.len() as u32);
+        self.addresses.extend((0..count).map(|i| base + (i * self.size) as u64));
+        self.counts.resize(self.addresses.len(), 0);
+        self.free.extend((first..self.addresses.len() as u32).rev());
+        self.slabs.push(slab);
+        Ok(())
+    }
+
+    fn release(&mut self, number: u32) {
+        let count = &mut self.counts[number as usize];
+        *count -= 1;
+        if *count == 0 {
+            self.free.push(number);
+        }
+    }
+
+    /// Gives the slabs back if no record is in use.
+    pub fn shrink(&mut self) {
+        if self.used() == 0 {
+            self.slabs.clear();
+            self.addresses.clear();
+            self.counts.clear();
+            self.free.clear();
+        }
+    }
+}
+
+/// The block table of a kv head, as the host has it. A clone shares the records.
+#[derive(Debug)]
+pub struct Table {
+    records: Shared,
+    numbers: Vec<u32>,
+}
+
+impl Table {
+    pub fn new(records: &Shared) -> Self {
+        Self { records: records.clone(), numbers: Vec::new() }
+    }
+
+    pub fn numbers(&self) -> &[u32] {
+        &self.numbers
+    }
+
+    /// Where the records from the table's `first` place on lie.
+    pub fn addresses(&self, first: usize) -> Vec<u64> {
+        let records = lock(&self.records);
+        self.numbers[first..].iter().map(|&number| records.addresses[number as usize]).collect()
+    }
+
+    /// Adds `count` records.
+    pub fn take(&mut self, count: usize) -> Result<()> {
+        let mut records = lock(&self.records);
+        records.reserve(count, usize::MAX)?;
+        let rest = records.free.len() - count;
+        for number in records.free.split_off(rest) {
+            records.counts[number as usize] = 1;
+            self.numbers.push(number);
+        }
+        Ok(())
+    }
+
+    /// Gives back the records for whose places `keep` is false.
+    pub fn retain(&mut self, keep: impl Fn(usize) -> bool) {
+        let mut records = lock(&self.records);
+        let mut place = 0;
+        self.numbers.retain(|&number| {
+            let kept = keep(place);
+            place += 1;
+            if !kept {
+                records.release(number);
+            }
+            kept
+        });
+    }
+}
+
+impl Clone for Table {
+    fn clone(&self) -> Self {
+        let mut records = lock(&self.records);
+        self.numbers.iter().for_each(|&number| records.counts[number as usize] += 1);
+        Self { records: self.records.clone(), numbers: self.numbers.clone() }
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        self.retain(|_| false);
+    }
+}

@@ -1,0 +1,67 @@
+//! What decides questions and answers beside the settings, for a run's manifest. Only what the
+//! chosen settings and tasks depend on: a run may grow by others.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::Result;
+use longctx_eval::{Setting, Task, content_hash, longbench};
+
+use super::{Chosen, DATA, NEEDLES, TaskArgs};
+
+type Conditions = BTreeMap<String, String>;
+
+impl Chosen {
+    /// Of the settings: how prompts are fed, the content of the models, and what methods are given.
+    pub fn conditions(&self, settings: &[Setting]) -> Result<Conditions> {
+        let mut all = Conditions::new();
+        let chunk = self.prefill_chunk.map_or("all at once".into(), |chunk| chunk.to_string());
+        all.insert("prefill_chunk".into(), chunk);
+        for setting in settings {
+            all.insert(format!("model {}", setting.model), content(&setting.model)?);
+        }
+        let uses = |method: &str| settings.iter().any(|setting| setting.method.starts_with(method));
+        if uses("llmlingua2") {
+            let content = content(&self.encoder)?;
+            all.insert("encoder".into(), format!("{}: {content}", self.encoder));
+        }
+        if uses("duo-attention") {
+            let heads = self.heads.as_deref().map(content_hash).transpose()?;
+            all.insert("heads".into(), heads.unwrap_or_else(|| "measured".into()));
+        }
+        Ok(all)
+    }
+}
+
+impl TaskArgs {
+    /// Of the tasks: the content of data and haystack, and what samples' names don't tell.
+    pub fn conditions(&self, tasks: &[Box<dyn Task>], settings: &[Setting]) -> Result<Conditions> {
+        let mut all = Conditions::new();
+        let data = self.data.as_deref().unwrap_or(Path::new(DATA));
+        for name in longbench::names().filter(|name| tasks.iter().any(|task| task.name() == *name))
+        {
+            let file = data.join(format!("{name}.jsonl"));
+            all.insert(format!("data {name}"), content_hash(&file)?);
+        }
+        if tasks.iter().any(|task| NEEDLES.contains(&task.name())) {
+            let haystack = self.haystack.as_deref().map(content_hash).transpose()?;
+            all.insert("haystack".into(), haystack.unwrap_or_else(|| "generated".into()));
+            if let (Some(first), false) = (settings.first(), self.needle_tokens.is_empty()) {
+                all.insert("needle_tokens counted by".into(), first.model.clone());
+            }
+        }
+        if tasks.iter().any(|task| task.name() == "multi-needle") {
+            all.insert("distractors".into(), self.distractors.to_string());
+        }
+        Ok(all)
+    }
+}
+
+/// The digest of a file or folder; what the Hub has by a name is not looked into.
+fn content(name: &str) -> Result<String> {
+    let path = Path::new(name);
+    match path.exists() {
+        true => Ok(content_hash(path)?),
+        false => Ok("as the Hub has it".into()),
+    }
+}

@@ -1,0 +1,65 @@
+//! Where examples write: to a reader that may go away, and to a folder that may refuse.
+
+use std::fmt::Arguments;
+use std::fs;
+use std::io::{self, ErrorKind, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+/// As `println!`, but nothing happens once the reader has gone away (`| head`): what is left to do,
+/// saving above all, is done.
+#[macro_export]
+macro_rules! say {
+    ($($words:tt)*) => { $crate::output::line(format_args!($($words)*)) };
+}
+
+/// What [`say!`] does.
+pub fn line(words: Arguments<'_>) {
+    if let Err(error) = writeln!(io::stdout(), "{words}")
+        && error.kind() != ErrorKind::BrokenPipe
+    {
+        eprintln!("standard output: {error}");
+    }
+}
+
+/// Makes the folder, and a file in it for a moment: what can't be written to is found before the
+/// work.
+pub fn check_writable(folder: &Path) -> Result<()> {
+    let name = || format!("{}: can't be written to", folder.display());
+    fs::create_dir_all(folder).with_context(name)?;
+    let probe = folder.join(format!(".writable-{}", std::process::id()));
+    fs::write(&probe, "").with_context(name)?;
+    fs::remove_file(&probe).with_context(name)
+}
+
+/// A number on the command line, from `LEAST` to `MOST`.
+pub fn number<const LEAST: usize, const MOST: usize>(text: &str) -> Result<usize, String> {
+    let fits = |number: &usize| (LEAST..=MOST).contains(number);
+    text.parse().ok().filter(fits).ok_or_else(|| format!("expected {LEAST} to {MOST}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_without_end_are_refused() {
+        let words = number::<1, 1000>;
+        assert_eq!((words("1"), words("1000")), (Ok(1), Ok(1000)));
+        for text in ["0", "1001", "18446744073709551615", "99999999999999999999", "-1", "x"] {
+            assert_eq!(words(text).unwrap_err(), "expected 1 to 1000");
+        }
+    }
+
+    #[test]
+    fn folders_that_refuse_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        check_writable(&folder.path().join("a/b")).unwrap();
+        assert_eq!(fs::read_dir(folder.path().join("a/b")).unwrap().count(), 0);
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = format!("{:#}", check_writable(&file.join("c")).unwrap_err());
+        assert!(error.contains("file/c: can't be written to"), "{error}");
+    }
+}

@@ -1,0 +1,114 @@
+//! The programs as they are called: what a shell sees of them. `cargo test` builds them beside
+//! this.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+/// A program of this package.
+fn program(name: &str) -> Command {
+    let deps = std::env::current_exe().unwrap();
+    let folder: PathBuf = deps.parent().and_then(Path::parent).unwrap().join("examples");
+    Command::new(folder.join(name))
+}
+
+fn run(program: &mut Command) -> (bool, String) {
+    let Output { status, stdout, stderr } = program.output().unwrap();
+    let said = format!("{}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+    assert!(!said.contains("panicked"), "{said}");
+    (status.success(), said)
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_fault() {
+    let mut child = program("longctx-eval")
+        .arg("list")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.is_empty(), "{said}");
+}
+
+#[test]
+fn a_run_of_which_every_sample_failed_has_failed() {
+    let out = tempfile::tempdir().unwrap();
+    let (succeeded, said) = run(program("longctx-eval")
+        .args(["run", "--settings", "dense-f16", "--model", "/nowhere/model.gguf"])
+        .args(["--tasks", "recall", "--long-samples", "3", "--out"])
+        .arg(out.path()));
+    assert!(!succeeded && said.contains("all 3 samples failed"), "{said}");
+}
+
+#[test]
+fn a_folder_that_refuses_is_found_before_the_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("text");
+    std::fs::write(&text, "word ".repeat(1000)).unwrap();
+    let out = text.join("out");
+    let model = ["--model", "/nowhere/model.gguf"];
+    let calls = [
+        ("compare", vec![]),
+        ("longctx-eval", vec!["run", "--settings", "dense-f16", "--tasks", "recall"]),
+        (
+            "longctx-eval",
+            vec!["agree", "--settings", "dense-f16", "--text", text.to_str().unwrap()],
+        ),
+    ];
+    for (name, arguments) in calls {
+        let (succeeded, said) =
+            run(program(name).args(arguments).args(model).arg("--out").arg(&out));
+        assert!(!succeeded && said.contains("text/out: can't be written to"), "{said}");
+    }
+}
+
+#[test]
+fn numbers_without_end_are_refused() {
+    let most = u64::MAX.to_string();
+    let calls: [(&str, &[&str], &str); 5] = [
+        ("compare", &[], "--words"),
+        ("compare", &[], "--digits"),
+        ("longctx-eval", &["run", "--settings", "x", "--out", "x"], "--needle-words"),
+        ("longctx-eval", &["run", "--settings", "x", "--out", "x"], "--items"),
+        ("longctx-eval", &["agree", "--settings", "x", "--out", "x", "--text", "x"], "--words"),
+    ];
+    for (name, arguments, option) in calls {
+        let (succeeded, said) = run(program(name).args(arguments).args([option, &most]));
+        assert!(!succeeded && said.contains("expected ") && said.contains(option), "{said}");
+    }
+}
+
+#[test]
+fn a_run_with_other_conditions_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, model) = (folder.path().join("out"), folder.path().join("model.gguf"));
+    let call = |more: &[&str]| {
+        run(program("longctx-eval")
+            .args([
+                "run",
+                "--settings",
+                "dense-f16",
+                "--tasks",
+                "multi-needle",
+                "--needle-words",
+                "50",
+            ])
+            .args(["--needle-depths", "1", "--needle-repeats", "1", "--model"])
+            .arg(&model)
+            .arg("--out")
+            .arg(&out)
+            .args(more))
+        .1
+    };
+    let text = folder.path().join("text");
+    std::fs::write(&text, "some words ").unwrap();
+    std::fs::write(&model, "no model").unwrap();
+    assert!(call(&[]).contains("all 1 samples failed"));
+    assert!(call(&["--distractors", "5"]).contains("`distractors`: expected 4"));
+    assert!(call(&["--prefill-chunk", "64"]).contains("`prefill_chunk`"));
+    assert!(call(&["--haystack", text.to_str().unwrap()]).contains("`haystack`"));
+    std::fs::write(&model, "another").unwrap();
+    assert!(call(&[]).contains("`model "));
+}
