@@ -18,6 +18,8 @@ mod task;
 pub use error::{Error, Result};
 pub use haystack::{Haystack, word_range};
 pub use measure::{Agreement, Forced};
+#[cfg(feature = "http")]
+pub use run::Server;
 pub use run::{
     Answer, Event, Fault, Limits, Manifest, Methods, Plan, Question, Reader, Record, Shard,
     Subject, Summary, Text, Timings, content_hash, records, run,

@@ -73,10 +73,7 @@ pub enum Verdict {
 impl Difference {
     /// The differences of `setting` to `reference`; `None` if they share no sample.
     pub fn between(records: &[Record], setting: &str, reference: &str) -> Option<Self> {
-        let of = |name: &str| records.iter().filter(move |record| record.setting == name);
-        let own: Vec<&Record> = of(setting).collect();
-        let theirs: Vec<&Record> = of(reference).collect();
-        Self::of_pairs(&own, &theirs)
+        Self::of_pairs(&of_setting(records, setting), &of_setting(records, reference))
     }
 
     /// The same for the results of two runs.
@@ -111,6 +108,11 @@ impl Difference {
             () => Verdict::Unsure,
         }
     }
+}
+
+/// A setting's results.
+pub fn of_setting<'a>(records: &'a [Record], setting: &str) -> Vec<&'a Record> {
+    records.iter().filter(|record| record.setting == setting).collect()
 }
 
 /// A setting's mean score and its interval; tasks weigh alike within a category, and categories alike.
