@@ -1,5 +1,6 @@
 //! What is packed how: bits, groups, and when tokens leave full precision.
 
+use crate::pool::memory::BlockLayout;
 use crate::{Error, Result};
 
 /// Bits of a code.
@@ -548,6 +549,19 @@ impl Format {
             Flush::Rolling(_) => self.chunk(),
             _ => 0,
         }
+    }
+
+    /// Bits of a packed number, with its share of scales, zeros and factors, over keys of `head_dim` and
+    /// values of `value_dim` channels. Tokens in full precision and tables come on top.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for no channels.
+    pub fn bits_per_number(&self, head_dim: usize, value_dim: usize) -> Result<f64> {
+        if self.flush == Flush::Never {
+            return Ok(16.0);
+        }
+        let block = BlockLayout::new(self, head_dim, value_dim)?;
+        Ok(block.bits() as f64 / (self.chunk() * (head_dim + value_dim)) as f64)
     }
 
     /// Of so many keys and values in full precision, how many are to be packed now.

@@ -7,16 +7,19 @@ use crate::layout::Line;
 use crate::levels::{Levels, float8_bits, float8_unit};
 use half::f16;
 use std::arch::x86_64::{
-    __m512, __m512i, _mm256_loadu_si256, _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps,
-    _mm512_cvtepi32_ps, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
-    _mm512_permutexvar_ps, _mm512_rol_epi32, _mm512_ror_epi32, _mm512_set1_epi32, _mm512_set1_ps,
+    __m512, __m512i, _mm256_loadu_si256, _mm512_add_epi8, _mm512_add_ps, _mm512_and_si512,
+    _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_mask_shuffle_epi8, _mm512_permutexvar_ps, _mm512_rol_epi32,
+    _mm512_ror_epi32, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_epi64, _mm512_set1_ps,
     _mm512_setzero_ps, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_srai_epi32,
-    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_ternarylogic_epi32,
+    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_ternarylogic_epi32, _mm512_testn_epi8_mask,
 };
 
 /// The kernels, if this machine has what they need.
 pub fn kernels() -> Option<Kernels> {
-    std::arch::is_x86_feature_detected!("avx512f").then_some(Kernels {
+    let has = std::arch::is_x86_feature_detected!("avx512f")
+        && std::arch::is_x86_feature_detected!("avx512bw");
+    has.then_some(Kernels {
         name: "AVX-512",
         accumulate,
         // SAFETY: AVX-512F is there.
@@ -50,7 +53,7 @@ fn accumulate(
 }
 
 /// # Safety
-/// AVX-512F, and what [`run`](super::run) checks; rows `first` to `first + R` are among `x.count`.
+/// AVX-512F and BW, and what [`run`](super::run) checks; rows `first` to `first + R` are among `x.count`.
 unsafe fn by_format<const R: usize>(
     panel: Panel<'_>,
     params: Params<'_>,
@@ -121,7 +124,7 @@ fn first_byte(panel: &Panel<'_>) -> f32 {
 ///
 /// # Safety
 /// As [`by_format`], and `W` and `FORM` are the panel's.
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn rows<const R: usize, const W: usize, const FORM: u32>(
     panel: Panel<'_>,
     params: Params<'_>,
@@ -146,6 +149,10 @@ unsafe fn rows<const R: usize, const W: usize, const FORM: u32>(
         ahead.next().into_iter().for_each(prefetch);
         let mut words = load::<W>(lines);
         let mut high = [_mm512_setzero_si512(); W];
+        if FORM == E4M3 {
+            high = words.map(|words| _mm512_rol_epi32::<24>(words));
+            words = words.map(|words| _mm512_rol_epi32::<20>(normalized(words)));
+        }
         if FORM == TABLE_3 {
             high = load::<W>(&panel.high[word / 2 * W..][..W]);
             // The upper bit of the next code goes to place 2.
@@ -168,12 +175,17 @@ unsafe fn rows<const R: usize, const W: usize, const FORM: u32>(
                     look_up(codes, table, scale, zero)
                 }
                 BYTES => bytes(words, scale, zero + first_byte * scale),
-                E4M3 => floats::<W, 4>(words, Float8::E4m3, scale, zero),
-                _ => floats::<W, 3>(words, Float8::E5m2, scale, zero),
+                E4M3 => {
+                    let values = e4m3(words, high, scale, zero);
+                    high = high.map(|high| _mm512_ror_epi32::<8>(high));
+                    values
+                }
+                _ => e5m2(words, scale, zero),
             };
             words = match FORM {
                 TABLE_2 | TABLE_3 => words.map(|words| _mm512_srli_epi32::<2>(words)),
                 TABLE_4 => words.map(|words| _mm512_srli_epi32::<4>(words)),
+                E4M3 => words.map(|words| _mm512_ror_epi32::<8>(words)),
                 _ => words.map(|words| _mm512_srli_epi32::<8>(words)),
             };
             for (r, sums) in sums.iter_mut().enumerate() {
@@ -232,17 +244,50 @@ fn bytes<const W: usize>(words: [__m512i; W], scale: f32, zero: f32) -> [__m512;
     })
 }
 
-/// The lowest byte of each word as a floating-point number, dequantized. `SHIFT` is the format's.
+/// The magnitudes of e4m3 codes with 5 bits of exponent, so that subnormal numbers, which processors
+/// multiply slowly, become normal ones.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn normalized(codes: __m512i) -> __m512i {
+    // A subnormal code m stands for m * 2^-9. Others have their exponent raised by 3.
+    const SUBNORMAL: i64 = i64::from_le_bytes([0, 8, 16, 20, 24, 26, 28, 30]);
+    let magnitudes = _mm512_and_si512(codes, _mm512_set1_epi8(0x7f));
+    let raised = _mm512_add_epi8(magnitudes, _mm512_set1_epi8(24));
+    let subnormal = _mm512_testn_epi8_mask(codes, _mm512_set1_epi8(0x78));
+    let table = _mm512_set1_epi64(SUBNORMAL);
+    _mm512_mask_shuffle_epi8(raised, subnormal, table, magnitudes)
+}
+
+/// Numbers of which the magnitudes, [`normalized`], are in bits 20 to 27 and the signs in bit 31,
+/// dequantized.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn floats<const W: usize, const SHIFT: u32>(
-    words: [__m512i; W],
-    kind: Float8,
+fn e4m3<const W: usize>(
+    magnitudes: [__m512i; W],
+    signs: [__m512i; W],
     scale: f32,
     zero: f32,
 ) -> [__m512; W] {
-    let mask = _mm512_set1_epi32(float8_bits(kind).1 as i32);
-    let (scale, zero) = (_mm512_set1_ps(scale * float8_unit(kind)), _mm512_set1_ps(zero));
+    // The exponents' bias of 7 has grown by 3.
+    const UNIT: f32 = f32::from_bits((127 + 117) << 23);
+    let (scale, zero) = (_mm512_set1_ps(scale * UNIT), _mm512_set1_ps(zero));
+    std::array::from_fn(|i| {
+        let magnitude = _mm512_and_si512(magnitudes[i], _mm512_set1_epi32(0x0ff0_0000));
+        let sign = _mm512_set1_epi32(i32::MIN);
+        // magnitude | signs & sign
+        let number = _mm512_ternarylogic_epi32::<0xf8>(magnitude, signs[i], sign);
+        _mm512_fmadd_ps(_mm512_castsi512_ps(number), scale, zero)
+    })
+}
+
+/// The lowest byte of each word as an e5m2 number, dequantized.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn e5m2<const W: usize>(words: [__m512i; W], scale: f32, zero: f32) -> [__m512; W] {
+    const SHIFT: u32 = float8_bits(Float8::E5m2).0;
+    let mask = _mm512_set1_epi32(float8_bits(Float8::E5m2).1 as i32);
+    let scale = _mm512_set1_ps(scale * float8_unit(Float8::E5m2));
+    let zero = _mm512_set1_ps(zero);
     words.map(|words| {
         let moved = _mm512_srai_epi32::<SHIFT>(_mm512_slli_epi32::<24>(words));
         let number = _mm512_castsi512_ps(_mm512_and_si512(moved, mask));

@@ -71,6 +71,12 @@ impl BlockLayout {
         self.value_part.end()
     }
 
+    /// Bits of codes, scales, zeros and factors.
+    pub fn bits(&self) -> usize {
+        let of = |part: &Part| part.codes * 8 * size_of::<Line>() + 8 * part.param_bytes();
+        of(&self.key_part) + of(&self.value_part)
+    }
+
     /// The keys of a block that holds `rows` of them.
     pub fn keys<'a>(&self, block: &'a [Line], rows: usize) -> PackedRef<'a> {
         self.key_part.view(self.keys, block, rows)
@@ -99,8 +105,11 @@ impl BlockLayout {
 impl Part {
     /// The line after the last.
     fn end(&self) -> usize {
-        let params = (self.scales + self.zeros + self.factors) * size_of::<f16>();
-        self.start + self.codes + params.div_ceil(size_of::<Line>())
+        self.start + self.codes + self.param_bytes().div_ceil(size_of::<Line>())
+    }
+
+    fn param_bytes(&self) -> usize {
+        (self.scales + self.zeros + self.factors) * size_of::<f16>()
     }
 
     /// The matrix in the lines from its first on.
