@@ -51,7 +51,7 @@ const METHODS: [&str; 23] = [
 #[derive(Parser)]
 #[command(about = "Perplexity over packed caches")]
 struct Args {
-    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
+    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
     #[arg(long)]
     model: Option<String>,
     /// A folder of text, or a text file
@@ -74,10 +74,7 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     ensure!(args.block > 0 && args.context > 1 && args.contexts > 0, "sizes must be positive");
-    let name = match &args.model {
-        Some(name) => name.clone(),
-        None => model::smollm2()?.display().to_string(),
-    };
+    let name = model::named(args.model.as_deref())?;
     let llm = Pretrained::open(&name, &LoadOptions::default())?;
     let contexts = contexts(&args, &llm)?;
     println!("| method | perplexity | over f16 | compression | seconds |");
