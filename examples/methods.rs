@@ -134,7 +134,7 @@ impl Method {
                         Some(bytes) => store.with_capacity(bytes),
                         None => store,
                     };
-                    policy.cache(spec.clone(), store, size, format.keys().group)?
+                    policy.cache(spec.clone(), store, size, format.chunk())?
                 }
             },
         })

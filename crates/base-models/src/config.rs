@@ -175,6 +175,15 @@ impl Config {
         architectures::read(&Fields::new(path, &json)?)
     }
 
+    /// Reads the metadata of a GGUF file; its weights are left alone.
+    ///
+    /// # Errors
+    /// As [`Pretrained::from_gguf`](crate::Pretrained::from_gguf), but for what concerns weights and
+    /// tokenizer.
+    pub fn from_gguf(path: &Path) -> Result<Self> {
+        crate::gguf::Gguf::open(path, &crate::LoadOptions::default())?.config()
+    }
+
     /// Reads a folder's `config.json` and, if it is there, `generation_config.json`, whose end
     /// tokens come first.
     ///

@@ -7,12 +7,10 @@
 //! module, which a capture does not allow.
 #![allow(unsafe_code)]
 
-mod image;
 mod prefill;
 mod silu_mul;
 mod tensor;
 
-pub(crate) use image::{Image, driver};
 pub use prefill::{Half, PAGE, PrefillArgs, has_prefill, prefill};
 pub use silu_mul::{SiluMulArgs, silu_mul};
-pub(crate) use tensor::address;
+pub use tensor::address;

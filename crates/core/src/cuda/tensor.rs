@@ -5,7 +5,11 @@ use candle_core::cuda::cudarc::driver::DevicePtr;
 use candle_core::{DType, Storage, Tensor, backend::BackendStorage};
 use half::{bf16, f16};
 
-/// The device address of a tensor's first number.
+/// The device address of a tensor's first number: u32, f32, f16 or bf16. It is valid as long as the
+/// tensor's memory.
+///
+/// # Errors
+/// [`Error::Mismatch`] for a tensor elsewhere or of another type.
 pub fn address(x: &Tensor) -> Result<u64> {
     let (storage, layout) = x.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else {

@@ -1,0 +1,38 @@
+//! Compiles a crate's kernels in its build script.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Machine code for compute capability 8.0 (which runs on all of 8.x) and 9.0 with its own
+/// instructions, PTX for newer ones.
+const TARGETS: [&str; 3] = [
+    "arch=compute_80,code=sm_80",
+    "arch=compute_90a,code=sm_90a",
+    "arch=compute_90,code=compute_90",
+];
+
+/// Compiles `kernels/NAME.cu` for each name, one process each, to what `image!("NAME")` includes.
+///
+/// # Panics
+/// If there is no nvcc, or a kernel does not compile: the build fails with its message.
+pub fn compile(names: &[&str]) {
+    println!("cargo:rerun-if-changed=kernels");
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let nvcc = cudaforge::CudaToolkit::detect().expect("feature `cuda` needs nvcc").nvcc_path;
+    std::thread::scope(|scope| {
+        for name in names {
+            let (nvcc, out) = (&nvcc, &out);
+            scope.spawn(move || compile_one(nvcc, name, out));
+        }
+    });
+}
+
+fn compile_one(nvcc: &Path, name: &str, out: &Path) {
+    let mut command = Command::new(nvcc);
+    command.args(["-O3", "-std=c++17", "-fatbin"]);
+    command.args(TARGETS.iter().flat_map(|target| ["-gencode", target]));
+    command.arg("-o").arg(out.join(name).with_extension("fatbin"));
+    command.arg(Path::new("kernels").join(name).with_extension("cu"));
+    let status = command.status().expect("nvcc starts");
+    assert!(status.success(), "{command:?}: {status}");
+}
