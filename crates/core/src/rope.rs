@@ -167,9 +167,11 @@ impl Rope {
 
     fn rotate(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         let rotary = self.rotary_dims();
+        // Each token is a batch row with angles of its own: candle runs rows in parallel on the CPU.
+        let (cos, sin) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
         let turn = |x: &Tensor| -> Result<Tensor> {
-            let x = x.contiguous()?.unsqueeze(0)?;
-            Ok(candle_nn::rotary_emb::rope_thd(&x, cos, sin)?.squeeze(0)?)
+            let x = x.contiguous()?.unsqueeze(1)?;
+            Ok(candle_nn::rotary_emb::rope_thd(&x, &cos, &sin)?.squeeze(1)?)
         };
         if rotary == self.head_dim {
             return turn(x);
