@@ -31,7 +31,7 @@ pub struct Chosen {
     /// A TOML file that defines more settings
     #[arg(long)]
     settings_file: Option<PathBuf>,
-    /// The model for all settings: a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; methods named without a
+    /// The model for all settings: smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; methods named without a
     /// setting run on SmolLM2-135M-Instruct by default, fetched if need be
     #[arg(long)]
     model: Option<String>,
@@ -69,10 +69,7 @@ impl Chosen {
         if let Some(path) = &self.settings_file {
             known.extend(setting::from_toml_file(path)?);
         }
-        let default = match &self.model {
-            Some(model) => model.clone(),
-            None => model::smollm2()?.display().to_string(),
-        };
+        let default = model::named(self.model.as_deref())?;
         known.extend(methods.names().map(|name| Setting::of(name, &default, CONTEXT)));
         let mut chosen: Vec<Setting> = Vec::new();
         for wanted in &self.settings {
