@@ -8,9 +8,9 @@ use candle_core::Tensor;
 use candle_nn::ops::rms_norm;
 use longctx_core::{AttentionShape, Batch, KvCache, Result, Step};
 
-/// Tokens that go through a feed-forward block at a time: its inner activations, several times
-/// wider than the model, never exist for the whole prompt.
-const FEED_FORWARD_TOKENS: usize = 1024;
+/// Tokens that go through a feed-forward block at a time, on the CPU and on other devices: its inner
+/// activations, several times wider than the model, never exist for the whole of a long prompt.
+const FEED_FORWARD_TOKENS: (usize, usize) = (1024, 8192);
 
 /// The attention and the feed-forward block, with their norms.
 #[derive(Debug)]
@@ -81,9 +81,11 @@ impl Layer {
         let attend = |x: &Tensor| self.attention.forward(x, &self.shape, self.eps, cache, batch);
         let x = self.add(x, &self.attention_norms, attend)?;
         let tokens = x.dim(0)?;
+        let (on_cpu, elsewhere) = FEED_FORWARD_TOKENS;
+        let of_part = if x.device().is_cpu() { on_cpu } else { elsewhere };
         let mut parts = Vec::new();
-        for start in (0..tokens).step_by(FEED_FORWARD_TOKENS) {
-            let part = x.narrow(0, start, FEED_FORWARD_TOKENS.min(tokens - start))?;
+        for start in (0..tokens).step_by(of_part) {
+            let part = x.narrow(0, start, of_part.min(tokens - start))?;
             let forward = |x: &Tensor| self.feed_forward.forward(x);
             parts.push(self.add(&part, &self.feed_forward_norms, forward)?);
         }
@@ -164,34 +166,32 @@ impl Attention {
         cache: &mut dyn KvCache,
         batch: &Batch,
     ) -> Result<Tensor> {
-        let &AttentionShape { heads, kv_heads, head_dim, value_dim, .. } = shape;
-        let tokens = batch.tokens();
-        let projected = self.qkv.forward(x)?;
-        let of = |i: usize, norm: Option<&Tensor>, heads: usize, d: usize| -> Result<Tensor> {
+        let &AttentionShape { heads, head_dim, value_dim, .. } = shape;
+        let projected = self.qkv.forward_heads(x, head_dim)?;
+        let of = |i: usize, norm: Option<&Tensor>| -> Result<Tensor> {
             let mut x = projected[i].clone();
             let per_head = self.norm.as_ref().is_some_and(|norm| norm.per_head);
             if let Some(norm) = norm.filter(|_| !per_head) {
-                x = rms_norm(&x.contiguous()?, norm, eps)?;
+                let all = x.contiguous()?.flatten_from(1)?;
+                x = rms_norm(&all, norm, eps)?.reshape(x.dims())?;
             }
             if let Some(limit) = self.clamp {
                 x = x.clamp(-limit, limit)?;
             }
-            x = x.reshape((tokens, heads, d))?;
             if let Some(norm) = norm.filter(|_| per_head) {
-                x = rms_norm(&x, norm, eps)?;
+                x = rms_norm(&x.contiguous()?, norm, eps)?;
             }
             Ok(x)
         };
         let norm = self.norm.as_ref();
-        let mut q = of(0, norm.map(|norm| &norm.q), heads, head_dim)?;
-        let k = of(1, norm.map(|norm| &norm.k), kv_heads, head_dim)?;
-        let v = of(2, None, kv_heads, value_dim)?;
-        drop(projected);
+        let mut q = of(0, norm.map(|norm| &norm.q))?;
+        let k = of(1, norm.map(|norm| &norm.k))?;
+        let v = of(2, None)?;
         if let Some(scale) = &self.query_scale {
             q = q.broadcast_mul(scale)?;
         }
         let out = cache.attend(&Step { batch, q: &q, k: &k, v: &v })?;
-        self.out.forward(&out.reshape((tokens, heads * value_dim))?)
+        self.out.forward(&out.reshape((batch.tokens(), heads * value_dim))?)
     }
 }
 

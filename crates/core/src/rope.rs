@@ -1,5 +1,7 @@
 //! The rotary position embedding (Su et al., arXiv 2104.09864) and its scalings.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod scaling;
 
 use std::sync::Mutex;
@@ -32,6 +34,9 @@ pub struct Rope {
     frequencies: Vec<f64>,
     /// The table of the last positions: all layers of a model ask for the same ones.
     last: Mutex<Option<Table>>,
+    /// The same for the kernel on a CUDA device.
+    #[cfg(feature = "cuda")]
+    last_on_device: Mutex<Option<cuda::OnDevice>>,
 }
 
 #[derive(Debug, Clone)]
@@ -61,7 +66,17 @@ impl Rope {
         }
         positive("rope theta", theta)?;
         let frequencies = scaling.frequencies(theta, rotary_dims)?;
-        Ok(Self { head_dim, frequencies, last: Mutex::new(None) })
+        Ok(Self::of(head_dim, frequencies))
+    }
+
+    fn of(head_dim: usize, frequencies: Vec<f64>) -> Self {
+        Self {
+            head_dim,
+            frequencies,
+            last: Mutex::new(None),
+            #[cfg(feature = "cuda")]
+            last_on_device: Mutex::new(None),
+        }
     }
 
     /// The same with each frequency divided by a factor of its own, as GGUF files of Llama 3.1 and its kin say it.
@@ -69,13 +84,12 @@ impl Rope {
     /// # Errors
     /// [`Error::Mismatch`] unless there is one factor per rotated pair of channels; [`Error::Setting`] if one is not positive.
     pub fn with_factors(self, factors: &[f64]) -> Result<Self> {
-        let Self { head_dim, frequencies, last } = self;
-        Ok(Self { head_dim, frequencies: scaling::divide(frequencies, factors)?, last })
+        Ok(Self::of(self.head_dim, scaling::divide(self.frequencies, factors)?))
     }
 
     /// No rotation: for layers without positions, whose caches may still move keys.
     pub fn identity(head_dim: usize) -> Self {
-        Self { head_dim, frequencies: Vec::new(), last: Mutex::new(None) }
+        Self::of(head_dim, Vec::new())
     }
 
     /// Channels of a head that rotate.
@@ -108,6 +122,10 @@ impl Rope {
         }
         if self.frequencies.is_empty() {
             return Ok(x.clone());
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(rotated) = cuda::rotate(self, x, positions)? {
+            return Ok(rotated);
         }
         let (cos, sin) = self.table(positions, x.dtype(), x.device())?;
         self.rotate(x, &cos, &sin)

@@ -11,6 +11,19 @@ const TARGETS: [&str; 3] = [
     "arch=compute_90,code=compute_90",
 ];
 
+/// Names the one compute capability to compile for, as 80, 86, 89 or 90: candle's variable, whose
+/// kernels are for one capability, too.
+const CAPABILITY: &str = "CUDA_COMPUTE_CAP";
+
+fn targets() -> Vec<String> {
+    println!("cargo:rerun-if-env-changed={CAPABILITY}");
+    match std::env::var(CAPABILITY).as_deref() {
+        Err(_) => TARGETS.map(String::from).to_vec(),
+        Ok("90") => vec![TARGETS[1].into()],
+        Ok(other) => vec![format!("arch=compute_{other},code=sm_{other}")],
+    }
+}
+
 /// Compiles `kernels/NAME.cu` for each name, one process each, to what `image!("NAME")` includes.
 ///
 /// # Panics
@@ -19,18 +32,19 @@ pub fn compile(names: &[&str]) {
     println!("cargo:rerun-if-changed=kernels");
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let nvcc = cudaforge::CudaToolkit::detect().expect("feature `cuda` needs nvcc").nvcc_path;
+    let targets = targets();
     std::thread::scope(|scope| {
         for name in names {
-            let (nvcc, out) = (&nvcc, &out);
-            scope.spawn(move || compile_one(nvcc, name, out));
+            let (nvcc, out, targets) = (&nvcc, &out, &targets);
+            scope.spawn(move || compile_one(nvcc, name, targets, out));
         }
     });
 }
 
-fn compile_one(nvcc: &Path, name: &str, out: &Path) {
+fn compile_one(nvcc: &Path, name: &str, targets: &[String], out: &Path) {
     let mut command = Command::new(nvcc);
     command.args(["-O3", "-std=c++17", "-fatbin"]);
-    command.args(TARGETS.iter().flat_map(|target| ["-gencode", target]));
+    command.args(targets.iter().flat_map(|target| ["-gencode", target]));
     command.arg("-o").arg(out.join(name).with_extension("fatbin"));
     command.arg(Path::new("kernels").join(name).with_extension("cu"));
     let status = command.status().expect("nvcc starts");

@@ -171,7 +171,7 @@ impl Sequence {
         }
         let first = head * self.places;
         let mut to = self.table.slice_mut(first..first + addresses.len());
-        stream.memcpy_htod(&addresses, &mut to)
+        Ok(stream.memcpy_htod(&addresses, &mut to)?)
     }
 
     /// `ring`: numbers of the ring of a kv head.

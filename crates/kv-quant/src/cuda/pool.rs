@@ -321,6 +321,6 @@ impl CudaPool {
 
     /// Waits for the device.
     pub(super) fn synchronize(&self) -> Result<()> {
-        self.stream().synchronize()
+        Ok(self.stream().synchronize()?)
     }
 }
