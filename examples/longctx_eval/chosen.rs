@@ -12,6 +12,7 @@ use longctx_eval::{
     long_generation, longbench, ruler, setting,
 };
 use longctx_examples::output::number;
+use longctx_examples::place::Place;
 use longctx_examples::subject::{Models, Options};
 use longctx_examples::{encoder, model};
 
@@ -32,10 +33,12 @@ pub struct Chosen {
     /// A TOML file that defines more settings
     #[arg(long)]
     settings_file: Option<PathBuf>,
-    /// The model for all settings: a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; methods named without a
+    /// The model for all settings: smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; methods named without a
     /// setting run on SmolLM2-135M-Instruct by default, fetched if need be
     #[arg(long)]
     model: Option<String>,
+    #[command(flatten)]
+    place: Place,
     /// The most tokens of a prompt, where the setting would allow more; longer ones are cut in the middle
     #[arg(long, value_parser = number::<2, MOST>)]
     context: Option<usize>,
@@ -54,8 +57,12 @@ pub struct Chosen {
 impl Chosen {
     /// What opens the settings' models.
     pub fn models(&self) -> Models {
-        let (encoder, heads) = (self.encoder.clone(), self.heads.clone());
-        Models::new(Options { prefill_chunk: self.prefill_chunk, encoder, heads })
+        Models::new(Options {
+            prefill_chunk: self.prefill_chunk,
+            encoder: self.encoder.clone(),
+            heads: self.heads.clone(),
+            place: self.place.clone(),
+        })
     }
 
     /// The settings, in the order asked for.
@@ -64,10 +71,7 @@ impl Chosen {
         if let Some(path) = &self.settings_file {
             known.extend(setting::from_toml_file(path)?);
         }
-        let default = match &self.model {
-            Some(model) => model.clone(),
-            None => model::smollm2()?.display().to_string(),
-        };
+        let default = model::named(self.model.as_deref())?;
         known.extend(methods.names().map(|name| Setting::of(name, &default, CONTEXT)));
         let mut chosen: Vec<Setting> = Vec::new();
         for wanted in &self.settings {

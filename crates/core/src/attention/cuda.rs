@@ -7,10 +7,8 @@ mod prefill;
 
 use std::sync::Once;
 
-use crate::{AttentionShape, AttentionState, Batch, Error, Mask, Result};
-use candle_core::cuda::cudarc::driver::DevicePtr;
-use candle_core::{CudaDevice, DType, Device, Storage, Tensor, backend::BackendStorage};
-use half::{bf16, f16};
+use crate::{AttentionShape, AttentionState, Batch, Mask, Result};
+use candle_core::{CudaDevice, DType, Device, Tensor};
 
 /// Query heads of a kv head times queries up to which the decode kernel reads the keys once for
 /// each; beyond, tiles that share them are faster.
@@ -83,21 +81,4 @@ fn served<'a>(
         );
     });
     Ok(None)
-}
-
-/// The device address of a tensor's first number.
-fn address(x: &Tensor) -> Result<u64> {
-    let (storage, layout) = x.storage_and_layout();
-    let Storage::Cuda(storage) = &*storage else {
-        return Err(Error::mismatch("tensor", "one on a CUDA device", "one elsewhere"));
-    };
-    let stream = storage.device().cuda_stream();
-    let start = match storage.dtype() {
-        DType::U32 => storage.as_cuda_slice::<u32>()?.device_ptr(&stream).0,
-        DType::F32 => storage.as_cuda_slice::<f32>()?.device_ptr(&stream).0,
-        DType::F16 => storage.as_cuda_slice::<f16>()?.device_ptr(&stream).0,
-        DType::BF16 => storage.as_cuda_slice::<bf16>()?.device_ptr(&stream).0,
-        other => return Err(Error::mismatch("tensor", "u32, f32, f16 or bf16", other.as_str())),
-    };
-    Ok(start + (layout.start_offset() * storage.dtype().size_in_bytes()) as u64)
 }

@@ -15,7 +15,7 @@ mod cuda;
 mod element;
 mod gemm;
 mod ops;
-mod simd;
+pub(crate) mod simd;
 mod tile;
 
 #[cfg(test)]

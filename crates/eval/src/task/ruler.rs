@@ -168,7 +168,7 @@ impl Kind {
     fn prompts(self, source: &Source, length: usize) -> Result<Vec<Prompt>> {
         let room = fit::Room {
             count: source.count.as_ref(),
-            tokens: length.checked_sub(source.reserved).unwrap_or_default(),
+            tokens: length.saturating_sub(source.reserved),
             new_tokens: self.new_tokens(),
         };
         let mut generator: Box<dyn Generate> = match self {

@@ -1,7 +1,6 @@
 //! Many queries: kernels/prefill.cu.
 
-use super::address;
-use crate::cuda::{Half, PrefillArgs};
+use crate::cuda::{Half, PrefillArgs, address};
 use crate::{AttentionShape, AttentionState, Mask, Result};
 use candle_core::{CudaDevice, DType, Tensor};
 
