@@ -36,7 +36,7 @@ struct Args {
 #[derive(Subcommand)]
 enum Command {
     /// Answer what is not answered yet, a line of results each
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Compare token by token with the dense model on a text
     Agree(agree::Args),
     /// Write report.md, scores.csv, report.html and the pictures into a run's folder
@@ -85,7 +85,7 @@ struct RunArgs {
 
 fn main() -> Result<()> {
     match Args::parse().command {
-        Command::Run(args) => answer(args),
+        Command::Run(args) => answer(*args),
         Command::Agree(args) => agree::agree(args),
         Command::Report { folder, compare } => {
             let written = match compare.as_slice() {
@@ -130,18 +130,20 @@ fn answer(args: RunArgs) -> Result<()> {
         conditions,
     };
     pass(&plan, &methods)?;
-    while args.until_sure {
+    if !args.until_sure {
+        return Ok(());
+    }
+    loop {
         let samples = plan.limits.samples.unwrap_or(FIRST_SAMPLES);
         plan.settings = unsure(&plan, args.margin / 100.0)?;
         if plan.settings.is_empty() || samples >= most_samples(&tasks)? {
-            break;
+            return Ok(());
         }
         plan.limits.samples = Some(2 * samples);
         let names: Vec<&str> = plan.settings.iter().map(|setting| setting.name.as_str()).collect();
         say!("{} samples a task, for {}", 2 * samples, names.join(", "));
         pass(&plan, &methods)?;
     }
-    Ok(())
 }
 
 /// Samples of a task that --until-sure begins with.
