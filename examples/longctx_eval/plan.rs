@@ -161,7 +161,8 @@ fn layer(method: &Method, config: &Config, own: Option<usize>) -> Result<Growth>
     // Query heads hold nothing: as many as kv heads do.
     let shape = AttentionShape::new(config.kv_heads, config.kv_heads, config.head_dim)?;
     let shape = AttentionShape { window: own, ..shape };
-    let rope = Rope::new(config.head_dim, config.head_dim, config.rope.theta, RopeScaling::None)?;
+    // Of bytes, only that there is one matters.
+    let rope = Rope::new(config.head_dim, config.head_dim, 10_000.0, RopeScaling::None)?;
     let spec = LayerSpec::new(shape).with_rope(Arc::new(rope)).at(config.layers / 2, config.layers);
     let count = |tokens: usize| -> Result<f64> {
         let mut cache = method.cache(&spec)?;
