@@ -4,6 +4,7 @@
 //!
 //!     cargo run --release --example compare
 //!     cargo run --release --example compare -- --model state-spaces/mamba-130m-hf
+//!     cargo run --release --features cuda --example compare -- --device cuda
 //!     cargo run --release --example compare -- --words 512,4096 --methods dense-f16,h2o-4x --haystack FOLDER
 //!
 //! Methods are those of `examples/methods.rs`; an unknown name lists them.
@@ -23,6 +24,7 @@ use longctx_eval::needle::{Needle, Sample, score, spaced};
 use longctx_examples::llm::Llm;
 use longctx_examples::methods::Method;
 use longctx_examples::output::{check_writable, number};
+use longctx_examples::place::Place;
 use longctx_examples::{memory, model, say};
 use report::Row;
 
@@ -49,10 +51,12 @@ const MOST: usize = 10_000_000;
 #[derive(Parser)]
 #[command(about = "Compares KV caches on the needle (passkey) test")]
 struct Args {
-    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub, transformer or recurrent; by default SmolLM2-135M-Instruct,
+    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub, transformer or recurrent; by default SmolLM2-135M-Instruct,
     /// fetched if need be
     #[arg(long)]
     model: Option<String>,
+    #[command(flatten)]
+    place: Place,
     /// A folder of text, or a text file, to hide the key in; by default text that the program makes itself
     #[arg(long)]
     haystack: Option<PathBuf>,
@@ -83,11 +87,8 @@ fn main() -> Result<()> {
     let args = Args::parse();
     ensure!(!args.words.is_empty(), "at least one length");
     check_writable(&args.out)?;
-    let name = match &args.model {
-        Some(name) => name.clone(),
-        None => model::smollm2()?.display().to_string(),
-    };
-    let llm = Llm::open(&name)?;
+    let name = model::named(args.model.as_deref())?;
+    let llm = Llm::open(&name, &args.place)?;
     // Without attention layers, no cache is ever made.
     let methods = match llm.has_attention() {
         true => args.methods.iter().map(|method| (method.name(), method)).collect(),

@@ -75,7 +75,7 @@ const METHODS: [&str; 43] = [
 #[derive(Parser)]
 #[command(about = "Quality of packed caches")]
 struct Args {
-    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
+    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
     #[arg(long)]
     model: Option<String>,
     /// A folder of text, or a text file
@@ -104,10 +104,7 @@ fn main() -> Result<()> {
     let (context, count) = (args.context.unwrap_or(context), args.contexts.unwrap_or(count));
     let sizes = args.block > 0 && context > 1 && count > 0 && args.generate != Some(0);
     ensure!(sizes, "sizes must be positive");
-    let name = match &args.model {
-        Some(name) => name.clone(),
-        None => model::smollm2()?.display().to_string(),
-    };
+    let name = model::named(args.model.as_deref())?;
     let llm = Pretrained::open(&name, &LoadOptions::default())?;
     let contexts = contexts(&args, &llm, context, count)?;
     match args.generate {

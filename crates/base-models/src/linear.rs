@@ -80,6 +80,11 @@ pub struct Joined {
 }
 
 impl Joined {
+    /// Of a single map whose outputs are those of several, one after the other.
+    pub fn fused(map: Linear, sizes: Vec<usize>) -> Self {
+        Self { maps: vec![map], sizes }
+    }
+
     pub fn new(maps: Vec<Linear>) -> Result<Self> {
         let sizes = maps.iter().map(|map| map.weight.out()).collect::<Result<_>>()?;
         let maps = match Self::stack(&maps)? {
@@ -111,6 +116,26 @@ impl Joined {
             None
         };
         Ok(weight.map(|weight| Linear { weight, bias }))
+    }
+
+    /// `x`: `[tokens, in]`; gives one `[tokens, heads, head_dim]` per map. Of a single product, they
+    /// are views.
+    pub fn forward_heads(&self, x: &Tensor, head_dim: usize) -> Result<Vec<Tensor>> {
+        let heads = |y: Tensor| -> Result<Tensor> {
+            let (tokens, channels) = y.dims2()?;
+            Ok(y.reshape((tokens, channels / head_dim, head_dim))?)
+        };
+        let [one] = self.maps.as_slice() else {
+            return self.maps.iter().map(|map| heads(map.forward(x)?)).collect();
+        };
+        let y = heads(one.forward(x)?)?;
+        let mut start = 0;
+        let mut outputs = Vec::new();
+        for &size in &self.sizes {
+            outputs.push(y.narrow(1, start, size / head_dim)?);
+            start += size / head_dim;
+        }
+        Ok(outputs)
     }
 
     /// `x`: `[…, in]`; gives one `[…, out]` per map.

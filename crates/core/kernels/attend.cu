@@ -4,6 +4,7 @@
 // (the query heads of the kv head times the queries) while it strides through its block's tokens, the next ones already on their way.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cstddef>
 
 struct Args {
     const void *q;                     // [batch, heads, queries, D]
@@ -15,6 +16,8 @@ struct Args {
     int causal, window;                // the last `queries` tokens are the queries' own; how many a query sees (0: all)
     float scale, soft_cap;             // soft_cap 0: none
 };
+static_assert(sizeof(Args) == 104 && offsetof(Args, row) == 64 && offsetof(Args, tokens) == 72 && offsetof(Args, scale) == 96,
+              "as in src/attention/cuda/decode.rs");
 
 constexpr int THREADS = 128, CHANNELS = 16, TOKENS = 2;
 constexpr float LOG2E = 1.4426950408889634f;

@@ -137,6 +137,35 @@ fn gates_are_as_on_the_cpu() {
     }
 }
 
+#[test]
+fn rotary_embeddings_equal_the_cpus() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let tokens = 40;
+    let positions: Vec<i64> = (0..tokens as i64).map(|i| i * i * 700 - 50_000).collect();
+    for (d, rotary) in [(64, 64), (128, 128), (80, 32), (256, 256), (96, 24)] {
+        let rope = Rope::new(d, rotary, 500_000.0, RopeScaling::None).unwrap();
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            // A view into one projection of queries and keys, and twice the same positions.
+            let both = random(tokens, 7, d, dtype);
+            for (first, heads) in [(0, 5), (5, 2)] {
+                let x = both.narrow(1, first, heads).unwrap();
+                let on_device = both.to_device(&device).unwrap().narrow(1, first, heads).unwrap();
+                let got = rope.apply(&on_device, &positions).unwrap();
+                let want = rope.apply(&x.to_dtype(DType::F32).unwrap(), &positions).unwrap();
+                let error = relative(&got, &want);
+                let bound = if dtype == DType::BF16 { 3e-3 } else { 5e-4 };
+                let kernel = dtype != DType::F32 && rotary % 16 == 0;
+                // Without a kernel, sine and cosine are rounded first.
+                let bound = if kernel { bound } else { 3.0 * bound };
+                assert!(error < bound, "{dtype:?}, {rotary} of {d}, {heads} heads: {error}");
+            }
+        }
+    }
+}
+
 /// The kernels on memory of cudarc's, from a captured graph that is launched with other lengths
 /// than it was captured with.
 #[test]

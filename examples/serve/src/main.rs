@@ -21,6 +21,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use longctx_examples::llm::Llm;
 use longctx_examples::model;
+use longctx_examples::place::Place;
 use metrics::Metrics;
 use routes::App;
 use scheduler::{Options, Scheduler};
@@ -29,10 +30,12 @@ use tokio::sync::mpsc::unbounded_channel;
 #[derive(Parser)]
 #[command(about = "Serves a model over the OpenAI API, many sequences at a time")]
 struct Args {
-    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default
+    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default
     /// SmolLM2-135M-Instruct, fetched if need be
     #[arg(long)]
     model: Option<String>,
+    #[command(flatten)]
+    place: Place,
     /// How attention layers remember: dense-f16, kivi-4, kivi-2, snap-kv-4x, …
     #[arg(long, default_value = "dense-f16")]
     method: String,
@@ -70,11 +73,8 @@ struct Args {
 async fn main() -> Result<()> {
     let args = Args::parse();
     ensure!(args.step_tokens > 0 && args.max_tokens > 0, "tokens: expected at least 1, got 0");
-    let name = match &args.model {
-        Some(name) => name.clone(),
-        None => model::smollm2()?.display().to_string(),
-    };
-    let llm = Llm::open(&name)?;
+    let name = model::named(args.model.as_deref())?;
+    let llm = Llm::open(&name, &args.place)?;
     let metrics = Arc::new(Metrics::new());
     let (requests, received) = unbounded_channel();
     let context = llm.context_length().unwrap_or(usize::MAX);

@@ -1,46 +1,39 @@
 //! The activation of gated feed-forward blocks: kernels/silu_mul.cu.
 
-use std::mem::{offset_of, size_of};
 use std::sync::Arc;
 
 use super::Half;
-use super::image::{Image, driver};
 use crate::{Error, Result};
-use candle_core::cuda::cudarc::driver::{CudaStream, DeviceRepr, LaunchConfig, PushKernelArg};
+use longctx_cuda::Image;
+use longctx_cuda::cudarc::driver::CudaStream;
 
-static IMAGE: Image = Image::new(include_bytes!(concat!(env!("OUT_DIR"), "/silu_mul.fatbin")));
+static IMAGE: Image = longctx_cuda::image!("silu_mul");
 
 const THREADS: u32 = 256;
 /// Blocks of a launch; each goes through its share of the rows.
 const MOST_BLOCKS: i64 = 1 << 16;
 
-/// The arguments of [`silu_mul`], field for field those of the kernels.
-///
-/// Addresses are device addresses; strides count elements. All rows begin at multiples of 16 bytes.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct SiluMulArgs {
-    /// `[rows, columns]`, f16 or bf16.
-    pub gate: u64,
-    /// As `gate`.
-    pub up: u64,
-    /// Output, `[rows, columns]`, contiguous.
-    pub out: u64,
-    /// Stride of `gate`'s rows.
-    pub gate_row: i64,
-    /// Stride of `up`'s rows.
-    pub up_row: i64,
-    /// Rows.
-    pub rows: i64,
-    /// Columns; a multiple of 8.
-    pub columns: i64,
+longctx_cuda::args! {
+    /// The arguments of [`silu_mul`], field for field those of the kernels.
+    ///
+    /// Addresses are device addresses; strides count elements. All rows begin at multiples of 16 bytes.
+    pub struct SiluMulArgs: 56, rows at 40 {
+        /// `[rows, columns]`, f16 or bf16.
+        pub gate: u64,
+        /// As `gate`.
+        pub up: u64,
+        /// Output, `[rows, columns]`, contiguous.
+        pub out: u64,
+        /// Stride of `gate`'s rows.
+        pub gate_row: i64,
+        /// Stride of `up`'s rows.
+        pub up_row: i64,
+        /// Rows.
+        pub rows: i64,
+        /// Columns; a multiple of 8.
+        pub columns: i64,
+    }
 }
-
-// As in kernels/silu_mul.cu.
-const _: () = assert!(size_of::<SiluMulArgs>() == 56 && offset_of!(SiluMulArgs, rows) == 40);
-
-// SAFETY: plain numbers in C's layout, as the kernels read them.
-unsafe impl DeviceRepr for SiluMulArgs {}
 
 /// Launches `out = silu(gate) * up`.
 ///
@@ -63,14 +56,9 @@ pub unsafe fn silu_mul(stream: &Arc<CudaStream>, half: Half, args: &SiluMulArgs)
         return Ok(());
     }
     let name = if half == Half::F16 { "silu_mul_f16" } else { "silu_mul_bf16" };
-    let function = IMAGE.function(stream.context(), name)?;
+    let kernel = IMAGE.kernel(stream.context(), name, THREADS, 0)?;
     let blocks = (pieces as u64).div_ceil(u64::from(THREADS)).min(MOST_BLOCKS as u64);
-    let config = LaunchConfig {
-        grid_dim: (blocks as u32, 1, 1),
-        block_dim: (THREADS, 1, 1),
-        shared_mem_bytes: 0,
-    };
     // SAFETY: the arguments are those of the kernel, and the caller vouches for the addresses.
-    unsafe { stream.launch_builder(&function).arg(args).launch(config) }.map_err(driver)?;
+    unsafe { kernel.launch(stream, [blocks as usize, 1, 1], args) }?;
     Ok(())
 }

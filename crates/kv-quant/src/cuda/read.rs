@@ -4,11 +4,10 @@ use super::CudaPool;
 use super::args::UnpackArgs;
 use super::head::Cut;
 use super::tensors::kind;
-use super::wrap;
-use candle_core::cuda::cudarc::driver::{CudaSlice, DevicePtr};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use longctx_core::{Error, Result, SeqId};
+use longctx_cuda::cudarc::driver::{CudaSlice, DevicePtr};
 
 /// As in kernels/unpack.cuh.
 const F32: i32 = 2;
@@ -26,7 +25,7 @@ impl CudaPool {
         let (mut k, mut v) = (Vec::new(), Vec::new());
         if values > 0 {
             // SAFETY: the kernel writes all of both.
-            let of = || unsafe { stream.alloc::<f32>(values * d) }.map_err(wrap);
+            let of = || unsafe { stream.alloc::<f32>(values * d) };
             let (on_k, on_v) = (of()?, of()?);
             let args = UnpackArgs {
                 table: sequence.addresses(&stream, kv_head, self.ring_numbers()).table,
@@ -38,13 +37,13 @@ impl CudaPool {
             };
             // SAFETY: both have room for so many entries, all of which are packed.
             unsafe { self.kernels.unpack(&stream, &args)? };
-            k = stream.clone_dtoh(&on_k).map_err(wrap)?;
-            v = stream.clone_dtoh(&on_v).map_err(wrap)?;
+            k = stream.clone_dtoh(&on_k)?;
+            v = stream.clone_dtoh(&on_v)?;
         }
         let places = self.ring_places();
         let ring = |ring: &CudaSlice<u16>, to: &mut Vec<f32>| -> Result<()> {
             let (from, numbers) = (kv_head * self.ring_numbers(), self.ring_numbers());
-            let bits = stream.clone_dtoh(&ring.slice(from..from + numbers)).map_err(wrap)?;
+            let bits = stream.clone_dtoh(&ring.slice(from..from + numbers))?;
             for entry in values..head.len {
                 let at = (entry + head.shift) % places * d;
                 to.extend(bits[at..at + d].iter().map(|&bits| match self.dtype {

@@ -4,10 +4,9 @@ use super::CudaPool;
 use super::args::AttendArgs;
 use super::kernels::TILE;
 use super::tensors::address;
-use super::wrap;
-use candle_core::cuda::cudarc::driver::DevicePtr;
 use candle_core::{DType, Tensor};
 use longctx_core::{Batch, Error, Mask, Result};
+use longctx_cuda::cudarc::driver::DevicePtr;
 
 impl CudaPool {
     /// For each query head of each sequence, the probabilities that its entries receive. Waits for
@@ -39,18 +38,18 @@ impl CudaPool {
         }
         let blocks = if batch.longest() > 1 { per } else { per.div_ceil(8) };
         // SAFETY: the kernel writes a number for every entry of every head.
-        let out = unsafe { stream.alloc::<f32>(total) }.map_err(wrap)?;
-        let on_device = stream.clone_htod(&work).map_err(wrap)?;
+        let out = unsafe { stream.alloc::<f32>(total) }?;
+        let on_device = stream.clone_htod(&work)?;
         let args = AttendArgs {
-            q: address(&q, &stream)?,
+            q: address(&q)?,
             out: out.device_ptr(&stream).0,
-            lse: address(&lse, &stream)?,
+            lse: address(&lse)?,
             work: on_device.device_ptr(&stream).0,
             ..self.score_args(mask)
         };
         // SAFETY: the sizes above are those that the kernel counts with.
         unsafe { self.kernels.sums(&stream, &args, (tiles, work.len(), blocks))? };
-        let all = stream.clone_dtoh(&out).map_err(wrap)?;
+        let all = stream.clone_dtoh(&out)?;
         let mut rest = all.as_slice();
         let take = |len| {
             let (own, more) = rest.split_at(len);

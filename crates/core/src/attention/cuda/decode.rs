@@ -1,39 +1,36 @@
 //! A few queries over a long dense cache: kernels/attend.cu.
 
-use crate::cuda::{Image, address, driver};
+use crate::cuda::address;
 use crate::{AttentionShape, AttentionState, Mask, Result};
-use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute;
-use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
 use candle_core::{CudaDevice, DType, Tensor};
+use longctx_cuda::{Image, multiprocessors};
 
-static IMAGE: Image = Image::new(include_bytes!(concat!(env!("OUT_DIR"), "/attend.fatbin")));
+static IMAGE: Image = longctx_cuda::image!("attend");
 /// As in the kernel.
 const THREADS: usize = 128;
 
-/// Field for field what the kernels take. Pointers are device addresses.
-#[repr(C)]
-struct Args {
-    q: u64,
-    k: u64,
-    v: u64,
-    out: u64,
-    lse: u64,
-    part_out: u64,
-    part_max: u64,
-    part_sum: u64,
-    row: i64,
-    tokens: i32,
-    columns: i32,
-    queries: i32,
-    splits: i32,
-    causal: i32,
-    window: i32,
-    scale: f32,
-    soft_cap: f32,
+longctx_cuda::args! {
+    /// The arguments of the kernels.
+    struct Args: 104, row at 64, tokens at 72, scale at 96 {
+        q: u64,
+        k: u64,
+        v: u64,
+        out: u64,
+        lse: u64,
+        part_out: u64,
+        part_max: u64,
+        part_sum: u64,
+        row: i64,
+        tokens: i32,
+        columns: i32,
+        queries: i32,
+        splits: i32,
+        causal: i32,
+        window: i32,
+        scale: f32,
+        soft_cap: f32,
+    }
 }
-
-// SAFETY: plain numbers in C's layout, as the kernels read them.
-unsafe impl DeviceRepr for Args {}
 
 /// One sequence's attention, as [`attend_one`](super::attend_one): split over entries, then joined.
 /// `None` for head sizes and strides without a kernel.
@@ -59,18 +56,14 @@ pub fn attend(
     let of_block = if columns == 1 { 1 } else { columns.next_power_of_two().min(4) };
     let blocks = columns.div_ceil(of_block);
     let name = if k.dtype() == DType::BF16 { "bf16" } else { "f16" };
-    let kernel = IMAGE.function(stream.context(), &format!("attend_{name}_d{d}_c{of_block}"))?;
-    let join = IMAGE.function(stream.context(), "join")?;
-    let per_sm = kernel
-        .occupancy_max_active_blocks_per_multiprocessor(THREADS as u32, 0, None)
-        .map_err(driver)? as usize;
-    let sms = stream
-        .context()
-        .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-        .map_err(driver)? as usize;
+    let context = stream.context();
+    let name = format!("attend_{name}_d{d}_c{of_block}");
+    let kernel = IMAGE.kernel(context, &name, THREADS as u32, 0)?;
+    let join = IMAGE.kernel(context, "join", d as u32, 0)?;
+    let at_a_time = kernel.blocks_per_multiprocessor()? * multiprocessors(context)?;
     // One wave of blocks, and no block without tokens for all its threads.
     let busy = tokens.div_ceil(THREADS / (d / 16));
-    let splits = (per_sm * sms / (rows * blocks)).clamp(1, busy);
+    let splits = (at_a_time / (rows * blocks)).clamp(1, busy);
 
     let q = q.to_dtype(k.dtype())?.transpose(0, 1)?.contiguous()?;
     // SAFETY: the kernels write all of these before anything reads them.
@@ -97,21 +90,12 @@ pub fn attend(
         scale: shape.scale,
         soft_cap: shape.soft_cap.unwrap_or(0.0),
     };
-    let config = |grid_dim, threads: usize| LaunchConfig {
-        grid_dim,
-        block_dim: (threads as u32, 1, 1),
-        shared_mem_bytes: 0,
-    };
-    let grid = (splits as u32, rows as u32, blocks as u32);
-    let mut launch = stream.launch_builder(&kernel);
-    launch.arg(&args);
     // SAFETY: the tensors have the shapes and strides that `args` gives, those made above the sizes
     // that the kernels count with, and the stream runs one launch after the other and frees no
     // memory before they have used it.
-    unsafe { launch.launch(config(grid, THREADS)) }.map_err(driver)?;
-    let mut launch = stream.launch_builder(&join);
-    launch.arg(&args);
-    // SAFETY: as above.
-    unsafe { launch.launch(config(((rows * columns) as u32, 1, 1), d)) }.map_err(driver)?;
+    unsafe {
+        kernel.launch(&stream, [splits, rows, blocks], &args)?;
+        join.launch(&stream, [rows * columns, 1, 1], &args)?;
+    }
     Ok(Some(AttentionState { out: out.transpose(0, 1)?, lse: lse.transpose(0, 1)? }))
 }
