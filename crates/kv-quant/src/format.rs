@@ -537,9 +537,11 @@ impl Format {
 
     /// Tokens of a block: they are packed, shared and freed together.
     pub fn chunk(&self) -> usize {
-        match self.keys.along {
-            Axis::Tokens => self.keys.group,
-            Axis::Channels => 32,
+        match (self.keys.along, self.keys.codes) {
+            (Axis::Tokens, _) => self.keys.group,
+            (Axis::Channels, Codes::Asymmetric) => 32,
+            // Larger blocks take fewer calls of the kernels.
+            (Axis::Channels, _) => 64,
         }
     }
 

@@ -21,6 +21,8 @@ pub struct Scratch {
     ones: Vec<f32>,
     nothing: Vec<f32>,
     sums: Vec<f32>,
+    /// Sums of the vectors, for zeros.
+    totals: Vec<f32>,
     /// Sums before they are multiplied by the factors of lanes.
     of_lanes: Vec<f32>,
     factors: Vec<f32>,
@@ -122,6 +124,11 @@ impl<'a> PackedRef<'a> {
             let part = Rows { data: &x.data[first..], steps, ..x };
             let of_group = |of: &'a [f16]| of.get(group * width..(group + 1) * width).unwrap_or(of);
             self.widen_params(of_group(self.scales), of_group(self.zeros), width, s);
+            s.totals.clear();
+            if !self.zeros.is_empty() {
+                let rows = (0..x.count).map(|r| &part.data[r * x.stride..][..steps]);
+                s.totals.extend(rows.map(vector::sum));
+            }
             for panel in 0..self.layout.lane_count().div_ceil(PANEL) {
                 let lanes = panel * PANEL..width.min((panel + 1) * PANEL);
                 s.sums.clear();
@@ -129,15 +136,14 @@ impl<'a> PackedRef<'a> {
                 let codes = self.panel(panel, first, &mut ahead);
                 let as_they_are = Params { scales: &s.ones, zeros: &s.nothing };
                 kernel::accumulate(codes, as_they_are, part, &mut s.sums, PANEL);
-                for r in 0..x.count {
-                    let total = vector::sum(&part.data[r * x.stride..][..steps]);
-                    vector::scale_and_add(
-                        &s.sums[r * PANEL..][..lanes.len()],
-                        &s.scales[lanes.clone()],
-                        &s.zeros[lanes.clone()],
-                        total,
-                        &mut out[r * out_stride + lanes.start..][..lanes.len()],
-                    );
+                let (scales, zeros) = (&s.scales[lanes.clone()], &s.zeros[lanes.clone()]);
+                for (r, sums) in s.sums.chunks_exact(PANEL).enumerate() {
+                    let sums = &sums[..lanes.len()];
+                    let out = &mut out[r * out_stride + lanes.start..][..lanes.len()];
+                    match s.totals.get(r) {
+                        Some(&total) => vector::scale_and_add(sums, scales, zeros, total, out),
+                        None => vector::multiply_and_add(sums, scales, out),
+                    }
                 }
             }
         }

@@ -77,10 +77,6 @@ fn pack(rows: &[&[f16]], scheme: Scheme) -> Vec<Vec<f32>> {
     back.chunks(width).map(<[f32]>::to_vec).collect()
 }
 
-fn block(format: &Format) -> usize {
-    if format.keys().along == Axis::Tokens { format.keys().group } else { 32 }
-}
-
 impl Head {
     fn packed_keys(&self) -> usize {
         self.slots.iter().take_while(|slot| slot.packed_key.is_some()).count()
@@ -100,7 +96,7 @@ impl Head {
         }
         let (keys, values) =
             (self.slots.len() - self.packed_keys(), self.slots.len() - self.packed_values());
-        let size = block(format);
+        let size = format.chunk();
         let (keys, values) = match format.flush() {
             Flush::Immediate => (keys, values),
             Flush::Never => (0, 0),
@@ -135,7 +131,7 @@ impl Head {
             self.slots[i].held = kept.binary_search(&i).is_ok();
         }
         self.slots.retain(|slot| slot.held || slot.packed_key.is_some());
-        let size = block(format);
+        let size = format.chunk();
         let whole = self.packed_keys().min(self.packed_values());
         let mut left = Vec::new();
         for (i, slots) in self.slots.chunks(size).enumerate() {
@@ -156,7 +152,7 @@ impl Head {
 
     fn truncate(&mut self, len: usize, format: &Format) {
         let slots = len.checked_sub(1).map_or(0, |last| self.held()[last] + 1);
-        let (packed, size) = (self.packed_keys(), block(format));
+        let (packed, size) = (self.packed_keys(), format.chunk());
         let mut still_packed = packed;
         if let Flush::Rolling(residual) = format.flush() {
             let missing = (packed + residual).saturating_sub(slots).div_ceil(size) * size;
