@@ -156,7 +156,7 @@ fn windowed(
         Some(bytes) => store.with_capacity(bytes),
         None => store,
     };
-    Ok(Box::new(WindowCache::new(spec.clone(), store, format.keys().group)?))
+    Ok(Box::new(WindowCache::new(spec.clone(), store, format.chunk())?))
 }
 
 /// The methods that a list of all names: whole caches, and policies at the paper's ratios.

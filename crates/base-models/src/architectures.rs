@@ -2,6 +2,7 @@
 //!
 //! `docs/architectures.md` says how to add one.
 
+mod exaone;
 mod gemma;
 mod granite;
 mod llama;
@@ -72,7 +73,7 @@ const DEFAULTS: Defaults = Defaults {
 };
 
 /// All architectures.
-const ALL: [&Architecture; 16] = [
+const ALL: [&Architecture; 17] = [
     &llama::LLAMA,
     &llama::MISTRAL,
     &llama::MIXTRAL,
@@ -89,6 +90,7 @@ const ALL: [&Architecture; 16] = [
     &olmo::OLMO2,
     &olmo::OLMOE,
     &phi::PHI3,
+    &exaone::EXAONE4,
 ];
 
 /// Names of GGUF files that `config.json` doesn't have, and the other way round.

@@ -3,65 +3,12 @@
 
 mod common;
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs;
-use std::path::Path;
-
-use base_models::{LoadOptions, Transformer};
+use base_models::{LoadOptions, Pretrained, Transformer};
 use candle_core::{Device, Tensor};
+use common::cases::{Case, cases, write, write_gguf};
 use longctx_core::{Batch, CausalLm, DenseCache, LayerSpec, Logits};
-use serde::Deserialize;
 
 const TOLERANCE: f32 = 1e-4;
-
-#[derive(Deserialize)]
-struct Case {
-    name: String,
-    config: serde_json::Value,
-    tokens: Vec<u32>,
-    /// The checkpoint's tensors.
-    shapes: BTreeMap<String, Vec<usize>>,
-}
-
-fn cases() -> Vec<(Case, Tensor)> {
-    let folder = common::fixture("architectures");
-    let text = fs::read_to_string(folder.join("cases.json")).unwrap();
-    let cases: Vec<Case> = serde_json::from_str(&text).unwrap();
-    let logits = folder.join("logits.safetensors");
-    let mut logits = candle_core::safetensors::load(logits, &Device::Cpu).unwrap();
-    cases
-        .into_iter()
-        .map(|case| {
-            let logits = logits.remove(&case.name).unwrap();
-            (case, logits)
-        })
-        .collect()
-}
-
-/// The numbers of a tensor: splitmix64 of the FNV-1a hash of its name and the number's index.
-fn weights(name: &str, shape: &[usize]) -> Tensor {
-    let hash = |seed: u64, byte: u8| (seed ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3);
-    let seed = name.bytes().fold(0xCBF2_9CE4_8422_2325, hash);
-    let middle = if name.contains("norm") { 1.0 } else { 0.0 };
-    let number = |i: u64| {
-        let z = seed.wrapping_add((i + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        let unit = ((z ^ (z >> 31)) >> 40) as f32 / (1 << 24) as f32;
-        middle + (unit - 0.5) * 0.7
-    };
-    let count = shape.iter().product::<usize>() as u64;
-    let numbers: Vec<f32> = (0..count).map(number).collect();
-    Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap()
-}
-
-/// Writes the checkpoint of a case.
-fn write(case: &Case, folder: &Path) {
-    fs::write(folder.join("config.json"), case.config.to_string()).unwrap();
-    let tensors: HashMap<_, _> =
-        case.shapes.iter().map(|(name, shape)| (name.clone(), weights(name, shape))).collect();
-    candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
-}
 
 fn open(case: &Case) -> Transformer {
     let folder = tempfile::tempdir().unwrap();
@@ -69,6 +16,26 @@ fn open(case: &Case) -> Transformer {
     let options = LoadOptions { context_length: Some(case.tokens.len()), ..LoadOptions::default() };
     Transformer::from_folder(folder.path(), &options)
         .unwrap_or_else(|e| panic!("{}: {e}", case.name))
+}
+
+/// The GGUF file of a checkpoint is the same model.
+#[test]
+fn gguf_files_give_the_logits_of_transformers() {
+    let mut count = 0;
+    for (case, expected) in cases() {
+        let Some(gguf) = &case.gguf else { continue };
+        let folder = tempfile::tempdir().unwrap();
+        let path = write_gguf(&case, gguf, folder.path());
+        let options =
+            LoadOptions { context_length: Some(case.tokens.len()), ..LoadOptions::default() };
+        let llm = Pretrained::from_gguf(&path, &options);
+        let llm = llm.unwrap_or_else(|e| panic!("{}: {e}", case.name));
+        let error = distance(&in_chunks(&llm.model, &case.tokens, &[23, 1, 17]), &expected);
+        println!("{}: largest difference {error:e}", case.name);
+        assert!(error < TOLERANCE, "{}: {error}", case.name);
+        count += 1;
+    }
+    assert_eq!(count, 18);
 }
 
 fn dense(layer: &LayerSpec) -> longctx_core::Result<DenseCache> {

@@ -117,6 +117,8 @@ fn sample(turns: &[&str], chat: bool) -> Sample {
         classes: Vec::new(),
         max_new_tokens: 2,
         chat,
+        answer_prefix: None,
+        group: None,
     }
 }
 

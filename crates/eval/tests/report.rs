@@ -233,3 +233,57 @@ fn numbers_that_no_run_gives_are_named_by_line() {
     // Nothing was written that can't be read again.
     report::write(at.path()).unwrap();
 }
+
+/// Needs `chromium`: cargo test -p longctx-eval --test report -- --ignored
+#[test]
+#[ignore = "needs chromium"]
+fn the_page_sorts_filters_and_draws_in_a_browser() {
+    let at = tempdir().unwrap();
+    folder(at.path());
+    report::write(at.path()).unwrap();
+    let page = fs::read_to_string(at.path().join("report.html")).unwrap();
+    let watch = "<script>window.faults=[];window.onerror=words=>{faults.push(words)};</script>";
+    let act = r##"<script>
+        const names = () => [...document.querySelectorAll("#main tbody tr")].map(row => row.children[1].textContent);
+        const head = words => [...document.querySelectorAll("#main th")].find(cell => cell.textContent === words);
+        const seen = [names()];
+        head("score, %").click(); seen.push(names());
+        head("score, %").click(); seen.push(names());
+        const filter = document.getElementById("filter");
+        filter.value = "h2o 4x"; filter.dispatchEvent(new Event("input")); seen.push(names());
+        document.querySelector("#main input[type=checkbox]").click();
+        document.getElementById("theme").click();
+        seen.push([document.querySelectorAll("#scatter circle").length, document.querySelectorAll("#maps h3").length,
+            document.querySelectorAll("#radar polygon").length, document.documentElement.dataset.theme]);
+        document.body.append(Object.assign(document.createElement("pre"), { id: "seen", textContent: JSON.stringify({ faults, seen }) }));
+        </script>"##;
+    let page = page
+        .replace("<head>", &format!("<head>{watch}"))
+        .replace("</body>", &format!("{act}</body>"));
+    let path = at.path().join("acted.html");
+    fs::write(&path, page).unwrap();
+    let output = std::process::Command::new("chromium")
+        .args([
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--virtual-time-budget=3000",
+            "--dump-dom",
+        ])
+        .arg(format!("file://{}?theme=light", path.display()))
+        .output()
+        .unwrap();
+    let dom = String::from_utf8(output.stdout).unwrap();
+    let (_, rest) = dom.split_once("<pre id=\"seen\">").expect("the script ran to its end");
+    let seen: serde_json::Value =
+        serde_json::from_str(rest.split_once("</pre>").unwrap().0).unwrap();
+    let expected = serde_json::json!({"faults": [], "seen": [
+        ["dense-f16", "h2o-2x", "h2o-4x"],
+        ["dense-f16", "h2o-2x", "h2o-4x"],
+        ["h2o-4x", "h2o-2x", "dense-f16"],
+        ["h2o-4x"],
+        // One of three settings is no longer chosen: two maps, two radars on four rings.
+        [3, 2, 6, "dark"],
+    ]});
+    assert_eq!(seen, expected);
+}

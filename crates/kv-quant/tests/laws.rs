@@ -145,7 +145,7 @@ proptest! {
         let block = 1 << columns.trailing_zeros();
         let rotate = |x: &[f32]| -> Vec<f64> {
             x.chunks(block).flat_map(|x| (0..block).map(|i| {
-                let sign = |j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                let sign = |j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
                 let sum: f64 = x.iter().enumerate().map(|(j, &x)| sign(j) * f64::from(f16::from_f32(x).to_f32())).sum();
                 sum / (block as f64).sqrt()
             }).collect::<Vec<_>>()).collect()

@@ -73,7 +73,6 @@ fn packed_windows_attend_as_the_exact_cache() {
 fn a_window_drops_blocks_and_packs_nothing_anew() {
     let mut cache = packed(kivi(Bits::Four));
     feed(&mut cache, 1000);
-    let bytes = cache.footprint().total();
     let dense = WINDOW * 2 * 2 * D * 2;
     assert!(cache.seq_footprint(0).payload < dense * 3 / 4, "{}", cache.seq_footprint(0).payload);
     let keys = |cache: &WindowCache<QuantStore>| {
@@ -86,8 +85,10 @@ fn a_window_drops_blocks_and_packs_nothing_anew() {
     }
     assert_eq!((before.len(), cache.held(0)), (WINDOW, WINDOW));
     assert_eq!(keys(&cache)[..64], before[GROUP..GROUP + 64]);
-    for _ in 0..500 {
+    // Eight turns of the residual of 128 later it holds as much.
+    let bytes = cache.seq_footprint(0).payload;
+    for _ in 0..1024 {
         feed(&mut cache, 1);
     }
-    assert!(cache.footprint().total() <= bytes * 3 / 2);
+    assert_eq!(cache.seq_footprint(0).payload, bytes);
 }

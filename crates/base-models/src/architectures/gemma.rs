@@ -95,11 +95,11 @@ fn cap(raw: &Fields, name: &str, default: Option<f64>) -> Result<Option<f64>> {
 }
 
 fn windows(raw: &Fields, layers: usize, period: usize) -> Result<Vec<Option<usize>>> {
-    let window = window(raw, Some(4096))?;
-    if let Some(windows) = windows_by_type(raw, layers, window)? {
-        return Ok(windows);
-    }
-    Ok(window.map_or_else(Vec::new, |window| windows_by_period(layers, window, period)))
+    let window = window(raw, Some(4096))?.ok_or_else(|| raw.missing("sliding_window"))?;
+    Ok(match windows_by_type(raw, layers, Some(window))? {
+        Some(windows) => windows,
+        None => windows_by_period(layers, window, period),
+    })
 }
 
 fn gemma2_gguf(file: &Settings, config: &mut Config) -> Result<()> {

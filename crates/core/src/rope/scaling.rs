@@ -114,6 +114,7 @@ impl RopeScaling {
 
     /// Radians per position, one for each pair of the `rotary_dims` channels that rotate.
     pub(super) fn frequencies(&self, theta: f64, rotary_dims: usize) -> Result<Vec<f64>> {
+        positive("rope attention factor", self.attention_factor())?;
         let pairs = rotary_dims / 2;
         let plain = |theta: f64| {
             (0..pairs).map(move |i| theta.powf(-((2 * i) as f64) / rotary_dims as f64))

@@ -79,8 +79,7 @@ impl Task for LongBenchV2 {
 
     fn score(&self, sample: &Sample, predictions: &[String]) -> Result<Score> {
         let chosen = chosen(one_prediction(sample, predictions)?);
-        let right =
-            chosen.is_some_and(|letter| sample.answers.iter().any(|answer| *answer == letter));
+        let right = chosen.is_some_and(|letter| sample.answers.contains(&letter));
         Ok(Score { value: f64::from(u8::from(right)), ..Score::default() })
     }
 }

@@ -39,7 +39,7 @@ pub struct Source {
     pub essays: Haystack,
     /// The folder of `squad.json` (SQuAD 2.0) and `hotpotqa.json` (HotpotQA, distractor setting),
     /// which the tasks `qa_1` and `qa_2` need, and of `english_words.json`, which `cwe` needs for
-    /// more than 8,612 distinct words.
+    /// more than 8,169 distinct words.
     pub folder: Option<PathBuf>,
     /// Samples of each task and length; the original has 500.
     pub samples: usize,
@@ -168,7 +168,7 @@ impl Kind {
     fn prompts(self, source: &Source, length: usize) -> Result<Vec<Prompt>> {
         let room = fit::Room {
             count: source.count.as_ref(),
-            tokens: length.checked_sub(source.reserved).unwrap_or_default(),
+            tokens: length.saturating_sub(source.reserved),
             new_tokens: self.new_tokens(),
         };
         let mut generator: Box<dyn Generate> = match self {

@@ -165,12 +165,12 @@ function scatter(place, points, { words, better, log }) {
   const beats = (a, b) => better > 0 ? a.y > b.y : a.y < b.y;
   const front = points.filter(point => !points.some(other => other !== point && other.x >= point.x && (beats(other, point) || other.y === point.y) && (other.x > point.x || beats(other, point))))
     .sort((a, b) => a.x - b.x);
-  svg.append(drawn("polyline", { points: front.map(point => `${x(point.x)},${y(point.y)}`).join(" "), fill: "none", stroke: "var(--accent)", "stroke-width": 1.5, "stroke-dasharray": "5 4" }));
+  svg.append(drawn("polyline", { points: front.map(point => `${x(point.x)},${y(point.y)}`).join(" "), fill: "none", stroke: "var(--ink)", "stroke-width": 1.5, "stroke-dasharray": "5 4" }));
   const labels = [];
   const important = [...points].sort((a, b) => front.includes(a) - front.includes(b) || chosen.has(a.setting) - chosen.has(b.setting));
   for (const point of important) {
     const own = chosen.has(point.setting), ahead = front.includes(point);
-    const fill = own ? colour(point.setting) : ahead ? "var(--accent)" : "var(--soft)";
+    const fill = own ? colour(point.setting) : ahead ? "var(--ink)" : "var(--soft)";
     if (point.low != null && (own || ahead)) svg.append(drawn("line", { x1: x(point.x), x2: x(point.x), y1: y(point.low), y2: y(point.high), stroke: fill, opacity: 0.5 }));
     const dot = drawn("circle", { cx: x(point.x), cy: y(point.y), r: own || ahead ? 6 : 4, fill, opacity: own || ahead ? 1 : 0.55 });
     hover(dot, point.words);

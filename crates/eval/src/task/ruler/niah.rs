@@ -130,7 +130,7 @@ impl Generator {
     fn context(&mut self, mut needles: Vec<String>, size: usize) -> Option<String> {
         Random::new(self.seed).shuffle(&mut needles);
         let mut sentences = match self.niah.haystack {
-            Hay::Essays => return Some(self.essay(&needles, size)?),
+            Hay::Essays => return self.essay(&needles, size),
             Hay::Noise => vec![NOISE.to_owned(); size],
             Hay::Needles => (0..size)
                 .map(|_| {
