@@ -12,7 +12,7 @@ mod cuda {
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
-    const NAMES: [&str; 2] = ["attend", "prefill"];
+    const NAMES: [&str; 2] = ["paged", "prefill"];
     const TARGETS: [&str; 2] =
         ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"];
 

@@ -7,7 +7,8 @@
 #![allow(unsafe_code)]
 
 mod image;
+pub mod paged;
 mod prefill;
 
-pub(crate) use image::{Image, driver};
+pub(crate) use image::driver;
 pub use prefill::{Half, PAGE, PrefillArgs, has_prefill, prefill};

@@ -9,6 +9,7 @@ pub struct Work {
     pub table: u64,
     pub ring_k: u64,
     pub ring_v: u64,
+    pub live: u64,
     pub sums: i64,
     pub packed: i32,
     pub residual: i32,
@@ -23,6 +24,8 @@ pub struct Work {
     pub part: i32,
     pub parts: i32,
     pub join: i32,
+    pub live_slots: i32,
+    pub holes: i32,
     pub unused: i32,
 }
 
@@ -96,12 +99,26 @@ pub struct UnpackArgs {
     pub unused: i32,
 }
 
-// Sizes as in kernels/*.cuh, which assert the same.
-const _: () = assert!(size_of::<Work>() == 88 && size_of::<AttendArgs>() == 96);
-const _: () = assert!(size_of::<FillRow>() == 104 && size_of::<FillArgs>() == 32);
-const _: () = assert!(size_of::<UnpackArgs>() == 48);
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct KeepRow {
+    pub ring_k: u64,
+    pub ring_v: u64,
+    pub slots: u64,
+    pub count: i32,
+    pub first: i32,
+    pub shift: i32,
+    pub ring: i32,
+    pub pieces: i32,
+    pub unused: i32,
+}
 
-// SAFETY: all five are plain numbers in C's layout, as the kernels read them.
+// Sizes as in kernels/*.cuh, which assert the same.
+const _: () = assert!(size_of::<Work>() == 104 && size_of::<AttendArgs>() == 96);
+const _: () = assert!(size_of::<FillRow>() == 104 && size_of::<FillArgs>() == 32);
+const _: () = assert!(size_of::<UnpackArgs>() == 48 && size_of::<KeepRow>() == 48);
+
+// SAFETY: all six are plain numbers in C's layout, as the kernels read them.
 unsafe impl DeviceRepr for Work {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for AttendArgs {}
@@ -111,3 +128,5 @@ unsafe impl DeviceRepr for FillRow {}
 unsafe impl DeviceRepr for FillArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for UnpackArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for KeepRow {}

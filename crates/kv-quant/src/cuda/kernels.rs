@@ -1,12 +1,13 @@
 //! Which kernels there are, and how they are launched.
 
-use super::args::{AttendArgs, FillArgs, UnpackArgs};
+use super::args::{AttendArgs, FillArgs, KeepRow, UnpackArgs};
 use super::wrap;
 use crate::{Axis, Bits, Flush, Format, KeyBasis};
 use candle_core::CudaDevice;
 use candle_core::cuda::cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
 use candle_core::cuda::cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg,
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr,
+    LaunchConfig, PushKernelArg,
 };
 use candle_core::cuda::cudarc::nvrtc::Ptx;
 use longctx_core::Result;
@@ -22,6 +23,8 @@ const PACK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pack.fatbin"));
 pub const TILE: usize = 32;
 /// As in kernels/sums.cuh.
 const SUM_WARPS: usize = 4;
+/// As in kernels/fill.cuh.
+const KEEP_THREADS: usize = 256;
 
 /// Sizes in bytes of the packed layout: kernels/layout.cuh.
 #[derive(Debug, Clone, Copy)]
@@ -158,6 +161,7 @@ pub struct Kernels {
     quantize: CudaFunction,
     unpack: CudaFunction,
     fill_rings: CudaFunction,
+    keep_ring: CudaFunction,
     layout: Layout,
 }
 
@@ -190,6 +194,7 @@ impl Kernels {
             quantize: load(&format!("quantize_b{bits}_g{group}_d{head_dim}"))?,
             unpack: load(&format!("unpack_b{bits}_g{group}_d{head_dim}"))?,
             fill_rings: load("fill_rings")?,
+            keep_ring: load("keep_ring")?,
             layout,
         }))
     }
@@ -244,6 +249,14 @@ impl Kernels {
         let grid = (entries as u32, rows as u32, 2);
         // SAFETY: the caller's.
         unsafe { launch(stream, &self.fill_rings, grid, args.pieces as usize, 0, args) }
+    }
+
+    /// # Safety
+    /// As [`Attend::launch`], with kernels/fill.cuh.
+    pub unsafe fn keep_ring(&self, stream: &CudaStream, rows: &CudaSlice<KeepRow>) -> Result<()> {
+        let (grid, address) = ((rows.len() as u32, 2, 1), rows.device_ptr(stream).0);
+        // SAFETY: the caller's.
+        unsafe { launch(stream, &self.keep_ring, grid, KEEP_THREADS, 0, &address) }
     }
 }
 
