@@ -14,6 +14,7 @@ pub mod llm;
 pub mod methods;
 pub mod model;
 pub mod output;
+pub mod place;
 pub mod selective_context;
 pub mod shared_prefill;
 pub mod subject;

@@ -1,6 +1,7 @@
 //! A model by name, transformer or recurrent.
 
 use crate::methods::Method;
+use crate::place::Place;
 use anyhow::{Result, bail};
 use base_models::Message;
 use longctx_core::{CausalLm, KvCache, LayerSpec};
@@ -16,15 +17,15 @@ pub enum Llm {
 impl Llm {
     /// Opens a GGUF file, a folder in Hugging Face's layout, or a model of the Hub, of any family
     /// that the workspace knows.
-    pub fn open(name: &str) -> Result<Self> {
-        let as_transformer = match base_models::Pretrained::open(name, &Default::default()) {
+    pub fn open(name: &str, place: &Place) -> Result<Self> {
+        let as_transformer = match base_models::Pretrained::open(name, &place.transformer()) {
             Ok(llm) => return Ok(Self::Transformer(Box::new(llm))),
             Err(error) => error,
         };
         if name.ends_with(".gguf") {
             return Err(as_transformer.into());
         }
-        match hybrid_models::Pretrained::open(name, &Default::default()) {
+        match hybrid_models::Pretrained::open(name, &place.recurrent()) {
             Ok(llm) => Ok(Self::Recurrent(Box::new(llm))),
             Err(error) => bail!(
                 "{name} can't be opened. As a transformer: {as_transformer}. As a recurrent model: {error}."

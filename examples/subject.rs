@@ -7,7 +7,8 @@ use std::rc::Rc;
 
 use crate::encoder;
 use crate::heads::Heads;
-use base_models::{ChatTemplate, Decoder, LoadOptions, Message, Pretrained};
+use crate::place::Place;
+use base_models::{ChatTemplate, Decoder, Message, Pretrained};
 use candle_core::DType;
 use longctx_core::{Batch, CausalLm, DenseCache, KvCache, LayerSpec, Logits};
 use longctx_eval::{Fault, Reader, Setting, Template, Text};
@@ -28,11 +29,18 @@ pub struct Options {
     pub encoder: String,
     /// DuoAttention's scores: a file; `None`: they are measured.
     pub heads: Option<PathBuf>,
+    /// Where models compute.
+    pub place: Place,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { prefill_chunk: None, encoder: encoder::PUBLISHED.into(), heads: None }
+        Self {
+            prefill_chunk: None,
+            encoder: encoder::PUBLISHED.into(),
+            heads: None,
+            place: Place::default(),
+        }
     }
 }
 
@@ -68,7 +76,7 @@ impl Models {
         }
         // Weights are large: one model at a time.
         open.clear();
-        let llm = Pretrained::open(name, &LoadOptions::default())?;
+        let llm = Pretrained::open(name, &self.options.place.transformer())?;
         open.insert(name.to_owned(), llm.clone());
         Ok(llm)
     }
@@ -88,7 +96,7 @@ impl Models {
 
     /// A recurrent or hybrid model. Its attention layers, if any, have dense caches in f16.
     pub fn recurrent(&self, setting: &Setting) -> Result<Reader, Fault> {
-        let options = hybrid_models::LoadOptions::default();
+        let options = self.options.place.recurrent();
         let llm = hybrid_models::Pretrained::open(&setting.model, &options)?;
         let session = llm.model.session(|spec| DenseCache::new(spec.clone(), DType::F16))?;
         let chat = match &setting.template {

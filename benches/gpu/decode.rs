@@ -9,13 +9,13 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use base_models::{Config, LoadOptions, Pretrained, Transformer};
+use base_models::{LoadOptions, Pretrained, Transformer};
 use candle_core::cuda::cudarc::driver::result::mem_get_info;
 use candle_core::{DType, Device, Tensor};
 use kv_quant::{Bits, Format, QuantStore};
+use longctx_benches::llama_3_8b;
 use longctx_core::{
-    Batch, CausalLm, DenseCache, Footprint, KvCache, KvStore, LayerSpec, Logits, Mask, RopeScaling,
-    SeqId, Step,
+    Batch, CausalLm, DenseCache, Footprint, KvCache, KvStore, LayerSpec, Logits, Mask, SeqId, Step,
 };
 use longctx_examples::methods::Method;
 
@@ -45,32 +45,6 @@ fn main() -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn llama_3_8b() -> Config {
-    let layers = 32;
-    Config {
-        family: "llama".into(),
-        vocab_size: 128_256,
-        hidden_size: 4096,
-        intermediate_size: 14_336,
-        layers,
-        heads: 32,
-        kv_heads: 8,
-        head_dim: 128,
-        norm_eps: 1e-5,
-        rope_theta: 500_000.0,
-        rope_scaling: RopeScaling::None,
-        context_length: 1 << 20,
-        windows: vec![None; layers],
-        qkv_bias: false,
-        out_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        tied_embeddings: false,
-        bos: None,
-        eos: Vec::new(),
-    }
 }
 
 /// Median of steps after a random past.

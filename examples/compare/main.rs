@@ -4,6 +4,7 @@
 //!
 //!     cargo run --release --example compare
 //!     cargo run --release --example compare -- --model state-spaces/mamba-130m-hf
+//!     cargo run --release --features cuda --example compare -- --device cuda
 //!     cargo run --release --example compare -- --words 512,4096 --methods dense-f16,h2o-4x --haystack FOLDER
 //!
 //! Methods are those of `examples/methods.rs`; an unknown name lists them.
@@ -23,6 +24,7 @@ use longctx_eval::needle::{Needle, Sample, score, spaced};
 use longctx_examples::llm::Llm;
 use longctx_examples::methods::Method;
 use longctx_examples::output::{check_writable, number};
+use longctx_examples::place::Place;
 use longctx_examples::{memory, model, say};
 use report::Row;
 
@@ -53,6 +55,8 @@ struct Args {
     /// fetched if need be
     #[arg(long)]
     model: Option<String>,
+    #[command(flatten)]
+    place: Place,
     /// A folder of text, or a text file, to hide the key in; by default text that the program makes itself
     #[arg(long)]
     haystack: Option<PathBuf>,
@@ -87,7 +91,7 @@ fn main() -> Result<()> {
         Some(name) => name.clone(),
         None => model::smollm2()?.display().to_string(),
     };
-    let llm = Llm::open(&name)?;
+    let llm = Llm::open(&name, &args.place)?;
     // Without attention layers, no cache is ever made.
     let methods = match llm.has_attention() {
         true => args.methods.iter().map(|method| (method.name(), method)).collect(),

@@ -12,6 +12,7 @@ use longctx_eval::{
     longbench, setting,
 };
 use longctx_examples::output::number;
+use longctx_examples::place::Place;
 use longctx_examples::subject::{Models, Options};
 use longctx_examples::{encoder, model};
 
@@ -34,6 +35,8 @@ pub struct Chosen {
     /// setting run on SmolLM2-135M-Instruct by default, fetched if need be
     #[arg(long)]
     model: Option<String>,
+    #[command(flatten)]
+    place: Place,
     /// The most tokens of a prompt, where the setting would allow more; longer ones are cut in the middle
     #[arg(long, value_parser = number::<2, MOST>)]
     context: Option<usize>,
@@ -52,8 +55,12 @@ pub struct Chosen {
 impl Chosen {
     /// What opens the settings' models.
     pub fn models(&self) -> Models {
-        let (encoder, heads) = (self.encoder.clone(), self.heads.clone());
-        Models::new(Options { prefill_chunk: self.prefill_chunk, encoder, heads })
+        Models::new(Options {
+            prefill_chunk: self.prefill_chunk,
+            encoder: self.encoder.clone(),
+            heads: self.heads.clone(),
+            place: self.place.clone(),
+        })
     }
 
     /// The settings, in the order asked for.

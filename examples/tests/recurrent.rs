@@ -9,6 +9,7 @@ use candle_core::DType;
 use longctx_core::{DenseCache, GenerateOptions, generate};
 use longctx_eval::{Question, Sample, Setting, Subject};
 use longctx_examples::llm::Llm;
+use longctx_examples::place::Place;
 use longctx_examples::subject::Models;
 
 const FAMILIES: [&str; 8] =
@@ -46,7 +47,8 @@ fn folder(family: &str, at: &Path) -> PathBuf {
 fn every_family_is_opened_by_name_and_writes() {
     let at = tempfile::tempdir().unwrap();
     for family in FAMILIES {
-        let llm = Llm::open(folder(family, at.path()).to_str().unwrap()).unwrap();
+        let llm =
+            Llm::open(folder(family, at.path()).to_str().unwrap(), &Place::default()).unwrap();
         assert!(matches!(llm, Llm::Recurrent(_)));
         assert_eq!(llm.has_attention(), family == "recurrent_gemma");
         let mut session = llm.session(|spec| DenseCache::new(spec.clone(), DType::F16)).unwrap();
@@ -98,6 +100,6 @@ fn what_no_family_knows_is_named() {
     let at = tempfile::tempdir().unwrap();
     let folder = folder("mamba", at.path());
     fs::write(folder.join("config.json"), r#"{ "model_type": "hyena" }"#).unwrap();
-    let error = Llm::open(folder.to_str().unwrap()).err().unwrap().to_string();
+    let error = Llm::open(folder.to_str().unwrap(), &Place::default()).err().unwrap().to_string();
     assert!(error.contains("hyena") && error.contains("mamba2"), "{error}");
 }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
-use base_models::{LoadOptions, Pretrained};
+use base_models::Pretrained;
 use cell::{Cell, Equal};
 use clap::Parser;
 use clap::builder::PossibleValuesParser;
@@ -27,6 +27,7 @@ use longctx_eval::needle::{Needle, Sample, score};
 use longctx_examples::heads::Heads;
 use longctx_examples::methods::Store;
 use longctx_examples::model;
+use longctx_examples::place::Place;
 use longctx_examples::shared_prefill::SharedPrefill;
 use report::Row;
 use serde::Serialize;
@@ -40,6 +41,8 @@ struct Args {
     /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
     #[arg(long)]
     model: Option<String>,
+    #[command(flatten)]
+    place: Place,
     /// Lengths of the prompts, in tokens
     #[arg(long, value_delimiter = ',', default_values_t = [2000])]
     tokens: Vec<usize>,
@@ -85,7 +88,7 @@ fn main() -> Result<()> {
         Some(name) => name.clone(),
         None => model::smollm2()?.display().to_string(),
     };
-    let llm = Pretrained::open(&name, &LoadOptions::default())?;
+    let llm = Pretrained::open(&name, &args.place.transformer())?;
     if let Some(path) = &args.save_prompts {
         return save_prompts(&args, &llm, path);
     }

@@ -10,12 +10,14 @@ use crate::random::Random;
 use crate::session::Decoder;
 use crate::weights::{LoadOptions, Weights};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::ops::{rms_norm, silu};
-use longctx_core::{AttentionShape, Batch, KvCache, LayerSpec, Logits, Result, Rope, Step};
+use candle_nn::ops::rms_norm;
+use longctx_core::{
+    AttentionShape, Batch, KvCache, LayerSpec, Logits, Result, Rope, Step, silu_mul,
+};
 
-/// Tokens that go through a feed-forward block at a time: its inner activations, several times
-/// wider than the model, never exist for the whole prompt.
-const FEED_FORWARD_TOKENS: usize = 1024;
+/// Tokens that go through a feed-forward block at a time, on the CPU and on other devices: its inner
+/// activations, several times wider than the model, never exist for the whole of a long prompt.
+const FEED_FORWARD_TOKENS: (usize, usize) = (1024, 8192);
 
 /// A decoder's weights, shared by all sessions that run on them.
 #[derive(Debug, Clone)]
@@ -188,9 +190,11 @@ impl Layer {
         let normed = rms_norm(x, &self.attention_norm, eps as f32)?;
         let x = (x + self.attend(&normed, cache, batch, eps)?)?;
         let tokens = x.dim(0)?;
+        let (on_cpu, elsewhere) = FEED_FORWARD_TOKENS;
+        let of_part = if x.device().is_cpu() { on_cpu } else { elsewhere };
         let mut parts = Vec::new();
-        for start in (0..tokens).step_by(FEED_FORWARD_TOKENS) {
-            let part = x.narrow(0, start, FEED_FORWARD_TOKENS.min(tokens - start))?;
+        for start in (0..tokens).step_by(of_part) {
+            let part = x.narrow(0, start, of_part.min(tokens - start))?;
             let normed = rms_norm(&part, &self.feed_forward_norm, eps as f32)?;
             parts.push((part + self.feed_forward(&normed)?)?);
         }
@@ -207,23 +211,19 @@ impl Layer {
         batch: &Batch,
         eps: f64,
     ) -> Result<Tensor> {
-        let AttentionShape { heads, kv_heads, head_dim, value_dim, .. } = self.shape;
+        let AttentionShape { heads, head_dim, value_dim, .. } = self.shape;
         let tokens = batch.tokens();
-        let projected = self.qkv.forward(x)?;
-        let mut q = projected[0].reshape((tokens, heads, head_dim))?;
-        let mut k = projected[1].reshape((tokens, kv_heads, head_dim))?;
-        let v = projected[2].reshape((tokens, kv_heads, value_dim))?;
-        drop(projected);
+        let mut qkv = self.qkv.forward_heads(x, head_dim)?;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
-            q = rms_norm(&q, q_norm, eps as f32)?;
-            k = rms_norm(&k, k_norm, eps as f32)?;
+            qkv[0] = rms_norm(&qkv[0].contiguous()?, q_norm, eps as f32)?;
+            qkv[1] = rms_norm(&qkv[1].contiguous()?, k_norm, eps as f32)?;
         }
-        let out = cache.attend(&Step { batch, q: &q, k: &k, v: &v })?;
+        let out = cache.attend(&Step { batch, q: &qkv[0], k: &qkv[1], v: &qkv[2] })?;
         self.out.forward(&out.reshape((tokens, heads * value_dim))?)
     }
 
     fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
         let gate_up = self.gate_up.forward(x)?;
-        self.down.forward(&(silu(&gate_up[0].contiguous()?)? * &gate_up[1])?)
+        self.down.forward(&silu_mul(&gate_up[0], &gate_up[1])?)
     }
 }

@@ -113,6 +113,26 @@ impl Joined {
         Ok(weight.map(|weight| Linear { weight, bias }))
     }
 
+    /// `x`: `[tokens, in]`; gives one `[tokens, heads, head_dim]` per map. Of a single product, they
+    /// are views.
+    pub fn forward_heads(&self, x: &Tensor, head_dim: usize) -> Result<Vec<Tensor>> {
+        let heads = |y: Tensor| -> Result<Tensor> {
+            let (tokens, channels) = y.dims2()?;
+            Ok(y.reshape((tokens, channels / head_dim, head_dim))?)
+        };
+        let [one] = self.maps.as_slice() else {
+            return self.maps.iter().map(|map| heads(map.forward(x)?)).collect();
+        };
+        let y = heads(one.forward(x)?)?;
+        let mut start = 0;
+        let mut outputs = Vec::new();
+        for &size in &self.sizes {
+            outputs.push(y.narrow(1, start, size / head_dim)?);
+            start += size / head_dim;
+        }
+        Ok(outputs)
+    }
+
     /// `x`: `[…, in]`; gives one `[…, out]` per map.
     pub fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>> {
         let [one] = self.maps.as_slice() else {

@@ -1,14 +1,19 @@
 //! Kernels on device addresses and a stream, without tensors: for engines that hold their memory
-//! themselves. [`attention`](crate::attention) is the same over candle's tensors.
+//! themselves. [`attention`](crate::attention), [`Rope`](crate::Rope) and [`silu_mul`](crate::silu_mul()) are
+//! the same over candle's tensors.
 //!
 //! Nothing here allocates device memory or waits for the device, and lengths are read from device
 //! memory: a launch can be captured in a CUDA graph. Only the first launch in a context loads a
 //! module, which a capture does not allow.
 #![allow(unsafe_code)]
 
-mod image;
 pub mod paged;
 mod prefill;
+mod rope;
+mod silu_mul;
+mod tensor;
 
-pub(crate) use image::driver;
 pub use prefill::{Half, PAGE, PrefillArgs, has_prefill, prefill};
+pub use rope::{RopeArgs, rope};
+pub use silu_mul::{SiluMulArgs, silu_mul};
+pub use tensor::address;

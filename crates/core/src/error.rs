@@ -104,6 +104,13 @@ impl Error {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl From<longctx_cuda::cudarc::driver::DriverError> for Error {
+    fn from(error: longctx_cuda::cudarc::driver::DriverError) -> Self {
+        Self::Candle(candle_core::Error::wrap(error))
+    }
+}
+
 impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
         match error {

@@ -22,7 +22,10 @@ pub fn check(name: &str, x: &Tensor) -> Result<()> {
     if finite { Ok(()) } else { Err(first(name, x)?) }
 }
 
-fn all_finite<T: candle_core::WithDType>(x: &Tensor, finite: fn(&T) -> bool) -> Result<bool> {
+fn all_finite<T: candle_core::WithDType>(
+    x: &Tensor,
+    finite: impl Fn(&T) -> bool + Copy,
+) -> Result<bool> {
     let (storage, layout) = x.storage_and_layout();
     let Storage::Cpu(data) = &*storage else { return Ok(true) };
     let data = data.as_slice::<T>()?;

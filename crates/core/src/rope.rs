@@ -1,5 +1,8 @@
 //! The rotary position embedding (Su et al., arXiv 2104.09864) and its scalings.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use std::f64::consts::PI;
 use std::sync::Mutex;
 
@@ -50,6 +53,9 @@ pub struct Rope {
     frequencies: Vec<f64>,
     /// The table of the last positions: all layers of a model ask for the same ones.
     last: Mutex<Option<Table>>,
+    /// The same for the kernel on a CUDA device.
+    #[cfg(feature = "cuda")]
+    last_on_device: Mutex<Option<cuda::OnDevice>>,
 }
 
 #[derive(Debug, Clone)]
@@ -79,7 +85,13 @@ impl Rope {
             .step_by(2)
             .map(|i| scaling.scale(theta.powf(-(i as f64) / rotary_dims as f64)))
             .collect::<Result<_>>()?;
-        Ok(Self { head_dim, frequencies, last: Mutex::new(None) })
+        Ok(Self {
+            head_dim,
+            frequencies,
+            last: Mutex::new(None),
+            #[cfg(feature = "cuda")]
+            last_on_device: Mutex::new(None),
+        })
     }
 
     /// The same with each frequency divided by a factor of its own, as GGUF files of Llama 3.1 and its kin say it.
@@ -124,6 +136,10 @@ impl Rope {
         if positions.len() != tokens {
             return Err(Error::mismatch("positions", format!("{tokens} of them"), positions.len()));
         }
+        #[cfg(feature = "cuda")]
+        if let Some(rotated) = cuda::rotate(self, x, positions)? {
+            return Ok(rotated);
+        }
         let (cos, sin) = self.table(positions, x.dtype(), x.device())?;
         self.rotate(x, &cos, &sin)
     }
@@ -167,9 +183,11 @@ impl Rope {
 
     fn rotate(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         let rotary = self.rotary_dims();
+        // Each token is a batch row with angles of its own: candle runs rows in parallel on the CPU.
+        let (cos, sin) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
         let turn = |x: &Tensor| -> Result<Tensor> {
-            let x = x.contiguous()?.unsqueeze(0)?;
-            Ok(candle_nn::rotary_emb::rope_thd(&x, cos, sin)?.squeeze(0)?)
+            let x = x.contiguous()?.unsqueeze(1)?;
+            Ok(candle_nn::rotary_emb::rope_thd(&x, &cos, &sin)?.squeeze(1)?)
         };
         if rotary == self.head_dim {
             return turn(x);

@@ -8,6 +8,7 @@
 // where the comment says so), with the same struct and its own grid. `/` rounds up in grids. Where dynamic shared memory is said,
 // it must be allowed first (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES).
 #pragma once
+#include <cstddef>
 
 namespace hybrid {
 
@@ -205,5 +206,21 @@ struct Bias {
     const float* bias;  // [channels]
     int rows, channels;
 };
+
+// As in src/cuda/args.rs.
+static_assert(sizeof(SelectiveScan) == 120 && offsetof(SelectiveScan, tokens) == 80, "SelectiveScan");
+static_assert(sizeof(Ssd) == 128 && offsetof(Ssd, tokens) == 80, "Ssd");
+static_assert(sizeof(Wkv) == 96 && offsetof(Wkv, tokens) == 64, "Wkv");
+static_assert(sizeof(Wkv7) == 144 && offsetof(Wkv7, tokens) == 104, "Wkv7");
+static_assert(sizeof(Wkv4) == 88 && offsetof(Wkv4, tokens) == 64, "Wkv4");
+static_assert(sizeof(RgLru) == 120 && offsetof(RgLru, batch) == 80, "RgLru");
+static_assert(sizeof(Conv) == 64 && offsetof(Conv, tokens) == 40, "Conv");
+static_assert(sizeof(Norm) == 48 && offsetof(Norm, channels) == 40, "Norm");
+static_assert(sizeof(GatedNorm) == 48 && offsetof(GatedNorm, groups) == 32, "GatedNorm");
+static_assert(sizeof(HeadNorm) == 80 && offsetof(HeadNorm, rows) == 56, "HeadNorm");
+static_assert(sizeof(Shift) == 64 && offsetof(Shift, tokens) == 48, "Shift");
+static_assert(sizeof(Gate) == 64 && offsetof(Gate, rows) == 40, "Gate");
+static_assert(sizeof(Blend) == 48 && offsetof(Blend, rows) == 40, "Blend");
+static_assert(sizeof(Bias) == 24 && offsetof(Bias, rows) == 16, "Bias");
 
 }  // namespace hybrid

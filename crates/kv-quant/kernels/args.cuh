@@ -1,6 +1,7 @@
 // The arguments of an attention kernel, and how it reads and writes numbers of either 16-bit kind.
 #pragma once
 #include <cuda_bf16.h>
+#include <cstddef>
 #include "ptx.cuh"
 
 namespace kvq {
@@ -53,7 +54,8 @@ struct AttendArgs {
     int unused;
 };
 
-static_assert(sizeof(Work) == 104 && sizeof(AttendArgs) == 96, "as in src/cuda/args.rs");
+static_assert(sizeof(Work) == 104 && offsetof(Work, sums) == 32 && offsetof(Work, packed) == 40, "as in src/cuda/args.rs");
+static_assert(sizeof(AttendArgs) == 96 && offsetof(AttendArgs, heads) == 56 && offsetof(AttendArgs, scale) == 84, "as in src/cuda/args.rs");
 
 // The row of q, out and lse of a column.
 __device__ __forceinline__ long long row_of(const AttendArgs& args, const Work& work, int column) {

@@ -1,6 +1,7 @@
 // New entries of many sequences: into the rings and, from there or straight from the call's tensors, into records.
 #pragma once
-#include <stdint.h>
+#include <cstddef>
+#include <cstdint>
 
 namespace kvq {
 
@@ -33,7 +34,8 @@ struct FillArgs {
     int unused;
 };
 
-static_assert(sizeof(FillRow) == 104 && sizeof(FillArgs) == 32, "as in src/cuda/args.rs");
+static_assert(sizeof(FillRow) == 104 && offsetof(FillRow, first_new) == 64, "as in src/cuda/args.rs");
+static_assert(sizeof(FillArgs) == 32 && offsetof(FillArgs, ring) == 16, "as in src/cuda/args.rs");
 
 // Grid: (entries, rows, 2); `pieces` threads.
 __device__ __forceinline__ void fill_rings(const FillArgs& args) {

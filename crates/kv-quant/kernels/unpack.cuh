@@ -16,7 +16,7 @@ struct UnpackArgs {
     int unused;
 };
 
-static_assert(sizeof(UnpackArgs) == 48, "as in src/cuda/args.rs");
+static_assert(sizeof(UnpackArgs) == 48 && offsetof(UnpackArgs, first) == 24, "as in src/cuda/args.rs");
 
 // One number of k and of v for each thread, in blocks of one dimension.
 template <int BITS, int GROUP, int D>

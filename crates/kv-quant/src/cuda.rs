@@ -19,8 +19,3 @@ mod tensors;
 
 pub use half::CudaHalf;
 pub use pool::CudaPool;
-
-/// A driver's error as candle's.
-fn wrap(error: candle_core::cuda::cudarc::driver::DriverError) -> longctx_core::Error {
-    candle_core::Error::wrap(error).into()
-}

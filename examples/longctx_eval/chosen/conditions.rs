@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use longctx_eval::{Setting, Task, content_hash, longbench};
+use longctx_examples::place::Place;
 
 use super::{Chosen, DATA, NEEDLES, TaskArgs};
 
@@ -17,6 +18,10 @@ impl Chosen {
         let mut all = Conditions::new();
         let chunk = self.prefill_chunk.map_or("all at once".into(), |chunk| chunk.to_string());
         all.insert("prefill_chunk".into(), chunk);
+        // Runs of before this condition existed computed so.
+        if self.place.describe() != Place::default().describe() {
+            all.insert("device and format".into(), self.place.describe());
+        }
         for setting in settings {
             all.insert(format!("model {}", setting.model), content(&setting.model)?);
         }

@@ -21,6 +21,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use longctx_examples::llm::Llm;
 use longctx_examples::model;
+use longctx_examples::place::Place;
 use metrics::Metrics;
 use routes::App;
 use scheduler::{Options, Scheduler};
@@ -33,6 +34,8 @@ struct Args {
     /// SmolLM2-135M-Instruct, fetched if need be
     #[arg(long)]
     model: Option<String>,
+    #[command(flatten)]
+    place: Place,
     /// How attention layers remember: dense-f16, kivi-4, kivi-2, snap-kv-4x, …
     #[arg(long, default_value = "dense-f16")]
     method: String,
@@ -74,7 +77,7 @@ async fn main() -> Result<()> {
         Some(name) => name.clone(),
         None => model::smollm2()?.display().to_string(),
     };
-    let llm = Llm::open(&name)?;
+    let llm = Llm::open(&name, &args.place)?;
     let metrics = Arc::new(Metrics::new());
     let (requests, received) = unbounded_channel();
     let context = llm.context_length().unwrap_or(usize::MAX);

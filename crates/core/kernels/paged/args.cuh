@@ -5,6 +5,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cstddef>
 #include <cstdint>
 
 constexpr int PAGE = 64;
@@ -93,7 +94,10 @@ struct MoveArgs {
     int unused;
 };
 
-static_assert(sizeof(AttendWork) == 48 && sizeof(AttendJoin) == 24 && sizeof(AttendArgs) == 96, "as in src/cuda/paged.rs");
-static_assert(sizeof(SumsWork) == 48 && sizeof(SumsArgs) == 56, "as in src/cuda/paged.rs");
-static_assert(sizeof(AppendRow) == 48 && sizeof(AppendArgs) == 40, "as in src/cuda/paged.rs");
-static_assert(sizeof(MoveRow) == 32 && sizeof(MoveArgs) == 16, "as in src/cuda/paged.rs");
+static_assert(sizeof(AttendWork) == 48 && offsetof(AttendWork, len) == 16 && sizeof(AttendJoin) == 24, "as in src/cuda/paged.rs");
+static_assert(sizeof(AttendArgs) == 96 && offsetof(AttendArgs, heads) == 64 && offsetof(AttendArgs, scale) == 84, "as in src/cuda/paged.rs");
+static_assert(sizeof(SumsWork) == 48 && offsetof(SumsWork, stride) == 16 && offsetof(SumsWork, len) == 32, "as in src/cuda/paged.rs");
+static_assert(sizeof(SumsArgs) == 56 && offsetof(SumsArgs, heads) == 32 && offsetof(SumsArgs, scale) == 48, "as in src/cuda/paged.rs");
+static_assert(sizeof(AppendRow) == 48 && offsetof(AppendRow, first_row) == 24, "as in src/cuda/paged.rs");
+static_assert(sizeof(AppendArgs) == 40 && offsetof(AppendArgs, stride) == 24, "as in src/cuda/paged.rs");
+static_assert(sizeof(MoveRow) == 32 && offsetof(MoveRow, first) == 24 && sizeof(MoveArgs) == 16, "as in src/cuda/paged.rs");

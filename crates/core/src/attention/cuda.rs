@@ -9,10 +9,8 @@ pub use sums::{sums_of_call, sums_on_device};
 
 use std::sync::Once;
 
-use crate::{AttentionShape, AttentionState, Batch, Error, Mask, Result};
-use candle_core::cuda::cudarc::driver::DevicePtr;
-use candle_core::{CudaDevice, DType, Device, Storage, Tensor, backend::BackendStorage};
-use half::{bf16, f16};
+use crate::{AttentionShape, AttentionState, Batch, Mask, Result};
+use candle_core::{CudaDevice, DType, Device, Tensor};
 
 /// Causal attention of each sequence's queries over the keys of the same tokens, all in one launch:
 /// as [`attend`](super::attend). `None` where there is no kernel.
@@ -61,23 +59,6 @@ fn served<'a>(
     let Device::Cuda(device) = q.device() else { return Ok(None) };
     let served = v.dtype() == k.dtype() && has_kernels(device, k.dtype(), shape)?;
     Ok(served.then_some(device))
-}
-
-/// The device address of a tensor's first number.
-pub fn address(x: &Tensor) -> Result<u64> {
-    let (storage, layout) = x.storage_and_layout();
-    let Storage::Cuda(storage) = &*storage else {
-        return Err(Error::mismatch("tensor", "one on a CUDA device", "one elsewhere"));
-    };
-    let stream = storage.device().cuda_stream();
-    let start = match storage.dtype() {
-        DType::U32 => storage.as_cuda_slice::<u32>()?.device_ptr(&stream).0,
-        DType::F32 => storage.as_cuda_slice::<f32>()?.device_ptr(&stream).0,
-        DType::F16 => storage.as_cuda_slice::<f16>()?.device_ptr(&stream).0,
-        DType::BF16 => storage.as_cuda_slice::<bf16>()?.device_ptr(&stream).0,
-        other => return Err(Error::mismatch("tensor", "u32, f32, f16 or bf16", other.as_str())),
-    };
-    Ok(start + (layout.start_offset() * storage.dtype().size_in_bytes()) as u64)
 }
 
 /// A view as it is if its rows begin at multiples of 16 bytes, or else a contiguous copy.

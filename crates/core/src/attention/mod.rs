@@ -15,14 +15,14 @@ mod cuda;
 mod element;
 mod gemm;
 mod ops;
-mod simd;
+pub(crate) mod simd;
 mod tile;
 
 #[cfg(test)]
 mod tests;
 
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::{address, has_kernels, sums_on_device};
+pub(crate) use cuda::{has_kernels, sums_on_device};
 pub use element::{Element, with_slice};
 pub use tile::{Page, attend_pages, attention_sums_pages};
 

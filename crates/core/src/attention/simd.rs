@@ -2,9 +2,10 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// `out[r * keys + j] = q[r] · k[j]` for a few query rows: each key is loaded once for all of them.
-pub fn scores(q: &[f32], k: &[f32], head_dim: usize, out: &mut [f32]) {
-    Arch::new().dispatch(Scores { q, k, head_dim, out });
+/// `out[r * stride + j] = q[r] · k[j]` for a few query rows: each key is loaded once for all of
+/// them.
+pub fn scores(q: &[f32], k: &[f32], head_dim: usize, out: &mut [f32], stride: usize) {
+    Arch::new().dispatch(Scores { q, k, head_dim, out, stride });
 }
 
 struct Scores<'a> {
@@ -12,6 +13,7 @@ struct Scores<'a> {
     k: &'a [f32],
     head_dim: usize,
     out: &'a mut [f32],
+    stride: usize,
 }
 
 impl WithSimd for Scores<'_> {
@@ -19,10 +21,9 @@ impl WithSimd for Scores<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let keys = self.k.len() / self.head_dim;
         for (j, k) in self.k.chunks_exact(self.head_dim).enumerate() {
             for (r, q) in self.q.chunks_exact(self.head_dim).enumerate() {
-                self.out[r * keys + j] = dot(simd, q, k);
+                self.out[r * self.stride + j] = dot(simd, q, k);
             }
         }
     }
@@ -41,13 +42,15 @@ fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     head + a_tail.iter().zip(b_tail).map(|(x, y)| x * y).sum::<f32>()
 }
 
-/// `out[r] += Σ_j p[r * keys + j] v[j]` for a few query rows: each value is loaded once for all of them.
-pub fn accumulate(p: &[f32], v: &[f32], head_dim: usize, out: &mut [f32]) {
-    Arch::new().dispatch(Accumulate { p, v, head_dim, out });
+/// `out[r] += Σ_j p[r * stride + j] v[j]` for a few query rows: each value is loaded once for all of
+/// them.
+pub fn accumulate(p: &[f32], stride: usize, v: &[f32], head_dim: usize, out: &mut [f32]) {
+    Arch::new().dispatch(Accumulate { p, stride, v, head_dim, out });
 }
 
 struct Accumulate<'a> {
     p: &'a [f32],
+    stride: usize,
     v: &'a [f32],
     head_dim: usize,
     out: &'a mut [f32],
@@ -58,11 +61,10 @@ impl WithSimd for Accumulate<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let keys = self.v.len() / self.head_dim;
         for (j, v) in self.v.chunks_exact(self.head_dim).enumerate() {
             let (v_head, v_tail) = S::as_simd_f32s(v);
             for (r, out) in self.out.chunks_exact_mut(self.head_dim).enumerate() {
-                let p = self.p[r * keys + j];
+                let p = self.p[r * self.stride + j];
                 let weight = simd.splat_f32s(p);
                 let (out_head, out_tail) = S::as_mut_simd_f32s(out);
                 for (o, &x) in out_head.iter_mut().zip(v_head) {
@@ -111,6 +113,31 @@ impl WithSimd for ExpSum<'_> {
             *x = exp(*x - shift);
         }
         lanes(x, 0.0, |a, b| a + b)
+    }
+}
+
+/// `out[i] = silu(gate[i]) * up[i]`.
+pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    Arch::new().dispatch(SiluMul { gate, up, out });
+}
+
+struct SiluMul<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl WithSimd for SiluMul<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for ((out, &x), &up) in self.out.iter_mut().zip(self.gate).zip(self.up) {
+            // The exponential of a number that is not positive can't overflow.
+            let t = exp(-x.abs());
+            let numerator = if x > 0.0 { 1.0 } else { t };
+            *out = x * numerator / (1.0 + t) * up;
+        }
     }
 }
 
@@ -205,7 +232,7 @@ mod tests {
         assert_eq!(lanes(&x, 0.0, |a, b| a + b), 76.0 * 77.0 / 2.0);
         let (q, k) = (&x[..2 * 7], &x[7..5 * 7]);
         let mut out = [0.0; 8];
-        scores(q, k, 7, &mut out);
+        scores(q, k, 7, &mut out, 4);
         for (r, q) in q.chunks(7).enumerate() {
             for (j, k) in k.chunks(7).enumerate() {
                 let want: f32 = q.iter().zip(k).map(|(a, b)| a * b).sum();
@@ -213,7 +240,7 @@ mod tests {
             }
         }
         let mut sum = [1.0; 14];
-        accumulate(&out, k, 7, &mut sum);
+        accumulate(&out, 4, k, 7, &mut sum);
         let want =
             |r: usize, c: usize| 1.0 + (0..4).map(|j| out[r * 4 + j] * k[j * 7 + c]).sum::<f32>();
         assert!((sum[9] - want(1, 2)).abs() <= 1e-6 * sum[9]);

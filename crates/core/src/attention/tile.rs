@@ -250,10 +250,10 @@ impl Call<'_> {
         };
         let Scratch { q, scores, wide } = scratch;
         self.gather_queries(item.head, &item.queries, q);
-        for_each_block(pages, self.shape, &item.entries, rows, wide, |start, keys, values| {
-            self.score(q, keys, item.head, &item.queries, start, len, scores);
+        for_each_block(pages, self.shape, &item.entries, rows, wide, |start, runs| {
+            self.score(q, runs, item.head, &item.queries, start, len, scores);
             tile.soften(scores, dv);
-            weigh(scores, values, dv, &mut tile.out);
+            weigh(scores, runs, dv, &mut tile.out);
         });
         tile
     }
@@ -278,9 +278,9 @@ impl Call<'_> {
             }
             self.gather_queries(head, &queries, q);
             let rows = group * queries.len();
-            for_each_block(pages, self.shape, &seen, rows, wide, |start, keys, _| {
-                self.score(q, keys, head, &queries, start, len, scores);
-                let width = keys.len() / self.shape.head_dim;
+            for_each_block(pages, self.shape, &seen, rows, wide, |start, runs| {
+                self.score(q, runs, head, &queries, start, len, scores);
+                let width = scores.len() / rows;
                 for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
                     let lse = lse[self.row(head, &queries, row)];
                     if lse > f32::NEG_INFINITY {
@@ -319,7 +319,7 @@ impl Call<'_> {
     fn score(
         &self,
         q: &[f32],
-        keys: &[f32],
+        runs: &[Page<'_, f32>],
         head: usize,
         queries: &Range<usize>,
         start: usize,
@@ -327,13 +327,18 @@ impl Call<'_> {
         scores: &mut Vec<f32>,
     ) {
         let d = self.shape.head_dim;
-        let (rows, width) = (q.len() / d, keys.len() / d);
+        let rows = q.len() / d;
+        let width = runs.iter().map(|run| run.keys.len() / d).sum();
         scores.resize(rows * width, 0.0);
-        if rows <= FEW_ROWS {
-            simd::scores(q, keys, d, scores);
-        } else {
-            let keys = Matrix::new(keys, width, d).transpose();
+        if let ([run], true) = (runs, rows > FEW_ROWS) {
+            let keys = Matrix::new(run.keys, width, d).transpose();
             multiply(Matrix::new(q, rows, d), keys, scores, width, false);
+        } else {
+            let mut at = 0;
+            for run in runs {
+                simd::scores(q, run.keys, d, &mut scores[at..], width);
+                at += run.keys.len() / d;
+            }
         }
         if let Some(cap) = self.shape.soft_cap {
             scores.iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
@@ -417,43 +422,81 @@ impl Tile {
     }
 }
 
-/// Adds the values weighted with `weights` to `out`.
-fn weigh(weights: &[f32], values: &[f32], value_dim: usize, out: &mut [f32]) {
-    let (rows, width) = (out.len() / value_dim, values.len() / value_dim);
-    if rows <= FEW_ROWS {
-        simd::accumulate(weights, values, value_dim, out);
-    } else {
-        let values = Matrix::new(values, width, value_dim);
+/// Adds the values of a block's runs, weighted with `weights`, `[rows, entries of the block]`, to
+/// `out`.
+fn weigh(weights: &[f32], runs: &[Page<'_, f32>], value_dim: usize, out: &mut [f32]) {
+    let rows = out.len() / value_dim;
+    let width = weights.len() / rows;
+    if let ([run], true) = (runs, rows > FEW_ROWS) {
+        let values = Matrix::new(run.values, width, value_dim);
         multiply(Matrix::new(weights, rows, width), values, out, value_dim, true);
+    } else {
+        let mut at = 0;
+        for run in runs {
+            simd::accumulate(&weights[at..], width, run.values, value_dim, out);
+            at += run.values.len() / value_dim;
+        }
     }
 }
 
-/// Calls `f` with the first entry's number, the keys and the values, in f32, of each block of at
-/// most [`BLOCK`] entries of the pages that lie within `entries`.
+/// Calls `f` with the first entry's number and the keys and values, in f32, of each block of at most
+/// [`BLOCK`] entries of the pages that lie within `entries`.
 ///
-/// Pages may be far shorter than a block. They are joined into one, since a matrix product of few
-/// columns is slow; but where a few rows read f32 as it lies, a copy would cost more.
+/// Pages may be far shorter than a block. They are joined into one run, since a matrix product of
+/// few columns is slow. Only where a few rows read f32 are they a run each, read where they lie: a
+/// copy would cost more.
 fn for_each_block<T: Element>(
     pages: &[Page<'_, T>],
     shape: &AttentionShape,
     entries: &Range<usize>,
     rows: usize,
     wide: &mut Widened,
-    mut f: impl FnMut(usize, &[f32], &[f32]),
+    f: impl FnMut(usize, &[Page<'_, f32>]),
+) {
+    if rows <= FEW_ROWS && T::DTYPE == DType::F32 {
+        for_each_block_in_place(pages, shape, entries, f);
+    } else {
+        for_each_widened_block(pages, shape, entries, wide, f);
+    }
+}
+
+fn for_each_block_in_place<T: Element>(
+    pages: &[Page<'_, T>],
+    shape: &AttentionShape,
+    entries: &Range<usize>,
+    mut f: impl FnMut(usize, &[Page<'_, f32>]),
+) {
+    let mut runs: Vec<Page<'_, f32>> = Vec::new();
+    let (mut start, mut filled) = (entries.start, 0);
+    for_each_run(pages, shape, entries, |first, run| {
+        let count = run.keys.len() / shape.head_dim;
+        if filled + count > BLOCK {
+            f(start, &runs);
+            runs.clear();
+            (start, filled) = (first, 0);
+        }
+        let Page { keys, values } = run;
+        runs.push(Page { keys: bytemuck::cast_slice(keys), values: bytemuck::cast_slice(values) });
+        filled += count;
+    });
+    if filled > 0 {
+        f(start, &runs);
+    }
+}
+
+fn for_each_widened_block<T: Element>(
+    pages: &[Page<'_, T>],
+    shape: &AttentionShape,
+    entries: &Range<usize>,
+    wide: &mut Widened,
+    mut f: impl FnMut(usize, &[Page<'_, f32>]),
 ) {
     let (d, dv) = (shape.head_dim, shape.value_dim);
-    let in_place = rows <= FEW_ROWS && T::DTYPE == DType::F32;
     let Widened { keys, values } = wide;
-    if !in_place {
-        keys.resize(BLOCK * d, 0.0);
-        values.resize(BLOCK * dv, 0.0);
-    }
+    keys.resize(BLOCK * d, 0.0);
+    values.resize(BLOCK * dv, 0.0);
     let (mut start, mut filled) = (entries.start, 0);
-    for_each_run(pages, shape, entries, |first, page| {
-        if in_place {
-            let (mut keys, mut values) = (Vec::new(), Vec::new());
-            return f(first, T::widen(page.keys, &mut keys), T::widen(page.values, &mut values));
-        }
+    for_each_run(pages, shape, entries, |_, page| {
         let count = page.keys.len() / d;
         let mut done = 0;
         while done < count {
@@ -464,23 +507,23 @@ fn for_each_block<T: Element>(
             T::widen_into(&page.values[rows(dv)], &mut values[place(dv)]);
             (done, filled) = (done + now, filled + now);
             if filled == BLOCK {
-                f(start, keys, values);
+                f(start, &[Page { keys, values }]);
                 (start, filled) = (start + filled, 0);
             }
         }
     });
     if filled > 0 {
-        f(start, &keys[..filled * d], &values[..filled * dv]);
+        f(start, &[Page { keys: &keys[..filled * d], values: &values[..filled * dv] }]);
     }
 }
 
 /// Calls `f` with the first entry's number and the rows of each run of at most [`BLOCK`] entries of
 /// one page that lies within `entries`.
-fn for_each_run<T>(
-    pages: &[Page<'_, T>],
+fn for_each_run<'a, T>(
+    pages: &[Page<'a, T>],
     shape: &AttentionShape,
     entries: &Range<usize>,
-    mut f: impl FnMut(usize, Page<'_, T>),
+    mut f: impl FnMut(usize, Page<'a, T>),
 ) {
     let (d, dv) = (shape.head_dim, shape.value_dim);
     let mut first = 0;

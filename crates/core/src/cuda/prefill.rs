@@ -1,16 +1,13 @@
 //! Exact attention of many queries: kernels/prefill.cu.
 
-use std::mem::{MaybeUninit, offset_of, size_of};
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 
-use super::image::{Image, compute_capability, driver};
 use crate::{Error, Result};
-use candle_core::cuda::cudarc::driver::sys::{self, CUfunction_attribute};
-use candle_core::cuda::cudarc::driver::{
-    CudaContext, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg,
-};
+use longctx_cuda::cudarc::driver::{CudaContext, CudaStream, DeviceRepr, sys};
+use longctx_cuda::{Image, compute_capability};
 
-static IMAGE: Image = Image::new(include_bytes!(concat!(env!("OUT_DIR"), "/prefill.fatbin")));
+static IMAGE: Image = longctx_cuda::image!("prefill");
 
 /// Tokens of a block of a paged cache.
 pub const PAGE: usize = 64;
@@ -24,94 +21,84 @@ pub enum Half {
     BF16,
 }
 
-/// The arguments of [`prefill`], field for field those of the kernels.
-///
-/// Addresses are device addresses; strides count elements. q, k and v begin at multiples of 16
-/// bytes, and so do all their rows. Lengths and block tables are read from device memory.
-///
-/// Sequence s has the queries `cu_seqlens_q[s]..cu_seqlens_q[s + 1]`. Its keys are
-/// `cu_seqlens_k[s]..cu_seqlens_k[s + 1]`, or, if `block_table` is not 0, the first
-/// `seqlens_k[s, kv_head]` entries of the blocks that the table lists for it.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct PrefillArgs {
-    /// `[tokens, heads, head_dim]`, f16 or bf16.
-    pub q: u64,
-    /// `[kv_extent, kv_heads, head_dim]`; paged: `[kv_extent blocks, PAGE, head_dim]`.
-    pub k: u64,
-    /// As `k`.
-    pub v: u64,
-    /// Output, `[tokens, heads, head_dim]`, contiguous, in the format of `q` or in f32.
-    pub out: u64,
-    /// Output, `[tokens, heads]`, f32: the natural log-sum-exp; -inf where no key is visible.
-    pub lse: u64,
-    /// `[seqs + 1]`, u32.
-    pub cu_seqlens_q: u64,
-    /// `[seqs + 1]`, u32; not read if paged.
-    pub cu_seqlens_k: u64,
-    /// `[seqs, kv_heads]`, u32; paged only.
-    pub seqlens_k: u64,
-    /// `[seqs, kv_heads, blocks]`, u32. 0: keys and values are contiguous.
-    pub block_table: u64,
-    /// Strides of `q`.
-    pub q_token: i64,
-    /// See `q_token`.
-    pub q_head: i64,
-    /// Strides of `k`. Paged: `k_head` is the stride of a block.
-    pub k_token: i64,
-    /// See `k_token`.
-    pub k_head: i64,
-    /// Strides of `v`, as those of `k`.
-    pub v_token: i64,
-    /// See `v_token`.
-    pub v_head: i64,
-    /// Strides of `block_table`. `table_head` is 0 if the heads share their blocks.
-    pub table_seq: i64,
-    /// See `table_seq`.
-    pub table_head: i64,
-    /// Strides of `seqlens_k`.
-    pub lens_seq: i64,
-    /// See `lens_seq`.
-    pub lens_head: i64,
-    /// Sequences.
-    pub seqs: i32,
-    /// Queries of all sequences.
-    pub tokens: i32,
-    /// Tokens of `k` and `v`; paged: blocks.
-    pub kv_extent: i32,
-    /// Query heads.
-    pub heads: i32,
-    /// Key/value heads.
-    pub kv_heads: i32,
-    /// Query heads of a tile. [`prefill`] sets it.
-    pub pack: i32,
-    /// 1: a query sees no key after its own position.
-    pub causal: i32,
-    /// Positions of the queries. 0: a sequence's last keys are its queries' own. 1: all keys
-    /// precede the queries.
-    pub past: i32,
-    /// A query sees the `window` keys up to its own position. 0: no limit.
-    pub window: i32,
-    /// Factor of the dot products; positive.
-    pub scale: f32,
-    /// Scores s become `soft_cap * tanh(s / soft_cap)`. 0: they stay as they are.
-    pub soft_cap: f32,
-    /// 0: `out` has the format of `q`; 1: f32.
-    pub out_f32: i32,
+longctx_cuda::args! {
+    /// The arguments of [`prefill`], field for field those of the kernels.
+    ///
+    /// Addresses are device addresses; strides count elements. q, k and v begin at multiples of 16
+    /// bytes, and so do all their rows. Lengths and block tables are read from device memory.
+    ///
+    /// Sequence s has the queries `cu_seqlens_q[s]..cu_seqlens_q[s + 1]`. Its keys are
+    /// `cu_seqlens_k[s]..cu_seqlens_k[s + 1]`, or, if `block_table` is not 0, the first
+    /// `seqlens_k[s, kv_head]` entries of the blocks that the table lists for it.
+    pub struct PrefillArgs: 200, q_token at 72, seqs at 152, scale at 188 {
+        /// `[tokens, heads, head_dim]`, f16 or bf16.
+        pub q: u64,
+        /// `[kv_extent, kv_heads, head_dim]`; paged: `[kv_extent blocks, PAGE, head_dim]`.
+        pub k: u64,
+        /// As `k`.
+        pub v: u64,
+        /// Output, `[tokens, heads, head_dim]`, contiguous, in the format of `q` or in f32.
+        pub out: u64,
+        /// Output, `[tokens, heads]`, f32: the natural log-sum-exp; -inf where no key is visible.
+        pub lse: u64,
+        /// `[seqs + 1]`, u32.
+        pub cu_seqlens_q: u64,
+        /// `[seqs + 1]`, u32; not read if paged.
+        pub cu_seqlens_k: u64,
+        /// `[seqs, kv_heads]`, u32; paged only.
+        pub seqlens_k: u64,
+        /// `[seqs, kv_heads, blocks]`, u32. 0: keys and values are contiguous.
+        pub block_table: u64,
+        /// Strides of `q`.
+        pub q_token: i64,
+        /// See `q_token`.
+        pub q_head: i64,
+        /// Strides of `k`. Paged: `k_head` is the stride of a block.
+        pub k_token: i64,
+        /// See `k_token`.
+        pub k_head: i64,
+        /// Strides of `v`, as those of `k`.
+        pub v_token: i64,
+        /// See `v_token`.
+        pub v_head: i64,
+        /// Strides of `block_table`. `table_head` is 0 if the heads share their blocks.
+        pub table_seq: i64,
+        /// See `table_seq`.
+        pub table_head: i64,
+        /// Strides of `seqlens_k`.
+        pub lens_seq: i64,
+        /// See `lens_seq`.
+        pub lens_head: i64,
+        /// Sequences.
+        pub seqs: i32,
+        /// Queries of all sequences.
+        pub tokens: i32,
+        /// Tokens of `k` and `v`; paged: blocks.
+        pub kv_extent: i32,
+        /// Query heads.
+        pub heads: i32,
+        /// Key/value heads.
+        pub kv_heads: i32,
+        /// Query heads of a tile. [`prefill`] sets it.
+        pub pack: i32,
+        /// 1: a query sees no key after its own position.
+        pub causal: i32,
+        /// Positions of the queries. 0: a sequence's last keys are its queries' own. 1: all keys
+        /// precede the queries.
+        pub past: i32,
+        /// A query sees the `window` keys up to its own position. 0: no limit.
+        pub window: i32,
+        /// Factor of the dot products; positive.
+        pub scale: f32,
+        /// Scores s become `soft_cap * tanh(s / soft_cap)`. 0: they stay as they are.
+        pub soft_cap: f32,
+        /// 0: `out` has the format of `q`; 1: f32.
+        pub out_f32: i32,
+    }
 }
 
-// As in kernels/prefill/args.cuh.
-const _: () = assert!(
-    size_of::<PrefillArgs>() == 200
-        && offset_of!(PrefillArgs, q_token) == 72
-        && offset_of!(PrefillArgs, seqs) == 152
-        && offset_of!(PrefillArgs, scale) == 188
-);
-
-// SAFETY: plain numbers in C's layout, as the kernels read them.
-unsafe impl DeviceRepr for PrefillArgs {}
-
 #[repr(transparent)]
+#[derive(Clone)]
 struct TensorMap(sys::CUtensorMap);
 
 // SAFETY: the driver's own parameter type.
@@ -197,26 +184,14 @@ pub unsafe fn prefill(
         if shape.wgmma { "wgmma" } else { "mma" },
         if half == Half::F16 { "f16" } else { "bf16" }
     );
-    let function = IMAGE.function(context, &name)?;
-    let dynamic = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    function.set_attribute(dynamic, shape.shared_bytes as i32).map_err(driver)?;
-    let config = LaunchConfig {
-        grid_dim: (tiles as u32, 1, 1),
-        block_dim: (shape.threads, 1, 1),
-        shared_mem_bytes: shape.shared_bytes,
+    let kernel = IMAGE.kernel(context, &name, shape.threads, shape.shared_bytes)?;
+    let maps = match shape.wgmma {
+        true => tensor_maps(half, head_dim, &args, tile_tokens)?.to_vec(),
+        false => Vec::new(),
     };
-    let mut launch = stream.launch_builder(&function);
-    launch.arg(&args);
-    let maps;
-    if shape.wgmma {
-        maps = tensor_maps(half, head_dim, &args, tile_tokens)?;
-        maps.iter().for_each(|map| {
-            launch.arg(map);
-        });
-    }
     // SAFETY: the arguments are those of the kernel, the grid has a block for each tile, and the
     // caller vouches for the addresses.
-    unsafe { launch.launch(config) }.map_err(driver)?;
+    unsafe { kernel.launch_with(stream, [tiles as usize, 1, 1], &args, &maps) }?;
     Ok(())
 }
 
@@ -304,8 +279,7 @@ fn tensor_map(
             sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
-        .result()
-        .map_err(driver)?;
+        .result()?;
         Ok(TensorMap(map.assume_init()))
     }
 }

@@ -11,11 +11,11 @@ mod sums;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::cuda::{Half, PAGE, driver};
+use crate::cuda::{Half, PAGE};
 use crate::{AttentionShape, Batch, Error, Footprint, Result, SeqId};
 use blocks::Blocks;
-use candle_core::cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use candle_core::{CudaDevice, DType, Device, Tensor};
+use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
 /// The sequences' keys and values.
 #[derive(Debug)]
@@ -160,7 +160,7 @@ impl CudaSeqs {
 
 impl Sequence {
     fn new(stream: &Arc<CudaStream>, kv_heads: usize) -> Result<Self> {
-        let table = stream.alloc_zeros(kv_heads * PLACES).map_err(driver)?;
+        let table = stream.alloc_zeros(kv_heads * PLACES)?;
         Ok(Self { heads: vec![Table::default(); kv_heads], table, places: PLACES })
     }
 
@@ -171,11 +171,11 @@ impl Sequence {
         }
         let (old, heads) = (self.places, self.heads.len());
         let places = blocks.max(old + old / 4);
-        let mut grown = stream.alloc_zeros::<u64>(heads * places).map_err(driver)?;
+        let mut grown = stream.alloc_zeros::<u64>(heads * places)?;
         for head in 0..heads {
             let from = self.table.slice(head * old..(head + 1) * old);
             let mut to = grown.slice_mut(head * places..head * places + old);
-            stream.memcpy_dtod(&from, &mut to).map_err(driver)?;
+            stream.memcpy_dtod(&from, &mut to)?;
         }
         (self.table, self.places) = (grown, places);
         Ok(())

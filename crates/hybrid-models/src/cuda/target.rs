@@ -16,7 +16,7 @@ pub struct Target {
 
 impl Target {
     pub fn new(device: &CudaDevice, dtype: DType) -> Result<Self> {
-        let kernels = Arc::new(Kernels::load(device)?);
+        let kernels = Arc::new(Kernels::new(device)?);
         Ok(Self { device: Device::Cuda(device.clone()), dtype, kernels })
     }
 
@@ -61,7 +61,7 @@ impl Target {
 
     /// Multiprocessors of the device.
     pub fn processors(&self) -> usize {
-        self.kernels.processors as usize
+        self.kernels.processors
     }
 
     /// Numbers in f32.

@@ -62,7 +62,7 @@ impl Version {
 
     /// # Safety
     /// As [`Kernel::launch`]; `rows` are all of T that `args` has.
-    unsafe fn launch<A: candle_core::cuda::cudarc::driver::DeviceRepr>(
+    unsafe fn launch<A: longctx_cuda::cudarc::driver::DeviceRepr>(
         &self,
         rows: &[Rows],
         (batch, tokens): (usize, usize),

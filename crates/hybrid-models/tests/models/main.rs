@@ -1,6 +1,7 @@
 //! All models beside public implementations and by law.
 
 mod common;
+mod configs;
 mod errors;
 mod faults;
 mod laws;

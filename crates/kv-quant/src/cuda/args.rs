@@ -1,132 +1,112 @@
 //! The kernels' arguments: field for field the structs of kernels/*.cuh. Pointers are device
 //! addresses, 0 for none.
 
-use candle_core::cuda::cudarc::driver::DeviceRepr;
-
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Work {
-    pub table: u64,
-    pub ring_k: u64,
-    pub ring_v: u64,
-    pub live: u64,
-    pub sums: i64,
-    pub packed: i32,
-    pub residual: i32,
-    pub ring_start: i32,
-    pub kv_head: i32,
-    pub queries: i32,
-    pub first_token: i32,
-    pub first_column: i32,
-    pub from: i32,
-    pub to: i32,
-    pub first_part: i32,
-    pub part: i32,
-    pub parts: i32,
-    pub join: i32,
-    pub live_slots: i32,
-    pub holes: i32,
-    pub unused: i32,
+longctx_cuda::args! {
+    pub struct Work: 104, sums at 32, packed at 40 {
+        pub table: u64,
+        pub ring_k: u64,
+        pub ring_v: u64,
+        pub live: u64,
+        pub sums: i64,
+        pub packed: i32,
+        pub residual: i32,
+        pub ring_start: i32,
+        pub kv_head: i32,
+        pub queries: i32,
+        pub first_token: i32,
+        pub first_column: i32,
+        pub from: i32,
+        pub to: i32,
+        pub first_part: i32,
+        pub part: i32,
+        pub parts: i32,
+        pub join: i32,
+        pub live_slots: i32,
+        pub holes: i32,
+        pub unused: i32,
+    }
 }
 
-#[repr(C)]
-#[derive(Debug, Default)]
-pub struct AttendArgs {
-    pub q: u64,
-    pub out: u64,
-    pub lse: u64,
-    pub part_out: u64,
-    pub part_lse: u64,
-    pub arrived: u64,
-    pub work: u64,
-    pub heads: i32,
-    pub heads_per_kv: i32,
-    pub ring: i32,
-    pub causal: i32,
-    pub window: i32,
-    pub kind: i32,
-    pub out_kind: i32,
-    pub scale: f32,
-    pub soft_cap: f32,
-    pub unused: i32,
+longctx_cuda::args! {
+    pub struct AttendArgs: 96, heads at 56, scale at 84 {
+        pub q: u64,
+        pub out: u64,
+        pub lse: u64,
+        pub part_out: u64,
+        pub part_lse: u64,
+        pub arrived: u64,
+        pub work: u64,
+        pub heads: i32,
+        pub heads_per_kv: i32,
+        pub ring: i32,
+        pub causal: i32,
+        pub window: i32,
+        pub kind: i32,
+        pub out_kind: i32,
+        pub scale: f32,
+        pub soft_cap: f32,
+        pub unused: i32,
+    }
 }
 
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub struct FillRow {
-    pub ring_k: u64,
-    pub ring_v: u64,
-    pub new_k: u64,
-    pub new_v: u64,
-    pub table: u64,
-    pub fresh: u64,
-    pub status: u64,
-    pub tag: u64,
-    pub first_new: i32,
-    pub shift: i32,
-    pub move_from: i32,
-    pub move_to: i32,
-    pub fresh_record: i32,
-    pub key_record: i32,
-    pub key_records: i32,
-    pub value_tile: i32,
-    pub value_tiles: i32,
-    pub round: i32,
+longctx_cuda::args! {
+    pub struct FillRow: 104, first_new at 64 {
+        pub ring_k: u64,
+        pub ring_v: u64,
+        pub new_k: u64,
+        pub new_v: u64,
+        pub table: u64,
+        pub fresh: u64,
+        pub status: u64,
+        pub tag: u64,
+        pub first_new: i32,
+        pub shift: i32,
+        pub move_from: i32,
+        pub move_to: i32,
+        pub fresh_record: i32,
+        pub key_record: i32,
+        pub key_records: i32,
+        pub value_tile: i32,
+        pub value_tiles: i32,
+        pub round: i32,
+    }
 }
 
-#[repr(C)]
-#[derive(Debug, Default)]
-pub struct FillArgs {
-    pub rows: u64,
-    pub stride: i64,
-    pub ring: i32,
-    pub kind: i32,
-    pub pieces: i32,
-    pub unused: i32,
+longctx_cuda::args! {
+    pub struct FillArgs: 32, ring at 16 {
+        pub rows: u64,
+        pub stride: i64,
+        pub ring: i32,
+        pub kind: i32,
+        pub pieces: i32,
+        pub unused: i32,
+    }
 }
 
-#[repr(C)]
-#[derive(Debug, Default)]
-pub struct UnpackArgs {
-    pub table: u64,
-    pub k: u64,
-    pub v: u64,
-    pub first: i32,
-    pub entries: i32,
-    pub ring: i32,
-    pub shift: i32,
-    pub kind: i32,
-    pub unused: i32,
+longctx_cuda::args! {
+    pub struct UnpackArgs: 48, first at 24 {
+        pub table: u64,
+        pub k: u64,
+        pub v: u64,
+        pub first: i32,
+        pub entries: i32,
+        pub ring: i32,
+        pub shift: i32,
+        pub kind: i32,
+        pub unused: i32,
+    }
 }
 
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub struct KeepRow {
-    pub ring_k: u64,
-    pub ring_v: u64,
-    pub slots: u64,
-    pub count: i32,
-    pub first: i32,
-    pub shift: i32,
-    pub ring: i32,
-    pub pieces: i32,
-    pub unused: i32,
+longctx_cuda::args! {
+    pub struct KeepRow: 48, count at 24 {
+        pub ring_k: u64,
+        pub ring_v: u64,
+        pub slots: u64,
+        pub count: i32,
+        pub first: i32,
+        pub shift: i32,
+        pub ring: i32,
+        pub pieces: i32,
+        pub unused: i32,
+    }
 }
-
-// Sizes as in kernels/*.cuh, which assert the same.
-const _: () = assert!(size_of::<Work>() == 104 && size_of::<AttendArgs>() == 96);
-const _: () = assert!(size_of::<FillRow>() == 104 && size_of::<FillArgs>() == 32);
-const _: () = assert!(size_of::<UnpackArgs>() == 48 && size_of::<KeepRow>() == 48);
-
-// SAFETY: all six are plain numbers in C's layout, as the kernels read them.
-unsafe impl DeviceRepr for Work {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for AttendArgs {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for FillRow {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for FillArgs {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for UnpackArgs {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for KeepRow {}

@@ -4,10 +4,9 @@ use super::CudaPool;
 use super::args::{AttendArgs, Work};
 use super::plan::{Plan, Sizes};
 use super::tensors::{address, kind, tensor};
-use super::wrap;
-use candle_core::cuda::cudarc::driver::DevicePtr;
 use candle_core::{DType, Tensor};
 use longctx_core::{AttentionState, Batch, Error, Mask, Result, SeqId};
+use longctx_cuda::cudarc::driver::DevicePtr;
 
 impl CudaPool {
     pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
@@ -37,16 +36,16 @@ impl CudaPool {
         // SAFETY: the kernel writes all that is read of these.
         let (out, lse, part_out, part_lse) = unsafe {
             (
-                stream.alloc::<f32>(rows * d).map_err(wrap)?,
-                stream.alloc::<f32>(rows).map_err(wrap)?,
-                stream.alloc::<f32>(parts * d).map_err(wrap)?,
-                stream.alloc::<f32>(parts).map_err(wrap)?,
+                stream.alloc::<f32>(rows * d)?,
+                stream.alloc::<f32>(rows)?,
+                stream.alloc::<f32>(parts * d)?,
+                stream.alloc::<f32>(parts)?,
             )
         };
-        let arrived = stream.alloc_zeros::<u32>(plan.joins).map_err(wrap)?;
-        let work = stream.clone_htod(&plan.work).map_err(wrap)?;
+        let arrived = stream.alloc_zeros::<u32>(plan.joins)?;
+        let work = stream.clone_htod(&plan.work)?;
         let args = AttendArgs {
-            q: address(&q, &stream)?,
+            q: address(&q)?,
             out: out.device_ptr(&stream).0,
             lse: lse.device_ptr(&stream).0,
             part_out: part_out.device_ptr(&stream).0,

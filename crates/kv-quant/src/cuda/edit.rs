@@ -4,9 +4,8 @@ use super::CudaPool;
 use super::args::KeepRow;
 use super::head::{Cut, Head, Live};
 use super::kernels::TILE;
-use super::wrap;
-use candle_core::cuda::cudarc::driver::DevicePtr;
 use longctx_core::{Error, Result, Selection, SeqId};
+use longctx_cuda::cudarc::driver::DevicePtr;
 
 impl CudaPool {
     /// Copies tables and rings; records are shared.
@@ -154,7 +153,7 @@ impl CudaPool {
         if slots.is_empty() {
             return Ok(());
         }
-        let slots = stream.clone_htod(&slots).map_err(wrap)?;
+        let slots = stream.clone_htod(&slots)?;
         let mut address = slots.device_ptr(&stream).0;
         let mut rows = Vec::new();
         for (kv_head, (stays, head)) in stays.iter().zip(&sequence.heads).enumerate() {
@@ -173,7 +172,7 @@ impl CudaPool {
             });
             address += 4 * count as u64;
         }
-        let rows = stream.clone_htod(&rows).map_err(wrap)?;
+        let rows = stream.clone_htod(&rows)?;
         // SAFETY: the slots are in the rings, and none moves to a later one.
         unsafe { self.kernels.keep_ring(&stream, &rows) }
     }

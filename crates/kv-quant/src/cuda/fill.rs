@@ -6,10 +6,9 @@ use super::head::Packed;
 use super::kernels::TILE;
 use super::status::Status;
 use super::tensors::{address, kind};
-use super::wrap;
-use candle_core::cuda::cudarc::driver::DevicePtr;
 use candle_core::{DType, Tensor};
 use longctx_core::{AttentionState, Batch, Error, Mask, Result, Selection};
+use longctx_cuda::cudarc::driver::DevicePtr;
 
 /// No entry and no record has such a number.
 const NONE: i32 = i32::MAX;
@@ -279,7 +278,7 @@ impl CudaPool {
     ) -> Result<Vec<FillRow>> {
         let (stream, d, kv_heads) = (self.stream(), self.shape.head_dim, self.shape.kv_heads);
         let starts = match new {
-            Some(new) => Some((address(&new.k, &stream)?, address(&new.v, &stream)?, new)),
+            Some(new) => Some((address(&new.k)?, address(&new.v)?, new)),
             None => None,
         };
         let mut rows = Vec::with_capacity(batch.seqs().len() * kv_heads);
@@ -332,10 +331,10 @@ impl CudaPool {
         }
         let stream = self.stream();
         let fresh: &[u64] = if fresh.is_empty() { &[0] } else { fresh };
-        let fresh = stream.clone_htod(fresh).map_err(wrap)?;
+        let fresh = stream.clone_htod(fresh)?;
         let base = fresh.device_ptr(&stream).0;
         rows.iter_mut().for_each(|row| row.fresh += base);
-        let on_device = stream.clone_htod(&rows).map_err(wrap)?;
+        let on_device = stream.clone_htod(&rows)?;
         let args = FillArgs {
             rows: on_device.device_ptr(&stream).0,
             stride: (stride * self.shape.head_dim) as i64,

@@ -2,10 +2,9 @@
 
 use super::kernels::{Layout, TILE};
 use super::records::{Shared, Table};
-use super::wrap;
 use crate::{Flush, Format};
-use candle_core::cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use longctx_core::Result;
+use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -119,7 +118,7 @@ impl Live {
         if count == slots {
             return Ok(Self::default());
         }
-        let on_device = Arc::new(stream.clone_htod(&words(&bits)).map_err(wrap)?);
+        let on_device = Arc::new(stream.clone_htod(&words(&bits))?);
         Ok(Self { bits, holes: slots - count, on_device: Some(on_device) })
     }
 
@@ -243,17 +242,17 @@ impl Sequence {
         number: u64,
     ) -> Result<Self> {
         let heads = (0..kv_heads).map(|_| Head::new(records)).collect();
-        let ring = || stream.alloc_zeros(kv_heads * ring).map_err(wrap);
+        let ring = || stream.alloc_zeros(kv_heads * ring);
         let (ring_k, ring_v) = (ring()?, ring()?);
-        let table = stream.alloc_zeros(kv_heads * PLACES).map_err(wrap)?;
+        let table = stream.alloc_zeros(kv_heads * PLACES)?;
         Ok(Self { heads, ring_k, ring_v, table, places: PLACES, number, poisoned: None })
     }
 
     /// A sequence with the same entries that shares the records.
     pub fn fork(&self, stream: &Arc<CudaStream>, number: u64) -> Result<Self> {
-        let copy = |ring| stream.clone_dtod(ring).map_err(wrap);
+        let copy = |ring| stream.clone_dtod(ring);
         let (ring_k, ring_v) = (copy(&self.ring_k)?, copy(&self.ring_v)?);
-        let table = stream.clone_dtod(&self.table).map_err(wrap)?;
+        let table = stream.clone_dtod(&self.table)?;
         let (heads, places) = (self.heads.clone(), self.places);
         Ok(Self { heads, ring_k, ring_v, table, places, number, poisoned: None })
     }
@@ -265,11 +264,11 @@ impl Sequence {
         }
         let (old, heads) = (self.places, self.heads.len());
         let places = records.max(old + old / 4);
-        let mut grown = stream.alloc_zeros::<u64>(heads * places).map_err(wrap)?;
+        let mut grown = stream.alloc_zeros::<u64>(heads * places)?;
         for head in 0..heads {
             let from = self.table.slice(head * old..(head + 1) * old);
             let mut to = grown.slice_mut(head * places..head * places + old);
-            stream.memcpy_dtod(&from, &mut to).map_err(wrap)?;
+            stream.memcpy_dtod(&from, &mut to)?;
         }
         (self.table, self.places) = (grown, places);
         Ok(())
@@ -283,7 +282,7 @@ impl Sequence {
         }
         let first = head * self.places;
         let mut to = self.table.slice_mut(first..first + addresses.len());
-        stream.memcpy_htod(&addresses, &mut to).map_err(wrap)
+        Ok(stream.memcpy_htod(&addresses, &mut to)?)
     }
 
     /// `ring`: numbers of the ring of a kv head.

@@ -1,30 +1,24 @@
 //! Which kernels there are, and how they are launched.
 
 use super::args::{AttendArgs, FillArgs, KeepRow, UnpackArgs};
-use super::wrap;
 use crate::{Axis, Bits, Flush, Format, KeyBasis};
-use candle_core::CudaDevice;
-use candle_core::cuda::cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
-use candle_core::cuda::cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr,
-    LaunchConfig, PushKernelArg,
-};
-use candle_core::cuda::cudarc::nvrtc::Ptx;
 use longctx_core::Result;
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use longctx_cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
+use longctx_cuda::{Image, Kernel, most_shared_bytes, multiprocessors};
+use std::sync::Arc;
 
-const ATTEND_2: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/attend2.fatbin"));
-const ATTEND_4: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/attend4.fatbin"));
-const ATTEND_8: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/attend8.fatbin"));
-const PACK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pack.fatbin"));
+static ATTEND_2: Image = longctx_cuda::image!("attend2");
+static ATTEND_4: Image = longctx_cuda::image!("attend4");
+static ATTEND_8: Image = longctx_cuda::image!("attend8");
+static PACK: Image = longctx_cuda::image!("pack");
 
 /// Tokens of a tile, as in kernels/layout.cuh.
 pub const TILE: usize = 32;
 /// As in kernels/sums.cuh.
 const SUM_WARPS: usize = 4;
+const UNPACK_THREADS: usize = 256;
 /// As in kernels/fill.cuh.
-const KEEP_THREADS: usize = 256;
+const KEEP_THREADS: u32 = 256;
 
 /// Sizes in bytes of the packed layout: kernels/layout.cuh.
 #[derive(Debug, Clone, Copy)]
@@ -55,6 +49,15 @@ impl Layout {
             return Err("heads of 64, 128 or 256 channels");
         }
         Ok(Self { bits, group: keys.group, head_dim })
+    }
+
+    /// The kernels of attention over it.
+    fn image(self) -> &'static Image {
+        match self.bits {
+            2 => &ATTEND_2,
+            4 => &ATTEND_4,
+            _ => &ATTEND_8,
+        }
     }
 
     /// Groups of a token's values.
@@ -96,21 +99,15 @@ impl Layout {
 /// An attention kernel for blocks of so many columns: query heads of a kv head times queries.
 #[derive(Debug, Clone)]
 pub struct Attend {
-    function: CudaFunction,
+    kernel: Kernel,
     pub columns: usize,
     pub warps: usize,
-    shared: usize,
     /// Blocks that the device runs at a time.
     pub blocks: usize,
 }
 
 impl Attend {
-    fn load(
-        context: &Arc<CudaContext>,
-        module: &Arc<CudaModule>,
-        layout: Layout,
-        n: usize,
-    ) -> Result<Option<Self>> {
+    fn load(context: &Arc<CudaContext>, layout: Layout, n: usize) -> Result<Option<Self>> {
         let Layout { bits, group, head_dim } = layout;
         // As in kernels/attend*.cu.
         let (warps, stages) = match (bits, head_dim, n) {
@@ -120,35 +117,27 @@ impl Attend {
         };
         let ring = n * 16 * head_dim + warps * stages * (layout.header() + layout.tile());
         let outs = warps * 8 * n * (head_dim + 4) * 4;
-        let shared = ring.max(outs);
-        let attribute = |a| context.attribute(a).map_err(wrap);
-        use CUdevice_attribute::*;
-        if attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? < shared as i32 + 4096
-        {
+        let shared = ring.max(outs) as u32;
+        if most_shared_bytes(context)? < shared + 4096 {
             return Ok(None);
         }
         let name = format!("attend_b{bits}_g{group}_d{head_dim}_n{n}");
-        let function = module.load_function(&name).map_err(wrap)?;
-        use CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as DYNAMIC;
-        function.set_attribute(DYNAMIC, shared as i32).map_err(wrap)?;
-        let threads = 32 * warps as u32;
-        let per_sm = function.occupancy_max_active_blocks_per_multiprocessor(threads, shared, None);
-        let sms = attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
-        let blocks = per_sm.map_err(wrap)? as usize * sms;
-        Ok(Some(Self { function, columns: 8 * n, warps, shared, blocks }))
+        let kernel = layout.image().kernel(context, &name, 32 * warps as u32, shared)?;
+        let blocks = kernel.blocks_per_multiprocessor()? * multiprocessors(context)?;
+        Ok(Some(Self { kernel, columns: 8 * n, warps, blocks }))
     }
 
     /// # Safety
-    /// The arguments' pointers must be valid on the stream's device for the sizes that kernels/attend.cuh gives.
+    /// The arguments' pointers must be valid on the stream's device for the sizes that
+    /// kernels/attend.cuh gives.
     pub unsafe fn launch(
         &self,
-        stream: &CudaStream,
+        stream: &Arc<CudaStream>,
         args: &AttendArgs,
         blocks: usize,
     ) -> Result<()> {
-        let grid = (blocks as u32, 1, 1);
         // SAFETY: the caller's.
-        unsafe { launch(stream, &self.function, grid, 32 * self.warps, self.shared, args) }
+        Ok(unsafe { self.kernel.launch(stream, [blocks, 1, 1], args) }?)
     }
 }
 
@@ -157,44 +146,37 @@ impl Attend {
 pub struct Kernels {
     /// For 8 columns, and for 16 where there is one.
     pub attend: Vec<Attend>,
-    sums: CudaFunction,
-    quantize: CudaFunction,
-    unpack: CudaFunction,
-    fill_rings: CudaFunction,
-    keep_ring: CudaFunction,
+    sums: Kernel,
+    quantize: Kernel,
+    unpack: Kernel,
+    fill_rings: Kernel,
+    keep_ring: Kernel,
     layout: Layout,
 }
 
 impl Kernels {
     /// Loads them; `None` where the device has too little shared memory.
-    pub fn load(device: &CudaDevice, layout: Layout) -> Result<Option<Self>> {
-        let stream = device.cuda_stream();
-        let context = stream.context();
-        let (name, image) = match layout.bits {
-            2 => ("attend2", ATTEND_2),
-            4 => ("attend4", ATTEND_4),
-            _ => ("attend8", ATTEND_8),
-        };
-        let module = module(context, name, image)?;
+    pub fn load(context: &Arc<CudaContext>, layout: Layout) -> Result<Option<Self>> {
         let mut attend = Vec::new();
         for n in if layout.head_dim == 256 { 1..=1 } else { 1..=2 } {
-            attend.extend(Attend::load(context, &module, layout, n)?);
+            attend.extend(Attend::load(context, layout, n)?);
         }
         if attend.is_empty() {
             return Ok(None);
         }
-        let pack = self::module(context, "pack", PACK)?;
         let Layout { bits, group, head_dim } = layout;
-        let load = |name: &str| pack.load_function(name).map_err(wrap);
+        let of = |name: &str| format!("{name}_b{bits}_g{group}_d{head_dim}");
+        let sums_shared = SUM_WARPS * (layout.header() + layout.codes());
+        let sums_threads = 32 * SUM_WARPS as u32;
+        let sums = layout.image().kernel(context, &of("sums"), sums_threads, sums_shared as u32)?;
+        let quantize_shared = layout.quantize_shared() as u32;
         Ok(Some(Self {
             attend,
-            sums: module
-                .load_function(&format!("sums_b{bits}_g{group}_d{head_dim}"))
-                .map_err(wrap)?,
-            quantize: load(&format!("quantize_b{bits}_g{group}_d{head_dim}"))?,
-            unpack: load(&format!("unpack_b{bits}_g{group}_d{head_dim}"))?,
-            fill_rings: load("fill_rings")?,
-            keep_ring: load("keep_ring")?,
+            sums,
+            quantize: PACK.kernel(context, &of("quantize"), 128, quantize_shared)?,
+            unpack: PACK.kernel(context, &of("unpack"), UNPACK_THREADS as u32, 0)?,
+            fill_rings: PACK.kernel(context, "fill_rings", head_dim as u32 / 8, 0)?,
+            keep_ring: PACK.kernel(context, "keep_ring", KEEP_THREADS, 0)?,
             layout,
         }))
     }
@@ -205,14 +187,13 @@ impl Kernels {
     /// As [`Attend::launch`], with kernels/sums.cuh.
     pub unsafe fn sums(
         &self,
-        stream: &CudaStream,
+        stream: &Arc<CudaStream>,
         args: &AttendArgs,
         (tiles, rows, heads): (usize, usize, usize),
     ) -> Result<()> {
-        let grid = (tiles.div_ceil(SUM_WARPS) as u32, rows as u32, heads as u32);
-        let shared = SUM_WARPS * (self.layout.header() + self.layout.codes());
+        let grid = [tiles.div_ceil(SUM_WARPS), rows, heads];
         // SAFETY: the caller's.
-        unsafe { launch(stream, &self.sums, grid, 32 * SUM_WARPS, shared, args) }
+        Ok(unsafe { self.sums.launch(stream, grid, args) }?)
     }
 
     /// For `rows` rows of which one has the most records for keys, one the most tiles of values.
@@ -221,81 +202,44 @@ impl Kernels {
     /// As [`Attend::launch`], with kernels/quantize.cuh.
     pub unsafe fn quantize(
         &self,
-        stream: &CudaStream,
+        stream: &Arc<CudaStream>,
         args: &FillArgs,
         (records, tiles, rows): (usize, usize, usize),
     ) -> Result<()> {
-        let grid = ((records * self.layout.key_parts()).max(tiles) as u32, rows as u32, 2);
+        let grid = [(records * self.layout.key_parts()).max(tiles), rows, 2];
         // SAFETY: the caller's.
-        unsafe { launch(stream, &self.quantize, grid, 128, self.layout.quantize_shared(), args) }
+        Ok(unsafe { self.quantize.launch(stream, grid, args) }?)
     }
 
     /// # Safety
     /// As [`Attend::launch`], with kernels/unpack.cuh.
-    pub unsafe fn unpack(&self, stream: &CudaStream, args: &UnpackArgs) -> Result<()> {
+    pub unsafe fn unpack(&self, stream: &Arc<CudaStream>, args: &UnpackArgs) -> Result<()> {
         let numbers = args.entries as usize * self.layout.head_dim;
+        let grid = [numbers.div_ceil(UNPACK_THREADS), 1, 1];
         // SAFETY: the caller's.
-        unsafe { launch(stream, &self.unpack, (numbers.div_ceil(256) as u32, 1, 1), 256, 0, args) }
+        Ok(unsafe { self.unpack.launch(stream, grid, args) }?)
     }
 
     /// # Safety
     /// As [`Attend::launch`], with kernels/fill.cuh.
     pub unsafe fn fill_rings(
         &self,
-        stream: &CudaStream,
+        stream: &Arc<CudaStream>,
         args: &FillArgs,
         (entries, rows): (usize, usize),
     ) -> Result<()> {
-        let grid = (entries as u32, rows as u32, 2);
         // SAFETY: the caller's.
-        unsafe { launch(stream, &self.fill_rings, grid, args.pieces as usize, 0, args) }
+        Ok(unsafe { self.fill_rings.launch(stream, [entries, rows, 2], args) }?)
     }
-
     /// # Safety
     /// As [`Attend::launch`], with kernels/fill.cuh.
-    pub unsafe fn keep_ring(&self, stream: &CudaStream, rows: &CudaSlice<KeepRow>) -> Result<()> {
-        let (grid, address) = ((rows.len() as u32, 2, 1), rows.device_ptr(stream).0);
+    pub unsafe fn keep_ring(
+        &self,
+        stream: &Arc<CudaStream>,
+        rows: &CudaSlice<KeepRow>,
+    ) -> Result<()> {
+        let address = rows.device_ptr(stream).0;
         // SAFETY: the caller's.
-        unsafe { launch(stream, &self.keep_ring, grid, KEEP_THREADS, 0, &address) }
+        Ok(unsafe { self.keep_ring.launch(stream, [rows.len(), 2, 1], &address) }?)
     }
-}
-
-/// # Safety
-/// `args` must be what the kernel takes, and right for its grid.
-unsafe fn launch<A: DeviceRepr>(
-    stream: &CudaStream,
-    function: &CudaFunction,
-    grid_dim: (u32, u32, u32),
-    threads: usize,
-    shared: usize,
-    args: &A,
-) -> Result<()> {
-    if grid_dim.0 == 0 {
-        return Ok(());
-    }
-    let config = LaunchConfig {
-        grid_dim,
-        block_dim: (threads as u32, 1, 1),
-        shared_mem_bytes: shared as u32,
-    };
-    let mut builder = stream.launch_builder(function);
-    builder.arg(args);
-    // SAFETY: the caller's.
-    unsafe { builder.launch(config) }.map_err(wrap)?;
-    Ok(())
-}
-
-/// A module, loaded once for each context.
-fn module(context: &Arc<CudaContext>, name: &'static str, image: &[u8]) -> Result<Arc<CudaModule>> {
-    type Modules = HashMap<(usize, &'static str), Arc<CudaModule>>;
-    static LOADED: Mutex<Option<Modules>> = Mutex::new(None);
-    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-    let loaded = loaded.get_or_insert_default();
-    let key = (context.cu_ctx() as usize, name);
-    if let Some(module) = loaded.get(&key) {
-        return Ok(module.clone());
-    }
-    let module = context.load_module(Ptx::from_binary(image.to_vec())).map_err(wrap)?;
-    loaded.insert(key, module.clone());
-    Ok(module)
 }

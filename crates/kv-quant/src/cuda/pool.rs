@@ -5,11 +5,10 @@ use super::head::{Head, Sequence, ring_places};
 use super::kernels::{Kernels, Layout, TILE};
 use super::records::{Records, Shared, lock};
 use super::status::Status;
-use super::wrap;
 use crate::Format;
-use candle_core::cuda::cudarc::driver::CudaStream;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_core::{AttentionShape, Batch, Error, Footprint, Result, SeqId};
+use longctx_cuda::cudarc::driver::CudaStream;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -59,7 +58,7 @@ impl CudaPool {
             return Err(lacks("keys and values of the same width"));
         }
         let layout = Layout::of(format, shape.head_dim).map_err(lacks)?;
-        let kernels = Kernels::load(device, layout)?
+        let kernels = Kernels::load(device.cuda_stream().context(), layout)?
             .ok_or_else(|| lacks("more shared memory than this device has"))?;
         let status = Arc::new(Status::new(device.cuda_stream().context())?);
         let records = Records::new(device.cuda_stream(), layout.record());
@@ -334,6 +333,6 @@ impl CudaPool {
 
     /// Waits for the device.
     pub(super) fn synchronize(&self) -> Result<()> {
-        self.stream().synchronize().map_err(wrap)
+        Ok(self.stream().synchronize()?)
     }
 }

@@ -4,10 +4,9 @@ use super::CudaPool;
 use super::args::UnpackArgs;
 use super::head::Cut;
 use super::tensors::{kind, tensor};
-use super::wrap;
-use candle_core::cuda::cudarc::driver::{CudaSlice, DevicePtr};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{Error, Result, SeqId};
+use longctx_cuda::cudarc::driver::{CudaSlice, DevicePtr};
 
 /// As in kernels/unpack.cuh.
 const F32: i32 = 2;
@@ -23,7 +22,7 @@ impl CudaPool {
         };
         let (stream, d, values) = (self.stream(), self.shape.head_dim, head.packed.values);
         // SAFETY: the kernel writes all of both.
-        let of = || unsafe { stream.alloc::<f32>((values * d).max(1)) }.map_err(wrap);
+        let of = || unsafe { stream.alloc::<f32>((values * d).max(1)) };
         let (k, v) = (of()?, of()?);
         let args = UnpackArgs {
             table: sequence.addresses(&stream, kv_head, self.ring_numbers()).table,
@@ -66,11 +65,11 @@ impl CudaPool {
             Ok(match self.dtype {
                 Some(DType::BF16) => {
                     let own = own.transmute::<half::bf16>(numbers).ok_or_else(misfit)?;
-                    tensor(&self.device, stream.clone_dtod(&own).map_err(wrap)?, &dims)
+                    tensor(&self.device, stream.clone_dtod(&own)?, &dims)
                 }
                 _ => {
                     let own = own.transmute::<half::f16>(numbers).ok_or_else(misfit)?;
-                    tensor(&self.device, stream.clone_dtod(&own).map_err(wrap)?, &dims)
+                    tensor(&self.device, stream.clone_dtod(&own)?, &dims)
                 }
             })
         }

@@ -1,8 +1,7 @@
 //! Records: blocks of one size in slabs of device memory, counted by the tables that hold them.
 
-use super::wrap;
-use candle_core::cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use longctx_core::Result;
+use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The smallest slab, in bytes.
@@ -57,7 +56,7 @@ impl Records {
         let wanted = wanted.min(room.saturating_sub(self.free.len()));
         let count = wanted.max(count - self.free.len());
         // SAFETY: a tile of a record is written before it is read.
-        let slab = unsafe { self.stream.alloc::<u8>(count * self.size) }.map_err(wrap)?;
+        let slab = unsafe { self.stream.alloc::<u8>(count * self.size) }?;
         let (base, first) = (slab.device_ptr(&self.stream).0, self.addresses.len() as u32);
         self.addresses.extend((0..count).map(|i| base + (i * self.size) as u64));
         self.counts.resize(self.addresses.len(), 0);

@@ -3,9 +3,8 @@
 use super::CudaPool;
 use super::args::Work;
 use super::head::{Head, words};
-use super::wrap;
-use candle_core::cuda::cudarc::driver::{CudaSlice, DevicePtr};
 use longctx_core::{Batch, EntryRanges, Result};
+use longctx_cuda::cudarc::driver::{CudaSlice, DevicePtr};
 use std::ops::Range;
 
 /// Bits of slots.
@@ -77,7 +76,7 @@ impl CudaPool {
             }
         }
         let stream = self.stream();
-        let on_device = stream.clone_htod(&all).map_err(wrap)?;
+        let on_device = stream.clone_htod(&all)?;
         let start = on_device.device_ptr(&stream).0;
         for (own, (table, live)) in work.iter_mut().zip(places) {
             (own.table, own.live) = (start + 8 * table as u64, start + 8 * live as u64);
@@ -109,7 +108,7 @@ impl CudaPool {
             }
         }
         let stream = self.stream();
-        let on_device = stream.clone_htod(&all).map_err(wrap)?;
+        let on_device = stream.clone_htod(&all)?;
         let start = on_device.device_ptr(&stream).0;
         for (own, place) in work.iter_mut().zip(places) {
             own.live = start + 8 * place as u64;

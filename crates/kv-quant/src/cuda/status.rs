@@ -1,9 +1,8 @@
 //! Where kernels report numbers that cannot be quantized: words of the host's memory, read without
 //! waiting for the device.
 
-use super::wrap;
-use candle_core::cuda::cudarc::driver::{CudaContext, PinnedHostSlice, sys};
 use longctx_core::{Error, Result, SeqId};
+use longctx_cuda::cudarc::driver::{CudaContext, PinnedHostSlice, sys};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -41,8 +40,8 @@ impl Status {
         let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
         // SAFETY: the words are written before they are read.
         let memory = unsafe { context.alloc_pinned_with_flags::<u64>(WORDS as usize, flags) };
-        let mut memory = memory.map_err(wrap)?;
-        let words = memory.as_mut_ptr().map_err(wrap)?;
+        let mut memory = memory?;
+        let words = memory.as_mut_ptr()?;
         for i in 0..WORDS as usize {
             // SAFETY: `words` points to the numbers allocated above.
             unsafe { words.add(i).write_volatile(0) };

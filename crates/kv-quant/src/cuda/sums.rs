@@ -5,10 +5,9 @@ use super::args::AttendArgs;
 use super::head::Head;
 use super::kernels::TILE;
 use super::tensors::{address, tensor};
-use super::wrap;
-use candle_core::cuda::cudarc::driver::DevicePtr;
 use candle_core::{DType, Tensor};
 use longctx_core::{Batch, Error, Mask, Result};
+use longctx_cuda::cudarc::driver::DevicePtr;
 
 impl CudaPool {
     /// For each kv head of each sequence, the probabilities that its entries receive, `[group,
@@ -41,12 +40,12 @@ impl CudaPool {
         }
         let blocks = if batch.longest() > 1 { per } else { per.div_ceil(8) };
         // SAFETY: the kernel writes a number for every entry of every head.
-        let out = unsafe { stream.alloc::<f32>(total.max(1)) }.map_err(wrap)?;
-        let on_device = stream.clone_htod(&work).map_err(wrap)?;
+        let out = unsafe { stream.alloc::<f32>(total.max(1)) }?;
+        let on_device = stream.clone_htod(&work)?;
         let args = AttendArgs {
-            q: address(&q, &stream)?,
+            q: address(&q)?,
             out: out.device_ptr(&stream).0,
-            lse: address(&lse, &stream)?,
+            lse: address(&lse)?,
             work: on_device.device_ptr(&stream).0,
             ..self.score_args(mask)
         };

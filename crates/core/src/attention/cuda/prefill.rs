@@ -1,7 +1,7 @@
 //! Many queries: kernels/prefill.cu.
 
-use super::{address, rows, strides};
-use crate::cuda::{Half, PrefillArgs};
+use super::{rows, strides};
+use crate::cuda::{Half, PrefillArgs, address};
 use crate::{AttentionShape, AttentionState, Mask, Result};
 use candle_core::{CudaDevice, DType, Tensor};
 

@@ -1,10 +1,9 @@
 //! Attention probabilities summed up by entry: kernels/paged/sums.cuh.
 
-use super::address;
-use crate::cuda::{Half, driver, paged};
+use crate::cuda::{Half, address, paged};
 use crate::{AttentionShape, Batch, Error, Mask, Result};
-use candle_core::cuda::cudarc::driver::DevicePtr;
 use candle_core::{CudaDevice, DType, Tensor};
+use longctx_cuda::cudarc::driver::DevicePtr;
 
 /// The probability that each entry of each piece of work receives, `[heads_per_kv, len]` for each.
 /// `q` is contiguous and in the format of the keys.
@@ -30,7 +29,7 @@ pub fn sums_on_device(
     // SAFETY: the kernel writes a number for every entry of every head.
     let out = unsafe { Tensor::empty(total.max(1), DType::F32, q.device()) }?;
     let most = |of: fn(&paged::SumsWork) -> i32| work.iter().map(of).max().unwrap_or(0) as usize;
-    let on_device = stream.clone_htod(&work).map_err(driver)?;
+    let on_device = stream.clone_htod(&work)?;
     let causal = mask == Mask::Causal;
     let args = paged::SumsArgs {
         q: address(q)?,

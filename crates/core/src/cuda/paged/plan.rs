@@ -4,7 +4,7 @@ use super::super::prefill::PAGE;
 use super::{AttendJoin, AttendWork};
 
 /// The lists of a launch of [`attend`](super::attend).
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Plan {
     /// The pieces of work, the largest first.
     pub work: Vec<AttendWork>,

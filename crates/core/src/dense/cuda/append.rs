@@ -1,11 +1,10 @@
 //! Tokens appended.
 
 use super::{CudaSeqs, Sequence};
-use crate::attention::address;
-use crate::cuda::{driver, paged};
+use crate::cuda::{address, paged};
 use crate::{Batch, Result, Selection, SeqId};
 use candle_core::Tensor;
-use candle_core::cuda::cudarc::driver::DevicePtr;
+use longctx_cuda::cudarc::driver::DevicePtr;
 
 /// What a call's tokens change of one kv head.
 struct Growth {
@@ -125,10 +124,10 @@ impl CudaSeqs {
             }
         };
         let upload = |x: &[u64]| stream.clone_htod(if x.is_empty() { &[0][..] } else { x });
-        let fresh = upload(&addresses).map_err(driver)?;
+        let fresh = upload(&addresses)?;
         let selected_on = match selected.is_empty() {
             true => None,
-            false => Some(stream.clone_htod(&selected).map_err(driver)?),
+            false => Some(stream.clone_htod(&selected)?),
         };
         let (mut fresh_at, mut selected_at) = (
             fresh.device_ptr(&stream).0,
@@ -158,7 +157,7 @@ impl CudaSeqs {
                 longest = longest.max(growth.count);
             }
         }
-        let on_device = stream.clone_htod(&rows).map_err(driver)?;
+        let on_device = stream.clone_htod(&rows)?;
         let args = paged::AppendArgs {
             k: address(k)?,
             v: address(v)?,

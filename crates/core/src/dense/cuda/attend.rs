@@ -1,11 +1,10 @@
 //! Attention over blocks: a few queries in one planned launch, many through the prefill kernels.
 
 use super::CudaSeqs;
-use crate::attention::address;
-use crate::cuda::{PAGE, PrefillArgs, driver, paged, prefill};
+use crate::cuda::{PAGE, PrefillArgs, address, paged, prefill};
 use crate::{AttentionState, Batch, EntryRanges, Error, Mask, Result};
-use candle_core::cuda::cudarc::driver::DevicePtr;
 use candle_core::{DType, Device, Tensor};
+use longctx_cuda::cudarc::driver::DevicePtr;
 
 /// Query heads of a kv head times queries up to which the decode kernel reads the keys once for
 /// each few; beyond, tiles that share them are faster.
@@ -100,7 +99,7 @@ impl CudaSeqs {
         };
         let mut entries: Vec<u32> = lists.iter().flat_map(|(_, _, list)| list).copied().collect();
         entries.push(0);
-        let entries = stream.clone_htod(&entries).map_err(driver)?;
+        let entries = stream.clone_htod(&entries)?;
         let mut entries_at = entries.device_ptr(&stream).0;
         let window = shape.window.filter(|_| mask == Mask::Causal);
         let mut heads = Vec::new();
@@ -135,10 +134,10 @@ impl CudaSeqs {
         let (out, lse) = self.outputs(batch)?;
         let parts = plan.parts * columns;
         // SAFETY: the kernels write all that is read of these.
-        let part = |n: usize| unsafe { stream.alloc::<f32>(n) }.map_err(driver);
+        let part = |n: usize| unsafe { stream.alloc::<f32>(n) };
         let (part_out, part_max, part_sum) = (part(parts * d)?, part(parts)?, part(parts)?);
-        let work = stream.clone_htod(&plan.work).map_err(driver)?;
-        let joins = stream.clone_htod(&plan.joins).map_err(driver)?;
+        let work = stream.clone_htod(&plan.work)?;
+        let joins = stream.clone_htod(&plan.joins)?;
         let args = paged::AttendArgs {
             q: address(q)?,
             out: address(&out)?,

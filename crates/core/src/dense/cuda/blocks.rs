@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::cuda::driver;
 use crate::{Error, Result};
-use candle_core::cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
+use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
 
 /// The smallest slab, in bytes.
 const SLAB: usize = 1 << 20;
@@ -63,7 +62,7 @@ impl Blocks {
         let blocks = wanted.max(count - self.free.len());
         let bytes = (blocks + 1) * self.size;
         // SAFETY: an entry of a block is written before it is read, and masked numbers may be any.
-        let slab = unsafe { self.stream.alloc::<u8>(bytes) }.map_err(driver)?;
+        let slab = unsafe { self.stream.alloc::<u8>(bytes) }?;
         let start = slab.device_ptr(&self.stream).0.next_multiple_of(self.size as u64);
         let first = self.addresses.len() as u32;
         self.addresses.extend((0..blocks as u64).map(|i| start + i * self.size as u64));
@@ -92,8 +91,8 @@ impl Blocks {
     pub fn copy(&self, from: u32, to: u32) -> Result<()> {
         let (from, to) = (self.address(from), self.address(to));
         // SAFETY: both are blocks of this size, and the stream runs one operation after another.
-        unsafe { result::memcpy_dtod_async(to, from, self.size, self.stream.cu_stream()) }
-            .map_err(driver)
+        unsafe { result::memcpy_dtod_async(to, from, self.size, self.stream.cu_stream()) }?;
+        Ok(())
     }
 
     pub fn address(&self, block: u32) -> u64 {

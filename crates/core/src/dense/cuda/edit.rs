@@ -1,10 +1,10 @@
 //! Sequences forked, cut, thinned, removed and read.
 
 use super::{CudaSeqs, Sequence, Table};
-use crate::cuda::{PAGE, driver, paged};
+use crate::cuda::{PAGE, paged};
 use crate::{Result, Selection, SeqId};
-use candle_core::cuda::cudarc::driver::DevicePtr;
 use candle_core::{DType, Device, Tensor};
+use longctx_cuda::cudarc::driver::DevicePtr;
 
 /// How a head's entries move when some of them are dropped.
 struct Moves {
@@ -61,7 +61,7 @@ impl CudaSeqs {
                 let addresses: Vec<u64> = addresses.collect();
                 let first = head * sequence.places;
                 let mut to = sequence.table.slice_mut(first..first + addresses.len());
-                stream.memcpy_htod(&addresses, &mut to).map_err(driver)?;
+                stream.memcpy_htod(&addresses, &mut to)?;
             }
         }
         Ok(())
@@ -85,13 +85,13 @@ impl CudaSeqs {
         if entries.is_empty() {
             return Ok(());
         }
-        let entries = stream.clone_htod(&entries).map_err(driver)?;
+        let entries = stream.clone_htod(&entries)?;
         let new = |of: &Moves| if of.taken.is_empty() { Vec::new() } else { of.blocks.clone() };
         let tables: Vec<u32> = moves.iter().flat_map(new).collect();
         let mut addresses: Vec<u64> =
             tables.iter().map(|&block| self.blocks.address(block)).collect();
         addresses.push(0);
-        let tables = stream.clone_htod(&addresses).map_err(driver)?;
+        let tables = stream.clone_htod(&addresses)?;
         let (mut entries_at, mut table_at) =
             (entries.device_ptr(&stream).0, tables.device_ptr(&stream).0);
         let mut rows = Vec::new();
@@ -105,7 +105,7 @@ impl CudaSeqs {
                 table_at += 8 * of.blocks.len() as u64;
             }
         }
-        let on_device = stream.clone_htod(&rows).map_err(driver)?;
+        let on_device = stream.clone_htod(&rows)?;
         let address = on_device.device_ptr(&stream).0;
         // SAFETY: the tables name blocks of the pool, the entries are held, and none moves to a
         // later place.
@@ -140,13 +140,10 @@ impl CudaSeqs {
         if entries.is_empty() {
             return Ok(out);
         }
-        let start = crate::attention::address(&out)?;
+        let start = crate::cuda::address(&out)?;
         let size = self.blocks.size() as u64;
         let addresses: Vec<u64> = (0..total as u64).map(|i| start + i * size).collect();
-        let (entries, addresses) = (
-            stream.clone_htod(&entries).map_err(driver)?,
-            stream.clone_htod(&addresses).map_err(driver)?,
-        );
+        let (entries, addresses) = (stream.clone_htod(&entries)?, stream.clone_htod(&addresses)?);
         let (mut entries_at, mut to) =
             (entries.device_ptr(&stream).0, addresses.device_ptr(&stream).0);
         let mut rows = Vec::new();
@@ -160,7 +157,7 @@ impl CudaSeqs {
             entries_at += 4 * list.len() as u64;
             to += 8 * blocks(of) as u64;
         }
-        let rows_on = stream.clone_htod(&rows).map_err(driver)?;
+        let rows_on = stream.clone_htod(&rows)?;
         let address = rows_on.device_ptr(&stream).0;
         // SAFETY: the entries are held, and the tensor has room for them.
         unsafe { paged::move_entries(&stream, self.shape.head_dim, address, rows.len()) }?;
@@ -170,7 +167,7 @@ impl CudaSeqs {
     pub fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
         let stream = self.stream();
         let sequence = self.known(from)?;
-        let table = stream.clone_dtod(&sequence.table).map_err(driver)?;
+        let table = stream.clone_dtod(&sequence.table)?;
         let copy = Sequence { heads: sequence.heads.clone(), table, places: sequence.places };
         let blocks = copy.heads.iter().flat_map(|table| &table.blocks);
         blocks.for_each(|&block| self.blocks.share(block));

@@ -1,11 +1,11 @@
 //! Attention probabilities summed up by entry.
 
 use super::CudaSeqs;
-use crate::attention::{address, sums_on_device};
-use crate::cuda::{PAGE, driver, paged};
+use crate::attention::sums_on_device;
+use crate::cuda::{PAGE, address, paged};
 use crate::{Batch, Mask, Result};
-use candle_core::cuda::cudarc::driver::DevicePtr;
 use candle_core::{DType, Tensor};
+use longctx_cuda::cudarc::driver::DevicePtr;
 
 impl CudaSeqs {
     pub fn attention_sums(
@@ -51,7 +51,7 @@ impl CudaSeqs {
         let (start, size) = (address(&blocks)?, self.blocks.size() as u64);
         let addresses: Vec<u64> =
             (0..blocks.dim(0)? as u64).map(|block| start + block * size).collect();
-        let addresses = stream.clone_htod(&addresses).map_err(driver)?;
+        let addresses = stream.clone_htod(&addresses)?;
         let mut table = addresses.device_ptr(&stream).0;
         let mut work = Vec::new();
         for (i, (_, kv_head, list)) in lists.iter().enumerate() {

@@ -1,0 +1,69 @@
+//! Prefill on a GPU with a model of Llama-3-8B's shape (random weights, f16), as it is and with caches
+//! that compress. `benches/gpu/model_prefill.py` is the same model in PyTorch.
+//!
+//!     cargo bench -p longctx-benches --features cuda --bench cuda_model_prefill -- [method …]
+
+use std::time::Instant;
+
+use anyhow::Result;
+use base_models::{LoadOptions, Transformer};
+use candle_core::{DType, Device};
+use longctx_benches::{ids, llama_3_8b};
+use longctx_core::{Batch, CausalLm, Logits, SeqId};
+use longctx_examples::methods::Method;
+
+const SEQ: SeqId = 0;
+const RUNS: usize = 5;
+const STEPS: usize = 24;
+
+fn main() -> Result<()> {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return Ok(());
+    };
+    let options = LoadOptions { device, dtype: DType::F16, expand: false };
+    let model = Transformer::random(llama_3_8b(), &options)?;
+    // `cargo bench` adds an argument of its own.
+    let named: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let all = if named.is_empty() { vec!["dense-f16".into(), "kivi-4".into()] } else { named };
+    println!("| tokens | cache | prefill, s | a step after it, ms |");
+    println!("|---:|---|---:|---:|");
+    for tokens in [8_192, 32_768, 131_072] {
+        for name in &all {
+            prefill(&model, tokens, &Method::named(name)?)?;
+        }
+    }
+    Ok(())
+}
+
+/// Medians of a prompt and of the steps after it; at the longest length, of two prompts.
+fn prefill(model: &Transformer, tokens: usize, method: &Method) -> Result<()> {
+    let mut session = model.session(|spec| method.cache(spec))?;
+    let prompt = ids(tokens, 128_000);
+    let mut prompts = Vec::new();
+    // The first one warms up.
+    for run in 0..if tokens > 100_000 { 2 } else { RUNS + 1 } {
+        session.remove(SEQ);
+        let seconds = forward(&mut session, &prompt)?;
+        if run > 0 {
+            prompts.push(seconds);
+        }
+    }
+    let steps = (0..STEPS).map(|_| forward(&mut session, &[42])).collect::<Result<Vec<_>>>()?;
+    let (prompt, step) = (median(prompts), 1e3 * median(steps));
+    println!("| {tokens} | {} | {prompt:.4} | {step:.2} |", method.name());
+    Ok(())
+}
+
+/// Seconds of a call, the choice of the next token included, which waits for the device.
+fn forward(session: &mut impl CausalLm, ids: &[u32]) -> Result<f64> {
+    let start = Instant::now();
+    let logits = session.forward(&Batch::single(SEQ, ids.len())?, ids, Logits::Last)?;
+    logits.flatten_all()?.argmax(0)?.to_scalar::<u32>()?;
+    Ok(start.elapsed().as_secs_f64())
+}
+
+fn median(mut seconds: Vec<f64>) -> f64 {
+    seconds.sort_by(f64::total_cmp);
+    seconds[seconds.len() / 2]
+}

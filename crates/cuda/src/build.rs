@@ -1,0 +1,52 @@
+//! Compiles a crate's kernels in its build script.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Machine code for compute capability 8.0 (which runs on all of 8.x) and 9.0 with its own
+/// instructions, PTX for newer ones.
+const TARGETS: [&str; 3] = [
+    "arch=compute_80,code=sm_80",
+    "arch=compute_90a,code=sm_90a",
+    "arch=compute_90,code=compute_90",
+];
+
+/// Names the one compute capability to compile for, as 80, 86, 89 or 90: candle's variable, whose
+/// kernels are for one capability, too.
+const CAPABILITY: &str = "CUDA_COMPUTE_CAP";
+
+fn targets() -> Vec<String> {
+    println!("cargo:rerun-if-env-changed={CAPABILITY}");
+    match std::env::var(CAPABILITY).as_deref() {
+        Err(_) => TARGETS.map(String::from).to_vec(),
+        Ok("90") => vec![TARGETS[1].into()],
+        Ok(other) => vec![format!("arch=compute_{other},code=sm_{other}")],
+    }
+}
+
+/// Compiles `kernels/NAME.cu` for each name, one process each, to what `image!("NAME")` includes.
+///
+/// # Panics
+/// If there is no nvcc, or a kernel does not compile: the build fails with its message.
+pub fn compile(names: &[&str]) {
+    println!("cargo:rerun-if-changed=kernels");
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let nvcc = cudaforge::CudaToolkit::detect().expect("feature `cuda` needs nvcc").nvcc_path;
+    let targets = targets();
+    std::thread::scope(|scope| {
+        for name in names {
+            let (nvcc, out, targets) = (&nvcc, &out, &targets);
+            scope.spawn(move || compile_one(nvcc, name, targets, out));
+        }
+    });
+}
+
+fn compile_one(nvcc: &Path, name: &str, targets: &[String], out: &Path) {
+    let mut command = Command::new(nvcc);
+    command.args(["-O3", "-std=c++17", "-fatbin"]);
+    command.args(targets.iter().flat_map(|target| ["-gencode", target]));
+    command.arg("-o").arg(out.join(name).with_extension("fatbin"));
+    command.arg(Path::new("kernels").join(name).with_extension("cu"));
+    let status = command.status().expect("nvcc starts");
+    assert!(status.success(), "{command:?}: {status}");
+}

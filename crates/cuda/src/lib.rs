@@ -1,0 +1,23 @@
+#![doc = include_str!("../README.md")]
+
+#[cfg(feature = "driver")]
+mod args;
+#[cfg(feature = "build")]
+pub mod build;
+#[cfg(feature = "driver")]
+mod device;
+#[cfg(feature = "driver")]
+mod image;
+#[cfg(feature = "driver")]
+mod kernel;
+
+#[cfg(feature = "driver")]
+pub use args::Number;
+#[cfg(feature = "driver")]
+pub use cudarc;
+#[cfg(feature = "driver")]
+pub use device::{compute_capability, most_shared_bytes, multiprocessors};
+#[cfg(feature = "driver")]
+pub use image::Image;
+#[cfg(feature = "driver")]
+pub use kernel::Kernel;

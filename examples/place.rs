@@ -1,0 +1,108 @@
+//! Where a model computes and in which format, as options of a command.
+
+use candle_core::{DType, Device};
+
+/// Options of every command that runs a model.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Place {
+    /// Where the model computes: cpu, or, built with the feature cuda, cuda or cuda:N
+    #[arg(long, default_value = "cpu", value_parser = device)]
+    device: Device,
+    /// The format it computes in: f32, f16 or bf16; by default f32 on the CPU, f16 elsewhere
+    #[arg(long, value_parser = dtype)]
+    dtype: Option<DType>,
+}
+
+impl Default for Place {
+    /// The CPU, in f32.
+    fn default() -> Self {
+        Self { device: Device::Cpu, dtype: None }
+    }
+}
+
+impl Place {
+    fn dtype(&self) -> DType {
+        let own = if self.device.is_cpu() { DType::F32 } else { DType::F16 };
+        self.dtype.unwrap_or(own)
+    }
+
+    /// For transformers. Off the CPU, quantized weights are expanded: there are no kernels of ours
+    /// for them.
+    pub fn transformer(&self) -> base_models::LoadOptions {
+        let expand = !self.device.is_cpu();
+        base_models::LoadOptions { device: self.device.clone(), dtype: self.dtype(), expand }
+    }
+
+    /// For recurrent and hybrid models.
+    pub fn recurrent(&self) -> hybrid_models::LoadOptions {
+        hybrid_models::LoadOptions { device: self.device.clone(), dtype: self.dtype() }
+    }
+
+    /// What decides numbers, in words: "cpu f32", "cuda f16".
+    pub fn describe(&self) -> String {
+        let device = if self.device.is_cpu() { "cpu" } else { "cuda" };
+        format!("{device} {}", self.dtype().as_str())
+    }
+}
+
+fn device(name: &str) -> Result<Device, String> {
+    let number = match name.split_once(':') {
+        None if name == "cpu" => return Ok(Device::Cpu),
+        None if name == "cuda" => 0,
+        Some(("cuda", number)) => number.parse().map_err(|_| expected(name))?,
+        _ => return Err(expected(name)),
+    };
+    if !cfg!(feature = "cuda") {
+        return Err(format!("{name}: this program was built without the feature `cuda`"));
+    }
+    Device::new_cuda(number).map_err(|error| error.to_string())
+}
+
+fn expected(name: &str) -> String {
+    format!("expected cpu, cuda or cuda:N, got {name}")
+}
+
+fn dtype(name: &str) -> Result<DType, String> {
+    match name {
+        "f32" => Ok(DType::F32),
+        "f16" => Ok(DType::F16),
+        "bf16" => Ok(DType::BF16),
+        _ => Err(format!("expected f32, f16 or bf16, got {name}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        place: Place,
+    }
+
+    fn parse(args: &[&str]) -> Result<Place, String> {
+        let command = Command::try_parse_from([&["command"], args].concat());
+        command.map(|command| command.place).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_cpu_in_f32_unless_told_otherwise() {
+        assert_eq!(parse(&[]).unwrap().describe(), "cpu f32");
+        assert_eq!(parse(&["--device", "cpu", "--dtype", "bf16"]).unwrap().describe(), "cpu bf16");
+    }
+
+    #[test]
+    fn unknown_devices_and_formats_are_refused_with_the_known_ones() {
+        assert!(parse(&["--device", "tpu"]).unwrap_err().contains("cuda:N, got tpu"));
+        assert!(parse(&["--device", "cuda:x"]).unwrap_err().contains("got cuda:x"));
+        assert!(parse(&["--dtype", "u8"]).unwrap_err().contains("bf16, got u8"));
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn without_the_feature_a_gpu_is_refused() {
+        assert!(parse(&["--device", "cuda:1"]).unwrap_err().contains("feature `cuda`"));
+    }
+}
