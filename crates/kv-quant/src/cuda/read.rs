@@ -46,7 +46,11 @@ impl CudaPool {
                 return Ok(packed);
             }
             let ring = self.ring_of(ring, kv_head)?.index_select(&in_ring, 0)?;
-            Ok(Tensor::cat(&[packed, ring.to_dtype(DType::F32)?], 0)?)
+            let ring = ring.to_dtype(DType::F32)?;
+            if values == 0 {
+                return Ok(ring);
+            }
+            Ok(Tensor::cat(&[packed, ring], 0)?)
         };
         let all = (entries(k, &sequence.ring_k)?, entries(v, &sequence.ring_v)?);
         match slots {

@@ -92,6 +92,9 @@ impl EvictionPolicy for ExpectedAttention {
         let most = above(&scores)?;
         let with_sinks = |(head, own): (&HeadView<'_>, Tensor)| {
             let sinks = head.positions.len() - own.elem_count();
+            if sinks == 0 {
+                return Ok(own);
+            }
             let most = most.to_device(own.device())?;
             cat(&[&most.broadcast_as(sinks)?.contiguous()?, &own])
         };

@@ -26,6 +26,9 @@ pub fn end_with(scores: Vec<Tensor>, heads: &[HeadView<'_>]) -> Result<Vec<Tenso
     let most = above(&scores)?;
     let lengthen = |(scores, head): (Tensor, &HeadView<'_>)| {
         let own = head.positions.len() - scores.elem_count();
+        if own == 0 {
+            return Ok(scores);
+        }
         cat(&[&scores, &most.to_device(scores.device())?.broadcast_as(own)?.contiguous()?])
     };
     scores.into_iter().zip(heads).map(lengthen).collect()
