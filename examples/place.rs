@@ -29,8 +29,12 @@ impl Place {
     /// For transformers. Off the CPU, quantized weights are expanded: there are no kernels of ours
     /// for them.
     pub fn transformer(&self) -> base_models::LoadOptions {
-        let expand = !self.device.is_cpu();
-        base_models::LoadOptions { device: self.device.clone(), dtype: self.dtype(), expand }
+        base_models::LoadOptions {
+            device: self.device.clone(),
+            dtype: self.dtype(),
+            expand: !self.device.is_cpu(),
+            ..Default::default()
+        }
     }
 
     /// For recurrent and hybrid models.

@@ -94,6 +94,11 @@ impl Models {
         Ok(reader.with_prefill_chunk(self.options.prefill_chunk).with_dense_bytes_per_token(dense))
     }
 
+    /// The tokenizer and template of the setting's transformer.
+    pub fn text(&self, setting: &Setting) -> Result<impl Text + Send + Sync + use<>, Fault> {
+        text(&self.get(&setting.model)?, &setting.template)
+    }
+
     /// A recurrent or hybrid model. Its attention layers, if any, have dense caches in f16.
     pub fn recurrent(&self, setting: &Setting) -> Result<Reader, Fault> {
         let options = self.options.place.recurrent();

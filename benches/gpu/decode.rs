@@ -33,7 +33,7 @@ fn main() -> Result<()> {
     if let Some(gguf) = std::env::args().skip(1).find(|arg| arg.ends_with(".gguf")) {
         check_real(Path::new(&gguf), &device)?;
     }
-    let options = LoadOptions { device: device.clone(), dtype: DType::F16, expand: false };
+    let options = LoadOptions { device: device.clone(), dtype: DType::F16, ..Default::default() };
     let model = Transformer::random(llama_3_8b(), &options)?;
     println!(
         "\n| tokens | cache | ms a token | tokens/s | KV cache, GiB | device memory in use, GiB |"

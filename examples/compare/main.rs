@@ -51,7 +51,7 @@ const MOST: usize = 10_000_000;
 #[derive(Parser)]
 #[command(about = "Compares KV caches on the needle (passkey) test")]
 struct Args {
-    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub, transformer or recurrent; by default SmolLM2-135M-Instruct,
+    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub, transformer or recurrent; by default SmolLM2-135M-Instruct,
     /// fetched if need be
     #[arg(long)]
     model: Option<String>,
@@ -87,10 +87,7 @@ fn main() -> Result<()> {
     let args = Args::parse();
     ensure!(!args.words.is_empty(), "at least one length");
     check_writable(&args.out)?;
-    let name = match &args.model {
-        Some(name) => name.clone(),
-        None => model::smollm2()?.display().to_string(),
-    };
+    let name = model::named(args.model.as_deref())?;
     let llm = Llm::open(&name, &args.place)?;
     // Without attention layers, no cache is ever made.
     let methods = match llm.has_attention() {

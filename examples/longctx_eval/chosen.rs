@@ -8,8 +8,8 @@ use std::sync::Arc;
 use anyhow::{Result, bail, ensure};
 use longctx_eval::needle::spaced;
 use longctx_eval::{
-    CountTokens, Error, Haystack, Length, Methods, NeedleGrid, Setting, Task, long_generation,
-    longbench, setting,
+    CountTokens, Error, Haystack, Length, LongBenchV2, Methods, NeedleGrid, Setting, Task,
+    long_generation, longbench, ruler, setting,
 };
 use longctx_examples::output::number;
 use longctx_examples::place::Place;
@@ -22,6 +22,8 @@ const CONTEXT: usize = 7500;
 pub const MOST: usize = 10_000_000;
 /// Where LongBench's records are looked for if no folder is named.
 const DATA: &str = "data/longbench";
+/// LongBench-v2's file in that folder.
+const LONGBENCH_V2: &str = "longbench-v2.json";
 
 #[derive(clap::Args)]
 pub struct Chosen {
@@ -31,7 +33,7 @@ pub struct Chosen {
     /// A TOML file that defines more settings
     #[arg(long)]
     settings_file: Option<PathBuf>,
-    /// The model for all settings: a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; methods named without a
+    /// The model for all settings: smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; methods named without a
     /// setting run on SmolLM2-135M-Instruct by default, fetched if need be
     #[arg(long)]
     model: Option<String>,
@@ -69,10 +71,7 @@ impl Chosen {
         if let Some(path) = &self.settings_file {
             known.extend(setting::from_toml_file(path)?);
         }
-        let default = match &self.model {
-            Some(model) => model.clone(),
-            None => model::smollm2()?.display().to_string(),
-        };
+        let default = model::named(self.model.as_deref())?;
         known.extend(methods.names().map(|name| Setting::of(name, &default, CONTEXT)));
         let mut chosen: Vec<Setting> = Vec::new();
         for wanted in &self.settings {
@@ -103,13 +102,14 @@ impl Chosen {
 
 #[derive(clap::Args)]
 pub struct TaskArgs {
-    /// Tasks by name, or "longbench" for its 16, or "long-generation" for the tasks with long answers, or "all"
+    /// Tasks by name, or "longbench" for its 16, "longbench-e" for its 13 by length, "ruler" for its 13, "long-generation" for the
+    /// tasks with long answers; or "all": the paper's and those with long answers
     #[arg(long, value_delimiter = ',', default_value = "all")]
     tasks: Vec<String>,
     /// LongBench's records: a folder of its JSON lines; by default data/longbench, filled from the Hub's THUDM/LongBench
     #[arg(long)]
     data: Option<PathBuf>,
-    /// The needle test's background: a folder of text, or a text file; by default text that the program makes itself
+    /// The background of the needle test and of RULER's essays: a folder of text, or a text file; by default text that the program makes itself
     #[arg(long)]
     haystack: Option<PathBuf>,
     /// Lengths of the needle test, in words; by default the paper's 10
@@ -133,7 +133,19 @@ pub struct TaskArgs {
     /// Samples of each of them
     #[arg(long, default_value_t = 10, value_parser = number::<0, 100000>)]
     long_samples: usize,
-    /// What tasks that are made begin with
+    /// RULER's lengths, in tokens of prompt and answer, by the first setting's tokenizer
+    #[arg(long, value_delimiter = ',', default_value = "4096", value_parser = number::<1, MOST>)]
+    ruler_lengths: Vec<usize>,
+    /// Samples of each RULER task and length; the original has 500
+    #[arg(long, default_value_t = 50, value_parser = number::<1, 100000>)]
+    ruler_samples: usize,
+    /// The folder of squad.json and hotpotqa.json for RULER's questions; without it, "ruler" leaves qa_1 and qa_2 out
+    #[arg(long)]
+    ruler_data: Option<PathBuf>,
+    /// What RULER's samples begin with
+    #[arg(long, default_value_t = 42)]
+    ruler_seed: u32,
+    /// What other tasks that are made begin with
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
@@ -141,41 +153,51 @@ pub struct TaskArgs {
 /// The needle tests by name.
 const NEEDLES: [&str; 3] = ["needle", "needle-64", "multi-needle"];
 
-/// All tasks by name.
-pub fn task_names() -> impl Iterator<Item = &'static str> {
-    longbench::names().chain(NEEDLES).chain(long_generation::names())
+/// Groups of tasks, each by name with its tasks.
+pub fn task_groups() -> [(&'static str, Vec<String>); 6] {
+    let names = |names: &mut dyn Iterator<Item = &'static str>| names.map(String::from).collect();
+    [
+        ("longbench", names(&mut longbench::names())),
+        ("needles", names(&mut NEEDLES.into_iter())),
+        ("long-generation", names(&mut long_generation::names())),
+        ("ruler", names(&mut ruler::names())),
+        ("longbench-e", longbench::names_e().collect()),
+        ("longbench-v2", vec!["longbench-v2".into()]),
+    ]
 }
+
+/// The groups of "all".
+const ALL: [&str; 3] = ["longbench", "needles", "long-generation"];
 
 impl TaskArgs {
     /// The tasks, in the order asked for.
     pub fn open(&self, models: &Models, settings: &[Setting]) -> Result<Vec<Box<dyn Task>>> {
-        let mut names: Vec<&str> = Vec::new();
-        for wanted in &self.tasks {
-            match wanted.as_str() {
-                "all" => names.extend(task_names()),
-                "longbench" => names.extend(longbench::names()),
-                "long-generation" => names.extend(long_generation::names()),
-                name => names.extend(task_names().find(|known| *known == name)),
-            }
-            let known = ["all", "longbench", "long-generation"].contains(&wanted.as_str());
-            if !known && !names.contains(&wanted.as_str()) {
-                bail!(
-                    "no task {wanted:?}: there are {}",
-                    task_names().collect::<Vec<_>>().join(", ")
-                );
-            }
-        }
-        let of_longbench = |name: &str| longbench::names().any(|known| known == name);
+        let names = self.names()?;
+        let of_longbench = |name: &str| {
+            longbench::names().any(|known| known == name)
+                || longbench::names_e().any(|known| known == name)
+        };
         let data = self.data.as_deref().unwrap_or(Path::new(DATA));
-        if self.data.is_none() && names.iter().any(|name| of_longbench(name)) {
-            longbench::download(data)?;
+        let fetched: Vec<&str> =
+            names.iter().map(String::as_str).filter(|name| of_longbench(name)).collect();
+        if self.data.is_none() && !fetched.is_empty() {
+            longbench::download(data, &fetched)?;
         }
+        let ruler = match names.iter().any(|name| ruler::names().any(|known| known == name)) {
+            true => Some(Arc::new(self.ruler(models, settings)?)),
+            false => None,
+        };
         let mut tasks: Vec<Box<dyn Task>> = Vec::new();
-        for name in names {
+        for name in &names {
             if of_longbench(name) {
                 tasks.push(Box::new(longbench::task(name, data)?));
-            } else if NEEDLES.contains(&name) {
+            } else if name == "longbench-v2" {
+                tasks.push(Box::new(LongBenchV2 { file: data.join(LONGBENCH_V2) }));
+            } else if NEEDLES.contains(&name.as_str()) {
                 tasks.push(Box::new(self.needle(name, models, settings)?));
+            } else if let (Some(source), true) = (&ruler, ruler::names().any(|known| known == name))
+            {
+                tasks.push(Box::new(ruler::task(name, source)?));
             } else {
                 let (items, samples, seed) = (self.items, self.long_samples, self.seed);
                 let size = long_generation::Size { items, samples, seed };
@@ -186,12 +208,64 @@ impl TaskArgs {
         Ok(tasks)
     }
 
-    fn needle(&self, name: &str, models: &Models, settings: &[Setting]) -> Result<NeedleGrid> {
-        let haystack = match &self.haystack {
+    /// The tasks' names, those of groups among them.
+    fn names(&self) -> Result<Vec<String>> {
+        let groups = task_groups();
+        let of_group = |name: &str| groups.iter().find(|(group, _)| *group == name);
+        let mut names: Vec<String> = Vec::new();
+        for wanted in &self.tasks {
+            match (wanted.as_str(), of_group(wanted)) {
+                ("all", _) => names.extend(
+                    ALL.iter().filter_map(|name| of_group(name)).flat_map(|group| group.1.clone()),
+                ),
+                ("ruler", Some((_, tasks))) if self.ruler_data.is_none() => {
+                    names.extend(tasks.iter().filter(|name| !name.starts_with("qa_")).cloned());
+                }
+                (_, Some((_, tasks))) => names.extend(tasks.clone()),
+                (name, None)
+                    if groups.iter().any(|(_, tasks)| tasks.iter().any(|task| task == name)) =>
+                {
+                    names.push(name.to_owned());
+                }
+                _ => bail!("no task {wanted:?}: see the command `list`"),
+            }
+        }
+        let mut seen = std::collections::HashSet::new();
+        names.retain(|name| seen.insert(name.clone()));
+        Ok(names)
+    }
+
+    fn ruler(&self, models: &Models, settings: &[Setting]) -> Result<ruler::Source> {
+        for setting in settings {
+            let longest = self.ruler_lengths.iter().max().copied().unwrap_or(0);
+            ensure!(
+                longest <= setting.context,
+                "setting {} cuts prompts to {} tokens, in the middle of RULER's of {longest}: give a --context",
+                setting.name,
+                setting.context
+            );
+        }
+        Ok(ruler::Source {
+            lengths: self.ruler_lengths.clone(),
+            count: count(models, &settings[0], false)?,
+            reserved: 0,
+            essays: self.background()?,
+            folder: self.ruler_data.clone(),
+            samples: self.ruler_samples,
+            seed: self.ruler_seed,
+        })
+    }
+
+    fn background(&self) -> Result<Haystack> {
+        Ok(match &self.haystack {
             Some(path) => Haystack::from_path(path)?,
             None => Haystack::generated(self.seed),
-        };
-        let mut grid = NeedleGrid::paper(haystack, if name == "needle-64" { 64 } else { 7 });
+        })
+    }
+
+    fn needle(&self, name: &str, models: &Models, settings: &[Setting]) -> Result<NeedleGrid> {
+        let mut grid =
+            NeedleGrid::paper(self.background()?, if name == "needle-64" { 64 } else { 7 });
         grid.name = name.to_owned();
         grid.depths = spaced(0.0, 1.0, self.needle_depths);
         grid.repeats = self.needle_repeats;
@@ -204,16 +278,27 @@ impl TaskArgs {
         }
         if !self.needle_tokens.is_empty() {
             grid.lengths = self.needle_tokens.clone();
-            grid.unit = Length::Tokens(count(models, &settings[0].model)?);
+            grid.unit = Length::Tokens(count(models, &settings[0], true)?);
         }
         Ok(grid)
     }
 }
 
-fn count(models: &Models, model: &str) -> Result<CountTokens> {
+/// Counts with the setting's tokenizer; `special`: as a prompt, with the tokens that begin one.
+fn count(models: &Models, setting: &Setting, special: bool) -> Result<CountTokens> {
+    let model = match &setting.server {
+        None => &setting.model,
+        Some(server) => match &server.tokenizer {
+            Some(tokenizer) => tokenizer,
+            None => {
+                bail!("setting {}: lengths in tokens need its server's `tokenizer`", setting.name)
+            }
+        },
+    };
     let tokenizer = models.get(model).map_err(anyhow::Error::from_boxed)?.tokenizer;
     Ok(Arc::new(move |text: &str| {
-        let tokens = tokenizer.encode(text.trim_end(), true);
+        let text = if special { text.trim_end() } else { text };
+        let tokens = tokenizer.encode(text, special);
         Ok(tokens.map_err(|e| Error::setting("text", "text for the tokenizer", e))?.len())
     }))
 }

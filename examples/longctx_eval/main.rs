@@ -7,15 +7,20 @@
 
 mod agree;
 mod chosen;
+mod live;
 mod method;
+mod plan;
 mod progress;
+mod schools;
 
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use chosen::{Chosen, MOST, TaskArgs};
 use clap::{Parser, Subcommand};
-use longctx_eval::{Limits, Plan, Shard, report, run, setting};
+use live::Live;
+use longctx_eval::statistics::{self, Difference, Verdict};
+use longctx_eval::{Limits, Methods, Plan, Setting, Shard, Task, records, report, run, setting};
 use longctx_examples::output::{check_writable, number};
 use longctx_examples::say;
 use longctx_examples::subject::Models;
@@ -31,14 +36,19 @@ struct Args {
 #[derive(Subcommand)]
 enum Command {
     /// Answer what is not answered yet, a line of results each
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Compare token by token with the dense model on a text
     Agree(agree::Args),
     /// Write report.md, scores.csv, report.html and the pictures into a run's folder
     Report {
-        /// The folder
+        /// The folder; with --compare, where compare.html goes
         folder: PathBuf,
+        /// Two runs' folders: what differs between them, setting by setting
+        #[arg(long, num_args = 2, value_names = ["A", "B"])]
+        compare: Vec<PathBuf>,
     },
+    /// How many tokens and sequences each setting holds in some memory; no weights are needed
+    Plan(plan::Args),
     /// Name the settings, the methods and the tasks
     List,
 }
@@ -58,6 +68,13 @@ struct RunArgs {
     /// This process's part of the work, as in 2/4; each part writes a file of its own
     #[arg(long, default_value = "1/1", value_parser = shard)]
     shard: Shard,
+    /// Go on with twice as many samples, of the settings of which it is not sure yet whether they differ from the dense one, until it
+    /// is sure of each or there are no more samples
+    #[arg(long)]
+    until_sure: bool,
+    /// Differences that are of no account to --until-sure, in points of a score from 0 to 100
+    #[arg(long, default_value_t = 2.0)]
+    margin: f64,
     /// Break off at the first bad record or failing sample
     #[arg(long)]
     strict: bool,
@@ -68,14 +85,19 @@ struct RunArgs {
 
 fn main() -> Result<()> {
     match Args::parse().command {
-        Command::Run(args) => answer(args),
+        Command::Run(args) => answer(*args),
         Command::Agree(args) => agree::agree(args),
-        Command::Report { folder } => {
-            for path in report::write(&folder)? {
+        Command::Report { folder, compare } => {
+            let written = match compare.as_slice() {
+                [a, b] => vec![report::compare(a, b, &folder)?],
+                _ => report::write(&folder)?,
+            };
+            for path in written {
                 say!("{}", path.display());
             }
             Ok(())
         }
+        Command::Plan(args) => plan::plan(args),
         Command::List => {
             list();
             Ok(())
@@ -85,24 +107,81 @@ fn main() -> Result<()> {
 
 fn answer(args: RunArgs) -> Result<()> {
     check_writable(&args.out)?;
+    ensure!(
+        !args.until_sure || args.shard == Shard::WHOLE,
+        "--until-sure needs the whole run: shards do not see each other's results"
+    );
     let models = args.chosen.models();
     let methods = method::all(&models);
     let settings = args.chosen.settings(&methods)?;
     let tasks = args.tasks.open(&models, &settings)?;
     let mut conditions = args.chosen.conditions(&settings)?;
     conditions.extend(args.tasks.conditions(&tasks, &settings)?);
-    let plan = Plan {
+    let samples =
+        if args.until_sure { Some(args.samples.unwrap_or(FIRST_SAMPLES)) } else { args.samples };
+    let mut plan = Plan {
         folder: args.out,
         settings,
         tasks: &tasks,
-        limits: Limits { samples: args.samples, max_new_tokens: args.max_new },
+        limits: Limits { samples, max_new_tokens: args.max_new },
         shard: args.shard,
         seed: args.tasks.seed,
         strict: args.strict,
         conditions,
     };
+    pass(&plan, &methods)?;
+    if !args.until_sure {
+        return Ok(());
+    }
+    loop {
+        let samples = plan.limits.samples.unwrap_or(FIRST_SAMPLES);
+        plan.settings = unsure(&plan, args.margin / 100.0)?;
+        if plan.settings.is_empty() || samples >= most_samples(&tasks)? {
+            return Ok(());
+        }
+        plan.limits.samples = Some(2 * samples);
+        let names: Vec<&str> = plan.settings.iter().map(|setting| setting.name.as_str()).collect();
+        say!("{} samples a task, for {}", 2 * samples, names.join(", "));
+        pass(&plan, &methods)?;
+    }
+}
+
+/// Samples of a task that --until-sure begins with.
+const FIRST_SAMPLES: usize = 16;
+
+fn most_samples(tasks: &[Box<dyn Task>]) -> Result<usize> {
+    let counts = tasks.iter().map(|task| Ok(task.samples()?.samples.len()));
+    Ok(counts.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or(0))
+}
+
+/// The settings of which more samples are wanted, and those that they are compared with.
+fn unsure(plan: &Plan<'_>, margin: f64) -> Result<Vec<Setting>> {
+    let records = records(&plan.folder)?;
+    let names: Vec<String> = plan.settings.iter().map(|setting| setting.name.clone()).collect();
+    let mut wanted = std::collections::BTreeSet::new();
+    for name in &names {
+        let Some(reference) = statistics::reference(&names, name).filter(|other| other != name)
+        else {
+            continue;
+        };
+        let difference = Difference::between(&records, name, reference);
+        if difference.is_none_or(|difference| difference.verdict(margin) == Verdict::Unsure) {
+            wanted.extend([name.clone(), reference.to_owned()]);
+        }
+    }
+    Ok(plan.settings.iter().filter(|setting| wanted.contains(&setting.name)).cloned().collect())
+}
+
+/// Answers what is not answered yet, and says what came of it.
+fn pass(plan: &Plan<'_>, methods: &Methods<'_>) -> Result<()> {
     let mut progress = Progress::new()?;
-    let summary = run(&plan, &methods, &mut |event| progress.show(&event))?;
+    let mut live = Live::new(&plan.folder, &plan.settings);
+    let summary = run(plan, methods, &mut |event| {
+        progress.show(&event);
+        if let Some(row) = live.row(&event) {
+            progress.row(&row);
+        }
+    })?;
     progress.end();
     say!(
         "{} answered, {} before, {} failed, {} records left out.",
@@ -129,14 +208,19 @@ fn list() {
         let note = if methods.has(&setting) { "" } else { "  (not available)" };
         say!("  {:28} {} to {} tokens{note}", setting.name, setting.model, setting.context);
     }
-    say!("Methods, each of which is a setting with --model:");
+    say!("\nMethods, each of which is a setting with --model:");
     let mut names: Vec<_> = methods.names().collect();
-    names.sort_by_key(|name| family(name));
-    for family in names.chunk_by(|a, b| family(a) == family(b)) {
-        say!("  {}", family.join(" "));
+    names.sort_by_key(|name| (schools::school(name), family(name)));
+    for school in names.chunk_by(|a, b| schools::school(a) == schools::school(b)) {
+        say!("\n{}", schools::school(school[0]).title());
+        for family in school.chunk_by(|a, b| family(a) == family(b)) {
+            say!("  {:84} {}", family.join(" "), schools::line(family[0]));
+        }
     }
-    say!("Tasks:");
-    chosen::task_names().for_each(|name| say!("  {name}"));
+    say!("\nTasks, by group:");
+    for (group, tasks) in chosen::task_groups() {
+        say!("  {group}: {}", tasks.join(" "));
+    }
 }
 
 /// A name without its ratio: what `list` puts on one line.

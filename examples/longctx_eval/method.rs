@@ -2,7 +2,7 @@
 
 use candle_core::DType;
 use longctx_core::{DenseCache, DenseStore, PromptCompressor, Rate};
-use longctx_eval::{Fault, Methods, Setting};
+use longctx_eval::{Fault, Methods, Server, Setting};
 use longctx_examples::methods::{RATIOS, duo_attention, listed};
 use longctx_examples::subject::{Models, dense};
 use longctx_examples::{encoder, selective_context};
@@ -56,6 +56,11 @@ pub fn all(models: &Models) -> Methods<'_> {
         });
         for (name, compressor) in BY_PROMPT {
             methods.register(format!("{name}-{times}x"), move |setting| {
+                if setting.server.is_some() {
+                    let compressor = compressor(models, &of_tokenizer(setting))?;
+                    let server = server(models, setting)?;
+                    return Ok(Box::new(server.with_compressor(compressor, Rate::new(share)?)?));
+                }
                 let reader =
                     models.reader(setting, |spec| DenseCache::new(spec.clone(), DType::F16))?;
                 let compressor = compressor(models, setting)?;
@@ -63,6 +68,22 @@ pub fn all(models: &Models) -> Methods<'_> {
             });
         }
     }
+    methods.register("http", |setting| Ok(Box::new(server(models, setting)?)));
     methods.register("recurrent", |setting| Ok(Box::new(models.recurrent(setting)?)));
     methods
+}
+
+/// The setting's server, with the tokenizer that it names.
+fn server(models: &Models, setting: &Setting) -> Result<Server, Fault> {
+    let server = Server::new(setting)?;
+    match setting.server.as_ref().and_then(|server| server.tokenizer.as_ref()) {
+        Some(_) => Ok(server.with_text(models.text(&of_tokenizer(setting))?, setting.context)),
+        None => Ok(server),
+    }
+}
+
+/// The same setting on the model that its server's tokenizer is of, which helps to compress prompts.
+fn of_tokenizer(setting: &Setting) -> Setting {
+    let tokenizer = setting.server.as_ref().and_then(|server| server.tokenizer.clone());
+    Setting { model: tokenizer.unwrap_or_default(), ..setting.clone() }
 }

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 use longctx_eval::Event;
+use longctx_examples::say;
 
 pub struct Progress {
     bar: ProgressBar,
@@ -25,6 +26,7 @@ impl Progress {
             }
             Event::Opening(setting) => self.bar.set_message(setting.name.clone()),
             Event::Answered(_) => self.bar.inc(1),
+            Event::Finished(_) => {}
             Event::Dropped(line) => self.say(&format!("dropped a torn last line: {line}…")),
             Event::Skipped(error) => self.say(&format!("left out: {error}")),
             Event::Failed(error) => {
@@ -36,6 +38,11 @@ impl Progress {
 
     pub fn end(&self) {
         self.bar.finish_and_clear();
+    }
+
+    /// A row of the table of results.
+    pub fn row(&self, row: &str) {
+        self.bar.suspend(|| say!("{row}"));
     }
 
     /// Above the bar, or alone where there is no terminal.

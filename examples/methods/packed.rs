@@ -1,14 +1,19 @@
 //! Caches that pack every token.
 
-use kv_quant::{Axis, Bits, Flush, Format, KeyBasis, Order, QuantCache, Scheme};
+use kv_quant::{
+    Axis, Bits, Float8, Flush, Format, KeyBasis, Order, QuantCache, Scheme, TurboQuant,
+};
 use longctx_core::{LayerSpec, Result};
 
 /// Makes a layer's cache.
 pub type Make = fn(LayerSpec) -> Result<QuantCache>;
 
 /// By name. `rolling`: KIVI with a rolling flush; `sinks`: the first 4 tokens in f16; `attend-first`:
-/// a call's own tokens see each other in full precision; `residual`: the newest 128 tokens in f16.
-pub const PACKED: [(&str, Make); 25] = [
+/// a call's own tokens see each other in full precision; `residual`: the newest 128 tokens in f16;
+/// `edges-f16`: the first and last two layers in f16, as vLLM serves TurboQuant; `rotated`: a Hadamard
+/// rotation of keys and values, of `keys-rotated` of keys alone. KVarN keeps the first 128 tokens in
+/// f16, as its published code does.
+pub const PACKED: [(&str, Make); 47] = [
     ("kivi-8", |spec| cache(spec, kivi(Bits::Eight, Bits::Eight))),
     ("kivi-4", |spec| cache(spec, kivi(Bits::Four, Bits::Four))),
     ("kivi-3", |spec| cache(spec, kivi(Bits::Three, Bits::Three))),
@@ -38,6 +43,32 @@ pub const PACKED: [(&str, Make); 25] = [
     ("flexgen-4-residual", |spec| cache(spec, with_residual(Bits::Four))),
     ("flexgen-hadamard-3-residual", |spec| cache(spec, hadamard(with_residual(Bits::Three)))),
     ("packed-f16", |spec| cache(spec, Ok(Format::f16()))),
+    ("fp8", |spec| cache(spec, Ok(Format::float8(Float8::E4m3)))),
+    ("fp8-e5m2", |spec| cache(spec, Ok(Format::float8(Float8::E5m2)))),
+    ("int4-rotated", |spec| cache(spec, rotated(Bits::Four))),
+    ("int3-rotated", |spec| cache(spec, rotated(Bits::Three))),
+    ("int4-rotated-asymmetric", |spec| cache(spec, asymmetric(Bits::Four))),
+    ("int3-rotated-asymmetric", |spec| cache(spec, asymmetric(Bits::Three))),
+    ("int4-keys-rotated", |spec| {
+        let (keys, values) =
+            (Scheme::symmetric(Bits::Four, 256)?, Scheme::symmetric(Bits::Four, 256)?);
+        cache(spec, Format::new(keys.rotated(), values, Flush::Immediate))
+    }),
+    ("int4-rotated-residual", |spec| cache(spec, newest(rotated(Bits::Four)))),
+    ("int4-rotated-sinks", |spec| cache(spec, newest(rotated(Bits::Four)))?.with_sinks(4)),
+    ("int3-rotated-sinks", |spec| cache(spec, newest(rotated(Bits::Three)))?.with_sinks(4)),
+    ("turboquant-k8v4", |spec| cache(spec, turboquant(TurboQuant::K8V4))),
+    ("turboquant-4bit-nc", |spec| cache(spec, turboquant(TurboQuant::FourBitNc))),
+    ("turboquant-k3v4-nc", |spec| cache(spec, turboquant(TurboQuant::K3V4Nc))),
+    ("turboquant-3bit-nc", |spec| cache(spec, turboquant(TurboQuant::ThreeBitNc))),
+    ("turboquant-4bit-nc-edges-f16", |spec| edges_f16(spec, TurboQuant::FourBitNc)),
+    ("turboquant-3bit-nc-edges-f16", |spec| edges_f16(spec, TurboQuant::ThreeBitNc)),
+    ("kvarn-k4v4", |spec| kvarn(spec, Bits::Four, Bits::Four, 128)),
+    ("kvarn-k4v2", |spec| kvarn(spec, Bits::Four, Bits::Two, 128)),
+    ("kvarn-k3v3", |spec| kvarn(spec, Bits::Three, Bits::Three, 128)),
+    ("kvarn-k2v2", |spec| kvarn(spec, Bits::Two, Bits::Two, 128)),
+    ("kvarn-k4v4-64", |spec| kvarn(spec, Bits::Four, Bits::Four, 64)),
+    ("kvarn-k4v2-64", |spec| kvarn(spec, Bits::Four, Bits::Two, 64)),
 ];
 
 type Packed = kv_quant::Result<Format>;
@@ -67,7 +98,34 @@ fn with_residual(bits: Bits) -> Packed {
 }
 
 fn hadamard(format: Packed) -> Packed {
-    Ok(format?.with_basis(KeyBasis::Hadamard))
+    Ok(format?.with_rotated_keys())
+}
+
+fn rotated(bits: Bits) -> Packed {
+    Ok(Format::rotated_symmetric(bits, bits))
+}
+
+fn asymmetric(bits: Bits) -> Packed {
+    Ok(Format::rotated_asymmetric(bits, bits))
+}
+
+fn turboquant(preset: TurboQuant) -> Packed {
+    Ok(Format::turboquant(preset))
+}
+
+/// The same with the newest 128 tokens in f16.
+fn newest(format: Packed) -> Packed {
+    let format = format?;
+    Format::new(format.keys(), format.values(), Flush::Rolling(128))
+}
+
+fn edges_f16(spec: LayerSpec, preset: TurboQuant) -> Result<QuantCache> {
+    let edge = spec.index < 2 || spec.index + 2 >= spec.count;
+    cache(spec, Ok(if edge { Format::f16() } else { Format::turboquant(preset) }))
+}
+
+fn kvarn(spec: LayerSpec, keys: Bits, values: Bits, tile: usize) -> Result<QuantCache> {
+    cache(spec, Format::kvarn(keys, values, tile))?.with_sinks(128)
 }
 
 fn cache(spec: LayerSpec, format: Packed) -> Result<QuantCache> {

@@ -1,7 +1,7 @@
 //! What keys and values are held in under a policy.
 
 use clap::{ValueEnum, builder::PossibleValue};
-use kv_quant::{Bits, Format};
+use kv_quant::{Bits, Float8, Format, TurboQuant};
 
 /// A store's format. KIVI's have groups of 32 and at least the newest 128 tokens' values in full
 /// precision.
@@ -19,6 +19,12 @@ pub enum Store {
     Kivi4Rolling,
     /// The same with 2 bits.
     Kivi2Rolling,
+    /// fp8 e4m3 with a scale per token.
+    Fp8,
+    /// 4-bit integers with a scale per token, rotated.
+    Int4Rotated,
+    /// vLLM's preset.
+    TurboQuant4BitNc,
 }
 
 impl Store {
@@ -31,6 +37,9 @@ impl Store {
             Self::Kivi2 => "kivi-2",
             Self::Kivi4Rolling => "kivi-4-rolling",
             Self::Kivi2Rolling => "kivi-2-rolling",
+            Self::Fp8 => "fp8",
+            Self::Int4Rotated => "int4-rotated",
+            Self::TurboQuant4BitNc => "turboquant-4bit-nc",
         }
     }
 
@@ -48,6 +57,9 @@ impl Store {
             Self::Kivi2 => kivi(Bits::Two),
             Self::Kivi4Rolling => rolling(Bits::Four),
             Self::Kivi2Rolling => rolling(Bits::Two),
+            Self::Fp8 => Ok(Some(Format::float8(Float8::E4m3))),
+            Self::Int4Rotated => Ok(Some(Format::rotated_symmetric(Bits::Four, Bits::Four))),
+            Self::TurboQuant4BitNc => Ok(Some(Format::turboquant(TurboQuant::FourBitNc))),
         }
     }
 }
@@ -55,7 +67,7 @@ impl Store {
 impl ValueEnum for Store {
     fn value_variants<'a>() -> &'a [Self] {
         use Store::*;
-        &[F16, Kivi8, Kivi4, Kivi2, Kivi4Rolling, Kivi2Rolling]
+        &[F16, Kivi8, Kivi4, Kivi2, Kivi4Rolling, Kivi2Rolling, Fp8, Int4Rotated, TurboQuant4BitNc]
     }
 
     fn to_possible_value(&self) -> Option<PossibleValue> {

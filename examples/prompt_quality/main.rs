@@ -29,7 +29,7 @@ struct Args {
     /// A folder of LongBench samples
     #[arg(long)]
     samples: PathBuf,
-    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
+    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
     #[arg(long)]
     model: Option<String>,
     /// The encoder of LLMLingua-2: a folder with a checkpoint, or a name of the Hub
@@ -54,10 +54,7 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let name = match &args.model {
-        Some(name) => name.clone(),
-        None => model::smollm2()?.display().to_string(),
-    };
+    let name = model::named(args.model.as_deref())?;
     let llm = Pretrained::open(&name, &LoadOptions::default())?;
     let questions = questions(&args.samples, args.per_task, args.words)?;
     ensure!(!questions.is_empty(), "{}: no question with its answer", args.samples.display());

@@ -112,3 +112,59 @@ fn a_run_with_other_conditions_is_refused_by_name() {
     std::fs::write(&model, "another").unwrap();
     assert!(call(&[]).contains("`model "));
 }
+
+#[test]
+fn what_fits_needs_no_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1000, "hidden_size": 256,
+        "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": true}"#;
+    let path = folder.path().join("config.json");
+    std::fs::write(&path, config).unwrap();
+    let plan = |more: &[&str]| {
+        run(program("longctx-eval").args(["plan", "--model"]).arg(&path).args(more))
+    };
+    let (succeeded, said) =
+        plan(&["--memory", "1GB", "--context", "4096", "--settings", "dense-f16,kivi-4,h2o-4x"]);
+    assert!(succeeded, "{said}");
+    let row = |name: &str| {
+        let line = said.lines().find(|line| line.trim_start().starts_with(name)).expect(name);
+        line.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
+    // 4 layers x 2 heads x 64 channels x keys and values x 2 bytes.
+    let number = |name, i: usize| row(name)[i].parse::<f64>().unwrap();
+    let near = |x: f64, y: f64| (x / y - 1.0).abs() < 0.02;
+    assert!(near(number("dense-f16", 1), 2048.0) && number("dense-f16", 2) == 1.0, "{said}");
+    assert!(near(number("dense-f16", 3), 1e9 / 2048.0), "{said}");
+    assert!(near(number("dense-f16", 4), 1e9 / 2048.0 / 4096.0), "{said}");
+    assert!((2.5..4.0).contains(&number("kivi-4", 2)), "{said}");
+    // Its sums of attention come on top.
+    assert!((3.5..4.0).contains(&number("h2o-4x", 2)), "{said}");
+    let (succeeded, said) = plan(&["--memory", "1GB", "--weights", "2GB"]);
+    assert!(!succeeded && said.contains("nothing is left"), "{said}");
+    assert!(!plan(&["--memory", "much"]).0);
+}
+
+#[test]
+fn settings_are_listed_by_school() {
+    let (succeeded, said) = run(program("longctx-eval").arg("list"));
+    assert!(succeeded);
+    let place = |words: &str| said.find(words).unwrap_or_else(|| panic!("{words}: {said}"));
+    let order = [
+        "Dense: ",
+        "dense-f16",
+        "Quantization: ",
+        "kivi-4",
+        "Eviction: ",
+        "h2o-2x",
+        "Retrieval: ",
+        "infllm-2x",
+        "Prompt compression: ",
+    ];
+    assert!(order.map(place).is_sorted());
+    // Every method has a line.
+    let methods = &said[place("Methods, ")..place("Tasks, ")];
+    for line in methods.lines().filter(|line| line.starts_with("  ")) {
+        assert!(line.trim_end().len() > 88, "{line}");
+    }
+}

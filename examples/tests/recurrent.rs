@@ -80,6 +80,7 @@ fn every_family_is_a_subject_of_the_evaluation() {
                 classes: Vec::new(),
                 max_new_tokens: 4,
                 chat: false,
+                ..Sample::default()
             };
             let question = Question { sample: &sample, max_new_tokens: 4, stops_at_newline: false };
             reader.answer(&question).unwrap()

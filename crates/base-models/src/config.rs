@@ -1,20 +1,62 @@
-//! What a decoder looks like, read from a `config.json` in Hugging Face's format.
+//! What a decoder looks like.
 
 use std::path::Path;
 
+use crate::architectures;
 use crate::files;
 use crate::json::Fields;
-use longctx_core::{AttentionShape, Error, Result, RopeScaling};
+use crate::rope_settings::RopeSettings;
+use longctx_core::{AttentionShape, Error, Result};
 
 /// More layers than any model has: a false number must not fill the memory.
 const MAX_LAYERS: usize = 10_000;
 /// More channels, heads or tokens than any model has; products of two stay within 64 bits.
 const MAX_SIZE: usize = 1 << 31;
 
-/// The shape of a Llama-like decoder: all that differs between the families.
+/// The function between the two halves of a gated feed-forward block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Activation {
+    /// x · sigmoid(x).
+    #[default]
+    Silu,
+    /// x · Φ(x), exactly.
+    Gelu,
+    /// The same approximated by a hyperbolic tangent.
+    GeluTanh,
+}
+
+/// The RMS norms of queries and keys, before the rotary embedding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum QkNorm {
+    /// None.
+    #[default]
+    None,
+    /// Over each head's channels (Qwen3, Gemma 3).
+    PerHead,
+    /// Over the channels of all heads (OLMo-2).
+    AllHeads,
+}
+
+/// A mixture of feed-forward blocks, of which a router chooses some for each token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Experts {
+    /// Blocks of a layer.
+    pub count: usize,
+    /// Blocks that a token goes through.
+    pub per_token: usize,
+    /// Channels inside a block.
+    pub intermediate_size: usize,
+    /// Whether the weights of a token's blocks are made to sum to 1.
+    pub normalize: bool,
+    /// Layers that have a single block instead.
+    pub dense_layers: Vec<usize>,
+}
+
+/// The shape of a decoder: all that differs between the architectures. The default is Llama's, with
+/// sizes of zero.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// The family: "llama", "mistral", "qwen2", "qwen3".
+    /// The family: a `config.json`'s `model_type` or a GGUF file's `general.architecture`.
     pub family: String,
     /// Entries of the vocabulary.
     pub vocab_size: usize,
@@ -32,28 +74,94 @@ pub struct Config {
     pub head_dim: usize,
     /// Added to the mean square in RMS norms.
     pub norm_eps: f64,
-    /// Base of the rotary embedding.
-    pub rope_theta: f64,
-    /// How the rotary frequencies are stretched.
-    pub rope_scaling: RopeScaling,
+    /// Whether norms multiply with 1 more than their weights (Gemma's checkpoints).
+    pub norm_offset: bool,
+    /// Whether the inputs of the attention and the feed-forward block are normalised.
+    pub pre_norms: bool,
+    /// Whether their outputs are.
+    pub post_norms: bool,
+    /// The rotary embedding.
+    pub rope: RopeSettings,
+    /// That of layers with a sliding window, if it is another.
+    pub windowed_rope: Option<RopeSettings>,
+    /// Layers without a rotary embedding.
+    pub unrotated: Vec<usize>,
     /// The longest context, in tokens, that the model was made for.
     pub context_length: usize,
-    /// The sliding window of each layer, if it has one.
+    /// The sliding window of each layer, if it has one; empty: none has.
     pub windows: Vec<Option<usize>>,
+    /// What scores are multiplied with, if not `head_dim^-0.5`.
+    pub attention_scale: Option<f64>,
+    /// Attention scores s become `cap * tanh(s / cap)`.
+    pub attention_soft_cap: Option<f64>,
+    /// Queries, keys and values are clamped to this magnitude.
+    pub clamp_qkv: Option<f64>,
     /// Whether the query, key and value projections add a bias (Qwen2).
     pub qkv_bias: bool,
     /// Whether the projection of the attention's output adds a bias.
     pub out_bias: bool,
     /// Whether the projections of the feed-forward block add biases.
     pub mlp_bias: bool,
-    /// Whether queries and keys are normalised per head (Qwen3).
-    pub qk_norm: bool,
+    /// How queries and keys are normalised.
+    pub qk_norm: QkNorm,
+    /// Between the halves of a feed-forward block.
+    pub activation: Activation,
+    /// The experts, in a mixture.
+    pub experts: Option<Experts>,
+    /// What embeddings are multiplied with.
+    pub embedding_scale: f64,
+    /// What the outputs of blocks are multiplied with before they are added.
+    pub residual_scale: f64,
+    /// What logits are multiplied with.
+    pub logit_scale: f64,
+    /// Logits x become `cap * tanh(x / cap)`.
+    pub logit_soft_cap: Option<f64>,
     /// Whether the output head is the embedding's matrix.
     pub tied_embeddings: bool,
     /// The token put before a text, if the model's tokenizer does so.
     pub bos: Option<u32>,
     /// The tokens that end a text.
     pub eos: Vec<u32>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            family: "llama".into(),
+            vocab_size: 0,
+            hidden_size: 0,
+            intermediate_size: 0,
+            layers: 0,
+            heads: 0,
+            kv_heads: 0,
+            head_dim: 0,
+            norm_eps: 1e-6,
+            norm_offset: false,
+            pre_norms: true,
+            post_norms: false,
+            rope: RopeSettings::default(),
+            windowed_rope: None,
+            unrotated: Vec::new(),
+            context_length: 0,
+            windows: Vec::new(),
+            attention_scale: None,
+            attention_soft_cap: None,
+            clamp_qkv: None,
+            qkv_bias: false,
+            out_bias: false,
+            mlp_bias: false,
+            qk_norm: QkNorm::None,
+            activation: Activation::Silu,
+            experts: None,
+            embedding_scale: 1.0,
+            residual_scale: 1.0,
+            logit_scale: 1.0,
+            logit_soft_cap: None,
+            tied_embeddings: false,
+            bos: None,
+            eos: Vec::new(),
+        }
+    }
 }
 
 impl Config {
@@ -64,9 +172,16 @@ impl Config {
     /// another architecture.
     pub fn from_file(path: &Path) -> Result<Self> {
         let json = files::read_json(path)?;
-        let config = from_fields(&Fields::new(path, &json)?)?;
-        config.check()?;
-        Ok(config)
+        architectures::read(&Fields::new(path, &json)?)
+    }
+
+    /// Reads the metadata of a GGUF file; its weights are left alone.
+    ///
+    /// # Errors
+    /// As [`Pretrained::from_gguf`](crate::Pretrained::from_gguf), but for what concerns weights and
+    /// tokenizer.
+    pub fn from_gguf(path: &Path) -> Result<Self> {
+        crate::gguf::Gguf::open(path, &crate::LoadOptions::default())?.config()
     }
 
     /// Reads a folder's `config.json` and, if it is there, `generation_config.json`, whose end
@@ -117,7 +232,25 @@ impl Config {
         if self.windows.contains(&Some(0)) {
             return Err(Error::setting("sliding_window", "at least 1", 0));
         }
-        Ok(())
+        self.check_scales()?;
+        self.experts.as_ref().map_or(Ok(()), Experts::check)
+    }
+
+    fn check_scales(&self) -> Result<()> {
+        let positive = [
+            ("attention scale", self.attention_scale),
+            ("attention soft cap", self.attention_soft_cap),
+            ("clamp of queries, keys and values", self.clamp_qkv),
+            ("embedding scale", Some(self.embedding_scale)),
+            ("residual scale", Some(self.residual_scale)),
+            ("logit scale", Some(self.logit_scale)),
+            ("logit soft cap", self.logit_soft_cap),
+        ];
+        let wrong = |x: f64| !(x.is_finite() && x > 0.0);
+        match positive.into_iter().find_map(|(name, x)| Some((name, x.filter(|&x| wrong(x))?))) {
+            Some((name, x)) => Err(Error::setting(name, "a positive number", x)),
+            None => Ok(()),
+        }
     }
 
     /// The attention of one layer.
@@ -126,172 +259,61 @@ impl Config {
     /// [`Error::Setting`] if the numbers of heads don't fit each other.
     pub fn attention(&self, layer: usize) -> Result<AttentionShape> {
         let shape = AttentionShape::new(self.heads, self.kv_heads, self.head_dim)?;
-        Ok(AttentionShape { window: self.windows[layer], ..shape })
+        Ok(AttentionShape {
+            window: self.window(layer),
+            soft_cap: self.attention_soft_cap.map(|cap| cap as f32),
+            scale: self.attention_scale.map_or(shape.scale, |scale| scale as f32),
+            ..shape
+        })
+    }
+
+    fn window(&self, layer: usize) -> Option<usize> {
+        self.windows.get(layer).copied().flatten()
+    }
+
+    /// The rotary embedding of one layer; `None` for a layer without one.
+    pub fn layer_rope(&self, layer: usize) -> Option<&RopeSettings> {
+        if self.unrotated.contains(&layer) {
+            return None;
+        }
+        match self.window(layer) {
+            Some(_) => Some(self.windowed_rope.as_ref().unwrap_or(&self.rope)),
+            None => Some(&self.rope),
+        }
+    }
+
+    /// The experts of one layer; `None` for a layer with a single feed-forward block.
+    pub(crate) fn layer_experts(&self, layer: usize) -> Option<&Experts> {
+        self.experts.as_ref().filter(|experts| !experts.dense_layers.contains(&layer))
+    }
+
+    /// The same for sequences of at most `length` tokens.
+    pub(crate) fn for_length(self, length: usize) -> Self {
+        let of =
+            |rope: RopeSettings| RopeSettings { scaling: rope.scaling.for_length(length), ..rope };
+        Self {
+            context_length: length,
+            rope: of(self.rope),
+            windowed_rope: self.windowed_rope.map(of),
+            ..self
+        }
     }
 }
 
-/// What `transformers` takes for fields that a `config.json` lacks.
-struct Defaults {
-    kv_heads: Option<usize>,
-    context: usize,
-    bos: Option<u32>,
-    eos: &'static [u32],
-}
-
-fn defaults(family: &str) -> Result<Defaults> {
-    match family {
-        "llama" => Ok(Defaults { kv_heads: None, context: 2048, bos: Some(1), eos: &[2] }),
-        "mistral" => Ok(Defaults { kv_heads: Some(8), context: 131_072, bos: Some(1), eos: &[2] }),
-        "qwen2" | "qwen3" => {
-            Ok(Defaults { kv_heads: Some(32), context: 32_768, bos: None, eos: &[] })
+impl Experts {
+    fn check(&self) -> Result<()> {
+        if !(1..=MAX_LAYERS).contains(&self.count) {
+            let expected = format!("1 to {MAX_LAYERS}");
+            return Err(Error::setting("number of experts", expected, self.count));
         }
-        other => Err(unknown_architecture(other)),
+        if !(1..=self.count).contains(&self.per_token) {
+            let expected = format!("1 to the {} experts", self.count);
+            return Err(Error::setting("experts per token", expected, self.per_token));
+        }
+        if !(1..=MAX_SIZE).contains(&self.intermediate_size) {
+            let expected = format!("1 to {MAX_SIZE}");
+            return Err(Error::setting("moe_intermediate_size", expected, self.intermediate_size));
+        }
+        Ok(())
     }
-}
-
-fn from_fields(raw: &Fields) -> Result<Config> {
-    let family = raw.text("model_type")?.ok_or_else(|| raw.missing("model_type"))?;
-    let default = defaults(family)?;
-    if let Some(act) = raw.text("hidden_act")?.filter(|&act| act != "silu") {
-        return Err(Error::Unsupported(format!("activation {act:?} (known: \"silu\")")));
-    }
-    let number = |name: &str| raw.number(name)?.ok_or_else(|| raw.missing(name));
-    let (heads, hidden) = (number("num_attention_heads")?, number("hidden_size")?);
-    let head_dim = match (raw.number("head_dim")?, family) {
-        (Some(d), _) => d,
-        (None, "qwen3") => 128,
-        (None, _) => hidden / heads.max(1),
-    };
-    let kv_heads = match raw.number("num_key_value_heads")? {
-        Some(n) => n,
-        // A null means as many as queries, an absent field the family's default.
-        None if raw.has("num_key_value_heads") => heads,
-        None => default.kv_heads.unwrap_or(heads),
-    };
-    let context = raw.number("max_position_embeddings")?.unwrap_or(default.context);
-    let (rope_theta, rope_scaling) = rope(raw, context)?;
-    let layers = number("num_hidden_layers")?;
-    let attention_bias = raw.switch("attention_bias")?.unwrap_or(false);
-    let mlp_bias = raw.switch("mlp_bias")?.unwrap_or(false);
-    let config = Config {
-        family: family.to_owned(),
-        vocab_size: number("vocab_size")?,
-        hidden_size: hidden,
-        intermediate_size: number("intermediate_size")?,
-        layers,
-        heads,
-        kv_heads,
-        head_dim,
-        norm_eps: raw.float("rms_norm_eps")?.unwrap_or(1e-6),
-        rope_theta,
-        rope_scaling,
-        context_length: context,
-        windows: Vec::new(),
-        qkv_bias: family == "qwen2" || (attention_bias && family != "mistral"),
-        out_bias: attention_bias && ["llama", "qwen3"].contains(&family),
-        mlp_bias: mlp_bias && family == "llama",
-        qk_norm: family == "qwen3",
-        tied_embeddings: raw.switch("tie_word_embeddings")?.unwrap_or(false),
-        bos: match raw.has("bos_token_id") {
-            true => raw.ids("bos_token_id").first().copied(),
-            false => default.bos,
-        },
-        eos: match raw.has("eos_token_id") {
-            true => raw.ids("eos_token_id"),
-            false => default.eos.to_vec(),
-        },
-    };
-    // The windows are one per layer: their number is checked before there are so many.
-    config.check()?;
-    Ok(Config { windows: windows(raw, family, layers)?, ..config })
-}
-
-/// Mistral's layers all have the window. Qwen's have it from some layer on, or where `layer_types`
-/// says so, and only if it is in use. Llama's have none, whatever the fields say.
-fn windows(raw: &Fields, family: &str, layers: usize) -> Result<Vec<Option<usize>>> {
-    let window = match raw.number("sliding_window")? {
-        Some(window) => Some(window),
-        None if raw.has("sliding_window") => None,
-        None => Some(4096),
-    };
-    let qwen = family.starts_with("qwen");
-    let used = family == "mistral" || (qwen && raw.switch("use_sliding_window")?.unwrap_or(false));
-    let Some(window) = window.filter(|_| used) else { return Ok(vec![None; layers]) };
-    let types = raw.texts("layer_types")?.filter(|_| qwen);
-    let Some(types) = types else {
-        let first = match qwen {
-            true => raw.number("max_window_layers")?.unwrap_or(28),
-            false => 0,
-        };
-        return Ok((0..layers).map(|layer| Some(window).filter(|_| layer >= first)).collect());
-    };
-    if types.len() != layers {
-        return Err(Error::mismatch("layer_types", format!("{layers} entries"), types.len()));
-    }
-    let window = |kind: &&str| match *kind {
-        "sliding_attention" => Ok(Some(window)),
-        "full_attention" => Ok(None),
-        other => Err(Error::Unsupported(format!("a layer of type {other:?}"))),
-    };
-    types.iter().map(window).collect()
-}
-
-/// The base and the scaling. Version 5 of `transformers` moved both into `rope_parameters`; a
-/// `rope_scaling` goes before it.
-fn rope(raw: &Fields, context: usize) -> Result<(f64, RopeScaling)> {
-    let scaling = raw.fields("rope_scaling")?.filter(|fields| !fields.is_empty());
-    let fields = match scaling {
-        Some(fields) => Some(fields),
-        None => raw.fields("rope_parameters")?,
-    };
-    let top = raw.float("rope_theta")?.unwrap_or(10_000.0);
-    for fields in fields.iter().chain([raw]) {
-        if let Some(part) = fields.float("partial_rotary_factor")?.filter(|&part| part != 1.0) {
-            return Err(Error::Unsupported(format!("partial_rotary_factor {part}")));
-        }
-    }
-    let Some(fields) = fields else { return Ok((top, RopeScaling::None)) };
-    let theta = fields.float("rope_theta")?.unwrap_or(top);
-    let kind = match fields.text("rope_type")? {
-        Some(kind) => Some(kind),
-        None => fields.text("type")?,
-    };
-    let need = |name: &str| {
-        let missing = || Error::setting(format!("rope_scaling.{name}"), "a number", "nothing");
-        fields.float(name)?.ok_or_else(missing)
-    };
-    let scaling = match kind {
-        Some("default") => RopeScaling::None,
-        Some("linear") => RopeScaling::Linear(need("factor")?),
-        Some("llama3") => {
-            let name = "original_max_position_embeddings";
-            let original = match raw.number(name)? {
-                Some(original) => Some(original),
-                None => fields.number(name)?,
-            };
-            RopeScaling::Llama3 {
-                factor: need("factor")?,
-                low_freq_factor: need("low_freq_factor")?,
-                high_freq_factor: need("high_freq_factor")?,
-                original_context: original.unwrap_or(context),
-            }
-        }
-        Some(other) => {
-            let what = format!("rope scaling {other:?} (known: default, linear, llama3)");
-            return Err(Error::Unsupported(what));
-        }
-        None if fields.has("full_attention") || fields.has("sliding_attention") => {
-            return Err(Error::Unsupported("rope parameters that differ between layers".into()));
-        }
-        None if fields.float("factor")?.is_some_and(|factor| factor != 1.0) => {
-            let what = "rope_scaling with a factor and neither \"rope_type\" nor \"type\"";
-            return Err(Error::Unsupported(what.into()));
-        }
-        None => RopeScaling::None,
-    };
-    Ok((theta, scaling))
-}
-
-pub(crate) fn unknown_architecture(name: &str) -> Error {
-    Error::Unsupported(format!("architecture {name:?} (known: llama, mistral, qwen2, qwen3)"))
 }

@@ -1,23 +1,20 @@
-//! The decoder: Llama's layers, with what Mistral and Qwen add.
+//! The decoder: Llama's layers, with what other architectures add by configuration.
 
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::architectures;
 use crate::config::Config;
 use crate::folder::Folder;
-use crate::linear::{Joined, Linear, Weight};
+use crate::layer::{self, Layer};
+use crate::linear::Weight;
 use crate::random::Random;
+use crate::rope_settings::RopeSettings;
 use crate::session::Decoder;
 use crate::weights::{LoadOptions, Weights};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::rms_norm;
-use longctx_core::{
-    AttentionShape, Batch, KvCache, LayerSpec, Logits, Result, Rope, Step, silu_mul,
-};
-
-/// Tokens that go through a feed-forward block at a time, on the CPU and on other devices: its inner
-/// activations, several times wider than the model, never exist for the whole of a long prompt.
-const FEED_FORWARD_TOKENS: (usize, usize) = (1024, 8192);
+use longctx_core::{Batch, KvCache, LayerSpec, Logits, Result, Rope};
 
 /// A decoder's weights, shared by all sessions that run on them.
 #[derive(Debug, Clone)]
@@ -35,7 +32,8 @@ struct Inner {
     norm: Tensor,
     /// `None` if the embedding's matrix is the output head.
     head: Option<Weight>,
-    rope: Arc<Rope>,
+    /// Each layer's.
+    ropes: Vec<Arc<Rope>>,
 }
 
 impl Transformer {
@@ -45,7 +43,8 @@ impl Transformer {
     /// As [`Pretrained::from_folder`](crate::Pretrained::from_folder).
     pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
         let config = Config::from_folder(folder)?;
-        Self::load(config, &Folder::open(folder, options)?, options)
+        let names = &architectures::of_folder(&config.family)?.folder_names;
+        Self::load(config, &Folder::open(folder, names, options)?, options)
     }
 
     /// With random weights (matrices from N(0, 0.02²), norms 1, biases 0): for benchmarks of a shape without its checkpoint.
@@ -57,28 +56,24 @@ impl Transformer {
     }
 
     pub(crate) fn load(config: Config, w: &impl Weights, options: &LoadOptions) -> Result<Self> {
+        config.check()?;
+        let length = options.context_length.unwrap_or(config.context_length);
+        let config = config.for_length(length);
+        let names = w.names();
+        let weight = |name: &str| format!("{name}.weight");
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = w.matrix("model.embed_tokens.weight", vocab, hidden)?;
+        let embedding = w.matrix(&weight(names.embedding), vocab, hidden)?;
         let head = match config.tied_embeddings {
             true => None,
-            false => Some(w.matrix("lm_head.weight", vocab, hidden)?),
+            false => Some(w.matrix(&weight(names.head), vocab, hidden)?),
         };
         let layers =
             (0..config.layers).map(|i| Layer::load(&config, i, w)).collect::<Result<_>>()?;
-        let norm = w.tensor("model.norm.weight", &[hidden])?;
-        let rope =
-            Rope::new(config.head_dim, config.head_dim, config.rope_theta, config.rope_scaling)?;
-        let rope = match w.has("rope.factors.weight") {
-            true => {
-                let factors = w.tensor("rope.factors.weight", &[config.head_dim / 2])?;
-                rope.with_factors(&factors.to_dtype(DType::F32)?.to_vec1()?)?
-            }
-            false => rope,
-        };
+        let norm = layer::norm(&config, w, names.norm, hidden)?;
+        let ropes = ropes(&config, w.rope_factors()?.as_deref())?;
         w.finish()?;
         let (device, dtype) = (options.device.clone(), options.dtype);
-        let rope = Arc::new(rope);
-        let inner = Inner { config, device, dtype, embedding, layers, norm, head, rope };
+        let inner = Inner { config, device, dtype, embedding, layers, norm, head, ropes };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -105,7 +100,7 @@ impl Transformer {
     ) -> Result<Decoder> {
         let layers = &self.inner.layers;
         let cache = |(index, layer): (usize, &Layer)| -> Result<Box<dyn KvCache>> {
-            let spec = LayerSpec::new(layer.shape).with_rope(self.inner.rope.clone());
+            let spec = LayerSpec::new(layer.shape).with_rope(self.inner.ropes[index].clone());
             Ok(Box::new(make(&spec.at(index, layers.len()))?))
         };
         Decoder::new(self.clone(), layers.iter().enumerate().map(cache).collect::<Result<_>>()?)
@@ -121,109 +116,53 @@ impl Transformer {
     ) -> Result<Tensor> {
         let Inner { config, device, dtype, embedding, layers, norm, head, .. } = &*self.inner;
         let mut x = embedding.embed(&Tensor::new(ids, device)?, *dtype)?;
+        if config.embedding_scale != 1.0 {
+            x = (x * config.embedding_scale)?;
+        }
         for (layer, cache) in layers.iter().zip(caches) {
-            x = layer.forward(&x, cache.as_mut(), batch, config.norm_eps)?;
+            x = layer.forward(&x, cache.as_mut(), batch)?;
         }
         if logits == Logits::Last && batch.tokens() > batch.seqs().len() {
             let last: Vec<_> = batch.cu_seqlens()[1..].iter().map(|&end| end as u32 - 1).collect();
             x = x.index_select(&Tensor::new(last, device)?, 0)?;
         }
         let x = rms_norm(&x, norm, config.norm_eps as f32)?;
-        Ok(head.as_ref().unwrap_or(embedding).forward(&x)?.to_dtype(DType::F32)?)
-    }
-}
-
-#[derive(Debug)]
-struct Layer {
-    shape: AttentionShape,
-    attention_norm: Tensor,
-    qkv: Joined,
-    /// Norms of the queries and the keys of each head.
-    qk_norm: Option<(Tensor, Tensor)>,
-    out: Linear,
-    feed_forward_norm: Tensor,
-    gate_up: Joined,
-    down: Linear,
-}
-
-impl Layer {
-    fn load(c: &Config, layer: usize, w: &impl Weights) -> Result<Self> {
-        let shape = c.attention(layer)?;
-        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
-        let (queries, keys) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let name = |part: &str| format!("model.layers.{layer}.{part}");
-        let linear = |part: &str, out, inner, bias: bool| w.linear(&name(part), out, inner, bias);
-        let norm = |part: &str, size| w.tensor(&name(&format!("{part}.weight")), &[size]);
-        let qk_norm = match c.qk_norm {
-            true => {
-                Some((norm("self_attn.q_norm", c.head_dim)?, norm("self_attn.k_norm", c.head_dim)?))
-            }
-            false => None,
-        };
-        Ok(Self {
-            shape,
-            attention_norm: norm("input_layernorm", hidden)?,
-            qkv: Joined::new(vec![
-                linear("self_attn.q_proj", queries, hidden, c.qkv_bias)?,
-                linear("self_attn.k_proj", keys, hidden, c.qkv_bias)?,
-                linear("self_attn.v_proj", keys, hidden, c.qkv_bias)?,
-            ])?,
-            qk_norm,
-            out: linear("self_attn.o_proj", hidden, queries, c.out_bias)?,
-            feed_forward_norm: norm("post_attention_layernorm", hidden)?,
-            gate_up: Joined::new(vec![
-                linear("mlp.gate_proj", inner, hidden, c.mlp_bias)?,
-                linear("mlp.up_proj", inner, hidden, c.mlp_bias)?,
-            ])?,
-            down: linear("mlp.down_proj", hidden, inner, c.mlp_bias)?,
+        let x = head.as_ref().unwrap_or(embedding).forward(&x)?.to_dtype(DType::F32)?;
+        let x = if config.logit_scale == 1.0 { x } else { (x * config.logit_scale)? };
+        Ok(match config.logit_soft_cap {
+            Some(cap) => ((x / cap)?.tanh()? * cap)?,
+            None => x,
         })
     }
 
-    /// `x`: `[tokens, hidden]`, the tokens of all sequences of the batch.
-    fn forward(
-        &self,
-        x: &Tensor,
-        cache: &mut dyn KvCache,
-        batch: &Batch,
-        eps: f64,
-    ) -> Result<Tensor> {
-        let normed = rms_norm(x, &self.attention_norm, eps as f32)?;
-        let x = (x + self.attend(&normed, cache, batch, eps)?)?;
-        let tokens = x.dim(0)?;
-        let (on_cpu, elsewhere) = FEED_FORWARD_TOKENS;
-        let of_part = if x.device().is_cpu() { on_cpu } else { elsewhere };
-        let mut parts = Vec::new();
-        for start in (0..tokens).step_by(of_part) {
-            let part = x.narrow(0, start, of_part.min(tokens - start))?;
-            let normed = rms_norm(&part, &self.feed_forward_norm, eps as f32)?;
-            parts.push((part + self.feed_forward(&normed)?)?);
-        }
-        match parts.as_slice() {
-            [one] => Ok(one.clone()),
-            parts => Ok(Tensor::cat(parts, 0)?),
-        }
+    /// The longest sequence that the rotary embeddings are made for; `None` if any length will do.
+    pub(crate) fn longest_sequence(&self) -> Option<usize> {
+        let Config { rope, windowed_rope, .. } = self.config();
+        let ropes = std::iter::once(rope).chain(windowed_rope);
+        ropes.filter_map(|rope| rope.scaling.longest()).min()
     }
+}
 
-    fn attend(
-        &self,
-        x: &Tensor,
-        cache: &mut dyn KvCache,
-        batch: &Batch,
-        eps: f64,
-    ) -> Result<Tensor> {
-        let AttentionShape { heads, head_dim, value_dim, .. } = self.shape;
-        let tokens = batch.tokens();
-        let mut qkv = self.qkv.forward_heads(x, head_dim)?;
-        if let Some((q_norm, k_norm)) = &self.qk_norm {
-            qkv[0] = rms_norm(&qkv[0].contiguous()?, q_norm, eps as f32)?;
-            qkv[1] = rms_norm(&qkv[1].contiguous()?, k_norm, eps as f32)?;
+/// Each layer's rotary embedding, made once for all layers that have the same.
+fn ropes(config: &Config, factors: Option<&[f64]>) -> Result<Vec<Arc<Rope>>> {
+    let mut made: Vec<(Option<&RopeSettings>, Arc<Rope>)> = Vec::new();
+    let mut of_layer = |layer| -> Result<Arc<Rope>> {
+        let settings = config.layer_rope(layer);
+        if let Some((_, rope)) = made.iter().find(|(known, _)| *known == settings) {
+            return Ok(rope.clone());
         }
-        let out = cache.attend(&Step { batch, q: &qkv[0], k: &qkv[1], v: &qkv[2] })?;
-        self.out.forward(&out.reshape((tokens, heads * value_dim))?)
-    }
-
-    fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
-        let gate_up = self.gate_up.forward(x)?;
-        self.down.forward(&silu_mul(&gate_up[0], &gate_up[1])?)
-    }
+        let rope = match settings {
+            None => Rope::identity(config.head_dim),
+            Some(settings) => {
+                let rope = settings.rope(config.head_dim)?;
+                match factors {
+                    Some(factors) => rope.with_factors(factors)?,
+                    None => rope,
+                }
+            }
+        };
+        made.push((settings, Arc::new(rope)));
+        Ok(made[made.len() - 1].1.clone())
+    };
+    (0..config.layers).map(&mut of_layer).collect()
 }

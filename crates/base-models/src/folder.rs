@@ -8,6 +8,7 @@ use crate::account::Account;
 use crate::files;
 use crate::fp8::Fp8;
 use crate::linear::Weight;
+use crate::names::Names;
 use crate::torch_file::TorchFile;
 use crate::weights::{LoadOptions, Weights};
 use candle_core::safetensors::MmapedSafetensors;
@@ -41,6 +42,7 @@ pub(crate) struct Folder {
     fp8: Fp8,
     account: Account,
     options: LoadOptions,
+    names: &'static Names,
 }
 
 enum Source {
@@ -51,7 +53,8 @@ enum Source {
 }
 
 impl Folder {
-    pub fn open(path: &Path, options: &LoadOptions) -> Result<Self> {
+    /// The weights of an architecture whose tensors have these names.
+    pub fn open(path: &Path, names: &'static Names, options: &LoadOptions) -> Result<Self> {
         let fp8 = Fp8::from_folder(path)?;
         let files = weight_files(path)?;
         for file in &files {
@@ -78,10 +81,10 @@ impl Folder {
             }
         };
         let account = Account::default();
-        Ok(Self { path: path.into(), source, fp8, account, options: options.clone() })
+        Ok(Self { path: path.into(), source, fp8, account, options: options.clone(), names })
     }
 
-    fn names(&self) -> Vec<String> {
+    fn tensor_names(&self) -> Vec<String> {
         match &self.source {
             Source::Safetensors(files) => {
                 files.tensors().into_iter().map(|(name, _)| name).collect()
@@ -173,6 +176,14 @@ impl Folder {
 }
 
 impl Weights for Folder {
+    fn options(&self) -> &LoadOptions {
+        &self.options
+    }
+
+    fn names(&self) -> &Names {
+        self.names
+    }
+
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let dims = self.dims(name).ok_or_else(|| self.missing(name))?;
         if dims != shape {
@@ -196,7 +207,7 @@ impl Weights for Folder {
     }
 
     fn finish(&self) -> Result<()> {
-        let names = self.names();
+        let names = self.tensor_names();
         // Some checkpoints hold the matrix of tied embeddings twice.
         let (embedding, head) = ("model.embed_tokens.weight", "lm_head.weight");
         let twice = self.has(head) && self.has(embedding) && self.same(embedding, head)?;

@@ -52,6 +52,28 @@ impl<'a> Fields<'a> {
         })
     }
 
+    /// The same under either of two names.
+    pub fn either_number(&self, name: &str, other: &str) -> Result<Option<usize>> {
+        Ok(match self.number(name)? {
+            Some(number) => Some(number),
+            None => self.number(other)?,
+        })
+    }
+
+    /// Whole numbers, at least 0.
+    pub fn numbers(&self, name: &str) -> Result<Option<Vec<usize>>> {
+        self.expect(name, "a list of whole numbers", |value| {
+            let number = |value: &Value| usize::try_from(value.as_u64()?).ok();
+            value.as_array()?.iter().map(number).collect()
+        })
+    }
+
+    pub fn floats(&self, name: &str) -> Result<Option<Vec<f64>>> {
+        self.expect(name, "a list of numbers", |value| {
+            value.as_array()?.iter().map(Value::as_f64).collect()
+        })
+    }
+
     pub fn float(&self, name: &str) -> Result<Option<f64>> {
         self.expect(name, "a number", Value::as_f64)
     }

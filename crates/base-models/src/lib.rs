@@ -2,9 +2,11 @@
 #![deny(unsafe_code)]
 
 mod account;
+mod architectures;
 mod chat;
 mod config;
 mod decoder;
+mod feed_forward;
 mod files;
 mod folder;
 mod fp8;
@@ -12,17 +14,21 @@ mod ggml_types;
 mod gguf;
 mod gguf_file;
 mod gguf_header;
+mod gguf_settings;
 mod gguf_tokenizer;
 #[cfg(feature = "hub")]
 mod hub;
 mod json;
+mod layer;
 mod linear;
+mod names;
 mod pickle;
 mod pre_tokenizers;
 mod pretrained;
 mod python_json;
 mod quantized;
 mod random;
+mod rope_settings;
 mod sentence_piece;
 mod sentence_piece_model;
 mod session;
@@ -34,9 +40,10 @@ mod torch_file;
 mod weights;
 
 pub use chat::{ChatOptions, ChatTemplate, Message};
-pub use config::Config;
+pub use config::{Activation, Config, Experts, QkNorm};
 pub use decoder::Transformer;
 pub use pretrained::Pretrained;
+pub use rope_settings::RopeSettings;
 pub use session::Decoder;
 pub use text_stream::TextStream;
 pub use tokenizer::Tokenizer;

@@ -80,6 +80,11 @@ pub struct Joined {
 }
 
 impl Joined {
+    /// Of a single map whose outputs are those of several, one after the other.
+    pub fn fused(map: Linear, sizes: Vec<usize>) -> Self {
+        Self { maps: vec![map], sizes }
+    }
+
     pub fn new(maps: Vec<Linear>) -> Result<Self> {
         let sizes = maps.iter().map(|map| map.weight.out()).collect::<Result<_>>()?;
         let maps = match Self::stack(&maps)? {

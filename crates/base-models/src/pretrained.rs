@@ -51,13 +51,13 @@ impl Pretrained {
         Ok(Self { model, tokenizer, chat: ChatTemplate::from_folder(folder)? })
     }
 
-    /// From one GGUF file of the architecture llama, qwen2 or qwen3.
+    /// From a GGUF file, or the first part of one.
     ///
     /// # Errors
     /// As [`from_folder`](Self::from_folder); a truncated file is named with the tensor that is cut
     /// off.
     pub fn from_gguf(path: &Path, options: &LoadOptions) -> Result<Self> {
-        let mut file = Gguf::open(path, options)?;
+        let file = Gguf::open(path, options)?;
         let config = file.config()?;
         let tokenizer = Tokenizer::from_gguf_file(file.file())?;
         let ids = [("bos_token", config.bos), ("eos_token", config.eos.first().copied())];

@@ -86,6 +86,26 @@ impl QuantizedMatrix {
         first.with_data(data, rows).map(Some)
     }
 
+    /// The matrices of a tensor `[count, out, in]` on the CPU.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`Error::Mismatch`] for a tensor of other dimensions.
+    pub fn split(name: &str, tensor: &QTensor) -> Result<Vec<Self>> {
+        let dims = tensor.shape().dims();
+        let &[count, out, inner] = dims else {
+            let got = format!("{dims:?}");
+            return Err(Error::mismatch(name, "as many matrices as experts", got));
+        };
+        let data = tensor.data()?;
+        let size = data.len() / count.max(1);
+        let part = |data: &[u8]| {
+            let data = Cow::Owned(data.to_vec());
+            let storage = QStorage::from_data(data, &tensor.device(), tensor.dtype())?;
+            Self::new(name, QTensor::new(storage, (out, inner))?)
+        };
+        data.chunks(size.max(1)).map(part).collect()
+    }
+
     /// Row i of the result is row `order(i)` of this matrix.
     pub fn reorder(&self, order: impl Fn(usize) -> usize) -> Result<Self> {
         let (rows, _) = self.dims()?;

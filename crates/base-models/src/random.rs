@@ -1,6 +1,7 @@
 //! Weights drawn at random, for benchmarks of shapes without their checkpoints.
 
 use crate::linear::Weight;
+use crate::names::{self, Names};
 use crate::weights::{LoadOptions, Weights};
 use candle_core::Tensor;
 use longctx_core::Result;
@@ -9,6 +10,14 @@ use longctx_core::Result;
 pub(crate) struct Random(pub LoadOptions);
 
 impl Weights for Random {
+    fn options(&self) -> &LoadOptions {
+        &self.0
+    }
+
+    fn names(&self) -> &Names {
+        &names::POST_NORMS
+    }
+
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let Self(LoadOptions { device, dtype, .. }) = self;
         Ok(match name.ends_with("bias") {

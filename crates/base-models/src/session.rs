@@ -62,6 +62,14 @@ impl Decoder {
             let what = format!("token id {at} of the batch");
             return Err(Error::mismatch(what, format!("an id below {vocab}"), ids[at]));
         }
+        if let Some(longest) = self.model.longest_sequence() {
+            let after = batch.iter().map(|(seq, own)| (seq, self.seen(seq) + own.len()));
+            if let Some((seq, tokens)) = after.into_iter().find(|&(_, n)| n > longest) {
+                let what = format!("tokens of sequence {seq}");
+                let expected = format!("at most the {longest} that the model was opened for");
+                return Err(Error::mismatch(what, expected, tokens));
+            }
+        }
         let known = batch.seqs().iter().filter(|seq| self.sequences.contains_key(seq));
         known.copied().try_for_each(|seq| self.sound(seq).map(drop))
     }

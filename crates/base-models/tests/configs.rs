@@ -48,8 +48,8 @@ fn windows_slide_where_transformers_has_them() {
     assert_eq!(windows("qwen2", typed.clone()), [Some(8), None, None, Some(8)]);
     assert_eq!(windows("qwen2", json!({"sliding_window": 8, "layer_types": types})), [None; 4]);
     // Llama has no windows, Mistral has them in all layers.
-    assert_eq!(windows("llama", used), [None; 4]);
-    assert_eq!(windows("llama", typed), [None; 4]);
+    assert_eq!(windows("llama", used), []);
+    assert_eq!(windows("llama", typed), []);
     assert_eq!(windows("mistral", json!({"sliding_window": 8})), [Some(8); 4]);
     assert_eq!(windows("mistral", json!({"sliding_window": null})), [None; 4]);
     assert_eq!(windows("mistral", json!({})), [Some(4096); 4]);
@@ -64,7 +64,7 @@ fn absent_fields_have_the_values_of_transformers() {
     let qwen3 = read("qwen3", json!({})).unwrap();
     assert_eq!((qwen3.head_dim, qwen3.norm_eps, qwen3.context_length), (128, 1e-6, 32_768));
     let llama = read("llama", json!({})).unwrap();
-    assert_eq!((llama.head_dim, llama.rope_theta, llama.context_length), (16, 10_000.0, 2048));
+    assert_eq!((llama.head_dim, llama.rope.theta, llama.context_length), (16, 10_000.0, 2048));
     assert_eq!((llama.bos, llama.eos), (Some(1), vec![2]));
     assert_eq!(read("llama", json!({"num_key_value_heads": null})).unwrap().kv_heads, 4);
     let biased = json!({"attention_bias": true, "mlp_bias": true});
@@ -81,7 +81,7 @@ fn absent_fields_have_the_values_of_transformers() {
 fn rope_settings_are_found_where_they_are() {
     let llama3 =
         json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4});
-    let original = |config: Config| match config.rope_scaling {
+    let original = |config: Config| match config.rope.scaling {
         RopeScaling::Llama3 { original_context, .. } => original_context,
         other => panic!("{other:?}"),
     };
@@ -96,14 +96,14 @@ fn rope_settings_are_found_where_they_are() {
     );
     let both =
         with(json!({"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2}}));
-    assert_eq!(both.rope_scaling, RopeScaling::Linear(2.0));
+    assert_eq!(both.rope.scaling, RopeScaling::Linear(2.0));
     let theta = with(
         json!({"rope_theta": 5.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}),
     );
-    assert_eq!((theta.rope_theta, theta.rope_scaling), (7.0, RopeScaling::None));
-    assert_eq!(with(json!({"rope_theta": 5.0, "rope_scaling": null})).rope_theta, 5.0);
+    assert_eq!((theta.rope.theta, theta.rope.scaling), (7.0, RopeScaling::None));
+    assert_eq!(with(json!({"rope_theta": 5.0, "rope_scaling": null})).rope.theta, 5.0);
     for (more, named) in [
-        (json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}), "\"dynamic\""),
+        (json!({"rope_scaling": {"type": "proportional", "factor": 2.0}}), "\"proportional\""),
         (json!({"rope_scaling": {"factor": 2.0}}), "neither \"rope_type\" nor \"type\""),
         (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor 0.5"),
         (

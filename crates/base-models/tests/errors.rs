@@ -53,8 +53,8 @@ fn unknown_architectures_and_settings() {
     edit_config(folder.path(), "\"model_type\": \"llama\"", "\"model_type\": \"gpt_neox\"");
     assert!(message(folder.path()).contains("\"gpt_neox\" (known: llama"));
     let folder = copy();
-    edit_config(folder.path(), "\"rope_type\": \"default\"", "\"rope_type\": \"yarn\"");
-    assert!(message(folder.path()).contains("rope scaling \"yarn\""));
+    edit_config(folder.path(), "\"rope_type\": \"default\"", "\"rope_type\": \"axial\"");
+    assert!(message(folder.path()).contains("rope scaling \"axial\""));
     let folder = copy();
     edit_config(folder.path(), "\"num_key_value_heads\": 2", "\"num_key_value_heads\": 4");
     assert!(message(folder.path()).contains("a divisor of the 6 query heads, got 4"));

@@ -151,7 +151,13 @@ fn gguf_files() -> Vec<Vec<u8>> {
         ("tokenizer.ggml.bos_token_id", number(4)),
     ];
     let bytes = fs::read(common::write(folder.path(), &bytes, &[])).unwrap();
-    vec![whole, bytes]
+    let mut seeds = vec![whole, bytes];
+    for (case, _) in common::cases::cases() {
+        let Some(gguf) = &case.gguf else { continue };
+        let folder = tempfile::tempdir().unwrap();
+        seeds.push(fs::read(common::cases::write_gguf(&case, gguf, folder.path())).unwrap());
+    }
+    seeds
 }
 
 /// Runs the files that LONGCTX_REPLAY_TEMPLATE and its kin name: what an earlier run has left.
@@ -184,7 +190,14 @@ fn safetensors() {
         let config = read(&format!("formats/{name}/config.json"));
         [config, vec![0], read(&format!("formats/{name}/model.safetensors"))].concat()
     };
-    run("safetensors", &["biased", "fp8-tensor", "fp8-block"].map(join), fuzz::safetensors);
+    let mut seeds = ["biased", "fp8-tensor", "fp8-block"].map(join).to_vec();
+    for (case, _) in common::cases::cases() {
+        let folder = tempfile::tempdir().unwrap();
+        common::cases::write(&case, folder.path());
+        let read = |name| fs::read(folder.path().join(name)).unwrap();
+        seeds.push([read("config.json"), vec![0], read("model.safetensors")].concat());
+    }
+    run("safetensors", &seeds, fuzz::safetensors);
 }
 
 #[test]

@@ -69,36 +69,67 @@ fn window_is_read_from_the_configuration() {
     assert_eq!(config.windows, [None, None]);
 }
 
-fn smollm2() -> Option<PathBuf> {
-    let path = std::env::var_os("LONGCTX_SMOLLM2").map(PathBuf::from).or_else(|| {
+/// A real model in the user's cache, or where a variable of the environment says.
+fn real(variable: &str, file: &str) -> Option<PathBuf> {
+    let path = std::env::var_os(variable).map(PathBuf::from).or_else(|| {
         let home = PathBuf::from(std::env::var_os("HOME")?);
-        Some(home.join(".cache/longctx/SmolLM2-135M-Instruct.Q4_1.gguf"))
+        Some(home.join(".cache/longctx").join(file))
     })?;
     if path.exists() {
         return Some(path);
     }
     println!(
-        "skipped: no SmolLM2 at {}; `cargo run --release --example compare` fetches it, or set LONGCTX_SMOLLM2",
+        "skipped: no {}; `cargo run --release --example compare -- --model gemma3` (or smollm2) \
+         fetches it, or set {variable}",
         path.display()
     );
     None
 }
 
+fn smollm2() -> Option<PathBuf> {
+    real("LONGCTX_SMOLLM2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+}
+
+fn gemma3() -> Option<PathBuf> {
+    real("LONGCTX_GEMMA3", "gemma-3-270m-q4_k_m.gguf")
+}
+
+/// Greedy tokens after the prompt of a fixture, with weights kept packed or expanded.
+fn check_continuation(path: &Path, fixture_name: &str, expand: bool) {
+    let text = std::fs::read_to_string(fixture(fixture_name)).unwrap();
+    let expected: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let ids = |key: &str| serde_json::from_value::<Vec<u32>>(expected[key].clone()).unwrap();
+    let options = LoadOptions { expand, ..Default::default() };
+    let llm = Pretrained::from_gguf(path, &options).unwrap();
+    let mut session = llm.model.session(dense).unwrap();
+    let options = GenerateOptions { max_tokens: 64, ..Default::default() };
+    let got = generate(&mut session, 0, &ids("prompt"), &options, |_| ControlFlow::Continue(()));
+    assert_eq!(got.unwrap().tokens, ids("continuation"), "expand: {expand}");
+}
+
 #[test]
 fn smollm2_continues_as_with_transformers() {
     let Some(path) = smollm2() else { return };
-    let text = std::fs::read_to_string(fixture("smollm2-greedy.json")).unwrap();
-    let expected: serde_json::Value = serde_json::from_str(&text).unwrap();
-    let ids = |key: &str| serde_json::from_value::<Vec<u32>>(expected[key].clone()).unwrap();
     for expand in [false, true] {
-        let options = LoadOptions { expand, ..Default::default() };
-        let llm = Pretrained::from_gguf(&path, &options).unwrap();
-        let mut session = llm.model.session(dense).unwrap();
-        let options = GenerateOptions { max_tokens: 64, ..Default::default() };
-        let got =
-            generate(&mut session, 0, &ids("prompt"), &options, |_| ControlFlow::Continue(()));
-        assert_eq!(got.unwrap().tokens, ids("continuation"), "expand: {expand}");
+        check_continuation(&path, "smollm2-greedy.json", expand);
     }
+}
+
+#[test]
+fn gemma3_continues_as_with_transformers() {
+    let Some(path) = gemma3() else { return };
+    check_continuation(&path, "gemma3-greedy.json", true);
+}
+
+#[test]
+fn gemma3_cuts_text_as_its_own_tokenizer_does() {
+    let Some(path) = gemma3() else { return };
+    let text = std::fs::read_to_string(fixture("gemma3-greedy.json")).unwrap();
+    let expected: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let llm = Pretrained::from_gguf(&path, &LoadOptions::default()).unwrap();
+    let prompt = "The history of the lighthouse begins long before";
+    let ids: Vec<u32> = serde_json::from_value(expected["prompt"].clone()).unwrap();
+    assert_eq!(llm.tokenizer.encode(prompt, true).unwrap(), ids);
 }
 
 #[test]

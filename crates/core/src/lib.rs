@@ -18,6 +18,7 @@ mod rope;
 mod shape;
 mod state;
 mod store;
+mod window;
 
 pub use batch::{Batch, SeqId};
 pub use cache::{KvCache, Step, check_new};
@@ -32,3 +33,4 @@ pub use rope::{Rope, RopeScaling};
 pub use shape::{AttentionShape, LayerSpec};
 pub use state::AttentionState;
 pub use store::{EntryRanges, KvStore, Mask, Selection, check_selections};
+pub use window::{WindowCache, for_layers};

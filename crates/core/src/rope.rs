@@ -2,33 +2,14 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+mod scaling;
 
-use std::f64::consts::PI;
 use std::sync::Mutex;
 
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 
-/// How the frequencies are stretched for contexts longer than the model was first trained on.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub enum RopeScaling {
-    /// As trained.
-    #[default]
-    None,
-    /// Positions divided by the factor (position interpolation, arXiv 2306.15595; LongChat).
-    Linear(f64),
-    /// Llama 3.1's: low frequencies divided by `factor`, high ones kept, a ramp between.
-    Llama3 {
-        /// What low frequencies are divided by.
-        factor: f64,
-        /// Wavelengths above `original_context / low_freq_factor` are scaled in full.
-        low_freq_factor: f64,
-        /// Wavelengths below `original_context / high_freq_factor` are left alone.
-        high_freq_factor: f64,
-        /// The context length, in tokens, before the extension.
-        original_context: usize,
-    },
-}
+pub use scaling::RopeScaling;
 
 /// Rotates queries and keys by their positions, channel i with channel i + rotary_dims/2 (the layout of Hugging Face checkpoints).
 ///
@@ -68,6 +49,9 @@ struct Table {
 impl Rope {
     /// For heads of `head_dim` channels, of which the first `rotary_dims` rotate, with base `theta`.
     ///
+    /// The rotation preserves lengths: a scaling's
+    /// [attention factor](RopeScaling::attention_factor) is for the model to apply.
+    ///
     /// # Errors
     /// [`Error::Setting`] if `rotary_dims` is odd, zero or above `head_dim`, or a factor is not positive.
     pub fn new(
@@ -81,31 +65,31 @@ impl Rope {
             return Err(Error::setting("rotary_dims", expected, rotary_dims));
         }
         positive("rope theta", theta)?;
-        let frequencies = (0..rotary_dims)
-            .step_by(2)
-            .map(|i| scaling.scale(theta.powf(-(i as f64) / rotary_dims as f64)))
-            .collect::<Result<_>>()?;
-        Ok(Self {
+        let frequencies = scaling.frequencies(theta, rotary_dims)?;
+        Ok(Self::of(head_dim, frequencies))
+    }
+
+    fn of(head_dim: usize, frequencies: Vec<f64>) -> Self {
+        Self {
             head_dim,
             frequencies,
             last: Mutex::new(None),
             #[cfg(feature = "cuda")]
             last_on_device: Mutex::new(None),
-        })
+        }
     }
 
     /// The same with each frequency divided by a factor of its own, as GGUF files of Llama 3.1 and its kin say it.
     ///
     /// # Errors
     /// [`Error::Mismatch`] unless there is one factor per rotated pair of channels; [`Error::Setting`] if one is not positive.
-    pub fn with_factors(mut self, factors: &[f32]) -> Result<Self> {
-        if factors.len() != self.frequencies.len() {
-            return Err(Error::mismatch("rope factors", self.frequencies.len(), factors.len()));
-        }
-        for (frequency, &factor) in self.frequencies.iter_mut().zip(factors) {
-            *frequency /= positive("rope factor", factor.into())?;
-        }
-        Ok(self)
+    pub fn with_factors(self, factors: &[f64]) -> Result<Self> {
+        Ok(Self::of(self.head_dim, scaling::divide(self.frequencies, factors)?))
+    }
+
+    /// No rotation: for layers without positions, whose caches may still move keys.
+    pub fn identity(head_dim: usize) -> Self {
+        Self::of(head_dim, Vec::new())
     }
 
     /// Channels of a head that rotate.
@@ -135,6 +119,9 @@ impl Rope {
         };
         if positions.len() != tokens {
             return Err(Error::mismatch("positions", format!("{tokens} of them"), positions.len()));
+        }
+        if self.frequencies.is_empty() {
+            return Ok(x.clone());
         }
         #[cfg(feature = "cuda")]
         if let Some(rotated) = cuda::rotate(self, x, positions)? {
@@ -194,26 +181,6 @@ impl Rope {
         }
         let still = x.narrow(2, rotary, self.head_dim - rotary)?;
         Ok(Tensor::cat(&[&turn(&x.narrow(2, 0, rotary)?)?, &still], 2)?)
-    }
-}
-
-impl RopeScaling {
-    fn scale(self, frequency: f64) -> Result<f64> {
-        match self {
-            RopeScaling::None => Ok(frequency),
-            RopeScaling::Linear(factor) => Ok(frequency / positive("rope factor", factor)?),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
-                positive("rope factor", factor)?;
-                positive(
-                    "rope high_freq_factor - low_freq_factor",
-                    high_freq_factor - low_freq_factor,
-                )?;
-                let turns = original_context as f64 * frequency / (2.0 * PI);
-                let ramp = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
-                let keep = ramp.clamp(0.0, 1.0);
-                Ok(frequency * (keep + (1.0 - keep) / factor))
-            }
-        }
     }
 }
 

@@ -27,7 +27,8 @@ impl Haystack {
         Self { documents: (0..DOCUMENTS).map(|_| prose::document(&mut rng)).collect() }
     }
 
-    /// The text files of a folder, by name; or one file.
+    /// The text files of a folder, by name; or one file. Of a JSON file, its field `text`, as in RULER's
+    /// `PaulGrahamEssays.json`.
     ///
     /// # Errors
     /// [`Error::Io`] if one can't be read; [`Error::Setting`] if there is no word in them.
@@ -40,14 +41,16 @@ impl Haystack {
             files.retain(|file| file.is_file());
             files.sort();
         }
-        let documents = files
-            .iter()
-            .map(|file| fs::read_to_string(file).map_err(Error::io(file)))
-            .collect::<Result<Vec<_>>>()?;
+        let documents = files.iter().map(|file| document(file)).collect::<Result<Vec<_>>>()?;
         if !documents.iter().any(|text| python::split(text).next().is_some()) {
             return Err(Error::setting("haystack", "files with words in them", path.display()));
         }
         Ok(Self { documents })
+    }
+
+    /// All documents, one after the other.
+    pub fn text(&self) -> String {
+        self.documents.concat()
     }
 
     /// The first `count` words, with the white space between them.
@@ -69,6 +72,24 @@ impl Haystack {
         }
         Ok(word_range(&text, 0, count).to_owned())
     }
+}
+
+fn document(path: &Path) -> Result<String> {
+    #[derive(serde::Deserialize)]
+    struct Essays {
+        text: String,
+    }
+    let text = fs::read_to_string(path).map_err(Error::io(path))?;
+    if path.extension().is_none_or(|extension| extension != "json") {
+        return Ok(text);
+    }
+    let parsed: Essays = serde_json::from_str(&text).map_err(|error| Error::Record {
+        path: path.to_owned(),
+        line: error.line(),
+        field: "text".into(),
+        fault: error.to_string(),
+    })?;
+    Ok(parsed.text)
 }
 
 /// Words `start..end` of `text` with the white space between them, stripped at both ends.

@@ -1,5 +1,7 @@
 //! Text as Python sees it, where Rust's standard library draws its lines elsewhere: the metrics are defined by Python programs.
 
+pub mod random;
+
 use std::sync::LazyLock;
 
 use regex::{Captures, Regex};

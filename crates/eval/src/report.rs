@@ -63,9 +63,28 @@ pub fn write(folder: &Path) -> Result<Vec<PathBuf>> {
     let names: Vec<&str> = pictures.iter().map(|(name, _)| *name).collect();
     let facts = facts(folder)?;
     save("report.md", &markdown::page(&facts, &table, &agreements, &names))?;
-    save("report.html", &html::page(&facts, &table, &agreements, &pictures))?;
+    save("report.html", &html::page(&facts, &records, &table, &agreements)?)?;
     save("scores.csv", &table.csv()?)?;
     Ok(written)
+}
+
+/// Writes `compare.html` into `folder`: each setting of the run in `second` beside the one of its name in `first`, sample by sample.
+///
+/// # Errors
+/// If results can't be read, the runs share no setting and sample, or the file can't be written.
+pub fn compare(first: &Path, second: &Path, folder: &Path) -> Result<PathBuf> {
+    let (ours, theirs) = (records(second)?, records(first)?);
+    let keys: BTreeSet<_> = theirs.iter().map(crate::Record::key).collect();
+    if !ours.iter().any(|record| keys.contains(&record.key())) {
+        let expected = format!("settings and samples of {}", first.display());
+        return Err(Error::setting("folder", expected, second.display()));
+    }
+    let facts = format!("First run: {} Second run: {}", facts(first)?, facts(second)?);
+    let page = html::comparison(&facts, &theirs, &ours)?;
+    fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let path = folder.join("compare.html");
+    fs::write(&path, page).map_err(Error::io(&path))?;
+    Ok(path)
 }
 
 /// What `run.json` says of the run, in a sentence.

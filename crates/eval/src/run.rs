@@ -5,6 +5,9 @@ mod folder;
 mod methods;
 mod reader;
 mod record;
+#[cfg(feature = "http")]
+mod server;
+mod shorten;
 mod subject;
 
 use std::collections::{BTreeMap, HashMap};
@@ -16,6 +19,8 @@ pub use folder::{Manifest, records};
 pub use methods::Methods;
 pub use reader::{Reader, Text};
 pub use record::{Record, Timings};
+#[cfg(feature = "http")]
+pub use server::Server;
 pub use subject::{Answer, Fault, Question, Subject};
 
 use self::content::question_hash;
@@ -85,6 +90,8 @@ pub enum Event<'a> {
     Opening(&'a Setting),
     /// A sample was answered.
     Answered(&'a Record),
+    /// All of this process's samples of a setting were tried.
+    Finished(&'a Setting),
     /// A sample could not be answered, or a setting not be opened: there is no result, and a later run tries it again.
     Failed(&'a Error),
 }
@@ -140,35 +147,49 @@ pub fn run(
     let open = |unit: &&Unit<'_>| !done.contains_key(&unit.key());
     summary.before = units.iter().filter(|unit| !open(unit)).count();
     on_event(Event::Began { total: units.len(), done: summary.before });
-    // The setting whose turn it is, and its subject unless that could not be opened.
-    let mut turn: Option<(&str, Option<Box<dyn Subject>>)> = None;
-    for unit in units.iter().filter(open) {
-        if turn.as_ref().is_none_or(|(name, _)| *name != unit.setting.name) {
-            // The old one goes first: two models need not fit in memory.
-            drop(turn.take());
-            turn = Some((&unit.setting.name, open_subject(plan, methods, unit.setting, on_event)?));
-        }
-        let Some((_, Some(subject))) = &mut turn else {
-            summary.failed += 1;
+    let open: Vec<&Unit<'_>> = units.iter().filter(open).collect();
+    for of_setting in open.chunk_by(|a, b| a.setting.name == b.setting.name) {
+        let setting = of_setting[0].setting;
+        // One at a time: two models need not fit in memory.
+        let Some(mut subject) = open_subject(plan, methods, setting, on_event)? else {
+            summary.failed += of_setting.len();
             continue;
         };
-        let started = Instant::now();
-        match unit.answer(plan, subject.as_mut()) {
-            Ok(record) => {
-                results.append(&record)?;
-                summary.answered += 1;
-                summary.model += Duration::from_secs_f64(record.timings.model_seconds);
-                on_event(Event::Answered(&record));
+        for batch in of_setting.chunks(subject.batch().max(1)) {
+            let started = Instant::now();
+            let mut within = Duration::ZERO;
+            for answered in answer(plan, batch, subject.as_mut()) {
+                match answered {
+                    Ok(record) => {
+                        results.append(&record)?;
+                        summary.answered += 1;
+                        // Those of a batch are answered side by side.
+                        within = within.max(Duration::from_secs_f64(record.timings.model_seconds));
+                        on_event(Event::Answered(&record));
+                    }
+                    Err(error) if plan.strict => return Err(error),
+                    Err(error) => {
+                        summary.failed += 1;
+                        on_event(Event::Failed(&error));
+                    }
+                }
             }
-            Err(error) if plan.strict => return Err(error),
-            Err(error) => {
-                summary.failed += 1;
-                on_event(Event::Failed(&error));
-            }
+            summary.model += within;
+            summary.total += started.elapsed();
         }
-        summary.total += started.elapsed();
+        on_event(Event::Finished(setting));
     }
     Ok(summary)
+}
+
+/// Puts samples of one setting to its subject.
+fn answer(plan: &Plan<'_>, units: &[&Unit<'_>], subject: &mut dyn Subject) -> Vec<Result<Record>> {
+    let started = Instant::now();
+    memory::restart_peak();
+    let questions: Vec<_> = units.iter().map(|unit| unit.question(plan)).collect();
+    let answers = subject.answer_all(&questions);
+    let all = units.iter().zip(answers);
+    all.map(|(unit, answer)| unit.record(plan, answer, started)).collect()
 }
 
 /// The setting's subject; `None` if it can't be opened and the run goes on without it.
@@ -224,7 +245,7 @@ struct Unit<'a> {
     setting: &'a Setting,
     task: &'a dyn Task,
     sample: &'a Sample,
-    question: &'a str,
+    digest: &'a str,
 }
 
 impl Plan<'_> {
@@ -257,7 +278,7 @@ impl Plan<'_> {
                     setting,
                     task: task.as_ref(),
                     sample,
-                    question,
+                    digest: question,
                 }));
             }
         }
@@ -273,26 +294,31 @@ impl Unit<'_> {
     /// Refuses a result for another question.
     fn check(&self, done: &HashMap<record::Key, Option<String>>) -> Result<()> {
         let Some(theirs) = done.get(&self.key()) else { return Ok(()) };
-        if theirs.as_deref() == Some(self.question) {
+        if theirs.as_deref() == Some(self.digest) {
             return Ok(());
         }
         let name = format!("question of task {}, sample {}", self.task.name(), self.sample.id);
         let theirs = theirs.as_deref().unwrap_or("none, written by an older version");
         let expected = format!("the one that the folder has an answer to (SHA-256 {theirs})");
-        Err(Error::setting(name, expected, format!("another (SHA-256 {})", self.question)))
+        Err(Error::setting(name, expected, format!("another (SHA-256 {})", self.digest)))
     }
 
-    fn answer(&self, plan: &Plan<'_>, subject: &mut dyn Subject) -> Result<Record> {
-        let started = Instant::now();
-        memory::restart_peak();
-        let question = Question {
+    fn question(&self, plan: &Plan<'_>) -> Question<'_> {
+        Question {
             sample: self.sample,
             max_new_tokens: plan.max_new_tokens(self.sample),
             stops_at_newline: self.task.stops_at_newline(),
-        };
+        }
+    }
+
+    fn record(
+        &self,
+        plan: &Plan<'_>,
+        answer: Result<Answer, Fault>,
+        started: Instant,
+    ) -> Result<Record> {
         let what = || format!("{}, {}, {}", self.setting.name, self.task.name(), self.sample.id);
-        let answer =
-            subject.answer(&question).map_err(|reason| Error::Subject { what: what(), reason })?;
+        let answer = answer.map_err(|reason| Error::Subject { what: what(), reason })?;
         let score = self.task.score(self.sample, &answer.predictions)?;
         let per_second = answer.decode_steps as f64 / answer.decode.as_secs_f64();
         let record = Record {
@@ -300,7 +326,8 @@ impl Unit<'_> {
             task: self.task.name().to_owned(),
             category: self.task.category(),
             sample: self.sample.id.clone(),
-            question: Some(self.question.to_owned()),
+            group: self.sample.group.clone(),
+            question: Some(self.digest.to_owned()),
             predictions: answer.predictions,
             score,
             prompt_tokens: answer.prompt_tokens,

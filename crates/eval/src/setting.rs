@@ -24,6 +24,67 @@ pub struct Setting {
     /// The text around a chat prompt.
     #[serde(default)]
     pub template: Template,
+    /// The server that answers, in place of a model in this process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<ServerSetting>,
+}
+
+/// A server with OpenAI's API: vLLM, SGLang, TensorRT-LLM, llama.cpp, mistral.rs, …
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServerSetting {
+    /// The address up to the version: "http://127.0.0.1:8000/v1".
+    pub url: String,
+    /// Which of the two APIs.
+    #[serde(default)]
+    pub api: Api,
+    /// The server's own cache options, in its words: "--kv-cache-dtype fp8". Recorded, not sent.
+    #[serde(default)]
+    pub label: String,
+    /// The environment variable that holds the API key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_env: Option<String>,
+    /// Requests at once.
+    #[serde(default = "ServerSetting::default_concurrency")]
+    pub concurrency: usize,
+    /// Attempts at a sample, with growing waits between them.
+    #[serde(default = "ServerSetting::default_tries")]
+    pub tries: u32,
+    /// Seconds until an attempt is given up.
+    #[serde(default = "ServerSetting::default_timeout")]
+    pub timeout_seconds: u64,
+    /// A model whose tokenizer counts and cuts prompts, and whose template the completions API gets. Without it prompts go out whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<String>,
+    /// Bytes that the server's cache holds for a token, for ratios.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_token: Option<f64>,
+    /// Bytes of a dense f16 cache for a token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dense_bytes_per_token: Option<f64>,
+}
+
+/// Which of OpenAI's APIs a server is asked by.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Api {
+    /// `/completions`: the prompt is text.
+    #[default]
+    Completions,
+    /// `/chat/completions`: the server puts messages in its template.
+    Chat,
+}
+
+impl ServerSetting {
+    fn default_concurrency() -> usize {
+        4
+    }
+    fn default_tries() -> u32 {
+        6
+    }
+    fn default_timeout() -> u64 {
+        600
+    }
 }
 
 /// The text around a chat prompt.
@@ -102,6 +163,7 @@ impl Setting {
             model: model.to_owned(),
             context,
             template: Template::Own,
+            server: None,
         }
     }
 

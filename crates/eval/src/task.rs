@@ -2,9 +2,12 @@
 
 pub mod long_generation;
 pub mod longbench;
+mod longbench_v2;
 mod needle;
+pub mod ruler;
 mod truncate;
 
+pub use longbench_v2::LongBenchV2;
 pub use needle::{CountTokens, Length, NeedleGrid};
 pub use truncate::truncate_middle;
 
@@ -32,12 +35,16 @@ pub enum Category {
     Code,
     /// The needle test.
     Needle,
+    /// RULER's 13 tasks.
+    Ruler,
+    /// LongBench-v2's questions with four choices.
+    MultipleChoice,
     /// Tasks whose answers are long or come in many turns; not of the paper.
     LongGeneration,
 }
 
 /// One question put to a model, in one turn or in several.
-#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Sample {
     /// Unique within its task, and the same in every run: a resumed run knows by it what is done.
     pub id: String,
@@ -55,15 +62,24 @@ pub struct Sample {
     pub max_new_tokens: usize,
     /// Whether a chat model reads the turns in its template.
     pub chat: bool,
+    /// How the answer to the last turn begins, after a chat template; the model goes on from there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answer_prefix: Option<String>,
+    /// The part of the task that the sample's score counts in, such as its length.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
 }
 
 /// How good an answer is; every number from 0 to 1.
-#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Score {
     /// The task's metric.
     pub value: f64,
     /// A more forgiving one, where the task has it: the needle test's partial match.
     pub partial: Option<f64>,
+    /// The shares right in the first to the last quarter of a long answer: errors that build up show here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quarters: Option<[f64; 4]>,
 }
 
 /// Questions of one kind, with their metric.

@@ -12,9 +12,14 @@ fn record(setting: &str, task: &str, category: Category, sample: &str, value: f6
         task: task.into(),
         category,
         sample: sample.into(),
+        group: None,
         question: None,
         predictions: vec!["<b>7 | 8</b>".into()],
-        score: Score { value, partial: (category == Category::Needle).then_some(0.5) },
+        score: Score {
+            value,
+            partial: (category == Category::Needle).then_some(0.5),
+            quarters: None,
+        },
         prompt_tokens: 100,
         new_tokens: 3,
         kv_bytes: Some(if setting == "dense-f16" { 1000 } else { 250 }),
@@ -77,11 +82,15 @@ fn numbers_are_those_of_the_results() {
         line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>()
     };
     // Single-doc QA is the mean of its tasks' means: (30 + 70) / 2.
-    let dense = ["50.0", "80.0", "60.0", "50.0", "60.0", "–", "1.00", "0.50", "40.0"];
+    let dense = ["50.0", "80.0", "60.0", "50.0", "60.0", "–", "–", "1.00", "0.50", "40.0"];
     assert_eq!(row("| dense-f16")[1..], dense);
     // Halved scores are worse on all 7 samples but the one that is 0 anyway.
-    let quarter = ["25.0", "40.0", "30.0", "25.0", "30.0", "0 / 6", "4.00", "0.50", "40.0"];
-    assert_eq!(row("| h2o-4x")[1..], quarter);
+    let quarter = ["25.0", "40.0", "30.0", "25.0", "30.0", "0 / 6"];
+    let h2o = row("| h2o-4x");
+    assert_eq!(h2o[1..7], quarter);
+    // The categories' mean falls by a half of 60.
+    assert!(h2o[7].starts_with("-30.0 [-") && h2o[7].ends_with(']'), "{}", h2o[7]);
+    assert_eq!(h2o[8..], ["4.00", "0.50", "40.0"]);
     // The cost: samples, prompt, bytes held, ratio, speed, peak.
     let cost = "| h2o-4x | 7 | 100 | 0.00 | 4.00 | 0.50 | 40.0 | 2 |";
     assert!(page.contains(cost), "{page}");
@@ -107,10 +116,25 @@ fn the_page_needs_nothing_else() {
     folder(at.path());
     report::write(at.path()).unwrap();
     let page = fs::read_to_string(at.path().join("report.html")).unwrap();
-    assert_eq!(page.matches("<svg").count(), 3);
-    for outside in ["src=", "href=", "@import", "<script"] {
+    for outside in ["src=", "href=", "@import", "http://localhost", "https:"] {
         assert!(!page.contains(outside), "{outside}");
     }
+    let data = embedded(&page);
+    let of = |setting: &str| {
+        let rows = data["rows"].as_array().unwrap();
+        rows.iter().find(|row| row["setting"] == setting).unwrap().clone()
+    };
+    assert!(of("dense-f16")["difference"].is_null());
+    let mean = of("h2o-4x")["difference"]["mean"].as_f64().unwrap();
+    assert!((mean + 0.3).abs() < 1e-12, "{mean}");
+    // 7 samples decide nothing.
+    assert_eq!(of("h2o-4x")["difference"]["verdict"], "unsure");
+    assert_eq!(of("h2o-4x")["scores"]["qasper"]["samples"], 2);
+    let map =
+        data["maps"].as_array().unwrap().iter().find(|map| map["setting"] == "h2o-2x").unwrap();
+    assert_eq!(map["rows"], serde_json::json!(["depth 25 %", "depth 75 %"]));
+    assert_eq!(map["columns"], serde_json::json!(["600 words", "1200 words"]));
+    assert_eq!(map["cells"][0], serde_json::json!([[0.5, 1], null]));
     // Each picture names what it shows.
     for (name, words) in [
         ("quality-against-bytes", vec!["dense-f16", "h2o-2x … 4x", "4x", "score, %"]),
@@ -122,6 +146,52 @@ fn the_page_needs_nothing_else() {
             assert!(svg.contains(word), "{name}: {word}");
         }
     }
+}
+
+/// The data of a page.
+fn embedded(page: &str) -> serde_json::Value {
+    let (_, rest) = page.split_once("id=\"data\">").unwrap();
+    serde_json::from_str(rest.split_once("</script>").unwrap().0).unwrap()
+}
+
+#[test]
+fn texts_of_a_run_do_not_end_its_script() {
+    let at = tempdir().unwrap();
+    let name = "</script><b>";
+    let line = serde_json::to_string(&record(name, "trec", Category::FewShot, "1", 1.0)).unwrap();
+    fs::write(at.path().join("results-1-of-1.jsonl"), line + "\n").unwrap();
+    report::write(at.path()).unwrap();
+    let page = fs::read_to_string(at.path().join("report.html")).unwrap();
+    assert!(!page.contains(name));
+    assert_eq!(embedded(&page)["rows"][0]["setting"], name);
+}
+
+#[test]
+fn two_runs_are_compared_setting_by_setting() {
+    let (a, b, out) = (tempdir().unwrap(), tempdir().unwrap(), tempdir().unwrap());
+    folder(a.path());
+    folder(b.path());
+    let path = b.path().join("results-1-of-1.jsonl");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("\"value\":0.4,", "\"value\":0.6,")).unwrap();
+    let page =
+        fs::read_to_string(report::compare(a.path(), b.path(), out.path()).unwrap()).unwrap();
+    let data = embedded(&page);
+    let of = |setting: &str| {
+        let rows = data["rows"].as_array().unwrap();
+        rows.iter().find(|row| row["setting"] == setting).unwrap()["difference"].clone()
+    };
+    assert_eq!(
+        (of("dense-f16")["better"].as_u64(), of("dense-f16")["worse"].as_u64()),
+        (Some(1), Some(0))
+    );
+    assert_eq!(of("h2o-2x")["mean"], 0.0);
+    let other = tempdir().unwrap();
+    let line =
+        serde_json::to_string(&record("other", "trec", Category::FewShot, "1", 1.0)).unwrap();
+    fs::write(other.path().join("results-1-of-1.jsonl"), line + "\n").unwrap();
+    let error = report::compare(a.path(), other.path(), out.path()).unwrap_err().to_string();
+    assert!(error.contains("settings and samples"), "{error}");
 }
 
 #[test]
@@ -162,4 +232,58 @@ fn numbers_that_no_run_gives_are_named_by_line() {
     assert!(add(&agreement).unwrap_err().to_string().contains("`kl`"));
     // Nothing was written that can't be read again.
     report::write(at.path()).unwrap();
+}
+
+/// Needs `chromium`: cargo test -p longctx-eval --test report -- --ignored
+#[test]
+#[ignore = "needs chromium"]
+fn the_page_sorts_filters_and_draws_in_a_browser() {
+    let at = tempdir().unwrap();
+    folder(at.path());
+    report::write(at.path()).unwrap();
+    let page = fs::read_to_string(at.path().join("report.html")).unwrap();
+    let watch = "<script>window.faults=[];window.onerror=words=>{faults.push(words)};</script>";
+    let act = r##"<script>
+        const names = () => [...document.querySelectorAll("#main tbody tr")].map(row => row.children[1].textContent);
+        const head = words => [...document.querySelectorAll("#main th")].find(cell => cell.textContent === words);
+        const seen = [names()];
+        head("score, %").click(); seen.push(names());
+        head("score, %").click(); seen.push(names());
+        const filter = document.getElementById("filter");
+        filter.value = "h2o 4x"; filter.dispatchEvent(new Event("input")); seen.push(names());
+        document.querySelector("#main input[type=checkbox]").click();
+        document.getElementById("theme").click();
+        seen.push([document.querySelectorAll("#scatter circle").length, document.querySelectorAll("#maps h3").length,
+            document.querySelectorAll("#radar polygon").length, document.documentElement.dataset.theme]);
+        document.body.append(Object.assign(document.createElement("pre"), { id: "seen", textContent: JSON.stringify({ faults, seen }) }));
+        </script>"##;
+    let page = page
+        .replace("<head>", &format!("<head>{watch}"))
+        .replace("</body>", &format!("{act}</body>"));
+    let path = at.path().join("acted.html");
+    fs::write(&path, page).unwrap();
+    let output = std::process::Command::new("chromium")
+        .args([
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--virtual-time-budget=3000",
+            "--dump-dom",
+        ])
+        .arg(format!("file://{}?theme=light", path.display()))
+        .output()
+        .unwrap();
+    let dom = String::from_utf8(output.stdout).unwrap();
+    let (_, rest) = dom.split_once("<pre id=\"seen\">").expect("the script ran to its end");
+    let seen: serde_json::Value =
+        serde_json::from_str(rest.split_once("</pre>").unwrap().0).unwrap();
+    let expected = serde_json::json!({"faults": [], "seen": [
+        ["dense-f16", "h2o-2x", "h2o-4x"],
+        ["dense-f16", "h2o-2x", "h2o-4x"],
+        ["h2o-4x", "h2o-2x", "dense-f16"],
+        ["h2o-4x"],
+        // One of three settings is no longer chosen: two maps, two radars on four rings.
+        [3, 2, 6, "dark"],
+    ]});
+    assert_eq!(seen, expected);
 }

@@ -126,9 +126,9 @@ impl Pool {
             while let Some((_, more)) = parts.next_if(|(other, _)| other.unit == item.unit) {
                 more.iter().for_each(|other| tile.join(other));
             }
-            let unit = &units[item.unit];
+            let (unit, layout) = (&units[item.unit], self.memory.layout.values);
             for row in 0..tile.rows() {
-                let Some((values, log)) = tile.finish(row, value_dim) else { continue };
+                let Some((values, log)) = tile.finish(row, &layout) else { continue };
                 let to = call.row(unit, row);
                 O::narrow_all(values, &mut out[to * value_dim..][..value_dim]);
                 lse[to] = log;

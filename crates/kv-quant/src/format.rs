@@ -1,5 +1,6 @@
 //! What is packed how: bits, groups, and when tokens leave full precision.
 
+use crate::pool::memory::BlockLayout;
 use crate::{Error, Result};
 
 /// Bits of a code.
@@ -81,28 +82,237 @@ pub enum Axis {
     Channels,
 }
 
-/// How a matrix is quantized: groups of `group` numbers along an axis share a scale and a zero.
+/// How a matrix is quantized: what a code means, and which numbers share a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Scheme {
     /// Bits of a code.
     pub bits: Bits,
     /// Where a group's numbers follow each other. [`Axis::Tokens`] is KIVI's "per channel", [`Axis::Channels`] "per token".
     pub along: Axis,
-    /// Numbers of a group: 32, 64 or 128. The last group of a line may be shorter.
+    /// Numbers of a group: 32, 64 or 128; along channels also 256. The last group of a line may be
+    /// shorter.
     pub group: usize,
+    /// What a code means.
+    pub codes: Codes,
+    /// Whether each row is multiplied by the orthonormal Walsh-Hadamard matrix before it is
+    /// quantized, in blocks of the largest power of two that divides its length. This spreads the
+    /// outliers of a channel over all channels (QuaRot, arXiv 2404.00456).
+    pub rotated: bool,
 }
 
 impl Scheme {
-    /// Checks the group.
+    /// The group that makes a head of up to 256 channels share one scale per token.
+    pub const PER_TOKEN: usize = 256;
+
+    /// Asymmetric integers, as KIVI quantizes.
     ///
     /// # Errors
-    /// [`Error::Setting`] unless it is 32, 64 or 128.
+    /// [`Error::Setting`] unless the group is 32, 64, 128, or, along channels, 256.
     pub fn new(bits: Bits, along: Axis, group: usize) -> Result<Self> {
-        match group {
-            32 | 64 | 128 => Ok(Self { bits, along, group }),
-            _ => Err(Error::setting("group", "32, 64 or 128", group)),
+        let scheme = Self { bits, along, group, codes: Codes::Asymmetric, rotated: false };
+        scheme.checked()
+    }
+
+    /// Symmetric integers along channels.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] unless the group is 32, 64, 128 or 256.
+    pub fn symmetric(bits: Bits, group: usize) -> Result<Self> {
+        Self::along_channels(bits, Codes::Symmetric, group).checked()
+    }
+
+    /// 8-bit floating-point numbers with a scale per token, or, if one is given, with that scale for
+    /// all of them.
+    pub fn float8(kind: Float8, scale: Option<StaticScale>) -> Self {
+        Self::along_channels(Bits::Eight, Codes::Float8 { kind, scale }, Self::PER_TOKEN)
+    }
+
+    /// TurboQuant's keys (arXiv 2504.19874, vLLM): rotated, with a norm per token and Lloyd-Max
+    /// levels.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for 8 bits.
+    pub fn lloyd_max(bits: Bits, norm_correction: bool) -> Result<Self> {
+        let codes = Codes::LloydMax { norm_correction };
+        Self::along_channels(bits, codes, Self::PER_TOKEN).rotated().checked()
+    }
+
+    /// The values of vLLM's TurboQuant: asymmetric integers with a scale and a zero per token, in f32
+    /// arithmetic.
+    pub fn uniform(bits: Bits) -> Self {
+        Self::along_channels(bits, Codes::Uniform, Self::PER_TOKEN)
+    }
+
+    /// KVarN's (arXiv 2606.03458): rotated, with variances evened out over tiles of `tile` tokens.
+    /// Keys are quantized along tokens, values along channels.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] unless the tile is 32, 64 or 128.
+    pub fn variance_normalized(bits: Bits, along: Axis, tile: usize) -> Result<Self> {
+        let group = match along {
+            Axis::Tokens => tile,
+            Axis::Channels => Self::PER_TOKEN,
+        };
+        let codes = Codes::VarianceNormalized { tile };
+        Self { bits, along, group, codes, rotated: true }.checked()
+    }
+
+    fn along_channels(bits: Bits, codes: Codes, group: usize) -> Self {
+        Self { bits, along: Axis::Channels, group, codes, rotated: false }
+    }
+
+    /// The same with rows [rotated](Self::rotated) before they are quantized.
+    #[must_use]
+    pub fn rotated(self) -> Self {
+        Self { rotated: true, ..self }
+    }
+
+    /// Checks that the parts fit together.
+    pub(crate) fn checked(self) -> Result<Self> {
+        let (tokens, group) = (self.along == Axis::Tokens, self.group);
+        if !matches!(group, 32 | 64 | 128) && (group != Self::PER_TOKEN || tokens) {
+            return Err(Error::setting("group", "32, 64, 128, or 256 along channels", group));
+        }
+        let eight = self.bits == Bits::Eight;
+        match self.codes {
+            Codes::Asymmetric | Codes::Uniform => {}
+            Codes::Symmetric | Codes::Float8 { .. } | Codes::LloydMax { .. } if tokens => {
+                return Err(Error::setting("along", "channels for these codes", "tokens"));
+            }
+            Codes::Symmetric => {}
+            Codes::Float8 { .. } if !eight => {
+                return Err(Error::setting(
+                    "bits",
+                    "8 for floating-point codes",
+                    self.bits.count(),
+                ));
+            }
+            Codes::Float8 { .. } => {}
+            Codes::LloydMax { .. } if eight => {
+                return Err(Error::setting("bits", "2, 3 or 4 for Lloyd-Max levels", 8));
+            }
+            Codes::LloydMax { .. } => {}
+            Codes::VarianceNormalized { tile } => {
+                if !matches!(tile, 32 | 64 | 128) || tokens && group != tile {
+                    let expected = "32, 64 or 128, which keys have as their group";
+                    return Err(Error::setting("tile", expected, tile));
+                }
+            }
+        }
+        Ok(self)
+    }
+
+    /// Tokens that are quantized together.
+    pub(crate) fn tokens_together(self) -> usize {
+        match (self.codes, self.along) {
+            (Codes::VarianceNormalized { tile }, _) => tile,
+            (_, Axis::Tokens) => self.group,
+            (_, Axis::Channels) => 1,
         }
     }
+
+    /// Whether groups have scales of their own.
+    pub(crate) fn has_scales(self) -> bool {
+        !matches!(self.codes, Codes::Float8 { scale: Some(_), .. })
+    }
+
+    /// Whether groups have zeros.
+    pub(crate) fn has_zeros(self) -> bool {
+        matches!(self.codes, Codes::Asymmetric | Codes::Uniform | Codes::VarianceNormalized { .. })
+    }
+}
+
+/// What a code means: x' = level * scale + zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Codes {
+    /// Whole numbers from the group's minimum, its zero, to its maximum. The arithmetic is that of
+    /// KIVI's published functions on f16 tensors.
+    Asymmetric,
+    /// The same in f32 arithmetic, rounding half up: the values of vLLM's TurboQuant.
+    Uniform,
+    /// Whole numbers from -2^(bits - 1) to 2^(bits - 1) - 1, without a zero. The number of the
+    /// largest magnitude becomes the lowest of them, as in GGML's `q4_0`: the scale may be negative.
+    Symmetric,
+    /// 8-bit floating-point numbers.
+    Float8 {
+        /// Their format.
+        kind: Float8,
+        /// The scale of all numbers; `None`: a scale per group, its largest magnitude over the
+        /// format's.
+        scale: Option<StaticScale>,
+    },
+    /// The levels that quantize a normal distribution with the least mean squared error (Lloyd-Max),
+    /// scaled by the group's norm.
+    LloydMax {
+        /// Whether the scale makes up for the difference between the norm of the group and that of
+        /// its levels.
+        norm_correction: bool,
+    },
+    /// Asymmetric whole numbers of a tile whose rows and columns have been divided by factors that
+    /// even out their variances. One axis' factors are in the scales and zeros; the other axis has
+    /// factors of its own.
+    VarianceNormalized {
+        /// Tokens of a tile.
+        tile: usize,
+    },
+}
+
+/// A format of 8-bit floating-point numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Float8 {
+    /// 4 bits of exponent, 3 of mantissa, up to ±448, no infinity: PyTorch's `float8_e4m3fn`.
+    E4m3,
+    /// 5 bits of exponent, 2 of mantissa, up to ±57344: PyTorch's `float8_e5m2`.
+    E5m2,
+}
+
+impl Float8 {
+    /// The largest finite number.
+    pub const fn max(self) -> f32 {
+        match self {
+            Self::E4m3 => 448.0,
+            Self::E5m2 => 57344.0,
+        }
+    }
+}
+
+/// A scale for all numbers, such as `k_scale` of a checkpoint: positive and finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct StaticScale(u32);
+
+impl StaticScale {
+    /// One, for numbers that are stored as they are.
+    pub const ONE: Self = Self(1f32.to_bits());
+
+    /// Checks the scale.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] unless it is between 2^-24 and 2^16.
+    pub fn new(scale: f32) -> Result<Self> {
+        match (2f32.powi(-24)..=65536.0).contains(&scale) {
+            true => Ok(Self(scale.to_bits())),
+            false => Err(Error::setting("scale", "one between 2^-24 and 2^16", scale)),
+        }
+    }
+
+    /// The number.
+    pub const fn get(self) -> f32 {
+        f32::from_bits(self.0)
+    }
+}
+
+/// vLLM's presets of TurboQuant. They keep the first and last two layers in full precision, which is
+/// left to the caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TurboQuant {
+    /// Keys in fp8 e4m3 with scale 1, values at 4 bits.
+    K8V4,
+    /// Keys with 16 Lloyd-Max levels and norm correction, values at 4 bits.
+    FourBitNc,
+    /// Keys with 8 levels and norm correction, values at 4 bits.
+    K3V4Nc,
+    /// Keys with 8 levels and norm correction, values at 3 bits.
+    ThreeBitNc,
 }
 
 /// When tokens leave full precision and are packed.
@@ -123,15 +333,12 @@ pub enum Flush {
     Never,
 }
 
-/// What keys are turned into before they are packed.
+/// At which point keys come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum KeyBasis {
-    /// Nothing: they are packed as they come.
+    /// They are packed as they come.
     #[default]
     Given,
-    /// Their Walsh-Hadamard transform, which spreads a channel's outliers over all channels (QuaRot, arXiv 2404.00456). Queries are transformed
-    /// too, so that scores stay the same.
-    Hadamard,
     /// They come as they are before the rotary embedding, and are rotated while they are scored (KVQuant, arXiv 2401.18079).
     BeforeRope,
 }
@@ -149,11 +356,12 @@ impl Format {
     /// Checks that the parts fit together.
     ///
     /// # Errors
-    /// [`Error::Setting`] if values are not quantized along channels, if keys along tokens should be
-    /// flushed at once, or if a staggered flush is not of a positive multiple of the keys' group.
+    /// [`Error::Setting`] if a scheme's parts do not fit together, values are not quantized along
+    /// channels, keys along tokens or variance-normalized values should be flushed at once, these
+    /// values are not flushed together with keys of the same tile, or a staggered flush is not of a
+    /// positive multiple of the keys' group.
     pub fn new(keys: Scheme, values: Scheme, flush: Flush) -> Result<Self> {
-        let keys = Scheme::new(keys.bits, keys.along, keys.group)?;
-        let values = Scheme::new(values.bits, values.along, values.group)?;
+        let (keys, values) = (keys.checked()?, values.checked()?);
         if values.along != Axis::Channels {
             return Err(Error::setting("values.along", "channels", "tokens"));
         }
@@ -162,6 +370,11 @@ impl Format {
             return Err(Error::setting("flush", expected, "an immediate one"));
         }
         let format = Self { keys, values, flush, basis: KeyBasis::Given };
+        let together = values.tokens_together();
+        if together > 1 && (together != format.chunk() || !matches!(flush, Flush::Rolling(_))) {
+            let expected = "a rolling flush with keys along tokens in groups of the values' tile";
+            return Err(Error::setting("flush", expected, "another"));
+        }
         if let Flush::Staggered(residual) = flush
             && (residual == 0 || !residual.is_multiple_of(format.chunk()))
         {
@@ -213,18 +426,96 @@ impl Format {
         )
     }
 
-    /// Everything in f16: what sinks lie in, and what others are compared with.
-    pub fn f16() -> Self {
-        let scheme = Scheme { bits: Bits::Eight, along: Axis::Channels, group: 32 };
-        Self { keys: scheme, values: scheme, flush: Flush::Never, basis: KeyBasis::Given }
+    /// fp8 with a scale per token and head. Nothing is kept in full precision.
+    pub fn float8(kind: Float8) -> Self {
+        let scheme = Scheme::float8(kind, None);
+        Self::immediate(scheme, scheme)
     }
 
-    /// The same with keys packed in another basis.
+    /// fp8 with the same scale for all keys, and for all values: those that checkpoints carry as
+    /// `k_scale` and `v_scale`. Larger numbers than the format's largest times the scale become that.
+    pub fn float8_static(kind: Float8, keys: StaticScale, values: StaticScale) -> Self {
+        let of = |scale| Scheme::float8(kind, Some(scale));
+        Self::immediate(of(keys), of(values))
+    }
+
+    /// [Symmetric](Codes::Symmetric) integers with a scale per token, after a Hadamard rotation of
+    /// keys and values. Nothing is kept in full precision.
+    pub fn rotated_symmetric(key_bits: Bits, value_bits: Bits) -> Self {
+        let of = |bits| {
+            let codes = Codes::Symmetric;
+            Scheme::along_channels(bits, codes, Scheme::PER_TOKEN).rotated()
+        };
+        Self::immediate(of(key_bits), of(value_bits))
+    }
+
+    /// [Asymmetric](Codes::Asymmetric) integers with a scale and a zero per token, after a Hadamard
+    /// rotation of keys and values. Nothing is kept in full precision.
+    pub fn rotated_asymmetric(key_bits: Bits, value_bits: Bits) -> Self {
+        let of = |bits| {
+            let codes = Codes::Asymmetric;
+            Scheme::along_channels(bits, codes, Scheme::PER_TOKEN).rotated()
+        };
+        Self::immediate(of(key_bits), of(value_bits))
+    }
+
+    /// TurboQuant (arXiv 2504.19874) as vLLM has it. Nothing is kept in full precision.
+    pub fn turboquant(preset: TurboQuant) -> Self {
+        let levels = |bits| {
+            let codes = Codes::LloydMax { norm_correction: true };
+            Scheme::along_channels(bits, codes, Scheme::PER_TOKEN).rotated()
+        };
+        let (keys, value_bits) = match preset {
+            TurboQuant::K8V4 => (Scheme::float8(Float8::E4m3, Some(StaticScale::ONE)), Bits::Four),
+            TurboQuant::FourBitNc => (levels(Bits::Four), Bits::Four),
+            TurboQuant::K3V4Nc => (levels(Bits::Three), Bits::Four),
+            TurboQuant::ThreeBitNc => (levels(Bits::Three), Bits::Three),
+        };
+        Self::immediate(keys, Scheme::uniform(value_bits))
+    }
+
+    /// KVarN (arXiv 2606.03458): variance-normalized tiles of `tile` tokens; the newest tokens, up to
+    /// a tile, in full precision. The published code also keeps each sequence's first 128 tokens in
+    /// f16, as sinks.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] unless the tile is 32, 64 or 128.
+    pub fn kvarn(key_bits: Bits, value_bits: Bits, tile: usize) -> Result<Self> {
+        let keys = Scheme::variance_normalized(key_bits, Axis::Tokens, tile)?;
+        let values = Scheme::variance_normalized(value_bits, Axis::Channels, tile)?;
+        Self::new(keys, values, Flush::Rolling(0))
+    }
+
+    /// For schemes along channels.
+    fn immediate(keys: Scheme, values: Scheme) -> Self {
+        Self { keys, values, flush: Flush::Immediate, basis: KeyBasis::Given }
+    }
+
+    /// Everything in f16: what sinks lie in, and what others are compared with.
+    pub fn f16() -> Self {
+        let scheme = Scheme::along_channels(Bits::Eight, Codes::Asymmetric, 32);
+        Self { flush: Flush::Never, ..Self::immediate(scheme, scheme) }
+    }
+
+    /// The same with keys that come at another point.
+    #[must_use]
     pub fn with_basis(self, basis: KeyBasis) -> Self {
         Self { basis, ..self }
     }
 
-    /// What keys are turned into before they are packed.
+    /// The same with keys [rotated](Scheme::rotated) before they are quantized.
+    #[must_use]
+    pub fn with_rotated_keys(self) -> Self {
+        Self { keys: self.keys.rotated(), ..self }
+    }
+
+    /// The same with values [rotated](Scheme::rotated) before they are quantized.
+    #[must_use]
+    pub fn with_rotated_values(self) -> Self {
+        Self { values: self.values.rotated(), ..self }
+    }
+
+    /// At which point keys come.
     pub fn basis(&self) -> KeyBasis {
         self.basis
     }
@@ -245,7 +536,7 @@ impl Format {
     }
 
     /// Tokens of a block: they are packed, shared and freed together.
-    pub(crate) fn chunk(&self) -> usize {
+    pub fn chunk(&self) -> usize {
         match self.keys.along {
             Axis::Tokens => self.keys.group,
             Axis::Channels => 32,
@@ -258,6 +549,19 @@ impl Format {
             Flush::Rolling(_) => self.chunk(),
             _ => 0,
         }
+    }
+
+    /// Bits of a packed number, with its share of scales, zeros and factors, over keys of `head_dim` and
+    /// values of `value_dim` channels. Tokens in full precision and tables come on top.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for no channels.
+    pub fn bits_per_number(&self, head_dim: usize, value_dim: usize) -> Result<f64> {
+        if self.flush == Flush::Never {
+            return Ok(16.0);
+        }
+        let block = BlockLayout::new(self, head_dim, value_dim)?;
+        Ok(block.bits() as f64 / (self.chunk() * (head_dim + value_dim)) as f64)
     }
 
     /// Of so many keys and values in full precision, how many are to be packed now.

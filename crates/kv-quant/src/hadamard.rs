@@ -1,15 +1,32 @@
-//! The Walsh-Hadamard transform of keys and queries.
+//! The Walsh-Hadamard transform of keys, values and queries.
 //!
 //! It is orthonormal, so that transformed queries and keys have the scores of plain ones, and it spreads what is large in one channel over
-//! all: what groups along channels quantize best. QuaRot (arXiv 2404.00456) and TurboQuant (arXiv 2504.19874) rotate keys before quantizing.
+//! all: what groups along channels quantize best. QuaRot (arXiv 2404.00456) and TurboQuant (arXiv 2504.19874) rotate before quantizing.
 
+use crate::number::LARGEST;
 use crate::vector::wide;
+use half::f16;
 use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
 
 /// Transforms each row of `columns` numbers, in blocks of the largest power of two that divides `columns`. It is its own inverse.
 pub fn hadamard(rows: &mut [f32], columns: usize) {
     let block = 1 << columns.trailing_zeros();
     rows.chunks_exact_mut(block).for_each(transform);
+}
+
+/// Where the first number beyond ±[`LARGEST`] would be if each row were transformed, and the number.
+pub fn rotated_beyond(rows: &[f16], columns: usize) -> Option<(usize, f32)> {
+    // No sum of a block's numbers is larger than this times the largest.
+    let growth = ((1 << columns.trailing_zeros()) as f32).sqrt();
+    let safe = f16::from_f32(0.999 * LARGEST.to_f32() / growth);
+    rows.par_chunks(columns).enumerate().find_map_first(|(row, numbers)| {
+        crate::number::beyond_within(numbers, safe)?;
+        let mut rotated: Vec<f32> = numbers.iter().map(|x| x.to_f32()).collect();
+        hadamard(&mut rotated, columns);
+        let column = rotated.iter().position(|x| x.abs() > LARGEST.to_f32())?;
+        Some((row * columns + column, rotated[column]))
+    })
 }
 
 wide! {

@@ -2,7 +2,7 @@
 //! bit.
 
 use crate::format::Plane;
-use crate::{Axis, Error, Result, Scheme};
+use crate::{Axis, Codes, Error, Result, Scheme};
 
 /// Lanes of a panel: two lines.
 pub(crate) const PANEL: usize = 32;
@@ -23,9 +23,9 @@ pub(crate) struct Layout {
 
 impl Layout {
     /// # Errors
-    /// [`Error::Setting`] for a group that is not 32, 64 or 128, or no columns.
+    /// [`Error::Setting`] for a scheme whose parts do not fit together, or no columns.
     pub fn new(capacity: usize, columns: usize, scheme: Scheme, lanes: Axis) -> Result<Self> {
-        let scheme = Scheme::new(scheme.bits, scheme.along, scheme.group)?;
+        let scheme = scheme.checked()?;
         if columns == 0 {
             return Err(Error::setting("columns", "at least 1", columns));
         }
@@ -37,11 +37,40 @@ impl Layout {
         self.scheme.bits.planes().iter().map(|&plane| self.plane_lines(plane)).sum()
     }
 
-    /// Scales, and as many zeros.
-    pub fn params(&self) -> usize {
+    /// Groups.
+    pub fn groups(&self) -> usize {
         match self.scheme.along {
             Axis::Tokens => self.capacity.div_ceil(self.scheme.group) * self.columns,
             Axis::Channels => self.columns.div_ceil(self.scheme.group) * self.capacity,
+        }
+    }
+
+    /// Scales: one for each group, or none.
+    pub fn scales(&self) -> usize {
+        if self.scheme.has_scales() { self.groups() } else { 0 }
+    }
+
+    /// Zeros: one for each group, or none.
+    pub fn zeros(&self) -> usize {
+        if self.scheme.has_zeros() { self.groups() } else { 0 }
+    }
+
+    /// Factors of the axis that has no scales.
+    pub fn factors(&self) -> usize {
+        match (self.scheme.codes, self.scheme.along) {
+            (Codes::VarianceNormalized { .. }, Axis::Tokens) => self.capacity,
+            (Codes::VarianceNormalized { tile }, Axis::Channels) => {
+                self.capacity.div_ceil(tile) * self.columns
+            }
+            _ => 0,
+        }
+    }
+
+    /// Where the factor of a row and column lies: `[token]` or `[tile][channel]`.
+    pub fn factor_at(&self, row: usize, column: usize) -> usize {
+        match self.scheme.along {
+            Axis::Tokens => row,
+            Axis::Channels => row / self.scheme.tokens_together() * self.columns + column,
         }
     }
 

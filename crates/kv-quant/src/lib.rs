@@ -18,6 +18,7 @@ mod format;
 mod hadamard;
 mod kernel;
 mod layout;
+mod levels;
 mod number;
 mod packed;
 mod pool;
@@ -40,7 +41,9 @@ pub use candle::{load_caches, save_caches};
 pub use error::{Error, Position, Result};
 #[cfg(feature = "save")]
 pub use file::{CacheFile, save, to_bytes};
-pub use format::{Axis, Bits, Flush, Format, KeyBasis, Scheme};
+pub use format::{
+    Axis, Bits, Codes, Float8, Flush, Format, KeyBasis, Scheme, StaticScale, TurboQuant,
+};
 pub use number::Number;
 pub use packed::Packed;
 pub use pool::{Pool, PoolBytes, PoolShape};

@@ -9,6 +9,10 @@ use rayon::prelude::*;
 /// Numbers that one thread converts at a time.
 const PART: usize = 1 << 16;
 
+/// The largest number that groups of tokens to come can take: half of f16's range, so that no group's
+/// range can be beyond it, whatever tokens come to share a group.
+pub const LARGEST: f16 = f16::from_bits(f16::MAX.to_bits() - 0x400);
+
 /// A number format that keys, values and queries may come in, and outputs may be written in: f32, f16
 /// or bf16.
 ///
@@ -108,9 +112,18 @@ pub fn to_f16<T: Number>(src: &[T], largest: f16) -> Result<Cow<'_, [f16]>, usiz
 
 /// Where the first number beyond ±`largest` is, or NaN.
 pub fn beyond(x: &[f16], largest: f16) -> Option<usize> {
-    // Without their signs, halves are ordered as their bits are; NaN and infinity come last.
-    let beyond = |x: &f16| x.to_bits() & 0x7fff > largest.to_bits();
+    let any = |x: &[f16]| x.iter().fold(false, |any, x| any | is_beyond(*x, largest));
     // A scan without early exit is one that vectors can do.
-    let any = |x: &[f16]| x.iter().fold(false, |any, x| any | beyond(x));
-    if x.par_chunks(PART).any(any) { x.iter().position(beyond) } else { None }
+    if x.par_chunks(PART).any(any) { x.iter().position(|x| is_beyond(*x, largest)) } else { None }
+}
+
+/// The same of a few numbers, on this thread.
+pub fn beyond_within(x: &[f16], largest: f16) -> Option<usize> {
+    let any = x.iter().fold(false, |any, x| any | is_beyond(*x, largest));
+    if any { x.iter().position(|x| is_beyond(*x, largest)) } else { None }
+}
+
+/// Without their signs, halves are ordered as their bits are; NaN and infinity come last.
+fn is_beyond(x: f16, largest: f16) -> bool {
+    x.to_bits() & 0x7fff > largest.to_bits()
 }

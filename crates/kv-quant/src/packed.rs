@@ -2,6 +2,7 @@
 
 mod views;
 
+use crate::hadamard::rotated_beyond;
 use crate::layout::{Layout, Line};
 use crate::number::{Number, to_f16};
 use crate::quantize::Quantizer;
@@ -36,6 +37,7 @@ pub struct Packed {
     codes: Vec<Line>,
     scales: Vec<f16>,
     zeros: Vec<f16>,
+    factors: Vec<f16>,
 }
 
 impl Packed {
@@ -43,15 +45,16 @@ impl Packed {
     /// lanes.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a group that is not 32, 64 or 128, or no columns.
+    /// [`Error::Setting`] for a scheme whose parts do not fit together, or no columns.
     pub fn new(capacity: usize, columns: usize, scheme: Scheme, lanes: Axis) -> Result<Self> {
         let layout = Layout::new(capacity, columns, scheme, lanes)?;
         Ok(Self {
             layout,
             rows: 0,
             codes: vec![[0; 16]; layout.lines()],
-            scales: vec![f16::ZERO; layout.params()],
-            zeros: vec![f16::ZERO; layout.params()],
+            scales: vec![f16::ZERO; layout.scales()],
+            zeros: vec![f16::ZERO; layout.zeros()],
+            factors: vec![f16::ZERO; layout.factors()],
         })
     }
 
@@ -84,6 +87,11 @@ impl Packed {
         }
         let rows = to_f16(src, f16::MAX)
             .map_err(|at| Error::number(src[at].widen(), crate::Position::row(at, columns)))?;
+        if self.layout.scheme.rotated
+            && let Some((at, value)) = rotated_beyond(&rows, columns)
+        {
+            return Err(Error::number(value, crate::Position::row(at, columns)));
+        }
         let mut view = self.view_mut();
         view.push(&rows, quantizer)?;
         self.rows = view.rows;
@@ -97,6 +105,7 @@ impl Packed {
             codes: &self.codes,
             scales: &self.scales,
             zeros: &self.zeros,
+            factors: &self.factors,
         }
     }
 
@@ -107,6 +116,7 @@ impl Packed {
             codes: &mut self.codes,
             scales: &mut self.scales,
             zeros: &mut self.zeros,
+            factors: &mut self.factors,
         }
     }
 
@@ -140,16 +150,26 @@ impl Packed {
         Some(codes[column])
     }
 
-    /// The scale and zero of a row and column's group; `None` outside the matrix.
+    /// The scale and zero of a row and column's group; a static scale as the nearest f16, 0 for codes
+    /// without a zero. `None` outside the matrix.
     pub fn params(&self, row: usize, column: usize) -> Option<(f16, f16)> {
         if row >= self.rows || column >= self.columns() {
             return None;
         }
-        let at = self.layout.param_at(row, column);
-        Some((self.scales[at], self.zeros[at]))
+        let (scale, zero) = self.view().params(row, column);
+        Some((f16::from_f32(scale), f16::from_f32(zero)))
     }
 
-    /// Writes code * scale + zero, row-major, in f32.
+    /// The factor of a row and column in a variance-normalized matrix: of the row if it is quantized
+    /// along tokens, else of the column. `None` outside the matrix and in others.
+    pub fn factor(&self, row: usize, column: usize) -> Option<f16> {
+        if row >= self.rows || column >= self.columns() {
+            return None;
+        }
+        self.factors.get(self.layout.factor_at(row, column)).copied()
+    }
+
+    /// Writes (level * scale + zero) * factor, rotated back, row-major, in f32.
     ///
     /// # Errors
     /// [`Error::Mismatch`] unless `out` holds exactly the matrix.
@@ -165,8 +185,10 @@ impl Packed {
         Ok(())
     }
 
-    /// Bytes of the codes, and of the scales and zeros, with what is allocated for rows to come.
+    /// Bytes of the codes, and of the scales, zeros and factors, with what is allocated for rows to
+    /// come.
     pub fn bytes(&self) -> (usize, usize) {
-        (size_of_val(&*self.codes), size_of_val(&*self.scales) + size_of_val(&*self.zeros))
+        let params = [&self.scales, &self.zeros, &self.factors];
+        (size_of_val(&*self.codes), params.map(|x| size_of_val(&**x)).iter().sum())
     }
 }

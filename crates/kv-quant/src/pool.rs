@@ -14,9 +14,8 @@ mod truncate;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::hadamard::hadamard;
 use crate::rotary::Rotary;
-use crate::{Error, Format, KeyBasis, Result};
+use crate::{Codes, Error, Format, KeyBasis, Result};
 pub use footprint::PoolBytes;
 use head::Head;
 use memory::{BlockLayout, Memory};
@@ -82,8 +81,14 @@ impl Pool {
     /// since a key's position is its number.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a shape with a zero, or fewer channels than the embedding rotates.
+    /// [`Error::Setting`] for a shape with a zero, fewer channels than the embedding rotates, or keys
+    /// that are not plain asymmetric integers.
     pub fn before_rope(shape: PoolShape, format: Format, rotary: Arc<Rotary>) -> Result<Self> {
+        let keys = format.keys();
+        if keys.codes != Codes::Asymmetric || keys.rotated {
+            let expected = "asymmetric integers for keys before RoPE, without a Hadamard rotation";
+            return Err(Error::setting("keys", expected, format!("{keys:?}")));
+        }
         let rotated = 2 * rotary.frequencies().len();
         if rotated > shape.head_dim {
             let expected = format!("at most head_dim = {}", shape.head_dim);
@@ -203,9 +208,6 @@ impl Pool {
             if let Some(rotary) = &self.rotary {
                 rotary.place(key, slot);
             }
-        }
-        if self.format.basis() == KeyBasis::Hadamard {
-            hadamard(&mut keys, head_dim);
         }
         Ok((keys, values))
     }

@@ -4,10 +4,12 @@ use std::slice::Chunks;
 
 use crate::format::Plane;
 use crate::kernel::{self, Panel, Params, Rows, widen};
-use crate::layout::{Line, PANEL};
+use crate::layout::{Layout, Line, PANEL};
+use crate::levels::Levels;
 use crate::packed::PackedRef;
 use crate::vector::wide;
 use crate::{Axis, vector};
+use half::f16;
 use pulp::{Arch, Simd, WithSimd};
 
 /// Scratch space of products.
@@ -19,11 +21,14 @@ pub struct Scratch {
     ones: Vec<f32>,
     nothing: Vec<f32>,
     sums: Vec<f32>,
+    /// Sums before they are multiplied by the factors of lanes.
+    of_lanes: Vec<f32>,
+    factors: Vec<f32>,
     /// A dequantized panel: `[step][32 lanes]`.
     pub tile: Vec<f32>,
 }
 
-impl PackedRef<'_> {
+impl<'a> PackedRef<'a> {
     /// `out[r * out_stride + lane] += Σ_s x[r][s] * dequantized[s][lane]` over the steps of `x`.
     ///
     /// With tokens in lanes the steps are the channels: `x` holds queries, `out` receives scores. With channels in lanes the steps are the rows: `x`
@@ -44,13 +49,38 @@ impl PackedRef<'_> {
         if let Some(next) = next {
             kernel::prefetch(next.scales);
             kernel::prefetch(next.zeros);
+            kernel::prefetch(next.factors);
             ahead = next.codes;
         }
-        if self.layout.scheme.along == self.layout.lanes {
+        if self.layout.scheme.along != self.layout.lanes {
+            self.accumulate_by_lane(x, ahead, out, out_stride, s);
+        } else if self.factors.is_empty() {
             self.accumulate_by_step(x, ahead, out, out_stride, s);
         } else {
-            self.accumulate_by_lane(x, ahead, out, out_stride, s);
+            self.accumulate_by_step_and_lane(x, ahead, out, out_stride, s);
         }
+    }
+
+    /// Each lane's sum is multiplied by the lane's factor.
+    fn accumulate_by_step_and_lane(
+        &self,
+        x: Rows<'_>,
+        ahead: &[Line],
+        out: &mut [f32],
+        out_stride: usize,
+        s: &mut Scratch,
+    ) {
+        let lanes = self.layout.lane_count();
+        let width = lanes.next_multiple_of(16);
+        let mut sums = std::mem::take(&mut s.of_lanes);
+        sums.clear();
+        sums.resize(x.count * width, 0.0);
+        self.accumulate_by_step(x, ahead, &mut sums, width, s);
+        widen(self.factors, &mut s.factors);
+        for (sums, out) in sums.chunks_exact(width).zip(out.chunks_mut(out_stride)) {
+            vector::multiply_and_add(&sums[..lanes], &s.factors, &mut out[..lanes]);
+        }
+        s.of_lanes = sums;
     }
 
     /// All lanes of a group share each step's scale and zero: the kernel makes a table of what codes mean, step by step.
@@ -65,17 +95,12 @@ impl PackedRef<'_> {
         let mut ahead = self.shares(ahead, 1);
         let panels_of_group = self.layout.scheme.group / PANEL;
         let width = self.layout.param_width();
-        widen(self.scales, &mut s.scales);
-        widen(self.zeros, &mut s.zeros);
-        s.nothing.resize(x.steps, 0.0);
+        self.widen_params(self.scales, self.zeros, self.layout.groups(), s);
         for panel in 0..self.layout.lane_count().div_ceil(PANEL) {
             let at = panel / panels_of_group * width;
-            let (scales, mut zeros) = (&s.scales[at..], &s.zeros[at..]);
-            for plane in self.panels(panel, 0, &mut ahead) {
-                let params = Params { scales, zeros };
-                kernel::accumulate(plane, params, x, &mut out[panel * PANEL..], out_stride);
-                zeros = &s.nothing[..];
-            }
+            let params = Params { scales: &s.scales[at..], zeros: &s.zeros[at..] };
+            let codes = self.panel(panel, 0, &mut ahead);
+            kernel::accumulate(codes, params, x, &mut out[panel * PANEL..], out_stride);
         }
     }
 
@@ -92,19 +117,18 @@ impl PackedRef<'_> {
         let width = self.layout.param_width();
         s.ones.resize(self.layout.scheme.group, 1.0);
         s.nothing.resize(self.layout.scheme.group, 0.0);
-        let as_they_are = Params { scales: &s.ones, zeros: &s.nothing };
         for (group, first) in (0..x.steps).step_by(self.layout.scheme.group).enumerate() {
             let steps = self.layout.scheme.group.min(x.steps - first);
             let part = Rows { data: &x.data[first..], steps, ..x };
-            widen(&self.scales[group * width..][..width], &mut s.scales);
-            widen(&self.zeros[group * width..][..width], &mut s.zeros);
+            let of_group = |of: &'a [f16]| of.get(group * width..(group + 1) * width).unwrap_or(of);
+            self.widen_params(of_group(self.scales), of_group(self.zeros), width, s);
             for panel in 0..self.layout.lane_count().div_ceil(PANEL) {
                 let lanes = panel * PANEL..width.min((panel + 1) * PANEL);
                 s.sums.clear();
                 s.sums.resize(x.count * PANEL, 0.0);
-                for plane in self.panels(panel, first, &mut ahead) {
-                    kernel::accumulate(plane, as_they_are, part, &mut s.sums, PANEL);
-                }
+                let codes = self.panel(panel, first, &mut ahead);
+                let as_they_are = Params { scales: &s.ones, zeros: &s.nothing };
+                kernel::accumulate(codes, as_they_are, part, &mut s.sums, PANEL);
                 for r in 0..x.count {
                     let total = vector::sum(&part.data[r * x.stride..][..steps]);
                     vector::scale_and_add(
@@ -119,12 +143,22 @@ impl PackedRef<'_> {
         }
     }
 
-    /// Writes a panel of two lines, dequantized, into the scratch space's tile.
+    /// Scales and zeros of so many groups in f32: those that there are, or what takes their place.
+    fn widen_params(&self, scales: &[f16], zeros: &[f16], groups: usize, s: &mut Scratch) {
+        widen(scales, &mut s.scales);
+        widen(zeros, &mut s.zeros);
+        s.scales.resize(groups, self.static_scale());
+        s.zeros.resize(groups, 0.0);
+    }
+
+    /// Writes a panel of two lines of asymmetric integers, dequantized, into the scratch space's tile.
     pub(crate) fn dequantize_panel(&self, panel: usize, s: &mut Scratch) {
         s.tile.clear();
         s.tile.resize(self.layout.columns * PANEL, 0.0);
-        for Panel { codes, bits, unit, .. } in self.panels(panel, 0, &mut [].chunks(1)) {
-            add_codes(codes.as_flattened(), bits, unit, &mut s.tile);
+        let codes = self.panel(panel, 0, &mut [].chunks(1));
+        add_codes(codes.codes.as_flattened(), codes.low_bits(), 1.0, &mut s.tile);
+        if codes.bits == 3 {
+            add_codes(codes.high.as_flattened(), 1, 4.0, &mut s.tile);
         }
         let (width, group) = (self.layout.param_width(), self.layout.scheme.group);
         for (step, column) in s.tile.chunks_exact_mut(PANEL).enumerate() {
@@ -150,33 +184,28 @@ impl PackedRef<'_> {
         }
     }
 
-    /// Lines to be brought near, in equal shares for the kernel's calls: so many for each panel and plane.
-    fn shares<'a>(&self, ahead: &'a [Line], calls: usize) -> Chunks<'a, Line> {
-        let calls = calls
-            * self.layout.lane_count().div_ceil(PANEL)
-            * self.layout.scheme.bits.planes().len();
+    /// Lines to be brought near, in equal shares for the kernel's calls: so many for each panel.
+    fn shares<'b>(&self, ahead: &'b [Line], calls: usize) -> Chunks<'b, Line> {
+        let calls = calls * self.layout.lane_count().div_ceil(PANEL);
         ahead.chunks(ahead.len().div_ceil(calls).max(1))
     }
 
-    /// The words of a panel from step `first` on, which begins a word, plane by plane.
-    fn panels<'a>(
-        &'a self,
-        panel: usize,
-        first: usize,
-        ahead: &mut Chunks<'a, Line>,
-    ) -> impl Iterator<Item = Panel<'a>> {
+    /// The words of a panel from step `first` on, which begins a word of each plane.
+    fn panel<'b>(&'b self, panel: usize, first: usize, ahead: &mut Chunks<'b, Line>) -> Panel<'b> {
+        let Layout { scheme, .. } = self.layout;
         let width = self.layout.panel_width(panel);
-        let mut plane_start = 0;
-        self.layout.scheme.bits.planes().iter().map(move |&plane| {
+        let lines = |start: usize, plane: Plane| {
             let words = self.layout.words(plane);
-            let start = plane_start + 2 * panel * words;
-            plane_start += self.layout.plane_lines(plane);
-            let Plane { bits, shift } = plane;
-            let codes = &self.codes[start + first / plane.per_word() * width..]
-                [..(words - first / plane.per_word()) * width];
-            let ahead = ahead.next().unwrap_or_default();
-            Panel { codes, width, bits, unit: (1 << shift) as f32, ahead }
-        })
+            let skipped = first / plane.per_word();
+            let first = start + 2 * panel * words + skipped * width;
+            &self.codes[first..][..(words - skipped) * width]
+        };
+        let (codes, high) = match *scheme.bits.planes() {
+            [low, high] => (lines(0, low), lines(self.layout.plane_lines(low), high)),
+            ref planes => (lines(0, planes[0]), &[][..]),
+        };
+        let ahead = ahead.next().unwrap_or_default();
+        Panel { codes, high, width, bits: scheme.bits.count(), levels: Levels::of(scheme), ahead }
     }
 }
 

@@ -1,190 +1,91 @@
-//! Scales, zeros and codes of groups, in the arithmetic of KIVI's published functions on f16 tensors.
-//!
-//! Each operation is done in f32 and rounded to f16, as PyTorch does for half tensors: range = max - min, scale =
-//! range / (2^bits - 1), code = round((x - min) / scale) with ties to even. A group whose scale is zero, be it constant or narrower than f16
-//! can divide, has code 0 throughout and gives back its minimum.
+//! Codes and scales of groups.
 
+mod asymmetric;
+mod float8;
+mod lloyd_max;
+mod symmetric;
+mod uniform;
+mod variance;
+
+use crate::hadamard::hadamard;
 use crate::kernel::widen;
-use crate::vector::{lanes, wide};
+use crate::number::LARGEST;
 use crate::words::Scratch;
-use crate::{Axis, Error, Position, Result, Scheme};
+use crate::{Codes, Result, Scheme};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use pulp::{Arch, Simd, WithSimd};
 
 /// Quantizes rows of one width; keeps its scratch space from call to call.
 #[derive(Debug, Default)]
 pub struct Quantizer {
+    /// The rows given, rotated if the scheme says so.
     x: Vec<f32>,
     /// Least and largest number of each group; then zeros and divisors.
     min: Vec<f32>,
     max: Vec<f32>,
     scale: Vec<f32>,
+    balance: variance::Balance,
     pub(crate) scratch: Scratch,
     /// One code per number of the rows last given to [`group_rows`](Self::group_rows).
     pub codes: Vec<u8>,
-    /// One scale per group of these rows.
+    /// One scale per group of these rows, if the scheme has scales.
     pub scales: Vec<f16>,
-    /// One zero per group of these rows.
+    /// One zero per group of these rows, if the scheme has zeros.
     pub zeros: Vec<f16>,
+    /// Of a variance-normalized scheme: a factor per row, or, along channels, per column.
+    pub factors: Vec<f16>,
 }
 
 impl Quantizer {
     /// Quantizes `rows` of `columns` numbers. Along tokens they are one group per column: `columns` scales. Along channels each row has its
-    /// own groups: scales come row by row.
+    /// own groups: scales come row by row. Rows of a variance-normalized scheme are one tile.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] for a group whose range is beyond f16's, rows counted from the first given.
+    /// [`OutOfRange`](crate::Error::OutOfRange) for an asymmetric group whose range is beyond f16's, rows counted from the first given.
     pub fn group_rows(&mut self, rows: &[f16], columns: usize, scheme: Scheme) -> Result<()> {
         widen(rows, &mut self.x);
-        let groups = match scheme.along {
-            Axis::Tokens => columns,
-            Axis::Channels => rows.len() / columns * columns.div_ceil(scheme.group),
-        };
-        for x in [&mut self.min, &mut self.max, &mut self.scale] {
-            x.resize(groups, 0.0);
+        if scheme.rotated {
+            self.rotate(columns, scheme);
         }
-        let Self { x, min, max, .. } = self;
-        match scheme.along {
-            Axis::Tokens => extremes_of_columns(x, min, max),
-            Axis::Channels => extremes_of_groups(x, columns, scheme.group, min, max),
-        }
-        self.params(scheme, columns)?;
         self.codes.resize(rows.len(), 0);
-        let Self { x, min, max, codes, .. } = self;
-        let largest = scheme.bits.max_code() as f32;
-        match scheme.along {
-            Axis::Tokens => encode_columns(x, min, max, largest, codes),
-            Axis::Channels => encode_groups(x, columns, scheme.group, min, max, largest, codes),
+        self.scales.clear();
+        self.zeros.clear();
+        self.factors.clear();
+        match scheme.codes {
+            Codes::Asymmetric => return self.asymmetric(columns, scheme),
+            Codes::Uniform => self.uniform(columns, scheme),
+            Codes::Symmetric => self.symmetric(columns, scheme),
+            Codes::Float8 { kind, scale } => self.float8(columns, scheme.group, kind, scale),
+            Codes::LloydMax { norm_correction } => {
+                self.lloyd_max(columns, scheme, norm_correction);
+            }
+            Codes::VarianceNormalized { .. } => self.variance_normalized(columns, scheme),
         }
         Ok(())
     }
 
-    /// From extremes to scales and zeros; leaves zeros in `min` and divisors in `max`.
-    fn params(&mut self, scheme: Scheme, columns: usize) -> Result<()> {
-        const BEYOND: f32 = 65520.0; // rounds to infinity
-        let Self { min, max, scale, .. } = self;
-        if let Some(group) = (0..min.len()).find(|&group| max[group] - min[group] >= BEYOND) {
-            let (row, column) = match scheme.along {
-                Axis::Tokens => (0, group),
-                Axis::Channels => {
-                    let groups = columns.div_ceil(scheme.group);
-                    (group / groups, group % groups * scheme.group)
-                }
-            };
-            let at = Position::Matrix { row, column };
-            return Err(Error::OutOfRange { value: max[group] - min[group], at });
-        }
-        scales(min, max, scheme.bits.max_code() as f32, scale);
-        self.scales.resize(min.len(), f16::ZERO);
-        self.zeros.resize(min.len(), f16::ZERO);
-        self.scales.convert_from_f32_slice(scale);
-        self.zeros.convert_from_f32_slice(min);
-        Ok(())
-    }
-}
-
-wide! {
-    /// The least and the largest number of each column.
-    fn extremes_of_columns(x: &'a [f32], min: &'a mut [f32], max: &'a mut [f32]) -> () {
-        min.fill(f32::INFINITY);
-        max.fill(f32::NEG_INFINITY);
-        for row in x.chunks_exact(min.len()) {
-            for ((&x, min), max) in row.iter().zip(min.iter_mut()).zip(max.iter_mut()) {
-                *min = if x < *min { x } else { *min };
-                *max = if x > *max { x } else { *max };
-            }
+    /// Transforms the rows. Numbers that grew too large are those of rows that were quantized before:
+    /// others are refused at the door.
+    fn rotate(&mut self, columns: usize, scheme: Scheme) {
+        hadamard(&mut self.x, columns);
+        let largest = LARGEST.to_f32();
+        self.x.iter_mut().for_each(|x| *x = x.clamp(-largest, largest));
+        if scheme.codes == Codes::Asymmetric {
+            // That arithmetic is of f16 numbers.
+            self.scales.resize(self.x.len(), f16::ZERO);
+            self.scales.convert_from_f32_slice(&self.x);
+            widen(&self.scales, &mut self.x);
         }
     }
-}
 
-wide! {
-    /// The least and the largest number of each group of each row.
-    fn extremes_of_groups(x: &'a [f32], columns: usize, group: usize, min: &'a mut [f32], max: &'a mut [f32]) -> () {
-        let groups = x.chunks_exact(columns).flat_map(|row| row.chunks(group));
-        for ((group, min), max) in groups.zip(min).zip(max) {
-            *min = lanes(group, f32::INFINITY, |a, b| if b < a { b } else { a });
-            *max = lanes(group, f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
-        }
-    }
-}
-
-wide! {
-    /// Scales of groups; leaves what differences are divided by in `max`: infinity, and so code 0 for all, in a group without a scale.
-    fn scales(min: &'a [f32], max: &'a mut [f32], largest: f32, scales: &'a mut [f32]) -> () {
-        for ((min, max), scale) in min.iter().zip(max).zip(scales) {
-            *scale = as_f16(as_f16(*max - min) / largest);
-            *max = if *scale == 0.0 { f32::INFINITY } else { *scale };
-        }
-    }
-}
-
-wide! {
-    /// Codes of rows with one zero and one divisor per column.
-    fn encode_columns(x: &'a [f32], zeros: &'a [f32], divisors: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
-        for (row, codes) in x.chunks_exact(zeros.len()).zip(codes.chunks_exact_mut(zeros.len())) {
-            for (((code, x), zero), divisor) in codes.iter_mut().zip(row).zip(zeros).zip(divisors) {
-                *code = encode(*x, *zero, *divisor, largest);
-            }
-        }
-    }
-}
-
-wide! {
-    /// Codes of rows whose groups have a zero and a divisor each.
-    fn encode_groups(x: &'a [f32], columns: usize, group: usize, zeros: &'a [f32], divisors: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
-        let groups = x.chunks_exact(columns).flat_map(|row| row.chunks(group));
-        let codes = codes.chunks_exact_mut(columns).flat_map(|row| row.chunks_mut(group));
-        for (((group, codes), zero), divisor) in groups.zip(codes).zip(zeros).zip(divisors) {
-            for (code, x) in codes.iter_mut().zip(group) {
-                *code = encode(*x, *zero, *divisor, largest);
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn encode(x: f32, zero: f32, divisor: f32, largest: f32) -> u8 {
-    round(as_f16(as_f16(x - zero) / divisor), largest)
-}
-
-/// To the nearest number that f16 can hold, ties to even, for numbers from 0 to f16's largest.
-#[inline(always)]
-fn as_f16(x: f32) -> f32 {
-    const LEAST_NORMAL: f32 = 6.103_515_6e-5; // 2^-14
-    // Adding 0.5 to a smaller number leaves it 2^-24, f16's smallest, as its last place.
-    let small = (x + 0.5) - 0.5;
-    let bits = x.to_bits();
-    let normal = f32::from_bits((bits + 0xfff + (bits >> 13 & 1)) & !0x1fff);
-    if x < LEAST_NORMAL { small } else { normal }
-}
-
-/// To the nearest whole number from 0 to `largest`, ties to even.
-#[inline(always)]
-fn round(x: f32, largest: f32) -> u8 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
-    let x = if x > largest { largest } else { x };
-    let x = if x < 0.0 { 0.0 } else { x };
-    (x + MAGIC).to_bits() as u8
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn f16_rounding_is_that_of_half() {
-        // An odd step through all bit patterns.
-        let odd = if cfg!(miri) { 1_000_003 } else { 1013 };
-        for bits in (0..=65504f32.to_bits()).step_by(odd) {
-            let x = f32::from_bits(bits);
-            assert_eq!(as_f16(x), f16::from_f32(x).to_f32(), "{x:e}");
-        }
-        // Ties, among normal numbers and below.
-        for x in
-            [1.0 + 2f32.powi(-11), 1.0 + 3.0 * 2f32.powi(-11), 2f32.powi(-25), 3.0 * 2f32.powi(-25)]
-        {
-            assert_eq!(as_f16(x), f16::from_f32(x).to_f32(), "{x:e}");
-        }
+    /// The groups along channels with their codes.
+    fn groups<'a>(
+        x: &'a [f32],
+        codes: &'a mut [u8],
+        columns: usize,
+        group: usize,
+    ) -> impl Iterator<Item = (&'a [f32], &'a mut [u8])> {
+        let groups = x.chunks_exact(columns).flat_map(move |row| row.chunks(group));
+        groups.zip(codes.chunks_exact_mut(columns).flat_map(move |row| row.chunks_mut(group)))
     }
 }

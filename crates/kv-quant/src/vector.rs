@@ -34,6 +34,15 @@ wide! {
 }
 
 wide! {
+    /// `out += sums * factors`.
+    fn multiply_and_add(sums: &'a [f32], factors: &'a [f32], out: &'a mut [f32]) -> () {
+        for ((out, sum), factor) in out.iter_mut().zip(sums).zip(factors) {
+            *out += sum * factor;
+        }
+    }
+}
+
+wide! {
     /// `a · b`.
     fn dot(a: &'a [f32], b: &'a [f32]) -> f32 {
         dot_lanes(a, b)

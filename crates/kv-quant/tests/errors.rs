@@ -1,8 +1,8 @@
 //! Bad input to the slice API: an error that says what was expected, what came and where; never a panic; nothing changed.
 
 use kv_quant::{
-    Axis, Bits, Error, Flush, Format, KeyBasis, Mask, Packed, Pool, PoolShape, Position, Quantizer,
-    Queries, Result, Rotary, Scheme,
+    Axis, Bits, Error, Float8, Flush, Format, KeyBasis, Mask, Packed, Pool, PoolShape, Position,
+    Quantizer, Queries, Result, Rotary, Scheme, StaticScale,
 };
 
 fn scheme(along: Axis) -> Scheme {
@@ -40,6 +40,8 @@ fn message<T>(result: Result<T>) -> String {
 
 #[test]
 fn settings_are_checked() {
+    let normalized = Scheme::variance_normalized(Bits::Two, Axis::Channels, 64).unwrap();
+    let float8 = Scheme::float8(Float8::E4m3, None);
     let bad_scheme = Scheme { group: 48, ..scheme(Axis::Channels) };
     let (tokens, channels) = (scheme(Axis::Tokens), scheme(Axis::Channels));
     let rotary = |frequencies: &[f64]| Ok(Rotary::new(frequencies, 0)?.into());
@@ -47,7 +49,7 @@ fn settings_are_checked() {
         (message(Bits::try_from(5)), "setting `bits`: expected 2, 3, 4 or 8, got 5"),
         (
             message(Scheme::new(Bits::Two, Axis::Tokens, 0)),
-            "`group`: expected 32, 64 or 128, got 0",
+            "`group`: expected 32, 64, 128, or 256 along channels, got 0",
         ),
         (message(Packed::new(32, 8, bad_scheme, Axis::Tokens)), "`group`"),
         (message(Packed::new(32, 0, channels, Axis::Tokens)), "`columns`: expected at least 1"),
@@ -73,10 +75,59 @@ fn settings_are_checked() {
             message(rotary(&[1.0; 5]).and_then(|r| Pool::before_rope(shape(8), kivi(), r))),
             "expected at most head_dim = 8, got 10",
         ),
+        (
+            message(
+                rotary(&[1.0])
+                    .and_then(|r| Pool::before_rope(shape(8), kivi().with_rotated_keys(), r)),
+            ),
+            "`keys`: expected asymmetric integers",
+        ),
+        (message(Scheme::lloyd_max(Bits::Eight, true)), "`bits`: expected 2, 3 or 4"),
+        (message(Scheme::symmetric(Bits::Four, 48)), "`group`"),
+        (
+            message(Packed::new(32, 8, Scheme { bits: Bits::Four, ..float8 }, Axis::Tokens)),
+            "`bits`: expected 8",
+        ),
+        (
+            message(Packed::new(
+                32,
+                8,
+                Scheme { along: Axis::Tokens, group: 32, ..float8 },
+                Axis::Tokens,
+            )),
+            "`along`: expected channels",
+        ),
+        (message(Scheme::new(Bits::Four, Axis::Tokens, 256)), "`group`"),
+        (message(Format::kvarn(Bits::Four, Bits::Two, 256)), "`group`"),
+        (message(StaticScale::new(f32::NAN)), "`scale`: expected one between"),
+        (message(StaticScale::new(-1.0)), "`scale`: expected one between"),
+        (message(Format::new(tokens, normalized, Flush::Rolling(0))), "`flush`"),
+        (message(Format::new(channels, normalized, Flush::Immediate)), "`flush`"),
         (message(rotary(&[f64::NAN])), "`frequency`: expected a finite number, got NaN"),
     ] {
         assert!(got.contains(want), "{got:?} does not say {want:?}");
     }
+}
+
+#[test]
+fn rotated_numbers_are_within_range() {
+    // Equal numbers gather in the first channel of their block: 8 times as large, of 64.
+    let of = |x: f32| -> Vec<f32> { (0..100 * 64).map(|i| if i < 64 { 1.0 } else { x }).collect() };
+    let rotated = scheme(Axis::Channels).rotated();
+    let quantize = |x: &[f32]| Packed::quantize(x, 64, rotated, Axis::Tokens);
+    quantize(&of(4000.0)).unwrap();
+    let at = Position::Matrix { row: 1, column: 0 };
+    assert_eq!(quantize(&of(5000.0)), Err(Error::OutOfRange { value: 40000.0, at }));
+    let format = Format::rotated_symmetric(Bits::Four, Bits::Four);
+    let shape = PoolShape { kv_heads: 2, head_dim: 64, value_dim: 64 };
+    let mut pool = Pool::new(shape, format).unwrap();
+    let error = pool.append(&[3], &[0, 50], &of(1.0), &of(5000.0)).unwrap_err();
+    let Error::OutOfRange { at: Position::Sequence { of, token, head, channel, .. }, .. } = error
+    else {
+        panic!("{error}")
+    };
+    assert_eq!((of, token, head, channel), ("values", 0, 1, 0));
+    assert_eq!(pool.seqs().len(), 0);
 }
 
 #[test]
@@ -86,7 +137,10 @@ fn matrices_check_their_sizes() {
     assert!(message(packed.push(&numbers(12), q)).contains("whole rows of 8 numbers, got 12"));
     assert!(message(packed.push(&numbers(41 * 8), q)).contains("expected at most 40, got 41"));
     packed.push(&numbers(5 * 8), q).unwrap();
-    assert!(message(packed.push(&numbers(8), q)).contains("a multiple of the group, 32, got 5"));
+    assert!(
+        message(packed.push(&numbers(8), q))
+            .contains("a multiple of 32, which are quantized together, got 5")
+    );
     assert!(message(packed.dequantize(&mut [0.0; 8])).contains("5 x 8 numbers, got 8"));
     assert_eq!((packed.rows(), packed.code(5, 0), packed.params(0, 8)), (5, None, None));
     // The range of a group is too large, rows counted from the first given; what was there stays.

@@ -3,9 +3,7 @@
 
 mod plain;
 
-use kv_quant::{
-    Bits, CacheFile, Error, Format, KeyBasis, Mask, Pool, Queries, Rotary, save, to_bytes,
-};
+use kv_quant::{Bits, CacheFile, Error, Format, Mask, Pool, Queries, Rotary, save, to_bytes};
 use plain::{all, formats, numbers, shape};
 
 const D: usize = 48;
@@ -16,7 +14,7 @@ fn pools() -> Vec<Pool> {
     let mut pools: Vec<Pool> =
         formats().into_iter().map(|format| Pool::new(shape(2, D, V), format).unwrap()).collect();
     let format = Format::flexgen(Bits::Eight, Bits::Two, 32).unwrap();
-    pools.push(Pool::new(shape(1, D, D), format.with_basis(KeyBasis::Hadamard)).unwrap());
+    pools.push(Pool::new(shape(1, D, D), format.with_rotated_keys()).unwrap());
     let rotary = Rotary::new(&[1.0, 0.1, 0.01], 4).unwrap().into();
     let format = Format::kivi(Bits::Four, Bits::Four, 32, 32).unwrap();
     pools.push(Pool::before_rope(shape(2, D, V), format, rotary).unwrap());
@@ -148,12 +146,12 @@ fn damage_is_an_error() {
 fn other_versions_are_refused() {
     let (_dir, path) = file();
     let text = std::fs::read(&path).unwrap();
-    let at = text.windows(13).position(|w| w == b"\"version\":\"1\"").unwrap();
+    let at = text.windows(13).position(|w| w == b"\"version\":\"2\"").unwrap();
     let mut other = text.clone();
-    other[at + 11] = b'2';
+    other[at + 11] = b'3';
     let message = CacheFile::from_bytes(other).unwrap_err().to_string();
     assert!(
-        message.contains("version \"1\", got") && message.contains("version \"2\""),
+        message.contains("version \"2\" or \"1\", got") && message.contains("version \"3\""),
         "{message}"
     );
 }

@@ -4,8 +4,8 @@ mod plain;
 
 use half::{bf16, f16};
 use kv_quant::{
-    Axis, Bits, Error, Flush, Format, KeyBasis, Mask, Packed, Pool, Position, Quantizer, Queries,
-    Scheme,
+    Axis, Bits, Codes, Error, Float8, Flush, Format, Mask, Packed, Pool, Position, Quantizer,
+    Queries, Scheme, StaticScale,
 };
 use plain::{numbers, shape};
 use proptest::prelude::*;
@@ -34,14 +34,42 @@ fn format() -> impl Strategy<Value = Format> {
         Just(Flush::Never),
         Just(Flush::Staggered(128)),
     ];
-    let basis = prop_oneof![Just(KeyBasis::Given), Just(KeyBasis::Hadamard)];
-    (scheme(), bits(), group(), flush, basis).prop_filter_map(
+    let kivi = (scheme(), bits(), group(), flush, any::<[bool; 2]>()).prop_filter_map(
         "keys along tokens are not flushed at once",
-        |(keys, bits, group, flush, basis)| {
+        |(keys, bits, group, flush, [rotated_keys, rotated_values])| {
             let values = Scheme::new(bits, Axis::Channels, group).unwrap();
-            Some(Format::new(keys, values, flush).ok()?.with_basis(basis))
+            let format = Format::new(keys, values, flush).ok()?;
+            let format = if rotated_keys { format.with_rotated_keys() } else { format };
+            Some(if rotated_values { format.with_rotated_values() } else { format })
         },
-    )
+    );
+    let flush =
+        prop_oneof![Just(Flush::Immediate), Just(Flush::Rolling(40)), Just(Flush::Staggered(64))];
+    let per_token = (along_channels(), along_channels(), flush)
+        .prop_map(|(keys, values, flush)| Format::new(keys, values, flush).unwrap());
+    let kvarn = (bits(), bits(), group(), prop_oneof![Just(0usize), Just(40)]).prop_map(
+        |(keys, values, tile, residual)| {
+            let format = Format::kvarn(keys, values, tile).unwrap();
+            Format::new(format.keys(), format.values(), Flush::Rolling(residual)).unwrap()
+        },
+    );
+    prop_oneof![2 => kivi, 2 => per_token, 1 => kvarn]
+}
+
+/// Schemes with codes of every kind that have scales per token.
+fn along_channels() -> impl Strategy<Value = Scheme> {
+    let few_bits = prop_oneof![Just(Bits::Two), Just(Bits::Three), Just(Bits::Four)];
+    let groups = prop_oneof![Just(32usize), Just(64), Just(128), Just(Scheme::PER_TOKEN)];
+    let kind = prop_oneof![Just(Float8::E4m3), Just(Float8::E5m2)];
+    let scale = prop_oneof![Just(None), (0.01f32..10.0).prop_map(|s| StaticScale::new(s).ok())];
+    let codes = prop_oneof![
+        (bits(), groups.clone()).prop_map(|(b, g)| Scheme::symmetric(b, g).unwrap()),
+        (bits(), groups).prop_map(|(b, g)| Scheme::new(b, Axis::Channels, g).unwrap()),
+        bits().prop_map(Scheme::uniform),
+        (few_bits, any::<bool>()).prop_map(|(b, nc)| Scheme::lloyd_max(b, nc).unwrap()),
+        (kind, scale).prop_map(|(kind, scale)| Scheme::float8(kind, scale)),
+    ];
+    (codes, any::<bool>()).prop_map(|(s, rotated)| if rotated { s.rotated() } else { s })
 }
 
 /// A matrix of numbers between wide extremes: rows, columns, numbers.
@@ -71,6 +99,68 @@ proptest! {
             let ulp = |x: f32| (x * f32::from(f16::EPSILON)).max(6e-8);
             let slack = largest * ulp(scale) / 2.0 + ulp((x - zero.to_f32()).abs()) + ulp(largest) * scale / 2.0;
             prop_assert!((x - back).abs() <= scale / 2.0 + slack, "{x} -> {back}, scale {scale}");
+        }
+    }
+
+    /// Numbers along channels come back as close as their codes allow: half a step of whole numbers,
+    /// half the distance of the floating-point numbers around them.
+    #[test]
+    fn what_comes_back_is_as_close_as_codes_allow((columns, x) in matrix(40), scheme in along_channels(), lanes in axis()) {
+        let plain = Scheme { rotated: false, ..scheme };
+        let packed = Packed::quantize(&x, columns, plain, lanes).unwrap();
+        let mut back = vec![0.0; x.len()];
+        packed.dequantize(&mut back).unwrap();
+        for (i, (&x, back)) in x.iter().zip(back).enumerate() {
+            let (scale, _) = packed.params(i / columns, i % columns).unwrap();
+            let (x, scale) = (f16::from_f32(x).to_f32(), scale.to_f32().abs());
+            let steps = plain.bits.max_code() as f32;
+            // The scale is rounded to f16, in which the smallest numbers are 6e-8 apart.
+            let rounding = steps * (scale * 1e-3).max(6e-8) + x.abs() * 1e-3;
+            let bound = match plain.codes {
+                Codes::Float8 { kind, scale: static_scale } => {
+                    let scale = static_scale.map_or(scale, StaticScale::get);
+                    let (relative, least) = match kind {
+                        Float8::E4m3 => (1.0 / 16.0, 1.0 / 1024.0),
+                        Float8::E5m2 => (1.0 / 8.0, 1.0 / 131_072.0),
+                    };
+                    let saturated = if static_scale.is_some() { x.abs() - kind.max() * scale } else { 0.0 };
+                    let near = (x.abs() * relative).max(least * scale).max(saturated);
+                    near + if static_scale.is_some() { 0.0 } else { 6e-8 * kind.max() }
+                }
+                // Symmetric codes reach half a step less far on the side that is not the farthest's.
+                Codes::Symmetric => scale + rounding,
+                Codes::LloydMax { .. } => 12.0 * scale + rounding,
+                _ => scale / 2.0 + rounding,
+            };
+            prop_assert!((x - back).abs() <= bound * 1.01, "{x} -> {back}, scale {scale}, {plain:?}");
+        }
+    }
+
+    /// A rotation moves no energy: what is lost is what the codes of the rotated rows lose.
+    #[test]
+    fn rotated_rows_lose_what_their_codes_lose((columns, x) in matrix(40), scheme in along_channels(), lanes in axis()) {
+        let packed = Packed::quantize(&x, columns, scheme.rotated(), lanes).unwrap();
+        let mut back = vec![0.0; x.len()];
+        packed.dequantize(&mut back).unwrap();
+        let block = 1 << columns.trailing_zeros();
+        let rotate = |x: &[f32]| -> Vec<f64> {
+            x.chunks(block).flat_map(|x| (0..block).map(|i| {
+                let sign = |j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                let sum: f64 = x.iter().enumerate().map(|(j, &x)| sign(j) * f64::from(f16::from_f32(x).to_f32())).sum();
+                sum / (block as f64).sqrt()
+            }).collect::<Vec<_>>()).collect()
+        };
+        let of_rotated = Scheme { rotated: false, ..scheme };
+        let narrow: Vec<f32> = rotate(&x).iter().map(|&x| x as f32).collect();
+        let of_rotated = Packed::quantize(&narrow, columns, of_rotated, lanes).unwrap();
+        let mut rotated_back = vec![0.0; x.len()];
+        of_rotated.dequantize(&mut rotated_back).unwrap();
+        let again: Vec<f64> = rotate(&back);
+        let largest = narrow.iter().fold(0f32, |a, x| a.max(x.abs()));
+        for (a, b) in again.iter().zip(&rotated_back) {
+            // The numbers were rounded to f16 once more on this way: a code may be the next one.
+            let step = largest * 2.8 / scheme.bits.max_code().min(7) as f32;
+            prop_assert!((*a as f32 - b).abs() <= step + 1e-3, "{a} {b}");
         }
     }
 

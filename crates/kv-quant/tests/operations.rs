@@ -8,7 +8,7 @@ mod plain;
 use std::collections::BTreeMap;
 
 use half::f16;
-use kv_quant::{Axis, Bits, Flush, Format, Mask, Pool, Queries, Scheme};
+use kv_quant::{Axis, Bits, Codes, Flush, Format, Mask, Packed, Pool, Queries, Scheme};
 use plain::{Random, formats, shape};
 
 const KV: usize = 2;
@@ -61,6 +61,22 @@ fn columns(rows: &[&[f16]], bits: Bits) -> Vec<Vec<f32>> {
     out
 }
 
+/// Tokens that are quantized together, as they come back. Codes other than plain asymmetric integers
+/// are compared with public implementations elsewhere; here the codec stands for them.
+fn pack(rows: &[&[f16]], scheme: Scheme) -> Vec<Vec<f32>> {
+    if scheme.codes == Codes::Asymmetric && !scheme.rotated {
+        return match scheme.along {
+            Axis::Tokens => columns(rows, scheme.bits),
+            Axis::Channels => rows.iter().map(|x| row(x, scheme)).collect(),
+        };
+    }
+    let width = rows[0].len();
+    let packed = Packed::quantize(&rows.concat(), width, scheme, Axis::Channels).unwrap();
+    let mut back = vec![0.0; rows.len() * width];
+    packed.dequantize(&mut back).unwrap();
+    back.chunks(width).map(<[f32]>::to_vec).collect()
+}
+
 fn block(format: &Format) -> usize {
     if format.keys().along == Axis::Tokens { format.keys().group } else { 32 }
 }
@@ -97,15 +113,14 @@ impl Head {
         let first = self.packed_keys();
         for slots in self.slots[first..first + keys].chunks_mut(size) {
             let rows: Vec<&[f16]> = slots.iter().map(|slot| &*slot.key).collect();
-            let packed = match format.keys().along {
-                Axis::Tokens => columns(&rows, format.keys().bits),
-                Axis::Channels => rows.iter().map(|x| row(x, format.keys())).collect(),
-            };
+            let packed = pack(&rows, format.keys());
             slots.iter_mut().zip(packed).for_each(|(slot, x)| slot.packed_key = Some(x));
         }
         let first = self.packed_values();
-        for slot in &mut self.slots[first..first + values] {
-            slot.packed_value = Some(row(&slot.value, format.values()));
+        for slots in self.slots[first..first + values].chunks_mut(size) {
+            let rows: Vec<&[f16]> = slots.iter().map(|slot| &*slot.value).collect();
+            let packed = pack(&rows, format.values());
+            slots.iter_mut().zip(packed).for_each(|(slot, x)| slot.packed_value = Some(x));
         }
         self.start = self.start.max(self.packed_keys().saturating_sub(size));
     }

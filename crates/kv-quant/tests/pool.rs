@@ -3,7 +3,7 @@
 mod plain;
 
 use half::{bf16, f16};
-use kv_quant::{Bits, Error, Flush, Format, KeyBasis, Mask, Pool, Queries, Rotary};
+use kv_quant::{Bits, Error, Flush, Format, Mask, Pool, Queries, Rotary};
 use plain::{Random, all, formats, numbers, shape};
 
 const D: usize = 24;
@@ -33,7 +33,7 @@ fn queries(data: &[f32]) -> Queries<'_> {
 fn with_bases() -> Vec<Pool> {
     let mut pools: Vec<_> = formats().into_iter().map(pool).collect();
     let format = Format::kivi_rolling(Bits::Four, Bits::Four, 32, 32).unwrap();
-    pools.push(pool(format.with_basis(KeyBasis::Hadamard)));
+    pools.push(pool(format.with_rotated_keys()));
     let rotary = Rotary::new(&[1.0, 0.3, 0.01, 1e-4], 3).unwrap();
     pools.push(Pool::before_rope(shape(KV, D, V), format, rotary.into()).unwrap());
     pools
@@ -161,7 +161,7 @@ fn a_fork_equals_a_copy() {
 #[test]
 fn truncated_equals_never_fed() {
     let kivi = |bits, residual| Format::kivi_rolling(bits, bits, 32, residual).unwrap();
-    let hadamard = kivi(Bits::Two, 32).with_basis(KeyBasis::Hadamard);
+    let hadamard = kivi(Bits::Two, 32).with_rotated_keys();
     for format in [kivi(Bits::Four, 64), kivi(Bits::Two, 0), hadamard, Format::f16()] {
         for len in [40, 64, 96, 127, 128, 129, 160, 191, 200] {
             for cut in [0, 1, 3, 31, 32] {

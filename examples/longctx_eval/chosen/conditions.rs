@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
-use longctx_eval::{Setting, Task, content_hash, longbench};
+use longctx_eval::{Category, Setting, Task, content_hash, ruler};
 use longctx_examples::place::Place;
 
-use super::{Chosen, DATA, NEEDLES, TaskArgs};
+use super::{Chosen, DATA, LONGBENCH_V2, NEEDLES, TaskArgs};
 
 type Conditions = BTreeMap<String, String>;
 
@@ -23,7 +23,12 @@ impl Chosen {
             all.insert("device and format".into(), self.place.describe());
         }
         for setting in settings {
-            all.insert(format!("model {}", setting.model), content(&setting.model)?);
+            match &setting.server {
+                None => all.insert(format!("model {}", setting.model), content(&setting.model)?),
+                Some(server) => {
+                    all.insert(format!("server of {}", setting.name), server.label.clone())
+                }
+            };
         }
         let uses = |method: &str| settings.iter().any(|setting| setting.method.starts_with(method));
         if uses("llmlingua2") {
@@ -43,12 +48,16 @@ impl TaskArgs {
     pub fn conditions(&self, tasks: &[Box<dyn Task>], settings: &[Setting]) -> Result<Conditions> {
         let mut all = Conditions::new();
         let data = self.data.as_deref().unwrap_or(Path::new(DATA));
-        for name in longbench::names().filter(|name| tasks.iter().any(|task| task.name() == *name))
-        {
-            let file = data.join(format!("{name}.jsonl"));
-            all.insert(format!("data {name}"), content_hash(&file)?);
+        let ours = [Category::Needle, Category::Ruler, Category::LongGeneration];
+        for task in tasks.iter().filter(|task| !ours.contains(&task.category())) {
+            let file = match task.category() {
+                Category::MultipleChoice => data.join(LONGBENCH_V2),
+                _ => data.join(format!("{}.jsonl", task.name())),
+            };
+            all.insert(format!("data {}", task.name()), content_hash(&file)?);
         }
-        if tasks.iter().any(|task| NEEDLES.contains(&task.name())) {
+        let of_ruler = |task: &dyn Task| ruler::names().any(|name| name == task.name());
+        if tasks.iter().any(|task| of_ruler(task.as_ref()) || NEEDLES.contains(&task.name())) {
             let haystack = self.haystack.as_deref().map(content_hash).transpose()?;
             all.insert("haystack".into(), haystack.unwrap_or_else(|| "generated".into()));
             if let (Some(first), false) = (settings.first(), self.needle_tokens.is_empty()) {

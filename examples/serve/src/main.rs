@@ -30,7 +30,7 @@ use tokio::sync::mpsc::unbounded_channel;
 #[derive(Parser)]
 #[command(about = "Serves a model over the OpenAI API, many sequences at a time")]
 struct Args {
-    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default
+    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default
     /// SmolLM2-135M-Instruct, fetched if need be
     #[arg(long)]
     model: Option<String>,
@@ -73,10 +73,7 @@ struct Args {
 async fn main() -> Result<()> {
     let args = Args::parse();
     ensure!(args.step_tokens > 0 && args.max_tokens > 0, "tokens: expected at least 1, got 0");
-    let name = match &args.model {
-        Some(name) => name.clone(),
-        None => model::smollm2()?.display().to_string(),
-    };
+    let name = model::named(args.model.as_deref())?;
     let llm = Llm::open(&name, &args.place)?;
     let metrics = Arc::new(Metrics::new());
     let (requests, received) = unbounded_channel();

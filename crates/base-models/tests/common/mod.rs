@@ -1,6 +1,8 @@
 //! GGUF files with the metadata and tensors that a test needs, and the logits of fixtures.
 #![allow(dead_code)]
 
+pub mod cases;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 

@@ -72,7 +72,7 @@ fn map<'a>(title: String, records: impl Iterator<Item = &'a Record>) -> Option<M
 }
 
 /// Depth, length and what it counts, from a sample's id: "600-words-0.111-1".
-fn place(id: &str) -> Option<(u32, u32, &'static str)> {
+pub(super) fn place(id: &str) -> Option<(u32, u32, &'static str)> {
     let mut parts = id.split('-');
     let length = parts.next()?.parse().ok()?;
     let unit = ["words", "tokens"].into_iter().find(|unit| parts.clone().next() == Some(unit))?;

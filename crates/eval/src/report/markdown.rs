@@ -2,6 +2,7 @@
 
 use super::agreement::Line;
 use super::table::{Table, distinct};
+use crate::statistics::Difference;
 
 /// A table as text: a title, a head and rows.
 pub(super) struct Cells {
@@ -46,7 +47,14 @@ fn categories(table: &Table) -> Cells {
     let first = table.rows.first().map(|row| row.setting.clone()).unwrap_or_default();
     let mut head = vec!["setting".to_owned()];
     head.extend(categories.iter().map(|(_, words)| (*words).to_owned()));
-    let more = ["mean", "better / worse", "dense / held", "first token, s", "decode, tokens/s"];
+    let more = [
+        "mean",
+        "better / worse",
+        "difference [95 %]",
+        "dense / held",
+        "first token, s",
+        "decode, tokens/s",
+    ];
     head.extend(more.map(str::to_owned));
     let row = |row: &super::table::Row| {
         let mut cells = vec![row.setting.clone()];
@@ -56,6 +64,14 @@ fn categories(table: &Table) -> Cells {
             true => "–".to_owned(),
             false => format!("{} / {}", row.better, row.worse),
         });
+        cells.push(row.difference.map_or_else(
+            || "–".to_owned(),
+            |Difference { interval, .. }| {
+                let [mean, low, high] =
+                    [interval.mean, interval.low, interval.high].map(|x| 100.0 * x);
+                format!("{mean:+.1} [{low:+.1}, {high:+.1}]")
+            },
+        ));
         cells.push(number(row.ratio, 2));
         cells.push(number(Some(row.first_token_seconds), 2));
         cells.push(number(row.decode_tokens_per_second, 1));
@@ -65,7 +81,8 @@ fn categories(table: &Table) -> Cells {
         title: "Score by category, bytes and speed".into(),
         note: format!(
             "Percent, the mean of a category's tasks. Better / worse: on how many samples the score is above and below that of {first}. \
-             Dense / held: bytes of a dense f16 cache over bytes held, both counted."
+             Difference: to the dense setting of the same model, sample by sample, with a 95 % bootstrap interval; it differs where the interval \
+             leaves 0 out. Dense / held: bytes of a dense f16 cache over bytes held, both counted."
         ),
         head,
         rows: table.rows.iter().map(row).collect(),

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 
+use crate::statistics::{self, Difference, of_setting};
 use crate::{Category, Error, Record, Result};
 
 /// The paper's categories and ours, with the words for a table's head, in its order.
-pub(super) const CATEGORIES: [(Category, &str); 8] = [
+pub(super) const CATEGORIES: [(Category, &str); 10] = [
     (Category::SingleDocQa, "Single-doc QA"),
     (Category::MultiDocQa, "Multi-doc QA"),
     (Category::Summarization, "Summarization"),
@@ -14,6 +15,8 @@ pub(super) const CATEGORIES: [(Category, &str); 8] = [
     (Category::Code, "Code"),
     (Category::Needle, "Needle"),
     (Category::LongGeneration, "Long generation"),
+    (Category::Ruler, "RULER"),
+    (Category::MultipleChoice, "Multiple choice"),
 ];
 
 /// All settings, in the order in which they came.
@@ -31,6 +34,8 @@ pub(super) struct Row {
     /// On how many samples the score is better and worse than the first setting's.
     pub better: usize,
     pub worse: usize,
+    /// To the dense setting of the same model; `None` of that one itself.
+    pub difference: Option<Difference>,
     /// Bytes held at the end, the mean.
     pub kv_bytes: Option<f64>,
     /// Dense bytes over bytes held, summed over all samples that tell both.
@@ -64,7 +69,10 @@ impl Table {
             .collect();
         let of = |setting: &String| {
             let own: Vec<_> = records.iter().filter(|record| record.setting == *setting).collect();
-            Row::new(setting, &tasks, &own, &reference)
+            let difference = statistics::reference(&settings, setting)
+                .filter(|dense| dense != setting)
+                .and_then(|dense| Difference::of_pairs(&own, &of_setting(records, dense)));
+            Row { difference, ..Row::new(setting, &tasks, &own, &reference) }
         };
         Self { rows: settings.iter().map(of).collect(), tasks }
     }
@@ -139,6 +147,7 @@ impl Row {
             samples: own.len(),
             better,
             worse,
+            difference: None,
             kv_bytes: mean(own.iter().filter_map(|r| Some(r.kv_bytes? as f64))),
             ratio: (held > 0.0).then(|| dense / held),
             first_token_seconds: mean(own.iter().map(|r| r.timings.first_token_seconds))

@@ -5,12 +5,13 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use longctx_core::{
-    Batch, CausalLm, Footprint, GenerateOptions, Generation, Logits, Prompt, PromptCompressor,
-    Rate, SeqId, generate, prefill,
+    Batch, CausalLm, Footprint, GenerateOptions, Generation, Logits, PromptCompressor, Rate, SeqId,
+    generate, prefill,
 };
 
+use super::shorten::{Compressor, Short, shorten};
 use super::subject::{Answer, Fault, Question, Subject};
-use crate::{Forced, truncate_middle};
+use crate::Forced;
 
 /// The sequence that every sample runs in.
 const SEQ: SeqId = 0;
@@ -50,7 +51,7 @@ pub struct Reader {
     text: Box<dyn Text>,
     context: usize,
     prefill_chunk: Option<usize>,
-    compressor: Option<(Box<dyn PromptCompressor>, Rate)>,
+    compressor: Option<Compressor>,
     dense_bytes_per_token: Option<f64>,
 }
 
@@ -88,33 +89,13 @@ impl Reader {
         self
     }
 
-    /// The turn as the model gets it, and how many tokens compression took from it.
     fn shorten(
         &mut self,
         turn: &str,
         context: Option<&Range<usize>>,
         question: Option<&str>,
-        spent: &mut Duration,
-    ) -> Result<(String, usize), Fault> {
-        let text = &self.text;
-        let encode = |x: &str| text.encode(x, false);
-        let cut = truncate_middle(turn, self.context, encode, |tokens| text.decode(tokens))?;
-        let Some((compressor, rate)) = &mut self.compressor else {
-            return Ok((cut, 0));
-        };
-        let (before, inner, after) = context
-            .and_then(|place| inside(&cut, turn.get(..place.start)?, turn.get(place.end..)?))
-            .unwrap_or(("", &cut, ""));
-        if inner.trim().is_empty() {
-            return Ok((cut, 0));
-        }
-        let started = Instant::now();
-        let prompt = Prompt { question, ..Prompt::new(inner)? };
-        let short = compressor.compress(prompt, *rate)?.text;
-        *spent += started.elapsed();
-        let short = [before, &short, after].concat();
-        let saved = encode(&cut)?.len().saturating_sub(encode(&short)?.len());
-        Ok((short, saved))
+    ) -> Result<Short, Fault> {
+        shorten(turn, context, question, (&*self.text, self.context), self.compressor.as_mut())
     }
 
     /// Bytes that the model's caches or states hold now.
@@ -176,16 +157,19 @@ impl Subject for Reader {
             let started = Instant::now();
             let sample = question.sample;
             let context = sample.context.as_ref().filter(|_| i == 0);
-            let (text, less) =
-                self.shorten(turn, context, sample.question.as_deref(), &mut done.model)?;
-            saved += less;
-            conversation.push(text);
+            let short = self.shorten(turn, context, sample.question.as_deref())?;
+            saved += short.saved;
+            done.model += short.spent;
+            conversation.push(short.text);
             let in_template =
                 if question.sample.chat { self.text.chat(&conversation)? } else { None };
             let template = in_template.is_some();
             // A space at the end would be a token of its own, which models have seldom seen there.
-            let full = in_template
+            let mut full = in_template
                 .unwrap_or_else(|| conversation.join("\n").trim_end_matches(' ').to_owned());
+            if i + 1 == sample.turns.len() {
+                full += sample.answer_prefix.as_deref().unwrap_or("");
+            }
             let tokens = match full.strip_prefix(&read) {
                 Some(rest) if i > 0 => {
                     [std::mem::take(&mut pending), self.text.encode(rest, false)?].concat()
@@ -217,8 +201,7 @@ impl Subject for Reader {
 
     fn teacher_forced(&mut self, prompt: &str, text: &str) -> Result<Forced, Fault> {
         self.model.remove(SEQ);
-        let mut unused = Duration::ZERO;
-        let (prompt, saved) = self.shorten(prompt, None, None, &mut unused)?;
+        let Short { text: prompt, saved, .. } = self.shorten(prompt, None, None)?;
         let prompt = self.text.encode(&prompt, true)?;
         let tokens = self.text.encode(text, false)?;
         let mut next = prefill(&mut *self.model, SEQ, &prompt, self.prefill_chunk)?;
@@ -232,14 +215,6 @@ impl Subject for Reader {
         let (kv_bytes, dense_bytes) = (Some(self.kv_bytes()), self.dense_bytes(saved));
         Ok(Forced { tokens, logits, kv_bytes, dense_bytes })
     }
-}
-
-/// `text` as the part before the context, the context, and the part after it; `None` if the cut in
-/// the middle went into the parts around the context.
-fn inside<'a>(text: &'a str, before: &str, after: &str) -> Option<(&'a str, &'a str, &'a str)> {
-    let inner = text.strip_prefix(before)?.strip_suffix(after)?;
-    let start = before.len();
-    Some((&text[..start], inner, &text[start + inner.len()..]))
 }
 
 /// A model with a stopwatch.

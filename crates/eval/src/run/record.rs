@@ -14,6 +14,9 @@ pub struct Record {
     pub category: Category,
     /// The sample's id.
     pub sample: String,
+    /// The part of the task that the sample is of, such as its length.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// SHA-256 of the question: the turns, what would be right, and the limits. `None` in results
     /// of versions that did not note it.
     #[serde(default)]

@@ -99,6 +99,7 @@ fn make(size: Size, sample: impl Fn(&mut ChaCha8Rng) -> Parts) -> Result<Samples
             classes: Vec::new(),
             max_new_tokens,
             chat: true,
+            ..Sample::default()
         }
     };
     Ok(Samples { samples: (0..size.samples).map(one).collect(), skipped: Vec::new() })
@@ -121,9 +122,27 @@ fn lines(text: &str) -> impl Iterator<Item = &str> {
     text.lines().map(str::trim).filter(|line| !line.is_empty())
 }
 
+/// Of each line of the answer, whether the prediction has it at the same place.
+fn right_lines(prediction: &str, answer: &str) -> Vec<bool> {
+    let ours = lines(prediction).map(Some).chain(std::iter::repeat(None));
+    lines(answer).zip(ours).map(|(theirs, ours)| ours == Some(theirs)).collect()
+}
+
 /// The share of lines at the same place in both texts that are equal, of the longer text's lines.
 fn same_lines(prediction: &str, answer: &str) -> f64 {
-    let same = lines(prediction).zip(lines(answer)).filter(|(ours, theirs)| ours == theirs).count();
+    let same = right_lines(prediction, answer).into_iter().filter(|right| *right).count();
     let longer = lines(prediction).count().max(lines(answer).count());
     if longer == 0 { 1.0 } else { same as f64 / longer as f64 }
+}
+
+/// The share that is right in each quarter; `None` of fewer than four items.
+fn quarters(right: &[bool]) -> Option<[f64; 4]> {
+    if right.len() < 4 {
+        return None;
+    }
+    let share = |quarter: usize| {
+        let part = &right[quarter * right.len() / 4..(quarter + 1) * right.len() / 4];
+        part.iter().filter(|right| **right).count() as f64 / part.len() as f64
+    };
+    Some([0, 1, 2, 3].map(share))
 }

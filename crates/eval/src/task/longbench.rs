@@ -1,4 +1,5 @@
-//! LongBench (Bai et al., arXiv 2308.14508): 16 English tasks, prompted and scored as in the paper's longctx_bench.
+//! LongBench (Bai et al., arXiv 2308.14508): 16 English tasks, prompted and scored as in the paper's longctx_bench; and the
+//! 13 of them that LongBench-E has, with as many samples of each length.
 
 #[cfg(feature = "hub")]
 mod hub;
@@ -19,24 +20,43 @@ use crate::{Category, Error, Result, Sample, Samples, Score, Task};
 /// One of LongBench's tasks, with the file that holds its records.
 #[derive(Debug, Clone)]
 pub struct LongBench {
+    name: String,
     spec: &'static Spec,
+    /// LongBench-E groups its samples by the words of their context.
+    by_length: bool,
     file: PathBuf,
 }
+
+/// LongBench's tasks that LongBench-E has not.
+const NOT_IN_E: [&str; 3] = ["narrativeqa", "musique", "qmsum"];
 
 /// The names of the 16 tasks, which are also those of their files.
 pub fn names() -> impl Iterator<Item = &'static str> {
     SPECS.iter().map(|spec| spec.name)
 }
 
-/// The task called `name`, its records in `folder/name.jsonl`.
+/// The names of LongBench-E's 13 tasks, which are also those of their files: `qasper_e`, …
+pub fn names_e() -> impl Iterator<Item = String> {
+    names().filter(|name| !NOT_IN_E.contains(name)).map(|name| format!("{name}_e"))
+}
+
+/// The task of LongBench or LongBench-E called `name`, its records in `folder/name.jsonl`.
 ///
 /// # Errors
 /// [`Error::Setting`] if there is no such task. The file is looked at when the samples are asked for.
 pub fn task(name: &str, folder: impl AsRef<Path>) -> Result<LongBench> {
-    let known = || format!("one of {}", names().collect::<Vec<_>>().join(", "));
-    let spec = SPECS.iter().find(|spec| spec.name == name);
+    let known = || {
+        format!(
+            "one of {}, or {}",
+            names().collect::<Vec<_>>().join(", "),
+            names_e().collect::<Vec<_>>().join(", ")
+        )
+    };
+    let plain = name.strip_suffix("_e").filter(|plain| !NOT_IN_E.contains(plain));
+    let spec = SPECS.iter().find(|spec| spec.name == plain.unwrap_or(name));
     let spec = spec.ok_or_else(|| Error::setting("task", known(), name))?;
-    Ok(LongBench { spec, file: folder.as_ref().join(format!("{name}.jsonl")) })
+    let file = folder.as_ref().join(format!("{name}.jsonl"));
+    Ok(LongBench { name: name.to_owned(), spec, by_length: plain.is_some(), file })
 }
 
 /// All 16 tasks, their records in the folder's files.
@@ -52,13 +72,16 @@ pub fn tasks(folder: impl AsRef<Path>) -> Vec<Box<dyn Task>> {
     let file = |spec: &Spec| folder.as_ref().join(format!("{}.jsonl", spec.name));
     SPECS
         .iter()
-        .map(|spec| Box::new(LongBench { spec, file: file(spec) }) as Box<dyn Task>)
+        .map(|spec| {
+            let (name, file) = (spec.name.to_owned(), file(spec));
+            Box::new(LongBench { name, spec, by_length: false, file }) as Box<dyn Task>
+        })
         .collect()
 }
 
 impl Task for LongBench {
     fn name(&self) -> &str {
-        self.spec.name
+        &self.name
     }
 
     fn category(&self) -> Category {
@@ -92,7 +115,7 @@ impl Task for LongBench {
             prediction = prediction.trim_start_matches('\n').split('\n').next().unwrap_or("");
         }
         let value = self.spec.metric.best(prediction, &sample.answers, &sample.classes);
-        Ok(Score { value, partial: None })
+        Ok(Score { value, ..Score::default() })
     }
 
     /// On SAMSum, where a model would go on with dialogues of its own.
@@ -104,6 +127,7 @@ impl Task for LongBench {
 impl LongBench {
     fn sample(&self, record: Record, line: usize) -> Result<Sample, record::Fault> {
         record.check(self.spec.metric)?;
+        let group = if self.by_length { Some(bucket(record.length()?).to_owned()) } else { None };
         let (prompt, context) = render(self.spec.prompt, &record.context, &record.input);
         Ok(Sample {
             // Identifiers are not unique where a question stands twice in a file; lines are.
@@ -115,7 +139,18 @@ impl LongBench {
             classes: record.all_classes,
             max_new_tokens: self.spec.max_new_tokens,
             chat: !matches!(self.spec.category, Category::FewShot | Category::Code),
+            group,
+            ..Sample::default()
         })
+    }
+}
+
+/// LongBench-E's length groups, in words.
+fn bucket(length: u64) -> &'static str {
+    match length {
+        ..4000 => "0-4k",
+        4000..8000 => "4-8k",
+        8000.. => "8k+",
     }
 }
 

@@ -108,6 +108,7 @@ impl NeedleGrid {
             classes: Vec::new(),
             max_new_tokens: MAX_NEW_TOKENS,
             chat: false,
+            ..Sample::default()
         })
     }
 }
@@ -153,6 +154,6 @@ impl Task for NeedleGrid {
         let best = scores.fold((0.0, 0.0), |(exact, partial), score| {
             (f64::max(exact, score.exact), f64::max(partial, score.partial))
         });
-        Ok(Score { value: best.0, partial: Some(best.1) })
+        Ok(Score { value: best.0, partial: Some(best.1), quarters: None })
     }
 }

@@ -5,7 +5,6 @@ use std::ops::Range;
 use super::plan::{Call, Item, Span, Unit, blocks};
 use super::tile::Tile;
 use super::{PIECE, TILE};
-use crate::KeyBasis;
 use crate::hadamard::hadamard;
 use crate::kernel::{Rows, widen_into};
 use crate::layout::PANEL;
@@ -85,7 +84,7 @@ impl<T: Number> Call<'_, T> {
             }
         }
         vector::scale(out, self.queries.scale);
-        if self.pool.format().basis() == KeyBasis::Hadamard {
+        if self.pool.format().keys().rotated {
             hadamard(out, d);
         }
     }
@@ -122,6 +121,9 @@ impl<T: Number> Call<'_, T> {
         row.resize(d, 0.0);
         for slot in slots.start.max(head.packed_keys)..slots.end {
             widen_into(head.keys.row(&memory.key_pages, slot, d), row);
+            if self.pool.format().keys().rotated {
+                hadamard(row, d);
+            }
             let mut q = q.as_slice();
             if let Some(rotary) = &self.pool.rotary {
                 rotary.rotate_row(row, slot % PANEL);

@@ -3,7 +3,9 @@
 use super::TILE;
 use super::plan::Span;
 use super::score::Buffers;
+use crate::hadamard::hadamard;
 use crate::kernel::{Rows, widen_into};
+use crate::layout::Layout;
 use crate::pool::head::Head;
 use crate::pool::memory::Memory;
 use crate::vector;
@@ -80,6 +82,9 @@ impl Tile {
         row.resize(layout.values.columns, 0.0);
         for slot in slots.start.max(head.packed_values)..slots.end {
             widen_into(head.values.row(&memory.value_pages, slot, row.len()), row);
+            if layout.values.scheme.rotated {
+                hadamard(row, layout.values.columns);
+            }
             let weights = scores[slot - slots.start..].iter().step_by(TILE);
             for (out, weight) in self.out.chunks_exact_mut(self.stride).zip(weights) {
                 vector::add_scaled(*weight, row, out);
@@ -103,11 +108,15 @@ impl Tile {
         }
     }
 
-    /// A row's weighted mean, and the logarithm of its sum of weights; `None` if it saw nothing.
-    pub fn finish(&mut self, row: usize, value_dim: usize) -> Option<(&[f32], f32)> {
-        let sum = self.sum[row];
-        let values = &mut self.out[row * self.stride..][..value_dim];
+    /// A row's weighted mean, rotated back if values are rotated, and the logarithm of its sum of
+    /// weights; `None` if it saw nothing.
+    pub fn finish(&mut self, row: usize, values: &Layout) -> Option<(&[f32], f32)> {
+        let (sum, scheme, columns) = (self.sum[row], values.scheme, values.columns);
+        let values = &mut self.out[row * self.stride..][..columns];
         vector::scale(values, sum.recip());
+        if scheme.rotated {
+            hadamard(values, columns);
+        }
         (sum > 0.0).then(|| (&*values, self.max[row] + sum.ln()))
     }
 }

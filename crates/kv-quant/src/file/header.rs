@@ -2,7 +2,10 @@
 
 use crate::pool::Sequence;
 use crate::pool::head::Head;
-use crate::{Axis, Bits, Error, Flush, Format, KeyBasis, Pool, PoolShape, Result, Rotary, Scheme};
+use crate::{
+    Axis, Bits, Codes, Error, Float8, Flush, Format, KeyBasis, Pool, PoolShape, Result, Rotary,
+    Scheme, StaticScale,
+};
 use serde::{Deserialize, Serialize};
 
 /// A sequence of one pool.
@@ -19,7 +22,7 @@ pub struct Layer {
     flush: String,
     /// Tokens of a rolling or staggered flush.
     residual: usize,
-    /// `given`, `hadamard` or `before-rope`.
+    /// `given` or `before-rope`; in version 1 also `hadamard`, for keys that are rotated.
     basis: String,
     rotary: Option<Embedding>,
     pub heads: Vec<Counts>,
@@ -31,6 +34,29 @@ struct Matrix {
     bits: usize,
     along_tokens: bool,
     group: usize,
+    #[serde(default)]
+    codes: Kind,
+    #[serde(default)]
+    rotated: bool,
+}
+
+/// [`Codes`] by name.
+#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize, PartialEq)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+enum Kind {
+    #[default]
+    Asymmetric,
+    Uniform,
+    Symmetric,
+    /// With the static scale, if there is one.
+    E4m3(Option<f32>),
+    E5m2(Option<f32>),
+    LloydMax {
+        norm_correction: bool,
+    },
+    VarianceNormalized {
+        tile: usize,
+    },
 }
 
 #[derive(Debug, Serialize, Deserialize, PartialEq)]
@@ -61,7 +87,6 @@ impl Layer {
         };
         let basis = match format.basis() {
             KeyBasis::Given => "given",
-            KeyBasis::Hadamard => "hadamard",
             KeyBasis::BeforeRope => "before-rope",
         };
         let rotary = pool.rotary().map(|rotary| Embedding {
@@ -106,12 +131,19 @@ impl Layer {
         let shape = PoolShape { kv_heads, head_dim, value_dim };
         match (self.basis.as_str(), &self.rotary) {
             ("given", None) => Pool::new(shape, format),
-            ("hadamard", None) => Pool::new(shape, format.with_basis(KeyBasis::Hadamard)),
+            ("hadamard", None) => Pool::new(shape, format.with_rotated_keys()),
             ("before-rope", Some(Embedding { frequencies, first })) => {
                 Pool::before_rope(shape, format, Rotary::new(frequencies, *first)?.into())
             }
             (other, _) => Err(Error::setting("basis of keys", "a known one", other)),
         }
+    }
+}
+
+impl Layer {
+    /// Whether the newest keys, too, are rotated: in version 1 they were.
+    pub fn has_rotated_tail(&self) -> bool {
+        self.basis == "hadamard"
     }
 }
 
@@ -128,11 +160,43 @@ impl Matrix {
             bits: scheme.bits.count(),
             along_tokens: scheme.along == Axis::Tokens,
             group: scheme.group,
+            codes: Kind::of(scheme.codes),
+            rotated: scheme.rotated,
         }
     }
 
     fn scheme(&self) -> Result<Scheme> {
         let along = if self.along_tokens { Axis::Tokens } else { Axis::Channels };
-        Scheme::new(Bits::try_from(self.bits)?, along, self.group)
+        let (bits, codes) = (Bits::try_from(self.bits)?, self.codes.codes()?);
+        Scheme { bits, along, group: self.group, codes, rotated: self.rotated }.checked()
+    }
+}
+
+impl Kind {
+    fn of(codes: Codes) -> Self {
+        match codes {
+            Codes::Asymmetric => Self::Asymmetric,
+            Codes::Uniform => Self::Uniform,
+            Codes::Symmetric => Self::Symmetric,
+            Codes::Float8 { kind: Float8::E4m3, scale } => Self::E4m3(scale.map(StaticScale::get)),
+            Codes::Float8 { kind: Float8::E5m2, scale } => Self::E5m2(scale.map(StaticScale::get)),
+            Codes::LloydMax { norm_correction } => Self::LloydMax { norm_correction },
+            Codes::VarianceNormalized { tile } => Self::VarianceNormalized { tile },
+        }
+    }
+
+    fn codes(self) -> Result<Codes> {
+        let float8 = |kind, scale: Option<f32>| -> Result<Codes> {
+            Ok(Codes::Float8 { kind, scale: scale.map(StaticScale::new).transpose()? })
+        };
+        match self {
+            Self::Asymmetric => Ok(Codes::Asymmetric),
+            Self::Uniform => Ok(Codes::Uniform),
+            Self::Symmetric => Ok(Codes::Symmetric),
+            Self::E4m3(scale) => float8(Float8::E4m3, scale),
+            Self::E5m2(scale) => float8(Float8::E5m2, scale),
+            Self::LloydMax { norm_correction } => Ok(Codes::LloydMax { norm_correction }),
+            Self::VarianceNormalized { tile } => Ok(Codes::VarianceNormalized { tile }),
+        }
     }
 }

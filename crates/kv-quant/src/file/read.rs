@@ -7,7 +7,8 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::header::{Counts, Layer};
-use super::{FORMAT, VERSION, name};
+use super::{FORMAT, PLAIN, VERSION, name};
+use crate::hadamard::hadamard;
 use crate::layout::Layout;
 use crate::pool::Sequence;
 use crate::pool::head::Head;
@@ -39,6 +40,7 @@ struct Matrix<'a> {
     codes: &'a [u8],
     scales: &'a [u8],
     zeros: &'a [u8],
+    factors: &'a [u8],
 }
 
 impl Pool {
@@ -145,10 +147,10 @@ impl CacheFile {
         let (header_len, header) = SafeTensors::read_metadata(data).map_err(|e| failed(&e))?;
         let metadata = header.metadata().clone().unwrap_or_default();
         let entry = |key: &str| metadata.get(key).map(String::as_str).unwrap_or_default();
-        if (entry("format"), entry("version")) != (FORMAT, VERSION) {
+        if entry("format") != FORMAT || ![VERSION, PLAIN].contains(&entry("version")) {
             let got = format!("format \"{}\", version \"{}\"", entry("format"), entry("version"));
             return Err(failed(&format!(
-                "expected format \"{FORMAT}\", version \"{VERSION}\", got {got}"
+                "expected format \"{FORMAT}\", version \"{VERSION}\" or \"{PLAIN}\", got {got}"
             )));
         }
         if crc32fast::hash(entry("heads").as_bytes()).to_string() != entry("check") {
@@ -165,6 +167,10 @@ impl CacheFile {
             }
             tensors.insert(tensor, (info.dtype, place));
         }
+        if tensors.len() != sums.len() {
+            let (expected, got) = (sums.len(), tensors.len());
+            return Err(failed(&format!("expected {expected} tensors, got {got}")));
+        }
         Ok(Self { bytes, layers, tensors })
     }
 
@@ -172,7 +178,7 @@ impl CacheFile {
     fn parts(&self, pool: &Pool, (l, h): (usize, usize), counts: Counts) -> Result<Parts<'_>> {
         let layout = pool.memory.layout;
         let numbers = |tensor: &str| self.numbers(&name(l, h, tensor));
-        let parts = Parts {
+        let mut parts = Parts {
             counts,
             keys: self.matrix(&name(l, h, "keys"), counts.packed_keys, &layout.keys)?,
             values: self.matrix(&name(l, h, "values"), counts.packed_values, &layout.values)?,
@@ -180,6 +186,9 @@ impl CacheFile {
             new_values: numbers("values.new")?,
             live: bytemuck::pod_collect_to_vec(self.tensor(&name(l, h, "live"), Dtype::U32)?),
         };
+        if self.layer(l)?.has_rotated_tail() {
+            parts.rotate_tail_back(pool);
+        }
         parts.check(pool).map_err(|e| Error::file("", format!("head {l}.{h}: {e}")))?;
         Ok(parts)
     }
@@ -189,21 +198,28 @@ impl CacheFile {
         let count = rows.div_ceil(layout.capacity);
         let tensor = |t: &str, dtype, block_bytes: usize| {
             let tensor = format!("{matrix}.{t}");
+            // Version 1 has no factors.
+            if block_bytes == 0 && !self.tensors.contains_key(&tensor) {
+                return Ok(&[][..]);
+            }
             let data = self.tensor(&tensor, dtype)?;
-            if !data.len().is_multiple_of(block_bytes) || data.len() / block_bytes != count {
+            if data.len() != count * block_bytes {
                 let expected = format!("{count} blocks of {block_bytes} bytes");
                 let got = format!("expected {expected}, got {} bytes", data.len());
                 return Err(Error::file("", format!("tensor {tensor}: {got}")));
             }
+            if dtype == Dtype::F16 {
+                self.numbers(&tensor)?;
+            }
             Ok(data)
         };
-        let (lines, params) = (layout.lines() * 64, layout.params() * size_of::<f16>());
-        let codes = tensor("codes", Dtype::U32, lines)?;
-        let scales = tensor("scales", Dtype::F16, params)?;
-        let zeros = tensor("zeros", Dtype::F16, params)?;
-        self.numbers(&format!("{matrix}.scales"))?;
-        self.numbers(&format!("{matrix}.zeros"))?;
-        Ok(Matrix { codes, scales, zeros })
+        let halves = |t, count: usize| tensor(t, Dtype::F16, count * size_of::<f16>());
+        Ok(Matrix {
+            codes: tensor("codes", Dtype::U32, layout.lines() * 64)?,
+            scales: halves("scales", layout.scales())?,
+            zeros: halves("zeros", layout.zeros())?,
+            factors: halves("factors", layout.factors())?,
+        })
     }
 
     /// A tensor of finite halves.
@@ -229,6 +245,15 @@ impl CacheFile {
 }
 
 impl Parts<'_> {
+    /// Puts the newest keys of a file of version 1 into the basis that they came in.
+    fn rotate_tail_back(&mut self, pool: &Pool) {
+        let mut rows: Vec<f32> = self.new_keys.iter().map(|x| x.to_f32()).collect();
+        hadamard(&mut rows, pool.shape.head_dim);
+        let largest = pool.largest();
+        let half = |&x: &f32| f16::from_f32(x).clamp(-largest, largest);
+        self.new_keys = rows.iter().map(half).collect();
+    }
+
     /// Checks that the tensors and counts fit together.
     fn check(&self, pool: &Pool) -> Result<()> {
         let Counts { len, packed_keys, packed_values } = self.counts;
@@ -303,6 +328,7 @@ impl Parts<'_> {
                 copy(matrix.codes, i, bytemuck::cast_slice_mut(part.codes));
                 copy(matrix.scales, i, bytemuck::cast_slice_mut(part.scales));
                 copy(matrix.zeros, i, bytemuck::cast_slice_mut(part.zeros));
+                copy(matrix.factors, i, bytemuck::cast_slice_mut(part.factors));
             }
         }
         let Memory { layout, key_pages, value_pages, .. } = memory;
@@ -316,7 +342,7 @@ impl Parts<'_> {
 
 /// The `i`-th of the parts of `from` that are as long as `to`, if there is one.
 fn copy(from: &[u8], i: usize, to: &mut [u8]) {
-    if let Some(part) = from.chunks_exact(to.len()).nth(i) {
+    if let Some(part) = from.get(i * to.len()..(i + 1) * to.len()) {
         to.copy_from_slice(part);
     }
 }

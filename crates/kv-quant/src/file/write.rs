@@ -108,9 +108,11 @@ impl Head {
             "keys.codes" => keys.for_each(|part| f(bytemuck::cast_slice(part.codes))),
             "keys.scales" => keys.for_each(|part| f(bytemuck::cast_slice(part.scales))),
             "keys.zeros" => keys.for_each(|part| f(bytemuck::cast_slice(part.zeros))),
+            "keys.factors" => keys.for_each(|part| f(bytemuck::cast_slice(part.factors))),
             "values.codes" => values.for_each(|part| f(bytemuck::cast_slice(part.codes))),
             "values.scales" => values.for_each(|part| f(bytemuck::cast_slice(part.scales))),
             "values.zeros" => values.for_each(|part| f(bytemuck::cast_slice(part.zeros))),
+            "values.factors" => values.for_each(|part| f(bytemuck::cast_slice(part.factors))),
             "keys.new" => (self.packed_keys..self.slots()).for_each(|slot| {
                 f(bytemuck::cast_slice(self.keys.row(&memory.key_pages, slot, columns[0])));
             }),

@@ -1,18 +1,25 @@
 //! The kernel with AVX-512: a line is one register. Codes of 4 bits and fewer become dequantized numbers by one permutation of a table of
-//! 16, which each step's scale and zero make anew by one multiplication: fewer than the lines of a step would need.
+//! 16 levels, which each step's scale and zero make anew by one multiplication: fewer than the lines of a step would need.
 
 use super::{Kernels, Panel, Params, Rows, prefetch};
+use crate::Float8;
+use crate::layout::Line;
+use crate::levels::{Levels, float8_bits, float8_unit};
 use half::f16;
 use std::arch::x86_64::{
-    __m512, __m512i, _mm256_loadu_si256, _mm512_add_ps, _mm512_and_si512, _mm512_cvtepi32_ps,
-    _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutexvar_ps,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi32,
-    _mm512_storeu_ps,
+    __m512, __m512i, _mm256_loadu_si256, _mm512_add_epi8, _mm512_add_ps, _mm512_and_si512,
+    _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_mask_shuffle_epi8, _mm512_permutexvar_ps, _mm512_rol_epi32,
+    _mm512_ror_epi32, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_epi64, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_srai_epi32,
+    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_ternarylogic_epi32, _mm512_testn_epi8_mask,
 };
 
 /// The kernels, if this machine has what they need.
 pub fn kernels() -> Option<Kernels> {
-    std::arch::is_x86_feature_detected!("avx512f").then_some(Kernels {
+    let has = std::arch::is_x86_feature_detected!("avx512f")
+        && std::arch::is_x86_feature_detected!("avx512bw");
+    has.then_some(Kernels {
         name: "AVX-512",
         accumulate,
         // SAFETY: AVX-512F is there.
@@ -46,7 +53,7 @@ fn accumulate(
 }
 
 /// # Safety
-/// AVX-512F, and what [`run`](super::run) checks; rows `first` to `first + R` are among `x.count`.
+/// AVX-512F and BW, and what [`run`](super::run) checks; rows `first` to `first + R` are among `x.count`.
 unsafe fn by_format<const R: usize>(
     panel: Panel<'_>,
     params: Params<'_>,
@@ -55,27 +62,70 @@ unsafe fn by_format<const R: usize>(
     out: &mut [f32],
     out_stride: usize,
 ) {
-    // SAFETY: as this function's.
-    unsafe {
-        match (panel.bits, panel.width) {
-            (1, 1) => rows::<R, 1, 1>(panel, params, x, first, out, out_stride),
-            (1, _) => rows::<R, 2, 1>(panel, params, x, first, out, out_stride),
-            (2, 1) => rows::<R, 1, 2>(panel, params, x, first, out, out_stride),
-            (2, _) => rows::<R, 2, 2>(panel, params, x, first, out, out_stride),
-            (4, 1) => rows::<R, 1, 4>(panel, params, x, first, out, out_stride),
-            (4, _) => rows::<R, 2, 4>(panel, params, x, first, out, out_stride),
-            (_, 1) => rows::<R, 1, 8>(panel, params, x, first, out, out_stride),
-            (_, _) => rows::<R, 2, 8>(panel, params, x, first, out, out_stride),
-        }
+    macro_rules! with_form {
+        ($form:expr) => {
+            // SAFETY: as this function's.
+            unsafe {
+                match panel.width {
+                    1 => rows::<R, 1, { $form }>(panel, params, x, first, out, out_stride),
+                    _ => rows::<R, 2, { $form }>(panel, params, x, first, out, out_stride),
+                }
+            }
+        };
+    }
+    match (panel.bits, panel.levels) {
+        (2, _) => with_form!(TABLE_2),
+        (3, _) => with_form!(TABLE_3),
+        (4, _) => with_form!(TABLE_4),
+        (_, Levels::Float8(Float8::E4m3)) => with_form!(E4M3),
+        (_, Levels::Float8(Float8::E5m2)) => with_form!(E5M2),
+        (_, _) => with_form!(BYTES),
     }
 }
 
-/// `R` rows against a panel of `W` lines of `B`-bit codes.
+/// Forms of codes: bits and levels.
+const TABLE_2: u32 = 0;
+const TABLE_3: u32 = 1;
+const TABLE_4: u32 = 2;
+const BYTES: u32 = 3;
+const E4M3: u32 = 4;
+const E5M2: u32 = 5;
+
+/// Codes in a word.
+const fn per_word(form: u32) -> usize {
+    match form {
+        TABLE_2 | TABLE_3 => 16,
+        TABLE_4 => 8,
+        _ => 4,
+    }
+}
+
+/// Levels of codes of up to 4 bits: a code indexes the table with its four lowest bits; what lies
+/// above the code's own is the next code's, so the table repeats.
+fn table(panel: &Panel<'_>) -> [f32; 16] {
+    match panel.levels {
+        Levels::Table(table) => *table,
+        Levels::Integers { first } => {
+            std::array::from_fn(|i| (i % (1 << panel.bits.min(4))) as f32 + first)
+        }
+        Levels::Float8(_) => [0.0; 16],
+    }
+}
+
+/// What each step's zero grows by per scale: bytes begin at 0 in the kernel.
+fn first_byte(panel: &Panel<'_>) -> f32 {
+    match panel.levels {
+        Levels::Integers { first } if panel.bits == 8 => first,
+        _ => 0.0,
+    }
+}
+
+/// `R` rows against a panel of `W` lines of codes of a form.
 ///
 /// # Safety
-/// As [`by_format`], and `W` and `B` are the panel's.
-#[target_feature(enable = "avx512f")]
-unsafe fn rows<const R: usize, const W: usize, const B: u32>(
+/// As [`by_format`], and `W` and `FORM` are the panel's.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn rows<const R: usize, const W: usize, const FORM: u32>(
     panel: Panel<'_>,
     params: Params<'_>,
     x: Rows<'_>,
@@ -83,30 +133,61 @@ unsafe fn rows<const R: usize, const W: usize, const B: u32>(
     out: &mut [f32],
     out_stride: usize,
 ) {
-    // A code indexes the table with its four lowest bits; what lies above the code's own is the next code's, so the table repeats.
-    let table: [f32; 16] = std::array::from_fn(|i| (i % (1 << B.min(4))) as f32 * panel.unit);
+    let per_word = per_word(FORM);
     // SAFETY: the table has 16 numbers.
-    let table = unsafe { _mm512_loadu_ps(table.as_ptr()) };
+    let table = unsafe { _mm512_loadu_ps(table(&panel).as_ptr()) };
+    let first_byte = first_byte(&panel);
     let mut sums = [[_mm512_setzero_ps(); W]; R];
     let x_first = x.data[first * x.stride..].as_ptr();
     let (scales, zeros) = (params.scales.as_ptr(), params.zeros.as_ptr());
     let mut ahead = panel.ahead_by_word();
     for (word, lines) in panel.codes.chunks_exact(W).enumerate() {
-        let begin = word * (32 / B as usize);
+        let begin = word * per_word;
         if begin >= x.steps {
             break;
         }
         ahead.next().into_iter().for_each(prefetch);
-        let mut words = [_mm512_setzero_si512(); W];
-        for (words, line) in words.iter_mut().zip(lines) {
-            // SAFETY: a line is 64 bytes.
-            *words = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
+        let mut words = load::<W>(lines);
+        let mut high = [_mm512_setzero_si512(); W];
+        if FORM == E4M3 {
+            high = words.map(|words| _mm512_rol_epi32::<24>(words));
+            words = words.map(|words| _mm512_rol_epi32::<20>(normalized(words)));
         }
-        for step in begin..x.steps.min(begin + 32 / B as usize) {
+        if FORM == TABLE_3 {
+            high = load::<W>(&panel.high[word / 2 * W..][..W]);
+            // The upper bit of the next code goes to place 2.
+            high = match word % 2 {
+                0 => high.map(|high| _mm512_rol_epi32::<2>(high)),
+                _ => high.map(|high| _mm512_ror_epi32::<14>(high)),
+            };
+        }
+        for step in begin..x.steps.min(begin + per_word) {
             // SAFETY: step < x.steps, and there are as many scales and zeros.
             let (scale, zero) = unsafe { (*scales.add(step), *zeros.add(step)) };
-            let values = decode::<W, B>(words, table, scale, zero, panel.unit);
-            words = words.map(|words| _mm512_srli_epi32::<B>(words));
+            let values = match FORM {
+                TABLE_2 | TABLE_4 => look_up(words, table, scale, zero),
+                TABLE_3 => {
+                    let low = _mm512_set1_epi32(3);
+                    let codes = std::array::from_fn(|i| {
+                        _mm512_ternarylogic_epi32::<0xca>(low, words[i], high[i])
+                    });
+                    high = high.map(|high| _mm512_ror_epi32::<1>(high));
+                    look_up(codes, table, scale, zero)
+                }
+                BYTES => bytes(words, scale, zero + first_byte * scale),
+                E4M3 => {
+                    let values = e4m3(words, high, scale, zero);
+                    high = high.map(|high| _mm512_ror_epi32::<8>(high));
+                    values
+                }
+                _ => e5m2(words, scale, zero),
+            };
+            words = match FORM {
+                TABLE_2 | TABLE_3 => words.map(|words| _mm512_srli_epi32::<2>(words)),
+                TABLE_4 => words.map(|words| _mm512_srli_epi32::<4>(words)),
+                E4M3 => words.map(|words| _mm512_ror_epi32::<8>(words)),
+                _ => words.map(|words| _mm512_srli_epi32::<8>(words)),
+            };
             for (r, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: row first + r < x.count and step < x.steps lie in `x.data`.
                 let weight = unsafe { *x_first.add(r * x.stride + step) };
@@ -128,25 +209,88 @@ unsafe fn rows<const R: usize, const W: usize, const B: u32>(
     }
 }
 
-/// The lowest code of each word, dequantized.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn decode<const W: usize, const B: u32>(
+fn load<const W: usize>(lines: &[Line]) -> [__m512i; W] {
+    let mut words = [_mm512_setzero_si512(); W];
+    for (words, line) in words.iter_mut().zip(lines) {
+        // SAFETY: a line is 64 bytes.
+        *words = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
+    }
+    words
+}
+
+/// The levels of the codes in the lowest bits of each word, dequantized.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn look_up<const W: usize>(
     words: [__m512i; W],
     table: __m512,
     scale: f32,
     zero: f32,
-    unit: f32,
 ) -> [__m512; W] {
+    let table = _mm512_fmadd_ps(table, _mm512_set1_ps(scale), _mm512_set1_ps(zero));
+    words.map(|words| _mm512_permutexvar_ps(words, table))
+}
+
+/// The lowest byte of each word, dequantized.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn bytes<const W: usize>(words: [__m512i; W], scale: f32, zero: f32) -> [__m512; W] {
+    let (scale, zero) = (_mm512_set1_ps(scale), _mm512_set1_ps(zero));
+    words.map(|words| {
+        let codes = _mm512_and_si512(words, _mm512_set1_epi32(0xff));
+        _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), scale, zero)
+    })
+}
+
+/// The magnitudes of e4m3 codes with 5 bits of exponent, so that subnormal numbers, which processors
+/// multiply slowly, become normal ones.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn normalized(codes: __m512i) -> __m512i {
+    // A subnormal code m stands for m * 2^-9. Others have their exponent raised by 3.
+    const SUBNORMAL: i64 = i64::from_le_bytes([0, 8, 16, 20, 24, 26, 28, 30]);
+    let magnitudes = _mm512_and_si512(codes, _mm512_set1_epi8(0x7f));
+    let raised = _mm512_add_epi8(magnitudes, _mm512_set1_epi8(24));
+    let subnormal = _mm512_testn_epi8_mask(codes, _mm512_set1_epi8(0x78));
+    let table = _mm512_set1_epi64(SUBNORMAL);
+    _mm512_mask_shuffle_epi8(raised, subnormal, table, magnitudes)
+}
+
+/// Numbers of which the magnitudes, [`normalized`], are in bits 20 to 27 and the signs in bit 31,
+/// dequantized.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn e4m3<const W: usize>(
+    magnitudes: [__m512i; W],
+    signs: [__m512i; W],
+    scale: f32,
+    zero: f32,
+) -> [__m512; W] {
+    // The exponents' bias of 7 has grown by 3.
+    const UNIT: f32 = f32::from_bits((127 + 117) << 23);
+    let (scale, zero) = (_mm512_set1_ps(scale * UNIT), _mm512_set1_ps(zero));
+    std::array::from_fn(|i| {
+        let magnitude = _mm512_and_si512(magnitudes[i], _mm512_set1_epi32(0x0ff0_0000));
+        let sign = _mm512_set1_epi32(i32::MIN);
+        // magnitude | signs & sign
+        let number = _mm512_ternarylogic_epi32::<0xf8>(magnitude, signs[i], sign);
+        _mm512_fmadd_ps(_mm512_castsi512_ps(number), scale, zero)
+    })
+}
+
+/// The lowest byte of each word as an e5m2 number, dequantized.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn e5m2<const W: usize>(words: [__m512i; W], scale: f32, zero: f32) -> [__m512; W] {
+    const SHIFT: u32 = float8_bits(Float8::E5m2).0;
+    let mask = _mm512_set1_epi32(float8_bits(Float8::E5m2).1 as i32);
+    let scale = _mm512_set1_ps(scale * float8_unit(Float8::E5m2));
     let zero = _mm512_set1_ps(zero);
-    if B == 8 {
-        let scale = _mm512_set1_ps(scale * unit);
-        words.map(|words| {
-            let codes = _mm512_and_si512(words, _mm512_set1_epi32(0xff));
-            _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), scale, zero)
-        })
-    } else {
-        let table = _mm512_fmadd_ps(table, _mm512_set1_ps(scale), zero);
-        words.map(|words| _mm512_permutexvar_ps(words, table))
-    }
+    words.map(|words| {
+        let moved = _mm512_srai_epi32::<SHIFT>(_mm512_slli_epi32::<24>(words));
+        let number = _mm512_castsi512_ps(_mm512_and_si512(moved, mask));
+        _mm512_fmadd_ps(number, scale, zero)
+    })
 }

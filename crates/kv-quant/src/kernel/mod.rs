@@ -36,25 +36,38 @@ mod tests;
 use std::sync::OnceLock;
 
 use crate::layout::Line;
+use crate::levels::Levels;
 use half::f16;
 
 /// A panel's words for a run of steps.
 #[derive(Debug, Clone, Copy)]
 pub struct Panel<'a> {
-    /// `[word][line]`
+    /// `[word][line]`; of codes of 3 bits the two lower bits.
     pub codes: &'a [Line],
+    /// The upper bits of codes of 3 bits, 32 in a word.
+    pub high: &'a [Line],
     /// Lines of a word, 1 or 2: 16 or 32 lanes.
     pub width: usize,
-    /// Bits of a code: 1, 2, 4 or 8.
+    /// Bits of a code: 2, 3, 4 or 8.
     pub bits: usize,
-    /// What a code's lowest bit is worth.
-    pub unit: f32,
+    /// What codes mean.
+    pub levels: Levels,
     /// Codes of a later product, to be asked for while this one is computed: asked for at once, they would fill the queue of misses, and the
     /// product would wait for them.
     pub ahead: &'a [Line],
 }
 
 impl<'a> Panel<'a> {
+    /// Bits of a code in a word of `codes`.
+    pub fn low_bits(&self) -> usize {
+        if self.bits == 3 { 2 } else { self.bits }
+    }
+
+    /// Codes in a word of `codes`.
+    fn per_word(&self) -> usize {
+        32 / self.low_bits()
+    }
+
     /// What to ask for at each word.
     fn ahead_by_word(&self) -> std::slice::Chunks<'a, Line> {
         let words = self.codes.len() / self.width;
@@ -97,7 +110,7 @@ struct Kernels {
     widen: fn(&[f16], &mut [f32]),
 }
 
-/// `out[r * out_stride + lane] += Σ_s x[r][s] (unit * code[s][lane] * scale[s] + zero[s])`, for all lanes of the panel.
+/// `out[r * out_stride + lane] += Σ_s x[r][s] (level[code[s][lane]] * scale[s] + zero[s])`, for all lanes of the panel.
 ///
 /// # Panics
 /// If the rows of `x`, the parameters, the codes or the rows of `out` reach beyond their slices.
@@ -151,11 +164,16 @@ fn run(
     if x.count == 0 {
         return;
     }
-    assert!(matches!(panel.width, 1 | 2) && matches!(panel.bits, 1 | 2 | 4 | 8), "panel");
+    assert!(matches!(panel.width, 1 | 2) && matches!(panel.bits, 2 | 3 | 4 | 8), "panel");
+    assert!(panel.bits == 8 || !matches!(panel.levels, Levels::Float8(_)), "levels");
+    assert!(panel.bits < 8 || !matches!(panel.levels, Levels::Table(_)), "levels");
     assert!((x.count - 1) * x.stride + x.steps <= x.data.len(), "rows of the vectors");
     assert!(x.steps <= params.scales.len().min(params.zeros.len()), "scales and zeros");
     assert!((x.count - 1) * out_stride + 16 * panel.width <= out.len(), "rows of the sums");
-    assert!(x.steps.div_ceil(32 / panel.bits) * panel.width <= panel.codes.len(), "codes");
+    assert!(x.steps.div_ceil(panel.per_word()) * panel.width <= panel.codes.len(), "codes");
+    if panel.bits == 3 {
+        assert!(x.steps.div_ceil(32) * panel.width <= panel.high.len(), "upper bits");
+    }
     accumulate(panel, params, x, out, out_stride);
 }
 

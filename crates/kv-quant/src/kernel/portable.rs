@@ -18,14 +18,20 @@ fn accumulate(
     out: &mut [f32],
     out_stride: usize,
 ) {
-    let (mask, per_word) = ((1u32 << panel.bits) - 1, 32 / panel.bits);
+    let (per_word, low) = (panel.per_word(), panel.low_bits());
     for (i, line) in panel.codes.iter().enumerate() {
         let (word, half) = (i / panel.width, i % panel.width);
         let first = word * per_word;
         for step in first..x.steps.min(first + per_word) {
-            let shift = (step - first) * panel.bits;
-            let (scale, zero) = (params.scales[step] * panel.unit, params.zeros[step]);
-            let values = line.map(|word| (word >> shift & mask) as i32 as f32 * scale + zero);
+            let shift = (step - first) * low;
+            let mut codes = line.map(|word| word >> shift & ((1 << low) - 1));
+            if panel.bits == 3 {
+                let high = &panel.high[step / 32 * panel.width + half];
+                let upper = high.map(|word| (word >> (step % 32) & 1) << 2);
+                codes.iter_mut().zip(upper).for_each(|(code, upper)| *code |= upper);
+            }
+            let (scale, zero) = (params.scales[step], params.zeros[step]);
+            let values = codes.map(|code| panel.levels.value(code as u8) * scale + zero);
             for r in 0..x.count {
                 let weight = x.data[r * x.stride + step];
                 let sums = &mut out[r * out_stride + 16 * half..][..16];

@@ -1,6 +1,8 @@
 //! Every kernel that this machine can run against the portable one.
 
 use super::{Panel, Params, Rows, kernels, run};
+use crate::levels::Levels;
+use crate::{Bits, Float8, Scheme};
 use half::f16;
 
 /// A small generator of repeatable words.
@@ -13,30 +15,58 @@ fn words(seed: u64) -> impl FnMut() -> u32 {
     }
 }
 
+/// Every kind of levels, with the bits that codes of them have.
+fn levels() -> Vec<(usize, Levels)> {
+    let lloyd_max = |bits| Levels::of(Scheme::lloyd_max(bits, true).unwrap());
+    let mut levels: Vec<_> = [2, 3, 4, 8]
+        .into_iter()
+        .flat_map(|bits| [0.0, -2.0].map(|first| (bits, Levels::Integers { first })))
+        .collect();
+    levels.extend([Bits::Two, Bits::Three, Bits::Four].map(|b| (b.count(), lloyd_max(b))));
+    levels.extend([Float8::E4m3, Float8::E5m2].map(|kind| (8, Levels::Float8(kind))));
+    levels
+}
+
 #[test]
 fn all_kernels_agree() {
     let mut word = words(1);
     let mut case = 0;
-    for bits in [1, 2, 4, 8] {
+    for (bits, levels) in levels() {
         for width in [1, 2] {
             for count in [1, 2, 3, 4, 5, 8, 11] {
                 for steps in [1, 5, 32, 33, 64] {
                     case += 1;
-                    let lines = steps_to_lines(steps, bits, width) + case % 2 * width;
-                    let codes: Vec<[u32; 16]> =
-                        (0..lines).map(|_| std::array::from_fn(|_| word())).collect();
+                    let mut lines = |bits, spare| -> Vec<[u32; 16]> {
+                        let lines = steps_to_lines(steps, bits, width) + spare;
+                        (0..lines).map(|_| std::array::from_fn(|_| word())).collect()
+                    };
+                    let codes = lines(if bits == 3 { 2 } else { bits }, case % 2 * width);
+                    let high = if bits == 3 { lines(1, 0) } else { Vec::new() };
+                    let codes: Vec<_> =
+                        codes.into_iter().map(|line| finite(line, levels)).collect();
                     let (stride, out_stride) = (steps + case % 3, 16 * width + case % 5);
                     let data: Vec<f32> = (0..count * stride)
                         .map(|_| word() as f32 / u32::MAX as f32 - 0.5)
                         .collect();
-                    let (unit, ahead) = ([1.0, 4.0][case % 2], &codes[..case % codes.len()]);
-                    let panel = Panel { codes: &codes, width, bits, unit, ahead };
+                    let ahead = &codes[..case % codes.len()];
+                    let panel = Panel { codes: &codes, high: &high, width, bits, levels, ahead };
                     let x = Rows { data: &data, stride, count, steps };
                     check(panel, x, out_stride);
                 }
             }
         }
     }
+}
+
+/// A line without codes that no finite number has.
+fn finite(line: [u32; 16], levels: Levels) -> [u32; 16] {
+    let most = |code: u8| match levels {
+        Levels::Float8(kind) => {
+            code & 0x80 | (code & 0x7f).min(if kind == Float8::E4m3 { 0x7e } else { 0x7b })
+        }
+        _ => code,
+    };
+    line.map(|word| u32::from_le_bytes(word.to_le_bytes().map(most)))
 }
 
 fn steps_to_lines(steps: usize, bits: usize, width: usize) -> usize {
@@ -55,11 +85,15 @@ fn check(panel: Panel<'_>, x: Rows<'_>, out_stride: usize) {
             (kernels.name, out)
         })
         .collect();
-    let largest = (panel.unit * (1 << panel.bits) as f32 + 3.0) * x.steps as f32;
+    let largest = match panel.levels {
+        Levels::Float8(kind) => kind.max(),
+        _ => (1 << panel.bits) as f32,
+    };
     for (name, out) in &results[1..] {
         for (i, (got, want)) in out.iter().zip(&results[0].1).enumerate() {
             let error = (got - want).abs();
-            assert!(error <= 1e-6 * largest, "{name} {} bits, {i}: {got}, not {want}", panel.bits);
+            let bound = 1e-6 * (largest + 3.0) * x.steps as f32;
+            assert!(error <= bound, "{name} {:?}, {i}: {got}, not {want}", panel.levels);
             // What lies between the rows is left alone.
             assert!(i % out_stride < 16 * panel.width || *got == 0.25, "{name} wrote at {i}");
         }

@@ -1,9 +1,11 @@
 //! Packed matrices in borrowed memory: a [`Packed`](super::Packed)'s own, or a block's of a pool.
 
+use crate::hadamard::hadamard;
 use crate::layout::{Layout, Line, PANEL};
+use crate::levels::Levels;
 use crate::quantize::Quantizer;
 use crate::words::{self, Scratch};
-use crate::{Axis, Error, Position, Result};
+use crate::{Axis, Codes, Error, Position, Result};
 use half::f16;
 
 /// A packed matrix to read.
@@ -14,9 +16,11 @@ pub(crate) struct PackedRef<'a> {
     pub rows: usize,
     /// `[plane][panel][word][line]`
     pub codes: &'a [Line],
-    /// `[group][position on the other axis]`
+    /// `[group][position on the other axis]`, if the scheme has them.
     pub scales: &'a [f16],
     pub zeros: &'a [f16],
+    /// Of the other axis: `[token]` or `[tile][channel]`.
+    pub factors: &'a [f16],
 }
 
 /// A packed matrix to append to. What lies beyond its rows may be anything.
@@ -27,14 +31,16 @@ pub(crate) struct PackedMut<'a> {
     pub codes: &'a mut [Line],
     pub scales: &'a mut [f16],
     pub zeros: &'a mut [f16],
+    pub factors: &'a mut [f16],
 }
 
 /// A row on its way from one matrix to another of the same scheme, along channels.
 #[derive(Debug, Default)]
 pub(crate) struct PackedRow {
     codes: Vec<u8>,
-    /// A scale and a zero for each group.
-    params: Vec<(f16, f16)>,
+    /// One for each group, if the scheme has them.
+    scales: Vec<f16>,
+    zeros: Vec<f16>,
     scratch: Scratch,
 }
 
@@ -59,25 +65,46 @@ impl PackedRef<'_> {
         }
     }
 
-    /// Writes code * scale + zero of a row.
-    pub fn dequantize_row(&self, row: usize, codes: &mut Vec<u8>, out: &mut [f32]) {
-        codes.resize(self.layout.columns, 0);
-        self.unpack_row(row, codes);
-        for (column, (out, &mut code)) in out.iter_mut().zip(codes).enumerate() {
-            let at = self.layout.param_at(row, column);
-            *out = f32::from(code) * self.scales[at].to_f32() + self.zeros[at].to_f32();
+    /// The scale and the zero of a row and column's group.
+    pub fn params(&self, row: usize, column: usize) -> (f32, f32) {
+        let at = self.layout.param_at(row, column);
+        let scale = self.scales.get(at).map_or(self.static_scale(), |scale| scale.to_f32());
+        (scale, self.zeros.get(at).map_or(0.0, |zero| zero.to_f32()))
+    }
+
+    /// The scale of all numbers, where groups have none.
+    pub fn static_scale(&self) -> f32 {
+        match self.layout.scheme.codes {
+            Codes::Float8 { scale: Some(scale), .. } => scale.get(),
+            _ => 1.0,
         }
     }
 
-    /// Copies a row of a matrix that is quantized along channels.
+    /// Writes a row, dequantized.
+    pub fn dequantize_row(&self, row: usize, codes: &mut Vec<u8>, out: &mut [f32]) {
+        codes.resize(self.layout.columns, 0);
+        self.unpack_row(row, codes);
+        let levels = Levels::of(self.layout.scheme);
+        for (column, (out, &mut code)) in out.iter_mut().zip(codes).enumerate() {
+            let (scale, zero) = self.params(row, column);
+            let factor = self.factors.get(self.layout.factor_at(row, column));
+            *out = (levels.value(code) * scale + zero) * factor.map_or(1.0, |f| f.to_f32());
+        }
+        if self.layout.scheme.rotated {
+            hadamard(out, self.layout.columns);
+        }
+    }
+
+    /// Copies a row of a matrix that is quantized along channels, token by token.
     pub fn copy_row(&self, row: usize, to: &mut PackedRow) {
         to.codes.resize(self.layout.columns, 0);
         self.unpack_row(row, &mut to.codes);
-        to.params.clear();
-        for column in (0..self.layout.columns).step_by(self.layout.scheme.group) {
-            let at = self.layout.param_at(row, column);
-            to.params.push((self.scales[at], self.zeros[at]));
-        }
+        let groups = (0..self.layout.columns).step_by(self.layout.scheme.group);
+        let at = groups.map(|column| self.layout.param_at(row, column));
+        to.scales.clear();
+        to.scales.extend(at.clone().filter_map(|at| self.scales.get(at)));
+        to.zeros.clear();
+        to.zeros.extend(at.filter_map(|at| self.zeros.get(at)));
     }
 }
 
@@ -98,12 +125,13 @@ impl PackedMut<'_> {
                 count,
             ));
         }
-        if scheme.along == Axis::Tokens && !self.rows.is_multiple_of(scheme.group) {
-            let expected = format!("a multiple of the group, {}", scheme.group);
-            return Err(Error::mismatch("rows before an append along tokens", expected, self.rows));
+        let together = scheme.tokens_together();
+        if !self.rows.is_multiple_of(together) {
+            let expected = format!("a multiple of {together}, which are quantized together");
+            return Err(Error::mismatch("rows before an append", expected, self.rows));
         }
         let start = self.rows;
-        for rows in src.chunks(scheme.group * columns) {
+        for rows in src.chunks(if together > 1 { together } else { 32 } * columns) {
             if let Err(e) = quantizer.group_rows(rows, columns, scheme) {
                 let done = self.rows - start;
                 self.clear_rows(start);
@@ -122,26 +150,30 @@ impl PackedMut<'_> {
     /// Appends a row as it lies in another matrix: nothing is quantized anew.
     pub fn push_row(&mut self, row: &mut PackedRow) {
         self.store_codes(self.rows, &row.codes, &mut row.scratch);
-        for (group, &(scale, zero)) in row.params.iter().enumerate() {
-            let at = self.layout.param_at(self.rows, group * self.layout.scheme.group);
-            (self.scales[at], self.zeros[at]) = (scale, zero);
-        }
+        store_row_params(&self.layout, self.rows, &row.scales, self.scales);
+        store_row_params(&self.layout, self.rows, &row.zeros, self.zeros);
         self.rows += 1;
     }
 
     fn store_params(&mut self, quantizer: &Quantizer) {
         let Layout { scheme, columns, .. } = self.layout;
-        let Quantizer { scales, zeros, .. } = quantizer;
-        if scheme.along == Axis::Tokens {
-            let at = self.layout.param_at(self.rows, 0);
-            self.scales[at..at + columns].copy_from_slice(scales);
-            self.zeros[at..at + columns].copy_from_slice(zeros);
-            return;
+        let Quantizer { scales, zeros, factors, .. } = quantizer;
+        if !factors.is_empty() {
+            let at = self.layout.factor_at(self.rows, 0);
+            self.factors[at..at + factors.len()].copy_from_slice(factors);
         }
-        let groups = columns.div_ceil(scheme.group);
-        for (i, (&scale, &zero)) in scales.iter().zip(zeros).enumerate() {
-            let at = self.layout.param_at(self.rows + i / groups, i % groups * scheme.group);
-            (self.scales[at], self.zeros[at]) = (scale, zero);
+        for (new, held) in [(scales, &mut *self.scales), (zeros, &mut *self.zeros)] {
+            if new.is_empty() {
+                continue;
+            }
+            if scheme.along == Axis::Tokens {
+                let at = self.layout.param_at(self.rows, 0);
+                held[at..at + columns].copy_from_slice(new);
+                continue;
+            }
+            for (row, new) in (self.rows..).zip(new.chunks_exact(columns.div_ceil(scheme.group))) {
+                store_row_params(&self.layout, row, new, held);
+            }
         }
     }
 
@@ -181,6 +213,13 @@ impl PackedMut<'_> {
         for row in rows..self.layout.capacity {
             self.store_codes(row, &zeros, &mut Scratch::default());
         }
+    }
+}
+
+/// Puts the scales, or zeros, of a row's groups along channels in their places.
+fn store_row_params(layout: &Layout, row: usize, new: &[f16], held: &mut [f16]) {
+    for (group, &new) in new.iter().enumerate() {
+        held[layout.param_at(row, group * layout.scheme.group)] = new;
     }
 }
 

@@ -8,11 +8,11 @@ use super::memory::{Memory, Need, PAGE};
 use super::slabs::Slabs;
 use super::tail::{self, Tail};
 use super::{Pool, Sequence, batch};
-use crate::hadamard::hadamard;
+use crate::hadamard::rotated_beyond;
 use crate::layout::Line;
-use crate::number::{Number, to_f16};
+use crate::number::{LARGEST, Number, to_f16};
 use crate::quantize::Quantizer;
-use crate::{Error, Flush, KeyBasis, Result};
+use crate::{Error, Flush, Result, Scheme};
 use half::f16;
 use rayon::prelude::*;
 
@@ -118,12 +118,11 @@ impl Pool {
         self.check_append(seqs, cu_seqlens).is_ok()
     }
 
-    /// The largest number taken in. Half of f16's range, so that no group's range can be beyond it,
-    /// whatever tokens come to share a group.
+    /// The largest number taken in.
     pub(crate) fn largest(&self) -> f16 {
         match self.format.flush() {
             Flush::Never => f16::MAX,
-            _ => f16::from_bits(f16::MAX.to_bits() - 0x400),
+            _ => LARGEST,
         }
     }
 
@@ -137,12 +136,10 @@ impl Pool {
     ) -> Result<()> {
         let tokens = cu_seqlens.last().copied().unwrap_or(0);
         let (head_dim, value_dim) = (self.shape.head_dim, self.shape.value_dim);
-        let mut keys = self.incoming("keys", (seqs, cu_seqlens), keys, tokens, head_dim)?;
-        let values = self.incoming("values", (seqs, cu_seqlens), values, tokens, value_dim)?;
-        if self.format.basis() == KeyBasis::Hadamard {
-            let rows = keys.data.iter().map(|x| x.to_f32()).collect();
-            keys = self.transformed((seqs, cu_seqlens), rows)?;
-        }
+        let (of_keys, of_values) = (self.format.keys(), self.format.values());
+        let batch = (seqs, cu_seqlens);
+        let keys = self.incoming(("keys", of_keys), batch, keys, tokens, head_dim)?;
+        let values = self.incoming(("values", of_values), batch, values, tokens, value_dim)?;
         let items = self.items(seqs, cu_seqlens, selected);
         self.check_room(self.need(&items))?;
         for &seq in seqs {
@@ -158,7 +155,7 @@ impl Pool {
     /// The numbers in f16, if they can be packed.
     fn incoming<'a, T: Number>(
         &self,
-        of: &'static str,
+        (of, scheme): (&'static str, Scheme),
         batch: (&[u64], &[usize]),
         data: &'a [T],
         tokens: usize,
@@ -169,25 +166,16 @@ impl Pool {
             let expected = format!("{tokens} tokens x {kv_heads} kv heads x {columns}");
             return Err(Error::mismatch(of, expected, format!("{} numbers", data.len())));
         }
-        let data = to_f16(data, self.largest()).map_err(|at| {
-            let value = data[at].widen();
+        let refused = |(at, value): (usize, f32)| {
             Error::number(value, batch::position(of, batch, kv_heads, columns, at))
-        })?;
+        };
+        let data = to_f16(data, self.largest()).map_err(|at| refused((at, data[at].widen())))?;
+        if scheme.rotated
+            && let Some(beyond) = rotated_beyond(&data, columns)
+        {
+            return Err(refused(beyond));
+        }
         Ok(Incoming { data, kv_heads, columns })
-    }
-
-    /// Keys in the Hadamard basis.
-    fn transformed(
-        &self,
-        batch: (&[u64], &[usize]),
-        mut rows: Vec<f32>,
-    ) -> Result<Incoming<'static>> {
-        let (kv_heads, columns) = (self.shape.kv_heads, self.shape.head_dim);
-        rows.par_chunks_mut(64 * columns).for_each(|rows| hadamard(rows, columns));
-        let data = to_f16(&rows, self.largest()).map_err(|at| {
-            Error::number(rows[at], batch::position("keys", batch, kv_heads, columns, at))
-        })?;
-        Ok(Incoming { data: data.into_owned().into(), kv_heads, columns })
     }
 
     fn items<'a>(

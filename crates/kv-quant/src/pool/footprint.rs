@@ -10,7 +10,7 @@ use half::f16;
 pub struct PoolBytes {
     /// Packed codes, holes included.
     pub codes: usize,
-    /// Scales and zeros.
+    /// Scales, zeros and factors.
     pub scales: usize,
     /// The newest tokens, in f16.
     pub residual: usize,
@@ -97,7 +97,8 @@ impl Head {
             for part in [parts.keys(), parts.values()] {
                 let share = |bytes: usize| bytes * part.rows / part.layout.capacity;
                 let codes = share(size_of_val(part.codes));
-                let scales = share(size_of_val(part.scales) + size_of_val(part.zeros));
+                let scales = [part.scales, part.zeros, part.factors];
+                let scales = share(scales.map(size_of_val::<[half::f16]>).iter().sum());
                 bytes.codes += codes;
                 bytes.scales += scales;
                 used += codes + scales;

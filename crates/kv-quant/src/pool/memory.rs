@@ -9,8 +9,8 @@ use half::f16;
 /// Tokens of a page in full precision. It divides every block's number of tokens.
 pub const PAGE: usize = 16;
 
-/// A block's keys and values: `[codes][scales, zeros]` of the keys, then of the values, each part at
-/// a whole line.
+/// A block's keys and values: `[codes][scales, zeros, factors]` of the keys, then of the values, each
+/// part at a whole line.
 #[derive(Debug, Clone, Copy)]
 pub struct BlockLayout {
     pub keys: Layout,
@@ -27,8 +27,9 @@ struct Part {
     start: usize,
     /// Lines of codes.
     codes: usize,
-    /// Scales, and as many zeros.
-    params: usize,
+    scales: usize,
+    zeros: usize,
+    factors: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -54,8 +55,13 @@ impl BlockLayout {
         let chunk = format.chunk();
         let keys = Layout::new(chunk, head_dim, format.keys(), Axis::Tokens)?;
         let values = Layout::new(chunk, value_dim, format.values(), Axis::Channels)?;
-        let part =
-            |start, layout: &Layout| Part { start, codes: layout.lines(), params: layout.params() };
+        let part = |start, layout: &Layout| Part {
+            start,
+            codes: layout.lines(),
+            scales: layout.scales(),
+            zeros: layout.zeros(),
+            factors: layout.factors(),
+        };
         let key_part = part(0, &keys);
         let value_part = part(key_part.end(), &values);
         Ok(Self { keys, values, key_part, value_part })
@@ -63,6 +69,12 @@ impl BlockLayout {
 
     fn lines(&self) -> usize {
         self.value_part.end()
+    }
+
+    /// Bits of codes, scales, zeros and factors.
+    pub fn bits(&self) -> usize {
+        let of = |part: &Part| part.codes * 8 * size_of::<Line>() + 8 * part.param_bytes();
+        of(&self.key_part) + of(&self.value_part)
     }
 
     /// The keys of a block that holds `rows` of them.
@@ -93,21 +105,26 @@ impl BlockLayout {
 impl Part {
     /// The line after the last.
     fn end(&self) -> usize {
-        let params = 2 * self.params * size_of::<f16>();
-        self.start + self.codes + params.div_ceil(size_of::<Line>())
+        self.start + self.codes + self.param_bytes().div_ceil(size_of::<Line>())
+    }
+
+    fn param_bytes(&self) -> usize {
+        (self.scales + self.zeros + self.factors) * size_of::<f16>()
     }
 
     /// The matrix in the lines from its first on.
     fn view<'a>(&self, layout: Layout, lines: &'a [Line], rows: usize) -> PackedRef<'a> {
         let (codes, params) = lines.split_at(self.codes);
-        let (scales, zeros) = bytemuck::cast_slice(params).split_at(self.params);
-        PackedRef { layout, rows, codes, scales, zeros: &zeros[..self.params] }
+        let (scales, rest) = bytemuck::cast_slice(params).split_at(self.scales);
+        let (zeros, factors) = rest.split_at(self.zeros);
+        PackedRef { layout, rows, codes, scales, zeros, factors: &factors[..self.factors] }
     }
 
     fn view_mut<'a>(&self, layout: Layout, lines: &'a mut [Line], rows: usize) -> PackedMut<'a> {
         let (codes, params) = lines.split_at_mut(self.codes);
-        let (scales, zeros) = bytemuck::cast_slice_mut(params).split_at_mut(self.params);
-        PackedMut { layout, rows, codes, scales, zeros: &mut zeros[..self.params] }
+        let (scales, rest) = bytemuck::cast_slice_mut(params).split_at_mut(self.scales);
+        let (zeros, factors) = rest.split_at_mut(self.zeros);
+        PackedMut { layout, rows, codes, scales, zeros, factors: &mut factors[..self.factors] }
     }
 }
 

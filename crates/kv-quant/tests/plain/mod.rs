@@ -3,7 +3,9 @@
 
 use std::ops::Range;
 
-use kv_quant::{Axis, Bits, Flush, Format, Pool, PoolShape, Scheme};
+use kv_quant::{
+    Axis, Bits, Float8, Flush, Format, Pool, PoolShape, Scheme, StaticScale, TurboQuant,
+};
 
 /// Repeatable numbers.
 pub fn numbers(seed: u64, count: usize) -> Vec<f32> {
@@ -41,7 +43,7 @@ impl Random {
     }
 }
 
-/// Formats of every kind of flush and axis.
+/// Formats of every kind of flush, axis and codes.
 pub fn formats() -> Vec<Format> {
     let per_token = Scheme::new(Bits::Four, Axis::Channels, 32).unwrap();
     let of = |flush| Format::new(per_token, per_token, flush).unwrap();
@@ -53,6 +55,25 @@ pub fn formats() -> Vec<Format> {
         of(Flush::Rolling(32)),
         of(Flush::Staggered(64)),
         Format::f16(),
+        Format::float8(Float8::E4m3),
+        Format::float8_static(
+            Float8::E5m2,
+            StaticScale::new(0.5).unwrap(),
+            StaticScale::new(0.01).unwrap(),
+        ),
+        Format::rotated_symmetric(Bits::Four, Bits::Three),
+        Format::rotated_asymmetric(Bits::Three, Bits::Four),
+        Format::turboquant(TurboQuant::K8V4),
+        Format::turboquant(TurboQuant::FourBitNc),
+        Format::turboquant(TurboQuant::ThreeBitNc),
+        Format::new(
+            Scheme::lloyd_max(Bits::Two, false).unwrap(),
+            Scheme::lloyd_max(Bits::Four, true).unwrap(),
+            Flush::Rolling(32),
+        )
+        .unwrap(),
+        Format::kvarn(Bits::Four, Bits::Two, 64).unwrap(),
+        Format::kvarn(Bits::Two, Bits::Three, 128).unwrap(),
     ]
 }
 

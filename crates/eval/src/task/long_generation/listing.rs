@@ -2,7 +2,7 @@ use std::collections::HashSet;
 
 use rand::prelude::*;
 
-use super::{CITIES, Parts, Size, THINGS, lines, make, person, pick, room_for};
+use super::{CITIES, Parts, Size, THINGS, lines, make, person, pick, quarters, room_for};
 use crate::task::one_prediction;
 use crate::{Category, Result, Sample, Samples, Score, Task};
 
@@ -52,6 +52,9 @@ impl Task for Listing {
             sample.answers.iter().flat_map(|answer| lines(answer)).collect();
         let found: HashSet<&str> = lines(prediction).filter(|line| wanted.contains(line)).collect();
         let all = lines(prediction).count() + wanted.len();
-        Ok(Score { value: 2.0 * found.len() as f64 / all.max(1) as f64, partial: None })
+        let in_order = sample.answers.iter().flat_map(|answer| lines(answer));
+        let right: Vec<bool> = in_order.map(|line| found.contains(line)).collect();
+        let value = 2.0 * found.len() as f64 / all.max(1) as f64;
+        Ok(Score { value, partial: None, quarters: quarters(&right) })
     }
 }

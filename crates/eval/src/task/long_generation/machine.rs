@@ -1,6 +1,6 @@
 use rand::prelude::*;
 
-use super::{Parts, Size, make, room_for, same_lines};
+use super::{Parts, Size, make, quarters, right_lines, room_for, same_lines};
 use crate::task::one_prediction;
 use crate::{Category, Result, Sample, Samples, Score, Task};
 
@@ -53,6 +53,8 @@ impl Task for StateMachine {
     fn score(&self, sample: &Sample, predictions: &[String]) -> Result<Score> {
         let prediction = one_prediction(sample, predictions)?;
         let scores = sample.answers.iter().map(|answer| same_lines(prediction, answer));
-        Ok(Score { value: scores.fold(0.0, f64::max), partial: None })
+        let right = sample.answers.first().map(|answer| right_lines(prediction, answer));
+        let quarters = right.and_then(|right| quarters(&right));
+        Ok(Score { value: scores.fold(0.0, f64::max), partial: None, quarters })
     }
 }

@@ -1,6 +1,6 @@
 use rand::prelude::*;
 
-use super::{CITIES, Parts, Size, THINGS, make, person, pick};
+use super::{CITIES, Parts, Size, THINGS, make, person, pick, quarters};
 use crate::task::check_turns;
 use crate::{Category, Result, Sample, Samples, Score, Task};
 
@@ -55,7 +55,9 @@ impl Task for Recall {
                 .peekable();
             numbers.peek().is_some() && numbers.all(|number| number == answer)
         };
-        let count = predictions.iter().zip(&sample.answers).filter(|pair| right(*pair)).count();
-        Ok(Score { value: count as f64 / sample.answers.len().max(1) as f64, partial: None })
+        let right: Vec<bool> = predictions.iter().zip(&sample.answers).map(right).collect();
+        let count = right.iter().filter(|right| **right).count();
+        let value = count as f64 / right.len().max(1) as f64;
+        Ok(Score { value, partial: None, quarters: quarters(&right) })
     }
 }

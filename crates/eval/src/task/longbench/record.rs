@@ -9,6 +9,7 @@ pub(super) struct Record {
     pub input: String,
     pub answers: Vec<String>,
     pub all_classes: Vec<String>,
+    length: Option<u64>,
 }
 
 /// What is wrong with a record.
@@ -35,7 +36,13 @@ impl Record {
                 None | Some(Value::Null) => Vec::new(),
                 Some(_) => texts(&fields, "all_classes")?,
             },
+            length: fields.get("length").and_then(Value::as_u64),
         })
+    }
+
+    /// Words of the context, as the record has them.
+    pub fn length(&self) -> Result<u64, Fault> {
+        self.length.ok_or_else(|| fault("length", "expected a number of words"))
     }
 
     /// That an answer can score at all.

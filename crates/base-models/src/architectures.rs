@@ -1,0 +1,250 @@
+//! The architectures: for each, what its settings mean and what its tensors are called.
+//!
+//! `docs/architectures.md` says how to add one.
+
+mod exaone;
+mod gemma;
+mod granite;
+mod llama;
+mod olmo;
+mod phi;
+mod qwen;
+mod smollm;
+
+use crate::config::{Activation, Config, Experts};
+use crate::gguf_settings::Settings;
+use crate::json::Fields;
+use crate::names::Names;
+use crate::rope_settings::{RopeDefaults, RopeSettings};
+use longctx_core::{Error, Result};
+
+/// An architecture.
+pub(crate) struct Architecture {
+    /// Its name: `model_type` in a `config.json`, `general.architecture` in a GGUF file.
+    pub name: &'static str,
+    /// What `transformers` takes for fields that a `config.json` lacks.
+    pub defaults: Defaults,
+    /// Reads from a `config.json` what not all architectures have.
+    pub read: fn(&Fields, &mut Config) -> Result<()>,
+    /// The same from a GGUF file's metadata.
+    pub read_gguf: fn(&Settings, &mut Config) -> Result<()>,
+    /// Settings of GGUF files that only some architectures have, and `read_gguf` reads.
+    pub gguf_settings: &'static [&'static str],
+    /// The tensors' names in a folder and in a GGUF file.
+    pub folder_names: Names,
+    pub gguf_names: Names,
+    /// Whether llama.cpp's converter interleaves the rows of the query and key projections.
+    pub gguf_interleaved: bool,
+}
+
+/// Values of absent fields.
+#[derive(Clone, Copy)]
+pub(crate) struct Defaults {
+    /// Key/value heads; `None`: as many as query heads.
+    pub kv_heads: Option<usize>,
+    /// Channels of a head; `None`: the hidden size divided by the heads.
+    pub head_dim: Option<usize>,
+    pub context: usize,
+    pub norm_eps: f64,
+    pub theta: f64,
+    /// Whether a part of a head's channels may rotate.
+    pub partial_rotary: bool,
+    /// The field that names the activation.
+    pub activation: &'static str,
+    pub activation_value: Activation,
+    pub tied_embeddings: bool,
+    pub bos: Option<u32>,
+    pub eos: &'static [u32],
+}
+
+/// Llama's.
+const DEFAULTS: Defaults = Defaults {
+    kv_heads: None,
+    head_dim: None,
+    context: 2048,
+    norm_eps: 1e-6,
+    theta: 10_000.0,
+    partial_rotary: false,
+    activation: "hidden_act",
+    activation_value: Activation::Silu,
+    tied_embeddings: false,
+    bos: Some(1),
+    eos: &[2],
+};
+
+/// All architectures.
+const ALL: [&Architecture; 17] = [
+    &llama::LLAMA,
+    &llama::MISTRAL,
+    &llama::MIXTRAL,
+    &qwen::QWEN2,
+    &qwen::QWEN3,
+    &qwen::QWEN3_MOE,
+    &qwen::GGUF_QWEN3_MOE,
+    &gemma::GEMMA,
+    &gemma::GEMMA2,
+    &gemma::GEMMA3_TEXT,
+    &gemma::GGUF_GEMMA3,
+    &smollm::SMOLLM3,
+    &granite::GRANITE,
+    &olmo::OLMO2,
+    &olmo::OLMOE,
+    &phi::PHI3,
+    &exaone::EXAONE4,
+];
+
+/// Names of GGUF files that `config.json` doesn't have, and the other way round.
+const GGUF_ONLY: [&str; 2] = ["gemma3", "qwen3moe"];
+const FOLDER_ONLY: [&str; 4] = ["mistral", "mixtral", "gemma3_text", "qwen3_moe"];
+
+/// The architecture of a `model_type`.
+pub(crate) fn of_folder(name: &str) -> Result<&'static Architecture> {
+    named(name, &GGUF_ONLY)
+}
+
+/// The architecture of a `general.architecture`.
+pub(crate) fn of_gguf(name: &str) -> Result<&'static Architecture> {
+    named(name, &FOLDER_ONLY)
+}
+
+fn named(name: &str, others: &[&str]) -> Result<&'static Architecture> {
+    let mut known = ALL.into_iter().filter(|a| !others.contains(&a.name));
+    known.clone().find(|a| a.name == name).ok_or_else(|| {
+        let names: Vec<_> = known.by_ref().map(|a| a.name).collect();
+        Error::Unsupported(format!("architecture {name:?} (known: {})", names.join(", ")))
+    })
+}
+
+/// Reads a `config.json`.
+pub(crate) fn read(raw: &Fields) -> Result<Config> {
+    let name = raw.text("model_type")?.ok_or_else(|| raw.missing("model_type"))?;
+    let architecture = of_folder(name)?;
+    let mut config = read_common(raw, architecture)?;
+    // Layers have settings of their own: their number is checked before there are so many.
+    config.check()?;
+    (architecture.read)(raw, &mut config)?;
+    config.check()?;
+    Ok(config)
+}
+
+/// The fields that all have.
+fn read_common(raw: &Fields, architecture: &Architecture) -> Result<Config> {
+    let default = architecture.defaults;
+    let number = |name: &str| raw.number(name)?.ok_or_else(|| raw.missing(name));
+    let (heads, hidden_size) = (number("num_attention_heads")?, number("hidden_size")?);
+    let head_dim = raw.number("head_dim")?.or(default.head_dim);
+    let head_dim = head_dim.unwrap_or(hidden_size / heads.max(1));
+    let kv_heads = match raw.number("num_key_value_heads")? {
+        Some(n) => n,
+        // A null means as many as queries, an absent field the architecture's default.
+        None if raw.has("num_key_value_heads") => heads,
+        None => default.kv_heads.unwrap_or(heads),
+    };
+    let context_length = raw.number("max_position_embeddings")?.unwrap_or(default.context);
+    Ok(Config {
+        family: architecture.name.to_owned(),
+        vocab_size: number("vocab_size")?,
+        hidden_size,
+        intermediate_size: number("intermediate_size")?,
+        layers: number("num_hidden_layers")?,
+        heads,
+        kv_heads,
+        head_dim,
+        norm_eps: raw.float("rms_norm_eps")?.unwrap_or(default.norm_eps),
+        // Read by the architectures: not all read the same fields.
+        rope: RopeSettings::default(),
+        context_length,
+        activation: activation(raw, &default)?,
+        tied_embeddings: raw.switch("tie_word_embeddings")?.unwrap_or(default.tied_embeddings),
+        bos: match raw.has("bos_token_id") {
+            true => raw.ids("bos_token_id").first().copied(),
+            false => default.bos,
+        },
+        eos: match raw.has("eos_token_id") {
+            true => raw.ids("eos_token_id"),
+            false => default.eos.to_vec(),
+        },
+        ..Config::default()
+    })
+}
+
+fn activation(raw: &Fields, default: &Defaults) -> Result<Activation> {
+    match raw.text(default.activation)? {
+        None => Ok(default.activation_value),
+        Some("silu" | "swish") => Ok(Activation::Silu),
+        Some("gelu") => Ok(Activation::Gelu),
+        Some("gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
+        Some(other) => {
+            let known = "silu, gelu, gelu_pytorch_tanh";
+            Err(Error::Unsupported(format!("activation {other:?} (known: {known})")))
+        }
+    }
+}
+
+/// The rotary embedding of all layers.
+fn rope(raw: &Fields, config: &Config, default: &Defaults) -> Result<RopeSettings> {
+    RopeSettings::read(raw, &rope_defaults(config, default))
+}
+
+fn rope_defaults(config: &Config, default: &Defaults) -> RopeDefaults {
+    RopeDefaults {
+        theta: default.theta,
+        head_dim: config.head_dim,
+        context: config.context_length,
+        partial: default.partial_rotary,
+    }
+}
+
+/// Biases of the attention's projections, all four, where `attention_bias` says so.
+fn attention_biases(raw: &Fields, config: &mut Config) -> Result<()> {
+    let bias = raw.switch("attention_bias")?.unwrap_or(false);
+    (config.qkv_bias, config.out_bias) = (bias, bias);
+    Ok(())
+}
+
+/// The windows of the layers that `layer_types` says slide; `None` without this field.
+fn windows_by_type(
+    raw: &Fields,
+    layers: usize,
+    window: Option<usize>,
+) -> Result<Option<Vec<Option<usize>>>> {
+    let Some(types) = raw.texts("layer_types")? else { return Ok(None) };
+    if types.len() != layers {
+        return Err(Error::mismatch("layer_types", format!("{layers} entries"), types.len()));
+    }
+    let of = |kind: &&str| match *kind {
+        "sliding_attention" => Ok(window),
+        "full_attention" => Ok(None),
+        other => Err(Error::Unsupported(format!("a layer of type {other:?}"))),
+    };
+    types.iter().map(of).collect::<Result<_>>().map(Some)
+}
+
+/// The window of `sliding_window`; the default if the field is absent, none if it is null.
+fn window(raw: &Fields, default: Option<usize>) -> Result<Option<usize>> {
+    Ok(match raw.number("sliding_window")? {
+        Some(window) => Some(window),
+        None if raw.has("sliding_window") => None,
+        None => default,
+    })
+}
+
+/// Windows in all layers but each `period`-th.
+fn windows_by_period(layers: usize, window: usize, period: usize) -> Vec<Option<usize>> {
+    (1..=layers).map(|n| Some(window).filter(|_| !n.is_multiple_of(period.max(1)))).collect()
+}
+
+/// The mixture of a GGUF file.
+fn gguf_experts(file: &Settings, config: &Config, normalize: bool) -> Result<Experts> {
+    let inner = file.number("expert_feed_forward_length")?;
+    Ok(Experts {
+        count: file.need_number("expert_count")?,
+        per_token: file.need_number("expert_used_count")?,
+        intermediate_size: inner.unwrap_or(config.intermediate_size),
+        normalize,
+        dense_layers: Vec::new(),
+    })
+}
+
+/// The settings of mixtures in GGUF files.
+const GGUF_EXPERTS: &[&str] = &["expert_count", "expert_used_count", "expert_feed_forward_length"];

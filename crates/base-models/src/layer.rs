@@ -1,0 +1,207 @@
+//! One layer of the decoder.
+
+use crate::config::{Config, QkNorm};
+use crate::feed_forward::FeedForward;
+use crate::linear::{Joined, Linear};
+use crate::weights::Weights;
+use candle_core::Tensor;
+use candle_nn::ops::rms_norm;
+use longctx_core::{AttentionShape, Batch, KvCache, Result, Step};
+
+/// Tokens that go through a feed-forward block at a time, on the CPU and on other devices: its inner
+/// activations, several times wider than the model, never exist for the whole of a long prompt.
+const FEED_FORWARD_TOKENS: (usize, usize) = (1024, 8192);
+
+/// The attention and the feed-forward block, with their norms.
+#[derive(Debug)]
+pub(crate) struct Layer {
+    pub shape: AttentionShape,
+    eps: f32,
+    residual_scale: f64,
+    attention_norms: Norms,
+    attention: Attention,
+    feed_forward_norms: Norms,
+    feed_forward: FeedForward,
+}
+
+/// The norms of a block's input and output.
+#[derive(Debug)]
+struct Norms {
+    before: Option<Tensor>,
+    after: Option<Tensor>,
+}
+
+#[derive(Debug)]
+struct Attention {
+    qkv: Joined,
+    clamp: Option<f64>,
+    norm: Option<HeadNorm>,
+    /// What each channel of a query is multiplied with, `[head_dim]`. A rotary scaling's attention
+    /// factor is for queries and keys: its square, in the channels that rotate.
+    query_scale: Option<Tensor>,
+    out: Linear,
+}
+
+#[derive(Debug)]
+struct HeadNorm {
+    q: Tensor,
+    k: Tensor,
+    per_head: bool,
+}
+
+/// A norm's weights `[size]`.
+pub(crate) fn norm(c: &Config, w: &impl Weights, name: &str, size: usize) -> Result<Tensor> {
+    let weights = w.tensor(&format!("{name}.weight"), &[size])?;
+    Ok(if c.norm_offset { (weights + 1.0)? } else { weights })
+}
+
+impl Layer {
+    pub fn load(c: &Config, layer: usize, w: &impl Weights) -> Result<Self> {
+        let names = w.names();
+        let norms = |before: &str, after: &str| -> Result<Norms> {
+            let load = |part: &str, wanted: bool| {
+                let name = format!("{}.{layer}.{part}", names.layers);
+                wanted.then(|| norm(c, w, &name, c.hidden_size)).transpose()
+            };
+            Ok(Norms { before: load(before, c.pre_norms)?, after: load(after, c.post_norms)? })
+        };
+        Ok(Self {
+            shape: c.attention(layer)?,
+            eps: c.norm_eps as f32,
+            residual_scale: c.residual_scale,
+            attention_norms: norms(names.attention_norm, names.attention_post_norm)?,
+            attention: Attention::load(c, layer, w)?,
+            feed_forward_norms: norms(names.feed_forward_norm, names.feed_forward_post_norm)?,
+            feed_forward: FeedForward::load(c, layer, w)?,
+        })
+    }
+
+    /// `x`: `[tokens, hidden]`, the tokens of all sequences of the batch.
+    pub fn forward(&self, x: &Tensor, cache: &mut dyn KvCache, batch: &Batch) -> Result<Tensor> {
+        let attend = |x: &Tensor| self.attention.forward(x, &self.shape, self.eps, cache, batch);
+        let x = self.add(x, &self.attention_norms, attend)?;
+        let tokens = x.dim(0)?;
+        let (on_cpu, elsewhere) = FEED_FORWARD_TOKENS;
+        let of_part = if x.device().is_cpu() { on_cpu } else { elsewhere };
+        let mut parts = Vec::new();
+        for start in (0..tokens).step_by(of_part) {
+            let part = x.narrow(0, start, of_part.min(tokens - start))?;
+            let forward = |x: &Tensor| self.feed_forward.forward(x);
+            parts.push(self.add(&part, &self.feed_forward_norms, forward)?);
+        }
+        match parts.as_slice() {
+            [one] => Ok(one.clone()),
+            parts => Ok(Tensor::cat(parts, 0)?),
+        }
+    }
+
+    /// The input with a block's output added.
+    fn add(
+        &self,
+        x: &Tensor,
+        norms: &Norms,
+        block: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let normed = |x: &Tensor, weights: &Option<Tensor>| -> Result<Tensor> {
+            match weights {
+                Some(weights) => Ok(rms_norm(&x.contiguous()?, weights, self.eps)?),
+                None => Ok(x.clone()),
+            }
+        };
+        let y = normed(&block(&normed(x, &norms.before)?)?, &norms.after)?;
+        Ok(match self.residual_scale {
+            1.0 => (x + y)?,
+            scale => (x + (y * scale)?)?,
+        })
+    }
+}
+
+impl Attention {
+    fn load(c: &Config, layer: usize, w: &impl Weights) -> Result<Self> {
+        let names = w.names();
+        let name = |part: &str| format!("{}.{layer}.{part}", names.layers);
+        let hidden = c.hidden_size;
+        let (queries, keys) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let linear = |part, out, inner, bias| w.linear(&name(part), out, inner, bias);
+        let fused = !names.query_key_value.is_empty()
+            && w.has(&format!("{}.weight", name(names.query_key_value)));
+        let qkv = match fused {
+            true => {
+                let sizes = vec![queries, keys, keys];
+                let out = sizes.iter().sum();
+                Joined::fused(linear(names.query_key_value, out, hidden, c.qkv_bias)?, sizes)
+            }
+            false => Joined::new(vec![
+                linear(names.query, queries, hidden, c.qkv_bias)?,
+                linear(names.key, keys, hidden, c.qkv_bias)?,
+                linear(names.value, keys, hidden, c.qkv_bias)?,
+            ])?,
+        };
+        let head_norm = |sizes: (usize, usize), per_head| -> Result<Option<HeadNorm>> {
+            let q = norm(c, w, &name(names.query_norm), sizes.0)?;
+            let k = norm(c, w, &name(names.key_norm), sizes.1)?;
+            Ok(Some(HeadNorm { q, k, per_head }))
+        };
+        let norm = match c.qk_norm {
+            QkNorm::None => None,
+            QkNorm::PerHead => head_norm((c.head_dim, c.head_dim), true)?,
+            QkNorm::AllHeads => head_norm((queries, keys), false)?,
+        };
+        Ok(Self {
+            qkv,
+            clamp: c.clamp_qkv,
+            norm,
+            query_scale: query_scale(c, layer)?
+                .map(|scale| w.options().place(&scale))
+                .transpose()?,
+            out: linear(names.out, hidden, queries, c.out_bias)?,
+        })
+    }
+
+    fn forward(
+        &self,
+        x: &Tensor,
+        shape: &AttentionShape,
+        eps: f32,
+        cache: &mut dyn KvCache,
+        batch: &Batch,
+    ) -> Result<Tensor> {
+        let &AttentionShape { heads, head_dim, value_dim, .. } = shape;
+        let projected = self.qkv.forward_heads(x, head_dim)?;
+        let of = |i: usize, norm: Option<&Tensor>| -> Result<Tensor> {
+            let mut x = projected[i].clone();
+            let per_head = self.norm.as_ref().is_some_and(|norm| norm.per_head);
+            if let Some(norm) = norm.filter(|_| !per_head) {
+                let all = x.contiguous()?.flatten_from(1)?;
+                x = rms_norm(&all, norm, eps)?.reshape(x.dims())?;
+            }
+            if let Some(limit) = self.clamp {
+                x = x.clamp(-limit, limit)?;
+            }
+            if let Some(norm) = norm.filter(|_| per_head) {
+                x = rms_norm(&x.contiguous()?, norm, eps)?;
+            }
+            Ok(x)
+        };
+        let norm = self.norm.as_ref();
+        let mut q = of(0, norm.map(|norm| &norm.q))?;
+        let k = of(1, norm.map(|norm| &norm.k))?;
+        let v = of(2, None)?;
+        if let Some(scale) = &self.query_scale {
+            q = q.broadcast_mul(scale)?;
+        }
+        let out = cache.attend(&Step { batch, q: &q, k: &k, v: &v })?;
+        self.out.forward(&out.reshape((batch.tokens(), heads * value_dim))?)
+    }
+}
+
+/// The factor of each channel of a layer's queries; `None` if all are 1.
+fn query_scale(c: &Config, layer: usize) -> Result<Option<Vec<f32>>> {
+    let Some(rope) = c.layer_rope(layer) else { return Ok(None) };
+    let factor = rope.scaling.attention_factor();
+    if factor == 1.0 {
+        return Ok(None);
+    }
+    let of = |channel| if channel < rope.rotary_dims { (factor * factor) as f32 } else { 1.0 };
+    Ok(Some((0..c.head_dim).map(of).collect()))
+}

@@ -1,0 +1,100 @@
+//! What an architecture's tensors are called.
+
+/// The names of an architecture's tensors, without `.weight` and `.bias`. Those of a layer follow
+/// the layers' name and the layer's number.
+#[derive(Debug)]
+pub(crate) struct Names {
+    pub embedding: &'static str,
+    pub norm: &'static str,
+    pub head: &'static str,
+    pub layers: &'static str,
+    pub attention_norm: &'static str,
+    /// The norm of the attention's output.
+    pub attention_post_norm: &'static str,
+    pub query: &'static str,
+    pub key: &'static str,
+    pub value: &'static str,
+    /// Queries, keys and values in one matrix, where a checkpoint has it.
+    pub query_key_value: &'static str,
+    pub query_norm: &'static str,
+    pub key_norm: &'static str,
+    pub out: &'static str,
+    pub feed_forward_norm: &'static str,
+    /// The norm of the feed-forward block's output.
+    pub feed_forward_post_norm: &'static str,
+    pub gate: &'static str,
+    pub up: &'static str,
+    /// Gate and up in one matrix, where a checkpoint has it.
+    pub gate_up: &'static str,
+    pub down: &'static str,
+    pub router: &'static str,
+    /// The experts' matrices. `{}` stands for the expert's number; without it, all experts lie in
+    /// one tensor.
+    pub expert_gate: &'static str,
+    pub expert_up: &'static str,
+    pub expert_down: &'static str,
+}
+
+/// Llama's in Hugging Face's checkpoints, and what most others have.
+pub(crate) const LLAMA: Names = Names {
+    embedding: "model.embed_tokens",
+    norm: "model.norm",
+    head: "lm_head",
+    layers: "model.layers",
+    attention_norm: "input_layernorm",
+    attention_post_norm: "",
+    query: "self_attn.q_proj",
+    key: "self_attn.k_proj",
+    value: "self_attn.v_proj",
+    query_key_value: "self_attn.qkv_proj",
+    query_norm: "self_attn.q_norm",
+    key_norm: "self_attn.k_norm",
+    out: "self_attn.o_proj",
+    feed_forward_norm: "post_attention_layernorm",
+    feed_forward_post_norm: "post_feedforward_layernorm",
+    gate: "mlp.gate_proj",
+    up: "mlp.up_proj",
+    gate_up: "mlp.gate_up_proj",
+    down: "mlp.down_proj",
+    router: "mlp.gate",
+    expert_gate: "mlp.experts.{}.gate_proj",
+    expert_up: "mlp.experts.{}.up_proj",
+    expert_down: "mlp.experts.{}.down_proj",
+};
+
+/// Those of blocks with norms on both sides, or behind them only.
+pub(crate) const POST_NORMS: Names = Names {
+    attention_post_norm: "post_attention_layernorm",
+    feed_forward_norm: "pre_feedforward_layernorm",
+    ..LLAMA
+};
+
+/// llama.cpp's.
+pub(crate) const GGUF: Names = Names {
+    embedding: "token_embd",
+    norm: "output_norm",
+    head: "output",
+    layers: "blk",
+    attention_norm: "attn_norm",
+    attention_post_norm: "post_attention_norm",
+    query: "attn_q",
+    key: "attn_k",
+    value: "attn_v",
+    query_key_value: "attn_qkv",
+    query_norm: "attn_q_norm",
+    key_norm: "attn_k_norm",
+    out: "attn_output",
+    feed_forward_norm: "ffn_norm",
+    feed_forward_post_norm: "post_ffw_norm",
+    gate: "ffn_gate",
+    up: "ffn_up",
+    gate_up: "",
+    down: "ffn_down",
+    router: "ffn_gate_inp",
+    expert_gate: "ffn_gate_exps",
+    expert_up: "ffn_up_exps",
+    expert_down: "ffn_down_exps",
+};
+
+/// llama.cpp's of Phi-3: "up" holds gate and up.
+pub(crate) const GGUF_FUSED: Names = Names { gate_up: "ffn_up", ..GGUF };

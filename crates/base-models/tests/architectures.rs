@@ -1,0 +1,116 @@
+//! Logits of every architecture and rotary scaling against `transformers`, for random
+//! configurations. `fixtures/make_architectures.py` made them.
+
+mod common;
+
+use base_models::{LoadOptions, Pretrained, Transformer};
+use candle_core::{Device, Tensor};
+use common::cases::{Case, cases, write, write_gguf};
+use longctx_core::{Batch, CausalLm, DenseCache, LayerSpec, Logits};
+
+const TOLERANCE: f32 = 1e-4;
+
+fn open(case: &Case) -> Transformer {
+    let folder = tempfile::tempdir().unwrap();
+    write(case, folder.path());
+    let options = LoadOptions { context_length: Some(case.tokens.len()), ..LoadOptions::default() };
+    Transformer::from_folder(folder.path(), &options)
+        .unwrap_or_else(|e| panic!("{}: {e}", case.name))
+}
+
+/// The GGUF file of a checkpoint is the same model.
+#[test]
+fn gguf_files_give_the_logits_of_transformers() {
+    let mut count = 0;
+    for (case, expected) in cases() {
+        let Some(gguf) = &case.gguf else { continue };
+        let folder = tempfile::tempdir().unwrap();
+        let path = write_gguf(&case, gguf, folder.path());
+        let options =
+            LoadOptions { context_length: Some(case.tokens.len()), ..LoadOptions::default() };
+        let llm = Pretrained::from_gguf(&path, &options);
+        let llm = llm.unwrap_or_else(|e| panic!("{}: {e}", case.name));
+        let error = distance(&in_chunks(&llm.model, &case.tokens, &[23, 1, 17]), &expected);
+        println!("{}: largest difference {error:e}", case.name);
+        assert!(error < TOLERANCE, "{}: {error}", case.name);
+        count += 1;
+    }
+    assert_eq!(count, 18);
+}
+
+fn dense(layer: &LayerSpec) -> longctx_core::Result<DenseCache> {
+    DenseCache::new(layer.clone(), candle_core::DType::F32)
+}
+
+/// Logits of tokens that come in chunks, the last of which repeats.
+fn in_chunks(model: &Transformer, tokens: &[u32], chunks: &[usize]) -> Tensor {
+    let mut session = model.session(dense).unwrap();
+    let mut sizes = chunks.iter().copied().chain(std::iter::repeat(chunks[chunks.len() - 1]));
+    let (mut rest, mut parts) = (tokens, Vec::new());
+    while !rest.is_empty() {
+        let (part, after) = rest.split_at(sizes.next().unwrap().min(rest.len()));
+        let batch = Batch::single(0, part.len()).unwrap();
+        parts.push(session.forward(&batch, part, Logits::All).unwrap());
+        rest = after;
+    }
+    Tensor::cat(&parts, 0).unwrap()
+}
+
+fn distance(a: &Tensor, b: &Tensor) -> f32 {
+    (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+}
+
+#[test]
+fn logits_equal_those_of_transformers() {
+    let mut failed = Vec::new();
+    for (case, expected) in cases() {
+        let model = open(&case);
+        let mut largest = 0f32;
+        for chunks in [&[60][..], &[23, 1, 17], &[1]] {
+            largest = largest.max(distance(&in_chunks(&model, &case.tokens, chunks), &expected));
+        }
+        println!("{}: largest difference {largest:e}", case.name);
+        if largest.is_nan() || largest > TOLERANCE {
+            failed.push((case.name, largest));
+        }
+    }
+    assert!(failed.is_empty(), "{failed:?}");
+}
+
+/// A batch of prefixes of a prompt, and one more token for each.
+#[test]
+fn sequences_of_unequal_length_have_the_logits_of_their_prompts() {
+    for (case, expected) in cases() {
+        let mut session = open(&case).session(dense).unwrap();
+        let lens = [31, 59, 2];
+        let prompts: Vec<_> = lens.iter().flat_map(|&len| &case.tokens[..len]).copied().collect();
+        let batch = Batch::new(&[(7, lens[0]), (8, lens[1]), (9, lens[2])]).unwrap();
+        let rows = |ends: [usize; 3]| {
+            let ends = Tensor::new(&ends.map(|end| end as u32 - 1), &Device::Cpu).unwrap();
+            expected.index_select(&ends, 0).unwrap()
+        };
+        let got = session.forward(&batch, &prompts, Logits::Last).unwrap();
+        assert!(distance(&got, &rows(lens)) < TOLERANCE, "{}", case.name);
+        let batch = Batch::decode(&[9, 8, 7]).unwrap();
+        let next = [case.tokens[2], case.tokens[59], case.tokens[31]];
+        let got = session.forward(&batch, &next, Logits::Last).unwrap();
+        assert!(distance(&got, &rows([3, 60, 32])) < TOLERANCE, "{}", case.name);
+    }
+}
+
+/// Frequencies that were made for a length are not used past it.
+#[test]
+fn sequences_beyond_the_length_that_a_scaling_was_made_for_are_refused() {
+    let (case, _) = cases().into_iter().find(|(case, _)| case.name == "dynamic-rope-1").unwrap();
+    let mut session = open(&case).session(dense).unwrap();
+    session.forward(&Batch::single(0, 60).unwrap(), &case.tokens, Logits::Last).unwrap();
+    let limit = session
+        .model()
+        .config()
+        .context_length
+        .max(case.config["max_position_embeddings"].as_u64().unwrap() as usize);
+    let more = vec![1; limit - 60 + 1];
+    let batch = Batch::single(0, more.len()).unwrap();
+    let message = session.forward(&batch, &more, Logits::Last).unwrap_err().to_string();
+    assert!(message.contains(&format!("at most the {limit}")), "{message}");
+}

@@ -1,0 +1,391 @@
+//! An engine behind HTTP as a subject: any server with OpenAI's completions or chat API.
+
+use std::io::{BufRead, BufReader};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use longctx_core::{PromptCompressor, Rate};
+use rand::Rng;
+use serde_json::{Value, json};
+use ureq::Agent;
+
+use super::reader::Text;
+use super::shorten::{Compressor, shorten};
+use super::subject::{Answer, Fault, Question, Subject};
+use crate::setting::{Api, ServerSetting, Setting};
+use crate::{Error, Result};
+
+/// The wait before the second attempt; it doubles with each further one.
+const FIRST_WAIT: Duration = Duration::from_millis(500);
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// The longest line of a stream, and the longest answer that is no stream, in bytes.
+const MOST_BYTES: u64 = 64 << 20;
+
+/// A server as a subject: greedy, streamed, several requests at once.
+///
+/// An attempt that meets a connection that breaks, a time-out, status 408, 409, 429 or 5xx, or an answer that is none, is made again
+/// after a wait that doubles each time, or that the server asks for. A sample whose attempts all fail has no result; after one, the
+/// next samples get one attempt each until the server answers again.
+pub struct Server {
+    agent: Agent,
+    model: String,
+    setting: ServerSetting,
+    key: Option<String>,
+    text: Option<(Box<dyn Text + Send + Sync>, usize)>,
+    compressor: Option<Compressor>,
+    /// The last sample's attempts all failed.
+    down: AtomicBool,
+}
+
+impl Server {
+    /// The server of a setting.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the setting names none, its numbers are 0, or its environment variable for the key is not set.
+    pub fn new(setting: &Setting) -> Result<Self> {
+        let wrong =
+            |expected: &str, got: String| Error::setting(setting.name.clone(), expected, got);
+        let server = setting.server.clone();
+        let server = server.ok_or_else(|| wrong("a server", "none".into()))?;
+        if server.concurrency == 0 || server.tries == 0 || server.timeout_seconds == 0 {
+            let got = format!("{server:?}");
+            return Err(wrong("a concurrency, tries and a time-out above 0", got));
+        }
+        let key = |name: &String| {
+            std::env::var(name)
+                .map_err(|_| wrong("an API key in the environment", format!("no {name}")))
+        };
+        let key = server.key_env.as_ref().map(key).transpose()?;
+        let agent = Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_global(Some(Duration::from_secs(server.timeout_seconds)))
+            .build()
+            .into();
+        let model = setting.model.clone();
+        let down = AtomicBool::new(false);
+        Ok(Self { agent, model, setting: server, key, text: None, compressor: None, down })
+    }
+
+    /// Cuts turns in the middle to `context` tokens of this tokenizer, counts with it, and puts the completions API's prompts in its
+    /// template.
+    #[must_use]
+    pub fn with_text(mut self, text: impl Text + Send + Sync + 'static, context: usize) -> Self {
+        self.text = Some((Box::new(text), context));
+        self
+    }
+
+    /// Compresses prompts before they go out; with [`with_text`](Self::with_text) alone.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] without a tokenizer.
+    pub fn with_compressor(
+        mut self,
+        compressor: Box<dyn PromptCompressor>,
+        rate: Rate,
+    ) -> Result<Self> {
+        if self.text.is_none() {
+            return Err(Error::setting("server", "a tokenizer, to compress prompts", "none"));
+        }
+        self.compressor = Some((compressor, rate));
+        Ok(self)
+    }
+
+    /// Shortens the turns.
+    fn job<'a>(&mut self, question: Question<'a>) -> Result<Job<'a>, Fault> {
+        let sample = question.sample;
+        let mut job = Job { question, turns: Vec::new(), spent: Duration::ZERO, saved: 0 };
+        for (i, turn) in sample.turns.iter().enumerate() {
+            let Some((text, limit)) = &self.text else {
+                job.turns.push(turn.clone());
+                continue;
+            };
+            let context = sample.context.as_ref().filter(|_| i == 0);
+            let text = (&**text as &dyn Text, *limit);
+            let asked = sample.question.as_deref();
+            let short = shorten(turn, context, asked, text, self.compressor.as_mut())?;
+            job.turns.push(short.text);
+            job.spent += short.spent;
+            job.saved += short.saved;
+        }
+        Ok(job)
+    }
+}
+
+/// What is put to the server for one sample.
+struct Job<'a> {
+    question: Question<'a>,
+    turns: Vec<String>,
+    /// Within the compressor.
+    spent: Duration,
+    /// Tokens that compression took.
+    saved: usize,
+}
+
+impl Subject for Server {
+    fn batch(&self) -> usize {
+        self.setting.concurrency
+    }
+
+    fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault> {
+        self.answer_all(std::slice::from_ref(question)).remove(0)
+    }
+
+    fn answer_all(&mut self, questions: &[Question<'_>]) -> Vec<Result<Answer, Fault>> {
+        let jobs: Vec<_> = questions.iter().map(|question| self.job(*question)).collect();
+        let client = Client {
+            agent: &self.agent,
+            model: &self.model,
+            setting: &self.setting,
+            key: self.key.as_deref(),
+            text: self.text.as_ref().map(|(text, _)| &**text),
+            down: &self.down,
+        };
+        let client = &client;
+        thread::scope(|scope| {
+            let ask = |job| {
+                scope.spawn(move || Result::<_, Fault>::and_then(job, |job| client.answer(&job)))
+            };
+            let running: Vec<_> = jobs.into_iter().map(ask).collect();
+            let panicked = |_| Err("the request's thread panicked".into());
+            running.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
+        })
+    }
+}
+
+/// What requests share.
+struct Client<'a> {
+    agent: &'a Agent,
+    model: &'a str,
+    setting: &'a ServerSetting,
+    key: Option<&'a str>,
+    text: Option<&'a (dyn Text + Send + Sync)>,
+    down: &'a AtomicBool,
+}
+
+/// One turn's answer.
+#[derive(Default)]
+struct Written {
+    text: String,
+    first: Option<Duration>,
+    all: Duration,
+    prompt_tokens: Option<usize>,
+    new_tokens: Option<usize>,
+    /// Pieces of a stream with text in them.
+    pieces: usize,
+}
+
+/// Why an attempt failed.
+struct Failure {
+    message: String,
+    /// Whether another attempt may help, and the wait that the server asks for.
+    again: bool,
+    wait: Option<Duration>,
+}
+
+impl Failure {
+    fn passing(message: impl ToString) -> Self {
+        Self { message: message.to_string(), again: true, wait: None }
+    }
+}
+
+impl Client<'_> {
+    fn answer(&self, job: &Job<'_>) -> Result<Answer, Fault> {
+        let sample = job.question.sample;
+        let mut done = Answer { model: job.spent, ..Answer::default() };
+        let mut conversation: Vec<String> = Vec::new();
+        for (i, turn) in job.turns.iter().enumerate() {
+            conversation.push(turn.clone());
+            let last = i + 1 == job.turns.len();
+            let prefix = sample.answer_prefix.as_deref().filter(|_| last).unwrap_or("");
+            let body = self.body(&conversation, prefix, &job.question)?;
+            let written = self.attempts(&body, job.question.stops_at_newline)?;
+            let count = |text: &str| match self.text {
+                Some(tokenizer) => tokenizer.encode(text, false).map(|tokens| tokens.len()),
+                None => Ok(0),
+            };
+            let new_tokens = match written.new_tokens {
+                Some(count) => count,
+                None if self.text.is_none() => written.pieces,
+                None => count(&written.text)?,
+            };
+            done.prompt_tokens += match written.prompt_tokens {
+                Some(count) => count,
+                None => count(&conversation.join("\n"))?,
+            };
+            done.new_tokens += new_tokens;
+            if let (0, Some(first)) = (i, written.first) {
+                done.first_token = job.spent + first;
+            }
+            done.decode += written.all.saturating_sub(written.first.unwrap_or(written.all));
+            done.decode_steps += new_tokens.saturating_sub(1);
+            done.model += written.all;
+            conversation.push(written.text.clone());
+            done.predictions.push(written.text);
+        }
+        let tokens = done.prompt_tokens + done.new_tokens;
+        let bytes =
+            |each: Option<f64>, tokens: usize| each.map(|each| (each * tokens as f64) as usize);
+        done.kv_bytes = bytes(self.setting.bytes_per_token, tokens);
+        done.dense_bytes = bytes(self.setting.dense_bytes_per_token, tokens + job.saved);
+        Ok(done)
+    }
+
+    fn body(
+        &self,
+        conversation: &[String],
+        prefix: &str,
+        question: &Question<'_>,
+    ) -> Result<Value, Fault> {
+        let mut body = json!({
+            "model": self.model,
+            "max_tokens": question.max_new_tokens,
+            "temperature": 0,
+            "stream": true,
+            "stream_options": {"include_usage": true},
+        });
+        match self.setting.api {
+            Api::Completions => {
+                let in_template = match self.text {
+                    Some(text) if question.sample.chat => text.chat(conversation)?,
+                    _ => None,
+                };
+                let plain = || conversation.join("\n").trim_end_matches(' ').to_owned();
+                body["prompt"] = json!(in_template.unwrap_or_else(plain) + prefix);
+            }
+            Api::Chat => {
+                let message = |(i, text): (usize, &String)| {
+                    let role = if i % 2 == 0 { "user" } else { "assistant" };
+                    // A server can't be told to go on from an answer's beginning: it ends the question.
+                    let last = if i + 1 == conversation.len() { prefix } else { "" };
+                    json!({"role": role, "content": text.to_owned() + last})
+                };
+                body["messages"] = conversation.iter().enumerate().map(message).collect();
+            }
+        }
+        Ok(body)
+    }
+
+    /// Asks until there is an answer, at most as often as the setting has it.
+    fn attempts(&self, body: &Value, stops_at_newline: bool) -> Result<Written, Fault> {
+        let tries = if self.down.load(Ordering::Relaxed) { 1 } else { self.setting.tries };
+        let mut wait = FIRST_WAIT;
+        let mut attempt = 1;
+        loop {
+            let failure = match self.ask(body, stops_at_newline) {
+                Ok(written) => {
+                    self.down.store(false, Ordering::Relaxed);
+                    return Ok(written);
+                }
+                Err(failure) => failure,
+            };
+            if !failure.again {
+                return Err(failure.message.into());
+            }
+            if attempt >= tries {
+                self.down.store(true, Ordering::Relaxed);
+                return Err(format!("{} (attempt {attempt} of {tries})", failure.message).into());
+            }
+            // Requests that failed together don't come back together.
+            let spread = rand::rng().random_range(0.75..1.25);
+            thread::sleep(failure.wait.unwrap_or(wait).min(LONGEST_WAIT).mul_f64(spread));
+            wait = (2 * wait).min(LONGEST_WAIT);
+            attempt += 1;
+        }
+    }
+
+    fn ask(&self, body: &Value, stops_at_newline: bool) -> Result<Written, Failure> {
+        let path = match self.setting.api {
+            Api::Completions => "completions",
+            Api::Chat => "chat/completions",
+        };
+        let url = format!("{}/{path}", self.setting.url.trim_end_matches('/'));
+        let started = Instant::now();
+        let mut request = self.agent.post(&url);
+        if let Some(key) = self.key {
+            request = request.header("authorization", format!("Bearer {key}"));
+        }
+        let failed = |error: ureq::Error| Failure::passing(format!("{url}: {error}"));
+        let mut response = request.send_json(body).map_err(failed)?;
+        let status = response.status().as_u16();
+        if status != 200 {
+            let seconds = response
+                .headers()
+                .get("retry-after")
+                .and_then(|text| text.to_str().ok()?.parse().ok());
+            let text = response.body_mut().read_to_string().unwrap_or_default();
+            return Err(Failure {
+                message: format!("{url}: status {status}: {}", start(&text)),
+                again: matches!(status, 408 | 409 | 425 | 429 | 500..),
+                wait: seconds.map(Duration::from_secs),
+            });
+        }
+        let reader = response.body_mut().with_config().limit(MOST_BYTES).reader();
+        read(BufReader::new(reader), self.setting.api, started, stops_at_newline)
+            .map_err(|message| Failure::passing(format!("{url}: {message}")))
+    }
+}
+
+/// The start of a text, for an error.
+fn start(text: &str) -> String {
+    text.chars().take(200).collect()
+}
+
+/// Reads a stream of server-sent events, or one JSON object from a server that does not stream.
+fn read(
+    mut lines: impl BufRead,
+    api: Api,
+    started: Instant,
+    stops_at_newline: bool,
+) -> Result<Written, String> {
+    let mut written = Written::default();
+    let mut finished = false;
+    let mut line = String::new();
+    loop {
+        line.clear();
+        let count = lines.read_line(&mut line).map_err(|error| error.to_string())?;
+        let data = line.trim();
+        let data = match data.strip_prefix("data:").map(str::trim_start) {
+            _ if count == 0 => break,
+            Some("[DONE]") => {
+                finished = true;
+                break;
+            }
+            Some(data) => data,
+            None if data.starts_with('{') => data,
+            None if data.is_empty() || data.starts_with(':') || is_field(data) => continue,
+            None => return Err(format!("expected a completion, got {:?}", start(data))),
+        };
+        let event: Value = serde_json::from_str(data)
+            .map_err(|error| format!("expected JSON, got {:?}: {error}", start(data)))?;
+        if let Some(error) = event.get("error").filter(|error| !error.is_null()) {
+            return Err(format!("the server says {}", start(&error.to_string())));
+        }
+        let tokens = |name: &str| event["usage"][name].as_u64().map(|count| count as usize);
+        written.prompt_tokens = tokens("prompt_tokens").or(written.prompt_tokens);
+        written.new_tokens = tokens("completion_tokens").or(written.new_tokens);
+        let choice = &event["choices"][0];
+        finished |= choice["finish_reason"].is_string();
+        let text = match api {
+            Api::Completions => choice["text"].as_str(),
+            Api::Chat => choice["delta"]["content"]
+                .as_str()
+                .or_else(|| choice["message"]["content"].as_str()),
+        };
+        let Some(text) = text.filter(|text| !text.is_empty()) else { continue };
+        written.first.get_or_insert_with(|| started.elapsed());
+        written.text += text;
+        written.pieces += 1;
+        if stops_at_newline && written.pieces > 1 && text.contains('\n') {
+            finished = true;
+            break;
+        }
+    }
+    written.all = started.elapsed();
+    if finished { Ok(written) } else { Err("the answer broke off".into()) }
+}
+
+/// Fields of server-sent events that carry nothing here.
+fn is_field(line: &str) -> bool {
+    ["event:", "id:", "retry:"].iter().any(|name| line.starts_with(name))
+}

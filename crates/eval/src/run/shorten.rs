@@ -1,0 +1,57 @@
+//! A turn as a model gets it: cut in the middle to the limit, then compressed.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use longctx_core::{Prompt, PromptCompressor, Rate};
+
+use super::reader::Text;
+use super::subject::Fault;
+use crate::truncate_middle;
+
+/// A prompt compressor and how much it leaves.
+pub(super) type Compressor = (Box<dyn PromptCompressor>, Rate);
+
+/// A shortened turn.
+pub(super) struct Short {
+    pub text: String,
+    /// Tokens that compression took.
+    pub saved: usize,
+    /// Time within the compressor.
+    pub spent: Duration,
+}
+
+/// Cuts `turn` to `limit` tokens and compresses it, or only the part `context` of it.
+pub(super) fn shorten(
+    turn: &str,
+    context: Option<&Range<usize>>,
+    question: Option<&str>,
+    (text, limit): (&dyn Text, usize),
+    compressor: Option<&mut Compressor>,
+) -> Result<Short, Fault> {
+    let encode = |x: &str| text.encode(x, false);
+    let cut = truncate_middle(turn, limit, encode, |tokens| text.decode(tokens))?;
+    let whole = |text| Short { text, saved: 0, spent: Duration::ZERO };
+    let Some((compressor, rate)) = compressor else { return Ok(whole(cut)) };
+    let (before, inner, after) = context
+        .and_then(|place| inside(&cut, turn.get(..place.start)?, turn.get(place.end..)?))
+        .unwrap_or(("", &cut, ""));
+    if inner.trim().is_empty() {
+        return Ok(whole(cut));
+    }
+    let started = Instant::now();
+    let prompt = Prompt { question, ..Prompt::new(inner)? };
+    let short = compressor.compress(prompt, *rate)?.text;
+    let spent = started.elapsed();
+    let short = [before, &short, after].concat();
+    let saved = encode(&cut)?.len().saturating_sub(encode(&short)?.len());
+    Ok(Short { text: short, saved, spent })
+}
+
+/// `text` as the part before the context, the context, and the part after it; `None` if the cut in
+/// the middle went into the parts around the context.
+fn inside<'a>(text: &'a str, before: &str, after: &str) -> Option<(&'a str, &'a str, &'a str)> {
+    let inner = text.strip_prefix(before)?.strip_suffix(after)?;
+    let start = before.len();
+    Some((&text[..start], inner, &text[start + inner.len()..]))
+}

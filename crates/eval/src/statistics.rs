@@ -1,0 +1,190 @@
+//! Whether a difference between settings is more than chance: paired differences, sample by sample, with bootstrap intervals.
+
+use std::collections::{HashMap, HashSet};
+
+use rand::prelude::*;
+use rand_chacha::ChaCha8Rng;
+
+use crate::Record;
+
+/// Resamples of a bootstrap.
+const RESAMPLES: usize = 2000;
+/// Fewer samples than these decide nothing.
+pub const LEAST_SAMPLES: usize = 10;
+
+/// A mean with its 95 % interval.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Interval {
+    /// The mean.
+    pub mean: f64,
+    /// 2.5 % of the resampled means lie below.
+    pub low: f64,
+    /// 2.5 % lie above.
+    pub high: f64,
+}
+
+/// The weighted mean of `values`, each with its weight, and its percentile interval over resamples with replacement.
+///
+/// The same values give the same interval. `None` if the weights add up to 0.
+pub fn bootstrap(values: &[(f64, f64)]) -> Option<Interval> {
+    let mean = |sum: f64, weight: f64| (weight > 0.0).then(|| sum / weight);
+    let add = |(sum, weight): (f64, f64), &(w, x): &(f64, f64)| (sum + w * x, weight + w);
+    let (sum, weight) = values.iter().fold((0.0, 0.0), add);
+    let whole = mean(sum, weight)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+    let mut resample = || {
+        let drawn = (0..values.len()).map(|_| &values[rng.random_range(0..values.len())]);
+        let (sum, weight) = drawn.fold((0.0, 0.0), add);
+        mean(sum, weight).unwrap_or(whole)
+    };
+    let mut means: Vec<f64> = (0..RESAMPLES).map(|_| resample()).collect();
+    means.sort_unstable_by(f64::total_cmp);
+    let at = |share: f64| means[((RESAMPLES - 1) as f64 * share).round() as usize];
+    Some(Interval { mean: whole, low: at(0.025), high: at(0.975) })
+}
+
+/// A setting beside another on the samples that both answered.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Difference {
+    /// The setting's score less the other's, from -1 to 1; tasks weigh alike within a category, and categories alike.
+    pub interval: Interval,
+    /// Samples that both answered.
+    pub samples: usize,
+    /// On so many the setting's score is higher.
+    pub better: usize,
+    /// On so many it is lower.
+    pub worse: usize,
+}
+
+/// What a difference says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// The interval lies above 0.
+    Better,
+    /// The interval lies below 0.
+    Worse,
+    /// The interval lies within the margin.
+    Same,
+    /// None of these, or too few samples.
+    Unsure,
+}
+
+impl Difference {
+    /// The differences of `setting` to `reference`; `None` if they share no sample.
+    pub fn between(records: &[Record], setting: &str, reference: &str) -> Option<Self> {
+        Self::of_pairs(&of_setting(records, setting), &of_setting(records, reference))
+    }
+
+    /// The same for the results of two runs.
+    pub fn of_pairs(own: &[&Record], theirs: &[&Record]) -> Option<Self> {
+        let key = |record: &Record| (record.task.clone(), record.sample.clone());
+        let other: HashMap<_, &Record> =
+            theirs.iter().map(|record| (key(record), *record)).collect();
+        let pairs: Vec<(&Record, f64)> = own
+            .iter()
+            .filter_map(|record| Some((*record, other.get(&key(record))?.score.value)))
+            .collect();
+        let records: Vec<&Record> = pairs.iter().map(|(record, _)| *record).collect();
+        let differences = pairs.iter().map(|(record, theirs)| record.score.value - theirs);
+        let values: Vec<_> = weights(&records).into_iter().zip(differences).collect();
+        let count = |fits: fn(f64) -> bool| values.iter().filter(|(_, x)| fits(*x)).count();
+        Some(Self {
+            interval: bootstrap(&values)?,
+            samples: values.len(),
+            better: count(|x| x > 0.0),
+            worse: count(|x| x < 0.0),
+        })
+    }
+
+    /// What it says, where differences within `margin` are of no account.
+    pub fn verdict(&self, margin: f64) -> Verdict {
+        let Interval { low, high, .. } = self.interval;
+        match () {
+            () if self.samples < LEAST_SAMPLES => Verdict::Unsure,
+            () if low > 0.0 => Verdict::Better,
+            () if high < 0.0 => Verdict::Worse,
+            () if -margin <= low && high <= margin => Verdict::Same,
+            () => Verdict::Unsure,
+        }
+    }
+}
+
+/// A setting's results.
+pub fn of_setting<'a>(records: &'a [Record], setting: &str) -> Vec<&'a Record> {
+    records.iter().filter(|record| record.setting == setting).collect()
+}
+
+/// A setting's mean score and its interval; tasks weigh alike within a category, and categories alike.
+pub fn score(records: &[&Record]) -> Option<Interval> {
+    let values = records.iter().map(|record| record.score.value);
+    bootstrap(&weights(records).into_iter().zip(values).collect::<Vec<_>>())
+}
+
+/// The weight of each record in a mean over categories of means over tasks.
+fn weights(records: &[&Record]) -> Vec<f64> {
+    let mut samples: HashMap<_, usize> = HashMap::new();
+    let mut tasks: HashMap<_, HashSet<&str>> = HashMap::new();
+    for record in records {
+        *samples.entry((record.category, record.task.as_str())).or_default() += 1;
+        tasks.entry(record.category).or_default().insert(&record.task);
+    }
+    let weight = |record: &&Record| {
+        let of_task = samples[&(record.category, record.task.as_str())];
+        1.0 / (of_task * tasks[&record.category].len()) as f64
+    };
+    records.iter().map(weight).collect()
+}
+
+/// The setting that others are compared with: the dense one of the same model, by the name `baseline` or `dense-f16` after the last
+/// slash; else the first of the results.
+pub fn reference<'a>(settings: &'a [String], setting: &str) -> Option<&'a str> {
+    let parts = |name: &str| match name.rsplit_once('/') {
+        Some((group, method)) => (group.to_owned(), method.to_owned()),
+        None => (String::new(), name.to_owned()),
+    };
+    let group = parts(setting).0;
+    let mut same = settings.iter().filter(|name| parts(name).0 == group);
+    let first = same.clone().next();
+    let dense = ["dense-f16", "baseline"];
+    same.find(|name| dense.contains(&parts(name).1.as_str())).or(first).map(String::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of 200 intervals of the mean of 60 draws, some 95 % hold the true mean.
+    #[test]
+    fn intervals_hold_the_mean_as_often_as_they_say() {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let mut draw = || {
+            let values: Vec<_> =
+                (0..60).map(|_| (1.0, f64::from(u8::from(rng.random_bool(0.3))))).collect();
+            let interval = bootstrap(&values).unwrap();
+            interval.low <= 0.3 && 0.3 <= interval.high
+        };
+        let held = (0..200).filter(|_| draw()).count();
+        assert!((180..=199).contains(&held), "{held}");
+    }
+
+    /// The normal approximation, for many draws.
+    #[test]
+    fn intervals_are_as_wide_as_the_standard_error_has_it() {
+        let values: Vec<_> = (0..1000).map(|i| (1.0, f64::from(i % 10) / 10.0)).collect();
+        let Interval { mean, low, high } = bootstrap(&values).unwrap();
+        let deviation =
+            (values.iter().map(|(_, x)| (x - mean).powi(2)).sum::<f64>() / 1000.0).sqrt();
+        let wide = 2.0 * 1.96 * deviation / 1000_f64.sqrt();
+        assert!((mean - 0.45).abs() < 1e-12 && ((high - low) / wide - 1.0).abs() < 0.1);
+    }
+
+    #[test]
+    fn the_reference_is_the_dense_setting_of_the_same_model() {
+        let names = ["a/kivi-2", "a/baseline", "b/h2o-4x", "kivi-4", "dense-f16"].map(String::from);
+        assert_eq!(reference(&names, "a/kivi-2"), Some("a/baseline"));
+        assert_eq!(reference(&names, "b/h2o-4x"), Some("b/h2o-4x"));
+        assert_eq!(reference(&names, "kivi-4"), Some("dense-f16"));
+        assert_eq!(reference(&names, "c/x"), None);
+    }
+}

@@ -1,0 +1,169 @@
+//! Scales, zeros and codes of groups, in the arithmetic of KIVI's published functions on f16 tensors.
+//!
+//! Each operation is done in f32 and rounded to f16, as PyTorch does for half tensors: range = max - min, scale =
+//! range / (2^bits - 1), code = round((x - min) / scale) with ties to even. A group whose scale is zero, be it constant or narrower than f16
+//! can divide, has code 0 throughout and gives back its minimum.
+
+use super::Quantizer;
+use crate::vector::{lanes, wide};
+use crate::{Axis, Error, Position, Result, Scheme};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use pulp::{Arch, Simd, WithSimd};
+
+impl Quantizer {
+    /// Quantizes the rows in `x`, numbers of f16.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] for a group whose range is beyond f16's, rows counted from the first given.
+    pub(super) fn asymmetric(&mut self, columns: usize, scheme: Scheme) -> Result<()> {
+        let groups = match scheme.along {
+            Axis::Tokens => columns,
+            Axis::Channels => self.x.len() / columns * columns.div_ceil(scheme.group),
+        };
+        for x in [&mut self.min, &mut self.max, &mut self.scale] {
+            x.resize(groups, 0.0);
+        }
+        let Self { x, min, max, .. } = self;
+        match scheme.along {
+            Axis::Tokens => extremes_of_columns(x, min, max),
+            Axis::Channels => extremes_of_groups(x, columns, scheme.group, min, max),
+        }
+        self.params(scheme, columns)?;
+        let Self { x, min, max, codes, .. } = self;
+        let largest = scheme.bits.max_code() as f32;
+        match scheme.along {
+            Axis::Tokens => encode_columns(x, min, max, largest, codes),
+            Axis::Channels => encode_groups(x, columns, scheme.group, min, max, largest, codes),
+        }
+        Ok(())
+    }
+
+    /// From extremes to scales and zeros; leaves zeros in `min` and divisors in `max`.
+    fn params(&mut self, scheme: Scheme, columns: usize) -> Result<()> {
+        const BEYOND: f32 = 65520.0; // rounds to infinity
+        let Self { min, max, scale, .. } = self;
+        if let Some(group) = (0..min.len()).find(|&group| max[group] - min[group] >= BEYOND) {
+            let (row, column) = match scheme.along {
+                Axis::Tokens => (0, group),
+                Axis::Channels => {
+                    let groups = columns.div_ceil(scheme.group);
+                    (group / groups, group % groups * scheme.group)
+                }
+            };
+            let at = Position::Matrix { row, column };
+            return Err(Error::OutOfRange { value: max[group] - min[group], at });
+        }
+        scales(min, max, scheme.bits.max_code() as f32, scale);
+        self.scales.resize(min.len(), f16::ZERO);
+        self.zeros.resize(min.len(), f16::ZERO);
+        self.scales.convert_from_f32_slice(scale);
+        self.zeros.convert_from_f32_slice(min);
+        Ok(())
+    }
+}
+
+wide! {
+    /// The least and the largest number of each column.
+    fn extremes_of_columns(x: &'a [f32], min: &'a mut [f32], max: &'a mut [f32]) -> () {
+        min.fill(f32::INFINITY);
+        max.fill(f32::NEG_INFINITY);
+        for row in x.chunks_exact(min.len()) {
+            for ((&x, min), max) in row.iter().zip(min.iter_mut()).zip(max.iter_mut()) {
+                *min = if x < *min { x } else { *min };
+                *max = if x > *max { x } else { *max };
+            }
+        }
+    }
+}
+
+wide! {
+    /// The least and the largest number of each group of each row.
+    fn extremes_of_groups(x: &'a [f32], columns: usize, group: usize, min: &'a mut [f32], max: &'a mut [f32]) -> () {
+        let groups = x.chunks_exact(columns).flat_map(|row| row.chunks(group));
+        for ((group, min), max) in groups.zip(min).zip(max) {
+            *min = lanes(group, f32::INFINITY, |a, b| if b < a { b } else { a });
+            *max = lanes(group, f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+        }
+    }
+}
+
+wide! {
+    /// Scales of groups; leaves what differences are divided by in `max`: infinity, and so code 0 for all, in a group without a scale.
+    fn scales(min: &'a [f32], max: &'a mut [f32], largest: f32, scales: &'a mut [f32]) -> () {
+        for ((min, max), scale) in min.iter().zip(max).zip(scales) {
+            *scale = as_f16(as_f16(*max - min) / largest);
+            *max = if *scale == 0.0 { f32::INFINITY } else { *scale };
+        }
+    }
+}
+
+wide! {
+    /// Codes of rows with one zero and one divisor per column.
+    fn encode_columns(x: &'a [f32], zeros: &'a [f32], divisors: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
+        for (row, codes) in x.chunks_exact(zeros.len()).zip(codes.chunks_exact_mut(zeros.len())) {
+            for (((code, x), zero), divisor) in codes.iter_mut().zip(row).zip(zeros).zip(divisors) {
+                *code = encode(*x, *zero, *divisor, largest);
+            }
+        }
+    }
+}
+
+wide! {
+    /// Codes of rows whose groups have a zero and a divisor each.
+    fn encode_groups(x: &'a [f32], columns: usize, group: usize, zeros: &'a [f32], divisors: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
+        let groups = x.chunks_exact(columns).flat_map(|row| row.chunks(group));
+        let codes = codes.chunks_exact_mut(columns).flat_map(|row| row.chunks_mut(group));
+        for (((group, codes), zero), divisor) in groups.zip(codes).zip(zeros).zip(divisors) {
+            for (code, x) in codes.iter_mut().zip(group) {
+                *code = encode(*x, *zero, *divisor, largest);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn encode(x: f32, zero: f32, divisor: f32, largest: f32) -> u8 {
+    round(as_f16(as_f16(x - zero) / divisor), largest)
+}
+
+/// To the nearest number that f16 can hold, ties to even, for numbers from 0 to f16's largest.
+#[inline(always)]
+fn as_f16(x: f32) -> f32 {
+    const LEAST_NORMAL: f32 = 6.103_515_6e-5; // 2^-14
+    // Adding 0.5 to a smaller number leaves it 2^-24, f16's smallest, as its last place.
+    let small = (x + 0.5) - 0.5;
+    let bits = x.to_bits();
+    let normal = f32::from_bits((bits + 0xfff + (bits >> 13 & 1)) & !0x1fff);
+    if x < LEAST_NORMAL { small } else { normal }
+}
+
+/// To the nearest whole number from 0 to `largest`, ties to even.
+#[inline(always)]
+fn round(x: f32, largest: f32) -> u8 {
+    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    let x = if x > largest { largest } else { x };
+    let x = if x < 0.0 { 0.0 } else { x };
+    (x + MAGIC).to_bits() as u8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn f16_rounding_is_that_of_half() {
+        // An odd step through all bit patterns.
+        let odd = if cfg!(miri) { 1_000_003 } else { 1013 };
+        for bits in (0..=65504f32.to_bits()).step_by(odd) {
+            let x = f32::from_bits(bits);
+            assert_eq!(as_f16(x), f16::from_f32(x).to_f32(), "{x:e}");
+        }
+        // Ties, among normal numbers and below.
+        for x in
+            [1.0 + 2f32.powi(-11), 1.0 + 3.0 * 2f32.powi(-11), 2f32.powi(-25), 3.0 * 2f32.powi(-25)]
+        {
+            assert_eq!(as_f16(x), f16::from_f32(x).to_f32(), "{x:e}");
+        }
+    }
+}

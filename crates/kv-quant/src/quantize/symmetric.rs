@@ -1,0 +1,39 @@
+//! Symmetric integers as GGML's `q4_0` has them: the number of the largest magnitude, with its sign,
+//! becomes the lowest code, so that all of them are used.
+
+use super::Quantizer;
+use crate::Scheme;
+use crate::vector::wide;
+use half::f16;
+use pulp::{Arch, Simd, WithSimd};
+
+impl Quantizer {
+    /// Quantizes the rows in `x`.
+    pub(super) fn symmetric(&mut self, columns: usize, scheme: Scheme) {
+        let Self { x, codes, scales, .. } = self;
+        let half = (1 << (scheme.bits.count() - 1)) as f32;
+        for (x, codes) in Self::groups(x, codes, columns, scheme.group) {
+            let scale = farthest(x) / -half;
+            let inverse = if scale == 0.0 { 0.0 } else { scale.recip() };
+            encode(x, inverse, half, codes);
+            scales.push(f16::from_f32(scale));
+        }
+    }
+}
+
+/// The number of the largest magnitude; the first of several.
+fn farthest(x: &[f32]) -> f32 {
+    x.iter().fold(0.0, |far: f32, &x| if x.abs() > far.abs() { x } else { far })
+}
+
+wide! {
+    /// Rounds half up.
+    fn encode(x: &'a [f32], inverse: f32, half: f32, codes: &'a mut [u8]) -> () {
+        let largest = 2.0 * half - 1.0;
+        for (x, code) in x.iter().zip(codes) {
+            let step = *x * inverse + (half + 0.5);
+            let step = if step > largest { largest } else { step };
+            *code = step as i32 as u8;
+        }
+    }
+}

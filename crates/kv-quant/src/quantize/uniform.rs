@@ -1,0 +1,65 @@
+//! Asymmetric integers in f32 arithmetic, rounding half up, as vLLM's TurboQuant quantizes values.
+
+use super::Quantizer;
+use crate::vector::{lanes, wide};
+use crate::{Axis, Scheme};
+use half::f16;
+use pulp::{Arch, Simd, WithSimd};
+
+/// The least scale.
+const LEAST: f32 = 1e-8;
+
+impl Quantizer {
+    /// Quantizes the rows in `x`.
+    pub(super) fn uniform(&mut self, columns: usize, scheme: Scheme) {
+        let largest = scheme.bits.max_code() as f32;
+        if scheme.along == Axis::Tokens {
+            return self.uniform_columns(columns, largest);
+        }
+        let Self { x, codes, scales, zeros, .. } = self;
+        for (x, codes) in Self::groups(x, codes, columns, scheme.group) {
+            let (least, most) = extremes(x);
+            let scale = ((most - least) / largest).max(LEAST);
+            encode_row(x, least, scale, largest, codes);
+            scales.push(f16::from_f32(scale));
+            zeros.push(f16::from_f32(least));
+        }
+    }
+
+    fn uniform_columns(&mut self, columns: usize, largest: f32) {
+        let Self { x, codes, scales, zeros, .. } = self;
+        for column in 0..columns {
+            let numbers = || x[column..].iter().step_by(columns);
+            let least = numbers().copied().fold(f32::INFINITY, f32::min);
+            let most = numbers().copied().fold(f32::NEG_INFINITY, f32::max);
+            let scale = ((most - least) / largest).max(LEAST);
+            let codes = codes[column..].iter_mut().step_by(columns);
+            numbers().zip(codes).for_each(|(x, code)| *code = encode(*x, least, scale, largest));
+            scales.push(f16::from_f32(scale));
+            zeros.push(f16::from_f32(least));
+        }
+    }
+}
+
+wide! {
+    /// The least and the largest number.
+    fn extremes(x: &'a [f32]) -> (f32, f32) {
+        let least = lanes(x, f32::INFINITY, |a, b| if b < a { b } else { a });
+        (least, lanes(x, f32::NEG_INFINITY, |a, b| if b > a { b } else { a }))
+    }
+}
+
+wide! {
+    fn encode_row(x: &'a [f32], zero: f32, scale: f32, largest: f32, codes: &'a mut [u8]) -> () {
+        for (x, code) in x.iter().zip(codes) {
+            *code = encode(*x, zero, scale, largest);
+        }
+    }
+}
+
+#[inline(always)]
+fn encode(x: f32, zero: f32, scale: f32, largest: f32) -> u8 {
+    let step = (x - zero) / scale + 0.5;
+    let step = if step > largest { largest } else { step };
+    step as i32 as u8
+}

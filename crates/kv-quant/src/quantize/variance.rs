@@ -1,0 +1,293 @@
+//! KVarN's codes (arXiv 2606.03458): rows and columns of a tile are divided by factors that even out
+//! their variances, found by turns in the logarithmic domain, and asymmetric integers are made of
+//! what is left, in f32 arithmetic.
+//!
+//! Keys have a scale and a zero per channel and a factor per token, values the other way round.
+
+use super::Quantizer;
+use crate::vector::{lanes, wide};
+use crate::{Axis, Scheme};
+use half::f16;
+use pulp::{Arch, Simd, WithSimd};
+
+/// Rounds of the published code's default; more change nothing.
+const ROUNDS: usize = 8;
+/// Bounds of deviations and of logarithms of factors.
+const DEVIATIONS: (f32, f32) = (1e-3, 1e3);
+const LOGARITHMS: (f32, f32) = (-0.3, 10.0);
+/// The least scale.
+const LEAST: f32 = 1e-10;
+
+/// Factors of rows and columns, and scratch space.
+#[derive(Debug, Default)]
+pub struct Balance {
+    /// The tile divided by its factors.
+    tile: Vec<f32>,
+    rows: Side,
+    columns: Side,
+    sums: Vec<f64>,
+    squares: Vec<f64>,
+}
+
+/// One axis.
+#[derive(Debug, Default)]
+struct Side {
+    logarithms: Vec<f32>,
+    factors: Vec<f32>,
+    /// Standard deviations of the tile.
+    deviations: Vec<f32>,
+    /// The factors of the round that left the deviations most even.
+    best: Vec<f32>,
+}
+
+impl Quantizer {
+    /// Quantizes the rows in `x`, one tile.
+    pub(super) fn variance_normalized(&mut self, columns: usize, scheme: Scheme) {
+        let Self { x, codes, scales, zeros, factors, min, max, balance, .. } = self;
+        balance.find(x, columns, scheme.along);
+        let Balance { tile, rows, columns: of_columns, .. } = balance;
+        let (scaled, other) = match scheme.along {
+            Axis::Tokens => (of_columns, rows),
+            Axis::Channels => (rows, of_columns),
+        };
+        factors.extend(other.best.iter().map(|&factor| f16::from_f32(factor)));
+        min.clear();
+        min.resize(scaled.best.len(), f32::INFINITY);
+        max.clear();
+        max.resize(scaled.best.len(), f32::NEG_INFINITY);
+        match scheme.along {
+            Axis::Tokens => extremes_of_columns(tile, min, max),
+            Axis::Channels => extremes_of_rows(tile, columns, min, max),
+        }
+        let largest = scheme.bits.max_code() as f32;
+        // From extremes to zeros and scales.
+        for ((&mut min, max), factor) in min.iter_mut().zip(&mut *max).zip(&scaled.best) {
+            *max = ((*max - min) / largest).max(LEAST);
+            scales.push(f16::from_f32(factor * *max));
+            zeros.push(f16::from_f32(factor * min));
+        }
+        match scheme.along {
+            Axis::Tokens => encode_columns(tile, min, max, largest, codes),
+            Axis::Channels => encode_rows(tile, columns, min, max, largest, codes),
+        }
+    }
+}
+
+impl Balance {
+    /// Finds the best factors and leaves the tile divided by them. The axis that has no scales comes
+    /// first in each round.
+    fn find(&mut self, x: &[f32], columns: usize, along: Axis) {
+        self.rows.clear(x.len() / columns);
+        self.columns.clear(columns);
+        self.divide(x, along);
+        self.measure();
+        let mut best = f32::INFINITY;
+        for round in 0..=ROUNDS {
+            if round > 0 {
+                self.side(along == Axis::Channels).update();
+                self.divide(x, along);
+                self.measure_side(along == Axis::Tokens);
+                self.side(along == Axis::Tokens).update();
+                self.divide(x, along);
+                self.measure();
+            }
+            let spread = self.rows.spread() + self.columns.spread();
+            if spread <= best {
+                best = spread;
+                self.rows.keep();
+                self.columns.keep();
+            }
+        }
+        for side in [&mut self.rows, &mut self.columns] {
+            side.factors.clone_from(&side.best);
+        }
+        self.divide(x, along);
+    }
+
+    fn side(&mut self, columns: bool) -> &mut Side {
+        if columns { &mut self.columns } else { &mut self.rows }
+    }
+
+    /// The tile divided by the factors of the axis without scales, then by the other's.
+    fn divide(&mut self, x: &[f32], along: Axis) {
+        let Self { tile, rows, columns, .. } = self;
+        tile.resize(x.len(), 0.0);
+        match along {
+            Axis::Tokens => divide_rows_first(x, &rows.factors, &columns.factors, tile),
+            Axis::Channels => divide_columns_first(x, &rows.factors, &columns.factors, tile),
+        }
+    }
+
+    fn measure(&mut self) {
+        self.measure_side(false);
+        self.measure_side(true);
+    }
+
+    fn measure_side(&mut self, of_columns: bool) {
+        let Self { tile, rows, columns, sums, squares } = self;
+        if !of_columns {
+            return row_deviations(tile, &mut rows.deviations);
+        }
+        for of in [&mut *sums, &mut *squares] {
+            of.clear();
+            of.resize(columns.deviations.len(), 0.0);
+        }
+        column_deviations(tile, sums, squares, &mut columns.deviations);
+    }
+}
+
+impl Side {
+    fn clear(&mut self, len: usize) {
+        for (of, with) in [
+            (&mut self.logarithms, 0.0),
+            (&mut self.factors, 1.0),
+            (&mut self.deviations, 0.0),
+            (&mut self.best, 1.0),
+        ] {
+            of.clear();
+            of.resize(len, with);
+        }
+    }
+
+    /// Divides by the deviations, too.
+    fn update(&mut self) {
+        let of = self.logarithms.iter_mut().zip(&mut self.factors).zip(&self.deviations);
+        for ((logarithm, factor), deviation) in of {
+            let deviation = deviation.clamp(DEVIATIONS.0, DEVIATIONS.1);
+            *logarithm = (*logarithm + deviation.ln()).clamp(LOGARITHMS.0, LOGARITHMS.1);
+            *factor = logarithm.exp();
+        }
+    }
+
+    /// The largest deviation over the least.
+    fn spread(&self) -> f32 {
+        let least = self.deviations.iter().copied().fold(f32::INFINITY, f32::min);
+        let most = self.deviations.iter().copied().fold(0.0, f32::max);
+        most / least.max(1e-8)
+    }
+
+    fn keep(&mut self) {
+        self.best.clone_from(&self.factors);
+    }
+}
+
+wide! {
+    fn divide_rows_first(x: &'a [f32], rows: &'a [f32], columns: &'a [f32], out: &'a mut [f32]) -> () {
+        let of_rows = x.chunks_exact(columns.len()).zip(out.chunks_exact_mut(columns.len()));
+        for ((x, out), row) in of_rows.zip(rows) {
+            for ((x, out), column) in x.iter().zip(out).zip(columns) {
+                *out = *x / *row / *column;
+            }
+        }
+    }
+}
+
+wide! {
+    fn divide_columns_first(x: &'a [f32], rows: &'a [f32], columns: &'a [f32], out: &'a mut [f32]) -> () {
+        let of_rows = x.chunks_exact(columns.len()).zip(out.chunks_exact_mut(columns.len()));
+        for ((x, out), row) in of_rows.zip(rows) {
+            for ((x, out), column) in x.iter().zip(out).zip(columns) {
+                *out = *x / *column / *row;
+            }
+        }
+    }
+}
+
+/// An estimate from one number is zero.
+fn deviation(squares: f64, count: usize) -> f32 {
+    if count < 2 { 0.0 } else { (squares / (count - 1) as f64).sqrt() as f32 }
+}
+
+wide! {
+    /// The standard deviation of each row, without bias.
+    fn row_deviations(x: &'a [f32], out: &'a mut [f32]) -> () {
+        let columns = x.len() / out.len();
+        for (x, out) in x.chunks_exact(columns).zip(out) {
+            let mean = sum_of(x, |x| x) / columns as f64;
+            let squares = sum_of(x, |x| (x - mean) * (x - mean));
+            *out = deviation(squares, columns);
+        }
+    }
+}
+
+#[inline(always)]
+fn sum_of(x: &[f32], of: impl Fn(f64) -> f64) -> f64 {
+    let mut sums = [0.0; 16];
+    let chunks = x.chunks_exact(16);
+    let tail: f64 = chunks.remainder().iter().map(|&x| of(f64::from(x))).sum();
+    for chunk in chunks {
+        for (sum, &x) in sums.iter_mut().zip(chunk) {
+            *sum += of(f64::from(x));
+        }
+    }
+    tail + sums.iter().sum::<f64>()
+}
+
+wide! {
+    /// The standard deviation of each column, without bias. `means` and `squares` begin as zeros.
+    fn column_deviations(x: &'a [f32], means: &'a mut [f64], squares: &'a mut [f64], out: &'a mut [f32]) -> () {
+        let (columns, rows) = (out.len(), x.len() / out.len());
+        for x in x.chunks_exact(columns) {
+            means.iter_mut().zip(x).for_each(|(mean, x)| *mean += f64::from(*x));
+        }
+        means.iter_mut().for_each(|mean| *mean /= rows as f64);
+        for x in x.chunks_exact(columns) {
+            for ((square, mean), x) in squares.iter_mut().zip(means.iter()).zip(x) {
+                let difference = f64::from(*x) - *mean;
+                *square += difference * difference;
+            }
+        }
+        for (out, square) in out.iter_mut().zip(squares) {
+            *out = deviation(*square, rows);
+        }
+    }
+}
+
+wide! {
+    fn extremes_of_columns(x: &'a [f32], min: &'a mut [f32], max: &'a mut [f32]) -> () {
+        for row in x.chunks_exact(min.len()) {
+            for ((&x, min), max) in row.iter().zip(min.iter_mut()).zip(max.iter_mut()) {
+                *min = if x < *min { x } else { *min };
+                *max = if x > *max { x } else { *max };
+            }
+        }
+    }
+}
+
+wide! {
+    fn extremes_of_rows(x: &'a [f32], columns: usize, min: &'a mut [f32], max: &'a mut [f32]) -> () {
+        for ((row, min), max) in x.chunks_exact(columns).zip(min).zip(max) {
+            *min = lanes(row, f32::INFINITY, |a, b| if b < a { b } else { a });
+            *max = lanes(row, f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+        }
+    }
+}
+
+wide! {
+    fn encode_columns(x: &'a [f32], zeros: &'a [f32], scales: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
+        for (row, codes) in x.chunks_exact(zeros.len()).zip(codes.chunks_exact_mut(zeros.len())) {
+            for (((code, x), zero), scale) in codes.iter_mut().zip(row).zip(zeros).zip(scales) {
+                *code = round((*x - *zero) / *scale, largest);
+            }
+        }
+    }
+}
+
+wide! {
+    fn encode_rows(x: &'a [f32], columns: usize, zeros: &'a [f32], scales: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
+        let rows = x.chunks_exact(columns).zip(codes.chunks_exact_mut(columns));
+        for (((row, codes), zero), scale) in rows.zip(zeros).zip(scales) {
+            for (code, x) in codes.iter_mut().zip(row) {
+                *code = round((*x - *zero) / *scale, largest);
+            }
+        }
+    }
+}
+
+/// To the nearest whole number up to `largest`, ties to even, for numbers that are not negative.
+#[inline(always)]
+fn round(x: f32, largest: f32) -> u8 {
+    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    let x = if x > largest { largest } else { x };
+    (x + MAGIC).to_bits() as u8
+}

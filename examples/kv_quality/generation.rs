@@ -1,0 +1,135 @@
+//! Divergence while a model generates: the packed cache holds what the model computed over its own
+//! packed past, so that errors can build up.
+//!
+//! The model with the method's cache continues prompts, drawing each token from its own
+//! distribution. The dense model is fed the same tokens. At each position the two distributions are
+//! compared, given the same tokens.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use base_models::Pretrained;
+use candle_core::{D, Tensor};
+use candle_nn::ops::log_softmax;
+use longctx_core::{Batch, CausalLm, Logits};
+use longctx_examples::methods::Method;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::bootstrap::interval;
+use crate::size::Size;
+
+/// What becomes of a method's continuations.
+struct Outcome {
+    /// KL divergence of the dense distribution from the method's: `[position][sequence]`.
+    kl: Vec<Vec<f64>>,
+    /// Where each sequence's most probable tokens first differ; the length, if they never do.
+    first: Vec<usize>,
+    size: Size,
+}
+
+/// Prints a row for each method: the mean KL divergence in each quarter of the positions with its
+/// interval over resampled sequences, and the first disagreement.
+pub fn table(
+    methods: &[Method],
+    reference: &str,
+    llm: &Pretrained,
+    prompts: &[Vec<u32>],
+    tokens: usize,
+) -> Result<()> {
+    let quarter = tokens.div_ceil(4);
+    let parts: Vec<_> =
+        (0..tokens).step_by(quarter).map(|p| (p, tokens.min(p + quarter))).collect();
+    let heads: Vec<_> = parts.iter().map(|(from, to)| format!("KL {from} to {to}")).collect();
+    println!(
+        "| method | bits a number | {} | first disagreement: median, quartiles | seconds |",
+        heads.join(" | ")
+    );
+    println!("|---|---|{}---|---|", "---|".repeat(heads.len()));
+    for method in methods {
+        let start = Instant::now();
+        let Outcome { kl, mut first, size } = run(method, reference, llm, prompts, tokens)?;
+        let cells = parts.iter().map(|&(from, to)| {
+            let of = |seq: usize| kl[from..to].iter().map(|kl| kl[seq]).sum::<f64>();
+            let means: Vec<_> =
+                (0..prompts.len()).map(|seq| of(seq) / (to - from) as f64).collect();
+            let (low, high) = interval(&means);
+            let mean = means.iter().sum::<f64>() / means.len() as f64;
+            format!("{mean:.5} ({low:.5} to {high:.5})")
+        });
+        first.sort_unstable();
+        let at = |share: usize| first[(first.len() - 1) * share / 4];
+        println!(
+            "| {} | {:.2} | {} | {}, {} to {} | {:.0} |",
+            method.name(),
+            size.bits_a_number(),
+            cells.collect::<Vec<_>>().join(" | "),
+            at(2),
+            at(1),
+            at(3),
+            start.elapsed().as_secs_f64()
+        );
+    }
+    Ok(())
+}
+
+fn run(
+    method: &Method,
+    reference: &str,
+    llm: &Pretrained,
+    prompts: &[Vec<u32>],
+    tokens: usize,
+) -> Result<Outcome> {
+    let dense = Method::named(reference)?;
+    let mut dense = llm.model.session(|spec| dense.cache(spec))?;
+    let mut packed = llm.model.session(|spec| method.cache(spec))?;
+    let seqs: Vec<u64> = (0..prompts.len() as u64).collect();
+    let prompt = prompts[0].len();
+    let mut batch = Batch::new(&seqs.iter().map(|&seq| (seq, prompt)).collect::<Vec<_>>())?;
+    let mut ids = prompts.concat();
+    let (mut kl, mut first) = (Vec::new(), vec![tokens; prompts.len()]);
+    // All methods draw with the same numbers.
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+    for position in 0..tokens {
+        let want = log_softmax(&dense.forward(&batch, &ids, Logits::Last)?, D::Minus1)?;
+        let got = log_softmax(&packed.forward(&batch, &ids, Logits::Last)?, D::Minus1)?;
+        kl.push(divergences(&want, &got)?);
+        for (seq, (a, b)) in argmax(&want)?.into_iter().zip(argmax(&got)?).enumerate() {
+            if a != b {
+                first[seq] = first[seq].min(position);
+            }
+        }
+        let draws = (0..prompts.len()).map(|_| rng.random::<f32>());
+        ids = draw(&got, draws)?;
+        batch = Batch::decode(&seqs)?;
+    }
+    // The last token drawn has not been fed.
+    let held = prompts.len() * (prompt + tokens - 1);
+    Ok(Outcome { kl, first, size: Size::new(llm, held, packed.footprint().total()) })
+}
+
+/// Σ p (log p - log q) of each row.
+fn divergences(log_p: &Tensor, log_q: &Tensor) -> Result<Vec<f64>> {
+    let terms = (log_p.exp()? * (log_p - log_q)?)?;
+    let sums = terms.sum(D::Minus1)?.flatten_all()?.to_vec1::<f32>()?;
+    Ok(sums.into_iter().map(|kl| f64::from(kl.max(0.0))).collect())
+}
+
+fn argmax(log_p: &Tensor) -> Result<Vec<u32>> {
+    Ok(log_p.argmax(D::Minus1)?.flatten_all()?.to_vec1::<u32>()?)
+}
+
+/// For each row the token at which the probabilities before it add up to more than the draw.
+fn draw(log_p: &Tensor, draws: impl Iterator<Item = f32>) -> Result<Vec<u32>> {
+    let vocabulary = log_p.dim(D::Minus1)?;
+    let p = log_p.exp()?.reshape(((), vocabulary))?.to_vec2::<f32>()?;
+    let token = |(row, draw): (Vec<f32>, f32)| {
+        let mut sum = 0.0;
+        let found = row.iter().position(|p| {
+            sum += p;
+            sum > draw
+        });
+        found.unwrap_or(vocabulary - 1) as u32
+    };
+    Ok(p.into_iter().zip(draws).map(token).collect())
+}

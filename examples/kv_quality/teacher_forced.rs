@@ -1,0 +1,86 @@
+//! Perplexity of given text.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use base_models::Pretrained;
+use candle_core::{D, Device, Tensor};
+use candle_nn::ops::log_softmax;
+use longctx_core::{Batch, CausalLm, Logits};
+use longctx_examples::methods::Method;
+
+use crate::bootstrap::interval;
+use crate::size::Size;
+
+/// A method's losses per context, and what it holds at the end.
+struct Outcome {
+    /// Mean negative log-likelihood of each context.
+    losses: Vec<f64>,
+    size: Size,
+}
+
+/// Prints a row for each method. Changes are relative to `reference`, if it comes first.
+pub fn table(
+    methods: &[Method],
+    reference: &str,
+    llm: &Pretrained,
+    contexts: &[Vec<u32>],
+    block: usize,
+) -> Result<()> {
+    println!("| method | bits a number | perplexity | over f16 | 95 % | compression | seconds |");
+    println!("|---|---|---|---|---|---|---|");
+    let mut dense: Option<Vec<f64>> = None;
+    for method in methods {
+        let start = Instant::now();
+        let Outcome { losses, size } = run(method, llm, contexts, block)?;
+        let perplexity = (losses.iter().sum::<f64>() / losses.len() as f64).exp();
+        if method.name() == reference {
+            dense = Some(losses.clone());
+        }
+        let change = dense.as_ref().map_or(String::from(" | "), |dense| change(&losses, dense));
+        println!(
+            "| {} | {:.2} | {perplexity:.3} | {change} | {:.2}x | {:.0} |",
+            method.name(),
+            size.bits_a_number(),
+            size.compression(),
+            start.elapsed().as_secs_f64()
+        );
+    }
+    Ok(())
+}
+
+/// The change of the perplexity and its interval over resampled contexts.
+fn change(losses: &[f64], dense: &[f64]) -> String {
+    let differences: Vec<f64> = losses.iter().zip(dense).map(|(a, b)| a - b).collect();
+    let percent = |difference: f64| 100.0 * difference.exp_m1();
+    let (low, high) = interval(&differences);
+    let mean = differences.iter().sum::<f64>() / differences.len() as f64;
+    format!("{:+.2}% | {:+.2} to {:+.2}", percent(mean), percent(low), percent(high))
+}
+
+/// Contexts run side by side as a batch, a few tokens at a time, each block attending to the packed
+/// past.
+fn run(method: &Method, llm: &Pretrained, contexts: &[Vec<u32>], block: usize) -> Result<Outcome> {
+    let mut session = llm.model.session(|spec| method.cache(spec))?;
+    let len = contexts[0].len();
+    let mut losses = vec![0.0; contexts.len()];
+    for start in (0..len).step_by(block) {
+        let fed = block.min(len - start);
+        let lens: Vec<_> = (0..).zip(contexts).map(|(seq, _)| (seq, fed)).collect();
+        let ids: Vec<_> = contexts.iter().flat_map(|c| &c[start..start + fed]).copied().collect();
+        let logits = session.forward(&Batch::new(&lens)?, &ids, Logits::All)?;
+        // A context's last token predicts one that is not there.
+        let predicted = fed.min(len - 1 - start);
+        let logits = logits.reshape((contexts.len(), fed, ()))?.narrow(1, 0, predicted)?;
+        let log_p = log_softmax(&logits.contiguous()?, D::Minus1)?;
+        let targets = contexts.iter().map(|c| &c[start + 1..start + 1 + predicted]);
+        let targets =
+            targets.map(|c| Tensor::new(c, &Device::Cpu)).collect::<Result<Vec<_>, _>>()?;
+        let of_targets = log_p.gather(&Tensor::stack(&targets, 0)?.unsqueeze(2)?, D::Minus1)?;
+        let sums = of_targets.squeeze(2)?.sum(1)?.to_vec1::<f32>()?;
+        losses.iter_mut().zip(sums).for_each(|(loss, sum)| *loss -= f64::from(sum));
+    }
+    losses.iter_mut().for_each(|loss| *loss /= (len - 1) as f64);
+    let size = Size::new(llm, len * contexts.len(), session.footprint().total());
+    Ok(Outcome { losses, size })
+}
