@@ -452,12 +452,15 @@ double check(const Config& c, const Variant& v, const Case& s, int splits) {
     return worst;
 }
 
-int default_splits(const Variant& v, int rows, int z, int records) {
+// As src/cuda/plan.rs has it for rows of equal length.
+int default_splits(const Config& c, const Variant& v, int rows, int z, int records) {
     int per_sm = 0, sms = 0;
     OK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
     OK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, v.kernel, v.warps * 32, v.shared));
-    int splits = std::max(1, std::min(MAX_SPLITS, per_sm * sms / (rows * z) - 1));
-    return std::max(1, std::min(splits, (records + v.warps - 1) / v.warps));
+    int blocks = per_sm * sms, all = rows * z, splits = std::max(blocks - all, blocks * 4 / 5) / all;
+    if ((i64)all * records * c.group >= blocks * 32768ll && 2 * all * splits <= blocks) splits = blocks / all;
+    splits = std::min(splits, (records + v.warps - 1) / v.warps);
+    return std::max(1, std::min(MAX_SPLITS, splits));
 }
 
 double median_ms(int count, const std::function<void(int)>& f) {
@@ -501,7 +504,7 @@ void time_attend(const Config& c, const Variant& v, int batch, int kv, int per, 
     i64 ring = (i64)rows * 128 * c.d;
     fill<<<1024, 256>>>(query.take((i64)rows * per * c.d), (i64)rows * per * c.d, c.d, 0.f, 0, 3);
     fill<<<1024, 256>>>(ring_k.take(ring), ring, c.d, 2.f, 0, 4), fill<<<1024, 256>>>(ring_v.take(ring), ring, c.d, .3f, 0, 5);
-    int z = (per + 8 * v.n - 1) / (8 * v.n), splits = default_splits(v, rows, z, packed_len / c.group), per_sm = 0;
+    int z = (per + 8 * v.n - 1) / (8 * v.n), splits = default_splits(c, v, rows, z, packed_len / c.group), per_sm = 0;
     OK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, v.kernel, v.warps * 32, v.shared));
     std::vector<Work> all;
     for (int copy = 0; copy < copies; copy++)
@@ -573,7 +576,7 @@ int main(int count, char** words) {
                             if (small && kind) continue;
                             Case s{t > 40000 || small ? 1 : 2, kv, per, t, per == 4 ? 33 : 0, 1, 1, 0, kind, 0.f, per == 8};
                             int z = (per + 8 * v.n - 1) / (8 * v.n);
-                            int splits = per == 1 ? 1 : default_splits(v, s.batch * kv, z, t / c.group + 1);
+                            int splits = per == 1 ? 1 : default_splits(c, v, s.batch * kv, z, t / c.group + 1);
                             worst[kind] = std::max(worst[kind], check(c, v, s, splits)), cases++;
                         }
                         if (t < 40 || small || t > 5000) continue;

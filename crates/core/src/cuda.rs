@@ -7,6 +7,7 @@
 //! module, which a capture does not allow.
 #![allow(unsafe_code)]
 
+pub mod paged;
 mod prefill;
 mod rope;
 mod silu_mul;

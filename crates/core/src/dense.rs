@@ -1,6 +1,8 @@
 //! The plain store and cache: every key and value in f32, f16 or bf16.
 
 mod cache;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
 mod pages;
 mod pool;

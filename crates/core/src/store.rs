@@ -47,9 +47,9 @@ pub trait KvStore: Send {
     /// [`Error::Mismatch`] if `q` or `mask` does not fit what is held.
     fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState>;
 
-    /// Attention probability received by each entry, summed over the queries: for query head h of
-    /// the batch's i-th sequence, the vector `[i * heads + h]` with one number per entry of its kv
-    /// head.
+    /// Attention probability received by each entry, summed over the queries: for kv head h of the
+    /// batch's i-th sequence, the tensor `[i * kv_heads + h]`, `[group, entries]` in f32 on the
+    /// store's device, with a row for each query head of its group.
     ///
     /// `lse` (`[tokens, heads]`) is the log-sum-exp of *all* that the queries see, here and
     /// elsewhere, so that the sums of several stores add up to the number of queries.
@@ -62,7 +62,7 @@ pub trait KvStore: Send {
         q: &Tensor,
         lse: &Tensor,
         mask: Mask<'_>,
-    ) -> Result<Vec<Vec<f32>>>;
+    ) -> Result<Vec<Tensor>>;
 
     /// Keeps the selected entries of each kv head of a sequence and frees the others.
     ///
@@ -71,7 +71,7 @@ pub trait KvStore: Send {
     fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()>;
 
     /// The keys `[entries, head_dim]` and values `[entries, value_dim]` of one kv head, in f32 on
-    /// the CPU. For policies and tests.
+    /// the store's device. For policies and tests.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if there is no such head.

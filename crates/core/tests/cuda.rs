@@ -9,8 +9,8 @@ use candle_core::{DType, Device, Tensor};
 use half::f16;
 use longctx_core::cuda::{Half, PAGE, PrefillArgs, prefill};
 use longctx_core::{
-    AttentionShape, Batch, DenseCache, KvCache, LayerSpec, Mask, Rope, RopeScaling, SeqId, Step,
-    attention, silu_mul,
+    AttentionShape, Batch, DenseCache, DenseStore, EntryRanges, Error, KvCache, KvStore, LayerSpec,
+    Mask, Rope, RopeScaling, Selection, SeqId, Step, attention, silu_mul,
 };
 
 fn random(tokens: usize, heads: usize, d: usize, dtype: DType) -> Tensor {
@@ -267,4 +267,172 @@ fn pages_attend_as_on_the_cpu() {
     // SAFETY: as above.
     let error = unsafe { prefill(&stream, Half::F16, 72, &args) }.unwrap_err().to_string();
     assert!(error.contains("72"), "{error}");
+}
+
+/// Numbers below one that is given, the same in every run.
+fn draws() -> impl FnMut(usize) -> usize {
+    let mut state = 7u64;
+    move |n: usize| {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % n
+    }
+}
+
+/// Some of so many entries, in runs; never none.
+fn some_of(len: usize, draw: &mut dyn FnMut(usize) -> usize) -> Vec<u32> {
+    let longest = [2, 30, 200][draw(3)];
+    let (mut list, mut from) = (Vec::new(), draw(3).min(len - 1) as u32);
+    while (from as usize) < len {
+        let end = (from + 1 + draw(longest) as u32).min(len as u32);
+        list.extend(from..end);
+        from = end + draw(longest) as u32;
+    }
+    list
+}
+
+/// Two stores of one layer.
+struct Pair {
+    shape: AttentionShape,
+    dtype: DType,
+    host: DenseStore,
+    other: DenseStore,
+    device: Device,
+}
+
+impl Pair {
+    fn append(&mut self, parts: &[(SeqId, usize)], tokens: Option<&[Selection]>) {
+        let batch = Batch::new(parts).unwrap();
+        let (kv_heads, d) = (self.shape.kv_heads, self.shape.head_dim);
+        let [k, v] = [0; 2].map(|_| random(batch.tokens(), kv_heads, d, self.dtype));
+        let [dk, dv] = [&k, &v].map(|x| x.to_device(&self.device).unwrap());
+        match tokens {
+            None => {
+                self.host.append(&batch, &k, &v).unwrap();
+                self.other.append(&batch, &dk, &dv).unwrap();
+            }
+            Some(tokens) => {
+                self.host.append_selected(&batch, &k, &v, tokens).unwrap();
+                self.other.append_selected(&batch, &dk, &dv, tokens).unwrap();
+            }
+        }
+    }
+
+    fn check(&self, parts: &[(SeqId, usize)], mask: Mask<'_>) {
+        let batch = Batch::new(parts).unwrap();
+        let q = random(batch.tokens(), self.shape.heads, self.shape.head_dim, self.dtype);
+        let dq = q.to_device(&self.device).unwrap();
+        let what = format!("{:?}, {:?}, {parts:?}", self.shape, self.dtype);
+        let bound = if self.dtype == DType::BF16 { 6e-3 } else { 2e-3 };
+        let want = self.host.attend(&batch, &q, mask).unwrap();
+        let got = self.other.attend(&batch, &dq, mask).unwrap();
+        assert!(relative(&got.out, &want.out) < bound, "{what}");
+        let finite = |lse: &Tensor| lse.clamp(-10f32, f32::MAX).unwrap();
+        assert!(relative(&finite(&got.lse), &finite(&want.lse)) < bound, "{what}");
+        let sums = self.host.attention_sums(&batch, &q, &want.lse, mask).unwrap();
+        let other = self.other.attention_sums(&batch, &dq, &want.lse, mask).unwrap();
+        for (sums, other) in sums.iter().zip(&other) {
+            assert_eq!(sums.dims(), other.dims(), "{what}");
+            assert!(sums.elem_count() == 0 || relative(other, sums) < bound, "{what}");
+        }
+        for &(seq, _) in parts {
+            assert_eq!(self.host.lens(seq), self.other.lens(seq), "{what}");
+            let payload = |store: &DenseStore| store.seq_footprint(seq).payload;
+            assert_eq!(payload(&self.host), payload(&self.other), "{what}");
+        }
+    }
+
+    fn check_read(&self, seq: SeqId) {
+        for head in 0..self.shape.kv_heads {
+            let ((k, v), (dk, dv)) =
+                (self.host.read(seq, head).unwrap(), self.other.read(seq, head).unwrap());
+            let rows = |x: &Tensor| x.to_vec2::<f32>().unwrap();
+            assert_eq!((rows(&k), rows(&v)), (rows(&dk), rows(&dv)));
+        }
+    }
+}
+
+#[test]
+fn blocks_hold_and_attend_as_on_the_cpu() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let mut draw = draws();
+    for (heads, kv_heads, d, dtype) in [
+        (8, 2, 128, DType::F16),
+        (4, 4, 64, DType::BF16),
+        (12, 2, 80, DType::F16),
+        (3, 1, 96, DType::F16),
+        (16, 1, 192, DType::BF16),
+        (2, 2, 256, DType::F16),
+    ] {
+        let shape = AttentionShape::new(heads, kv_heads, d).unwrap();
+        let shape = AttentionShape { soft_cap: (d == 96).then_some(4.0), ..shape };
+        let store = || DenseStore::new(shape, dtype).unwrap();
+        let mut pair = Pair { shape, dtype, host: store(), other: store(), device: device.clone() };
+        pair.append(&[(0, 700), (1, 33)], None);
+        pair.check(&[(0, 70), (1, 3)], Mask::Causal);
+        for round in 0..8 {
+            for seq in 0..2 {
+                let lens = pair.host.lens(seq);
+                let keep = lens.iter().map(|&len| some_of(len, &mut draw)).collect();
+                let keep = Selection::new(keep);
+                pair.host.retain(seq, &keep).unwrap();
+                pair.other.retain(seq, &keep).unwrap();
+                let own = [40, 300][seq as usize];
+                let lists = lens.iter().map(|_| some_of(own, &mut draw)).collect();
+                pair.append(&[(seq, own)], Some(&[Selection::new(lists)]));
+            }
+            if round % 3 == 1 {
+                let to = 7 + round;
+                pair.host.fork(0, to).unwrap();
+                pair.other.fork(0, to).unwrap();
+                pair.append(&[(to, 3)], None);
+            }
+            if round == 4 {
+                let least = pair.host.lens(0).into_iter().min().unwrap();
+                let len = least - draw(least.min(90));
+                pair.host.truncate(0, len).unwrap();
+                pair.other.truncate(0, len).unwrap();
+            }
+            let least = pair.host.lens(0).into_iter().min().unwrap();
+            pair.check(&[(0, 1 + draw(least.min(20))), (1, 1)], Mask::Causal);
+            pair.check(&[(1, 1), (99, 1), (0, 1)], Mask::Full);
+            let mut lists = Vec::new();
+            for len in [pair.host.lens(0), pair.host.lens(1)].concat() {
+                let entries = some_of(len, &mut draw);
+                let runs = entries.chunk_by(|a, b| a + 1 == *b);
+                let run = |run: &[u32]| run[0] as usize..run[run.len() - 1] as usize + 1;
+                lists.push(runs.map(run).collect());
+            }
+            let ranges = EntryRanges::new(lists).unwrap();
+            pair.check(&[(0, 1), (1, 1)], Mask::Entries(&ranges));
+            pair.check(&[(0, 9), (1, 20)], Mask::Entries(&ranges));
+            pair.append(&[(0, 1), (1, 50)], None);
+        }
+        pair.host.seqs().into_iter().for_each(|seq| pair.check_read(seq));
+        for seq in pair.host.seqs() {
+            assert!(pair.host.remove(seq) && pair.other.remove(seq));
+        }
+        assert_eq!(pair.other.footprint().payload, 0);
+    }
+}
+
+#[test]
+fn a_full_pool_of_blocks_changes_nothing() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let mut store = DenseStore::with_capacity(shape, DType::F16, 1 << 20).unwrap();
+    let x = |batch: &Batch| random(batch.tokens(), 2, 64, DType::F16).to_device(&device).unwrap();
+    let (small, large) = (Batch::single(0, 500).unwrap(), Batch::single(1, 5000).unwrap());
+    store.append(&small, &x(&small), &x(&small)).unwrap();
+    let before = store.footprint();
+    assert!(store.can_append(&small) && !store.can_append(&large));
+    let error = store.append(&large, &x(&large), &x(&large)).unwrap_err();
+    assert!(matches!(error, Error::PoolFull { .. }), "{error}");
+    assert_eq!((store.footprint(), store.seqs()), (before, vec![0]));
 }

@@ -337,7 +337,8 @@ fn apply(store: &mut DenseStore, lists: &mut Lists, op: &Op, salt: u64) {
             let out = store.attend(&batch, &q, Mask::Entries(&ranges)).unwrap();
             compare(&out.out, &q, 0, lists.get(seq), keeps);
             let sums = store.attention_sums(&batch, &q, &out.lse, Mask::Entries(&ranges)).unwrap();
-            for (h, sums) in sums.iter().enumerate() {
+            let rows = sums.iter().flat_map(|sums| sums.to_vec2::<f32>().unwrap());
+            for (h, sums) in rows.enumerate() {
                 let len = lens[h / (HEADS / KV_HEADS)];
                 assert_eq!(sums.len(), len);
                 let total: f32 = sums.iter().sum();

@@ -7,14 +7,19 @@
 namespace kvq {
 
 // One block's share of a launch: some records of a kv head of a sequence, or its ring, for 8 N columns. The host makes the list of them,
-// so that long sequences are split over more blocks than short ones. Mirrored by `Work` in src/cuda/args.rs.
+// so that long sequences are split over more blocks than short ones. One without queries is none: a list may be longer than it need be.
+// Mirrored by `Work` in src/cuda/args.rs.
+//
+// Slots are the places of a kv head's tokens: those in records, then those in the ring. A slot whose entry was dropped, or is not selected,
+// is a hole. Entries are the other slots, numbered in order.
 struct Work {
     const unsigned long long* table;  // the block table of the kv head: the address of each of its records
     const void* ring_k;               // its ring of `ring` entries, D channels each, f16 or bf16
     const void* ring_v;
+    const uint2* live;  // for each 32 slots: a bit for each that is no hole, and the entries before them; null: there are no holes
     long long sums;    // the place in `out` of the kv head's first sum, in sums.cuh
-    int packed;        // entries in records; the last record may hold more, which are not seen
-    int residual;      // entries in the ring, newer than the packed ones
+    int packed;        // slots in records; the last record may hold more, which are not seen
+    int residual;      // slots in the ring, newer than the packed ones
     int ring_start;    // the place of the oldest one
     int kv_head;
     int queries;       // of the sequence
@@ -24,6 +29,8 @@ struct Work {
     int first_part;    // of the parts that are joined: those of a kv head and a block of columns
     int part, parts;   // which one of how many this block computes
     int join;          // the place in `arrived` for these parts
+    int live_slots;    // slots that `live` covers, a multiple of 32; there are no holes after them
+    int holes;
     int unused;
 };
 
@@ -47,13 +54,23 @@ struct AttendArgs {
     int unused;
 };
 
-static_assert(sizeof(Work) == 88 && offsetof(Work, sums) == 24 && offsetof(Work, packed) == 32, "as in src/cuda/args.rs");
+static_assert(sizeof(Work) == 104 && offsetof(Work, sums) == 32 && offsetof(Work, packed) == 40, "as in src/cuda/args.rs");
 static_assert(sizeof(AttendArgs) == 96 && offsetof(AttendArgs, heads) == 56 && offsetof(AttendArgs, scale) == 84, "as in src/cuda/args.rs");
 
 // The row of q, out and lse of a column.
 __device__ __forceinline__ long long row_of(const AttendArgs& args, const Work& work, int column) {
     return (long long)(work.first_token + column % work.queries) * args.heads + work.kv_head * args.heads_per_kv + column / work.queries;
 }
+
+__device__ __forceinline__ int entries_of(const Work& work) { return work.packed + work.residual - work.holes; }
+
+// The bits and the count of 32 slots, of which the first is a multiple of 32.
+__device__ __forceinline__ uint2 live_at(const Work& work, int slot) {
+    return slot < work.live_slots ? __ldg(work.live + slot / 32) : make_uint2(FULL, slot - work.holes);
+}
+
+// The number of the entry in one of 32 slots; -1 for a hole.
+__device__ __forceinline__ int entry_in(uint2 live, int i) { return live.x >> i & 1 ? int(live.y) + __popc(live.x & ((1u << i) - 1)) : -1; }
 
 constexpr int MAX_SPLITS = 127;
 constexpr float LOG2E = 1.4426950408889634f;

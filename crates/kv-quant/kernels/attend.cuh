@@ -129,14 +129,14 @@ __device__ __forceinline__ void packed_values(Running<L::D, N>& running, const u
 // A warp's share of the packed tokens: every `warps`-th record of [record, end). Calls `ready`, which sets queries and columns up, once
 // the first copies are under way. A lane holds the address of every 32nd record that comes, read from the table long before.
 template <class L, int N, int STAGES, class Ready>
-__device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Columns<N>& columns, const unsigned long long* table,
-                                            const unsigned char* queries, unsigned char* ring, int record, int end, int warps, int packed,
-                                            int lane, Ready ready) {
+__device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Columns<N>& columns, const Work& work,
+                                            const unsigned char* queries, unsigned char* ring, int warp, int warps, int lane, Ready ready) {
+    const int record = work.from + warp, end = work.to, packed = work.packed;
     constexpr int STAGE = L::HEADER + L::TILE_BYTES;
     int tiles = record < end ? ((end - record + warps - 1) / warps) * L::TILES : 0;
     auto addresses = [&](int i) {
         int at = record + (i + lane) * warps;
-        return at < end ? __ldg(table + at) : 0ull;
+        return at < end ? __ldg(work.table + at) : 0ull;
     };
     unsigned long long held = addresses(0), next = addresses(32);
     const unsigned char* source = nullptr;
@@ -186,7 +186,7 @@ __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Col
         if (at >= packed) continue;  // The keys are packed, but not yet the values.
         float s[2][N][4];
         packed_scores<L, N>(s, scaled, bias, header, tile, queries, sub == 0, lane);
-        restrict<N>(s, columns, at, packed, lane);
+        restrict<N>(s, columns, work, at, packed, lane);
         uint32_t p[2][N][2];
         running.step(s, columns, p);
         packed_values<L, N>(running, p, tile, lane);
@@ -205,7 +205,7 @@ __device__ __forceinline__ void residual_loop(Running<D, N>& running, const Colu
         };
         float s[2][N][4] = {};
         residual_scores<D, N>(s, work.ring_k, args.kind, queries, lane, place);
-        restrict<N>(s, columns, packed + at, packed + len, lane);
+        restrict<N>(s, columns, work, packed + at, packed + len, lane);
         uint32_t p[2][N][2];
         running.step(s, columns, p);
 #pragma unroll
@@ -244,19 +244,20 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     unsigned char* ring = shared + QUERIES + threadIdx.x / 32 * (STAGES * STAGE);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const Work work = args.work[blockIdx.x];
+    if (work.queries == 0) return;
     const int live = min(args.heads_per_kv * work.queries - work.first_column, 8 * N);
     Columns<N> columns;
     auto ready = [&]() {
         load_queries<D, N>(args, work, work.first_column, live, queries, factors);
         __syncthreads();
-        columns = columns_of<N>(args, factors, work.queries, work.first_column, work.packed + work.residual, lane);
+        columns = columns_of<N>(args, factors, work.queries, work.first_column, entries_of(work), lane);
     };
 
     Running<D, N> running;
     running.clear();
     const bool coded = work.from >= 0;
     if (coded) {
-        packed_loop<L, N, STAGES>(running, columns, work.table, queries, ring, work.from + warp, work.to, WARPS, work.packed, lane, ready);
+        packed_loop<L, N, STAGES>(running, columns, work, queries, ring, warp, WARPS, lane, ready);
     } else {
         ready();
         residual_loop<D, N>(running, columns, args, work, queries, warp, WARPS, lane);

@@ -5,7 +5,7 @@
 
 namespace kvq {
 
-// The columns' constants: the softmax's scale in base 2 and the visible range of positions of the two columns of this lane.
+// The columns' constants: the softmax's scale in base 2 and the visible range of entries of the two columns of this lane.
 template <int N>
 struct Columns {
     float scale[N][2];
@@ -44,16 +44,16 @@ __device__ __forceinline__ void load_queries(const AttendArgs& args, const Work&
 
 // The constants of the block's columns, of which column c is query (first + c) % queries; `factors` are those of `load_queries`.
 template <int N>
-__device__ __forceinline__ Columns<N> columns_of(const AttendArgs& args, const float* factors, int queries, int first, int tokens, int lane) {
+__device__ __forceinline__ Columns<N> columns_of(const AttendArgs& args, const float* factors, int queries, int first, int entries, int lane) {
     Columns<N> columns;
-    columns.soft_cap = args.soft_cap, columns.from_max = 0, columns.to_min = tokens;
+    columns.soft_cap = args.soft_cap, columns.from_max = 0, columns.to_min = entries;
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             int column = 8 * n + lane % 4 * 2 + e;
             columns.scale[n][e] = factors[column] * args.scale * LOG2E;
-            int to = tokens, from = 0;
+            int to = entries, from = 0;
             if (args.causal) {
                 to += 1 - queries + (first + column) % queries;
                 if (args.window) from = max(0, to - args.window);
@@ -61,15 +61,18 @@ __device__ __forceinline__ Columns<N> columns_of(const AttendArgs& args, const f
             columns.from[n][e] = from, columns.to[n][e] = to;
         }
     if (args.causal) {
-        columns.to_min = tokens + 1 - queries;
-        if (args.window) columns.from_max = max(0, tokens - args.window);
+        columns.to_min = entries + 1 - queries;
+        if (args.window) columns.from_max = max(0, entries - args.window);
     }
     return columns;
 }
 
-// Soft cap and visibility of 32 tokens' scores from position `at` on; those from `end` on are no tokens.
+// Soft cap and visibility of 32 slots' scores from slot `at` on, of which those from `end` on are not these.
 template <int N>
-__device__ __forceinline__ void restrict(float (&s)[2][N][4], const Columns<N>& columns, int at, int end, int lane) {
+__device__ __forceinline__ void restrict(float (&s)[2][N][4], const Columns<N>& columns, const Work& work, int at, int end, int lane) {
+    // The ring's slots need not begin at a multiple of 32.
+    const bool aligned = at % TILE == 0;
+    uint2 live = aligned ? live_at(work, at) : make_uint2(at < work.live_slots ? 0 : FULL, at - work.holes);
     if (columns.soft_cap > 0.f) {
 #pragma unroll
         for (int n = 0; n < N; n++)
@@ -83,17 +86,20 @@ __device__ __forceinline__ void restrict(float (&s)[2][N][4], const Columns<N>& 
                         s[r][n][e + h] = columns.soft_cap * tanhf(s[r][n][e + h] * natural / columns.soft_cap) / natural;
             }
     }
-    if (at < columns.from_max || at + TILE > min(columns.to_min, end)) {
+    if (live.x == FULL && int(live.y) >= columns.from_max && int(live.y) + TILE <= columns.to_min && at + TILE <= end) return;
 #pragma unroll
-        for (int n = 0; n < N; n++)
+    for (int r = 0; r < 2; r++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
+        for (int h = 0; h < 2; h++) {
+            const int i = 16 * r + 8 * h + lane / 4, slot = at + i;
+            int entry = aligned ? entry_in(live, i) : entry_in(live_at(work, slot & ~(TILE - 1)), slot % TILE);
+            if (slot >= end) entry = -1;
 #pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    int token = at + 16 * r + i / 2 * 8 + lane / 4;
-                    if (token < columns.from[n][i % 2] || token >= min(columns.to[n][i % 2], end)) s[r][n][i] = -INFINITY;
-                }
-    }
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    if (entry < columns.from[n][e] || entry >= columns.to[n][e]) s[r][n][2 * h + e] = -INFINITY;
+        }
 }
 
 }  // namespace kvq

@@ -47,4 +47,36 @@ __device__ __forceinline__ void fill_rings(const FillArgs& args) {
     to[(entry + row.shift) % args.ring * args.pieces + threadIdx.x] = from[(entry - row.first_new) * (args.stride / 8) + threadIdx.x];
 }
 
+// The slots of a ring that stay, which move together. Mirrored by `KeepRow` in src/cuda/args.rs.
+struct KeepRow {
+    void* ring_k;  // slot s lies at place (s + shift) % ring
+    void* ring_v;
+    const unsigned* slots;  // those that stay, in order
+    int count, first;       // how many, and the slot that the first moves to
+    int shift;
+    int ring;    // places
+    int pieces;  // of 16 bytes, in a slot
+    int unused;
+};
+
+static_assert(sizeof(KeepRow) == 48, "as in src/cuda/args.rs");
+
+constexpr int KEEP_THREADS = 256;
+
+// Grid: (rows, 2); KEEP_THREADS threads. No slot moves to a later one: a block reads a stretch of them before it writes the same stretch.
+__device__ __forceinline__ void keep_ring(const KeepRow* rows) {
+    const KeepRow& row = rows[blockIdx.x];
+    uint4* numbers = static_cast<uint4*>(blockIdx.y ? row.ring_v : row.ring_k);
+    const int step = KEEP_THREADS / row.pieces, piece = threadIdx.x % row.pieces, mine = threadIdx.x / row.pieces;
+    for (int start = 0; start < row.count; start += step) {
+        const int i = start + mine;
+        const bool moves = mine < step && i < row.count;
+        uint4 x;
+        if (moves) x = numbers[(row.slots[i] + row.shift) % row.ring * row.pieces + piece];
+        __syncthreads();
+        if (moves) numbers[(row.first + i + row.shift) % row.ring * row.pieces + piece] = x;
+        __syncthreads();
+    }
+}
+
 }  // namespace kvq

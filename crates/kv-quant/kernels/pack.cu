@@ -1,9 +1,10 @@
-// quantize_b<bits>_g<group>_d<head_dim>, unpack_... alike, and fill_rings
+// quantize_b<bits>_g<group>_d<head_dim>, unpack_... alike, fill_rings and keep_ring
 #include "fill.cuh"
 #include "quantize.cuh"
 #include "unpack.cuh"
 
 extern "C" __global__ void fill_rings(const kvq::FillArgs args) { kvq::fill_rings(args); }
+extern "C" __global__ void __launch_bounds__(kvq::KEEP_THREADS) keep_ring(const kvq::KeepRow* rows) { kvq::keep_ring(rows); }
 
 #define KERNELS(B, G, D)                                                                                         \
     extern "C" __global__ void __launch_bounds__(128) quantize_b##B##_g##G##_d##D(const kvq::FillArgs args) { \

@@ -26,7 +26,7 @@ __device__ __forceinline__ void add_probabilities(float (&sum)[2][2][2], const f
 
 // Grid: (tiles of the longest kv head / SUM_WARPS rounded up, those of packed entries and of the residual counted each on their own; kv
 // heads of all sequences, one `work` each; heads of a kv head, or blocks of 8 of them where no sequence has more than one query). `lse` is
-// read, and `out` takes in f32 [heads_per_kv, entries] for each kv head.
+// read, and `out` takes in f32 [heads_per_kv, slots] for each kv head; holes have 0.
 template <int BITS, int GROUP, int D>
 __device__ __forceinline__ void sums(const AttendArgs& args) {
     using L = Layout<BITS, GROUP, D>;
@@ -36,13 +36,13 @@ __device__ __forceinline__ void sums(const AttendArgs& args) {
     __shared__ float factors[8];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Work work = args.work[blockIdx.y];
-    const int packed = work.packed, tokens = packed + work.residual, packed_tiles = (packed + TILE - 1) / TILE;
+    const int packed = work.packed, slots = packed + work.residual, packed_tiles = (packed + TILE - 1) / TILE;
     const int tile = blockIdx.x * SUM_WARPS + warp;
     const bool coded = tile < packed_tiles;
-    const int ring_at = (tile - packed_tiles) * TILE, at = coded ? tile * TILE : packed + ring_at, end = coded ? packed : tokens;
+    const int ring_at = (tile - packed_tiles) * TILE, at = coded ? tile * TILE : packed + ring_at, end = coded ? packed : slots;
     const bool by_head = work.queries > 1;
     const int first_head = by_head ? blockIdx.z : 8 * blockIdx.z;
-    if (first_head >= args.heads_per_kv || blockIdx.x * SUM_WARPS * TILE >= tokens + 2 * TILE) return;
+    if (first_head >= args.heads_per_kv || blockIdx.x * SUM_WARPS * TILE >= slots + 2 * TILE) return;
 
     unsigned char* source = sources + warp * SOURCE;
     if (coded) {
@@ -62,7 +62,7 @@ __device__ __forceinline__ void sums(const AttendArgs& args) {
         copy_wait<0>();
         __syncthreads();
         if (at >= end) continue;
-        Columns<1> columns = columns_of<1>(args, factors, work.queries, first, tokens, lane);
+        Columns<1> columns = columns_of<1>(args, factors, work.queries, first, entries_of(work), lane);
         float s[2][1][4] = {};
         if (coded) {
             uint32_t scaled[D / 16][1][2];
@@ -74,11 +74,11 @@ __device__ __forceinline__ void sums(const AttendArgs& args) {
                 return (i >= args.ring ? i - args.ring : i) * (long long)D;
             });
         }
-        restrict<1>(s, columns, at, end, lane);
+        restrict<1>(s, columns, work, at, end, lane);
         add_probabilities(sum, s, columns, args, work, first, live, lane);
     }
 
-    float* out = static_cast<float*>(args.out) + work.sums + (long long)first_head * tokens;
+    float* out = static_cast<float*>(args.out) + work.sums + (long long)first_head * slots;
 #pragma unroll
     for (int r = 0; r < 2; r++)
 #pragma unroll
@@ -93,7 +93,7 @@ __device__ __forceinline__ void sums(const AttendArgs& args) {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     int column = lane % 4 * 2 + e;
-                    if (first_head + column < args.heads_per_kv && token < end) out[(long long)column * tokens + token] = sum[r][h][e];
+                    if (first_head + column < args.heads_per_kv && token < end) out[(long long)column * slots + token] = sum[r][h][e];
                 }
             }
         }

@@ -5,14 +5,17 @@ mod args;
 mod attend;
 mod edit;
 mod fill;
+mod half;
 mod head;
 mod kernels;
 mod plan;
 mod pool;
 mod read;
 mod records;
+mod select;
 mod status;
 mod sums;
 mod tensors;
 
+pub use half::CudaHalf;
 pub use pool::CudaPool;

@@ -79,8 +79,9 @@ fn check(store: &QuantStore, batch: &Batch, mask: Mask<'_>, case: &str) -> Atten
     assert!(relative(&got.lse, &want.lse) < 1e-3, "{case}");
     let sums = store.attention_sums(batch, &q, &got.lse, mask).unwrap();
     for (got, want) in sums.iter().zip(dense.attention_sums(batch, &q, &want.lse, mask).unwrap()) {
-        assert_eq!(got.len(), want.len(), "{case}");
-        let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert_eq!(got.dims(), want.dims(), "{case}");
+        let off = (got - want).unwrap().abs().unwrap().flatten_all().unwrap();
+        let worst = off.to_vec1::<f32>().unwrap().into_iter().fold(0.0, f32::max);
         assert!(worst < 1e-2, "{case}: {worst}");
     }
     got

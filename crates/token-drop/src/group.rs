@@ -1,5 +1,8 @@
 //! Scores of a kv head from those of the query heads that share it.
 
+use candle_core::Tensor;
+use longctx_core::Result;
+
 /// How the query heads of a group are joined (GQA).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Group {
@@ -11,8 +14,16 @@ pub enum Group {
 }
 
 impl Group {
+    /// Joins the rows of `[query heads, entries]`.
+    pub(crate) fn join(self, heads: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Group::Mean => heads.mean(0)?,
+            Group::Max => heads.max(0)?,
+        })
+    }
+
     /// Joins lists that are equally long, one per query head.
-    pub(crate) fn join(self, heads: &[Vec<f32>]) -> Vec<f32> {
+    pub(crate) fn join_lists(self, heads: &[Vec<f32>]) -> Vec<f32> {
         let Some((first, others)) = heads.split_first() else { return Vec::new() };
         let mut joined = first.clone();
         for head in others {

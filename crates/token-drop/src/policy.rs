@@ -14,7 +14,7 @@ pub mod tova;
 mod window;
 
 use candle_core::Tensor;
-use longctx_core::{LayerSpec, Result};
+use longctx_core::{Error, LayerSpec, Result};
 
 /// Scores the entries that one layer holds of a sequence: the highest stay.
 ///
@@ -22,7 +22,8 @@ use longctx_core::{LayerSpec, Result};
 /// [`Settings`](crate::Settings) of the [`PolicyCache`](crate::PolicyCache) that applies the policy.
 ///
 /// ```
-/// use token_drop::{EvictionPolicy, LayerView, Needs};
+/// use candle_core::Tensor;
+/// use token_drop::{EvictionPolicy, HeadView, LayerView, Needs};
 ///
 /// /// Keeps the tokens with the longest values.
 /// struct LongValues;
@@ -32,11 +33,9 @@ use longctx_core::{LayerSpec, Result};
 ///         Needs { values: true, ..Needs::default() }
 ///     }
 ///
-///     fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Vec<Vec<f32>>> {
-///         let length = |value: &[f32]| value.iter().map(|x| x * x).sum();
-///         let d = view.spec.shape.value_dim;
-///         let of_head = |values: &[f32]| values.chunks(d).map(length).collect();
-///         Ok(view.heads.iter().map(|head| of_head(&head.values)).collect())
+///     fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Vec<Tensor>> {
+///         let of_head = |head: &HeadView<'_>| Ok(head.values()?.sqr()?.sum(1)?);
+///         view.heads.iter().map(of_head).collect()
 ///     }
 /// }
 /// ```
@@ -44,11 +43,12 @@ pub trait EvictionPolicy: Send {
     /// What [`score`](Self::score) reads. The rest of the [`LayerView`] is left empty.
     fn needs(&self) -> Needs;
 
-    /// One score for each entry of each kv head: `[kv_heads]` lists as long as the heads.
+    /// One score for each entry of each kv head: `[kv_heads]` tensors `[entries]` in f32, on the
+    /// store's device or on the CPU.
     ///
     /// # Errors
     /// If a tensor operation fails.
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>>;
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>>;
 }
 
 impl<P: EvictionPolicy + ?Sized> EvictionPolicy for Box<P> {
@@ -56,7 +56,7 @@ impl<P: EvictionPolicy + ?Sized> EvictionPolicy for Box<P> {
         (**self).needs()
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
         (**self).score(view)
     }
 }
@@ -93,7 +93,7 @@ pub enum ObservedQueries {
 }
 
 /// What one layer holds of a sequence, the call's tokens included, as far as the policy
-/// [needs](EvictionPolicy::needs) it.
+/// [needs](EvictionPolicy::needs) it. Tensors lie on the store's device.
 #[derive(Debug)]
 pub struct LayerView<'a> {
     /// The layer.
@@ -112,16 +112,46 @@ pub struct LayerView<'a> {
 pub struct HeadView<'a> {
     /// The positions in the text at which the entries came.
     pub positions: &'a [u32],
-    /// Rotated keys, `[entries, head_dim]`, row-major.
-    pub keys: Vec<f32>,
-    /// Values, `[entries, value_dim]`, row-major.
-    pub values: Vec<f32>,
+    /// Rotated keys, `[entries, head_dim]`, f32.
+    pub keys: Option<Tensor>,
+    /// Values, `[entries, value_dim]`, f32.
+    pub values: Option<Tensor>,
     /// The attention probability that each query head of the group gave to each entry, summed over
-    /// the observed queries: `[group]` lists as long as the head.
-    pub attention_sums: &'a [Vec<f32>],
+    /// the observed queries: `[group, entries]`, f32.
+    pub attention_sums: Option<Tensor>,
     /// How many queries were observed.
     pub observed: usize,
     /// The scores that the policy gave last time. 0 for entries that came since, and empty before
     /// the first time.
     pub previous: &'a [f32],
+}
+
+impl HeadView<'_> {
+    /// The keys.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if the policy did not ask for them.
+    pub fn keys(&self) -> Result<&Tensor> {
+        asked(&self.keys, "keys")
+    }
+
+    /// The values.
+    ///
+    /// # Errors
+    /// As [`keys`](Self::keys).
+    pub fn values(&self) -> Result<&Tensor> {
+        asked(&self.values, "values")
+    }
+
+    /// The attention that was received.
+    ///
+    /// # Errors
+    /// As [`keys`](Self::keys).
+    pub fn attention_sums(&self) -> Result<&Tensor> {
+        asked(&self.attention_sums, "attention")
+    }
+}
+
+fn asked<'a>(tensor: &'a Option<Tensor>, what: &str) -> Result<&'a Tensor> {
+    tensor.as_ref().ok_or_else(|| Error::mismatch("needs of a policy", what, "others"))
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use candle_core::DType;
+use candle_core::{DType, Device, Tensor};
 use common::*;
 use longctx_core::{DenseStore, KvCache, KvStore};
 use token_drop::*;
@@ -72,6 +72,10 @@ fn a_head_frees_what_it_loses_to_another() {
     assert_eq!(held.payload + held.slack, 4 * 32 * entry);
 }
 
+fn zeros(len: usize) -> Tensor {
+    Tensor::zeros(len, DType::F32, &Device::Cpu).unwrap()
+}
+
 /// A policy that looks at several queries, whose tokens are not kept.
 #[derive(Debug)]
 struct Forgetful;
@@ -82,8 +86,8 @@ impl EvictionPolicy for Forgetful {
         Needs { attention: Some(newest), ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Vec<Vec<f32>>> {
-        Ok(view.heads.iter().map(|head| vec![0.0; head.positions.len()]).collect())
+    fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Vec<Tensor>> {
+        Ok(view.heads.iter().map(|head| zeros(head.positions.len())).collect())
     }
 }
 
@@ -96,8 +100,8 @@ impl EvictionPolicy for Miscounting {
         Needs::default()
     }
 
-    fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Vec<Vec<f32>>> {
-        Ok(view.heads.iter().map(|head| vec![0.0; head.positions.len() - 1]).collect())
+    fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Vec<Tensor>> {
+        Ok(view.heads.iter().map(|head| zeros(head.positions.len() - 1)).collect())
     }
 }
 

@@ -2,7 +2,7 @@
 
 mod common;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use common::*;
 use longctx_core::{AttentionShape, LayerSpec};
 use token_drop::*;
@@ -15,14 +15,14 @@ fn scores(policy: &impl EvictionPolicy) -> Vec<f32> {
     let spec = LayerSpec::new(AttentionShape::new(2, 1, 4).unwrap());
     let head = HeadView {
         positions: &[0, 1, 2, 3],
-        keys: Vec::new(),
-        values: Vec::new(),
-        attention_sums: &SUMS.map(Vec::from),
+        keys: None,
+        values: None,
+        attention_sums: Some(Tensor::new(&SUMS, &Device::Cpu).unwrap()),
         observed: 1,
         previous: &[0.0; 4],
     };
     let view = LayerView { spec: &spec, seen: 4, queries: None, heads: vec![head] };
-    policy.score(&view).unwrap()[0][..3].to_vec()
+    policy.score(&view).unwrap()[0].to_vec1::<f32>().unwrap()[..3].to_vec()
 }
 
 #[test]
@@ -45,22 +45,21 @@ fn attention_is_joined_by_mean_or_max() {
 fn expected_attention_is_joined_by_mean_or_max() {
     let text = Input::random(60);
     let group = HEADS / KV_HEADS;
-    let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let positions: Vec<u32> = (0..60).collect();
     let score = |policy: ExpectedAttention, q: &Tensor| {
         let shape = AttentionShape::new(q.dim(1).unwrap(), 1, DIM).unwrap();
         let spec = LayerSpec::new(shape).with_rope(rope(DIM));
-        let head = |x: &Tensor| numbers(&x.narrow(1, 0, 1).unwrap());
+        let head = |x: &Tensor| Some(x.narrow(1, 0, 1).unwrap().squeeze(1).unwrap());
         let head = HeadView {
             positions: &positions,
             keys: head(&text.k),
             values: head(&text.v),
-            attention_sums: &[],
+            attention_sums: None,
             observed: 0,
             previous: &[],
         };
         let view = LayerView { spec: &spec, seen: 60, queries: Some(q), heads: vec![head] };
-        policy.score(&view).unwrap().remove(0)
+        policy.score(&view).unwrap()[0].to_vec1::<f32>().unwrap()
     };
     let policy = ExpectedAttention::new(0);
     let alone: Vec<_> =

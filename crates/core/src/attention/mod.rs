@@ -21,6 +21,8 @@ mod tile;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::{has_kernels, sums_on_device};
 pub use element::{Element, with_slice};
 pub use tile::{Page, attend_pages, attention_sums_pages};
 
@@ -81,7 +83,8 @@ pub fn attend(
 
 /// Attention probability that each token of its own sequence receives, summed over the queries:
 /// what [`KvStore::attention_sums`](crate::KvStore::attention_sums) promises, over the tokens of a
-/// call. `queries` are each sequence's last ones; as many as `q` and `lse` have.
+/// call. `queries` are each sequence's last ones; as many as `q` and `lse` have. Where a CUDA device
+/// has no kernel for the dtype and the shape, keys and queries go to the CPU and the sums come back.
 ///
 /// # Errors
 /// As [`attend`], and if `lse` is not `[queries, heads]`.
@@ -92,7 +95,7 @@ pub fn attention_sums(
     q: &Tensor,
     lse: &Tensor,
     shape: &AttentionShape,
-) -> Result<Vec<Vec<f32>>> {
+) -> Result<Vec<Tensor>> {
     let tokens = k.dim(0)?;
     check_tokens(batch, tokens)?;
     if batch.seqs() != queries.seqs() {
@@ -103,15 +106,28 @@ pub fn attention_sums(
             got,
         ));
     }
+    #[cfg(feature = "cuda")]
+    if let Some(sums) = cuda::sums_of_call(batch, k, queries, q, lse, shape)? {
+        return Ok(sums);
+    }
+    let device = k.device();
     let cpu = |x: &Tensor| -> Result<Tensor> { Ok(x.to_device(&Device::Cpu)?) };
     let (q, lse, k) = (cpu(q)?, cpu(lse)?, cpu(k)?);
     // The sums read no values: any rows of the right length will do.
     let shape = AttentionShape { value_dim: shape.head_dim, ..*shape };
-    match k.dtype() {
+    let sums = match k.dtype() {
         DType::F16 => sums_of_tensor::<f16>(batch, &k, queries, &q, &lse, &shape),
         DType::BF16 => sums_of_tensor::<bf16>(batch, &k, queries, &q, &lse, &shape),
         _ => sums_of_tensor::<f32>(batch, &k.to_dtype(DType::F32)?, queries, &q, &lse, &shape),
-    }
+    };
+    by_kv_head(&sums?, shape.group(), device)
+}
+
+/// A list for each query head, as one tensor `[group, entries]` for each kv head.
+pub(crate) fn by_kv_head(sums: &[Vec<f32>], group: usize, device: &Device) -> Result<Vec<Tensor>> {
+    let of_kv_head =
+        |heads: &[Vec<f32>]| Ok(Tensor::from_vec(heads.concat(), (group, heads[0].len()), device)?);
+    sums.chunks(group).map(of_kv_head).collect()
 }
 
 /// Attention sequence by sequence on a device other than the CPU. `kv` gives the i-th sequence's
@@ -143,13 +159,6 @@ fn attend_one(
     shape: &AttentionShape,
     mask: Mask<'_>,
 ) -> Result<AttentionState> {
-    #[cfg(feature = "cuda")]
-    {
-        let by_entry = |x: &Tensor| x.squeeze(0)?.transpose(0, 1);
-        if let Some(state) = cuda::attend_one(q, &by_entry(k)?, &by_entry(v)?, shape, mask)? {
-            return Ok(state);
-        }
-    }
     let (out, lse) = ops::attend(&q.transpose(0, 1)?.unsqueeze(0)?, k, v, shape, mask)?;
     let by_token = |x: Tensor| x.squeeze(0)?.transpose(0, 1);
     Ok(AttentionState { out: by_token(out)?, lse: by_token(lse)? })

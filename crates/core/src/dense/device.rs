@@ -14,14 +14,15 @@ use candle_core::{DType, Device, Tensor};
 /// The sequences' keys and values.
 #[derive(Debug)]
 pub struct DeviceSeqs {
+    device: Device,
     shape: AttentionShape,
     dtype: DType,
     seqs: BTreeMap<SeqId, Rows>,
 }
 
 impl DeviceSeqs {
-    pub fn new(shape: &AttentionShape, dtype: DType) -> Self {
-        Self { shape: *shape, dtype, seqs: BTreeMap::new() }
+    pub fn new(device: &Device, shape: &AttentionShape, dtype: DType) -> Self {
+        Self { device: device.clone(), shape: *shape, dtype, seqs: BTreeMap::new() }
     }
 
     /// Appends `[tokens, kv_heads, channels]` of the dtype that is held.
@@ -89,14 +90,14 @@ impl DeviceSeqs {
         })
     }
 
-    /// Sums are taken on the CPU.
+    /// Keys and queries go to the CPU, and sums come back.
     pub fn attention_sums(
         &self,
         batch: &Batch,
         q: &Tensor,
         lse: &Tensor,
         mask: Mask<'_>,
-    ) -> Result<Vec<Vec<f32>>> {
+    ) -> Result<Vec<Tensor>> {
         let cpu = |x: &Tensor| x.to_device(&Device::Cpu);
         let mut host = DenseStore::new(self.shape, DType::F32)?;
         for &seq in batch.seqs() {
@@ -106,20 +107,24 @@ impl DeviceSeqs {
                 host.append(&Batch::single(seq, rows.len())?, &flat(&k)?, &flat(&v)?)?;
             }
         }
-        host.attention_sums(batch, &cpu(q)?, &cpu(lse)?, mask)
+        let sums = host.attention_sums(batch, &cpu(q)?, &cpu(lse)?, mask)?;
+        sums.iter().map(|sums| Ok(sums.to_device(&self.device)?)).collect()
     }
 
     pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
         self.seqs.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?.retain(keep)
     }
 
-    /// One head's keys and values in f32 on the CPU.
+    /// One head's keys and values in f32.
     pub fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
         let (k, v) = self.seqs.get(&seq).ok_or(Error::UnknownSequence(seq))?.held()?;
-        let of = |x: Tensor| -> Result<Tensor> {
-            Ok(x.get(0)?.get(kv_head)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?)
-        };
+        let of =
+            |x: Tensor| -> Result<Tensor> { Ok(x.get(0)?.get(kv_head)?.to_dtype(DType::F32)?) };
         Ok((of(k)?, of(v)?))
+    }
+
+    pub fn can_append(&self, _: &Batch) -> bool {
+        true
     }
 
     pub fn contains(&self, seq: SeqId) -> bool {

@@ -1,3 +1,5 @@
+#[cfg(feature = "cuda")]
+use super::cuda::CudaSeqs;
 use super::device::DeviceSeqs;
 use super::pages::{masked, pages, read, scatter, within};
 use super::pool::Pool;
@@ -7,15 +9,17 @@ use crate::{
     AttentionShape, AttentionState, Batch, Error, Footprint, KvStore, Mask, Result, Selection,
     SeqId,
 };
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use std::ops::Range;
 
 /// Keys and values as they are, in f32, f16 or bf16.
 ///
-/// On the CPU they lie in blocks of 32 entries of one kv head, in a pool that all sequences share.
-/// On other devices each sequence has one tensor for all heads, which then keep equally many
-/// entries. The first tensors decide on the device; later ones from another are refused.
+/// They lie in blocks of one kv head, in a pool that all sequences share: of 32 entries on the CPU,
+/// of 64 on a CUDA device, which needs feature `cuda`, f16 or bf16, and a head size with kernels. On
+/// other devices, and for other dtypes and shapes, each sequence has one tensor for all heads, which
+/// then keep equally many entries, and nothing bounds the memory. The first tensors decide on the
+/// device; later ones from another are refused.
 #[derive(Debug)]
 pub struct DenseStore {
     shape: AttentionShape,
@@ -30,6 +34,8 @@ enum Held {
     F16(Pool<f16>),
     BF16(Pool<bf16>),
     OnDevice(DeviceSeqs),
+    #[cfg(feature = "cuda")]
+    Cuda(Box<CudaSeqs>),
 }
 
 /// Runs an expression on the pool of the type that is held, or another on a device's sequences.
@@ -40,6 +46,8 @@ macro_rules! on_pool {
             Held::F16($pool) => $host,
             Held::BF16($pool) => $host,
             Held::OnDevice($seqs) => $device,
+            #[cfg(feature = "cuda")]
+            Held::Cuda($seqs) => $device,
         }
     };
 }
@@ -91,7 +99,7 @@ impl DenseStore {
         if tokens != batch.tokens() {
             return Err(Error::mismatch("tokens of k", batch.tokens(), tokens));
         }
-        let on_cpu = !matches!(self.held, Held::OnDevice(_));
+        let on_cpu = matches!(self.held, Held::F32(_) | Held::F16(_) | Held::BF16(_));
         if on_cpu == k.device().is_cpu() {
             return Ok(());
         }
@@ -100,10 +108,19 @@ impl DenseStore {
             return Err(Error::mismatch("device of k and v", name(on_cpu), name(!on_cpu)));
         }
         self.held = match on_cpu {
-            true => Held::OnDevice(DeviceSeqs::new(&self.shape, self.dtype)),
+            true => self.on_device(k.device())?,
             false => empty(&self.shape, self.dtype, self.capacity)?,
         };
         Ok(())
+    }
+
+    /// Nothing, on a device other than the CPU.
+    fn on_device(&self, device: &Device) -> Result<Held> {
+        #[cfg(feature = "cuda")]
+        if let Some(seqs) = CudaSeqs::new(&self.shape, self.dtype, device, self.capacity)? {
+            return Ok(Held::Cuda(Box::new(seqs)));
+        }
+        Ok(Held::OnDevice(DeviceSeqs::new(device, &self.shape, self.dtype)))
     }
 }
 
@@ -171,17 +188,18 @@ impl KvStore for DenseStore {
         q: &Tensor,
         lse: &Tensor,
         mask: Mask<'_>,
-    ) -> Result<Vec<Vec<f32>>> {
+    ) -> Result<Vec<Tensor>> {
         on_pool!(&self.held,
             pool => {
                 let all = pages(pool, batch, &self.shape);
                 let pages = masked(&all, &self.shape, mask)?;
                 let sums =
                     attention::attention_sums_pages(batch, q, lse, &pages, &self.shape, mask)?;
-                Ok(match mask {
+                let sums = match mask {
                     Mask::Entries(ranges) => scatter(sums, ranges, &all, &self.shape),
                     _ => sums,
-                })
+                };
+                attention::by_kv_head(&sums, self.shape.group(), &Device::Cpu)
             },
             seqs => seqs.attention_sums(batch, q, lse, mask))
     }
@@ -255,7 +273,7 @@ impl KvStore for DenseStore {
     }
 
     fn can_append(&self, batch: &Batch) -> bool {
-        on_pool!(&self.held, pool => pool.check_room(batch).is_ok(), _seqs => true)
+        on_pool!(&self.held, pool => pool.check_room(batch).is_ok(), seqs => seqs.can_append(batch))
     }
 
     fn footprint(&self) -> Footprint {

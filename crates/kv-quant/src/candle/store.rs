@@ -2,7 +2,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 #[cfg(feature = "cuda")]
-use crate::cuda::CudaPool;
+use crate::cuda::{CudaHalf, CudaPool};
 use crate::{Attended, Format, Mask, Pool, PoolBytes, PoolShape, Queries, Rotary};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -29,6 +29,9 @@ enum Held {
     Host(Box<Pool>),
     #[cfg(feature = "cuda")]
     Cuda(Box<CudaPool>),
+    /// What is held in f16 and never packed.
+    #[cfg(feature = "cuda")]
+    CudaHalf(Box<CudaHalf>),
 }
 
 /// Runs an expression on the pool that is held, whichever it is.
@@ -41,6 +44,8 @@ macro_rules! on_pool {
             Held::Host($host) => $on_host,
             #[cfg(feature = "cuda")]
             Held::Cuda($cuda) => $on_cuda,
+            #[cfg(feature = "cuda")]
+            Held::CudaHalf($cuda) => $on_cuda,
         }
     };
 }
@@ -85,6 +90,8 @@ impl QuantStore {
             Held::Host(pool) => Held::Host(Box::new(pool.with_capacity(bytes))),
             #[cfg(feature = "cuda")]
             Held::Cuda(pool) => Held::Cuda(Box::new(pool.with_capacity(bytes))),
+            #[cfg(feature = "cuda")]
+            Held::CudaHalf(half) => Held::CudaHalf(Box::new(half.with_capacity(bytes))),
         };
         Self { held, ..self }
     }
@@ -131,6 +138,11 @@ impl QuantStore {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => {
                 let (format, capacity) = (self.format(), self.capacity());
+                if format == Format::f16() {
+                    let half = CudaHalf::new(self.shape, device, capacity)?;
+                    self.held = Held::CudaHalf(Box::new(half));
+                    return Ok(());
+                }
                 check_cuda(&format)?;
                 Held::Cuda(Box::new(CudaPool::new(self.shape, format, device, capacity)?))
             }
@@ -167,6 +179,8 @@ impl QuantStore {
             }
             #[cfg(feature = "cuda")]
             Held::Cuda(pool) => pool.append_after_attention(batch, q, k, v),
+            #[cfg(feature = "cuda")]
+            Held::CudaHalf(_) => Ok(None),
         }
     }
 
@@ -254,7 +268,7 @@ impl QuantStore {
         q: &Tensor,
         lse: &Tensor,
         mask: longctx_core::Mask<'_>,
-    ) -> Result<Vec<Vec<f32>>> {
+    ) -> Result<Vec<Tensor>> {
         let heads = self.shape.heads;
         let lse = lse.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let mut all = vec![Vec::new(); batch.seqs().len() * heads];
@@ -265,7 +279,10 @@ impl QuantStore {
             places.zip(sums).for_each(|(place, sums)| all[place] = sums);
             Ok(())
         })?;
-        Ok(all)
+        let of_kv_head = |heads: &[Vec<f32>]| {
+            Ok(Tensor::from_vec(heads.concat(), (heads.len(), heads[0].len()), &Device::Cpu)?)
+        };
+        all.chunks(self.shape.group()).map(of_kv_head).collect()
     }
 }
 
@@ -438,7 +455,7 @@ impl KvStore for QuantStore {
         q: &Tensor,
         lse: &Tensor,
         mask: longctx_core::Mask<'_>,
-    ) -> Result<Vec<Vec<f32>>> {
+    ) -> Result<Vec<Tensor>> {
         on_pool!(&self.held,
             pool => self.sums_on_host(pool, batch, q, lse, mask),
             pool => pool.attention_sums(batch, q, lse, mask))

@@ -2,10 +2,11 @@
 //! addresses, 0 for none.
 
 longctx_cuda::args! {
-    pub struct Work: 88, sums at 24, packed at 32 {
+    pub struct Work: 104, sums at 32, packed at 40 {
         pub table: u64,
         pub ring_k: u64,
         pub ring_v: u64,
+        pub live: u64,
         pub sums: i64,
         pub packed: i32,
         pub residual: i32,
@@ -20,6 +21,8 @@ longctx_cuda::args! {
         pub part: i32,
         pub parts: i32,
         pub join: i32,
+        pub live_slots: i32,
+        pub holes: i32,
         pub unused: i32,
     }
 }
@@ -90,6 +93,20 @@ longctx_cuda::args! {
         pub ring: i32,
         pub shift: i32,
         pub kind: i32,
+        pub unused: i32,
+    }
+}
+
+longctx_cuda::args! {
+    pub struct KeepRow: 48, count at 24 {
+        pub ring_k: u64,
+        pub ring_v: u64,
+        pub slots: u64,
+        pub count: i32,
+        pub first: i32,
+        pub shift: i32,
+        pub ring: i32,
+        pub pieces: i32,
         pub unused: i32,
     }
 }

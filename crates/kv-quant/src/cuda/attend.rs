@@ -5,12 +5,16 @@ use super::args::{AttendArgs, Work};
 use super::plan::{Plan, Sizes};
 use super::tensors::{address, kind, tensor};
 use candle_core::{DType, Tensor};
-use longctx_core::{AttentionState, Batch, Error, Mask, Result};
+use longctx_core::{AttentionState, Batch, Error, Mask, Result, SeqId};
 use longctx_cuda::cudarc::driver::DevicePtr;
 
 impl CudaPool {
     pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
-        let (q, heads) = self.queries(batch, q, mask)?;
+        let (q, mut heads) = self.queries(batch, q, mask)?;
+        let _selected = match mask {
+            Mask::Entries(ranges) => Some(self.select(batch, ranges, &mut heads)?),
+            _ => None,
+        };
         let (stream, d) = (self.stream(), self.shape.head_dim);
         let columns = self.shape.group() * batch.longest();
         let kernels = &self.kernels.attend;
@@ -73,9 +77,12 @@ impl CudaPool {
         match mask {
             Mask::Full => {}
             Mask::Causal => self.check_own(batch)?,
-            Mask::Entries(_) => {
-                let what = "attention over a selection of packed entries on a CUDA device";
-                return Err(Error::Unsupported(what.into()));
+            Mask::Entries(ranges) => {
+                let lens = |&seq: &SeqId| match self.contains(seq) {
+                    true => self.lens(seq),
+                    false => vec![0; self.shape.kv_heads],
+                };
+                ranges.check(&batch.seqs().iter().flat_map(lens).collect::<Vec<_>>())?;
             }
         }
         let q = self.fit(q, self.dtype.unwrap_or(DType::F16))?;

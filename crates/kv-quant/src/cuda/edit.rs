@@ -1,8 +1,11 @@
 //! Sequences forked, cut, thinned and removed: edits of tables.
 
 use super::CudaPool;
-use super::head::{Cut, Head};
+use super::args::KeepRow;
+use super::head::{Cut, Head, Live};
+use super::kernels::TILE;
 use longctx_core::{Error, Result, Selection, SeqId};
+use longctx_cuda::cudarc::driver::DevicePtr;
 
 impl CudaPool {
     /// Copies tables and rings; records are shared.
@@ -27,8 +30,8 @@ impl CudaPool {
     pub fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
         let heads = &self.sequence(seq)?.heads;
         self.check(seq)?;
-        if let Some(short) = heads.iter().find(|head| head.len < len) {
-            let expected = format!("at most the {} of its shortest head", short.len);
+        if let Some(short) = heads.iter().find(|head| head.len() < len) {
+            let expected = format!("at most the {} of its shortest head", short.len());
             return Err(Error::mismatch("entries to leave", expected, len));
         }
         Ok(())
@@ -39,56 +42,139 @@ impl CudaPool {
     pub fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
         let (format, group) = (self.format, self.layout.group);
-        let cut = |head: &Head| head.cut(format, group, len);
+        let cut = |head: &Head| {
+            let last = len.checked_sub(1).map(std::iter::once);
+            let slots = last.and_then(|last| head.live.slots_of(last).next());
+            let slots = slots.map_or(0, |slot| slot + 1);
+            (slots, head.cut(format, group, slots))
+        };
         let cuts: Vec<_> = self.sequence(seq)?.heads.iter().map(cut).collect();
-        let unpack = |(kv_head, cut): (usize, &Cut)| self.unpack_to_ring(seq, kv_head, cut);
+        let unpack =
+            |(kv_head, (_, cut)): (usize, &(usize, Cut))| self.unpack_to_ring(seq, kv_head, cut);
         let done = cuts.iter().enumerate().try_for_each(unpack);
-        let Some(sequence) = self.seqs.get_mut(&seq) else { return done };
+        let done = done.and_then(|()| {
+            let stays = |(head, (slots, cut)): (&Head, &(usize, Cut))| {
+                let live = |slot: &usize| head.live.contains(*slot);
+                Stays::new(cut.packed.keys, *slots, (cut.packed.keys..*slots).filter(live))
+            };
+            let stays = self.sequence(seq)?.heads.iter().zip(&cuts).map(stays).collect::<Vec<_>>();
+            self.close_rings(seq, &stays)?;
+            Ok(stays)
+        });
+        let stream = self.stream();
+        let Some(sequence) = self.seqs.get_mut(&seq) else { return Ok(()) };
+        let done = done.and_then(|stays| {
+            for ((head, (_, cut)), stays) in sequence.heads.iter_mut().zip(cuts).zip(&stays) {
+                let keys = cut.packed.keys;
+                head.live = head.live.cut(&stream, keys)?;
+                (head.slots, head.packed, head.ring_from) =
+                    (stays.end(), cut.packed, cut.ring_from);
+                head.table.retain(|place| place < keys / group);
+            }
+            Ok(())
+        });
         if let Err(error) = &done {
             sequence.poisoned = Some(error.to_string());
-        }
-        for (head, cut) in sequence.heads.iter_mut().zip(cuts) {
-            (head.len, head.packed, head.ring_from) = (len, cut.packed, cut.ring_from);
-            head.table.retain(|place| place < cut.packed.keys / group);
         }
         done
     }
 
-    /// Drops whole records.
+    /// As [`Pool::retain`](crate::Pool::retain): an entry that goes from a record leaves a hole, a
+    /// record of holes alone is given back, and entries in full precision close ranks. Nothing is
+    /// quantized anew.
     pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
-        let group = self.layout.group;
         let sequence = self.sequence(seq)?;
         self.check(seq)?;
         keep.check(&self.lens(seq))?;
-        let kept: Option<Vec<_>> = sequence
-            .heads
-            .iter()
-            .zip(keep.heads())
-            .map(|(head, keep)| kept_records(head, keep, group))
-            .collect();
-        let Some(kept) = kept else {
-            let what = "dropping entries of a packed store on a CUDA device but in whole groups";
-            return Err(Error::Unsupported(format!("{what} of {group} that are packed")));
+        let slots_of = |(head, keep): (&Head, &Vec<u32>)| {
+            head.live.slots_of(keep.iter().map(|&entry| entry as usize)).collect::<Vec<_>>()
         };
-        let (stream, ring) = (self.stream(), self.ring_places());
+        let slots: Vec<_> = sequence.heads.iter().zip(keep.heads()).map(slots_of).collect();
+        let stays = |(head, slots): (&Head, &Vec<usize>)| {
+            let packed = slots.partition_point(|&slot| slot < head.packed.keys);
+            Stays::new(head.packed.keys, head.slots, slots[packed..].iter().copied())
+        };
+        let stays: Vec<_> = sequence.heads.iter().zip(&slots).map(stays).collect();
+        let done = self.close_rings(seq, &stays).and_then(|()| {
+            let changed = (0..slots.len())
+                .filter(|&i| self.seqs[&seq].heads[i].len() != slots[i].len())
+                .collect::<Vec<_>>();
+            changed.into_iter().try_for_each(|i| self.drop_slots(seq, i, &slots[i], &stays[i]))
+        });
+        if let (Err(error), Some(sequence)) = (&done, self.seqs.get_mut(&seq)) {
+            sequence.poisoned = Some(error.to_string());
+        }
+        done
+    }
+
+    /// Takes note of the slots that stay of a head whose ring has closed ranks.
+    fn drop_slots(&mut self, seq: SeqId, i: usize, slots: &[usize], stays: &Stays) -> Result<()> {
+        let (stream, ring, group) = (self.stream(), self.ring_places(), self.layout.group);
         let Some(sequence) = self.seqs.get_mut(&seq) else { return Ok(()) };
-        for (i, kept) in kept.iter().enumerate() {
-            let dropped = kept.iter().filter(|&&kept| !kept).count();
-            if dropped == 0 {
-                continue;
+        let head = &mut sequence.heads[i];
+        let packed = slots.partition_point(|&slot| slot < head.packed.keys);
+        let whole = head.packed.values / group;
+        let mut used = vec![false; whole];
+        for &slot in &slots[..packed] {
+            if let Some(used) = used.get_mut(slot / group) {
+                *used = true;
             }
-            let (head, entries) = (&mut sequence.heads[i], dropped * group);
-            head.table.retain(|place| kept.get(place).copied().unwrap_or(true));
-            head.len -= entries;
-            head.packed.keys -= entries;
-            head.packed.values -= entries;
-            head.packed.tiles -= entries / super::kernels::TILE;
-            // Packed entries that are in the ring, too, may be gone.
-            head.ring_from = head.packed.values;
-            head.shift = (head.shift + entries) % ring;
+        }
+        // Slots move down by those of the records before them that are given back.
+        let mut before = 0;
+        let moved: Vec<usize> = (0..=whole)
+            .map(|record| {
+                let moved = before;
+                before += group * usize::from(used.get(record) == Some(&false));
+                moved
+            })
+            .collect();
+        let gone = moved[whole];
+        head.table.retain(|place| used.get(place).copied().unwrap_or(true));
+        head.slots = stays.end() - gone;
+        head.packed.keys -= gone;
+        head.packed.values -= gone;
+        head.packed.tiles -= gone / TILE;
+        // Packed entries that are in the ring, too, may be gone.
+        head.ring_from = head.packed.values;
+        head.shift = (head.shift + gone) % ring;
+        let live = slots[..packed].iter().map(|&slot| slot - moved[(slot / group).min(whole)]);
+        head.live = Live::new(&stream, head.packed.keys, live)?;
+        if gone > 0 {
             sequence.upload(&stream, i)?;
         }
         Ok(())
+    }
+
+    /// Moves the slots of a sequence's rings that stay together.
+    fn close_rings(&self, seq: SeqId, stays: &[Stays]) -> Result<()> {
+        let (stream, sequence) = (self.stream(), self.sequence(seq)?);
+        let slots: Vec<u32> = stays.iter().flat_map(|stays| stays.moved.iter().copied()).collect();
+        if slots.is_empty() {
+            return Ok(());
+        }
+        let slots = stream.clone_htod(&slots)?;
+        let mut address = slots.device_ptr(&stream).0;
+        let mut rows = Vec::new();
+        for (kv_head, (stays, head)) in stays.iter().zip(&sequence.heads).enumerate() {
+            let at = sequence.addresses(&stream, kv_head, self.ring_numbers());
+            let count = stays.moved.len();
+            rows.push(KeepRow {
+                ring_k: at.ring_k,
+                ring_v: at.ring_v,
+                slots: address,
+                count: count as i32,
+                first: stays.first as i32,
+                shift: head.shift as i32,
+                ring: self.ring_places() as i32,
+                pieces: (self.shape.head_dim / 8) as i32,
+                unused: 0,
+            });
+            address += 4 * count as u64;
+        }
+        let rows = stream.clone_htod(&rows)?;
+        // SAFETY: the slots are in the rings, and none moves to a later one.
+        unsafe { self.kernels.keep_ring(&stream, &rows) }
     }
 
     pub fn remove(&mut self, seq: SeqId) -> bool {
@@ -96,19 +182,24 @@ impl CudaPool {
     }
 }
 
-/// Which of a head's full records stay; `None` if one would stay in part.
-fn kept_records(head: &Head, keep: &[u32], group: usize) -> Option<Vec<bool>> {
-    let full = head.packed.values / group;
-    let mut counts = vec![0; full];
-    let mut rest = 0;
-    for &entry in keep {
-        match counts.get_mut(entry as usize / group) {
-            Some(count) => *count += 1,
-            None => rest += 1,
-        }
+/// The slots from a first one on that stay, and close ranks.
+struct Stays {
+    first: usize,
+    count: usize,
+    /// The slots, in order; none if all stay where they are.
+    moved: Vec<u32>,
+}
+
+impl Stays {
+    /// Of `first..end` those in `slots`.
+    fn new(first: usize, end: usize, slots: impl Iterator<Item = usize>) -> Self {
+        let moved: Vec<u32> = slots.map(|slot| slot as u32).collect();
+        let count = moved.len();
+        Self { first, count, moved: if first + count == end { Vec::new() } else { moved } }
     }
-    if rest != head.len - full * group {
-        return None;
+
+    /// The slot after the last.
+    fn end(&self) -> usize {
+        self.first + self.count
     }
-    counts.into_iter().map(|count| [0, group].contains(&count).then_some(count > 0)).collect()
 }

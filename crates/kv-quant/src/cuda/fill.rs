@@ -13,35 +13,29 @@ use longctx_cuda::cudarc::driver::DevicePtr;
 /// No entry and no record has such a number.
 const NONE: i32 = i32::MAX;
 
-/// A call's tensors: `[tokens, kv_heads, head_dim]` in the pool's dtype.
+/// A call's keys and values in the pool's dtype, and which of them each head takes.
 struct New {
+    /// Rows of head_dim numbers.
     k: Tensor,
     v: Tensor,
+    /// Rows from a head's token to its next.
+    stride: usize,
+    /// The first row that each head takes, `[sequences * kv_heads]`.
+    firsts: Vec<usize>,
+    /// How many tokens each head takes, `[sequences * kv_heads]`.
+    counts: Vec<usize>,
 }
 
 impl CudaPool {
     /// Appends to every head of the batch's sequences, and packs what the format does not keep in
     /// full precision. After an error nothing has changed, or the batch's sequences are poisoned.
     pub fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
-        let new = self.begin(batch, k, v)?;
-        let begun = self.make_room(batch)?;
-        let done = if self.fits(batch) {
-            self.fill(batch, &new).and_then(|()| self.pack(batch))
-        } else {
-            self.append_many(batch, &new)
-        };
-        let done = done.and_then(|()| match batch.longest() {
-            1 => Ok(()),
-            _ => self.synchronize(),
-        });
-        let checked = done.and_then(|()| batch.seqs().iter().try_for_each(|&seq| self.check(seq)));
-        if let Err(error) = &checked {
-            self.poison(batch, &begun, error);
-        }
-        checked
+        self.check_new(batch, k, v)?;
+        let new = self.all(batch, k, v)?;
+        self.append_new(batch, &new)
     }
 
-    /// Appends to each head the tokens selected for it: as many for every head of a sequence.
+    /// Appends to each head the tokens selected for it.
     pub fn append_selected(
         &mut self,
         batch: &Batch,
@@ -49,35 +43,47 @@ impl CudaPool {
         v: &Tensor,
         tokens: &[Selection],
     ) -> Result<()> {
-        self.shape.check_kv(k, v)?;
-        let (kv_heads, mut rows, mut parts) = (self.shape.kv_heads, Vec::new(), Vec::new());
-        for ((seq, own), selection) in batch.iter().zip(tokens) {
-            let lists = selection.heads();
-            if lists.iter().any(|list| list.len() != lists[0].len()) {
-                let what = "appending unequal numbers of tokens to heads on a CUDA device";
-                return Err(Error::Unsupported(what.into()));
-            }
-            for i in 0..lists[0].len() {
-                let row = |(head, list): (usize, &Vec<u32>)| {
-                    ((own.start + list[i] as usize) * kv_heads + head) as u32
-                };
-                rows.extend(lists.iter().enumerate().map(row));
-            }
-            if !lists[0].is_empty() {
-                parts.push((seq, lists[0].len()));
+        self.check_new(batch, k, v)?;
+        let (kv_heads, mut rows) = (self.shape.kv_heads, Vec::new());
+        let (mut firsts, mut counts) = (Vec::new(), Vec::new());
+        for ((_, own), selection) in batch.iter().zip(tokens) {
+            for (head, list) in selection.heads().iter().enumerate() {
+                firsts.push(rows.len());
+                counts.push(list.len());
+                let row = |&token: &u32| ((own.start + token as usize) * kv_heads + head) as u32;
+                rows.extend(list.iter().map(row));
             }
         }
-        if parts.is_empty() {
+        if rows.is_empty() {
             return Ok(());
         }
-        let count = rows.len() / kv_heads;
         let rows = Tensor::new(rows, k.device())?;
+        let dtype = self.dtype_of(k);
         let gather = |x: &Tensor| -> Result<Tensor> {
-            let (_, heads, d) = x.dims3()?;
-            let x = x.contiguous()?.reshape(((), d))?.index_select(&rows, 0)?;
-            Ok(x.reshape((count, heads, d))?)
+            let x = x.contiguous()?.reshape(((), self.shape.head_dim))?.index_select(&rows, 0)?;
+            self.fit(&x, dtype)
         };
-        self.append(&Batch::new(&parts)?, &gather(k)?, &gather(v)?)
+        let (k, v) = (gather(k)?, gather(v)?);
+        self.append_new(batch, &New { k, v, stride: 1, firsts, counts })
+    }
+
+    fn append_new(&mut self, batch: &Batch, new: &New) -> Result<()> {
+        self.dtype = Some(new.k.dtype());
+        let begun = self.make_room(batch, &new.counts)?;
+        let done = if self.fits(batch, &new.counts) {
+            self.fill(batch, new).and_then(|()| self.pack(batch))
+        } else {
+            self.append_many(batch, new)
+        };
+        let done = done.and_then(|()| match new.counts.iter().any(|count| *count > 1) {
+            true => self.synchronize(),
+            false => Ok(()),
+        });
+        let checked = done.and_then(|()| batch.seqs().iter().try_for_each(|&seq| self.check(seq)));
+        if let Err(error) = &checked {
+            self.poison(batch, &begun, error);
+        }
+        checked
     }
 
     /// Appends tokens that [fit](Self::fits), attends causally to them, in full precision, and to
@@ -89,12 +95,14 @@ impl CudaPool {
         k: &Tensor,
         v: &Tensor,
     ) -> Result<Option<AttentionState>> {
-        if !self.fits(batch) {
+        if !self.fits(batch, &self.counts(batch)) {
             return Ok(None);
         }
-        let new = self.begin(batch, k, v)?;
+        self.check_new(batch, k, v)?;
+        let new = self.all(batch, k, v)?;
         self.shape.check_q(q)?;
-        let begun = self.make_room(batch)?;
+        self.dtype = Some(new.k.dtype());
+        let begun = self.make_room(batch, &new.counts)?;
         let done = self.fill(batch, &new).and_then(|()| {
             let state = self.attend(batch, q, Mask::Causal)?;
             self.pack(batch)?;
@@ -108,48 +116,69 @@ impl CudaPool {
 
     /// Whether the batch's tokens go into the rings beside what is there: then they can be attended
     /// to before they are packed.
-    fn fits(&self, batch: &Batch) -> bool {
-        let ring = self.ring_places();
-        batch.iter().all(|(seq, tokens)| {
-            let heads = self.seqs.get(&seq).map_or(&[][..], |sequence| &sequence.heads);
-            let residual = heads.iter().map(|head| head.residual()).max().unwrap_or(0);
-            residual + tokens.len() <= ring
+    fn fits(&self, batch: &Batch, counts: &[usize]) -> bool {
+        let (ring, kv_heads) = (self.ring_places(), self.shape.kv_heads);
+        batch.seqs().iter().zip(counts.chunks(kv_heads)).all(|(seq, counts)| {
+            let residual = |head: usize| {
+                self.seqs.get(seq).map_or(0, |sequence| sequence.heads[head].residual())
+            };
+            counts.iter().enumerate().all(|(head, count)| residual(head) + count <= ring)
         })
     }
 
-    /// The call's tensors, checked.
-    fn begin(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<New> {
+    fn check_new(&self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
         let tokens = self.shape.check_kv(k, v)?;
         if tokens != batch.tokens() {
             return Err(Error::mismatch("tokens of k", batch.tokens(), tokens));
         }
-        batch.seqs().iter().try_for_each(|&seq| self.check(seq))?;
-        let dtype = match self.dtype {
+        batch.seqs().iter().try_for_each(|&seq| self.check(seq))
+    }
+
+    /// The dtype that a call's entries are held in.
+    fn dtype_of(&self, k: &Tensor) -> DType {
+        match self.dtype {
             Some(dtype) if !self.seqs.is_empty() => dtype,
             _ if k.dtype() == DType::BF16 => DType::BF16,
             _ => DType::F16,
+        }
+    }
+
+    /// All tokens of a call, for every head.
+    fn all(&self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<New> {
+        let (dtype, kv_heads) = (self.dtype_of(k), self.shape.kv_heads);
+        let of_seq = |(_, tokens): (u64, std::ops::Range<usize>)| {
+            (0..kv_heads).map(move |head| tokens.start * kv_heads + head)
         };
-        let new = New { k: self.fit(k, dtype)?, v: self.fit(v, dtype)? };
-        self.dtype = Some(dtype);
-        Ok(new)
+        Ok(New {
+            k: self.fit(k, dtype)?,
+            v: self.fit(v, dtype)?,
+            stride: kv_heads,
+            firsts: batch.iter().flat_map(of_seq).collect(),
+            counts: self.counts(batch),
+        })
     }
 
     fn fill(&mut self, batch: &Batch, new: &New) -> Result<()> {
         let rows = self.rows(batch, Some(new), |_, _| {})?;
-        self.launch_fill(rows, &[], Step::Rings)?;
-        let ring = self.ring_places();
-        for (seq, tokens) in batch.iter() {
-            for head in self.seqs.get_mut(&seq).into_iter().flat_map(|of| &mut of.heads) {
-                head.len += tokens.len();
-                head.ring_from = head.ring_from.max(head.len.saturating_sub(ring));
+        self.launch_fill(rows, new.stride, &[], Step::Rings)?;
+        self.advance(batch, &new.counts);
+        Ok(())
+    }
+
+    /// Counts a call's tokens.
+    fn advance(&mut self, batch: &Batch, counts: &[usize]) {
+        let (ring, mut counts) = (self.ring_places(), counts.iter());
+        for seq in batch.seqs() {
+            for head in self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads) {
+                head.slots += counts.next().unwrap_or(&0);
+                head.ring_from = head.ring_from.max(head.slots.saturating_sub(ring));
             }
         }
-        Ok(())
     }
 
     /// Packs from the rings what the format no longer keeps in full precision.
     fn pack(&mut self, batch: &Batch) -> Result<()> {
-        let goals = self.goals(batch, false);
+        let goals = self.goals(batch, None);
         let fresh = self.take(batch, &goals)?;
         let (mut goal, mut taken) = (goals.iter(), 0);
         let (group, mut firsts) = (self.layout.group, Vec::new());
@@ -160,14 +189,14 @@ impl CudaPool {
             firsts.push(taken);
             taken += row.key_records as usize;
         })?;
-        self.launch_fill(place_fresh(rows, &firsts), &fresh, Step::Records)?;
+        self.launch_fill(place_fresh(rows, &firsts), 0, &fresh, Step::Records)?;
         self.note(batch, &goals);
         Ok(())
     }
 
     /// Takes in more tokens than the rings hold: packs them from where they are, keeps the newest.
     fn append_many(&mut self, batch: &Batch, new: &New) -> Result<()> {
-        let goals = self.goals(batch, true);
+        let goals = self.goals(batch, Some(&new.counts));
         let fresh = self.take(batch, &goals)?;
         let (group, ring) = (self.layout.group, self.ring_places());
         let (mut goal, mut taken, mut firsts) = (goals.iter(), 0, Vec::new());
@@ -178,7 +207,12 @@ impl CudaPool {
             firsts.push(taken);
             taken += row.key_records as usize;
         })?;
-        let rows = self.launch_fill(place_fresh(rows, &firsts), &fresh, Step::RecordsThenRings)?;
+        let rows = self.launch_fill(
+            place_fresh(rows, &firsts),
+            new.stride,
+            &fresh,
+            Step::RecordsThenRings,
+        )?;
         // Keys that are packed ahead of their values lie in the ring as their codes have them.
         let mut goal = goals.iter();
         let ahead = rows.into_iter().map(|row| {
@@ -195,26 +229,20 @@ impl CudaPool {
                 ..row
             }
         });
-        self.launch_fill(ahead.collect(), &[], Step::Records)?;
-        for (seq, tokens) in batch.iter() {
-            for head in self.seqs.get_mut(&seq).into_iter().flat_map(|of| &mut of.heads) {
-                head.len += tokens.len();
-                head.ring_from = head.ring_from.max(head.len.saturating_sub(ring));
-            }
-        }
+        self.launch_fill(ahead.collect(), 0, &[], Step::Records)?;
+        self.advance(batch, &new.counts);
         self.note(batch, &goals);
         Ok(())
     }
 
-    /// How far each head is to be packed, without or with the batch's tokens.
-    fn goals(&self, batch: &Batch, with: bool) -> Vec<Packed> {
-        let format = self.format;
-        let of = |(seq, tokens): (u64, std::ops::Range<usize>)| {
-            let heads = self.seqs.get(&seq).map_or(&[][..], |sequence| &sequence.heads);
-            let more = if with { tokens.len() } else { 0 };
-            heads.iter().map(move |head| head.packed_at(format, head.len + more))
+    /// How far each head is to be packed, without or with so many tokens more for each.
+    fn goals(&self, batch: &Batch, more: Option<&[usize]>) -> Vec<Packed> {
+        let heads = batch.seqs().iter().filter_map(|seq| self.seqs.get(seq));
+        let heads = heads.flat_map(|sequence| &sequence.heads).enumerate();
+        let of = |(i, head): (usize, &super::head::Head)| {
+            head.packed_at(self.format, head.slots + more.map_or(0, |more| more[i]))
         };
-        batch.iter().flat_map(of).collect()
+        heads.map(of).collect()
     }
 
     /// Takes records for the goals. Gives their addresses.
@@ -240,7 +268,8 @@ impl CudaPool {
         }
     }
 
-    /// A row for each kv head of the batch's sequences, which moves the call's tokens to the ring.
+    /// A row for each kv head of the batch's sequences, which moves the call's tokens to the ring. All
+    /// of them have begun.
     fn rows(
         &self,
         batch: &Batch,
@@ -248,13 +277,13 @@ impl CudaPool {
         mut more: impl FnMut(&super::head::Head, &mut FillRow),
     ) -> Result<Vec<FillRow>> {
         let (stream, d, kv_heads) = (self.stream(), self.shape.head_dim, self.shape.kv_heads);
-        let new = match new {
-            Some(new) => Some((address(&new.k)?, address(&new.v)?)),
+        let starts = match new {
+            Some(new) => Some((address(&new.k)?, address(&new.v)?, new)),
             None => None,
         };
         let mut rows = Vec::with_capacity(batch.seqs().len() * kv_heads);
-        for (seq, tokens) in batch.iter() {
-            let Some(sequence) = self.seqs.get(&seq) else { continue };
+        for seq in batch.seqs() {
+            let Some(sequence) = self.seqs.get(seq) else { continue };
             for (kv_head, head) in sequence.heads.iter().enumerate() {
                 let at = sequence.addresses(&stream, kv_head, self.ring_numbers());
                 let mut row = FillRow {
@@ -268,12 +297,12 @@ impl CudaPool {
                     fresh_record: NONE,
                     ..FillRow::default()
                 };
-                if let Some((k, v)) = new {
-                    let offset = 2 * ((tokens.start * kv_heads + kv_head) * d) as u64;
+                if let Some((k, v, new)) = starts {
+                    let (i, slots) = (rows.len(), head.slots as i32);
+                    let offset = 2 * (new.firsts[i] * d) as u64;
                     (row.new_k, row.new_v) = (k + offset, v + offset);
-                    row.first_new = head.len as i32;
-                    row.move_from = head.len as i32;
-                    row.move_to = (head.len + tokens.len()) as i32;
+                    (row.first_new, row.move_from) = (slots, slots);
+                    row.move_to = slots + new.counts[i] as i32;
                 }
                 more(head, &mut row);
                 rows.push(row);
@@ -282,11 +311,13 @@ impl CudaPool {
         Ok(rows)
     }
 
-    /// Launches a step's kernels for all rows. `fresh` are the addresses of the records that the
+    /// Launches a step's kernels for all rows. `stride`: rows of the call's tensors from a head's token
+    /// to its next. `fresh` are the addresses of the records that the
     /// rows take, whose places are in them as offsets.
     fn launch_fill(
         &self,
         mut rows: Vec<FillRow>,
+        stride: usize,
         fresh: &[u64],
         step: Step,
     ) -> Result<Vec<FillRow>> {
@@ -306,7 +337,7 @@ impl CudaPool {
         let on_device = stream.clone_htod(&rows)?;
         let args = FillArgs {
             rows: on_device.device_ptr(&stream).0,
-            stride: (self.shape.kv_heads * self.shape.head_dim) as i64,
+            stride: (stride * self.shape.head_dim) as i64,
             ring: self.ring_places() as i32,
             kind: kind(self.dtype.unwrap_or(DType::F16)),
             pieces: (self.shape.head_dim / 8) as i32,

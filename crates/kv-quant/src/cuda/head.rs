@@ -8,26 +8,28 @@ use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A kv head of a sequence. Entries are numbered from 0; those before `packed.values` are read from
-/// records, the others from the ring.
+/// A kv head of a sequence. Tokens appended take *slots*, numbered from 0; those before
+/// `packed.values` are read from records, the others from the ring. An entry that is dropped from a
+/// record leaves a hole; entries are the slots that are no holes.
 #[derive(Debug, Clone)]
 pub struct Head {
     pub table: Table,
-    /// Entries.
-    pub len: usize,
+    /// Entries and holes.
+    pub slots: usize,
+    pub live: Live,
     pub packed: Packed,
-    /// Entries from here on are in the ring.
+    /// Slots from here on are in the ring.
     pub ring_from: usize,
-    /// Entry e lies at place `(e + shift) % ring`.
+    /// Slot s lies at place `(s + shift) % ring`.
     pub shift: usize,
 }
 
 /// How far a head is packed.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Packed {
-    /// Entries whose keys are packed: never fewer than `values`.
+    /// Slots whose keys are packed: never fewer than `values`.
     pub keys: usize,
-    /// Entries that are read from records.
+    /// Slots that are read from records.
     pub values: usize,
     /// Tiles whose values are packed: the last may go beyond `values`, never beyond `keys`.
     pub tiles: usize,
@@ -35,53 +37,162 @@ pub struct Packed {
 
 impl Head {
     fn new(records: &Shared) -> Self {
-        let (table, packed) = (Table::new(records), Packed::default());
-        Self { table, len: 0, packed, ring_from: 0, shift: 0 }
+        let (table, packed, live) = (Table::new(records), Packed::default(), Live::default());
+        Self { table, slots: 0, live, packed, ring_from: 0, shift: 0 }
     }
 
-    /// How far the head is packed once it has `len` entries.
-    pub fn packed_at(&self, format: Format, len: usize) -> Packed {
+    /// Entries.
+    pub fn len(&self) -> usize {
+        self.slots - self.live.holes
+    }
+
+    /// The slots of all entries; `None` where there are no holes.
+    pub fn entry_slots(&self) -> Option<Vec<u32>> {
+        let slots = || self.live.slots_of(0..self.len()).map(|slot| slot as u32).collect();
+        (self.live.holes > 0).then(slots)
+    }
+
+    /// How far the head is packed once it has so many slots.
+    pub fn packed_at(&self, format: Format, slots: usize) -> Packed {
         let Packed { keys, values, tiles } = self.packed;
-        let ready = format.ready(len - keys, len - values);
+        let ready = format.ready(slots - keys, slots - values);
         let (keys, values) = (keys + ready.0, values + ready.1);
         Packed { keys, values, tiles: tiles.max(values.div_ceil(TILE)) }
     }
 
     /// Records that the head takes for `more` entries.
     pub fn need(&self, format: Format, group: usize, more: usize) -> usize {
-        self.packed_at(format, self.len + more).keys / group - self.table.numbers().len()
+        self.packed_at(format, self.slots + more).keys / group - self.table.numbers().len()
     }
 
-    /// Entries that are read from the ring.
+    /// Slots that are read from the ring.
     pub fn residual(&self) -> usize {
-        self.len - self.packed.values
+        self.slots - self.packed.values
     }
 
-    /// What is left packed if the head is cut to `len` entries.
+    /// What is left packed if the head is cut to so many slots.
     ///
     /// With a rolling flush, groups go back to full precision as far as the ring still has them.
-    pub fn cut(&self, format: Format, group: usize, len: usize) -> Cut {
+    pub fn cut(&self, format: Format, group: usize, slots: usize) -> Cut {
         let Packed { mut keys, values, tiles } = self.packed;
         if let Flush::Rolling(residual) = format.flush() {
-            let missing = (keys + residual).saturating_sub(len).next_multiple_of(group);
+            let missing = (keys + residual).saturating_sub(slots).next_multiple_of(group);
             let start = self.ring_from.max(keys.saturating_sub(group));
             keys -= missing.min(keys.saturating_sub(start) / group * group);
         }
         let mut unpacked = 0..0;
-        if keys > len {
-            keys = len - len % group;
-            unpacked = keys..values.min(len);
+        if keys > slots {
+            keys = slots - slots % group;
+            unpacked = keys..values.min(slots);
         }
         let packed = Packed { keys, values: values.min(keys), tiles: tiles.min(keys / TILE) };
         Cut { packed, unpacked, ring_from: self.ring_from.min(keys) }
     }
 }
 
+/// Which slots are no holes.
+#[derive(Debug, Clone, Default)]
+pub struct Live {
+    /// A bit for each slot that was packed when entries were last dropped, set for those that are
+    /// no holes. There are no holes after these; without any, there are no bits.
+    bits: Vec<u32>,
+    holes: usize,
+    /// For each word of `bits`, that word and the entries before its slots, as `live` in
+    /// kernels/args.cuh.
+    on_device: Option<Arc<CudaSlice<u64>>>,
+}
+
+impl Live {
+    /// Of so many slots those listed are no holes; later slots are none, either.
+    pub fn new(
+        stream: &Arc<CudaStream>,
+        slots: usize,
+        entries: impl Iterator<Item = usize>,
+    ) -> Result<Self> {
+        let mut bits = vec![0u32; slots.div_ceil(32)];
+        let mut count = 0;
+        for slot in entries {
+            bits[slot / 32] |= 1 << (slot % 32);
+            count += 1;
+        }
+        if count == slots {
+            return Ok(Self::default());
+        }
+        let on_device = Arc::new(stream.clone_htod(&words(&bits))?);
+        Ok(Self { bits, holes: slots - count, on_device: Some(on_device) })
+    }
+
+    /// The same of the first `slots` slots alone.
+    pub fn cut(&self, stream: &Arc<CudaStream>, slots: usize) -> Result<Self> {
+        match self.holes {
+            0 => Ok(Self::default()),
+            _ => Self::new(stream, slots, (0..slots).filter(|&slot| self.contains(slot))),
+        }
+    }
+
+    pub fn holes(&self) -> usize {
+        self.holes
+    }
+
+    /// Slots that the bits cover.
+    pub fn slots(&self) -> usize {
+        32 * self.bits.len()
+    }
+
+    pub fn address(&self, stream: &CudaStream) -> u64 {
+        self.on_device.as_ref().map_or(0, |words| words.device_ptr(stream).0)
+    }
+
+    pub fn contains(&self, slot: usize) -> bool {
+        self.bits.get(slot / 32).is_none_or(|bits| bits >> (slot % 32) & 1 == 1)
+    }
+
+    /// The slots of entries, which are given in increasing order.
+    pub fn slots_of(&self, entries: impl Iterator<Item = usize>) -> impl Iterator<Item = usize> {
+        let (mut word, mut before) = (0, 0);
+        entries.map(move |entry| {
+            while let Some(bits) = self.bits.get(word)
+                && before + bits.count_ones() as usize <= entry
+            {
+                before += bits.count_ones() as usize;
+                word += 1;
+            }
+            match self.bits.get(word) {
+                Some(&bits) => 32 * word + nth_one(bits, entry - before),
+                None => entry + self.holes,
+            }
+        })
+    }
+
+    pub fn bytes(&self) -> usize {
+        4 * self.bits.len() + self.on_device.as_ref().map_or(0, |words| 8 * words.len())
+    }
+}
+
+/// Each word of bits and the number of bits before it, as kernels/args.cuh has them.
+pub fn words(bits: &[u32]) -> Vec<u64> {
+    let mut before = 0u64;
+    let word = |&bits: &u32| {
+        let word = before << 32 | u64::from(bits);
+        before += u64::from(bits.count_ones());
+        word
+    };
+    bits.iter().map(word).collect()
+}
+
+/// The position of the `n`-th set bit, counted from 0.
+fn nth_one(mut bits: u32, n: usize) -> usize {
+    for _ in 0..n {
+        bits &= bits - 1;
+    }
+    bits.trailing_zeros() as usize
+}
+
 /// What cutting a head does.
 #[derive(Debug)]
 pub struct Cut {
     pub packed: Packed,
-    /// Entries that go from the record that is cut to the ring.
+    /// Slots that go from the record that is cut to the ring.
     pub unpacked: Range<usize>,
     pub ring_from: usize,
 }
@@ -189,6 +300,7 @@ impl Sequence {
     /// Bytes of the tables, on the device and on the host.
     pub fn table_bytes(&self) -> usize {
         let numbers: usize = self.heads.iter().map(|head| head.table.numbers().len()).sum();
-        8 * self.places * self.heads.len() + 4 * numbers + size_of::<Self>()
+        let live: usize = self.heads.iter().map(|head| head.live.bytes()).sum();
+        8 * self.places * self.heads.len() + 4 * numbers + live + size_of::<Self>()
     }
 }

@@ -1,9 +1,9 @@
 //! Which kernels there are, and how they are launched.
 
-use super::args::{AttendArgs, FillArgs, UnpackArgs};
+use super::args::{AttendArgs, FillArgs, KeepRow, UnpackArgs};
 use crate::{Axis, Bits, Flush, Format, KeyBasis};
 use longctx_core::Result;
-use longctx_cuda::cudarc::driver::{CudaContext, CudaStream};
+use longctx_cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
 use longctx_cuda::{Image, Kernel, most_shared_bytes, multiprocessors};
 use std::sync::Arc;
 
@@ -17,6 +17,8 @@ pub const TILE: usize = 32;
 /// As in kernels/sums.cuh.
 const SUM_WARPS: usize = 4;
 const UNPACK_THREADS: usize = 256;
+/// As in kernels/fill.cuh.
+const KEEP_THREADS: u32 = 256;
 
 /// Sizes in bytes of the packed layout: kernels/layout.cuh.
 #[derive(Debug, Clone, Copy)]
@@ -148,6 +150,7 @@ pub struct Kernels {
     quantize: Kernel,
     unpack: Kernel,
     fill_rings: Kernel,
+    keep_ring: Kernel,
     layout: Layout,
 }
 
@@ -173,6 +176,7 @@ impl Kernels {
             quantize: PACK.kernel(context, &of("quantize"), 128, quantize_shared)?,
             unpack: PACK.kernel(context, &of("unpack"), UNPACK_THREADS as u32, 0)?,
             fill_rings: PACK.kernel(context, "fill_rings", head_dim as u32 / 8, 0)?,
+            keep_ring: PACK.kernel(context, "keep_ring", KEEP_THREADS, 0)?,
             layout,
         }))
     }
@@ -226,5 +230,16 @@ impl Kernels {
     ) -> Result<()> {
         // SAFETY: the caller's.
         Ok(unsafe { self.fill_rings.launch(stream, [entries, rows, 2], args) }?)
+    }
+    /// # Safety
+    /// As [`Attend::launch`], with kernels/fill.cuh.
+    pub unsafe fn keep_ring(
+        &self,
+        stream: &Arc<CudaStream>,
+        rows: &CudaSlice<KeepRow>,
+    ) -> Result<()> {
+        let address = rows.device_ptr(stream).0;
+        // SAFETY: the caller's.
+        Ok(unsafe { self.keep_ring.launch(stream, [rows.len(), 2, 1], &address) }?)
     }
 }

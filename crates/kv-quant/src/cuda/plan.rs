@@ -5,6 +5,9 @@ use super::args::Work;
 /// As in kernels/args.cuh.
 const MAX_SPLITS: usize = 127;
 
+/// Entries for each block from which on a second wave of rings costs less than idle multiprocessors.
+const LONG: usize = 32_768;
+
 /// The blocks of a launch.
 #[derive(Debug, Default)]
 pub struct Plan {
@@ -42,7 +45,7 @@ struct Row {
 impl Plan {
     /// Splits the records of all rows evenly over the blocks that run at a time, longer rows over
     /// more of them: so a long sequence among short ones does not wait. Rings come last, since they
-    /// take little time.
+    /// take little time. They run beside the records, unless half of the device would idle for long.
     pub fn new(heads: &[Work], sizes: Sizes) -> Self {
         let mut rows = Vec::new();
         for head in heads {
@@ -54,12 +57,16 @@ impl Plan {
             }
         }
         let total: usize = rows.iter().map(|row| row.end - row.first).sum();
-        let budget = sizes.blocks.saturating_sub(rows.len()).max(sizes.blocks * 4 / 5);
+        let at_once = sizes.blocks.saturating_sub(rows.len()).max(sizes.blocks * 4 / 5);
+        let splits_of = |records: usize, budget: usize| records * budget / total.max(1);
+        let used: usize = rows.iter().map(|row| splits_of(row.end - row.first, at_once)).sum();
+        let long = total * sizes.group >= sizes.blocks * LONG;
+        let budget = if long && 2 * used <= sizes.blocks { sizes.blocks } else { at_once };
         rows.sort_by_key(|row| std::cmp::Reverse(row.end - row.first));
         let (mut plan, mut rings) = (Self::default(), Vec::new());
         for Row { work, first, end } in rows {
             let records = end - first;
-            let splits = (records * budget / total.max(1)).min(records.div_ceil(sizes.warps));
+            let splits = splits_of(records, budget).min(records.div_ceil(sizes.warps));
             let splits = splits.clamp(usize::from(records > 0), MAX_SPLITS);
             // A row without entries has a block, too, which says so.
             let ring = work.residual > 0 || splits == 0;
@@ -92,7 +99,9 @@ fn records(head: &Work, sizes: Sizes) -> (usize, usize) {
     let (packed, residual) = (head.packed as usize, head.residual as usize);
     let end = packed.div_ceil(sizes.group);
     let seen = |window| (packed + residual + 1).saturating_sub(head.queries as usize + window);
-    (sizes.window.map_or(0, |window| seen(window) / sizes.group).min(end), end)
+    // Where there are holes, the windows' entries lie farther back.
+    let window = sizes.window.filter(|_| head.holes == 0);
+    (window.map_or(0, |window| seen(window) / sizes.group).min(end), end)
 }
 
 #[cfg(test)]
@@ -126,7 +135,18 @@ mod tests {
             let heads = vec![head(32_768); rows];
             let plan = Plan::new(&heads, sizes());
             check(&heads, &plan);
-            assert!(plan.work.len() <= 264 && plan.work.len() >= 128, "{}", plan.work.len());
+            assert!((128..=264).contains(&plan.work.len()), "{}", plan.work.len());
+        }
+    }
+
+    #[test]
+    fn half_a_wave_of_long_heads_is_split() {
+        let blocks = 132;
+        for (entries, pieces) in [(3968, 1), (32_640, 1), (130_944, 2)] {
+            let heads = vec![head(entries); 64];
+            let plan = Plan::new(&heads, Sizes { blocks, ..sizes() });
+            check(&heads, &plan);
+            assert_eq!(plan.work.len(), 64 * (pieces + 1), "{entries}");
         }
     }
 

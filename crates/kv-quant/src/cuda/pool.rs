@@ -136,18 +136,24 @@ impl CudaPool {
         Err(Error::mismatch("tensor", "one on the store's device", got))
     }
 
-    /// Records and sequences that the batch's tokens add.
-    fn need(&self, batch: &Batch) -> (usize, usize) {
-        let (format, group, kv_heads) = (self.format, self.layout.group, self.shape.kv_heads);
+    /// The batch's tokens, for each kv head of its sequences.
+    pub(super) fn counts(&self, batch: &Batch) -> Vec<usize> {
+        batch.iter().flat_map(|(_, own)| vec![own.len(); self.shape.kv_heads]).collect()
+    }
+
+    /// Records and sequences that so many tokens for each head add.
+    fn need(&self, batch: &Batch, counts: &[usize]) -> (usize, usize) {
+        let (format, group) = (self.format, self.layout.group);
         let mut need = (0, 0);
-        for (seq, tokens) in batch.iter() {
-            match self.seqs.get(&seq) {
+        for (seq, counts) in batch.seqs().iter().zip(counts.chunks(self.shape.kv_heads)) {
+            match self.seqs.get(seq) {
                 Some(sequence) => {
-                    let of = |head: &Head| head.need(format, group, tokens.len());
-                    need.0 += sequence.heads.iter().map(of).sum::<usize>();
+                    let of = |(head, &count): (&Head, &usize)| head.need(format, group, count);
+                    need.0 += sequence.heads.iter().zip(counts).map(of).sum::<usize>();
                 }
                 None => {
-                    need.0 += kv_heads * (format.ready(tokens.len(), tokens.len()).0 / group);
+                    let of = |&count: &usize| format.ready(count, count).0 / group;
+                    need.0 += counts.iter().map(of).sum::<usize>();
                     need.1 += 1;
                 }
             }
@@ -172,27 +178,28 @@ impl CudaPool {
 
     /// Checks that there is room for the batch's tokens. Gives the records that they take, and how
     /// many bytes are free.
-    fn room_for(&self, batch: &Batch) -> Result<(usize, usize)> {
-        let (records, seqs) = self.need(batch);
+    fn room_for(&self, batch: &Batch, counts: &[usize]) -> Result<(usize, usize)> {
+        let (records, seqs) = self.need(batch, counts);
         let free = self.check_room(records * self.layout.record() + seqs * self.ring_bytes())?;
         Ok((records, free))
     }
 
     pub fn check_append(&self, batch: &Batch) -> Result<()> {
-        self.room_for(batch).map(|_| ())
+        self.room_for(batch, &self.counts(batch)).map(|_| ())
     }
 
     pub fn can_append(&self, batch: &Batch) -> bool {
-        self.room_for(batch).is_ok()
+        self.room_for(batch, &self.counts(batch)).is_ok()
     }
 
-    /// Makes room for the batch's tokens, and begins sequences that are not known. Gives those.
-    pub(super) fn make_room(&mut self, batch: &Batch) -> Result<Vec<SeqId>> {
-        let (count, free) = self.room_for(batch)?;
+    /// Makes room for so many tokens for each head, and begins sequences that are not known. Gives
+    /// those.
+    pub(super) fn make_room(&mut self, batch: &Batch, counts: &[usize]) -> Result<Vec<SeqId>> {
+        let (count, free) = self.room_for(batch, counts)?;
         lock(&self.records).reserve(count, free / self.layout.record())?;
         let mut new = Vec::new();
-        for (seq, tokens) in batch.iter() {
-            let done = self.make_room_for(seq, tokens.len(), &mut new);
+        for (&seq, counts) in batch.seqs().iter().zip(counts.chunks(self.shape.kv_heads)) {
+            let done = self.make_room_for(seq, counts, &mut new);
             if let Err(error) = done {
                 self.forget(&new);
                 return Err(error);
@@ -201,7 +208,7 @@ impl CudaPool {
         Ok(new)
     }
 
-    fn make_room_for(&mut self, seq: SeqId, tokens: usize, new: &mut Vec<SeqId>) -> Result<()> {
+    fn make_room_for(&mut self, seq: SeqId, counts: &[usize], new: &mut Vec<SeqId>) -> Result<()> {
         let (stream, format, group) = (self.stream(), self.format, self.layout.group);
         if !self.seqs.contains_key(&seq) {
             let (heads, number) = (self.shape.kv_heads, self.status.begin());
@@ -211,8 +218,10 @@ impl CudaPool {
             new.push(seq);
         }
         let Some(sequence) = self.seqs.get_mut(&seq) else { return Ok(()) };
-        let records = |head: &Head| head.packed_at(format, head.len + tokens).keys / group;
-        let records = sequence.heads.iter().map(records).max().unwrap_or(0);
+        let records = |(head, count): (&Head, &usize)| {
+            head.packed_at(format, head.slots + count).keys / group
+        };
+        let records = sequence.heads.iter().zip(counts).map(records).max().unwrap_or(0);
         sequence.reserve(&stream, records)
     }
 
@@ -251,6 +260,9 @@ impl CudaPool {
                     (own.table, own.ring_k, own.ring_v) = (at.table, at.ring_k, at.ring_v);
                     own.packed = head.packed.values as i32;
                     own.residual = head.residual() as i32;
+                    own.live = head.live.address(&stream);
+                    own.live_slots = head.live.slots() as i32;
+                    own.holes = head.live.holes() as i32;
                     own.ring_start = ((head.packed.values + head.shift) % ring) as i32;
                 }
                 work.push(own);
@@ -264,7 +276,7 @@ impl CudaPool {
     }
 
     pub fn lens(&self, seq: SeqId) -> Vec<usize> {
-        let lens = |sequence: &Sequence| sequence.heads.iter().map(|head| head.len).collect();
+        let lens = |sequence: &Sequence| sequence.heads.iter().map(Head::len).collect();
         self.seqs.get(&seq).map_or(Vec::new(), lens)
     }
 

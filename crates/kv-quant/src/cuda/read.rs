@@ -3,9 +3,8 @@
 use super::CudaPool;
 use super::args::UnpackArgs;
 use super::head::Cut;
-use super::tensors::kind;
+use super::tensors::{kind, tensor};
 use candle_core::{DType, Device, Tensor};
-use half::{bf16, f16};
 use longctx_core::{Error, Result, SeqId};
 use longctx_cuda::cudarc::driver::{CudaSlice, DevicePtr};
 
@@ -13,7 +12,7 @@ use longctx_cuda::cudarc::driver::{CudaSlice, DevicePtr};
 const F32: i32 = 2;
 
 impl CudaPool {
-    /// The keys and values of one kv head in f32 on the CPU.
+    /// The keys and values of one kv head in f32.
     pub fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
         let sequence = self.sequence(seq)?;
         self.check(seq)?;
@@ -22,41 +21,62 @@ impl CudaPool {
             return Err(Error::mismatch("kv head", expected, kv_head));
         };
         let (stream, d, values) = (self.stream(), self.shape.head_dim, head.packed.values);
-        let (mut k, mut v) = (Vec::new(), Vec::new());
-        if values > 0 {
-            // SAFETY: the kernel writes all of both.
-            let of = || unsafe { stream.alloc::<f32>(values * d) };
-            let (on_k, on_v) = (of()?, of()?);
-            let args = UnpackArgs {
-                table: sequence.addresses(&stream, kv_head, self.ring_numbers()).table,
-                k: on_k.device_ptr(&stream).0,
-                v: on_v.device_ptr(&stream).0,
-                entries: values as i32,
-                kind: F32,
-                ..UnpackArgs::default()
-            };
-            // SAFETY: both have room for so many entries, all of which are packed.
-            unsafe { self.kernels.unpack(&stream, &args)? };
-            k = stream.clone_dtoh(&on_k)?;
-            v = stream.clone_dtoh(&on_v)?;
-        }
-        let places = self.ring_places();
-        let ring = |ring: &CudaSlice<u16>, to: &mut Vec<f32>| -> Result<()> {
-            let (from, numbers) = (kv_head * self.ring_numbers(), self.ring_numbers());
-            let bits = stream.clone_dtoh(&ring.slice(from..from + numbers))?;
-            for entry in values..head.len {
-                let at = (entry + head.shift) % places * d;
-                to.extend(bits[at..at + d].iter().map(|&bits| match self.dtype {
-                    Some(DType::BF16) => bf16::from_bits(bits).to_f32(),
-                    _ => f16::from_bits(bits).to_f32(),
-                }));
-            }
-            Ok(())
+        // SAFETY: the kernel writes all of both.
+        let of = || unsafe { stream.alloc::<f32>((values * d).max(1)) };
+        let (k, v) = (of()?, of()?);
+        let args = UnpackArgs {
+            table: sequence.addresses(&stream, kv_head, self.ring_numbers()).table,
+            k: k.device_ptr(&stream).0,
+            v: v.device_ptr(&stream).0,
+            entries: values as i32,
+            kind: F32,
+            ..UnpackArgs::default()
         };
-        ring(&sequence.ring_k, &mut k)?;
-        ring(&sequence.ring_v, &mut v)?;
-        let tensor = |x| Tensor::from_vec(x, (head.len, d), &Device::Cpu);
-        Ok((tensor(k)?, tensor(v)?))
+        // SAFETY: both have room for so many entries, all of which are packed.
+        unsafe { self.kernels.unpack(&stream, &args)? };
+        let device = Device::Cuda(self.device.clone());
+        let places = self.ring_places();
+        let in_ring = (values..head.slots).map(|slot| ((slot + head.shift) % places) as u32);
+        let in_ring = Tensor::from_iter(in_ring, &device)?;
+        let slots = head.entry_slots().map(|slots| Tensor::new(slots, &device)).transpose()?;
+        let entries = |packed: CudaSlice<f32>, ring: &CudaSlice<u16>| -> Result<Tensor> {
+            let packed = tensor(&self.device, packed, &[(values * d).max(1)]);
+            let packed = packed.narrow(0, 0, values * d)?.reshape((values, d))?;
+            if in_ring.elem_count() == 0 {
+                return Ok(packed);
+            }
+            let ring = self.ring_of(ring, kv_head)?.index_select(&in_ring, 0)?;
+            let ring = ring.to_dtype(DType::F32)?;
+            if values == 0 {
+                return Ok(ring);
+            }
+            Ok(Tensor::cat(&[packed, ring], 0)?)
+        };
+        let all = (entries(k, &sequence.ring_k)?, entries(v, &sequence.ring_v)?);
+        match slots {
+            Some(slots) => Ok((all.0.index_select(&slots, 0)?, all.1.index_select(&slots, 0)?)),
+            None => Ok(all),
+        }
+    }
+
+    /// A copy of a head's ring, `[places, head_dim]`.
+    fn ring_of(&self, ring: &CudaSlice<u16>, kv_head: usize) -> Result<Tensor> {
+        let (stream, numbers) = (self.stream(), self.ring_numbers());
+        let own = ring.slice(kv_head * numbers..(kv_head + 1) * numbers);
+        let dims = [self.ring_places(), self.shape.head_dim];
+        // SAFETY: every pattern of 16 bits is a number of both formats.
+        unsafe {
+            Ok(match self.dtype {
+                Some(DType::BF16) => {
+                    let own = own.transmute::<half::bf16>(numbers).ok_or_else(misfit)?;
+                    tensor(&self.device, stream.clone_dtod(&own)?, &dims)
+                }
+                _ => {
+                    let own = own.transmute::<half::f16>(numbers).ok_or_else(misfit)?;
+                    tensor(&self.device, stream.clone_dtod(&own)?, &dims)
+                }
+            })
+        }
     }
 
     /// Writes the entries that a cut takes out of a record to the ring.
@@ -78,4 +98,8 @@ impl CudaPool {
         // SAFETY: the entries are packed, and fewer than the ring has places.
         unsafe { self.kernels.unpack(&stream, &args) }
     }
+}
+
+fn misfit() -> Error {
+    Error::mismatch("ring", "numbers of 16 bits", "others")
 }

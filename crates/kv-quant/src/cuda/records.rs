@@ -106,6 +106,12 @@ impl Table {
         self.numbers[first..].iter().map(|&number| records.addresses[number as usize]).collect()
     }
 
+    /// Where the records at some places of the table lie.
+    pub fn addresses_of(&self, places: &[usize]) -> Vec<u64> {
+        let records = lock(&self.records);
+        places.iter().map(|&place| records.addresses[self.numbers[place] as usize]).collect()
+    }
+
     /// Adds `count` records.
     pub fn take(&mut self, count: usize) -> Result<()> {
         let mut records = lock(&self.records);

@@ -51,25 +51,25 @@ impl Own {
     }
 }
 
-/// Attention that entries received, `[heads]` lists, and from how many queries.
-type Observed = (Vec<Vec<f32>>, usize);
+/// Attention that entries received, `[group, entries]` for each kv head, and from how many queries.
+type Observed = (Vec<Tensor>, usize);
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
-    /// Has the policy score everything that a sequence holds. `remembered`: its newest queries.
+    /// Has the policy score everything that a sequence holds. `remembered`: its newest queries. The
+    /// scores leave the store's device, and nothing else does: what stays is selected on the host.
     pub(super) fn score(&self, own: &Own, remembered: Option<&Tensor>) -> Result<Vec<Vec<f32>>> {
         let (sums, observed) = match self.needs.attention {
             Some(queries) => self.attention_sums(own, queries, remembered)?,
             None => (Vec::new(), 0),
         };
         let entries = self.entries(own.seq);
-        let group = self.spec.shape.group();
         let heads = (0..self.spec.shape.kv_heads).map(|head| {
             let (keys, values) = self.read(own, head)?;
             Ok(HeadView {
                 positions: &entries.positions()[head],
                 keys,
                 values,
-                attention_sums: sums.get(head * group..(head + 1) * group).unwrap_or_default(),
+                attention_sums: sums.get(head).cloned(),
                 observed,
                 previous: entries.scores(head),
             })
@@ -84,7 +84,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             queries: queries.filter(|_| self.needs.queries.is_some()),
             heads: heads.collect::<Result<_>>()?,
         };
-        let scores = self.policy.score(&view)?;
+        let scores = lists(&self.policy.score(&view)?)?;
         let expected = entries.lens();
         if !scores.iter().map(Vec::len).eq(expected.iter().copied()) {
             let got = format!("{:?}", scores.iter().map(Vec::len).collect::<Vec<_>>());
@@ -102,20 +102,15 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     }
 
     /// Keys and values of one kv head in f32, as far as the policy needs them.
-    fn read(&self, own: &Own, head: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        let needs = self.needs;
-        if !needs.keys && !needs.values {
-            return Ok((Vec::new(), Vec::new()));
+    fn read(&self, own: &Own, head: usize) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        if !self.needs.keys && !self.needs.values {
+            return Ok((None, None));
         }
         let (keys, values) = self.all_rows(own, head)?;
-        let numbers = |wanted: bool, x: &Tensor| match wanted {
-            true => Ok(x.flatten_all()?.to_vec1()?),
-            false => Ok::<_, Error>(Vec::new()),
-        };
-        Ok((numbers(needs.keys, &keys)?, numbers(needs.values, &values)?))
+        Ok((Some(keys).filter(|_| self.needs.keys), Some(values).filter(|_| self.needs.values)))
     }
 
-    /// Keys and values of one kv head in f32 on the CPU: the store's, then the call's own.
+    /// Keys and values of one kv head in f32: the store's, then the call's own.
     pub(super) fn all_rows(&self, own: &Own, head: usize) -> Result<(Tensor, Tensor)> {
         let held = match self.store.len(own.seq) {
             0 => None,
@@ -125,8 +120,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             return Ok(held.clone());
         }
         let of_head = |x: &Tensor| -> Result<Tensor> {
-            let x = x.narrow(1, head, 1)?.squeeze(1)?.to_dtype(DType::F32)?.contiguous()?;
-            Ok(x.to_device(&candle_core::Device::Cpu)?)
+            Ok(x.narrow(1, head, 1)?.squeeze(1)?.to_dtype(DType::F32)?.contiguous()?)
         };
         let (k, v) = (of_head(&own.k)?, of_head(&own.v)?);
         match held {
@@ -176,9 +170,9 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         if self.store.len(own.seq) == 0 {
             return Ok((recent, count));
         }
-        let mut all = self.store.attention_sums(&observers, &q, &lse, Mask::Full)?;
-        all.iter_mut().zip(recent).for_each(|(all, recent)| all.extend(recent));
-        Ok((all, count))
+        let held = self.store.attention_sums(&observers, &q, &lse, Mask::Full)?;
+        let all = held.iter().zip(&recent).map(|(held, recent)| Tensor::cat(&[held, recent], 1));
+        Ok((all.collect::<candle_core::Result<_>>()?, count))
     }
 
     /// The newest queries, rotated, and their log-sum-exp over what the store holds now, the call's
@@ -195,4 +189,21 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         let lse = whole_lse(&state, &self.spec)?;
         Ok((q, lse))
     }
+}
+
+/// Scores as lists on the host, all in one copy.
+fn lists(scores: &[Tensor]) -> Result<Vec<Vec<f32>>> {
+    let lens: Vec<_> = scores.iter().map(Tensor::elem_count).collect();
+    let some: Vec<_> = scores.iter().filter(|scores| scores.elem_count() > 0).collect();
+    if some.is_empty() {
+        return Ok(vec![Vec::new(); scores.len()]);
+    }
+    let all = Tensor::cat(&some, 0)?.to_vec1::<f32>()?;
+    let mut rest = all.as_slice();
+    let take = |len| {
+        let (own, more) = rest.split_at(len);
+        rest = more;
+        own.to_vec()
+    };
+    Ok(lens.into_iter().map(take).collect())
 }

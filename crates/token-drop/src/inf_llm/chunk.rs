@@ -284,19 +284,23 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
                 all.push((seq, first(chunk.of(seq)), sums.to_vec()));
             }
         };
+        // Which tokens represent a block is chosen on the host.
+        let by_head = |sums: Vec<Tensor>| -> Result<Vec<Vec<f32>>> {
+            let rows = sums.iter().map(Tensor::to_vec2).collect::<candle_core::Result<Vec<_>>>()?;
+            Ok(rows.concat())
+        };
         let sums = attention::attention_sums(batch, &chunk.k, batch, &chunk.q, lse, shape)?;
-        add(batch, sums, |of| of.start);
+        add(batch, by_head(sums)?, |of| of.start);
         for (part, ranges) in self.window_parts(chunk)? {
             let (q, lse) = (part.take(&chunk.q)?, part.take(lse)?);
             let mask = Mask::Entries(&ranges);
-            add(&part.batch, self.window.attention_sums(&part.batch, &q, &lse, mask)?, |of| {
-                of.window_start
-            });
+            let sums = self.window.attention_sums(&part.batch, &q, &lse, mask)?;
+            add(&part.batch, by_head(sums)?, |of| of.window_start);
         }
         if let Some(Reversed { part, order, q, k, .. }) = reversed {
             let lse = part.take(lse)?.index_select(order, 0)?;
             let batch = &part.batch;
-            let mut sums = attention::attention_sums(batch, k, batch, q, &lse, shape)?;
+            let mut sums = by_head(attention::attention_sums(batch, k, batch, q, &lse, shape)?)?;
             sums.iter_mut().for_each(|sums| sums.reverse());
             add(batch, sums, |of| of.leaving.start + 1);
         }

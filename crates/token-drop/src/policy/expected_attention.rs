@@ -1,10 +1,11 @@
 //! Expected Attention: Devoto et al., "Expected Attention: KV Cache Compression by Estimating
 //! Attention from Future Queries Distribution", arXiv 2510.00636.
 
+use super::window::{above, cat};
 use crate::{
     Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, PolicyCache, Protected, Settings,
 };
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{D, DType, Tensor};
 use longctx_core::{AttentionShape, KvStore, LayerSpec, Result, Rope};
 
 /// Positions ahead over which the rotary embedding is averaged.
@@ -43,30 +44,29 @@ impl ExpectedAttention {
         self
     }
 
+    /// Scores of a head's entries but the sinks.
     fn score_head(
         &self,
         head: &HeadView<'_>,
-        queries: &[Queries],
+        queries: &Queries,
         shape: &AttentionShape,
-    ) -> Result<Vec<f32>> {
-        let (d, scale) = (shape.head_dim, f64::from(shape.scale));
-        let (_, keys) = head.keys.split_at((self.sinks * d).min(head.keys.len()));
-        if keys.is_empty() {
-            return Ok(Vec::new());
+    ) -> Result<Tensor> {
+        let (keys, scale) = (head.keys()?, f64::from(shape.scale));
+        let sinks = self.sinks.min(keys.dim(0)?);
+        let keys = keys.narrow(0, sinks, keys.dim(0)? - sinks)?;
+        if keys.dim(0)? == 0 {
+            return Ok(keys.flatten_all()?);
         }
-        let keys = Tensor::from_slice(keys, (keys.len() / d, d), &Device::Cpu)?;
-        let of_query_head = |q: &Queries| -> Result<Vec<f32>> {
-            let mean = Tensor::from_slice(&q.mean, (d, 1), &Device::Cpu)?;
-            let covariance = Tensor::from_slice(&q.covariance, (d, d), &Device::Cpu)?;
-            let first = (keys.matmul(&mean)?.squeeze(1)? * scale)?;
-            let second = (keys.matmul(&covariance)? * &keys)?.sum(1)?;
-            let logits = (first + (second * (scale * scale / 2.0))?)?;
-            Ok(candle_nn::ops::softmax(&logits, D::Minus1)?.to_vec1()?)
-        };
-        let expected: Vec<_> = queries.iter().map(of_query_head).collect::<Result<_>>()?;
-        let norm = |value: &[f32]| value.iter().map(|x| x * x).sum::<f32>().sqrt();
-        let norms = head.values.chunks_exact(shape.value_dim).skip(self.sinks).map(norm);
-        Ok(self.group.join(&expected).into_iter().zip(norms).map(|(e, norm)| e * norm).collect())
+        let group = queries.mean.dim(0)?;
+        let first = (queries.mean.matmul(&keys.t()?)? * scale)?;
+        let second = (0..group).map(|i| -> Result<Tensor> {
+            Ok((keys.matmul(&queries.covariance.get(i)?)? * &keys)?.sum(1)?)
+        });
+        let second = Tensor::stack(&second.collect::<Result<Vec<_>>>()?, 0)?;
+        let logits = (first + (second * (scale * scale / 2.0))?)?;
+        let expected = candle_nn::ops::softmax(&logits, D::Minus1)?;
+        let values = head.values()?.narrow(0, sinks, keys.dim(0)?)?;
+        Ok((self.group.join(&expected)? * values.sqr()?.sum(1)?.sqrt()?)?)
     }
 }
 
@@ -75,27 +75,30 @@ impl EvictionPolicy for ExpectedAttention {
         Needs { keys: true, values: true, queries: Some(REMEMBERED), ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
         let Some(q) = view.queries else { return Ok(Vec::new()) };
-        let (tokens, heads, _) = q.dims3()?;
+        let (tokens, _, d) = q.dims3()?;
         let first = view.seen - tokens;
         let skip = self.sinks.saturating_sub(first).min(tokens - 1);
-        let q = q.narrow(0, skip, tokens - skip)?.to_device(&Device::Cpu)?;
         let rope = view.spec.rope_for("Expected Attention")?;
-        let rotation = mean_rotation(rope, view.seen);
-        let of_head = |head| Queries::of(&q.narrow(1, head, 1)?.squeeze(1)?, &rotation);
-        let queries: Vec<_> = (0..heads).map(of_head).collect::<Result<_>>()?;
-        let shape = &view.spec.shape;
-        let groups = view.heads.iter().zip(queries.chunks(shape.group()));
-        let scores: Vec<_> = groups
-            .map(|(head, queries)| self.score_head(head, queries, shape))
-            .collect::<Result<_>>()?;
-        let most = scores.iter().flatten().copied().fold(0.0, f32::max) + 1.0;
-        let with_sinks = |(head, own): (&HeadView<'_>, Vec<f32>)| {
-            let sinks = head.positions.len() - own.len();
-            std::iter::repeat_n(most, sinks).chain(own).collect()
+        let rotation = mean_rotation(rope, view.seen, d);
+        let rotation = Tensor::from_vec(rotation, (d, d), q.device())?;
+        let queries = Queries::of(&q.narrow(0, skip, tokens - skip)?, &rotation)?;
+        let (shape, group) = (&view.spec.shape, view.spec.shape.group());
+        let score = |(i, head): (usize, &HeadView<'_>)| {
+            self.score_head(head, &queries.narrow(i * group, group)?, shape)
         };
-        Ok(view.heads.iter().zip(scores).map(with_sinks).collect())
+        let scores = view.heads.iter().enumerate().map(score).collect::<Result<Vec<_>>>()?;
+        let most = above(&scores)?;
+        let with_sinks = |(head, own): (&HeadView<'_>, Tensor)| {
+            let sinks = head.positions.len() - own.elem_count();
+            if sinks == 0 {
+                return Ok(own);
+            }
+            let most = most.to_device(own.device())?;
+            cat(&[&most.broadcast_as(sinks)?.contiguous()?, &own])
+        };
+        view.heads.iter().zip(scores).map(with_sinks).collect()
     }
 }
 
@@ -119,47 +122,48 @@ impl<S: KvStore> PolicyCache<S, ExpectedAttention> {
     }
 }
 
-/// The distribution of one head's queries, rotated to the positions ahead.
+/// The distribution of the queries of some heads, rotated to the positions ahead.
 struct Queries {
-    mean: Vec<f32>,
-    /// Row-major, symmetric.
-    covariance: Vec<f32>,
+    /// `[heads, head_dim]`.
+    mean: Tensor,
+    /// `[heads, head_dim, head_dim]`, symmetric.
+    covariance: Tensor,
 }
 
 impl Queries {
-    /// Of queries `[tokens, head_dim]`.
-    fn of(q: &Tensor, rotation: &[(f32, f32)]) -> Result<Self> {
-        let q = q.to_dtype(DType::F32)?.contiguous()?;
-        let tokens = q.dim(0)? as f64;
-        let mean = q.mean(0)?;
-        let centred = q.broadcast_sub(&mean)?;
-        let covariance = (centred.t()?.matmul(&centred)? / tokens)?;
-        let mut mean = mean.to_vec1()?;
-        turn(&mut mean, rotation);
-        // R C Rᵀ: C's rows turned, then, C being symmetric, the rows of the transpose.
-        let d = mean.len();
-        let mut rows = covariance.flatten_all()?.to_vec1()?;
-        rows.chunks_exact_mut(d).for_each(|row| turn(row, rotation));
-        let mut covariance: Vec<f32> = (0..d * d).map(|i| rows[i % d * d + i / d]).collect();
-        covariance.chunks_exact_mut(d).for_each(|row| turn(row, rotation));
-        Ok(Self { mean, covariance })
+    /// Of queries `[tokens, heads, head_dim]`. `rotation`: `[head_dim, head_dim]`, on their device.
+    fn of(q: &Tensor, rotation: &Tensor) -> Result<Self> {
+        let q = q.to_dtype(DType::F32)?.transpose(0, 1)?.contiguous()?;
+        let (heads, tokens, d) = q.dims3()?;
+        let mean = q.mean(1)?;
+        let centred = q.broadcast_sub(&mean.unsqueeze(1)?)?;
+        let covariance =
+            (centred.transpose(1, 2)?.contiguous()?.matmul(&centred)? / tokens as f64)?;
+        let all = rotation.unsqueeze(0)?.expand((heads, d, d))?.contiguous()?;
+        let turned = all.matmul(&covariance)?.matmul(&all.transpose(1, 2)?.contiguous()?)?;
+        Ok(Self { mean: mean.matmul(&rotation.t()?)?, covariance: turned })
+    }
+
+    /// Those of `count` heads from `first` on.
+    fn narrow(&self, first: usize, count: usize) -> Result<Self> {
+        let of = |x: &Tensor| x.narrow(0, first, count)?.contiguous();
+        Ok(Self { mean: of(&self.mean)?, covariance: of(&self.covariance)? })
     }
 }
 
-/// The mean cosine and sine of each rotated pair of channels over the positions ahead.
-fn mean_rotation(rope: &Rope, next: usize) -> Vec<(f32, f32)> {
+/// The mean rotation over the positions ahead, `[head_dim, head_dim]`: it turns pairs of channels i
+/// and i + pairs; further channels stay.
+fn mean_rotation(rope: &Rope, next: usize, d: usize) -> Vec<f32> {
     let mean = |f: fn(f64) -> f64, frequency: f64| {
         let ahead = next..next + FUTURE;
         (ahead.map(|p| f(p as f64 * frequency)).sum::<f64>() / FUTURE as f64) as f32
     };
-    rope.frequencies().iter().map(|&w| (mean(f64::cos, w), mean(f64::sin, w))).collect()
-}
-
-/// Turns pairs of channels i and i + pairs; further channels stay.
-fn turn(x: &mut [f32], rotation: &[(f32, f32)]) {
-    let half = rotation.len();
-    for (i, &(cos, sin)) in rotation.iter().enumerate() {
-        let (a, b) = (x[i], x[i + half]);
-        (x[i], x[i + half]) = (a * cos - b * sin, b * cos + a * sin);
+    let mut rotation: Vec<f32> = (0..d * d).map(|i| f32::from(u8::from(i % d == i / d))).collect();
+    let half = rope.frequencies().len();
+    for (i, &frequency) in rope.frequencies().iter().enumerate() {
+        let (cos, sin) = (mean(f64::cos, frequency), mean(f64::sin, frequency));
+        (rotation[i * d + i], rotation[i * d + i + half]) = (cos, -sin);
+        (rotation[(i + half) * d + i], rotation[(i + half) * d + i + half]) = (sin, cos);
     }
+    rotation
 }

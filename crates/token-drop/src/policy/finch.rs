@@ -3,9 +3,10 @@
 
 use super::window::{check_window, end_with};
 use crate::{
-    Budget, EvictionPolicy, Group, LayerView, Needs, ObservedQueries, PolicyCache, Protected,
-    Settings,
+    Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, ObservedQueries, PolicyCache,
+    Protected, Settings,
 };
+use candle_core::Tensor;
 use longctx_core::{KvStore, LayerSpec, Result};
 
 /// Keeps what the question at the prompt's end attends to.
@@ -41,13 +42,13 @@ impl EvictionPolicy for Finch {
         Needs { attention: Some(newest), ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
-        let scores = view.heads.iter().map(|head| {
-            let mut joined = self.group.join(head.attention_sums);
-            joined.truncate(head.positions.len().saturating_sub(self.question));
-            joined
-        });
-        Ok(end_with(scores.collect(), &view.heads))
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
+        let of_head = |head: &HeadView<'_>| -> Result<Tensor> {
+            let before = head.positions.len().saturating_sub(self.question);
+            Ok(self.group.join(head.attention_sums()?)?.narrow(0, 0, before)?)
+        };
+        let scores = view.heads.iter().map(of_head).collect::<Result<_>>()?;
+        end_with(scores, &view.heads)
     }
 }
 

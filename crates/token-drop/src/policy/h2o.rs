@@ -5,6 +5,7 @@ use crate::{
     Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, ObservedQueries, PolicyCache,
     Protected, Settings,
 };
+use candle_core::Tensor;
 use longctx_core::{KvStore, LayerSpec, Result};
 
 /// Keeps the tokens that received the most attention since they came: heavy hitters.
@@ -29,13 +30,15 @@ impl EvictionPolicy for H2o {
         Needs { attention: Some(ObservedQueries::Call), previous: true, ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
-        let of_head = |head: &HeadView<'_>| {
-            let mut scores = self.group.join(head.attention_sums);
-            scores.iter_mut().zip(head.previous).for_each(|(score, previous)| *score += previous);
-            scores
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
+        let of_head = |head: &HeadView<'_>| -> Result<Tensor> {
+            let scores = self.group.join(head.attention_sums()?)?;
+            if head.previous.is_empty() {
+                return Ok(scores);
+            }
+            Ok((Tensor::new(head.previous, scores.device())? + scores)?)
         };
-        Ok(view.heads.iter().map(of_head).collect())
+        view.heads.iter().map(of_head).collect()
     }
 }
 

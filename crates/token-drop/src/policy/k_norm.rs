@@ -1,7 +1,8 @@
 //! K-norm: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
 //! arXiv 2406.11430.
 
-use crate::{EvictionPolicy, LayerView, Needs};
+use crate::{EvictionPolicy, HeadView, LayerView, Needs};
+use candle_core::Tensor;
 use longctx_core::Result;
 
 /// Keeps the keys of smallest norm, which tend to receive the most attention.
@@ -13,10 +14,8 @@ impl EvictionPolicy for KNorm {
         Needs { keys: true, ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
-        let norm = |key: &[f32]| key.iter().map(|x| x * x).sum::<f32>().sqrt();
-        let d = view.spec.shape.head_dim;
-        let of_head = |keys: &[f32]| keys.chunks_exact(d).map(|key| -norm(key)).collect();
-        Ok(view.heads.iter().map(|head| of_head(&head.keys)).collect())
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
+        let of_head = |head: &HeadView<'_>| Ok(head.keys()?.sqr()?.sum(1)?.sqrt()?.neg()?);
+        view.heads.iter().map(of_head).collect()
     }
 }

@@ -1,7 +1,8 @@
 //! KeyDiff: Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM
 //! Inference", arXiv 2504.15364.
 
-use crate::{EvictionPolicy, LayerView, Needs};
+use crate::{EvictionPolicy, HeadView, LayerView, Needs};
+use candle_core::Tensor;
 use longctx_core::Result;
 
 /// Keeps the keys that are least like the others: those at the largest angle to the mean direction
@@ -14,27 +15,19 @@ impl EvictionPolicy for KeyDiff {
         Needs { keys: true, ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
-        let d = view.spec.shape.head_dim;
-        let of_head = |keys: &[f32]| {
-            let mut mean = vec![0.0; d];
-            for key in keys.chunks_exact(d) {
-                let length = norm(key);
-                mean.iter_mut().zip(key).for_each(|(sum, x)| *sum += x / length);
-            }
-            let length = norm(&mean);
-            let likeness = |key: &[f32]| dot(key, &mean) / (norm(key) * length);
-            keys.chunks_exact(d).map(|key| -likeness(key)).collect()
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
+        let of_head = |head: &HeadView<'_>| -> Result<Tensor> {
+            let keys = head.keys()?;
+            let directions = keys.broadcast_div(&norms(keys)?)?;
+            let mean = directions.sum_keepdim(0)?;
+            let mean = mean.broadcast_div(&norms(&mean)?)?;
+            Ok(directions.broadcast_mul(&mean)?.sum(1)?.neg()?)
         };
-        Ok(view.heads.iter().map(|head| of_head(&head.keys)).collect())
+        view.heads.iter().map(of_head).collect()
     }
 }
 
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(x, y)| x * y).sum()
-}
-
-/// Never zero, so that a key of zeros has no direction rather than one of NaN.
-fn norm(x: &[f32]) -> f32 {
-    dot(x, x).sqrt().max(1e-12)
+/// Lengths of rows. Never zero, so that a key of zeros has no direction rather than one of NaN.
+fn norms(x: &Tensor) -> Result<Tensor> {
+    Ok(x.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(1e-12)?)
 }

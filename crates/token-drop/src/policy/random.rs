@@ -1,6 +1,7 @@
 //! A control: what a policy is worth shows against chance.
 
-use crate::{EvictionPolicy, LayerView, Needs};
+use crate::{EvictionPolicy, HeadView, LayerView, Needs};
+use candle_core::{Device, Tensor};
 use longctx_core::Result;
 
 /// Keeps tokens at random, the same ones for the same seed. A token's luck, one per kv head, lasts.
@@ -21,15 +22,16 @@ impl EvictionPolicy for Random {
         Needs::default()
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
         let luck = |head: usize, position: u32| {
             let mixed = mix(self.seed ^ mix((head as u64) << 32 | u64::from(position)));
             (mixed >> 40) as f32
         };
-        let of_head = |(i, positions): (usize, &[u32])| {
-            positions.iter().map(|&position| luck(i, position)).collect()
+        let of_head = |(i, head): (usize, &HeadView<'_>)| {
+            let luck = head.positions.iter().map(|&position| luck(i, position));
+            Ok(Tensor::from_iter(luck, &Device::Cpu)?)
         };
-        Ok(view.heads.iter().map(|head| head.positions).enumerate().map(of_head).collect())
+        view.heads.iter().enumerate().map(of_head).collect()
     }
 }
 

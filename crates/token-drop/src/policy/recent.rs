@@ -1,7 +1,8 @@
 //! The newest tokens alone, a control; or with sinks, the selection of StreamingLLM: Xiao et al.,
 //! arXiv 2309.17453.
 
-use crate::{Budget, EvictionPolicy, LayerView, Needs, PolicyCache, Protected, Settings};
+use crate::{Budget, EvictionPolicy, HeadView, LayerView, Needs, PolicyCache, Protected, Settings};
+use candle_core::{Device, Tensor};
 use longctx_core::{KvStore, LayerSpec, Result};
 
 /// Keeps the newest tokens.
@@ -13,9 +14,11 @@ impl EvictionPolicy for Recent {
         Needs::default()
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
-        let of_head = |positions: &[u32]| positions.iter().map(|&p| p as f32).collect();
-        Ok(view.heads.iter().map(|head| of_head(head.positions)).collect())
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
+        let of_head = |head: &HeadView<'_>| {
+            Ok(Tensor::from_iter(head.positions.iter().map(|&p| p as f32), &Device::Cpu)?)
+        };
+        view.heads.iter().map(of_head).collect()
     }
 }
 

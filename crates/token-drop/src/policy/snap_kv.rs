@@ -3,9 +3,10 @@
 
 use super::window::{check_window, end_with};
 use crate::{
-    Budget, EvictionPolicy, Group, LayerView, Needs, ObservedQueries, PolicyCache, Protected,
-    Settings,
+    Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, ObservedQueries, PolicyCache,
+    Protected, Settings,
 };
+use candle_core::Tensor;
 use longctx_core::{Error, KvStore, LayerSpec, Result};
 
 /// Keeps what the newest queries, the observation window, attend to, smoothed over neighbours.
@@ -53,16 +54,18 @@ impl EvictionPolicy for SnapKv {
         Needs { attention: Some(newest), ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
-        let scores = view.heads.iter().map(|head| {
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
+        let of_head = |head: &HeadView<'_>| -> Result<Tensor> {
             let before = head.positions.len().saturating_sub(self.window);
-            let smooth = |sums: &Vec<f32>| {
-                let mean = smoothed(&sums[..before], self.kernel);
-                mean.into_iter().map(|x| x / head.observed as f32).collect()
-            };
-            self.group.join(&head.attention_sums.iter().map(smooth).collect::<Vec<_>>())
-        });
-        Ok(end_with(scores.collect(), &view.heads))
+            let sums = head.attention_sums()?.narrow(1, 0, before)?;
+            if before == 0 {
+                return Ok(sums.get(0)?);
+            }
+            let smooth = (smoothed(&sums, self.kernel)? / head.observed as f64)?;
+            self.group.join(&smooth)
+        };
+        let scores = view.heads.iter().map(of_head).collect::<Result<_>>()?;
+        end_with(scores, &view.heads)
     }
 }
 
@@ -81,23 +84,29 @@ impl<S: KvStore> PolicyCache<S, SnapKv> {
     }
 }
 
-/// The mean over `kernel` neighbours; past the ends lie zeros.
-fn smoothed(x: &[f32], kernel: usize) -> Vec<f32> {
-    let half = kernel / 2;
-    let mean = |i: usize| {
-        let near = i.saturating_sub(half)..(i + half + 1).min(x.len());
-        x[near].iter().sum::<f32>() / kernel as f32
-    };
-    (0..x.len()).map(mean).collect()
+/// The mean over `kernel` neighbours in each row; past the ends lie zeros.
+fn smoothed(x: &Tensor, kernel: usize) -> Result<Tensor> {
+    let len = x.dim(1)?;
+    let padded = x.pad_with_zeros(1, kernel / 2, kernel / 2)?;
+    let mut sum = padded.narrow(1, 0, len)?;
+    for i in 1..kernel {
+        sum = (sum + padded.narrow(1, i, len)?)?;
+    }
+    Ok((sum / kernel as f64)?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::smoothed;
+    use candle_core::{Device, Tensor};
 
     #[test]
     fn neighbours_are_averaged_with_zeros_past_the_ends() {
-        assert_eq!(smoothed(&[3.0, 6.0, 0.0, 9.0], 3), [3.0, 3.0, 5.0, 3.0]);
-        assert_eq!(smoothed(&[3.0, 6.0], 1), [3.0, 6.0]);
+        let smooth = |x: &[f32]| {
+            let x = Tensor::new(x, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+            smoothed(&x, 3).unwrap().get(0).unwrap().to_vec1::<f32>().unwrap()
+        };
+        assert_eq!(smooth(&[3.0, 6.0, 0.0, 9.0]), [3.0, 3.0, 5.0, 3.0]);
+        assert_eq!(smooth(&[3.0, 6.0]), [3.0, 3.0]);
     }
 }

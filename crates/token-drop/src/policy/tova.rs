@@ -2,9 +2,10 @@
 
 use super::window::end_with;
 use crate::{
-    Budget, EvictionPolicy, Group, LayerView, Needs, ObservedQueries, PolicyCache, Protected,
-    Settings,
+    Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, ObservedQueries, PolicyCache,
+    Protected, Settings,
 };
+use candle_core::Tensor;
 use longctx_core::{KvStore, LayerSpec, Result};
 
 /// Keeps what the newest query attends to, averaged over all heads of the layer.
@@ -32,13 +33,14 @@ impl EvictionPolicy for Tova {
         Needs { attention: Some(newest), ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Vec<f32>>> {
-        let sums = view.heads.iter().flat_map(|head| head.attention_sums);
-        let mut mean = Group::Mean.join(&sums.cloned().collect::<Vec<_>>());
+    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
+        let sums: Vec<_> =
+            view.heads.iter().map(HeadView::attention_sums).collect::<Result<_>>()?;
+        let mut mean = Group::Mean.join(&Tensor::cat(&sums, 0)?)?;
         if !self.published_newest {
-            mean.pop();
+            mean = mean.narrow(0, 0, mean.elem_count() - 1)?;
         }
-        Ok(end_with(vec![mean; view.heads.len()], &view.heads))
+        end_with(vec![mean; view.heads.len()], &view.heads)
     }
 }
 

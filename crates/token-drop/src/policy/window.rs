@@ -1,6 +1,7 @@
 //! What policies that observe the newest queries share.
 
 use crate::HeadView;
+use candle_core::{DType, Device, Tensor};
 use longctx_core::{Error, Result};
 
 pub fn check_window(window: usize) -> Result<()> {
@@ -10,12 +11,34 @@ pub fn check_window(window: usize) -> Result<()> {
     }
 }
 
-/// Lengthens each list to its head's entries with a score above all others, for the window's own
-/// tokens.
-pub fn end_with(mut scores: Vec<Vec<f32>>, heads: &[HeadView<'_>]) -> Vec<Vec<f32>> {
-    let most = scores.iter().flatten().copied().fold(0.0, f32::max) + 1.0;
-    for (list, head) in scores.iter_mut().zip(heads) {
-        list.resize(head.positions.len(), most);
+/// A score above those of all heads, which are not negative.
+pub fn above(scores: &[Tensor]) -> Result<Tensor> {
+    let some: Vec<_> = scores.iter().filter(|scores| scores.elem_count() > 0).collect();
+    match some.as_slice() {
+        [] => Ok(Tensor::ones(1, DType::F32, &Device::Cpu)?),
+        some => Ok((Tensor::cat(some, 0)?.max_keepdim(0)? + 1.0)?),
     }
-    scores
+}
+
+/// Lengthens each head's scores to its entries with a score above all others, for the window's own
+/// tokens.
+pub fn end_with(scores: Vec<Tensor>, heads: &[HeadView<'_>]) -> Result<Vec<Tensor>> {
+    let most = above(&scores)?;
+    let lengthen = |(scores, head): (Tensor, &HeadView<'_>)| {
+        let own = head.positions.len() - scores.elem_count();
+        if own == 0 {
+            return Ok(scores);
+        }
+        cat(&[&scores, &most.to_device(scores.device())?.broadcast_as(own)?.contiguous()?])
+    };
+    scores.into_iter().zip(heads).map(lengthen).collect()
+}
+
+/// Lists one after the other, of which some may be empty.
+pub fn cat(parts: &[&Tensor]) -> Result<Tensor> {
+    let some: Vec<_> = parts.iter().filter(|part| part.elem_count() > 0).copied().collect();
+    match some.as_slice() {
+        [] => Ok(parts[0].clone()),
+        some => Ok(Tensor::cat(some, 0)?),
+    }
 }

@@ -63,7 +63,7 @@ impl Bounds {
                 scores.push(bound(query, &page));
             }
         }
-        let scores = Group::Max.join(&scores);
+        let scores = Group::Max.join_lists(&scores);
         let mut order: Vec<_> = (0..pages - 1).collect();
         let best_first = |&a: &usize, &b: &usize| scores[b].total_cmp(&scores[a]).then(a.cmp(&b));
         if count > 1 {

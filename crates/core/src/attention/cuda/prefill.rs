@@ -1,5 +1,6 @@
 //! Many queries: kernels/prefill.cu.
 
+use super::{rows, strides};
 use crate::cuda::{Half, PrefillArgs, address};
 use crate::{AttentionShape, AttentionState, Mask, Result};
 use candle_core::{CudaDevice, DType, Tensor};
@@ -52,19 +53,4 @@ pub fn attend(
     // their tokens, and the device's stream frees no memory before this launch has used it.
     unsafe { crate::cuda::prefill(&device.cuda_stream(), half, d, &args) }?;
     Ok(AttentionState { out, lse })
-}
-
-/// A view as it is if its rows begin at multiples of 16 bytes, or else a contiguous copy.
-fn rows(x: &Tensor) -> Result<Tensor> {
-    let layout = x.layout();
-    let aligned = layout.start_offset().is_multiple_of(8)
-        && layout.stride()[2] == 1
-        && strides(x).iter().all(|stride| *stride > 0 && stride % 8 == 0);
-    Ok(if aligned { x.clone() } else { x.force_contiguous()? })
-}
-
-/// Strides of tokens and heads. A dimension of one has no stride that counts: it gets a row's length.
-fn strides(x: &Tensor) -> [i64; 2] {
-    let (dims, strides) = (x.dims(), x.stride());
-    [0, 1].map(|i| if dims[i] == 1 { dims[2] } else { strides[i] } as i64)
 }

@@ -1,0 +1,52 @@
+// Entries copied into blocks, and from blocks to others.
+#pragma once
+#include "args.cuh"
+
+constexpr int MOVE_THREADS = 256;
+
+// Where a piece of an entry lies in a block.
+__device__ __forceinline__ uint4* piece_at(uint64_t block, bool value, int entry, int pieces, int piece) {
+    return reinterpret_cast<uint4*>(block) + (long long)((value ? PAGE : 0) + entry % PAGE) * pieces + piece;
+}
+
+// Grid: (entries * pieces / MOVE_THREADS rounded up, of the longest row; rows; 2 for keys and values).
+__device__ __forceinline__ void append(const AppendArgs& a) {
+    const AppendRow& row = a.rows[blockIdx.y];
+    const bool value = blockIdx.z;
+    if (blockIdx.x == 0 && !value)
+        for (int i = threadIdx.x; i < row.fresh_count; i += MOVE_THREADS) row.table[row.first_fresh + i] = row.fresh[i];
+    const long long at = blockIdx.x * (long long)MOVE_THREADS + threadIdx.x;
+    const int i = int(at / a.pieces), piece = int(at % a.pieces);
+    if (i >= row.count) return;
+    const long long source = row.rows ? row.rows[i] : row.first_row + i * a.stride;
+    const int entry = row.first + i, block = entry / PAGE;
+    // The table of this launch's blocks is not there before it ends.
+    const uint64_t to = block < row.first_fresh ? row.table[block] : row.fresh[block - row.first_fresh];
+    *piece_at(to, value, entry, a.pieces, piece) = static_cast<const uint4*>(value ? a.v : a.k)[source * a.pieces + piece];
+}
+
+// Grid: (pieces / 4 rounded up, rows, 2). A block of threads reads a stretch of entries before it writes them: so entries can move within
+// the blocks that they lie in.
+__device__ __forceinline__ void move(const MoveArgs& a) {
+    constexpr int UNROLL = 4, STRETCH = MOVE_THREADS / 4;
+    const MoveRow& row = a.rows[blockIdx.y];
+    const int piece = blockIdx.x * 4 + threadIdx.x % 4, mine = threadIdx.x / 4;
+    const bool value = blockIdx.z, live = piece < a.pieces;
+    for (int start = 0; start < row.count; start += UNROLL * STRETCH) {
+        uint4 x[UNROLL];
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            const int i = start + u * STRETCH + mine;
+            if (!live || i >= row.count) continue;
+            const uint32_t entry = row.entries[i];
+            x[u] = *piece_at(row.from[entry / PAGE], value, entry, a.pieces, piece);
+        }
+        __syncthreads();
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            const int i = start + u * STRETCH + mine, entry = row.first + i;
+            if (live && i < row.count) *piece_at(row.to[entry / PAGE], value, entry, a.pieces, piece) = x[u];
+        }
+        __syncthreads();
+    }
+}

@@ -1,0 +1,120 @@
+// Attention probability that each entry receives, summed over the queries of a head: what eviction policies ask for.
+//
+// A pass over the keys alone, with the log-sum-exp that attention left. A block of threads keeps PAGE keys in shared memory while the
+// queries that see some of them pass in tiles: nothing of size queries x entries exists, and sums have one order.
+#pragma once
+#include "attend.cuh"
+
+constexpr int QUERIES = 64;  // of a tile: 16 for each warp
+
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half2) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat162) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8x8 matrices, of which lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row))
+                 : "memory");
+}
+
+// Grid: (blocks of the longest kv head; kv heads of all sequences; query heads of a kv head, or 1 where no sequence has more than one query).
+// With one query, the rows of a tile are the query heads of the kv head.
+template <class Pair, int D>
+__device__ __forceinline__ void sums(const SumsArgs& a) {
+    constexpr int PITCH = D + 8, PIECES = D / 8;
+    extern __shared__ __align__(16) __half shared[];
+    __half *keys = shared, *queries = shared + PAGE * PITCH;
+    __shared__ float totals[4][PAGE];
+    const SumsWork work = a.work[blockIdx.y];
+    const bool by_head = work.queries > 1;
+    const int key = blockIdx.x * PAGE, count = min(PAGE, work.len - key);
+    if (count <= 0 || (!by_head && blockIdx.z > 0)) return;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int head = work.kv_head * a.heads_per_kv + (by_head ? blockIdx.z : 0);
+    const int rows = by_head ? work.queries : a.heads_per_kv;
+
+    const __half* source = work.table ? reinterpret_cast<const __half*>(work.table[blockIdx.x])
+                                      : static_cast<const __half*>(work.keys) + key * work.stride;
+    const long long stride = work.table ? D : work.stride;
+    for (int i = threadIdx.x; i < PAGE * PIECES; i += THREADS) {
+        const int row = i / PIECES, piece = i % PIECES;
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (row < count) x = *reinterpret_cast<const uint4*>(source + row * stride + piece * 8);
+        *reinterpret_cast<uint4*>(keys + row * PITCH + piece * 8) = x;
+    }
+
+    const int past = work.len - work.queries;  // entries before the queries' own, if causal
+    // Row r's place in q.
+    auto row_of = [&](int r) { return by_head ? (long long)(work.first_token + r) * a.heads + head : (long long)work.first_token * a.heads + head + r; };
+    const int first = a.causal && by_head ? max(0, key - past) / QUERIES * QUERIES : 0;
+    float total[8][2] = {};
+    for (int tile = first; tile < rows; tile += QUERIES) {
+        if (a.causal && a.window && by_head && past + tile + 1 - a.window >= key + count) break;
+        __syncthreads();  // All are done with the queries before.
+        for (int i = threadIdx.x; i < QUERIES * PIECES; i += THREADS) {
+            const int row = i / PIECES, piece = i % PIECES;
+            uint4 x = make_uint4(0, 0, 0, 0);
+            if (tile + row < rows) x = *reinterpret_cast<const uint4*>(static_cast<const __half*>(a.q) + row_of(tile + row) * D + piece * 8);
+            *reinterpret_cast<uint4*>(queries + row * PITCH + piece * 8) = x;
+        }
+        __syncthreads();
+        float s[8][4] = {};
+#pragma unroll
+        for (int c = 0; c < D; c += 16) {
+            uint32_t q[4];
+            load_matrices(q, queries + (warp * 16 + lane % 16) * PITCH + c + lane / 16 * 8);
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                uint32_t k[4];
+                load_matrices(k, keys + (n * 16 + lane / 16 * 8 + lane % 8) * PITCH + c + lane / 8 % 2 * 8);
+                multiply(s[2 * n], q, k[0], k[1], Pair());
+                multiply(s[2 * n + 1], q, k[2], k[3], Pair());
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int r = tile + warp * 16 + h * 8 + g;
+            if (r >= rows) continue;
+            const float lse = a.lse[row_of(r)];  // -inf for a query that sees nothing
+            const int to = a.causal ? past + 1 + (by_head ? r : 0) : work.len, from = a.causal && a.window ? to - a.window : 0;
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int entry = key + n * 8 + 2 * t + e;
+                    float score = s[n][2 * h + e] * a.scale;
+                    if (a.soft_cap > 0.f) score = a.soft_cap * tanhf(score / a.soft_cap);
+                    const float p = lse > -INFINITY && entry >= from && entry < min(to, work.len) ? exp2f((score - lse) * LOG2E) : 0.f;
+                    if (by_head) total[n][e] += p;
+                    else if (entry < work.len) a.out[work.out + (long long)r * work.len + entry] = p;
+                }
+        }
+        if (!by_head && tile + QUERIES >= rows) return;
+    }
+    if (!by_head) return;
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            float x = total[n][e];
+#pragma unroll
+            for (int i = 4; i < 32; i *= 2) x += __shfl_xor_sync(~0u, x, i);
+            if (g == 0) totals[warp][n * 8 + 2 * t + e] = x;
+        }
+    __syncthreads();
+    if (threadIdx.x < count) {
+        float x = 0.f;
+#pragma unroll
+        for (int w = 0; w < 4; w++) x += totals[w][threadIdx.x];
+        a.out[work.out + (long long)blockIdx.z * work.len + key + threadIdx.x] = x;
+    }
+}

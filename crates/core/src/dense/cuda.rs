@@ -1,0 +1,194 @@
+//! Keys and values of many sequences on a CUDA device, in f16 or bf16: blocks of a pool, and a block
+//! table on the device for each sequence and kv head.
+#![allow(unsafe_code)]
+
+mod append;
+mod attend;
+mod blocks;
+mod edit;
+mod sums;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::cuda::{Half, PAGE};
+use crate::{AttentionShape, Batch, Error, Footprint, Result, SeqId};
+use blocks::Blocks;
+use candle_core::{CudaDevice, DType, Device, Tensor};
+use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+
+/// The sequences' keys and values.
+#[derive(Debug)]
+pub struct CudaSeqs {
+    shape: AttentionShape,
+    dtype: DType,
+    device: CudaDevice,
+    blocks: Blocks,
+    seqs: BTreeMap<SeqId, Sequence>,
+}
+
+/// A sequence's tables.
+#[derive(Debug)]
+struct Sequence {
+    heads: Vec<Table>,
+    /// The addresses of the heads' blocks, `[kv_heads, places]`.
+    table: CudaSlice<u64>,
+    places: usize,
+}
+
+/// One kv head's entries: blocks in order, all full but the last.
+#[derive(Debug, Clone, Default)]
+struct Table {
+    blocks: Vec<u32>,
+    len: usize,
+}
+
+/// Blocks of a head that a new sequence's table has room for.
+const PLACES: usize = 8;
+
+impl CudaSeqs {
+    /// An empty pool of at most `capacity` bytes of blocks; `None` where there are no kernels.
+    pub fn new(
+        shape: &AttentionShape,
+        dtype: DType,
+        device: &Device,
+        capacity: usize,
+    ) -> Result<Option<Self>> {
+        let Device::Cuda(device) = device else { return Ok(None) };
+        if !crate::attention::has_kernels(device, dtype, shape)? {
+            return Ok(None);
+        }
+        let size = 2 * 2 * PAGE * shape.head_dim;
+        let blocks = Blocks::new(device.cuda_stream(), size, capacity);
+        let (device, seqs) = (device.clone(), BTreeMap::new());
+        Ok(Some(Self { shape: *shape, dtype, device, blocks, seqs }))
+    }
+
+    fn stream(&self) -> Arc<CudaStream> {
+        self.device.cuda_stream()
+    }
+
+    fn half(&self) -> Half {
+        if self.dtype == DType::BF16 { Half::BF16 } else { Half::F16 }
+    }
+
+    fn known(&self, seq: SeqId) -> Result<&Sequence> {
+        self.seqs.get(&seq).ok_or(Error::UnknownSequence(seq))
+    }
+
+    /// A contiguous tensor of the dtype that is held.
+    fn fit(&self, x: &Tensor) -> Result<Tensor> {
+        if !x.device().same_device(&Device::Cuda(self.device.clone())) {
+            let got = format!("one on {:?}", x.device().location());
+            return Err(Error::mismatch("tensor", "one on the store's device", got));
+        }
+        Ok(x.to_dtype(self.dtype)?.contiguous()?)
+    }
+
+    pub fn contains(&self, seq: SeqId) -> bool {
+        self.seqs.contains_key(&seq)
+    }
+
+    pub fn lens(&self, seq: SeqId) -> Vec<usize> {
+        let lens = |sequence: &Sequence| sequence.heads.iter().map(|table| table.len).collect();
+        self.seqs.get(&seq).map_or(Vec::new(), lens)
+    }
+
+    pub fn seqs(&self) -> Vec<SeqId> {
+        self.seqs.keys().copied().collect()
+    }
+
+    pub fn can_append(&self, batch: &Batch) -> bool {
+        let wanted = |(seq, tokens): (SeqId, std::ops::Range<usize>)| match self.seqs.get(&seq) {
+            Some(sequence) => {
+                sequence.heads.iter().map(|table| self.wanted(table, tokens.len())).sum()
+            }
+            None => self.shape.kv_heads * tokens.len().div_ceil(PAGE),
+        };
+        self.blocks.check(batch.iter().map(wanted).sum()).is_ok()
+    }
+
+    /// Blocks that appending to a head takes: new ones, and the copy of a shared last one.
+    fn wanted(&self, table: &Table, tokens: usize) -> usize {
+        let new = (table.len + tokens).div_ceil(PAGE) - table.blocks.len();
+        new + usize::from(self.copies_last(table, tokens))
+    }
+
+    /// Whether appending to a head first copies its last block, which others share.
+    fn copies_last(&self, table: &Table, tokens: usize) -> bool {
+        let open = tokens > 0 && !table.len.is_multiple_of(PAGE);
+        open && table.blocks.last().is_some_and(|&last| self.blocks.shared(last))
+    }
+
+    /// Blocks that sequences share count once.
+    pub fn footprint(&self) -> Footprint {
+        let mut counted = vec![false; self.blocks.count()];
+        let mut bytes = Footprint::default();
+        for sequence in self.seqs.values() {
+            bytes.bookkeeping += sequence.bytes();
+            for table in &sequence.heads {
+                for (i, &block) in table.blocks.iter().enumerate() {
+                    if !std::mem::replace(&mut counted[block as usize], true) {
+                        bytes.payload += (table.len - i * PAGE).min(PAGE) * self.entry_bytes();
+                    }
+                }
+            }
+        }
+        bytes.slack = self.blocks.bytes() - bytes.payload;
+        bytes
+    }
+
+    pub fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        let Some(sequence) = self.seqs.get(&seq) else { return Footprint::default() };
+        let entries: usize = sequence.heads.iter().map(|table| table.len).sum();
+        let blocks: usize = sequence.heads.iter().map(|table| table.blocks.len()).sum();
+        let payload = entries * self.entry_bytes();
+        let slack = blocks * self.blocks.size() - payload;
+        Footprint { payload, slack, bookkeeping: sequence.bytes(), ..Default::default() }
+    }
+
+    /// Bytes of a key and a value.
+    fn entry_bytes(&self) -> usize {
+        self.blocks.size() / PAGE
+    }
+
+    pub fn clear(&mut self) {
+        self.seqs.clear();
+        self.blocks.clear();
+    }
+}
+
+impl Sequence {
+    fn new(stream: &Arc<CudaStream>, kv_heads: usize) -> Result<Self> {
+        let table = stream.alloc_zeros(kv_heads * PLACES)?;
+        Ok(Self { heads: vec![Table::default(); kv_heads], table, places: PLACES })
+    }
+
+    /// Makes room in the device's table for `blocks` blocks of each head.
+    fn reserve(&mut self, stream: &Arc<CudaStream>, blocks: usize) -> Result<()> {
+        if blocks <= self.places {
+            return Ok(());
+        }
+        let (old, heads) = (self.places, self.heads.len());
+        let places = blocks.max(old + old / 4);
+        let mut grown = stream.alloc_zeros::<u64>(heads * places)?;
+        for head in 0..heads {
+            let from = self.table.slice(head * old..(head + 1) * old);
+            let mut to = grown.slice_mut(head * places..head * places + old);
+            stream.memcpy_dtod(&from, &mut to)?;
+        }
+        (self.table, self.places) = (grown, places);
+        Ok(())
+    }
+
+    /// Where a head's table lies on the device.
+    fn address(&self, stream: &CudaStream, head: usize) -> u64 {
+        self.table.device_ptr(stream).0 + 8 * (head * self.places) as u64
+    }
+
+    /// Bytes of the tables, on the device and on the host.
+    fn bytes(&self) -> usize {
+        let numbers: usize = self.heads.iter().map(|table| table.blocks.len()).sum();
+        8 * self.table.len() + 4 * numbers + size_of::<Self>()
+    }
+}

@@ -1,0 +1,253 @@
+//! Attention over blocks: a few queries in one planned launch, many through the prefill kernels.
+
+use super::CudaSeqs;
+use crate::cuda::{PAGE, PrefillArgs, address, paged, prefill};
+use crate::{AttentionState, Batch, EntryRanges, Error, Mask, Result};
+use candle_core::{DType, Device, Tensor};
+use longctx_cuda::cudarc::driver::DevicePtr;
+
+/// Query heads of a kv head times queries up to which the decode kernel reads the keys once for
+/// each few; beyond, tiles that share them are faster.
+const MOST_COLUMNS: usize = 16;
+
+/// Keys and values of each sequence and kv head for the prefill kernels.
+struct Pages {
+    /// The address of block 0.
+    first: u64,
+    /// Blocks from there on.
+    extent: usize,
+    /// The numbers of each head's blocks, `[sequences * kv_heads]` lists.
+    tables: Vec<Vec<u32>>,
+    lens: Vec<u32>,
+}
+
+impl CudaSeqs {
+    pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
+        self.check_queries(batch, q, mask)?;
+        let q = self.fit(q)?;
+        if self.shape.group() * batch.longest() <= MOST_COLUMNS {
+            return self.decode(batch, &q, mask);
+        }
+        match mask {
+            Mask::Entries(ranges) => {
+                let lists = self.lists(batch, ranges);
+                let blocks = self.gather(&lists)?;
+                let mut next = 0;
+                let table = |len: usize| {
+                    let first = next;
+                    next += len.div_ceil(PAGE) as u32;
+                    (first..next).collect()
+                };
+                let lens: Vec<_> = lists.iter().map(|(_, _, list)| list.len()).collect();
+                let tables = lens.iter().copied().map(table).collect();
+                let lens = lens.into_iter().map(|len| len as u32).collect();
+                let pages =
+                    Pages { first: address(&blocks)?, extent: blocks.dim(0)?, tables, lens };
+                self.prefill(batch, &q, &pages, mask)
+            }
+            _ => self.prefill(batch, &q, &self.pages(batch), mask),
+        }
+    }
+
+    pub(super) fn check_queries(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<()> {
+        let tokens = self.shape.check_q(q)?;
+        if tokens != batch.tokens() {
+            return Err(Error::mismatch("tokens of q", batch.tokens(), tokens));
+        }
+        match mask {
+            Mask::Full => Ok(()),
+            Mask::Entries(ranges) => {
+                let none = vec![0; self.shape.kv_heads];
+                let lens = batch.seqs().iter().flat_map(|&seq| match self.contains(seq) {
+                    true => self.lens(seq),
+                    false => none.clone(),
+                });
+                ranges.check(&lens.collect::<Vec<_>>())
+            }
+            Mask::Causal => batch.iter().try_for_each(|(seq, tokens)| {
+                let shortest = self.lens(seq).into_iter().min().unwrap_or(0);
+                if shortest < tokens.len() {
+                    let what = format!("entries of sequence {seq}");
+                    let expected = format!("at least its {} own", tokens.len());
+                    return Err(Error::mismatch(what, expected, shortest));
+                }
+                Ok(())
+            }),
+        }
+    }
+
+    /// The entries that ranges name, for each sequence and kv head.
+    pub(super) fn lists(
+        &self,
+        batch: &Batch,
+        ranges: &EntryRanges,
+    ) -> Vec<(crate::SeqId, usize, Vec<u32>)> {
+        let kv_heads = self.shape.kv_heads;
+        let list = |(i, ranges): (usize, &Vec<std::ops::Range<usize>>)| {
+            let entries = ranges.iter().cloned().flatten().map(|entry| entry as u32);
+            (batch.seqs()[i / kv_heads], i % kv_heads, entries.collect())
+        };
+        ranges.heads().iter().enumerate().map(list).collect()
+    }
+
+    /// One launch, and one that joins its parts. `q` is fit.
+    fn decode(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
+        let (stream, shape) = (self.stream(), &self.shape);
+        let lists = match mask {
+            Mask::Entries(ranges) => self.lists(batch, ranges),
+            _ => Vec::new(),
+        };
+        let mut entries: Vec<u32> = lists.iter().flat_map(|(_, _, list)| list).copied().collect();
+        entries.push(0);
+        let entries = stream.clone_htod(&entries)?;
+        let mut entries_at = entries.device_ptr(&stream).0;
+        let window = shape.window.filter(|_| mask == Mask::Causal);
+        let mut heads = Vec::new();
+        for (seq, tokens) in batch.iter() {
+            for kv_head in 0..shape.kv_heads {
+                let mut work = paged::AttendWork {
+                    kv_head: kv_head as i32,
+                    queries: tokens.len() as i32,
+                    first_token: tokens.start as i32,
+                    ..Default::default()
+                };
+                if let Some(sequence) = self.seqs.get(&seq) {
+                    work.table = sequence.address(&stream, kv_head);
+                    work.len = sequence.heads[kv_head].len as i32;
+                }
+                if let Some((_, _, list)) = lists.get(heads.len()) {
+                    (work.entries, work.len) = (entries_at, list.len() as i32);
+                    entries_at += 4 * list.len() as u64;
+                }
+                let oldest = window.map_or(0, |window| {
+                    (work.len as usize + 1).saturating_sub(tokens.len() + window)
+                });
+                (work.from, work.to) = (oldest as i32, work.len);
+                heads.push(work);
+            }
+        }
+        let columns = shape.group() * batch.longest();
+        let columns = if columns == 1 { 1 } else { columns.next_power_of_two().min(4) };
+        let (half, d) = (self.half(), shape.head_dim);
+        let slots = paged::attend_slots(stream.context(), half, d, columns)?;
+        let plan = paged::Plan::new(&heads, shape.group(), columns, slots);
+        let (out, lse) = self.outputs(batch)?;
+        let parts = plan.parts * columns;
+        // SAFETY: the kernels write all that is read of these.
+        let part = |n: usize| unsafe { stream.alloc::<f32>(n) };
+        let (part_out, part_max, part_sum) = (part(parts * d)?, part(parts)?, part(parts)?);
+        let work = stream.clone_htod(&plan.work)?;
+        let joins = stream.clone_htod(&plan.joins)?;
+        let args = paged::AttendArgs {
+            q: address(q)?,
+            out: address(&out)?,
+            lse: address(&lse)?,
+            part_out: part_out.device_ptr(&stream).0,
+            part_max: part_max.device_ptr(&stream).0,
+            part_sum: part_sum.device_ptr(&stream).0,
+            work: work.device_ptr(&stream).0,
+            joins: joins.device_ptr(&stream).0,
+            heads: shape.heads as i32,
+            heads_per_kv: shape.group() as i32,
+            columns: columns as i32,
+            causal: (mask == Mask::Causal).into(),
+            window: window.map_or(0, |window| window.min(1 << 30) as i32),
+            scale: shape.scale,
+            soft_cap: shape.soft_cap.unwrap_or(0.0),
+            unused: 0,
+        };
+        let counts = (plan.work.len(), plan.joins.len());
+        // SAFETY: the tables name blocks of the pool, all lists and arrays have the sizes that the
+        // kernels count with, and the stream frees no memory before they have used it.
+        unsafe { paged::attend(&stream, half, d, &args, counts) }?;
+        Ok(AttentionState { out, lse })
+    }
+
+    /// The blocks as they lie.
+    fn pages(&self, batch: &Batch) -> Pages {
+        let (first, extent) = self.blocks.extent();
+        let size = self.blocks.size() as u64;
+        let number = |&block: &u32| ((self.blocks.address(block) - first) / size) as u32;
+        let (mut tables, mut lens) = (Vec::new(), Vec::new());
+        for seq in batch.seqs() {
+            for head in 0..self.shape.kv_heads {
+                let table = self.seqs.get(seq).map(|sequence| &sequence.heads[head]);
+                let blocks = table.map_or(&[][..], |table| &table.blocks);
+                tables.push(blocks.iter().map(number).collect());
+                lens.push(table.map_or(0, |table| table.len as u32));
+            }
+        }
+        Pages { first, extent, tables, lens }
+    }
+
+    fn prefill(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        pages: &Pages,
+        mask: Mask<'_>,
+    ) -> Result<AttentionState> {
+        let (shape, d, kv_heads) = (&self.shape, self.shape.head_dim, self.shape.kv_heads);
+        let device = q.device();
+        if pages.lens.iter().all(|len| *len == 0) {
+            let dims = (batch.tokens(), shape.heads);
+            let out = Tensor::zeros((dims.0, dims.1, d), DType::F32, device)?;
+            return Ok(AttentionState { out, lse: Tensor::full(f32::NEG_INFINITY, dims, device)? });
+        }
+        let most = pages.tables.iter().map(Vec::len).max().unwrap_or(0);
+        let padded = |table: &Vec<u32>| {
+            let rest = most - table.len();
+            table.iter().copied().chain(std::iter::repeat_n(0, rest)).collect::<Vec<_>>()
+        };
+        let tables: Vec<u32> = pages.tables.iter().flat_map(padded).collect();
+        let tables = Tensor::new(tables, device)?;
+        let lens = Tensor::new(pages.lens.as_slice(), device)?;
+        let (out, lse) = self.outputs(batch)?;
+        let causal = mask == Mask::Causal;
+        let block = (2 * PAGE * d) as i64;
+        let args = PrefillArgs {
+            q: address(q)?,
+            k: pages.first,
+            v: pages.first + (2 * PAGE * d) as u64,
+            out: address(&out)?,
+            lse: address(&lse)?,
+            cu_seqlens_q: address(&batch.cu_seqlens_on(device)?)?,
+            seqlens_k: address(&lens)?,
+            block_table: address(&tables)?,
+            q_token: (shape.heads * d) as i64,
+            q_head: d as i64,
+            k_token: d as i64,
+            k_head: block,
+            v_token: d as i64,
+            v_head: block,
+            table_seq: (kv_heads * most) as i64,
+            table_head: most as i64,
+            lens_seq: kv_heads as i64,
+            lens_head: 1,
+            seqs: batch.seqs().len() as i32,
+            tokens: batch.tokens() as i32,
+            kv_extent: pages.extent as i32,
+            heads: shape.heads as i32,
+            kv_heads: kv_heads as i32,
+            causal: causal.into(),
+            window: shape.window.filter(|_| causal).map_or(0, |window| window.min(1 << 30) as i32),
+            scale: shape.scale,
+            soft_cap: shape.soft_cap.unwrap_or(0.0),
+            out_f32: 1,
+            ..PrefillArgs::default()
+        };
+        // SAFETY: the tables name blocks that hold the entries, all arrays have the sizes that the
+        // kernels count with, and the stream frees no memory before they have used it.
+        unsafe { prefill(&self.stream(), self.half(), d, &args) }?;
+        Ok(AttentionState { out, lse })
+    }
+
+    /// Memory for outputs and log-sum-exps.
+    fn outputs(&self, batch: &Batch) -> Result<(Tensor, Tensor)> {
+        let (tokens, heads, d) = (batch.tokens(), self.shape.heads, self.shape.head_dim);
+        let device = Device::Cuda(self.device.clone());
+        // SAFETY: the kernels write all of both.
+        let empty = |dims: &[usize]| unsafe { Tensor::empty(dims, DType::F32, &device) };
+        Ok((empty(&[tokens, heads, d])?, empty(&[tokens, heads])?))
+    }
+}

@@ -1,0 +1,127 @@
+//! Blocks of one size in slabs of device memory, counted by the tables that name them.
+
+use std::sync::Arc;
+
+use crate::{Error, Result};
+use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
+
+/// The smallest slab, in bytes.
+const SLAB: usize = 1 << 20;
+
+/// The blocks of one store.
+#[derive(Debug)]
+pub struct Blocks {
+    stream: Arc<CudaStream>,
+    /// Bytes of a block.
+    size: usize,
+    /// Bytes that all blocks together may have.
+    capacity: usize,
+    slabs: Vec<CudaSlice<u8>>,
+    /// By block number. All are multiples of the size: so prefill can number blocks by them.
+    addresses: Vec<u64>,
+    references: Vec<u32>,
+    free: Vec<u32>,
+}
+
+impl Blocks {
+    pub fn new(stream: Arc<CudaStream>, size: usize, capacity: usize) -> Self {
+        let (slabs, addresses) = (Vec::new(), Vec::new());
+        let (references, free) = (Vec::new(), Vec::new());
+        Self { stream, size, capacity, slabs, addresses, references, free }
+    }
+
+    /// Checks that so many blocks are free, or may be allocated.
+    pub fn check(&self, wanted: usize) -> Result<()> {
+        let free = self.free.len() + self.unallocated();
+        if wanted <= free {
+            return Ok(());
+        }
+        let (asked, free) = (wanted.saturating_mul(self.size), free.saturating_mul(self.size));
+        Err(Error::PoolFull { what: "pool of dense blocks".into(), asked, free })
+    }
+
+    fn unallocated(&self) -> usize {
+        self.capacity / self.size - self.addresses.len()
+    }
+
+    /// Takes blocks that no table names.
+    pub fn take(&mut self, count: usize) -> Result<Vec<u32>> {
+        self.check(count)?;
+        self.reserve(count)?;
+        let taken = self.free.split_off(self.free.len() - count);
+        taken.iter().for_each(|&block| self.references[block as usize] = 1);
+        Ok(taken)
+    }
+
+    fn reserve(&mut self, count: usize) -> Result<()> {
+        if count <= self.free.len() {
+            return Ok(());
+        }
+        // An eighth more than there is, so that growth is rare.
+        let wanted = (self.addresses.len() / 8).max(SLAB / self.size).min(self.unallocated());
+        let blocks = wanted.max(count - self.free.len());
+        let bytes = (blocks + 1) * self.size;
+        // SAFETY: an entry of a block is written before it is read, and masked numbers may be any.
+        let slab = unsafe { self.stream.alloc::<u8>(bytes) }?;
+        let start = slab.device_ptr(&self.stream).0.next_multiple_of(self.size as u64);
+        let first = self.addresses.len() as u32;
+        self.addresses.extend((0..blocks as u64).map(|i| start + i * self.size as u64));
+        self.references.resize(self.addresses.len(), 0);
+        self.free.extend((first..first + blocks as u32).rev());
+        self.slabs.push(slab);
+        Ok(())
+    }
+
+    pub fn share(&mut self, block: u32) {
+        self.references[block as usize] += 1;
+    }
+
+    pub fn shared(&self, block: u32) -> bool {
+        self.references[block as usize] > 1
+    }
+
+    pub fn release(&mut self, block: u32) {
+        self.references[block as usize] -= 1;
+        if self.references[block as usize] == 0 {
+            self.free.push(block);
+        }
+    }
+
+    /// Copies what a block holds to another.
+    pub fn copy(&self, from: u32, to: u32) -> Result<()> {
+        let (from, to) = (self.address(from), self.address(to));
+        // SAFETY: both are blocks of this size, and the stream runs one operation after another.
+        unsafe { result::memcpy_dtod_async(to, from, self.size, self.stream.cu_stream()) }?;
+        Ok(())
+    }
+
+    pub fn address(&self, block: u32) -> u64 {
+        self.addresses[block as usize]
+    }
+
+    /// The lowest address of a block, and how many blocks would fit from it to the last one's end.
+    pub fn extent(&self) -> (u64, usize) {
+        let first = self.addresses.iter().copied().min().unwrap_or(0);
+        let last = self.addresses.iter().copied().max().unwrap_or(0);
+        (first, (last - first) as usize / self.size + 1)
+    }
+
+    /// Bytes of a block.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    pub fn count(&self) -> usize {
+        self.addresses.len()
+    }
+
+    /// Bytes of all slabs.
+    pub fn bytes(&self) -> usize {
+        self.slabs.iter().map(CudaSlice::len).sum()
+    }
+
+    /// Gives all memory back. No table names a block.
+    pub fn clear(&mut self) {
+        *self = Self::new(self.stream.clone(), self.size, self.capacity);
+    }
+}

@@ -1,0 +1,197 @@
+//! Sequences forked, cut, thinned, removed and read.
+
+use super::{CudaSeqs, Sequence, Table};
+use crate::cuda::{PAGE, paged};
+use crate::{Result, Selection, SeqId};
+use candle_core::{DType, Device, Tensor};
+use longctx_cuda::cudarc::driver::DevicePtr;
+
+/// How a head's entries move when some of them are dropped.
+struct Moves {
+    /// The blocks that the head has then.
+    blocks: Vec<u32>,
+    /// The first entry that is written.
+    first: usize,
+    /// Those of the blocks that were taken for it.
+    taken: Vec<u32>,
+}
+
+impl CudaSeqs {
+    /// Keeps the entries named; the selection has been checked. Blocks before the first entry that
+    /// goes stay as they are; entries behind it move forward.
+    pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
+        let stream = self.stream();
+        let mut moves = Vec::new();
+        let wanted: usize = {
+            let tables = self.known(seq)?.heads.iter().zip(keep.heads());
+            tables.map(|(table, keep)| self.shared_among(table, keep).len()).sum()
+        };
+        let mut free = self.blocks.take(wanted)?;
+        for (table, keep) in self.known(seq)?.heads.iter().zip(keep.heads()) {
+            let mut of = Moves {
+                blocks: table.blocks[..keep.len().div_ceil(PAGE)].to_vec(),
+                first: first_moved(keep),
+                taken: Vec::new(),
+            };
+            for place in self.shared_among(table, keep) {
+                let block = free.split_off(free.len() - 1)[0];
+                of.blocks[place] = block;
+                of.taken.push(block);
+                of.first = of.first.min(place * PAGE);
+            }
+            moves.push(of);
+        }
+        let done = self.move_heads(seq, keep, &moves);
+        let Some(sequence) = self.seqs.get_mut(&seq) else { return done };
+        if let Err(error) = done {
+            moves.iter().flat_map(|of| &of.taken).for_each(|&block| self.blocks.release(block));
+            return Err(error);
+        }
+        for (head, (of, keep)) in moves.into_iter().zip(keep.heads()).enumerate() {
+            let table = &mut sequence.heads[head];
+            let old = std::mem::replace(&mut table.blocks, of.blocks);
+            table.len = keep.len();
+            for (place, block) in old.into_iter().enumerate() {
+                if table.blocks.get(place) != Some(&block) {
+                    self.blocks.release(block);
+                }
+            }
+            if !of.taken.is_empty() {
+                let addresses = table.blocks.iter().map(|&block| self.blocks.address(block));
+                let addresses: Vec<u64> = addresses.collect();
+                let first = head * sequence.places;
+                let mut to = sequence.table.slice_mut(first..first + addresses.len());
+                stream.memcpy_htod(&addresses, &mut to)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The places of a head's blocks that dropping entries writes to and that others share.
+    fn shared_among(&self, table: &Table, keep: &[u32]) -> Vec<usize> {
+        let first = first_moved(keep);
+        if first == keep.len() {
+            return Vec::new();
+        }
+        let written = first / PAGE..keep.len().div_ceil(PAGE);
+        written.filter(|&place| self.blocks.shared(table.blocks[place])).collect()
+    }
+
+    fn move_heads(&self, seq: SeqId, keep: &Selection, moves: &[Moves]) -> Result<()> {
+        let (stream, sequence) = (self.stream(), self.known(seq)?);
+        let entries = |(of, keep): (&Moves, &Vec<u32>)| keep[of.first..].to_vec();
+        let lists: Vec<_> = moves.iter().zip(keep.heads()).map(entries).collect();
+        let entries = lists.concat();
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let entries = stream.clone_htod(&entries)?;
+        let new = |of: &Moves| if of.taken.is_empty() { Vec::new() } else { of.blocks.clone() };
+        let tables: Vec<u32> = moves.iter().flat_map(new).collect();
+        let mut addresses: Vec<u64> =
+            tables.iter().map(|&block| self.blocks.address(block)).collect();
+        addresses.push(0);
+        let tables = stream.clone_htod(&addresses)?;
+        let (mut entries_at, mut table_at) =
+            (entries.device_ptr(&stream).0, tables.device_ptr(&stream).0);
+        let mut rows = Vec::new();
+        for (head, (of, list)) in moves.iter().zip(&lists).enumerate() {
+            let from = sequence.address(&stream, head);
+            let to = if of.taken.is_empty() { from } else { table_at };
+            let (first, count) = (of.first as i32, list.len() as i32);
+            rows.push(paged::MoveRow { from, to, entries: entries_at, first, count });
+            entries_at += 4 * list.len() as u64;
+            if !of.taken.is_empty() {
+                table_at += 8 * of.blocks.len() as u64;
+            }
+        }
+        let on_device = stream.clone_htod(&rows)?;
+        let address = on_device.device_ptr(&stream).0;
+        // SAFETY: the tables name blocks of the pool, the entries are held, and none moves to a
+        // later place.
+        unsafe { paged::move_entries(&stream, self.shape.head_dim, address, rows.len()) }
+    }
+
+    /// One head's keys and values in f32.
+    pub fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
+        let len = self.known(seq)?.heads[kv_head].len;
+        let all = (0..len as u32).collect();
+        let rows = self.gather(&[(seq, kv_head, all)])?;
+        let (blocks, d) = (len.div_ceil(PAGE), self.shape.head_dim);
+        let rows = rows.reshape((blocks.max(1), 2, PAGE, d))?;
+        let part = |i: usize| -> Result<Tensor> {
+            let x = rows.narrow(1, i, 1)?.reshape(((), d))?.narrow(0, 0, len)?;
+            Ok(x.to_dtype(DType::F32)?)
+        };
+        Ok((part(0)?, part(1)?))
+    }
+
+    /// Copies entries of some kv heads to blocks that lie one after the other, each head's to blocks
+    /// of its own: `[blocks, 2, PAGE, head_dim]`. What follows a head's last entry may be anything.
+    pub(super) fn gather(&self, lists: &[(SeqId, usize, Vec<u32>)]) -> Result<Tensor> {
+        let stream = self.stream();
+        let blocks = |(_, _, list): &(SeqId, usize, Vec<u32>)| list.len().div_ceil(PAGE);
+        let total: usize = lists.iter().map(blocks).sum();
+        let dims = (total.max(1), 2, PAGE, self.shape.head_dim);
+        let device = Device::Cuda(self.device.clone());
+        // SAFETY: entries are written before they are read.
+        let out = unsafe { Tensor::empty(dims, self.dtype, &device) }?;
+        let entries: Vec<u32> = lists.iter().flat_map(|(_, _, list)| list).copied().collect();
+        if entries.is_empty() {
+            return Ok(out);
+        }
+        let start = crate::cuda::address(&out)?;
+        let size = self.blocks.size() as u64;
+        let addresses: Vec<u64> = (0..total as u64).map(|i| start + i * size).collect();
+        let (entries, addresses) = (stream.clone_htod(&entries)?, stream.clone_htod(&addresses)?);
+        let (mut entries_at, mut to) =
+            (entries.device_ptr(&stream).0, addresses.device_ptr(&stream).0);
+        let mut rows = Vec::new();
+        for of @ (seq, head, list) in lists {
+            let from = match self.seqs.get(seq) {
+                Some(sequence) => sequence.address(&stream, *head),
+                None => 0,
+            };
+            let count = list.len() as i32;
+            rows.push(paged::MoveRow { from, to, entries: entries_at, first: 0, count });
+            entries_at += 4 * list.len() as u64;
+            to += 8 * blocks(of) as u64;
+        }
+        let rows_on = stream.clone_htod(&rows)?;
+        let address = rows_on.device_ptr(&stream).0;
+        // SAFETY: the entries are held, and the tensor has room for them.
+        unsafe { paged::move_entries(&stream, self.shape.head_dim, address, rows.len()) }?;
+        Ok(out)
+    }
+
+    pub fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        let stream = self.stream();
+        let sequence = self.known(from)?;
+        let table = stream.clone_dtod(&sequence.table)?;
+        let copy = Sequence { heads: sequence.heads.clone(), table, places: sequence.places };
+        let blocks = copy.heads.iter().flat_map(|table| &table.blocks);
+        blocks.for_each(|&block| self.blocks.share(block));
+        self.seqs.insert(to, copy);
+        Ok(())
+    }
+
+    pub fn truncate(&mut self, seq: SeqId, len: usize) {
+        for table in self.seqs.get_mut(&seq).into_iter().flat_map(|of| &mut of.heads) {
+            table.len = table.len.min(len);
+            let rest = table.blocks.drain(table.len.div_ceil(PAGE)..);
+            rest.for_each(|block| self.blocks.release(block));
+        }
+    }
+
+    pub fn remove(&mut self, seq: SeqId) -> bool {
+        let Some(sequence) = self.seqs.remove(&seq) else { return false };
+        let blocks = sequence.heads.iter().flat_map(|table| &table.blocks);
+        blocks.for_each(|&block| self.blocks.release(block));
+        true
+    }
+}
+
+/// The first place to which another entry moves.
+fn first_moved(keep: &[u32]) -> usize {
+    keep.iter().enumerate().take_while(|(place, entry)| *place == **entry as usize).count()
+}

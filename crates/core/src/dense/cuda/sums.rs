@@ -1,0 +1,82 @@
+//! Attention probabilities summed up by entry.
+
+use super::CudaSeqs;
+use crate::attention::sums_on_device;
+use crate::cuda::{PAGE, address, paged};
+use crate::{Batch, Mask, Result};
+use candle_core::{DType, Tensor};
+use longctx_cuda::cudarc::driver::DevicePtr;
+
+impl CudaSeqs {
+    pub fn attention_sums(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        lse: &Tensor,
+        mask: Mask<'_>,
+    ) -> Result<Vec<Tensor>> {
+        self.check_queries(batch, q, mask)?;
+        if let Mask::Entries(ranges) = mask {
+            return self.sums_of_lists(batch, q, lse, ranges);
+        }
+        let stream = self.stream();
+        let mut work = Vec::new();
+        for (seq, tokens) in batch.iter() {
+            for kv_head in 0..self.shape.kv_heads {
+                let sequence = self.seqs.get(&seq);
+                work.push(paged::SumsWork {
+                    table: sequence.map_or(0, |sequence| sequence.address(&stream, kv_head)),
+                    len: sequence.map_or(0, |sequence| sequence.heads[kv_head].len as i32),
+                    kv_head: kv_head as i32,
+                    queries: tokens.len() as i32,
+                    first_token: tokens.start as i32,
+                    ..Default::default()
+                });
+            }
+        }
+        sums_on_device(&self.device, work, &self.fit(q)?, lse, &self.shape, mask)
+    }
+
+    /// Sums over the entries that ranges name, in their places; 0 elsewhere.
+    fn sums_of_lists(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        lse: &Tensor,
+        ranges: &crate::EntryRanges,
+    ) -> Result<Vec<Tensor>> {
+        let (stream, kv_heads) = (self.stream(), self.shape.kv_heads);
+        let lists = self.lists(batch, ranges);
+        let blocks = self.gather(&lists)?;
+        let (start, size) = (address(&blocks)?, self.blocks.size() as u64);
+        let addresses: Vec<u64> =
+            (0..blocks.dim(0)? as u64).map(|block| start + block * size).collect();
+        let addresses = stream.clone_htod(&addresses)?;
+        let mut table = addresses.device_ptr(&stream).0;
+        let mut work = Vec::new();
+        for (i, (_, kv_head, list)) in lists.iter().enumerate() {
+            let tokens = &batch.cu_seqlens()[i / kv_heads..];
+            work.push(paged::SumsWork {
+                table,
+                len: list.len() as i32,
+                kv_head: *kv_head as i32,
+                queries: (tokens[1] - tokens[0]) as i32,
+                first_token: tokens[0] as i32,
+                ..Default::default()
+            });
+            table += 8 * list.len().div_ceil(PAGE) as u64;
+        }
+        let full = Mask::Full;
+        let sums = sums_on_device(&self.device, work, &self.fit(q)?, lse, &self.shape, full)?;
+        let place = |((seq, head, list), sums): (&(crate::SeqId, usize, Vec<u32>), Tensor)| {
+            let len = self.seqs.get(seq).map_or(0, |sequence| sequence.heads[*head].len);
+            let all = Tensor::zeros((self.shape.group(), len), DType::F32, q.device())?;
+            if list.is_empty() {
+                return Ok(all);
+            }
+            let places = Tensor::new(list.as_slice(), q.device())?;
+            Ok(all.index_add(&places, &sums, 1)?)
+        };
+        lists.iter().zip(sums).map(place).collect()
+    }
+}

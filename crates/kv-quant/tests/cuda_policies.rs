@@ -1,0 +1,174 @@
+//! token-drop's caches over dense and packed stores on a CUDA device beside the same on the CPU, on
+//! the same numbers. Without a device the tests are skipped.
+#![cfg(feature = "cuda")]
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use kv_quant::{Bits, Format, QuantStore};
+use longctx_core::{
+    AttentionShape, Batch, DenseStore, KvCache, KvStore, LayerSpec, Rope, RopeScaling, SeqId, Step,
+};
+use token_drop::*;
+
+const HEADS: usize = 8;
+const KV_HEADS: usize = 2;
+const DIM: usize = 64;
+
+fn shape() -> AttentionShape {
+    AttentionShape::new(HEADS, KV_HEADS, DIM).unwrap()
+}
+
+fn spec() -> LayerSpec {
+    let rope = Rope::new(DIM, DIM, 10_000.0, RopeScaling::None).unwrap();
+    LayerSpec::new(shape()).with_rope(Arc::new(rope))
+}
+
+/// Numbers that depend on the seed alone, and that f16 holds.
+fn numbers(seed: &mut u64, tokens: usize, heads: usize) -> Tensor {
+    let mut number = || {
+        *seed =
+            seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((*seed >> 40) as f32 / (1 << 23) as f32 - 1.0) * 2.5
+    };
+    let data: Vec<f32> = (0..tokens * heads * DIM).map(|_| number()).collect();
+    let x = Tensor::from_vec(data, (tokens, heads, DIM), &Device::Cpu).unwrap();
+    x.to_dtype(DType::F16).unwrap()
+}
+
+fn relative(got: &Tensor, want: &Tensor) -> f32 {
+    let f32 = |x: &Tensor| x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+    let (got, want) = (f32(got), f32(want));
+    let norm = |x: Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+    norm((&got - &want).unwrap()) / norm(want).max(1e-6)
+}
+
+const CALLS: [&[(SeqId, usize)]; 6] = [
+    &[(0, 500), (1, 70)],
+    &[(0, 1), (1, 1)],
+    &[(1, 1), (2, 140)],
+    &[(0, 1), (1, 1), (2, 1)],
+    &[(2, 6), (0, 1)],
+    &[(2, 1), (1, 1), (0, 1)],
+];
+
+/// Feeds the same to a cache of each side. `check` looks at both after each call.
+fn compare<A: KvCache, B: KvCache>(
+    name: &str,
+    (host, other): (&mut A, &mut B),
+    device: &Device,
+    mut check: impl FnMut(&A, &B, &str),
+) {
+    let mut seed = 11;
+    for (i, call) in CALLS.iter().enumerate() {
+        let batch = Batch::new(call).unwrap();
+        let q = numbers(&mut seed, batch.tokens(), HEADS);
+        let [k, v] = [0; 2].map(|_| numbers(&mut seed, batch.tokens(), KV_HEADS));
+        let [dq, dk, dv] = [&q, &k, &v].map(|x| x.to_device(device).unwrap());
+        let want = host.attend(&Step { batch: &batch, q: &q, k: &k, v: &v }).unwrap();
+        let got = other.attend(&Step { batch: &batch, q: &dq, k: &dk, v: &dv });
+        let got = got.unwrap_or_else(|error| panic!("{name}, call {i}: {error}"));
+        check(host, other, &format!("{name}, call {i}"));
+        let error = relative(&got, &want);
+        assert!(error <= 2e-3, "{name}, call {i}: {error}");
+    }
+}
+
+type Policies<S> = Vec<(&'static str, PolicyCache<S, Box<dyn EvictionPolicy>>)>;
+
+fn policies<S: KvStore + 'static>(store: impl Fn() -> S) -> Policies<S> {
+    let budget = Budget::Ratio(0.4);
+    let adaptive = HeadBudgets::Adaptive { safeguard: 0.2 };
+    let snap_kv = || {
+        let policy = SnapKv::new(16).unwrap();
+        PolicyCache::snap_kv(spec(), store(), policy, budget.clone()).unwrap()
+    };
+    let decoding = |policy: Box<dyn EvictionPolicy>| {
+        let cache = PolicyCache::new(spec(), store(), policy, budget.clone()).unwrap();
+        cache.with_decode_step(Some(2)).unwrap()
+    };
+    let finch = PolicyCache::finch(spec(), store(), Finch::new(9).unwrap(), budget.clone());
+    let expected = ExpectedAttention::default();
+    let expected = PolicyCache::expected_attention(spec(), store(), expected, budget.clone());
+    let lag_kv = PolicyCache::lag_kv(spec(), store(), LagKv::new(4, 32).unwrap(), budget.clone());
+    let duo = DuoAttention::new(vec![false, true], 4, 60).unwrap();
+    vec![
+        ("SnapKV", snap_kv().boxed()),
+        ("SnapKV, adaptive", snap_kv().with_head_budgets(adaptive).unwrap().boxed()),
+        ("SnapKV, chunks", snap_kv().with_granularity(Granularity::Chunk(10)).unwrap().boxed()),
+        ("SnapKV, decoding", snap_kv().with_decode_step(Some(1)).unwrap().boxed()),
+        ("H2O", PolicyCache::h2o(spec(), store(), H2o::default(), budget.clone()).unwrap().boxed()),
+        (
+            "TOVA",
+            PolicyCache::tova(spec(), store(), Tova::default(), budget.clone()).unwrap().boxed(),
+        ),
+        ("Finch", finch.unwrap().boxed()),
+        ("Expected Attention", expected.unwrap().boxed()),
+        ("LagKV", lag_kv.unwrap().boxed()),
+        ("K-norm", decoding(Box::new(KNorm))),
+        ("KeyDiff", decoding(Box::new(KeyDiff))),
+        ("KeyDiff, re-rotated", decoding(Box::new(KeyDiff)).with_rerotation().unwrap()),
+        ("random", decoding(Box::new(Random::new(3)))),
+        ("recent", PolicyCache::recent(spec(), store(), 4, budget.clone()).unwrap().boxed()),
+        ("DuoAttention", PolicyCache::duo_attention(spec(), store(), &duo).unwrap().boxed()),
+    ]
+}
+
+fn check_policies<S: KvStore + 'static>(store: impl Fn() -> S + Copy) {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    for ((name, mut host), (_, mut other)) in policies(store).into_iter().zip(policies(store)) {
+        compare(name, (&mut host, &mut other), &device, |host, other, what| {
+            for seq in 0..3 {
+                assert_eq!(host.positions(seq), other.positions(seq), "{what}: sequence {seq}");
+                assert_eq!(host.store().lens(seq), other.store().lens(seq), "{what}");
+            }
+        });
+    }
+}
+
+fn check_retrieval<S: KvStore>(store: impl Fn() -> S) {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let held = |host: &dyn KvCache, other: &dyn KvCache, what: &str| {
+        (0..3).for_each(|seq| assert_eq!(host.held(seq), other.held(seq), "{what}"));
+    };
+    let streaming = || StreamingLlm::new(spec(), store(), 4, 100).unwrap();
+    compare("StreamingLLM", (&mut streaming(), &mut streaming()), &device, |a, b, what| {
+        held(a, b, what);
+    });
+    let quest = || Quest::new(spec(), store(), 64).unwrap();
+    compare("Quest", (&mut quest(), &mut quest()), &device, |a, b, what| held(a, b, what));
+}
+
+fn dense() -> DenseStore {
+    DenseStore::new(shape(), DType::F16).unwrap()
+}
+
+fn packed() -> QuantStore {
+    QuantStore::new(shape(), Format::kivi(Bits::Eight, Bits::Eight, 32, 32).unwrap()).unwrap()
+}
+
+#[test]
+fn policies_over_dense_stores_keep_what_they_keep_on_the_cpu() {
+    check_policies(dense);
+}
+
+#[test]
+fn policies_over_packed_stores_keep_what_they_keep_on_the_cpu() {
+    check_policies(packed);
+}
+
+#[test]
+fn retrieval_over_dense_stores_attends_as_on_the_cpu() {
+    check_retrieval(dense);
+}
+
+#[test]
+fn retrieval_over_packed_stores_attends_as_on_the_cpu() {
+    check_retrieval(packed);
+}
