@@ -215,9 +215,9 @@ fn answers_come_streamed_and_several_at_once() {
         assert_eq!((record.score.value, record.prompt_tokens, record.new_tokens), (1.0, 5, 2));
         assert_eq!((record.kv_bytes, record.ratio()), (Some(350), Some(2.0)));
         let timings = record.timings;
-        assert!(
-            timings.first_token_seconds >= 0.02 && timings.decode_tokens_per_second.unwrap() < 51.0
-        );
+        // The server waits before each of the two tokens. A busy client may see both at once.
+        assert!(timings.first_token_seconds >= 0.02 && timings.total_seconds >= 0.04);
+        assert!(timings.decode_tokens_per_second.unwrap() > 0.0);
     }
     let seen = fake.seen.lock().unwrap();
     let body = &seen[0].1;
