@@ -28,7 +28,7 @@ impl School {
 use School::*;
 
 /// How names begin, the longer before the shorter.
-const LINES: [(&str, School, &str); 39] = [
+const LINES: [(&str, School, &str); 41] = [
     ("streaming-llm-4x-kivi", Both, "StreamingLLM over KIVI's store"),
     ("snap-kv-4x-kivi", Both, "SnapKV over KIVI's store"),
     ("dense-", Dense, "keys and values as they are, in this type"),
@@ -40,6 +40,8 @@ const LINES: [(&str, School, &str); 39] = [
     ("flexgen-", Quantization, "FlexGen: groups within each token"),
     ("turboquant", Quantization, "TurboQuant: codebooks after a rotation"),
     ("kvarn", Quantization, "KVarN: Hadamard and variance normalisation over both axes"),
+    ("int3-", Quantization, "3-bit integers within each token, after a Hadamard rotation"),
+    ("int4-", Quantization, "4-bit integers within each token, after a Hadamard rotation"),
     ("fp8", Quantization, "8-bit floating point"),
     ("duo-attention", Eviction, "DuoAttention: streaming heads keep sinks and a window"),
     ("streaming-llm", Eviction, "StreamingLLM: attention sinks and the newest tokens"),
