@@ -137,6 +137,30 @@ pub trait KvCache: Send {
     fn clear(&mut self);
 }
 
+/// Whether a sequence of `seen` tokens, of which the newest `held` are left, can go back to its first
+/// `len`: the rest must still fill the window of the token to come.
+///
+/// # Errors
+/// [`Error::Mismatch`] if fewer tokens were fed; [`Error::Unsupported`] if too many have slid out.
+pub(crate) fn check_window_truncate(
+    seq: SeqId,
+    seen: usize,
+    held: usize,
+    window: Option<usize>,
+    len: usize,
+) -> Result<()> {
+    if len > seen {
+        let what = format!("tokens of sequence {seq} to keep");
+        return Err(Error::mismatch(what, format!("at most {seen}"), len));
+    }
+    let reach = window.map_or(len, |window| window - 1);
+    if len < seen && seen - held > len.saturating_sub(reach) {
+        let what = "truncating a sequence beyond what its sliding window still holds";
+        return Err(Error::Unsupported(what.into()));
+    }
+    Ok(())
+}
+
 /// Checks that every sequence of a batch is new to a cache, as prompts must be.
 ///
 /// # Errors

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::cache::check_window_truncate;
 use crate::{
     AttentionState, Batch, EntryRanges, Error, Footprint, KvCache, KvStore, LayerSpec, Mask,
     Result, Selection, SeqId, Step, attention, check_new,
@@ -240,18 +241,10 @@ impl<S: KvStore> KvCache for WindowCache<S> {
 
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
         let seen = *self.seen.get(&seq).ok_or(Error::UnknownSequence(seq))?;
-        if len > seen {
-            let what = format!("tokens of sequence {seq} to keep");
-            return Err(Error::mismatch(what, format!("at most {seen}"), len));
-        }
-        let dropped = seen - self.store.len(seq);
-        // The rest must still fill the window of the token to come.
-        if len < seen && dropped > len.saturating_sub(self.window - 1) {
-            let what = "truncating a sequence beyond what its sliding window still holds";
-            return Err(Error::Unsupported(what.into()));
-        }
+        let held = self.store.len(seq);
+        check_window_truncate(seq, seen, held, Some(self.window), len)?;
         match len < seen {
-            true => self.store.check_truncate(seq, len - dropped),
+            true => self.store.check_truncate(seq, len - (seen - held)),
             false => Ok(()),
         }
     }

@@ -272,7 +272,7 @@ fn attend_kernel(
 /// # Safety
 /// The addresses must be those of arrays on the stream's device, of the sizes and formats that the
 /// fields give, until the work that is launched here has ended. Lists and tables must stay within
-/// the arrays that they speak of.
+/// the arrays that they describe.
 pub unsafe fn attend(
     stream: &Arc<CudaStream>,
     half: Half,

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 
 use super::DenseStore;
+use crate::cache::check_window_truncate;
 use crate::{
     Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result, Selection, SeqId, Step,
     check_new,
@@ -120,20 +121,8 @@ impl KvCache for DenseCache {
 
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
         let seen = *self.seen.get(&seq).ok_or(Error::UnknownSequence(seq))?;
-        if len > seen {
-            let what = format!("tokens of sequence {seq} to keep");
-            return Err(Error::mismatch(what, format!("at most {seen}"), len));
-        }
-        // Entries that slid out of the window are gone: the rest must still fill the window of the
-        // token to come.
-        let dropped = seen - self.store.len(seq);
-        let reach = self.spec.shape.window.map_or(len, |window| window - 1);
-        let first_seen = len.saturating_sub(reach);
-        if len < seen && dropped > first_seen {
-            let what = "truncating a sequence beyond what its sliding window still holds";
-            return Err(Error::Unsupported(what.into()));
-        }
-        Ok(())
+        let held = self.store.len(seq);
+        check_window_truncate(seq, seen, held, self.spec.shape.window, len)
     }
 
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {

@@ -202,7 +202,7 @@ fn grouped<'a>(record: &&'a Record) -> Option<(&'a Record, String)> {
     Some((*record, record.group.clone()?))
 }
 
-/// A name with what it is sorted by.
+/// A name and its sort key.
 type Place = (u32, String);
 
 fn map(setting: &str, title: &str, cells: impl Iterator<Item = (Place, Place, f64)>) -> Map {

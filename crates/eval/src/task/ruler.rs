@@ -131,7 +131,7 @@ pub fn task(name: &str, source: &Arc<Source>) -> Result<Ruler> {
     Ok(Ruler { name, kind, source: Arc::clone(source) })
 }
 
-/// A prompt in its parts: `input` is what is asked, `prefix` is how the answer begins.
+/// A prompt in its parts: `input` is the question, `prefix` begins the answer.
 struct Prompt {
     input: String,
     prefix: String,

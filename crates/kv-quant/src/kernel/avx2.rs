@@ -138,7 +138,7 @@ enum Decoder {
     Integers(__m256i, f32),
     /// The lower and the upper eight of 16 levels.
     Table(__m256, __m256),
-    /// What is kept of a byte's shifted bits, how far they are shifted, and what they count.
+    /// The mask of a byte's shifted bits, the shift, and their weight.
     Floats(__m256i, __m128i, f32),
 }
 

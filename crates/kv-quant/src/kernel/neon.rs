@@ -109,7 +109,7 @@ enum Decoder {
     Integers(uint32x4_t, f32),
     /// The bytes of 16 levels.
     Table(uint8x16x4_t),
-    /// What is kept of a byte's shifted bits, how far they are shifted, and what they count.
+    /// The mask of a byte's shifted bits, the shift, and their weight.
     Floats(uint32x4_t, int32x4_t, f32),
 }
 
