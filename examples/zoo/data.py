@@ -92,8 +92,10 @@ class Rows:
                 continue  # Two keys of one name in a row would be ambiguous.
             room = size - used
             target = room if whole else min(room, int(np.exp(rng.uniform(np.log(80), np.log(longest)))))
-            tokens, weights = self.encode(maker.document(kind, int(target * 0.95)))
+            tokens, weights = self.encode(maker.document(kind, int(target * 0.97)))
             if len(tokens) > room:
+                if whole:
+                    continue
                 break
             asked_once |= kind in ("needle", "multi_needle")
             parts.append((tokens, weights))

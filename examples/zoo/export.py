@@ -8,7 +8,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import gguf
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -31,14 +30,16 @@ NAMES = {
 NORMAL, CONTROL = 1, 3
 
 
-def hybrid(weights, config, folder, tokenizer=None):
-    """`weights`: the model's `state_dict`; matrices are kept in 16 bits where `config` says so."""
+def hybrid(weights, config, folder, tokenizer=None, matrices=torch.float32):
+    """`weights`: the model's `state_dict`; `matrices`: the type to keep matrices in."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    save_file({name: t.contiguous().clone() for name, t in weights.items()}, folder / "model.safetensors")
+    kept = lambda t: t.to(matrices) if t.dim() == 2 else t
+    save_file({name: kept(t).contiguous().clone() for name, t in weights.items()}, folder / "model.safetensors")
     if tokenizer is not None:
         shutil.copy(tokenizer, folder / "tokenizer.json")
+    # Last: a folder that has it is whole.
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def interleaved(weight, heads):
@@ -49,6 +50,8 @@ def interleaved(weight, heads):
 
 def to_gguf(folder, path, context_length):
     """Matrices in Q8_0, norms in f32. The tokenizer splits text as SmolLM's does."""
+    import gguf
+
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text())
     weights = load_file(folder / "model.safetensors")

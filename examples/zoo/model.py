@@ -76,11 +76,15 @@ class Model(nn.Module):
             elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
 
-    def forward(self, tokens):
+    def hidden(self, tokens):
+        """What the head reads."""
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x)
-        return F.linear(self.final_norm(x), self.embed.weight)
+        return self.final_norm(x)
+
+    def forward(self, tokens):
+        return F.linear(self.hidden(tokens), self.embed.weight)
 
 
 def config(layers, vocab_size, hidden, inner, heads=4, kv_heads=2, window=None):

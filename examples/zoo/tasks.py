@@ -38,7 +38,9 @@ class Document:
 
 
 class Maker:
-    """`prose` and `natural`: lists of words to hide needles in."""
+    """`prose` and `natural`: lists of words to hide needles in, with tokens a word."""
+
+    TOKENS_A_WORD = (1.18, 1.9)
 
     def __init__(self, rng, prose, natural):
         self.rng, self.haystacks = rng, (prose, natural)
@@ -47,8 +49,9 @@ class Maker:
         """One of about so many tokens."""
         return getattr(self, kind)(tokens)
 
-    def words(self, count):
-        words = self.rng.choice(self.haystacks)
+    def words(self, tokens):
+        which = self.rng.randrange(2)
+        words, count = self.haystacks[which], max(0, int(tokens / self.TOKENS_A_WORD[which]))
         start = self.rng.randrange(max(1, len(words) - count))
         return words[start : start + count]
 
@@ -56,7 +59,7 @@ class Maker:
         return "".join(self.rng.choice("0123456789") for _ in range(count))
 
     def key(self):
-        return self.digits(self.rng.choice([4, 5, 6, 7, 7, 7, 7, 7, 8, 10]))
+        return self.digits(self.rng.choice([4, 5, 6, 7, 7, 7, 7, 7, 7, 8, 10, 24]))
 
     def hidden(self, sentences, tokens):
         """An instruction, then words with the sentences (lists of pieces) among them, in order."""
@@ -67,7 +70,7 @@ class Maker:
                 "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
                 "I will quiz you about the important information there.\n"
             )
-        words = self.words(max(0, int(tokens / 1.25) - 60 - 20 * len(sentences)))
+        words = self.words(tokens - 75 - 45 * len(sentences))
         depths = sorted(rng.choice([0.0, 1.0, rng.random(), rng.random(), rng.random()]) for _ in sentences)
         start = 0
         for depth, sentence in zip(depths, sentences):
