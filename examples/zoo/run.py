@@ -30,6 +30,7 @@ def main():
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--keep", action="append", default=[])
     parser.add_argument("--batch-tokens", default=str(recipes.BATCH_TOKENS))
+    parser.add_argument("--learning-rate", default=str(recipes.LEARNING_RATE))
     parser.add_argument("--samples", default="128")
     parser.add_argument("--lengths", default="512,1024,2048,4096")
     parser.add_argument("specs", nargs="+")
@@ -72,7 +73,8 @@ def main():
             folder = a.work / f"{name}@{seed}-{of}"
             command = [
                 sys.executable, HERE / "train.py", name, "--seed", seed, "--corpus", a.corpus, "--data", a.work / of,
-                "--out", folder, "--seconds", seconds, "--batch-tokens", a.batch_tokens, "--samples", a.samples, "--lengths", a.lengths,
+                "--out", folder, "--seconds", seconds, "--batch-tokens", a.batch_tokens, "--learning-rate", a.learning_rate,
+                "--samples", a.samples, "--lengths", a.lengths,
             ]
             process = subprocess.Popen(
                 [str(part) for part in command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

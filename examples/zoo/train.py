@@ -23,7 +23,7 @@ import tasks
 from data import Rows
 from model import Model
 
-EVERY = 50
+EVERY = 100
 NATURAL, ANSWER = 10, 20
 
 
@@ -40,9 +40,9 @@ def losses(hidden, head, targets, weights):
     return (each * weights).sum() / weights.sum(), torch.stack(sums)
 
 
-def learning_rate(progress):
-    rising = min(1.0, progress / recipes.WARM_UP)
-    return recipes.LEARNING_RATE * rising * max(0.02, 1 - progress)
+def schedule(progress):
+    """The share of the highest learning rate."""
+    return min(1.0, progress / recipes.WARM_UP) * max(0.02, 1 - progress)
 
 
 def optimizer(model, device):
@@ -52,7 +52,7 @@ def optimizer(model, device):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device == "cuda")
 
 
-def train(model, data, device, seconds, batch_tokens, log):
+def train(model, data, device, seconds, batch_tokens, learning_rate, log):
     tokens = np.load(f"{data}.tokens.npy", mmap_mode="r")
     weights = np.load(f"{data}.weights.npy", mmap_mode="r")
     rows = max(1, batch_tokens // (tokens.shape[1] - 1))
@@ -71,7 +71,7 @@ def train(model, data, device, seconds, batch_tokens, log):
         if progress >= 1:
             break
         for group in optim.param_groups:
-            group["lr"] = learning_rate(progress)
+            group["lr"] = learning_rate * schedule(progress)
         batch = slice(at * rows, (at + 1) * rows)
         ids, weight = (torch.from_numpy(x[batch].astype(np.int64)).to(device, non_blocking=True) for x in (tokens, weights))
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -118,11 +118,13 @@ def test(model, corpus, device, samples, lengths, log):
     for length in lengths:
         for kind in tasks.KINDS:
             maker = tasks.Maker(random.Random(f"test {kind} {length}"), *rows.haystacks)
-            documents = []
+            documents, aim = [], length * 0.97
             while len(documents) < samples:
-                tokens, weights = rows.encode(maker.document(kind, int(length * 0.97)))
+                tokens, weights = rows.encode(maker.document(kind, int(aim)))
                 if len(tokens) <= length:
                     documents.append((tokens, weights))
+                else:
+                    aim *= 0.99
             whole = right = count = 0
             size = max(1, 32_768 // length)
             for start in range(0, samples, size):
@@ -149,6 +151,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int, default=recipes.BATCH_TOKENS)
+    parser.add_argument("--learning-rate", type=float, default=recipes.LEARNING_RATE)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--lengths", default="512,1024,2048,4096")
     a = parser.parse_args()
@@ -166,7 +169,7 @@ def main():
             print(a.out.name, json.dumps(line), flush=True)
 
         log({"model": a.model, "seed": a.seed, "data": Path(a.data).name, "parameters": recipes.parameters(settings)})
-        train(model, a.data, device, a.seconds, a.batch_tokens, log)
+        train(model, a.data, device, a.seconds, a.batch_tokens, a.learning_rate, log)
         weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
         export.hybrid(weights, settings, a.out, a.corpus / "tokenizer.json", torch.float16)
         log({"trained": round(time.time() - began, 1)})
