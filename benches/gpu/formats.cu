@@ -151,13 +151,12 @@ void plain_side(const void* x, float* y, int rows, int tokens, int packed, int d
 
 template <class L>
 __global__ void __launch_bounds__(TOKEN_THREADS) tokens_kernel(const FillArgs args) {
-    QuantizeTokens<L>::run(args);
+    quantize_tokens<L>(args);
 }
 
 template <class L>
 __global__ void __launch_bounds__(BALANCE_THREADS) balance_kernel(const FillArgs args) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    reinterpret_cast<Balance<L>*>(shared)->run(args);
+    quantize_balanced<L>(args);
 }
 
 template <class L>
@@ -167,14 +166,14 @@ Config format(std::string name, std::vector<Variant> attend, int rotated = 0, bo
     Config c = config<L>(name, attend);
     constexpr bool BALANCED = K::PARAMS == Params::BALANCED;
     if constexpr (BALANCED) {
-        c.quantize = balance_kernel<L>, c.quantize_threads = BALANCE_THREADS, c.quantize_shared = sizeof(Balance<L>), c.k_parts = 1;
+        c.quantize = balance_kernel<L>, c.quantize_threads = BALANCE_THREADS, c.quantize_shared = balance_shared<L>(), c.k_parts = 1;
         OK(cudaFuncSetAttribute(c.quantize, cudaFuncAttributeMaxDynamicSharedMemorySize, c.quantize_shared));
     } else {
         c.quantize = tokens_kernel<L>, c.quantize_threads = TOKEN_THREADS, c.quantize_shared = 0, c.k_parts = L::TILES;
     }
-    c.rotated = rotated, c.f16_steps = f16_steps, c.limit = 4e-3;
-    if (K::PARAMS == Params::NONE) c.key_scale = 0.02f;
-    if (V::PARAMS == Params::NONE) c.value_scale = 0.01f;
+    c.rotated = rotated, c.f16_steps = f16_steps, c.limit = 2e-2;
+    if (K::PARAMS == Params::NONE) c.key_scale = 0.0173f;
+    if (V::PARAMS == Params::NONE) c.value_scale = 0.0117f;
     PlainScheme k{K::CODES, K::PARAMS, K::BITS, (rotated & ROTATED_KEYS) != 0, f16_steps, c.key_scale}, v{V::CODES, V::PARAMS, V::BITS, (rotated & ROTATED_VALUES) != 0, f16_steps, c.value_scale};
     c.plain = [=](const void* x, const void* y, float* to_k, float* to_v, int rows, int tokens, int packed_k, int packed_v, int kind) {
         plain_side(x, to_k, rows, tokens, packed_k, L::D, L::GROUP, k, false, kind), plain_side(y, to_v, rows, tokens, packed_v, L::D, L::GROUP, v, true, kind);
@@ -184,12 +183,12 @@ Config format(std::string name, std::vector<Variant> attend, int rotated = 0, bo
 
 template <class L>
 std::vector<Variant> usual() {
-    return {variant<L, 1, attend_warps<L>(), 3>()};
+    return {variant<L, 1, attend_warps<L>(), attend_stages<L>()>()};
 }
 
 template <class L>
 std::vector<Variant> several() {
-    return {variant<L, 1, 4, 3>(), variant<L, 1, 4, 4>(), variant<L, 1, 8, 3>(), variant<L, 1, 8, 2>()};
+    return {variant<L, 1, attend_warps<L>(), attend_stages<L>()>(), variant<L, 1, 4, 3>(), variant<L, 1, 8, 3>()};
 }
 
 #ifdef TIMES

@@ -161,7 +161,9 @@ struct Config {
     int quantize_threads, quantize_shared, k_parts;
     // What the first packed keys and values of each row stand for; the rest as it is.
     std::function<void(const void* k, const void* v, float* yk, float* yv, int rows, int tokens, int packed_k, int packed_v, int kind)> plain;
-    double limit;  // of the relative difference of the numbers that both quantizers give
+    // Of the relative difference of the numbers that both quantizers give. Where it is not 0 since ties may go the other way, attention is compared with plain
+    // attention over the numbers that the records hold.
+    double limit;
     void (*unpack)(const UnpackArgs);
     void (*sums)(const AttendArgs);
     int sums_shared;
@@ -359,6 +361,10 @@ double check(const Config& c, const Variant& v, const Case& s, int splits) {
     }
     double* off = (double*)counters.p + 1;
     compare<<<256, 256>>>(got_k.p, ref_k.p, rows, t, packed_k, d, off), compare<<<256, 256>>>(got_v.p, ref_v.p, rows, t, packed_v, d, off + 2);
+    for (int row = 0; row < rows && c.limit > 0; row++) {
+        i64 at = (i64)row * t * d;
+        OK(cudaMemcpy(ref_k.p + at, got_k.p + at, (i64)packed_k * d * 4, cudaMemcpyDeviceToDevice)), OK(cudaMemcpy(ref_v.p + at, got_v.p + at, (i64)packed_v * d * 4, cudaMemcpyDeviceToDevice));
+    }
     // The ring begins somewhere in its middle. Keys that are packed ahead of their values come from it too, here in full precision.
     int ring = residual + 5, start = ring * 2 / 3;
     ring_k.take((i64)rows * ring * d), ring_v.take((i64)rows * ring * d);

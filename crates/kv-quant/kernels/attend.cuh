@@ -131,30 +131,57 @@ __device__ __forceinline__ void packed_values(Running<L::D, N>& running, const u
     }
 }
 
-// Adds the sums over a tile of a record whose channels have factors.
+// The same where channels have factors of their own, of which `factors` holds those of channels g + 8 i: 32 channels after the other, each multiplied once it is summed.
 template <class L, int N>
-__device__ __forceinline__ void add_balanced(Running<L::D, N>& running, const Running<L::D, N>& tile, const unsigned char* header, int lane) {
-    constexpr int D = L::D;
-    float zero[N][2];
+__device__ __forceinline__ void balanced_values(Running<L::D, N>& running, const uint32_t (&p)[2][N][2], const unsigned char* tile, const uint4 (&factors)[L::D / 64], int lane) {
+    using S = typename L::Values;
+    using P = typename L::VPack;
+    constexpr int BLOCKS = L::D / 32, STEP = P::UNITS < BLOCKS ? P::UNITS : BLOCKS;
+    uint32_t scaled[2][N][2];
+    float zero[N][4] = {};
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const unsigned char* params = tile + r * 32 + lane % 4 * 8;
+        uint2 scale = *reinterpret_cast<const uint2*>(params + L::V_SCALE), min = make_uint2(0, 0);
+        if (lane < 4) min = *reinterpret_cast<const uint2*>(params + L::V_MIN);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            scaled[r][n][0] = multiply(p[r][n][0], scale.x), scaled[r][n][1] = multiply(p[r][n][1], scale.y);
+            mma(zero[n], {min.x, ONES, min.y, ONES}, p[r][n][0], p[r][n][1]);
+        }
+    }
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int e = 0; e < 2; e++) running.zero[n][e + 2] += tile.zero[n][e + 2], zero[n][e] = __shfl_sync(FULL, tile.zero[n][e], lane % 4);
+        for (int e = 0; e < 2; e++) running.zero[n][e + 2] += zero[n][e + 2], zero[n][e] = __shfl_sync(FULL, zero[n][e], lane % 4);
 #pragma unroll
-    for (int j = 0; j < D / 64; j++) {
-        uint4 x = load16(header + L::V_FACTOR + lane / 4 * (D / 4) + j * 16);
-        float factors[8];
-        widen(reinterpret_cast<float(&)[4]>(factors[0]), make_uint2(x.x, x.y)), widen(reinterpret_cast<float(&)[4]>(factors[4]), make_uint2(x.z, x.w));
+    for (int first = 0; first < BLOCKS; first += STEP) {
+        uint32_t words[2][P::UNITS * P::WORDS];
 #pragma unroll
-        for (int i = 0; i < 8; i++)
+        for (int r = 0; r < 2; r++) P::load(words[r], tile + L::V_CODES, (r * BLOCKS + first) / P::UNITS, lane);
 #pragma unroll
-            for (int n = 0; n < N; n++)
+        for (int u = 0; u < STEP; u++)
 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int c = 4 * j + i / 2, h = i % 2;
-                    float value = fmaf(tile.out[c][n][e + 2 * h], unscale<typename L::Values>(2 * c + h), zero[n][e]);
-                    running.out[c][n][e + 2 * h] = fmaf(value, factors[i], running.out[c][n][e + 2 * h]);
+            for (int f = 0; f < 2; f++) {
+                const int c = 2 * (first + u) + f;
+                float sum[N][4] = {}, factor[4];
+                const uint4 four = factors[c / 4];
+                widen(factor, c % 4 < 2 ? make_uint2(four.x, four.y) : make_uint2(four.z, four.w));
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    uint32_t a[4];
+                    fragment<S>(a, words[r] + ((r * BLOCKS + first) % P::UNITS + u) * P::WORDS, f);
+#pragma unroll
+                    for (int n = 0; n < N; n++) mma(sum[n], a, scaled[r][n][0], scaled[r][n][1]);
                 }
+#pragma unroll
+                for (int n = 0; n < N; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        float value = fmaf(sum[n][i], unscale<S>(2 * c + i / 2), zero[n][i % 2]);
+                        running.out[c][n][i] = fmaf(value, factor[c % 2 * 2 + i / 2], running.out[c][n][i]);
+                    }
+            }
     }
 }
 
@@ -205,6 +232,7 @@ __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Col
 
     uint32_t scaled[L::D / 16][N][2];
     float bias[N][4];
+    uint4 factors[L::D / 64];
     int stage = 0;
     for (int i = 0; i < tiles; i++) {
         copy_wait<STAGES - 2>();
@@ -218,15 +246,18 @@ __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Col
         if (at >= packed) continue;  // The keys are packed, but not yet the values.
         float s[2][N][4];
         if (L::K_BY_CHANNEL ? sub == 0 : i == 0) scale_queries<L, N>(scaled, bias, header, queries, lane);
+        if constexpr (L::V_FACTORS) {
+            if (sub == 0) {
+#pragma unroll
+                for (int j = 0; j < L::D / 64; j++) factors[j] = load16(header + L::V_FACTOR + lane / 4 * (L::D / 4) + j * 16);
+            }
+        }
         packed_scores<L, N>(s, scaled, bias, tile, key_scale, lane);
         restrict<N>(s, columns, work, at, packed, lane);
         uint32_t p[2][N][2];
         running.step(s, columns, p);
         if constexpr (L::V_FACTORS) {
-            Running<L::D, N> own;
-            own.clear();
-            packed_values<L, N>(own, p, tile, lane);
-            add_balanced<L, N>(running, own, header, lane);
+            balanced_values<L, N>(running, p, tile, factors, lane);
         } else {
             packed_values<L, N>(running, p, tile, lane);
         }

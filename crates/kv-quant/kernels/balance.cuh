@@ -13,11 +13,13 @@ struct Side {
     float logarithm[N], inverse[N], deviation[N];
     float best[N];  // the factors of the round that left the deviations most even
 
-    // Divides by the deviations, too.
+    // Divides by the deviations, too: they change by as much.
     __device__ __forceinline__ void update() {
         for (int i = threadIdx.x; i < N; i += BALANCE_THREADS) {
             logarithm[i] = fminf(fmaxf(logarithm[i] + logf(fminf(fmaxf(deviation[i], 1e-3f), 1e3f)), -0.3f), 10.f);
+            const float before = inverse[i];
             inverse[i] = __frcp_rn(expf(logarithm[i]));
+            deviation[i] *= inverse[i] / before;
         }
         __syncthreads();
     }
@@ -47,22 +49,43 @@ struct Balance {
     float spreads[2];
     unsigned char codes[T * PITCH];
 
+    // From sums of the differences to a first number: no digits are lost to a mean.
+    static __device__ __forceinline__ float deviation_of(float sum, float squares, int count) {
+        return sqrtf(fmaxf(squares - sum * sum / count, 0.f) / (count - 1));
+    }
+
+    // A warp takes ROWS rows at a time: their sums take as long as those of one.
     __device__ __forceinline__ void measure_rows() {
+        constexpr int ROWS = 4;
         const int lane = threadIdx.x % 32;
-        for (int r = threadIdx.x / 32; r < T; r += BALANCE_THREADS / 32) {
-            float y[D / 32], sum = 0.f, squares = 0.f;
+        float inverse[D / 32];
 #pragma unroll
-            for (int i = 0; i < D / 32; i++) sum += y[i] = x[r * D + 32 * i + lane] * columns.inverse[32 * i + lane];
-            const float mean = warp_sum(sum) / D;
+        for (int i = 0; i < D / 32; i++) inverse[i] = columns.inverse[32 * i + lane];
+        for (int r = threadIdx.x / 32 * ROWS; r < T; r += BALANCE_THREADS / 32 * ROWS) {
+            float sum[ROWS] = {}, squares[ROWS] = {};
 #pragma unroll
-            for (int i = 0; i < D / 32; i++) squares = fmaf(y[i] - mean, y[i] - mean, squares);
-            squares = warp_sum(squares);
-            if (lane == 0) rows.deviation[r] = sqrtf(squares / (D - 1)) * rows.inverse[r];
+            for (int k = 0; k < ROWS; k++) {
+                const float first = x[(r + k) * D] * columns.inverse[0];
+#pragma unroll
+                for (int i = 0; i < D / 32; i++) {
+                    const float y = fmaf(x[(r + k) * D + 32 * i + lane], inverse[i], -first);
+                    sum[k] += y, squares[k] = fmaf(y, y, squares[k]);
+                }
+            }
+#pragma unroll
+            for (int step = 16; step > 0; step /= 2)
+#pragma unroll
+                for (int k = 0; k < ROWS; k++) {
+                    sum[k] += __shfl_xor_sync(FULL, sum[k], step);
+                    squares[k] += __shfl_xor_sync(FULL, squares[k], step);
+                }
+#pragma unroll
+            for (int k = 0; k < ROWS; k++)
+                if (lane == k) rows.deviation[r + k] = deviation_of(sum[k], squares[k], D) * rows.inverse[r + k];
         }
         __syncthreads();
     }
 
-    // Sums of a column's differences to its first number: no digits are lost to a mean.
     __device__ __forceinline__ void measure_columns() {
         const int c = threadIdx.x % D, part = threadIdx.x / D;
         const float first = x[c] * rows.inverse[0];
@@ -77,7 +100,7 @@ struct Balance {
         if (part == 0) {
 #pragma unroll
             for (int p = 1; p < PARTS; p++) sum += parts[0][p * D + c], squares += parts[1][p * D + c];
-            columns.deviation[c] = sqrtf(fmaxf(squares - sum * sum / T, 0.f) / (T - 1)) * columns.inverse[c];
+            columns.deviation[c] = deviation_of(sum, squares, T) * columns.inverse[c];
         }
         __syncthreads();
     }
@@ -93,7 +116,8 @@ struct Balance {
                 if (VALUES) columns.update(), measure_rows(), rows.update();
                 else rows.update(), measure_columns(), columns.update();
             }
-            measure_rows(), measure_columns();
+            if (!VALUES || round == 0) measure_rows();
+            if (VALUES || round == 0) measure_columns();
             if (threadIdx.x < 32) spreads[0] = rows.spread();
             else if (threadIdx.x < 64) spreads[1] = columns.spread();
             __syncthreads();
@@ -170,7 +194,6 @@ struct Balance {
         }
     }
 
-    // Grid: (the most of records of keys and of values that a row has, rows, 2).
     __device__ __forceinline__ void run(const FillArgs& args) {
         const FillRow& row = args.rows[blockIdx.y];
         const int block = blockIdx.x;
@@ -181,5 +204,20 @@ struct Balance {
         }
     }
 };
+
+// Bytes of dynamic shared memory.
+template <class L>
+__host__ __device__ constexpr int balance_shared() {
+    constexpr int T = L::GROUP, D = L::D, MOST = T > D ? T : D;
+    return 4 * T * D + 16 * (T + D) + 8 * MOST + 8 * BALANCE_THREADS + 8 + T * (D + 8);
+}
+
+// Grid: (the most of records of keys and of values that a row has, rows, 2).
+template <class L>
+__device__ __forceinline__ void quantize_balanced(const FillArgs& args) {
+    static_assert(sizeof(Balance<L>) == balance_shared<L>());
+    extern __shared__ __align__(128) unsigned char balance[];
+    reinterpret_cast<Balance<L>*>(balance)->run(args);
+}
 
 }  // namespace kvq

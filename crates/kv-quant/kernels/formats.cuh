@@ -33,10 +33,14 @@ template <int D> using Kvarn44 = Layout<Balanced<4>, Balanced<4>, 128, D>;
 template <int D> using Kvarn42 = Layout<Balanced<4>, Balanced<2>, 128, D>;
 template <int D> using Kvarn22 = Layout<Balanced<2>, Balanced<2>, 128, D>;
 
-// Warps of a block of attention over them.
+// Warps of a block of attention over them, and stages of a warp's ring.
 template <class L>
 constexpr int attend_warps() {
-    return L::D <= 128 && L::Keys::BITS + L::Values::BITS <= 8 ? 8 : 4;
+    return L::D <= 128 ? 8 : 4;
+}
+template <class L>
+constexpr int attend_stages() {
+    return L::D <= 128 ? 2 : 3;
 }
 
 }  // namespace kvq

@@ -8,12 +8,11 @@ namespace kvq {
 template <int D>
 __device__ __forceinline__ void hadamard(float (&x)[D / 32], int lane) {
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2)
+    for (int step = 1; step < 32; step *= 2) {
+        const float sign = lane & step ? -1.f : 1.f;
 #pragma unroll
-        for (int i = 0; i < D / 32; i++) {
-            float other = __shfl_xor_sync(FULL, x[i], step);
-            x[i] = lane & step ? other - x[i] : x[i] + other;
-        }
+        for (int i = 0; i < D / 32; i++) x[i] = fmaf(x[i], sign, __shfl_xor_sync(FULL, x[i], step));
+    }
 #pragma unroll
     for (int step = 1; step < D / 32; step *= 2)
 #pragma unroll

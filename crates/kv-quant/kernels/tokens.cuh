@@ -93,16 +93,17 @@ struct Row {
 
     __device__ __forceinline__ void floats(const float (&x)[D / 32], float fixed) {
         constexpr bool E4 = S::CODES == Codes::E4M3;
-        float divisor = fixed;
+        float divisor = fixed;  // 0 makes zeros of a row without a scale
         if (S::PARAMS != Params::NONE) {
             float top = 0.f;
 #pragma unroll
             for (int i = 0; i < D / 32; i++) top = fmaxf(top, fabsf(x[i]));
             scale = as_f16(__fdiv_rn(warp_max(top), E4 ? 448.f : 57344.f));
-            divisor = scale == 0.f ? INFINITY : scale;
+            divisor = scale;
         }
+        const float reciprocal = divisor == 0.f ? 0.f : __frcp_rn(divisor);
 #pragma unroll
-        for (int i = 0; i < D / 32; i++) codes[i] = __nv_cvt_float_to_fp8(__fdiv_rn(x[i], divisor), __NV_SATFINITE, E4 ? __NV_E4M3 : __NV_E5M2);
+        for (int i = 0; i < D / 32; i++) codes[i] = __nv_cvt_float_to_fp8(divide(x[i], divisor, reciprocal), __NV_SATFINITE, E4 ? __NV_E4M3 : __NV_E5M2);
     }
 
     __device__ __forceinline__ void levels(const float (&x)[D / 32]) {
@@ -112,16 +113,16 @@ struct Row {
         float sum = 0.f, held = 0.f;
 #pragma unroll
         for (int i = 0; i < D / 32; i++) sum = fmaf(x[i], x[i], sum);
-        const float norm = __fsqrt_rn(warp_sum(sum)), divisor = norm + 1e-8f;
+        const float norm = __fsqrt_rn(warp_sum(sum)), inverse = root / (norm + 1e-8f);
         auto positive = [](int i) { return level_at<S::BITS>(FOUR ? i : 4 + i); };
 #pragma unroll
         for (int i = 0; i < D / 32; i++) {
-            const float y = fabsf(__fdiv_rn(x[i], divisor));
+            const float y = fabsf(x[i]) * inverse;
             int place = 0;
             float top = positive(0);
 #pragma unroll
             for (int j = 1; j < COUNT; j++)
-                if (y >= (positive(j - 1) / root + positive(j) / root) / 2.f) place = j, top = positive(j);
+                if (y >= (positive(j - 1) + positive(j)) / 2.f) place = j, top = positive(j);
             codes[i] = FOUR ? place | (x[i] < 0.f) << 3 : x[i] < 0.f ? 3 - place : 4 + place;
             held = fmaf(top, top, held);
         }
@@ -159,15 +160,17 @@ struct Row {
         if (f16_steps) {
             bad = high - low >= 65520.f;
             scale = as_f16(__fdiv_rn(as_f16(high - low), TOP));
+            const float reciprocal = scale == 0.f ? 0.f : __frcp_rn(scale);
 #pragma unroll
             for (int i = 0; i < D / 32; i++) {
-                const float y = scale == 0.f ? 0.f : as_f16(__fdiv_rn(as_f16(as_f16(x[i]) - low), scale));
+                const float y = as_f16(divide(as_f16(as_f16(x[i]) - low), scale, reciprocal));
                 codes[i] = int(fminf(rintf(y), TOP));
             }
         } else {
             scale = fmaxf(__fdiv_rn(high - low, TOP), 1e-8f);
+            const float reciprocal = __frcp_rn(scale);
 #pragma unroll
-            for (int i = 0; i < D / 32; i++) codes[i] = int(fminf(__fadd_rn(__fdiv_rn(x[i] - low, scale), 0.5f), TOP));
+            for (int i = 0; i < D / 32; i++) codes[i] = int(fminf(__fadd_rn(divide(x[i] - low, scale, reciprocal), 0.5f), TOP));
         }
     }
 };
@@ -206,7 +209,6 @@ struct QuantizeTokens {
         if (MINS) reinterpret_cast<__half*>(to + MIN)[threadIdx.x] = mins[threadIdx.x];
     }
 
-    // Grid: (the most of tiles of keys and of values that a row has, rows, 2).
     static __device__ __forceinline__ void run(const FillArgs& args) {
         const FillRow& row = args.rows[blockIdx.y];
         const int block = blockIdx.x;
@@ -217,5 +219,9 @@ struct QuantizeTokens {
         }
     }
 };
+
+// Grid: (the most of tiles of keys and of values that a row has, rows, 2).
+template <class L>
+__device__ __forceinline__ void quantize_tokens(const FillArgs& args) { QuantizeTokens<L>::run(args); }
 
 }  // namespace kvq
