@@ -5,6 +5,12 @@
 
 namespace kvq {
 
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(FULL, x, i));
+    return x;
+}
+
 constexpr int BALANCE_THREADS = 256, BALANCE_ROUNDS = 8;
 
 // Factors of rows or of columns.
@@ -160,13 +166,14 @@ struct Balance {
     template <bool VALUES>
     __device__ __forceinline__ void record(const FillArgs& args, const FillRow& row, int record) {
         using S = std::conditional_t<VALUES, typename L::Values, typename L::Keys>;
-        const int lane = threadIdx.x % 32;
-        for (int r = threadIdx.x / 32; r < T; r += BALANCE_THREADS / 32) {
-            float own[D / 32];
+#pragma unroll
+        for (int i = 0; i < T * ROW_LANES / BALANCE_THREADS; i++) {
+            const int r = i * (BALANCE_THREADS / ROW_LANES) + threadIdx.x / ROW_LANES;
+            float own[D / 8];
             load_row<D>(own, args, row, VALUES, record * T + r);
             rotate_row<D>(own, args, row, VALUES, record * T + r);
 #pragma unroll
-            for (int i = 0; i < D / 32; i++) x[r * D + 32 * i + lane] = own[i];
+            for (int k = 0; k < D / 8; k += 4) *reinterpret_cast<float4*>(x + r * D + number_at(k)) = make_float4(own[k], own[k + 1], own[k + 2], own[k + 3]);
         }
         __syncthreads();
         find<VALUES>();

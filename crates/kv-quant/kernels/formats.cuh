@@ -35,11 +35,11 @@ template <int D> using Kvarn22 = Layout<Balanced<2>, Balanced<2>, 128, D>;
 
 // Warps of a block of attention over them, and stages of a warp's ring.
 template <class L>
-constexpr int attend_warps() {
+__host__ __device__ constexpr int attend_warps() {
     return L::D <= 128 ? 8 : 4;
 }
 template <class L>
-constexpr int attend_stages() {
+__host__ __device__ constexpr int attend_stages() {
     return L::D <= 128 ? 2 : 3;
 }
 
