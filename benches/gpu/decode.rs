@@ -120,17 +120,18 @@ fn filled(
 
 /// Bytes a second of a large copy, read and written.
 fn copy_bandwidth(device: &Device) -> Result<f64> {
-    let x = Tensor::zeros(1 << 30, DType::F16, device)?;
-    let mut best = f64::INFINITY;
-    for _ in 0..5 {
-        device.synchronize()?;
-        let start = Instant::now();
-        let copy = x.copy()?;
-        device.synchronize()?;
-        best = best.min(start.elapsed().as_secs_f64());
-        drop(copy);
+    const COPIES: usize = 10;
+    let from = Tensor::zeros(1 << 30, DType::F16, device)?;
+    let to = Tensor::zeros(1 << 30, DType::F16, device)?;
+    to.slice_set(&from, 0, 0)?;
+    device.synchronize()?;
+    let start = Instant::now();
+    for _ in 0..COPIES {
+        to.slice_set(&from, 0, 0)?;
     }
-    Ok(2. * 2. * (1u64 << 30) as f64 / best)
+    device.synchronize()?;
+    let bytes = 2 * 2 * from.elem_count() * COPIES;
+    Ok(bytes as f64 / start.elapsed().as_secs_f64())
 }
 
 /// Bytes of a token's keys and values in f16, all layers.
