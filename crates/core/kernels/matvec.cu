@@ -17,8 +17,6 @@ struct MatVecArgs {
 static_assert(sizeof(MatVecArgs) == 40 && offsetof(MatVecArgs, inner) == 24, "as in src/cuda/matvec.rs");
 
 constexpr int THREADS = 128, WARPS = THREADS / 32;
-// Outputs of a warp, which share its reading of x, and steps of 256 numbers that are on their way at a time.
-constexpr int OUTPUTS = 4, STEPS = 2;
 
 __device__ __forceinline__ float2 widen(__half2 x) { return __half22float2(x); }
 __device__ __forceinline__ float2 widen(__nv_bfloat162 x) { return __bfloat1622float2(x); }
@@ -41,18 +39,20 @@ __device__ __forceinline__ void widen(float (&y)[8], const uint4& x) {
     }
 }
 
+// A warp has some outputs, which share its reading of x. Eight pieces of weights of each thread are on their way at a time.
 // Grid: (out / (WARPS * OUTPUTS) rounded up).
-template <class Pair, class One, int ROWS>
+template <class Pair, class One, int COUNT, int OUTPUTS>
 __device__ __forceinline__ void matvec(const MatVecArgs& a) {
+    constexpr int STEPS = 8 / OUTPUTS;
     const int lane = threadIdx.x % 32, first = (blockIdx.x * WARPS + threadIdx.x / 32) * OUTPUTS;
     if (first >= a.out) return;
     const int pieces = a.inner / 8;
-    const uint4 *w[OUTPUTS], *x[ROWS];
+    const uint4 *w[OUTPUTS], *x[COUNT];
 #pragma unroll
     for (int o = 0; o < OUTPUTS; o++) w[o] = reinterpret_cast<const uint4*>(a.w) + int64_t(min(first + o, a.out - 1)) * pieces;
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) x[r] = reinterpret_cast<const uint4*>(a.x) + int64_t(min(r, a.rows - 1)) * pieces;
-    float sums[ROWS][OUTPUTS] = {};
+    for (int r = 0; r < COUNT; r++) x[r] = reinterpret_cast<const uint4*>(a.x) + int64_t(min(r, a.rows - 1)) * pieces;
+    float sums[COUNT][OUTPUTS] = {};
     for (int start = lane; start < pieces; start += 32 * STEPS) {
         uint4 weights[STEPS][OUTPUTS];
 #pragma unroll
@@ -67,7 +67,7 @@ __device__ __forceinline__ void matvec(const MatVecArgs& a) {
 #pragma unroll
             for (int o = 0; o < OUTPUTS; o++) widen<Pair>(wide[o], weights[s][o]);
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) {
+            for (int r = 0; r < COUNT; r++) {
                 float row[8];
                 widen<Pair>(row, __ldg(x[r] + start + 32 * s));
 #pragma unroll
@@ -78,7 +78,7 @@ __device__ __forceinline__ void matvec(const MatVecArgs& a) {
         }
     }
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < COUNT; r++)
 #pragma unroll
         for (int o = 0; o < OUTPUTS; o++) {
 #pragma unroll
@@ -87,10 +87,11 @@ __device__ __forceinline__ void matvec(const MatVecArgs& a) {
         }
 }
 
-#define MATVEC(ROWS)                                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS) matvec_f16_##ROWS(const MatVecArgs a) { matvec<__half2, __half, ROWS>(a); }       \
-    extern "C" __global__ void __launch_bounds__(THREADS) matvec_bf16_##ROWS(const MatVecArgs a) { matvec<__nv_bfloat162, __nv_bfloat16, ROWS>(a); }
-MATVEC(1)
-MATVEC(2)
-MATVEC(4)
-MATVEC(8)
+#define KERNEL(NAME, PAIR, ONE, ROWS, OUTPUTS)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS) matvec_##NAME##_r##ROWS##_o##OUTPUTS(const MatVecArgs a) { \
+        matvec<PAIR, ONE, ROWS, OUTPUTS>(a);                                                                                        \
+    }
+#define FORMATS(ROWS, OUTPUTS) KERNEL(f16, __half2, __half, ROWS, OUTPUTS) KERNEL(bf16, __nv_bfloat162, __nv_bfloat16, ROWS, OUTPUTS)
+#define ROWS(OUTPUTS) FORMATS(1, OUTPUTS) FORMATS(2, OUTPUTS) FORMATS(4, OUTPUTS)
+ROWS(2)
+ROWS(4)

@@ -5,8 +5,8 @@ use candle_core::Tensor;
 
 /// `x wᵀ` of activations `[rows, inner]` and a weight matrix `[out, inner]`.
 ///
-/// Up to eight rows of f16 or bf16 on a CUDA device, which is what decoding has, go through a kernel
-/// that is bound by the reading of `w`. All else is candle's product.
+/// Up to four rows of f16 or bf16 on a CUDA device, as decoding has, go through a kernel that is bound
+/// by the reading of `w`. All else is candle's product.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -167,8 +167,8 @@ fn products_are_as_on_the_cpu() {
         println!("skipped: no CUDA device");
         return;
     };
-    for (out, inner) in [(1, 8), (1003, 1096), (640, 512), (64, 13)] {
-        for rows in [1, 2, 3, 5, 8, 9, 40] {
+    for (out, inner) in [(1, 8), (1003, 1096), (9001, 512), (64, 13)] {
+        for rows in [1, 2, 3, 4, 5, 40] {
             for (dtype, bound) in [(DType::F16, 1e-3), (DType::BF16, 6e-3)] {
                 let x = random(rows, 1, inner, dtype).squeeze(1).unwrap();
                 let w = random(out, 1, inner, dtype).squeeze(1).unwrap();

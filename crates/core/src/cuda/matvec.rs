@@ -11,10 +11,12 @@ static IMAGE: Image = longctx_cuda::image!("matvec");
 
 // As in the kernel.
 const THREADS: u32 = 128;
-const OUTPUTS: usize = 4 * THREADS as usize / 32;
+const WARPS: usize = THREADS as usize / 32;
+/// Outputs from which on a warp takes four of them, and not two.
+const MANY_OUTPUTS: i32 = 8192;
 
 /// The most rows that a launch of [`matvec`] takes.
-pub const MOST_ROWS: usize = 8;
+pub const MOST_ROWS: usize = 4;
 
 longctx_cuda::args! {
     /// The arguments of [`matvec`], field for field those of the kernels.
@@ -55,9 +57,10 @@ pub unsafe fn matvec(stream: &Arc<CudaStream>, half: Half, args: &MatVecArgs) ->
         return Err(Error::mismatch("product", expected, format!("{args:?}")));
     }
     let kind = if half == Half::F16 { "f16" } else { "bf16" };
-    let name = format!("matvec_{kind}_{}", rows.next_power_of_two());
+    let outputs = if args.out < MANY_OUTPUTS { 2 } else { 4 };
+    let name = format!("matvec_{kind}_r{}_o{outputs}", rows.next_power_of_two());
     let kernel = IMAGE.kernel(stream.context(), &name, THREADS, 0)?;
-    let blocks = (args.out.max(0) as usize).div_ceil(OUTPUTS);
+    let blocks = (args.out.max(0) as usize).div_ceil(WARPS * outputs);
     // SAFETY: the arguments are those of the kernel, and the caller vouches for the addresses.
     unsafe { kernel.launch(stream, [blocks, 1, 1], args) }?;
     Ok(())
