@@ -40,7 +40,8 @@ fn line(method: &str, cells: [&str; 7]) {
 
 /// The table's head.
 pub fn heading() {
-    let columns = ["exact", "partial", "KV bytes", "ratio", "prefill tok/s", "decode tok/s", "peak memory"];
+    let columns =
+        ["exact", "partial", "KV bytes", "ratio", "prefill tok/s", "decode tok/s", "peak memory"];
     line("method", columns);
 }
 
