@@ -3,5 +3,14 @@
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     #[cfg(feature = "cuda")]
-    longctx_cuda::build::compile(&["attend2", "attend4", "attend8", "pack"]);
+    longctx_cuda::build::compile(&[
+        "attend2",
+        "attend4",
+        "attend8",
+        "pack",
+        "float8",
+        "rotated",
+        "turboquant",
+        "kvarn",
+    ]);
 }

@@ -7,7 +7,8 @@
 //! tokens at a time, each block attending to the packed past: the decode path, teacher-forced. Every
 //! token but a context's first is predicted and counted. The second: divergence from the dense model
 //! while the model continues prompts of the text. Bits a number and compression count all bytes held
-//! at the end. Methods are those of `examples/methods.rs`.
+//! at the end. Methods are those of `examples/methods.rs`; `--device cuda` has kernels for most of
+//! them, and a row says which it lacks.
 
 mod bootstrap;
 mod generation;
@@ -17,11 +18,12 @@ mod teacher_forced;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use base_models::{LoadOptions, Pretrained};
+use base_models::Pretrained;
 use clap::Parser;
 use longctx_eval::Haystack;
 use longctx_examples::methods::Method;
 use longctx_examples::model;
+use longctx_examples::place::Place;
 
 /// What the others are compared with.
 const REFERENCE: &str = "dense-f16";
@@ -96,6 +98,8 @@ struct Args {
     /// Methods to run, by name; changes are relative to dense-f16, if it comes first
     #[arg(long, value_delimiter = ',', default_values = METHODS, value_parser = Method::named)]
     methods: Vec<Method>,
+    #[command(flatten)]
+    place: Place,
 }
 
 fn main() -> Result<()> {
@@ -105,7 +109,7 @@ fn main() -> Result<()> {
     let sizes = args.block > 0 && context > 1 && count > 0 && args.generate != Some(0);
     ensure!(sizes, "sizes must be positive");
     let name = model::named(args.model.as_deref())?;
-    let llm = Pretrained::open(&name, &LoadOptions::default())?;
+    let llm = Pretrained::open(&name, &args.place.transformer())?;
     let contexts = contexts(&args, &llm, context, count)?;
     match args.generate {
         Some(tokens) => generation::table(&args.methods, REFERENCE, &llm, &contexts, tokens),
@@ -120,4 +124,9 @@ fn contexts(args: &Args, llm: &Pretrained, context: usize, count: usize) -> Resu
     let tokens = llm.tokenizer.encode(&text, true)?;
     ensure!(tokens.len() >= all, "the text has {} tokens, not {all}", tokens.len());
     Ok(tokens[..all].chunks(context).map(<[u32]>::to_vec).collect())
+}
+
+/// Whether a method can't run on the device for want of kernels.
+fn lacks_kernels(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(longctx_core::Error::Unsupported(_)))
 }

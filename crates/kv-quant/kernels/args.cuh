@@ -51,11 +51,12 @@ struct AttendArgs {
     int out_kind;    // 0 f16, 1 bf16, 2 f32
     float scale;     // of the scores
     float soft_cap;  // 0: none
-    int unused;
+    int rotated;     // 1: packed keys are rotated, 2: packed values are
+    float key_scale, value_scale;  // of schemes without scales of their own
 };
 
 static_assert(sizeof(Work) == 104 && offsetof(Work, sums) == 32 && offsetof(Work, packed) == 40, "as in src/cuda/args.rs");
-static_assert(sizeof(AttendArgs) == 96 && offsetof(AttendArgs, heads) == 56 && offsetof(AttendArgs, scale) == 84, "as in src/cuda/args.rs");
+static_assert(sizeof(AttendArgs) == 104 && offsetof(AttendArgs, heads) == 56 && offsetof(AttendArgs, scale) == 84, "as in src/cuda/args.rs");
 
 // The row of q, out and lse of a column.
 __device__ __forceinline__ long long row_of(const AttendArgs& args, const Work& work, int column) {
@@ -72,6 +73,7 @@ __device__ __forceinline__ uint2 live_at(const Work& work, int slot) {
 // The number of the entry in one of 32 slots; -1 for a hole.
 __device__ __forceinline__ int entry_in(uint2 live, int i) { return live.x >> i & 1 ? int(live.y) + __popc(live.x & ((1u << i) - 1)) : -1; }
 
+constexpr int ROTATED_KEYS = 1, ROTATED_VALUES = 2;
 constexpr int MAX_SPLITS = 127;
 constexpr float LOG2E = 1.4426950408889634f;
 

@@ -2,7 +2,7 @@
 //
 // A warp streams tiles of 32 tokens through its own ring of shared memory and keeps its own running softmax; no barrier within the
 // loop. Codes are the large (16-row) operand of the tensor cores: 16 tokens (keys) or 16 channels (values); the columns, i.e. the
-// query heads of one kv head times the queries, are the small one. Scales of keys multiply the queries, scales of values the
+// query heads of one kv head times the queries, are the small one. Scales of keys multiply the queries or the scores, scales of values the
 // probabilities; minima go through a product of their own, whose spare rows sum the probabilities up.
 #pragma once
 #include "join.cuh"
@@ -79,45 +79,50 @@ struct Running {
 // Adds a tile's values, weighted with the probabilities.
 template <class L, int N>
 __device__ __forceinline__ void packed_values(Running<L::D, N>& running, const uint32_t (&p)[2][N][2], const unsigned char* tile, int lane) {
-    constexpr int D = L::D, BITS = L::BITS, G = L::VGROUPS;
-    constexpr int UNITS = 4 / L::WORDS;
+    using S = typename L::Values;
+    using P = typename L::VPack;
+    constexpr int D = L::D, G = L::VGROUPS;
     uint32_t scaled[G][N][2];
 #pragma unroll
-    for (int j = 0; j < D / 16 / UNITS; j++) {
-        uint4 loaded = load16(tile + L::V_CODES + j * 512 + lane * 16);
-        uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    for (int j = 0; j < D / 16 / P::UNITS; j++) {
+        uint32_t words[P::UNITS * P::WORDS];
+        P::load(words, tile + L::V_CODES, j, lane);
 #pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-            int unit = j * UNITS + u;
+        for (int u = 0; u < P::UNITS; u++) {
+            int unit = j * P::UNITS + u;
             int r = unit / (D / 32), block = unit % (D / 32);
             if (block == 0) {
                 const unsigned char* params = tile + r * 32 * G + lane % 4 * 8 * L::PAIR;
+                uint32_t scale[4] = {ONES, ONES, ONES, ONES};
 #pragma unroll
                 for (int g = 0; g < G; g += L::PAIR) {
-                    uint32_t scale[4];
                     if constexpr (L::PAIR == 2) {
                         uint4 x = load16(params + L::V_SCALE + g * 32);
                         scale[0] = x.x, scale[1] = x.y, scale[2] = x.z, scale[3] = x.w;
-                    } else {
+                    } else if constexpr (L::V_BY_TOKEN) {
                         uint2 x = *reinterpret_cast<const uint2*>(params + L::V_SCALE);
                         scale[0] = x.x, scale[1] = x.y;
                     }
 #pragma unroll
                     for (int i = 0; i < 2 * L::PAIR; i++)
 #pragma unroll
-                        for (int n = 0; n < N; n++) scaled[g + i / 2][n][i % 2] = multiply(p[r][n][i % 2], scale[i]);
+                        for (int n = 0; n < N; n++) scaled[g + i / 2][n][i % 2] = L::V_BY_TOKEN ? multiply(p[r][n][i % 2], scale[i]) : p[r][n][i % 2];
                 }
                 int g = lane / 4;
                 uint2 min = make_uint2(0, 0);
-                if (g < G) min = *reinterpret_cast<const uint2*>(params + L::V_MIN + g / L::PAIR * 32 * L::PAIR + g % L::PAIR * 8);
-                constexpr uint32_t ONES = 0x3c003c00u;
+                if constexpr (L::V_TOKEN_MIN) {
+                    if (g < G) min = *reinterpret_cast<const uint2*>(params + L::V_MIN + g / L::PAIR * 32 * L::PAIR + g % L::PAIR * 8);
+                } else if constexpr (S::CODES == Codes::SIGNED) {
+                    const uint32_t lowest = bits(__float2half2_rn(-float(1 << (S::BITS - 1))));
+                    if (g == 0) min = make_uint2(multiply(scale[0], lowest), multiply(scale[1], lowest));
+                }
 #pragma unroll
                 for (int n = 0; n < N; n++) mma(running.zero[n], {min.x, ONES, min.y, ONES}, p[r][n][0], p[r][n][1]);
             }
 #pragma unroll
             for (int f = 0; f < 2; f++) {
                 uint32_t a[4];
-                fragment<BITS>(a, words + u * L::WORDS, f);
+                fragment<S>(a, words + u * P::WORDS, f);
                 int g = block * 32 / L::VGROUP;
 #pragma unroll
                 for (int n = 0; n < N; n++) mma(running.out[2 * block + f][n], a, scaled[g][n][0], scaled[g][n][1]);
@@ -126,10 +131,64 @@ __device__ __forceinline__ void packed_values(Running<L::D, N>& running, const u
     }
 }
 
+// The same where channels have factors of their own, of which `factors` holds those of channels g + 8 i: 32 channels after the other, each multiplied once it is summed.
+template <class L, int N>
+__device__ __forceinline__ void balanced_values(Running<L::D, N>& running, const uint32_t (&p)[2][N][2], const unsigned char* tile, const uint4 (&factors)[L::D / 64], int lane) {
+    using S = typename L::Values;
+    using P = typename L::VPack;
+    constexpr int BLOCKS = L::D / 32, STEP = P::UNITS < BLOCKS ? P::UNITS : BLOCKS;
+    uint32_t scaled[2][N][2];
+    float zero[N][4] = {};
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const unsigned char* params = tile + r * 32 + lane % 4 * 8;
+        uint2 scale = *reinterpret_cast<const uint2*>(params + L::V_SCALE), min = make_uint2(0, 0);
+        if (lane < 4) min = *reinterpret_cast<const uint2*>(params + L::V_MIN);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            scaled[r][n][0] = multiply(p[r][n][0], scale.x), scaled[r][n][1] = multiply(p[r][n][1], scale.y);
+            mma(zero[n], {min.x, ONES, min.y, ONES}, p[r][n][0], p[r][n][1]);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) running.zero[n][e + 2] += zero[n][e + 2], zero[n][e] = __shfl_sync(FULL, zero[n][e], lane % 4);
+#pragma unroll
+    for (int first = 0; first < BLOCKS; first += STEP) {
+        uint32_t words[2][P::UNITS * P::WORDS];
+#pragma unroll
+        for (int r = 0; r < 2; r++) P::load(words[r], tile + L::V_CODES, (r * BLOCKS + first) / P::UNITS, lane);
+#pragma unroll
+        for (int u = 0; u < STEP; u++)
+#pragma unroll
+            for (int f = 0; f < 2; f++) {
+                const int c = 2 * (first + u) + f;
+                float sum[N][4] = {}, factor[4];
+                const uint4 four = factors[c / 4];
+                widen(factor, c % 4 < 2 ? make_uint2(four.x, four.y) : make_uint2(four.z, four.w));
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    uint32_t a[4];
+                    fragment<S>(a, words[r] + ((r * BLOCKS + first) % P::UNITS + u) * P::WORDS, f);
+#pragma unroll
+                    for (int n = 0; n < N; n++) mma(sum[n], a, scaled[r][n][0], scaled[r][n][1]);
+                }
+#pragma unroll
+                for (int n = 0; n < N; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        float value = fmaf(sum[n][i], unscale<S>(2 * c + i / 2), zero[n][i % 2]);
+                        running.out[c][n][i] = fmaf(value, factor[c % 2 * 2 + i / 2], running.out[c][n][i]);
+                    }
+            }
+    }
+}
+
 // A warp's share of the packed tokens: every `warps`-th record of [record, end). Calls `ready`, which sets queries and columns up, once
 // the first copies are under way. A lane holds the address of every 32nd record that comes, read from the table long before.
 template <class L, int N, int STAGES, class Ready>
-__device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Columns<N>& columns, const Work& work,
+__device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Columns<N>& columns, const Work& work, float key_scale,
                                             const unsigned char* queries, unsigned char* ring, int warp, int warps, int lane, Ready ready) {
     const int record = work.from + warp, end = work.to, packed = work.packed;
     constexpr int STAGE = L::HEADER + L::TILE_BYTES;
@@ -173,6 +232,7 @@ __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Col
 
     uint32_t scaled[L::D / 16][N][2];
     float bias[N][4];
+    uint4 factors[L::D / 64];
     int stage = 0;
     for (int i = 0; i < tiles; i++) {
         copy_wait<STAGES - 2>();
@@ -185,11 +245,22 @@ __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Col
         const int at = (record + i / L::TILES * warps) * L::GROUP + sub * TILE;
         if (at >= packed) continue;  // The keys are packed, but not yet the values.
         float s[2][N][4];
-        packed_scores<L, N>(s, scaled, bias, header, tile, queries, sub == 0, lane);
+        if (L::K_BY_CHANNEL ? sub == 0 : i == 0) scale_queries<L, N>(scaled, bias, header, queries, lane);
+        if constexpr (L::V_FACTORS) {
+            if (sub == 0) {
+#pragma unroll
+                for (int j = 0; j < L::D / 64; j++) factors[j] = load16(header + L::V_FACTOR + lane / 4 * (L::D / 4) + j * 16);
+            }
+        }
+        packed_scores<L, N>(s, scaled, bias, tile, key_scale, lane);
         restrict<N>(s, columns, work, at, packed, lane);
         uint32_t p[2][N][2];
         running.step(s, columns, p);
-        packed_values<L, N>(running, p, tile, lane);
+        if constexpr (L::V_FACTORS) {
+            balanced_values<L, N>(running, p, tile, factors, lane);
+        } else {
+            packed_values<L, N>(running, p, tile, lane);
+        }
     }
 }
 
@@ -213,7 +284,6 @@ __device__ __forceinline__ void residual_loop(Running<D, N>& running, const Colu
             long long from[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) from[i] = place(16 * r + 2 * t + i / 2 * 8 + i % 2) + g;
-            constexpr uint32_t ONES = 0x3c003c00u;
 #pragma unroll
             for (int n = 0; n < N; n++) mma(running.zero[n], {0u, ONES, 0u, ONES}, p[r][n][0], p[r][n][1]);
 #pragma unroll
@@ -233,9 +303,9 @@ __device__ __forceinline__ void residual_loop(Running<D, N>& running, const Colu
 }
 
 // Grid: one block for each of `work`.
-template <int BITS, int GROUP, int D, int N, int WARPS, int STAGES>
+template <class L, int N, int WARPS, int STAGES>
 __device__ __forceinline__ void attend(const AttendArgs& args) {
-    using L = Layout<BITS, GROUP, D>;
+    constexpr int D = L::D;
     extern __shared__ __align__(128) unsigned char shared[];
     constexpr int QUERIES = N * 16 * D, STAGE = L::HEADER + L::TILE_BYTES, PITCH = D + 4;
     __shared__ float factors[8 * N], warp_max[WARPS][8 * N], warp_sum[WARPS][8 * N];
@@ -247,17 +317,17 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     if (work.queries == 0) return;
     const int live = min(args.heads_per_kv * work.queries - work.first_column, 8 * N);
     Columns<N> columns;
+    const bool coded = work.from >= 0;
     auto ready = [&]() {
-        load_queries<D, N>(args, work, work.first_column, live, queries, factors);
+        load_queries<D, N>(args, work, work.first_column, live, coded && args.rotated & ROTATED_KEYS, queries, factors);
         __syncthreads();
         columns = columns_of<N>(args, factors, work.queries, work.first_column, entries_of(work), lane);
     };
 
     Running<D, N> running;
     running.clear();
-    const bool coded = work.from >= 0;
     if (coded) {
-        packed_loop<L, N, STAGES>(running, columns, work, queries, ring, warp, WARPS, lane, ready);
+        packed_loop<L, N, STAGES>(running, columns, work, args.key_scale, queries, ring, warp, WARPS, lane, ready);
     } else {
         ready();
         residual_loop<D, N>(running, columns, args, work, queries, warp, WARPS, lane);
@@ -274,15 +344,17 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
             if (g == 0) warp_max[warp][column] = running.max[n][e] * columns.scale[n][e], warp_sum[warp][column] = running.zero[n][e + 2];
 #pragma unroll
             for (int c = 0; c < D / 16; c++) {
-                float zero = __shfl_sync(FULL, running.zero[n][e], c * 16 / L::VGROUP * 4 + t);
+                float zero = L::V_FACTORS ? 0.f : __shfl_sync(FULL, running.zero[n][e], c * 16 / L::VGROUP * 4 + t);
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    float factor = coded ? unscale<BITS>(2 * c + h) : 1.f;
+                    float factor = coded && !L::V_FACTORS ? unscale<typename L::Values>(2 * c + h) : 1.f;
+                    if (!L::V_BY_TOKEN && coded) factor *= args.value_scale;
                     outs[(warp * 8 * N + column) * PITCH + 16 * c + 8 * h + g] = fmaf(running.out[c][n][e + 2 * h], factor, zero);
                 }
             }
         }
     __syncthreads();
+    // Warp 0's place takes the block's outputs, `factors` their log-sum-exps.
     for (int i = threadIdx.x; i < live * D; i += WARPS * 32) {
         int column = i / D, channel = i % D;
         float top = warp_max[0][column];
@@ -295,15 +367,22 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
             sum = fmaf(warp_sum[w][column], factor, sum);
             value = fmaf(outs[(w * 8 * N + column) * PITCH + channel], factor, value);
         }
-        value = sum > 0.f ? value / sum : 0.f;
-        float lse2 = sum > 0.f ? top + log2f(sum) : -INFINITY;
-        if (work.parts == 1) {
-            finish<D>(args, row_of(args, work, work.first_column + column), channel, value, lse2);
-        } else {
-            long long at = (long long)(work.first_part + work.part) * (8 * N) + column;
-            args.part_out[at * D + channel] = value;
-            if (channel == 0) args.part_lse[at] = lse2;
+        outs[column * PITCH + channel] = sum > 0.f ? value / sum : 0.f;
+        if (channel == 0) factors[column] = sum > 0.f ? top + log2f(sum) : -INFINITY;
+    }
+    __syncthreads();
+    for (int column = warp; column < live; column += WARPS) {
+        float x[D / 32];
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) x[i] = outs[column * PITCH + i * 32 + lane];
+        if (coded && args.rotated & ROTATED_VALUES) hadamard<D>(x, lane);
+        long long at = (long long)(work.first_part + work.part) * (8 * N) + column, row = row_of(args, work, work.first_column + column);
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            if (work.parts == 1) finish<D>(args, row, i * 32 + lane, x[i], factors[column]);
+            else args.part_out[at * D + i * 32 + lane] = x[i];
         }
+        if (work.parts > 1 && lane == 0) args.part_lse[at] = factors[column];
     }
     if (work.parts == 1) return;
 
@@ -321,10 +400,9 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
 }
 
 // Bytes of dynamic shared memory.
-template <int BITS, int GROUP, int D, int N, int WARPS, int STAGES>
+template <class L, int N, int WARPS, int STAGES>
 constexpr int attend_shared() {
-    using L = Layout<BITS, GROUP, D>;
-    int ring = N * 16 * D + WARPS * STAGES * (L::HEADER + L::TILE_BYTES), outs = WARPS * 8 * N * (D + 4) * 4;
+    int ring = N * 16 * L::D + WARPS * STAGES * (L::HEADER + L::TILE_BYTES), outs = WARPS * 8 * N * (L::D + 4) * 4;
     return ring > outs ? ring : outs;
 }
 

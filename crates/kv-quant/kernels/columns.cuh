@@ -1,6 +1,7 @@
 // The small operand of the tensor cores: a block's columns, i.e. the query heads of one kv head times the queries; what they see.
 #pragma once
 #include "args.cuh"
+#include "hadamard.cuh"
 #include "layout.cuh"
 
 namespace kvq {
@@ -15,9 +16,9 @@ struct Columns {
 };
 
 // The block's `columns` columns from `first` on as fragments in shared memory, each scaled by a power of two so that its largest entry lies in [0.5, 1): then
-// no product with a scale of the keys leaves f16. Gives the exponents back through `exponents`.
+// no product with a scale of the keys leaves f16. Gives these powers back through `factors`. Queries of rotated keys are rotated.
 template <int D, int N>
-__device__ __forceinline__ void load_queries(const AttendArgs& args, const Work& work, int first, int columns, unsigned char* queries, float* factors) {
+__device__ __forceinline__ void load_queries(const AttendArgs& args, const Work& work, int first, int columns, bool rotated, unsigned char* queries, float* factors) {
     for (int column = threadIdx.x / 32; column < 8 * N; column += blockDim.x / 32) {
         const int lane = threadIdx.x % 32;
         const long long row = column < columns ? row_of(args, work, first + column) : 0;
@@ -25,8 +26,10 @@ __device__ __forceinline__ void load_queries(const AttendArgs& args, const Work&
 #pragma unroll
         for (int i = 0; i < D / 32; i++) {
             x[i] = column < columns ? load_as_float(args.q, row * D + i * 32 + lane, args.kind) : 0.f;
-            top = fmaxf(top, fabsf(x[i]));
         }
+        if (rotated) hadamard<D>(x, lane);
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) top = fmaxf(top, fabsf(x[i]));
 #pragma unroll
         for (int i = 16; i > 0; i /= 2) top = fmaxf(top, __shfl_xor_sync(FULL, top, i));
         int exponent = 0;

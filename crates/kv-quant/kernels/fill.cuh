@@ -31,11 +31,14 @@ struct FillArgs {
     int ring;          // places in a ring
     int kind;          // of numbers: 0 f16, 1 bf16
     int pieces;        // of 16 bytes, in an entry
+    int rotated;       // 1: keys are rotated before they are quantized, 2: values are
+    int f16_steps;     // whether minima, ranges and quotients of whole numbers are rounded to f16 one by one, as KIVI's are
+    float key_scale, value_scale;  // of schemes without scales of their own
     int unused;
 };
 
 static_assert(sizeof(FillRow) == 104 && offsetof(FillRow, first_new) == 64, "as in src/cuda/args.rs");
-static_assert(sizeof(FillArgs) == 32 && offsetof(FillArgs, ring) == 16, "as in src/cuda/args.rs");
+static_assert(sizeof(FillArgs) == 48 && offsetof(FillArgs, ring) == 16, "as in src/cuda/args.rs");
 
 // Grid: (entries, rows, 2); `pieces` threads.
 __device__ __forceinline__ void fill_rings(const FillArgs& args) {

@@ -6,14 +6,14 @@
 
 #define ATTEND(B, G, D, N, WARPS, STAGES)                                                                                 \
     extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_b##B##_g##G##_d##D##_n##N(const kvq::AttendArgs args) { \
-        kvq::attend<B, G, D, N, WARPS, STAGES>(args);                                                                     \
+        kvq::attend<kvq::Kivi<B, G, D>, N, WARPS, STAGES>(args);                                                                     \
     }
 #define ATTEND_GROUPS(B, D, N, WARPS, STAGES) \
     ATTEND(B, 32, D, N, WARPS, STAGES) ATTEND(B, 64, D, N, WARPS, STAGES) ATTEND(B, 128, D, N, WARPS, STAGES)
 
 #define SUM(B, G, D)                                                                                                          \
     extern "C" __global__ void __launch_bounds__(kvq::SUM_WARPS * 32) sums_b##B##_g##G##_d##D(const kvq::AttendArgs args) { \
-        kvq::sums<B, G, D>(args);                                                                                              \
+        kvq::sums<kvq::Kivi<B, G, D>>(args);                                                                                              \
     }
 #define SUMS_GROUPS(B, D) SUM(B, 32, D) SUM(B, 64, D) SUM(B, 128, D)
 #define SUMS(B) SUMS_GROUPS(B, 64) SUMS_GROUPS(B, 128) SUMS_GROUPS(B, 256)

@@ -2,17 +2,19 @@
 //
 // One kv head's packed tokens are a row of records, one for each GROUP tokens, with all that attention needs of them in one piece:
 //
-//     header   scales of the keys   f16 [D]           one for each channel
-//              minima of the keys   f16 [D]
-//     tile     codes of the keys    BITS each         32 tokens x D channels          } GROUP / 32 of these
-//              codes of the values  BITS each         D channels x 32 tokens          }
-//              scales of the values f16 [32][VGROUPS] one for each token and VGROUP channels
-//              minima of the values f16 [32][VGROUPS]
+//     header   scales of the keys    f16 [D]           one for each channel
+//              minima of the keys    f16 [D]
+//              factors of the values f16 [D]
+//     tile     scales of the keys    f16 [32]          one for each token          } GROUP / 32 of these
+//              minima of the keys    f16 [32]                                      }
+//              codes of the keys     BITS each         32 tokens x D channels      }
+//              codes of the values   BITS each         D channels x 32 tokens      }
+//              scales of the values  f16 [32][VGROUPS] one for each token and VGROUP channels
+//              minima of the values  f16 [32][VGROUPS]
 //
-// so that a warp streams it with 16-byte copies and finds every number where the tensor cores want it. Codes come in units of
-// 32 rows x 16 columns (keys: tokens x channels, units in order of channels; values: channels x tokens, units in order of tokens,
-// then channels): BITS / 2 words of 32 bits for each lane of a warp. `code_at` says where a code lies. A masked word, read as two
-// f16, is a pair of subnormal numbers code * 2^(shift - 24), which the tensor cores multiply exactly: nothing is converted.
+// so that a warp streams it with 16-byte copies and finds every number where the tensor cores want it. A scheme has some of these parameters.
+// Codes come in units of 32 rows x 16 columns (keys: tokens x channels, units in order of channels; values: channels x tokens, units in
+// order of tokens, then channels). `Packing` says where a code lies.
 #pragma once
 #include <stdint.h>
 
@@ -21,36 +23,127 @@ namespace kvq {
 constexpr int TILE = 32;  // tokens of a tile
 constexpr int LANES = 32;
 
-template <int BITS_, int GROUP_, int D_>
+// What a code stands for, before its scale.
+enum class Codes {
+    INTEGERS,  // 0, 1, ...; a minimum is added
+    SIGNED,    // -2^(bits - 1), ...
+    LEVELS,    // the Lloyd-Max levels of the standard normal distribution
+    E4M3,      // 8-bit floating-point numbers
+    E5M2,
+};
+
+// Which numbers share parameters.
+enum class Params {
+    CHANNELS,  // a scale and a minimum for each channel of a record
+    TOKENS,    // a scale, and with INTEGERS a minimum, for each token
+    BALANCED,  // KVarN's: keys as CHANNELS and a factor for each token, values as TOKENS and a factor for each channel of a record
+    NONE,      // a scale for all numbers, an argument of the kernels
+};
+
+template <Codes CODES_, int BITS_, Params PARAMS_>
+struct Scheme {
+    static constexpr Codes CODES = CODES_;
+    static constexpr Params PARAMS = PARAMS_;
+    static constexpr int BITS = BITS_;
+    static constexpr bool FLOATS = CODES == Codes::E4M3 || CODES == Codes::E5M2;
+    static_assert(FLOATS || CODES == Codes::LEVELS ? BITS == (FLOATS ? 8 : BITS) : BITS == 2 || BITS == 3 || BITS == 4 || BITS == 8);
+    // Parameters for each token are stored 2^UP times as large, so that f16 holds them and their products with probabilities.
+    static constexpr int UP = PARAMS == Params::NONE ? 0 : CODES == Codes::E4M3 ? 8 : CODES == Codes::E5M2 ? 12 : 0;
+};
+
+// Where codes of so many bits lie. A lane of a warp has WORDS words of a unit; UNITS units lie together, CHUNK bytes for all lanes. Each of
+// a lane's words holds, in its lower and its upper half, columns 2 (lane % 4) and that + 1: in each byte of a half, columns 8 apart; in each
+// byte, rows 8 apart from lane / 4 on. Codes of 3 bits are split: as codes of 4 bits, the lower two bits of two words lie in one, the third
+// bits of four words in another.
+template <int BITS>
+struct Packing {
+    static constexpr int FIELD = BITS == 3 ? 4 : BITS;  // bits of a code in a word
+    static constexpr int WORDS = FIELD / 2, ROWS = 8 / FIELD;
+    static constexpr int UNITS = BITS == 3 ? 4 : 4 / WORDS, CHUNK = UNITS * LANES * 2 * BITS;
+
+    static __device__ __forceinline__ void load(uint32_t (&words)[UNITS * WORDS], const unsigned char* codes, int chunk, int lane) {
+        const unsigned char* from = codes + chunk * CHUNK;
+        uint4 x = *reinterpret_cast<const uint4*>(from + lane * 16);
+        if constexpr (BITS == 3) {
+            uint2 third = *reinterpret_cast<const uint2*>(from + LANES * 16 + lane * 8);
+            const uint32_t low[4] = {x.x, x.y, x.z, x.w}, high[2] = {third.x, third.y};
+#pragma unroll
+            for (int i = 0; i < 8; i++) words[i] = (low[i / 2] >> (i % 2 * 2) & 0x33333333u) | ((i % 4 < 2 ? high[i / 4] << (2 - i % 4) : high[i / 4] >> (i % 4 - 2)) & 0x44444444u);
+        } else {
+            words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
+        }
+    }
+
+    static __device__ __forceinline__ void store(const uint32_t (&words)[UNITS * WORDS], unsigned char* codes, int chunk, int lane) {
+        unsigned char* to = codes + chunk * CHUNK;
+        if constexpr (BITS == 3) {
+            uint32_t low[4] = {}, high[2] = {};
+#pragma unroll
+            for (int i = 0; i < 8; i++) low[i / 2] |= (words[i] & 0x33333333u) << (i % 2 * 2), high[i / 4] |= (words[i] >> 2 & 0x11111111u) << (i % 4);
+            *reinterpret_cast<uint4*>(to + lane * 16) = make_uint4(low[0], low[1], low[2], low[3]);
+            *reinterpret_cast<uint2*>(to + LANES * 16 + lane * 8) = make_uint2(high[0], high[1]);
+        } else {
+            *reinterpret_cast<uint4*>(to + lane * 16) = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+    }
+
+    // A lane's words of a unit, of which `code(row, column)` gives the codes.
+    template <class Code>
+    static __device__ __forceinline__ void unit(uint32_t* words, int lane, Code code) {
+#pragma unroll
+        for (int w = 0; w < WORDS; w++) {
+            words[w] = 0;
+#pragma unroll
+            for (int i = 0; i < 4 * ROWS; i++) {
+                const int row = (w * ROWS + i % ROWS) * 8 + lane / 4, column = lane % 4 * 2 + i / ROWS % 2 * 8 + i / ROWS / 2;
+                words[w] |= uint32_t(code(row, column)) << shift(row, column);
+            }
+        }
+    }
+
+    static __host__ __device__ constexpr int shift(int row, int column) { return column % 2 * 16 + column / 8 * 8 + row / 8 % ROWS * FIELD; }
+
+    // One code.
+    static __device__ __forceinline__ uint32_t code(const unsigned char* codes, int unit, int row, int column) {
+        uint32_t words[UNITS * WORDS];
+        load(words, codes, unit / UNITS, row % 8 * 4 + column % 8 / 2);
+        return words[unit % UNITS * WORDS + row / 8 / ROWS] >> shift(row, column) & ((1u << BITS) - 1);
+    }
+};
+
+template <class Keys_, class Values_, int GROUP_, int D_>
 struct Layout {
-    static constexpr int BITS = BITS_, GROUP = GROUP_, D = D_;
-    static_assert(BITS == 2 || BITS == 4 || BITS == 8);
+    using Keys = Keys_;
+    using Values = Values_;
+    using KPack = Packing<Keys::BITS>;
+    using VPack = Packing<Values::BITS>;
+    static constexpr int GROUP = GROUP_, D = D_;
     static_assert(GROUP % TILE == 0 && D % 64 == 0);
 
-    static constexpr int VGROUP = GROUP < D ? GROUP : D;
+    static constexpr bool KIVI = Keys::PARAMS == Params::CHANNELS;
+    static constexpr int VGROUP = KIVI && GROUP < D ? GROUP : D;
     static constexpr int VGROUPS = D / VGROUP;
     static constexpr int TILES = GROUP / TILE;
-    static constexpr int WORDS = BITS / 2;  // of a lane, in a unit
+
+    static constexpr bool K_BY_CHANNEL = KIVI || Keys::PARAMS == Params::BALANCED;
+    static constexpr bool K_BY_TOKEN = Keys::PARAMS == Params::TOKENS || Keys::PARAMS == Params::BALANCED;
+    static constexpr bool K_TOKEN_MIN = Keys::PARAMS == Params::TOKENS && Keys::CODES == Codes::INTEGERS;
+    static constexpr bool V_FACTORS = Values::PARAMS == Params::BALANCED;
+    static constexpr bool V_BY_TOKEN = Values::PARAMS != Params::NONE;
+    static constexpr bool V_TOKEN_MIN = V_BY_TOKEN && Values::CODES == Codes::INTEGERS;
 
     // Offsets in bytes within the header and within a tile.
-    static constexpr int K_SCALE = 0, K_MIN = 2 * D, HEADER = 4 * D;
-    static constexpr int CODES = TILE * D * BITS / 8;
-    static constexpr int K_CODES = 0, V_CODES = CODES, V_SCALE = 2 * CODES, V_MIN = V_SCALE + 2 * TILE * VGROUPS;
-    static constexpr int TILE_BYTES = V_MIN + 2 * TILE * VGROUPS;
+    static constexpr int K_SCALE = 0, K_MIN = K_BY_CHANNEL ? 2 * D : 0, V_FACTOR = 2 * K_MIN, HEADER = V_FACTOR + (V_FACTORS ? 2 * D : 0);
+    static constexpr int KT_SCALE = 0, KT_MIN = K_BY_TOKEN ? 2 * TILE : 0, K_CODES = KT_MIN + (K_TOKEN_MIN ? 2 * TILE : 0);
+    static constexpr int V_CODES = K_CODES + TILE * D * Keys::BITS / 8, V_SCALE = V_CODES + TILE * D * Values::BITS / 8;
+    static constexpr int V_MIN = V_SCALE + (V_BY_TOKEN ? 2 * TILE * VGROUPS : 0), TILE_BYTES = V_MIN + (V_TOKEN_MIN ? 2 * TILE * VGROUPS : 0);
     static constexpr int RECORD = HEADER + TILES * TILE_BYTES;
 
-    // Where a code lies: the byte offset of its word in the array of codes, and its shift within the word.
-    struct Place {
-        int byte, shift;
-    };
-    static __host__ __device__ constexpr Place code_at(int unit, int row, int column) {
-        int word = unit * WORDS + row / (64 / BITS);
-        int lane = row % 8 * 4 + column % 8 / 2;
-        return {word / 4 * (LANES * 16) + lane * 16 + word % 4 * 4, column % 2 * 16 + column / 8 * 8 + row % (64 / BITS) / 8 * BITS};
+    static __device__ __forceinline__ uint32_t key_code(const unsigned char* tile, int token, int channel) {
+        return KPack::code(tile + K_CODES, channel / 16, token, channel % 16);
     }
-    static __host__ __device__ constexpr Place key_at(int token, int channel) { return code_at(channel / 16, token, channel % 16); }
-    static __host__ __device__ constexpr Place value_at(int token, int channel) {
-        return code_at(token / 16 * (D / 32) + channel / 32, channel % 32, token % 16);
+    static __device__ __forceinline__ uint32_t value_code(const unsigned char* tile, int token, int channel) {
+        return VPack::code(tile + V_CODES, token / 16 * (D / 32) + channel / 32, channel % 32, token % 16);
     }
 
     // Where the scale and the minimum of a channel's keys lie in their arrays, in elements.
@@ -58,6 +151,9 @@ struct Layout {
         int column = channel % 16;
         return channel / 32 * 32 + column % 8 / 2 * 8 + channel / 16 % 2 * 4 + column / 8 * 2 + column % 2;
     }
+    // The same for those of a token's keys, and for the factor of a channel's values.
+    static __host__ __device__ constexpr int key_token_at(int token) { return token % 8 * 4 + token / 8; }
+    static __host__ __device__ constexpr int factor_at(int channel) { return channel % 8 * (D / 8) + channel / 8; }
     // The same for a token's values in a group of channels. Lanes take the parameters of PAIR groups in one load.
     static constexpr int PAIR = VGROUPS < 2 ? 1 : 2;
     static __host__ __device__ constexpr int value_param_at(int token, int group) {
@@ -66,10 +162,19 @@ struct Layout {
     }
 };
 
-// What a subnormal product has to be multiplied with, for rows g + 8 `i` of a unit.
-template <int BITS>
+// KIVI's: keys of each channel, values of each token.
+template <int BITS, int GROUP, int D>
+using Kivi = Layout<Scheme<Codes::INTEGERS, BITS, Params::CHANNELS>, Scheme<Codes::INTEGERS, BITS, Params::TOKENS>, GROUP, D>;
+
+// What a product of codes has to be multiplied with, for rows g + 8 `i` of a unit. A masked word of whole numbers, read as two f16, is a
+// pair of subnormal numbers code * 2^(shift - 24), which the tensor cores multiply exactly: nothing is converted. e4m3's bits, read as f16's,
+// are 2^-8 of the number.
+template <class S>
 __host__ __device__ constexpr float unscale(int i) {
-    return float(1 << 24) / float(1 << (BITS * (i % (8 / BITS))));
+    constexpr int FIELD = Packing<S::BITS>::FIELD;
+    if (S::CODES == Codes::INTEGERS || S::CODES == Codes::SIGNED) return float(1 << 24) / float(1 << (FIELD * (i % (8 / FIELD))));
+    if (S::CODES == Codes::E4M3) return 256.f / float(1 << S::UP);
+    return 1.f / float(1 << S::UP);
 }
 
 }  // namespace kvq

@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(kvq::KEEP_THREADS) keep_ring(const 
     extern "C" __global__ void __launch_bounds__(128) quantize_b##B##_g##G##_d##D(const kvq::FillArgs args) { \
         kvq::Quantize<B, G, D>::run(args);                                                                       \
     }                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(256) unpack_b##B##_g##G##_d##D(const kvq::UnpackArgs args) { kvq::unpack<B, G, D>(args); }
+    extern "C" __global__ void __launch_bounds__(256) unpack_b##B##_g##G##_d##D(const kvq::UnpackArgs args) { kvq::unpack<kvq::Kivi<B, G, D>>(args); }
 #define GROUPS(B, D) KERNELS(B, 32, D) KERNELS(B, 64, D) KERNELS(B, 128, D)
 #define HEAD_DIMS(B) GROUPS(B, 64) GROUPS(B, 128) GROUPS(B, 256)
 HEAD_DIMS(2)

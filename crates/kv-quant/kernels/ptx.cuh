@@ -54,6 +54,13 @@ __device__ __forceinline__ void copy_wait() {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// The bytes of a (0 to 3) and b (4 to 7) that the lower four of `places`' digits of 4 bits name.
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t places) {
+    uint32_t x;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(places));
+    return x;
+}
+
 __device__ __forceinline__ uint4 load16(const unsigned char* p) { return *reinterpret_cast<const uint4*>(p); }
 
 __device__ __forceinline__ uint32_t bits(__half2 x) { return *reinterpret_cast<uint32_t*>(&x); }

@@ -29,7 +29,8 @@ __device__ __forceinline__ float divide(float x, float s, float reciprocal) {
 
 template <int BITS, int GROUP, int D>
 struct Quantize {
-    using L = Layout<BITS, GROUP, D>;
+    using L = Kivi<BITS, GROUP, D>;
+    static constexpr int WORDS = L::KPack::WORDS;
     static constexpr int THREADS = 128;
     static constexpr int K_CHANNELS = D < 8192 / GROUP ? D : 8192 / GROUP;
     static constexpr int K_PARTS = D / K_CHANNELS;
@@ -117,12 +118,12 @@ struct Quantize {
 #pragma unroll
         for (int i = 0; i < 4; i++) row[i] = x[i][0] | x[i][1] << 8;
 #pragma unroll
-        for (int w = 0; w < L::WORDS; w++) {
+        for (int w = 0; w < WORDS; w++) {
             uint32_t word = 0;
             constexpr int ROWS = 8 / BITS;  // of the 4, in a word
 #pragma unroll
             for (int i = 0; i < ROWS; i++) word |= row[w * ROWS + i] << (BITS * i);
-            int at = unit * L::WORDS + w;
+            int at = unit * WORDS + w;
             *reinterpret_cast<uint32_t*>(codes + at / 4 * 512 + lane * 16 + at % 4 * 4) = word;
         }
     }

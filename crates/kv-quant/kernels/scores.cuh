@@ -1,72 +1,114 @@
-// Scores of tiles of 32 tokens. Codes are the large (16-row) operand of the tensor cores, the columns the small one; scales of keys multiply the
-// queries, minima go through a product of their own.
+// Scores of tiles of 32 tokens. Codes are the large (16-row) operand of the tensor cores, the columns the small one; scales of channels multiply the
+// queries, their minima go through a product of their own; scales of tokens multiply the scores.
 #pragma once
 #include "columns.cuh"
+#include "levels.cuh"
 
 namespace kvq {
 
-// Rows 16 `f` to 16 `f` + 15 of a unit as the tensor cores' large operand.
-template <int BITS>
+// Rows 16 `f` to 16 `f` + 15 of a unit as the tensor cores' large operand, from a lane's words of the unit.
+template <class S>
 __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t* words, int f) {
-    if constexpr (BITS == 8) {
-        a[0] = words[2 * f] & 0x00ff00ffu, a[2] = (words[2 * f] >> 8) & 0x00ff00ffu;
-        a[1] = words[2 * f + 1] & 0x00ff00ffu, a[3] = (words[2 * f + 1] >> 8) & 0x00ff00ffu;
+    if constexpr (S::CODES == Codes::LEVELS) {
+        look_up<S::BITS>(a, words[f]);
+    } else if constexpr (S::BITS == 8) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t x = words[2 * f + i];
+            if constexpr (S::CODES == Codes::E5M2) {
+                a[i] = x << 8 & 0xff00ff00u, a[i + 2] = x & 0xff00ff00u;
+            } else if constexpr (S::CODES == Codes::E4M3) {
+                a[i] = (x << 8 & 0x80008000u) | (x << 7 & 0x3f803f80u), a[i + 2] = (x & 0x80008000u) | (x >> 1 & 0x3f803f80u);
+            } else {
+                a[i] = x & 0x00ff00ffu, a[i + 2] = x >> 8 & 0x00ff00ffu;
+            }
+        }
     } else {
-        uint32_t x = BITS == 4 ? words[f] : words[0];
+        constexpr int FIELD = Packing<S::BITS>::FIELD;
+        uint32_t x = FIELD == 4 ? words[f] : words[0];
         uint32_t y = x >> 8;
-        uint32_t low = BITS == 4 ? 0x000f000fu : 0x00030003u << (4 * f);
-        uint32_t high = low << BITS;
+        uint32_t low = FIELD == 4 ? 0x000f000fu : 0x00030003u << (4 * f);
+        uint32_t high = low << FIELD;
         a[0] = x & low, a[1] = x & high, a[2] = y & low, a[3] = y & high;
     }
 }
 
-// Scores of a tile's 32 tokens. `queries` are the block's, in fragments; `scaled` and `bias` are the record's, kept over its tiles.
+constexpr uint32_t ONES = 0x3c003c00u;  // two f16
+
+// What scores take of the queries, for the tokens of a record or, without parameters for each channel, for all: their products with the scales, and sums
+// of their products with the minima, or of themselves.
 template <class L, int N>
-__device__ __forceinline__ void packed_scores(float (&s)[2][N][4], uint32_t (&scaled)[L::D / 16][N][2], float (&bias)[N][4],
-                                              const unsigned char* header, const unsigned char* tile, const unsigned char* queries,
-                                              bool first, int lane) {
-    constexpr int D = L::D, BITS = L::BITS;
-    float sum[2][N][4] = {};
-    if (first) {
+__device__ __forceinline__ void scale_queries(uint32_t (&scaled)[L::D / 16][N][2], float (&bias)[N][4], const unsigned char* header, const unsigned char* queries,
+                                              int lane) {
 #pragma unroll
-        for (int n = 0; n < N; n++)
+    for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) bias[n][i] = 0.f;
+        for (int i = 0; i < 4; i++) bias[n][i] = 0.f;
 #pragma unroll
-        for (int j = 0; j < D / 32; j++) {
-            uint4 scale = load16(header + L::K_SCALE + j * 64 + lane % 4 * 16);
-            uint4 min = load16(header + L::K_MIN + j * 64 + lane % 4 * 16);
+    for (int j = 0; j < L::D / 32; j++) {
+        uint4 scale, min = make_uint4(ONES, ONES, ONES, ONES);
+        if constexpr (L::K_BY_CHANNEL) {
+            scale = load16(header + L::K_SCALE + j * 64 + lane % 4 * 16);
+            min = load16(header + L::K_MIN + j * 64 + lane % 4 * 16);
+        }
 #pragma unroll
-            for (int n = 0; n < N; n++) {
-                uint4 q = load16(queries + (n * (D / 32) + j) * 512 + lane * 16);
-                mma(bias[n], {min.x, min.x, min.y, min.y}, q.x, q.y);
-                mma(bias[n], {min.z, min.z, min.w, min.w}, q.z, q.w);
-                scaled[2 * j][n][0] = multiply(q.x, scale.x), scaled[2 * j][n][1] = multiply(q.y, scale.y);
-                scaled[2 * j + 1][n][0] = multiply(q.z, scale.z), scaled[2 * j + 1][n][1] = multiply(q.w, scale.w);
-            }
+        for (int n = 0; n < N; n++) {
+            uint4 q = load16(queries + (n * (L::D / 32) + j) * 512 + lane * 16);
+            mma(bias[n], {min.x, min.x, min.y, min.y}, q.x, q.y);
+            mma(bias[n], {min.z, min.z, min.w, min.w}, q.z, q.w);
+            if constexpr (L::K_BY_CHANNEL) q = make_uint4(multiply(q.x, scale.x), multiply(q.y, scale.y), multiply(q.z, scale.z), multiply(q.w, scale.w));
+            scaled[2 * j][n][0] = q.x, scaled[2 * j][n][1] = q.y;
+            scaled[2 * j + 1][n][0] = q.z, scaled[2 * j + 1][n][1] = q.w;
         }
     }
-    constexpr int UNITS = 4 / L::WORDS;  // in a lane's 16 bytes
+}
+
+// Two f16 of each of two words.
+__device__ __forceinline__ void widen(float (&x)[4], uint2 words) {
+    float2 low = __half22float2(half2_of(words.x)), high = __half22float2(half2_of(words.y));
+    x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+}
+
+// Scores of a tile's 32 tokens, given `scaled` and `bias` of `scale_queries`.
+template <class L, int N>
+__device__ __forceinline__ void packed_scores(float (&s)[2][N][4], const uint32_t (&scaled)[L::D / 16][N][2], const float (&bias)[N][4], const unsigned char* tile,
+                                              float key_scale, int lane) {
+    using S = typename L::Keys;
+    using P = typename L::KPack;
+    float sum[2][N][4] = {};
 #pragma unroll
-    for (int j = 0; j < D / 16 / UNITS; j++) {
-        uint4 loaded = load16(tile + L::K_CODES + j * 512 + lane * 16);
-        uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    for (int j = 0; j < L::D / 16 / P::UNITS; j++) {
+        uint32_t words[P::UNITS * P::WORDS];
+        P::load(words, tile + L::K_CODES, j, lane);
 #pragma unroll
-        for (int u = 0; u < UNITS; u++)
+        for (int u = 0; u < P::UNITS; u++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 uint32_t a[4];
-                fragment<BITS>(a, words + u * L::WORDS, r);
+                fragment<S>(a, words + u * P::WORDS, r);
 #pragma unroll
-                for (int n = 0; n < N; n++) mma(sum[r][n], a, scaled[j * UNITS + u][n][0], scaled[j * UNITS + u][n][1]);
+                for (int n = 0; n < N; n++) mma(sum[r][n], a, scaled[j * P::UNITS + u][n][0], scaled[j * P::UNITS + u][n][1]);
             }
     }
+    // Of tokens g + 8 i.
+    float scales[4], mins[4];
+    if constexpr (L::K_BY_TOKEN) widen(scales, *reinterpret_cast<const uint2*>(tile + L::KT_SCALE + lane / 4 * 8));
+    if constexpr (L::K_TOKEN_MIN) widen(mins, *reinterpret_cast<const uint2*>(tile + L::KT_MIN + lane / 4 * 8));
 #pragma unroll
     for (int r = 0; r < 2; r++)
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) s[r][n][i] = fmaf(sum[r][n][i], unscale<BITS>(2 * r + i / 2), bias[n][i % 2]);
+            for (int i = 0; i < 4; i++) {
+                const float x = sum[r][n][i], factor = unscale<S>(2 * r + i / 2), b = bias[n][i % 2];
+                float& y = s[r][n][i];
+                if constexpr (L::KIVI) y = fmaf(x, factor, b);
+                else if constexpr (S::PARAMS == Params::BALANCED) y = fmaf(x, factor, b) * scales[2 * r + i / 2];
+                else if constexpr (S::PARAMS == Params::NONE) y = x * (factor * key_scale);
+                else if constexpr (S::CODES == Codes::SIGNED) y = fmaf(b, -float(1 << (S::BITS - 1)), x * factor) * scales[2 * r + i / 2];
+                else if constexpr (L::K_TOKEN_MIN) y = fmaf(x * factor, scales[2 * r + i / 2], b * mins[2 * r + i / 2]);
+                else y = x * factor * scales[2 * r + i / 2];
+            }
 }
 
 // Scores of 32 tokens of the residual, read straight from memory: it is short. `place` gives where a token's keys begin.

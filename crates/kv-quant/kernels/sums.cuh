@@ -27,13 +27,12 @@ __device__ __forceinline__ void add_probabilities(float (&sum)[2][2][2], const f
 // Grid: (tiles of the longest kv head / SUM_WARPS rounded up, those of packed entries and of the residual counted each on their own; kv
 // heads of all sequences, one `work` each; heads of a kv head, or blocks of 8 of them where no sequence has more than one query). `lse` is
 // read, and `out` takes in f32 [heads_per_kv, slots] for each kv head; holes have 0.
-template <int BITS, int GROUP, int D>
+template <class L>
 __device__ __forceinline__ void sums(const AttendArgs& args) {
-    using L = Layout<BITS, GROUP, D>;
-    constexpr int SOURCE = L::HEADER + L::CODES;
-    __shared__ __align__(128) unsigned char queries[16 * D];
+    constexpr int D = L::D, SOURCE = L::HEADER + L::V_CODES;
+    __shared__ __align__(128) unsigned char queries[2][16 * D];  // for the residual, and for packed keys
     extern __shared__ __align__(128) unsigned char sources[];
-    __shared__ float factors[8];
+    __shared__ float factors[2][8];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Work work = args.work[blockIdx.y];
     const int packed = work.packed, slots = packed + work.residual, packed_tiles = (packed + TILE - 1) / TILE;
@@ -47,9 +46,9 @@ __device__ __forceinline__ void sums(const AttendArgs& args) {
     unsigned char* source = sources + warp * SOURCE;
     if (coded) {
         const unsigned char* record = reinterpret_cast<const unsigned char*>(work.table[tile / L::TILES]);
-        const unsigned char* codes = record + L::HEADER + tile % L::TILES * L::TILE_BYTES + L::K_CODES;
+        const unsigned char* keys = record + L::HEADER + tile % L::TILES * L::TILE_BYTES;
         for (int i = lane * 16; i < L::HEADER; i += 512) copy16(shared_address(source + i), record + i);
-        for (int i = lane * 16; i < L::CODES; i += 512) copy16(shared_address(source + L::HEADER + i), codes + i);
+        for (int i = lane * 16; i < L::V_CODES; i += 512) copy16(shared_address(source + L::HEADER + i), keys + i);
     }
     copy_commit();
 
@@ -58,18 +57,20 @@ __device__ __forceinline__ void sums(const AttendArgs& args) {
     for (int first = first_head * work.queries; first < last_column; first += 8) {
         const int live = min(8, last_column - first);
         __syncthreads();  // All are done with the queries before.
-        load_queries<D, 1>(args, work, first, live, queries, factors);
+        load_queries<D, 1>(args, work, first, live, false, queries[0], factors[0]);
+        load_queries<D, 1>(args, work, first, live, args.rotated & ROTATED_KEYS, queries[1], factors[1]);
         copy_wait<0>();
         __syncthreads();
         if (at >= end) continue;
-        Columns<1> columns = columns_of<1>(args, factors, work.queries, first, entries_of(work), lane);
+        Columns<1> columns = columns_of<1>(args, factors[coded], work.queries, first, entries_of(work), lane);
         float s[2][1][4] = {};
         if (coded) {
             uint32_t scaled[D / 16][1][2];
             float bias[1][4];
-            packed_scores<L, 1>(s, scaled, bias, source, source + L::HEADER - L::K_CODES, queries, true, lane);
+            scale_queries<L, 1>(scaled, bias, source, queries[1], lane);
+            packed_scores<L, 1>(s, scaled, bias, source + L::HEADER, args.key_scale, lane);
         } else {
-            residual_scores<D, 1>(s, work.ring_k, args.kind, queries, lane, [&](int token) {  // A token past the end is masked: any finite one will do.
+            residual_scores<D, 1>(s, work.ring_k, args.kind, queries[0], lane, [&](int token) {  // A token past the end is masked: any finite one will do.
                 int i = work.ring_start + min(ring_at + token, work.residual - 1);
                 return (i >= args.ring ? i - args.ring : i) * (long long)D;
             });
@@ -100,10 +101,9 @@ __device__ __forceinline__ void sums(const AttendArgs& args) {
 }
 
 // Bytes of dynamic shared memory.
-template <int BITS, int GROUP, int D>
+template <class L>
 constexpr int sums_shared() {
-    using L = Layout<BITS, GROUP, D>;
-    return SUM_WARPS * (L::HEADER + L::CODES);
+    return SUM_WARPS * (L::HEADER + L::V_CODES);
 }
 
 }  // namespace kvq

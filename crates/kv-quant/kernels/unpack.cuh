@@ -1,7 +1,9 @@
 // Reads packed records back by the layout's own account of where things lie: for policies, tests, and records that are cut. Attention never does this.
 #pragma once
 #include "args.cuh"
+#include "hadamard.cuh"
 #include "layout.cuh"
+#include "levels.cuh"
 
 namespace kvq {
 
@@ -13,29 +15,56 @@ struct UnpackArgs {
     int first, entries;  // the first entry to read, and how many
     int ring, shift;     // 0 places: k and v are no rings
     int kind;            // of k and v: 0 f16, 1 bf16, 2 f32
-    int unused;
+    int rotated;         // 1: packed keys are rotated, 2: packed values are; both are rotated back
+    float key_scale, value_scale;  // of schemes without scales of their own
 };
 
-static_assert(sizeof(UnpackArgs) == 48 && offsetof(UnpackArgs, first) == 24, "as in src/cuda/args.rs");
+static_assert(sizeof(UnpackArgs) == 56 && offsetof(UnpackArgs, first) == 24, "as in src/cuda/args.rs");
 
-// One number of k and of v for each thread, in blocks of one dimension.
-template <int BITS, int GROUP, int D>
+constexpr int UNPACK_THREADS = 256;
+
+// What a code stands for.
+template <class S>
+__device__ __forceinline__ float number_of(uint32_t code, float scale, float min) {
+    constexpr float DOWN = 1.f / (1 << S::UP);
+    if constexpr (S::CODES == Codes::LEVELS) return level<S::BITS>(code) * scale;
+    else if constexpr (S::CODES == Codes::SIGNED) return (float(code) - (1 << (S::BITS - 1))) * scale;
+    else if constexpr (S::CODES == Codes::E5M2) return __half2float(__ushort_as_half(code << 8)) * (scale * DOWN);
+    else if constexpr (S::CODES == Codes::E4M3) return __half2float(__ushort_as_half((code & 0x80) << 8 | (code & 0x7f) << 7)) * (256.f * DOWN * scale);
+    else return fmaf(float(code), scale, min);
+}
+
+// One entry for each warp, in blocks of one dimension.
+template <class L>
 __device__ __forceinline__ void unpack(const UnpackArgs& args) {
-    using L = Layout<BITS, GROUP, D>;
-    long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
-    if (i >= (long long)args.entries * D) return;
-    int c = i % D, t = args.first + i / D;
-    long long to = args.ring ? (long long)((t + args.shift) % args.ring) * D + c : i;
-    const unsigned char* record = reinterpret_cast<const unsigned char*>(args.table[t / GROUP]);
-    const unsigned char* tile = record + L::HEADER + t % GROUP / TILE * L::TILE_BYTES;
+    constexpr int D = L::D;
+    const int entry = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (entry >= args.entries) return;
+    const int t = args.first + entry, token = t % TILE;
+    const long long to = (long long)(args.ring ? (t + args.shift) % args.ring : entry) * D;
+    const unsigned char* record = reinterpret_cast<const unsigned char*>(args.table[t / L::GROUP]);
+    const unsigned char* tile = record + L::HEADER + t % L::GROUP / TILE * L::TILE_BYTES;
     auto half_at = [](const unsigned char* p, int i) { return __half2float(reinterpret_cast<const __half*>(p)[i]); };
-    auto code = [](const unsigned char* codes, typename L::Place p) {
-        return float(*reinterpret_cast<const uint32_t*>(codes + p.byte) >> p.shift & ((1 << BITS) - 1));
-    };
-    int at = L::key_param_at(c);
-    store(args.k, to, args.kind, fmaf(code(tile + L::K_CODES, L::key_at(t % TILE, c)), half_at(record + L::K_SCALE, at), half_at(record + L::K_MIN, at)));
-    at = L::value_param_at(t % TILE, c / L::VGROUP);
-    store(args.v, to, args.kind, fmaf(code(tile + L::V_CODES, L::value_at(t % TILE, c)), half_at(tile + L::V_SCALE, at), half_at(tile + L::V_MIN, at)));
+    float k[D / 32], v[D / 32];
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) {
+        const int c = 32 * i + lane;
+        float scale = args.key_scale, min = 0.f;
+        if (L::K_BY_CHANNEL) scale = half_at(record + L::K_SCALE, L::key_param_at(c)), min = half_at(record + L::K_MIN, L::key_param_at(c));
+        else if (L::K_BY_TOKEN) scale = half_at(tile + L::KT_SCALE, L::key_token_at(token));
+        if (L::K_TOKEN_MIN) min = half_at(tile + L::KT_MIN, L::key_token_at(token));
+        k[i] = number_of<typename L::Keys>(L::key_code(tile, token, c), scale, min);
+        if (L::Keys::PARAMS == Params::BALANCED) k[i] *= half_at(tile + L::KT_SCALE, L::key_token_at(token));
+        scale = args.value_scale, min = 0.f;
+        if (L::V_BY_TOKEN) scale = half_at(tile + L::V_SCALE, L::value_param_at(token, c / L::VGROUP));
+        if (L::V_TOKEN_MIN) min = half_at(tile + L::V_MIN, L::value_param_at(token, c / L::VGROUP));
+        v[i] = number_of<typename L::Values>(L::value_code(tile, token, c), scale, min);
+        if (L::V_FACTORS) v[i] *= half_at(record + L::V_FACTOR, L::factor_at(c));
+    }
+    if (args.rotated & ROTATED_KEYS) hadamard<D>(k, lane);
+    if (args.rotated & ROTATED_VALUES) hadamard<D>(v, lane);
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) store(args.k, to + 32 * i + lane, args.kind, k[i]), store(args.v, to + 32 * i + lane, args.kind, v[i]);
 }
 
 }  // namespace kvq

@@ -8,6 +8,7 @@ mod fill;
 mod half;
 mod head;
 mod kernels;
+mod layout;
 mod plan;
 mod pool;
 mod read;

@@ -497,6 +497,12 @@ impl Format {
         Self { flush: Flush::Never, ..Self::immediate(scheme, scheme) }
     }
 
+    /// The same with another flush.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn with_flush(self, flush: Flush) -> Self {
+        Self { flush, ..self }
+    }
+
     /// The same with keys that come at another point.
     #[must_use]
     pub fn with_basis(self, basis: KeyBasis) -> Self {

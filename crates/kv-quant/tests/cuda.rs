@@ -3,7 +3,9 @@
 #![cfg(feature = "cuda")]
 
 use candle_core::{DType, Device, Tensor};
-use kv_quant::{Bits, Format, QuantCache, QuantStore};
+use kv_quant::{
+    Bits, Codes, Float8, Flush, Format, QuantCache, QuantStore, StaticScale, TurboQuant,
+};
 use longctx_core::{
     AttentionShape, Batch, EntryRanges, Error, KvCache, KvStore, LayerSpec, Mask, Selection, SeqId,
     Step,
@@ -37,13 +39,18 @@ struct Pair {
     other: QuantStore,
     device: Device,
     what: String,
+    /// Of relative errors.
+    limit: f32,
 }
 
 impl Pair {
     fn new(shape: AttentionShape, format: Format, device: &Device) -> Self {
         let store = || QuantStore::new(shape, format).unwrap();
         let what = format!("{format:?}, head_dim {}", shape.head_dim);
-        Self { shape, host: store(), other: store(), device: device.clone(), what }
+        // Ties between codes of a tile hang on the last digits of its deviations.
+        let balanced = matches!(format.keys().codes, Codes::VarianceNormalized { .. });
+        let limit = if balanced { 1e-2 } else { 2e-3 };
+        Self { shape, host: store(), other: store(), device: device.clone(), what, limit }
     }
 
     fn append(&mut self, parts: &[(SeqId, usize)]) {
@@ -66,17 +73,17 @@ impl Pair {
         let want = self.host.attend(&batch, &q, mask).unwrap();
         let got = self.other.attend(&batch, &dq, mask).unwrap();
         let error = relative(&got.out, &want.out);
-        assert!(error <= 2e-3, "{what}: {error}");
+        assert!(error <= self.limit, "{what}: {error}");
         // A sequence without entries has -inf.
         let finite = |lse: &Tensor| lse.clamp(-10f32, f32::MAX).unwrap();
         let error = relative(&finite(&got.lse), &finite(&want.lse));
-        assert!(error <= 2e-3, "lse, {what}: {error}");
+        assert!(error <= self.limit, "lse, {what}: {error}");
         let sums = self.host.attention_sums(&batch, &q, &want.lse, mask).unwrap();
         let other = self.other.attention_sums(&batch, &dq, &got.lse, mask).unwrap();
         for (sums, other) in sums.iter().zip(&other) {
             assert_eq!(sums.dims(), other.dims(), "{what}");
             let error = if sums.elem_count() == 0 { 0.0 } else { relative(other, sums) };
-            assert!(error <= 3e-3, "sums, {what}: {error}");
+            assert!(error <= 1.5 * self.limit, "sums, {what}: {error}");
         }
     }
 
@@ -118,7 +125,8 @@ impl Pair {
             let (k, v) = self.host.read(seq, head).unwrap();
             let (dk, dv) = self.other.read(seq, head).unwrap();
             assert_eq!(k.dims(), dk.dims());
-            assert!(relative(&dk, &k) < 1e-3 && relative(&dv, &v) < 1e-3, "{}", self.what);
+            let error = relative(&dk, &k).max(relative(&dv, &v));
+            assert!(error <= self.limit, "read, {}: {error}", self.what);
         }
     }
 }
@@ -132,7 +140,58 @@ fn formats() -> Vec<Format> {
         formats.push(Format::kivi_rolling(bits, bits, 32, 64).unwrap());
         formats.push(Format::kivi_rolling(bits, bits, 64, 0).unwrap());
     }
+    formats.extend(immediate().into_iter().map(rolling));
+    for (keys, values) in
+        [(Bits::Four, Bits::Four), (Bits::Four, Bits::Two), (Bits::Two, Bits::Two)]
+    {
+        formats.push(Format::kvarn(keys, values, 128).unwrap());
+    }
     formats
+}
+
+/// Formats that keep nothing in full precision.
+fn immediate() -> Vec<Format> {
+    let scale = |scale: f32| StaticScale::new(scale).unwrap();
+    let mut formats = Vec::new();
+    for kind in [Float8::E4m3, Float8::E5m2] {
+        formats.push(Format::float8(kind));
+        formats.push(Format::float8_static(kind, scale(0.0173), scale(0.0117)));
+    }
+    for bits in [Bits::Four, Bits::Three] {
+        formats.push(Format::rotated_symmetric(bits, bits));
+        formats.push(Format::rotated_asymmetric(bits, bits));
+    }
+    for preset in
+        [TurboQuant::K8V4, TurboQuant::FourBitNc, TurboQuant::K3V4Nc, TurboQuant::ThreeBitNc]
+    {
+        formats.push(Format::turboquant(preset));
+    }
+    formats
+}
+
+/// The same, in whole blocks of tokens.
+fn rolling(format: Format) -> Format {
+    Format::new(format.keys(), format.values(), Flush::Rolling(0)).unwrap()
+}
+
+#[test]
+fn what_is_packed_at_once_waits_for_whole_blocks() {
+    let Some(device) = device() else { return };
+    let shape = AttentionShape::new(8, 2, 128).unwrap();
+    for format in immediate() {
+        let mut pair = Pair::new(shape, rolling(format), &device);
+        pair.other = QuantStore::new(shape, format).unwrap();
+        pair.append(&[(0, 1), (1, 333)]);
+        for _ in 0..3 {
+            pair.check(&[(0, 1), (1, 1)], Mask::Causal);
+            pair.append(&[(0, 40), (1, 1)]);
+        }
+        assert_eq!(pair.other.format(), format);
+        pair.check_read(1);
+        let (used, packed) = (pair.other.seq_footprint(1).payload, 320 * 2 * 2 * 128);
+        let bits = format.keys().bits.count() + format.values().bits.count();
+        assert_eq!(used, packed * bits / 16, "{}", pair.what);
+    }
 }
 
 #[test]
@@ -357,7 +416,7 @@ fn formats_without_kernels_are_refused() {
     let Some(device) = device() else { return };
     let batch = Batch::single(0, 3).unwrap();
     let x = |d| numbers(3, 2, d).to_device(&device).unwrap();
-    let flexgen = Format::flexgen(Bits::Four, Bits::Four, 64).unwrap();
+    let flexgen = Format::flexgen(Bits::Four, Bits::Four, 32).unwrap();
     let kivi = Format::kivi(Bits::Four, Bits::Four, 32, 128).unwrap();
     for (format, d) in [(flexgen, 64), (kivi, 96)] {
         let mut store = QuantStore::new(AttentionShape::new(2, 2, d).unwrap(), format).unwrap();

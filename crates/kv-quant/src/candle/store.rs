@@ -143,7 +143,6 @@ impl QuantStore {
                     self.held = Held::CudaHalf(Box::new(half));
                     return Ok(());
                 }
-                check_cuda(&format)?;
                 Held::Cuda(Box::new(CudaPool::new(self.shape, format, device, capacity)?))
             }
             Device::Cpu => {
@@ -320,25 +319,6 @@ fn on_cpu(x: &Tensor) -> Result<()> {
             let got = format!("one on {:?}", x.device().location());
             Err(Error::mismatch("tensor", "one on the CPU, as the store", got))
         }
-    }
-}
-
-/// CUDA kernels read asymmetric integers alone.
-///
-/// # Errors
-/// [`Error::Unsupported`] that names other codes.
-#[cfg(feature = "cuda")]
-fn check_cuda(format: &Format) -> Result<()> {
-    let other = [format.keys(), format.values()]
-        .into_iter()
-        .find(|scheme| scheme.codes != crate::Codes::Asymmetric || scheme.rotated);
-    match other {
-        Some(scheme) => {
-            let rotated = if scheme.rotated { "rotated " } else { "" };
-            let what = format!("{rotated}codes {:?} on a CUDA device", scheme.codes);
-            Err(Error::Unsupported(what))
-        }
-        None => Ok(()),
     }
 }
 

@@ -28,7 +28,7 @@ longctx_cuda::args! {
 }
 
 longctx_cuda::args! {
-    pub struct AttendArgs: 96, heads at 56, scale at 84 {
+    pub struct AttendArgs: 104, heads at 56, scale at 84 {
         pub q: u64,
         pub out: u64,
         pub lse: u64,
@@ -45,7 +45,9 @@ longctx_cuda::args! {
         pub out_kind: i32,
         pub scale: f32,
         pub soft_cap: f32,
-        pub unused: i32,
+        pub rotated: i32,
+        pub key_scale: f32,
+        pub value_scale: f32,
     }
 }
 
@@ -73,18 +75,22 @@ longctx_cuda::args! {
 }
 
 longctx_cuda::args! {
-    pub struct FillArgs: 32, ring at 16 {
+    pub struct FillArgs: 48, ring at 16 {
         pub rows: u64,
         pub stride: i64,
         pub ring: i32,
         pub kind: i32,
         pub pieces: i32,
+        pub rotated: i32,
+        pub f16_steps: i32,
+        pub key_scale: f32,
+        pub value_scale: f32,
         pub unused: i32,
     }
 }
 
 longctx_cuda::args! {
-    pub struct UnpackArgs: 48, first at 24 {
+    pub struct UnpackArgs: 56, first at 24 {
         pub table: u64,
         pub k: u64,
         pub v: u64,
@@ -93,7 +99,9 @@ longctx_cuda::args! {
         pub ring: i32,
         pub shift: i32,
         pub kind: i32,
-        pub unused: i32,
+        pub rotated: i32,
+        pub key_scale: f32,
+        pub value_scale: f32,
     }
 }
 

@@ -107,6 +107,7 @@ impl CudaPool {
 
     /// What all kernels that compute scores have in common.
     pub(super) fn score_args(&self, mask: Mask<'_>) -> AttendArgs {
+        let (key_scale, value_scale) = self.layout.fixed_scales();
         AttendArgs {
             heads: self.shape.heads as i32,
             heads_per_kv: self.shape.group() as i32,
@@ -117,6 +118,9 @@ impl CudaPool {
             out_kind: 2,
             scale: self.shape.scale,
             soft_cap: self.shape.soft_cap.unwrap_or(0.0),
+            rotated: self.layout.rotated(),
+            key_scale,
+            value_scale,
             ..AttendArgs::default()
         }
     }

@@ -335,12 +335,17 @@ impl CudaPool {
         let base = fresh.device_ptr(&stream).0;
         rows.iter_mut().for_each(|row| row.fresh += base);
         let on_device = stream.clone_htod(&rows)?;
+        let (key_scale, value_scale) = self.layout.fixed_scales();
         let args = FillArgs {
             rows: on_device.device_ptr(&stream).0,
             stride: (stride * self.shape.head_dim) as i64,
             ring: self.ring_places() as i32,
             kind: kind(self.dtype.unwrap_or(DType::F16)),
             pieces: (self.shape.head_dim / 8) as i32,
+            rotated: self.layout.rotated(),
+            f16_steps: i32::from(self.layout.f16_steps()),
+            key_scale,
+            value_scale,
             unused: 0,
         };
         // SAFETY: the rows' tensors, rings and tables have room for the entries and records that

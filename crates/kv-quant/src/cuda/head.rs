@@ -1,6 +1,7 @@
 //! A sequence on the device: for each kv head a block table and a ring of its newest entries.
 
-use super::kernels::{Layout, TILE};
+use super::kernels::TILE;
+use super::layout::Layout;
 use super::records::{Shared, Table};
 use crate::{Flush, Format};
 use longctx_core::Result;

@@ -1,7 +1,7 @@
 //! Which kernels there are, and how they are launched.
 
 use super::args::{AttendArgs, FillArgs, KeepRow, UnpackArgs};
-use crate::{Axis, Bits, Flush, Format, KeyBasis};
+use super::layout::{Family, Layout};
 use longctx_core::Result;
 use longctx_cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
 use longctx_cuda::{Image, Kernel, most_shared_bytes, multiprocessors};
@@ -11,88 +11,71 @@ static ATTEND_2: Image = longctx_cuda::image!("attend2");
 static ATTEND_4: Image = longctx_cuda::image!("attend4");
 static ATTEND_8: Image = longctx_cuda::image!("attend8");
 static PACK: Image = longctx_cuda::image!("pack");
+static FLOAT8: Image = longctx_cuda::image!("float8");
+static ROTATED: Image = longctx_cuda::image!("rotated");
+static TURBOQUANT: Image = longctx_cuda::image!("turboquant");
+static KVARN: Image = longctx_cuda::image!("kvarn");
 
 /// Tokens of a tile, as in kernels/layout.cuh.
 pub const TILE: usize = 32;
 /// As in kernels/sums.cuh.
 const SUM_WARPS: usize = 4;
+/// As in kernels/unpack.cuh.
 const UNPACK_THREADS: usize = 256;
+/// As in kernels/tokens.cuh and kernels/balance.cuh.
+const TOKEN_THREADS: u32 = 256;
 /// As in kernels/fill.cuh.
 const KEEP_THREADS: u32 = 256;
 
-/// Sizes in bytes of the packed layout: kernels/layout.cuh.
-#[derive(Debug, Clone, Copy)]
-pub struct Layout {
-    pub bits: usize,
-    pub group: usize,
-    pub head_dim: usize,
-}
-
 impl Layout {
-    /// The layout of a format, if there are kernels for it; otherwise what they lack.
-    pub fn of(format: Format, head_dim: usize) -> Result<Self, &'static str> {
-        let (keys, values) = (format.keys(), format.values());
-        let bits = keys.bits.count();
-        if !matches!(keys.bits, Bits::Two | Bits::Four | Bits::Eight) || keys.bits != values.bits {
-            return Err("keys and values of the same 2, 4 or 8 bits");
-        }
-        if keys.along != Axis::Tokens || keys.group != values.group {
-            return Err("keys quantized along tokens in groups as large as the values'");
-        }
-        if !matches!(format.flush(), Flush::Rolling(_) | Flush::Staggered(_)) {
-            return Err("a full-precision residual");
-        }
-        if format.basis() != KeyBasis::Given {
-            return Err("keys packed as they come");
-        }
-        if !matches!(head_dim, 64 | 128 | 256) {
-            return Err("heads of 64, 128 or 256 channels");
-        }
-        Ok(Self { bits, group: keys.group, head_dim })
-    }
-
-    /// The kernels of attention over it.
+    /// The kernels over it, but those that pack and unpack KIVI's records.
     fn image(self) -> &'static Image {
-        match self.bits {
-            2 => &ATTEND_2,
-            4 => &ATTEND_4,
-            _ => &ATTEND_8,
+        match self.family {
+            Family::Kivi(2) => &ATTEND_2,
+            Family::Kivi(4) => &ATTEND_4,
+            Family::Kivi(_) => &ATTEND_8,
+            Family::Balanced(_) => &KVARN,
+            Family::Tokens(name) if name.starts_with('e') => &FLOAT8,
+            Family::Tokens("k8v4") => &TURBOQUANT,
+            Family::Tokens(name) if name.starts_with("levels") => &TURBOQUANT,
+            Family::Tokens(_) => &ROTATED,
         }
     }
 
-    /// Groups of a token's values.
-    pub fn value_groups(self) -> usize {
-        self.head_dim.div_ceil(self.group)
+    /// The same, of the kernels that pack and unpack.
+    fn pack_image(self) -> &'static Image {
+        match self.family {
+            Family::Kivi(_) => &PACK,
+            _ => self.image(),
+        }
     }
 
-    /// Codes of 32 tokens' keys, or values.
-    pub fn codes(self) -> usize {
-        TILE * self.head_dim * self.bits / 8
+    /// What kernels' names end in.
+    fn suffix(self) -> String {
+        let (group, d) = (self.group, self.head_dim);
+        match self.family {
+            Family::Kivi(bits) => format!("b{bits}_g{group}_d{d}"),
+            Family::Tokens(name) | Family::Balanced(name) => format!("{name}_d{d}"),
+        }
     }
 
-    fn header(self) -> usize {
-        4 * self.head_dim
-    }
-
-    fn tile(self) -> usize {
-        2 * self.codes() + 4 * TILE * self.value_groups()
-    }
-
-    /// `group` tokens' keys and values.
-    pub fn record(self) -> usize {
-        self.header() + self.group / TILE * self.tile()
-    }
-
-    /// Channels of a block of the kernel that packs keys.
-    fn key_parts(self) -> usize {
-        self.head_dim / self.head_dim.min(8192 / self.group)
-    }
-
-    fn quantize_shared(self) -> usize {
-        let channels = self.head_dim / self.key_parts();
-        let source = 2 * (self.group * channels).max(TILE * self.head_dim);
-        let keys = self.group * channels * self.bits / 8 + 4 * channels;
-        source + keys.max(self.tile() - self.codes())
+    /// Blocks of the kernel that packs for each record, threads of a block, and its shared memory.
+    fn quantize(self) -> (usize, u32, usize) {
+        let (group, d) = (self.group, self.head_dim);
+        match self.family {
+            Family::Kivi(_) => {
+                let channels = d.min(8192 / group);
+                let source = 2 * (group * channels).max(TILE * d);
+                let keys = self.key_codes() / d * channels * (group / TILE) + 4 * channels;
+                let shared = source + keys.max(self.tile() - self.key_codes());
+                (d / channels, 128, shared)
+            }
+            Family::Tokens(_) => (group / TILE, TOKEN_THREADS, 0),
+            Family::Balanced(_) => {
+                let sides = 16 * (group + d) + 8 * group.max(d) + 8 * TOKEN_THREADS as usize + 8;
+                (1, TOKEN_THREADS, 4 * group * d + sides + group * (d + 8))
+            }
+        }
     }
 }
 
@@ -108,20 +91,18 @@ pub struct Attend {
 
 impl Attend {
     fn load(context: &Arc<CudaContext>, layout: Layout, n: usize) -> Result<Option<Self>> {
-        let Layout { bits, group, head_dim } = layout;
-        // As in kernels/attend*.cu.
-        let (warps, stages) = match (bits, head_dim, n) {
-            (8, ..) | (_, 256, _) => (4, 3),
-            (_, 128, 2) => (4, 4),
-            _ => (8, 3),
-        };
+        let head_dim = layout.head_dim;
+        let (warps, stages) = layout.warps_and_stages(n);
         let ring = n * 16 * head_dim + warps * stages * (layout.header() + layout.tile());
         let outs = warps * 8 * n * (head_dim + 4) * 4;
         let shared = ring.max(outs) as u32;
         if most_shared_bytes(context)? < shared + 4096 {
             return Ok(None);
         }
-        let name = format!("attend_b{bits}_g{group}_d{head_dim}_n{n}");
+        let name = match layout.family {
+            Family::Kivi(_) => format!("attend_{}_n{n}", layout.suffix()),
+            _ => format!("attend_{}", layout.suffix()),
+        };
         let kernel = layout.image().kernel(context, &name, 32 * warps as u32, shared)?;
         let blocks = kernel.blocks_per_multiprocessor()? * multiprocessors(context)?;
         Ok(Some(Self { kernel, columns: 8 * n, warps, blocks }))
@@ -158,24 +139,30 @@ impl Kernels {
     /// Loads them; `None` where the device has too little shared memory.
     pub fn load(context: &Arc<CudaContext>, layout: Layout) -> Result<Option<Self>> {
         let mut attend = Vec::new();
-        for n in if layout.head_dim == 256 { 1..=1 } else { 1..=2 } {
+        let wide = layout.head_dim < 256 && matches!(layout.family, Family::Kivi(_));
+        for n in 1..=1 + usize::from(wide) {
             attend.extend(Attend::load(context, layout, n)?);
         }
         if attend.is_empty() {
             return Ok(None);
         }
-        let Layout { bits, group, head_dim } = layout;
-        let of = |name: &str| format!("{name}_b{bits}_g{group}_d{head_dim}");
-        let sums_shared = SUM_WARPS * (layout.header() + layout.codes());
+        let (_, quantize_threads, quantize_shared) = layout.quantize();
+        if most_shared_bytes(context)? < quantize_shared as u32 {
+            return Ok(None);
+        }
+        let of = |name: &str| format!("{name}_{}", layout.suffix());
+        let sums_shared = SUM_WARPS * (layout.header() + layout.key_params() + layout.key_codes());
         let sums_threads = 32 * SUM_WARPS as u32;
         let sums = layout.image().kernel(context, &of("sums"), sums_threads, sums_shared as u32)?;
-        let quantize_shared = layout.quantize_shared() as u32;
+        let pack = layout.pack_image();
+        let quantize =
+            pack.kernel(context, &of("quantize"), quantize_threads, quantize_shared as u32)?;
         Ok(Some(Self {
             attend,
             sums,
-            quantize: PACK.kernel(context, &of("quantize"), 128, quantize_shared)?,
-            unpack: PACK.kernel(context, &of("unpack"), UNPACK_THREADS as u32, 0)?,
-            fill_rings: PACK.kernel(context, "fill_rings", head_dim as u32 / 8, 0)?,
+            quantize,
+            unpack: pack.kernel(context, &of("unpack"), UNPACK_THREADS as u32, 0)?,
+            fill_rings: PACK.kernel(context, "fill_rings", layout.head_dim as u32 / 8, 0)?,
             keep_ring: PACK.kernel(context, "keep_ring", KEEP_THREADS, 0)?,
             layout,
         }))
@@ -206,7 +193,7 @@ impl Kernels {
         args: &FillArgs,
         (records, tiles, rows): (usize, usize, usize),
     ) -> Result<()> {
-        let grid = [(records * self.layout.key_parts()).max(tiles), rows, 2];
+        let grid = [(records * self.layout.quantize().0).max(tiles), rows, 2];
         // SAFETY: the caller's.
         Ok(unsafe { self.quantize.launch(stream, grid, args) }?)
     }
@@ -214,8 +201,7 @@ impl Kernels {
     /// # Safety
     /// As [`Attend::launch`], with kernels/unpack.cuh.
     pub unsafe fn unpack(&self, stream: &Arc<CudaStream>, args: &UnpackArgs) -> Result<()> {
-        let numbers = args.entries as usize * self.layout.head_dim;
-        let grid = [numbers.div_ceil(UNPACK_THREADS), 1, 1];
+        let grid = [(args.entries as usize).div_ceil(UNPACK_THREADS / 32), 1, 1];
         // SAFETY: the caller's.
         Ok(unsafe { self.unpack.launch(stream, grid, args) }?)
     }
@@ -231,6 +217,7 @@ impl Kernels {
         // SAFETY: the caller's.
         Ok(unsafe { self.fill_rings.launch(stream, [entries, rows, 2], args) }?)
     }
+
     /// # Safety
     /// As [`Attend::launch`], with kernels/fill.cuh.
     pub unsafe fn keep_ring(

@@ -2,7 +2,8 @@
 
 use super::args::Work;
 use super::head::{Head, Sequence, ring_places};
-use super::kernels::{Kernels, Layout, TILE};
+use super::kernels::{Kernels, TILE};
+use super::layout::{Layout, on_device};
 use super::records::{Records, Shared, lock};
 use super::status::Status;
 use crate::Format;
@@ -14,9 +15,10 @@ use std::sync::Arc;
 
 /// Packed keys and values of one layer for many sequences on a CUDA device.
 ///
-/// A record holds a group of entries of one kv head; all sequences take theirs from one pool. New
+/// A record holds a block of entries of one kv head; all sequences take theirs from one pool. New
 /// entries go into a ring of the sequence in the dtype that the first ones come in (f16 or bf16; f32
-/// becomes f16) and are packed from there when the [`Format`] says so. Attention reads records and
+/// becomes f16) and are packed from there when the [`Format`] says so; if it says at once, when a
+/// block is complete. Attention reads records and
 /// rings of all sequences in one launch.
 ///
 /// Decoding never waits for the device. So NaN or an infinity among the entries is reported by a later
@@ -27,6 +29,9 @@ use std::sync::Arc;
 #[derive(Debug, Clone)]
 pub struct CudaPool {
     pub(super) shape: AttentionShape,
+    /// As the store was made.
+    asked: Format,
+    /// As it is held.
     pub(super) format: Format,
     pub(super) layout: Layout,
     pub(super) device: CudaDevice,
@@ -57,6 +62,7 @@ impl CudaPool {
         if shape.value_dim != shape.head_dim {
             return Err(lacks("keys and values of the same width"));
         }
+        let (asked, format) = (format, on_device(format));
         let layout = Layout::of(format, shape.head_dim).map_err(lacks)?;
         let kernels = Kernels::load(device.cuda_stream().context(), layout)?
             .ok_or_else(|| lacks("more shared memory than this device has"))?;
@@ -64,6 +70,7 @@ impl CudaPool {
         let records = Records::new(device.cuda_stream(), layout.record());
         Ok(Self {
             shape,
+            asked,
             format,
             layout,
             device: device.clone(),
@@ -77,7 +84,7 @@ impl CudaPool {
     }
 
     pub fn format(&self) -> Format {
-        self.format
+        self.asked
     }
 
     pub fn with_capacity(self, bytes: usize) -> Self {
@@ -292,10 +299,10 @@ impl CudaPool {
 
     /// Bytes of the codes and of the scales in a head's records.
     fn record_bytes(&self, head: &Head) -> (usize, usize) {
-        let (layout, d) = (self.layout, self.shape.head_dim);
-        let (keys, tiles) = (head.packed.keys, head.packed.tiles);
-        let scales = keys / layout.group * 4 * d + tiles * 4 * TILE * layout.value_groups();
-        ((keys / TILE + tiles) * layout.codes(), scales)
+        let (layout, keys, tiles) = (self.layout, head.packed.keys / TILE, head.packed.tiles);
+        let headers = head.packed.keys / layout.group * layout.header();
+        let scales = keys * layout.key_params() + tiles * layout.value_params();
+        (keys * layout.key_codes() + tiles * layout.value_codes(), headers + scales)
     }
 
     /// Records that sequences share count once in the whole, in full for each sequence.
@@ -305,8 +312,8 @@ impl CudaPool {
         let (size, records) = (self.layout.record(), lock(&self.records));
         let shared = held - records.used().min(held);
         // What is shared is whole records, but for a few that are being filled.
-        let (codes, groups) = (self.layout.codes(), self.layout.group / TILE);
-        let codes = (shared * 2 * groups * codes).min(whole.payload);
+        let codes = self.layout.key_codes() + self.layout.value_codes();
+        let codes = (shared * self.layout.group / TILE * codes).min(whole.payload);
         let scales = (shared * size).saturating_sub(codes).min(whole.scales);
         (whole.payload, whole.scales) = (whole.payload - codes, whole.scales - scales);
         whole.slack += records.bytes() - records.used() * size;

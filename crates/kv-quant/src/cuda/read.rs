@@ -24,12 +24,16 @@ impl CudaPool {
         // SAFETY: the kernel writes all of both.
         let of = || unsafe { stream.alloc::<f32>((values * d).max(1)) };
         let (k, v) = (of()?, of()?);
+        let (key_scale, value_scale) = self.layout.fixed_scales();
         let args = UnpackArgs {
             table: sequence.addresses(&stream, kv_head, self.ring_numbers()).table,
             k: k.device_ptr(&stream).0,
             v: v.device_ptr(&stream).0,
             entries: values as i32,
             kind: F32,
+            rotated: self.layout.rotated(),
+            key_scale,
+            value_scale,
             ..UnpackArgs::default()
         };
         // SAFETY: both have room for so many entries, all of which are packed.
@@ -84,6 +88,7 @@ impl CudaPool {
         let sequence = self.sequence(seq)?;
         let (stream, ring) = (self.stream(), self.ring_numbers());
         let at = sequence.addresses(&stream, kv_head, ring);
+        let (key_scale, value_scale) = self.layout.fixed_scales();
         let args = UnpackArgs {
             table: at.table,
             k: at.ring_k,
@@ -93,7 +98,9 @@ impl CudaPool {
             ring: self.ring_places() as i32,
             shift: sequence.heads[kv_head].shift as i32,
             kind: kind(self.dtype.unwrap_or(DType::F16)),
-            unused: 0,
+            rotated: self.layout.rotated(),
+            key_scale,
+            value_scale,
         };
         // SAFETY: the entries are packed, and fewer than the ring has places.
         unsafe { self.kernels.unpack(&stream, &args) }

@@ -1,0 +1,22 @@
+// attend_<format>_d<head_dim>, for blocks of 8 columns, and sums_..., quantize_... and unpack_... alike. src/cuda/kernels.rs knows warps, stages and sizes.
+#pragma once
+#include "attend.cuh"
+#include "balance.cuh"
+#include "formats.cuh"
+#include "sums.cuh"
+#include "unpack.cuh"
+
+#define KERNELS(NAME, LAYOUT, D, THREADS, QUANTIZE)                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(32 * kvq::attend_warps<kvq::LAYOUT<D>>()) attend_##NAME##_d##D(const kvq::AttendArgs args) {                \
+        kvq::attend<kvq::LAYOUT<D>, 1, kvq::attend_warps<kvq::LAYOUT<D>>(), kvq::attend_stages<kvq::LAYOUT<D>>()>(args);                                          \
+    }                                                                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(kvq::SUM_WARPS * 32) sums_##NAME##_d##D(const kvq::AttendArgs args) { kvq::sums<kvq::LAYOUT<D>>(args); }    \
+    extern "C" __global__ void __launch_bounds__(THREADS) quantize_##NAME##_d##D(const kvq::FillArgs args) { QUANTIZE<kvq::LAYOUT<D>>(args); }               \
+    extern "C" __global__ void __launch_bounds__(kvq::UNPACK_THREADS) unpack_##NAME##_d##D(const kvq::UnpackArgs args) { kvq::unpack<kvq::LAYOUT<D>>(args); }
+
+#define HEAD_DIMS(NAME, LAYOUT, THREADS, QUANTIZE) \
+    KERNELS(NAME, LAYOUT, 64, THREADS, QUANTIZE) KERNELS(NAME, LAYOUT, 128, THREADS, QUANTIZE) KERNELS(NAME, LAYOUT, 256, THREADS, QUANTIZE)
+
+// Formats with parameters for each token, and those of KVarN.
+#define TOKENS(NAME, LAYOUT) HEAD_DIMS(NAME, LAYOUT, kvq::TOKEN_THREADS, kvq::quantize_tokens)
+#define BALANCED(NAME, LAYOUT) HEAD_DIMS(NAME, LAYOUT, kvq::BALANCE_THREADS, kvq::quantize_balanced)

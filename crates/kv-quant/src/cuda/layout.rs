@@ -1,0 +1,217 @@
+//! How a format lies in records on the device: which kernels it has, and sizes in bytes.
+
+use super::kernels::TILE;
+use crate::{Axis, Bits, Codes, Float8, Flush, Format, KeyBasis, Scheme, StaticScale};
+
+/// The packed layout of a format: kernels/layout.cuh.
+#[derive(Debug, Clone, Copy)]
+pub struct Layout {
+    pub family: Family,
+    pub group: usize,
+    pub head_dim: usize,
+    keys: Scheme,
+    values: Scheme,
+}
+
+/// Kernels that have a layout in common.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Family {
+    /// KIVI's, of so many bits: keys have scales for each channel.
+    Kivi(usize),
+    /// Scales for each token, or one for all numbers: the name of the kernels.
+    Tokens(&'static str),
+    /// KVarN's: the name of the kernels.
+    Balanced(&'static str),
+}
+
+/// The format in which a device holds another: what is packed at once on the CPU stays in full
+/// precision until a block is complete.
+pub fn on_device(format: Format) -> Format {
+    match format.flush() {
+        Flush::Immediate => format.with_flush(Flush::Rolling(0)),
+        _ => format,
+    }
+}
+
+impl Layout {
+    /// The layout of a format, if there are kernels for it; otherwise what they lack.
+    pub fn of(format: Format, head_dim: usize) -> Result<Self, &'static str> {
+        let (keys, values) = (format.keys(), format.values());
+        if format.basis() != KeyBasis::Given {
+            return Err("keys packed as they come");
+        }
+        if !matches!(head_dim, 64 | 128 | 256) {
+            return Err("heads of 64, 128 or 256 channels");
+        }
+        let family = match (keys.along, keys.codes) {
+            (Axis::Tokens, Codes::Asymmetric) => kivi(keys, values)?,
+            (Axis::Tokens, Codes::VarianceNormalized { tile }) => balanced(tile, keys, values)?,
+            (Axis::Channels, _) => Family::Tokens(tokens(keys, values, head_dim)?),
+            _ => return Err("asymmetric or variance-normalized codes for keys along tokens"),
+        };
+        match (family, format.flush()) {
+            (_, Flush::Rolling(_)) | (Family::Kivi(_), Flush::Staggered(_)) => {}
+            _ => return Err("a rolling flush, or KIVI's"),
+        }
+        Ok(Self { family, group: format.chunk(), head_dim, keys, values })
+    }
+
+    /// Groups of a token's values.
+    pub fn value_groups(self) -> usize {
+        self.head_dim.div_ceil(self.values.group)
+    }
+
+    /// Codes of 32 tokens' keys.
+    pub fn key_codes(self) -> usize {
+        TILE * self.head_dim * self.keys.bits.count() / 8
+    }
+
+    /// Codes of 32 tokens' values.
+    pub fn value_codes(self) -> usize {
+        TILE * self.head_dim * self.values.bits.count() / 8
+    }
+
+    /// Scales, minima and factors of a record's channels.
+    pub fn header(self) -> usize {
+        match self.family {
+            Family::Kivi(_) => 4 * self.head_dim,
+            Family::Tokens(_) => 0,
+            Family::Balanced(_) => 6 * self.head_dim,
+        }
+    }
+
+    /// Scales, minima or factors of 32 tokens' keys.
+    pub fn key_params(self) -> usize {
+        match self.family {
+            Family::Kivi(_) => 0,
+            Family::Tokens(_) => 2 * TILE * numbers(self.keys),
+            Family::Balanced(_) => 2 * TILE,
+        }
+    }
+
+    /// Scales and minima of 32 tokens' values.
+    pub fn value_params(self) -> usize {
+        2 * TILE * self.value_groups() * numbers(self.values)
+    }
+
+    /// 32 tokens' keys and values.
+    pub fn tile(self) -> usize {
+        self.key_params() + self.key_codes() + self.value_codes() + self.value_params()
+    }
+
+    /// `group` tokens' keys and values.
+    pub fn record(self) -> usize {
+        self.header() + self.group / TILE * self.tile()
+    }
+
+    /// 1 for rotated keys, 2 for rotated values: as in kernels/args.cuh.
+    pub fn rotated(self) -> i32 {
+        i32::from(self.keys.rotated) + 2 * i32::from(self.values.rotated)
+    }
+
+    /// Whether whole numbers are quantized in f16 arithmetic.
+    pub fn f16_steps(self) -> bool {
+        [self.keys, self.values].iter().any(|scheme| scheme.codes == Codes::Asymmetric)
+    }
+
+    /// The scales of all keys and of all values, for schemes without others.
+    pub fn fixed_scales(self) -> (f32, f32) {
+        let of = |scheme: Scheme| match scheme.codes {
+            Codes::Float8 { scale: Some(scale), .. } => scale.get(),
+            _ => StaticScale::ONE.get(),
+        };
+        (of(self.keys), of(self.values))
+    }
+
+    /// Warps of a block of attention, as in kernels/attend*.cu and kernels/formats.cuh, and stages
+    /// of a warp's ring, for `n` blocks of 8 columns.
+    pub fn warps_and_stages(self, n: usize) -> (usize, usize) {
+        match (self.family, self.head_dim) {
+            (_, 256) | (Family::Kivi(8), _) => (4, 3),
+            (Family::Kivi(_), 128) if n == 2 => (4, 4),
+            (Family::Kivi(_), _) => (8, 3),
+            _ => (8, 2),
+        }
+    }
+}
+
+/// Scales and minima of a token, or of a group of its channels.
+fn numbers(scheme: Scheme) -> usize {
+    usize::from(scheme.has_scales()) + usize::from(scheme.has_zeros())
+}
+
+fn kivi(keys: Scheme, values: Scheme) -> Result<Family, &'static str> {
+    if !matches!(keys.bits, Bits::Two | Bits::Four | Bits::Eight) || keys.bits != values.bits {
+        return Err("keys along tokens and values of the same 2, 4 or 8 bits");
+    }
+    if values.codes != Codes::Asymmetric || keys.group != values.group {
+        return Err("keys quantized along tokens in groups as large as the values'");
+    }
+    if keys.rotated || values.rotated {
+        return Err("keys along tokens and their values not rotated");
+    }
+    Ok(Family::Kivi(keys.bits.count()))
+}
+
+fn balanced(tile: usize, keys: Scheme, values: Scheme) -> Result<Family, &'static str> {
+    if tile != 128 || !matches!(values.codes, Codes::VarianceNormalized { .. }) {
+        return Err("variance-normalized keys and values in tiles of 128 tokens");
+    }
+    match (keys.bits, values.bits) {
+        (Bits::Four, Bits::Four) => Ok(Family::Balanced("kvarn44")),
+        (Bits::Four, Bits::Two) => Ok(Family::Balanced("kvarn42")),
+        (Bits::Two, Bits::Two) => Ok(Family::Balanced("kvarn22")),
+        _ => Err("variance-normalized keys and values of 4 and 4, 4 and 2, or 2 and 2 bits"),
+    }
+}
+
+fn tokens(keys: Scheme, values: Scheme, head_dim: usize) -> Result<&'static str, &'static str> {
+    use Float8::{E4m3, E5m2};
+    if keys.group.min(values.group) < head_dim {
+        return Err("one group for all channels of a token");
+    }
+    if keys.codes == Codes::Asymmetric && values.codes != Codes::Asymmetric {
+        return Err("asymmetric keys with asymmetric values");
+    }
+    let fixed = |scheme: Scheme| match scheme.codes {
+        Codes::Float8 { kind, scale } => Some((kind, scale.is_some())),
+        _ => None,
+    };
+    let whole = matches!(values.codes, Codes::Uniform | Codes::Asymmetric);
+    Ok(match (keys.codes, keys.bits, values.bits) {
+        (Codes::Float8 { .. }, ..) if fixed(values).is_some() => match (fixed(keys), fixed(values))
+        {
+            (Some((E4m3, false)), Some((E4m3, false))) => "e4m3",
+            (Some((E5m2, false)), Some((E5m2, false))) => "e5m2",
+            (Some((E4m3, true)), Some((E4m3, true))) => "e4m3_fixed",
+            (Some((E5m2, true)), Some((E5m2, true))) => "e5m2_fixed",
+            _ => {
+                return Err(
+                    "fp8 keys and values of one kind, all with scales of their own or none",
+                );
+            }
+        },
+        (Codes::Float8 { kind: E4m3, scale: Some(_) }, _, Bits::Four) if whole => "k8v4",
+        (Codes::LloydMax { norm_correction: true }, Bits::Four, Bits::Four) if whole => {
+            "levels4_whole4"
+        }
+        (Codes::LloydMax { norm_correction: true }, Bits::Three, Bits::Four) if whole => {
+            "levels3_whole4"
+        }
+        (Codes::LloydMax { norm_correction: true }, Bits::Three, Bits::Three) if whole => {
+            "levels3_whole3"
+        }
+        (Codes::Asymmetric, Bits::Four, Bits::Four) => "whole4",
+        (Codes::Asymmetric, Bits::Three, Bits::Three) => "whole3",
+        (Codes::Symmetric, Bits::Four, Bits::Four) if values.codes == Codes::Symmetric => "signed4",
+        (Codes::Symmetric, Bits::Three, Bits::Three) if values.codes == Codes::Symmetric => {
+            "signed3"
+        }
+        _ => {
+            return Err(
+                "fp8, symmetric or asymmetric integers of 3 or 4 bits, or TurboQuant's presets \
+                 with norm correction",
+            );
+        }
+    })
+}
