@@ -4,6 +4,13 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     #[cfg(feature = "cuda")]
     longctx_cuda::build::compile(&[
-        "attend2", "attend4", "attend8", "pack", "float8", "rotated", "turboquant", "kvarn",
+        "attend2",
+        "attend4",
+        "attend8",
+        "pack",
+        "float8",
+        "rotated",
+        "turboquant",
+        "kvarn",
     ]);
 }

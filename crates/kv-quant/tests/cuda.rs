@@ -3,7 +3,9 @@
 #![cfg(feature = "cuda")]
 
 use candle_core::{DType, Device, Tensor};
-use kv_quant::{Bits, Codes, Float8, Flush, Format, QuantCache, QuantStore, StaticScale, TurboQuant};
+use kv_quant::{
+    Bits, Codes, Float8, Flush, Format, QuantCache, QuantStore, StaticScale, TurboQuant,
+};
 use longctx_core::{
     AttentionShape, Batch, EntryRanges, Error, KvCache, KvStore, LayerSpec, Mask, Selection, SeqId,
     Step,
@@ -139,7 +141,9 @@ fn formats() -> Vec<Format> {
         formats.push(Format::kivi_rolling(bits, bits, 64, 0).unwrap());
     }
     formats.extend(immediate().into_iter().map(rolling));
-    for (keys, values) in [(Bits::Four, Bits::Four), (Bits::Four, Bits::Two), (Bits::Two, Bits::Two)] {
+    for (keys, values) in
+        [(Bits::Four, Bits::Four), (Bits::Four, Bits::Two), (Bits::Two, Bits::Two)]
+    {
         formats.push(Format::kvarn(keys, values, 128).unwrap());
     }
     formats

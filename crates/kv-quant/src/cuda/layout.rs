@@ -179,12 +179,15 @@ fn tokens(keys: Scheme, values: Scheme, head_dim: usize) -> Result<&'static str,
     };
     let whole = matches!(values.codes, Codes::Uniform | Codes::Asymmetric);
     Ok(match (keys.codes, keys.bits, values.bits) {
-        (Codes::Float8 { .. }, ..) if fixed(values).is_some() => match (fixed(keys), fixed(values)) {
+        (Codes::Float8 { .. }, ..) if fixed(values).is_some() => match (fixed(keys), fixed(values))
+        {
             (Some((E4m3, false)), Some((E4m3, false))) => "e4m3",
             (Some((E5m2, false)), Some((E5m2, false))) => "e5m2",
             (Some((E4m3, true)), Some((E4m3, true))) => "e4m3_fixed",
             (Some((E5m2, true)), Some((E5m2, true))) => "e5m2_fixed",
-            _ => return Err("fp8 keys and values of one kind, all with scales of their own or none"),
+            _ => {
+                return Err("fp8 keys and values of one kind, all with scales of their own or none");
+            }
         },
         (Codes::Float8 { kind: E4m3, scale: Some(_) }, _, Bits::Four) if whole => "k8v4",
         (Codes::LloydMax { norm_correction: true }, Bits::Four, Bits::Four) if whole => {
