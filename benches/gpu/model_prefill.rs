@@ -21,7 +21,7 @@ fn main() -> Result<()> {
         println!("skipped: no CUDA device");
         return Ok(());
     };
-    let options = LoadOptions { device, dtype: DType::F16, expand: false };
+    let options = LoadOptions { device, dtype: DType::F16, ..Default::default() };
     let model = Transformer::random(llama_3_8b(), &options)?;
     // `cargo bench` adds an argument of its own.
     let named: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();

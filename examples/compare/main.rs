@@ -3,6 +3,7 @@
 //! A model without attention layers has no cache to choose: it is run once, with its state.
 //!
 //!     cargo run --release --example compare
+//!     cargo run --release --example compare -- --model smollm2
 //!     cargo run --release --example compare -- --model state-spaces/mamba-130m-hf
 //!     cargo run --release --features cuda --example compare -- --device cuda
 //!     cargo run --release --example compare -- --words 512,4096 --methods dense-f16,h2o-4x --haystack FOLDER
@@ -30,11 +31,11 @@ use report::Row;
 
 /// Compression ratios are against this method's bytes.
 const REFERENCE: &str = "dense-f16";
-/// A few minutes on two cores. InfLLM reads a quarter; what it does not read is still held, and
+/// A minute on two cores with the embedded model. InfLLM reads a quarter; what it does not read is still held, and
 /// counted.
 const METHODS: [&str; 9] = [
-    "dense-f32",
     REFERENCE,
+    "dense-f32",
     "kivi-4",
     "kivi-2",
     "streaming-llm-4x",
@@ -51,10 +52,10 @@ const MOST: usize = 10_000_000;
 #[derive(Parser)]
 #[command(about = "Compares KV caches on the needle (passkey) test")]
 struct Args {
-    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub, transformer or recurrent; by default SmolLM2-135M-Instruct,
-    /// fetched if need be
-    #[arg(long)]
-    model: Option<String>,
+    /// embedded (a model of 7 million weights in this repository), smollm2 (fetched if need be), gemma3, a GGUF file, a folder in Hugging Face's layout,
+    /// or a model of the Hub, transformer or recurrent
+    #[arg(long, default_value = "embedded")]
+    model: String,
     #[command(flatten)]
     place: Place,
     /// A folder of text, or a text file, to hide the key in; by default text that the program makes itself
@@ -87,13 +88,15 @@ fn main() -> Result<()> {
     let args = Args::parse();
     ensure!(!args.words.is_empty(), "at least one length");
     check_writable(&args.out)?;
-    let name = model::named(args.model.as_deref())?;
+    let name = model::named(Some(&args.model))?;
     let llm = Llm::open(&name, &args.place)?;
     // Without attention layers, no cache is ever made.
-    let methods = match llm.has_attention() {
+    let mut methods: Vec<_> = match llm.has_attention() {
         true => args.methods.iter().map(|method| (method.name(), method)).collect(),
         false => vec![("state", &args.methods[0])],
     };
+    // First, so that each row has its ratio as soon as it is done.
+    methods.sort_by_key(|(name, _)| *name != REFERENCE);
     let prompts = prompts(&args, &llm)?;
     let longest = prompts.iter().map(|(tokens, _)| tokens.len()).max().unwrap_or(0);
     if let Some(limit) = llm.context_length() {
@@ -105,17 +108,18 @@ fn main() -> Result<()> {
     say!("{name}: {} prompts, the longest of {longest} tokens.", prompts.len());
     let bar = ProgressBar::new((methods.len() * prompts.len()) as u64);
     bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} (left: {eta})")?);
-    let mut rows = Vec::new();
+    bar.suspend(report::heading);
+    let mut rows: Vec<Row> = Vec::new();
     for (name, method) in methods {
         bar.set_message(name.to_owned());
-        rows.push(run(name, method, &llm, &prompts, &args, &bar)?);
+        let mut row = run(name, method, &llm, &prompts, &args, &bar)?;
+        let reference = rows.iter().chain([&row]).find(|row| row.method == REFERENCE);
+        row.ratio = reference.map(|reference| reference.kv_bytes as f64 / row.kv_bytes as f64);
+        bar.suspend(|| report::print(&row));
+        rows.push(row);
     }
     bar.finish_and_clear();
-    let reference = rows.iter().find(|row| row.method == REFERENCE).map(|row| row.kv_bytes);
-    for row in &mut rows {
-        row.ratio = reference.map(|bytes| bytes as f64 / row.kv_bytes as f64);
-    }
-    report::print(&rows);
+    say!("KV bytes are those after the longest prompt, {longest} tokens.");
     report::save(&rows, &args.out)
 }
 

@@ -4,7 +4,6 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use longctx_examples::say;
 use serde::Serialize;
 
@@ -30,37 +29,34 @@ pub struct Row {
     pub peak_resident_bytes: Option<u64>,
 }
 
-pub fn print(rows: &[Row]) {
-    let mut table = Table::new();
-    table.load_preset(UTF8_FULL_CONDENSED).set_header([
-        "method",
-        "exact",
-        "partial",
-        "KV bytes",
-        "ratio",
-        "prefill tok/s",
-        "decode tok/s",
-        "peak memory",
-    ]);
-    for row in rows {
-        table.add_row([
-            row.method.clone(),
-            format!("{} of {}", row.exact, row.tried),
-            format!("{:.2}", row.partial),
-            megabytes(row.kv_bytes as f64),
-            row.ratio.map_or("-".into(), |ratio| format!("{ratio:.2}x")),
-            format!("{:.0}", row.prefill_tokens_per_second),
-            format!("{:.1}", row.decode_tokens_per_second),
-            row.peak_resident_bytes.map_or("-".into(), |bytes| megabytes(bytes as f64)),
-        ]);
-    }
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    say!("{table}");
-    if let Some(row) = rows.first() {
-        say!("KV bytes are those after the longest prompt, {} tokens.", row.longest_prompt);
-    }
+/// Width of the methods' column; of each other.
+const WIDTHS: (usize, usize) = (24, 14);
+
+fn line(method: &str, cells: [&str; 7]) {
+    let (first, other) = WIDTHS;
+    let cells = cells.map(|cell| format!("{cell:>other$}")).concat();
+    say!("{method:first$}{cells}");
+}
+
+/// The table's head.
+pub fn heading() {
+    let columns =
+        ["exact", "partial", "KV bytes", "ratio", "prefill tok/s", "decode tok/s", "peak memory"];
+    line("method", columns);
+}
+
+/// A line of the table.
+pub fn print(row: &Row) {
+    let cells = [
+        format!("{} of {}", row.exact, row.tried),
+        format!("{:.2}", row.partial),
+        megabytes(row.kv_bytes as f64),
+        row.ratio.map_or("-".into(), |ratio| format!("{ratio:.2}x")),
+        format!("{:.0}", row.prefill_tokens_per_second),
+        format!("{:.1}", row.decode_tokens_per_second),
+        row.peak_resident_bytes.map_or("-".into(), |bytes| megabytes(bytes as f64)),
+    ];
+    line(&row.method, cells.each_ref().map(String::as_str));
 }
 
 /// Writes `compare.json` and `compare.csv`.

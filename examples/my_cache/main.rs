@@ -27,7 +27,7 @@ fn main() -> Result<()> {
         // Any `KvCache` can stand here.
         Ok(Box::new(models.reader(setting, |spec| LongValues::new(spec.clone()))?))
     });
-    let model = model::smollm2()?.display().to_string();
+    let model = model::embedded().display().to_string();
     let paper = NeedleGrid::paper(Haystack::generated(0), 7);
     let grid = NeedleGrid { lengths: vec![300, 600], depths: vec![0.2, 0.8], repeats: 1, ..paper };
     let tasks: [Box<dyn Task>; 1] = [Box::new(grid)];

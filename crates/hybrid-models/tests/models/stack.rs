@@ -92,6 +92,15 @@ fn of_rwkv5() {
     equals("rwkv5", &config, renamed(Fixture::open("rwkv5").tensors(), &names));
 }
 
+/// `examples/zoo` trains stacks in PyTorch: one of every mixer, with local attention, gives its logits.
+#[test]
+fn of_the_zoo() {
+    let fixture = Fixture::open("zoo");
+    check(&fixture.model(DType::F32), &fixture.tokens, &fixture.logits);
+    let rounded = fixture.rounded(DType::BF16, DType::F32);
+    check(&rounded, &fixture.tokens, &fixture.logits_of_bf16);
+}
+
 #[test]
 fn of_recurrent_gemma() {
     let (recurrent, attention) = (["rg_lru", "mlp"], ["attention", "mlp"]);

@@ -186,7 +186,9 @@ fn tokens(keys: Scheme, values: Scheme, head_dim: usize) -> Result<&'static str,
             (Some((E4m3, true)), Some((E4m3, true))) => "e4m3_fixed",
             (Some((E5m2, true)), Some((E5m2, true))) => "e5m2_fixed",
             _ => {
-                return Err("fp8 keys and values of one kind, all with scales of their own or none");
+                return Err(
+                    "fp8 keys and values of one kind, all with scales of their own or none",
+                );
             }
         },
         (Codes::Float8 { kind: E4m3, scale: Some(_) }, _, Bits::Four) if whole => "k8v4",
