@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(TOKEN_THREADS) tokens_kernel(const FillArgs ar
 }
 
 template <class L>
-__global__ void __launch_bounds__(BALANCE_THREADS) balance_kernel(const FillArgs args) {
+__global__ void __launch_bounds__(balance_threads<L>()) balance_kernel(const FillArgs args) {
     quantize_balanced<L>(args);
 }
 
@@ -166,7 +166,7 @@ Config format(std::string name, std::vector<Variant> attend, int rotated = 0, bo
     Config c = config<L>(name, attend);
     constexpr bool BALANCED = K::PARAMS == Params::BALANCED;
     if constexpr (BALANCED) {
-        c.quantize = balance_kernel<L>, c.quantize_threads = BALANCE_THREADS, c.quantize_shared = balance_shared<L>(), c.k_parts = 1;
+        c.quantize = balance_kernel<L>, c.quantize_threads = balance_threads<L>(), c.quantize_shared = balance_shared<L>(), c.k_parts = 1;
         OK(cudaFuncSetAttribute(c.quantize, cudaFuncAttributeMaxDynamicSharedMemorySize, c.quantize_shared));
     } else {
         c.quantize = tokens_kernel<L>, c.quantize_threads = TOKEN_THREADS, c.quantize_shared = 0, c.k_parts = L::TILES;

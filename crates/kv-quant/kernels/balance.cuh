@@ -1,202 +1,298 @@
 // Quantizes and packs records of KVarN's schemes (arXiv 2606.03458), as src/quantize/variance.rs does: a block takes a record's keys or values, rotates them,
-// and divides rows and columns by factors that even out their variances, in shared memory.
+// and divides rows and columns by factors that even out their variances. A warp has its rows in registers, of which lane l holds columns 32 i + l: what
+// rows share stays within a warp, what columns share goes through shared memory.
 #pragma once
+#include "hadamard.cuh"
 #include "tokens.cuh"
 
 namespace kvq {
 
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(FULL, x, i));
-    return x;
+constexpr int BALANCE_ROUNDS = 8;
+
+template <class L>
+__host__ __device__ constexpr int balance_threads() {
+    return L::D > 128 ? 512 : 256;
 }
 
-constexpr int BALANCE_THREADS = 256, BALANCE_ROUNDS = 8;
-
-// Factors of rows or of columns.
-template <int N>
-struct Side {
-    float logarithm[N], inverse[N], deviation[N];
-    float best[N];  // the factors of the round that left the deviations most even
-
-    // Divides by the deviations, too: they change by as much.
-    __device__ __forceinline__ void update() {
-        for (int i = threadIdx.x; i < N; i += BALANCE_THREADS) {
-            logarithm[i] = fminf(fmaxf(logarithm[i] + logf(fminf(fmaxf(deviation[i], 1e-3f), 1e3f)), -0.3f), 10.f);
-            const float before = inverse[i];
-            inverse[i] = __frcp_rn(expf(logarithm[i]));
-            deviation[i] *= inverse[i] / before;
+// Joins V numbers of each lane over a warp, by halves. Lane l gets the (l V / 32)-th.
+template <int HALF, int BIT, int V, class Join>
+__device__ __forceinline__ void scatter_step(float (&x)[V], Join join) {
+    if constexpr (HALF > 0) {
+        const bool upper = threadIdx.x & BIT;
+#pragma unroll
+        for (int i = 0; i < HALF; i++) {
+            const float kept = upper ? x[i + HALF] : x[i], sent = upper ? x[i] : x[i + HALF];
+            x[i] = join(kept, __shfl_xor_sync(FULL, sent, BIT));
         }
-        __syncthreads();
+    } else {
+        x[0] = join(x[0], __shfl_xor_sync(FULL, x[0], BIT));
+    }
+    if constexpr (BIT > 1) scatter_step<HALF / 2, BIT / 2>(x, join);
+}
+
+template <int V, class Join>
+__device__ __forceinline__ float scatter_over_warp(float (&x)[V], Join join) {
+    scatter_step<V / 2, 16>(x, join);
+    return x[0];
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+    float all[1] = {x};
+    return scatter_over_warp<1>(all, [](float a, float b) { return fmaxf(a, b); });
+}
+
+// The factor of a row or a column, and the deviation of what it leaves.
+struct Factor {
+    float logarithm = 0.f, inverse = 1.f, deviation = 1.f;
+    float best = 0.f;  // the logarithm in the round that left the deviations most even
+
+    // Divides by the deviation, too, which changes by as much.
+    __device__ __forceinline__ void update() {
+        const float before = inverse;
+        logarithm = fminf(fmaxf(logarithm + logf(fminf(fmaxf(deviation, 1e-3f), 1e3f)), -0.3f), 10.f);
+        inverse = __frcp_rn(expf(logarithm));
+        deviation *= inverse / before;
     }
 
-    // The largest deviation over the least, for one warp.
-    __device__ __forceinline__ float spread() const {
-        float low = INFINITY, high = 0.f;
-        for (int i = threadIdx.x % 32; i < N; i += 32) low = fminf(low, deviation[i]), high = fmaxf(high, deviation[i]);
-        return warp_max(high) / fmaxf(-warp_max(-low), 1e-8f);
-    }
-
-    __device__ __forceinline__ void keep() {
-        for (int i = threadIdx.x; i < N; i += BALANCE_THREADS) best[i] = expf(logarithm[i]);
+    __device__ __forceinline__ void measured(float sum, float squares, int count) {
+        deviation = sqrtf(fmaxf(squares - sum * sum / count, 0.f) / (count - 1)) * inverse;
     }
 };
 
 template <class L>
 struct Balance {
-    static constexpr int D = L::D, T = L::GROUP, PITCH = D + 8, PARTS = BALANCE_THREADS / D;
-    static_assert(PARTS >= 1);
+    static constexpr int D = L::D, T = L::GROUP, PITCH = D + 8, WARPS = balance_threads<L>() / 32, ROWS = T / WARPS, SLICE = D / 32;
 
-    float x[T * D];
-    Side<T> rows;
-    Side<D> columns;
+    // In shared memory.
+    float row_inverse[T], column_inverse[D];
+    float first[D];           // the first row
+    float parts[2][WARPS][D];  // of columns
+    float spreads[2][2][WARPS];
     float scale[T > D ? T : D], min[T > D ? T : D];
-    float parts[2][BALANCE_THREADS];
-    float spreads[2];
     unsigned char codes[T * PITCH];
 
-    // From sums of the differences to a first number: no digits are lost to a mean.
-    static __device__ __forceinline__ float deviation_of(float sum, float squares, int count) {
-        return sqrtf(fmaxf(squares - sum * sum / count, 0.f) / (count - 1));
+    // What a thread holds.
+    struct Own {
+        float x[ROWS][SLICE];
+        Factor row;     // of row `row_of`, the same in several lanes
+        Factor column;  // of column threadIdx.x, if there is one
+    };
+
+    static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+    static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+    static __device__ __forceinline__ bool has_column() { return threadIdx.x < D; }
+    static __device__ __forceinline__ int row_of() { return warp() * ROWS + lane() % 16 * ROWS / 16; }
+
+    __device__ __forceinline__ void share_row(const Own& own) {
+        row_inverse[row_of()] = own.row.inverse;
+        __syncwarp();
     }
 
-    // A warp takes ROWS rows at a time: their sums take as long as those of one.
-    __device__ __forceinline__ void measure_rows() {
-        constexpr int ROWS = 4;
-        const int lane = threadIdx.x % 32;
-        float inverse[D / 32];
+    __device__ __forceinline__ void share_column(const Own& own) {
+        if (has_column()) column_inverse[threadIdx.x] = own.column.inverse;
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ void measure_rows(Own& own) {
+        float sums[2 * ROWS], inverse[SLICE];
 #pragma unroll
-        for (int i = 0; i < D / 32; i++) inverse[i] = columns.inverse[32 * i + lane];
-        for (int r = threadIdx.x / 32 * ROWS; r < T; r += BALANCE_THREADS / 32 * ROWS) {
-            float sum[ROWS] = {}, squares[ROWS] = {};
+        for (int i = 0; i < SLICE; i++) inverse[i] = column_inverse[32 * i + lane()];
 #pragma unroll
-            for (int k = 0; k < ROWS; k++) {
-                const float first = x[(r + k) * D] * columns.inverse[0];
+        for (int r = 0; r < ROWS; r++) {
+            sums[r] = sums[ROWS + r] = 0.f;
 #pragma unroll
-                for (int i = 0; i < D / 32; i++) {
-                    const float y = fmaf(x[(r + k) * D + 32 * i + lane], inverse[i], -first);
-                    sum[k] += y, squares[k] = fmaf(y, y, squares[k]);
-                }
+            for (int i = 0; i < SLICE; i++) {
+                const float y = own.x[r][i] * inverse[i];
+                sums[r] += y, sums[ROWS + r] = fmaf(y, y, sums[ROWS + r]);
             }
-#pragma unroll
-            for (int step = 16; step > 0; step /= 2)
-#pragma unroll
-                for (int k = 0; k < ROWS; k++) {
-                    sum[k] += __shfl_xor_sync(FULL, sum[k], step);
-                    squares[k] += __shfl_xor_sync(FULL, squares[k], step);
-                }
-#pragma unroll
-            for (int k = 0; k < ROWS; k++)
-                if (lane == k) rows.deviation[r + k] = deviation_of(sum[k], squares[k], D) * rows.inverse[r + k];
         }
-        __syncthreads();
+        const float sum = scatter_over_warp<2 * ROWS>(sums, [](float a, float b) { return a + b; });
+        const float squares = __shfl_sync(FULL, sum, lane() | 16);
+        own.row.measured(__shfl_sync(FULL, sum, lane() & 15), squares, D);
     }
 
-    __device__ __forceinline__ void measure_columns() {
-        const int c = threadIdx.x % D, part = threadIdx.x / D;
-        const float first = x[c] * rows.inverse[0];
-        float sum = 0.f, squares = 0.f;
-#pragma unroll 8
-        for (int r = part * (T / PARTS); r < (part + 1) * (T / PARTS); r++) {
-            const float y = fmaf(x[r * D + c], rows.inverse[r], -first);
-            sum += y, squares = fmaf(y, y, squares);
-        }
-        parts[0][threadIdx.x] = sum, parts[1][threadIdx.x] = squares;
-        __syncthreads();
-        if (part == 0) {
+    // Sums are of the differences to the first row: no digits are lost to the mean of a column, which may be large.
+    __device__ __forceinline__ void measure_columns(Own& own) {
+        float sum[SLICE] = {}, squares[SLICE] = {};
+        const float of_first = row_inverse[0];
+        float origin[SLICE];
 #pragma unroll
-            for (int p = 1; p < PARTS; p++) sum += parts[0][p * D + c], squares += parts[1][p * D + c];
-            columns.deviation[c] = deviation_of(sum, squares, T) * columns.inverse[c];
+        for (int i = 0; i < SLICE; i++) origin[i] = first[32 * i + lane()] * of_first;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const float inverse = row_inverse[warp() * ROWS + r];
+#pragma unroll
+            for (int i = 0; i < SLICE; i++) {
+                const float y = fmaf(own.x[r][i], inverse, -origin[i]);
+                sum[i] += y, squares[i] = fmaf(y, y, squares[i]);
+            }
         }
+#pragma unroll
+        for (int i = 0; i < SLICE; i++) parts[0][warp()][32 * i + lane()] = sum[i], parts[1][warp()][32 * i + lane()] = squares[i];
         __syncthreads();
+        if (!has_column()) return;
+        float all = 0.f, all_squares = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) all += parts[0][w][threadIdx.x], all_squares += parts[1][w][threadIdx.x];
+        own.column.measured(all, all_squares, T);
+    }
+
+    // The largest deviation over the least, of rows and of columns, added.
+    __device__ __forceinline__ float spread(const Own& own) {
+        const float column = has_column() ? own.column.deviation : own.row.deviation;
+        const float highs[2] = {warp_max(own.row.deviation), warp_max(column)}, lows[2] = {-warp_max(-own.row.deviation), -warp_max(-column)};
+        if (lane() < 2) spreads[0][lane()][warp()] = lane() ? highs[1] : highs[0], spreads[1][lane()][warp()] = lane() ? lows[1] : lows[0];
+        __syncthreads();
+        float sum = 0.f;
+#pragma unroll
+        for (int side = 0; side < 2; side++) {
+            float high = 0.f, low = INFINITY;
+#pragma unroll
+            for (int w = 0; w < (side ? D / 32 : WARPS); w++) high = fmaxf(high, spreads[0][side][w]), low = fminf(low, spreads[1][side][w]);
+            sum += high / fmaxf(low, 1e-8f);
+        }
+        return sum;
     }
 
     template <bool VALUES>
-    __device__ __forceinline__ void find() {
-        for (int i = threadIdx.x; i < T; i += BALANCE_THREADS) rows.logarithm[i] = 0.f, rows.inverse[i] = 1.f;
-        for (int i = threadIdx.x; i < D; i += BALANCE_THREADS) columns.logarithm[i] = 0.f, columns.inverse[i] = 1.f;
-        __syncthreads();
+    __device__ __forceinline__ void find(Own& own) {
+        share_row(own), share_column(own);
+        measure_rows(own), measure_columns(own);
         float best = INFINITY;
         for (int round = 0; round <= BALANCE_ROUNDS; round++) {
-            if (round > 0) {
-                if (VALUES) columns.update(), measure_rows(), rows.update();
-                else rows.update(), measure_columns(), columns.update();
+            if (round > 0 && VALUES) {
+                own.column.update(), share_column(own);
+                measure_rows(own), own.row.update(), share_row(own);
+                __syncthreads();  // All read the first row's factor.
+                measure_columns(own);
+            } else if (round > 0) {
+                own.row.update(), share_row(own);
+                __syncthreads();
+                measure_columns(own), own.column.update(), share_column(own);
+                measure_rows(own);
             }
-            if (!VALUES || round == 0) measure_rows();
-            if (VALUES || round == 0) measure_columns();
-            if (threadIdx.x < 32) spreads[0] = rows.spread();
-            else if (threadIdx.x < 64) spreads[1] = columns.spread();
-            __syncthreads();
-            const float spread = spreads[0] + spreads[1];
-            if (spread <= best) best = spread, rows.keep(), columns.keep();
-            __syncthreads();
+            const float now = spread(own);
+            if (now <= best) best = now, own.row.best = own.row.logarithm, own.column.best = own.column.logarithm;
         }
     }
 
-    // The extremes of a row or of a column become its scale and its minimum.
-    __device__ __forceinline__ void settle(int i, float low, float high, float largest) { min[i] = low, scale[i] = fmaxf(__fdiv_rn(high - low, largest), 1e-10f); }
+    // The extremes of rows (VALUES) or columns become scales and minima.
+    template <bool VALUES>
+    __device__ __forceinline__ void settle(const Own& own, float largest) {
+        auto join = [](float a, float b) { return fmaxf(a, b); };
+        float high = -INFINITY, low = -INFINITY;  // low: of the negative
+        if (VALUES) {
+            float all[2 * ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                all[r] = all[ROWS + r] = -INFINITY;
+#pragma unroll
+                for (int i = 0; i < SLICE; i++) all[r] = fmaxf(all[r], own.x[r][i]), all[ROWS + r] = fmaxf(all[ROWS + r], -own.x[r][i]);
+            }
+            high = scatter_over_warp<2 * ROWS>(all, join);
+            low = __shfl_sync(FULL, high, lane() | 16), high = __shfl_sync(FULL, high, lane() & 15);
+        } else {
+#pragma unroll
+            for (int i = 0; i < SLICE; i++) {
+                float most = -INFINITY, least = -INFINITY;
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) most = fmaxf(most, own.x[r][i]), least = fmaxf(least, -own.x[r][i]);
+                parts[0][warp()][32 * i + lane()] = most, parts[1][warp()][32 * i + lane()] = least;
+            }
+            __syncthreads();
+            if (has_column())
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) high = fmaxf(high, parts[0][w][threadIdx.x]), low = fmaxf(low, parts[1][w][threadIdx.x]);
+        }
+        if (!VALUES && !has_column()) return;
+        const int i = VALUES ? row_of() : threadIdx.x;
+        min[i] = -low, scale[i] = fmaxf(__fdiv_rn(high + low, largest), 1e-10f);
+    }
 
     template <bool VALUES>
-    __device__ __forceinline__ void encode(float largest) {
-        for (int i = threadIdx.x; i < T * D; i += BALANCE_THREADS) {
-            const float row = rows.best[i / D], column = columns.best[i % D];
-            x[i] = VALUES ? __fdiv_rn(__fdiv_rn(x[i], column), row) : __fdiv_rn(__fdiv_rn(x[i], row), column);
-        }
+    __device__ __forceinline__ void encode(Own& own, float largest) {
+        row_inverse[row_of()] = expf(own.row.best);  // the factors themselves from here on
+        if (has_column()) column_inverse[threadIdx.x] = expf(own.column.best);
         __syncthreads();
-        if (VALUES) {
-            for (int r = threadIdx.x / 32; r < T; r += BALANCE_THREADS / 32) {
-                float low = INFINITY, high = -INFINITY;
-                for (int c = threadIdx.x % 32; c < D; c += 32) low = fminf(low, x[r * D + c]), high = fmaxf(high, x[r * D + c]);
-                low = -warp_max(-low), high = warp_max(high);
-                if (threadIdx.x % 32 == 0) settle(r, low, high, largest);
+        float column[SLICE], by_column[SLICE];
+#pragma unroll
+        for (int i = 0; i < SLICE; i++) column[i] = column_inverse[32 * i + lane()], by_column[i] = __frcp_rn(column[i]);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const float row = row_inverse[warp() * ROWS + r], by_row = __frcp_rn(row);
+#pragma unroll
+            for (int i = 0; i < SLICE; i++) {
+                float& x = own.x[r][i];
+                x = VALUES ? divide(divide(x, column[i], by_column[i]), row, by_row) : divide(divide(x, row, by_row), column[i], by_column[i]);
             }
-        } else if (threadIdx.x < D) {
-            float low = INFINITY, high = -INFINITY;
-            for (int r = 0; r < T; r++) low = fminf(low, x[r * D + threadIdx.x]), high = fmaxf(high, x[r * D + threadIdx.x]);
-            settle(threadIdx.x, low, high, largest);
         }
+        settle<VALUES>(own, largest);
         __syncthreads();
-        for (int i = threadIdx.x; i < T * D; i += BALANCE_THREADS) {
-            const int own = VALUES ? i / D : i % D;
-            codes[i / D * PITCH + i % D] = int(rintf(fminf(__fdiv_rn(x[i] - min[own], scale[own]), largest)));
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+#pragma unroll
+            for (int i = 0; i < SLICE; i++) {
+                const int row = warp() * ROWS + r, c = 32 * i + lane(), k = VALUES ? row : c;
+                codes[row * PITCH + c] = int(rintf(fminf(divide(own.x[r][i] - min[k], scale[k], __frcp_rn(scale[k])), largest)));
+            }
+        __syncthreads();
+    }
+
+    template <bool VALUES>
+    __device__ __forceinline__ void load(Own& own, const FillArgs& args, const FillRow& row, int record) {
+        const int entry = record * T + warp() * ROWS;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const bool in_ring = entry + r < row.first_new;
+            const void* from = in_ring ? (VALUES ? row.ring_v : row.ring_k) : (VALUES ? row.new_v : row.new_k);
+            const long long at = in_ring ? (entry + r + row.shift) % args.ring * D : (entry + r - row.first_new) * args.stride;
+#pragma unroll
+            for (int i = 0; i < SLICE; i++) own.x[r][i] = load_as_float(from, at + 32 * i + lane(), args.kind);
         }
-        __syncthreads();
+        auto check = [&](int r) {
+            bool bad = false;
+#pragma unroll
+            for (int i = 0; i < SLICE; i++) bad |= !(fabsf(own.x[r][i]) <= LARGEST);
+            if (bad) report(row, VALUES, entry + r, lane());
+        };
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            check(r);
+            if (args.rotated & (VALUES ? ROTATED_VALUES : ROTATED_KEYS)) hadamard<D>(own.x[r], lane()), check(r);
+        }
+        if (warp() > 0) return;
+#pragma unroll
+        for (int i = 0; i < SLICE; i++) first[32 * i + lane()] = own.x[0][i];
     }
 
     template <bool VALUES>
     __device__ __forceinline__ void record(const FillArgs& args, const FillRow& row, int record) {
         using S = std::conditional_t<VALUES, typename L::Values, typename L::Keys>;
-#pragma unroll
-        for (int i = 0; i < T * ROW_LANES / BALANCE_THREADS; i++) {
-            const int r = i * (BALANCE_THREADS / ROW_LANES) + threadIdx.x / ROW_LANES;
-            float own[D / 8];
-            load_row<D>(own, args, row, VALUES, record * T + r);
-            rotate_row<D>(own, args, row, VALUES, record * T + r);
-#pragma unroll
-            for (int k = 0; k < D / 8; k += 4) *reinterpret_cast<float4*>(x + r * D + number_at(k)) = make_float4(own[k], own[k + 1], own[k + 2], own[k + 3]);
-        }
-        __syncthreads();
-        find<VALUES>();
-        encode<VALUES>((1 << S::BITS) - 1);
+        Own own;
+        load<VALUES>(own, args, row, record);
+        find<VALUES>(own);
+        encode<VALUES>(own, (1 << S::BITS) - 1);
         unsigned char* to = record_at(row, record, !VALUES && threadIdx.x == 0);
         for (int t = 0; t < L::TILES; t++) write_words<L, VALUES>(codes + t * TILE * PITCH, to + L::HEADER + t * L::TILE_BYTES, PITCH);
         auto half_at = [](unsigned char* p, int i) -> __half& { return reinterpret_cast<__half*>(p)[i]; };
-        for (int r = threadIdx.x; r < T; r += BALANCE_THREADS) {
+        for (int r = threadIdx.x; r < T; r += blockDim.x) {
             unsigned char* tile = to + L::HEADER + r / TILE * L::TILE_BYTES;
             const int token = r % TILE;
+            const float factor = row_inverse[r];
             if (VALUES) {
-                half_at(tile + L::V_SCALE, L::value_param_at(token, 0)) = __float2half_rn(rows.best[r] * scale[r]);
-                half_at(tile + L::V_MIN, L::value_param_at(token, 0)) = __float2half_rn(rows.best[r] * min[r]);
+                half_at(tile + L::V_SCALE, L::value_param_at(token, 0)) = __float2half_rn(factor * scale[r]);
+                half_at(tile + L::V_MIN, L::value_param_at(token, 0)) = __float2half_rn(factor * min[r]);
             } else {
-                half_at(tile + L::KT_SCALE, L::key_token_at(token)) = __float2half_rn(rows.best[r]);
+                half_at(tile + L::KT_SCALE, L::key_token_at(token)) = __float2half_rn(factor);
             }
         }
-        for (int c = threadIdx.x; c < D; c += BALANCE_THREADS) {
+        for (int c = threadIdx.x; c < D; c += blockDim.x) {
+            const float factor = column_inverse[c];
             if (VALUES) {
-                half_at(to + L::V_FACTOR, L::factor_at(c)) = __float2half_rn(columns.best[c]);
+                half_at(to + L::V_FACTOR, L::factor_at(c)) = __float2half_rn(factor);
             } else {
-                half_at(to + L::K_SCALE, L::key_param_at(c)) = __float2half_rn(columns.best[c] * scale[c]);
-                half_at(to + L::K_MIN, L::key_param_at(c)) = __float2half_rn(columns.best[c] * min[c]);
+                half_at(to + L::K_SCALE, L::key_param_at(c)) = __float2half_rn(factor * scale[c]);
+                half_at(to + L::K_MIN, L::key_param_at(c)) = __float2half_rn(factor * min[c]);
             }
         }
     }
@@ -215,8 +311,8 @@ struct Balance {
 // Bytes of dynamic shared memory.
 template <class L>
 __host__ __device__ constexpr int balance_shared() {
-    constexpr int T = L::GROUP, D = L::D, MOST = T > D ? T : D;
-    return 4 * T * D + 16 * (T + D) + 8 * MOST + 8 * BALANCE_THREADS + 8 + T * (D + 8);
+    constexpr int T = L::GROUP, D = L::D, WARPS = balance_threads<L>() / 32, MOST = T > D ? T : D;
+    return 4 * (T + 2 * D + 2 * WARPS * D + 4 * WARPS + 2 * MOST) + T * (D + 8);
 }
 
 // Grid: (the most of records of keys and of values that a row has, rows, 2).

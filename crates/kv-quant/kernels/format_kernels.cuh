@@ -11,12 +11,14 @@
         kvq::attend<kvq::LAYOUT<D>, 1, kvq::attend_warps<kvq::LAYOUT<D>>(), kvq::attend_stages<kvq::LAYOUT<D>>()>(args);                                          \
     }                                                                                                                                                       \
     extern "C" __global__ void __launch_bounds__(kvq::SUM_WARPS * 32) sums_##NAME##_d##D(const kvq::AttendArgs args) { kvq::sums<kvq::LAYOUT<D>>(args); }    \
-    extern "C" __global__ void __launch_bounds__(THREADS) quantize_##NAME##_d##D(const kvq::FillArgs args) { QUANTIZE<kvq::LAYOUT<D>>(args); }               \
+    extern "C" __global__ void __launch_bounds__(THREADS<kvq::LAYOUT<D>>()) quantize_##NAME##_d##D(const kvq::FillArgs args) {                                      \
+        QUANTIZE<kvq::LAYOUT<D>>(args);                                                                                                                     \
+    }                                                                                                                                                       \
     extern "C" __global__ void __launch_bounds__(kvq::UNPACK_THREADS) unpack_##NAME##_d##D(const kvq::UnpackArgs args) { kvq::unpack<kvq::LAYOUT<D>>(args); }
 
 #define HEAD_DIMS(NAME, LAYOUT, THREADS, QUANTIZE) \
     KERNELS(NAME, LAYOUT, 64, THREADS, QUANTIZE) KERNELS(NAME, LAYOUT, 128, THREADS, QUANTIZE) KERNELS(NAME, LAYOUT, 256, THREADS, QUANTIZE)
 
 // Formats with parameters for each token, and those of KVarN.
-#define TOKENS(NAME, LAYOUT) HEAD_DIMS(NAME, LAYOUT, kvq::TOKEN_THREADS, kvq::quantize_tokens)
-#define BALANCED(NAME, LAYOUT) HEAD_DIMS(NAME, LAYOUT, kvq::BALANCE_THREADS, kvq::quantize_balanced)
+#define TOKENS(NAME, LAYOUT) HEAD_DIMS(NAME, LAYOUT, kvq::token_threads, kvq::quantize_tokens)
+#define BALANCED(NAME, LAYOUT) HEAD_DIMS(NAME, LAYOUT, kvq::balance_threads, kvq::quantize_balanced)

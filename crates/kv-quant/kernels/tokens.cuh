@@ -269,6 +269,11 @@ struct QuantizeTokens {
     }
 };
 
+template <class L>
+__host__ __device__ constexpr int token_threads() {
+    return TOKEN_THREADS;
+}
+
 // Grid: (the most of tiles of keys and of values that a row has, rows, 2).
 template <class L>
 __device__ __forceinline__ void quantize_tokens(const FillArgs& args) { QuantizeTokens<L>::run(args); }

@@ -22,7 +22,7 @@ pub const TILE: usize = 32;
 const SUM_WARPS: usize = 4;
 /// As in kernels/unpack.cuh.
 const UNPACK_THREADS: usize = 256;
-/// As in kernels/tokens.cuh and kernels/balance.cuh.
+/// As in kernels/tokens.cuh.
 const TOKEN_THREADS: u32 = 256;
 /// As in kernels/fill.cuh.
 const KEEP_THREADS: u32 = 256;
@@ -72,8 +72,10 @@ impl Layout {
             }
             Family::Tokens(_) => (group / TILE, TOKEN_THREADS, 0),
             Family::Balanced(_) => {
-                let sides = 16 * (group + d) + 8 * group.max(d) + 8 * TOKEN_THREADS as usize + 8;
-                (1, TOKEN_THREADS, 4 * group * d + sides + group * (d + 8))
+                let threads = if d > 128 { 512 } else { 256 };
+                let (warps, most) = (threads / 32, group.max(d));
+                let numbers = group + 2 * d + 2 * warps * d + 4 * warps + 2 * most;
+                (1, threads as u32, 4 * numbers + group * (d + 8))
             }
         }
     }
