@@ -121,17 +121,17 @@ fn filled(
 /// Bytes a second of a large copy, read and written.
 fn copy_bandwidth(device: &Device) -> Result<f64> {
     const COPIES: usize = 10;
-    let from = Tensor::zeros(1 << 30, DType::F16, device)?;
-    let to = Tensor::zeros(1 << 30, DType::F16, device)?;
-    to.slice_set(&from, 0, 0)?;
-    device.synchronize()?;
+    let stream = device.as_cuda_device()?.cuda_stream();
+    let from = stream.alloc_zeros::<u8>(2 << 30)?;
+    let mut to = stream.alloc_zeros::<u8>(2 << 30)?;
+    stream.memcpy_dtod(&from, &mut to)?;
+    stream.synchronize()?;
     let start = Instant::now();
     for _ in 0..COPIES {
-        to.slice_set(&from, 0, 0)?;
+        stream.memcpy_dtod(&from, &mut to)?;
     }
-    device.synchronize()?;
-    let bytes = 2 * 2 * from.elem_count() * COPIES;
-    Ok(bytes as f64 / start.elapsed().as_secs_f64())
+    stream.synchronize()?;
+    Ok((2 * from.len() * COPIES) as f64 / start.elapsed().as_secs_f64())
 }
 
 /// Bytes of a token's keys and values in f16, all layers.

@@ -249,13 +249,13 @@ void check(const Shape& s) {
     Array<AttendJoin> joins_on(joins.size());
     OK(cudaMemset(work_on.p, 0, work.size() * sizeof(AttendWork))), OK(cudaMemset(joins_on.p, 0, joins.size() * sizeof(AttendJoin)));
     Array<float> out((size_t)all_queries * heads * d), lse(all_queries * heads), part_out((size_t)parts * columns * d), part_max(parts * columns), part_sum(parts * columns), got_sums(sums_total);
-    AttendArgs a{q_on.p, out.p, lse.p, part_out.p, part_max.p, part_sum.p, work_on.p, joins_on.p, heads, s.per, columns, s.causal, s.window, 1.f / sqrtf(d), s.soft_cap, 0};
+    AttendArgs a{q_on.p, out.p, lse.p, part_out.p, part_max.p, part_sum.p, work_on.p, joins_on.p, heads, s.per, columns, s.causal, s.window, 1.f / sqrtf(d), s.soft_cap, d};
     cudaStream_t stream;
     cudaGraph_t graph;
     cudaGraphExec_t ready;
     OK(cudaStreamCreate(&stream)), OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
     attend_k<<<work.size(), THREADS, 0, stream>>>(a);
-    paged_join<<<dim3(joins.size(), columns), d, 0, stream>>>(a);
+    paged_join<<<dim3(joins.size(), columns), (d + 31) / 32 * 32, 0, stream>>>(a);
     OK(cudaStreamEndCapture(stream, &graph)), OK(cudaGraphInstantiate(&ready, graph, 0));
     work_on.put(work), joins_on.put(joins);
     OK(cudaGraphLaunch(ready, stream)), OK(cudaStreamSynchronize(stream));
@@ -354,9 +354,9 @@ void time_decode(const char* name, std::vector<int> lens, int kv_heads, int per,
     Array<AttendJoin> joins_on(joins);
     Array<float> out((size_t)seqs * heads * d), lse(seqs * heads), part_out((size_t)parts * columns * d), part_max(parts * columns), part_sum(parts * columns);
     double ms = median_ms(40, [&](int i) {
-        AttendArgs a{q.p, out.p, lse.p, part_out.p, part_max.p, part_sum.p, work_on.p + i % copies * work_of_copy, joins_on.p + i % copies * joins_of_copy, heads, per, columns, 1, 0, .1f, 0.f, 0};
+        AttendArgs a{q.p, out.p, lse.p, part_out.p, part_max.p, part_sum.p, work_on.p + i % copies * work_of_copy, joins_on.p + i % copies * joins_of_copy, heads, per, columns, 1, 0, .1f, 0.f, d};
         attend_k<<<work_of_copy, THREADS>>>(a);
-        paged_join<<<dim3(joins_of_copy, columns), d>>>(a);
+        paged_join<<<dim3(joins_of_copy, columns), (d + 31) / 32 * 32>>>(a);
     });
     OK(cudaGetLastError());
     double gbs = entries * d * 4. / ms * 1e-6;

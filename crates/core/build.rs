@@ -3,5 +3,5 @@
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     #[cfg(feature = "cuda")]
-    longctx_cuda::build::compile(&["paged", "prefill", "rope", "silu_mul"]);
+    longctx_cuda::build::compile(&["matvec", "paged", "prefill", "rms_norm", "rope", "silu_mul"]);
 }

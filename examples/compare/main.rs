@@ -65,7 +65,7 @@ struct Args {
     #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048], value_parser = number::<0, MOST>)]
     words: Vec<usize>,
     /// How many depths to hide the key at, evenly from the start to the end
-    #[arg(long, default_value_t = 3, value_parser = number::<1, 1000>)]
+    #[arg(long, default_value_t = 5, value_parser = number::<1, 1000>)]
     depths: usize,
     /// Digits of the key
     #[arg(long, default_value_t = 7, value_parser = number::<1, 1000>)]

@@ -6,14 +6,13 @@ use std::sync::Arc;
 use crate::architectures;
 use crate::config::Config;
 use crate::folder::Folder;
-use crate::layer::{self, Layer};
+use crate::layer::{self, Layer, Residual};
 use crate::linear::Weight;
 use crate::random::Random;
 use crate::rope_settings::RopeSettings;
 use crate::session::Decoder;
 use crate::weights::{LoadOptions, Weights};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::ops::rms_norm;
 use longctx_core::{Batch, KvCache, LayerSpec, Logits, Result, Rope};
 
 /// A decoder's weights, shared by all sessions that run on them.
@@ -119,14 +118,15 @@ impl Transformer {
         if config.embedding_scale != 1.0 {
             x = (x * config.embedding_scale)?;
         }
+        let mut x = Residual { x, y: None };
         for (layer, cache) in layers.iter().zip(caches) {
-            x = layer.forward(&x, cache.as_mut(), batch)?;
+            x = layer.forward(x, cache.as_mut(), batch)?;
         }
         if logits == Logits::Last && batch.tokens() > batch.seqs().len() {
             let last: Vec<_> = batch.cu_seqlens()[1..].iter().map(|&end| end as u32 - 1).collect();
-            x = x.index_select(&Tensor::new(last, device)?, 0)?;
+            x = x.select(&Tensor::new(last, device)?)?;
         }
-        let x = rms_norm(&x, norm, config.norm_eps as f32)?;
+        let (_, x) = x.normed(Some(norm), config.norm_eps as f32)?;
         let x = head.as_ref().unwrap_or(embedding).forward(&x)?.to_dtype(DType::F32)?;
         let x = if config.logit_scale == 1.0 { x } else { (x * config.logit_scale)? };
         Ok(match config.logit_soft_cap {

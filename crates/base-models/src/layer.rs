@@ -6,7 +6,7 @@ use crate::linear::{Joined, Linear};
 use crate::weights::Weights;
 use candle_core::Tensor;
 use candle_nn::ops::rms_norm;
-use longctx_core::{AttentionShape, Batch, KvCache, Result, Step};
+use longctx_core::{AttentionShape, Batch, KvCache, Result, Step, add_rms_norm};
 
 /// Tokens that go through a feed-forward block at a time, on the CPU and on other devices: its inner
 /// activations, several times wider than the model, never exist for the whole of a long prompt.
@@ -76,43 +76,63 @@ impl Layer {
         })
     }
 
-    /// `x`: `[tokens, hidden]`, the tokens of all sequences of the batch.
-    pub fn forward(&self, x: &Tensor, cache: &mut dyn KvCache, batch: &Batch) -> Result<Tensor> {
-        let attend = |x: &Tensor| self.attention.forward(x, &self.shape, self.eps, cache, batch);
-        let x = self.add(x, &self.attention_norms, attend)?;
+    /// The layer over the tokens of all sequences of the batch.
+    pub fn forward(&self, x: Residual, cache: &mut dyn KvCache, batch: &Batch) -> Result<Residual> {
+        let (x, normed) = x.normed(self.attention_norms.before.as_ref(), self.eps)?;
+        let y = self.attention.forward(&normed, &self.shape, self.eps, cache, batch)?;
+        let x = self.residual(x, y, &self.attention_norms)?;
+        let (x, normed) = x.normed(self.feed_forward_norms.before.as_ref(), self.eps)?;
         let tokens = x.dim(0)?;
         let (on_cpu, elsewhere) = FEED_FORWARD_TOKENS;
         let of_part = if x.device().is_cpu() { on_cpu } else { elsewhere };
         let mut parts = Vec::new();
         for start in (0..tokens).step_by(of_part) {
-            let part = x.narrow(0, start, of_part.min(tokens - start))?;
-            let forward = |x: &Tensor| self.feed_forward.forward(x);
-            parts.push(self.add(&part, &self.feed_forward_norms, forward)?);
+            let part = normed.narrow(0, start, of_part.min(tokens - start))?;
+            parts.push(self.feed_forward.forward(&part)?);
         }
-        match parts.as_slice() {
-            [one] => Ok(one.clone()),
-            parts => Ok(Tensor::cat(parts, 0)?),
-        }
+        let y = match parts.as_slice() {
+            [one] => one.clone(),
+            parts => Tensor::cat(parts, 0)?,
+        };
+        self.residual(x, y, &self.feed_forward_norms)
     }
 
-    /// The input with a block's output added.
-    fn add(
-        &self,
-        x: &Tensor,
-        norms: &Norms,
-        block: impl FnOnce(&Tensor) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        let normed = |x: &Tensor, weights: &Option<Tensor>| -> Result<Tensor> {
-            match weights {
-                Some(weights) => Ok(rms_norm(&x.contiguous()?, weights, self.eps)?),
-                None => Ok(x.clone()),
-            }
+    /// A block's input, with its output `y` to be added.
+    fn residual(&self, x: Tensor, y: Tensor, norms: &Norms) -> Result<Residual> {
+        let y = match &norms.after {
+            Some(weights) => rms_norm(&y.contiguous()?, weights, self.eps)?,
+            None => y,
         };
-        let y = normed(&block(&normed(x, &norms.before)?)?, &norms.after)?;
-        Ok(match self.residual_scale {
-            1.0 => (x + y)?,
-            scale => (x + (y * scale)?)?,
-        })
+        let y = if self.residual_scale == 1.0 { y } else { (y * self.residual_scale)? };
+        Ok(Residual { x, y: Some(y) })
+    }
+}
+
+/// What flows from block to block, `[tokens, hidden]`: the sum of `x` and the last block's output,
+/// which is added in the pass over memory that takes the next block's norm.
+#[derive(Debug)]
+pub(crate) struct Residual {
+    pub x: Tensor,
+    pub y: Option<Tensor>,
+}
+
+impl Residual {
+    /// The sum and its norm; without weights the sum twice.
+    pub fn normed(&self, weights: Option<&Tensor>, eps: f32) -> Result<(Tensor, Tensor)> {
+        let Some(weights) = weights else {
+            let sum = match &self.y {
+                Some(y) => (&self.x + y)?,
+                None => self.x.clone(),
+            };
+            return Ok((sum.clone(), sum));
+        };
+        add_rms_norm(&self.x, self.y.as_ref(), weights, eps)
+    }
+
+    /// Some of the tokens.
+    pub fn select(&self, tokens: &Tensor) -> Result<Self> {
+        let y = self.y.as_ref().map(|y| y.index_select(tokens, 0)).transpose()?;
+        Ok(Self { x: self.x.index_select(tokens, 0)?, y })
     }
 }
 

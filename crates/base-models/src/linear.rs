@@ -2,7 +2,7 @@
 
 use crate::quantized::QuantizedMatrix;
 use candle_core::{D, DType, Tensor};
-use longctx_core::Result;
+use longctx_core::{Result, linear};
 
 /// A linear map `y = x Wᵀ + b`; W is `[out, in]`.
 #[derive(Debug, Clone)]
@@ -53,7 +53,7 @@ impl Weight {
                 if let Some(last) = dims.last_mut() {
                     *last = out;
                 }
-                Ok(x.reshape((rows, inner))?.matmul(&w.t()?)?.reshape(dims)?)
+                Ok(linear(&x.reshape((rows, inner))?, w)?.reshape(dims)?)
             }
         }
     }

@@ -1,19 +1,24 @@
 //! Kernels on device addresses and a stream, without tensors: for engines that hold their memory
-//! themselves. [`attention`](crate::attention), [`Rope`](crate::Rope) and [`silu_mul`](crate::silu_mul()) are
-//! the same over candle's tensors.
+//! themselves. [`attention`](crate::attention), [`Rope`](crate::Rope), [`linear`](crate::linear()),
+//! [`add_rms_norm`](crate::add_rms_norm) and [`silu_mul`](crate::silu_mul()) are the same over
+//! candle's tensors.
 //!
 //! Nothing here allocates device memory or waits for the device, and lengths are read from device
 //! memory: a launch can be captured in a CUDA graph. Only the first launch in a context loads a
 //! module, which a capture does not allow.
 #![allow(unsafe_code)]
 
+mod matvec;
 pub mod paged;
 mod prefill;
+mod rms_norm;
 mod rope;
 mod silu_mul;
 mod tensor;
 
+pub use matvec::{MOST_ROWS, MatVecArgs, matvec};
 pub use prefill::{Half, PAGE, PrefillArgs, has_prefill, prefill};
+pub use rms_norm::{RmsNormArgs, rms_norm};
 pub use rope::{RopeArgs, rope};
 pub use silu_mul::{SiluMulArgs, silu_mul};
-pub use tensor::address;
+pub use tensor::{address, half_of};

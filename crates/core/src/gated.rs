@@ -66,19 +66,15 @@ fn on_cpu(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 fn on_cuda(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
-    use crate::cuda::{Half, SiluMulArgs, address};
-    use candle_core::DType;
+    use crate::cuda::{SiluMulArgs, address, half_of};
 
-    let Device::Cuda(device) = gate.device() else { return Ok(None) };
-    let half = match (gate.dtype(), up.dtype()) {
-        (DType::F16, DType::F16) => Half::F16,
-        (DType::BF16, DType::BF16) => Half::BF16,
-        _ => return Ok(None),
+    let (Device::Cuda(device), Some(half)) = (gate.device(), half_of(gate)) else {
+        return Ok(None);
     };
     let (rows, columns) = gate.dims2()?;
     let fits = |x: &Tensor| {
         let starts = [columns, x.layout().start_offset(), x.stride()[0]];
-        x.stride()[1] == 1 && starts.iter().all(|n| n.is_multiple_of(8))
+        half_of(x) == Some(half) && x.stride()[1] == 1 && starts.iter().all(|n| n.is_multiple_of(8))
     };
     if !fits(gate) || !fits(up) {
         return Ok(None);

@@ -10,7 +10,7 @@ use half::f16;
 use longctx_core::cuda::{Half, PAGE, PrefillArgs, prefill};
 use longctx_core::{
     AttentionShape, Batch, DenseCache, DenseStore, EntryRanges, Error, KvCache, KvStore, LayerSpec,
-    Mask, Rope, RopeScaling, Selection, SeqId, Step, attention, silu_mul,
+    Mask, Rope, RopeScaling, Selection, SeqId, Step, add_rms_norm, attention, linear, silu_mul,
 };
 
 fn random(tokens: usize, heads: usize, d: usize, dtype: DType) -> Tensor {
@@ -133,6 +133,52 @@ fn gates_are_as_on_the_cpu() {
             let got = silu_mul(&gate, &up).unwrap();
             assert_eq!(got.dtype(), dtype);
             assert!(relative(&got, &want) < bound, "{rows} x {columns}, {dtype:?}");
+        }
+    }
+}
+
+#[test]
+fn norms_are_as_on_the_cpu() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    for (rows, columns) in [(1, 8), (37, 1000), (3, 4096), (2, 16_384), (5, 13)] {
+        for (dtype, bound) in [(DType::F16, 2e-3), (DType::BF16, 1e-2)] {
+            let [x, y] = [0; 2].map(|_| random(rows, 1, columns, dtype).squeeze(1).unwrap());
+            let weights = random(1, 1, columns, dtype).flatten_all().unwrap();
+            let f32 = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
+            let there = |x: &Tensor| x.to_device(&device).unwrap();
+            for y in [None, Some(&y)] {
+                let host = y.map(f32);
+                let want = add_rms_norm(&f32(&x), host.as_ref(), &f32(&weights), 1e-5).unwrap();
+                let other = y.map(there);
+                let got = add_rms_norm(&there(&x), other.as_ref(), &there(&weights), 1e-5).unwrap();
+                assert!(relative(&got.0, &want.0) < bound, "{rows} x {columns}, {dtype:?}: sum");
+                assert!(relative(&got.1, &want.1) < bound, "{rows} x {columns}, {dtype:?}: norm");
+            }
+        }
+    }
+}
+
+#[test]
+fn products_are_as_on_the_cpu() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    for (out, inner) in [(1, 8), (1003, 1096), (9001, 512), (64, 13)] {
+        for rows in [1, 2, 3, 4, 5, 40] {
+            for (dtype, bound) in [(DType::F16, 1e-3), (DType::BF16, 6e-3)] {
+                let x = random(rows, 1, inner, dtype).squeeze(1).unwrap();
+                let w = random(out, 1, inner, dtype).squeeze(1).unwrap();
+                let f32 = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
+                let want = linear(&f32(&x), &f32(&w)).unwrap();
+                let there = |x: &Tensor| x.to_device(&device).unwrap();
+                let got = linear(&there(&x), &there(&w)).unwrap();
+                let error = relative(&got, &want);
+                assert!(error < bound, "{rows} rows, {out} x {inner}, {dtype:?}: {error}");
+            }
         }
     }
 }

@@ -2,6 +2,10 @@
 
 use crate::HeadBudgets;
 use longctx_core::Selection;
+use rayon::prelude::*;
+
+/// Entries of all heads from which on a selection is worth waking threads for.
+const MIN_PARALLEL: usize = 1 << 13;
 
 /// Entries that stay whatever their scores.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -75,7 +79,10 @@ pub(crate) fn select(
 ) -> Selection {
     let of_heads = |scores: &[Vec<f32>]| {
         let head = |(scores, &budget): (&Vec<f32>, &usize)| top(scores, budget, ends);
-        scores.iter().zip(budgets).map(head).collect()
+        match scores.iter().map(Vec::len).sum::<usize>() < MIN_PARALLEL {
+            true => scores.iter().zip(budgets).map(head).collect(),
+            false => scores.par_iter().zip(budgets).map(head).collect(),
+        }
     };
     Selection::new(match (granularity, heads) {
         (Granularity::Chunk(chunk), _) => of_heads(&vec![chunk_ranks(scores, chunk); scores.len()]),
@@ -92,16 +99,24 @@ fn top(scores: &[f32], budget: usize, ends: Ends) -> Vec<u32> {
     }
     let sinks = ends.sinks.min(budget);
     let recent = ends.recent.min(budget - sinks);
-    let mut middle: Vec<u32> = (sinks as u32..(len - recent) as u32).collect();
-    let wanted = budget - sinks - recent;
-    let score = |&i: &u32| comparable(scores[i as usize]);
-    let best_first = |a: &u32, b: &u32| score(b).total_cmp(&score(a)).then(a.cmp(b));
-    if wanted > 0 && wanted < middle.len() {
-        middle.select_nth_unstable_by(wanted - 1, best_first);
-    }
-    middle.truncate(wanted);
-    middle.sort_unstable();
-    (0..sinks as u32).chain(middle).chain((len - recent) as u32..len as u32).collect()
+    let middle = sinks as u32..(len - recent) as u32;
+    let last = match budget - sinks - recent {
+        0 => None,
+        wanted => {
+            let mut ranks: Vec<u64> = middle.clone().map(|i| rank(scores, i)).collect();
+            Some(*ranks.select_nth_unstable(wanted - 1).1)
+        }
+    };
+    let kept = middle.filter(|&i| Some(rank(scores, i)) <= last);
+    (0..sinks as u32).chain(kept).chain((len - recent) as u32..len as u32).collect()
+}
+
+/// A number for each entry, the smaller the better: by its score, then its age.
+fn rank(scores: &[f32], entry: u32) -> u64 {
+    let bits = comparable(scores[entry as usize]).to_bits();
+    // In the order of f32::total_cmp: negative numbers grow with smaller magnitudes.
+    let ascending = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+    u64::from(!ascending) << 32 | u64::from(entry)
 }
 
 /// NaN, which compares with nothing, loses against every number.
@@ -163,6 +178,35 @@ mod tests {
         let none = Ends::default();
         assert_eq!(top(&[1.0, f32::NAN, 1.0, 2.0, 1.0], 3, none), [0, 2, 3]);
         assert_eq!(top(&[f32::NEG_INFINITY, 0.0, 0.0], 1, none), [1]);
+    }
+
+    #[test]
+    fn the_best_are_those_of_a_sorted_list() {
+        let mut state = 1u64;
+        let mut number = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as usize
+        };
+        let some = [0.0, -0.0, 1.5, -1.5, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e-40, -3e8];
+        for len in [1, 2, 30, 500] {
+            let scores: Vec<f32> = (0..len).map(|_| some[number() % some.len()]).collect();
+            for budget in 1..=len {
+                let ends = Ends { sinks: number() % 3, recent: number() % 4 };
+                let got = top(&scores, budget, ends);
+                let sinks = ends.sinks.min(budget);
+                let recent = ends.recent.min(budget - sinks);
+                let mut all: Vec<u32> = (0..len as u32).collect();
+                let protected = |i: &u32| (*i as usize) < sinks || *i as usize >= len - recent;
+                all.sort_by(|a, b| {
+                    let score = |i: &u32| comparable(scores[*i as usize]);
+                    let by_score = score(b).total_cmp(&score(a)).then(a.cmp(b));
+                    protected(b).cmp(&protected(a)).then(by_score)
+                });
+                let mut want = all[..budget].to_vec();
+                want.sort_unstable();
+                assert_eq!(got, want, "{scores:?}, {budget}, {ends:?}");
+            }
+        }
     }
 
     #[test]

@@ -40,7 +40,7 @@ struct AttendArgs {
     int columns;         // of a block of threads
     int causal, window;  // the last `queries` entries are the queries' own; how many a query sees (0: all)
     float scale, soft_cap;  // soft_cap 0: none
-    int unused;
+    int head_dim;
 };
 
 // A kv head's keys beside the queries of its sequence.

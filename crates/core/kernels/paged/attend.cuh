@@ -157,21 +157,29 @@ __device__ __forceinline__ void attend(const AttendArgs& a) {
     }
 }
 
-// Grid: (joins, columns); a thread for each channel.
+// Grid: (joins, columns); a thread for each channel, in whole warps. Each warp takes the weights of 32 parts at a time, one a lane.
 __device__ __forceinline__ void join(const AttendArgs& a) {
     const AttendJoin& join = a.joins[blockIdx.x];
-    const int column = join.first_column + blockIdx.y, d = blockDim.x, channel = threadIdx.x;
+    const int column = join.first_column + blockIdx.y, d = a.head_dim, channel = threadIdx.x, lane = threadIdx.x % 32;
     if (column >= a.heads_per_kv * join.queries) return;
     const long long first = (long long)join.first_part * a.columns + blockIdx.y;
     float highest = -INFINITY, whole = 0.f, value = 0.f;
-    for (int s = 0; s < join.parts; s++) highest = fmaxf(highest, a.part_max[first + (long long)s * a.columns]);
-    if (highest > -INFINITY)
-#pragma unroll 4
-        for (int s = 0; s < join.parts; s++) {
-            const long long at = first + (long long)s * a.columns;
-            const float factor = exp2f(a.part_max[at] - highest);
-            whole = fmaf(a.part_sum[at], factor, whole), value = fmaf(a.part_out[at * d + channel], factor, value);
-        }
+    for (int s = lane; s < join.parts; s += 32) highest = fmaxf(highest, a.part_max[first + (long long)s * a.columns]);
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, i));
+    // The last threads of the last warp repeat its last channel.
+    const float* outs = a.part_out + first * d + min(channel, d - 1);
+    for (int start = 0; start < join.parts && highest > -INFINITY; start += 32) {
+        const long long at = first + (long long)(start + lane) * a.columns;
+        const float weight = start + lane < join.parts ? exp2f(a.part_max[at] - highest) : 0.f;
+        if (start + lane < join.parts) whole = fmaf(a.part_sum[at], weight, whole);
+        const int count = min(32, join.parts - start);
+#pragma unroll 8
+        for (int s = 0; s < count; s++) value = fmaf(outs[(long long)(start + s) * a.columns * d], __shfl_sync(~0u, weight, s), value);
+    }
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) whole += __shfl_xor_sync(~0u, whole, i);
+    if (channel >= d) return;
     const int token = join.first_token + column % join.queries, head = join.kv_head * a.heads_per_kv + column / join.queries;
     const long long row = (long long)token * a.heads + head;
     a.out[row * d + channel] = whole > 0.f ? value / whole : 0.f;

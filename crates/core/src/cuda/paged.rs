@@ -99,8 +99,8 @@ longctx_cuda::args! {
         pub scale: f32,
         /// Scores s become `soft_cap * tanh(s / soft_cap)`. 0: they stay as they are.
         pub soft_cap: f32,
-        /// Nothing.
-        pub unused: i32,
+        /// Channels of a head.
+        pub head_dim: i32,
     }
 }
 
@@ -282,8 +282,11 @@ pub unsafe fn attend(
 ) -> Result<()> {
     let context = stream.context();
     let columns = args.columns.max(0) as usize;
+    if args.head_dim as usize != head_dim {
+        return Err(Error::mismatch("head_dim of the arguments", head_dim, args.head_dim));
+    }
     let kernel = attend_kernel(context, half, head_dim, columns)?;
-    let join = IMAGE.kernel(context, "paged_join", head_dim as u32, 0)?;
+    let join = IMAGE.kernel(context, "paged_join", (head_dim as u32).next_multiple_of(32), 0)?;
     // SAFETY: the caller's; the grids are those that the kernels count with.
     unsafe {
         kernel.launch(stream, [count, 1, 1], args)?;

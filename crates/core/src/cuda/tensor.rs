@@ -1,5 +1,6 @@
 //! Where candle's tensors lie.
 
+use super::Half;
 use crate::{Error, Result};
 use candle_core::cuda::cudarc::driver::DevicePtr;
 use candle_core::{DType, Storage, Tensor, backend::BackendStorage};
@@ -29,4 +30,13 @@ pub fn address(x: &Tensor) -> Result<u64> {
         }
     };
     Ok(start + (layout.start_offset() * storage.dtype().size_in_bytes()) as u64)
+}
+
+/// The kernels' name of a tensor's format; `None` if they don't serve it.
+pub fn half_of(x: &Tensor) -> Option<Half> {
+    match x.dtype() {
+        DType::F16 => Some(Half::F16),
+        DType::BF16 => Some(Half::BF16),
+        _ => None,
+    }
 }

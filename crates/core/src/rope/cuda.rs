@@ -3,8 +3,8 @@
 
 use super::Rope;
 use crate::Result;
-use crate::cuda::{Half, RopeArgs, address, rope};
-use candle_core::{DType, Device, Tensor};
+use crate::cuda::{RopeArgs, address, half_of, rope};
+use candle_core::{Device, Tensor};
 
 /// What the kernel reads beside the heads.
 #[derive(Debug, Clone)]
@@ -30,12 +30,7 @@ impl OnDevice {
 
 /// `x` `[tokens, heads, head_dim]` rotated. `None` where the kernel does not serve.
 pub fn rotate(of: &Rope, x: &Tensor, positions: &[i64]) -> Result<Option<Tensor>> {
-    let Device::Cuda(device) = x.device() else { return Ok(None) };
-    let half = match x.dtype() {
-        DType::F16 => Half::F16,
-        DType::BF16 => Half::BF16,
-        _ => return Ok(None),
-    };
+    let (Device::Cuda(device), Some(half)) = (x.device(), half_of(x)) else { return Ok(None) };
     let ((tokens, heads, head_dim), rotary) = (x.dims3()?, of.rotary_dims());
     let starts = [x.layout().start_offset(), x.stride()[0], x.stride()[1], head_dim];
     let eights = starts.iter().all(|n| n.is_multiple_of(8)) && x.stride()[2] == 1;

@@ -154,7 +154,7 @@ impl CudaSeqs {
             window: window.map_or(0, |window| window.min(1 << 30) as i32),
             scale: shape.scale,
             soft_cap: shape.soft_cap.unwrap_or(0.0),
-            unused: 0,
+            head_dim: d as i32,
         };
         let counts = (plan.work.len(), plan.joins.len());
         // SAFETY: the tables name blocks of the pool, all lists and arrays have the sizes that the

@@ -1,0 +1,64 @@
+//! Products of activations with weight matrices.
+
+use crate::{Error, Result};
+use candle_core::Tensor;
+
+/// `x wᵀ` of activations `[rows, inner]` and a weight matrix `[out, inner]`.
+///
+/// Up to four rows of f16 or bf16 on a CUDA device, as decoding has, go through a kernel that is bound
+/// by the reading of `w`. All else is candle's product.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+///
+/// let x = Tensor::new(&[[1f32, 2.]], &Device::Cpu)?;
+/// let w = Tensor::new(&[[3f32, 4.], [5., 6.], [7., 8.]], &Device::Cpu)?;
+/// assert_eq!(longctx_core::linear(&x, &w)?.to_vec2::<f32>()?, [[11., 17., 23.]]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Mismatch`] if the shapes do not go together; candle's.
+pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let ((_, inner), (out, of)) = (x.dims2()?, w.dims2()?);
+    if inner != of {
+        return Err(Error::mismatch("columns of x", format!("{of}, as of w [{out}, {of}]"), inner));
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(y) = on_cuda(x, w)? {
+        return Ok(y);
+    }
+    Ok(x.matmul(&w.t()?)?)
+}
+
+/// `None` for other devices and formats, more rows, and rows that are not multiples of 16 bytes.
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)]
+fn on_cuda(x: &Tensor, w: &Tensor) -> Result<Option<Tensor>> {
+    use crate::cuda::{MOST_ROWS, MatVecArgs, address, half_of, matvec};
+    use candle_core::Device;
+
+    let (Device::Cuda(device), Some(half)) = (x.device(), half_of(x)) else { return Ok(None) };
+    let ((rows, inner), out) = (x.dims2()?, w.dim(0)?);
+    let fits = |x: &Tensor| {
+        half_of(x) == Some(half) && x.is_contiguous() && x.layout().start_offset().is_multiple_of(8)
+    };
+    if !(1..=MOST_ROWS).contains(&rows) || !inner.is_multiple_of(8) || !fits(x) || !fits(w) {
+        return Ok(None);
+    }
+    // SAFETY: the kernel writes all of it.
+    let y = unsafe { Tensor::empty((rows, out), x.dtype(), x.device()) }?;
+    let args = MatVecArgs {
+        w: address(w)?,
+        x: address(x)?,
+        y: address(&y)?,
+        inner: inner as i32,
+        out: out as i32,
+        rows: rows as i32,
+        unused: 0,
+    };
+    // SAFETY: the tensors have the shapes that `args` gives, and the device's stream frees no memory
+    // before this launch has used it.
+    unsafe { matvec(&device.cuda_stream(), half, &args) }?;
+    Ok(Some(y))
+}
