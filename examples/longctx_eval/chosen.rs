@@ -33,7 +33,7 @@ pub struct Chosen {
     /// A TOML file that defines more settings
     #[arg(long)]
     settings_file: Option<PathBuf>,
-    /// The model for all settings: smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; methods named without a
+    /// The model for all settings: smollm2, gemma3, embedded, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; methods named without a
     /// setting run on SmolLM2-135M-Instruct by default, fetched if need be
     #[arg(long)]
     model: Option<String>,
@@ -71,8 +71,8 @@ impl Chosen {
         if let Some(path) = &self.settings_file {
             known.extend(setting::from_toml_file(path)?);
         }
-        let default = model::named(self.model.as_deref())?;
-        known.extend(methods.names().map(|name| Setting::of(name, &default, CONTEXT)));
+        let model = model::named(self.model.as_deref())?;
+        known.extend(methods.names().map(|name| Setting::of(name, &model, CONTEXT)));
         let mut chosen: Vec<Setting> = Vec::new();
         for wanted in &self.settings {
             let fits = |name: &str| match wanted.strip_suffix('*') {
@@ -83,19 +83,20 @@ impl Chosen {
             ensure!(!found.is_empty(), "no setting or method {wanted:?}: see the command `list`");
             for setting in found {
                 if chosen.iter().all(|other| other.name != setting.name) {
-                    chosen.push(self.adapted(setting.clone()));
+                    chosen.push(self.adapted(setting.clone(), &model));
                 }
             }
         }
         Ok(chosen)
     }
 
-    fn adapted(&self, setting: Setting) -> Setting {
+    /// On `model`, if the command named one.
+    fn adapted(&self, setting: Setting, model: &str) -> Setting {
         let context = setting.context.min(self.context.unwrap_or(usize::MAX));
         let setting = Setting { context, ..setting };
-        match &self.model {
-            Some(model) if setting.model != *model => setting.on(model),
-            _ => setting,
+        match self.model.is_some() && setting.model != model {
+            true => setting.on(model),
+            false => setting,
         }
     }
 }

@@ -1,0 +1,110 @@
+//! Whole runs of `longctx-eval` with the model in the repository, as a cluster and a shell start them.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use longctx_eval::records;
+use longctx_eval::statistics::{Difference, Verdict};
+
+const NEEDLES: [&str; 8] = [
+    "--needle-words",
+    "60,200",
+    "--needle-depths",
+    "3",
+    "--needle-repeats",
+    "2",
+    "--model",
+    "embedded",
+];
+
+fn program() -> PathBuf {
+    let deps = std::env::current_exe().unwrap();
+    deps.parent().and_then(Path::parent).unwrap().join("examples/longctx-eval")
+}
+
+/// `run` with more arguments; what it says.
+fn run(out: &Path, more: &[&str]) -> String {
+    let mut command = Command::new(program());
+    command.arg("run").arg("--out").arg(out).args(NEEDLES).args(more);
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    said
+}
+
+/// Answers and scores by setting, task and sample.
+fn answers(folder: &Path) -> BTreeMap<String, String> {
+    let mut answers = BTreeMap::new();
+    for record in records(folder).unwrap() {
+        let key = format!("{} {} {}", record.setting, record.task, record.sample);
+        let answer = format!("{:?} {:?}", record.predictions, record.score);
+        assert!(answers.insert(key.clone(), answer).is_none(), "{key} twice");
+    }
+    answers
+}
+
+#[test]
+fn tasks_of_an_array_job_give_the_results_of_one_process() {
+    if Command::new("bash").arg("--version").stdout(Stdio::null()).status().is_err() {
+        println!("skipped: no bash");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, shards) = (folder.path().join("whole"), folder.path().join("shards"));
+    let settings = "dense-f16,kivi-2";
+    run(&whole, &["--settings", settings, "--tasks", "needle,multi-needle"]);
+    let file = folder.path().join("settings.toml");
+    fs::write(&file, "").unwrap();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/cluster/slurm.sh");
+    let task = |task: usize| {
+        let mut command = Command::new("bash");
+        command.arg(script).env("SLURM_ARRAY_TASK_ID", task.to_string());
+        command.env("SLURM_ARRAY_TASK_COUNT", "3").env("EVAL", program()).env("OUT", &shards);
+        command.env("SERVE", "").env("SETTINGS", settings).env("FILE", &file);
+        command.env("TASKS", "needle,multi-needle").env("MORE", NEEDLES.join(" "));
+        command.stdout(Stdio::null()).spawn().unwrap()
+    };
+    // The second task is killed, and submitted once more.
+    let mut killed = task(2);
+    let others = [task(1), task(3)];
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    for mut task in others {
+        assert!(task.wait().unwrap().success());
+    }
+    // The script's own process is gone; what it started may hold the shard's lock a little longer.
+    let mut again = task(2);
+    for _ in 0..100 {
+        if again.wait().unwrap().success() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        again = task(2);
+    }
+    assert_eq!(answers(&shards), answers(&whole));
+    assert_eq!(answers(&whole).len(), 2 * 2 * 12);
+}
+
+#[test]
+fn samples_are_added_until_the_difference_is_sure() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = ["dense-f16", "dense-f32", "streaming-llm-8x", "kivi-2"];
+    let names = settings.join(",");
+    let arguments = ["--settings", &names, "--tasks", "needle", "--samples", "2", "--until-sure"];
+    let said = run(folder.path(), &arguments);
+    assert!(said.contains("4 samples a task, for "), "{said}");
+    let records = records(folder.path()).unwrap();
+    let count = |name: &str| records.iter().filter(|record| record.setting == name).count();
+    for name in &settings[1..] {
+        let difference = Difference::between(&records, name, "dense-f16").unwrap();
+        let sure = difference.verdict(0.02) != Verdict::Unsure;
+        assert!(sure || count(name) == 12, "{name}: {} samples, {difference:?}", count(name));
+    }
+    assert!(count("dense-f16") >= settings[1..].iter().map(|name| count(name)).max().unwrap());
+    // Once more there is nothing to do.
+    let said = run(folder.path(), &arguments);
+    assert!(said.contains("0 answered") && !said.contains(" 1 answered"), "{said}");
+}
