@@ -59,7 +59,10 @@ fn device(name: &str) -> Result<Device, String> {
     if !cfg!(feature = "cuda") {
         return Err(format!("{name}: this program was built without the feature `cuda`"));
     }
-    Device::new_cuda(number).map_err(|error| error.to_string())
+    let device = Device::new_cuda(number).map_err(|error| error.to_string())?;
+    #[cfg(feature = "cuda")]
+    longctx_core::cuda::keep_freed_memory(&device).map_err(|error| error.to_string())?;
+    Ok(device)
 }
 
 fn expected(name: &str) -> String {

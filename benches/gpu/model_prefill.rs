@@ -21,6 +21,7 @@ fn main() -> Result<()> {
         println!("skipped: no CUDA device");
         return Ok(());
     };
+    longctx_core::cuda::keep_freed_memory(&device)?;
     let options = LoadOptions { device, dtype: DType::F16, ..Default::default() };
     let model = Transformer::random(llama_3_8b(), &options)?;
     // `cargo bench` adds an argument of its own.

@@ -46,7 +46,7 @@ fn the_dense_cache_finds_every_key_and_a_window_does_not() {
     let deps = std::env::current_exe().unwrap();
     let program = deps.parent().unwrap().parent().unwrap().join("examples/compare");
     let output = Command::new(program)
-        .args(["--methods", "streaming-llm-4x,dense-f16", "--words", "100,300", "--depths", "4"])
+        .args(["--methods", "streaming-llm-4x,dense-f16", "--words", "100,600", "--depths", "4"])
         .arg("--out")
         .arg(out.path())
         .output()
@@ -61,5 +61,5 @@ fn the_dense_cache_finds_every_key_and_a_window_does_not() {
     let rows: serde_json::Value = serde_json::from_str(&saved).unwrap();
     assert_eq!(rows[0]["exact"], 8.0);
     assert!(rows[1]["exact"].as_f64().unwrap() < 8.0, "{saved}");
-    assert!(rows[1]["ratio"].as_f64().unwrap() > 2.0, "{saved}");
+    assert!(rows[1]["ratio"].as_f64().unwrap() > 1.5, "{saved}");
 }

