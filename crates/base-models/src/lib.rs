@@ -3,6 +3,7 @@
 
 mod account;
 mod architectures;
+mod block_formats;
 mod chat;
 mod config;
 mod decoder;

@@ -1,21 +1,21 @@
 //! Weights in GGUF's block formats, multiplied without being expanded in memory.
 //!
-//! candle's quantized product rounds the activations to 8 bits and has no vector code for Q4_0 and Q4_1 on x86. Here activations stay in f32:
-//! a few rows meet the packed blocks directly, each block unpacked once for up to eight of them; many rows meet a matrix that is
-//! expanded for the one call and used as a plain product. Formats other than Q4_0, Q4_1 and Q8_0, and other devices, go through candle.
+//! candle's quantized product rounds the activations to 8 bits. Here activations stay in f32: a few
+//! rows meet the packed blocks directly, each block unpacked once for up to eight of them; many rows
+//! meet a matrix that is expanded for the one call and used as a plain product. Q2_K, Q3_K and other
+//! devices go through candle.
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
+use crate::block_formats::{Format, PART, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
 use longctx_core::{Error, Result, attention::with_slice};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Weights of a block.
-const BLOCK: usize = 32;
 /// Up to so many rows of activations, reading packed blocks beats expanding the matrix.
 const FEW_ROWS: usize = 32;
 /// The most rows of activations that a block is unpacked for at a time.
@@ -32,9 +32,7 @@ pub struct QuantizedMatrix {
 
 #[derive(Debug, Clone)]
 enum Kernel {
-    Q4_0,
-    Q4_1,
-    Q8_0,
+    Own(&'static dyn Rows),
     Candle(Arc<QMatMul>),
 }
 
@@ -48,21 +46,14 @@ impl QuantizedMatrix {
         }
         let on_cpu = matches!(tensor.device(), Device::Cpu);
         let tensor = Arc::new(tensor);
-        let kernel = match tensor.dtype() {
-            GgmlDType::Q4_0 if on_cpu => Kernel::Q4_0,
-            GgmlDType::Q4_1 if on_cpu => Kernel::Q4_1,
-            GgmlDType::Q8_0 if on_cpu => Kernel::Q8_0,
-            // candle's product panics on an odd number of blocks in these two.
-            GgmlDType::Q5_0 | GgmlDType::Q5_1
-                if on_cpu && !(tensor.shape().dims2()?.1 / BLOCK).is_multiple_of(2) =>
-            {
-                Kernel::Candle(Arc::new(QMatMul::Tensor(tensor.dequantize(&Device::Cpu)?)))
-            }
-            _ => Kernel::Candle(Arc::new(QMatMul::from_arc(tensor.clone())?)),
+        let kernel = match rows_of(tensor.dtype()).filter(|_| on_cpu) {
+            Some(rows) => Kernel::Own(rows),
+            None => Kernel::Candle(Arc::new(QMatMul::from_arc(tensor.clone())?)),
         };
-        let matrix = Self { tensor, kernel };
-        matrix.check_scales(name)?;
-        Ok(matrix)
+        if let Kernel::Own(rows) = kernel {
+            rows.check_scales(name, &tensor.data()?)?;
+        }
+        Ok(Self { tensor, kernel })
     }
 
     /// The matrices one above the other, if all have the same format and inner dimension, on the CPU.
@@ -144,9 +135,7 @@ impl QuantizedMatrix {
     /// The whole matrix in f32.
     pub fn expand(&self) -> Result<Tensor> {
         match self.kernel {
-            Kernel::Q4_0 => self.expand_as::<Q4_0>(),
-            Kernel::Q4_1 => self.expand_as::<Q4_1>(),
-            Kernel::Q8_0 => self.expand_as::<Q8_0>(),
+            Kernel::Own(rows) => self.expand_with(rows),
             Kernel::Candle(_) => Ok(self.tensor.dequantize(&self.tensor.device())?),
         }
     }
@@ -154,9 +143,7 @@ impl QuantizedMatrix {
     /// The rows named by `ids` (u32, `[n]`), in f32.
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         match self.kernel {
-            Kernel::Q4_0 => self.rows_as::<Q4_0>(ids),
-            Kernel::Q4_1 => self.rows_as::<Q4_1>(ids),
-            Kernel::Q8_0 => self.rows_as::<Q8_0>(ids),
+            Kernel::Own(rows) => self.rows_with(rows, ids),
             Kernel::Candle(_) => Ok(self.tensor.embedding(ids)?),
         }
     }
@@ -181,56 +168,44 @@ impl QuantizedMatrix {
         let y = match &self.kernel {
             Kernel::Candle(matmul) => matmul.forward(&x)?,
             _ if rows > FEW_ROWS => x.matmul(&self.expand()?.t()?)?,
-            Kernel::Q4_0 => self.product::<Q4_0>(&x)?,
-            Kernel::Q4_1 => self.product::<Q4_1>(&x)?,
-            Kernel::Q8_0 => self.product::<Q8_0>(&x)?,
+            Kernel::Own(kernel) => self.product(*kernel, &x)?,
         };
         Ok(y.reshape(dims)?)
     }
 
-    fn check_scales(&self, name: &str) -> Result<()> {
-        let data = self.tensor.data()?;
-        match self.kernel {
-            Kernel::Q4_0 => check_scales::<Q4_0>(name, &data),
-            Kernel::Q4_1 => check_scales::<Q4_1>(name, &data),
-            Kernel::Q8_0 => check_scales::<Q8_0>(name, &data),
-            Kernel::Candle(_) => Ok(()),
-        }
-    }
-
-    fn expand_as<F: Format>(&self) -> Result<Tensor> {
+    fn expand_with(&self, kernel: &dyn Rows) -> Result<Tensor> {
         let (rows, inner) = self.dims()?;
         let data = self.tensor.data()?;
         let mut out = vec![0.0; rows * inner];
-        let size = inner / BLOCK * F::BYTES;
+        let size = kernel.bytes(inner);
         out.par_chunks_mut(inner)
             .with_min_len(MIN_WORK.div_ceil(inner))
             .zip(data.par_chunks(size))
-            .for_each(|(out, row)| Arch::new().dispatch(Expand::<F>::new(row, out)));
+            .for_each(|(out, row)| kernel.expand(row, out));
         Ok(Tensor::from_vec(out, (rows, inner), &Device::Cpu)?)
     }
 
-    fn rows_as<F: Format>(&self, ids: &Tensor) -> Result<Tensor> {
+    fn rows_with(&self, kernel: &dyn Rows, ids: &Tensor) -> Result<Tensor> {
         let (rows, inner) = self.dims()?;
         let data = self.tensor.data()?;
         let ids = ids.to_vec1::<u32>()?;
         let mut out = vec![0.0; ids.len() * inner];
-        let size = inner / BLOCK * F::BYTES;
+        let size = kernel.bytes(inner);
         for (out, &id) in out.chunks_exact_mut(inner).zip(&ids) {
             if id as usize >= rows {
                 return Err(Error::mismatch("token", format!("an id below {rows}"), id));
             }
             let row = &data[id as usize * size..][..size];
-            Arch::new().dispatch(Expand::<F>::new(row, out));
+            kernel.expand(row, out);
         }
         Ok(Tensor::from_vec(out, (ids.len(), inner), &Device::Cpu)?)
     }
 
-    fn product<F: Format>(&self, x: &Tensor) -> Result<Tensor> {
+    fn product(&self, kernel: &dyn Rows, x: &Tensor) -> Result<Tensor> {
         let (out, inner) = self.dims()?;
         let rows = x.dim(0)?;
         let data = self.tensor.data()?;
-        let size = inner / BLOCK * F::BYTES;
+        let size = kernel.bytes(inner);
         let x = x.to_dtype(DType::F32)?.contiguous()?;
         let chunk =
             (MIN_WORK / inner.max(1)).max(out.div_ceil(rayon::current_num_threads())).max(1);
@@ -238,12 +213,10 @@ impl QuantizedMatrix {
         let mut transposed = vec![0.0; out * rows];
         with_slice::<f32, _>(&x, |x| {
             let tiles: Vec<_> = x.chunks(TILE * inner).map(|rows| Tile::new(rows, inner)).collect();
-            transposed.par_chunks_mut(chunk * rows).zip(data.par_chunks(chunk * size)).for_each(
-                |(out, weights)| {
-                    let format = PhantomData::<F>;
-                    Arch::new().dispatch(Product { weights, tiles: &tiles, out, rows, format })
-                },
-            );
+            transposed
+                .par_chunks_mut(chunk * rows)
+                .zip(data.par_chunks(chunk * size))
+                .for_each(|(out, weights)| kernel.product(weights, &tiles, out, rows));
             Ok(())
         })?;
         let y = Tensor::from_vec(transposed, (out, rows), &Device::Cpu)?;
@@ -251,80 +224,63 @@ impl QuantizedMatrix {
     }
 }
 
-/// A block format: 32 weights w = scale * q + offset.
-trait Format {
-    const BYTES: usize;
-    /// The two bytes of each f16 in a block: where they start.
-    const HALVES: &'static [usize];
-
-    /// Scale, offset and the whole numbers q of a block.
-    fn unpack(block: &[u8]) -> (f32, f32, [f32; BLOCK]);
+/// What is done with rows of a format's blocks.
+trait Rows: Sync + std::fmt::Debug {
+    /// Bytes of a row of so many weights.
+    fn bytes(&self, inner: usize) -> usize;
+    /// A row of weights in f32.
+    fn expand(&self, row: &[u8], out: &mut [f32]);
+    /// The products of rows of weights with all rows of activations: `out` is `[weights, rows]`.
+    fn product(&self, weights: &[u8], tiles: &[Tile], out: &mut [f32], rows: usize);
+    /// Refuses scales that are NaN or infinite.
+    fn check_scales(&self, name: &str, data: &[u8]) -> Result<()>;
 }
 
-struct Q4_0;
-struct Q4_1;
-struct Q8_0;
+/// [`Rows`] of a format.
+struct Of<F>(PhantomData<fn() -> F>);
 
-impl Format for Q4_0 {
-    const BYTES: usize = 18;
-    const HALVES: &'static [usize] = &[0];
+/// The formats that have kernels here.
+fn rows_of(dtype: GgmlDType) -> Option<&'static dyn Rows> {
+    Some(match dtype {
+        GgmlDType::Q4_0 => &Of::<Q4_0>(PhantomData),
+        GgmlDType::Q4_1 => &Of::<Q4_1>(PhantomData),
+        GgmlDType::Q5_0 => &Of::<Q5_0>(PhantomData),
+        GgmlDType::Q5_1 => &Of::<Q5_1>(PhantomData),
+        GgmlDType::Q8_0 => &Of::<Q8_0>(PhantomData),
+        GgmlDType::Q4K => &Of::<Q4K>(PhantomData),
+        GgmlDType::Q5K => &Of::<Q5K>(PhantomData),
+        GgmlDType::Q6K => &Of::<Q6K>(PhantomData),
+        _ => return None,
+    })
+}
 
-    #[inline(always)]
-    fn unpack(block: &[u8]) -> (f32, f32, [f32; BLOCK]) {
-        let scale = half_at(block, 0);
-        (scale, -8.0 * scale, nibbles(&block[2..18]))
+impl<F> std::fmt::Debug for Of<F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(std::any::type_name::<F>())
     }
 }
 
-impl Format for Q4_1 {
-    const BYTES: usize = 20;
-    const HALVES: &'static [usize] = &[0, 2];
+impl<F: Format> Rows for Of<F> {
+    fn bytes(&self, inner: usize) -> usize {
+        inner / (PART * F::PARTS) * F::BYTES
+    }
 
-    #[inline(always)]
-    fn unpack(block: &[u8]) -> (f32, f32, [f32; BLOCK]) {
-        (half_at(block, 0), half_at(block, 2), nibbles(&block[4..20]))
+    fn expand(&self, row: &[u8], out: &mut [f32]) {
+        Arch::new().dispatch(Expand { row, out, format: PhantomData::<F> });
+    }
+
+    fn product(&self, weights: &[u8], tiles: &[Tile], out: &mut [f32], rows: usize) {
+        Arch::new().dispatch(Product { weights, tiles, out, rows, format: PhantomData::<F> });
+    }
+
+    fn check_scales(&self, name: &str, data: &[u8]) -> Result<()> {
+        check_scales::<F>(name, data)
     }
 }
 
-impl Format for Q8_0 {
-    const BYTES: usize = 34;
-    const HALVES: &'static [usize] = &[0];
-
-    #[inline(always)]
-    fn unpack(block: &[u8]) -> (f32, f32, [f32; BLOCK]) {
-        let mut q = [0.0; BLOCK];
-        for (q, &byte) in q.iter_mut().zip(&block[2..34]) {
-            *q = f32::from(byte as i8);
-        }
-        (half_at(block, 0), 0.0, q)
-    }
-}
-
-/// Sixteen bytes hold weights 0 to 15 in their low halves and 16 to 31 in their high ones.
-#[inline(always)]
-fn nibbles(bytes: &[u8]) -> [f32; BLOCK] {
-    let mut q = [0.0; BLOCK];
-    let (low, high) = q.split_at_mut(BLOCK / 2);
-    for ((low, high), &byte) in low.iter_mut().zip(high).zip(bytes) {
-        *low = f32::from(byte & 15);
-        *high = f32::from(byte >> 4);
-    }
-    q
-}
-
-/// A finite f16 in f32, without a branch: the bits in place, then the exponent's bias put right by a product, which is exact for
-/// subnormal numbers too. [`QuantizedMatrix::new`] has refused NaN and infinity.
-#[inline(always)]
-fn half_at(block: &[u8], at: usize) -> f32 {
-    let bits = u32::from(u16::from_le_bytes([block[at], block[at + 1]]));
-    let sign = (bits & 0x8000) << 16;
-    let value = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
-    f32::from_bits(value.to_bits() | sign)
-}
-
-/// Up to [`TILE`] rows of activations, block by block: block b of row r is `blocks[b * width + r]`.
+/// Up to [`TILE`] rows of activations, part by part: part p of row r is `parts[p * width + r]`.
 struct Tile {
-    blocks: Vec<[f32; BLOCK]>,
+    parts: Vec<[f32; PART]>,
     /// Rows, filled up to a power of two with zeros.
     width: usize,
 }
@@ -332,10 +288,10 @@ struct Tile {
 impl Tile {
     fn new(rows: &[f32], inner: usize) -> Self {
         let width = (rows.len() / inner).next_power_of_two();
-        let (rows, _) = rows.as_chunks::<BLOCK>();
-        let per_row = inner / BLOCK;
-        let block = |i| rows.get(i % width * per_row + i / width).copied().unwrap_or([0.0; BLOCK]);
-        Self { blocks: (0..per_row * width).map(block).collect(), width }
+        let (rows, _) = rows.as_chunks::<PART>();
+        let per_row = inner / PART;
+        let part = |i| rows.get(i % width * per_row + i / width).copied().unwrap_or([0.0; PART]);
+        Self { parts: (0..per_row * width).map(part).collect(), width }
     }
 }
 
@@ -345,12 +301,15 @@ impl Tile {
 fn dots<S: Simd, F: Format, const R: usize, const A: usize>(
     simd: S,
     weights: &[u8],
-    tile: &[[f32; BLOCK]],
+    tile: &[[f32; PART]],
     out: &mut [f32],
 ) {
     let mut sums = [[simd.splat_f32s(0.0); A]; R];
-    for (block, x) in weights.chunks_exact(F::BYTES).zip(tile.as_chunks::<R>().0) {
-        let (scale, offset, q) = F::unpack(block);
+    let parts = weights
+        .chunks_exact(F::BYTES)
+        .flat_map(|block| (0..F::PARTS).map(move |part| (block, part)));
+    for ((block, part), x) in parts.zip(tile.as_chunks::<R>().0) {
+        let (scale, offset, q) = F::unpack(block, part);
         let (scale, offset) = (simd.splat_f32s(scale), simd.splat_f32s(offset));
         // A register's width divides a block's, so nothing is left over.
         for (i, &q) in S::as_simd_f32s(&q).0.iter().enumerate() {
@@ -385,12 +344,12 @@ impl<F: Format> WithSimd for Product<'_, F> {
         let Self { weights, tiles, out, rows, .. } = self;
         let size = weights.len() / (out.len() / rows);
         for (out, row) in out.chunks_exact_mut(rows).zip(weights.chunks_exact(size)) {
-            for (Tile { blocks, width }, out) in tiles.iter().zip(out.chunks_mut(TILE)) {
+            for (Tile { parts, width }, out) in tiles.iter().zip(out.chunks_mut(TILE)) {
                 match width {
-                    1 => dots::<S, F, 1, 4>(simd, row, blocks, out),
-                    2 => dots::<S, F, 2, 2>(simd, row, blocks, out),
-                    4 => dots::<S, F, 4, 2>(simd, row, blocks, out),
-                    _ => dots::<S, F, TILE, 1>(simd, row, blocks, out),
+                    1 => dots::<S, F, 1, 4>(simd, row, parts, out),
+                    2 => dots::<S, F, 2, 2>(simd, row, parts, out),
+                    4 => dots::<S, F, 4, 2>(simd, row, parts, out),
+                    _ => dots::<S, F, TILE, 1>(simd, row, parts, out),
                 }
             }
         }
@@ -404,22 +363,18 @@ struct Expand<'a, F> {
     format: PhantomData<F>,
 }
 
-impl<'a, F: Format> Expand<'a, F> {
-    fn new(row: &'a [u8], out: &'a mut [f32]) -> Self {
-        Self { row, out, format: PhantomData }
-    }
-}
-
 impl<F: Format> WithSimd for Expand<'_, F> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         let blocks = self.row.chunks_exact(F::BYTES);
-        for (block, out) in blocks.zip(self.out.chunks_exact_mut(BLOCK)) {
-            let (scale, offset, q) = F::unpack(block);
-            for (out, q) in out.iter_mut().zip(q) {
-                *out = scale * q + offset;
+        for (block, out) in blocks.zip(self.out.chunks_exact_mut(PART * F::PARTS)) {
+            for (part, out) in out.chunks_exact_mut(PART).enumerate() {
+                let (scale, offset, q) = F::unpack(block, part);
+                for (out, q) in out.iter_mut().zip(q) {
+                    *out = scale * q + offset;
+                }
             }
         }
     }
@@ -457,15 +412,19 @@ mod tests {
 
     #[test]
     fn products_equal_candles_expansion_times_x() {
-        for dtype in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0, GgmlDType::Q5_1] {
-            let m = matrix(dtype, 70, 128);
+        use GgmlDType::{Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+        for dtype in [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q3K, Q4K, Q5K, Q6K] {
+            let m = matrix(dtype, 70, 512);
             let expanded = m.tensor.dequantize(&Device::Cpu).unwrap();
             assert_eq!(distance(&m.expand().unwrap(), &expanded), 0.0, "{dtype:?}");
+            let ids = Tensor::new(&[69u32, 3], &Device::Cpu).unwrap();
+            let rows = expanded.index_select(&ids, 0).unwrap();
+            assert_eq!(distance(&m.rows(&ids).unwrap(), &rows), 0.0, "{dtype:?}");
             for rows in [1, 2, 3, 8, 13, 40] {
-                let x = Tensor::randn(0f32, 1., (rows, 128), &Device::Cpu).unwrap();
+                let x = Tensor::randn(0f32, 1., (rows, 512), &Device::Cpu).unwrap();
                 let want = x.matmul(&expanded.t().unwrap()).unwrap();
                 // candle rounds the activations of its formats to 8 bits.
-                let tolerance = if dtype == GgmlDType::Q5_1 { 0.5 } else { 1e-4 };
+                let tolerance = if dtype == Q3K { 2.0 } else { 2e-4 };
                 let error = distance(&m.forward(&x).unwrap(), &want);
                 assert!(error < tolerance, "{dtype:?}, {rows} rows: {error}");
             }
@@ -479,16 +438,6 @@ mod tests {
             let x = Tensor::randn(0f32, 1., (3, 96), &Device::Cpu).unwrap();
             let want = x.matmul(&m.expand().unwrap().t().unwrap()).unwrap();
             assert!(distance(&m.forward(&x).unwrap(), &want) < 1e-4, "{dtype:?}");
-        }
-    }
-
-    #[test]
-    fn halves_of_every_size_are_exact() {
-        for bits in 0..=u16::MAX {
-            let half = half::f16::from_bits(bits);
-            if half.is_finite() {
-                assert_eq!(half_at(&bits.to_le_bytes(), 0).to_bits(), half.to_f32().to_bits());
-            }
         }
     }
 
