@@ -15,7 +15,8 @@ set -euo pipefail
 # The command that starts the server, with the cache setting in question; empty: the methods of this workspace, in the process itself.
 SERVE=${SERVE-"vllm serve $MODEL --port 8000 --kv-cache-dtype fp8"}
 SETTINGS=${SETTINGS:-vllm/fp8}
-FILE=${FILE:-settings.toml}
+# The file that defines the settings; empty: those that are known.
+FILE=${FILE-settings.toml}
 TASKS=${TASKS:-ruler}
 EVAL=${EVAL:-longctx-eval}
 SHARD=${SLURM_ARRAY_TASK_ID:?}/${SLURM_ARRAY_TASK_COUNT:?}
@@ -25,4 +26,4 @@ if [ -n "$SERVE" ]; then
     trap 'kill %1' EXIT
     for _ in $(seq 600); do curl -sf http://127.0.0.1:8000/v1/models > /dev/null && break; sleep 1; done
 fi
-"$EVAL" run --out "${OUT:?}" --shard "$SHARD" --settings "$SETTINGS" --settings-file "$FILE" --tasks "$TASKS" ${MORE:-}
+"$EVAL" run --out "${OUT:?}" --shard "$SHARD" --settings "$SETTINGS" ${FILE:+--settings-file "$FILE"} --tasks "$TASKS" ${MORE:-}
