@@ -118,7 +118,9 @@ fn smollm2_continues_as_with_transformers() {
 #[test]
 fn gemma3_continues_as_with_transformers() {
     let Some(path) = gemma3() else { return };
-    check_continuation(&path, "gemma3-greedy.json", true);
+    for expand in [false, true] {
+        check_continuation(&path, "gemma3-greedy.json", expand);
+    }
 }
 
 #[test]
