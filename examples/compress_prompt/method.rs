@@ -64,10 +64,7 @@ impl Method {
 
 impl Models {
     fn causal(&self) -> Result<Pretrained> {
-        let name = match &self.model {
-            Some(name) => name.clone(),
-            None => model::smollm2()?.display().to_string(),
-        };
+        let name = model::named(self.model.as_deref())?;
         Ok(Pretrained::open(&name, &LoadOptions::default())?)
     }
 

@@ -71,33 +71,45 @@ impl Chosen {
         if let Some(path) = &self.settings_file {
             known.extend(setting::from_toml_file(path)?);
         }
-        let model = model::named(self.model.as_deref())?;
-        known.extend(methods.names().map(|name| Setting::of(name, &model, CONTEXT)));
+        // The default model is fetched only for methods that run on it.
+        let names = || methods.names().any(|name| self.settings.iter().any(|w| fits(w, name)));
+        let model = match self.model.is_some() || names() {
+            true => Some(model::named(self.model.as_deref())?),
+            false => None,
+        };
+        if let Some(model) = &model {
+            known.extend(methods.names().map(|name| Setting::of(name, model, CONTEXT)));
+        }
+        let named = model.filter(|_| self.model.is_some());
         let mut chosen: Vec<Setting> = Vec::new();
         for wanted in &self.settings {
-            let fits = |name: &str| match wanted.strip_suffix('*') {
-                Some(start) => name.starts_with(start),
-                None => name == wanted,
-            };
-            let found: Vec<_> = known.iter().filter(|setting| fits(&setting.name)).collect();
+            let found: Vec<_> = known.iter().filter(|one| fits(wanted, &one.name)).collect();
             ensure!(!found.is_empty(), "no setting or method {wanted:?}: see the command `list`");
             for setting in found {
                 if chosen.iter().all(|other| other.name != setting.name) {
-                    chosen.push(self.adapted(setting.clone(), &model));
+                    chosen.push(self.adapted(setting.clone(), named.as_deref()));
                 }
             }
         }
         Ok(chosen)
     }
 
-    /// On `model`, if the command named one.
-    fn adapted(&self, setting: Setting, model: &str) -> Setting {
+    /// On `model`, the one that the command named, if it named one.
+    fn adapted(&self, setting: Setting, model: Option<&str>) -> Setting {
         let context = setting.context.min(self.context.unwrap_or(usize::MAX));
         let setting = Setting { context, ..setting };
-        match self.model.is_some() && setting.model != model {
-            true => setting.on(model),
-            false => setting,
+        match model.filter(|model| setting.model != *model) {
+            Some(model) => setting.on(model),
+            None => setting,
         }
+    }
+}
+
+/// Whether a setting has the name, or starts with it, if it ends with a star.
+fn fits(wanted: &str, name: &str) -> bool {
+    match wanted.strip_suffix('*') {
+        Some(start) => name.starts_with(start),
+        None => name == wanted,
     }
 }
 

@@ -84,10 +84,7 @@ fn main() -> Result<()> {
     if let Some(table) = &args.redraw {
         return plot::save(&report::open(table)?, &args.out.with_extension("svg"));
     }
-    let name = match &args.model {
-        Some(name) => name.clone(),
-        None => model::smollm2()?.display().to_string(),
-    };
+    let name = model::named(args.model.as_deref())?;
     let llm = Pretrained::open(&name, &args.place.transformer())?;
     if let Some(path) = &args.save_prompts {
         return save_prompts(&args, &llm, path);
