@@ -339,7 +339,7 @@ bool check_graph(const Variant& v, const AttendArgs& a, const std::vector<Work>&
 
 double worst_sums = 0, worst_unpacked = 0;
 
-// Gives the relative error |out - ref| / |ref| over all outputs; prints what is wrong.
+// Returns the relative error |out - ref| / |ref| over all outputs, and prints each fault.
 double check(const Config& c, const Variant& v, const Case& s, int splits) {
     int rows = s.batch * s.kv_heads, columns = s.per_kv * s.queries, d = c.d, t = s.tokens;
     i64 n = (i64)rows * t * d;

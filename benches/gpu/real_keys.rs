@@ -15,7 +15,7 @@ use longctx_core::{
 /// The sequence of the text.
 const SEQ: SeqId = 0;
 
-/// A dense cache that sends on what it is handed: rotated queries and keys, and values.
+/// A dense cache that also sends rotated queries and keys, and values, to a channel.
 struct Recording {
     inner: DenseCache,
     sender: Sender<[Tensor; 3]>,

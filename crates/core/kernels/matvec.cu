@@ -61,7 +61,7 @@ __device__ __forceinline__ void matvec(const MatVecArgs& a) {
             for (int o = 0; o < OUTPUTS; o++) weights[s][o] = start + 32 * s < pieces ? stream(w[o] + start + 32 * s) : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
-            // Zero weights do not hide what is not finite: x is not read beyond its end.
+            // x is not read beyond its end: zero times NaN or infinity would be NaN.
             if (start + 32 * s >= pieces) break;
             float wide[OUTPUTS][8];
 #pragma unroll

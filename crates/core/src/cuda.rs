@@ -21,4 +21,5 @@ pub use prefill::{Half, PAGE, PrefillArgs, has_prefill, prefill};
 pub use rms_norm::{RmsNormArgs, rms_norm};
 pub use rope::{RopeArgs, rope};
 pub use silu_mul::{SiluMulArgs, silu_mul};
+pub(crate) use tensor::is_aligned;
 pub use tensor::{address, half_of, keep_freed_memory};

@@ -60,15 +60,13 @@ fn on_cuda(
     weights: &Tensor,
     eps: f32,
 ) -> Result<Option<(Tensor, Tensor)>> {
-    use crate::cuda::{RmsNormArgs, address, half_of};
+    use crate::cuda::{RmsNormArgs, address, half_of, is_aligned};
     use candle_core::Device;
 
     let (Device::Cuda(device), Some(half)) = (x.device(), half_of(x)) else { return Ok(None) };
     let (rows, channels) = x.dims2()?;
     let all = [Some(x), y, Some(weights)];
-    let fits = |x: &&Tensor| {
-        half_of(x) == Some(half) && x.is_contiguous() && x.layout().start_offset().is_multiple_of(8)
-    };
+    let fits = |x: &&Tensor| half_of(x) == Some(half) && is_aligned(x);
     if !all.iter().flatten().all(fits) || !channels.is_multiple_of(8) || rows == 0 {
         return Ok(None);
     }

@@ -53,3 +53,8 @@ pub fn half_of(x: &Tensor) -> Option<Half> {
         _ => None,
     }
 }
+
+/// Whether a tensor of a [half format](Half) is contiguous and begins at a multiple of 16 bytes.
+pub(crate) fn is_aligned(x: &Tensor) -> bool {
+    x.is_contiguous() && x.layout().start_offset().is_multiple_of(8)
+}

@@ -24,8 +24,8 @@ pub enum Family {
     Balanced(&'static str),
 }
 
-/// The format in which a device holds another: what is packed at once on the CPU stays in full
-/// precision until a block is complete.
+/// The format that a device holds in place of `format`. Tokens that the CPU packs at once stay in full
+/// precision on a device until their block is complete.
 pub fn on_device(format: Format) -> Format {
     match format.flush() {
         Flush::Immediate => format.with_flush(Flush::Rolling(0)),
@@ -34,7 +34,7 @@ pub fn on_device(format: Format) -> Format {
 }
 
 impl Layout {
-    /// The layout of a format, if there are kernels for it; otherwise what they lack.
+    /// The layout of a format. The error names what the kernels lack for it.
     pub fn of(format: Format, head_dim: usize) -> Result<Self, &'static str> {
         let (keys, values) = (format.keys(), format.values());
         if format.basis() != KeyBasis::Given {
