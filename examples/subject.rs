@@ -23,6 +23,8 @@ pub struct Models {
 
 /// What methods need beside the model.
 pub struct Options {
+    /// Samples that a reader decodes side by side.
+    pub batch: usize,
     /// Tokens of a prompt to feed at a time; `None`: all at once.
     pub prefill_chunk: Option<usize>,
     /// LLMLingua-2's: a folder, or a name of the Hub.
@@ -36,6 +38,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            batch: 1,
             prefill_chunk: None,
             encoder: encoder::PUBLISHED.into(),
             heads: None,
@@ -91,7 +94,7 @@ impl Models {
         let reader =
             Reader::new(llm.model.session(make)?, text(&llm, &setting.template)?, setting.context);
         let dense = dense_bytes_per_token(&mut dense(&llm)?)?;
-        Ok(reader.with_prefill_chunk(self.options.prefill_chunk).with_dense_bytes_per_token(dense))
+        Ok(self.reading(reader).with_dense_bytes_per_token(dense))
     }
 
     /// The tokenizer and template of the setting's transformer.
@@ -109,8 +112,12 @@ impl Models {
             Template::Own | Template::Plain => None,
         };
         let text = RecurrentText { stop: llm.model.eos().to_vec(), tokenizer: llm.tokenizer, chat };
-        Ok(Reader::new(session, text, setting.context)
-            .with_prefill_chunk(self.options.prefill_chunk))
+        Ok(self.reading(Reader::new(session, text, setting.context)))
+    }
+
+    /// A reader with the options of all.
+    fn reading(&self, reader: Reader) -> Reader {
+        reader.with_batch(self.options.batch).with_prefill_chunk(self.options.prefill_chunk)
     }
 }
 

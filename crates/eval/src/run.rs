@@ -2,9 +2,12 @@
 
 mod content;
 mod folder;
+mod greedy;
 mod methods;
+mod pending;
 mod reader;
 mod record;
+mod running;
 #[cfg(feature = "http")]
 mod server;
 mod shorten;
@@ -21,10 +24,11 @@ pub use reader::{Reader, Text};
 pub use record::{Record, Timings};
 #[cfg(feature = "http")]
 pub use server::Server;
-pub use subject::{Answer, Fault, Question, Subject};
+pub use subject::{Answer, Fault, Question, Queue, Subject};
 
 use self::content::question_hash;
 use self::folder::{Results, join};
+use self::pending::Pending;
 use crate::{Error, Result, Sample, Setting, Task, memory};
 
 /// What every sample of a run is held to.
@@ -155,41 +159,14 @@ pub fn run(
             summary.failed += of_setting.len();
             continue;
         };
-        for batch in of_setting.chunks(subject.batch().max(1)) {
-            let started = Instant::now();
-            let mut within = Duration::ZERO;
-            for answered in answer(plan, batch, subject.as_mut()) {
-                match answered {
-                    Ok(record) => {
-                        results.append(&record)?;
-                        summary.answered += 1;
-                        // Those of a batch are answered side by side.
-                        within = within.max(Duration::from_secs_f64(record.timings.model_seconds));
-                        on_event(Event::Answered(&record));
-                    }
-                    Err(error) if plan.strict => return Err(error),
-                    Err(error) => {
-                        summary.failed += 1;
-                        on_event(Event::Failed(&error));
-                    }
-                }
-            }
-            summary.model += within;
-            summary.total += started.elapsed();
-        }
+        let started = Instant::now();
+        let mut pending = Pending::new(plan, of_setting, &mut results, &mut summary, on_event);
+        subject.answer_all(&mut pending);
+        pending.end()?;
+        summary.total += started.elapsed();
         on_event(Event::Finished(setting));
     }
     Ok(summary)
-}
-
-/// Puts samples of one setting to its subject.
-fn answer(plan: &Plan<'_>, units: &[&Unit<'_>], subject: &mut dyn Subject) -> Vec<Result<Record>> {
-    let started = Instant::now();
-    memory::restart_peak();
-    let questions: Vec<_> = units.iter().map(|unit| unit.question(plan)).collect();
-    let answers = subject.answer_all(&questions);
-    let all = units.iter().zip(answers);
-    all.map(|(unit, answer)| unit.record(plan, answer, started)).collect()
 }
 
 /// The setting's subject; `None` if it can't be opened and the run goes on without it.
@@ -343,6 +320,7 @@ impl Unit<'_> {
                 model_seconds: answer.model.as_secs_f64(),
                 total_seconds: started.elapsed().as_secs_f64(),
                 peak_resident_bytes: memory::peak(),
+                batch: answer.batch,
             },
         };
         record.check()?;

@@ -1,19 +1,17 @@
 //! A causal language model as a subject.
 
-use std::ops::{ControlFlow, Range};
-use std::time::{Duration, Instant};
+use std::ops::Range;
+use std::time::Instant;
 
-use candle_core::{Device, Tensor};
-use longctx_core::{
-    Batch, CausalLm, Footprint, GenerateOptions, Generation, Logits, PromptCompressor, Rate, SeqId,
-    generate, prefill,
-};
+use longctx_core::{Batch, CausalLm, Logits, PromptCompressor, Rate, SeqId, prefill};
 
+use super::greedy::Greedy;
+use super::running::Running;
 use super::shorten::{Compressor, Short, shorten};
-use super::subject::{Answer, Fault, Question, Subject};
+use super::subject::{Answer, Fault, Question, Queue, Subject};
 use crate::Forced;
 
-/// The sequence that every sample runs in.
+/// The sequence of a text that is read alone.
 const SEQ: SeqId = 0;
 
 /// A model's tokenizer and chat template.
@@ -46,13 +44,19 @@ pub trait Text {
 /// A turn's text is cut in the middle to the context limit, then compressed, then put in the chat
 /// template. If a sample marks its context, only the context is compressed, as in longctx_bench:
 /// instruction and question stay whole.
+///
+/// Samples are decoded side by side, as a continuous batch: each prompt is prefilled alone, and
+/// every step then feeds one token of each running sample. A sample that ends makes room for the
+/// next one.
 pub struct Reader {
     model: Box<dyn CausalLm>,
     text: Box<dyn Text>,
     context: usize,
+    batch: usize,
     prefill_chunk: Option<usize>,
     compressor: Option<Compressor>,
     dense_bytes_per_token: Option<f64>,
+    greedy: Greedy,
 }
 
 impl Reader {
@@ -62,10 +66,19 @@ impl Reader {
             model: Box::new(model),
             text: Box::new(text),
             context,
+            batch: 1,
             prefill_chunk: None,
             compressor: None,
             dense_bytes_per_token: None,
+            greedy: Greedy::default(),
         }
+    }
+
+    /// Decodes at most `samples` side by side; 0 counts as 1.
+    #[must_use]
+    pub fn with_batch(mut self, samples: usize) -> Self {
+        self.batch = samples.max(1);
+        self
     }
 
     /// Feeds prompts in chunks, so that later ones see what the cache made of earlier ones.
@@ -98,109 +111,140 @@ impl Reader {
         shorten(turn, context, question, (&*self.text, self.context), self.compressor.as_mut())
     }
 
-    /// Bytes that the model's caches or states hold now.
-    fn kv_bytes(&self) -> usize {
-        let held = self.model.footprint();
+    /// Bytes that a sequence holds, without room for tokens still to come.
+    fn kv_bytes(&self, seq: SeqId) -> usize {
+        let held = self.model.seq_footprint(seq);
         held.total() - held.slack
     }
 
     /// Bytes that a dense cache would hold now, if compression had not taken `saved` tokens.
-    fn dense_bytes(&self, saved: usize) -> Option<usize> {
-        let tokens = self.model.seen(SEQ) + saved;
+    fn dense_bytes(&self, seq: SeqId, saved: usize) -> Option<usize> {
+        let tokens = self.model.seen(seq) + saved;
         self.dense_bytes_per_token.map(|each| (each * tokens as f64) as usize)
     }
 
-    /// Generates from `tokens`, with the time spent within the model.
-    fn write(
-        &mut self,
-        tokens: &[u32],
-        question: &Question<'_>,
-        spent: &mut Duration,
-    ) -> Result<Generation, Fault> {
-        let options = GenerateOptions {
-            max_tokens: question.max_new_tokens,
-            stop: self.text.stop().to_vec(),
-            prefill_chunk: self.prefill_chunk,
-            ..Default::default()
-        };
-        let mut model = Timed { inner: &mut *self.model, spent: Duration::ZERO };
-        let mut written = 0;
-        let mut broken = None;
-        let done = generate(&mut model, SEQ, tokens, &options, |token| {
-            written += 1;
-            if !question.stops_at_newline || written < 2 {
-                return ControlFlow::Continue(());
-            }
-            match self.text.decode(&[token]) {
-                Ok(text) if !text.contains('\n') => ControlFlow::Continue(()),
-                Ok(_) => ControlFlow::Break(()),
-                Err(fault) => {
-                    broken = Some(fault);
-                    ControlFlow::Break(())
+    /// Feeds a sample's next turn, and further ones whose answers end with their first token.
+    /// Returns whether the sample goes on.
+    fn begin_turns(&mut self, sample: &mut Running<'_>) -> Result<bool, Fault> {
+        while let Some(turn) = sample.turn() {
+            let started = Instant::now();
+            let asked = sample.question.sample;
+            let context = asked.context.as_ref().filter(|_| sample.is_first_turn());
+            let short = self.shorten(turn, context, asked.question.as_deref())?;
+            let tokens = match sample.prompt(short, &*self.text)? {
+                (tokens, true) => tokens,
+                (tokens, false) => {
+                    self.model.remove(sample.seq);
+                    tokens
                 }
+            };
+            let before = started.elapsed();
+            let logits = prefill(&mut *self.model, sample.seq, &tokens, self.prefill_chunk)?;
+            let token = self.greedy.choose(&logits)?.remove(0)?;
+            sample.prefilled(before, started.elapsed());
+            if sample.take(token, &*self.text)? {
+                return Ok(true);
             }
-        })?;
-        *spent += model.spent;
-        broken.map_or(Ok(done), Err)
+            sample.end_turn(&*self.text)?;
+        }
+        Ok(false)
+    }
+
+    /// Feeds each sample the token that it wrote last; the tokens that follow. Where that fails,
+    /// the samples are fed one at a time, so that each has its own error.
+    fn step(&mut self, samples: &mut [Running<'_>]) -> Vec<Result<u32, Fault>> {
+        let started = Instant::now();
+        let (seqs, ids): (Vec<_>, Vec<_>) = samples.iter().map(|s| (s.seq, s.last())).unzip();
+        let tokens = Batch::decode(&seqs)
+            .and_then(|batch| self.model.forward(&batch, &ids, Logits::Last))
+            .and_then(|logits| self.greedy.choose(&logits));
+        let tokens = match tokens {
+            Err(_) if samples.len() > 1 => {
+                return samples.chunks_mut(1).flat_map(|sample| self.step(sample)).collect();
+            }
+            Err(error) => return vec![Err(error.into())],
+            Ok(tokens) => tokens,
+        };
+        let share = started.elapsed() / samples.len() as u32;
+        samples.iter_mut().for_each(|sample| sample.stepped(share));
+        tokens.into_iter().map(|token| Ok(token?)).collect()
+    }
+
+    /// Takes a step's token; returns whether the sample goes on, with it or with the next turn.
+    fn go_on(
+        &mut self,
+        sample: &mut Running<'_>,
+        token: Result<u32, Fault>,
+    ) -> Result<bool, Fault> {
+        if sample.take(token?, &*self.text)? {
+            return Ok(true);
+        }
+        sample.end_turn(&*self.text)?;
+        self.begin_turns(sample)
+    }
+
+    /// Puts a sample back that goes on, and hands in the answer or the error of one that does not.
+    fn keep<'a>(
+        &mut self,
+        sample: Running<'a>,
+        goes_on: Result<bool, Fault>,
+        running: &mut Vec<Running<'a>>,
+        queue: &mut dyn Queue<'a>,
+    ) {
+        let number = sample.number;
+        match goes_on {
+            Ok(true) => running.push(sample),
+            Ok(false) => queue.answered(number, Ok(self.finish(sample))),
+            Err(fault) => {
+                self.model.remove(sample.seq);
+                queue.answered(number, Err(fault));
+            }
+        }
+    }
+
+    /// Ends a sample's sequence; gives its answer.
+    fn finish(&mut self, mut sample: Running<'_>) -> Answer {
+        let seq = sample.seq;
+        sample.answer.kv_bytes = Some(self.kv_bytes(seq));
+        sample.answer.dense_bytes = self.dense_bytes(seq, sample.saved);
+        sample.answer.batch = (self.batch > 1).then_some(self.batch);
+        self.model.remove(seq);
+        sample.answer
     }
 }
 
 impl Subject for Reader {
     fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault> {
-        self.model.remove(SEQ);
-        let mut done = Answer::default();
-        let mut conversation = Vec::new();
-        // The text that the model has read and written, and its tokens that were not fed yet.
-        let (mut read, mut pending) = (String::new(), Vec::new());
-        let mut saved = 0;
-        for (i, turn) in question.sample.turns.iter().enumerate() {
-            let started = Instant::now();
-            let sample = question.sample;
-            let context = sample.context.as_ref().filter(|_| i == 0);
-            let short = self.shorten(turn, context, sample.question.as_deref())?;
-            saved += short.saved;
-            done.model += short.spent;
-            conversation.push(short.text);
-            let in_template =
-                if question.sample.chat { self.text.chat(&conversation)? } else { None };
-            let template = in_template.is_some();
-            // A space at the end would be a token of its own, which models have seldom seen there.
-            let mut full = in_template
-                .unwrap_or_else(|| conversation.join("\n").trim_end_matches(' ').to_owned());
-            if i + 1 == sample.turns.len() {
-                full += sample.answer_prefix.as_deref().unwrap_or("");
+        let mut alone = Alone { question: Some(*question), answer: None };
+        self.answer_all(&mut alone);
+        alone.answer.unwrap_or_else(|| Err("the sample was not answered".into()))
+    }
+
+    fn answer_all<'a>(&mut self, queue: &mut dyn Queue<'a>) {
+        self.model.clear();
+        let mut running: Vec<Running<'a>> = Vec::new();
+        loop {
+            while running.len() < self.batch {
+                let Some((number, question)) = queue.next() else { break };
+                let unused = |seq: &SeqId| running.iter().all(|sample| sample.seq != *seq);
+                let seq = (0..).find(unused).unwrap_or(SEQ);
+                let mut sample = Running::new(number, question, seq);
+                let begun = self.begin_turns(&mut sample);
+                self.keep(sample, begun, &mut running, queue);
             }
-            let tokens = match full.strip_prefix(&read) {
-                Some(rest) if i > 0 => {
-                    [std::mem::take(&mut pending), self.text.encode(rest, false)?].concat()
-                }
-                _ => {
-                    self.model.remove(SEQ);
-                    self.text.encode(&full, !template)?
-                }
-            };
-            let before = started.elapsed();
-            let written = self.write(&tokens, question, &mut done.model)?;
-            if i == 0 {
-                done.first_token = before + written.prefill;
+            if running.is_empty() {
+                return;
             }
-            done.prompt_tokens += tokens.len();
-            done.new_tokens += written.tokens.len();
-            done.decode += written.decode;
-            done.decode_steps += written.decode_steps;
-            let answer = self.text.decode(&written.tokens)?;
-            pending = written.tokens[written.decode_steps.min(written.tokens.len())..].to_vec();
-            read = full + &answer;
-            conversation.push(answer.clone());
-            done.predictions.push(answer);
+            let tokens = self.step(&mut running);
+            for (mut sample, token) in std::mem::take(&mut running).into_iter().zip(tokens) {
+                let gone_on = self.go_on(&mut sample, token);
+                self.keep(sample, gone_on, &mut running, queue);
+            }
         }
-        done.kv_bytes = Some(self.kv_bytes());
-        done.dense_bytes = self.dense_bytes(saved);
-        Ok(done)
     }
 
     fn teacher_forced(&mut self, prompt: &str, text: &str) -> Result<Forced, Fault> {
-        self.model.remove(SEQ);
+        self.model.clear();
         let Short { text: prompt, saved, .. } = self.shorten(prompt, None, None)?;
         let prompt = self.text.encode(&prompt, true)?;
         let tokens = self.text.encode(text, false)?;
@@ -212,69 +256,23 @@ impl Subject for Reader {
                 next = self.model.forward(&Batch::single(SEQ, 1)?, &[token], Logits::Last)?;
             }
         }
-        let (kv_bytes, dense_bytes) = (Some(self.kv_bytes()), self.dense_bytes(saved));
+        let (kv_bytes, dense_bytes) = (Some(self.kv_bytes(SEQ)), self.dense_bytes(SEQ, saved));
         Ok(Forced { tokens, logits, kv_bytes, dense_bytes })
     }
 }
 
-/// A model with a stopwatch.
-struct Timed<'a> {
-    inner: &'a mut dyn CausalLm,
-    spent: Duration,
+/// A queue of one sample.
+struct Alone<'a> {
+    question: Option<Question<'a>>,
+    answer: Option<Result<Answer, Fault>>,
 }
 
-impl CausalLm for Timed<'_> {
-    fn forward(
-        &mut self,
-        batch: &Batch,
-        ids: &[u32],
-        logits: Logits,
-    ) -> longctx_core::Result<Tensor> {
-        let started = Instant::now();
-        let out = self.inner.forward(batch, ids, logits);
-        self.spent += started.elapsed();
-        out
+impl<'a> Queue<'a> for Alone<'a> {
+    fn next(&mut self) -> Option<(usize, Question<'a>)> {
+        Some((0, self.question.take()?))
     }
-    fn fork(&mut self, from: SeqId, to: SeqId) -> longctx_core::Result<()> {
-        self.inner.fork(from, to)
-    }
-    fn check_truncate(&self, seq: SeqId, len: usize) -> longctx_core::Result<()> {
-        self.inner.check_truncate(seq, len)
-    }
-    fn truncate(&mut self, seq: SeqId, len: usize) -> longctx_core::Result<()> {
-        self.inner.truncate(seq, len)
-    }
-    fn remove(&mut self, seq: SeqId) -> bool {
-        self.inner.remove(seq)
-    }
-    fn seqs(&self) -> Vec<SeqId> {
-        self.inner.seqs()
-    }
-    fn seen(&self, seq: SeqId) -> usize {
-        self.inner.seen(seq)
-    }
-    fn can_take(&self, batch: &Batch) -> bool {
-        self.inner.can_take(batch)
-    }
-    fn footprint(&self) -> Footprint {
-        self.inner.footprint()
-    }
-    fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        self.inner.seq_footprint(seq)
-    }
-    fn clear(&mut self) {
-        self.inner.clear();
-    }
-    fn vocab_size(&self) -> usize {
-        self.inner.vocab_size()
-    }
-    fn context_length(&self) -> Option<usize> {
-        self.inner.context_length()
-    }
-    fn family(&self) -> &str {
-        self.inner.family()
-    }
-    fn device(&self) -> &Device {
-        self.inner.device()
+
+    fn answered(&mut self, _: usize, answer: Result<Answer, Fault>) {
+        self.answer = Some(answer);
     }
 }

@@ -25,7 +25,7 @@ pub struct Record {
     pub predictions: Vec<String>,
     /// How good that is.
     pub score: Score,
-    /// Tokens read, of all turns.
+    /// Tokens read, of all turns, without the answers between them.
     pub prompt_tokens: usize,
     /// Tokens written.
     pub new_tokens: usize,
@@ -44,16 +44,21 @@ pub struct Record {
 /// Times and memory of one sample.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Timings {
-    /// From the first turn's text to its first logits.
+    /// From the first turn's text to its first token.
     pub first_token_seconds: f64,
-    /// `None` if at most one token was written.
+    /// `None` if at most one token was written. In a batch, a step's time is divided evenly among
+    /// its sequences: this is the speed of all of them together.
     pub decode_tokens_per_second: Option<f64>,
-    /// Within the model and the prompt compressor.
+    /// Within the model and the prompt compressor, with even shares of a batch's steps.
     pub model_seconds: f64,
-    /// From the sample's text to its score.
+    /// From the sample's text to its score; in a batch, with the time that other samples took
+    /// meanwhile.
     pub total_seconds: f64,
     /// The most memory that the process held meanwhile, weights included; `None` where the system does not tell.
     pub peak_resident_bytes: Option<u64>,
+    /// The most sequences that shared a step; `None`: the sample was decoded alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch: Option<usize>,
 }
 
 impl Record {

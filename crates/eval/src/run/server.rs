@@ -12,7 +12,7 @@ use ureq::Agent;
 
 use super::reader::Text;
 use super::shorten::{Compressor, shorten};
-use super::subject::{Answer, Fault, Question, Subject};
+use super::subject::{Answer, Fault, Question, Queue, Subject};
 use crate::setting::{Api, ServerSetting, Setting};
 use crate::{Error, Result};
 
@@ -91,6 +91,28 @@ impl Server {
         Ok(self)
     }
 
+    /// Puts samples to the server, all at once.
+    fn answer_each(&mut self, questions: &[Question<'_>]) -> Vec<Result<Answer, Fault>> {
+        let jobs: Vec<_> = questions.iter().map(|question| self.job(*question)).collect();
+        let client = Client {
+            agent: &self.agent,
+            model: &self.model,
+            setting: &self.setting,
+            key: self.key.as_deref(),
+            text: self.text.as_ref().map(|(text, _)| &**text),
+            down: &self.down,
+        };
+        let client = &client;
+        thread::scope(|scope| {
+            let ask = |job| {
+                scope.spawn(move || Result::<_, Fault>::and_then(job, |job| client.answer(&job)))
+            };
+            let running: Vec<_> = jobs.into_iter().map(ask).collect();
+            let panicked = |_| Err("the request's thread panicked".into());
+            running.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
+        })
+    }
+
     /// Shortens the turns.
     fn job<'a>(&mut self, question: Question<'a>) -> Result<Job<'a>, Fault> {
         let sample = question.sample;
@@ -123,33 +145,22 @@ struct Job<'a> {
 }
 
 impl Subject for Server {
-    fn batch(&self) -> usize {
-        self.setting.concurrency
-    }
-
     fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault> {
-        self.answer_all(std::slice::from_ref(question)).remove(0)
+        self.answer_each(std::slice::from_ref(question)).remove(0)
     }
 
-    fn answer_all(&mut self, questions: &[Question<'_>]) -> Vec<Result<Answer, Fault>> {
-        let jobs: Vec<_> = questions.iter().map(|question| self.job(*question)).collect();
-        let client = Client {
-            agent: &self.agent,
-            model: &self.model,
-            setting: &self.setting,
-            key: self.key.as_deref(),
-            text: self.text.as_ref().map(|(text, _)| &**text),
-            down: &self.down,
-        };
-        let client = &client;
-        thread::scope(|scope| {
-            let ask = |job| {
-                scope.spawn(move || Result::<_, Fault>::and_then(job, |job| client.answer(&job)))
-            };
-            let running: Vec<_> = jobs.into_iter().map(ask).collect();
-            let panicked = |_| Err("the request's thread panicked".into());
-            running.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
-        })
+    fn answer_all<'a>(&mut self, queue: &mut dyn Queue<'a>) {
+        loop {
+            let take = |_| queue.next();
+            let (numbers, questions): (Vec<_>, Vec<_>) =
+                (0..self.setting.concurrency).map_while(take).unzip();
+            if numbers.is_empty() {
+                return;
+            }
+            for (number, answer) in numbers.into_iter().zip(self.answer_each(&questions)) {
+                queue.answered(number, answer);
+            }
+        }
     }
 }
 
@@ -209,10 +220,12 @@ impl Client<'_> {
                 None if self.text.is_none() => written.pieces,
                 None => count(&written.text)?,
             };
-            done.prompt_tokens += match written.prompt_tokens {
+            // A turn's prompt has the conversation before it, with the answers.
+            let prompt_tokens = match written.prompt_tokens {
                 Some(count) => count,
                 None => count(&conversation.join("\n"))?,
             };
+            done.prompt_tokens = prompt_tokens.saturating_sub(done.new_tokens);
             done.new_tokens += new_tokens;
             if let (0, Some(first)) = (i, written.first) {
                 done.first_token = job.spent + first;

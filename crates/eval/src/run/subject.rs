@@ -23,7 +23,8 @@ pub struct Question<'a> {
 pub struct Answer {
     /// One a turn.
     pub predictions: Vec<String>,
-    /// Tokens of all turns as the model read them: cut, compressed, in their template.
+    /// Tokens of all turns as the model read them: cut, compressed, in their template; without the
+    /// answers between them.
     pub prompt_tokens: usize,
     /// Tokens written.
     pub new_tokens: usize,
@@ -31,14 +32,26 @@ pub struct Answer {
     pub kv_bytes: Option<usize>,
     /// Bytes that a dense f16 cache would hold for the same text; `None` if there is no such cache.
     pub dense_bytes: Option<usize>,
-    /// From the first turn's text to its first logits.
+    /// From the first turn's text to its first token.
     pub first_token: Duration,
-    /// All steps of one token.
+    /// All steps of one token; in a batch, this sequence's even share of each step.
     pub decode: Duration,
     /// How many of them.
     pub decode_steps: usize,
-    /// Within the model and the prompt compressor: the rest of a run's time is the harness's.
+    /// Within the model and the prompt compressor, with even shares of a batch's steps: the rest of
+    /// a run's time is the harness's.
     pub model: Duration,
+    /// The most sequences that share a step; `None`: times are the sample's own.
+    pub batch: Option<usize>,
+}
+
+/// Samples that wait for an answer, and the place for their answers.
+pub trait Queue<'a> {
+    /// The next sample, with its number; `None` if there are no more.
+    fn next(&mut self) -> Option<(usize, Question<'a>)>;
+
+    /// Hands in the answer to the sample of this number. Answers come in any order.
+    fn answered(&mut self, number: usize, answer: Result<Answer, Fault>);
 }
 
 /// What answers samples: a model with its way to remember.
@@ -49,15 +62,12 @@ pub trait Subject {
     /// Whatever the model reports; the run goes on with the next sample unless it is strict.
     fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault>;
 
-    /// How many samples it answers best at once.
-    fn batch(&self) -> usize {
-        1
-    }
-
-    /// Answers samples, each as [`answer`](Self::answer) does; together, where that is faster. The results are in the order of the
-    /// questions.
-    fn answer_all(&mut self, questions: &[Question<'_>]) -> Vec<Result<Answer, Fault>> {
-        questions.iter().map(|question| self.answer(question)).collect()
+    /// Answers all samples of a queue, each as [`answer`](Self::answer) does. A subject that answers
+    /// several side by side takes the next one when it has room for it.
+    fn answer_all<'a>(&mut self, queue: &mut dyn Queue<'a>) {
+        while let Some((number, question)) = queue.next() {
+            queue.answered(number, self.answer(&question));
+        }
     }
 
     /// Reads `prompt` and then `text`, token by token. What it thought of each token of `text`.
