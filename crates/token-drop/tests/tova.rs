@@ -1,4 +1,4 @@
-//! TOVA's published code may drop the newest token, kvpress and this crate's default do not.
+//! TOVA's published code may drop the newest token; kvpress and this crate's default do not.
 
 mod common;
 
@@ -7,8 +7,8 @@ use common::*;
 use longctx_core::KvCache;
 use token_drop::*;
 
-/// The tokens that the last query of a text attends to the most, averaged over all heads; computed
-/// by a softmax over all scores.
+/// Returns the tokens that the last query of a text attends to the most, averaged over all heads,
+/// computed by a softmax over all scores.
 fn most_attended(text: &Input, count: usize) -> Vec<u32> {
     let rotated = text.rotated(0);
     let by_head = |x: &Tensor| x.transpose(0, 1).unwrap().contiguous().unwrap();
@@ -26,7 +26,7 @@ fn most_attended(text: &Input, count: usize) -> Vec<u32> {
     order
 }
 
-/// A text whose newest key points away from every query that looks at it.
+/// A text whose newest key has a negative product with every query.
 fn text_that_ignores_its_end() -> Input {
     let mut text = Input::random(60);
     let (last, group) = (text.tokens() - 1, HEADS / KV_HEADS);
@@ -50,7 +50,7 @@ fn the_newest_token_goes_as_in_the_published_code_if_asked_for() {
         let mut cache = PolicyCache::tova(spec(), store, policy, budget).unwrap();
         text.feed(&mut cache, 0).unwrap();
         assert_eq!(cache.held(0), 20);
-        cache.positions(0).to_vec()
+        cache.positions(0).unwrap()
     };
     let published = most_attended(&text, 20);
     assert!(!published.contains(&59));

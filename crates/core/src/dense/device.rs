@@ -1,4 +1,4 @@
-//! Sequences on a device other than the CPU, each in tensors of its own.
+//! Sequences on a device other than the CPU, each in its own tensors.
 
 use std::collections::BTreeMap;
 
@@ -6,12 +6,12 @@ use super::DenseStore;
 use super::rows::{Rows, gather};
 use crate::attention;
 use crate::{
-    AttentionShape, AttentionState, Batch, Error, Footprint, KvStore, Mask, Result, Selection,
-    SeqId,
+    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mask, Result,
+    Selection, SeqId,
 };
 use candle_core::{DType, Device, Tensor};
 
-/// The sequences' keys and values.
+/// Keys and values of all sequences.
 #[derive(Debug)]
 pub struct DeviceSeqs {
     device: Device,
@@ -25,7 +25,7 @@ impl DeviceSeqs {
         Self { device: device.clone(), shape: *shape, dtype, seqs: BTreeMap::new() }
     }
 
-    /// Appends `[tokens, kv_heads, channels]` of the dtype that is held.
+    /// Appends `[tokens, kv_heads, channels]` in the store's dtype.
     pub fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
         for (seq, tokens) in batch.iter() {
             let of = |x: &Tensor| {
@@ -46,7 +46,7 @@ impl DeviceSeqs {
         let of = |x: &Tensor| -> Result<Vec<Tensor>> {
             let parts = batch.iter().zip(tokens).map(|((_, own), selection)| {
                 let x = x.narrow(0, own.start, own.len())?.transpose(0, 1)?.unsqueeze(0)?;
-                gather(&x, selection.heads())
+                gather(&x, selection.check(&vec![own.len(); self.shape.kv_heads])?)
             });
             parts.collect()
         };
@@ -69,7 +69,7 @@ impl DeviceSeqs {
         }
     }
 
-    /// Attention sequence by sequence.
+    /// Computes attention one sequence at a time.
     pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
         let kv_heads = self.shape.kv_heads;
         if let Mask::Entries(ranges) = mask {
@@ -90,14 +90,14 @@ impl DeviceSeqs {
         })
     }
 
-    /// Keys and queries go to the CPU, and sums come back.
+    /// Copies keys and queries to the CPU, and the sums back.
     pub fn attention_sums(
         &self,
         batch: &Batch,
         q: &Tensor,
         lse: &Tensor,
         mask: Mask<'_>,
-    ) -> Result<Vec<Tensor>> {
+    ) -> Result<Vec<AttentionSums>> {
         let cpu = |x: &Tensor| x.to_device(&Device::Cpu);
         let mut host = DenseStore::new(self.shape, DType::F32)?;
         for &seq in batch.seqs() {
@@ -108,14 +108,15 @@ impl DeviceSeqs {
             }
         }
         let sums = host.attention_sums(batch, &cpu(q)?, &cpu(lse)?, mask)?;
-        sums.iter().map(|sums| Ok(sums.to_device(&self.device)?)).collect()
+        sums.iter().map(|sums| sums.to_device(&self.device)).collect()
     }
 
     pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
-        self.seqs.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?.retain(keep)
+        let lens = self.lens(seq);
+        self.seqs.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?.retain(keep.check(&lens)?)
     }
 
-    /// One head's keys and values in f32.
+    /// Returns one head's keys and values in f32.
     pub fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
         let (k, v) = self.seqs.get(&seq).ok_or(Error::UnknownSequence(seq))?.held()?;
         let of =

@@ -4,22 +4,25 @@ use super::device::DeviceSeqs;
 use super::pages::{masked, pages, read, scatter, within};
 use super::pool::Pool;
 use crate::attention::{self, Element};
-use crate::store::{check_range, check_selections};
+use crate::selection::check_selections;
+use crate::store::check_range;
 use crate::{
-    AttentionShape, AttentionState, Batch, Error, Footprint, KvStore, Mask, Result, Selection,
-    SeqId,
+    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mask, Result,
+    Selection, SeqId,
 };
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use std::ops::Range;
 
-/// Keys and values as they are, in f32, f16 or bf16.
+/// Keys and values in f32, f16 or bf16, without compression.
 ///
-/// They lie in blocks of one kv head, in a pool that all sequences share: of 32 entries on the CPU,
-/// of 64 on a CUDA device, which needs feature `cuda`, f16 or bf16, and a head size with kernels. On
-/// other devices, and for other dtypes and shapes, each sequence has one tensor for all heads, which
-/// then keep equally many entries, and nothing bounds the memory. The first tensors decide on the
-/// device; later ones from another are refused.
+/// - On the CPU, entries lie in blocks of 32 of one kv head, in a pool that all sequences share.
+/// - On a CUDA device the blocks have 64 entries. This needs feature `cuda`, f16 or bf16, and a
+///   head size with kernels.
+/// - On other devices, and for other dtypes and shapes, each sequence has one tensor for all heads.
+///   The heads then keep equally many entries, and the memory has no limit.
+///
+/// The first tensors determine the device. Tensors from another device are refused.
 #[derive(Debug)]
 pub struct DenseStore {
     shape: AttentionShape,
@@ -38,7 +41,8 @@ enum Held {
     Cuda(Box<CudaSeqs>),
 }
 
-/// Runs an expression on the pool of the type that is held, or another on a device's sequences.
+/// Evaluates one expression on the pool of the store's dtype, or another on the sequences of a
+/// device.
 macro_rules! on_pool {
     ($held:expr, $pool:ident => $host:expr, $seqs:ident => $device:expr) => {
         match $held {
@@ -53,7 +57,7 @@ macro_rules! on_pool {
 }
 
 impl DenseStore {
-    /// An empty store that will hold `dtype` and grows as it must.
+    /// Creates an empty store of `dtype` that grows as needed.
     ///
     /// # Errors
     /// [`Error::Setting`] unless `dtype` is f32, f16 or bf16.
@@ -61,8 +65,8 @@ impl DenseStore {
         Self::with_capacity(shape, dtype, usize::MAX)
     }
 
-    /// The same with a pool of at most `bytes` bytes of blocks. An append that does not fit is
-    /// [`Error::PoolFull`].
+    /// Creates a store whose pool has at most `bytes` bytes of blocks. An append that does not fit
+    /// returns [`Error::PoolFull`].
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -71,7 +75,7 @@ impl DenseStore {
         Ok(Self { shape, dtype, capacity: bytes, held })
     }
 
-    /// The format of keys and values.
+    /// Returns the dtype of keys and values.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
@@ -93,7 +97,7 @@ impl DenseStore {
         if self.known(seq) { Ok(()) } else { Err(Error::UnknownSequence(seq)) }
     }
 
-    /// Checks an append before anything changes; an empty store moves to the tensors' device.
+    /// Checks an append before anything changes. An empty store moves to the tensors' device.
     fn settle(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
         let tokens = self.shape.check_kv(k, v)?;
         if tokens != batch.tokens() {
@@ -114,7 +118,7 @@ impl DenseStore {
         Ok(())
     }
 
-    /// Nothing, on a device other than the CPU.
+    /// Returns empty sequences for a device other than the CPU.
     fn on_device(&self, device: &Device) -> Result<Held> {
         #[cfg(feature = "cuda")]
         if let Some(seqs) = CudaSeqs::new(&self.shape, self.dtype, device, self.capacity)? {
@@ -161,13 +165,13 @@ impl KvStore for DenseStore {
         check_selections(batch, tokens, self.shape.kv_heads)?;
         self.settle(batch, k, v)?;
         let (k, v) = (k.to_dtype(self.dtype)?, v.to_dtype(self.dtype)?);
-        let selected = |own: Range<usize>, seq: usize, head: usize| {
-            let list = tokens[seq].heads()[head].iter();
-            list.map(move |&token| own.start + token as usize)
-        };
         on_pool!(&mut self.held,
             pool => {
-                pool.check_room_for(batch, tokens)?;
+                let lists = lists(batch, tokens, self.shape.kv_heads)?;
+                let selected = |own: Range<usize>, seq: usize, head: usize| {
+                    lists[seq][head].iter().map(move |&token| own.start + token as usize)
+                };
+                pool.check_room_for(batch, &lists)?;
                 append_pool(pool, batch, &k, &v, selected)
             },
             seqs => seqs.append_selected(batch, &k, &v, tokens))
@@ -188,7 +192,7 @@ impl KvStore for DenseStore {
         q: &Tensor,
         lse: &Tensor,
         mask: Mask<'_>,
-    ) -> Result<Vec<Tensor>> {
+    ) -> Result<Vec<AttentionSums>> {
         on_pool!(&self.held,
             pool => {
                 let all = pages(pool, batch, &self.shape);
@@ -199,15 +203,18 @@ impl KvStore for DenseStore {
                     Mask::Entries(ranges) => scatter(sums, ranges, &all, &self.shape),
                     _ => sums,
                 };
-                attention::by_kv_head(&sums, self.shape.group(), &Device::Cpu)
+                attention::by_sequence(&sums, &self.shape, &Device::Cpu)
             },
             seqs => seqs.attention_sums(batch, q, lse, mask))
     }
 
     fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
         self.check_known(seq)?;
-        keep.check(&self.lens(seq))?;
-        on_pool!(&mut self.held, pool => pool.retain(seq, keep), seqs => seqs.retain(seq, keep))
+        let lens = self.lens(seq);
+        keep.check_unread(&lens)?;
+        on_pool!(&mut self.held,
+            pool => pool.retain(seq, keep.check(&lens)?),
+            seqs => seqs.retain(seq, keep))
     }
 
     fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
@@ -289,8 +296,20 @@ impl KvStore for DenseStore {
     }
 }
 
-/// Appends to each head the rows that `rows` names: given a sequence's tokens, its place in the
-/// batch and the head.
+/// The lists of each sequence's selection of its own tokens.
+fn lists<'a>(
+    batch: &Batch,
+    tokens: &'a [Selection],
+    kv_heads: usize,
+) -> Result<Vec<&'a [Vec<u32>]>> {
+    let of_seq = |((_, own), of): ((SeqId, Range<usize>), &'a Selection)| {
+        of.check(&vec![own.len(); kv_heads])
+    };
+    batch.iter().zip(tokens).map(of_seq).collect()
+}
+
+/// Appends to each head the rows that `rows` returns. Its arguments are a sequence's token range,
+/// its index in the batch, and the head.
 fn append_pool<T: Element, R: IntoIterator<Item = usize>>(
     pool: &mut Pool<T>,
     batch: &Batch,

@@ -1,31 +1,33 @@
-//! What a policy is shown of a sequence, and its scores.
+//! The policy's inputs for a sequence, and its scores.
 
 use std::ops::Range;
 
 use super::PolicyCache;
 use crate::{
-    EvictionPolicy, HeadView, LayerView, ObservedQueries, entries::Entries, storage::whole_lse,
+    EvictionPolicy, LayerView, Needs, ObservedQueries, entries::Entries, scores::Scores,
+    storage::whole_lse,
 };
 use candle_core::{DType, Tensor};
-use longctx_core::{Batch, Error, KvStore, Mask, Result, SeqId, Step, attention};
+use longctx_core::{AttentionSums, Batch, Error, KvStore, Mask, Result, SeqId, Step, attention};
 
-/// One sequence's tensors of a call.
+/// The tensors of one sequence in a call.
 #[derive(Debug)]
 pub struct Own {
     pub seq: SeqId,
     tokens: Range<usize>,
-    /// Whether the tokens are in the store already.
+    /// Whether the tokens are already in the store.
     pub in_store: bool,
     pub unrotated_q: Tensor,
     q: Tensor,
     pub k: Tensor,
     pub v: Tensor,
-    /// The log-sum-exp of all that the queries see; `None` if the policy reads no attention.
+    /// The log-sum-exp over everything that the queries see; `None` if the policy reads no
+    /// attention.
     lse: Option<Tensor>,
 }
 
 impl Own {
-    /// The rows of one of the step's sequences. `q` and `k` are rotated.
+    /// Takes the rows of one sequence of the step. `q` and `k` are rotated.
     pub fn new(
         step: &Step<'_>,
         (q, k): (&Tensor, &Tensor),
@@ -51,49 +53,86 @@ impl Own {
     }
 }
 
-/// Attention that entries received, `[group, entries]` for each kv head, and from how many queries.
-type Observed = (Vec<Tensor>, usize);
+/// The attention that entries received, the store's before the call's own, and the number of queries.
+#[derive(Default)]
+struct Observed {
+    sums: Vec<AttentionSums>,
+    queries: usize,
+}
+
+/// Keys and values `[kv_heads, entries, channels]` in f32, as far as the policy needs them.
+type Rows = (Option<Tensor>, Option<Tensor>);
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
-    /// Has the policy score everything that a sequence holds. `remembered`: its newest queries. The
-    /// scores leave the store's device, and nothing else does: what stays is selected on the host.
-    pub(super) fn score(&self, own: &Own, remembered: Option<&Tensor>) -> Result<Vec<Vec<f32>>> {
-        let (sums, observed) = match self.needs.attention {
+    /// Lets the policy score all entries of a sequence: all heads at once, or, where heads hold
+    /// different numbers of entries, those together that hold equally many. `remembered` holds the
+    /// newest queries.
+    pub(super) fn score(&self, own: &Own, remembered: Option<&Tensor>) -> Result<Scores> {
+        let observed = match self.needs.attention {
             Some(queries) => self.attention_sums(own, queries, remembered)?,
-            None => (Vec::new(), 0),
+            None => Observed::default(),
         };
-        let entries = self.entries(own.seq);
-        let heads = (0..self.spec.shape.kv_heads).map(|head| {
-            let (keys, values) = self.read(own, head)?;
-            Ok(HeadView {
-                positions: &entries.positions()[head],
-                keys,
-                values,
-                attention_sums: sums.get(head).cloned(),
-                observed,
-                previous: entries.scores(head),
-            })
-        });
         let queries = match own.in_store {
             true => remembered.or(Some(&own.unrotated_q)),
             false => Some(&own.unrotated_q),
         };
-        let view = LayerView {
-            spec: &self.spec,
-            seen: self.sequences.seen(own.seq) + own.tokens(),
-            queries: queries.filter(|_| self.needs.queries.is_some()),
-            heads: heads.collect::<Result<_>>()?,
-        };
-        let scores = lists(&self.policy.score(&view)?)?;
-        let expected = entries.lens();
-        if !scores.iter().map(Vec::len).eq(expected.iter().copied()) {
-            let got = format!("{:?}", scores.iter().map(Vec::len).collect::<Vec<_>>());
-            return Err(Error::mismatch("a policy's scores", format!("{expected:?}"), got));
+        let queries = queries.filter(|_| self.needs.queries.is_some());
+        let lens = self.entries(own.seq).lens();
+        let mut runs = Vec::new();
+        for heads in even_runs(&lens) {
+            let scores = self.score_heads(own, &observed, queries, heads.clone())?;
+            let expected = [heads.len(), lens[heads.start]];
+            if scores.dims() != expected {
+                let (expected, got) = (format!("{expected:?}"), format!("{:?}", scores.dims()));
+                return Err(Error::mismatch("a policy's scores", expected, got));
+            }
+            runs.push(scores);
         }
-        Ok(scores)
+        Scores::new(runs)
     }
 
-    /// The entries of a sequence that has begun.
+    /// The scores of heads that hold equally many entries.
+    fn score_heads(
+        &self,
+        own: &Own,
+        observed: &Observed,
+        queries: Option<&Tensor>,
+        heads: Range<usize>,
+    ) -> Result<Tensor> {
+        let (entries, device) = (self.entries(own.seq), own.k.device());
+        let of_heads = |sums: &AttentionSums| sums.heads(heads.clone());
+        let sums = observed.sums.iter().map(of_heads).collect::<Result<Vec<_>>>()?;
+        let sums: Vec<_> = sums.iter().filter(|sums| sums.elem_count() > 0).collect();
+        let attention_sums = match sums.as_slice() {
+            [] => None,
+            [all] => Some((*all).clone()),
+            parts => Some(Tensor::cat(parts, 2)?),
+        };
+        let positions = match self.needs.positions {
+            true => Some(entries.positions_of(heads.clone(), device)?),
+            false => None,
+        };
+        let previous = match self.needs.previous {
+            true => entries.scores(heads.clone(), device)?,
+            false => None,
+        };
+        let (keys, values) = self.rows(own, heads.clone())?;
+        self.policy.score(&LayerView {
+            spec: &self.spec,
+            seen: self.sequences.seen(own.seq) + own.tokens(),
+            queries,
+            entries: entries.lens()[heads.start],
+            kv_heads: heads,
+            positions,
+            keys,
+            values,
+            attention_sums,
+            observed: observed.queries,
+            previous,
+        })
+    }
+
+    /// Returns the entries of a known sequence.
     pub(super) fn entries(&self, seq: SeqId) -> &Entries {
         match self.sequences.get(seq) {
             Some(sequence) => &sequence.state.entries,
@@ -101,16 +140,29 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         }
     }
 
-    /// Keys and values of one kv head in f32, as far as the policy needs them.
-    fn read(&self, own: &Own, head: usize) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        if !self.needs.keys && !self.needs.values {
+    /// Returns the rows of heads that hold equally many entries.
+    fn rows(&self, own: &Own, heads: Range<usize>) -> Result<Rows> {
+        let Needs { keys, values, .. } = self.needs;
+        if !keys && !values {
             return Ok((None, None));
         }
-        let (keys, values) = self.all_rows(own, head)?;
-        Ok((Some(keys).filter(|_| self.needs.keys), Some(values).filter(|_| self.needs.values)))
+        if self.store.len(own.seq) == 0 {
+            let of = |x: &Tensor| -> Result<Tensor> {
+                let x = x.narrow(1, heads.start, heads.len())?.transpose(0, 1)?;
+                Ok(x.to_dtype(DType::F32)?.contiguous()?)
+            };
+            return Ok((
+                keys.then(|| of(&own.k)).transpose()?,
+                values.then(|| of(&own.v)).transpose()?,
+            ));
+        }
+        let rows = heads.map(|head| self.all_rows(own, head)).collect::<Result<Vec<_>>>()?;
+        let (k, v): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
+        let stack = |rows: Vec<Tensor>| Tensor::stack(&rows, 0);
+        Ok((keys.then(|| stack(k)).transpose()?, values.then(|| stack(v)).transpose()?))
     }
 
-    /// Keys and values of one kv head in f32: the store's, then the call's own.
+    /// Returns keys and values of one kv head in f32: the store's, followed by the call's.
     pub(super) fn all_rows(&self, own: &Own, head: usize) -> Result<(Tensor, Tensor)> {
         let held = match self.store.len(own.seq) {
             0 => None,
@@ -131,7 +183,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         }
     }
 
-    /// The attention that entries received from the observed queries.
+    /// Returns the attention that entries received from the observed queries.
     fn attention_sums(
         &self,
         own: &Own,
@@ -143,7 +195,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             ObservedQueries::Newest { queries, by_position } => (queries, by_position),
         };
         let (q, mut lse) = match remembered {
-            // While decoding, queries of earlier calls look again at what is there now.
+            // During decoding, queries of earlier calls attend to the current entries again.
             Some(earlier) if own.in_store && queries > 1 => self.look_again(own.seq, earlier)?,
             _ => {
                 let count = queries.min(own.tokens());
@@ -155,28 +207,28 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         };
         let count = q.dim(0)?;
         if by_position {
-            // Attention is exp(score - lse), so that ln(n) less in the sum counts a query n times.
+            // Attention is exp(score - lse): subtracting ln(n) from the lse counts a query n times.
             let seen = self.sequences.seen(own.seq) + own.tokens();
             let logs: Vec<_> = (seen - count..seen).map(|n| (n.max(1) as f32).ln()).collect();
             lse = lse.broadcast_sub(&Tensor::from_vec(logs, (count, 1), lse.device())?)?;
         }
         let observers = Batch::single(own.seq, count)?;
+        let mut sums = Vec::new();
         if own.in_store {
-            return Ok((self.store.attention_sums(&observers, &q, &lse, Mask::Causal)?, count));
+            sums.extend(self.store.attention_sums(&observers, &q, &lse, Mask::Causal)?);
+            return Ok(Observed { sums, queries: count });
+        }
+        if self.store.len(own.seq) > 0 {
+            sums.extend(self.store.attention_sums(&observers, &q, &lse, Mask::Full)?);
         }
         let batch = Batch::single(own.seq, own.tokens())?;
         let shape = &self.spec.shape;
-        let recent = attention::attention_sums(&batch, &own.k, &observers, &q, &lse, shape)?;
-        if self.store.len(own.seq) == 0 {
-            return Ok((recent, count));
-        }
-        let held = self.store.attention_sums(&observers, &q, &lse, Mask::Full)?;
-        let all = held.iter().zip(&recent).map(|(held, recent)| Tensor::cat(&[held, recent], 1));
-        Ok((all.collect::<candle_core::Result<_>>()?, count))
+        sums.extend(attention::attention_sums(&batch, &own.k, &observers, &q, &lse, shape)?);
+        Ok(Observed { sums, queries: count })
     }
 
-    /// The newest queries, rotated, and their log-sum-exp over what the store holds now, the call's
-    /// token included.
+    /// Returns the newest queries, rotated, and their log-sum-exp over the store's current entries,
+    /// including the call's token.
     fn look_again(&self, seq: SeqId, earlier: &Tensor) -> Result<(Tensor, Tensor)> {
         let count = earlier.dim(0)?;
         let end = match self.settings.rerotate {
@@ -191,19 +243,14 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     }
 }
 
-/// Scores as lists on the host, all in one copy.
-fn lists(scores: &[Tensor]) -> Result<Vec<Vec<f32>>> {
-    let lens: Vec<_> = scores.iter().map(Tensor::elem_count).collect();
-    let some: Vec<_> = scores.iter().filter(|scores| scores.elem_count() > 0).collect();
-    if some.is_empty() {
-        return Ok(vec![Vec::new(); scores.len()]);
+/// The longest ranges of neighbouring heads that hold equally many entries.
+fn even_runs(lens: &[usize]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (head, len) in lens.iter().enumerate() {
+        match runs.last_mut() {
+            Some(run) if lens[run.start] == *len => run.end = head + 1,
+            _ => runs.push(head..head + 1),
+        }
     }
-    let all = Tensor::cat(&some, 0)?.to_vec1::<f32>()?;
-    let mut rest = all.as_slice();
-    let take = |len| {
-        let (own, more) = rest.split_at(len);
-        rest = more;
-        own.to_vec()
-    };
-    Ok(lens.into_iter().map(take).collect())
+    runs
 }

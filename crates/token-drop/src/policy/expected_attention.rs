@@ -1,23 +1,22 @@
 //! Expected Attention: Devoto et al., "Expected Attention: KV Cache Compression by Estimating
 //! Attention from Future Queries Distribution", arXiv 2510.00636.
 
-use super::window::{above, cat};
-use crate::{
-    Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, PolicyCache, Protected, Settings,
-};
+use super::window::{above, equal};
+use crate::{Budget, EvictionPolicy, Group, LayerView, Needs, PolicyCache, Protected, Settings};
 use candle_core::{D, DType, Tensor};
-use longctx_core::{AttentionShape, KvStore, LayerSpec, Result, Rope};
+use longctx_core::{Error, KvStore, LayerSpec, Result, Rope};
 
-/// Positions ahead over which the rotary embedding is averaged.
+/// Number of future positions over which the rotary embedding is averaged.
 const FUTURE: usize = 512;
-/// Queries that are remembered while decoding, if the cache evicts then.
+/// Queries that are kept during decoding, if the cache evicts then.
 const REMEMBERED: usize = 128;
 
-/// Keeps what queries to come are expected to attend to, weighed with the norm of the values.
+/// Keeps the entries that future queries are expected to attend to, weighted with the norm of the
+/// values.
 ///
-/// Queries are taken for normally distributed, with the mean and covariance of those seen, before
-/// the rotary embedding; the embedding is averaged over the 512 positions ahead. The expected
-/// exp(q·k) of a key k is then exp(μ·k + kᵀΣk/2).
+/// Queries before the rotary embedding are modelled as normally distributed, with the mean and
+/// covariance of the seen queries. The embedding is averaged over the next 512 positions. The
+/// expected exp(q·k) of a key k is then exp(μ·k + kᵀΣk/2).
 #[derive(Debug, Clone, Copy)]
 pub struct ExpectedAttention {
     sinks: usize,
@@ -25,48 +24,43 @@ pub struct ExpectedAttention {
 }
 
 impl Default for ExpectedAttention {
-    /// 4 sinks, as kvpress has them.
+    /// 4 sinks, as in kvpress.
     fn default() -> Self {
         Self::new(4)
     }
 }
 
 impl ExpectedAttention {
-    /// The first `sinks` tokens stay, and their queries, which are often outliers, don't count.
+    /// Creates the policy. The first `sinks` tokens are kept, and their queries, which are often
+    /// outliers, are excluded from the statistics.
     pub fn new(sinks: usize) -> Self {
         Self { sinks, group: Group::Mean }
     }
 
-    /// How the expected attention of a group's query heads is joined; by default by its mean.
+    /// Sets how the expected attention of a group's query heads is reduced; the mean by default.
     #[must_use]
     pub fn with_group(mut self, group: Group) -> Self {
         self.group = group;
         self
     }
 
-    /// Scores of a head's entries but the sinks.
-    fn score_head(
-        &self,
-        head: &HeadView<'_>,
-        queries: &Queries,
-        shape: &AttentionShape,
-    ) -> Result<Tensor> {
-        let (keys, scale) = (head.keys()?, f64::from(shape.scale));
-        let sinks = self.sinks.min(keys.dim(0)?);
-        let keys = keys.narrow(0, sinks, keys.dim(0)? - sinks)?;
-        if keys.dim(0)? == 0 {
-            return Ok(keys.flatten_all()?);
-        }
-        let group = queries.mean.dim(0)?;
-        let first = (queries.mean.matmul(&keys.t()?)? * scale)?;
-        let second = (0..group).map(|i| -> Result<Tensor> {
-            Ok((keys.matmul(&queries.covariance.get(i)?)? * &keys)?.sum(1)?)
+    /// Returns the scores of all entries except the sinks; `None` if there are no others.
+    fn score_others(&self, view: &LayerView<'_>, queries: &Queries) -> Result<Option<Tensor>> {
+        let scale = f64::from(view.spec.shape.scale);
+        let Some(others) = view.entries.checked_sub(self.sinks).filter(|others| *others > 0) else {
+            return Ok(None);
+        };
+        let keys = view.keys()?.narrow(1, self.sinks, others)?.contiguous()?;
+        let first = (queries.mean.matmul(&keys.transpose(1, 2)?.contiguous()?)? * scale)?;
+        let second = (0..view.spec.shape.group()).map(|i| -> Result<Tensor> {
+            let covariance = queries.covariance.narrow(1, i, 1)?.squeeze(1)?.contiguous()?;
+            Ok((keys.matmul(&covariance)? * &keys)?.sum(2)?)
         });
-        let second = Tensor::stack(&second.collect::<Result<Vec<_>>>()?, 0)?;
+        let second = Tensor::stack(&second.collect::<Result<Vec<_>>>()?, 1)?;
         let logits = (first + (second * (scale * scale / 2.0))?)?;
         let expected = candle_nn::ops::softmax(&logits, D::Minus1)?;
-        let values = head.values()?.narrow(0, sinks, keys.dim(0)?)?;
-        Ok((self.group.join(&expected)? * values.sqr()?.sum(1)?.sqrt()?)?)
+        let values = view.values()?.narrow(1, self.sinks, others)?;
+        Ok(Some((self.group.join(&expected)? * values.sqr()?.sum(2)?.sqrt()?)?))
     }
 }
 
@@ -75,35 +69,31 @@ impl EvictionPolicy for ExpectedAttention {
         Needs { keys: true, values: true, queries: Some(REMEMBERED), ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
-        let Some(q) = view.queries else { return Ok(Vec::new()) };
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
+        let missing = || Error::mismatch("queries of a view", "some", "none");
+        let q = view.queries.ok_or_else(missing)?;
         let (tokens, _, d) = q.dims3()?;
         let first = view.seen - tokens;
         let skip = self.sinks.saturating_sub(first).min(tokens - 1);
         let rope = view.spec.rope_for("Expected Attention")?;
         let rotation = mean_rotation(rope, view.seen, d);
         let rotation = Tensor::from_vec(rotation, (d, d), q.device())?;
-        let queries = Queries::of(&q.narrow(0, skip, tokens - skip)?, &rotation)?;
-        let (shape, group) = (&view.spec.shape, view.spec.shape.group());
-        let score = |(i, head): (usize, &HeadView<'_>)| {
-            self.score_head(head, &queries.narrow(i * group, group)?, shape)
+        let group = view.spec.shape.group();
+        let q = q.narrow(0, skip, tokens - skip)?;
+        let q = q.narrow(1, view.kv_heads.start * group, view.kv_heads.len() * group)?;
+        let queries = Queries::of(&q, &rotation, group)?;
+        let Some(scores) = self.score_others(view, &queries)? else {
+            return equal(view, view.keys()?);
         };
-        let scores = view.heads.iter().enumerate().map(score).collect::<Result<Vec<_>>>()?;
-        let most = above(&scores)?;
-        let with_sinks = |(head, own): (&HeadView<'_>, Tensor)| {
-            let sinks = head.positions.len() - own.elem_count();
-            if sinks == 0 {
-                return Ok(own);
-            }
-            let most = most.to_device(own.device())?;
-            cat(&[&most.broadcast_as(sinks)?.contiguous()?, &own])
-        };
-        view.heads.iter().zip(scores).map(with_sinks).collect()
+        match view.entries - scores.dim(1)? {
+            0 => Ok(scores),
+            sinks => Ok(Tensor::cat(&[&above(&scores, sinks)?, &scores], 1)?),
+        }
     }
 }
 
 impl<S: KvStore> PolicyCache<S, ExpectedAttention> {
-    /// Expected Attention as published: sinks and decoded tokens stay.
+    /// Expected Attention as published: sinks and decoded tokens are kept.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).
@@ -122,17 +112,18 @@ impl<S: KvStore> PolicyCache<S, ExpectedAttention> {
     }
 }
 
-/// The distribution of the queries of some heads, rotated to the positions ahead.
+/// The distribution of some heads' queries, rotated to future positions.
 struct Queries {
-    /// `[heads, head_dim]`.
+    /// `[kv_heads, group, head_dim]`.
     mean: Tensor,
-    /// `[heads, head_dim, head_dim]`, symmetric.
+    /// `[kv_heads, group, head_dim, head_dim]`, symmetric.
     covariance: Tensor,
 }
 
 impl Queries {
-    /// Of queries `[tokens, heads, head_dim]`. `rotation`: `[head_dim, head_dim]`, on their device.
-    fn of(q: &Tensor, rotation: &Tensor) -> Result<Self> {
+    /// Estimates the distribution of queries `[tokens, heads, head_dim]`, of which `group` share a kv
+    /// head. `rotation` is `[head_dim, head_dim]`, on their device.
+    fn of(q: &Tensor, rotation: &Tensor, group: usize) -> Result<Self> {
         let q = q.to_dtype(DType::F32)?.transpose(0, 1)?.contiguous()?;
         let (heads, tokens, d) = q.dims3()?;
         let mean = q.mean(1)?;
@@ -141,18 +132,15 @@ impl Queries {
             (centred.transpose(1, 2)?.contiguous()?.matmul(&centred)? / tokens as f64)?;
         let all = rotation.unsqueeze(0)?.expand((heads, d, d))?.contiguous()?;
         let turned = all.matmul(&covariance)?.matmul(&all.transpose(1, 2)?.contiguous()?)?;
-        Ok(Self { mean: mean.matmul(&rotation.t()?)?, covariance: turned })
-    }
-
-    /// Those of `count` heads from `first` on.
-    fn narrow(&self, first: usize, count: usize) -> Result<Self> {
-        let of = |x: &Tensor| x.narrow(0, first, count)?.contiguous();
-        Ok(Self { mean: of(&self.mean)?, covariance: of(&self.covariance)? })
+        Ok(Self {
+            mean: mean.matmul(&rotation.t()?)?.reshape(((), group, d))?,
+            covariance: turned.reshape(((), group, d, d))?,
+        })
     }
 }
 
-/// The mean rotation over the positions ahead, `[head_dim, head_dim]`: it turns pairs of channels i
-/// and i + pairs; further channels stay.
+/// Returns the mean rotation over the future positions, `[head_dim, head_dim]`. It rotates the
+/// channel pairs (i, i + pairs); further channels are unchanged.
 fn mean_rotation(rope: &Rope, next: usize, d: usize) -> Vec<f32> {
     let mean = |f: fn(f64) -> f64, frequency: f64| {
         let ahead = next..next + FUTURE;

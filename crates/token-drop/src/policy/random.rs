@@ -1,17 +1,18 @@
-//! A control: what a policy is worth shows against chance.
+//! Random eviction: a baseline for other policies.
 
-use crate::{EvictionPolicy, HeadView, LayerView, Needs};
-use candle_core::{Device, Tensor};
+use crate::{EvictionPolicy, LayerView, Needs};
+use candle_core::Tensor;
 use longctx_core::Result;
 
-/// Keeps tokens at random, the same ones for the same seed. A token's luck, one per kv head, lasts.
+/// Keeps random tokens, determined by the seed. The score of a token, one per kv head, never
+/// changes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Random {
     seed: u64,
 }
 
 impl Random {
-    /// With a seed.
+    /// Creates the policy with a seed.
     pub fn new(seed: u64) -> Self {
         Self { seed }
     }
@@ -19,24 +20,26 @@ impl Random {
 
 impl EvictionPolicy for Random {
     fn needs(&self) -> Needs {
-        Needs::default()
+        Needs { positions: true, ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
         let luck = |head: usize, position: u32| {
             let mixed = mix(self.seed ^ mix((head as u64) << 32 | u64::from(position)));
             (mixed >> 40) as f32
         };
-        let of_head = |(i, head): (usize, &HeadView<'_>)| {
-            let luck = head.positions.iter().map(|&position| luck(i, position));
-            Ok(Tensor::from_iter(luck, &Device::Cpu)?)
+        let positions = view.positions()?;
+        let heads = view.kv_heads.clone().zip(positions.to_vec2::<u32>()?);
+        let of_head = |(head, positions): (usize, Vec<u32>)| {
+            positions.into_iter().map(move |position| luck(head, position))
         };
-        view.heads.iter().enumerate().map(of_head).collect()
+        let scores: Vec<f32> = heads.flat_map(of_head).collect();
+        Ok(Tensor::from_vec(scores, positions.dims(), positions.device())?)
     }
 }
 
-/// SplitMix64's output function (Steele et al., OOPSLA 2014): every bit of the input sways every
-/// bit of the output.
+/// SplitMix64's output function (Steele et al., OOPSLA 2014): every input bit affects every output
+/// bit.
 fn mix(x: u64) -> u64 {
     let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -1,15 +1,16 @@
 //! SnapKV: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv
 //! 2404.14469.
 
-use super::window::{check_window, end_with};
+use super::window::{check_window, equal, protect_newest};
 use crate::{
-    Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, ObservedQueries, PolicyCache,
-    Protected, Settings,
+    Budget, EvictionPolicy, Group, LayerView, Needs, ObservedQueries, PolicyCache, Protected,
+    Settings,
 };
 use candle_core::Tensor;
 use longctx_core::{Error, KvStore, LayerSpec, Result};
 
-/// Keeps what the newest queries, the observation window, attend to, smoothed over neighbours.
+/// Keeps the entries that the newest queries (the observation window) attend to, smoothed over
+/// neighbours.
 #[derive(Debug, Clone, Copy)]
 pub struct SnapKv {
     window: usize,
@@ -18,8 +19,8 @@ pub struct SnapKv {
 }
 
 impl SnapKv {
-    /// Observes the newest `window` queries (64 in kvpress, 32 in the published code); smooths over
-    /// 5 tokens.
+    /// Creates the policy. It observes the newest `window` queries (64 in kvpress, 32 in the
+    /// published code) and smooths over 5 tokens.
     ///
     /// # Errors
     /// [`Error::Setting`] if the window is 0.
@@ -28,10 +29,10 @@ impl SnapKv {
         Ok(Self { window, kernel: 5, group: Group::Mean })
     }
 
-    /// Smooths over `kernel` tokens; 1 does nothing.
+    /// Sets the smoothing kernel to `kernel` tokens; 1 disables smoothing.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the kernel is even: it has no middle.
+    /// [`Error::Setting`] if the kernel is even and so has no centre.
     pub fn with_kernel(mut self, kernel: usize) -> Result<Self> {
         if kernel.is_multiple_of(2) {
             return Err(Error::setting("kernel", "an odd number", kernel));
@@ -40,7 +41,7 @@ impl SnapKv {
         Ok(self)
     }
 
-    /// How the scores of a group's query heads are joined; by default by their mean.
+    /// Sets how the scores of a group's query heads are reduced; the mean by default.
     #[must_use]
     pub fn with_group(mut self, group: Group) -> Self {
         self.group = group;
@@ -54,23 +55,20 @@ impl EvictionPolicy for SnapKv {
         Needs { attention: Some(newest), ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
-        let of_head = |head: &HeadView<'_>| -> Result<Tensor> {
-            let before = head.positions.len().saturating_sub(self.window);
-            let sums = head.attention_sums()?.narrow(1, 0, before)?;
-            if before == 0 {
-                return Ok(sums.get(0)?);
-            }
-            let smooth = (smoothed(&sums, self.kernel)? / head.observed as f64)?;
-            self.group.join(&smooth)
-        };
-        let scores = view.heads.iter().map(of_head).collect::<Result<_>>()?;
-        end_with(scores, &view.heads)
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
+        let before = view.entries.saturating_sub(self.window);
+        let sums = view.attention_sums()?;
+        if before == 0 {
+            return equal(view, sums);
+        }
+        let sums = sums.narrow(2, 0, before)?;
+        let smooth = (smoothed(&sums, self.kernel)? / view.observed as f64)?;
+        protect_newest(&self.group.join(&smooth)?, view)
     }
 }
 
 impl<S: KvStore> PolicyCache<S, SnapKv> {
-    /// SnapKV as published: the observation window's tokens stay, and so do decoded ones.
+    /// SnapKV as published: the tokens of the observation window and decoded tokens are kept.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).
@@ -84,13 +82,13 @@ impl<S: KvStore> PolicyCache<S, SnapKv> {
     }
 }
 
-/// The mean over `kernel` neighbours in each row; past the ends lie zeros.
+/// Returns the mean over `kernel` neighbours in each row, zero-padded at the ends.
 fn smoothed(x: &Tensor, kernel: usize) -> Result<Tensor> {
-    let len = x.dim(1)?;
-    let padded = x.pad_with_zeros(1, kernel / 2, kernel / 2)?;
-    let mut sum = padded.narrow(1, 0, len)?;
+    let len = x.dim(2)?;
+    let padded = x.pad_with_zeros(2, kernel / 2, kernel / 2)?;
+    let mut sum = padded.narrow(2, 0, len)?;
     for i in 1..kernel {
-        sum = (sum + padded.narrow(1, i, len)?)?;
+        sum = (sum + padded.narrow(2, i, len)?)?;
     }
     Ok((sum / kernel as f64)?)
 }
@@ -103,8 +101,8 @@ mod tests {
     #[test]
     fn neighbours_are_averaged_with_zeros_past_the_ends() {
         let smooth = |x: &[f32]| {
-            let x = Tensor::new(x, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-            smoothed(&x, 3).unwrap().get(0).unwrap().to_vec1::<f32>().unwrap()
+            let x = Tensor::from_slice(x, (1, 1, x.len()), &Device::Cpu).unwrap();
+            smoothed(&x, 3).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };
         assert_eq!(smooth(&[3.0, 6.0, 0.0, 9.0]), [3.0, 3.0, 5.0, 3.0]);
         assert_eq!(smooth(&[3.0, 6.0]), [3.0, 3.0]);

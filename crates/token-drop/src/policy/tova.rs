@@ -1,25 +1,24 @@
 //! TOVA: Oren et al., "Transformers are Multi-State RNNs", arXiv 2401.06104.
 
-use super::window::end_with;
+use super::window::{equal, protect_newest};
 use crate::{
-    Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, ObservedQueries, PolicyCache,
-    Protected, Settings,
+    Budget, EvictionPolicy, LayerView, Needs, ObservedQueries, PolicyCache, Protected, Settings,
 };
 use candle_core::Tensor;
-use longctx_core::{KvStore, LayerSpec, Result};
+use longctx_core::{Error, KvStore, LayerSpec, Result};
 
-/// Keeps what the newest query attends to, averaged over all heads of the layer.
+/// Keeps the entries that the newest query attends to, averaged over all heads of the layer.
 ///
-/// As in kvpress, the newest token itself stays, and all heads keep the same tokens. There is no
-/// [`Group`] to choose: the heads that are averaged are not those of one kv head but all of them.
+/// As in kvpress, the newest token itself is kept, and all heads keep the same tokens. There is no
+/// [`Group`] setting: the average runs over all heads of the layer, not over those of one kv head.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Tova {
     published_newest: bool,
 }
 
 impl Tova {
-    /// Lets the newest token go like any other, if its own query attends to it the least, as the
-    /// published code does (schwartz-lab-NLP/TOVA, `TOVACache.reduce`).
+    /// Lets the newest token be evicted like any other if its own query attends to it the least, as
+    /// the published code does (schwartz-lab-NLP/TOVA, `TOVACache.reduce`).
     #[must_use]
     pub fn with_published_newest(mut self) -> Self {
         self.published_newest = true;
@@ -33,19 +32,24 @@ impl EvictionPolicy for Tova {
         Needs { attention: Some(newest), ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
-        let sums: Vec<_> =
-            view.heads.iter().map(HeadView::attention_sums).collect::<Result<_>>()?;
-        let mut mean = Group::Mean.join(&Tensor::cat(&sums, 0)?)?;
-        if !self.published_newest {
-            mean = mean.narrow(0, 0, mean.elem_count() - 1)?;
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
+        let kv_heads = view.spec.shape.kv_heads;
+        if view.kv_heads.len() != kv_heads {
+            let what = "TOVA over kv heads that hold different numbers of entries";
+            return Err(Error::Unsupported(what.into()));
         }
-        end_with(vec![mean; view.heads.len()], &view.heads)
+        let sums = view.attention_sums()?;
+        let older = view.entries - usize::from(!self.published_newest);
+        if older == 0 {
+            return equal(view, sums);
+        }
+        let mean = sums.flatten(0, 1)?.mean_keepdim(0)?.narrow(1, 0, older)?;
+        protect_newest(&mean.broadcast_as((kv_heads, mean.dim(1)?))?, view)
     }
 }
 
 impl<S: KvStore> PolicyCache<S, Tova> {
-    /// TOVA as published: at every decoded token one entry goes.
+    /// TOVA as published: one entry is evicted at every decoded token.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).

@@ -1,4 +1,4 @@
-//! Tokens appended.
+//! Append: new tokens' keys and values are written to blocks.
 
 use super::{CudaSeqs, Sequence};
 use crate::cuda::{address, paged};
@@ -6,11 +6,11 @@ use crate::{Batch, Result, Selection, SeqId};
 use candle_core::Tensor;
 use longctx_cuda::cudarc::driver::DevicePtr;
 
-/// What a call's tokens change of one kv head.
+/// The growth of one kv head by the tokens of a call.
 struct Growth {
-    /// The place of the first block that the head takes.
+    /// Block table index of the first block that the head takes.
     first: usize,
-    /// The blocks that it takes: first, perhaps, a copy of its last one, which others share.
+    /// The blocks taken. The first may be a copy of the head's shared last block.
     blocks: Vec<u32>,
     copies: bool,
     count: usize,
@@ -31,7 +31,7 @@ impl CudaSeqs {
         self.take(batch, k, v, Some(tokens))
     }
 
-    /// Appends all tokens, or those selected. After an error nothing has changed.
+    /// Appends all tokens or the selected ones. After an error nothing has changed.
     fn take(
         &mut self,
         batch: &Batch,
@@ -75,8 +75,9 @@ impl CudaSeqs {
     fn grow(&mut self, batch: &Batch, tokens: Option<&[Selection]>) -> Result<Vec<Growth>> {
         let mut growths = Vec::new();
         for (i, (seq, own)) in batch.iter().enumerate() {
+            let counts = tokens.map(|tokens| tokens[i].lens());
             for (head, table) in self.known(seq)?.heads.iter().enumerate() {
-                let count = tokens.map_or(own.len(), |tokens| tokens[i].heads()[head].len());
+                let count = counts.as_ref().map_or(own.len(), |counts| counts[head]);
                 let copies = self.copies_last(table, count);
                 let first = table.blocks.len() - usize::from(copies);
                 let wanted = self.wanted(table, count);
@@ -91,7 +92,7 @@ impl CudaSeqs {
         Ok(growths.into_iter().map(give).collect())
     }
 
-    /// Writes keys and values to the device, and its tables.
+    /// Writes keys, values and block tables to the device.
     fn write(
         &mut self,
         batch: &Batch,
@@ -108,34 +109,25 @@ impl CudaSeqs {
         }
         let addresses = growths.iter().flat_map(|growth| &growth.blocks);
         let addresses: Vec<u64> = addresses.map(|&block| self.blocks.address(block)).collect();
-        let selected: Vec<u32> = match tokens {
-            None => Vec::new(),
-            Some(tokens) => {
-                let of_seq = |((_, own), tokens): ((SeqId, std::ops::Range<usize>), &Selection)| {
-                    let row = |head: usize, token: u32| {
-                        ((own.start + token as usize) * kv_heads + head) as u32
-                    };
-                    let lists = tokens.heads().iter().enumerate();
-                    let rows = lists
-                        .flat_map(|(head, list)| list.iter().map(move |&token| row(head, token)));
-                    rows.collect::<Vec<_>>()
-                };
-                batch.iter().zip(tokens).flat_map(of_seq).collect()
-            }
-        };
+        // Selections of the host, one after the other.
+        let mut uploaded: Vec<u32> = Vec::new();
+        for selection in tokens.into_iter().flatten().filter(|of| of.entries().is_none()) {
+            uploaded.extend(selection.heads()?.iter().flatten());
+        }
         let upload = |x: &[u64]| stream.clone_htod(if x.is_empty() { &[0][..] } else { x });
         let fresh = upload(&addresses)?;
-        let selected_on = match selected.is_empty() {
-            true => None,
-            false => Some(stream.clone_htod(&selected)?),
-        };
-        let (mut fresh_at, mut selected_at) = (
-            fresh.device_ptr(&stream).0,
-            selected_on.as_ref().map_or(0, |rows| rows.device_ptr(&stream).0),
-        );
+        uploaded.push(0);
+        let uploaded = stream.clone_htod(&uploaded)?;
+        let (mut fresh_at, mut uploaded_at) =
+            (fresh.device_ptr(&stream).0, uploaded.device_ptr(&stream).0);
         let (mut rows, mut longest) = (Vec::new(), 0);
-        for ((seq, own), growths) in batch.iter().zip(growths.chunks(kv_heads)) {
+        for (i, ((seq, own), growths)) in batch.iter().zip(growths.chunks(kv_heads)).enumerate() {
             let sequence = self.known(seq)?;
+            let (mut selected, on_host) = match tokens.map(|tokens| tokens[i].entries()) {
+                None => (0, false),
+                Some(None) => (uploaded_at, true),
+                Some(Some(entries)) => (address(entries)?, false),
+            };
             for (head, (growth, table)) in growths.iter().zip(&sequence.heads).enumerate() {
                 if growth.copies {
                     self.blocks.copy(table.blocks[growth.first], growth.blocks[0])?;
@@ -143,18 +135,23 @@ impl CudaSeqs {
                 rows.push(paged::AppendRow {
                     table: sequence.address(&stream, head),
                     fresh: fresh_at,
-                    rows: selected_at,
+                    tokens: selected,
                     first_row: (own.start * kv_heads + head) as i64,
                     first_fresh: growth.first as i32,
                     fresh_count: growth.blocks.len() as i32,
                     first: table.len as i32,
                     count: growth.count as i32,
+                    own: own.len() as i32,
+                    unused: 0,
                 });
                 fresh_at += 8 * growth.blocks.len() as u64;
-                if selected_on.is_some() {
-                    selected_at += 4 * growth.count as u64;
+                if selected != 0 {
+                    selected += 4 * growth.count as u64;
                 }
                 longest = longest.max(growth.count);
+            }
+            if on_host {
+                uploaded_at = selected;
             }
         }
         let on_device = stream.clone_htod(&rows)?;
@@ -166,8 +163,8 @@ impl CudaSeqs {
             pieces: (self.shape.head_dim / 8) as i32,
             unused: 0,
         };
-        // SAFETY: the tables have room for the blocks, the blocks for the entries, and the tensors
-        // have the rows; the stream frees no memory before this launch has used it.
+        // SAFETY: the tables have room for the blocks, the blocks have room for the entries, the
+        // tensors have the rows, and the stream frees no memory before this launch has used it.
         unsafe { paged::append(&stream, &args, (rows.len(), longest)) }
     }
 }
