@@ -111,7 +111,13 @@ impl Models {
             Template::Jinja(template) => Some(ChatTemplate::new(template, "", "")?),
             Template::Own | Template::Plain => None,
         };
-        let text = RecurrentText { stop: llm.model.eos().to_vec(), tokenizer: llm.tokenizer, chat };
+        let first = llm.tokenizer.encode("", true)?.first().copied();
+        let bos = match &llm.tokenizer {
+            hybrid_models::Tokenizer::Json(inner) => first.and_then(|id| inner.id_to_token(id)),
+            hybrid_models::Tokenizer::World(_) => None,
+        };
+        let stop = llm.model.eos().to_vec();
+        let text = RecurrentText { tokenizer: llm.tokenizer, chat, stop, bos };
         Ok(self.reading(Reader::new(session, text, setting.context)))
     }
 
@@ -145,19 +151,23 @@ fn text(llm: &Pretrained, template: &Template) -> Result<TransformerText, Fault>
             Some(ChatTemplate::new(template, &bos.unwrap_or_default(), &eos.unwrap_or_default())?)
         }
     };
-    Ok(TransformerText { tokenizer: llm.tokenizer.clone(), chat, stop: config.eos.clone() })
+    let first = llm.tokenizer.encode("", true)?.first().copied();
+    let bos = first.and_then(|id| llm.tokenizer.token(id));
+    Ok(TransformerText { tokenizer: llm.tokenizer.clone(), chat, stop: config.eos.clone(), bos })
 }
 
 struct TransformerText {
     tokenizer: base_models::Tokenizer,
     chat: Option<ChatTemplate>,
     stop: Vec<u32>,
+    bos: Option<String>,
 }
 
 struct RecurrentText {
     tokenizer: hybrid_models::Tokenizer,
     chat: Option<ChatTemplate>,
     stop: Vec<u32>,
+    bos: Option<String>,
 }
 
 /// Both tokenizers have the same methods.
@@ -180,6 +190,9 @@ macro_rules! impl_text {
             }
             fn stop(&self) -> &[u32] {
                 &self.stop
+            }
+            fn bos(&self) -> Option<&str> {
+                self.bos.as_deref()
             }
         }
     };

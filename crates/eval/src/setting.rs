@@ -56,6 +56,10 @@ pub struct ServerSetting {
     /// A model whose tokenizer counts and cuts prompts, and whose template the completions API gets. Without it prompts go out whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<String>,
+    /// Prompts of the completions API go out as this tokenizer's token ids, not as text: with the
+    /// first tokens that this process gives a model, no more and no fewer.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub token_ids: bool,
     /// Bytes that the server's cache holds for a token, for ratios.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_per_token: Option<f64>,

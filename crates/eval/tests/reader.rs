@@ -120,6 +120,9 @@ impl Text for Bytes {
     fn stop(&self) -> &[u32] {
         &[]
     }
+    fn bos(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// Keeps the first half, with the question behind.

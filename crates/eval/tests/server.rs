@@ -67,6 +67,7 @@ impl Fake {
             label: "--cache q8_0".into(),
             key_env: None,
             concurrency: 3,
+            token_ids: false,
             tries: 4,
             timeout_seconds: 2,
             tokenizer: None,

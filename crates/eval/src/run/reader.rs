@@ -37,6 +37,9 @@ pub trait Text {
 
     /// Tokens that end an answer.
     fn stop(&self) -> &[u32];
+
+    /// The token that begins every text, as it stands in a text: `<s>`; `None` if there is none.
+    fn bos(&self) -> Option<&str>;
 }
 
 /// A model behind [`CausalLm`], with any cache, that reads prompts and writes greedily.

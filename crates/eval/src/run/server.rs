@@ -52,6 +52,9 @@ impl Server {
             let got = format!("{server:?}");
             return Err(wrong("a concurrency, tries and a time-out above 0", got));
         }
+        if server.token_ids && server.tokenizer.is_none() {
+            return Err(wrong("a server's tokenizer, for token ids", "none".into()));
+        }
         let key = |name: &String| {
             std::env::var(name)
                 .map_err(|_| wrong("an API key in the environment", format!("no {name}")))
@@ -263,8 +266,19 @@ impl Client<'_> {
                     Some(text) if question.sample.chat => text.chat(conversation)?,
                     _ => None,
                 };
+                let template = in_template.is_some();
                 let plain = || conversation.join("\n").trim_end_matches(' ').to_owned();
-                body["prompt"] = json!(in_template.unwrap_or_else(plain) + prefix);
+                let prompt = in_template.unwrap_or_else(plain) + prefix;
+                body["prompt"] = match self.text {
+                    Some(text) if self.setting.token_ids => json!(text.encode(&prompt, !template)?),
+                    // The server's tokenizer begins every prompt with this token itself.
+                    Some(text) if template => {
+                        json!(
+                            text.bos().and_then(|bos| prompt.strip_prefix(bos)).unwrap_or(&prompt)
+                        )
+                    }
+                    _ => json!(prompt),
+                };
             }
             Api::Chat => {
                 let message = |(i, text): (usize, &String)| {
