@@ -14,7 +14,8 @@ const PARALLEL: usize = 1 << 15;
 #[inline(always)]
 pub fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let c = |x| simd.splat_f32s(x);
-    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
+    const MAGIC: f32 = 12_582_912.0;
     let clamped = simd.min_f32s(simd.max_f32s(x, c(-87.0)), c(88.0));
     let shifted = simd.mul_add_f32s(clamped, c(std::f32::consts::LOG2_E), c(MAGIC));
     let n = simd.sub_f32s(shifted, c(MAGIC));

@@ -57,13 +57,13 @@ pub enum Error {
         /// Bytes that are free.
         free: usize,
     },
-    /// A file that can't be read or written, or does not hold what it should.
+    /// A file that cannot be read or written, or does not hold what it should.
     #[cfg(feature = "save")]
     #[error("{}: {reason}", path.display())]
     File {
         /// The file; empty for bytes.
         path: std::path::PathBuf,
-        /// Why it can't be used.
+        /// Why it cannot be used.
         reason: String,
     },
 }
@@ -128,7 +128,7 @@ impl Error {
         Self::Mismatch { what, expected: expected.to_string(), got: got.to_string() }
     }
 
-    /// The error for a number that can't be packed.
+    /// The error for a number that cannot be packed.
     pub(crate) fn number(value: f32, at: Position) -> Self {
         if value.is_finite() {
             Self::OutOfRange { value, at }

@@ -165,7 +165,7 @@ impl DequantCache {
     /// All keys, dequantized to f32 on the CPU; `None` if there are none.
     ///
     /// # Errors
-    /// If the tensors can't be made.
+    /// If the tensors cannot be made.
     pub fn k(&self) -> Result<Option<Tensor>> {
         Ok(if self.seqs.is_empty() { None } else { Some(self.read(DType::F32, &Device::Cpu)?.0) })
     }
@@ -173,7 +173,7 @@ impl DequantCache {
     /// All values, dequantized to f32 on the CPU; `None` if there are none.
     ///
     /// # Errors
-    /// If the tensors can't be made.
+    /// If the tensors cannot be made.
     pub fn v(&self) -> Result<Option<Tensor>> {
         Ok(if self.seqs.is_empty() { None } else { Some(self.read(DType::F32, &Device::Cpu)?.1) })
     }

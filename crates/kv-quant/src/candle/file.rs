@@ -37,7 +37,7 @@ use longctx_core::{Error, KvCache, KvStore, Result, SeqId};
 ///
 /// # Errors
 /// [`Error::UnknownSequence`] if a cache does not know the sequence; [`Error::File`] if the file
-/// can't be written.
+/// cannot be written.
 pub fn save_caches(path: impl AsRef<Path>, seq: SeqId, caches: &[QuantCache]) -> Result<()> {
     let empty: Vec<_> = caches.iter().map(|cache| begun(cache, seq)).collect::<Result<_>>()?;
     let mut sequences = Vec::new();
@@ -76,7 +76,7 @@ fn begun(cache: &QuantCache, seq: SeqId) -> Result<(Pool, Pool)> {
 /// made as those that were saved.
 ///
 /// # Errors
-/// [`Error::File`] if the file can't be read, is truncated or damaged; [`Error::Mismatch`] if the
+/// [`Error::File`] if the file cannot be read, is truncated or damaged; [`Error::Mismatch`] if the
 /// caches are of another number or format than those saved, or know the sequence. On an error no
 /// cache has changed.
 pub fn load_caches(path: impl AsRef<Path>, seq: SeqId, caches: &mut [QuantCache]) -> Result<()> {

@@ -84,7 +84,7 @@ impl CacheFile {
     /// Maps a file that [`save`](super::save) has written. It must stay as it is while this lives.
     ///
     /// # Errors
-    /// [`Error::File`] if the file can't be opened, is truncated or damaged, or is of another format
+    /// [`Error::File`] if the file cannot be opened, is truncated or damaged, or is of another format
     /// or version.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();

@@ -15,7 +15,7 @@ use safetensors::tensor::{Dtype, View};
 /// replaced once all is written.
 ///
 /// # Errors
-/// [`Error::UnknownSequence`]; [`Error::File`] if the file can't be written.
+/// [`Error::UnknownSequence`]; [`Error::File`] if the file cannot be written.
 pub fn save(path: impl AsRef<Path>, sequences: &[(&Pool, u64)]) -> Result<()> {
     let path = path.as_ref();
     let (tensors, metadata) = parts(sequences)?;

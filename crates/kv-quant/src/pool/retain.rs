@@ -25,7 +25,7 @@ impl Pool {
     /// A block is freed once all its entries are gone. Keys that are quantized along channels, one by
     /// one, also move together with their values once half of what is packed is holes: each move is
     /// paid for by a dropped entry. Keys quantized along tokens share their scales with their block
-    /// and can't leave it: there, drop runs of entries to get memory back.
+    /// and cannot leave it: there, drop runs of entries to get memory back.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Mismatch`] for another number of lists than kv heads, for
