@@ -7,8 +7,8 @@ use kv_quant::{
     Bits, Codes, Float8, Flush, Format, QuantCache, QuantStore, StaticScale, TurboQuant,
 };
 use longctx_core::{
-    AttentionShape, Batch, EntryRanges, Error, KvCache, KvStore, LayerSpec, Mask, Selection, SeqId,
-    Step,
+    AttentionShape, AttentionSums, Batch, EntryRanges, Error, KvCache, KvStore, LayerSpec, Mask,
+    Selection, SeqId, Step,
 };
 
 fn device() -> Option<Device> {
@@ -80,7 +80,10 @@ impl Pair {
         assert!(error <= self.limit, "lse, {what}: {error}");
         let sums = self.host.attention_sums(&batch, &q, &want.lse, mask).unwrap();
         let other = self.other.attention_sums(&batch, &dq, &got.lse, mask).unwrap();
-        for (sums, other) in sums.iter().zip(&other) {
+        let heads = |sums: &[AttentionSums]| -> Vec<_> {
+            sums.iter().flat_map(|sums| sums.split().unwrap()).collect()
+        };
+        for (sums, other) in heads(&sums).iter().zip(&heads(&other)) {
             assert_eq!(sums.dims(), other.dims(), "{what}");
             let error = if sums.elem_count() == 0 { 0.0 } else { relative(other, sums) };
             assert!(error <= 1.5 * self.limit, "sums, {what}: {error}");

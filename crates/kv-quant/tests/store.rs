@@ -6,8 +6,8 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use kv_quant::{Axis, Bits, Flush, Format, QuantCache, QuantStore, Scheme};
 use longctx_core::{
-    AttentionShape, AttentionState, Batch, DenseCache, DenseStore, EntryRanges, Footprint, KvCache,
-    KvStore, LayerSpec, Mask, Rope, RopeScaling, Selection, SeqId, Step,
+    AttentionShape, AttentionState, AttentionSums, Batch, DenseCache, DenseStore, EntryRanges,
+    Footprint, KvCache, KvStore, LayerSpec, Mask, Rope, RopeScaling, Selection, SeqId, Step,
 };
 
 const SEQS: [SeqId; 2] = [11, 4];
@@ -78,7 +78,11 @@ fn check(store: &QuantStore, batch: &Batch, mask: Mask<'_>, case: &str) -> Atten
     assert!(relative(&got.out, &want.out) < 1e-3, "{case}");
     assert!(relative(&got.lse, &want.lse) < 1e-3, "{case}");
     let sums = store.attention_sums(batch, &q, &got.lse, mask).unwrap();
-    for (got, want) in sums.iter().zip(dense.attention_sums(batch, &q, &want.lse, mask).unwrap()) {
+    let heads = |sums: Vec<AttentionSums>| -> Vec<_> {
+        sums.iter().flat_map(|sums| sums.split().unwrap()).collect()
+    };
+    let wanted = dense.attention_sums(batch, &q, &want.lse, mask).unwrap();
+    for (got, want) in heads(sums).into_iter().zip(heads(wanted)) {
         assert_eq!(got.dims(), want.dims(), "{case}");
         let off = (got - want).unwrap().abs().unwrap().flatten_all().unwrap();
         let worst = off.to_vec1::<f32>().unwrap().into_iter().fold(0.0, f32::max);

@@ -1,7 +1,7 @@
 //! Selection of entries by score.
 
-use crate::HeadBudgets;
-use longctx_core::Selection;
+use crate::{HeadBudgets, scores::Scores};
+use longctx_core::{Result, Selection, top_entries};
 use rayon::prelude::*;
 
 /// Total entries from which on the selection uses several threads.
@@ -69,8 +69,29 @@ pub enum Granularity {
 }
 
 /// Selects the entries to keep: at most the budgets, protected entries first. Of equal scores the
-/// older entry is kept.
+/// older entry is kept. Scores on a device are selected there if each head has the same budget for
+/// itself. Otherwise the host selects: where heads compete, or whole chunks are kept.
 pub(crate) fn select(
+    scores: &Scores,
+    budgets: &[usize],
+    ends: Ends,
+    granularity: Granularity,
+    heads: HeadBudgets,
+) -> Result<Selection> {
+    let alone = granularity == Granularity::Token && heads == HeadBudgets::Uniform;
+    if let Scores::OnDevice(scores) = scores
+        && alone
+        && budgets.iter().all(|budget| *budget == budgets[0])
+    {
+        let count = budgets[0].min(scores.dim(1)?);
+        if let Some(keep) = top_entries(scores, count, ends.sinks, ends.recent)? {
+            return Ok(keep);
+        }
+    }
+    Ok(select_on_host(&scores.lists()?, budgets, ends, granularity, heads))
+}
+
+fn select_on_host(
     scores: &[Vec<f32>],
     budgets: &[usize],
     ends: Ends,
@@ -241,7 +262,8 @@ mod tests {
             vec![vec![1.0, 2.0, 2.0, 3.0, 0.0, 1.0, 2.0], vec![1.0, 2.0, 2.0, 3.0, 0.0, 1.0, 2.0]];
         let keep = |budget, granularity| {
             let uniform = HeadBudgets::Uniform;
-            select(&scores, &[budget; 2], Ends::default(), granularity, uniform).heads()[1].clone()
+            let keep = select_on_host(&scores, &[budget; 2], Ends::default(), granularity, uniform);
+            keep.heads().unwrap()[1].clone()
         };
         assert_eq!(keep(3, Granularity::Chunk(2)), [2, 3, 6]);
         assert_eq!(keep(4, Granularity::Chunk(2)), [0, 2, 3, 6]);

@@ -18,7 +18,9 @@ __device__ __forceinline__ void append(const AppendArgs& a) {
     const long long at = blockIdx.x * (long long)MOVE_THREADS + threadIdx.x;
     const int i = int(at / a.pieces), piece = int(at % a.pieces);
     if (i >= row.count) return;
-    const long long source = row.rows ? row.rows[i] : row.first_row + i * a.stride;
+    // A token that the sequence has not, from a list that nobody has checked, must not be read.
+    const int token = row.tokens ? min(row.tokens[i], uint32_t(row.own - 1)) : i;
+    const long long source = row.first_row + token * a.stride;
     const int entry = row.first + i, block = entry / PAGE;
     // The table of this launch's blocks is not there before it ends.
     const uint64_t to = block < row.first_fresh ? row.table[block] : row.fresh[block - row.first_fresh];
@@ -38,7 +40,7 @@ __device__ __forceinline__ void move(const MoveArgs& a) {
         for (int u = 0; u < UNROLL; u++) {
             const int i = start + u * STRETCH + mine;
             if (!live || i >= row.count) continue;
-            const uint32_t entry = row.entries[i];
+            const uint32_t entry = min(row.entries[i], uint32_t(row.len - 1));
             x[u] = *piece_at(row.from[entry / PAGE], value, entry, a.pieces, piece);
         }
         __syncthreads();

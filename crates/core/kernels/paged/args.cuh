@@ -67,10 +67,11 @@ struct SumsArgs {
 struct AppendRow {
     uint64_t* table;
     const uint64_t* fresh;  // addresses of blocks that are taken now; the kernel puts them into the table
-    const uint32_t* rows;   // the rows to take; null: `first_row` and every `stride`-th after it
-    int64_t first_row;
+    const uint32_t* tokens;  // those to take, of the sequence's own; null: all
+    int64_t first_row;       // of the sequence's first token; the next token's is `stride` rows later
     int first_fresh, fresh_count;  // the first block that is taken now
     int first, count;              // the first entry, and how many
+    int own, unused;               // the sequence's tokens in this call
 };
 
 struct AppendArgs {
@@ -86,6 +87,7 @@ struct MoveRow {
     const uint64_t *from, *to;  // block tables
     const uint32_t* entries;
     int first, count;  // the entry that the first moves to
+    int len, unused;   // entries that `from` holds
 };
 
 struct MoveArgs {
@@ -98,6 +100,6 @@ static_assert(sizeof(AttendWork) == 48 && offsetof(AttendWork, len) == 16 && siz
 static_assert(sizeof(AttendArgs) == 96 && offsetof(AttendArgs, heads) == 64 && offsetof(AttendArgs, scale) == 84, "as in src/cuda/paged.rs");
 static_assert(sizeof(SumsWork) == 48 && offsetof(SumsWork, stride) == 16 && offsetof(SumsWork, len) == 32, "as in src/cuda/paged.rs");
 static_assert(sizeof(SumsArgs) == 56 && offsetof(SumsArgs, heads) == 32 && offsetof(SumsArgs, scale) == 48, "as in src/cuda/paged.rs");
-static_assert(sizeof(AppendRow) == 48 && offsetof(AppendRow, first_row) == 24, "as in src/cuda/paged.rs");
+static_assert(sizeof(AppendRow) == 56 && offsetof(AppendRow, first_row) == 24, "as in src/cuda/paged.rs");
 static_assert(sizeof(AppendArgs) == 40 && offsetof(AppendArgs, stride) == 24, "as in src/cuda/paged.rs");
-static_assert(sizeof(MoveRow) == 32 && offsetof(MoveRow, first) == 24 && sizeof(MoveArgs) == 16, "as in src/cuda/paged.rs");
+static_assert(sizeof(MoveRow) == 40 && offsetof(MoveRow, first) == 24 && sizeof(MoveArgs) == 16, "as in src/cuda/paged.rs");

@@ -155,14 +155,14 @@ longctx_cuda::args! {
 
 longctx_cuda::args! {
     /// Rows of a call to append to one kv head.
-    pub struct AppendRow: 48, first_row at 24 {
+    pub struct AppendRow: 56, first_row at 24 {
         /// Block table of the kv head.
         pub table: u64,
         /// Addresses of newly taken blocks, u64. The kernel writes them to the block table.
         pub fresh: u64,
-        /// Indices of the rows to append, u32. 0: `first_row` and every `stride`-th row after it.
-        pub rows: u64,
-        /// See `rows`.
+        /// Tokens to append, u32, counted from the sequence's first in this call. 0: all of them.
+        pub tokens: u64,
+        /// Row of the sequence's first token. That of the next one is `stride` rows later.
         pub first_row: i64,
         /// Block table index of the first new block.
         pub first_fresh: i32,
@@ -172,6 +172,10 @@ longctx_cuda::args! {
         pub first: i32,
         /// Number of entries to write.
         pub count: i32,
+        /// Number of tokens of the sequence in this call: later ones are not read.
+        pub own: i32,
+        /// Padding.
+        pub unused: i32,
     }
 }
 
@@ -196,7 +200,7 @@ longctx_cuda::args! {
 longctx_cuda::args! {
     /// Entries of a kv head to move, in order. If both tables share a block, no entry of it moves
     /// to a later index.
-    pub struct MoveRow: 32, first at 24 {
+    pub struct MoveRow: 40, first at 24 {
         /// Source block table.
         pub from: u64,
         /// Destination block table.
@@ -207,6 +211,10 @@ longctx_cuda::args! {
         pub first: i32,
         /// Number of entries.
         pub count: i32,
+        /// Number of entries of the source: later ones are not read.
+        pub len: i32,
+        /// Padding.
+        pub unused: i32,
     }
 }
 

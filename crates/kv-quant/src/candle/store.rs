@@ -8,8 +8,8 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use longctx_core::attention::with_slice;
 use longctx_core::{
-    AttentionShape, AttentionState, Batch, Error, Footprint, KvStore, Result, Selection, SeqId,
-    check_selections,
+    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Result,
+    Selection, SeqId, check_selections,
 };
 
 /// Packed keys and values of one layer for many sequences: a [`Pool`] with longctx-core's
@@ -266,7 +266,7 @@ impl QuantStore {
         q: &Tensor,
         lse: &Tensor,
         mask: longctx_core::Mask<'_>,
-    ) -> Result<Vec<Tensor>> {
+    ) -> Result<Vec<AttentionSums>> {
         let heads = self.shape.heads;
         let lse = lse.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let mut all = vec![Vec::new(); batch.seqs().len() * heads];
@@ -277,11 +277,18 @@ impl QuantStore {
             places.zip(sums).for_each(|(place, sums)| all[place] = sums);
             Ok(())
         })?;
-        let of_kv_head = |heads: &[Vec<f32>]| {
-            Ok(Tensor::from_vec(heads.concat(), (heads.len(), heads[0].len()), &Device::Cpu)?)
-        };
-        all.chunks(self.shape.group()).map(of_kv_head).collect()
+        let of_seq = |lists| AttentionSums::from_lists(lists, self.shape.group(), &Device::Cpu);
+        all.chunks(heads).map(of_seq).collect()
     }
+}
+
+/// Each head's list of the selections, one sequence after the other.
+fn lists(batch: &Batch, tokens: &[Selection], kv_heads: usize) -> Result<Vec<Vec<u32>>> {
+    let mut lists = Vec::new();
+    for ((_, own), selection) in batch.iter().zip(tokens) {
+        lists.extend_from_slice(selection.check(&vec![own.len(); kv_heads])?);
+    }
+    Ok(lists)
 }
 
 fn pool_shape(shape: &AttentionShape) -> PoolShape {
@@ -409,7 +416,7 @@ impl KvStore for QuantStore {
         on_pool!(&mut self.held,
             pool => {
                 let (k, v) = prepare(&self.shape, batch, k, v)?;
-                let lists: Vec<_> = tokens.iter().flat_map(|of| of.heads()).cloned().collect();
+                let lists = lists(batch, tokens, self.shape.kv_heads)?;
                 with_numbers!(&k, k => with_slice(&v, |v| {
                     Ok(pool.append_selected(seqs, ends, k, v, &lists)?)
                 }))
@@ -434,7 +441,7 @@ impl KvStore for QuantStore {
         q: &Tensor,
         lse: &Tensor,
         mask: longctx_core::Mask<'_>,
-    ) -> Result<Vec<Tensor>> {
+    ) -> Result<Vec<AttentionSums>> {
         on_pool!(&self.held,
             pool => self.sums_on_host(pool, batch, q, lse, mask),
             pool => pool.attention_sums(batch, q, lse, mask))
@@ -442,7 +449,7 @@ impl KvStore for QuantStore {
 
     fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
         on_pool!(&mut self.held,
-            pool => Ok(pool.retain(seq, keep.heads())?),
+            pool => Ok(pool.retain(seq, keep.heads()?)?),
             pool => pool.retain(seq, keep))
     }
 

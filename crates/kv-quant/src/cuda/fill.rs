@@ -47,7 +47,8 @@ impl CudaPool {
         let (kv_heads, mut rows) = (self.shape.kv_heads, Vec::new());
         let (mut firsts, mut counts) = (Vec::new(), Vec::new());
         for ((_, own), selection) in batch.iter().zip(tokens) {
-            for (head, list) in selection.heads().iter().enumerate() {
+            let lists = selection.check(&vec![own.len(); kv_heads])?;
+            for (head, list) in lists.iter().enumerate() {
                 firsts.push(rows.len());
                 counts.push(list.len());
                 let row = |&token: &u32| ((own.start + token as usize) * kv_heads + head) as u32;
