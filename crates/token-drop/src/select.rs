@@ -61,16 +61,16 @@ pub enum Granularity {
     /// ChunkKV (Liu et al., arXiv 2502.00299): whole chunks of this many adjacent tokens (20 in
     /// kvpress, 10 in the paper), the same in every head of a layer.
     ///
-    /// The score of a chunk is the mean of its tokens' scores, summed over the heads. The best
-    /// chunks that fit the budget beside the protected entries are kept. The next best chunk keeps
+    /// The score of a chunk is the mean of its tokens' scores, summed over the heads. Protected
+    /// entries are kept first, then the best chunks that fit the budget. The next best chunk keeps
     /// its first tokens, up to the budget. kvpress counts chunks instead of tokens, so it can
     /// exceed the budget.
     Chunk(usize),
 }
 
 /// Selects the entries to keep: at most the budgets, protected entries first. Of equal scores the
-/// older entry is kept. Scores on a device are selected there if each head has the same budget for
-/// itself. Otherwise the host selects: where heads compete, or whole chunks are kept.
+/// older entry is kept. If every head has the same budget and heads do not compete, scores on a
+/// device are selected there. Otherwise, and for whole chunks, the host selects.
 pub(crate) fn select(
     scores: &Scores,
     budgets: &[usize],

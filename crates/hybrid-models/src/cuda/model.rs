@@ -142,7 +142,6 @@ impl OnDevice {
 
     /// Runs f32 `[batch * tokens, hidden]`, a range of each sequence's tokens, through all layers.
     /// Each layer adds to it in place, except the last, whose output is returned.
-    /// gives what that one adds.
     fn run(&self, x: &Tensor, tokens: Range<usize>, call: &mut Call<'_>) -> Result<Option<Tensor>> {
         let (batch, first) = (call.sequences(), call.first);
         let mut carried = Carried::default();

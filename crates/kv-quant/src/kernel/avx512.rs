@@ -116,7 +116,8 @@ fn table(panel: &Panel<'_>) -> [f32; 16] {
     }
 }
 
-/// Returns what the zero point of a step grows by per scale: bytes begin at 0 in the kernel.
+/// Returns the number of scales to add to a step's zero point, because the kernel treats bytes as
+/// unsigned.
 fn first_byte(panel: &Panel<'_>) -> f32 {
     match panel.levels {
         Levels::Integers { first } if panel.bits == 8 => first,

@@ -3,7 +3,7 @@
 use super::Prompt;
 use crate::{Error, Result};
 
-/// How often a sample that does not fit is generated again; the original never gives up.
+/// The largest number of attempts to generate a sample that fits. The original has no limit.
 const TRIES: usize = 1000;
 
 /// The length limit of prompts.
