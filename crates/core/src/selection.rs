@@ -121,7 +121,8 @@ impl Selection {
         Ok(heads)
     }
 
-    /// Checks everything except the values of indices on a device, for stores on that device.
+    /// Like [`check`](Self::check), but does not read indices on a device. For stores on that
+    /// device.
     ///
     /// # Errors
     /// As [`check`](Self::check).

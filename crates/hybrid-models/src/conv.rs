@@ -10,7 +10,7 @@ use crate::checkpoint::Checkpoint;
 
 /// Channels per task.
 const CHANNELS: usize = 128;
-/// Outputs from which on several threads are used.
+/// Smallest number of outputs for which several threads are used.
 const PARALLEL: usize = 1 << 14;
 
 /// `y[t] = bias + Σ_j weight[j] x[t − (taps − 1) + j]` per channel, optionally followed by SiLU.

@@ -16,7 +16,7 @@ use candle_core::{Device, Tensor};
 use longctx_core::Result;
 use pulp::{Arch, Scalar, Simd, WithSimd};
 
-/// Tokens x channels from which on several threads are used.
+/// Smallest number of tokens x channels for which several threads are used.
 const PARALLEL: usize = 1 << 10;
 
 /// The dimensions of an RG-LRU block.

@@ -6,7 +6,7 @@
 use pulp::{Arch, Scalar, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Elements from which on an elementwise function uses several threads.
+/// Smallest number of elements for which an elementwise function uses several threads.
 const PARALLEL: usize = 1 << 15;
 
 /// Returns e^x with an error of about 2 units in the last place: x = n ln 2 + r, a polynomial of

@@ -4,7 +4,7 @@ use crate::{HeadBudgets, scores::Scores};
 use longctx_core::{Result, Selection, top_entries};
 use rayon::prelude::*;
 
-/// Total entries from which on the selection uses several threads.
+/// Smallest total number of entries for which the selection uses several threads.
 const MIN_PARALLEL: usize = 1 << 13;
 
 /// Entries that are kept regardless of their scores.
@@ -30,7 +30,7 @@ impl Protected {
         Self { sinks, ..Self::default() }
     }
 
-    /// Returns the protected ends of a budget, and the budget in whole tokens.
+    /// Returns the numbers of protected entries within a budget, and the budget in whole tokens.
     pub(crate) fn within(self, budget: f64) -> (Ends, usize) {
         let share = (self.recent_share * budget) as usize;
         let rest = ((1.0 - self.recent_share) * budget) as usize;

@@ -14,7 +14,7 @@ const USUAL_STATES: usize = 16;
 const MOST_STATES: usize = 256;
 /// Channels per thread block of the kernel for few channels.
 const FEW_CHANNELS: usize = 40;
-/// Tokens from which on the kernel for few channels is faster.
+/// Smallest number of tokens for which the kernel for few channels is used.
 const FEW_TOKENS: usize = 64;
 
 #[derive(Debug)]

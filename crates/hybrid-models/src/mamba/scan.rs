@@ -12,7 +12,7 @@ use pulp::{Arch, Scalar, Simd, WithSimd};
 
 /// Channels per block.
 pub const BLOCK: usize = 64;
-/// Tokens x channels from which on several threads are used.
+/// Smallest number of tokens x channels for which several threads are used.
 const PARALLEL: usize = 1 << 11;
 
 /// The weights of the scan.

@@ -21,7 +21,7 @@ use rayon::prelude::*;
 const CHUNK: usize = 64;
 /// Up to this many tokens, single steps are cheaper than a chunk.
 const STEPS: usize = 8;
-/// Tokens x channels from which on several threads are used.
+/// Smallest number of tokens x channels for which several threads are used.
 const PARALLEL: usize = 1 << 12;
 
 /// The weights of the recurrence.

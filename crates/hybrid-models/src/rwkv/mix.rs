@@ -4,7 +4,7 @@ use crate::mixer::Input;
 use pulp::{Arch, Scalar, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Elements from which on several threads are used.
+/// Smallest number of elements for which several threads are used.
 const PARALLEL: usize = 1 << 15;
 
 /// Writes the previous row minus the current row, for every row. A sequence's state holds the row

@@ -17,7 +17,7 @@ use pulp::{Arch, Scalar, Simd, WithSimd};
 
 /// Channels per task.
 const BLOCK: usize = 64;
-/// Tokens x channels from which on several threads are used.
+/// Smallest number of tokens x channels for which several threads are used.
 const PARALLEL: usize = 1 << 13;
 /// The initial largest exponent.
 const LOWEST: f32 = -1e38;

@@ -8,7 +8,7 @@ use crate::matrix::Rows;
 use crate::split::{Columns, Units, split};
 use pulp::{Arch, Simd, WithSimd};
 
-/// Tokens x channels from which on several threads are used.
+/// Smallest number of tokens x channels for which several threads are used.
 const PARALLEL: usize = 1 << 11;
 
 /// The inputs of the recurrence, as rows of all heads' channels.
