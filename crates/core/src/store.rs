@@ -22,7 +22,7 @@ pub trait KvStore: Send {
     fn shape(&self) -> &AttentionShape;
 
     /// Appends keys `[tokens, kv_heads, head_dim]` and values `[tokens, kv_heads, value_dim]` to
-    /// every head of the batch's sequences. An unknown sequence is created.
+    /// every head of the batch's sequences. A sequence that does not exist yet is created.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if the tensors do not fit; [`Error::NotFinite`] from stores that

@@ -54,7 +54,7 @@ struct Scratch {
 impl Pool {
     /// Appends keys `[tokens, kv_heads, head_dim]` and values `[tokens, kv_heads, value_dim]` of
     /// some sequences. The tokens are concatenated: those of the i-th sequence are
-    /// `cu_seqlens[i]..cu_seqlens[i + 1]`. An unknown sequence is created.
+    /// `cu_seqlens[i]..cu_seqlens[i + 1]`. A sequence that does not exist yet is created.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if `cu_seqlens` does not fit the sequences, a sequence is listed twice,
@@ -120,7 +120,7 @@ impl Pool {
         self.check_append(seqs, cu_seqlens).is_ok()
     }
 
-    /// Returns the largest number that can be appended.
+    /// Returns the largest magnitude of a number that can be appended.
     pub(crate) fn largest(&self) -> f16 {
         match self.format.flush() {
             Flush::Never => f16::MAX,
