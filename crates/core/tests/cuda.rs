@@ -365,7 +365,7 @@ impl Pair {
         }
     }
 
-    /// Appends `count` tokens of each sequence. `select` gives a selection on the host and on the
+    /// Appends `count` tokens of each sequence. `select` returns a selection on the host and on the
     /// device.
     fn append_chosen(
         &mut self,
@@ -566,7 +566,7 @@ fn the_entries_of_the_highest_scores_are_those_of_a_sorted_list() {
     }
 }
 
-/// Selections that are on the device do what the same selections do on the host.
+/// Selections on the device have the same effect as equal selections on the host.
 #[test]
 fn selections_on_the_device_are_those_of_the_host() {
     let Ok(device) = Device::new_cuda(0) else {

@@ -1,5 +1,5 @@
-//! Codes and scales of fp8, symmetric integers, TurboQuant and KVarN against public implementations.
-//! The fixture is made by `fixtures/formats.py`.
+//! Codes and scales of fp8, symmetric integers, TurboQuant and KVarN against public
+//! implementations. The fixture is made by `fixtures/formats.py`.
 
 #![cfg(not(miri))] // too long for an interpreter, and full of files
 
@@ -43,7 +43,7 @@ fn codes(packed: &Packed) -> Vec<u8> {
     places.map(|(r, c)| packed.code(r, c).unwrap()).collect()
 }
 
-/// A scale and a zero for each row.
+/// Returns a scale and a zero point for each row.
 fn params(packed: &Packed) -> (Vec<f16>, Vec<f16>) {
     (0..packed.rows()).map(|row| packed.params(row, 0).unwrap()).unzip()
 }
@@ -98,7 +98,8 @@ fn turboquant_is_vllms() {
             let keys = packed(&x, columns, Scheme::lloyd_max(bits, true).unwrap());
             let name = at("turboquant");
             assert_eq!(codes(&keys), fixture.bytes(&format!("{name}.codes")), "{name}");
-            // The norm and its correction are rounded to f16 together here, one by one there.
+            // The norm and its correction are rounded to f16 together here, and separately in the
+            // reference.
             let want = fixture.floats(&format!("{name}.back"));
             for (row, want) in back(&keys).chunks(columns).zip(want.chunks(columns)) {
                 let norm = want.iter().map(|x| x * x).sum::<f32>().sqrt();
@@ -115,8 +116,8 @@ fn turboquant_is_vllms() {
     }
 }
 
-/// The rounds' logarithms and exponentials are those of another library: a factor may differ in its
-/// last place.
+/// The iterations' logarithms and exponentials are those of another library: a factor may differ in
+/// its last place.
 fn close(a: &[f16], b: &[f16]) -> bool {
     let last_place = |a: f16, b: f16| (a.to_bits() as i32 - b.to_bits() as i32).abs() <= 1;
     a.len() == b.len() && a.iter().zip(b).all(|(&a, &b)| last_place(a, b))
