@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{AttentionState, Error, Result, Rope};
+use crate::{AttentionState, Error, Result, Rope, latent};
 use candle_core::{DType, Tensor};
 
 /// One attention layer's numbers.
@@ -94,12 +94,15 @@ pub struct LayerSpec {
     pub rope: Option<Arc<Rope>>,
     /// Learned sink logits, `[heads]`: each joins its query head's softmax without a value.
     pub sink_logits: Option<Arc<[f32]>>,
+    /// Multi-head latent attention: the values are the last `value_dim` channels of the keys, which
+    /// the rotary embedding leaves alone. A [`LatentCache`](crate::LatentCache) holds them once.
+    pub latent: bool,
 }
 
 impl LayerSpec {
     /// The only layer of a model, whose queries and keys come rotated.
     pub fn new(shape: AttentionShape) -> Self {
-        Self { index: 0, count: 1, shape, rope: None, sink_logits: None }
+        Self { index: 0, count: 1, shape, rope: None, sink_logits: None, latent: false }
     }
 
     /// The same with queries and keys that the cache rotates.
@@ -123,6 +126,21 @@ impl LayerSpec {
             return Err(Error::mismatch("sink logits", self.shape.heads, logits.len()));
         }
         Ok(Self { sink_logits: Some(logits), ..self })
+    }
+
+    /// The same with values that are a part of the keys.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a shape that latent attention can't have, or a rotary embedding that
+    /// rotates values.
+    pub fn with_latent(self) -> Result<Self> {
+        latent::check_shape(&self.shape)?;
+        let most = self.shape.head_dim - self.shape.value_dim;
+        if let Some(rope) = self.rope.as_ref().filter(|rope| rope.rotary_dims() > most) {
+            let expected = format!("at most the {most} channels before the latent");
+            return Err(Error::setting("rotary_dims", expected, rope.rotary_dims()));
+        }
+        Ok(Self { latent: true, ..self })
     }
 
     /// The rotary embedding, for caches that move keys.
