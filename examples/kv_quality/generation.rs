@@ -113,8 +113,8 @@ fn run(
         batch = Batch::decode(&seqs)?;
     }
     // The last token drawn has not been fed.
-    let held = prompts.len() * (prompt + tokens - 1);
-    Ok(Outcome { kl, first, size: Size::new(llm, held, packed.footprint().total()) })
+    let size = Size::new(llm, &packed, &seqs, prompt + tokens - 1);
+    Ok(Outcome { kl, first, size })
 }
 
 /// Σ p (log p - log q) of each row.
@@ -128,17 +128,58 @@ fn argmax(log_p: &Tensor) -> Result<Vec<u32>> {
     Ok(log_p.argmax(D::Minus1)?.flatten_all()?.to_vec1::<u32>()?)
 }
 
+/// Probabilities that are added up on the device before they are downloaded.
+const BLOCK: usize = 256;
+
 /// For each row the token at which the probabilities before it add up to more than the draw.
 fn draw(log_p: &Tensor, draws: impl Iterator<Item = f32>) -> Result<Vec<u32>> {
     let vocabulary = log_p.dim(D::Minus1)?;
-    let p = log_p.exp()?.reshape(((), vocabulary))?.to_vec2::<f32>()?;
-    let token = |(row, draw): (Vec<f32>, f32)| {
-        let mut sum = 0.0;
-        let found = row.iter().position(|p| {
-            sum += p;
-            sum > draw
-        });
-        found.unwrap_or(vocabulary - 1) as u32
+    let p = log_p.exp()?.reshape(((), vocabulary))?;
+    let p = p.pad_with_zeros(1, 0, vocabulary.next_multiple_of(BLOCK) - vocabulary)?;
+    let blocks = vocabulary.div_ceil(BLOCK);
+    let p = p.reshape(((), blocks, BLOCK))?;
+    let sums = p.sum(2)?.to_vec2::<f32>()?;
+    let found: Vec<_> = sums.iter().zip(draws).map(|(sums, draw)| exceeds(sums, draw)).collect();
+    let rows = (0..).zip(&found).map(|(row, (block, _))| row * blocks as u32 + *block as u32);
+    let rows = Tensor::from_iter(rows, p.device())?;
+    let of_blocks = p.flatten(0, 1)?.index_select(&rows, 0)?.to_vec2::<f32>()?;
+    let token = |(p, (block, rest)): (Vec<f32>, (usize, f32))| {
+        (block * BLOCK + exceeds(&p, rest).0).min(vocabulary - 1) as u32
     };
-    Ok(p.into_iter().zip(draws).map(token).collect())
+    Ok(of_blocks.into_iter().zip(found).map(token).collect())
+}
+
+/// The item at which the sum is first larger than a draw, and the draw less the items before it; the
+/// last item where rounding leaves the whole sum smaller.
+fn exceeds(items: &[f32], draw: f32) -> (usize, f32) {
+    let mut rest = draw;
+    for (i, item) in items.iter().enumerate() {
+        if rest < *item {
+            return (i, rest);
+        }
+        rest -= item;
+    }
+    (items.len() - 1, rest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn tokens_are_drawn_where_the_sum_of_probabilities_passes_the_draw() -> Result<()> {
+        // 600 tokens, so that the last block is padded: token i has probability (i + 1) / sum.
+        let weights: Vec<f32> = (1..=600).map(|i| i as f32).collect();
+        let sum: f32 = weights.iter().sum();
+        let p: Vec<f32> = weights.iter().map(|w| w / sum).collect();
+        let draws = [0.0, 0.1, 0.4999, 0.75, 0.999];
+        let log_p = Tensor::new(p.clone(), &Device::Cpu)?.log()?.unsqueeze(0)?;
+        let log_p = log_p.repeat((draws.len(), 1))?;
+        for (token, draw) in draw(&log_p, draws.into_iter())?.into_iter().zip(draws) {
+            let before: f32 = p[..token as usize].iter().sum();
+            assert!(before <= draw + 1e-5 && draw <= before + p[token as usize] + 1e-5, "{token}");
+        }
+        Ok(())
+    }
 }

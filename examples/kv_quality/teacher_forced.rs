@@ -89,6 +89,7 @@ fn run(method: &Method, llm: &Pretrained, contexts: &[Vec<u32>], block: usize) -
         losses.iter_mut().zip(sums).for_each(|(loss, sum)| *loss -= f64::from(sum));
     }
     losses.iter_mut().for_each(|loss| *loss /= (len - 1) as f64);
-    let size = Size::new(llm, len * contexts.len(), session.footprint().total());
+    let seqs: Vec<_> = (0..contexts.len() as u64).collect();
+    let size = Size::new(llm, &session, &seqs, len);
     Ok(Outcome { losses, size })
 }

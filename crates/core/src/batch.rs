@@ -1,4 +1,4 @@
-//! The sequences of one call, and how many tokens each brings.
+//! The sequences of one call and the number of tokens of each.
 
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
@@ -6,14 +6,14 @@ use std::sync::{Arc, OnceLock};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 
-/// A sequence's number. The engine chooses it.
+/// A sequence's identifier, chosen by the engine.
 pub type SeqId = u64;
 
 /// The sequences that one call advances, each by its own number of tokens.
 ///
-/// Tokens of all sequences lie one after the other, as in FlashAttention's varlen calls: sequence
-/// `i` owns the tokens `cu_seqlens[i]..cu_seqlens[i + 1]`. A batch is made once a step and shared
-/// by all layers. A clone is cheap.
+/// The tokens of all sequences are concatenated, as in FlashAttention's varlen calls: sequence `i`
+/// has the tokens `cu_seqlens[i]..cu_seqlens[i + 1]`. A batch is made once per step and shared by
+/// all layers. A clone is cheap.
 ///
 /// ```
 /// use longctx_core::Batch;
@@ -34,15 +34,16 @@ pub struct Batch {
 struct Inner {
     seqs: Vec<SeqId>,
     cu_seqlens: Vec<usize>,
-    /// `cu_seqlens` on the device that first asked for it.
+    /// `cu_seqlens` on the first device that asked for it.
     on_device: OnceLock<Tensor>,
 }
 
 impl Batch {
-    /// Sequences and their numbers of tokens.
+    /// Creates a batch from sequences and their numbers of tokens.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] for no sequences, a sequence without tokens, or one that comes twice.
+    /// [`Error::Mismatch`] if there is no sequence, a sequence has no tokens, or one is listed
+    /// twice.
     pub fn new(seqs: &[(SeqId, usize)]) -> Result<Self> {
         if seqs.is_empty() {
             return Err(Error::mismatch("sequences of a batch", "at least one", 0));
@@ -66,15 +67,15 @@ impl Batch {
         Ok(Self { inner: Arc::new(Inner { seqs, cu_seqlens, on_device: OnceLock::new() }) })
     }
 
-    /// One sequence that brings `tokens` tokens.
+    /// Creates a batch of one sequence with `tokens` tokens.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] for no tokens.
+    /// [`Error::Mismatch`] if `tokens` is 0.
     pub fn single(seq: SeqId, tokens: usize) -> Result<Self> {
         Self::new(&[(seq, tokens)])
     }
 
-    /// One token for each of the sequences.
+    /// Creates a batch of one token for each sequence: a decode step.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -82,20 +83,22 @@ impl Batch {
         Self::new(&seqs.iter().map(|&seq| (seq, 1)).collect::<Vec<_>>())
     }
 
-    /// The sequences, in the order of their tokens.
+    /// Returns the sequences, in the order of their tokens.
     pub fn seqs(&self) -> &[SeqId] {
         &self.inner.seqs
     }
 
-    /// Where each sequence's tokens begin, and where the last one's end: `[sequences + 1]`.
+    /// Returns the cumulative lengths, `[sequences + 1]`: the first token of each sequence, and the
+    /// total.
     pub fn cu_seqlens(&self) -> &[usize] {
         &self.inner.cu_seqlens
     }
 
-    /// [`cu_seqlens`](Self::cu_seqlens) as a u32 tensor, made once for a device.
+    /// Returns [`cu_seqlens`](Self::cu_seqlens) as a u32 tensor on `device`, created once per
+    /// device.
     ///
     /// # Errors
-    /// If the tensor can't be made.
+    /// If candle cannot create the tensor.
     pub fn cu_seqlens_on(&self, device: &Device) -> Result<Tensor> {
         let make = || -> Result<Tensor> {
             let ends: Vec<u32> = self.cu_seqlens().iter().map(|&end| end as u32).collect();
@@ -111,23 +114,24 @@ impl Batch {
         }
     }
 
-    /// The sequences and their ranges of tokens.
+    /// Iterates over the sequences and their token ranges.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (SeqId, Range<usize>)> + '_ {
         let ranges = self.inner.cu_seqlens.windows(2).map(|ends| ends[0]..ends[1]);
         self.inner.seqs.iter().copied().zip(ranges)
     }
 
-    /// Tokens of all sequences.
+    /// Returns the total number of tokens.
     pub fn tokens(&self) -> usize {
         self.inner.cu_seqlens[self.inner.seqs.len()]
     }
 
-    /// Tokens of the sequence that brings the most.
+    /// Returns the number of tokens of the longest sequence of the batch.
     pub fn longest(&self) -> usize {
         self.iter().map(|(_, tokens)| tokens.len()).max().unwrap_or(0)
     }
 
-    /// Each token's position, if a sequence's tokens follow the `seen` ones before them.
+    /// Returns the position of each token. `seen` returns the number of tokens before a sequence's
+    /// first token of this batch.
     pub fn positions(&self, seen: impl Fn(SeqId) -> usize) -> Vec<i64> {
         let of_seq = |(seq, tokens): (SeqId, Range<usize>)| {
             let first = seen(seq) as i64;

@@ -1,12 +1,12 @@
-//! One attention layer's memory for many sequences, as a model sees it.
+//! The cache of one attention layer for many sequences, as a model sees it.
 
 use crate::{Batch, Error, Footprint, LayerSpec, Result, SeqId, finite};
 use candle_core::Tensor;
 
-/// One call's tensors for an attention layer. Tokens of all sequences lie one after the other.
+/// The tensors of one call for an attention layer. The tokens of all sequences are concatenated.
 ///
-/// Queries and keys come as they leave the projections, *before* the rotary embedding, unless the
-/// cache's [`LayerSpec`] has no rotary embedding: then they come rotated.
+/// Queries and keys are the outputs of the projections, *before* the rotary embedding. If the
+/// cache's [`LayerSpec`] has no rotary embedding, they are already rotated.
 #[derive(Debug, Clone, Copy)]
 pub struct Step<'a> {
     /// The sequences and their tokens.
@@ -22,8 +22,9 @@ pub struct Step<'a> {
 impl Step<'_> {
     /// Checks the tensors against the layer. Every cache calls it before it changes anything.
     ///
-    /// On the CPU all numbers must be finite. On other devices a check would wait for the device;
-    /// NaN and infinity there lead to NaN in the output of the sequence that holds them.
+    /// On the CPU all elements must be finite. On other devices this is not checked, as the check
+    /// would synchronize with the device: a NaN or infinity there gives NaN in the output of its
+    /// own sequence.
     ///
     /// # Errors
     /// [`Error::Mismatch`] naming the tensor whose shape does not fit; [`Error::NotFinite`] naming
@@ -43,8 +44,8 @@ impl Step<'_> {
             .try_for_each(|(name, x)| finite::check(name, x))
     }
 
-    /// Queries and keys rotated to their positions. `seen` gives the tokens before each sequence's
-    /// own. As they are if the layer has no rotary embedding.
+    /// Returns queries and keys rotated to their positions, or unchanged if the layer has no rotary
+    /// embedding. `seen` returns the number of earlier tokens of a sequence.
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -58,30 +59,31 @@ impl Step<'_> {
     }
 }
 
-/// One attention layer's memory for many sequences: dense, quantized, evicting, retrieving.
+/// The cache of one attention layer for many sequences: dense, quantized, with eviction or with
+/// retrieval.
 ///
-/// An engine makes one per layer and runs every attention through it. A sequence begins with the
-/// first call that names it and ends with [`remove`](Self::remove). A whole prompt in one call has
-/// *exact* attention and is compressed afterwards; a prompt in chunks sees, from its second chunk
-/// on, the compressed memory of the chunks before.
+/// An engine makes one per layer and runs every attention through it. A sequence starts with the
+/// first call that names it and ends with [`remove`](Self::remove). A prompt fed in one call has
+/// *exact* attention and is compressed afterwards. A prompt fed in chunks sees the compressed cache
+/// of the earlier chunks.
 ///
 /// After an error every sequence is as it was before the call.
 pub trait KvCache: Send {
-    /// The layer that it was made for.
+    /// Returns the layer that the cache was made for.
     fn spec(&self) -> &LayerSpec;
 
-    /// Takes in this call's tokens and returns their attention output,
-    /// `[tokens, heads, value_dim]`, in the dtype of `q`.
+    /// Appends the tokens of this call and returns their attention output, `[tokens, heads,
+    /// value_dim]`, in the dtype of `q`.
     ///
-    /// Attention is causal. It is exact among a sequence's tokens of this call, over them and over
-    /// what the sequence holds from earlier calls.
+    /// Attention is causal. It is exact among the tokens of this call and runs over them and the
+    /// entries that the sequence holds from earlier calls.
     ///
     /// # Errors
-    /// As [`Step::check`]; [`Error::PoolFull`] if the memory does not suffice.
+    /// As [`Step::check`]; [`Error::PoolFull`] if there is not enough memory.
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor>;
 
-    /// Takes in whole prompts whose exact, causal attention the engine has computed with a kernel
-    /// of its own. `lse`: its natural log-sum-exp, `[tokens, heads]`, f32; needed only if
+    /// Appends whole prompts whose exact, causal attention the engine has computed with its own
+    /// kernel. `lse` is its natural log-sum-exp, `[tokens, heads]`, f32. It is required only if
     /// [`needs_lse`](Self::needs_lse).
     ///
     /// # Errors
@@ -89,59 +91,61 @@ pub trait KvCache: Send {
     /// `lse` is missing where it is needed.
     fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()>;
 
-    /// Whether [`append_prompt`](Self::append_prompt) needs the log-sum-exp.
+    /// Returns whether [`append_prompt`](Self::append_prompt) needs the log-sum-exp.
     fn needs_lse(&self) -> bool;
 
-    /// Makes `to` a copy of `from` that shares its memory until one of them changes it.
+    /// Makes `to` a copy of `from`. They share memory until one of them changes it (copy on write).
     ///
     /// # Errors
     /// [`Error::UnknownSequence`] for `from`; [`Error::Mismatch`] if `to` exists.
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()>;
 
-    /// Whether [`truncate`](Self::truncate) can do this; an error says why not.
+    /// Checks whether [`truncate`](Self::truncate) is possible. The error gives the reason if it is
+    /// not.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if fewer than `len` tokens were seen;
-    /// [`Error::Unsupported`] if what was dropped or changed since can't be restored.
+    /// [`Error::Unsupported`] if entries dropped or changed since then cannot be restored.
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()>;
 
-    /// Forgets a sequence's tokens after its first `len`, as speculative decoding does with
-    /// rejected ones.
+    /// Removes a sequence's tokens after the first `len`, as speculative decoding does with
+    /// rejected tokens.
     ///
     /// # Errors
     /// As [`check_truncate`](Self::check_truncate), and no others.
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()>;
 
-    /// Ends a sequence and gives its memory back. Returns whether it existed.
+    /// Removes a sequence and frees its memory. Returns whether it existed.
     fn remove(&mut self, seq: SeqId) -> bool;
 
-    /// The sequences, in increasing order.
+    /// Returns the sequences, in increasing order.
     fn seqs(&self) -> Vec<SeqId>;
 
-    /// Tokens that a sequence has seen; 0 for one that is not known.
+    /// Returns the number of tokens that a sequence has seen; 0 for an unknown sequence.
     fn seen(&self, seq: SeqId) -> usize;
 
-    /// Tokens that the kv head that holds the most holds of a sequence.
+    /// Returns the number of entries of a sequence that the fullest kv head holds.
     fn held(&self, seq: SeqId) -> usize;
 
-    /// Whether there is memory for a batch: what an engine asks before it admits a request.
+    /// Returns whether there is memory for a batch. An engine asks before it admits a request.
     fn can_take(&self, batch: &Batch) -> bool;
 
-    /// Bytes held for all sequences, with what is allocated and free.
+    /// Returns the bytes held for all sequences, including memory that is allocated and free.
     fn footprint(&self) -> Footprint;
 
-    /// Bytes held for one sequence. Memory that it shares with others counts in full.
+    /// Returns the bytes held for one sequence. Memory that it shares with others counts in full.
     fn seq_footprint(&self, seq: SeqId) -> Footprint;
 
-    /// Ends all sequences and gives the memory back.
+    /// Removes all sequences and frees the memory.
     fn clear(&mut self);
 }
 
-/// Whether a sequence of `seen` tokens, of which the newest `held` are left, can go back to its first
-/// `len`: the rest must still fill the window of the token to come.
+/// Checks that a sequence of `seen` tokens, of which the newest `held` are stored, can be truncated
+/// to its first `len`: the entries left must still fill the sliding window of the next token.
 ///
 /// # Errors
-/// [`Error::Mismatch`] if fewer tokens were fed; [`Error::Unsupported`] if too many have slid out.
+/// [`Error::Mismatch`] if fewer tokens were fed; [`Error::Unsupported`] if too many have left the
+/// window.
 pub(crate) fn check_window_truncate(
     seq: SeqId,
     seen: usize,
@@ -175,8 +179,8 @@ pub fn check_new(cache: &(impl KvCache + ?Sized), batch: &Batch) -> Result<()> {
     }
 }
 
-/// Forwards every method of [`KvCache`] to a place: for wrappers and boxes, which then can't
-/// forget one.
+/// Forwards every method of [`KvCache`] to an expression. Wrappers and boxes use it so that they
+/// cannot miss a method.
 macro_rules! forward_cache {
     () => {
         fn spec(&self) -> &LayerSpec {

@@ -1,9 +1,9 @@
-//! Prompt compression: text in, shorter text out, with a record of what stayed.
+//! Prompt compression: text in, shorter text out, with a record of the pieces that were kept.
 
 use crate::{Error, Result};
 use std::ops::Range;
 
-/// How much of a prompt stays: kept size over original size, in (0, 1].
+/// A compression rate: compressed size divided by original size, in (0, 1].
 ///
 /// ```
 /// use longctx_core::Rate;
@@ -16,10 +16,10 @@ use std::ops::Range;
 pub struct Rate(f64);
 
 impl Rate {
-    /// Everything stays.
+    /// Keeps everything.
     pub const ONE: Rate = Rate(1.0);
 
-    /// A rate in (0, 1].
+    /// Creates a rate in (0, 1].
     ///
     /// # Errors
     /// [`Error::Setting`] for any other number, NaN included.
@@ -31,31 +31,33 @@ impl Rate {
         }
     }
 
-    /// The number.
+    /// Returns the rate as a number.
     pub fn get(self) -> f64 {
         self.0
     }
 
-    /// The share of `total` that stays, to the nearest whole; at least 1 where there is anything.
+    /// Returns `total` times the rate, rounded to the nearest integer, and at least 1 if `total` is
+    /// not 0.
     pub fn of(self, total: usize) -> usize {
         ((self.0 * total as f64).round() as usize).clamp(total.min(1), total)
     }
 }
 
-/// What a compressor is given.
+/// The input of a compressor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Prompt<'a> {
-    /// The text to shorten.
+    /// The text to compress.
     pub text: &'a str,
-    /// What will be asked of the text, for the compressors that look at it. It is never part of the output.
+    /// A question about the text, for compressors that condition on it. It is never part of the
+    /// output.
     pub question: Option<&'a str>,
 }
 
 impl<'a> Prompt<'a> {
-    /// A text with no question.
+    /// Creates a prompt without a question.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if the text is empty or nothing but white space.
+    /// [`Error::Mismatch`] if the text is empty or only white space.
     pub fn new(text: &'a str) -> Result<Self> {
         if text.trim().is_empty() {
             return Err(Error::mismatch("prompt", "text", "nothing but white space"));
@@ -63,38 +65,41 @@ impl<'a> Prompt<'a> {
         Ok(Self { text, question: None })
     }
 
-    /// The same text with a question.
+    /// Returns the prompt with a question.
     pub fn with_question(self, question: &'a str) -> Self {
         Self { question: Some(question), ..self }
     }
 }
 
-/// One piece of the prompt that stayed.
+/// A piece of the prompt that was kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Piece {
-    /// Its bytes in the prompt.
+    /// Byte range in the prompt.
     pub source: Range<usize>,
-    /// Its bytes in the compressed text.
+    /// Byte range in the compressed text.
     pub output: Range<usize>,
 }
 
 /// A compressed prompt.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Compressed {
-    /// The shorter text.
+    /// The compressed text.
     pub text: String,
-    /// The pieces that stayed, in the order of the output. Their source ranges never overlap, nor do their output ranges.
+    /// The pieces that were kept, in the order of the output. Source ranges do not overlap; neither
+    /// do output ranges.
     ///
-    /// A compressor that copies bytes covers its whole output with pieces. One that writes tokens back through a tokenizer may
-    /// leave separators between pieces that no byte of the prompt stands for, and may write a piece in normalised form.
+    /// If a compressor copies bytes, the pieces cover its whole output. If it decodes tokens
+    /// through a tokenizer, there may be separators between pieces that match no byte of the
+    /// prompt, and a piece may be in normalised form.
     pub pieces: Vec<Piece>,
 }
 
 impl Compressed {
-    /// Copies `ranges` of `source` one after the other; ranges that touch become one piece.
+    /// Concatenates `ranges` of `source`. Adjacent ranges become one piece.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if a range does not lie on character boundaries of `source`, or overlaps one given before.
+    /// [`Error::Mismatch`] if a range does not lie on character boundaries of `source`, or overlaps
+    /// an earlier range.
     pub fn copy(source: &str, ranges: impl IntoIterator<Item = Range<usize>>) -> Result<Self> {
         let mut compressed = Self::default();
         for range in ranges {
@@ -120,10 +125,10 @@ impl Compressed {
         Ok(compressed)
     }
 
-    /// Checks the record: ranges on character boundaries, outputs in order, sources disjoint.
+    /// Checks the pieces: ranges on character boundaries, outputs in order, sources disjoint.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] naming the first piece that breaks a rule.
+    /// [`Error::Mismatch`] naming the first invalid piece.
     pub fn check(&self, source: &str) -> Result<()> {
         let broken = |piece: &Piece, rule: &str| {
             Err(Error::mismatch("record of a compressed prompt", rule, format!("{piece:?}")))
@@ -149,7 +154,8 @@ impl Compressed {
         }
     }
 
-    /// The source bytes of all pieces, one after the other: the output itself, for a compressor that copies bytes.
+    /// Concatenates the source bytes of all pieces. Equal to the output if the compressor copies
+    /// bytes.
     ///
     /// # Panics
     /// If `source` is not the prompt that was compressed.
@@ -158,12 +164,13 @@ impl Compressed {
     }
 }
 
-/// Shortens prompts.
+/// A prompt compressor.
 pub trait PromptCompressor {
-    /// Shortens `prompt.text` to about `rate` of its size, in the units that the compressor counts in (words or tokens).
+    /// Compresses `prompt.text` to about `rate` of its size, in the compressor's own unit (words or
+    /// tokens).
     ///
     /// # Errors
-    /// If the compressor needs a question and none is given; whatever its model reports.
+    /// If the compressor needs a question and there is none; errors of its model.
     fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed>;
 }
 

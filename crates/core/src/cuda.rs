@@ -1,11 +1,11 @@
-//! Kernels on device addresses and a stream, without tensors: for engines that hold their memory
+//! Kernels on device addresses and a stream, without tensors, for engines that manage device memory
 //! themselves. [`attention`](crate::attention), [`Rope`](crate::Rope), [`linear`](crate::linear()),
-//! [`add_rms_norm`](crate::add_rms_norm) and [`silu_mul`](crate::silu_mul()) are the same over
-//! candle's tensors.
+//! [`add_rms_norm`](crate::add_rms_norm) and [`silu_mul`](crate::silu_mul()) are the same functions
+//! over candle's tensors.
 //!
-//! Nothing here allocates device memory or waits for the device, and lengths are read from device
-//! memory: a launch can be captured in a CUDA graph. Only the first launch in a context loads a
-//! module, which a capture does not allow.
+//! No function here allocates device memory or synchronizes with the device, and lengths are read
+//! from device memory, so a launch can be captured in a CUDA graph. The first launch in a context
+//! loads a module, which a capture does not allow.
 #![allow(unsafe_code)]
 
 mod matvec;

@@ -1,4 +1,4 @@
-//! The plain store and cache: every key and value in f32, f16 or bf16.
+//! The dense store and cache: every key and value in f32, f16 or bf16.
 
 mod cache;
 #[cfg(feature = "cuda")]

@@ -1,4 +1,4 @@
-//! The one error type of the workspace's candle-facing crates.
+//! The error type of all crates of the workspace that use candle.
 
 use std::path::PathBuf;
 
@@ -7,46 +7,46 @@ use crate::SeqId;
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong: what was expected, what came, and where.
+/// An error: what was expected, what came, and where.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A value does not fit the place that it was given to: a shape, a dtype, a length.
+    /// A value does not fit: a shape, a dtype, a length.
     #[error("{what}: expected {expected}, got {got}")]
     Mismatch {
-        /// The place: an argument, a tensor's name.
+        /// The argument or tensor.
         what: String,
-        /// What fits there.
+        /// The expected value.
         expected: String,
-        /// What came.
+        /// The actual value.
         got: String,
     },
-    /// A setting that no cache, policy or model can work with.
+    /// A setting that no cache, policy or model supports.
     #[error("setting `{name}`: expected {expected}, got {got}")]
     Setting {
         /// The setting's name.
         name: String,
-        /// The values that work.
+        /// The valid values.
         expected: String,
-        /// The value given.
+        /// The actual value.
         got: String,
     },
-    /// NaN or infinity where only finite numbers make sense.
+    /// NaN or infinity where finite numbers are required.
     #[error("{what}: {value} at {position}")]
     NotFinite {
-        /// The array that holds it.
+        /// The array that contains it.
         what: String,
         /// The value: NaN or an infinity.
         value: f32,
-        /// Where in the array: "batch 0, kv head 1, token 5, channel 3".
+        /// The index in the array: "batch 0, kv head 1, token 5, channel 3".
         position: String,
     },
-    /// A file that can't be read or written, or does not hold what its name promises.
+    /// A file that cannot be read or written, or has unexpected contents.
     #[error("{}: {reason}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// Why it can't be used.
+        /// The reason.
         reason: String,
     },
     /// A pool of fixed capacity has no room. Nothing was appended.
@@ -54,24 +54,24 @@ pub enum Error {
     PoolFull {
         /// The pool.
         what: String,
-        /// Bytes that the call needs.
+        /// Bytes needed by the call.
         asked: usize,
-        /// Bytes that are free.
+        /// Free bytes.
         free: usize,
     },
-    /// A sequence that has not begun, or has been removed.
+    /// A sequence that does not exist or has been removed.
     #[error("sequence {0} is not known")]
     UnknownSequence(SeqId),
-    /// A sequence whose layers saw different tokens, since a call failed midway. It answers nothing
-    /// until it is removed.
+    /// A sequence whose layers saw different tokens because a call failed midway. Every call
+    /// returns this error until the sequence is removed.
     #[error("sequence {seq} can't go on since a call failed: {reason}")]
     Poisoned {
         /// The sequence.
         seq: SeqId,
-        /// The error of that call.
+        /// The error of the failed call.
         reason: String,
     },
-    /// Something that this build or this model does not do.
+    /// Something that this build or model does not support.
     #[error("not supported: {0}")]
     Unsupported(String),
     /// A tensor operation failed.
@@ -80,7 +80,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// An [`Error::Mismatch`] from anything printable.
+    /// Creates an [`Error::Mismatch`] from printable values.
     pub fn mismatch(
         what: impl Into<String>,
         expected: impl std::fmt::Display,
@@ -89,7 +89,7 @@ impl Error {
         Self::Mismatch { what: what.into(), expected: expected.to_string(), got: got.to_string() }
     }
 
-    /// An [`Error::Setting`] from anything printable.
+    /// Creates an [`Error::Setting`] from printable values.
     pub fn setting(
         name: impl Into<String>,
         expected: impl std::fmt::Display,
@@ -98,7 +98,7 @@ impl Error {
         Self::Setting { name: name.into(), expected: expected.to_string(), got: got.to_string() }
     }
 
-    /// An [`Error::File`] from a path and anything printable.
+    /// Creates an [`Error::File`] from a path and a printable reason.
     pub fn file(path: impl Into<PathBuf>, reason: impl std::fmt::Display) -> Self {
         Self::File { path: path.into(), reason: reason.to_string() }
     }

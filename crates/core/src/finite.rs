@@ -1,10 +1,10 @@
-//! The check that a tensor on the CPU holds finite numbers alone.
+//! Checks that a CPU tensor holds only finite numbers.
 
 use crate::{Error, Result};
 use candle_core::{DType, Storage, Tensor};
 use half::{bf16, f16};
 
-/// Checks `[tokens, heads, channels]` on the CPU; other devices are not waited for.
+/// Checks `x` `[tokens, heads, channels]` on the CPU. Tensors on other devices are not checked.
 ///
 /// # Errors
 /// [`Error::NotFinite`] naming the first number that is NaN or infinite.
@@ -29,7 +29,7 @@ fn all_finite<T: candle_core::WithDType>(
     let (storage, layout) = x.storage_and_layout();
     let Storage::Cpu(data) = &*storage else { return Ok(true) };
     let data = data.as_slice::<T>()?;
-    // A scan without early exit is one that vectors can do.
+    // A scan without early exit vectorizes.
     let all = |x: &[T]| x.iter().fold(true, |all, x| all & finite(x));
     if let Some((start, end)) = layout.contiguous_offsets() {
         return Ok(all(&data[start..end]));
@@ -71,7 +71,7 @@ mod tests {
             numbers[13] = f32::NAN;
             let error = check("q", &tensor(&numbers)).unwrap_err().to_string();
             assert_eq!(error, "q: NaN at token 1, head 1, channel 1");
-            // A view that leaves the number out is fine; one that shows it is not.
+            // A view that excludes the number passes; one that includes it fails.
             let x = tensor(&numbers);
             assert!(check("q", &x.narrow(1, 0, 1).unwrap()).is_ok());
             assert!(check("q", &x.narrow(1, 1, 1).unwrap()).is_err());

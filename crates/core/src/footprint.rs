@@ -1,4 +1,4 @@
-//! Bytes held, counted by what they are for.
+//! Bytes held, by purpose.
 
 use std::fmt;
 use std::iter::Sum;
@@ -18,20 +18,21 @@ use std::ops::{Add, AddAssign};
 /// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Footprint {
-    /// Keys and values in the store's own format: full precision or packed codes. A recurrent state counts here.
+    /// Keys and values in the store's own format, full precision or packed codes; the state of a
+    /// recurrent model.
     pub payload: usize,
     /// Scales and zero points of packed codes.
     pub scales: usize,
-    /// The newest tokens, kept in full precision beside packed ones.
+    /// The newest tokens, kept in full precision beside packed ones (the residual).
     pub residual: usize,
-    /// What a policy remembers: scores, positions, masks, representative tokens.
+    /// A policy's metadata: scores, positions, masks, representative tokens.
     pub bookkeeping: usize,
-    /// Allocated for tokens still to come.
+    /// Memory allocated for future tokens.
     pub slack: usize,
 }
 
 impl Footprint {
-    /// All bytes held.
+    /// Returns the sum of all fields.
     pub fn total(&self) -> usize {
         self.payload + self.scales + self.residual + self.bookkeeping + self.slack
     }

@@ -1,13 +1,14 @@
-//! The activation of gated feed-forward blocks.
+//! The activation of gated feed-forward layers.
 
 use crate::attention::simd;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, Device, Layout, Storage, Tensor};
 use rayon::prelude::*;
 
-/// `silu(gate) * up` of two `[rows, columns]`, which may be views into one projection.
+/// Returns `silu(gate) * up` of two tensors `[rows, columns]`. They may be views into one
+/// projection.
 ///
-/// f32 on the CPU, and f16 and bf16 on a CUDA device, go through one loop each, which rounds once.
+/// f32 on the CPU, and f16 and bf16 on CUDA, are computed in one pass and rounded once.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -36,9 +37,9 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     Ok((candle_nn::ops::silu(&gate.contiguous()?)? * up)?)
 }
 
-/// `None` for other devices and formats, and for rows whose numbers do not lie side by side.
+/// Returns `None` for other devices and dtypes, and for rows that are not contiguous.
 fn on_cpu(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
-    /// Fewer numbers are not worth a thread's wake-up.
+    /// Fewer elements are not worth waking a thread.
     const MIN_PARALLEL: usize = 1 << 14;
     let ((gates, gate_layout), (ups, up_layout)) =
         (gate.storage_and_layout(), up.storage_and_layout());
@@ -62,7 +63,7 @@ fn on_cpu(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
     Ok(Some(Tensor::from_vec(out, (rows, columns), &Device::Cpu)?))
 }
 
-/// `None` for other formats, and for rows that do not begin at multiples of 16 bytes.
+/// Returns `None` for other dtypes, and for rows that are not aligned to 16 bytes.
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 fn on_cuda(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
@@ -79,7 +80,7 @@ fn on_cuda(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
     if !fits(gate) || !fits(up) {
         return Ok(None);
     }
-    // SAFETY: the kernel writes all of it.
+    // SAFETY: the kernel writes every element.
     let out = unsafe { Tensor::empty((rows, columns), gate.dtype(), gate.device()) }?;
     let args = SiluMulArgs {
         gate: address(gate)?,
@@ -90,8 +91,8 @@ fn on_cuda(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
         rows: rows as i64,
         columns: columns as i64,
     };
-    // SAFETY: the tensors have the shapes and strides that `args` gives, and the device's stream
-    // frees no memory before this launch has used it.
+    // SAFETY: the tensors have the shapes and strides in `args`, and the stream frees no memory
+    // before this launch has used it.
     unsafe { crate::cuda::silu_mul(&device.cuda_stream(), half, &args) }?;
     Ok(Some(out))
 }
@@ -110,7 +111,7 @@ mod tests {
             let candles = (gate.contiguous().unwrap().silu().unwrap() * up).unwrap();
             let candles = candles.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             for (a, b) in ours.to_vec1::<f32>().unwrap().into_iter().zip(candles) {
-                // Below e^-87 ours is zero.
+                // Below e^-87 the vectorized exp is zero.
                 assert!((a - b).abs() <= 1e-6 * b.abs() + 1e-30, "{a}, not {b}");
             }
         }

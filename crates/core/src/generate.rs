@@ -1,4 +1,4 @@
-//! Generation: a prompt in, tokens out one at a time.
+//! Text generation from a prompt, token by token.
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -8,74 +8,75 @@ use candle_core::Tensor;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-/// How the next token is chosen.
+/// How the next token is sampled.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Sampling {
-    /// The most probable one.
+    /// The most probable token.
     #[default]
     Greedy,
-    /// Drawn at random.
+    /// Random sampling.
     Random {
-        /// Logits are divided by it: below 1 sharper, above 1 flatter.
+        /// The logits are divided by it: below 1 sharpens, above 1 flattens the distribution.
         temperature: f32,
-        /// Among the k most probable; `None`: among all.
+        /// Samples among the k most probable tokens. `None`: all.
         top_k: Option<usize>,
-        /// Among the most probable that together have probability p (nucleus sampling, arXiv 1904.09751); `None`: among all.
+        /// Nucleus sampling (arXiv 1904.09751): samples among the most probable tokens with a total
+        /// probability of p. `None`: all.
         top_p: Option<f32>,
-        /// The same seed gives the same tokens.
+        /// Random seed. The same seed gives the same tokens.
         seed: u64,
     },
 }
 
-/// How to generate.
+/// Options of [`generate`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerateOptions {
-    /// The most tokens to generate.
+    /// The largest number of tokens to generate.
     pub max_tokens: usize,
-    /// Tokens that end the generation; they are not part of its result.
+    /// Stop tokens. They are not part of the result.
     pub stop: Vec<u32>,
     /// How the next token is chosen.
     pub sampling: Sampling,
-    /// Tokens of the prompt to feed at a time. `None`: all at once, which is exact under every cache; in chunks, later ones see
-    /// what the cache made of earlier ones.
+    /// Prompt tokens per call. `None`: the whole prompt in one call, which is exact under every
+    /// cache. In chunks, later tokens see the compressed cache of earlier ones.
     pub prefill_chunk: Option<usize>,
 }
 
 impl Default for GenerateOptions {
-    /// 256 tokens, greedy, the whole prompt at once.
+    /// 256 tokens, greedy, the whole prompt in one call.
     fn default() -> Self {
         Self { max_tokens: 256, stop: Vec::new(), sampling: Sampling::Greedy, prefill_chunk: None }
     }
 }
 
-/// What was generated, and how long it took.
+/// Generated tokens and timings.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generation {
-    /// The tokens, without the prompt and the stop token.
+    /// The generated tokens, without the prompt and the stop token.
     pub tokens: Vec<u32>,
-    /// Why it ended.
+    /// Why generation ended.
     pub stop: StopReason,
-    /// From the first token of the prompt to the first logits.
+    /// Time from the first prompt token to the first logits.
     pub prefill: Duration,
-    /// All steps after that.
+    /// Time of all decode steps.
     pub decode: Duration,
-    /// Steps after the prefill: one less than there were choices.
+    /// Number of decode steps: one less than the number of sampled tokens.
     pub decode_steps: usize,
 }
 
-/// Why a generation ended.
+/// Why generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StopReason {
-    /// The most tokens asked for.
+    /// [`GenerateOptions::max_tokens`] was reached.
     MaxTokens,
-    /// This stop token came.
+    /// This stop token was sampled.
     StopToken(u32),
-    /// The callback broke off.
+    /// The callback stopped it.
     Callback,
 }
 
-/// Feeds `prompt` to a sequence of the model and generates; `on_token` sees each token as it comes
-/// and may break off. The sequence stays, with all that it was fed, until it is removed.
+/// Feeds `prompt` to a sequence of the model and generates. `on_token` is called with each token
+/// and can stop the generation. The sequence and its tokens stay in the model until it is removed.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};
@@ -114,7 +115,7 @@ pub enum StopReason {
 /// ```
 ///
 /// # Errors
-/// An empty prompt, bad sampling settings, and whatever the model reports.
+/// An empty prompt, invalid sampling settings, and errors of the model.
 pub fn generate(
     model: &mut dyn CausalLm,
     seq: SeqId,
@@ -154,11 +155,11 @@ pub fn generate(
     Ok(done)
 }
 
-/// Feeds a prompt to a sequence, whole or in chunks; gives the logits of its last token,
-/// `[1, vocab]`.
+/// Feeds a prompt to a sequence, whole or in chunks. Returns the logits of its last token, `[1,
+/// vocab]`.
 ///
 /// # Errors
-/// An empty prompt, a chunk of 0, and whatever the model reports.
+/// An empty prompt, a chunk of 0, and errors of the model.
 pub fn prefill(
     model: &mut dyn CausalLm,
     seq: SeqId,
@@ -175,7 +176,7 @@ pub fn prefill(
     logits.ok_or_else(|| Error::mismatch("prompt", "at least one token", 0))
 }
 
-/// Chooses tokens from logits.
+/// Samples tokens from logits.
 #[derive(Debug)]
 pub struct Sampler {
     sampling: Sampling,
@@ -184,7 +185,8 @@ pub struct Sampler {
 
 impl Sampler {
     /// # Errors
-    /// [`Error::Setting`] if the temperature is not positive, `top_k` is 0 or `top_p` is outside (0, 1].
+    /// [`Error::Setting`] if the temperature is not positive, `top_k` is 0 or `top_p` is outside
+    /// (0, 1].
     pub fn new(sampling: Sampling) -> Result<Self> {
         let mut seed_used = 0;
         if let Sampling::Random { temperature, top_k, top_p, seed } = sampling {
@@ -202,10 +204,10 @@ impl Sampler {
         Ok(Self { sampling, rng: StdRng::seed_from_u64(seed_used) })
     }
 
-    /// The next token.
+    /// Returns the next token.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if a logit is NaN; [`Error::Mismatch`] if there are none.
+    /// [`Error::NotFinite`] if a logit is NaN; [`Error::Mismatch`] if `logits` is empty.
     pub fn choose(&mut self, logits: &[f32]) -> Result<u32> {
         if let Some(at) = logits.iter().position(|x| x.is_nan()) {
             let position = format!("token {at}");

@@ -38,5 +38,5 @@ pub use norm::add_rms_norm;
 pub use rope::{Rope, RopeScaling};
 pub use shape::{AttentionShape, LayerSpec};
 pub use state::AttentionState;
-pub use store::{EntryRanges, KvStore, Mask, Selection, check_selections};
+pub use store::{EntryRanges, KvStore, Mask, Selection, check_range, check_selections};
 pub use window::{WindowCache, for_layers};

@@ -3,10 +3,10 @@
 use crate::{Error, Result};
 use candle_core::Tensor;
 
-/// `x wᵀ` of activations `[rows, inner]` and a weight matrix `[out, inner]`.
+/// Returns `x wᵀ` of activations `[rows, inner]` and a weight matrix `[out, inner]`.
 ///
-/// Up to four rows of f16 or bf16 on a CUDA device, as decoding has, go through a kernel that is bound
-/// by the reading of `w`. All else is candle's product.
+/// Up to four rows of f16 or bf16 on CUDA (a decode step) use a matrix-vector kernel that is
+/// limited by the bandwidth of reading `w`. All other products are candle's.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -18,7 +18,7 @@ use candle_core::Tensor;
 /// ```
 ///
 /// # Errors
-/// [`Error::Mismatch`] if the shapes do not go together; candle's.
+/// [`Error::Mismatch`] if the shapes do not go together; an error of candle.
 pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     let ((_, inner), (out, of)) = (x.dims2()?, w.dims2()?);
     if inner != of {
@@ -31,7 +31,8 @@ pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     Ok(x.matmul(&w.t()?)?)
 }
 
-/// `None` for other devices and formats, more rows, and rows that are not multiples of 16 bytes.
+/// Returns `None` for other devices and dtypes, more rows, and rows that are not multiples of 16
+/// bytes.
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 fn on_cuda(x: &Tensor, w: &Tensor) -> Result<Option<Tensor>> {
@@ -44,7 +45,7 @@ fn on_cuda(x: &Tensor, w: &Tensor) -> Result<Option<Tensor>> {
     if !(1..=MOST_ROWS).contains(&rows) || !inner.is_multiple_of(8) || !fits(x) || !fits(w) {
         return Ok(None);
     }
-    // SAFETY: the kernel writes all of it.
+    // SAFETY: the kernel writes every element.
     let y = unsafe { Tensor::empty((rows, out), x.dtype(), x.device()) }?;
     let args = MatVecArgs {
         w: address(w)?,
@@ -55,8 +56,8 @@ fn on_cuda(x: &Tensor, w: &Tensor) -> Result<Option<Tensor>> {
         rows: rows as i32,
         unused: 0,
     };
-    // SAFETY: the tensors have the shapes that `args` gives, and the device's stream frees no memory
-    // before this launch has used it.
+    // SAFETY: the tensors have the shapes in `args`, and the stream frees no memory before this
+    // launch has used it.
     unsafe { matvec(&device.cuda_stream(), half, &args) }?;
     Ok(Some(y))
 }

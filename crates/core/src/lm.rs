@@ -1,83 +1,86 @@
-//! Language models, seen from outside.
+//! The interface of language models.
 
 use crate::{Batch, Footprint, Result, SeqId};
 use candle_core::{Device, Tensor};
 
-/// For which of the tokens given the logits are wanted.
+/// Which tokens' logits to return.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Logits {
-    /// Each sequence's last token's: what generation needs. Shape `[sequences, vocab]`.
+    /// The last token of each sequence, as generation needs. Shape `[sequences, vocab]`.
     Last,
-    /// Every token's: what perplexity needs. Shape `[tokens, vocab]`.
+    /// Every token, as perplexity needs. Shape `[tokens, vocab]`.
     All,
 }
 
-/// A causal language model with its memory of many sequences: a transformer with its caches, or a
+/// A causal language model and its memory of many sequences: a transformer with its KV caches, or a
 /// recurrent model with its states.
 ///
-/// A sequence begins with the first call that names it and ends with [`remove`](Self::remove).
+/// A sequence starts with the first call that names it and ends with [`remove`](Self::remove).
 pub trait CausalLm {
-    /// Feeds each sequence of the batch its tokens, after those that it was fed before; gives
-    /// logits in f32. Weights are read once for the whole batch.
+    /// Feeds each sequence of the batch its next tokens and returns logits in f32. Weights are read
+    /// once for the whole batch.
     ///
     /// # Errors
-    /// If there is not one id for each token of the batch, or one is outside the vocabulary; and
-    /// the layers' errors. A sequence of the batch is then as it was before, or
-    /// [poisoned](crate::Error::Poisoned) where its layers can't go back; others are untouched.
+    /// If the number of ids is not the number of tokens of the batch, or an id is outside the
+    /// vocabulary; errors of the layers. After an error a sequence of the batch is as it was
+    /// before, or [poisoned](crate::Error::Poisoned) if its layers cannot go back. Other sequences
+    /// are unchanged.
     fn forward(&mut self, batch: &Batch, ids: &[u32], logits: Logits) -> Result<Tensor>;
 
-    /// Makes `to` a copy of `from`, sharing memory where it can.
+    /// Makes `to` a copy of `from`. They share memory where possible.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`](crate::Error::UnknownSequence) for `from`;
     /// [`Error::Mismatch`](crate::Error::Mismatch) if `to` exists.
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()>;
 
-    /// Whether [`truncate`](Self::truncate) can do this; an error says why not.
+    /// Checks whether [`truncate`](Self::truncate) is possible. The error gives the reason if it is
+    /// not.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`](crate::Error::UnknownSequence);
     /// [`Error::Mismatch`](crate::Error::Mismatch) if fewer tokens were fed;
-    /// [`Error::Unsupported`](crate::Error::Unsupported) from memories that can't go back.
+    /// [`Error::Unsupported`](crate::Error::Unsupported) if the memory cannot go back.
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()>;
 
-    /// Forgets a sequence's tokens after its first `len`, so that others can follow them.
+    /// Removes a sequence's tokens after the first `len`, so that others can follow.
     ///
     /// # Errors
     /// As [`check_truncate`](Self::check_truncate), and no others.
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()>;
 
-    /// Ends a sequence and gives its memory back. Returns whether it existed.
+    /// Removes a sequence and frees its memory. Returns whether it existed.
     fn remove(&mut self, seq: SeqId) -> bool;
 
-    /// The sequences, in increasing order.
+    /// Returns the sequences, in increasing order.
     fn seqs(&self) -> Vec<SeqId>;
 
-    /// Tokens that a sequence was fed; 0 for one that is not known.
+    /// Returns the number of tokens fed to a sequence; 0 for an unknown sequence.
     fn seen(&self, seq: SeqId) -> usize;
 
-    /// Whether there is memory for a batch.
+    /// Returns whether there is memory for a batch.
     fn can_take(&self, batch: &Batch) -> bool;
 
-    /// Bytes of memory of all sequences: caches or states, not weights.
+    /// Returns the memory of all sequences in bytes: caches or states, without weights.
     fn footprint(&self) -> Footprint;
 
-    /// Bytes of memory of one sequence. Memory that it shares with others counts in full.
+    /// Returns the memory of one sequence in bytes. Memory that it shares with others counts in
+    /// full.
     fn seq_footprint(&self, seq: SeqId) -> Footprint;
 
-    /// Ends all sequences and gives their memory back.
+    /// Removes all sequences and frees their memory.
     fn clear(&mut self);
 
-    /// Entries of the vocabulary, the last dimension of the logits.
+    /// Returns the size of the vocabulary, the last dimension of the logits.
     fn vocab_size(&self) -> usize;
 
-    /// The longest context that the model was made for, in tokens; `None` if it has no bound.
+    /// Returns the longest context that the model supports, in tokens; `None` if unlimited.
     fn context_length(&self) -> Option<usize>;
 
-    /// The model family's name, as its tokenizer and chat template are known by: "llama",
-    /// "mistral", "qwen2", "mamba", …
+    /// Returns the name of the model family, which selects its tokenizer and chat template:
+    /// "llama", "mistral", "qwen2", "mamba", …
     fn family(&self) -> &str;
 
-    /// Where the model computes; logits lie there.
+    /// Returns the device of the computation and the logits.
     fn device(&self) -> &Device;
 }

@@ -1,13 +1,13 @@
-//! The norm between a decoder's blocks.
+//! Residual addition and RMS norm.
 
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_nn::ops::rms_norm;
 
-/// The sum of two activations `[tokens, channels]`, and its root-mean-square norm times `weights`
-/// `[channels]`. Without `y` the sum is `x`.
+/// Returns the sum of two activations `[tokens, channels]`, and its root-mean-square norm times
+/// `weights` `[channels]`. Without `y` the sum is `x`.
 ///
-/// f16 and bf16 on a CUDA device go through one kernel. Elsewhere these are candle's operations.
+/// f16 and bf16 on CUDA use one kernel. Elsewhere the function uses candle's operations.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -24,7 +24,7 @@ use candle_nn::ops::rms_norm;
 /// ```
 ///
 /// # Errors
-/// [`Error::Mismatch`] if the shapes differ; candle's.
+/// [`Error::Mismatch`] if the shapes differ; an error of candle.
 pub fn add_rms_norm(
     x: &Tensor,
     y: Option<&Tensor>,
@@ -51,7 +51,7 @@ pub fn add_rms_norm(
     Ok((sum, normed))
 }
 
-/// `None` for other devices and formats, and for rows that are not multiples of 16 bytes.
+/// Returns `None` for other devices and dtypes, and for rows that are not multiples of 16 bytes.
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 fn on_cuda(
@@ -70,7 +70,7 @@ fn on_cuda(
     if !all.iter().flatten().all(fits) || !channels.is_multiple_of(8) || rows == 0 {
         return Ok(None);
     }
-    // SAFETY: the kernel writes all of both.
+    // SAFETY: the kernel writes every element of both.
     let empty = || unsafe { Tensor::empty((rows, channels), x.dtype(), x.device()) };
     let sum = if y.is_some() { empty()? } else { x.clone() };
     let out = empty()?;
@@ -83,8 +83,8 @@ fn on_cuda(
         columns: channels as i32,
         eps,
     };
-    // SAFETY: the tensors have the shapes that `args` gives, and the device's stream frees no memory
-    // before this launch has used it.
+    // SAFETY: the tensors have the shapes in `args`, and the stream frees no memory before this
+    // launch has used it.
     unsafe { crate::cuda::rms_norm(&device.cuda_stream(), half, rows, &args) }?;
     Ok(Some((sum, out)))
 }

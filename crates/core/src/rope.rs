@@ -11,7 +11,8 @@ use candle_core::{DType, Device, Tensor};
 
 pub use scaling::RopeScaling;
 
-/// Rotates queries and keys by their positions, channel i with channel i + rotary_dims/2 (the layout of Hugging Face checkpoints).
+/// Rotates queries and keys by their positions. Channel i is paired with channel i + rotary_dims/2
+/// (the layout of Hugging Face checkpoints).
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -32,9 +33,9 @@ pub struct Rope {
     head_dim: usize,
     /// One frequency per rotated pair of channels, radians per position.
     frequencies: Vec<f64>,
-    /// The table of the last positions: all layers of a model ask for the same ones.
+    /// The cos/sin table of the last positions: all layers of a model ask for the same ones.
     last: Mutex<Option<Table>>,
-    /// The same for the kernel on a CUDA device.
+    /// The same table for the CUDA kernel.
     #[cfg(feature = "cuda")]
     last_on_device: Mutex<Option<cuda::OnDevice>>,
 }
@@ -47,13 +48,15 @@ struct Table {
 }
 
 impl Rope {
-    /// For heads of `head_dim` channels, of which the first `rotary_dims` rotate, with base `theta`.
+    /// Creates an embedding for heads of `head_dim` channels, of which the first `rotary_dims`
+    /// rotate, with base `theta`.
     ///
-    /// The rotation preserves lengths: a scaling's
-    /// [attention factor](RopeScaling::attention_factor) is for the model to apply.
+    /// The rotation preserves lengths. The model applies the [attention
+    /// factor](RopeScaling::attention_factor) of a scaling.
     ///
     /// # Errors
-    /// [`Error::Setting`] if `rotary_dims` is odd, zero or above `head_dim`, or a factor is not positive.
+    /// [`Error::Setting`] if `rotary_dims` is odd, zero or above `head_dim`, or a factor is not
+    /// positive.
     pub fn new(
         head_dim: usize,
         rotary_dims: usize,
@@ -79,32 +82,34 @@ impl Rope {
         }
     }
 
-    /// The same with each frequency divided by a factor of its own, as GGUF files of Llama 3.1 and its kin say it.
+    /// Divides each frequency by its own factor, as the GGUF files of Llama 3.1 and similar models
+    /// specify it.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] unless there is one factor per rotated pair of channels; [`Error::Setting`] if one is not positive.
+    /// [`Error::Mismatch`] unless there is one factor per rotated pair of channels;
+    /// [`Error::Setting`] if one is not positive.
     pub fn with_factors(self, factors: &[f64]) -> Result<Self> {
         Ok(Self::of(self.head_dim, scaling::divide(self.frequencies, factors)?))
     }
 
-    /// No rotation: for layers without positions, whose caches may still move keys.
+    /// Creates an embedding without rotation, for layers without positions whose caches may move
+    /// keys.
     pub fn identity(head_dim: usize) -> Self {
         Self::of(head_dim, Vec::new())
     }
 
-    /// Channels of a head that rotate.
+    /// Returns the number of channels of a head that rotate.
     pub fn rotary_dims(&self) -> usize {
         2 * self.frequencies.len()
     }
 
-    /// Radians per position, one for each rotated pair of channels; scaling included.
+    /// Returns radians per position, one for each rotated pair of channels, including scaling.
     pub fn frequencies(&self) -> &[f64] {
         &self.frequencies
     }
 
-    /// Rotates token i of `x` (`[tokens, heads, head_dim]`) by `positions[i]`. Rotations add up:
-    /// moving a key that is rotated already to another position is a rotation by the difference,
-    /// which may be negative.
+    /// Rotates token i of `x` (`[tokens, heads, head_dim]`) by `positions[i]`. Rotations add up: to
+    /// move a rotated key to another position, rotate it by the difference, which may be negative.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if `x` has another shape or there is not one position per token.
@@ -146,7 +151,8 @@ impl Rope {
         Ok((cos, sin))
     }
 
-    /// Angles are taken in f64: at position 1,000,000 an f32 product would be off by several hundredths of a radian.
+    /// Returns the cosines and sines. Angles are computed in f64: at position 1,000,000 an f32
+    /// product would be off by several hundredths of a radian.
     fn cos_sin(
         &self,
         positions: &[i64],
@@ -170,7 +176,8 @@ impl Rope {
 
     fn rotate(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         let rotary = self.rotary_dims();
-        // Each token is a batch row with angles of its own: candle runs rows in parallel on the CPU.
+        // Each token is a batch row with its own angles: candle processes rows in parallel on the
+        // CPU.
         let (cos, sin) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
         let turn = |x: &Tensor| -> Result<Tensor> {
             let x = x.contiguous()?.unsqueeze(1)?;
@@ -225,7 +232,7 @@ mod tests {
             let one = rope.apply(&x.narrow(0, i, 1).unwrap(), &[position]).unwrap();
             assert_eq!(distance(&all.narrow(0, i, 1).unwrap(), &one), 0.0);
         }
-        // Partial: the channels past the first eight stay.
+        // Partial rotation: the channels after the first eight stay.
         assert_eq!(distance(&all.narrow(2, 8, 8).unwrap(), &x.narrow(2, 8, 8).unwrap()), 0.0);
         assert!(rope.apply(&x, &[1, 2]).unwrap_err().to_string().contains("positions"));
     }

@@ -1,11 +1,11 @@
-//! What an attention layer looks like to its cache.
+//! The shape and settings of an attention layer.
 
 use std::sync::Arc;
 
 use crate::{AttentionState, Error, Result, Rope, latent};
 use candle_core::{DType, Tensor};
 
-/// One attention layer's numbers.
+/// The dimensions and mask of an attention layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
     /// Query heads.
@@ -14,18 +14,18 @@ pub struct AttentionShape {
     pub kv_heads: usize,
     /// Channels of a query or key.
     pub head_dim: usize,
-    /// Channels of a value, most often `head_dim`.
+    /// Channels of a value, usually `head_dim`.
     pub value_dim: usize,
-    /// What scores q·k are multiplied with, most often `head_dim^-0.5`.
+    /// Softmax scale of the scores q·k, usually `head_dim^-0.5`.
     pub scale: f32,
     /// Sliding window: a query sees itself and the `window - 1` tokens before it. `None`: all.
     pub window: Option<usize>,
-    /// Scores s become `soft_cap * tanh(s / soft_cap)`. `None`: as they are.
+    /// Soft cap: a score s becomes `soft_cap * tanh(s / soft_cap)`. `None`: no cap.
     pub soft_cap: Option<f32>,
 }
 
 impl AttentionShape {
-    /// Full causal attention with the usual scale `head_dim^-0.5`.
+    /// Creates the shape of full causal attention with scale `head_dim^-0.5`.
     ///
     /// # Errors
     /// [`Error::Setting`] if a number is zero or `kv_heads` does not divide `heads`.
@@ -42,12 +42,12 @@ impl AttentionShape {
         Ok(Self { heads, kv_heads, head_dim, value_dim, scale, window, soft_cap })
     }
 
-    /// Query heads that share one kv head.
+    /// Returns the number of query heads that share one kv head.
     pub fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
 
-    /// Checks queries `[tokens, heads, head_dim]`; gives the number of tokens.
+    /// Checks queries `[tokens, heads, head_dim]` and returns the number of tokens.
     ///
     /// # Errors
     /// [`Error::Mismatch`] naming `q`.
@@ -55,8 +55,8 @@ impl AttentionShape {
         check("q", q, self.heads, self.head_dim)
     }
 
-    /// Checks keys `[tokens, kv_heads, head_dim]` and values `[tokens, kv_heads, value_dim]`;
-    /// gives the number of tokens.
+    /// Checks keys `[tokens, kv_heads, head_dim]` and values `[tokens, kv_heads, value_dim]` and
+    /// returns the number of tokens.
     ///
     /// # Errors
     /// [`Error::Mismatch`] naming `k` or `v`.
@@ -80,19 +80,20 @@ fn check(what: &str, x: &Tensor, heads: usize, channels: usize) -> Result<usize>
     }
 }
 
-/// One attention layer of a model, bound to its cache when the cache is made.
+/// An attention layer of a model. A cache is bound to it at creation.
 #[derive(Debug, Clone)]
 pub struct LayerSpec {
-    /// Which layer of the model, from 0.
+    /// Index of the layer in the model, from 0.
     pub index: usize,
-    /// Layers of the model.
+    /// Number of layers of the model.
     pub count: usize,
-    /// The layer's numbers.
+    /// Dimensions and mask.
     pub shape: AttentionShape,
     /// The rotary embedding that the cache applies to queries and keys. `None`: the engine rotates
     /// them itself, or the layer has no positions.
     pub rope: Option<Arc<Rope>>,
-    /// Learned sink logits, `[heads]`: each joins its query head's softmax without a value.
+    /// Learned sink logits, `[heads]`. Each is added to the softmax of its query head and has no
+    /// value.
     pub sink_logits: Option<Arc<[f32]>>,
     /// Multi-head latent attention: the values are the last `value_dim` channels of the keys, which
     /// the rotary embedding leaves alone. A [`LatentCache`](crate::LatentCache) holds them once.
@@ -100,27 +101,27 @@ pub struct LayerSpec {
 }
 
 impl LayerSpec {
-    /// The only layer of a model, whose queries and keys come rotated.
+    /// Creates the only layer of a model, with queries and keys that are already rotated.
     pub fn new(shape: AttentionShape) -> Self {
         Self { index: 0, count: 1, shape, rope: None, sink_logits: None, latent: false }
     }
 
-    /// The same with queries and keys that the cache rotates.
+    /// Returns the layer with a rotary embedding that the cache applies.
     #[must_use]
     pub fn with_rope(self, rope: Arc<Rope>) -> Self {
         Self { rope: Some(rope), ..self }
     }
 
-    /// The same as layer `index` of `count`.
+    /// Returns the layer as layer `index` of `count`.
     #[must_use]
     pub fn at(self, index: usize, count: usize) -> Self {
         Self { index, count, ..self }
     }
 
-    /// The same with learned sink logits.
+    /// Returns the layer with learned sink logits.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] unless there is one for each query head.
+    /// [`Error::Mismatch`] unless there is one logit for each query head.
     pub fn with_sink_logits(self, logits: Arc<[f32]>) -> Result<Self> {
         if logits.len() != self.shape.heads {
             return Err(Error::mismatch("sink logits", self.shape.heads, logits.len()));
@@ -128,11 +129,11 @@ impl LayerSpec {
         Ok(Self { sink_logits: Some(logits), ..self })
     }
 
-    /// The same with values that are a part of the keys.
+    /// Marks the values as the last channels of the keys: multi-head latent attention.
     ///
     /// # Errors
     /// [`Error::Setting`] for a shape that latent attention can't have, or a rotary embedding that
-    /// rotates values.
+    /// rotates the values' channels.
     pub fn with_latent(self) -> Result<Self> {
         latent::check_shape(&self.shape)?;
         let most = self.shape.head_dim - self.shape.value_dim;
@@ -143,7 +144,7 @@ impl LayerSpec {
         Ok(Self { latent: true, ..self })
     }
 
-    /// The rotary embedding, for caches that move keys.
+    /// Returns the rotary embedding, for caches that move keys.
     ///
     /// # Errors
     /// [`Error::Setting`] naming `user` if the layer has none.
@@ -155,7 +156,8 @@ impl LayerSpec {
         self.rope.as_ref().ok_or_else(missing)
     }
 
-    /// `[tokens, heads, head_dim]` rotated to positions, or as they are without an embedding.
+    /// Rotates `[tokens, heads, head_dim]` to positions; returns it unchanged if there is no
+    /// embedding.
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -166,7 +168,8 @@ impl LayerSpec {
         }
     }
 
-    /// The layer's output in `dtype` from the attention over all that its queries see.
+    /// Returns the layer's output in `dtype` from the attention over everything that its queries
+    /// see.
     ///
     /// # Errors
     /// If a tensor operation fails.

@@ -1,21 +1,21 @@
-//! Attention over a part of what queries see, which merges with other parts without loss.
+//! Attention over a part of the entries, mergeable with other parts without loss.
 
 use crate::{Error, Result};
 use candle_core::{D, Tensor};
 
-/// Attention over a part of what queries see.
+/// Attention over a part of the entries that the queries see.
 #[derive(Debug, Clone)]
 pub struct AttentionState {
-    /// The softmax-weighted sum of the part's values, normalised within the part: f32,
-    /// `[tokens, heads, value_dim]`; zero where nothing was seen.
+    /// The softmax-weighted sum of the part's values, normalised within the part: f32, `[tokens,
+    /// heads, value_dim]`. Zero where nothing is visible.
     pub out: Tensor,
-    /// The natural logarithm of the part's sum of exponentiated scores: f32, `[tokens, heads]`;
-    /// -inf where nothing was seen.
+    /// The natural log-sum-exp of the part's scores: f32, `[tokens, heads]`. -inf where nothing is
+    /// visible.
     pub lse: Tensor,
 }
 
 impl AttentionState {
-    /// Joins attention over disjoint sets of entries into attention over their union.
+    /// Merges attention over disjoint sets of entries into attention over their union.
     ///
     /// # Errors
     /// If `parts` is empty, or their shapes differ.
@@ -27,7 +27,7 @@ impl AttentionState {
             return Ok(first.clone());
         }
         let lse = Tensor::stack(&parts.iter().map(|p| &p.lse).collect::<Vec<_>>(), 0)?;
-        // A query that sees nothing in any part keeps -inf as its log-sum-exp and zero as output.
+        // A query that sees nothing in any part keeps a log-sum-exp of -inf and an output of zero.
         let max = lse.max(0)?.maximum(f32::MIN)?;
         let weights = lse.broadcast_sub(&max.unsqueeze(0)?)?.exp()?;
         let sum = weights.sum(0)?;
@@ -39,8 +39,8 @@ impl AttentionState {
         Ok(AttentionState { out, lse: (max + sum.log()?)? })
     }
 
-    /// The state after each query head's learned sink logit (`[heads]`) has joined its softmax: the
-    /// sink takes a share of the attention and has no value.
+    /// Adds each query head's learned sink logit (`[heads]`) to its softmax. The sink takes a share
+    /// of the attention and has no value.
     ///
     /// # Errors
     /// [`Error::Mismatch`] unless there is one logit for each head.
@@ -65,7 +65,7 @@ mod tests {
 
     #[test]
     fn a_sink_logit_is_one_more_score_without_a_value() {
-        // Two scores s and a sink: softmax over three, of which two have values.
+        // Two scores s and a sink: a softmax over three logits, two of which have values.
         let (scores, values, sink) = ([0.3f32, -1.2], [2.0f32, 5.0], 0.7f32);
         let sum: f32 = scores.iter().map(|s| s.exp()).sum();
         let out = scores.iter().zip(values).map(|(s, v)| s.exp() * v).sum::<f32>() / sum;

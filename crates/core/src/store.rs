@@ -1,34 +1,33 @@
-//! Keys and values of one layer for many sequences, and attention over them: what caches are
-//! built from.
+//! Keys and values of one layer for many sequences, and attention over them. Caches are built from
+//! stores.
 
 use std::ops::Range;
 
 use crate::{AttentionShape, AttentionState, Batch, Error, Footprint, Result, SeqId};
 use candle_core::Tensor;
 
-/// Holds keys and values for some positions per sequence and kv head, and attends over them.
+/// Stores keys and values per sequence and kv head, and computes attention over them.
 ///
-/// A store knows nothing of positions or the rotary embedding: keys come rotated as the cache wants
-/// them. Entries are numbered per sequence and kv head in the order in which they were appended;
-/// after [`retain`](KvStore::retain) the survivors close ranks, so that entry i of one head and of
-/// another may come from different tokens.
+/// A store does not know positions or the rotary embedding: keys are stored as given. Entries are
+/// numbered per sequence and kv head in the order of appending. [`retain`](KvStore::retain)
+/// renumbers the remaining entries, so entry i of two heads may come from different tokens.
 ///
-/// Memory lies in blocks of a pool. A sequence has a block table per kv head; forks share blocks.
-/// After an error nothing has changed.
+/// Memory is a pool of blocks. A sequence has a block table per kv head; forks share blocks. After
+/// an error nothing has changed.
 pub trait KvStore: Send {
-    /// The layer that it was made for.
+    /// Returns the shape of the layer.
     fn shape(&self) -> &AttentionShape;
 
     /// Appends keys `[tokens, kv_heads, head_dim]` and values `[tokens, kv_heads, value_dim]` to
-    /// every head of the batch's sequences. Sequences that are not known begin.
+    /// every head of the batch's sequences. An unknown sequence is created.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if the tensors do not fit; [`Error::NotFinite`] from stores that
     /// quantize; [`Error::PoolFull`].
     fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()>;
 
-    /// Appends to each kv head the tokens selected for it. `tokens` has a selection for each
-    /// sequence of the batch, whose numbers count that sequence's own tokens.
+    /// Appends to each kv head the tokens selected for it. `tokens` has one selection per sequence
+    /// of the batch. Its indices are relative to the sequence's first token of the batch.
     ///
     /// # Errors
     /// As [`append`](KvStore::append), and [`Error::Mismatch`] for a selection that does not fit.
@@ -40,19 +39,19 @@ pub trait KvStore: Send {
         tokens: &[Selection],
     ) -> Result<()>;
 
-    /// Attention of queries `[tokens, heads, head_dim]` over the entries that `mask` allows. A
-    /// query that sees nothing has zeros, and -inf as its log-sum-exp.
+    /// Computes attention of queries `[tokens, heads, head_dim]` over the entries that `mask`
+    /// allows. A query that sees nothing has an output of zero and a log-sum-exp of -inf.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if `q` or `mask` does not fit what is held.
+    /// [`Error::Mismatch`] if `q` or `mask` does not fit the stored entries.
     fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState>;
 
-    /// Attention probability received by each entry, summed over the queries: for kv head h of the
-    /// batch's i-th sequence, the tensor `[i * kv_heads + h]`, `[group, entries]` in f32 on the
-    /// store's device, with a row for each query head of its group.
+    /// Returns the attention probability that each entry receives, summed over the queries. Tensor
+    /// `[i * kv_heads + h]` belongs to kv head h of the batch's i-th sequence. Its shape is
+    /// `[group, entries]`, with a row per query head of the group; f32, on the store's device.
     ///
-    /// `lse` (`[tokens, heads]`) is the log-sum-exp of *all* that the queries see, here and
-    /// elsewhere, so that the sums of several stores add up to the number of queries.
+    /// `lse` (`[tokens, heads]`) is the log-sum-exp over *everything* that the queries see, in this
+    /// store and elsewhere. The sums of several stores then add up to the number of queries.
     ///
     /// # Errors
     /// As [`attend`](KvStore::attend).
@@ -70,15 +69,15 @@ pub trait KvStore: Send {
     /// [`Error::UnknownSequence`]; [`Error::Mismatch`] for a selection that does not fit.
     fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()>;
 
-    /// The keys `[entries, head_dim]` and values `[entries, value_dim]` of one kv head, in f32 on
-    /// the store's device. For policies and tests.
+    /// Returns the keys `[entries, head_dim]` and values `[entries, value_dim]` of one kv head, in
+    /// f32 on the store's device. For policies and tests.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if there is no such head.
     fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)>;
 
-    /// The same of a range of entries. A store that can read a part overrides it: by default all
-    /// entries of the head are read, and those outside of the range left out.
+    /// Returns the keys and values of a range of entries. By default it reads the whole head and
+    /// narrows the result; a store that can read a part overrides it.
     ///
     /// # Errors
     /// As [`read`](Self::read), and [`Error::Mismatch`] for a range past the head's end.
@@ -94,54 +93,56 @@ pub trait KvStore: Send {
         Ok((part(&k)?, part(&v)?))
     }
 
-    /// Entries of a sequence, `[kv_heads]`; none for a sequence that is not known.
+    /// Returns the number of entries of each kv head, `[kv_heads]`; empty for an unknown sequence.
     fn lens(&self, seq: SeqId) -> Vec<usize>;
 
-    /// Makes `to` a copy of `from` that shares its blocks until one of them changes them.
+    /// Makes `to` a copy of `from`. They share blocks until one of them changes them (copy on
+    /// write).
     ///
     /// # Errors
     /// [`Error::UnknownSequence`] for `from`; [`Error::Mismatch`] if `to` exists.
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()>;
 
-    /// Whether [`truncate`](Self::truncate) can do this; an error says why not.
+    /// Checks whether [`truncate`](Self::truncate) is possible. The error gives the reason if it is
+    /// not.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if a head holds fewer entries;
-    /// [`Error::Unsupported`] if the format can't.
+    /// [`Error::Unsupported`] if the format does not allow it.
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()>;
 
-    /// Drops all entries of every head after its first `len`.
+    /// Drops the entries of every head after the first `len`.
     ///
     /// # Errors
     /// As [`check_truncate`](Self::check_truncate), and no others.
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()>;
 
-    /// Ends a sequence and gives its blocks back. Returns whether it existed.
+    /// Removes a sequence and frees its blocks. Returns whether it existed.
     fn remove(&mut self, seq: SeqId) -> bool;
 
-    /// The sequences, in increasing order.
+    /// Returns the sequences, in increasing order.
     fn seqs(&self) -> Vec<SeqId>;
 
-    /// Whether there is memory to append the batch's tokens to every head.
+    /// Returns whether there is memory to append the batch's tokens to every head.
     fn can_append(&self, batch: &Batch) -> bool;
 
-    /// Bytes held for all sequences, with what is allocated and free.
+    /// Returns the bytes held for all sequences, including memory that is allocated and free.
     fn footprint(&self) -> Footprint;
 
-    /// Bytes held for one sequence. Blocks that it shares with others count in full.
+    /// Returns the bytes held for one sequence. Blocks that it shares with others count in full.
     fn seq_footprint(&self, seq: SeqId) -> Footprint;
 
-    /// Ends all sequences and gives the memory back.
+    /// Removes all sequences and frees the memory.
     fn clear(&mut self);
 
-    /// Entries of the head of a sequence that holds the most.
+    /// Returns the number of entries of the longest kv head of a sequence.
     fn len(&self, seq: SeqId) -> usize {
         self.lens(seq).into_iter().max().unwrap_or(0)
     }
 }
 
-/// Checks a range of entries to read against a head's entries.
-pub(crate) fn check_range(entries: &Range<usize>, len: usize) -> Result<()> {
+/// Checks a range of entries against the number of a head's entries.
+pub fn check_range(entries: &Range<usize>, len: usize) -> Result<()> {
     if entries.start > entries.end || entries.end > len {
         let expected = format!("a range within {len}");
         return Err(Error::mismatch("entries to read", expected, format!("{entries:?}")));
@@ -149,22 +150,22 @@ pub(crate) fn check_range(entries: &Range<usize>, len: usize) -> Result<()> {
     Ok(())
 }
 
-/// Which entries of its sequence a query sees.
+/// The entries of its sequence that a query sees.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Mask<'a> {
-    /// Every query sees every entry: they all lie in its past.
+    /// Every query sees every entry: all entries precede it.
     Full,
-    /// A sequence's last n entries are its n queries' own tokens. Query i sees the entries up to
-    /// its own; with the layer's sliding window, only the last `window` of these.
+    /// The last n entries of a sequence belong to its n queries. Query i sees the entries up to its
+    /// own; with the layer's sliding window, only the last `window` of these.
     Causal,
-    /// Every query of a sequence sees the ranges that are listed for it.
+    /// Every query of a sequence sees the ranges listed for it.
     Entries(&'a EntryRanges),
 }
 
 impl Mask<'_> {
-    /// The range of entries that query `i` of `queries` sees among `len`, under
-    /// [`Full`](Mask::Full) and [`Causal`](Mask::Causal). A selection of ranges is applied before:
-    /// its entries are then all there is.
+    /// Returns the range of entries that query `i` of `queries` sees among `len`, for
+    /// [`Full`](Mask::Full) and [`Causal`](Mask::Causal). [`Entries`](Mask::Entries) are selected
+    /// beforehand; `len` then counts the selected entries.
     pub fn range(
         self,
         i: usize,
@@ -182,10 +183,10 @@ impl Mask<'_> {
     }
 }
 
-/// Ranges of entries to attend to: a list for each sequence of a batch and kv head,
-/// `[sequences * kv_heads]`. The ranges of a list are disjoint and in increasing order.
+/// Ranges of entries to attend to, a list for each sequence of a batch and kv head: `[sequences *
+/// kv_heads]`. The ranges of a list are disjoint and increasing.
 ///
-/// Retrieval reads blocks of the past through it, from any store. Blocks outside of the ranges are
+/// Retrieval reads blocks of the past from any store through it. Blocks outside of the ranges are
 /// not read.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct EntryRanges {
@@ -193,7 +194,7 @@ pub struct EntryRanges {
 }
 
 impl EntryRanges {
-    /// One list for each sequence and kv head.
+    /// Creates the ranges from one list for each sequence and kv head.
     ///
     /// # Errors
     /// [`Error::Mismatch`] naming a list whose ranges are empty, overlap or decrease.
@@ -212,15 +213,15 @@ impl EntryRanges {
         Ok(Self { heads })
     }
 
-    /// The lists.
+    /// Returns the lists.
     pub fn heads(&self) -> &[Vec<Range<usize>>] {
         &self.heads
     }
 
-    /// Checks the lists against the entries of each sequence's heads.
+    /// Checks the lists against the number of entries of each head.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] for another number of lists, or a range past a head's end.
+    /// [`Error::Mismatch`] for a wrong number of lists, or a range past the end of a head.
     pub fn check(&self, lens: &[usize]) -> Result<()> {
         if self.heads.len() != lens.len() {
             return Err(Error::mismatch("lists of entry ranges", lens.len(), self.heads.len()));
@@ -235,7 +236,8 @@ impl EntryRanges {
     }
 }
 
-/// Some entries of a sequence: for each kv head (`[kv_heads]`), entry numbers in increasing order.
+/// Selected entries of a sequence: for each kv head (`[kv_heads]`), entry indices in increasing
+/// order.
 ///
 /// ```
 /// use longctx_core::Selection;
@@ -251,26 +253,26 @@ pub struct Selection {
 }
 
 impl Selection {
-    /// One list per kv head.
+    /// Creates a selection from one list per kv head.
     pub fn new(heads: Vec<Vec<u32>>) -> Self {
         Self { heads }
     }
 
-    /// The same list for `heads` heads.
+    /// Creates a selection with the same list for `heads` heads.
     pub fn uniform(heads: usize, keep: Vec<u32>) -> Self {
         Self { heads: vec![keep; heads] }
     }
 
-    /// The lists.
+    /// Returns the lists.
     pub fn heads(&self) -> &[Vec<u32>] {
         &self.heads
     }
 
-    /// Checks the lists against the entries that each head holds.
+    /// Checks the lists against the number of entries of each head.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] naming the first head whose list is not strictly increasing or goes past
-    /// its end.
+    /// [`Error::Mismatch`] naming the first head whose list is not strictly increasing or exceeds
+    /// its entries.
     pub fn check(&self, lens: &[usize]) -> Result<()> {
         if self.heads.len() != lens.len() {
             return Err(Error::mismatch("heads of a selection", lens.len(), self.heads.len()));
@@ -289,10 +291,10 @@ impl Selection {
     }
 }
 
-/// Checks one selection for each sequence of a batch against the sequences' tokens.
+/// Checks one selection per sequence of a batch against the sequences' tokens.
 ///
 /// # Errors
-/// [`Error::Mismatch`] for another number of selections; as [`Selection::check`].
+/// [`Error::Mismatch`] for a wrong number of selections; as [`Selection::check`].
 pub fn check_selections(batch: &Batch, tokens: &[Selection], kv_heads: usize) -> Result<()> {
     if tokens.len() != batch.seqs().len() {
         return Err(Error::mismatch("selections of tokens", batch.seqs().len(), tokens.len()));

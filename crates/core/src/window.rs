@@ -1,4 +1,4 @@
-//! The cache of a layer with a sliding window, over any store.
+//! A cache with a sliding window over any store.
 
 use std::collections::BTreeMap;
 
@@ -9,8 +9,8 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 
-/// Makes the caches of a model with two kinds of layers: `windowed` those of layers with a sliding
-/// window, `full` the others.
+/// Returns a function that makes the caches of a model with two kinds of layers: `windowed` for
+/// layers with a sliding window, `full` for the others.
 ///
 /// ```
 /// use candle_core::DType;
@@ -38,14 +38,13 @@ pub fn for_layers<F: KvCache + 'static, W: KvCache + 'static>(
     }
 }
 
-/// Holds the tokens within a layer's sliding window in any store, dense or packed.
+/// A cache that keeps the tokens within a layer's sliding window, over any dense or packed store.
 ///
-/// The store is a ring of blocks: entries that have left the window are dropped `step` at a time.
-/// With a packed store's group as the step, that frees whole blocks and packs nothing anew. A
-/// sequence so holds fewer than `window + step` tokens, and the tokens of the call that it was last
-/// fed.
+/// Entries that have left the window are dropped `step` at a time. If the step is a packed store's
+/// group, whole blocks are freed and nothing is repacked. A sequence holds fewer than `window +
+/// step` tokens plus the tokens of its last call.
 ///
-/// Attention is exact among a call's tokens, and over the store's numbers before them.
+/// Attention is exact among the tokens of a call, and uses the store's numbers for earlier tokens.
 #[derive(Debug)]
 pub struct WindowCache<S> {
     spec: LayerSpec,
@@ -56,11 +55,11 @@ pub struct WindowCache<S> {
 }
 
 impl<S: KvStore> WindowCache<S> {
-    /// An empty cache.
+    /// Creates an empty cache.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a layer without a sliding window, a step of 0, or a store that holds
-    /// something; [`Error::Mismatch`] for a store of another shape.
+    /// [`Error::Setting`] for a layer without a sliding window, a step of 0, or a store that is not
+    /// empty; [`Error::Mismatch`] for a store of another shape.
     pub fn new(spec: LayerSpec, store: S, step: usize) -> Result<Self> {
         let Some(window) = spec.shape.window.filter(|&window| window > 0) else {
             let got = format!("{:?}", spec.shape.window);
@@ -79,12 +78,12 @@ impl<S: KvStore> WindowCache<S> {
         }
     }
 
-    /// The store.
+    /// Returns the store.
     pub fn store(&self) -> &S {
         &self.store
     }
 
-    /// Attention of a call's tokens, which the store does not hold yet.
+    /// Attention of the tokens of a call before they are appended to the store.
     fn attend_with_past(&self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<AttentionState> {
         let past = |seq: SeqId| self.store.len(seq).min(self.window - 1);
         if step.batch.seqs().iter().all(|&seq| past(seq) == 0) {
@@ -96,7 +95,7 @@ impl<S: KvStore> WindowCache<S> {
         }
     }
 
-    /// One query for each sequence: all see the same part of the past, where it lies.
+    /// One query per sequence: every query sees the same part of the past, which is read in place.
     fn attend_one_each(&self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<AttentionState> {
         let reach = self.window - 1;
         let lens = step.batch.seqs().iter().map(|&seq| match self.store.lens(seq) {
@@ -119,8 +118,8 @@ impl<S: KvStore> WindowCache<S> {
         AttentionState::merge(&[own, past])
     }
 
-    /// Several queries of a sequence see different parts of the past: it is read, and put before
-    /// the call's tokens. Its queries are zeros, whose output is left out.
+    /// Several queries of a sequence see different parts of the past. The past is read as tensors
+    /// and prepended to the tokens of the call, with zero queries whose output is discarded.
     fn attend_expanded(&self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<AttentionState> {
         let (mut qs, mut ks, mut vs) = (Vec::new(), Vec::new(), Vec::new());
         let (mut lens, mut rows, mut end) = (Vec::new(), Vec::new(), 0);
@@ -145,7 +144,8 @@ impl<S: KvStore> WindowCache<S> {
         Ok(AttentionState { out: own(&state.out)?, lse: own(&state.lse)? })
     }
 
-    /// The newest tokens that a coming one may see: keys `[tokens, kv_heads, head_dim]` and values.
+    /// Returns the newest tokens that the next token may see: keys `[tokens, kv_heads, head_dim]`
+    /// and values.
     fn newest(&self, seq: SeqId) -> Result<(Tensor, Tensor)> {
         let shape = &self.spec.shape;
         let len = self.store.len(seq);
@@ -165,7 +165,7 @@ impl<S: KvStore> WindowCache<S> {
         Ok((Tensor::stack(&keys, 1)?, Tensor::stack(&values, 1)?))
     }
 
-    /// Appends a call's tokens; of a sequence that begins, those that later tokens may see.
+    /// Appends the tokens of a call. Of a new sequence, only those that later tokens may see.
     fn append(&mut self, step: &Step<'_>, k: &Tensor) -> Result<()> {
         let skipped = |seq, tokens: usize| match self.seen(seq) {
             0 => tokens.saturating_sub(self.window),
@@ -182,7 +182,7 @@ impl<S: KvStore> WindowCache<S> {
         self.store.append_selected(step.batch, k, step.v, &kept)
     }
 
-    /// Counts a call's tokens as seen, and drops entries that have left the window.
+    /// Counts a call's tokens as seen and drops entries that have left the window.
     fn advance(&mut self, batch: &Batch) -> Result<()> {
         for (seq, tokens) in batch.iter() {
             *self.seen.entry(seq).or_default() += tokens.len();
@@ -195,8 +195,8 @@ impl<S: KvStore> WindowCache<S> {
             }
             let newest = (gone as u32..len as u32).collect();
             let keep = Selection::uniform(self.spec.shape.kv_heads, newest);
-            // Dropping may need blocks for copies of shared ones; without room for them, the
-            // entries stay until the next call.
+            // Dropping may need blocks for copies of shared ones. Without room for them the entries
+            // stay until the next call.
             match self.store.retain(seq, &keep) {
                 Err(Error::PoolFull { .. }) => {}
                 other => other?,
@@ -276,7 +276,7 @@ impl<S: KvStore> KvCache for WindowCache<S> {
         self.store.len(seq)
     }
 
-    /// A sequence that begins with more tokens than the window needs room for the window.
+    /// A new sequence with more tokens than the window needs room only for the window.
     fn can_take(&self, batch: &Batch) -> bool {
         let appended = |(seq, own): (SeqId, std::ops::Range<usize>)| match self.seen(seq) {
             0 => (seq, own.len().min(self.window)),

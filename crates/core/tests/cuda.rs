@@ -1,4 +1,4 @@
-//! Attention and dense caches on a CUDA device beside those of the CPU. Needs a CUDA device.
+//! Attention and dense caches on a CUDA device against the CPU. Needs a CUDA device.
 #![cfg(feature = "cuda")]
 
 use std::sync::Arc;
@@ -43,7 +43,7 @@ fn caches_attend_as_on_the_cpu() {
         let (heads, kv_heads, d) = (shape.heads, shape.kv_heads, shape.head_dim);
         let rope = Arc::new(Rope::new(d, d, 10_000.0, RopeScaling::None).unwrap());
         let spec = LayerSpec::new(shape).with_rope(rope);
-        // Scores in f16, and bf16 outputs, carry those formats' rounding.
+        // f16 scores and bf16 outputs carry the rounding of those formats.
         for (dtype, bound) in [(DType::F32, 1e-4), (DType::F16, 2e-3), (DType::BF16, 1e-2)] {
             let mut host = DenseCache::new(spec.clone(), dtype).unwrap();
             let mut other = DenseCache::new(spec.clone(), dtype).unwrap();
@@ -51,7 +51,7 @@ fn caches_attend_as_on_the_cpu() {
                 let batch = Batch::new(call).unwrap();
                 let tokens = batch.tokens();
                 let (q, k) = (random(tokens, heads, d, dtype), random(tokens, kv_heads, d, dtype));
-                // Large values: their plain sum would not fit f16.
+                // Large values: their plain sum would overflow f16.
                 let v = (random(tokens, kv_heads, d, dtype) + 300.0).unwrap();
                 let [dq, dk, dv] = [&q, &k, &v].map(|x| x.to_device(&device).unwrap());
                 let want = host.attend(&Step { batch: &batch, q: &q, k: &k, v: &v }).unwrap();
@@ -97,7 +97,7 @@ fn prompts_attend_as_on_the_cpu() {
         ];
         for shape in shapes {
             for (dtype, bound) in [(DType::F16, 1e-3), (DType::BF16, 6e-3)] {
-                // Queries, keys and values as views into the output of one projection.
+                // Queries, keys and values are views into the output of one projection.
                 let qkv = random(batch.tokens(), heads + 2 * kv_heads, d, dtype);
                 let parts = |qkv: &Tensor| {
                     let of = |first, count| qkv.narrow(1, first, count).unwrap();
@@ -194,7 +194,7 @@ fn rotary_embeddings_equal_the_cpus() {
     for (d, rotary) in [(64, 64), (128, 128), (80, 32), (256, 256), (96, 24)] {
         let rope = Rope::new(d, rotary, 500_000.0, RopeScaling::None).unwrap();
         for dtype in [DType::F32, DType::F16, DType::BF16] {
-            // A view into one projection of queries and keys, and twice the same positions.
+            // A view into one projection of queries and keys, and the same positions twice.
             let both = random(tokens, 7, d, dtype);
             for (first, heads) in [(0, 5), (5, 2)] {
                 let x = both.narrow(1, first, heads).unwrap();
@@ -212,8 +212,8 @@ fn rotary_embeddings_equal_the_cpus() {
     }
 }
 
-/// The kernels on memory of cudarc's, from a captured graph that is launched with other lengths
-/// than it was captured with.
+/// The kernels on cudarc's own memory. A captured graph is replayed with other lengths than at
+/// capture.
 #[test]
 fn pages_attend_as_on_the_cpu() {
     let Ok(context) = CudaContext::new(0) else {
@@ -228,7 +228,7 @@ fn pages_attend_as_on_the_cpu() {
     let rows = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f16>().unwrap();
     let f16s = |n, heads| random(n, heads, d, DType::F16);
 
-    // Pages of both sequences and heads in reverse order, the rest of the last ones NaN.
+    // The pages of both sequences and heads in reverse order; the rest of the last pages is NaN.
     let (q, kv) = (f16s(tokens, heads), entries.map(|n| (f16s(n, kv_heads), f16s(n, kv_heads))));
     let blocks = entries.map(|n| n.div_ceil(PAGE));
     let (most, total) = (blocks[0], kv_heads * (blocks[0] + blocks[1]));
@@ -307,7 +307,7 @@ fn pages_attend_as_on_the_cpu() {
     assert!(relative(&tensor(&lse, &[tokens, heads]), &want.lse) < 1e-4);
 
     let unfit = PrefillArgs { q_token: 4, ..args };
-    // SAFETY: refused before anything is launched.
+    // SAFETY: the call is refused before anything is launched.
     let error = unsafe { prefill(&stream, Half::F16, d, &unfit) }.unwrap_err().to_string();
     assert!(error.contains("strides of q"), "{error}");
     // SAFETY: as above.
@@ -315,7 +315,7 @@ fn pages_attend_as_on_the_cpu() {
     assert!(error.contains("72"), "{error}");
 }
 
-/// Numbers below one that is given, the same in every run.
+/// Returns a generator of numbers below its argument, the same in every run.
 fn draws() -> impl FnMut(usize) -> usize {
     let mut state = 7u64;
     move |n: usize| {
@@ -325,7 +325,7 @@ fn draws() -> impl FnMut(usize) -> usize {
     }
 }
 
-/// Some of so many entries, in runs; never none.
+/// Returns some of `len` entries in runs, at least one.
 fn some_of(len: usize, draw: &mut dyn FnMut(usize) -> usize) -> Vec<u32> {
     let longest = [2, 30, 200][draw(3)];
     let (mut list, mut from) = (Vec::new(), draw(3).min(len - 1) as u32);

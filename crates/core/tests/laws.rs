@@ -1,5 +1,6 @@
-//! Laws of the dense store and cache: a batch equals its sequences alone, a fork a copy, a truncated
-//! sequence one that never saw the rest; and random sequences of operations against plain lists.
+//! Laws of the dense store and cache. A batch equals its sequences alone, a fork equals a copy, and
+//! a truncated sequence equals one that never saw the rest. Random sequences of operations are
+//! compared with plain lists.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ fn spec() -> LayerSpec {
     LayerSpec::new(shape()).with_rope(Arc::new(rope))
 }
 
-/// Numbers that depend on the sequence, the token and the channel alone.
+/// Returns numbers that depend only on the sequence, the token and the channel.
 fn rows(seq: SeqId, from: usize, count: usize, heads: usize, d: usize, salt: u64) -> Tensor {
     let number = |i: usize| {
         let x = (seq * 7919 + salt * 104_729 + (from * heads * d + i) as u64)
@@ -33,7 +34,7 @@ fn rows(seq: SeqId, from: usize, count: usize, heads: usize, d: usize, salt: u64
     Tensor::from_vec(data, (count, heads, d), &Device::Cpu).unwrap()
 }
 
-/// The q, k and v of a batch whose sequences continue at the given tokens.
+/// Returns q, k and v of a batch whose sequences continue at the given tokens.
 fn tensors(parts: &[(SeqId, usize, usize)]) -> [Tensor; 3] {
     [(HEADS, D, 1), (KV_HEADS, D, 2), (KV_HEADS, DV, 3)].map(|(heads, d, salt)| {
         let of =
@@ -47,7 +48,7 @@ fn feed(cache: &mut DenseCache, parts: &[(SeqId, usize)]) -> Result<Vec<Vec<f32>
     feed_at(cache, &at)
 }
 
-/// Feeds tokens `from..from + n` of each sequence's text; gives the rows of each sequence's output.
+/// Feeds tokens `from..from + n` of each sequence and returns the rows of each sequence's output.
 fn feed_at(cache: &mut DenseCache, parts: &[(SeqId, usize, usize)]) -> Result<Vec<Vec<f32>>> {
     let batch = Batch::new(&parts.iter().map(|&(s, _, n)| (s, n)).collect::<Vec<_>>())?;
     let [q, k, v] = tensors(parts);
@@ -100,7 +101,7 @@ proptest! {
             plain.fork(1, 2).unwrap();
         }
         prop_assert_eq!(feed_at(&mut plain, &[(2, 500, more)]).unwrap(), got);
-        // The sequence that was forked from is as it was.
+        // The source of the fork is unchanged.
         let mut whole = DenseCache::new(spec(), DType::F32).unwrap();
         feed(&mut whole, &[(1, len)]).unwrap();
         let next = feed(&mut whole, &[(1, 3)]).unwrap();
@@ -197,17 +198,17 @@ fn a_call_that_fails_changes_nothing() {
     assert!(cache.truncate(0, 34).unwrap_err().to_string().contains("at most 33"));
 }
 
-/// A store's plain model: each head's rows of keys and values, by sequence.
+/// The plain model of a store: each head's rows of keys and values, by sequence.
 type Lists = BTreeMap<SeqId, Heads>;
 
-/// A sequence's heads: their rows of keys and values.
+/// The heads of a sequence: their rows of keys and values.
 type Heads = Vec<Vec<(Vec<f32>, Vec<f32>)>>;
 
 fn row(x: &Tensor, token: usize, head: usize) -> Vec<f32> {
     x.get(token).unwrap().get(head).unwrap().to_vec1().unwrap()
 }
 
-/// What attention over plain lists gives for one query head.
+/// Returns the attention of one query head over plain lists.
 fn attend_list(q: &[f32], entries: &[&(Vec<f32>, Vec<f32>)]) -> Vec<f32> {
     let dot = |k: &[f32]| q.iter().zip(k).map(|(a, b)| f64::from(a * b)).sum::<f64>();
     let scores: Vec<f64> = entries.iter().map(|(k, _)| dot(k) * f64::from(shape().scale)).collect();
@@ -249,7 +250,7 @@ fn ops() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// Applies an operation to the store and to the lists, and compares what both hold and answer.
+/// Applies an operation to the store and to the lists, and compares contents and attention.
 fn apply(store: &mut DenseStore, lists: &mut Lists, op: &Op, salt: u64) {
     match op {
         Op::Append(seqs) => {
@@ -325,7 +326,7 @@ fn apply(store: &mut DenseStore, lists: &mut Lists, op: &Op, salt: u64) {
         Op::Ranges(seq, size) => {
             let batch = Batch::single(*seq, 1).unwrap();
             let [q, _, _] = tensors(&[(*seq, salt as usize, 1)]);
-            // Every second range of so many entries.
+            // Every second range of `size` entries.
             let keeps = |_: usize, entry: usize| (entry / size).is_multiple_of(2);
             let of_head = |&len: &usize| {
                 let starts = (0..len).step_by(2 * size);
@@ -376,12 +377,12 @@ fn compare(
     }
 }
 
-/// Random sequences of operations: 200, or 10,000 with `LONGCTX_SLOW` set.
+/// Random sequences of operations: 200, or 10,000 if `LONGCTX_SLOW` is set.
 #[test]
 fn any_sequence_of_operations_gives_the_answers_of_plain_lists() {
     let cases = if std::env::var_os("LONGCTX_SLOW").is_some() { 10_000 } else { 200 };
     let config = ProptestConfig { cases, max_shrink_iters: 200, ..ProptestConfig::default() };
-    // Of every second store the pool is so small that it fills up.
+    // In every second store the pool is so small that it fills up.
     proptest!(config, |(all in prop::collection::vec(ops(), 1..25), small: bool)| {
         let bytes = if small { 12 * 32 * (D + DV) * 4 } else { usize::MAX };
         let mut store = DenseStore::with_capacity(shape(), DType::F32, bytes).unwrap();

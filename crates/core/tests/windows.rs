@@ -1,4 +1,4 @@
-//! A window over any store against the exact cache, whose attention takes another way.
+//! A window over any store against the exact cache, whose attention is computed differently.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ fn spec(window: usize) -> LayerSpec {
     LayerSpec::new(shape).with_rope(Arc::new(rope))
 }
 
-/// Numbers that depend on the sequence, the token and the channel alone.
+/// Returns numbers that depend only on the sequence, the token and the channel.
 fn rows(parts: &[(SeqId, usize, usize)], heads: usize, salt: u64) -> Tensor {
     let number = |seq: SeqId, i: usize| {
         let x = (seq * 7919 + salt * 104_729 + i as u64).wrapping_mul(2_654_435_761);
@@ -50,7 +50,7 @@ fn windowed(window: usize, step: usize) -> WindowCache<DenseStore> {
     WindowCache::new(spec(window), store, step).unwrap()
 }
 
-/// A call feeds some tokens to each of three sequences; a rollback gives a few back.
+/// A call feeds tokens to each of three sequences; a rollback truncates a few.
 #[derive(Debug, Clone)]
 enum Operation {
     Feed([usize; 3]),
@@ -92,7 +92,7 @@ proptest! {
                 }
                 Operation::RollBack(seq, n) => {
                     let len = cache.seen(seq).saturating_sub(n);
-                    // The exact cache holds more beyond its window.
+                    // The exact cache holds more entries beyond its window.
                     if cache.truncate(seq, len).is_ok() {
                         exact.truncate(seq, len).unwrap();
                     }
@@ -117,7 +117,7 @@ fn a_window_holds_what_later_tokens_see() {
     let mut cache = windowed(16, 4);
     feed(&mut cache, &[(3, 500)]);
     assert_eq!((cache.seen(3), cache.held(3)), (500, 16));
-    // Rolled back as far as the window of the next token is still full, and no further.
+    // Rolled back as far as the window of the next token stays full, and no further.
     for _ in 0..3 {
         feed(&mut cache, &[(3, 1)]);
     }

@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use kv_quant::{
-    Axis, Bits, Codes, Float8, Flush, Format, QuantCache, QuantStore, StaticScale, TurboQuant,
+    Bits, Codes, Float8, Flush, Format, QuantCache, QuantStore, StaticScale, TurboQuant,
 };
 use longctx_core::{
     AttentionShape, Batch, EntryRanges, Error, KvCache, KvStore, LayerSpec, Mask, Selection, SeqId,
@@ -169,12 +169,10 @@ fn immediate() -> Vec<Format> {
     formats
 }
 
-/// Whether a block that is cut in two is unpacked on both sides and quantized anew, from the same
-/// numbers. Blocks of tokens that are packed one by one are shortened on the CPU and unpacked on a
-/// device; a tile of KVarN's hangs on every digit of its numbers.
+/// Whether a block that is cut in two gives the same codes on both sides. A tile of KVarN's is
+/// unpacked and quantized anew: its codes depend on every digit of its numbers.
 fn cuts_blocks_alike(format: Format) -> bool {
-    let keys = format.keys();
-    keys.along == Axis::Tokens && keys.codes == Codes::Asymmetric
+    !matches!(format.keys().codes, Codes::VarianceNormalized { .. })
 }
 
 /// The same, in whole blocks of tokens.

@@ -1,21 +1,21 @@
 use longctx_core::{Error, Result};
 
-/// How much a cache may keep of a sequence.
+/// The number of entries that a cache may keep of a sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Budget {
-    /// So many tokens for each kv head.
+    /// This many tokens for each kv head.
     Tokens(usize),
-    /// This share of the tokens of the prompt, between 0 and 1, though never less than what is
-    /// protected. [`expect_prompt`](crate::PolicyCache::expect_prompt) tells a prompt's length
-    /// beforehand; otherwise the budget grows as the prompt comes. Decoded tokens do not raise it.
+    /// This share of the prompt's tokens, between 0 and 1, but at least the protected tokens.
+    /// [`expect_prompt`](crate::PolicyCache::expect_prompt) sets the prompt's length in advance;
+    /// otherwise the budget grows with the prompt. Decoded tokens do not raise it.
     Ratio(f64),
-    /// So many tokens for each of the layer's kv heads; `None`: all. As DuoAttention has it.
+    /// A number of tokens for each kv head of the layer; `None`: all tokens. DuoAttention uses it.
     Heads(Vec<Option<usize>>),
 }
 
 impl Budget {
-    /// Checks that the budget can be met by `kv_heads` heads. `protected`: the entries protected
-    /// within a budget of so many tokens.
+    /// Checks that `kv_heads` heads can meet the budget. `protected` returns the number of
+    /// protected entries for a budget of the given number of tokens.
     pub(crate) fn check(&self, kv_heads: usize, protected: impl Fn(usize) -> usize) -> Result<()> {
         match self {
             Budget::Tokens(tokens) => check_tokens(*tokens, protected),
@@ -43,7 +43,7 @@ fn check_tokens(tokens: usize, protected: impl Fn(usize) -> usize) -> Result<()>
     }
 }
 
-/// Checks a share of a prompt.
+/// Checks a ratio of a prompt.
 pub(crate) fn check_ratio(ratio: f64) -> Result<()> {
     match ratio > 0.0 && ratio < 1.0 {
         true => Ok(()),

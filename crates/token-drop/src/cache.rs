@@ -1,4 +1,4 @@
-//! The cache that applies a policy: one layer, any store, many sequences.
+//! The cache that applies an eviction policy: one layer, any store, many sequences.
 
 mod plan;
 mod score;
@@ -16,19 +16,19 @@ use longctx_core::{
     Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Result, SeqId, Step, check_new,
 };
 
-/// A cache that keeps, in any store, what a policy selects within a budget, for each sequence on
-/// its own.
+/// A cache that keeps, in any store, the entries that a policy selects within a budget, separately
+/// for each sequence.
 ///
-/// Attention among the tokens of one call is exact: tokens are evicted after it, and their memory
-/// given back. A decoded token joins the store before it attends. Keys keep the rotation of their
-/// true positions unless the cache [re-rotates](Settings::rerotate) them.
+/// Attention among the tokens of one call is exact: eviction follows it and frees the evicted
+/// entries. A decoded token is appended to the store before it attends. Keys keep the rotation of
+/// their original positions unless the cache [re-rotates](Settings::rerotate) them.
 ///
-/// [`new`](Self::new) applies any policy with [plain settings](Settings::new). A published method
-/// has a constructor of its own, with the settings that its public code has:
+/// [`new`](Self::new) applies any policy with [default settings](Settings::new). Each published
+/// method has its own constructor, with the settings of its published code:
 /// [`snap_kv`](Self::snap_kv), [`h2o`](Self::h2o), [`tova`](Self::tova), [`finch`](Self::finch),
 /// [`expected_attention`](Self::expected_attention), [`lag_kv`](Self::lag_kv),
-/// [`recent`](Self::recent), [`duo_attention`](Self::duo_attention). The `with_` methods change one
-/// setting.
+/// [`recent`](Self::recent), [`duo_attention`](Self::duo_attention). Each `with_` method changes
+/// one setting.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -52,33 +52,33 @@ use longctx_core::{
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// In a pool of fixed capacity, an eviction from blocks that forks share needs room for copies.
-/// Where there is none, it is put off: the sequence holds more than its budget until a later call
-/// evicts. Re-rotation can't be put off: it poisons the sequences of the call.
+/// In a pool of fixed capacity, eviction from blocks that forks share needs room for copies.
+/// Without that room, eviction is postponed: the sequence exceeds its budget until a later call
+/// evicts. Re-rotation cannot be postponed: without room the sequences of the call are poisoned.
 #[derive(Debug)]
 pub struct PolicyCache<S, P> {
     spec: LayerSpec,
     store: S,
     policy: P,
-    /// What the policy reads.
+    /// The inputs of the policy.
     needs: Needs,
     settings: Settings,
     sequences: Sequences<SeqState>,
 }
 
-/// What is kept of a sequence beside the store.
+/// The state of a sequence outside the store.
 #[derive(Debug, Clone)]
 struct SeqState {
     entries: Entries,
-    /// The newest queries before the rotary embedding, if the policy observes several of them while
-    /// decoding.
+    /// The newest queries before the rotary embedding, if the policy observes several of them
+    /// during decoding.
     queries: Option<Tensor>,
-    /// Tokens that had come when entries were last evicted.
+    /// Number of tokens seen when entries were last evicted.
     evicted_at: usize,
 }
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
-    /// An empty cache over `store`, with [plain settings](Settings::new).
+    /// Creates an empty cache over `store`, with [default settings](Settings::new).
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).
@@ -86,13 +86,13 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Self::with_settings(spec, store, policy, Settings::new(budget))
     }
 
-    /// An empty cache over `store`.
+    /// Creates an empty cache over `store`.
     ///
     /// # Errors
-    /// [`Error::Setting`] naming the setting that can't be met, does not go with another one, or
-    /// needs a rotary embedding that the layer has not, and if the store holds something;
-    /// [`Error::Mismatch`] if the store was made for another shape; [`Error::Unsupported`] if the
-    /// layer has a sliding window.
+    /// [`Error::Setting`] naming a setting that cannot be met, conflicts with another one, or needs
+    /// a rotary embedding that the layer lacks, and if the store is not empty; [`Error::Mismatch`]
+    /// if the store was made for another shape; [`Error::Unsupported`] if the layer has a sliding
+    /// window.
     pub fn with_settings(spec: LayerSpec, store: S, policy: P, settings: Settings) -> Result<Self> {
         check_store(&spec, &store, "an eviction policy")?;
         let needs = policy.needs();
@@ -100,7 +100,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok(Self { spec, store, policy, needs, settings, sequences: Sequences::default() })
     }
 
-    /// How the model's layers share the budget.
+    /// Sets how the model's layers share the budget.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).
@@ -109,7 +109,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         self.checked()
     }
 
-    /// How the layer's kv heads share the budget.
+    /// Sets how the layer's kv heads share the budget.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).
@@ -118,7 +118,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         self.checked()
     }
 
-    /// What is kept or dropped as one.
+    /// Sets the unit of selection: tokens or chunks.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).
@@ -127,7 +127,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         self.checked()
     }
 
-    /// The entries that stay whatever their scores.
+    /// Sets the entries that are kept regardless of their scores.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).
@@ -136,15 +136,15 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         self.checked()
     }
 
-    /// Which calls of a prompt are followed by eviction.
+    /// Sets which calls of a prompt are followed by eviction.
     #[must_use]
     pub fn with_prefill(mut self, prefill: Prefill) -> Self {
         self.settings.prefill = prefill;
         self
     }
 
-    /// How many entries a head gives up at a time while decoding, so that it holds from
-    /// `budget - step + 1` to `budget` of them; `None` keeps all decoded tokens.
+    /// Sets how many entries a head evicts at a time during decoding. A head then holds between
+    /// `budget - step + 1` and `budget` entries. `None` keeps all decoded tokens.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).
@@ -153,7 +153,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         self.checked()
     }
 
-    /// Rotates kept keys to contiguous positions.
+    /// Rotates kept keys to contiguous positions after each eviction.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).
@@ -167,7 +167,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok(self)
     }
 
-    /// The same cache with its policy behind a pointer, for policies that are chosen at run time.
+    /// Boxes the policy, for policies that are chosen at run time.
     pub fn boxed(self) -> PolicyCache<S, Box<dyn EvictionPolicy>>
     where
         P: 'static,
@@ -176,44 +176,45 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         PolicyCache { spec, store, policy: Box::new(policy), needs, settings, sequences }
     }
 
-    /// Tells that the first `tokens` tokens of a sequence are its prompt, so that a budget that is
-    /// a ratio of it is the same from the first chunk on. Calls of one token within that length
-    /// then bring the prompt, and calls of several tokens after it, such as drafts that may be
-    /// rejected, what is decoded.
+    /// Declares that the first `tokens` tokens of a sequence are its prompt, so that a budget that
+    /// is a ratio is the same from the first chunk on. Single-token calls within that length then
+    /// belong to the prompt. Calls of several tokens after it, such as speculative drafts, are
+    /// decoding.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if as many have come already.
+    /// [`Error::Mismatch`] if the sequence has that many tokens already.
     pub fn expect_prompt(&mut self, seq: SeqId, tokens: usize) -> Result<()> {
         self.sequences.expect_prompt(seq, tokens)
     }
 
-    /// The store.
+    /// Returns the store.
     pub fn store(&self) -> &S {
         &self.store
     }
 
-    /// The policy.
+    /// Returns the policy.
     pub fn policy(&self) -> &P {
         &self.policy
     }
 
-    /// The settings.
+    /// Returns the settings.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// The positions in the text of each kv head's entries, `[kv_heads]` lists; none for a sequence
-    /// that is not known.
+    /// Returns the original positions of each kv head's entries, `[kv_heads]` lists; empty for an
+    /// unknown sequence.
     pub fn positions(&self, seq: SeqId) -> &[Vec<u32>] {
         self.sequences.get(seq).map_or(&[], |sequence| sequence.state.entries.positions())
     }
 
-    /// Where a sequence's next token goes: a cache that re-rotates has no gaps.
+    /// Returns the position of a sequence's next token: a cache that re-rotates leaves no gaps.
     fn next_position(&self, seq: SeqId) -> usize {
         if self.settings.rerotate { self.held(seq) } else { self.seen(seq) }
     }
 
-    /// Newest queries that are remembered: those that the policy observes while decoding.
+    /// Returns the number of newest queries to keep: those that the policy observes during
+    /// decoding.
     fn remembered(&self) -> usize {
         if self.settings.decode_step.is_none() {
             return 0;
@@ -270,7 +271,7 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
         let lens = shortened(&sequence.state.entries, sequence.seen - len);
         match lens.iter().all(|len| *len == lens[0]) {
             true => self.store.check_truncate(seq, lens[0]),
-            // Heads that hold different numbers of entries keep the first ones of each.
+            // Heads with different numbers of entries each keep their first ones.
             false => Ok(()),
         }
     }
@@ -340,7 +341,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         self.sequences.check(step.batch)
     }
 
-    /// Whether what a sequence held after its first `len` tokens can be had again.
+    /// Checks that the entries of a sequence's first `len` tokens can be restored.
     fn check_restorable(&self, sequence: &Sequence<SeqState>, len: usize) -> Result<()> {
         let state = &sequence.state;
         let unsupported = |why: String| Err(Error::Unsupported(format!("truncating {why}")));
@@ -363,7 +364,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok(())
     }
 
-    /// The most entries that a call of `tokens` tokens appends to a head.
+    /// Returns the largest number of entries that a call of `tokens` tokens appends to a head.
     fn most_appended(&self, seq: SeqId, tokens: usize) -> usize {
         let prompt = self.sequences.prompt_with(seq, tokens).len();
         let (budgets, _) = self.settings.limits(&self.spec, prompt, self.seen(seq) + tokens);
@@ -376,7 +377,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     }
 }
 
-/// Each head's entries without its newest `gone`.
+/// Returns each head's number of entries without the newest `gone` tokens.
 fn shortened(entries: &Entries, gone: usize) -> Vec<usize> {
     entries.lens().into_iter().map(|len| len.saturating_sub(gone)).collect()
 }
@@ -386,7 +387,7 @@ impl SeqState {
         Self { entries: Entries::new(kv_heads), queries: None, evicted_at: 0 }
     }
 
-    /// Takes the newest `gone` queries back.
+    /// Drops the newest `gone` queries.
     fn forget_queries(&mut self, gone: usize) -> Result<()> {
         self.queries = match self.queries.take() {
             Some(q) if q.dim(0)? > gone => Some(q.narrow(0, 0, q.dim(0)? - gone)?),

@@ -1,13 +1,13 @@
-//! What a cache remembers of each entry beside its key and value.
+//! Metadata of entries besides keys and values.
 
 use longctx_core::Selection;
 use std::ops::Range;
 
-/// Positions, and scores that are carried from call to call, of one sequence's kv heads.
+/// Positions, and scores carried from call to call, of one sequence's kv heads.
 #[derive(Debug, Clone)]
 pub struct Entries {
     positions: Vec<Vec<u32>>,
-    /// Empty unless the policy builds on its earlier scores.
+    /// Empty unless the policy uses its previous scores.
     scores: Vec<Vec<f32>>,
 }
 
@@ -16,7 +16,7 @@ impl Entries {
         Self { positions: vec![Vec::new(); kv_heads], scores: Vec::new() }
     }
 
-    /// Tokens at `positions` come to every head.
+    /// Adds the tokens at `positions` to every head.
     pub fn add(&mut self, positions: Range<usize>) {
         for head in &mut self.positions {
             head.extend(positions.clone().map(|p| p as u32));
@@ -26,13 +26,13 @@ impl Entries {
         }
     }
 
-    /// Takes each head's newest `count` entries back.
+    /// Removes each head's newest `count` entries.
     pub fn drop_newest(&mut self, count: usize) {
         self.positions.iter_mut().for_each(|head| head.truncate(head.len() - count));
         self.scores.iter_mut().for_each(|head| head.truncate(head.len() - count));
     }
 
-    /// Scores to go on from; `[kv_heads]` lists as long as the heads.
+    /// Stores scores for the next call; `[kv_heads]` lists, one score per entry.
     pub fn carry(&mut self, scores: Vec<Vec<f32>>) {
         self.scores = scores;
     }
@@ -50,7 +50,7 @@ impl Entries {
         &self.positions
     }
 
-    /// The carried scores of one head; none before the first.
+    /// Returns the carried scores of one head; empty before the first scoring.
     pub fn scores(&self, head: usize) -> &[f32] {
         self.scores.get(head).map_or(&[], Vec::as_slice)
     }

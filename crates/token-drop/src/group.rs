@@ -1,20 +1,20 @@
-//! Scores of a kv head from those of the query heads that share it.
+//! Reduces the scores of the query heads of a group to scores of their kv head.
 
 use candle_core::Tensor;
 use longctx_core::Result;
 
-/// How the query heads of a group are joined (GQA).
+/// How the scores of the query heads of a group are reduced (GQA).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Group {
-    /// Their mean.
+    /// The mean.
     #[default]
     Mean,
-    /// The largest.
+    /// The maximum.
     Max,
 }
 
 impl Group {
-    /// Joins the rows of `[query heads, entries]`.
+    /// Reduces the rows of `[query heads, entries]`.
     pub(crate) fn join(self, heads: &Tensor) -> Result<Tensor> {
         Ok(match self {
             Group::Mean => heads.mean(0)?,
@@ -22,7 +22,7 @@ impl Group {
         })
     }
 
-    /// Joins lists that are equally long, one per query head.
+    /// Reduces lists of equal length, one per query head.
     pub(crate) fn join_lists(self, heads: &[Vec<f32>]) -> Vec<f32> {
         let Some((first, others)) = heads.split_first() else { return Vec::new() };
         let mut joined = first.clone();

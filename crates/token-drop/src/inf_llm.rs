@@ -1,5 +1,5 @@
-//! InfLLM: Xiao et al., "InfLLM: Training-Free Long-Context Extrapolation for LLMs with an Efficient
-//! Context Memory", arXiv 2402.04617.
+//! InfLLM: Xiao et al., "InfLLM: Training-Free Long-Context Extrapolation for LLMs with an
+//! Efficient Context Memory", arXiv 2402.04617.
 
 mod chunk;
 mod memory;
@@ -20,34 +20,40 @@ pub use settings::InfLlmSettings;
 use settings::Size;
 use state::State;
 
-/// Nothing is dropped: queries see the first tokens, a local window, and a few blocks of the past
-/// that are fetched for them.
+/// A cache that drops nothing: queries see the first tokens, a local window, and a few retrieved
+/// blocks of the past.
 ///
-/// The past is cut into blocks; the tokens of a block that received the most attention from the
-/// local windows of later queries represent it. Each chunk of queries fetches the blocks whose
-/// representatives suit its mean query best, the same for all heads. Keys outside the window count
-/// as if at distance `local - 1`: positions never grow past what the model knows. Tokens that have
-/// left the window and do not fill a block yet are seen too.
+/// The past is divided into blocks. A block is represented by the tokens that received the most
+/// attention from the local windows of later queries. Each chunk of queries retrieves the blocks
+/// whose representatives have the largest product with its mean query, the same for all heads. Keys
+/// outside the window are treated as if at distance `local - 1`, so positions never exceed those
+/// that the model was trained on. Tokens that have left the window but do not yet fill a block are
+/// visible too. left the window and do not fill a block yet are seen too.
 ///
-/// Two stores hold a sequence, each of any kind, packed ones included. `past` holds all tokens, with
-/// keys that are not rotated. `window` holds the newest `local` tokens, and up to 256 before them
-/// while decoding, with rotated keys. So the window's tokens are held twice, and
-/// [`footprint`](KvCache::footprint) counts them twice. Beside the stores there are, for each query
-/// head, a mean key in f32 for each block, and a number for each token of the window.
+/// Two stores of any kind, packed ones included, hold a sequence:
 ///
-/// Blocks that were fetched lately are resident, the others may lie in slower memory. On a CPU both
-/// lie in its memory and nothing is copied: [`footprint`](KvCache::footprint) counts everything,
-/// and [`resident_footprint`](InfLlm::resident_footprint) what an accelerator would have to hold.
+/// - `past` holds all tokens, with unrotated keys.
+/// - `window` holds the newest `local` tokens, and up to 256 more during decoding, with rotated
+///   keys.
 ///
-/// A prompt is read in chunks, each of which sees no more than the above.
-/// [`with_exact_prompt`](InfLlm::with_exact_prompt) gives a sequence's first call exact attention
+/// The tokens of the window are held twice, and [`footprint`](KvCache::footprint) counts them
+/// twice. Outside the stores there are, for each query head, a mean key in f32 for each block, and
+/// a number for each token of the window.
+///
+/// Recently retrieved blocks are resident; the others may be in slower memory. On a CPU both are in
+/// its memory and nothing is copied: [`footprint`](KvCache::footprint) counts everything, and
+/// [`resident_footprint`](InfLlm::resident_footprint) the part that an accelerator would have to
+/// hold.
+///
+/// A prompt is processed in chunks, each of which sees only the tokens above. With
+/// [`with_exact_prompt`](InfLlm::with_exact_prompt) a sequence's first call has exact attention
 /// instead.
 ///
-/// [`truncate`](KvCache::truncate) can't take tokens back, since the attention of every query is
-/// summed; it can end a text to begin it anew (`len` 0).
+/// [`truncate`](KvCache::truncate) to a length above 0 is an error, because the attention of every
+/// query has been accumulated. `len` 0 restarts the text.
 ///
-/// A call of several chunks that fails after its first chunk poisons its sequences, since the
-/// window has dropped tokens by then. That happens if a window's pool of fixed capacity is full.
+/// If a call of several chunks fails after its first chunk, its sequences are poisoned, because the
+/// window has already dropped tokens. This happens if a window's pool of fixed capacity is full.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -80,30 +86,30 @@ pub struct InfLlm<S, W = S> {
     size: Size,
     exact_prompt: bool,
     published_remainder: bool,
-    /// All tokens, keys not rotated.
+    /// All tokens, with unrotated keys.
     past: S,
-    /// The newest tokens, keys rotated.
+    /// The newest tokens, with rotated keys.
     window: W,
     sequences: Sequences<State>,
 }
 
 impl<S: KvStore, W: KvStore> InfLlm<S, W> {
-    /// With fixed sizes.
+    /// Creates a cache with fixed sizes.
     ///
     /// # Errors
-    /// [`Error::Setting`] for sizes that do not fit together, a store that holds something, or a
-    /// layer without a rotary embedding; [`Error::Mismatch`] if a store was made for another shape;
-    /// [`Error::Unsupported`] if the layer has a sliding window of its own.
+    /// [`Error::Setting`] for inconsistent sizes, a store that is not empty, or a layer without a
+    /// rotary embedding; [`Error::Mismatch`] if a store was made for another shape;
+    /// [`Error::Unsupported`] if the layer has a sliding window.
     pub fn new(spec: LayerSpec, past: S, window: W, sizes: InfLlmSettings) -> Result<Self> {
         sizes.check()?;
         Self::with_size(spec, past, window, Size::Fixed(sizes))
     }
 
-    /// With sizes that are [a ratio](InfLlmSettings::of_prompt) of the prompt.
+    /// Creates a cache whose sizes are [a ratio](InfLlmSettings::of_prompt) of the prompt.
     ///
-    /// [`expect_prompt`](Self::expect_prompt) tells a prompt's length beforehand. Otherwise the
-    /// sizes grow as the prompt comes. The first tokens are then those that were settled when the
-    /// first block was filled, and the window takes what they lack.
+    /// [`expect_prompt`](Self::expect_prompt) sets a prompt's length in advance. Otherwise the
+    /// sizes grow with the prompt. The first tokens are then fixed when the first block is filled,
+    /// and the window is enlarged by the difference.
     ///
     /// # Errors
     /// As [`new`](Self::new), and [`Error::Setting`] unless the ratio lies between 0 and 1.
@@ -121,8 +127,8 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         Ok(Self { spec, size, exact_prompt, published_remainder, past, window, sequences })
     }
 
-    /// Exact attention among the tokens of a sequence's first call, which is the whole prompt if it
-    /// comes in one; blocks are fetched after it.
+    /// Uses exact attention among the tokens of a sequence's first call, which is the whole prompt
+    /// if it is fed in one call. Blocks are retrieved after it.
     #[must_use]
     pub fn with_exact_prompt(mut self) -> Self {
         self.exact_prompt = true;
@@ -130,49 +136,49 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     }
 
     /// Masks the remainder as the published code does (thunlp/InfLLM,
-    /// `get_global_hidden_and_mask`): tokens that leave the window within a chunk are seen by all
-    /// of the chunk's queries, so that early queries see them twice, in the window and at the
-    /// clipped distance.
+    /// `get_global_hidden_and_mask`): all queries of a chunk see the tokens that leave the window
+    /// within the chunk. Early queries see these twice, in the window and at the clipped distance.
     #[must_use]
     pub fn with_published_remainder(mut self) -> Self {
         self.published_remainder = true;
         self
     }
 
-    /// Tells that the first `tokens` tokens of a sequence are its prompt, for a ratio of it.
+    /// Declares that the first `tokens` tokens of a sequence are its prompt, for sizes that are a
+    /// ratio.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if as many have come already.
+    /// [`Error::Mismatch`] if the sequence has that many tokens already.
     pub fn expect_prompt(&mut self, seq: SeqId, tokens: usize) -> Result<()> {
         self.sequences.expect_prompt(seq, tokens)
     }
 
-    /// All tokens, keys not rotated.
+    /// Returns the store of all tokens, with unrotated keys.
     pub fn past(&self) -> &S {
         &self.past
     }
 
-    /// The newest tokens, keys rotated.
+    /// Returns the store of the newest tokens, with rotated keys.
     pub fn window(&self) -> &W {
         &self.window
     }
 
-    /// The sizes that a sequence has now; `None` if it is not known.
+    /// Returns the current sizes of a sequence; `None` if it is unknown.
     pub fn sizes(&self, seq: SeqId) -> Option<InfLlmSettings> {
         self.state(seq).map(|state| state.sizes)
     }
 
-    /// Blocks of a sequence's past.
+    /// Returns the number of blocks of a sequence's past.
     pub fn blocks(&self, seq: SeqId) -> usize {
         self.state(seq).map_or(0, |state| state.memory.len())
     }
 
-    /// The blocks of a sequence that are resident, in the order of the text.
+    /// Returns the resident blocks of a sequence, in text order.
     pub fn resident(&self, seq: SeqId) -> Vec<usize> {
         self.state(seq).map_or(Vec::new(), |state| state.memory.resident())
     }
 
-    /// The blocks of a sequence that its newest chunk of queries fetched, in the order of the text.
+    /// Returns the blocks that a sequence's newest chunk of queries retrieved, in text order.
     pub fn fetched(&self, seq: SeqId) -> Vec<usize> {
         self.state(seq).map_or(Vec::new(), |state| state.memory.fetched())
     }
@@ -181,8 +187,9 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         self.sequences.get(seq).map(|sequence| &sequence.state)
     }
 
-    /// What an accelerator would have to hold: everything but the blocks that are not resident and
-    /// the unrotated copies of the window. Their bytes are their share of the past's entries.
+    /// Returns the memory that an accelerator would have to hold: everything except the blocks that
+    /// are not resident and the unrotated copies of the window. Their bytes are computed as their
+    /// share of the past's entries.
     pub fn resident_footprint(&self) -> Footprint {
         let mut all = self.footprint();
         for (seq, sequence) in self.sequences.iter() {
@@ -194,7 +201,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         all
     }
 
-    /// Takes in a call's tokens and attends with them, those of exact prompts first.
+    /// Appends the tokens of a call and attends with them, exact prompts first.
     fn take(&mut self, step: &Step<'_>) -> Result<AttentionState> {
         let exact = |seq| self.exact_prompt && self.seen(seq) == 0;
         let prompts = Part::of(step.batch, |seq, _| exact(seq))?;
@@ -221,7 +228,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         attention::attend(&rows.batch, &q, &k, &rows.v, &self.spec.shape)
     }
 
-    /// Puts everything back after a call that failed, or poisons what can't be put back.
+    /// Restores the state before a failed call, or poisons the sequences that cannot be restored.
     fn take_back(&mut self, batch: &Batch, before: &Before, error: Error) -> Error {
         let advanced = |(seq, seen): (&SeqId, &usize)| self.sequences.seen(*seq) != *seen;
         let midway = batch.seqs().iter().zip(&before.seen).any(advanced);
@@ -254,7 +261,7 @@ fn nothing() -> Error {
     Error::mismatch("attention of a chunk", "a state", "none")
 }
 
-/// What a batch's sequences held before a call.
+/// The lengths of a batch's sequences before a call.
 struct Before {
     seen: Vec<usize>,
     past: Vec<Vec<usize>>,

@@ -1,18 +1,19 @@
-//! Some of a batch's sequences, and their rows of its tensors.
+//! A part of a batch's sequences, and its rows of the batch's tensors.
 
 use candle_core::Tensor;
 use longctx_core::{AttentionState, Batch, Result, SeqId};
 
-/// Some of a batch's sequences, whole or in part.
+/// Some sequences of a batch, with all or some of their tokens.
 #[derive(Debug)]
 pub struct Part {
     pub batch: Batch,
-    /// The tokens' places in the whole batch; `None`: all, in order.
+    /// The tokens' rows in the batch; `None`: all, in order.
     rows: Option<Vec<u32>>,
 }
 
 impl Part {
-    /// Of each sequence the range of its own tokens that `tokens` names; `None` if nothing is left.
+    /// Selects the range of each sequence's own tokens that `tokens` returns; `None` if nothing is
+    /// left.
     pub fn new(
         batch: &Batch,
         tokens: impl Fn(SeqId, usize) -> std::ops::Range<usize>,
@@ -32,12 +33,12 @@ impl Part {
         }
     }
 
-    /// The sequences that `wanted` names, whole.
+    /// Selects the sequences for which `wanted` returns true, with all their tokens.
     pub fn of(batch: &Batch, wanted: impl Fn(SeqId, usize) -> bool) -> Result<Option<Self>> {
         Self::new(batch, |seq, tokens| if wanted(seq, tokens) { 0..tokens } else { 0..0 })
     }
 
-    /// This part's rows of a tensor of all tokens.
+    /// Returns this part's rows of a tensor of all tokens.
     pub fn take(&self, x: &Tensor) -> Result<Tensor> {
         match &self.rows {
             Some(rows) => {
@@ -48,7 +49,7 @@ impl Part {
         }
     }
 
-    /// The part's attention in its rows among `tokens`; the others see nothing.
+    /// Scatters the part's attention to its rows among `tokens`; the other rows see nothing.
     pub fn spread(&self, state: AttentionState, tokens: usize) -> Result<AttentionState> {
         let Some(rows) = &self.rows else { return Ok(state) };
         let device = state.lse.device();
@@ -66,7 +67,7 @@ impl Part {
     }
 }
 
-/// Puts parts that make up a batch of `tokens` tokens together.
+/// Merges parts that together form a batch of `tokens` tokens.
 pub fn join(parts: &[(&Part, AttentionState)], tokens: usize) -> Result<AttentionState> {
     if let [(part, state)] = parts
         && part.rows.is_none()

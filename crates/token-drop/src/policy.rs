@@ -1,4 +1,4 @@
-//! What an eviction policy is: one small file per policy says how it scores.
+//! The eviction policy interface. Each policy is one small file with its score.
 
 pub mod duo_attention;
 pub mod expected_attention;
@@ -16,10 +16,11 @@ mod window;
 use candle_core::Tensor;
 use longctx_core::{Error, LayerSpec, Result};
 
-/// Scores the entries that one layer holds of a sequence: the highest stay.
+/// Scores the entries of a sequence in one layer. The entries with the highest scores are kept.
 ///
-/// How much stays, how layers and heads share it, and when eviction happens are
-/// [`Settings`](crate::Settings) of the [`PolicyCache`](crate::PolicyCache) that applies the policy.
+/// The number of kept entries, the budgets of layers and heads, and the time of eviction are
+/// [`Settings`](crate::Settings) of the [`PolicyCache`](crate::PolicyCache) that applies the
+/// policy.
 ///
 /// ```
 /// use candle_core::Tensor;
@@ -40,11 +41,12 @@ use longctx_core::{Error, LayerSpec, Result};
 /// }
 /// ```
 pub trait EvictionPolicy: Send {
-    /// What [`score`](Self::score) reads. The rest of the [`LayerView`] is left empty.
+    /// Returns the inputs of [`score`](Self::score). The other fields of the [`LayerView`] are
+    /// empty.
     fn needs(&self) -> Needs;
 
-    /// One score for each entry of each kv head: `[kv_heads]` tensors `[entries]` in f32, on the
-    /// store's device or on the CPU.
+    /// Returns one score for each entry of each kv head: `[kv_heads]` tensors `[entries]` in f32,
+    /// on the store's device or on the CPU.
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -61,19 +63,19 @@ impl<P: EvictionPolicy + ?Sized> EvictionPolicy for Box<P> {
     }
 }
 
-/// What a policy reads in order to score.
+/// The inputs that a policy needs to score.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// The keys.
+    /// Keys.
     pub keys: bool,
-    /// The values.
+    /// Values.
     pub values: bool,
-    /// The queries of the call, or as many of the newest ones while decoding, before the rotary
-    /// embedding. The layer must have one.
+    /// This many of the newest queries, before the rotary embedding: queries of the call, and
+    /// during decoding of earlier calls too. The layer must have a rotary embedding.
     pub queries: Option<usize>,
     /// The attention that entries receive from these queries.
     pub attention: Option<ObservedQueries>,
-    /// The scores that the policy gave last time. The policy then scores after every call.
+    /// The policy's previous scores. The policy then scores after every call.
     pub previous: bool,
 }
 
@@ -82,35 +84,35 @@ pub struct Needs {
 pub enum ObservedQueries {
     /// All queries of the call.
     Call,
-    /// The newest queries of the call. While decoding, earlier ones are remembered.
+    /// The newest queries of the call. During decoding, earlier queries are kept for this.
     Newest {
-        /// How many of them.
+        /// Number of queries.
         queries: usize,
-        /// Whether each query counts as often as there are tokens before it, which evens out that
-        /// early queries share their attention among fewer.
+        /// Whether each query is weighted by the number of tokens before it. This compensates for
+        /// early queries, whose attention is divided among fewer tokens.
         by_position: bool,
     },
 }
 
-/// What one layer holds of a sequence, the call's tokens included, as far as the policy
-/// [needs](EvictionPolicy::needs) it. Tensors lie on the store's device.
+/// One layer's entries of a sequence, including the tokens of the call. Fields that the policy does
+/// not [need](EvictionPolicy::needs) are empty. Tensors are on the store's device.
 #[derive(Debug)]
 pub struct LayerView<'a> {
     /// The layer.
     pub spec: &'a LayerSpec,
-    /// Tokens that have come: the position of the next one.
+    /// Number of tokens seen: the position of the next token.
     pub seen: usize,
-    /// Queries before the rotary embedding, `[queries, heads, head_dim]`. The last is that of the
-    /// newest token.
+    /// Queries before the rotary embedding, `[queries, heads, head_dim]`. The last one belongs to
+    /// the newest token.
     pub queries: Option<&'a Tensor>,
     /// The kv heads, `[kv_heads]`.
     pub heads: Vec<HeadView<'a>>,
 }
 
-/// One kv head's entries, oldest first.
+/// The entries of one kv head, oldest first.
 #[derive(Debug)]
 pub struct HeadView<'a> {
-    /// The positions in the text at which the entries came.
+    /// Original positions of the entries.
     pub positions: &'a [u32],
     /// Rotated keys, `[entries, head_dim]`, f32.
     pub keys: Option<Tensor>,
@@ -119,23 +121,22 @@ pub struct HeadView<'a> {
     /// The attention probability that each query head of the group gave to each entry, summed over
     /// the observed queries: `[group, entries]`, f32.
     pub attention_sums: Option<Tensor>,
-    /// How many queries were observed.
+    /// Number of observed queries.
     pub observed: usize,
-    /// The scores that the policy gave last time. 0 for entries that came since, and empty before
-    /// the first time.
+    /// The policy's previous scores. 0 for newer entries; empty before the first scoring.
     pub previous: &'a [f32],
 }
 
 impl HeadView<'_> {
-    /// The keys.
+    /// Returns the keys.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if the policy did not ask for them.
+    /// [`Error::Mismatch`] if the policy does not list them in its needs.
     pub fn keys(&self) -> Result<&Tensor> {
         asked(&self.keys, "keys")
     }
 
-    /// The values.
+    /// Returns the values.
     ///
     /// # Errors
     /// As [`keys`](Self::keys).
@@ -143,7 +144,7 @@ impl HeadView<'_> {
         asked(&self.values, "values")
     }
 
-    /// The attention that was received.
+    /// Returns the accumulated attention.
     ///
     /// # Errors
     /// As [`keys`](Self::keys).

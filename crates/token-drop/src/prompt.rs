@@ -1,25 +1,26 @@
-//! How long a sequence's prompt is: what a budget that is a ratio of it goes by.
+//! The length of a sequence's prompt, which a budget that is a ratio depends on.
 
-/// The prompt of one sequence, as far as it is known.
+/// The known part of one sequence's prompt.
 ///
-/// The engine can tell its length. Otherwise it grows as it comes: calls of several tokens belong to
-/// the prompt, and calls of one token are decoded tokens; but as long as no call of several tokens
-/// has come, calls of one token count as the prompt.
+/// The engine can declare the prompt's length. Otherwise it grows with the calls: calls of several
+/// tokens belong to the prompt, and calls of one token are decoding. Single-token calls before the
+/// first call of several tokens count as the prompt.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Prompt {
     expected: Option<usize>,
     tokens: usize,
-    /// Whether a call of several tokens has come.
+    /// Whether there was a call of several tokens.
     chunked: bool,
 }
 
 impl Prompt {
-    /// A prompt of this length, or one that grows as it comes.
+    /// Creates a prompt of a declared length, or one that grows.
     pub fn new(expected: Option<usize>) -> Self {
         Self { expected, ..Self::default() }
     }
 
-    /// After a call of `tokens` tokens, with which `seen` have come.
+    /// Returns the prompt after a call of `tokens` tokens, when `seen` tokens in total have been
+    /// fed.
     #[must_use]
     pub fn grown(self, tokens: usize, seen: usize) -> Self {
         let chunked = self.chunked || tokens > 1;
@@ -27,19 +28,19 @@ impl Prompt {
         Self { tokens: if grows { seen } else { self.tokens }, chunked, ..self }
     }
 
-    /// After all tokens but the first `len` were taken back.
+    /// Returns the prompt after truncation to the first `len` tokens.
     #[must_use]
     pub fn truncated(self, len: usize) -> Self {
         Self { tokens: self.tokens.min(len), chunked: self.chunked && len > 0, ..self }
     }
 
-    /// Tokens of the prompt.
+    /// Returns the number of the prompt's tokens.
     pub fn len(&self) -> usize {
         self.expected.unwrap_or(self.tokens)
     }
 
-    /// Whether a call of `tokens` tokens after the first `seen` brings a prompt, and not what is
-    /// decoded.
+    /// Returns whether a call of `tokens` tokens after the first `seen` belongs to the prompt, and
+    /// not to decoding.
     pub fn brings(&self, tokens: usize, seen: usize) -> bool {
         seen == 0 || self.expected.map_or(tokens > 1, |expected| seen < expected)
     }

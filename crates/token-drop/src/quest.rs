@@ -1,5 +1,5 @@
-//! Quest: Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv
-//! 2406.10774.
+//! Quest: Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
+//! arXiv 2406.10774.
 
 mod bounds;
 
@@ -13,20 +13,22 @@ use longctx_core::{
     Result, SeqId, Step, check_new,
 };
 
-/// Nothing is dropped: a decoded token reads the few pages whose keys could match its query best.
+/// A cache that drops nothing: a decoded token reads only the few pages whose keys may match its
+/// query best.
 ///
-/// Each page of 16 tokens keeps the least and the largest number of each channel of its keys, which
-/// bound the score that any of them can reach. The pages with the highest bounds are read, each kv
-/// head's own, with the newest page always among them. The query heads of a group read the same
-/// pages, chosen by their largest bound. Calls of several tokens are exact, as in the published
-/// code.
+/// Each page of 16 tokens stores the minimum and maximum of each channel of its keys, which bound
+/// the score of any of them. The pages with the highest bounds are read, separately for each kv
+/// head; the newest page is always among them. The query heads of a group read the same pages,
+/// selected by their largest bound. Calls of several tokens use exact attention, as in the
+/// published code.
 ///
-/// It saves time, not memory: what is held is the store, and two keys in f16 for each page and kv
-/// head. Keys and values lie in any [`KvStore`], packed ones included; bounds are of the keys as
-/// they came. Pages that do not end where the store's blocks end are read in parts of blocks.
+/// Quest saves time, not memory: it holds the store and two keys in f16 for each page and kv head.
+/// Keys and values may be in any [`KvStore`], packed ones included; the bounds are computed from
+/// the original keys. Pages that do not end at a block boundary of the store are read as parts of
+/// blocks.
 ///
-/// [`truncate`](KvCache::truncate) goes back as far as the store can. The bounds of the page that
-/// it ends in are taken anew from the store's keys.
+/// [`truncate`](KvCache::truncate) is possible where the store's is. The bounds of a page that is
+/// cut are recomputed from the store's keys.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -51,26 +53,26 @@ pub struct Quest<S> {
     store: S,
     /// Pages that a decoded token reads.
     pages: usize,
-    /// Tokens of a page.
+    /// Tokens per page.
     page: usize,
     sequences: Sequences<Bounds>,
 }
 
 impl<S: KvStore> Quest<S> {
-    /// A decoded token reads at most `budget` tokens, in pages of 16.
+    /// Creates a cache in which a decoded token reads at most `budget` tokens, in pages of 16.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the budget is less than a page or the store holds something;
+    /// [`Error::Setting`] if the budget is less than a page or the store is not empty;
     /// [`Error::Mismatch`] if the store was made for another shape; [`Error::Unsupported`] if the
     /// layer has a sliding window.
     pub fn new(spec: LayerSpec, store: S, budget: usize) -> Result<Self> {
         Self::with_page(spec, store, budget, 16)
     }
 
-    /// The same with pages of another size.
+    /// Creates a cache with pages of `page` tokens.
     ///
     /// # Errors
-    /// As [`new`](Self::new), and if the page is empty.
+    /// As [`new`](Self::new), and if `page` is 0.
     pub fn with_page(spec: LayerSpec, store: S, budget: usize, page: usize) -> Result<Self> {
         if page == 0 {
             return Err(Error::setting("page", "at least 1 token", 0));
@@ -82,12 +84,12 @@ impl<S: KvStore> Quest<S> {
         Ok(Self { spec, store, pages: budget / page, page, sequences: Sequences::default() })
     }
 
-    /// The store.
+    /// Returns the store.
     pub fn store(&self) -> &S {
         &self.store
     }
 
-    /// Attention of tokens that are in the store.
+    /// Attention of tokens that are already in the store.
     fn attend_all(&self, batch: &Batch, q: &Tensor) -> Result<AttentionState> {
         let prompts = Part::of(batch, |_, tokens| tokens > 1)?;
         let decoded = Part::of(batch, |_, tokens| tokens == 1)?;
@@ -103,7 +105,7 @@ impl<S: KvStore> Quest<S> {
         join(&parts, batch.tokens())
     }
 
-    /// The entries that decoded tokens read.
+    /// Selects the entries that decoded tokens read.
     fn choose(&self, batch: &Batch, q: &Tensor) -> Result<EntryRanges> {
         let shape = &self.spec.shape;
         let of_group = shape.group() * shape.head_dim;
@@ -118,7 +120,7 @@ impl<S: KvStore> Quest<S> {
                 }
                 None => vec![0],
             };
-            // Neighbouring pages are read as one range.
+            // Adjacent pages are read as one range.
             let run = |run: &[usize]| {
                 let end = (run[run.len() - 1] + 1) * self.page;
                 run[0] * self.page..end.min(len)
@@ -128,7 +130,7 @@ impl<S: KvStore> Quest<S> {
         EntryRanges::new(ranges)
     }
 
-    /// Takes a call's keys, `[kv_heads, tokens, head_dim]` on the CPU in f32, into the bounds.
+    /// Adds a call's keys, `[kv_heads, tokens, head_dim]` on the CPU in f32, to the bounds.
     fn note(&mut self, batch: &Batch, keys: &Tensor) -> Result<()> {
         let (kv_heads, page, d) = (self.spec.shape.kv_heads, self.page, self.spec.shape.head_dim);
         for &seq in batch.seqs() {
@@ -146,7 +148,7 @@ impl<S: KvStore> Quest<S> {
         Ok(())
     }
 
-    /// Appends a call's tokens and attends with them, if they do.
+    /// Appends a call's tokens and, if `attends`, computes their attention.
     fn take(&mut self, step: &Step<'_>, attends: bool) -> Result<Option<Tensor>> {
         let (q, k) = step.rotate(&self.spec, |seq| self.sequences.seen(seq))?;
         let cpu = |x: &Tensor| x.to_dtype(DType::F32)?.to_device(&Device::Cpu);
@@ -163,7 +165,7 @@ impl<S: KvStore> Quest<S> {
         Ok(out)
     }
 
-    /// Takes a call in, or leaves everything as it was.
+    /// Processes a call, or restores the state before it on an error.
     fn take_whole(&mut self, step: &Step<'_>, attends: bool) -> Result<Option<Tensor>> {
         let lens: Vec<_> = step.batch.seqs().iter().map(|&seq| self.store.lens(seq)).collect();
         self.take(step, attends).map_err(|error| {

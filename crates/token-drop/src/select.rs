@@ -1,36 +1,36 @@
-//! From scores to a selection.
+//! Selection of entries by score.
 
 use crate::HeadBudgets;
 use longctx_core::Selection;
 use rayon::prelude::*;
 
-/// Entries of all heads from which on a selection is worth waking threads for.
+/// Total entries from which on the selection uses several threads.
 const MIN_PARALLEL: usize = 1 << 13;
 
-/// Entries that stay whatever their scores.
+/// Entries that are kept regardless of their scores.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Protected {
-    /// The first entries: attention sinks.
+    /// Number of first entries (attention sinks).
     pub sinks: usize,
-    /// The newest entries.
+    /// Number of newest entries.
     pub recent: usize,
-    /// The newest entries as a share of the budget, from 0 to 1. The share and the rest are each
-    /// rounded down, as in H2O's published code; of `recent` and the share the larger counts.
+    /// Newest entries as a share of the budget, from 0 to 1. The share and the rest are each
+    /// rounded down, as in H2O's published code. The larger of `recent` and this share applies.
     pub recent_share: f64,
 }
 
 impl Protected {
-    /// The newest `recent` entries.
+    /// Protects the newest `recent` entries.
     pub fn newest(recent: usize) -> Self {
         Self { recent, ..Self::default() }
     }
 
-    /// The first `sinks` entries.
+    /// Protects the first `sinks` entries.
     pub fn sinks(sinks: usize) -> Self {
         Self { sinks, ..Self::default() }
     }
 
-    /// The protected ends of a budget, and the whole tokens of it.
+    /// Returns the protected ends of a budget, and the budget in whole tokens.
     pub(crate) fn within(self, budget: f64) -> (Ends, usize) {
         let share = (self.recent_share * budget) as usize;
         let rest = ((1.0 - self.recent_share) * budget) as usize;
@@ -39,7 +39,7 @@ impl Protected {
     }
 }
 
-/// How many entries are protected at both ends.
+/// The numbers of protected entries at both ends.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Ends {
     pub sinks: usize,
@@ -52,24 +52,24 @@ impl Ends {
     }
 }
 
-/// What is kept or dropped as one.
+/// The unit of selection.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Granularity {
-    /// Each token on its own.
+    /// Single tokens.
     #[default]
     Token,
-    /// ChunkKV (Liu et al., arXiv 2502.00299): whole chunks of so many neighbouring tokens (20 in
+    /// ChunkKV (Liu et al., arXiv 2502.00299): whole chunks of this many adjacent tokens (20 in
     /// kvpress, 10 in the paper), the same in every head of a layer.
     ///
-    /// A chunk's score is the mean of its tokens', summed over the heads. The best chunks stay, as
-    /// many as fit into the budget beside what is protected; of the next one its first tokens stay,
-    /// as far as there is room. kvpress counts chunks and not tokens, so that it can keep more than
-    /// the budget.
+    /// The score of a chunk is the mean of its tokens' scores, summed over the heads. The best
+    /// chunks that fit the budget beside the protected entries are kept. The next best chunk keeps
+    /// its first tokens, up to the budget. kvpress counts chunks instead of tokens, so it can
+    /// exceed the budget.
     Chunk(usize),
 }
 
-/// What stays of `scores`' entries: no more than the budgets, protected ones first. Of equal scores
-/// the older entry stays.
+/// Selects the entries to keep: at most the budgets, protected entries first. Of equal scores the
+/// older entry is kept.
 pub(crate) fn select(
     scores: &[Vec<f32>],
     budgets: &[usize],
@@ -91,7 +91,7 @@ pub(crate) fn select(
     })
 }
 
-/// The entries of the highest scores, as many as the budget, in order.
+/// Returns the `budget` entries with the highest scores, in order.
 fn top(scores: &[f32], budget: usize, ends: Ends) -> Vec<u32> {
     let len = scores.len();
     if len <= budget {
@@ -111,20 +111,20 @@ fn top(scores: &[f32], budget: usize, ends: Ends) -> Vec<u32> {
     (0..sinks as u32).chain(kept).chain((len - recent) as u32..len as u32).collect()
 }
 
-/// A number for each entry, the smaller the better: by its score, then its age.
+/// Returns a sort key, smaller is better: by score, then by age.
 fn rank(scores: &[f32], entry: u32) -> u64 {
     let bits = comparable(scores[entry as usize]).to_bits();
-    // In the order of f32::total_cmp: negative numbers grow with smaller magnitudes.
+    // The order of f32::total_cmp: the bits of negative numbers are inverted.
     let ascending = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
     u64::from(!ascending) << 32 | u64::from(entry)
 }
 
-/// NaN, which compares with nothing, loses against every number.
+/// Replaces NaN, which has no order, by the lowest score.
 fn comparable(score: f32) -> f32 {
     if score.is_nan() { f32::NEG_INFINITY } else { score }
 }
 
-/// Heads that compete for the sum of their budgets, above what the safeguard leaves to each.
+/// Heads compete for the sum of their budgets, except for the safeguard share of each.
 fn compete(scores: &[Vec<f32>], budgets: &[usize], ends: Ends, safeguard: f64) -> Vec<Vec<u32>> {
     let safe = |budget: usize| {
         let share = (budget as f64 * safeguard) as usize;
@@ -150,7 +150,8 @@ fn compete(scores: &[Vec<f32>], budgets: &[usize], ends: Ends, safeguard: f64) -
     keep
 }
 
-/// Scores that order tokens by their chunk's rank first: the best chunk's have the highest number.
+/// Returns scores that order tokens by the rank of their chunk first; the best chunk has the
+/// highest number.
 fn chunk_ranks(heads: &[Vec<f32>], chunk: usize) -> Vec<f32> {
     let len = heads.iter().map(Vec::len).min().unwrap_or(0);
     let mean = |start: usize| {
@@ -235,7 +236,7 @@ mod tests {
 
     #[test]
     fn whole_chunks_stay() {
-        // Means over both heads, chunks of two: 3, 5, 1 and, of one token, 4.
+        // Means over both heads of chunks of two: 3, 5, 1 and, for the single last token, 4.
         let scores =
             vec![vec![1.0, 2.0, 2.0, 3.0, 0.0, 1.0, 2.0], vec![1.0, 2.0, 2.0, 3.0, 0.0, 1.0, 2.0]];
         let keep = |budget, granularity| {

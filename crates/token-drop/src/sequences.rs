@@ -1,26 +1,26 @@
-//! What every cache of this crate keeps of each of its sequences.
+//! The per-sequence state that all caches of this crate share.
 
 use std::collections::BTreeMap;
 
 use crate::prompt::Prompt;
 use longctx_core::{Batch, Error, Result, SeqId};
 
-/// The sequences of a cache. `T`: what the cache keeps of one.
+/// The sequences of a cache. `T` is the cache's own state of a sequence.
 #[derive(Debug)]
 pub struct Sequences<T> {
     known: BTreeMap<SeqId, Sequence<T>>,
-    /// Prompt lengths told before a sequence's first call.
+    /// Prompt lengths declared before a sequence's first call.
     expected: BTreeMap<SeqId, usize>,
 }
 
 /// One sequence.
 #[derive(Debug, Clone)]
 pub struct Sequence<T> {
-    /// Tokens that have come.
+    /// Number of tokens seen.
     pub seen: usize,
     pub prompt: Prompt,
     pub state: T,
-    /// Why a call failed midway.
+    /// The reason of a call that failed midway.
     poisoned: Option<String>,
 }
 
@@ -31,7 +31,7 @@ impl<T> Default for Sequences<T> {
 }
 
 impl<T: Clone> Sequences<T> {
-    /// Tells that the first `tokens` tokens of a sequence are its prompt.
+    /// Declares that the first `tokens` tokens of a sequence are its prompt.
     pub fn expect_prompt(&mut self, seq: SeqId, tokens: usize) -> Result<()> {
         let seen = self.seen(seq);
         if tokens <= seen {
@@ -45,7 +45,7 @@ impl<T: Clone> Sequences<T> {
         Ok(())
     }
 
-    /// Whether all sequences of a batch can go on.
+    /// Checks that no sequence of a batch is poisoned.
     pub fn check(&self, batch: &Batch) -> Result<()> {
         let known = |&seq: &SeqId| self.known.get(&seq).map_or(Ok(()), |known| known.check(seq));
         batch.seqs().iter().try_for_each(known)
@@ -55,7 +55,7 @@ impl<T: Clone> Sequences<T> {
         self.known.get(&seq)
     }
 
-    /// A sequence that is known and can go on.
+    /// Returns a known sequence that is not poisoned.
     pub fn known(&self, seq: SeqId) -> Result<&Sequence<T>> {
         let sequence = self.known.get(&seq).ok_or(Error::UnknownSequence(seq))?;
         sequence.check(seq)?;
@@ -66,7 +66,7 @@ impl<T: Clone> Sequences<T> {
         self.known.get_mut(&seq)
     }
 
-    /// The prompt of a sequence, known or not, after a call of `tokens` more.
+    /// Returns the prompt of a sequence, known or new, after a call of `tokens` more tokens.
     pub fn prompt_with(&self, seq: SeqId, tokens: usize) -> Prompt {
         self.prompt(seq).grown(tokens, self.seen(seq) + tokens)
     }
@@ -76,19 +76,19 @@ impl<T: Clone> Sequences<T> {
         self.known.get(&seq).map_or_else(new, |sequence| sequence.prompt)
     }
 
-    /// A sequence, which begins if it is not known.
+    /// Returns a sequence, created if it is unknown.
     pub fn begin(&mut self, seq: SeqId, new: impl FnOnce() -> T) -> &mut Sequence<T> {
         let prompt = self.prompt(seq);
         let make = || Sequence { seen: 0, prompt, state: new(), poisoned: None };
         self.known.entry(seq).or_insert_with(make)
     }
 
-    /// Forgets that a sequence began.
+    /// Removes a sequence that was just created.
     pub fn forget(&mut self, seq: SeqId) {
         self.known.remove(&seq);
     }
 
-    /// Counts a call's tokens.
+    /// Counts the tokens of a call.
     pub fn advance(&mut self, seq: SeqId, tokens: usize) {
         self.advance_part(seq, tokens, tokens);
     }
@@ -102,7 +102,7 @@ impl<T: Clone> Sequences<T> {
         self.expected.remove(&seq);
     }
 
-    /// Marks the sequences of a call that failed midway, and gives its error back.
+    /// Poisons the sequences of a call that failed midway, and returns its error.
     pub fn poison(&mut self, batch: &Batch, error: Error) -> Error {
         for seq in batch.seqs() {
             if let Some(sequence) = self.known.get_mut(seq) {
@@ -112,7 +112,7 @@ impl<T: Clone> Sequences<T> {
         error
     }
 
-    /// Whether `to` can become a copy of `from`.
+    /// Checks that `to` can become a copy of `from`.
     pub fn check_fork(&self, from: SeqId, to: SeqId) -> Result<()> {
         self.known(from)?;
         match self.known.contains_key(&to) {
@@ -121,7 +121,7 @@ impl<T: Clone> Sequences<T> {
         }
     }
 
-    /// Copies a sequence; [`check_fork`](Self::check_fork) has allowed it.
+    /// Copies a sequence. [`check_fork`](Self::check_fork) has been called before.
     pub fn fork(&mut self, from: SeqId, to: SeqId) {
         if let Some(sequence) = self.known.get(&from) {
             self.known.insert(to, sequence.clone());
@@ -129,7 +129,7 @@ impl<T: Clone> Sequences<T> {
         }
     }
 
-    /// A sequence that has at least `len` tokens and can go on.
+    /// Returns a sequence that has at least `len` tokens and is not poisoned.
     pub fn check_truncate(&self, seq: SeqId, len: usize) -> Result<&Sequence<T>> {
         let sequence = self.known(seq)?;
         if len > sequence.seen {

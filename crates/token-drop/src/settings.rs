@@ -1,4 +1,4 @@
-//! How a cache applies a policy.
+//! Settings of a cache that applies a policy.
 
 use crate::{
     Budget, Granularity, HeadBudgets, LayerBudgets, Needs, ObservedQueries, Protected, select::Ends,
@@ -7,48 +7,49 @@ use longctx_core::{Error, LayerSpec, Result};
 
 /// Which calls of a prompt are followed by eviction.
 ///
-/// Calls of several tokens bring a prompt, unless its length was
-/// [told](crate::PolicyCache::expect_prompt) and is reached.
+/// Calls of several tokens belong to the prompt, unless its length was
+/// [declared](crate::PolicyCache::expect_prompt) and has been reached.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Prefill {
-    /// Each: a prompt in chunks never holds more than the budget and one chunk, and a chunk sees
-    /// what earlier eviction left.
+    /// Every call: a prompt in chunks never holds more than the budget and one chunk, and each
+    /// chunk sees only the entries kept so far.
     #[default]
     EveryCall,
-    /// The first alone, as kvpress does it; what comes later stays, unless the cache evicts while
+    /// Only the first call, as in kvpress. Later tokens are kept, unless the cache evicts during
     /// decoding.
     FirstCall,
 }
 
-/// How a [`PolicyCache`](crate::PolicyCache) applies a policy: how much stays, how layers and heads
-/// share it, and when eviction happens.
+/// How a [`PolicyCache`](crate::PolicyCache) applies a policy: the budget, how layers and heads
+/// share it, and when entries are evicted.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
-    /// How much of a sequence stays.
+    /// How much of a sequence is kept.
     pub budget: Budget,
     /// How the model's layers share the budget.
     pub layer_budgets: LayerBudgets,
     /// How the layer's kv heads share the budget.
     pub head_budgets: HeadBudgets,
-    /// What is kept or dropped as one.
+    /// The unit of selection.
     pub granularity: Granularity,
-    /// Entries that stay whatever their scores.
+    /// Entries that are kept regardless of their scores.
     pub protected: Protected,
     /// Which calls of a prompt are followed by eviction.
     pub prefill: Prefill,
-    /// How many entries a head gives up at a time while decoding, once it is over its budget;
-    /// `None`: decoded tokens all stay. Larger steps share the cost of scoring among as many tokens.
+    /// How many entries a head evicts at a time during decoding, once it is over its budget;
+    /// `None`: all decoded tokens are kept. A larger step spreads the cost of scoring over more
+    /// tokens.
     pub decode_step: Option<usize>,
     /// Whether kept keys are rotated to contiguous positions, as in Finch and transformers'
-    /// `SinkCache`. The next token then comes right after the kept ones, so that a text longer than
-    /// the model was trained for stays within known positions. A packed store packs all kept keys
-    /// anew each time.
+    /// `SinkCache`. The next token then follows the kept ones directly, so that a text longer than
+    /// the model's context stays within known positions. A packed store repacks all kept keys each
+    /// time.
     pub rerotate: bool,
 }
 
 impl Settings {
-    /// Uniform budgets, single tokens, nothing protected, eviction after every call of a prompt and
-    /// by 64 entries at a time while decoding.
+    /// Creates default settings: uniform budgets, single tokens, nothing protected, eviction after
+    /// every call of a prompt and by 64 entries at a time during decoding.
     pub fn new(budget: Budget) -> Self {
         Self {
             budget,
@@ -62,7 +63,7 @@ impl Settings {
         }
     }
 
-    /// Checks the settings with each other, with the layer and with what the policy reads.
+    /// Checks the settings against each other, the layer and the policy's inputs.
     pub(crate) fn check(&self, spec: &LayerSpec, needs: &Needs) -> Result<()> {
         let share = self.protected.recent_share;
         if !(0.0..=1.0).contains(&share) {
@@ -89,7 +90,8 @@ impl Settings {
         self.check_observed(needs)
     }
 
-    /// What needs heads that hold equally many entries is not combined with heads that don't.
+    /// Refuses combinations of settings that need equally long heads with settings that make them
+    /// unequal.
     fn check_heads(&self) -> Result<()> {
         let own = matches!(self.budget, Budget::Heads(_));
         let adaptive = matches!(self.head_budgets, HeadBudgets::Adaptive { .. });
@@ -110,8 +112,8 @@ impl Settings {
         Ok(())
     }
 
-    /// While decoding, queries of earlier calls look at the entries again: the tokens that they
-    /// came with must be the newest ones held.
+    /// During decoding, queries of earlier calls attend to the entries again: their tokens must be
+    /// the newest ones held.
     fn check_observed(&self, needs: &Needs) -> Result<()> {
         match needs.attention {
             Some(ObservedQueries::Newest { queries, .. })
@@ -124,8 +126,8 @@ impl Settings {
         }
     }
 
-    /// Each head's budget and the ends protected within it, for a prompt of `prompt` tokens when
-    /// `seen` have come.
+    /// Returns each head's budget and its protected ends, for a prompt of `prompt` tokens when
+    /// `seen` tokens have been fed.
     pub(crate) fn limits(
         &self,
         spec: &LayerSpec,

@@ -1,21 +1,21 @@
-//! How a budget is shared among a model's layers and a layer's heads.
+//! How a model's layers and a layer's heads share a budget.
 
 use longctx_core::{Error, LayerSpec, Result};
 
 /// How the layers of a model share their budget.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub enum LayerBudgets {
-    /// Every layer gets the same.
+    /// Every layer has the same budget.
     #[default]
     Uniform,
-    /// PyramidKV (Cai et al., arXiv 2406.02069): lower layers get more and higher ones less. The
-    /// layers' mean is the budget.
+    /// PyramidKV (Cai et al., arXiv 2406.02069): lower layers have larger budgets than higher ones.
+    /// The mean over the layers is the budget.
     ///
-    /// As in kvpress, a layer's share is rounded, not truncated, with halves to the even number,
-    /// and where the pyramid would leave a layer less than the protected newest tokens, all layers
-    /// get the same. A layer's place is that of its [`LayerSpec`].
+    /// As in kvpress, a layer's share is rounded half to even. If the pyramid would leave a layer
+    /// less than the protected newest tokens, all layers have the same budget. The layer's index is
+    /// that of its [`LayerSpec`].
     Pyramid {
-        /// The top layer gets a `beta`-th of the budget; at least 1, 20 in the published code.
+        /// The top layer gets the budget divided by `beta`; at least 1, 20 in the published code.
         beta: f64,
     },
 }
@@ -33,8 +33,8 @@ impl LayerBudgets {
         Ok(())
     }
 
-    /// The layer's own budget, where the mean is `budget`, `seen` tokens came and `window` newest
-    /// ones are protected.
+    /// Returns the layer's budget, for a mean of `budget`, `seen` tokens and `window` protected
+    /// newest tokens.
     pub(crate) fn of_layer(self, spec: &LayerSpec, budget: f64, seen: usize, window: usize) -> f64 {
         let LayerBudgets::Pyramid { beta } = self else { return budget };
         let (window, all) = (window as f64, seen as f64);
@@ -54,17 +54,17 @@ impl LayerBudgets {
     }
 }
 
-/// How a layer's kv heads share their budget.
+/// How the kv heads of a layer share their budget.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub enum HeadBudgets {
-    /// Every head keeps equally many entries.
+    /// Every head keeps the same number of entries.
     #[default]
     Uniform,
     /// AdaKV (Feng et al., arXiv 2407.11550): heads compete for the sum of their budgets, so that
-    /// those whose scores are spread widely keep more. They then hold different numbers of entries,
-    /// and free the others.
+    /// heads whose scores are spread widely keep more. Heads then hold different numbers of
+    /// entries.
     Adaptive {
-        /// The share of its own budget that each head keeps in any case, from 0 to 1.
+        /// The share of its own budget that each head always keeps, from 0 to 1.
         safeguard: f64,
     },
 }
@@ -82,7 +82,7 @@ impl HeadBudgets {
         }
     }
 
-    /// Whether heads that hold `lens` entries are over their budgets.
+    /// Returns whether heads that hold `lens` entries exceed their budgets.
     pub(crate) fn is_over(self, lens: &[usize], budgets: &[usize]) -> bool {
         match self {
             HeadBudgets::Uniform => lens.iter().zip(budgets).any(|(len, budget)| len > budget),
@@ -105,7 +105,8 @@ mod tests {
     #[test]
     fn layers_share_the_budget() {
         assert_eq!(budgets(200.0, 1000), [390.0, 295.0, 200.0, 105.0, 10.0]);
-        // No layer can keep more than there is: the top ones get what the lowest can't take.
+        // No layer can keep more tokens than there are: the excess of the lowest layers goes to the
+        // top ones.
         assert_eq!(budgets(600.0, 1000), [992.0, 796.0, 600.0, 404.0, 208.0]);
         // A twentieth of 100 is less than the window.
         assert_eq!(budgets(100.0, 1000), [100.0; 5]);

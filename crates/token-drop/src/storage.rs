@@ -1,11 +1,11 @@
-//! What caches do with their stores beside attention.
+//! Store operations that several caches share.
 
 use candle_core::Tensor;
 use longctx_core::{
     AttentionShape, AttentionState, Error, KvStore, LayerSpec, Result, Selection, SeqId, Step,
 };
 
-/// Checks that a store is a new one for the layer, and that the layer has no sliding window.
+/// Checks that a store is new and made for the layer, and that the layer has no sliding window.
 pub fn check_store(spec: &LayerSpec, store: &impl KvStore, user: &str) -> Result<()> {
     if spec.shape.window.is_some() {
         let what = format!("{user} in a layer that has a sliding window of its own");
@@ -26,7 +26,7 @@ fn check_shape(shape: &AttentionShape, store: &impl KvStore) -> Result<()> {
     Ok(())
 }
 
-/// Drops what each head holds beyond `lens`; all of it if there are none.
+/// Drops each head's entries after the first `lens`; all of them if `lens` is empty.
 pub fn cut(store: &mut impl KvStore, seq: SeqId, lens: &[usize]) -> Result<()> {
     let held = store.lens(seq);
     if held == lens || (held.is_empty() && lens.iter().all(|&len| len == 0)) {
@@ -42,9 +42,8 @@ pub fn cut(store: &mut impl KvStore, seq: SeqId, lens: &[usize]) -> Result<()> {
     store.retain(seq, &Selection::new(lens.iter().map(|&len| (0..len as u32).collect()).collect()))
 }
 
-/// Drops the entries that `keep` does not name. Returns whether there was room to: where forks
-/// share blocks, and a pool of fixed capacity has no room for copies of those that change, nothing
-/// is dropped.
+/// Drops the entries that are not in `keep`. Returns whether there was room: if forks share blocks
+/// and a pool of fixed capacity has no room for copies of the changed ones, nothing is dropped.
 pub fn evict(store: &mut impl KvStore, seq: SeqId, keep: &Selection) -> Result<bool> {
     if keep.heads().iter().map(Vec::len).eq(store.lens(seq)) {
         return Ok(true);
@@ -56,7 +55,7 @@ pub fn evict(store: &mut impl KvStore, seq: SeqId, keep: &Selection) -> Result<b
     }
 }
 
-/// Checks the log-sum-exp of an engine's own prefill.
+/// Checks the log-sum-exp of an engine's own prefill attention.
 pub fn check_lse(step: &Step<'_>, lse: Option<&Tensor>, spec: &LayerSpec) -> Result<()> {
     let expected = [step.batch.tokens(), spec.shape.heads];
     match lse {
@@ -68,7 +67,7 @@ pub fn check_lse(step: &Step<'_>, lse: Option<&Tensor>, spec: &LayerSpec) -> Res
     }
 }
 
-/// The log-sum-exp of all that queries see, learned sink logits included.
+/// Returns the log-sum-exp over everything that the queries see, including learned sink logits.
 pub fn whole_lse(state: &AttentionState, spec: &LayerSpec) -> Result<Tensor> {
     match &spec.sink_logits {
         Some(logits) => Ok(state.clone().with_sink_logits(logits)?.lse),
@@ -76,7 +75,7 @@ pub fn whole_lse(state: &AttentionState, spec: &LayerSpec) -> Result<Tensor> {
     }
 }
 
-/// Forks a sequence that the store may hold nothing of.
+/// Forks a sequence that may have no entries in the store.
 pub fn fork(store: &mut impl KvStore, from: SeqId, to: SeqId) -> Result<()> {
     match store.lens(from).is_empty() {
         true => Ok(()),

@@ -14,29 +14,32 @@ use longctx_core::{
     Selection, SeqId, Step, attention, check_new,
 };
 
-/// Share of the kept tokens that are sinks, where a ratio of the prompt is kept (arXiv 2407.01527).
+/// Share of sinks among the kept tokens, if a ratio of the prompt is kept (arXiv 2407.01527).
 const SINK_SHARE: f64 = 0.021;
-/// Sinks that a ratio keeps at least: those of the published code.
+/// The smallest number of sinks for a ratio: that of the published code.
 const SINKS: usize = 4;
 
-/// The first tokens ("sinks") and a window of the newest ones, at constant memory however long the
-/// text grows.
+/// Keeps the first tokens (attention sinks) and a window of the newest ones: constant memory for a
+/// text of any length.
 ///
 /// Positions are those *within the cache*: with 4 sinks and a window of 60, the newest token is
-/// never past position 64. The published code rotates the whole window anew for every token. That
-/// is not needed, since attention sees only differences of positions: keys of the window stay
-/// rotated at their true positions and meet queries rotated at theirs; keys of the sinks stay where
-/// they were at first and meet queries rotated at their place within the cache. The two parts of
-/// the attention are merged without loss. So the window may lie in any store, packed ones included;
-/// the few sinks lie in f32.
+/// never past position 64. The published code rotates the whole window again for every token. This
+/// is not necessary, because attention depends only on differences of positions:
 ///
-/// A whole prompt in one call gets exact attention; tokens are dropped afterwards.
+/// - Keys of the window stay rotated at their original positions, and queries at theirs.
+/// - Keys of the sinks stay at their first positions; queries are rotated to their position within
+///   the cache.
 ///
-/// [`truncate`](KvCache::truncate) takes back tokens that came after the last ones were dropped:
-/// with [`with_step`](Self::with_step), up to a step of them.
+/// The two parts of the attention are merged without loss. So the window may be in any store,
+/// packed ones included; the few sinks are in f32.
+///
+/// A whole prompt in one call has exact attention; tokens are dropped afterwards.
+///
+/// [`truncate`](KvCache::truncate) removes tokens fed since the last drop: with
+/// [`with_step`](Self::with_step), up to a step of them.
 ///
 /// In a pool of fixed capacity, dropping tokens from blocks that forks share needs room for copies.
-/// Where there is none, they are dropped by a later call.
+/// Without that room, a later call drops them.
 #[derive(Debug)]
 pub struct StreamingLlm<S> {
     spec: LayerSpec,
@@ -47,7 +50,7 @@ pub struct StreamingLlm<S> {
     sequences: Sequences<Dropped>,
 }
 
-/// What is kept of a sequence beside the stores: the tokens that had come when some were last
+/// The state of a sequence outside the stores: the number of tokens seen when some were last
 /// dropped.
 #[derive(Debug, Clone, Default)]
 struct Dropped {
@@ -61,7 +64,7 @@ enum Size {
 }
 
 impl Size {
-    /// Sinks, and tokens in all.
+    /// Returns the number of sinks, and the number of kept tokens in total.
     fn of(self, prompt: Prompt) -> (usize, usize) {
         match self {
             Size::Tokens { sinks, window } => (sinks, sinks.saturating_add(window)),
@@ -73,24 +76,25 @@ impl Size {
     }
 }
 
-/// Where the tokens of one sequence's call go.
+/// How one call changes the sinks and the window of a sequence.
 #[derive(Debug, Clone, Copy)]
 struct Moves {
     tokens: usize,
     /// The call's first tokens that become sinks.
     sinks: usize,
-    /// Tokens that leave the window.
+    /// Number of tokens that leave the window.
     leave: usize,
-    /// The call's tokens after the sinks that never enter it.
+    /// Tokens of the call, after the sinks, that never enter the window.
     skip: usize,
 }
 
 impl<S: KvStore> StreamingLlm<S> {
-    /// Keeps the first `sinks` tokens, and the newest `window` ones in `store`.
+    /// Creates a cache that keeps the first `sinks` tokens, and the newest `window` tokens in
+    /// `store`.
     ///
     /// # Errors
-    /// [`Error::Setting`] if `window` is 0, `store` holds something, or the layer has no rotary
-    /// embedding; [`Error::Unsupported`] if the layer has a sliding window of its own.
+    /// [`Error::Setting`] if `window` is 0, `store` is not empty, or the layer has no rotary
+    /// embedding; [`Error::Unsupported`] if the layer has a sliding window.
     pub fn new(spec: LayerSpec, store: S, sinks: usize, window: usize) -> Result<Self> {
         if window == 0 {
             return Err(Error::setting("window", "at least 1 token", window));
@@ -98,15 +102,14 @@ impl<S: KvStore> StreamingLlm<S> {
         Self::with_size(spec, store, Size::Tokens { sinks, window })
     }
 
-    /// Keeps `ratio` of the tokens of the prompt, and no fewer than 5: 2.1 % of them as sinks, but
-    /// at least 4, the others as the window.
+    /// Creates a cache that keeps `ratio` of the prompt's tokens, at least 5: 2.1 % of them as
+    /// sinks, but at least 4, the others as the window.
     ///
-    /// [`expect_prompt`](Self::expect_prompt) tells a prompt's length beforehand. Otherwise the
-    /// window grows as the prompt comes, and the sinks are those of its first call.
+    /// [`expect_prompt`](Self::expect_prompt) sets a prompt's length in advance. Otherwise the
+    /// window grows with the prompt, and the sinks are those of its first call.
     ///
     /// # Errors
-    /// As [`new`](Self::new), and [`Error::Setting`] if `ratio` is not between 0 and 1, ends
-    /// excluded.
+    /// As [`new`](Self::new), and [`Error::Setting`] unless 0 < `ratio` < 1.
     pub fn with_ratio(spec: LayerSpec, store: S, ratio: f64) -> Result<Self> {
         check_ratio(ratio)?;
         Self::with_size(spec, store, Size::Ratio(ratio))
@@ -119,8 +122,8 @@ impl<S: KvStore> StreamingLlm<S> {
         Ok(Self { spec, size, step: 1, sinks, window, sequences: Sequences::default() })
     }
 
-    /// Drops `step` tokens at a time, so that the window holds from `window - step + 1` to `window`
-    /// of them. A step of a whole group spares a packed store from packing all groups anew.
+    /// Drops `step` tokens at a time, so that the window holds between `window - step + 1` and
+    /// `window` tokens. With a step of a whole group, a packed store does not repack all groups.
     ///
     /// # Errors
     /// [`Error::Setting`] if `step` is 0 or more than the window.
@@ -136,42 +139,43 @@ impl<S: KvStore> StreamingLlm<S> {
         Ok(self)
     }
 
-    /// Tells that the first `tokens` tokens of a sequence are its prompt, for a ratio of it.
+    /// Declares that the first `tokens` tokens of a sequence are its prompt, for a ratio.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if as many have come already.
+    /// [`Error::Mismatch`] if the sequence has that many tokens already.
     pub fn expect_prompt(&mut self, seq: SeqId, tokens: usize) -> Result<()> {
         self.sequences.expect_prompt(seq, tokens)
     }
 
-    /// The sinks.
+    /// Returns the store of sinks.
     pub fn sinks(&self) -> &DenseStore {
         &self.sinks
     }
 
-    /// The newest tokens.
+    /// Returns the store of the newest tokens.
     pub fn window(&self) -> &S {
         &self.window
     }
 
-    /// What a call of `tokens` tokens of a sequence moves.
+    /// Returns how a call of `tokens` tokens changes a sequence.
     fn moves(&self, seq: SeqId, tokens: usize) -> Moves {
         let (sinks, all) = self.size.of(self.sequences.prompt_with(seq, tokens));
         let (held, window) = (self.sinks.len(seq), self.window.len(seq));
-        // Only tokens that follow the sinks can join them.
+        // Tokens can become sinks only if all tokens before them are sinks.
         let first = match held == self.sequences.seen(seq) {
             true => sinks.saturating_sub(held).min(tokens),
             false => 0,
         };
         let room = all.saturating_sub(held + first).max(1);
         let over = (window + tokens - first).saturating_sub(room);
-        // A ratio of a short prompt may leave a window smaller than the step.
+        // A ratio of a short prompt may give a window smaller than the step.
         let surplus = over.next_multiple_of(self.step.min(room));
         let leave = surplus.min(window);
         Moves { tokens, sinks: first, leave, skip: surplus - leave }
     }
 
-    /// A decoded token that enters the window joins it before it attends, so that it is read once.
+    /// A decoded token that enters the window is appended before it attends, so that it is read
+    /// once.
     fn attend_all(
         &mut self,
         step: &Step<'_>,
@@ -205,7 +209,7 @@ impl<S: KvStore> StreamingLlm<S> {
         AttentionState::merge(&parts)
     }
 
-    /// Appends the tokens that stay, of the sequences that `appends` names.
+    /// Appends the kept tokens of the sequences for which `appends` returns true.
     fn append(
         &mut self,
         step: &Step<'_>,
@@ -227,7 +231,7 @@ impl<S: KvStore> StreamingLlm<S> {
         Ok(())
     }
 
-    /// Has tokens leave the window, and counts the call's.
+    /// Drops tokens from the window, and counts those of the call.
     fn finish(&mut self, batch: &Batch, moves: &BTreeMap<SeqId, Moves>) -> Result<()> {
         for &seq in batch.seqs() {
             self.sequences.begin(seq, Dropped::default);
@@ -253,12 +257,12 @@ impl<S: KvStore> StreamingLlm<S> {
         batch.iter().map(|(seq, own)| (seq, self.moves(seq, own.len()))).collect()
     }
 
-    /// What each sequence holds of the sinks and of the window.
+    /// Returns each sequence's number of entries in the sinks and in the window.
     fn lens(&self, batch: &Batch) -> Vec<[Vec<usize>; 2]> {
         batch.seqs().iter().map(|&seq| [self.sinks.lens(seq), self.window.lens(seq)]).collect()
     }
 
-    /// Puts the stores back to what they held before a call that failed.
+    /// Restores the stores to their contents before a failed call.
     fn take_back(&mut self, batch: &Batch, lens: &[[Vec<usize>; 2]], error: Error) -> Error {
         for (&seq, [sinks, window]) in batch.seqs().iter().zip(lens) {
             let done = cut(&mut self.sinks, seq, sinks);

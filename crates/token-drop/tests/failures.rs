@@ -1,4 +1,4 @@
-//! A call that fails leaves every sequence as it was, or poisoned until it is removed.
+//! After a failed call every sequence is as before, or poisoned until it is removed.
 
 mod common;
 
@@ -15,10 +15,10 @@ use longctx_core::{
 use proptest::prelude::*;
 use token_drop::{Budget, H2o, PolicyCache};
 
-/// A store one of whose operations fails.
+/// A store of which one operation fails.
 struct Failing {
     store: DenseStore,
-    /// Operations until then; 0: none fails.
+    /// Number of operations until the failure; 0: none fails.
     left: Arc<AtomicUsize>,
 }
 
@@ -112,18 +112,18 @@ impl KvStore for Failing {
     }
 }
 
-/// What the sequences hold.
+/// Returns what the sequences hold.
 fn held(cache: &dyn KvCache) -> Vec<(SeqId, usize, usize, Footprint)> {
     let of = |seq| {
-        // Lists that have grown once keep their room.
+        // Capacity of lists that have grown is not freed.
         let footprint = Footprint { slack: 0, bookkeeping: 0, ..cache.seq_footprint(seq) };
         (seq, cache.seen(seq), cache.held(seq), footprint)
     };
     cache.seqs().into_iter().map(of).collect()
 }
 
-/// A sequence that decodes, one that brings a chunk, and a new one, in a call whose every operation
-/// of a store fails once.
+/// In one call, one sequence decodes, one is fed a chunk and one is new. Every store operation of
+/// the call fails once.
 #[test]
 fn every_operation_of_a_store_may_fail() {
     let before = [(0, Input::random(50)), (1, Input::random(11))];
@@ -156,7 +156,7 @@ fn every_operation_of_a_store_may_fail() {
                 assert_eq!(held(&*cache), was, "{name}");
                 continue;
             }
-            // Midway: no sequence of the call goes on, and all can be removed.
+            // A failure midway: no sequence of the call can continue, and all can be removed.
             poisoned += 1;
             for (seq, _) in &call {
                 let error = Input::random(1).feed(&mut cache, *seq).unwrap_err();
@@ -168,8 +168,8 @@ fn every_operation_of_a_store_may_fail() {
             cache = make(kind);
         };
         assert!(failures > 0, "{name}");
-        // What fails after attention, scores and appends are the evictions, and InfLLM's later
-        // chunks.
+        // The operations after attention, scores and appends are the evictions, and the later
+        // chunks of InfLLM.
         let most = if name.starts_with("inf-llm") { failures } else { 3 };
         assert!(poisoned <= most, "{name}: {poisoned} of {failures}");
         for (out, expected) in outs.iter().zip(&expected) {
@@ -186,8 +186,8 @@ proptest! {
         cases: cases(24, 1000), failure_persistence: None, ..Default::default()
     })]
 
-    /// A full pool is an error that changes nothing, and comes only where the cache said that it
-    /// would.
+    /// A full pool is an error that changes nothing, and it occurs only where `can_take` returned
+    /// false.
     #[test]
     fn a_full_pool_changes_nothing(
         blocks in 4usize..16,
@@ -211,7 +211,7 @@ proptest! {
                     Err(error) => prop_assert!(false, "{}: {}", name, error),
                 }
             }
-            // Room is there again once sequences are gone.
+            // There is room again once sequences are removed.
             for seq in cache.seqs() {
                 prop_assert!(cache.remove(seq));
             }
@@ -220,8 +220,8 @@ proptest! {
     }
 }
 
-/// Forks share blocks; where a full pool has no room for copies of those that an eviction changes,
-/// the eviction is put off.
+/// Forks share blocks. If a full pool has no room for copies of the blocks that an eviction
+/// changes, the eviction is postponed.
 #[test]
 fn an_eviction_without_room_for_copies_is_put_off() {
     // 100 tokens of two heads take 4 blocks each.
@@ -237,13 +237,13 @@ fn an_eviction_without_room_for_copies_is_put_off() {
         (cache.seen(1), cache.held(1), cache.positions(1)[0].len())
     };
     let token = Input::random(1);
-    // A block for each head's copy of the last would be needed, and one is there.
+    // Each head needs a block for the copy of its last block; only one is free.
     let mut cache = full(9);
     assert!(!cache.can_take(&Batch::single(1, 1).unwrap()));
     let error = token.feed(&mut cache, 1).unwrap_err();
     assert!(matches!(error, Error::PoolFull { .. }));
     assert_eq!(held(&cache), (100, 100, 100));
-    // With ten, the token is taken, and nothing can be evicted until the fork is gone.
+    // With ten blocks the token is appended, and nothing can be evicted until the fork is removed.
     let mut cache = full(10);
     token.feed(&mut cache, 1).unwrap();
     assert_eq!(held(&cache), (101, 101, 101));

@@ -1,4 +1,4 @@
-//! When the cache evicts, and how much stays.
+//! When the cache evicts, and how many entries are kept.
 
 mod common;
 
@@ -11,7 +11,7 @@ fn cache(budget: usize) -> PolicyCache<DenseStore, KNorm> {
     PolicyCache::new(spec(), store(DType::F32), KNorm, Budget::Tokens(budget)).unwrap()
 }
 
-/// What is held after each call.
+/// Returns the number of entries held after each call.
 fn helds(cache: &mut impl KvCache, calls: &[usize]) -> Vec<usize> {
     let text = Input::random(calls.iter().sum());
     let mut start = 0;
@@ -54,8 +54,8 @@ fn layers_hold_what_the_pyramid_gives_them() {
     assert_eq!([held(0), held(1), held(2)], [[70], [40], [10]]);
 }
 
-/// Keys of a tenth of the length are the best by their norm: one head takes all but the other's
-/// safeguard, a fifth of its budget.
+/// Keys of a tenth of the length have the best scores by norm: one head takes everything except the
+/// other's safeguard, a fifth of its budget.
 #[test]
 fn a_head_frees_what_it_loses_to_another() {
     let mut text = Input::random(200);
@@ -68,7 +68,7 @@ fn a_head_frees_what_it_loses_to_another() {
     let held = cache.store().seq_footprint(0);
     let entry = 2 * DIM * 2;
     assert_eq!(held.payload, 100 * entry);
-    // Blocks of 32: three for the one head, one for the other.
+    // Blocks of 32 entries: three for the one head, one for the other.
     assert_eq!(held.payload + held.slack, 4 * 32 * entry);
 }
 
@@ -76,7 +76,7 @@ fn zeros(len: usize) -> Tensor {
     Tensor::zeros(len, DType::F32, &Device::Cpu).unwrap()
 }
 
-/// A policy that looks at several queries, whose tokens are not kept.
+/// A policy that observes several queries whose tokens are not kept.
 #[derive(Debug)]
 struct Forgetful;
 
@@ -91,7 +91,7 @@ impl EvictionPolicy for Forgetful {
     }
 }
 
-/// A policy that gives one score too few.
+/// A policy that returns one score too few.
 #[derive(Debug)]
 struct Miscounting;
 
@@ -115,7 +115,7 @@ fn what_is_wrong_with_a_policy_is_named_and_changes_nothing() {
     let error = Input::random(20).feed(&mut cache, 0).unwrap_err().to_string();
     assert!(error.contains("a policy's scores") && error.contains("[20, 20]"), "{error}");
     assert!(cache.seqs().is_empty() && cache.store().seqs().is_empty());
-    // Also while decoding, when the token is in the store already.
+    // Also during decoding, when the token is already in the store.
     Input::random(8).feed(&mut cache, 0).unwrap();
     assert!(Input::random(1).feed(&mut cache, 0).is_err());
     assert_eq!((cache.seen(0), cache.store().lens(0)), (8, vec![8, 8]));

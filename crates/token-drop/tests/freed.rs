@@ -1,4 +1,4 @@
-//! Memory is given back, and footprints say what is held: both by what the allocator says.
+//! Memory is freed, and footprints equal the held bytes: both checked against the allocator.
 
 mod common;
 
@@ -10,16 +10,17 @@ use common::*;
 use longctx_core::{DenseStore, KvCache};
 use token_drop::*;
 
-/// The system's allocator, which counts the bytes that are allocated.
+/// The system allocator, counting the allocated bytes.
 struct Counting;
 
 static LIVE: AtomicIsize = AtomicIsize::new(0);
 
-// SAFETY: every call goes to the system's allocator unchanged; counting touches no memory of the caller's.
+// SAFETY: every call goes to the system allocator unchanged; counting touches no memory of the
+// caller.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         LIVE.fetch_add(layout.size() as isize, Ordering::Relaxed);
-        // SAFETY: the caller's promises are those that the system's allocator asks for.
+        // SAFETY: the caller meets the requirements of the system allocator.
         unsafe { System.alloc(layout) }
     }
 
@@ -38,7 +39,7 @@ const BUDGET: usize = 250;
 
 type Made = Box<dyn Fn() -> Box<dyn KvCache>>;
 
-/// Every cache of the crate, and whether it drops anything.
+/// Returns every cache of the crate, and whether it drops anything.
 fn caches() -> Vec<(&'static str, bool, Made)> {
     let mut all: Vec<(_, _, Made)> = Vec::new();
     for (name, make) in methods::<DenseStore>() {
@@ -70,7 +71,7 @@ fn what_is_held_is_what_is_allocated_and_no_more() {
     // 2 x 32 channels of f16 for each of 2 kv heads.
     let dense = (PROMPT * KV_HEADS * 2 * DIM * 2) as isize;
     for (name, drops, made) in caches() {
-        // Threads keep what they allocate for their work when they first do it.
+        // Threads allocate memory for their work on first use and keep it.
         drop(feed(&made));
         let before = LIVE.load(Ordering::Relaxed);
         let cache = feed(&made);
@@ -80,7 +81,7 @@ fn what_is_held_is_what_is_allocated_and_no_more() {
             (allocated - said).abs() <= said / 20 + 4096,
             "{name}: {allocated} bytes allocated, the footprint says {said}"
         );
-        // An eighth is kept. Pools hold whole slabs, StreamingLLM's sinks one of their own.
+        // An eighth is kept. Pools hold whole slabs, and StreamingLLM's sinks have their own.
         assert!(!drops || allocated < dense / 3, "{name}: {allocated} bytes of {dense}");
     }
 }

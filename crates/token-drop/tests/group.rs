@@ -1,4 +1,4 @@
-//! The query heads of a kv head are joined by their mean or their maximum, as the policy is told.
+//! The scores of a kv head's query heads are reduced by mean or maximum, as the policy sets it.
 
 mod common;
 
@@ -7,7 +7,7 @@ use common::*;
 use longctx_core::{AttentionShape, LayerSpec};
 use token_drop::*;
 
-/// What each of two query heads gave to four entries, the last of which is the window's.
+/// The attention that each of two query heads gave to four entries. The last entry is the window's.
 const SUMS: [[f32; 4]; 2] = [[3.0, 0.0, 1.0, 9.0], [0.0, 2.0, 1.5, 9.0]];
 
 /// The scores of the first three entries.
@@ -40,7 +40,7 @@ fn attention_is_joined_by_mean_or_max() {
     assert_eq!(joined, [[3.0, 2.0, 1.5]; 3]);
 }
 
-/// Expected attention of each query head alone, joined by hand.
+/// Expected attention of each query head alone, reduced in the test.
 #[test]
 fn expected_attention_is_joined_by_mean_or_max() {
     let text = Input::random(60);

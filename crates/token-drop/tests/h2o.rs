@@ -1,5 +1,5 @@
-//! H2O against the mask formulation in plain PyTorch (fixtures/make_h2o.py): kept positions and
-//! outputs over a prefill and 64 decoded tokens.
+//! H2O against its mask formulation in PyTorch (fixtures/make_h2o.py): kept positions and outputs
+//! over a prefill and 64 decoded tokens.
 
 mod common;
 

@@ -75,7 +75,7 @@ fn compare(name: &str, cache: impl Fn() -> InfLlm<DenseStore>) {
     }
     let blocks = fixture[&format!("{name}.blocks")].to_vec1::<i64>().unwrap();
     assert_eq!(whole.blocks(9) as i64, blocks[0]);
-    // Chunk by chunk, to see what each one fetched.
+    // Chunk by chunk, to see which blocks each chunk retrieved.
     let mut by_chunk = cache();
     let mut start = 0;
     let chunks = calls.iter().flat_map(|&tokens| {
@@ -107,7 +107,7 @@ fn footprints_add_up() {
     let mut cache = inf_llm();
     feed(&mut cache, &fixture, 0, 200);
     let all = cache.footprint();
-    // 200 tokens of 2 kv heads, and those of the window once more.
+    // 200 tokens of 2 kv heads, and the tokens of the window a second time.
     let token = 2 * 2 * 16 * 4;
     assert_eq!(all.payload, (200 + 32) * token);
     assert_eq!((cache.past().len(9), cache.window().len(9)), (200, 32));

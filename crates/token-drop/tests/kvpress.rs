@@ -106,8 +106,8 @@ fn settings_keep_the_positions_that_kvpress_keeps() {
     fixture.compare("rerotated", rerotated);
 }
 
-/// The cache that places tokens anew keeps the same ones: its values are those at kvpress's
-/// positions.
+/// StreamingLlm, which re-positions tokens, keeps the same tokens: its values are those at
+/// kvpress's positions.
 #[test]
 fn streaming_llm_keeps_the_positions_that_kvpress_keeps() {
     let fixture = Fixture::load();

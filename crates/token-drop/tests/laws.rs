@@ -1,4 +1,4 @@
-//! What holds for every method, every store and every text.
+//! Laws that hold for every method, store and text.
 
 mod common;
 
@@ -8,13 +8,13 @@ use longctx_core::{AttentionState, Batch, DenseCache, DenseStore, Error, KvCache
 use proptest::prelude::*;
 use token_drop::*;
 
-/// Calls that make up a text: a prompt, perhaps in chunks, and decoded tokens.
+/// Calls that make up a text: a prompt, possibly in chunks, and decoded tokens.
 fn calls() -> impl Strategy<Value = Vec<usize>> {
     (prop::collection::vec(2usize..40, 1..4), 0usize..24)
         .prop_map(|(prompt, decoded)| [prompt, vec![1; decoded]].concat())
 }
 
-/// The most that the heads may hold together: heads may share unevenly what is theirs.
+/// Checks the total number of entries: heads may share the sum of their budgets unevenly.
 fn check_held(name: &str, seen: usize, positions: &[Vec<u32>], budget: usize) {
     let total: usize = positions.iter().map(Vec::len).sum();
     let most = budget.min(seen) * positions.len();
@@ -67,8 +67,9 @@ proptest! {
         }
     }
 
-    /// A decoded token's output is that of the dense cache bit for bit. A prompt attends to its own
-    /// tensors, where the dense cache reads blocks, so that sums are rounded in another order.
+    /// The output of a decoded token equals that of the dense cache bit for bit. A prompt attends
+    /// to its own tensors, while the dense cache reads blocks, so sums are rounded in another
+    /// order.
     #[test]
     fn a_budget_for_everything_changes_nothing(prompt in 2usize..90, decoded in 0usize..12) {
         let calls = [vec![prompt], vec![1; decoded]].concat();
@@ -77,7 +78,7 @@ proptest! {
         let expected = feed_all(&mut dense, 0, &text, &calls);
         for (name, make) in methods() {
             let budget = Budget::Tokens((prompt + decoded).max(20));
-            // DuoAttention has budgets of its own: without streaming heads it keeps everything.
+            // DuoAttention has its own budgets: without streaming heads it keeps everything.
             let mut cache = match name {
                 "duo" => {
                     let heads = DuoAttention::new(vec![false; KV_HEADS], 4, 8).unwrap();
@@ -101,7 +102,7 @@ proptest! {
         }
     }
 
-    /// Sequences of unequal length, some decoding while others bring prompts.
+    /// Sequences of unequal length, some decoding while others are fed prompts.
     #[test]
     fn a_batch_equals_each_of_its_sequences_alone(
         rounds in prop::collection::vec(
@@ -132,7 +133,7 @@ proptest! {
         }
     }
 
-    /// Two continuations of one prefix, by a fork and each from the start.
+    /// Two continuations of one prefix, by a fork and by feeding each from the start.
     #[test]
     fn a_fork_equals_a_copy(calls in calls(), more in calls()) {
         let (prefix, others) = (Input::random(calls.iter().sum()), more.iter().sum());
@@ -150,7 +151,7 @@ proptest! {
                     prop_assert!(distance(a, b) < 1e-6, "{}", name);
                 }
             }
-            // Everything is given back: what is fed anew finds its memory there.
+            // All memory is freed: sequences fed again reuse it.
             prop_assert!(cache.remove(7) && cache.remove(8));
             prop_assert_eq!(cache.footprint().payload + cache.footprint().bookkeeping, blocks(&*cache));
             let held = cache.footprint().total();
@@ -159,7 +160,7 @@ proptest! {
         }
     }
 
-    /// Where truncating is allowed, the sequence goes on as if it had never seen the rest.
+    /// Where truncation is allowed, the sequence continues as if it had never seen the rest.
     #[test]
     fn truncate_equals_never_fed(
         calls in calls(), rejected in prop::collection::vec(1usize..4, 1..4), more in calls(),
@@ -193,7 +194,7 @@ proptest! {
         }
     }
 
-    /// Prompts whose attention was computed elsewhere leave every cache in the same state.
+    /// Prompts whose attention the engine computed leave every cache in the same state.
     #[test]
     fn a_prompt_taken_in_equals_one_that_attends(prompt in 30usize..70, other in 1usize..40) {
         let text = Input::random(prompt + other + 3);
@@ -201,7 +202,7 @@ proptest! {
         let first = text.narrow(0, prompt + other);
         let lse = exact(&batch, &first).lse;
         let all = caches(|| store(DType::F32)).into_iter().zip(caches(|| store(DType::F32)));
-        // InfLLM attends to a prompt in chunks, unless it is told to be exact.
+        // InfLLM attends to a prompt in chunks, unless it is set to exact.
         for ((name, mut attends), (_, mut takes)) in all.filter(|((n, _), _)| *n != "inf-llm") {
             first.step(&batch, |step| attends.attend(step)).unwrap();
             let take = |cache: &mut Box<dyn KvCache>, lse: Option<&Tensor>| {
@@ -227,8 +228,8 @@ proptest! {
         }
     }
 
-    /// Each decoded token's output equals attention computed from the text over the positions that
-    /// the cache says it held, and over itself.
+    /// The output of each decoded token equals attention computed from the text over the positions
+    /// that the cache reports, and over the token itself.
     #[test]
     fn what_is_evicted_is_never_seen_again(prompt in 16usize..60, budget in 12usize..30) {
         let text = Input::random(prompt + 12);
@@ -248,7 +249,7 @@ proptest! {
     }
 }
 
-/// What an empty pool's own tables take.
+/// Returns the bytes of the tables of an empty pool.
 fn blocks(cache: &dyn KvCache) -> usize {
     let held = cache.footprint();
     // A reference count of four bytes for each block of 32 keys and values in f32.
@@ -264,7 +265,7 @@ fn exact(batch: &Batch, input: &Input) -> AttentionState {
     plain.attend(batch, &turn(&input.q), Mask::Causal).unwrap()
 }
 
-/// What truncating allows, where the law above would also hold if it allowed nothing.
+/// Which truncations are allowed: the law above would also hold if none were.
 #[test]
 fn drafts_are_taken_back() {
     let allowed = |name: &str, calls: &[usize], len: usize| {
@@ -273,25 +274,25 @@ fn drafts_are_taken_back() {
         feed_all(&mut cache, 0, &Input::random(calls.iter().sum()), calls);
         cache.check_truncate(0, len).is_ok()
     };
-    // After the prompt was evicted from, as long as decoding evicts nothing.
+    // After eviction from the prompt, as long as decoding evicts nothing.
     for name in ["snap-kv", "ada snap-kv", "finch", "expected attention"] {
         assert!(allowed(name, &[100, 1, 1, 1], 101), "{name}");
         assert!(!allowed(name, &[100, 1], 99), "{name}");
     }
-    // Before anything is dropped; after a step of drops.
+    // Allowed before anything is dropped, and after a step of drops.
     assert!(allowed("k-norm", &[15, 4], 9) && !allowed("k-norm", &[15, 6], 9));
     assert!(allowed("streaming-llm", &[15, 4], 1) && !allowed("streaming-llm", &[15, 6], 20));
     assert!(allowed("streaming-llm by steps", &[21, 1, 1], 21));
     assert!(allowed("quest", &[50, 1, 1], 3));
-    // Sums over all queries can't be taken back.
+    // Sums over all queries cannot be reverted.
     assert!(!allowed("h2o", &[15, 1], 15) && !allowed("inf-llm", &[5, 1], 5));
     assert!(allowed("h2o", &[15, 1], 16) && allowed("inf-llm", &[5, 1], 0));
-    // The queries that are observed while decoding are the newest ones of what is left.
+    // The queries that are observed during decoding are the newest of those left.
     assert!(allowed("snap-kv while decoding", &[6, 1], 6));
     assert!(!allowed("snap-kv while decoding", &[16, 1], 16));
 }
 
-/// A draft of several tokens after a prompt whose length was told is no chunk of it.
+/// A draft of several tokens after a prompt of declared length is not a chunk of it.
 #[test]
 fn drafts_of_several_tokens_are_taken_back() {
     let make = || {

@@ -1,5 +1,6 @@
-//! Under tensor parallelism each rank has a cache for its own heads. Together they hold and give what
-//! one cache of all heads does, where a policy scores each kv head by its own group of query heads.
+//! Tensor parallelism: each rank has a cache for its own heads. If a policy scores each kv head by
+//! its own group of query heads, the ranks together hold and return the same as one cache of all
+//! heads.
 
 mod common;
 
@@ -8,7 +9,7 @@ use common::*;
 use longctx_core::{AttentionShape, DenseStore, LayerSpec};
 use token_drop::*;
 
-/// Methods that look across the heads of a layer, or draw numbers by a head's place.
+/// Methods that compare the heads of a layer, or whose random numbers depend on the head's index.
 const ACROSS_HEADS: [&str; 5] = ["random", "tova", "ada snap-kv", "ada h2o", "chunk h2o"];
 const CALLS: [usize; 8] = [40, 9, 1, 1, 1, 1, 1, 1];
 
@@ -16,7 +17,7 @@ fn local_shape() -> AttentionShape {
     AttentionShape::new(HEADS / KV_HEADS, 1, DIM).unwrap()
 }
 
-/// The same place in the model, with one kv head.
+/// The same layer of the model, with one kv head.
 fn local_spec() -> LayerSpec {
     LayerSpec::new(local_shape()).with_rope(rope(DIM))
 }
@@ -25,7 +26,7 @@ fn local_store() -> DenseStore {
     DenseStore::new(local_shape(), DType::F32).unwrap()
 }
 
-/// The part of a kv head.
+/// Returns the input of one kv head.
 fn local(text: &Input, kv_head: usize) -> Input {
     let group = HEADS / KV_HEADS;
     let of = |x: &Tensor, first, count| x.narrow(1, first, count).unwrap().contiguous().unwrap();
@@ -55,7 +56,7 @@ fn check(name: &str, mut whole: Any<DenseStore>, ranks: Vec<Any<DenseStore>>) {
 fn ranks_hold_together_what_one_cache_of_all_heads_does() {
     let mut checked = 0;
     for (name, make) in methods::<DenseStore>() {
-        // DuoAttention's heads are named to each rank.
+        // DuoAttention's heads are set for each rank.
         if ACROSS_HEADS.contains(&name) || name == "duo" {
             continue;
         }

@@ -1,5 +1,5 @@
-//! Random sequences of operations on many sequences, errors in between, against a cache of its own
-//! for each sequence that sees no others and no errors.
+//! Random sequences of operations on many sequences, with errors in between, compared with a
+//! separate cache for each sequence that sees no other sequences and no errors.
 
 mod common;
 
@@ -12,14 +12,14 @@ use proptest::prelude::*;
 
 #[derive(Debug, Clone)]
 enum Operation {
-    /// Tokens of some sequences.
+    /// Feeds tokens to some sequences.
     Attend(Vec<(SeqId, usize)>),
-    /// The same with a key that is not a number.
+    /// The same with a NaN in a key.
     NotFinite(Vec<(SeqId, usize)>),
-    /// The same with values of other tokens.
+    /// The same with a wrong number of values.
     Misfit(Vec<(SeqId, usize)>),
     Fork(SeqId, SeqId),
-    /// Takes back so many tokens.
+    /// Removes this many tokens.
     Truncate(SeqId, usize),
     Remove(SeqId),
 }
@@ -43,7 +43,7 @@ fn operations() -> impl Strategy<Value = Vec<Operation>> {
 
 type Cache = Box<dyn KvCache>;
 
-/// One sequence alone: its cache, and what led to it.
+/// A sequence alone: its cache and its history.
 struct Alone {
     cache: Cache,
     history: Vec<Event>,

@@ -1,4 +1,4 @@
-//! Quest against its rule computed plainly: bounds from the text's own keys, and attention over the
+//! Quest against a plain implementation: bounds from the text's own keys, and attention over the
 //! tokens of the best pages.
 
 mod common;
@@ -14,8 +14,8 @@ fn quest(pages: usize) -> Quest<DenseStore> {
     Quest::with_page(spec(), store(DType::F32), pages * PAGE, PAGE).unwrap()
 }
 
-/// The positions that the newest token of a text reads, for each kv head. Bounds are rounded to
-/// f16.
+/// Returns the positions that the newest token of a text reads, for each kv head. Bounds are
+/// rounded to f16.
 fn plain_choice(text: &Input, pages: usize) -> Vec<Vec<u32>> {
     let len = text.tokens();
     let rotated = text.rotated(0);

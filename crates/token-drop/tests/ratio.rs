@@ -1,4 +1,4 @@
-//! "4x is 4x": a ratio is of the prompt, however it comes.
+//! A ratio applies to the whole prompt, in however many calls it is fed.
 
 mod common;
 
@@ -15,7 +15,7 @@ fn chunks(size: usize) -> Vec<usize> {
     (0..PROMPT).step_by(size).map(|start| size.min(PROMPT - start)).collect()
 }
 
-/// What is held at the prompt's end.
+/// Returns the entries held at the end of the prompt.
 fn held(mut cache: impl KvCache, calls: &[usize]) -> usize {
     feed_all(&mut cache, 0, &Input::random(PROMPT), calls);
     cache.held(0)
@@ -31,7 +31,7 @@ fn in_chunks_as_whole_within_one_chunk() {
             let chunked = held(cache(), &chunks(size));
             assert!(chunked.abs_diff(whole) <= size, "{name}: {chunked} in {size}s, {whole} whole");
         }
-        // Told beforehand, they are equal, and so is each chunk's budget.
+        // With a declared length, they are equal, and so is the budget of each chunk.
         let mut told = cache();
         told.expect_prompt(0, PROMPT).unwrap();
         let even = name != "ada snap-kv" && name != "ada h2o";
@@ -48,7 +48,7 @@ fn one_token_at_a_time_as_whole() {
     let ones = [1; PROMPT];
     assert!(held(h2o(), &ones).abs_diff(held(h2o(), &[PROMPT])) <= 1);
     assert!(held(tova(), &ones).abs_diff(held(tova(), &[PROMPT])) <= 1);
-    // A method that keeps decoded tokens must be told that they are none.
+    // A method that keeps decoded tokens must know that these are the prompt's.
     let snap_kv = || {
         PolicyCache::snap_kv(spec(), store(DType::F32), SnapKv::new(8).unwrap(), budget()).unwrap()
     };
@@ -101,7 +101,7 @@ fn inf_llm_in_chunks_as_whole() {
     let (chunked, same) = read(&in_chunks, false);
     assert_eq!((same, chunked.top_blocks), (tokens, whole.top_blocks));
     assert_eq!(read(&in_chunks, true).0, whole);
-    // More blocks leave a smaller window, by more than a short call brings.
+    // More blocks give a window smaller by more than the tokens of a short call.
     let (short, same) = read(&[50; 60], false);
     assert_eq!((same, short.top_blocks), (tokens, whole.top_blocks));
 }
@@ -114,7 +114,8 @@ fn a_prompt_is_told_for_each_sequence() {
     let error = cache.expect_prompt(0, 20).unwrap_err().to_string();
     assert!(error.contains("more than the 20 that came"), "{error}");
     assert!(cache.expect_prompt(1, 0).is_err());
-    // One sequence's prompt is not another's, and goes with it.
+    // The declared prompt length of a sequence does not affect others and is removed with the
+    // sequence.
     cache.expect_prompt(1, 400).unwrap();
     Input::random(20).feed(&mut cache, 1).unwrap();
     Input::random(20).feed(&mut cache, 2).unwrap();

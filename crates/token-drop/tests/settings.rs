@@ -1,5 +1,5 @@
-//! Settings that no cache can work with are errors at construction, each naming the setting; calls
-//! that fit no cache are named and change nothing.
+//! Invalid settings are errors at construction that name the setting. Invalid calls are errors that
+//! name the argument and change nothing.
 
 mod common;
 
@@ -93,8 +93,8 @@ fn layers_and_stores() {
     assert!(message(cache).contains("an empty store"));
 }
 
-/// An engine that rotates queries and keys itself has the same outputs and keeps the same tokens;
-/// what must rotate keys or read queries before the rotary embedding is refused.
+/// An engine that rotates queries and keys itself has the same outputs and keeps the same tokens.
+/// Methods that rotate keys or read queries before the rotary embedding are refused.
 #[test]
 fn keys_that_come_rotated() {
     let text = Input::random(70);
@@ -119,7 +119,7 @@ fn keys_that_come_rotated() {
     }
 }
 
-/// Calls that fit no cache are named, and change nothing, in any of its sequences.
+/// Invalid calls are errors and change no sequence.
 #[test]
 fn calls() {
     let one = Input::random(1);

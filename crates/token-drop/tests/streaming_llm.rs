@@ -1,6 +1,6 @@
-//! StreamingLLM against the published semantics, computed the slow way: keys kept unrotated, and all
-//! of them rotated by their position within the cache at every step (mit-han-lab/streaming-llm,
-//! `StartRecentKVCache` with `pos_shift` attention).
+//! StreamingLLM against the published algorithm, computed directly: keys are stored unrotated, and
+//! all of them are rotated by their position within the cache at every step
+//! (mit-han-lab/streaming-llm, `StartRecentKVCache` with `pos_shift` attention).
 
 mod common;
 
@@ -77,7 +77,7 @@ fn equals_the_published_semantics() {
     compare(3, 5, &[2, 2, 30, 1, 1, 4, 1, 9, 1, 1]);
 }
 
-/// What is held after each call.
+/// Returns the number of entries held after each call.
 fn helds(cache: &mut impl KvCache, calls: impl Iterator<Item = usize>) -> Vec<usize> {
     calls
         .map(|tokens| {
@@ -94,8 +94,8 @@ fn a_step_drops_groups_and_keeps_within_the_window() {
     assert_eq!(helds, [16, 17, 18, 15, 16, 17, 18, 15, 16, 17, 18, 15, 16]);
 }
 
-/// A quarter of 40 tokens is 4 sinks and a window of 6, smaller than the step: the newest token
-/// stays all the same.
+/// A quarter of 40 tokens is 4 sinks and a window of 6, smaller than the step: the newest token is
+/// kept.
 #[test]
 fn a_step_larger_than_the_window_of_a_short_prompt_leaves_the_newest() {
     let cache = StreamingLlm::with_ratio(spec(), store(DType::F32), 0.25).unwrap();
@@ -119,7 +119,7 @@ fn memory_stays_constant_over_100_000_tokens() {
         }
         if token % 9_999 == 0 {
             assert!(token < 999 || cache.footprint().total() == most);
-            // All values are the same: so is their average, at any position.
+            // All values are the same, so their average is too, at any position.
             assert!(common::distance(&out, &x) < 1e-2);
         }
     }
@@ -134,10 +134,10 @@ fn a_ratio_is_split_as_in_the_paper() {
     // 5 sinks in f32, 245 window tokens in f16.
     assert_eq!((cache.sinks().len(0), cache.window().len(0)), (5, 245));
     assert_eq!(cache.footprint().payload, (5 * 4 + 245 * 2) * token);
-    // The prompt goes on: the window grows with it, the sinks are those of its first call.
+    // The prompt continues: the window grows with it, and the sinks are those of its first call.
     Input::random(1000).feed(&mut cache, 0).unwrap();
     assert_eq!((cache.sinks().len(0), cache.window().len(0)), (5, 495));
-    // A decoded token raises nothing.
+    // A decoded token does not raise the budget.
     Input::random(1).feed(&mut cache, 0).unwrap();
     assert_eq!(cache.held(0), 500);
     cache.clear();

@@ -1,4 +1,4 @@
-//! TOVA's published code may drop the newest token, kvpress and this crate's default do not.
+//! TOVA's published code may drop the newest token; kvpress and this crate's default do not.
 
 mod common;
 
@@ -7,8 +7,8 @@ use common::*;
 use longctx_core::KvCache;
 use token_drop::*;
 
-/// The tokens that the last query of a text attends to the most, averaged over all heads; computed
-/// by a softmax over all scores.
+/// Returns the tokens that the last query of a text attends to the most, averaged over all heads,
+/// computed by a softmax over all scores.
 fn most_attended(text: &Input, count: usize) -> Vec<u32> {
     let rotated = text.rotated(0);
     let by_head = |x: &Tensor| x.transpose(0, 1).unwrap().contiguous().unwrap();
@@ -26,7 +26,7 @@ fn most_attended(text: &Input, count: usize) -> Vec<u32> {
     order
 }
 
-/// A text whose newest key points away from every query that looks at it.
+/// A text whose newest key has a negative product with every query.
 fn text_that_ignores_its_end() -> Input {
     let mut text = Input::random(60);
     let (last, group) = (text.tokens() - 1, HEADS / KV_HEADS);

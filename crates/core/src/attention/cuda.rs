@@ -1,5 +1,5 @@
-//! Attention over f16 and bf16 on a CUDA device: which kernel serves, and what candle's tensors
-//! have to be for it.
+//! Attention over f16 and bf16 on a CUDA device: kernel selection and the tensor layouts that the
+//! kernels accept.
 #![allow(unsafe_code)]
 
 mod prefill;
@@ -12,8 +12,8 @@ use std::sync::Once;
 use crate::{AttentionShape, AttentionState, Batch, Mask, Result};
 use candle_core::{CudaDevice, DType, Device, Tensor};
 
-/// Causal attention of each sequence's queries over the keys of the same tokens, all in one launch:
-/// as [`attend`](super::attend). `None` where there is no kernel.
+/// Causal attention of each sequence's queries over the keys of the same tokens, in one launch. See
+/// [`attend`](super::attend). Returns `None` if no kernel supports the tensors.
 pub fn attend_batch(
     batch: &Batch,
     q: &Tensor,
@@ -26,8 +26,8 @@ pub fn attend_batch(
     prefill::attend(device, [q, k, v], (&lens, &lens), shape, Mask::Causal).map(Some)
 }
 
-/// Whether a device has kernels for keys and values of a dtype, and a shape. Where it has none,
-/// candle's operations are right, too, but slow: said once.
+/// Returns whether the device has kernels for keys and values of this dtype and shape. Without a
+/// kernel, candle's operations are used: they are correct but slow, and a warning is logged once.
 pub fn has_kernels(device: &CudaDevice, dtype: DType, shape: &AttentionShape) -> Result<bool> {
     static SAID: Once = Once::new();
     if matches!(dtype, DType::F16 | DType::BF16)
@@ -49,7 +49,7 @@ pub fn has_kernels(device: &CudaDevice, dtype: DType, shape: &AttentionShape) ->
     Ok(false)
 }
 
-/// The device, if it has kernels for these tensors.
+/// Returns the device if it has kernels for these tensors.
 fn served<'a>(
     q: &'a Tensor,
     k: &Tensor,
@@ -61,7 +61,7 @@ fn served<'a>(
     Ok(served.then_some(device))
 }
 
-/// A view as it is if its rows begin at multiples of 16 bytes, or else a contiguous copy.
+/// Returns the view unchanged if its rows are aligned to 16 bytes, otherwise a contiguous copy.
 fn rows(x: &Tensor) -> Result<Tensor> {
     let layout = x.layout();
     let aligned = layout.start_offset().is_multiple_of(8)
@@ -70,7 +70,8 @@ fn rows(x: &Tensor) -> Result<Tensor> {
     Ok(if aligned { x.clone() } else { x.force_contiguous()? })
 }
 
-/// Strides of tokens and heads. A dimension of one has no stride that counts: it gets a row's length.
+/// Returns the strides of tokens and heads. The stride of a dimension of size 1 is not used, so it
+/// is replaced by the length of a row.
 fn strides(x: &Tensor) -> [i64; 2] {
     let (dims, strides) = (x.dims(), x.stride());
     [0, 1].map(|i| if dims[i] == 1 { dims[2] } else { strides[i] } as i64)

@@ -1,20 +1,21 @@
-//! The number formats in which keys and values are held.
+//! The element types of stored keys and values.
 
 use crate::{Error, Result};
 use candle_core::{Storage, Tensor, WithDType};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-/// A number format of keys and values: f32, f16 or bf16.
+/// An element type of keys and values: f32, f16 or bf16.
 pub trait Element: WithDType + bytemuck::Pod {
-    /// `src` in f32: itself, or written into `scratch`.
+    /// Returns `src` in f32. An f32 slice is returned as is; other types are converted into
+    /// `scratch`.
     fn widen<'a>(src: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
         scratch.resize(src.len(), 0.0);
         Self::widen_into(src, scratch);
         scratch
     }
 
-    /// Writes `src` in f32; `out` is as long.
+    /// Converts `src` to f32. `out` has the same length.
     fn widen_into(src: &[Self], out: &mut [f32]);
 }
 
@@ -43,7 +44,7 @@ impl Element for f16 {
     }
 }
 
-/// Sixteen numbers an instruction; `half` takes eight, and was measured to be several times slower.
+/// Converts 16 elements per instruction. `half` converts eight and measured several times slower.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 #[allow(unsafe_code)]
@@ -52,7 +53,8 @@ fn widen_avx512(src: &[f16], out: &mut [f32]) {
     assert_eq!(src.len(), out.len(), "numbers to widen");
     let (mut src, mut out) = (src.chunks_exact(16), out.chunks_exact_mut(16));
     for (src, out) in (&mut src).zip(&mut out) {
-        // SAFETY: both chunks hold 16 numbers: 32 bytes to read and 64 to write, at any alignment.
+        // SAFETY: both chunks hold 16 elements: 32 bytes to read and 64 to write. Unaligned access
+        // is allowed.
         unsafe {
             let halves = _mm256_loadu_si256(src.as_ptr().cast());
             _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtph_ps(halves));
@@ -67,7 +69,7 @@ impl Element for bf16 {
     }
 }
 
-/// Calls `f` with the numbers of a contiguous tensor on the CPU, without copying them.
+/// Calls `f` with the elements of a contiguous CPU tensor, without copying them.
 pub fn with_slice<T: Element, R>(x: &Tensor, f: impl FnOnce(&[T]) -> Result<R>) -> Result<R> {
     let (storage, layout) = x.storage_and_layout();
     let (Storage::Cpu(data), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
@@ -83,7 +85,7 @@ mod tests {
 
     #[test]
     fn every_half_is_widened_exactly() {
-        // An odd length, so that the last few take the path of the remainder.
+        // An odd length, so that the last elements take the remainder path.
         let halves: Vec<_> = (0..=u16::MAX).chain(0..7).map(f16::from_bits).collect();
         let mut scratch = Vec::new();
         for (half, wide) in halves.iter().zip(f16::widen(&halves, &mut scratch)) {

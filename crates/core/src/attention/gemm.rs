@@ -1,4 +1,4 @@
-//! Small matrix products inside one thread: the `gemm` crate behind bounds checks.
+//! Small single-threaded matrix products: the `gemm` crate behind bounds checks.
 
 use gemm::Parallelism;
 
@@ -13,13 +13,13 @@ pub struct Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
-    /// `rows` rows of `cols` numbers, one after the other.
+    /// Creates a view of `rows` rows of `cols` elements, row-major and contiguous.
     pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
         assert_eq!(data.len(), rows * cols, "a {rows} x {cols} matrix");
         Self { data, rows, cols, row_stride: cols, col_stride: 1 }
     }
 
-    /// The same numbers with rows and columns exchanged.
+    /// Returns the transposed view.
     pub fn transpose(self) -> Self {
         Self {
             data: self.data,
@@ -31,7 +31,8 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// `out = a b`, or `out += a b` if `add`. `out` is row-major, its rows `row_stride` apart.
+/// Computes `out = a b`, or `out += a b` if `add`. `out` is row-major with rows `row_stride`
+/// elements apart.
 #[allow(unsafe_code)]
 pub fn multiply(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], row_stride: usize, add: bool) {
     assert_eq!(a.cols, b.rows, "inner dimensions");
@@ -40,8 +41,10 @@ pub fn multiply(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], row_stride: usize
     }
     assert!(b.cols <= row_stride, "rows of the product must not overlap");
     assert!((a.rows - 1) * row_stride + b.cols <= out.len(), "the product does not fit");
-    // SAFETY: `Matrix::new` checked that `data` holds rows x cols numbers, and `transpose` names the same ones, so every element that gemm reads through these strides lies within `a.data` and `b.data`. The assertions above put every
-    // element that it writes within `out`, which no other reference can alias as it is borrowed mutably.
+    // SAFETY: `Matrix::new` checked that `data` holds `rows * cols` elements, and `transpose`
+    // covers the same elements. So every element that gemm reads through these strides lies within
+    // `a.data` and `b.data`. The assertions above keep every element that it writes within `out`,
+    // which is borrowed mutably and so has no alias.
     unsafe {
         gemm::gemm(
             a.rows,
@@ -75,7 +78,7 @@ mod tests {
     fn equals_the_textbook() {
         let a: Vec<f32> = (0..3 * 5).map(|i| i as f32 - 4.0).collect();
         let b: Vec<f32> = (0..4 * 5).map(|i| 7.0 - i as f32).collect();
-        // a times the transpose of b, into rows six apart.
+        // a times the transpose of b, written to rows six elements apart.
         let mut out = vec![1.0; 3 * 6];
         multiply(Matrix::new(&a, 3, 5), Matrix::new(&b, 4, 5).transpose(), &mut out, 6, true);
         for r in 0..3 {

@@ -1,14 +1,20 @@
-//! Exact attention in tiles: memory linear in the length, kv heads never repeated, all cores used.
+//! Exact attention in tiles. Memory grows linearly with the length, kv heads are not repeated, and
+//! all cores are used.
 //!
-//! Online softmax over blocks of entries (FlashAttention, Dao et al., arXiv 2205.14135), so that no
-//! tokens × tokens matrix exists at any length. A kv head's block is widened to f32 once for its
-//! whole query group. On CPUs many query rows go through matrix products, and a few through vector
-//! loops that read each key and value once; on a CUDA device fused kernels serve f16 and bf16; on
-//! other devices, and for f32, candle's operations do the work, block by block.
+//! The algorithm is the online softmax over blocks of entries (FlashAttention, Dao et al., arXiv
+//! 2205.14135), so no tokens × tokens matrix exists at any length. A block of a kv head is widened
+//! to f32 once for its whole group of query heads.
 //!
-//! candle-nn's CPU `flash_attn` walks one query row at a time over keys in
-//! `[tokens, heads, head_dim]` order: every query head reads its kv head anew, and it can neither
-//! merge with other parts nor say what was attended.
+//! | tensors | implementation |
+//! |---|---|
+//! | CPU, many query rows | matrix products |
+//! | CPU, few query rows | vector loops that read each key and value once |
+//! | CUDA, f16 and bf16 | fused kernels |
+//! | other devices and dtypes | candle's operations, block by block |
+//!
+//! candle-nn's CPU `flash_attn` processes one query row at a time over keys in `[tokens, heads,
+//! head_dim]` order: every query head reads its kv head again. It returns neither a log-sum-exp to
+//! merge with other parts nor attention probabilities.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -81,10 +87,11 @@ pub fn attend(
     }
 }
 
-/// Attention probability that each token of its own sequence receives, summed over the queries:
-/// what [`KvStore::attention_sums`](crate::KvStore::attention_sums) promises, over the tokens of a
-/// call. `queries` are each sequence's last ones; as many as `q` and `lse` have. Where a CUDA device
-/// has no kernel for the dtype and the shape, keys and queries go to the CPU and the sums come back.
+/// Returns the attention probability that each token of its own sequence receives, summed over the
+/// queries: [`KvStore::attention_sums`](crate::KvStore::attention_sums) over the tokens of one
+/// call. `queries` are the last tokens of each sequence; `q` and `lse` have one row for each of
+/// them. On a CUDA device without a kernel for the dtype and shape, keys and queries are copied to
+/// the CPU and the sums are copied back.
 ///
 /// # Errors
 /// As [`attend`], and if `lse` is not `[queries, heads]`.
@@ -113,7 +120,7 @@ pub fn attention_sums(
     let device = k.device();
     let cpu = |x: &Tensor| -> Result<Tensor> { Ok(x.to_device(&Device::Cpu)?) };
     let (q, lse, k) = (cpu(q)?, cpu(lse)?, cpu(k)?);
-    // The sums read no values: any rows of the right length will do.
+    // The sums do not read values: any rows of the right length can stand for them.
     let shape = AttentionShape { value_dim: shape.head_dim, ..*shape };
     let sums = match k.dtype() {
         DType::F16 => sums_of_tensor::<f16>(batch, &k, queries, &q, &lse, &shape),
@@ -123,15 +130,15 @@ pub fn attention_sums(
     by_kv_head(&sums?, shape.group(), device)
 }
 
-/// A list for each query head, as one tensor `[group, entries]` for each kv head.
+/// Regroups a list per query head as one tensor `[group, entries]` per kv head.
 pub(crate) fn by_kv_head(sums: &[Vec<f32>], group: usize, device: &Device) -> Result<Vec<Tensor>> {
     let of_kv_head =
         |heads: &[Vec<f32>]| Ok(Tensor::from_vec(heads.concat(), (group, heads[0].len()), device)?);
     sums.chunks(group).map(of_kv_head).collect()
 }
 
-/// Attention sequence by sequence on a device other than the CPU. `kv` gives the i-th sequence's
-/// keys and values, `[1, kv_heads, entries, channels]`.
+/// Attention one sequence at a time, on a device other than the CPU. `kv` returns the keys and
+/// values of the i-th sequence, `[1, kv_heads, entries, channels]`.
 pub(crate) fn attend_each(
     batch: &Batch,
     q: &Tensor,
@@ -150,8 +157,8 @@ pub(crate) fn attend_each(
     Ok(AttentionState { out: Tensor::cat(&parts.0, 0)?, lse: Tensor::cat(&parts.1, 0)? })
 }
 
-/// One sequence's attention: q `[tokens, heads, head_dim]`, keys and values
-/// `[1, kv_heads, entries, channels]`.
+/// Attention of one sequence: q `[tokens, heads, head_dim]`, keys and values `[1, kv_heads,
+/// entries, channels]`.
 fn attend_one(
     q: &Tensor,
     k: &Tensor,
@@ -171,8 +178,8 @@ fn check_tokens(batch: &Batch, tokens: usize) -> Result<()> {
     Ok(())
 }
 
-/// The rows of each sequence and kv head of `[kv_heads, tokens, channels]` numbers,
-/// `[sequences * kv_heads]`.
+/// Returns the rows of each sequence and kv head, `[sequences * kv_heads]` slices, of `x`
+/// `[kv_heads, tokens, channels]`.
 fn rows_of<'a, T>(batch: &Batch, x: &'a [T], kv_heads: usize, d: usize) -> Vec<&'a [T]> {
     let head = batch.tokens() * d;
     let of_seq = |tokens: std::ops::Range<usize>| {

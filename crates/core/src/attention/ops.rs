@@ -1,23 +1,23 @@
-//! Attention by candle's own operations, a block of queries at a time: for devices without a kernel
-//! of ours, and the plain path that the kernels are tested against. Entries that no query of a block
-//! sees are left out. Only the two edges of the others need a mask.
+//! Attention by candle's own operations, one block of queries at a time. Devices without a kernel
+//! use it, and the kernels are tested against it. Entries that no query of a block sees are
+//! skipped; only the two edges of the remaining range need a mask.
 
 use crate::{AttentionShape, Error, Mask, Result};
 use candle_core::{D, DType, Device, Tensor};
 use std::ops::Range;
 
-/// Queries of a block: scores of `heads x QUERIES x entries` exist at a time.
+/// Queries per block. `heads x QUERIES x entries` scores exist at a time.
 const QUERIES: usize = 128;
 
-/// The most that a row's unnormalised weights may add up to: in f16, values of up to 1,000 then sum
-/// up without overflow, and even weights of 100,000 entries are normal numbers.
+/// Upper bound of the sum of a row's unnormalised weights. In f16, values of up to 1,000 then sum
+/// without overflow, and the weights of 100,000 entries are still normal numbers.
 const SUM: f64 = 64.0;
 
-/// One sequence's attention on any device: q `[1, heads, tokens, head_dim]`, keys and values
-/// `[1, kv_heads, entries, channels]`; gives the output `[1, heads, tokens, value_dim]` and the
-/// log-sum-exp `[1, heads, tokens]`. Queries and keys both in f16 are multiplied as they are
-/// (scores then carry f16's relative error, as in every implementation on plain matrix products),
-/// others in f32.
+/// Attention of one sequence on any device: q `[1, heads, tokens, head_dim]`, keys and values `[1,
+/// kv_heads, entries, channels]`. Returns the output `[1, heads, tokens, value_dim]` and the
+/// log-sum-exp `[1, heads, tokens]`. If queries and keys are both f16 they are multiplied in f16,
+/// so scores have f16's relative error, as in every implementation on plain matrix products. Other
+/// dtypes are multiplied in f32.
 pub fn attend(
     q: &Tensor,
     k: &Tensor,
@@ -46,7 +46,7 @@ pub fn attend(
         let block = q.narrow(2, start, count)?.to_dtype(dtype)?;
         let seen: Vec<_> =
             (start..start + count).map(|i| mask.range(i, tokens, len, shape.window)).collect();
-        // Both ends of what a query sees move on from query to query.
+        // Both ends of the visible range increase from query to query.
         let (first, last) = (seen[0].start, seen[count - 1].end);
         let keys = keys.narrow(3, first, last - first)?;
         let values = v.narrow(2, first, last - first)?;
@@ -57,8 +57,9 @@ pub fn attend(
     Ok((Tensor::cat(&parts.0, 2)?, Tensor::cat(&parts.1, 2)?))
 }
 
-/// The group's query heads become rows of their kv head, so that no kv head is repeated. `seen`: the
-/// entries that each query sees; keys and values are those that any of them sees.
+/// The query heads of a group become rows of their kv head, so that no kv head is repeated. `seen`
+/// holds the range of entries that each query sees; keys and values cover the union of these
+/// ranges.
 fn attend_block(
     q: &Tensor,
     keys: &Tensor,
@@ -75,7 +76,7 @@ fn attend_block(
         scores = ((scores / cap)?.tanh()? * cap)?;
     }
     mask_scores(&scores, group, seen)?;
-    // A row that sees nothing has -inf throughout: a finite maximum keeps it at zero instead of NaN.
+    // A row that sees nothing has -inf everywhere: a finite maximum gives zero instead of NaN.
     let max = scores.max_keepdim(D::Minus1)?.maximum(f32::MIN)?;
     let weights = scores.broadcast_sub(&max)?.exp()?;
     let sum = weights.sum_keepdim(D::Minus1)?;
@@ -88,11 +89,11 @@ fn attend_block(
 }
 
 /// Sets scores `[batch, kv_heads, group * queries, entries]` to -inf where a query does not see an
-/// entry. The tensor is contiguous and has no other user.
+/// entry. The tensor is contiguous and not shared.
 fn mask_scores(scores: &Tensor, group: usize, seen: &[Range<usize>]) -> Result<()> {
     let (batch, kv_heads, rows, _) = scores.dims4()?;
     let (first, last) = (&seen[0], &seen[seen.len() - 1]);
-    // Only the two edges need a mask: all queries see the entries between them.
+    // Only the two edges need a mask: every query sees the entries between them.
     let edges = match last.start < first.end {
         true => [first.start..last.start, first.end..last.end],
         false => [first.start..last.end, 0..0],
@@ -107,7 +108,7 @@ fn mask_scores(scores: &Tensor, group: usize, seen: &[Range<usize>]) -> Result<(
     Ok(())
 }
 
-/// `[queries, entries]`: 0 where a query sees an entry, -inf elsewhere.
+/// Returns a mask `[queries, entries]`: 0 where a query sees an entry, -inf elsewhere.
 fn mask(seen: &[Range<usize>], entries: Range<usize>, device: &Device) -> Result<Tensor> {
     let row = |seen: &Range<usize>| {
         let seen = seen.clone();

@@ -1,9 +1,9 @@
-//! Vector loops of attention, written once and run with the widest instructions that the machine has.
+//! Vector loops of attention, written once and dispatched to the widest instruction set of the CPU.
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// `out[r * stride + j] = q[r] · k[j]` for a few query rows: each key is loaded once for all of
-/// them.
+/// Computes `out[r * stride + j] = q[r] · k[j]` for a few query rows. Each key is loaded once for
+/// all rows.
 pub fn scores(q: &[f32], k: &[f32], head_dim: usize, out: &mut [f32], stride: usize) {
     Arch::new().dispatch(Scores { q, k, head_dim, out, stride });
 }
@@ -33,7 +33,7 @@ impl WithSimd for Scores<'_> {
 fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     let (a_head, a_tail) = S::as_simd_f32s(a);
     let (b_head, b_tail) = S::as_simd_f32s(b);
-    // Two accumulators, so that one multiply-add need not wait for the last.
+    // Two accumulators, so that a multiply-add does not wait for the previous one.
     let mut sums = [simd.splat_f32s(0.0); 2];
     for (i, (&x, &y)) in a_head.iter().zip(b_head).enumerate() {
         sums[i % 2] = simd.mul_add_f32s(x, y, sums[i % 2]);
@@ -42,8 +42,8 @@ fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     head + a_tail.iter().zip(b_tail).map(|(x, y)| x * y).sum::<f32>()
 }
 
-/// `out[r] += Σ_j p[r * stride + j] v[j]` for a few query rows: each value is loaded once for all of
-/// them.
+/// Computes `out[r] += Σ_j p[r * stride + j] v[j]` for a few query rows. Each value is loaded once
+/// for all rows.
 pub fn accumulate(p: &[f32], stride: usize, v: &[f32], head_dim: usize, out: &mut [f32]) {
     Arch::new().dispatch(Accumulate { p, stride, v, head_dim, out });
 }
@@ -78,13 +78,13 @@ impl WithSimd for Accumulate<'_> {
     }
 }
 
-/// The largest of `x`; -inf if there is none.
+/// Returns the maximum of `x`; -inf if it is empty.
 pub fn max(x: &[f32]) -> f32 {
     Arch::new().dispatch(Max(x))
 }
 
-// These are structs and not closures, because only what is inlined into `with_simd` is compiled for wide registers; a closure's body
-// was measured to be compiled for the oldest processors alone.
+// These are structs and not closures: only code that is inlined into `with_simd` is compiled for
+// wide registers. The body of a closure was measured to be compiled for the baseline target.
 struct Max<'a>(&'a [f32]);
 
 impl WithSimd for Max<'_> {
@@ -116,7 +116,7 @@ impl WithSimd for ExpSum<'_> {
     }
 }
 
-/// `out[i] = silu(gate[i]) * up[i]`.
+/// Computes `out[i] = silu(gate[i]) * up[i]`.
 pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     Arch::new().dispatch(SiluMul { gate, up, out });
 }
@@ -133,7 +133,7 @@ impl WithSimd for SiluMul<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         for ((out, &x), &up) in self.out.iter_mut().zip(self.gate).zip(self.up) {
-            // The exponential of a number that is not positive can't overflow.
+            // The exponential of a number ≤ 0 cannot overflow.
             let t = exp(-x.abs());
             let numerator = if x > 0.0 { 1.0 } else { t };
             *out = x * numerator / (1.0 + t) * up;
@@ -141,7 +141,7 @@ impl WithSimd for SiluMul<'_> {
     }
 }
 
-/// Multiplies each of `x` by `factor`.
+/// Multiplies every element of `x` by `factor`.
 pub fn scale(x: &mut [f32], factor: f32) {
     Arch::new().dispatch(Scale(x, factor));
 }
@@ -159,7 +159,7 @@ impl WithSimd for Scale<'_> {
     }
 }
 
-/// Adds each of `x` to its place in `sums`.
+/// Adds `x` to `sums` element by element.
 pub fn add(sums: &mut [f32], x: &[f32]) {
     Arch::new().dispatch(Add(sums, x));
 }
@@ -177,8 +177,8 @@ impl WithSimd for Add<'_> {
     }
 }
 
-/// Folds with 32 independent accumulators: float operations may not be reordered by the compiler, so the order is made one
-/// that vectors can follow.
+/// Folds `x` with 32 independent accumulators. The compiler may not reorder float operations, so
+/// this order is one that vectorizes.
 #[inline(always)]
 fn lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
     let mut acc = [start; 32];
@@ -192,15 +192,16 @@ fn lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
     acc.into_iter().fold(tail, fold)
 }
 
-/// e^x for x ≤ 0 to about 2 units in the last place: x = n ln 2 + r, a polynomial of degree 6 in r, and n put into the
-/// exponent's bits. Below e^-87, the smallest normal number, it is zero.
+/// Returns e^x for x ≤ 0 with an error of about 2 units in the last place. x = n ln 2 + r, a
+/// polynomial of degree 6 in r, and n added to the exponent bits. Below e^-87, near the smallest
+/// normal number, the result is zero.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
     let clamped = if x > -87.0 { x } else { -87.0 };
     let shifted = clamped * std::f32::consts::LOG2_E + MAGIC;
     let n = shifted - MAGIC;
-    // ln 2 in two parts, so that n ln 2 is exact enough to subtract.
+    // ln 2 is split into two parts so that the subtraction of n ln 2 is accurate.
     let r = (clamped - n * 0.693_359_4) + n * 2.121_944_4e-4;
     let mut poly = 1.0 / 720.0;
     for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {

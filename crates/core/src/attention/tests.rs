@@ -1,4 +1,4 @@
-//! Tiles against candle's own operations, which build the whole matrix of scores.
+//! Tiled attention against candle's operations, which build the whole score matrix.
 
 use super::{Page, attend, attend_pages, attention_sums, ops};
 use crate::{AttentionShape, AttentionState, Batch, Mask};
@@ -24,7 +24,7 @@ fn shapes() -> Vec<AttentionShape> {
     ]
 }
 
-/// One sequence's attention by plain operations, over `[entries, kv_heads, channels]`.
+/// Attention of one sequence by plain operations, over `[entries, kv_heads, channels]`.
 fn plain(
     q: &Tensor,
     k: &Tensor,
@@ -38,13 +38,13 @@ fn plain(
     AttentionState { out: back(out), lse: back(lse) }
 }
 
-/// A tensor's rows by head, `[heads][entries * channels]`.
+/// Returns the rows of a tensor by head, `[heads][entries * channels]`.
 fn rows(x: &Tensor) -> Vec<Vec<f32>> {
     let x = x.transpose(0, 1).unwrap().contiguous().unwrap();
     x.flatten_from(1).unwrap().to_vec2().unwrap()
 }
 
-/// Attention by tiles over pages of the given length.
+/// Tiled attention over pages of the given length.
 fn paged(
     batch: &Batch,
     q: &Tensor,
@@ -69,8 +69,8 @@ fn paged(
 #[test]
 fn tiles_equal_the_whole_matrix() {
     for shape in shapes() {
-        // One token over a long past (split over entries), a few, a prompt of several tiles, and
-        // more entries than queries; all in one batch and in pages of several lengths.
+        // One token over a long past (split over entries), a few tokens, a prompt of several tiles,
+        // and more entries than queries: all in one batch, with pages of several lengths.
         let sizes = [(1, 1), (1, 1500), (3, 700), (300, 300), (90, 640)];
         let seqs: Vec<_> = (0..).zip(sizes).map(|(seq, (tokens, _))| (seq, tokens)).collect();
         let batch = Batch::new(&seqs).unwrap();
@@ -135,7 +135,8 @@ fn attention_sums_are_the_column_sums_of_the_probabilities() {
         let v = random(batch.tokens(), shape.kv_heads, d);
         let lse = attend(&batch, &q, &k, &v, &shape).unwrap().lse;
         let sums = attention_sums(&batch, &k, &batch, &q, &lse, &shape).unwrap();
-        // Attention over one-hot values gives the probabilities themselves, some at a time.
+        // Attention over one-hot values returns the probabilities themselves, one group of entries
+        // at a time.
         let mut want = vec![0.0; tokens];
         for start in (0..tokens).step_by(d) {
             let hot = |t: usize, c: usize| if t == start + c { 1f32 } else { 0.0 };
@@ -154,7 +155,7 @@ fn attention_sums_are_the_column_sums_of_the_probabilities() {
         for (got, want) in of_head(&sums, shape.heads + 1).iter().zip(&want) {
             assert!((got - want).abs() < 1e-4, "{shape:?}: {got}, not {want}");
         }
-        // The newest queries alone.
+        // Only the newest queries.
         let newest = Batch::new(&[(1, 1), (0, 3)]).unwrap();
         let rows = Tensor::new(&[19u32, 317, 318, 319], &Device::Cpu).unwrap();
         let part = |x: &Tensor| x.index_select(&rows, 0).unwrap();

@@ -9,27 +9,28 @@ use crate::{AttentionShape, AttentionState, Batch, Error, Mask, Result};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-/// Query rows of a tile: its scores (128 x 256 f32, 128 KiB) stay in the second-level cache.
+/// Query rows per tile: its scores (128 x 256 f32, 128 KiB) fit in the L2 cache.
 const ROWS: usize = 128;
-/// Entries of a block.
+/// Entries per block.
 const BLOCK: usize = 256;
-/// Up to so many rows, reading keys and values once beats packing them for a matrix product.
+/// Up to this many rows, one pass over keys and values is faster than packing them for a matrix
+/// product.
 const FEW_ROWS: usize = 8;
-/// A part of the entries smaller than this is not worth a thread's wake-up.
+/// A range with fewer entries than this is not worth waking a thread.
 const MIN_SPLIT: usize = 512;
 
 /// A run of consecutive entries of one kv head, row-major.
 #[derive(Debug, Clone, Copy)]
 pub struct Page<'a, T> {
-    /// The keys, `[entries, head_dim]`.
+    /// Keys, `[entries, head_dim]`.
     pub keys: &'a [T],
-    /// The values, `[entries, value_dim]`.
+    /// Values, `[entries, value_dim]`.
     pub values: &'a [T],
 }
 
 /// Attention of queries `[tokens, heads, head_dim]` on the CPU over the pages of each sequence and
-/// kv head (`[sequences * kv_heads]` lists, whose lengths may differ). A mask of
-/// [entry ranges](Mask::Entries) is the caller's to apply: the pages then are the ranges.
+/// kv head (`[sequences * kv_heads]` lists, of any lengths). The caller applies a mask of [entry
+/// ranges](Mask::Entries) beforehand: the pages are then the selected ranges.
 ///
 /// # Errors
 /// [`Error::Mismatch`] if `q` or the pages do not fit `shape`, or a head has fewer entries than
@@ -62,9 +63,9 @@ pub fn attend_pages<T: Element>(
     })
 }
 
-/// Attention probability that each entry receives, summed over the queries, by a second pass that
-/// uses the log-sum-exp of a first one: for query head h of the i-th sequence, the vector
-/// `[i * heads + h]`, one number per entry.
+/// Returns the attention probability that each entry receives, summed over the queries. A second
+/// pass that uses the log-sum-exp of the first. Vector `[i * heads + h]` belongs to query head h of
+/// the i-th sequence and has one element per entry.
 ///
 /// # Errors
 /// As [`attend_pages`], and if `lse` is not `[tokens, heads]`.
@@ -114,7 +115,7 @@ fn check_queries(batch: &Batch, q: &Tensor, shape: &AttentionShape) -> Result<us
     Ok(tokens)
 }
 
-/// The entries of each sequence and kv head.
+/// Returns the number of entries of each sequence and kv head.
 fn check_pages<T>(
     heads: &[Vec<Page<'_, T>>],
     shape: &AttentionShape,
@@ -152,7 +153,8 @@ fn check_pages<T>(
     Ok(lens)
 }
 
-/// One call's queries and rules. A head is a sequence's kv head, numbered `[sequences * kv_heads]`.
+/// The queries and mask of one call. A "head" is a kv head of one sequence, numbered `[sequences *
+/// kv_heads]`.
 struct Call<'a> {
     q: &'a [f32],
     batch: &'a Batch,
@@ -160,16 +162,16 @@ struct Call<'a> {
     mask: Mask<'a>,
 }
 
-/// A tile's share of the work: a block of queries of one head, over a range of its entries.
-/// Queries are counted within their sequence.
+/// The work of one tile: a block of queries of one head, over a range of its entries. Query indices
+/// are relative to the sequence.
 struct Item {
     head: usize,
     queries: Range<usize>,
     entries: Range<usize>,
 }
 
-/// A tile's result: for each row the sum of weighted values, the largest score and the sum of
-/// weights.
+/// The result of one tile: for each row the sum of weighted values, the largest score and the sum
+/// of weights.
 struct Tile {
     out: Vec<f32>,
     max: Vec<f32>,
@@ -183,7 +185,7 @@ struct Scratch {
     wide: Widened,
 }
 
-/// A block's keys and values in f32.
+/// The keys and values of a block in f32.
 #[derive(Default)]
 struct Widened {
     keys: Vec<f32>,
@@ -191,8 +193,8 @@ struct Widened {
 }
 
 impl Call<'_> {
-    /// Blocks of queries, each over one or several ranges of entries: ranges are so long that the
-    /// threads have a few each, whichever sequences the entries belong to.
+    /// Returns blocks of queries, each over one or more ranges of entries. The range length is
+    /// chosen so that every thread gets a few ranges, whichever sequences the entries belong to.
     fn plan(&self, lens: &[usize]) -> Vec<Item> {
         let whole: Vec<Item> = (0..lens.len())
             .flat_map(|head| self.query_blocks(head).map(move |queries| (head, queries)))
@@ -204,7 +206,7 @@ impl Call<'_> {
         let total: usize = whole.iter().map(|item| item.entries.len()).sum();
         let size = total.div_ceil(4 * rayon::current_num_threads()).max(MIN_SPLIT);
         let split = |item: Item| {
-            // Equal parts, none much smaller than the others.
+            // Equal parts, so that none is much smaller than the others.
             let parts = item.entries.len().div_ceil(size).max(1);
             let size = item.entries.len().div_ceil(parts).max(1);
             let Item { head, queries, entries } = item;
@@ -217,7 +219,7 @@ impl Call<'_> {
         whole.into_iter().flat_map(split).collect()
     }
 
-    /// The tokens of the sequence that a head belongs to.
+    /// Returns the tokens of the sequence of a head.
     fn tokens(&self, head: usize) -> Range<usize> {
         let seq = head / self.shape.kv_heads;
         self.batch.cu_seqlens()[seq]..self.batch.cu_seqlens()[seq + 1]
@@ -227,7 +229,7 @@ impl Call<'_> {
         blocks(0..self.tokens(head).len(), (ROWS / self.shape.group()).max(1))
     }
 
-    /// Entries that at least one of the queries sees.
+    /// Returns the entries that at least one of the queries sees.
     fn visible_to(&self, head: usize, queries: &Range<usize>, len: usize) -> Range<usize> {
         let tokens = self.tokens(head).len();
         let of = |i| self.mask.range(i, tokens, len, self.shape.window);
@@ -294,15 +296,15 @@ impl Call<'_> {
         (head, sums)
     }
 
-    /// Where a tile's row lies among `[tokens, heads]`: row `g * queries.len() + i` is query i of
-    /// the group's g-th head.
+    /// Returns the index of a tile's row among `[tokens, heads]`: row `g * queries.len() + i` is
+    /// query i of the group's g-th head.
     fn row(&self, head: usize, queries: &Range<usize>, row: usize) -> usize {
         let token = self.tokens(head).start + queries.start + row % queries.len();
         let query_head = head % self.shape.kv_heads * self.shape.group() + row / queries.len();
         token * self.shape.heads + query_head
     }
 
-    /// The queries of a kv head's group, scaled.
+    /// Copies the scaled queries of a kv head's group to `out`.
     fn gather_queries(&self, head: usize, queries: &Range<usize>, out: &mut Vec<f32>) {
         let d = self.shape.head_dim;
         out.clear();
@@ -313,8 +315,8 @@ impl Call<'_> {
         simd::scale(out, self.shape.scale);
     }
 
-    /// Scores of all rows against the keys of the entries from `start` on; -inf where a row does
-    /// not see an entry.
+    /// Computes the scores of all rows against the keys of the entries from `start` on; -inf where
+    /// a row does not see an entry.
     #[allow(clippy::too_many_arguments)]
     fn score(
         &self,
@@ -354,8 +356,8 @@ impl Call<'_> {
         }
     }
 
-    /// Joins the tiles of one block of queries, divides by the sums of weights, and puts rows in
-    /// their places.
+    /// Merges the tiles of each block of queries, divides by the sums of weights, and scatters the
+    /// rows to the output.
     fn gather(&self, done: Vec<(Item, Tile)>) -> (Vec<f32>, Vec<f32>) {
         let dv = self.shape.value_dim;
         let rows = self.batch.tokens() * self.shape.heads;
@@ -384,8 +386,8 @@ impl Call<'_> {
 }
 
 impl Tile {
-    /// Turns scores into weights relative to each row's largest score so far, and rescales the sums
-    /// from before.
+    /// Converts scores to weights relative to each row's running maximum, and rescales the previous
+    /// sums.
     fn soften(&mut self, scores: &mut [f32], value_dim: usize) {
         let rows = self.max.len();
         let width = scores.len() / rows;
@@ -422,8 +424,8 @@ impl Tile {
     }
 }
 
-/// Adds the values of a block's runs, weighted with `weights`, `[rows, entries of the block]`, to
-/// `out`.
+/// Adds the values of a block's runs to `out`, weighted with `weights` `[rows, entries of the
+/// block]`.
 fn weigh(weights: &[f32], runs: &[Page<'_, f32>], value_dim: usize, out: &mut [f32]) {
     let rows = out.len() / value_dim;
     let width = weights.len() / rows;
@@ -439,12 +441,12 @@ fn weigh(weights: &[f32], runs: &[Page<'_, f32>], value_dim: usize, out: &mut [f
     }
 }
 
-/// Calls `f` with the first entry's number and the keys and values, in f32, of each block of at most
-/// [`BLOCK`] entries of the pages that lie within `entries`.
+/// Calls `f` once per block of at most [`BLOCK`] entries of the pages that lie within `entries`.
+/// Its arguments are the index of the first entry, and the keys and values in f32.
 ///
-/// Pages may be far shorter than a block. They are joined into one run, since a matrix product of
-/// few columns is slow. Only where a few rows read f32 are they a run each, read where they lie: a
-/// copy would cost more.
+/// Pages may be far shorter than a block. They are copied into one run, because a matrix product
+/// with few columns is slow. Only when few rows read f32 pages is each page a run of its own, read
+/// in place: a copy would cost more.
 fn for_each_block<T: Element>(
     pages: &[Page<'_, T>],
     shape: &AttentionShape,
@@ -517,8 +519,8 @@ fn for_each_widened_block<T: Element>(
     }
 }
 
-/// Calls `f` with the first entry's number and the rows of each run of at most [`BLOCK`] entries of
-/// one page that lies within `entries`.
+/// Calls `f` with the index of the first entry and the rows of each run: at most [`BLOCK`] entries
+/// of one page that lie within `entries`.
 fn for_each_run<'a, T>(
     pages: &[Page<'a, T>],
     shape: &AttentionShape,

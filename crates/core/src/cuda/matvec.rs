@@ -9,19 +9,19 @@ use longctx_cuda::cudarc::driver::CudaStream;
 
 static IMAGE: Image = longctx_cuda::image!("matvec");
 
-// As in the kernel.
+// Must equal the kernel's constant.
 const THREADS: u32 = 128;
 const WARPS: usize = THREADS as usize / 32;
-/// Outputs from which on a warp takes four of them, and not two.
+/// From this many outputs on, a warp computes four of them instead of two.
 const MANY_OUTPUTS: i32 = 8192;
 
-/// The most rows that a launch of [`matvec`] takes.
+/// The largest number of rows of one launch of [`matvec`].
 pub const MOST_ROWS: usize = 4;
 
 longctx_cuda::args! {
-    /// The arguments of [`matvec`], field for field those of the kernels.
+    /// The arguments of [`matvec`], with the same layout as in the kernels.
     ///
-    /// Addresses are device addresses, of contiguous arrays in f16 or bf16.
+    /// Addresses are device addresses of contiguous f16 or bf16 arrays.
     pub struct MatVecArgs: 40, inner at 24 {
         /// `[out, inner]`.
         pub w: u64,
@@ -29,26 +29,26 @@ longctx_cuda::args! {
         pub x: u64,
         /// Output: `[rows, out]`.
         pub y: u64,
-        /// Numbers of a row of `w` and of `x`; a multiple of 8.
+        /// Columns of `w` and `x`; a multiple of 8.
         pub inner: i32,
         /// Rows of `w`.
         pub out: i32,
         /// Rows of `x`: 1 to [`MOST_ROWS`].
         pub rows: i32,
-        /// Nothing.
+        /// Padding.
         pub unused: i32,
     }
 }
 
-/// Launches `y = x wᵀ`, summed in f32.
+/// Launches `y = x wᵀ`, accumulated in f32.
 ///
 /// # Errors
-/// [`Error::Mismatch`] for addresses or rows that are not multiples of 16 bytes, and for other
-/// numbers of rows; the driver's.
+/// [`Error::Mismatch`] for addresses or rows that are not multiples of 16 bytes, or an unsupported
+/// number of rows; an error of the CUDA driver.
 ///
 /// # Safety
 /// The addresses must be those of arrays on the stream's device, of the sizes and formats that the
-/// fields of [`MatVecArgs`] give, until the work that is launched here has ended.
+/// fields of [`MatVecArgs`] give, until the launched work has finished.
 pub unsafe fn matvec(stream: &Arc<CudaStream>, half: Half, args: &MatVecArgs) -> Result<()> {
     let aligned = [args.w, args.x].iter().all(|address| address % 16 == 0) && args.inner % 8 == 0;
     let rows = args.rows.max(0) as usize;
@@ -61,7 +61,7 @@ pub unsafe fn matvec(stream: &Arc<CudaStream>, half: Half, args: &MatVecArgs) ->
     let name = format!("matvec_{kind}_r{}_o{outputs}", rows.next_power_of_two());
     let kernel = IMAGE.kernel(stream.context(), &name, THREADS, 0)?;
     let blocks = (args.out.max(0) as usize).div_ceil(WARPS * outputs);
-    // SAFETY: the arguments are those of the kernel, and the caller vouches for the addresses.
+    // SAFETY: the arguments are those of the kernel, and the caller guarantees the addresses.
     unsafe { kernel.launch(stream, [blocks, 1, 1], args) }?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Keys and values in f16 or bf16 in blocks behind block tables: kernels/paged.cu.
+//! Attention over f16 or bf16 keys and values in paged blocks: kernels/paged.cu.
 
 mod plan;
 
@@ -13,89 +13,90 @@ use longctx_cuda::{Image, Kernel, multiprocessors};
 
 static IMAGE: Image = longctx_cuda::image!("paged");
 
-/// As in kernels/paged/attend.cuh.
+/// Must equal the constant in kernels/paged/attend.cuh.
 const THREADS: u32 = 128;
-/// As in kernels/paged/append.cuh.
+/// Must equal the constant in kernels/paged/append.cuh.
 const MOVE_THREADS: u32 = 256;
 
 longctx_cuda::args! {
-    /// A block of threads' share of a kv head's entries, for some columns: column c is query
-    /// `c % queries` of the kv head's query head `c / queries`. Without queries it is no work: a list that
-    /// a captured launch reads may be longer than it need be.
+    /// One thread block's share of a kv head's entries, for a few columns. Column c is query `c %
+    /// queries` of the kv head's query head `c / queries`. An item without queries is skipped, so
+    /// that the list of a captured launch may be longer than needed.
     ///
-    /// Addresses are device addresses, 0 for none.
+    /// Addresses are device addresses; 0 means none.
     pub struct AttendWork: 48, len at 16 {
-        /// The addresses of the kv head's blocks, u64. A block has keys `[PAGE, head_dim]`, then values.
+        /// Block table of the kv head: block addresses, u64. A block has keys `[PAGE, head_dim]`,
+        /// then values.
         pub table: u64,
-        /// The entries that are seen, in order, u32. 0: all.
+        /// Indices of the visible entries, increasing, u32. 0: all entries.
         pub entries: u64,
-        /// How many entries there are, or are seen.
+        /// Number of entries, or of visible entries if `entries` is given.
         pub len: i32,
-        /// The first entry of the share.
+        /// First entry of the share.
         pub from: i32,
-        /// The entry after its last.
+        /// End of the share (exclusive).
         pub to: i32,
-        /// Where its results lie.
+        /// Index of its partial result.
         pub part: i32,
         /// The kv head.
         pub kv_head: i32,
         /// Queries of the sequence.
         pub queries: i32,
-        /// The first one's token.
+        /// Token index of the sequence's first query.
         pub first_token: i32,
-        /// The first column.
+        /// First column.
         pub first_column: i32,
     }
 }
 
 longctx_cuda::args! {
-    /// The parts of a kv head and some columns, which lie one after the other.
+    /// The partial results of a kv head and some columns. They have consecutive indices.
     pub struct AttendJoin: 24 {
-        /// The first part.
+        /// Index of the first partial result.
         pub first_part: i32,
-        /// How many there are.
+        /// Number of partial results.
         pub parts: i32,
-        /// As in [`AttendWork`].
+        /// See [`AttendWork`].
         pub kv_head: i32,
-        /// As in [`AttendWork`].
+        /// See [`AttendWork`].
         pub queries: i32,
-        /// As in [`AttendWork`].
+        /// See [`AttendWork`].
         pub first_token: i32,
-        /// As in [`AttendWork`].
+        /// See [`AttendWork`].
         pub first_column: i32,
     }
 }
 
 longctx_cuda::args! {
-    /// The arguments of [`attend`], field for field those of the kernels.
+    /// The arguments of [`attend`], with the same layout as in the kernels.
     pub struct AttendArgs: 96, heads at 64, scale at 84 {
-        /// `[tokens, heads, head_dim]`, contiguous, in the format of keys and values.
+        /// `[tokens, heads, head_dim]`, contiguous, in the dtype of keys and values.
         pub q: u64,
         /// Output, `[tokens, heads, head_dim]`, f32.
         pub out: u64,
         /// Output, `[tokens, heads]`, f32: the natural log-sum-exp; -inf where nothing is seen.
         pub lse: u64,
-        /// Memory for `[parts, columns, head_dim]` f32.
+        /// Workspace `[parts, columns, head_dim]`, f32.
         pub part_out: u64,
-        /// Memory for `[parts, columns]` f32.
+        /// Workspace `[parts, columns]`, f32.
         pub part_max: u64,
-        /// Memory for `[parts, columns]` f32.
+        /// Workspace `[parts, columns]`, f32.
         pub part_sum: u64,
-        /// The list of [`AttendWork`].
+        /// Array of [`AttendWork`].
         pub work: u64,
-        /// The list of [`AttendJoin`].
+        /// Array of [`AttendJoin`].
         pub joins: u64,
         /// Query heads.
         pub heads: i32,
         /// Query heads of a kv head.
         pub heads_per_kv: i32,
-        /// Columns of a block of threads: 1, 2 or 4.
+        /// Columns of a thread block: 1, 2 or 4.
         pub columns: i32,
-        /// 1: a sequence's last entries are its queries' own, and a query sees none after its own.
+        /// 1: causal mask; the last entries of a sequence belong to its queries.
         pub causal: i32,
-        /// Entries that a query sees up to its own, if causal. 0: no limit.
+        /// Sliding window: entries that a query sees up to its own, if causal. 0: no limit.
         pub window: i32,
-        /// Factor of the dot products; positive.
+        /// Softmax scale of the scores q·k; positive.
         pub scale: f32,
         /// Scores s become `soft_cap * tanh(s / soft_cap)`. 0: they stay as they are.
         pub soft_cap: f32,
@@ -105,15 +106,15 @@ longctx_cuda::args! {
 }
 
 longctx_cuda::args! {
-    /// A kv head's keys beside the queries of its sequence.
+    /// The keys of a kv head and the queries of its sequence.
     pub struct SumsWork: 48, stride at 16, len at 32 {
-        /// As in [`AttendWork`]. 0: keys are the rows of `keys`.
+        /// Block table, see [`AttendWork`]. 0: the keys are the rows of `keys`.
         pub table: u64,
-        /// Keys that lie in no blocks.
+        /// Keys that are not in blocks.
         pub keys: u64,
-        /// Numbers from one of their rows to the next.
+        /// Row stride of `keys`, in elements.
         pub stride: i64,
-        /// Where the sums `[heads_per_kv, len]` begin in the output.
+        /// Offset of the sums `[heads_per_kv, len]` in the output, in elements.
         pub out: i64,
         /// Entries.
         pub len: i32,
@@ -121,90 +122,90 @@ longctx_cuda::args! {
         pub kv_head: i32,
         /// Queries of the sequence.
         pub queries: i32,
-        /// The first one's token.
+        /// Token index of the sequence's first query.
         pub first_token: i32,
     }
 }
 
 longctx_cuda::args! {
-    /// The arguments of [`sums`], field for field those of the kernels.
+    /// The arguments of [`sums`], with the same layout as in the kernels.
     pub struct SumsArgs: 56, heads at 32, scale at 48 {
-        /// As in [`AttendArgs`].
+        /// See [`AttendArgs`].
         pub q: u64,
-        /// `[tokens, heads]`, f32: the natural log-sum-exp of all that the queries see.
+        /// `[tokens, heads]`, f32: the natural log-sum-exp over all entries that the queries see.
         pub lse: u64,
-        /// Output, f32: for each kv head `[heads_per_kv, len]`.
+        /// Output, f32: `[heads_per_kv, len]` for each kv head.
         pub out: u64,
-        /// The list of [`SumsWork`], one for each kv head of each sequence.
+        /// Array of [`SumsWork`], one for each kv head of each sequence.
         pub work: u64,
-        /// As in [`AttendArgs`].
+        /// See [`AttendArgs`].
         pub heads: i32,
-        /// As in [`AttendArgs`].
+        /// See [`AttendArgs`].
         pub heads_per_kv: i32,
-        /// As in [`AttendArgs`].
+        /// See [`AttendArgs`].
         pub causal: i32,
-        /// As in [`AttendArgs`].
+        /// See [`AttendArgs`].
         pub window: i32,
-        /// As in [`AttendArgs`].
+        /// See [`AttendArgs`].
         pub scale: f32,
-        /// As in [`AttendArgs`].
+        /// See [`AttendArgs`].
         pub soft_cap: f32,
     }
 }
 
 longctx_cuda::args! {
-    /// Rows of a call that go to the end of a kv head.
+    /// Rows of a call to append to one kv head.
     pub struct AppendRow: 48, first_row at 24 {
-        /// The kv head's block table.
+        /// Block table of the kv head.
         pub table: u64,
-        /// The addresses of blocks that are taken now, u64: the kernel puts them into the table.
+        /// Addresses of newly taken blocks, u64. The kernel writes them to the block table.
         pub fresh: u64,
-        /// The rows to take, u32. 0: `first_row` and every `stride`-th after it.
+        /// Indices of the rows to append, u32. 0: `first_row` and every `stride`-th row after it.
         pub rows: u64,
         /// See `rows`.
         pub first_row: i64,
-        /// The first block that is taken now.
+        /// Block table index of the first new block.
         pub first_fresh: i32,
-        /// How many blocks are taken now.
+        /// Number of new blocks.
         pub fresh_count: i32,
-        /// The first entry to write.
+        /// First entry to write.
         pub first: i32,
-        /// How many.
+        /// Number of entries to write.
         pub count: i32,
     }
 }
 
 longctx_cuda::args! {
-    /// The arguments of [`append`], field for field those of the kernel.
+    /// The arguments of [`append`], with the same layout as in the kernels.
     pub struct AppendArgs: 40, stride at 24 {
-        /// Keys: rows of head_dim numbers.
+        /// Keys: rows of head_dim elements.
         pub k: u64,
         /// Values.
         pub v: u64,
-        /// The list of [`AppendRow`].
+        /// Array of [`AppendRow`].
         pub rows: u64,
         /// See [`AppendRow`].
         pub stride: i64,
-        /// Pieces of 16 bytes in a row.
+        /// 16-byte pieces of a row.
         pub pieces: i32,
-        /// Nothing.
+        /// Padding.
         pub unused: i32,
     }
 }
 
 longctx_cuda::args! {
-    /// Entries of a kv head that move to others, in order. Where both tables name one block, none moves
-    /// to a later place than its own.
+    /// Entries of a kv head to move, in order. If both tables share a block, no entry of it moves
+    /// to a later index.
     pub struct MoveRow: 32, first at 24 {
-        /// The block table of the entries.
+        /// Source block table.
         pub from: u64,
-        /// The block table of where they go.
+        /// Destination block table.
         pub to: u64,
-        /// The entries, u32.
+        /// Source entries, u32.
         pub entries: u64,
-        /// The entry that the first moves to.
+        /// Destination of the first entry.
         pub first: i32,
-        /// How many.
+        /// Number of entries.
         pub count: i32,
     }
 }
@@ -234,10 +235,12 @@ fn check_head_dim(head_dim: usize) -> Result<()> {
     }
 }
 
-/// How many blocks of threads of [`attend`] a device runs at a time: what a plan divides work by.
+/// Returns how many thread blocks of [`attend`] the device runs concurrently. A plan divides the
+/// work by this number.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for another head size than 64, 80, 96, 128, 192 and 256; the driver's.
+/// [`Error::Unsupported`] for a head size other than 64, 80, 96, 128, 192 and 256; an error of the
+/// CUDA driver.
 pub fn attend_slots(
     context: &Arc<CudaContext>,
     half: Half,
@@ -262,16 +265,17 @@ fn attend_kernel(
     Ok(IMAGE.kernel(context, &name, THREADS, 0)?)
 }
 
-/// Attention of a few queries of many sequences: `count` pieces of work, whose parts `joins` joins
-/// make the outputs. Both lists are read from device memory, so that a captured launch serves other
+/// Launches attention of a few queries of many sequences: `count` work items, whose partial results
+/// `joins` merges into the outputs. Both lists are read from device memory, so a captured launch
+/// can be replayed with other lists of the same lengths.
 /// lists of as many.
 ///
-/// # Errors
+/// As [`attend_slots`]; [`Error::Mismatch`] for an unsupported number of columns.
 /// As [`attend_slots`]; [`Error::Mismatch`] for other columns.
 ///
 /// # Safety
 /// The addresses must be those of arrays on the stream's device, of the sizes and formats that the
-/// fields give, until the work that is launched here has ended. Lists and tables must stay within
+/// fields give, until the launched work has finished. Lists and tables must stay within
 /// the arrays that they describe.
 pub unsafe fn attend(
     stream: &Arc<CudaStream>,
@@ -287,7 +291,7 @@ pub unsafe fn attend(
     }
     let kernel = attend_kernel(context, half, head_dim, columns)?;
     let join = IMAGE.kernel(context, "paged_join", (head_dim as u32).next_multiple_of(32), 0)?;
-    // SAFETY: the caller's; the grids are those that the kernels count with.
+    // SAFETY: the caller guarantees the addresses; the grids are those that the kernels expect.
     unsafe {
         kernel.launch(stream, [count, 1, 1], args)?;
         join.launch(stream, [joins, columns, 1], args)?;
@@ -295,9 +299,9 @@ pub unsafe fn attend(
     Ok(())
 }
 
-/// The attention probability that each entry receives, summed over the queries of each head.
-/// `rows`: kv heads of all sequences; `longest`: entries of the longest; `most`: queries of the
-/// sequence that has the most.
+/// Computes the attention probability that each entry receives, summed over the queries of each
+/// head. `rows`: kv heads of all sequences; `longest`: entries of the longest head; `most`: the
+/// largest number of queries of a sequence.
 ///
 /// # Errors
 /// As [`attend_slots`].
@@ -316,15 +320,16 @@ pub unsafe fn sums(
     let shared = 2 * 2 * PAGE * (head_dim + 8);
     let kernel = IMAGE.kernel(stream.context(), &kernel_name, THREADS, shared as u32)?;
     let heads = if most > 1 { args.heads_per_kv as usize } else { 1 };
-    // SAFETY: the caller's.
+    // SAFETY: the caller guarantees the addresses.
     unsafe { kernel.launch(stream, [longest.div_ceil(PAGE), rows, heads], args) }?;
     Ok(())
 }
 
-/// Appends rows to kv heads. `rows`: how many; `longest`: entries of the one that takes the most.
+/// Appends rows to kv heads. `rows`: number of [`AppendRow`]s; `longest`: the largest number of
+/// entries appended to one head.
 ///
 /// # Errors
-/// The driver's.
+/// An error of the CUDA driver.
 ///
 /// # Safety
 /// As [`attend`].
@@ -335,15 +340,16 @@ pub unsafe fn append(
 ) -> Result<()> {
     let kernel = IMAGE.kernel(stream.context(), "paged_append", MOVE_THREADS, 0)?;
     let blocks = (longest * args.pieces as usize).div_ceil(MOVE_THREADS as usize);
-    // SAFETY: the caller's.
+    // SAFETY: the caller guarantees the addresses.
     unsafe { kernel.launch(stream, [blocks, rows, 2], args) }?;
     Ok(())
 }
 
-/// Moves entries, of heads of `head_dim` channels, as the `count` [`MoveRow`]s at an address say.
+/// Moves entries of heads of `head_dim` channels, as described by the `count` [`MoveRow`]s at an
+/// address.
 ///
 /// # Errors
-/// The driver's.
+/// An error of the CUDA driver.
 ///
 /// # Safety
 /// As [`attend`].
@@ -356,7 +362,7 @@ pub unsafe fn move_entries(
     let kernel = IMAGE.kernel(stream.context(), "paged_move", MOVE_THREADS, 0)?;
     let pieces = head_dim / 8;
     let args = MoveArgs { rows, pieces: pieces as i32, unused: 0 };
-    // SAFETY: the caller's.
+    // SAFETY: the caller guarantees the addresses.
     unsafe { kernel.launch(stream, [pieces.div_ceil(4), count, 2], &args) }?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Exact attention of many queries: kernels/prefill.cu.
+//! Exact attention of many queries (prefill): kernels/prefill.cu.
 
 use std::mem::MaybeUninit;
 use std::sync::Arc;
@@ -9,10 +9,10 @@ use longctx_cuda::{Image, compute_capability};
 
 static IMAGE: Image = longctx_cuda::image!("prefill");
 
-/// Tokens of a block of a paged cache.
+/// Tokens per block of a paged cache.
 pub const PAGE: usize = 64;
 
-/// The format of queries, keys and values.
+/// The dtype of queries, keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Half {
     /// IEEE binary16.
@@ -22,22 +22,22 @@ pub enum Half {
 }
 
 longctx_cuda::args! {
-    /// The arguments of [`prefill`], field for field those of the kernels.
+    /// The arguments of [`prefill`], with the same layout as in the kernels.
     ///
-    /// Addresses are device addresses; strides count elements. q, k and v begin at multiples of 16
-    /// bytes, and so do all their rows. Lengths and block tables are read from device memory.
+    /// Addresses are device addresses; strides count elements. q, k and v and all their rows are
+    /// aligned to 16 bytes. Lengths and block tables are read from device memory.
     ///
-    /// Sequence s has the queries `cu_seqlens_q[s]..cu_seqlens_q[s + 1]`. Its keys are
-    /// `cu_seqlens_k[s]..cu_seqlens_k[s + 1]`, or, if `block_table` is not 0, the first
-    /// `seqlens_k[s, kv_head]` entries of the blocks that the table lists for it.
+    /// The queries of sequence s are `cu_seqlens_q[s]..cu_seqlens_q[s + 1]`. Its keys are
+    /// `cu_seqlens_k[s]..cu_seqlens_k[s + 1]`. If `block_table` is not 0 (paged), they are the
+    /// first `seqlens_k[s, kv_head]` entries of the blocks in its row of the table.
     pub struct PrefillArgs: 200, q_token at 72, seqs at 152, scale at 188 {
         /// `[tokens, heads, head_dim]`, f16 or bf16.
         pub q: u64,
         /// `[kv_extent, kv_heads, head_dim]`; paged: `[kv_extent blocks, PAGE, head_dim]`.
         pub k: u64,
-        /// As `k`.
+        /// Same layout as `k`.
         pub v: u64,
-        /// Output, `[tokens, heads, head_dim]`, contiguous, in the format of `q` or in f32.
+        /// Output, `[tokens, heads, head_dim]`, contiguous, in the dtype of `q` or f32.
         pub out: u64,
         /// Output, `[tokens, heads]`, f32: the natural log-sum-exp; -inf where no key is visible.
         pub lse: u64,
@@ -57,7 +57,7 @@ longctx_cuda::args! {
         pub k_token: i64,
         /// See `k_token`.
         pub k_head: i64,
-        /// Strides of `v`, as those of `k`.
+        /// Strides of `v`, as for `k`.
         pub v_token: i64,
         /// See `v_token`.
         pub v_head: i64,
@@ -79,20 +79,20 @@ longctx_cuda::args! {
         pub heads: i32,
         /// Key/value heads.
         pub kv_heads: i32,
-        /// Query heads of a tile. [`prefill`] sets it.
+        /// Query heads per tile. Set by [`prefill`].
         pub pack: i32,
-        /// 1: a query sees no key after its own position.
+        /// 1: causal mask.
         pub causal: i32,
-        /// Positions of the queries. 0: a sequence's last keys are its queries' own. 1: all keys
-        /// precede the queries.
+        /// Positions of the queries. 0: the last keys of a sequence belong to its queries. 1: all
+        /// keys precede the queries.
         pub past: i32,
-        /// A query sees the `window` keys up to its own position. 0: no limit.
+        /// Sliding window: a query sees the `window` keys up to its own position. 0: no limit.
         pub window: i32,
-        /// Factor of the dot products; positive.
+        /// Softmax scale of the scores q·k; positive.
         pub scale: f32,
         /// Scores s become `soft_cap * tanh(s / soft_cap)`. 0: they stay as they are.
         pub soft_cap: f32,
-        /// 0: `out` has the format of `q`; 1: f32.
+        /// 0: `out` has the dtype of `q`; 1: f32.
         pub out_f32: i32,
     }
 }
@@ -101,13 +101,13 @@ longctx_cuda::args! {
 #[derive(Clone)]
 struct TensorMap(sys::CUtensorMap);
 
-// SAFETY: the driver's own parameter type.
+// SAFETY: the type is the driver's own parameter type.
 unsafe impl DeviceRepr for TensorMap {}
 
-/// A kernel's shape, as in kernels/prefill/*.cuh.
+/// The tile shape of a kernel, as in kernels/prefill/*.cuh.
 struct Shape {
     wgmma: bool,
-    /// Of a tile: packed query heads times tokens.
+    /// Rows of a tile: packed query heads times tokens.
     rows: i32,
     threads: u32,
     shared_bytes: u32,
@@ -133,32 +133,33 @@ impl Shape {
         }
     }
 
-    /// The most query heads of a group that leave at most 1 of 16 rows of a tile unused.
+    /// Returns the largest number of query heads of a group that leaves at most 1 of 16 rows of a
+    /// tile unused.
     fn pack(&self, group: i32) -> i32 {
         let fits = |&pack: &i32| group % pack == 0 && self.rows % pack * 16 <= self.rows;
         (1..=group.min(self.rows)).rev().find(fits).unwrap_or(1)
     }
 }
 
-/// Whether a device has kernels for a head size: 64, 80, 96, 128, 192 or 256, from compute
-/// capability 8.0 on.
+/// Returns whether the device has kernels for a head size: 64, 80, 96, 128, 192 or 256, on compute
+/// capability 8.0 or later.
 ///
 /// # Errors
-/// The driver's.
+/// An error of the CUDA driver.
 pub fn has_prefill(context: &Arc<CudaContext>, head_dim: usize) -> Result<bool> {
     Ok(matches!(head_dim, 64 | 80 | 96 | 128 | 192 | 256) && compute_capability(context)? >= (8, 0))
 }
 
-/// Launches exact attention of the sequences' queries. Compute capability 9.0 has kernels of its own.
+/// Launches exact attention of the sequences' queries. Compute capability 9.0 has its own kernels.
 ///
 /// # Errors
-/// [`Error::Unsupported`] unless [`has_prefill`]; [`Error::Mismatch`] for strides or addresses that
-/// are not multiples of 16 bytes, and for numbers of heads that do not fit; the driver's.
+/// [`Error::Unsupported`] if [`has_prefill`] is false; [`Error::Mismatch`] for strides or addresses
+/// that are not multiples of 16 bytes, or invalid numbers of heads; an error of the CUDA driver.
 ///
 /// # Safety
 /// The addresses must be those of arrays on the stream's device, of the sizes and formats that the
-/// fields of [`PrefillArgs`] give, until the work that is launched here has ended. Lengths and
-/// tables must stay within the extents that `args` has.
+/// fields of [`PrefillArgs`] give, until the launched work has finished. Lengths and tables must
+/// stay within the extents in `args`.
 pub unsafe fn prefill(
     stream: &Arc<CudaStream>,
     half: Half,
@@ -189,8 +190,8 @@ pub unsafe fn prefill(
         true => tensor_maps(half, head_dim, &args, tile_tokens)?.to_vec(),
         false => Vec::new(),
     };
-    // SAFETY: the arguments are those of the kernel, the grid has a block for each tile, and the
-    // caller vouches for the addresses.
+    // SAFETY: the arguments are those of the kernel, the grid has a thread block for each tile, and
+    // the caller guarantees the addresses.
     unsafe { kernel.launch_with(stream, [tiles as usize, 1, 1], &args, &maps) }?;
     Ok(())
 }
@@ -220,7 +221,7 @@ fn check(args: &PrefillArgs) -> Result<()> {
     Ok(())
 }
 
-/// The maps of q, k and v, in boxes of 64 channels.
+/// Returns the tensor maps of q, k and v, in boxes of 64 channels.
 fn tensor_maps(
     half: Half,
     head_dim: usize,
@@ -244,8 +245,8 @@ fn tensor_maps(
     ])
 }
 
-/// A map of rank 3: channels, then two dimensions of an extent, a stride in elements and the rows
-/// of a box.
+/// Returns a tensor map of rank 3: channels, then two dimensions, each with an extent, a stride in
+/// elements and the rows of a box.
 fn tensor_map(
     half: Half,
     head_dim: usize,
@@ -257,13 +258,13 @@ fn tensor_map(
         Half::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         Half::BF16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
     };
-    // A tensor without keys is not read, but an extent of 0 has no map.
+    // A tensor without keys is not read, but a tensor map needs an extent of at least 1.
     let extents = [head_dim as u64, dims[0].0.max(1) as u64, dims[1].0.max(1) as u64];
     let strides = dims.map(|(_, stride)| 2 * stride as u64);
     let of_box = [64, rows[0] as u32, rows[1] as u32];
     let mut map = MaybeUninit::uninit();
     // SAFETY: all pointers are those of arrays of the rank's length that outlive the call, which
-    // writes `map` when it succeeds. The address is stored, not read.
+    // writes `map` on success. The address is stored, not read.
     unsafe {
         sys::cuTensorMapEncodeTiled(
             map.as_mut_ptr(),

@@ -1,4 +1,4 @@
-//! The norm between a decoder's blocks: kernels/rms_norm.cu.
+//! Residual addition and RMS norm: kernels/rms_norm.cu.
 
 use std::sync::Arc;
 
@@ -9,27 +9,28 @@ use longctx_cuda::cudarc::driver::CudaStream;
 
 static IMAGE: Image = longctx_cuda::image!("rms_norm");
 
-/// As in the kernel.
+/// Must equal the kernel's constant.
 const THREADS: u32 = 512;
 
 longctx_cuda::args! {
-    /// The arguments of [`rms_norm`], field for field those of the kernels.
+    /// The arguments of [`rms_norm`], with the same layout as in the kernels.
     ///
-    /// Addresses are device addresses, of arrays `[rows, columns]` in f16 or bf16, contiguous.
+    /// Addresses are device addresses of contiguous f16 or bf16 arrays, `[rows, columns]` unless
+    /// stated.
     pub struct RmsNormArgs: 48, columns at 40 {
-        /// The first summand.
+        /// First summand.
         pub x: u64,
-        /// The second one. 0: none.
+        /// Second summand. 0: none.
         pub y: u64,
         /// `[columns]`.
         pub weight: u64,
-        /// Output: the sum. 0 where `y` is.
+        /// Output: the sum. 0 if `y` is 0.
         pub sum: u64,
-        /// Output: the norm of the sum, times `weight`.
+        /// Output: the RMS norm of the sum, times `weight`.
         pub out: u64,
         /// Columns; a multiple of 8.
         pub columns: i32,
-        /// What is added to the mean square.
+        /// Added to the mean square.
         pub eps: f32,
     }
 }
@@ -37,11 +38,12 @@ longctx_cuda::args! {
 /// Launches `sum = x + y` and `out = sum / sqrt(mean(sum²) + eps) * weight` for each row.
 ///
 /// # Errors
-/// [`Error::Mismatch`] for addresses or columns that are not multiples of 16 bytes; the driver's.
+/// [`Error::Mismatch`] for addresses or rows that are not multiples of 16 bytes; an error of the
+/// CUDA driver.
 ///
 /// # Safety
 /// The addresses must be those of arrays on the stream's device, of the sizes and formats that the
-/// fields of [`RmsNormArgs`] give, until the work that is launched here has ended.
+/// fields of [`RmsNormArgs`] give, until the launched work has finished.
 pub unsafe fn rms_norm(
     stream: &Arc<CudaStream>,
     half: Half,
@@ -55,7 +57,7 @@ pub unsafe fn rms_norm(
     }
     let name = if half == Half::F16 { "rms_norm_f16" } else { "rms_norm_bf16" };
     let kernel = IMAGE.kernel(stream.context(), name, THREADS, 0)?;
-    // SAFETY: the arguments are those of the kernel, and the caller vouches for the addresses.
+    // SAFETY: the arguments are those of the kernel, and the caller guarantees the addresses.
     unsafe { kernel.launch(stream, [rows, 1, 1], args) }?;
     Ok(())
 }

@@ -9,47 +9,46 @@ use longctx_cuda::cudarc::driver::CudaStream;
 
 static IMAGE: Image = longctx_cuda::image!("rope");
 
-// As in the kernel.
+// Must equal the kernel's constant.
 const THREADS: u32 = 256;
 const MOST_ROTARY: i32 = 256;
 
 longctx_cuda::args! {
-    /// The arguments of [`rope`], field for field those of the kernels.
+    /// The arguments of [`rope`], with the same layout as in the kernels.
     ///
-    /// Addresses are device addresses; strides count elements. All heads begin at multiples of 16
-    /// bytes.
+    /// Addresses are device addresses; strides count elements. All heads are aligned to 16 bytes.
     pub struct RopeArgs: 64, x_token at 32, tokens at 48 {
         /// `[tokens, heads, head_dim]`, f16 or bf16.
         pub x: u64,
-        /// Output, as `x`, contiguous.
+        /// Output, shaped like `x`, contiguous.
         pub out: u64,
         /// `[tokens]`, i64.
         pub positions: u64,
         /// `[rotary / 2]`, f64: radians per position.
         pub frequencies: u64,
-        /// Stride of `x`'s tokens.
+        /// Token stride of `x`.
         pub x_token: i64,
-        /// Stride of `x`'s heads.
+        /// Head stride of `x`.
         pub x_head: i64,
         /// Tokens.
         pub tokens: i32,
-        /// Heads of a token.
+        /// Heads per token.
         pub heads: i32,
-        /// Channels of a head; a multiple of 8.
+        /// Channels per head; a multiple of 8.
         pub head_dim: i32,
-        /// The first channels of a head, which rotate; a multiple of 16, at most 256.
+        /// Number of leading channels of a head that rotate; a multiple of 16, at most 256.
         pub rotary: i32,
     }
 }
 
-/// Launches the rotation of each token's heads by its position.
+/// Launches the rotation of all heads of each token by its position.
 ///
 /// # Errors
-/// [`Error::Mismatch`] for addresses, strides or channels that do not fit; the driver's.
+/// [`Error::Mismatch`] for unsupported addresses, strides or channels; an error of the CUDA driver.
 ///
 /// # Safety
 /// The addresses must be those of arrays on the stream's device, of the sizes and formats that the
-/// fields of [`RopeArgs`] give, until the work that is launched here has ended.
+/// fields of [`RopeArgs`] give, until the launched work has finished.
 pub unsafe fn rope(stream: &Arc<CudaStream>, half: Half, args: &RopeArgs) -> Result<()> {
     let aligned = [args.x, args.out].iter().all(|address| address % 16 == 0);
     let eights = [args.x_token, args.x_head].iter().all(|n| n % 8 == 0) && args.head_dim % 8 == 0;
@@ -62,7 +61,7 @@ pub unsafe fn rope(stream: &Arc<CudaStream>, half: Half, args: &RopeArgs) -> Res
     let name = if half == Half::F16 { "rope_f16" } else { "rope_bf16" };
     let kernel = IMAGE.kernel(stream.context(), name, THREADS, 0)?;
     let grid = [args.tokens.max(0) as usize, usize::from(args.heads > 0), 1];
-    // SAFETY: the arguments are those of the kernel, and the caller vouches for the addresses.
+    // SAFETY: the arguments are those of the kernel, and the caller guarantees the addresses.
     unsafe { kernel.launch(stream, grid, args) }?;
     Ok(())
 }

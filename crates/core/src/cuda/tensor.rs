@@ -1,4 +1,4 @@
-//! Where candle's tensors lie.
+//! Device addresses of candle's tensors.
 
 use super::Half;
 use crate::{Error, Result};
@@ -6,11 +6,11 @@ use candle_core::cuda::cudarc::driver::DevicePtr;
 use candle_core::{DType, Device, Storage, Tensor, backend::BackendStorage};
 use half::{bf16, f16};
 
-/// The device address of a tensor's first number: u32, i64, f64, f32, f16 or bf16. It is
-/// valid as long as the tensor's memory.
+/// Returns the device address of a tensor's first element. The dtype is u32, i64, f64, f32, f16 or
+/// bf16. The address is valid as long as the tensor's memory.
 ///
 /// # Errors
-/// [`Error::Mismatch`] for a tensor elsewhere or of another type.
+/// [`Error::Mismatch`] for a tensor on another device or of another dtype.
 pub fn address(x: &Tensor) -> Result<u64> {
     let (storage, layout) = x.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else {
@@ -32,12 +32,12 @@ pub fn address(x: &Tensor) -> Result<u64> {
     Ok(start + (layout.start_offset() * storage.dtype().size_in_bytes()) as u64)
 }
 
-/// Has a CUDA device keep the memory that tensors free for later ones, instead of giving it back to
-/// the system each time the process waits for the device. A program that has the device to itself
-/// calls it once. Other devices are left alone.
+/// Makes a CUDA device keep freed memory for later allocations, instead of returning it to the
+/// system each time the process synchronizes with the device. A program that has the device to
+/// itself calls it once. No effect on other devices.
 ///
 /// # Errors
-/// The driver's.
+/// An error of the CUDA driver.
 pub fn keep_freed_memory(device: &Device) -> Result<()> {
     if let Device::Cuda(device) = device {
         longctx_cuda::keep_freed_memory(device.cuda_stream().context())?;
@@ -45,7 +45,7 @@ pub fn keep_freed_memory(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// The kernels' name of a tensor's format; `None` if they don't serve it.
+/// Returns the kernels' name for a tensor's dtype; `None` if they do not support it.
 pub fn half_of(x: &Tensor) -> Option<Half> {
     match x.dtype() {
         DType::F16 => Some(Half::F16),
@@ -54,7 +54,7 @@ pub fn half_of(x: &Tensor) -> Option<Half> {
     }
 }
 
-/// Whether a tensor of a [half format](Half) is contiguous and begins at a multiple of 16 bytes.
+/// Returns whether a tensor of a [half format](Half) is contiguous and aligned to 16 bytes.
 pub(crate) fn is_aligned(x: &Tensor) -> bool {
     x.is_contiguous() && x.layout().start_offset().is_multiple_of(8)
 }

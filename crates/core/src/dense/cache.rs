@@ -8,11 +8,11 @@ use crate::{
 };
 use candle_core::{DType, Tensor};
 
-/// Entries by which a sequence may outgrow a sliding window before it is cut.
+/// Entries beyond a sliding window that a sequence may hold before they are dropped.
 const OVERHANG: usize = 256;
 
-/// The exact cache: everything kept, or, with a sliding window, everything that a later token can
-/// see.
+/// The exact cache. It keeps every entry or, with a sliding window, every entry that a later token
+/// can see.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -41,7 +41,7 @@ pub struct DenseCache {
 }
 
 impl DenseCache {
-    /// An empty cache that will hold `dtype`: f32, f16 or bf16.
+    /// Creates an empty cache of dtype f32, f16 or bf16.
     ///
     /// # Errors
     /// [`Error::Setting`] for another dtype.
@@ -50,7 +50,7 @@ impl DenseCache {
         Ok(Self { spec, store, seen: BTreeMap::new() })
     }
 
-    /// The same with at most `bytes` bytes of keys and values.
+    /// Creates a cache that holds at most `bytes` bytes of keys and values.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -59,12 +59,12 @@ impl DenseCache {
         Ok(Self { spec, store, seen: BTreeMap::new() })
     }
 
-    /// The keys, rotated, and values.
+    /// Returns the store of rotated keys and values.
     pub fn store(&self) -> &DenseStore {
         &self.store
     }
 
-    /// Counts a batch's tokens as seen, and drops entries that have left the sliding window.
+    /// Counts a batch's tokens as seen and drops entries that have left the sliding window.
     fn advance(&mut self, batch: &Batch) -> Result<()> {
         for (seq, tokens) in batch.iter() {
             *self.seen.entry(seq).or_default() += tokens.len();
@@ -75,7 +75,7 @@ impl DenseCache {
             if len > window + OVERHANG {
                 let newest = (len - window) as u32..len as u32;
                 let keep = Selection::uniform(self.spec.shape.kv_heads, newest.collect());
-                // Dropping may need blocks for copies of shared ones; without room for them, the
+                // Dropping may need blocks for copies of shared ones. Without room for them the
                 // entries stay until the next call.
                 match self.store.retain(seq, &keep) {
                     Err(Error::PoolFull { .. }) => {}

@@ -1,5 +1,5 @@
-//! Keys and values of many sequences on a CUDA device, in f16 or bf16: blocks of a pool, and a block
-//! table on the device for each sequence and kv head.
+//! Keys and values of many sequences on a CUDA device, in f16 or bf16: a pool of blocks, and a
+//! block table on the device for each sequence and kv head.
 #![allow(unsafe_code)]
 
 mod append;
@@ -17,7 +17,7 @@ use blocks::Blocks;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
-/// The sequences' keys and values.
+/// Keys and values of all sequences.
 #[derive(Debug)]
 pub struct CudaSeqs {
     shape: AttentionShape,
@@ -27,27 +27,27 @@ pub struct CudaSeqs {
     seqs: BTreeMap<SeqId, Sequence>,
 }
 
-/// A sequence's tables.
+/// The block tables of a sequence.
 #[derive(Debug)]
 struct Sequence {
     heads: Vec<Table>,
-    /// The addresses of the heads' blocks, `[kv_heads, places]`.
+    /// Block addresses of all heads, `[kv_heads, places]`.
     table: CudaSlice<u64>,
     places: usize,
 }
 
-/// One kv head's entries: blocks in order, all full but the last.
+/// One kv head's entries: blocks in order, all full except the last.
 #[derive(Debug, Clone, Default)]
 struct Table {
     blocks: Vec<u32>,
     len: usize,
 }
 
-/// Blocks of a head that a new sequence's table has room for.
+/// Blocks per head that the table of a new sequence has room for.
 const PLACES: usize = 8;
 
 impl CudaSeqs {
-    /// An empty pool of at most `capacity` bytes of blocks; `None` where there are no kernels.
+    /// Creates an empty pool of at most `capacity` bytes of blocks; `None` if there are no kernels.
     pub fn new(
         shape: &AttentionShape,
         dtype: DType,
@@ -76,7 +76,7 @@ impl CudaSeqs {
         self.seqs.get(&seq).ok_or(Error::UnknownSequence(seq))
     }
 
-    /// A contiguous tensor of the dtype that is held.
+    /// Returns `x` as a contiguous tensor of the store's dtype.
     fn fit(&self, x: &Tensor) -> Result<Tensor> {
         if !x.device().same_device(&Device::Cuda(self.device.clone())) {
             let got = format!("one on {:?}", x.device().location());
@@ -108,19 +108,21 @@ impl CudaSeqs {
         self.blocks.check(batch.iter().map(wanted).sum()).is_ok()
     }
 
-    /// Blocks that appending to a head takes: new ones, and the copy of a shared last one.
+    /// Returns the number of blocks that an append to a head takes: new blocks, and a copy of a
+    /// shared last block.
     fn wanted(&self, table: &Table, tokens: usize) -> usize {
         let new = (table.len + tokens).div_ceil(PAGE) - table.blocks.len();
         new + usize::from(self.copies_last(table, tokens))
     }
 
-    /// Whether appending to a head first copies its last block, which others share.
+    /// Returns whether an append to a head first copies its last block because other tables share
+    /// it.
     fn copies_last(&self, table: &Table, tokens: usize) -> bool {
         let open = tokens > 0 && !table.len.is_multiple_of(PAGE);
         open && table.blocks.last().is_some_and(|&last| self.blocks.shared(last))
     }
 
-    /// Blocks that sequences share count once.
+    /// Blocks shared by several sequences count once.
     pub fn footprint(&self) -> Footprint {
         let mut counted = vec![false; self.blocks.count()];
         let mut bytes = Footprint::default();
@@ -147,7 +149,7 @@ impl CudaSeqs {
         Footprint { payload, slack, bookkeeping: sequence.bytes(), ..Default::default() }
     }
 
-    /// Bytes of a key and a value.
+    /// Returns the bytes of one entry: a key and a value.
     fn entry_bytes(&self) -> usize {
         self.blocks.size() / PAGE
     }
@@ -164,7 +166,7 @@ impl Sequence {
         Ok(Self { heads: vec![Table::default(); kv_heads], table, places: PLACES })
     }
 
-    /// Makes room in the device's table for `blocks` blocks of each head.
+    /// Makes room in the device's block table for `blocks` blocks per head.
     fn reserve(&mut self, stream: &Arc<CudaStream>, blocks: usize) -> Result<()> {
         if blocks <= self.places {
             return Ok(());
@@ -181,12 +183,12 @@ impl Sequence {
         Ok(())
     }
 
-    /// Where a head's table lies on the device.
+    /// Returns the device address of a head's block table.
     fn address(&self, stream: &CudaStream, head: usize) -> u64 {
         self.table.device_ptr(stream).0 + 8 * (head * self.places) as u64
     }
 
-    /// Bytes of the tables, on the device and on the host.
+    /// Returns the bytes of the tables, on the device and on the host.
     fn bytes(&self) -> usize {
         let numbers: usize = self.heads.iter().map(|table| table.blocks.len()).sum();
         8 * self.table.len() + 4 * numbers + size_of::<Self>()

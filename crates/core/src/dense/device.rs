@@ -1,4 +1,4 @@
-//! Sequences on a device other than the CPU, each in tensors of its own.
+//! Sequences on a device other than the CPU, each in its own tensors.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 
-/// The sequences' keys and values.
+/// Keys and values of all sequences.
 #[derive(Debug)]
 pub struct DeviceSeqs {
     device: Device,
@@ -25,7 +25,7 @@ impl DeviceSeqs {
         Self { device: device.clone(), shape: *shape, dtype, seqs: BTreeMap::new() }
     }
 
-    /// Appends `[tokens, kv_heads, channels]` of the dtype that is held.
+    /// Appends `[tokens, kv_heads, channels]` in the store's dtype.
     pub fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
         for (seq, tokens) in batch.iter() {
             let of = |x: &Tensor| {
@@ -69,7 +69,7 @@ impl DeviceSeqs {
         }
     }
 
-    /// Attention sequence by sequence.
+    /// Computes attention one sequence at a time.
     pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
         let kv_heads = self.shape.kv_heads;
         if let Mask::Entries(ranges) = mask {
@@ -90,7 +90,7 @@ impl DeviceSeqs {
         })
     }
 
-    /// Keys and queries go to the CPU, and sums come back.
+    /// Copies keys and queries to the CPU, and the sums back.
     pub fn attention_sums(
         &self,
         batch: &Batch,
@@ -115,7 +115,7 @@ impl DeviceSeqs {
         self.seqs.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?.retain(keep)
     }
 
-    /// One head's keys and values in f32.
+    /// Returns one head's keys and values in f32.
     pub fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
         let (k, v) = self.seqs.get(&seq).ok_or(Error::UnknownSequence(seq))?.held()?;
         let of =

@@ -1,4 +1,4 @@
-//! A pool's blocks as pages to attend over.
+//! A pool's blocks as pages for tiled attention.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use crate::attention::{Element, Page};
 use crate::{AttentionShape, Batch, EntryRanges, Mask, Result, SeqId};
 use candle_core::{Device, Tensor};
 
-/// The pages of each sequence and kv head.
+/// Returns the pages of each sequence and kv head.
 pub fn pages<'a, T: Element>(
     pool: &'a Pool<T>,
     batch: &Batch,
@@ -17,7 +17,7 @@ pub fn pages<'a, T: Element>(
     batch.seqs().iter().flat_map(of_seq).collect()
 }
 
-/// The pages' entries that a mask of ranges names, or the pages themselves.
+/// Returns the parts of the pages within a mask's ranges, or the pages themselves without one.
 pub fn masked<'a, T: Element>(
     heads: &[Vec<Page<'a, T>>],
     shape: &AttentionShape,
@@ -34,7 +34,8 @@ pub fn masked<'a, T: Element>(
     Ok(heads.iter().zip(ranges.heads()).map(cut).collect())
 }
 
-/// The parts of a head's pages within a range of entries. All pages but the last are full.
+/// Returns the parts of a head's pages within a range of entries. All pages except the last are
+/// full.
 pub fn within<'a, T: Element>(
     pages: &[Page<'a, T>],
     range: &Range<usize>,
@@ -50,7 +51,7 @@ pub fn within<'a, T: Element>(
     (range.start / BLOCK..range.end.div_ceil(BLOCK)).map(part).collect()
 }
 
-/// Sums over ranges of entries in their places among all entries; 0 elsewhere.
+/// Scatters sums over ranges of entries to the indices of all entries; 0 elsewhere.
 pub fn scatter<T: Element>(
     sums: Vec<Vec<f32>>,
     ranges: &EntryRanges,

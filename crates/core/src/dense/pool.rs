@@ -1,4 +1,4 @@
-//! Keys and values of many sequences on the CPU: blocks of a pool, and a block table for each
+//! Keys and values of many sequences on the CPU: a pool of blocks, and a block table for each
 //! sequence and kv head.
 
 use std::collections::BTreeMap;
@@ -7,15 +7,17 @@ use super::slab::Slab;
 use crate::attention::{Element, Page};
 use crate::{Batch, Error, Footprint, Result, Selection, SeqId};
 
-/// Entries of a block.
+/// Entries per block.
 pub const BLOCK: usize = 32;
-/// Blocks of the first slab; a later slab has an eighth of the blocks before it, and no fewer.
+/// Blocks of the first slab. A later slab has an eighth of the existing blocks, and at least this
+/// many.
 const SLAB: usize = 8;
 
-/// Blocks of keys `[BLOCK, head_dim]` and values `[BLOCK, value_dim]`, each of one kv head.
+/// A pool of blocks. A block holds keys `[BLOCK, head_dim]` and values `[BLOCK, value_dim]` of one
+/// kv head.
 ///
-/// Blocks are reference-counted: a fork shares them. An append or a retain that writes to a shared
-/// block copies it first.
+/// Blocks are reference-counted and shared by forks. An append or a retain copies a shared block
+/// before it writes to it.
 #[derive(Debug)]
 pub struct Pool<T> {
     kv_heads: usize,
@@ -25,7 +27,7 @@ pub struct Pool<T> {
     seqs: BTreeMap<SeqId, Vec<Table>>,
 }
 
-/// One kv head's entries: blocks in order, all full but the last.
+/// One kv head's entries: blocks in order, all full except the last.
 #[derive(Debug, Clone, Default)]
 struct Table {
     blocks: Vec<u32>,
@@ -33,13 +35,13 @@ struct Table {
 }
 
 impl<T: Element> Pool<T> {
-    /// An empty pool of at most `capacity` bytes of blocks.
+    /// Creates an empty pool of at most `capacity` bytes of blocks.
     pub fn new(kv_heads: usize, head_dim: usize, value_dim: usize, capacity: usize) -> Self {
         let blocks = Blocks::new(BLOCK * (head_dim + value_dim), capacity);
         Self { kv_heads, head_dim, value_dim, blocks, seqs: BTreeMap::new() }
     }
 
-    /// Whether a batch's tokens fit, appended to every head.
+    /// Checks that there is room to append a batch's tokens to every head.
     pub fn check_room(&self, batch: &Batch) -> Result<()> {
         let of_seq = |(seq, tokens): (SeqId, std::ops::Range<usize>)| match self.seqs.get(&seq) {
             Some(tables) => tables.iter().map(|table| self.wanted(table, tokens.len())).sum(),
@@ -48,7 +50,7 @@ impl<T: Element> Pool<T> {
         self.blocks.check(batch.iter().map(of_seq).sum())
     }
 
-    /// Whether the selected tokens fit.
+    /// Checks that there is room for the selected tokens.
     pub fn check_room_for(&self, batch: &Batch, tokens: &[Selection]) -> Result<()> {
         let empty = Table::default();
         let mut wanted = 0;
@@ -61,7 +63,8 @@ impl<T: Element> Pool<T> {
         self.blocks.check(wanted)
     }
 
-    /// Blocks that appending to a head takes: new ones, and the copy of a shared last one.
+    /// Returns the number of blocks that an append to a head takes: new blocks, and a copy of a
+    /// shared last block.
     fn wanted(&self, table: &Table, tokens: usize) -> usize {
         let new = (table.len + tokens).div_ceil(BLOCK) - table.blocks.len();
         let shared = |&last: &u32| {
@@ -91,8 +94,8 @@ impl<T: Element> Pool<T> {
         }
     }
 
-    /// Keeps the entries named; the selection has been checked. Blocks before the first entry that
-    /// goes stay as they are; entries behind it move forward.
+    /// Keeps the selected entries. The selection has been checked. Blocks before the first dropped
+    /// entry stay unchanged; entries after it move forward.
     pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
         let tables = self.seqs.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
         let mut copies = 0;
@@ -107,7 +110,7 @@ impl<T: Element> Pool<T> {
         let (d, dv) = (self.head_dim, self.value_dim);
         for (table, keep) in tables.iter_mut().zip(keep.heads()) {
             let first = table.first_written(keep);
-            // Sources are read from the old table: a shared block is copied before it is written.
+            // Reads from the old table: a shared block is copied before it is written.
             let old = table.blocks.clone();
             for (to, &from) in keep.iter().enumerate().skip(first) {
                 let (block, at) = (to / BLOCK, to % BLOCK);
@@ -128,7 +131,7 @@ impl<T: Element> Pool<T> {
         Ok(())
     }
 
-    /// Drops the entries of every head after its first `len`.
+    /// Drops the entries of every head after the first `len`.
     pub fn truncate(&mut self, seq: SeqId, len: usize) {
         for table in self.seqs.get_mut(&seq).into_iter().flatten() {
             self.blocks.cut(table, len);
@@ -156,7 +159,7 @@ impl<T: Element> Pool<T> {
         tables.map(|table| table.len).collect()
     }
 
-    /// The blocks of a head as runs of rows; none if the sequence is not known.
+    /// Returns a head's blocks as runs of rows; empty for an unknown sequence.
     pub fn pages(&self, seq: SeqId, head: usize) -> Vec<Page<'_, T>> {
         let Some(tables) = self.seqs.get(&seq) else { return Vec::new() };
         let table = &tables[head];
@@ -168,7 +171,7 @@ impl<T: Element> Pool<T> {
         table.blocks.iter().enumerate().map(page).collect()
     }
 
-    /// Bytes of everything: blocks in use count by the entries that a table shows in them, once.
+    /// Returns the bytes of everything. A used block counts once, by the entries in use.
     pub fn footprint(&self) -> Footprint {
         let mut rows = vec![0u8; self.blocks.count()];
         for table in self.seqs.values().flatten() {
@@ -188,7 +191,7 @@ impl<T: Element> Pool<T> {
         }
     }
 
-    /// Bytes of one sequence, shared blocks in full.
+    /// Returns the bytes of one sequence. Shared blocks count in full.
     pub fn seq_footprint(&self, seq: SeqId) -> Footprint {
         let Some(tables) = self.seqs.get(&seq) else { return Footprint::default() };
         let rows: usize = tables.iter().map(|table| table.len).sum();
@@ -205,19 +208,19 @@ impl<T: Element> Pool<T> {
         (self.head_dim + self.value_dim) * size_of::<T>()
     }
 
-    /// Gives everything back.
+    /// Frees all memory.
     pub fn clear(&mut self) {
         self.seqs.clear();
         self.blocks = Blocks::new(self.blocks.size, self.blocks.capacity);
     }
 
-    /// Blocks that no table names.
+    /// Returns the number of blocks that no table names.
     #[cfg(test)]
     pub fn free_blocks(&self) -> usize {
         self.blocks.free.len()
     }
 
-    /// Blocks allocated.
+    /// Returns the number of allocated blocks.
     #[cfg(test)]
     pub fn block_count(&self) -> usize {
         self.blocks.count()
@@ -230,7 +233,7 @@ fn table_bytes(tables: &[Table]) -> usize {
 }
 
 impl Table {
-    /// The first place that keeping these entries writes to.
+    /// Returns the first index that a retain of these entries writes to.
     fn first_written(&self, keep: &[u32]) -> usize {
         keep.iter().enumerate().take_while(|(place, entry)| *place == **entry as usize).count()
     }
@@ -239,12 +242,12 @@ impl Table {
 /// Blocks of equal size in slabs that never move.
 #[derive(Debug)]
 struct Blocks<T> {
-    /// Numbers of a block.
+    /// Elements per block.
     size: usize,
-    /// Bytes that all slabs together may have.
+    /// The largest number of bytes of all slabs.
     capacity: usize,
     slabs: Vec<Slab<T>>,
-    /// Each block's slab, and where it begins there.
+    /// The slab and offset of each block.
     places: Vec<(u32, u32)>,
     references: Vec<u32>,
     free: Vec<u32>,
@@ -264,12 +267,12 @@ impl<T: Element> Blocks<T> {
         self.count() * self.size * size_of::<T>()
     }
 
-    /// Blocks that can still be allocated.
+    /// Returns the number of blocks that can still be allocated.
     fn unallocated(&self) -> usize {
         self.capacity / (self.size * size_of::<T>()) - self.count()
     }
 
-    /// Checks that so many blocks can be taken.
+    /// Checks that `wanted` blocks can be taken.
     fn check(&self, wanted: usize) -> Result<()> {
         let free = self.free.len().saturating_add(self.unallocated());
         if wanted > free {
@@ -280,7 +283,7 @@ impl<T: Element> Blocks<T> {
         Ok(())
     }
 
-    /// A block with one reference. [`check`](Self::check) has found that there is one.
+    /// Takes a block with one reference. [`check`](Self::check) has been called before.
     fn take(&mut self) -> u32 {
         if self.free.is_empty() {
             self.grow();
@@ -316,7 +319,7 @@ impl<T: Element> Blocks<T> {
         }
     }
 
-    /// A copy of a block.
+    /// Returns a copy of a block.
     fn copy(&mut self, block: u32) -> u32 {
         let copy = self.take();
         let numbers = self.get(block).to_vec();
@@ -324,7 +327,7 @@ impl<T: Element> Blocks<T> {
         copy
     }
 
-    /// The block itself if nothing else refers to it, or a copy in its place.
+    /// Returns the block itself if it has one reference, otherwise a copy that replaces it.
     fn own(&mut self, block: u32) -> u32 {
         if !self.shared(block) {
             return block;
@@ -344,7 +347,7 @@ impl<T: Element> Blocks<T> {
         &mut self.slabs[slab as usize][i as usize * self.size..][..self.size]
     }
 
-    /// Copies one entry's key and value from a block's row to another's.
+    /// Copies one entry's key and value from a row of one block to a row of another.
     fn move_row(&mut self, from: (u32, usize), to: (u32, usize), d: usize, dv: usize) {
         let place = |(block, row): (u32, usize)| {
             let (slab, i) = self.places[block as usize];
@@ -362,7 +365,7 @@ impl<T: Element> Blocks<T> {
         }
     }
 
-    /// Shortens a table to `len` entries and gives its blocks behind them back.
+    /// Shortens a table to `len` entries and frees the blocks after them.
     fn cut(&mut self, table: &mut Table, len: usize) {
         let len = len.min(table.len);
         table.blocks.drain(len.div_ceil(BLOCK)..).for_each(|block| self.release(block));
@@ -398,11 +401,11 @@ mod tests {
         pool.fork(1, 2);
         assert_eq!(used(&pool), blocks());
         append(&mut pool, 2, 500, 1).unwrap();
-        // The last block of each head was shared and open.
+        // The last block of each head was shared and not full.
         assert_eq!(used(&pool), blocks() + 2);
         assert_eq!(read(&pool, 1, 0), rows(0, 100));
         assert_eq!(read(&pool, 2, 1), [rows(0, 100), rows(500, 1)].concat());
-        // Entries that move are written to copies as well.
+        // Entries that move are also written to copies.
         let keep: Vec<u32> = (0..100).filter(|entry| entry % 3 > 0).collect();
         pool.retain(1, &Selection::uniform(2, keep.clone())).unwrap();
         let kept: Vec<f32> = keep.iter().flat_map(|&entry| rows(entry as usize, 1)).collect();

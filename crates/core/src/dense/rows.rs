@@ -1,16 +1,15 @@
-//! Keys and values of all kv heads of a sequence in one tensor each, with room to grow: how devices
-//! other than the CPU hold them.
+//! Keys and values of all kv heads of a sequence in one tensor each, with spare capacity. Devices
+//! other than the CPU use it.
 
 use std::ops::Range;
 
 use crate::{Error, Footprint, Result, Selection};
 use candle_core::Tensor;
 
-/// Room for so many entries more than are needed, at least, whenever there has to be more: growing
-/// copies everything.
+/// The smallest spare capacity, in entries, when a tensor grows. Growth copies everything.
 const ROOM: usize = 256;
 
-/// Keys and values `[1, kv_heads, capacity, channels]`, of which the first `len` entries are held.
+/// Keys and values `[1, kv_heads, capacity, channels]`. The first `len` entries are in use.
 #[derive(Debug)]
 pub struct Rows {
     k: Tensor,
@@ -19,7 +18,7 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Nothing, for tensors like `k` and `v`.
+    /// Creates empty rows for tensors like `k` and `v`.
     pub fn new(k: &Tensor, v: &Tensor) -> Result<Self> {
         Ok(Self { k: k.narrow(2, 0, 0)?, v: v.narrow(2, 0, 0)?, len: 0 })
     }
@@ -28,15 +27,15 @@ impl Rows {
         self.len
     }
 
-    /// `k` and `v` are contiguous and of the dtype that is held.
+    /// Appends `k` and `v`, contiguous and in the store's dtype.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
         let len = self.len + k.dim(2)?;
         if len == self.len {
             return Ok(());
         }
         if len > self.k.dim(2)? {
-            // A sixteenth more: the copies of a whole generation cost as much as reading the cache
-            // some sixteen times.
+            // A sixteenth more: all copies of a generation then cost as much as reading the cache
+            // about 16 times.
             let capacity = len + ROOM.max(self.len / 16);
             let (k, v) = (self.grown(&self.k, capacity)?, self.grown(&self.v, capacity)?);
             (self.k, self.v) = (k, v);
@@ -56,7 +55,7 @@ impl Rows {
         Ok(more)
     }
 
-    /// Keeps the selected entries; every head must keep equally many.
+    /// Keeps the selected entries. Every head must keep the same number.
     pub fn retain(&mut self, keep: &Selection) -> Result<()> {
         let (k, v) = self.held()?;
         let (k, v) = (gather(&k, keep.heads())?, gather(&v, keep.heads())?);
@@ -69,18 +68,18 @@ impl Rows {
         self.len = len.min(self.len);
     }
 
-    /// A copy without the room to grow.
+    /// Returns a copy without spare capacity.
     pub fn copy(&self) -> Result<Self> {
         let (k, v) = self.held()?;
         Ok(Self { k: k.force_contiguous()?, v: v.force_contiguous()?, len: self.len })
     }
 
-    /// The entries, `[1, kv_heads, len, channels]`, as a view.
+    /// Returns a view of the entries, `[1, kv_heads, len, channels]`.
     pub fn held(&self) -> Result<(Tensor, Tensor)> {
         Ok((self.k.narrow(2, 0, self.len)?, self.v.narrow(2, 0, self.len)?))
     }
 
-    /// The entries within each head's ranges.
+    /// Returns the entries within each head's ranges.
     pub fn selected(&self, ranges: &[Vec<Range<usize>>]) -> Result<(Tensor, Tensor)> {
         let entries = |ranges: &Vec<Range<usize>>| -> Vec<u32> {
             ranges.iter().cloned().flatten().map(|entry| entry as u32).collect()
@@ -99,8 +98,8 @@ impl Rows {
     }
 }
 
-/// The listed entries of each head of `[1, kv_heads, entries, channels]`; the lists are equally
-/// long.
+/// Gathers the listed entries of each head of `[1, kv_heads, entries, channels]`. The lists have
+/// equal lengths.
 pub fn gather(x: &Tensor, lists: &[Vec<u32>]) -> Result<Tensor> {
     let (_, kv_heads, len, d) = x.dims4()?;
     let count = lists[0].len();

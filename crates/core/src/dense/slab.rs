@@ -1,13 +1,13 @@
-//! Memory of a pool's blocks: from the heap, or, for large slabs, mapped and backed by huge pages
-//! where the system has them. A sequence of 32,768 tokens lies in tens of thousands of pages of
-//! 4 KiB, more than the processor keeps the addresses of, so that decoding waits for page tables.
+//! Memory of a pool's blocks. Small slabs come from the heap; large slabs are memory-mapped and use
+//! huge pages where the system has them. A sequence of 32,768 tokens spans tens of thousands of 4
+//! KiB pages, more than the TLB holds, so decoding would wait for page table walks.
 
 use std::ops::{Deref, DerefMut};
 
 use crate::attention::Element;
 use memmap2::MmapMut;
 
-/// Bytes from which on memory is mapped: two huge pages.
+/// Slabs of at least this many bytes are memory-mapped: two huge pages.
 const LARGE: usize = 4 << 20;
 
 #[derive(Debug)]
@@ -22,7 +22,7 @@ impl<T: Element> Slab<T> {
         let Some(Ok(map)) = (bytes >= LARGE).then(|| MmapMut::map_anon(bytes)) else {
             return Self::Heap(vec![T::zero(); count].into_boxed_slice());
         };
-        // Without huge pages the memory serves as well, only more slowly.
+        // Without huge pages the memory works as well, only slower.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
         Self::Mapped(map)

@@ -13,13 +13,15 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use std::ops::Range;
 
-/// Keys and values as they are, in f32, f16 or bf16.
+/// Keys and values in f32, f16 or bf16, without compression.
 ///
-/// They lie in blocks of one kv head, in a pool that all sequences share: of 32 entries on the CPU,
-/// of 64 on a CUDA device, which needs feature `cuda`, f16 or bf16, and a head size with kernels. On
-/// other devices, and for other dtypes and shapes, each sequence has one tensor for all heads, which
-/// then keep equally many entries, and nothing bounds the memory. The first tensors decide on the
-/// device; later ones from another are refused.
+/// - On the CPU, entries lie in blocks of 32 of one kv head, in a pool that all sequences share.
+/// - On a CUDA device the blocks have 64 entries. This needs feature `cuda`, f16 or bf16, and a
+///   head size with kernels.
+/// - On other devices, and for other dtypes and shapes, each sequence has one tensor for all heads.
+///   The heads then keep equally many entries, and the memory has no limit.
+///
+/// The first tensors determine the device. Tensors from another device are refused.
 #[derive(Debug)]
 pub struct DenseStore {
     shape: AttentionShape,
@@ -38,7 +40,8 @@ enum Held {
     Cuda(Box<CudaSeqs>),
 }
 
-/// Runs an expression on the pool of the type that is held, or another on a device's sequences.
+/// Evaluates one expression on the pool of the store's dtype, or another on the sequences of a
+/// device.
 macro_rules! on_pool {
     ($held:expr, $pool:ident => $host:expr, $seqs:ident => $device:expr) => {
         match $held {
@@ -53,7 +56,7 @@ macro_rules! on_pool {
 }
 
 impl DenseStore {
-    /// An empty store that will hold `dtype` and grows as it must.
+    /// Creates an empty store of `dtype` that grows as needed.
     ///
     /// # Errors
     /// [`Error::Setting`] unless `dtype` is f32, f16 or bf16.
@@ -61,8 +64,8 @@ impl DenseStore {
         Self::with_capacity(shape, dtype, usize::MAX)
     }
 
-    /// The same with a pool of at most `bytes` bytes of blocks. An append that does not fit is
-    /// [`Error::PoolFull`].
+    /// Creates a store whose pool has at most `bytes` bytes of blocks. An append that does not fit
+    /// returns [`Error::PoolFull`].
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -71,7 +74,7 @@ impl DenseStore {
         Ok(Self { shape, dtype, capacity: bytes, held })
     }
 
-    /// The format of keys and values.
+    /// Returns the dtype of keys and values.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
@@ -93,7 +96,7 @@ impl DenseStore {
         if self.known(seq) { Ok(()) } else { Err(Error::UnknownSequence(seq)) }
     }
 
-    /// Checks an append before anything changes; an empty store moves to the tensors' device.
+    /// Checks an append before anything changes. An empty store moves to the tensors' device.
     fn settle(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
         let tokens = self.shape.check_kv(k, v)?;
         if tokens != batch.tokens() {
@@ -114,7 +117,7 @@ impl DenseStore {
         Ok(())
     }
 
-    /// Nothing, on a device other than the CPU.
+    /// Returns empty sequences for a device other than the CPU.
     fn on_device(&self, device: &Device) -> Result<Held> {
         #[cfg(feature = "cuda")]
         if let Some(seqs) = CudaSeqs::new(&self.shape, self.dtype, device, self.capacity)? {
@@ -289,8 +292,8 @@ impl KvStore for DenseStore {
     }
 }
 
-/// Appends to each head the rows that `rows` names: given a sequence's tokens, its place in the
-/// batch and the head.
+/// Appends to each head the rows that `rows` returns. Its arguments are a sequence's token range,
+/// its index in the batch, and the head.
 fn append_pool<T: Element, R: IntoIterator<Item = usize>>(
     pool: &mut Pool<T>,
     batch: &Batch,

@@ -1,4 +1,4 @@
-//! Rotation of f16 and bf16 on a CUDA device, in one kernel that reads views as they are.
+//! Rotation of f16 and bf16 on a CUDA device, in one kernel that reads strided views in place.
 #![allow(unsafe_code)]
 
 use super::Rope;
@@ -6,7 +6,7 @@ use crate::Result;
 use crate::cuda::{RopeArgs, address, half_of, rope};
 use candle_core::{Device, Tensor};
 
-/// What the kernel reads beside the heads.
+/// The kernel's device arrays: positions and frequencies.
 #[derive(Debug, Clone)]
 pub struct OnDevice {
     host_positions: Vec<i64>,
@@ -28,7 +28,7 @@ impl OnDevice {
     }
 }
 
-/// `x` `[tokens, heads, head_dim]` rotated. `None` where the kernel does not serve.
+/// Returns `x` `[tokens, heads, head_dim]` rotated; `None` if the kernel does not support it.
 pub fn rotate(of: &Rope, x: &Tensor, positions: &[i64]) -> Result<Option<Tensor>> {
     let (Device::Cuda(device), Some(half)) = (x.device(), half_of(x)) else { return Ok(None) };
     let ((tokens, heads, head_dim), rotary) = (x.dims3()?, of.rotary_dims());
@@ -44,7 +44,7 @@ pub fn rotate(of: &Rope, x: &Tensor, positions: &[i64]) -> Result<Option<Tensor>
             _ => last.insert(OnDevice::new(&of.frequencies, positions, x.device())?).clone(),
         }
     };
-    // SAFETY: the kernel writes all of it.
+    // SAFETY: the kernel writes every element.
     let out = unsafe { Tensor::empty((tokens, heads, head_dim), x.dtype(), x.device()) }?;
     let args = RopeArgs {
         x: address(x)?,
@@ -58,8 +58,8 @@ pub fn rotate(of: &Rope, x: &Tensor, positions: &[i64]) -> Result<Option<Tensor>
         head_dim: head_dim as i32,
         rotary: rotary as i32,
     };
-    // SAFETY: the tensors have the shapes and strides that `args` gives, and the device's stream
-    // frees no memory before this launch has used it.
+    // SAFETY: the tensors have the shapes and strides in `args`, and the stream frees no memory
+    // before this launch has used it.
     unsafe { rope(&device.cuda_stream(), half, &args) }?;
     Ok(Some(out))
 }

@@ -1,66 +1,67 @@
-//! How the frequencies of the rotary embedding are stretched for long contexts.
+//! Scalings of the rotary frequencies for long contexts.
 
 use std::f64::consts::PI;
 
 use super::positive;
 use crate::{Error, Result};
 
-/// How the frequencies are stretched for contexts longer than the model was first trained on.
+/// A scaling of the rotary frequencies for contexts longer than in training.
 ///
-/// Frequencies never change while a sequence grows: keys that are held were rotated with them. Where
-/// a scaling depends on the length of the sequences, `length` is the longest that will be fed.
+/// Frequencies never change while a sequence grows, because the cached keys were rotated with them.
+/// If a scaling depends on the sequence length, `length` is the longest length that will be fed.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub enum RopeScaling {
-    /// As trained.
+    /// No scaling.
     #[default]
     None,
     /// Positions divided by the factor (position interpolation, arXiv 2306.15595; LongChat).
     Linear(f64),
     /// Dynamic NTK-aware scaling: the base grows with the length beyond the original context.
     Dynamic {
-        /// By how much the context is to be extended.
+        /// The factor by which the context is extended.
         factor: f64,
         /// The context length, in tokens, before the extension.
         original_context: usize,
         /// The longest sequence, in tokens.
         length: usize,
     },
-    /// Llama 3.1's: low frequencies divided by `factor`, high ones kept, a ramp between.
+    /// Llama 3.1's scaling: low frequencies are divided by `factor`, high ones kept, with a ramp
+    /// between.
     Llama3 {
-        /// What low frequencies are divided by.
+        /// The divisor of low frequencies.
         factor: f64,
         /// Wavelengths above `original_context / low_freq_factor` are scaled in full.
         low_freq_factor: f64,
-        /// Wavelengths below `original_context / high_freq_factor` are left alone.
+        /// Wavelengths below `original_context / high_freq_factor` are unchanged.
         high_freq_factor: f64,
         /// The context length, in tokens, before the extension.
         original_context: usize,
     },
-    /// YaRN (arXiv 2309.00071): low frequencies divided by `factor`, high ones kept, a ramp over the
-    /// channels between.
+    /// YaRN (arXiv 2309.00071): low frequencies are divided by `factor`, high ones kept, with a
+    /// ramp over the channels between.
     Yarn {
-        /// What low frequencies are divided by.
+        /// The divisor of low frequencies.
         factor: f64,
         /// The context length, in tokens, before the extension.
         original_context: usize,
-        /// What rotated queries and keys are multiplied with.
+        /// The factor of rotated queries and keys.
         attention_factor: f64,
-        /// Channels that turn more often than this over the original context are left alone.
+        /// Channels with more turns than this over the original context are unchanged.
         beta_fast: f64,
-        /// Channels that turn less often than this are scaled in full.
+        /// Channels with fewer turns than this are scaled in full.
         beta_slow: f64,
-        /// Whether the ramp begins and ends at whole channels.
+        /// Whether the ends of the ramp are rounded to whole channels.
         truncate: bool,
     },
-    /// LongRoPE (arXiv 2402.13753): each frequency divided by a factor of its own.
+    /// LongRoPE (arXiv 2402.13753): each frequency is divided by its own factor.
     LongRope {
         /// The factors for sequences within the original context.
         short: Vec<f64>,
-        /// The factors for longer ones.
+        /// The factors for longer sequences.
         long: Vec<f64>,
         /// The context length, in tokens, before the extension.
         original_context: usize,
-        /// What rotated queries and keys are multiplied with.
+        /// The factor of rotated queries and keys.
         attention_factor: f64,
         /// The longest sequence, in tokens.
         length: usize,
@@ -68,12 +69,13 @@ pub enum RopeScaling {
 }
 
 impl RopeScaling {
-    /// YaRN's attention factor for an extension by `factor`, `0.1 * mscale * ln(factor) + 1`.
+    /// Returns YaRN's attention factor for an extension by `factor`, `0.1 * mscale * ln(factor) +
+    /// 1`.
     pub fn yarn_attention_factor(factor: f64, mscale: f64) -> f64 {
         if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
     }
 
-    /// LongRoPE's attention factor for an extension by `factor`.
+    /// Returns LongRoPE's attention factor for an extension by `factor`.
     pub fn long_rope_attention_factor(factor: f64, original_context: usize) -> f64 {
         match factor <= 1.0 {
             true => 1.0,
@@ -81,8 +83,8 @@ impl RopeScaling {
         }
     }
 
-    /// What rotated queries and keys are multiplied with. [`Rope`](crate::Rope) leaves this to the
-    /// model.
+    /// Returns the factor of rotated queries and keys. The model applies it, not
+    /// [`Rope`](crate::Rope).
     pub fn attention_factor(&self) -> f64 {
         match self {
             Self::Yarn { attention_factor, .. } | Self::LongRope { attention_factor, .. } => {
@@ -92,7 +94,7 @@ impl RopeScaling {
         }
     }
 
-    /// The same for sequences of at most `length` tokens.
+    /// Returns the scaling for sequences of at most `tokens` tokens.
     #[must_use]
     pub fn for_length(mut self, tokens: usize) -> Self {
         if let Self::Dynamic { length, .. } | Self::LongRope { length, .. } = &mut self {
@@ -101,7 +103,7 @@ impl RopeScaling {
         self
     }
 
-    /// The longest sequence, in tokens, whose frequencies these are; `None` if any.
+    /// Returns the longest sequence, in tokens, that the frequencies are made for; `None` if any.
     pub fn longest(&self) -> Option<usize> {
         match self {
             Self::Dynamic { original_context, length, .. } => Some(*length.max(original_context)),
@@ -112,7 +114,7 @@ impl RopeScaling {
         }
     }
 
-    /// Radians per position, one for each pair of the `rotary_dims` channels that rotate.
+    /// Returns radians per position, one for each pair of the `rotary_dims` channels that rotate.
     pub(super) fn frequencies(&self, theta: f64, rotary_dims: usize) -> Result<Vec<f64>> {
         positive("rope attention factor", self.attention_factor())?;
         let pairs = rotary_dims / 2;
@@ -161,12 +163,12 @@ impl RopeScaling {
     }
 }
 
-/// A share of the frequency kept, the rest divided by the factor.
+/// Interpolates between the frequency (weight `keep`) and the frequency divided by the factor.
 fn mix(frequency: f64, keep: f64, factor: f64) -> f64 {
     frequency * (keep + (1.0 - keep) / factor)
 }
 
-/// The base for sequences of `length` tokens.
+/// Returns the base for sequences of `length` tokens.
 fn dynamic_theta(
     theta: f64,
     rotary_dims: usize,
@@ -187,7 +189,8 @@ fn dynamic_theta(
     positive("rope theta", theta * stretch.powf(dims / (dims - 2.0)))
 }
 
-/// The pair of channels, fractional, that turns so many times over the original context.
+/// Returns the fractional index of the pair of channels that makes `turns` turns over the original
+/// context.
 fn channel_of(turns: f64, theta: f64, rotary_dims: usize, original_context: usize) -> Result<f64> {
     let turns = positive("rope beta", turns)?;
     let context = positive("original context of the rope", original_context as f64)?;
@@ -195,7 +198,7 @@ fn channel_of(turns: f64, theta: f64, rotary_dims: usize, original_context: usiz
     Ok(rotary_dims as f64 * (context / (turns * 2.0 * PI)).ln() / (2.0 * wavelengths))
 }
 
-/// Each frequency divided by a factor of its own.
+/// Divides each frequency by its own factor.
 pub(super) fn divide(mut frequencies: Vec<f64>, factors: &[f64]) -> Result<Vec<f64>> {
     if factors.len() != frequencies.len() {
         return Err(Error::mismatch("rope factors", frequencies.len(), factors.len()));

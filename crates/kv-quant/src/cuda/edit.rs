@@ -37,8 +37,9 @@ impl CudaPool {
         Ok(())
     }
 
-    /// As [`Pool::truncate`](crate::Pool::truncate): entries of a record that is cut go back to
-    /// the ring as their codes have them, in the ring's dtype.
+    /// As [`Pool::truncate`](crate::Pool::truncate). Entries of a record of keys along tokens that is
+    /// cut go back to the ring as their codes have them, in the ring's dtype. A record of tokens that
+    /// are packed one by one keeps its codes and gets holes.
     pub fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
         let (format, group) = (self.format, self.layout.group);
@@ -64,9 +65,9 @@ impl CudaPool {
         let stream = self.stream();
         let Some(sequence) = self.seqs.get_mut(&seq) else { return Ok(()) };
         let done = done.and_then(|stays| {
-            for ((head, (_, cut)), stays) in sequence.heads.iter_mut().zip(cuts).zip(&stays) {
+            for ((head, (slots, cut)), stays) in sequence.heads.iter_mut().zip(cuts).zip(&stays) {
                 let keys = cut.packed.keys;
-                head.live = head.live.cut(&stream, keys)?;
+                head.live = head.live.cut(&stream, keys, slots)?;
                 (head.slots, head.packed, head.ring_from) =
                     (stays.end(), cut.packed, cut.ring_from);
                 head.table.retain(|place| place < keys / group);

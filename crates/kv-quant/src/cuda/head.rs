@@ -3,7 +3,7 @@
 use super::kernels::TILE;
 use super::layout::Layout;
 use super::records::{Shared, Table};
-use crate::{Flush, Format};
+use crate::{Axis, Flush, Format};
 use longctx_core::Result;
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use std::ops::Range;
@@ -73,7 +73,9 @@ impl Head {
 
     /// What is left packed if the head is cut to so many slots.
     ///
-    /// With a rolling flush, groups go back to full precision as far as the ring still has them.
+    /// With a rolling flush, groups go back to full precision as far as the ring still has them. A cut
+    /// into a record of tokens that are packed one by one keeps the record: its other slots become
+    /// holes. A cut into a record of keys along tokens unpacks it.
     pub fn cut(&self, format: Format, group: usize, slots: usize) -> Cut {
         let Packed { mut keys, values, tiles } = self.packed;
         if let Flush::Rolling(residual) = format.flush() {
@@ -81,13 +83,17 @@ impl Head {
             let start = self.ring_from.max(keys.saturating_sub(group));
             keys -= missing.min(keys.saturating_sub(start) / group * group);
         }
-        let mut unpacked = 0..0;
-        if keys > slots {
+        let (mut unpacked, mut ring_from) = (0..0, self.ring_from);
+        if keys > slots && format.keys().along == Axis::Channels {
+            keys = slots.next_multiple_of(group);
+            // The ring has what the dropped tokens were.
+            ring_from = keys;
+        } else if keys > slots {
             keys = slots - slots % group;
             unpacked = keys..values.min(slots);
         }
         let packed = Packed { keys, values: values.min(keys), tiles: tiles.min(keys / TILE) };
-        Cut { packed, unpacked, ring_from: self.ring_from.min(keys) }
+        Cut { packed, unpacked, ring_from: ring_from.min(keys) }
     }
 }
 
@@ -123,12 +129,12 @@ impl Live {
         Ok(Self { bits, holes: slots - count, on_device: Some(on_device) })
     }
 
-    /// The same of the first `slots` slots alone.
-    pub fn cut(&self, stream: &Arc<CudaStream>, slots: usize) -> Result<Self> {
-        match self.holes {
-            0 => Ok(Self::default()),
-            _ => Self::new(stream, slots, (0..slots).filter(|&slot| self.contains(slot))),
+    /// The same of the first `packed` slots alone, of which those from `slots` on are holes.
+    pub fn cut(&self, stream: &Arc<CudaStream>, packed: usize, slots: usize) -> Result<Self> {
+        if self.holes == 0 && packed <= slots {
+            return Ok(Self::default());
         }
+        Self::new(stream, packed, (0..packed.min(slots)).filter(|&slot| self.contains(slot)))
     }
 
     pub fn holes(&self) -> usize {

@@ -1,4 +1,4 @@
-//! When a call is followed by eviction, and what stays.
+//! Plans the eviction after a call.
 
 use super::PolicyCache;
 use super::score::Own;
@@ -6,25 +6,25 @@ use crate::{EvictionPolicy, Prefill, select::select};
 use candle_core::Tensor;
 use longctx_core::{KvStore, Result, Selection, SeqId};
 
-/// What a call changes of one sequence once its attention is known.
+/// The changes of one call to one sequence, made after its attention is computed.
 #[derive(Debug)]
 pub struct Plan {
     pub seq: SeqId,
     pub tokens: usize,
-    /// Whether the call's tokens are in the store already.
+    /// Whether the call's tokens are already in the store.
     pub in_store: bool,
-    /// The newest queries to remember.
+    /// The newest queries to keep.
     pub queries: Option<Tensor>,
-    /// Scores to go on from.
+    /// The scores for the policy's next call.
     pub scores: Option<Vec<Vec<f32>>>,
-    /// What stays of the store's entries and the call's tokens after them; `None`: everything.
+    /// The entries to keep, of the store's entries followed by the call's tokens; `None`: all.
     pub keep: Option<Selection>,
-    /// Whether the store took of the call's tokens only those that stay.
+    /// Whether only the kept tokens of the call were appended to the store.
     pub selected: bool,
 }
 
 impl Plan {
-    /// The call's own tokens that stay, when each head held `old` entries before; all of them if
+    /// Returns the kept tokens of the call, if each head held `old` entries before; all of them if
     /// nothing is evicted.
     pub fn own_part(&self, old: &[usize], kv_heads: usize) -> Selection {
         let Some(keep) = &self.keep else {
@@ -39,19 +39,21 @@ impl Plan {
 }
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
-    /// Whether a call's token joins the store before it attends: one after others.
+    /// Returns whether the token of a call is appended to the store before it attends: a single
+    /// token after others.
     pub(super) fn joins(&self, seq: SeqId, tokens: usize) -> bool {
         tokens == 1 && self.store.len(seq) > 0
     }
 
-    /// Whether a call belongs to a prompt and is followed by eviction.
+    /// Returns whether a call belongs to a prompt and is followed by eviction.
     pub(super) fn evicts_prompt(&self, seq: SeqId, tokens: usize) -> bool {
         let seen = self.sequences.seen(seq);
         let prompt = self.sequences.prompt(seq).brings(tokens, seen);
         prompt && (seen == 0 || self.settings.prefill == Prefill::EveryCall)
     }
 
-    /// How many entries at a time a call gives up if a head is over its budget; `None`: nothing.
+    /// Returns the number of entries to evict at a time if a head is over its budget; `None`: no
+    /// eviction.
     fn eviction_step(&self, own: &Own) -> Option<usize> {
         let seen = self.sequences.seen(own.seq);
         let (seq, tokens) = (own.seq, own.tokens());
@@ -61,7 +63,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         }
     }
 
-    /// Scores a sequence if the policy must, and selects if it is over its budget.
+    /// Scores a sequence if the policy needs it, and selects entries if it is over its budget.
     pub(super) fn plan(&self, own: &Own) -> Result<Plan> {
         let (seq, in_store, tokens) = (own.seq, own.in_store, own.tokens());
         let queries = self.newest_queries(own)?;
@@ -89,7 +91,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok(plan)
     }
 
-    /// The newest queries with the call's, if the policy will ask for them while decoding.
+    /// Returns the newest queries including those of the call, if the policy observes them during
+    /// decoding.
     fn newest_queries(&self, own: &Own) -> Result<Option<Tensor>> {
         let wanted = self.remembered();
         if wanted == 0 {
@@ -102,7 +105,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         };
         let len = all.dim(0)?;
         let count = wanted.min(len);
-        // A copy, so that the whole prompt's queries do not stay behind a view of the last.
+        // A copy, so that a view of the last queries does not keep the whole prompt's queries
+        // alive.
         Ok(Some(all.narrow(0, len - count, count)?.force_contiguous()?))
     }
 }

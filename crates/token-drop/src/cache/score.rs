@@ -1,4 +1,4 @@
-//! What a policy is shown of a sequence, and its scores.
+//! The policy's inputs for a sequence, and its scores.
 
 use std::ops::Range;
 
@@ -9,23 +9,24 @@ use crate::{
 use candle_core::{DType, Tensor};
 use longctx_core::{Batch, Error, KvStore, Mask, Result, SeqId, Step, attention};
 
-/// One sequence's tensors of a call.
+/// The tensors of one sequence in a call.
 #[derive(Debug)]
 pub struct Own {
     pub seq: SeqId,
     tokens: Range<usize>,
-    /// Whether the tokens are in the store already.
+    /// Whether the tokens are already in the store.
     pub in_store: bool,
     pub unrotated_q: Tensor,
     q: Tensor,
     pub k: Tensor,
     pub v: Tensor,
-    /// The log-sum-exp of all that the queries see; `None` if the policy reads no attention.
+    /// The log-sum-exp over everything that the queries see; `None` if the policy reads no
+    /// attention.
     lse: Option<Tensor>,
 }
 
 impl Own {
-    /// The rows of one of the step's sequences. `q` and `k` are rotated.
+    /// Takes the rows of one sequence of the step. `q` and `k` are rotated.
     pub fn new(
         step: &Step<'_>,
         (q, k): (&Tensor, &Tensor),
@@ -51,12 +52,13 @@ impl Own {
     }
 }
 
-/// Attention that entries received, `[group, entries]` for each kv head, and from how many queries.
+/// The attention that entries received, `[group, entries]` for each kv head, and the number of
+/// queries.
 type Observed = (Vec<Tensor>, usize);
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
-    /// Has the policy score everything that a sequence holds. `remembered`: its newest queries. The
-    /// scores leave the store's device, and nothing else does: what stays is selected on the host.
+    /// Lets the policy score all entries of a sequence. `remembered` holds its newest queries. Only
+    /// the scores are copied from the store's device: selection runs on the host.
     pub(super) fn score(&self, own: &Own, remembered: Option<&Tensor>) -> Result<Vec<Vec<f32>>> {
         let (sums, observed) = match self.needs.attention {
             Some(queries) => self.attention_sums(own, queries, remembered)?,
@@ -93,7 +95,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok(scores)
     }
 
-    /// The entries of a sequence that has begun.
+    /// Returns the entries of a known sequence.
     pub(super) fn entries(&self, seq: SeqId) -> &Entries {
         match self.sequences.get(seq) {
             Some(sequence) => &sequence.state.entries,
@@ -101,7 +103,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         }
     }
 
-    /// Keys and values of one kv head in f32, as far as the policy needs them.
+    /// Returns keys and values of one kv head in f32, if the policy needs them.
     fn read(&self, own: &Own, head: usize) -> Result<(Option<Tensor>, Option<Tensor>)> {
         if !self.needs.keys && !self.needs.values {
             return Ok((None, None));
@@ -110,7 +112,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok((Some(keys).filter(|_| self.needs.keys), Some(values).filter(|_| self.needs.values)))
     }
 
-    /// Keys and values of one kv head in f32: the store's, then the call's own.
+    /// Returns keys and values of one kv head in f32: the store's, followed by the call's.
     pub(super) fn all_rows(&self, own: &Own, head: usize) -> Result<(Tensor, Tensor)> {
         let held = match self.store.len(own.seq) {
             0 => None,
@@ -131,7 +133,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         }
     }
 
-    /// The attention that entries received from the observed queries.
+    /// Returns the attention that entries received from the observed queries.
     fn attention_sums(
         &self,
         own: &Own,
@@ -143,7 +145,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             ObservedQueries::Newest { queries, by_position } => (queries, by_position),
         };
         let (q, mut lse) = match remembered {
-            // While decoding, queries of earlier calls look again at what is there now.
+            // During decoding, queries of earlier calls attend to the current entries again.
             Some(earlier) if own.in_store && queries > 1 => self.look_again(own.seq, earlier)?,
             _ => {
                 let count = queries.min(own.tokens());
@@ -155,7 +157,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         };
         let count = q.dim(0)?;
         if by_position {
-            // Attention is exp(score - lse), so that ln(n) less in the sum counts a query n times.
+            // Attention is exp(score - lse): subtracting ln(n) from the lse counts a query n times.
             let seen = self.sequences.seen(own.seq) + own.tokens();
             let logs: Vec<_> = (seen - count..seen).map(|n| (n.max(1) as f32).ln()).collect();
             lse = lse.broadcast_sub(&Tensor::from_vec(logs, (count, 1), lse.device())?)?;
@@ -175,8 +177,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok((all.collect::<candle_core::Result<_>>()?, count))
     }
 
-    /// The newest queries, rotated, and their log-sum-exp over what the store holds now, the call's
-    /// token included.
+    /// Returns the newest queries, rotated, and their log-sum-exp over the store's current entries,
+    /// including the call's token.
     fn look_again(&self, seq: SeqId, earlier: &Tensor) -> Result<(Tensor, Tensor)> {
         let count = earlier.dim(0)?;
         let end = match self.settings.rerotate {
@@ -191,7 +193,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     }
 }
 
-/// Scores as lists on the host, all in one copy.
+/// Returns the scores as lists on the host, with one copy.
 fn lists(scores: &[Tensor]) -> Result<Vec<Vec<f32>>> {
     let lens: Vec<_> = scores.iter().map(Tensor::elem_count).collect();
     let some: Vec<_> = scores.iter().filter(|scores| scores.elem_count() > 0).collect();

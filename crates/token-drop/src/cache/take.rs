@@ -1,4 +1,4 @@
-//! A call from its tensors to what is held after it.
+//! Processes a call: attention, scores, selection and the changes to the store.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,13 +15,13 @@ use longctx_core::{
     AttentionState, Batch, Error, KvStore, Mask, Result, Selection, SeqId, Step, attention,
 };
 
-/// Kept keys `[kept, kv_heads, head_dim]`, rotated to contiguous positions, and values, of some
-/// sequences.
+/// Kept keys `[kept, kv_heads, head_dim]`, rotated to contiguous positions, and values, by
+/// sequence.
 type Rewritten = BTreeMap<SeqId, (Tensor, Tensor)>;
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
-    /// Makes room for a call's tokens in what is remembered of the entries. Gives the entries that
-    /// each sequence's heads held before.
+    /// Adds a call's tokens to the metadata of the entries. Returns the number of entries that each
+    /// head of the sequences held before.
     pub(super) fn begin(&mut self, batch: &Batch) -> Vec<Vec<usize>> {
         let kv_heads = self.spec.shape.kv_heads;
         let begin = |(seq, tokens): (SeqId, std::ops::Range<usize>)| {
@@ -32,8 +32,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         batch.iter().map(begin).collect()
     }
 
-    /// Puts everything back to what it was before a call that failed. What can't be put back is
-    /// poisoned.
+    /// Restores the state before a failed call. Sequences that cannot be restored are poisoned.
     pub(super) fn take_back(&mut self, batch: &Batch, lens: &[Vec<usize>], error: Error) -> Error {
         if self.sequences.check(batch).is_err() {
             return error;
@@ -52,7 +51,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         error
     }
 
-    /// Attends, and keeps what is selected.
+    /// Attends and keeps the selected entries.
     pub(super) fn take(&mut self, step: &Step<'_>) -> Result<Tensor> {
         let (q, k) = step.rotate(&self.spec, |seq| self.next_position(seq))?;
         let joins = |(seq, own): &(SeqId, std::ops::Range<usize>)| self.joins(*seq, own.len());
@@ -74,13 +73,13 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok(out)
     }
 
-    /// Takes in prompts that have attended elsewhere.
+    /// Appends prompts whose attention was computed by the engine.
     pub(super) fn take_attended(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
         let (q, k) = step.rotate(&self.spec, |_| 0)?;
         self.keep(step, (&q, &k), lse.filter(|_| self.needs.attention.is_some()), &BTreeSet::new())
     }
 
-    /// Exact attention among each sequence's own tokens, and over what it kept.
+    /// Exact attention among each sequence's own tokens, and over its kept entries.
     fn attend_prompts(
         &self,
         step: &Step<'_>,
@@ -97,7 +96,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         AttentionState::merge(&parts)
     }
 
-    /// Scores and selects, sequence by sequence, and then changes the store.
+    /// Scores and selects for every sequence, and then changes the store.
     fn keep(
         &mut self,
         step: &Step<'_>,
@@ -116,8 +115,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         }
         self.append_prompts(step, k, &mut plans)?;
         for (&seq, (k, v)) in &rewritten {
-            // Only the rows that are more than what is held: these find whether there is room while
-            // everything can still be taken back.
+            // Appends only the rows beyond the current length first. This fails if there is no
+            // room, while everything can still be restored.
             let held = self.store.len(seq);
             if let Some(more) = k.dim(0)?.checked_sub(held).filter(|more| *more > 0) {
                 let part = |x: &Tensor| x.narrow(0, held, more);
@@ -132,9 +131,9 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok(())
     }
 
-    /// Kept keys `[kept, kv_heads, head_dim]`, rotated to contiguous positions, and values.
+    /// Returns kept keys `[kept, kv_heads, head_dim]`, rotated to contiguous positions, and values.
     ///
-    /// Entries lay without gaps, entry i at position i.
+    /// Before, entry i was at position i, without gaps.
     fn rewrite(&self, own: &Own, keep: &Selection) -> Result<(Tensor, Tensor)> {
         let rope = self.spec.rope_for("re-rotation")?;
         let (mut keys, mut values) = (Vec::new(), Vec::new());
@@ -149,7 +148,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok((Tensor::cat(&keys, 1)?.to_device(device)?, Tensor::cat(&values, 1)?.to_device(device)?))
     }
 
-    /// Appends the prompts' tokens that stay, but for those of sequences that are rewritten.
+    /// Appends the kept tokens of prompts, except those of sequences that are rewritten.
     fn append_prompts(&mut self, step: &Step<'_>, k: &Tensor, plans: &mut [Plan]) -> Result<()> {
         let rerotate = self.settings.rerotate;
         let appends = |plan: &Plan| !(plan.in_store || rerotate && plan.keep.is_some());
@@ -170,14 +169,14 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
                 plans.iter_mut().for_each(|plan| plan.selected = plan.keep.is_some());
                 Ok(())
             }
-            // Stores that hold all heads in one tensor take whole tokens alone; what does not stay
-            // is dropped after.
+            // Stores with one tensor for all heads can only append whole tokens; the others are
+            // dropped afterwards.
             Err(Error::Unsupported(_)) => self.store.append(&part.batch, &k, &v),
             Err(error) => Err(error),
         }
     }
 
-    /// Drops what does not stay, and counts the call's tokens.
+    /// Drops the evicted entries and counts the call's tokens.
     fn finish(&mut self, plan: Plan, rewritten: &Rewritten) -> Result<()> {
         let Plan { seq, tokens, queries, scores, keep, selected, .. } = plan;
         let before = self.entries(seq).lens();
@@ -205,7 +204,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok(())
     }
 
-    /// Puts rewritten rows in the place of what a sequence holds. A new one holds them already.
+    /// Replaces a sequence's entries with rewritten rows. A new sequence holds them already.
     fn replace(&mut self, seq: SeqId, (k, v): &(Tensor, Tensor)) -> Result<()> {
         if self.sequences.seen(seq) == 0 {
             return Ok(());
@@ -214,8 +213,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         self.store.append(&Batch::single(seq, k.dim(0)?)?, k, v)
     }
 
-    /// Has the store drop what does not stay. Gives what it holds then of the `old` entries of each
-    /// head and the call's tokens after them.
+    /// Drops the evicted entries from the store. Returns the entries that it holds afterwards, of
+    /// the `old` entries of each head followed by the call's tokens.
     fn drop_others(
         &mut self,
         seq: SeqId,
@@ -229,7 +228,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             let done = evict(&mut self.store, seq, &keep)?;
             return Ok(if done { keep } else { Selection::new(all.collect()) });
         }
-        // The call's tokens that stay follow the old entries.
+        // The kept tokens of the call follow the old entries.
         let (mut stays, mut all) = (Vec::new(), Vec::new());
         for ((kept, &old), &len) in keep.heads().iter().zip(old).zip(&lens) {
             let (of_old, new) = kept.split_at(kept.partition_point(|&e| (e as usize) < old));

@@ -1,4 +1,4 @@
-//! One chunk of queries: what it sees, and what it leaves behind.
+//! Processes one chunk of queries.
 
 use std::ops::Range;
 
@@ -13,15 +13,15 @@ use longctx_core::{
     attention,
 };
 
-/// Decoded tokens by which the window's store may outgrow the window before it is cut.
+/// Decoded tokens beyond the window that the window's store may hold before they are dropped.
 const OVERHANG: usize = 256;
 
-/// A chunk's rotated rows, and what each of its sequences sees.
+/// A chunk's rotated rows, and the tokens that each of its sequences sees.
 struct Chunk<'a> {
     rows: &'a Rows,
     q: Tensor,
     k: Tensor,
-    /// Queries at the distance of the past.
+    /// Queries rotated to the clipped distance of the past.
     q_far: Tensor,
     seqs: Vec<ChunkSeq>,
 }
@@ -29,26 +29,27 @@ struct Chunk<'a> {
 /// One sequence of a chunk.
 struct ChunkSeq {
     seq: SeqId,
-    /// The chunk's first token.
+    /// Index of the chunk's first token.
     start: usize,
     count: usize,
     /// Tokens that leave the window within the chunk: one with each of the last queries.
     leaving: Range<usize>,
-    /// The token of the window store's first entry.
+    /// Token of the window store's first entry.
     window_start: usize,
-    /// Blocks that the chunk fetches, the best first.
+    /// Blocks that the chunk retrieves, best first.
     chosen: Vec<usize>,
 }
 
-/// Attention that tokens received: a sequence, its first token of these, and from there on a list
-/// per query head.
+/// Attention that tokens received: a sequence, the first of these tokens, and a list per query head
+/// that starts at it.
 type Received = (SeqId, usize, Vec<Vec<f32>>);
 
-/// Late queries and the leaving tokens that they still see, both in reverse: the first of these
-/// queries sees all of them, the next one less. In reverse that is causal attention.
+/// Late queries and the leaving tokens that they still see, both in reverse order. The first of
+/// these queries sees all of the tokens, each next one fewer: in reverse order that is a causal
+/// mask.
 struct Reversed {
     part: Part,
-    /// Each row's place in reverse, which is its own inverse.
+    /// The reversed index of each row. The permutation is its own inverse.
     order: Tensor,
     q: Tensor,
     k: Tensor,
@@ -56,7 +57,7 @@ struct Reversed {
 }
 
 impl<S: KvStore, W: KvStore> InfLlm<S, W> {
-    /// Takes in tokens chunk by chunk. Gives their attention, unless it is known elsewhere.
+    /// Processes tokens chunk by chunk. Returns their attention, unless the engine computed it.
     pub(super) fn take_rows(&mut self, rows: &Rows) -> Result<Option<AttentionState>> {
         for (seq, own) in rows.batch.iter() {
             let sizes = self.size.of(self.sequences.prompt_with(seq, own.len()))?;
@@ -150,8 +151,8 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         Ok(states)
     }
 
-    /// Which queries read which entries of the window's store: all of them the tokens that stay in
-    /// the window, and those before the first token leaves the ones that leave, too.
+    /// Returns which queries read which entries of the window's store. All queries read the tokens
+    /// that stay in the window. Queries before the first token leaves also read the leaving tokens.
     fn window_parts(&self, chunk: &Chunk<'_>) -> Result<Vec<(Part, EntryRanges)>> {
         let batch = &chunk.rows.batch;
         let early = |seq| {
@@ -175,7 +176,8 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         Ok(parts)
     }
 
-    /// Ranges of tokens as entries of the window's store, for each sequence of a part and kv head.
+    /// Converts token ranges to entries of the window's store, for each sequence of a part and kv
+    /// head.
     fn window_ranges(
         &self,
         chunk: &Chunk<'_>,
@@ -196,8 +198,8 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         EntryRanges::new(seqs.flat_map(|ranges| vec![ranges; kv_heads]).collect())
     }
 
-    /// The late queries but the last, and the leaving tokens but the first: the i-th of the one sees
-    /// the i-th of the other and those after it.
+    /// The late queries except the last, and the leaving tokens except the first: query i sees
+    /// token i and those after it.
     fn reversed(&self, chunk: &Chunk<'_>) -> Result<Option<Reversed>> {
         let late = |seq| {
             let of = chunk.of(seq);
@@ -218,8 +220,8 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         Ok(Some(Reversed { part, order, q, k, v }))
     }
 
-    /// Keys and values of ranges of a store's entries, of the sequences of a part one after the
-    /// other, `[tokens, kv_heads, channels]`.
+    /// Reads keys and values of ranges of a store's entries, concatenated over the sequences of a
+    /// part: `[tokens, kv_heads, channels]`.
     fn read_leaving(
         &self,
         chunk: &Chunk<'_>,
@@ -243,10 +245,10 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         Ok((Tensor::cat(&keys, 0)?.to_device(device)?, Tensor::cat(&values, 0)?.to_device(device)?))
     }
 
-    /// Attention over what lies outside the window, all of it at the same distance.
+    /// Attention over everything outside the window, all of it at the same distance.
     fn attend_past(&self, chunk: &Chunk<'_>) -> Result<Vec<AttentionState>> {
         let (batch, shape) = (&chunk.rows.batch, &self.spec.shape);
-        // What leaves the window within the chunk is not past yet for its early queries.
+        // Tokens that leave the window within the chunk are not yet past for its early queries.
         let staggered = |of: &ChunkSeq| of.count > 1 && !self.published_remainder;
         let visible = |of: &ChunkSeq| {
             let end = if staggered(of) { of.leaving.start } else { of.leaving.end };
@@ -270,7 +272,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         Ok(states)
     }
 
-    /// Attention that the window's tokens and the chunk's own received.
+    /// Returns the attention that the window's tokens and the chunk's own tokens received.
     fn received(
         &self,
         chunk: &Chunk<'_>,
@@ -284,7 +286,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
                 all.push((seq, first(chunk.of(seq)), sums.to_vec()));
             }
         };
-        // Which tokens represent a block is chosen on the host.
+        // The tokens that represent a block are selected on the host.
         let by_head = |sums: Vec<Tensor>| -> Result<Vec<Vec<f32>>> {
             let rows = sums.iter().map(Tensor::to_vec2).collect::<candle_core::Result<Vec<_>>>()?;
             Ok(rows.concat())
@@ -307,7 +309,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         Ok(all)
     }
 
-    /// Moves tokens from the window to the past, and cuts the window's store.
+    /// Moves tokens from the window to the past, and shortens the window's store.
     fn settle(&mut self, chunk: &Chunk<'_>, received: Vec<Received>, call: &Batch) -> Result<()> {
         for of in &chunk.seqs {
             let state = self.state_mut(of.seq)?;
@@ -335,7 +337,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         Ok(())
     }
 
-    /// Drops what is out of the window, once it is more than what may hang over.
+    /// Drops tokens outside the window once there are more than `OVERHANG` of them.
     fn cut_window(&mut self, of: &ChunkSeq) -> Result<()> {
         let len = self.window.len(of.seq);
         let inside = of.start + of.count - of.leaving.end;

@@ -1,13 +1,13 @@
-//! The past in blocks: what represents each, which are fetched, and which are resident.
+//! The blocks of the past: representatives, retrieval and residency.
 
-/// One sequence's blocks, oldest first.
+/// The blocks of one sequence, oldest first.
 #[derive(Debug, Clone)]
 pub struct Memory {
     blocks: usize,
-    /// For each block, each query head's mean representative key: `[blocks, heads * head_dim]`.
+    /// The mean representative key of each block and query head: `[blocks, heads * head_dim]`.
     representatives: Vec<f32>,
-    /// Resident blocks and the fetch that last asked for each, in the order in which they became
-    /// resident.
+    /// Resident blocks in the order in which they became resident, each with the number of its last
+    /// retrieval.
     resident: Vec<(usize, u64)>,
     fetches: u64,
 }
@@ -21,9 +21,9 @@ impl Memory {
         self.blocks
     }
 
-    /// Adds a block of unrotated keys: for each query head, the `[tokens, head_dim]` keys of its kv
-    /// head and the attention that each token received, which says which `count` tokens represent
-    /// the block.
+    /// Adds a block. `heads` has, for each query head, the unrotated keys `[tokens, head_dim]` of
+    /// its kv head and the attention that each token received. The `count` tokens with the most
+    /// attention represent the block.
     pub fn add<'a>(&mut self, heads: impl Iterator<Item = (&'a [f32], &'a [f32])>, count: usize) {
         for (keys, sums) in heads {
             let d = keys.len() / sums.len();
@@ -39,8 +39,8 @@ impl Memory {
         self.blocks += 1;
     }
 
-    /// The `count` blocks whose representatives have the largest product with the query
-    /// (`[heads * head_dim]`), the best first.
+    /// Returns the `count` blocks whose representatives have the largest product with the query
+    /// (`[heads * head_dim]`), best first.
     pub fn choose(&self, query: &[f32], count: usize) -> Vec<usize> {
         let mut order: Vec<_> = (0..self.blocks).collect();
         if order.len() > count {
@@ -53,8 +53,8 @@ impl Memory {
         order
     }
 
-    /// Makes the chosen blocks resident. If there is no room for all, those that were asked for the
-    /// longest ago leave, and of these the one that has been resident the longest.
+    /// Makes the chosen blocks resident. If there is no room for all, the least recently retrieved
+    /// blocks leave first, and among equals the one that has been resident the longest.
     pub fn fetch(&mut self, chosen: &[usize], room: usize) {
         self.fetches += 1;
         for &block in chosen {
@@ -69,12 +69,12 @@ impl Memory {
         }
     }
 
-    /// In the order of the text.
+    /// Returns the resident blocks in text order.
     pub fn resident(&self) -> Vec<usize> {
         sorted(self.resident.iter().map(|&(block, _)| block))
     }
 
-    /// What the last fetch asked for, in the order of the text.
+    /// Returns the blocks of the last retrieval in text order.
     pub fn fetched(&self) -> Vec<usize> {
         let last = self.resident.iter().filter(|(_, last)| *last == self.fetches);
         sorted(last.map(|&(block, _)| block))

@@ -1,4 +1,4 @@
-//! Queries, keys and values of some sequences of a call, not rotated.
+//! Unrotated queries, keys and values of some sequences of a call.
 
 use crate::part::Part;
 use candle_core::Tensor;
@@ -11,23 +11,23 @@ pub struct Rows {
     pub q: Tensor,
     pub k: Tensor,
     pub v: Tensor,
-    /// The log-sum-exp of exact attention, `[tokens, heads]`, if that was computed elsewhere.
+    /// The log-sum-exp of exact attention, `[tokens, heads]`, if the engine computed it.
     pub exact: Option<Tensor>,
 }
 
 impl Rows {
-    /// All rows of a call.
+    /// Takes all rows of a call.
     pub fn all(step: &Step<'_>) -> Self {
         let [q, k, v] = [step.q, step.k, step.v].map(Tensor::clone);
         Self { batch: step.batch.clone(), q, k, v, exact: None }
     }
 
-    /// A part's rows of a call.
+    /// Takes a part's rows of a call.
     pub fn of(part: &Part, step: &Step<'_>) -> Result<Self> {
         Self::all(step).part(part)
     }
 
-    /// A part of these rows.
+    /// Takes a part of these rows.
     pub fn part(&self, part: &Part) -> Result<Self> {
         Ok(Self {
             batch: part.batch.clone(),

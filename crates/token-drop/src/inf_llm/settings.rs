@@ -2,28 +2,28 @@ use crate::budget::check_ratio;
 use crate::prompt::Prompt;
 use longctx_core::{Error, Result};
 
-/// Sizes of InfLLM's memory, in tokens unless said otherwise.
+/// Sizes of InfLLM's memory, in tokens unless stated otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InfLlmSettings {
-    /// First tokens that every query sees.
+    /// First tokens, which every query sees.
     pub init: usize,
     /// The local window: a query sees itself and the `local - 1` tokens before it at their true
     /// distances.
     pub local: usize,
-    /// Tokens of a block.
+    /// Tokens per block.
     pub block: usize,
-    /// Blocks that a chunk of queries fetches.
+    /// Blocks that a chunk of queries retrieves.
     pub top_blocks: usize,
-    /// Blocks that may be resident at a time.
+    /// The largest number of resident blocks.
     pub resident_blocks: usize,
     /// Tokens whose mean key represents a block.
     pub representatives: usize,
-    /// Queries that share one choice of blocks.
+    /// Queries that share one retrieval.
     pub chunk: usize,
 }
 
 impl Default for InfLlmSettings {
-    /// Those of the published code for Mistral-7B.
+    /// The sizes of the published code for Mistral-7B.
     fn default() -> Self {
         Self {
             init: 128,
@@ -38,9 +38,9 @@ impl Default for InfLlmSettings {
 }
 
 impl InfLlmSettings {
-    /// Shares of `ratio` of a prompt: 2.1% of it first tokens, 32.4% fetched blocks of 128, the rest
-    /// the local window, which is never below a chunk of 512. These are the numbers of
-    /// henryzhongsc/longctx_bench for passkey retrieval and LongBench.
+    /// Returns sizes for a share `ratio` of a prompt: 2.1% of the share are first tokens, 32.4%
+    /// retrieved blocks of 128, the rest the local window, which is at least one chunk of 512.
+    /// These are the numbers of henryzhongsc/longctx_bench for passkey retrieval and LongBench.
     ///
     /// # Errors
     /// [`Error::Setting`] unless `ratio` lies between 0 and 1.
@@ -54,10 +54,10 @@ impl InfLlmSettings {
         Ok(Self { init, local, top_blocks, resident_blocks: top_blocks, ..usual })
     }
 
-    /// Checks that the sizes fit together.
+    /// Checks that the sizes are consistent.
     ///
     /// # Errors
-    /// [`Error::Setting`] naming the size that does not.
+    /// [`Error::Setting`] naming the invalid size.
     pub fn check(&self) -> Result<()> {
         let at_least_one = |name: &str, value: usize| match value {
             0 => Err(Error::setting(name, "at least 1", 0)),
@@ -83,7 +83,7 @@ impl InfLlmSettings {
     }
 }
 
-/// Fixed sizes, or those of a share of each prompt.
+/// Fixed sizes, or sizes that are a ratio of each prompt.
 #[derive(Debug, Clone, Copy)]
 pub enum Size {
     Fixed(InfLlmSettings),
@@ -109,7 +109,7 @@ mod tests {
         // 2000 tokens: 42 first, 648 for 5 blocks of 128, the rest local.
         let s = of(0.25, 8000);
         assert_eq!((s.init, s.top_blocks, s.resident_blocks, s.local), (42, 5, 5, 1318));
-        // A small budget still has a window of a chunk.
+        // A small budget still has a window of one chunk.
         let s = of(0.25, 1000);
         assert_eq!((s.init, s.top_blocks, s.local), (5, 0, 512));
         assert!(InfLlmSettings::of_prompt(1.0, 10).is_err());

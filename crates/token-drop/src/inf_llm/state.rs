@@ -1,4 +1,4 @@
-//! What is kept of a sequence beside the stores.
+//! The state of a sequence outside the stores.
 
 use std::ops::Range;
 
@@ -6,12 +6,12 @@ use super::InfLlmSettings;
 use super::memory::Memory;
 use longctx_core::{Footprint, LayerSpec};
 
-/// A text in order: first tokens, blocks, a remainder that has left the window for no block yet, and
-/// the window.
+/// The parts of a text in order: first tokens, blocks, a remainder that has left the window but
+/// does not fill a block, and the window.
 #[derive(Debug, Clone)]
 pub struct State {
     pub sizes: InfLlmSettings,
-    /// First tokens that every query sees.
+    /// First tokens, which every query sees.
     init: usize,
     /// Tokens that have left the window.
     pub left: usize,
@@ -26,8 +26,8 @@ impl State {
         Self { sizes, init: 0, left: 0, memory: Memory::new(), sums }
     }
 
-    /// New sizes of a longer prompt, when `seen` tokens have come. Where blocks follow the first
-    /// tokens, these stay as they are, and the window takes what they lack. More blocks may leave a
+    /// Sets new sizes for a longer prompt, after `seen` tokens. If there are blocks, the number of
+    /// first tokens stays, and the window is enlarged by the difference. More blocks may leave a
     /// smaller window.
     pub fn resize(&mut self, sizes: InfLlmSettings, seen: usize) {
         let init = if self.memory.len() > 0 { self.init } else { sizes.init };
@@ -36,13 +36,13 @@ impl State {
         self.left = self.left.max(seen.saturating_sub(local));
     }
 
-    /// Tokens that lie in the first tokens or a block.
+    /// Returns the number of tokens among the first tokens and in blocks.
     pub fn settled(&self) -> usize {
         self.init + self.memory.len() * self.sizes.block
     }
 
-    /// The first tokens, the chosen blocks, and the tokens from there up to `end`, as ranges of
-    /// tokens.
+    /// Returns the token ranges of the first tokens, the chosen blocks, and the remainder up to
+    /// `end`.
     pub fn visible(&self, chosen: &[usize], end: usize) -> Vec<Range<usize>> {
         let mut blocks = chosen.to_vec();
         blocks.sort_unstable();
@@ -63,17 +63,17 @@ impl State {
         ranges
     }
 
-    /// Tokens that leave the window when `end` have come.
+    /// Returns the tokens that leave the window when `end` tokens have been seen.
     pub fn leaving(&self, end: usize) -> Range<usize> {
         self.left..self.left.max(end.saturating_sub(self.sizes.local))
     }
 
-    /// `tokens` more have come.
+    /// Adds `tokens` tokens.
     pub fn lengthen(&mut self, tokens: usize) {
         self.sums.iter_mut().for_each(|sums| sums.resize(sums.len() + tokens, 0.0));
     }
 
-    /// Adds attention that the tokens from `first` on received, a list per query head.
+    /// Adds the attention that the tokens from `first` on received, a list per query head.
     pub fn note(&mut self, first: usize, received: &[Vec<f32>]) {
         let settled = self.settled();
         for (sums, received) in self.sums.iter_mut().zip(received) {
@@ -83,8 +83,8 @@ impl State {
         }
     }
 
-    /// Has tokens up to `left` leave the window, and fills the first tokens. Gives the tokens of
-    /// each block that is full then.
+    /// Moves tokens up to `left` out of the window and fills the first tokens. Returns the tokens
+    /// of each newly filled block.
     pub fn leave(&mut self, left: usize) -> Vec<Range<usize>> {
         self.left = left;
         if self.memory.len() == 0 && self.init < self.sizes.init {
@@ -96,7 +96,7 @@ impl State {
         (first..left).step_by(block).map(|i| i..i + block).filter(|b| b.end <= left).collect()
     }
 
-    /// Makes the oldest tokens that lie in no block one. `keys`: those of its kv heads.
+    /// Makes a block of the oldest tokens of the remainder. `keys` holds their keys per kv head.
     pub fn add_block(&mut self, keys: &[Vec<f32>]) {
         let (block, group) = (self.sizes.block, self.sums.len() / keys.len());
         let heads = self.sums.iter().enumerate();
@@ -105,8 +105,8 @@ impl State {
         self.sums.iter_mut().for_each(|sums| drop(sums.drain(..block)));
     }
 
-    /// Tokens of the past that an accelerator need not hold, of `seen`: blocks that are not
-    /// resident, and the unrotated copies of the window.
+    /// Returns the number of tokens of the past, of `seen`, that an accelerator need not hold:
+    /// blocks that are not resident, and the unrotated copies of the window.
     pub fn away(&self, seen: usize) -> usize {
         let blocks = self.memory.len() - self.memory.resident().len();
         blocks * self.sizes.block + (seen - self.left)

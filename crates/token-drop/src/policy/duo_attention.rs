@@ -1,11 +1,11 @@
-//! DuoAttention: Xiao et al., "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and
-//! Streaming Heads", arXiv 2410.10819.
+//! DuoAttention: Xiao et al., "DuoAttention: Efficient Long-Context LLM Inference with Retrieval
+//! and Streaming Heads", arXiv 2410.10819.
 
 use crate::{Budget, PolicyCache, Protected, Recent, Settings};
 use longctx_core::{Error, KvStore, LayerSpec, Result};
 
-/// Which heads of a layer keep everything (retrieval heads), and which keep sinks and the newest
-/// tokens (streaming heads).
+/// The split of a layer's kv heads into retrieval heads, which keep everything, and streaming
+/// heads, which keep sinks and the newest tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DuoAttention {
     streaming: Vec<bool>,
@@ -14,8 +14,8 @@ pub struct DuoAttention {
 }
 
 impl DuoAttention {
-    /// `streaming` says which of the layer's kv heads stream; these keep `sinks` first and `recent`
-    /// newest tokens (128 and 256 in kvpress).
+    /// Creates a split. `streaming` marks the streaming heads among the layer's kv heads. They keep
+    /// the first `sinks` and the newest `recent` tokens (128 and 256 in kvpress).
     ///
     /// # Errors
     /// [`Error::Setting`] if `recent` is 0 or there are no heads.
@@ -29,12 +29,12 @@ impl DuoAttention {
         Ok(Self { streaming, sinks, recent })
     }
 
-    /// Which heads stream, per layer, if `share` of the model's kv heads do: those of the lowest
-    /// scores. A head's score is its learnt gate, as the published attention patterns give it, or
-    /// any other measure of how far back it looks.
+    /// Returns the streaming heads of each layer if a `share` of the model's kv heads stream: those
+    /// with the lowest scores. The score of a head is its learned gate in the published attention
+    /// patterns, or another measure of how far back it attends.
     ///
     /// # Errors
-    /// [`Error::Setting`] unless `share` lies in 0..=1.
+    /// [`Error::Setting`] unless `share` is in 0..=1.
     pub fn split(scores: &[Vec<f32>], share: f64) -> Result<Vec<Vec<bool>>> {
         if !(0.0..=1.0).contains(&share) {
             return Err(Error::setting("share", "a number from 0 to 1", share));
@@ -50,7 +50,7 @@ impl DuoAttention {
         Ok(streaming)
     }
 
-    /// Each head's budget.
+    /// Returns the budget of each head.
     pub fn budget(&self) -> Budget {
         let of_head = |&streaming: &bool| streaming.then_some(self.sinks + self.recent);
         Budget::Heads(self.streaming.iter().map(of_head).collect())
@@ -58,8 +58,8 @@ impl DuoAttention {
 }
 
 impl<S: KvStore> PolicyCache<S, Recent> {
-    /// DuoAttention as published. At every decoded token a streaming head gives up one entry, so
-    /// that it holds no more and no less than the published code's.
+    /// DuoAttention as published. A streaming head evicts one entry at every decoded token, so it
+    /// holds exactly as many as in the published code.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).

@@ -8,16 +8,17 @@ use crate::{
 use candle_core::{D, DType, Tensor};
 use longctx_core::{AttentionShape, KvStore, LayerSpec, Result, Rope};
 
-/// Positions ahead over which the rotary embedding is averaged.
+/// Number of future positions over which the rotary embedding is averaged.
 const FUTURE: usize = 512;
-/// Queries that are remembered while decoding, if the cache evicts then.
+/// Queries that are kept during decoding, if the cache evicts then.
 const REMEMBERED: usize = 128;
 
-/// Keeps what queries to come are expected to attend to, weighed with the norm of the values.
+/// Keeps the entries that future queries are expected to attend to, weighted with the norm of the
+/// values.
 ///
-/// Queries are taken for normally distributed, with the mean and covariance of those seen, before
-/// the rotary embedding; the embedding is averaged over the 512 positions ahead. The expected
-/// exp(q·k) of a key k is then exp(μ·k + kᵀΣk/2).
+/// Queries before the rotary embedding are modelled as normally distributed, with the mean and
+/// covariance of the seen queries. The embedding is averaged over the next 512 positions. The
+/// expected exp(q·k) of a key k is then exp(μ·k + kᵀΣk/2).
 #[derive(Debug, Clone, Copy)]
 pub struct ExpectedAttention {
     sinks: usize,
@@ -25,26 +26,27 @@ pub struct ExpectedAttention {
 }
 
 impl Default for ExpectedAttention {
-    /// 4 sinks, as kvpress has them.
+    /// 4 sinks, as in kvpress.
     fn default() -> Self {
         Self::new(4)
     }
 }
 
 impl ExpectedAttention {
-    /// The first `sinks` tokens stay, and their queries, which are often outliers, don't count.
+    /// Creates the policy. The first `sinks` tokens are kept, and their queries, which are often
+    /// outliers, are excluded from the statistics.
     pub fn new(sinks: usize) -> Self {
         Self { sinks, group: Group::Mean }
     }
 
-    /// How the expected attention of a group's query heads is joined; by default by its mean.
+    /// Sets how the expected attention of a group's query heads is reduced; the mean by default.
     #[must_use]
     pub fn with_group(mut self, group: Group) -> Self {
         self.group = group;
         self
     }
 
-    /// Scores of a head's entries but the sinks.
+    /// Returns the scores of a head's entries, without the sinks.
     fn score_head(
         &self,
         head: &HeadView<'_>,
@@ -103,7 +105,7 @@ impl EvictionPolicy for ExpectedAttention {
 }
 
 impl<S: KvStore> PolicyCache<S, ExpectedAttention> {
-    /// Expected Attention as published: sinks and decoded tokens stay.
+    /// Expected Attention as published: sinks and decoded tokens are kept.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).
@@ -122,7 +124,7 @@ impl<S: KvStore> PolicyCache<S, ExpectedAttention> {
     }
 }
 
-/// The distribution of the queries of some heads, rotated to the positions ahead.
+/// The distribution of some heads' queries, rotated to future positions.
 struct Queries {
     /// `[heads, head_dim]`.
     mean: Tensor,
@@ -131,7 +133,8 @@ struct Queries {
 }
 
 impl Queries {
-    /// Of queries `[tokens, heads, head_dim]`. `rotation`: `[head_dim, head_dim]`, on their device.
+    /// Estimates the distribution of queries `[tokens, heads, head_dim]`. `rotation` is `[head_dim,
+    /// head_dim]`, on their device.
     fn of(q: &Tensor, rotation: &Tensor) -> Result<Self> {
         let q = q.to_dtype(DType::F32)?.transpose(0, 1)?.contiguous()?;
         let (heads, tokens, d) = q.dims3()?;
@@ -144,15 +147,15 @@ impl Queries {
         Ok(Self { mean: mean.matmul(&rotation.t()?)?, covariance: turned })
     }
 
-    /// Those of `count` heads from `first` on.
+    /// Returns the distribution of `count` heads starting at `first`.
     fn narrow(&self, first: usize, count: usize) -> Result<Self> {
         let of = |x: &Tensor| x.narrow(0, first, count)?.contiguous();
         Ok(Self { mean: of(&self.mean)?, covariance: of(&self.covariance)? })
     }
 }
 
-/// The mean rotation over the positions ahead, `[head_dim, head_dim]`: it turns pairs of channels i
-/// and i + pairs; further channels stay.
+/// Returns the mean rotation over the future positions, `[head_dim, head_dim]`. It rotates the
+/// channel pairs (i, i + pairs); further channels are unchanged.
 fn mean_rotation(rope: &Rope, next: usize, d: usize) -> Vec<f32> {
     let mean = |f: fn(f64) -> f64, frequency: f64| {
         let ahead = next..next + FUTURE;

@@ -9,9 +9,10 @@ use crate::{
 use candle_core::Tensor;
 use longctx_core::{KvStore, LayerSpec, Result};
 
-/// Keeps what the question at the prompt's end attends to.
+/// Keeps the entries that the question at the prompt's end attends to.
 ///
-/// Each query of the question counts by the number of tokens before it, and nothing is smoothed.
+/// Each query of the question is weighted by the number of tokens before it. Scores are not
+/// smoothed.
 #[derive(Debug, Clone, Copy)]
 pub struct Finch {
     question: usize,
@@ -19,16 +20,16 @@ pub struct Finch {
 }
 
 impl Finch {
-    /// With a question of so many tokens at the prompt's end.
+    /// Creates the policy for a question of `question` tokens at the prompt's end.
     ///
     /// # Errors
-    /// [`Error::Setting`](longctx_core::Error::Setting) if there are none.
+    /// [`Error::Setting`](longctx_core::Error::Setting) if `question` is 0.
     pub fn new(question: usize) -> Result<Self> {
         check_window(question)?;
         Ok(Self { question, group: Group::Mean })
     }
 
-    /// How the scores of a group's query heads are joined; by default by their mean.
+    /// Sets how the scores of a group's query heads are reduced; the mean by default.
     #[must_use]
     pub fn with_group(mut self, group: Group) -> Self {
         self.group = group;
@@ -53,7 +54,7 @@ impl EvictionPolicy for Finch {
 }
 
 impl<S: KvStore> PolicyCache<S, Finch> {
-    /// Finch as published: the question stays, and so do decoded tokens; kept keys are rotated to
+    /// Finch as published: the question and decoded tokens are kept, and kept keys are rotated to
     /// contiguous positions.
     ///
     /// # Errors

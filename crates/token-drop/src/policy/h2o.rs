@@ -1,5 +1,5 @@
-//! H2O: Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
-//! Models", arXiv 2306.14048.
+//! H2O: Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large
+//! Language Models", arXiv 2306.14048.
 
 use crate::{
     Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, ObservedQueries, PolicyCache,
@@ -8,16 +8,16 @@ use crate::{
 use candle_core::Tensor;
 use longctx_core::{KvStore, LayerSpec, Result};
 
-/// Keeps the tokens that received the most attention since they came: heavy hitters.
+/// Keeps the tokens with the most accumulated attention: heavy hitters.
 ///
-/// Attention is summed over every query, prompt and decoded ones alike.
+/// Attention is summed over all queries, of the prompt and of decoded tokens.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct H2o {
     group: Group,
 }
 
 impl H2o {
-    /// How the attention of a group's query heads is joined; by default by its mean.
+    /// Sets how the attention of a group's query heads is reduced; the mean by default.
     #[must_use]
     pub fn with_group(mut self, group: Group) -> Self {
         self.group = group;
@@ -44,13 +44,12 @@ impl EvictionPolicy for H2o {
 
 impl<S: KvStore> PolicyCache<S, H2o> {
     /// H2O as published: half of the budget for heavy hitters and half for the newest tokens, each
-    /// rounded down. At every decoded token one entry goes.
+    /// rounded down. One entry is evicted at every decoded token.
     ///
     /// After each step the heavy and recent tokens are held, and the next query sees these and
-    /// itself. That is the mask of the published code in henryzhongsc/longctx_bench. In
-    /// FMInference/H2O the mask is copied before the last of the recent tokens is put into it, so
-    /// that one token is hidden for a step and may come back. A cache that frees what it evicts
-    /// can't do so.
+    /// itself. That is the mask of the published code in henryzhongsc/longctx_bench.
+    /// FMInference/H2O copies the mask before it adds the last recent token. That token is hidden
+    /// for one step and may come back, which is impossible for a cache that frees evicted entries.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).

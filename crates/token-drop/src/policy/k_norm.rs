@@ -5,7 +5,7 @@ use crate::{EvictionPolicy, HeadView, LayerView, Needs};
 use candle_core::Tensor;
 use longctx_core::Result;
 
-/// Keeps the keys of smallest norm, which tend to receive the most attention.
+/// Keeps the keys with the smallest norm, which tend to receive the most attention.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct KNorm;
 

@@ -5,8 +5,8 @@ use crate::{EvictionPolicy, HeadView, LayerView, Needs};
 use candle_core::Tensor;
 use longctx_core::Result;
 
-/// Keeps the keys that are least like the others: those at the largest angle to the mean direction
-/// of all.
+/// Keeps the keys that are least similar to the others: those with the largest angle to the mean
+/// direction of all keys.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct KeyDiff;
 
@@ -27,7 +27,8 @@ impl EvictionPolicy for KeyDiff {
     }
 }
 
-/// Lengths of rows. Never zero, so that a key of zeros has no direction rather than one of NaN.
+/// Returns the norms of rows. They are at least a small positive number, so that a zero key has no
+/// direction instead of NaN.
 fn norms(x: &Tensor) -> Result<Tensor> {
     Ok(x.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(1e-12)?)
 }

@@ -6,13 +6,13 @@ use crate::{Budget, EvictionPolicy, HeadView, LayerView, Needs, PolicyCache, Pro
 use candle_core::{D, DType, Tensor};
 use longctx_core::{Error, KvStore, LayerSpec, Result};
 
-/// Keeps the tokens whose keys and values spread the most over the range of those that follow a lag
-/// later. No attention is looked at.
+/// Keeps the tokens whose keys and values vary the most relative to the range of the tokens one lag
+/// later. It reads no attention.
 ///
-/// What follows the sinks is cut into partitions as long as the lag; each is scored against the
-/// next, and tokens compete within their partition. The last whole partition and what is left over
-/// have no successor and stay, as far as the budget goes. Texts shorter than two partitions keep
-/// their newest tokens.
+/// The tokens after the sinks are divided into partitions of the lag's length. Each partition is
+/// scored against the next, and tokens compete within their partition. The last whole partition and
+/// the remainder have no successor and are kept, within the budget. Texts shorter than two
+/// partitions keep their newest tokens.
 #[derive(Debug, Clone, Copy)]
 pub struct LagKv {
     sinks: usize,
@@ -20,8 +20,8 @@ pub struct LagKv {
 }
 
 impl LagKv {
-    /// With `sinks` first tokens that stay (4 in kvpress) and partitions of `lag` tokens (128 in
-    /// kvpress).
+    /// Creates the policy: the first `sinks` tokens are kept (4 in kvpress), and partitions have
+    /// `lag` tokens (128 in kvpress).
     ///
     /// # Errors
     /// [`Error::Setting`] if the lag is 0.
@@ -50,7 +50,7 @@ impl LagKv {
             Ok(candle_nn::ops::softmax(&spread, D::Minus1)?)
         };
         let both = (spread(keys)? + spread(head.values()?)?)?;
-        // Of the partition's tokens sorted by their spread, where each one is.
+        // The rank of each token among the tokens of its partition, by spread.
         let ranks = both.arg_sort_last_dim(true)?.arg_sort_last_dim(true)?;
         let ranks = (ranks.flatten_all()?.to_dtype(DType::F32)? / self.lag as f64)?;
         let ones = |n: usize| Tensor::ones(n, DType::F32, device);
@@ -70,7 +70,7 @@ impl EvictionPolicy for LagKv {
 }
 
 impl<S: KvStore> PolicyCache<S, LagKv> {
-    /// LagKV, whose sinks stay.
+    /// LagKV; sinks are kept.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).
@@ -80,13 +80,14 @@ impl<S: KvStore> PolicyCache<S, LagKv> {
     }
 }
 
-/// For each row of `[partitions, rows, channels]`, the standard deviation over channels after each is
-/// scaled to the range that it has in the partition's reference rows; 0 in a range of no width.
+/// Returns, for each row of `[partitions, rows, channels]`, the standard deviation over the
+/// channels after each channel is scaled to its range in the partition's reference rows. A range of
+/// zero width gives 0.
 fn relative_spread(rows: &Tensor, reference: &Tensor) -> Result<Tensor> {
     let (low, high) = (reference.min_keepdim(1)?, reference.max_keepdim(1)?);
     let range = (high - &low)?;
     let width = range.gt(0f32)?.to_dtype(DType::F32)?;
-    // A range of no width becomes 1, and what is divided by it 0.
+    // A range of zero width becomes 1, and the numerator 0.
     let range = (range + (1.0 - &width)?)?;
     let scaled = rows.broadcast_sub(&low)?.broadcast_mul(&width)?.broadcast_div(&range)?;
     Ok(scaled.var(D::Minus1)?.sqrt()?)

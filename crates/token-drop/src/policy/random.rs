@@ -1,17 +1,18 @@
-//! A control: what a policy is worth shows against chance.
+//! Random eviction: a baseline for other policies.
 
 use crate::{EvictionPolicy, HeadView, LayerView, Needs};
 use candle_core::{Device, Tensor};
 use longctx_core::Result;
 
-/// Keeps tokens at random, the same ones for the same seed. A token's luck, one per kv head, lasts.
+/// Keeps random tokens, determined by the seed. The score of a token, one per kv head, never
+/// changes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Random {
     seed: u64,
 }
 
 impl Random {
-    /// With a seed.
+    /// Creates the policy with a seed.
     pub fn new(seed: u64) -> Self {
         Self { seed }
     }
@@ -35,8 +36,8 @@ impl EvictionPolicy for Random {
     }
 }
 
-/// SplitMix64's output function (Steele et al., OOPSLA 2014): every bit of the input sways every
-/// bit of the output.
+/// SplitMix64's output function (Steele et al., OOPSLA 2014): every input bit affects every output
+/// bit.
 fn mix(x: u64) -> u64 {
     let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

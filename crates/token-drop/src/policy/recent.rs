@@ -1,4 +1,4 @@
-//! The newest tokens alone, a control; or with sinks, the selection of StreamingLLM: Xiao et al.,
+//! The newest tokens: a baseline. With sinks it is the selection of StreamingLLM: Xiao et al.,
 //! arXiv 2309.17453.
 
 use crate::{Budget, EvictionPolicy, HeadView, LayerView, Needs, PolicyCache, Protected, Settings};
@@ -23,11 +23,11 @@ impl EvictionPolicy for Recent {
 }
 
 impl<S: KvStore> PolicyCache<S, Recent> {
-    /// The newest tokens and the first `sinks` ones.
+    /// Keeps the newest tokens and the first `sinks` tokens.
     ///
-    /// With sinks this is what kvpress calls StreamingLLM: tokens stay rotated at their true
-    /// positions. [`StreamingLlm`](crate::StreamingLlm) places them within the cache, as the paper
-    /// does.
+    /// With sinks this is StreamingLLM as implemented in kvpress: keys stay rotated at their
+    /// original positions. [`StreamingLlm`](crate::StreamingLlm) assigns positions within the
+    /// cache, as the paper does.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).

@@ -9,7 +9,8 @@ use crate::{
 use candle_core::Tensor;
 use longctx_core::{Error, KvStore, LayerSpec, Result};
 
-/// Keeps what the newest queries, the observation window, attend to, smoothed over neighbours.
+/// Keeps the entries that the newest queries (the observation window) attend to, smoothed over
+/// neighbours.
 #[derive(Debug, Clone, Copy)]
 pub struct SnapKv {
     window: usize,
@@ -18,8 +19,8 @@ pub struct SnapKv {
 }
 
 impl SnapKv {
-    /// Observes the newest `window` queries (64 in kvpress, 32 in the published code); smooths over
-    /// 5 tokens.
+    /// Creates the policy. It observes the newest `window` queries (64 in kvpress, 32 in the
+    /// published code) and smooths over 5 tokens.
     ///
     /// # Errors
     /// [`Error::Setting`] if the window is 0.
@@ -28,10 +29,10 @@ impl SnapKv {
         Ok(Self { window, kernel: 5, group: Group::Mean })
     }
 
-    /// Smooths over `kernel` tokens; 1 does nothing.
+    /// Sets the smoothing kernel to `kernel` tokens; 1 disables smoothing.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the kernel is even: it has no middle.
+    /// [`Error::Setting`] if the kernel is even and so has no centre.
     pub fn with_kernel(mut self, kernel: usize) -> Result<Self> {
         if kernel.is_multiple_of(2) {
             return Err(Error::setting("kernel", "an odd number", kernel));
@@ -40,7 +41,7 @@ impl SnapKv {
         Ok(self)
     }
 
-    /// How the scores of a group's query heads are joined; by default by their mean.
+    /// Sets how the scores of a group's query heads are reduced; the mean by default.
     #[must_use]
     pub fn with_group(mut self, group: Group) -> Self {
         self.group = group;
@@ -70,7 +71,7 @@ impl EvictionPolicy for SnapKv {
 }
 
 impl<S: KvStore> PolicyCache<S, SnapKv> {
-    /// SnapKV as published: the observation window's tokens stay, and so do decoded ones.
+    /// SnapKV as published: the tokens of the observation window and decoded tokens are kept.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).
@@ -84,7 +85,7 @@ impl<S: KvStore> PolicyCache<S, SnapKv> {
     }
 }
 
-/// The mean over `kernel` neighbours in each row; past the ends lie zeros.
+/// Returns the mean over `kernel` neighbours in each row, zero-padded at the ends.
 fn smoothed(x: &Tensor, kernel: usize) -> Result<Tensor> {
     let len = x.dim(1)?;
     let padded = x.pad_with_zeros(1, kernel / 2, kernel / 2)?;

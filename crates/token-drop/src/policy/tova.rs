@@ -8,18 +8,18 @@ use crate::{
 use candle_core::Tensor;
 use longctx_core::{KvStore, LayerSpec, Result};
 
-/// Keeps what the newest query attends to, averaged over all heads of the layer.
+/// Keeps the entries that the newest query attends to, averaged over all heads of the layer.
 ///
-/// As in kvpress, the newest token itself stays, and all heads keep the same tokens. There is no
-/// [`Group`] to choose: the heads that are averaged are not those of one kv head but all of them.
+/// As in kvpress, the newest token itself is kept, and all heads keep the same tokens. There is no
+/// [`Group`] setting: the average runs over all heads of the layer, not over those of one kv head.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Tova {
     published_newest: bool,
 }
 
 impl Tova {
-    /// Lets the newest token go like any other, if its own query attends to it the least, as the
-    /// published code does (schwartz-lab-NLP/TOVA, `TOVACache.reduce`).
+    /// Lets the newest token be evicted like any other if its own query attends to it the least, as
+    /// the published code does (schwartz-lab-NLP/TOVA, `TOVACache.reduce`).
     #[must_use]
     pub fn with_published_newest(mut self) -> Self {
         self.published_newest = true;
@@ -45,7 +45,7 @@ impl EvictionPolicy for Tova {
 }
 
 impl<S: KvStore> PolicyCache<S, Tova> {
-    /// TOVA as published: at every decoded token one entry goes.
+    /// TOVA as published: one entry is evicted at every decoded token.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).

@@ -1,4 +1,4 @@
-//! What policies that observe the newest queries share.
+//! Helpers of policies that observe the newest queries.
 
 use crate::HeadView;
 use candle_core::{DType, Device, Tensor};
@@ -11,7 +11,7 @@ pub fn check_window(window: usize) -> Result<()> {
     }
 }
 
-/// A score above those of all heads, which are not negative.
+/// Returns a score above those of all heads. Scores are not negative.
 pub fn above(scores: &[Tensor]) -> Result<Tensor> {
     let some: Vec<_> = scores.iter().filter(|scores| scores.elem_count() > 0).collect();
     match some.as_slice() {
@@ -20,8 +20,8 @@ pub fn above(scores: &[Tensor]) -> Result<Tensor> {
     }
 }
 
-/// Lengthens each head's scores to its entries with a score above all others, for the window's own
-/// tokens.
+/// Extends each head's scores to all its entries with a score above all others, for the tokens of
+/// the observation window.
 pub fn end_with(scores: Vec<Tensor>, heads: &[HeadView<'_>]) -> Result<Vec<Tensor>> {
     let most = above(&scores)?;
     let lengthen = |(scores, head): (Tensor, &HeadView<'_>)| {
@@ -34,7 +34,7 @@ pub fn end_with(scores: Vec<Tensor>, heads: &[HeadView<'_>]) -> Result<Vec<Tenso
     scores.into_iter().zip(heads).map(lengthen).collect()
 }
 
-/// Lists one after the other, of which some may be empty.
+/// Concatenates lists, some of which may be empty.
 pub fn cat(parts: &[&Tensor]) -> Result<Tensor> {
     let some: Vec<_> = parts.iter().filter(|part| part.elem_count() > 0).copied().collect();
     match some.as_slice() {

@@ -1,4 +1,4 @@
-//! The least and the largest number of each channel of a page's keys.
+//! The minimum and maximum of each key channel per page.
 
 use crate::Group;
 use half::f16;
@@ -9,18 +9,18 @@ use longctx_core::Footprint;
 pub struct Bounds {
     page: usize,
     head_dim: usize,
-    /// For each kv head, the least and the largest number of each channel in each page, whole or
-    /// growing: `[pages, 2, head_dim]`, rounded to f16 as in the published code.
+    /// For each kv head the minimum and maximum of each channel in each page, including the last,
+    /// partial one: `[pages, 2, head_dim]`, rounded to f16 as in the published code.
     heads: Vec<Vec<f16>>,
 }
 
 impl Bounds {
-    /// Of no pages.
+    /// Creates bounds without pages.
     pub fn new(kv_heads: usize, page: usize, head_dim: usize) -> Self {
         Self { page, head_dim, heads: vec![Vec::new(); kv_heads] }
     }
 
-    /// Takes in a head's keys `[tokens, head_dim]` of the tokens from `first` on.
+    /// Adds a head's keys `[tokens, head_dim]` of the tokens from `first` on.
     pub fn add(&mut self, head: usize, first: usize, keys: &[f32]) {
         let (d, bounds) = (self.head_dim, &mut self.heads[head]);
         for (i, key) in keys.chunks_exact(d).enumerate() {
@@ -39,16 +39,16 @@ impl Bounds {
         }
     }
 
-    /// Forgets the pages that do not lie whole within the first `len` tokens. Gives the first token
-    /// that then has no bounds.
+    /// Drops the pages that are not entirely within the first `len` tokens. Returns the first token
+    /// without bounds.
     pub fn truncate(&mut self, len: usize) -> usize {
         let whole = len / self.page;
         self.heads.iter_mut().for_each(|head| head.truncate(whole * 2 * self.head_dim));
         whole * self.page
     }
 
-    /// The `count` pages of a head with the highest bounds for the queries of its group, in the
-    /// order of the text, among those of `len` tokens. The newest page is always one of them.
+    /// Returns the `count` pages of a head with the highest bounds for the queries of its group, in
+    /// text order, among the pages of `len` tokens. The newest page is always included.
     pub fn choose(&self, head: usize, queries: &[f32], len: usize, count: usize) -> Vec<usize> {
         let (d, pages) = (self.head_dim, len.div_ceil(self.page));
         if pages <= count {
@@ -81,14 +81,14 @@ impl Bounds {
     }
 }
 
-/// The highest score that a key within a page's bounds can have.
+/// Returns an upper bound of the scores of keys within a page's bounds.
 fn bound(query: &[f32], page: &[f32]) -> f32 {
     let (low, high) = page.split_at(query.len());
     let ends = low.iter().zip(high).zip(query);
     ends.map(|((low, high), q)| (q * low).max(q * high)).sum()
 }
 
-/// To f16, and to its largest number beyond.
+/// Rounds to f16; saturates at its largest finite number.
 fn round(x: f32) -> f16 {
     f16::from_f32(x.clamp(-f16::MAX.to_f32(), f16::MAX.to_f32()))
 }

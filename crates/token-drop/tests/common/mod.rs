@@ -31,7 +31,7 @@ pub fn store(dtype: DType) -> DenseStore {
     DenseStore::new(shape(), dtype).unwrap()
 }
 
-/// A fixture's tensor `[1, heads, tokens, channels]` as rows `[tokens, heads, channels]`.
+/// Converts a fixture's tensor `[1, heads, tokens, channels]` to `[tokens, heads, channels]`.
 pub fn rows(x: &Tensor) -> Tensor {
     x.squeeze(0).unwrap().transpose(0, 1).unwrap().contiguous().unwrap()
 }
@@ -55,7 +55,7 @@ impl Input {
         Self { q: x(HEADS), k: x(KV_HEADS), v: x(KV_HEADS) }
     }
 
-    /// Numbers that depend on the seed alone.
+    /// Creates numbers that depend only on the seed.
     pub fn seeded(seed: u64, tokens: usize) -> Self {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let mut number = || {
@@ -86,7 +86,7 @@ impl Input {
         Self { q: cat(|p| &p.q), k: cat(|p| &p.k), v: cat(|p| &p.v) }
     }
 
-    /// The same with queries and keys rotated at positions from `first` on.
+    /// Returns the input with queries and keys rotated at positions from `first` on.
     pub fn rotated(&self, first: usize) -> Self {
         let positions: Vec<i64> = (first as i64..).take(self.tokens()).collect();
         let turn = |x: &Tensor| rope(DIM).apply(x, &positions).unwrap();
@@ -122,7 +122,7 @@ pub fn feed_all(
     outs
 }
 
-/// Feeds several sequences in one call; gives each one's output.
+/// Feeds several sequences in one call and returns the output of each.
 pub fn feed_batch(cache: &mut impl KvCache, parts: &[(SeqId, Input)]) -> Result<Vec<Tensor>> {
     let seqs: Vec<_> = parts.iter().map(|(seq, input)| (*seq, input.tokens())).collect();
     let all = Input::cat(&parts.iter().map(|(_, input)| input.clone()).collect::<Vec<_>>());
@@ -141,9 +141,9 @@ pub fn bits(x: &Tensor) -> Vec<u32> {
     x.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
 }
 
-/// Attention of the last token of `text` over the tokens at `positions`, one list per kv head,
-/// computed from the text itself. `contiguous`: with keys and the query rotated as if there were no
-/// other tokens.
+/// Returns the attention of the last token of `text` over the tokens at `positions`, one list per
+/// kv head, computed from the text itself. With `contiguous`, keys and the query are rotated as if
+/// there were no other tokens.
 pub fn attention_over(text: &Input, positions: &[Vec<u32>], contiguous: bool) -> Tensor {
     let last = text.tokens() - 1;
     let one = AttentionShape::new(HEADS / KV_HEADS, 1, DIM).unwrap();
@@ -175,7 +175,7 @@ pub type Any<S> = PolicyCache<S, Box<dyn EvictionPolicy>>;
 /// A cache over a store, within a budget.
 pub type Make<S> = fn(LayerSpec, S, Budget) -> Result<Any<S>>;
 
-/// Every method of `PolicyCache`, with settings that fit budgets from 12 tokens on.
+/// Returns every method of `PolicyCache`, with settings that fit budgets from 12 tokens on.
 pub fn methods<S: KvStore + 'static>() -> Vec<(&'static str, Make<S>)> {
     fn snap_kv<S: KvStore>(spec: LayerSpec, s: S, b: Budget) -> Result<PolicyCache<S, SnapKv>> {
         PolicyCache::snap_kv(spec, s, SnapKv::new(8)?, b)
@@ -232,7 +232,7 @@ pub const SIZES: InfLlmSettings = InfLlmSettings {
     chunk: 8,
 };
 
-/// Every cache of the crate, small, over the stores that `store` makes.
+/// Returns every cache of the crate, small, over the stores that `store` makes.
 pub fn caches<S: KvStore + 'static>(
     store: impl Fn() -> S,
 ) -> Vec<(&'static str, Box<dyn KvCache>)> {
@@ -252,7 +252,7 @@ pub fn caches<S: KvStore + 'static>(
     methods().into_iter().map(of_policy).chain(others).collect()
 }
 
-/// How many cases a property test runs: `few`, or `many` if LONGCTX_SLOW is set.
+/// The number of cases of a property test: `few`, or `many` if LONGCTX_SLOW is set.
 pub fn cases(few: u32, many: u32) -> u32 {
     if std::env::var_os("LONGCTX_SLOW").is_some() { many } else { few }
 }

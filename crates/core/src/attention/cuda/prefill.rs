@@ -1,12 +1,12 @@
-//! Many queries: kernels/prefill.cu.
+//! Prefill attention (many queries per sequence): kernels/prefill.cu.
 
 use super::{rows, strides};
 use crate::cuda::{Half, PrefillArgs, address};
 use crate::{AttentionShape, AttentionState, Mask, Result};
 use candle_core::{CudaDevice, DType, Tensor};
 
-/// Attention of sequences whose tokens lie one after the other: q `[tokens, heads, head_dim]`, k and
-/// v `[tokens, kv_heads, head_dim]`; `lens`: where each sequence's queries and keys begin, u32.
+/// Attention of a varlen batch: q `[tokens, heads, head_dim]`, k and v `[tokens, kv_heads,
+/// head_dim]`. `lens` holds the cumulative lengths of queries and keys (cu_seqlens), u32.
 pub fn attend(
     device: &CudaDevice,
     [q, k, v]: [&Tensor; 3],
@@ -17,7 +17,7 @@ pub fn attend(
     let (q, k, v) = (rows(&q.to_dtype(k.dtype())?)?, rows(k)?, rows(v)?);
     let (tokens, d) = (q.dim(0)?, shape.head_dim);
     let half = if k.dtype() == DType::BF16 { Half::BF16 } else { Half::F16 };
-    // SAFETY: the kernel writes all of both.
+    // SAFETY: the kernel writes every element of both tensors.
     let empty = |dims: &[usize]| unsafe { Tensor::empty(dims, DType::F32, q.device()) };
     let (out, lse) = (empty(&[tokens, shape.heads, d])?, empty(&[tokens, shape.heads])?);
     let causal = mask == Mask::Causal;
@@ -49,8 +49,8 @@ pub fn attend(
         out_f32: 1,
         ..PrefillArgs::default()
     };
-    // SAFETY: the tensors have the shapes and strides that `args` gives, the lengths are those of
-    // their tokens, and the device's stream frees no memory before this launch has used it.
+    // SAFETY: the tensors have the shapes and strides in `args`, the lengths match their tokens,
+    // and the stream frees no memory before this launch has used it.
     unsafe { crate::cuda::prefill(&device.cuda_stream(), half, d, &args) }?;
     Ok(AttentionState { out, lse })
 }

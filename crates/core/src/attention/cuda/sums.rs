@@ -1,12 +1,12 @@
-//! Attention probabilities summed up by entry: kernels/paged/sums.cuh.
+//! Attention probabilities accumulated per entry: kernels/paged/sums.cuh.
 
 use crate::cuda::{Half, address, paged};
 use crate::{AttentionShape, Batch, Error, Mask, Result};
 use candle_core::{CudaDevice, DType, Tensor};
 use longctx_cuda::cudarc::driver::DevicePtr;
 
-/// The probability that each entry of each piece of work receives, `[heads_per_kv, len]` for each.
-/// `q` is contiguous and in the format of the keys.
+/// Returns the attention probability that each entry of each work item receives, `[heads_per_kv,
+/// len]` per item. `q` is contiguous and has the dtype of the keys.
 pub fn sums_on_device(
     device: &CudaDevice,
     mut work: Vec<paged::SumsWork>,
@@ -26,7 +26,7 @@ pub fn sums_on_device(
         of.out = total as i64;
         total += group * of.len as usize;
     }
-    // SAFETY: the kernel writes a number for every entry of every head.
+    // SAFETY: the kernel writes an element for every entry of every head.
     let out = unsafe { Tensor::empty(total.max(1), DType::F32, q.device()) }?;
     let most = |of: fn(&paged::SumsWork) -> i32| work.iter().map(of).max().unwrap_or(0) as usize;
     let on_device = stream.clone_htod(&work)?;
@@ -45,8 +45,8 @@ pub fn sums_on_device(
     };
     let half = if q.dtype() == DType::BF16 { Half::BF16 } else { Half::F16 };
     let sizes = (work.len(), most(|of| of.len), most(|of| of.queries));
-    // SAFETY: the keys have as many rows as the work says, the output has room for all sums, and the
-    // stream frees no memory before the launch has used it.
+    // SAFETY: the keys have as many rows as the work items say, the output has room for all sums,
+    // and the stream frees no memory before the launch has used it.
     unsafe { paged::sums(&stream, half, shape.head_dim, &args, sizes) }?;
     let of = |work: &paged::SumsWork| {
         let sums = out.narrow(0, work.out as usize, group * work.len as usize)?;
@@ -55,8 +55,8 @@ pub fn sums_on_device(
     work.iter().map(of).collect()
 }
 
-/// The same over the tokens of a call: keys `[tokens, kv_heads, head_dim]`. `None` where there is no
-/// kernel.
+/// The same over the tokens of one call: keys `[tokens, kv_heads, head_dim]`. Returns `None` if no
+/// kernel supports the tensors.
 pub fn sums_of_call(
     batch: &Batch,
     k: &Tensor,

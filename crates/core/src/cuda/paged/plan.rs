@@ -1,4 +1,5 @@
-//! How attention is split over the device: made on the host, from lengths that it knows.
+//! Splits attention over the device's thread blocks. The plan is made on the host, from lengths
+//! known there.
 
 use super::super::prefill::PAGE;
 use super::{AttendJoin, AttendWork};
@@ -6,20 +7,22 @@ use super::{AttendJoin, AttendWork};
 /// The lists of a launch of [`attend`](super::attend).
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Plan {
-    /// The pieces of work, the largest first.
+    /// The work items, largest first.
     pub work: Vec<AttendWork>,
-    /// What becomes of their results.
+    /// The partial results to merge.
     pub joins: Vec<AttendJoin>,
-    /// Partial results.
+    /// Number of partial results.
     pub parts: usize,
 }
 
 impl Plan {
-    /// Splits the entries of all kv heads evenly over the `slots` blocks of threads that the device
-    /// [runs at a time](super::attend_slots): so a long sequence among short ones does not wait.
+    /// Splits the entries of all kv heads evenly over the `slots` thread blocks that the device
+    /// [runs concurrently](super::attend_slots), so that one long sequence among short ones does
+    /// not dominate the time.
     ///
-    /// `heads` has one piece of work for each kv head of each sequence: all of it, and no columns
-    /// yet. There are at most `slots` pieces, and one more for each kv head and `columns` columns.
+    /// `heads` has one work item for each kv head of each sequence, over all its entries and
+    /// without columns. The plan has at most `slots` items plus one for each kv head and `columns`
+    /// columns.
     pub fn new(heads: &[AttendWork], heads_per_kv: usize, columns: usize, slots: usize) -> Self {
         let pages = |work: &AttendWork| ((work.to - work.from).max(0) as usize).div_ceil(PAGE);
         let mut rows = Vec::new();
@@ -32,7 +35,7 @@ impl Plan {
         let mut plan = Self::default();
         for row in rows {
             let pages = pages(&row);
-            // To the nearest: a row of one and a half shares takes one block as long as two.
+            // Rounds to the nearest: 1.5 shares take one block twice as long.
             let splits = (pages * slots + total / 2) / total.max(1);
             let splits = splits.clamp(1, pages.max(1));
             plan.joins.push(AttendJoin {
@@ -56,7 +59,7 @@ impl Plan {
         plan
     }
 
-    /// Lengthens the lists to so many pieces and joins, for a captured launch of as many.
+    /// Pads the lists to `work` items and `joins` joins, for a launch captured with these lengths.
     #[must_use]
     pub fn padded(mut self, work: usize, joins: usize) -> Self {
         self.work.resize(work.max(self.work.len()), AttendWork::default());
@@ -73,7 +76,7 @@ mod tests {
         AttendWork { len, to: len, queries: 1, ..AttendWork::default() }
     }
 
-    /// Every entry of every kv head is read once, for all columns.
+    /// Checks that every entry of every kv head is read once, for all columns.
     fn check(heads: &[AttendWork], plan: &Plan, blocks: usize) {
         let read: i32 = plan.work.iter().map(|work| work.to - work.from).sum();
         let all: i32 = heads.iter().map(|head| head.to - head.from).sum();

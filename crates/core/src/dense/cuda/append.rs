@@ -1,4 +1,4 @@
-//! Tokens appended.
+//! Append: new tokens' keys and values are written to blocks.
 
 use super::{CudaSeqs, Sequence};
 use crate::cuda::{address, paged};
@@ -6,11 +6,11 @@ use crate::{Batch, Result, Selection, SeqId};
 use candle_core::Tensor;
 use longctx_cuda::cudarc::driver::DevicePtr;
 
-/// What a call's tokens change of one kv head.
+/// The growth of one kv head by the tokens of a call.
 struct Growth {
-    /// The place of the first block that the head takes.
+    /// Block table index of the first block that the head takes.
     first: usize,
-    /// The blocks that it takes: first, perhaps, a copy of its last one, which others share.
+    /// The blocks taken. The first may be a copy of the head's shared last block.
     blocks: Vec<u32>,
     copies: bool,
     count: usize,
@@ -31,7 +31,7 @@ impl CudaSeqs {
         self.take(batch, k, v, Some(tokens))
     }
 
-    /// Appends all tokens, or those selected. After an error nothing has changed.
+    /// Appends all tokens or the selected ones. After an error nothing has changed.
     fn take(
         &mut self,
         batch: &Batch,
@@ -91,7 +91,7 @@ impl CudaSeqs {
         Ok(growths.into_iter().map(give).collect())
     }
 
-    /// Writes keys and values to the device, and its tables.
+    /// Writes keys, values and block tables to the device.
     fn write(
         &mut self,
         batch: &Batch,
@@ -166,8 +166,8 @@ impl CudaSeqs {
             pieces: (self.shape.head_dim / 8) as i32,
             unused: 0,
         };
-        // SAFETY: the tables have room for the blocks, the blocks for the entries, and the tensors
-        // have the rows; the stream frees no memory before this launch has used it.
+        // SAFETY: the tables have room for the blocks, the blocks have room for the entries, the
+        // tensors have the rows, and the stream frees no memory before this launch has used it.
         unsafe { paged::append(&stream, &args, (rows.len(), longest)) }
     }
 }

@@ -1,4 +1,5 @@
-//! Attention over blocks: a few queries in one planned launch, many through the prefill kernels.
+//! Attention over blocks: a few queries in one planned launch, many queries through the prefill
+//! kernels.
 
 use super::CudaSeqs;
 use crate::cuda::{PAGE, PrefillArgs, address, paged, prefill};
@@ -6,17 +7,17 @@ use crate::{AttentionState, Batch, EntryRanges, Error, Mask, Result};
 use candle_core::{DType, Device, Tensor};
 use longctx_cuda::cudarc::driver::DevicePtr;
 
-/// Query heads of a kv head times queries up to which the decode kernel reads the keys once for
-/// each few; beyond, tiles that share them are faster.
+/// The largest number of query heads per kv head times queries for the decode kernel. It reads the
+/// keys once for every few columns; beyond this number, tiles that share the keys are faster.
 const MOST_COLUMNS: usize = 16;
 
-/// Keys and values of each sequence and kv head for the prefill kernels.
+/// Keys and values of each sequence and kv head, as the prefill kernels read them.
 struct Pages {
-    /// The address of block 0.
+    /// Address of block 0.
     first: u64,
-    /// Blocks from there on.
+    /// Number of blocks from that address on.
     extent: usize,
-    /// The numbers of each head's blocks, `[sequences * kv_heads]` lists.
+    /// Block numbers of each head, `[sequences * kv_heads]` lists.
     tables: Vec<Vec<u32>>,
     lens: Vec<u32>,
 }
@@ -76,7 +77,7 @@ impl CudaSeqs {
         }
     }
 
-    /// The entries that ranges name, for each sequence and kv head.
+    /// Returns the entries within the ranges, for each sequence and kv head.
     pub(super) fn lists(
         &self,
         batch: &Batch,
@@ -90,7 +91,7 @@ impl CudaSeqs {
         ranges.heads().iter().enumerate().map(list).collect()
     }
 
-    /// One launch, and one that joins its parts. `q` is fit.
+    /// One attention launch and one launch that merges its partial results. `q` has been checked.
     fn decode(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
         let (stream, shape) = (self.stream(), &self.shape);
         let lists = match mask {
@@ -133,7 +134,7 @@ impl CudaSeqs {
         let plan = paged::Plan::new(&heads, shape.group(), columns, slots);
         let (out, lse) = self.outputs(batch)?;
         let parts = plan.parts * columns;
-        // SAFETY: the kernels write all that is read of these.
+        // SAFETY: the kernels write every element of these that is read.
         let part = |n: usize| unsafe { stream.alloc::<f32>(n) };
         let (part_out, part_max, part_sum) = (part(parts * d)?, part(parts)?, part(parts)?);
         let work = stream.clone_htod(&plan.work)?;
@@ -157,13 +158,13 @@ impl CudaSeqs {
             head_dim: d as i32,
         };
         let counts = (plan.work.len(), plan.joins.len());
-        // SAFETY: the tables name blocks of the pool, all lists and arrays have the sizes that the
-        // kernels count with, and the stream frees no memory before they have used it.
+        // SAFETY: the tables name blocks of the pool, all arrays have the sizes that the kernels
+        // expect, and the stream frees no memory before they have used it.
         unsafe { paged::attend(&stream, half, d, &args, counts) }?;
         Ok(AttentionState { out, lse })
     }
 
-    /// The blocks as they lie.
+    /// Returns the pool's blocks in place, without a copy.
     fn pages(&self, batch: &Batch) -> Pages {
         let (first, extent) = self.blocks.extent();
         let size = self.blocks.size() as u64;
@@ -237,16 +238,16 @@ impl CudaSeqs {
             ..PrefillArgs::default()
         };
         // SAFETY: the tables name blocks that hold the entries, all arrays have the sizes that the
-        // kernels count with, and the stream frees no memory before they have used it.
+        // kernels expect, and the stream frees no memory before they have used it.
         unsafe { prefill(&self.stream(), self.half(), d, &args) }?;
         Ok(AttentionState { out, lse })
     }
 
-    /// Memory for outputs and log-sum-exps.
+    /// Allocates outputs and log-sum-exps.
     fn outputs(&self, batch: &Batch) -> Result<(Tensor, Tensor)> {
         let (tokens, heads, d) = (batch.tokens(), self.shape.heads, self.shape.head_dim);
         let device = Device::Cuda(self.device.clone());
-        // SAFETY: the kernels write all of both.
+        // SAFETY: the kernels write every element of both.
         let empty = |dims: &[usize]| unsafe { Tensor::empty(dims, DType::F32, &device) };
         Ok((empty(&[tokens, heads, d])?, empty(&[tokens, heads])?))
     }

@@ -1,23 +1,24 @@
-//! Blocks of one size in slabs of device memory, counted by the tables that name them.
+//! Reference-counted blocks of one size in slabs of device memory.
 
 use std::sync::Arc;
 
 use crate::{Error, Result};
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
 
-/// The smallest slab, in bytes.
+/// Size of the smallest slab, in bytes.
 const SLAB: usize = 1 << 20;
 
 /// The blocks of one store.
 #[derive(Debug)]
 pub struct Blocks {
     stream: Arc<CudaStream>,
-    /// Bytes of a block.
+    /// Bytes per block.
     size: usize,
-    /// Bytes that all blocks together may have.
+    /// The largest number of bytes of all blocks.
     capacity: usize,
     slabs: Vec<CudaSlice<u8>>,
-    /// By block number. All are multiples of the size: so prefill can number blocks by them.
+    /// Block addresses by number. All are multiples of the block size, so prefill can derive block
+    /// numbers from them.
     addresses: Vec<u64>,
     references: Vec<u32>,
     free: Vec<u32>,
@@ -30,7 +31,7 @@ impl Blocks {
         Self { stream, size, capacity, slabs, addresses, references, free }
     }
 
-    /// Checks that so many blocks are free, or may be allocated.
+    /// Checks that `wanted` blocks are free or can be allocated.
     pub fn check(&self, wanted: usize) -> Result<()> {
         let free = self.free.len() + self.unallocated();
         if wanted <= free {
@@ -44,7 +45,7 @@ impl Blocks {
         self.capacity / self.size - self.addresses.len()
     }
 
-    /// Takes blocks that no table names.
+    /// Takes `count` unused blocks.
     pub fn take(&mut self, count: usize) -> Result<Vec<u32>> {
         self.check(count)?;
         self.reserve(count)?;
@@ -57,11 +58,12 @@ impl Blocks {
         if count <= self.free.len() {
             return Ok(());
         }
-        // An eighth more than there is, so that growth is rare.
+        // Grows by an eighth, so that growth is rare.
         let wanted = (self.addresses.len() / 8).max(SLAB / self.size).min(self.unallocated());
         let blocks = wanted.max(count - self.free.len());
         let bytes = (blocks + 1) * self.size;
-        // SAFETY: an entry of a block is written before it is read, and masked numbers may be any.
+        // SAFETY: an entry of a block is written before it is read; masked elements may hold
+        // anything.
         let slab = unsafe { self.stream.alloc::<u8>(bytes) }?;
         let start = slab.device_ptr(&self.stream).0.next_multiple_of(self.size as u64);
         let first = self.addresses.len() as u32;
@@ -87,10 +89,10 @@ impl Blocks {
         }
     }
 
-    /// Copies what a block holds to another.
+    /// Copies one block to another.
     pub fn copy(&self, from: u32, to: u32) -> Result<()> {
         let (from, to) = (self.address(from), self.address(to));
-        // SAFETY: both are blocks of this size, and the stream runs one operation after another.
+        // SAFETY: both are blocks of this size, and the stream runs operations in order.
         unsafe { result::memcpy_dtod_async(to, from, self.size, self.stream.cu_stream()) }?;
         Ok(())
     }
@@ -99,14 +101,15 @@ impl Blocks {
         self.addresses[block as usize]
     }
 
-    /// The lowest address of a block, and how many blocks would fit from it to the last one's end.
+    /// Returns the lowest block address and the number of blocks from it to the end of the highest
+    /// block.
     pub fn extent(&self) -> (u64, usize) {
         let first = self.addresses.iter().copied().min().unwrap_or(0);
         let last = self.addresses.iter().copied().max().unwrap_or(0);
         (first, (last - first) as usize / self.size + 1)
     }
 
-    /// Bytes of a block.
+    /// Returns the bytes of a block.
     pub fn size(&self) -> usize {
         self.size
     }
@@ -115,12 +118,12 @@ impl Blocks {
         self.addresses.len()
     }
 
-    /// Bytes of all slabs.
+    /// Returns the bytes of all slabs.
     pub fn bytes(&self) -> usize {
         self.slabs.iter().map(CudaSlice::len).sum()
     }
 
-    /// Gives all memory back. No table names a block.
+    /// Frees all memory. No table may name a block.
     pub fn clear(&mut self) {
         *self = Self::new(self.stream.clone(), self.size, self.capacity);
     }

@@ -1,4 +1,4 @@
-//! Sequences forked, cut, thinned, removed and read.
+//! Fork, truncate, retain, remove and read.
 
 use super::{CudaSeqs, Sequence, Table};
 use crate::cuda::{PAGE, paged};
@@ -6,19 +6,19 @@ use crate::{Result, Selection, SeqId};
 use candle_core::{DType, Device, Tensor};
 use longctx_cuda::cudarc::driver::DevicePtr;
 
-/// How a head's entries move when some of them are dropped.
+/// The moves within a head when some of its entries are dropped.
 struct Moves {
-    /// The blocks that the head has then.
+    /// The head's blocks after the move.
     blocks: Vec<u32>,
-    /// The first entry that is written.
+    /// First entry that is written.
     first: usize,
-    /// Those of the blocks that were taken for it.
+    /// Blocks that were newly taken.
     taken: Vec<u32>,
 }
 
 impl CudaSeqs {
-    /// Keeps the entries named; the selection has been checked. Blocks before the first entry that
-    /// goes stay as they are; entries behind it move forward.
+    /// Keeps the selected entries. The selection has been checked. Blocks before the first dropped
+    /// entry stay unchanged; entries after it move forward.
     pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
         let stream = self.stream();
         let mut moves = Vec::new();
@@ -67,7 +67,7 @@ impl CudaSeqs {
         Ok(())
     }
 
-    /// The places of a head's blocks that dropping entries writes to and that others share.
+    /// Returns the block table indices that a retain writes to and whose blocks are shared.
     fn shared_among(&self, table: &Table, keep: &[u32]) -> Vec<usize> {
         let first = first_moved(keep);
         if first == keep.len() {
@@ -107,12 +107,12 @@ impl CudaSeqs {
         }
         let on_device = stream.clone_htod(&rows)?;
         let address = on_device.device_ptr(&stream).0;
-        // SAFETY: the tables name blocks of the pool, the entries are held, and none moves to a
-        // later place.
+        // SAFETY: the tables name blocks of the pool, the entries exist, and none moves to a later
+        // index.
         unsafe { paged::move_entries(&stream, self.shape.head_dim, address, rows.len()) }
     }
 
-    /// One head's keys and values in f32.
+    /// Returns one head's keys and values in f32.
     pub fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
         let len = self.known(seq)?.heads[kv_head].len;
         let all = (0..len as u32).collect();
@@ -126,8 +126,8 @@ impl CudaSeqs {
         Ok((part(0)?, part(1)?))
     }
 
-    /// Copies entries of some kv heads to blocks that lie one after the other, each head's to blocks
-    /// of its own: `[blocks, 2, PAGE, head_dim]`. What follows a head's last entry may be anything.
+    /// Copies entries of some kv heads to contiguous blocks, with separate blocks for each head:
+    /// `[blocks, 2, PAGE, head_dim]`. Elements after a head's last entry are undefined.
     pub(super) fn gather(&self, lists: &[(SeqId, usize, Vec<u32>)]) -> Result<Tensor> {
         let stream = self.stream();
         let blocks = |(_, _, list): &(SeqId, usize, Vec<u32>)| list.len().div_ceil(PAGE);
@@ -159,7 +159,7 @@ impl CudaSeqs {
         }
         let rows_on = stream.clone_htod(&rows)?;
         let address = rows_on.device_ptr(&stream).0;
-        // SAFETY: the entries are held, and the tensor has room for them.
+        // SAFETY: the entries exist, and the tensor has room for them.
         unsafe { paged::move_entries(&stream, self.shape.head_dim, address, rows.len()) }?;
         Ok(out)
     }
@@ -191,7 +191,7 @@ impl CudaSeqs {
     }
 }
 
-/// The first place to which another entry moves.
+/// Returns the first index to which another entry moves.
 fn first_moved(keep: &[u32]) -> usize {
     keep.iter().enumerate().take_while(|(place, entry)| *place == **entry as usize).count()
 }

@@ -1,4 +1,4 @@
-//! Attention probabilities summed up by entry.
+//! Attention probabilities accumulated per entry.
 
 use super::CudaSeqs;
 use crate::attention::sums_on_device;
@@ -37,7 +37,7 @@ impl CudaSeqs {
         sums_on_device(&self.device, work, &self.fit(q)?, lse, &self.shape, mask)
     }
 
-    /// Sums over the entries that ranges name, in their places; 0 elsewhere.
+    /// Returns the sums of the entries within the ranges, at their indices; 0 elsewhere.
     fn sums_of_lists(
         &self,
         batch: &Batch,
