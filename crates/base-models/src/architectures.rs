@@ -2,6 +2,7 @@
 //!
 //! `docs/architectures.md` says how to add one.
 
+mod deepseek;
 mod exaone;
 mod gemma;
 mod granite;
@@ -73,7 +74,7 @@ const DEFAULTS: Defaults = Defaults {
 };
 
 /// All architectures.
-const ALL: [&Architecture; 17] = [
+const ALL: [&Architecture; 19] = [
     &llama::LLAMA,
     &llama::MISTRAL,
     &llama::MIXTRAL,
@@ -91,11 +92,14 @@ const ALL: [&Architecture; 17] = [
     &olmo::OLMOE,
     &phi::PHI3,
     &exaone::EXAONE4,
+    &deepseek::DEEPSEEK_V2,
+    &deepseek::DEEPSEEK_V3,
 ];
 
 /// Names of GGUF files that `config.json` doesn't have, and the other way round.
 const GGUF_ONLY: [&str; 2] = ["gemma3", "qwen3moe"];
-const FOLDER_ONLY: [&str; 4] = ["mistral", "mixtral", "gemma3_text", "qwen3_moe"];
+const FOLDER_ONLY: [&str; 6] =
+    ["mistral", "mixtral", "gemma3_text", "qwen3_moe", "deepseek_v2", "deepseek_v3"];
 
 /// The architecture of a `model_type`.
 pub(crate) fn of_folder(name: &str) -> Result<&'static Architecture> {
@@ -242,7 +246,7 @@ fn gguf_experts(file: &Settings, config: &Config, normalize: bool) -> Result<Exp
         per_token: file.need_number("expert_used_count")?,
         intermediate_size: inner.unwrap_or(config.intermediate_size),
         normalize,
-        dense_layers: Vec::new(),
+        ..Experts::default()
     })
 }
 

@@ -100,6 +100,10 @@ impl Transformer {
         let layers = &self.inner.layers;
         let cache = |(index, layer): (usize, &Layer)| -> Result<Box<dyn KvCache>> {
             let spec = LayerSpec::new(layer.shape).with_rope(self.inner.ropes[index].clone());
+            let spec = match self.inner.config.latent {
+                Some(_) => spec.with_latent()?,
+                None => spec,
+            };
             Ok(Box::new(make(&spec.at(index, layers.len()))?))
         };
         Decoder::new(self.clone(), layers.iter().enumerate().map(cache).collect::<Result<_>>()?)

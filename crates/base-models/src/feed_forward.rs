@@ -1,10 +1,10 @@
 //! Feed-forward blocks: gated ones, and mixtures of them.
 
 use crate::config::{Activation, Config, Experts};
-use crate::linear::{Joined, Linear, Weight};
+use crate::linear::{Joined, Linear};
+use crate::router::{Choice, Router};
 use crate::weights::Weights;
-use candle_core::{DType, Device, Tensor};
-use candle_nn::ops::softmax_last_dim;
+use candle_core::{Device, Tensor};
 use longctx_core::{Result, silu_mul};
 
 /// A layer's feed-forward block.
@@ -46,16 +46,29 @@ impl Gated {
         let names = w.names();
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let name = |part: &str| format!("{}.{layer}.{part}", names.layers);
-        let linear = |part, out, inner| w.linear(&name(part), out, inner, c.mlp_bias);
         let fused = !names.gate_up.is_empty() && w.has(&format!("{}.weight", name(names.gate_up)));
-        let gate_up = match fused {
-            true => Joined::fused(linear(names.gate_up, 2 * inner, hidden)?, vec![inner; 2]),
-            false => Joined::new(vec![
-                linear(names.gate, inner, hidden)?,
-                linear(names.up, inner, hidden)?,
-            ])?,
-        };
+        if !fused {
+            return Self::load_parts(c, inner, [names.gate, names.up, names.down].map(name), w);
+        }
+        let linear = |part, out, inner| w.linear(&name(part), out, inner, c.mlp_bias);
+        let gate_up = Joined::fused(linear(names.gate_up, 2 * inner, hidden)?, vec![inner; 2]);
         let down = linear(names.down, hidden, inner)?;
+        Ok(Self { gate_up, down, activation: c.activation })
+    }
+
+    /// A block of `inner` channels whose gate, up and down have these names.
+    fn load_parts(
+        c: &Config,
+        inner: usize,
+        [gate, up, down]: [String; 3],
+        w: &impl Weights,
+    ) -> Result<Self> {
+        let linear = |name: &str, out, inner| w.linear(name, out, inner, c.mlp_bias);
+        let gate_up = Joined::new(vec![
+            linear(&gate, inner, c.hidden_size)?,
+            linear(&up, inner, c.hidden_size)?,
+        ])?;
+        let down = linear(&down, c.hidden_size, inner)?;
         Ok(Self { gate_up, down, activation: c.activation })
     }
 
@@ -77,20 +90,12 @@ impl Activation {
     }
 }
 
-/// Blocks of which a router chooses some for each token.
+/// Blocks of which a router chooses some for each token, and one that all go through.
 #[derive(Debug)]
 pub(crate) struct Mixture {
-    router: Weight,
+    router: Router,
     experts: Vec<Gated>,
-    per_token: usize,
-    normalize: bool,
-}
-
-/// The tokens that go through an expert, and the weights of its output for each.
-#[derive(Debug, Clone, Default)]
-struct Share {
-    tokens: Vec<u32>,
-    weights: Vec<f32>,
+    shared: Option<Gated>,
 }
 
 impl Mixture {
@@ -108,48 +113,54 @@ impl Mixture {
             Ok(Gated { gate_up, down: plain(down), activation: c.activation })
         };
         let blocks = gates.into_iter().zip(ups).zip(downs).map(block);
+        let shared = [names.shared_gate, names.shared_up, names.shared_down];
         Ok(Self {
-            router: w.matrix(&format!("{}.weight", name(names.router)), count, c.hidden_size)?,
+            router: Router::load(c, experts, layer, w)?,
             experts: blocks.collect::<Result<_>>()?,
-            per_token: experts.per_token,
-            normalize: experts.normalize,
+            shared: match experts.shared_size {
+                0 => None,
+                size => Some(Gated::load_parts(c, size, shared.map(name), w)?),
+            },
         })
     }
 
-    /// Each chosen expert's weights are read once, for all of its tokens.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut y = x.zeros_like()?;
-        for (expert, share) in self.experts.iter().zip(self.route(x)?) {
-            if share.tokens.is_empty() {
-                continue;
-            }
-            let tokens = Tensor::new(share.tokens, x.device())?;
-            let weights = Tensor::new(share.weights, x.device())?.to_dtype(x.dtype())?;
-            let out = expert.forward(&x.index_select(&tokens, 0)?)?;
-            y = y.index_add(&tokens, &out.broadcast_mul(&weights.unsqueeze(1)?)?, 0)?;
-        }
-        Ok(y)
+        let y = self.forward_routed(x)?;
+        Ok(match &self.shared {
+            Some(shared) => (y + shared.forward(x)?)?,
+            None => y,
+        })
     }
 
-    /// Each expert's tokens. The router's choice is made on the host, which waits for the device.
-    fn route(&self, x: &Tensor) -> Result<Vec<Share>> {
-        let logits = self.router.forward(x)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
-        let probabilities = softmax_last_dim(&logits.contiguous()?)?.to_vec2::<f32>()?;
-        let mut shares = vec![Share::default(); self.experts.len()];
-        for (token, p) in probabilities.iter().enumerate() {
-            let mut order: Vec<_> = (0..p.len()).collect();
-            // Equal probabilities: the first expert.
-            order.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
-            order.truncate(self.per_token);
-            let sum = match self.normalize {
-                true => order.iter().map(|&expert| p[expert]).sum(),
-                false => 1.0,
-            };
-            for expert in order {
-                shares[expert].tokens.push(token as u32);
-                shares[expert].weights.push(p[expert] / sum);
-            }
+    /// Rows are gathered in the order of their experts, so that each chosen expert's weights are
+    /// read once, for a run of rows.
+    fn forward_routed(&self, x: &Tensor) -> Result<Tensor> {
+        let (tokens, hidden) = x.dims2()?;
+        let Choice { experts, weights } = self.router.choose(x)?;
+        let per_token = experts.len() / tokens;
+        let mut order: Vec<usize> = (0..experts.len()).collect();
+        order.sort_by_key(|&row| experts[row]);
+        let gathered = x.index_select(&indices(order.iter().map(|row| row / per_token), x)?, 0)?;
+        let mut outputs = Vec::new();
+        let mut start = 0;
+        for run in order.chunk_by(|&a, &b| experts[a] == experts[b]) {
+            let rows = gathered.narrow(0, start, run.len())?;
+            outputs.push(self.experts[experts[run[0]]].forward(&rows)?);
+            start += run.len();
         }
-        Ok(shares)
+        // Where each row went to.
+        let mut places = vec![0; order.len()];
+        order.iter().enumerate().for_each(|(place, &row)| places[row] = place);
+        let outputs =
+            Tensor::cat(&outputs, 0)?.index_select(&indices(places.into_iter(), x)?, 0)?;
+        let weights = Tensor::from_vec(weights, (tokens, 1, per_token), &Device::Cpu)?;
+        let weights = weights.to_dtype(x.dtype())?.to_device(x.device())?;
+        Ok(weights.matmul(&outputs.reshape((tokens, per_token, hidden))?)?.squeeze(1)?)
     }
+}
+
+/// Numbers of rows, on the device of `x`.
+fn indices(rows: impl Iterator<Item = usize>, x: &Tensor) -> Result<Tensor> {
+    let rows: Vec<u32> = rows.map(|row| row as u32).collect();
+    Ok(Tensor::new(rows, x.device())?)
 }

@@ -67,7 +67,7 @@ fn mixtral(raw: &Fields, config: &mut Config) -> Result<()> {
         per_token: raw.number("num_experts_per_tok")?.unwrap_or(2),
         intermediate_size: config.intermediate_size,
         normalize: true,
-        dense_layers: Vec::new(),
+        ..Experts::default()
     });
     Ok(())
 }

@@ -52,7 +52,7 @@ fn olmoe(raw: &Fields, config: &mut Config) -> Result<()> {
         per_token: raw.number("num_experts_per_tok")?.unwrap_or(8),
         intermediate_size: config.intermediate_size,
         normalize: raw.switch("norm_topk_prob")?.unwrap_or(false),
-        dense_layers: Vec::new(),
+        ..Experts::default()
     });
     attention_biases(raw, config)
 }

@@ -76,6 +76,7 @@ fn qwen3_moe(raw: &Fields, config: &mut Config) -> Result<()> {
         intermediate_size: raw.number("moe_intermediate_size")?.unwrap_or(768),
         normalize: raw.switch("norm_topk_prob")?.unwrap_or(false),
         dense_layers: (0..config.layers).filter(dense).collect(),
+        ..Experts::default()
     });
     attention_biases(raw, config)
 }
