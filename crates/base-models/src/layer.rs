@@ -99,19 +99,24 @@ impl Layer {
         };
         let x = self.residual(x, y, &self.attention_norms)?;
         let (x, normed) = x.normed(self.feed_forward_norms.before.as_ref(), self.eps)?;
+        let y = self.feed_forward(&normed)?;
+        self.residual(x, y, &self.feed_forward_norms)
+    }
+
+    /// The feed-forward block alone, over its normalised input `[tokens, hidden]`.
+    pub fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
         let tokens = x.dim(0)?;
         let (on_cpu, elsewhere) = FEED_FORWARD_TOKENS;
         let of_part = if x.device().is_cpu() { on_cpu } else { elsewhere };
         let mut parts = Vec::new();
         for start in (0..tokens).step_by(of_part) {
-            let part = normed.narrow(0, start, of_part.min(tokens - start))?;
+            let part = x.narrow(0, start, of_part.min(tokens - start))?;
             parts.push(self.feed_forward.forward(&part)?);
         }
-        let y = match parts.as_slice() {
-            [one] => one.clone(),
-            parts => Tensor::cat(parts, 0)?,
-        };
-        self.residual(x, y, &self.feed_forward_norms)
+        match parts.as_slice() {
+            [one] => Ok(one.clone()),
+            parts => Ok(Tensor::cat(parts, 0)?),
+        }
     }
 
     /// A block's input, with its output `y` to be added.

@@ -468,11 +468,13 @@ impl KvStore for QuantStore {
         kv_head: usize,
         entries: Range<usize>,
     ) -> Result<(Tensor, Tensor)> {
+        if let Some(&len) = self.lens(seq).get(kv_head) {
+            check_range(&entries, len)?;
+        }
         on_pool!(&self.held,
         pool => self.rows(pool.read_range(seq, kv_head, entries)?),
         pool => {
             let (k, v) = pool.read(seq, kv_head)?;
-            check_range(&entries, k.dim(0)?)?;
             let part = |x: Tensor| x.narrow(0, entries.start, entries.len());
             Ok((part(k)?, part(v)?))
         })
