@@ -19,7 +19,6 @@ const HIDDEN: usize = 2048;
 const INNER: usize = 768;
 const EXPERTS: usize = 128;
 const PER_TOKEN: usize = 8;
-const RUNS: usize = 5;
 
 fn main() -> Result<()> {
     let device = Device::cuda_if_available(0)?;
@@ -32,21 +31,23 @@ fn main() -> Result<()> {
     println!("|---:|---|---:|---:|---:|---:|---:|");
     for tokens in [1, 2048] {
         let x = Tensor::randn(0f32, 1., (tokens, HIDDEN), &device)?.to_dtype(dtype)?;
-        let run_ours = || Ok(ours.feed_forward(0, &x)?);
-        let first = median(RUNS, run_ours)?;
+        let runs = if tokens == 1 { 50 } else { 5 };
+        let (ours, gathered) =
+            in_turn(runs, || Ok(ours.feed_forward(0, &x)?), || theirs.gathered(&x))?;
+        let all = seconds(&|| theirs.masked(&x))?;
         let chosen = theirs.choose(&x)?.iter().filter(|share| !share.0.is_empty()).count();
         let row = |way: &str, seconds: f64, experts: usize| {
             let bytes = (experts * expert_bytes) as f64;
             println!(
                 "| {tokens} | {way} | {seconds:.4} | {:.2} | {experts} | {:.0} | {:.1} |",
-                seconds / first,
+                seconds / ours,
                 bytes / 1e6,
                 bytes / seconds / 1e9,
             );
         };
-        row("ours", first, chosen);
-        row("loop, gathered rows", median(RUNS, || theirs.gathered(&x))?, chosen);
-        row("loop, all tokens", median(1, || theirs.masked(&x))?, EXPERTS);
+        row("ours", ours, chosen);
+        row("loop, gathered rows", gathered, chosen);
+        row("loop, all tokens", all, EXPERTS);
     }
     Ok(())
 }
@@ -75,19 +76,24 @@ fn config() -> Config {
     }
 }
 
-/// Median seconds of a few runs after a first one; of the first one alone, if there is to be one.
-fn median(runs: usize, f: impl Fn() -> Result<Tensor>) -> Result<f64> {
-    let mut seconds = Vec::new();
-    for run in 0..runs + usize::from(runs > 1) {
-        let start = Instant::now();
-        // Reading a number waits for the device.
-        f()?.narrow(0, 0, 1)?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?;
-        if run > 0 || runs == 1 {
-            seconds.push(start.elapsed().as_secs_f64());
-        }
+/// The best seconds of two ways that run in turn.
+fn in_turn(
+    runs: usize,
+    a: impl Fn() -> Result<Tensor>,
+    b: impl Fn() -> Result<Tensor>,
+) -> Result<(f64, f64)> {
+    let mut best = (f64::INFINITY, f64::INFINITY);
+    for _ in 0..runs {
+        best = (best.0.min(seconds(&a)?), best.1.min(seconds(&b)?));
     }
-    seconds.sort_by(f64::total_cmp);
-    Ok(seconds[seconds.len() / 2])
+    Ok(best)
+}
+
+/// Seconds of one run. Reading a number waits for the device.
+fn seconds(f: &impl Fn() -> Result<Tensor>) -> Result<f64> {
+    let start = Instant::now();
+    f()?.narrow(0, 0, 1)?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?;
+    Ok(start.elapsed().as_secs_f64())
 }
 
 /// Experts that are visited one after the other.

@@ -24,8 +24,29 @@ impl FeedForward {
         }
     }
 
+    /// Tokens that go through at a time, on the CPU and on other devices: the inner activations,
+    /// several times wider than the model, never exist for the whole of a long prompt. A mixture
+    /// reads the weights of most experts for each such part.
+    fn tokens_at_once(&self, on_cpu: bool) -> usize {
+        match (self, on_cpu) {
+            (Self::Gated(_), true) => 1024,
+            (Self::Mixture(_), true) => 2048,
+            (_, false) => 8192,
+        }
+    }
+
     /// `x`: `[tokens, hidden]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (tokens, of_part) = (x.dim(0)?, self.tokens_at_once(x.device().is_cpu()));
+        if tokens <= of_part {
+            return self.forward_part(x);
+        }
+        let part = |start| self.forward_part(&x.narrow(0, start, of_part.min(tokens - start))?);
+        let parts: Vec<_> = (0..tokens).step_by(of_part).map(part).collect::<Result<_>>()?;
+        Ok(Tensor::cat(&parts, 0)?)
+    }
+
+    fn forward_part(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Gated(block) => block.forward(x),
             Self::Mixture(mixture) => mixture.forward(x),
@@ -132,27 +153,27 @@ impl Mixture {
         })
     }
 
-    /// Rows are gathered in the order of their experts, so that each chosen expert's weights are
-    /// read once, for a run of rows.
+    /// Rows are sorted by expert, so that each chosen expert's weights are read once, for a run of
+    /// rows. The host is asked once, by the router.
     fn forward_routed(&self, x: &Tensor) -> Result<Tensor> {
         let (tokens, hidden) = x.dims2()?;
         let Choice { experts, weights } = self.router.choose(x)?;
-        let per_token = experts.len() / tokens;
-        let mut order: Vec<usize> = (0..experts.len()).collect();
+        let (rows, per_token) = (experts.len(), experts.len() / tokens);
+        let mut order: Vec<usize> = (0..rows).collect();
         order.sort_by_key(|&row| experts[row]);
-        let gathered = x.index_select(&indices(order.iter().map(|row| row / per_token), x)?, 0)?;
-        let mut outputs = Vec::new();
+        let sources = indices(order.iter().map(|row| row / per_token), x)?;
+        let outputs = Tensor::zeros((rows, hidden), x.dtype(), x.device())?;
         let mut start = 0;
         for run in order.chunk_by(|&a, &b| experts[a] == experts[b]) {
-            let rows = gathered.narrow(0, start, run.len())?;
-            outputs.push(self.experts[experts[run[0]]].forward(&rows)?);
+            let gathered = x.index_select(&sources.narrow(0, start, run.len())?, 0)?;
+            let output = self.experts[experts[run[0]]].forward(&gathered)?;
+            outputs.slice_set(&output.contiguous()?, 0, start)?;
             start += run.len();
         }
         // Where each row went to.
-        let mut places = vec![0; order.len()];
+        let mut places = vec![0; rows];
         order.iter().enumerate().for_each(|(place, &row)| places[row] = place);
-        let outputs =
-            Tensor::cat(&outputs, 0)?.index_select(&indices(places.into_iter(), x)?, 0)?;
+        let outputs = outputs.index_select(&indices(places.into_iter(), x)?, 0)?;
         let weights = Tensor::from_vec(weights, (tokens, 1, per_token), &Device::Cpu)?;
         let weights = weights.to_dtype(x.dtype())?.to_device(x.device())?;
         Ok(weights.matmul(&outputs.reshape((tokens, per_token, hidden))?)?.squeeze(1)?)
@@ -163,4 +184,75 @@ impl Mixture {
 fn indices(rows: impl Iterator<Item = usize>, x: &Tensor) -> Result<Tensor> {
     let rows: Vec<u32> = rows.map(|row| row as u32).collect();
     Ok(Tensor::new(rows, x.device())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+    use crate::weights::LoadOptions;
+
+    fn config() -> Config {
+        let experts = Experts {
+            count: 16,
+            per_token: 3,
+            intermediate_size: 12,
+            normalize: true,
+            shared_size: 20,
+            ..Experts::default()
+        };
+        Config { hidden_size: 24, experts: Some(experts), ..Config::default() }
+    }
+
+    fn mixture() -> Mixture {
+        let (config, weights) = (config(), Random(LoadOptions::default()));
+        Mixture::load(&config, config.experts.as_ref().unwrap(), 0, &weights).unwrap()
+    }
+
+    fn random(tokens: usize) -> Tensor {
+        Tensor::randn(0f32, 9., (tokens, 24), &Device::Cpu).unwrap()
+    }
+
+    fn largest(x: &Tensor) -> f32 {
+        x.abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+    }
+
+    /// A number of an expert that was read would be in the output, even with a weight of 0.
+    #[test]
+    fn experts_that_no_token_chose_are_not_read() {
+        let mut mixture = mixture();
+        let x = random(2);
+        let expected = mixture.forward(&x).unwrap();
+        let chosen = mixture.router.choose(&x).unwrap().experts;
+        let mut poisoned = 0;
+        for (number, expert) in mixture.experts.iter_mut().enumerate() {
+            if !chosen.contains(&number) {
+                let nan = Tensor::full(f32::NAN, (24, 12), &Device::Cpu).unwrap();
+                expert.down = Linear::new(crate::linear::Weight::Dense(nan), None);
+                poisoned += 1;
+            }
+        }
+        assert!(poisoned >= 10);
+        assert_eq!(largest(&(mixture.forward(&x).unwrap() - expected).unwrap()), 0.0);
+    }
+
+    /// Every expert over every token, weighed by 0 where the router did not choose it.
+    #[test]
+    fn sorted_rows_are_the_sum_over_experts() {
+        let mixture = mixture();
+        let x = random(50);
+        let Choice { experts, weights } = mixture.router.choose(&x).unwrap();
+        let mut expected = mixture.shared.as_ref().unwrap().forward(&x).unwrap();
+        for (number, expert) in mixture.experts.iter().enumerate() {
+            let mut of_tokens = vec![0f32; 50];
+            for (row, _) in experts.iter().enumerate().filter(|(_, chosen)| **chosen == number) {
+                of_tokens[row / 3] = weights[row];
+            }
+            let of_tokens = Tensor::from_vec(of_tokens, (50, 1), &Device::Cpu).unwrap();
+            let output = expert.forward(&x).unwrap().broadcast_mul(&of_tokens).unwrap();
+            expected = (expected + output).unwrap();
+        }
+        let error = largest(&(mixture.forward(&x).unwrap() - &expected).unwrap());
+        assert!(error < 1e-5 * largest(&expected), "{error}");
+    }
 }

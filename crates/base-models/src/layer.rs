@@ -9,10 +9,6 @@ use candle_core::Tensor;
 use candle_nn::ops::rms_norm;
 use longctx_core::{AttentionShape, Batch, KvCache, Result, Step, add_rms_norm};
 
-/// Tokens that go through a feed-forward block at a time, on the CPU and on other devices: its inner
-/// activations, several times wider than the model, never exist for the whole of a long prompt.
-const FEED_FORWARD_TOKENS: (usize, usize) = (1024, 8192);
-
 /// The attention and the feed-forward block, with their norms.
 #[derive(Debug)]
 pub(crate) struct Layer {
@@ -105,18 +101,7 @@ impl Layer {
 
     /// The feed-forward block alone, over its normalised input `[tokens, hidden]`.
     pub fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
-        let tokens = x.dim(0)?;
-        let (on_cpu, elsewhere) = FEED_FORWARD_TOKENS;
-        let of_part = if x.device().is_cpu() { on_cpu } else { elsewhere };
-        let mut parts = Vec::new();
-        for start in (0..tokens).step_by(of_part) {
-            let part = x.narrow(0, start, of_part.min(tokens - start))?;
-            parts.push(self.feed_forward.forward(&part)?);
-        }
-        match parts.as_slice() {
-            [one] => Ok(one.clone()),
-            parts => Ok(Tensor::cat(parts, 0)?),
-        }
+        self.feed_forward.forward(x)
     }
 
     /// A block's input, with its output `y` to be added.
