@@ -1,10 +1,12 @@
 // Thin wrappers of instructions for tensor cores and asynchronous copies (PTX ISA, "Warp-level
 // matrix instructions").
 //
-// Fragments of m16n8k16, with row = lane / 4 and pair = 2 (lane % 4): A: {(row, pair), (row + 8,
-// pair), (row, pair + 8), (row + 8, pair + 8)}, two neighbours along k each; B: {(pair, row),
-// (pair + 8, row)}, two neighbours along k each; C: (row, pair), (row, pair + 1), (row + 8, pair),
-// (row + 8, pair + 1).
+// Fragments of m16n8k16, with row = lane / 4 and pair = 2 (lane % 4):
+//
+// - A: {(row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8)}, two neighbours along k
+//   each
+// - B: {(pair, row), (pair + 8, row)}, two neighbours along k each
+// - C: (row, pair), (row, pair + 1), (row + 8, pair), (row + 8, pair + 1)
 #pragma once
 #include <cstdint>
 #include "number.cuh"
