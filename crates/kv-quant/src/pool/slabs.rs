@@ -9,8 +9,8 @@ use bytemuck::Zeroable;
 
 /// Blocks per small slab.
 const PER_SLAB: usize = 16;
-/// /// If the small slabs hold this many bytes, large slabs replace them: the free blocks of one
-/// large slab are then a small share of all.
+/// If the small slabs hold this many bytes, large slabs replace them: the free blocks of one large
+/// slab are then a small share of all.
 const MANY: usize = 4 * LARGE;
 
 #[derive(Debug, Clone)]
@@ -45,7 +45,7 @@ impl Slabs {
         }
     }
 
-    /// /// Changes the set to large slabs, which are kept once they are allocated.
+    /// Changes the set to large slabs, which are kept once they are allocated.
     pub fn with_large_slabs(self) -> Self {
         Self { per_slab: self.large(), keeps: true, ..self }
     }
