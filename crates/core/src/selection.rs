@@ -1,4 +1,4 @@
-//! Which entries of a sequence stay, or are appended.
+//! Selected entries of a sequence, to keep or to append.
 
 use std::sync::{Arc, OnceLock};
 
@@ -17,8 +17,8 @@ use candle_core::{DType, Tensor};
 /// assert!(keep.check(&[4, 4]).unwrap_err().to_string().contains("head 0"));
 /// ```
 ///
-/// The indices may be in the memory of a device ([`on_device`](Self::on_device)), where they were
-/// computed. A store on the same device reads them there, and the host does not wait.
+/// The indices may be in device memory ([`on_device`](Self::on_device)), where they were computed.
+/// A store on the same device reads them there without synchronization.
 #[derive(Debug, Clone)]
 pub struct Selection {
     lists: Lists,
@@ -32,9 +32,9 @@ enum Lists {
 
 #[derive(Debug)]
 struct OnDevice {
-    /// `[kv_heads, count]`.
+    /// Entry indices, `[kv_heads, count]`.
     entries: Tensor,
-    /// The same, once they have been asked for.
+    /// Their copy on the host, made on the first request.
     host: OnceLock<Vec<Vec<u32>>>,
 }
 
@@ -52,11 +52,11 @@ impl Selection {
     /// Creates a selection from indices `[kv_heads, count]` in u32 on a device, increasing in each
     /// row.
     ///
-    /// Their values are not checked, since that would wait for the device. A store clamps indices
+    /// The values are not checked, because this would wait for the device. A store clamps indices
     /// past the last entry of a head.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] for another type or number of dimensions.
+    /// [`Error::Mismatch`] for another dtype or number of dimensions.
     pub fn on_device(entries: &Tensor) -> Result<Self> {
         if entries.dtype() != DType::U32 || entries.rank() != 2 {
             let got = format!("{:?} {:?}", entries.dtype(), entries.dims());
@@ -74,7 +74,7 @@ impl Selection {
         }
     }
 
-    /// Returns the lists. Waits for the device if they are there.
+    /// Returns the lists. Waits for the device if the indices are there.
     ///
     /// # Errors
     /// If the copy from the device fails.
@@ -100,7 +100,7 @@ impl Selection {
     }
 
     /// Checks the lists against the number of entries of each head, and returns them. Waits for the
-    /// device if they are there.
+    /// device if the indices are there.
     ///
     /// # Errors
     /// [`Error::Mismatch`] naming the first head whose list is not strictly increasing or exceeds
@@ -121,7 +121,8 @@ impl Selection {
         Ok(heads)
     }
 
-    /// Checks everything but the values of indices that are on a device: for stores on that device.
+    /// Like [`check`](Self::check), but does not read indices on a device. For stores on that
+    /// device.
     ///
     /// # Errors
     /// As [`check`](Self::check).

@@ -22,7 +22,7 @@ pub trait KvStore: Send {
     fn shape(&self) -> &AttentionShape;
 
     /// Appends keys `[tokens, kv_heads, head_dim]` and values `[tokens, kv_heads, value_dim]` to
-    /// every head of the batch's sequences. An unknown sequence is created.
+    /// every head of the batch's sequences. A sequence that does not exist yet is created.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if the tensors do not fit; [`Error::NotFinite`] from stores that
@@ -49,8 +49,8 @@ pub trait KvStore: Send {
     /// [`Error::Mismatch`] if `q` or `mask` does not fit the stored entries.
     fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState>;
 
-    /// Returns the attention probability that each entry receives, summed over the queries, for each
-    /// sequence of the batch, on the store's device.
+    /// Returns the attention probability that each entry receives, summed over the queries, for
+    /// each sequence of the batch, on the store's device.
     ///
     /// `lse` (`[tokens, heads]`) is the log-sum-exp over *everything* that the queries see, in this
     /// store and elsewhere. The sums of several stores then add up to the number of queries.
@@ -144,7 +144,7 @@ pub trait KvStore: Send {
 }
 
 /// Checks a range of entries against the number of a head's entries.
-pub(crate) fn check_range(entries: &Range<usize>, len: usize) -> Result<()> {
+pub fn check_range(entries: &Range<usize>, len: usize) -> Result<()> {
     if entries.start > entries.end || entries.end > len {
         let expected = format!("a range within {len}");
         return Err(Error::mismatch("entries to read", expected, format!("{entries:?}")));

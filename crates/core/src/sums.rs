@@ -1,4 +1,4 @@
-//! Attention probabilities that entries received.
+//! Attention probabilities accumulated per entry.
 
 use std::ops::Range;
 
@@ -9,16 +9,16 @@ use candle_core::{DType, Device, Tensor};
 /// head.
 #[derive(Debug, Clone)]
 pub struct AttentionSums {
-    /// f32: for one kv head after the other, `[group, entries]`.
+    /// The sums `[group, entries]` of all kv heads, concatenated; f32.
     sums: Tensor,
-    /// Query heads of a kv head.
+    /// Query heads per kv head.
     group: usize,
     /// Entries of each kv head.
     lens: Vec<usize>,
 }
 
 impl AttentionSums {
-    /// Creates them from one list per query head.
+    /// Creates the sums from one list per query head.
     pub fn from_lists(lists: &[Vec<f32>], group: usize, device: &Device) -> Result<Self> {
         let lens: Vec<_> = lists.chunks(group).map(|heads| heads[0].len()).collect();
         Self::new(
@@ -28,7 +28,7 @@ impl AttentionSums {
         )
     }
 
-    /// Creates them from one tensor `[group, entries]` per kv head.
+    /// Creates the sums from one tensor `[group, entries]` per kv head.
     ///
     /// # Errors
     /// [`Error::Mismatch`] for tensors of other shapes.
@@ -46,11 +46,11 @@ impl AttentionSums {
         Self::new(sums, group, lens)
     }
 
-    /// Creates them from the sums of all kv heads, one after the other, `[group, entries]` each. There
-    /// may be more numbers after these.
+    /// Creates the sums from those of all kv heads, `[group, entries]` each, concatenated. `sums`
+    /// may be longer.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if there are fewer.
+    /// [`Error::Mismatch`] if it is shorter.
     pub fn new(sums: Tensor, group: usize, lens: Vec<usize>) -> Result<Self> {
         let expected = group * lens.iter().sum::<usize>();
         if sums.elem_count() < expected {
@@ -92,7 +92,7 @@ impl AttentionSums {
     /// entries]`.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if they have not, or there are no such heads.
+    /// [`Error::Mismatch`] if their numbers of entries differ, or there are no such heads.
     pub fn heads(&self, kv_heads: Range<usize>) -> Result<Tensor> {
         let mismatch = |got: String| {
             let expected = "kv heads of the same number of entries";

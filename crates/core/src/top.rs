@@ -3,10 +3,10 @@
 use crate::{Result, Selection};
 use candle_core::Tensor;
 
-/// Selects the `count` entries of the highest scores of each kv head, the first `sinks` and the last
-/// `recent` entries before others, without waiting for the device. Of equal scores the older entry
-/// is selected; NaN counts as -inf. `scores`: `[kv_heads, entries]`, f32. Returns `None` if the
-/// scores are not on a CUDA device: select on the host then.
+/// Selects the `count` entries with the highest scores of each kv head, without waiting for the
+/// device. The first `sinks` and the last `recent` entries are always selected. Of equal scores the
+/// older entry is selected; NaN counts as -inf. `scores`: `[kv_heads, entries]`, f32. Returns
+/// `None` if the scores are not on a CUDA device; then select on the host.
 ///
 /// # Errors
 /// [`Error::Mismatch`](crate::Error::Mismatch) if there are fewer than `count` entries.
@@ -24,12 +24,13 @@ pub fn top_entries(
     Ok(None)
 }
 
-/// Gathers values `[kv_heads, len]`, u32 or f32, by a selection on the same CUDA device. Entries from
-/// `len` on have the values `next`, `next + 1`, and so on. Returns `None` if they are not on one
-/// CUDA device.
+/// Gathers values `[kv_heads, len]`, u32 or f32, by a selection on the same CUDA device. Entries
+/// from `len` on have the values `next`, `next + 1`, and so on. Returns `None` if values and
+/// selection are not on one CUDA device.
 ///
 /// # Errors
-/// [`Error::Mismatch`](crate::Error::Mismatch) if the numbers of heads differ, or for another dtype.
+/// [`Error::Mismatch`](crate::Error::Mismatch) if the numbers of heads differ, or for another
+/// dtype.
 pub fn gather_entries(values: &Tensor, keep: &Selection, next: u32) -> Result<Option<Tensor>> {
     #[cfg(feature = "cuda")]
     if let (candle_core::Device::Cuda(device), Some(entries)) = (values.device(), keep.entries()) {

@@ -97,7 +97,7 @@ fn prompts_attend_as_on_the_cpu() {
             AttentionShape { soft_cap: Some(3.0), scale: 0.3, ..plain },
         ];
         for shape in shapes {
-            for (dtype, bound) in [(DType::F16, 1e-3), (DType::BF16, 6e-3)] {
+            for (dtype, bound) in [(DType::F16, 1e-3), (DType::BF16, 6e-3), (DType::F32, 1e-4)] {
                 // Queries, keys and values are views into the output of one projection.
                 let qkv = random(batch.tokens(), heads + 2 * kv_heads, d, dtype);
                 let parts = |qkv: &Tensor| {
@@ -170,7 +170,7 @@ fn products_are_as_on_the_cpu() {
     };
     for (out, inner) in [(1, 8), (1003, 1096), (9001, 512), (64, 13)] {
         for rows in [1, 2, 3, 4, 5, 40] {
-            for (dtype, bound) in [(DType::F16, 1e-3), (DType::BF16, 6e-3)] {
+            for (dtype, bound) in [(DType::F16, 1e-3), (DType::BF16, 6e-3), (DType::F32, 1e-4)] {
                 let x = random(rows, 1, inner, dtype).squeeze(1).unwrap();
                 let w = random(out, 1, inner, dtype).squeeze(1).unwrap();
                 let f32 = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
@@ -365,7 +365,7 @@ impl Pair {
         }
     }
 
-    /// Appends `count` tokens of each sequence. `select` gives a selection on the host and on the
+    /// Appends `count` tokens of each sequence. `select` returns a selection on the host and on the
     /// device.
     fn append_chosen(
         &mut self,
@@ -566,7 +566,7 @@ fn the_entries_of_the_highest_scores_are_those_of_a_sorted_list() {
     }
 }
 
-/// Selections that are on the device do what the same selections do on the host.
+/// Selections on the device have the same effect as equal selections on the host.
 #[test]
 fn selections_on_the_device_are_those_of_the_host() {
     let Ok(device) = Device::new_cuda(0) else {

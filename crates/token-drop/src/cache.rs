@@ -374,7 +374,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         let (budgets, _) = self.settings.limits(&self.spec, prompt, self.seen(seq) + tokens);
         let budget = budgets.into_iter().max().unwrap_or(usize::MAX);
         let even = self.settings.head_budgets == HeadBudgets::Uniform;
-        // A selection on a device does not tell how many of the call's own tokens stay beside others.
+        // The host does not know how many of the call's own tokens a selection on a device keeps.
         match self.evicts_prompt(seq, tokens) && even && self.store.len(seq) == 0 {
             true => tokens.min(budget),
             false => tokens,

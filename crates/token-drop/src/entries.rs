@@ -9,12 +9,12 @@ use std::ops::Range;
 #[derive(Debug, Clone)]
 pub struct Entries {
     kv_heads: usize,
-    /// Positions of the entries that were kept by the last eviction.
+    /// Positions of the entries kept by the last eviction.
     kept: Positions,
-    /// Positions of the tokens since, which every head holds.
+    /// Positions of the tokens since then, which every head holds.
     since: Range<usize>,
-    /// Scores of the entries that had come when they were given. `None` unless the policy builds on
-    /// its earlier scores.
+    /// Scores of the entries at the time of scoring. `None` unless the policy uses its previous
+    /// scores.
     scores: Option<Scores>,
 }
 
@@ -32,13 +32,13 @@ impl Entries {
         Self { kv_heads, kept, since: 0..0, scores: None }
     }
 
-    /// Appends tokens at `positions`, which follow those before, to every head.
+    /// Appends tokens to every head. `positions` follow the previous ones.
     pub fn add(&mut self, positions: Range<usize>) {
         let start = if self.since.is_empty() { positions.start } else { self.since.start };
         self.since = start..positions.end;
     }
 
-    /// Drops the newest `count` entries of each head: tokens that came since the last eviction.
+    /// Drops the newest `count` entries of each head, all of them newer than the last eviction.
     pub fn drop_newest(&mut self, count: usize) {
         self.since.end = self.since.end.saturating_sub(count).max(self.since.start);
     }
@@ -64,7 +64,7 @@ impl Entries {
         self.scores.as_mut().map_or(Ok(()), |scores| scores.retain(keep))
     }
 
-    /// Returns the positions of entries that are selected on a device, there.
+    /// Returns the positions of entries selected on a device, as a tensor there.
     fn retain_on_device(&self, keep: &Selection) -> Result<Option<Tensor>> {
         let Some(entries) = keep.entries() else { return Ok(None) };
         let kept = match &self.kept {
@@ -102,7 +102,7 @@ impl Entries {
         Ok(lists)
     }
 
-    /// Returns the positions of heads that hold equally many entries, `[heads, entries]` in u32.
+    /// Returns the positions of heads with equal numbers of entries, `[heads, entries]` in u32.
     pub fn positions_of(&self, heads: Range<usize>, device: &Device) -> Result<Tensor> {
         let count = heads.len();
         let kept = match &self.kept {
@@ -123,8 +123,8 @@ impl Entries {
         }
     }
 
-    /// Returns the carried scores of heads that hold equally many entries, `[heads, entries]`, with
-    /// zeros for tokens that came since; `None` before the first call.
+    /// Returns the carried scores of heads with equal numbers of entries, `[heads, entries]`, with
+    /// zeros for newer tokens; `None` before the first call.
     pub fn scores(&self, heads: Range<usize>, device: &Device) -> Result<Option<Tensor>> {
         let entries = self.lens()[heads.start];
         let of = |scores: &Scores| scores.of_heads(heads, entries, device);

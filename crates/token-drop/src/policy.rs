@@ -45,8 +45,8 @@ pub trait EvictionPolicy: Send {
     /// empty.
     fn needs(&self) -> Needs;
 
-    /// Returns one score for each entry of each kv head, `[kv_heads, entries]` in f32, on the store's
-    /// device.
+    /// Returns one score for each entry of each kv head, `[kv_heads, entries]` in f32, on the
+    /// store's device.
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -99,20 +99,20 @@ pub enum ObservedQueries {
 /// One layer's entries of a sequence, including the tokens of the call. Fields that the policy does
 /// not [need](EvictionPolicy::needs) are empty. Tensors are on the store's device.
 ///
-/// A view shows all kv heads of the layer, unless they hold different numbers of entries. Heads that
-/// hold equally many are then shown together, and the policy is called for each such range.
+/// A view has all kv heads of the layer, unless they hold different numbers of entries. Then the
+/// policy is called once for each range of heads with equal numbers.
 #[derive(Debug)]
 pub struct LayerView<'a> {
     /// The layer.
     pub spec: &'a LayerSpec,
     /// Number of tokens seen: the position of the next token.
     pub seen: usize,
-    /// Queries before the rotary embedding, `[queries, heads, head_dim]`, of all heads of the layer.
-    /// The last one belongs to the newest token.
+    /// Queries before the rotary embedding, `[queries, heads, head_dim]`, of all heads of the
+    /// layer. The last one belongs to the newest token.
     pub queries: Option<&'a Tensor>,
-    /// The kv heads that are shown.
+    /// Range of the kv heads in this view.
     pub kv_heads: Range<usize>,
-    /// Number of entries of each of them, oldest first.
+    /// Number of entries of each of them. Entries are ordered from oldest to newest.
     pub entries: usize,
     /// Original positions of the entries, `[kv_heads, entries]`, u32.
     pub positions: Option<Tensor>,

@@ -14,8 +14,8 @@ pub enum Scores {
 }
 
 impl Scores {
-    /// Creates scores from those of consecutive kv heads, `[heads, entries]` each. They stay on a CUDA
-    /// device if all heads hold equally many entries.
+    /// Creates scores from those of consecutive kv heads, `[heads, entries]` each. They stay on a
+    /// CUDA device if all heads hold equally many entries.
     pub fn new(runs: Vec<Tensor>) -> Result<Self> {
         if let [all] = runs.as_slice()
             && all.device().is_cuda()

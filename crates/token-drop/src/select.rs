@@ -4,7 +4,7 @@ use crate::{HeadBudgets, scores::Scores};
 use longctx_core::{Result, Selection, top_entries};
 use rayon::prelude::*;
 
-/// Total entries from which on the selection uses several threads.
+/// Smallest total number of entries for which the selection uses several threads.
 const MIN_PARALLEL: usize = 1 << 13;
 
 /// Entries that are kept regardless of their scores.
@@ -30,7 +30,7 @@ impl Protected {
         Self { sinks, ..Self::default() }
     }
 
-    /// Returns the protected ends of a budget, and the budget in whole tokens.
+    /// Returns the numbers of protected entries within a budget, and the budget in whole tokens.
     pub(crate) fn within(self, budget: f64) -> (Ends, usize) {
         let share = (self.recent_share * budget) as usize;
         let rest = ((1.0 - self.recent_share) * budget) as usize;
@@ -61,16 +61,16 @@ pub enum Granularity {
     /// ChunkKV (Liu et al., arXiv 2502.00299): whole chunks of this many adjacent tokens (20 in
     /// kvpress, 10 in the paper), the same in every head of a layer.
     ///
-    /// The score of a chunk is the mean of its tokens' scores, summed over the heads. The best
-    /// chunks that fit the budget beside the protected entries are kept. The next best chunk keeps
+    /// The score of a chunk is the mean of its tokens' scores, summed over the heads. Protected
+    /// entries are kept first, then the best chunks that fit the budget. The next best chunk keeps
     /// its first tokens, up to the budget. kvpress counts chunks instead of tokens, so it can
     /// exceed the budget.
     Chunk(usize),
 }
 
 /// Selects the entries to keep: at most the budgets, protected entries first. Of equal scores the
-/// older entry is kept. Scores on a device are selected there if each head has the same budget for
-/// itself. Otherwise the host selects: where heads compete, or whole chunks are kept.
+/// older entry is kept. If every head has the same budget and heads do not compete, scores on a
+/// device are selected there. Otherwise, and for whole chunks, the host selects.
 pub(crate) fn select(
     scores: &Scores,
     budgets: &[usize],

@@ -1,14 +1,16 @@
-//! EXAONE 4: OLMo-2's norms, and windowed layers whose full ones have no rotary embedding.
+//! EXAONE 4: OLMo-2's norms, and layers with a sliding window; in models with windows, full layers
+//! have no rotary embedding.
 
 use super::{
-    Architecture, DEFAULTS, Defaults, olmo, rope, window, windows_by_period, windows_by_type,
+    Architecture, DEFAULTS, Defaults, GGUF_WINDOW, olmo, rope, window, windows_by_period,
+    windows_by_type,
 };
 use crate::config::{Config, QkNorm};
 use crate::gguf_settings::Settings;
 use crate::json::Fields;
 use longctx_core::Result;
 
-/// Every so many layers is full, the others slide.
+/// Every `PERIOD`-th layer is full; the others have a sliding window.
 const PERIOD: usize = 4;
 
 pub(super) const EXAONE4: Architecture = Architecture {
@@ -45,7 +47,7 @@ fn set_windows(config: &mut Config, windows: Vec<Option<usize>>) {
 }
 
 fn read_gguf(file: &Settings, config: &mut Config) -> Result<()> {
-    if let Some(window) = file.number("attention.sliding_window")?.filter(|&window| window > 0) {
+    if let Some(window) = file.number(GGUF_WINDOW)?.filter(|&window| window > 0) {
         set_windows(config, windows_by_period(config.layers, window, PERIOD));
     }
     norms(config);

@@ -69,7 +69,9 @@ pub fn attend(
         return Ok(state);
     }
     if !matches!(q.device(), Device::Cpu) {
-        let (k, v) = (k.transpose(0, 1)?, v.transpose(0, 1)?);
+        // Matrix products need rows without gaps.
+        let by_head = |x: &Tensor| x.transpose(0, 1)?.contiguous();
+        let (k, v) = (by_head(k)?, by_head(v)?);
         let kv = |i: usize| {
             let tokens = &batch.cu_seqlens()[i..i + 2];
             let of = |x: &Tensor| x.narrow(1, tokens[0], tokens[1] - tokens[0])?.unsqueeze(0);

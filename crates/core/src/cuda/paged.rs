@@ -160,9 +160,9 @@ longctx_cuda::args! {
         pub table: u64,
         /// Addresses of newly taken blocks, u64. The kernel writes them to the block table.
         pub fresh: u64,
-        /// Tokens to append, u32, counted from the sequence's first in this call. 0: all of them.
+        /// Tokens to append, u32, relative to the sequence's first token in this call. 0: all.
         pub tokens: u64,
-        /// Row of the sequence's first token. That of the next one is `stride` rows later.
+        /// Row of the sequence's first token. The next token is `stride` rows later.
         pub first_row: i64,
         /// Block table index of the first new block.
         pub first_fresh: i32,
@@ -172,7 +172,7 @@ longctx_cuda::args! {
         pub first: i32,
         /// Number of entries to write.
         pub count: i32,
-        /// Number of tokens of the sequence in this call: later ones are not read.
+        /// Number of tokens of the sequence in this call. No later token is read.
         pub own: i32,
         /// Padding.
         pub unused: i32,
@@ -276,10 +276,9 @@ fn attend_kernel(
 /// Launches attention of a few queries of many sequences: `count` work items, whose partial results
 /// `joins` merges into the outputs. Both lists are read from device memory, so a captured launch
 /// can be replayed with other lists of the same lengths.
-/// lists of as many.
 ///
+/// # Errors
 /// As [`attend_slots`]; [`Error::Mismatch`] for an unsupported number of columns.
-/// As [`attend_slots`]; [`Error::Mismatch`] for other columns.
 ///
 /// # Safety
 /// The addresses must be those of arrays on the stream's device, of the sizes and formats that the

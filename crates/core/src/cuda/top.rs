@@ -1,4 +1,4 @@
-//! The entries of the highest scores, and gathering by them: kernels/top.cu.
+//! Top-k selection of entries by score, and gathering by entry: kernels/top.cu.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use longctx_cuda::cudarc::driver::CudaStream;
 
 static IMAGE: Image = longctx_cuda::image!("top");
 
-/// As in the kernels.
+/// Must equal the kernels' constant.
 const THREADS: u32 = 1024;
 
 longctx_cuda::args! {
@@ -22,9 +22,9 @@ longctx_cuda::args! {
         pub len: i32,
         /// Entries to select per head; at most `len`.
         pub count: i32,
-        /// First entries, which are selected whatever their scores.
+        /// Number of first entries that are always selected.
         pub sinks: i32,
-        /// Last entries, likewise. With `sinks` at most `count`.
+        /// Number of last entries that are always selected. `sinks + recent` is at most `count`.
         pub recent: i32,
     }
 }
@@ -42,25 +42,25 @@ longctx_cuda::args! {
         pub len: i32,
         /// Entries of a row.
         pub count: i32,
-        /// The element of entry `len`; that of `len + i` is larger by `i`.
+        /// Value of the element `len`; that of `len + i` is `next + i`.
         pub next: u32,
         /// Padding.
         pub unused: i32,
     }
 }
 
-/// Selects the entries of the highest scores of each head. Of equal scores the older entry is
+/// Selects the entries with the highest scores of each head. Of equal scores the older entry is
 /// selected; NaN counts as -inf.
 ///
 /// # Errors
-/// The driver's.
+/// An error of the CUDA driver.
 ///
 /// # Safety
 /// The addresses must be those of arrays on the stream's device, of the sizes and formats that the
-/// fields of [`TopArgs`] give, until the launched work has ended.
+/// fields of [`TopArgs`] give, until the launched work has finished.
 pub unsafe fn top(stream: &Arc<CudaStream>, heads: usize, args: &TopArgs) -> Result<()> {
     let kernel = IMAGE.kernel(stream.context(), "top", THREADS, 0)?;
-    // SAFETY: the caller's.
+    // SAFETY: the caller guarantees the addresses.
     unsafe { kernel.launch(stream, [heads, 1, 1], args) }?;
     Ok(())
 }
@@ -68,14 +68,14 @@ pub unsafe fn top(stream: &Arc<CudaStream>, heads: usize, args: &TopArgs) -> Res
 /// Gathers elements of 4 bytes by entry.
 ///
 /// # Errors
-/// The driver's.
+/// An error of the CUDA driver.
 ///
 /// # Safety
 /// As [`top`].
 pub unsafe fn gather(stream: &Arc<CudaStream>, heads: usize, args: &GatherArgs) -> Result<()> {
     let kernel = IMAGE.kernel(stream.context(), "gather", THREADS, 0)?;
     let blocks = (args.count.max(0) as usize).div_ceil(THREADS as usize);
-    // SAFETY: the caller's.
+    // SAFETY: the caller guarantees the addresses.
     unsafe { kernel.launch(stream, [blocks, heads, 1], args) }?;
     Ok(())
 }

@@ -16,23 +16,24 @@ const SEQ: SeqId = 0;
 
 /// A model's tokenizer and chat template.
 pub trait Text {
-    /// Text to tokens; `special`: with the tokens that begin a text.
+    /// Tokenizes a text. `special` adds the tokens that begin a text.
     ///
     /// # Errors
-    /// Whatever the tokenizer reports.
+    /// Errors of the tokenizer.
     fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, Fault>;
 
-    /// Tokens to text, without special ones.
+    /// Decodes tokens, without special tokens.
     ///
     /// # Errors
-    /// Whatever the tokenizer reports.
+    /// Errors of the tokenizer.
     fn decode(&self, tokens: &[u32]) -> Result<String, Fault>;
 
-    /// A conversation in the model's chat template, up to where the model answers; `None` without a
-    /// template. Turns of the user and of the model alternate; the user has the first and the last.
+    /// Formats a conversation with the model's chat template, up to the start of the model's
+    /// answer; `None` if there is no template. Turns of the user and of the model alternate,
+    /// beginning and ending with the user.
     ///
     /// # Errors
-    /// Whatever the template reports.
+    /// Errors of the template.
     fn chat(&self, conversation: &[String]) -> Result<Option<String>, Fault>;
 
     /// Tokens that end an answer.
@@ -42,7 +43,7 @@ pub trait Text {
     fn bos(&self) -> Option<&str>;
 }
 
-/// A model behind [`CausalLm`], with any cache, that reads prompts and writes greedily.
+/// A [`CausalLm`] with any cache that reads prompts and decodes greedily.
 ///
 /// A turn's text is cut in the middle to the context limit, then compressed, then put in the chat
 /// template. If a sample marks its context, only the context is compressed, as in longctx_bench:
@@ -63,7 +64,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Reads at most `context` tokens of a turn, all at once.
+    /// Creates a reader of at most `context` tokens per turn, with prefill in one call.
     pub fn new(model: impl CausalLm + 'static, text: impl Text + 'static, context: usize) -> Self {
         Self {
             model: Box::new(model),
@@ -91,14 +92,14 @@ impl Reader {
         self
     }
 
-    /// Compresses each turn's text first, or only the context where the sample marks it.
+    /// Compresses each turn's text first, or only the context if the sample marks it.
     #[must_use]
     pub fn with_compressor(mut self, compressor: Box<dyn PromptCompressor>, rate: Rate) -> Self {
         self.compressor = Some((compressor, rate));
         self
     }
 
-    /// Sets the bytes of a dense f16 cache for one token, which ratios are taken against.
+    /// Sets the bytes per token of a dense f16 cache, the reference of ratios.
     #[must_use]
     pub fn with_dense_bytes_per_token(mut self, bytes: f64) -> Self {
         self.dense_bytes_per_token = Some(bytes);

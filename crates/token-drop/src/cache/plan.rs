@@ -40,7 +40,7 @@ impl Plan {
         Ok(Selection::new(keep.heads()?.iter().enumerate().map(own).collect()))
     }
 
-    /// Whether what stays of the call's tokens is known on a device alone, among `old` entries.
+    /// Returns whether the kept tokens of the call are known only on a device, among `old` entries.
     pub fn is_mixed_on_device(&self, old: &[usize]) -> bool {
         let on_device = self.keep.as_ref().is_some_and(|keep| keep.entries().is_some());
         on_device && old.iter().any(|len| *len > 0)

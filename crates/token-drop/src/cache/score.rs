@@ -53,20 +53,21 @@ impl Own {
     }
 }
 
-/// The attention that entries received, the store's before the call's own, and the number of queries.
+/// The attention that entries received, the store's followed by the call's, and the number of
+/// queries.
 #[derive(Default)]
 struct Observed {
     sums: Vec<AttentionSums>,
     queries: usize,
 }
 
-/// Keys and values `[kv_heads, entries, channels]` in f32, as far as the policy needs them.
+/// Keys and values `[kv_heads, entries, channels]` in f32, if the policy needs them.
 type Rows = (Option<Tensor>, Option<Tensor>);
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
-    /// Lets the policy score all entries of a sequence: all heads at once, or, where heads hold
-    /// different numbers of entries, those together that hold equally many. `remembered` holds the
-    /// newest queries.
+    /// Lets the policy score all entries of a sequence: all heads in one call, or, if heads hold
+    /// different numbers of entries, one call per range of heads with equal numbers. `remembered`
+    /// holds the newest queries.
     pub(super) fn score(&self, own: &Own, remembered: Option<&Tensor>) -> Result<Scores> {
         let observed = match self.needs.attention {
             Some(queries) => self.attention_sums(own, queries, remembered)?,
@@ -91,7 +92,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Scores::new(runs)
     }
 
-    /// The scores of heads that hold equally many entries.
+    /// Returns the scores of heads with equal numbers of entries.
     fn score_heads(
         &self,
         own: &Own,

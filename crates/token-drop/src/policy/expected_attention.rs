@@ -121,8 +121,8 @@ struct Queries {
 }
 
 impl Queries {
-    /// Estimates the distribution of queries `[tokens, heads, head_dim]`, of which `group` share a kv
-    /// head. `rotation` is `[head_dim, head_dim]`, on their device.
+    /// Estimates the distribution of queries `[tokens, heads, head_dim]`, of which `group` share a
+    /// kv head. `rotation` is `[head_dim, head_dim]`, on their device.
     fn of(q: &Tensor, rotation: &Tensor, group: usize) -> Result<Self> {
         let q = q.to_dtype(DType::F32)?.transpose(0, 1)?.contiguous()?;
         let (heads, tokens, d) = q.dims3()?;

@@ -78,9 +78,9 @@ impl<S: KvStore> PolicyCache<S, LagKv> {
     }
 }
 
-/// Returns, for each row of `[kv_heads, partitions, rows, channels]`, the standard deviation over the
-/// channels after each channel is scaled to its range in the partition's reference rows. A range of
-/// zero width gives 0.
+/// Returns, for each row of `[kv_heads, partitions, rows, channels]`, the standard deviation over
+/// the channels after each channel is scaled to its range in the partition's reference rows. A
+/// range of zero width gives 0.
 fn relative_spread(rows: &Tensor, reference: &Tensor) -> Result<Tensor> {
     let (low, high) = (reference.min_keepdim(2)?, reference.max_keepdim(2)?);
     let range = (high - &low)?;

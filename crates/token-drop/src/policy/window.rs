@@ -16,14 +16,14 @@ pub fn equal(view: &LayerView<'_>, like: &Tensor) -> Result<Tensor> {
     Ok(Tensor::ones((view.kv_heads.len(), view.entries), DType::F32, like.device())?)
 }
 
-/// Returns a score above all of `[kv_heads, entries]` for `count` entries of each head. Scores are not
-/// negative.
+/// Returns, for `count` entries of each head, a score above all scores `[kv_heads, entries]`.
+/// Scores are not negative.
 pub fn above(scores: &Tensor, count: usize) -> Result<Tensor> {
     let most = (scores.flatten_all()?.max_keepdim(0)? + 1.0)?;
     Ok(most.unsqueeze(0)?.broadcast_as((scores.dim(0)?, count))?.contiguous()?)
 }
 
-/// Extends scores `[kv_heads, older entries]` to all entries with a score above all others, for the
+/// Extends scores `[kv_heads, older entries]` to all entries, with a score above all others for the
 /// tokens of the observation window.
 pub fn protect_newest(scores: &Tensor, view: &LayerView<'_>) -> Result<Tensor> {
     match view.entries - scores.dim(1)? {

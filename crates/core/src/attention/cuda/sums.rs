@@ -5,8 +5,8 @@ use crate::{AttentionShape, AttentionSums, Batch, Error, Mask, Result};
 use candle_core::{CudaDevice, DType, Tensor};
 use longctx_cuda::cudarc::driver::DevicePtr;
 
-/// Returns the attention probability that each entry of each work item receives. There is a work item
-/// for each kv head of each sequence. `q` is contiguous and has the dtype of the keys.
+/// Returns the attention probability that each entry of each work item receives. There is a work
+/// item for each kv head of each sequence. `q` is contiguous and has the dtype of the keys.
 pub fn sums_on_device(
     device: &CudaDevice,
     mut work: Vec<paged::SumsWork>,

@@ -13,16 +13,16 @@ struct Moves {
     blocks: Vec<u32>,
     /// First entry that is written.
     first: usize,
-    /// Entries that stay.
+    /// Number of kept entries.
     count: usize,
     /// Blocks that were newly taken.
     taken: Vec<u32>,
 }
 
 impl CudaSeqs {
-    /// Keeps the selected entries; the selection has been checked. Blocks before the first entry that
-    /// is dropped stay unchanged; later entries move forward. If the selection is on the device, all
-    /// entries count as moved.
+    /// Keeps the selected entries; the selection has been checked. Blocks before the first entry
+    /// that is dropped stay unchanged; later entries move forward. If the selection is on the
+    /// device, all entries count as moved.
     pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
         let stream = self.stream();
         let known = self.known(seq)?;
