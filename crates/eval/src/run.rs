@@ -175,7 +175,7 @@ pub fn run(
     Ok(summary)
 }
 
-/// The setting's subject; `None` if it can't be opened and the run goes on without it.
+/// Opens the setting's subject; `None` if it cannot be opened and the run continues without it.
 fn open_subject(
     plan: &Plan<'_>,
     methods: &Methods<'_>,

@@ -58,8 +58,8 @@ pub struct ServerSetting {
     /// the completions API. Without it prompts are sent unchanged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<String>,
-    /// Prompts of the completions API go out as this tokenizer's token ids, not as text: with the
-    /// first tokens that this process gives a model, no more and no fewer.
+    /// Whether prompts of the completions API are sent as token ids of `tokenizer`, exactly as a
+    /// model in this process gets them, instead of text.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub token_ids: bool,
     /// Bytes that the server's cache holds for a token, for ratios.

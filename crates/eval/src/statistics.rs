@@ -45,18 +45,17 @@ pub fn bootstrap(values: &[(f64, f64)]) -> Option<Interval> {
     Some(Interval { mean: whole, low: at(0.025), high: at(0.975) })
 }
 
-/// How fast a setting decoded.
+/// The decoding speed of a setting.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct Decode {
-    /// The mean over samples. In a batch: of all its sequences together.
+    /// Mean over samples; in a batch, the throughput of all its sequences.
     pub tokens_per_second: f64,
-    /// The most sequences that shared a step.
+    /// Largest number of sequences in a step.
     pub batch: usize,
 }
 
 impl Decode {
-    /// Of a setting's samples; `None` if none tells a speed, or they were decoded in batches of
-    /// different sizes, whose speeds have no common mean.
+    /// The speed of a setting's samples; `None` if no sample has one, or if batch sizes differ.
     pub fn of(records: &[&Record]) -> Option<Self> {
         let told = |record: &&Record| {
             let timings = record.timings;

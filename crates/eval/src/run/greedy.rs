@@ -1,9 +1,9 @@
-//! Greedy choice for all sequences of a step.
+//! Greedy sampling for a batch.
 
 use candle_core::{D, DType, Tensor};
 use longctx_core::{Error, Result, Sampler, Sampling};
 
-/// Chooses each sequence's most probable token, of equal ones the one with the lowest id.
+/// Chooses each sequence's most probable token; ties go to the lowest id.
 #[derive(Default)]
 pub(super) struct Greedy {
     /// 0 to the vocabulary's size, on the logits' device.
@@ -11,10 +11,10 @@ pub(super) struct Greedy {
 }
 
 impl Greedy {
-    /// The tokens of logits `[sequences, vocab]`; an error for a sequence that has a NaN.
+    /// Returns the tokens for logits `[sequences, vocab]`; an error for a sequence with NaN.
     ///
-    /// Logits that lie on another device than the CPU stay there: those of a large vocabulary take
-    /// longer to copy than a step takes to compute.
+    /// On other devices than the CPU, logits are not copied to the host: for a large vocabulary the
+    /// copy takes longer than the step.
     pub fn choose(&mut self, logits: &Tensor) -> Result<Vec<Result<u32>>> {
         if logits.device().is_cpu() {
             let mut sampler = Sampler::new(Sampling::Greedy)?;
@@ -35,7 +35,7 @@ impl Greedy {
         let others = Tensor::full(vocab as f32, logits.shape(), logits.device())?;
         let first = first.where_cond(&ids.broadcast_as(logits.shape())?, &others)?;
         let first = first.min(D::Minus1)?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
-        // A NaN makes its row's sum one.
+        // A NaN in a row makes its sum NaN.
         let sums = logits.sum(D::Minus1)?.to_vec1::<f32>()?;
         self.ids = Some(ids);
         let checked = |(token, sum): (u32, f32)| match sum.is_nan() || token as usize >= vocab {

@@ -1,4 +1,4 @@
-//! The samples of one setting on their way through its subject and to the disk.
+//! The queue of a setting's samples without results.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -9,24 +9,24 @@ use super::subject::{Answer, Fault, Question, Queue};
 use super::{Event, Plan, Summary, Unit};
 use crate::{Error, Result, memory};
 
-/// A queue of samples. Results are written in the samples' order: an answer waits for those before
-/// it.
+/// A queue that writes results in the order of the samples: an answer waits for those of earlier
+/// samples.
 pub(super) struct Pending<'q, 'e> {
     plan: &'q Plan<'q>,
     units: &'q [&'q Unit<'q>],
     results: &'e mut Results,
     summary: &'e mut Summary,
     on_event: &'e mut dyn FnMut(Event<'_>),
-    /// When each sample was taken.
+    /// Start time of each sample.
     taken: Vec<Instant>,
-    /// How many of them are not answered.
+    /// Number of samples that have been started and not answered.
     running: usize,
-    /// Time within the model since no sample was running.
+    /// Time within the model since the last time that no sample was running.
     within: Duration,
-    /// Answers that wait for earlier ones.
+    /// Answers that wait for those of earlier samples.
     waiting: BTreeMap<usize, Result<Record>>,
     written: usize,
-    /// Ends the run.
+    /// The error that ends the run.
     error: Option<Error>,
 }
 
@@ -59,8 +59,8 @@ impl<'q, 'e> Pending<'q, 'e> {
         self.error.map_or(Ok(()), Err)
     }
 
-    /// Time within the model: shares of a batch's steps add up, requests of a server run side by
-    /// side.
+    /// Adds time within the model: shares of a batch's steps add up, concurrent requests to a server
+    /// overlap.
     fn count(&mut self, answer: &Answer) {
         self.within = match answer.batch {
             Some(_) => self.within + answer.model,

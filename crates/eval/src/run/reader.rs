@@ -11,7 +11,7 @@ use super::shorten::{Compressor, Short, shorten};
 use super::subject::{Answer, Fault, Question, Queue, Subject};
 use crate::Forced;
 
-/// The sequence of a text that is read alone.
+/// The sequence of a text that is read with teacher forcing.
 const SEQ: SeqId = 0;
 
 /// A model's tokenizer and chat template.
@@ -39,19 +39,19 @@ pub trait Text {
     /// Tokens that end an answer.
     fn stop(&self) -> &[u32];
 
-    /// The token that begins every text, as it stands in a text: `<s>`; `None` if there is none.
+    /// The text of the beginning-of-sequence token that [`encode`](Self::encode) adds, such as
+    /// `<s>`; `None` if it adds none.
     fn bos(&self) -> Option<&str>;
 }
 
 /// A [`CausalLm`] with any cache that reads prompts and decodes greedily.
 ///
-/// A turn's text is cut in the middle to the context limit, then compressed, then put in the chat
-/// template. If a sample marks its context, only the context is compressed, as in longctx_bench:
-/// instruction and question stay whole.
+/// A turn's text is truncated in the middle to the context limit, then compressed, then formatted
+/// with the chat template. If a sample marks its context, only the context is compressed, as in
+/// longctx_bench: instruction and question are kept.
 ///
-/// Samples are decoded side by side, as a continuous batch: each prompt is prefilled alone, and
-/// every step then feeds one token of each running sample. A sample that ends makes room for the
-/// next one.
+/// Decoding uses continuous batching: each prompt is prefilled separately, each step then feeds one
+/// token of every running sample, and the next sample replaces one that has ended.
 pub struct Reader {
     model: Box<dyn CausalLm>,
     text: Box<dyn Text>,
@@ -78,14 +78,14 @@ impl Reader {
         }
     }
 
-    /// Decodes at most `samples` side by side; 0 counts as 1.
+    /// Sets the largest number of samples in a decode batch; 0 counts as 1.
     #[must_use]
     pub fn with_batch(mut self, samples: usize) -> Self {
         self.batch = samples.max(1);
         self
     }
 
-    /// Feeds prompts in chunks, so that later ones see what the cache made of earlier ones.
+    /// Feeds prompts in chunks, so that later tokens see the compressed cache of earlier chunks.
     #[must_use]
     pub fn with_prefill_chunk(mut self, chunk: Option<usize>) -> Self {
         self.prefill_chunk = chunk;
@@ -115,20 +115,22 @@ impl Reader {
         shorten(turn, context, question, (&*self.text, self.context), self.compressor.as_mut())
     }
 
-    /// Bytes that a sequence holds, without room for tokens still to come.
+    /// Returns the bytes of a sequence, without free capacity.
     fn kv_bytes(&self, seq: SeqId) -> usize {
         let held = self.model.seq_footprint(seq);
         held.total() - held.slack
     }
 
-    /// Bytes that a dense cache would hold now, if compression had not taken `saved` tokens.
+    /// Returns the bytes of a dense cache of the text before compression removed `saved` tokens.
     fn dense_bytes(&self, seq: SeqId, saved: usize) -> Option<usize> {
         let tokens = self.model.seen(seq) + saved;
         self.dense_bytes_per_token.map(|each| (each * tokens as f64) as usize)
     }
 
-    /// Feeds a sample's next turn, and further ones whose answers end with their first token.
-    /// Returns whether the sample goes on.
+    /// Prefills a sample's next turn, and further turns while their answers end with their first
+    /// token.
+    ///
+    /// Returns whether the sample needs further steps.
     fn begin_turns(&mut self, sample: &mut Running<'_>) -> Result<bool, Fault> {
         while let Some(turn) = sample.turn() {
             let started = Instant::now();
@@ -154,8 +156,8 @@ impl Reader {
         Ok(false)
     }
 
-    /// Feeds each sample the token that it wrote last; the tokens that follow. Where that fails,
-    /// the samples are fed one at a time, so that each has its own error.
+    /// Runs one decode step and returns each sample's next token. If the step fails, each sample is
+    /// fed separately, so that an error affects its own sample only.
     fn step(&mut self, samples: &mut [Running<'_>]) -> Vec<Result<u32, Fault>> {
         let started = Instant::now();
         let (seqs, ids): (Vec<_>, Vec<_>) = samples.iter().map(|s| (s.seq, s.last())).unzip();
@@ -174,7 +176,8 @@ impl Reader {
         tokens.into_iter().map(|token| Ok(token?)).collect()
     }
 
-    /// Takes a step's token; returns whether the sample goes on, with it or with the next turn.
+    /// Appends a step's token, and begins the next turn if it ends one. Returns whether the sample
+    /// needs further steps.
     fn go_on(
         &mut self,
         sample: &mut Running<'_>,
@@ -187,7 +190,7 @@ impl Reader {
         self.begin_turns(sample)
     }
 
-    /// Puts a sample back that goes on, and hands in the answer or the error of one that does not.
+    /// Keeps a sample that needs further steps; otherwise reports its answer or error.
     fn keep<'a>(
         &mut self,
         sample: Running<'a>,
@@ -206,7 +209,7 @@ impl Reader {
         }
     }
 
-    /// Ends a sample's sequence; gives its answer.
+    /// Removes a sample's sequence and returns its answer.
     fn finish(&mut self, mut sample: Running<'_>) -> Answer {
         let seq = sample.seq;
         sample.answer.kv_bytes = Some(self.kv_bytes(seq));

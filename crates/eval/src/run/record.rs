@@ -25,7 +25,7 @@ pub struct Record {
     pub predictions: Vec<String>,
     /// The score of the predictions.
     pub score: Score,
-    /// Tokens read, of all turns, without the answers between them.
+    /// Tokens read, over all turns, without the answers between them.
     pub prompt_tokens: usize,
     /// Tokens written.
     pub new_tokens: usize,
@@ -44,20 +44,19 @@ pub struct Record {
 /// Times and memory of one sample.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Timings {
-    /// From the first turn's text to its first token.
+    /// Time from the first turn's text to its first token.
     pub first_token_seconds: f64,
-    /// `None` if at most one token was written. In a batch, a step's time is divided evenly among
-    /// its sequences: this is the speed of all of them together.
+    /// Decoding speed; `None` if at most one token was written. In a batch, the time of a step is
+    /// divided evenly among its sequences, so that this is the throughput of the batch.
     pub decode_tokens_per_second: Option<f64>,
-    /// Within the model and the prompt compressor, with even shares of a batch's steps.
+    /// Time within the model and the prompt compressor, with an even share of a batch's steps.
     pub model_seconds: f64,
-    /// From the sample's text to its score; in a batch, with the time that other samples took
-    /// meanwhile.
+    /// Time from the sample's text to its score, including the other samples of a batch.
     pub total_seconds: f64,
     /// The process's peak memory during the sample, including weights; `None` if the system does
     /// not report it.
     pub peak_resident_bytes: Option<u64>,
-    /// The most sequences that shared a step; `None`: the sample was decoded alone.
+    /// Largest number of sequences in a decode step; `None` without batching.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub batch: Option<usize>,
 }

@@ -1,4 +1,4 @@
-//! One sample on its way through a model: its conversation so far, and the turn that it is in.
+//! State of a sample while a model answers it: the conversation so far and the current turn.
 
 use std::mem;
 use std::time::Duration;
@@ -9,24 +9,24 @@ use super::reader::Text;
 use super::shorten::Short;
 use super::subject::{Answer, Fault, Question};
 
-/// A sample that a model answers in a sequence of its own.
+/// A sample that is being answered in its own sequence.
 pub(super) struct Running<'a> {
     /// Its number in the queue.
     pub number: usize,
     pub question: Question<'a>,
     pub seq: SeqId,
     pub answer: Answer,
-    /// Tokens that compression took.
+    /// Tokens that compression removed.
     pub saved: usize,
-    /// Turns of both sides, as they were read and written.
+    /// Turns of both sides.
     conversation: Vec<String>,
-    /// The text that the model has read and written.
+    /// The text so far, read and written.
     read: String,
-    /// Tokens of it that were written in earlier turns and not fed yet.
+    /// Its last tokens that have not been fed yet.
     pending: Vec<u32>,
     /// Tokens written in this turn.
     written: Vec<u32>,
-    /// How many of them were fed.
+    /// Number of these tokens that have been fed.
     fed: usize,
 }
 
@@ -46,7 +46,7 @@ impl<'a> Running<'a> {
         }
     }
 
-    /// The turn that is to be answered; `None` if all are.
+    /// Returns the turn to answer; `None` if all have been answered.
     pub fn turn(&self) -> Option<&'a str> {
         let turns = &self.question.sample.turns;
         turns.get(self.answer.predictions.len()).map(String::as_str)
@@ -56,8 +56,8 @@ impl<'a> Running<'a> {
         self.answer.predictions.is_empty()
     }
 
-    /// The tokens to feed for a turn, and whether they follow those fed before; else the sequence
-    /// begins anew with them.
+    /// Returns the tokens to feed for a turn, and whether they continue the sequence; otherwise it
+    /// begins anew.
     pub fn prompt(&mut self, turn: Short, text: &dyn Text) -> Result<(Vec<u32>, bool), Fault> {
         let sample = self.question.sample;
         self.saved += turn.saved;
@@ -65,7 +65,8 @@ impl<'a> Running<'a> {
         self.conversation.push(turn.text);
         let in_template = if sample.chat { text.chat(&self.conversation)? } else { None };
         let template = in_template.is_some();
-        // A space at the end would be a token of its own, which models have seldom seen there.
+        // A trailing space would be a separate token, which is rare at this position in training
+        // data.
         let plain = || self.conversation.join("\n").trim_end_matches(' ').to_owned();
         let mut full = in_template.unwrap_or_else(plain);
         if self.answer.predictions.len() + 1 == sample.turns.len() {
@@ -89,8 +90,7 @@ impl<'a> Running<'a> {
         Ok(prompt)
     }
 
-    /// Counts the time of a turn's prompt, which was made ready in `before` and had its first token
-    /// after `all`.
+    /// Adds the time of a turn's prompt: `before` until the prefill, `all` until the first token.
     pub fn prefilled(&mut self, before: Duration, all: Duration) {
         if self.is_first_turn() {
             self.answer.first_token = all;
@@ -98,7 +98,7 @@ impl<'a> Running<'a> {
         self.answer.model += all - before;
     }
 
-    /// Takes the token that the model chose; returns whether the turn's answer goes on.
+    /// Appends a token to the turn's answer and returns whether the answer continues.
     pub fn take(&mut self, token: u32, text: &dyn Text) -> Result<bool, Fault> {
         if self.written.len() >= self.question.max_new_tokens || text.stop().contains(&token) {
             return Ok(false);
@@ -109,12 +109,12 @@ impl<'a> Running<'a> {
         Ok(!ended && self.written.len() < self.question.max_new_tokens)
     }
 
-    /// The token to feed: the one written last.
+    /// Returns the next token to feed: the last one written.
     pub fn last(&self) -> u32 {
         self.written[self.fed]
     }
 
-    /// Counts a step that fed it.
+    /// Records the decode step that fed it.
     pub fn stepped(&mut self, share: Duration) {
         self.fed += 1;
         self.answer.decode_steps += 1;

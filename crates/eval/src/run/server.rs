@@ -96,7 +96,7 @@ impl Server {
         Ok(self)
     }
 
-    /// Puts samples to the server, all at once.
+    /// Sends samples to the server concurrently.
     fn answer_each(&mut self, questions: &[Question<'_>]) -> Vec<Result<Answer, Fault>> {
         let jobs: Vec<_> = questions.iter().map(|question| self.job(*question)).collect();
         let client = Client {
@@ -118,7 +118,7 @@ impl Server {
         })
     }
 
-    /// Shortens the turns.
+    /// Truncates and compresses the turns.
     fn job<'a>(&mut self, question: Question<'a>) -> Result<Job<'a>, Fault> {
         let sample = question.sample;
         let mut job = Job { question, turns: Vec::new(), spent: Duration::ZERO, saved: 0 };
@@ -273,7 +273,7 @@ impl Client<'_> {
                 let prompt = in_template.unwrap_or_else(plain) + prefix;
                 body["prompt"] = match self.text {
                     Some(text) if self.setting.token_ids => json!(text.encode(&prompt, !template)?),
-                    // The server's tokenizer begins every prompt with this token itself.
+                    // The server's tokenizer adds this token itself.
                     Some(text) if template => {
                         json!(
                             text.bos().and_then(|bos| prompt.strip_prefix(bos)).unwrap_or(&prompt)

@@ -23,8 +23,8 @@ pub struct Question<'a> {
 pub struct Answer {
     /// The predictions, one per turn.
     pub predictions: Vec<String>,
-    /// Tokens of all turns as the model read them: cut, compressed, in their template; without the
-    /// answers between them.
+    /// Tokens of all turns as the model read them: truncated, compressed, and formatted with the
+    /// template; without the answers between them.
     pub prompt_tokens: usize,
     /// Tokens written.
     pub new_tokens: usize,
@@ -33,25 +33,25 @@ pub struct Answer {
     pub kv_bytes: Option<usize>,
     /// Bytes that a dense f16 cache would hold for the same text; `None` if there is no such cache.
     pub dense_bytes: Option<usize>,
-    /// From the first turn's text to its first token.
+    /// Time from the first turn's text to its first token.
     pub first_token: Duration,
-    /// All steps of one token; in a batch, this sequence's even share of each step.
+    /// Time of all decode steps; in a batch, an even share of each step.
     pub decode: Duration,
     /// Number of decode steps.
     pub decode_steps: usize,
-    /// Within the model and the prompt compressor, with even shares of a batch's steps: the rest of
-    /// a run's time is the harness's.
+    /// Time within the model and the prompt compressor, with an even share of a batch's steps. The
+    /// rest of a run's time belongs to the harness.
     pub model: Duration,
-    /// The most sequences that share a step; `None`: times are the sample's own.
+    /// Largest number of sequences in a decode step; `None` without batching.
     pub batch: Option<usize>,
 }
 
-/// Samples that wait for an answer, and the place for their answers.
+/// The samples of a run that have no result yet.
 pub trait Queue<'a> {
-    /// The next sample, with its number; `None` if there are no more.
+    /// Returns the next sample and its number; `None` if there are no more.
     fn next(&mut self) -> Option<(usize, Question<'a>)>;
 
-    /// Hands in the answer to the sample of this number. Answers come in any order.
+    /// Reports the answer to the sample with this number. Answers may come in any order.
     fn answered(&mut self, number: usize, answer: Result<Answer, Fault>);
 }
 
@@ -63,8 +63,8 @@ pub trait Subject {
     /// Errors of the model. The run continues with the next sample unless it is strict.
     fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault>;
 
-    /// Answers all samples of a queue, each as [`answer`](Self::answer) does. A subject that answers
-    /// several side by side takes the next one when it has room for it.
+    /// Answers all samples of a queue, each like [`answer`](Self::answer). A subject that batches
+    /// takes the next sample when a place in the batch is free.
     fn answer_all<'a>(&mut self, queue: &mut dyn Queue<'a>) {
         while let Some((number, question)) = queue.next() {
             queue.answered(number, self.answer(&question));
