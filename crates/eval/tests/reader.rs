@@ -160,7 +160,7 @@ fn fed(context: usize, compress: bool, sample: &Sample) -> (String, Vec<String>,
     if compress {
         reader = reader.with_compressor(Box::new(FirstHalf), Rate::new(0.5).unwrap());
     }
-    let question = Question { sample, max_new_tokens: 2, stops_at_newline: false };
+    let question = Question { sample, max_new_tokens: 2, stops_at_newline: false, setting: 0 };
     let answer = reader.answer(&question).unwrap();
     let share = answer.kv_bytes.unwrap() as f64 / answer.dense_bytes.unwrap() as f64;
     (fed.take().texts.remove(&0).unwrap(), answer.predictions, share)
@@ -249,7 +249,12 @@ fn a_batch_answers_as_single_samples_do() {
     let questions: Vec<_> = samples
         .iter()
         .zip(most)
-        .map(|(sample, max_new_tokens)| Question { sample, max_new_tokens, stops_at_newline: true })
+        .map(|(sample, max_new_tokens)| Question {
+            sample,
+            max_new_tokens,
+            stops_at_newline: true,
+            setting: 0,
+        })
         .collect();
     let untimed = |(number, answer): &(usize, std::result::Result<Answer, String>)| {
         let a = answer.clone().unwrap();
@@ -280,6 +285,7 @@ fn an_error_is_of_its_sample_alone() {
         sample,
         max_new_tokens: 4,
         stops_at_newline: false,
+        setting: 0,
     });
     let (mut answers, _) = side_by_side(3, &questions);
     answers.sort_by_key(|(number, _)| *number);

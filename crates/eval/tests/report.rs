@@ -34,6 +34,7 @@ fn record(setting: &str, task: &str, category: Category, sample: &str, value: f6
             total_seconds: 1.0,
             peak_resident_bytes: Some(2_000_000),
             batch: None,
+            settings: None,
         },
     }
 }

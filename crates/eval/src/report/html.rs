@@ -27,7 +27,7 @@ struct Setting {
     difference: Option<Told>,
     ratio: Option<f64>,
     kv_bytes: Option<f64>,
-    first_token_seconds: f64,
+    first_token_seconds: Option<f64>,
     decode: Option<Decode>,
     samples: usize,
     /// By task and by category.

@@ -73,7 +73,7 @@ fn categories(table: &Table) -> Cells {
             },
         ));
         cells.push(number(row.ratio, 2));
-        cells.push(number(Some(row.first_token_seconds), 2));
+        cells.push(number(row.first_token_seconds, 2));
         cells.push(speed(row));
         cells
     };
@@ -109,7 +109,7 @@ fn costs(table: &Table) -> Cells {
             number(Some(row.prompt_tokens), 0),
             number(row.kv_bytes.map(megabytes), 2),
             number(row.ratio, 2),
-            number(Some(row.first_token_seconds), 2),
+            number(row.first_token_seconds, 2),
             speed(row),
             number(row.peak_resident_bytes.map(|bytes| megabytes(bytes as f64)), 0),
         ]

@@ -41,7 +41,8 @@ pub(super) struct Row {
     pub kv_bytes: Option<f64>,
     /// Dense bytes divided by bytes held, summed over all samples that report both.
     pub ratio: Option<f64>,
-    pub first_token_seconds: f64,
+    /// `None` if settings shared the prefill.
+    pub first_token_seconds: Option<f64>,
     pub prompt_tokens: f64,
     pub decode: Option<Decode>,
     pub peak_resident_bytes: Option<u64>,
@@ -104,7 +105,7 @@ impl Table {
                     number(Some(task.score)),
                     number(task.partial),
                     number(row.ratio),
-                    number(Some(row.first_token_seconds)),
+                    number(row.first_token_seconds),
                     number(row.decode.map(|decode| decode.tokens_per_second)),
                     row.decode.map_or_else(String::new, |decode| decode.batch.to_string()),
                     row.peak_resident_bytes.map_or_else(String::new, |bytes| bytes.to_string()),
@@ -154,7 +155,7 @@ impl Row {
             kv_bytes: mean(own.iter().filter_map(|r| Some(r.kv_bytes? as f64))),
             ratio: (held > 0.0).then(|| dense / held),
             first_token_seconds: mean(own.iter().map(|r| r.timings.first_token_seconds))
-                .unwrap_or(0.0),
+                .filter(|_| own.iter().all(|r| r.timings.settings.is_none())),
             prompt_tokens: mean(own.iter().map(|r| r.prompt_tokens as f64)).unwrap_or(0.0),
             decode: Decode::of(own),
             peak_resident_bytes: own.iter().filter_map(|r| r.timings.peak_resident_bytes).max(),

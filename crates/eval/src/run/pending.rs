@@ -13,6 +13,8 @@ use crate::{Error, Result, memory};
 /// samples.
 pub(super) struct Pending<'q, 'e> {
     plan: &'q Plan<'q>,
+    /// The number of the subject's first setting, and the samples.
+    first: usize,
     units: &'q [&'q Unit<'q>],
     results: &'e mut Results,
     summary: &'e mut Summary,
@@ -33,13 +35,14 @@ pub(super) struct Pending<'q, 'e> {
 impl<'q, 'e> Pending<'q, 'e> {
     pub fn new(
         plan: &'q Plan<'q>,
-        units: &'q [&'q Unit<'q>],
+        (first, units): (usize, &'q [&'q Unit<'q>]),
         results: &'e mut Results,
         summary: &'e mut Summary,
         on_event: &'e mut dyn FnMut(Event<'_>),
     ) -> Self {
         Self {
             plan,
+            first,
             units,
             results,
             summary,
@@ -94,7 +97,7 @@ impl<'q> Queue<'q> for Pending<'q, '_> {
         }
         self.taken.push(Instant::now());
         self.running += 1;
-        Some((number, unit.question(self.plan)))
+        Some((number, unit.question(self.plan, self.first)))
     }
 
     fn answered(&mut self, number: usize, answer: Result<Answer, Fault>) {

@@ -57,6 +57,7 @@ pub struct Reader {
     text: Box<dyn Text>,
     context: usize,
     batch: usize,
+    settings: usize,
     prefill_chunk: Option<usize>,
     compressor: Option<Compressor>,
     dense_bytes_per_token: Option<f64>,
@@ -71,6 +72,7 @@ impl Reader {
             text: Box::new(text),
             context,
             batch: 1,
+            settings: 1,
             prefill_chunk: None,
             compressor: None,
             dense_bytes_per_token: None,
@@ -82,6 +84,17 @@ impl Reader {
     #[must_use]
     pub fn with_batch(mut self, samples: usize) -> Self {
         self.batch = samples.max(1);
+        self
+    }
+
+    /// Answers for several settings with one prefill of each prompt.
+    ///
+    /// The model must hold the sequences of all settings: those of setting `s` have ids that are `s`
+    /// modulo `settings + 1`. A sequence with remainder `settings` is a prompt for all of them, which
+    /// is forked into sequences of each.
+    #[must_use]
+    pub fn with_shared_prefill(mut self, settings: usize) -> Self {
+        self.settings = settings.max(1);
         self
     }
 
@@ -127,33 +140,79 @@ impl Reader {
         self.dense_bytes_per_token.map(|each| (each * tokens as f64) as usize)
     }
 
+    /// Prefills a sample's turn and returns the first token of the answer.
+    fn prefill(&mut self, sample: &mut Running<'_>, turn: &str) -> Result<u32, Fault> {
+        let started = Instant::now();
+        let asked = sample.question.sample;
+        let context = asked.context.as_ref().filter(|_| sample.is_first_turn());
+        let short = self.shorten(turn, context, asked.question.as_deref())?;
+        let (tokens, continues) = sample.prompt(short, &*self.text)?;
+        if !continues {
+            self.model.remove(sample.seq);
+        }
+        let before = started.elapsed();
+        let logits = prefill(&mut *self.model, sample.seq, &tokens, self.prefill_chunk)?;
+        let token = self.greedy.choose(&logits)?.remove(0)?;
+        sample.prefilled(before, started.elapsed());
+        Ok(token)
+    }
+
     /// Prefills a sample's next turn, and further turns while their answers end with their first
-    /// token.
-    ///
-    /// Returns whether the sample needs further steps.
+    /// token. Returns whether the sample needs further steps.
     fn begin_turns(&mut self, sample: &mut Running<'_>) -> Result<bool, Fault> {
         while let Some(turn) = sample.turn() {
-            let started = Instant::now();
-            let asked = sample.question.sample;
-            let context = asked.context.as_ref().filter(|_| sample.is_first_turn());
-            let short = self.shorten(turn, context, asked.question.as_deref())?;
-            let tokens = match sample.prompt(short, &*self.text)? {
-                (tokens, true) => tokens,
-                (tokens, false) => {
-                    self.model.remove(sample.seq);
-                    tokens
-                }
-            };
-            let before = started.elapsed();
-            let logits = prefill(&mut *self.model, sample.seq, &tokens, self.prefill_chunk)?;
-            let token = self.greedy.choose(&logits)?.remove(0)?;
-            sample.prefilled(before, started.elapsed());
+            let token = self.prefill(sample, turn)?;
             if sample.take(token, &*self.text)? {
                 return Ok(true);
             }
             sample.end_turn(&*self.text)?;
         }
         Ok(false)
+    }
+
+    /// Begins a sample: as a fork of its prompt if settings share the prefill.
+    fn begin<'a>(
+        &mut self,
+        sample: &mut Running<'a>,
+        kept: &mut Option<Prompt<'a>>,
+    ) -> Result<bool, Fault> {
+        if self.settings > 1 {
+            let is_its_prompt = |prompt: &Prompt<'a>| {
+                std::ptr::eq(prompt.state.question.sample, sample.question.sample)
+            };
+            if !kept.as_ref().is_some_and(is_its_prompt) {
+                *kept = self.prompt(sample.question);
+            }
+            if let Some(prompt) = kept {
+                self.model.fork(prompt.state.seq, sample.seq)?;
+                *sample = prompt.state.fork(sample.number, sample.question, sample.seq);
+                return self.go_on(sample, Ok(prompt.first));
+            }
+        }
+        self.begin_turns(sample)
+    }
+
+    /// Prefills a sample's first turn for all settings. `None` if that fails: then each setting
+    /// prefills it, and has its own error.
+    fn prompt<'a>(&mut self, question: Question<'a>) -> Option<Prompt<'a>> {
+        let seq = self.settings as SeqId;
+        self.model.remove(seq);
+        let mut state = Running::new(0, question, seq);
+        let first = state.turn().map(|turn| self.prefill(&mut state, turn));
+        match first {
+            Some(Ok(first)) => Some(Prompt { state, first }),
+            _ => {
+                self.model.remove(seq);
+                None
+            }
+        }
+    }
+
+    /// Returns an unused sequence for a setting.
+    fn sequence(&self, running: &[Running<'_>], setting: usize) -> SeqId {
+        let stride = if self.settings > 1 { self.settings + 1 } else { 1 };
+        let unused = |seq: &SeqId| running.iter().all(|sample| sample.seq != *seq);
+        (setting as SeqId..).step_by(stride).find(unused).unwrap_or(SEQ)
     }
 
     /// Runs one decode step and returns each sample's next token. If the step fails, each sample is
@@ -215,6 +274,7 @@ impl Reader {
         sample.answer.kv_bytes = Some(self.kv_bytes(seq));
         sample.answer.dense_bytes = self.dense_bytes(seq, sample.saved);
         sample.answer.batch = (self.batch > 1).then_some(self.batch);
+        sample.answer.settings = (self.settings > 1).then_some(self.settings);
         self.model.remove(seq);
         sample.answer
     }
@@ -230,13 +290,13 @@ impl Subject for Reader {
     fn answer_all<'a>(&mut self, queue: &mut dyn Queue<'a>) {
         self.model.clear();
         let mut running: Vec<Running<'a>> = Vec::new();
+        let mut kept = None;
         loop {
             while running.len() < self.batch {
                 let Some((number, question)) = queue.next() else { break };
-                let unused = |seq: &SeqId| running.iter().all(|sample| sample.seq != *seq);
-                let seq = (0..).find(unused).unwrap_or(SEQ);
+                let seq = self.sequence(&running, question.setting);
                 let mut sample = Running::new(number, question, seq);
-                let begun = self.begin_turns(&mut sample);
+                let begun = self.begin(&mut sample, &mut kept);
                 self.keep(sample, begun, &mut running, queue);
             }
             if running.is_empty() {
@@ -266,6 +326,13 @@ impl Subject for Reader {
         let (kv_bytes, dense_bytes) = (Some(self.kv_bytes(SEQ)), self.dense_bytes(SEQ, saved));
         Ok(Forced { tokens, logits, kv_bytes, dense_bytes })
     }
+}
+
+/// A prompt that was prefilled for all settings.
+struct Prompt<'a> {
+    state: Running<'a>,
+    /// The first token of the answer.
+    first: u32,
 }
 
 /// A queue of one sample.

@@ -59,6 +59,10 @@ pub struct Timings {
     /// Largest number of sequences in a decode step; `None` without batching.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub batch: Option<usize>,
+    /// Number of settings that shared the prefill and the decode steps, so that
+    /// `first_token_seconds` belongs to all of them; `None` if they were not shared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settings: Option<usize>,
 }
 
 impl Record {

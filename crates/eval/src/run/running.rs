@@ -10,6 +10,7 @@ use super::shorten::Short;
 use super::subject::{Answer, Fault, Question};
 
 /// A sample that is being answered in its own sequence.
+#[derive(Clone)]
 pub(super) struct Running<'a> {
     /// Its number in the queue.
     pub number: usize,
@@ -44,6 +45,14 @@ impl<'a> Running<'a> {
             written: Vec::new(),
             fed: 0,
         }
+    }
+
+    /// Returns the state of a sample whose sequence `seq` is a fork of this one's. The time of the
+    /// prefill counts for the first of them.
+    pub fn fork(&mut self, number: usize, question: Question<'a>, seq: SeqId) -> Self {
+        let fork = Self { number, question, seq, ..self.clone() };
+        self.answer.model = Duration::ZERO;
+        fork
     }
 
     /// Returns the turn to answer; `None` if all have been answered.

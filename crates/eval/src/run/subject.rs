@@ -16,6 +16,8 @@ pub struct Question<'a> {
     pub max_new_tokens: usize,
     /// Whether an answer ends at a newline, after at least one token.
     pub stops_at_newline: bool,
+    /// Number of the setting among those that the subject was opened for.
+    pub setting: usize,
 }
 
 /// A subject's predictions and their cost.
@@ -44,6 +46,9 @@ pub struct Answer {
     pub model: Duration,
     /// Largest number of sequences in a decode step; `None` without batching.
     pub batch: Option<usize>,
+    /// Number of settings that shared the prefill and the decode steps; `None` if the times belong
+    /// to the sample's setting.
+    pub settings: Option<usize>,
 }
 
 /// The samples of a run that have no result yet.
