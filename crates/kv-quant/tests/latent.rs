@@ -11,8 +11,8 @@ use longctx_core::{
 };
 
 const HEADS: usize = 4;
-const ROTATED: usize = 32;
-const LATENT: usize = 128;
+const ROTATED: usize = 64;
+const LATENT: usize = 512;
 
 fn spec() -> LayerSpec {
     let d = ROTATED + LATENT;
