@@ -6,13 +6,12 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
 use base_models::Pretrained;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use longctx_core::{Batch, CausalLm, DenseStore, LayerSpec, Logits};
 use longctx_eval::Haystack;
 use longctx_eval::needle::{Needle, Sample};
 use token_drop::{
-    Budget, DuoAttention, EvictionPolicy, HeadView, LayerView, Needs, ObservedQueries, PolicyCache,
-    Settings,
+    Budget, DuoAttention, EvictionPolicy, LayerView, Needs, ObservedQueries, PolicyCache,
 };
 
 /// First tokens that a streaming head keeps.
@@ -48,8 +47,7 @@ impl Heads {
                 let store = DenseStore::new(spec.shape, DType::F32)?;
                 let probe = Probe { queries, sums: sums.clone() };
                 // Any budget below the text's length has the policy asked once, after the attention.
-                let settings = Settings { decode_step: None, ..Settings::new(Budget::Ratio(0.5)) };
-                PolicyCache::with_settings(spec.clone(), store, probe, settings)
+                PolicyCache::new(spec.clone(), store, probe, Budget::Ratio(0.5))
             })?;
             session.forward(&Batch::single(0, tokens.len())?, tokens, Logits::Last)?;
         }
@@ -103,24 +101,17 @@ impl EvictionPolicy for Probe {
         Needs { attention: Some(newest), ..Needs::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Vec<Tensor>> {
+    fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Tensor> {
         let (layer, kv_heads) = (view.spec.index, view.spec.shape.kv_heads);
         // The tokens outside the window even of the first of these queries.
         let dropped = SINKS..view.seen - self.queries - RECENT;
-        let share = |head: &HeadView<'_>| -> longctx_core::Result<f32> {
-            let seen = head.attention_sums()?.narrow(1, dropped.start, dropped.len())?;
-            let largest = seen.sum(1)?.max(0)?.to_scalar::<f32>()?;
-            Ok(largest / self.queries as f32)
-        };
-        let shares = view.heads.iter().map(share).collect::<longctx_core::Result<Vec<_>>>()?;
+        let seen = view.attention_sums()?.narrow(2, dropped.start, dropped.len())?;
+        let shares = (seen.sum(2)?.max(1)? / self.queries as f64)?.to_vec1::<f32>()?;
         let mut sums = self.sums.lock().expect("no thread has panicked");
         let layers = sums.len().max(layer + 1);
         sums.resize(layers, vec![0.0; kv_heads]);
         sums[layer].iter_mut().zip(shares).for_each(|(sum, share)| *sum += share);
-        let none = |head: &HeadView<'_>| {
-            Ok(Tensor::zeros(head.positions.len(), DType::F32, &Device::Cpu)?)
-        };
-        view.heads.iter().map(none).collect()
+        Ok(Tensor::zeros((view.kv_heads.len(), view.entries), DType::F32, seen.device())?)
     }
 }
 

@@ -3,5 +3,7 @@
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     #[cfg(feature = "cuda")]
-    longctx_cuda::build::compile(&["matvec", "paged", "prefill", "rms_norm", "rope", "silu_mul"]);
+    longctx_cuda::build::compile(&[
+        "matvec", "paged", "prefill", "rms_norm", "rope", "silu_mul", "top",
+    ]);
 }

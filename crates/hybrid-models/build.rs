@@ -1,4 +1,4 @@
-//! With feature `cuda`, compiles kernels/*.cu.
+//! Compiles kernels/*.cu if the feature `cuda` is enabled.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -11,7 +11,7 @@ fn main() {
 
 #[cfg(feature = "cuda")]
 mod sizes {
-    /// Bytes of shared memory and of scratch that kernels/args.cuh gives.
+    /// Constants of kernels/args.cuh: bytes of shared memory and of scratch.
     const NAMES: [&str; 12] = [
         "SCAN_SHARED",
         "SCAN_FEW_SHARED",
@@ -27,7 +27,7 @@ mod sizes {
         "WKV7_HALF_SHARED",
     ];
 
-    /// Writes `sizes.rs`, the constants of [`NAMES`], into the folder that cargo gives.
+    /// Writes `sizes.rs`, the constants of [`NAMES`], to cargo's output folder.
     pub fn write() {
         let args = std::fs::read_to_string("kernels/args.cuh").expect("the kernels' arguments");
         let out = std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR");

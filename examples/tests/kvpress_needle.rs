@@ -51,7 +51,7 @@ impl KvCache for Noted {
     fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
         self.cache.append_prompt(step, lse)?;
         let of = (self.spec().index, self.policy);
-        self.kept.lock().unwrap().insert(of, self.cache.positions(SEQ).to_vec());
+        self.kept.lock().unwrap().insert(of, self.cache.positions(SEQ).unwrap());
         Ok(())
     }
     fn needs_lse(&self) -> bool {

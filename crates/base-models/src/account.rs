@@ -1,5 +1,5 @@
-//! Which tensors of a checkpoint a model has used: one that it has no use for would change what it
-//! computes.
+//! Tracks which tensors of a checkpoint a model has read. An unread tensor could mean that the
+//! model computes something else.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::sync::Mutex;
 
 use longctx_core::{Error, Result};
 
-/// The most names in a message.
+/// The largest number of names in a message.
 const NAMED: usize = 5;
 
 /// The names of tensors that have been read.
@@ -21,10 +21,10 @@ impl Account {
         self.lock().insert(name.to_owned());
     }
 
-    /// Checks that every tensor was read. Harmless ones are logged.
+    /// Checks that every tensor has been read. Unread harmless ones are logged.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the tensors that were not.
+    /// [`Error::Unsupported`] naming the unread tensors.
     pub fn close<'a>(
         &self,
         path: &Path,

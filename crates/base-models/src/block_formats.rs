@@ -1,17 +1,17 @@
-//! GGUF's block formats: how the weights of a block are unpacked.
+//! GGUF's block formats: unpacking of a block's weights.
 
-/// Weights that are unpacked at a time.
+/// Weights per part, unpacked at a time.
 pub(crate) const PART: usize = 32;
 
-/// A block format. Each part of a block has 32 weights w = scale * q + offset.
+/// A block format. A part of a block has 32 weights w = scale * q + offset.
 pub(crate) trait Format: 'static {
-    /// Parts of a block: 1, or 8 in the K-quants.
+    /// Parts per block: 1, or 8 in the K-quants.
     const PARTS: usize = 1;
     const BYTES: usize;
-    /// The two bytes of each f16 in a block: where they start.
+    /// Byte offsets of the f16 numbers in a block.
     const HALVES: &'static [usize];
 
-    /// Scale, offset and the numbers q of a part.
+    /// Returns the scale, the offset and the numbers q of a part.
     fn unpack(block: &[u8], part: usize) -> (f32, f32, [f32; PART]);
 }
 
@@ -80,7 +80,7 @@ impl Format for Q8_0 {
     }
 }
 
-/// Scale and minimum of the block, 12 bytes of 6-bit scales and minima, 128 bytes of weights.
+/// Scale and minimum of the block (f16), 12 bytes of 6-bit scales and minima, 128 bytes of weights.
 impl Format for Q4K {
     const PARTS: usize = 8;
     const BYTES: usize = 144;
@@ -118,8 +118,8 @@ impl Format for Q5K {
     }
 }
 
-/// 128 bytes of low halves, 64 of the two high bits, 16 signed scales, one for 16 weights, and the
-/// block's scale.
+/// 128 bytes with the 4 low bits of the weights, 64 with the 2 high bits, 16 signed scales for 16
+/// weights each, and the block's scale.
 impl Format for Q6K {
     const PARTS: usize = 8;
     const BYTES: usize = 210;
@@ -142,8 +142,8 @@ impl Format for Q6K {
     }
 }
 
-/// Of a part of Q4_K and Q5_K. Parts 4 to 7 have the high two of their six bits in the bytes of parts
-/// 0 to 3.
+/// Returns scale and offset of a part of Q4_K and Q5_K. For parts 4 to 7, the high two of their six
+/// bits are in the bytes of parts 0 to 3.
 #[inline(always)]
 fn scale_and_offset(block: &[u8], part: usize) -> (f32, f32) {
     let bytes = &block[4..16];
@@ -157,7 +157,7 @@ fn scale_and_offset(block: &[u8], part: usize) -> (f32, f32) {
     (half_at(block, 0) * f32::from(scale), -half_at(block, 2) * f32::from(minimum))
 }
 
-/// Sixteen bytes hold weights 0 to 15 in their low halves and 16 to 31 in their high ones.
+/// Unpacks 16 bytes: weights 0 to 15 are the low nibbles, 16 to 31 the high nibbles.
 #[inline(always)]
 fn nibbles(bytes: &[u8]) -> [f32; PART] {
     let mut q = [0.0; PART];
@@ -169,7 +169,7 @@ fn nibbles(bytes: &[u8]) -> [f32; PART] {
     q
 }
 
-/// The same with a fifth bit: bit i of four bytes is that of weight i.
+/// Unpacks weights with a fifth bit: bit i of the four bytes `high` belongs to weight i.
 #[inline(always)]
 fn five_bits(high: &[u8], low: &[u8]) -> [f32; PART] {
     let high = u32::from_le_bytes([high[0], high[1], high[2], high[3]]);
@@ -180,8 +180,9 @@ fn five_bits(high: &[u8], low: &[u8]) -> [f32; PART] {
     q
 }
 
-/// A finite f16 in f32, without a branch: the bits in place, then the exponent's bias put right by a
-/// product, which is exact for subnormal numbers too. NaN and infinity have been refused before.
+/// Returns a finite f16 as f32, without a branch: the bits are shifted into place, then a
+/// multiplication corrects the exponent's bias, which is exact for subnormal numbers too. NaN and
+/// infinity have been refused before.
 #[inline(always)]
 pub(crate) fn half_at(block: &[u8], at: usize) -> f32 {
     let bits = u32::from(u16::from_le_bytes([block[at], block[at + 1]]));

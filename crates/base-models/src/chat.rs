@@ -1,4 +1,4 @@
-//! Chat templates: a conversation as the text that a model was trained on.
+//! Chat templates: format a conversation as the text that a model was trained on.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,7 +12,7 @@ use longctx_core::{Error, Result};
 use minijinja::Value;
 use serde::Serialize;
 
-/// The tokens of `tokenizer_config.json` that a template may name.
+/// The tokens of `tokenizer_config.json` that a template may use.
 const SPECIAL_TOKENS: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
@@ -21,28 +21,28 @@ const SPECIAL_TOKENS: [&str; 7] =
 pub struct Message {
     /// "system", "user" or "assistant".
     pub role: String,
-    /// What was said.
+    /// The text of the turn.
     pub content: String,
 }
 
 impl Message {
-    /// A turn of the user's.
+    /// Creates a turn of the user.
     pub fn user(content: impl Into<String>) -> Self {
         Self { role: "user".into(), content: content.into() }
     }
 
-    /// A turn of the model's.
+    /// Creates a turn of the model.
     pub fn assistant(content: impl Into<String>) -> Self {
         Self { role: "assistant".into(), content: content.into() }
     }
 
-    /// What the model is told before the conversation.
+    /// Creates a system prompt.
     pub fn system(content: impl Into<String>) -> Self {
         Self { role: "system".into(), content: content.into() }
     }
 }
 
-/// What a template is given beside the messages.
+/// The variables of a template besides the messages.
 ///
 /// ```
 /// use base_models::{ChatOptions, ChatTemplate, Message};
@@ -62,29 +62,29 @@ pub struct ChatOptions {
     reply: bool,
     tools: Option<Value>,
     arguments: BTreeMap<String, Value>,
-    /// Bytes of the tools and arguments.
+    /// Size of the tools and arguments in bytes.
     size: usize,
 }
 
 impl ChatOptions {
-    /// With the words that make the model answer (`add_generation_prompt`).
+    /// Ends the text with the start of the model's answer (`add_generation_prompt`).
     pub fn reply() -> Self {
         Self { reply: true, ..Self::default() }
     }
 
-    /// With tools, as a list of JSON schemas. Objects keep the order in which they serialize.
+    /// Adds tools, a list of JSON schemas. Objects keep the order in which they are serialized.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if they don't serialize.
+    /// [`Error::Unsupported`] if serialization fails.
     pub fn tools(self, tools: &impl Serialize) -> Result<Self> {
         let (tools, size) = value("tools", tools)?;
         Ok(Self { tools: Some(tools), size: self.size + size, ..self })
     }
 
-    /// With a variable that the template knows: "enable_thinking", "date_string", "documents".
+    /// Adds a variable of the template: "enable_thinking", "date_string", "documents".
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if its value does not serialize.
+    /// [`Error::Unsupported`] if serialization of its value fails.
     pub fn argument(mut self, name: &str, argument: impl Serialize) -> Result<Self> {
         let (argument, size) = value(name, &argument)?;
         self.arguments.insert(name.to_owned(), argument);
@@ -93,9 +93,9 @@ impl ChatOptions {
     }
 }
 
-/// A model's chat template, in Jinja, as `tokenizer_config.json` or a GGUF file carries it.
+/// A model's chat template in Jinja, from `tokenizer_config.json` or a GGUF file.
 ///
-/// It is compiled when it is first used, so that one that does not compile leaves its model open to
+/// It is compiled on first use, so that a model with an invalid template can still be used for
 /// completion.
 ///
 /// ```
@@ -110,13 +110,13 @@ impl ChatOptions {
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
     chat: Source,
-    /// For conversations with tools, where a model has a template of its own for them.
+    /// The template for conversations with tools, if the model has a separate one.
     with_tools: Option<Source>,
-    /// The texts of special tokens, by the names that templates have for them.
+    /// The texts of special tokens, by their names in templates.
     tokens: BTreeMap<String, String>,
 }
 
-/// A template that is compiled once, when it is needed.
+/// A template that is compiled once, on first use.
 #[derive(Debug, Clone)]
 struct Source {
     text: String,
@@ -140,10 +140,10 @@ impl Source {
 }
 
 impl ChatTemplate {
-    /// Compiles a template; `bos` and `eos` are the tokens that it may name.
+    /// Compiles a template. `bos` and `eos` are the texts of `bos_token` and `eos_token`.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the line that does not parse.
+    /// [`Error::Unsupported`] with the line of a syntax error.
     pub fn new(template: &str, bos: &str, eos: &str) -> Result<Self> {
         let tokens = [("bos_token", bos), ("eos_token", eos)];
         let tokens = tokens.map(|(name, text)| (name.to_owned(), text.to_owned())).into();
@@ -152,8 +152,8 @@ impl ChatTemplate {
         Ok(Self { chat, with_tools: None, tokens })
     }
 
-    /// The template of a checkpoint folder: `chat_template.jinja`, or the one in
-    /// `tokenizer_config.json`. `None` if there is none.
+    /// Reads the template of a checkpoint folder: `chat_template.jinja`, or the one in
+    /// `tokenizer_config.json`; `None` if there is none.
     pub(crate) fn from_folder(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join("tokenizer_config.json");
         let text = files::read_text_if_present(&path)?.unwrap_or_else(|| "{}".into());
@@ -172,7 +172,7 @@ impl ChatTemplate {
         }))
     }
 
-    /// The template of a GGUF file. `None` if there is none.
+    /// Reads the template of a GGUF file; `None` if there is none.
     pub(crate) fn from_gguf(
         file: &GgufFile,
         tokens: BTreeMap<String, String>,
@@ -183,16 +183,15 @@ impl ChatTemplate {
         Ok(Some(Self { chat: source(chat), with_tools: with_tools.map(source), tokens }))
     }
 
-    /// The conversation as text; `reply`: with the words that make the model answer.
+    /// Formats a conversation. With `reply`, the text ends with the start of the model's answer.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with what the template itself objects to, or the line that does not
-    /// compile.
+    /// [`Error::Unsupported`] with the template's own error message, or the line of a syntax error.
     pub fn render(&self, messages: &[Message], reply: bool) -> Result<String> {
         self.render_with(messages, &ChatOptions { reply, ..ChatOptions::default() })
     }
 
-    /// The conversation as text, with tools and other variables. Messages are [`Message`]s, or maps
+    /// Formats a conversation with tools and other variables. Messages are [`Message`]s, or maps
     /// with the fields that the template reads, such as `tool_calls`.
     ///
     /// # Errors
@@ -220,17 +219,16 @@ impl ChatTemplate {
     }
 }
 
-/// A value for templates, and the bytes of its JSON.
+/// Converts a value for templates, and returns the bytes of its JSON.
 fn value(name: &str, of: &impl Serialize) -> Result<(Value, usize)> {
     let failed = |e: &dyn std::fmt::Display| Error::Unsupported(format!("chat: {name:?}: {e}"));
     let json = serde_json::to_string(of).map_err(|e| failed(&e))?;
-    // Through text, which has no more depth than can be parsed, and the order that it was written
-    // in.
+    // Converted through JSON text, which limits the depth and keeps the order of fields.
     let value = serde_json::from_str(&json).map_err(|e| failed(&e))?;
     Ok((value, json.len()))
 }
 
-/// One template, or the one of that name of several.
+/// Returns the template, or the one named `name` if there are several.
 fn named_template(value: &serde_json::Value, name: &str) -> Option<String> {
     let named = |list: &Vec<serde_json::Value>| list.iter().find(|t| t["name"] == name).cloned();
     let one = match value.as_array() {

@@ -1,5 +1,4 @@
-//! Files of a checkpoint, opened without surprises: regular files only, inside the folder that was
-//! named.
+//! Safe access to the files of a checkpoint: only regular files, only inside the given folder.
 
 use std::fs::File;
 use std::path::{Component, Path, PathBuf};
@@ -15,12 +14,12 @@ pub(crate) fn open(path: &Path) -> Result<File> {
     File::open(path).map_err(|e| Error::file(path, e))
 }
 
-/// The text of a regular file.
+/// Reads a regular file as text.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
     std::io::read_to_string(open(path)?).map_err(|e| Error::file(path, e))
 }
 
-/// The text of a regular file, or `None` if nothing has that name.
+/// Reads a regular file as text; `None` if it does not exist.
 pub(crate) fn read_text_if_present(path: &Path) -> Result<Option<String>> {
     match std::fs::symlink_metadata(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -28,10 +27,10 @@ pub(crate) fn read_text_if_present(path: &Path) -> Result<Option<String>> {
     }
 }
 
-/// The path of a file that an index names. Such a name must stay inside the folder.
+/// Returns the path of a file that an index names. The name must stay inside the folder.
 ///
 /// # Errors
-/// [`Error::File`] with the index and the name if it is absolute or climbs with `..`.
+/// [`Error::File`] with the index and the name if the name is absolute or contains `..`.
 pub(crate) fn inside(folder: &Path, index: &Path, name: &str) -> Result<PathBuf> {
     let plain = |c: Component| matches!(c, Component::Normal(_));
     if name.is_empty() || !Path::new(name).components().all(plain) {
@@ -40,7 +39,7 @@ pub(crate) fn inside(folder: &Path, index: &Path, name: &str) -> Result<PathBuf>
     Ok(folder.join(name))
 }
 
-/// A regular file as JSON.
+/// Reads a regular file as JSON.
 pub(crate) fn read_json(path: &Path) -> Result<serde_json::Value> {
     serde_json::from_str(&read_text(path)?).map_err(|e| Error::file(path, e))
 }

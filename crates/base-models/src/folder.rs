@@ -1,5 +1,5 @@
-//! Checkpoints in Hugging Face's layout: a folder with `config.json` and weights in safetensors or
-//! PyTorch's files.
+//! Checkpoints in Hugging Face format: a folder with `config.json` and weights in safetensors or
+//! PyTorch files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -17,14 +17,14 @@ use longctx_core::{Error, Result};
 use safetensors::Dtype;
 use serde_json::Value;
 
-/// The files that weights lie in, in the order in which they are looked for. An index lists shards.
+/// The files of weights in order of preference: a single file, or an index of shards.
 pub(crate) const LAYOUTS: [(&str, &str); 2] = [
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 ];
 
-/// Tensors that can be computed from the settings, or that concern activations and caches, which
-/// are computed in full precision here.
+/// Tensors without effect: they are computed from the settings, or concern the quantization of
+/// activations and caches, which are in full precision here.
 const HARMLESS: [&str; 7] = [
     "rotary_emb.inv_freq",
     "self_attn.rotary_emb",
@@ -48,12 +48,12 @@ pub(crate) struct Folder {
 enum Source {
     /// Memory-mapped.
     Safetensors(MmapedSafetensors),
-    /// The files and, for each tensor, which of them has it.
+    /// The files, and the file index of each tensor.
     Torch(Vec<TorchFile>, BTreeMap<String, usize>),
 }
 
 impl Folder {
-    /// The weights of an architecture whose tensors have these names.
+    /// Opens the weights of an architecture whose tensors have these names.
     pub fn open(path: &Path, names: &'static Names, options: &LoadOptions) -> Result<Self> {
         let fp8 = Fp8::from_folder(path)?;
         let files = weight_files(path)?;
@@ -63,9 +63,9 @@ impl Folder {
         let safetensors = files.iter().all(|f| f.extension().is_some_and(|e| e == "safetensors"));
         let source = match safetensors {
             true => {
-                // SAFETY: memory-mapping is sound as long as nobody changes the files while they
-                // are mapped: a checkpoint is written once, and this is the documented condition of
-                // every loader that maps safetensors.
+                // SAFETY: memory-mapping is sound as long as the files are not modified while they
+                // are mapped. Checkpoints are written once; every loader that maps safetensors
+                // documents this condition.
                 #[allow(unsafe_code)]
                 let mapped = unsafe { MmapedSafetensors::multi(&files) };
                 Source::Safetensors(mapped.map_err(|e| Error::file(path, e))?)
@@ -100,8 +100,7 @@ impl Folder {
         }
     }
 
-    /// The tensor's numbers in f32 or as they are stored, on the CPU; 8-bit floats without their
-    /// scales.
+    /// Reads a tensor on the CPU in f32 or as stored; 8-bit floats without their scales.
     fn numbers(&self, name: &str) -> Result<Tensor> {
         match &self.source {
             Source::Torch(files, homes) => files[homes[name]].load(name),
@@ -133,7 +132,7 @@ impl Folder {
         }
     }
 
-    /// The scales of a weight in 8-bit floats.
+    /// Reads the scales of a weight in 8-bit floats.
     fn scales(&self, name: &str) -> Result<Tensor> {
         let candidates = [format!("{name}_scale_inv"), format!("{name}_scale")];
         match candidates.iter().find(|scale| self.dims(scale).is_some()) {
@@ -159,7 +158,7 @@ impl Folder {
         Error::file(&self.path, format!("there is no tensor {name:?}"))
     }
 
-    /// Whether two tensors have the same shape and numbers.
+    /// Returns whether two tensors have the same shape and data.
     fn same(&self, a: &str, b: &str) -> Result<bool> {
         if self.dims(a) != self.dims(b) {
             return Ok(false);
@@ -208,7 +207,7 @@ impl Weights for Folder {
 
     fn finish(&self) -> Result<()> {
         let names = self.tensor_names();
-        // Some checkpoints hold the matrix of tied embeddings twice.
+        // Some checkpoints store the matrix of tied embeddings twice.
         let (embedding, head) = ("model.embed_tokens.weight", "lm_head.weight");
         let twice = self.has(head) && self.has(embedding) && self.same(embedding, head)?;
         let harmless =
@@ -217,7 +216,7 @@ impl Weights for Folder {
     }
 }
 
-/// The files that hold the weights: one, or those that an index names.
+/// Returns the files of the weights: one, or those listed in an index.
 fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     for (single, index) in LAYOUTS {
         let single = folder.join(single);
@@ -234,7 +233,7 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     Err(Error::file(folder, format!("there is neither {a} nor {b}, {c} or {d}")))
 }
 
-/// The file names that an index refers to.
+/// Returns the file names in an index.
 pub(crate) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
     let json = files::read_json(index)?;
     let map = json["weight_map"]

@@ -1,4 +1,4 @@
-//! Weights in 8-bit floats (E4M3) with scales beside them.
+//! Weights in 8-bit floats (E4M3) with separate scales.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use longctx_core::{Error, Result};
 use serde_json::Value;
 
-/// How a checkpoint's `config.json` says that its weights are quantized.
+/// The quantization settings of a checkpoint's `config.json`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Fp8 {
     /// Rows and columns of a block that shares a scale.
@@ -21,10 +21,10 @@ impl Default for Fp8 {
 }
 
 impl Fp8 {
-    /// Reads the field `quantization_config` of a folder's `config.json`, if there is one.
+    /// Reads the field `quantization_config` of a folder's `config.json`, if it exists.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the method, unless it is one of 8-bit floats.
+    /// [`Error::Unsupported`] with the method, unless it uses 8-bit floats.
     pub fn from_folder(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
         let Some(text) = files::read_text_if_present(&path)? else { return Ok(Self::default()) };
@@ -50,7 +50,7 @@ impl Fp8 {
         Ok(block(config).map_or_else(Self::default, |block| Self { block }))
     }
 
-    /// Multiplies a matrix `[out, in]` with its scales: one for all, one per row, or one per block.
+    /// Multiplies a matrix `[out, in]` by its scales: one scale, one per row, or one per block.
     ///
     /// # Errors
     /// [`Error::Mismatch`] with the scales' shape if it is none of these.
@@ -77,7 +77,7 @@ impl Fp8 {
     }
 }
 
-/// The block's size, where either layout of the configuration names it.
+/// Returns the block size, from either layout of the configuration.
 fn block(config: &Value) -> Option<(usize, usize)> {
     let groups = config["config_groups"].as_object();
     let in_group = groups.and_then(|groups| {

@@ -1,9 +1,9 @@
-//! The types of tensors in ggml, by their numbers.
+//! ggml's tensor types by number.
 
 use candle_core::quantized::GgmlDType;
 
-/// ggml's name of a type, the weights of a block, its bytes, and candle's type if it can be
-/// multiplied.
+/// Returns ggml's name of a type, the weights per block, the bytes per block, and candle's type if
+/// products are supported.
 pub(crate) fn tensor_type(id: u32) -> (&'static str, usize, usize, Option<GgmlDType>) {
     let known = |name, dtype: GgmlDType| (name, dtype.block_size(), dtype.type_size(), Some(dtype));
     let name = match id {

@@ -17,10 +17,10 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use longctx_core::{Error, Result};
 
-/// Tensors that can be computed from the settings.
+/// Tensors that are computed from the settings.
 const HARMLESS: [&str; 1] = ["attn_rot_embd"];
 
-/// An open GGUF file as a model.
+/// A model in an open GGUF file.
 pub(crate) struct Gguf {
     file: GgufFile,
     options: LoadOptions,
@@ -41,23 +41,22 @@ impl Gguf {
         &self.file
     }
 
-    /// The model's shape, from the file's metadata.
+    /// Reads the model's shape from the file's metadata.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with each setting that changes what the model computes and is not
-    /// read.
+    /// [`Error::Unsupported`] for a setting that changes the model's output and is not implemented.
     pub fn config(&self) -> Result<Config> {
         let settings = Settings::new(&self.file, self.architecture.name);
         settings.check(self.architecture.gguf_settings)?;
         let mut config = self.read_common(&settings)?;
-        // Layers have settings of their own: their number is checked before there are so many.
+        // Settings per layer are allocated next, so the number of layers is checked first.
         config.check()?;
         (self.architecture.read_gguf)(&settings, &mut config)?;
         config.check()?;
         Ok(config)
     }
 
-    /// The settings that all have.
+    /// Reads the settings of all architectures.
     fn read_common(&self, file: &Settings) -> Result<Config> {
         let names = self.names();
         let heads = file.need_number("attention.head_count")?;
@@ -119,7 +118,7 @@ impl Gguf {
         }
     }
 
-    /// The numbers of a vector.
+    /// Reads a vector.
     fn numbers(&self, name: &str, len: usize) -> Result<Vec<f64>> {
         let tensor = self.read(name, &[len], &Device::Cpu)?.dequantize(&Device::Cpu)?;
         Ok(tensor.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
@@ -140,7 +139,7 @@ impl Gguf {
         self.file.read(name, device)
     }
 
-    /// The channels of a head in a projection whose rows are interleaved.
+    /// Returns the head size of a projection with interleaved rows.
     fn interleaved_head(&self, name: &str) -> Result<Option<usize>> {
         if !self.architecture.gguf_interleaved {
             return Ok(None);
@@ -159,7 +158,7 @@ impl Gguf {
         Ok(Some(rows / heads.max(1)))
     }
 
-    /// A matrix as the options say it is to be held.
+    /// Converts a matrix as the options say: packed or expanded.
     fn hold(&self, matrix: &QuantizedMatrix) -> Result<Weight> {
         let float = matches!(matrix.dtype(), GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16);
         if self.options.expand || float {
@@ -170,8 +169,8 @@ impl Gguf {
     }
 }
 
-/// llama.cpp rotates channel 2i with 2i+1, Hugging Face i with i + d/2: the row of llama.cpp's that
-/// is row `row` here.
+/// Returns llama.cpp's row for row `row` here. llama.cpp rotates channel 2i with 2i+1, Hugging Face
+/// i with i + d/2.
 fn interleaved_row(row: usize, d: usize) -> usize {
     let (head, channel) = (row / d, row % d);
     head * d + 2 * (channel % (d / 2)) + channel / (d / 2)
@@ -199,7 +198,7 @@ impl Weights for Gguf {
     }
 
     fn matrix(&self, name: &str, out: usize, inner: usize) -> Result<Weight> {
-        // Rows are reordered on the CPU, where their bytes are at hand.
+        // Rows are reordered on the CPU, where their bytes are accessible.
         let tensor = self.read(name, &[out, inner], &Device::Cpu)?;
         let mut matrix = QuantizedMatrix::new(name, tensor)?;
         if let Some(d) = self.interleaved_head(name)? {

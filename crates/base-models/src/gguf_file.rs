@@ -1,4 +1,4 @@
-//! The container of GGUF: metadata by key and tensors by name, in one file or split over several.
+//! The GGUF container: metadata by key and tensors by name, in one file or several parts.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -22,12 +22,11 @@ pub(crate) struct GgufFile {
 }
 
 impl GgufFile {
-    /// Reads the headers of a file and of the parts that belong to it (`name-00001-of-00003.gguf`
-    /// and so on).
+    /// Reads the headers of a file and of its other parts (`name-00001-of-00003.gguf` and so on).
     ///
     /// # Errors
     /// [`Error::File`] with the file that is missing, truncated or damaged; [`Error::Unsupported`]
-    /// with the first tensor whose type can't be multiplied.
+    /// with the first tensor of an unsupported type.
     pub fn open(path: &Path) -> Result<Self> {
         let first = files::open(path)?;
         let (metadata, tensors) = gguf_header::read(path, &first)?;
@@ -93,7 +92,7 @@ impl GgufFile {
         self.tensors.get(name)
     }
 
-    /// The text of a key that must hold one.
+    /// Returns a string value; an error for another type.
     pub fn text(&self, key: &str) -> Result<Option<&str>> {
         match self.get(key) {
             None => Ok(None),
@@ -102,7 +101,7 @@ impl GgufFile {
         }
     }
 
-    /// The whole number of a key that must hold one, at least 0.
+    /// Returns a non-negative integer value; an error for another type.
     pub fn number(&self, key: &str) -> Result<Option<usize>> {
         match self.get(key) {
             None => Ok(None),
@@ -113,7 +112,7 @@ impl GgufFile {
         }
     }
 
-    /// The number of a key that must hold one.
+    /// Returns a number value; an error for another type.
     pub fn float(&self, key: &str) -> Result<Option<f64>> {
         match self.get(key) {
             None => Ok(None),
@@ -123,7 +122,7 @@ impl GgufFile {
         }
     }
 
-    /// The switch of a key that must hold one.
+    /// Returns a boolean value; an error for another type.
     pub fn switch(&self, key: &str) -> Result<Option<bool>> {
         match self.get(key) {
             None => Ok(None),
@@ -132,7 +131,7 @@ impl GgufFile {
         }
     }
 
-    /// The list of texts of a key that must hold one.
+    /// Returns a list of strings; an error for another type.
     pub fn texts(&self, key: &str) -> Result<Option<&[String]>> {
         match self.get(key) {
             None => Ok(None),
@@ -142,7 +141,7 @@ impl GgufFile {
         }
     }
 
-    /// An error about a metadata key.
+    /// Creates an error about a metadata key.
     pub fn bad(&self, key: &str, reason: impl std::fmt::Display) -> Error {
         Error::file(&self.path, format!("metadata {key:?} {reason}"))
     }
@@ -170,7 +169,7 @@ fn split_number(path: &Path, metadata: &BTreeMap<String, Value>, key: &str) -> R
     }
 }
 
-/// The path of another part, counted from 0, beside the first one.
+/// Returns the path of another part, counted from 0, beside the first one.
 fn part_path(first: &Path, part: u64, count: u64) -> Result<PathBuf> {
     let name = first.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let prefix = name.strip_suffix(&format!("-00001-of-{count:05}.gguf")).ok_or_else(|| {

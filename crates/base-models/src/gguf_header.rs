@@ -1,4 +1,4 @@
-//! The header of a GGUF file: metadata by key, and where tensors lie.
+//! The header of a GGUF file: metadata by key, and the locations of tensors.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -12,10 +12,10 @@ use longctx_core::{Error, Result};
 const MAGIC: u32 = u32::from_le_bytes(*b"GGUF");
 const DEFAULT_ALIGNMENT: u64 = 32;
 const MAX_DIMS: u32 = 4;
-/// Arrays of arrays occur in no known file; deeper ones are refused.
+/// Arrays of arrays occur in no known file. Deeper nesting is refused.
 const MAX_DEPTH: usize = 2;
 
-/// A metadata value. Whole numbers and floats of all widths share a variant.
+/// A metadata value. Integers of all widths share a variant, and so do floats.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Value {
     Integer(i128),
@@ -25,19 +25,19 @@ pub(crate) enum Value {
     Texts(Vec<String>),
     Integers(Vec<i64>),
     Floats(Vec<f32>),
-    /// An array of arrays. Its content is not kept.
+    /// An array of arrays. Its contents are not kept.
     Nested,
 }
 
-/// Where a tensor lies.
+/// The location of a tensor.
 #[derive(Debug)]
 pub(crate) struct TensorInfo {
     pub dtype: GgmlDType,
-    /// Outermost first, unlike in the file.
+    /// Outermost dimension first, unlike in the file.
     pub dims: Vec<usize>,
-    /// The file, counted from the first part.
+    /// Index of the file among the parts.
     pub part: usize,
-    /// The first byte in that file.
+    /// Offset of the first byte in that file.
     pub start: u64,
     pub bytes: usize,
 }
@@ -45,11 +45,11 @@ pub(crate) struct TensorInfo {
 /// Metadata by key, and tensors in the order of the file.
 pub(crate) type Contents = (BTreeMap<String, Value>, Vec<(String, TensorInfo)>);
 
-/// Reads the header of a file. No allocation goes beyond a multiple of the file's size.
+/// Reads the header of a file. Allocations are bounded by a multiple of the file's size.
 ///
 /// # Errors
-/// [`Error::File`] with what is damaged or truncated; [`Error::Unsupported`] with the first tensor
-/// whose type can't be multiplied.
+/// [`Error::File`] if the header is damaged or truncated; [`Error::Unsupported`] with the first
+/// tensor of an unsupported type.
 pub(crate) fn read(path: &Path, file: &File) -> Result<Contents> {
     let size = file.metadata().map_err(|e| Error::file(path, e))?.len();
     Header { path, reader: BufReader::new(file), at: 0, size, short_lengths: false }.read()
@@ -60,7 +60,7 @@ struct Header<'a> {
     reader: BufReader<&'a File>,
     at: u64,
     size: u64,
-    /// Version 1 has lengths of 32 bits.
+    /// Whether lengths have 32 bits (version 1).
     short_lengths: bool,
 }
 
@@ -141,8 +141,7 @@ impl Header<'_> {
         }
     }
 
-    /// A truncated file is found out before anything is loaded, by the first tensor that goes past
-    /// its end.
+    /// Detects a truncated file before anything is loaded: names the first tensor that exceeds it.
     fn check_ends(&self, tensors: &[(String, TensorInfo)]) -> Result<()> {
         let end = |info: &TensorInfo| info.start.saturating_add(info.bytes as u64);
         let beyond = tensors.iter().filter(|(_, info)| end(info) > self.size);
@@ -177,7 +176,7 @@ impl Header<'_> {
     fn array(&mut self, key: &str, depth: usize) -> Result<Value> {
         let kind = self.u32()?;
         let count = self.length()?;
-        // Each element takes at least a byte of the file, so a false count ends the loop soon.
+        // Each element takes at least a byte of the file, so a wrong count ends the loop soon.
         let mut array = match kind {
             8 => Value::Texts(Vec::new()),
             6 | 12 => Value::Floats(Vec::new()),
@@ -207,7 +206,7 @@ impl Header<'_> {
         }
         let mut bytes = vec![0; length as usize];
         self.fill(&mut bytes)?;
-        // Some writers end strings with a zero, and some cut within a character.
+        // Some writers end strings with a zero byte, and some cut within a character.
         while bytes.last() == Some(&0) {
             bytes.pop();
         }

@@ -4,7 +4,7 @@ use crate::gguf_file::GgufFile;
 use crate::gguf_header::Value;
 use longctx_core::{Error, Result};
 
-/// Settings that are read, or don't change what the model computes.
+/// Settings that are read, or that do not change the model's output.
 const READ: [&str; 22] = [
     "attention.head_count",
     "attention.head_count_kv",
@@ -30,8 +30,8 @@ const READ: [&str; 22] = [
     "vocab_size",
 ];
 
-/// Settings that change what a model computes: with a value other than the neutral one they are
-/// refused, unless the architecture reads them.
+/// Settings that change the model's output, with their neutral values. Other values are refused,
+/// unless the architecture reads the setting.
 const REFUSED: [(&str, f64); 29] = [
     ("attention.causal", 1.0),
     ("attention.clamp_kqv", 0.0),
@@ -64,7 +64,7 @@ const REFUSED: [(&str, f64); 29] = [
     ("use_parallel_residual", 0.0),
 ];
 
-/// A file's settings under the name of its architecture.
+/// A file's settings under the prefix of its architecture.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Settings<'a> {
     file: &'a GgufFile,
@@ -88,7 +88,7 @@ impl<'a> Settings<'a> {
         self.file.number(&self.key(name))
     }
 
-    /// A whole number that the file must have.
+    /// Returns an integer that the file must have.
     pub fn need_number(&self, name: &str) -> Result<usize> {
         self.number(name)?.ok_or_else(|| self.missing(name))
     }
@@ -97,7 +97,7 @@ impl<'a> Settings<'a> {
         self.file.float(&self.key(name))
     }
 
-    /// The number, unless it is 0, with which files switch a setting off.
+    /// Returns a number unless it is 0, which disables a setting.
     pub fn nonzero(&self, name: &str) -> Result<Option<f64>> {
         Ok(self.float(name)?.filter(|&x| x != 0.0))
     }
@@ -111,15 +111,15 @@ impl<'a> Settings<'a> {
         Error::Unsupported(format!("{}: {what}", self.file.path().display()))
     }
 
-    /// An error about the value of a setting.
+    /// Creates an error about the value of a setting.
     pub fn refuse(&self, name: &str, value: impl std::fmt::Display) -> Error {
         self.unsupported(format!("{} of {value}", self.key(name)))
     }
 
-    /// Checks that every setting is read, here or by the architecture, or without effect.
+    /// Checks that every setting is read, here or by the architecture, or has no effect.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the first that changes what the model computes.
+    /// [`Error::Unsupported`] with the first setting that changes the model's output.
     pub fn check(&self, read: &[&str]) -> Result<()> {
         let mut unknown = Vec::new();
         for key in self.file.keys() {

@@ -1,4 +1,4 @@
-//! The tokenizer that a GGUF file's metadata describes, read as llama.cpp reads it.
+//! Builds the tokenizer in a GGUF file's metadata, with llama.cpp's rules.
 
 use std::collections::HashSet;
 
@@ -15,7 +15,7 @@ use tokenizers::pre_tokenizers::{
 };
 use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
-/// Tokens that end a text or a turn, whatever the file calls its end token.
+/// Texts of tokens that end a text or a turn, whatever end token the file names.
 const END_TOKENS: [&str; 26] = [
     "<|eot_id|>",
     "<|im_end|>",
@@ -39,18 +39,19 @@ const END_TOKENS: [&str; 26] = [
     "<|tool_response>",
     "<｜end▁of▁sentence｜>",
     "[e~[",
-    // Ends of files in models of code.
+    // Ends of files in models for code.
     "<|fim_pad|>",
     "<|fim_repo|>",
     "<|repo_name|>",
     "<|file_sep|>",
 ];
 
-/// Those of them that are words of a markup language in some vocabularies (Qwen's), unless the file
-/// gives them a type of their own.
+/// The end tokens that are plain markup in some vocabularies (Qwen's), unless the file declares
+/// them as control tokens.
 const AMBIGUOUS: [&str; 5] = ["</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]"];
 
-/// Byte-level BPE ("gpt2": Llama 3, Qwen, SmolLM) or SentencePiece ("llama": Llama 2, Mistral).
+/// Builds byte-level BPE ("gpt2": Llama 3, Qwen, SmolLM) or SentencePiece BPE ("llama": Llama 2,
+/// Mistral).
 pub(crate) fn tokenizer(file: &GgufFile) -> Result<Tokenizer> {
     match file.text("tokenizer.ggml.model")? {
         Some("llama") => sentence_piece(file),
@@ -60,7 +61,8 @@ pub(crate) fn tokenizer(file: &GgufFile) -> Result<Tokenizer> {
     }
 }
 
-/// The tokens that end a text: those that the file names, and those whose text says so.
+/// Returns the tokens that end a text: those that the file names, and those with the text of an end
+/// token.
 pub(crate) fn end_tokens(file: &GgufFile) -> Result<Vec<u32>> {
     let mut ends = Vec::new();
     for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
@@ -85,11 +87,11 @@ pub(crate) fn end_tokens(file: &GgufFile) -> Result<Vec<u32>> {
     Ok(ends)
 }
 
-/// The token of a key such as "bos_token_id".
+/// Returns the token of a key such as "bos_token_id".
 pub(crate) fn token_id(file: &GgufFile, key: &str) -> Result<Option<u32>> {
     let key = format!("tokenizer.ggml.{key}");
     match file.get(&key) {
-        // Written by old converters for a token that the model lacks.
+        // Old converters write this for a token that the model lacks.
         Some(Value::Integer(-1 | 0xffff_ffff)) => Ok(None),
         _ => Ok(file.number(&key)?.and_then(|id| u32::try_from(id).ok())),
     }
@@ -159,7 +161,7 @@ fn pre_tokenizer(file: &GgufFile, name: &str) -> Result<&'static PreTokenizer> {
     })
 }
 
-/// Splits by the patterns, then turns bytes into the characters that stand for them.
+/// Splits by the patterns, then maps bytes to the characters that represent them.
 pub(crate) fn splitter(pre: &PreTokenizer) -> tokenizers::Result<Sequence> {
     let split = |pattern: &&str| {
         let pattern = SplitPattern::Regex((*pattern).to_owned());
@@ -170,7 +172,7 @@ pub(crate) fn splitter(pre: &PreTokenizer) -> tokenizers::Result<Sequence> {
     Ok(Sequence::new(steps))
 }
 
-/// The texts of all tokens. Empty ones get a name, since each id needs one.
+/// Returns the texts of all tokens. Empty ones get a name, since each id needs one.
 fn tokens(file: &GgufFile) -> Result<Vec<String>> {
     let key = "tokenizer.ggml.tokens";
     let tokens = file.texts(key)?.ok_or_else(|| file.bad(key, "is missing"))?;
@@ -181,7 +183,7 @@ fn tokens(file: &GgufFile) -> Result<Vec<String>> {
     Ok(tokens.iter().enumerate().map(named).collect())
 }
 
-/// What the file says that each token is.
+/// Returns the token types that the file declares.
 fn declared_kinds(file: &GgufFile, count: usize) -> Result<Option<Vec<Kind>>> {
     let key = "tokenizer.ggml.token_type";
     match file.get(key) {
@@ -193,7 +195,7 @@ fn declared_kinds(file: &GgufFile, count: usize) -> Result<Option<Vec<Kind>>> {
     }
 }
 
-/// What each token is. Tokens that end a text are control tokens even in files that don't say so.
+/// Returns the type of each token. End tokens are control tokens even if the file does not say so.
 fn kinds(file: &GgufFile, tokens: &[String]) -> Result<Vec<Kind>> {
     let mut special = end_tokens(file)?;
     let declared = declared_kinds(file, tokens.len())?;
@@ -223,7 +225,7 @@ fn scores(file: &GgufFile, count: usize) -> Result<Vec<f32>> {
     }
 }
 
-/// What a kind of tokenizer puts around a text where the file does not say.
+/// The tokens that a kind of tokenizer adds around a text if the file does not say.
 struct Ends {
     add_bos: bool,
     bos: Option<u32>,

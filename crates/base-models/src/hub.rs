@@ -10,15 +10,15 @@ use longctx_core::{Error, Result};
 const OPTIONAL: [&str; 3] =
     ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"];
 
-/// Fetches what [`Pretrained::from_folder`](crate::Pretrained::from_folder) needs, unless it is
-/// there already; gives the folder.
+/// Downloads the files for [`Pretrained::from_folder`](crate::Pretrained::from_folder) unless they
+/// are cached; returns their folder.
 pub(crate) fn download(name: &str) -> Result<PathBuf> {
     let api = ApiBuilder::from_env().build().map_err(|e| Error::file(name, e))?;
     let repo = api.model(name.to_owned());
     let config = fetch(&repo, name, "config.json")?;
     let folder = config.parent().map(PathBuf::from);
     let folder = folder.ok_or_else(|| Error::file(name, "config.json lies in no folder"))?;
-    // Models that were not made for conversation have none of these.
+    // Models without a chat template have none of these.
     for file in OPTIONAL {
         let _ = repo.get(file);
     }
@@ -32,7 +32,7 @@ pub(crate) fn download(name: &str) -> Result<PathBuf> {
         }
         let Ok(index) = repo.get(index) else { continue };
         for shard in shard_names(&index)? {
-            // A name that leaves the folder would be written wherever it points.
+            // A name with `..` would be written outside of the folder.
             files::inside(&folder, &index, &shard)?;
             fetch(&repo, name, &shard)?;
         }

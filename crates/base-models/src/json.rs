@@ -1,12 +1,11 @@
-//! Fields of a JSON object, as leniently as Python reads them: null is absent, 2048.0 a whole
-//! number.
+//! Fields of a JSON object with Python's leniency: null means absent, and 2048.0 is an integer.
 
 use std::path::Path;
 
 use longctx_core::{Error, Result};
 use serde_json::{Map, Value};
 
-/// An object of a file.
+/// A JSON object in a file.
 pub(crate) struct Fields<'a> {
     path: &'a Path,
     object: &'a Map<String, Value>,
@@ -23,7 +22,7 @@ impl<'a> Fields<'a> {
         self.object.is_empty()
     }
 
-    /// Whether the field is there, be it null.
+    /// Returns whether the field exists, even if it is null.
     pub fn has(&self, name: &str) -> bool {
         self.object.contains_key(name)
     }
@@ -43,7 +42,7 @@ impl<'a> Fields<'a> {
         read(value).map(Some).ok_or_else(bad)
     }
 
-    /// A whole number, at least 0.
+    /// Returns a non-negative integer.
     pub fn number(&self, name: &str) -> Result<Option<usize>> {
         self.expect(name, "a whole number", |value| {
             let whole = |x: &f64| x.fract() == 0.0 && (0.0..9e15).contains(x);
@@ -52,7 +51,7 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// The same under either of two names.
+    /// Returns a non-negative integer under either of two names.
     pub fn either_number(&self, name: &str, other: &str) -> Result<Option<usize>> {
         Ok(match self.number(name)? {
             Some(number) => Some(number),
@@ -60,7 +59,7 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// Whole numbers, at least 0.
+    /// Returns non-negative integers.
     pub fn numbers(&self, name: &str) -> Result<Option<Vec<usize>>> {
         self.expect(name, "a list of whole numbers", |value| {
             let number = |value: &Value| usize::try_from(value.as_u64()?).ok();
@@ -100,7 +99,7 @@ impl<'a> Fields<'a> {
         Ok(self.object(name)?.map(|object| Fields { path: self.path, object }))
     }
 
-    /// One token id or a list of them; others than ids, such as -1, are left out.
+    /// Returns one token id or a list of them. Values that are not ids, such as -1, are skipped.
     pub fn ids(&self, name: &str) -> Vec<u32> {
         let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
         match self.get(name) {
@@ -110,7 +109,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// A token, written as a text or as an object with its content.
+    /// Returns a token, given as a string or as an object with its content.
     pub fn token(&self, name: &str) -> Option<String> {
         let value = self.get(name)?;
         value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned)

@@ -1,4 +1,4 @@
-//! Matrix products with weights, dense or quantized.
+//! Linear maps with dense or quantized weights.
 
 use crate::quantized::QuantizedMatrix;
 use candle_core::{D, DType, Tensor};
@@ -14,9 +14,9 @@ pub struct Linear {
 /// A weight matrix `[out, in]`.
 #[derive(Debug, Clone)]
 pub enum Weight {
-    /// In a float format.
+    /// A float tensor.
     Dense(Tensor),
-    /// In a format of GGUF files.
+    /// A matrix in a block format of GGUF files.
     Quantized(QuantizedMatrix),
 }
 
@@ -25,7 +25,7 @@ impl Linear {
         Self { weight, bias }
     }
 
-    /// `x`: `[…, in]`; gives `[…, out]`.
+    /// Maps `x` `[…, in]` to `[…, out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.weight.forward(x)?;
         Ok(match &self.bias {
@@ -58,7 +58,7 @@ impl Weight {
         }
     }
 
-    /// Rows of the matrix, as an embedding: `ids` `[…]` gives `[…, in]` in `dtype`.
+    /// Returns rows of the matrix as embeddings: `ids` `[…]` gives `[…, in]` in `dtype`.
     pub fn embed(&self, ids: &Tensor, dtype: DType) -> Result<Tensor> {
         let rows = match self {
             Weight::Dense(w) => w.index_select(&ids.flatten_all()?, 0)?,
@@ -70,17 +70,17 @@ impl Weight {
     }
 }
 
-/// Several maps of one input, as a single product where their formats allow: each wake-up of the threads, and each reading of the
-/// input, then serves all of them.
+/// Several linear maps of one input. If their formats allow, they are computed as a single product:
+/// the threads are woken and the input is read only once.
 #[derive(Debug, Clone)]
 pub struct Joined {
     maps: Vec<Linear>,
-    /// Outputs of each map that was joined.
+    /// Number of outputs of each map.
     sizes: Vec<usize>,
 }
 
 impl Joined {
-    /// Of a single map whose outputs are those of several, one after the other.
+    /// Creates the maps from a single map with the concatenated outputs.
     pub fn fused(map: Linear, sizes: Vec<usize>) -> Self {
         Self { maps: vec![map], sizes }
     }
@@ -118,8 +118,8 @@ impl Joined {
         Ok(weight.map(|weight| Linear { weight, bias }))
     }
 
-    /// `x`: `[tokens, in]`; gives one `[tokens, heads, head_dim]` per map. Of a single product, they
-    /// are views.
+    /// Maps `x` `[tokens, in]` to one `[tokens, heads, head_dim]` per map. With a single product
+    /// these are views.
     pub fn forward_heads(&self, x: &Tensor, head_dim: usize) -> Result<Vec<Tensor>> {
         let heads = |y: Tensor| -> Result<Tensor> {
             let (tokens, channels) = y.dims2()?;
@@ -138,7 +138,7 @@ impl Joined {
         Ok(outputs)
     }
 
-    /// `x`: `[…, in]`; gives one `[…, out]` per map.
+    /// Maps `x` `[…, in]` to one `[…, out]` per map.
     pub fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>> {
         let [one] = self.maps.as_slice() else {
             return self.maps.iter().map(|map| map.forward(x)).collect();

@@ -1,15 +1,15 @@
-//! Python pickles as data: what PyTorch writes around the tensors of a checkpoint. Nothing is ever
-//! called.
+//! Reads Python pickles as data: the descriptions of tensors in PyTorch checkpoints. No function is
+//! ever called.
 //!
-//! Objects lie in an arena and refer to each other by index, so that no object is copied when the
-//! memo gives it out again, nothing recurses, and memory is bounded by the number of bytes read.
+//! Objects are stored in an arena and refer to each other by index. So no object is copied when the
+//! memo returns it again, there is no recursion, and memory is bounded by the number of bytes read.
 
 use std::collections::HashMap;
 
 /// The index of an object.
 pub(crate) type Id = usize;
 
-/// What a pickle holds, as far as checkpoints need it.
+/// An object of a pickle, as far as checkpoints need it.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Object {
     Int(i64),
@@ -19,18 +19,18 @@ pub(crate) enum Object {
     Tuple(Vec<Id>),
     List(Vec<Id>),
     Dict(Vec<(Id, Id)>),
-    /// What lies outside the pickle: the storage of a tensor.
+    /// A reference to something outside of the pickle: the storage of a tensor.
     Persistent(Id),
-    /// A call that was to be made.
+    /// A function call, which is not executed.
     Call {
         function: Id,
         arguments: Id,
     },
-    /// None, a truth value, a float, bytes.
+    /// None, a boolean, a float, or bytes.
     Other,
 }
 
-/// An unpickled object and all that it refers to.
+/// An unpickled object and everything that it refers to.
 #[derive(Debug)]
 pub(crate) struct Pickle {
     objects: Vec<Object>,
@@ -39,7 +39,8 @@ pub(crate) struct Pickle {
 
 impl Pickle {
     /// # Errors
-    /// The byte and the reason, if the bytes are no pickle or use what checkpoints don't.
+    /// The position and the reason, if the bytes are not a pickle or use operations that
+    /// checkpoints do not need.
     pub fn read(bytes: &[u8]) -> Result<Self, String> {
         let mut machine = Machine { bytes, at: 0, ..Machine::default() };
         loop {
@@ -74,7 +75,7 @@ impl Pickle {
         }
     }
 
-    /// A whole number, at least 0.
+    /// Returns a non-negative integer.
     pub fn number(&self, id: Id) -> Option<usize> {
         match self.get(id) {
             Object::Int(n) => usize::try_from(*n).ok(),
@@ -89,7 +90,7 @@ impl Pickle {
         }
     }
 
-    /// The function's name and the arguments of a call.
+    /// Returns the function's name and the arguments of a call.
     pub fn call(&self, id: Id) -> Option<(&str, &[Id])> {
         match self.get(id) {
             Object::Call { function, arguments } => {
@@ -106,18 +107,18 @@ struct Machine<'a> {
     at: usize,
     objects: Vec<Object>,
     stack: Vec<Id>,
-    /// Heights of the stack at the marks.
+    /// Stack heights at the marks.
     marks: Vec<usize>,
     memo: HashMap<u32, Id>,
     memoized: u32,
 }
 
 impl Machine<'_> {
-    /// One operation; the object left over at the end.
+    /// Executes one operation; returns the remaining object at the end.
     fn step(&mut self) -> Result<Option<Id>, String> {
         match self.byte()? {
             b'.' => return self.pop().map(Some),
-            // Protocol and frames: of no meaning for a reader that has all bytes.
+            // Protocol and frames have no meaning for a reader that has all bytes.
             0x80 => drop(self.take(1)?),
             0x95 => drop(self.take(8)?),
             b'(' => self.marks.push(self.stack.len()),
@@ -195,7 +196,7 @@ impl Machine<'_> {
                 self.push(Object::Persistent(id));
             }
             b'R' | 0x81 => self.call()?,
-            // A state for an object: of an ordered dictionary, its metadata.
+            // The state of an object, for example the metadata of an ordered dictionary.
             b'b' => drop(self.pop()?),
             b'q' => {
                 let key = u32::from(self.byte()?);

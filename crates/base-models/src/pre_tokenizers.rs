@@ -1,21 +1,20 @@
-//! How text is split before byte-level BPE, by the names of `tokenizer.ggml.pre`.
+//! Pre-tokenizers of byte-level BPE, by the names of `tokenizer.ggml.pre`.
 //!
 //! The names are those of llama.cpp's build 11434 (`src/llama-vocab.cpp`). The patterns are those
-//! of the models' own `tokenizer.json` where llama.cpp cites them, and llama.cpp's elsewhere.
+//! of the models' own `tokenizer.json` if llama.cpp cites them, otherwise llama.cpp's.
 
-/// A way to split text, and what else llama.cpp derives from its name.
+/// A pre-tokenizer, and the other settings that llama.cpp derives from its name.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PreTokenizer {
     names: &'static [&'static str],
-    /// Regular expressions, applied one after the other. Matches and the text between them become
-    /// pieces.
+    /// Regular expressions, applied in order. Matches and the text between them become pieces.
     pub splits: &'static [&'static str],
-    /// Whether a piece that is a token stays whole even if no merges lead to it.
+    /// Whether a piece that is a token is kept whole even if no merges produce it.
     pub ignore_merges: bool,
     /// Whether a text begins with the BOS token, unless `tokenizer.ggml.add_bos_token` says
     /// otherwise.
     pub add_bos: bool,
-    /// Whether text is brought into Unicode's form NFC first. GGUF files don't say; the model's own
+    /// Whether text is first normalized to Unicode NFC. GGUF files do not say this; the model's own
     /// tokenizer does.
     pub nfc: bool,
 }
@@ -37,18 +36,18 @@ impl PreTokenizer {
         Self { nfc: true, ..self }
     }
 
-    /// The pre-tokenizer of a name.
+    /// Returns the pre-tokenizer of a name.
     pub fn named(name: &str) -> Option<&'static Self> {
         TABLE.iter().find(|pre| pre.names.contains(&name))
     }
 
-    /// All names that can be read.
+    /// Returns all supported names.
     pub fn names() -> impl Iterator<Item = &'static str> {
         TABLE.iter().flat_map(|pre| pre.names.iter().copied())
     }
 }
 
-/// Names of pre-tokenizers that are not byte-level. No architecture that is read here uses them.
+/// Names of pre-tokenizers that are not byte-level. No supported architecture uses them.
 pub(crate) const NOT_BYTE_LEVEL: [&str; 5] =
     ["gemma4", "granite-embed-multi-311m", "mmbert", "sarvam-moe", "whitespace"];
 

@@ -1,4 +1,4 @@
-//! A model with its tokenizer and chat template, from wherever it lies.
+//! Loads a model with its tokenizer and chat template.
 
 use std::path::Path;
 
@@ -10,23 +10,23 @@ use crate::weights::LoadOptions;
 use longctx_core::{Error, Result};
 use serde::Serialize;
 
-/// A transformer, its tokenizer and, if it was made for conversation, its chat template.
+/// A transformer, its tokenizer and, for chat models, its chat template.
 #[derive(Debug, Clone)]
 pub struct Pretrained {
     /// The weights.
     pub model: Transformer,
-    /// Text to tokens and back.
+    /// The tokenizer.
     pub tokenizer: Tokenizer,
-    /// Conversations to text.
+    /// The chat template.
     pub chat: Option<ChatTemplate>,
 }
 
 impl Pretrained {
-    /// Opens what `name` names: a `.gguf` file, a folder in Hugging Face's layout, or else a model
-    /// of the Hub ("org/name").
+    /// Opens `name`: a `.gguf` file, a folder in Hugging Face format, or else a model of the Hub
+    /// ("org/name").
     ///
     /// # Errors
-    /// As the constructor that it comes to.
+    /// As the constructor that is used.
     pub fn open(name: &str, options: &LoadOptions) -> Result<Self> {
         let path = Path::new(name);
         if path.is_dir() {
@@ -38,24 +38,24 @@ impl Pretrained {
         }
     }
 
-    /// From a folder with `config.json`, `tokenizer.json` and `model.safetensors` or its shards and
-    /// their index.
+    /// Loads a folder with `config.json`, `tokenizer.json` and `model.safetensors` or its shards
+    /// with their index.
     ///
     /// # Errors
-    /// [`Error::File`](longctx_core::Error::File) naming the file that is missing or broken;
-    /// [`Error::Mismatch`](longctx_core::Error::Mismatch) naming a tensor of another shape;
-    /// [`Error::Unsupported`](longctx_core::Error::Unsupported) for another architecture.
+    /// - [`Error::File`](longctx_core::Error::File) naming a missing or invalid file.
+    /// - [`Error::Mismatch`](longctx_core::Error::Mismatch) naming a tensor of another shape.
+    /// - [`Error::Unsupported`](longctx_core::Error::Unsupported) for another architecture.
     pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
         let model = Transformer::from_folder(folder, options)?;
         let tokenizer = Tokenizer::from_folder(folder)?;
         Ok(Self { model, tokenizer, chat: ChatTemplate::from_folder(folder)? })
     }
 
-    /// From a GGUF file, or the first part of one.
+    /// Loads a GGUF file, or the first of several parts.
     ///
     /// # Errors
-    /// As [`from_folder`](Self::from_folder); a truncated file is named with the tensor that is cut
-    /// off.
+    /// As [`from_folder`](Self::from_folder). The error of a truncated file names the first
+    /// incomplete tensor.
     pub fn from_gguf(path: &Path, options: &LoadOptions) -> Result<Self> {
         let file = Gguf::open(path, options)?;
         let config = file.config()?;
@@ -69,10 +69,9 @@ impl Pretrained {
         Ok(Self { model, tokenizer, chat })
     }
 
-    /// The tokens of a conversation, with the words that make the model answer.
+    /// Returns the tokens of a conversation, ending with the start of the model's answer.
     ///
-    /// The template itself writes the token that begins a text, so that none is put in front of it
-    /// again.
+    /// The template writes the token that begins a text, so none is added.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if the model has no chat template; as [`ChatTemplate::render`].
@@ -80,7 +79,7 @@ impl Pretrained {
         self.encode_chat_with(messages, &ChatOptions::reply())
     }
 
-    /// The tokens of a conversation, with tools and other variables of its template.
+    /// Returns the tokens of a conversation, with tools and other variables of its template.
     ///
     /// # Errors
     /// As [`encode_chat`](Self::encode_chat).
@@ -95,18 +94,18 @@ impl Pretrained {
         self.tokenizer.encode(&chat.render_with(messages, options)?, false)
     }
 
-    /// From the Hugging Face Hub, by name: "HuggingFaceTB/SmolLM2-135M-Instruct". Files are kept in
-    /// the Hub's usual cache.
+    /// Loads a model from the Hugging Face Hub by name: "HuggingFaceTB/SmolLM2-135M-Instruct".
+    /// Downloads go to the Hub's usual cache.
     ///
     /// # Errors
-    /// [`Error::File`](longctx_core::Error::File) naming the model and the file that could not be
-    /// had; then as [`from_folder`](Self::from_folder).
+    /// [`Error::File`](longctx_core::Error::File) naming the model and a file that cannot be
+    /// downloaded; as [`from_folder`](Self::from_folder).
     #[cfg(feature = "hub")]
     pub fn from_hub(name: &str, options: &LoadOptions) -> Result<Self> {
         Self::from_folder(&crate::hub::download(name)?, options)
     }
 
-    /// From the Hugging Face Hub: this build has no feature `hub`.
+    /// Returns an error: this build does not have the feature `hub`.
     ///
     /// # Errors
     /// [`Error::Unsupported`](longctx_core::Error::Unsupported), always.

@@ -1,27 +1,27 @@
-//! JSON as Python's `json.dumps` writes it: templates were made for it, byte for byte.
+//! Writes JSON byte for byte like Python's `json.dumps`, which chat templates were written for.
 
 use std::fmt::Write;
 
 use minijinja::value::{Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 
-/// Deeper values come from no conversation.
+/// The largest depth of a value. No conversation is nested deeper.
 const MAX_DEPTH: usize = 128;
 
 /// The options of `json.dumps`.
 #[derive(Debug, Default)]
 pub(crate) struct Style {
-    /// Whether characters beyond ASCII are escaped.
+    /// Whether non-ASCII characters are escaped.
     pub ascii: bool,
-    /// Spaces per level; `None` for one line.
+    /// Spaces per level; `None`: one line.
     pub indent: Option<usize>,
-    /// Between items, and between a key and its value.
+    /// The separators between items, and between a key and its value.
     pub separators: Option<(String, String)>,
     pub sorted: bool,
 }
 
 /// # Errors
-/// [`ErrorKind::BadSerialization`] for a value that has no JSON, or is nested too deeply.
+/// [`ErrorKind::BadSerialization`] for a value without a JSON form, or with too many levels.
 pub(crate) fn to_string(value: &Value, style: &Style) -> Result<String, Error> {
     let item = if style.indent.is_some() { "," } else { ", " };
     let (item, key) = match &style.separators {
@@ -105,7 +105,7 @@ impl Writer<'_> {
         }
     }
 
-    /// Python writes floats with a point or an exponent of two digits.
+    /// Formats a number as Python does: a float has a point, or an exponent of at least two digits.
     fn number(&mut self, value: &Value) {
         if value.is_integer() {
             let _ = write!(self.out, "{value}");

@@ -1,9 +1,11 @@
-//! Weights in GGUF's block formats, multiplied without being expanded in memory.
+//! Matrices in GGUF's block formats, multiplied without expanding them in memory.
 //!
-//! candle's quantized product rounds the activations to 8 bits. Here activations stay in f32: a few
-//! rows meet the packed blocks directly, each block unpacked once for up to eight of them; many rows
-//! meet a matrix that is expanded for the one call and used as a plain product. Q2_K, Q3_K and other
-//! devices go through candle.
+//! candle's quantized product rounds the activations to 8 bits. Here activations stay in f32:
+//!
+//! - A few rows of activations are multiplied by the packed blocks directly. Each block is unpacked
+//!   once for up to eight rows.
+//! - For many rows, the matrix is expanded for the call and multiplied as a dense matrix.
+//! - Q2_K, Q3_K and other devices use candle's product.
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
@@ -16,11 +18,11 @@ use longctx_core::{Error, Result, attention::with_slice};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Up to so many rows of activations, reading packed blocks beats expanding the matrix.
+/// Up to this many rows of activations, reading packed blocks is faster than expanding the matrix.
 const FEW_ROWS: usize = 32;
-/// The most rows of activations that a block is unpacked for at a time.
+/// The largest number of rows of activations per unpacked block.
 const TILE: usize = 8;
-/// Weights that are worth a thread.
+/// Weights per thread.
 const MIN_WORK: usize = 1 << 16;
 
 /// A matrix `[out, in]` in a block format.
@@ -38,7 +40,8 @@ enum Kernel {
 
 impl QuantizedMatrix {
     /// # Errors
-    /// [`Error::NotFinite`] if a block's scale is NaN or infinite, naming the tensor; [`Error::Mismatch`] unless it is a matrix.
+    /// [`Error::NotFinite`] if a block's scale is NaN or infinite, naming the tensor;
+    /// [`Error::Mismatch`] unless it is a matrix.
     pub fn new(name: &str, tensor: QTensor) -> Result<Self> {
         if tensor.rank() != 2 {
             let got = format!("{:?}", tensor.shape());
@@ -56,7 +59,8 @@ impl QuantizedMatrix {
         Ok(Self { tensor, kernel })
     }
 
-    /// The matrices one above the other, if all have the same format and inner dimension, on the CPU.
+    /// Stacks matrices vertically, if all have the same format and inner dimension and are on the
+    /// CPU.
     pub fn stack(parts: &[&Self]) -> Result<Option<Self>> {
         let [first, ..] = parts else { return Ok(None) };
         let (_, inner) = first.dims()?;
@@ -77,10 +81,10 @@ impl QuantizedMatrix {
         first.with_data(data, rows).map(Some)
     }
 
-    /// The matrices of a tensor `[count, out, in]` on the CPU.
+    /// Splits a tensor `[count, out, in]` on the CPU into matrices.
     ///
     /// # Errors
-    /// As [`new`](Self::new); [`Error::Mismatch`] for a tensor of other dimensions.
+    /// As [`new`](Self::new); [`Error::Mismatch`] for a tensor of another rank.
     pub fn split(name: &str, tensor: &QTensor) -> Result<Vec<Self>> {
         let dims = tensor.shape().dims();
         let &[count, out, inner] = dims else {
@@ -97,7 +101,7 @@ impl QuantizedMatrix {
         data.chunks(size.max(1)).map(part).collect()
     }
 
-    /// Row i of the result is row `order(i)` of this matrix.
+    /// Reorders the rows: row i of the result is row `order(i)` of this matrix.
     pub fn reorder(&self, order: impl Fn(usize) -> usize) -> Result<Self> {
         let (rows, _) = self.dims()?;
         let data = self.tensor.data()?;
@@ -112,17 +116,17 @@ impl QuantizedMatrix {
         Self::new("rearranged weights", QTensor::new(storage, (rows, self.dims()?.1))?)
     }
 
-    /// `(out, in)`.
+    /// Returns `(out, in)`.
     pub fn dims(&self) -> Result<(usize, usize)> {
         Ok(self.tensor.shape().dims2()?)
     }
 
-    /// The block format.
+    /// Returns the block format.
     pub fn dtype(&self) -> GgmlDType {
         self.tensor.dtype()
     }
 
-    /// The same blocks on another device.
+    /// Copies the blocks to another device.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         if self.tensor.device().same_device(device) {
             return Ok(self.clone());
@@ -132,7 +136,7 @@ impl QuantizedMatrix {
         Self::new("moved weights", QTensor::new(storage, self.dims()?)?)
     }
 
-    /// The whole matrix in f32.
+    /// Returns the whole matrix in f32.
     pub fn expand(&self) -> Result<Tensor> {
         match self.kernel {
             Kernel::Own(rows) => self.expand_with(rows),
@@ -140,7 +144,7 @@ impl QuantizedMatrix {
         }
     }
 
-    /// The rows named by `ids` (u32, `[n]`), in f32.
+    /// Returns the rows `ids` (u32, `[n]`), in f32.
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         match self.kernel {
             Kernel::Own(rows) => self.rows_with(rows, ids),
@@ -148,7 +152,7 @@ impl QuantizedMatrix {
         }
     }
 
-    /// `x`: `[…, in]`; gives `[…, out]`, both in f32 on the CPU.
+    /// Maps `x` `[…, in]` to `[…, out]`, both in f32 on the CPU.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (out, inner) = self.dims()?;
         let mut dims = x.dims().to_vec();
@@ -209,7 +213,7 @@ impl QuantizedMatrix {
         let x = x.to_dtype(DType::F32)?.contiguous()?;
         let chunk =
             (MIN_WORK / inner.max(1)).max(out.div_ceil(rayon::current_num_threads())).max(1);
-        // One row of weights after the other, so that each is read once for all rows of x.
+        // One row of weights after another, so that each is read once for all rows of x.
         let mut transposed = vec![0.0; out * rows];
         with_slice::<f32, _>(&x, |x| {
             let tiles: Vec<_> = x.chunks(TILE * inner).map(|rows| Tile::new(rows, inner)).collect();
@@ -224,22 +228,22 @@ impl QuantizedMatrix {
     }
 }
 
-/// What is done with rows of a format's blocks.
+/// Operations on rows of blocks of a format.
 trait Rows: Sync + std::fmt::Debug {
-    /// Bytes of a row of so many weights.
+    /// Returns the bytes of a row of `inner` weights.
     fn bytes(&self, inner: usize) -> usize;
-    /// A row of weights in f32.
+    /// Expands a row of weights to f32.
     fn expand(&self, row: &[u8], out: &mut [f32]);
-    /// The products of rows of weights with all rows of activations: `out` is `[weights, rows]`.
+    /// Multiplies rows of weights by all rows of activations. `out` is `[weights, rows]`.
     fn product(&self, weights: &[u8], tiles: &[Tile], out: &mut [f32], rows: usize);
     /// Refuses scales that are NaN or infinite.
     fn check_scales(&self, name: &str, data: &[u8]) -> Result<()>;
 }
 
-/// [`Rows`] of a format.
+/// Implements [`Rows`] for a format.
 struct Of<F>(PhantomData<fn() -> F>);
 
-/// The formats that have kernels here.
+/// Returns the implementation of a format; `None` if only candle supports it.
 fn rows_of(dtype: GgmlDType) -> Option<&'static dyn Rows> {
     Some(match dtype {
         GgmlDType::Q4_0 => &Of::<Q4_0>(PhantomData),
@@ -281,7 +285,7 @@ impl<F: Format> Rows for Of<F> {
 /// Up to [`TILE`] rows of activations, part by part: part p of row r is `parts[p * width + r]`.
 struct Tile {
     parts: Vec<[f32; PART]>,
-    /// Rows, filled up to a power of two with zeros.
+    /// Number of rows, padded with zeros to a power of two.
     width: usize,
 }
 
@@ -295,8 +299,8 @@ impl Tile {
     }
 }
 
-/// The products of a row of weights with the R rows of a tile. A row's products go to A sums in
-/// turn, so that a few rows, too, keep the processor's multipliers busy.
+/// Returns the products of a row of weights with the R rows of a tile. Each row uses A accumulators
+/// in turn, so that even a few rows keep the multipliers busy.
 #[inline(always)]
 fn dots<S: Simd, F: Format, const R: usize, const A: usize>(
     simd: S,
@@ -311,7 +315,7 @@ fn dots<S: Simd, F: Format, const R: usize, const A: usize>(
     for ((block, part), x) in parts.zip(tile.as_chunks::<R>().0) {
         let (scale, offset, q) = F::unpack(block, part);
         let (scale, offset) = (simd.splat_f32s(scale), simd.splat_f32s(offset));
-        // A register's width divides a block's, so nothing is left over.
+        // The register width divides a block, so there is no remainder.
         for (i, &q) in S::as_simd_f32s(&q).0.iter().enumerate() {
             let weights = simd.mul_add_e_f32s(scale, q, offset);
             for (sums, x) in sums.iter_mut().zip(x) {
@@ -325,8 +329,8 @@ fn dots<S: Simd, F: Format, const R: usize, const A: usize>(
     }
 }
 
-/// The products of some rows of weights with all rows of activations. A struct and not a closure:
-/// only what is inlined into `with_simd` is compiled for wide registers.
+/// Multiplies some rows of weights by all rows of activations. It is a struct and not a closure,
+/// because only code that is inlined into `with_simd` is compiled for wide registers.
 struct Product<'a, F> {
     weights: &'a [u8],
     tiles: &'a [Tile],
@@ -356,7 +360,7 @@ impl<F: Format> WithSimd for Product<'_, F> {
     }
 }
 
-/// A row of weights in f32.
+/// Expands a row of weights to f32.
 struct Expand<'a, F> {
     row: &'a [u8],
     out: &'a mut [f32],

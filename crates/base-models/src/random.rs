@@ -1,4 +1,4 @@
-//! Weights drawn at random, for benchmarks of shapes without their checkpoints.
+//! Random weights, for benchmarks of model shapes without checkpoints.
 
 use crate::linear::Weight;
 use crate::names::{self, Names};
@@ -6,7 +6,7 @@ use crate::weights::{LoadOptions, Weights};
 use candle_core::Tensor;
 use longctx_core::Result;
 
-/// Matrices from N(0, 0.02²), as models are initialised; norms 1, biases 0.
+/// Matrices from N(0, 0.02²), as in initialisation; norms 1, biases 0.
 pub(crate) struct Random(pub LoadOptions);
 
 impl Weights for Random {

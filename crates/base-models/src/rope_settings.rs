@@ -1,28 +1,28 @@
-//! A model's rotary embedding as data, read from `config.json` and from GGUF's metadata.
+//! The settings of a rotary embedding, read from `config.json` and from GGUF metadata.
 
 use crate::gguf_settings::Settings;
 use crate::json::Fields;
 use longctx_core::{Error, Result, Rope, RopeScaling};
 
-/// A rotary embedding before its frequencies are computed.
+/// The settings of a rotary embedding.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct RopeSettings {
     /// The base.
     pub theta: f64,
-    /// Channels of a head that rotate; the others stay.
+    /// Leading channels of a head that rotate; the others do not.
     pub rotary_dims: usize,
-    /// How the frequencies are stretched.
+    /// The scaling of the frequencies.
     pub scaling: RopeScaling,
 }
 
 impl RopeSettings {
-    /// The embedding of heads of `head_dim` channels.
+    /// Creates the embedding of heads of `head_dim` channels.
     pub(crate) fn rope(&self, head_dim: usize) -> Result<Rope> {
         Rope::new(head_dim, self.rotary_dims, self.theta, self.scaling.clone())
     }
 
-    /// Of a `config.json`. Version 5 of `transformers` moved the base and the scaling into
-    /// `rope_parameters`; a `rope_scaling` goes before it.
+    /// Reads the settings from `config.json`. Version 5 of `transformers` moved the base and the
+    /// scaling to `rope_parameters`; a `rope_scaling` takes precedence.
     pub(crate) fn read(raw: &Fields, defaults: &RopeDefaults) -> Result<Self> {
         let scaling = raw.fields("rope_scaling")?.filter(|fields| !fields.is_empty());
         let fields = match scaling {
@@ -39,7 +39,7 @@ impl RopeSettings {
         Self::of_fields(raw, fields.as_ref(), top, defaults)
     }
 
-    /// Of one object of parameters, whose base is `theta` unless it names another.
+    /// Reads one object of parameters, with the base `theta` unless the object has its own.
     pub(crate) fn of_fields(
         raw: &Fields,
         fields: Option<&Fields>,
@@ -61,7 +61,7 @@ impl RopeSettings {
         Ok(Self { theta, rotary_dims, scaling: scaling(raw, fields, defaults)? })
     }
 
-    /// Of a GGUF file.
+    /// Reads the settings from a GGUF file.
     pub(crate) fn read_gguf(file: &Settings, head_dim: usize, context: usize) -> Result<Self> {
         Ok(Self {
             theta: file.float("rope.freq_base")?.unwrap_or(10_000.0),
@@ -70,7 +70,7 @@ impl RopeSettings {
         })
     }
 
-    /// LongRoPE with the factors that a GGUF file has as tensors.
+    /// Applies LongRoPE with the factors that a GGUF file stores as tensors.
     pub(crate) fn with_long_rope(
         self,
         file: &Settings,
@@ -90,16 +90,16 @@ impl RopeSettings {
     }
 }
 
-/// What an architecture says of its rotary embedding where a `config.json` doesn't.
+/// An architecture's defaults, for fields that `config.json` lacks.
 pub(crate) struct RopeDefaults {
     pub theta: f64,
     pub head_dim: usize,
     pub context: usize,
-    /// Whether a part of the channels may rotate.
+    /// Whether only a part of the channels may rotate.
     pub partial: bool,
 }
 
-/// The scaling that an object of parameters names.
+/// Returns the scaling of an object of parameters.
 fn scaling(raw: &Fields, fields: &Fields, defaults: &RopeDefaults) -> Result<RopeScaling> {
     let kind = match fields.text("rope_type")? {
         Some(kind) => Some(kind),
@@ -171,7 +171,8 @@ fn scaling(raw: &Fields, fields: &Fields, defaults: &RopeDefaults) -> Result<Rop
     })
 }
 
-/// DeepSeek's configurations give it by two numbers, `mscale` and `mscale_all_dim`.
+/// Returns YaRN's attention factor from the fields `mscale` and `mscale_all_dim` of DeepSeek's
+/// configurations.
 fn yarn_attention_factor(fields: &Fields, factor: f64) -> Result<f64> {
     if let Some(given) = fields.float("attention_factor")? {
         return Ok(given);
@@ -184,8 +185,8 @@ fn yarn_attention_factor(fields: &Fields, factor: f64) -> Result<f64> {
     })
 }
 
-/// Linear is what a factor means unless the file names a type; "none" means that there is no
-/// factor.
+/// Returns the scaling of a GGUF file. A factor without a type means linear scaling; the type
+/// "none" disables the factor.
 fn gguf_scaling(file: &Settings, context: usize) -> Result<RopeScaling> {
     let factor = match file.float("rope.scaling.factor")? {
         Some(factor) => Some(factor),

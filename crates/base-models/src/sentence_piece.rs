@@ -20,13 +20,13 @@ pub(crate) struct Piece {
     pub kind: Kind,
 }
 
-/// What an entry is, as SentencePiece and GGUF number it.
+/// The type of an entry, with the numbers of SentencePiece and GGUF.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Normal = 1,
-    /// Stands for text that the vocabulary lacks.
+    /// Represents text that the vocabulary lacks.
     Unknown = 2,
-    /// Never text: the begin and the end of a sequence, a turn's end.
+    /// Never matches text: the begin or end of a sequence, the end of a turn.
     Control = 3,
     /// Text that is always one token.
     UserDefined = 4,
@@ -36,7 +36,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// The kind of a number; others than these are as good as unused.
+    /// Returns the type of a number. Unknown numbers are treated as unused.
     pub fn from_number(number: i64) -> Self {
         match number {
             1 => Self::Normal,
@@ -49,19 +49,19 @@ impl Kind {
     }
 }
 
-/// Where a space is put in front of text that has none.
+/// Where a space is prepended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SpacePrefix {
     Never,
-    /// In front of the text and after each control or user-defined token, as llama.cpp and
-    /// SentencePiece's first users do.
+    /// Before the text and after each control or user-defined token, as in llama.cpp and early
+    /// SentencePiece models.
     EachFragment,
-    /// In front of the text alone.
+    /// Only before the text.
     Text,
 }
 
-/// A tokenizer that merges the pair whose piece has the best score, and takes unknown characters
-/// apart into bytes.
+/// Builds a tokenizer that merges the pair whose piece has the best score, and splits unknown
+/// characters into bytes.
 pub(crate) fn tokenizer(pieces: &[Piece], prefix: SpacePrefix) -> Result<Tokenizer> {
     let vocab = vocabulary(pieces.iter().map(|piece| piece.text.as_str()))?;
     let bytes = (0..=255u8).all(|byte| vocab.contains_key(&format!("<0x{byte:02X}>")));
@@ -100,7 +100,8 @@ pub(crate) fn tokenizer(pieces: &[Piece], prefix: SpacePrefix) -> Result<Tokeniz
     Ok(inner)
 }
 
-/// Ids by text. The same text twice would leave an id that no text leads to.
+/// Returns ids by text. Duplicate texts are refused, because one of their ids could not be
+/// produced.
 pub(crate) fn vocabulary<'a>(
     tokens: impl Iterator<Item = &'a str>,
 ) -> Result<HashMap<String, u32>> {
@@ -114,7 +115,8 @@ pub(crate) fn vocabulary<'a>(
     Ok(vocab)
 }
 
-/// Marks control, unknown and user-defined tokens: they are found in a text before anything else.
+/// Registers control, unknown and user-defined tokens, which are matched in a text before anything
+/// else.
 pub(crate) fn add_tokens<'a>(
     inner: &mut Tokenizer,
     tokens: impl Iterator<Item = (&'a str, Kind)>,
@@ -132,7 +134,7 @@ pub(crate) fn add_tokens<'a>(
     Ok(())
 }
 
-/// Puts tokens around each text that is encoded with special tokens.
+/// Adds tokens around each text that is encoded with special tokens.
 pub(crate) fn surround(
     inner: &mut Tokenizer,
     bos: Option<(u32, &str)>,
@@ -154,7 +156,7 @@ pub(crate) fn surround(
     Ok(())
 }
 
-/// All ways to put a piece together from two others, best pieces first.
+/// Returns all ways to merge a piece from two others, best pieces first.
 fn merges(pieces: &[Piece], vocab: &HashMap<String, u32>) -> Vec<(String, String)> {
     let mut merges = Vec::new();
     for piece in pieces {

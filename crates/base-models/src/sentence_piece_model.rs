@@ -1,5 +1,4 @@
-//! SentencePiece's own file, `tokenizer.model`, with the files that `transformers` writes beside
-//! it.
+//! SentencePiece's file `tokenizer.model`, with the files that `transformers` writes beside it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
@@ -61,11 +60,11 @@ struct NormalizerSpec {
     escape_whitespaces: Option<bool>,
 }
 
-/// The tokenizer of a folder that has a `tokenizer.model`, as `transformers` makes it for Llama.
+/// Builds the tokenizer of a folder with a `tokenizer.model`, as `transformers` does for Llama.
 ///
 /// # Errors
-/// [`Error::File`] if a file is broken; [`Error::Unsupported`] if the model is not BPE or changes
-/// its text.
+/// [`Error::File`] if a file is invalid; [`Error::Unsupported`] if the model is not BPE or
+/// normalizes its text.
 pub(crate) fn tokenizer(folder: &Path) -> Result<Tokenizer> {
     let path = folder.join("tokenizer.model");
     let mut bytes = Vec::new();
@@ -129,7 +128,7 @@ fn check(path: &Path, trainer: &TrainerSpec, normalizer: &NormalizerSpec) -> Res
     Ok(())
 }
 
-/// Tokens beyond the model's own: `added_tokens_decoder` of the configuration, or
+/// Returns tokens besides the model's own: `added_tokens_decoder` of the configuration, or
 /// `added_tokens.json`.
 fn added_tokens(folder: &Path, config: &Fields) -> Result<BTreeMap<u32, AddedToken>> {
     let path = folder.join("added_tokens.json");
@@ -152,7 +151,7 @@ fn added_tokens(folder: &Path, config: &Fields) -> Result<BTreeMap<u32, AddedTok
     Ok(added)
 }
 
-/// The texts of the fields such as "pad_token".
+/// Returns the texts of fields such as "pad_token".
 fn special_tokens(config: &Fields) -> Result<BTreeSet<String>> {
     let names = ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token"];
     Ok(names.iter().filter_map(|name| config.token(name)).collect())

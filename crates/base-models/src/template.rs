@@ -1,4 +1,4 @@
-//! Jinja templates as `transformers` runs them, within bounds of time and memory.
+//! Runs Jinja templates as `transformers` does, with bounds on time and memory.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -11,11 +11,11 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, State};
 
-/// Steps of a template, each worth a byte of a string that it makes, beyond those for its input.
+/// Base number of steps of a template. Each byte of a string that it creates costs a step.
 const FUEL: u64 = 4_000_000;
-/// Steps for each byte of input.
+/// Additional steps for each byte of input.
 const FUEL_PER_BYTE: u64 = 64;
-/// The stack for parsing and running: an expression may be as deep as the template is long.
+/// Stack size for parsing and rendering: an expression may be as deep as the template is long.
 const STACK: usize = 512 << 20;
 
 /// A compiled template.
@@ -26,7 +26,7 @@ pub(crate) struct Template {
 
 impl Template {
     /// # Errors
-    /// [`Error::Unsupported`] with the line that does not parse.
+    /// [`Error::Unsupported`] with the line of a syntax error.
     pub fn new(source: &str) -> Result<Self> {
         let source = prepared(source)?;
         let environment = with_deep_stack(|| {
@@ -37,10 +37,10 @@ impl Template {
         Ok(Self { environment })
     }
 
-    /// The template's text for `values`, which stand for `input` bytes.
+    /// Renders the template for `values`, whose JSON has `input` bytes.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with what the template objects to, or if it goes on for too long.
+    /// [`Error::Unsupported`] with the template's own error message, or if it runs for too long.
     pub fn render(&self, values: Value, input: usize) -> Result<String> {
         with_deep_stack(|| {
             let mut environment = self.environment.clone();
@@ -87,8 +87,8 @@ fn tojson(_: &State, value: &Value, options: Kwargs) -> Result<String, minijinja
     python_json::to_string(value, &style)
 }
 
-/// Lets a value into a namespace. One that holds a namespace could come to hold itself, and printing
-/// or comparing it would not end.
+/// Checks a value before it is stored in a namespace. A value that contains a namespace is refused:
+/// a namespace could then contain itself, and printing or comparing it would not end.
 fn stored_in_namespace(value: Value, steps: &AtomicU64) -> Result<Value, minijinja::Error> {
     let refused = |what: &'static str| minijinja::Error::new(ErrorKind::InvalidOperation, what);
     let mut all = vec![value.clone()];
@@ -113,8 +113,8 @@ fn stored_in_namespace(value: Value, steps: &AtomicU64) -> Result<Value, minijin
     Ok(value)
 }
 
-/// Runs a function on a stack that a deeply nested expression or value does not overflow. What it
-/// refers to is dropped there, too.
+/// Runs a function on a large stack that deeply nested expressions or values do not overflow. Its
+/// captures are dropped there too.
 fn with_deep_stack<T: Send>(run: impl FnOnce() -> Result<T, minijinja::Error> + Send) -> Result<T> {
     let failed = |e: &dyn std::fmt::Display| Error::Unsupported(format!("chat template: {e}"));
     thread::scope(|scope| {

@@ -1,20 +1,20 @@
-//! The source of a chat template, made fit for the template engine.
+//! Prepares the source of a chat template for the template engine.
 
 use longctx_core::{Error, Result};
 
-/// The longest template, in bytes. Those of public models have less than a quarter of it.
+/// The largest size of a template in bytes. Public models need less than a quarter of it.
 const MAX_LENGTH: usize = 128 << 10;
-/// The longest tag, in bytes, texts in quotes aside: the parser's time grows with the square of an
-/// expression's depth.
+/// The largest size of a tag in bytes, without quoted text: the parser's time grows with the square
+/// of an expression's depth.
 const MAX_TAG: usize = 4096;
-/// The most signs in a row.
+/// The largest number of consecutive signs.
 const MAX_SIGNS: usize = 8;
-/// The filter that each value passes before a namespace stores it.
+/// The filter that checks a value before a namespace stores it.
 pub(crate) const STORED: &str = "stored_in_namespace";
 
 /// Checks lengths, and rewrites two kinds of tags:
 ///
-/// - `{% generation %}` marks the assistant's words for training; here it is a scope of its own.
+/// - `{% generation %}` marks the assistant's text for training; it becomes a plain scope.
 /// - `{% set ns.x = value %}` becomes `{% set ns.x = (value) | stored_in_namespace %}`.
 ///
 /// # Errors
@@ -49,7 +49,7 @@ pub(crate) fn prepared(source: &str) -> Result<String> {
     Ok(out + rest)
 }
 
-/// Where the tag's closing mark stands.
+/// Returns the position of the tag's closing mark.
 fn tag_end(tag: &str, variable: bool) -> Result<usize> {
     let (mut length, mut signs, mut braces) = (0, 0, 0usize);
     for (i, c, quoted) in characters(tag) {
@@ -76,7 +76,7 @@ fn tag_end(tag: &str, variable: bool) -> Result<usize> {
     Ok(tag.len())
 }
 
-/// The characters of a tag with their places, and whether they stand in quotes.
+/// Iterates over the characters of a tag with their positions, and whether they are quoted.
 fn characters(tag: &str) -> impl Iterator<Item = (usize, char, bool)> {
     let mut quote = None;
     let mut escaped = false;
@@ -93,7 +93,7 @@ fn characters(tag: &str) -> impl Iterator<Item = (usize, char, bool)> {
     })
 }
 
-/// What a tag begins with, marks of white space aside.
+/// Returns the first word of a tag, after white space control marks.
 fn word(tag: &str) -> &str {
     let inner = tag.trim_start_matches(['-', '+']).trim_start();
     inner.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().unwrap_or_default()
@@ -110,7 +110,7 @@ fn rewritten(tag: &str) -> String {
     }
 }
 
-/// `None` unless the tag assigns to an attribute.
+/// Rewrites a tag that assigns to an attribute; `None` for other tags.
 fn stored(tag: &str) -> Option<String> {
     let equals = characters(tag).find(|(_, c, quoted)| *c == '=' && !quoted)?.0;
     let (target, value) = (&tag[..equals], &tag[equals + 1..]);
@@ -125,7 +125,7 @@ fn stored(tag: &str) -> Option<String> {
     Some(format!("{target}= ({value}) | {STORED} {mark}"))
 }
 
-/// The end of what `{% raw %}` begins.
+/// Returns the end of a `{% raw %}` section.
 fn raw_end(rest: &str) -> usize {
     let mut at = 0;
     while let Some(next) = rest[at..].find("{%") {

@@ -1,27 +1,27 @@
-//! Text that grows with each token.
+//! Incremental decoding of tokens to text.
 
 use crate::tokenizer::Tokenizer;
 use longctx_core::Result;
 
 const BROKEN: char = '\u{fffd}';
-/// The most tokens held back at a time.
+/// The largest number of pending tokens.
 const MOST_HELD: usize = 8;
-/// Tokens that an unfinished character may span: it has at most three bytes.
+/// Tokens that an incomplete character may span: it has at most three bytes.
 const UNFINISHED: usize = 3;
 
-/// Turns tokens into text one at a time, in constant time each.
+/// Decodes tokens one at a time, in constant time each.
 ///
-/// The pieces joined are [`Tokenizer::decode`] of all tokens, as long as these make whole
+/// The concatenated pieces equal [`Tokenizer::decode`] of all tokens, if these form whole
 /// characters.
 #[derive(Debug)]
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
-    /// The tokens of the last whole characters. They are decoded again in front of the next ones: a
-    /// token's text depends on whether something stands before it.
+    /// The tokens of the last complete characters. They are decoded again before the next ones,
+    /// because the text of a token may depend on the tokens before it.
     before: Vec<u32>,
-    /// The tokens since then, of which the last ends within a character.
+    /// The pending tokens; the last one ends within a character.
     held: Vec<u32>,
-    /// The part of their text that has been given out.
+    /// The part of their text that has been returned.
     given: String,
 }
 
@@ -30,7 +30,7 @@ impl<'a> TextStream<'a> {
         Self { tokenizer, before: Vec::new(), held: Vec::new(), given: String::new() }
     }
 
-    /// The text that `token` completes; empty while a character is unfinished.
+    /// Returns the text that `token` completes; empty while a character is incomplete.
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].
@@ -54,8 +54,8 @@ impl<'a> TextStream<'a> {
         Ok(new)
     }
 
-    /// The text of what is still held back, with U+FFFD for an unfinished character. The stream
-    /// then begins anew.
+    /// Returns the text of the pending tokens, with U+FFFD for an incomplete character, and resets
+    /// the stream.
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].
@@ -66,19 +66,19 @@ impl<'a> TextStream<'a> {
         Ok(rest)
     }
 
-    /// What the tokens held back add to the text before them.
+    /// Returns the text that the pending tokens add.
     fn text(&self) -> Result<String> {
         let before = self.tokenizer.decode(&self.before)?;
         let all = self.tokenizer.decode(&[self.before.as_slice(), &self.held].concat())?;
         match all.strip_prefix(&before) {
             Some(new) => Ok(new.to_owned()),
-            // An unfinished character made of byte tokens spoils whole ones in front of it.
+            // An incomplete character of byte tokens also changes complete ones before it.
             None => self.tokenizer.decode(&self.held),
         }
     }
 
-    /// Forgets the first tokens held back: each of many ends within a character, or the text is
-    /// broken and given out.
+    /// Drops the first pending tokens. Reached if each of many tokens ends within a character, or
+    /// the text is invalid; their text is returned.
     fn shorten(&mut self, text: &str) -> Result<String> {
         let rest = text.strip_prefix(&self.given).unwrap_or(text);
         let last = self.held.split_off(self.held.len() - UNFINISHED - 1);

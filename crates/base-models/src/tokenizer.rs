@@ -1,4 +1,4 @@
-//! Text to tokens and back.
+//! Tokenizers.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -18,14 +18,14 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json`. Its sections on truncation and padding are left out: they belong
-    /// to training.
+    /// Reads a `tokenizer.json`. Its truncation and padding sections are ignored: they are for
+    /// training.
     ///
     /// # Errors
-    /// [`Error::File`] if it can't be read.
+    /// [`Error::File`] if it cannot be read.
     pub fn from_file(path: &Path) -> Result<Self> {
         let text = files::read_text(path)?;
-        // A text cut off midway makes the parser of `tokenizers` panic.
+        // A truncated file makes the parser of `tokenizers` panic.
         serde_json::from_str::<serde::de::IgnoredAny>(&text).map_err(|e| Error::file(path, e))?;
         let mut inner: Inner = unpanicked(|| text.parse()).map_err(|e| Error::file(path, e))?;
         inner.with_padding(None);
@@ -33,13 +33,13 @@ impl Tokenizer {
         Ok(Self { inner })
     }
 
-    /// Reads a folder's `tokenizer.json` or, if there is none, its `tokenizer.model`
+    /// Reads a folder's `tokenizer.json`. If there is none, reads its `tokenizer.model`
     /// (SentencePiece's format) with the tokens that `tokenizer_config.json` or `added_tokens.json`
     /// adds.
     ///
     /// # Errors
-    /// [`Error::File`] if they can't be read; [`Error::Unsupported`] for a SentencePiece model that
-    /// is not BPE.
+    /// [`Error::File`] if the files cannot be read; [`Error::Unsupported`] for a SentencePiece
+    /// model that is not BPE.
     pub fn from_folder(folder: &Path) -> Result<Self> {
         let json = folder.join("tokenizer.json");
         if json.exists() || !folder.join("tokenizer.model").exists() {
@@ -48,13 +48,12 @@ impl Tokenizer {
         Ok(Self { inner: sentence_piece_model::tokenizer(folder)? })
     }
 
-    /// Builds the tokenizer that a GGUF file describes: byte-level BPE ("gpt2": Llama 3, Qwen,
-    /// SmolLM) or SentencePiece BPE ("llama": Llama 2, Mistral). Text is split by the pre-tokenizer
-    /// that the file names.
+    /// Builds the tokenizer of a GGUF file: byte-level BPE ("gpt2": Llama 3, Qwen, SmolLM) or
+    /// SentencePiece BPE ("llama": Llama 2, Mistral), with the pre-tokenizer that the file names.
     ///
     /// # Errors
-    /// [`Error::File`] naming the metadata that is missing or broken; [`Error::Unsupported`] naming
-    /// a model or a pre-tokenizer that is not known.
+    /// [`Error::File`] naming missing or invalid metadata; [`Error::Unsupported`] naming an unknown
+    /// model or pre-tokenizer.
     pub fn from_gguf(path: &Path) -> Result<Self> {
         Self::from_gguf_file(&GgufFile::open(path)?)
     }
@@ -63,8 +62,8 @@ impl Tokenizer {
         Ok(Self { inner: gguf_tokenizer::tokenizer(file)? })
     }
 
-    /// The tokens of a text. `special`: with what the model expects around a text, most often a
-    /// first token.
+    /// Returns the tokens of a text. `special` adds the special tokens that the model expects,
+    /// usually a first token.
     ///
     /// # Errors
     /// [`Error::Unsupported`] with the tokenizer's own message.
@@ -73,7 +72,7 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The text of tokens, special ones left out.
+    /// Returns the text of tokens, without special tokens.
     ///
     /// # Errors
     /// [`Error::Unsupported`] with the tokenizer's own message.
@@ -81,34 +80,35 @@ impl Tokenizer {
         unpanicked(|| self.inner.decode(tokens, true)).map_err(failed)
     }
 
-    /// The text of one token as it stands in the vocabulary, for special tokens.
+    /// Returns the text of one token in the vocabulary, also for special tokens.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
-    /// The id of a token of the vocabulary.
+    /// Returns the id of a token of the vocabulary.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
-    /// Turns tokens into text one at a time, holding back bytes until they make a character.
+    /// Returns a stream that decodes tokens one at a time and holds back incomplete characters.
     pub fn stream(&self) -> TextStream<'_> {
         TextStream::new(self)
     }
 
-    /// Whether a token never has a text: special, or no token at all.
+    /// Returns whether a token never has a text: a special token, or an unknown id.
     pub(crate) fn is_silent(&self, id: u32) -> bool {
         let special = |token: String| self.inner.get_added_vocabulary().is_special_token(&token);
         self.inner.id_to_token(id).is_none_or(special)
     }
 
-    /// The tokenizer of the `tokenizers` crate behind it.
+    /// Returns the underlying tokenizer of the `tokenizers` crate.
     pub fn inner(&self) -> &Inner {
         &self.inner
     }
 }
 
-/// The regular expressions behind `tokenizers` panic when a text makes them give up.
+/// Converts panics to errors: the regular expressions in `tokenizers` panic if a text exceeds their
+/// limits.
 fn unpanicked<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
     let panicked = |payload: Box<dyn std::any::Any + Send>| {
         let message = payload.downcast_ref::<String>().cloned();

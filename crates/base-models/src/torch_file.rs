@@ -13,7 +13,7 @@ use candle_core::{DType, Device, Tensor};
 use longctx_core::{Error, Result};
 use zip::{CompressionMethod, ZipArchive};
 
-/// The tensors of a file, of which the numbers are read when asked for.
+/// The tensors of a file. Their data are read on request.
 #[derive(Debug)]
 pub(crate) struct TorchFile {
     path: PathBuf,
@@ -23,18 +23,17 @@ pub(crate) struct TorchFile {
 
 #[derive(Debug)]
 struct TensorInfo {
-    /// "torch.FloatStorage".
+    /// The type of the storage: "torch.FloatStorage".
     storage: String,
     dims: Vec<usize>,
-    /// The first byte in the file.
+    /// Offset of the first byte in the file.
     start: u64,
     bytes: usize,
 }
 
 impl TorchFile {
     /// # Errors
-    /// [`Error::File`] with what is damaged, or with a tensor whose numbers don't lie one after the
-    /// other.
+    /// [`Error::File`] if the file is damaged, or a tensor is not contiguous.
     pub fn open(path: &Path) -> Result<Self> {
         let failed = |e: &dyn std::fmt::Display| Error::file(path, e);
         let file = files::open(path)?;
@@ -63,10 +62,10 @@ impl TorchFile {
         self.tensors.get(name).map(|info| info.dims.as_slice())
     }
 
-    /// Reads a tensor, in the format in which it is stored.
+    /// Reads a tensor in its stored dtype.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] unless that is a float format.
+    /// [`Error::Unsupported`] unless that is a float dtype.
     pub fn load(&self, name: &str) -> Result<Tensor> {
         let failed =
             |e: &dyn std::fmt::Display| Error::file(&self.path, format!("tensor {name:?}: {e}"));
@@ -84,7 +83,7 @@ impl TorchFile {
     }
 }
 
-/// The folder inside the archive and the pickle in it.
+/// Returns the folder inside the archive and the pickle in it.
 fn description(archive: &mut ZipArchive<BufReader<File>>) -> Result<(String, Vec<u8>), String> {
     let root = |name: std::borrow::Cow<str>| name.strip_suffix("data.pkl").map(str::to_owned);
     let root = archive.file_names().filter_map(|name| name.ok()).find_map(root);
@@ -108,7 +107,7 @@ fn entry(archive: &mut ZipArchive<BufReader<File>>, name: &str) -> Result<Vec<u8
     Ok(bytes)
 }
 
-/// The entries of the state dictionary: the pickle's root, or what it has under "state_dict".
+/// Returns the entries of the state dictionary: the pickle's root, or its entry "state_dict".
 fn state(pickle: &Pickle) -> Result<Vec<(&str, Id)>, String> {
     let dict = |id| match pickle.get(id) {
         Object::Dict(items) => Some(items),
@@ -120,17 +119,17 @@ fn state(pickle: &Pickle) -> Result<Vec<(&str, Id)>, String> {
     Ok(items.iter().filter_map(|(key, value)| Some((pickle.text(*key)?, *value))).collect())
 }
 
-/// A tensor as the pickle describes it: a stretch of a storage.
+/// A tensor as described by the pickle: a range of a storage.
 struct View {
     storage: String,
     key: String,
-    /// Numbers in the storage.
+    /// Number of elements in the storage.
     count: usize,
     offset: usize,
     dims: Vec<usize>,
 }
 
-/// `None` for values that are no tensors: an epoch, a learning rate.
+/// Returns the view of a tensor; `None` for other values, such as an epoch or a learning rate.
 fn view(pickle: &Pickle, value: Id) -> Result<Option<View>, String> {
     let Some((function, arguments)) = pickle.call(value) else { return Ok(None) };
     match (function, arguments) {
@@ -190,7 +189,7 @@ fn rebuilt(pickle: &Pickle, arguments: &[Id]) -> Result<View, String> {
     })
 }
 
-/// Where the numbers lie in the file; all sizes are checked against it.
+/// Returns the location of the data in the file, with all sizes checked against it.
 fn locate(
     archive: &mut ZipArchive<BufReader<File>>,
     root: &str,
@@ -204,7 +203,7 @@ fn locate(
         return Err("its storage is compressed, which PyTorch never does".into());
     }
     let start = entry.data_start().ok_or("its storage is nowhere")?;
-    // An archive may promise more than the file has.
+    // An archive may declare more data than the file has.
     let held = entry.size().min(file_size.saturating_sub(start)) as usize / size;
     let numbers: usize = dims.iter().product();
     let end = offset.checked_add(numbers).filter(|&end| end <= count && count <= held);
@@ -216,7 +215,7 @@ fn locate(
     Ok(TensorInfo { storage, dims, start, bytes: numbers * size })
 }
 
-/// candle's type of a storage, if it is a float format, and the bytes of a number.
+/// Returns candle's dtype of a storage if it is a float, and the bytes per element.
 fn format(storage: &str) -> Result<(Option<DType>, usize), String> {
     match storage.strip_prefix("torch.").unwrap_or(storage) {
         "FloatStorage" => Ok((Some(DType::F32), 4)),

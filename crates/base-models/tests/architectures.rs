@@ -1,5 +1,5 @@
 //! Logits of every architecture and rotary scaling against `transformers`, for random
-//! configurations. `fixtures/make_architectures.py` made them.
+//! configurations made by `fixtures/make_architectures.py`.
 
 mod common;
 
@@ -20,7 +20,7 @@ fn open(case: &Case) -> Transformer {
         .unwrap_or_else(|e| panic!("{}: {e}", case.name))
 }
 
-/// The GGUF file of a checkpoint is the same model.
+/// The GGUF file of a checkpoint has the same logits.
 #[test]
 fn gguf_files_give_the_logits_of_transformers() {
     let mut count = 0;
@@ -44,7 +44,7 @@ fn dense(layer: &LayerSpec) -> longctx_core::Result<DenseCache> {
     DenseCache::new(layer.clone(), candle_core::DType::F32)
 }
 
-/// Logits of tokens that come in chunks, the last of which repeats.
+/// Returns the logits of tokens fed in chunks. The last chunk length repeats.
 fn in_chunks(model: &Transformer, tokens: &[u32], chunks: &[usize]) -> Tensor {
     logits_in_chunks(model.session(dense).unwrap(), tokens, chunks)
 }
@@ -132,7 +132,7 @@ fn sequences_of_unequal_length_have_the_logits_of_their_prompts() {
     }
 }
 
-/// Frequencies that were made for a length are not used past it.
+/// Sequences longer than the length that the frequencies were computed for are refused.
 #[test]
 fn sequences_beyond_the_length_that_a_scaling_was_made_for_are_refused() {
     let (case, _) = cases().into_iter().find(|(case, _)| case.name == "dynamic-rope-1").unwrap();

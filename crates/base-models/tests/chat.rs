@@ -1,5 +1,4 @@
-//! Chat templates against `transformers`, and within bounds. `fixtures/make_chat.py` made the
-//! texts.
+//! Chat templates against `transformers`, and their limits. `fixtures/make_chat.py` made the texts.
 
 mod common;
 
@@ -48,7 +47,7 @@ fn check(path: &Path) {
         let right = match (&case.text, &case.error) {
             (Some(text), _) => got.as_ref() == Ok(text),
             (_, Some(error)) => match &got {
-                // Only what a template says itself has the same words.
+                // Only errors raised by a template itself have the same text.
                 Err(got) => !error.contains("please") || got.contains(error),
                 Ok(_) => false,
             },
@@ -102,7 +101,7 @@ fn dates_follow_the_clock() {
     assert!(bad.render(&[], false).unwrap_err().to_string().contains("strftime_now"));
 }
 
-/// The fixture "llama" with a tokenizer and what `config` says of it.
+/// Returns the fixture "llama" with a tokenizer and the given tokenizer configuration.
 fn model(config: &Value) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for file in ["config.json", "model.safetensors"] {
@@ -182,7 +181,7 @@ fn all_end_tokens_of_the_generation_config_stop() {
     assert_eq!(open(folder.path()).model.config().eos, [2]);
 }
 
-/// Templates that would go on for ever, fill the memory, or overflow a stack.
+/// Templates that would not end, fill the memory, or overflow a stack.
 #[test]
 fn hostile_templates_are_stopped() {
     let repeat = |part: &str| part.repeat((100 << 10) / part.len());
@@ -246,7 +245,7 @@ fn hostile_templates_are_stopped() {
     ] {
         templates.push(repeat(part));
     }
-    // Namespaces that hold themselves, printed, compared and sorted.
+    // Namespaces that contain themselves, printed, compared and sorted.
     for part in [
         "{% set a.x = a %}{{ a }}",
         "{% set a.x = [a] %}{% set b.x = [b] %}{{ a.x == b.x }}",
@@ -257,7 +256,7 @@ fn hostile_templates_are_stopped() {
     ] {
         templates.push(format!("{{% set a = namespace() %}}{{% set b = namespace() %}}{part}"));
     }
-    // Many expressions, each as long as is allowed.
+    // Many expressions of the maximum length.
     for part in ["(", "not ", "a+", "a|", "a if b else ", "a[", "a.", "a==", "a and "] {
         templates.push(repeat(&format!("{{{{ {}a }}}}", part.repeat(3900 / part.len()))));
     }

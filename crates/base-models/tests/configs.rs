@@ -1,5 +1,5 @@
-//! Configurations mean what they mean to `transformers`, or are refused. `fixtures/make_configs.py`
-//! makes random ones.
+//! Configurations have the same meaning as in `transformers`, or are refused.
+//! `fixtures/make_configs.py` makes random ones.
 
 mod common;
 
@@ -10,7 +10,7 @@ use base_models::{Config, LoadOptions, Transformer};
 use longctx_core::RopeScaling;
 use serde_json::{Value, json};
 
-/// A configuration of a family with what `more` says.
+/// Reads the configuration of a family with additional fields.
 fn read(family: &str, more: Value) -> Result<Config, String> {
     let mut config = json!({
         "model_type": family, "vocab_size": 32, "hidden_size": 64, "intermediate_size": 64,
@@ -47,7 +47,7 @@ fn windows_slide_where_transformers_has_them() {
     let typed = json!({"use_sliding_window": true, "sliding_window": 8, "layer_types": types});
     assert_eq!(windows("qwen2", typed.clone()), [Some(8), None, None, Some(8)]);
     assert_eq!(windows("qwen2", json!({"sliding_window": 8, "layer_types": types})), [None; 4]);
-    // Llama has no windows, Mistral has them in all layers.
+    // Llama has no windows; Mistral has them in all layers.
     assert_eq!(windows("llama", used), []);
     assert_eq!(windows("llama", typed), []);
     assert_eq!(windows("mistral", json!({"sliding_window": 8})), [Some(8); 4]);

@@ -1,4 +1,4 @@
-//! Broken input is named: the file, the tensor, what was expected and what came.
+//! The error of invalid input names the file, the tensor, the expected and the actual value.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{Batch, CausalLm, DenseCache, LayerSpec, Logits};
 
-/// A copy of the tiny Llama fixture, to be broken.
+/// Returns a copy of the tiny Llama fixture, to be modified.
 fn copy() -> tempfile::TempDir {
     let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama");
     let to = tempfile::tempdir().unwrap();
@@ -78,7 +78,7 @@ fn truncated_safetensors() {
     assert!(message(folder.path()).contains(&folder.path().display().to_string()));
 }
 
-/// A GGUF file with one tensor and the metadata given.
+/// Writes a GGUF file with one tensor and the given metadata.
 fn gguf(folder: &Path, metadata: &[(&str, Value)]) -> PathBuf {
     let weights = Tensor::ones((64, 32), DType::F32, &Device::Cpu).unwrap();
     let weights = QTensor::quantize(&weights, GgmlDType::Q4_1).unwrap();

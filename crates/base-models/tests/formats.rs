@@ -1,5 +1,5 @@
-//! The formats that weights come in, and that nothing in a file is left out.
-//! `fixtures/make_formats.py` made the numbers.
+//! All formats of weights; every part of a file is read or refused. `fixtures/make_formats.py` made
+//! the expected numbers.
 
 mod common;
 
@@ -24,7 +24,7 @@ fn tensors(path: &Path) -> Tensors {
     candle_core::safetensors::load(path, &Device::Cpu).unwrap()
 }
 
-/// Copies a fixture's files, so that they can be changed.
+/// Copies a fixture's files, so that they can be modified.
 fn copy(name: &str) -> tempfile::TempDir {
     let to = tempfile::tempdir().unwrap();
     for entry in fs::read_dir(fixture(name)).unwrap() {
@@ -97,7 +97,7 @@ fn other_quantizations_are_refused_by_name() {
     all.insert("model.layers.0.self_attn.q_proj.qweight".into(), weight);
     save(folder.path(), &all);
     assert!(load(folder.path()).unwrap_err().contains("packed weights (GPTQ, AWQ or kin)"));
-    // Whole numbers are no weights.
+    // Integer tensors are not weights.
     let folder = copy("llama");
     let mut all = tensors(&folder.path().join("model.safetensors"));
     let norm = all["model.norm.weight"].to_dtype(DType::U8).unwrap();
@@ -158,7 +158,7 @@ fn sentence_piece_models_give_sentence_pieces_ids() {
         assert_eq!(tokenizer.encode(text, false).unwrap(), ids, "{text:?}");
         assert_eq!(tokenizer.encode(text, true).unwrap(), [&[1], ids.as_slice()].concat());
     }
-    // Beside it, what transformers writes.
+    // Files as transformers writes them, for comparison.
     let other = tempfile::tempdir().unwrap();
     fs::copy(folder.join("tokenizer.model"), other.path().join("tokenizer.model")).unwrap();
     let config = json!({
@@ -183,13 +183,13 @@ fn sentence_piece_models_other_than_bpe_are_refused() {
     assert!(message.contains("a SentencePiece model that is not of type BPE"), "{message}");
 }
 
-/// A fixture of a folder as a GGUF file of the architecture llama, with what `more` adds.
+/// A fixture folder converted to a GGUF file of the architecture llama, with additional metadata.
 struct Converted {
     metadata: Vec<(String, Value)>,
     tensors: Vec<(String, Tensor)>,
 }
 
-/// llama.cpp's row of each row of a projection whose heads have `d` channels.
+/// Reorders the rows of a projection with heads of `d` channels as llama.cpp does.
 fn interleave(tensor: &Tensor, d: usize) -> Tensor {
     let rows = tensor.dim(0).unwrap();
     let order: Vec<u32> =
@@ -307,7 +307,7 @@ fn gguf_rope_factors_are_read_under_each_of_their_names() {
     ] {
         assert!(error_of(&converted.open().unwrap(), &fixture("llama-linear")) < 1e-4);
     }
-    // "none" switches the factor off.
+    // "none" disables the factor.
     let none = Converted::new("llama")
         .with("llama.rope.scaling.factor", Value::F32(4.0))
         .with("llama.rope.scaling.type", text("none"));
@@ -332,7 +332,7 @@ fn gguf_settings_that_are_not_read_are_refused() {
             Converted::new("llama").with(&format!("llama.{key}"), value).open().unwrap_err();
         assert!(message.contains(&format!("llama.{key}")), "{message}");
     }
-    // With the neutral value, or of unknown meaning, they do no harm.
+    // Settings with the neutral value, or of unknown meaning, are accepted.
     let harmless = Converted::new("llama")
         .with("llama.expert_count", Value::U32(0))
         .with("llama.logit_scale", Value::F32(1.0))
@@ -381,7 +381,7 @@ fn split_gguf_files_are_read_from_the_first_part() {
     assert!(message.contains(&format!("hold {} tensors, not {count}", count - 1)), "{message}");
 }
 
-/// Every type of ggml's list: its number, its name, and whether it can be multiplied.
+/// Every type of ggml's list: its number, its name, and whether products are supported.
 const TYPES: [(u32, &str, bool); 37] = [
     (0, "F32", true),
     (1, "F16", true),
@@ -441,7 +441,7 @@ fn every_gguf_type_is_read_or_refused_with_the_tensors_and_its_own_name() {
         let path = folder.path().join("model.gguf");
         fs::write(&path, file).unwrap();
         let message = Tokenizer::from_gguf(&path).unwrap_err().to_string();
-        // A readable type gets past the header, to the tokenizer that is missing.
+        // A readable type passes the header check; the missing tokenizer is the next error.
         let refused = message.contains(&format!("tensor \"my.weight\" is of type {name}"));
         assert_eq!(refused, !readable, "{name}: {message}");
         assert_eq!(message.contains("tokenizer.ggml.model"), readable, "{name}: {message}");

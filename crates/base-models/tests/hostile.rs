@@ -1,5 +1,5 @@
-//! A file may be wrong, never deadly: no panic, no allocation beyond its size, no hang, nothing
-//! read outside its folder.
+//! Malicious files: no panic, no allocation beyond a multiple of the file's size, no endless loop,
+//! and no file read outside of the folder.
 
 mod common;
 
@@ -21,7 +21,7 @@ fn copy(name: &str) -> tempfile::TempDir {
     to
 }
 
-/// The message of loading a folder, which must come soon.
+/// Returns the error message of loading a folder, within a time limit.
 fn message(folder: &Path) -> String {
     let (send, receive) = mpsc::channel();
     let folder = folder.to_owned();
@@ -106,7 +106,7 @@ fn numbers_that_no_model_has_are_refused() {
     }
 }
 
-/// The bytes of a GGUF file: keys with their values as they lie in the file, and tensors.
+/// Returns the bytes of a GGUF file: keys with their encoded values, and tensors.
 fn gguf(
     keys: &[(&str, u32, Vec<u8>)],
     tensors: &[(&str, &[u64], u32, u64)],
@@ -211,7 +211,7 @@ fn gguf_settings_that_no_model_has_are_refused() {
     assert!(refused(&gguf(&keys(1, 1 << 40), &tensors, 128)).contains("num_attention_heads"));
 }
 
-/// A `.bin` file with a pickle and one storage of eight bytes.
+/// Writes a `.bin` file with a pickle and one storage of eight bytes.
 fn bin(pickle: &[u8]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     fs::copy(fixture("llama/config.json"), folder.path().join("config.json")).unwrap();
@@ -227,8 +227,8 @@ fn bin(pickle: &[u8]) -> tempfile::TempDir {
     folder
 }
 
-/// `{"model.norm.weight": function(arguments)}` with the operations that make the function's
-/// arguments.
+/// Returns a pickle of `{"model.norm.weight": function(arguments)}`, where `arguments` are the
+/// operations that push the function's arguments.
 fn entry(function: &str, arguments: &[u8]) -> Vec<u8> {
     let mut pickle = b"\x80\x02}X\x11\x00\x00\x00model.norm.weight".to_vec();
     let (module, name) = function.rsplit_once('.').unwrap();
@@ -238,8 +238,8 @@ fn entry(function: &str, arguments: &[u8]) -> Vec<u8> {
     pickle
 }
 
-/// The arguments of a tensor: a storage said to hold `count` numbers, an offset, a shape and
-/// strides.
+/// Returns the arguments of a tensor: a storage with a declared size of `count` elements, an
+/// offset, a shape and strides.
 fn tensor(count: u32, offset: u32, dims: &[u32], strides: &[u32]) -> Vec<u8> {
     let int = |n: &u32| [&b"\x8a\x05"[..], &n.to_le_bytes(), &[0]].concat();
     let tuple =
@@ -261,7 +261,7 @@ fn tensor(count: u32, offset: u32, dims: &[u32], strides: &[u32]) -> Vec<u8> {
 fn pickles_that_lie_are_refused() {
     let rebuild = "torch._utils._rebuild_tensor_v2";
     let refused = |pickle: &[u8]| message(bin(pickle).path());
-    // A good one gets as far as the other tensors.
+    // A valid one is accepted; the error is about the other tensors.
     let good = entry(rebuild, &tensor(2, 0, &[2], &[1]));
     assert!(refused(&good).contains("there is no tensor \"model.embed_tokens.weight\""));
     let huge = refused(&entry(rebuild, &tensor(u32::MAX, 0, &[u32::MAX], &[1])));
@@ -294,7 +294,7 @@ fn pickles_that_lie_are_refused() {
     assert!(refused(&deep).contains("no dictionary"));
     let tuples = [&b"\x80\x02N"[..], &b"\x85".repeat(2_000_000), b"."].concat();
     assert!(refused(&tuples).contains("no dictionary"));
-    // Each list holds the one before it twice.
+    // Each list contains the previous one twice.
     let doubled: Vec<u8> =
         (0..60u8).flat_map(|i| [b']', b'q', i + 1, b'h', i, b'a', b'h', i, b'a']).collect();
     assert!(refused(&[&b"]q\x00"[..], &doubled, b"."].concat()).contains("no dictionary"));

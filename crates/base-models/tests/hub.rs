@@ -1,4 +1,4 @@
-//! Models from the Hub, of which a server in this process plays the part.
+//! Models from the Hub, with a server in this process instead of the Hub.
 #![cfg(feature = "hub")]
 
 mod common;
@@ -15,7 +15,7 @@ use common::{error_of, fixture};
 
 type Files = BTreeMap<String, PathBuf>;
 
-/// Answers as the Hub does: the size, a tag and a commit with each file, of which a range may be asked for.
+/// Answers like the Hub: with the size, a tag and a commit for each file, and with range requests.
 fn answer(stream: TcpStream, files: &Files, asked: &Mutex<Vec<String>>) -> std::io::Result<()> {
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     let request = lines.next().unwrap_or_else(|| Ok(String::new()))?;

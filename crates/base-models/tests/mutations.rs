@@ -1,4 +1,4 @@
-//! The fuzz targets without a fuzzer: files of the fixtures, changed at random.
+//! The fuzz targets without a fuzzer: randomly modified files of the fixtures.
 //!
 //!     LONGCTX_MUTATIONS=100000 cargo test -p base-models --release --test mutations -- --include-ignored --nocapture
 
@@ -14,18 +14,18 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
-/// How many inputs a test makes unless LONGCTX_MUTATIONS says otherwise.
+/// Number of inputs per test unless LONGCTX_MUTATIONS is set.
 const FEW: usize = 300;
 
-/// A copy with some bytes changed, stretches cut, doubled or taken from another input, or numbers
-/// made extreme.
+/// Returns a copy with some bytes changed, ranges removed, duplicated or taken from another input,
+/// or numbers replaced by extreme ones.
 fn mutated(rng: &mut StdRng, seeds: &[Vec<u8>]) -> Vec<u8> {
     let mut data = seeds.choose(rng).expect("a seed").clone();
     for _ in 0..rng.random_range(1..6) {
         if data.is_empty() {
             break;
         }
-        // Most of what matters stands at the beginning.
+        // Most important data are at the beginning.
         let end = if rng.random_bool(0.7) { data.len().min(1500) } else { data.len() };
         let at = rng.random_range(0..end);
         let length = rng.random_range(1..=(data.len() - at).min(64));
@@ -74,7 +74,7 @@ fn run(name: &str, seeds: &[Vec<u8>], target: Target) {
         std::env::var("LONGCTX_MUTATION_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
     let mut rng = StdRng::seed_from_u64(seed);
     let mut slowest = Duration::ZERO;
-    // An abort leaves the input that it came from.
+    // After an abort, the input that caused it is left here.
     let last = std::env::temp_dir().join(format!("{name}-{seed}"));
     for i in 0..count {
         let data = mutated(&mut rng, seeds);
@@ -94,7 +94,7 @@ fn read(name: &str) -> Vec<u8> {
     fs::read(fixture(name)).unwrap()
 }
 
-/// A GGUF file with a tokenizer of each kind and, in the first, some weights.
+/// Returns a GGUF file with a tokenizer of each kind and, in the first, some weights.
 fn gguf_files() -> Vec<Vec<u8>> {
     use candle_core::quantized::gguf_file::Value;
     use candle_core::{DType, Device, Tensor};
@@ -160,7 +160,7 @@ fn gguf_files() -> Vec<Vec<u8>> {
     seeds
 }
 
-/// Runs the files that LONGCTX_REPLAY_TEMPLATE and its kin name: what an earlier run has left.
+/// Runs the files named by LONGCTX_REPLAY_TEMPLATE and similar variables: inputs of an earlier run.
 #[test]
 fn replay() {
     let targets: [(&str, Target); 5] = [

@@ -1,4 +1,5 @@
-//! Logits against `transformers`, on tiny random checkpoints and on a real model. `fixtures/make.py` made the numbers.
+//! Logits against `transformers`, on tiny random checkpoints and on a real model.
+//! `fixtures/make.py` made the expected numbers.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -16,8 +17,8 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-/// Feeds the tokens to sequence 0 in chunks of the given sizes, the last of which repeats, and
-/// joins the logits of all tokens.
+/// Feeds the tokens to sequence 0 in chunks of the given sizes and concatenates the logits of all
+/// tokens. The last size repeats.
 fn logits(model: &Transformer, tokens: &[u32], chunks: &[usize]) -> Tensor {
     let mut session = model.session(dense).unwrap();
     let mut parts = Vec::new();
@@ -69,7 +70,7 @@ fn window_is_read_from_the_configuration() {
     assert_eq!(config.windows, [None, None]);
 }
 
-/// A real model in the user's cache, or where a variable of the environment says.
+/// Returns the path of a real model in the user's cache, or the one in an environment variable.
 fn real(variable: &str, file: &str) -> Option<PathBuf> {
     let path = std::env::var_os(variable).map(PathBuf::from).or_else(|| {
         let home = PathBuf::from(std::env::var_os("HOME")?);
@@ -94,7 +95,7 @@ fn gemma3() -> Option<PathBuf> {
     real("LONGCTX_GEMMA3", "gemma-3-270m-q4_k_m.gguf")
 }
 
-/// Greedy tokens after the prompt of a fixture, with weights kept packed or expanded.
+/// Checks the greedy tokens after the prompt of a fixture, with weights packed or expanded.
 fn check_continuation(path: &Path, fixture_name: &str, expand: bool) {
     let text = std::fs::read_to_string(fixture(fixture_name)).unwrap();
     let expected: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -138,7 +139,7 @@ fn gemma3_cuts_text_as_its_own_tokenizer_does() {
 fn smollm2_cuts_text_as_its_own_tokenizer_does() {
     let Some(path) = smollm2() else { return };
     let llm = Pretrained::from_gguf(&path, &LoadOptions::default()).unwrap();
-    // Each digit is a token, and no space is put in front.
+    // Each digit is a token, and no space is prepended.
     let tokens = llm.tokenizer.encode("key 2024", true).unwrap();
     let pieces: Vec<_> = tokens.iter().map(|&t| llm.tokenizer.token(t).unwrap()).collect();
     assert_eq!(pieces, ["key", "Ġ", "2", "0", "2", "4"]);

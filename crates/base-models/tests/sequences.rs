@@ -1,4 +1,4 @@
-//! Many sequences in one session: batches, fork, truncate, remove, and errors in the middle.
+//! Many sequences in one session: batches, fork, truncate, remove, and errors during a call.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use longctx_core::{
 
 const TOLERANCE: f32 = 1e-5;
 
-/// A Llama of three layers with random weights.
+/// Returns a Llama of three layers with random weights.
 fn model() -> Transformer {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama/config.json");
     let config = Config::from_file(&path).unwrap();
@@ -30,7 +30,7 @@ fn feed(session: &mut Decoder, parts: &[(SeqId, &[u32])], logits: Logits) -> Res
     session.forward(&batch, &ids, logits)
 }
 
-/// Logits of all tokens of one sequence, fed at once to a session of its own.
+/// Returns the logits of all tokens of one sequence, fed in one call to its own session.
 fn alone(model: &Transformer, ids: &[u32]) -> Tensor {
     feed(&mut model.session(dense).unwrap(), &[(0, ids)], Logits::All).unwrap()
 }
@@ -54,7 +54,7 @@ fn a_batch_of_unequal_sequences_equals_each_alone() {
     let model = model();
     let (a, b, c) = (ids(1, 41), ids(2, 7), ids(3, 90));
     let mut session = model.session(dense).unwrap();
-    // Prompts and single tokens side by side; c begins later, and b rests in between.
+    // Prompts and single tokens in one batch; c starts later, and b is not in every batch.
     let first = feed(&mut session, &[(7, &a[..40]), (2, &b[..6])], Logits::All).unwrap();
     assert_eq!(first.dims(), [46, 96]);
     let second = feed(&mut session, &[(9, &c[..89]), (7, &a[40..])], Logits::All).unwrap();
@@ -126,7 +126,7 @@ fn a_removed_sequence_gives_its_memory_back_and_may_begin_again() {
     assert_eq!((session.seqs().len(), session.footprint().payload), (0, 0));
 }
 
-/// What the layer in the middle refuses.
+/// The faults of the middle layer.
 #[derive(Default)]
 struct Faults {
     attend: AtomicBool,
@@ -134,13 +134,13 @@ struct Faults {
     truncate: AtomicBool,
 }
 
-/// A dense cache that fails when asked to, and may be one that can't go back.
+/// A dense cache whose `attend` can be made to fail and whose `truncate` can be disabled.
 struct Faulty {
     inner: DenseCache,
     faults: Arc<Faults>,
 }
 
-/// A session whose middle layer has the faults; `others` are those of the layers around it.
+/// Returns a session whose middle layer has the faults `middle`; the other layers have `others`.
 fn faulty(model: &Transformer, middle: &Arc<Faults>, others: &Arc<Faults>) -> Decoder {
     let make = |layer: &LayerSpec| {
         let faults = if layer.index == 1 { middle } else { others };
@@ -244,7 +244,7 @@ fn a_sequence_whose_layers_cant_go_back_is_poisoned_until_removed() {
         }
         other => panic!("{other}"),
     };
-    // With sequence 1 in the same batch, nothing runs.
+    // With sequence 1 in the same batch, nothing is computed.
     poisoned(feed(&mut session, &[(1, &[5]), (0, &[9])], Logits::Last).map(drop));
     poisoned(session.fork(0, 2));
     poisoned(session.truncate(0, 3));

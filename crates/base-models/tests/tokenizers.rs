@@ -1,5 +1,6 @@
 //! Tokenizers built from GGUF files, SentencePiece models and `tokenizer.json`, against llama.cpp,
-//! `tokenizers` and `sentencepiece`. `fixtures/tokenizers` has the scripts that made the numbers.
+//! `tokenizers` and `sentencepiece`. The scripts in `fixtures/tokenizers` made the expected
+//! results.
 
 mod common;
 
@@ -14,7 +15,7 @@ use common::{fixture, floats, integers, text, texts};
 use serde::Deserialize;
 use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
-/// A tokenizer from the metadata of a GGUF file without tensors.
+/// Opens a tokenizer from the metadata of a GGUF file without tensors.
 fn open(metadata: &[(&str, Value)]) -> Result<Tokenizer, String> {
     let folder = tempfile::tempdir().unwrap();
     let path = common::write(folder.path(), metadata, &[]);
@@ -36,7 +37,7 @@ fn byte_level<'a>(
     ]
 }
 
-/// Bytes, some pieces, and `<|im_start|>` as a user-defined token at the end.
+/// A vocabulary of bytes, some pieces, and `<|im_start|>` as a user-defined token at the end.
 fn sentence_piece<'a>() -> Vec<(&'a str, Value)> {
     let mut pieces =
         vec![("<unk>".to_owned(), 0.0, 2), ("<s>".into(), 0.0, 3), ("</s>".into(), 0.0, 3)];
@@ -65,7 +66,7 @@ fn llama_3_begins_with_bos_keeps_whole_words_and_adds_no_space() {
     let tokenizer = open(&metadata).unwrap();
     assert_eq!(tokenizer.encode("Hi", true).unwrap(), [4, 3]);
     assert_eq!(tokenizer.encode("Hi", false).unwrap(), [3]);
-    // No merge leads to "HiHi": a whole word that is a token stays whole all the same.
+    // No merge produces "HiHi", but a whole word that is a token stays whole.
     assert_eq!(tokenizer.encode("HiHi", false).unwrap(), [7]);
     assert_eq!(tokenizer.encode("Hi<|eot_id|>Hi", false).unwrap(), [3, 6, 3]);
     assert_eq!(tokenizer.decode(&[4, 3, 2, 3, 6]).unwrap(), "Hi Hi");
@@ -120,7 +121,7 @@ fn tokens_that_end_a_turn_are_special_in_files_that_do_not_say_so() {
 
 #[test]
 fn a_word_of_a_markup_language_is_no_end_token() {
-    // Qwen's vocabulary has "</s>" as a piece of text.
+    // Qwen's vocabulary has "</s>" as plain text.
     let tokens = ["<", "/", "s", ">", "</s>"];
     let of = |kind| open(&byte_level("gpt-2", &tokens, &[1, 1, 1, 1, kind], &[])).unwrap();
     assert_eq!(of(1).encode("</s>", true).unwrap(), [0, 1, 2, 3]);
@@ -134,7 +135,7 @@ fn sentence_piece_knows_user_defined_tokens_and_the_space_in_front() {
     assert_eq!(tokenizer.encode("<|im_start|>a", true).unwrap(), [1, start, a_after_space]);
     assert_eq!(tokenizer.encode("a", false).unwrap(), [a_after_space]);
     assert_eq!(tokenizer.encode("aab</s>", false).unwrap(), [a_after_space, 260, 2]);
-    // A character that the vocabulary lacks falls apart into its bytes.
+    // A character that the vocabulary lacks is split into its bytes.
     assert_eq!(tokenizer.encode("é", false).unwrap(), [261, 3 + 0xc3, 3 + 0xa9]);
     assert_eq!(tokenizer.decode(&[1, 259, 261, 3 + 0xc3, 3 + 0xa9]).unwrap(), "a é");
 
@@ -148,7 +149,7 @@ fn sentence_piece_knows_user_defined_tokens_and_the_space_in_front() {
     assert_eq!(open(&metadata).unwrap().encode("a", true).unwrap(), [262, 2]);
 }
 
-/// The pieces that a stream gives, and what it holds back at the end.
+/// Returns the pieces of a stream, and its pending text at the end.
 fn streamed(tokenizer: &Tokenizer, ids: &[u32]) -> (Vec<String>, String) {
     let mut stream = tokenizer.stream();
     let pieces = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
@@ -181,16 +182,16 @@ fn a_stream_gives_out_whole_characters_and_the_rest_at_its_end() {
     assert_eq!(rest, "");
     let (pieces, rest) = streamed(&tokenizer, &[262, 3 + 0xf0, 3 + 0x9f]);
     assert_eq!((pieces.concat().as_str(), rest.as_str()), ("a", "\u{fffd}\u{fffd}"));
-    // Bytes that make no character come out before there are many.
+    // Bytes that form no character are returned before many accumulate.
     let mut stream = tokenizer.stream();
     let text: String = (0..100).map(|_| stream.push(3 + 0x80).unwrap()).collect();
     assert!(text.chars().count() >= 90 && text.chars().all(|c| c == '\u{fffd}'));
-    // A token that is none, and a stream that goes on after its end.
+    // An unknown token, and a stream that continues after its end.
     assert_eq!(stream.push(100_000).unwrap(), "");
     stream.finish().unwrap();
     assert_eq!(stream.push(262).unwrap(), "a");
 
-    // Tokens that end within characters, one after the other: each gives out what it completes.
+    // Consecutive tokens that end within characters: each returns the text that it completes.
     let letters = ["×", "Ĳ", "Ĳ×"];
     let tokenizer = open(&byte_level("gpt-2", &letters, &[1; 3], &["Ĳ ×"])).unwrap();
     let ids = [vec![0], vec![2; 40], vec![1]].concat();
@@ -210,9 +211,10 @@ fn a_stream_takes_the_same_time_for_each_token() {
     assert_eq!(pieces.concat(), tokenizer.decode(&ids).unwrap());
 }
 
-/// Names for which llama.cpp's pattern is not the model's own, which is used here: it has no upper
-/// and lower case of other scripts than Latin, no combining marks, or no digits beyond ASCII; and
-/// its code for afmoe joins the text in front of a number with the number's first digits.
+/// Names for which llama.cpp's pattern differs from the model's own, which is used here.
+/// llama.cpp's pattern has no upper and lower case for scripts other than Latin, no combining
+/// marks, or no digits beyond ASCII. Its code for afmoe joins the text before a number with the
+/// number's first digits.
 const APPROXIMATED: [&str; 13] = [
     "afmoe",
     "cohere2moe",
@@ -257,8 +259,8 @@ fn pieces(tokenizer: &Tokenizer, text: &str) -> Vec<String> {
 fn every_pre_tokenizer_of_llama_cpp_splits_as_there_or_is_refused() {
     let json = fs::read_to_string(fixture("splits.json")).unwrap();
     let expected: Splits = serde_json::from_str(&json).unwrap();
-    // llama.cpp's regular expressions know less of Unicode: it takes some spaces and marks for
-    // other characters.
+    // llama.cpp's regular expressions cover less of Unicode: they misclassify some spaces and
+    // marks.
     let exotic = "\u{85}\u{a0}\u{ad}\u{200b}\u{200d}\u{2003}\u{2028}\u{2029}\u{3000}\u{feff}";
     let mut differ = BTreeMap::new();
     for (name, want) in &expected.llama_cpp {
@@ -307,7 +309,7 @@ struct Case {
     decoded: Option<String>,
 }
 
-/// All tokenizers of a folder that have texts with their ids beside them.
+/// Returns all tokenizers of a folder that have texts with expected ids.
 fn differential(folder: &Path) -> Vec<(PathBuf, Vec<Case>)> {
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let read = |path: &Path| {

@@ -15,6 +15,7 @@ mod rms_norm;
 mod rope;
 mod silu_mul;
 mod tensor;
+mod top;
 
 pub use matvec::{MOST_ROWS, MatVecArgs, matvec};
 pub use prefill::{Half, PAGE, PrefillArgs, has_prefill, prefill};
@@ -23,3 +24,4 @@ pub use rope::{RopeArgs, rope};
 pub use silu_mul::{SiluMulArgs, silu_mul};
 pub(crate) use tensor::is_aligned;
 pub use tensor::{address, half_of, keep_freed_memory};
+pub use top::{GatherArgs, TopArgs, gather, top};

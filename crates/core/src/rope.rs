@@ -33,7 +33,8 @@ pub struct Rope {
     head_dim: usize,
     /// One frequency per rotated pair of channels, radians per position.
     frequencies: Vec<f64>,
-    /// The cos/sin table of the last positions: all layers of a model ask for the same ones.
+    /// The cos/sin table of the last call's positions: all layers of a model use the same
+    /// positions.
     last: Mutex<Option<Table>>,
     /// The same table for the CUDA kernel.
     #[cfg(feature = "cuda")]

@@ -3,7 +3,10 @@
 
 use std::ops::Range;
 
-use crate::{AttentionShape, AttentionState, Batch, Error, Footprint, Result, SeqId};
+use crate::{
+    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, Result, Selection,
+    SeqId,
+};
 use candle_core::Tensor;
 
 /// Stores keys and values per sequence and kv head, and computes attention over them.
@@ -19,7 +22,7 @@ pub trait KvStore: Send {
     fn shape(&self) -> &AttentionShape;
 
     /// Appends keys `[tokens, kv_heads, head_dim]` and values `[tokens, kv_heads, value_dim]` to
-    /// every head of the batch's sequences. An unknown sequence is created.
+    /// every head of the batch's sequences. A sequence that does not exist yet is created.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if the tensors do not fit; [`Error::NotFinite`] from stores that
@@ -46,9 +49,8 @@ pub trait KvStore: Send {
     /// [`Error::Mismatch`] if `q` or `mask` does not fit the stored entries.
     fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState>;
 
-    /// Returns the attention probability that each entry receives, summed over the queries. Tensor
-    /// `[i * kv_heads + h]` belongs to kv head h of the batch's i-th sequence. Its shape is
-    /// `[group, entries]`, with a row per query head of the group; f32, on the store's device.
+    /// Returns the attention probability that each entry receives, summed over the queries, for
+    /// each sequence of the batch, on the store's device.
     ///
     /// `lse` (`[tokens, heads]`) is the log-sum-exp over *everything* that the queries see, in this
     /// store and elsewhere. The sums of several stores then add up to the number of queries.
@@ -61,7 +63,7 @@ pub trait KvStore: Send {
         q: &Tensor,
         lse: &Tensor,
         mask: Mask<'_>,
-    ) -> Result<Vec<Tensor>>;
+    ) -> Result<Vec<AttentionSums>>;
 
     /// Keeps the selected entries of each kv head of a sequence and frees the others.
     ///
@@ -234,73 +236,4 @@ impl EntryRanges {
         }
         Ok(())
     }
-}
-
-/// Selected entries of a sequence: for each kv head (`[kv_heads]`), entry indices in increasing
-/// order.
-///
-/// ```
-/// use longctx_core::Selection;
-///
-/// // Two heads that hold 5 and 4 entries: the first keeps its ends, the second all.
-/// let keep = Selection::new(vec![vec![0, 4], vec![0, 1, 2, 3]]);
-/// assert!(keep.check(&[5, 4]).is_ok());
-/// assert!(keep.check(&[4, 4]).unwrap_err().to_string().contains("head 0"));
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Selection {
-    heads: Vec<Vec<u32>>,
-}
-
-impl Selection {
-    /// Creates a selection from one list per kv head.
-    pub fn new(heads: Vec<Vec<u32>>) -> Self {
-        Self { heads }
-    }
-
-    /// Creates a selection with the same list for `heads` heads.
-    pub fn uniform(heads: usize, keep: Vec<u32>) -> Self {
-        Self { heads: vec![keep; heads] }
-    }
-
-    /// Returns the lists.
-    pub fn heads(&self) -> &[Vec<u32>] {
-        &self.heads
-    }
-
-    /// Checks the lists against the number of entries of each head.
-    ///
-    /// # Errors
-    /// [`Error::Mismatch`] naming the first head whose list is not strictly increasing or exceeds
-    /// its entries.
-    pub fn check(&self, lens: &[usize]) -> Result<()> {
-        if self.heads.len() != lens.len() {
-            return Err(Error::mismatch("heads of a selection", lens.len(), self.heads.len()));
-        }
-        for (head, (keep, &len)) in self.heads.iter().zip(lens).enumerate() {
-            let what = || format!("selection for head {head}");
-            if let Some(w) = keep.windows(2).find(|w| w[0] >= w[1]) {
-                let got = format!("{} before {}", w[0], w[1]);
-                return Err(Error::mismatch(what(), "strictly increasing entries", got));
-            }
-            if let Some(&last) = keep.last().filter(|&&last| last as usize >= len) {
-                return Err(Error::mismatch(what(), format!("entries below {len}"), last));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Checks one selection per sequence of a batch against the sequences' tokens.
-///
-/// # Errors
-/// [`Error::Mismatch`] for a wrong number of selections; as [`Selection::check`].
-pub fn check_selections(batch: &Batch, tokens: &[Selection], kv_heads: usize) -> Result<()> {
-    if tokens.len() != batch.seqs().len() {
-        return Err(Error::mismatch("selections of tokens", batch.seqs().len(), tokens.len()));
-    }
-    for ((_, own), selection) in batch.iter().zip(tokens) {
-        selection.check(&vec![own.len(); kv_heads])?;
-    }
-    Ok(())
 }

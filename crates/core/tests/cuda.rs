@@ -9,8 +9,9 @@ use candle_core::{DType, Device, Tensor};
 use half::f16;
 use longctx_core::cuda::{Half, PAGE, PrefillArgs, prefill};
 use longctx_core::{
-    AttentionShape, Batch, DenseCache, DenseStore, EntryRanges, Error, KvCache, KvStore, LayerSpec,
-    Mask, Rope, RopeScaling, Selection, SeqId, Step, add_rms_norm, attention, linear, silu_mul,
+    AttentionShape, AttentionSums, Batch, DenseCache, DenseStore, EntryRanges, Error, KvCache,
+    KvStore, LayerSpec, Mask, Rope, RopeScaling, Selection, SeqId, Step, add_rms_norm, attention,
+    gather_entries, linear, silu_mul, top_entries,
 };
 
 fn random(tokens: usize, heads: usize, d: usize, dtype: DType) -> Tensor {
@@ -96,7 +97,7 @@ fn prompts_attend_as_on_the_cpu() {
             AttentionShape { soft_cap: Some(3.0), scale: 0.3, ..plain },
         ];
         for shape in shapes {
-            for (dtype, bound) in [(DType::F16, 1e-3), (DType::BF16, 6e-3)] {
+            for (dtype, bound) in [(DType::F16, 1e-3), (DType::BF16, 6e-3), (DType::F32, 1e-4)] {
                 // Queries, keys and values are views into the output of one projection.
                 let qkv = random(batch.tokens(), heads + 2 * kv_heads, d, dtype);
                 let parts = |qkv: &Tensor| {
@@ -169,7 +170,7 @@ fn products_are_as_on_the_cpu() {
     };
     for (out, inner) in [(1, 8), (1003, 1096), (9001, 512), (64, 13)] {
         for rows in [1, 2, 3, 4, 5, 40] {
-            for (dtype, bound) in [(DType::F16, 1e-3), (DType::BF16, 6e-3)] {
+            for (dtype, bound) in [(DType::F16, 1e-3), (DType::BF16, 6e-3), (DType::F32, 1e-4)] {
                 let x = random(rows, 1, inner, dtype).squeeze(1).unwrap();
                 let w = random(out, 1, inner, dtype).squeeze(1).unwrap();
                 let f32 = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
@@ -364,6 +365,24 @@ impl Pair {
         }
     }
 
+    /// Appends `count` tokens of each sequence. `select` returns a selection on the host and on the
+    /// device.
+    fn append_chosen(
+        &mut self,
+        parts: &[(SeqId, usize)],
+        count: usize,
+        mut select: impl FnMut(usize, usize) -> (Selection, Selection),
+    ) {
+        let chosen = parts.iter().map(|&(_, len)| select(len, count.min(len)));
+        let (host, other): (Vec<_>, Vec<_>) = chosen.unzip();
+        let batch = Batch::new(parts).unwrap();
+        let (kv_heads, d) = (self.shape.kv_heads, self.shape.head_dim);
+        let [k, v] = [0; 2].map(|_| random(batch.tokens(), kv_heads, d, self.dtype));
+        let [dk, dv] = [&k, &v].map(|x| x.to_device(&self.device).unwrap());
+        self.host.append_selected(&batch, &k, &v, &host).unwrap();
+        self.other.append_selected(&batch, &dk, &dv, &other).unwrap();
+    }
+
     fn check(&self, parts: &[(SeqId, usize)], mask: Mask<'_>) {
         let batch = Batch::new(parts).unwrap();
         let q = random(batch.tokens(), self.shape.heads, self.shape.head_dim, self.dtype);
@@ -377,7 +396,10 @@ impl Pair {
         assert!(relative(&finite(&got.lse), &finite(&want.lse)) < bound, "{what}");
         let sums = self.host.attention_sums(&batch, &q, &want.lse, mask).unwrap();
         let other = self.other.attention_sums(&batch, &dq, &want.lse, mask).unwrap();
-        for (sums, other) in sums.iter().zip(&other) {
+        let heads = |sums: &[AttentionSums]| -> Vec<_> {
+            sums.iter().flat_map(|sums| sums.split().unwrap()).collect()
+        };
+        for (sums, other) in heads(&sums).iter().zip(&heads(&other)) {
             assert_eq!(sums.dims(), other.dims(), "{what}");
             assert!(sums.elem_count() == 0 || relative(other, sums) < bound, "{what}");
         }
@@ -481,4 +503,121 @@ fn a_full_pool_of_blocks_changes_nothing() {
     let error = store.append(&large, &x(&large), &x(&large)).unwrap_err();
     assert!(matches!(error, Error::PoolFull { .. }), "{error}");
     assert_eq!((store.footprint(), store.seqs()), (before, vec![0]));
+}
+
+/// The entries that stay, by sorting: protected ones first, then by score, then by age.
+fn best(scores: &[f32], count: usize, sinks: usize, recent: usize) -> Vec<u32> {
+    let protected = |i: u32| (i as usize) < sinks || i as usize >= scores.len() - recent;
+    let score = |i: u32| match scores[i as usize] {
+        x if x.is_nan() => f32::NEG_INFINITY,
+        x => x,
+    };
+    let mut all: Vec<u32> = (0..scores.len() as u32).collect();
+    all.sort_by(|&a, &b| {
+        let by_score = score(b).total_cmp(&score(a)).then(a.cmp(&b));
+        protected(b).cmp(&protected(a)).then(by_score)
+    });
+    all.truncate(count);
+    all.sort_unstable();
+    all
+}
+
+#[test]
+fn the_entries_of_the_highest_scores_are_those_of_a_sorted_list() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let mut draw = draws();
+    let some = [0.0, -0.0, 1.5, -1.5, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e-40, -3e8];
+    for len in [1usize, 2, 31, 500, 1024, 1025, 8192, 70_001] {
+        for round in 0..6 {
+            let mut score = |_| match round % 3 {
+                0 => some[draw(some.len())],
+                1 => draw(1 << 20) as f32 / 1e6,
+                _ => (draw(7) as f32).exp(),
+            };
+            let heads: Vec<Vec<f32>> = (0..3).map(|_| (0..len).map(&mut score).collect()).collect();
+            let count = if round == 5 { len } else { 1 + draw(len) };
+            let sinks = draw(4).min(count);
+            let recent = draw(40).min(count - sinks);
+            let scores = Tensor::new(heads.clone(), &device).unwrap();
+            let keep = top_entries(&scores, count, sinks, recent).unwrap().unwrap();
+            let want: Vec<_> =
+                heads.iter().map(|scores| best(scores, count, sinks, recent)).collect();
+            assert!(keep.heads().unwrap() == want, "{len} entries, {count}, {sinks}, {recent}");
+            // Entries from the middle on have no value: they follow from 1,000.
+            let held = len / 2;
+            if held == 0 {
+                continue;
+            }
+            let values: Vec<u32> =
+                (0..3 * held as u32).map(|i| i.wrapping_mul(2654435761)).collect();
+            let on_device = Tensor::from_vec(values.clone(), (3, held), &device).unwrap();
+            let got = gather_entries(&on_device, &keep, 1000).unwrap().unwrap();
+            for (head, got) in got.to_vec2::<u32>().unwrap().into_iter().enumerate() {
+                let value = |&entry: &u32| match (entry as usize).checked_sub(held) {
+                    Some(after) => 1000 + after as u32,
+                    None => values[head * held + entry as usize],
+                };
+                assert_eq!(got, want[head].iter().map(value).collect::<Vec<_>>());
+            }
+        }
+    }
+}
+
+/// Selections on the device have the same effect as equal selections on the host.
+#[test]
+fn selections_on_the_device_are_those_of_the_host() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let mut draw = draws();
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let store = || DenseStore::new(shape, DType::F16).unwrap();
+    let mut pair =
+        Pair { shape, dtype: DType::F16, host: store(), other: store(), device: device.clone() };
+    let mut select = |len: usize, count: usize| {
+        let mut list = |_| {
+            let mut left: Vec<u32> = (0..len as u32).collect();
+            while left.len() > count {
+                left.remove(draw(left.len()));
+            }
+            left
+        };
+        let lists: Vec<Vec<u32>> = (0..2).map(&mut list).collect();
+        let on_device = Selection::on_device(&Tensor::new(lists.clone(), &device).unwrap());
+        (Selection::new(lists), on_device.unwrap())
+    };
+    pair.append_chosen(&[(0, 300), (1, 90)], 130, &mut select);
+    for round in 0..8 {
+        if round == 3 {
+            pair.host.fork(0, 7).unwrap();
+            pair.other.fork(0, 7).unwrap();
+        }
+        pair.append_chosen(&[(1, 40), (0, 70)], 30, &mut select);
+        for seq in 0..2 {
+            let len = pair.host.len(seq);
+            let count = if round % 2 == 0 { len - 1 } else { len / 2 + 1 };
+            let (host, other) = select(len, count);
+            pair.host.retain(seq, &host).unwrap();
+            pair.other.retain(seq, &other).unwrap();
+        }
+        pair.check(&[(0, 1), (1, 2)], Mask::Causal);
+    }
+    for seq in [0, 1, 7] {
+        let seqs: &[SeqId] = if seq == 7 { &[7] } else { &[0, 1] };
+        assert!(seqs.iter().all(|&seq| pair.host.lens(seq) == pair.other.lens(seq)));
+        for head in 0..2 {
+            let (k, v) = pair.host.read(seq, head).unwrap();
+            let (dk, dv) = pair.other.read(seq, head).unwrap();
+            assert_eq!((relative(&dk, &k), relative(&dv, &v)), (0.0, 0.0));
+        }
+    }
+    // Indices past a head's end are not read.
+    let wild = Tensor::new(vec![vec![0u32, u32::MAX]; 2], &device).unwrap();
+    pair.other.retain(0, &Selection::on_device(&wild).unwrap()).unwrap();
+    assert_eq!(pair.other.lens(0), [2, 2]);
+    assert!(pair.other.read(0, 0).is_ok());
 }

@@ -293,7 +293,7 @@ fn apply(store: &mut DenseStore, lists: &mut Lists, op: &Op, salt: u64) {
             let keep = Selection::new(lens.iter().enumerate().map(list).collect());
             if store.retain(*seq, &keep).is_ok() {
                 let heads = lists.get_mut(seq).unwrap();
-                for (head, keep) in heads.iter_mut().zip(keep.heads()) {
+                for (head, keep) in heads.iter_mut().zip(keep.heads().unwrap()) {
                     *head = keep.iter().map(|&e| head[e as usize].clone()).collect();
                 }
             }
@@ -338,7 +338,8 @@ fn apply(store: &mut DenseStore, lists: &mut Lists, op: &Op, salt: u64) {
             let out = store.attend(&batch, &q, Mask::Entries(&ranges)).unwrap();
             compare(&out.out, &q, 0, lists.get(seq), keeps);
             let sums = store.attention_sums(&batch, &q, &out.lse, Mask::Entries(&ranges)).unwrap();
-            let rows = sums.iter().flat_map(|sums| sums.to_vec2::<f32>().unwrap());
+            let rows = sums.iter().flat_map(|sums| sums.split().unwrap());
+            let rows = rows.flat_map(|sums| sums.to_vec2::<f32>().unwrap());
             for (h, sums) in rows.enumerate() {
                 let len = lens[h / (HEADS / KV_HEADS)];
                 assert_eq!(sums.len(), len);

@@ -1,33 +1,33 @@
-//! What can go wrong in an evaluation.
+//! Errors of an evaluation.
 
 use std::path::PathBuf;
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong: what was expected, what came, and where.
+/// An error of an evaluation, with the expected and the actual value and the location.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A setting that no evaluation can work with.
+    /// An invalid setting.
     #[error("setting `{name}`: expected {expected}, got {got}")]
     Setting {
         /// The setting's name.
         name: String,
-        /// The values that work.
+        /// The valid values.
         expected: String,
-        /// The value given.
+        /// The actual value.
         got: String,
     },
-    /// A file that can't be read or written.
+    /// A file that cannot be read or written.
     #[error("{}: {reason}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         reason: std::io::Error,
     },
-    /// A record of a task's data that no question can be made of.
+    /// A record of a task's data that cannot be read as a question.
     #[error("{}, line {line}, field `{field}`: {fault}", path.display())]
     Record {
         /// The file.
@@ -36,10 +36,10 @@ pub enum Error {
         line: usize,
         /// The field.
         field: String,
-        /// What was expected and what came.
+        /// The expected and the actual value.
         fault: String,
     },
-    /// A setting whose method nobody has registered.
+    /// A setting whose method is not registered.
     #[error(
         "setting `{setting}`: expected one of the {count} registered methods, got `{method}`; the nearest are {nearest}"
     )]
@@ -48,39 +48,39 @@ pub enum Error {
         setting: String,
         /// Its method.
         method: String,
-        /// How many methods are registered.
+        /// The number of registered methods.
         count: usize,
-        /// Those whose names are most like it.
+        /// The registered methods with the most similar names.
         nearest: String,
     },
     /// A subject that could not be opened or could not answer.
     #[error("{what}: {reason}")]
     Subject {
-        /// The setting, and the task and sample if there is one.
+        /// The setting, and the task and sample if known.
         what: String,
-        /// What it says itself.
+        /// The subject's error.
         reason: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// Data that could not be fetched.
+    /// Data that could not be downloaded.
     #[error("fetching {what}: {reason}")]
     Download {
-        /// What was asked for.
+        /// The requested data.
         what: String,
-        /// What went wrong.
+        /// The cause.
         reason: String,
     },
-    /// A picture of a report that could not be drawn.
+    /// A figure of a report that could not be drawn.
     #[error("drawing {what}: {reason}")]
     Drawing {
-        /// Which picture.
+        /// The figure.
         what: String,
-        /// Why.
+        /// The cause.
         reason: String,
     },
 }
 
 impl Error {
-    /// An [`Error::Setting`] from anything printable.
+    /// Creates an [`Error::Setting`] from printable values.
     pub fn setting(
         name: impl Into<String>,
         expected: impl std::fmt::Display,
@@ -89,7 +89,7 @@ impl Error {
         Self::Setting { name: name.into(), expected: expected.to_string(), got: got.to_string() }
     }
 
-    /// For `map_err` after an operation on `path`.
+    /// Returns a function for `map_err` after an operation on `path`.
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         move |reason| Self::Io { path: path.into(), reason }
     }

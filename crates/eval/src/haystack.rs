@@ -1,4 +1,4 @@
-//! The text that a needle hides in.
+//! The background text of the needle test.
 
 use std::fs;
 use std::path::Path;
@@ -8,30 +8,31 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::{Error, Result, python};
 
-/// Background text without end: documents, repeated in order as often as a length asks for.
+/// An unlimited background text: documents, repeated in order until a length is reached.
 #[derive(Debug, Clone)]
 pub struct Haystack {
     documents: Vec<String>,
 }
 
-/// The most words that are made: more than any model reads.
+/// The largest number of words of a prompt: more than any model reads.
 pub(crate) const MOST_WORDS: usize = 10_000_000;
 
-/// Documents of a generated haystack, each of some 600 words.
+/// Number of documents of a generated haystack, of some 600 words each.
 const DOCUMENTS: usize = 48;
 
 impl Haystack {
-    /// Plain English-like prose, made from `seed`. No digits, so that no number but the needle's is in it.
+    /// Generates plain English-like prose from `seed`. It contains no digits, so that the needle's
+    /// number is the only one.
     pub fn generated(seed: u64) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         Self { documents: (0..DOCUMENTS).map(|_| prose::document(&mut rng)).collect() }
     }
 
-    /// The text files of a folder, by name; or one file. Of a JSON file, its field `text`, as in RULER's
-    /// `PaulGrahamEssays.json`.
+    /// Reads the text files of a folder, in the order of their names, or one file. Of a JSON file
+    /// it reads the field `text`, as in RULER's `PaulGrahamEssays.json`.
     ///
     /// # Errors
-    /// [`Error::Io`] if one can't be read; [`Error::Setting`] if there is no word in them.
+    /// [`Error::Io`] if a file cannot be read; [`Error::Setting`] if they contain no word.
     pub fn from_path(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let mut files = vec![path.to_path_buf()];
@@ -48,15 +49,15 @@ impl Haystack {
         Ok(Self { documents })
     }
 
-    /// All documents, one after the other.
+    /// Returns all documents, concatenated.
     pub fn text(&self) -> String {
         self.documents.concat()
     }
 
-    /// The first `count` words, with the white space between them.
+    /// Returns the first `count` words, with the white space between them.
     ///
     /// # Errors
-    /// [`Error::Setting`] for more than 10 million.
+    /// [`Error::Setting`] for more than 10 million words.
     pub fn words(&self, count: usize) -> Result<String> {
         if count > MOST_WORDS {
             return Err(Error::setting("words", format!("at most {MOST_WORDS}"), count));
@@ -92,7 +93,8 @@ fn document(path: &Path) -> Result<String> {
     Ok(parsed.text)
 }
 
-/// Words `start..end` of `text` with the white space between them, stripped at both ends.
+/// Returns the words `start..end` of `text` with the white space between them, without white space
+/// at the ends.
 pub fn word_range(text: &str, start: usize, end: usize) -> &str {
     if start >= end {
         return "";
@@ -254,7 +256,7 @@ mod prose {
         "The smallest details turned out to matter most",
     ];
 
-    /// Eight paragraphs.
+    /// Returns eight paragraphs.
     pub fn document(rng: &mut ChaCha8Rng) -> String {
         (0..8).map(|_| paragraph(rng) + "\n\n").collect()
     }

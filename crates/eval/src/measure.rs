@@ -1,39 +1,41 @@
-//! How near a method stays to the dense model, token by token: what separates methods where task scores are noise.
+//! Agreement of a method with the dense model, token by token. It distinguishes methods whose task
+//! scores differ only by noise.
 
 use crate::{Error, Result};
 
-/// What a subject thought of a reference text while reading it (teacher forcing).
+/// The logits of a subject for a reference text that it reads (teacher forcing).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Forced {
     /// The tokens of the text.
     pub tokens: Vec<u32>,
-    /// For each of them, the logits from which it would have been drawn: `[tokens][vocab]`.
+    /// For each token, the logits that predict it: `[tokens][vocab]`.
     pub logits: Vec<Vec<f32>>,
-    /// Bytes that the method holds at the end; `None` if it can't tell.
+    /// Bytes that the method holds at the end; `None` if unknown.
     pub kv_bytes: Option<usize>,
     /// Bytes that a dense f16 cache would hold; `None` if there is no such cache.
     pub dense_bytes: Option<usize>,
 }
 
-/// A subject beside the dense model, over the same reference text.
+/// A subject compared with the dense model on the same reference text.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Agreement {
     /// Tokens of the text.
     pub tokens: usize,
     /// The subject's perplexity on the text.
     pub perplexity: f64,
-    /// The dense model's.
+    /// The dense model's perplexity on the text.
     pub dense_perplexity: f64,
-    /// The share of tokens for which both put the same one first.
+    /// The share of tokens for which both models have the same most probable token.
     pub top1: f64,
-    /// The mean Kullback-Leibler divergence of the subject's distribution from the dense model's, in nats.
+    /// The mean Kullback-Leibler divergence of the subject's distribution from the dense model's,
+    /// in nats.
     pub kl: f64,
-    /// Dense bytes over bytes held at the end.
+    /// Dense bytes divided by bytes held at the end.
     pub ratio: Option<f64>,
 }
 
 impl Agreement {
-    /// Checks that every number is one that a measurement can give.
+    /// Checks that every number is in its valid range.
     pub(crate) fn check(&self) -> Result<()> {
         let finite = |x: f64, from: f64| (from..=f64::MAX).contains(&x);
         for (name, value, fits) in [
@@ -52,11 +54,11 @@ impl Agreement {
 }
 
 impl Forced {
-    /// exp of the mean negative log-likelihood of the text's tokens.
+    /// Returns the exponential of the mean negative log-likelihood of the text's tokens.
     ///
     /// # Errors
-    /// If there are no tokens, or not one list of logits for each, or a token is outside the
-    /// vocabulary, or a logit is NaN or infinite.
+    /// If there are no tokens, the number of logit lists is not that of the tokens, a token is
+    /// outside the vocabulary, or a logit is NaN or infinite.
     pub fn perplexity(&self) -> Result<f64> {
         self.check()?;
         let surprise = |(token, logits): (&u32, &Vec<f32>)| -log_softmax(logits)[*token as usize];
@@ -64,7 +66,7 @@ impl Forced {
         Ok((sum / self.tokens.len() as f64).exp())
     }
 
-    /// How this subject's thoughts agree with those of `dense` over the same text.
+    /// Compares this subject with `dense` on the same text.
     ///
     /// ```
     /// use longctx_eval::Forced;
@@ -124,7 +126,7 @@ impl Forced {
     }
 }
 
-/// Dense bytes over bytes held.
+/// Returns dense bytes divided by bytes held.
 pub(crate) fn ratio(dense: Option<usize>, held: Option<usize>) -> Option<f64> {
     Some(dense? as f64 / held.filter(|&bytes| bytes > 0)? as f64)
 }
@@ -135,10 +137,10 @@ fn log_softmax(logits: &[f32]) -> Vec<f64> {
     logits.iter().map(|&x| f64::from(x - max) - sum.ln()).collect()
 }
 
-/// KL(p || q) of two distributions given as logarithms.
+/// Returns KL(p || q) of two distributions of log-probabilities.
 fn divergence(p: &[f64], q: &[f64]) -> f64 {
     let kl: f64 = p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum();
-    // It is never negative; a sum of rounded terms can be.
+    // The divergence is never negative; a sum of rounded terms can be.
     kl.max(0.0)
 }
 

@@ -1,14 +1,15 @@
-//! The process's peak resident memory, where the system tells it (Linux).
+//! The process's peak resident memory, if the system reports it (Linux).
 
 use std::fs;
 
-/// Starts the peak anew from what is resident now. Where the system can't, the peak goes on from the process's start.
+/// Resets the peak to the current resident memory. If the system does not support it, the peak
+/// remains that since the start of the process.
 pub fn restart_peak() {
-    // A failure leaves the older, larger peak standing, which is still a true statement.
+    // After a failure the older, larger peak remains, which is still an upper bound.
     let _ = fs::write("/proc/self/clear_refs", "5");
 }
 
-/// Peak resident bytes; `None` where the system does not tell.
+/// Returns the peak resident memory in bytes; `None` if the system does not report it.
 pub fn peak() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;

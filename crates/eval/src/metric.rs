@@ -1,4 +1,5 @@
-//! LongBench's metrics: the numbers of the original Python (`metrics.py` of LongBench and of longctx_bench), to the last digits.
+//! LongBench's metrics, equal to the original Python (`metrics.py` of LongBench and of
+//! longctx_bench) to the last digit.
 
 mod classification;
 mod code;
@@ -14,7 +15,7 @@ pub use qa_f1::qa_f1;
 pub use rouge::rouge_l;
 pub use sequence_matcher::ratio;
 
-/// A way to compare what a model wrote with what would be right.
+/// A metric that compares a prediction with a right answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Metric {
     /// [`qa_f1`].
@@ -32,7 +33,8 @@ pub enum Metric {
 }
 
 impl Metric {
-    /// From 0 to 1: `prediction` against one right answer. `classes` are a classification's; other metrics don't read them.
+    /// Returns the score of `prediction` against one right answer, from 0 to 1. `classes` are those
+    /// of a classification task; other metrics ignore them.
     ///
     /// ```
     /// use longctx_eval::metric::Metric;
@@ -50,7 +52,7 @@ impl Metric {
         }
     }
 
-    /// The best score over all right answers; 0 if there are none.
+    /// Returns the best score over all right answers; 0 if there are none.
     pub fn best(self, prediction: &str, answers: &[String], classes: &[String]) -> f64 {
         answers.iter().map(|answer| self.score(prediction, answer, classes)).fold(0.0, f64::max)
     }

@@ -1,5 +1,5 @@
-//! The needle test: a pass key hidden in a long text (Mohtashami and Jaggi, arXiv 2305.16300), worded and scored as in the
-//! paper's longctx_bench (`eval/passkey_utils`).
+//! The needle test: a pass key hidden in a long text (Mohtashami and Jaggi, arXiv 2305.16300), with
+//! the prompts and scores of the paper's longctx_bench (`eval/passkey_utils`).
 
 use rand::prelude::*;
 use rand_chacha::ChaCha8Rng;
@@ -7,44 +7,44 @@ use rand_chacha::ChaCha8Rng;
 use crate::haystack::{MOST_WORDS, word_range};
 use crate::{Error, Haystack, Result, python};
 
-/// New tokens that the paper lets a model write.
+/// New tokens per answer in the paper.
 pub const MAX_NEW_TOKENS: usize = 256;
-/// The paper's lengths run from 512 to 20,480 words.
+/// The paper's lengths, from 512 to 20,480 words.
 pub const PAPER_WORDS: (usize, usize) = (512, 20_480);
 
-/// The most digits of a key.
+/// The largest number of digits of a key.
 const MOST_DIGITS: usize = 10_000;
 
 const INSTRUCTION: &str = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. \
     I will quiz you about the important information there.\n";
 const QUESTION: &str = "\nWhat is the pass key? The pass key is ";
 
-/// One key, hidden at one depth.
+/// A key hidden at one depth.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Needle {
-    /// Where: 0 before the text, 1 after it.
+    /// Depth: 0 before the text, 1 after it.
     pub depth: f64,
     /// Digits of the key: 7 or 64 in the paper.
     pub digits: usize,
-    /// Which key.
+    /// Seed of the key.
     pub seed: u64,
 }
 
-/// A prompt, and the text that a right answer contains.
+/// A prompt, and its right answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
-    /// What the model reads. No chat template: the prompt ends in the middle of the answer's sentence.
+    /// The prompt. It has no chat template: it ends within the sentence of the answer.
     pub prompt: String,
     /// The key.
     pub answer: String,
 }
 
-/// How well a prediction matches a key; both from 0 to 1.
+/// How well a prediction matches a key; both values are from 0 to 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Score {
-    /// 1 if the prediction contains the key, punctuation and articles aside; else 0.
+    /// 1 if the prediction contains the key, ignoring punctuation and articles; otherwise 0.
     pub exact: f64,
-    /// The longest piece of the key that the prediction contains, as a share of the key.
+    /// The longest substring of the key that the prediction contains, as a share of the key.
     pub partial: f64,
 }
 
@@ -71,10 +71,11 @@ impl Needle {
         Ok(Sample { prompt, answer })
     }
 
-    /// Hides the key in the longest prompt that has no more than `tokens` tokens, counted by `count`.
+    /// Hides the key in the longest prompt that has at most `tokens` tokens, counted by `count`.
     ///
     /// # Errors
-    /// [`Error::Setting`] as for [`in_words`](Self::in_words), and if even the prompt without any background is longer; whatever `count` reports.
+    /// [`Error::Setting`] as for [`in_words`](Self::in_words), and if the prompt without background
+    /// is longer; errors of `count`.
     ///
     /// ```
     /// use longctx_eval::{Haystack, needle::Needle};
@@ -99,14 +100,15 @@ impl Needle {
     }
 }
 
-/// Several keys, each of a city, hidden over the whole text; one is asked for (longctx_bench's "magic city number").
+/// Several keys, each of a city, hidden in the text. The prompt asks for one of them
+/// (longctx_bench's "magic city number").
 ///
-/// The wrong keys lie evenly before and after the right one, in proportion to its depth.
+/// The wrong keys are evenly spaced before and after the right one, in proportion to its depth.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MultiNeedle {
-    /// The key that is asked for, and its depth.
+    /// The requested key and its depth.
     pub needle: Needle,
-    /// Wrong keys beside it, 23 at most.
+    /// Number of wrong keys, 23 at most.
     pub distractors: usize,
 }
 
@@ -166,7 +168,7 @@ impl MultiNeedle {
         let ahead = (1..=before).map(|i| i as f64 * depth / (before + 1) as f64);
         let behind = (1..=after).map(|i| depth + i as f64 * (1.0 - depth) / (after + 1) as f64);
         let depths = ahead.chain([depth]).chain(behind);
-        // Number 0 is the right one: it stands after those that come before it.
+        // Number 0 is the right key: it follows the keys before it.
         let order = (1..=before).chain([0]).chain(before + 1..=self.distractors);
         let sentences = depths.zip(order).map(|(depth, i)| {
             (depth, format!("The pass key of {} is {}. Remember it.", cities[i], keys[i]))
@@ -179,7 +181,7 @@ impl MultiNeedle {
         Ok(Sample { prompt, answer: keys.swap_remove(0) })
     }
 
-    /// Hides the keys in the longest prompt that has no more than `tokens` tokens, counted by `count`.
+    /// Hides the keys in the longest prompt that has at most `tokens` tokens, counted by `count`.
     ///
     /// # Errors
     /// As for [`Needle::in_tokens`].
@@ -197,13 +199,14 @@ impl MultiNeedle {
     }
 }
 
-/// Scores a prediction as longctx_bench's `exact_match` and `partial_match`.
+/// Scores a prediction like longctx_bench's `exact_match` and `partial_match`.
 pub fn score(prediction: &str, answer: &str) -> Score {
     let exact = normalize(prediction).contains(&normalize(answer));
     Score { exact: f64::from(exact), partial: partial(prediction, answer) }
 }
 
-/// `count` values from `from` to `to`, evenly spaced, both ends included: the paper's lengths (rounded down) and depths.
+/// Returns `count` values from `from` to `to`, evenly spaced, both ends included: the paper's
+/// lengths (rounded down) and depths.
 ///
 /// ```
 /// use longctx_eval::needle::spaced;
@@ -238,8 +241,8 @@ fn key(rng: &mut impl Rng, digits: usize) -> Result<String> {
     Ok((0..digits).map(|_| char::from(rng.random_range(b'0'..=b'9'))).collect())
 }
 
-/// Instruction, then background with each sentence at its depth (increasing), then question. Pieces are joined by one space,
-/// also where a piece is empty, as the original joins them.
+/// Joins the instruction, the background with each sentence at its depth (increasing), and the
+/// question. Parts are joined by one space, even if a part is empty, as in the original.
 fn prompt(background: &str, sentences: &[(f64, String)], question: &str) -> String {
     let words = python::split(background).count();
     let mut text = INSTRUCTION.to_owned();
@@ -253,7 +256,7 @@ fn prompt(background: &str, sentences: &[(f64, String)], question: &str) -> Stri
     text
 }
 
-/// The sample with the most words whose length does not pass `limit`.
+/// Returns the sample with the most words whose length is at most `limit`.
 fn longest<E: From<Error>>(
     limit: usize,
     mut sample: impl FnMut(usize) -> Result<(Sample, usize), E>,
@@ -265,34 +268,48 @@ fn longest<E: From<Error>>(
     if least > limit {
         return Err(Error::setting("tokens", format!("at least {least}"), limit).into());
     }
-    // Every word but the needle's own is at least a token, or close to it.
+    // Every word except the needle's is about a token or more.
     let (mut low, mut high) = (0, MOST_WORDS.min(2 * limit));
-    while low + 1 < high {
-        let middle = low + (high - low) / 2;
-        let (candidate, length) = sample(middle)?;
+    let mut next = high / 2;
+    for step in 1.. {
+        if low + 1 >= high {
+            break;
+        }
+        // Counting tokens of a long text takes long. So the next length follows from the last one's
+        // tokens per word, and each fourth step halves the range, whatever the text is like.
+        let words = match step % 4 {
+            0 => low + (high - low) / 2,
+            _ => next.clamp(low + 1, high - 1),
+        };
+        let (candidate, length) = sample(words)?;
+        let per_word = (length.saturating_sub(least) as f64 / words as f64).max(0.1);
+        let missing = limit as f64 - length as f64;
+        next = (words as f64 + (missing / per_word).floor()).max(0.0) as usize;
         if length <= limit {
-            (best, low) = (candidate, middle);
+            (best, low) = (candidate, words);
+            next = next.max(low + 1);
         } else {
-            high = middle;
+            high = words;
         }
     }
     Ok(best)
 }
 
-/// Lower case, without ASCII punctuation, without articles, white space made single.
+/// Converts to lower case, and removes ASCII punctuation, articles and repeated white space.
 fn normalize(text: &str) -> String {
     let kept: String = text.to_lowercase().chars().filter(|c| !c.is_ascii_punctuation()).collect();
     let kept = python::replace_articles(&kept, "");
     python::split(&kept).collect::<Vec<_>>().join(" ")
 }
 
-/// Longest common run of characters, over the answer's length.
+/// Returns the length of the longest common substring, divided by the answer's length.
 fn partial(prediction: &str, answer: &str) -> f64 {
     let answer: Vec<char> = answer.chars().collect();
     if answer.is_empty() {
         return 1.0;
     }
-    // runs[j]: the common run that ends at answer[j - 1] and the prediction's current character.
+    // runs[j]: the common substring that ends at answer[j - 1] and the prediction's current
+    // character.
     let mut runs = vec![0; answer.len() + 1];
     let mut best = 0;
     for c in prediction.chars() {
@@ -302,4 +319,31 @@ fn partial(prediction: &str, answer: &str) -> f64 {
         }
     }
     best as f64 / answer.len() as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_that_fits_is_found_in_a_few_steps() {
+        // Words of one to four tokens, longer ones in the second half.
+        let tokens: Vec<usize> = (0..60_000).map(|i| 1 + i * 7 % 3 + i / 30_000).collect();
+        for limit in [20, 21, 1_000, 8_191, 30_000] {
+            let mut steps = 0;
+            let found = longest::<Error>(limit, |words| {
+                steps += 1;
+                let prompt = words.to_string();
+                let length = 20 + tokens[..words].iter().sum::<usize>();
+                Ok((Sample { prompt, answer: String::new() }, length))
+            });
+            let sums = tokens.iter().scan(20, |sum, tokens| {
+                *sum += tokens;
+                Some(*sum)
+            });
+            let most = sums.take_while(|sum| *sum <= limit).count();
+            assert_eq!(found.unwrap().prompt, most.to_string());
+            assert!(steps <= 10, "{limit}: {steps} steps");
+        }
+    }
 }

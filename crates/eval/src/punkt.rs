@@ -1,6 +1,7 @@
-//! Sentences as NLTK 3.9 finds them in English text: the Punkt algorithm (Kiss and Strunk, 2006) with NLTK's parameters.
+//! Sentence segmentation as in NLTK 3.9 for English: the Punkt algorithm (Kiss and Strunk, 2006)
+//! with NLTK's parameters.
 //!
-//! Own code: the crate `punkt` is unmaintained and differs from NLTK.
+//! Written here because the crate `punkt` is unmaintained and differs from NLTK.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -10,13 +11,13 @@ use fancy_regex::{Captures, Regex};
 
 use crate::python;
 
-/// What a model learned from a large text.
+/// Parameters learned from a large text.
 #[derive(serde::Deserialize)]
 struct Parameters {
     abbrev_types: HashSet<String>,
     collocations: HashSet<(String, String)>,
     sentence_starters: HashSet<String>,
-    /// In which places each word was seen with which case, as flags.
+    /// For each word, the positions and cases in which it occurred, as flags.
     ortho_context: HashMap<String, u8>,
 }
 
@@ -52,7 +53,7 @@ pub fn sentences(text: &str) -> Vec<&str> {
     all
 }
 
-/// The closing punctuation at the start of a sentence, with the white space after it.
+/// Returns the closing punctuation at the start of a sentence, with the white space after it.
 fn closing(sentence: &str) -> Option<&str> {
     static CLOSING: LazyLock<Regex> =
         LazyLock::new(|| pattern(r#"\A(?m:["')\]}]+?(?:\s+|(?=--)|$))"#));
@@ -63,7 +64,7 @@ fn pattern(text: &str) -> Regex {
     Regex::new(text).expect("the pattern is valid")
 }
 
-/// A place where a sentence may end, and the words on both sides of it.
+/// A position where a sentence may end, and the words on both sides of it.
 struct Candidate {
     end: usize,
     next: Option<usize>,
@@ -100,7 +101,7 @@ fn candidates(text: &str) -> Vec<Candidate> {
     for found in END.captures_iter(text).filter_map(Result::ok) {
         let at = found.get(0).map_or(0, |all| all.start());
         let (from, to) = previous.as_ref().map_or((0, 0), |(word, _)| (word.start, word.end));
-        // Python's search for the last space gives 0 both for none and for one at the start.
+        // Python's search for the last space returns 0 both for no space and for one at the start.
         let space = text[to..at].rfind(|c: char| " \t\n\r\x0b\x0c".contains(c)).filter(|&i| i > 0);
         let word = space.map_or(from, |space| to + space + 1)..at;
         if let Some((before, found)) = &previous
@@ -114,10 +115,10 @@ fn candidates(text: &str) -> Vec<Candidate> {
     all
 }
 
-/// A word with what was decided about it.
+/// A word and its classification.
 struct Token {
     text: String,
-    /// In lower case, numbers made alike.
+    /// In lower case, with numbers replaced by a placeholder.
     kind: String,
     ends_sentence: bool,
     abbreviation: bool,
@@ -131,7 +132,7 @@ fn contains_break(context: &str) -> bool {
         let (left, right) = tokens.split_at_mut(i + 1);
         left[i].reconsider(&right[0]);
     }
-    // The last token ends nothing.
+    // The last token does not end a sentence.
     let last = tokens.len().saturating_sub(1);
     tokens[..last].iter().any(|token| token.ends_sentence)
 }
@@ -163,7 +164,7 @@ impl Token {
         Self { text: text.to_owned(), kind, ends_sentence, abbreviation, ellipsis }
     }
 
-    /// Looks at the token after it, as to whether a period ends a sentence.
+    /// Decides from the next token whether a period ends a sentence.
     fn reconsider(&mut self, next: &Self) {
         if !self.text.ends_with('.') {
             return;
@@ -193,7 +194,7 @@ impl Token {
         }
     }
 
-    /// By its case and the cases in which it was seen; `None`: can't tell.
+    /// Decides by its case and the cases in which it occurred; `None`: undecided.
     fn starts_sentence(&self) -> Option<bool> {
         if [";", ":", ",", ".", "!", "?"].contains(&self.text.as_str()) {
             return Some(false);
@@ -219,7 +220,7 @@ fn without_period(kind: &str) -> &str {
     kind.strip_suffix('.').filter(|kind| !kind.is_empty()).unwrap_or(kind)
 }
 
-/// One letter and a period.
+/// Returns whether a text is one letter and a period.
 fn is_initial(text: &str) -> bool {
     text.strip_suffix('.').is_some_and(|letter| {
         let mut chars = letter.chars();
@@ -236,7 +237,7 @@ fn context(kind: &str) -> u8 {
 mod tests {
     use super::*;
 
-    /// The fixture is NLTK's (`tests/fixtures/ruler/make.py`).
+    /// The fixture is the output of NLTK (`tests/fixtures/ruler/make.py`).
     #[test]
     fn sentences_are_nltks() {
         let text = include_str!("../tests/fixtures/ruler/sentences.json");

@@ -1,4 +1,5 @@
-//! Text as Python sees it, where Rust's standard library draws its lines elsewhere: the metrics are defined by Python programs.
+//! Python's string functions, where they differ from Rust's standard library: Python programs
+//! define the metrics.
 
 pub mod random;
 
@@ -21,9 +22,10 @@ pub fn strip(text: &str) -> &str {
     text.trim_matches(is_space)
 }
 
-/// `re.sub(r"\b(a|an|the)\b", with, text)`: an article is a whole run of word characters.
+/// `re.sub(r"\b(a|an|the)\b", with, text)`: an article is a maximal run of word characters.
 pub fn replace_articles(text: &str, with: &str) -> String {
-    // Python's \w is letters, numbers and the underscore; the regex crate's \w differs, its classes do not.
+    // Python's \w is letters, numbers and the underscore. The regex crate's \w differs; its Unicode
+    // classes do not.
     static WORD: LazyLock<Regex> =
         LazyLock::new(|| Regex::new(r"[\p{L}\p{N}_]+").expect("the pattern is valid"));
     let article = |found: &Captures<'_>| match &found[0] {

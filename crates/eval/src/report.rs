@@ -1,4 +1,4 @@
-//! A run's report: tables as Markdown, CSV and HTML, and pictures.
+//! A run's report: tables as Markdown, CSV and HTML, and figures.
 
 mod agreement;
 mod heat_map;
@@ -18,12 +18,13 @@ pub use agreement::{add_agreement, has_agreement};
 use self::table::{Table, distinct, family};
 use crate::{Error, Manifest, Result, records};
 
-/// Writes `report.md`, `scores.csv`, `report.html` (self-contained) and the pictures of `folder`'s results into it; returns what was written.
+/// Writes `report.md`, `scores.csv`, `report.html` (self-contained) and the figures of `folder`'s
+/// results to the folder. Returns the paths of the files.
 ///
-/// Pictures that the results have nothing for are left out.
+/// Figures without data are skipped.
 ///
 /// # Errors
-/// If the results can't be read, there are none, or a file can't be written.
+/// If the results cannot be read or are empty, or a file cannot be written.
 pub fn write(folder: &Path) -> Result<Vec<PathBuf>> {
     let records = records(folder)?;
     if records.is_empty() {
@@ -32,7 +33,7 @@ pub fn write(folder: &Path) -> Result<Vec<PathBuf>> {
     }
     let table = Table::new(&records);
     let mut agreements = agreement::read(folder)?;
-    // Families in the order of the results, each from few to many times fewer bytes.
+    // Families in the order of the results, the settings of each by increasing compression.
     let families = distinct(table.rows.iter().map(|row| family(&row.setting)));
     agreements.sort_by(|a, b| {
         let rank = |line: &agreement::Line| {
@@ -68,10 +69,12 @@ pub fn write(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(written)
 }
 
-/// Writes `compare.html` into `folder`: each setting of the run in `second` beside the one of its name in `first`, sample by sample.
+/// Writes `compare.html` to `folder`: each setting of the run in `second` compared with the setting
+/// of the same name in `first`, sample by sample.
 ///
 /// # Errors
-/// If results can't be read, the runs share no setting and sample, or the file can't be written.
+/// If results cannot be read, the runs have no common setting and sample, or the file cannot be
+/// written.
 pub fn compare(first: &Path, second: &Path, folder: &Path) -> Result<PathBuf> {
     let (ours, theirs) = (records(second)?, records(first)?);
     let keys: BTreeSet<_> = theirs.iter().map(crate::Record::key).collect();
@@ -87,7 +90,7 @@ pub fn compare(first: &Path, second: &Path, folder: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// What `run.json` says of the run, in a sentence.
+/// Describes the run from `run.json`, in a sentence.
 fn facts(folder: &Path) -> Result<String> {
     let Some(run) = Manifest::of(folder)? else { return Ok("No run.json.".into()) };
     let all = |words: &mut dyn Iterator<Item = String>| {

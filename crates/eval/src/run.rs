@@ -1,4 +1,4 @@
-//! Runs: settings times tasks, a line for each answer, taken up again where they were broken off.
+//! Runs: settings times tasks, one line per answer, resumable.
 
 mod content;
 mod folder;
@@ -27,101 +27,107 @@ use self::content::question_hash;
 use self::folder::{Results, join};
 use crate::{Error, Result, Sample, Setting, Task, memory};
 
-/// What every sample of a run is held to.
+/// Limits for every sample of a run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Limits {
-    /// The most samples of a task, its first ones. A folder's run can grow: a later process may ask for more.
+    /// The largest number of samples of a task; the first ones are used. A folder's run can grow: a
+    /// later process may use a larger number.
     pub samples: Option<usize>,
-    /// The most tokens to write in a turn, where the task would allow more.
+    /// The largest number of new tokens per turn, if the task allows more.
     pub max_new_tokens: Option<usize>,
 }
 
-/// Which part of a run this process does.
+/// The part of a run that this process executes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shard {
-    /// From 1 to `count`.
+    /// Index of the part, from 1 to `count`.
     pub index: usize,
-    /// How many processes share the work.
+    /// Number of processes that share the work.
     pub count: usize,
 }
 
 impl Shard {
-    /// All of it.
+    /// The whole run.
     pub const WHOLE: Self = Self { index: 1, count: 1 };
 }
 
 /// A run.
 pub struct Plan<'a> {
-    /// Where results go.
+    /// The folder of the results.
     pub folder: PathBuf,
-    /// What is evaluated.
+    /// The settings to evaluate.
     pub settings: Vec<Setting>,
-    /// On what.
+    /// The tasks.
     pub tasks: &'a [Box<dyn Task>],
-    /// Less than all of it.
+    /// Limits for every sample.
     pub limits: Limits,
-    /// This process's part.
+    /// The part of this process.
     pub shard: Shard,
-    /// Recorded with every result; tasks that are made, not read, are made from it by whoever makes them.
+    /// Seed, recorded with every result. The caller makes generated tasks from it.
     pub seed: u64,
-    /// Break off at the first bad record of a task's data and the first error of a subject, rather than go on without it.
+    /// Whether the first bad record of a task's data, or the first error of a subject, stops the
+    /// run. Otherwise it is skipped.
     pub strict: bool,
-    /// What else decides an answer, by name: the content of a model's files ([`content_hash`]), how
-    /// a prompt is fed, what methods are given. A folder's run is refused another value of a name
-    /// that it has; it can grow by names.
+    /// Other conditions that affect an answer, by name: the content of a model's files
+    /// ([`content_hash`]), the prefill chunk, the arguments of methods. A folder's run refuses
+    /// another value of an existing name; new names can be added.
     pub conditions: BTreeMap<String, String>,
 }
 
-/// What happens in a run, as it happens.
+/// An event during a run.
 #[derive(Debug)]
 pub enum Event<'a> {
-    /// A last line broke off when an earlier process ended; it was dropped, and its sample will be answered again.
+    /// An incomplete last line of an earlier process was dropped. Its sample will be answered
+    /// again.
     Dropped(&'a str),
-    /// A record of a task's data was left out.
+    /// A record of a task's data was skipped.
     Skipped(&'a Error),
-    /// So many answers are wanted of this process, and so many are there from earlier.
+    /// The run started, with the number of answers of this process and of those that already exist.
     Began {
         /// Samples times settings.
         total: usize,
-        /// Answered before.
+        /// Answers that already exist.
         done: usize,
     },
     /// A setting's subject is being opened.
     Opening(&'a Setting),
     /// A sample was answered.
     Answered(&'a Record),
-    /// All of this process's samples of a setting were tried.
+    /// All of this process's samples of a setting have been tried.
     Finished(&'a Setting),
-    /// A sample could not be answered, or a setting not be opened: there is no result, and a later run tries it again.
+    /// A sample could not be answered, or a setting could not be opened. There is no result, and a
+    /// later run tries again.
     Failed(&'a Error),
 }
 
-/// What a process did.
+/// The counts and times of a process.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Summary {
-    /// Samples answered now.
+    /// Samples answered by this process.
     pub answered: usize,
-    /// Answered by earlier processes.
+    /// Samples answered by earlier processes.
     pub before: usize,
     /// Samples that could not be answered.
     pub failed: usize,
-    /// Records of the tasks' data that were left out.
+    /// Records of the tasks' data that were skipped.
     pub skipped: usize,
-    /// Within models and prompt compressors.
+    /// Time within models and prompt compressors.
     pub model: Duration,
-    /// Answering, scoring and writing results, without opening models.
+    /// Time of answering, scoring and writing results, without opening models.
     pub total: Duration,
 }
 
-/// Answers what is not answered yet.
+/// Answers the samples that have no result yet.
+///
+/// A subject that cannot be opened is reported once, and its samples count as failed, unless the
+/// plan is strict.
 ///
 /// # Errors
-/// [`Error::Setting`] if the folder belongs to a run with another limit of new tokens, another
-/// seed, other settings or conditions of the same name, or has a result for another question of the
-/// same name, or another process writes the same shard; [`Error::NotAvailable`] before anything
-/// runs, if a setting's method is not registered; and, if the plan is strict, the first bad record
-/// or failing subject. Otherwise a subject that can't be opened is told once, and its samples count
-/// as failed.
+/// - [`Error::Setting`] if the folder belongs to a run with another token limit or seed, or with
+///   other settings or conditions of the same name; if it has a result for another question of the
+///   same name; or if another process writes the same shard.
+/// - [`Error::NotAvailable`], before anything runs, if a setting's method is not registered.
+/// - If the plan is strict, the first bad record or failing subject.
 pub fn run(
     plan: &Plan<'_>,
     methods: &Methods<'_>,
@@ -132,7 +138,7 @@ pub fn run(
         return Err(Error::setting("shard", expected, plan.shard.index));
     }
     plan.settings.iter().try_for_each(|setting| methods.check(setting))?;
-    // The folder first: making questions can take long.
+    // The folder first: generating questions can take long.
     join(&plan.folder, &plan.manifest())?;
     let (mut results, torn) = Results::open(&plan.folder, plan.shard)?;
     let mut summary = Summary::default();
@@ -150,7 +156,7 @@ pub fn run(
     let open: Vec<&Unit<'_>> = units.iter().filter(open).collect();
     for of_setting in open.chunk_by(|a, b| a.setting.name == b.setting.name) {
         let setting = of_setting[0].setting;
-        // One at a time: two models need not fit in memory.
+        // One at a time: two models may not fit in memory.
         let Some(mut subject) = open_subject(plan, methods, setting, on_event)? else {
             summary.failed += of_setting.len();
             continue;
@@ -163,7 +169,7 @@ pub fn run(
                     Ok(record) => {
                         results.append(&record)?;
                         summary.answered += 1;
-                        // Those of a batch are answered side by side.
+                        // Samples of a batch are answered concurrently.
                         within = within.max(Duration::from_secs_f64(record.timings.model_seconds));
                         on_event(Event::Answered(&record));
                     }
@@ -182,7 +188,7 @@ pub fn run(
     Ok(summary)
 }
 
-/// Puts samples of one setting to its subject.
+/// Answers samples of one setting with its subject.
 fn answer(plan: &Plan<'_>, units: &[&Unit<'_>], subject: &mut dyn Subject) -> Vec<Result<Record>> {
     let started = Instant::now();
     memory::restart_peak();
@@ -192,7 +198,7 @@ fn answer(plan: &Plan<'_>, units: &[&Unit<'_>], subject: &mut dyn Subject) -> Ve
     all.map(|(unit, answer)| unit.record(plan, answer, started)).collect()
 }
 
-/// The setting's subject; `None` if it can't be opened and the run goes on without it.
+/// Opens the setting's subject; `None` if it cannot be opened and the run continues without it.
 fn open_subject(
     plan: &Plan<'_>,
     methods: &Methods<'_>,
@@ -209,13 +215,13 @@ fn open_subject(
     }
 }
 
-/// A sample, and the digest of the question that it is put as.
+/// A sample and the digest of its question.
 struct Asked {
     sample: Sample,
     question: String,
 }
 
-/// Each task's samples, to the limit.
+/// Loads each task's samples, up to the limit.
 fn load(
     plan: &Plan<'_>,
     summary: &mut Summary,
@@ -266,8 +272,8 @@ impl Plan<'_> {
         sample.max_new_tokens.min(self.limits.max_new_tokens.unwrap_or(usize::MAX))
     }
 
-    /// This process's part. Each setting, task and sample is dealt to the shard after its neighbour's: every shard gets some of the
-    /// slow ones, and keeps what it has when the run grows by samples.
+    /// Returns this process's part. Adjacent samples, tasks and settings go to consecutive shards:
+    /// every shard gets some of the slow ones, and keeps its samples when their number grows.
     fn units<'a>(&'a self, samples: &'a [Vec<Asked>]) -> Vec<Unit<'a>> {
         let ours = |turn: usize| turn % self.shard.count == self.shard.index - 1;
         let mut all = Vec::new();
@@ -291,7 +297,7 @@ impl Unit<'_> {
         (self.setting.name.clone(), self.task.name().to_owned(), self.sample.id.clone())
     }
 
-    /// Refuses a result for another question.
+    /// Checks that no existing result is for another question.
     fn check(&self, done: &HashMap<record::Key, Option<String>>) -> Result<()> {
         let Some(theirs) = done.get(&self.key()) else { return Ok(()) };
         if theirs.as_deref() == Some(self.digest) {

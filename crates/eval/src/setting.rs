@@ -1,4 +1,4 @@
-//! What is evaluated, by name: a method, a model, how much of a prompt it reads, and in which template.
+//! Settings by name: a method, a model, the context limit, and the chat template.
 
 mod paper;
 
@@ -9,22 +9,22 @@ pub use paper::paper;
 
 use crate::{Error, Result};
 
-/// One column of a comparison: a way to remember, on a model.
+/// One column of a comparison: a method on a model.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Setting {
-    /// Unique and stable: "mistral-7b/kivi-2".
+    /// Unique and stable name: "mistral-7b/kivi-2".
     pub name: String,
-    /// The registered method that opens it: "kivi-2".
+    /// The registered method: "kivi-2".
     pub method: String,
     /// A model of the Hub ("org/name"), a folder or a file.
     pub model: String,
-    /// The most tokens of a prompt; longer ones are cut in the middle.
+    /// The largest number of prompt tokens; longer prompts are truncated in the middle.
     pub context: usize,
-    /// The text around a chat prompt.
+    /// The chat template.
     #[serde(default)]
     pub template: Template,
-    /// The server that answers, in place of a model in this process.
+    /// The server that answers, instead of a model in this process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub server: Option<ServerSetting>,
 }
@@ -33,45 +33,47 @@ pub struct Setting {
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ServerSetting {
-    /// The address up to the version: "http://127.0.0.1:8000/v1".
+    /// The base URL including the version: "http://127.0.0.1:8000/v1".
     pub url: String,
-    /// Which of the two APIs.
+    /// The API to use.
     #[serde(default)]
     pub api: Api,
-    /// The server's own cache options, in its words: "--kv-cache-dtype fp8". Recorded, not sent.
+    /// The server's cache options, as given to the server: "--kv-cache-dtype fp8". Recorded, not
+    /// sent.
     #[serde(default)]
     pub label: String,
     /// The environment variable that holds the API key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_env: Option<String>,
-    /// Requests at once.
+    /// Number of concurrent requests.
     #[serde(default = "ServerSetting::default_concurrency")]
     pub concurrency: usize,
-    /// Attempts at a sample, with growing waits between them.
+    /// Number of attempts per sample, with increasing waits between them.
     #[serde(default = "ServerSetting::default_tries")]
     pub tries: u32,
-    /// Seconds until an attempt is given up.
+    /// Time-out of an attempt in seconds.
     #[serde(default = "ServerSetting::default_timeout")]
     pub timeout_seconds: u64,
-    /// A model whose tokenizer counts and cuts prompts, and whose template the completions API gets. Without it prompts go out whole.
+    /// A model whose tokenizer counts and truncates prompts, and whose template formats prompts of
+    /// the completions API. Without it prompts are sent unchanged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<String>,
-    /// Bytes that the server's cache holds for a token, for ratios.
+    /// Bytes per token of the server's cache, for ratios.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_per_token: Option<f64>,
-    /// Bytes of a dense f16 cache for a token.
+    /// Bytes per token of a dense f16 cache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dense_bytes_per_token: Option<f64>,
 }
 
-/// Which of OpenAI's APIs a server is asked by.
+/// OpenAI's APIs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Api {
     /// `/completions`: the prompt is text.
     #[default]
     Completions,
-    /// `/chat/completions`: the server puts messages in its template.
+    /// `/chat/completions`: the server applies its chat template.
     Chat,
 }
 
@@ -87,20 +89,20 @@ impl ServerSetting {
     }
 }
 
-/// The text around a chat prompt.
+/// The chat template of prompts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Template {
-    /// The one that the model brings along; none if it brings none.
+    /// The template of the model; none if the model has none.
     #[default]
     Own,
-    /// None: the model goes on from the prompt itself.
+    /// No template: the model continues the prompt.
     Plain,
-    /// This one, in Jinja, with `messages`, `add_generation_prompt`, `bos_token` and `eos_token`.
+    /// This Jinja template, with `messages`, `add_generation_prompt`, `bos_token` and `eos_token`.
     Jinja(String),
 }
 
-/// Settings that a TOML file defines, each a `[[setting]]`:
+/// Parses the settings of a TOML file, each a `[[setting]]`:
 ///
 /// ```
 /// use longctx_eval::setting;
@@ -124,7 +126,7 @@ pub enum Template {
 /// ```
 ///
 /// # Errors
-/// [`Error::Setting`] with the place that does not parse, or a name that is there twice.
+/// [`Error::Setting`] with the position of a syntax error, or for a duplicate name.
 pub fn from_toml(text: &str) -> Result<Vec<Setting>> {
     #[derive(serde::Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -146,16 +148,16 @@ pub fn from_toml(text: &str) -> Result<Vec<Setting>> {
     Ok(file.settings)
 }
 
-/// The settings of a TOML file.
+/// Reads the settings of a TOML file.
 ///
 /// # Errors
-/// If it can't be read; as [`from_toml`].
+/// If the file cannot be read; as [`from_toml`].
 pub fn from_toml_file(path: &Path) -> Result<Vec<Setting>> {
     from_toml(&std::fs::read_to_string(path).map_err(Error::io(path))?)
 }
 
 impl Setting {
-    /// A method on a model, named after both.
+    /// Creates a setting of a method on a model, named after both.
     pub fn of(method: &str, model: &str, context: usize) -> Self {
         Self {
             name: method.to_owned(),
@@ -167,7 +169,8 @@ impl Setting {
         }
     }
 
-    /// The same setting on another model, in that model's own template; the name stays.
+    /// Returns the setting on another model, with that model's own template. The name does not
+    /// change.
     #[must_use]
     pub fn on(self, model: &str) -> Self {
         Self { model: model.to_owned(), template: Template::Own, ..self }

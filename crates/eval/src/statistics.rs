@@ -1,4 +1,5 @@
-//! Whether a difference between settings is more than chance: paired differences, sample by sample, with bootstrap intervals.
+//! Statistical significance of differences between settings: paired differences, sample by sample,
+//! with bootstrap intervals.
 
 use std::collections::{HashMap, HashSet};
 
@@ -7,9 +8,9 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::Record;
 
-/// Resamples of a bootstrap.
+/// Number of bootstrap resamples.
 const RESAMPLES: usize = 2000;
-/// Fewer samples than these decide nothing.
+/// With fewer samples, a verdict is [`Verdict::Unsure`].
 pub const LEAST_SAMPLES: usize = 10;
 
 /// A mean with its 95 % interval.
@@ -17,15 +18,16 @@ pub const LEAST_SAMPLES: usize = 10;
 pub struct Interval {
     /// The mean.
     pub mean: f64,
-    /// 2.5 % of the resampled means lie below.
+    /// 2.5 % of the resampled means are below this.
     pub low: f64,
-    /// 2.5 % lie above.
+    /// 2.5 % of the resampled means are above this.
     pub high: f64,
 }
 
-/// The weighted mean of `values`, each with its weight, and its percentile interval over resamples with replacement.
+/// Returns the weighted mean of `values`, each with its weight, and its percentile interval over
+/// resamples with replacement.
 ///
-/// The same values give the same interval. `None` if the weights add up to 0.
+/// The same values give the same interval. `None` if the weights sum to 0.
 pub fn bootstrap(values: &[(f64, f64)]) -> Option<Interval> {
     let mean = |sum: f64, weight: f64| (weight > 0.0).then(|| sum / weight);
     let add = |(sum, weight): (f64, f64), &(w, x): &(f64, f64)| (sum + w * x, weight + w);
@@ -43,40 +45,41 @@ pub fn bootstrap(values: &[(f64, f64)]) -> Option<Interval> {
     Some(Interval { mean: whole, low: at(0.025), high: at(0.975) })
 }
 
-/// A setting beside another on the samples that both answered.
+/// A setting compared with another on the samples that both answered.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct Difference {
-    /// The setting's score less the other's, from -1 to 1; tasks weigh alike within a category, and categories alike.
+    /// The setting's score minus the other's, from -1 to 1. Tasks have equal weights within a
+    /// category, and categories have equal weights.
     pub interval: Interval,
     /// Samples that both answered.
     pub samples: usize,
-    /// On so many the setting's score is higher.
+    /// Samples on which the setting's score is higher.
     pub better: usize,
-    /// On so many it is lower.
+    /// Samples on which it is lower.
     pub worse: usize,
 }
 
-/// What a difference says.
+/// The interpretation of a difference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
-    /// The interval lies above 0.
+    /// The interval is above 0.
     Better,
-    /// The interval lies below 0.
+    /// The interval is below 0.
     Worse,
-    /// The interval lies within the margin.
+    /// The interval is within the margin.
     Same,
     /// None of these, or too few samples.
     Unsure,
 }
 
 impl Difference {
-    /// The differences of `setting` to `reference`; `None` if they share no sample.
+    /// Returns the differences of `setting` to `reference`; `None` if they have no common sample.
     pub fn between(records: &[Record], setting: &str, reference: &str) -> Option<Self> {
         Self::of_pairs(&of_setting(records, setting), &of_setting(records, reference))
     }
 
-    /// The same for the results of two runs.
+    /// Returns the differences between results of two runs.
     pub fn of_pairs(own: &[&Record], theirs: &[&Record]) -> Option<Self> {
         let key = |record: &Record| (record.task.clone(), record.sample.clone());
         let other: HashMap<_, &Record> =
@@ -97,7 +100,7 @@ impl Difference {
         })
     }
 
-    /// What it says, where differences within `margin` are of no account.
+    /// Returns the verdict. Differences within `margin` count as equal.
     pub fn verdict(&self, margin: f64) -> Verdict {
         let Interval { low, high, .. } = self.interval;
         match () {
@@ -110,18 +113,19 @@ impl Difference {
     }
 }
 
-/// A setting's results.
+/// Returns a setting's results.
 pub fn of_setting<'a>(records: &'a [Record], setting: &str) -> Vec<&'a Record> {
     records.iter().filter(|record| record.setting == setting).collect()
 }
 
-/// A setting's mean score and its interval; tasks weigh alike within a category, and categories alike.
+/// Returns a setting's mean score and its interval. Tasks have equal weights within a category, and
+/// categories have equal weights.
 pub fn score(records: &[&Record]) -> Option<Interval> {
     let values = records.iter().map(|record| record.score.value);
     bootstrap(&weights(records).into_iter().zip(values).collect::<Vec<_>>())
 }
 
-/// The weight of each record in a mean over categories of means over tasks.
+/// Returns the weight of each record in a mean over categories of means over tasks.
 fn weights(records: &[&Record]) -> Vec<f64> {
     let mut samples: HashMap<_, usize> = HashMap::new();
     let mut tasks: HashMap<_, HashSet<&str>> = HashMap::new();
@@ -136,8 +140,8 @@ fn weights(records: &[&Record]) -> Vec<f64> {
     records.iter().map(weight).collect()
 }
 
-/// The setting that others are compared with: the dense one of the same model, by the name `baseline` or `dense-f16` after the last
-/// slash; else the first of the results.
+/// Returns the setting that others are compared with: the dense setting of the same model, named
+/// `baseline` or `dense-f16` after the last slash; otherwise the first setting of the results.
 pub fn reference<'a>(settings: &'a [String], setting: &str) -> Option<&'a str> {
     let parts = |name: &str| match name.rsplit_once('/') {
         Some((group, method)) => (group.to_owned(), method.to_owned()),
@@ -154,7 +158,7 @@ pub fn reference<'a>(settings: &'a [String], setting: &str) -> Option<&'a str> {
 mod tests {
     use super::*;
 
-    /// Of 200 intervals of the mean of 60 draws, some 95 % hold the true mean.
+    /// About 95 % of 200 intervals of the mean of 60 draws contain the true mean.
     #[test]
     fn intervals_hold_the_mean_as_often_as_they_say() {
         let mut rng = ChaCha8Rng::seed_from_u64(3);

@@ -1,4 +1,4 @@
-//! What a task is: questions put to a model, and a score for what it answers.
+//! The task interface: questions for a model, and a score of its answers.
 
 pub mod long_generation;
 pub mod longbench;
@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use crate::{Error, Result};
 
-/// The paper's seven categories, and what goes beyond them.
+/// The paper's seven categories, and further ones.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
 )]
@@ -39,85 +39,89 @@ pub enum Category {
     Ruler,
     /// LongBench-v2's questions with four choices.
     MultipleChoice,
-    /// Tasks whose answers are long or come in many turns; not of the paper.
+    /// Tasks with long answers or many turns; not in the paper.
     LongGeneration,
 }
 
-/// One question put to a model, in one turn or in several.
+/// One question, in one or several turns.
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Sample {
-    /// Unique within its task, and the same in every run: a resumed run knows by it what is done.
+    /// Unique within its task, and the same in every run. A resumed run identifies answered samples
+    /// by it.
     pub id: String,
-    /// What the model reads before each of its answers: one text, or one a turn. No chat template is applied yet.
+    /// The text before each answer, one per turn, without chat template.
     pub turns: Vec<String>,
-    /// Where the first turn holds its long context, in bytes: what a prompt compressor may shorten. `None`: every turn as a whole.
+    /// The byte range of the long context in the first turn, which a prompt compressor may
+    /// compress. `None`: every turn as a whole.
     pub context: Option<Range<usize>>,
-    /// What is asked of the context, for compressors that look at it.
+    /// The question about the context, for question-aware compressors.
     pub question: Option<String>,
-    /// What would be right, in the words of the task's data: alternatives for a task of one turn, else one a turn.
+    /// The right answers from the task's data: alternatives for a task of one turn, otherwise one
+    /// per turn.
     pub answers: Vec<String>,
-    /// The classes that a classification task chooses from; empty elsewhere.
+    /// The classes of a classification task; empty for other tasks.
     pub classes: Vec<String>,
-    /// The most tokens that the model may write in a turn.
+    /// The largest number of new tokens per turn.
     pub max_new_tokens: usize,
-    /// Whether a chat model reads the turns in its template.
+    /// Whether a chat model reads the turns with its template.
     pub chat: bool,
-    /// How the answer to the last turn begins, after a chat template; the model goes on from there.
+    /// The start of the answer to the last turn, after the chat template. The model continues it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answer_prefix: Option<String>,
-    /// The part of the task that the sample's score counts in, such as its length.
+    /// The group of the task in which the sample's score counts, such as its length.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
 }
 
-/// How good an answer is; every number from 0 to 1.
+/// The score of an answer; every number is from 0 to 1.
 #[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Score {
     /// The task's metric.
     pub value: f64,
-    /// A more forgiving one, where the task has it: the needle test's partial match.
+    /// A more tolerant metric, if the task has one: the needle test's partial match.
     pub partial: Option<f64>,
-    /// The shares right in the first to the last quarter of a long answer: errors that build up show here.
+    /// The share that is right in each quarter of a long answer. It shows errors that accumulate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quarters: Option<[f64; 4]>,
 }
 
 /// Questions of one kind, with their metric.
 pub trait Task: Send + Sync {
-    /// The name on the command line and in reports: "qasper", "needle", …
+    /// Returns the name for the command line and reports: "qasper", "needle", …
     fn name(&self) -> &str;
 
-    /// The category that the task's score counts in.
+    /// Returns the category in which the task's score counts.
     fn category(&self) -> Category;
 
-    /// All questions, in an order that never changes. A question's text can be made here or be read from a file.
+    /// Returns all questions, in a fixed order. They can be generated or read from a file.
     ///
     /// # Errors
-    /// If the task's data can't be read; bad records are left out and told in [`Samples::skipped`], by file, line and field.
+    /// If the task's data cannot be read. Bad records are skipped and reported in
+    /// [`Samples::skipped`], by file, line and field.
     fn samples(&self) -> Result<Samples>;
 
-    /// Scores what the model wrote, one prediction for each of the sample's turns.
+    /// Scores the predictions, one for each of the sample's turns.
     ///
     /// # Errors
-    /// If there are more or fewer predictions than turns.
+    /// If the number of predictions is not that of the turns.
     fn score(&self, sample: &Sample, predictions: &[String]) -> Result<Score>;
 
-    /// Whether a model's answer ends at a newline, once it has a token.
+    /// Returns whether an answer ends at a newline, after at least one token.
     fn stops_at_newline(&self) -> bool {
         false
     }
 }
 
-/// A task's questions, and the records that could not be made into one.
+/// A task's questions, and its invalid records.
 #[derive(Debug, Default)]
 pub struct Samples {
     /// The questions.
     pub samples: Vec<Sample>,
-    /// What is wrong with each record left out: file, line and field.
+    /// The error of each skipped record: file, line and field.
     pub skipped: Vec<crate::Error>,
 }
 
-/// Checks that there is one prediction a turn.
+/// Checks that there is one prediction per turn.
 fn check_turns(sample: &Sample, predictions: &[String]) -> Result<()> {
     if predictions.len() == sample.turns.len() {
         Ok(())
@@ -127,7 +131,7 @@ fn check_turns(sample: &Sample, predictions: &[String]) -> Result<()> {
     }
 }
 
-/// The prediction for a sample of one turn.
+/// Returns the prediction for a sample of one turn.
 fn one_prediction<'a>(sample: &Sample, predictions: &'a [String]) -> Result<&'a str> {
     match predictions {
         [prediction] => Ok(prediction),

@@ -1,4 +1,4 @@
-//! Damaged records and results: none panics, hangs or takes more memory than a multiple of its
+//! Damaged records and results: none panics, hangs or needs more memory than a multiple of its
 //! size.
 
 use std::fs;
@@ -17,7 +17,7 @@ const RECORDS: &str = concat!(
     "\n"
 );
 
-/// A line of results for each of a few settings and categories.
+/// Returns a line of results for each of a few settings and categories.
 fn results() -> Vec<u8> {
     let mut lines = String::new();
     for (setting, kv_bytes) in [("dense-f16", 1000), ("h2o-2x", 500), ("h2o-4x", 0)] {
@@ -72,7 +72,7 @@ fn agreements() -> Vec<u8> {
     fs::read(folder.path().join("agreement.jsonl")).unwrap()
 }
 
-/// One test, since memory is counted for the whole process.
+/// A single test, because memory is counted for the whole process.
 #[test]
 fn damaged_files_are_errors() {
     let folder = tempfile::tempdir().unwrap();
@@ -103,7 +103,7 @@ fn damaged_files_are_errors() {
     });
     println!("{tried} files of results");
 
-    // A report takes longer: one of ten results, beside every agreement.
+    // A report takes longer: one of ten results, with every agreement.
     let corpus = [results(), agreements()];
     let mut turn = 0;
     let memory = |bytes| 256 * bytes + (1 << 21);
@@ -120,7 +120,7 @@ fn damaged_files_are_errors() {
         if report::has_agreement(folder.path(), "", "").is_err() {
             fs::write(at("agreement.jsonl"), &corpus[1]).unwrap();
         }
-        // What is read makes a report.
+        // Results that can be read give a report.
         report::write(folder.path()).unwrap();
     });
     println!("{} reports", turn / 10);

@@ -1,4 +1,4 @@
-//! LongBench-v2 and LongBench-E beside the original programs (`fixtures/make_longbench_v2.py`).
+//! LongBench-v2 and LongBench-E against the original programs (`fixtures/make_longbench_v2.py`).
 
 use std::fs;
 

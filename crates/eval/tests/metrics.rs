@@ -1,4 +1,4 @@
-//! Scores against the original Python's (`fixtures/make_metrics.py`).
+//! Scores against the original Python programs (`fixtures/make_metrics.py`).
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -38,7 +38,8 @@ fn made_pairs_score_as_in_python() {
     }
 }
 
-/// LongBench's questions: `LONGCTX_LONGBENCH`, or `shared/longbench-mini` beside the checkout.
+/// Returns the folder of LongBench's questions: `LONGCTX_LONGBENCH`, or `shared/longbench-mini`
+/// beside the checkout.
 fn questions() -> PathBuf {
     std::env::var_os("LONGCTX_LONGBENCH").map_or_else(
         || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/longbench-mini")),

@@ -1,4 +1,5 @@
-//! Prompts, limits, chat exceptions and truncation against the original program (`fixtures/make_prompts.py`).
+//! Prompts, limits, chat exceptions and truncation against the original program
+//! (`fixtures/make_prompts.py`).
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! What a model is fed of a sample: cut, compressed, in its template.
+//! The text that a model is fed for a sample: truncated, compressed, with its template.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -12,7 +12,8 @@ use longctx_eval::{Fault, Question, Reader, Sample, Subject, Task, Text, longben
 
 const VOCAB: usize = 128;
 
-/// Notes the tokens that it is fed; answers with the letter after the last. Knows one sequence.
+/// A model that records the tokens fed to it and answers with the letter after the last one. It
+/// supports one sequence.
 #[derive(Default)]
 struct Notes {
     fed: Rc<RefCell<String>>,
@@ -73,7 +74,7 @@ impl CausalLm for Notes {
     }
 }
 
-/// A token a byte.
+/// A tokenizer with one token per byte.
 struct Bytes;
 
 impl Text for Bytes {
@@ -95,7 +96,7 @@ impl Text for Bytes {
     }
 }
 
-/// Keeps the first half, with the question behind.
+/// A compressor that keeps the first half and appends the question.
 struct FirstHalf;
 
 impl PromptCompressor for FirstHalf {
@@ -122,7 +123,7 @@ fn sample(turns: &[&str], chat: bool) -> Sample {
     }
 }
 
-/// What was fed, what was written, and the share of the bytes of a dense cache that was held.
+/// Returns the text fed, the text written, and the bytes held as a share of a dense cache.
 fn fed(context: usize, compress: bool, sample: &Sample) -> (String, Vec<String>, f64) {
     let model = Notes::default();
     let fed = model.fed.clone();
@@ -139,11 +140,11 @@ fn fed(context: usize, compress: bool, sample: &Sample) -> (String, Vec<String>,
 #[test]
 fn turns_are_cut_and_put_in_the_template() {
     let (plain, written, share) = fed(100, false, &sample(&["abc  "], false));
-    // The last token written is not fed any more.
+    // The last token written is not fed.
     assert_eq!((plain.as_str(), &written[..], share), ("abcd", &["de".to_owned()][..], 1.0));
     assert_eq!(fed(100, false, &sample(&["abc"], true)).0, "<abc>?");
     assert_eq!(fed(4, false, &sample(&["abcdefgh"], true)).0, "<abgh>?");
-    // A second turn continues the conversation: nothing is fed twice.
+    // A second turn continues the conversation: no token is fed twice.
     assert_eq!(fed(100, false, &sample(&["ab", "xy"], true)).0, "<ab>?@<xy>?");
 }
 
@@ -151,7 +152,7 @@ fn turns_are_cut_and_put_in_the_template() {
 fn a_compressor_gets_the_whole_or_the_context() {
     let (whole, _, share) = fed(100, true, &sample(&["abcdefgh"], false));
     assert_eq!(whole, "abcd[-]^");
-    // 8 tokens would have been held beside the one written; 7 were.
+    // A dense cache would hold 8 tokens and the one written; 7 of the 8 were held.
     assert!((share - 8.0 / 9.0).abs() < 1e-9, "{share}");
 
     let folder = tempfile::tempdir().unwrap();
@@ -163,7 +164,8 @@ fn a_compressor_gets_the_whole_or_the_context() {
     let (before, after) = sample.turns[0].split_once("abcdefgh").unwrap();
     let kept = |context| fed(context, true, sample).0;
     assert!(kept(5000).starts_with(&format!("<{before}abcd[Who?]{after}>")), "{}", kept(5000));
-    // A cut into the instruction leaves no context to tell: the whole is compressed.
+    // If the truncation reaches into the instruction, the context is unknown and the whole text is
+    // compressed.
     let short = kept(100);
     assert!(short.starts_with(&format!("<{}[Who?]>", &before[..50])), "{short}");
 }

@@ -1,4 +1,4 @@
-//! Reports of results made up by hand.
+//! Reports of made-up results.
 
 use std::fs;
 use std::path::Path;
@@ -84,14 +84,14 @@ fn numbers_are_those_of_the_results() {
     // Single-doc QA is the mean of its tasks' means: (30 + 70) / 2.
     let dense = ["50.0", "80.0", "60.0", "50.0", "60.0", "–", "–", "1.00", "0.50", "40.0"];
     assert_eq!(row("| dense-f16")[1..], dense);
-    // Halved scores are worse on all 7 samples but the one that is 0 anyway.
+    // Halved scores are lower on all 7 samples except the one with score 0.
     let quarter = ["25.0", "40.0", "30.0", "25.0", "30.0", "0 / 6"];
     let h2o = row("| h2o-4x");
     assert_eq!(h2o[1..7], quarter);
-    // The categories' mean falls by a half of 60.
+    // The mean of the categories falls by half of 60.
     assert!(h2o[7].starts_with("-30.0 [-") && h2o[7].ends_with(']'), "{}", h2o[7]);
     assert_eq!(h2o[8..], ["4.00", "0.50", "40.0"]);
-    // The cost: samples, prompt, bytes held, ratio, speed, peak.
+    // The costs: samples, prompt, bytes held, ratio, speed, peak.
     let cost = "| h2o-4x | 7 | 100 | 0.00 | 4.00 | 0.50 | 40.0 | 2 |";
     assert!(page.contains(cost), "{page}");
     // Tasks by category, then by name.
@@ -127,7 +127,7 @@ fn the_page_needs_nothing_else() {
     assert!(of("dense-f16")["difference"].is_null());
     let mean = of("h2o-4x")["difference"]["mean"].as_f64().unwrap();
     assert!((mean + 0.3).abs() < 1e-12, "{mean}");
-    // 7 samples decide nothing.
+    // 7 samples are too few for a verdict.
     assert_eq!(of("h2o-4x")["difference"]["verdict"], "unsure");
     assert_eq!(of("h2o-4x")["scores"]["qasper"]["samples"], 2);
     let map =
@@ -135,7 +135,7 @@ fn the_page_needs_nothing_else() {
     assert_eq!(map["rows"], serde_json::json!(["depth 25 %", "depth 75 %"]));
     assert_eq!(map["columns"], serde_json::json!(["600 words", "1200 words"]));
     assert_eq!(map["cells"][0], serde_json::json!([[0.5, 1], null]));
-    // Each picture names what it shows.
+    // Each figure names its content.
     for (name, words) in [
         ("quality-against-bytes", vec!["dense-f16", "h2o-2x … 4x", "4x", "score, %"]),
         ("radar", vec!["h2o-2x", "h2o-4x", "Few-shot 80"]),
@@ -148,7 +148,7 @@ fn the_page_needs_nothing_else() {
     }
 }
 
-/// The data of a page.
+/// Returns the data of a page.
 fn embedded(page: &str) -> serde_json::Value {
     let (_, rest) = page.split_once("id=\"data\">").unwrap();
     serde_json::from_str(rest.split_once("</script>").unwrap().0).unwrap()
@@ -230,7 +230,7 @@ fn numbers_that_no_run_gives_are_named_by_line() {
     assert!(add(&agreement).unwrap_err().to_string().contains("perplexity"));
     let agreement = Agreement { perplexity: 4.5, kl: f64::NAN, ..agreement };
     assert!(add(&agreement).unwrap_err().to_string().contains("`kl`"));
-    // Nothing was written that can't be read again.
+    // Only files that can be read again were written.
     report::write(at.path()).unwrap();
 }
 
@@ -282,7 +282,7 @@ fn the_page_sorts_filters_and_draws_in_a_browser() {
         ["dense-f16", "h2o-2x", "h2o-4x"],
         ["h2o-4x", "h2o-2x", "dense-f16"],
         ["h2o-4x"],
-        // One of three settings is no longer chosen: two maps, two radars on four rings.
+        // One of three settings is deselected: two maps, two radar charts on four rings.
         [3, 2, 6, "dark"],
     ]});
     assert_eq!(seen, expected);

@@ -1,4 +1,4 @@
-//! RULER's samples and scores beside those of the original programs (`fixtures/ruler/make.py`).
+//! RULER's samples and scores against those of the original programs (`fixtures/ruler/make.py`).
 
 use std::path::Path;
 use std::sync::Arc;
@@ -96,7 +96,7 @@ fn scores_are_the_originals() {
     }
 }
 
-/// The context is where a prompt compressor may cut.
+/// The context is the part that a prompt compressor may compress.
 #[test]
 fn contexts_lie_within_prompts() {
     for name in ruler::names() {

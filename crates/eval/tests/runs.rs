@@ -1,4 +1,4 @@
-//! Runs that are killed, resumed and shared.
+//! Runs that are killed, resumed and shared between processes.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -13,7 +13,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tempfile::tempdir;
 
-/// Sums of two numbers.
+/// A task: sums of two numbers.
 struct Sums(&'static str);
 
 impl Task for Sums {
@@ -43,7 +43,8 @@ impl Task for Sums {
     }
 }
 
-/// Right wherever the first number is not divisible by three; slow enough to be killed in between.
+/// Answers right if the first number is not divisible by three; slow enough to be killed during a
+/// run.
 struct Adder;
 
 impl Subject for Adder {
@@ -87,7 +88,7 @@ fn go(folder: &Path, shard: Shard) -> Summary {
     run(&plan(folder, &tasks(), shard), &methods(), &mut |_| {}).unwrap()
 }
 
-/// All lines but for what differs from run to run.
+/// Returns all lines without the values that differ from run to run.
 fn lines(file: &Path) -> Vec<serde_json::Value> {
     let strip = |line: &str| {
         let mut value: serde_json::Value = serde_json::from_str(line).unwrap();
@@ -137,7 +138,7 @@ fn killed_ten_times_it_gives_the_same_file() {
         process.wait().unwrap();
         assert!((before + 1..TOTAL).contains(&answered(killed.path())));
     }
-    // The last process finds the file as a kill in the middle of a write leaves it.
+    // The last process finds the file as a kill during a write leaves it.
     let path = killed.path().join(FILE);
     let text = fs::read_to_string(&path).unwrap();
     let torn = text.len() - rng.random_range(2..80);
@@ -164,7 +165,7 @@ fn a_torn_last_line_is_dropped_with_a_word() {
     let summary = run(&plan(folder.path(), &tasks, Shard::WHOLE), &methods(), &mut listen).unwrap();
     assert_eq!((summary.answered, summary.before), (1, TOTAL - 1));
     assert!(words.len() == 1 && words[0].starts_with("{\"setting\":\"b\""), "{words:?}");
-    // In the middle of a file, it is damage and no kill.
+    // In the middle of a file, an incomplete line is damage.
     fs::write(&path, format!("{}\n{text}", &text[..30])).unwrap();
     let error = records(folder.path()).unwrap_err().to_string();
     assert!(error.contains("line 1"), "{error}");
@@ -188,9 +189,9 @@ fn shards_share_the_work() {
             .collect::<Vec<_>>()
     };
     assert_eq!(sorted(alone.path()), sorted(shared.path()));
-    // Another division of the same work finds it all done.
+    // Another sharding of the same work finds all samples answered.
     assert_eq!(go(shared.path(), Shard::WHOLE).answered, 0);
-    // What two processes answered counts once.
+    // A sample answered by two processes counts once.
     let part = |index| shared.path().join(format!("results-{index}-of-3.jsonl"));
     fs::copy(part(1), part(4)).unwrap();
     assert_eq!(records(shared.path()).unwrap().len(), TOTAL);
@@ -206,14 +207,14 @@ fn a_run_grows_by_samples() {
         run(&plan, &methods(), &mut |_| {}).unwrap()
     };
     let parts = || (1..=3).map(|index| Shard { index, count: 3 });
-    // Each part keeps what it has: none finds another's samples its own when there are more.
+    // Each shard keeps its samples when their number grows.
     for (samples, answered) in [(Some(3), 2 * 2 * 3), (Some(20), 2 * 2 * 17), (None, 2 * 2 * 40)] {
         let done: Vec<_> = parts().map(|shard| with(samples, shard)).collect();
         assert_eq!(done.iter().map(|part| part.answered).sum::<usize>(), answered);
         assert!(done.iter().all(|part| part.answered.abs_diff(answered / 3) <= 4), "{done:?}");
     }
     assert_eq!(records(folder.path()).unwrap().len(), TOTAL);
-    // Fewer are there already.
+    // More samples exist already.
     assert_eq!(with(Some(5), Shard::WHOLE).answered, 0);
     let manifest = fs::read_to_string(folder.path().join("run.json")).unwrap();
     assert!(manifest.contains("\"samples\": null"), "{manifest}");
@@ -283,7 +284,7 @@ fn a_failing_sample_stops_only_a_strict_run() {
     assert!(run(&plan, &methods(), &mut |_| {}).unwrap_err().to_string().contains("59"));
 }
 
-/// One sum, worded in one way or another.
+/// A sum with different wordings.
 struct Worded(&'static str);
 
 impl Task for Worded {
@@ -300,7 +301,7 @@ impl Task for Worded {
         Ok(samples)
     }
     fn score(&self, _: &Sample, predictions: &[String]) -> longctx_eval::Result<Score> {
-        // What a task of somebody else's may give.
+        // An invalid score that a custom task may return.
         let value = if predictions[0] == "0" { 1.0 } else { 1e9 };
         Ok(Score { value, ..Score::default() })
     }
@@ -326,7 +327,7 @@ fn another_question_of_the_same_name_is_refused() {
     assert_eq!(ask("0 + 0").unwrap().before, 2);
     let error = ask("0 plus 0").unwrap_err().to_string();
     assert!(error.contains("task worded, sample 0") && error.contains("SHA-256"), "{error}");
-    // Results that say nothing of their question are of another version's.
+    // Results without a question digest are from an older version.
     let path = folder.path().join(FILE);
     let text = fs::read_to_string(&path).unwrap();
     let without = |line: &str| {
@@ -342,7 +343,7 @@ fn another_question_of_the_same_name_is_refused() {
     assert!(ask("0 + 0").unwrap_err().to_string().contains("older version"));
 }
 
-/// Says 0.
+/// A subject that answers 0.
 struct Nought;
 
 impl Subject for Nought {
@@ -370,7 +371,7 @@ fn other_conditions_are_refused_by_name() {
         assert!(error.contains(name) && error.contains(value), "{error}");
         assert!(error.contains("as in the run's folder"), "{error}");
     }
-    // A run can grow by what earlier parts did not depend on, and that is kept as well.
+    // Conditions that earlier parts did not depend on can be added, and are recorded.
     with(&[("encoder", "one")]).unwrap();
     assert!(with(&[("encoder", "two")]).is_err());
     let manifest = fs::read_to_string(folder.path().join("run.json")).unwrap();
@@ -381,7 +382,7 @@ fn other_conditions_are_refused_by_name() {
 fn a_score_that_is_no_share_is_not_written() {
     let folder = tempdir().unwrap();
     let tasks: [Box<dyn Task>; 1] = [Box::new(Worded("0 + 0"))];
-    // Not 0: the task gives 10^9.
+    // The answer is not 0, so the task returns 10^9.
     let mut methods = Methods::default();
     for name in ["a", "b"] {
         methods.register(name, |_| Ok(Box::new(Eager)));
@@ -399,7 +400,7 @@ fn a_score_that_is_no_share_is_not_written() {
     assert!(records(folder.path()).unwrap().is_empty());
 }
 
-/// Says too much.
+/// A subject that returns too many predictions.
 struct Eager;
 
 impl Subject for Eager {
@@ -408,7 +409,7 @@ impl Subject for Eager {
     }
 }
 
-/// Questions that nobody should ask for.
+/// A task whose samples must not be requested.
 struct Costly;
 
 impl Task for Costly {

@@ -1,4 +1,4 @@
-//! A subject behind HTTP, before a small server that misbehaves as told.
+//! A subject behind HTTP, tested with a small server that fails on request.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -15,16 +15,16 @@ use longctx_eval::{
 };
 use serde_json::{Value, json};
 
-/// What the server does with a request.
+/// The server's reaction to a request.
 #[derive(Debug, Clone, Copy)]
 enum Act {
     Stream,
     Whole,
     Status(u16),
     Garbage,
-    /// Ends the connection without a word.
+    /// Closes the connection without an answer.
     Nothing,
-    /// Ends it within the stream.
+    /// Closes the connection during the stream.
     BreakOff,
     ErrorEvent,
     Silence,
@@ -32,7 +32,7 @@ enum Act {
 
 struct Fake {
     url: String,
-    /// For the next requests; then all are streamed.
+    /// The reactions to the next requests; all later requests are answered by a stream.
     acts: Arc<Mutex<VecDeque<Act>>>,
     seen: Arc<Mutex<Vec<(String, Value)>>>,
     at_once: Arc<AtomicUsize>,
@@ -178,7 +178,7 @@ impl Task for Doubles {
     }
 }
 
-/// What a run says: answered, before, failed, and the faults.
+/// Returns the results of a run: answered, before, failed, and the errors.
 fn go(
     folder: &std::path::Path,
     setting: &Setting,
@@ -215,7 +215,7 @@ fn answers_come_streamed_and_several_at_once() {
         assert_eq!((record.score.value, record.prompt_tokens, record.new_tokens), (1.0, 5, 2));
         assert_eq!((record.kv_bytes, record.ratio()), (Some(350), Some(2.0)));
         let timings = record.timings;
-        // The server waits before each of the two tokens. A busy client may see both at once.
+        // The server waits before each of the two tokens. A busy client may receive both at once.
         assert!(timings.first_token_seconds >= 0.02 && timings.total_seconds >= 0.04);
         assert!(timings.decode_tokens_per_second.unwrap() > 0.0);
     }
@@ -234,7 +234,7 @@ fn chat_has_messages_and_a_key() {
     let (folder, fake) = (tempfile::tempdir().unwrap(), Fake::start(&[]));
     let mut setting = fake.setting();
     let server = setting.server.as_mut().unwrap();
-    // Any variable that is there.
+    // Any environment variable that is set.
     (server.api, server.key_env) = (Api::Chat, Some("CARGO_PKG_NAME".into()));
     assert_eq!(go(folder.path(), &setting, 3).0, 3);
     let seen = fake.seen.lock().unwrap();
@@ -286,12 +286,12 @@ fn lasting_faults_are_told_and_the_run_resumes() {
         let (answered, _, failed, faults) = go(folder.path(), &setting, 3);
         assert_eq!((answered, failed), (0, 3), "{act:?}");
         assert!(faults[0].contains(word) && faults[0].contains("doubles, 0"), "{faults:?}");
-        // A server that is down is not asked four times for each sample.
+        // A server that is down gets one attempt per sample instead of four.
         assert_eq!(fake.seen.lock().unwrap().len(), 4 + 1 + 1);
         fake.acts.lock().unwrap().clear();
         assert_eq!(go(folder.path(), &setting, 3), (3, 0, 0, vec![]));
     }
-    // What another attempt can't mend is not tried again.
+    // Errors that another attempt cannot fix are not repeated.
     let (folder, fake) = (tempfile::tempdir().unwrap(), Fake::start(&[Act::Status(401)]));
     let (answered, _, failed, faults) = go(folder.path(), &fake.setting(), 1);
     assert!((answered, failed) == (0, 1) && faults[0].contains("status 401"), "{faults:?}");

@@ -1,4 +1,4 @@
-//! What becomes of records, good and bad; the needle test's grid.
+//! Valid and invalid records, and the needle test's grid.
 
 use std::fs;
 use std::sync::Arc;
@@ -88,7 +88,7 @@ fn the_needle_grid_is_the_papers() {
     }
     assert!(samples.iter().all(|sample| sample.turns[0].contains(&sample.answers[0])));
     assert_eq!(samples, small.samples().unwrap().samples);
-    // A grid that grows keeps what it has: the same place, the same key.
+    // A grid that grows keeps its keys: the same length and depth have the same key.
     let corner = NeedleGrid { lengths: vec![700], depths: vec![0.0, 1.0], ..small.clone() };
     let of_corner = corner.samples().unwrap().samples;
     assert!(of_corner.len() == 6 && of_corner.iter().all(|sample| samples.contains(sample)));

@@ -1,4 +1,5 @@
-//! Laws of the long-generation tasks: right answers score 1, damaged ones less; same seed, same samples.
+//! Laws of the long-generation tasks: right answers score 1, damaged ones less; same seed, same
+//! samples.
 
 use longctx_eval::Category;
 use longctx_eval::long_generation::{Size, tasks};

@@ -1,4 +1,4 @@
-//! Attention whose keys and values a cache of the caller's choice keeps.
+//! Attention over a cache chosen by the caller.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// From `name.q_proj.weight`, `k_proj`, `v_proj` and `o_proj`; only the last may have a bias.
+    /// Loads `name.q_proj.weight`, `k_proj`, `v_proj` and `o_proj`. Only `o_proj` may have a bias.
     pub fn load(
         w: &Checkpoint,
         name: &str,
@@ -39,7 +39,7 @@ impl Attention {
         })
     }
 
-    /// `[tokens, hidden]` of all sequences of the batch to the same.
+    /// Maps `[tokens, hidden]` of all sequences of the batch to the same shape.
     pub fn forward(
         &self,
         x: &[f32],

@@ -1,4 +1,4 @@
-//! Where weights come from: safetensors, PyTorch's `.pth`, or tensors in memory.
+//! Sources of weights: safetensors, PyTorch's `.pth`, or tensors in memory.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -9,13 +9,14 @@ use candle_core::{DType, Device, Tensor};
 use longctx_checkpoint::{Asked, Pth, shard_names};
 use longctx_core::{Error, Result};
 
-/// How weights are to be held.
+/// How weights are loaded.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// Where the model computes: the CPU or, with the feature `cuda`, a CUDA device.
+    /// The device of the computation: the CPU or, with the feature `cuda`, a CUDA device.
     pub device: Device,
-    /// The format of weight matrices: f32, f16 or bf16; half-precision ones decode nearly twice as fast. A CUDA device also takes the input and
-    /// the output of a product in it. States, sums of layers and the few weights that are no matrices are f32 always.
+    /// The dtype of weight matrices: f32, f16 or bf16. Half precision decodes nearly twice as fast.
+    /// On a CUDA device the inputs and outputs of matrix products have this dtype too. States,
+    /// residual sums and weights that are not matrices are always f32.
     pub dtype: DType,
 }
 
@@ -41,13 +42,13 @@ enum Source {
 }
 
 impl Checkpoint {
-    /// The weights in a folder: `model.safetensors` or else its shards, else `pytorch_model.bin`,
-    /// else the only `.pth` or `.safetensors`; or those in one file.
+    /// Opens the weights in a folder: `model.safetensors` or else its shards, else
+    /// `pytorch_model.bin`, else the only `.pth` or `.safetensors` file. Or opens a single file.
     pub fn open(path: &Path, options: &LoadOptions) -> Result<Self> {
         let files = files(path)?;
         let named = |e: candle_core::Error| Error::file(path, e);
         for file in &files {
-            // candle's own message for a missing file does not name it. A pipe would never end.
+            // candle's error for a missing file does not name it. Reading a pipe would never end.
             let kind = std::fs::metadata(file).map_err(|e| Error::file(file, e))?;
             if !kind.is_file() {
                 return Err(Error::file(file, "not a regular file"));
@@ -55,8 +56,9 @@ impl Checkpoint {
         }
         let is_safetensors = |f: &PathBuf| f.extension().is_some_and(|e| e == "safetensors");
         let source = if files.iter().all(is_safetensors) {
-            // SAFETY: memory-mapping is sound as long as nobody changes the files while they are mapped: a checkpoint is written once,
-            // and this is the documented condition of every loader that maps safetensors.
+            // SAFETY: memory-mapping is sound as long as the files are not modified while they are
+            // mapped. Checkpoints are written once; every loader that maps safetensors documents
+            // this condition.
             #[allow(unsafe_code)]
             let mapped = unsafe { MmapedSafetensors::multi(&files) };
             Source::Safetensors(mapped.map_err(named)?)
@@ -66,7 +68,7 @@ impl Checkpoint {
         Self::new(path.into(), source, options)
     }
 
-    /// Tensors in memory.
+    /// Wraps tensors in memory.
     pub fn from_tensors(tensors: HashMap<String, Tensor>, options: &LoadOptions) -> Result<Self> {
         Self::new("tensors in memory".into(), Source::Memory(tensors), options)
     }
@@ -80,7 +82,7 @@ impl Checkpoint {
         }
     }
 
-    /// The shape of a tensor, if there is one of that name.
+    /// Returns the shape of a tensor, if it exists.
     pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
         match &self.source {
             Source::Safetensors(files) => files.get(name).ok().map(|view| view.shape().to_vec()),
@@ -93,7 +95,8 @@ impl Checkpoint {
         self.shape(name).is_some()
     }
 
-    /// The first of several names that there is a tensor of: families whose layouts name it differently.
+    /// Returns the first of several names that exists, for families whose layouts name a tensor
+    /// differently.
     pub fn any_of<'a>(&self, names: &[&'a str]) -> Result<&'a str> {
         names.iter().copied().find(|name| self.has(name)).ok_or_else(|| self.missing(names))
     }
@@ -103,34 +106,34 @@ impl Checkpoint {
         Error::file(&self.path, format!("there is no tensor {}", names.join(" or ")))
     }
 
-    /// A tensor in f32. Dimensions of 1 in front are no part of its shape.
+    /// Returns a tensor in f32. Leading dimensions of 1 are ignored in the shape.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         Ok(self.get(name, shape)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
     }
 
-    /// A matrix `[out, inner]`, in the format asked for.
+    /// Returns a matrix `[out, inner]` in the requested dtype.
     pub fn matrix(&self, name: &str, out: usize, inner: usize) -> Result<Matrix> {
         self.in_format(&self.get(name, &[out, inner])?)
     }
 
-    /// A matrix stored the other way, `[inner, out]`.
+    /// Returns a matrix that is stored transposed, `[inner, out]`.
     pub fn transposed(&self, name: &str, out: usize, inner: usize) -> Result<Matrix> {
         self.in_format(&self.get(name, &[inner, out])?.t()?)
     }
 
-    /// Several matrices `[out, inner]` with one input, as one.
+    /// Concatenates several matrices `[out, inner]` of one input into one.
     pub fn joined(&self, names: &[(String, usize)], inner: usize) -> Result<Matrix> {
         let load = |(name, out): &(String, usize)| self.get(name, &[*out, inner]);
         let matrices = names.iter().map(load).collect::<Result<Vec<_>>>()?;
         self.in_format(&Tensor::cat(&matrices, 0)?)
     }
 
-    /// A matrix made of this checkpoint's tensors, in the format asked for.
+    /// Converts a matrix made of this checkpoint's tensors to the requested dtype.
     pub fn in_format(&self, matrix: &Tensor) -> Result<Matrix> {
         Matrix::new(&matrix.to_dtype(self.dtype)?)
     }
 
-    /// Compares the shape before a number is read.
+    /// Compares the shape before any data is read.
     fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         self.asked.note(name);
         let dims = self.shape(name).ok_or_else(|| self.missing(&[name]))?;
@@ -147,11 +150,10 @@ impl Checkpoint {
         Ok(tensor.reshape(shape)?)
     }
 
-    /// Checks that every tensor was asked for.
+    /// Checks that every tensor has been read.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] naming those that were not and that may change what the model
-    /// computes.
+    /// [`Error::Unsupported`] naming unread tensors that may change the model's output.
     pub fn account(&self) -> Result<()> {
         let names: Vec<String> = match &self.source {
             Source::Safetensors(files) => {
@@ -169,8 +171,8 @@ impl Checkpoint {
     }
 }
 
-/// Whether a tensor changes nothing: tables that are computed anew, and what RWKV-7's first layer,
-/// which has no values of an earlier one to mix in, was trained beside.
+/// Returns whether a tensor has no effect: tables that are recomputed, and the tensors of RWKV-7's
+/// first layer for mixing in the values of an earlier layer, which it does not have.
 fn is_harmless(name: &str) -> bool {
     let unused = ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"];
     name.ends_with("rotary_emb.inv_freq") || unused.contains(&name)

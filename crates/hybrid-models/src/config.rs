@@ -1,12 +1,12 @@
-//! What the families' configurations have in common.
+//! Helpers for the configurations of all families.
 
 use longctx_core::{Error, Result};
 use serde_json::Value;
 
-/// The largest size that a model can have: products of two are within 64 bits.
+/// The largest size of a model's dimension: the product of two sizes fits in 64 bits.
 const LARGEST: usize = 1 << 24;
 
-/// Refuses a size of zero, and one that no model has.
+/// Refuses a size of zero or above [`LARGEST`].
 pub fn size(name: &str, value: usize) -> Result<()> {
     match value {
         1..=LARGEST => Ok(()),
@@ -14,7 +14,7 @@ pub fn size(name: &str, value: usize) -> Result<()> {
     }
 }
 
-/// One id or a list of them.
+/// Returns one id or a list of ids.
 pub fn ids(value: Option<&Value>) -> Vec<u32> {
     let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
     match value {

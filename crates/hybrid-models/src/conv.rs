@@ -1,4 +1,4 @@
-//! The causal depthwise convolution in front of a recurrence.
+//! The causal depthwise convolution before a recurrence.
 
 use crate::matrix::Rows;
 use crate::simd::silu;
@@ -8,12 +8,12 @@ use pulp::{Arch, Scalar, Simd, WithSimd};
 
 use crate::checkpoint::Checkpoint;
 
-/// Channels of one task.
+/// Channels per task.
 const CHANNELS: usize = 128;
-/// Numbers of an output that are worth a second thread.
+/// Smallest number of outputs for which several threads are used.
 const PARALLEL: usize = 1 << 14;
 
-/// `y[t] = bias + Σ_j weight[j] x[t − (taps − 1) + j]`, per channel; then SiLU, if asked for.
+/// `y[t] = bias + Σ_j weight[j] x[t − (taps − 1) + j]` per channel, optionally followed by SiLU.
 #[derive(Debug, Clone)]
 pub struct Conv {
     /// `[taps, channels]`.
@@ -24,7 +24,7 @@ pub struct Conv {
 }
 
 impl Conv {
-    /// From `name.weight` `[channels, 1, taps]` and, if `bias`, `name.bias`.
+    /// Loads `name.weight` `[channels, 1, taps]` and, if `bias`, `name.bias`.
     pub fn load(
         w: &Checkpoint,
         name: &str,
@@ -47,12 +47,13 @@ impl Conv {
         self.bias.len()
     }
 
-    /// Numbers of state per batch entry: the last inputs, `[taps − 1, channels]`.
+    /// Returns the size of the state of a sequence: its last inputs, `[taps − 1, channels]`.
     pub fn state_size(&self) -> usize {
         (self.taps - 1) * self.channels()
     }
 
-    /// One batch entry's rows; `state` holds the inputs before them and then the last of them.
+    /// Computes the rows of one sequence. `state` holds the previous inputs and is updated to the
+    /// last ones.
     pub fn forward(&self, x: Rows<'_>, tokens: usize, state: &mut [f32], y: &mut [f32]) {
         let channels = self.channels();
         let past = self.taps - 1;

@@ -1,7 +1,11 @@
-//! The models on candle's CUDA device. Products with matrices are cuBLAS's; convolutions, scans, recurrences, and norms, token shifts and gates
-//! with what surrounds them are kernels/*.cu. Nothing waits for the device between a call's ids and its logits.
+//! The models on candle's CUDA device.
 //!
-//! Rows between layers are f32, what goes into and out of products is in the format of the weights, states are f32 and change in place.
+//! Matrix products use cuBLAS. Convolutions, scans, recurrences, norms, token shifts and gates,
+//! fused with adjacent operations, are kernels/*.cu. A call does not synchronize with the device
+//! between its ids and its logits.
+//!
+//! Activations between layers are f32, inputs and outputs of matrix products have the dtype of the
+//! weights, and states are f32 and updated in place.
 
 mod args;
 mod attention;
@@ -47,31 +51,35 @@ use candle_core::Tensor;
 use longctx_core::Result;
 use std::fmt::Debug;
 
-/// Rows that a mixer reads.
+/// The input rows of a mixer.
 pub struct Input<'a> {
-    /// `[batch * tokens, hidden]`, normalised, in the format of the weights, or in f32 for mixers that [read](Mixer::reads_f32) that.
+    /// `[batch * tokens, hidden]`, normalised, in the dtype of the weights, or in f32 for mixers
+    /// that [require](Mixer::reads_f32) it.
     pub x: &'a Tensor,
-    /// Sequences, of equally many tokens.
+    /// Number of sequences, with equally many tokens each.
     pub batch: usize,
     pub tokens: usize,
-    /// Whether they are the sequences' first.
+    /// Whether the tokens are the first ones of their sequences.
     pub first: bool,
 }
 
-/// What layers hand to those above them for the same rows: RWKV-7's values of the first layer.
+/// Values passed from a layer to those above it for the same rows: RWKV-7's values of the first
+/// layer.
 #[derive(Default)]
 pub struct Carried {
     pub first_values: Option<Tensor>,
 }
 
-/// A mixer of [`Recurrent`](crate::mixer::Recurrent)'s kind, its weights on the device.
+/// The device version of a [`Recurrent`](crate::mixer::Recurrent) mixer, with its weights on the
+/// device.
 pub trait Mixer: Debug + Send + Sync {
-    /// Whether it reads its rows in f32. A token shift takes differences of rows, which would keep little of them after a rounding.
+    /// Returns whether it reads f32 rows. A token shift subtracts adjacent rows, and the difference
+    /// would lose most of its precision after rounding.
     fn reads_f32(&self) -> bool {
         false
     }
 
-    /// Reads the state, one tensor `[batch, …]` for each of its arrays, leaves the one after the last token and gives
-    /// `[batch * tokens, hidden]` in the format of the weights.
+    /// Reads the state, one tensor `[batch, …]` per array, and updates it to the state after the
+    /// last token. Returns `[batch * tokens, hidden]` in the dtype of the weights.
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], carried: &mut Carried) -> Result<Tensor>;
 }

@@ -1,4 +1,5 @@
-//! The feed-forward block with a gate: W_down (g(W_gate x) ∘ W_up x), with g GELU or SiLU (arXiv 2002.05202).
+//! The gated feed-forward layer: W_down (g(W_gate x) ∘ W_up x), with g GELU or SiLU (arXiv
+//! 2002.05202).
 
 use crate::checkpoint::Checkpoint;
 use crate::linear::Linear;
@@ -13,7 +14,7 @@ use serde::Deserialize;
 /// The function of the gate.
 #[derive(Deserialize, Debug, Default, Clone, Copy)]
 pub enum Gate {
-    /// By its approximation with tanh.
+    /// GELU in its tanh approximation.
     #[serde(rename = "gelu_pytorch_tanh")]
     Gelu,
     #[default]
@@ -31,7 +32,7 @@ pub struct GatedMlp {
 }
 
 impl GatedMlp {
-    /// From `name.gate_proj`, `up_proj` and `down_proj`, all with biases or none.
+    /// Loads `name.gate_proj`, `up_proj` and `down_proj`, all with biases or all without.
     pub fn load(
         w: &Checkpoint,
         name: &str,

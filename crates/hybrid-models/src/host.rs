@@ -1,4 +1,4 @@
-//! A model that computes on the host.
+//! A model on the host.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use crate::outline::{Block, Kept, Outline};
 use crate::workspace::Workspace;
 use longctx_core::{Batch, KvCache, LayerSpec, Logits, Result};
 
-/// Tokens that go through a recurrent mixer at a time: activations inside a layer never exist for more.
+/// Tokens processed by a recurrent mixer at a time. It bounds the memory of activations.
 const BLOCK: usize = 512;
 
 /// Weights in the host's memory.
@@ -19,17 +19,17 @@ pub struct Host {
     pub hidden: usize,
     pub layers: usize,
     pub embedding: Matrix,
-    /// What embeddings are multiplied with.
+    /// The factor of embeddings.
     pub embedding_scale: f32,
-    /// RWKV's norm of the embeddings.
+    /// RWKV's norm of embeddings.
     pub embedding_norm: Option<Norm>,
     pub residuals: Vec<Residual>,
     pub norm: Norm,
-    /// `None` if the embedding's matrix is the output head.
+    /// The output head; `None` if it is the embedding matrix (tied weights).
     pub head: Option<Matrix>,
-    /// Logits l become `cap * tanh(l / cap)`.
+    /// Soft cap: a logit l becomes `cap * tanh(l / cap)`.
     pub soft_cap: Option<f32>,
-    /// The tokens that end a text.
+    /// End-of-text tokens.
     pub eos: Vec<u32>,
 }
 
@@ -55,7 +55,7 @@ impl Host {
         }
     }
 
-    /// The logits of a batch, row by row; the entries' states are moved on.
+    /// Returns the logits of a batch, row by row, and updates the states of its sequences.
     pub fn forward(
         &self,
         batch: &Batch,
@@ -68,8 +68,8 @@ impl Host {
         let hidden = self.hidden;
         let mut top = Vec::new();
         let pieces = pieces(entries);
-        // Without attention, memory is that of one piece; attention layers take whole prompts in
-        // one call, so that a cache may compress them after exact attention.
+        // Without attention, the memory is that of one piece. Attention layers receive whole
+        // prompts in one call, so that a cache may compress them after exact attention.
         let at_a_time = if caches.is_empty() { 1 } else { pieces.len() };
         for pieces in pieces.chunks(at_a_time) {
             let rows = pieces[0].rows.start..pieces[pieces.len() - 1].rows.end;
@@ -103,7 +103,7 @@ impl Host {
         }
     }
 
-    /// Sends the rows of some pieces, `x` `[tokens, hidden]`, through all layers.
+    /// Runs the rows of some pieces, `x` `[tokens, hidden]`, through all layers.
     fn run(
         &self,
         x: &mut [f32],
@@ -166,7 +166,7 @@ impl Host {
         result
     }
 
-    /// The logits of rows that have been through all layers.
+    /// Returns the logits of rows after all layers.
     fn logits(&self, x: &mut [f32]) -> Vec<f32> {
         self.norm.apply_in_place(x);
         let head = self.head.as_ref().unwrap_or(&self.embedding);
@@ -179,19 +179,19 @@ impl Host {
     }
 }
 
-/// One sequence of a batch, on its way.
+/// One sequence of a batch during a call.
 pub struct Entry {
-    /// Tokens that came before the batch's.
+    /// Number of its earlier tokens.
     pub position: usize,
-    /// The batch's rows that are its.
+    /// Its rows in the batch.
     pub rows: Range<usize>,
     pub state: Vec<f32>,
-    /// Numbers of tokens after which the state is copied, in increasing order, and the copies.
+    /// Numbers of tokens after which the state is copied, in increasing order, with the copies.
     pub snapshots: Vec<(usize, Vec<f32>)>,
 }
 
 impl Entry {
-    /// Copies some numbers of the state, if a snapshot is wanted after so many tokens.
+    /// Copies a range of the state if a snapshot is due at this position.
     fn keep(&mut self, position: usize, numbers: Range<usize>) {
         if let Some((_, copy)) = self.snapshots.iter_mut().find(|(at, _)| *at == position) {
             copy.resize(self.state.len(), 0.0);
@@ -200,23 +200,23 @@ impl Entry {
     }
 }
 
-/// Rows that go through a recurrent mixer together: at most one span of each sequence.
+/// Rows that a recurrent mixer processes together: at most one span of each sequence.
 struct Piece {
     /// Rows of the batch.
     rows: Range<usize>,
     spans: Vec<Span>,
-    /// The place of the first span's sequence in the batch.
+    /// Batch index of the first span's sequence.
     first: usize,
 }
 
 impl Piece {
-    /// The sequences' places in the batch.
+    /// Returns the batch indices of the sequences.
     fn entries(&self) -> Range<usize> {
         self.first..self.first + self.spans.len()
     }
 }
 
-/// Cuts a batch into pieces of up to [`BLOCK`] rows, and after each token that wants a snapshot.
+/// Splits a batch into pieces of up to [`BLOCK`] rows, and after each token with a snapshot.
 fn pieces(entries: &[Entry]) -> Vec<Piece> {
     let mut pieces: Vec<Piece> = Vec::new();
     for (i, entry) in entries.iter().enumerate() {

@@ -6,7 +6,8 @@ use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use longctx_checkpoint::shard_names;
 use longctx_core::{Error, Result};
 
-/// Fetches what [`Pretrained::from_folder`](crate::Pretrained::from_folder) needs, unless it is there already; gives the folder.
+/// Downloads the files for [`Pretrained::from_folder`](crate::Pretrained::from_folder) unless they
+/// are cached; returns their folder.
 pub fn download(name: &str) -> Result<PathBuf> {
     let api = ApiBuilder::from_env().build().map_err(|e| Error::file(name, e))?;
     let repo = api.model(name.to_owned());

@@ -1,11 +1,11 @@
-//! Linear maps with biases.
+//! Linear maps with optional biases.
 
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Matrix, Rows};
 use crate::simd::{Add, zip};
 use longctx_core::Result;
 
-/// A linear map with a bias, if it has one.
+/// A linear map with an optional bias.
 #[derive(Debug)]
 pub struct Linear {
     pub matrix: Matrix,
@@ -19,7 +19,7 @@ impl Linear {
         Ok(Self { matrix, bias })
     }
 
-    /// Several maps of one input, each with a bias or none of them, as one.
+    /// Concatenates several maps of one input. All have a bias, or none.
     pub fn joined(
         w: &Checkpoint,
         names: &[String],

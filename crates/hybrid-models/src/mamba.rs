@@ -1,4 +1,4 @@
-//! Mamba's mixer: a selective state space (Gu and Dao, arXiv 2312.00752).
+//! Mamba's mixer: a selective state space model (Gu and Dao, arXiv 2312.00752).
 
 mod scan;
 
@@ -11,32 +11,32 @@ use crate::workspace::Workspace;
 use longctx_core::Result;
 use scan::Scan;
 
-/// The numbers of a Mamba mixer.
+/// The dimensions of a Mamba mixer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MambaShape {
-    /// Channels between layers.
+    /// Hidden size.
     pub hidden: usize,
     /// Channels of the recurrence.
     pub inner: usize,
     /// States per channel.
     pub states: usize,
-    /// Width of the bottleneck through which time steps are projected.
+    /// Rank of the projection of time steps.
     pub rank: usize,
-    /// Taps of the convolution.
+    /// Kernel size of the convolution.
     pub taps: usize,
     /// Whether the convolution has a bias.
     pub conv_bias: bool,
-    /// Whether the projections in and out have biases.
+    /// Whether the input and output projections have biases.
     pub bias: bool,
 }
 
 #[derive(Debug)]
 pub struct Mamba {
     pub shape: MambaShape,
-    /// Gives the recurrence's input and the gate.
+    /// Projects to the recurrence's input and the gate.
     pub project_in: Linear,
     pub conv: Conv,
-    /// Gives the time step's bottleneck, B and C.
+    /// Projects to the low-rank time step, B and C.
     pub select: Matrix,
     pub time_step: Matrix,
     pub scan: Scan,
@@ -44,7 +44,7 @@ pub struct Mamba {
 }
 
 impl Mamba {
-    /// `name`: as in "backbone.layers.0.mixer".
+    /// Loads the mixer `name`, for example "backbone.layers.0.mixer".
     pub fn load(w: &Checkpoint, name: &str, shape: MambaShape) -> Result<Self> {
         let MambaShape { hidden, inner, states, rank, taps, conv_bias, bias } = shape;
         let part = |part: &str| format!("{name}.{part}");
@@ -69,7 +69,7 @@ impl Mamba {
 
 #[cfg(feature = "cuda")]
 impl Mamba {
-    /// A, `[channels, states]`.
+    /// Returns A, `[channels, states]`.
     pub fn a(&self) -> Vec<f32> {
         let mut a = Vec::new();
         let MambaShape { inner, states, .. } = self.shape;

@@ -1,4 +1,4 @@
-//! Mamba-2's mixer: a state space with one decay per head (Dao and Gu, arXiv 2405.21060).
+//! Mamba-2's mixer: a state space model with one decay per head (Dao and Gu, arXiv 2405.21060).
 
 mod ssd;
 
@@ -13,24 +13,24 @@ use crate::workspace::Workspace;
 use longctx_core::Result;
 pub use ssd::Ssd;
 
-/// The numbers of a Mamba-2 mixer.
+/// The dimensions of a Mamba-2 mixer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Mamba2Shape {
-    /// Channels between layers.
+    /// Hidden size.
     pub hidden: usize,
     /// Heads of the recurrence.
     pub heads: usize,
-    /// Channels of a head.
+    /// Channels per head.
     pub head_dim: usize,
     /// Groups of heads that share B and C.
     pub groups: usize,
     /// States per channel.
     pub states: usize,
-    /// Taps of the convolution.
+    /// Kernel size of the convolution.
     pub taps: usize,
     /// Whether the convolution has a bias.
     pub conv_bias: bool,
-    /// Whether the projections in and out have biases.
+    /// Whether the input and output projections have biases.
     pub bias: bool,
     /// Time steps are clamped to this range.
     pub time_step_limit: (f32, f32),
@@ -39,12 +39,12 @@ pub struct Mamba2Shape {
 }
 
 impl Mamba2Shape {
-    /// Channels of the recurrence.
+    /// Returns the channels of the recurrence.
     pub fn inner(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    /// Channels of the convolution: the recurrence's, B and C.
+    /// Returns the channels of the convolution: those of the recurrence, B and C.
     pub fn convolved(&self) -> usize {
         self.inner() + 2 * self.groups * self.states
     }
@@ -53,7 +53,7 @@ impl Mamba2Shape {
 #[derive(Debug)]
 pub struct Mamba2 {
     pub shape: Mamba2Shape,
-    /// Gives the gate, what is convolved, and the time steps.
+    /// Projects to the gate, the input of the convolution, and the time steps.
     pub project_in: Linear,
     pub conv: Conv,
     pub ssd: Ssd,
@@ -62,7 +62,7 @@ pub struct Mamba2 {
 }
 
 impl Mamba2 {
-    /// `name`: as in "backbone.layers.0.mixer".
+    /// Loads the mixer `name`, for example "backbone.layers.0.mixer".
     pub fn load(w: &Checkpoint, name: &str, shape: Mamba2Shape) -> Result<Self> {
         let Mamba2Shape { hidden, heads, taps, conv_bias, bias, .. } = shape;
         let (inner, convolved) = (shape.inner(), shape.convolved());

@@ -1,7 +1,8 @@
-//! Mamba language models: their configurations and the names in their checkpoints.
+//! Mamba language models: configurations and tensor names.
 //!
-//! Two layouts are in use: that of the authors' `mamba_ssm` (`d_model`, `backbone.embedding`) and that of Hugging Face's
-//! `transformers` (`hidden_size`, `backbone.embeddings`). The layers' tensors have the same names in both.
+//! There are two layouts: that of the authors' `mamba_ssm` (`d_model`, `backbone.embedding`) and
+//! that of Hugging Face's `transformers` (`hidden_size`, `backbone.embeddings`). The tensors of the
+//! layers have the same names in both.
 
 use crate::checkpoint::Checkpoint;
 use crate::config::{ids, size};
@@ -22,7 +23,7 @@ struct Config {
     #[serde(alias = "n_layer")]
     num_hidden_layers: usize,
     vocab_size: usize,
-    /// The authors' layout rounds the vocabulary up to a multiple of it.
+    /// In the authors' layout, the vocabulary size is rounded up to a multiple of this.
     #[serde(default = "one")]
     pad_vocab_size_multiple: usize,
     #[serde(default)]
@@ -45,14 +46,14 @@ struct Config {
     time_step_limit: Option<(Value, Value)>,
     #[serde(alias = "tie_embeddings")]
     tie_word_embeddings: Option<bool>,
-    /// Of feed-forward blocks between the mixers.
+    /// Size of feed-forward layers between the mixers.
     d_intermediate: Option<usize>,
-    /// Layers that are attention.
+    /// Indices of attention layers.
     attn_layer_idx: Option<Vec<Value>>,
     eos_token_id: Option<Value>,
 }
 
-/// What the authors' layout says of the mixers.
+/// The mixers' settings in the authors' layout.
 #[derive(Deserialize, Default)]
 struct AuthorsConfig {
     layer: Option<String>,
@@ -74,8 +75,8 @@ struct AuthorsConfig {
     rest: Map<String, Value>,
 }
 
-/// Fields of `ssm_cfg` that say how weights are drawn before training or how a GPU computes, and so
-/// nothing about a trained model.
+/// Fields of `ssm_cfg` about the initialisation of weights or the GPU implementation. They have no
+/// effect on a trained model.
 const NO_EFFECT: [&str; 14] = [
     "dt_min",
     "dt_max",
@@ -122,41 +123,42 @@ fn default_eps() -> f64 {
     1e-5
 }
 
-/// Whether a `config.json` of the authors' layout, which names no family, is of Mamba-2.
+/// Returns whether a `config.json` in the authors' layout, which names no family, is Mamba-2.
 pub fn is_mamba2(config: &Value) -> bool {
     config["ssm_cfg"]["layer"] == "Mamba2"
 }
 
-/// Builds a model of Mamba-1 from its `config.json`.
+/// Builds a Mamba-1 model from its `config.json`.
 pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
     let c = Config::parse(config)?;
     let shape = c.mamba()?;
     c.model("mamba", w, |name| Ok(Box::new(Mamba::load(w, name, shape)?)))
 }
 
-/// Builds a model of Mamba-2 from its `config.json`.
+/// Builds a Mamba-2 model from its `config.json`.
 pub fn load2(config: &Value, w: &Checkpoint) -> Result<Host> {
     let mut c = Config::parse(config)?;
     if config.get("d_model").is_none() {
-        // What `transformers` takes for fields that are left out; the authors' defaults are others.
+        // The defaults of `transformers`; the authors' defaults differ.
         c.n_groups = c.n_groups.or(Some(8));
     }
     let shape = c.mamba2()?;
     c.model("mamba2", w, |name| Ok(Box::new(Mamba2::load(w, name, shape)?)))
 }
 
-/// The shape of a Mamba mixer in a stack; `settings` are the mixer's fields of `config.json`.
+/// Returns the shape of a Mamba mixer in a stack. `settings` are the mixer's fields of
+/// `config.json`.
 pub fn shape(settings: &Map<String, Value>, hidden: usize) -> Result<MambaShape> {
     Config::of_mixer(settings, hidden)?.mamba()
 }
 
-/// The shape of a Mamba-2 mixer in a stack whose norms have this epsilon.
+/// Returns the shape of a Mamba-2 mixer in a stack whose norms have this epsilon.
 pub fn shape2(settings: &Map<String, Value>, hidden: usize, eps: f32) -> Result<Mamba2Shape> {
     Ok(Mamba2Shape { norm_eps: eps, ..Config::of_mixer(settings, hidden)?.mamba2()? })
 }
 
 impl AuthorsConfig {
-    /// Refuses what changes the numbers and is not computed here.
+    /// Refuses settings that change the output and are not implemented.
     fn check(&self, inner: usize) -> Result<()> {
         let unsupported = |what: String| Err(Error::Unsupported(format!("ssm_cfg.{what}")));
         if let Some(d_ssm) = self.d_ssm.filter(|&d_ssm| d_ssm != inner) {
@@ -219,12 +221,12 @@ impl Config {
         }
     }
 
-    /// Whether the projections in and out have biases.
+    /// Returns whether the input and output projections have biases.
     fn bias(&self) -> bool {
         self.ssm_cfg.bias.or(self.use_bias).unwrap_or(false)
     }
 
-    /// Whether the convolution has a bias.
+    /// Returns whether the convolution has a bias.
     fn conv_bias(&self) -> bool {
         self.ssm_cfg.conv_bias.or(self.use_conv_bias).unwrap_or(true)
     }

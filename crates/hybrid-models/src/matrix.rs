@@ -1,4 +1,5 @@
-//! Weight matrices: products with many rows through `gemm`, with few by reading the weights once.
+//! Weight matrices. Products with many rows use `gemm`; products with few rows read the weights
+//! once.
 
 use std::fmt;
 
@@ -10,16 +11,17 @@ use half::{bf16, f16};
 use longctx_core::{Error, Result};
 use pulp::{Arch, Simd, WithSimd};
 
-/// Up to so many rows, reading the weights is what a product costs.
+/// Up to this many rows, a product is limited by reading the weights.
 const FEW_ROWS: usize = 4;
-/// Outputs that a thread computes at a time when rows are few: its weights fit the second-level cache.
+/// Outputs that a thread computes at a time if there are few rows: their weights fit in the L2
+/// cache.
 const OUTPUTS: usize = 32;
-/// Products smaller than this are not worth a second thread.
+/// Products smaller than this use one thread.
 const PARALLEL: usize = 1 << 15;
-/// Rows of a half-precision matrix that are widened at a time.
+/// Rows of a half-precision matrix that are converted to f32 at a time.
 const PANEL: usize = 256;
 
-/// A weight matrix `[out, inner]` in its own number format.
+/// A weight matrix `[out, inner]` in its own dtype.
 #[derive(Clone)]
 pub struct Matrix {
     out: usize,
@@ -45,7 +47,7 @@ impl fmt::Debug for Matrix {
     }
 }
 
-/// Rows of numbers, `stride` apart: a matrix or some columns of one.
+/// Rows of numbers at distance `stride`: a matrix, or some columns of one.
 #[derive(Clone, Copy)]
 pub struct Rows<'a> {
     pub data: &'a [f32],
@@ -54,12 +56,12 @@ pub struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// Rows of `width` numbers, one after the other.
+    /// Creates a view of contiguous rows of `width` elements.
     pub fn new(data: &'a [f32], width: usize) -> Self {
         Self { data, stride: width, width }
     }
 
-    /// Columns `start..start + width` of these rows.
+    /// Returns the columns `start..start + width` of these rows.
     pub fn columns(self, start: usize, width: usize) -> Self {
         assert!(
             start + width <= self.width,
@@ -71,7 +73,7 @@ impl<'a> Rows<'a> {
         Self { data, stride: self.stride, width }
     }
 
-    /// Rows `start..start + count`.
+    /// Returns the rows `start..start + count`.
     pub fn part(self, start: usize, count: usize) -> Self {
         let first = start * self.stride;
         let end = match count {
@@ -87,7 +89,7 @@ impl<'a> Rows<'a> {
 }
 
 impl Matrix {
-    /// From a tensor of two dimensions, in f32, f16 or bf16.
+    /// Creates a matrix from a two-dimensional tensor in f32, f16 or bf16.
     pub fn new(weights: &Tensor) -> Result<Self> {
         let (out, inner) = weights.dims2()?;
         let flat = weights.flatten_all()?;
@@ -104,7 +106,7 @@ impl Matrix {
         self.out
     }
 
-    /// The format of its numbers.
+    /// Returns the dtype.
     #[cfg(feature = "cuda")]
     pub fn dtype(&self) -> DType {
         match self.data {
@@ -114,7 +116,7 @@ impl Matrix {
         }
     }
 
-    /// A copy `[out, inner]` on a device.
+    /// Returns a copy `[out, inner]` on a device.
     #[cfg(feature = "cuda")]
     pub fn to_tensor(&self, device: &candle_core::Device) -> Result<Tensor> {
         let shape = (self.out, self.inner);
@@ -130,12 +132,12 @@ impl Matrix {
         self.widen(i..i + 1, into);
     }
 
-    /// `y[r] = W x[r]`; `y` holds rows of `out` numbers.
+    /// Computes `y[r] = W x[r]`. `y` has rows of `out` elements.
     pub fn apply(&self, x: Rows<'_>, y: &mut [f32]) {
         self.apply_on(x, y, true);
     }
 
-    /// The same on one thread, for a task that has others beside it.
+    /// Computes the same on one thread, for use inside a parallel task.
     pub fn apply_alone(&self, x: Rows<'_>, y: &mut [f32]) {
         self.apply_on(x, y, false);
     }
@@ -185,7 +187,7 @@ impl Matrix {
     }
 }
 
-/// A number format of weights.
+/// An element type of weights.
 trait Number: Copy + Send + Sync {
     fn widen(self) -> f32;
 }
@@ -205,8 +207,9 @@ impl Number for bf16 {
 }
 
 impl Number for f16 {
-    /// Exponent and mantissa are moved to where f32 has them; the product corrects the exponent's offset, subnormal numbers included.
-    /// A loop of this becomes vectors, which one of the library's conversion does not. Infinities become large numbers: weights have none.
+    /// Shifts exponent and mantissa to their place in f32; the multiplication corrects the
+    /// exponent's bias, including subnormal numbers. Unlike a loop of the library's conversion, a
+    /// loop of this vectorizes. Infinities become large numbers: weights have none.
     #[inline(always)]
     fn widen(self) -> f32 {
         let bits = u32::from(self.to_bits());
@@ -231,7 +234,7 @@ impl<T: Number> WithSimd for Widen<'_, T> {
     }
 }
 
-/// `y[i]` = row i of `w` times `x`.
+/// Computes `y[i]`, row i of `w` times `x`.
 struct Dots<'a, T> {
     w: &'a [T],
     x: &'a [f32],
@@ -249,7 +252,7 @@ impl WithSimd for Dots<'_, f32> {
     }
 }
 
-/// Weights are widened a little at a time, into the first-level cache.
+/// Converts weights to f32 in small pieces that stay in the L1 cache.
 macro_rules! half_dots {
     ($type:ty) => {
         impl WithSimd for Dots<'_, $type> {
@@ -277,7 +280,8 @@ macro_rules! half_dots {
 half_dots!(f16);
 half_dots!(bf16);
 
-/// `y[r][o] = x[r] · w[o]`, for `rows` rows and the outputs that `w` has rows for; rows of `y` are `y_stride` apart.
+/// Computes `y[r][o] = x[r] · w[o]` for `rows` rows and all rows of `w`. Rows of `y` are `y_stride`
+/// apart.
 fn product(x: Rows<'_>, rows: usize, w: &[f32], y: &mut [f32], y_stride: usize, threads: bool) {
     let outputs = w.len() / x.width;
     let threads = match threads && rows * w.len() >= 1 << 18 {
@@ -289,7 +293,7 @@ fn product(x: Rows<'_>, rows: usize, w: &[f32], y: &mut [f32], y_stride: usize, 
     multiply([rows, x.width, outputs], x_strided, w, y, y_stride, 0.0, threads);
 }
 
-/// Numbers of a matrix at `row * i + column * j`.
+/// A matrix with elements at `row * i + column * j`.
 #[derive(Clone, Copy)]
 pub struct Strided<'a> {
     pub data: &'a [f32],
@@ -303,7 +307,7 @@ impl Strided<'_> {
     }
 }
 
-/// `y = keep y + a b` for `a` `[m, k]` and `b` `[k, n]`; rows of `y` are `y_stride` apart.
+/// Computes `y = keep y + a b` for `a` `[m, k]` and `b` `[k, n]`. Rows of `y` are `y_stride` apart.
 #[allow(unsafe_code)]
 pub fn multiply(
     [m, k, n]: [usize; 3],
@@ -317,8 +321,9 @@ pub fn multiply(
     assert!(m > 0 && k > 0 && n > 0, "an empty product");
     assert!(a.holds(m, k) && b.holds(k, n), "a factor is too short");
     assert!(n <= y_stride && (m - 1) * y_stride + n <= y.len(), "the product does not fit");
-    // SAFETY: `holds` checked that the last element that these strides reach lies within `a.data` and `b.data`; the strides are not negative, so
-    // all others do. The last assertion says the same of what is written to `y`, whose rows don't overlap, and which nobody else borrows.
+    // SAFETY: `holds` checked that the last element that these strides reach lies within `a.data`
+    // and `b.data`. The strides are not negative, so all other elements do too. The last assertion
+    // checks the same for the writes to `y`. Its rows do not overlap, and it is borrowed mutably.
     unsafe {
         gemm::gemm(
             m,

@@ -7,9 +7,9 @@ use crate::state::State;
 use candle_core::Device;
 use longctx_core::{Error, Result, SeqId};
 
-/// One sequence's recurrent state: the arrays of all blocks.
+/// The recurrent state of one sequence: the arrays of all blocks.
 pub enum Memory {
-    /// The arrays one after the other.
+    /// All arrays, concatenated.
     Host(Vec<f32>),
     /// One tensor `[1, …]` for each array.
     #[cfg(feature = "cuda")]
@@ -17,7 +17,7 @@ pub enum Memory {
 }
 
 impl Memory {
-    /// The state before the first token.
+    /// Returns the state before the first token.
     pub fn start(outline: &Outline, device: &Device) -> Result<Self> {
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
@@ -32,7 +32,7 @@ impl Memory {
         Ok(Self::Host(outline.parts().flat_map(array).collect()))
     }
 
-    /// The arrays of a model that runs on the host.
+    /// Returns the arrays of a state on the host.
     pub fn into_host(self) -> Vec<f32> {
         match self {
             Self::Host(arrays) => arrays,
@@ -41,7 +41,7 @@ impl Memory {
         }
     }
 
-    /// The state that a value holds.
+    /// Loads a saved state.
     pub fn load(state: &State, outline: &Outline, device: &Device) -> Result<Self> {
         let arrays = outline.parts().map(|(block, part)| Ok((part, state.array(block, part)?)));
         let arrays = arrays.collect::<Result<Vec<_>>>()?;
@@ -58,7 +58,7 @@ impl Memory {
         Ok(Self::Host(data))
     }
 
-    /// The state as a value.
+    /// Converts the state to a value that can be saved.
     pub fn save(&self, outline: &Outline, seen: usize) -> Result<State> {
         let mut state = State::new(outline.family, seen);
         match self {
@@ -100,7 +100,7 @@ impl Memories {
         Self::Host(BTreeMap::new())
     }
 
-    /// A copy of a sequence's state.
+    /// Returns a copy of a sequence's state.
     pub fn copy(&self, seq: SeqId) -> Result<Memory> {
         match self {
             Self::Host(states) => {
@@ -111,7 +111,7 @@ impl Memories {
         }
     }
 
-    /// Gives a sequence a copy of a state, in place of the one that it has.
+    /// Sets a sequence's state to a copy of the given one.
     pub fn put(&mut self, seq: SeqId, memory: &Memory) -> Result<()> {
         match (self, memory) {
             (Self::Host(states), Memory::Host(state)) => drop(states.insert(seq, state.clone())),
@@ -123,7 +123,7 @@ impl Memories {
         Ok(())
     }
 
-    /// Gives a sequence of the host a state, in place of the one that it has.
+    /// Sets the state of a sequence on the host.
     pub fn replace(&mut self, seq: SeqId, state: Vec<f32>) {
         match self {
             Self::Host(states) => drop(states.insert(seq, state)),

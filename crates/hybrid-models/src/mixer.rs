@@ -1,4 +1,4 @@
-//! What a layer does with its normalised input.
+//! The mixer interface: the function of a layer on its normalised input.
 
 use std::fmt::Debug;
 
@@ -8,21 +8,21 @@ use crate::workspace::Workspace;
 #[cfg(feature = "cuda")]
 use longctx_core::Result;
 
-/// Rows that a mixer reads, `[tokens, width]`: those of some sequences, one after the other.
+/// The input rows of a mixer, `[tokens, width]`: the concatenated tokens of some sequences.
 #[derive(Clone, Copy)]
 pub struct Input<'a> {
     pub x: &'a [f32],
-    /// Each sequence's tokens, in the order of the rows, which they fill.
+    /// The tokens of each sequence, in the order of the rows. Together they cover all rows.
     pub spans: &'a [Span],
 }
 
 /// Tokens of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
-    /// The row of the first token.
+    /// Row of the first token.
     pub row: usize,
     pub tokens: usize,
-    /// Tokens of the sequence that came before them.
+    /// Number of earlier tokens of the sequence.
     pub position: usize,
 }
 
@@ -32,14 +32,15 @@ impl Input<'_> {
     }
 }
 
-/// One array of a mixer's state, of one sequence.
+/// One array of a mixer's state, for one sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Part {
     pub name: &'static str,
     pub shape: Vec<usize>,
-    /// What it holds before the first token.
+    /// The initial value of its elements.
     pub start: f32,
-    /// A matrix whose rows lie in the host's memory in blocks of so many (the last may be smaller), each transposed.
+    /// If set, the rows of the matrix are stored in the host's memory in blocks of this many (the
+    /// last may be smaller), each transposed.
     pub block: Option<usize>,
 }
 
@@ -56,13 +57,13 @@ impl Part {
         self.shape.iter().product()
     }
 
-    /// `[1, …]`: of one sequence among a batch's.
+    /// Returns the shape with a batch dimension, `[1, …]`.
     #[cfg(feature = "cuda")]
     pub fn shape_of_one(&self) -> Vec<usize> {
         [&[1], self.shape.as_slice()].concat()
     }
 
-    /// Appends a sequence's numbers in the order in which they lie in the host's memory.
+    /// Appends a sequence's elements in the order of the host's memory.
     pub fn lay_out(&self, numbers: &[f32], into: &mut Vec<f32>) {
         match self.block {
             Some(block) => into.extend(transposed(numbers, block, self.shape[1])),
@@ -70,7 +71,7 @@ impl Part {
         }
     }
 
-    /// Appends a sequence's numbers, that lie so, row by row.
+    /// Appends a sequence's elements, given in the order of the host's memory, row by row.
     pub fn read(&self, laid_out: &[f32], into: &mut Vec<f32>) {
         let Some(block) = self.block else { return into.extend(laid_out) };
         for block in laid_out.chunks(block * self.shape[1]) {
@@ -80,7 +81,7 @@ impl Part {
     }
 }
 
-/// The numbers of a matrix of so many columns: blocks of `block` rows, each transposed.
+/// Iterates over a matrix with `columns` columns in blocks of `block` rows, each transposed.
 pub fn transposed(x: &[f32], block: usize, columns: usize) -> impl Iterator<Item = f32> + '_ {
     x.chunks(block * columns).flat_map(move |block| {
         let rows = block.len() / columns;
@@ -88,18 +89,18 @@ pub fn transposed(x: &[f32], block: usize, columns: usize) -> impl Iterator<Item
     })
 }
 
-/// A mixer whose memory of the tokens before is a state of fixed size; a feed-forward block is one without any.
+/// A mixer with a state of fixed size. A feed-forward layer has an empty state.
 pub trait Recurrent: Debug + Send + Sync {
-    /// The arrays of the state, in the order in which they lie in it.
+    /// Returns the arrays of the state, in order.
     fn state(&self) -> Vec<Part>;
 
-    /// Numbers of a sequence's state.
+    /// Returns the number of elements of a sequence's state.
     fn state_size(&self) -> usize {
         self.state().iter().map(Part::size).sum()
     }
 
-    /// Reads `x` and the sequences' states, leaves each state after its sequence's last token and
-    /// writes `out` `[tokens, hidden]`.
+    /// Reads `x` and the sequences' states, updates each state to that after its sequence's last
+    /// token, and writes `out` `[tokens, hidden]`.
     fn forward(
         &self,
         x: Input<'_>,
@@ -108,15 +109,15 @@ pub trait Recurrent: Debug + Send + Sync {
         out: &mut [f32],
     );
 
-    /// The same mixer with its weights on a device, over the same arrays of state.
+    /// Returns the same mixer with its weights on a device, with the same arrays of state.
     #[cfg(feature = "cuda")]
     fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>>;
 }
 
-/// `x + mixer(norm(x))`.
+/// A residual layer `x + mixer(norm(x))`.
 #[derive(Debug)]
 pub struct Residual {
-    /// Which layer of the model it belongs to.
+    /// Index of the model's layer that it belongs to.
     pub layer: usize,
     /// Its name in that layer, for saved states.
     pub name: &'static str,

@@ -1,4 +1,4 @@
-//! The models: residual blocks over a token embedding, whatever their mixers and wherever they compute.
+//! Models: residual layers over a token embedding, with any mixers, on any device.
 
 use std::sync::Arc;
 
@@ -8,14 +8,14 @@ use crate::session::Session;
 use candle_core::Device;
 use longctx_core::{Error, KvCache, LayerSpec, Result};
 
-/// A model's weights, shared by all sessions that run on them.
+/// The weights of a model, shared by all its sessions.
 #[derive(Debug, Clone)]
 pub struct Model {
     pub(crate) outline: Arc<Outline>,
     pub(crate) weights: Weights,
 }
 
-/// A model's weights, where it computes.
+/// The weights on the host or on a device.
 #[derive(Debug, Clone)]
 pub(crate) enum Weights {
     Host(Arc<Host>),
@@ -24,7 +24,7 @@ pub(crate) enum Weights {
 }
 
 impl Model {
-    /// Moves weights to where they are to compute.
+    /// Moves weights to the device of the computation.
     pub(crate) fn new(host: Host, device: &Device) -> Result<Self> {
         let outline = Arc::new(host.outline());
         let weights = match device {
@@ -43,37 +43,38 @@ impl Model {
         Ok(Self { outline, weights })
     }
 
-    /// The family's name: "mamba", "mamba2", "recurrent_gemma", "rwkv4" to "rwkv7", "hybrid".
+    /// Returns the name of the model family: "mamba", "mamba2", "recurrent_gemma", "rwkv4" to
+    /// "rwkv7", "hybrid".
     pub fn family(&self) -> &str {
         self.outline.family
     }
 
-    /// Channels between layers.
+    /// Returns the hidden size.
     pub fn hidden_size(&self) -> usize {
         self.outline.hidden
     }
 
-    /// Layers.
+    /// Returns the number of layers.
     pub fn layers(&self) -> usize {
         self.outline.layers
     }
 
-    /// Entries of the vocabulary.
+    /// Returns the size of the vocabulary.
     pub fn vocab_size(&self) -> usize {
         self.outline.vocab
     }
 
-    /// The tokens that end a text, as far as the checkpoint says.
+    /// Returns the end-of-text tokens that the checkpoint names.
     pub fn eos(&self) -> &[u32] {
         &self.outline.eos
     }
 
-    /// Whether there are attention layers, which remember through caches.
+    /// Returns whether there are attention layers, which use caches.
     pub fn has_attention(&self) -> bool {
         self.outline.caches().next().is_some()
     }
 
-    /// Where it computes.
+    /// Returns the device of the computation.
     pub fn device(&self) -> &Device {
         match &self.weights {
             Weights::Host(_) => &Device::Cpu,
@@ -82,13 +83,13 @@ impl Model {
         }
     }
 
-    /// A session on these weights: a [`CausalLm`](longctx_core::CausalLm) with a state for each
-    /// sequence. `make` builds the cache of each attention layer, where there are any. Queries and
-    /// keys come to it before the rotary embedding, which the layer's [`LayerSpec`] holds.
+    /// Creates a session on these weights: a [`CausalLm`](longctx_core::CausalLm) with a state for
+    /// each sequence. `make` creates the cache of each attention layer, if there are any. The cache
+    /// receives queries and keys before the rotary embedding, which is in the layer's
+    /// [`LayerSpec`].
     ///
     /// # Errors
-    /// Whatever `make` reports; [`Error::Setting`] for a cache that was made without the rotary
-    /// embedding.
+    /// Errors of `make`; [`Error::Setting`] for a cache that was made without the rotary embedding.
     pub fn session<C: KvCache + 'static>(
         &self,
         make: impl Fn(&LayerSpec) -> Result<C>,

@@ -12,7 +12,7 @@ pub enum Norm {
 }
 
 impl Norm {
-    /// Writes the rows of `x`, normalised, to `y`.
+    /// Writes the normalised rows of `x` to `y`.
     pub fn apply(&self, x: &[f32], y: &mut [f32]) {
         y.copy_from_slice(x);
         self.apply_in_place(y);
@@ -28,12 +28,12 @@ impl Norm {
     }
 }
 
-/// RMS norm of each group of `group` channels; rows have the length of `weight`.
+/// Applies an RMS norm to each group of `group` channels. Rows have the length of `weight`.
 pub fn rms_groups(x: &mut [f32], weight: &[f32], group: usize, eps: f32) {
     Arch::new().dispatch(Groups { x, weight, bias: None, group, eps });
 }
 
-/// Layer norm of each group of `group` channels; rows have the length of `weight`.
+/// Applies a layer norm to each group of `group` channels. Rows have the length of `weight`.
 pub fn layer_groups(x: &mut [f32], weight: &[f32], bias: &[f32], group: usize, eps: f32) {
     Arch::new().dispatch(Groups { x, weight, bias: Some(bias), group, eps });
 }
@@ -41,7 +41,7 @@ pub fn layer_groups(x: &mut [f32], weight: &[f32], bias: &[f32], group: usize, e
 struct Groups<'a> {
     x: &'a mut [f32],
     weight: &'a [f32],
-    /// With a bias, the mean is taken off first.
+    /// With a bias, the mean is subtracted first (layer norm).
     bias: Option<&'a [f32]>,
     group: usize,
     eps: f32,

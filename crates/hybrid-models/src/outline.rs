@@ -1,21 +1,21 @@
-//! What there is to know of a model without its weights.
+//! The structure of a model without its weights.
 
 use crate::mixer::Part;
 use longctx_core::LayerSpec;
 
-/// Sizes, and what each block remembers.
+/// The sizes of a model, and the state of each block.
 #[derive(Debug)]
 pub struct Outline {
     pub family: &'static str,
     pub hidden: usize,
     pub layers: usize,
     pub vocab: usize,
-    /// The tokens that end a text.
+    /// End-of-text tokens.
     pub eos: Vec<u32>,
     pub blocks: Vec<Block>,
 }
 
-/// A residual block.
+/// A residual layer.
 #[derive(Debug)]
 pub struct Block {
     /// Its full name, for saved states.
@@ -23,17 +23,17 @@ pub struct Block {
     pub kept: Kept,
 }
 
-/// What a residual block remembers.
+/// The memory of a residual layer.
 #[derive(Debug)]
 pub enum Kept {
     /// Arrays of fixed size.
     State(Vec<Part>),
-    /// Keys and values, in a cache of the caller's choice.
+    /// Keys and values, in a cache chosen by the caller.
     Cache(LayerSpec),
 }
 
 impl Outline {
-    /// The layers that remember through caches.
+    /// Returns the layers with caches.
     pub fn caches(&self) -> impl Iterator<Item = &LayerSpec> {
         self.blocks.iter().filter_map(|block| match &block.kept {
             Kept::Cache(spec) => Some(spec),
@@ -41,7 +41,7 @@ impl Outline {
         })
     }
 
-    /// The arrays of a sequence's state, in the order in which they lie, each with its block's name.
+    /// Returns the arrays of a sequence's state in order, each with the name of its block.
     pub fn parts(&self) -> impl Iterator<Item = (&str, &Part)> {
         self.blocks.iter().flat_map(|block| {
             let parts = match &block.kept {
@@ -52,7 +52,7 @@ impl Outline {
         })
     }
 
-    /// Numbers of a sequence's state, of all blocks.
+    /// Returns the number of elements of a sequence's state over all blocks.
     pub fn state_size(&self) -> usize {
         self.parts().map(|(_, part)| part.size()).sum()
     }

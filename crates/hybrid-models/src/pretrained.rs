@@ -1,4 +1,4 @@
-//! Models from wherever they lie.
+//! Loading of models and tokenizers.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -18,16 +18,17 @@ use serde_json::Value;
 pub struct Pretrained {
     /// The weights.
     pub model: Model,
-    /// Text to tokens and back.
+    /// The tokenizer.
     pub tokenizer: Tokenizer,
 }
 
 impl Pretrained {
-    /// Opens what `name` names: a folder, or else a model of the Hugging Face Hub ("state-spaces/mamba-130m-hf"), kept in the Hub's usual
-    /// cache.
+    /// Opens the folder `name` or else, from the Hugging Face Hub, the model `name`
+    /// ("state-spaces/mamba-130m-hf"). Downloads go to the Hub's usual cache.
     ///
     /// # Errors
-    /// As [`from_folder`](Self::from_folder); [`Error::File`] naming the file that could not be had.
+    /// As [`from_folder`](Self::from_folder); [`Error::File`] naming a file that cannot be
+    /// downloaded.
     pub fn open(name: &str, options: &LoadOptions) -> Result<Self> {
         let path = Path::new(name);
         if path.is_dir() {
@@ -41,7 +42,8 @@ impl Pretrained {
         )))
     }
 
-    /// From a folder as [`Model::from_folder`] takes it, with `tokenizer.json` or RWKV's World vocabulary.
+    /// Loads a folder as [`Model::from_folder`] does, with `tokenizer.json` or RWKV's World
+    /// vocabulary.
     ///
     /// # Errors
     /// As [`Model::from_folder`] and [`Tokenizer::from_folder`].
@@ -52,14 +54,15 @@ impl Pretrained {
 }
 
 impl Model {
-    /// From a folder with `config.json` (where the family has one) and the weights: `model.safetensors` or its shards, `pytorch_model.bin`, or
-    /// one `.pth` file. No tokenizer is needed.
+    /// Loads a folder with `config.json` (if the family has one) and the weights:
+    /// `model.safetensors` or its shards, `pytorch_model.bin`, or one `.pth` file. A tokenizer is
+    /// not needed.
     ///
     /// # Errors
-    /// [`Error::File`] naming the file that is missing or broken, or the tensor that is not in it;
-    /// [`Error::Mismatch`] naming a tensor of another shape; [`Error::Unsupported`] for another
-    /// architecture, and naming settings and tensors that change what the model computes and that
-    /// this crate does not read.
+    /// - [`Error::File`] naming a missing or invalid file, or a missing tensor.
+    /// - [`Error::Mismatch`] naming a tensor of another shape.
+    /// - [`Error::Unsupported`] for another architecture, and naming settings and tensors that
+    ///   change the model's output and are not implemented.
     pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
         let path = folder.join("config.json");
         let config = match path.exists() || !folder.exists() {
@@ -72,7 +75,8 @@ impl Model {
         Model::new(load(&config, &Checkpoint::open(folder, options)?)?, &options.device)
     }
 
-    /// From tensors in memory, named as in the family's checkpoints, and the text of its `config.json`, where the family has one.
+    /// Builds a model from tensors in memory, named as in the family's checkpoints, and the text of
+    /// its `config.json`, if the family has one.
     ///
     /// # Errors
     /// As [`from_folder`](Self::from_folder).
@@ -87,7 +91,7 @@ impl Model {
     }
 }
 
-/// Python writes infinity as a bare word, which JSON has not: it is read as null.
+/// Python writes infinity as a bare word, which is not valid JSON; it is read as null.
 fn parse(config: &str) -> serde_json::Result<Value> {
     let outside_strings = |(i, part): (usize, &str)| match i % 2 {
         0 => part.replace("Infinity", "null"),

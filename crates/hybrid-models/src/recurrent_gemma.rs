@@ -1,4 +1,5 @@
-//! RecurrentGemma (arXiv 2404.07839): Griffin's recurrent blocks, and local attention in every third layer.
+//! RecurrentGemma (arXiv 2404.07839): Griffin's recurrent blocks, and local attention in every
+//! third layer.
 
 use std::sync::Arc;
 
@@ -20,7 +21,7 @@ struct Config {
     vocab_size: usize,
     hidden_size: usize,
     num_hidden_layers: usize,
-    /// Of both halves of the gated block together.
+    /// The size of both halves of the gated layer together.
     intermediate_size: usize,
     num_attention_heads: usize,
     num_key_value_heads: Option<usize>,
@@ -107,7 +108,7 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
         hidden,
         layers: c.num_hidden_layers,
         embedding: w.matrix("model.embed_tokens.weight", c.vocab_size, hidden)?,
-        // The published models were trained with the factor in this format.
+        // The published models were trained with the factor in bf16.
         embedding_scale: bf16::from_f64((hidden as f64).sqrt()).to_f32(),
         embedding_norm: None,
         residuals,
@@ -151,7 +152,7 @@ impl Config {
         Ok(())
     }
 
-    /// `block_types` is a pattern that repeats.
+    /// Returns whether a layer is attention. `block_types` is a repeating pattern.
     fn is_attention(&self, layer: usize) -> Result<bool> {
         let default = ["recurrent", "recurrent", "attention"];
         let types = self.block_types.as_deref().filter(|types| !types.is_empty());

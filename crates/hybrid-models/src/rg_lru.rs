@@ -1,7 +1,8 @@
-//! The recurrent block of Griffin, with its real-gated linear recurrent unit (De et al., arXiv 2402.19427).
+//! Griffin's recurrent block with the real-gated linear recurrent unit (De et al., arXiv
+//! 2402.19427).
 //!
-//! Per channel: r and i are gates, a = e^(−8 r softplus(Λ)), h ← a h + √(1 − a²) i x. The very first token has no past and comes in whole, with
-//! a factor of 1 in place of the root.
+//! Per channel, with gates r and i: a = e^(−8 r softplus(Λ)), h ← a h + √(1 − a²) i x. The first
+//! token of a sequence has no past: the factor of its input is 1 instead of the root.
 
 use crate::checkpoint::Checkpoint;
 use crate::conv::Conv;
@@ -15,29 +16,30 @@ use candle_core::{Device, Tensor};
 use longctx_core::Result;
 use pulp::{Arch, Scalar, Simd, WithSimd};
 
-/// Tokens x channels that are worth a second thread.
+/// Smallest number of tokens x channels for which several threads are used.
 const PARALLEL: usize = 1 << 10;
 
-/// The numbers of an RG-LRU block.
+/// The dimensions of an RG-LRU block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RgLruShape {
-    /// Channels between layers.
+    /// Hidden size.
     pub hidden: usize,
     /// Channels of the recurrence.
     pub width: usize,
-    /// Blocks of the gates' block-diagonal matrices.
+    /// Number of blocks of the gates' block-diagonal matrices.
     pub blocks: usize,
-    /// Taps of the convolution.
+    /// Kernel size of the convolution.
     pub taps: usize,
 }
 
 #[derive(Debug)]
 pub struct RgLru {
     pub shape: RgLruShape,
-    /// Gives the output's gate and the recurrence's input.
+    /// Projects to the output gate and the recurrence's input.
     pub project_in: Linear,
     pub conv: Conv,
-    /// Per block, the recurrence's gate and the input's, before the sigmoid: `[2 width / blocks, width / blocks]`.
+    /// For each block, the recurrence gate and the input gate before the sigmoid: `[2 width /
+    /// blocks, width / blocks]`.
     pub gates: Vec<Matrix>,
     /// Biases of both gates, each `[width]`.
     pub recurrent_bias: Vec<f32>,
@@ -48,7 +50,7 @@ pub struct RgLru {
 }
 
 impl RgLru {
-    /// `name`: as in "model.layers.0.temporal_block".
+    /// Loads the block `name`, for example "model.layers.0.temporal_block".
     pub fn load(w: &Checkpoint, name: &str, shape: RgLruShape) -> Result<Self> {
         let RgLruShape { hidden, width, blocks, taps } = shape;
         let part = |part: &str| format!("{name}.{part}");
@@ -60,7 +62,7 @@ impl RgLru {
         let size = block * block;
         let joined = |i: usize| -> Result<Matrix> {
             let both = [&recurrent, &input].map(|gates| &gates[i * size..(i + 1) * size]);
-            // Stored [in, out].
+            // Stored as [in, out].
             let transposed =
                 both.map(|gate| Ok(Tensor::from_slice(gate, (block, block), &Device::Cpu)?.t()?));
             let transposed = transposed.into_iter().collect::<Result<Vec<_>>>()?;
@@ -173,7 +175,7 @@ impl Recurrent for RgLru {
 /// The recurrence of one block of channels.
 struct Scan<'a> {
     u: Rows<'a>,
-    /// The recurrence's gate, then the input's.
+    /// The recurrence gate, then the input gate.
     gates: Rows<'a>,
     biases: [&'a [f32]; 2],
     decay: &'a [f32],

@@ -1,7 +1,8 @@
-//! RWKV language models, versions 4 to 7: which version a checkpoint is, and the names in it.
+//! RWKV language models, versions 4 to 7: version detection and tensor names.
 //!
-//! Two layouts are in use: that of the authors' `.pth` files (`blocks.0.att.key.weight`) and that of Hugging Face's `transformers`
-//! (`rwkv.blocks.0.attention.key.weight`). The sizes are read off the tensors.
+//! There are two layouts: that of the authors' `.pth` files (`blocks.0.att.key.weight`) and that of
+//! Hugging Face's `transformers` (`rwkv.blocks.0.attention.key.weight`). The sizes are derived from
+//! the tensors.
 
 mod channel_mix;
 mod mix;
@@ -27,19 +28,19 @@ use crate::norm::Norm;
 use longctx_core::{Error, Result};
 use serde_json::Value;
 
-/// The end of a text, in both vocabularies that RWKV models use.
+/// The end-of-text token in both vocabularies of RWKV models.
 const END: u32 = 0;
 
 /// Epsilon of the group norm of a head's outputs, as in the authors' package. Training divides the
-/// outputs by 8 and norms them with 1e-5: the same, since a norm of x / 8 with epsilon e is one of
-/// x with 64 e.
+/// outputs by 8 and uses 1e-5. This is equivalent: a norm of x / 8 with epsilon e equals a norm of
+/// x with epsilon 64 e.
 pub const GROUP_EPS: f32 = 64e-5;
-/// What outputs are divided by in training.
+/// The divisor of outputs in training.
 const HEAD_SIZE_DIVISOR: u64 = 8;
-/// Epsilon of the last norm: in `transformers`, too, it is not the configuration's.
+/// Epsilon of the last norm. `transformers` also ignores the configuration here.
 const LAST_EPS: f32 = 1e-5;
 
-/// The tensors' names in one of the layouts.
+/// The tensor names of a layout.
 pub struct Names {
     transformers: bool,
 }
@@ -66,13 +67,13 @@ impl Names {
         self.top(&format!("blocks.{layer}.{part}"))
     }
 
-    /// A tensor of the time mixing.
+    /// Returns the name of a time mixing tensor.
     pub fn time(&self, layer: usize, part: &str) -> String {
         let block = if self.transformers { "attention" } else { "att" };
         self.block(layer, &format!("{block}.{}", self.mix(part)))
     }
 
-    /// A tensor of the channel mixing.
+    /// Returns the name of a channel mixing tensor.
     fn channel(&self, layer: usize, part: &str) -> String {
         let block = if self.transformers { "feed_forward" } else { "ffn" };
         self.block(layer, &format!("{block}.{}", self.mix(part)))
@@ -89,7 +90,7 @@ impl Names {
     }
 }
 
-/// A checkpoint's version, by the tensors that only it has.
+/// Detects the version of a checkpoint by tensors that only this version has.
 fn version(w: &Checkpoint, names: &Names) -> Result<usize> {
     let has = |part: &str| w.has(&names.time(0, part));
     if has("r_k") {
@@ -103,7 +104,7 @@ fn version(w: &Checkpoint, names: &Names) -> Result<usize> {
         return has("time_first").then_some(4).ok_or_else(other);
     }
     let decay = w.shape(&names.time(0, "time_decay")).unwrap_or_default();
-    // Up to 5.1, a head decays as a whole: one number a head, in one dimension or with others of 1.
+    // Up to 5.1, a head has a single decay: one number per head, possibly with dimensions of 1.
     match decay.as_slice() {
         [_, size] if *size > 1 && has("gate.weight") => Ok(5),
         _ => {
@@ -113,13 +114,13 @@ fn version(w: &Checkpoint, names: &Names) -> Result<usize> {
     }
 }
 
-/// Whether a checkpoint without `config.json` is of RWKV.
+/// Returns whether a checkpoint without `config.json` is RWKV.
 pub fn is_rwkv(w: &Checkpoint) -> bool {
     w.has("emb.weight") && w.has("blocks.0.ln0.weight")
 }
 
-/// Builds the model; `config.json`, where there is one, adds the norms' epsilon and how
-/// `transformers` rescales.
+/// Builds the model. `config.json`, if it exists, sets the epsilon of the norms and the rescaling
+/// of `transformers`.
 pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
     let names = Names::of(w)?;
     let version = version(w, &names)?;
@@ -139,8 +140,8 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
         }
     }
     let eps = config["layer_norm_epsilon"].as_f64().unwrap_or(1e-5) as f32;
-    // `transformers` halves what flows between the layers every so often, to stay in the range of f16. A norm undoes it but for its epsilon,
-    // which is scaled here in its stead.
+    // `transformers` halves the activations between the layers at regular intervals, to stay in the
+    // range of f16. A norm cancels the factor except for its epsilon, which is scaled here instead.
     let rescale = config["rescale_every"].as_u64().filter(|&every| every > 0 && version == 4);
     let eps_at = |eps: f32, layer: usize| match rescale {
         Some(every) => eps * 4f32.powi((layer as u64 / every) as i32),
@@ -180,17 +181,18 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
     })
 }
 
-/// RWKV-5's time mixing outside a model of RWKV: tensors as in `att.`, after another name.
+/// Loads RWKV-5's time mixing outside of an RWKV model: tensors as in `att.`, with the prefix
+/// `name`.
 pub fn time_mix_of_v5(w: &Checkpoint, name: &str, hidden: usize) -> Result<Box<dyn Recurrent>> {
     Ok(Box::new(V5::load(w, |part| format!("{name}.{part}"), hidden)?))
 }
 
-/// RWKV-5's channel mixing: tensors as in `ffn.`, after another name.
+/// Loads RWKV-5's channel mixing: tensors as in `ffn.`, with the prefix `name`.
 pub fn channel_mix_of_v5(w: &Checkpoint, name: &str, hidden: usize) -> Result<Box<dyn Recurrent>> {
     Ok(Box::new(ChannelMix::load(w, |part| format!("{name}.{part}"), hidden, 5)?))
 }
 
-/// The shape of a tensor `[heads, head_dim]` that fills a hidden size.
+/// Returns the shape of a tensor `[heads, head_dim]` that fills the hidden size.
 fn heads(w: &Checkpoint, name: &str, hidden: usize) -> Result<(usize, usize)> {
     match w.shape(name).unwrap_or_default().as_slice() {
         &[heads, size] if heads * size == hidden => Ok((heads, size)),
@@ -201,7 +203,7 @@ fn heads(w: &Checkpoint, name: &str, hidden: usize) -> Result<(usize, usize)> {
     }
 }
 
-/// What the names of the token shift's weights begin with.
+/// Returns the prefix of the names of the token shift's weights.
 fn mix_prefix(version: usize) -> &'static str {
     match version {
         4 | 5 => "time_mix_",
@@ -210,7 +212,8 @@ fn mix_prefix(version: usize) -> &'static str {
     }
 }
 
-/// Weights of the row before in the token shift. Up to version 5 checkpoints hold those of the row itself.
+/// Loads the weights of the previous row in the token shift. Up to version 5, checkpoints store the
+/// weights of the current row.
 fn load_mix(w: &Checkpoint, name: &str, hidden: usize, version: usize) -> Result<Vec<f32>> {
     let mut weights = w.tensor(name, &[hidden])?;
     if version <= 5 {

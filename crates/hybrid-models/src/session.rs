@@ -1,4 +1,4 @@
-//! A model at work: its memory of many sequences.
+//! Sessions: a model and its memory of many sequences.
 
 #[cfg(feature = "cuda")]
 mod device;
@@ -15,28 +15,29 @@ use crate::workspace::Workspace;
 use candle_core::{Device, Tensor};
 use longctx_core::{Batch, CausalLm, Error, Footprint, KvCache, Logits, Result, SeqId};
 
-/// A model with its memory of many sequences: for each, a state of fixed size per recurrent layer;
-/// for all, a cache per attention layer.
+/// A model with its memory of many sequences: for each sequence a state of fixed size per recurrent
+/// layer, and for all sequences a cache per attention layer.
 ///
-/// A recurrent state can't go back: [`truncate`](CausalLm::truncate) works where nothing is
-/// forgotten, to no tokens at all, and to snapshots, if they are kept
-/// ([`with_snapshots`](Self::with_snapshots)).
+/// A recurrent state cannot be rolled back. [`truncate`](CausalLm::truncate) is possible to the
+/// current length, to length 0, and to snapshots ([`with_snapshots`](Self::with_snapshots)).
 ///
-/// A call on the CPU runs on copies of the states, and attention layers that have advanced before an
-/// error go back. Where a cache can't go back, and after an error on a device, where states change
-/// in place, the sequences of the call are poisoned: their calls are [`Error::Poisoned`] until they
-/// are removed.
+/// After an error in a call:
+///
+/// - On the CPU, states are unchanged, because a call works on copies of them. Attention layers
+///   that have advanced are truncated.
+/// - If a cache cannot be truncated, and on a device, where states are updated in place, the
+///   sequences of the call are poisoned: calls return [`Error::Poisoned`] until they are removed.
 pub struct Session {
     model: Model,
     memories: Memories,
-    /// Of the attention layers.
+    /// The caches of the attention layers.
     caches: Vec<Box<dyn KvCache>>,
     sequences: BTreeMap<SeqId, Sequence>,
     snapshots: Option<Snapshots>,
     workspace: Workspace,
 }
 
-/// When states are copied, and how many copies of a sequence are kept.
+/// The interval of snapshots, and the number of snapshots kept per sequence.
 #[derive(Debug, Clone, Copy)]
 struct Snapshots {
     every: usize,
@@ -44,7 +45,8 @@ struct Snapshots {
 }
 
 impl Snapshots {
-    /// Where a sequence's next tokens leave snapshots, as numbers of tokens, in increasing order.
+    /// Returns the positions, in increasing order, at which a sequence's next tokens leave
+    /// snapshots.
     fn of(self, seen: usize, tokens: usize) -> Vec<usize> {
         let marks = seen / self.every + 1..=(seen + tokens) / self.every;
         let first = marks.clone().count().saturating_sub(self.keep);
@@ -55,9 +57,9 @@ impl Snapshots {
 #[derive(Clone, Default)]
 struct Sequence {
     seen: usize,
-    /// The newest copies of its state, each after so many tokens, in increasing order.
+    /// The newest copies of its state with their positions, in increasing order.
     snapshots: Vec<(usize, Arc<Memory>)>,
-    /// The error after which it can't go on.
+    /// The error after which it cannot continue.
     poisoned: Option<String>,
 }
 
@@ -68,12 +70,12 @@ impl Session {
         Self { model, memories, caches, sequences, snapshots: None, workspace }
     }
 
-    /// The same with a copy of each sequence's state after every `every` tokens, of which the newest
-    /// `keep` stay, so that [`truncate`](CausalLm::truncate) can go back to them. After a truncation
-    /// to [`last_snapshot`](Self::last_snapshot), the tokens from there on are fed again.
+    /// Copies each sequence's state after every `every` tokens and keeps the newest `keep` copies
+    /// (snapshots), so that [`truncate`](CausalLm::truncate) can go back to them. After a
+    /// truncation to [`last_snapshot`](Self::last_snapshot), feed the tokens from there again.
     ///
     /// # Errors
-    /// [`Error::Setting`] if one of the two is 0.
+    /// [`Error::Setting`] if `every` or `keep` is 0.
     pub fn with_snapshots(self, every: usize, keep: usize) -> Result<Self> {
         for (name, value) in [("every", every), ("keep", keep)] {
             if value == 0 {
@@ -83,22 +85,22 @@ impl Session {
         Ok(Self { snapshots: Some(Snapshots { every, keep }), ..self })
     }
 
-    /// The tokens after which the newest snapshot of a sequence was taken.
+    /// Returns the position of a sequence's newest snapshot.
     pub fn last_snapshot(&self, seq: SeqId) -> Option<usize> {
         self.sequences.get(&seq)?.snapshots.last().map(|&(seen, _)| seen)
     }
 
-    /// The weights.
+    /// Returns the weights.
     pub fn model(&self) -> &Model {
         &self.model
     }
 
-    /// The caches of the attention layers.
+    /// Returns the caches of the attention layers.
     pub fn caches(&self) -> &[Box<dyn KvCache>] {
         &self.caches
     }
 
-    /// All that the model remembers of a sequence, as a value.
+    /// Returns the state of a sequence as a value.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Unsupported`] for a model with attention layers, whose
@@ -109,11 +111,11 @@ impl Session {
         self.memories.copy(seq)?.save(&self.model.outline, seen)
     }
 
-    /// Lets a sequence go on from a state that a session on the same model gave. It takes the place
-    /// of what the sequence has seen, if it is known.
+    /// Sets the state of a sequence to one from a session on the same model. It replaces the state
+    /// of a known sequence.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] naming what does not fit the model; nothing is changed then.
+    /// [`Error::Mismatch`] naming the part that does not fit the model; nothing has changed then.
     /// [`Error::Unsupported`] for a model with attention layers.
     pub fn restore(&mut self, seq: SeqId, state: &State) -> Result<()> {
         self.refuse_attention()?;
@@ -131,7 +133,7 @@ impl Session {
         }
     }
 
-    /// A sequence that is known and not poisoned.
+    /// Returns a known sequence that is not poisoned.
     fn sound(&self, seq: SeqId) -> Result<&Sequence> {
         let sequence = self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))?;
         match &sequence.poisoned {
@@ -153,7 +155,7 @@ impl Session {
         known.copied().try_for_each(|seq| self.sound(seq).map(drop))
     }
 
-    /// A sequence's state: a copy, or the one before the first token.
+    /// Returns a copy of a sequence's state, or the initial state.
     fn memory(&self, seq: SeqId) -> Result<Memory> {
         match self.sequences.contains_key(&seq) {
             true => self.memories.copy(seq),
@@ -161,12 +163,12 @@ impl Session {
         }
     }
 
-    /// Where the sequence's next tokens leave snapshots.
+    /// Returns the positions at which the sequence's next tokens leave snapshots.
     fn marks(&self, seq: SeqId, tokens: usize) -> Vec<usize> {
         self.snapshots.map_or_else(Vec::new, |snapshots| snapshots.of(self.seen(seq), tokens))
     }
 
-    /// Counts a sequence's tokens as seen, and takes in the snapshots that they left.
+    /// Counts a sequence's tokens as seen, and stores their snapshots.
     fn advance(&mut self, seq: SeqId, tokens: usize, new: Vec<(usize, Memory)>) {
         let sequence = self.sequences.entry(seq).or_default();
         sequence.seen += tokens;
@@ -201,7 +203,7 @@ impl Session {
         Ok(Tensor::from_vec(numbers, ((), vocab), &Device::Cpu)?)
     }
 
-    /// Takes the caches that have advanced back to the tokens before a call that failed.
+    /// Truncates the caches that have advanced to their lengths before a failed call.
     fn roll_back(&mut self, batch: &Batch, error: &Error) {
         for &seq in batch.seqs() {
             let Some(sequence) = self.sequences.get_mut(&seq) else {
@@ -218,8 +220,8 @@ impl Session {
     }
 }
 
-/// Takes the caches that have advanced back to a sequence's first `len` tokens, or none of them if
-/// one can't.
+/// Truncates the caches that have advanced to a sequence's first `len` tokens, or none of them if
+/// one cannot.
 fn go_back(caches: &mut [Box<dyn KvCache>], seq: SeqId, len: usize) -> Result<()> {
     let mut advanced: Vec<_> = caches.iter_mut().filter(|cache| cache.seen(seq) != len).collect();
     advanced.iter().try_for_each(|cache| cache.check_truncate(seq, len))?;
@@ -361,7 +363,8 @@ impl CausalLm for Session {
 }
 
 impl Session {
-    /// A sequence's state, and its snapshots, which a fork shares until it takes others.
+    /// Returns the bytes of a sequence's state and of its snapshots, which a fork shares until it
+    /// takes others.
     fn states_footprint(&self, seq: SeqId) -> Footprint {
         let Some(sequence) = self.sequences.get(&seq) else { return Footprint::default() };
         let copies = 1 + sequence.snapshots.len();

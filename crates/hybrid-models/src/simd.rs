@@ -1,24 +1,25 @@
-//! Functions of numbers, a vector at a time, in whatever width the machine has.
+//! Elementwise functions on vectors of the CPU's width.
 //!
-//! Everything here is generic over [`Simd`] and always inlined: only what is inlined into `WithSimd::with_simd` is compiled for wide
-//! registers.
+//! Everything here is generic over [`Simd`] and always inlined: only code that is inlined into
+//! `WithSimd::with_simd` is compiled for wide registers.
 
 use pulp::{Arch, Scalar, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Numbers above which an elementwise function is worth several threads.
+/// Smallest number of elements for which an elementwise function uses several threads.
 const PARALLEL: usize = 1 << 15;
 
-/// e^x to about 2 units in the last place: x = n ln 2 + r, a polynomial of degree 6 in r, and n put into the exponent's bits.
-/// Zero below -87, and no more than e^88.
+/// Returns e^x with an error of about 2 units in the last place: x = n ln 2 + r, a polynomial of
+/// degree 6 in r, and n added to the exponent bits. Zero below -87, and at most e^88.
 #[inline(always)]
 pub fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let c = |x| simd.splat_f32s(x);
-    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
+    const MAGIC: f32 = 12_582_912.0;
     let clamped = simd.min_f32s(simd.max_f32s(x, c(-87.0)), c(88.0));
     let shifted = simd.mul_add_f32s(clamped, c(std::f32::consts::LOG2_E), c(MAGIC));
     let n = simd.sub_f32s(shifted, c(MAGIC));
-    // ln 2 in two parts, so that n ln 2 is exact enough to subtract.
+    // ln 2 is split into two parts so that the subtraction of n ln 2 is accurate.
     let r = simd.mul_add_f32s(n, c(-0.693_359_4), clamped);
     let r = simd.mul_add_f32s(n, c(2.121_944_4e-4), r);
     let mut poly = c(1.0 / 720.0);
@@ -32,20 +33,21 @@ pub fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.select_f32s(tiny, c(0.0), value)
 }
 
-/// 1 / (1 + e^-x).
+/// Returns 1 / (1 + e^-x).
 #[inline(always)]
 pub fn sigmoid<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let one = simd.splat_f32s(1.0);
     simd.div_f32s(one, simd.add_f32s(one, exp(simd, simd.neg_f32s(x))))
 }
 
-/// x / (1 + e^-x).
+/// Returns x / (1 + e^-x).
 #[inline(always)]
 pub fn silu<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.mul_f32s(x, sigmoid(simd, x))
 }
 
-/// ln(1 + e^x), as max(x, 0) + ln(1 + u) with u = e^-|x|, and ln(1 + u) = 2 artanh(u / (2 + u)).
+/// Returns ln(1 + e^x), as max(x, 0) + ln(1 + u) with u = e^-|x|, and ln(1 + u) = 2 artanh(u / (2 +
+/// u)).
 #[inline(always)]
 pub fn softplus<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let c = |x| simd.splat_f32s(x);
@@ -70,7 +72,7 @@ pub trait Zip: Copy + Send + Sync {
     fn at<S: Simd>(self, simd: S, a: S::f32s, b: S::f32s) -> S::f32s;
 }
 
-/// Declares functions of one or two numbers as types, as [`map`] and [`zip`] take them.
+/// Declares functions of one or two numbers as types for [`map`] and [`zip`].
 macro_rules! functions {
     ($($(#[$doc:meta])* $name:ident: $trait:ident |$simd:ident, $($x:ident),+| $body:expr;)+) => {$(
         $(#[$doc])*
@@ -111,7 +113,8 @@ functions! {
     TimesSigmoid: Zip |simd, a, b| simd.mul_f32s(a, sigmoid(simd, b));
     /// a silu(b).
     TimesSilu: Zip |simd, a, b| simd.mul_f32s(a, silu(simd, b));
-    /// a gelu(b), by the approximation with tanh, written as a sigmoid: (1 + tanh y) / 2 = 1 / (1 + e^-2y).
+    /// a gelu(b), in the tanh approximation, written as a sigmoid: (1 + tanh y) / 2 = 1 / (1 +
+    /// e^-2y).
     TimesGelu: Zip |simd, a, b| {
         let cubic = simd.mul_f32s(simd.mul_f32s(b, b), simd.splat_f32s(0.044715));
         let inner = simd.mul_add_f32s(cubic, b, b);
@@ -132,7 +135,7 @@ impl Map for SoftCap {
     }
 }
 
-/// `x[i] = f(x[i])`.
+/// Computes `x[i] = f(x[i])`.
 pub fn map(f: impl Map, x: &mut [f32]) {
     let run = |x: &mut [f32]| Arch::new().dispatch(MapAll { f, x });
     match x.len() > PARALLEL {
@@ -141,7 +144,7 @@ pub fn map(f: impl Map, x: &mut [f32]) {
     }
 }
 
-/// `a[i] = f(a[i], b[i])`.
+/// Computes `a[i] = f(a[i], b[i])`.
 pub fn zip(f: impl Zip, a: &mut [f32], b: &[f32]) {
     assert_eq!(a.len(), b.len(), "two slices of one length");
     let run = |a: &mut [f32], b: &[f32]| Arch::new().dispatch(ZipAll { f, a, b });
@@ -196,7 +199,7 @@ impl<F: Zip> WithSimd for ZipAll<'_, F> {
     }
 }
 
-/// The sum of `a[i] b[i]`.
+/// Returns the sum of `a[i] b[i]`.
 #[inline(always)]
 pub fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     let (a, a_tail) = S::as_simd_f32s(a);
@@ -224,7 +227,7 @@ mod tests {
         (-3000..3000).map(|i| i as f32 * 0.0297).collect()
     }
 
-    /// A function under test, for vectors and for the rest that fills none.
+    /// Checks a function on full vectors and on the remainder.
     fn check(f: impl Map, want: impl Fn(f64) -> f64, tolerance: f64) {
         for len in [6000, 5] {
             let x = &grid()[..len];

@@ -5,13 +5,13 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-/// A row-major matrix of units (channels, heads) side by side, each `per_unit` columns wide.
+/// A row-major matrix of units (channels, heads), each `per_unit` columns wide.
 pub struct Units<'a> {
     pub data: &'a mut [f32],
     pub per_unit: usize,
 }
 
-/// The columns of one task: nobody else reads or writes them meanwhile.
+/// The columns of one task. No other task reads or writes them meanwhile.
 pub struct Columns<'a> {
     start: *mut f32,
     row_stride: usize,
@@ -20,26 +20,28 @@ pub struct Columns<'a> {
     data: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: a `Columns` stands for the exclusive borrow of its own columns, and f32 may move between threads.
+// SAFETY: a `Columns` represents the exclusive borrow of its own columns, and f32 may move between
+// threads.
 #[allow(unsafe_code)]
 unsafe impl Send for Columns<'_> {}
 
 impl Columns<'_> {
-    /// The columns' part of a row.
+    /// Returns the columns' part of a row.
     #[allow(unsafe_code)]
     pub fn row(&mut self, row: usize) -> &mut [f32] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
-        // SAFETY: `split` made `start` point `count` columns before the end of a row of `row_stride` in a matrix of `rows` rows, so the part lies
-        // within it. Other tasks have other columns, and `&mut self` keeps this task from holding two rows at a time.
+        // SAFETY: `split` made `start` point at least `count` columns before the end of a row of
+        // `row_stride` in a matrix of `rows` rows, so the part lies within it. Other tasks have
+        // other columns, and `&mut self` keeps this task from holding two rows at a time.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.row_stride), self.count) }
     }
 }
 
-/// A matrix's address, to be handed to threads.
+/// A matrix's address, shared with threads.
 #[derive(Clone, Copy)]
 struct Base(*mut f32);
 
-// SAFETY: the address is used by `split` alone, which makes pieces of it that don't overlap.
+// SAFETY: only `split` uses the address, and makes disjoint parts of it.
 #[allow(unsafe_code)]
 unsafe impl Send for Base {}
 // SAFETY: as above.
@@ -52,7 +54,8 @@ impl Base {
     }
 }
 
-/// Cuts `units` units into tasks of `step` and gives each task its units' columns of every matrix; in parallel if `parallel`.
+/// Splits `units` units into tasks of `step` units and calls each task with its columns of every
+/// matrix, in parallel if `parallel`.
 pub fn split<const N: usize>(
     units: usize,
     step: usize,
@@ -69,7 +72,8 @@ pub fn split<const N: usize>(
         let range = i * step..units.min((i + 1) * step);
         let columns = places.map(|(base, per_unit, rows)| {
             let offset = if rows == 0 { 0 } else { range.start * per_unit };
-            // SAFETY: `range` lies within `units`, so the address lies within the first row, if there is one.
+            // SAFETY: `range` lies within `units`, so the address lies within the first row, if
+            // there is one.
             #[allow(unsafe_code)]
             let start = unsafe { base.get().add(offset) };
             let count = range.len() * per_unit;

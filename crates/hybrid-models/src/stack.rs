@@ -1,4 +1,5 @@
-//! Stacks of mixers in any order and share, from a configuration and tensor names of the project's own: docs/hybrid-models.md.
+//! Stacks of mixers in any order and proportion, in the project's own format of configuration and
+//! tensor names: docs/hybrid-models.md.
 
 mod settings;
 

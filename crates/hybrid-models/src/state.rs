@@ -1,4 +1,4 @@
-//! A recurrent model's state as a value: cloned, saved, loaded.
+//! The state of a recurrent model as a value that can be cloned, saved and loaded.
 
 use std::collections::BTreeMap;
 use std::collections::HashMap;
@@ -9,22 +9,23 @@ use crc32fast::Hasher;
 use longctx_core::{Error, Footprint, Result};
 use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
 
-/// Of the file format: a safetensors file with one f32 tensor `[1, …]` per array and, in its
-/// metadata, `format`, `version`, `family`, `batch` (1), `seen` and `check`, a CRC-32 of all the
-/// others.
+/// The name of the file format: a safetensors file with one f32 tensor `[1, …]` per array. Its
+/// metadata has `format`, `version`, `family`, `batch` (1), `seen` and `check`, a CRC-32 of
+/// everything else.
 const FORMAT: &str = "longctx-state";
 const VERSION: &str = "2";
-/// The version without `check`, which is still read.
+/// The version without `check`, which can still be read.
 const UNCHECKED: &str = "1";
 
-/// All that a recurrent model remembers of a sequence.
+/// The state of a sequence of a recurrent model.
 ///
-/// A session goes on from it bit for bit as the session that gave it would have, also after a way through a file.
+/// A session continues from it bit for bit like the session that it was taken from, also after
+/// saving and loading.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
     family: String,
     seen: usize,
-    /// By name ("layers.0.mixer.conv"): an array's shape and its numbers.
+    /// By name ("layers.0.mixer.conv"): the shape and the elements of an array.
     arrays: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
 }
 
@@ -33,12 +34,12 @@ impl State {
         Self { family: family.into(), seen, arrays: BTreeMap::new() }
     }
 
-    /// Takes in one array of a residual block.
+    /// Adds one array of a residual layer.
     pub(crate) fn insert(&mut self, block: &str, part: &Part, numbers: Vec<f32>) {
         self.arrays.insert(format!("{block}.{}", part.name), (part.shape.clone(), numbers));
     }
 
-    /// One array of a residual block.
+    /// Returns one array of a residual layer.
     pub(crate) fn array(&self, block: &str, part: &Part) -> Result<&[f32]> {
         let name = format!("{block}.{}", part.name);
         let mismatch = |got: String| {
@@ -59,17 +60,17 @@ impl State {
         }
     }
 
-    /// The family of the model that it is of.
+    /// Returns the family of its model.
     pub fn family(&self) -> &str {
         &self.family
     }
 
-    /// Tokens that it remembers.
+    /// Returns the number of tokens seen.
     pub fn seen(&self) -> usize {
         self.seen
     }
 
-    /// Bytes held.
+    /// Returns the bytes held.
     pub fn footprint(&self) -> Footprint {
         let bytes = |(_, numbers): &(_, Vec<f32>)| size_of_val(numbers.as_slice());
         Footprint { payload: self.arrays.values().map(bytes).sum(), ..Default::default() }
@@ -78,7 +79,7 @@ impl State {
     /// Writes a safetensors file.
     ///
     /// # Errors
-    /// [`Error::File`] if it can't be written.
+    /// [`Error::File`] if it cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         std::fs::write(path, self.to_bytes()?).map_err(|e| Error::file(path, e))
     }
@@ -86,14 +87,14 @@ impl State {
     /// Reads a file that [`save`](Self::save) wrote.
     ///
     /// # Errors
-    /// [`Error::File`] if it can't be read, is no saved state, is of another version, or was
-    /// changed since it was written.
+    /// [`Error::File`] if it cannot be read, is not a saved state, has another version, or was
+    /// modified.
     pub fn load(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
         Self::decode(&bytes).map_err(|reason| Error::file(path, reason))
     }
 
-    /// The bytes of a file, as [`save`](Self::save) writes it.
+    /// Returns the bytes of the file that [`save`](Self::save) writes.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if arrays are too large for the format.
@@ -125,7 +126,7 @@ impl State {
         file.map_err(|e| Error::Unsupported(format!("saving a state: {e}")))
     }
 
-    /// A state from the bytes of a file.
+    /// Reads a state from the bytes of a file.
     ///
     /// # Errors
     /// [`Error::Mismatch`] as [`load`](Self::load).
@@ -174,7 +175,7 @@ impl State {
         }
     }
 
-    /// CRC-32 of everything that the state holds, names and shapes included.
+    /// Returns the CRC-32 of the whole state, including names and shapes.
     fn check(&self) -> u32 {
         let mut hasher = Hasher::new();
         hasher.update(format!("{}\01 {}\0", self.family, self.seen).as_bytes());
@@ -207,7 +208,7 @@ mod tests {
             let mut bytes = whole.clone();
             bytes[bit / 8] ^= 1 << (bit % 8);
             match State::from_bytes(&bytes) {
-                // Spaces of the header.
+                // The bit is in the padding of the header.
                 Ok(read) => assert_eq!(read, state, "bit {bit}"),
                 Err(_) => refused += 1,
             }

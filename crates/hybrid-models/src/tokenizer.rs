@@ -1,4 +1,4 @@
-//! Text to tokens and back.
+//! Tokenizers.
 
 use std::path::Path;
 
@@ -9,17 +9,18 @@ use longctx_core::{Error, Result};
 /// A model's tokenizer: a `tokenizer.json`, or the vocabulary of RWKV's World models.
 #[derive(Debug, Clone)]
 pub enum Tokenizer {
-    /// Of the `tokenizers` crate.
+    /// A tokenizer of the `tokenizers` crate.
     Json(Box<tokenizers::Tokenizer>),
-    /// RWKV's.
+    /// RWKV's World tokenizer.
     World(World),
 }
 
 impl Tokenizer {
-    /// From a folder with `tokenizer.json`, or else a World vocabulary: `rwkv_vocab_v20230424.txt` or another `*vocab*.txt`.
+    /// Loads `tokenizer.json` from a folder, or else a World vocabulary: `rwkv_vocab_v20230424.txt`
+    /// or another `*vocab*.txt`.
     ///
     /// # Errors
-    /// [`Error::File`] if there is neither, or what there is can't be read.
+    /// [`Error::File`] if there is neither, or it cannot be read.
     pub fn from_folder(folder: &Path) -> Result<Self> {
         let json = folder.join("tokenizer.json");
         if json.exists() {
@@ -39,7 +40,8 @@ impl Tokenizer {
         }
     }
 
-    /// The tokens of a text. `special`: with what the model expects around a text, most often a first token.
+    /// Returns the tokens of a text. `special` adds the special tokens that the model expects,
+    /// usually a first token.
     ///
     /// # Errors
     /// [`Error::Unsupported`] with the tokenizer's own message.
@@ -53,7 +55,8 @@ impl Tokenizer {
         }
     }
 
-    /// The text of tokens, special ones left out; bytes that are no UTF-8 become replacement characters.
+    /// Returns the text of tokens, without special tokens. Invalid UTF-8 becomes replacement
+    /// characters.
     ///
     /// # Errors
     /// [`Error::Unsupported`] with the tokenizer's own message.

@@ -1,22 +1,23 @@
-//! Buffers that are used again, so that a decode step allocates nothing.
+//! Reusable buffers, so that a decode step allocates nothing.
 
-/// Buffers that layers borrow and give back.
+/// A pool of buffers.
 #[derive(Debug, Default)]
 pub struct Workspace {
     free: Vec<Vec<f32>>,
-    /// RWKV-7's values of the first layer, which the layers above mix in, for the rows that are on their way through the layers.
+    /// RWKV-7's values of the first layer for the current rows, which later layers mix in.
     pub first_values: Vec<f32>,
 }
 
 impl Workspace {
-    /// A buffer of `len` numbers, whatever they are.
+    /// Returns a buffer of `len` numbers with undefined contents.
     pub fn take(&mut self, len: usize) -> Vec<f32> {
         let mut buffer = self.free.pop().unwrap_or_default();
         buffer.resize(len, 0.0);
         buffer
     }
 
-    /// Takes a buffer back. Layers that give back in the reverse order find a buffer of the right size the next time.
+    /// Returns a buffer to the pool. If layers return buffers in reverse order, the next pass finds
+    /// buffers of the right size.
     pub fn give(&mut self, buffer: Vec<f32>) {
         self.free.push(buffer);
     }

@@ -1,35 +1,36 @@
-//! The tokenizer of RWKV's World models: at every byte, the longest word of the vocabulary that fits.
+//! The tokenizer of RWKV's World models: greedy longest match over bytes.
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use longctx_core::{Error, Result};
 
-/// A vocabulary of byte strings, as a trie.
+/// A vocabulary of byte strings, stored as a trie.
 #[derive(Debug, Clone)]
 pub struct World {
-    /// The trie's nodes, the root first.
+    /// Nodes of the trie, the root first.
     nodes: Vec<Node>,
     words: HashMap<u32, Vec<u8>>,
 }
 
 #[derive(Debug, Clone, Default)]
 struct Node {
-    /// The token that ends here.
+    /// The token that ends at this node.
     token: Option<u32>,
-    /// By the next byte, in its order.
+    /// Children by next byte, in increasing order.
     next: Vec<(u8, u32)>,
 }
 
 impl World {
-    /// Reads a vocabulary as the `rwkv` package ships it: lines of an id, a Python string or bytes literal, and its length in bytes.
+    /// Reads a vocabulary file of the `rwkv` package: lines of an id, a Python string or bytes
+    /// literal, and its length in bytes.
     ///
     /// # Errors
-    /// [`Error::File`] naming the line that is not such a one.
+    /// [`Error::File`] naming an invalid line.
     pub fn from_file(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
         let mut world = Self { nodes: vec![Node::default()], words: HashMap::new() };
-        // The end of a line is "\n" alone: other characters that end lines stand within the literals.
+        // Only "\n" ends a line: literals may contain other line separators.
         for (number, line) in text.split('\n').enumerate().filter(|(_, line)| !line.is_empty()) {
             let (id, word) = parse(line).ok_or_else(|| {
                 let what = format!("line {}: no id, literal and length: {line:?}", number + 1);
@@ -58,10 +59,11 @@ impl World {
         self.words.insert(id, word);
     }
 
-    /// The tokens of any bytes.
+    /// Returns the tokens of a byte string.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a byte that begins no word: the published vocabulary has a word for each.
+    /// [`Error::Unsupported`] for a byte that begins no word. The published vocabulary has a word
+    /// for every byte.
     pub fn encode(&self, bytes: &[u8]) -> Result<Vec<u32>> {
         let mut tokens = Vec::new();
         let mut at = 0;
@@ -75,7 +77,7 @@ impl World {
         Ok(tokens)
     }
 
-    /// The longest word that `bytes` begins with, and its length.
+    /// Returns the longest word that is a prefix of `bytes`, and its length.
     fn longest(&self, bytes: &[u8]) -> Option<(u32, usize)> {
         let (mut node, mut found) = (&self.nodes[0], None);
         for (i, byte) in bytes.iter().enumerate() {
@@ -86,13 +88,13 @@ impl World {
         found
     }
 
-    /// The bytes of tokens. Token 0, the end of a text, and tokens that there are none of have no bytes.
+    /// Returns the bytes of tokens. Token 0, the end of a text, and unknown tokens have no bytes.
     pub fn decode(&self, tokens: &[u32]) -> Vec<u8> {
         tokens.iter().filter_map(|token| self.words.get(token)).flatten().copied().collect()
     }
 }
 
-/// An id, a literal and the number of its bytes.
+/// Parses an id, a literal and its length in bytes.
 fn parse(line: &str) -> Option<(u32, Vec<u8>)> {
     let (id, rest) = line.split_once(' ')?;
     let (literal, length) = rest.trim_end_matches('\r').rsplit_once(' ')?;
@@ -100,7 +102,7 @@ fn parse(line: &str) -> Option<(u32, Vec<u8>)> {
     (word.len() == length.parse::<usize>().ok()?).then_some((id.parse().ok()?, word))
 }
 
-/// The bytes of a Python literal: `'…'`, `"…"`, in UTF-8, or `b'…'`.
+/// Returns the bytes of a Python literal: `'…'` or `"…"`, in UTF-8, or `b'…'`.
 fn bytes_of(literal: &str) -> Option<Vec<u8>> {
     let (is_bytes, quoted) = match literal.strip_prefix('b') {
         Some(rest) => (true, rest),
@@ -120,7 +122,7 @@ fn bytes_of(literal: &str) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// The character of an escape sequence, after its backslash.
+/// Returns the character of an escape sequence, after its backslash.
 fn escape(chars: &mut std::str::Chars<'_>) -> Option<char> {
     let digits = match chars.next()? {
         'n' => return Some('\n'),

@@ -1,4 +1,5 @@
-//! Models on a CUDA device beside public implementations, and beside themselves on the CPU. Skipped, with a printed line, where there is no device.
+//! Models on a CUDA device against public implementations and against the CPU. Skipped, with a
+//! message, if there is no device.
 
 #[allow(dead_code)]
 #[path = "models/common.rs"]
@@ -29,7 +30,7 @@ fn on(device: &Device, dtype: DType) -> LoadOptions {
     LoadOptions { device: device.clone(), dtype }
 }
 
-/// How to cut a prompt of so many tokens: not at all, unevenly, into tokens.
+/// Returns ways to split a prompt: whole, unevenly, into single tokens.
 fn cuts(length: usize) -> [Vec<usize>; 3] {
     [vec![length], vec![1, 30, 2, 33], vec![1]]
 }
@@ -53,9 +54,11 @@ fn logits_equal_public_implementations() {
     }
 }
 
-/// How far a family's logits in f16 and bf16 may be: the norm of the difference in parts of the logits'. Seen on an H100: Mamba 5.4e-3 and
-/// 4.4e-2, Mamba-2 2.9e-3 and 2.5e-2, the others up to 1.9e-3 and 1.6e-2. Where a layer's output nearly cancels before a norm, as in the tiny Mamba,
-/// rounding grows: rounding to bf16 what goes into its products, and nothing else, already costs 2.7e-2.
+/// Returns the bounds of a family's logits in f16 and bf16: the norm of the difference divided by
+/// the norm of the logits. Seen on an H100: Mamba 5.4e-3 and 4.4e-2, Mamba-2 2.9e-3 and 2.5e-2, the
+/// others up to 1.9e-3 and 1.6e-2. If a layer's output nearly cancels before a norm, as in the tiny
+/// Mamba, rounding errors grow: rounding only the inputs of its products to bf16 already costs
+/// 2.7e-2.
 fn bounds(family: &str) -> [(DType, f32); 2] {
     let (f16, bf16) = match family {
         "mamba" => (7e-3, 5.5e-2),
@@ -65,7 +68,7 @@ fn bounds(family: &str) -> [(DType, f32); 2] {
     [(DType::F16, f16), (DType::BF16, bf16)]
 }
 
-/// Products, and what goes into them, are in half precision here; the references are computed in f32.
+/// Products and their inputs are in half precision here; the references are computed in f32.
 #[test]
 fn logits_in_half_precision_are_near() {
     let Some(device) = device() else { return };
@@ -96,7 +99,7 @@ fn logits_in_half_precision_are_near() {
     assert!(far.is_empty(), "{far:#?}");
 }
 
-/// At the sizes of published models' heads and states, for which there are kernels of their own.
+/// With the head and state sizes of published models, which have their own kernels.
 #[test]
 fn a_stack_of_all_mixers_equals_the_host() {
     let Some(device) = device() else { return };
@@ -146,7 +149,7 @@ fn a_state_moves_between_the_host_and_the_device() {
     }
 }
 
-/// A device's prompt goes through recurrent layers in blocks of 4,096 rows, here of two entries.
+/// On a device, recurrent layers process a prompt in blocks of 4,096 rows; here with two sequences.
 #[test]
 fn long_prompts_and_their_pieces_leave_the_same_state() {
     let Some(device) = device() else { return };
@@ -176,7 +179,7 @@ fn long_prompts_and_their_pieces_leave_the_same_state() {
     }
 }
 
-/// Prompts and single tokens in one batch, forks, and snapshots, beside the same on the host.
+/// Prompts and single tokens in one batch, forks, and snapshots, against the same on the host.
 #[test]
 fn many_sequences_equal_the_host() {
     let Some(device) = device() else { return };

@@ -1,4 +1,4 @@
-//! Damaged state files and configurations: none panics, hangs or takes more memory than a multiple
+//! Damaged state files and configurations: none panics, hangs or needs more memory than a multiple
 //! of its size.
 
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-/// The state of a model after three tokens, as a file.
+/// Returns the state file of a model after three tokens.
 fn state(name: &str) -> Vec<u8> {
     let model = Model::from_folder(&fixture(name), &LoadOptions::default()).unwrap();
     let cache = |spec: &LayerSpec| DenseCache::new(spec.clone(), DType::F32);
@@ -24,7 +24,7 @@ fn state(name: &str) -> Vec<u8> {
     session.state(0).unwrap().to_bytes().unwrap()
 }
 
-/// One test, since memory is counted for the whole process.
+/// A single test, because memory is counted for the whole process.
 #[test]
 fn damaged_files_are_errors() {
     let corpus = [state("rwkv5"), state("mamba_biases")];
@@ -32,8 +32,7 @@ fn damaged_files_are_errors() {
     let trial = Trial { name: "state", corpus: &corpus, memory: |bytes| 16 * bytes + (1 << 16) };
     let tried = trial.run(|bytes| {
         if let Ok(state) = State::from_bytes(bytes) {
-            // Nothing but the states that were saved, or files of version 1, which have no
-            // checksum.
+            // Only the saved states can be read, or files of version 1, which have no checksum.
             let is_version_1 = bytes.windows(13).any(|part| part == b"\"version\":\"1\"");
             assert!(whole.contains(&state) || is_version_1);
         }

@@ -1,8 +1,9 @@
 //! Attention over a pool's sequences.
 //!
-//! Online softmax over tiles of entries (FlashAttention, arXiv 2205.14135); a kv head's codes are
-//! unpacked in registers, once for all queries of its group. The work of a call is cut into
-//! sequences, kv heads, blocks of queries and pieces of entries, and shared over threads.
+//! The algorithm is the online softmax over tiles of entries (FlashAttention, arXiv 2205.14135).
+//! The codes of a kv head are unpacked in registers, once for all queries of its group. A call is
+//! divided into sequences, kv heads, blocks of queries and pieces of entries, which run on several
+//! threads.
 
 mod plan;
 mod score;
@@ -19,60 +20,62 @@ use rayon::prelude::*;
 use score::Buffers;
 use tile::Tile;
 
-/// Slots of a tile; a multiple of every block's size.
+/// Slots per tile; a multiple of every block's size.
 const TILE: usize = 128;
-/// Slots whose weighted values are summed by themselves before sums are joined, on any number of
-/// threads and whatever else a call does: so a sequence has the same result, bit by bit, in every
-/// batch.
+/// Slots per piece. The weighted values of a piece are summed separately before the sums are
+/// merged, with any number of threads and any other sequences in the call. So a sequence has the
+/// same result, bit for bit, in every batch.
 const PIECE: usize = 16 * TILE;
-/// Query rows of a tile.
+/// Query rows per tile.
 const ROWS: usize = 64;
 
-/// The queries of some sequences, and how they attend.
+/// The queries of some sequences, and the attention parameters.
 #[derive(Debug, Clone, Copy)]
 pub struct Queries<'a, T = f32> {
-    /// `[tokens, heads, head_dim]`
+    /// Query vectors, `[tokens, heads, head_dim]`.
     pub data: &'a [T],
-    /// Query heads.
+    /// Number of query heads.
     pub heads: usize,
-    /// Scores are q·k times this.
+    /// Softmax scale of the scores q·k.
     pub scale: f32,
-    /// Scores s become `cap * tanh(s / cap)`.
+    /// Soft cap: a score s becomes `cap * tanh(s / cap)`.
     pub soft_cap: Option<f32>,
-    /// Under [`Mask::Causal`], a query sees so many entries at most: the newest, its own included.
+    /// Sliding window, under [`Mask::Causal`]: the largest number of entries that a query sees, its
+    /// own included.
     pub window: Option<usize>,
 }
 
-/// Which entries of its sequence a query sees.
+/// The entries of its sequence that a query sees.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Mask<'a> {
     /// Every query sees every entry.
     Full,
-    /// A sequence's last n entries are its n queries' own tokens. A query sees the entries up to its
+    /// The last n entries of a sequence belong to its n queries. A query sees the entries up to its
     /// own, within the window.
     Causal,
     /// Every query of a sequence sees the ranges of entries listed for it: `[sequences * kv_heads]`
-    /// lists, each of disjoint ranges in increasing order. Blocks without such entries are not read.
+    /// lists, each of disjoint, increasing ranges. Blocks outside of the ranges are not read.
     Entries(&'a [Vec<Range<usize>>]),
 }
 
-/// The softmax-weighted sums of values, and the logarithms of the sums of exponentiated scores.
+/// The attention output and the log-sum-exp of the scores.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Attended {
     /// `[tokens, heads, value_dim]`; zero where a query sees nothing.
     pub out: Vec<f32>,
-    /// `[tokens, heads]`; -inf where a query sees nothing.
+    /// Natural log-sum-exp, `[tokens, heads]`; -inf where a query sees nothing.
     pub lse: Vec<f32>,
 }
 
 impl Pool {
-    /// Attention of the queries of some sequences, one after the other, over what the pool holds of
-    /// them. The i-th sequence's queries are those from `cu_seqlens[i]` to `cu_seqlens[i + 1]`.
+    /// Computes attention of the queries of some sequences over the pool's entries of these
+    /// sequences. The queries are concatenated: those of the i-th sequence are
+    /// `cu_seqlens[i]..cu_seqlens[i + 1]`.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if the queries or `cu_seqlens` do not fit, a
-    /// head holds fewer entries than its sequence has queries that see themselves, or the mask's
-    /// ranges do not fit the entries; [`Error::NotFinite`] for NaN or infinity among the queries.
+    /// head holds fewer entries than its sequence has causal queries, or the mask's ranges exceed
+    /// the entries; [`Error::NotFinite`] for NaN or infinity among the queries.
     pub fn attend<T: Number>(
         &self,
         queries: &Queries<'_, T>,
@@ -87,11 +90,11 @@ impl Pool {
         Ok(Attended { out, lse })
     }
 
-    /// [`attend`](Self::attend) into the caller's memory: `out`, `[tokens, heads, value_dim]`, in
-    /// f32, f16 or bf16, and `lse`, `[tokens, heads]`.
+    /// Like [`attend`](Self::attend), but writes to the caller's memory: `out`, `[tokens, heads,
+    /// value_dim]`, in f32, f16 or bf16, and `lse`, `[tokens, heads]`.
     ///
     /// # Errors
-    /// As [`attend`](Self::attend), and [`Error::Mismatch`] if a slice has another length.
+    /// As [`attend`](Self::attend), and [`Error::Mismatch`] if a slice has a wrong length.
     pub fn attend_into<T: Number, O: Number>(
         &self,
         queries: &Queries<'_, T>,
@@ -137,13 +140,15 @@ impl Pool {
         Ok(())
     }
 
-    /// Attention probability that each entry receives, summed over the queries: for query head h of
-    /// the i-th sequence, the vector `[i * heads + h]`, one number per entry of its kv head.
+    /// Returns the attention probability that each entry receives, summed over the queries. Vector
+    /// `[i * heads + h]` belongs to query head h of the i-th sequence and has one element per entry
+    /// of its kv head.
     ///
-    /// `lse` (`[tokens, heads]`) is the log-sum-exp of all that the queries see, here and elsewhere.
+    /// `lse` (`[tokens, heads]`) is the log-sum-exp over everything that the queries see, here and
+    /// elsewhere.
     ///
     /// # Errors
-    /// As [`attend`](Self::attend), and if `lse` has another length.
+    /// As [`attend`](Self::attend), and if `lse` has a wrong length.
     pub fn attention_sums<T: Number>(
         &self,
         queries: &Queries<'_, T>,

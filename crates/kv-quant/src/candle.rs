@@ -1,4 +1,4 @@
-//! Packed pools behind longctx-core's traits, on candle tensors.
+//! Packed pools on candle tensors, with longctx-core's traits.
 
 mod cache;
 mod dequant;

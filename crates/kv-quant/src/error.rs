@@ -1,22 +1,22 @@
-//! The error type of the slice API, free of candle.
+//! The error type of the slice API, independent of candle.
 
 use std::fmt;
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong: what was expected, what came, and where.
+/// An error, with the expected and the actual value and the location.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A setting that no format can work with.
+    /// A setting that no format supports.
     #[error("setting `{name}`: expected {expected}, got {got}")]
     Setting {
         /// The setting's name.
         name: &'static str,
-        /// The values that work.
+        /// The valid values.
         expected: String,
-        /// The value given.
+        /// The actual value.
         got: String,
     },
     /// A slice's length, a count or an identifier does not fit.
@@ -24,51 +24,51 @@ pub enum Error {
     Mismatch {
         /// The argument.
         what: &'static str,
-        /// What fits there.
+        /// The expected value.
         expected: String,
-        /// What came.
+        /// The actual value.
         got: String,
     },
-    /// NaN or infinity among numbers that should be finite.
+    /// NaN or infinity where finite numbers are required.
     #[error("{value} at {at}")]
     NotFinite {
-        /// NaN or an infinity.
+        /// The value.
         value: f32,
-        /// Where it is.
+        /// Its position.
         at: Position,
     },
-    /// A finite number, or the difference of a group's largest and smallest, beyond f16's ±65504; a
-    /// number beyond half of that, where tokens that share a group come one by one.
+    /// A finite number, or the range of a group, beyond f16's ±65504. If tokens of a group are
+    /// appended one by one, a number beyond half of that.
     #[error("{value} at {at} is too large for groups in f16")]
     OutOfRange {
-        /// The number, or the difference.
+        /// The number or the range.
         value: f32,
-        /// Where it is.
+        /// Its position.
         at: Position,
     },
-    /// A sequence that has not begun, or has been removed.
+    /// A sequence that does not exist or has been removed.
     #[error("sequence {0} is not known")]
     UnknownSequence(u64),
     /// A pool of fixed capacity has no room. Nothing has changed.
     #[error("the pool is full: {asked} bytes are asked for and {free} are free")]
     PoolFull {
-        /// Bytes that the call needs.
+        /// Bytes needed by the call.
         asked: usize,
-        /// Bytes that are free.
+        /// Free bytes.
         free: usize,
     },
-    /// A file that can't be read or written, or does not hold what it should.
+    /// A file that cannot be read or written, or has unexpected contents.
     #[cfg(feature = "save")]
     #[error("{}: {reason}", path.display())]
     File {
-        /// The file; empty for bytes.
+        /// The file; empty for bytes in memory.
         path: std::path::PathBuf,
-        /// Why it can't be used.
+        /// The reason.
         reason: String,
     },
 }
 
-/// Where a number is.
+/// The position of a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Position {
     /// In a matrix.
@@ -78,13 +78,13 @@ pub enum Position {
         /// The column: a channel.
         column: usize,
     },
-    /// Among the keys, values or queries of some sequences.
+    /// In the keys, values or queries of some sequences.
     Sequence {
         /// `keys`, `values` or `queries`.
         of: &'static str,
         /// The sequence.
         seq: u64,
-        /// The token, counted from the sequence's first one in the call.
+        /// The token, relative to the sequence's first token in the call.
         token: usize,
         /// The kv head, or the query head.
         head: usize,
@@ -128,7 +128,7 @@ impl Error {
         Self::Mismatch { what, expected: expected.to_string(), got: got.to_string() }
     }
 
-    /// The error for a number that can't be packed.
+    /// Returns the error for a number that cannot be packed.
     pub(crate) fn number(value: f32, at: Position) -> Self {
         if value.is_finite() {
             Self::OutOfRange { value, at }

@@ -1,4 +1,4 @@
-//! Sequences in safetensors files: a prefix cache on disk. `docs/formats.md` has the layout.
+//! Sequences in safetensors files: a prefix cache on disk. `docs/formats.md` describes the layout.
 
 mod header;
 mod read;
@@ -7,14 +7,14 @@ mod write;
 pub use read::CacheFile;
 pub use write::{save, to_bytes};
 
-/// What the metadata's `format` says.
+/// The value of `format` in the metadata.
 const FORMAT: &str = "kv-quant";
-/// The layout's version. A reader also takes [`PLAIN`], and refuses all others.
+/// The version of the layout. A reader also accepts [`PLAIN`], and refuses all others.
 const VERSION: &str = "2";
-/// The version before codes other than asymmetric integers, without tensors of factors.
+/// The previous version: only asymmetric integers, and no tensors of factors.
 const PLAIN: &str = "1";
 
-/// The tensors of a head: name, and whether it holds words (u32) or halves (f16).
+/// The tensors of a head: name, and whether the elements are words (u32) or f16.
 const TENSORS: [(&str, bool); 11] = [
     ("keys.codes", true),
     ("keys.scales", false),
@@ -29,7 +29,7 @@ const TENSORS: [(&str, bool); 11] = [
     ("live", true),
 ];
 
-/// The name of a head's tensor.
+/// Returns the name of a head's tensor.
 fn name(layer: usize, head: usize, tensor: &str) -> String {
     format!("{layer}.{head}.{tensor}")
 }

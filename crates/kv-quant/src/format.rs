@@ -1,54 +1,54 @@
-//! What is packed how: bits, groups, and when tokens leave full precision.
+//! Formats: bits, groups, and when tokens are packed.
 
 use crate::pool::memory::BlockLayout;
 use crate::{Error, Result};
 
-/// Bits of a code.
+/// Bits per code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Bits {
-    /// Codes 0 to 3, 16 in a word.
+    /// Codes 0 to 3, 16 per word.
     Two = 2,
-    /// Codes 0 to 7: the two lower bits 16 in a word, the upper bit 32 in a word.
+    /// Codes 0 to 7: the two lower bits 16 per word, the upper bit 32 per word.
     Three = 3,
-    /// Codes 0 to 15, 8 in a word.
+    /// Codes 0 to 15, 8 per word.
     Four = 4,
-    /// Codes 0 to 255, 4 in a word.
+    /// Codes 0 to 255, 4 per word.
     Eight = 8,
 }
 
-/// Bits of codes that lie together in words of their own.
+/// Bits of codes that are stored together in separate words (a bit plane).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Plane {
-    /// How many.
+    /// Number of bits.
     pub bits: usize,
-    /// The lowest one's place in the code.
+    /// Position of the lowest bit in the code.
     pub shift: usize,
 }
 
 impl Plane {
-    /// Codes in a 32-bit word.
+    /// Returns the number of codes per 32-bit word.
     pub const fn per_word(self) -> usize {
         32 / self.bits
     }
 
-    /// The bits set, at the bottom.
+    /// Returns a mask of the lowest `bits` bits.
     pub const fn mask(self) -> u32 {
         (1 << self.bits) - 1
     }
 }
 
 impl Bits {
-    /// The number.
+    /// Returns the number of bits.
     pub const fn count(self) -> usize {
         self as usize
     }
 
-    /// The largest code, `2^bits - 1`.
+    /// Returns the largest code, `2^bits - 1`.
     pub const fn max_code(self) -> u32 {
         (1 << self as u32) - 1
     }
 
-    /// The planes that codes are split into: one, unless 32 is no multiple of the bits.
+    /// Returns the bit planes of a code: a single one, unless 32 is not a multiple of the bits.
     pub(crate) const fn planes(self) -> &'static [Plane] {
         match self {
             Self::Two => &[Plane { bits: 2, shift: 0 }],
@@ -73,38 +73,39 @@ impl TryFrom<usize> for Bits {
     }
 }
 
-/// A direction in a matrix of tokens (rows) and channels (columns).
+/// An axis of a matrix of tokens (rows) and channels (columns).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Axis {
-    /// From token to token: down a column.
+    /// Along a column, from token to token.
     Tokens,
-    /// From channel to channel: along a row.
+    /// Along a row, from channel to channel.
     Channels,
 }
 
-/// How a matrix is quantized: what a code means, and which numbers share a scale.
+/// How a matrix is quantized: the codes, and the groups that share a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Scheme {
-    /// Bits of a code.
+    /// Bits per code.
     pub bits: Bits,
-    /// Where a group's numbers follow each other. [`Axis::Tokens`] is KIVI's "per channel", [`Axis::Channels`] "per token".
+    /// The axis along which the numbers of a group are adjacent. [`Axis::Tokens`] is KIVI's "per
+    /// channel", [`Axis::Channels`] "per token".
     pub along: Axis,
-    /// Numbers of a group: 32, 64 or 128; along channels also 256. The last group of a line may be
-    /// shorter.
+    /// Numbers per group: 32, 64 or 128; along channels also 256. The last group of a row or column
+    /// may be shorter.
     pub group: usize,
-    /// What a code means.
+    /// The meaning of a code.
     pub codes: Codes,
-    /// Whether each row is multiplied by the orthonormal Walsh-Hadamard matrix before it is
-    /// quantized, in blocks of the largest power of two that divides its length. This spreads the
+    /// Whether each row is multiplied by the orthonormal Walsh-Hadamard matrix before quantization,
+    /// in blocks of the largest power of two that divides its length. The rotation spreads the
     /// outliers of a channel over all channels (QuaRot, arXiv 2404.00456).
     pub rotated: bool,
 }
 
 impl Scheme {
-    /// The group that makes a head of up to 256 channels share one scale per token.
+    /// The group size with which a head of up to 256 channels has one scale per token.
     pub const PER_TOKEN: usize = 256;
 
-    /// Asymmetric integers, as KIVI quantizes.
+    /// Asymmetric integers, as in KIVI.
     ///
     /// # Errors
     /// [`Error::Setting`] unless the group is 32, 64, 128, or, along channels, 256.
@@ -121,8 +122,7 @@ impl Scheme {
         Self::along_channels(bits, Codes::Symmetric, group).checked()
     }
 
-    /// 8-bit floating-point numbers with a scale per token, or, if one is given, with that scale for
-    /// all of them.
+    /// 8-bit floating-point numbers with a scale per token or, if given, one static scale.
     pub fn float8(kind: Float8, scale: Option<StaticScale>) -> Self {
         Self::along_channels(Bits::Eight, Codes::Float8 { kind, scale }, Self::PER_TOKEN)
     }
@@ -137,14 +137,14 @@ impl Scheme {
         Self::along_channels(bits, codes, Self::PER_TOKEN).rotated().checked()
     }
 
-    /// The values of vLLM's TurboQuant: asymmetric integers with a scale and a zero per token, in f32
-    /// arithmetic.
+    /// The values of vLLM's TurboQuant: asymmetric integers with a scale and a zero point per
+    /// token, in f32 arithmetic.
     pub fn uniform(bits: Bits) -> Self {
         Self::along_channels(bits, Codes::Uniform, Self::PER_TOKEN)
     }
 
-    /// KVarN's (arXiv 2606.03458): rotated, with variances evened out over tiles of `tile` tokens.
-    /// Keys are quantized along tokens, values along channels.
+    /// KVarN's codes (arXiv 2606.03458): rotated, with variance normalisation over tiles of `tile`
+    /// tokens. Keys are quantized along tokens, values along channels.
     ///
     /// # Errors
     /// [`Error::Setting`] unless the tile is 32, 64 or 128.
@@ -161,13 +161,13 @@ impl Scheme {
         Self { bits, along: Axis::Channels, group, codes, rotated: false }
     }
 
-    /// The same with rows [rotated](Self::rotated) before they are quantized.
+    /// Returns the scheme with rows [rotated](Self::rotated) before quantization.
     #[must_use]
     pub fn rotated(self) -> Self {
         Self { rotated: true, ..self }
     }
 
-    /// Checks that the parts fit together.
+    /// Checks that the fields are consistent.
     pub(crate) fn checked(self) -> Result<Self> {
         let (tokens, group) = (self.along == Axis::Tokens, self.group);
         if !matches!(group, 32 | 64 | 128) && (group != Self::PER_TOKEN || tokens) {
@@ -202,7 +202,7 @@ impl Scheme {
         Ok(self)
     }
 
-    /// Tokens that are quantized together.
+    /// Returns the number of tokens that are quantized together.
     pub(crate) fn tokens_together(self) -> usize {
         match (self.codes, self.along) {
             (Codes::VarianceNormalized { tile }, _) => tile,
@@ -211,48 +211,49 @@ impl Scheme {
         }
     }
 
-    /// Whether groups have scales of their own.
+    /// Returns whether groups have their own scales.
     pub(crate) fn has_scales(self) -> bool {
         !matches!(self.codes, Codes::Float8 { scale: Some(_), .. })
     }
 
-    /// Whether groups have zeros.
+    /// Returns whether groups have zero points.
     pub(crate) fn has_zeros(self) -> bool {
         matches!(self.codes, Codes::Asymmetric | Codes::Uniform | Codes::VarianceNormalized { .. })
     }
 }
 
-/// What a code means: x' = level * scale + zero.
+/// The meaning of a code: x' = level * scale + zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Codes {
-    /// Whole numbers from the group's minimum, its zero, to its maximum. The arithmetic is that of
+    /// Integers from the group's minimum, its zero point, to its maximum. The arithmetic is that of
     /// KIVI's published functions on f16 tensors.
     Asymmetric,
     /// The same in f32 arithmetic, rounding half up: the values of vLLM's TurboQuant.
     Uniform,
-    /// Whole numbers from -2^(bits - 1) to 2^(bits - 1) - 1, without a zero. The number of the
-    /// largest magnitude becomes the lowest of them, as in GGML's `q4_0`: the scale may be negative.
+    /// Integers from -2^(bits - 1) to 2^(bits - 1) - 1, without a zero point. The number with the
+    /// largest magnitude is mapped to the lowest integer, as in GGML's `q4_0`, so the scale may be
+    /// negative.
     Symmetric,
     /// 8-bit floating-point numbers.
     Float8 {
         /// Their format.
         kind: Float8,
-        /// The scale of all numbers; `None`: a scale per group, its largest magnitude over the
-        /// format's.
+        /// The scale of all numbers. `None`: a scale per group, its largest magnitude divided by
+        /// the format's.
         scale: Option<StaticScale>,
     },
-    /// The levels that quantize a normal distribution with the least mean squared error (Lloyd-Max),
-    /// scaled by the group's norm.
+    /// The levels that quantize a normal distribution with the least mean squared error
+    /// (Lloyd-Max), scaled by the group's norm.
     LloydMax {
-        /// Whether the scale makes up for the difference between the norm of the group and that of
+        /// Whether the scale is corrected for the difference between the norms of the group and of
         /// its levels.
         norm_correction: bool,
     },
-    /// Asymmetric whole numbers of a tile whose rows and columns have been divided by factors that
-    /// even out their variances. One axis' factors are in the scales and zeros; the other axis has
-    /// factors of its own.
+    /// Asymmetric integers of a tile whose rows and columns have been divided by factors that
+    /// equalize their variances. The factors of one axis are part of the scales and zero points;
+    /// those of the other axis are stored separately.
     VarianceNormalized {
-        /// Tokens of a tile.
+        /// Tokens per tile.
         tile: usize,
     },
 }
@@ -267,7 +268,7 @@ pub enum Float8 {
 }
 
 impl Float8 {
-    /// The largest finite number.
+    /// Returns the largest finite number.
     pub const fn max(self) -> f32 {
         match self {
             Self::E4m3 => 448.0,
@@ -281,10 +282,10 @@ impl Float8 {
 pub struct StaticScale(u32);
 
 impl StaticScale {
-    /// One, for numbers that are stored as they are.
+    /// The scale 1, for numbers that are stored unchanged.
     pub const ONE: Self = Self(1f32.to_bits());
 
-    /// Checks the scale.
+    /// Creates a scale.
     ///
     /// # Errors
     /// [`Error::Setting`] unless it is between 2^-24 and 2^16.
@@ -295,14 +296,14 @@ impl StaticScale {
         }
     }
 
-    /// The number.
+    /// Returns the scale as a number.
     pub const fn get(self) -> f32 {
         f32::from_bits(self.0)
     }
 }
 
-/// vLLM's presets of TurboQuant. They keep the first and last two layers in full precision, which is
-/// left to the caller.
+/// vLLM's presets of TurboQuant. They keep the first and last two layers in full precision; the
+/// caller has to do this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TurboQuant {
     /// Keys in fp8 e4m3 with scale 1, values at 4 bits.
@@ -315,35 +316,38 @@ pub enum TurboQuant {
     ThreeBitNc,
 }
 
-/// When tokens leave full precision and are packed.
+/// When tokens are packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Flush {
-    /// At once: nothing is kept in full precision. Needs keys quantized along channels.
+    /// Immediately: no tokens are kept in full precision. Requires keys quantized along
+    /// channels.
     Immediate,
-    /// Keys and values together, in whole groups of tokens, as soon as at least so many newer tokens
-    /// remain in full precision. With 0, a group leaves once it is complete.
+    /// Keys and values together, in whole groups of tokens, as soon as at least this many newer
+    /// tokens remain in full precision (the residual). With 0, a group is packed when it is
+    /// complete.
     ///
-    /// The newest packed group stays in full precision, too, until the next one is packed, so that
-    /// a sequence can be truncated by up to a group of tokens and be as if it had never had them.
+    /// The newest packed group also stays in full precision until the next one is packed, so that a
+    /// truncation by up to a group of tokens restores the earlier state exactly.
     Rolling(usize),
-    /// As KIVI's published code does: keys all at once, whenever there are so many in full
-    /// precision; values one by one, the newest so many staying.
+    /// As in KIVI's published code. Keys are packed all at once, whenever this many are in full
+    /// precision. Values are packed one by one; the newest this many stay in full precision.
     Staggered(usize),
     /// Never: everything stays in f16.
     Never,
 }
 
-/// At which point keys come.
+/// The basis in which keys are given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum KeyBasis {
-    /// They are packed as they come.
+    /// Keys are packed as given.
     #[default]
     Given,
-    /// They come as they are before the rotary embedding, and are rotated while they are scored (KVQuant, arXiv 2401.18079).
+    /// Keys are given before the rotary embedding and rotated when they are scored (KVQuant, arXiv
+    /// 2401.18079).
     BeforeRope,
 }
 
-/// How a kv head is held.
+/// The format of a kv head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Format {
     keys: Scheme,
@@ -353,13 +357,16 @@ pub struct Format {
 }
 
 impl Format {
-    /// Checks that the parts fit together.
+    /// Creates a format.
     ///
     /// # Errors
-    /// [`Error::Setting`] if a scheme's parts do not fit together, values are not quantized along
-    /// channels, keys along tokens or variance-normalized values should be flushed at once, these
-    /// values are not flushed together with keys of the same tile, or a staggered flush is not of a
-    /// positive multiple of the keys' group.
+    /// [`Error::Setting`] in these cases:
+    ///
+    /// - a scheme is inconsistent;
+    /// - values are not quantized along channels;
+    /// - keys along tokens, or variance-normalized values, have an immediate flush;
+    /// - variance-normalized values are not flushed together with keys of the same tile;
+    /// - a staggered flush is not a positive multiple of the keys' group.
     pub fn new(keys: Scheme, values: Scheme, flush: Flush) -> Result<Self> {
         let (keys, values) = (keys.checked()?, values.checked()?);
         if values.along != Axis::Channels {
@@ -384,7 +391,55 @@ impl Format {
         Ok(format)
     }
 
-    /// KIVI (arXiv 2402.02750): keys along tokens, values along channels, the newest `residual` tokens in full precision.
+    /// The format of the lowest measured loss among those of at most `bits` per packed number, for
+    /// heads of `head_dim` channels.
+    ///
+    /// Loss is that of perplexity of SmolLM2-135M-Instruct and Gemma 3 270M, whichever is larger:
+    /// formats rank differently on the two. The table is from `docs/kv-quality.md` in the repository.
+    ///
+    /// | format | bits, 128 channels | SmolLM2 | Gemma 3 |
+    /// |---|---|---|---|
+    /// | KIVI, 8 bits | 9 | -0.01 % | +0.08 % |
+    /// | fp8 e4m3 | 8.13 | +0.20 % | +0.19 % |
+    /// | KIVI, 4 bits | 5 | +0.30 % | +0.06 % |
+    /// | rotated, 4 bits, 128 newest tokens in f16 | 4.13 | +0.12 % | +1.97 % |
+    /// | KIVI, 2 bits | 3 | +24.4 % | +10.4 % |
+    ///
+    /// Keeping 4 attention sinks in f16 lowers the loss further
+    /// (`QuantCache::with_sinks`), most at 2 bits: to 9.6 % and 9.5 %.
+    ///
+    /// ```
+    /// use kv_quant::{Bits, Format};
+    ///
+    /// let format = Format::for_bits_per_number(5.5, 128)?;
+    /// assert_eq!(format, Format::kivi(Bits::Four, Bits::Four, 32, 128)?);
+    /// # Ok::<(), kv_quant::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if no measured format has so few bits, and if `head_dim` is 0.
+    pub fn for_bits_per_number(bits: f64, head_dim: usize) -> Result<Self> {
+        let rotated = Self::rotated_symmetric(Bits::Four, Bits::Four);
+        let by_loss = [
+            Self::kivi(Bits::Eight, Bits::Eight, 32, 128)?,
+            Self::float8(Float8::E4m3),
+            Self::kivi(Bits::Four, Bits::Four, 32, 128)?,
+            Self::new(rotated.keys, rotated.values, Flush::Rolling(128))?,
+            Self::kivi(Bits::Two, Bits::Two, 32, 128)?,
+        ];
+        let mut least = f64::INFINITY;
+        for format in by_loss {
+            let own = format.bits_per_number(head_dim, head_dim)?;
+            if own <= bits {
+                return Ok(format);
+            }
+            least = least.min(own);
+        }
+        Err(Error::setting("bits per number", format!("at least {least}"), bits))
+    }
+
+    /// KIVI (arXiv 2402.02750): keys along tokens, values along channels, the newest `residual`
+    /// tokens in full precision.
     ///
     /// # Errors
     /// As [`Format::new`].
@@ -397,7 +452,7 @@ impl Format {
     }
 
     /// [`kivi`](Self::kivi) with a [rolling](Flush::Rolling) flush: at least the newest `residual`
-    /// keys, too, are in full precision, and tokens can be rolled back.
+    /// keys are also in full precision, and tokens can be rolled back.
     ///
     /// # Errors
     /// As [`Format::new`].
@@ -414,7 +469,8 @@ impl Format {
         )
     }
 
-    /// FlexGen's (arXiv 2303.06865), as the paper's benchmark has it: keys and values along channels, nothing kept in full precision.
+    /// FlexGen (arXiv 2303.06865) as in the paper's benchmark: keys and values along channels,
+    /// nothing kept in full precision.
     ///
     /// # Errors
     /// As [`Format::new`].
@@ -426,21 +482,21 @@ impl Format {
         )
     }
 
-    /// fp8 with a scale per token and head. Nothing is kept in full precision.
+    /// fp8 with a scale per token and head. No tokens are kept in full precision.
     pub fn float8(kind: Float8) -> Self {
         let scheme = Scheme::float8(kind, None);
         Self::immediate(scheme, scheme)
     }
 
-    /// fp8 with the same scale for all keys, and for all values: those that checkpoints carry as
-    /// `k_scale` and `v_scale`. Larger numbers than the format's largest times the scale become that.
+    /// fp8 with one scale for all keys and one for all values: the `k_scale` and `v_scale` of
+    /// checkpoints. Numbers beyond the format's range times the scale saturate.
     pub fn float8_static(kind: Float8, keys: StaticScale, values: StaticScale) -> Self {
         let of = |scale| Scheme::float8(kind, Some(scale));
         Self::immediate(of(keys), of(values))
     }
 
     /// [Symmetric](Codes::Symmetric) integers with a scale per token, after a Hadamard rotation of
-    /// keys and values. Nothing is kept in full precision.
+    /// keys and values. No tokens are kept in full precision.
     pub fn rotated_symmetric(key_bits: Bits, value_bits: Bits) -> Self {
         let of = |bits| {
             let codes = Codes::Symmetric;
@@ -449,8 +505,8 @@ impl Format {
         Self::immediate(of(key_bits), of(value_bits))
     }
 
-    /// [Asymmetric](Codes::Asymmetric) integers with a scale and a zero per token, after a Hadamard
-    /// rotation of keys and values. Nothing is kept in full precision.
+    /// [Asymmetric](Codes::Asymmetric) integers with a scale and a zero point per token, after a
+    /// Hadamard rotation of keys and values. No tokens are kept in full precision.
     pub fn rotated_asymmetric(key_bits: Bits, value_bits: Bits) -> Self {
         let of = |bits| {
             let codes = Codes::Asymmetric;
@@ -459,7 +515,7 @@ impl Format {
         Self::immediate(of(key_bits), of(value_bits))
     }
 
-    /// TurboQuant (arXiv 2504.19874) as vLLM has it. Nothing is kept in full precision.
+    /// TurboQuant (arXiv 2504.19874) as in vLLM. No tokens are kept in full precision.
     pub fn turboquant(preset: TurboQuant) -> Self {
         let levels = |bits| {
             let codes = Codes::LloydMax { norm_correction: true };
@@ -474,9 +530,9 @@ impl Format {
         Self::immediate(keys, Scheme::uniform(value_bits))
     }
 
-    /// KVarN (arXiv 2606.03458): variance-normalized tiles of `tile` tokens; the newest tokens, up to
-    /// a tile, in full precision. The published code also keeps each sequence's first 128 tokens in
-    /// f16, as sinks.
+    /// KVarN (arXiv 2606.03458): variance-normalized tiles of `tile` tokens, with the newest
+    /// tokens, up to a tile, in full precision. The published code also keeps each sequence's first
+    /// 128 tokens in f16, as sinks.
     ///
     /// # Errors
     /// [`Error::Setting`] unless the tile is 32, 64 or 128.
@@ -486,72 +542,72 @@ impl Format {
         Self::new(keys, values, Flush::Rolling(0))
     }
 
-    /// For schemes along channels.
+    /// Returns a format that packs immediately, for schemes along channels.
     fn immediate(keys: Scheme, values: Scheme) -> Self {
         Self { keys, values, flush: Flush::Immediate, basis: KeyBasis::Given }
     }
 
-    /// Everything in f16: what sinks lie in, and what others are compared with.
+    /// Everything in f16: the format of sinks, and the reference of comparisons.
     pub fn f16() -> Self {
         let scheme = Scheme::along_channels(Bits::Eight, Codes::Asymmetric, 32);
         Self { flush: Flush::Never, ..Self::immediate(scheme, scheme) }
     }
 
-    /// The same with another flush.
+    /// Returns the format with another flush.
     #[cfg(feature = "cuda")]
     pub(crate) fn with_flush(self, flush: Flush) -> Self {
         Self { flush, ..self }
     }
 
-    /// The same with keys that come at another point.
+    /// Sets the basis in which keys are given.
     #[must_use]
     pub fn with_basis(self, basis: KeyBasis) -> Self {
         Self { basis, ..self }
     }
 
-    /// The same with keys [rotated](Scheme::rotated) before they are quantized.
+    /// Returns the format with keys [rotated](Scheme::rotated) before quantization.
     #[must_use]
     pub fn with_rotated_keys(self) -> Self {
         Self { keys: self.keys.rotated(), ..self }
     }
 
-    /// The same with values [rotated](Scheme::rotated) before they are quantized.
+    /// Returns the format with values [rotated](Scheme::rotated) before quantization.
     #[must_use]
     pub fn with_rotated_values(self) -> Self {
         Self { values: self.values.rotated(), ..self }
     }
 
-    /// At which point keys come.
+    /// Returns the basis in which keys are given.
     pub fn basis(&self) -> KeyBasis {
         self.basis
     }
 
-    /// The keys' scheme.
+    /// Returns the keys' scheme.
     pub fn keys(&self) -> Scheme {
         self.keys
     }
 
-    /// The values' scheme.
+    /// Returns the values' scheme.
     pub fn values(&self) -> Scheme {
         self.values
     }
 
-    /// When tokens are packed.
+    /// Returns when tokens are packed.
     pub fn flush(&self) -> Flush {
         self.flush
     }
 
-    /// Tokens of a block: they are packed, shared and freed together.
+    /// Returns the number of tokens per block. They are packed, shared and freed together.
     pub fn chunk(&self) -> usize {
         match (self.keys.along, self.keys.codes) {
             (Axis::Tokens, _) => self.keys.group,
             (Axis::Channels, Codes::Asymmetric) => 32,
-            // Larger blocks take fewer calls of the kernels.
+            // Larger blocks need fewer kernel calls.
             (Axis::Channels, _) => 64,
         }
     }
 
-    /// Packed tokens that stay in full precision, too.
+    /// Returns the number of packed tokens that also stay in full precision.
     pub(crate) fn overlap(&self) -> usize {
         match self.flush {
             Flush::Rolling(_) => self.chunk(),
@@ -559,11 +615,12 @@ impl Format {
         }
     }
 
-    /// Bits of a packed number, with its share of scales, zeros and factors, over keys of `head_dim` and
-    /// values of `value_dim` channels. Tokens in full precision and tables come on top.
+    /// Returns the bits per packed number including scales, zero points and factors, over keys of
+    /// `head_dim` and values of `value_dim` channels. Tokens in full precision and block tables are
+    /// not included.
     ///
     /// # Errors
-    /// [`Error::Setting`] for no channels.
+    /// [`Error::Setting`] if a dimension is 0.
     pub fn bits_per_number(&self, head_dim: usize, value_dim: usize) -> Result<f64> {
         if self.flush == Flush::Never {
             return Ok(16.0);
@@ -572,7 +629,7 @@ impl Format {
         Ok(block.bits() as f64 / (self.chunk() * (head_dim + value_dim)) as f64)
     }
 
-    /// Of so many keys and values in full precision, how many are to be packed now.
+    /// Returns how many of the keys and values in full precision are to be packed now.
     pub(crate) fn ready(&self, keys: usize, values: usize) -> (usize, usize) {
         let whole = |n: usize, size: usize| n - n % size;
         match self.flush {

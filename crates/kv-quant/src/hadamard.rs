@@ -1,7 +1,9 @@
 //! The Walsh-Hadamard transform of keys, values and queries.
 //!
-//! It is orthonormal, so that transformed queries and keys have the scores of plain ones, and it spreads what is large in one channel over
-//! all: what groups along channels quantize best. QuaRot (arXiv 2404.00456) and TurboQuant (arXiv 2504.19874) rotate before quantizing.
+//! It is orthonormal, so transformed queries and keys have the scores of the original ones. It
+//! spreads large values of one channel over all channels, which improves quantization along
+//! channels. QuaRot (arXiv 2404.00456) and TurboQuant (arXiv 2504.19874) rotate before
+//! quantization.
 
 use crate::number::LARGEST;
 use crate::vector::wide;
@@ -9,15 +11,17 @@ use half::f16;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Transforms each row of `columns` numbers, in blocks of the largest power of two that divides `columns`. It is its own inverse.
+/// Transforms each row of `columns` numbers, in blocks of the largest power of two that divides
+/// `columns`. The transform is its own inverse.
 pub fn hadamard(rows: &mut [f32], columns: usize) {
     let block = 1 << columns.trailing_zeros();
     rows.chunks_exact_mut(block).for_each(transform);
 }
 
-/// Where the first number beyond ±[`LARGEST`] would be if each row were transformed, and the number.
+/// Transforms each row and returns the index of the first result beyond ±[`LARGEST`], with its
+/// value.
 pub fn rotated_beyond(rows: &[f16], columns: usize) -> Option<(usize, f32)> {
-    // No sum of a block's numbers is larger than this times the largest.
+    // No sum of a block is larger than this factor times its largest number.
     let growth = ((1 << columns.trailing_zeros()) as f32).sqrt();
     let safe = f16::from_f32(0.999 * LARGEST.to_f32() / growth);
     rows.par_chunks(columns).enumerate().find_map_first(|(row, numbers)| {

@@ -1,17 +1,17 @@
-//! What codes mean: the numbers that are multiplied by scales.
+//! Quantization levels: the numbers of codes before scaling.
 
 mod lloyd_max;
 
 use crate::{Bits, Codes, Float8, Scheme};
 
-/// The numbers that codes stand for.
+/// The numbers of codes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Levels {
-    /// Whole numbers from `first` on.
+    /// Integers from `first` on.
     Integers { first: f32 },
-    /// A code's number in a table of 16, which repeats the numbers of fewer bits.
+    /// A table of 16 numbers indexed by code. For fewer bits, it repeats.
     Table(&'static [f32; 16]),
-    /// Floating-point numbers of 8 bits.
+    /// 8-bit floating-point numbers.
     Float8(Float8),
 }
 
@@ -42,8 +42,9 @@ impl Levels {
     }
 }
 
-/// A code's sign, exponent and mantissa in the places of a 32-bit number's, once it has been shifted
-/// to the upper byte: what is to be kept after an arithmetic shift to the right.
+/// Returns the bits to keep after a code has been shifted to the upper byte of a word and then
+/// arithmetically to the right: its sign, exponent and mantissa at their positions in a 32-bit
+/// float.
 pub const fn float8_bits(kind: Float8) -> (u32, u32) {
     match kind {
         Float8::E4m3 => (4, 0x87f0_0000),
@@ -51,7 +52,8 @@ pub const fn float8_bits(kind: Float8) -> (u32, u32) {
     }
 }
 
-/// What makes up for the difference of the exponents' biases: subnormal numbers, too, become right.
+/// Returns the factor that corrects the difference of the exponents' biases, also for subnormal
+/// numbers.
 pub const fn float8_unit(kind: Float8) -> f32 {
     let exponent = match kind {
         Float8::E4m3 => 127 + 120,
@@ -80,7 +82,7 @@ const fn repeated(levels: &[f32]) -> [f32; 16] {
     table
 }
 
-/// The Lloyd-Max levels of the standard normal distribution; none for 8 bits.
+/// Returns the Lloyd-Max levels of the standard normal distribution; empty for 8 bits.
 pub const fn lloyd_max(bits: Bits) -> &'static [f32] {
     match bits {
         Bits::Two => &lloyd_max::LEVELS_2,

@@ -1,6 +1,6 @@
 #![doc = include_str!("../README.md")]
 
-/// The pages of the book, so that their examples are compiled and run.
+/// The book's pages, so that their examples are compiled and run.
 #[cfg(doctest)]
 mod pages {
     #[doc = include_str!("../../../docs/kv-quant-slices.md")]

@@ -1,4 +1,4 @@
-//! The number formats of keys, values, queries and outputs.
+//! The element types of keys, values, queries and outputs.
 
 use std::borrow::Cow;
 
@@ -6,29 +6,27 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-/// Numbers that one thread converts at a time.
+/// Elements that one thread converts at a time.
 const PART: usize = 1 << 16;
 
-/// The largest number that groups of tokens to come can take: half of f16's range, so that no group's
-/// range can be beyond it, whatever tokens come to share a group.
+/// The largest number that can be appended to a group token by token: half of f16's range, so that
+/// the range of a group never exceeds f16's.
 pub const LARGEST: f16 = f16::from_bits(f16::MAX.to_bits() - 0x400);
 
-/// A number format that keys, values and queries may come in, and outputs may be written in: f32, f16
-/// or bf16.
+/// An element type of keys, values, queries and outputs: f32, f16 or bf16.
 ///
-/// Keys and values are rounded to f16 first, the format in which KIVI's and FlexGen's arithmetic is
-/// done.
+/// Keys and values are first rounded to f16, in which KIVI and FlexGen compute.
 pub trait Number: Copy + Send + Sync + sealed::Sealed {
-    /// `src` rounded to nearest; numbers beyond f16's range become infinite.
+    /// Rounds `src` to the nearest f16. Numbers beyond f16's range become infinite.
     fn halves(src: &[Self]) -> Cow<'_, [f16]>;
 
-    /// Writes `src` in f32, in a slice of the same length.
+    /// Converts `src` to f32. `out` has the same length.
     fn widen_all(src: &[Self], out: &mut [f32]);
 
-    /// Writes `src` rounded to nearest, in a slice of the same length.
+    /// Rounds `src` to the nearest number of this type. `out` has the same length.
     fn narrow_all(src: &[f32], out: &mut [Self]);
 
-    /// The number in f32.
+    /// Converts the number to f32.
     fn widen(self) -> f32;
 }
 
@@ -101,7 +99,7 @@ impl Number for bf16 {
     }
 }
 
-/// `src` in f16, or where the first number beyond ±`largest` is.
+/// Converts `src` to f16; the error is the index of the first number beyond ±`largest`.
 pub fn to_f16<T: Number>(src: &[T], largest: f16) -> Result<Cow<'_, [f16]>, usize> {
     let halves = T::halves(src);
     match beyond(&halves, largest) {
@@ -110,20 +108,20 @@ pub fn to_f16<T: Number>(src: &[T], largest: f16) -> Result<Cow<'_, [f16]>, usiz
     }
 }
 
-/// Where the first number beyond ±`largest` is, or NaN.
+/// Returns the index of the first number beyond ±`largest`, or of a NaN.
 pub fn beyond(x: &[f16], largest: f16) -> Option<usize> {
     let any = |x: &[f16]| x.iter().fold(false, |any, x| any | is_beyond(*x, largest));
-    // A scan without early exit is one that vectors can do.
+    // A scan without early exit vectorizes.
     if x.par_chunks(PART).any(any) { x.iter().position(|x| is_beyond(*x, largest)) } else { None }
 }
 
-/// The same of a few numbers, on this thread.
+/// The same for a few numbers, on this thread.
 pub fn beyond_within(x: &[f16], largest: f16) -> Option<usize> {
     let any = x.iter().fold(false, |any, x| any | is_beyond(*x, largest));
     if any { x.iter().position(|x| is_beyond(*x, largest)) } else { None }
 }
 
-/// Without their signs, halves are ordered as their bits are; NaN and infinity come last.
+/// Without the sign, f16 numbers are ordered like their bits; NaN and infinity are the largest.
 fn is_beyond(x: f16, largest: f16) -> bool {
     x.to_bits() & 0x7fff > largest.to_bits()
 }

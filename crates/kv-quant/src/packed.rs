@@ -1,4 +1,4 @@
-//! A matrix of tokens by channels in packed form.
+//! A packed matrix of tokens by channels.
 
 mod views;
 
@@ -12,10 +12,10 @@ pub(crate) use views::{PackedMut, PackedRef, PackedRow};
 
 /// A quantized matrix: rows are tokens, columns are channels.
 ///
-/// One axis lies in *lanes*, the other is walked in *steps*. The words of a lane hold the codes of
-/// consecutive steps, so that a product with a vector over the steps (`q` over a key's channels,
-/// attention weights over values' tokens) has its sums in vector registers, lane by lane, and never
-/// adds across one.
+/// One axis is stored in *lanes*, the other is traversed in *steps*. The words of a lane hold the
+/// codes of consecutive steps. A product with a vector over the steps (`q` over a key's channels,
+/// attention weights over values' tokens) therefore has its sums in vector registers, one per lane,
+/// without horizontal additions.
 ///
 /// ```
 /// use kv_quant::{Axis, Bits, Packed, Scheme};
@@ -41,11 +41,11 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// An empty matrix with room for `capacity` rows of `columns` numbers, with the given axis in
-    /// lanes.
+    /// Creates an empty matrix with a capacity of `capacity` rows of `columns` numbers, with the
+    /// given axis in lanes.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a scheme whose parts do not fit together, or no columns.
+    /// [`Error::Setting`] for an inconsistent scheme, or no columns.
     pub fn new(capacity: usize, columns: usize, scheme: Scheme, lanes: Axis) -> Result<Self> {
         let layout = Layout::new(capacity, columns, scheme, lanes)?;
         Ok(Self {
@@ -61,8 +61,8 @@ impl Packed {
     /// Quantizes a row-major matrix of `columns` columns.
     ///
     /// # Errors
-    /// [`Error::Setting`] as [`Packed::new`]; [`Error::Mismatch`] if `src` is no whole number of
-    /// rows; [`Error::NotFinite`] and [`Error::OutOfRange`] with the position.
+    /// [`Error::Setting`] as [`Packed::new`]; [`Error::Mismatch`] if the length of `src` is not a
+    /// multiple of `columns`; [`Error::NotFinite`] and [`Error::OutOfRange`] with the position.
     pub fn quantize<T: Number>(
         src: &[T],
         columns: usize,
@@ -77,8 +77,9 @@ impl Packed {
     /// Appends rows.
     ///
     /// # Errors
-    /// As [`Packed::quantize`], and [`Error::Mismatch`] if there is no room, or the last group along
-    /// tokens has been closed with fewer rows than a group has. On an error nothing is appended.
+    /// As [`Packed::quantize`], and [`Error::Mismatch`] if the capacity is exceeded, or the last
+    /// group along tokens has been closed with fewer rows than a group has. On an error nothing is
+    /// appended.
     pub fn push<T: Number>(&mut self, src: &[T], quantizer: &mut Quantizer) -> Result<()> {
         let columns = self.layout.columns;
         if !src.len().is_multiple_of(columns) {
@@ -120,27 +121,27 @@ impl Packed {
         }
     }
 
-    /// Rows held.
+    /// Returns the number of rows.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Rows that there is room for.
+    /// Returns the capacity in rows.
     pub fn capacity(&self) -> usize {
         self.layout.capacity
     }
 
-    /// Columns of a row.
+    /// Returns the number of columns.
     pub fn columns(&self) -> usize {
         self.layout.columns
     }
 
-    /// How it is quantized.
+    /// Returns the scheme.
     pub fn scheme(&self) -> Scheme {
         self.layout.scheme
     }
 
-    /// The code at a row and column; `None` outside the matrix.
+    /// Returns the code at a row and column; `None` outside the matrix.
     pub fn code(&self, row: usize, column: usize) -> Option<u8> {
         if row >= self.rows || column >= self.columns() {
             return None;
@@ -150,8 +151,8 @@ impl Packed {
         Some(codes[column])
     }
 
-    /// The scale and zero of a row and column's group; a static scale as the nearest f16, 0 for codes
-    /// without a zero. `None` outside the matrix.
+    /// Returns the scale and zero point of a row and column's group; `None` outside the matrix. A
+    /// static scale is rounded to f16, and codes without a zero point have 0.
     pub fn params(&self, row: usize, column: usize) -> Option<(f16, f16)> {
         if row >= self.rows || column >= self.columns() {
             return None;
@@ -160,8 +161,9 @@ impl Packed {
         Some((f16::from_f32(scale), f16::from_f32(zero)))
     }
 
-    /// The factor of a row and column in a variance-normalized matrix: of the row if it is quantized
-    /// along tokens, else of the column. `None` outside the matrix and in others.
+    /// Returns the factor of a row and column in a variance-normalized matrix: the row's if
+    /// quantized along tokens, otherwise the column's. `None` outside the matrix and in other
+    /// matrices.
     pub fn factor(&self, row: usize, column: usize) -> Option<f16> {
         if row >= self.rows || column >= self.columns() {
             return None;
@@ -169,10 +171,11 @@ impl Packed {
         self.factors.get(self.layout.factor_at(row, column)).copied()
     }
 
-    /// Writes (level * scale + zero) * factor, rotated back, row-major, in f32.
+    /// Writes the dequantized matrix, (level * scale + zero) * factor rotated back, row-major, in
+    /// f32.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] unless `out` holds exactly the matrix.
+    /// [`Error::Mismatch`] unless `out` has the size of the matrix.
     pub fn dequantize(&self, out: &mut [f32]) -> Result<()> {
         if out.len() != self.rows * self.columns() {
             let expected = format!("{} x {} numbers", self.rows, self.columns());
@@ -185,8 +188,8 @@ impl Packed {
         Ok(())
     }
 
-    /// Bytes of the codes, and of the scales, zeros and factors, with what is allocated for rows to
-    /// come.
+    /// Returns the bytes of the codes, and the bytes of scales, zero points and factors, both
+    /// including memory allocated for future rows.
     pub fn bytes(&self) -> (usize, usize) {
         let params = [&self.scales, &self.zeros, &self.factors];
         (size_of_val(&*self.codes), params.map(|x| size_of_val(&**x)).iter().sum())

@@ -1,4 +1,4 @@
-//! One layer's packed keys and values for many sequences, in blocks that sequences share.
+//! Packed keys and values of one layer for many sequences, in blocks that sequences share.
 
 mod append;
 pub(crate) mod batch;
@@ -21,25 +21,25 @@ pub use footprint::PoolBytes;
 use head::Head;
 use memory::{BlockLayout, Memory};
 
-/// The heads of a layer.
+/// The dimensions of a layer's heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PoolShape {
-    /// Heads of keys and values.
+    /// Number of key/value heads.
     pub kv_heads: usize,
-    /// Channels of a key, and of a query.
+    /// Channels of a key or query.
     pub head_dim: usize,
-    /// Channels of a value, and of an output.
+    /// Channels of a value or output.
     pub value_dim: usize,
 }
 
-/// One layer's packed keys and values for many sequences of any lengths.
+/// Packed keys and values of one layer for many sequences of any lengths.
 ///
-/// A sequence has a table of blocks for each kv head; a block holds a few dozen packed tokens of one
-/// kv head, and its newest tokens are in pages in full precision. Forks share blocks and pages: one
-/// that is shared is copied before it is written to. Sequences are named by numbers of the caller's
-/// choice. A pool grows as it needs to, unless it is given a [capacity](Self::with_capacity).
+/// A sequence has a block table for each kv head. A block holds a few dozen packed tokens of one kv
+/// head; the newest tokens (the residual) are in pages in full precision. Forks share blocks and
+/// pages; a shared one is copied before it is written. Sequence ids are chosen by the caller. A
+/// pool grows as needed, unless it has a fixed [capacity](Self::with_capacity).
 ///
-/// Dropped entries leave holes, which the attention skips; a block of holes is freed.
+/// Evicted entries leave holes, which the attention skips. A block of holes is freed.
 #[derive(Debug, Clone)]
 pub struct Pool {
     pub(crate) shape: PoolShape,
@@ -50,10 +50,10 @@ pub struct Pool {
     capacity: Option<usize>,
 }
 
-/// What a pool holds of one sequence.
+/// The pool's entries of one sequence.
 #[derive(Debug, Clone)]
 pub(crate) struct Sequence {
-    /// `[kv_heads]`
+    /// The kv heads, `[kv_heads]`.
     pub heads: Vec<Head>,
 }
 
@@ -64,11 +64,11 @@ impl Sequence {
 }
 
 impl Pool {
-    /// An empty pool.
+    /// Creates an empty pool.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a shape with a zero, or a format with keys
-    /// [before RoPE](KeyBasis::BeforeRope).
+    /// [`Error::Setting`] for a dimension of 0, or a format with keys [before
+    /// RoPE](KeyBasis::BeforeRope).
     pub fn new(shape: PoolShape, format: Format) -> Result<Self> {
         if format.basis() == KeyBasis::BeforeRope {
             let expected = "a rotary embedding for keys before RoPE (`Pool::before_rope`)";
@@ -77,12 +77,12 @@ impl Pool {
         Self::make(shape, format, None)
     }
 
-    /// An empty pool whose keys come as they are before the rotary embedding, and are rotated while
-    /// they are scored. Queries come rotated. Nothing can be [dropped](Self::retain) from such a pool,
-    /// since a key's position is its number.
+    /// Creates an empty pool whose keys are given before the rotary embedding and are rotated when
+    /// they are scored. Queries are given rotated. Entries of such a pool cannot be
+    /// [evicted](Self::retain), because the position of a key is its index.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a shape with a zero, fewer channels than the embedding rotates, or keys
+    /// [`Error::Setting`] for a dimension of 0, fewer channels than the embedding rotates, or keys
     /// that are not plain asymmetric integers.
     pub fn before_rope(shape: PoolShape, format: Format, rotary: Arc<Rotary>) -> Result<Self> {
         let keys = format.keys();
@@ -108,14 +108,15 @@ impl Pool {
         Ok(Self { shape, format, rotary, memory, seqs: BTreeMap::new(), capacity: None })
     }
 
-    /// The same with blocks and pages of at most so many bytes in use at a time.
+    /// Limits the blocks and pages in use to `bytes` bytes.
     ///
-    /// Tables come on top of these, and blocks that are allocated and free: see
-    /// [`footprint`](Self::footprint). An empty pool that is given 32 MiB or more allocates 4 MiB at a
-    /// time, in huge pages where the system has them, which makes attention over long sequences
-    /// faster, and keeps what it has allocated until it is [cleared](Self::clear). Others allocate 16
-    /// blocks at a time up to 16 MiB, and 4 MiB at a time beyond; they give memory back when more
-    /// than an eighth of it is free.
+    /// Block tables, and blocks that are allocated and free, are not included: see
+    /// [`footprint`](Self::footprint).
+    ///
+    /// An empty pool with a capacity of 32 MiB or more allocates 4 MiB at a time, in huge pages where
+    /// the system has them, which makes attention over long sequences faster. It keeps the memory
+    /// until it is [cleared](Self::clear). All other pools allocate 16 blocks at a time up to 16 MiB,
+    /// and 4 MiB at a time beyond. They free memory when more than an eighth of it is unused.
     pub fn with_capacity(self, bytes: usize) -> Self {
         const LARGE: usize = 32 << 20;
         let large = bytes >= LARGE && self.seqs.is_empty();
@@ -123,12 +124,13 @@ impl Pool {
         Self { memory, capacity: Some(bytes), ..self }
     }
 
-    /// The most bytes of blocks and pages; `None` for a pool that grows.
+    /// Returns the largest number of bytes of blocks and pages; `None` for a pool that grows.
     pub fn capacity(&self) -> Option<usize> {
         self.capacity
     }
 
-    /// Bytes of blocks and pages that can still be taken; `usize::MAX` for a pool that grows.
+    /// Returns the bytes of blocks and pages that can still be taken; `usize::MAX` for a pool that
+    /// grows.
     pub fn free_bytes(&self) -> usize {
         self.capacity.map_or(usize::MAX, |bytes| bytes.saturating_sub(self.memory.used()))
     }
@@ -140,8 +142,8 @@ impl Pool {
         }
     }
 
-    /// Makes `to` a copy of `from` that shares all of its memory. This copies tables of block
-    /// numbers; a block or page is copied when one of the sequences writes to it.
+    /// Makes `to` a copy of `from` that shares all of its memory. Only the tables of block numbers
+    /// are copied. A block or page is copied when one of the sequences writes to it.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`] for `from`; [`Error::Mismatch`] if `to` exists.
@@ -160,7 +162,7 @@ impl Pool {
         }
     }
 
-    /// Ends a sequence, and gives its blocks back. Returns whether it existed.
+    /// Removes a sequence and frees its blocks. Returns whether it existed.
     pub fn remove(&mut self, seq: u64) -> bool {
         let Some(mut sequence) = self.seqs.remove(&seq) else { return false };
         sequence.heads.iter_mut().for_each(|head| head.release(&mut self.memory));
@@ -168,24 +170,24 @@ impl Pool {
         true
     }
 
-    /// Ends all sequences, and gives all memory back.
+    /// Removes all sequences and frees all memory.
     pub fn clear(&mut self) {
         self.seqs.clear();
         self.memory.clear();
     }
 
-    /// The sequences, in increasing order.
+    /// Returns the sequences, in increasing order.
     pub fn seqs(&self) -> impl ExactSizeIterator<Item = u64> {
         self.seqs.keys().copied()
     }
 
-    /// Entries of a sequence, `[kv_heads]`; `None` for one that is not known.
+    /// Returns the number of entries of each kv head, `[kv_heads]`; `None` for an unknown sequence.
     pub fn lens(&self, seq: u64) -> Option<Vec<usize>> {
         Some(self.seqs.get(&seq)?.heads.iter().map(|head| head.len).collect())
     }
 
-    /// The keys `[entries, head_dim]` and values `[entries, value_dim]` of one kv head, dequantized.
-    /// Keys are as queries meet them: rotated, if they came before RoPE.
+    /// Returns the keys `[entries, head_dim]` and values `[entries, value_dim]` of one kv head,
+    /// dequantized. Keys given before RoPE are returned rotated.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if there is no such head.
@@ -234,17 +236,17 @@ impl Pool {
         self.seqs.get(&seq).ok_or(Error::UnknownSequence(seq))
     }
 
-    /// The heads.
+    /// Returns the dimensions of the heads.
     pub fn shape(&self) -> PoolShape {
         self.shape
     }
 
-    /// How keys and values are held.
+    /// Returns the format of keys and values.
     pub fn format(&self) -> Format {
         self.format
     }
 
-    /// The rotary embedding of keys that come before it.
+    /// Returns the rotary embedding of keys given before RoPE.
     pub fn rotary(&self) -> Option<&Arc<Rotary>> {
         self.rotary.as_ref()
     }

@@ -1,4 +1,4 @@
-//! Products of vectors with a packed matrix: codes become numbers in registers alone.
+//! Products of vectors with a packed matrix. Codes are dequantized only in registers.
 
 use std::slice::Chunks;
 
@@ -12,18 +12,18 @@ use crate::{Axis, vector};
 use half::f16;
 use pulp::{Arch, Simd, WithSimd};
 
-/// Scratch space of products.
+/// Buffers for products.
 #[derive(Debug, Default)]
 pub struct Scratch {
     scales: Vec<f32>,
     zeros: Vec<f32>,
-    /// A one and a zero for each step.
+    /// Scale 1 and zero point 0 for each step.
     ones: Vec<f32>,
     nothing: Vec<f32>,
     sums: Vec<f32>,
-    /// Sums of the vectors, for zeros.
+    /// Sums of the vectors, for zero points.
     totals: Vec<f32>,
-    /// Sums before they are multiplied by the factors of lanes.
+    /// Sums before the multiplication by the lanes' factors.
     of_lanes: Vec<f32>,
     factors: Vec<f32>,
     /// A dequantized panel: `[step][32 lanes]`.
@@ -31,11 +31,13 @@ pub struct Scratch {
 }
 
 impl<'a> PackedRef<'a> {
-    /// `out[r * out_stride + lane] += Σ_s x[r][s] * dequantized[s][lane]` over the steps of `x`.
+    /// Computes `out[r * out_stride + lane] += Σ_s x[r][s] * dequantized[s][lane]` over the steps
+    /// of `x`.
     ///
-    /// With tokens in lanes the steps are the channels: `x` holds queries, `out` receives scores. With channels in lanes the steps are the rows: `x`
-    /// holds attention weights, `out` receives outputs. Lanes are rounded up to a multiple of 16, in which `out` has room; the sums of lanes
-    /// that hold nothing mean nothing. The matrix `next`, which a product soon to come reads, is brought near meanwhile.
+    /// With tokens in lanes the steps are channels: `x` holds queries, `out` receives scores. With
+    /// channels in lanes the steps are rows: `x` holds attention weights, `out` receives outputs.
+    /// Lanes are rounded up to a multiple of 16, for which `out` has room; sums of unused lanes are
+    /// undefined. The matrix `next`, which a later product reads, is prefetched.
     pub(crate) fn accumulate(
         &self,
         x: Rows<'_>,
@@ -63,7 +65,7 @@ impl<'a> PackedRef<'a> {
         }
     }
 
-    /// Each lane's sum is multiplied by the lane's factor.
+    /// Multiplies each lane's sum by the lane's factor.
     fn accumulate_by_step_and_lane(
         &self,
         x: Rows<'_>,
@@ -85,7 +87,8 @@ impl<'a> PackedRef<'a> {
         s.of_lanes = sums;
     }
 
-    /// All lanes of a group share each step's scale and zero: the kernel makes a table of what codes mean, step by step.
+    /// All lanes of a group share each step's scale and zero point: the kernel makes a table of
+    /// dequantized levels at every step.
     fn accumulate_by_step(
         &self,
         x: Rows<'_>,
@@ -106,7 +109,7 @@ impl<'a> PackedRef<'a> {
         }
     }
 
-    /// Each lane has its own scale for a group of steps: it multiplies the group's sum.
+    /// Each lane has its own scale for a group of steps, which multiplies the group's sum.
     fn accumulate_by_lane(
         &self,
         x: Rows<'_>,
@@ -149,7 +152,8 @@ impl<'a> PackedRef<'a> {
         }
     }
 
-    /// Scales and zeros of so many groups in f32: those that there are, or what takes their place.
+    /// Converts the scales and zero points of `groups` groups to f32, or fills in those that the
+    /// scheme lacks.
     fn widen_params(&self, scales: &[f16], zeros: &[f16], groups: usize, s: &mut Scratch) {
         widen(scales, &mut s.scales);
         widen(zeros, &mut s.zeros);
@@ -157,7 +161,7 @@ impl<'a> PackedRef<'a> {
         s.zeros.resize(groups, 0.0);
     }
 
-    /// Writes a panel of two lines of asymmetric integers, dequantized, into the scratch space's tile.
+    /// Dequantizes a panel of two lines of asymmetric integers into the scratch tile.
     pub(crate) fn dequantize_panel(&self, panel: usize, s: &mut Scratch) {
         s.tile.clear();
         s.tile.resize(self.layout.columns * PANEL, 0.0);
@@ -190,13 +194,13 @@ impl<'a> PackedRef<'a> {
         }
     }
 
-    /// Lines to be brought near, in equal shares for the kernel's calls: so many for each panel.
+    /// Divides the lines to prefetch evenly among the kernel's calls.
     fn shares<'b>(&self, ahead: &'b [Line], calls: usize) -> Chunks<'b, Line> {
         let calls = calls * self.layout.lane_count().div_ceil(PANEL);
         ahead.chunks(ahead.len().div_ceil(calls).max(1))
     }
 
-    /// The words of a panel from step `first` on, which begins a word of each plane.
+    /// Returns the words of a panel from step `first` on, which begins a word of each plane.
     fn panel<'b>(&'b self, panel: usize, first: usize, ahead: &mut Chunks<'b, Line>) -> Panel<'b> {
         let Layout { scheme, .. } = self.layout;
         let width = self.layout.panel_width(panel);

@@ -15,33 +15,35 @@ use crate::{Codes, Result, Scheme};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-/// Quantizes rows of one width; keeps its scratch space from call to call.
+/// Quantizes rows of one width. It keeps its buffers from call to call.
 #[derive(Debug, Default)]
 pub struct Quantizer {
-    /// The rows given, rotated if the scheme says so.
+    /// The rows, rotated if the scheme says so.
     x: Vec<f32>,
-    /// Least and largest number of each group; then zeros and divisors.
+    /// Minimum and maximum of each group; later zero points and divisors.
     min: Vec<f32>,
     max: Vec<f32>,
     scale: Vec<f32>,
     balance: variance::Balance,
     pub(crate) scratch: Scratch,
-    /// One code per number of the rows last given to [`group_rows`](Self::group_rows).
+    /// One code per number of the last rows of [`group_rows`](Self::group_rows).
     pub codes: Vec<u8>,
     /// One scale per group of these rows, if the scheme has scales.
     pub scales: Vec<f16>,
-    /// One zero per group of these rows, if the scheme has zeros.
+    /// One zero point per group of these rows, if the scheme has them.
     pub zeros: Vec<f16>,
-    /// Of a variance-normalized scheme: a factor per row, or, along channels, per column.
+    /// For a variance-normalized scheme: a factor per row, or, along channels, per column.
     pub factors: Vec<f16>,
 }
 
 impl Quantizer {
-    /// Quantizes `rows` of `columns` numbers. Along tokens they are one group per column: `columns` scales. Along channels each row has its
-    /// own groups: scales come row by row. Rows of a variance-normalized scheme are one tile.
+    /// Quantizes `rows` of `columns` numbers. Along tokens they form one group per column, with
+    /// `columns` scales. Along channels each row has its own groups; scales are ordered row by row.
+    /// Rows of a variance-normalized scheme form one tile.
     ///
     /// # Errors
-    /// [`OutOfRange`](crate::Error::OutOfRange) for an asymmetric group whose range is beyond f16's, rows counted from the first given.
+    /// [`OutOfRange`](crate::Error::OutOfRange) if the range of an asymmetric group exceeds f16's.
+    /// The row is relative to the first given.
     pub fn group_rows(&mut self, rows: &[f16], columns: usize, scheme: Scheme) -> Result<()> {
         widen(rows, &mut self.x);
         if scheme.rotated {
@@ -64,21 +66,21 @@ impl Quantizer {
         Ok(())
     }
 
-    /// Transforms the rows. Numbers that grew too large are those of rows that were quantized before:
-    /// others are refused at the door.
+    /// Rotates the rows. Only rows that were quantized before can have numbers that become too
+    /// large here: others are refused on append.
     fn rotate(&mut self, columns: usize, scheme: Scheme) {
         hadamard(&mut self.x, columns);
         let largest = LARGEST.to_f32();
         self.x.iter_mut().for_each(|x| *x = x.clamp(-largest, largest));
         if scheme.codes == Codes::Asymmetric {
-            // That arithmetic is of f16 numbers.
+            // This scheme's arithmetic uses f16 numbers.
             self.scales.resize(self.x.len(), f16::ZERO);
             self.scales.convert_from_f32_slice(&self.x);
             widen(&self.scales, &mut self.x);
         }
     }
 
-    /// The groups along channels with their codes.
+    /// Iterates over the groups along channels with their codes.
     fn groups<'a>(
         x: &'a [f32],
         codes: &'a mut [u8],

@@ -1,8 +1,11 @@
-//! Keys packed before the rotary embedding and rotated while they are scored, as KVQuant does (arXiv 2401.18079).
+//! Keys packed before the rotary embedding and rotated when they are scored, as in KVQuant (arXiv
+//! 2401.18079).
 //!
-//! A channel keeps its range over all tokens before the rotation, and loses it after; so keys along tokens quantize better before. Scoring rotates
-//! a panel of 32 tokens at a time. Rotations add up: with queries turned back by the panel's first position, every panel's
-//! tokens are rotated by 0 to 31 positions alone, and one small table serves them all.
+//! Before the rotation, a channel keeps its range over all tokens; after it, it does not. So keys
+//! along tokens are quantized more accurately before the rotation. Scoring rotates a panel of 32
+//! tokens at a time. Rotations add up: if the queries are rotated back by the panel's first
+//! position, the tokens of every panel are rotated by only 0 to 31 positions, and one small table
+//! serves all panels.
 
 use crate::layout::PANEL;
 use crate::packed::PackedRef;
@@ -11,8 +14,8 @@ use crate::vector::wide;
 use crate::{Error, Result};
 use pulp::{Arch, Simd, WithSimd};
 
-/// A rotary embedding, and the position of the first token appended. Channel i turns with channel i + n, for n frequencies; the channels
-/// past 2n stay.
+/// A rotary embedding, and the position of the first token appended. For n frequencies, channel i
+/// is paired with channel i + n; the channels after 2n are not rotated.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rotary {
     frequencies: Vec<f64>,
@@ -23,7 +26,8 @@ pub struct Rotary {
 }
 
 impl Rotary {
-    /// For these frequencies, in radians per position; the first token appended stands at position `first`.
+    /// Creates an embedding with these frequencies, in radians per position. The first token
+    /// appended has position `first`.
     ///
     /// # Errors
     /// [`Error::Setting`] for a frequency that is not finite.
@@ -40,12 +44,12 @@ impl Rotary {
         })
     }
 
-    /// Radians per position, one for each pair of channels.
+    /// Returns radians per position, one for each pair of channels.
     pub fn frequencies(&self) -> &[f64] {
         &self.frequencies
     }
 
-    /// The position of the first token appended.
+    /// Returns the position of the first token appended.
     pub fn first(&self) -> usize {
         self.first
     }
@@ -59,7 +63,7 @@ impl Rotary {
         }
     }
 
-    /// Rotates a row from position 0 to that of the `token`-th one.
+    /// Rotates a row from position 0 to that of the token with index `token`.
     pub(crate) fn place(&self, row: &mut [f32], token: usize) {
         let position = (self.first + token) as f64;
         let (low, high) = row.split_at_mut(self.frequencies.len());
@@ -71,7 +75,7 @@ impl Rotary {
     }
 }
 
-/// Queries turned back by a position.
+/// Queries rotated back by a position.
 #[derive(Debug, Default)]
 pub struct Turned {
     by: Option<usize>,
@@ -81,12 +85,12 @@ pub struct Turned {
 }
 
 impl Turned {
-    /// Forgets what another call's queries were turned by.
+    /// Discards the rotated queries of an earlier call.
     pub fn clear(&mut self) {
         self.by = None;
     }
 
-    /// The rows of `q` turned back by the position of the `token`-th key.
+    /// Returns the rows of `q` rotated back by the position of the key with index `token`.
     pub fn turn(&mut self, q: &[f32], columns: usize, rotary: &Rotary, token: usize) -> &[f32] {
         let position = rotary.first + token;
         if self.by == Some(position) {
@@ -113,7 +117,8 @@ impl Turned {
         &self.q
     }
 
-    /// From one panel's angles to the next one's, in f64: thousands of such steps lose nothing that f32 would keep.
+    /// Advances the angles by one panel, in f64: the rounding errors of thousands of steps are
+    /// below f32's precision.
     fn advance(&mut self, rotary: &Rotary) {
         for ((cos, sin), frequency) in
             self.cos.iter_mut().zip(&mut self.sin).zip(&rotary.frequencies)
@@ -124,18 +129,18 @@ impl Turned {
     }
 }
 
-/// Where a chunk of keys stands.
+/// The position of a chunk of keys.
 pub struct Place<'a> {
     /// The embedding.
     pub rotary: &'a Rotary,
-    /// The number of its first key.
+    /// Index of its first key.
     pub token: usize,
-    /// The queries, turned back by an earlier chunk's position.
+    /// The queries, rotated back by an earlier chunk's position.
     pub turned: &'a mut Turned,
 }
 
 impl PackedRef<'_> {
-    /// `out[r * out_stride + row] += q[r] · key[row]` for keys rotated to their places.
+    /// Computes `out[r * out_stride + row] += q[r] · key[row]` for keys rotated to their positions.
     pub(crate) fn accumulate_rotated(
         &self,
         q: &[f32],
@@ -167,7 +172,7 @@ wide! {
 }
 
 wide! {
-    /// `out += q · tile`.
+    /// Computes `out += q · tile`.
     fn weigh_panel(q: &'a [f32], tile: &'a [f32], out: &'a mut [f32]) -> () {
         let mut sums = [0.0; PANEL];
         for (q, column) in q.iter().zip(tile.chunks_exact(PANEL)) {

@@ -1,9 +1,10 @@
-//! Loops over slices, written once and compiled for the widest instructions that the machine has.
+//! Loops over slices, written once and dispatched to the widest instruction set of the CPU.
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// Defines a function whose body is compiled once for each instruction set, and run with the widest that the machine has. Only what is
-/// inlined into `with_simd` of a struct is; the body of a closure would be compiled for the oldest processors alone.
+/// Defines a function whose body is compiled for each instruction set and dispatched to the widest
+/// one of the CPU. Only code that is inlined into `with_simd` of a struct is compiled for wide
+/// registers; the body of a closure would be compiled for the baseline target.
 macro_rules! wide {
     ($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*) -> $out:ty $body:block) => {
         $(#[$doc])*
@@ -25,7 +26,7 @@ macro_rules! wide {
 pub(crate) use wide;
 
 wide! {
-    /// `out += sums * scales + total * zeros`.
+    /// Computes `out += sums * scales + total * zeros`.
     fn scale_and_add(sums: &'a [f32], scales: &'a [f32], zeros: &'a [f32], total: f32, out: &'a mut [f32]) -> () {
         for (((out, sum), scale), zero) in out.iter_mut().zip(sums).zip(scales).zip(zeros) {
             *out += sum * scale + total * zero;
@@ -34,7 +35,7 @@ wide! {
 }
 
 wide! {
-    /// `out += sums * factors`.
+    /// Computes `out += sums * factors`.
     fn multiply_and_add(sums: &'a [f32], factors: &'a [f32], out: &'a mut [f32]) -> () {
         for ((out, sum), factor) in out.iter_mut().zip(sums).zip(factors) {
             *out += sum * factor;
@@ -43,42 +44,42 @@ wide! {
 }
 
 wide! {
-    /// `a · b`.
+    /// Returns `a · b`.
     fn dot(a: &'a [f32], b: &'a [f32]) -> f32 {
         dot_lanes(a, b)
     }
 }
 
 wide! {
-    /// `out += weight * x`.
+    /// Computes `out += weight * x`.
     fn add_scaled(weight: f32, x: &'a [f32], out: &'a mut [f32]) -> () {
         out.iter_mut().zip(x).for_each(|(out, x)| *out += weight * x);
     }
 }
 
 wide! {
-    /// `out += x`.
+    /// Computes `out += x`.
     fn add(x: &'a [f32], out: &'a mut [f32]) -> () {
         out.iter_mut().zip(x).for_each(|(out, x)| *out += x);
     }
 }
 
 wide! {
-    /// Multiplies each of `x` by `factor`.
+    /// Multiplies every element of `x` by `factor`.
     fn scale(x: &'a mut [f32], factor: f32) -> () {
         x.iter_mut().for_each(|x| *x *= factor);
     }
 }
 
 wide! {
-    /// The sum of `x`.
+    /// Returns the sum of `x`.
     fn sum(x: &'a [f32]) -> f32 {
         lanes(x, 0.0, |a, b| a + b)
     }
 }
 
 wide! {
-    /// The largest of `x`; -inf if there is none.
+    /// Returns the maximum of `x`; -inf if it is empty.
     fn max(x: &'a [f32]) -> f32 {
         lanes(x, f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
     }
@@ -105,8 +106,8 @@ fn dot_lanes(a: &[f32], b: &[f32]) -> f32 {
     tail + halve(acc, |a, b| a + b)
 }
 
-/// Folds with 32 independent accumulators: the compiler may not reorder float operations, so the order is made one that
-/// vectors can follow.
+/// Folds `x` with 32 independent accumulators. The compiler may not reorder float operations, so
+/// this order is one that vectorizes.
 #[inline(always)]
 pub fn lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
     let mut acc = [start; 32];
@@ -120,7 +121,8 @@ pub fn lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f3
     fold(tail, halve(acc, fold))
 }
 
-/// Folds 32 numbers into one, half onto half: the order that vectors can follow.
+/// Reduces 32 numbers to one by repeatedly folding the upper half onto the lower, an order that
+/// vectorizes.
 #[inline(always)]
 fn halve(mut acc: [f32; 32], fold: impl Fn(f32, f32) -> f32) -> f32 {
     for half in [16, 8, 4, 2, 1] {
@@ -131,15 +133,17 @@ fn halve(mut acc: [f32; 32], fold: impl Fn(f32, f32) -> f32) -> f32 {
     acc[0]
 }
 
-/// e^x for x ≤ 0 to about 2 units in the last place: x = n ln 2 + r, a polynomial of degree 6 in r, and n added to the
-/// exponent's bits. Below -87, where the result would be no normal number, it is zero.
+/// Returns e^x for x ≤ 0 with an error of about 2 units in the last place. x = n ln 2 + r, a
+/// polynomial of degree 6 in r, and n added to the exponent bits. Below -87, where the result would
+/// be subnormal, it is zero.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
+    const MAGIC: f32 = 12_582_912.0;
     let clamped = if x > -87.0 { x } else { -87.0 };
     let shifted = clamped * std::f32::consts::LOG2_E + MAGIC;
     let n = shifted - MAGIC;
-    // ln 2 in two parts, so that n ln 2 is exact enough to subtract.
+    // ln 2 is split into two parts so that the subtraction of n ln 2 is accurate.
     let r = (clamped - n * 0.693_359_4) + n * 2.121_944_4e-4;
     let mut poly = 1.0 / 720.0;
     for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {

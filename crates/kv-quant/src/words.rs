@@ -1,21 +1,22 @@
-//! Codes into the words of a packed matrix, a row at a time.
+//! Packs codes into the words of a packed matrix, a row at a time.
 
 use crate::format::Plane;
 use crate::layout::{Line, PANEL};
 use crate::vector::wide;
 use pulp::{Arch, Simd, WithSimd};
 
-/// Scratch space of packing.
+/// Buffers for packing.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    /// A row's codes, and zeros up to a whole panel.
+    /// A row's codes, padded with zeros to a whole panel.
     pub padded: Vec<u8>,
     /// A lane's words.
     pub joined: Vec<u32>,
 }
 
 wide! {
-    /// A lane's words: `32 / bits` codes in each, the first in the lowest bits. There are as many codes as the words hold.
+    /// Packs codes into a lane's words: `32 / bits` codes per word, the first in the lowest bits.
+    /// The words hold exactly the codes.
     fn join(codes: &'a [u8], plane: Plane, words: &'a mut [u32]) -> () {
         match plane.bits {
             1 => join_bits::<1, 32>(codes, plane.shift, words),
@@ -26,7 +27,7 @@ wide! {
     }
 }
 
-/// Eight codes at a time: neighbours move together, then pairs, then fours.
+/// Packs eight codes at a time: adjacent codes are joined first, then pairs, then fours.
 #[inline(always)]
 fn join_bits<const BITS: usize, const PER_WORD: usize>(
     codes: &[u8],
@@ -53,8 +54,8 @@ fn join_bits<const BITS: usize, const PER_WORD: usize>(
 }
 
 wide! {
-    /// Puts a code into a word of each lane, at bit `at`. `codes` has one for each lane of `lines`:
-    /// all lines of a plane, `words` words to a lane.
+    /// Writes a code to a word of each lane, at bit `at`. `codes` has one code for each lane of
+    /// `lines`, which are all lines of a plane, with `words` words per lane.
     fn spread(codes: &'a [u8], plane: Plane, word: usize, words: usize, at: usize, lines: &'a mut [Line]) -> () {
         for (panel, codes) in lines.chunks_mut(2 * words).zip(codes.chunks(PANEL)) {
             let width = panel.len() / words;

@@ -1,4 +1,4 @@
-//! Caches in files, caches of several formats, forks and rollbacks, and what caches and stores refuse.
+//! Caches in files, caches of several formats, forks and rollbacks, and refused calls.
 #![cfg(all(feature = "candle", feature = "save"))]
 
 use std::sync::Arc;
@@ -33,7 +33,7 @@ fn flexgen() -> Format {
     Format::flexgen(Bits::Four, Bits::Two, 64).unwrap()
 }
 
-/// One cache per layer, each of its own bits and options.
+/// Returns one cache per layer, each with its own bits and options.
 fn layers() -> Vec<QuantCache> {
     let cache = |format| QuantCache::new(spec(), format).unwrap();
     vec![
@@ -73,7 +73,7 @@ fn a_saved_sequence_goes_on_as_if_it_had_not_been_saved() {
         let of = |seq| Batch::single(seq, tokens).unwrap();
         assert!(feed(&mut caches, &of(7), &q, &kv) == feed(&mut opened, &of(5), &q, &kv));
     }
-    // Layers of fewer bits take less memory.
+    // Layers with fewer bits need less memory.
     let payload = |layer: usize| caches[layer].seq_footprint(7).payload;
     assert!(payload(1) < payload(2) && payload(2) < payload(0));
 }
@@ -115,17 +115,17 @@ fn forks_go_their_own_ways_and_rollbacks_within_the_tail_are_exact() {
         call(&mut cache, 1, 0, 150);
         cache.fork(1, 2).unwrap();
         let shared = cache.footprint().total();
-        // Three tokens too many, which go again.
+        // Three tokens too many, which are truncated again.
         call(&mut cache, 2, 290, 3);
         cache.truncate(2, 150).unwrap();
         assert_eq!((cache.seen(1), cache.seen(2)), (150, 150));
         let (one, two) = (call(&mut cache, 1, 150, 40), call(&mut cache, 2, 200, 40));
-        // A plain copy of each.
+        // The same calls on a separate cache for each.
         call(&mut plain, 1, 0, 150);
         let mut other = plain.clone();
         assert!(call(&mut plain, 1, 150, 40) == one, "layer {i}");
         let want = call(&mut other, 1, 200, 40);
-        // A staggered flush has packed three values for the tokens that are gone.
+        // A staggered flush has packed three values because of the truncated tokens.
         let exact = !matches!(cache.format().flush(), Flush::Staggered(_));
         let worst = want.iter().zip(&two).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(if exact { worst == 0.0 } else { worst < 0.15 }, "layer {i}: {worst}");
@@ -155,7 +155,7 @@ fn a_call_that_fails_changes_nothing() {
         let (q, kv) = (random(83, HEADS), random(83, KV_HEADS));
         attend(&mut cache, &batch, &q, &kv);
         let mut before = cache.clone();
-        // A number too large for a packed group, in the last token of a new sequence.
+        // The last token of a new sequence has a number too large for a packed group.
         let next = Batch::new(&[(0, 2), (2, 9)]).unwrap();
         let (q, kv) = (random(11, HEADS), random(11, KV_HEADS));
         let mut numbers: Vec<f32> = kv.flatten_all().unwrap().to_vec1().unwrap();
@@ -183,7 +183,7 @@ fn a_full_pool_is_an_error_that_names_bytes() {
     let long = Batch::single(1, 4000).unwrap();
     assert!(!cache.can_take(&long) && cache.can_take(&Batch::single(1, 100).unwrap()));
     let (q, kv) = (random(4000, HEADS), random(4000, KV_HEADS));
-    // Room is checked first: before attention is computed, and before numbers are packed.
+    // The room is checked before attention is computed and before numbers are packed.
     let large = (&kv * 1e6).unwrap();
     for kv in [kv, large] {
         let error = cache.attend(&Step { batch: &long, q: &q, k: &kv, v: &kv }).unwrap_err();
@@ -248,7 +248,7 @@ fn the_adapter_keeps_dtype_and_batch_and_refuses_what_does_not_fit() {
     assert_eq!((ours.current_seq_len(), flat(&ours)), (134, before.clone()));
     assert!(DequantCache::new(KV_HEADS, 0, kivi(Bits::Four)).is_err());
 
-    // A clone that goes on and back, and a batch taken apart and put together.
+    // A clone that continues and is truncated, and a batch that is split and joined.
     let mut draft = ours.clone();
     draft.append(&random(2, KV_HEADS, 5), &random(2, KV_HEADS, 5)).unwrap();
     draft.truncate(134).unwrap();

@@ -1,5 +1,5 @@
-//! Stores and caches on a CUDA device beside those on the CPU, on the same numbers. Without a
-//! device the tests are skipped.
+//! Stores and caches on a CUDA device against those on the CPU, on the same numbers. Skipped if
+//! there is no device.
 #![cfg(feature = "cuda")]
 
 use candle_core::{DType, Device, Tensor};
@@ -7,8 +7,8 @@ use kv_quant::{
     Bits, Codes, Float8, Flush, Format, QuantCache, QuantStore, StaticScale, TurboQuant,
 };
 use longctx_core::{
-    AttentionShape, Batch, EntryRanges, Error, KvCache, KvStore, LayerSpec, Mask, Selection, SeqId,
-    Step,
+    AttentionShape, AttentionSums, Batch, EntryRanges, Error, KvCache, KvStore, LayerSpec, Mask,
+    Selection, SeqId, Step,
 };
 
 fn device() -> Option<Device> {
@@ -19,7 +19,7 @@ fn device() -> Option<Device> {
     device
 }
 
-/// Numbers that f16 holds, so that both sides begin with the same.
+/// Returns numbers that f16 represents, so that both sides start with the same.
 fn numbers(tokens: usize, heads: usize, d: usize) -> Tensor {
     let x = Tensor::randn(0f32, 1., (tokens, heads, d), &Device::Cpu).unwrap();
     x.to_dtype(DType::F16).unwrap()
@@ -39,7 +39,7 @@ struct Pair {
     other: QuantStore,
     device: Device,
     what: String,
-    /// Of relative errors.
+    /// Bound of relative errors.
     limit: f32,
 }
 
@@ -47,7 +47,7 @@ impl Pair {
     fn new(shape: AttentionShape, format: Format, device: &Device) -> Self {
         let store = || QuantStore::new(shape, format).unwrap();
         let what = format!("{format:?}, head_dim {}", shape.head_dim);
-        // Ties between codes of a tile hang on the last digits of its deviations.
+        // Ties between codes of a tile depend on the last digits of its deviations.
         let balanced = matches!(format.keys().codes, Codes::VarianceNormalized { .. });
         let limit = if balanced { 1e-2 } else { 2e-3 };
         Self { shape, host: store(), other: store(), device: device.clone(), what, limit }
@@ -80,14 +80,17 @@ impl Pair {
         assert!(error <= self.limit, "lse, {what}: {error}");
         let sums = self.host.attention_sums(&batch, &q, &want.lse, mask).unwrap();
         let other = self.other.attention_sums(&batch, &dq, &got.lse, mask).unwrap();
-        for (sums, other) in sums.iter().zip(&other) {
+        let heads = |sums: &[AttentionSums]| -> Vec<_> {
+            sums.iter().flat_map(|sums| sums.split().unwrap()).collect()
+        };
+        for (sums, other) in heads(&sums).iter().zip(&heads(&other)) {
             assert_eq!(sums.dims(), other.dims(), "{what}");
             let error = if sums.elem_count() == 0 { 0.0 } else { relative(other, sums) };
             assert!(error <= 1.5 * self.limit, "sums, {what}: {error}");
         }
     }
 
-    /// Attention over some ranges of each head's entries.
+    /// Compares attention over some ranges of each head's entries.
     fn check_selection(&self, parts: &[(SeqId, usize)], random: &mut dyn FnMut(usize) -> usize) {
         let mut lists = Vec::new();
         for (seq, _) in parts {
@@ -119,7 +122,7 @@ impl Pair {
         self.other.append_selected(&batch, &dk, &dv, tokens).unwrap();
     }
 
-    /// What both hold of a sequence.
+    /// Compares the entries of a sequence.
     fn check_read(&self, seq: SeqId) {
         for head in 0..self.shape.kv_heads {
             let (k, v) = self.host.read(seq, head).unwrap();
@@ -149,7 +152,7 @@ fn formats() -> Vec<Format> {
     formats
 }
 
-/// Formats that keep nothing in full precision.
+/// Returns formats that keep nothing in full precision.
 fn immediate() -> Vec<Format> {
     let scale = |scale: f32| StaticScale::new(scale).unwrap();
     let mut formats = Vec::new();
@@ -169,13 +172,13 @@ fn immediate() -> Vec<Format> {
     formats
 }
 
-/// Whether a block that is cut in two gives the same codes on both sides. A tile of KVarN's is
-/// unpacked and quantized anew: its codes depend on every digit of its numbers.
+/// Returns whether a block that a truncation divides gives the same codes on both sides. A tile of
+/// KVarN is unpacked and quantized again: its codes depend on every digit of its numbers.
 fn cuts_blocks_alike(format: Format) -> bool {
     !matches!(format.keys().codes, Codes::VarianceNormalized { .. })
 }
 
-/// The same, in whole blocks of tokens.
+/// Returns the same format with whole blocks of tokens.
 fn rolling(format: Format) -> Format {
     Format::new(format.keys(), format.values(), Flush::Rolling(0)).unwrap()
 }
@@ -256,7 +259,7 @@ fn random_operations_do_the_same_on_both() {
                     pair.host.truncate(seq, len).unwrap();
                     pair.other.truncate(seq, len).unwrap();
                     if !alike {
-                        // The next cut must not go farther back than this one.
+                        // The next truncation must not go back farther than this one.
                         pair.append(&[(seq, 2 * format.chunk())]);
                     }
                 }
@@ -282,7 +285,7 @@ fn random_operations_do_the_same_on_both() {
     }
 }
 
-/// Numbers below one that is given, the same in every run.
+/// Returns a generator of numbers below its argument, the same in every run.
 fn random() -> impl FnMut(usize) -> usize {
     let mut state = 7u64;
     move |n: usize| {
@@ -292,7 +295,7 @@ fn random() -> impl FnMut(usize) -> usize {
     }
 }
 
-/// Some of so many entries, in runs.
+/// Returns some of `len` entries, in runs.
 fn some_of(len: usize, random: &mut dyn FnMut(usize) -> usize) -> Vec<u32> {
     let (mut list, mut from) = (Vec::new(), random(3) as u32);
     let longest = [2, 30, 200][random(3)];
@@ -374,7 +377,7 @@ fn whole_groups_are_dropped_and_records_come_back() {
     let copy = pair.other.clone();
     assert!(pair.other.remove(0) && pair.other.remove(7) && pair.other.remove(1));
     assert_eq!(pair.other.footprint().payload, 0);
-    // What a clone holds stays, and is not written over.
+    // The entries of a clone stay, and are not overwritten.
     pair.append(&[(8, 400)]);
     pair.other = copy;
     pair.check_read(0);
@@ -442,7 +445,7 @@ fn formats_without_kernels_are_refused() {
     store.append(&batch, &x(64), &x(64)).unwrap();
     let error = store.append(&batch, &numbers(3, 2, 64), &numbers(3, 2, 64)).unwrap_err();
     assert!(matches!(error, Error::Mismatch { .. }), "{error}");
-    // An empty store takes the dtype and the device that come next.
+    // An empty store adopts the dtype and the device of the next tensors.
     assert!(store.remove(0));
     let large = Tensor::full(1e5f32, (3, 2, 64), &device).unwrap().to_dtype(DType::BF16).unwrap();
     store.append(&batch, &large, &large).unwrap();

@@ -1,5 +1,5 @@
-//! token-drop's caches over dense and packed stores on a CUDA device beside the same on the CPU, on
-//! the same numbers. Without a device the tests are skipped.
+//! token-drop's caches over dense and packed stores on a CUDA device against the same on the CPU,
+//! on the same numbers. Skipped if there is no device.
 #![cfg(feature = "cuda")]
 
 use std::sync::Arc;
@@ -24,7 +24,7 @@ fn spec() -> LayerSpec {
     LayerSpec::new(shape()).with_rope(Arc::new(rope))
 }
 
-/// Numbers that depend on the seed alone, and that f16 holds.
+/// Returns numbers that depend only on the seed, and that f16 represents.
 fn numbers(seed: &mut u64, tokens: usize, heads: usize) -> Tensor {
     let mut number = || {
         *seed =
@@ -43,7 +43,7 @@ fn relative(got: &Tensor, want: &Tensor) -> f32 {
     norm((&got - &want).unwrap()) / norm(want).max(1e-6)
 }
 
-/// The most that an output may be off, by norm.
+/// The largest error of an output, by norm.
 const LIMIT: f32 = 5e-3;
 
 const CALLS: [&[(SeqId, usize)]; 6] = [
@@ -55,8 +55,8 @@ const CALLS: [&[(SeqId, usize)]; 6] = [
     &[(2, 1), (1, 1), (0, 1)],
 ];
 
-/// Feeds the same to a cache of each side, until `same` says that they hold different entries.
-/// Returns the calls that were compared and the worst relative error of an output.
+/// Feeds the same to a cache on each side, until `same` reports that they hold different entries.
+/// Returns the number of compared calls and the largest relative error of an output.
 fn compare<A: KvCache, B: KvCache>(
     name: &str,
     (host, other): (&mut A, &mut B),
@@ -132,7 +132,10 @@ fn check_policies<S: KvStore + 'static>(store: impl Fn() -> S + Copy) {
     for ((name, mut host), (_, mut other)) in policies(store).into_iter().zip(policies(store)) {
         let (calls, worst) =
             compare(name, (&mut host, &mut other), &device, |host, other, what| {
-                (0..3).all(|seq| same_positions(host.positions(seq), other.positions(seq), what))
+                (0..3).all(|seq| {
+                    let lists = |cache: &PolicyCache<_, _>| cache.positions(seq).unwrap();
+                    same_positions(&lists(host), &lists(other), what)
+                })
             });
         println!("{name}: {calls} calls of {}, the worst error {worst:.1e}", CALLS.len());
         (compared, all) = (compared + calls, all + CALLS.len());
@@ -140,8 +143,8 @@ fn check_policies<S: KvStore + 'static>(store: impl Fn() -> S + Copy) {
     assert!(compared * 4 >= all * 3, "only {compared} calls of {all} were compared");
 }
 
-/// Whether both sides hold the same entries. Scores that differ by rounding alone may come in another
-/// order, so that an entry or two of a head are others.
+/// Returns whether both sides hold the same entries. Scores that differ only by rounding may be in
+/// another order, so one or two entries of a head may differ.
 fn same_positions(host: &[Vec<u32>], other: &[Vec<u32>], what: &str) -> bool {
     let missing = |a: &[Vec<u32>], b: &[Vec<u32>]| -> usize {
         a.iter().zip(b).map(|(a, b)| a.iter().filter(|x| !b.contains(x)).count()).sum()

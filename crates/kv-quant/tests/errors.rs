@@ -1,4 +1,5 @@
-//! Bad input to the slice API: an error that says what was expected, what came and where; never a panic; nothing changed.
+//! Bad input to the slice API gives an error with the expected and actual value and the location. It
+//! never panics, and nothing changes.
 
 use kv_quant::{
     Axis, Bits, Error, Float8, Flush, Format, KeyBasis, Mask, Packed, Pool, PoolShape, Position,
@@ -21,7 +22,7 @@ fn shape(head_dim: usize) -> PoolShape {
     PoolShape { kv_heads: 2, head_dim, value_dim: head_dim / 2 }
 }
 
-/// Two sequences of 100 tokens, 7 and 8.
+/// Returns a pool with two sequences of 100 tokens, 7 and 8.
 fn pool() -> Pool {
     let mut pool = Pool::new(shape(8), kivi()).unwrap();
     let (k, v) = (numbers(200 * 2 * 8), numbers(200 * 2 * 4));
@@ -29,7 +30,7 @@ fn pool() -> Pool {
     pool
 }
 
-/// The message of a setting's or an argument's error.
+/// Returns the message of a setting's or an argument's error.
 fn message<T>(result: Result<T>) -> String {
     match result {
         Err(error @ (Error::Setting { .. } | Error::Mismatch { .. })) => error.to_string(),
@@ -111,7 +112,8 @@ fn settings_are_checked() {
 
 #[test]
 fn rotated_numbers_are_within_range() {
-    // Equal numbers gather in the first channel of their block: 8 times as large, of 64.
+    // The rotation of equal numbers gathers them in the first channel of their block: 8 times as
+    // large, for 64 channels.
     let of = |x: f32| -> Vec<f32> { (0..100 * 64).map(|i| if i < 64 { 1.0 } else { x }).collect() };
     let rotated = scheme(Axis::Channels).rotated();
     let quantize = |x: &[f32]| Packed::quantize(x, 64, rotated, Axis::Tokens);
@@ -143,7 +145,7 @@ fn matrices_check_their_sizes() {
     );
     assert!(message(packed.dequantize(&mut [0.0; 8])).contains("5 x 8 numbers, got 8"));
     assert_eq!((packed.rows(), packed.code(5, 0), packed.params(0, 8)), (5, None, None));
-    // The range of a group is too large, rows counted from the first given; what was there stays.
+    // The range of a group is too large; the row is relative to the first given. Earlier rows stay.
     let mut packed = Packed::new(64, 2, scheme(Axis::Channels), Axis::Channels).unwrap();
     packed.push(&numbers(2), q).unwrap();
     let mut far = numbers(40 * 2);
@@ -192,8 +194,8 @@ fn sequences_stay_as_they_were() {
                 assert_eq!(at, want);
             }
         }
-        // Within f16, but a group could be too wide: refused where it comes in, not when its group is
-        // full.
+        // Representable in f16, but the range of a group could become too large: refused on append,
+        // not when the group is full.
         let wide = pool.append(&[3, 4], &cu, &with(&keys, 16, 4e4), &values);
         assert_eq!(wide.is_err(), format != Format::f16());
         if wide.is_err() {
@@ -252,7 +254,7 @@ fn entries_to_keep_are_checked() {
     assert!(message(pool.truncate(7, 1)).contains("at most the 0 of its shortest head, got 1"));
     assert!(message(pool.read(7, 2)).contains("kv head: expected below 2, got 2"));
     assert_eq!(pool.read(9, 0), Err(Error::UnknownSequence(9)));
-    // Positions of keys before RoPE are their numbers.
+    // The position of a key before RoPE is its index.
     let rotary = Rotary::new(&[1.0], 0).unwrap().into();
     let mut rotated = Pool::before_rope(shape(8), kivi(), rotary).unwrap();
     rotated.append(&[1], &[0, 5], &numbers(5 * 16), &numbers(5 * 8)).unwrap();
@@ -309,7 +311,7 @@ fn queries_are_checked() {
     assert!(message(short).contains("output: expected 80, got 79"));
     let short = pool.attend_into(&queries, batch.0, batch.1, Mask::Full, &mut out, &mut lse[1..]);
     assert!(message(short).contains("lse: expected 20, got 19"));
-    // Nothing to see is no error.
+    // A query that sees nothing is not an error.
     let nothing = pool.attend(&queries, &[7, 8], &[0, 2, 5], Mask::Entries(&vec![vec![]; 4]));
     let nothing = nothing.unwrap();
     assert!(nothing.out.iter().all(|&x| x == 0.0));

@@ -1,4 +1,4 @@
-//! Files of sequences: whole ones come back, all others are refused.
+//! Files of sequences: intact files can be loaded, all others are refused.
 #![cfg(all(feature = "save", not(miri)))] // Miri maps no files
 
 mod plain;
@@ -9,7 +9,7 @@ use plain::{all, formats, numbers, shape};
 const D: usize = 48;
 const V: usize = 16;
 
-/// Pools with two sequences each, the second one with holes where there may be some.
+/// Returns pools with two sequences each; the second one has holes if the format supports them.
 fn pools() -> Vec<Pool> {
     let mut pools: Vec<Pool> =
         formats().into_iter().map(|format| Pool::new(shape(2, D, V), format).unwrap()).collect();
@@ -57,7 +57,7 @@ fn sequences_come_back_and_go_on() {
     for (layer, pool) in saved.iter_mut().enumerate() {
         let mut loaded = file.pool(2 * layer).unwrap();
         for (i, seq) in [1, 2].into_iter().enumerate() {
-            // Beside another sequence, and under another number.
+            // Beside another sequence, and under another id.
             feed(&mut loaded, 20 + seq, 40);
             loaded.load(10 + seq, &file, 2 * layer + i).unwrap();
             for _ in 0..2 {
@@ -97,7 +97,8 @@ fn pools_take_only_what_they_could_have_held() {
     assert_eq!(unknown, Err(Error::UnknownSequence(3)));
 }
 
-/// Files of the crate's first version, written by `fixtures/heads.rs`: lists of heads, and what it read back from them.
+/// Files of the crate's first version, written by `fixtures/heads.rs`: lists of heads, and the
+/// entries that it read back from them.
 #[test]
 fn earlier_files_are_read() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/heads.safetensors");
@@ -126,7 +127,7 @@ fn damage_is_an_error() {
     let (_dir, path) = file();
     let whole = std::fs::read(&path).unwrap();
     assert!(CacheFile::from_bytes(whole.clone()).is_ok());
-    // Cut anywhere, or with a bit turned anywhere.
+    // Truncated at any byte, or with any bit flipped.
     for i in (0..whole.len()).step_by(whole.len() / 400) {
         assert!(CacheFile::from_bytes(whole[..i].to_vec()).is_err(), "cut at {i}");
         let mut bad = whole.clone();

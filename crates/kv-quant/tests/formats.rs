@@ -1,10 +1,10 @@
-//! Codes and scales of fp8, symmetric integers, TurboQuant and KVarN against public implementations.
-//! The fixture is made by `fixtures/formats.py`.
+//! Codes and scales of fp8, symmetric integers, TurboQuant and KVarN against public
+//! implementations. The fixture is made by `fixtures/formats.py`.
 
 #![cfg(not(miri))] // too long for an interpreter, and full of files
 
 use half::f16;
-use kv_quant::{Axis, Bits, Float8, Packed, Scheme, StaticScale};
+use kv_quant::{Axis, Bits, Float8, Format, Packed, Scheme, StaticScale};
 use safetensors::SafeTensors;
 
 const CASES: [(&str, usize); 4] =
@@ -43,7 +43,7 @@ fn codes(packed: &Packed) -> Vec<u8> {
     places.map(|(r, c)| packed.code(r, c).unwrap()).collect()
 }
 
-/// A scale and a zero for each row.
+/// Returns a scale and a zero point for each row.
 fn params(packed: &Packed) -> (Vec<f16>, Vec<f16>) {
     (0..packed.rows()).map(|row| packed.params(row, 0).unwrap()).unzip()
 }
@@ -98,7 +98,8 @@ fn turboquant_is_vllms() {
             let keys = packed(&x, columns, Scheme::lloyd_max(bits, true).unwrap());
             let name = at("turboquant");
             assert_eq!(codes(&keys), fixture.bytes(&format!("{name}.codes")), "{name}");
-            // The norm and its correction are rounded to f16 together here, one by one there.
+            // The norm and its correction are rounded to f16 together here, and separately in the
+            // reference.
             let want = fixture.floats(&format!("{name}.back"));
             for (row, want) in back(&keys).chunks(columns).zip(want.chunks(columns)) {
                 let norm = want.iter().map(|x| x * x).sum::<f32>().sqrt();
@@ -115,8 +116,8 @@ fn turboquant_is_vllms() {
     }
 }
 
-/// The rounds' logarithms and exponentials are those of another library: a factor may differ in its
-/// last place.
+/// The iterations' logarithms and exponentials are those of another library: a factor may differ in
+/// its last place.
 fn close(a: &[f16], b: &[f16]) -> bool {
     let last_place = |a: f16, b: f16| (a.to_bits() as i32 - b.to_bits() as i32).abs() <= 1;
     a.len() == b.len() && a.iter().zip(b).all(|(&a, &b)| last_place(a, b))
@@ -158,4 +159,24 @@ fn kvarn_is_the_published_code() {
     }
     println!("{} codes are equal, {} differ", counts[0], counts[1]);
     assert!(counts[1] * 10_000 <= counts[0], "{counts:?}");
+}
+
+/// More bits never give a format of a higher loss, and no format takes more bits than it may.
+#[test]
+fn formats_for_bits_are_of_at_most_these_bits_and_in_order_of_their_loss() {
+    for head_dim in [64, 80, 128, 256] {
+        let mut last = 0.0;
+        for tenths in 32..110 {
+            let bits = f64::from(tenths) / 10.0;
+            let own = Format::for_bits_per_number(bits, head_dim).unwrap();
+            let own = own.bits_per_number(head_dim, head_dim).unwrap();
+            assert!(own <= bits && own >= last, "{head_dim} channels, {bits} bits: {own}");
+            last = own;
+        }
+        assert!(last >= 9.0);
+    }
+    let error = Format::for_bits_per_number(2.9, 64).unwrap_err().to_string();
+    assert!(error.contains("at least 3") && error.contains("2.9"), "{error}");
+    assert!(Format::for_bits_per_number(f64::NAN, 64).is_err());
+    assert!(Format::for_bits_per_number(4.0, 0).is_err());
 }

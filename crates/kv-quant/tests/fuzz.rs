@@ -1,4 +1,4 @@
-//! Damaged files of sequences: none panics, hangs or takes more memory than a multiple of its size.
+//! Damaged files of sequences: none panics, hangs or needs more memory than a multiple of its size.
 #![cfg(all(feature = "save", not(miri)))] // Miri maps no files
 
 #[path = "../fuzz/src/lib.rs"]
@@ -12,7 +12,7 @@ use plain::{formats, numbers, shape};
 #[global_allocator]
 static MEMORY: Counting = Counting;
 
-/// A file of two sequences: one whole, one with holes where there may be some.
+/// Returns a file of two sequences: one complete, one with holes if the format supports them.
 fn file(mut pool: Pool) -> Vec<u8> {
     let tokens = 70;
     let rows = |seed| numbers(seed, tokens * 16);
@@ -28,7 +28,7 @@ fn damaged_files_are_errors() {
     let pools = formats().into_iter().filter_map(|format| Pool::new(shape(1, 16, 16), format).ok());
     let corpus: Vec<_> = pools.map(file).collect();
     assert!(!corpus.is_empty());
-    // A pool takes its memory in slabs, however few entries a file has.
+    // A pool allocates slabs, however few entries a file has.
     let memory = |bytes| 64 * bytes + (1 << 22);
     let tried = Trial { name: "kv-quant-file", corpus: &corpus, memory }.run(fuzz::file);
     println!("{tried} files of {} formats", corpus.len());

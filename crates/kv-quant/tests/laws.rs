@@ -56,7 +56,7 @@ fn format() -> impl Strategy<Value = Format> {
     prop_oneof![2 => kivi, 2 => per_token, 1 => kvarn]
 }
 
-/// Schemes with codes of every kind that have scales per token.
+/// Returns schemes with codes of every kind that have scales per token.
 fn along_channels() -> impl Strategy<Value = Scheme> {
     let few_bits = prop_oneof![Just(Bits::Two), Just(Bits::Three), Just(Bits::Four)];
     let groups = prop_oneof![Just(32usize), Just(64), Just(128), Just(Scheme::PER_TOKEN)];
@@ -72,7 +72,7 @@ fn along_channels() -> impl Strategy<Value = Scheme> {
     (codes, any::<bool>()).prop_map(|(s, rotated)| if rotated { s.rotated() } else { s })
 }
 
-/// A matrix of numbers between wide extremes: rows, columns, numbers.
+/// Returns a matrix with a wide range of numbers: its rows, columns and data.
 fn matrix(rows: usize) -> impl Strategy<Value = (usize, Vec<f32>)> {
     let size = (1..=rows, 1usize..70, -6i32..5);
     size.prop_flat_map(|(rows, columns, exponent)| {
@@ -93,8 +93,9 @@ proptest! {
             let (row, column) = (i / columns, i % columns);
             let (scale, zero) = packed.params(row, column).unwrap();
             let x = f16::from_f32(x).to_f32();
-            // Beside half a step: the scale's own rounding shifts the last code by up to max_code / 2 of its last places, and
-            // the difference and the quotient are rounded to f16 before they become a code.
+            // In addition to half a step: the scale's rounding shifts the last code by up to
+            // max_code / 2 units in its last place, and the difference and the quotient are rounded
+            // to f16 before they become a code.
             let (scale, largest) = (scale.to_f32(), scheme.bits.max_code() as f32);
             let ulp = |x: f32| (x * f32::from(f16::EPSILON)).max(6e-8);
             let slack = largest * ulp(scale) / 2.0 + ulp((x - zero.to_f32()).abs()) + ulp(largest) * scale / 2.0;
@@ -102,8 +103,8 @@ proptest! {
         }
     }
 
-    /// Numbers along channels come back as close as their codes allow: half a step of whole numbers,
-    /// half the distance of the floating-point numbers around them.
+    /// The error of numbers along channels is within the resolution of their codes: half a step for
+    /// integers, half the distance of adjacent numbers for floating point.
     #[test]
     fn what_comes_back_is_as_close_as_codes_allow((columns, x) in matrix(40), scheme in along_channels(), lanes in axis()) {
         let plain = Scheme { rotated: false, ..scheme };
@@ -114,7 +115,7 @@ proptest! {
             let (scale, _) = packed.params(i / columns, i % columns).unwrap();
             let (x, scale) = (f16::from_f32(x).to_f32(), scale.to_f32().abs());
             let steps = plain.bits.max_code() as f32;
-            // The scale is rounded to f16, in which the smallest numbers are 6e-8 apart.
+            // The scale is rounded to f16, whose smallest numbers are 6e-8 apart.
             let rounding = steps * (scale * 1e-3).max(6e-8) + x.abs() * 1e-3;
             let bound = match plain.codes {
                 Codes::Float8 { kind, scale: static_scale } => {
@@ -127,7 +128,8 @@ proptest! {
                     let near = (x.abs() * relative).max(least * scale).max(saturated);
                     near + if static_scale.is_some() { 0.0 } else { 6e-8 * kind.max() }
                 }
-                // Symmetric codes reach half a step less far on the side that is not the farthest's.
+                // Symmetric codes reach half a step less far on the side opposite to the largest
+                // magnitude.
                 Codes::Symmetric => scale + rounding,
                 Codes::LloydMax { .. } => 12.0 * scale + rounding,
                 _ => scale / 2.0 + rounding,
@@ -136,7 +138,7 @@ proptest! {
         }
     }
 
-    /// A rotation moves no energy: what is lost is what the codes of the rotated rows lose.
+    /// A rotation preserves the norm: the error equals that of the rotated rows' codes.
     #[test]
     fn rotated_rows_lose_what_their_codes_lose((columns, x) in matrix(40), scheme in along_channels(), lanes in axis()) {
         let packed = Packed::quantize(&x, columns, scheme.rotated(), lanes).unwrap();
@@ -158,7 +160,7 @@ proptest! {
         let again: Vec<f64> = rotate(&back);
         let largest = narrow.iter().fold(0f32, |a, x| a.max(x.abs()));
         for (a, b) in again.iter().zip(&rotated_back) {
-            // The numbers were rounded to f16 once more on this way: a code may be the next one.
+            // The numbers are rounded to f16 once more here, so a code may differ by one.
             let step = largest * 2.8 / scheme.bits.max_code().min(7) as f32;
             prop_assert!((*a as f32 - b).abs() <= step + 1e-3, "{a} {b}");
         }
@@ -166,7 +168,7 @@ proptest! {
 
     #[test]
     fn packing_is_a_bijection(codes in prop::collection::vec(0u8..=255, 64 * 33), bits in bits(), lanes in axis()) {
-        // Codes that are the numbers themselves: with 0 and the largest code in each group the scale is 1.
+        // Codes that equal the numbers: with 0 and the largest code in each group the scale is 1.
         let largest = bits.max_code() as u8;
         let (rows, columns) = (64, 33);
         let mut x: Vec<f32> = codes.iter().map(|c| f32::from(c & largest)).collect();
@@ -236,7 +238,7 @@ proptest! {
     }
 }
 
-/// A pool of one kv head with a sequence of so many tokens.
+/// Returns a pool of one kv head with a sequence of `tokens` tokens.
 fn pool(format: Format, d: usize, v: usize, tokens: usize) -> Pool {
     let mut pool = Pool::new(shape(1, d, v), format).unwrap();
     pool.append(&[1], &[0, tokens], &numbers(1, tokens * d), &numbers(2, tokens * v)).unwrap();
@@ -276,7 +278,7 @@ proptest! {
             prop_assert!(plain::close(&got.out[row * v..][..v], &want));
             prop_assert!((f64::from(got.lse[row]) - lse).abs() < 1e-3);
         }
-        // Sums are of probabilities: each query's add up to 1.
+        // Sums are of probabilities: those of each query sum to 1.
         let sums = pool.attention_sums(&all, &got.lse, &[1], &[0, queries], Mask::Full).unwrap();
         for of_head in sums {
             prop_assert_eq!(of_head.len(), len);
@@ -295,7 +297,7 @@ proptest! {
             keep.iter().flat_map(|&e| x[e as usize * d..][..d].to_vec()).collect()
         };
         prop_assert_eq!(pool.read(1, 0).unwrap(), (rows(&keys), rows(&values)));
-        // Later tokens find their places.
+        // Later tokens are stored correctly.
         pool.append(&[1], &[0, 150], &numbers(8, 150 * d), &numbers(9, 150 * d)).unwrap();
         prop_assert_eq!(pool.lens(1).unwrap()[0], keep.len() + 150);
         if matches!(format.flush(), Flush::Immediate | Flush::Never) {

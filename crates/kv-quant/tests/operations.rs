@@ -1,5 +1,5 @@
-//! Random sequences of operations on a pool, against a plain model of it: vectors of tokens, quantized
-//! one by one as `docs/formats.md` says.
+//! Random sequences of operations on a pool, compared with a plain model of it: vectors of tokens,
+//! quantized one by one as specified in `docs/formats.md`.
 
 #![cfg(not(miri))] // too long for an interpreter
 
@@ -16,7 +16,7 @@ const D: usize = 8;
 const V: usize = 5;
 const HEADS: usize = 4;
 
-/// A token of one kv head: keys and values in full precision, and as they come back once packed.
+/// A token of one kv head: keys and values in full precision, and dequantized once packed.
 #[derive(Debug, Clone)]
 struct Slot {
     key: Vec<f16>,
@@ -29,11 +29,11 @@ struct Slot {
 #[derive(Debug, Clone, Default)]
 struct Head {
     slots: Vec<Slot>,
-    /// The first slot that is known in full precision, with a rolling flush.
+    /// The first slot known in full precision, with a rolling flush.
     start: usize,
 }
 
-/// A group's numbers as they come back.
+/// Returns a group's dequantized numbers.
 fn group(x: &[f16], bits: Bits) -> Vec<f32> {
     let least = x.iter().copied().fold(f16::INFINITY, f16::min);
     let most = x.iter().copied().fold(f16::NEG_INFINITY, f16::max);
@@ -46,12 +46,12 @@ fn group(x: &[f16], bits: Bits) -> Vec<f32> {
     x.iter().map(|&x| code(x) * scale.to_f32() + least.to_f32()).collect()
 }
 
-/// A row whose groups lie along channels.
+/// Quantizes and dequantizes a row with groups along channels.
 fn row(x: &[f16], scheme: Scheme) -> Vec<f32> {
     x.chunks(scheme.group).flat_map(|x| group(x, scheme.bits)).collect()
 }
 
-/// Tokens whose groups lie along them.
+/// Quantizes and dequantizes tokens with groups along tokens.
 fn columns(rows: &[&[f16]], bits: Bits) -> Vec<Vec<f32>> {
     let mut out = vec![Vec::new(); rows.len()];
     for channel in 0..rows[0].len() {
@@ -61,8 +61,8 @@ fn columns(rows: &[&[f16]], bits: Bits) -> Vec<Vec<f32>> {
     out
 }
 
-/// Tokens that are quantized together, as they come back. Codes other than plain asymmetric integers
-/// are compared with public implementations elsewhere; here the codec stands for them.
+/// Quantizes and dequantizes tokens of one block. Codes other than plain asymmetric integers are
+/// compared with public implementations elsewhere; here the codec itself is used.
 fn pack(rows: &[&[f16]], scheme: Scheme) -> Vec<Vec<f32>> {
     if scheme.codes == Codes::Asymmetric && !scheme.rotated {
         return match scheme.along {
@@ -171,7 +171,7 @@ impl Head {
         }
     }
 
-    /// What is left of a block goes back as it was quantized.
+    /// The remaining entries of a block go back to full precision with their quantized values.
     fn unpack(&mut self, first: usize) {
         let half = |x: Vec<f32>| x.into_iter().map(f16::from_f32).collect();
         for slot in &mut self.slots[first..] {
@@ -187,7 +187,7 @@ impl Head {
         self.start = self.start.min(first);
     }
 
-    /// Keys and values as they come back.
+    /// Returns the dequantized keys and values.
     fn read(&self) -> (Vec<f32>, Vec<f32>) {
         let row = |packed: &Option<Vec<f32>>, row: &[f16]| match packed {
             Some(x) => x.clone(),
@@ -221,7 +221,7 @@ impl Both {
         Self { pool, model: BTreeMap::new(), format, random }
     }
 
-    /// One of the sequences, if there is any.
+    /// Returns one of the sequences, if there is any.
     fn any(&mut self) -> Option<u64> {
         let seqs: Vec<u64> = self.model.keys().copied().collect();
         (!seqs.is_empty()).then(|| seqs[self.random.below(seqs.len())])
@@ -239,7 +239,7 @@ impl Both {
         }
     }
 
-    /// A batch: its sequences, and how many tokens come before each.
+    /// Returns a batch: its sequences and their `cu_seqlens`.
     fn batch(&mut self, most: usize) -> (Vec<u64>, Vec<usize>) {
         let seqs: Vec<u64> = (0..5).filter(|_| self.random.below(3) == 0).collect();
         let mut cu = vec![0];

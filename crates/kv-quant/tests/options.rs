@@ -1,4 +1,4 @@
-//! Bases, sinks and orders of the packed cache against slower paths.
+//! Key bases, sinks and orders of the packed cache against slower implementations.
 #![cfg(feature = "candle")]
 
 use std::sync::Arc;
@@ -24,7 +24,8 @@ fn spec(d: usize) -> LayerSpec {
     LayerSpec::new(AttentionShape::new(6, 2, d).unwrap()).with_rope(Arc::new(rope))
 }
 
-/// Feeds the same calls to both and gives the largest difference relative to the second's outputs.
+/// Makes the same calls on both and returns the largest difference relative to the second's
+/// outputs.
 fn compare(a: &mut dyn KvCache, b: &mut dyn KvCache, d: usize, calls: &[&[(SeqId, usize)]]) -> f32 {
     let mut worst = 0f32;
     for call in calls {
@@ -37,7 +38,7 @@ fn compare(a: &mut dyn KvCache, b: &mut dyn KvCache, d: usize, calls: &[&[(SeqId
     worst
 }
 
-/// Attention over the codes must equal attention over the dequantized keys and values.
+/// Checks that attention over the codes equals attention over the dequantized keys and values.
 fn check_fused(cache: &QuantCache, seq: SeqId, d: usize) {
     let (q, batch) = (random(1, 6, d), Batch::single(seq, 1).unwrap());
     let got = cache.store().attend(&batch, &q, Mask::Full).unwrap();
@@ -83,7 +84,7 @@ fn sinks_are_kept_as_they_are() {
                 let cache = QuantCache::new(spec(64), format).unwrap();
                 cache.with_order(order).with_sinks(5).unwrap()
             };
-            // Sequences that have all of their sinks beside others that have none or some.
+            // Sequences that have all of their sinks, beside others with none or some.
             let calls: [&[_]; 5] = [
                 &[(0, 300), (1, 3)],
                 &[(1, 1)],

@@ -1,4 +1,4 @@
-//! Laws of pools: what many sequences share never shows.
+//! Laws of pools: sharing between sequences has no visible effect.
 
 mod plain;
 
@@ -15,7 +15,7 @@ fn pool(format: Format) -> Pool {
     Pool::new(shape(KV, D, V), format).unwrap()
 }
 
-/// A sequence's own keys and values from one token to another.
+/// Returns a sequence's own keys and values for a range of tokens.
 fn tokens(seq: u64, from: usize, to: usize) -> (Vec<f32>, Vec<f32>) {
     let rows = |seed, size: usize| numbers(seed, to * KV * size)[from * KV * size..].to_vec();
     (rows(2 * seq, D), rows(2 * seq + 1, V))
@@ -46,7 +46,7 @@ fn a_sequence_among_many_equals_one_alone() {
         feed(&mut alone, 7, 0, 301);
         let mut random = Random::new(3);
         let mut fed = [0; 9];
-        // Interleaved, each in steps of its own.
+        // Interleaved, each with its own step.
         while fed[7] < 301 {
             let (mut seqs, mut cu, mut k, mut v) = (vec![], vec![0], vec![], vec![]);
             for seq in 0..9 {
@@ -134,7 +134,7 @@ fn a_fork_equals_a_copy() {
         let after = pool.footprint();
         assert_eq!((before.codes, before.residual), (after.codes, after.residual));
         assert_eq!(all(&pool, 1), all(&pool, 2));
-        // Each goes its own way, and neither sees the other's.
+        // Each continues independently and does not see the other's tokens.
         let (k, v) = tokens(5, 0, 150);
         pool.append(&[2], &[0, 150], &k, &v).unwrap();
         assert_eq!(all(&pool, 1), all(&copy, 1));
@@ -157,7 +157,7 @@ fn a_fork_equals_a_copy() {
     }
 }
 
-/// Of a rolling flush, a cut of up to a group of tokens leaves no trace.
+/// With a rolling flush, a truncation by up to a group of tokens has no effect on the rest.
 #[test]
 fn truncated_equals_never_fed() {
     let kivi = |bits, residual| Format::kivi_rolling(bits, bits, 32, residual).unwrap();
@@ -179,7 +179,7 @@ fn truncated_equals_never_fed() {
                     let bytes = |pool: &Pool| pool.seq_footprint(1).codes;
                     assert_eq!(bytes(&cut_back), bytes(&never));
                 }
-                // The fork has not noticed.
+                // The fork has not changed.
                 let mut whole = pool(format);
                 feed(&mut whole, 1, 0, len);
                 assert_eq!(all(&cut_back, 2), all(&whole, 1));
@@ -188,7 +188,8 @@ fn truncated_equals_never_fed() {
     }
 }
 
-/// Whatever the flush: what stays packed is what it was, and no entry gets further from what came.
+/// With any flush: packed entries that are kept do not change, and no entry gets farther from its
+/// original.
 #[test]
 fn truncating_changes_no_more_than_a_group() {
     for mut pool in with_bases() {
@@ -216,7 +217,7 @@ fn truncating_changes_no_more_than_a_group() {
                 assert!(pool.rotary().is_some() || near(keys, &before.0, &came.0, D));
                 assert!(near(values, &before.1, &came.1, V));
             }
-            // It goes on.
+            // The sequence continues.
             let (k, v) = tokens(1, len, 310);
             pool.append(&[2], &[0, 310 - len], &k, &v).unwrap();
             assert_eq!(pool.lens(2).unwrap(), [310; KV]);
@@ -273,14 +274,14 @@ fn a_full_pool_changes_nothing() {
         let after = (all(&pool, 1), all(&pool, 2), pool.footprint(), pool.free_bytes());
         assert_eq!(before, after);
         assert_eq!(pool.lens(3), None);
-        // What another sequence gives back can be taken.
+        // Blocks that another sequence frees can be taken.
         pool.truncate(1, 10).unwrap();
         assert!(pool.can_append(&[1], &[0, 37]));
     }
 }
 
-/// Each head takes in its own tokens, and no others: with lists of unequal length the newest tokens
-/// of every head are in full precision.
+/// Each head appends its own tokens only: with lists of unequal length, the newest tokens of every
+/// head are in full precision.
 #[test]
 fn newest_selected_tokens_of_every_head_stay_in_full_precision() {
     const RESIDUAL: usize = 64;
@@ -370,7 +371,7 @@ fn a_known_but_empty_sequence_gives_nothing() {
     assert_eq!(unknown, Err(Error::UnknownSequence(2)));
 }
 
-/// Blocks of one head are freed by dropping its entries, and by no other head's.
+/// Blocks of a head are freed by evicting its own entries only.
 #[test]
 fn budgets_of_heads_free_what_they_should() {
     let format = Format::kivi(Bits::Four, Bits::Four, 32, 128).unwrap();
@@ -378,7 +379,7 @@ fn budgets_of_heads_free_what_they_should() {
     let x = numbers(1, 4096 * 4 * 128);
     pool.append(&[1], &[0, 4096], &x, &x).unwrap();
     let whole = pool.footprint();
-    // From a head of all entries to one of an eighth.
+    // From a head with all entries to one with an eighth.
     let keep: Vec<Vec<u32>> = (0..4).map(|h| (4096 - (4096 >> h)..4096).collect()).collect();
     pool.retain(1, &keep).unwrap();
     let after = pool.footprint();

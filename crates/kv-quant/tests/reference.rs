@@ -1,5 +1,5 @@
-//! Codes, scales and zeros against KIVI's published functions, and numbers given back against the paper's FlexGen quantizer. The fixture is made
-//! by `fixtures/make.py`.
+//! Codes, scales and zero points against KIVI's published functions, and dequantized numbers
+//! against the paper's FlexGen quantizer. The fixture is made by `fixtures/make.py`.
 
 #![cfg(not(miri))] // too long for an interpreter, and full of files
 
@@ -67,9 +67,11 @@ fn codes_scales_and_zeros_equal_kivis() {
     }
 }
 
-/// That quantizer computes code * scale + zero in f16, rounding twice; ours once, in f32. The same codes and scales in its order of
-/// arithmetic give its numbers bit by bit, and ours differ by at most those two roundings. It has no upper bound for codes: where the
-/// smallest scales, rounded, are too small for their group, its codes go past the largest, at which ours stop, as KIVI's do.
+/// That quantizer computes code * scale + zero in f16 with two roundings; ours once, in f32. The
+/// same codes and scales in its order of arithmetic give its numbers bit for bit, and ours differ
+/// by at most those two roundings. Its codes have no upper bound: if the smallest scales, after
+/// rounding, are too small for their group, its codes exceed the largest, at which ours stop, like
+/// KIVI's.
 #[test]
 fn numbers_equal_flexgens() {
     let fixture = Fixture::open();

@@ -1,4 +1,4 @@
-//! The packed store against plain attention over what it gives back dequantized.
+//! The packed store against dense attention over its dequantized entries.
 #![cfg(feature = "candle")]
 
 use std::sync::Arc;
@@ -6,8 +6,8 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use kv_quant::{Axis, Bits, Flush, Format, QuantCache, QuantStore, Scheme};
 use longctx_core::{
-    AttentionShape, AttentionState, Batch, DenseCache, DenseStore, EntryRanges, Footprint, KvCache,
-    KvStore, LayerSpec, Mask, Rope, RopeScaling, Selection, SeqId, Step,
+    AttentionShape, AttentionState, AttentionSums, Batch, DenseCache, DenseStore, EntryRanges,
+    Footprint, KvCache, KvStore, LayerSpec, Mask, Rope, RopeScaling, Selection, SeqId, Step,
 };
 
 const SEQS: [SeqId; 2] = [11, 4];
@@ -31,12 +31,12 @@ fn relative(a: &Tensor, b: &Tensor) -> f32 {
     scalar((a - b).unwrap()) / scalar(b.clone())
 }
 
-/// Bytes without those for tokens to come.
+/// Returns the bytes without memory allocated for future tokens.
 fn used(footprint: Footprint) -> usize {
     footprint.total() - footprint.slack
 }
 
-/// So many tokens for each of the sequences.
+/// Returns a batch with the given number of tokens for each sequence.
 fn batch(tokens: &[usize]) -> Batch {
     Batch::new(&SEQS.into_iter().zip(tokens.iter().copied()).collect::<Vec<_>>()).unwrap()
 }
@@ -47,7 +47,7 @@ fn append(store: &mut QuantStore, tokens: &[usize]) {
     store.append(&batch, &of(shape.head_dim), &of(shape.value_dim)).unwrap();
 }
 
-/// A dense store of the dequantized entries; heads may differ in number.
+/// Returns a dense store of the dequantized entries. Heads may have different numbers of them.
 fn dequantized(store: &QuantStore) -> DenseStore {
     let shape = *store.shape();
     let mut dense = DenseStore::new(shape, DType::F32).unwrap();
@@ -78,7 +78,11 @@ fn check(store: &QuantStore, batch: &Batch, mask: Mask<'_>, case: &str) -> Atten
     assert!(relative(&got.out, &want.out) < 1e-3, "{case}");
     assert!(relative(&got.lse, &want.lse) < 1e-3, "{case}");
     let sums = store.attention_sums(batch, &q, &got.lse, mask).unwrap();
-    for (got, want) in sums.iter().zip(dense.attention_sums(batch, &q, &want.lse, mask).unwrap()) {
+    let heads = |sums: Vec<AttentionSums>| -> Vec<_> {
+        sums.iter().flat_map(|sums| sums.split().unwrap()).collect()
+    };
+    let wanted = dense.attention_sums(batch, &q, &want.lse, mask).unwrap();
+    for (got, want) in heads(sums).into_iter().zip(heads(wanted)) {
         assert_eq!(got.dims(), want.dims(), "{case}");
         let off = (got - want).unwrap().abs().unwrap().flatten_all().unwrap();
         let worst = off.to_vec1::<f32>().unwrap().into_iter().fold(0.0, f32::max);
@@ -101,7 +105,7 @@ fn fused_attention_equals_dequantize_then_attend() {
                 let case = format!("{format:?} {tokens:?} {mask:?}");
                 check(&store, &batch(&tokens), mask, &case);
             }
-            // Ranges that begin and end within blocks, others for each head.
+            // Ranges that begin and end within blocks, different for each head.
             let ranges = vec![vec![3..40, 64..65, 100..338], vec![0..338], vec![], vec![200..241]];
             let ranges = EntryRanges::new(ranges).unwrap();
             check(&store, &batch(&[2, 2]), Mask::Entries(&ranges), &format!("{format:?} ranges"));
@@ -133,7 +137,7 @@ fn retained_entries_are_untouched_and_the_rest_is_freed() {
         let bytes = used(store.footprint());
         for seq in SEQS {
             let before: Vec<_> = (0..2).map(|h| store.read(seq, h).unwrap()).collect();
-            // Ragged: another stretch for each head.
+            // A different range of entries for each head.
             let keep: Vec<Vec<u32>> = (0..2)
                 .map(|h| {
                     (0..600).filter(|e| e % 7 == h || (*e > 100 * h && *e < 100 * h + 60)).collect()
@@ -227,7 +231,7 @@ fn holes_are_closed_where_tokens_are_packed_one_by_one() {
         assert_eq!(relative(&v, &before.1.1.index_select(&rows, 0).unwrap()), 0.0);
         let after = store.seq_footprint(seq);
         assert!(used(after) * 3 < before.0, "{flush:?}: {after}");
-        // Later tokens find their places.
+        // Later tokens are stored correctly.
         append(&mut store, &[77]);
         check(&store, &batch(&[1]), Mask::Full, &format!("{flush:?}"));
     }

@@ -20,7 +20,7 @@ fn spec() -> LayerSpec {
     LayerSpec::new(shape).with_rope(Arc::new(rope))
 }
 
-/// A pseudo-random walk over tokens: neighbours are alike, as in texts.
+/// Returns a pseudo-random walk over tokens: adjacent tokens are similar, as in texts.
 fn numbers(from: usize, tokens: usize, heads: usize, salt: usize) -> Tensor {
     let number = |token: usize, i: usize| {
         ((token as f64 * 0.07 + (i * 37 + salt * 11) as f64).sin() * 1.5) as f32
@@ -47,8 +47,8 @@ fn kivi(bits: Bits) -> Format {
     Format::kivi(bits, bits, GROUP, 128).unwrap()
 }
 
-/// Prompts, chunks and single tokens across several windows, for each format within the error of its
-/// numbers.
+/// Prompts, chunks and single tokens across several windows: the error of each format is within its
+/// quantization error.
 #[test]
 fn packed_windows_attend_as_the_exact_cache() {
     for (format, tolerance) in [
@@ -68,7 +68,7 @@ fn packed_windows_attend_as_the_exact_cache() {
     }
 }
 
-/// Whole groups leave the window: those that stay keep their codes, and the memory does not grow.
+/// Whole groups leave the window: the others keep their codes, and the memory does not grow.
 #[test]
 fn a_window_drops_blocks_and_packs_nothing_anew() {
     let mut cache = packed(kivi(Bits::Four));
@@ -79,13 +79,13 @@ fn a_window_drops_blocks_and_packs_nothing_anew() {
         cache.store().read(0, 0).unwrap().0.to_vec2::<f32>().unwrap()
     };
     let before = keys(&cache);
-    // Those in the tail are packed as more tokens come; the oldest are packed already.
+    // Those in the residual are packed as more tokens are appended; the oldest are packed already.
     for _ in 0..GROUP {
         feed(&mut cache, 1);
     }
     assert_eq!((before.len(), cache.held(0)), (WINDOW, WINDOW));
     assert_eq!(keys(&cache)[..64], before[GROUP..GROUP + 64]);
-    // Eight turns of the residual of 128 later it holds as much.
+    // Eight residuals of 128 tokens later it holds as much.
     let bytes = cache.seq_footprint(0).payload;
     for _ in 0..1024 {
         feed(&mut cache, 1);

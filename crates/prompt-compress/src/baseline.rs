@@ -1,4 +1,4 @@
-//! Cheap compressors that need no model: what every other method has to beat.
+//! Compressors that need no model: baselines for all other methods.
 
 mod extract;
 mod middle;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use hf_hub::api::sync::ApiBuilder;
 use longctx_core::{Error, Result};
 
-/// Fetches a checkpoint's three files unless they are there already; gives the folder.
+/// Downloads the three files of a checkpoint unless they are cached; returns their folder.
 pub fn download(name: &str) -> Result<PathBuf> {
     let api = ApiBuilder::from_env().build().map_err(|e| Error::file(name, e))?;
     let repo = api.model(name.to_owned());

@@ -1,13 +1,16 @@
-//! LLMLingua and LongLLMLingua: what surprises a small model stays.
+//! LLMLingua and LongLLMLingua: keeps the tokens with the highest loss under a small causal model.
 //!
 //! Jiang et al., *LLMLingua: Compressing Prompts for Accelerated Inference of Large Language
 //! Models*, arXiv 2310.05736, and *LongLLMLingua: Accelerating and Enhancing LLMs in Long Context
-//! Scenarios via Prompt Compression*, arXiv 2310.06839. Gives the texts of the Python package
-//! `llmlingua` 0.2.2 (`compress_prompt`) as long as the text that is kept fits the model's context
-//! and no character is several tokens. Tokens that share a character stay or go together; the
-//! package cuts them one by one ([`Settings::published`]). Beyond the context the package cuts its
-//! cache in the middle and goes on with positions and losses that no longer match; here the model
-//! reads the newer half of its context anew.
+//! Scenarios via Prompt Compression*, arXiv 2310.06839.
+//!
+//! The output equals that of the Python package `llmlingua` 0.2.2 (`compress_prompt`) if the kept
+//! text fits the model's context and no character is split into several tokens. Two differences:
+//!
+//! - Tokens that share a character are kept or dropped together. The package cuts them one by one
+//!   ([`Settings::published`]).
+//! - Beyond the context, the package cuts its cache in the middle and continues with positions and
+//!   losses that no longer match. Here the model reads the newer half of its context again.
 
 mod budget;
 mod cut;
@@ -28,42 +31,43 @@ use ratios::ratios;
 use segments::{Plan, compress};
 use tokenizers::Tokenizer;
 
-/// Segments that [`PromptCompressor::compress`] cuts a text into at least. Up to a segment at its end stays whole.
+/// The smallest number of segments that [`PromptCompressor::compress`] cuts a text into. Up to one
+/// segment at the end of the text stays whole.
 const SEGMENTS: usize = 16;
 
-/// Where the question stands when a document is weighed.
+/// The position of the question when a document is scored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// Before it: how well the question foretells the document.
+    /// Before the document: how well the question predicts the document.
     Before,
-    /// After it: how well the document foretells the question.
+    /// After the document: how well the document predicts the question.
     After,
 }
 
 /// How documents and sentences are ranked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rank {
-    /// By their own perplexity, the most surprising first (LLMLingua).
+    /// By their own perplexity, the highest first (LLMLingua).
     Plain,
-    /// By their bearing on the question (LongLLMLingua).
+    /// By their relevance to the question (LongLLMLingua).
     Question(Place),
 }
 
-/// What tokens are weighed by.
+/// The score of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Weigh {
-    /// Their loss.
+    /// Its loss.
     Loss,
-    /// Their loss with the question before the text.
+    /// Its loss with the question before the text.
     Conditioned,
-    /// What the question takes away from their loss (contrastive perplexity).
+    /// The reduction of its loss by the question (contrastive perplexity).
     Contrast,
 }
 
-/// The order in which documents come out.
+/// The order of the documents in the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
-    /// As they were.
+    /// The original order.
     Original,
     /// Best first.
     Ranked,
@@ -71,12 +75,13 @@ pub enum Order {
     BestAtBothEnds,
 }
 
-/// Tokens of whole documents that go on to finer choices, from the target.
+/// The number of tokens of whole documents that are kept before sentences and tokens are selected,
+/// relative to the target.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Budget {
-    /// So many more.
+    /// The target plus this number.
     Plus(f64),
-    /// So many times more.
+    /// The target times this factor.
     Times(f64),
 }
 
@@ -89,57 +94,58 @@ impl Budget {
     }
 }
 
-/// How sentences are chosen.
+/// Sentence selection.
 #[derive(Debug, Clone)]
 pub struct Sentences {
-    /// Tokens of sentences that stay, from the target.
+    /// The number of tokens of sentences to keep, relative to the target.
     pub budget: f64,
-    /// How a document is cut: ranges that tile it.
+    /// Splits a document into consecutive ranges that cover it.
     pub split: fn(&str) -> Vec<Range<usize>>,
-    /// Sentences at the start of all that get the bonus; only where the question ranks.
+    /// Sentences at the start of the prompt that get the bonus; only with ranking by question.
     pub first: usize,
-    /// Sentences at the end of all that get the bonus; only where the question ranks.
+    /// Sentences at the end of the prompt that get the bonus; only with ranking by question.
     pub last: usize,
-    /// What is added to their mean loss. As in the package a bonus puts a sentence behind others where the question ranks.
+    /// The bonus, added to their mean loss. With ranking by question it moves a sentence behind
+    /// others, as in the package.
     pub bonus: f32,
 }
 
 impl Default for Sentences {
-    /// The package's numbers, and sentences as Unicode has them; the package takes NLTK's.
+    /// The package's numbers, with sentences by the Unicode rules; the package uses NLTK's.
     fn default() -> Self {
         Self { budget: 1.4, split: sentences, first: 0, last: 0, bonus: 100.0 }
     }
 }
 
-/// How to compress.
+/// Settings of the compression.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// How documents and sentences are ranked.
     pub rank: Rank,
-    /// Whether whole documents are left out first. It does nothing where there is only one.
+    /// Whether whole documents are dropped first. No effect on a single document.
     pub choose_documents: bool,
-    /// Tokens of documents that stay.
+    /// The number of document tokens to keep.
     pub document_budget: Budget,
-    /// Documents that stay in any case.
+    /// Indices of documents that are always kept.
     pub force_documents: Vec<usize>,
-    /// The order in which documents come out.
+    /// The order of the documents in the output.
     pub order: Order,
-    /// How much more of the best document's tokens stays than of the middle one's, as a share.
+    /// The difference between the kept shares of the best and the middle document.
     pub dynamic_ratio: f64,
-    /// Whether and how sentences are left out.
+    /// Whether and how sentences are dropped.
     pub sentences: Option<Sentences>,
-    /// Whether tokens are left out.
+    /// Whether tokens are dropped.
     pub choose_tokens: bool,
-    /// What tokens are weighed by.
+    /// The score of a token.
     pub weigh: Weigh,
-    /// Tokens that are cut at a time.
+    /// Tokens per segment: the number of tokens cut at a time.
     pub segment: usize,
-    /// The token that separates documents, if pairs of it stay.
+    /// The token that separates documents, if pairs of it are kept.
     pub keep_split: Option<u32>,
-    /// Whether the question comes out after the documents.
+    /// Whether the output ends with the question.
     pub append_question: bool,
-    /// Whether tokens that share a character are cut one by one, as in the package, which leaves
-    /// halves of characters and joins them to others. For comparison alone.
+    /// Whether tokens that share a character are cut one by one, as in the package. This leaves
+    /// halves of characters and joins them to others. For comparison only.
     pub published: bool,
 }
 
@@ -163,7 +169,7 @@ impl Settings {
         }
     }
 
-    /// LongLLMLingua with the settings that its authors recommend.
+    /// LongLLMLingua with the settings recommended by its authors.
     pub fn long() -> Self {
         Self {
             rank: Rank::Question(Place::After),
@@ -175,18 +181,18 @@ impl Settings {
     }
 }
 
-/// A compressed prompt with its counts.
+/// A compressed prompt with its token counts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Compression {
-    /// The shorter text; its record speaks of the documents' text.
+    /// The compressed text. Its source ranges refer to the text of the documents.
     pub compressed: Compressed,
-    /// Tokens of `cl100k_base` before, with the instruction and the question.
+    /// Tokens of `cl100k_base` before compression, with the instruction and the question.
     pub original_tokens: usize,
-    /// Tokens of `cl100k_base` after.
+    /// Tokens of `cl100k_base` after compression.
     pub compressed_tokens: usize,
 }
 
-/// A causal model that prompts are compressed with.
+/// A compressor based on a causal model.
 #[derive(Debug)]
 pub struct LlmLingua<M> {
     meter: Meter<M>,
@@ -196,7 +202,7 @@ pub struct LlmLingua<M> {
 }
 
 impl<M: CausalLm> LlmLingua<M> {
-    /// A model and its tokenizer.
+    /// Creates a compressor from a model and its tokenizer.
     ///
     /// # Errors
     /// [`Error::Setting`] for a segment of 0 tokens.
@@ -207,23 +213,25 @@ impl<M: CausalLm> LlmLingua<M> {
         Ok(Self { meter: Meter::new(model), plain: None, tokenizer, settings })
     }
 
-    /// A second session of the same model: contrastive perplexity reads the text with and without the question, and one session for
-    /// both would read it all anew for every segment.
+    /// Sets a second session of the same model. Contrastive perplexity reads the text with and
+    /// without the question; a single session would read all of it again for every segment.
     pub fn with_second(mut self, model: M) -> Self {
         self.plain = Some(Meter::new(model));
         self
     }
 
-    /// The settings.
+    /// Returns the settings.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// Compresses documents; targets are in the model's own tokens, the instruction and the question among them as in the package.
+    /// Compresses documents. Targets are in the model's own tokens and include the instruction and
+    /// the question, as in the package.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] without documents, or without a question where the settings ask for one; [`Error::Setting`] for a question so
-    /// long that two segments no longer fit the context beside it; whatever the model reports.
+    /// [`Error::Mismatch`] without documents, or without a question if the settings need one;
+    /// [`Error::Setting`] if the question is so long that two segments do not fit the context
+    /// beside it; errors of the model.
     pub fn compress_documents(
         &mut self,
         documents: &Documents,
@@ -234,7 +242,8 @@ impl<M: CausalLm> LlmLingua<M> {
         self.run(documents, instruction, question, target, 1)
     }
 
-    /// As [`compress_documents`](Self::compress_documents), with shorter segments if there would be fewer than `segments`.
+    /// As [`compress_documents`](Self::compress_documents), with shorter segments if there would be
+    /// fewer than `segments`.
     fn run(
         &mut self,
         documents: &Documents,
@@ -275,7 +284,7 @@ impl<M: CausalLm> LlmLingua<M> {
         })
     }
 
-    /// The tokens of the documents that stay.
+    /// Returns the tokens of the kept documents.
     fn tokens(
         &self,
         texts: &[&str],
@@ -297,7 +306,7 @@ impl<M: CausalLm> LlmLingua<M> {
         Ok(all as f64 * rate - before as f64 - after as f64)
     }
 
-    /// The coarse choices: documents, then sentences.
+    /// Coarse selection: documents, then sentences.
     fn choose(&mut self, documents: &Documents, question: &str, target: f64) -> Result<Vec<Kept>> {
         let source = documents.text.as_str();
         let kept = match self.settings.choose_documents && documents.ranges.len() > 1 {
@@ -361,7 +370,7 @@ impl<M: CausalLm> LlmLingua<M> {
     }
 }
 
-/// Of each token, whether it shares a character with the one before it.
+/// Returns for each token whether it shares a character with the previous one.
 fn shares(text: &str, tokens: &[Range<usize>]) -> Vec<bool> {
     let mut end = 0;
     let goes_on = |token: &Range<usize>| {
@@ -373,7 +382,8 @@ fn shares(text: &str, tokens: &[Range<usize>]) -> Vec<bool> {
     tokens.iter().map(goes_on).collect()
 }
 
-/// The instruction before, the question after, with empty lines between. White space alone is left out, as in the package.
+/// Adds the instruction before and the question after, with empty lines between. Parts of only
+/// white space are omitted, as in the package.
 fn frame(compressed: Compressed, instruction: &str, question: &str) -> Compressed {
     let Compressed { text, mut pieces } = compressed;
     let mut body = text.as_str();
@@ -391,8 +401,9 @@ fn frame(compressed: Compressed, instruction: &str, question: &str) -> Compresse
 }
 
 impl<M: CausalLm> PromptCompressor for LlmLingua<M> {
-    /// Paragraphs are the documents. Segments are as long as the settings say or, in a short text, a sixteenth of what the choice of
-    /// documents leaves: the package hardly cuts a text shorter than a segment. Rate 1 gives the text back as it is.
+    /// Paragraphs are the documents. The segment length is that of the settings, or for a short
+    /// text a sixteenth of the selected documents: the package hardly cuts a text shorter than a
+    /// segment. Rate 1 returns the text unchanged.
     fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed> {
         if rate == Rate::ONE {
             return Compressed::copy(prompt.text, std::iter::once(0..prompt.text.len()));

@@ -1,9 +1,9 @@
-//! LLMLingua-2: an encoder says for each token whether it stays.
+//! LLMLingua-2: an encoder classifies each token as kept or dropped.
 //!
 //! Pan et al., *LLMLingua-2: Data Distillation for Efficient and Faithful Task-Agnostic Prompt
-//! Compression*, arXiv 2403.12968. Gives the texts, labels and counts of the Python package
-//! `llmlingua` 0.2.2 (`compress_prompt_llmlingua2`), but that one word of a text stays at least
-//! ([`Settings::published`]).
+//! Compression*, arXiv 2403.12968. Texts, labels and counts equal those of the Python package
+//! `llmlingua` 0.2.2 (`compress_prompt_llmlingua2`), except that at least one word of a text is
+//! kept ([`Settings::published`]).
 
 mod checkpoint;
 mod compress;
@@ -29,7 +29,7 @@ use words::merge;
 
 use crate::tokens::cl100k_tokens;
 
-/// The settings of arXiv 2407.01527: their names and rates.
+/// The settings of arXiv 2407.01527: names and rates.
 pub const PAPER_RATES: [(&str, f64); 4] = [
     ("llmlingua2-2x", 0.5),
     ("llmlingua2-4x", 0.25),
@@ -37,7 +37,7 @@ pub const PAPER_RATES: [(&str, f64); 4] = [
     ("llmlingua2-8x", 0.125),
 ];
 
-/// The rate of one of the paper's settings by its name; [`Settings::paper`] goes with each.
+/// Returns the rate of one of the paper's settings by name. Use it with [`Settings::paper`].
 ///
 /// ```
 /// use prompt_compress::llmlingua2::paper_rate;
@@ -50,32 +50,32 @@ pub fn paper_rate(name: &str) -> Option<Rate> {
     Rate::new(*rate).ok()
 }
 
-/// How a word's probability comes from its tokens'.
+/// How the probability of a word is computed from those of its tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WordProbability {
-    /// Their mean.
+    /// The mean.
     #[default]
     Mean,
-    /// The first one's.
+    /// The probability of the first token.
     First,
 }
 
-/// What to keep besides what the encoder wants kept, and where to cut long texts.
+/// Tokens that are always kept, and the windowing of long texts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// Tokens that always stay: at most 100.
+    /// Tokens that are always kept, at most 100.
     pub force_tokens: Vec<String>,
-    /// Tokens with a digit in them always stay.
+    /// Whether tokens that contain a digit are always kept.
     pub force_digits: bool,
-    /// Of forced tokens that follow each other with nothing between, one is enough.
+    /// Whether only one of adjacent equal forced tokens is kept.
     pub drop_consecutive: bool,
-    /// How a word's probability comes from its tokens'.
+    /// How the probability of a word is computed from those of its tokens.
     pub word_probability: WordProbability,
     /// Tokens after which a text may be cut into windows.
     pub window_ends: Vec<String>,
-    /// Windows of 512 tokens that go through the encoder at a time: what bounds the memory.
+    /// Number of windows of 512 tokens per encoder call. It bounds the memory.
     pub batch: usize,
-    /// Whether a text may lose its last word, as in the package. For comparison alone.
+    /// Whether a text may lose its last word, as in the package. For comparison only.
     pub published: bool,
 }
 
@@ -95,14 +95,15 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// The settings of arXiv 2407.01527: line ends, full stops, exclamation and question marks and commas stay, one at a time.
+    /// The settings of arXiv 2407.01527: line ends, full stops, exclamation marks, question marks
+    /// and commas are kept, adjacent equal ones once.
     pub fn paper() -> Self {
         let force_tokens = ["\n", ".", "!", "?", ","].map(String::from).to_vec();
         Self { force_tokens, drop_consecutive: true, ..Self::default() }
     }
 }
 
-/// A checkpoint with its settings.
+/// A checkpoint with settings.
 ///
 /// The published checkpoints are `microsoft/llmlingua-2-xlm-roberta-large-meetingbank` and
 /// `microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank`.
@@ -115,12 +116,12 @@ pub struct LlmLingua2 {
 }
 
 impl LlmLingua2 {
-    /// From a folder with `config.json`, `tokenizer.json` and `model.safetensors`.
+    /// Loads a folder with `config.json`, `tokenizer.json` and `model.safetensors`.
     ///
     /// # Errors
-    /// [`Error::File`] for a file that is missing or broken; [`Error::Mismatch`] for a head without
-    /// two classes or a tensor of another shape; [`Error::Unsupported`] for another architecture's
-    /// settings or tensors, by name; [`Error::Setting`] for a batch of 0.
+    /// [`Error::File`] for a missing or invalid file; [`Error::Mismatch`] for a head without two
+    /// classes or a tensor of another shape; [`Error::Unsupported`] naming settings or tensors of
+    /// another architecture; [`Error::Setting`] for a batch of 0.
     pub fn from_folder(folder: &Path, settings: Settings, device: &Device) -> Result<Self> {
         if settings.batch == 0 {
             return Err(Error::setting("batch", "at least 1 window", 0));
@@ -133,30 +134,33 @@ impl LlmLingua2 {
         Ok(Self { encoder, config, vocabulary, settings })
     }
 
-    /// From the Hugging Face Hub by name: files that are not in its cache are fetched.
+    /// Loads a checkpoint by name from the Hugging Face Hub. Files that are not cached are
+    /// downloaded.
     ///
     /// # Errors
-    /// [`Error::File`] for what can't be fetched; as [`from_folder`](Self::from_folder).
+    /// [`Error::File`] if a file cannot be downloaded; as [`from_folder`](Self::from_folder).
     #[cfg(feature = "hub")]
     pub fn from_hub(name: &str, settings: Settings, device: &Device) -> Result<Self> {
         Self::from_folder(&crate::hub::download(name)?, settings, device)
     }
 
-    /// The encoder that the checkpoint is made from.
+    /// Returns the encoder family of the checkpoint.
     pub fn family(&self) -> Family {
         self.config.model_type
     }
 
-    /// The settings.
+    /// Returns the settings.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// Runs the encoder over `contexts` once; any number of rates and filters can then be applied to the result.
+    /// Runs the encoder over `contexts` once. Any number of rates and filters can be applied to the
+    /// result.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if there is no context, or one is nothing but white space; [`Error::Setting`] for forced tokens that are
-    /// empty or too many; [`Error::Unsupported`] if a forced token needs an added token that the checkpoint has no embedding for.
+    /// [`Error::Mismatch`] without contexts, or for a context of only white space;
+    /// [`Error::Setting`] for empty or too many forced tokens; [`Error::Unsupported`] if a forced
+    /// token needs an added token for which the checkpoint has no embedding.
     pub fn score(&self, contexts: &[&str]) -> Result<Scored<'_>> {
         if contexts.is_empty() {
             return Err(Error::mismatch("contexts", "at least one", 0));
@@ -194,7 +198,8 @@ impl LlmLingua2 {
 }
 
 impl PromptCompressor for LlmLingua2 {
-    /// The question is not looked at. Rate 1 gives the text back as it is; the package would write it back through the tokenizer.
+    /// Ignores the question. Rate 1 returns the text unchanged; the package would re-encode it with
+    /// the tokenizer.
     fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed> {
         if rate == Rate::ONE {
             return Compressed::copy(prompt.text, std::iter::once(0..prompt.text.len()));

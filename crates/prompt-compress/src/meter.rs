@@ -1,4 +1,4 @@
-//! A causal language model as a meter of surprise: what a token costs it after those before.
+//! Token losses of a causal language model.
 
 use std::ops::Range;
 
@@ -7,12 +7,12 @@ use longctx_core::{Batch, CausalLm, Error, Logits, Result, SeqId};
 use rayon::prelude::*;
 use tokenizers::Tokenizer;
 
-/// Tokens fed at a time: the logits of a whole prompt over a whole vocabulary would not fit.
+/// Tokens per call: the logits of a whole prompt over the vocabulary would not fit in memory.
 const CHUNK: usize = 256;
-/// The sequence that all texts run in.
+/// The sequence in which all texts are evaluated.
 const SEQ: SeqId = 0;
 
-/// A model that remembers what it was fed, so that sequences with the same beginning pay for it once.
+/// A model that keeps its cache between texts, so that a common prefix is evaluated once.
 #[derive(Debug)]
 pub struct Meter<M> {
     model: M,
@@ -24,17 +24,18 @@ impl<M: CausalLm> Meter<M> {
         Self { model, fed: Vec::new() }
     }
 
-    /// The longest context that the model was made for.
+    /// Returns the longest context of the model, in tokens.
     pub fn context_length(&self) -> usize {
         self.model.context_length().unwrap_or(usize::MAX)
     }
 
-    /// The loss (negative log-likelihood, in nats) of each token after the first of `ids[from..]`, given all before it.
+    /// Returns the loss (negative log-likelihood, in nats) of each token after the first of
+    /// `ids[from..]`, given all tokens before it.
     pub fn losses(&mut self, ids: &[u32], from: usize) -> Result<Vec<f32>> {
         if ids.len() < from + 2 {
             return Ok(Vec::new());
         }
-        // The last token's own logits are not needed, nor is it fed.
+        // The logits of the last token are not needed, so it is not fed.
         let ids_fed = &ids[..ids.len() - 1];
         let same = self.fed.iter().zip(ids_fed).take_while(|(a, b)| a == b).count();
         self.truncate(same.min(from))?;
@@ -66,7 +67,7 @@ impl<M: CausalLm> Meter<M> {
         Ok(logits)
     }
 
-    /// Goes back to the first `len` tokens, or to none if the model's memory can't be truncated.
+    /// Truncates to the first `len` tokens, or to none if the model does not support it.
     fn truncate(&mut self, len: usize) -> Result<()> {
         if len > 0 && self.model.check_truncate(SEQ, len).is_ok() {
             self.model.truncate(SEQ, len)?;
@@ -85,25 +86,25 @@ fn loss(logits: &[f32], id: usize) -> f32 {
     sum.ln() + max - logits[id]
 }
 
-/// The mean, as a loss of a whole text; NaN of nothing.
+/// Returns the mean, as the loss of a whole text; NaN for an empty list.
 pub fn mean(losses: &[f32]) -> f32 {
     (losses.iter().map(|&x| f64::from(x)).sum::<f64>() / losses.len() as f64) as f32
 }
 
-/// The tokens of a text, each with its bytes.
+/// The tokens of a text, each with its byte range.
 pub struct Tokens {
     pub ids: Vec<u32>,
     pub offsets: Vec<Range<usize>>,
 }
 
-/// Cuts a text into tokens; `special`: with what the model expects around a text.
+/// Tokenizes a text. `special` adds the special tokens that the model expects around it.
 pub fn encode(tokenizer: &Tokenizer, text: &str, special: bool) -> Result<Tokens> {
     let encoding = tokenizer.encode(text, special).map_err(failed)?;
     let offsets = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
     Ok(Tokens { ids: encoding.get_ids().to_vec(), offsets })
 }
 
-/// Tokens of a text, with what the model expects around it.
+/// Returns the number of tokens of a text, with the special tokens around it.
 pub fn count(tokenizer: &Tokenizer, text: &str) -> Result<usize> {
     Ok(tokenizer.encode_fast(text, true).map_err(failed)?.len())
 }

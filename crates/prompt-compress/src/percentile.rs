@@ -1,11 +1,11 @@
-//! numpy's percentile, to the last bit: thresholds between words hang on it.
+//! numpy's percentile, bit for bit: the selection of words depends on it.
 
-/// A number as the package holds it: numpy's f32, or a Python float where the package put one in by hand.
+/// A number as the package stores it: numpy's f32, or a Python float where the package assigns one.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Number {
     /// Computed by the model.
     Narrow(f32),
-    /// Written in: 0 or 1.
+    /// Assigned: 0 or 1.
     Wide(f64),
 }
 
@@ -18,9 +18,10 @@ impl Number {
     }
 }
 
-/// The `q`th percentile of `values` by linear interpolation, as numpy 2 gives it; `None` of nothing.
+/// Returns the `q`th percentile of `values` by linear interpolation, as numpy 2 does; `None` for an
+/// empty list.
 ///
-/// A list of f32 is interpolated in f32; one Python float among them makes numpy take all as f64.
+/// A list of f32 is interpolated in f32. If it contains a Python float, numpy uses f64 for all.
 pub fn percentile(values: &[Number], q: u32) -> Option<f64> {
     let mut sorted: Vec<f64> = values.iter().map(|value| value.get()).collect();
     sorted.sort_by(f64::total_cmp);
@@ -45,7 +46,8 @@ mod tests {
 
     #[test]
     fn equals_numpy() {
-        // numpy 2.4.6: np.percentile(np.array([...], dtype=np.float32), q), and the same with a Python 1.0 in the list.
+        // numpy 2.4.6: np.percentile(np.array([...], dtype=np.float32), q), and the same with a
+        // Python 1.0 in the list.
         let narrow = [0.1f32, 0.7, 0.35, 0.9, 0.2].map(Number::Narrow);
         assert_eq!(percentile(&narrow, 51), Some(f64::from(0.364_f32)));
         assert_eq!(percentile(&narrow, 0), Some(f64::from(0.1f32)));

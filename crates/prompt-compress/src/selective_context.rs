@@ -1,8 +1,9 @@
-//! Selective-Context: what a model could have foretold goes.
+//! Selective-Context: drops the text that a causal model predicts well.
 //!
-//! Li et al., *Compressing Context to Enhance Inference Efficiency of Large Language Models*, arXiv 2310.06201. The authors' units are
-//! noun phrases, sentences or tokens; here words, with the white space before them, or sentences. Where a token is a space alone it does
-//! not count, as in the authors' program, the Python package `selective-context` 0.1.4.
+//! Li et al., *Compressing Context to Enhance Inference Efficiency of Large Language Models*, arXiv
+//! 2310.06201. The authors' units are noun phrases, sentences or tokens; here they are words, with
+//! the white space before them, or sentences. A token that is a single space is not counted, as in
+//! the authors' Python package `selective-context` 0.1.4.
 
 use std::ops::Range;
 
@@ -11,7 +12,7 @@ use crate::units::sentences;
 use longctx_core::{CausalLm, Compressed, Error, Prompt, PromptCompressor, Rate, Result};
 use tokenizers::Tokenizer;
 
-/// What stays or goes as a whole.
+/// The unit that is kept or dropped as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
     /// A word, with the white space before it.
@@ -20,37 +21,40 @@ pub enum Unit {
     Sentence,
 }
 
-/// A causal model that says how much each unit of a text tells.
+/// A compressor that measures the self-information of each unit of a text with a causal model.
 #[derive(Debug)]
 pub struct SelectiveContext<M> {
     meter: Meter<M>,
     tokenizer: Tokenizer,
-    /// The token that a text is read after.
+    /// The token fed before a text.
     first: u32,
     unit: Unit,
     split: Split,
-    /// Whether each sentence is read by itself.
+    /// Whether each sentence is read separately.
     alone: bool,
 }
 
-/// Cuts a text into ranges that tile it.
+/// Splits a text into consecutive ranges that cover it.
 type Split = fn(&str) -> Vec<Range<usize>>;
 
 impl<M: CausalLm> SelectiveContext<M> {
-    /// A model, its tokenizer and the token that it expects before a text. What is read before a token counts as known, as far as
-    /// the model's context reaches; sentences are Unicode's.
+    /// Creates a compressor from a model, its tokenizer and the token that the model expects before
+    /// a text. Each token is conditioned on the text before it, within the model's context.
+    /// Sentences follow the Unicode rules.
     pub fn new(model: M, tokenizer: Tokenizer, first: u32, unit: Unit) -> Self {
         let split = sentences;
         Self { meter: Meter::new(model), tokenizer, first, unit, split, alone: false }
     }
 
-    /// Reads each sentence by itself, as the authors' program does: what earlier ones said is news again. `split` gives the sentences,
-    /// ranges that tile the text.
+    /// Reads each sentence separately, as the authors' program does, so that earlier sentences are
+    /// not part of the context. `split` returns the sentences, consecutive ranges that cover the
+    /// text.
     pub fn sentence_by_sentence(self, split: fn(&str) -> Vec<Range<usize>>) -> Self {
         Self { split, alone: true, ..self }
     }
 
-    /// The mean self-information of each unit, in nats per token; NaN where no token begins in it.
+    /// Returns the mean self-information of each unit, in nats per token; NaN if no token begins in
+    /// it.
     fn information(&mut self, text: &str, units: &[Range<usize>]) -> Result<Vec<f64>> {
         let mut sums = vec![(0.0, 0usize); units.len()];
         let read = self.meter.context_length().saturating_sub(1);
@@ -59,7 +63,7 @@ impl<M: CausalLm> SelectiveContext<M> {
         }
         let whole = std::iter::once(0..text.len()).collect();
         for part in if self.alone { (self.split)(text) } else { whole } {
-            // Sentences are read without the white space around them.
+            // Sentences are read without the surrounding white space.
             let part = if self.alone { trimmed(text, part)? } else { part };
             let tokens = encode(&self.tokenizer, &text[part.clone()], false)?;
             for (ids, offsets) in tokens.ids.chunks(read).zip(tokens.offsets.chunks(read)) {
@@ -80,7 +84,8 @@ impl<M: CausalLm> SelectiveContext<M> {
 }
 
 impl<M: CausalLm> PromptCompressor for SelectiveContext<M> {
-    /// Keeps the units above the percentile of self-information that the rate asks for. The question is not looked at.
+    /// Keeps the units above the percentile of self-information that the rate sets. Ignores the
+    /// question.
     fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed> {
         let units = match self.unit {
             Unit::Word => spaced_words(prompt.text),
@@ -96,7 +101,7 @@ impl<M: CausalLm> PromptCompressor for SelectiveContext<M> {
     }
 }
 
-/// The range without the white space at its ends.
+/// Returns the range without white space at its ends.
 fn trimmed(text: &str, range: Range<usize>) -> Result<Range<usize>> {
     let Some(part) = text.get(range.clone()) else {
         let expected = format!("character boundaries within {} bytes", text.len());
@@ -106,7 +111,7 @@ fn trimmed(text: &str, range: Range<usize>) -> Result<Range<usize>> {
     Ok(start..start + part.trim().len())
 }
 
-/// The `q`th quantile of sorted numbers, between two of them by their distance.
+/// Returns the `q`th quantile of sorted numbers, by linear interpolation.
 fn quantile(sorted: &[f64], q: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else { return f64::NEG_INFINITY };
     let at = last as f64 * q;
@@ -114,7 +119,7 @@ fn quantile(sorted: &[f64], q: f64) -> f64 {
     a + (b - a) * at.fract()
 }
 
-/// Words with the white space before them; white space at the end goes to the last one.
+/// Returns words with the white space before them; trailing white space belongs to the last word.
 fn spaced_words(text: &str) -> Vec<Range<usize>> {
     let mut words: Vec<Range<usize>> = Vec::new();
     let mut in_word = false;
@@ -128,7 +133,7 @@ fn spaced_words(text: &str) -> Vec<Range<usize>> {
             last.end = at + c.len_utf8();
         }
     }
-    // What follows the last word is white space alone.
+    // Only white space follows the last word.
     if words.len() > 1 && !in_word {
         let end = words.pop().map(|space| space.end);
         if let (Some(last), Some(end)) = (words.last_mut(), end) {

@@ -1,18 +1,18 @@
-//! Prompts in sections: kept as they are, or compressed at a rate of their own.
+//! Prompts in sections, each kept unchanged or compressed at its own rate.
 
 use longctx_core::{Compressed, Error, Piece, Prompt, PromptCompressor, Rate, Result};
 
-/// A part of a structured prompt.
+/// A section of a structured prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Section {
-    /// Comes through byte for byte.
+    /// Copied byte for byte.
     Keep(String),
-    /// Is compressed, at this rate or at the prompt's.
+    /// Compressed, at this rate or at the prompt's.
     Compress(String, Option<Rate>),
 }
 
 impl Section {
-    /// The section's text.
+    /// Returns the section's text.
     pub fn text(&self) -> &str {
         match self {
             Section::Keep(text) | Section::Compress(text, _) => text,
@@ -20,9 +20,10 @@ impl Section {
     }
 }
 
-/// A prompt in sections, built here or read from llmlingua's tags.
+/// A prompt in sections, built in code or parsed from llmlingua's tags.
 ///
-/// Chat templates and instructions go into sections that are kept; only the material between them is cut.
+/// Chat templates and instructions go into kept sections; only the material between them is
+/// compressed.
 ///
 /// ```
 /// use longctx_core::Rate;
@@ -43,12 +44,12 @@ pub struct StructuredPrompt {
 }
 
 impl StructuredPrompt {
-    /// No sections yet.
+    /// Creates a prompt without sections.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a section that comes through byte for byte.
+    /// Adds a section that is copied byte for byte.
     pub fn keep(mut self, text: impl Into<String>) -> Self {
         self.sections.push(Section::Keep(text.into()));
         self
@@ -60,26 +61,27 @@ impl StructuredPrompt {
         self
     }
 
-    /// Adds a section that is compressed at a rate of its own.
+    /// Adds a section that is compressed at its own rate.
     pub fn compress_at(mut self, text: impl Into<String>, rate: Rate) -> Self {
         self.sections.push(Section::Compress(text.into(), Some(rate)));
         self
     }
 
-    /// Sets the question that question-aware compressors look at.
+    /// Sets the question for question-aware compressors.
     pub fn question(mut self, question: impl Into<String>) -> Self {
         self.question = Some(question.into());
         self
     }
 
-    /// Reads the tags of llmlingua 0.2.2: `<llmlingua, rate=0.3, compress=True>…</llmlingua>`, both settings optional and in any
-    /// order; `compress=False` keeps the section whatever its rate.
+    /// Parses the tags of llmlingua 0.2.2: `<llmlingua, rate=0.3, compress=True>…</llmlingua>`.
+    /// Both settings are optional and may come in any order. `compress=False` keeps the section and
+    /// ignores its rate.
     ///
-    /// Text outside tags is compressed at the prompt's rate. The package drops such text in silence when other tags surround it,
-    /// and every section with a `<` in it; here nothing is lost.
+    /// Text outside tags is compressed at the prompt's rate. The package silently drops such text
+    /// between other tags, and every section that contains `<`; here nothing is lost.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] naming a tag without end, a nested tag, or a setting that is unknown or malformed;
+    /// [`Error::Mismatch`] naming an unclosed or nested tag, or an unknown or malformed setting;
     /// [`Error::Setting`] for a rate outside (0, 1].
     pub fn parse(tagged: &str) -> Result<Self> {
         const OPEN: &str = "<llmlingua";
@@ -109,20 +111,20 @@ impl StructuredPrompt {
         Ok(if rest.is_empty() { prompt } else { prompt.compress(rest) })
     }
 
-    /// The sections, in order.
+    /// Returns the sections, in order.
     pub fn sections(&self) -> &[Section] {
         &self.sections
     }
 
-    /// The prompt without tags: what the byte ranges of its compression speak of.
+    /// Returns the prompt without tags. The source ranges of its compression refer to this text.
     pub fn text(&self) -> String {
         self.sections.iter().map(Section::text).collect()
     }
 
-    /// Compresses each section that may be cut, at its own rate or at `rate`.
+    /// Compresses each section that is not kept, at its own rate or at `rate`.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if there is nothing but white space in all sections; whatever the compressor reports.
+    /// [`Error::Mismatch`] if all sections are only white space; errors of the compressor.
     pub fn compress_with(
         &self,
         compressor: &mut impl PromptCompressor,

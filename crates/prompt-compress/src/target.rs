@@ -1,12 +1,12 @@
-//! How much of a prompt stays.
+//! Compression targets.
 
 use longctx_core::Rate;
 
-/// How much stays, in the tokens that the compressor counts in.
+/// A compression target, in the tokens that the compressor counts.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Target {
     /// A share of the tokens.
     Rate(Rate),
-    /// So many tokens of all contexts together.
+    /// This number of tokens of all contexts together.
     Tokens(usize),
 }

@@ -1,6 +1,7 @@
-//! Counts in the tokens of GPT-3.5 and GPT-4, the unit that llmlingua counts in.
+//! Token counts of GPT-3.5 and GPT-4, the unit of llmlingua.
 
-/// Tokens of `text` in the encoding `cl100k_base`; what looks like a special token is counted as the text that it is.
+/// Returns the number of tokens of `text` in the encoding `cl100k_base`. Text that looks like a
+/// special token is counted as plain text.
 ///
 /// ```
 /// assert_eq!(prompt_compress::cl100k_tokens("Hello, world!"), 4);

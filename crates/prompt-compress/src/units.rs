@@ -1,12 +1,13 @@
-//! Cutting a text into words and sentences that tile it.
+//! Splits a text into words and sentences that cover it.
 
 use std::ops::Range;
 use unicode_segmentation::UnicodeSegmentation;
 
-/// The words of `text` (Unicode Standard Annex 29), each with its punctuation and the white space after it; the ranges tile the text.
+/// Returns the words of `text` (Unicode Standard Annex 29), each with its punctuation and the white
+/// space after it. The ranges are consecutive and cover the text.
 ///
-/// Punctuation goes with the word before it, or after it where white space stands before. So does white space before the first word.
-/// A Chinese character counts as a word.
+/// Punctuation belongs to the word before it, or to the word after it if white space precedes the
+/// punctuation. White space before the first word belongs to it. A Chinese character is a word.
 ///
 /// ```
 /// let text = "Hello,  (new) world!";
@@ -15,7 +16,8 @@ use unicode_segmentation::UnicodeSegmentation;
 /// ```
 pub fn words(text: &str) -> Vec<Range<usize>> {
     let mut words: Vec<Range<usize>> = Vec::new();
-    // Whether there is nothing but white space so far; whether the last word has letters or digits, and white space at its end.
+    // Whether there was only white space so far; whether the last word has letters or digits;
+    // whether it ends in white space.
     let (mut only_space, mut named, mut spaced) = (true, false, false);
     for (start, part) in text.split_word_bound_indices() {
         let end = start + part.len();
@@ -37,12 +39,13 @@ pub fn words(text: &str) -> Vec<Range<usize>> {
     words
 }
 
-/// The sentences of `text` (Unicode Standard Annex 29), cut at line ends too; the ranges tile the text.
+/// Returns the sentences of `text` (Unicode Standard Annex 29), also split at line ends. The ranges
+/// are consecutive and cover the text.
 pub fn sentences(text: &str) -> Vec<Range<usize>> {
     text.split_sentence_bound_indices().map(|(start, part)| start..start + part.len()).collect()
 }
 
-/// The lower-case words of `text`, without punctuation and white space: what rankings compare.
+/// Returns the lower-case words of `text`, without punctuation and white space, for ranking.
 pub(crate) fn terms(text: &str) -> Vec<String> {
     text.unicode_words().map(str::to_lowercase).collect()
 }

@@ -1,4 +1,5 @@
-//! The baselines keep the laws of every compressor that copies bytes, and rank as public packages rank.
+//! The baselines keep the laws of every compressor that copies bytes, and rank as public packages
+//! do.
 
 use longctx_core::{Prompt, PromptCompressor, Rate};
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle, bm25, tf_idf};
@@ -36,7 +37,7 @@ proptest! {
         short.check(&text).unwrap();
         prop_assert_eq!(short.rebuild(&text), short.text.as_str());
         prop_assert!(short.pieces.windows(2).all(|p| p[0].source.end < p[1].source.start));
-        // The pieces consist of whole words; as many as the rate says, within one.
+        // The pieces consist of whole words; their number matches the rate, within one.
         let all = words(&text);
         let inside = |word: &&std::ops::Range<usize>| {
             short.pieces.iter().any(|p| p.source.start <= word.start && word.end <= p.source.end)

@@ -1,4 +1,4 @@
-//! Checkpoints by name, from a folder laid out as the Hub's cache is.
+//! Checkpoints by name, from a folder laid out like the Hub's cache.
 #![cfg(feature = "hub")]
 
 use std::path::Path;
@@ -10,7 +10,7 @@ use prompt_compress::LlmLingua2;
 use prompt_compress::llmlingua2::{Family, Settings};
 
 const NAME: &str = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank";
-/// Set where the test runs itself: a program's own environment can't be changed safely from within.
+/// Set when the test runs itself: a process cannot change its own environment safely.
 const INNER: &str = "LONGCTX_TEST_INSIDE";
 
 #[test]
@@ -31,7 +31,7 @@ fn a_name_opens_what_the_cache_holds() {
     }
     let mut inner = Command::new(env::current_exe().unwrap());
     inner.args(["--exact", "a_name_opens_what_the_cache_holds", "--nocapture"]).env(INNER, "1");
-    // Nobody listens there: what the cache lacks can't be fetched.
+    // Nothing listens on this port: files that are not cached cannot be downloaded.
     inner.env("HF_HOME", home.path()).env("HF_ENDPOINT", "http://127.0.0.1:9");
     assert!(inner.status().unwrap().success());
 }

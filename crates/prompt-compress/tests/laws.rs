@@ -1,5 +1,5 @@
-//! What holds for every text: the model-based compressors keep a subsequence, say where it comes from, and meet the rate; broken
-//! input is named.
+//! Laws for every text: the model-based compressors keep a subsequence, report its source, and meet
+//! the rate. Invalid input gives an error that names it.
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ fn llama() -> (Decoder, Tokenizer) {
     (session, Tokenizer::from_file(folder.join("tokenizer.json")).unwrap())
 }
 
-/// Letters beyond ASCII that both tiny vocabularies have and that no tokenizer writes in another way.
+/// Non-ASCII letters that are in both tiny vocabularies and that no tokenizer normalises.
 const KNOWN: &str = "我们今天讨论产品规划веирт";
 
 fn text() -> impl Strategy<Value = String> {
@@ -61,7 +61,7 @@ fn text() -> impl Strategy<Value = String> {
     .prop_filter("text", |text| !text.trim().is_empty())
 }
 
-/// Nothing is invented: each piece of the output stands in the source, in the same order.
+/// Returns whether the pieces of the output are in the source, in the same order.
 fn is_in_order(compressed: &Compressed) -> bool {
     compressed.pieces.windows(2).all(|pair| pair[0].source.end <= pair[1].source.start)
 }
@@ -79,7 +79,7 @@ proptest! {
         prop_assert!(is_in_order(compressed));
         prop_assert_eq!(got.compressed_tokens, cl100k_tokens(&compressed.text));
         if text.chars().all(|c| c.is_ascii() || KNOWN.contains(c)) {
-            // Without characters that normalisation changes, pieces are the bytes of the source.
+            // Without characters that normalisation changes, pieces equal the bytes of the source.
             for piece in &compressed.pieces {
                 prop_assert_eq!(&text[piece.source.clone()], &compressed.text[piece.output.clone()]);
             }
@@ -90,8 +90,9 @@ proptest! {
 
     #[test]
     fn llmlingua2_meets_the_rate(which in 0..2usize, text in "([a-z]{1,6} ){20,90}", rate in 0.05..0.95f64) {
-        // One window without forced tokens: what is kept is the share of the tokens that a whole percentile leaves, within a word. The
-        // package rounds the percentile up, and counts XLM-RoBERTa's words with the mark before them.
+        // One window without forced tokens: the kept share of tokens is that of a whole percentile,
+        // within one word. The package rounds the percentile up, and counts XLM-RoBERTa's words
+        // with the mark before them.
         let scored = TINY[which].score(&[&text]).unwrap();
         let got = scored.compress(&Request::rate(Rate::new(rate).unwrap())).unwrap();
         let mark = ["▁", ""][which];
@@ -158,7 +159,7 @@ proptest! {
     }
 }
 
-/// Three bytes a character, and in the tiny vocabulary as many tokens.
+/// Three bytes per character, and as many tokens in the tiny vocabulary.
 const FOREIGN: &str = "天地玄黃宇宙洪荒日月盈昃辰宿列張いろはにほへとちりぬるをわかよたれそつねならむうゐのおくやま가나다라마바사아자차카타파하";
 
 proptest! {
@@ -178,8 +179,8 @@ proptest! {
         let prompt = Prompt::new(&text).unwrap().with_question("何ですか?");
         let short = lingua.compress(prompt, Rate::new(rate).unwrap()).unwrap();
         prop_assert!(!short.text.contains('\u{fffd}'), "{}", short.text);
-        // Nothing but characters of the text, in its order within a paragraph, and a record of
-        // each.
+        // The output has only characters of the text, in its order within a paragraph, and a piece
+        // for each.
         if !long {
             let mut rest = text.chars();
             let missing = short.text.chars().find(|&c| !rest.any(|own| own == c));
@@ -202,7 +203,7 @@ fn half_of_121_characters_is_about_half_of_them_and_whole() {
         let short = compress(settings.clone());
         assert!(short.chars().all(|c| FOREIGN.contains(c)), "{short}");
         assert!((40..=80).contains(&short.chars().count()), "{short}");
-        // As published, halves of characters are left.
+        // With `published`, halves of characters are left.
         let published = compress(llmlingua::Settings { published: true, ..settings });
         assert!(published.contains('\u{fffd}'), "{published}");
     }
@@ -229,7 +230,7 @@ fn one_word_at_least_stays() {
     }
 }
 
-/// What a prompt keeps: anything, chat templates above all.
+/// Text that a prompt keeps: anything, including chat templates.
 fn kept() -> impl Strategy<Value = String> {
     prop_oneof![
         ".{0,20}",
@@ -238,7 +239,7 @@ fn kept() -> impl Strategy<Value = String> {
     ]
 }
 
-/// The compressors that need a model.
+/// Returns the compressors that need a model.
 fn make(which: usize) -> Box<dyn PromptCompressor> {
     let lingua = |settings| Box::new(LlmLingua::new(llama().0, llama().1, settings).unwrap());
     match which {
@@ -252,7 +253,7 @@ fn make(which: usize) -> Box<dyn PromptCompressor> {
 
 #[test]
 fn short_texts_are_cut_too() {
-    // Fewer tokens than a segment of the package's: cut all the same, to about the rate.
+    // Fewer tokens than one segment of the package; compressed to about the rate all the same.
     let text = "The council met at nine, and Mayor Ortiz opened with the budget of the harbour. "
         .repeat(3);
     let rate = Rate::new(0.5).unwrap();
@@ -278,7 +279,8 @@ fn white_space_alone_leaves_no_piece() {
 
 #[test]
 fn a_text_longer_than_the_context_is_read_on() {
-    // 4,096 tokens are the tiny model's context: the text has about three times as many, and what is kept goes past it too.
+    // The tiny model's context is 4,096 tokens: the text has about three times as many, and the
+    // kept text exceeds the context too.
     let text: String =
         (0..3000).map(|i| format!("the {} of item {i}, ", ["cat", "dog", "key"][i % 3])).collect();
     let (model, tokenizer) = llama();
@@ -294,7 +296,7 @@ fn a_text_longer_than_the_context_is_read_on() {
     assert!((0.4..0.8).contains(&share), "{share}");
 }
 
-/// A model that counts the tokens that it is fed.
+/// A model that counts the tokens fed to it.
 struct Counting(Decoder, Rc<Cell<usize>>);
 
 impl CausalLm for Counting {
@@ -362,7 +364,8 @@ impl CausalLm for Counting {
 
 #[test]
 fn segments_reuse_the_cache() {
-    // Forty segments of which half stays: read anew for each, the text would be gone through about twelve times.
+    // Forty segments of which half is kept: if each read the text again, it would be read about
+    // twelve times.
     let text = "The council met at nine, and Mayor Ortiz opened with the budget. ".repeat(60);
     for (settings, readings) in
         [(llmlingua::Settings::llmlingua(), 1.0), (llmlingua::Settings::long(), 2.0)]
@@ -376,7 +379,8 @@ fn segments_reuse_the_cache() {
             LlmLingua::new(counting(), tokenizer, settings).unwrap().with_second(counting());
         let prompt = Prompt::new(&text).unwrap().with_question("who?");
         lingua.compress(prompt, Rate::new(0.5).unwrap()).unwrap();
-        // The whole text once, for its threshold, then each segment once more with as many tokens of what is left before it.
+        // The whole text once, for its threshold, then each segment once more with as many tokens
+        // of the kept text before it.
         let times = fed.get() as f64 / tokens as f64;
         assert!((1.5 * readings..4.0 * readings).contains(&times), "read {times} times");
     }
@@ -439,7 +443,7 @@ fn causal_requests_are_checked() {
     assert!(error.to_string().contains("sentence: expected character boundaries"), "{error}");
 }
 
-/// A copy of a checkpoint that a test may break.
+/// Returns a copy of a checkpoint that a test may modify.
 fn copy(name: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for file in ["config.json", "tokenizer.json", "model.safetensors"] {
@@ -497,7 +501,8 @@ fn broken_checkpoints_are_named() {
             .contains("at least 512")
     );
 
-    // A checkpoint without rows for added tokens can't stand in for what its vocabulary lacks.
+    // A checkpoint without rows for added tokens has no placeholders for tokens that its vocabulary
+    // lacks.
     let path = fixture(BERT).join("model.safetensors");
     let words = "bert.embeddings.word_embeddings.weight";
     let all = candle_core::safetensors::load(&path, &Device::Cpu).unwrap().remove(words).unwrap();

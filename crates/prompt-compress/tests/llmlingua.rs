@@ -1,5 +1,5 @@
-//! LLMLingua, LongLLMLingua and Selective-Context give what the Python package and the published algorithm give with the same
-//! tiny Llama: fixtures/causal.py says how their results were made.
+//! LLMLingua, LongLLMLingua and Selective-Context equal the Python package and the published
+//! algorithm with the same tiny Llama. fixtures/causal.py made the expected results.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -33,7 +33,7 @@ fn digest(text: &str) -> String {
     Sha256::digest(text).iter().take(6).map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Sentences as fixtures/causal.py cuts them, each with the white space after it.
+/// Splits sentences as fixtures/causal.py does, each with the white space after it.
 fn plain_sentences(text: &str) -> Vec<Range<usize>> {
     let mut ranges = Vec::new();
     let (mut start, mut ended, mut space) = (0, false, false);
@@ -59,7 +59,7 @@ struct Variant {
     instructs: bool,
 }
 
-/// The variants of fixtures/causal.py.
+/// Returns a variant of fixtures/causal.py by name.
 fn variant(name: &str) -> Variant {
     let plain = Settings { append_question: true, published: true, ..Settings::llmlingua() };
     let long = Settings { rank: Rank::Question(Place::After), ..plain.clone() };
@@ -135,7 +135,7 @@ fn own() -> Own {
     serde_json::from_str(include_str!("fixtures/llmlingua-own.json")).unwrap()
 }
 
-/// One model for each variant, and what it makes of texts.
+/// One model for each variant, and its results.
 struct Runner {
     lingua: LlmLingua<Decoder>,
     variant: Variant,
@@ -157,7 +157,8 @@ impl Runner {
         let got =
             self.lingua.compress_documents(&documents, instruction, question, target).unwrap();
         got.compressed.check(&documents.text).unwrap();
-        // The record says where every byte comes from, but for what is not of the documents and for broken characters.
+        // Every output byte has a source, except text that is not of the documents and broken
+        // characters.
         for piece in &got.compressed.pieces {
             let (source, output) = (piece.source.clone(), piece.output.clone());
             assert_eq!(documents.text[source], got.compressed.text[output]);
@@ -192,7 +193,7 @@ struct Sample {
     context: String,
 }
 
-/// The passages that the fixtures name; `None` if the samples are not there.
+/// Returns the passages that the fixtures name; `None` if the samples are missing.
 fn passages(wide: &Wide) -> Option<Vec<String>> {
     let samples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/longbench-mini");
     if !samples.exists() {
@@ -208,7 +209,7 @@ fn passages(wide: &Wide) -> Option<Vec<String>> {
     Some(wide.passages.iter().map(read).collect())
 }
 
-/// The passage, or its four quarters.
+/// Returns the passage, or its four quarters.
 fn contexts(passage: &str, split: bool) -> Vec<String> {
     if !split {
         return vec![passage.to_owned()];
@@ -242,7 +243,7 @@ fn longbench_passages_equal_the_package() {
     }
 }
 
-/// Compresses the passages at each rate, and compares with what is expected.
+/// Compresses the passages at each rate, and compares the results with the expected ones.
 fn check_selective(
     mut selective: SelectiveContext<Decoder>,
     passages: &[String],
@@ -272,8 +273,9 @@ fn selective_context_equals_the_published_algorithm() {
     check_selective(selective, &passages, &wide.selective);
 }
 
-/// Sentences as the authors' program cuts them, in ASCII text with single spaces: at a space after a full stop or question mark, but for
-/// abbreviations, `(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=\.|\?)\s`.
+/// Splits sentences as the authors' program does, for ASCII text with single spaces: at a space
+/// after a full stop or question mark, except after abbreviations,
+/// `(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=\.|\?)\s`.
 fn authors_sentences(text: &str) -> Vec<Range<usize>> {
     let bytes = text.as_bytes();
     let word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';

@@ -1,4 +1,4 @@
-//! LLMLingua-2 gives what the Python package gives: fixtures/llmlingua2.py says how its results were made.
+//! LLMLingua-2 equals the Python package. fixtures/llmlingua2.py made the expected results.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ fn digest(text: &str) -> String {
     Sha256::digest(text).iter().take(6).map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// One string for a result, as the fixtures have it.
+/// Formats a result as one string, like the fixtures.
 fn compact(got: &Compression) -> String {
     let texts: Vec<&str> = got.contexts.iter().map(|(_, c)| c.text.as_str()).collect();
     let words: Vec<&str> = got.labels.iter().map(|label| label.word.as_str()).collect();
@@ -149,7 +149,7 @@ impl Options {
     }
 }
 
-/// The same words as `long_text` of fixtures/llmlingua2.py.
+/// Returns the same words as `long_text` of fixtures/llmlingua2.py.
 fn long_text(count: usize, mut seed: u64) -> String {
     const WORDS: [&str; 20] = [
         "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world",

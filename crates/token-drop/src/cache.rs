@@ -48,7 +48,7 @@ use longctx_core::{
 /// cache.attend(&Step { batch: &batch, q: &q, k: &k, v: &k })?;
 /// assert_eq!((cache.seen(0), cache.held(0)), (400, 100));
 /// assert_eq!((cache.seen(1), cache.held(1)), (200, 50));
-/// assert!(cache.positions(1)[0].ends_with(&[197, 198, 199]));
+/// assert!(cache.positions(1)?[0].ends_with(&[197, 198, 199]));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
@@ -204,8 +204,12 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
 
     /// Returns the original positions of each kv head's entries, `[kv_heads]` lists; empty for an
     /// unknown sequence.
-    pub fn positions(&self, seq: SeqId) -> &[Vec<u32>] {
-        self.sequences.get(seq).map_or(&[], |sequence| sequence.state.entries.positions())
+    ///
+    /// # Errors
+    /// If the positions are on a device and the copy fails.
+    pub fn positions(&self, seq: SeqId) -> Result<Vec<Vec<u32>>> {
+        let of = |sequence: &Sequence<SeqState>| sequence.state.entries.positions();
+        self.sequences.get(seq).map_or(Ok(Vec::new()), of)
     }
 
     /// Returns the position of a sequence's next token: a cache that re-rotates leaves no gaps.
@@ -370,7 +374,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         let (budgets, _) = self.settings.limits(&self.spec, prompt, self.seen(seq) + tokens);
         let budget = budgets.into_iter().max().unwrap_or(usize::MAX);
         let even = self.settings.head_budgets == HeadBudgets::Uniform;
-        match self.evicts_prompt(seq, tokens) && even && !self.joins(seq, tokens) {
+        // The host does not know how many of the call's own tokens a selection on a device keeps.
+        match self.evicts_prompt(seq, tokens) && even && self.store.len(seq) == 0 {
             true => tokens.min(budget),
             false => tokens,
         }

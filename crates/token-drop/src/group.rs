@@ -14,11 +14,11 @@ pub enum Group {
 }
 
 impl Group {
-    /// Reduces the rows of `[query heads, entries]`.
+    /// Reduces `[kv_heads, group, entries]` to `[kv_heads, entries]`.
     pub(crate) fn join(self, heads: &Tensor) -> Result<Tensor> {
         Ok(match self {
-            Group::Mean => heads.mean(0)?,
-            Group::Max => heads.max(0)?,
+            Group::Mean => heads.mean(1)?,
+            Group::Max => heads.max(1)?,
         })
     }
 

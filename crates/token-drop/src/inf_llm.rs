@@ -28,7 +28,7 @@ use state::State;
 /// whose representatives have the largest product with its mean query, the same for all heads. Keys
 /// outside the window are treated as if at distance `local - 1`, so positions never exceed those
 /// that the model was trained on. Tokens that have left the window but do not yet fill a block are
-/// visible too. left the window and do not fill a block yet are seen too.
+/// visible too.
 ///
 /// Two stores of any kind, packed ones included, hold a sequence:
 ///

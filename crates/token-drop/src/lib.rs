@@ -10,6 +10,7 @@ mod part;
 mod policy;
 mod prompt;
 mod quest;
+mod scores;
 mod select;
 mod sequences;
 mod settings;
@@ -22,7 +23,7 @@ pub use cache::PolicyCache;
 pub use group::Group;
 pub use inf_llm::{InfLlm, InfLlmSettings};
 pub use policy::{
-    EvictionPolicy, HeadView, LayerView, Needs, ObservedQueries, duo_attention::DuoAttention,
+    EvictionPolicy, LayerView, Needs, ObservedQueries, duo_attention::DuoAttention,
     expected_attention::ExpectedAttention, finch::Finch, h2o::H2o, k_norm::KNorm,
     key_diff::KeyDiff, lag_kv::LagKv, random::Random, recent::Recent, snap_kv::SnapKv, tova::Tova,
 };

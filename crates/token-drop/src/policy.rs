@@ -15,6 +15,7 @@ mod window;
 
 use candle_core::Tensor;
 use longctx_core::{Error, LayerSpec, Result};
+use std::ops::Range;
 
 /// Scores the entries of a sequence in one layer. The entries with the highest scores are kept.
 ///
@@ -24,7 +25,7 @@ use longctx_core::{Error, LayerSpec, Result};
 ///
 /// ```
 /// use candle_core::Tensor;
-/// use token_drop::{EvictionPolicy, HeadView, LayerView, Needs};
+/// use token_drop::{EvictionPolicy, LayerView, Needs};
 ///
 /// /// Keeps the tokens with the longest values.
 /// struct LongValues;
@@ -34,9 +35,8 @@ use longctx_core::{Error, LayerSpec, Result};
 ///         Needs { values: true, ..Needs::default() }
 ///     }
 ///
-///     fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Vec<Tensor>> {
-///         let of_head = |head: &HeadView<'_>| Ok(head.values()?.sqr()?.sum(1)?);
-///         view.heads.iter().map(of_head).collect()
+///     fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Tensor> {
+///         Ok(view.values()?.sqr()?.sum(2)?)
 ///     }
 /// }
 /// ```
@@ -45,12 +45,12 @@ pub trait EvictionPolicy: Send {
     /// empty.
     fn needs(&self) -> Needs;
 
-    /// Returns one score for each entry of each kv head: `[kv_heads]` tensors `[entries]` in f32,
-    /// on the store's device or on the CPU.
+    /// Returns one score for each entry of each kv head, `[kv_heads, entries]` in f32, on the
+    /// store's device.
     ///
     /// # Errors
     /// If a tensor operation fails.
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>>;
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor>;
 }
 
 impl<P: EvictionPolicy + ?Sized> EvictionPolicy for Box<P> {
@@ -58,7 +58,7 @@ impl<P: EvictionPolicy + ?Sized> EvictionPolicy for Box<P> {
         (**self).needs()
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
         (**self).score(view)
     }
 }
@@ -66,6 +66,8 @@ impl<P: EvictionPolicy + ?Sized> EvictionPolicy for Box<P> {
 /// The inputs that a policy needs to score.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Needs {
+    /// Original positions of the entries.
+    pub positions: bool,
     /// Keys.
     pub keys: bool,
     /// Values.
@@ -96,42 +98,51 @@ pub enum ObservedQueries {
 
 /// One layer's entries of a sequence, including the tokens of the call. Fields that the policy does
 /// not [need](EvictionPolicy::needs) are empty. Tensors are on the store's device.
+///
+/// A view has all kv heads of the layer, unless they hold different numbers of entries. Then the
+/// policy is called once for each range of heads with equal numbers.
 #[derive(Debug)]
 pub struct LayerView<'a> {
     /// The layer.
     pub spec: &'a LayerSpec,
     /// Number of tokens seen: the position of the next token.
     pub seen: usize,
-    /// Queries before the rotary embedding, `[queries, heads, head_dim]`. The last one belongs to
-    /// the newest token.
+    /// Queries before the rotary embedding, `[queries, heads, head_dim]`, of all heads of the
+    /// layer. The last one belongs to the newest token.
     pub queries: Option<&'a Tensor>,
-    /// The kv heads, `[kv_heads]`.
-    pub heads: Vec<HeadView<'a>>,
-}
-
-/// The entries of one kv head, oldest first.
-#[derive(Debug)]
-pub struct HeadView<'a> {
-    /// Original positions of the entries.
-    pub positions: &'a [u32],
-    /// Rotated keys, `[entries, head_dim]`, f32.
+    /// Range of the kv heads in this view.
+    pub kv_heads: Range<usize>,
+    /// Number of entries of each of them. Entries are ordered from oldest to newest.
+    pub entries: usize,
+    /// Original positions of the entries, `[kv_heads, entries]`, u32.
+    pub positions: Option<Tensor>,
+    /// Rotated keys, `[kv_heads, entries, head_dim]`, f32.
     pub keys: Option<Tensor>,
-    /// Values, `[entries, value_dim]`, f32.
+    /// Values, `[kv_heads, entries, value_dim]`, f32.
     pub values: Option<Tensor>,
     /// The attention probability that each query head of the group gave to each entry, summed over
-    /// the observed queries: `[group, entries]`, f32.
+    /// the observed queries: `[kv_heads, group, entries]`, f32.
     pub attention_sums: Option<Tensor>,
     /// Number of observed queries.
     pub observed: usize,
-    /// The policy's previous scores. 0 for newer entries; empty before the first scoring.
-    pub previous: &'a [f32],
+    /// The policy's previous scores, `[kv_heads, entries]`, f32. 0 for newer entries; `None` before
+    /// the first scoring.
+    pub previous: Option<Tensor>,
 }
 
-impl HeadView<'_> {
-    /// Returns the keys.
+impl LayerView<'_> {
+    /// Returns the positions.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if the policy does not list them in its needs.
+    pub fn positions(&self) -> Result<&Tensor> {
+        asked(&self.positions, "positions")
+    }
+
+    /// Returns the keys.
+    ///
+    /// # Errors
+    /// As [`positions`](Self::positions).
     pub fn keys(&self) -> Result<&Tensor> {
         asked(&self.keys, "keys")
     }
@@ -139,7 +150,7 @@ impl HeadView<'_> {
     /// Returns the values.
     ///
     /// # Errors
-    /// As [`keys`](Self::keys).
+    /// As [`positions`](Self::positions).
     pub fn values(&self) -> Result<&Tensor> {
         asked(&self.values, "values")
     }
@@ -147,7 +158,7 @@ impl HeadView<'_> {
     /// Returns the accumulated attention.
     ///
     /// # Errors
-    /// As [`keys`](Self::keys).
+    /// As [`positions`](Self::positions).
     pub fn attention_sums(&self) -> Result<&Tensor> {
         asked(&self.attention_sums, "attention")
     }

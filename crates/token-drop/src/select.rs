@@ -1,10 +1,10 @@
 //! Selection of entries by score.
 
-use crate::HeadBudgets;
-use longctx_core::Selection;
+use crate::{HeadBudgets, scores::Scores};
+use longctx_core::{Result, Selection, top_entries};
 use rayon::prelude::*;
 
-/// Total entries from which on the selection uses several threads.
+/// Smallest total number of entries for which the selection uses several threads.
 const MIN_PARALLEL: usize = 1 << 13;
 
 /// Entries that are kept regardless of their scores.
@@ -30,7 +30,7 @@ impl Protected {
         Self { sinks, ..Self::default() }
     }
 
-    /// Returns the protected ends of a budget, and the budget in whole tokens.
+    /// Returns the numbers of protected entries within a budget, and the budget in whole tokens.
     pub(crate) fn within(self, budget: f64) -> (Ends, usize) {
         let share = (self.recent_share * budget) as usize;
         let rest = ((1.0 - self.recent_share) * budget) as usize;
@@ -61,16 +61,37 @@ pub enum Granularity {
     /// ChunkKV (Liu et al., arXiv 2502.00299): whole chunks of this many adjacent tokens (20 in
     /// kvpress, 10 in the paper), the same in every head of a layer.
     ///
-    /// The score of a chunk is the mean of its tokens' scores, summed over the heads. The best
-    /// chunks that fit the budget beside the protected entries are kept. The next best chunk keeps
+    /// The score of a chunk is the mean of its tokens' scores, summed over the heads. Protected
+    /// entries are kept first, then the best chunks that fit the budget. The next best chunk keeps
     /// its first tokens, up to the budget. kvpress counts chunks instead of tokens, so it can
     /// exceed the budget.
     Chunk(usize),
 }
 
 /// Selects the entries to keep: at most the budgets, protected entries first. Of equal scores the
-/// older entry is kept.
+/// older entry is kept. If every head has the same budget and heads do not compete, scores on a
+/// device are selected there. Otherwise, and for whole chunks, the host selects.
 pub(crate) fn select(
+    scores: &Scores,
+    budgets: &[usize],
+    ends: Ends,
+    granularity: Granularity,
+    heads: HeadBudgets,
+) -> Result<Selection> {
+    let alone = granularity == Granularity::Token && heads == HeadBudgets::Uniform;
+    if let Scores::OnDevice(scores) = scores
+        && alone
+        && budgets.iter().all(|budget| *budget == budgets[0])
+    {
+        let count = budgets[0].min(scores.dim(1)?);
+        if let Some(keep) = top_entries(scores, count, ends.sinks, ends.recent)? {
+            return Ok(keep);
+        }
+    }
+    Ok(select_on_host(&scores.lists()?, budgets, ends, granularity, heads))
+}
+
+fn select_on_host(
     scores: &[Vec<f32>],
     budgets: &[usize],
     ends: Ends,
@@ -241,7 +262,8 @@ mod tests {
             vec![vec![1.0, 2.0, 2.0, 3.0, 0.0, 1.0, 2.0], vec![1.0, 2.0, 2.0, 3.0, 0.0, 1.0, 2.0]];
         let keep = |budget, granularity| {
             let uniform = HeadBudgets::Uniform;
-            select(&scores, &[budget; 2], Ends::default(), granularity, uniform).heads()[1].clone()
+            let keep = select_on_host(&scores, &[budget; 2], Ends::default(), granularity, uniform);
+            keep.heads().unwrap()[1].clone()
         };
         assert_eq!(keep(3, Granularity::Chunk(2)), [2, 3, 6]);
         assert_eq!(keep(4, Granularity::Chunk(2)), [0, 2, 3, 6]);

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use candle_core::{DType, Tensor};
 use common::*;
 use longctx_core::{
-    AttentionShape, AttentionState, Batch, DenseStore, Error, Footprint, KvCache, KvStore, Mask,
-    Result, Selection, SeqId,
+    AttentionShape, AttentionState, AttentionSums, Batch, DenseStore, Error, Footprint, KvCache,
+    KvStore, Mask, Result, Selection, SeqId,
 };
 use proptest::prelude::*;
 use token_drop::{Budget, H2o, PolicyCache};
@@ -58,7 +58,7 @@ impl KvStore for Failing {
         q: &Tensor,
         lse: &Tensor,
         mask: Mask<'_>,
-    ) -> Result<Vec<Tensor>> {
+    ) -> Result<Vec<AttentionSums>> {
         self.count()?;
         self.store.attention_sums(batch, q, lse, mask)
     }
@@ -234,7 +234,7 @@ fn an_eviction_without_room_for_copies_is_put_off() {
         cache
     };
     let held = |cache: &PolicyCache<DenseStore, H2o>| {
-        (cache.seen(1), cache.held(1), cache.positions(1)[0].len())
+        (cache.seen(1), cache.held(1), cache.positions(1).unwrap()[0].len())
     };
     let token = Input::random(1);
     // Each head needs a block for the copy of its last block; only one is free.

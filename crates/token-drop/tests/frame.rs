@@ -72,8 +72,8 @@ fn a_head_frees_what_it_loses_to_another() {
     assert_eq!(held.payload + held.slack, 4 * 32 * entry);
 }
 
-fn zeros(len: usize) -> Tensor {
-    Tensor::zeros(len, DType::F32, &Device::Cpu).unwrap()
+fn zeros(heads: usize, len: usize) -> Tensor {
+    Tensor::zeros((heads, len), DType::F32, &Device::Cpu).unwrap()
 }
 
 /// A policy that observes several queries whose tokens are not kept.
@@ -86,8 +86,8 @@ impl EvictionPolicy for Forgetful {
         Needs { attention: Some(newest), ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Vec<Tensor>> {
-        Ok(view.heads.iter().map(|head| zeros(head.positions.len())).collect())
+    fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Tensor> {
+        Ok(zeros(view.kv_heads.len(), view.entries))
     }
 }
 
@@ -100,8 +100,8 @@ impl EvictionPolicy for Miscounting {
         Needs::default()
     }
 
-    fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Vec<Tensor>> {
-        Ok(view.heads.iter().map(|head| zeros(head.positions.len() - 1)).collect())
+    fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Tensor> {
+        Ok(zeros(view.kv_heads.len(), view.entries - 1))
     }
 }
 
@@ -113,11 +113,11 @@ fn what_is_wrong_with_a_policy_is_named_and_changes_nothing() {
     let made = PolicyCache::new(spec(), store(DType::F32), Miscounting, Budget::Tokens(8));
     let mut cache = made.unwrap().with_decode_step(Some(1)).unwrap();
     let error = Input::random(20).feed(&mut cache, 0).unwrap_err().to_string();
-    assert!(error.contains("a policy's scores") && error.contains("[20, 20]"), "{error}");
+    assert!(error.contains("a policy's scores") && error.contains("[2, 20]"), "{error}");
     assert!(cache.seqs().is_empty() && cache.store().seqs().is_empty());
     // Also during decoding, when the token is already in the store.
     Input::random(8).feed(&mut cache, 0).unwrap();
     assert!(Input::random(1).feed(&mut cache, 0).is_err());
     assert_eq!((cache.seen(0), cache.store().lens(0)), (8, vec![8, 8]));
-    assert_eq!(cache.positions(0), [(0..8).collect::<Vec<_>>(), (0..8).collect()]);
+    assert_eq!(cache.positions(0).unwrap(), [(0..8).collect::<Vec<_>>(), (0..8).collect()]);
 }

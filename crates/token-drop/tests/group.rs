@@ -10,19 +10,29 @@ use token_drop::*;
 /// The attention that each of two query heads gave to four entries. The last entry is the window's.
 const SUMS: [[f32; 4]; 2] = [[3.0, 0.0, 1.0, 9.0], [0.0, 2.0, 1.5, 9.0]];
 
+/// A view of one kv head that shows nothing yet.
+fn view(spec: &LayerSpec, entries: usize) -> LayerView<'_> {
+    LayerView {
+        spec,
+        seen: entries,
+        queries: None,
+        kv_heads: 0..1,
+        entries,
+        positions: None,
+        keys: None,
+        values: None,
+        attention_sums: None,
+        observed: 0,
+        previous: None,
+    }
+}
+
 /// The scores of the first three entries.
 fn scores(policy: &impl EvictionPolicy) -> Vec<f32> {
     let spec = LayerSpec::new(AttentionShape::new(2, 1, 4).unwrap());
-    let head = HeadView {
-        positions: &[0, 1, 2, 3],
-        keys: None,
-        values: None,
-        attention_sums: Some(Tensor::new(&SUMS, &Device::Cpu).unwrap()),
-        observed: 1,
-        previous: &[0.0; 4],
-    };
-    let view = LayerView { spec: &spec, seen: 4, queries: None, heads: vec![head] };
-    policy.score(&view).unwrap()[0].to_vec1::<f32>().unwrap()[..3].to_vec()
+    let sums = Tensor::new(&[SUMS], &Device::Cpu).unwrap();
+    let view = LayerView { attention_sums: Some(sums), observed: 1, ..view(&spec, 4) };
+    policy.score(&view).unwrap().to_vec2::<f32>().unwrap()[0][..3].to_vec()
 }
 
 #[test]
@@ -45,21 +55,13 @@ fn attention_is_joined_by_mean_or_max() {
 fn expected_attention_is_joined_by_mean_or_max() {
     let text = Input::random(60);
     let group = HEADS / KV_HEADS;
-    let positions: Vec<u32> = (0..60).collect();
     let score = |policy: ExpectedAttention, q: &Tensor| {
         let shape = AttentionShape::new(q.dim(1).unwrap(), 1, DIM).unwrap();
         let spec = LayerSpec::new(shape).with_rope(rope(DIM));
-        let head = |x: &Tensor| Some(x.narrow(1, 0, 1).unwrap().squeeze(1).unwrap());
-        let head = HeadView {
-            positions: &positions,
-            keys: head(&text.k),
-            values: head(&text.v),
-            attention_sums: None,
-            observed: 0,
-            previous: &[],
-        };
-        let view = LayerView { spec: &spec, seen: 60, queries: Some(q), heads: vec![head] };
-        policy.score(&view).unwrap()[0].to_vec1::<f32>().unwrap()
+        let head = |x: &Tensor| Some(x.narrow(1, 0, 1).unwrap().transpose(0, 1).unwrap());
+        let (keys, values) = (head(&text.k), head(&text.v));
+        let view = LayerView { queries: Some(q), keys, values, ..view(&spec, 60) };
+        policy.score(&view).unwrap().to_vec2::<f32>().unwrap()[0].clone()
     };
     let policy = ExpectedAttention::new(0);
     let alone: Vec<_> =

@@ -27,7 +27,7 @@ fn equals_the_mask_formulation_over_a_prefill_and_64_decoded_tokens() {
             let batch = Batch::single(3, tokens).unwrap();
             let out = cache.attend(&Step { batch: &batch, q: &q, k: &k, v: &v });
             assert!(distance(&out.unwrap(), &of("out")) < 1e-5, "{heads} heads, step {step}");
-            for (positions, kept) in cache.positions(3).iter().zip(kept) {
+            for (positions, kept) in cache.positions(3).unwrap().iter().zip(kept) {
                 let positions: Vec<i64> = positions.iter().map(|&p| p.into()).collect();
                 assert_eq!(&positions, kept, "{heads} heads, step {step}");
             }

@@ -53,7 +53,11 @@ impl Fixture {
         for layer in 0..LAYERS {
             let mut cache = make(self.spec(layer), self.store(), Budget::Ratio(0.5)).unwrap();
             self.prefill(&mut cache, layer);
-            assert_eq!(cache.positions(0), self.kept(name, layer), "{name}, layer {layer}");
+            assert_eq!(
+                cache.positions(0).unwrap(),
+                self.kept(name, layer),
+                "{name}, layer {layer}"
+            );
         }
     }
 }

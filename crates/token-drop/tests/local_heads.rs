@@ -43,7 +43,11 @@ fn check(name: &str, mut whole: Any<DenseStore>, ranks: Vec<Any<DenseStore>>) {
     let mut outs = Vec::new();
     for (kv_head, mut rank) in ranks.into_iter().enumerate() {
         outs.push(feed_all(&mut rank, 0, &local(&text, kv_head), &CALLS));
-        assert_eq!(rank.positions(0)[0], whole.positions(0)[kv_head], "{name}, kv head {kv_head}");
+        assert_eq!(
+            rank.positions(0).unwrap()[0],
+            whole.positions(0).unwrap()[kv_head],
+            "{name}, kv head {kv_head}"
+        );
     }
     for (call, wanted) in wanted.iter().enumerate() {
         let parts: Vec<_> = outs.iter().map(|outs| &outs[call]).collect();

@@ -50,7 +50,7 @@ fn the_newest_token_goes_as_in_the_published_code_if_asked_for() {
         let mut cache = PolicyCache::tova(spec(), store, policy, budget).unwrap();
         text.feed(&mut cache, 0).unwrap();
         assert_eq!(cache.held(0), 20);
-        cache.positions(0).to_vec()
+        cache.positions(0).unwrap()
     };
     let published = most_attended(&text, 20);
     assert!(!published.contains(&59));

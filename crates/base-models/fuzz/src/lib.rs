@@ -1,4 +1,4 @@
-//! Arbitrary bytes as the files of a model: errors may come, panics may not.
+//! Reads arbitrary bytes as the files of a model. Errors are allowed, panics are not.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -6,10 +6,10 @@ use std::path::Path;
 
 use base_models::{ChatTemplate, LoadOptions, Message, Pretrained, Tokenizer, Transformer};
 
-/// A text with much of what tokenizers treat apart.
+/// A text with many of the characters that tokenizers treat specially.
 const TEXT: &str = "Hi, it's  2024…\n\tnaïve 日本 🙂<s></s><|im_end|>";
 
-/// A file of tokenizers and weights. A tokenizer that opens is used.
+/// Opens a GGUF file as tokenizer and weights. A tokenizer that opens is used.
 pub fn gguf(data: &[u8]) {
     let folder = folder();
     let path = folder.path().join("model.gguf");
@@ -20,7 +20,7 @@ pub fn gguf(data: &[u8]) {
     let _ = Pretrained::from_gguf(&path, &LoadOptions::default());
 }
 
-/// A configuration, a zero, and weights.
+/// Opens a configuration, a zero byte, and safetensors weights.
 pub fn safetensors(data: &[u8]) {
     let (config, weights) = halves(data);
     let folder = folder();
@@ -29,7 +29,7 @@ pub fn safetensors(data: &[u8]) {
     let _ = Transformer::from_folder(folder.path(), &LoadOptions::default());
 }
 
-/// A pickle, a zero, and a storage, in an archive; or the archive itself.
+/// Opens a pickle, a zero byte, and a storage, in an archive; or the archive itself.
 pub fn torch(data: &[u8]) {
     let folder = folder();
     let path = folder.path().join("pytorch_model.bin");
@@ -56,7 +56,7 @@ fn archive(path: &Path, data: &[u8]) {
     archive.finish().expect("an archive");
 }
 
-/// A `tokenizer.json` if it begins with a brace, else a `tokenizer.model`.
+/// Opens a `tokenizer.json` if the data begins with a brace, otherwise a `tokenizer.model`.
 pub fn tokenizer(data: &[u8]) {
     let folder = folder();
     let name = if data.starts_with(b"{") { "tokenizer.json" } else { "tokenizer.model" };
@@ -76,7 +76,7 @@ fn encode(tokenizer: &Tokenizer) {
     let _ = stream.finish();
 }
 
-/// A template for a short conversation.
+/// Renders a template for a short conversation.
 pub fn template(data: &[u8]) {
     let Ok(template) = std::str::from_utf8(data) else { return };
     if let Ok(chat) = ChatTemplate::new(template, "<s>", "</s>") {
@@ -90,7 +90,7 @@ fn halves(data: &[u8]) -> (&[u8], &[u8]) {
     (&data[..at], &data[(at + 1).min(data.len())..])
 }
 
-/// In memory where the system has a file system for that.
+/// Returns a temporary folder, in memory if the system has such a file system.
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a folder")
 }

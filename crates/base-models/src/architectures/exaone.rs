@@ -1,4 +1,5 @@
-//! EXAONE 4: OLMo-2's norms, and windowed layers whose full ones have no rotary embedding.
+//! EXAONE 4: OLMo-2's norms, and layers with a sliding window; in models with windows, full layers
+//! have no rotary embedding.
 
 use super::{
     Architecture, DEFAULTS, Defaults, GGUF_WINDOW, olmo, rope, window, windows_by_period,
@@ -9,7 +10,7 @@ use crate::gguf_settings::Settings;
 use crate::json::Fields;
 use longctx_core::Result;
 
-/// Every so many layers is full, the others slide.
+/// Every `PERIOD`-th layer is full; the others have a sliding window.
 const PERIOD: usize = 4;
 
 pub(super) const EXAONE4: Architecture = Architecture {

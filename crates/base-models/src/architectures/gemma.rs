@@ -11,7 +11,7 @@ use crate::names;
 use crate::rope_settings::RopeSettings;
 use longctx_core::{Error, Result, RopeScaling};
 
-/// The base of Gemma 3's windowed layers.
+/// The base of the rotary embedding in Gemma 3's windowed layers.
 const LOCAL_THETA: f64 = 10_000.0;
 
 pub(super) const GEMMA: Architecture = Architecture {
@@ -36,14 +36,14 @@ pub(super) const GEMMA: Architecture = Architecture {
 
 fn gemma(raw: &Fields, config: &mut Config) -> Result<()> {
     config.rope = rope(raw, config, &GEMMA.defaults)?;
-    // Early configurations name the exact function, and mean its approximation.
+    // Early configurations name the exact GELU but mean its tanh approximation.
     if config.activation == Activation::Gelu {
         config.activation = Activation::GeluTanh;
     }
     common(raw, config)
 }
 
-/// What all have.
+/// Reads the settings of all Gemma models.
 fn common(raw: &Fields, config: &mut Config) -> Result<()> {
     if raw.switch("use_bidirectional_attention")?.unwrap_or(false) {
         return Err(Error::Unsupported("attention in both directions".into()));
@@ -53,7 +53,7 @@ fn common(raw: &Fields, config: &mut Config) -> Result<()> {
     attention_biases(raw, config)
 }
 
-/// Files have the norms' weights with the 1 added.
+/// GGUF files store the norms' weights with the 1 added.
 fn common_gguf(_: &Settings, config: &mut Config) -> Result<()> {
     config.embedding_scale = (config.hidden_size as f64).sqrt();
     config.activation = Activation::GeluTanh;
@@ -78,7 +78,7 @@ fn gemma2(raw: &Fields, config: &mut Config) -> Result<()> {
     later(raw, config)
 }
 
-/// What Gemma 2 and 3 have.
+/// Reads the settings of Gemma 2 and 3.
 fn later(raw: &Fields, config: &mut Config) -> Result<()> {
     let scalar = raw.float("query_pre_attn_scalar")?.unwrap_or(256.0);
     config.attention_scale = Some(scalar.powf(-0.5));
@@ -86,7 +86,7 @@ fn later(raw: &Fields, config: &mut Config) -> Result<()> {
     common(raw, config)
 }
 
-/// A soft cap; the default if the field is absent, none if it is null.
+/// Reads a soft cap: the default if the field is absent, none if it is null.
 fn cap(raw: &Fields, name: &str, default: Option<f64>) -> Result<Option<f64>> {
     match raw.has(name) {
         true => raw.float(name),
@@ -102,8 +102,9 @@ fn gemma2_gguf(file: &Settings, config: &mut Config) -> Result<()> {
     later_gguf(file, config, 46)
 }
 
-/// Scores are scaled by the channels of a head, in the models of 27 billion parameters by the
-/// hidden size divided by the heads. Files don't tell; the number of layers does.
+/// Sets the softmax scale: by the head size, or in the models of 27 billion parameters by the
+/// hidden size divided by the heads. GGUF files do not say which; the number of layers identifies
+/// the model.
 fn later_gguf(file: &Settings, config: &mut Config, layers_of_27b: usize) -> Result<()> {
     let channels = match config.layers == layers_of_27b {
         true => config.hidden_size / config.heads.max(1),
@@ -123,7 +124,7 @@ pub(super) const GEMMA3_TEXT: Architecture = Architecture {
     ..GEMMA2
 };
 
-/// llama.cpp's name of it.
+/// llama.cpp's name of the architecture.
 pub(super) const GGUF_GEMMA3: Architecture = Architecture { name: "gemma3", ..GEMMA3_TEXT };
 
 fn gemma3(raw: &Fields, config: &mut Config) -> Result<()> {
@@ -136,8 +137,8 @@ fn gemma3(raw: &Fields, config: &mut Config) -> Result<()> {
     later(raw, config)
 }
 
-/// Full layers and windowed ones have a rotary embedding each. Older configurations name the bases
-/// in two fields and a scaling that is for full layers.
+/// Sets the rotary embeddings of full and of windowed layers. Older configurations give the bases
+/// in two fields, and a scaling that applies to full layers.
 fn gemma3_ropes(raw: &Fields, config: &mut Config) -> Result<()> {
     let defaults = rope_defaults(config, &GEMMA3_TEXT.defaults);
     let parameters = raw.fields("rope_parameters")?;

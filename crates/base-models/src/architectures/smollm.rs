@@ -7,7 +7,7 @@ use crate::config::Config;
 use crate::json::Fields;
 use longctx_core::{Error, Result};
 
-/// One layer of so many has no rotary embedding.
+/// Every `INTERVAL`-th layer has no rotary embedding.
 const INTERVAL: usize = 4;
 
 pub(super) const SMOLLM3: Architecture = Architecture {
@@ -52,7 +52,7 @@ fn smollm3(raw: &Fields, config: &mut Config) -> Result<()> {
     let window = window(raw, None)?.filter(|_| used);
     config.windows = match windows_by_type(raw, config.layers, window)? {
         Some(windows) => windows,
-        // Those without a rotary embedding slide.
+        // Layers without a rotary embedding have the sliding window.
         None => {
             (0..config.layers).map(|l| window.filter(|_| config.unrotated.contains(&l))).collect()
         }

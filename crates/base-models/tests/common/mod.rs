@@ -1,4 +1,4 @@
-//! GGUF files with the metadata and tensors that a test needs, and the logits of fixtures.
+//! GGUF files with given metadata and tensors, and the logits of fixtures.
 #![allow(dead_code)]
 
 pub mod cases;
@@ -36,7 +36,7 @@ pub fn write(folder: &Path, metadata: &[(&str, Value)], tensors: &[(&str, &QTens
     path
 }
 
-/// A tensor as GGUF files hold it, in f32.
+/// Converts a tensor to the form of GGUF files, in f32.
 pub fn stored(tensor: &Tensor) -> QTensor {
     QTensor::quantize(&tensor.to_dtype(DType::F32).unwrap(), GgmlDType::F32).unwrap()
 }
@@ -45,7 +45,7 @@ pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-/// The largest difference between a model's logits and those in its fixture's
+/// Returns the largest difference between a model's logits and those in its fixture's
 /// `expected.safetensors`.
 pub fn error_of(model: &Transformer, folder: &Path) -> f32 {
     let path = folder.join("expected.safetensors");

@@ -32,7 +32,7 @@ pub(crate) use cuda::{has_kernels, sums_on_device};
 pub use element::{Element, with_slice};
 pub use tile::{Page, attend_pages, attention_sums_pages};
 
-use crate::{AttentionShape, AttentionState, Batch, Error, Mask, Result};
+use crate::{AttentionShape, AttentionState, AttentionSums, Batch, Error, Mask, Result};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 
@@ -69,7 +69,9 @@ pub fn attend(
         return Ok(state);
     }
     if !matches!(q.device(), Device::Cpu) {
-        let (k, v) = (k.transpose(0, 1)?, v.transpose(0, 1)?);
+        // Matrix products need rows without gaps.
+        let by_head = |x: &Tensor| x.transpose(0, 1)?.contiguous();
+        let (k, v) = (by_head(k)?, by_head(v)?);
         let kv = |i: usize| {
             let tokens = &batch.cu_seqlens()[i..i + 2];
             let of = |x: &Tensor| x.narrow(1, tokens[0], tokens[1] - tokens[0])?.unsqueeze(0);
@@ -102,7 +104,7 @@ pub fn attention_sums(
     q: &Tensor,
     lse: &Tensor,
     shape: &AttentionShape,
-) -> Result<Vec<Tensor>> {
+) -> Result<Vec<AttentionSums>> {
     let tokens = k.dim(0)?;
     check_tokens(batch, tokens)?;
     if batch.seqs() != queries.seqs() {
@@ -127,14 +129,17 @@ pub fn attention_sums(
         DType::BF16 => sums_of_tensor::<bf16>(batch, &k, queries, &q, &lse, &shape),
         _ => sums_of_tensor::<f32>(batch, &k.to_dtype(DType::F32)?, queries, &q, &lse, &shape),
     };
-    by_kv_head(&sums?, shape.group(), device)
+    by_sequence(&sums?, &shape, device)
 }
 
-/// Regroups a list per query head as one tensor `[group, entries]` per kv head.
-pub(crate) fn by_kv_head(sums: &[Vec<f32>], group: usize, device: &Device) -> Result<Vec<Tensor>> {
-    let of_kv_head =
-        |heads: &[Vec<f32>]| Ok(Tensor::from_vec(heads.concat(), (group, heads[0].len()), device)?);
-    sums.chunks(group).map(of_kv_head).collect()
+/// Regroups a list per query head as the sums of each sequence.
+pub(crate) fn by_sequence(
+    sums: &[Vec<f32>],
+    shape: &AttentionShape,
+    device: &Device,
+) -> Result<Vec<AttentionSums>> {
+    let of_seq = |lists| AttentionSums::from_lists(lists, shape.group(), device);
+    sums.chunks(shape.heads).map(of_seq).collect()
 }
 
 /// Attention one sequence at a time, on a device other than the CPU. `kv` returns the keys and

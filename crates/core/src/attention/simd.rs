@@ -197,7 +197,8 @@ fn lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
 /// normal number, the result is zero.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
+    const MAGIC: f32 = 12_582_912.0;
     let clamped = if x > -87.0 { x } else { -87.0 };
     let shifted = clamped * std::f32::consts::LOG2_E + MAGIC;
     let n = shifted - MAGIC;

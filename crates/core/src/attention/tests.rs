@@ -1,7 +1,7 @@
 //! Tiled attention against candle's operations, which build the whole score matrix.
 
 use super::{Page, attend, attend_pages, attention_sums, ops};
-use crate::{AttentionShape, AttentionState, Batch, Mask};
+use crate::{AttentionShape, AttentionState, AttentionSums, Batch, Mask};
 use candle_core::{DType, Device, Tensor};
 
 fn random(tokens: usize, heads: usize, d: usize) -> Tensor {
@@ -149,8 +149,15 @@ fn attention_sums_are_the_column_sums_of_the_probabilities() {
             let len = d.min(tokens - start);
             want[start..start + len].copy_from_slice(&of_head[..len]);
         }
-        let of_head = |sums: &[Tensor], head: usize| {
-            sums[head / shape.group()].get(head % shape.group()).unwrap().to_vec1::<f32>().unwrap()
+        let of_head = |sums: &[AttentionSums], head: usize| {
+            let (seq, head) = (head / shape.heads, head % shape.heads);
+            sums[seq]
+                .head(head / shape.group())
+                .unwrap()
+                .get(head % shape.group())
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap()
         };
         for (got, want) in of_head(&sums, shape.heads + 1).iter().zip(&want) {
             assert!((got - want).abs() < 1e-4, "{shape:?}: {got}, not {want}");

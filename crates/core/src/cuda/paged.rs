@@ -155,14 +155,14 @@ longctx_cuda::args! {
 
 longctx_cuda::args! {
     /// Rows of a call to append to one kv head.
-    pub struct AppendRow: 48, first_row at 24 {
+    pub struct AppendRow: 56, first_row at 24 {
         /// Block table of the kv head.
         pub table: u64,
         /// Addresses of newly taken blocks, u64. The kernel writes them to the block table.
         pub fresh: u64,
-        /// Indices of the rows to append, u32. 0: `first_row` and every `stride`-th row after it.
-        pub rows: u64,
-        /// See `rows`.
+        /// Tokens to append, u32, relative to the sequence's first token in this call. 0: all.
+        pub tokens: u64,
+        /// Row of the sequence's first token. The next token is `stride` rows later.
         pub first_row: i64,
         /// Block table index of the first new block.
         pub first_fresh: i32,
@@ -172,6 +172,10 @@ longctx_cuda::args! {
         pub first: i32,
         /// Number of entries to write.
         pub count: i32,
+        /// Number of tokens of the sequence in this call. No later token is read.
+        pub own: i32,
+        /// Padding.
+        pub unused: i32,
     }
 }
 
@@ -196,7 +200,7 @@ longctx_cuda::args! {
 longctx_cuda::args! {
     /// Entries of a kv head to move, in order. If both tables share a block, no entry of it moves
     /// to a later index.
-    pub struct MoveRow: 32, first at 24 {
+    pub struct MoveRow: 40, first at 24 {
         /// Source block table.
         pub from: u64,
         /// Destination block table.
@@ -207,6 +211,10 @@ longctx_cuda::args! {
         pub first: i32,
         /// Number of entries.
         pub count: i32,
+        /// Number of entries of the source: later ones are not read.
+        pub len: i32,
+        /// Padding.
+        pub unused: i32,
     }
 }
 
@@ -268,10 +276,9 @@ fn attend_kernel(
 /// Launches attention of a few queries of many sequences: `count` work items, whose partial results
 /// `joins` merges into the outputs. Both lists are read from device memory, so a captured launch
 /// can be replayed with other lists of the same lengths.
-/// lists of as many.
 ///
+/// # Errors
 /// As [`attend_slots`]; [`Error::Mismatch`] for an unsupported number of columns.
-/// As [`attend_slots`]; [`Error::Mismatch`] for other columns.
 ///
 /// # Safety
 /// The addresses must be those of arrays on the stream's device, of the sizes and formats that the

@@ -6,8 +6,8 @@ use super::DenseStore;
 use super::rows::{Rows, gather};
 use crate::attention;
 use crate::{
-    AttentionShape, AttentionState, Batch, Error, Footprint, KvStore, Mask, Result, Selection,
-    SeqId,
+    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mask, Result,
+    Selection, SeqId,
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -46,7 +46,7 @@ impl DeviceSeqs {
         let of = |x: &Tensor| -> Result<Vec<Tensor>> {
             let parts = batch.iter().zip(tokens).map(|((_, own), selection)| {
                 let x = x.narrow(0, own.start, own.len())?.transpose(0, 1)?.unsqueeze(0)?;
-                gather(&x, selection.heads())
+                gather(&x, selection.check(&vec![own.len(); self.shape.kv_heads])?)
             });
             parts.collect()
         };
@@ -97,7 +97,7 @@ impl DeviceSeqs {
         q: &Tensor,
         lse: &Tensor,
         mask: Mask<'_>,
-    ) -> Result<Vec<Tensor>> {
+    ) -> Result<Vec<AttentionSums>> {
         let cpu = |x: &Tensor| x.to_device(&Device::Cpu);
         let mut host = DenseStore::new(self.shape, DType::F32)?;
         for &seq in batch.seqs() {
@@ -108,11 +108,12 @@ impl DeviceSeqs {
             }
         }
         let sums = host.attention_sums(batch, &cpu(q)?, &cpu(lse)?, mask)?;
-        sums.iter().map(|sums| Ok(sums.to_device(&self.device)?)).collect()
+        sums.iter().map(|sums| sums.to_device(&self.device)).collect()
     }
 
     pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
-        self.seqs.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?.retain(keep)
+        let lens = self.lens(seq);
+        self.seqs.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?.retain(keep.check(&lens)?)
     }
 
     /// Returns one head's keys and values in f32.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use super::slab::Slab;
 use crate::attention::{Element, Page};
-use crate::{Batch, Error, Footprint, Result, Selection, SeqId};
+use crate::{Batch, Error, Footprint, Result, SeqId};
 
 /// Entries per block.
 pub const BLOCK: usize = 32;
@@ -51,11 +51,11 @@ impl<T: Element> Pool<T> {
     }
 
     /// Checks that there is room for the selected tokens.
-    pub fn check_room_for(&self, batch: &Batch, tokens: &[Selection]) -> Result<()> {
+    pub fn check_room_for(&self, batch: &Batch, tokens: &[&[Vec<u32>]]) -> Result<()> {
         let empty = Table::default();
         let mut wanted = 0;
-        for ((seq, _), selection) in batch.iter().zip(tokens) {
-            for (head, list) in selection.heads().iter().enumerate() {
+        for ((seq, _), lists) in batch.iter().zip(tokens) {
+            for (head, list) in lists.iter().enumerate() {
                 let table = self.seqs.get(&seq).map_or(&empty, |tables| &tables[head]);
                 wanted += self.wanted(table, list.len());
             }
@@ -96,10 +96,10 @@ impl<T: Element> Pool<T> {
 
     /// Keeps the selected entries. The selection has been checked. Blocks before the first dropped
     /// entry stay unchanged; entries after it move forward.
-    pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
+    pub fn retain(&mut self, seq: SeqId, keep: &[Vec<u32>]) -> Result<()> {
         let tables = self.seqs.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
         let mut copies = 0;
-        for (table, keep) in tables.iter().zip(keep.heads()) {
+        for (table, keep) in tables.iter().zip(keep) {
             let written = table.first_written(keep) / BLOCK..keep.len().div_ceil(BLOCK);
             if keep.len() < table.len && table.first_written(keep) < keep.len() {
                 let shared = written.filter(|&b| self.blocks.shared(table.blocks[b]));
@@ -108,7 +108,7 @@ impl<T: Element> Pool<T> {
         }
         self.blocks.check(copies)?;
         let (d, dv) = (self.head_dim, self.value_dim);
-        for (table, keep) in tables.iter_mut().zip(keep.heads()) {
+        for (table, keep) in tables.iter_mut().zip(keep) {
             let first = table.first_written(keep);
             // Reads from the old table: a shared block is copied before it is written.
             let old = table.blocks.clone();
@@ -407,7 +407,7 @@ mod tests {
         assert_eq!(read(&pool, 2, 1), [rows(0, 100), rows(500, 1)].concat());
         // Entries that move are also written to copies.
         let keep: Vec<u32> = (0..100).filter(|entry| entry % 3 > 0).collect();
-        pool.retain(1, &Selection::uniform(2, keep.clone())).unwrap();
+        pool.retain(1, &[keep.clone(), keep.clone()]).unwrap();
         let kept: Vec<f32> = keep.iter().flat_map(|&entry| rows(entry as usize, 1)).collect();
         assert_eq!(read(&pool, 1, 1), kept);
         assert_eq!(read(&pool, 2, 1), [rows(0, 100), rows(500, 1)].concat());

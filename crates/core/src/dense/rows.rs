@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::{Error, Footprint, Result, Selection};
+use crate::{Error, Footprint, Result};
 use candle_core::Tensor;
 
 /// The smallest spare capacity, in entries, when a tensor grows. Growth copies everything.
@@ -56,9 +56,9 @@ impl Rows {
     }
 
     /// Keeps the selected entries. Every head must keep the same number.
-    pub fn retain(&mut self, keep: &Selection) -> Result<()> {
+    pub fn retain(&mut self, keep: &[Vec<u32>]) -> Result<()> {
         let (k, v) = self.held()?;
-        let (k, v) = (gather(&k, keep.heads())?, gather(&v, keep.heads())?);
+        let (k, v) = (gather(&k, keep)?, gather(&v, keep)?);
         self.len = k.dim(2)?;
         (self.k, self.v) = (k, v);
         Ok(())

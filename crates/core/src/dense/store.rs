@@ -4,10 +4,11 @@ use super::device::DeviceSeqs;
 use super::pages::{masked, pages, read, scatter, within};
 use super::pool::Pool;
 use crate::attention::{self, Element};
-use crate::store::{check_range, check_selections};
+use crate::selection::check_selections;
+use crate::store::check_range;
 use crate::{
-    AttentionShape, AttentionState, Batch, Error, Footprint, KvStore, Mask, Result, Selection,
-    SeqId,
+    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mask, Result,
+    Selection, SeqId,
 };
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -164,13 +165,13 @@ impl KvStore for DenseStore {
         check_selections(batch, tokens, self.shape.kv_heads)?;
         self.settle(batch, k, v)?;
         let (k, v) = (k.to_dtype(self.dtype)?, v.to_dtype(self.dtype)?);
-        let selected = |own: Range<usize>, seq: usize, head: usize| {
-            let list = tokens[seq].heads()[head].iter();
-            list.map(move |&token| own.start + token as usize)
-        };
         on_pool!(&mut self.held,
             pool => {
-                pool.check_room_for(batch, tokens)?;
+                let lists = lists(batch, tokens, self.shape.kv_heads)?;
+                let selected = |own: Range<usize>, seq: usize, head: usize| {
+                    lists[seq][head].iter().map(move |&token| own.start + token as usize)
+                };
+                pool.check_room_for(batch, &lists)?;
                 append_pool(pool, batch, &k, &v, selected)
             },
             seqs => seqs.append_selected(batch, &k, &v, tokens))
@@ -191,7 +192,7 @@ impl KvStore for DenseStore {
         q: &Tensor,
         lse: &Tensor,
         mask: Mask<'_>,
-    ) -> Result<Vec<Tensor>> {
+    ) -> Result<Vec<AttentionSums>> {
         on_pool!(&self.held,
             pool => {
                 let all = pages(pool, batch, &self.shape);
@@ -202,15 +203,18 @@ impl KvStore for DenseStore {
                     Mask::Entries(ranges) => scatter(sums, ranges, &all, &self.shape),
                     _ => sums,
                 };
-                attention::by_kv_head(&sums, self.shape.group(), &Device::Cpu)
+                attention::by_sequence(&sums, &self.shape, &Device::Cpu)
             },
             seqs => seqs.attention_sums(batch, q, lse, mask))
     }
 
     fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
         self.check_known(seq)?;
-        keep.check(&self.lens(seq))?;
-        on_pool!(&mut self.held, pool => pool.retain(seq, keep), seqs => seqs.retain(seq, keep))
+        let lens = self.lens(seq);
+        keep.check_unread(&lens)?;
+        on_pool!(&mut self.held,
+            pool => pool.retain(seq, keep.check(&lens)?),
+            seqs => seqs.retain(seq, keep))
     }
 
     fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
@@ -290,6 +294,18 @@ impl KvStore for DenseStore {
     fn clear(&mut self) {
         on_pool!(&mut self.held, pool => pool.clear(), seqs => seqs.clear());
     }
+}
+
+/// The lists of each sequence's selection of its own tokens.
+fn lists<'a>(
+    batch: &Batch,
+    tokens: &'a [Selection],
+    kv_heads: usize,
+) -> Result<Vec<&'a [Vec<u32>]>> {
+    let of_seq = |((_, own), of): ((SeqId, Range<usize>), &'a Selection)| {
+        of.check(&vec![own.len(); kv_heads])
+    };
+    batch.iter().zip(tokens).map(of_seq).collect()
 }
 
 /// Appends to each head the rows that `rows` returns. Its arguments are a sequence's token range,

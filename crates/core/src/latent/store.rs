@@ -3,8 +3,8 @@ use std::ops::Range;
 use crate::attention::{Page, attend_each, attend_pages, attention_sums_pages, with_slice};
 use crate::store::check_range;
 use crate::{
-    AttentionShape, AttentionState, Batch, Error, Footprint, KvStore, Mask, Result, Selection,
-    SeqId,
+    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mask, Result,
+    Selection, SeqId,
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -233,7 +233,7 @@ impl<S: KvStore> KvStore for LatentStore<S> {
         q: &Tensor,
         lse: &Tensor,
         mask: Mask<'_>,
-    ) -> Result<Vec<Tensor>> {
+    ) -> Result<Vec<AttentionSums>> {
         self.check_q(batch, q)?;
         self.check_ranges(batch, mask)?;
         let (heads, device) = (self.shape.heads, q.device());
@@ -249,7 +249,8 @@ impl<S: KvStore> KvStore for LatentStore<S> {
                     sums[head * len..][entries.clone()].copy_from_slice(part);
                 }
             }
-            all.push(Tensor::from_vec(sums, (heads, len), &Device::Cpu)?.to_device(device)?);
+            let sums = Tensor::from_vec(sums, heads * len, &Device::Cpu)?.to_device(device)?;
+            all.push(AttentionSums::new(sums, heads, vec![len])?);
         }
         Ok(all)
     }

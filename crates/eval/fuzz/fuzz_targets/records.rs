@@ -1,5 +1,5 @@
-//! Arbitrary bytes as a file of a task's records: bad ones are left out and told, panics may not
-//! come, and every score is a share.
+//! Reads arbitrary bytes as a task's records. Bad records are skipped and reported, panics are not
+//! allowed, and every score is between 0 and 1.
 //!
 //!     cargo +nightly fuzz run records CORPUS -- -malloc_limit_mb=64 -timeout=10
 #![no_main]

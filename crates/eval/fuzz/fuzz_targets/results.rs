@@ -1,5 +1,5 @@
-//! Arbitrary bytes as a run's results and agreements: errors may come, panics may not, and a report
-//! is written of what is read.
+//! Reads arbitrary bytes as a run's results and agreements. Errors are allowed, panics are not. A
+//! report is written of valid results.
 //!
 //!     cargo +nightly fuzz run results CORPUS -- -malloc_limit_mb=64 -timeout=10
 #![no_main]

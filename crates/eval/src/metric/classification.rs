@@ -1,7 +1,9 @@
-/// 1 over the number of classes that the prediction names, if the right one is among them; else 0.
+/// Returns 1 divided by the number of classes that the prediction names, if the right class is
+/// among them; otherwise 0.
 ///
-/// Classes whose name is part of the right one's don't count as named. The original strikes them off the list that it walks, so
-/// that the one after a struck one is not looked at; so does this.
+/// Classes whose name is a part of the right class's name do not count. The original removes them
+/// from the list while iterating over it, so the class after a removed one is skipped; this
+/// function does the same.
 pub fn classification(prediction: &str, answer: &str, classes: &[String]) -> f64 {
     let mut named: Vec<&str> =
         classes.iter().map(String::as_str).filter(|class| prediction.contains(class)).collect();

@@ -1,9 +1,10 @@
 use super::ratio;
 
-/// How alike the prediction's first line of code and the answer are: `fuzz.ratio` of fuzzywuzzy 0.18.0 without
-/// python-Levenshtein, in whole hundredths.
+/// Returns the similarity of the prediction's first line of code and the answer: `fuzz.ratio` of
+/// fuzzywuzzy 0.18.0 without python-Levenshtein, in whole hundredths.
 ///
-/// The first line of code is the first one without a backquote, `#` or `//`; the empty line if there is none.
+/// The first line of code is the first line without a backquote, `#` or `//`, or the empty line if
+/// there is none.
 pub fn code_similarity(prediction: &str, answer: &str) -> f64 {
     let lines = prediction.trim_start_matches('\n').split('\n');
     let mut code = lines.filter(|line| !line.contains(['`', '#']) && !line.contains("//"));

@@ -2,7 +2,7 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
-/// The share of the prediction's numbers that are the answer.
+/// Returns the share of the prediction's numbers that equal the answer.
 pub fn count(prediction: &str, answer: &str) -> f64 {
     // Digits of any script, as in Python.
     static NUMBER: LazyLock<Regex> =
@@ -15,12 +15,13 @@ pub fn count(prediction: &str, answer: &str) -> f64 {
     if all == 0 { 0.0 } else { f64::from(right) / f64::from(all) }
 }
 
-/// The share of the prediction's numbers that are the N of the answer's "Paragraph N"; 0 if it has none.
+/// Returns the share of the prediction's numbers that equal N in the answer's "Paragraph N"; 0 if
+/// there is none.
 pub fn retrieval(prediction: &str, answer: &str) -> f64 {
     retrieved(answer).map_or(0.0, |number| count(prediction, number))
 }
 
-/// The N of the first "Paragraph N".
+/// Returns N of the first "Paragraph N".
 pub fn retrieved(answer: &str) -> Option<&str> {
     static PARAGRAPH: LazyLock<Regex> =
         LazyLock::new(|| Regex::new(r"Paragraph (\p{Nd}+)").expect("the pattern is valid"));

@@ -2,7 +2,8 @@ use std::collections::HashMap;
 
 use crate::python;
 
-/// F1 over words, after lower case and without ASCII punctuation and articles (SQuAD's).
+/// Returns the F1 score over words, in lower case and without ASCII punctuation and articles (as in
+/// SQuAD).
 pub fn qa_f1(prediction: &str, answer: &str) -> f64 {
     let (prediction, answer) = (normalize(prediction), normalize(answer));
     let mut left: HashMap<&str, usize> = HashMap::new();

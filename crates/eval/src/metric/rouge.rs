@@ -1,14 +1,17 @@
-//! Own code, for the quirks of one Python package: it counts distinct words, not all of them, and the order of a table's walk
-//! decides which of several longest subsequences counts. A plain ROUGE-L gives other numbers.
+//! Written here to reproduce one Python package: it counts distinct words, and the traversal order
+//! of a table decides which of several longest common subsequences counts. A standard ROUGE-L gives
+//! other numbers.
 
 use std::collections::HashSet;
 
 use crate::python;
 
-/// ROUGE-L's F1 as Python's `rouge` 1.0.1 has it: by sentences, which end at a full stop; over sets of words.
+/// Returns ROUGE-L's F1 as Python's `rouge` 1.0.1 computes it: by sentences, which end at a full
+/// stop, over sets of words.
 ///
-/// A prediction or answer without a sentence scores 0. One difference: the package's walk is recursive, and two sentences of some
-/// thousand words together exceed Python's stack, which LongBench counts as 0; here they get their score.
+/// A prediction or answer without a sentence scores 0. One difference: the package's traversal is
+/// recursive, and two sentences of some thousand words together exceed Python's stack, which
+/// LongBench counts as 0; here they get their score.
 pub fn rouge_l(prediction: &str, answer: &str) -> f64 {
     let (prediction, answer) = (sentences(prediction), sentences(answer));
     if prediction.is_empty() || answer.is_empty() {
@@ -26,7 +29,7 @@ pub fn rouge_l(prediction: &str, answer: &str) -> f64 {
     2.0 * ((precision * recall) / (precision + recall + 1e-8))
 }
 
-/// Words of each sentence. A sentence of white space alone has one word, the empty one.
+/// Returns the words of each sentence. A sentence of only white space has one word, the empty one.
 fn sentences(text: &str) -> Vec<Vec<&str>> {
     let words = |sentence| {
         let words: Vec<&str> = python::split(sentence).collect();
@@ -35,7 +38,8 @@ fn sentences(text: &str) -> Vec<Vec<&str>> {
     text.split('.').filter(|sentence| !sentence.is_empty()).map(words).collect()
 }
 
-/// The words of one longest common subsequence of `x` and `y`: the one that a walk from the end finds that rather shortens `y`.
+/// Returns the words of one longest common subsequence of `x` and `y`: the one found by a traversal
+/// from the end that prefers to shorten `y`.
 fn longest_common<'a>(x: &[&'a str], y: &[&str]) -> Vec<&'a str> {
     let width = y.len() + 1;
     let mut lengths = vec![0_u32; (x.len() + 1) * width];

@@ -1,12 +1,15 @@
-//! Own code: `strsim` and `similar` measure edit distances. The crate `difflib` 0.4.0 would do but for texts of 200 characters or more,
-//! where it keeps the frequent characters and drops the others, the reverse of Python's rule; and its ratio has 32 bits.
+//! Written here because `strsim` and `similar` measure edit distances. The crate `difflib` 0.4.0
+//! differs from Python for texts of 200 characters or more: it keeps the frequent characters and
+//! drops the others, the reverse of Python's rule. Its ratio is 32 bits.
 
 use std::collections::HashMap;
 
-/// `ratio()` of Python's `difflib.SequenceMatcher(None, a, b)` over characters (Ratcliff and Obershelp's measure): twice the
-/// characters in common blocks over all characters.
+/// Returns `ratio()` of Python's `difflib.SequenceMatcher(None, a, b)` over characters (Ratcliff
+/// and Obershelp's measure): twice the number of characters in common blocks divided by the number
+/// of all characters.
 ///
-/// If `b` has 200 characters or more, those that make up more than 1% of it don't start a block, as in Python ("autojunk").
+/// If `b` has 200 characters or more, a character that makes up more than 1% of it does not start a
+/// block, as in Python ("autojunk").
 pub fn ratio(a: &str, b: &str) -> f64 {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
     let total = a.len() + b.len();
@@ -33,7 +36,8 @@ pub fn ratio(a: &str, b: &str) -> f64 {
     2.0 * common as f64 / total as f64
 }
 
-/// Start in `a`, start in `b` and length of the longest common block in a region: the first in `a`, then in `b`, among equals.
+/// Returns the start in `a`, the start in `b` and the length of the longest common block in a
+/// region. Of equal blocks, the first in `a`, then in `b`.
 fn longest_block(
     a: &[char],
     b: &[char],
@@ -41,7 +45,7 @@ fn longest_block(
     (a_from, a_to, b_from, b_to): (usize, usize, usize, usize),
 ) -> (usize, usize, usize) {
     let (mut best_i, mut best_j, mut best) = (a_from, b_from, 0);
-    // lengths[j]: of the block that ends at b[j] and the current character of a.
+    // lengths[j]: the length of the block that ends at b[j] and the current character of a.
     let mut lengths: HashMap<usize, usize> = HashMap::new();
     for (i, c) in a.iter().enumerate().take(a_to).skip(a_from) {
         let mut next = HashMap::new();
@@ -55,7 +59,7 @@ fn longest_block(
         }
         lengths = next;
     }
-    // Characters too common to start a block may lengthen it.
+    // Characters too frequent to start a block may extend it.
     while best_i > a_from && best_j > b_from && a[best_i - 1] == b[best_j - 1] {
         (best_i, best_j, best) = (best_i - 1, best_j - 1, best + 1);
     }

@@ -1,4 +1,4 @@
-//! Python's `random.Random` and numpy's `RandomState`, as far as RULER draws from them.
+//! The functions of Python's `random.Random` and numpy's `RandomState` that RULER uses.
 
 use rand_mt::Mt;
 
@@ -51,12 +51,12 @@ impl Random {
         }
     }
 
-    /// `sample(range(n), count)`; `None` where Python raises, for more than there are.
+    /// `sample(range(n), count)`; `None` if `count > n`, where Python raises an exception.
     pub fn sample(&mut self, n: usize, count: usize) -> Option<Vec<usize>> {
         if count > n {
             return None;
         }
-        // Python keeps a pool where that takes less memory than a set of what was drawn.
+        // Python uses a pool if that needs less memory than a set of the selected values.
         let mut set_size = 21;
         if count > 5 {
             set_size += 4_usize.pow(((3 * count) as f64).log(4.0).ceil() as u32);
@@ -109,7 +109,7 @@ impl RandomState {
 mod tests {
     use super::*;
 
-    /// As Python 3.11.7 and numpy 2.4 print them.
+    /// The expected values were printed by Python 3.11.7 and numpy 2.4.
     #[test]
     fn draws_are_pythons() {
         let mut random = Random::new(42);

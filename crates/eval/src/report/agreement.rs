@@ -1,4 +1,4 @@
-//! Agreements with the dense model, kept beside a run's results.
+//! Agreements with the dense model, stored with a run's results.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -8,21 +8,21 @@ use crate::{Agreement, Error, Result};
 
 const FILE: &str = "agreement.jsonl";
 
-/// One setting's.
+/// The agreement of one setting.
 #[derive(serde::Serialize, serde::Deserialize)]
 pub(super) struct Line {
     pub setting: String,
-    /// Which text, in a few words.
+    /// A short description of the text.
     pub text: String,
     #[serde(flatten)]
     pub agreement: Agreement,
 }
 
-/// Adds a setting's agreement over a text to the folder; the newest of a setting and text is the one reported. `text` says in a few
-/// words which one it is: "essay.txt, words 700 to 800".
+/// Adds a setting's agreement over a text to the folder. The report uses the newest agreement of a
+/// setting and text. `text` describes the text in a few words: "essay.txt, words 700 to 800".
 ///
 /// # Errors
-/// If a number is not finite, or the file can't be written.
+/// If a number is not finite, or the file cannot be written.
 pub fn add_agreement(
     folder: &Path,
     setting: &str,
@@ -38,14 +38,14 @@ pub fn add_agreement(
     line.push('\n');
     let mut file =
         OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io(&path))?;
-    // In one piece: other processes add to the file too.
+    // In a single write: other processes append to the file too.
     file.write_all(line.as_bytes()).map_err(Error::io(&path))
 }
 
-/// Whether the folder has the setting's agreement over the text.
+/// Returns whether the folder contains the setting's agreement over the text.
 ///
 /// # Errors
-/// If the folder's file can't be read.
+/// If the folder's file cannot be read.
 pub fn has_agreement(folder: &Path, setting: &str, text: &str) -> Result<bool> {
     Ok(read(folder)?.iter().any(|line| line.is(setting, text)))
 }
@@ -56,7 +56,8 @@ impl Line {
     }
 }
 
-/// The folder's, one a setting and text, in the order in which they came.
+/// Returns the folder's agreements, one per setting and text, in the order in which they were
+/// added.
 pub(super) fn read(folder: &Path) -> Result<Vec<Line>> {
     let path = folder.join(FILE);
     if !path.exists() {

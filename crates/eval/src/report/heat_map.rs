@@ -1,4 +1,5 @@
-//! The needle test: how much of the key is found at each length and depth, a map a setting.
+//! The needle test: the share of the key that is found at each length and depth, one map per
+//! setting.
 
 use std::collections::BTreeMap;
 
@@ -11,22 +12,22 @@ use crate::{Category, Record, Result};
 
 const PANEL: (i32, i32) = (280, 200);
 const COLUMNS: usize = 4;
-/// Left, top, right, bottom of a map within its panel.
+/// Left, top, right and bottom of a map within its panel, in pixels.
 const MAP: (i32, i32, i32, i32) = (46, 26, 268, 156);
-/// Room for the title.
+/// Height of the title.
 const HEAD: i32 = 44;
 
-/// The sum of the found shares of the key and their number, by depth (in thousandths) and length.
+/// Per depth (in thousandths) and length: the sum of the found shares of the key, and their number.
 type Cells = BTreeMap<(u32, u32), (f64, u32)>;
 
 struct Map {
     title: String,
     cells: Cells,
-    /// What a length counts.
+    /// The unit of the lengths.
     unit: &'static str,
 }
 
-/// `None` if no needle was looked for.
+/// Draws the maps; `None` if there are no needle results.
 pub(super) fn draw(records: &[Record]) -> Result<Option<String>> {
     let needles: Vec<_> = records.iter().filter(|r| r.category == Category::Needle).collect();
     let settings = distinct(needles.iter().map(|r| r.setting.as_str()));
@@ -71,7 +72,7 @@ fn map<'a>(title: String, records: impl Iterator<Item = &'a Record>) -> Option<M
     Some(Map { title, cells, unit: unit? })
 }
 
-/// Depth, length and what it counts, from a sample's id: "600-words-0.111-1".
+/// Parses depth, length and unit from a sample's id: "600-words-0.111-1".
 pub(super) fn place(id: &str) -> Option<(u32, u32, &'static str)> {
     let mut parts = id.split('-');
     let length = parts.next()?.parse().ok()?;
@@ -104,14 +105,14 @@ fn panel(area: &Area<'_>, corner: (i32, i32), map: &Map) -> Drawn {
             area.draw(&Rectangle::new(corners, shade(share).filled()))?;
             let ink = if share > 0.55 { WHITE } else { BLACK };
             let at = ((corners[0].0 + corners[1].0) / 2, (corners[0].1 + corners[1].1) / 2);
-            // Numbers where they have room.
+            // Numbers are drawn if they fit.
             if width / lengths.len() as i32 >= 24 && height / depths.len() as i32 >= 14 {
                 let words = format!("{:.0}", 100.0 * share);
                 text(area, &words, at, 11, (HPos::Center, VPos::Center), &ink)?;
             }
         }
     }
-    // Every other length where they would run together.
+    // Every other label if they would overlap.
     let each = 1 + lengths.len() / 7;
     for (column, length) in lengths.iter().enumerate().step_by(each) {
         let at = ((x(column) + x(column + 1)) / 2, top + height + 4);
@@ -120,7 +121,7 @@ fn panel(area: &Area<'_>, corner: (i32, i32), map: &Map) -> Drawn {
     text(area, map.unit, (left - 6, top + height + 4), 11, (HPos::Right, VPos::Top), &grey)
 }
 
-/// From nearly white to deep blue.
+/// Returns a colour from nearly white to deep blue.
 fn shade(share: f64) -> RGBColor {
     let mix = |from: f64, to: f64| (from + (to - from) * share.clamp(0.0, 1.0)) as u8;
     RGBColor(mix(238.0, 8.0), mix(243.0, 48.0), mix(248.0, 107.0))

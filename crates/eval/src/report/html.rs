@@ -1,4 +1,4 @@
-//! The report as one page that needs nothing else: its data as JSON, and a script that draws them.
+//! The report as one self-contained page: its data as JSON, and a script that draws them.
 
 use std::collections::BTreeMap;
 
@@ -11,10 +11,10 @@ use super::table::{Row, Table, distinct};
 use crate::statistics::{Difference, Interval, Verdict, of_setting, score};
 use crate::{Category, Error, Record, Result};
 
-/// Differences of less than a point are of no account.
+/// Differences of less than a point are treated as equal.
 const MARGIN: f64 = 0.01;
 
-/// What is between two bars of `page.html`.
+/// The text between the two markers of `page.html`.
 const METHOD: &str = "Score: the mean over categories of the mean over their tasks. Difference: to the dense setting of the same model, sample by \
     sample, in points; intervals hold 95 % of 2,000 resamples of the samples with replacement. Better and worse: the interval leaves 0 out. \
     The same: it lies within one point. Of 20 settings that are the same as dense, one is told from it by chance.";
@@ -41,7 +41,7 @@ struct Scored {
     samples: usize,
 }
 
-/// A difference as the page shows it.
+/// A difference as shown on the page.
 #[derive(Serialize)]
 struct Told {
     #[serde(flatten)]
@@ -67,7 +67,7 @@ struct Map {
     title: String,
     rows: Vec<String>,
     columns: Vec<String>,
-    /// Mean and samples.
+    /// Mean score and number of samples.
     cells: Vec<Vec<Option<(f64, usize)>>>,
 }
 
@@ -83,7 +83,8 @@ pub(super) fn page(
     fill("longctx-eval", facts, METHOD, table, &rows, &maps, agreements)
 }
 
-/// The page of two runs: the settings of the second, each beside the setting of its name in the first.
+/// Returns the page of two runs: each setting of the second compared with the setting of the same
+/// name in the first.
 pub(super) fn comparison(facts: &str, first: &[Record], second: &[Record]) -> Result<String> {
     let table = Table::new(second);
     let mut rows = Vec::new();
@@ -116,7 +117,7 @@ fn fill(
     });
     let data =
         serde_json::to_string(&data).map_err(|e| Error::setting("report", "finite numbers", e))?;
-    // No text of a run may end the script.
+    // A run's text must not contain the end of the script.
     let data = data.replace('<', "\\u003c");
     let parts = [
         ("{title}", escape(title)),
@@ -160,7 +161,7 @@ fn setting(row: &Row, table: &Table, records: &[Record]) -> Option<Setting> {
     })
 }
 
-/// Needles by depth and length; tasks with groups by group.
+/// Returns the maps of needles by depth and length, and of tasks with groups by group.
 fn maps(setting: &str, records: &[Record]) -> Vec<Map> {
     let own = of_setting(records, setting);
     let mut maps = Vec::new();
@@ -202,7 +203,7 @@ fn grouped<'a>(record: &&'a Record) -> Option<(&'a Record, String)> {
     Some((*record, record.group.clone()?))
 }
 
-/// A name and its sort key.
+/// A label and its sort key.
 type Place = (u32, String);
 
 fn map(setting: &str, title: &str, cells: impl Iterator<Item = (Place, Place, f64)>) -> Map {

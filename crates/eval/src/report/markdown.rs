@@ -1,10 +1,10 @@
-//! Tables as Markdown, and the cells that HTML shows too.
+//! Tables as Markdown, with the cells that HTML shows too.
 
 use super::agreement::Line;
 use super::table::{Table, distinct};
 use crate::statistics::Difference;
 
-/// A table as text: a title, a head and rows.
+/// A table as text: a title, a header and rows.
 pub(super) struct Cells {
     pub title: String,
     pub note: String,
@@ -12,12 +12,12 @@ pub(super) struct Cells {
     pub rows: Vec<Vec<String>>,
 }
 
-/// The whole report.
+/// Returns the whole report.
 pub(super) fn page(facts: &str, table: &Table, agreements: &[Line], pictures: &[&str]) -> String {
     let mut out = format!("# Report\n\n{facts}\n\n");
     for (i, cells) in tables(table, agreements).iter().enumerate() {
         out += &section(cells);
-        // The pictures come after the table that says most.
+        // The figures follow the most important table.
         for name in pictures.iter().filter(|_| i == 0) {
             out += &format!("![{name}]({name}.svg)\n\n");
         }
@@ -34,7 +34,7 @@ fn section(cells: &Cells) -> String {
     out + "\n"
 }
 
-/// Category scores with bytes and speed, task scores, costs, agreement.
+/// Returns the tables: category scores with bytes and speed, task scores, costs, agreement.
 pub(super) fn tables(table: &Table, agreements: &[Line]) -> Vec<Cells> {
     let mut all = vec![categories(table), tasks(table), costs(table)];
     let texts = distinct(agreements.iter().map(|line| line.text.as_str()));

@@ -1,4 +1,4 @@
-//! What all pictures share: an SVG area, colours, small text.
+//! Shared code of the figures: an SVG area, colours, small text.
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -8,10 +8,11 @@ use crate::{Error, Result};
 
 pub(super) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Any error of the drawing library.
+/// The result of a drawing function, with any error of the drawing library.
 pub(super) type Drawn = std::result::Result<(), Box<dyn std::error::Error>>;
 
-/// Colours that differ in lightness too (Okabe and Ito's, for all kinds of colour vision).
+/// Colours that also differ in lightness (Okabe and Ito's, distinguishable with all kinds of colour
+/// vision).
 const COLOURS: [RGBColor; 8] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -45,7 +46,7 @@ pub(super) fn svg(
     Ok(out)
 }
 
-/// Text at a point, anchored there.
+/// Draws text anchored at a point.
 pub(super) fn text(
     area: &Area<'_>,
     words: &str,

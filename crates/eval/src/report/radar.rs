@@ -1,4 +1,5 @@
-//! A radar a family: what its settings reach in each category, beside the first setting of the run.
+//! A radar chart per family: the scores of its settings in each category, with the first setting of
+//! the run.
 
 use std::f64::consts::TAU;
 
@@ -9,17 +10,17 @@ use super::plot::{Area, Drawn, colour, svg, text};
 use super::table::{Row, Table, distinct, family};
 use crate::{Category, Result};
 
-/// Width and height of one radar.
+/// Width and height of one chart, in pixels.
 const PANEL: (i32, i32) = (380, 310);
 const COLUMNS: usize = 3;
-/// Outlines that can still be told apart.
+/// The largest number of outlines in one chart.
 const MOST: usize = 4;
 const RADIUS: f64 = 88.0;
 
-/// One direction: a category, its name, and the best score of any setting in it.
+/// An axis: a category, its name, and the best score of any setting in it.
 type Axis = (Category, &'static str, f64);
 
-/// `None` if there are fewer than three categories.
+/// Draws the charts; `None` if there are fewer than three categories.
 pub(super) fn draw(table: &Table) -> Result<Option<String>> {
     let best =
         |category| table.rows.iter().filter_map(|row| row.category(category)).fold(0.0, f64::max);
@@ -46,9 +47,10 @@ pub(super) fn draw(table: &Table) -> Result<Option<String>> {
     svg("radar", size, panels).map(Some)
 }
 
-/// Which settings share a radar: those of a family that has several, and up to [`MOST`] of those that stand alone.
+/// Returns the groups of settings that share a chart: those of a family with several settings, and
+/// up to [`MOST`] settings without a family.
 fn groups(table: &Table) -> Vec<Vec<&Row>> {
-    // The first setting is in grey everywhere.
+    // The first setting is in every chart, in grey.
     let rows = &table.rows[usize::from(table.rows.len() > 1)..];
     let mut groups: Vec<Vec<&Row>> = Vec::new();
     let mut alone = Vec::new();
@@ -102,7 +104,7 @@ fn panel(
     area.draw(&PathElement::new(outline(reference), grey.mix(0.6)))?;
     for (i, row) in rows.iter().enumerate() {
         area.draw(&PathElement::new(outline(row), colour(i).stroke_width(2)))?;
-        // Names below, two a line.
+        // Names below the chart, two per line.
         let at =
             (corner.0 + 14 + (i % 2) as i32 * (PANEL.0 / 2), corner.1 + 250 + (i / 2) as i32 * 18);
         let dash = vec![(at.0, at.1 + 7), (at.0 + 16, at.1 + 7)];

@@ -1,4 +1,5 @@
-//! Something against bytes: one point a setting, settings of one family joined.
+//! Scatter plots of a quantity against bytes: one point per setting, with the settings of a family
+//! joined.
 
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, VPos};
@@ -8,42 +9,42 @@ use super::plot::{Area, Drawn, colour, svg, text};
 use super::table::{Table, distinct, family};
 use crate::Result;
 
-/// Width and height of a panel; one alone is larger.
+/// Width and height of a panel in pixels; a single panel is larger.
 const PANEL: (i32, i32) = (400, 360);
 const ALONE: (i32, i32) = (1100, 720);
 const COLUMNS: usize = 3;
-/// Families in a panel; with few more there is one for all.
+/// The largest number of families in a panel; slightly more share one panel.
 const MOST: usize = 6;
-/// What a field leaves free of its panel: left, top, right, bottom.
+/// Margins of the plot area within its panel: left, top, right, bottom.
 const MARGIN: (i32, i32, i32, i32) = (62, 34, 14, 52);
-/// Room for the title.
+/// Height of the title.
 const HEAD: i32 = 44;
-/// A line of a name.
+/// Line height of a name.
 const LINE: i32 = 14;
-/// The least divergence that is drawn, in nats.
+/// The smallest divergence on the axis, in nats.
 const LEAST: f64 = 1e-4;
 
 /// A setting.
 struct Dot {
     name: String,
-    /// Dense bytes over bytes held.
+    /// Dense bytes divided by bytes held.
     ratio: f64,
     value: f64,
 }
 
-/// What a height stands for.
+/// The vertical axis.
 struct Axis {
     title: String,
     words: &'static str,
-    /// Lowest and highest.
+    /// Minimum and maximum.
     range: (f64, f64),
-    /// What is written beside the lines.
+    /// Values of the grid lines.
     marks: Vec<f64>,
     logarithmic: bool,
 }
 
 impl Axis {
-    /// From 0 at the bottom to 1 at the top.
+    /// Returns the height of a value, from 0 at the bottom to 1 at the top.
     fn share(&self, value: f64) -> f64 {
         let along = |x: f64| if self.logarithmic { x.ln() } else { x };
         let (low, high) = (along(self.range.0), along(self.range.1));
@@ -51,12 +52,12 @@ impl Axis {
     }
 }
 
-/// A ratio that has a place on a logarithmic axis.
+/// Returns a ratio that can be drawn on a logarithmic axis.
 fn drawn(ratio: Option<f64>) -> Option<f64> {
     ratio.filter(|&ratio| ratio > 0.0)
 }
 
-/// Mean score against bytes; `None` if no setting tells its bytes.
+/// Draws mean scores against bytes; `None` if no setting reports its bytes.
 pub(super) fn scores(table: &Table) -> Result<Option<String>> {
     let dot = |row: &super::table::Row| {
         Some(Dot { name: row.setting.clone(), ratio: drawn(row.ratio)?, value: row.overall()? })
@@ -74,7 +75,8 @@ pub(super) fn scores(table: &Table) -> Result<Option<String>> {
     draw(&dots, &axis)
 }
 
-/// Divergence from the dense model against bytes, over the first text; `None` if there is none or no setting tells its bytes.
+/// Draws the divergence from the dense model against bytes, over the first text; `None` if there is
+/// no text or no setting reports its bytes.
 pub(super) fn divergences(lines: &[Line]) -> Result<Option<String>> {
     let Some(first) = lines.first() else { return Ok(None) };
     let of_first = lines.iter().filter(|line| line.text == first.text);
@@ -118,7 +120,7 @@ fn draw(dots: &[Dot], axis: &Axis) -> Result<Option<String>> {
     svg("points against bytes", (width as u32, height as u32), panels).map(Some)
 }
 
-/// Where points are drawn.
+/// The plot area.
 struct Field<'a> {
     /// Left, top, right, bottom.
     corners: [i32; 4],
@@ -130,7 +132,7 @@ impl Field<'_> {
     fn at(&self, ratio: f64, value: f64) -> (i32, i32) {
         let [left, top, right, bottom] = self.corners;
         let (least, most) = self.ratios();
-        // Halves of the bytes are equally far apart.
+        // A factor of two has the same width everywhere.
         let across = (ratio / least).ln() / (most / least).ln();
         let x = left + (across * f64::from(right - left)) as i32;
         (x, bottom - (self.axis.share(value) * f64::from(bottom - top)) as i32)
@@ -141,7 +143,7 @@ impl Field<'_> {
         (ratios().fold(1.0, f64::min) * 0.9, ratios().fold(2.0, f64::max) * 1.15)
     }
 
-    /// The families in colour, all others in grey.
+    /// Draws the given families in colour and all others in grey.
     fn draw(&self, area: &Area<'_>, families: &[String]) -> Drawn {
         self.rules(area)?;
         let at = |dot: &Dot| self.at(dot.ratio, dot.value);
@@ -198,7 +200,7 @@ impl Field<'_> {
         text(area, self.axis.words, at, 12, (HPos::Left, VPos::Top), &grey)
     }
 
-    /// The nearest box beside a point, for a name, that covers nothing taken.
+    /// Returns the nearest free box beside a point for a name.
     fn place(&self, name: &str, at: (i32, i32), taken: &[[i32; 4]]) -> [i32; 4] {
         let (width, height) = (name.chars().count() as i32 * 7, LINE);
         let [left, top, right, bottom] = self.corners;
@@ -228,7 +230,7 @@ impl Field<'_> {
     }
 }
 
-/// A point's name in its place, with a line to the point where they are apart.
+/// Draws a point's name in its box, with a line to the point if they are apart.
 fn name_point(
     area: &Area<'_>,
     words: &str,
@@ -243,7 +245,7 @@ fn name_point(
     text(area, words, (place[0], place[1]), 12, (HPos::Left, VPos::Top), colour)
 }
 
-/// What a name has after its family's.
+/// Returns the part of a name after its family.
 fn size(name: &str) -> &str {
     name.rsplit('-').next().unwrap_or(name)
 }

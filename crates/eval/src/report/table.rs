@@ -1,11 +1,11 @@
-//! Results gathered by setting, category and task.
+//! Results grouped by setting, category and task.
 
 use std::collections::HashMap;
 
 use crate::statistics::{self, Difference, of_setting};
 use crate::{Category, Error, Record, Result};
 
-/// The paper's categories and ours, with the words for a table's head, in its order.
+/// The paper's categories and those of this crate, with their column headers, in the paper's order.
 pub(super) const CATEGORIES: [(Category, &str); 10] = [
     (Category::SingleDocQa, "Single-doc QA"),
     (Category::MultiDocQa, "Multi-doc QA"),
@@ -19,7 +19,7 @@ pub(super) const CATEGORIES: [(Category, &str); 10] = [
     (Category::MultipleChoice, "Multiple choice"),
 ];
 
-/// All settings, in the order in which they came.
+/// All settings, in the order of the results.
 pub(super) struct Table {
     pub rows: Vec<Row>,
     /// Tasks by category, then by name.
@@ -31,14 +31,15 @@ pub(super) struct Row {
     pub setting: String,
     pub tasks: Vec<TaskScore>,
     pub samples: usize,
-    /// On how many samples the score is better and worse than the first setting's.
+    /// The number of samples with a higher score than the first setting's; the next field those
+    /// with a lower score.
     pub better: usize,
     pub worse: usize,
-    /// To the dense setting of the same model; `None` of that one itself.
+    /// The difference to the dense setting of the same model; `None` for that setting itself.
     pub difference: Option<Difference>,
-    /// Bytes held at the end, the mean.
+    /// Mean bytes held at the end.
     pub kv_bytes: Option<f64>,
-    /// Dense bytes over bytes held, summed over all samples that tell both.
+    /// Dense bytes divided by bytes held, summed over all samples that report both.
     pub ratio: Option<f64>,
     pub first_token_seconds: f64,
     pub prompt_tokens: f64,
@@ -46,7 +47,7 @@ pub(super) struct Row {
     pub peak_resident_bytes: Option<u64>,
 }
 
-/// One setting's mean on one task, in percent.
+/// One setting's mean score on one task, in percent.
 pub(super) struct TaskScore {
     pub task: String,
     pub category: Category,
@@ -77,7 +78,7 @@ impl Table {
         Self { rows: settings.iter().map(of).collect(), tasks }
     }
 
-    /// The categories that any result is of.
+    /// Returns the categories that have results.
     pub fn categories(&self) -> Vec<(Category, &'static str)> {
         let has = |category| {
             self.rows.iter().any(|row| row.tasks.iter().any(|task| task.category == category))
@@ -85,7 +86,7 @@ impl Table {
         CATEGORIES.into_iter().filter(|(category, _)| has(*category)).collect()
     }
 
-    /// One line a setting and task.
+    /// Returns a CSV table with one line per setting and task.
     pub fn csv(&self) -> Result<String> {
         let mut out = csv::Writer::from_writer(Vec::new());
         let broken = |error: String| Error::setting("scores.csv", "a table", error);
@@ -160,18 +161,18 @@ impl Row {
         }
     }
 
-    /// The mean of the category's tasks, as the paper takes it.
+    /// Returns the mean over the category's tasks, as in the paper.
     pub fn category(&self, category: Category) -> Option<f64> {
         mean(self.tasks.iter().filter(|task| task.category == category).map(|task| task.score))
     }
 
-    /// The mean of the categories.
+    /// Returns the mean over the categories.
     pub fn overall(&self) -> Option<f64> {
         mean(CATEGORIES.iter().filter_map(|(category, _)| self.category(*category)))
     }
 }
 
-/// A setting's name without its size, on one model: "h2o" of "h2o-4x".
+/// Returns a setting's name without its compression, on one model: "h2o" of "h2o-4x".
 pub(super) fn family(setting: &str) -> &str {
     let is_size = |part: &str| {
         part.trim_end_matches('x').parse::<u32>().is_ok() || part == "f16" || part == "f32"
@@ -187,7 +188,7 @@ fn mean(numbers: impl IntoIterator<Item = f64>) -> Option<f64> {
     (count > 0).then(|| sum / f64::from(count))
 }
 
-/// Each once, in the order in which they come.
+/// Returns the distinct names in their order.
 pub(super) fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
     let mut all: Vec<String> = Vec::new();
     for name in names {

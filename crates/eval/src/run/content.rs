@@ -1,4 +1,4 @@
-//! What a run's answers depend on, as digests.
+//! Digests of the inputs of a run's answers.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -8,13 +8,13 @@ use sha2::{Digest, Sha256};
 
 use crate::{Error, Result, Sample};
 
-/// SHA-256 of a file; or of a folder: of the names and contents of the files in it, those in its
-/// subfolders left out.
+/// Returns the SHA-256 of a file, or of the names and contents of the files in a folder, without
+/// subfolders.
 ///
-/// For a run's [`conditions`](crate::Plan::conditions): two files of one name may differ.
+/// For a run's [`conditions`](crate::Plan::conditions): two files of the same name may differ.
 ///
 /// # Errors
-/// If one can't be read, or is no regular file.
+/// If a file cannot be read or is not a regular file.
 pub fn content_hash(path: &Path) -> Result<String> {
     let mut hasher = Sha256::new();
     if !path.is_dir() {
@@ -45,7 +45,7 @@ fn add(hasher: &mut Sha256, path: &Path) -> Result<()> {
     io::copy(&mut file, hasher).map(drop).map_err(Error::io(path))
 }
 
-/// SHA-256 of all that decides what a right answer to a sample is.
+/// Returns the SHA-256 of everything that determines the right answer of a sample.
 pub(super) fn question_hash(
     sample: &Sample,
     max_new_tokens: usize,
@@ -73,7 +73,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.txt");
         fs::write(&path, "abc").unwrap();
-        // As sha256sum says.
+        // The value was computed by sha256sum.
         let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         assert_eq!(content_hash(&path).unwrap(), abc);
         let first = content_hash(folder.path()).unwrap();

@@ -1,4 +1,4 @@
-//! A run's folder: what was asked for, and a file of results for each process.
+//! A run's folder: its manifest, and a file of results per process.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -9,31 +9,34 @@ use super::record::Record;
 use super::{Limits, Shard};
 use crate::{Error, Result, Setting};
 
-/// What all processes of a run agree on; `run.json` in its folder.
+/// The manifest that all processes of a run share; `run.json` in its folder.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Manifest {
     /// Versions of `longctx-eval` that wrote results.
     pub versions: BTreeSet<String>,
-    /// What everything random begins with.
+    /// The random seed.
     pub seed: u64,
-    /// What every sample is held to.
+    /// Limits for every sample.
     pub limits: Limits,
     /// The settings, by name.
     pub settings: BTreeMap<String, Setting>,
     /// The tasks, by name.
     pub tasks: BTreeSet<String>,
-    /// What else decides a question or an answer, as [`Plan::conditions`](crate::Plan::conditions).
+    /// Other conditions that affect a question or an answer, as in
+    /// [`Plan::conditions`](crate::Plan::conditions).
     #[serde(default)]
     pub conditions: BTreeMap<String, String>,
 }
 
-/// The results of all processes that share a folder, file by file in the order of their names; `run.json` is not looked at.
+/// Returns the results of all processes that share a folder, file by file in the order of their
+/// names. `run.json` is not read.
 ///
-/// A last line that breaks off, as a killed process leaves it, is passed over. A sample that is there twice counts once.
+/// An incomplete last line, as a killed process leaves it, is skipped. A duplicate sample counts
+/// once.
 ///
 /// # Errors
-/// If the folder or a file can't be read; [`Error::Record`] for a broken line before a file's last,
-/// or one with a number that no sample gives.
+/// If the folder or a file cannot be read; [`Error::Record`] for an invalid line before a file's
+/// last, or one with an invalid number.
 pub fn records(folder: &Path) -> Result<Vec<Record>> {
     let mut paths = Vec::new();
     for entry in fs::read_dir(folder).map_err(Error::io(folder))? {
@@ -48,13 +51,13 @@ pub fn records(folder: &Path) -> Result<Vec<Record>> {
     for path in &paths {
         all.extend(read(path)?.0);
     }
-    // Processes that divided the work in different ways may have answered the same.
+    // Processes with different shards may have answered the same sample.
     let mut keys = HashSet::new();
     all.retain(|record: &Record| keys.insert(record.key()));
     Ok(all)
 }
 
-/// Adds this process's part to the folder's manifest, or begins it.
+/// Adds this process's part to the folder's manifest, or creates it.
 pub(super) fn join(folder: &Path, ours: &Manifest) -> Result<()> {
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let path = folder.join("run.json");
@@ -66,17 +69,17 @@ pub(super) fn join(folder: &Path, ours: &Manifest) -> Result<()> {
         merged.merge(theirs)?;
     }
     let text = serde_json::to_string_pretty(&merged).map_err(|error| broken(&path, 1, &error))?;
-    // Written beside and renamed: a process killed here leaves the old one whole.
+    // Written to a new file and renamed: if the process is killed here, the old file stays intact.
     let new = folder.join("run.json.new");
     fs::write(&new, text + "\n").map_err(Error::io(&new))?;
     fs::rename(&new, &path).map_err(Error::io(&path))
 }
 
 impl Manifest {
-    /// The folder's; `None` if there is none.
+    /// Reads the folder's manifest; `None` if there is none.
     ///
     /// # Errors
-    /// If it can't be read.
+    /// If the manifest cannot be read.
     pub fn of(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join("run.json");
         if !path.exists() {
@@ -95,7 +98,7 @@ impl Manifest {
             let expected = format!("{}, as in the run's folder", most(run));
             return Err(Error::setting("max_new_tokens", expected, most(ours)));
         }
-        // A run can grow: a task's first samples are the same however many there are.
+        // A run can grow: a task's first samples do not depend on their number.
         let samples = self.limits.samples.zip(theirs.limits.samples);
         self.limits.samples = samples.map(|(ours, run)| ours.max(run));
         for (name, setting) in theirs.settings {
@@ -122,7 +125,7 @@ fn most(limit: Option<usize>) -> String {
     limit.map_or_else(|| "no limit".into(), |limit| limit.to_string())
 }
 
-/// The file that one process appends to.
+/// The results file of one process.
 #[derive(Debug)]
 pub(super) struct Results {
     path: PathBuf,
@@ -130,7 +133,7 @@ pub(super) struct Results {
 }
 
 impl Results {
-    /// Opens the shard's file, alone; says what a torn last line held that was dropped.
+    /// Opens and locks the shard's file. Also returns an incomplete last line that was dropped.
     pub fn open(folder: &Path, shard: Shard) -> Result<(Self, Option<String>)> {
         let path = folder.join(format!("results-{}-of-{}.jsonl", shard.index, shard.count));
         let options = OpenOptions::new().create(true).append(true).read(true).clone();
@@ -150,7 +153,7 @@ impl Results {
         Ok((Self { path, file }, torn))
     }
 
-    /// One line, on its way to the disk before this returns.
+    /// Appends one line and flushes it to the disk.
     pub fn append(&mut self, record: &Record) -> Result<()> {
         let mut line =
             serde_json::to_string(record).map_err(|error| broken(&self.path, 0, &error))?;
@@ -160,7 +163,7 @@ impl Results {
     }
 }
 
-/// The records of a file, the bytes of its whole lines, and what follows them.
+/// Returns the records of a file, the number of bytes of its complete lines, and the rest.
 fn read(path: &Path) -> Result<(Vec<Record>, u64, Option<String>)> {
     let bytes = fs::read(path).map_err(Error::io(path))?;
     let whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);

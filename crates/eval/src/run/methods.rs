@@ -1,4 +1,4 @@
-//! The methods that whoever composes has registered.
+//! The registered methods.
 
 use std::collections::BTreeMap;
 
@@ -7,14 +7,15 @@ use crate::{Error, Result, Setting};
 
 type Open<'a> = Box<dyn Fn(&Setting) -> Result<Box<dyn Subject>, Fault> + 'a>;
 
-/// How to open a setting's subject, by the name of its method.
+/// Functions that open a setting's subject, by the name of the method.
 #[derive(Default)]
 pub struct Methods<'a> {
     open: BTreeMap<String, Open<'a>>,
 }
 
 impl<'a> Methods<'a> {
-    /// Settings whose method is `name` are opened so. A name registered before is replaced.
+    /// Registers a function that opens settings of method `name`. It replaces an earlier one of
+    /// this name.
     pub fn register(
         &mut self,
         name: impl Into<String>,
@@ -23,12 +24,12 @@ impl<'a> Methods<'a> {
         self.open.insert(name.into(), Box::new(open));
     }
 
-    /// The names, in order.
+    /// Returns the names, in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.open.keys().map(String::as_str)
     }
 
-    /// Whether the setting's method is registered.
+    /// Returns whether the setting's method is registered.
     pub fn has(&self, setting: &Setting) -> bool {
         self.open.contains_key(&setting.method)
     }
@@ -39,10 +40,10 @@ impl<'a> Methods<'a> {
         self.find(setting).map(drop)
     }
 
-    /// The setting's subject.
+    /// Opens the setting's subject.
     ///
     /// # Errors
-    /// As [`check`](Self::check); [`Error::Subject`] if it can't be opened.
+    /// As [`check`](Self::check); [`Error::Subject`] if it cannot be opened.
     pub fn open(&self, setting: &Setting) -> Result<Box<dyn Subject>> {
         let what = || format!("opening {}", setting.name);
         self.find(setting)?(setting).map_err(|reason| Error::Subject { what: what(), reason })
@@ -57,7 +58,7 @@ impl<'a> Methods<'a> {
         })
     }
 
-    /// The three names most like this one.
+    /// Returns the three names most similar to this one.
     fn nearest(&self, method: &str) -> String {
         let mut names: Vec<_> = self.names().collect();
         names.sort_by_cached_key(|name| strsim::damerau_levenshtein(name, method));

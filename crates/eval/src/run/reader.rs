@@ -13,39 +13,40 @@ use super::shorten::{Compressor, Short, shorten};
 use super::subject::{Answer, Fault, Question, Subject};
 use crate::Forced;
 
-/// The sequence that every sample runs in.
+/// The sequence of every sample.
 const SEQ: SeqId = 0;
 
 /// A model's tokenizer and chat template.
 pub trait Text {
-    /// Text to tokens; `special`: with the tokens that begin a text.
+    /// Tokenizes a text. `special` adds the tokens that begin a text.
     ///
     /// # Errors
-    /// Whatever the tokenizer reports.
+    /// Errors of the tokenizer.
     fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, Fault>;
 
-    /// Tokens to text, without special ones.
+    /// Decodes tokens, without special tokens.
     ///
     /// # Errors
-    /// Whatever the tokenizer reports.
+    /// Errors of the tokenizer.
     fn decode(&self, tokens: &[u32]) -> Result<String, Fault>;
 
-    /// A conversation in the model's chat template, up to where the model answers; `None` without a
-    /// template. Turns of the user and of the model alternate; the user has the first and the last.
+    /// Formats a conversation with the model's chat template, up to the start of the model's
+    /// answer; `None` if there is no template. Turns of the user and of the model alternate,
+    /// beginning and ending with the user.
     ///
     /// # Errors
-    /// Whatever the template reports.
+    /// Errors of the template.
     fn chat(&self, conversation: &[String]) -> Result<Option<String>, Fault>;
 
     /// Tokens that end an answer.
     fn stop(&self) -> &[u32];
 }
 
-/// A model behind [`CausalLm`], with any cache, that reads prompts and writes greedily.
+/// A [`CausalLm`] with any cache that reads prompts and decodes greedily.
 ///
-/// A turn's text is cut in the middle to the context limit, then compressed, then put in the chat
-/// template. If a sample marks its context, only the context is compressed, as in longctx_bench:
-/// instruction and question stay whole.
+/// A turn's text is truncated in the middle to the context limit, then compressed, then formatted
+/// with the chat template. If a sample marks its context, only the context is compressed, as in
+/// longctx_bench: instruction and question are kept.
 pub struct Reader {
     model: Box<dyn CausalLm>,
     text: Box<dyn Text>,
@@ -56,7 +57,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Reads at most `context` tokens of a turn, all at once.
+    /// Creates a reader of at most `context` tokens per turn, with prefill in one call.
     pub fn new(model: impl CausalLm + 'static, text: impl Text + 'static, context: usize) -> Self {
         Self {
             model: Box::new(model),
@@ -68,21 +69,21 @@ impl Reader {
         }
     }
 
-    /// Feeds prompts in chunks, so that later ones see what the cache made of earlier ones.
+    /// Feeds prompts in chunks, so that later tokens see the compressed cache of earlier chunks.
     #[must_use]
     pub fn with_prefill_chunk(mut self, chunk: Option<usize>) -> Self {
         self.prefill_chunk = chunk;
         self
     }
 
-    /// Compresses each turn's text first, or only the context where the sample marks it.
+    /// Compresses each turn's text first, or only the context if the sample marks it.
     #[must_use]
     pub fn with_compressor(mut self, compressor: Box<dyn PromptCompressor>, rate: Rate) -> Self {
         self.compressor = Some((compressor, rate));
         self
     }
 
-    /// Sets the bytes of a dense f16 cache for one token, which ratios are taken against.
+    /// Sets the bytes per token of a dense f16 cache, the reference of ratios.
     #[must_use]
     pub fn with_dense_bytes_per_token(mut self, bytes: f64) -> Self {
         self.dense_bytes_per_token = Some(bytes);
@@ -98,19 +99,19 @@ impl Reader {
         shorten(turn, context, question, (&*self.text, self.context), self.compressor.as_mut())
     }
 
-    /// Bytes that the model's caches or states hold now.
+    /// Returns the bytes of the model's caches or states.
     fn kv_bytes(&self) -> usize {
         let held = self.model.footprint();
         held.total() - held.slack
     }
 
-    /// Bytes that a dense cache would hold now, if compression had not taken `saved` tokens.
+    /// Returns the bytes of a dense cache of the text before compression removed `saved` tokens.
     fn dense_bytes(&self, saved: usize) -> Option<usize> {
         let tokens = self.model.seen(SEQ) + saved;
         self.dense_bytes_per_token.map(|each| (each * tokens as f64) as usize)
     }
 
-    /// Generates from `tokens`, with the time spent within the model.
+    /// Generates from `tokens`. Also returns the time spent in the model.
     fn write(
         &mut self,
         tokens: &[u32],
@@ -150,7 +151,7 @@ impl Subject for Reader {
         self.model.remove(SEQ);
         let mut done = Answer::default();
         let mut conversation = Vec::new();
-        // The text that the model has read and written, and its tokens that were not fed yet.
+        // The text so far, read and written, and its tokens that have not been fed yet.
         let (mut read, mut pending) = (String::new(), Vec::new());
         let mut saved = 0;
         for (i, turn) in question.sample.turns.iter().enumerate() {
@@ -164,7 +165,8 @@ impl Subject for Reader {
             let in_template =
                 if question.sample.chat { self.text.chat(&conversation)? } else { None };
             let template = in_template.is_some();
-            // A space at the end would be a token of its own, which models have seldom seen there.
+            // A trailing space would be a separate token, which is rare at this position in
+            // training data.
             let mut full = in_template
                 .unwrap_or_else(|| conversation.join("\n").trim_end_matches(' ').to_owned());
             if i + 1 == sample.turns.len() {
@@ -217,7 +219,7 @@ impl Subject for Reader {
     }
 }
 
-/// A model with a stopwatch.
+/// A model with a timer.
 struct Timed<'a> {
     inner: &'a mut dyn CausalLm,
     spent: Duration,

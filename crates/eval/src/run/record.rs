@@ -3,7 +3,7 @@
 use crate::measure::ratio;
 use crate::{Category, Error, Result, Score};
 
-/// How a subject answered one sample: one JSON line.
+/// A subject's answer to one sample: one JSON line.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Record {
     /// The setting's name.
@@ -14,18 +14,18 @@ pub struct Record {
     pub category: Category,
     /// The sample's id.
     pub sample: String,
-    /// The part of the task that the sample is of, such as its length.
+    /// The group of the task that the sample belongs to, such as its length.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
-    /// SHA-256 of the question: the turns, what would be right, and the limits. `None` in results
-    /// of versions that did not note it.
+    /// SHA-256 of the question: the turns, the right answers and the limits. `None` in results of
+    /// older versions.
     #[serde(default)]
     pub question: Option<String>,
-    /// What was written, one a turn.
+    /// The predictions, one per turn.
     pub predictions: Vec<String>,
-    /// How good that is.
+    /// The score of the predictions.
     pub score: Score,
-    /// Tokens read, of all turns.
+    /// Tokens read, over all turns.
     pub prompt_tokens: usize,
     /// Tokens written.
     pub new_tokens: usize,
@@ -37,32 +37,33 @@ pub struct Record {
     pub seed: u64,
     /// The version of `longctx-eval`.
     pub version: String,
-    /// What differs from run to run, in one field so that it can be left out of a comparison.
+    /// Values that differ from run to run, in one field so that comparisons can exclude them.
     pub timings: Timings,
 }
 
 /// Times and memory of one sample.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Timings {
-    /// From the first turn's text to its first logits.
+    /// Time from the first turn's text to its first logits.
     pub first_token_seconds: f64,
-    /// `None` if at most one token was written.
+    /// Decoding speed; `None` if at most one token was written.
     pub decode_tokens_per_second: Option<f64>,
-    /// Within the model and the prompt compressor.
+    /// Time within the model and the prompt compressor.
     pub model_seconds: f64,
-    /// From the sample's text to its score.
+    /// Time from the sample's text to its score.
     pub total_seconds: f64,
-    /// The most memory that the process held meanwhile, weights included; `None` where the system does not tell.
+    /// The process's peak memory during the sample, including weights; `None` if the system does
+    /// not report it.
     pub peak_resident_bytes: Option<u64>,
 }
 
 impl Record {
-    /// Dense bytes over bytes held.
+    /// Returns dense bytes divided by bytes held.
     pub fn ratio(&self) -> Option<f64> {
         ratio(self.dense_bytes, self.kv_bytes)
     }
 
-    /// Checks that every number is one that a sample can give.
+    /// Checks that every number is in its valid range.
     pub(crate) fn check(&self) -> Result<()> {
         let share = |x: f64| (0.0..=1.0).contains(&x);
         let time = |x: f64| (0.0..=f64::MAX).contains(&x);
@@ -89,11 +90,11 @@ impl Record {
         Ok(())
     }
 
-    /// What tells this line from all others of its run.
+    /// Returns the key of this line, unique in a run.
     pub(crate) fn key(&self) -> Key {
         (self.setting.clone(), self.task.clone(), self.sample.clone())
     }
 }
 
-/// Setting, task, sample.
+/// Setting, task and sample.
 pub(crate) type Key = (String, String, String);

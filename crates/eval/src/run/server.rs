@@ -16,17 +16,18 @@ use super::subject::{Answer, Fault, Question, Subject};
 use crate::setting::{Api, ServerSetting, Setting};
 use crate::{Error, Result};
 
-/// The wait before the second attempt; it doubles with each further one.
+/// The wait before the second attempt; it doubles with each further attempt.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
-/// The longest line of a stream, and the longest answer that is no stream, in bytes.
+/// The largest size of a line of a stream, or of an answer that is not streamed, in bytes.
 const MOST_BYTES: u64 = 64 << 20;
 
-/// A server as a subject: greedy, streamed, several requests at once.
+/// A server as a subject: greedy, streamed, with several concurrent requests.
 ///
-/// An attempt that meets a connection that breaks, a time-out, status 408, 409, 429 or 5xx, or an answer that is none, is made again
-/// after a wait that doubles each time, or that the server asks for. A sample whose attempts all fail has no result; after one, the
-/// next samples get one attempt each until the server answers again.
+/// A failed attempt is repeated after a broken connection, a time-out, status 408, 409, 429 or 5xx,
+/// or an invalid answer. The wait between attempts doubles each time, or is the one that the server
+/// requests. A sample whose attempts all fail has no result; the next samples then get one attempt
+/// each until the server answers again.
 pub struct Server {
     agent: Agent,
     model: String,
@@ -34,15 +35,16 @@ pub struct Server {
     key: Option<String>,
     text: Option<(Box<dyn Text + Send + Sync>, usize)>,
     compressor: Option<Compressor>,
-    /// The last sample's attempts all failed.
+    /// Whether all attempts at the last sample failed.
     down: AtomicBool,
 }
 
 impl Server {
-    /// The server of a setting.
+    /// Creates the server of a setting.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the setting names none, its numbers are 0, or its environment variable for the key is not set.
+    /// [`Error::Setting`] if the setting names no server, a number is 0, or the environment
+    /// variable of the key is not set.
     pub fn new(setting: &Setting) -> Result<Self> {
         let wrong =
             |expected: &str, got: String| Error::setting(setting.name.clone(), expected, got);
@@ -67,18 +69,18 @@ impl Server {
         Ok(Self { agent, model, setting: server, key, text: None, compressor: None, down })
     }
 
-    /// Cuts turns in the middle to `context` tokens of this tokenizer, counts with it, and puts the completions API's prompts in its
-    /// template.
+    /// Truncates turns in the middle to `context` tokens of this tokenizer, counts tokens with it,
+    /// and formats the prompts of the completions API with its template.
     #[must_use]
     pub fn with_text(mut self, text: impl Text + Send + Sync + 'static, context: usize) -> Self {
         self.text = Some((Box::new(text), context));
         self
     }
 
-    /// Compresses prompts before they go out; with [`with_text`](Self::with_text) alone.
+    /// Compresses prompts before they are sent. Requires [`with_text`](Self::with_text).
     ///
     /// # Errors
-    /// [`Error::Setting`] without a tokenizer.
+    /// [`Error::Setting`] if there is no tokenizer.
     pub fn with_compressor(
         mut self,
         compressor: Box<dyn PromptCompressor>,
@@ -91,7 +93,7 @@ impl Server {
         Ok(self)
     }
 
-    /// Shortens the turns.
+    /// Truncates and compresses the turns.
     fn job<'a>(&mut self, question: Question<'a>) -> Result<Job<'a>, Fault> {
         let sample = question.sample;
         let mut job = Job { question, turns: Vec::new(), spent: Duration::ZERO, saved: 0 };
@@ -112,13 +114,13 @@ impl Server {
     }
 }
 
-/// What is put to the server for one sample.
+/// The requests of one sample.
 struct Job<'a> {
     question: Question<'a>,
     turns: Vec<String>,
-    /// Within the compressor.
+    /// Time within the compressor.
     spent: Duration,
-    /// Tokens that compression took.
+    /// Tokens removed by compression.
     saved: usize,
 }
 
@@ -153,7 +155,7 @@ impl Subject for Server {
     }
 }
 
-/// What requests share.
+/// State shared by the requests.
 struct Client<'a> {
     agent: &'a Agent,
     model: &'a str,
@@ -163,7 +165,7 @@ struct Client<'a> {
     down: &'a AtomicBool,
 }
 
-/// One turn's answer.
+/// The answer of one turn.
 #[derive(Default)]
 struct Written {
     text: String,
@@ -171,14 +173,14 @@ struct Written {
     all: Duration,
     prompt_tokens: Option<usize>,
     new_tokens: Option<usize>,
-    /// Pieces of a stream with text in them.
+    /// Number of stream events with text.
     pieces: usize,
 }
 
-/// Why an attempt failed.
+/// The failure of an attempt.
 struct Failure {
     message: String,
-    /// Whether another attempt may help, and the wait that the server asks for.
+    /// Whether another attempt may succeed, and the wait that the server requests.
     again: bool,
     wait: Option<Duration>,
 }
@@ -256,7 +258,8 @@ impl Client<'_> {
             Api::Chat => {
                 let message = |(i, text): (usize, &String)| {
                     let role = if i % 2 == 0 { "user" } else { "assistant" };
-                    // A server can't be told to go on from an answer's beginning: it ends the question.
+                    // A server cannot continue a given start of an answer, so the start is appended
+                    // to the question.
                     let last = if i + 1 == conversation.len() { prefix } else { "" };
                     json!({"role": role, "content": text.to_owned() + last})
                 };
@@ -266,7 +269,7 @@ impl Client<'_> {
         Ok(body)
     }
 
-    /// Asks until there is an answer, at most as often as the setting has it.
+    /// Repeats the request until there is an answer, at most as often as the setting allows.
     fn attempts(&self, body: &Value, stops_at_newline: bool) -> Result<Written, Fault> {
         let tries = if self.down.load(Ordering::Relaxed) { 1 } else { self.setting.tries };
         let mut wait = FIRST_WAIT;
@@ -286,7 +289,7 @@ impl Client<'_> {
                 self.down.store(true, Ordering::Relaxed);
                 return Err(format!("{} (attempt {attempt} of {tries})", failure.message).into());
             }
-            // Requests that failed together don't come back together.
+            // A random factor keeps requests that failed together from being repeated together.
             let spread = rand::rng().random_range(0.75..1.25);
             thread::sleep(failure.wait.unwrap_or(wait).min(LONGEST_WAIT).mul_f64(spread));
             wait = (2 * wait).min(LONGEST_WAIT);
@@ -326,7 +329,7 @@ impl Client<'_> {
     }
 }
 
-/// The start of a text, for an error.
+/// Returns the start of a text, for an error message.
 fn start(text: &str) -> String {
     text.chars().take(200).collect()
 }
@@ -385,7 +388,7 @@ fn read(
     if finished { Ok(written) } else { Err("the answer broke off".into()) }
 }
 
-/// Fields of server-sent events that carry nothing here.
+/// Returns whether a line is a field of server-sent events without data.
 fn is_field(line: &str) -> bool {
     ["event:", "id:", "retry:"].iter().any(|name| line.starts_with(name))
 }

@@ -1,4 +1,4 @@
-//! A turn as a model gets it: cut in the middle to the limit, then compressed.
+//! Shortens a turn: truncated in the middle to the limit, then compressed.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -9,19 +9,19 @@ use super::reader::Text;
 use super::subject::Fault;
 use crate::truncate_middle;
 
-/// A prompt compressor and how much it leaves.
+/// A prompt compressor and its rate.
 pub(super) type Compressor = (Box<dyn PromptCompressor>, Rate);
 
 /// A shortened turn.
 pub(super) struct Short {
     pub text: String,
-    /// Tokens that compression took.
+    /// Tokens removed by compression.
     pub saved: usize,
     /// Time within the compressor.
     pub spent: Duration,
 }
 
-/// Cuts `turn` to `limit` tokens and compresses it, or only the part `context` of it.
+/// Truncates `turn` to `limit` tokens and compresses it, or only its part `context`.
 pub(super) fn shorten(
     turn: &str,
     context: Option<&Range<usize>>,
@@ -48,8 +48,8 @@ pub(super) fn shorten(
     Ok(Short { text: short, saved, spent })
 }
 
-/// `text` as the part before the context, the context, and the part after it; `None` if the cut in
-/// the middle went into the parts around the context.
+/// Splits `text` into the part before the context, the context, and the part after it; `None` if
+/// the truncation reached into the parts around the context.
 fn inside<'a>(text: &'a str, before: &str, after: &str) -> Option<(&'a str, &'a str, &'a str)> {
     let inner = text.strip_prefix(before)?.strip_suffix(after)?;
     let start = before.len();

@@ -1,5 +1,6 @@
-//! Tasks whose answer is long or comes in many turns: what a cache forgets while the model writes, which LongBench's short
-//! answers can't show. Made from a seed, of any length, scored by program.
+//! Tasks with long answers or many turns. They show what a cache forgets while the model generates,
+//! which LongBench's short answers cannot show. Generated from a seed, of any length, scored by
+//! program.
 
 mod listing;
 mod machine;
@@ -16,21 +17,21 @@ pub use table::TableEdit;
 
 use crate::{Error, Result, Sample, Samples, Task};
 
-/// The most items of a sample, and samples of a task.
+/// The largest number of items of a sample, and of samples of a task.
 const MOST: usize = 100_000;
 
-/// How much of a task to make.
+/// The size of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size {
-    /// Records, rows, facts or steps in each sample: what the text grows with.
+    /// Records, rows, facts or steps per sample; the length of the text is proportional to it.
     pub items: usize,
-    /// Samples.
+    /// Number of samples.
     pub samples: usize,
-    /// Which ones.
+    /// Seed.
     pub seed: u64,
 }
 
-/// All four tasks at one size.
+/// Returns all four tasks at one size.
 ///
 /// ```
 /// use longctx_eval::long_generation::{Size, tasks};
@@ -50,7 +51,7 @@ pub fn tasks(size: Size) -> Vec<Box<dyn Task>> {
     ]
 }
 
-/// The names of the four.
+/// Returns the names of the four tasks.
 pub fn names() -> impl Iterator<Item = &'static str> {
     ["recall", "listing", "table-edit", "state-machine"].into_iter()
 }
@@ -68,7 +69,7 @@ const CITIES: [&str; 12] = [
     "Nairobi", "Sofia", "Toronto",
 ];
 
-/// A person of `items` people, all different: "Anna", …, "Anna 2", …
+/// Returns the name of person `i`, all different: "Anna", …, "Anna 2", …
 fn person(i: usize) -> String {
     let name = NAMES[i % NAMES.len()];
     if i < NAMES.len() { name.to_owned() } else { format!("{name} {}", i / NAMES.len() + 1) }
@@ -78,7 +79,7 @@ fn pick<'a>(rng: &mut ChaCha8Rng, from: &[&'a str]) -> &'a str {
     from[rng.random_range(0..from.len())]
 }
 
-/// `size.samples` samples of a task, each from a generator of its own.
+/// Generates `size.samples` samples of a task, each with its own random generator.
 fn make(size: Size, sample: impl Fn(&mut ChaCha8Rng) -> Parts) -> Result<Samples> {
     for (name, value, least) in [("items", size.items, 1), ("samples", size.samples, 0)] {
         if !(least..=MOST).contains(&value) {
@@ -105,37 +106,39 @@ fn make(size: Size, sample: impl Fn(&mut ChaCha8Rng) -> Parts) -> Result<Samples
     Ok(Samples { samples: (0..size.samples).map(one).collect(), skipped: Vec::new() })
 }
 
-/// What differs between the samples of a task.
+/// The parts that differ between the samples of a task.
 struct Parts {
     turns: Vec<String>,
     answers: Vec<String>,
     max_new_tokens: usize,
 }
 
-/// Tokens enough for `text` and as much again: no tokenizer spends more than one on each character.
+/// Returns a number of tokens for twice the length of `text`: no tokenizer uses more than one token
+/// per character.
 fn room_for(text: &str) -> usize {
     text.len() + 16
 }
 
-/// The lines that say something, without the white space around them.
+/// Returns the lines that are not empty, without the white space around them.
 fn lines(text: &str) -> impl Iterator<Item = &str> {
     text.lines().map(str::trim).filter(|line| !line.is_empty())
 }
 
-/// Of each line of the answer, whether the prediction has it at the same place.
+/// Returns for each line of the answer whether the prediction has it at the same index.
 fn right_lines(prediction: &str, answer: &str) -> Vec<bool> {
     let ours = lines(prediction).map(Some).chain(std::iter::repeat(None));
     lines(answer).zip(ours).map(|(theirs, ours)| ours == Some(theirs)).collect()
 }
 
-/// The share of lines at the same place in both texts that are equal, of the longer text's lines.
+/// Returns the number of equal lines at the same index, divided by the number of lines of the
+/// longer text.
 fn same_lines(prediction: &str, answer: &str) -> f64 {
     let same = right_lines(prediction, answer).into_iter().filter(|right| *right).count();
     let longer = lines(prediction).count().max(lines(answer).count());
     if longer == 0 { 1.0 } else { same as f64 / longer as f64 }
 }
 
-/// The share that is right in each quarter; `None` of fewer than four items.
+/// Returns the share that is right in each quarter; `None` for fewer than four items.
 fn quarters(right: &[bool]) -> Option<[f64; 4]> {
     if right.len() < 4 {
         return None;

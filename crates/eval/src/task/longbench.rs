@@ -1,5 +1,6 @@
-//! LongBench (Bai et al., arXiv 2308.14508): 16 English tasks, prompted and scored as in the paper's longctx_bench; and the
-//! 13 of them that LongBench-E has, with as many samples of each length.
+//! LongBench (Bai et al., arXiv 2308.14508): 16 English tasks with the prompts and scores of the
+//! paper's longctx_bench; and their 13 LongBench-E versions, with equally many samples of each
+//! length.
 
 #[cfg(feature = "hub")]
 mod hub;
@@ -17,33 +18,33 @@ use self::specs::{SPECS, Spec};
 use super::one_prediction;
 use crate::{Category, Error, Result, Sample, Samples, Score, Task};
 
-/// One of LongBench's tasks, with the file that holds its records.
+/// A task of LongBench, with the file of its records.
 #[derive(Debug, Clone)]
 pub struct LongBench {
     name: String,
     spec: &'static Spec,
-    /// LongBench-E groups its samples by the words of their context.
+    /// Whether samples are grouped by the number of words of their context (LongBench-E).
     by_length: bool,
     file: PathBuf,
 }
 
-/// LongBench's tasks that LongBench-E has not.
+/// LongBench's tasks without a LongBench-E version.
 const NOT_IN_E: [&str; 3] = ["narrativeqa", "musique", "qmsum"];
 
-/// The names of the 16 tasks, which are also those of their files.
+/// Returns the names of the 16 tasks, which are also those of their files.
 pub fn names() -> impl Iterator<Item = &'static str> {
     SPECS.iter().map(|spec| spec.name)
 }
 
-/// The names of LongBench-E's 13 tasks, which are also those of their files: `qasper_e`, …
+/// Returns the names of LongBench-E's 13 tasks, which are also those of their files: `qasper_e`, …
 pub fn names_e() -> impl Iterator<Item = String> {
     names().filter(|name| !NOT_IN_E.contains(name)).map(|name| format!("{name}_e"))
 }
 
-/// The task of LongBench or LongBench-E called `name`, its records in `folder/name.jsonl`.
+/// Returns the task `name` of LongBench or LongBench-E, with its records in `folder/name.jsonl`.
 ///
 /// # Errors
-/// [`Error::Setting`] if there is no such task. The file is looked at when the samples are asked for.
+/// [`Error::Setting`] if there is no such task. The file is read when the samples are requested.
 pub fn task(name: &str, folder: impl AsRef<Path>) -> Result<LongBench> {
     let known = || {
         format!(
@@ -59,7 +60,7 @@ pub fn task(name: &str, folder: impl AsRef<Path>) -> Result<LongBench> {
     Ok(LongBench { name: name.to_owned(), spec, by_length: plain.is_some(), file })
 }
 
-/// All 16 tasks, their records in the folder's files.
+/// Returns all 16 tasks, with their records in the folder's files.
 ///
 /// ```
 /// use longctx_eval::longbench;
@@ -108,7 +109,7 @@ impl Task for LongBench {
         Ok(samples)
     }
 
-    /// On the few-shot tasks, only the first line written counts.
+    /// In few-shot tasks only the first line of a prediction counts.
     fn score(&self, sample: &Sample, predictions: &[String]) -> Result<Score> {
         let mut prediction = one_prediction(sample, predictions)?;
         if self.spec.category == Category::FewShot {
@@ -118,7 +119,7 @@ impl Task for LongBench {
         Ok(Score { value, ..Score::default() })
     }
 
-    /// On SAMSum, where a model would go on with dialogues of its own.
+    /// True for SAMSum, where a model would continue with further dialogues.
     fn stops_at_newline(&self) -> bool {
         self.spec.name == "samsum"
     }
@@ -130,7 +131,7 @@ impl LongBench {
         let group = if self.by_length { Some(bucket(record.length()?).to_owned()) } else { None };
         let (prompt, context) = render(self.spec.prompt, &record.context, &record.input);
         Ok(Sample {
-            // Identifiers are not unique where a question stands twice in a file; lines are.
+            // Ids are not unique if a question occurs twice in a file; line numbers are.
             id: record.id.map_or_else(|| format!("line-{line}"), |id| format!("{line}-{id}")),
             turns: vec![prompt],
             context: Some(context),
@@ -145,7 +146,7 @@ impl LongBench {
     }
 }
 
-/// LongBench-E's length groups, in words.
+/// Returns the length group of LongBench-E, by words.
 fn bucket(length: u64) -> &'static str {
     match length {
         ..4000 => "0-4k",
@@ -154,7 +155,8 @@ fn bucket(length: u64) -> &'static str {
     }
 }
 
-/// Puts the fields in their places and tells the context's; braces within a field stay as they are.
+/// Fills in the fields and returns the byte range of the context. Braces within a field are not
+/// replaced.
 fn render(prompt: &str, context: &str, input: &str) -> (String, Range<usize>) {
     let (before, after) = prompt.split_once("{context}").unwrap_or((prompt, ""));
     let mut text = before.to_owned();

@@ -1,5 +1,5 @@
-//! LongBench-v2 (Bai et al., arXiv 2412.15204): 503 questions with four choices each, prompted and scored as its authors do
-//! without chain of thought.
+//! LongBench-v2 (Bai et al., arXiv 2412.15204): 503 questions with four choices each, with its
+//! authors' prompts and scores without chain of thought.
 
 use std::fs;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ const MAX_NEW_TOKENS: usize = 128;
 /// The task `longbench-v2`. Scores are grouped by difficulty and length: "easy, short".
 #[derive(Debug, Clone)]
 pub struct LongBenchV2 {
-    /// The authors' `data.json`, a list of records; or a file of JSON lines.
+    /// The authors' `data.json`, a list of records, or a file of JSON lines.
     pub file: PathBuf,
 }
 
@@ -116,7 +116,7 @@ impl LongBenchV2 {
     }
 }
 
-/// The letter that an answer names.
+/// Returns the letter that an answer names.
 fn chosen(response: &str) -> Option<String> {
     static FORMS: LazyLock<[Regex; 2]> = LazyLock::new(|| {
         [r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])"]

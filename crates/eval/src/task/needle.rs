@@ -7,18 +7,18 @@ use crate::haystack::MOST_WORDS;
 use crate::needle::{self, MAX_NEW_TOKENS, MultiNeedle, Needle, PAPER_WORDS, spaced};
 use crate::{Category, Error, Haystack, Result, Sample, Samples, Score, Task};
 
-/// The most samples of a grid.
+/// The largest number of samples of a grid.
 const MOST_SAMPLES: usize = 1_000_000;
 
 /// Counts a text's tokens.
 pub type CountTokens = Arc<dyn Fn(&str) -> Result<usize> + Send + Sync>;
 
-/// What a length of the grid counts.
+/// The unit of a grid's lengths.
 #[derive(Clone)]
 pub enum Length {
     /// Words of background, as in the paper.
     Words,
-    /// Tokens of the whole prompt, at most.
+    /// At most this many tokens of the whole prompt.
     Tokens(CountTokens),
 }
 
@@ -47,26 +47,27 @@ impl Length {
 pub struct NeedleGrid {
     /// The task's name.
     pub name: String,
-    /// The text that the needles hide in.
+    /// The background text.
     pub haystack: Haystack,
     /// The lengths, in [`unit`](Self::unit)s.
     pub lengths: Vec<usize>,
-    /// What a length counts.
+    /// The unit of the lengths.
     pub unit: Length,
     /// The depths, each from 0 to 1.
     pub depths: Vec<f64>,
-    /// Digits of a key.
+    /// Digits per key.
     pub digits: usize,
     /// Keys at each point of the grid.
     pub repeats: usize,
-    /// Wrong keys beside each key, 23 at most; with none, the text has one key.
+    /// Wrong keys beside each key, 23 at most. 0: the text has one key.
     pub distractors: usize,
-    /// Which keys.
+    /// Seed of the keys.
     pub seed: u64,
 }
 
 impl NeedleGrid {
-    /// The paper's grid: 10 lengths from 512 to 20,480 words, 10 depths, 3 keys, of 7 or of 64 digits.
+    /// Returns the paper's grid: 10 lengths from 512 to 20,480 words, 10 depths, 3 keys, of 7 or of
+    /// 64 digits.
     pub fn paper(haystack: Haystack, digits: usize) -> Self {
         let (from, to) = PAPER_WORDS;
         Self {
@@ -83,7 +84,7 @@ impl NeedleGrid {
     }
 
     fn sample(&self, length: usize, depth: f64, repeat: usize) -> Result<Sample> {
-        // From the place alone: every grid that has a place has the same key there.
+        // The key depends only on length and depth, so every grid has the same key there.
         let place = [length, (depth * 1000.0).round() as usize, repeat];
         let seed =
             place.iter().fold(self.seed, |sum, &x| sum.wrapping_mul(0x1_0000_01b3) ^ x as u64);

@@ -1,7 +1,9 @@
-//! RULER (Hsieh et al., arXiv 2404.06654): 13 tasks of any length in tokens, made as NVIDIA/RULER makes them.
+//! RULER (Hsieh et al., arXiv 2404.06654): 13 tasks of any length in tokens, generated as
+//! NVIDIA/RULER does.
 //!
-//! A seed gives the original's samples, for every tokenizer that counts alike: Python's and numpy's
-//! random streams are reproduced, and NLTK's sentences, between which needles lie in essays.
+//! A seed gives the original's samples for the same tokenizer. The random streams of Python and
+//! numpy are reproduced, and NLTK's sentence segmentation, because needles are inserted between
+//! sentences of essays.
 
 mod fit;
 mod niah;
@@ -23,27 +25,29 @@ use self::words::{CommonWords, frequent_words};
 use super::{CountTokens, one_prediction};
 use crate::{Category, Error, Haystack, Result, Sample, Samples, Score, Task, python};
 
-/// The lengths that results are published for.
+/// The lengths with published results.
 pub const LENGTHS: [usize; 6] = [4096, 8192, 16_384, 32_768, 65_536, 131_072];
 
-/// What the samples of the tasks are made from.
+/// The data that samples are generated from.
 #[derive(Clone)]
 pub struct Source {
-    /// The most tokens of a prompt and its answer together, for each length.
+    /// The largest number of tokens of a prompt and its answer together, for each length.
     pub lengths: Vec<usize>,
-    /// The tokens of a text, without those that begin a text.
+    /// Counts the tokens of a text, without special tokens at its start.
     pub count: CountTokens,
-    /// Tokens of each length that are left free, for a chat template.
+    /// Number of tokens of each length reserved for a chat template.
     pub reserved: usize,
     /// The essays of the needle tasks.
     pub essays: Haystack,
-    /// The folder of `squad.json` (SQuAD 2.0) and `hotpotqa.json` (HotpotQA, distractor setting),
-    /// which the tasks `qa_1` and `qa_2` need, and of `english_words.json`, which `cwe` needs for
-    /// more than 8,169 distinct words.
+    /// The folder of the data files:
+    ///
+    /// - `squad.json` (SQuAD 2.0) and `hotpotqa.json` (HotpotQA, distractor setting), for the tasks
+    ///   `qa_1` and `qa_2`.
+    /// - `english_words.json`, for `cwe` with more than 8,169 distinct words.
     pub folder: Option<PathBuf>,
-    /// Samples of each task and length; the original has 500.
+    /// Samples per task and length; 500 in the original.
     pub samples: usize,
-    /// The original's is 42.
+    /// Seed; 42 in the original.
     pub seed: u32,
 }
 
@@ -60,7 +64,7 @@ impl fmt::Debug for Source {
     }
 }
 
-/// One of the 13 tasks.
+/// One of RULER's 13 tasks.
 #[derive(Debug, Clone)]
 pub struct Ruler {
     name: &'static str,
@@ -93,16 +97,15 @@ const TASKS: [(&str, Kind); 13] = [
     ("qa_2", Kind::Qa(Dataset::HotpotQa)),
 ];
 
-/// The names of the 13 tasks, as RULER has them.
+/// Returns RULER's names of the 13 tasks.
 pub fn names() -> impl Iterator<Item = &'static str> {
     TASKS.iter().map(|(name, _)| *name)
 }
 
-/// The task called `name`.
+/// Returns the task `name`.
 ///
 /// # Errors
-/// [`Error::Setting`] if there is no such task. What it is made from is looked at when the samples
-/// are asked for.
+/// [`Error::Setting`] if there is no such task. Its data are read when the samples are requested.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -131,11 +134,11 @@ pub fn task(name: &str, source: &Arc<Source>) -> Result<Ruler> {
     Ok(Ruler { name, kind, source: Arc::clone(source) })
 }
 
-/// A prompt in its parts: `input` is the question, `prefix` begins the answer.
+/// A prompt: `input` is the question with its context, `prefix` begins the answer.
 struct Prompt {
     input: String,
     prefix: String,
-    /// Where the long context is in `input`.
+    /// The byte range of the long context in `input`.
     context: Range<usize>,
     question: String,
     answers: Vec<String>,
@@ -146,7 +149,7 @@ impl Prompt {
         self.input.clone() + &self.prefix
     }
 
-    /// The same after an example.
+    /// Returns the prompt with an example before it.
     fn after(self, example: &str) -> Self {
         let (start, end) = (self.context.start + example.len(), self.context.end + example.len());
         Self { input: example.to_owned() + &self.input, context: start..end, ..self }
@@ -154,7 +157,7 @@ impl Prompt {
 }
 
 impl Kind {
-    /// The most tokens of an answer.
+    /// Returns the largest number of new tokens of an answer.
     fn new_tokens(self) -> usize {
         match self {
             Self::Needles(_) => 128,
@@ -212,8 +215,8 @@ impl Task for Ruler {
         Ok(Samples { samples, skipped: Vec::new() })
     }
 
-    /// The share of the answers that the prediction contains; on questions, whether it contains one.
-    /// Upper and lower case are alike.
+    /// Returns the share of the answers that the prediction contains; for question answering, 1 if
+    /// it contains any of them. Case is ignored.
     fn score(&self, sample: &Sample, predictions: &[String]) -> Result<Score> {
         let prediction = one_prediction(sample, predictions)?;
         let line = |c: char| if c <= '\x1f' { '\n' } else { c };

@@ -1,12 +1,14 @@
 use crate::{Error, Result};
 
-/// A prompt cut in the middle to at most `limit` tokens, as longctx_bench cuts: its first and its last `limit / 2` tokens, each
-/// half made text again by `decode` (which leaves special tokens out) and the two joined. A prompt that fits is returned as it is.
+/// Truncates a prompt in the middle to at most `limit` tokens, as longctx_bench does: its first and
+/// last `limit / 2` tokens, each half decoded by `decode` (which drops special tokens) and the two
+/// joined. A prompt that fits is returned unchanged.
 ///
-/// The joined text can have a few tokens more or fewer than `limit` when it is encoded again, since the cut makes new neighbours.
+/// If the joined text is encoded again it can have a few tokens more or fewer than `limit`, because
+/// of the tokens at the cut.
 ///
 /// # Errors
-/// [`Error::Setting`] if `limit` leaves no token in a half; what `encode` and `decode` report.
+/// [`Error::Setting`] if `limit` leaves no token in a half; errors of `encode` and `decode`.
 ///
 /// ```
 /// use longctx_eval::{Error, truncate_middle};

@@ -1,4 +1,4 @@
-// Eight neighbours of a row at a time.
+// Loads and stores of eight neighbouring elements of a row.
 #pragma once
 #include "../neighbours.cuh"
 
@@ -6,7 +6,8 @@ namespace hybrid {
 
 constexpr int EIGHT = 8;
 
-// WHOLE: in accesses of 16 bytes; otherwise the first `count` of them, one by one, and zeros for the rest.
+// WHOLE: one access of 16 bytes or two. Otherwise the first `count` elements are loaded one by one,
+// and the others are 0.
 template <bool WHOLE, class T>
 __device__ __forceinline__ void load(const T* from, int count, float (&to)[EIGHT]) {
     if (WHOLE) {
@@ -29,7 +30,7 @@ __device__ __forceinline__ void store(T* to, int count, const float (&from)[EIGH
     }
 }
 
-// Whether arrays, null or not, and rows or parts of such widths can be read in eights.
+// Returns whether an array (null or not) or a width allows accesses to eight elements at a time.
 __device__ __forceinline__ bool in_eights(const void* array) { return (size_t)array % 16 == 0; }
 __device__ __forceinline__ bool in_eights(int width) { return width % EIGHT == 0; }
 template <class... All>
@@ -37,7 +38,7 @@ __device__ __forceinline__ bool all_in_eights(All... all) {
     return (in_eights(all) && ...);
 }
 
-// The eight channels, or at the end of a row the last few, that are this thread's in a one-dimensional grid.
+// The channels of this thread in a one-dimensional grid: eight, or fewer at the end of a row.
 struct RowPart {
     long long row;
     int c, count;

@@ -1,5 +1,5 @@
-//! What the kernels take: field for field the structs of kernels/args.cuh. Pointers are device addresses, 0 for none; `*_row` are numbers from
-//! one row to the next.
+//! Kernel arguments, with the same layout as the structs of kernels/args.cuh. Pointers are device
+//! addresses, 0 for none; `*_row` are row strides in elements.
 
 longctx_cuda::args! {
     pub struct SelectiveScan: 120, tokens at 80 {

@@ -1,4 +1,4 @@
-//! Attention whose keys and values a cache of the caller's choice keeps, on the device.
+//! Attention on the device over a cache chosen by the caller.
 
 use super::linear::Linear;
 use super::target::Target;
@@ -19,7 +19,7 @@ impl Attention {
         Ok(Self { shape: host.shape, qkv, out })
     }
 
-    /// `[tokens, hidden]` of all sequences of the batch to the same.
+    /// Maps `[tokens, hidden]` of all sequences of the batch to the same shape.
     pub fn forward(&self, x: &Tensor, batch: &Batch, cache: &mut dyn KvCache) -> Result<Tensor> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
         let tokens = batch.tokens();

@@ -1,4 +1,4 @@
-//! RWKV's feed-forward block on the device.
+//! RWKV's channel mixing (feed-forward layer) on the device.
 
 use super::gate::{Function, Gate};
 use super::linear::Linear;
@@ -11,10 +11,10 @@ use longctx_core::Result;
 
 #[derive(Debug)]
 pub struct ChannelMix {
-    /// Of key and receptance.
+    /// Token shift of key and receptance.
     shift: Shift,
     key: Linear,
-    /// Times the key itself: its square.
+    /// Multiplied by the key itself: its square.
     relu: Gate,
     value: Linear,
     receptance: Option<(Linear, Gate)>,

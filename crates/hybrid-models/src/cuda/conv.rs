@@ -8,7 +8,7 @@ use crate::conv::Conv as Host;
 use candle_core::Tensor;
 use longctx_core::{Error, Result};
 
-/// As in kernels/args.cuh, as are grids.
+/// Must equal the constant in kernels/args.cuh, like the grids.
 const MOST_TAPS: usize = 8;
 
 #[derive(Debug)]
@@ -35,11 +35,12 @@ impl Conv {
         })
     }
 
-    /// `[batch * tokens, channels]` to the same; the state is `[batch, taps - 1, channels]`.
+    /// Maps `[batch * tokens, channels]` to the same shape. The state is `[batch, taps - 1,
+    /// channels]`.
     pub fn apply(&self, x: &Tensor, batch: usize, state: &Tensor) -> Result<Tensor> {
         let (rows, channels) = x.dims2()?;
         let tokens = rows / batch;
-        // SAFETY: the launch below writes all of it.
+        // SAFETY: the launch below writes every element.
         let y = unsafe { unwritten((rows, channels), x)? };
         let from = Rows::of(x)?;
         let args = args::Conv {

@@ -1,4 +1,4 @@
-//! What happens to each number of a row, products with functions of a gate above all: kernels/rows/gate.cuh.
+//! Elementwise functions of rows, mostly products with a function of a gate: kernels/rows/gate.cuh.
 #![allow(unsafe_code)]
 
 use super::args;
@@ -7,7 +7,7 @@ use super::target::Target;
 use candle_core::Tensor;
 use longctx_core::Result;
 
-/// In the order of kernels/args.cuh.
+/// The function of the gate, in the order of kernels/args.cuh.
 #[derive(Debug, Clone, Copy)]
 pub enum Function {
     Silu,
@@ -16,11 +16,11 @@ pub enum Function {
     Relu,
 }
 
-/// `f(gate) x`.
+/// Computes `f(gate) x`.
 #[derive(Debug)]
 pub struct Gate {
     function: Function,
-    /// Added to the gate and to x before.
+    /// Added to the gate and to x first.
     biases: Option<[Tensor; 2]>,
     kernel: Kernel,
 }
@@ -30,15 +30,15 @@ impl Gate {
         Ok(Self { function, biases: None, kernel: to.kernel("rows_gate", 256)? })
     }
 
-    /// With biases of the gate and of x.
+    /// Returns the gate with biases of the gate and of x.
     pub fn biased(self, biases: [Tensor; 2]) -> Self {
         Self { biases: Some(biases), ..self }
     }
 
-    /// Both are `[rows, channels]`, whole or columns of wider rows.
+    /// Applies it to `gate` and `x`, both `[rows, channels]`. They may be columns of wider rows.
     pub fn apply(&self, gate: &Tensor, x: &Tensor) -> Result<Tensor> {
         let (rows, channels) = x.dims2()?;
-        // SAFETY: the launch below writes all of it.
+        // SAFETY: the launch below writes every element.
         let y = unsafe { unwritten((rows, channels), x)? };
         let (gate, x) = (Rows::of(gate)?, Rows::of(x)?);
         let bias = |i: usize| self.biases.as_ref().map_or(Ok(0), |biases| address(&biases[i]));
@@ -60,7 +60,7 @@ impl Gate {
     }
 }
 
-/// `x + (other - x) sigmoid(share + bias)`.
+/// Computes `x + (other - x) sigmoid(share + bias)`.
 #[derive(Debug)]
 pub struct Blend {
     bias: Tensor,
@@ -72,10 +72,10 @@ impl Blend {
         Ok(Self { bias: to.vector(bias)?, kernel: to.kernel("rows_blend", 256)? })
     }
 
-    /// All are `[rows, channels]`.
+    /// Applies it to tensors `[rows, channels]`.
     pub fn apply(&self, x: &Tensor, other: &Tensor, share: &Tensor) -> Result<Tensor> {
         let (rows, channels) = x.dims2()?;
-        // SAFETY: the launch below writes all of it.
+        // SAFETY: the launch below writes every element.
         let y = unsafe { unwritten((rows, channels), x)? };
         let args = args::Blend {
             x: address(x)?,
@@ -86,13 +86,14 @@ impl Blend {
             rows: rows as i32,
             channels: channels as i32,
         };
-        // SAFETY: the sizes are those of the tensors, all contiguous, which live until the end of this function.
+        // SAFETY: the sizes are those of the contiguous tensors, which live until the end of this
+        // function.
         unsafe { self.kernel.launch(grid(rows, channels), &args)? };
         Ok(y)
     }
 }
 
-/// What is added to every row.
+/// A bias added to every row.
 #[derive(Debug)]
 pub struct Bias {
     bias: Tensor,
@@ -104,7 +105,7 @@ impl Bias {
         Ok(Self { bias: to.vector(bias)?, kernel: to.kernel("rows_bias", 256)? })
     }
 
-    /// To `[rows, channels]`, in its place.
+    /// Adds the bias to `[rows, channels]` in place.
     pub fn add(&self, y: &Tensor) -> Result<()> {
         let (rows, channels) = y.dims2()?;
         let args = args::Bias {
@@ -113,7 +114,8 @@ impl Bias {
             rows: rows as i32,
             channels: channels as i32,
         };
-        // SAFETY: the sizes are those of the tensors, both contiguous, which live until the end of this function.
+        // SAFETY: the sizes are those of the contiguous tensors, which live until the end of this
+        // function.
         unsafe { self.kernel.launch(grid(rows, channels), &args) }
     }
 }

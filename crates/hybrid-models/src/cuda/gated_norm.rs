@@ -1,4 +1,4 @@
-//! Mamba-2's norm of a recurrence's output and its gate: kernels/rows/norm.cuh.
+//! Mamba-2's gated norm: kernels/rows/norm.cuh.
 #![allow(unsafe_code)]
 
 use super::args;
@@ -7,7 +7,7 @@ use super::target::Target;
 use candle_core::Tensor;
 use longctx_core::Result;
 
-/// The RMS norm, by groups of channels.
+/// An RMS norm by groups of channels.
 #[derive(Debug)]
 pub struct GatedNorm {
     weight: Tensor,
@@ -22,10 +22,11 @@ impl GatedNorm {
         Ok(Self { weight: to.vector(weight)?, groups, eps, kernel })
     }
 
-    /// Of `x silu(gate)`, `[rows, channels]`; the gate may be columns of wider rows.
+    /// Returns the norm of `x silu(gate)`, `[rows, channels]`. The gate may be columns of wider
+    /// rows.
     pub fn apply(&self, x: &Tensor, gate: &Tensor) -> Result<Tensor> {
         let (rows, channels) = x.dims2()?;
-        // SAFETY: the launch below writes all of it.
+        // SAFETY: the launch below writes every element.
         let y = unsafe { unwritten((rows, channels), x)? };
         let gate = Rows::of(gate)?;
         let args = args::GatedNorm {

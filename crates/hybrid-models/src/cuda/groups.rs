@@ -1,25 +1,25 @@
-//! The states of sequences on the device, side by side where sequences go together.
+//! The states of sequences on the device, contiguous for sequences that are processed together.
 
 use candle_core::Tensor;
 use longctx_core::{Error, Result, SeqId};
 
-/// The states of all sequences of a session, which kernels change in place. A batch that decodes
-/// step after step finds its states side by side and copies none.
+/// The states of all sequences of a session, which kernels update in place. If the same batch
+/// decodes at every step, its states are contiguous already and none is copied.
 #[derive(Default)]
 pub struct Groups {
     groups: Vec<Group>,
 }
 
-/// Sequences that went through the model together last.
+/// Sequences that were last processed together.
 struct Group {
-    /// `None`: a sequence that was removed. Its memory is free once the group is.
+    /// `None`: a removed sequence. Its memory is freed with the group.
     seqs: Vec<Option<SeqId>>,
     /// One tensor `[sequences, …]` for each array of a state.
     arrays: Vec<Tensor>,
 }
 
 impl Group {
-    /// The group without the sequences listed, if others are left.
+    /// Returns the group without the given sequences; `None` if no sequence is left.
     fn without(&self, seqs: &[SeqId]) -> Result<Option<Group>> {
         let stays = |seq: &Option<SeqId>| seq.is_some_and(|seq| !seqs.contains(&seq));
         let rows: Vec<usize> =
@@ -34,7 +34,7 @@ impl Group {
     }
 }
 
-/// A tensor of some rows of others, which shares no memory with them.
+/// Copies rows of tensors into one new tensor.
 fn side_by_side<'a>(rows: impl Iterator<Item = (&'a Tensor, usize)>) -> Result<Tensor> {
     let rows = rows.map(|(array, row)| array.narrow(0, row, 1)).collect::<Result<Vec<_>, _>>()?;
     match rows.as_slice() {
@@ -44,7 +44,7 @@ fn side_by_side<'a>(rows: impl Iterator<Item = (&'a Tensor, usize)>) -> Result<T
 }
 
 impl Groups {
-    /// A sequence's group and its row there.
+    /// Returns the group of a sequence and its row in it.
     fn place(&self, seq: SeqId) -> Option<(usize, usize)> {
         let of_group = |(i, group): (usize, &Group)| {
             Some((i, group.seqs.iter().position(|&other| other == Some(seq))?))
@@ -52,7 +52,7 @@ impl Groups {
         self.groups.iter().enumerate().find_map(of_group)
     }
 
-    /// The arrays of sequences' states, side by side: a copy.
+    /// Returns a contiguous copy of the sequences' states.
     fn gather(&self, seqs: &[SeqId]) -> Result<Vec<Tensor>> {
         let place = |&seq: &SeqId| self.place(seq).ok_or(Error::UnknownSequence(seq));
         let places = seqs.iter().map(place).collect::<Result<Vec<_>>>()?;
@@ -63,12 +63,12 @@ impl Groups {
         (0..count).map(array).collect()
     }
 
-    /// A copy of a sequence's state.
+    /// Returns a copy of a sequence's state.
     pub fn copy(&self, seq: SeqId) -> Result<Vec<Tensor>> {
         self.gather(&[seq])
     }
 
-    /// Gives a sequence a copy of a state, in place of the one that it has.
+    /// Sets a sequence's state to a copy of the given one.
     pub fn put(&mut self, seq: SeqId, arrays: &[Tensor]) -> Result<()> {
         let arrays = arrays.iter().map(Tensor::copy).collect::<Result<_, _>>()?;
         self.remove(seq);
@@ -87,7 +87,8 @@ impl Groups {
         self.groups.clear();
     }
 
-    /// The states of some sequences side by side, `[sequences, …]` each, to be changed in place.
+    /// Returns the states of some sequences, contiguous, `[sequences, …]` each, for update in
+    /// place.
     pub fn together(&mut self, seqs: &[SeqId]) -> Result<&mut [Tensor]> {
         let wanted: Vec<_> = seqs.iter().copied().map(Some).collect();
         let found = self.groups.iter().position(|group| group.seqs == wanted);

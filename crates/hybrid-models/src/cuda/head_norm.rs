@@ -1,4 +1,5 @@
-//! RWKV's norm of each head's output, with what comes after it: kernels/rows/head_norm.cuh.
+//! RWKV's norm of each head's output, fused with the operations after it:
+//! kernels/rows/head_norm.cuh.
 #![allow(unsafe_code)]
 
 use super::args;
@@ -8,7 +9,7 @@ use crate::rwkv::GROUP_EPS;
 use candle_core::Tensor;
 use longctx_core::Result;
 
-/// The layer norm of each head.
+/// A layer norm of each head.
 #[derive(Debug)]
 pub struct HeadNorm {
     weight: Tensor,
@@ -23,12 +24,13 @@ impl HeadNorm {
         Ok(Self { weight: to.vector(weight)?, bias: to.vector(bias)?, heads, kernel })
     }
 
-    /// Of `x`, times the SiLU of `gate`, both `[rows, channels]`.
+    /// Returns the norm of `x` times the SiLU of `gate`, both `[rows, channels]`.
     pub fn with_silu(&self, x: &Tensor, gate: &Tensor) -> Result<Tensor> {
         self.apply(x, gate, None)
     }
 
-    /// Of `x`, plus each head's share, f32 `[rows, heads]`, of `v`; times `gate`. All others are `[rows, channels]`.
+    /// Returns (the norm of `x`, plus `own` times `v`) times `gate`. `own` is f32 `[rows, heads]`,
+    /// one factor per head. All others are `[rows, channels]`.
     pub fn with_own(&self, x: &Tensor, gate: &Tensor, v: &Tensor, own: &Tensor) -> Result<Tensor> {
         self.apply(x, gate, Some((v, own)))
     }
@@ -36,7 +38,7 @@ impl HeadNorm {
     fn apply(&self, x: &Tensor, gate: &Tensor, own: Option<(&Tensor, &Tensor)>) -> Result<Tensor> {
         let (rows, channels) = x.dims2()?;
         let dim = channels / self.heads;
-        // SAFETY: the launch below writes all of it.
+        // SAFETY: the launch below writes every element.
         let y = unsafe { unwritten((rows, channels), x)? };
         let args = args::HeadNorm {
             x: address(x)?,
@@ -54,7 +56,8 @@ impl HeadNorm {
         };
         let lanes = dim.div_ceil(8).next_power_of_two();
         let grid = ((rows * self.heads * lanes).div_ceil(128), 1, 1);
-        // SAFETY: the sizes are those of the tensors, all contiguous, which live until the end of this function.
+        // SAFETY: the sizes are those of the contiguous tensors, which live until the end of this
+        // function.
         unsafe { self.kernel.launch(grid, &args)? };
         Ok(y)
     }

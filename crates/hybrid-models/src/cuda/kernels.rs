@@ -1,4 +1,4 @@
-//! Which kernels there are, and how they are launched.
+//! The compiled kernels and their launch.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
@@ -10,10 +10,10 @@ use longctx_cuda::{Image, compute_capability, most_shared_bytes, multiprocessors
 
 pub use longctx_core::cuda::address;
 
-/// The compute capability from which on there are kernels.
+/// The oldest supported compute capability.
 const OLDEST: (u32, u32) = (8, 0);
 
-/// The compiled kernels/*.cu. What a file holds has names that begin with the file's.
+/// The compiled kernels/*.cu. The names of a file's kernels begin with the file's name.
 static IMAGES: [(&str, Image); 6] = [
     ("conv", longctx_cuda::image!("conv")),
     ("rg_lru", longctx_cuda::image!("rg_lru")),
@@ -26,21 +26,21 @@ static IMAGES: [(&str, Image); 6] = [
 // Bytes of dynamic shared memory and of scratch, as in kernels/args.cuh.
 include!(concat!(env!("OUT_DIR"), "/sizes.rs"));
 
-/// The kernels on a device.
+/// The kernels of a device.
 #[derive(Debug)]
 pub struct Kernels {
     stream: Arc<CudaStream>,
-    /// The most bytes of shared memory that a block may have.
+    /// The largest number of bytes of shared memory of a thread block.
     pub most_shared: u32,
     /// Multiprocessors of the device.
     pub processors: usize,
-    /// Whether the device has the instructions of compute capability 9.0 that later ones lack.
+    /// Whether the device has compute capability 9.0, with instructions that later devices lack.
     pub hopper: bool,
 }
 
 impl Kernels {
     /// # Errors
-    /// [`Error::Unsupported`] for a device older than the kernels.
+    /// [`Error::Unsupported`] for a device below the oldest supported compute capability.
     pub fn new(device: &CudaDevice) -> Result<Self> {
         let stream = device.cuda_stream();
         let context = stream.context();
@@ -56,7 +56,8 @@ impl Kernels {
         Ok(Self { stream, most_shared, processors, hopper: capability == (9, 0) })
     }
 
-    /// The kernel of a name for inputs and outputs of a format, by blocks of so many threads with so many bytes of dynamic shared memory.
+    /// Returns a kernel by name for inputs and outputs of a dtype, with `threads` threads per block
+    /// and `shared` bytes of dynamic shared memory.
     pub fn get(&self, name: &str, dtype: DType, threads: u32, shared: u32) -> Result<Kernel> {
         let entry = format!("{name}_{}", dtype.as_str());
         let holds = |(file, _): &&(&str, _)| name.starts_with(file);
@@ -67,7 +68,7 @@ impl Kernels {
     }
 }
 
-/// A kernel on the stream of all of candle's work.
+/// A kernel on candle's stream.
 #[derive(Debug)]
 pub struct Kernel {
     kernel: longctx_cuda::Kernel,
@@ -76,33 +77,34 @@ pub struct Kernel {
 
 impl Kernel {
     /// # Safety
-    /// `args` must be what the kernel takes and right for the grid; its addresses must be those of arrays on the kernel's device, of the
-    /// sizes that the kernel's struct gives, and of tensors that outlive this call: all work is on one stream, so that memory freed after it
-    /// is not used again before it.
+    /// `args` must be the arguments of the kernel and match the grid. Its addresses must be those
+    /// of arrays on the kernel's device, with the sizes that the kernel's struct states, in tensors
+    /// that outlive this call. All work is on one stream, so memory freed after the call is not
+    /// reused before the kernel has finished.
     pub unsafe fn launch<A: DeviceRepr>(
         &self,
         (x, y, z): (usize, usize, usize),
         args: &A,
     ) -> Result<()> {
-        // SAFETY: the caller's.
+        // SAFETY: the caller guarantees the addresses.
         Ok(unsafe { self.kernel.launch(&self.stream, [x, y, z], args) }?)
     }
 }
 
-/// A tensor of numbers that nobody has written yet.
+/// Creates an uninitialised tensor.
 ///
 /// # Safety
-/// A kernel must write all of it before anything reads it.
+/// A kernel must write every element before anything reads it.
 pub unsafe fn unwritten(shape: (usize, usize), like: &Tensor) -> Result<Tensor> {
-    // SAFETY: the caller's.
+    // SAFETY: the caller guarantees the addresses.
     Ok(unsafe { Tensor::empty(shape, like.dtype(), like.device())? })
 }
 
-/// `[rows, columns]` of a matrix, whole or some columns of a wider one.
+/// A matrix `[rows, columns]`, or some columns of a wider one.
 #[derive(Clone, Copy)]
 pub struct Rows {
     pub address: u64,
-    /// Numbers from one row to the next.
+    /// Row stride in elements.
     pub row: i32,
 }
 
@@ -117,7 +119,7 @@ impl Rows {
         }
     }
 
-    /// Whether kernels that read eight numbers of half precision at a time can.
+    /// Returns whether kernels that read eight half-precision elements at a time support it.
     pub fn in_eights(self) -> bool {
         self.address.is_multiple_of(16) && self.row % 8 == 0
     }

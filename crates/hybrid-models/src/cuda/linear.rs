@@ -8,7 +8,7 @@ use crate::matrix::Matrix;
 use candle_core::Tensor;
 use longctx_core::Result;
 
-/// A linear map with a bias, if it has one.
+/// A linear map with an optional bias.
 #[derive(Debug)]
 pub struct Linear {
     /// `[out, inner]`.
@@ -22,12 +22,13 @@ impl Linear {
         Ok(Self { bias, ..Self::of(&host.matrix, to)? })
     }
 
-    /// Without a bias.
+    /// Creates a map without a bias.
     pub fn of(matrix: &Matrix, to: &Target) -> Result<Self> {
         Ok(Self { weight: matrix.to_tensor(&to.device)?, bias: None })
     }
 
-    /// `[rows, inner]`, whole or columns of wider rows, to `[rows, out]`, both in the format of the weights.
+    /// Maps `[rows, inner]`, which may be columns of wider rows, to `[rows, out]`, both in the
+    /// dtype of the weights.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let y = product(&x.unsqueeze(0)?, &self.weight.unsqueeze(0)?)?.squeeze(0)?;
         if let Some(bias) = &self.bias {
@@ -37,7 +38,7 @@ impl Linear {
     }
 }
 
-/// Linear maps of one shape, each with an input of its own.
+/// Linear maps of equal shape, each with its own input.
 #[derive(Debug)]
 pub struct Batched {
     /// `[count, out, inner]`.
@@ -55,7 +56,8 @@ impl Batched {
         self.weights.dims()[0]
     }
 
-    /// `[count, rows, inner]`, of any strides but for the last, to `[count, rows, out]`, both in the format of the weights.
+    /// Maps `[count, rows, inner]` to `[count, rows, out]`, both in the dtype of the weights. The
+    /// last dimension must be contiguous; other strides are free.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         product(x, &self.weights)
     }

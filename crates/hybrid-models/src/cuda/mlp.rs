@@ -1,4 +1,4 @@
-//! The feed-forward block with a gate, on the device.
+//! The gated feed-forward layer on the device.
 
 use super::gate::{Function, Gate};
 use super::linear::Linear;
@@ -11,7 +11,7 @@ use longctx_core::Result;
 #[derive(Debug)]
 pub struct Mlp {
     inner: usize,
-    /// Without its bias, which is added with the gate.
+    /// Without bias, which is added together with the gate.
     gate_up: Linear,
     gate: Gate,
     down: Linear,

@@ -1,4 +1,4 @@
-//! A model that computes on a CUDA device.
+//! A model on a CUDA device.
 
 use std::ops::Range;
 
@@ -12,7 +12,7 @@ use crate::mixer;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_core::{Batch, KvCache, Logits, Result};
 
-/// Rows that go through a recurrent mixer at a time: activations inside a layer never exist for more.
+/// Rows processed by a recurrent mixer at a time. It bounds the memory of activations.
 const BLOCK: usize = 4096;
 
 #[derive(Debug)]
@@ -28,7 +28,7 @@ pub struct OnDevice {
     soft_cap: Option<f64>,
 }
 
-/// `x + mixer(norm(x))`.
+/// A residual layer `x + mixer(norm(x))`.
 #[derive(Debug)]
 struct Residual {
     norm: Norm,
@@ -37,25 +37,25 @@ struct Residual {
 
 #[derive(Debug)]
 enum Kind {
-    /// With the number of arrays of its state.
+    /// A recurrent mixer and the number of arrays of its state.
     Recurrent(Box<dyn Mixer>, usize),
     Attention(Attention),
 }
 
-/// Sequences that go through the model together.
+/// A call: sequences that are processed together.
 pub struct Call<'a> {
-    /// Of equally many tokens each.
+    /// Equally many tokens for each sequence.
     pub batch: &'a Batch,
     pub ids: &'a [u32],
     pub logits: Logits,
-    /// Whether the tokens are the sequences' first.
+    /// Whether the tokens are the first ones of the sequences.
     pub first: bool,
-    /// One tensor `[sequences, …]` for each array of all blocks, changed in place.
+    /// One tensor `[sequences, …]` for each array of all blocks, updated in place.
     pub states: &'a mut [Tensor],
-    /// Of the attention layers.
+    /// The caches of the attention layers.
     pub caches: &'a mut [Box<dyn KvCache>],
-    /// Numbers of the call's tokens after which the states are copied, in increasing order, and the
-    /// copies.
+    /// Numbers of the call's tokens after which the states are copied, in increasing order, with
+    /// the copies.
     pub snapshots: Vec<(usize, Vec<Tensor>)>,
 }
 
@@ -66,7 +66,7 @@ impl Call<'_> {
 }
 
 impl OnDevice {
-    /// Copies a model's weights to the device, one block at a time, in the format that they have.
+    /// Copies a model's weights to the device, one block at a time, without changing their dtype.
     pub fn new(host: Host, device: &CudaDevice) -> Result<Self> {
         let to = Target::new(device, host.embedding.dtype())?;
         let embedding = Linear::of(&host.embedding, &to)?;
@@ -98,7 +98,7 @@ impl OnDevice {
         &self.device
     }
 
-    /// The logits of a call, row by row, in f32.
+    /// Returns the logits of a call, row by row, in f32.
     pub fn forward(&self, call: &mut Call<'_>) -> Result<Tensor> {
         let batch = call.sequences();
         let count = call.ids.len() / batch;
@@ -107,7 +107,8 @@ impl OnDevice {
             Logits::All => count,
         };
         let ids = Tensor::from_slice(call.ids, (batch, count), &self.device)?;
-        // Attention layers take the whole prompt in one call, so that a cache may compress it after exact attention.
+        // Attention layers receive the whole prompt in one call, so that a cache may compress it
+        // after exact attention.
         let block = if call.caches.is_empty() { block(batch) } else { count };
         let mut logits = Vec::new();
         for start in (0..count).step_by(block) {
@@ -126,7 +127,7 @@ impl OnDevice {
         Ok(Tensor::cat(&logits, 1)?.flatten(0, 1)?)
     }
 
-    /// `[batch, tokens]` to f32 `[batch * tokens, hidden]`, which nobody else has.
+    /// Maps ids `[batch, tokens]` to a new f32 tensor `[batch * tokens, hidden]`.
     fn embed(&self, ids: &Tensor) -> Result<Tensor> {
         let rows = self.embedding.index_select(&ids.flatten_all()?, 0)?.to_dtype(DType::F32)?;
         let rows = match self.embedding_scale {
@@ -139,8 +140,8 @@ impl OnDevice {
         }
     }
 
-    /// Sends f32 `[batch * tokens, hidden]`, some of each sequence's tokens, through all layers, each of which adds to it in its place, but the last:
-    /// gives what that one adds.
+    /// Runs f32 `[batch * tokens, hidden]`, a range of each sequence's tokens, through all layers.
+    /// Each layer adds to it in place, except the last, whose output is returned.
     fn run(&self, x: &Tensor, tokens: Range<usize>, call: &mut Call<'_>) -> Result<Option<Tensor>> {
         let (batch, first) = (call.sequences(), call.first);
         let mut carried = Carried::default();
@@ -179,7 +180,7 @@ impl OnDevice {
         Ok(added)
     }
 
-    /// The logits of rows, to which something is added before.
+    /// Returns the logits of rows, after adding `added` to them.
     fn logits(&self, x: &Tensor, added: Option<&Tensor>) -> Result<Tensor> {
         let logits = self.head.apply(&self.norm.apply(x, added)?)?.to_dtype(DType::F32)?;
         Ok(match self.soft_cap {
@@ -189,13 +190,13 @@ impl OnDevice {
     }
 }
 
-/// Tokens of a block.
+/// Returns the number of tokens per block.
 fn block(batch: usize) -> usize {
     (BLOCK / batch).max(1)
 }
 
-/// Hands `[batch * tokens, width]`, some of each sequence's tokens, on in blocks, each with the tokens that it has, and joins what comes back. Blocks end
-/// where `cuts` says so, too.
+/// Calls `run` with blocks of `[batch * tokens, width]`, a range of each sequence's tokens, and
+/// concatenates the results. Blocks also end at the positions in `cuts`.
 fn in_blocks(
     x: &Tensor,
     batch: usize,
@@ -218,7 +219,7 @@ fn in_blocks(
     Ok(Tensor::cat(&parts, 1)?.reshape((batch * tokens.len(), ()))?)
 }
 
-/// Tokens `start..start + count` of each sequence of `[batch * tokens, width]`.
+/// Returns the tokens `start..start + count` of each sequence of `[batch * tokens, width]`.
 fn part(x: &Tensor, batch: usize, start: usize, count: usize) -> Result<Tensor> {
     let by_entry = x.reshape((batch, x.dim(0)? / batch, ()))?;
     Ok(by_entry.narrow(1, start, count)?.contiguous()?.reshape((batch * count, ()))?)

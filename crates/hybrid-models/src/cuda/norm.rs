@@ -1,4 +1,4 @@
-//! The norm in front of a mixer: kernels/rows/norm.cuh.
+//! The norm before a mixer: kernels/rows/norm.cuh.
 #![allow(unsafe_code)]
 
 use super::args;
@@ -11,16 +11,16 @@ use longctx_core::Result;
 #[derive(Debug)]
 pub struct Norm {
     weight: Tensor,
-    /// Of a layer norm; an RMS norm has none.
+    /// The bias of a layer norm; `None` for an RMS norm.
     bias: Option<Tensor>,
     eps: f32,
-    /// Of the output.
+    /// The dtype of the output.
     dtype: DType,
     kernel: Kernel,
 }
 
 impl Norm {
-    /// `wide`: its output is f32, and not in the format of the weights.
+    /// Copies a norm to the device. `wide`: its output is f32 instead of the dtype of the weights.
     pub fn new(host: &Host, wide: bool, to: &Target) -> Result<Self> {
         let (weight, bias, eps) = match host {
             Host::Rms { weight, eps } => (weight, None, *eps),
@@ -32,10 +32,11 @@ impl Norm {
         Ok(Self { weight: to.vector(weight)?, bias, eps, dtype, kernel })
     }
 
-    /// Adds to `x`, f32 `[rows, channels]`, in its place what is in the format of the weights, and gives the norm of the sum.
+    /// Adds `added`, in the dtype of the weights, to `x`, f32 `[rows, channels]`, in place, and
+    /// returns the norm of the sum.
     pub fn apply(&self, x: &Tensor, added: Option<&Tensor>) -> Result<Tensor> {
         let (rows, channels) = x.dims2()?;
-        // SAFETY: the launch below writes all of it.
+        // SAFETY: the launch below writes every element.
         let y = unsafe { Tensor::empty((rows, channels), self.dtype, x.device())? };
         let or_none = |x: Option<&Tensor>| x.map_or(Ok(0), address);
         let args = args::Norm {
@@ -47,7 +48,8 @@ impl Norm {
             channels: channels as i32,
             eps: self.eps,
         };
-        // SAFETY: the sizes are those of the tensors, all contiguous, which live until the end of this function.
+        // SAFETY: the sizes are those of the contiguous tensors, which live until the end of this
+        // function.
         unsafe { self.kernel.launch((rows, 1, 1), &args)? };
         Ok(y)
     }

@@ -1,4 +1,5 @@
-//! Products with matrices: cuBLAS, called here and not through candle, which would first copy rows that are columns of wider ones.
+//! Matrix products with cuBLAS, called directly: candle would first copy rows that are columns of
+//! wider rows.
 #![allow(unsafe_code)]
 
 use super::kernels::address;
@@ -6,14 +7,15 @@ use candle_core::cuda::cudarc::cublas::{result, sys};
 use candle_core::{DType, Tensor};
 use longctx_core::{Error, Result};
 
-/// `[count, rows, inner]`, of any strides but for the last, times the transposes of `[count, out, inner]`: `[count, rows, out]`. Sums are f32.
+/// Multiplies `[count, rows, inner]` by the transposes of `[count, out, inner]`; returns `[count,
+/// rows, out]`. The last dimension of `x` must be contiguous. Sums are f32.
 pub fn product(x: &Tensor, weights: &Tensor) -> Result<Tensor> {
     let ((count, rows, inner), (_, out, _)) = (x.dims3()?, weights.dims3()?);
     let &[x_entry, x_row, 1] = x.stride() else {
         let (expected, got) = ("[entry, row, 1]", format!("{:?}", x.stride()));
         return Err(Error::mismatch("strides of a product's rows", expected, got));
     };
-    // SAFETY: the product below writes all of it.
+    // SAFETY: the product below writes every element.
     let y = unsafe { Tensor::empty((count, rows, out), x.dtype(), x.device())? };
     let kind = match x.dtype() {
         DType::F16 => sys::cudaDataType::CUDA_R_16F,
@@ -22,8 +24,10 @@ pub fn product(x: &Tensor, weights: &Tensor) -> Result<Tensor> {
     };
     let (one, zero) = (1f32, 0f32);
     let (of_x, of_weights, of_y) = (address(x)?, address(weights)?, address(&y)?);
-    // To cuBLAS, rows are columns. A single row's stride may be anything, even less than its length.
-    // SAFETY: the sizes and strides are those of the tensors, which live until the end of this function, on the stream of all of candle's work.
+    // cuBLAS is column-major. The stride of a single row may be anything, even less than its
+    // length.
+    // SAFETY: the sizes and strides are those of the tensors, which live until the end of this
+    // function, on candle's stream.
     unsafe {
         result::gemm_strided_batched_ex(
             *x.device().as_cuda_device()?.cublas_handle().handle(),

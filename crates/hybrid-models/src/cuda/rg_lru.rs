@@ -1,4 +1,4 @@
-//! The recurrent block of Griffin on the device.
+//! Griffin's recurrent block on the device.
 #![allow(unsafe_code)]
 
 use super::args;
@@ -11,7 +11,7 @@ use crate::rg_lru::{RgLru as Host, RgLruShape};
 use candle_core::{DType, Tensor};
 use longctx_core::Result;
 
-/// Channels and tokens of a block of threads, as in kernels/args.cuh.
+/// Channels and tokens of a thread block, as in kernels/args.cuh.
 const CHANNELS: usize = 64;
 const TOKENS: usize = 64;
 
@@ -20,7 +20,7 @@ pub struct RgLru {
     shape: RgLruShape,
     project_in: Linear,
     conv: Conv,
-    /// Of each block of channels: the recurrence's, then the input's.
+    /// Gates of each block of channels: the recurrence's, then the input's.
     gates: Batched,
     recurrent_bias: Tensor,
     input_bias: Tensor,
@@ -44,7 +44,8 @@ impl RgLru {
         })
     }
 
-    /// kernels/rg_lru.cu: the recurrence of `u`, times the GELU of `gate`. `gates` are `[blocks, rows, 2 * width / blocks]`.
+    /// The recurrence of `u`, times the GELU of `gate`: kernels/rg_lru.cu. `gates` are `[blocks,
+    /// rows, 2 * width / blocks]`.
     fn scan(
         &self,
         [u, gates, gate]: [&Tensor; 3],
@@ -55,11 +56,11 @@ impl RgLru {
         let (rows, width) = u.dims2()?;
         let (tokens, block) = (rows / batch, width / self.shape.blocks);
         let parts = batch * width.div_ceil(CHANNELS) * tokens.div_ceil(TOKENS);
-        // What blocks of tokens hand to those after them.
+        // Values that blocks of tokens pass to the next ones.
         let scratch = (tokens > TOKENS)
             .then(|| Tensor::zeros(64 + 256 * parts, DType::F32, u.device()))
             .transpose()?;
-        // SAFETY: the launch below writes all of it.
+        // SAFETY: the launch below writes every element.
         let y = unsafe { unwritten((rows, width), u)? };
         let (x, z, r) = (Rows::of(u)?, Rows::of(gate)?, address(gates)?);
         let args = args::RgLru {

@@ -8,13 +8,13 @@ use crate::mamba::Mamba as Host;
 use candle_core::Tensor;
 use longctx_core::{Error, Result};
 
-/// States per channel of published models, which a kernel is made for.
+/// States per channel of published models, which have their own kernel.
 const USUAL_STATES: usize = 16;
-/// As in kernels/args.cuh.
+/// Must equal the constant in kernels/args.cuh.
 const MOST_STATES: usize = 256;
-/// Channels of a block of threads where there are few.
+/// Channels per thread block of the kernel for few channels.
 const FEW_CHANNELS: usize = 40;
-/// Tokens from which on the kernel for few channels is worth it.
+/// Smallest number of tokens for which the kernel for few channels is used.
 const FEW_TOKENS: usize = 64;
 
 #[derive(Debug)]
@@ -25,21 +25,22 @@ pub struct Scan {
     time_bias: Tensor,
     states: usize,
     kernel: Kernel,
-    /// Channels of a block of threads.
+    /// Channels of a thread block.
     channels: usize,
-    /// For many tokens where no multiprocessor gets two of its blocks, if the device can have it.
+    /// For many tokens if no multiprocessor gets two thread blocks; `None` if the device does not
+    /// support it.
     few: Option<Kernel>,
     processors: usize,
 }
 
-/// Rows that the scan reads, or columns of wider ones.
+/// The input rows of the scan, possibly columns of wider rows.
 pub struct Inputs<'a> {
     pub u: &'a Tensor,
-    /// Time steps before their bias and softplus, per channel.
+    /// Time steps before bias and softplus, per channel.
     pub steps: &'a Tensor,
     pub b: &'a Tensor,
     pub c: &'a Tensor,
-    /// The output is multiplied by its SiLU.
+    /// The output is multiplied by the SiLU of this.
     pub gate: &'a Tensor,
 }
 
@@ -70,10 +71,10 @@ impl Scan {
         })
     }
 
-    /// `[batch * tokens, channels]`; the state is `[batch, channels, states]`.
+    /// Returns `[batch * tokens, channels]`. The state is `[batch, channels, states]`.
     pub fn apply(&self, inputs: Inputs<'_>, batch: usize, state: &Tensor) -> Result<Tensor> {
         let (rows, channels) = inputs.u.dims2()?;
-        // SAFETY: the launch below writes all of it.
+        // SAFETY: the launch below writes every element.
         let y = unsafe { unwritten((rows, channels), inputs.u)? };
         let (u, steps, z) = (Rows::of(inputs.u)?, Rows::of(inputs.steps)?, Rows::of(inputs.gate)?);
         let (b, c) = (Rows::of(inputs.b)?, Rows::of(inputs.c)?);

@@ -1,4 +1,5 @@
-//! RWKV's token shift on the device, each row mixed with the row before it: kernels/rows/shift.cuh.
+//! RWKV's token shift on the device, which mixes each row with the previous one:
+//! kernels/rows/shift.cuh.
 #![allow(unsafe_code)]
 
 use super::Input;
@@ -11,9 +12,9 @@ use longctx_core::Result;
 /// Several mixes of the same rows, each with a weight per channel.
 #[derive(Debug)]
 pub struct Shift {
-    /// Of the row before, `[mixes, channels]`.
+    /// The weights of the previous row, `[mixes, channels]`.
     weights: Tensor,
-    /// Of the mixes.
+    /// The dtype of the mixes.
     dtype: DType,
     kernel: Kernel,
 }
@@ -25,15 +26,16 @@ impl Shift {
         Ok(Self { weights: Tensor::stack(&mixes, 0)?, dtype: to.dtype, kernel })
     }
 
-    /// The mixes `[mixes, rows, channels]` of rows in f32. The state `[batch, channels]` is the row before each entry's first, and then its last.
+    /// Returns the mixes `[mixes, rows, channels]` of f32 rows. The state `[batch, channels]` holds
+    /// the row before each sequence's first one and is updated to its last.
     pub fn apply(&self, x: &Input<'_>, state: &mut Tensor) -> Result<Tensor> {
         let (mixed, last) = self.mix(x, state, None)?;
         *state = last;
         Ok(mixed)
     }
 
-    /// The mixes, and each entry's last row. `before`: the rows before the entries' first ones. `more`, `[mixes, rows, channels]`, is added to the
-    /// weights.
+    /// Returns the mixes and each sequence's last row. `before` holds the rows before the
+    /// sequences' first ones. `more`, `[mixes, rows, channels]`, is added to the weights.
     pub fn mix(
         &self,
         x: &Input<'_>,
@@ -41,7 +43,7 @@ impl Shift {
         more: Option<&Tensor>,
     ) -> Result<(Tensor, Tensor)> {
         let (mixes, (rows, channels)) = (self.weights.dim(0)?, x.x.dims2()?);
-        // SAFETY: the launch below writes all of both.
+        // SAFETY: the launch below writes every element of both.
         let (y, last) = unsafe {
             let y = Tensor::empty((mixes, rows, channels), self.dtype, x.x.device())?;
             (y, Tensor::empty((x.batch, channels), DType::F32, x.x.device())?)
@@ -58,7 +60,8 @@ impl Shift {
             mixes: mixes as i32,
         };
         let grid = (channels.div_ceil(1024), x.tokens.div_ceil(4), x.batch);
-        // SAFETY: the sizes are those of the tensors, all contiguous, which live until the end of this function.
+        // SAFETY: the sizes are those of the contiguous tensors, which live until the end of this
+        // function.
         unsafe { self.kernel.launch(grid, &args)? };
         Ok((y, last))
     }

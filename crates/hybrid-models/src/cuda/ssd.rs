@@ -11,10 +11,10 @@ use crate::mamba2::{Mamba2Shape, Ssd as Host};
 use candle_core::Tensor;
 use longctx_core::{Error, Result};
 
-// As in kernels/args.cuh, as are grids.
+// Must equal the constant in kernels/args.cuh, like the grids.
 const MOST_STATES: usize = 256;
 const CHUNK: usize = 64;
-/// Blocks, each of a head, that `ssd_wgmma` has beside each other.
+/// Thread blocks per cluster of `ssd_wgmma`, each for one head.
 const CLUSTER: usize = 2;
 
 #[derive(Debug)]
@@ -24,12 +24,12 @@ pub struct Ssd {
     skip: Tensor,
     time_bias: Tensor,
     in_chunks: Option<InChunks>,
-    /// What `in_chunks` takes before it, where it is the kernel for compute capability 9.0.
+    /// The kernel that runs before `in_chunks`, if that is the kernel for compute capability 9.0.
     packets: Option<Packets>,
     any: Kernel,
 }
 
-/// What a group's heads have in common of each chunk, made by a kernel of its own.
+/// Values that the heads of a group share in each chunk, computed by a separate kernel.
 #[derive(Debug)]
 struct Packets {
     kernel: Kernel,
@@ -59,8 +59,9 @@ impl Ssd {
         })
     }
 
-    /// `mixed`: rows of x, B and C; `steps`: time steps before bias and softplus, per head. Gives `[batch * tokens, heads * head_dim]`; the state
-    /// is `[batch, heads, states, head_dim]`.
+    /// Runs the recurrence. `mixed`: rows of x, B and C; `steps`: time steps before bias and
+    /// softplus, per head. Returns `[batch * tokens, heads * head_dim]`. The state is `[batch,
+    /// heads, states, head_dim]`.
     pub fn apply(
         &self,
         mixed: &Tensor,
@@ -71,7 +72,7 @@ impl Ssd {
         let Mamba2Shape { heads, head_dim, groups, states, time_step_limit, .. } = self.shape;
         let (rows, inner) = (mixed.dim(0)?, heads * head_dim);
         let tokens = rows / batch;
-        // SAFETY: the launch below writes all of it.
+        // SAFETY: the launch below writes every element.
         let y = unsafe { unwritten((rows, inner), mixed)? };
         let part = |start: usize, width: usize| Rows::of(&mixed.narrow(1, start, width)?);
         let (x, b) = (part(0, inner)?, part(inner, groups * states)?);
@@ -80,7 +81,7 @@ impl Ssd {
         let in_chunks = InChunks::fitting(&self.in_chunks, tokens, &[x, b, c, to_y]);
         let packets = self.packets.as_ref().filter(|_| in_chunks.is_some());
         let chunks = tokens.div_ceil(CHUNK);
-        // SAFETY: `packets` writes all that is read of it.
+        // SAFETY: `packets` writes every element that is read.
         let scratch = packets
             .map(|packets| unsafe {
                 unwritten((batch * groups * (chunks + 1), packets.bytes as usize / 2), mixed)
@@ -126,7 +127,7 @@ impl Ssd {
     }
 }
 
-/// The kernel for prompts, and what it takes before it.
+/// Returns the kernel for prompts, and the kernel that runs before it.
 fn in_chunks(
     to: &Target,
     shared: u32,

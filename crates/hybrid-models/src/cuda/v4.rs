@@ -15,7 +15,7 @@ use longctx_core::Result;
 #[derive(Debug)]
 pub struct V4 {
     shift: Shift,
-    /// Of key, value and receptance.
+    /// Projections of key, value and receptance.
     maps: Batched,
     gate: Gate,
     output: Linear,
@@ -37,10 +37,10 @@ impl V4 {
         })
     }
 
-    /// kernels/wkv/wkv4.cuh
+    /// The recurrence: kernels/wkv/wkv4.cuh.
     fn wkv(&self, k: &Tensor, v: &Tensor, batch: usize, state: [&Tensor; 3]) -> Result<Tensor> {
         let (rows, channels) = k.dims2()?;
-        // SAFETY: the launch below writes all of it.
+        // SAFETY: the launch below writes every element.
         let y = unsafe { unwritten((rows, channels), k)? };
         let (k, v) = (Rows::of(k)?, Rows::of(v)?);
         let [numerator, denominator, largest] = state;

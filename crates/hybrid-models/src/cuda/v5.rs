@@ -13,7 +13,7 @@ use longctx_core::Result;
 #[derive(Debug)]
 pub struct V5 {
     shift: Shift,
-    /// Of receptance, key, value and gate.
+    /// Projections of receptance, key, value and gate.
     maps: Batched,
     wkv: Wkv,
     norm: HeadNorm,

@@ -12,15 +12,15 @@ use longctx_core::Result;
 
 #[derive(Debug)]
 pub struct V6 {
-    /// Of what the other shifts are computed from.
+    /// Token shift of the input of the other shifts' weights.
     shift_mix: Shift,
     shift_in: Linear,
     shift_out: Batched,
-    /// Of decay, key, value, receptance and gate.
+    /// Token shift of decay, key, value, receptance and gate.
     shift: Shift,
     decay_in: Linear,
     decay_out: Linear,
-    /// Of key, value, receptance and gate.
+    /// Projections of key, value, receptance and gate.
     maps: Batched,
     wkv: Wkv,
     norm: HeadNorm,
@@ -43,7 +43,7 @@ impl V6 {
         })
     }
 
-    /// The five mixes `[5, rows, hidden]`, by weights that depend on the rows.
+    /// Returns the five mixes `[5, rows, hidden]`, whose weights depend on the rows.
     fn mixes(&self, x: &Input<'_>, state: &mut Tensor) -> Result<Tensor> {
         let (mixed, _) = self.shift_mix.mix(x, state, None)?;
         let bottlenecks = self.shift_in.apply(&mixed.get(0)?)?.tanh()?;

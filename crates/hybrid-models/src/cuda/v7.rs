@@ -14,21 +14,21 @@ use longctx_core::Result;
 
 #[derive(Debug)]
 pub struct V7 {
-    /// Of receptance, key, value, decay, rate and gate.
+    /// Token shift of receptance, key, value, decay, rate and gate.
     shift: Shift,
-    /// Of receptance, key and value.
+    /// Projections of receptance, key and value.
     maps: Batched,
     decay: LowRank,
     rate: LowRank,
     gate: LowRank,
-    /// How much of the first layer's values comes in; `None` in the first layer.
+    /// The weight of the first layer's values; `None` in the first layer.
     first_values: Option<(LowRank, Blend)>,
     wkv: Wkv7,
     norm: HeadNorm,
     output: Linear,
 }
 
-/// `W₂ f(W₁ x)`.
+/// A low-rank map `W₂ f(W₁ x)`.
 #[derive(Debug)]
 struct LowRank {
     first: Linear,
@@ -49,7 +49,7 @@ impl LowRank {
     }
 }
 
-/// The function between the two matrices, where there is none.
+/// The identity, for maps without a function between the two matrices.
 fn same(x: &Tensor) -> candle_core::Result<Tensor> {
     Ok(x.clone())
 }
@@ -75,7 +75,8 @@ impl V7 {
         })
     }
 
-    /// The values, with some of the first layer's mixed in; the first layer leaves its own for the others.
+    /// Returns the values, mixed with those of the first layer. The first layer stores its own for
+    /// the others.
     fn values(&self, v: Tensor, mixed: &Tensor, carried: &mut Carried) -> Result<Tensor> {
         match (&self.first_values, &carried.first_values) {
             (Some((share, blend)), Some(first)) => {

@@ -10,9 +10,9 @@ use crate::rwkv::V7;
 use candle_core::{DType, Tensor};
 use longctx_core::{Error, Result};
 
-/// Channels of a head, as in kernels/args.cuh, as are grids.
+/// Channels per head, as in kernels/args.cuh, like the grids.
 const MOST_CHANNELS: usize = 128;
-/// Channels of a head in published models, which kernels are made for.
+/// Channels per head in published models, which have their own kernels.
 const USUAL_CHANNELS: usize = 64;
 
 /// The kernels of one version.
@@ -21,7 +21,8 @@ struct Version {
     heads: usize,
     dim: usize,
     in_chunks: Option<InChunks>,
-    /// Up to how many blocks in all `in_chunks` takes two for a head; beyond, it takes one.
+    /// The largest total number of thread blocks for which `in_chunks` uses two per head; above it
+    /// uses one.
     most_halves: usize,
     any: Kernel,
 }
@@ -48,7 +49,8 @@ impl Version {
         Ok(Self { heads, dim, in_chunks, most_halves, any })
     }
 
-    /// The kernel in chunks of 5 or 6 with as many warps that prepare chunks as there is shared memory for, and whether one block may take a head.
+    /// Returns the chunk kernel of version 5 or 6 with as many producer warps as fit in shared
+    /// memory, and whether one thread block may process a whole head.
     fn with_makers(name: &str, to: &Target) -> Result<(Option<InChunks>, bool)> {
         for makers in [6, 4, 2] {
             let shared = WKV_SHARED + makers * WKV_MAKER_SHARED;
@@ -61,14 +63,14 @@ impl Version {
     }
 
     /// # Safety
-    /// As [`Kernel::launch`]; `rows` are all of T that `args` has.
+    /// As [`Kernel::launch`]. `rows` are all matrices in `args` with the dtype of the weights.
     unsafe fn launch<A: longctx_cuda::cudarc::driver::DeviceRepr>(
         &self,
         rows: &[Rows],
         (batch, tokens): (usize, usize),
         args: &A,
     ) -> Result<()> {
-        // SAFETY: the caller's.
+        // SAFETY: the caller guarantees the addresses.
         unsafe {
             match InChunks::fitting(&self.in_chunks, tokens, rows) {
                 Some(kernel) => {
@@ -81,23 +83,25 @@ impl Version {
     }
 }
 
-/// Of versions 5 and 6.
+/// The recurrence of versions 5 and 6.
 #[derive(Debug)]
 pub struct Wkv {
     version: Version,
-    /// In 5, what is kept at each token; in 6, what is added to the token's own part of it before e^−e^.
+    /// In version 5, the decay of each token. In version 6, a bias added to the token's own decay
+    /// before e^−e^.
     decay: Tensor,
     own: Tensor,
 }
 
 impl Wkv {
-    /// `name`: "wkv5" or "wkv6".
+    /// Copies weights to the device. `name`: "wkv5" or "wkv6".
     pub fn new(name: &str, decay: &[f32], own: &[f32], dim: usize, to: &Target) -> Result<Self> {
         let version = Version::new(name, own.len() / dim, dim, to)?;
         Ok(Self { version, decay: to.vector(decay)?, own: to.vector(own)? })
     }
 
-    /// `[batch * tokens, channels]` of receptance, key, value and, in 6, the tokens' decays; the state is `[batch, heads, keys, values]`.
+    /// Takes receptance, key, value and, in version 6, the tokens' decays, each `[batch * tokens,
+    /// channels]`. The state is `[batch, heads, keys, values]`.
     pub fn apply(
         &self,
         [r, k, v]: [&Tensor; 3],
@@ -107,7 +111,7 @@ impl Wkv {
     ) -> Result<Tensor> {
         let (rows, channels) = r.dims2()?;
         let tokens = rows / batch;
-        // SAFETY: the launch below writes all of it.
+        // SAFETY: the launch below writes every element.
         let y = unsafe { unwritten((rows, channels), r)? };
         let [r, k, v, to_y] = [Rows::of(r)?, Rows::of(k)?, Rows::of(v)?, Rows::of(&y)?];
         let w = w.map_or(Ok(Rows { address: 0, row: 0 }), Rows::of)?;
@@ -135,7 +139,7 @@ impl Wkv {
     }
 }
 
-/// Version 7's delta rule, with what its layer does to the keys before.
+/// The delta rule of version 7, including the preparation of its keys.
 #[derive(Debug)]
 pub struct Wkv7 {
     version: Version,
@@ -158,8 +162,9 @@ impl Wkv7 {
         })
     }
 
-    /// `[batch * tokens, channels]` of receptance, key, value, and decay and rate before their biases; the state is `[batch, heads, keys, values]`.
-    /// Gives the output and, in f32, the share `[batch * tokens, heads]` in which each head's own value is to be added after the norm.
+    /// Takes receptance, key, value, and decay and rate before their biases, each `[batch * tokens,
+    /// channels]`. The state is `[batch, heads, keys, values]`. Returns the output and, in f32
+    /// `[batch * tokens, heads]`, the factor of each head's own value that is added after the norm.
     pub fn apply(
         &self,
         [r, key, v, w, a]: [&Tensor; 5],
@@ -168,7 +173,7 @@ impl Wkv7 {
     ) -> Result<(Tensor, Tensor)> {
         let (rows, channels) = r.dims2()?;
         let (tokens, heads) = (rows / batch, self.version.heads);
-        // SAFETY: the launch below writes all of both.
+        // SAFETY: the launch below writes every element of both.
         let (y, own) = unsafe {
             let own = Tensor::empty((rows, heads), DType::F32, r.device())?;
             (unwritten((rows, channels), r)?, own)

@@ -1,7 +1,7 @@
 //! The selective scan: h ← exp(Δ A) h + Δ B u and y = C h + D u, per channel, over the tokens.
 //!
-//! Vectors lie across channels, threads take blocks of channels, and a block's state stays in the first-level cache while
-//! the tokens pass. Nothing of size tokens x channels x states ever exists.
+//! Vectors run across channels and threads process blocks of channels. The state of a block stays
+//! in the L1 cache over all tokens. No array of size tokens x channels x states exists.
 
 use std::ops::Range;
 
@@ -10,15 +10,16 @@ use crate::simd::{exp, silu, softplus};
 use crate::split::{Columns, Units, split};
 use pulp::{Arch, Scalar, Simd, WithSimd};
 
-/// Channels of a block.
+/// Channels per block.
 pub const BLOCK: usize = 64;
-/// Tokens x channels that are worth a second thread.
+/// Smallest number of tokens x channels for which several threads are used.
 const PARALLEL: usize = 1 << 11;
 
-/// The scan's own weights.
+/// The weights of the scan.
 #[derive(Debug)]
 pub struct Scan {
-    /// A, `[channels, states]` in blocks of [`BLOCK`] channels, each transposed; as the state lies, too.
+    /// A, `[channels, states]`, in blocks of [`BLOCK`] channels, each transposed. The state has the
+    /// same layout.
     pub a: Vec<f32>,
     pub states: usize,
     /// Added to the time steps before the softplus.
@@ -27,19 +28,19 @@ pub struct Scan {
     pub skip: Vec<f32>,
 }
 
-/// What the scan reads of each token beside its input.
+/// The inputs of the scan besides `u`.
 #[derive(Clone, Copy)]
 pub struct Inputs<'a> {
-    /// Time steps before their bias and softplus, per channel.
+    /// Time steps before bias and softplus, per channel.
     pub steps: Rows<'a>,
     pub b: Rows<'a>,
     pub c: Rows<'a>,
-    /// The output is multiplied by its SiLU.
+    /// The output is multiplied by the SiLU of this.
     pub gate: Rows<'a>,
 }
 
 impl Scan {
-    /// Replaces the inputs `u` `[tokens, channels]` by the outputs; `state` is moved on by as many tokens.
+    /// Replaces the inputs `u` `[tokens, channels]` by the outputs and updates `state`.
     pub fn run(&self, inputs: Inputs<'_>, tokens: usize, state: &mut [f32], u: &mut [f32]) {
         let channels = self.skip.len();
         let matrices =

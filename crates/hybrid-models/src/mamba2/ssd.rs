@@ -1,9 +1,10 @@
-//! The recurrence H ← e^(Δ a) H + Δ B xᵀ, y = Hᵀ C + D x of each head, token by token or, for prompts, in chunks of matrix
-//! products: the state space duality of arXiv 2405.21060, section 6.
+//! The recurrence H ← e^(Δ a) H + Δ B xᵀ, y = Hᵀ C + D x of each head. Single tokens are computed
+//! step by step; prompts are computed in chunks by matrix products (the state space duality of
+//! arXiv 2405.21060, section 6).
 //!
-//! With s(t) the sum of Δ a up to token t of a chunk, its outputs are
-//! Y = (L ∘ C Bᵀ) (Δ X) + e^s ∘ (C H₀) with L(t, u) = e^(s(t) − s(u)) for u ≤ t, and the state after it is
-//! H = e^s(end) H₀ + Bᵀ (e^(s(end) − s) Δ X). No exponent is positive, so nothing overflows.
+//! Let s(t) be the sum of Δ a up to token t of a chunk. The outputs of the chunk are Y = (L ∘ C Bᵀ)
+//! (Δ X) + e^s ∘ (C H₀) with L(t, u) = e^(s(t) − s(u)) for u ≤ t. The state after it is H =
+//! e^s(end) H₀ + Bᵀ (e^(s(end) − s) Δ X). No exponent is positive, so nothing overflows.
 
 use std::cell::RefCell;
 
@@ -16,18 +17,18 @@ use gemm::Parallelism;
 use pulp::{Arch, Scalar, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Tokens of a chunk.
+/// Tokens per chunk.
 const CHUNK: usize = 64;
-/// Up to so many tokens, steps are cheaper than a chunk.
+/// Up to this many tokens, single steps are cheaper than a chunk.
 const STEPS: usize = 8;
-/// Tokens x channels that are worth a second thread.
+/// Smallest number of tokens x channels for which several threads are used.
 const PARALLEL: usize = 1 << 12;
 
-/// The recurrence's own weights.
+/// The weights of the recurrence.
 #[derive(Debug)]
 pub struct Ssd {
     pub shape: Mamba2Shape,
-    /// Per head, as is all below.
+    /// One value per head, as in the fields below.
     pub a: Vec<f32>,
     /// Added to the time steps before the softplus.
     pub time_bias: Vec<f32>,
@@ -35,12 +36,12 @@ pub struct Ssd {
     pub skip: Vec<f32>,
 }
 
-/// What a chunk of a head needs for a while.
+/// The temporaries of a chunk of one head.
 #[derive(Default)]
 struct Scratch {
     /// Δ.
     steps: Vec<f32>,
-    /// s, and what rounding it to f32 left over: differences of sums are to be as exact as steps taken one by one.
+    /// s, and its rounding error in f32, so that differences of sums are as exact as single steps.
     sums: Vec<f32>,
     rests: Vec<f32>,
     /// e^s, then e^(s(end) − s).
@@ -58,8 +59,9 @@ thread_local! {
 }
 
 impl Ssd {
-    /// `mixed`: rows of x, B and C; `steps`: time steps before bias and softplus, per head. Moves `state` `[heads, states, head_dim]` on and
-    /// writes `y` `[tokens, heads, head_dim]`.
+    /// Runs the recurrence. `mixed`: rows of x, B and C; `steps`: time steps before bias and
+    /// softplus, per head. Updates `state` `[heads, states, head_dim]` and writes `y` `[tokens,
+    /// heads, head_dim]`.
     pub fn run(
         &self,
         mixed: Rows<'_>,
@@ -104,7 +106,7 @@ impl Ssd {
         workspace.give(products);
     }
 
-    /// C Bᵀ of each chunk that will be a product, for each group.
+    /// Computes C Bᵀ of each chunk that is computed by products, for each group.
     fn products(&self, mixed: Rows<'_>, tokens: usize, products: &mut [f32]) {
         let Mamba2Shape { groups, .. } = self.shape;
         let chunks = tokens.div_ceil(CHUNK);
@@ -135,7 +137,7 @@ fn packed(data: &[f32], width: usize) -> Strided<'_> {
     Strided { data, row: width, column: 1 }
 }
 
-/// One head of one batch entry.
+/// One head of one sequence.
 struct Head<'a> {
     states: usize,
     head_dim: usize,
@@ -167,7 +169,7 @@ impl<'a> Head<'a> {
         }
     }
 
-    /// Δ and s.
+    /// Computes Δ and s.
     fn time_steps(&self, start: usize, count: usize, scratch: &mut Scratch) {
         let Scratch { steps, sums, rests, .. } = scratch;
         steps.clear();
@@ -190,7 +192,8 @@ impl<'a> Head<'a> {
         Arch::new().dispatch(Step { decay, step, skip: self.skip, x, b, c, state, y });
     }
 
-    /// Leaves a chunk's outputs `[count, head_dim]` in the scratch and moves the state on.
+    /// Computes a chunk: writes the outputs `[count, head_dim]` to the scratch and updates the
+    /// state.
     fn chunk(
         &self,
         start: usize,
@@ -247,7 +250,7 @@ fn scale_rows(x: &mut [f32], width: usize, by: &[f32]) {
     }
 }
 
-/// `weights[t][u] *= e^(s(t) − s(u))` for u ≤ t; zero for the others.
+/// Computes `weights[t][u] *= e^(s(t) − s(u))` for u ≤ t, and zero for the others.
 struct Decay<'a> {
     sums: &'a [f32],
     rests: &'a [f32],

@@ -1,4 +1,4 @@
-//! RWKV's feed-forward block: W_v relu(W_k x_k)², before version 7 gated by the sigmoid of W_r x_r.
+//! RWKV's feed-forward layer: W_v relu(W_k x_k)², before version 7 gated by the sigmoid of W_r x_r.
 
 use super::mix::{differences, mix};
 use crate::checkpoint::Checkpoint;
@@ -19,7 +19,7 @@ pub struct ChannelMix {
 }
 
 impl ChannelMix {
-    /// `name` gives a tensor's full name.
+    /// Loads the layer. `name` returns a tensor's full name.
     pub fn load(
         w: &Checkpoint,
         name: impl Fn(&str) -> String,

@@ -1,14 +1,14 @@
-//! Token shift: each row mixed with the row before it, by a weight per channel.
+//! Token shift: mixes each row with the previous one, by a weight per channel.
 
 use crate::mixer::Input;
 use pulp::{Arch, Scalar, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Numbers above which several threads are worth it.
+/// Smallest number of elements for which several threads are used.
 const PARALLEL: usize = 1 << 15;
 
-/// Writes the row before minus the row, for every row; a sequence's state begins with the row before
-/// its first, and then with its last.
+/// Writes the previous row minus the current row, for every row. A sequence's state holds the row
+/// before its first one and is updated to its last.
 pub fn differences(x: Input<'_>, width: usize, states: &mut [&mut [f32]], out: &mut [f32]) {
     for (span, state) in x.spans.iter().zip(states) {
         let numbers = span.row * width..(span.row + span.tokens) * width;
@@ -22,7 +22,7 @@ pub fn differences(x: Input<'_>, width: usize, states: &mut [&mut [f32]], out: &
     }
 }
 
-/// `out = x + differences ∘ weight`, the weights the same in every row.
+/// Computes `out = x + differences ∘ weight`, with the same weights in every row.
 pub fn mix(x: &[f32], differences: &[f32], weight: &[f32], out: &mut [f32]) {
     let width = weight.len();
     let run = |((out, x), d): ((&mut [f32], &[f32]), &[f32])| {

@@ -1,6 +1,8 @@
-//! RWKV-4's time mixing (Peng et al., arXiv 2305.13048): a mean of the values, weighted by e^key, that decays per channel.
+//! RWKV-4's time mixing (Peng et al., arXiv 2305.13048): a mean of the values, weighted by e^key,
+//! that decays per channel.
 //!
-//! Numerator and denominator are kept relative to the largest exponent seen, so that nothing overflows.
+//! Numerator and denominator are relative to the largest exponent so far, so that nothing
+//! overflows.
 
 use super::Names;
 use super::mix::{differences, mix};
@@ -13,11 +15,11 @@ use crate::workspace::Workspace;
 use longctx_core::{Error, Result};
 use pulp::{Arch, Scalar, Simd, WithSimd};
 
-/// Channels of a task.
+/// Channels per task.
 const BLOCK: usize = 64;
-/// Tokens x channels that are worth a second thread.
+/// Smallest number of tokens x channels for which several threads are used.
 const PARALLEL: usize = 1 << 13;
-/// The largest exponent before the first token.
+/// The initial largest exponent.
 const LOWEST: f32 = -1e38;
 
 #[derive(Debug)]
@@ -25,7 +27,7 @@ pub struct V4 {
     pub hidden: usize,
     /// Channels of the recurrence.
     pub inner: usize,
-    /// Of key, value and receptance.
+    /// Token shifts of key, value and receptance.
     pub mixes: [Vec<f32>; 3],
     pub key: Matrix,
     pub value: Matrix,
@@ -112,7 +114,7 @@ impl Recurrent for V4 {
     }
 }
 
-/// The recurrence of some channels; outputs replace the values.
+/// The recurrence of some channels. Outputs replace the values.
 struct Wkv<'a> {
     keys: Rows<'a>,
     values: Columns<'a>,
@@ -139,7 +141,7 @@ impl Wkv<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
         let (decay, first) = (S::as_simd_f32s(self.decay).0, S::as_simd_f32s(self.first).0);
-        // Keeps e^a n + e^b v: each exponent less the larger of both.
+        // Computes e^a n + e^b v, with the larger of both exponents subtracted.
         let add = |[n, a, b, v]: [S::f32s; 4]| {
             let kept = simd.mul_f32s(exp(simd, a), n);
             simd.mul_add_f32s(exp(simd, b), v, kept)

@@ -1,4 +1,5 @@
-//! RWKV-5's time mixing ("Eagle", Peng et al., arXiv 2404.05892): a matrix per head that decays per key channel.
+//! RWKV-5's time mixing ("Eagle", Peng et al., arXiv 2404.05892): a matrix state per head that
+//! decays per key channel.
 
 use super::mix::{differences, mix};
 use super::wkv::{Inputs, wkv};
@@ -16,7 +17,7 @@ pub struct V5 {
     pub hidden: usize,
     pub heads: usize,
     pub head_dim: usize,
-    /// Token shift and map of receptance, key, value and gate.
+    /// Token shift and projection of receptance, key, value and gate.
     pub maps: [(Vec<f32>, Matrix); 4],
     /// e^−e^decay.
     pub decay: Vec<f32>,
@@ -26,7 +27,7 @@ pub struct V5 {
 }
 
 impl V5 {
-    /// `name` gives a tensor's full name.
+    /// Loads the layer. `name` returns a tensor's full name.
     pub fn load(w: &Checkpoint, name: impl Fn(&str) -> String, hidden: usize) -> Result<Self> {
         let (heads, head_dim) = heads(w, &name("time_faaaa"), hidden)?;
         let map = |mix: &str, matrix: &str| -> Result<(Vec<f32>, Matrix)> {

@@ -1,4 +1,5 @@
-//! RWKV-6's time mixing ("Finch", arXiv 2404.05892): as RWKV-5's, with token shifts and decays that depend on the tokens.
+//! RWKV-6's time mixing ("Finch", arXiv 2404.05892): RWKV-5's with token shifts and decays that
+//! depend on the tokens.
 
 use super::mix::{differences, mix};
 use super::wkv::{Inputs, wkv};
@@ -14,7 +15,7 @@ use longctx_core::{Error, Result};
 use pulp::Simd;
 use rayon::prelude::*;
 
-/// Of decay, key, value, receptance and gate, in the order of the checkpoint.
+/// Decay, key, value, receptance and gate, in the order of the checkpoint.
 const MIXES: [&str; 5] = ["w", "k", "v", "r", "g"];
 
 #[derive(Debug)]
@@ -22,18 +23,18 @@ pub struct V6 {
     pub hidden: usize,
     pub heads: usize,
     pub head_dim: usize,
-    /// The token shift of what the other shifts are computed from.
+    /// The token shift of the input of the other shifts' weights.
     pub shift_mix: Vec<f32>,
-    /// To the bottlenecks of all five shifts, one after the other.
+    /// Projects to the low-rank inputs of all five shifts, concatenated.
     pub shift_in: Matrix,
-    /// From each bottleneck.
+    /// Projects from the low-rank input of each shift.
     pub shift_out: Vec<Matrix>,
     pub mixes: Vec<Vec<f32>>,
     pub decay: Vec<f32>,
     pub decay_in: Matrix,
     pub decay_out: Matrix,
     pub own: Vec<f32>,
-    /// Of key, value, receptance and gate.
+    /// Projections of key, value, receptance and gate.
     pub maps: [Matrix; 4],
     pub group_norm: (Vec<f32>, Vec<f32>),
     pub output: Matrix,
@@ -82,7 +83,7 @@ impl V6 {
         })
     }
 
-    /// e^−e^(decay + a function of the row), in place of the rows of its bottleneck.
+    /// Writes the decays e^−e^(decay + low-rank function of the row) to `w`.
     fn decays(&self, mixed: &[f32], workspace: &mut Workspace, w: &mut [f32]) {
         let mut bottleneck = workspace.take(mixed.len() / self.hidden * self.decay_in.out());
         self.decay_in.apply(Rows::new(mixed, self.hidden), &mut bottleneck);
@@ -96,7 +97,7 @@ impl V6 {
     }
 }
 
-/// e^−e^x.
+/// Computes e^−e^x.
 #[derive(Clone, Copy)]
 struct Forget;
 

@@ -1,6 +1,6 @@
 //! RWKV-7's time mixing ("Goose", Peng et al., arXiv 2503.14456): the generalised delta rule.
 //!
-//! Per head, with κ̂ the removal key: S ← S (diag(w) − κ̂ᵀ (a ∘ κ̂)) + vᵀ k and y = S r.
+//! Per head, with removal key κ̂: S ← S (diag(w) − κ̂ᵀ (a ∘ κ̂)) + vᵀ k and y = S r.
 
 mod delta;
 
@@ -27,11 +27,11 @@ pub struct V7 {
     pub receptance: Matrix,
     pub key: Matrix,
     pub value: Matrix,
-    /// Of the decay, the rate of learning and the gate.
+    /// Low-rank maps of the decay, the learning rate and the gate.
     pub decay: LowRank,
     pub rate: LowRank,
     pub gate: LowRank,
-    /// How much of the first layer's values comes in; `None` in the first layer.
+    /// The weight of the first layer's values; `None` in the first layer.
     pub first_values: Option<LowRank>,
     pub removal: Vec<f32>,
     pub key_rate: Vec<f32>,
@@ -42,17 +42,17 @@ pub struct V7 {
 
 const MIXES: [&str; 6] = ["r", "w", "k", "v", "a", "g"];
 
-/// `bias + W₂ f(W₁ x)`.
+/// A low-rank map `bias + W₂ f(W₁ x)`.
 #[derive(Debug)]
 pub struct LowRank {
     pub first: Matrix,
     pub second: Matrix,
-    /// None for the gate.
+    /// Empty for the gate.
     pub bias: Vec<f32>,
 }
 
 impl LowRank {
-    /// From `name`1, `name`2 and, if it is there, `name`0.
+    /// Loads `name`1, `name`2 and, if it exists, `name`0.
     fn load(w: &Checkpoint, name: &str, hidden: usize) -> Result<Self> {
         let first = format!("{name}1");
         let &[_, rank] = w.shape(&first).unwrap_or_default().as_slice() else {
@@ -90,7 +90,7 @@ enum Inner {
     Sigmoid,
 }
 
-/// The decay e^(−e^−½ sigmoid(x)).
+/// Computes the decay e^(−e^−½ sigmoid(x)).
 #[derive(Clone, Copy)]
 struct Forget;
 
@@ -129,7 +129,8 @@ impl V7 {
         })
     }
 
-    /// The values, with some of the first layer's mixed in; the first layer leaves its own for the others.
+    /// Returns the values, mixed with those of the first layer. The first layer stores its own for
+    /// the others.
     fn values(&self, mixed: &[f32], workspace: &mut Workspace, v: &mut [f32]) {
         self.value.apply(Rows::new(mixed, self.hidden), v);
         let Some(share) = &self.first_values else {
@@ -177,7 +178,7 @@ impl Recurrent for V7 {
             }
         }
         map(Forget, &mut w);
-        // From here on `shift` is the removal key, and `a` what is added where it removes.
+        // From here on `shift` holds the removal key and `a` the added key.
         let removal = &mut shift;
         let parts = k.par_chunks_exact_mut(hidden).zip(a.par_chunks_exact_mut(hidden));
         parts.zip(removal.par_chunks_exact_mut(hidden)).for_each(|((k, a), removal)| {
@@ -215,7 +216,7 @@ impl Recurrent for V7 {
 }
 
 impl V7 {
-    /// Adds (Σ r k ρ) v of each head, for the token's own key and value.
+    /// Adds (Σ r k ρ) v of each head: the contribution of the token's own key and value.
     fn add_own(&self, r: &[f32], k: &[f32], v: &[f32], y: &mut [f32]) {
         let d = self.head_dim;
         let inputs = r.par_chunks_exact(d).zip(k.par_chunks_exact(d)).zip(v.par_chunks_exact(d));
@@ -227,7 +228,8 @@ impl V7 {
     }
 }
 
-/// One row's removal keys κ̂ (unit length per head), then its keys k (1 + (a − 1) α) and what is added, a ∘ κ̂, in the place of a.
+/// Computes one row's removal keys κ̂ (unit length per head), its keys k (1 + (a − 1) α), and the
+/// added keys a ∘ κ̂ in place of a.
 struct Keys<'a> {
     layer: &'a V7,
     k: &'a mut [f32],

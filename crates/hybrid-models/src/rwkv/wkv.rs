@@ -1,28 +1,30 @@
 //! The recurrence of RWKV-5 and 6: per head, y = Sᵀ r + (r · (u ∘ k)) v, then S ← diag(w) S + k vᵀ.
 //!
-//! A head's state stays in the first-level cache while the tokens pass, with vectors along the values. A chunk's matrix form needs w to the power
-//! of minus the chunk's length, which overflows where decay is fast; and this recurrence takes a few percent of a layer's time.
+//! A head's state stays in the L1 cache over all tokens, with vectors along the values. The chunked
+//! matrix form needs w to the power of minus the chunk's length, which overflows for fast decay;
+//! and this recurrence takes only a few percent of a layer's time.
 
 use crate::matrix::Rows;
 use crate::split::{Columns, Units, split};
 use pulp::{Arch, Simd, WithSimd};
 
-/// Tokens x channels that are worth a second thread.
+/// Smallest number of tokens x channels for which several threads are used.
 const PARALLEL: usize = 1 << 11;
 
-/// What the recurrence reads, as rows of all heads' channels.
+/// The inputs of the recurrence, as rows of all heads' channels.
 #[derive(Clone, Copy)]
 pub struct Inputs<'a> {
     pub r: Rows<'a>,
     pub k: Rows<'a>,
     pub v: Rows<'a>,
-    /// The decay w, within 0 to 1.
+    /// The decay w, between 0 and 1.
     pub w: Rows<'a>,
     /// The weight u of the token's own key.
     pub u: &'a [f32],
 }
 
-/// Moves the state `[heads, keys, values]` of one batch entry on and writes `y` `[tokens, heads, values]`.
+/// Updates the state `[heads, keys, values]` of one sequence and writes `y` `[tokens, heads,
+/// values]`.
 pub fn wkv(inputs: Inputs<'_>, head_dim: usize, tokens: usize, state: &mut [f32], y: &mut [f32]) {
     let heads = inputs.u.len() / head_dim;
     let matrices = [
@@ -84,7 +86,7 @@ impl WithSimd for Head<'_> {
     }
 }
 
-/// One token, for `M` vectors of values from `at` on.
+/// Processes one token, for `M` vectors of values from `at` on.
 #[inline(always)]
 fn columns<S: Simd, const M: usize>(
     simd: S,

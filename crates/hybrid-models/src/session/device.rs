@@ -11,13 +11,13 @@ use longctx_core::{Batch, CausalLm, Error, Logits, Result, SeqId};
 
 /// One sequence's part of a batch.
 struct Part {
-    /// Its place in the batch.
+    /// Its index in the batch.
     place: usize,
     seq: SeqId,
     rows: Range<usize>,
 }
 
-/// What a call left of a sequence.
+/// The result of a call for a sequence.
 struct Done {
     seq: SeqId,
     tokens: usize,
@@ -25,8 +25,8 @@ struct Done {
 }
 
 impl Session {
-    /// Sequences that bring equally many tokens go through the model together, one group after the
-    /// other. A prompt that leaves snapshots goes alone.
+    /// Sequences with equally many tokens are processed together, one group after the other. A
+    /// prompt that leaves snapshots is processed alone.
     pub(super) fn forward_on_device(
         &mut self,
         model: &OnDevice,
@@ -55,7 +55,7 @@ impl Session {
         in_order(outputs, &order)
     }
 
-    /// Sequences that go together: equally many tokens, all of them first ones or none.
+    /// Returns groups of sequences with equally many tokens, all of them new or none.
     fn groups(&self, batch: &Batch) -> Vec<Vec<Part>> {
         let mut groups: BTreeMap<_, Vec<Part>> = BTreeMap::new();
         for (place, (seq, rows)) in batch.iter().enumerate() {
@@ -79,7 +79,7 @@ impl Session {
         let ids: Vec<u32> =
             group.iter().flat_map(|part| &ids[part.rows.clone()]).copied().collect();
         let seen = self.seen(group[0].seq);
-        // A snapshot after a single token is a copy of the state that is left.
+        // A snapshot after a single token is a copy of the resulting state.
         let marks = if tokens > 1 { self.marks(group[0].seq, tokens) } else { Vec::new() };
         let Memories::OnDevice(states) = &mut self.memories else {
             unreachable!("the model is on a device")
@@ -109,7 +109,7 @@ impl Session {
     }
 }
 
-/// The rows of all groups, of which row i is row `order[i]` of the batch, in the batch's order.
+/// Reorders the rows of all groups to the batch's order: row i is row `order[i]` of the batch.
 fn in_order(outputs: Vec<Tensor>, order: &[usize]) -> Result<Tensor> {
     let [first, rest @ ..] = outputs.as_slice() else {
         return Err(Error::mismatch("groups of a batch", "at least one", 0));

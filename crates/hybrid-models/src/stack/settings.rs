@@ -16,7 +16,7 @@ pub struct Config {
     _family: IgnoredAny,
     pub vocab_size: usize,
     pub hidden_size: usize,
-    /// The blocks of each layer, in their order.
+    /// The blocks of each layer, in order.
     pub layers: Vec<Vec<Block>>,
     #[serde(default)]
     pub norm: NormKind,
@@ -27,10 +27,10 @@ pub struct Config {
     pub logits_soft_cap: Option<f32>,
     pub eos_token_id: Option<Value>,
     pub attention: Option<AttentionSettings>,
-    /// The mixer's fields as published `config.json`s of Mamba have them.
+    /// The mixer's fields, named as in the published `config.json` of Mamba.
     #[serde(default)]
     pub mamba: Map<String, Value>,
-    /// The same of Mamba-2.
+    /// The same for Mamba-2.
     #[serde(default)]
     pub mamba2: Map<String, Value>,
     pub rg_lru: Option<RgLruSettings>,
@@ -53,7 +53,7 @@ impl Config {
     }
 }
 
-/// A residual block: a mixer or a feed-forward block.
+/// A residual layer: a mixer or a feed-forward layer.
 #[derive(Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
 pub enum Block {
@@ -62,14 +62,14 @@ pub enum Block {
     Mamba2,
     Rwkv5,
     RgLru,
-    /// With a gate.
+    /// A gated feed-forward layer.
     Mlp,
-    /// RWKV-5's feed-forward block.
+    /// RWKV-5's channel mixing.
     ChannelMix,
 }
 
 impl Block {
-    /// As in the configuration and in tensors' names.
+    /// Returns the name in the configuration and in tensor names.
     pub fn name(self) -> &'static str {
         match self {
             Self::Attention => "attention",
@@ -82,7 +82,7 @@ impl Block {
         }
     }
 
-    /// The settings of the blocks of this kind, where they can't be guessed.
+    /// Returns the settings of this kind of block, if it requires any.
     pub fn section<T>(self, section: Option<&T>) -> Result<&T> {
         let missing = || Error::setting(self.name(), "a section of settings", "none");
         section.ok_or_else(missing)
@@ -143,7 +143,7 @@ impl AttentionSettings {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RgLruSettings {
-    /// Blocks of the gates' block-diagonal matrices.
+    /// Number of blocks of the gates' block-diagonal matrices.
     num_heads: usize,
     lru_width: Option<usize>,
     #[serde(default = "taps")]

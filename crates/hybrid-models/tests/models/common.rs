@@ -1,4 +1,4 @@
-//! What the tests share: the fixtures, and feeding sequences in chunks.
+//! Shared code of the tests: fixtures, and feeding sequences in chunks.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ impl Fixture {
         Model::from_folder(&self.folder, &LoadOptions { dtype, ..Default::default() }).unwrap()
     }
 
-    /// The model with all its weights rounded to `stored`, its matrices held in `held`.
+    /// Returns the model with all its weights rounded to `stored` and its matrices in `held`.
     pub fn rounded(&self, stored: DType, held: DType) -> Model {
         let tensors = self.tensors().into_iter();
         let tensors = tensors.map(|(name, t)| (name, t.to_dtype(stored).unwrap())).collect();
@@ -56,17 +56,21 @@ pub fn distance(a: &Tensor, b: &Tensor) -> f32 {
     (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
 }
 
-/// The largest difference of two ways to compute the same logits, in parts of the largest logit.
+/// Returns the largest difference between two computations of the same logits, divided by the
+/// largest logit.
 ///
-/// Where a layer's output nearly cancels before a norm, rounding grows: over 400 random prompts, chunks and steps of the Mamba fixture differ by
-/// up to 5e-5 of the largest logit, all of it f32 rounding (`transformers` in f32 is as far from itself in f64 at the same tokens). How
-/// far it grows depends on the order of sums, and so on the width of the machine's vectors. A law is broken by far more: see [`SAME`].
+/// If a layer's output nearly cancels before a norm, rounding errors grow. Over 400 random prompts,
+/// chunks and steps of the Mamba fixture differ by up to 5e-5 of the largest logit, all of it f32
+/// rounding (`transformers` in f32 and in f64 differ as much at the same tokens). The growth
+/// depends on the order of sums, and so on the CPU's vector width. A broken law gives far larger
+/// differences: see [`SAME`].
 pub fn relative_distance(a: &Tensor, b: &Tensor) -> f32 {
     let largest: f32 = b.abs().unwrap().max_all().unwrap().to_scalar().unwrap();
     distance(a, b) / largest
 }
 
-/// Below this [`relative_distance`], logits are the same but for rounding. A prompt that lacks one token gives 0.2 and more after it.
+/// Logits with a smaller [`relative_distance`] are equal up to rounding. A prompt that lacks one
+/// token gives 0.2 and more.
 pub const SAME: f32 = 1e-3;
 
 pub fn session(model: &Model) -> Session {
@@ -80,8 +84,8 @@ pub fn advance(session: &mut Session, parts: &[(SeqId, &[u32])], logits: Logits)
     session.forward(&Batch::new(&lengths)?, &ids, logits)
 }
 
-/// All logits, `[sequences, tokens, vocab]`, of `tokens`, `[sequences, tokens]`, fed in chunks of
-/// these lengths, the last of which repeats.
+/// Returns all logits, `[sequences, tokens, vocab]`, of `tokens`, `[sequences, tokens]`, fed in
+/// chunks of the given lengths. The last length repeats.
 pub fn feed(model: &Model, tokens: &Tensor, cuts: &[usize]) -> Tensor {
     feed_on(&mut session(model), tokens, cuts)
 }

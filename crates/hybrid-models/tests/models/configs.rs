@@ -1,4 +1,4 @@
-//! Random configurations beside transformers: see `fixtures/make_configs.py`.
+//! Random configurations against transformers: see `fixtures/make_configs.py`.
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Broken checkpoints, wrong tokens and states of other models are named, and nothing panics.
+//! Invalid checkpoints, tokens and states of other models give errors that name them, and no panic.
 
 use crate::common::{Fixture, advance, session};
 use candle_core::{DType, Device, Tensor};
@@ -105,7 +105,7 @@ fn bad_snapshot_settings_and_caches_are_named() {
     assert!(message.contains("rope of layer 2's cache"), "{message}");
 }
 
-/// States of several sequences in one file, as an earlier version of this crate could write them.
+/// A file with states of several sequences, which an earlier version of this crate could write.
 #[test]
 fn a_state_of_several_sequences_is_refused() {
     let model = Fixture::open("rwkv6").model(DType::F32);

@@ -1,4 +1,4 @@
-//! What changes the numbers is read or refused by name: settings, tensors, files.
+//! Settings, tensors and files that change the output are read, or refused by name.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -20,7 +20,7 @@ fn config(fixture: &Fixture) -> Value {
     serde_json::from_str(&text).unwrap()
 }
 
-/// A fixture of `transformers` as the authors' package lays it out.
+/// Converts a fixture of `transformers` to the layout of the authors' package.
 fn as_authors(name: &str) -> (Fixture, Value, Tensors) {
     let fixture = Fixture::open(name);
     let c = config(&fixture);
@@ -91,7 +91,7 @@ fn settings_that_are_not_computed_are_refused_by_name() {
 
 #[test]
 fn groups_that_are_left_out_are_those_of_transformers() {
-    // 8 groups of 3 states are as wide as 1 of 24, so that no shape tells them apart.
+    // 8 groups of 3 states are as wide as 1 group of 24, so no shape distinguishes them.
     let fixture = Fixture::open("mamba2");
     let mut config = config(&fixture);
     config["n_groups"].take();
@@ -123,7 +123,7 @@ fn a_tensor_that_no_layer_reads_is_named() {
         assert!(error.contains(extra), "{name}: {error}");
         build("model.layers.0.self_attn.rotary_emb.inv_freq").unwrap();
     }
-    // A file on disk is accounted for, too.
+    // The tensors of a file on disk are checked too.
     let fixture = Fixture::open("rwkv6");
     let folder = tempfile::tempdir().unwrap();
     let mut tensors = fixture.tensors();
@@ -146,7 +146,7 @@ fn rwkv_5_1_is_refused_by_name() {
     let build = |tensors| Model::from_tensors(None, tensors, &LoadOptions::default());
     let error = build(tensors.clone()).unwrap_err().to_string();
     assert!(error.contains("RWKV-5.0 and 5.1") && error.contains("[2, 1, 1]"), "{error}");
-    // Without a gate, it is 5.0.
+    // Without a gate, the version is 5.0.
     tensors.retain(|name, _| !name.contains("gate"));
     assert!(build(tensors).unwrap_err().to_string().contains("RWKV-5.0"));
 }
@@ -180,7 +180,7 @@ fn sizes_that_no_model_has_are_errors() {
         for value in &huge {
             let mut config = config(&fixture);
             config[name] = value.clone();
-            // No layers at all leave tensors that nobody reads.
+            // With zero layers, unread tensors are left.
             assert!(build(&config, fixture.tensors()).is_err(), "{name} {value}");
         }
     }
@@ -210,7 +210,7 @@ fn an_index_stays_in_its_folder_and_gives_way_to_one_file() {
     let open = || Model::from_folder(&folder, &LoadOptions::default());
     let error = open().unwrap_err().to_string();
     assert!(error.contains("../outside.safetensors"), "{error}");
-    // A whole file beside the index is what is meant.
+    // A whole file takes precedence over an index.
     std::fs::copy(&weights, folder.join("model.safetensors")).unwrap();
     open().unwrap();
 }

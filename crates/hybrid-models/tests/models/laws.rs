@@ -1,4 +1,4 @@
-//! What holds for every model, whatever its weights: see each test's name.
+//! Laws of every model with any weights: see the name of each test.
 
 use crate::common::{Fixture, SAME, advance, feed, feed_on, relative_distance, session};
 use candle_core::{DType, Device, Tensor};
@@ -34,7 +34,8 @@ fn config() -> ProptestConfig {
 }
 
 proptest! {
-    // The same cases on every run. PROPTEST_CASES and PROPTEST_RNG_SEED give more and others.
+    // The same cases on every run. PROPTEST_CASES and PROPTEST_RNG_SEED change their number and
+    // choice.
     #![proptest_config(config())]
 
     #[test]

@@ -1,4 +1,4 @@
-//! All models beside public implementations and by law.
+//! All models against public implementations and laws.
 
 mod common;
 mod configs;

@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 pub type Tensors = HashMap<String, Tensor>;
 
-/// With so many channels between layers, and heads of so many in RWKV-5 and Mamba-2, which has as many states; attention at the second and the last layer.
+/// Returns a stack with hidden size `hidden` and heads of `head_dim` channels in RWKV-5 and
+/// Mamba-2, which also has `head_dim` states; the second and the last layer are attention.
 pub fn mixed(hidden: usize, head_dim: usize) -> (Value, Tensors) {
     let layers = json!([
         ["mamba"],
@@ -27,7 +28,7 @@ pub fn mixed(hidden: usize, head_dim: usize) -> (Value, Tensors) {
     });
     let mut rng = StdRng::seed_from_u64(5);
     let mut random = |mean: f32, spread: f32, shape: &[usize]| {
-        // Uniform, of this standard deviation.
+        // Uniform, with this standard deviation.
         let half = spread * 3f32.sqrt();
         let count = shape.iter().product();
         let numbers = (0..count).map(|_| rng.random_range(mean - half..mean + half)).collect();
@@ -37,7 +38,7 @@ pub fn mixed(hidden: usize, head_dim: usize) -> (Value, Tensors) {
         ("embed.weight".into(), random(0.0, 1.0, &[50, hidden])),
         ("final_norm.weight".into(), random(1.0, 0.1, &[hidden])),
     ]);
-    // As large as 0.2 at 32 channels.
+    // 0.2 at 32 channels.
     let spread = 0.2 * (32.0 / hidden as f32).sqrt();
     for (i, blocks) in config["layers"].as_array().unwrap().iter().enumerate() {
         for kind in blocks.as_array().unwrap().iter().map(|kind| kind.as_str().unwrap()) {
@@ -52,7 +53,7 @@ pub fn mixed(hidden: usize, head_dim: usize) -> (Value, Tensors) {
     (config, tensors)
 }
 
-/// Names and shapes of a block's tensors.
+/// Returns names and shapes of a block's tensors.
 fn block(kind: &str, h: usize, d: usize) -> Vec<(&'static str, Vec<usize>)> {
     let (inner, rank) = (2 * h, h.div_ceil(16));
     match kind {

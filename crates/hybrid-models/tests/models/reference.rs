@@ -1,9 +1,9 @@
-//! Logits beside those of public implementations: see `fixtures/generate.py`.
+//! Logits against those of public implementations: see `fixtures/generate.py`.
 
 use crate::common::{Fixture, distance, feed};
 use candle_core::DType;
 
-/// Whole, in uneven chunks, and token by token.
+/// Checks a prompt fed whole, in uneven chunks, and token by token.
 fn check(name: &str) {
     let fixture = Fixture::open(name);
     let model = fixture.model(DType::F32);
@@ -17,8 +17,8 @@ fn check(name: &str) {
     check_half(&fixture, &[1; 200]);
 }
 
-/// A checkpoint in bf16 beside the public implementation on the same weights; and one in f16, whose weights f32 holds exactly, beside
-/// the same in f32.
+/// Checks a bf16 checkpoint against the public implementation on the same weights, and an f16
+/// checkpoint, whose weights f32 represents exactly, against the same in f32.
 fn check_half(fixture: &Fixture, cuts: &[usize]) {
     let run = |stored, held| feed(&fixture.rounded(stored, held), &fixture.tokens, cuts);
     let error = distance(&run(DType::BF16, DType::BF16), &fixture.logits_of_bf16);
@@ -62,7 +62,7 @@ fn rwkv4() {
     check("rwkv4");
 }
 
-/// The last norm's epsilon is not the configuration's.
+/// The last norm's epsilon is not that of the configuration.
 #[test]
 fn rwkv4_with_another_epsilon() {
     check("rwkv4_epsilon");

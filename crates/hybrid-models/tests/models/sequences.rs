@@ -1,5 +1,5 @@
-//! Many sequences in one session: batches of unequal length, fork, truncation to snapshots, removal,
-//! and errors in the middle.
+//! Many sequences in one session: batches of unequal length, fork, truncation to snapshots,
+//! removal, and errors during a call.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -15,7 +15,7 @@ use longctx_core::{
 const FAMILIES: [&str; 8] =
     ["mamba", "mamba2", "mamba2_groups", "rwkv4", "rwkv5", "rwkv6", "rwkv7", "recurrent_gemma"];
 
-/// Every family, and a stack of all mixers with attention.
+/// Returns every family, and a stack of all mixers with attention.
 fn models() -> Vec<(&'static str, Model)> {
     let of_family = |name| (name, Fixture::open(name).model(DType::F32));
     FAMILIES.into_iter().map(of_family).chain([("mixed", stack())]).collect()
@@ -30,7 +30,7 @@ fn ids(seed: u32, count: usize) -> Vec<u32> {
     (0..count as u32).map(|i| (seed * 31 + i * i * 7 + i) % 50).collect()
 }
 
-/// All logits of one sequence, fed token by token to a session of its own.
+/// Returns all logits of one sequence, fed token by token to its own session.
 fn alone(model: &Model, ids: &[u32]) -> Tensor {
     let tokens = Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
     feed(model, &tokens, &[1]).squeeze(0).unwrap()
@@ -87,7 +87,7 @@ fn forks_part_ways() {
         let mut session = session(&model);
         advance(&mut session, &[(0, &prefix)], Logits::Last).unwrap();
         session.fork(0, 1).unwrap();
-        // What one is fed does not change the other.
+        // Feeding one sequence does not change the other.
         let a = advance(&mut session, &[(0, &[5, 6])], Logits::Last).unwrap();
         let b = advance(&mut session, &[(1, &[8])], Logits::Last).unwrap();
         assert_same(name, &a, &last(&model, &[&prefix[..], &[5, 6]].concat()));
@@ -134,14 +134,14 @@ fn a_sequence_goes_back_to_its_snapshots() {
     for (name, model) in models() {
         let (tokens, other) = (ids(9, 75), ids(10, 3));
         let mut session = session(&model).with_snapshots(16, 3).unwrap();
-        // Snapshots within a prompt, beside a sequence that leaves none.
+        // Snapshots within a prompt, beside a sequence without snapshots.
         advance(&mut session, &[(1, &other), (0, &tokens[..70])], Logits::Last).unwrap();
         assert_eq!((session.last_snapshot(0), session.last_snapshot(1)), (Some(64), None));
         let states = 5 * session.seq_footprint(1).payload;
         if !model.has_attention() {
             assert_eq!(session.footprint().payload, states, "{name}: two states, three snapshots");
         }
-        // Three are kept: at 32, 48 and 64.
+        // Three snapshots are kept: at 32, 48 and 64.
         assert!(session.check_truncate(0, 16).is_err() && session.check_truncate(0, 40).is_err());
         session.fork(0, 2).unwrap();
         for (seq, len) in [(0, 64), (0, 32), (2, 48)] {
@@ -151,7 +151,7 @@ fn a_sequence_goes_back_to_its_snapshots() {
                 advance(&mut session, &[(seq, &tokens[len..len + 2])], Logits::Last).unwrap();
             assert_same(name, &next, &last(&model, &tokens[..len + 2]));
         }
-        // Single tokens leave snapshots, too.
+        // Single tokens leave snapshots too.
         for token in &tokens[34..50] {
             advance(&mut session, &[(0, &[*token]), (1, &[1])], Logits::Last).unwrap();
         }
@@ -162,8 +162,8 @@ fn a_sequence_goes_back_to_its_snapshots() {
     }
 }
 
-/// A state does not depend on whether snapshots are taken on the way to it, nor a copy on what
-/// follows it.
+/// A state does not depend on whether snapshots were taken on the way to it, and a copy does not
+/// depend on later tokens.
 #[test]
 fn a_truncated_sequence_has_the_snapshots_state() {
     for (name, model) in models().into_iter().filter(|(_, model)| !model.has_attention()) {
@@ -180,7 +180,7 @@ fn a_truncated_sequence_has_the_snapshots_state() {
     }
 }
 
-/// A dense cache whose `attend` fails when asked to, and may be one that can't go back.
+/// A dense cache whose `attend` can be made to fail and whose `truncate` can be disabled.
 struct Faulty {
     inner: DenseCache,
     attend: Arc<AtomicBool>,

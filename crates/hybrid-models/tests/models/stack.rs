@@ -1,5 +1,5 @@
-//! Stacks of one family equal that family's public implementation; stacks of all mixers obey the laws of each; attention layers remember
-//! through whatever cache they are given.
+//! Stacks of one family equal that family's public implementation. Stacks of all mixers obey the
+//! laws of each. Attention layers use any cache.
 
 use std::path::Path;
 
@@ -16,7 +16,8 @@ fn build(config: &Value, tensors: Tensors) -> Result<Model> {
     Model::from_tensors(Some(&config.to_string()), tensors, &LoadOptions::default())
 }
 
-/// A family's tensors under the names of a stack: `from` is replaced by `to`, where a name holds it, for each pair in turn.
+/// Renames a family's tensors to those of a stack: for each pair in turn, `from` is replaced by
+/// `to`.
 fn renamed(tensors: Tensors, pairs: &[(&str, &str)]) -> Tensors {
     let rename = |name: String| pairs.iter().fold(name, |name, (from, to)| name.replace(from, to));
     tensors.into_iter().map(|(name, tensor)| (rename(name), tensor)).collect()
@@ -92,7 +93,8 @@ fn of_rwkv5() {
     equals("rwkv5", &config, renamed(Fixture::open("rwkv5").tensors(), &names));
 }
 
-/// `examples/zoo` trains stacks in PyTorch: one of every mixer, with local attention, gives its logits.
+/// Stacks trained in PyTorch by `examples/zoo`: one of every mixer, with local attention, has the
+/// same logits.
 #[test]
 fn of_the_zoo() {
     let fixture = Fixture::open("zoo");
@@ -183,7 +185,8 @@ fn of_all_mixers_chunks_equal_steps_and_entries_do_not_mix() {
     }
 }
 
-/// The logits after a prompt of 512 tokens in one call, those of 8 more, and the session.
+/// Returns the logits after a prompt of 512 tokens in one call, the logits of 8 more tokens, and
+/// the session.
 fn decode(mut session: Session) -> (Tensor, Tensor, Session) {
     let ids = ids(1, 520);
     let prompt: Vec<u32> = ids.narrow(1, 0, 512).unwrap().flatten_all().unwrap().to_vec1().unwrap();
@@ -211,7 +214,7 @@ fn attention_layers_can_be_quantized_and_evicted() {
             .unwrap(),
     );
 
-    // The prompt's own attention is exact; what follows sees what was kept of it.
+    // The attention of the prompt itself is exact; later tokens see the kept entries.
     for same in [&same_prompt, &evicted_prompt] {
         assert!(relative_distance(same, &prompt) <= SAME);
     }
@@ -219,8 +222,8 @@ fn attention_layers_can_be_quantized_and_evicted() {
     assert!(0.0 < of_8 && of_8 < of_2, "{of_8} in 8 bits, {of_2} in 2");
     assert!(of_evicted > 1e-3, "{of_evicted} of evicted");
 
-    // Two attention layers of two kv heads of 32 channels, in f32; the states beside them stay as they are.
-    // Room for tokens still to come is the same for all formats.
+    // Two attention layers of two kv heads of 32 channels, in f32; the states do not change. Memory
+    // allocated for future tokens is the same for all formats.
     let bytes = |session: &Session| session.footprint().total() - session.footprint().slack;
     let whole = 2 * 2 * 2 * 32 * 4 * 520;
     let states = dense.footprint().payload - whole;

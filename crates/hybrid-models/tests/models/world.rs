@@ -1,4 +1,5 @@
-//! The World tokenizer beside the `rwkv` package's, on 10,000 strings of random and real bytes: see `fixtures/generate.py`.
+//! The World tokenizer against that of the `rwkv` package, on 10,000 strings of random and real
+//! bytes: see `fixtures/generate.py`.
 
 use std::path::Path;
 

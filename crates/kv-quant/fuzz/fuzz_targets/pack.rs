@@ -1,4 +1,5 @@
-//! Arbitrary numbers through packing, unpacking and attention: errors may come, panics may not, and what comes back is within a step.
+//! Packs, unpacks and attends over arbitrary numbers. Errors are allowed, panics are not.
+//! Dequantized numbers must be within one quantization step.
 #![no_main]
 
 use half::f16;
@@ -25,7 +26,7 @@ fuzz_target!(|data: &[u8]| {
     for (i, (x, back)) in x.iter().zip(&back).enumerate() {
         let (scale, _) = packed.params(i / columns, i % columns).expect("a place within");
         let largest = bits.max_code() as f32;
-        // Half a step, and what the smallest scales lose to their own rounding.
+        // Half a step, and the rounding error of the smallest scales.
         let slack = (scale.to_f32() * 1e-3).max(6e-8) * largest + x.to_f32().abs() * 1e-3;
         assert!((x.to_f32() - back).abs() <= scale.to_f32() * 0.6 + slack);
     }
@@ -53,7 +54,7 @@ fuzz_target!(|data: &[u8]| {
             Queries { data: &q[..], heads: 1, scale: 1.0, soft_cap: None, window: None };
         let got = pool.attend(&queries, &[1], &[0, 1], Mask::Full).expect("attention");
         assert!(got.out.iter().all(|x| x.is_finite()));
-        // What a cut unpacks can be packed again.
+        // Entries that a truncation unpacks can be packed again.
         pool.truncate(1, tokens / 2).expect("fewer tokens");
         pool.append(&[1], &[0, tokens], x, x).expect("numbers that were taken before");
     }

@@ -1,11 +1,11 @@
-//! Arbitrary bytes as a file of sequences: errors may come, panics may not, and what is read must
-//! work.
+//! Reads arbitrary bytes as a file of sequences. Errors are allowed, panics are not. Loaded
+//! sequences must work.
 
 use kv_quant::CacheFile;
 use serde_json::Value;
 
-/// Reads the bytes as they are, and again with checksums that are right, so that the checks behind
-/// the checksums are reached.
+/// Reads the bytes unchanged, and again with corrected checksums, so that the checks after the
+/// checksums are reached.
 pub fn file(data: &[u8]) {
     read(data.to_vec());
     if let Some(data) = with_right_checksums(data) {
@@ -35,8 +35,8 @@ fn read(bytes: Vec<u8>) {
     }
 }
 
-/// The file with the checksums of its tensors and of its description computed anew. `None` if it is
-/// no safetensors file with such a description.
+/// Returns the file with recomputed checksums of its tensors and its description; `None` if it is
+/// not a safetensors file with such a description.
 fn with_right_checksums(file: &[u8]) -> Option<Vec<u8>> {
     let len = u64::from_le_bytes(file.get(..8)?.try_into().ok()?);
     let end = usize::try_from(len).ok()?.checked_add(8)?;

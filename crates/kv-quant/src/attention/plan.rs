@@ -1,4 +1,4 @@
-//! What a call has to do, cut into parts.
+//! The division of a call's work.
 
 use std::ops::Range;
 
@@ -12,17 +12,17 @@ use crate::{Error, Pool, Result};
 pub struct Call<'a, T> {
     pub pool: &'a Pool,
     pub queries: &'a Queries<'a, T>,
-    /// `[sequences * kv_heads]`
+    /// The kv heads of the call's sequences, `[sequences * kv_heads]`.
     pub heads: Vec<&'a Head>,
-    /// Of each head the slots that its queries see, where the mask lists entries.
+    /// If the mask lists entries: the visible slots of each head.
     pub listed: Option<Vec<Vec<Range<usize>>>>,
     pub cu_seqlens: &'a [usize],
     causal: bool,
-    /// Query heads of a kv head.
+    /// Query heads per kv head.
     pub group: usize,
 }
 
-/// Slots that lie side by side, and how many of the unit's slots come before them.
+/// Contiguous slots, and the number of the unit's slots before them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Span {
     pub offset: usize,
@@ -33,27 +33,27 @@ pub struct Span {
 pub struct Unit {
     /// `sequence * kv_heads + kv head`
     pub head: usize,
-    /// The queries, counted from the call's first.
+    /// The queries, as indices into the call's queries.
     pub queries: Range<usize>,
     /// The slots that at least one of them sees, in whole blocks.
     pub spans: Vec<Span>,
 }
 
-/// Some pieces of a unit's slots, done by one thread.
+/// Some pieces of a unit's slots, processed by one thread.
 pub struct Item {
     pub unit: usize,
     pub pieces: Range<usize>,
-    /// Whether these are all of the unit's.
+    /// Whether these are all of the unit's slots.
     pub whole: bool,
 }
 
 impl Unit {
-    /// Slots.
+    /// Returns the number of slots.
     pub fn len(&self) -> usize {
         self.spans.last().map_or(0, |span| span.offset + span.slots.len())
     }
 
-    /// The parts of spans between two offsets, with the end of the span that each is a part of.
+    /// Returns the parts of spans between two offsets, each with the end of its span.
     pub fn parts(&self, offsets: Range<usize>) -> impl Iterator<Item = (Span, usize)> {
         let end = |span: &Span| span.offset + span.slots.len();
         let first = self.spans.partition_point(|span| end(span) <= offsets.start);
@@ -97,7 +97,7 @@ impl<'a, T: Number> Call<'a, T> {
         Ok(call)
     }
 
-    /// A query that sees itself must be held.
+    /// Checks that each causal query's own entry is held.
     fn check_causal(&self) -> Result<()> {
         for (number, head) in self.heads.iter().enumerate() {
             let queries = self.queries_of(number).len();
@@ -109,7 +109,7 @@ impl<'a, T: Number> Call<'a, T> {
         Ok(())
     }
 
-    /// The slots of listed ranges of entries.
+    /// Returns the slots of listed ranges of entries.
     fn list(&self, lists: &[Vec<Range<usize>>]) -> Result<Vec<Vec<Range<usize>>>> {
         if lists.len() != self.heads.len() {
             return Err(Error::mismatch("lists of entries", self.heads.len(), lists.len()));
@@ -128,18 +128,18 @@ impl<'a, T: Number> Call<'a, T> {
         lists.iter().zip(&self.heads).map(slots).collect()
     }
 
-    /// Rows of the output.
+    /// Returns the number of output rows.
     pub fn rows(&self) -> usize {
         self.queries.data.len() / self.pool.shape().head_dim
     }
 
-    /// The queries of a head's sequence, counted from the call's first.
+    /// Returns the queries of a head's sequence, as indices into the call's queries.
     pub fn queries_of(&self, head: usize) -> Range<usize> {
         let i = head / self.pool.shape().kv_heads;
         self.cu_seqlens[i]..self.cu_seqlens[i + 1]
     }
 
-    /// Which slots a query sees, before holes and lists.
+    /// Returns the slots that a query sees, ignoring holes and lists.
     pub fn seen(&self, number: usize, query: usize) -> Range<usize> {
         let head = self.heads[number];
         if !self.causal {
@@ -150,12 +150,12 @@ impl<'a, T: Number> Call<'a, T> {
         head.slot_range(&(start..end))
     }
 
-    /// The blocks of a head's queries.
+    /// Returns the blocks of a head's queries.
     pub fn query_blocks(&self, head: usize) -> impl Iterator<Item = Range<usize>> {
         blocks(self.queries_of(head), (ROWS / self.group).max(1))
     }
 
-    /// Everything that is to be done.
+    /// Returns all units of work.
     pub fn units(&self) -> Vec<Unit> {
         let mut units = Vec::new();
         for head in 0..self.heads.len() {
@@ -188,16 +188,16 @@ impl<'a, T: Number> Call<'a, T> {
             let start = self.seen(head, queries.start).start.min(last.start);
             if start < last.end {
                 add(start..last.end, TILE);
-                // What no query sees is not scored.
+                // Slots that no query sees are not scored.
                 spans.iter_mut().for_each(|span| span.slots.end = last.end);
             }
         }
         spans
     }
 
-    /// The units in parts for threads: none much larger than a thread's share of all the work.
+    /// Divides the units for threads: no item is much larger than a thread's share of all the work.
     pub fn items(&self, units: &[Unit]) -> Vec<Item> {
-        // Codes are read once for all rows, which costs as much as some rows' products.
+        // Codes are read once for all rows, which costs as much as the products of a few rows.
         let cost = |unit: &Unit| 4 + self.group * unit.queries.len();
         let total: usize = units.iter().map(|unit| unit.len() * cost(unit)).sum();
         let share = total / (4 * rayon::current_num_threads());
@@ -213,7 +213,7 @@ impl<'a, T: Number> Call<'a, T> {
         items
     }
 
-    /// The output's row of a unit's row.
+    /// Returns the output row of a unit's row.
     pub fn row(&self, unit: &Unit, row: usize) -> usize {
         let (g, i) = (row / unit.queries.len(), row % unit.queries.len());
         let kv_head = unit.head % self.pool.shape().kv_heads;
@@ -221,7 +221,7 @@ impl<'a, T: Number> Call<'a, T> {
     }
 }
 
-/// A range in parts of a size.
+/// Splits a range into parts of a size.
 pub fn blocks(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
     let end = range.end;
     range.step_by(size).map(move |start| start..(start + size).min(end))

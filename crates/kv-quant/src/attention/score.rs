@@ -16,7 +16,7 @@ use crate::vector;
 #[derive(Default)]
 pub struct Buffers {
     q: Vec<f32>,
-    /// Rows [`TILE`] apart.
+    /// Scores; rows are [`TILE`] apart.
     pub scores: Vec<f32>,
     pub row: Vec<f32>,
     turned: Turned,
@@ -24,7 +24,7 @@ pub struct Buffers {
 }
 
 impl<T: Number> Call<'_, T> {
-    /// The sums of an item's pieces: joined if they are all that the unit has.
+    /// Computes the sums of an item's pieces. They are merged if the item is the whole unit.
     pub fn attend(&self, units: &[Unit], item: &Item, buffers: &mut Buffers) -> Vec<Tile> {
         let unit = &units[item.unit];
         self.gather_queries(unit.head, &unit.queries, buffers);
@@ -63,13 +63,13 @@ impl<T: Number> Call<'_, T> {
         tile
     }
 
-    /// The slots that each query of a block sees, before holes and lists.
+    /// Returns the slots that each query of a block sees, ignoring holes and lists.
     pub fn seen_by(&self, head: usize, queries: &Range<usize>) -> Vec<Range<usize>> {
         queries.clone().map(|query| self.seen(head, query)).collect()
     }
 
-    /// The queries of a kv head's group, scaled and in the keys' basis: row `g * queries.len() + i`
-    /// is query i of the g-th head.
+    /// Copies the queries of a kv head's group, scaled and in the keys' basis: row `g *
+    /// queries.len() + i` is query i of the g-th head.
     pub fn gather_queries(&self, head: usize, queries: &Range<usize>, buffers: &mut Buffers) {
         let d = self.pool.shape().head_dim;
         let kv_head = head % self.pool.shape().kv_heads;
@@ -89,14 +89,14 @@ impl<T: Number> Call<'_, T> {
         }
     }
 
-    /// Room for the scores of a tile.
+    /// Makes room for the scores of a tile.
     pub fn begin_scores(&self, buffers: &mut Buffers) {
         let rows = buffers.q.len() / self.pool.shape().head_dim;
         buffers.scores.clear();
         buffers.scores.resize(rows * TILE, 0.0);
     }
 
-    /// Scores of all rows against a part of a tile; -inf where a row sees no entry.
+    /// Computes the scores of all rows against a part of a tile; -inf where a row sees no entry.
     pub fn score(&self, number: usize, part: &Span, seen: &[Range<usize>], buffers: &mut Buffers) {
         let (head, memory) = (self.heads[number], &self.pool.memory);
         let Buffers { q, scores, row, turned, scratch } = buffers;
@@ -113,7 +113,7 @@ impl<T: Number> Call<'_, T> {
                     keys.accumulate_rotated(q, place, out, TILE, scratch);
                 }
                 None => {
-                    // The block's values come next.
+                    // The block's values are read next.
                     keys.accumulate(x, Some(block.values()), out, TILE, scratch);
                 }
             }
@@ -143,7 +143,7 @@ impl<T: Number> Call<'_, T> {
         self.hide(number, slots, seen, scores);
     }
 
-    /// Puts -inf where a row does not see a slot.
+    /// Sets scores to -inf where a row does not see a slot.
     fn hide(&self, number: usize, slots: &Range<usize>, seen: &[Range<usize>], scores: &mut [f32]) {
         let hidden = self.hidden(number, slots);
         let within = |slot: usize| slot.saturating_sub(slots.start).min(slots.len());
@@ -157,7 +157,8 @@ impl<T: Number> Call<'_, T> {
         }
     }
 
-    /// The slots that no query sees, counted from the first: holes, and what the mask does not list.
+    /// Returns the slots that no query sees, relative to the first slot: holes, and slots outside
+    /// the mask's lists.
     fn hidden(&self, number: usize, slots: &Range<usize>) -> Vec<usize> {
         let head = self.heads[number];
         let mut hidden = Vec::new();

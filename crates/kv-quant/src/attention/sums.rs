@@ -1,4 +1,4 @@
-//! Attention received by each entry.
+//! Attention probabilities accumulated per entry.
 
 use std::ops::Range;
 
@@ -9,12 +9,12 @@ use crate::number::Number;
 use crate::vector;
 use rayon::prelude::*;
 
-/// Slots whose sums one thread makes at a time.
+/// Slots whose sums one thread computes at a time.
 const PART: usize = 4 * TILE;
 
 impl<T: Number> Call<'_, T> {
-    /// Attention probabilities summed over queries: a vector of the entries for each sequence and
-    /// query head.
+    /// Returns attention probabilities summed over queries: one vector of entries for each sequence
+    /// and query head.
     pub fn sums(&self, lse: &[f32]) -> Vec<Vec<f32>> {
         let parts: Vec<_> = (0..self.heads.len())
             .flat_map(|head| blocks(0..self.heads[head].slots(), PART).map(move |p| (head, p)))
@@ -69,7 +69,7 @@ impl<T: Number> Call<'_, T> {
         sums
     }
 
-    /// Whether the mask lists an entry among the slots.
+    /// Returns whether the mask lists an entry among the slots.
     fn sees_any(&self, head: usize, slots: &Range<usize>) -> bool {
         self.listed.as_ref().is_none_or(|listed| {
             let first = listed[head].partition_point(|range| range.end <= slots.start);

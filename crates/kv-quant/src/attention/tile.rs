@@ -1,4 +1,4 @@
-//! Sums of weighted values, and softmax over tiles of entries.
+//! Weighted sums of values with an online softmax over tiles.
 
 use super::TILE;
 use super::plan::Span;
@@ -10,12 +10,12 @@ use crate::pool::head::Head;
 use crate::pool::memory::Memory;
 use crate::vector;
 
-/// For each row the sum of weighted values, the largest score and the sum of weights.
+/// For each row the weighted sum of values, the largest score and the sum of weights.
 pub struct Tile {
     out: Vec<f32>,
     max: Vec<f32>,
     sum: Vec<f32>,
-    /// From row to row of `out`: the channels in whole lines.
+    /// Row stride of `out`: the channels, rounded up to whole lines.
     stride: usize,
 }
 
@@ -34,8 +34,8 @@ impl Tile {
         self.sum.len()
     }
 
-    /// Turns scores, of which each row has `width`, into weights relative to the row's largest score
-    /// so far, and rescales what was summed before.
+    /// Converts scores, `width` per row, to weights relative to each row's running maximum, and
+    /// rescales the previous sums.
     pub fn soften(&mut self, scores: &mut [f32], width: usize) {
         for (row, scores) in scores.chunks_exact_mut(TILE).enumerate() {
             let scores = &mut scores[..width];
@@ -55,8 +55,8 @@ impl Tile {
         }
     }
 
-    /// Adds the values of a part of a tile, weighted with the scores that [`soften`](Self::soften)
-    /// left. The slots go on to `end`.
+    /// Adds the values of a part of a tile, weighted with the result of [`soften`](Self::soften).
+    /// The slots continue to `end`.
     pub fn weigh(
         &mut self,
         head: &Head,
@@ -69,7 +69,7 @@ impl Tile {
         let size = layout.keys.capacity;
         let scores = &scores[part.offset..];
         for first in (slots.start..slots.end.min(head.packed_values)).step_by(size) {
-            // The next tile's keys come next.
+            // The next tile's keys are read next.
             let next = (first + TILE) / size;
             let next = (first + TILE < *end && next < head.blocks.len())
                 .then(|| head.block(memory, next).keys());
@@ -92,7 +92,7 @@ impl Tile {
         }
     }
 
-    /// Adds the sums over other entries.
+    /// Merges the sums over other entries.
     pub fn join(&mut self, other: &Tile) {
         for row in 0..self.max.len() {
             let max = self.max[row].max(other.max[row]);
@@ -108,8 +108,8 @@ impl Tile {
         }
     }
 
-    /// A row's weighted mean, rotated back if values are rotated, and the logarithm of its sum of
-    /// weights; `None` if it saw nothing.
+    /// Returns a row's output, rotated back if values are rotated, and its log-sum-exp; `None` if
+    /// it saw nothing.
     pub fn finish(&mut self, row: usize, values: &Layout) -> Option<(&[f32], f32)> {
         let (sum, scheme, columns) = (self.sum[row], values.scheme, values.columns);
         let values = &mut self.out[row * self.stride..][..columns];

@@ -10,23 +10,22 @@ use longctx_core::{
     Step, attention, check_new,
 };
 
-/// When a call's own tokens are quantized.
+/// When a call's tokens are quantized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Order {
-    /// After they have attended to each other in full precision: a whole prompt is exact. KIVI's
-    /// way.
+    /// After their attention in full precision: a whole prompt has exact attention. As in KIVI.
     #[default]
     AttendFirst,
-    /// Before: they see each other as later tokens will see them. FlexGen's way in the benchmark of
-    /// arXiv 2407.01527.
+    /// Before their attention: they see each other quantized, as later tokens will. As in FlexGen
+    /// in the benchmark of arXiv 2407.01527.
     QuantizeFirst,
 }
 
-/// A cache that packs keys and values: KIVI's with [`Format::kivi`], FlexGen's with
-/// [`Format::flexgen`] and [`Order::QuantizeFirst`].
+/// A cache of packed keys and values: KIVI with [`Format::kivi`], FlexGen with [`Format::flexgen`]
+/// and [`Order::QuantizeFirst`].
 ///
-/// Keys are packed rotated, unless the format says [`KeyBasis::BeforeRope`]. Layers may differ in
-/// bits: each has a cache of its own.
+/// Keys are packed after the rotary embedding, unless the format has [`KeyBasis::BeforeRope`].
+/// Layers may have different bits: each has its own cache.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -56,7 +55,7 @@ pub struct QuantCache {
     spec: LayerSpec,
     format: Format,
     order: Order,
-    /// Each sequence's first tokens, in f16.
+    /// The first tokens (attention sinks) of each sequence, in f16.
     sinks: QuantStore,
     sink_tokens: usize,
     store: QuantStore,
@@ -64,11 +63,11 @@ pub struct QuantCache {
 }
 
 impl QuantCache {
-    /// An empty cache.
+    /// Creates an empty cache.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a layer with a sliding window; [`Error::Setting`] for keys
-    /// [before RoPE](KeyBasis::BeforeRope) in a layer whose keys come rotated; the rest as
+    /// [before RoPE](KeyBasis::BeforeRope) in a layer without a rotary embedding; the errors of
     /// [`QuantStore::new`].
     pub fn new(spec: LayerSpec, format: Format) -> Result<Self> {
         if spec.shape.window.is_some() {
@@ -81,7 +80,7 @@ impl QuantCache {
         Ok(Self { spec, format, order, sinks, sink_tokens: 0, store, seen })
     }
 
-    /// The store of the tokens after the first `sinks`.
+    /// Creates the store of the tokens after the first `sinks`.
     fn make_store(spec: &LayerSpec, format: Format, sinks: usize) -> Result<QuantStore> {
         if format.basis() != KeyBasis::BeforeRope {
             return QuantStore::new(spec.shape, format);
@@ -91,17 +90,17 @@ impl QuantCache {
         QuantStore::before_rope(spec.shape, format, rotary)
     }
 
-    /// The same with a call's tokens quantized at another time.
+    /// Sets when a call's tokens are quantized.
     #[must_use]
     pub fn with_order(self, order: Order) -> Self {
         Self { order, ..self }
     }
 
-    /// The same with each sequence's first `tokens` tokens kept in f16: models attend to them out of
-    /// all proportion (arXiv 2309.17453), and their keys are outliers.
+    /// Keeps the first `tokens` tokens of each sequence (attention sinks) in f16: they receive a
+    /// large share of the attention (arXiv 2309.17453), and their keys are outliers.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the cache holds something already.
+    /// [`Error::Setting`] if the cache is not empty.
     pub fn with_sinks(self, tokens: usize) -> Result<Self> {
         if !self.seen.is_empty() {
             let got = format!("{} sequences", self.seen.len());
@@ -114,45 +113,45 @@ impl QuantCache {
         Ok(Self { sink_tokens: tokens, store, ..self })
     }
 
-    /// The same with at most `bytes` bytes of packed blocks and tails in use. Sinks come on top.
+    /// Limits the packed blocks and residuals in use to `bytes` bytes, without the sinks.
     #[must_use]
     pub fn with_capacity(self, bytes: usize) -> Self {
         Self { store: self.store.with_capacity(bytes), ..self }
     }
 
-    /// The packed keys and values.
+    /// Returns the store of packed keys and values.
     pub fn store(&self) -> &QuantStore {
         &self.store
     }
 
-    /// Each sequence's first tokens, in f16.
+    /// Returns the store of the first tokens of each sequence, in f16.
     pub fn sinks(&self) -> &QuantStore {
         &self.sinks
     }
 
-    /// How keys and values are held.
+    /// Returns the format of keys and values.
     pub fn format(&self) -> Format {
         self.format
     }
 
-    /// Both stores, for those who load a sequence of so many tokens into them.
+    /// Returns both stores, to load a sequence into them.
     #[cfg(feature = "save")]
     pub(super) fn stores_mut(&mut self) -> (&mut QuantStore, &mut QuantStore) {
         (&mut self.sinks, &mut self.store)
     }
 
-    /// Takes note of a sequence that both stores hold.
+    /// Registers a sequence that both stores hold.
     #[cfg(feature = "save")]
     pub(super) fn note(&mut self, seq: SeqId) {
         self.seen.insert(seq, self.held(seq));
     }
 
-    /// How many of the `coming` tokens of a sequence are sinks.
+    /// Returns how many of the next `coming` tokens of a sequence are sinks.
     fn sinks_among(&self, seq: SeqId, coming: usize) -> usize {
         self.sink_tokens.saturating_sub(self.seen(seq)).min(coming)
     }
 
-    /// The batch's tokens that are sinks, and the others.
+    /// Splits the batch's tokens into sinks and others.
     fn split(&self, batch: &Batch) -> Result<(Option<Part>, Option<Part>)> {
         let first = |seq, tokens: &std::ops::Range<usize>| {
             tokens.start + self.sinks_among(seq, tokens.len())
@@ -170,7 +169,7 @@ impl QuantCache {
         }
     }
 
-    /// Appends a call's tokens to the two stores; on an error neither has changed.
+    /// Appends a call's tokens to the two stores. On an error neither has changed.
     fn append(&mut self, step: &Step<'_>, rotated: &Tensor) -> Result<()> {
         let keys = if self.format.basis() == KeyBasis::BeforeRope { step.k } else { rotated };
         let (Some(sinks), rest) = self.split(step.batch)? else {
@@ -182,7 +181,8 @@ impl QuantCache {
         if done.is_err() {
             for &seq in sinks.batch.seqs() {
                 match self.seen.get(&seq) {
-                    // Nothing in f16 is packed: cutting it gives back exactly what was there.
+                    // The f16 store does not pack, so its truncation restores the previous contents
+                    // exactly.
                     Some(&seen) => self.sinks.truncate(seq, seen)?,
                     None => {
                         self.sinks.remove(seq);
@@ -193,7 +193,7 @@ impl QuantCache {
         done
     }
 
-    /// Exact attention among a call's tokens, and over the tokens before.
+    /// Exact attention among a call's tokens, merged with attention over earlier ones.
     fn attend_exactly(&self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<AttentionState> {
         let mut parts = vec![attention::attend(step.batch, q, k, step.v, &self.spec.shape)?];
         for store in [&self.sinks, &self.store] {
@@ -204,7 +204,7 @@ impl QuantCache {
         AttentionState::merge(&parts)
     }
 
-    /// The same and the append in the store, if it can attend to the call's tokens before it packs
+    /// Attends and appends in the store, if it can attend to the call's tokens before it packs
     /// them.
     fn attend_in_store(
         &mut self,
@@ -218,7 +218,8 @@ impl QuantCache {
         }
     }
 
-    /// Attention of tokens that are in the stores already. `split` is of before they came.
+    /// Attention of tokens that are already in the stores. `split` was made before they were
+    /// appended.
     fn attend_packed(
         &self,
         batch: &Batch,
@@ -279,7 +280,7 @@ impl KvCache for QuantCache {
         self.spec.output(state, step.q.dtype())
     }
 
-    /// The tokens are packed the same in either [`Order`].
+    /// Both [`Order`]s pack the tokens in the same way.
     fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
         step.check(&self.spec)?;
         check_new(self, step.batch)?;
@@ -320,8 +321,8 @@ impl KvCache for QuantCache {
         }
     }
 
-    /// Exact for a cut within the full-precision tail; [`Pool::truncate`](crate::Pool::truncate)
-    /// says what a deeper one costs.
+    /// Exact if the truncation stays within the full-precision residual.
+    /// [`Pool::truncate`](crate::Pool::truncate) describes the effect of a deeper one.
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
         let packed = len.saturating_sub(self.sink_tokens);
@@ -353,7 +354,7 @@ impl KvCache for QuantCache {
         self.sinks.len(seq) + self.store.len(seq)
     }
 
-    /// Sinks count as packed tokens, which is never too little.
+    /// Sinks are counted as packed tokens, which never underestimates.
     fn can_take(&self, batch: &Batch) -> bool {
         self.store.can_append(batch)
     }

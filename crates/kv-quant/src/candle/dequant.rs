@@ -6,12 +6,13 @@ use candle_core::{DType, Device, Result, Tensor};
 use longctx_core::{AttentionShape, Batch, Error, KvStore, SeqId};
 
 /// A packed cache with the methods of candle-nn's `KvCache`, for engines that attend over plain
-/// tensors: swap the type, and the cache takes a fraction of the memory. Each call dequantizes all of
-/// it; attention on the packed codes, as [`QuantCache`](super::QuantCache) does it, is many times
+/// tensors: a drop-in replacement with a fraction of the memory. Each call dequantizes the whole
+/// cache. Attention on the packed codes, with [`QuantCache`](super::QuantCache), is many times
 /// faster.
 ///
-/// A clone shares the packed blocks until one of the two changes them. [`split`](Self::split) and
-/// [`join`](Self::join) take a batch apart and put it together, without copying what is packed.
+/// A clone shares the packed blocks until one of the two changes them (copy on write).
+/// [`split`](Self::split) and [`join`](Self::join) divide and merge batches without copying packed
+/// blocks.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -34,11 +35,11 @@ use longctx_core::{AttentionShape, Batch, Error, KvStore, SeqId};
 #[derive(Debug)]
 pub struct DequantCache {
     shared: Arc<Mutex<Shared>>,
-    /// One sequence for each batch entry; none before the first append.
+    /// One sequence per batch entry; empty before the first append.
     seqs: Vec<SeqId>,
 }
 
-/// The store that a cache and its clones share.
+/// The store shared by a cache and its clones.
 #[derive(Debug)]
 struct Shared {
     store: QuantStore,
@@ -53,7 +54,7 @@ impl Shared {
 }
 
 impl DequantCache {
-    /// An empty cache for so many kv heads of `head_dim` channels.
+    /// Creates an empty cache for `kv_heads` heads of `head_dim` channels.
     ///
     /// # Errors
     /// As [`QuantStore::new`].
@@ -68,13 +69,12 @@ impl DequantCache {
         self.shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Appends keys and values `[batch, kv_heads, tokens, head_dim]`; gives all keys and values, in
-    /// the dtype of those given: earlier calls' as they come back from their codes, this call's
-    /// untouched.
+    /// Appends keys and values `[batch, kv_heads, tokens, head_dim]`. Returns all keys and values
+    /// in the dtype of the arguments: earlier tokens dequantized, this call's unchanged.
     ///
     /// # Errors
-    /// If the tensors do not fit the cache, or hold NaN, infinity or numbers beyond f16's range; the
-    /// cache is then unchanged.
+    /// If the tensors do not fit the cache, or contain NaN, infinity or numbers beyond f16's range.
+    /// The cache is then unchanged.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (batch, kv_heads, tokens, d) = k.dims4()?;
         let begins = self.seqs.is_empty();
@@ -103,16 +103,16 @@ impl DequantCache {
         }
     }
 
-    /// Tokens held.
+    /// Returns the number of tokens held.
     pub fn current_seq_len(&self) -> usize {
         self.seqs.first().map_or(0, |&seq| self.shared().store.len(seq))
     }
 
-    /// Forgets the tokens after the first `len`, as speculative decoding does with rejected ones.
-    /// [`Pool::truncate`](crate::Pool::truncate) says what is exact.
+    /// Removes the tokens after the first `len`, as speculative decoding does with rejected tokens.
+    /// [`Pool::truncate`](crate::Pool::truncate) describes which truncations are exact.
     ///
     /// # Errors
-    /// If fewer than `len` tokens are held; the cache is then unchanged.
+    /// If fewer than `len` tokens are held. The cache is then unchanged.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
         let mut shared = self.shared();
         for &seq in &self.seqs {
@@ -124,19 +124,19 @@ impl DequantCache {
         Ok(())
     }
 
-    /// One cache for each batch entry, in order.
+    /// Splits a batch into one cache per batch entry, in order.
     pub fn split(mut self) -> Vec<Self> {
         let seqs = std::mem::take(&mut self.seqs);
         let one = |seq| Self { shared: self.shared.clone(), seqs: vec![seq] };
         seqs.into_iter().map(one).collect()
     }
 
-    /// The batch entries of several caches as one batch. They come from one cache, by
-    /// [`split`](Self::split) or [`clone`](Self::clone), or from [`sibling`](Self::sibling)s, and
-    /// hold equally many tokens.
+    /// Joins the batch entries of several caches into one batch. The caches must be derived from
+    /// one cache, by [`split`](Self::split), [`clone`](Self::clone) or [`sibling`](Self::sibling),
+    /// and hold equally many tokens.
     ///
     /// # Errors
-    /// If there are none, they share no memory, or their lengths differ.
+    /// If there are no caches, they share no memory, or their lengths differ.
     pub fn join(mut caches: Vec<Self>) -> Result<Self> {
         let Some(first) = caches.first() else {
             return Err(Error::mismatch("caches to join", "at least one", 0).into());
@@ -156,29 +156,29 @@ impl DequantCache {
         Ok(Self { shared, seqs })
     }
 
-    /// An empty cache in the same memory, which can be [joined](Self::join) with this one.
+    /// Returns an empty cache in the same memory, which can be [joined](Self::join) with this one.
     #[must_use]
     pub fn sibling(&self) -> Self {
         Self { shared: self.shared.clone(), seqs: Vec::new() }
     }
 
-    /// All keys, dequantized to f32 on the CPU; `None` if there are none.
+    /// Returns all keys, dequantized to f32 on the CPU; `None` if there are none.
     ///
     /// # Errors
-    /// If the tensors can't be made.
+    /// If candle cannot create the tensors.
     pub fn k(&self) -> Result<Option<Tensor>> {
         Ok(if self.seqs.is_empty() { None } else { Some(self.read(DType::F32, &Device::Cpu)?.0) })
     }
 
-    /// All values, dequantized to f32 on the CPU; `None` if there are none.
+    /// Returns all values, dequantized to f32 on the CPU; `None` if there are none.
     ///
     /// # Errors
-    /// If the tensors can't be made.
+    /// If candle cannot create the tensors.
     pub fn v(&self) -> Result<Option<Tensor>> {
         Ok(if self.seqs.is_empty() { None } else { Some(self.read(DType::F32, &Device::Cpu)?.1) })
     }
 
-    /// Forgets everything and gives the memory back.
+    /// Removes all tokens and frees the memory.
     pub fn reset(&mut self) {
         let seqs = std::mem::take(&mut self.seqs);
         let mut shared = self.shared();
@@ -187,7 +187,7 @@ impl DequantCache {
         }
     }
 
-    /// Bytes of this cache, what it shares with others in full.
+    /// Returns the bytes of this cache. Memory shared with others counts in full.
     pub fn footprint(&self) -> longctx_core::Footprint {
         let shared = self.shared();
         self.seqs.iter().map(|&seq| shared.store.seq_footprint(seq)).sum()
@@ -217,7 +217,7 @@ impl Clone for DequantCache {
         let mut shared = self.shared();
         let fork = |&seq: &SeqId| {
             let copy = shared.take_id();
-            // A known sequence forks to a new one without fail.
+            // The fork of a known sequence to a new one cannot fail.
             shared.store.fork(seq, copy).map(|()| copy).ok()
         };
         let seqs = self.seqs.iter().filter_map(fork).collect();

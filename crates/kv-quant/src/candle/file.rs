@@ -1,4 +1,4 @@
-//! A sequence of a model's caches in a file: for each cache its sinks and its packed tokens.
+//! A sequence of a model's caches in a file: sinks and packed tokens of each cache.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use crate::{CacheFile, Pool};
 use longctx_core::{Error, KvCache, KvStore, Result, SeqId};
 
 /// Writes a sequence of the caches of a model's layers to a file, so that a long prompt need not be
-/// read again.
+/// processed again.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -36,8 +36,8 @@ use longctx_core::{Error, KvCache, KvStore, Result, SeqId};
 /// ```
 ///
 /// # Errors
-/// [`Error::UnknownSequence`] if a cache does not know the sequence; [`Error::File`] if the file
-/// can't be written.
+/// [`Error::UnknownSequence`] if the sequence is missing in a cache; [`Error::File`] if the file
+/// cannot be written.
 pub fn save_caches(path: impl AsRef<Path>, seq: SeqId, caches: &[QuantCache]) -> Result<()> {
     let empty: Vec<_> = caches.iter().map(|cache| begun(cache, seq)).collect::<Result<_>>()?;
     let mut sequences = Vec::new();
@@ -53,13 +53,13 @@ pub fn save_caches(path: impl AsRef<Path>, seq: SeqId, caches: &[QuantCache]) ->
     Ok(crate::save(path, &sequences)?)
 }
 
-/// A store's pool.
+/// Returns a store's pool, or an error if it is not on the CPU.
 fn on_cpu<P>(pool: Option<P>) -> Result<P> {
     let what = "saving or loading sequences of a packed store on a CUDA device";
     pool.ok_or_else(|| Error::Unsupported(what.into()))
 }
 
-/// Pools like those of a cache in which the sequence has begun without a token.
+/// Creates pools like those of a cache, with an empty sequence.
 fn begun(cache: &QuantCache, seq: SeqId) -> Result<(Pool, Pool)> {
     let begin = |like: &Pool| -> Result<Pool> {
         let mut pool = match like.rotary() {
@@ -72,13 +72,13 @@ fn begun(cache: &QuantCache, seq: SeqId) -> Result<(Pool, Pool)> {
     Ok((begin(on_cpu(cache.sinks().pool())?)?, begin(on_cpu(cache.store().pool())?)?))
 }
 
-/// Begins a sequence in each of the caches with what a file of [`save_caches`] holds. The caches are
-/// made as those that were saved.
+/// Creates a sequence in each of the caches from a file of [`save_caches`]. The caches must have
+/// the formats of the saved ones.
 ///
 /// # Errors
-/// [`Error::File`] if the file can't be read, is truncated or damaged; [`Error::Mismatch`] if the
-/// caches are of another number or format than those saved, or know the sequence. On an error no
-/// cache has changed.
+/// [`Error::File`] if the file cannot be read, is truncated or damaged; [`Error::Mismatch`] if the
+/// number or formats of the caches differ from the saved ones, or a cache has the sequence already.
+/// On an error no cache has changed.
 pub fn load_caches(path: impl AsRef<Path>, seq: SeqId, caches: &mut [QuantCache]) -> Result<()> {
     let file = CacheFile::open(path)?;
     if file.len() != 2 * caches.len() {
@@ -106,7 +106,7 @@ pub fn load_caches(path: impl AsRef<Path>, seq: SeqId, caches: &mut [QuantCache]
 fn load(file: &CacheFile, layer: usize, seq: SeqId, cache: &mut QuantCache) -> Result<()> {
     let (sinks, store) = cache.stores_mut();
     for (store, list) in [(sinks, 2 * layer), (store, 2 * layer + 1)] {
-        // A list without heads is a store that held nothing.
+        // A list without heads means that the store was empty.
         if file.has(list) {
             on_cpu(store.pool_mut())?.load(seq, file, list)?;
             if store.len(seq) == 0 {

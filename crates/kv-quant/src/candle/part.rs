@@ -1,4 +1,4 @@
-//! Some of a batch's tokens as a batch of their own.
+//! Some of a batch's tokens as a batch.
 
 use std::ops::Range;
 
@@ -7,15 +7,15 @@ use longctx_core::{AttentionState, Batch, Result, SeqId};
 
 /// Some tokens of each of a batch's sequences.
 pub struct Part {
-    /// The sequences that have any, with the tokens chosen.
+    /// The sequences with chosen tokens, and the numbers of these.
     pub batch: Batch,
-    /// Where these tokens are in the whole batch.
+    /// Indices of these tokens in the whole batch.
     rows: Vec<u32>,
 }
 
 impl Part {
-    /// The tokens that `choose` picks of each sequence's, which it is given as places in the batch;
-    /// `None` if it picks none.
+    /// Selects tokens of each sequence. `choose` receives the sequence's token range in the batch;
+    /// `None` if no token is selected.
     pub fn of(
         batch: &Batch,
         choose: impl Fn(SeqId, Range<usize>) -> Range<usize>,
@@ -30,13 +30,13 @@ impl Part {
         Ok(Some(Self { batch: Batch::new(&seqs)?, rows: rows.collect() }))
     }
 
-    /// The chosen tokens' rows of `[tokens, heads, channels]`.
+    /// Returns the selected tokens' rows of `[tokens, heads, channels]`.
     pub fn rows(&self, x: &Tensor) -> Result<Tensor> {
         let rows = Tensor::new(self.rows.as_slice(), x.device())?;
         Ok(x.contiguous()?.index_select(&rows, 0)?)
     }
 
-    /// Puts the states of parts that make up a batch in the order of its tokens.
+    /// Merges the states of parts that together form a batch, in the order of its tokens.
     pub fn join(parts: &[(Self, AttentionState)]) -> Result<AttentionState> {
         let rows: Vec<u32> = parts.iter().flat_map(|(part, _)| part.rows.iter().copied()).collect();
         let mut places = vec![0u32; rows.len()];

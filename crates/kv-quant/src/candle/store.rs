@@ -8,16 +8,16 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use longctx_core::attention::with_slice;
 use longctx_core::{
-    AttentionShape, AttentionState, Batch, Error, Footprint, KvStore, Result, Selection, SeqId,
-    check_range, check_selections,
+    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Result,
+    Selection, SeqId, check_range, check_selections,
 };
 
-/// Packed keys and values of one layer for many sequences: a [`Pool`] behind longctx-core's
-/// [`KvStore`]. Attention reads the codes as they lie.
+/// Packed keys and values of one layer for many sequences: a [`Pool`] with longctx-core's
+/// [`KvStore`] trait. Attention reads the packed codes.
 ///
-/// The first tensors decide on the device; later ones from another are refused, as long as the store
-/// holds a sequence. With feature `cuda`, a store on a CUDA device takes the formats that there are
-/// kernels for, and refuses others: `docs/cuda.md` lists them.
+/// The first tensors determine the device. Tensors from another device are refused as long as the
+/// store holds a sequence. With the feature `cuda`, a store on a CUDA device supports the formats
+/// with kernels (listed in `docs/cuda.md`) and refuses others.
 #[derive(Debug, Clone)]
 pub struct QuantStore {
     shape: AttentionShape,
@@ -29,12 +29,12 @@ enum Held {
     Host(Box<Pool>),
     #[cfg(feature = "cuda")]
     Cuda(Box<CudaPool>),
-    /// What is held in f16 and never packed.
+    /// Entries in f16 that are never packed.
     #[cfg(feature = "cuda")]
     CudaHalf(Box<CudaHalf>),
 }
 
-/// Runs an expression on the pool that is held, whichever it is.
+/// Evaluates an expression on the pool of any variant.
 macro_rules! on_pool {
     ($held:expr, $pool:ident => $run:expr) => {
         on_pool!($held, $pool => $run, $pool => $run)
@@ -50,7 +50,7 @@ macro_rules! on_pool {
     };
 }
 
-/// Runs an expression on the numbers of a contiguous tensor, whatever float type they have.
+/// Evaluates an expression on the elements of a contiguous tensor of any float dtype.
 macro_rules! with_numbers {
     ($tensor:expr, $numbers:ident => $run:expr) => {
         match $tensor.dtype() {
@@ -62,7 +62,7 @@ macro_rules! with_numbers {
 }
 
 impl QuantStore {
-    /// An empty store.
+    /// Creates an empty store.
     ///
     /// # Errors
     /// [`Error::Setting`] if the format does not fit the heads, or has keys
@@ -72,8 +72,8 @@ impl QuantStore {
         Ok(Self { shape, held: Held::Host(Box::new(pool)) })
     }
 
-    /// An empty store whose keys come as they are before the rotary embedding; its queries come
-    /// rotated.
+    /// Creates an empty store whose keys are given before the rotary embedding and whose queries
+    /// are given after it.
     ///
     /// # Errors
     /// [`Error::Setting`] if the format or the embedding does not fit the heads.
@@ -82,8 +82,7 @@ impl QuantStore {
         Ok(Self { shape, held: Held::Host(Box::new(pool)) })
     }
 
-    /// The same with at most `bytes` bytes of blocks and pages in use; on a CUDA device, of records
-    /// and rings.
+    /// Limits blocks and pages in use to `bytes` bytes; on a CUDA device records and rings.
     #[must_use]
     pub fn with_capacity(self, bytes: usize) -> Self {
         let held = match self.held {
@@ -96,28 +95,28 @@ impl QuantStore {
         Self { held, ..self }
     }
 
-    /// The most bytes in use; `None` for a store that grows.
+    /// Returns the largest number of bytes in use; `None` for a store that grows.
     pub fn capacity(&self) -> Option<usize> {
         on_pool!(&self.held, pool => pool.capacity())
     }
 
-    /// How keys and values are held.
+    /// Returns the format of keys and values.
     pub fn format(&self) -> Format {
         on_pool!(&self.held, pool => pool.format())
     }
 
-    /// The packed keys and values on the CPU; `None` if they are on another device.
+    /// Returns the pool of packed keys and values on the CPU; `None` if they are on another device.
     pub fn pool(&self) -> Option<&Pool> {
         on_pool!(&self.held, pool => Some(pool), _pool => None)
     }
 
-    /// The same, for those who load sequences into them.
+    /// Returns the pool for loading sequences into it.
     #[cfg(feature = "save")]
     pub(super) fn pool_mut(&mut self) -> Option<&mut Pool> {
         on_pool!(&mut self.held, pool => Some(pool), _pool => None)
     }
 
-    /// Checks that there is room for a batch's tokens, which lie on `device`.
+    /// Checks that there is room for a batch's tokens on `device`.
     pub(super) fn check_append(&mut self, batch: &Batch, device: &Device) -> Result<()> {
         self.settle(device)?;
         on_pool!(&self.held,
@@ -160,9 +159,9 @@ impl QuantStore {
         Ok(())
     }
 
-    /// Appends a batch's tokens and attends causally to them, in full precision, and to what is held;
-    /// they are packed after. `None`, and nothing is changed, where attention among the tokens is
-    /// not the store's to compute: on the CPU, or if there are many of them.
+    /// Appends a batch's tokens and computes their causal attention, in full precision among them
+    /// and over the held entries; they are packed afterwards. Returns `None` and changes nothing if
+    /// the store cannot compute the attention among the tokens: on the CPU, or for many tokens.
     pub(super) fn append_after_attention(
         &mut self,
         batch: &Batch,
@@ -183,7 +182,7 @@ impl QuantStore {
         }
     }
 
-    /// The queries in f32, checked against a batch.
+    /// Returns the queries in f32, checked against a batch.
     fn queries(&self, batch: &Batch, q: &Tensor) -> Result<Tensor> {
         let tokens = self.shape.check_q(q)?;
         if tokens != batch.tokens() {
@@ -193,8 +192,8 @@ impl QuantStore {
         Ok(q.to_dtype(DType::F32)?.contiguous()?)
     }
 
-    /// Runs `f` with the queries of the batch's sequences that are known: sequences, `cu_seqlens`
-    /// and mask are theirs alone. `None` if there are none.
+    /// Runs `f` with the queries of the batch's known sequences, and with their sequence ids,
+    /// `cu_seqlens` and mask. Returns `None` if no sequence is known.
     fn of_known<R>(
         &self,
         pool: &Pool,
@@ -276,7 +275,7 @@ impl QuantStore {
         q: &Tensor,
         lse: &Tensor,
         mask: longctx_core::Mask<'_>,
-    ) -> Result<Vec<Tensor>> {
+    ) -> Result<Vec<AttentionSums>> {
         let heads = self.shape.heads;
         let lse = lse.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let mut all = vec![Vec::new(); batch.seqs().len() * heads];
@@ -287,11 +286,18 @@ impl QuantStore {
             places.zip(sums).for_each(|(place, sums)| all[place] = sums);
             Ok(())
         })?;
-        let of_kv_head = |heads: &[Vec<f32>]| {
-            Ok(Tensor::from_vec(heads.concat(), (heads.len(), heads[0].len()), &Device::Cpu)?)
-        };
-        all.chunks(self.shape.group()).map(of_kv_head).collect()
+        let of_seq = |lists| AttentionSums::from_lists(lists, self.shape.group(), &Device::Cpu);
+        all.chunks(heads).map(of_seq).collect()
     }
+}
+
+/// Each head's list of the selections, one sequence after the other.
+fn lists(batch: &Batch, tokens: &[Selection], kv_heads: usize) -> Result<Vec<Vec<u32>>> {
+    let mut lists = Vec::new();
+    for ((_, own), selection) in batch.iter().zip(tokens) {
+        lists.extend_from_slice(selection.check(&vec![own.len(); kv_heads])?);
+    }
+    Ok(lists)
 }
 
 fn pool_shape(shape: &AttentionShape) -> PoolShape {
@@ -299,7 +305,7 @@ fn pool_shape(shape: &AttentionShape) -> PoolShape {
     PoolShape { kv_heads, head_dim, value_dim }
 }
 
-/// Keys and values as contiguous tensors of one float type, checked against a batch.
+/// Returns keys and values as contiguous tensors of one float dtype, checked against a batch.
 fn prepare(
     shape: &AttentionShape,
     batch: &Batch,
@@ -331,15 +337,15 @@ fn on_cpu(x: &Tensor) -> Result<()> {
     }
 }
 
-/// The sequences of a batch that a store knows.
+/// The known sequences of a batch.
 struct Known {
     seqs: Vec<SeqId>,
     cu_seqlens: Vec<usize>,
-    /// Which of the batch's sequences they are.
+    /// Indices of the sequences in the batch.
     places: Vec<usize>,
-    /// Their tokens in the batch.
+    /// Their token ranges in the batch.
     tokens: Vec<Range<usize>>,
-    /// Whether all are known.
+    /// Whether all sequences are known.
     all: bool,
 }
 
@@ -365,7 +371,7 @@ impl Known {
         of
     }
 
-    /// Their rows of a batch's.
+    /// Returns their rows of a batch's rows.
     fn rows<'a>(&self, data: &'a [f32], row: usize) -> std::borrow::Cow<'a, [f32]> {
         if self.all {
             return data.into();
@@ -374,7 +380,7 @@ impl Known {
         self.tokens.iter().flat_map(of).copied().collect::<Vec<_>>().into()
     }
 
-    /// Puts their rows in their places among a batch's, which are filled with `fill`.
+    /// Scatters their rows among the batch's; the other rows are filled with `fill`.
     fn scatter(&self, data: Vec<f32>, row: usize, tokens: usize, fill: f32) -> Vec<f32> {
         if self.all {
             return data;
@@ -419,7 +425,7 @@ impl KvStore for QuantStore {
         on_pool!(&mut self.held,
             pool => {
                 let (k, v) = prepare(&self.shape, batch, k, v)?;
-                let lists: Vec<_> = tokens.iter().flat_map(|of| of.heads()).cloned().collect();
+                let lists = lists(batch, tokens, self.shape.kv_heads)?;
                 with_numbers!(&k, k => with_slice(&v, |v| {
                     Ok(pool.append_selected(seqs, ends, k, v, &lists)?)
                 }))
@@ -444,7 +450,7 @@ impl KvStore for QuantStore {
         q: &Tensor,
         lse: &Tensor,
         mask: longctx_core::Mask<'_>,
-    ) -> Result<Vec<Tensor>> {
+    ) -> Result<Vec<AttentionSums>> {
         on_pool!(&self.held,
             pool => self.sums_on_host(pool, batch, q, lse, mask),
             pool => pool.attention_sums(batch, q, lse, mask))
@@ -452,7 +458,7 @@ impl KvStore for QuantStore {
 
     fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
         on_pool!(&mut self.held,
-            pool => Ok(pool.retain(seq, keep.heads())?),
+            pool => Ok(pool.retain(seq, keep.heads()?)?),
             pool => pool.retain(seq, keep))
     }
 

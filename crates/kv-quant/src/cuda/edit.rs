@@ -42,7 +42,7 @@ impl CudaPool {
     /// are packed one by one keeps its codes and gets holes.
     pub fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
-        let (format, group) = (self.format, self.layout.group);
+        let (format, group) = (self.device_format, self.layout.group);
         let cut = |head: &Head| {
             let last = len.checked_sub(1).map(std::iter::once);
             let slots = last.and_then(|last| head.live.slots_of(last).next());
@@ -86,11 +86,11 @@ impl CudaPool {
     pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
         let sequence = self.sequence(seq)?;
         self.check(seq)?;
-        keep.check(&self.lens(seq))?;
         let slots_of = |(head, keep): (&Head, &Vec<u32>)| {
             head.live.slots_of(keep.iter().map(|&entry| entry as usize)).collect::<Vec<_>>()
         };
-        let slots: Vec<_> = sequence.heads.iter().zip(keep.heads()).map(slots_of).collect();
+        let slots: Vec<_> =
+            sequence.heads.iter().zip(keep.check(&self.lens(seq))?).map(slots_of).collect();
         let stays = |(head, slots): (&Head, &Vec<usize>)| {
             let packed = slots.partition_point(|&slot| slot < head.packed.keys);
             Stays::new(head.packed.keys, head.slots, slots[packed..].iter().copied())

@@ -47,7 +47,8 @@ impl CudaPool {
         let (kv_heads, mut rows) = (self.shape.kv_heads, Vec::new());
         let (mut firsts, mut counts) = (Vec::new(), Vec::new());
         for ((_, own), selection) in batch.iter().zip(tokens) {
-            for (head, list) in selection.heads().iter().enumerate() {
+            let lists = selection.check(&vec![own.len(); kv_heads])?;
+            for (head, list) in lists.iter().enumerate() {
                 firsts.push(rows.len());
                 counts.push(list.len());
                 let row = |&token: &u32| ((own.start + token as usize) * kv_heads + head) as u32;
@@ -240,7 +241,7 @@ impl CudaPool {
         let heads = batch.seqs().iter().filter_map(|seq| self.seqs.get(seq));
         let heads = heads.flat_map(|sequence| &sequence.heads).enumerate();
         let of = |(i, head): (usize, &super::head::Head)| {
-            head.packed_at(self.format, head.slots + more.map_or(0, |more| more[i]))
+            head.packed_at(self.device_format, head.slots + more.map_or(0, |more| more[i]))
         };
         heads.map(of).collect()
     }

@@ -5,7 +5,7 @@ use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The smallest slab, in bytes.
-const SLAB: usize = 1 << 20;
+const SLAB: usize = 1 << 16;
 
 /// The records of one pool. Several tables hold one record only if what it will ever contain is
 /// settled.

@@ -6,19 +6,18 @@ use super::head::Head;
 use super::kernels::TILE;
 use super::tensors::{address, tensor};
 use candle_core::{DType, Tensor};
-use longctx_core::{Batch, Error, Mask, Result};
+use longctx_core::{AttentionSums, Batch, Error, Mask, Result, SeqId};
 use longctx_cuda::cudarc::driver::DevicePtr;
 
 impl CudaPool {
-    /// For each kv head of each sequence, the probabilities that its entries receive, `[group,
-    /// entries]`.
+    /// Returns the attention probabilities that the entries of each sequence receive.
     pub fn attention_sums(
         &self,
         batch: &Batch,
         q: &Tensor,
         lse: &Tensor,
         mask: Mask<'_>,
-    ) -> Result<Vec<Tensor>> {
+    ) -> Result<Vec<AttentionSums>> {
         let (q, mut work) = self.queries(batch, q, mask)?;
         let _selected = match mask {
             Mask::Entries(ranges) => Some(self.mark(batch, ranges, &mut work)?),
@@ -52,18 +51,29 @@ impl CudaPool {
         // SAFETY: the sizes above are those that the kernel counts with.
         unsafe { self.kernels.sums(&stream, &args, (tiles, work.len(), blocks))? };
         let all = tensor(&self.device, out, &[total.max(1)]);
+        let mut lens = lens.chunks(self.shape.kv_heads);
         let mut first = 0;
-        let mut sums = Vec::with_capacity(lens.len());
-        for (i, slots) in lens.into_iter().enumerate() {
-            let own = all.narrow(0, first, per * slots)?.reshape((per, slots))?;
-            first += per * slots;
-            let (seq, head) = (i / self.shape.kv_heads, i % self.shape.kv_heads);
-            let head = self.seqs.get(&batch.seqs()[seq]).map(|of| &of.heads[head]);
-            sums.push(match head.and_then(Head::entry_slots) {
-                Some(slots) => own.index_select(&Tensor::new(slots, own.device())?, 1)?,
-                None => own,
-            });
+        let of_seq = |seq: &SeqId| {
+            let slots = lens.next().unwrap_or_default().to_vec();
+            let count = per * slots.iter().sum::<usize>();
+            let sums = AttentionSums::new(all.narrow(0, first, count)?, per, slots)?;
+            first += count;
+            self.without_holes(*seq, sums)
+        };
+        batch.seqs().iter().map(of_seq).collect()
+    }
+
+    /// The sums of entries, given those of all slots.
+    fn without_holes(&self, seq: SeqId, sums: AttentionSums) -> Result<AttentionSums> {
+        let heads = self.seqs.get(&seq).map_or(&[][..], |of| &of.heads);
+        if heads.iter().all(|head| head.live.holes() == 0) {
+            return Ok(sums);
         }
-        Ok(sums)
+        let of_entries = |(own, head): (Tensor, &Head)| match head.entry_slots() {
+            Some(slots) => Ok(own.index_select(&Tensor::new(slots, own.device())?, 1)?),
+            None => Ok(own),
+        };
+        let heads = sums.split()?.into_iter().zip(heads).map(of_entries);
+        AttentionSums::from_heads(&heads.collect::<Result<Vec<_>>>()?)
     }
 }

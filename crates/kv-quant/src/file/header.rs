@@ -1,4 +1,4 @@
-//! What a file says of its sequences beside their tensors, as JSON in the safetensors metadata.
+//! The description of a file's sequences, as JSON in the safetensors metadata.
 
 use crate::pool::Sequence;
 use crate::pool::head::Head;
@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields)]
 pub struct Layer {
     head_dim: usize,
-    /// Where it is not head_dim.
+    /// If different from head_dim.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     value_dim: Option<usize>,
     keys: Matrix,
@@ -22,7 +22,7 @@ pub struct Layer {
     flush: String,
     /// Tokens of a rolling or staggered flush.
     residual: usize,
-    /// `given` or `before-rope`; in version 1 also `hadamard`, for keys that are rotated.
+    /// `given` or `before-rope`; in version 1 also `hadamard`, for rotated keys.
     basis: String,
     rotary: Option<Embedding>,
     pub heads: Vec<Counts>,
@@ -48,7 +48,7 @@ enum Kind {
     Asymmetric,
     Uniform,
     Symmetric,
-    /// With the static scale, if there is one.
+    /// With the static scale, if any.
     E4m3(Option<f32>),
     E5m2(Option<f32>),
     LloydMax {
@@ -66,7 +66,7 @@ struct Embedding {
     first: usize,
 }
 
-/// A head's counts of tokens.
+/// The token counts of a head.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct Counts {
@@ -106,10 +106,10 @@ impl Layer {
         }
     }
 
-    /// An empty pool like the one that held it.
+    /// Creates an empty pool with the same settings.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a description that no pool has.
+    /// [`Error::Setting`] for a description that no pool supports.
     pub fn pool(&self) -> Result<Pool> {
         const MOST_CHANNELS: usize = 1 << 16;
         let value_dim = self.value_dim.unwrap_or(self.head_dim);
@@ -141,7 +141,7 @@ impl Layer {
 }
 
 impl Layer {
-    /// Whether the newest keys, too, are rotated: in version 1 they were.
+    /// Returns whether the unpacked keys are rotated too, as in version 1.
     pub fn has_rotated_tail(&self) -> bool {
         self.basis == "hadamard"
     }

@@ -1,4 +1,4 @@
-//! A file's sequences into pools.
+//! Loads a file's sequences into pools.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -17,15 +17,15 @@ use crate::{Axis, Error, Flush, Pool, Result};
 use half::f16;
 use safetensors::tensor::{Dtype, SafeTensors};
 
-/// A file of sequences, whose checksums have been compared.
+/// A file of sequences. Its checksums have been verified.
 pub struct CacheFile {
     bytes: Box<dyn AsRef<[u8]> + Send + Sync>,
     layers: Vec<Option<Layer>>,
-    /// Type and place of each tensor.
+    /// Dtype and byte range of each tensor.
     tensors: HashMap<String, (Dtype, Range<usize>)>,
 }
 
-/// One head's parts, checked.
+/// The parts of one head, checked.
 struct Parts<'a> {
     counts: Counts,
     keys: Matrix<'a>,
@@ -44,12 +44,12 @@ struct Matrix<'a> {
 }
 
 impl Pool {
-    /// Begins a sequence with what a file holds as its `layer`-th one. It goes on as the one that was
-    /// saved, but that the newest packed group has left full precision.
+    /// Creates a sequence from the `layer`-th sequence of a file. It continues like the saved one,
+    /// except that the newest packed group is no longer kept in full precision as well.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if the sequence exists, the file has no such layer, or its pool was made
-    /// in another way; [`Error::File`] if the layer's tensors do not fit together;
+    /// [`Error::Mismatch`] if the sequence exists, the file has no such layer, or its pool had
+    /// other settings; [`Error::File`] if the layer's tensors are inconsistent;
     /// [`Error::PoolFull`]. On an error nothing has changed.
     pub fn load(&mut self, seq: u64, file: &CacheFile, layer: usize) -> Result<()> {
         self.check_new(seq)?;
@@ -81,16 +81,17 @@ impl fmt::Debug for CacheFile {
 }
 
 impl CacheFile {
-    /// Maps a file that [`save`](super::save) has written. It must stay as it is while this lives.
+    /// Maps a file written by [`save`](super::save). The file must not be modified while this value
+    /// lives.
     ///
     /// # Errors
-    /// [`Error::File`] if the file can't be opened, is truncated or damaged, or is of another format
+    /// [`Error::File`] if the file cannot be opened, is truncated or damaged, or has another format
     /// or version.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let file = File::open(path).map_err(|e| Error::file(path, e))?;
-        // SAFETY: what the map shows may change only if the file is changed, which this function's
-        // documentation rules out.
+        // SAFETY: the mapped memory changes only if the file is modified, which this function's
+        // documentation excludes.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::file(path, e))?;
         Self::parse(Box::new(map)).map_err(|e| match e {
             Error::File { reason, .. } => Error::file(path, reason),
@@ -98,7 +99,7 @@ impl CacheFile {
         })
     }
 
-    /// The same from a file's bytes.
+    /// Reads a file from its bytes.
     ///
     /// # Errors
     /// As [`open`](Self::open), with an empty path.
@@ -106,27 +107,28 @@ impl CacheFile {
         Self::parse(Box::new(bytes))
     }
 
-    /// Sequences in the file.
+    /// Returns the number of sequences in the file.
     pub fn len(&self) -> usize {
         self.layers.len()
     }
 
-    /// Whether the file holds nothing.
+    /// Returns whether the file contains no sequence.
     pub fn is_empty(&self) -> bool {
         self.layers.is_empty()
     }
 
-    /// Whether the `layer`-th sequence has heads: files of earlier releases have lists without.
+    /// Returns whether the `layer`-th sequence has heads: files of earlier releases have lists
+    /// without heads.
     #[cfg(feature = "candle")]
     pub(crate) fn has(&self, layer: usize) -> bool {
         self.layers.get(layer).is_some_and(Option::is_some)
     }
 
-    /// An empty pool, made as the one that held the `layer`-th sequence.
+    /// Creates an empty pool with the settings of the pool that held the `layer`-th sequence.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if there is no such sequence; [`Error::File`] for one without heads, or
-    /// whose description no pool has.
+    /// with a description that no pool supports.
     pub fn pool(&self, layer: usize) -> Result<Pool> {
         self.layer(layer)?.pool().map_err(|e| Error::file("", format!("layer {layer}: {e}")))
     }
@@ -174,7 +176,7 @@ impl CacheFile {
         Ok(Self { bytes, layers, tensors })
     }
 
-    /// The parts of a head, which fit together and the pool.
+    /// Returns the parts of a head, checked against each other and the pool.
     fn parts(&self, pool: &Pool, (l, h): (usize, usize), counts: Counts) -> Result<Parts<'_>> {
         let layout = pool.memory.layout;
         let numbers = |tensor: &str| self.numbers(&name(l, h, tensor));
@@ -193,7 +195,7 @@ impl CacheFile {
         Ok(parts)
     }
 
-    /// The blocks' parts of a matrix of so many rows.
+    /// Returns the blocks' parts of a matrix of `rows` rows.
     fn matrix(&self, matrix: &str, rows: usize, layout: &Layout) -> Result<Matrix<'_>> {
         let count = rows.div_ceil(layout.capacity);
         let tensor = |t: &str, dtype, block_bytes: usize| {
@@ -222,7 +224,7 @@ impl CacheFile {
         })
     }
 
-    /// A tensor of finite halves.
+    /// Returns a tensor of finite f16 numbers.
     fn numbers(&self, name: &str) -> Result<Vec<f16>> {
         let numbers: Vec<f16> = bytemuck::pod_collect_to_vec(self.tensor(name, Dtype::F16)?);
         match numbers.iter().find(|x| !x.is_finite()) {
@@ -245,7 +247,7 @@ impl CacheFile {
 }
 
 impl Parts<'_> {
-    /// Puts the newest keys of a file of version 1 into the basis that they came in.
+    /// Rotates the newest keys of a file of version 1 back to their original basis.
     fn rotate_tail_back(&mut self, pool: &Pool) {
         let mut rows: Vec<f32> = self.new_keys.iter().map(|x| x.to_f32()).collect();
         hadamard(&mut rows, pool.shape.head_dim);
@@ -254,7 +256,7 @@ impl Parts<'_> {
         self.new_keys = rows.iter().map(half).collect();
     }
 
-    /// Checks that the tensors and counts fit together.
+    /// Checks that tensors and counts are consistent.
     fn check(&self, pool: &Pool) -> Result<()> {
         let Counts { len, packed_keys, packed_values } = self.counts;
         let (head_dim, value_dim) = (pool.shape.head_dim, pool.shape.value_dim);
@@ -340,7 +342,7 @@ impl Parts<'_> {
     }
 }
 
-/// The `i`-th of the parts of `from` that are as long as `to`, if there is one.
+/// Copies the `i`-th part of `from` to `to`, if there is one. Parts have the length of `to`.
 fn copy(from: &[u8], i: usize, to: &mut [u8]) {
     if let Some(part) = from.get(i * to.len()..(i + 1) * to.len()) {
         to.copy_from_slice(part);

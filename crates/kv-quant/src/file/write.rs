@@ -1,4 +1,4 @@
-//! Sequences to a file.
+//! Writes sequences to a file.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -11,18 +11,18 @@ use crate::pool::memory::Memory;
 use crate::{Error, Pool, Result};
 use safetensors::tensor::{Dtype, View};
 
-/// Writes sequences, such as one of each layer's pool, to a safetensors file. An existing file is
-/// replaced once all is written.
+/// Writes sequences, for example one of each layer's pool, to a safetensors file. An existing file
+/// is replaced after everything is written.
 ///
 /// # Errors
-/// [`Error::UnknownSequence`]; [`Error::File`] if the file can't be written.
+/// [`Error::UnknownSequence`]; [`Error::File`] if the file cannot be written.
 pub fn save(path: impl AsRef<Path>, sequences: &[(&Pool, u64)]) -> Result<()> {
     let path = path.as_ref();
     let (tensors, metadata) = parts(sequences)?;
     safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|e| Error::file(path, e))
 }
 
-/// The bytes that [`save`] writes.
+/// Returns the bytes that [`save`] writes.
 ///
 /// # Errors
 /// [`Error::UnknownSequence`].
@@ -58,7 +58,7 @@ fn parts<'a>(sequences: &[(&'a Pool, u64)]) -> Result<Parts<'a>> {
     Ok((tensors, metadata))
 }
 
-/// A tensor of a head; its bytes are joined from the blocks when they are written.
+/// A tensor of a head. Its bytes are collected from the blocks when they are written.
 struct Tensor<'a> {
     head: &'a Head,
     memory: &'a Memory,
@@ -97,7 +97,7 @@ impl View for Tensor<'_> {
 }
 
 impl Head {
-    /// Hands the bytes of one of its tensors on, piece by piece.
+    /// Calls `f` with the bytes of a tensor, part by part.
     fn for_each_part(&self, memory: &Memory, name: &str, mut f: impl FnMut(&[u8])) {
         let chunk = memory.layout.keys.capacity;
         let keys = (0..self.packed_keys.div_ceil(chunk)).map(|i| self.block(memory, i).keys());

@@ -1,4 +1,4 @@
-//! The kernel with AVX2 and FMA: a line is two registers.
+//! The AVX2 and FMA kernel: a line is two registers.
 
 use super::{Kernels, Panel, Params, Rows, prefetch};
 use crate::layout::Line;
@@ -12,7 +12,7 @@ use std::arch::x86_64::{
     _mm256_sra_epi32, _mm256_srli_epi32, _mm256_srlv_epi32, _mm256_storeu_ps,
 };
 
-/// The kernels, if this machine has what they need.
+/// Returns the kernels if this CPU supports them.
 pub fn kernels() -> Option<Kernels> {
     let has = std::arch::is_x86_feature_detected!("avx2")
         && std::arch::is_x86_feature_detected!("fma")
@@ -20,18 +20,18 @@ pub fn kernels() -> Option<Kernels> {
     has.then_some(Kernels {
         name: "AVX2",
         accumulate,
-        // SAFETY: F16C is there.
+        // SAFETY: the CPU supports F16C.
         widen: |src, out| unsafe { widen(src, out) },
     })
 }
 
 /// # Safety
-/// F16C.
+/// The CPU must support F16C.
 #[target_feature(enable = "avx,f16c")]
 unsafe fn widen(src: &[f16], out: &mut [f32]) {
     let whole = src.len() / 8 * 8;
     for (src, out) in src.chunks_exact(8).zip(out.chunks_exact_mut(8)) {
-        // SAFETY: both have 8 numbers.
+        // SAFETY: both slices have 8 elements.
         unsafe {
             let halves = _mm_loadu_si128(src.as_ptr().cast());
             _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(halves));
@@ -52,10 +52,11 @@ fn accumulate(
     }
 }
 
-/// `R` rows against the `half`-th line of each word.
+/// Computes `R` rows against the `half`-th line of each word.
 ///
 /// # Safety
-/// AVX2, FMA, and what [`run`](super::run) checks; `half` is below the panel's width, rows `first` to `first + R` are among `x.count`.
+/// The CPU must support AVX2 and FMA, and the checks of [`run`](super::run) must hold. `half` is
+/// below the panel's width; rows `first` to `first + R` are among `x.count`.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn rows<const R: usize>(
     panel: Panel<'_>,
@@ -99,7 +100,7 @@ unsafe fn rows<const R: usize>(
             let values = decoder.decode(codes, params.scales[step], params.zeros[step]);
             words = words.map(|words| _mm256_srlv_epi32(words, shift));
             for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: row first + r < x.count and step < x.steps lie in `x.data`.
+                // SAFETY: row first + r < x.count and step < x.steps are in `x.data`.
                 let weight = _mm256_set1_ps(unsafe { *x_first.add(r * x.stride + step) });
                 for (sum, value) in sums.iter_mut().zip(values) {
                     *sum = _mm256_fmadd_ps(weight, value, *sum);
@@ -110,7 +111,7 @@ unsafe fn rows<const R: usize>(
     for (r, sums) in sums.iter().enumerate() {
         let out = &mut out[(first + r) * out_stride + 16 * half..][..16];
         for (&sum, out) in sums.iter().zip(out.chunks_exact_mut(8)) {
-            // SAFETY: `out` holds 8 numbers.
+            // SAFETY: `out` has 8 elements.
             unsafe {
                 let before = _mm256_loadu_ps(out.as_ptr());
                 _mm256_storeu_ps(out.as_mut_ptr(), _mm256_add_ps(before, sum));
@@ -131,14 +132,14 @@ fn load(line: &Line) -> [__m256i; 2] {
     }
 }
 
-/// How the codes in the lowest bits of words become numbers.
+/// How the codes in the lowest bits of words are converted to numbers.
 #[derive(Clone, Copy)]
 enum Decoder {
-    /// Whole numbers: the bits of a code, and the first number.
+    /// Integers: the mask of a code's bits, and the first number.
     Integers(__m256i, f32),
     /// The lower and the upper eight of 16 levels.
     Table(__m256, __m256),
-    /// The mask of a byte's shifted bits, the shift, and their weight.
+    /// The mask of a byte's shifted bits, the shift, and the unit.
     Floats(__m256i, __m128i, f32),
 }
 
@@ -150,7 +151,7 @@ impl Decoder {
             Levels::Integers { first } => {
                 Self::Integers(_mm256_set1_epi32((1 << panel.bits) - 1), first)
             }
-            // SAFETY: the table has twice 8 numbers.
+            // SAFETY: the table has twice 8 elements.
             Levels::Table(table) => unsafe {
                 let (low, high) = (table[..8].as_ptr(), table[8..].as_ptr());
                 Self::Table(_mm256_loadu_ps(low), _mm256_loadu_ps(high))
@@ -179,7 +180,8 @@ impl Decoder {
                 let low = _mm256_fmadd_ps(low, scale, zero);
                 let high = _mm256_fmadd_ps(high, scale, zero);
                 codes.map(|codes| {
-                    // A permutation reads three bits, the sign that chooses between two is a fourth.
+                    // A permutation reads three bits; the fourth, as the sign, selects between two
+                    // permutations.
                     let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes));
                     _mm256_blendv_ps(
                         _mm256_permutevar8x32_ps(low, codes),

@@ -1,5 +1,8 @@
-//! The kernel with AVX-512: a line is one register. Codes of 4 bits and fewer become dequantized numbers by one permutation of a table of
-//! 16 levels, which each step's scale and zero make anew by one multiplication: fewer than the lines of a step would need.
+//! The AVX-512 kernel: a line is one register.
+//!
+//! Codes of up to 4 bits are dequantized by one permutation of a table of 16 levels. One multiply-add
+//! per step applies the step's scale and zero point to the table, which takes fewer instructions than
+//! applying them to the lines of the step.
 
 use super::{Kernels, Panel, Params, Rows, prefetch};
 use crate::Float8;
@@ -15,25 +18,25 @@ use std::arch::x86_64::{
     _mm512_srli_epi32, _mm512_storeu_ps, _mm512_ternarylogic_epi32, _mm512_testn_epi8_mask,
 };
 
-/// The kernels, if this machine has what they need.
+/// Returns the kernels if this CPU supports them.
 pub fn kernels() -> Option<Kernels> {
     let has = std::arch::is_x86_feature_detected!("avx512f")
         && std::arch::is_x86_feature_detected!("avx512bw");
     has.then_some(Kernels {
         name: "AVX-512",
         accumulate,
-        // SAFETY: AVX-512F is there.
+        // SAFETY: the CPU supports AVX-512F.
         widen: |src, out| unsafe { widen(src, out) },
     })
 }
 
 /// # Safety
-/// AVX-512F.
+/// The CPU must support AVX-512F.
 #[target_feature(enable = "avx512f")]
 unsafe fn widen(src: &[f16], out: &mut [f32]) {
     let whole = src.len() / 16 * 16;
     for (src, out) in src.chunks_exact(16).zip(out.chunks_exact_mut(16)) {
-        // SAFETY: both have 16 numbers.
+        // SAFETY: both slices have 16 elements.
         unsafe {
             let halves = _mm256_loadu_si256(src.as_ptr().cast());
             _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtph_ps(halves));
@@ -53,7 +56,8 @@ fn accumulate(
 }
 
 /// # Safety
-/// AVX-512F and BW, and what [`run`](super::run) checks; rows `first` to `first + R` are among `x.count`.
+/// The CPU must support AVX-512F and BW, and the checks of [`run`](super::run) must hold. Rows
+/// `first` to `first + R` are among `x.count`.
 unsafe fn by_format<const R: usize>(
     panel: Panel<'_>,
     params: Params<'_>,
@@ -64,7 +68,7 @@ unsafe fn by_format<const R: usize>(
 ) {
     macro_rules! with_form {
         ($form:expr) => {
-            // SAFETY: as this function's.
+            // SAFETY: the requirements are those of this function.
             unsafe {
                 match panel.width {
                     1 => rows::<R, 1, { $form }>(panel, params, x, first, out, out_stride),
@@ -83,7 +87,7 @@ unsafe fn by_format<const R: usize>(
     }
 }
 
-/// Forms of codes: bits and levels.
+/// Kinds of codes: bits and levels.
 const TABLE_2: u32 = 0;
 const TABLE_3: u32 = 1;
 const TABLE_4: u32 = 2;
@@ -91,7 +95,7 @@ const BYTES: u32 = 3;
 const E4M3: u32 = 4;
 const E5M2: u32 = 5;
 
-/// Codes in a word.
+/// Returns the number of codes per word.
 const fn per_word(form: u32) -> usize {
     match form {
         TABLE_2 | TABLE_3 => 16,
@@ -100,8 +104,8 @@ const fn per_word(form: u32) -> usize {
     }
 }
 
-/// Levels of codes of up to 4 bits: a code indexes the table with its four lowest bits; what lies
-/// above the code's own is the next code's, so the table repeats.
+/// Returns the levels of codes of up to 4 bits. A code indexes the table with its four lowest bits.
+/// Bits above the code belong to the next code, so the table repeats.
 fn table(panel: &Panel<'_>) -> [f32; 16] {
     match panel.levels {
         Levels::Table(table) => *table,
@@ -112,7 +116,8 @@ fn table(panel: &Panel<'_>) -> [f32; 16] {
     }
 }
 
-/// What each step's zero grows by per scale: bytes begin at 0 in the kernel.
+/// Returns the number of scales to add to a step's zero point, because the kernel treats bytes as
+/// unsigned.
 fn first_byte(panel: &Panel<'_>) -> f32 {
     match panel.levels {
         Levels::Integers { first } if panel.bits == 8 => first,
@@ -120,10 +125,10 @@ fn first_byte(panel: &Panel<'_>) -> f32 {
     }
 }
 
-/// `R` rows against a panel of `W` lines of codes of a form.
+/// Computes `R` rows against a panel of `W` lines of codes of a kind.
 ///
 /// # Safety
-/// As [`by_format`], and `W` and `FORM` are the panel's.
+/// As [`by_format`]; `W` and `FORM` must be those of the panel.
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn rows<const R: usize, const W: usize, const FORM: u32>(
     panel: Panel<'_>,
@@ -134,7 +139,7 @@ unsafe fn rows<const R: usize, const W: usize, const FORM: u32>(
     out_stride: usize,
 ) {
     let per_word = per_word(FORM);
-    // SAFETY: the table has 16 numbers.
+    // SAFETY: the table has 16 elements.
     let table = unsafe { _mm512_loadu_ps(table(&panel).as_ptr()) };
     let first_byte = first_byte(&panel);
     let mut sums = [[_mm512_setzero_ps(); W]; R];
@@ -155,7 +160,7 @@ unsafe fn rows<const R: usize, const W: usize, const FORM: u32>(
         }
         if FORM == TABLE_3 {
             high = load::<W>(&panel.high[word / 2 * W..][..W]);
-            // The upper bit of the next code goes to place 2.
+            // The upper bit of the next code moves to bit 2.
             high = match word % 2 {
                 0 => high.map(|high| _mm512_rol_epi32::<2>(high)),
                 _ => high.map(|high| _mm512_ror_epi32::<14>(high)),
@@ -189,7 +194,7 @@ unsafe fn rows<const R: usize, const W: usize, const FORM: u32>(
                 _ => words.map(|words| _mm512_srli_epi32::<8>(words)),
             };
             for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: row first + r < x.count and step < x.steps lie in `x.data`.
+                // SAFETY: row first + r < x.count and step < x.steps are in `x.data`.
                 let weight = unsafe { *x_first.add(r * x.stride + step) };
                 for (sum, value) in sums.iter_mut().zip(values) {
                     *sum = _mm512_fmadd_ps(_mm512_set1_ps(weight), value, *sum);
@@ -200,7 +205,7 @@ unsafe fn rows<const R: usize, const W: usize, const FORM: u32>(
     for (r, sums) in sums.iter().enumerate() {
         let out = &mut out[(first + r) * out_stride..][..16 * W];
         for (&sum, out) in sums.iter().zip(out.chunks_exact_mut(16)) {
-            // SAFETY: `out` holds 16 numbers.
+            // SAFETY: `out` has 16 elements.
             unsafe {
                 let before = _mm512_loadu_ps(out.as_ptr());
                 _mm512_storeu_ps(out.as_mut_ptr(), _mm512_add_ps(before, sum));
@@ -220,7 +225,7 @@ fn load<const W: usize>(lines: &[Line]) -> [__m512i; W] {
     words
 }
 
-/// The levels of the codes in the lowest bits of each word, dequantized.
+/// Dequantizes the codes in the lowest bits of each word.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn look_up<const W: usize>(
@@ -233,7 +238,7 @@ fn look_up<const W: usize>(
     words.map(|words| _mm512_permutexvar_ps(words, table))
 }
 
-/// The lowest byte of each word, dequantized.
+/// Dequantizes the lowest byte of each word.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn bytes<const W: usize>(words: [__m512i; W], scale: f32, zero: f32) -> [__m512; W] {
@@ -244,12 +249,12 @@ fn bytes<const W: usize>(words: [__m512i; W], scale: f32, zero: f32) -> [__m512;
     })
 }
 
-/// The magnitudes of e4m3 codes with 5 bits of exponent, so that subnormal numbers, which processors
-/// multiply slowly, become normal ones.
+/// Returns the magnitudes of e4m3 codes with 5 bits of exponent. Subnormal numbers, which CPUs
+/// multiply slowly, become normal.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn normalized(codes: __m512i) -> __m512i {
-    // A subnormal code m stands for m * 2^-9. Others have their exponent raised by 3.
+    // A subnormal code m means m * 2^-9. The exponent of other codes is increased by 3.
     const SUBNORMAL: i64 = i64::from_le_bytes([0, 8, 16, 20, 24, 26, 28, 30]);
     let magnitudes = _mm512_and_si512(codes, _mm512_set1_epi8(0x7f));
     let raised = _mm512_add_epi8(magnitudes, _mm512_set1_epi8(24));
@@ -258,8 +263,7 @@ fn normalized(codes: __m512i) -> __m512i {
     _mm512_mask_shuffle_epi8(raised, subnormal, table, magnitudes)
 }
 
-/// Numbers of which the magnitudes, [`normalized`], are in bits 20 to 27 and the signs in bit 31,
-/// dequantized.
+/// Dequantizes numbers with [`normalized`] magnitudes in bits 20 to 27 and signs in bit 31.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn e4m3<const W: usize>(
@@ -268,7 +272,7 @@ fn e4m3<const W: usize>(
     scale: f32,
     zero: f32,
 ) -> [__m512; W] {
-    // The exponents' bias of 7 has grown by 3.
+    // The exponents' bias of 7 has been increased by 3.
     const UNIT: f32 = f32::from_bits((127 + 117) << 23);
     let (scale, zero) = (_mm512_set1_ps(scale * UNIT), _mm512_set1_ps(zero));
     std::array::from_fn(|i| {
@@ -280,7 +284,7 @@ fn e4m3<const W: usize>(
     })
 }
 
-/// The lowest byte of each word as an e5m2 number, dequantized.
+/// Dequantizes the lowest byte of each word as an e5m2 number.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn e5m2<const W: usize>(words: [__m512i; W], scale: f32, zero: f32) -> [__m512; W] {

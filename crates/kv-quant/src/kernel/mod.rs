@@ -1,15 +1,17 @@
-//! The one kernel that scores and weighted sums are made of: products of a few vectors with a panel of codes.
+//! The kernel of scores and weighted sums: products of a few vectors with a panel of codes.
 //!
-//! Under Miri it is the portable one: there the detection of instruction sets finds only those that the compiler was told of, and NEON is left out.
-//! With `RUSTFLAGS=-Ctarget-feature=+avx2,+fma,+f16c` Miri is given the AVX2 kernel, to run as far as it knows the intrinsics.
+//! Under Miri the portable kernel is used, because feature detection finds only the compiler's
+//! target features, and NEON is excluded. With `RUSTFLAGS=-Ctarget-feature=+avx2,+fma,+f16c` Miri
+//! runs the AVX2 kernel as far as it supports the intrinsics.
 
-/// Calls `$rows::<R>` for blocks of 8, 4, 3, 2 and 1 rows until all are done: codes are unpacked once per block.
+/// Calls `$rows::<R>` for blocks of 8, 4, 3, 2 and 1 rows until all are done. Codes are unpacked
+/// once per block.
 macro_rules! in_blocks {
     ($x:expr, $most:expr, |$first:ident| $rows:ident($($arg:expr),*)) => {{
         let mut $first = 0;
         while $first < $x.count {
             let left = ($x.count - $first).min($most);
-            // SAFETY: as the caller's.
+            // SAFETY: the requirements are those of the caller.
             unsafe {
                 match left {
                     8.. => { $rows::<8>($($arg),*); $first += 8; }
@@ -39,36 +41,36 @@ use crate::layout::Line;
 use crate::levels::Levels;
 use half::f16;
 
-/// A panel's words for a run of steps.
+/// The words of a panel for a run of steps.
 #[derive(Debug, Clone, Copy)]
 pub struct Panel<'a> {
-    /// `[word][line]`; of codes of 3 bits the two lower bits.
+    /// `[word][line]`; for codes of 3 bits, the two lower bits.
     pub codes: &'a [Line],
-    /// The upper bits of codes of 3 bits, 32 in a word.
+    /// The upper bits of codes of 3 bits, 32 per word.
     pub high: &'a [Line],
-    /// Lines of a word, 1 or 2: 16 or 32 lanes.
+    /// Lines per word, 1 or 2: 16 or 32 lanes.
     pub width: usize,
-    /// Bits of a code: 2, 3, 4 or 8.
+    /// Bits per code: 2, 3, 4 or 8.
     pub bits: usize,
-    /// What codes mean.
+    /// The meaning of codes.
     pub levels: Levels,
-    /// Codes of a later product, to be asked for while this one is computed: asked for at once, they would fill the queue of misses, and the
-    /// product would wait for them.
+    /// Codes of a later product, prefetched while this one is computed. Prefetching them all at
+    /// once would fill the queue of cache misses, and the product would wait for them.
     pub ahead: &'a [Line],
 }
 
 impl<'a> Panel<'a> {
-    /// Bits of a code in a word of `codes`.
+    /// Returns the bits of a code in a word of `codes`.
     pub fn low_bits(&self) -> usize {
         if self.bits == 3 { 2 } else { self.bits }
     }
 
-    /// Codes in a word of `codes`.
+    /// Returns the number of codes in a word of `codes`.
     fn per_word(&self) -> usize {
         32 / self.low_bits()
     }
 
-    /// What to ask for at each word.
+    /// Returns the lines to prefetch at each word.
     fn ahead_by_word(&self) -> std::slice::Chunks<'a, Line> {
         let words = self.codes.len() / self.width;
         self.ahead.chunks(self.ahead.len().div_ceil(words.max(1)).max(1))
@@ -78,42 +80,44 @@ impl<'a> Panel<'a> {
 /// Rows of vectors over the steps, `stride` apart.
 #[derive(Debug, Clone, Copy)]
 pub struct Rows<'a> {
-    /// The first row's first number on.
+    /// The data, from the first element of the first row on.
     pub data: &'a [f32],
-    /// From row to row.
+    /// Row stride.
     pub stride: usize,
-    /// Rows.
+    /// Number of rows.
     pub count: usize,
-    /// Numbers of a row.
+    /// Elements per row.
     pub steps: usize,
 }
 
-/// A scale and a zero for each step, at least as many as steps.
+/// A scale and a zero point per step, at least as many as steps.
 #[derive(Debug, Clone, Copy)]
 pub struct Params<'a> {
-    /// What codes are multiplied by.
+    /// Factors of the levels.
     pub scales: &'a [f32],
-    /// What is added to them then.
+    /// Added to the scaled levels.
     pub zeros: &'a [f32],
 }
 
-/// A panel, its steps' scales and zeros, rows of vectors, rows of sums so far, and how far apart these are.
+/// Arguments: a panel, its steps' scales and zeros, rows of vectors, rows of running sums, and the
+/// row stride of these.
 type Accumulate = fn(Panel<'_>, Params<'_>, Rows<'_>, &mut [f32], usize);
 
-/// One instruction set's way.
+/// The kernels of one instruction set.
 #[derive(Debug, Clone, Copy)]
 struct Kernels {
     #[cfg_attr(not(test), expect(dead_code, reason = "tests name the kernel that fails"))]
     name: &'static str,
     accumulate: Accumulate,
-    /// Writes halves as floats, in a slice of the same length.
+    /// Converts f16 to f32, in slices of the same length.
     widen: fn(&[f16], &mut [f32]),
 }
 
-/// `out[r * out_stride + lane] += Σ_s x[r][s] (level[code[s][lane]] * scale[s] + zero[s])`, for all lanes of the panel.
+/// Computes `out[r * out_stride + lane] += Σ_s x[r][s] (level[code[s][lane]] * scale[s] + zero[s])`
+/// for all lanes of the panel.
 ///
 /// # Panics
-/// If the rows of `x`, the parameters, the codes or the rows of `out` reach beyond their slices.
+/// If the rows of `x`, the parameters, the codes or the rows of `out` exceed their slices.
 pub fn accumulate(
     panel: Panel<'_>,
     params: Params<'_>,
@@ -124,13 +128,13 @@ pub fn accumulate(
     run(best().accumulate, panel, params, x, out, out_stride);
 }
 
-/// Halves as floats, in the place of what `out` held.
+/// Converts f16 to f32, replacing the contents of `out`.
 pub fn widen(src: &[f16], out: &mut Vec<f32>) {
     out.resize(src.len(), 0.0);
     (best().widen)(src, out);
 }
 
-/// Halves as floats.
+/// Converts f16 to f32.
 ///
 /// # Panics
 /// If the slices differ in length.
@@ -139,20 +143,21 @@ pub fn widen_into(src: &[f16], out: &mut [f32]) {
     (best().widen)(src, out);
 }
 
-/// Asks for memory that will be read soon. A chunk is too short for the hardware to see the pattern before it ends.
+/// Prefetches memory that will be read soon. A block is too short for the hardware prefetcher to
+/// detect the pattern.
 #[inline]
 pub fn prefetch<T>(data: &[T]) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     for start in (0..size_of_val(data)).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch reads nothing that the program sees, and the address lies in `data`.
+        // SAFETY: a prefetch has no visible effect, and the address is in `data`.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().add(start)) };
     }
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     let _ = data;
 }
 
-/// Checks what the kernels, some of them in raw pointers, rely on.
+/// Checks the conditions that the kernels rely on, some of which use raw pointers.
 fn run(
     accumulate: Accumulate,
     panel: Panel<'_>,
@@ -177,13 +182,13 @@ fn run(
     accumulate(panel, params, x, out, out_stride);
 }
 
-/// The fastest that this machine can run.
+/// Returns the fastest kernels that this CPU supports.
 fn best() -> &'static Kernels {
     static BEST: OnceLock<Kernels> = OnceLock::new();
     BEST.get_or_init(|| kernels().last().unwrap_or(portable::KERNELS))
 }
 
-/// All that this machine can run, the fastest last.
+/// Returns all kernels that this CPU supports, the fastest last.
 fn kernels() -> impl Iterator<Item = Kernels> {
     [
         Some(portable::KERNELS),

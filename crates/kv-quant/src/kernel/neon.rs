@@ -1,4 +1,4 @@
-//! The kernel with NEON: a line is four registers.
+//! The NEON kernel: a line is four registers.
 
 use super::{Kernels, Panel, Params, Rows, portable, prefetch};
 use crate::layout::Line;
@@ -11,7 +11,7 @@ use std::arch::aarch64::{
     vshlq_u32, vshrq_n_u32, vst1q_f32,
 };
 
-/// Every 64-bit ARM machine has NEON.
+/// Every 64-bit ARM CPU supports NEON.
 pub const KERNELS: Kernels = Kernels { name: "NEON", accumulate, widen: portable::widen };
 
 fn accumulate(
@@ -26,10 +26,11 @@ fn accumulate(
     }
 }
 
-/// `R` rows against the `half`-th line of each word.
+/// Computes `R` rows against the `half`-th line of each word.
 ///
 /// # Safety
-/// What [`run`](super::run) checks; `half` is below the panel's width, rows `first` to `first + R` are among `x.count`.
+/// The checks of [`run`](super::run) must hold. `half` is below the panel's width; rows `first` to
+/// `first + R` are among `x.count`.
 #[target_feature(enable = "neon")]
 unsafe fn rows<const R: usize>(
     panel: Panel<'_>,
@@ -41,7 +42,7 @@ unsafe fn rows<const R: usize>(
     out_stride: usize,
 ) {
     let per_word = panel.per_word();
-    // A shift to the left by a negative number.
+    // A right shift is a left shift by a negative number.
     let right = vdupq_n_s32(-(panel.low_bits() as i32));
     let mut sums = [[vdupq_n_f32(0.0); 4]; R];
     let x_first = x.data[first * x.stride..].as_ptr();
@@ -72,7 +73,7 @@ unsafe fn rows<const R: usize>(
             let values = decoder.decode(codes, params.scales[step], params.zeros[step]);
             words.iter_mut().for_each(|word| *word = vshlq_u32(*word, right));
             for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: row first + r < x.count and step < x.steps lie in `x.data`.
+                // SAFETY: row first + r < x.count and step < x.steps are in `x.data`.
                 let weight = vdupq_n_f32(unsafe { *x_first.add(r * x.stride + step) });
                 for (sum, value) in sums.iter_mut().zip(values) {
                     *sum = vfmaq_f32(*sum, weight, value);
@@ -83,7 +84,7 @@ unsafe fn rows<const R: usize>(
     for (r, sums) in sums.iter().enumerate() {
         let out = &mut out[(first + r) * out_stride + 16 * half..][..16];
         for (&sum, out) in sums.iter().zip(out.chunks_exact_mut(4)) {
-            // SAFETY: `out` holds 4 numbers.
+            // SAFETY: `out` has 4 elements.
             unsafe {
                 vst1q_f32(out.as_mut_ptr(), vaddq_f32(vld1q_f32(out.as_ptr()), sum));
             }
@@ -102,14 +103,14 @@ fn load(line: &Line) -> [uint32x4_t; 4] {
     words
 }
 
-/// How the codes in the lowest bits of words become numbers.
+/// How the codes in the lowest bits of words are converted to numbers.
 #[derive(Clone, Copy)]
 enum Decoder {
-    /// Whole numbers: the bits of a code, and the first number.
+    /// Integers: the mask of a code's bits, and the first number.
     Integers(uint32x4_t, f32),
     /// The bytes of 16 levels.
     Table(uint8x16x4_t),
-    /// The mask of a byte's shifted bits, the shift, and their weight.
+    /// The mask of a byte's shifted bits, the shift, and the unit.
     Floats(uint32x4_t, int32x4_t, f32),
 }
 
@@ -135,7 +136,7 @@ impl Decoder {
         let number = |code: uint32x4_t| match self {
             Self::Integers(mask, _) => vcvtq_f32_u32(vandq_u32(code, mask)),
             Self::Table(table) => {
-                // The four bytes of a level follow each other.
+                // The four bytes of a level are adjacent.
                 let code = vandq_u32(code, vdupq_n_u32(15));
                 let bytes = vmlaq_n_u32(vdupq_n_u32(0x0302_0100), code, 0x0404_0404);
                 let level = vqtbl4q_u8(table, vreinterpretq_u8_u32(bytes));

@@ -1,10 +1,10 @@
-//! The kernel in plain Rust, the yardstick of the others.
+//! The kernel in portable Rust, the reference of the others.
 
 use super::{Kernels, Panel, Params, Rows};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-/// What any machine can run.
+/// Runs on any CPU.
 pub const KERNELS: Kernels = Kernels { name: "portable", accumulate, widen };
 
 pub fn widen(src: &[f16], out: &mut [f32]) {

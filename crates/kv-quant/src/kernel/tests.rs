@@ -1,11 +1,11 @@
-//! Every kernel that this machine can run against the portable one.
+//! Compares every kernel that this CPU supports with the portable one.
 
 use super::{Panel, Params, Rows, kernels, run};
 use crate::levels::Levels;
 use crate::{Bits, Float8, Scheme};
 use half::f16;
 
-/// A small generator of repeatable words.
+/// A generator of reproducible words.
 fn words(seed: u64) -> impl FnMut() -> u32 {
     let mut state = seed;
     move || {
@@ -15,7 +15,7 @@ fn words(seed: u64) -> impl FnMut() -> u32 {
     }
 }
 
-/// Every kind of levels, with the bits that codes of them have.
+/// Returns every kind of levels, with the bits of their codes.
 fn levels() -> Vec<(usize, Levels)> {
     let lloyd_max = |bits| Levels::of(Scheme::lloyd_max(bits, true).unwrap());
     let mut levels: Vec<_> = [2, 3, 4, 8]
@@ -58,7 +58,7 @@ fn all_kernels_agree() {
     }
 }
 
-/// A line without codes that no finite number has.
+/// Replaces codes that are not finite numbers.
 fn finite(line: [u32; 16], levels: Levels) -> [u32; 16] {
     let most = |code: u8| match levels {
         Levels::Float8(kind) => {
@@ -94,7 +94,7 @@ fn check(panel: Panel<'_>, x: Rows<'_>, out_stride: usize) {
             let error = (got - want).abs();
             let bound = 1e-6 * (largest + 3.0) * x.steps as f32;
             assert!(error <= bound, "{name} {:?}, {i}: {got}, not {want}", panel.levels);
-            // What lies between the rows is left alone.
+            // Elements between the rows are not written.
             assert!(i % out_stride < 16 * panel.width || *got == 0.25, "{name} wrote at {i}");
         }
     }

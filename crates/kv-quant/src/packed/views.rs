@@ -1,4 +1,4 @@
-//! Packed matrices in borrowed memory: a [`Packed`](super::Packed)'s own, or a block's of a pool.
+//! Packed matrices in borrowed memory: of a [`Packed`](super::Packed) or of a block of a pool.
 
 use crate::hadamard::hadamard;
 use crate::layout::{Layout, Line, PANEL};
@@ -8,22 +8,22 @@ use crate::words::{self, Scratch};
 use crate::{Axis, Codes, Error, Position, Result};
 use half::f16;
 
-/// A packed matrix to read.
+/// A packed matrix for reading.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PackedRef<'a> {
     pub layout: Layout,
-    /// Rows held.
+    /// Number of rows.
     pub rows: usize,
     /// `[plane][panel][word][line]`
     pub codes: &'a [Line],
-    /// `[group][position on the other axis]`, if the scheme has them.
+    /// `[group][position on the other axis]`, if the scheme has scales.
     pub scales: &'a [f16],
     pub zeros: &'a [f16],
-    /// Of the other axis: `[token]` or `[tile][channel]`.
+    /// Factors of the other axis: `[token]` or `[tile][channel]`.
     pub factors: &'a [f16],
 }
 
-/// A packed matrix to append to. What lies beyond its rows may be anything.
+/// A packed matrix for appending. Memory after its rows may hold anything.
 #[derive(Debug)]
 pub(crate) struct PackedMut<'a> {
     pub layout: Layout,
@@ -34,18 +34,18 @@ pub(crate) struct PackedMut<'a> {
     pub factors: &'a mut [f16],
 }
 
-/// A row on its way from one matrix to another of the same scheme, along channels.
+/// A row being copied between matrices of the same scheme, along channels.
 #[derive(Debug, Default)]
 pub(crate) struct PackedRow {
     codes: Vec<u8>,
-    /// One for each group, if the scheme has them.
+    /// One scale per group, if the scheme has scales.
     scales: Vec<f16>,
     zeros: Vec<f16>,
     scratch: Scratch,
 }
 
 impl PackedRef<'_> {
-    /// Writes a row's codes.
+    /// Unpacks a row's codes.
     pub fn unpack_row(&self, row: usize, codes: &mut [u8]) {
         codes.fill(0);
         let layout = &self.layout;
@@ -65,14 +65,14 @@ impl PackedRef<'_> {
         }
     }
 
-    /// The scale and the zero of a row and column's group.
+    /// Returns the scale and the zero point of a row and column's group.
     pub fn params(&self, row: usize, column: usize) -> (f32, f32) {
         let at = self.layout.param_at(row, column);
         let scale = self.scales.get(at).map_or(self.static_scale(), |scale| scale.to_f32());
         (scale, self.zeros.get(at).map_or(0.0, |zero| zero.to_f32()))
     }
 
-    /// The scale of all numbers, where groups have none.
+    /// Returns the scale of all numbers, if groups have none.
     pub fn static_scale(&self) -> f32 {
         match self.layout.scheme.codes {
             Codes::Float8 { scale: Some(scale), .. } => scale.get(),
@@ -80,7 +80,7 @@ impl PackedRef<'_> {
         }
     }
 
-    /// Writes a row, dequantized.
+    /// Dequantizes a row.
     pub fn dequantize_row(&self, row: usize, codes: &mut Vec<u8>, out: &mut [f32]) {
         codes.resize(self.layout.columns, 0);
         self.unpack_row(row, codes);
@@ -112,9 +112,9 @@ impl PackedMut<'_> {
     /// Quantizes and appends rows of finite numbers.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if there is no room, or the last group along tokens has been closed with
-    /// fewer rows than a group has; [`Error::OutOfRange`] for a group that is too wide for f16. On an
-    /// error nothing is appended.
+    /// [`Error::Mismatch`] if the capacity is exceeded, or the last group along tokens has been
+    /// closed with fewer rows than a group has; [`Error::OutOfRange`] if the range of a group
+    /// exceeds f16's. On an error nothing is appended.
     pub fn push(&mut self, src: &[f16], quantizer: &mut Quantizer) -> Result<()> {
         let Layout { scheme, columns, capacity, .. } = self.layout;
         let count = src.len() / columns;
@@ -147,7 +147,7 @@ impl PackedMut<'_> {
         Ok(())
     }
 
-    /// Appends a row as it lies in another matrix: nothing is quantized anew.
+    /// Appends a row of another matrix without quantizing it again.
     pub fn push_row(&mut self, row: &mut PackedRow) {
         self.store_codes(self.rows, &row.codes, &mut row.scratch);
         store_row_params(&self.layout, self.rows, &row.scales, self.scales);
@@ -206,7 +206,7 @@ impl PackedMut<'_> {
         }
     }
 
-    /// Forgets the rows from `rows` on and clears their codes.
+    /// Removes the rows from `rows` on and clears their codes.
     fn clear_rows(&mut self, rows: usize) {
         self.rows = rows;
         let zeros = vec![0; self.layout.columns];
@@ -216,14 +216,14 @@ impl PackedMut<'_> {
     }
 }
 
-/// Puts the scales, or zeros, of a row's groups along channels in their places.
+/// Stores the scales or zero points of a row's groups along channels.
 fn store_row_params(layout: &Layout, row: usize, new: &[f16], held: &mut [f16]) {
     for (group, &new) in new.iter().enumerate() {
         held[layout.param_at(row, group * layout.scheme.group)] = new;
     }
 }
 
-/// The error with its row counted from `start` rows earlier.
+/// Adds `start` to the row of an error.
 fn at_row(e: Error, start: usize) -> Error {
     match e {
         Error::OutOfRange { value, at: Position::Matrix { row, column } } => {

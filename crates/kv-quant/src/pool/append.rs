@@ -1,4 +1,4 @@
-//! Tokens into blocks and pages. Everything is checked before anything changes.
+//! Appends tokens to blocks and pages. Everything is checked before anything changes.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -23,20 +23,20 @@ struct Incoming<'a> {
     columns: usize,
 }
 
-/// What one kv head of a sequence takes in.
+/// The tokens that one kv head of a sequence appends.
 struct Item<'a> {
     seq: u64,
     head: usize,
     /// The sequence's first token in the call.
     first: usize,
-    /// The tokens taken in, counted from there; `None` for all.
+    /// The appended tokens, relative to `first`; `None`: all.
     selected: Option<&'a [u32]>,
-    /// Slots before.
+    /// Number of slots before the append.
     slots: usize,
     to: Growth,
 }
 
-/// A block to be written to: its item, its number in the head's table, the slots of its new keys and
+/// A block to write to: its item, its index in the head's table, and the slots of its new keys and
 /// values.
 struct Fill {
     item: usize,
@@ -52,14 +52,14 @@ struct Scratch {
 }
 
 impl Pool {
-    /// Appends tokens: keys `[tokens, kv_heads, head_dim]` and values `[tokens, kv_heads, value_dim]`
-    /// of some sequences, one after the other. The i-th sequence's tokens are those from
-    /// `cu_seqlens[i]` to `cu_seqlens[i + 1]`. A sequence that is not known begins.
+    /// Appends keys `[tokens, kv_heads, head_dim]` and values `[tokens, kv_heads, value_dim]` of
+    /// some sequences. The tokens are concatenated: those of the i-th sequence are
+    /// `cu_seqlens[i]..cu_seqlens[i + 1]`. A sequence that does not exist yet is created.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if `cu_seqlens` does not fit the sequences, one of these comes twice, or
-    /// a slice has another length; [`Error::NotFinite`] and, beyond ±32752 (±65504 if nothing is
-    /// packed), [`Error::OutOfRange`] with the position; [`Error::PoolFull`]. On an error nothing has
+    /// [`Error::Mismatch`] if `cu_seqlens` does not fit the sequences, a sequence is listed twice,
+    /// or a slice has a wrong length; [`Error::NotFinite`]; [`Error::OutOfRange`] for numbers
+    /// beyond ±32752 (±65504 if nothing is packed); [`Error::PoolFull`]. On an error nothing has
     /// changed.
     pub fn append<T: Number>(
         &mut self,
@@ -73,11 +73,12 @@ impl Pool {
     }
 
     /// Appends to each kv head the tokens selected for it. `selected` has a list for each sequence
-    /// and kv head, `[sequences * kv_heads]`, of the sequence's own tokens, counted from 0.
+    /// and kv head, `[sequences * kv_heads]`, of indices relative to the sequence's first token of
+    /// the call.
     ///
     /// # Errors
-    /// As [`append`](Self::append), and [`Error::Mismatch`] for another number of lists, or one that
-    /// is not strictly increasing or goes past the sequence's tokens.
+    /// As [`append`](Self::append), and [`Error::Mismatch`] for a wrong number of lists, or a list
+    /// that is not strictly increasing or exceeds the sequence's tokens.
     pub fn append_selected<T: Number>(
         &mut self,
         seqs: &[u64],
@@ -98,8 +99,9 @@ impl Pool {
         self.take(seqs, cu_seqlens, keys, values, Some(selected))
     }
 
-    /// Bytes of blocks and pages that [`append`](Self::append) would take beyond those that it gives
-    /// back. Sequences of the call that share a block are counted as if each had to copy it.
+    /// Returns the bytes of blocks and pages that [`append`](Self::append) would take minus those
+    /// that it frees. If several sequences of the call share a block, each is counted as copying
+    /// it.
     ///
     /// # Errors
     /// As [`append`](Self::append).
@@ -108,17 +110,17 @@ impl Pool {
         Ok(self.need(&self.items(seqs, cu_seqlens, None)))
     }
 
-    /// Checks that there is room to append so many tokens to the sequences.
+    /// Checks that there is room to append the tokens to the sequences.
     pub(crate) fn check_append(&self, seqs: &[u64], cu_seqlens: &[usize]) -> Result<()> {
         self.check_room(self.bytes_needed(seqs, cu_seqlens)?)
     }
 
-    /// Whether there is room to append so many tokens to the sequences.
+    /// Returns whether there is room to append the tokens to the sequences.
     pub fn can_append(&self, seqs: &[u64], cu_seqlens: &[usize]) -> bool {
         self.check_append(seqs, cu_seqlens).is_ok()
     }
 
-    /// The largest number taken in.
+    /// Returns the largest magnitude of a number that can be appended.
     pub(crate) fn largest(&self) -> f16 {
         match self.format.flush() {
             Flush::Never => f16::MAX,
@@ -152,7 +154,7 @@ impl Pool {
         Ok(())
     }
 
-    /// The numbers in f16, if they can be packed.
+    /// Returns the numbers in f16, if they can be packed.
     fn incoming<'a, T: Number>(
         &self,
         (of, scheme): (&'static str, Scheme),
@@ -199,7 +201,7 @@ impl Pool {
         items
     }
 
-    /// Bytes that the items take.
+    /// Returns the bytes that the items take.
     fn need(&self, items: &[Item<'_>]) -> usize {
         let (new, chunk) = (Head::default(), self.format.chunk());
         let mut need = Need::default();
@@ -210,7 +212,7 @@ impl Pool {
         self.memory.bytes(need).max(0) as usize
     }
 
-    /// Packs what is ready, from the tails and the tokens that come.
+    /// Packs the tokens that are ready, from the residual and the new tokens.
     fn pack(
         &mut self,
         items: &[Item<'_>],
@@ -252,7 +254,7 @@ impl Pool {
         blocks.into_par_iter().with_min_len(at_once).map_init(Scratch::default, pack).collect()
     }
 
-    /// Moves the tails on, and puts what is not packed, or kept beside, into their pages.
+    /// Advances the residuals, and writes the tokens that stay in full precision to their pages.
     fn push_tails(&mut self, items: &[Item<'_>], keys: &Incoming<'_>, values: &Incoming<'_>) {
         let Self { seqs, memory, .. } = self;
         for item in items {
@@ -273,14 +275,14 @@ impl Pool {
 }
 
 impl Incoming<'_> {
-    /// The row that an item's head gets at a slot.
+    /// Returns an item's row of a slot.
     fn row(&self, item: &Item<'_>, slot: usize) -> &[f16] {
         let i = slot - item.slots;
         let token = item.first + item.selected.map_or(i, |selected| selected[i] as usize);
         &self.data[(token * self.kv_heads + item.head) * self.columns..][..self.columns]
     }
 
-    /// The rows of some slots, from the tail or from what comes.
+    /// Returns the rows of some slots, from the residual or the new tokens.
     fn gather(
         &self,
         item: &Item<'_>,
@@ -299,7 +301,7 @@ impl Incoming<'_> {
         }
     }
 
-    /// Writes what comes into the pages of the heads' tails, which have room for it.
+    /// Writes new tokens to the pages of the heads' residuals, which have room for them.
     fn write(
         &self,
         items: &[Item<'_>],
@@ -339,7 +341,7 @@ fn head_mut<'a>(
     Some(&mut seqs.get_mut(&item.seq)?.heads[item.head])
 }
 
-/// Parts that make up 64 rows: fewer are not worth another thread's wake-up.
+/// Returns the number of parts with 64 rows in total: fewer are not worth waking a thread.
 fn least_share(parts: usize, rows: usize) -> usize {
     (64 * parts).div_ceil(rows.max(1)).max(1)
 }

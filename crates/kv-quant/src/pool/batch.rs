@@ -1,9 +1,9 @@
-//! Checks of what calls name: sequences, their tokens, lists of numbers.
+//! Checks of the arguments of calls: sequences, their tokens, lists of indices.
 
 use crate::{Error, Position, Result};
 
-/// Checks that `cu_seqlens` begins at 0, never decreases and has one number more than there are
-/// sequences, none of which comes twice.
+/// Checks that `cu_seqlens` starts at 0, does not decrease and has one element more than there are
+/// sequences, and that no sequence is listed twice.
 ///
 /// # Errors
 /// [`Error::Mismatch`].
@@ -45,7 +45,7 @@ pub fn check_list(what: &'static str, list: &[u32], len: usize) -> Result<()> {
     }
 }
 
-/// Where the number `at` of `[tokens, heads, columns]` is.
+/// Returns the position of element `at` of `[tokens, heads, columns]`.
 pub fn position(
     of: &'static str,
     (seqs, cu_seqlens): (&[u64], &[usize]),

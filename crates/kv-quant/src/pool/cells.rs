@@ -1,6 +1,6 @@
-//! Memory of slabs: from the heap, or, for large ones, mapped and backed by huge pages where the
-//! system has them. A sequence of 32,768 tokens lies in ten thousand pages of 4 KiB, more than the
-//! processor keeps the addresses of, so that decoding waits for page tables.
+//! Memory of slabs. Small slabs come from the heap; large slabs are memory-mapped and use huge
+//! pages where the system has them. A sequence of 32,768 tokens spans ten thousand 4 KiB pages,
+//! more than the TLB holds, so decoding would wait for page table walks.
 
 use std::ops::{Deref, DerefMut};
 
@@ -8,10 +8,10 @@ use crate::layout::Line;
 use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
 
-/// Bytes from which on memory is mapped: two huge pages.
+/// Slabs of at least this many bytes are memory-mapped: two huge pages.
 pub const LARGE: usize = 4 << 20;
 
-/// A line that begins a cache line, so that no vector load crosses one.
+/// A line aligned to a cache line, so that no vector load crosses a boundary.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub struct Cell(Line);
@@ -25,12 +25,12 @@ pub enum Cells {
 impl Cells {
     pub fn zeroed(count: usize) -> Self {
         let bytes = count * size_of::<Cell>();
-        // Miri maps nothing.
+        // Miri does not support memory maps.
         let map = (bytes >= LARGE && !cfg!(miri)).then(|| MmapMut::map_anon(bytes));
         let Some(Ok(map)) = map else {
             return Self::Heap(bytemuck::allocation::zeroed_slice_box(count));
         };
-        // Where there are no huge pages, those that there are do.
+        // Without huge pages the memory works as well.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
         Self::Mapped(map)

@@ -1,34 +1,34 @@
-//! Bytes that a pool holds, counted.
+//! Bytes held by a pool, counted.
 
 use super::head::Head;
 use super::memory::{Memory, PAGE};
 use super::{Pool, Sequence};
 use half::f16;
 
-/// Bytes that a [`Pool`], or one of its sequences, holds.
+/// Bytes held by a [`Pool`] or by one of its sequences.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PoolBytes {
-    /// Packed codes, holes included.
+    /// Packed codes, including holes.
     pub codes: usize,
-    /// Scales, zeros and factors.
+    /// Scales, zero points and factors.
     pub scales: usize,
-    /// The newest tokens, in f16.
+    /// The newest tokens in full precision (the residual), in f16.
     pub residual: usize,
-    /// Tables of blocks, reference counts, and the bits that say which packed entries are held.
+    /// Block tables, reference counts, and validity masks of packed entries.
     pub bookkeeping: usize,
-    /// Allocated for tokens to come: free blocks, and the free part of those that are being filled.
+    /// Memory allocated for future tokens: free blocks, and the free part of blocks being filled.
     pub slack: usize,
 }
 
 impl PoolBytes {
-    /// All of them.
+    /// Returns the sum of all fields.
     pub fn total(&self) -> usize {
         self.codes + self.scales + self.residual + self.bookkeeping + self.slack
     }
 }
 
 impl Pool {
-    /// Bytes held for all sequences, and what is allocated and free.
+    /// Returns the bytes held for all sequences, including memory that is allocated and free.
     pub fn footprint(&self) -> PoolBytes {
         let mut bytes = PoolBytes::default();
         let mut counted = self.memory.slabs().map(|slabs| vec![false; slabs.identifiers()]);
@@ -45,8 +45,8 @@ impl Pool {
         bytes
     }
 
-    /// Bytes held for one sequence; those that it shares with others count in full. Zeros for a
-    /// sequence that is not known.
+    /// Returns the bytes held for one sequence; shared memory counts in full. Zeros for an unknown
+    /// sequence.
     pub fn seq_footprint(&self, seq: u64) -> PoolBytes {
         let mut bytes = PoolBytes::default();
         if let Some(sequence) = self.seqs.get(&seq) {
@@ -55,7 +55,7 @@ impl Pool {
         bytes
     }
 
-    /// Adds a sequence's blocks and pages of which `new` says that they are not counted yet.
+    /// Adds a sequence's blocks and pages for which `new` returns true (not counted yet).
     fn add(
         &self,
         sequence: &Sequence,
@@ -86,7 +86,7 @@ impl Pool {
 }
 
 impl Head {
-    /// A block that is being filled counts by its rows.
+    /// A block being filled counts by its rows.
     fn add_blocks(&self, memory: &Memory, bytes: &mut PoolBytes, mut new: impl FnMut(u32) -> bool) {
         for (i, &block) in self.blocks.iter().enumerate() {
             if !new(block) {

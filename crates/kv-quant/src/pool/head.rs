@@ -1,8 +1,8 @@
-//! What a sequence holds of one kv head: tables of blocks and pages, and which entries are held.
+//! One kv head of a sequence: block and page tables, and the validity mask.
 //!
-//! Tokens appended take *slots*, in order. Those of the first slots are packed in blocks; those of
-//! the last ones are in the tails. An entry that is dropped leaves a hole in its block: its slot stays
-//! until the block is freed. Entries are the slots that are no holes.
+//! Appended tokens take *slots*, in order. The first slots are packed in blocks; the last ones are
+//! in the residuals. An evicted entry leaves a hole in its block: its slot stays until the block is
+//! freed. Entries are the slots that are not holes.
 
 use std::ops::Range;
 
@@ -15,14 +15,15 @@ use crate::packed::PackedRef;
 #[derive(Debug, Clone, Default)]
 pub struct Head {
     pub blocks: Vec<u32>,
-    /// Keys packed, holes included.
+    /// Number of packed keys, including holes.
     pub packed_keys: usize,
     pub packed_values: usize,
     pub keys: Tail,
     pub values: Tail,
-    /// A bit for each packed key, set while it is held; empty while there are no holes.
+    /// Validity mask: a bit for each packed key, set while it is held; empty while there are no
+    /// holes.
     pub live: Vec<u32>,
-    /// Entries held.
+    /// Number of entries.
     pub len: usize,
 }
 
@@ -32,12 +33,12 @@ pub struct Growth {
     pub packed_keys: usize,
     pub packed_values: usize,
     pub slots: usize,
-    /// The first key that stays in full precision.
+    /// The first key in full precision.
     pub key_start: usize,
     pub value_start: usize,
 }
 
-/// A block and how much of it is filled.
+/// A block and its fill level.
 #[derive(Debug, Clone, Copy)]
 pub struct Block<'a> {
     layout: &'a BlockLayout,
@@ -59,7 +60,7 @@ impl<'a> Block<'a> {
 }
 
 impl Head {
-    /// Entries and holes.
+    /// Returns the number of slots: entries and holes.
     pub fn slots(&self) -> usize {
         self.keys.end
     }
@@ -68,14 +69,14 @@ impl Head {
         self.len < self.slots()
     }
 
-    /// Whether a slot holds an entry.
+    /// Returns whether a slot holds an entry.
     pub fn is_live(&self, slot: usize) -> bool {
         slot >= self.packed_keys
             || self.live.is_empty()
             || self.live[slot / 32] >> (slot % 32) & 1 == 1
     }
 
-    /// The slots of entries, which are given in increasing order.
+    /// Returns the slots of entries, given in increasing order.
     pub fn slots_of(&self, entries: impl Iterator<Item = usize>) -> impl Iterator<Item = usize> {
         let mut word = 0;
         let mut before = 0; // entries held in the words before
@@ -96,7 +97,8 @@ impl Head {
         })
     }
 
-    /// The slots of a range of entries: from its first entry's to just after its last's.
+    /// Returns the slots of a range of entries: from its first entry's slot to just after its last
+    /// one's.
     pub fn slot_range(&self, entries: &Range<usize>) -> Range<usize> {
         if entries.is_empty() {
             return 0..0;
@@ -109,14 +111,14 @@ impl Head {
         first..ends.next().unwrap_or(first) + 1
     }
 
-    /// Sets the bits of the slots given, all of them packed, and clears all others.
+    /// Sets the bits of the given packed slots, and clears all others.
     pub fn set_live(&mut self, slots: impl Iterator<Item = usize>) {
         self.live = vec![0; self.packed_keys.div_ceil(32)];
         slots.for_each(|slot| self.live[slot / 32] |= 1 << (slot % 32));
         self.settle_live();
     }
 
-    /// A bit for each packed key, set while it is held.
+    /// Returns a bit for each packed key, set while it is held.
     #[cfg(feature = "save")]
     pub fn live_bits(&self) -> std::borrow::Cow<'_, [u32]> {
         if !self.live.is_empty() {
@@ -131,14 +133,14 @@ impl Head {
         bits.into()
     }
 
-    /// Forgets the bits where there are no holes.
+    /// Removes the mask if there are no holes.
     pub fn settle_live(&mut self) {
         if !self.has_holes() {
             self.live = Vec::new();
         }
     }
 
-    /// Changes the number of packed keys; those that are added are held.
+    /// Changes the number of packed keys. New ones are held.
     pub fn set_packed_keys(&mut self, count: usize) {
         let before = std::mem::replace(&mut self.packed_keys, count);
         if self.live.is_empty() {
@@ -151,7 +153,7 @@ impl Head {
         }
     }
 
-    /// The counts after an append of so many tokens.
+    /// Returns the counts after an append of `tokens` tokens.
     pub fn grown(&self, format: &Format, tokens: usize) -> Growth {
         let slots = self.slots() + tokens;
         let (keys, values) = format.ready(slots - self.packed_keys, slots - self.packed_values);
@@ -167,8 +169,8 @@ impl Head {
         }
     }
 
-    /// The blocks that are written to when a head grows, each with the slots of the keys and values
-    /// that are packed into it.
+    /// Returns the blocks written by an append, each with the slots of the keys and values packed
+    /// into it.
     pub fn written_blocks(
         &self,
         chunk: usize,
@@ -187,7 +189,7 @@ impl Head {
         })
     }
 
-    /// Memory that growing takes.
+    /// Returns the memory that growth takes.
     pub fn need_to_grow(&self, memory: &Memory, chunk: usize, to: &Growth) -> Need {
         let mut blocks = 0;
         for (i, _) in self.written_blocks(chunk, to) {
@@ -201,7 +203,7 @@ impl Head {
         }
     }
 
-    /// The `i`-th block.
+    /// Returns the `i`-th block.
     #[inline]
     pub fn block<'a>(&self, memory: &'a Memory, i: usize) -> Block<'a> {
         let chunk = memory.layout.keys.capacity;
@@ -238,7 +240,7 @@ impl Head {
         self.block(memory, slot / chunk).values().dequantize_row(slot % chunk, codes, out);
     }
 
-    /// A copy of the tables that shares all blocks and pages.
+    /// Returns a copy of the tables that shares all blocks and pages.
     pub fn fork(&self, memory: &mut Memory) -> Self {
         self.blocks.iter().for_each(|&block| memory.blocks.share(block));
         self.keys.share(&mut memory.key_pages);
@@ -246,21 +248,21 @@ impl Head {
         self.clone()
     }
 
-    /// Gives all blocks and pages up.
+    /// Releases all blocks and pages.
     pub fn release(&mut self, memory: &mut Memory) {
         self.blocks.drain(..).for_each(|block| memory.blocks.release(block));
         self.keys.release(&mut memory.key_pages);
         self.values.release(&mut memory.value_pages);
     }
 
-    /// Gives up the blocks from the `count`-th on.
+    /// Releases the blocks from the `count`-th on.
     pub fn truncate_blocks(&mut self, memory: &mut Memory, count: usize) {
         let rest = count.min(self.blocks.len())..;
         self.blocks.drain(rest).for_each(|block| memory.blocks.release(block));
     }
 }
 
-/// The position of the `n`-th set bit, counted from 0.
+/// Returns the position of the `n`-th set bit, counted from 0.
 fn nth_one(mut bits: u32, n: usize) -> usize {
     for _ in 0..n {
         bits &= bits - 1;

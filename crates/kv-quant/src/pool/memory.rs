@@ -6,11 +6,11 @@ use crate::packed::{PackedMut, PackedRef};
 use crate::{Axis, Format, Result};
 use half::f16;
 
-/// Tokens of a page in full precision. It divides every block's number of tokens.
+/// Tokens per page in full precision. It divides the number of tokens of every block.
 pub const PAGE: usize = 16;
 
-/// A block's keys and values: `[codes][scales, zeros, factors]` of the keys, then of the values, each
-/// part at a whole line.
+/// The layout of a block: `[codes][scales, zeros, factors]` of the keys, then of the values, each
+/// part aligned to a line.
 #[derive(Debug, Clone, Copy)]
 pub struct BlockLayout {
     pub keys: Layout,
@@ -19,13 +19,13 @@ pub struct BlockLayout {
     value_part: Part,
 }
 
-/// Where a matrix lies in a block. Kept, since the divisions that it takes would show in the time of
-/// a block's product.
+/// The position of a matrix in a block. It is stored, because the divisions to compute it would
+/// slow down a block's product.
 #[derive(Debug, Clone, Copy)]
 struct Part {
-    /// The first line.
+    /// First line.
     start: usize,
-    /// Lines of codes.
+    /// Number of lines of codes.
     codes: usize,
     scales: usize,
     zeros: usize,
@@ -40,7 +40,7 @@ pub struct Memory {
     pub value_pages: Slabs,
 }
 
-/// Blocks and pages that a change takes (or gives back, if negative).
+/// Blocks and pages taken by a change, or freed if negative.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Need {
     pub blocks: isize,
@@ -50,7 +50,7 @@ pub struct Need {
 
 impl BlockLayout {
     /// # Errors
-    /// [`Error::Setting`](crate::Error::Setting) for no channels.
+    /// [`Error::Setting`](crate::Error::Setting) if a dimension is 0.
     pub fn new(format: &Format, head_dim: usize, value_dim: usize) -> Result<Self> {
         let chunk = format.chunk();
         let keys = Layout::new(chunk, head_dim, format.keys(), Axis::Tokens)?;
@@ -71,23 +71,23 @@ impl BlockLayout {
         self.value_part.end()
     }
 
-    /// Bits of codes, scales, zeros and factors.
+    /// Returns the bits of codes, scales, zero points and factors.
     pub fn bits(&self) -> usize {
         let of = |part: &Part| part.codes * 8 * size_of::<Line>() + 8 * part.param_bytes();
         of(&self.key_part) + of(&self.value_part)
     }
 
-    /// The keys of a block that holds `rows` of them.
+    /// Returns the keys of a block with `rows` of them.
     pub fn keys<'a>(&self, block: &'a [Line], rows: usize) -> PackedRef<'a> {
         self.key_part.view(self.keys, block, rows)
     }
 
-    /// The values of a block that holds `rows` of them.
+    /// Returns the values of a block with `rows` of them.
     pub fn values<'a>(&self, block: &'a [Line], rows: usize) -> PackedRef<'a> {
         self.value_part.view(self.values, &block[self.value_part.start..], rows)
     }
 
-    /// The keys and values of a block, which holds so many of them.
+    /// Returns the keys and values of a block with the given numbers of them.
     pub fn parts_mut<'a>(
         &self,
         block: &'a mut [Line],
@@ -103,7 +103,7 @@ impl BlockLayout {
 }
 
 impl Part {
-    /// The line after the last.
+    /// Returns the end of the last line.
     fn end(&self) -> usize {
         self.start + self.codes + self.param_bytes().div_ceil(size_of::<Line>())
     }
@@ -112,7 +112,7 @@ impl Part {
         (self.scales + self.zeros + self.factors) * size_of::<f16>()
     }
 
-    /// The matrix in the lines from its first on.
+    /// Returns the matrix in the lines from its first on.
     fn view<'a>(&self, layout: Layout, lines: &'a [Line], rows: usize) -> PackedRef<'a> {
         let (codes, params) = lines.split_at(self.codes);
         let (scales, rest) = bytemuck::cast_slice(params).split_at(self.scales);
@@ -141,7 +141,7 @@ impl Memory {
         }
     }
 
-    /// The same, empty, with large slabs.
+    /// Returns an empty memory with large slabs.
     pub fn with_large_slabs(self) -> Self {
         let Self { layout, blocks, key_pages, value_pages } = Self::new(self.layout);
         Self {
@@ -152,7 +152,7 @@ impl Memory {
         }
     }
 
-    /// Gives all memory back.
+    /// Frees all memory.
     pub fn clear(&mut self) {
         for slabs in [&mut self.blocks, &mut self.key_pages, &mut self.value_pages] {
             slabs.clear();
@@ -163,19 +163,19 @@ impl Memory {
         [&self.blocks, &self.key_pages, &self.value_pages]
     }
 
-    /// Bytes of the blocks and pages in use.
+    /// Returns the bytes of blocks and pages in use.
     pub fn used(&self) -> usize {
         self.slabs().iter().map(|slabs| slabs.used() * slabs.block_bytes()).sum()
     }
 
-    /// Bytes of blocks and pages.
+    /// Returns the bytes of blocks and pages.
     pub fn bytes(&self, need: Need) -> isize {
         let counts = [need.blocks, need.key_pages, need.value_pages];
         let sizes = self.slabs().map(|slabs| slabs.block_bytes() as isize);
         counts.iter().zip(sizes).map(|(count, size)| count * size).sum()
     }
 
-    /// Gives memory back if much is free.
+    /// Frees memory if much of it is unused.
     pub fn shrink(&mut self) {
         for slabs in [&mut self.blocks, &mut self.key_pages, &mut self.value_pages] {
             slabs.shrink();

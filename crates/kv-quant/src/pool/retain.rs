@@ -1,4 +1,4 @@
-//! Entries dropped. What stays is not quantized anew.
+//! Eviction of entries, without quantizing the others again.
 
 use super::head::Head;
 use super::memory::{Memory, Need, PAGE};
@@ -8,31 +8,34 @@ use super::{Pool, batch};
 use crate::packed::PackedRow;
 use crate::{Axis, Error, Format, Result};
 
-/// Which slots of a head stay.
+/// The slots of a head that are kept.
 struct Kept {
-    /// Slots of the entries that stay.
+    /// Slots of the kept entries.
     slots: Vec<usize>,
     /// How many of these are packed.
     packed: usize,
-    /// Whether an entry in full precision is dropped.
+    /// Whether an entry in full precision is evicted.
     tail_changes: bool,
 }
 
 impl Pool {
-    /// Keeps the entries named for each kv head and frees the others. Survivors close ranks: they are
-    /// renumbered from 0 in order. Nothing is quantized anew.
+    /// Keeps the listed entries of each kv head and frees the others. The kept entries are
+    /// renumbered from 0 in order. Nothing is quantized again.
     ///
-    /// A block is freed once all its entries are gone. Keys that are quantized along channels, one by
-    /// one, also move together with their values once half of what is packed is holes: each move is
-    /// paid for by a dropped entry. Keys quantized along tokens share their scales with their block
-    /// and can't leave it: there, drop runs of entries to get memory back.
+    /// A block is freed when all its entries are evicted. Further memory is freed as follows:
+    ///
+    /// - Keys quantized along channels are packed token by token. Once half of the packed slots are
+    ///   holes, the kept keys and values are moved together; the cost of the moves is amortized
+    ///   over the evicted entries.
+    /// - Keys quantized along tokens share scales with their block and cannot leave it. Evict runs
+    ///   of entries to free memory.
     ///
     /// # Errors
-    /// [`Error::UnknownSequence`]; [`Error::Mismatch`] for another number of lists than kv heads, for
-    /// a list that is not strictly increasing or goes past its head's entries, or, for keys
-    /// [before RoPE](crate::KeyBasis::BeforeRope), does not keep all; [`Error::PoolFull`] if entries
-    /// in full precision are shared with another sequence and there is no room for a copy of those
-    /// that stay. On an error nothing has changed.
+    /// [`Error::UnknownSequence`]; [`Error::Mismatch`] for a wrong number of lists, for a list that
+    /// is not strictly increasing or exceeds its head's entries, or, for keys [before
+    /// RoPE](crate::KeyBasis::BeforeRope), a list that does not keep all; [`Error::PoolFull`] if
+    /// entries in full precision are shared with another sequence and there is no room for a copy
+    /// of the kept ones. On an error nothing has changed.
     pub fn retain(&mut self, seq: u64, keep: &[Vec<u32>]) -> Result<()> {
         let heads = &self.sequence(seq)?.heads;
         if keep.len() != heads.len() {
@@ -86,7 +89,7 @@ impl Head {
                 &mut memory.key_pages,
                 layout.keys.columns,
             );
-            // Values whose keys are packed stay in the queue until they are packed, too.
+            // Values whose keys are packed stay in the residual until they are packed too.
             keep_rows(
                 &mut self.values,
                 self.packed_values,
@@ -100,7 +103,7 @@ impl Head {
         self.settle_live();
     }
 
-    /// Frees the blocks that hold nothing but holes. The slots after them move down.
+    /// Frees the blocks that hold only holes. The slots after them are renumbered.
     fn free_blocks(&mut self, memory: &mut Memory) {
         if self.live.is_empty() {
             return;
@@ -121,7 +124,7 @@ impl Head {
         self.move_down(freed.len() * chunk);
     }
 
-    /// Renumbers the slots after some that are gone.
+    /// Renumbers the slots after `by` removed ones.
     fn move_down(&mut self, by: usize) {
         self.packed_keys -= by;
         self.packed_values -= by;
@@ -131,8 +134,8 @@ impl Head {
         }
     }
 
-    /// Moves entries whose keys and values are packed one by one together, if half of their places
-    /// are holes and there is room for it.
+    /// Moves entries with token-wise packed keys and values together, if half of their slots are
+    /// holes and there is room.
     fn close_ranks(&mut self, format: &Format, memory: &mut Memory, free: usize) {
         if !self.has_holes() || format.keys().along == Axis::Tokens {
             return;
@@ -158,7 +161,7 @@ impl Head {
         self.set_live(live.into_iter());
     }
 
-    /// Renumbers the slots after some that are gone, which may be no whole pages.
+    /// Renumbers the slots after removed ones, whose number may not be a multiple of a page.
     fn move_pages(&mut self, by: usize, memory: &mut Memory) {
         if by.is_multiple_of(PAGE) {
             return self.move_down(by);
@@ -174,7 +177,7 @@ impl Head {
         move_rows(&mut self.values, &mut memory.value_pages, layout.values.columns);
     }
 
-    /// New blocks with the rows of the slots held and of all packed ones from `whole` on.
+    /// Returns new blocks with the rows of the held slots and of all packed ones from `whole` on.
     fn gather(&self, held: &[usize], whole: usize, count: usize, memory: &mut Memory) -> Vec<u32> {
         let chunk = memory.layout.keys.capacity;
         let blocks: Vec<u32> = (0..count).map(|_| memory.blocks.alloc()).collect();
@@ -213,7 +216,7 @@ impl Kept {
     }
 }
 
-/// Keeps the rows of some slots of a tail, renumbered from `start` on.
+/// Keeps the rows of some slots of a residual, renumbered from `start` on.
 fn keep_rows(
     tail: &mut Tail,
     start: usize,

@@ -1,36 +1,37 @@
-//! Blocks of one size in slabs of memory, with reference counts.
+//! Reference-counted blocks of one size in slabs of memory.
 //!
-//! A block has an identifier, which tables hold, and a place, which may change: blocks move together
-//! when many are free, and into larger slabs when there are many.
+//! A block has an identifier, which tables store, and a location, which may change: blocks are
+//! compacted when many are free, and moved to larger slabs when there are many.
 
 use super::cells::{Cell, Cells, LARGE};
 use crate::layout::Line;
 use bytemuck::Zeroable;
 
-/// Blocks of a small slab.
+/// Blocks per small slab.
 const PER_SLAB: usize = 16;
-/// Bytes of small slabs after which slabs become large: those free in a large one are few then.
+/// If the small slabs hold this many bytes, large slabs replace them: the free blocks of one large
+/// slab are then a small share of all.
 const MANY: usize = 4 * LARGE;
 
 #[derive(Debug, Clone)]
 pub struct Slabs {
-    /// Lines of a block.
+    /// Lines per block.
     lines: usize,
-    /// Blocks of a slab, a power of two.
+    /// Blocks per slab, a power of two.
     per_slab: usize,
-    /// Whether slabs stay when they are not needed.
+    /// Whether unused slabs are kept.
     keeps: bool,
     slabs: Vec<Cells>,
-    /// Where each block lies: `slab * per_slab + number in the slab`.
+    /// Location of each block: `slab * per_slab + number in the slab`.
     places: Vec<u32>,
-    /// How many tables hold each block; 0 if its identifier is free.
+    /// Number of tables that hold each block; 0 if its identifier is free.
     references: Vec<u32>,
     free_blocks: Vec<u32>,
     free_places: Vec<u32>,
 }
 
 impl Slabs {
-    /// No blocks yet, of so many lines each.
+    /// Creates an empty set of blocks of `lines` lines each.
     pub fn new(lines: usize) -> Self {
         Self {
             lines,
@@ -44,38 +45,38 @@ impl Slabs {
         }
     }
 
-    /// The same with large slabs, that are kept once they are allocated.
+    /// Changes the set to large slabs, which are kept once they are allocated.
     pub fn with_large_slabs(self) -> Self {
         Self { per_slab: self.large(), keeps: true, ..self }
     }
 
-    /// Forgets all blocks and gives all memory back.
+    /// Removes all blocks and frees all memory.
     pub fn clear(&mut self) {
         let per_slab = if self.keeps { self.per_slab } else { PER_SLAB };
         *self = Self { per_slab, keeps: self.keeps, ..Self::new(self.lines) };
     }
 
-    /// Blocks of a large slab.
+    /// Returns the number of blocks of a large slab.
     fn large(&self) -> usize {
         LARGE.div_ceil(self.block_bytes()).next_power_of_two().max(PER_SLAB)
     }
 
-    /// Bytes of a block.
+    /// Returns the bytes of a block.
     pub fn block_bytes(&self) -> usize {
         self.lines * size_of::<Cell>()
     }
 
-    /// Blocks that a table holds.
+    /// Returns the number of blocks held by tables.
     pub fn used(&self) -> usize {
         self.references.len() - self.free_blocks.len()
     }
 
-    /// All identifiers are below this.
+    /// Returns the exclusive upper bound of all identifiers.
     pub fn identifiers(&self) -> usize {
         self.references.len()
     }
 
-    /// Bytes of blocks that no table holds, and of the tables of identifiers and places.
+    /// Returns the bytes of free blocks, and those of the tables of identifiers and locations.
     pub fn overhead(&self) -> (usize, usize) {
         let free = self.slabs.len() * self.per_slab - self.used();
         let tables = [&self.places, &self.references, &self.free_blocks, &self.free_places];
@@ -84,7 +85,7 @@ impl Slabs {
         (free * self.block_bytes(), tables * size_of::<u32>() + slabs)
     }
 
-    /// A new block of zeros, held once.
+    /// Allocates a zeroed block with one reference.
     pub fn alloc(&mut self) -> u32 {
         let place = self.take_place();
         match self.free_blocks.pop() {
@@ -100,7 +101,7 @@ impl Slabs {
         }
     }
 
-    /// A place of zeros.
+    /// Returns a zeroed location.
     fn take_place(&mut self) -> u32 {
         if let Some(place) = self.free_places.pop() {
             let (slab, range) = self.range(place);
@@ -120,12 +121,12 @@ impl Slabs {
         first
     }
 
-    /// Holds a block once more.
+    /// Adds a reference to a block.
     pub fn share(&mut self, block: u32) {
         self.references[block as usize] += 1;
     }
 
-    /// Holds a block once less; the last one to let go frees it.
+    /// Removes a reference from a block; without references it is freed.
     pub fn release(&mut self, block: u32) {
         let references = &mut self.references[block as usize];
         *references -= 1;
@@ -135,12 +136,13 @@ impl Slabs {
         }
     }
 
-    /// Whether several tables hold it.
+    /// Returns whether several tables hold the block.
     pub fn is_shared(&self, block: u32) -> bool {
         self.references[block as usize] > 1
     }
 
-    /// The block itself if only one table holds it, or a copy in its place: what may be written to.
+    /// Makes a block writable: returns the block itself if it has one reference, otherwise a copy
+    /// that replaces it.
     pub fn unshare(&mut self, block: u32) -> u32 {
         if !self.is_shared(block) {
             return block;
@@ -152,20 +154,20 @@ impl Slabs {
         copy
     }
 
-    /// A block's lines.
+    /// Returns a block's lines.
     pub fn get(&self, block: u32) -> &[Line] {
         let (slab, range) = self.range(self.places[block as usize]);
         bytemuck::cast_slice(&self.slabs[slab][range])
     }
 
-    /// A block's lines, to write to.
+    /// Returns a block's lines for writing.
     pub fn get_mut(&mut self, block: u32) -> &mut [Line] {
         let (slab, range) = self.range(self.places[block as usize]);
         bytemuck::cast_slice_mut(&mut self.slabs[slab][range])
     }
 
-    /// The lines of several blocks, to write to; no block may be named twice. They come in the order
-    /// of their places, each with its number among those asked for.
+    /// Returns the lines of several distinct blocks for writing, in the order of their locations,
+    /// each with its index in `blocks`.
     pub fn many_mut(&mut self, blocks: impl Iterator<Item = u32>) -> Vec<(usize, &mut [Line])> {
         let places = blocks.map(|block| self.places[block as usize] as usize);
         let mut wanted: Vec<_> = places.zip(0..).collect();
@@ -188,8 +190,8 @@ impl Slabs {
         found
     }
 
-    /// Gives slabs back if more is free than an eighth of what is used, and a slab: each block that
-    /// moves for it is paid for by blocks freed.
+    /// Frees slabs if the free memory exceeds an eighth of the used memory plus one slab. The cost
+    /// of moving blocks is amortized over the freed ones.
     pub fn shrink(&mut self) {
         let used = self.used();
         if self.keeps {
@@ -203,7 +205,7 @@ impl Slabs {
         }
     }
 
-    /// Moves all blocks into new slabs of so many blocks, in the order of their identifiers.
+    /// Moves all blocks into new slabs of `per_slab` blocks, in the order of their identifiers.
     fn move_together(&mut self, per_slab: usize) {
         let slabs = self.used().div_ceil(per_slab);
         let mut moved = Self { per_slab, ..Self::new(self.lines) };
@@ -221,7 +223,7 @@ impl Slabs {
     }
 
     fn range(&self, place: u32) -> (usize, std::ops::Range<usize>) {
-        // A division would show in the time of a block's product.
+        // A division would slow down a block's product.
         let shift = self.per_slab.trailing_zeros();
         let (slab, i) = (place as usize >> shift, place as usize & (self.per_slab - 1));
         (slab, i * self.lines..(i + 1) * self.lines)
@@ -252,7 +254,7 @@ mod tests {
         for &block in blocks.iter().filter(|block| *block % 7 == 3) {
             assert!(slabs.get(block).iter().all(|line| *line == [block; 16]));
         }
-        // Freed places are taken again, and are empty.
+        // Freed locations are reused and zeroed.
         (0..500).for_each(|i| _ = filled(&mut slabs, i));
         assert_eq!(slabs.used(), 643);
     }

@@ -1,4 +1,4 @@
-//! A head's newest keys, or values, in full precision: rows of f16 in pages.
+//! The residual of a head: its newest keys or values in full precision, rows of f16 in pages.
 
 use super::memory::PAGE;
 use super::slabs::Slabs;
@@ -12,29 +12,29 @@ pub struct Tail {
     pub pages: Vec<u32>,
 }
 
-/// Pages of the slots from `start` to `end`.
+/// Returns the number of pages of the slots from `start` to `end`.
 fn pages_of(start: usize, end: usize) -> usize {
     if start == end { 0 } else { end.div_ceil(PAGE) - start / PAGE }
 }
 
-/// Rows of a page.
+/// Returns the rows of a page.
 pub fn rows_mut(page: &mut [crate::layout::Line]) -> &mut [f16] {
     bytemuck::cast_slice_mut(page)
 }
 
 impl Tail {
-    /// The row of a slot.
+    /// Returns the row of a slot.
     pub fn row<'a>(&self, slabs: &'a Slabs, slot: usize, columns: usize) -> &'a [f16] {
         let page = slabs.get(self.page(slot));
         &bytemuck::cast_slice(page)[slot % PAGE * columns..][..columns]
     }
 
-    /// The page of a slot.
+    /// Returns the page of a slot.
     pub fn page(&self, slot: usize) -> u32 {
         self.pages[slot / PAGE - self.start / PAGE]
     }
 
-    /// Pages taken from `slabs` by going on from `start` to `end`.
+    /// Returns the number of pages taken from `slabs` by advancing to `start` and `end`.
     pub fn need(&self, slabs: &Slabs, start: usize, end: usize) -> isize {
         let (before, after) = self.pages.split_at(self.pages_before(start));
         let freed = before.iter().filter(|&&page| !slabs.is_shared(page)).count();
@@ -43,7 +43,7 @@ impl Tail {
         pages_of(start, end) as isize - stay as isize - freed as isize + isize::from(copied)
     }
 
-    /// Gives up the rows before `start`.
+    /// Releases the rows before `start`.
     pub fn advance(&mut self, slabs: &mut Slabs, start: usize) {
         let before = self.pages_before(start);
         self.pages.drain(..before).for_each(|page| slabs.release(page));
@@ -63,7 +63,7 @@ impl Tail {
         self.end = end;
     }
 
-    /// Gives up the rows from `end` on.
+    /// Releases the rows from `end` on.
     pub fn truncate(&mut self, slabs: &mut Slabs, end: usize) {
         self.end = end;
         self.start = self.start.min(end);
@@ -71,13 +71,14 @@ impl Tail {
         self.pages.drain(left..).for_each(|page| slabs.release(page));
     }
 
-    /// Pages taken from `slabs` by putting `rows` rows from `start` on into the place of all rows.
+    /// Returns the number of pages taken from `slabs` by replacing all rows with `rows` rows from
+    /// `start` on.
     pub fn need_to_replace(&self, slabs: &Slabs, start: usize, rows: usize) -> isize {
         let freed = self.pages.iter().filter(|&&page| !slabs.is_shared(page)).count();
         pages_of(start, start + rows) as isize - freed as isize
     }
 
-    /// Puts rows from slot `start` on into the place of all rows.
+    /// Replaces all rows with the given ones, starting at slot `start`.
     pub fn replace(&mut self, slabs: &mut Slabs, start: usize, rows: &[f16], columns: usize) {
         self.release(slabs);
         (self.start, self.end) = (start, start);
@@ -88,27 +89,27 @@ impl Tail {
         }
     }
 
-    /// Holds the pages once more, for a copy of the table.
+    /// Adds a reference to the pages, for a copy of the table.
     pub fn share(&self, slabs: &mut Slabs) {
         self.pages.iter().for_each(|&page| slabs.share(page));
     }
 
-    /// Gives all pages up.
+    /// Releases all pages.
     pub fn release(&mut self, slabs: &mut Slabs) {
         self.pages.drain(..).for_each(|page| slabs.release(page));
     }
 
-    /// Bytes of the table.
+    /// Returns the bytes of the table.
     pub fn table_bytes(&self) -> usize {
         self.pages.capacity() * size_of::<u32>()
     }
 
-    /// Pages that are not needed any more once the rows begin at `start`.
+    /// Returns the number of pages that are unused once the rows begin at `start`.
     fn pages_before(&self, start: usize) -> usize {
         if start < self.end { start / PAGE - self.start / PAGE } else { self.pages.len() }
     }
 
-    /// Whether rows to come are written to a page that others hold, too.
+    /// Returns whether new rows are written to a page that others hold too.
     fn shares_last_page(&self, slabs: &Slabs) -> bool {
         let partly_filled = !self.end.is_multiple_of(PAGE);
         partly_filled && self.pages.last().is_some_and(|&page| slabs.is_shared(page))

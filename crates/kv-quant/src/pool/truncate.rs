@@ -1,4 +1,4 @@
-//! The newest entries rolled back.
+//! Truncation: rolls back the newest entries.
 
 use super::Pool;
 use super::head::Head;
@@ -6,20 +6,20 @@ use super::memory::{Memory, Need};
 use crate::{Axis, Error, Flush, Format, Result};
 use half::f16;
 
-/// How a head is cut.
+/// The truncation of a head.
 struct Cut {
     len: usize,
-    /// Slots that stay.
+    /// Number of kept slots.
     slots: usize,
-    /// Keys and values that stay packed.
+    /// Numbers of keys and values that stay packed.
     packed_keys: usize,
     packed_values: usize,
-    /// The first slot of a block that is cut into and whose entries go back to full precision.
+    /// The first slot of a block that the cut divides and whose entries go back to full precision.
     unpacked: Option<usize>,
 }
 
 impl Pool {
-    /// Whether [`truncate`](Self::truncate) can do this.
+    /// Checks whether [`truncate`](Self::truncate) is possible.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if a head holds fewer entries;
@@ -39,19 +39,21 @@ impl Pool {
 
     /// Drops the entries of every head after its first `len`.
     ///
-    /// With a [rolling](Flush::Rolling) flush, a sequence of which nothing was evicted is then what it
-    /// would be if it had never had them, bit by bit, if at least `residual` entries are left behind
-    /// its last but one packed group: always after a cut of up to a group of tokens. A deeper cut that
-    /// lies among entries in full precision changes none of those that stay.
+    /// The effect on the kept entries depends on the position of the cut and the format:
     ///
-    /// A cut into a block of keys along tokens unpacks it: the block's entries before the cut go back
-    /// to full precision with their quantized values, and are quantized anew, from those, once their
-    /// group is full again. Blocks of tokens that are packed one by one are shortened, and nothing
-    /// else changes. With a [staggered](Flush::Staggered) flush, values that the dropped tokens have
-    /// pushed out of the residual stay packed.
+    /// - With a [rolling](Flush::Rolling) flush and no evictions, the sequence equals, bit for bit,
+    ///   one that never had the dropped tokens, if at least `residual` entries remain after its
+    ///   last but one packed group. This always holds for a cut of up to a group of tokens. A
+    ///   deeper cut among entries in full precision changes none of the kept ones.
+    /// - A cut within a block of keys along tokens unpacks the block: its entries before the cut go
+    ///   back to full precision with their quantized values, and are quantized again once their
+    ///   group is full.
+    /// - Blocks of tokens that are packed one by one are shortened, and nothing else changes.
+    /// - With a [staggered](Flush::Staggered) flush, values that were packed because of the dropped
+    ///   tokens stay packed.
     ///
     /// # Errors
-    /// As [`check_truncate`](Self::check_truncate), and no others. Nothing has changed then.
+    /// As [`check_truncate`](Self::check_truncate), and no others. On an error nothing has changed.
     pub fn truncate(&mut self, seq: u64, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
         let largest = self.largest();
@@ -83,8 +85,8 @@ impl Head {
         cut(first, self.packed_values.min(first), unpacked)
     }
 
-    /// Keys that would be packed among so many slots, as far as those that are packed too many are
-    /// still in full precision, too.
+    /// Returns the number of keys that would be packed among `slots` slots, if those packed in
+    /// excess are still in full precision too.
     fn still_packed(&self, format: &Format, slots: usize) -> usize {
         let Flush::Rolling(residual) = format.flush() else { return self.packed_keys };
         let chunk = format.chunk();
@@ -113,8 +115,8 @@ impl Head {
         self.settle_live();
     }
 
-    /// The rows of the entries that leave the block, and of the values before them that are not
-    /// packed.
+    /// Returns the rows of the entries that leave the block, and of the values before them that are
+    /// not packed.
     fn unpack(
         &self,
         cut: &Cut,
@@ -126,7 +128,7 @@ impl Head {
         let (mut key, mut value) =
             (vec![0.0; layout.keys.columns], vec![0.0; layout.values.columns]);
         let (mut keys, mut values, mut codes) = (Vec::new(), Vec::new(), Vec::new());
-        // A scale that was rounded up may give numbers back that are just too large to be packed.
+        // A scale that was rounded up may dequantize to numbers slightly too large to be packed.
         let half = |&x: &f32| f16::from_f32(x).clamp(-largest, largest);
         for slot in cut.packed_values..cut.slots {
             if slot >= first && self.is_live(slot) {

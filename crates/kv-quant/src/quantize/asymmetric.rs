@@ -1,8 +1,10 @@
-//! Scales, zeros and codes of groups, in the arithmetic of KIVI's published functions on f16 tensors.
+//! Scales, zero points and codes of groups, in the arithmetic of KIVI's published functions on f16
+//! tensors.
 //!
-//! Each operation is done in f32 and rounded to f16, as PyTorch does for half tensors: range = max - min, scale =
-//! range / (2^bits - 1), code = round((x - min) / scale) with ties to even. A group whose scale is zero, be it constant or narrower than f16
-//! can divide, has code 0 throughout and gives back its minimum.
+//! Each operation is computed in f32 and rounded to f16, as PyTorch does for f16 tensors: range =
+//! max - min, scale = range / (2^bits - 1), code = round((x - min) / scale) with ties to even. A
+//! group with a scale of zero, because it is constant or its range is too small for f16, has only
+//! code 0, which dequantizes to its minimum.
 
 use super::Quantizer;
 use crate::vector::{lanes, wide};
@@ -12,10 +14,11 @@ use half::slice::HalfFloatSliceExt;
 use pulp::{Arch, Simd, WithSimd};
 
 impl Quantizer {
-    /// Quantizes the rows in `x`, numbers of f16.
+    /// Quantizes the rows in `x`, whose numbers are representable in f16.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] for a group whose range is beyond f16's, rows counted from the first given.
+    /// [`Error::OutOfRange`] if the range of a group exceeds f16's. The row is relative to the
+    /// first given.
     pub(super) fn asymmetric(&mut self, columns: usize, scheme: Scheme) -> Result<()> {
         let groups = match scheme.along {
             Axis::Tokens => columns,
@@ -39,7 +42,8 @@ impl Quantizer {
         Ok(())
     }
 
-    /// From extremes to scales and zeros; leaves zeros in `min` and divisors in `max`.
+    /// Converts minima and maxima to scales and zero points; leaves zero points in `min` and
+    /// divisors in `max`.
     fn params(&mut self, scheme: Scheme, columns: usize) -> Result<()> {
         const BEYOND: f32 = 65520.0; // rounds to infinity
         let Self { min, max, scale, .. } = self;
@@ -64,7 +68,7 @@ impl Quantizer {
 }
 
 wide! {
-    /// The least and the largest number of each column.
+    /// Returns the minimum and maximum of each column.
     fn extremes_of_columns(x: &'a [f32], min: &'a mut [f32], max: &'a mut [f32]) -> () {
         min.fill(f32::INFINITY);
         max.fill(f32::NEG_INFINITY);
@@ -78,7 +82,7 @@ wide! {
 }
 
 wide! {
-    /// The least and the largest number of each group of each row.
+    /// Returns the minimum and maximum of each group of each row.
     fn extremes_of_groups(x: &'a [f32], columns: usize, group: usize, min: &'a mut [f32], max: &'a mut [f32]) -> () {
         let groups = x.chunks_exact(columns).flat_map(|row| row.chunks(group));
         for ((group, min), max) in groups.zip(min).zip(max) {
@@ -89,7 +93,8 @@ wide! {
 }
 
 wide! {
-    /// Scales of groups; leaves what differences are divided by in `max`: infinity, and so code 0 for all, in a group without a scale.
+    /// Computes scales of groups, and leaves the divisors of differences in `max`: infinity, so
+    /// that all codes are 0, in a group without a scale.
     fn scales(min: &'a [f32], max: &'a mut [f32], largest: f32, scales: &'a mut [f32]) -> () {
         for ((min, max), scale) in min.iter().zip(max).zip(scales) {
             *scale = as_f16(as_f16(*max - min) / largest);
@@ -99,7 +104,7 @@ wide! {
 }
 
 wide! {
-    /// Codes of rows with one zero and one divisor per column.
+    /// Encodes rows with one zero point and one divisor per column.
     fn encode_columns(x: &'a [f32], zeros: &'a [f32], divisors: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
         for (row, codes) in x.chunks_exact(zeros.len()).zip(codes.chunks_exact_mut(zeros.len())) {
             for (((code, x), zero), divisor) in codes.iter_mut().zip(row).zip(zeros).zip(divisors) {
@@ -110,7 +115,7 @@ wide! {
 }
 
 wide! {
-    /// Codes of rows whose groups have a zero and a divisor each.
+    /// Encodes rows whose groups have one zero point and one divisor each.
     fn encode_groups(x: &'a [f32], columns: usize, group: usize, zeros: &'a [f32], divisors: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
         let groups = x.chunks_exact(columns).flat_map(|row| row.chunks(group));
         let codes = codes.chunks_exact_mut(columns).flat_map(|row| row.chunks_mut(group));
@@ -127,21 +132,22 @@ fn encode(x: f32, zero: f32, divisor: f32, largest: f32) -> u8 {
     round(as_f16(as_f16(x - zero) / divisor), largest)
 }
 
-/// To the nearest number that f16 can hold, ties to even, for numbers from 0 to f16's largest.
+/// Rounds to the nearest f16 number, ties to even, for numbers from 0 to f16's largest.
 #[inline(always)]
 fn as_f16(x: f32) -> f32 {
     const LEAST_NORMAL: f32 = 6.103_515_6e-5; // 2^-14
-    // Adding 0.5 to a smaller number leaves it 2^-24, f16's smallest, as its last place.
+    // Adding 0.5 to a smaller number makes 2^-24, f16's smallest number, the last place.
     let small = (x + 0.5) - 0.5;
     let bits = x.to_bits();
     let normal = f32::from_bits((bits + 0xfff + (bits >> 13 & 1)) & !0x1fff);
     if x < LEAST_NORMAL { small } else { normal }
 }
 
-/// To the nearest whole number from 0 to `largest`, ties to even.
+/// Rounds to the nearest integer from 0 to `largest`, ties to even.
 #[inline(always)]
 fn round(x: f32, largest: f32) -> u8 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
+    const MAGIC: f32 = 12_582_912.0;
     let x = if x > largest { largest } else { x };
     let x = if x < 0.0 { 0.0 } else { x };
     (x + MAGIC).to_bits() as u8
@@ -159,7 +165,7 @@ mod tests {
             let x = f32::from_bits(bits);
             assert_eq!(as_f16(x), f16::from_f32(x).to_f32(), "{x:e}");
         }
-        // Ties, among normal numbers and below.
+        // Ties, among normal and subnormal numbers.
         for x in
             [1.0 + 2f32.powi(-11), 1.0 + 3.0 * 2f32.powi(-11), 2f32.powi(-25), 3.0 * 2f32.powi(-25)]
         {

@@ -1,5 +1,5 @@
-//! 8-bit floating-point codes: PyTorch's casts from f32, but that numbers beyond the largest become
-//! the largest.
+//! 8-bit floating-point codes: PyTorch's casts from f32, except that numbers beyond the largest
+//! saturate.
 
 use super::Quantizer;
 use crate::vector::{lanes, wide};
@@ -8,7 +8,7 @@ use half::f16;
 use pulp::{Arch, Simd, WithSimd};
 
 impl Quantizer {
-    /// Quantizes the rows in `x`, groups along channels.
+    /// Quantizes the rows in `x`, with groups along channels.
     pub(super) fn float8(
         &mut self,
         columns: usize,
@@ -22,7 +22,7 @@ impl Quantizer {
         }
         for (x, codes) in Self::groups(x, codes, columns, group) {
             let scale = f16::from_f32(magnitude(x) / kind.max());
-            // A group too small for a scale becomes zeros.
+            // A group that is too small for a scale becomes zeros.
             let divisor = if scale == f16::ZERO { f32::INFINITY } else { scale.to_f32() };
             encode(x, divisor, kind, codes);
             scales.push(scale);
@@ -31,7 +31,7 @@ impl Quantizer {
 }
 
 wide! {
-    /// The largest magnitude.
+    /// Returns the largest magnitude.
     fn magnitude(x: &'a [f32]) -> f32 {
         lanes(x, 0.0, |a, b| if b.abs() > a.abs() { b.abs() } else { a.abs() })
     }
@@ -54,13 +54,15 @@ wide! {
     }
 }
 
-/// To the nearest number with so many bits of mantissa and an exponent of this bias, ties to even.
+/// Rounds to the nearest number with `MANTISSA` bits of mantissa and an exponent bias of `BIAS`,
+/// ties to even.
 #[inline(always)]
 fn cast<const MANTISSA: u32, const BIAS: u32>(x: f32, largest: f32) -> u8 {
     let sign = (x.to_bits() >> 24) as u8 & 0x80;
     let x = x.abs();
     let x = if x > largest { largest } else { x };
-    // Subnormal numbers are multiples of the smallest: adding this leaves it as the last place.
+    // Subnormal numbers are multiples of the smallest one; adding this constant makes it the last
+    // place.
     let magic = f32::from_bits((127 + 23 + 1 - BIAS - MANTISSA) << 23) * 1.5;
     let small = (x + magic).to_bits() as u8;
     let cut = 23 - MANTISSA;
@@ -76,7 +78,8 @@ mod tests {
     use super::*;
     use crate::levels::float8;
 
-    /// Every finite code's number gives the code back, and numbers between go to the nearest.
+    /// Every finite code's number gives the code back, and numbers between are rounded to the
+    /// nearest.
     #[test]
     fn casts_are_to_the_nearest() {
         for kind in [Float8::E4m3, Float8::E5m2] {

@@ -1,5 +1,5 @@
-//! TurboQuant's codes (arXiv 2504.19874): rotated numbers over their norm, each to the nearest of the
-//! levels that suit a normal distribution best.
+//! TurboQuant's codes (arXiv 2504.19874): rotated numbers divided by their norm, each rounded to
+//! the nearest Lloyd-Max level of a normal distribution.
 
 use super::Quantizer;
 use crate::Scheme;
@@ -9,14 +9,15 @@ use half::f16;
 use pulp::{Arch, Simd, WithSimd};
 
 impl Quantizer {
-    /// Quantizes the rows in `x`, groups along channels.
+    /// Quantizes the rows in `x`, with groups along channels.
     pub(super) fn lloyd_max(&mut self, columns: usize, scheme: Scheme, norm_correction: bool) {
         let Self { x, codes, scales, .. } = self;
         let levels = levels::lloyd_max(scheme.bits);
         for (x, codes) in Self::groups(x, codes, columns, scheme.group) {
             let norm = dot(x, x).sqrt();
             let root = (x.len() as f32).sqrt();
-            // Levels are of a variance of one, the numbers' mean square is one over their count.
+            // Levels have a variance of one; the mean square of the numbers is one divided by their
+            // count.
             let mut middles = [f32::INFINITY; 15];
             for (middle, pair) in middles.iter_mut().zip(levels.windows(2)) {
                 *middle = (pair[0] / root + pair[1] / root) / 2.0;
@@ -28,14 +29,14 @@ impl Quantizer {
     }
 }
 
-/// The norm of the codes' levels.
+/// Returns the norm of the codes' levels.
 fn norm_of(codes: &[u8], levels: &[f32]) -> f32 {
     let square = |code: &u8| levels[usize::from(*code)] * levels[usize::from(*code)];
     codes.iter().map(square).sum::<f32>().sqrt()
 }
 
 wide! {
-    /// How many of the middles between levels are not above each number.
+    /// Counts the midpoints between levels that are not above each number.
     fn encode(x: &'a [f32], norm: f32, middles: &'a [f32; 15], codes: &'a mut [u8]) -> () {
         for (x, code) in x.iter().zip(codes) {
             let y = *x / norm;

@@ -1,5 +1,5 @@
-//! Symmetric integers as GGML's `q4_0` has them: the number of the largest magnitude, with its sign,
-//! becomes the lowest code, so that all of them are used.
+//! Symmetric integers as in GGML's `q4_0`: the number with the largest magnitude, with its sign, is
+//! mapped to the lowest code, so that all codes are used.
 
 use super::Quantizer;
 use crate::Scheme;
@@ -21,7 +21,7 @@ impl Quantizer {
     }
 }
 
-/// The number of the largest magnitude; the first of several.
+/// Returns the number with the largest magnitude, the first of several.
 fn farthest(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |far: f32, &x| if x.abs() > far.abs() { x } else { far })
 }

@@ -6,7 +6,7 @@ use crate::{Axis, Scheme};
 use half::f16;
 use pulp::{Arch, Simd, WithSimd};
 
-/// The least scale.
+/// The smallest scale.
 const LEAST: f32 = 1e-8;
 
 impl Quantizer {
@@ -42,7 +42,7 @@ impl Quantizer {
 }
 
 wide! {
-    /// The least and the largest number.
+    /// Returns the minimum and maximum.
     fn extremes(x: &'a [f32]) -> (f32, f32) {
         let least = lanes(x, f32::INFINITY, |a, b| if b < a { b } else { a });
         (least, lanes(x, f32::NEG_INFINITY, |a, b| if b > a { b } else { a }))

@@ -1,8 +1,9 @@
-//! KVarN's codes (arXiv 2606.03458): rows and columns of a tile are divided by factors that even out
-//! their variances, found by turns in the logarithmic domain, and asymmetric integers are made of
-//! what is left, in f32 arithmetic.
+//! KVarN's codes (arXiv 2606.03458). Rows and columns of a tile are divided by factors that
+//! equalize their variances. The factors are found by alternating iterations in the logarithmic
+//! domain. The normalized tile is quantized to asymmetric integers, in f32 arithmetic.
 //!
-//! Keys have a scale and a zero per channel and a factor per token, values the other way round.
+//! Keys have a scale and a zero point per channel and a factor per token; values have a scale and a
+//! zero point per token and a factor per channel.
 
 use super::Quantizer;
 use crate::vector::{lanes, wide};
@@ -10,15 +11,15 @@ use crate::{Axis, Scheme};
 use half::f16;
 use pulp::{Arch, Simd, WithSimd};
 
-/// Rounds of the published code's default; more change nothing.
+/// Number of iterations: the published code's default. More have no effect.
 const ROUNDS: usize = 8;
 /// Bounds of deviations and of logarithms of factors.
 const DEVIATIONS: (f32, f32) = (1e-3, 1e3);
 const LOGARITHMS: (f32, f32) = (-0.3, 10.0);
-/// The least scale.
+/// The smallest scale.
 const LEAST: f32 = 1e-10;
 
-/// Factors of rows and columns, and scratch space.
+/// Factors of rows and columns, and buffers.
 #[derive(Debug, Default)]
 pub struct Balance {
     /// The tile divided by its factors.
@@ -36,7 +37,7 @@ struct Side {
     factors: Vec<f32>,
     /// Standard deviations of the tile.
     deviations: Vec<f32>,
-    /// The factors of the round that left the deviations most even.
+    /// The factors of the iteration with the most even deviations.
     best: Vec<f32>,
 }
 
@@ -60,7 +61,7 @@ impl Quantizer {
             Axis::Channels => extremes_of_rows(tile, columns, min, max),
         }
         let largest = scheme.bits.max_code() as f32;
-        // From extremes to zeros and scales.
+        // Converts minima and maxima to zero points and scales.
         for ((&mut min, max), factor) in min.iter_mut().zip(&mut *max).zip(&scaled.best) {
             *max = ((*max - min) / largest).max(LEAST);
             scales.push(f16::from_f32(factor * *max));
@@ -74,8 +75,8 @@ impl Quantizer {
 }
 
 impl Balance {
-    /// Finds the best factors and leaves the tile divided by them. The axis that has no scales comes
-    /// first in each round.
+    /// Finds the best factors and divides the tile by them. Each iteration processes the axis
+    /// without scales first.
     fn find(&mut self, x: &[f32], columns: usize, along: Axis) {
         self.rows.clear(x.len() / columns);
         self.columns.clear(columns);
@@ -108,7 +109,7 @@ impl Balance {
         if columns { &mut self.columns } else { &mut self.rows }
     }
 
-    /// The tile divided by the factors of the axis without scales, then by the other's.
+    /// Divides the tile by the factors of the axis without scales, then by those of the other axis.
     fn divide(&mut self, x: &[f32], along: Axis) {
         let Self { tile, rows, columns, .. } = self;
         tile.resize(x.len(), 0.0);
@@ -149,7 +150,7 @@ impl Side {
         }
     }
 
-    /// Divides by the deviations, too.
+    /// Multiplies the factors by the deviations, within their bounds.
     fn update(&mut self) {
         let of = self.logarithms.iter_mut().zip(&mut self.factors).zip(&self.deviations);
         for ((logarithm, factor), deviation) in of {
@@ -159,7 +160,7 @@ impl Side {
         }
     }
 
-    /// The largest deviation over the least.
+    /// Returns the ratio of the largest to the smallest deviation.
     fn spread(&self) -> f32 {
         let least = self.deviations.iter().copied().fold(f32::INFINITY, f32::min);
         let most = self.deviations.iter().copied().fold(0.0, f32::max);
@@ -199,7 +200,7 @@ fn deviation(squares: f64, count: usize) -> f32 {
 }
 
 wide! {
-    /// The standard deviation of each row, without bias.
+    /// Computes the unbiased standard deviation of each row.
     fn row_deviations(x: &'a [f32], out: &'a mut [f32]) -> () {
         let columns = x.len() / out.len();
         for (x, out) in x.chunks_exact(columns).zip(out) {
@@ -224,7 +225,8 @@ fn sum_of(x: &[f32], of: impl Fn(f64) -> f64) -> f64 {
 }
 
 wide! {
-    /// The standard deviation of each column, without bias. `means` and `squares` begin as zeros.
+    /// Computes the unbiased standard deviation of each column. `means` and `squares` start as
+    /// zeros.
     fn column_deviations(x: &'a [f32], means: &'a mut [f64], squares: &'a mut [f64], out: &'a mut [f32]) -> () {
         let (columns, rows) = (out.len(), x.len() / out.len());
         for x in x.chunks_exact(columns) {
@@ -284,10 +286,11 @@ wide! {
     }
 }
 
-/// To the nearest whole number up to `largest`, ties to even, for numbers that are not negative.
+/// Rounds non-negative numbers to the nearest integer up to `largest`, ties to even.
 #[inline(always)]
 fn round(x: f32, largest: f32) -> u8 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
+    const MAGIC: f32 = 12_582_912.0;
     let x = if x > largest { largest } else { x };
     (x + MAGIC).to_bits() as u8
 }

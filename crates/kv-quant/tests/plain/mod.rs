@@ -1,4 +1,4 @@
-//! Slow and plain ways to what the pool does, for comparison.
+//! Slow and plain implementations of the pool's functions, for comparison.
 #![allow(dead_code)] // each test file uses its own part
 
 use std::ops::Range;
@@ -7,12 +7,12 @@ use kv_quant::{
     Axis, Bits, Float8, Flush, Format, Pool, PoolShape, Scheme, StaticScale, TurboQuant,
 };
 
-/// Repeatable numbers.
+/// Returns reproducible numbers.
 pub fn numbers(seed: u64, count: usize) -> Vec<f32> {
     (0..count).map(|i| ((i as f32 + 31.0 * seed as f32) * 1.618).sin() * 1.5 + 0.3).collect()
 }
 
-/// A small generator of repeatable whole numbers.
+/// A generator of reproducible integers.
 pub struct Random(u64);
 
 impl Random {
@@ -20,14 +20,14 @@ impl Random {
         Self(seed.wrapping_mul(2).wrapping_add(1))
     }
 
-    /// A number below `end`.
+    /// Returns a number below `end`.
     pub fn below(&mut self, end: usize) -> usize {
         self.0 =
             self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         ((self.0 >> 33) as usize) % end.max(1)
     }
 
-    /// A number from -2 to 2.
+    /// Returns a number from -2 to 2.
     pub fn number(&mut self) -> f32 {
         self.below(4001) as f32 / 1000.0 - 2.0
     }
@@ -36,14 +36,14 @@ impl Random {
         (0..count).map(|_| self.number()).collect()
     }
 
-    /// Some of the numbers below `end`, in order.
+    /// Returns some of the numbers below `end`, in order.
     pub fn some(&mut self, end: usize) -> Vec<u32> {
         let keep = 1 + self.below(4);
         (0..end as u32).filter(|_| self.below(4) < keep).collect()
     }
 }
 
-/// Formats of every kind of flush, axis and codes.
+/// Returns formats of every kind of flush, axis and codes.
 pub fn formats() -> Vec<Format> {
     let per_token = Scheme::new(Bits::Four, Axis::Channels, 32).unwrap();
     let of = |flush| Format::new(per_token, per_token, flush).unwrap();
@@ -81,12 +81,12 @@ pub fn shape(kv_heads: usize, head_dim: usize, value_dim: usize) -> PoolShape {
     PoolShape { kv_heads, head_dim, value_dim }
 }
 
-/// Everything that a pool holds of a sequence.
+/// Returns all entries of a sequence.
 pub fn all(pool: &Pool, seq: u64) -> Vec<(Vec<f32>, Vec<f32>)> {
     (0..pool.shape().kv_heads).map(|head| pool.read(seq, head).unwrap()).collect()
 }
 
-/// One query's attention over rows of keys and values: output and log-sum-exp.
+/// Returns one query's attention over rows of keys and values: output and log-sum-exp.
 pub fn attend(
     q: &[f32],
     (keys, values): &(Vec<f32>, Vec<f32>),
@@ -116,12 +116,12 @@ pub fn attend(
     (out, max + sum.ln())
 }
 
-/// The entries of ranges.
+/// Returns the entries of ranges.
 pub fn entries(ranges: &[Range<usize>]) -> impl Iterator<Item = usize> + Clone + '_ {
     ranges.iter().cloned().flatten()
 }
 
-/// Whether an output row is close to the plain one.
+/// Returns whether an output row is close to the expected one.
 pub fn close(got: &[f32], want: &[f64]) -> bool {
     let largest = want.iter().fold(1e-2f64, |a, w| a.max(w.abs()));
     got.iter().zip(want).all(|(got, want)| (f64::from(*got) - want).abs() <= 2e-3 * largest)

@@ -1,10 +1,10 @@
-//! The best sentences.
+//! Extraction of the best-ranked sentences.
 
 use super::rank::{bm25, tf_idf};
 use crate::units::{sentences, terms, words};
 use longctx_core::{Compressed, Prompt, PromptCompressor, Rate, Result};
 
-/// How sentences are ranked. Without a question, each is compared with the whole text.
+/// How sentences are ranked. Without a question, each sentence is compared with the whole text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ranking {
     /// Okapi BM25.
@@ -13,7 +13,8 @@ pub enum Ranking {
     TfIdf,
 }
 
-/// Keeps the sentences that rank best, in their order; the last one that the budget allows is cut after a word.
+/// Keeps the best-ranked sentences in text order. The last sentence within the budget is cut after
+/// a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extract {
     /// How sentences are ranked.
@@ -36,7 +37,7 @@ impl PromptCompressor for Extract {
         let mut budget = rate.of(words.len());
         let mut kept = Vec::new();
         for i in order {
-            // The words that begin in the sentence: white space never counts as a word of its own.
+            // The words that begin in the sentence: white space is never a word.
             let first = words.partition_point(|word| word.start < sentences[i].start);
             let end = words.partition_point(|word| word.start < sentences[i].end);
             let fitting = &words[first..end.min(first + budget)];

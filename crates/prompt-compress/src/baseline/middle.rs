@@ -1,11 +1,12 @@
-//! The beginning and the end.
+//! Truncation of the middle.
 
 use crate::units::words;
 use longctx_core::{Compressed, Prompt, PromptCompressor, Rate, Result};
 
 /// Keeps the first and the last words, half of the budget each, and drops the middle.
 ///
-/// What LongBench (arXiv 2308.14508) and after it arXiv 2407.01527 do with an input that does not fit the model.
+/// LongBench (arXiv 2308.14508), and later arXiv 2407.01527, truncate inputs that do not fit the
+/// model in this way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TruncateMiddle;
 

@@ -4,12 +4,12 @@ use crate::units::words;
 use longctx_core::{Compressed, Prompt, PromptCompressor, Rate, Result};
 use rand::{SeedableRng, rngs::StdRng, seq::index};
 
-/// Keeps words chosen at random, in their order: the lowest bar.
+/// Keeps random words in text order: the weakest baseline.
 ///
 /// The same seed and text give the same words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RandomDrop {
-    /// Where the random numbers start.
+    /// Seed of the random numbers.
     pub seed: u64,
 }
 

@@ -1,9 +1,10 @@
-//! Scores of documents for a query, from their words alone.
+//! Lexical scores of documents for a query.
 
 use std::collections::HashMap;
 
-/// Okapi BM25 scores of `documents` for `query`, as Python's `rank_bm25.BM25Okapi` 0.2.2 gives them: k1 = 1.5, b = 0.75, and a
-/// quarter of the mean inverse document frequency in place of a negative one.
+/// Returns Okapi BM25 scores of `documents` for `query`, equal to those of Python's
+/// `rank_bm25.BM25Okapi` 0.2.2: k1 = 1.5, b = 0.75. A negative inverse document frequency is
+/// replaced by a quarter of the mean.
 ///
 /// Robertson and Zaragoza, *The Probabilistic Relevance Framework: BM25 and Beyond*, 2009.
 pub fn bm25(documents: &[Vec<String>], query: &[String]) -> Vec<f64> {
@@ -15,7 +16,7 @@ pub fn bm25(documents: &[Vec<String>], query: &[String]) -> Vec<f64> {
     let mean_len = documents.iter().map(Vec::len).sum::<usize>() as f64 / n;
     let found_in = document_frequency(&counts);
     let idf = |&df: &usize| (n - df as f64 + 0.5).ln() - (df as f64 + 0.5).ln();
-    // Summed in sorted order: a hash map's order would change the last bit from run to run.
+    // Summed in sorted order: the order of a hash map would change the last bit from run to run.
     let mut all: Vec<f64> = found_in.values().map(idf).collect();
     all.sort_by(f64::total_cmp);
     let floor = EPSILON * all.iter().sum::<f64>() / all.len().max(1) as f64;
@@ -33,8 +34,9 @@ pub fn bm25(documents: &[Vec<String>], query: &[String]) -> Vec<f64> {
     counts.iter().zip(documents).map(score).collect()
 }
 
-/// Cosine between the TF-IDF vectors of each of `documents` and of `query`, with scikit-learn's defaults: raw counts times
-/// ln((1 + n) / (1 + df)) + 1. Words that no document has are left out of the query.
+/// Returns the cosine between the TF-IDF vectors of each of `documents` and of `query`, with
+/// scikit-learn's defaults: raw counts times ln((1 + n) / (1 + df)) + 1. Words of the query that no
+/// document contains are ignored.
 ///
 /// Salton and Buckley, *Term-weighting approaches in automatic text retrieval*, 1988.
 pub fn tf_idf(documents: &[Vec<String>], query: &[String]) -> Vec<f64> {

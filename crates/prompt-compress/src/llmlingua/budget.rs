@@ -1,4 +1,4 @@
-//! Coarse choices by perplexity: which documents, and which sentences.
+//! Coarse selection by perplexity: documents and sentences.
 
 use std::ops::Range;
 
@@ -7,11 +7,13 @@ use super::{LlmLingua, Order, Place, Rank, Sentences};
 use crate::meter::{count, encode, mean};
 use longctx_core::{CausalLm, Error, Result};
 
-/// What LongLLMLingua puts after a question, so that the model asks itself whether the answer is there.
+/// LongLLMLingua's suffix of a question, so that the model estimates whether the documents contain
+/// the answer.
 const RESTRICTION: &str = " We can get the answer to this question in the given documents.";
 
 impl<M: CausalLm> LlmLingua<M> {
-    /// The mean loss of a text, or of the question with the text before it, or of the text with the question before it.
+    /// Returns the mean loss of a text, of the question after the text, or of the text after the
+    /// question.
     fn surprise(&mut self, text: &str, question: &str) -> Result<f32> {
         let (whole, first) = match self.settings.rank {
             Rank::Plain => (text.to_owned(), 0),
@@ -28,7 +30,8 @@ impl<M: CausalLm> LlmLingua<M> {
         Ok(mean(losses.get(first..).unwrap_or(&[])))
     }
 
-    /// Texts, those that should stay first: the most surprising, or those that make the question least surprising.
+    /// Returns the indices of texts, best first: the highest loss, or the lowest loss of the
+    /// question.
     fn rank(&self, surprises: &[f32]) -> Vec<usize> {
         let key = |&i: &usize| match self.settings.rank {
             Rank::Plain => -surprises[i],
@@ -39,7 +42,7 @@ impl<M: CausalLm> LlmLingua<M> {
         order
     }
 
-    /// The documents that fit the budget.
+    /// Returns the documents that fit the budget.
     pub(super) fn choose_documents(
         &mut self,
         documents: &[Range<usize>],
@@ -84,7 +87,7 @@ impl<M: CausalLm> LlmLingua<M> {
         Ok(ranked.into_iter().map(kept).collect())
     }
 
-    /// The sentences that fit the budget.
+    /// Returns the sentences that fit the budget.
     pub(super) fn choose_sentences(
         &mut self,
         documents: Vec<Kept>,
@@ -136,7 +139,8 @@ impl<M: CausalLm> LlmLingua<M> {
     }
 }
 
-/// What is added to the ratio of each document, best first: from `spread` down to `-spread`.
+/// Returns the additions to the ratios of the documents, best first: from `spread` down to
+/// `-spread`.
 fn bonuses(count: usize, spread: f64) -> Vec<f64> {
     if count < 2 || spread <= 0.0 {
         return vec![0.0; count];

@@ -1,14 +1,14 @@
-//! One cut: which tokens of a part of a segment stay.
+//! One cut: selects the tokens of a part of a segment.
 
 use super::ratios::Step;
 use super::segments::{Kept, Plan, Track};
 use longctx_core::{Error, Result};
 
-/// Tokens while they are being cut.
+/// Tokens during the cut.
 #[derive(Debug)]
 pub struct Cut<'a> {
     pub kept: Kept,
-    /// Tokens that stay because they separate contexts.
+    /// Tokens that are kept because they separate contexts.
     keep: Option<Vec<bool>>,
     plan: &'a Plan<'a>,
 }
@@ -24,10 +24,11 @@ impl<'a> Cut<'a> {
         Self { kept: Kept { ids, origin }, keep, plan }
     }
 
-    /// Cuts the part of the segment that ends at `end` which `step` speaks of; gives the end of a segment after it.
+    /// Cuts the part of the segment ending at `end` that `step` describes. Returns the end of the
+    /// next segment.
     ///
-    /// Positions are signed, and count from the end where they are negative, as they do in the package: a text shorter than a
-    /// segment depends on it.
+    /// Positions are signed and, if negative, count from the end, as in the package. Texts shorter
+    /// than a segment depend on it.
     pub fn step(
         &mut self,
         track: &mut Track,
@@ -38,7 +39,7 @@ impl<'a> Cut<'a> {
         let (size, tokens) = (self.plan.size as isize, step.tokens as isize);
         let end = end as isize - size + tokens;
         let mut need = self.wanted(track, own, step.ratio)?;
-        // A character that goes on after the part is left to the next one.
+        // A character that continues after the part is left to the next part.
         let after = self.start_of_character(place(end, need.len()));
         need[after..].fill(true);
         let before = self.start_of_character(place(end - tokens, need.len()));
@@ -61,7 +62,7 @@ impl<'a> Cut<'a> {
         Ok((end - gone + size).max(0) as usize)
     }
 
-    /// Which tokens cost more than the threshold that leaves `ratio` of all.
+    /// Returns which tokens exceed the threshold that leaves `ratio` of all tokens.
     fn wanted(&self, track: &Track, own: &Track, ratio: f64) -> Result<Vec<bool>> {
         let losses = track.losses();
         let start = if self.plan.contrast { self.plan.start } else { 0 };
@@ -84,7 +85,7 @@ impl<'a> Cut<'a> {
         let above = weights.iter().map(|&weight| weight > threshold);
         let last = losses.first().is_some_and(|&loss| loss > 0.0);
         let mut need: Vec<bool> = front.chain(above).chain(std::iter::once(last)).collect();
-        // The last token's weight is not its character's.
+        // The weight of the last token is not that of its character.
         let last = losses.len();
         let character = self.start_of_character(last)..=last;
         let stays = need[character.clone()].contains(&true);
@@ -92,8 +93,8 @@ impl<'a> Cut<'a> {
         Ok(need)
     }
 
-    /// Tokens that share a character weigh as much as each other, their mean, so that they stay or
-    /// go together; `weights` are of the tokens from `start` on.
+    /// Sets the weights of tokens that share a character to their mean, so that they are kept or
+    /// dropped together. `weights` starts at token `start`.
     fn level(&self, weights: &mut [f32], start: usize) {
         let mut from = 0;
         while from < weights.len() {
@@ -109,13 +110,13 @@ impl<'a> Cut<'a> {
         }
     }
 
-    /// Whether a token goes on with the character of the token before it.
+    /// Returns whether a token continues the character of the previous token.
     fn is_inside_character(&self, at: usize) -> bool {
         let origin = self.kept.origin.get(at).filter(|_| at > self.plan.start);
         origin.is_some_and(|&origin| self.plan.shares[origin])
     }
 
-    /// The first token of the character that the token at `at` is a part of.
+    /// Returns the first token of the character that the token at `at` belongs to.
     fn start_of_character(&self, mut at: usize) -> usize {
         while self.is_inside_character(at) {
             at -= 1;
@@ -123,7 +124,7 @@ impl<'a> Cut<'a> {
         at
     }
 
-    /// Keeps the pairs that separate contexts, and of other separators in a row only the first.
+    /// Keeps the pairs that separate contexts; of other consecutive separators only the first.
     fn keep_splits(&self, need: &mut [bool], end: isize, tokens: isize) {
         let (Some(keep), Some(split)) = (&self.keep, self.plan.split) else { return };
         need.iter_mut().zip(keep).for_each(|(need, &keep)| *need |= keep);
@@ -142,8 +143,9 @@ impl<'a> Cut<'a> {
         }
     }
 
-    /// Takes finished tokens away from the model's sight, so that the segment that ends at `end` fits into `context` tokens; says
-    /// how many. Half of the context goes at a time: what stays has to be read anew.
+    /// Removes finished tokens from the model's context so that the segment ending at `end` fits
+    /// into `context` tokens. Returns their number. Half of the context is removed at a time,
+    /// because the rest has to be read again.
     pub fn slide(&mut self, end: usize, context: usize, gone: &mut Kept) -> usize {
         let (start, size) = (self.plan.start, self.plan.size);
         let stay = (context / 2).max(start + size);
@@ -157,7 +159,7 @@ impl<'a> Cut<'a> {
     }
 }
 
-/// The loss above which a share of the tokens lies.
+/// Returns the loss that the share `ratio` of the tokens exceeds.
 fn threshold(mut losses: Vec<f32>, ratio: f64) -> f32 {
     if ratio == 1.0 || losses.is_empty() {
         return f32::NEG_INFINITY;
@@ -167,13 +169,13 @@ fn threshold(mut losses: Vec<f32>, ratio: f64) -> f32 {
     losses[at]
 }
 
-/// A position that may count from the end, as in a Python slice.
+/// Resolves a position that may count from the end, as in a Python slice.
 fn place(at: isize, len: usize) -> usize {
     let at = if at < 0 { at + len as isize } else { at };
     at.clamp(0, len as isize) as usize
 }
 
-/// Keeps the elements whose place in `need` holds; those past its end go.
+/// Keeps the elements whose flag in `need` is set; elements past its end are dropped.
 fn filter<T>(values: &mut Vec<T>, need: &[bool]) {
     let mut need = need.iter();
     values.retain(|_| need.next().copied().unwrap_or(false));

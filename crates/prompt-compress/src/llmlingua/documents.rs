@@ -1,20 +1,20 @@
-//! A prompt as documents, and how what is kept of it maps back.
+//! A prompt as documents, with the mapping of the kept text to its source.
 
 use std::ops::Range;
 
 use longctx_core::{Compressed, Piece};
 
-/// A text and the documents in it: byte ranges that do not overlap.
+/// A text and its documents: byte ranges that do not overlap.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Documents {
     /// The whole text.
     pub text: String,
-    /// Where the documents lie, in any order.
+    /// Byte ranges of the documents, in any order.
     pub ranges: Vec<Range<usize>>,
 }
 
 impl Documents {
-    /// Documents given one by one; the text is all of them with an empty line between.
+    /// Joins documents to one text, separated by empty lines.
     pub fn join<S: AsRef<str>>(documents: &[S]) -> Self {
         let mut joined = Self::default();
         for document in documents {
@@ -28,7 +28,7 @@ impl Documents {
         joined
     }
 
-    /// One document for each paragraph of `text`: what empty lines separate.
+    /// Makes one document of each paragraph of `text`. Empty lines separate paragraphs.
     pub fn paragraphs(text: &str) -> Self {
         let mut ranges = Vec::new();
         let mut start = 0;
@@ -42,11 +42,11 @@ impl Documents {
     }
 }
 
-/// A document as far as it has been kept: ranges of the text, one after the other.
+/// The kept part of a document: ranges of the text, in order.
 #[derive(Debug, Clone)]
 pub struct Kept {
     pub ranges: Vec<Range<usize>>,
-    /// What is added to the ratio of its tokens.
+    /// Added to the ratio of its tokens.
     pub bonus: f64,
 }
 
@@ -56,16 +56,16 @@ impl Kept {
     }
 }
 
-/// A text put together from others, which knows which bytes of the documents' text its own are.
+/// A text joined from others, with the mapping of its bytes to the documents' text.
 #[derive(Debug, Default)]
 pub struct Joined {
     pub text: String,
-    /// Ranges of the text, each with where it begins in the documents' text.
+    /// Ranges of the text, each with its start in the documents' text.
     parts: Vec<(Range<usize>, usize)>,
 }
 
 impl Joined {
-    /// A prefix that comes from nowhere, and documents, with empty lines between.
+    /// Joins a prefix that has no source and documents, separated by empty lines.
     pub fn new(prefix: Option<&str>, documents: &[Kept], source: &str) -> Self {
         let mut joined = Self::default();
         joined.text.push_str(prefix.unwrap_or(""));
@@ -82,7 +82,8 @@ impl Joined {
         joined
     }
 
-    /// The bytes of the documents' text behind a range of this one: more than one range where it goes over a seam.
+    /// Returns the bytes of the documents' text for a range of this text: several ranges if it
+    /// crosses a boundary.
     fn sources(&self, range: &Range<usize>) -> impl Iterator<Item = Range<usize>> {
         let first = self.parts.partition_point(|(part, _)| part.end <= range.start);
         let (from, to) = (range.start, range.end);
@@ -94,9 +95,11 @@ impl Joined {
         )
     }
 
-    /// The record of `output`, which tokens with these ranges of this text were written into, in order.
+    /// Returns the pieces of `output`, which consists of the tokens with the ranges `kept` of this
+    /// text, in order.
     ///
-    /// A token that is not written as it stood leaves no piece: half of a character, a separator.
+    /// A token that is not in the output as it was in the text gives no piece: half of a character,
+    /// or a separator.
     pub fn record(&self, kept: &[Range<usize>], source: &str, output: String) -> Compressed {
         let mut compressed = Compressed { text: output, pieces: Vec::new() };
         let mut at = 0;
@@ -122,8 +125,8 @@ impl Joined {
     }
 }
 
-/// Where `token` stands in `text` from `at` on, past white space and what stands for broken characters; or what is left of it
-/// without the white space before it.
+/// Finds `token` in `text` from `at` on, after white space and replacement characters. Also finds
+/// the token without its leading white space.
 fn find(text: &str, mut at: usize, token: &str) -> Option<Range<usize>> {
     loop {
         for token in [token, token.trim_start()] {
@@ -157,7 +160,7 @@ mod tests {
         let kept = [Kept { ranges: vec![0..6, 11..19], bonus: 0.0 }];
         let joined = Joined::new(Some("q"), &kept, source);
         assert_eq!(joined.text, "q\n\nalpha gamma é");
-        // "alpha", " gam" over the seam, half of "é".
+        // "alpha", " gam" across the boundary, half of "é".
         let ranges = [3..8, 8..12, 14..17];
         let record = joined.record(&ranges, source, "alpha gam\u{fffd}".into());
         record.check(source).unwrap();

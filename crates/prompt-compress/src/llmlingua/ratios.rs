@@ -1,15 +1,16 @@
-//! Which share of each segment's tokens stays.
+//! The share of tokens to keep in each segment.
 
-/// So many tokens of a segment, and the share of them that stays.
+/// A number of tokens of a segment, and the share of them to keep.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
     pub tokens: usize,
     pub ratio: f64,
 }
 
-/// The ratios of each segment of `size` tokens, for contexts of `lengths` tokens one after the other.
+/// Returns the ratios of each segment of `size` tokens, for concatenated contexts of `lengths`
+/// tokens.
 ///
-/// Together they leave `target` tokens; `bonus` is added to each context's own ratio.
+/// Together they keep `target` tokens. `bonus` is added to each context's own ratio.
 pub fn ratios(lengths: &[usize], bonus: &[f64], target: f64, size: usize) -> Vec<Vec<Step>> {
     let tau = target / (lengths.iter().sum::<usize>() + 1) as f64;
     let (mut segments, mut open) = (Vec::new(), Vec::new());

@@ -1,46 +1,49 @@
-//! Token by token, a segment at a time: each is cut with what is left of the earlier ones before it.
+//! Token selection, one segment at a time. Each segment is read after the kept tokens of the
+//! earlier ones.
 
 use super::cut::Cut;
 use super::ratios::Step;
 use crate::meter::Meter;
 use longctx_core::{CausalLm, Error, Result};
 
-/// What is cut: tokens, and which of the original ones they are.
+/// The tokens being cut, with their original indices.
 #[derive(Debug, Clone)]
 pub struct Kept {
     pub ids: Vec<u32>,
     pub origin: Vec<usize>,
 }
 
-/// How a text is cut into segments, and what stays in any case.
+/// The segmentation of a text, and the tokens that are always kept.
 #[derive(Debug)]
 pub struct Plan<'a> {
-    /// Tokens of a segment.
+    /// Tokens per segment.
     pub size: usize,
-    /// Tokens at the front that are never cut: the question, where tokens are weighed against it.
+    /// Tokens at the front that are never cut: the question, if tokens are scored with it.
     pub start: usize,
-    /// Each segment's ratios.
+    /// The ratios of each segment.
     pub steps: &'a [Vec<Step>],
-    /// Of each token, whether it shares a character with the one before: then both stay or go.
+    /// For each token, whether it shares a character with the previous one: both are then kept or
+    /// dropped.
     pub shares: &'a [bool],
-    /// The token that separates contexts, if pairs of it stay.
+    /// The token that separates contexts, if pairs of it are kept.
     pub split: Option<u32>,
-    /// Whether a token counts by what the question takes away from its loss.
+    /// Whether the score of a token is the reduction of its loss by the question.
     pub contrast: bool,
 }
 
-/// The losses of one sequence, grown segment by segment.
+/// The losses of one sequence, extended segment by segment.
 #[derive(Debug, Default)]
 pub struct Track {
     losses: Vec<f32>,
-    /// Tokens that the next pass need not go through again.
+    /// Number of tokens that the next pass need not read again.
     reused: usize,
-    /// Where the next pass's losses belong.
+    /// Start index of the next pass's losses.
     ready: usize,
 }
 
 impl Track {
-    /// Losses of `ids[..end]`, those before the last segment taken from earlier passes. `false` if there are none.
+    /// Computes the losses of `ids[..end]`, reusing those before the last segment. Returns `false`
+    /// if there are none.
     fn extend<M: CausalLm>(
         &mut self,
         meter: &mut Meter<M>,
@@ -72,7 +75,7 @@ impl Track {
         &mut self.losses
     }
 
-    /// Forgets the losses of tokens that have gone out of sight, those after the first `start`.
+    /// Drops the losses of the `gone` tokens after the first `start`, which have left the context.
     fn slide(&mut self, start: usize, gone: usize) {
         self.losses.drain(start.min(self.losses.len())..(start + gone).min(self.losses.len()));
         self.reused = self.reused.saturating_sub(gone);
@@ -84,7 +87,8 @@ fn lost(expected: impl std::fmt::Display, got: impl std::fmt::Display) -> Error 
     Error::mismatch("losses of a segment", expected, got)
 }
 
-/// Cuts `ids` as arXiv 2310.05736 does (iterative token-level compression); `plain` meters the text without the question.
+/// Cuts `ids` by iterative token-level compression (arXiv 2310.05736). `plain` measures the text
+/// without the question.
 pub fn compress<M: CausalLm>(
     meter: &mut Meter<M>,
     mut plain: Option<&mut Meter<M>>,
@@ -106,7 +110,8 @@ pub fn compress<M: CausalLm>(
             track.slide(start, gone);
             own.slide(0, gone);
         }
-        // The first pass goes through the whole text: the first segment's threshold is that of all tokens.
+        // The first pass reads the whole text: the threshold of the first segment is that of all
+        // tokens.
         let reach = if round == 0 { cut.kept.ids.len() } else { end };
         if !track.extend(meter, &cut.kept.ids, reach)? {
             break;

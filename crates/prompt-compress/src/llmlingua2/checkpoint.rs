@@ -1,4 +1,4 @@
-//! Checkpoints in Hugging Face's layout: `config.json`, `tokenizer.json`, `model.safetensors`.
+//! Checkpoints in Hugging Face format: `config.json`, `tokenizer.json`, `model.safetensors`.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -11,17 +11,17 @@ use safetensors::tensor::Metadata;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-/// The two encoders that LLMLingua-2 checkpoints are made from.
+/// The encoder families of LLMLingua-2 checkpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Family {
-    /// XLM-RoBERTa: SentencePiece tokens, words begin with `▁`.
+    /// XLM-RoBERTa: SentencePiece tokens; words begin with `▁`.
     XlmRoberta,
-    /// BERT: WordPiece tokens, `##` goes on with a word.
+    /// BERT: WordPiece tokens; `##` continues a word.
     Bert,
 }
 
-/// What `config.json` says of the encoder.
+/// The encoder's settings in `config.json`.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Config {
     pub model_type: Family,
@@ -63,12 +63,12 @@ impl Config {
     }
 }
 
-/// The tensors of one safetensors file, read one at a time as they are asked for.
+/// The tensors of one safetensors file, read on request.
 pub struct Weights {
     path: PathBuf,
     file: File,
     metadata: Metadata,
-    /// Where the tensors' bytes begin.
+    /// Offset of the tensor data.
     start: u64,
     device: Device,
     asked: Asked,
@@ -97,11 +97,10 @@ impl Weights {
         Ok(Self { path, file, metadata, start, device, asked })
     }
 
-    /// Checks that every tensor was asked for.
+    /// Checks that every tensor has been read.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] naming those that were not and that may change what the encoder
-    /// computes.
+    /// [`Error::Unsupported`] naming unread tensors that may change the encoder's output.
     pub fn account(&self) -> Result<()> {
         let names = self.metadata.offset_keys();
         let unread =
@@ -112,12 +111,12 @@ impl Weights {
         Ok(())
     }
 
-    /// The shape of a tensor, if there is one by that name.
+    /// Returns the shape of a tensor, if it exists.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.metadata.info(name).map(|info| info.shape.as_slice())
     }
 
-    /// A tensor in f32.
+    /// Returns a tensor in f32.
     pub fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         self.asked.note(name);
         let Some(info) = self.metadata.info(name) else {
@@ -137,8 +136,8 @@ impl Weights {
     }
 }
 
-/// Whether a tensor is no part of a token classifier: the table of positions, the pooler, and the
-/// heads of pretraining.
+/// Returns whether a tensor is not part of a token classifier: the position ids, the pooler, and
+/// the pretraining heads.
 fn is_harmless(name: &str) -> bool {
     name.ends_with("embeddings.position_ids")
         || name.contains(".pooler.")

@@ -1,4 +1,4 @@
-//! From scored words to shorter texts: rates, token targets, whole contexts left out.
+//! From word probabilities to compressed texts: rates, token targets and context filters.
 
 use std::ops::Range;
 use std::sync::LazyLock;
@@ -13,89 +13,90 @@ use crate::tokens::cl100k_tokens;
 use longctx_core::{Compressed, Error, Piece, Rate, Result};
 use regex::Regex;
 
-/// How many contexts stay, to be compressed.
+/// How many contexts are kept and compressed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ContextTarget {
-    /// So many that the words to be dropped are about half of the work.
+    /// A number such that about half of the reduction comes from dropped contexts, and the rest
+    /// from dropped words.
     Auto,
     /// A share of the contexts.
     Rate(Rate),
-    /// About so many contexts.
+    /// About this number of contexts.
     Contexts(usize),
-    /// About so many tokens.
+    /// About this number of tokens.
     Tokens(usize),
 }
 
-/// Leaves out the contexts whose words are least likely to stay.
+/// Drops the contexts whose words have the lowest probabilities.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ContextFilter {
-    /// How many stay.
+    /// How many contexts are kept.
     pub target: ContextTarget,
-    /// Contexts that stay in any case.
+    /// Indices of contexts that are always kept.
     pub force: Vec<usize>,
 }
 
-/// What to do with scored contexts.
+/// How to compress scored contexts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
-    /// How much stays, in tokens of `cl100k_base`.
+    /// The target, in tokens of `cl100k_base`.
     pub target: Target,
-    /// Whether words are dropped at all; with a filter alone, whole contexts are.
+    /// Whether words are dropped. If not, only the filter applies.
     pub drop_words: bool,
-    /// Whether whole contexts are dropped first. It does nothing where there is only one.
+    /// Whether whole contexts are dropped first. No effect on a single context.
     pub filter: Option<ContextFilter>,
 }
 
 impl Request {
-    /// Words are dropped until the rate is met.
+    /// Drops words to meet a rate.
     pub fn rate(rate: Rate) -> Self {
         Self { target: Target::Rate(rate), drop_words: true, filter: None }
     }
 
-    /// Words are dropped until so many tokens are left.
+    /// Drops words until `tokens` tokens are left.
     pub fn tokens(tokens: usize) -> Self {
         Self { target: Target::Tokens(tokens), drop_words: true, filter: None }
     }
 
-    /// With a filter over contexts before.
+    /// Adds a context filter, applied first.
     pub fn with_filter(self, target: ContextTarget, force: Vec<usize>) -> Self {
         Self { filter: Some(ContextFilter { target, force }), ..self }
     }
 }
 
-/// A word of the prompt, and whether it stayed.
+/// A word of the prompt, and whether it was kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Label {
     /// The word.
     pub word: String,
-    /// Whether it stayed.
+    /// Whether it was kept.
     pub kept: bool,
-    /// Whether all of it was forced to stay.
+    /// Whether all of its tokens were forced.
     pub forced: bool,
 }
 
 /// Compressed contexts.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Compression {
-    /// Contexts that stayed, each with its number.
+    /// The kept contexts, each with its index.
     pub contexts: Vec<(usize, Compressed)>,
     /// Every word of every context.
     pub labels: Vec<Label>,
-    /// Tokens of `cl100k_base` before.
+    /// Tokens of `cl100k_base` before compression.
     pub original_tokens: usize,
-    /// Tokens of `cl100k_base` after.
+    /// Tokens of `cl100k_base` after compression.
     pub compressed_tokens: usize,
 }
 
 impl Compression {
-    /// The contexts that stayed, with an empty line between.
+    /// Returns the kept contexts, separated by empty lines.
     pub fn text(&self) -> String {
         let texts: Vec<&str> = self.contexts.iter().map(|(_, c)| c.text.as_str()).collect();
         texts.join("\n\n")
     }
 }
 
-/// Contexts whose words have been given probabilities.
+/// Contexts with word probabilities.
 #[derive(Debug)]
 pub struct Scored<'a> {
     model: &'a LlmLingua2,
@@ -104,7 +105,7 @@ pub struct Scored<'a> {
     tokens: usize,
 }
 
-/// The windows of a context, and the words of each.
+/// The windows of a context, and the words of each window.
 type Context = (Vec<Window>, Vec<Vec<Word>>);
 
 impl<'a> Scored<'a> {
@@ -117,15 +118,16 @@ impl<'a> Scored<'a> {
         Self { model, forced, contexts, tokens }
     }
 
-    /// Tokens of `cl100k_base` in all contexts.
+    /// Returns the number of `cl100k_base` tokens of all contexts.
     pub fn tokens(&self) -> usize {
         self.tokens
     }
 
-    /// The shorter contexts.
+    /// Returns the compressed contexts.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the target is 0 tokens, or fewer than what is forced to stay takes, or a forced context does not exist.
+    /// [`Error::Setting`] if the target is 0 tokens or fewer than the forced tokens, or if a forced
+    /// context does not exist.
     pub fn compress(&self, request: &Request) -> Result<Compression> {
         if request.target == Target::Tokens(0) {
             return Err(Error::setting("target", "at least 1 token", 0));
@@ -162,7 +164,8 @@ impl<'a> Scored<'a> {
         Ok(done)
     }
 
-    /// Which contexts stay: those whose mean probability is not below the percentile that the filter asks for.
+    /// Returns which contexts are kept: those whose mean probability is at least the percentile of
+    /// the filter.
     fn filter(&self, filter: &ContextFilter, request: &Request) -> Result<Vec<bool>> {
         let count = self.contexts.len();
         if let Some(&bad) = filter.force.iter().find(|&&i| i >= count) {
@@ -189,7 +192,7 @@ impl<'a> Scored<'a> {
         Ok(means.iter().enumerate().map(stays).collect())
     }
 
-    /// The words that stay, written back window by window.
+    /// Joins the kept words, window by window.
     fn shorten(
         &self,
         (_, windows): &Context,
@@ -216,7 +219,8 @@ impl<'a> Scored<'a> {
         Ok(compressed)
     }
 
-    /// A context in which no word is dropped: the package writes it back through the tokenizer.
+    /// Returns a context in which no word is dropped; like the package, re-encoded with the
+    /// tokenizer.
     fn write_back(&self, (windows, _): &Context, labels: &mut Vec<Label>) -> Compressed {
         let mut compressed = Compressed::default();
         for window in windows {
@@ -253,7 +257,7 @@ impl<'a> Scored<'a> {
     }
 }
 
-/// Lets the likeliest word stay if none does.
+/// Keeps the most probable word if none is kept.
 fn keep_one(windows: &[Vec<Word>], choice: &mut [Vec<bool>]) {
     if choice.iter().flatten().any(|&stays| stays) {
         return;
@@ -268,12 +272,13 @@ fn keep_one(windows: &[Vec<Word>], choice: &mut [Vec<bool>]) {
     }
 }
 
-/// The share of `total` that `part` is, 1 at most.
+/// Returns `part / total`, at most 1.
 fn share(part: usize, total: usize) -> f64 {
     (part as f64 / total.max(1) as f64).min(1.0)
 }
 
-/// Adds a word as it is written back; leading white space belongs to no piece. A word whose bytes another one shares joins its piece.
+/// Appends a word in its output form. Leading white space belongs to no piece. A word that shares
+/// bytes with another joins its piece.
 fn append(compressed: &mut Compressed, written: &str, source: &Range<usize>) {
     let space = written.len() - written.trim_start_matches(' ').len();
     let output = compressed.text.len() + space..compressed.text.len() + written.len();
@@ -289,7 +294,8 @@ fn append(compressed: &mut Compressed, written: &str, source: &Range<usize>) {
     }
 }
 
-/// The words and marks of a text from which nothing is dropped, as the package's own pattern finds them.
+/// Returns the words and punctuation marks of a text from which nothing is dropped, as the
+/// package's pattern finds them.
 fn plain_words(text: &str) -> Vec<String> {
     static PATTERN: LazyLock<Option<Regex>> =
         LazyLock::new(|| Regex::new(r#"[\p{L}\p{N}_]+|[<>=/!@#$%^&*()?":{}|\\`~;+-]"#).ok());

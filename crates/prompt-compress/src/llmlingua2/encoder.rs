@@ -1,7 +1,7 @@
-//! The encoder: XLM-RoBERTa or BERT, with a head that tells the tokens to keep from those to drop.
+//! The encoder: XLM-RoBERTa or BERT, with a token classification head (keep or drop).
 //!
-//! The windows of a batch lie one after the other in one matrix. So nothing is ever padded: the products run over all tokens of
-//! the batch at once, and only attention looks at each window by itself.
+//! The windows of a batch are concatenated in one matrix, without padding: matrix products run over
+//! all tokens of the batch, and only attention is computed per window.
 
 use super::checkpoint::{Config, Family, Weights};
 use super::gelu::bias_gelu;
@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 use candle_nn::ops::layer_norm;
 use longctx_core::{AttentionShape, Batch, DenseStore, Error, KvStore, Mask, Result};
 
-/// Tokens of a window, with its frame: what the checkpoints were trained on.
+/// Tokens of a window including its first and last special token, as in training.
 pub const WINDOW: usize = 512;
 
 /// An encoder with its two-class head.
@@ -20,7 +20,7 @@ pub struct Encoder {
     device: Device,
     words: Tensor,
     positions: Tensor,
-    /// The embedding of the one token type in use, `[hidden]`.
+    /// The embedding of the only token type in use, `[hidden]`.
     kind: Tensor,
     norm: Norm,
     layers: Vec<Layer>,
@@ -72,12 +72,12 @@ impl Encoder {
         Ok(Self { config, shape, device, words, positions, kind, norm, layers, head })
     }
 
-    /// Rows of the embedding: the vocabulary with the tokens added to it.
+    /// Returns the number of embedding rows: the vocabulary and the added tokens.
     pub fn vocab_size(&self) -> usize {
         self.config.vocab_size
     }
 
-    /// The probability that each token of each window stays.
+    /// Returns the keep probability of each token of each window.
     pub fn keep(&self, windows: &[Framed]) -> Result<Vec<Vec<f32>>> {
         let lens: Vec<usize> = windows.iter().map(|window| window.ids.len()).collect();
         let total = lens.iter().sum::<usize>();
@@ -100,14 +100,14 @@ impl Encoder {
     }
 }
 
-/// Softmax over two classes; the second means keep.
+/// Softmax over two classes; the second is "keep".
 fn keep_probability(drop: f32, keep: f32) -> f32 {
     let max = drop.max(keep);
     let (drop, keep) = ((drop - max).exp(), (keep - max).exp());
     keep / (drop + keep)
 }
 
-/// A window as the encoder takes it: equally many ids and positions.
+/// The encoder's input for one window: as many ids as positions.
 #[derive(Debug, Default)]
 pub struct Framed {
     pub ids: Vec<u32>,
@@ -115,7 +115,7 @@ pub struct Framed {
 }
 
 impl Config {
-    /// The tensors' common prefix.
+    /// Returns the common prefix of the tensor names.
     fn prefix(&self) -> &'static str {
         match self.model_type {
             Family::XlmRoberta => "roberta",
@@ -123,7 +123,7 @@ impl Config {
         }
     }
 
-    /// The position of a window's first token: RoBERTa counts from after its padding id.
+    /// Returns the position of a window's first token: RoBERTa counts from after its padding id.
     fn first_position(&self) -> usize {
         match self.model_type {
             Family::XlmRoberta => self.pad_token_id as usize + 1,
@@ -131,7 +131,8 @@ impl Config {
         }
     }
 
-    /// Positions of `ids`. In XLM-RoBERTa a padding token written out in a text has the padding's position, and is not counted.
+    /// Returns the positions of `ids`. In XLM-RoBERTa a padding token in the text has the padding's
+    /// position and is not counted.
     pub fn positions(&self, ids: &[u32]) -> Vec<u32> {
         match self.model_type {
             Family::Bert => (0..ids.len() as u32).collect(),
@@ -190,7 +191,7 @@ impl Norm {
 
 #[derive(Debug)]
 struct Layer {
-    /// Queries, keys and values in one product.
+    /// Queries, keys and values in one projection.
     qkv: Linear,
     out: Linear,
     attention_norm: Norm,
@@ -229,7 +230,7 @@ impl Layer {
     }
 }
 
-/// Attention within each window: `[tokens, 3 * hidden]` to `[tokens, hidden]`.
+/// Attention within each window, from `[tokens, 3 * hidden]` to `[tokens, hidden]`.
 fn attend(qkv: &Tensor, lens: &[usize], shape: &AttentionShape) -> Result<Tensor> {
     let (heads, d) = (shape.heads, shape.head_dim);
     let windows: Vec<_> = (0..).zip(lens.iter().copied()).filter(|(_, len)| *len > 0).collect();

@@ -1,4 +1,4 @@
-//! Tokens that are always kept, and what stands for them where the vocabulary lacks them.
+//! Tokens that are always kept, and their placeholders if the vocabulary lacks them.
 
 use std::ops::Range;
 
@@ -6,7 +6,7 @@ use std::ops::Range;
 #[derive(Debug)]
 pub struct Forced {
     tokens: Vec<String>,
-    /// Pairs: a token, and the token of the vocabulary that stands for it.
+    /// Pairs of a forced token and its placeholder in the vocabulary.
     stand_ins: Vec<(String, String)>,
 }
 
@@ -23,38 +23,39 @@ impl Forced {
         self.stand_ins.iter().any(|(_, stand_in)| stand_in == token)
     }
 
-    /// What stands for `token`, if anything does.
+    /// Returns the placeholder of `token`, if there is one.
     pub fn stand_in(&self, token: &str) -> Option<&str> {
         self.stand_ins.iter().find(|(forced, _)| forced == token).map(|(_, s)| s.as_str())
     }
 
-    /// Whether anything is replaced at all.
+    /// Returns whether any token has a placeholder.
     pub fn has_stand_ins(&self) -> bool {
         !self.stand_ins.is_empty()
     }
 
-    /// Forced tokens in place of their stand-ins.
+    /// Replaces placeholders by their forced tokens.
     pub fn restore(&self, text: &str) -> String {
         self.stand_ins.iter().fold(text.to_owned(), |text, (token, s)| text.replace(s, token))
     }
 
-    /// Stand-ins in place of forced tokens.
+    /// Replaces forced tokens by their placeholders.
     pub fn replace(&self, text: &str) -> Traced {
         let whole = Traced { text: text.to_owned(), origin: (0..=text.len()).collect() };
         self.stand_ins.iter().fold(whole, |traced, (token, s)| traced.replace(token, s))
     }
 }
 
-/// A text made from another by replacements, which knows where its bytes come from.
+/// A text after replacements, with the mapping of its bytes to the original.
 #[derive(Debug)]
 pub struct Traced {
     pub text: String,
-    /// For each byte, and for the end: where it lies in the first text. Bytes of a replacement lie where it begins.
+    /// The original offset of each byte and of the end. All bytes of a replacement map to its
+    /// start.
     origin: Vec<usize>,
 }
 
 impl Traced {
-    /// Bytes of the first text.
+    /// Returns the original bytes of a range.
     pub fn source(&self, range: &Range<usize>) -> Range<usize> {
         self.origin[range.start]..self.origin[range.end]
     }

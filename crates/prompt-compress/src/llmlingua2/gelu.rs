@@ -1,10 +1,11 @@
-//! The activation `x Φ(x)` with the bias before it, in one pass over memory.
+//! The activation `x Φ(x)` with the bias added first, in one pass.
 
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// `gelu(x + bias)` for x `[rows, columns]` and bias `[columns]`, exact up to the rounding of f32.
+/// Returns `gelu(x + bias)` for x `[rows, columns]` and bias `[columns]`, accurate to the rounding
+/// of f32.
 pub fn bias_gelu(x: Tensor, bias: &Tensor) -> Result<Tensor> {
     match x.device() {
         candle_core::Device::Cpu if x.dtype() == DType::F32 => {
@@ -67,8 +68,9 @@ impl WithSimd for Row<'_> {
     }
 }
 
-/// The error function as a quotient of polynomials on [-4, 4], beyond which f32 knows only ±1: the minimax fit that Eigen and XLA
-/// use. Without branches, so that the loop above goes into wide registers.
+/// Returns the error function as a rational polynomial on [-4, 4], the minimax approximation of
+/// Eigen and XLA. Outside, f32 rounds it to ±1. It has no branches, so that the loop above
+/// vectorizes.
 #[inline(always)]
 fn erf(x: f32) -> f32 {
     const P: [f32; 7] = [
@@ -108,7 +110,7 @@ mod tests {
         let slow = x.broadcast_add(&bias).unwrap().gelu_erf().unwrap();
         let fast = bias_gelu(x, &bias).unwrap();
         let worst = (fast - slow).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
-        // Numbers reach 6.5, where f32 has steps of 4.8e-7.
+        // Values reach 6.5, where adjacent f32 numbers differ by 4.8e-7.
         assert!(worst.to_scalar::<f32>().unwrap() < 3e-6, "{worst}");
     }
 

@@ -1,4 +1,4 @@
-//! The checkpoint's tokenizer, with llmlingua's rules for words and forced tokens.
+//! The checkpoint's tokenizer, with the package's rules for words and forced tokens.
 
 use std::ops::Range;
 use std::path::Path;
@@ -9,7 +9,7 @@ use longctx_checkpoint::open_tokenizer;
 use longctx_core::{Error, Result};
 use tokenizers::{AddedToken, Decoder, Encoding, Tokenizer};
 
-/// Tokens that stand for forced tokens which the vocabulary lacks.
+/// Number of placeholder tokens for forced tokens that the vocabulary lacks.
 const ADDED: usize = 100;
 
 /// Python's `string.punctuation`.
@@ -32,8 +32,9 @@ impl Vocabulary {
         }
         let added = (0..ADDED).map(|i| AddedToken::from(added(i), true));
         tokenizer.add_special_tokens(added.collect::<Vec<_>>()).map_err(failed)?;
-        // The package frames every window with BERT's names. XLM-RoBERTa's vocabulary does not have them, so that its
-        // windows begin and end with the unknown token; the published checkpoints are used, and were measured, like this.
+        // The package uses BERT's names for these tokens with every checkpoint. XLM-RoBERTa's
+        // vocabulary lacks them, so its windows begin and end with the unknown token; the published
+        // checkpoints are used and were evaluated like this.
         let (first, last) = match family {
             Family::Bert => ("[CLS]", "[SEP]"),
             Family::XlmRoberta => ("<unk>", "<unk>"),
@@ -50,17 +51,17 @@ impl Vocabulary {
         self.tokenizer.encode(text, false).map_err(failed)
     }
 
-    /// The token as it stands in the vocabulary: for what the vocabulary lacks, the unknown token.
+    /// Returns the token's text in the vocabulary; the unknown token for an unknown id.
     pub fn token(&self, id: u32) -> String {
         self.tokenizer.id_to_token(id).unwrap_or_default()
     }
 
-    /// The largest id, that of the last added token.
+    /// Returns the largest id, that of the last added token.
     pub fn largest_id(&self) -> u32 {
         self.tokenizer.token_to_id(&added(ADDED - 1)).unwrap_or(u32::MAX)
     }
 
-    /// What each of `tokens` adds to the text that they make together.
+    /// Returns the text that each of `tokens` adds to their joint decoding.
     pub fn decode(&self, tokens: Vec<String>) -> Result<Vec<String>> {
         match self.tokenizer.get_decoder() {
             Some(decoder) => decoder.decode_chain(tokens).map_err(failed),
@@ -68,7 +69,7 @@ impl Vocabulary {
         }
     }
 
-    /// Whether a token stands for no text.
+    /// Returns whether a token has no text.
     pub fn is_special(&self, token: &str) -> bool {
         match self.family {
             Family::Bert => matches!(token, "[UNK]" | "[SEP]" | "[PAD]" | "[CLS]" | "[MASK]"),
@@ -76,7 +77,8 @@ impl Vocabulary {
         }
     }
 
-    /// Whether the encoder's attention leaves a token out: BERT's padding, where a text spells it out.
+    /// Returns whether the attention mask excludes a token: BERT's padding, if the text contains it
+    /// literally.
     pub fn is_masked(&self, token: &str) -> bool {
         self.family == Family::Bert && token == "[PAD]"
     }
@@ -96,7 +98,7 @@ impl Vocabulary {
         }
     }
 
-    /// The token without the marks of its place in a word.
+    /// Returns the token without the marks of its position in a word.
     pub fn pure<'a>(&self, token: &'a str) -> &'a str {
         match self.family {
             Family::Bert => token.trim_start_matches('#'),
@@ -104,7 +106,7 @@ impl Vocabulary {
         }
     }
 
-    /// A word as the package reports it.
+    /// Returns a word as the package reports it.
     pub fn label<'a>(&self, word: &'a str) -> &'a str {
         match self.family {
             Family::Bert => word,
@@ -112,7 +114,8 @@ impl Vocabulary {
         }
     }
 
-    /// The forced tokens, each that is not exactly one token of the vocabulary with its stand-in.
+    /// Returns the forced tokens, with a placeholder for each that is not exactly one token of the
+    /// vocabulary.
     pub fn forced(&self, tokens: &[String]) -> Result<Forced> {
         if tokens.len() > ADDED {
             return Err(Error::setting("force_tokens", format!("at most {ADDED}"), tokens.len()));
@@ -138,7 +141,7 @@ fn failed(e: tokenizers::Error) -> Error {
     Error::Unsupported(format!("tokenizer: {e}"))
 }
 
-/// The bytes from the first of `ranges` to the last; `None` of none.
+/// Returns the bytes from the first of `ranges` to the last; `None` if there are none.
 pub fn hull(ranges: impl IntoIterator<Item = Range<usize>>) -> Option<Range<usize>> {
     ranges.into_iter().reduce(|a, b| a.start.min(b.start)..a.end.max(b.end))
 }

@@ -1,4 +1,4 @@
-//! Cutting a text into windows that the encoder takes in one go, and knowing where every token comes from.
+//! Splits a text into windows for the encoder, with the source of every token.
 
 use std::ops::Range;
 
@@ -7,26 +7,27 @@ use super::forced::Forced;
 use super::vocabulary::{Vocabulary, hull};
 use longctx_core::Result;
 
-/// A run of the text's tokens, written back as text.
+/// A run of the text's tokens, decoded to text.
 #[derive(Debug)]
 pub struct Window {
-    /// The text, with stand-ins for forced tokens.
+    /// The text, with placeholders for forced tokens.
     pub text: String,
-    /// How the text is put together: byte ranges in it, each with its bytes in the original.
+    /// The parts of the text: byte ranges in it, each with its bytes in the original.
     pub parts: Vec<(Range<usize>, Range<usize>)>,
 }
 
-/// A token that the encoder sees.
+/// An input token of the encoder.
 #[derive(Debug)]
 pub struct Token {
     pub text: String,
-    /// Its bytes in the original; empty where no byte stands behind it.
+    /// Its bytes in the original; empty if it has none.
     pub source: Range<usize>,
 }
 
-/// Cuts `text` into windows: as long as fits, and back to the last of `ends` in it.
+/// Splits `text` into windows. Each is as long as possible, but ends at the last of `ends` in it.
 ///
-/// As in the package a window may hold one token more than the encoder takes with its frame, which then lacks its last token.
+/// As in the package, a window may have one token more than fits beside its first and last special
+/// token; its last token is then dropped.
 pub fn split(
     vocabulary: &Vocabulary,
     forced: &Forced,
@@ -61,7 +62,7 @@ pub fn split(
 }
 
 impl Window {
-    /// The window's tokens as the encoder takes them, between the two of the frame, and what they are.
+    /// Returns the window's encoder input, with the special tokens at both ends, and its tokens.
     pub fn frame(
         &self,
         vocabulary: &Vocabulary,
@@ -90,7 +91,7 @@ impl Window {
         Ok((framed, tokens))
     }
 
-    /// The bytes of the original behind a range of the window's text.
+    /// Returns the bytes of the original for a range of the window's text.
     fn source(&self, range: Range<usize>) -> Range<usize> {
         let first = self.parts.partition_point(|(at, _)| at.end <= range.start);
         let behind = self.parts[first..].iter().take_while(|(at, _)| at.start < range.end);

@@ -1,4 +1,4 @@
-//! Words from sub-word tokens, and which of them stay.
+//! Merges sub-word tokens to words and selects words.
 
 use std::ops::Range;
 
@@ -12,19 +12,19 @@ use crate::tokens::cl100k_tokens;
 /// A word of a window.
 #[derive(Debug)]
 pub struct Word {
-    /// As the tokenizer writes it, with the marks of its place and forced tokens restored.
+    /// The tokenizer's text of the word, with its marks and with forced tokens restored.
     pub text: String,
-    /// The probability that it stays; 1 if it is forced to.
+    /// The keep probability; 1 if the word is forced.
     pub probability: Number,
-    /// The probability without force, which ranks whole contexts.
+    /// The keep probability without forcing, which ranks whole contexts.
     pub free: f32,
-    /// Its bytes in the original; empty where no byte stands behind it.
+    /// Its bytes in the original; empty if it has none.
     pub source: Range<usize>,
-    /// Its tokens in the unit that rates count in.
+    /// Its number of tokens in the unit of the rate.
     pub weight: usize,
 }
 
-/// Merges the tokens of a window, with the probability that each stays, into words.
+/// Merges the tokens of a window, with their keep probabilities, into words.
 pub fn merge(
     vocabulary: &Vocabulary,
     forced: &Forced,
@@ -55,14 +55,14 @@ pub fn merge(
     words.into_iter().map(|word| word.finish(settings.word_probability)).collect()
 }
 
-/// A decimal digit of any script.
+/// Returns whether a token contains a decimal digit of any script.
 fn has_digit(token: &str) -> bool {
     static DIGIT: std::sync::LazyLock<Option<regex::Regex>> =
         std::sync::LazyLock::new(|| regex::Regex::new(r"\d").ok());
     DIGIT.as_ref().is_some_and(|digit| digit.is_match(token))
 }
 
-/// A word as its tokens come in.
+/// A word under construction from its tokens.
 #[derive(Default)]
 struct Parts {
     text: String,
@@ -86,7 +86,8 @@ impl Parts {
             WordProbability::First => 1,
         };
         let mean = |values: &mut dyn Iterator<Item = f32>| values.sum::<f32>() / count as f32;
-        // The package takes the first token's probability for each of the others here, though not above.
+        // As in the package, `free` uses the first token's probability for all tokens; `with_force`
+        // does not.
         let free = mean(&mut std::iter::repeat_n(self.free[0], count));
         let of_parts = self.free.iter().zip(&self.forced);
         let with_force = mean(&mut of_parts.take(count).map(|(&p, &f)| if f { 1.0 } else { p }));
@@ -100,7 +101,7 @@ impl Parts {
     }
 }
 
-/// Which words of a window stay if `reduce` of its tokens are to go.
+/// Returns which words of a window are kept if the share `reduce` of its tokens is dropped.
 pub fn select(words: &[Word], forced: &Forced, drop_consecutive: bool, reduce: f64) -> Vec<bool> {
     let mut probabilities: Vec<Number> = words.iter().map(|word| word.probability).collect();
     if drop_consecutive {
@@ -129,7 +130,8 @@ pub fn select(words: &[Word], forced: &Forced, drop_consecutive: bool, reduce: f
     stays
 }
 
-/// Takes a forced word's probability away if the same one came before and nothing likely to stay lies between.
+/// Removes the probability of a forced word if the same word precedes it and no word that is likely
+/// to be kept lies between.
 fn drop_repeated(words: &[Word], forced: &Forced, probabilities: &mut [Number], q: u32) {
     let Some(threshold) = percentile(probabilities, q) else { return };
     let mut between = false;

@@ -2,7 +2,7 @@
 
 use super::PolicyCache;
 use super::score::Own;
-use crate::{EvictionPolicy, Prefill, select::select};
+use crate::{EvictionPolicy, Prefill, scores::Scores, select::select};
 use candle_core::Tensor;
 use longctx_core::{KvStore, Result, Selection, SeqId};
 
@@ -16,7 +16,7 @@ pub struct Plan {
     /// The newest queries to keep.
     pub queries: Option<Tensor>,
     /// The scores for the policy's next call.
-    pub scores: Option<Vec<Vec<f32>>>,
+    pub scores: Option<Scores>,
     /// The entries to keep, of the store's entries followed by the call's tokens; `None`: all.
     pub keep: Option<Selection>,
     /// Whether only the kept tokens of the call were appended to the store.
@@ -26,15 +26,24 @@ pub struct Plan {
 impl Plan {
     /// Returns the kept tokens of the call, if each head held `old` entries before; all of them if
     /// nothing is evicted.
-    pub fn own_part(&self, old: &[usize], kv_heads: usize) -> Selection {
+    pub fn own_part(&self, old: &[usize], kv_heads: usize) -> Result<Selection> {
         let Some(keep) = &self.keep else {
-            return Selection::uniform(kv_heads, (0..self.tokens as u32).collect());
+            return Ok(Selection::uniform(kv_heads, (0..self.tokens as u32).collect()));
         };
+        if old.iter().all(|len| *len == 0) {
+            return Ok(keep.clone());
+        }
         let own = |(head, kept): (usize, &Vec<u32>)| {
             let old = old.get(head).map_or(0, |&len| len as u32);
             kept.iter().filter_map(|entry| entry.checked_sub(old)).collect()
         };
-        Selection::new(keep.heads().iter().enumerate().map(own).collect())
+        Ok(Selection::new(keep.heads()?.iter().enumerate().map(own).collect()))
+    }
+
+    /// Returns whether the kept tokens of the call are known only on a device, among `old` entries.
+    pub fn is_mixed_on_device(&self, old: &[usize]) -> bool {
+        let on_device = self.keep.as_ref().is_some_and(|keep| keep.entries().is_some());
+        on_device && old.iter().any(|len| *len > 0)
     }
 }
 
@@ -85,7 +94,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             let least = ends.total().max(1);
             budgets.iter_mut().for_each(|b| *b = b.saturating_sub(step - 1).max(least));
             let (granularity, heads) = (self.settings.granularity, self.settings.head_budgets);
-            plan.keep = Some(select(&scores, &budgets, ends, granularity, heads));
+            plan.keep = Some(select(&scores, &budgets, ends, granularity, heads)?);
         }
         plan.scores = self.needs.previous.then_some(scores);
         Ok(plan)

@@ -4,10 +4,11 @@ use std::ops::Range;
 
 use super::PolicyCache;
 use crate::{
-    EvictionPolicy, HeadView, LayerView, ObservedQueries, entries::Entries, storage::whole_lse,
+    EvictionPolicy, LayerView, Needs, ObservedQueries, entries::Entries, scores::Scores,
+    storage::whole_lse,
 };
 use candle_core::{DType, Tensor};
-use longctx_core::{Batch, Error, KvStore, Mask, Result, SeqId, Step, attention};
+use longctx_core::{AttentionSums, Batch, Error, KvStore, Mask, Result, SeqId, Step, attention};
 
 /// The tensors of one sequence in a call.
 #[derive(Debug)]
@@ -52,47 +53,84 @@ impl Own {
     }
 }
 
-/// The attention that entries received, `[group, entries]` for each kv head, and the number of
+/// The attention that entries received, the store's followed by the call's, and the number of
 /// queries.
-type Observed = (Vec<Tensor>, usize);
+#[derive(Default)]
+struct Observed {
+    sums: Vec<AttentionSums>,
+    queries: usize,
+}
+
+/// Keys and values `[kv_heads, entries, channels]` in f32, if the policy needs them.
+type Rows = (Option<Tensor>, Option<Tensor>);
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
-    /// Lets the policy score all entries of a sequence. `remembered` holds its newest queries. Only
-    /// the scores are copied from the store's device: selection runs on the host.
-    pub(super) fn score(&self, own: &Own, remembered: Option<&Tensor>) -> Result<Vec<Vec<f32>>> {
-        let (sums, observed) = match self.needs.attention {
+    /// Lets the policy score all entries of a sequence: all heads in one call, or, if heads hold
+    /// different numbers of entries, one call per range of heads with equal numbers. `remembered`
+    /// holds the newest queries.
+    pub(super) fn score(&self, own: &Own, remembered: Option<&Tensor>) -> Result<Scores> {
+        let observed = match self.needs.attention {
             Some(queries) => self.attention_sums(own, queries, remembered)?,
-            None => (Vec::new(), 0),
+            None => Observed::default(),
         };
-        let entries = self.entries(own.seq);
-        let heads = (0..self.spec.shape.kv_heads).map(|head| {
-            let (keys, values) = self.read(own, head)?;
-            Ok(HeadView {
-                positions: &entries.positions()[head],
-                keys,
-                values,
-                attention_sums: sums.get(head).cloned(),
-                observed,
-                previous: entries.scores(head),
-            })
-        });
         let queries = match own.in_store {
             true => remembered.or(Some(&own.unrotated_q)),
             false => Some(&own.unrotated_q),
         };
-        let view = LayerView {
+        let queries = queries.filter(|_| self.needs.queries.is_some());
+        let lens = self.entries(own.seq).lens();
+        let mut runs = Vec::new();
+        for heads in even_runs(&lens) {
+            let scores = self.score_heads(own, &observed, queries, heads.clone())?;
+            let expected = [heads.len(), lens[heads.start]];
+            if scores.dims() != expected {
+                let (expected, got) = (format!("{expected:?}"), format!("{:?}", scores.dims()));
+                return Err(Error::mismatch("a policy's scores", expected, got));
+            }
+            runs.push(scores);
+        }
+        Scores::new(runs)
+    }
+
+    /// Returns the scores of heads with equal numbers of entries.
+    fn score_heads(
+        &self,
+        own: &Own,
+        observed: &Observed,
+        queries: Option<&Tensor>,
+        heads: Range<usize>,
+    ) -> Result<Tensor> {
+        let (entries, device) = (self.entries(own.seq), own.k.device());
+        let of_heads = |sums: &AttentionSums| sums.heads(heads.clone());
+        let sums = observed.sums.iter().map(of_heads).collect::<Result<Vec<_>>>()?;
+        let sums: Vec<_> = sums.iter().filter(|sums| sums.elem_count() > 0).collect();
+        let attention_sums = match sums.as_slice() {
+            [] => None,
+            [all] => Some((*all).clone()),
+            parts => Some(Tensor::cat(parts, 2)?),
+        };
+        let positions = match self.needs.positions {
+            true => Some(entries.positions_of(heads.clone(), device)?),
+            false => None,
+        };
+        let previous = match self.needs.previous {
+            true => entries.scores(heads.clone(), device)?,
+            false => None,
+        };
+        let (keys, values) = self.rows(own, heads.clone())?;
+        self.policy.score(&LayerView {
             spec: &self.spec,
             seen: self.sequences.seen(own.seq) + own.tokens(),
-            queries: queries.filter(|_| self.needs.queries.is_some()),
-            heads: heads.collect::<Result<_>>()?,
-        };
-        let scores = lists(&self.policy.score(&view)?)?;
-        let expected = entries.lens();
-        if !scores.iter().map(Vec::len).eq(expected.iter().copied()) {
-            let got = format!("{:?}", scores.iter().map(Vec::len).collect::<Vec<_>>());
-            return Err(Error::mismatch("a policy's scores", format!("{expected:?}"), got));
-        }
-        Ok(scores)
+            queries,
+            entries: entries.lens()[heads.start],
+            kv_heads: heads,
+            positions,
+            keys,
+            values,
+            attention_sums,
+            observed: observed.queries,
+            previous,
+        })
     }
 
     /// Returns the entries of a known sequence.
@@ -103,13 +141,26 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         }
     }
 
-    /// Returns keys and values of one kv head in f32, if the policy needs them.
-    fn read(&self, own: &Own, head: usize) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        if !self.needs.keys && !self.needs.values {
+    /// Returns the rows of heads that hold equally many entries.
+    fn rows(&self, own: &Own, heads: Range<usize>) -> Result<Rows> {
+        let Needs { keys, values, .. } = self.needs;
+        if !keys && !values {
             return Ok((None, None));
         }
-        let (keys, values) = self.all_rows(own, head)?;
-        Ok((Some(keys).filter(|_| self.needs.keys), Some(values).filter(|_| self.needs.values)))
+        if self.store.len(own.seq) == 0 {
+            let of = |x: &Tensor| -> Result<Tensor> {
+                let x = x.narrow(1, heads.start, heads.len())?.transpose(0, 1)?;
+                Ok(x.to_dtype(DType::F32)?.contiguous()?)
+            };
+            return Ok((
+                keys.then(|| of(&own.k)).transpose()?,
+                values.then(|| of(&own.v)).transpose()?,
+            ));
+        }
+        let rows = heads.map(|head| self.all_rows(own, head)).collect::<Result<Vec<_>>>()?;
+        let (k, v): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
+        let stack = |rows: Vec<Tensor>| Tensor::stack(&rows, 0);
+        Ok((keys.then(|| stack(k)).transpose()?, values.then(|| stack(v)).transpose()?))
     }
 
     /// Returns keys and values of one kv head in f32: the store's, followed by the call's.
@@ -163,18 +214,18 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             lse = lse.broadcast_sub(&Tensor::from_vec(logs, (count, 1), lse.device())?)?;
         }
         let observers = Batch::single(own.seq, count)?;
+        let mut sums = Vec::new();
         if own.in_store {
-            return Ok((self.store.attention_sums(&observers, &q, &lse, Mask::Causal)?, count));
+            sums.extend(self.store.attention_sums(&observers, &q, &lse, Mask::Causal)?);
+            return Ok(Observed { sums, queries: count });
+        }
+        if self.store.len(own.seq) > 0 {
+            sums.extend(self.store.attention_sums(&observers, &q, &lse, Mask::Full)?);
         }
         let batch = Batch::single(own.seq, own.tokens())?;
         let shape = &self.spec.shape;
-        let recent = attention::attention_sums(&batch, &own.k, &observers, &q, &lse, shape)?;
-        if self.store.len(own.seq) == 0 {
-            return Ok((recent, count));
-        }
-        let held = self.store.attention_sums(&observers, &q, &lse, Mask::Full)?;
-        let all = held.iter().zip(&recent).map(|(held, recent)| Tensor::cat(&[held, recent], 1));
-        Ok((all.collect::<candle_core::Result<_>>()?, count))
+        sums.extend(attention::attention_sums(&batch, &own.k, &observers, &q, &lse, shape)?);
+        Ok(Observed { sums, queries: count })
     }
 
     /// Returns the newest queries, rotated, and their log-sum-exp over the store's current entries,
@@ -193,19 +244,14 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     }
 }
 
-/// Returns the scores as lists on the host, with one copy.
-fn lists(scores: &[Tensor]) -> Result<Vec<Vec<f32>>> {
-    let lens: Vec<_> = scores.iter().map(Tensor::elem_count).collect();
-    let some: Vec<_> = scores.iter().filter(|scores| scores.elem_count() > 0).collect();
-    if some.is_empty() {
-        return Ok(vec![Vec::new(); scores.len()]);
+/// The longest ranges of neighbouring heads that hold equally many entries.
+fn even_runs(lens: &[usize]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (head, len) in lens.iter().enumerate() {
+        match runs.last_mut() {
+            Some(run) if lens[run.start] == *len => run.end = head + 1,
+            _ => runs.push(head..head + 1),
+        }
     }
-    let all = Tensor::cat(&some, 0)?.to_vec1::<f32>()?;
-    let mut rest = all.as_slice();
-    let take = |len| {
-        let (own, more) = rest.split_at(len);
-        rest = more;
-        own.to_vec()
-    };
-    Ok(lens.into_iter().map(take).collect())
+    runs
 }

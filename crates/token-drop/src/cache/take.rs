@@ -137,7 +137,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     fn rewrite(&self, own: &Own, keep: &Selection) -> Result<(Tensor, Tensor)> {
         let rope = self.spec.rope_for("re-rotation")?;
         let (mut keys, mut values) = (Vec::new(), Vec::new());
-        for (head, kept) in keep.heads().iter().enumerate() {
+        for (head, kept) in keep.heads()?.iter().enumerate() {
             let (k, v) = self.all_rows(own, head)?;
             let rows = Tensor::new(kept.as_slice(), k.device())?;
             let moves: Vec<_> = (0..).zip(kept).map(|(to, &from)| to - i64::from(from)).collect();
@@ -158,12 +158,13 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         };
         let (k, v) = (part.take(k)?, part.take(step.v)?);
         let mut plans: Vec<_> = plans.iter_mut().filter(|p| appends(p)).collect();
-        if plans.iter().all(|plan| plan.keep.is_none()) {
+        let mixed = |plan: &&mut Plan| plan.is_mixed_on_device(&self.store.lens(plan.seq));
+        if plans.iter().all(|plan| plan.keep.is_none()) || plans.iter().any(mixed) {
             return self.store.append(&part.batch, &k, &v);
         }
         let kv_heads = self.spec.shape.kv_heads;
         let own = |plan: &&mut Plan| plan.own_part(&self.store.lens(plan.seq), kv_heads);
-        let selected: Vec<_> = plans.iter().map(own).collect();
+        let selected = plans.iter().map(own).collect::<Result<Vec<_>>>()?;
         match self.store.append_selected(&part.batch, &k, &v, &selected) {
             Ok(()) => {
                 plans.iter_mut().for_each(|plan| plan.selected = plan.keep.is_some());
@@ -191,7 +192,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
                 None => self.drop_others(seq, &old, keep, selected)?,
             };
             if let Some(sequence) = self.sequences.get_mut(seq) {
-                sequence.state.entries.retain(&stays);
+                sequence.state.entries.retain(&stays)?;
             }
         }
         self.sequences.advance(seq, tokens);
@@ -228,9 +229,12 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             let done = evict(&mut self.store, seq, &keep)?;
             return Ok(if done { keep } else { Selection::new(all.collect()) });
         }
+        if old.iter().all(|len| *len == 0) {
+            return Ok(keep);
+        }
         // The kept tokens of the call follow the old entries.
         let (mut stays, mut all) = (Vec::new(), Vec::new());
-        for ((kept, &old), &len) in keep.heads().iter().zip(old).zip(&lens) {
+        for ((kept, &old), &len) in keep.heads()?.iter().zip(old).zip(&lens) {
             let (of_old, new) = kept.split_at(kept.partition_point(|&e| (e as usize) < old));
             stays.push(of_old.iter().copied().chain(old as u32..len as u32).collect());
             all.push((0..old as u32).chain(new.iter().copied()).collect());

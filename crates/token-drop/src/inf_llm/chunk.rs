@@ -9,8 +9,8 @@ use crate::part::{Part, join};
 use crate::storage::{evict, whole_lse};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{
-    AttentionState, Batch, EntryRanges, Error, KvCache, KvStore, Mask, Result, Selection, SeqId,
-    attention,
+    AttentionState, AttentionSums, Batch, EntryRanges, Error, KvCache, KvStore, Mask, Result,
+    Selection, SeqId, attention,
 };
 
 /// Decoded tokens beyond the window that the window's store may hold before they are dropped.
@@ -287,9 +287,14 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
             }
         };
         // The tokens that represent a block are selected on the host.
-        let by_head = |sums: Vec<Tensor>| -> Result<Vec<Vec<f32>>> {
-            let rows = sums.iter().map(Tensor::to_vec2).collect::<candle_core::Result<Vec<_>>>()?;
-            Ok(rows.concat())
+        let by_head = |sums: Vec<AttentionSums>| -> Result<Vec<Vec<f32>>> {
+            let mut rows = Vec::new();
+            for heads in sums.iter().map(AttentionSums::split) {
+                for head in heads? {
+                    rows.extend(head.to_vec2()?);
+                }
+            }
+            Ok(rows)
         };
         let sums = attention::attention_sums(batch, &chunk.k, batch, &chunk.q, lse, shape)?;
         add(batch, by_head(sums)?, |of| of.start);

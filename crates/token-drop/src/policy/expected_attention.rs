@@ -1,12 +1,10 @@
 //! Expected Attention: Devoto et al., "Expected Attention: KV Cache Compression by Estimating
 //! Attention from Future Queries Distribution", arXiv 2510.00636.
 
-use super::window::{above, cat};
-use crate::{
-    Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, PolicyCache, Protected, Settings,
-};
+use super::window::{above, equal};
+use crate::{Budget, EvictionPolicy, Group, LayerView, Needs, PolicyCache, Protected, Settings};
 use candle_core::{D, DType, Tensor};
-use longctx_core::{AttentionShape, KvStore, LayerSpec, Result, Rope};
+use longctx_core::{Error, KvStore, LayerSpec, Result, Rope};
 
 /// Number of future positions over which the rotary embedding is averaged.
 const FUTURE: usize = 512;
@@ -46,29 +44,23 @@ impl ExpectedAttention {
         self
     }
 
-    /// Returns the scores of a head's entries, without the sinks.
-    fn score_head(
-        &self,
-        head: &HeadView<'_>,
-        queries: &Queries,
-        shape: &AttentionShape,
-    ) -> Result<Tensor> {
-        let (keys, scale) = (head.keys()?, f64::from(shape.scale));
-        let sinks = self.sinks.min(keys.dim(0)?);
-        let keys = keys.narrow(0, sinks, keys.dim(0)? - sinks)?;
-        if keys.dim(0)? == 0 {
-            return Ok(keys.flatten_all()?);
-        }
-        let group = queries.mean.dim(0)?;
-        let first = (queries.mean.matmul(&keys.t()?)? * scale)?;
-        let second = (0..group).map(|i| -> Result<Tensor> {
-            Ok((keys.matmul(&queries.covariance.get(i)?)? * &keys)?.sum(1)?)
+    /// Returns the scores of all entries except the sinks; `None` if there are no others.
+    fn score_others(&self, view: &LayerView<'_>, queries: &Queries) -> Result<Option<Tensor>> {
+        let scale = f64::from(view.spec.shape.scale);
+        let Some(others) = view.entries.checked_sub(self.sinks).filter(|others| *others > 0) else {
+            return Ok(None);
+        };
+        let keys = view.keys()?.narrow(1, self.sinks, others)?.contiguous()?;
+        let first = (queries.mean.matmul(&keys.transpose(1, 2)?.contiguous()?)? * scale)?;
+        let second = (0..view.spec.shape.group()).map(|i| -> Result<Tensor> {
+            let covariance = queries.covariance.narrow(1, i, 1)?.squeeze(1)?.contiguous()?;
+            Ok((keys.matmul(&covariance)? * &keys)?.sum(2)?)
         });
-        let second = Tensor::stack(&second.collect::<Result<Vec<_>>>()?, 0)?;
+        let second = Tensor::stack(&second.collect::<Result<Vec<_>>>()?, 1)?;
         let logits = (first + (second * (scale * scale / 2.0))?)?;
         let expected = candle_nn::ops::softmax(&logits, D::Minus1)?;
-        let values = head.values()?.narrow(0, sinks, keys.dim(0)?)?;
-        Ok((self.group.join(&expected)? * values.sqr()?.sum(1)?.sqrt()?)?)
+        let values = view.values()?.narrow(1, self.sinks, others)?;
+        Ok(Some((self.group.join(&expected)? * values.sqr()?.sum(2)?.sqrt()?)?))
     }
 }
 
@@ -77,30 +69,26 @@ impl EvictionPolicy for ExpectedAttention {
         Needs { keys: true, values: true, queries: Some(REMEMBERED), ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
-        let Some(q) = view.queries else { return Ok(Vec::new()) };
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
+        let missing = || Error::mismatch("queries of a view", "some", "none");
+        let q = view.queries.ok_or_else(missing)?;
         let (tokens, _, d) = q.dims3()?;
         let first = view.seen - tokens;
         let skip = self.sinks.saturating_sub(first).min(tokens - 1);
         let rope = view.spec.rope_for("Expected Attention")?;
         let rotation = mean_rotation(rope, view.seen, d);
         let rotation = Tensor::from_vec(rotation, (d, d), q.device())?;
-        let queries = Queries::of(&q.narrow(0, skip, tokens - skip)?, &rotation)?;
-        let (shape, group) = (&view.spec.shape, view.spec.shape.group());
-        let score = |(i, head): (usize, &HeadView<'_>)| {
-            self.score_head(head, &queries.narrow(i * group, group)?, shape)
+        let group = view.spec.shape.group();
+        let q = q.narrow(0, skip, tokens - skip)?;
+        let q = q.narrow(1, view.kv_heads.start * group, view.kv_heads.len() * group)?;
+        let queries = Queries::of(&q, &rotation, group)?;
+        let Some(scores) = self.score_others(view, &queries)? else {
+            return equal(view, view.keys()?);
         };
-        let scores = view.heads.iter().enumerate().map(score).collect::<Result<Vec<_>>>()?;
-        let most = above(&scores)?;
-        let with_sinks = |(head, own): (&HeadView<'_>, Tensor)| {
-            let sinks = head.positions.len() - own.elem_count();
-            if sinks == 0 {
-                return Ok(own);
-            }
-            let most = most.to_device(own.device())?;
-            cat(&[&most.broadcast_as(sinks)?.contiguous()?, &own])
-        };
-        view.heads.iter().zip(scores).map(with_sinks).collect()
+        match view.entries - scores.dim(1)? {
+            0 => Ok(scores),
+            sinks => Ok(Tensor::cat(&[&above(&scores, sinks)?, &scores], 1)?),
+        }
     }
 }
 
@@ -126,16 +114,16 @@ impl<S: KvStore> PolicyCache<S, ExpectedAttention> {
 
 /// The distribution of some heads' queries, rotated to future positions.
 struct Queries {
-    /// `[heads, head_dim]`.
+    /// `[kv_heads, group, head_dim]`.
     mean: Tensor,
-    /// `[heads, head_dim, head_dim]`, symmetric.
+    /// `[kv_heads, group, head_dim, head_dim]`, symmetric.
     covariance: Tensor,
 }
 
 impl Queries {
-    /// Estimates the distribution of queries `[tokens, heads, head_dim]`. `rotation` is `[head_dim,
-    /// head_dim]`, on their device.
-    fn of(q: &Tensor, rotation: &Tensor) -> Result<Self> {
+    /// Estimates the distribution of queries `[tokens, heads, head_dim]`, of which `group` share a
+    /// kv head. `rotation` is `[head_dim, head_dim]`, on their device.
+    fn of(q: &Tensor, rotation: &Tensor, group: usize) -> Result<Self> {
         let q = q.to_dtype(DType::F32)?.transpose(0, 1)?.contiguous()?;
         let (heads, tokens, d) = q.dims3()?;
         let mean = q.mean(1)?;
@@ -144,13 +132,10 @@ impl Queries {
             (centred.transpose(1, 2)?.contiguous()?.matmul(&centred)? / tokens as f64)?;
         let all = rotation.unsqueeze(0)?.expand((heads, d, d))?.contiguous()?;
         let turned = all.matmul(&covariance)?.matmul(&all.transpose(1, 2)?.contiguous()?)?;
-        Ok(Self { mean: mean.matmul(&rotation.t()?)?, covariance: turned })
-    }
-
-    /// Returns the distribution of `count` heads starting at `first`.
-    fn narrow(&self, first: usize, count: usize) -> Result<Self> {
-        let of = |x: &Tensor| x.narrow(0, first, count)?.contiguous();
-        Ok(Self { mean: of(&self.mean)?, covariance: of(&self.covariance)? })
+        Ok(Self {
+            mean: mean.matmul(&rotation.t()?)?.reshape(((), group, d))?,
+            covariance: turned.reshape(((), group, d, d))?,
+        })
     }
 }
 

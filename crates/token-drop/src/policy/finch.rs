@@ -1,10 +1,10 @@
 //! Finch: Corallo and Papotti, "FINCH: Prompt-guided Key-Value Cache Compression for Large Language
 //! Models", TACL 2024.
 
-use super::window::{check_window, end_with};
+use super::window::{check_window, equal, protect_newest};
 use crate::{
-    Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, ObservedQueries, PolicyCache,
-    Protected, Settings,
+    Budget, EvictionPolicy, Group, LayerView, Needs, ObservedQueries, PolicyCache, Protected,
+    Settings,
 };
 use candle_core::Tensor;
 use longctx_core::{KvStore, LayerSpec, Result};
@@ -43,13 +43,13 @@ impl EvictionPolicy for Finch {
         Needs { attention: Some(newest), ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
-        let of_head = |head: &HeadView<'_>| -> Result<Tensor> {
-            let before = head.positions.len().saturating_sub(self.question);
-            Ok(self.group.join(head.attention_sums()?)?.narrow(0, 0, before)?)
-        };
-        let scores = view.heads.iter().map(of_head).collect::<Result<_>>()?;
-        end_with(scores, &view.heads)
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
+        let before = view.entries.saturating_sub(self.question);
+        let sums = view.attention_sums()?;
+        if before == 0 {
+            return equal(view, sums);
+        }
+        protect_newest(&self.group.join(&sums.narrow(2, 0, before)?)?, view)
     }
 }
 

@@ -2,8 +2,8 @@
 //! Language Models", arXiv 2306.14048.
 
 use crate::{
-    Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, ObservedQueries, PolicyCache,
-    Protected, Settings,
+    Budget, EvictionPolicy, Group, LayerView, Needs, ObservedQueries, PolicyCache, Protected,
+    Settings,
 };
 use candle_core::Tensor;
 use longctx_core::{KvStore, LayerSpec, Result};
@@ -30,15 +30,12 @@ impl EvictionPolicy for H2o {
         Needs { attention: Some(ObservedQueries::Call), previous: true, ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
-        let of_head = |head: &HeadView<'_>| -> Result<Tensor> {
-            let scores = self.group.join(head.attention_sums()?)?;
-            if head.previous.is_empty() {
-                return Ok(scores);
-            }
-            Ok((Tensor::new(head.previous, scores.device())? + scores)?)
-        };
-        view.heads.iter().map(of_head).collect()
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
+        let scores = self.group.join(view.attention_sums()?)?;
+        match &view.previous {
+            Some(previous) => Ok((previous + scores)?),
+            None => Ok(scores),
+        }
     }
 }
 

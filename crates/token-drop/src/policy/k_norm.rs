@@ -1,7 +1,7 @@
 //! K-norm: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
 //! arXiv 2406.11430.
 
-use crate::{EvictionPolicy, HeadView, LayerView, Needs};
+use crate::{EvictionPolicy, LayerView, Needs};
 use candle_core::Tensor;
 use longctx_core::Result;
 
@@ -14,8 +14,7 @@ impl EvictionPolicy for KNorm {
         Needs { keys: true, ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
-        let of_head = |head: &HeadView<'_>| Ok(head.keys()?.sqr()?.sum(1)?.sqrt()?.neg()?);
-        view.heads.iter().map(of_head).collect()
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
+        Ok(view.keys()?.sqr()?.sum(2)?.sqrt()?.neg()?)
     }
 }

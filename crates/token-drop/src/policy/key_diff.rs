@@ -1,7 +1,7 @@
 //! KeyDiff: Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM
 //! Inference", arXiv 2504.15364.
 
-use crate::{EvictionPolicy, HeadView, LayerView, Needs};
+use crate::{EvictionPolicy, LayerView, Needs};
 use candle_core::Tensor;
 use longctx_core::Result;
 
@@ -15,20 +15,17 @@ impl EvictionPolicy for KeyDiff {
         Needs { keys: true, ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
-        let of_head = |head: &HeadView<'_>| -> Result<Tensor> {
-            let keys = head.keys()?;
-            let directions = keys.broadcast_div(&norms(keys)?)?;
-            let mean = directions.sum_keepdim(0)?;
-            let mean = mean.broadcast_div(&norms(&mean)?)?;
-            Ok(directions.broadcast_mul(&mean)?.sum(1)?.neg()?)
-        };
-        view.heads.iter().map(of_head).collect()
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
+        let keys = view.keys()?;
+        let directions = keys.broadcast_div(&norms(keys)?)?;
+        let mean = directions.sum_keepdim(1)?;
+        let mean = mean.broadcast_div(&norms(&mean)?)?;
+        Ok(directions.broadcast_mul(&mean)?.sum(2)?.neg()?)
     }
 }
 
 /// Returns the norms of rows. They are at least a small positive number, so that a zero key has no
 /// direction instead of NaN.
 fn norms(x: &Tensor) -> Result<Tensor> {
-    Ok(x.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(1e-12)?)
+    Ok(x.sqr()?.sum_keepdim(2)?.sqrt()?.maximum(1e-12)?)
 }

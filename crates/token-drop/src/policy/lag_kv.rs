@@ -1,8 +1,7 @@
 //! LagKV: Liang et al., "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are
 //! Important", arXiv 2504.04704.
 
-use super::window::cat;
-use crate::{Budget, EvictionPolicy, HeadView, LayerView, Needs, PolicyCache, Protected, Settings};
+use crate::{Budget, EvictionPolicy, LayerView, Needs, PolicyCache, Protected, Settings};
 use candle_core::{D, DType, Tensor};
 use longctx_core::{Error, KvStore, LayerSpec, Result};
 
@@ -31,32 +30,6 @@ impl LagKv {
         }
         Ok(Self { sinks, lag })
     }
-
-    fn score_head(&self, head: &HeadView<'_>) -> Result<Tensor> {
-        let (len, keys) = (head.positions.len(), head.keys()?);
-        let device = keys.device();
-        if len < self.sinks + 2 * self.lag {
-            let after = len.saturating_sub(self.sinks);
-            let newer = (0..after).map(|i| i as f32 / after as f32);
-            let scores = std::iter::repeat_n(1.0, len - after).chain(newer);
-            return Ok(Tensor::from_iter(scores, device)?);
-        }
-        let scored = (len - self.sinks) / self.lag - 1;
-        // Partitions `[scored + 1, lag, channels]`.
-        let spread = |x: &Tensor| -> Result<Tensor> {
-            let x = x.narrow(0, self.sinks, (scored + 1) * self.lag)?;
-            let x = x.reshape((scored + 1, self.lag, ()))?;
-            let spread = relative_spread(&x.narrow(0, 0, scored)?, &x.narrow(0, 1, scored)?)?;
-            Ok(candle_nn::ops::softmax(&spread, D::Minus1)?)
-        };
-        let both = (spread(keys)? + spread(head.values()?)?)?;
-        // The rank of each token among the tokens of its partition, by spread.
-        let ranks = both.arg_sort_last_dim(true)?.arg_sort_last_dim(true)?;
-        let ranks = (ranks.flatten_all()?.to_dtype(DType::F32)? / self.lag as f64)?;
-        let ones = |n: usize| Tensor::ones(n, DType::F32, device);
-        let rest = len - self.sinks - scored * self.lag;
-        cat(&[&ones(self.sinks)?, &ranks, &ones(rest)?])
-    }
 }
 
 impl EvictionPolicy for LagKv {
@@ -64,8 +37,33 @@ impl EvictionPolicy for LagKv {
         Needs { keys: true, values: true, ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
-        view.heads.iter().map(|head| self.score_head(head)).collect()
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
+        let (len, keys) = (view.entries, view.keys()?);
+        let (heads, device) = (view.kv_heads.len(), keys.device());
+        if len < self.sinks + 2 * self.lag {
+            let after = len.saturating_sub(self.sinks);
+            let newer = (0..after).map(|i| i as f32 / after as f32);
+            let scores: Vec<f32> = std::iter::repeat_n(1.0, len - after).chain(newer).collect();
+            return Ok(Tensor::from_vec(scores.repeat(heads), (heads, len), device)?);
+        }
+        let scored = (len - self.sinks) / self.lag - 1;
+        let spread = |x: &Tensor| -> Result<Tensor> {
+            // Partitions `[kv_heads, scored + 1, lag, channels]`.
+            let x = x.narrow(1, self.sinks, (scored + 1) * self.lag)?;
+            let x = x.reshape((heads, scored + 1, self.lag, ()))?;
+            let spread = relative_spread(&x.narrow(1, 0, scored)?, &x.narrow(1, 1, scored)?)?;
+            Ok(candle_nn::ops::softmax(&spread, D::Minus1)?)
+        };
+        let both = (spread(keys)? + spread(view.values()?)?)?;
+        // The rank of each token within its partition, by spread.
+        let ranks = both.arg_sort_last_dim(true)?.arg_sort_last_dim(true)?;
+        let ranks = (ranks.flatten_from(1)?.to_dtype(DType::F32)? / self.lag as f64)?;
+        let ones = |n: usize| Tensor::ones((heads, n), DType::F32, device);
+        let rest = ones(len - self.sinks - scored * self.lag)?;
+        Ok(match self.sinks {
+            0 => Tensor::cat(&[&ranks, &rest], 1)?,
+            sinks => Tensor::cat(&[&ones(sinks)?, &ranks, &rest], 1)?,
+        })
     }
 }
 
@@ -80,16 +78,16 @@ impl<S: KvStore> PolicyCache<S, LagKv> {
     }
 }
 
-/// Returns, for each row of `[partitions, rows, channels]`, the standard deviation over the
-/// channels after each channel is scaled to its range in the partition's reference rows. A range of
-/// zero width gives 0.
+/// Returns, for each row of `[kv_heads, partitions, rows, channels]`, the standard deviation over
+/// the channels after each channel is scaled to its range in the partition's reference rows. A
+/// range of zero width gives 0.
 fn relative_spread(rows: &Tensor, reference: &Tensor) -> Result<Tensor> {
-    let (low, high) = (reference.min_keepdim(1)?, reference.max_keepdim(1)?);
+    let (low, high) = (reference.min_keepdim(2)?, reference.max_keepdim(2)?);
     let range = (high - &low)?;
     let width = range.gt(0f32)?.to_dtype(DType::F32)?;
-    // A range of zero width becomes 1, and the numerator 0.
+    // A range of zero width has a factor of zero.
     let range = (range + (1.0 - &width)?)?;
-    let scaled = rows.broadcast_sub(&low)?.broadcast_mul(&width)?.broadcast_div(&range)?;
+    let scaled = rows.broadcast_sub(&low)?.broadcast_mul(&(width / range)?)?;
     Ok(scaled.var(D::Minus1)?.sqrt()?)
 }
 
@@ -100,7 +98,7 @@ mod tests {
 
     #[test]
     fn spreads_are_relative_to_the_reference_and_a_constant_channel_does_not_count() {
-        let rows = |x: [f32; 6]| Tensor::from_slice(&x, (1, 2, 3), &Device::Cpu).unwrap();
+        let rows = |x: [f32; 6]| Tensor::from_slice(&x, (1, 1, 2, 3), &Device::Cpu).unwrap();
         let reference = rows([0.0, 7.0, 1.0, 2.0, 7.0, 5.0]);
         // Scaled: (0, 0, 1) and (0.5, 0, 0.5).
         let spread = relative_spread(&rows([0.0, 9.0, 5.0, 1.0, 1.0, 3.0]), &reference).unwrap();

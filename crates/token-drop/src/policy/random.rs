@@ -1,7 +1,7 @@
 //! Random eviction: a baseline for other policies.
 
-use crate::{EvictionPolicy, HeadView, LayerView, Needs};
-use candle_core::{Device, Tensor};
+use crate::{EvictionPolicy, LayerView, Needs};
+use candle_core::Tensor;
 use longctx_core::Result;
 
 /// Keeps random tokens, determined by the seed. The score of a token, one per kv head, never
@@ -20,19 +20,21 @@ impl Random {
 
 impl EvictionPolicy for Random {
     fn needs(&self) -> Needs {
-        Needs::default()
+        Needs { positions: true, ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
         let luck = |head: usize, position: u32| {
             let mixed = mix(self.seed ^ mix((head as u64) << 32 | u64::from(position)));
             (mixed >> 40) as f32
         };
-        let of_head = |(i, head): (usize, &HeadView<'_>)| {
-            let luck = head.positions.iter().map(|&position| luck(i, position));
-            Ok(Tensor::from_iter(luck, &Device::Cpu)?)
+        let positions = view.positions()?;
+        let heads = view.kv_heads.clone().zip(positions.to_vec2::<u32>()?);
+        let of_head = |(head, positions): (usize, Vec<u32>)| {
+            positions.into_iter().map(move |position| luck(head, position))
         };
-        view.heads.iter().enumerate().map(of_head).collect()
+        let scores: Vec<f32> = heads.flat_map(of_head).collect();
+        Ok(Tensor::from_vec(scores, positions.dims(), positions.device())?)
     }
 }
 

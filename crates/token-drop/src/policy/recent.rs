@@ -1,8 +1,8 @@
 //! The newest tokens: a baseline. With sinks it is the selection of StreamingLLM: Xiao et al.,
 //! arXiv 2309.17453.
 
-use crate::{Budget, EvictionPolicy, HeadView, LayerView, Needs, PolicyCache, Protected, Settings};
-use candle_core::{Device, Tensor};
+use crate::{Budget, EvictionPolicy, LayerView, Needs, PolicyCache, Protected, Settings};
+use candle_core::{DType, Tensor};
 use longctx_core::{KvStore, LayerSpec, Result};
 
 /// Keeps the newest tokens.
@@ -11,14 +11,11 @@ pub struct Recent;
 
 impl EvictionPolicy for Recent {
     fn needs(&self) -> Needs {
-        Needs::default()
+        Needs { positions: true, ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
-        let of_head = |head: &HeadView<'_>| {
-            Ok(Tensor::from_iter(head.positions.iter().map(|&p| p as f32), &Device::Cpu)?)
-        };
-        view.heads.iter().map(of_head).collect()
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
+        Ok(view.positions()?.to_dtype(DType::F32)?)
     }
 }
 

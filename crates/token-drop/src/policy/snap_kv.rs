@@ -1,10 +1,10 @@
 //! SnapKV: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv
 //! 2404.14469.
 
-use super::window::{check_window, end_with};
+use super::window::{check_window, equal, protect_newest};
 use crate::{
-    Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, ObservedQueries, PolicyCache,
-    Protected, Settings,
+    Budget, EvictionPolicy, Group, LayerView, Needs, ObservedQueries, PolicyCache, Protected,
+    Settings,
 };
 use candle_core::Tensor;
 use longctx_core::{Error, KvStore, LayerSpec, Result};
@@ -55,18 +55,15 @@ impl EvictionPolicy for SnapKv {
         Needs { attention: Some(newest), ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
-        let of_head = |head: &HeadView<'_>| -> Result<Tensor> {
-            let before = head.positions.len().saturating_sub(self.window);
-            let sums = head.attention_sums()?.narrow(1, 0, before)?;
-            if before == 0 {
-                return Ok(sums.get(0)?);
-            }
-            let smooth = (smoothed(&sums, self.kernel)? / head.observed as f64)?;
-            self.group.join(&smooth)
-        };
-        let scores = view.heads.iter().map(of_head).collect::<Result<_>>()?;
-        end_with(scores, &view.heads)
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
+        let before = view.entries.saturating_sub(self.window);
+        let sums = view.attention_sums()?;
+        if before == 0 {
+            return equal(view, sums);
+        }
+        let sums = sums.narrow(2, 0, before)?;
+        let smooth = (smoothed(&sums, self.kernel)? / view.observed as f64)?;
+        protect_newest(&self.group.join(&smooth)?, view)
     }
 }
 
@@ -87,11 +84,11 @@ impl<S: KvStore> PolicyCache<S, SnapKv> {
 
 /// Returns the mean over `kernel` neighbours in each row, zero-padded at the ends.
 fn smoothed(x: &Tensor, kernel: usize) -> Result<Tensor> {
-    let len = x.dim(1)?;
-    let padded = x.pad_with_zeros(1, kernel / 2, kernel / 2)?;
-    let mut sum = padded.narrow(1, 0, len)?;
+    let len = x.dim(2)?;
+    let padded = x.pad_with_zeros(2, kernel / 2, kernel / 2)?;
+    let mut sum = padded.narrow(2, 0, len)?;
     for i in 1..kernel {
-        sum = (sum + padded.narrow(1, i, len)?)?;
+        sum = (sum + padded.narrow(2, i, len)?)?;
     }
     Ok((sum / kernel as f64)?)
 }
@@ -104,8 +101,8 @@ mod tests {
     #[test]
     fn neighbours_are_averaged_with_zeros_past_the_ends() {
         let smooth = |x: &[f32]| {
-            let x = Tensor::new(x, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-            smoothed(&x, 3).unwrap().get(0).unwrap().to_vec1::<f32>().unwrap()
+            let x = Tensor::from_slice(x, (1, 1, x.len()), &Device::Cpu).unwrap();
+            smoothed(&x, 3).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };
         assert_eq!(smooth(&[3.0, 6.0, 0.0, 9.0]), [3.0, 3.0, 5.0, 3.0]);
         assert_eq!(smooth(&[3.0, 6.0]), [3.0, 3.0]);

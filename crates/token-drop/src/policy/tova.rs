@@ -1,12 +1,11 @@
 //! TOVA: Oren et al., "Transformers are Multi-State RNNs", arXiv 2401.06104.
 
-use super::window::end_with;
+use super::window::{equal, protect_newest};
 use crate::{
-    Budget, EvictionPolicy, Group, HeadView, LayerView, Needs, ObservedQueries, PolicyCache,
-    Protected, Settings,
+    Budget, EvictionPolicy, LayerView, Needs, ObservedQueries, PolicyCache, Protected, Settings,
 };
 use candle_core::Tensor;
-use longctx_core::{KvStore, LayerSpec, Result};
+use longctx_core::{Error, KvStore, LayerSpec, Result};
 
 /// Keeps the entries that the newest query attends to, averaged over all heads of the layer.
 ///
@@ -33,14 +32,19 @@ impl EvictionPolicy for Tova {
         Needs { attention: Some(newest), ..Default::default() }
     }
 
-    fn score(&self, view: &LayerView<'_>) -> Result<Vec<Tensor>> {
-        let sums: Vec<_> =
-            view.heads.iter().map(HeadView::attention_sums).collect::<Result<_>>()?;
-        let mut mean = Group::Mean.join(&Tensor::cat(&sums, 0)?)?;
-        if !self.published_newest {
-            mean = mean.narrow(0, 0, mean.elem_count() - 1)?;
+    fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
+        let kv_heads = view.spec.shape.kv_heads;
+        if view.kv_heads.len() != kv_heads {
+            let what = "TOVA over kv heads that hold different numbers of entries";
+            return Err(Error::Unsupported(what.into()));
         }
-        end_with(vec![mean; view.heads.len()], &view.heads)
+        let sums = view.attention_sums()?;
+        let older = view.entries - usize::from(!self.published_newest);
+        if older == 0 {
+            return equal(view, sums);
+        }
+        let mean = sums.flatten(0, 1)?.mean_keepdim(0)?.narrow(1, 0, older)?;
+        protect_newest(&mean.broadcast_as((kv_heads, mean.dim(1)?))?, view)
     }
 }
 

@@ -1,7 +1,7 @@
-//! Helpers of policies that observe the newest queries.
+//! Helpers of policies that observe the newest queries or keep sinks.
 
-use crate::HeadView;
-use candle_core::{DType, Device, Tensor};
+use crate::LayerView;
+use candle_core::{DType, Tensor};
 use longctx_core::{Error, Result};
 
 pub fn check_window(window: usize) -> Result<()> {
@@ -11,34 +11,23 @@ pub fn check_window(window: usize) -> Result<()> {
     }
 }
 
-/// Returns a score above those of all heads. Scores are not negative.
-pub fn above(scores: &[Tensor]) -> Result<Tensor> {
-    let some: Vec<_> = scores.iter().filter(|scores| scores.elem_count() > 0).collect();
-    match some.as_slice() {
-        [] => Ok(Tensor::ones(1, DType::F32, &Device::Cpu)?),
-        some => Ok((Tensor::cat(some, 0)?.max_keepdim(0)? + 1.0)?),
-    }
+/// Returns the same score for all entries, on the device of `like`.
+pub fn equal(view: &LayerView<'_>, like: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::ones((view.kv_heads.len(), view.entries), DType::F32, like.device())?)
 }
 
-/// Extends each head's scores to all its entries with a score above all others, for the tokens of
-/// the observation window.
-pub fn end_with(scores: Vec<Tensor>, heads: &[HeadView<'_>]) -> Result<Vec<Tensor>> {
-    let most = above(&scores)?;
-    let lengthen = |(scores, head): (Tensor, &HeadView<'_>)| {
-        let own = head.positions.len() - scores.elem_count();
-        if own == 0 {
-            return Ok(scores);
-        }
-        cat(&[&scores, &most.to_device(scores.device())?.broadcast_as(own)?.contiguous()?])
-    };
-    scores.into_iter().zip(heads).map(lengthen).collect()
+/// Returns, for `count` entries of each head, a score above all scores `[kv_heads, entries]`.
+/// Scores are not negative.
+pub fn above(scores: &Tensor, count: usize) -> Result<Tensor> {
+    let most = (scores.flatten_all()?.max_keepdim(0)? + 1.0)?;
+    Ok(most.unsqueeze(0)?.broadcast_as((scores.dim(0)?, count))?.contiguous()?)
 }
 
-/// Concatenates lists, some of which may be empty.
-pub fn cat(parts: &[&Tensor]) -> Result<Tensor> {
-    let some: Vec<_> = parts.iter().filter(|part| part.elem_count() > 0).copied().collect();
-    match some.as_slice() {
-        [] => Ok(parts[0].clone()),
-        some => Ok(Tensor::cat(some, 0)?),
+/// Extends scores `[kv_heads, older entries]` to all entries, with a score above all others for the
+/// tokens of the observation window.
+pub fn protect_newest(scores: &Tensor, view: &LayerView<'_>) -> Result<Tensor> {
+    match view.entries - scores.dim(1)? {
+        0 => Ok(scores.contiguous()?),
+        own => Ok(Tensor::cat(&[scores, &above(scores, own)?], 1)?),
     }
 }

@@ -1,12 +1,12 @@
 //! Attention probabilities accumulated per entry: kernels/paged/sums.cuh.
 
 use crate::cuda::{Half, address, paged};
-use crate::{AttentionShape, Batch, Error, Mask, Result};
+use crate::{AttentionShape, AttentionSums, Batch, Error, Mask, Result};
 use candle_core::{CudaDevice, DType, Tensor};
 use longctx_cuda::cudarc::driver::DevicePtr;
 
-/// Returns the attention probability that each entry of each work item receives, `[heads_per_kv,
-/// len]` per item. `q` is contiguous and has the dtype of the keys.
+/// Returns the attention probability that each entry of each work item receives. There is a work
+/// item for each kv head of each sequence. `q` is contiguous and has the dtype of the keys.
 pub fn sums_on_device(
     device: &CudaDevice,
     mut work: Vec<paged::SumsWork>,
@@ -14,7 +14,7 @@ pub fn sums_on_device(
     lse: &Tensor,
     shape: &AttentionShape,
     mask: Mask<'_>,
-) -> Result<Vec<Tensor>> {
+) -> Result<Vec<AttentionSums>> {
     let (stream, group) = (device.cuda_stream(), shape.group());
     if lse.dims() != [q.dim(0)?, shape.heads] {
         let expected = format!("[{}, {}]", q.dim(0)?, shape.heads);
@@ -48,11 +48,12 @@ pub fn sums_on_device(
     // SAFETY: the keys have as many rows as the work items say, the output has room for all sums,
     // and the stream frees no memory before the launch has used it.
     unsafe { paged::sums(&stream, half, shape.head_dim, &args, sizes) }?;
-    let of = |work: &paged::SumsWork| {
-        let sums = out.narrow(0, work.out as usize, group * work.len as usize)?;
-        Ok(sums.reshape((group, work.len as usize))?)
+    let of_seq = |heads: &[paged::SumsWork]| {
+        let lens: Vec<_> = heads.iter().map(|work| work.len as usize).collect();
+        let count = group * lens.iter().sum::<usize>();
+        AttentionSums::new(out.narrow(0, heads[0].out as usize, count)?, group, lens)
     };
-    work.iter().map(of).collect()
+    work.chunks(shape.kv_heads).map(of_seq).collect()
 }
 
 /// The same over the tokens of one call: keys `[tokens, kv_heads, head_dim]`. Returns `None` if no
@@ -64,7 +65,7 @@ pub fn sums_of_call(
     q: &Tensor,
     lse: &Tensor,
     shape: &AttentionShape,
-) -> Result<Option<Vec<Tensor>>> {
+) -> Result<Option<Vec<AttentionSums>>> {
     let Some(device) = super::served(q, k, k, shape)? else { return Ok(None) };
     let k = super::rows(k)?;
     let q = q.to_dtype(k.dtype())?.contiguous()?;

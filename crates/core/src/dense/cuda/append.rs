@@ -75,8 +75,9 @@ impl CudaSeqs {
     fn grow(&mut self, batch: &Batch, tokens: Option<&[Selection]>) -> Result<Vec<Growth>> {
         let mut growths = Vec::new();
         for (i, (seq, own)) in batch.iter().enumerate() {
+            let counts = tokens.map(|tokens| tokens[i].lens());
             for (head, table) in self.known(seq)?.heads.iter().enumerate() {
-                let count = tokens.map_or(own.len(), |tokens| tokens[i].heads()[head].len());
+                let count = counts.as_ref().map_or(own.len(), |counts| counts[head]);
                 let copies = self.copies_last(table, count);
                 let first = table.blocks.len() - usize::from(copies);
                 let wanted = self.wanted(table, count);
@@ -108,34 +109,25 @@ impl CudaSeqs {
         }
         let addresses = growths.iter().flat_map(|growth| &growth.blocks);
         let addresses: Vec<u64> = addresses.map(|&block| self.blocks.address(block)).collect();
-        let selected: Vec<u32> = match tokens {
-            None => Vec::new(),
-            Some(tokens) => {
-                let of_seq = |((_, own), tokens): ((SeqId, std::ops::Range<usize>), &Selection)| {
-                    let row = |head: usize, token: u32| {
-                        ((own.start + token as usize) * kv_heads + head) as u32
-                    };
-                    let lists = tokens.heads().iter().enumerate();
-                    let rows = lists
-                        .flat_map(|(head, list)| list.iter().map(move |&token| row(head, token)));
-                    rows.collect::<Vec<_>>()
-                };
-                batch.iter().zip(tokens).flat_map(of_seq).collect()
-            }
-        };
+        // Selections of the host, one after the other.
+        let mut uploaded: Vec<u32> = Vec::new();
+        for selection in tokens.into_iter().flatten().filter(|of| of.entries().is_none()) {
+            uploaded.extend(selection.heads()?.iter().flatten());
+        }
         let upload = |x: &[u64]| stream.clone_htod(if x.is_empty() { &[0][..] } else { x });
         let fresh = upload(&addresses)?;
-        let selected_on = match selected.is_empty() {
-            true => None,
-            false => Some(stream.clone_htod(&selected)?),
-        };
-        let (mut fresh_at, mut selected_at) = (
-            fresh.device_ptr(&stream).0,
-            selected_on.as_ref().map_or(0, |rows| rows.device_ptr(&stream).0),
-        );
+        uploaded.push(0);
+        let uploaded = stream.clone_htod(&uploaded)?;
+        let (mut fresh_at, mut uploaded_at) =
+            (fresh.device_ptr(&stream).0, uploaded.device_ptr(&stream).0);
         let (mut rows, mut longest) = (Vec::new(), 0);
-        for ((seq, own), growths) in batch.iter().zip(growths.chunks(kv_heads)) {
+        for (i, ((seq, own), growths)) in batch.iter().zip(growths.chunks(kv_heads)).enumerate() {
             let sequence = self.known(seq)?;
+            let (mut selected, on_host) = match tokens.map(|tokens| tokens[i].entries()) {
+                None => (0, false),
+                Some(None) => (uploaded_at, true),
+                Some(Some(entries)) => (address(entries)?, false),
+            };
             for (head, (growth, table)) in growths.iter().zip(&sequence.heads).enumerate() {
                 if growth.copies {
                     self.blocks.copy(table.blocks[growth.first], growth.blocks[0])?;
@@ -143,18 +135,23 @@ impl CudaSeqs {
                 rows.push(paged::AppendRow {
                     table: sequence.address(&stream, head),
                     fresh: fresh_at,
-                    rows: selected_at,
+                    tokens: selected,
                     first_row: (own.start * kv_heads + head) as i64,
                     first_fresh: growth.first as i32,
                     fresh_count: growth.blocks.len() as i32,
                     first: table.len as i32,
                     count: growth.count as i32,
+                    own: own.len() as i32,
+                    unused: 0,
                 });
                 fresh_at += 8 * growth.blocks.len() as u64;
-                if selected_on.is_some() {
-                    selected_at += 4 * growth.count as u64;
+                if selected != 0 {
+                    selected += 4 * growth.count as u64;
                 }
                 longest = longest.max(growth.count);
+            }
+            if on_host {
+                uploaded_at = selected;
             }
         }
         let on_device = stream.clone_htod(&rows)?;

@@ -6,7 +6,7 @@ use crate::{Error, Result};
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
 
 /// Size of the smallest slab, in bytes.
-const SLAB: usize = 1 << 20;
+const SLAB: usize = 1 << 16;
 
 /// The blocks of one store.
 #[derive(Debug)]

@@ -5,6 +5,7 @@ use crate::cuda::{PAGE, paged};
 use crate::{Result, Selection, SeqId};
 use candle_core::{DType, Device, Tensor};
 use longctx_cuda::cudarc::driver::DevicePtr;
+use std::ops::Range;
 
 /// The moves within a head when some of its entries are dropped.
 struct Moves {
@@ -12,28 +13,38 @@ struct Moves {
     blocks: Vec<u32>,
     /// First entry that is written.
     first: usize,
+    /// Number of kept entries.
+    count: usize,
     /// Blocks that were newly taken.
     taken: Vec<u32>,
 }
 
 impl CudaSeqs {
-    /// Keeps the selected entries. The selection has been checked. Blocks before the first dropped
-    /// entry stay unchanged; entries after it move forward.
+    /// Keeps the selected entries; the selection has been checked. Blocks before the first entry
+    /// that is dropped stay unchanged; later entries move forward. If the selection is on the
+    /// device, all entries count as moved.
     pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
         let stream = self.stream();
-        let mut moves = Vec::new();
-        let wanted: usize = {
-            let tables = self.known(seq)?.heads.iter().zip(keep.heads());
-            tables.map(|(table, keep)| self.shared_among(table, keep).len()).sum()
+        let known = self.known(seq)?;
+        let counts = keep.lens();
+        let firsts: Vec<_> = match keep.entries() {
+            None => keep.heads()?.iter().map(|keep| first_moved(keep)).collect(),
+            Some(_) => {
+                let first =
+                    |(table, &count): (&Table, &usize)| if count < table.len { 0 } else { count };
+                known.heads.iter().zip(&counts).map(first).collect()
+            }
         };
-        let mut free = self.blocks.take(wanted)?;
-        for (table, keep) in self.known(seq)?.heads.iter().zip(keep.heads()) {
-            let mut of = Moves {
-                blocks: table.blocks[..keep.len().div_ceil(PAGE)].to_vec(),
-                first: first_moved(keep),
-                taken: Vec::new(),
-            };
-            for place in self.shared_among(table, keep) {
+        let shared: Vec<Vec<usize>> = {
+            let heads = known.heads.iter().zip(firsts.iter().zip(&counts));
+            heads.map(|(table, (&first, &count))| self.shared_among(table, first..count)).collect()
+        };
+        let mut free = self.blocks.take(shared.iter().map(Vec::len).sum())?;
+        let mut moves = Vec::new();
+        for (i, table) in self.known(seq)?.heads.iter().enumerate() {
+            let blocks = table.blocks[..counts[i].div_ceil(PAGE)].to_vec();
+            let mut of = Moves { blocks, first: firsts[i], count: counts[i], taken: Vec::new() };
+            for &place in &shared[i] {
                 let block = free.split_off(free.len() - 1)[0];
                 of.blocks[place] = block;
                 of.taken.push(block);
@@ -47,10 +58,10 @@ impl CudaSeqs {
             moves.iter().flat_map(|of| &of.taken).for_each(|&block| self.blocks.release(block));
             return Err(error);
         }
-        for (head, (of, keep)) in moves.into_iter().zip(keep.heads()).enumerate() {
+        for (head, of) in moves.into_iter().enumerate() {
             let table = &mut sequence.heads[head];
             let old = std::mem::replace(&mut table.blocks, of.blocks);
-            table.len = keep.len();
+            table.len = of.count;
             for (place, block) in old.into_iter().enumerate() {
                 if table.blocks.get(place) != Some(&block) {
                     self.blocks.release(block);
@@ -67,40 +78,51 @@ impl CudaSeqs {
         Ok(())
     }
 
-    /// Returns the block table indices that a retain writes to and whose blocks are shared.
-    fn shared_among(&self, table: &Table, keep: &[u32]) -> Vec<usize> {
-        let first = first_moved(keep);
-        if first == keep.len() {
+    /// Returns the indices of the blocks that moved entries are written to and that other sequences
+    /// share.
+    fn shared_among(&self, table: &Table, moved: Range<usize>) -> Vec<usize> {
+        if moved.is_empty() {
             return Vec::new();
         }
-        let written = first / PAGE..keep.len().div_ceil(PAGE);
+        let written = moved.start / PAGE..moved.end.div_ceil(PAGE);
         written.filter(|&place| self.blocks.shared(table.blocks[place])).collect()
     }
 
     fn move_heads(&self, seq: SeqId, keep: &Selection, moves: &[Moves]) -> Result<()> {
         let (stream, sequence) = (self.stream(), self.known(seq)?);
-        let entries = |(of, keep): (&Moves, &Vec<u32>)| keep[of.first..].to_vec();
-        let lists: Vec<_> = moves.iter().zip(keep.heads()).map(entries).collect();
-        let entries = lists.concat();
-        if entries.is_empty() {
+        if moves.iter().all(|of| of.first == of.count) {
             return Ok(());
         }
-        let entries = stream.clone_htod(&entries)?;
+        let uploaded = match keep.entries() {
+            Some(_) => None,
+            None => Some(stream.clone_htod(&keep.heads()?.concat())?),
+        };
+        let mut entries_at = match (keep.entries(), &uploaded) {
+            (Some(entries), _) => crate::cuda::address(entries)?,
+            (_, Some(entries)) => entries.device_ptr(&stream).0,
+            (None, None) => return Ok(()),
+        };
         let new = |of: &Moves| if of.taken.is_empty() { Vec::new() } else { of.blocks.clone() };
         let tables: Vec<u32> = moves.iter().flat_map(new).collect();
         let mut addresses: Vec<u64> =
             tables.iter().map(|&block| self.blocks.address(block)).collect();
         addresses.push(0);
         let tables = stream.clone_htod(&addresses)?;
-        let (mut entries_at, mut table_at) =
-            (entries.device_ptr(&stream).0, tables.device_ptr(&stream).0);
+        let mut table_at = tables.device_ptr(&stream).0;
         let mut rows = Vec::new();
-        for (head, (of, list)) in moves.iter().zip(&lists).enumerate() {
+        for (head, of) in moves.iter().enumerate() {
             let from = sequence.address(&stream, head);
             let to = if of.taken.is_empty() { from } else { table_at };
-            let (first, count) = (of.first as i32, list.len() as i32);
-            rows.push(paged::MoveRow { from, to, entries: entries_at, first, count });
-            entries_at += 4 * list.len() as u64;
+            rows.push(paged::MoveRow {
+                from,
+                to,
+                entries: entries_at + 4 * of.first as u64,
+                first: of.first as i32,
+                count: (of.count - of.first) as i32,
+                len: sequence.heads[head].len as i32,
+                unused: 0,
+            });
+            entries_at += 4 * of.count as u64;
             if !of.taken.is_empty() {
                 table_at += 8 * of.blocks.len() as u64;
             }
@@ -153,7 +175,16 @@ impl CudaSeqs {
                 None => 0,
             };
             let count = list.len() as i32;
-            rows.push(paged::MoveRow { from, to, entries: entries_at, first: 0, count });
+            let held = self.seqs.get(seq).map_or(0, |sequence| sequence.heads[*head].len);
+            rows.push(paged::MoveRow {
+                from,
+                to,
+                entries: entries_at,
+                first: 0,
+                count,
+                len: held as i32,
+                unused: 0,
+            });
             entries_at += 4 * list.len() as u64;
             to += 8 * blocks(of) as u64;
         }

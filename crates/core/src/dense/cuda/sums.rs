@@ -3,7 +3,7 @@
 use super::CudaSeqs;
 use crate::attention::sums_on_device;
 use crate::cuda::{PAGE, address, paged};
-use crate::{Batch, Mask, Result};
+use crate::{AttentionSums, Batch, Mask, Result};
 use candle_core::{DType, Tensor};
 use longctx_cuda::cudarc::driver::DevicePtr;
 
@@ -14,7 +14,7 @@ impl CudaSeqs {
         q: &Tensor,
         lse: &Tensor,
         mask: Mask<'_>,
-    ) -> Result<Vec<Tensor>> {
+    ) -> Result<Vec<AttentionSums>> {
         self.check_queries(batch, q, mask)?;
         if let Mask::Entries(ranges) = mask {
             return self.sums_of_lists(batch, q, lse, ranges);
@@ -44,7 +44,7 @@ impl CudaSeqs {
         q: &Tensor,
         lse: &Tensor,
         ranges: &crate::EntryRanges,
-    ) -> Result<Vec<Tensor>> {
+    ) -> Result<Vec<AttentionSums>> {
         let (stream, kv_heads) = (self.stream(), self.shape.kv_heads);
         let lists = self.lists(batch, ranges);
         let blocks = self.gather(&lists)?;
@@ -68,7 +68,9 @@ impl CudaSeqs {
         }
         let full = Mask::Full;
         let sums = sums_on_device(&self.device, work, &self.fit(q)?, lse, &self.shape, full)?;
-        let place = |((seq, head, list), sums): (&(crate::SeqId, usize, Vec<u32>), Tensor)| {
+        let place = |i: usize| -> Result<Tensor> {
+            let (seq, head, list) = &lists[i];
+            let sums = sums[i / kv_heads].head(i % kv_heads)?;
             let len = self.seqs.get(seq).map_or(0, |sequence| sequence.heads[*head].len);
             let all = Tensor::zeros((self.shape.group(), len), DType::F32, q.device())?;
             if list.is_empty() {
@@ -77,6 +79,10 @@ impl CudaSeqs {
             let places = Tensor::new(list.as_slice(), q.device())?;
             Ok(all.index_add(&places, &sums, 1)?)
         };
-        lists.iter().zip(sums).map(place).collect()
+        let of_seq = |seq: usize| {
+            let heads = (seq * kv_heads..(seq + 1) * kv_heads).map(place);
+            AttentionSums::from_heads(&heads.collect::<Result<Vec<_>>>()?)
+        };
+        (0..batch.seqs().len()).map(of_seq).collect()
     }
 }

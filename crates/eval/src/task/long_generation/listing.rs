@@ -6,9 +6,9 @@ use super::{CITIES, Parts, Size, THINGS, lines, make, person, pick, quarters, ro
 use crate::task::one_prediction;
 use crate::{Category, Result, Sample, Samples, Score, Task};
 
-/// Listing all records that match: a third of them, in any order, one a line.
+/// Lists all records that match: a third of them, in any order, one per line.
 ///
-/// Scored by F1 over the set of lines; the original's capital letters count. A line written again counts as a wrong one.
+/// Scored by F1 over the set of lines, case-sensitive. A repeated line counts as a wrong one.
 #[derive(Debug, Clone, Copy)]
 pub struct Listing(pub Size);
 

@@ -6,9 +6,10 @@ use crate::{Category, Result, Sample, Samples, Score, Task};
 
 const STATES: [&str; 6] = ["red", "green", "blue", "white", "black", "grey"];
 
-/// Continuing a state machine: six states, two inputs, a row of inputs; each step is a line.
+/// Continues a state machine: six states, two inputs, a sequence of inputs. Each step is a line.
 ///
-/// Scored by the share of steps that are right and in their place, so that one slip costs all that hangs on it.
+/// Scored by the share of steps that are right and at the right index, so that an error also costs
+/// all steps that depend on it.
 #[derive(Debug, Clone, Copy)]
 pub struct StateMachine(pub Size);
 

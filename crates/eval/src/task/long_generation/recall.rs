@@ -4,12 +4,12 @@ use super::{CITIES, Parts, Size, THINGS, make, person, pick, quarters};
 use crate::task::check_turns;
 use crate::{Category, Result, Sample, Samples, Score, Task};
 
-/// Questions asked after the facts, one a turn.
+/// Number of questions after the facts, one per turn.
 const QUESTIONS: usize = 8;
 
-/// Multi-turn recall: facts about people in the first turn, then one question a turn.
+/// Multi-turn recall: facts about people in the first turn, then one question per turn.
 ///
-/// Scored by the share of turns whose answer names the right code and no other.
+/// Scored by the share of turns whose answer contains the right code and no other.
 #[derive(Debug, Clone, Copy)]
 pub struct Recall(pub Size);
 

@@ -6,9 +6,9 @@ use super::{
 use crate::task::one_prediction;
 use crate::{Category, Result, Sample, Samples, Score, Task};
 
-/// Copying a table with one edit: every row of one city gets a new thing.
+/// Copies a table with one edit: every row of one city gets a new item.
 ///
-/// Scored by the share of lines that are right and in their place.
+/// Scored by the share of lines that are right and at the right index.
 #[derive(Debug, Clone, Copy)]
 pub struct TableEdit(pub Size);
 

@@ -10,15 +10,16 @@ use zip::{CompressionMethod, ZipArchive};
 
 use crate::{Error, Result};
 
-/// The authors' dataset, whose archive has `data/qasper.jsonl` and so on.
+/// The authors' dataset. Its archive contains `data/qasper.jsonl` and so on.
 const DATASET: &str = "THUDM/LongBench";
 const ARCHIVE: &str = "data.zip";
 
-/// Puts the files of the tasks called `names` into `folder`, those that are not there yet, from the Hub's `THUDM/LongBench` (114 MB, kept in the
-/// Hub's own cache too).
+/// Downloads the missing files of the tasks `names` to `folder`, from the Hub's `THUDM/LongBench`
+/// (114 MB, also kept in the Hub's cache).
 ///
 /// # Errors
-/// If the Hub can't be reached, the archive lacks a task or is damaged, or a file can't be written.
+/// If the Hub cannot be reached, a task is missing in the archive, the archive is damaged, or a
+/// file cannot be written.
 pub fn download(folder: impl AsRef<Path>, names: &[&str]) -> Result<()> {
     if names.iter().all(|name| file(folder.as_ref(), name).exists()) {
         return Ok(());
@@ -36,7 +37,7 @@ fn file(folder: &Path, name: &str) -> PathBuf {
     folder.join(format!("{name}.jsonl"))
 }
 
-/// Takes the tasks' files out of LongBench's archive.
+/// Extracts the tasks' files from LongBench's archive.
 fn unpack(archive: &Path, folder: &Path, names: &[&str]) -> Result<()> {
     let broken = |error: zip::result::ZipError| Error::io(archive)(error.into());
     let opened = File::open(archive).map_err(Error::io(archive))?;
@@ -47,9 +48,9 @@ fn unpack(archive: &Path, folder: &Path, names: &[&str]) -> Result<()> {
         if path.exists() {
             continue;
         }
-        // Raw, since zip's own inflating would bring compressors along.
+        // Read without decompression: zip's own inflate would add compressors as dependencies.
         let entry = zip.by_name_raw(format!("data/{name}.jsonl").as_bytes()).map_err(broken)?;
-        // Written beside and renamed: a download that breaks off leaves no half file.
+        // Written to a new file and renamed: an interrupted download leaves no partial file.
         let new = folder.join(format!("{name}.jsonl.new"));
         let mut out = File::create(&new).map_err(Error::io(&new))?;
         let copied = match entry.compression() {
@@ -66,7 +67,7 @@ fn unpack(archive: &Path, folder: &Path, names: &[&str]) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// `fixtures/make_archive.py` made it: each task's name, in an archive like LongBench's.
+    /// Made by `fixtures/make_archive.py`: each task's name, in an archive like LongBench's.
     const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/longbench.zip");
 
     #[test]
@@ -81,7 +82,7 @@ mod tests {
             assert_eq!(text, if *name == "trec" { "mine".to_owned() } else { whole });
         }
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 16);
-        // Nothing is left to fetch.
+        // Nothing is left to download.
         download(folder.path(), &names).unwrap();
     }
 

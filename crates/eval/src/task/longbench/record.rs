@@ -2,7 +2,7 @@ use serde_json::{Map, Value};
 
 use crate::metric::{Metric, retrieved};
 
-/// One line of a LongBench file, as far as a task needs it.
+/// The fields of a LongBench record that a task needs.
 pub(super) struct Record {
     pub id: Option<String>,
     pub context: String,
@@ -12,7 +12,7 @@ pub(super) struct Record {
     length: Option<u64>,
 }
 
-/// What is wrong with a record.
+/// An error in a record.
 pub(super) struct Fault {
     pub field: &'static str,
     pub message: String,
@@ -40,12 +40,12 @@ impl Record {
         })
     }
 
-    /// Words of the context, as the record has them.
+    /// Returns the number of words of the context, as stored in the record.
     pub fn length(&self) -> Result<u64, Fault> {
         self.length.ok_or_else(|| fault("length", "expected a number of words"))
     }
 
-    /// That an answer can score at all.
+    /// Checks that an answer can be scored.
     pub fn check(&self, metric: Metric) -> Result<(), Fault> {
         if self.answers.is_empty() {
             return Err(fault("answers", "expected at least one, got none"));

@@ -1,16 +1,16 @@
-//! The 16 tasks as longctx_bench configures them (`config/eval_config/longbench`).
+//! The configuration of the 16 tasks in longctx_bench (`config/eval_config/longbench`).
 
 use crate::Category;
 use crate::metric::Metric;
 
-/// One task: what is asked, and how an answer is scored.
+/// A task's prompt and metric.
 #[derive(Debug)]
 pub(super) struct Spec {
     pub name: &'static str,
     pub category: Category,
     pub metric: Metric,
     pub max_new_tokens: usize,
-    /// With `{context}` and `{input}`, which stand for the record's fields.
+    /// Prompt with the placeholders `{context}` and `{input}` for the record's fields.
     pub prompt: &'static str,
 }
 

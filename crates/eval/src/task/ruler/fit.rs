@@ -1,17 +1,17 @@
-//! As much haystack as a length has room for.
+//! Fits the haystack to a length.
 
 use super::Prompt;
 use crate::{Error, Result};
 
-/// How often a sample is drawn anew that does not fit; the original never gives up.
+/// The largest number of attempts to generate a sample that fits. The original has no limit.
 const TRIES: usize = 1000;
 
-/// What prompts have to fit into.
+/// The length limit of prompts.
 pub struct Room<'a> {
     pub count: &'a dyn Fn(&str) -> Result<usize>,
-    /// Of prompt and answer.
+    /// Tokens of prompt and answer.
     pub tokens: usize,
-    /// Of the answer.
+    /// Tokens of the answer.
     pub new_tokens: usize,
 }
 
@@ -22,46 +22,48 @@ impl Room<'_> {
     }
 }
 
-/// Makes prompts of a task, in the order of the original's random draws.
+/// Generates the prompts of a task, in the order of the original's random draws.
 pub trait Generate {
-    /// The prompt for a sample, with so much haystack; `None` where there is none of this size.
+    /// Returns the prompt of a sample with a haystack of `size`; `None` if there is none of this
+    /// size.
     fn prompt(&mut self, sample: usize, size: usize) -> Option<Prompt>;
 
-    /// Puts the example before a prompt, if the task has one.
+    /// Prepends the example to a prompt, if the task has one.
     fn with_example(&mut self, prompt: Prompt) -> Prompt;
 
-    /// The example's text.
+    /// Returns the example's text.
     fn example(&self) -> &str;
 
-    /// How many different samples there are.
+    /// Returns the number of different samples.
     fn most_samples(&self) -> usize;
 
-    /// The least haystack, and how much less is tried if a sample does not fit.
+    /// Returns the smallest haystack size, which is also the decrement if a sample does not fit.
     fn step(&self) -> usize;
 
-    /// How much haystack is certainly too much for `tokens`, and the size that tells.
+    /// Returns a haystack size that is certainly too large for `tokens`, and the size from which it
+    /// is estimated.
     fn bound(&self) -> Bound;
 }
 
-/// How the search's upper end is estimated, from the tokens of a prompt of `size`.
+/// The upper bound of the search, estimated from the tokens of a prompt of `size`.
 pub struct Bound {
     pub size: usize,
     pub of: fn(tokens: f64, per_unit: f64) -> usize,
 }
 
-/// Three times what the room holds if tokens grow with the haystack.
+/// Returns three times the size that fits if tokens are proportional to the haystack.
 pub fn threefold(tokens: f64, per_unit: f64) -> usize {
     ((tokens / per_unit) * 3.0) as usize
 }
 
-/// `samples` prompts, or as many as there are.
+/// Returns `samples` prompts, or all if there are fewer.
 pub fn prompts(make: &mut dyn Generate, room: &Room<'_>, samples: usize) -> Result<Vec<Prompt>> {
     let size = largest(make, room)?;
     let count = samples.min(make.most_samples());
     (0..count).map(|sample| one(make, room, sample, size)).collect()
 }
 
-/// The most haystack whose prompt fits, by bisection.
+/// Finds the largest haystack whose prompt fits, by bisection.
 fn largest(make: &mut dyn Generate, room: &Room<'_>) -> Result<usize> {
     let example = (room.count)(make.example())?;
     let (step, Bound { size, of }) = (make.step(), make.bound());

@@ -1,4 +1,4 @@
-//! Needles in a haystack: eight tasks.
+//! Needle-in-a-haystack tasks: eight of the 13.
 
 use std::sync::{Arc, LazyLock};
 
@@ -8,7 +8,7 @@ use super::{Prompt, Source};
 use crate::punkt;
 use crate::python::{self, random::Random};
 
-/// A task's numbers and kinds.
+/// The settings of a task.
 #[derive(Debug, Clone, Copy)]
 pub struct Niah {
     haystack: Hay,
@@ -21,10 +21,10 @@ pub struct Niah {
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Hay {
-    /// Five sentences again and again.
+    /// Five sentences, repeated.
     Noise,
     Essays,
-    /// Needles that are not asked for.
+    /// Needles that the prompt does not ask for.
     Needles,
 }
 
@@ -54,7 +54,7 @@ pub const MULTIQUERY: Niah = Niah { keys: 4, queries: 4, ..SINGLE_2 };
 pub const NOISE: &str =
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.";
 
-/// Where needles lie in essays: 40 depths in percent.
+/// Depths of needles in essays: 40 values in percent.
 const DEPTHS: usize = 40;
 
 fn depth(number: usize) -> f64 {
@@ -79,7 +79,7 @@ impl Kind {
     }
 }
 
-/// Version 4 in the usual notation.
+/// Formats a version 4 UUID.
 fn uuid(bits: u128) -> String {
     let bits = bits & !(0xf000 << 64) & !(0xc000 << 48) | 4 << 76 | 0x8000 << 48;
     let hex = format!("{bits:032x}");
@@ -101,10 +101,10 @@ impl Niah {
     }
 }
 
-/// The words with single spaces between them.
+/// Returns the words, separated by single spaces.
 fn essay_words(text: &str) -> Vec<Arc<str>> {
     let mut words: Vec<Arc<str>> = python::split(text).map(Arc::from).collect();
-    // White space at an end is a space in the original, and an empty word beside it.
+    // White space at an end is an empty word in the original.
     if text.starts_with(python::is_space) {
         words.insert(0, "".into());
     }
@@ -219,7 +219,7 @@ pub const ADJECTIVES: &str = include_str!("../../../data/wonderwords/adjectiveli
 
 static PAIRS: LazyLock<Pairs> = LazyLock::new(|| Pairs::new(&sorted(ADJECTIVES), sorted(NOUNS)));
 
-/// The distinct words of a list, one a line.
+/// Returns the distinct words of a list with one word per line, sorted.
 fn sorted(list: &'static str) -> Vec<&'static str> {
     let mut words: Vec<_> = list.lines().map(str::trim_end).collect();
     words.sort_unstable();
@@ -227,7 +227,7 @@ fn sorted(list: &'static str) -> Vec<&'static str> {
     words
 }
 
-/// All "adjective-noun", in order, some 6 million, without all of them in memory.
+/// All combinations "adjective-noun", sorted, some 6 million, without storing all of them.
 struct Pairs {
     nouns: Vec<&'static str>,
     /// Runs of pairs, each with the number of pairs before it.
@@ -236,9 +236,9 @@ struct Pairs {
 }
 
 enum Run {
-    /// An adjective with all nouns.
+    /// One adjective with all nouns.
     One(String),
-    /// Pairs of adjectives of which one begins with the other and a hyphen: their pairs interleave.
+    /// Adjectives of which one is the prefix of another before a hyphen: their pairs interleave.
     Mixed(Vec<String>),
 }
 

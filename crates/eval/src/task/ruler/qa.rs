@@ -1,4 +1,4 @@
-//! Questions on documents, among documents of other questions.
+//! Questions about documents, among documents of other questions.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
@@ -29,12 +29,12 @@ impl Dataset {
     }
 }
 
-/// A question, and documents by number.
+/// A question and the indices of its documents.
 struct Asked {
     question: String,
     answers: Vec<String>,
     documents: Vec<usize>,
-    /// Of the same article: taken before those of others.
+    /// Documents of the same article, which are used before others.
     related: Vec<usize>,
 }
 
@@ -125,7 +125,7 @@ fn parse<T: DeserializeOwned>(path: &Path) -> Result<T> {
     })
 }
 
-/// All documents, each once, in order, and their numbers.
+/// Returns all distinct documents in order, and their indices.
 fn numbered(documents: impl Iterator<Item = String>) -> (Vec<String>, HashMap<String, usize>) {
     let distinct: BTreeSet<String> = documents.collect();
     let documents: Vec<String> = distinct.into_iter().collect();
@@ -183,7 +183,7 @@ fn squad(Squad { data }: Squad) -> (Vec<Asked>, Vec<String>) {
 struct HotpotQuestion {
     question: String,
     answer: String,
-    /// Titles with sentences.
+    /// Titles with their sentences.
     context: Vec<(String, Vec<String>)>,
 }
 

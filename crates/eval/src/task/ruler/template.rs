@@ -1,8 +1,8 @@
-//! The texts around a context, in RULER's words.
+//! RULER's prompt templates.
 
 use super::Prompt;
 
-/// What stands before and after the context, and how the answer begins.
+/// The text before and after the context, and the start of the answer.
 #[derive(Debug, Clone, Copy)]
 pub struct Template {
     pub before: &'static str,
@@ -17,7 +17,7 @@ pub const NIAH: Template = Template {
     prefix: " The special magic {type_needle_v} for {query} mentioned in the provided text are",
 };
 
-/// [`NIAH`] where one value is asked for.
+/// [`NIAH`] for a single requested value.
 pub const NIAH_ONE: Template = Template {
     before: "A special magic {type_needle_v} is hidden within the following text. Make sure to memorize it. \
              I will quiz you about the {type_needle_v} afterwards.\n",
@@ -56,7 +56,8 @@ pub const QA: Template = Template {
 };
 
 impl Template {
-    /// Fills in the fields, each a name and its value, in turn. Braces in the context stay as they are.
+    /// Fills in the fields, each a name and its value, in order. Braces in the context are not
+    /// replaced.
     pub fn fill(&self, context: &str, fields: &[(&str, &str)], answers: Vec<String>) -> Prompt {
         let fill = |text: &str| {
             fields.iter().fold(text.to_owned(), |text, (name, value)| {

@@ -9,7 +9,7 @@ use crate::python::random::{Random, RandomState};
 
 const HOPS: usize = 4;
 const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ";
-/// The example's most tokens, and its value before it is replaced.
+/// The largest number of tokens of the example, and its value before replacement.
 const EXAMPLE_TOKENS: usize = 500;
 const EXAMPLE_VALUE: &str = "12345";
 
@@ -21,7 +21,7 @@ pub struct Variables {
 }
 
 impl Variables {
-    /// Makes the example first, from the same random stream.
+    /// Generates the example first, from the same random stream.
     pub fn new(source: &Source, length: usize) -> Result<Self> {
         let (random, numbers) = (Random::new(source.seed), RandomState::new(source.seed));
         let mut variables = Self { example: None, step: 5, random, numbers };
@@ -33,7 +33,7 @@ impl Variables {
         Ok(Self { example: Some(text), step, ..variables })
     }
 
-    /// The variables of a chain and its lines; `None` if two have one name.
+    /// Returns the variables of a chain and its lines; `None` if two variables have the same name.
     fn chain(&mut self) -> Option<(Vec<String>, Vec<String>, String)> {
         let letters = if self.example.is_some() { 5 } else { 3 };
         let names: Vec<String> =
@@ -74,7 +74,7 @@ impl Generate for Variables {
         Some(VARIABLES.fill(&context, &[("num_v", &count), ("query", &value)], names))
     }
 
-    /// The example with names and value of its own.
+    /// Prepends the example, with its own names and value.
     fn with_example(&mut self, prompt: Prompt) -> Prompt {
         let Some(example) = &self.example else { return prompt };
         let mut text = example.clone();

@@ -1,4 +1,4 @@
-//! Common and frequent words.
+//! Common words and frequent words extraction.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,13 +12,13 @@ use crate::{Error, Result};
 
 const VERBS: &str = include_str!("../../../data/wonderwords/verblist.txt");
 
-/// Words that are asked for.
+/// Number of requested words.
 const COMMON: usize = 10;
 
-/// The most common words of a numbered list.
+/// Prompts that ask for the most common words of a numbered list.
 pub struct CommonWords {
     words: Vec<String>,
-    /// For more words than these: a larger list.
+    /// A larger list, for more words than in the first.
     more: Vec<String>,
     short: bool,
     seed: u32,
@@ -45,7 +45,7 @@ impl CommonWords {
         Ok(Self { words, more, short, seed, random: Random::new(seed) })
     }
 
-    /// A list of `count` distinct words and the common ones among them.
+    /// Returns a list of `count` distinct words and the common ones among them.
     fn list(
         &mut self,
         count: usize,
@@ -77,7 +77,7 @@ impl Generate for CommonWords {
         Some(COMMON_WORDS.fill(&context, &[], answers).after(&example))
     }
 
-    /// It is part of each prompt.
+    /// The example is already part of each prompt.
     fn with_example(&mut self, prompt: Prompt) -> Prompt {
         prompt
     }
@@ -95,7 +95,7 @@ impl Generate for CommonWords {
     }
 
     fn bound(&self) -> Bound {
-        // As Python divides floats to the floor.
+        // Floor division of floats, as in Python.
         let of = |tokens: f64, per_word: f64| {
             2 * ((tokens - tokens % per_word) / per_word).round() as usize
         };
@@ -103,12 +103,12 @@ impl Generate for CommonWords {
     }
 }
 
-/// Letters of a coded word.
+/// Letters per coded word.
 const LETTERS: usize = 6;
-/// Riemann's zeta function of the exponent 2 that words are distributed by.
+/// Riemann's zeta function at 2, the exponent of the words' distribution.
 const ZETA_2: f64 = 1.644_934_066_848_226_4;
 
-/// Prompts that ask for the three most frequent coded words.
+/// Returns prompts that ask for the three most frequent coded words.
 pub fn frequent_words(source: &Source, room: &Room<'_>) -> Result<Vec<Prompt>> {
     let tokens = room.tokens.saturating_sub(room.new_tokens);
     let mut coded = Coded {
@@ -118,7 +118,7 @@ pub fn frequent_words(source: &Source, room: &Room<'_>) -> Result<Vec<Prompt>> {
         seed: source.seed,
         random: Random::new(source.seed),
     };
-    // The three asked for and the one that is noise.
+    // The three requested words and the noise word.
     if coded.vocabulary < 4 {
         return Err(room.error());
     }
@@ -147,7 +147,7 @@ impl Coded {
         words
     }
 
-    /// `count` words, each as often as its rank has it.
+    /// Returns a text of `count` words, each with the frequency of its rank.
     fn text(&self, words: &[String], count: usize) -> Prompt {
         let times = |rank: usize| (count as f64 * (rank as f64).powf(-2.0) / ZETA_2) as usize;
         let mut drawn: Vec<&str> = Vec::with_capacity(count);
@@ -158,7 +158,7 @@ impl Coded {
         FREQUENT_WORDS.fill(&drawn.join(" "), &[], words[1..4].to_vec())
     }
 
-    /// The most words that fit, by steps.
+    /// Finds the largest number of words that fits, in steps.
     fn longest(&mut self, room: &Room<'_>) -> Result<usize> {
         let words = self.words();
         let mut count = self.tokens / LETTERS;

@@ -1,16 +1,16 @@
 //! The delta rule's recurrence, token by token, with vectors along the values.
 //!
-//! The state lies as `[heads, keys, values]`. A token reads a head's state twice, from the first-level cache: once for what the removal key
-//! finds, once to change it and to read the output.
+//! The state is `[heads, keys, values]`. A token reads a head's state twice from the L1 cache: once
+//! for its product with the removal key, once to update it and compute the output.
 
 use crate::matrix::Rows;
 use crate::split::{Columns, Units, split};
 use pulp::{Arch, Scalar, Simd, WithSimd};
 
-/// Tokens x channels that are worth a second thread.
+/// Smallest number of tokens x channels for which several threads are used.
 const PARALLEL: usize = 1 << 11;
 
-/// What the recurrence reads, as rows of all heads' channels.
+/// The inputs of the recurrence, as rows of all heads' channels.
 #[derive(Clone, Copy)]
 pub struct Inputs<'a> {
     pub r: Rows<'a>,
@@ -23,7 +23,7 @@ pub struct Inputs<'a> {
     pub added: Rows<'a>,
 }
 
-/// Moves the state of one batch entry on and writes `y` `[tokens, heads, values]`.
+/// Updates the state of one sequence and writes `y` `[tokens, heads, values]`.
 pub fn delta_rule(
     inputs: Inputs<'_>,
     head_dim: usize,
@@ -91,7 +91,7 @@ impl WithSimd for Head<'_> {
     }
 }
 
-/// A token's numbers along the keys.
+/// A token's elements along the keys.
 struct Token<'a> {
     r: &'a [f32],
     k: &'a [f32],
@@ -101,7 +101,8 @@ struct Token<'a> {
 }
 
 impl Token<'_> {
-    /// `M` vectors of values from `at` on; vectors begin `skip` numbers into a row of the state.
+    /// Processes `M` vectors of values from `at` on. Vectors begin at offset `skip` in a row of the
+    /// state.
     #[inline(always)]
     fn columns<S: Simd, const M: usize>(
         &self,

@@ -1,0 +1,110 @@
+//! Attention probabilities accumulated per entry.
+
+use std::ops::Range;
+
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+
+/// The attention probability that each entry of a sequence received, summed over queries, per query
+/// head.
+#[derive(Debug, Clone)]
+pub struct AttentionSums {
+    /// The sums `[group, entries]` of all kv heads, concatenated; f32.
+    sums: Tensor,
+    /// Query heads per kv head.
+    group: usize,
+    /// Entries of each kv head.
+    lens: Vec<usize>,
+}
+
+impl AttentionSums {
+    /// Creates the sums from one list per query head.
+    pub fn from_lists(lists: &[Vec<f32>], group: usize, device: &Device) -> Result<Self> {
+        let lens: Vec<_> = lists.chunks(group).map(|heads| heads[0].len()).collect();
+        Self::new(
+            Tensor::from_vec(lists.concat(), group * lens.iter().sum::<usize>(), device)?,
+            group,
+            lens,
+        )
+    }
+
+    /// Creates the sums from one tensor `[group, entries]` per kv head.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for tensors of other shapes.
+    pub fn from_heads(heads: &[Tensor]) -> Result<Self> {
+        let group = heads.first().map_or(Ok(0), |head| head.dim(0))?;
+        let lens = heads.iter().map(|head| head.dim(1)).collect::<candle_core::Result<_>>()?;
+        let some: Vec<_> = heads.iter().filter(|head| head.elem_count() > 0).collect();
+        let flat =
+            some.iter().map(|head| head.flatten_all()).collect::<candle_core::Result<Vec<_>>>()?;
+        let sums = match (flat.is_empty(), heads.first()) {
+            (false, _) => Tensor::cat(&flat, 0)?,
+            (true, Some(head)) => head.flatten_all()?,
+            (true, None) => Tensor::zeros(0, DType::F32, &Device::Cpu)?,
+        };
+        Self::new(sums, group, lens)
+    }
+
+    /// Creates the sums from those of all kv heads, `[group, entries]` each, concatenated. `sums`
+    /// may be longer.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if it is shorter.
+    pub fn new(sums: Tensor, group: usize, lens: Vec<usize>) -> Result<Self> {
+        let expected = group * lens.iter().sum::<usize>();
+        if sums.elem_count() < expected {
+            return Err(Error::mismatch("attention sums", expected, sums.elem_count()));
+        }
+        Ok(Self { sums, group, lens })
+    }
+
+    /// Returns the same sums on another device.
+    ///
+    /// # Errors
+    /// If the copy fails.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(Self { sums: self.sums.to_device(device)?, ..self.clone() })
+    }
+
+    /// Returns the number of entries of each kv head, `[kv_heads]`.
+    pub fn lens(&self) -> &[usize] {
+        &self.lens
+    }
+
+    /// Returns the sums of one kv head, `[group, entries]`.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if there is no such head.
+    pub fn head(&self, kv_head: usize) -> Result<Tensor> {
+        Ok(self.heads(kv_head..kv_head + 1)?.squeeze(0)?)
+    }
+
+    /// Returns the sums of all kv heads, one tensor `[group, entries]` each.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn split(&self) -> Result<Vec<Tensor>> {
+        (0..self.lens.len()).map(|kv_head| self.head(kv_head)).collect()
+    }
+
+    /// Returns the sums of kv heads that have the same number of entries, `[kv_heads, group,
+    /// entries]`.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if their numbers of entries differ, or there are no such heads.
+    pub fn heads(&self, kv_heads: Range<usize>) -> Result<Tensor> {
+        let mismatch = |got: String| {
+            let expected = "kv heads of the same number of entries";
+            Error::mismatch("attention sums of kv heads", expected, got)
+        };
+        let lens = self.lens.get(kv_heads.clone()).filter(|lens| !lens.is_empty());
+        let lens = lens.ok_or_else(|| mismatch(format!("{kv_heads:?} of {}", self.lens.len())))?;
+        if lens.iter().any(|len| *len != lens[0]) {
+            return Err(mismatch(format!("{lens:?}")));
+        }
+        let first = self.group * self.lens[..kv_heads.start].iter().sum::<usize>();
+        let own = self.sums.narrow(0, first, self.group * lens[0] * lens.len())?;
+        Ok(own.reshape((lens.len(), self.group, lens[0]))?)
+    }
+}

@@ -1,0 +1,77 @@
+//! Scores of a sequence's entries.
+
+use candle_core::{Device, Tensor};
+use longctx_core::{Result, Selection, gather_entries};
+use std::ops::Range;
+
+/// Scores of the entries of a layer's kv heads.
+#[derive(Debug, Clone)]
+pub enum Scores {
+    /// `[kv_heads, entries]`, f32, on a CUDA device.
+    OnDevice(Tensor),
+    /// One list per kv head.
+    Lists(Vec<Vec<f32>>),
+}
+
+impl Scores {
+    /// Creates scores from those of consecutive kv heads, `[heads, entries]` each. They stay on a
+    /// CUDA device if all heads hold equally many entries.
+    pub fn new(runs: Vec<Tensor>) -> Result<Self> {
+        if let [all] = runs.as_slice()
+            && all.device().is_cuda()
+        {
+            return Ok(Self::OnDevice(all.clone()));
+        }
+        let mut lists = Vec::new();
+        for run in &runs {
+            lists.extend(run.to_vec2::<f32>()?);
+        }
+        Ok(Self::Lists(lists))
+    }
+
+    /// Returns one list per kv head. Waits for the device if they are there.
+    pub fn lists(&self) -> Result<Vec<Vec<f32>>> {
+        match self {
+            Self::OnDevice(all) => Ok(all.to_vec2()?),
+            Self::Lists(lists) => Ok(lists.clone()),
+        }
+    }
+
+    /// Keeps the scores of the selected entries.
+    pub fn retain(&mut self, keep: &Selection) -> Result<()> {
+        if let Self::OnDevice(all) = self
+            && let Some(kept) = gather_entries(all, keep, 0)?
+        {
+            *all = kept;
+            return Ok(());
+        }
+        let mut lists = self.lists()?;
+        for (scores, keep) in lists.iter_mut().zip(keep.heads()?) {
+            *scores = keep.iter().map(|&entry| scores[entry as usize]).collect();
+        }
+        *self = Self::Lists(lists);
+        Ok(())
+    }
+
+    /// Returns the scores of some kv heads, `[heads, entries]`, with zeros for entries without one.
+    pub fn of_heads(&self, heads: Range<usize>, entries: usize, device: &Device) -> Result<Tensor> {
+        let scores = match self {
+            Self::OnDevice(all) => all.narrow(0, heads.start, heads.len())?,
+            Self::Lists(lists) => {
+                let lists = &lists[heads];
+                let len = lists.first().map_or(0, Vec::len);
+                Tensor::from_vec(lists.concat(), (lists.len(), len), device)?
+            }
+        };
+        let scored = scores.dim(1)?;
+        Ok(scores.pad_with_zeros(1, 0, entries - scored)?)
+    }
+
+    pub fn bytes(&self) -> usize {
+        let numbers = match self {
+            Self::OnDevice(all) => all.elem_count(),
+            Self::Lists(lists) => lists.iter().map(Vec::capacity).sum(),
+        };
+        numbers * size_of::<f32>()
+    }
+}
