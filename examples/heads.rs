@@ -11,8 +11,7 @@ use longctx_core::{Batch, CausalLm, DenseStore, LayerSpec, Logits};
 use longctx_eval::Haystack;
 use longctx_eval::needle::{Needle, Sample};
 use token_drop::{
-    Budget, DuoAttention, EvictionPolicy, LayerView, Needs, ObservedQueries, PolicyCache,
-    Settings,
+    Budget, DuoAttention, EvictionPolicy, LayerView, Needs, ObservedQueries, PolicyCache, Settings,
 };
 
 /// First tokens that a streaming head keeps.

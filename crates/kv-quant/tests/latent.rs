@@ -22,7 +22,7 @@ fn spec() -> LayerSpec {
 }
 
 fn latents(format: Format) -> LatentStore<QuantStore> {
-    LatentStore::new(spec().shape, |parts| Ok(QuantStore::new(parts, format)?)).unwrap()
+    LatentStore::new(spec().shape, |parts| QuantStore::new(parts, format)).unwrap()
 }
 
 fn random(tokens: usize, heads: usize) -> Tensor {
