@@ -31,7 +31,7 @@ pub struct Args {
 
 pub fn agree(args: Args) -> Result<()> {
     check_writable(&args.out)?;
-    let models = args.chosen.models();
+    let models = args.chosen.models(1);
     let methods = method::all(&models);
     let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let count = text.split_whitespace().count();
