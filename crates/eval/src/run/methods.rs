@@ -85,7 +85,7 @@ impl<'a> Methods<'a> {
     ///
     /// # Errors
     /// As [`check`](Self::check); [`Error::Subject`] if it cannot be opened.
-    pub(super) fn open(&self, group: &[Setting]) -> Result<Box<dyn Subject>> {
+    pub fn open(&self, group: &[Setting]) -> Result<Box<dyn Subject>> {
         let opened = match (group, &self.shared) {
             ([setting], _) => self.find(setting)?(setting),
             (_, Some(shared)) => (shared.open)(group),
