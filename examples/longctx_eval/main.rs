@@ -38,7 +38,7 @@ enum Command {
     /// Answer what is not answered yet, a line of results each
     Run(Box<RunArgs>),
     /// Compare token by token with the dense model on a text
-    Agree(agree::Args),
+    Agree(Box<agree::Args>),
     /// Write report.md, scores.csv, report.html and the pictures into a run's folder
     Report {
         /// The folder; with --compare, where compare.html goes
@@ -93,7 +93,7 @@ struct RunArgs {
 fn main() -> Result<()> {
     match Args::parse().command {
         Command::Run(args) => answer(*args),
-        Command::Agree(args) => agree::agree(args),
+        Command::Agree(args) => agree::agree(*args),
         Command::Report { folder, compare } => {
             let written = match compare.as_slice() {
                 [a, b] => vec![report::compare(a, b, &folder)?],
