@@ -13,6 +13,8 @@ mod pages {
     mod kv_quant_candle {}
     #[doc = include_str!("../docs/kv-quant-slices.md")]
     mod kv_quant_slices {}
+    #[doc = include_str!("../README.md")]
+    mod readme {}
     #[doc = include_str!("../docs/start.md")]
     mod start {}
 }
