@@ -176,7 +176,10 @@ impl Method {
 }
 
 /// A cache for a layer with a sliding window: f16, or a packed format.
-fn windowed(
+///
+/// # Errors
+/// If the format does not fit the layer.
+pub fn windowed(
     spec: &LayerSpec,
     format: Option<Format>,
     capacity: Option<usize>,

@@ -55,9 +55,10 @@ pub struct Chosen {
 }
 
 impl Chosen {
-    /// What opens the settings' models.
-    pub fn models(&self) -> Models {
+    /// What opens the settings' models, whose samples are decoded `batch` at a time.
+    pub fn models(&self, batch: usize) -> Models {
         Models::new(Options {
+            batch,
             prefill_chunk: self.prefill_chunk,
             encoder: self.encoder.clone(),
             heads: self.heads.clone(),

@@ -11,8 +11,8 @@ use longctx_core::{
 };
 
 const HEADS: usize = 4;
-const ROTATED: usize = 32;
-const LATENT: usize = 128;
+const ROTATED: usize = 64;
+const LATENT: usize = 512;
 
 fn spec() -> LayerSpec {
     let d = ROTATED + LATENT;
@@ -22,7 +22,7 @@ fn spec() -> LayerSpec {
 }
 
 fn latents(format: Format) -> LatentStore<QuantStore> {
-    LatentStore::new(spec().shape, |parts| Ok(QuantStore::new(parts, format)?)).unwrap()
+    LatentStore::new(spec().shape, |parts| QuantStore::new(parts, format)).unwrap()
 }
 
 fn random(tokens: usize, heads: usize) -> Tensor {
