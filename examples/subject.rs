@@ -95,8 +95,7 @@ impl Models {
         let llm = self.get(&setting.model)?;
         let reader =
             Reader::new(llm.model.session(make)?, text(&llm, &setting.template)?, setting.context);
-        let dense = dense_bytes_per_token(&mut dense(&llm)?)?;
-        Ok(self.reading(reader).with_dense_bytes_per_token(dense))
+        Ok(self.reading(reader).with_dense_bytes(dense_bytes(&llm)?))
     }
 
     /// One reader for settings on the same transformer, which prefills each prompt once.
@@ -145,12 +144,19 @@ pub fn dense(llm: &Pretrained) -> longctx_core::Result<Decoder> {
     llm.model.session(|spec| DenseCache::new(spec.clone(), DType::F16))
 }
 
-/// Counted, on a few tokens: a dense cache grows by the same bytes with each.
-fn dense_bytes_per_token(session: &mut Decoder) -> longctx_core::Result<f64> {
+/// Returns the bytes of a dense cache by its tokens. They are counted on a few tokens: each layer
+/// grows by the same bytes with each, up to its sliding window.
+fn dense_bytes(llm: &Pretrained) -> longctx_core::Result<impl Fn(usize) -> usize + Send + use<>> {
     const TOKENS: usize = 8;
+    let mut session = dense(llm)?;
     session.forward(&Batch::single(0, TOKENS)?, &[0; TOKENS], Logits::Last)?;
-    let held = session.footprint();
-    Ok((held.total() - held.slack) as f64 / TOKENS as f64)
+    let counted = session.footprint();
+    let config = llm.model.config();
+    let window = |layer| config.windows.get(layer).copied().flatten().unwrap_or(usize::MAX);
+    let windows: Vec<usize> = (0..config.layers).map(window).collect();
+    let held = move |tokens: usize| windows.iter().map(|window| tokens.min(*window)).sum::<usize>();
+    let each = (counted.total() - counted.slack) as f64 / held(TOKENS) as f64;
+    Ok(move |tokens| (each * held(tokens) as f64) as usize)
 }
 
 fn text(llm: &Pretrained, template: &Template) -> Result<TransformerText, Fault> {

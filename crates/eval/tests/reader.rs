@@ -156,7 +156,7 @@ fn sample(turns: &[&str], chat: bool) -> Sample {
 fn fed(context: usize, compress: bool, sample: &Sample) -> (String, Vec<String>, f64) {
     let model = Notes::default();
     let fed = model.fed.clone();
-    let mut reader = Reader::new(model, Bytes, context).with_dense_bytes_per_token(2.0);
+    let mut reader = Reader::new(model, Bytes, context).with_dense_bytes(|tokens| 2 * tokens);
     if compress {
         reader = reader.with_compressor(Box::new(FirstHalf), Rate::new(0.5).unwrap());
     }
@@ -226,7 +226,7 @@ fn answers(batch: usize, questions: &[Question<'_>]) -> (Vec<Ended>, Vec<Vec<Seq
     let model = Notes::default();
     let fed = model.fed.clone();
     let mut reader =
-        Reader::new(model, Bytes, 100).with_dense_bytes_per_token(2.0).with_batch(batch);
+        Reader::new(model, Bytes, 100).with_dense_bytes(|tokens| 2 * tokens).with_batch(batch);
     let mut samples = Samples { questions: questions.into(), next: 0, answers: Vec::new() };
     reader.answer_all(&mut samples);
     let in_words = |(number, answer): (usize, std::result::Result<Answer, Fault>)| {

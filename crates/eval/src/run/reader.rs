@@ -44,6 +44,9 @@ pub trait Text {
     fn bos(&self) -> Option<&str>;
 }
 
+/// Bytes of a dense cache of so many tokens.
+type DenseBytes = Box<dyn Fn(usize) -> usize + Send>;
+
 /// A [`CausalLm`] with any cache that reads prompts and decodes greedily.
 ///
 /// A turn's text is truncated in the middle to the context limit, then compressed, then formatted
@@ -60,7 +63,7 @@ pub struct Reader {
     settings: usize,
     prefill_chunk: Option<usize>,
     compressor: Option<Compressor>,
-    dense_bytes_per_token: Option<f64>,
+    dense_bytes: Option<DenseBytes>,
     greedy: Greedy,
 }
 
@@ -75,7 +78,7 @@ impl Reader {
             settings: 1,
             prefill_chunk: None,
             compressor: None,
-            dense_bytes_per_token: None,
+            dense_bytes: None,
             greedy: Greedy::default(),
         }
     }
@@ -112,10 +115,11 @@ impl Reader {
         self
     }
 
-    /// Sets the bytes per token of a dense f16 cache, the reference of ratios.
+    /// Sets the bytes of a dense f16 cache of so many tokens, the reference of ratios. Layers with a
+    /// sliding window stop growing.
     #[must_use]
-    pub fn with_dense_bytes_per_token(mut self, bytes: f64) -> Self {
-        self.dense_bytes_per_token = Some(bytes);
+    pub fn with_dense_bytes(mut self, bytes: impl Fn(usize) -> usize + Send + 'static) -> Self {
+        self.dense_bytes = Some(Box::new(bytes));
         self
     }
 
@@ -137,7 +141,7 @@ impl Reader {
     /// Returns the bytes of a dense cache of the text before compression removed `saved` tokens.
     fn dense_bytes(&self, seq: SeqId, saved: usize) -> Option<usize> {
         let tokens = self.model.seen(seq) + saved;
-        self.dense_bytes_per_token.map(|each| (each * tokens as f64) as usize)
+        self.dense_bytes.as_ref().map(|bytes| bytes(tokens))
     }
 
     /// Prefills a sample's turn and returns the first token of the answer.
