@@ -7,12 +7,12 @@ use std::ops::Range;
 
 /// Positions of a sequence's entries per kv head, and the scores carried from call to call.
 #[derive(Debug, Clone)]
-pub struct Entries {
+pub struct EntryMetadata {
     kv_heads: usize,
     /// Positions of the entries kept by the last eviction.
     kept: Positions,
     /// Positions of the tokens since then, which every head holds.
-    since: Range<usize>,
+    newer: Range<usize>,
     /// Scores of the entries at the time of scoring. `None` unless the policy uses its previous
     /// scores.
     scores: Option<Scores>,
@@ -26,25 +26,25 @@ enum Positions {
     OnDevice(Tensor),
 }
 
-impl Entries {
+impl EntryMetadata {
     pub fn new(kv_heads: usize) -> Self {
         let kept = Positions::Lists(vec![Vec::new(); kv_heads]);
-        Self { kv_heads, kept, since: 0..0, scores: None }
+        Self { kv_heads, kept, newer: 0..0, scores: None }
     }
 
     /// Appends tokens to every head. `positions` follow the previous ones.
     pub fn add(&mut self, positions: Range<usize>) {
-        let start = if self.since.is_empty() { positions.start } else { self.since.start };
-        self.since = start..positions.end;
+        let start = if self.newer.is_empty() { positions.start } else { self.newer.start };
+        self.newer = start..positions.end;
     }
 
     /// Drops the newest `count` entries of each head, all of them newer than the last eviction.
     pub fn drop_newest(&mut self, count: usize) {
-        self.since.end = self.since.end.saturating_sub(count).max(self.since.start);
+        self.newer.end = self.newer.end.saturating_sub(count).max(self.newer.start);
     }
 
     /// Sets the scores to carry to the next call.
-    pub fn carry(&mut self, scores: Scores) {
+    pub fn set_scores(&mut self, scores: Scores) {
         self.scores = Some(scores);
     }
 
@@ -60,7 +60,7 @@ impl Entries {
                 Positions::Lists(lists)
             }
         };
-        self.since = self.since.end..self.since.end;
+        self.newer = self.newer.end..self.newer.end;
         self.scores.as_mut().map_or(Ok(()), |scores| scores.retain(keep))
     }
 
@@ -70,7 +70,7 @@ impl Entries {
         let kept = match &self.kept {
             Positions::OnDevice(kept) => kept.clone(),
             // Nothing has been evicted yet: entries are positions.
-            Positions::Lists(lists) if lists[0].is_empty() && self.since.start == 0 => {
+            Positions::Lists(lists) if lists[0].is_empty() && self.newer.start == 0 => {
                 return Ok(Some(entries.clone()));
             }
             Positions::Lists(lists) => {
@@ -78,15 +78,15 @@ impl Entries {
                 Tensor::from_vec(lists.concat(), dims, entries.device())?
             }
         };
-        gather_entries(&kept, keep, self.since.start as u32)
+        gather_entries(&kept, keep, self.newer.start as u32)
     }
 
     /// Returns the number of entries of each head, `[kv_heads]`.
     pub fn lens(&self) -> Vec<usize> {
-        let since = self.since.len();
+        let newer = self.newer.len();
         match &self.kept {
-            Positions::Lists(lists) => lists.iter().map(|kept| kept.len() + since).collect(),
-            Positions::OnDevice(kept) => vec![kept.dims()[1] + since; self.kv_heads],
+            Positions::Lists(lists) => lists.iter().map(|kept| kept.len() + newer).collect(),
+            Positions::OnDevice(kept) => vec![kept.dims()[1] + newer; self.kv_heads],
         }
     }
 
@@ -97,7 +97,7 @@ impl Entries {
             Positions::OnDevice(kept) => kept.to_vec2()?,
         };
         for positions in &mut lists {
-            positions.extend(self.since.clone().map(|position| position as u32));
+            positions.extend(self.newer.clone().map(|position| position as u32));
         }
         Ok(lists)
     }
@@ -112,14 +112,14 @@ impl Entries {
                 Tensor::from_vec(lists.concat(), (count, lists[0].len()), device)?
             }
         };
-        if self.since.is_empty() {
+        if self.newer.is_empty() {
             return Ok(kept);
         }
-        let since = Tensor::arange(self.since.start as u32, self.since.end as u32, device)?;
-        let since = since.unsqueeze(0)?.repeat((count, 1))?;
+        let newer = Tensor::arange(self.newer.start as u32, self.newer.end as u32, device)?;
+        let newer = newer.unsqueeze(0)?.repeat((count, 1))?;
         match kept.elem_count() {
-            0 => Ok(since),
-            _ => Ok(Tensor::cat(&[&kept.to_dtype(DType::U32)?, &since], 1)?),
+            0 => Ok(newer),
+            _ => Ok(Tensor::cat(&[&kept.to_dtype(DType::U32)?, &newer], 1)?),
         }
     }
 

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::plan::Plan;
-use super::score::Own;
+use super::score::CallTensors;
 use super::{PolicyCache, SeqState};
 use crate::{
     EvictionPolicy,
-    part::{Part, join},
-    storage::{cut, evict, whole_lse},
+    storage::{evict, lse_with_sink_logits, truncate_heads},
+    sub_batch::{SubBatch, assemble},
 };
 use candle_core::Tensor;
 use longctx_core::{
@@ -26,24 +26,24 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         let kv_heads = self.spec.shape.kv_heads;
         let begin = |(seq, tokens): (SeqId, std::ops::Range<usize>)| {
             let sequence = self.sequences.begin(seq, || SeqState::new(kv_heads));
-            sequence.state.entries.add(sequence.seen..sequence.seen + tokens.len());
+            sequence.state.metadata.add(sequence.seen..sequence.seen + tokens.len());
             self.store.lens(seq)
         };
         batch.iter().map(begin).collect()
     }
 
     /// Restores the state before a failed call. Sequences that cannot be restored are poisoned.
-    pub(super) fn take_back(&mut self, batch: &Batch, lens: &[Vec<usize>], error: Error) -> Error {
+    pub(super) fn roll_back(&mut self, batch: &Batch, lens: &[Vec<usize>], error: Error) -> Error {
         if self.sequences.check(batch).is_err() {
             return error;
         }
         for ((seq, tokens), lens) in batch.iter().zip(lens) {
-            if cut(&mut self.store, seq, lens).is_err() {
+            if truncate_heads(&mut self.store, seq, lens).is_err() {
                 return self.sequences.poison(batch, error);
             }
             match self.sequences.get_mut(seq) {
                 Some(sequence) if !lens.is_empty() => {
-                    sequence.state.entries.drop_newest(tokens.len());
+                    sequence.state.metadata.drop_newest(tokens.len());
                 }
                 _ => self.sequences.forget(seq),
             }
@@ -52,31 +52,39 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     }
 
     /// Attends and keeps the selected entries.
-    pub(super) fn take(&mut self, step: &Step<'_>) -> Result<Tensor> {
+    pub(super) fn attend_and_evict(&mut self, step: &Step<'_>) -> Result<Tensor> {
         let (q, k) = step.rotate(&self.spec, |seq| self.next_position(seq))?;
-        let joins = |(seq, own): &(SeqId, std::ops::Range<usize>)| self.joins(*seq, own.len());
-        let joining: BTreeSet<_> = step.batch.iter().filter(joins).map(|(seq, _)| seq).collect();
-        let prompts = Part::of(step.batch, |seq, _| !joining.contains(&seq))?;
-        let decoded = Part::of(step.batch, |seq, _| joining.contains(&seq))?;
+        let joins =
+            |(seq, own): &(SeqId, std::ops::Range<usize>)| self.appends_first(*seq, own.len());
+        let appended_first: BTreeSet<_> =
+            step.batch.iter().filter(joins).map(|(seq, _)| seq).collect();
+        let prompts = SubBatch::of_sequences(step.batch, |seq, _| !appended_first.contains(&seq))?;
+        let decoded = SubBatch::of_sequences(step.batch, |seq, _| appended_first.contains(&seq))?;
         let mut parts = Vec::new();
         if let Some(part) = &prompts {
             parts.push((part, self.attend_prompts(step, &q, &k, part)?));
         }
         if let Some(part) = &decoded {
-            self.store.append(&part.batch, &part.take(&k)?, &part.take(step.v)?)?;
-            parts.push((part, self.store.attend(&part.batch, &part.take(&q)?, Mask::Causal)?));
+            self.store.append(&part.batch, &part.rows(&k)?, &part.rows(step.v)?)?;
+            parts.push((part, self.store.attend(&part.batch, &part.rows(&q)?, Mask::Causal)?));
         }
-        let whole = join(&parts, step.batch.tokens())?;
-        let lse = self.needs.attention.map(|_| whole_lse(&whole, &self.spec)).transpose()?;
+        let whole = assemble(&parts, step.batch.tokens())?;
+        let lse =
+            self.needs.attention.map(|_| lse_with_sink_logits(&whole, &self.spec)).transpose()?;
         let out = self.spec.output(whole, step.q.dtype())?;
-        self.keep(step, (&q, &k), lse.as_ref(), &joining)?;
+        self.score_and_evict(step, (&q, &k), lse.as_ref(), &appended_first)?;
         Ok(out)
     }
 
     /// Appends prompts whose attention was computed by the engine.
-    pub(super) fn take_attended(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
+    pub(super) fn append_attended(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
         let (q, k) = step.rotate(&self.spec, |_| 0)?;
-        self.keep(step, (&q, &k), lse.filter(|_| self.needs.attention.is_some()), &BTreeSet::new())
+        self.score_and_evict(
+            step,
+            (&q, &k),
+            lse.filter(|_| self.needs.attention.is_some()),
+            &BTreeSet::new(),
+        )
     }
 
     /// Exact attention among each sequence's own tokens, and over its kept entries.
@@ -85,10 +93,10 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         step: &Step<'_>,
         q: &Tensor,
         k: &Tensor,
-        part: &Part,
+        part: &SubBatch,
     ) -> Result<AttentionState> {
         let (batch, shape) = (&part.batch, &self.spec.shape);
-        let (q, k, v) = (part.take(q)?, part.take(k)?, part.take(step.v)?);
+        let (q, k, v) = (part.rows(q)?, part.rows(k)?, part.rows(step.v)?);
         let mut parts = vec![attention::attend(batch, &q, &k, &v, shape)?];
         if batch.seqs().iter().any(|&seq| self.store.len(seq) > 0) {
             parts.push(self.store.attend(batch, &q, Mask::Full)?);
@@ -97,19 +105,20 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     }
 
     /// Scores and selects for every sequence, and then changes the store.
-    fn keep(
+    fn score_and_evict(
         &mut self,
         step: &Step<'_>,
         (q, k): (&Tensor, &Tensor),
         lse: Option<&Tensor>,
-        joining: &BTreeSet<SeqId>,
+        appended_first: &BTreeSet<SeqId>,
     ) -> Result<()> {
         let (mut plans, mut rewritten) = (Vec::new(), Rewritten::new());
         for (seq, tokens) in step.batch.iter() {
-            let own = Own::new(step, (q, k), lse, (seq, tokens), joining.contains(&seq))?;
-            let plan = self.plan(&own)?;
+            let call =
+                CallTensors::new(step, (q, k), lse, (seq, tokens), appended_first.contains(&seq))?;
+            let plan = self.plan(&call)?;
             if let Some(keep) = plan.keep.as_ref().filter(|_| self.settings.rerotate) {
-                rewritten.insert(seq, self.rewrite(&own, keep)?);
+                rewritten.insert(seq, self.rewrite(&call, keep)?);
             }
             plans.push(plan);
         }
@@ -134,17 +143,17 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     /// Returns kept keys `[kept, kv_heads, head_dim]`, rotated to contiguous positions, and values.
     ///
     /// Before, entry i was at position i, without gaps.
-    fn rewrite(&self, own: &Own, keep: &Selection) -> Result<(Tensor, Tensor)> {
+    fn rewrite(&self, call: &CallTensors, keep: &Selection) -> Result<(Tensor, Tensor)> {
         let rope = self.spec.rope_for("re-rotation")?;
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for (head, kept) in keep.heads()?.iter().enumerate() {
-            let (k, v) = self.all_rows(own, head)?;
+            let (k, v) = self.head_keys_values(call, head)?;
             let rows = Tensor::new(kept.as_slice(), k.device())?;
             let moves: Vec<_> = (0..).zip(kept).map(|(to, &from)| to - i64::from(from)).collect();
             keys.push(rope.apply(&k.index_select(&rows, 0)?.unsqueeze(1)?, &moves)?);
             values.push(v.index_select(&rows, 0)?.unsqueeze(1)?);
         }
-        let device = own.k.device();
+        let device = call.k.device();
         Ok((Tensor::cat(&keys, 1)?.to_device(device)?, Tensor::cat(&values, 1)?.to_device(device)?))
     }
 
@@ -153,17 +162,18 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         let rerotate = self.settings.rerotate;
         let appends = |plan: &Plan| !(plan.in_store || rerotate && plan.keep.is_some());
         let appended: BTreeSet<_> = plans.iter().filter(|p| appends(p)).map(|p| p.seq).collect();
-        let Some(part) = Part::of(step.batch, |seq, _| appended.contains(&seq))? else {
+        let Some(part) = SubBatch::of_sequences(step.batch, |seq, _| appended.contains(&seq))?
+        else {
             return Ok(());
         };
-        let (k, v) = (part.take(k)?, part.take(step.v)?);
+        let (k, v) = (part.rows(k)?, part.rows(step.v)?);
         let mut plans: Vec<_> = plans.iter_mut().filter(|p| appends(p)).collect();
         let mixed = |plan: &&mut Plan| plan.is_mixed_on_device(&self.store.lens(plan.seq));
         if plans.iter().all(|plan| plan.keep.is_none()) || plans.iter().any(mixed) {
             return self.store.append(&part.batch, &k, &v);
         }
         let kv_heads = self.spec.shape.kv_heads;
-        let own = |plan: &&mut Plan| plan.own_part(&self.store.lens(plan.seq), kv_heads);
+        let own = |plan: &&mut Plan| plan.kept_of_call(&self.store.lens(plan.seq), kv_heads);
         let selected = plans.iter().map(own).collect::<Result<Vec<_>>>()?;
         match self.store.append_selected(&part.batch, &k, &v, &selected) {
             Ok(()) => {
@@ -180,25 +190,25 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     /// Drops the evicted entries and counts the call's tokens.
     fn finish(&mut self, plan: Plan, rewritten: &Rewritten) -> Result<()> {
         let Plan { seq, tokens, queries, scores, keep, selected, .. } = plan;
-        let before = self.entries(seq).lens();
+        let before = self.metadata(seq).lens();
         if let (Some(scores), Some(sequence)) = (scores, self.sequences.get_mut(seq)) {
-            sequence.state.entries.carry(scores);
+            sequence.state.metadata.set_scores(scores);
         }
         let evicted = keep.is_some();
         if let Some(keep) = keep {
             let old: Vec<_> = before.iter().map(|len| len - tokens).collect();
             let stays = match rewritten.get(&seq) {
                 Some(rows) => self.replace(seq, rows).map(|()| keep)?,
-                None => self.drop_others(seq, &old, keep, selected)?,
+                None => self.evict_from_store(seq, &old, keep, selected)?,
             };
             if let Some(sequence) = self.sequences.get_mut(seq) {
-                sequence.state.entries.retain(&stays)?;
+                sequence.state.metadata.retain(&stays)?;
             }
         }
         self.sequences.advance(seq, tokens);
         if let Some(sequence) = self.sequences.get_mut(seq) {
             if evicted {
-                sequence.state.evicted_at = sequence.seen;
+                sequence.state.seen_at_eviction = sequence.seen;
             }
             sequence.state.queries = queries;
         }
@@ -216,7 +226,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
 
     /// Drops the evicted entries from the store. Returns the entries that it holds afterwards, of
     /// the `old` entries of each head followed by the call's tokens.
-    fn drop_others(
+    fn evict_from_store(
         &mut self,
         seq: SeqId,
         old: &[usize],

@@ -38,17 +38,17 @@ impl LayerBudgets {
     pub(crate) fn of_layer(self, spec: &LayerSpec, budget: f64, seen: usize, window: usize) -> f64 {
         let LayerBudgets::Pyramid { beta } = self else { return budget };
         let (window, all) = (window as f64, seen as f64);
-        let mut least = budget / beta;
-        let mut most = 2.0 * budget - least;
-        if most >= all - window {
-            most = all - window;
-            least = 2.0 * budget - most;
+        let mut min = budget / beta;
+        let mut max = 2.0 * budget - min;
+        if max >= all - window {
+            max = all - window;
+            min = 2.0 * budget - max;
         }
-        let fits = all >= most && most >= least && least >= window;
+        let fits = all >= max && max >= min && min >= window;
         let own = match spec.count {
             _ if !fits => budget,
-            1 => most,
-            layers => most - spec.index as f64 * (most - least) / (layers - 1) as f64,
+            1 => max,
+            layers => max - spec.index as f64 * (max - min) / (layers - 1) as f64,
         };
         own.round_ties_even()
     }

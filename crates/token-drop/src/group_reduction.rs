@@ -5,7 +5,7 @@ use longctx_core::Result;
 
 /// How the scores of the query heads of a group are reduced (GQA).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Group {
+pub enum GroupReduction {
     /// The mean.
     #[default]
     Mean,
@@ -13,28 +13,28 @@ pub enum Group {
     Max,
 }
 
-impl Group {
+impl GroupReduction {
     /// Reduces `[kv_heads, group, entries]` to `[kv_heads, entries]`.
-    pub(crate) fn join(self, heads: &Tensor) -> Result<Tensor> {
+    pub(crate) fn reduce(self, heads: &Tensor) -> Result<Tensor> {
         Ok(match self {
-            Group::Mean => heads.mean(1)?,
-            Group::Max => heads.max(1)?,
+            GroupReduction::Mean => heads.mean(1)?,
+            GroupReduction::Max => heads.max(1)?,
         })
     }
 
     /// Reduces lists of equal length, one per query head.
-    pub(crate) fn join_lists(self, heads: &[Vec<f32>]) -> Vec<f32> {
+    pub(crate) fn reduce_lists(self, heads: &[Vec<f32>]) -> Vec<f32> {
         let Some((first, others)) = heads.split_first() else { return Vec::new() };
         let mut joined = first.clone();
         for head in others {
             for (x, &y) in joined.iter_mut().zip(head) {
                 *x = match self {
-                    Group::Mean => *x + y,
-                    Group::Max => x.max(y),
+                    GroupReduction::Mean => *x + y,
+                    GroupReduction::Max => x.max(y),
                 };
             }
         }
-        if self == Group::Mean {
+        if self == GroupReduction::Mean {
             let count = heads.len() as f32;
             joined.iter_mut().for_each(|x| *x /= count);
         }

@@ -5,13 +5,13 @@ use longctx_core::{AttentionState, Batch, Result, SeqId};
 
 /// Some sequences of a batch, with all or some of their tokens.
 #[derive(Debug)]
-pub struct Part {
+pub struct SubBatch {
     pub batch: Batch,
     /// The tokens' rows in the batch; `None`: all, in order.
     rows: Option<Vec<u32>>,
 }
 
-impl Part {
+impl SubBatch {
     /// Selects the range of each sequence's own tokens that `tokens` returns; `None` if nothing is
     /// left.
     pub fn new(
@@ -20,10 +20,10 @@ impl Part {
     ) -> Result<Option<Self>> {
         let (mut seqs, mut rows) = (Vec::new(), Vec::new());
         for (seq, own) in batch.iter() {
-            let wanted = tokens(seq, own.len());
-            if !wanted.is_empty() {
-                seqs.push((seq, wanted.len()));
-                rows.extend(wanted.map(|i| (own.start + i) as u32));
+            let selected = tokens(seq, own.len());
+            if !selected.is_empty() {
+                seqs.push((seq, selected.len()));
+                rows.extend(selected.map(|i| (own.start + i) as u32));
             }
         }
         match rows.len() {
@@ -34,12 +34,15 @@ impl Part {
     }
 
     /// Selects the sequences for which `wanted` returns true, with all their tokens.
-    pub fn of(batch: &Batch, wanted: impl Fn(SeqId, usize) -> bool) -> Result<Option<Self>> {
-        Self::new(batch, |seq, tokens| if wanted(seq, tokens) { 0..tokens } else { 0..0 })
+    pub fn of_sequences(
+        batch: &Batch,
+        includes: impl Fn(SeqId, usize) -> bool,
+    ) -> Result<Option<Self>> {
+        Self::new(batch, |seq, tokens| if includes(seq, tokens) { 0..tokens } else { 0..0 })
     }
 
     /// Returns this part's rows of a tensor of all tokens.
-    pub fn take(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn rows(&self, x: &Tensor) -> Result<Tensor> {
         match &self.rows {
             Some(rows) => {
                 let rows = Tensor::new(rows.as_slice(), x.device())?;
@@ -50,37 +53,37 @@ impl Part {
     }
 
     /// Scatters the part's attention to its rows among `tokens`; the other rows see nothing.
-    pub fn spread(&self, state: AttentionState, tokens: usize) -> Result<AttentionState> {
+    pub fn scatter(&self, state: AttentionState, tokens: usize) -> Result<AttentionState> {
         let Some(rows) = &self.rows else { return Ok(state) };
         let device = state.lse.device();
         let nothing = rows.len() as u32;
-        let mut places = vec![nothing; tokens];
-        (0..).zip(rows).for_each(|(i, &row)| places[row as usize] = i);
-        let places = Tensor::new(places, device)?;
+        let mut row_indices = vec![nothing; tokens];
+        (0..).zip(rows).for_each(|(i, &row)| row_indices[row as usize] = i);
+        let row_indices = Tensor::new(row_indices, device)?;
         let (_, heads, value_dim) = state.out.dims3()?;
         let zeros = Tensor::zeros((1, heads, value_dim), state.out.dtype(), device)?;
         let none = Tensor::full(f32::NEG_INFINITY, (1, heads), device)?;
         Ok(AttentionState {
-            out: Tensor::cat(&[&state.out, &zeros], 0)?.index_select(&places, 0)?,
-            lse: Tensor::cat(&[&state.lse, &none], 0)?.index_select(&places, 0)?,
+            out: Tensor::cat(&[&state.out, &zeros], 0)?.index_select(&row_indices, 0)?,
+            lse: Tensor::cat(&[&state.lse, &none], 0)?.index_select(&row_indices, 0)?,
         })
     }
 }
 
 /// Merges parts that together form a batch of `tokens` tokens.
-pub fn join(parts: &[(&Part, AttentionState)], tokens: usize) -> Result<AttentionState> {
+pub fn assemble(parts: &[(&SubBatch, AttentionState)], tokens: usize) -> Result<AttentionState> {
     if let [(part, state)] = parts
         && part.rows.is_none()
     {
         return Ok(state.clone());
     }
-    let mut places = vec![0u32; tokens];
+    let mut row_indices = vec![0u32; tokens];
     let rows = parts.iter().flat_map(|(part, _)| part.rows.iter().flatten());
-    (0..).zip(rows).for_each(|(i, &row)| places[row as usize] = i);
+    (0..).zip(rows).for_each(|(i, &row)| row_indices[row as usize] = i);
     let gather = |x: fn(&AttentionState) -> &Tensor| -> Result<Tensor> {
         let all: Vec<_> = parts.iter().map(|(_, state)| x(state)).collect();
         let all = Tensor::cat(&all, 0)?;
-        Ok(all.index_select(&Tensor::new(places.as_slice(), all.device())?, 0)?)
+        Ok(all.index_select(&Tensor::new(row_indices.as_slice(), all.device())?, 0)?)
     };
     Ok(AttentionState { out: gather(|s| &s.out)?, lse: gather(|s| &s.lse)? })
 }

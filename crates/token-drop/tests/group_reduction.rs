@@ -22,8 +22,8 @@ fn view(spec: &LayerSpec, entries: usize) -> LayerView<'_> {
         keys: None,
         values: None,
         attention_sums: None,
-        observed: 0,
-        previous: None,
+        observed_queries: 0,
+        previous_scores: None,
     }
 }
 
@@ -31,7 +31,7 @@ fn view(spec: &LayerSpec, entries: usize) -> LayerView<'_> {
 fn scores(policy: &impl EvictionPolicy) -> Vec<f32> {
     let spec = LayerSpec::new(AttentionShape::new(2, 1, 4).unwrap());
     let sums = Tensor::new(&[SUMS], &Device::Cpu).unwrap();
-    let view = LayerView { attention_sums: Some(sums), observed: 1, ..view(&spec, 4) };
+    let view = LayerView { attention_sums: Some(sums), observed_queries: 1, ..view(&spec, 4) };
     policy.score(&view).unwrap().to_vec2::<f32>().unwrap()[0][..3].to_vec()
 }
 
@@ -41,11 +41,11 @@ fn attention_is_joined_by_mean_or_max() {
     let (finch, h2o) = (Finch::new(1).unwrap(), H2o::default());
     let mean = [1.5, 1.0, 1.25];
     assert_eq!([scores(&snap_kv), scores(&finch), scores(&h2o)], [mean; 3]);
-    let max = Group::Max;
+    let max = GroupReduction::Max;
     let joined = [
-        scores(&snap_kv.with_group(max)),
-        scores(&finch.with_group(max)),
-        scores(&h2o.with_group(max)),
+        scores(&snap_kv.with_group_reduction(max)),
+        scores(&finch.with_group_reduction(max)),
+        scores(&h2o.with_group_reduction(max)),
     ];
     assert_eq!(joined, [[3.0, 2.0, 1.5]; 3]);
 }
@@ -67,11 +67,11 @@ fn expected_attention_is_joined_by_mean_or_max() {
     let alone: Vec<_> =
         (0..group).map(|h| score(policy, &text.q.narrow(1, h, 1).unwrap())).collect();
     let together = text.q.narrow(1, 0, group).unwrap();
-    for group in [Group::Mean, Group::Max] {
-        let joined = score(policy.with_group(group), &together);
+    for group in [GroupReduction::Mean, GroupReduction::Max] {
+        let joined = score(policy.with_group_reduction(group), &together);
         for (i, score) in joined.into_iter().enumerate() {
             let (a, b) = (alone[0][i], alone[1][i]);
-            let expected = if group == Group::Mean { (a + b) / 2.0 } else { a.max(b) };
+            let expected = if group == GroupReduction::Mean { (a + b) / 2.0 } else { a.max(b) };
             assert!((score - expected).abs() <= 1e-5 * expected, "{group:?}: {score}, {expected}");
         }
     }

@@ -2,19 +2,19 @@
 
 /// The blocks of one sequence, oldest first.
 #[derive(Debug, Clone)]
-pub struct Memory {
+pub struct BlockIndex {
     blocks: usize,
     /// The mean representative key of each block and query head: `[blocks, heads * head_dim]`.
     representatives: Vec<f32>,
     /// Resident blocks in the order in which they became resident, each with the number of its last
     /// retrieval.
     resident: Vec<(usize, u64)>,
-    fetches: u64,
+    retrievals: u64,
 }
 
-impl Memory {
+impl BlockIndex {
     pub fn new() -> Self {
-        Self { blocks: 0, representatives: Vec::new(), resident: Vec::new(), fetches: 0 }
+        Self { blocks: 0, representatives: Vec::new(), resident: Vec::new(), retrievals: 0 }
     }
 
     pub fn len(&self) -> usize {
@@ -41,29 +41,29 @@ impl Memory {
 
     /// Returns the `count` blocks whose representatives have the largest product with the query
     /// (`[heads * head_dim]`), best first.
-    pub fn choose(&self, query: &[f32], count: usize) -> Vec<usize> {
+    pub fn select(&self, query: &[f32], count: usize) -> Vec<usize> {
         let mut order: Vec<_> = (0..self.blocks).collect();
         if order.len() > count {
-            let likeness = |block: &[f32]| block.iter().zip(query).map(|(a, b)| a * b).sum::<f32>();
+            let score = |block: &[f32]| block.iter().zip(query).map(|(a, b)| a * b).sum::<f32>();
             let scores: Vec<_> =
-                self.representatives.chunks_exact(query.len()).map(likeness).collect();
+                self.representatives.chunks_exact(query.len()).map(score).collect();
             order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
             order.truncate(count);
         }
         order
     }
 
-    /// Makes the chosen blocks resident. If there is no room for all, the least recently retrieved
-    /// blocks leave first, and among equals the one that has been resident the longest.
-    pub fn fetch(&mut self, chosen: &[usize], room: usize) {
-        self.fetches += 1;
-        for &block in chosen {
+    /// Makes the selected blocks resident. If there is no room for all, the least recently
+    /// retrieved blocks leave first, and among equals the one that has been resident the longest.
+    pub fn make_resident(&mut self, selected: &[usize], capacity: usize) {
+        self.retrievals += 1;
+        for &block in selected {
             match self.resident.iter_mut().find(|(resident, _)| *resident == block) {
-                Some((_, last)) => *last = self.fetches,
-                None => self.resident.push((block, self.fetches)),
+                Some((_, last)) => *last = self.retrievals,
+                None => self.resident.push((block, self.retrievals)),
             }
         }
-        while self.resident.len() > room.max(chosen.len()) {
+        while self.resident.len() > capacity.max(selected.len()) {
             let oldest = (0..self.resident.len()).min_by_key(|&i| self.resident[i].1);
             oldest.map(|i| self.resident.remove(i));
         }
@@ -75,8 +75,8 @@ impl Memory {
     }
 
     /// Returns the blocks of the last retrieval in text order.
-    pub fn fetched(&self) -> Vec<usize> {
-        let last = self.resident.iter().filter(|(_, last)| *last == self.fetches);
+    pub fn retrieved(&self) -> Vec<usize> {
+        let last = self.resident.iter().filter(|(_, last)| *last == self.retrievals);
         sorted(last.map(|&(block, _)| block))
     }
 
