@@ -14,12 +14,12 @@ const SEQ: SeqId = 0;
 
 /// A model that keeps its cache between texts, so that a common prefix is evaluated once.
 #[derive(Debug)]
-pub struct Meter<M> {
+pub struct LossModel<M> {
     model: M,
     fed: Vec<u32>,
 }
 
-impl<M: CausalLm> Meter<M> {
+impl<M: CausalLm> LossModel<M> {
     pub fn new(model: M) -> Self {
         Self { model, fed: Vec::new() }
     }
