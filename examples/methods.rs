@@ -102,8 +102,8 @@ impl Method {
                 let shape = AttentionShape { window: None, ..spec.shape };
                 let format = make(LayerSpec { shape, ..spec.clone() })?.format();
                 // Keys before the rotary embedding are told by their number, which a window changes.
-                Ok(Some(match format.basis() {
-                    KeyBasis::BeforeRope => format.with_basis(KeyBasis::Given),
+                Ok(Some(match format.key_basis() {
+                    KeyBasis::BeforeRope => format.with_key_basis(KeyBasis::Given),
                     _ => format,
                 }))
             }
@@ -134,7 +134,7 @@ impl Method {
                         Some(bytes) => store.with_capacity(bytes),
                         None => store,
                     };
-                    policy.cache(spec.clone(), store, size, format.chunk())?
+                    policy.cache(spec.clone(), store, size, format.block_tokens())?
                 }
             },
         })
@@ -156,7 +156,7 @@ fn windowed(
         Some(bytes) => store.with_capacity(bytes),
         None => store,
     };
-    Ok(Box::new(WindowCache::new(spec.clone(), store, format.chunk())?))
+    Ok(Box::new(WindowCache::new(spec.clone(), store, format.block_tokens())?))
 }
 
 /// The methods that a list of all names: whole caches, and policies at the paper's ratios.

@@ -11,6 +11,7 @@ mod pages {
 }
 
 mod attention;
+mod bit_packing;
 mod error;
 #[cfg(feature = "save")]
 mod file;
@@ -26,14 +27,13 @@ mod product;
 mod quantize;
 mod rotary;
 mod vector;
-mod words;
 
 #[cfg(feature = "candle")]
 mod candle;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-pub use attention::{Attended, Mask, Queries};
+pub use attention::{AttentionOutput, Mask, Queries};
 #[cfg(feature = "candle")]
 pub use candle::{DequantCache, Order, QuantCache, QuantStore};
 #[cfg(all(feature = "candle", feature = "save"))]

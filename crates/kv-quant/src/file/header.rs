@@ -85,7 +85,7 @@ impl Layer {
             Flush::Never => ("never", 0),
             Flush::Staggered(residual) => ("staggered", residual),
         };
-        let basis = match format.basis() {
+        let basis = match format.key_basis() {
             KeyBasis::Given => "given",
             KeyBasis::BeforeRope => "before-rope",
         };
@@ -158,7 +158,7 @@ impl Matrix {
     fn of(scheme: Scheme) -> Self {
         Self {
             bits: scheme.bits.count(),
-            along_tokens: scheme.along == Axis::Tokens,
+            along_tokens: scheme.axis == Axis::Tokens,
             group: scheme.group,
             codes: Kind::of(scheme.codes),
             rotated: scheme.rotated,
@@ -166,9 +166,9 @@ impl Matrix {
     }
 
     fn scheme(&self) -> Result<Scheme> {
-        let along = if self.along_tokens { Axis::Tokens } else { Axis::Channels };
+        let axis = if self.along_tokens { Axis::Tokens } else { Axis::Channels };
         let (bits, codes) = (Bits::try_from(self.bits)?, self.codes.codes()?);
-        Scheme { bits, along, group: self.group, codes, rotated: self.rotated }.checked()
+        Scheme { bits, axis, group: self.group, codes, rotated: self.rotated }.checked()
     }
 }
 

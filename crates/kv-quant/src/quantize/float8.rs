@@ -2,7 +2,7 @@
 //! saturate.
 
 use super::Quantizer;
-use crate::vector::{lanes, wide};
+use crate::vector::{fold_lanes, wide};
 use crate::{Float8, StaticScale};
 use half::f16;
 use pulp::{Arch, Simd, WithSimd};
@@ -33,7 +33,7 @@ impl Quantizer {
 wide! {
     /// Returns the largest magnitude.
     fn magnitude(x: &'a [f32]) -> f32 {
-        lanes(x, 0.0, |a, b| if b.abs() > a.abs() { b.abs() } else { a.abs() })
+        fold_lanes(x, 0.0, |a, b| if b.abs() > a.abs() { b.abs() } else { a.abs() })
     }
 }
 

@@ -24,8 +24,8 @@ impl<'a> TokenSelection<'a> {
         Self { kept: RemainingTokens { ids, origin }, separators, plan }
     }
 
-    /// Selects tokens of the part of the segment ending at `end` that `step` describes. Returns the end of the
-    /// next segment.
+    /// Selects tokens of the part of the segment ending at `end` that `step` describes. Returns the
+    /// end of the next segment.
     ///
     /// Positions are signed and, if negative, count from the end, as in the package. Texts shorter
     /// than a segment depend on it.

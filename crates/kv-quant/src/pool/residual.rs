@@ -6,7 +6,7 @@ use half::f16;
 
 /// The rows of the slots from `start` to `end`. Pages begin at multiples of [`PAGE`] slots.
 #[derive(Debug, Clone, Default)]
-pub struct Tail {
+pub struct Residual {
     pub start: usize,
     pub end: usize,
     pub pages: Vec<u32>,
@@ -22,7 +22,7 @@ pub fn rows_mut(page: &mut [crate::layout::Line]) -> &mut [f16] {
     bytemuck::cast_slice_mut(page)
 }
 
-impl Tail {
+impl Residual {
     /// Returns the row of a slot.
     pub fn row<'a>(&self, slabs: &'a Slabs, slot: usize, columns: usize) -> &'a [f16] {
         let page = slabs.get(self.page(slot));
@@ -35,7 +35,7 @@ impl Tail {
     }
 
     /// Returns the number of pages taken from `slabs` by advancing to `start` and `end`.
-    pub fn need(&self, slabs: &Slabs, start: usize, end: usize) -> isize {
+    pub fn pages_needed(&self, slabs: &Slabs, start: usize, end: usize) -> isize {
         let (before, after) = self.pages.split_at(self.pages_before(start));
         let freed = before.iter().filter(|&&page| !slabs.is_shared(page)).count();
         let stay = after.len();
@@ -57,7 +57,7 @@ impl Tail {
             && self.shares_last_page(slabs)
             && let Some(last) = self.pages.last_mut()
         {
-            *last = slabs.unshare(*last);
+            *last = slabs.make_unique(*last);
         }
         self.pages.resize_with(pages_of(self.start, end), || slabs.alloc());
         self.end = end;
@@ -73,7 +73,7 @@ impl Tail {
 
     /// Returns the number of pages taken from `slabs` by replacing all rows with `rows` rows from
     /// `start` on.
-    pub fn need_to_replace(&self, slabs: &Slabs, start: usize, rows: usize) -> isize {
+    pub fn pages_to_replace(&self, slabs: &Slabs, start: usize, rows: usize) -> isize {
         let freed = self.pages.iter().filter(|&&page| !slabs.is_shared(page)).count();
         pages_of(start, start + rows) as isize - freed as isize
     }

@@ -11,25 +11,25 @@ pub struct Scratch {
     /// A row's codes, padded with zeros to a whole panel.
     pub padded: Vec<u8>,
     /// A lane's words.
-    pub joined: Vec<u32>,
+    pub lane_words: Vec<u32>,
 }
 
 wide! {
     /// Packs codes into a lane's words: `32 / bits` codes per word, the first in the lowest bits.
     /// The words hold exactly the codes.
-    fn join(codes: &'a [u8], plane: Plane, words: &'a mut [u32]) -> () {
+    fn pack_lane(codes: &'a [u8], plane: Plane, words: &'a mut [u32]) -> () {
         match plane.bits {
-            1 => join_bits::<1, 32>(codes, plane.shift, words),
-            2 => join_bits::<2, 16>(codes, plane.shift, words),
-            4 => join_bits::<4, 8>(codes, plane.shift, words),
-            _ => join_bits::<8, 4>(codes, plane.shift, words),
+            1 => pack_words::<1, 32>(codes, plane.shift, words),
+            2 => pack_words::<2, 16>(codes, plane.shift, words),
+            4 => pack_words::<4, 8>(codes, plane.shift, words),
+            _ => pack_words::<8, 4>(codes, plane.shift, words),
         }
     }
 }
 
 /// Packs eight codes at a time: adjacent codes are joined first, then pairs, then fours.
 #[inline(always)]
-fn join_bits<const BITS: usize, const PER_WORD: usize>(
+fn pack_words<const BITS: usize, const PER_WORD: usize>(
     codes: &[u8],
     shift: usize,
     words: &mut [u32],
@@ -56,7 +56,7 @@ fn join_bits<const BITS: usize, const PER_WORD: usize>(
 wide! {
     /// Writes a code to a word of each lane, at bit `at`. `codes` has one code for each lane of
     /// `lines`, which are all lines of a plane, with `words` words per lane.
-    fn spread(codes: &'a [u8], plane: Plane, word: usize, words: usize, at: usize, lines: &'a mut [Line]) -> () {
+    fn pack_row(codes: &'a [u8], plane: Plane, word: usize, words: usize, at: usize, lines: &'a mut [Line]) -> () {
         for (panel, codes) in lines.chunks_mut(2 * words).zip(codes.chunks(PANEL)) {
             let width = panel.len() / words;
             let lines = panel[word * width..][..width].iter_mut();

@@ -9,24 +9,24 @@ use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
 
 /// Slabs of at least this many bytes are memory-mapped: two huge pages.
-pub const LARGE: usize = 4 << 20;
+pub const MMAP_THRESHOLD: usize = 4 << 20;
 
 /// A line aligned to a cache line, so that no vector load crosses a boundary.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
-pub struct Cell(Line);
+pub struct AlignedLine(Line);
 
 #[derive(Debug)]
-pub enum Cells {
-    Heap(Box<[Cell]>),
+pub enum SlabMemory {
+    Heap(Box<[AlignedLine]>),
     Mapped(MmapMut),
 }
 
-impl Cells {
+impl SlabMemory {
     pub fn zeroed(count: usize) -> Self {
-        let bytes = count * size_of::<Cell>();
+        let bytes = count * size_of::<AlignedLine>();
         // Miri does not support memory maps.
-        let map = (bytes >= LARGE && !cfg!(miri)).then(|| MmapMut::map_anon(bytes));
+        let map = (bytes >= MMAP_THRESHOLD && !cfg!(miri)).then(|| MmapMut::map_anon(bytes));
         let Some(Ok(map)) = map else {
             return Self::Heap(bytemuck::allocation::zeroed_slice_box(count));
         };
@@ -37,7 +37,7 @@ impl Cells {
     }
 }
 
-impl Clone for Cells {
+impl Clone for SlabMemory {
     fn clone(&self) -> Self {
         let mut copy = Self::zeroed(self.len());
         copy.copy_from_slice(self);
@@ -45,11 +45,11 @@ impl Clone for Cells {
     }
 }
 
-impl Deref for Cells {
-    type Target = [Cell];
+impl Deref for SlabMemory {
+    type Target = [AlignedLine];
 
     #[inline]
-    fn deref(&self) -> &[Cell] {
+    fn deref(&self) -> &[AlignedLine] {
         match self {
             Self::Heap(cells) => cells,
             Self::Mapped(map) => bytemuck::cast_slice(map),
@@ -57,8 +57,8 @@ impl Deref for Cells {
     }
 }
 
-impl DerefMut for Cells {
-    fn deref_mut(&mut self) -> &mut [Cell] {
+impl DerefMut for SlabMemory {
+    fn deref_mut(&mut self) -> &mut [AlignedLine] {
         match self {
             Self::Heap(cells) => cells,
             Self::Mapped(map) => bytemuck::cast_slice_mut(map),
@@ -73,11 +73,11 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "Miri maps nothing")]
     fn large_memory_is_zeroed_and_copied() {
-        let mut cells = Cells::zeroed(LARGE / size_of::<Cell>());
-        assert!(matches!(cells, Cells::Mapped(_)));
+        let mut cells = SlabMemory::zeroed(MMAP_THRESHOLD / size_of::<AlignedLine>());
+        assert!(matches!(cells, SlabMemory::Mapped(_)));
         assert!(cells.iter().all(|cell| cell.0 == [0; 16]));
-        cells[7] = Cell([3; 16]);
+        cells[7] = AlignedLine([3; 16]);
         assert_eq!(cells.clone()[7].0, [3; 16]);
-        assert!(matches!(Cells::zeroed(16), Cells::Heap(_)));
+        assert!(matches!(SlabMemory::zeroed(16), SlabMemory::Heap(_)));
     }
 }
