@@ -6,7 +6,7 @@ use longctx_core::{Error, Result, SeqId};
 /// The states of all sequences of a session, which kernels update in place. If the same batch
 /// decodes at every step, its states are contiguous already and none is copied.
 #[derive(Default)]
-pub struct Groups {
+pub struct StatePool {
     groups: Vec<Group>,
 }
 
@@ -28,14 +28,14 @@ impl Group {
             return Ok(None);
         }
         let seqs = rows.iter().map(|&row| self.seqs[row]).collect();
-        let of_array = |array: &Tensor| side_by_side(rows.iter().map(|&row| (array, row)));
+        let of_array = |array: &Tensor| gather_rows(rows.iter().map(|&row| (array, row)));
         let arrays = self.arrays.iter().map(of_array).collect::<Result<_>>()?;
         Ok(Some(Group { seqs, arrays }))
     }
 }
 
 /// Copies rows of tensors into one new tensor.
-fn side_by_side<'a>(rows: impl Iterator<Item = (&'a Tensor, usize)>) -> Result<Tensor> {
+fn gather_rows<'a>(rows: impl Iterator<Item = (&'a Tensor, usize)>) -> Result<Tensor> {
     let rows = rows.map(|(array, row)| array.narrow(0, row, 1)).collect::<Result<Vec<_>, _>>()?;
     match rows.as_slice() {
         [one] => Ok(one.copy()?),
@@ -43,9 +43,9 @@ fn side_by_side<'a>(rows: impl Iterator<Item = (&'a Tensor, usize)>) -> Result<T
     }
 }
 
-impl Groups {
+impl StatePool {
     /// Returns the group of a sequence and its row in it.
-    fn place(&self, seq: SeqId) -> Option<(usize, usize)> {
+    fn locate(&self, seq: SeqId) -> Option<(usize, usize)> {
         let of_group = |(i, group): (usize, &Group)| {
             Some((i, group.seqs.iter().position(|&other| other == Some(seq))?))
         };
@@ -54,11 +54,11 @@ impl Groups {
 
     /// Returns a contiguous copy of the sequences' states.
     fn gather(&self, seqs: &[SeqId]) -> Result<Vec<Tensor>> {
-        let place = |&seq: &SeqId| self.place(seq).ok_or(Error::UnknownSequence(seq));
-        let places = seqs.iter().map(place).collect::<Result<Vec<_>>>()?;
-        let count = places.first().map_or(0, |&(group, _)| self.groups[group].arrays.len());
+        let locate = |&seq: &SeqId| self.locate(seq).ok_or(Error::UnknownSequence(seq));
+        let locations = seqs.iter().map(locate).collect::<Result<Vec<_>>>()?;
+        let count = locations.first().map_or(0, |&(group, _)| self.groups[group].arrays.len());
         let array = |i: usize| {
-            side_by_side(places.iter().map(|&(group, row)| (&self.groups[group].arrays[i], row)))
+            gather_rows(locations.iter().map(|&(group, row)| (&self.groups[group].arrays[i], row)))
         };
         (0..count).map(array).collect()
     }
@@ -69,7 +69,7 @@ impl Groups {
     }
 
     /// Sets a sequence's state to a copy of the given one.
-    pub fn put(&mut self, seq: SeqId, arrays: &[Tensor]) -> Result<()> {
+    pub fn set(&mut self, seq: SeqId, arrays: &[Tensor]) -> Result<()> {
         let arrays = arrays.iter().map(Tensor::copy).collect::<Result<_, _>>()?;
         self.remove(seq);
         self.groups.push(Group { seqs: vec![Some(seq)], arrays });
@@ -77,7 +77,7 @@ impl Groups {
     }
 
     pub fn remove(&mut self, seq: SeqId) {
-        if let Some((group, row)) = self.place(seq) {
+        if let Some((group, row)) = self.locate(seq) {
             self.groups[group].seqs[row] = None;
         }
         self.groups.retain(|group| group.seqs.iter().any(Option::is_some));
@@ -89,19 +89,19 @@ impl Groups {
 
     /// Returns the states of some sequences, contiguous, `[sequences, …]` each, for update in
     /// place.
-    pub fn together(&mut self, seqs: &[SeqId]) -> Result<&mut [Tensor]> {
-        let wanted: Vec<_> = seqs.iter().copied().map(Some).collect();
-        let found = self.groups.iter().position(|group| group.seqs == wanted);
+    pub fn contiguous(&mut self, seqs: &[SeqId]) -> Result<&mut [Tensor]> {
+        let requested: Vec<_> = seqs.iter().copied().map(Some).collect();
+        let found = self.groups.iter().position(|group| group.seqs == requested);
         let at = match found {
             Some(at) => at,
             None => {
                 let arrays = self.gather(seqs)?;
-                let moved = |group: &Group| group.seqs.iter().any(|seq| wanted.contains(seq));
+                let moved = |group: &Group| group.seqs.iter().any(|seq| requested.contains(seq));
                 let left = self.groups.iter().filter(|group| moved(group));
                 let left = left.map(|group| group.without(seqs)).collect::<Result<Vec<_>>>()?;
                 self.groups.retain(|group| !moved(group));
                 self.groups.extend(left.into_iter().flatten());
-                self.groups.push(Group { seqs: wanted.clone(), arrays });
+                self.groups.push(Group { seqs: requested.clone(), arrays });
                 self.groups.len() - 1
             }
         };

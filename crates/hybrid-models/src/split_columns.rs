@@ -6,7 +6,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 /// A row-major matrix of units (channels, heads), each `per_unit` columns wide.
-pub struct Units<'a> {
+pub struct UnitMatrix<'a> {
     pub data: &'a mut [f32],
     pub per_unit: usize,
 }
@@ -30,25 +30,25 @@ impl Columns<'_> {
     #[allow(unsafe_code)]
     pub fn row(&mut self, row: usize) -> &mut [f32] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
-        // SAFETY: `split` made `start` point at least `count` columns before the end of a row of
-        // `row_stride` in a matrix of `rows` rows, so the part lies within it. Other tasks have
-        // other columns, and `&mut self` keeps this task from holding two rows at a time.
+        // SAFETY: `split_columns` made `start` point at least `count` columns before the end of a
+        // row of `row_stride` in a matrix of `rows` rows, so the part lies within it. Other tasks
+        // have other columns, and `&mut self` keeps this task from holding two rows at a time.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.row_stride), self.count) }
     }
 }
 
 /// A matrix's address, shared with threads.
 #[derive(Clone, Copy)]
-struct Base(*mut f32);
+struct BasePtr(*mut f32);
 
-// SAFETY: only `split` uses the address, and makes disjoint parts of it.
+// SAFETY: only `split_columns` uses the address, and makes disjoint parts of it.
 #[allow(unsafe_code)]
-unsafe impl Send for Base {}
+unsafe impl Send for BasePtr {}
 // SAFETY: as above.
 #[allow(unsafe_code)]
-unsafe impl Sync for Base {}
+unsafe impl Sync for BasePtr {}
 
-impl Base {
+impl BasePtr {
     fn get(self) -> *mut f32 {
         self.0
     }
@@ -56,21 +56,21 @@ impl Base {
 
 /// Splits `units` units into tasks of `step` units and calls each task with its columns of every
 /// matrix, in parallel if `parallel`.
-pub fn split<const N: usize>(
+pub fn split_columns<const N: usize>(
     units: usize,
     step: usize,
     parallel: bool,
-    matrices: [Units<'_>; N],
+    matrices: [UnitMatrix<'_>; N],
     task: impl Fn(Range<usize>, [Columns<'_>; N]) + Sync,
 ) {
-    let places = matrices.map(|Units { data, per_unit }| {
+    let bases = matrices.map(|UnitMatrix { data, per_unit }| {
         let width = units * per_unit;
         assert!(width > 0 && data.len().is_multiple_of(width), "rows of {width} numbers");
-        (Base(data.as_mut_ptr()), per_unit, data.len() / width)
+        (BasePtr(data.as_mut_ptr()), per_unit, data.len() / width)
     });
     let run = |i: usize| {
         let range = i * step..units.min((i + 1) * step);
-        let columns = places.map(|(base, per_unit, rows)| {
+        let columns = bases.map(|(base, per_unit, rows)| {
             let offset = if rows == 0 { 0 } else { range.start * per_unit };
             // SAFETY: `range` lies within `units`, so the address lies within the first row, if
             // there is one.
@@ -96,9 +96,11 @@ mod tests {
     fn every_number_is_written_once() {
         for parallel in [false, true] {
             let (mut a, mut b) = (vec![0.0; 5 * 7], vec![0.0; 2 * 7 * 3]);
-            let matrices =
-                [Units { data: &mut a, per_unit: 1 }, Units { data: &mut b, per_unit: 3 }];
-            split(7, 3, parallel, matrices, |units, [mut a, mut b]| {
+            let matrices = [
+                UnitMatrix { data: &mut a, per_unit: 1 },
+                UnitMatrix { data: &mut b, per_unit: 3 },
+            ];
+            split_columns(7, 3, parallel, matrices, |units, [mut a, mut b]| {
                 for row in 0..5 {
                     for (x, unit) in a.row(row).iter_mut().zip(units.clone()) {
                         *x += (10 * row + unit) as f32;
@@ -119,6 +121,8 @@ mod tests {
     #[should_panic(expected = "row 2 of 2")]
     fn a_row_too_many_is_refused() {
         let mut a = [0.0; 6];
-        split(3, 1, false, [Units { data: &mut a, per_unit: 1 }], |_, [mut a]| a.row(2)[0] = 1.0);
+        split_columns(3, 1, false, [UnitMatrix { data: &mut a, per_unit: 1 }], |_, [mut a]| {
+            a.row(2)[0] = 1.0
+        });
     }
 }

@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Mixer, Residual, Span};
+use crate::mixer::{Input, Mixer, ResidualBlock, Span};
+use crate::model_spec::{Block, BlockState, ModelSpec};
 use crate::norm::Norm;
-use crate::outline::{Block, Kept, Outline};
 use crate::workspace::Workspace;
 use longctx_core::{Batch, KvCache, LayerSpec, Logits, Result};
 
@@ -14,7 +14,7 @@ const BLOCK: usize = 512;
 
 /// Weights in the host's memory.
 #[derive(Debug)]
-pub struct Host {
+pub struct HostModel {
     pub family: &'static str,
     pub hidden: usize,
     pub layers: usize,
@@ -23,7 +23,7 @@ pub struct Host {
     pub embedding_scale: f32,
     /// RWKV's norm of embeddings.
     pub embedding_norm: Option<Norm>,
-    pub residuals: Vec<Residual>,
+    pub residuals: Vec<ResidualBlock>,
     pub norm: Norm,
     /// The output head; `None` if it is the embedding matrix (tied weights).
     pub head: Option<Matrix>,
@@ -33,19 +33,19 @@ pub struct Host {
     pub eos: Vec<u32>,
 }
 
-impl Host {
-    pub fn outline(&self) -> Outline {
-        let block = |residual: &Residual| Block {
+impl HostModel {
+    pub fn spec(&self) -> ModelSpec {
+        let block = |residual: &ResidualBlock| Block {
             name: format!("layers.{}.{}", residual.layer, residual.name),
-            kept: match &residual.mixer {
-                Mixer::Recurrent(mixer) => Kept::State(mixer.state()),
+            state: match &residual.mixer {
+                Mixer::Recurrent(mixer) => BlockState::Recurrent(mixer.state()),
                 Mixer::Attention(attention) => {
                     let spec = LayerSpec::new(attention.shape).with_rope(attention.rope.clone());
-                    Kept::Cache(spec.at(residual.layer, self.layers))
+                    BlockState::Cache(spec.at(residual.layer, self.layers))
                 }
             },
         };
-        Outline {
+        ModelSpec {
             family: self.family,
             hidden: self.hidden,
             layers: self.layers,
@@ -61,31 +61,31 @@ impl Host {
         batch: &Batch,
         ids: &[u32],
         logits: Logits,
-        entries: &mut [Entry],
+        calls: &mut [SequenceCall],
         caches: &mut [Box<dyn KvCache>],
         workspace: &mut Workspace,
     ) -> Result<Vec<f32>> {
         let hidden = self.hidden;
         let mut top = Vec::new();
-        let pieces = pieces(entries);
-        // Without attention, the memory is that of one piece. Attention layers receive whole
+        let chunks = chunks(calls);
+        // Without attention, the memory is that of one chunk. Attention layers receive whole
         // prompts in one call, so that a cache may compress them after exact attention.
-        let at_a_time = if caches.is_empty() { 1 } else { pieces.len() };
-        for pieces in pieces.chunks(at_a_time) {
-            let rows = pieces[0].rows.start..pieces[pieces.len() - 1].rows.end;
-            let mut x = workspace.take(rows.len() * hidden);
+        let at_a_time = if caches.is_empty() { 1 } else { chunks.len() };
+        for chunks in chunks.chunks(at_a_time) {
+            let rows = chunks[0].rows.start..chunks[chunks.len() - 1].rows.end;
+            let mut x = workspace.acquire(rows.len() * hidden);
             self.embed(&ids[rows.clone()], &mut x);
-            self.run(&mut x, pieces, batch, entries, caches, workspace)?;
+            self.run(&mut x, chunks, batch, calls, caches, workspace)?;
             match logits {
                 Logits::All => top.extend_from_slice(&x),
                 Logits::Last => {
-                    let last = entries.iter().map(|entry| entry.rows.end - 1);
+                    let last = calls.iter().map(|call| call.rows.end - 1);
                     for row in last.filter(|row| rows.contains(row)) {
                         top.extend_from_slice(&x[(row - rows.start) * hidden..][..hidden]);
                     }
                 }
             }
-            workspace.give(x);
+            workspace.release(x);
         }
         Ok(self.logits(&mut top))
     }
@@ -103,13 +103,13 @@ impl Host {
         }
     }
 
-    /// Runs the rows of some pieces, `x` `[tokens, hidden]`, through all layers.
+    /// Runs the rows of some chunks, `x` `[tokens, hidden]`, through all layers.
     fn run(
         &self,
         x: &mut [f32],
-        pieces: &[Piece],
+        chunks: &[RowChunk],
         batch: &Batch,
-        entries: &mut [Entry],
+        calls: &mut [SequenceCall],
         caches: &mut [Box<dyn KvCache>],
         workspace: &mut Workspace,
     ) -> Result<()> {
@@ -119,20 +119,20 @@ impl Host {
             match &residual.mixer {
                 Mixer::Recurrent(mixer) => {
                     arrays = arrays.end..arrays.end + mixer.state_size();
-                    for piece in pieces {
-                        let first = piece.rows.start - pieces[0].rows.start;
-                        let x = &mut x[first * self.hidden..][..piece.rows.len() * self.hidden];
-                        let entries = &mut entries[piece.entries()];
+                    for chunk in chunks {
+                        let first = chunk.rows.start - chunks[0].rows.start;
+                        let x = &mut x[first * self.hidden..][..chunk.rows.len() * self.hidden];
+                        let calls = &mut calls[chunk.sequences()];
                         self.residual(residual, x, workspace, |normed, workspace, out| {
-                            let x = Input { x: normed, spans: &piece.spans };
-                            let states = entries.iter_mut();
+                            let x = Input { x: normed, spans: &chunk.spans };
+                            let states = calls.iter_mut();
                             let mut states: Vec<_> =
-                                states.map(|entry| &mut entry.state[arrays.clone()]).collect();
+                                states.map(|call| &mut call.state[arrays.clone()]).collect();
                             mixer.forward(x, &mut states, workspace, out);
                             Ok(())
                         })?;
-                        for (entry, span) in entries.iter_mut().zip(&piece.spans) {
-                            entry.keep(span.position + span.tokens, arrays.clone());
+                        for (call, span) in calls.iter_mut().zip(&chunk.spans) {
+                            call.take_snapshot(span.position + span.tokens, arrays.clone());
                         }
                     }
                 }
@@ -151,18 +151,18 @@ impl Host {
 
     fn residual(
         &self,
-        residual: &Residual,
+        residual: &ResidualBlock,
         x: &mut [f32],
         workspace: &mut Workspace,
         mix: impl FnOnce(&[f32], &mut Workspace, &mut [f32]) -> Result<()>,
     ) -> Result<()> {
-        let mut normed = workspace.take(x.len());
-        let mut out = workspace.take(x.len());
+        let mut normed = workspace.acquire(x.len());
+        let mut out = workspace.acquire(x.len());
         residual.norm.apply(x, &mut normed);
         let result = mix(&normed, workspace, &mut out);
         crate::simd::zip(crate::simd::Add, x, &out);
-        workspace.give(out);
-        workspace.give(normed);
+        workspace.release(out);
+        workspace.release(normed);
         result
     }
 
@@ -180,7 +180,7 @@ impl Host {
 }
 
 /// One sequence of a batch during a call.
-pub struct Entry {
+pub struct SequenceCall {
     /// Number of its earlier tokens.
     pub position: usize,
     /// Its rows in the batch.
@@ -190,9 +190,9 @@ pub struct Entry {
     pub snapshots: Vec<(usize, Vec<f32>)>,
 }
 
-impl Entry {
+impl SequenceCall {
     /// Copies a range of the state if a snapshot is due at this position.
-    fn keep(&mut self, position: usize, numbers: Range<usize>) {
+    fn take_snapshot(&mut self, position: usize, numbers: Range<usize>) {
         if let Some((_, copy)) = self.snapshots.iter_mut().find(|(at, _)| *at == position) {
             copy.resize(self.state.len(), 0.0);
             copy[numbers.clone()].copy_from_slice(&self.state[numbers]);
@@ -201,7 +201,7 @@ impl Entry {
 }
 
 /// Rows that a recurrent mixer processes together: at most one span of each sequence.
-struct Piece {
+struct RowChunk {
     /// Rows of the batch.
     rows: Range<usize>,
     spans: Vec<Span>,
@@ -209,60 +209,60 @@ struct Piece {
     first: usize,
 }
 
-impl Piece {
+impl RowChunk {
     /// Returns the batch indices of the sequences.
-    fn entries(&self) -> Range<usize> {
+    fn sequences(&self) -> Range<usize> {
         self.first..self.first + self.spans.len()
     }
 }
 
-/// Splits a batch into pieces of up to [`BLOCK`] rows, and after each token with a snapshot.
-fn pieces(entries: &[Entry]) -> Vec<Piece> {
-    let mut pieces: Vec<Piece> = Vec::new();
-    for (i, entry) in entries.iter().enumerate() {
-        let mut start = entry.rows.start;
-        while start < entry.rows.end {
-            let position = entry.position + start - entry.rows.start;
-            let open = pieces.last_mut();
-            let open = open.filter(|p| p.entries().end == i && p.rows.len() < BLOCK);
-            let piece = match open {
-                Some(piece) => piece,
+/// Splits a batch into chunks of up to [`BLOCK`] rows, and after each token with a snapshot.
+fn chunks(calls: &[SequenceCall]) -> Vec<RowChunk> {
+    let mut chunks: Vec<RowChunk> = Vec::new();
+    for (i, call) in calls.iter().enumerate() {
+        let mut start = call.rows.start;
+        while start < call.rows.end {
+            let position = call.position + start - call.rows.start;
+            let open = chunks.last_mut();
+            let open = open.filter(|p| p.sequences().end == i && p.rows.len() < BLOCK);
+            let chunk = match open {
+                Some(chunk) => chunk,
                 None => {
-                    pieces.push(Piece { rows: start..start, spans: Vec::new(), first: i });
-                    let last = pieces.len() - 1;
-                    &mut pieces[last]
+                    chunks.push(RowChunk { rows: start..start, spans: Vec::new(), first: i });
+                    let last = chunks.len() - 1;
+                    &mut chunks[last]
                 }
             };
-            let snapshot = entry.snapshots.iter().find(|(at, _)| *at > position);
-            let tokens = (entry.rows.end - start)
-                .min(BLOCK - piece.rows.len())
+            let snapshot = call.snapshots.iter().find(|(at, _)| *at > position);
+            let tokens = (call.rows.end - start)
+                .min(BLOCK - chunk.rows.len())
                 .min(snapshot.map_or(usize::MAX, |(at, _)| at - position));
-            piece.spans.push(Span { row: piece.rows.len(), tokens, position });
+            chunk.spans.push(Span { row: chunk.rows.len(), tokens, position });
             start += tokens;
-            piece.rows.end = start;
+            chunk.rows.end = start;
         }
     }
-    pieces
+    chunks
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn entry(position: usize, rows: Range<usize>, snapshots: &[usize]) -> Entry {
+    fn call(position: usize, rows: Range<usize>, snapshots: &[usize]) -> SequenceCall {
         let snapshots = snapshots.iter().map(|&at| (at, Vec::new())).collect();
-        Entry { position, rows, state: Vec::new(), snapshots }
+        SequenceCall { position, rows, state: Vec::new(), snapshots }
     }
 
     #[test]
-    fn pieces_are_full_hold_a_sequence_once_and_end_at_snapshots() {
-        let entries = [
-            entry(7, 0..1, &[]),
-            entry(0, 1..801, &[]),
-            entry(90, 801..830, &[100]),
-            entry(0, 830..831, &[]),
+    fn chunks_are_full_hold_a_sequence_once_and_end_at_snapshots() {
+        let calls = [
+            call(7, 0..1, &[]),
+            call(0, 1..801, &[]),
+            call(90, 801..830, &[100]),
+            call(0, 830..831, &[]),
         ];
-        let cut: Vec<_> = pieces(&entries)
+        let cut: Vec<_> = chunks(&calls)
             .iter()
             .map(|p| (p.rows.clone(), p.first, p.spans.iter().map(|s| s.tokens).collect()))
             .collect();

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use crate::outline::Outline;
+use crate::model_spec::ModelSpec;
 use crate::state::State;
 use candle_core::Device;
 use longctx_core::{Error, Result, SeqId};
 
 /// The recurrent state of one sequence: the arrays of all blocks.
-pub enum Memory {
+pub enum RecurrentState {
     /// All arrays, concatenated.
     Host(Vec<f32>),
     /// One tensor `[1, …]` for each array.
@@ -16,20 +16,21 @@ pub enum Memory {
     OnDevice(Vec<candle_core::Tensor>),
 }
 
-impl Memory {
+impl RecurrentState {
     /// Returns the state before the first token.
-    pub fn start(outline: &Outline, device: &Device) -> Result<Self> {
+    pub fn start(spec: &ModelSpec, device: &Device) -> Result<Self> {
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
-            let array = |(_, part): (_, &crate::mixer::Part)| {
+            let array = |(_, part): (_, &crate::mixer::StateArray)| {
                 candle_core::Tensor::full(part.start, part.shape_of_one(), device)
             };
-            return Ok(Self::OnDevice(outline.parts().map(array).collect::<Result<_, _>>()?));
+            return Ok(Self::OnDevice(spec.arrays().map(array).collect::<Result<_, _>>()?));
         }
         let _ = device;
-        let array =
-            |(_, part): (_, &crate::mixer::Part)| std::iter::repeat_n(part.start, part.size());
-        Ok(Self::Host(outline.parts().flat_map(array).collect()))
+        let array = |(_, part): (_, &crate::mixer::StateArray)| {
+            std::iter::repeat_n(part.start, part.size())
+        };
+        Ok(Self::Host(spec.arrays().flat_map(array).collect()))
     }
 
     /// Returns the arrays of a state on the host.
@@ -42,8 +43,8 @@ impl Memory {
     }
 
     /// Loads a saved state.
-    pub fn load(state: &State, outline: &Outline, device: &Device) -> Result<Self> {
-        let arrays = outline.parts().map(|(block, part)| Ok((part, state.array(block, part)?)));
+    pub fn load(state: &State, spec: &ModelSpec, device: &Device) -> Result<Self> {
+        let arrays = spec.arrays().map(|(block, part)| Ok((part, state.array(block, part)?)));
         let arrays = arrays.collect::<Result<Vec<_>>>()?;
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
@@ -54,27 +55,27 @@ impl Memory {
         }
         let _ = device;
         let mut data = Vec::new();
-        arrays.into_iter().for_each(|(part, numbers)| part.lay_out(numbers, &mut data));
+        arrays.into_iter().for_each(|(part, numbers)| part.to_host_layout(numbers, &mut data));
         Ok(Self::Host(data))
     }
 
     /// Converts the state to a value that can be saved.
-    pub fn save(&self, outline: &Outline, seen: usize) -> Result<State> {
-        let mut state = State::new(outline.family, seen);
+    pub fn save(&self, spec: &ModelSpec, seen: usize) -> Result<State> {
+        let mut state = State::new(spec.family, seen);
         match self {
             Self::Host(data) => {
                 let mut rest = data.as_slice();
-                for (block, part) in outline.parts() {
+                for (block, part) in spec.arrays() {
                     let (array, after) = rest.split_at(part.size());
                     let mut numbers = Vec::with_capacity(part.size());
-                    part.read(array, &mut numbers);
+                    part.from_host_layout(array, &mut numbers);
                     state.insert(block, part, numbers);
                     rest = after;
                 }
             }
             #[cfg(feature = "cuda")]
             Self::OnDevice(arrays) => {
-                for ((block, part), array) in outline.parts().zip(arrays) {
+                for ((block, part), array) in spec.arrays().zip(arrays) {
                     state.insert(block, part, array.flatten_all()?.to_vec1()?);
                 }
             }
@@ -84,41 +85,45 @@ impl Memory {
 }
 
 /// The recurrent states of all sequences of a session.
-pub enum Memories {
+pub enum SequenceStates {
     Host(BTreeMap<SeqId, Vec<f32>>),
     #[cfg(feature = "cuda")]
-    OnDevice(crate::cuda::Groups),
+    OnDevice(crate::cuda::StatePool),
 }
 
-impl Memories {
+impl SequenceStates {
     pub fn new(device: &Device) -> Self {
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
-            return Self::OnDevice(crate::cuda::Groups::default());
+            return Self::OnDevice(crate::cuda::StatePool::default());
         }
         let _ = device;
         Self::Host(BTreeMap::new())
     }
 
     /// Returns a copy of a sequence's state.
-    pub fn copy(&self, seq: SeqId) -> Result<Memory> {
+    pub fn copy(&self, seq: SeqId) -> Result<RecurrentState> {
         match self {
-            Self::Host(states) => {
-                states.get(&seq).cloned().map(Memory::Host).ok_or(Error::UnknownSequence(seq))
-            }
+            Self::Host(states) => states
+                .get(&seq)
+                .cloned()
+                .map(RecurrentState::Host)
+                .ok_or(Error::UnknownSequence(seq)),
             #[cfg(feature = "cuda")]
-            Self::OnDevice(groups) => groups.copy(seq).map(Memory::OnDevice),
+            Self::OnDevice(pool) => pool.copy(seq).map(RecurrentState::OnDevice),
         }
     }
 
     /// Sets a sequence's state to a copy of the given one.
-    pub fn put(&mut self, seq: SeqId, memory: &Memory) -> Result<()> {
-        match (self, memory) {
-            (Self::Host(states), Memory::Host(state)) => drop(states.insert(seq, state.clone())),
+    pub fn set(&mut self, seq: SeqId, state: &RecurrentState) -> Result<()> {
+        match (self, state) {
+            (Self::Host(states), RecurrentState::Host(state)) => {
+                drop(states.insert(seq, state.clone()))
+            }
             #[cfg(feature = "cuda")]
-            (Self::OnDevice(groups), Memory::OnDevice(arrays)) => groups.put(seq, arrays)?,
+            (Self::OnDevice(pool), RecurrentState::OnDevice(arrays)) => pool.set(seq, arrays)?,
             #[cfg(feature = "cuda")]
-            _ => unreachable!("all memories of a session are where its model is"),
+            _ => unreachable!("all states of a session are where its model is"),
         }
         Ok(())
     }
@@ -136,7 +141,7 @@ impl Memories {
         match self {
             Self::Host(states) => drop(states.remove(&seq)),
             #[cfg(feature = "cuda")]
-            Self::OnDevice(groups) => groups.remove(seq),
+            Self::OnDevice(pool) => pool.remove(seq),
         }
     }
 
@@ -144,7 +149,7 @@ impl Memories {
         match self {
             Self::Host(states) => states.clear(),
             #[cfg(feature = "cuda")]
-            Self::OnDevice(groups) => groups.clear(),
+            Self::OnDevice(pool) => pool.clear(),
         }
     }
 }

@@ -1,11 +1,11 @@
 //! The structure of a model without its weights.
 
-use crate::mixer::Part;
+use crate::mixer::StateArray;
 use longctx_core::LayerSpec;
 
 /// The sizes of a model, and the state of each block.
 #[derive(Debug)]
-pub struct Outline {
+pub struct ModelSpec {
     pub family: &'static str,
     pub hidden: usize,
     pub layers: usize,
@@ -20,40 +20,40 @@ pub struct Outline {
 pub struct Block {
     /// Its full name, for saved states.
     pub name: String,
-    pub kept: Kept,
+    pub state: BlockState,
 }
 
 /// The memory of a residual layer.
 #[derive(Debug)]
-pub enum Kept {
+pub enum BlockState {
     /// Arrays of fixed size.
-    State(Vec<Part>),
+    Recurrent(Vec<StateArray>),
     /// Keys and values, in a cache chosen by the caller.
     Cache(LayerSpec),
 }
 
-impl Outline {
+impl ModelSpec {
     /// Returns the layers with caches.
     pub fn caches(&self) -> impl Iterator<Item = &LayerSpec> {
-        self.blocks.iter().filter_map(|block| match &block.kept {
-            Kept::Cache(spec) => Some(spec),
-            Kept::State(_) => None,
+        self.blocks.iter().filter_map(|block| match &block.state {
+            BlockState::Cache(spec) => Some(spec),
+            BlockState::Recurrent(_) => None,
         })
     }
 
     /// Returns the arrays of a sequence's state in order, each with the name of its block.
-    pub fn parts(&self) -> impl Iterator<Item = (&str, &Part)> {
+    pub fn arrays(&self) -> impl Iterator<Item = (&str, &StateArray)> {
         self.blocks.iter().flat_map(|block| {
-            let parts = match &block.kept {
-                Kept::State(parts) => parts.as_slice(),
-                Kept::Cache(_) => &[],
+            let arrays = match &block.state {
+                BlockState::Recurrent(arrays) => arrays.as_slice(),
+                BlockState::Cache(_) => &[],
             };
-            parts.iter().map(|part| (block.name.as_str(), part))
+            arrays.iter().map(|array| (block.name.as_str(), array))
         })
     }
 
     /// Returns the number of elements of a sequence's state over all blocks.
     pub fn state_size(&self) -> usize {
-        self.parts().map(|(_, part)| part.size()).sum()
+        self.arrays().map(|(_, array)| array.size()).sum()
     }
 }
