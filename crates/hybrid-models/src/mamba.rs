@@ -74,7 +74,7 @@ impl Mamba {
         let mut a = Vec::new();
         let MambaShape { inner, states, .. } = self.shape;
         StateArray::in_blocks("a", [inner, states], scan::BLOCK)
-            .from_host_layout(&self.scan.a, &mut a);
+            .read_host_layout(&self.scan.a, &mut a);
         a
     }
 }

@@ -64,7 +64,7 @@ impl StateArray {
     }
 
     /// Appends a sequence's elements in the order of the host's memory.
-    pub fn to_host_layout(&self, numbers: &[f32], into: &mut Vec<f32>) {
+    pub fn append_host_layout(&self, numbers: &[f32], into: &mut Vec<f32>) {
         match self.block {
             Some(block) => into.extend(transposed(numbers, block, self.shape[1])),
             None => into.extend(numbers),
@@ -72,7 +72,7 @@ impl StateArray {
     }
 
     /// Appends a sequence's elements, given in the order of the host's memory, row by row.
-    pub fn from_host_layout(&self, host_layout: &[f32], into: &mut Vec<f32>) {
+    pub fn read_host_layout(&self, host_layout: &[f32], into: &mut Vec<f32>) {
         let Some(block) = self.block else { return into.extend(host_layout) };
         for block in host_layout.chunks(block * self.shape[1]) {
             let rows = block.len() / self.shape[1];

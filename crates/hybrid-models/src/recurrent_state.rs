@@ -55,7 +55,7 @@ impl RecurrentState {
         }
         let _ = device;
         let mut data = Vec::new();
-        arrays.into_iter().for_each(|(part, numbers)| part.to_host_layout(numbers, &mut data));
+        arrays.into_iter().for_each(|(part, numbers)| part.append_host_layout(numbers, &mut data));
         Ok(Self::Host(data))
     }
 
@@ -68,7 +68,7 @@ impl RecurrentState {
                 for (block, part) in spec.arrays() {
                     let (array, after) = rest.split_at(part.size());
                     let mut numbers = Vec::with_capacity(part.size());
-                    part.from_host_layout(array, &mut numbers);
+                    part.read_host_layout(array, &mut numbers);
                     state.insert(block, part, numbers);
                     rest = after;
                 }
