@@ -4,7 +4,7 @@
 // written in place, laid out as the crate's `State`. `*_row`: numbers of T from one token's row to the next, so that an input may be
 // columns of a wider matrix; the rows of a batch's entries follow each other (row = entry * tokens + token). Any tokens >= 1.
 //
-// Every kernel has two entry points a kind: `NAME_T`, for the shapes said below, and `NAME_any_T` for all others (and for few tokens,
+// Every kernel has two entry points a kind: `NAME_T`, for the shapes said below, and `NAME_generic_T` for all others (and for few tokens,
 // where the comment says so), with the same struct and its own grid. `/` rounds up in grids. Where dynamic shared memory is said,
 // it must be allowed first (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES).
 #pragma once
@@ -16,7 +16,7 @@ namespace hybrid {
 // selective_scan_T: states == 16. Grid (channels / 32, batch), 128 threads, SCAN_SHARED bytes of dynamic shared memory. Any tokens, decode too.
 // selective_scan_few_T: the same in grid (channels / 40, batch), 320 threads, SCAN_FEW_SHARED bytes: faster for many tokens where no
 //   multiprocessor gets two of these blocks.
-// selective_scan_any_T: states <= 256. Grid (channels / 4, batch), 128 threads.
+// selective_scan_generic_T: states <= 256. Grid (channels / 4, batch), 128 threads.
 struct SelectiveScan {
     const void *u, *steps, *z;  // T, rows of `channels`; z may be null: no gate
     const void *b, *c;          // T, rows of `states`
@@ -33,9 +33,9 @@ constexpr int SCAN_SHARED = 30720, SCAN_FEW_SHARED = 118784;  // The latter is m
 // ssd_T (f16, bf16): head_dim == 64, states == 64 or 128, all rows and pointers multiples of 8 numbers; worth it from 16 tokens on. What products
 //   take is rounded to T, the state is kept in f32. Grid (2, heads, batch), 256 threads, SSD_SHARED_64 or SSD_SHARED_128 bytes of dynamic shared memory.
 // ssd_wgmma_T: the same on devices of compute capability 9.0 alone (code for sm_90a; elsewhere it does nothing), in clusters of two blocks, after
-//   ssd_packets_T with the same struct: grid (tokens / 64, groups, batch), 128 threads. Grid (groups * (heads / groups / 2) * 2, batch), 384 threads,
+//   ssd_group_tiles_T with the same struct: grid (tokens / 64, groups, batch), 128 threads. Grid (groups * (heads / groups / 2) * 2, batch), 384 threads,
 //   SSD_WGMMA_SHARED_64 or SSD_WGMMA_SHARED_128 bytes of dynamic shared memory.
-// ssd_any_T: states <= 256, head_dim any. Grid (head_dim / 32, heads, batch), 128 threads. For decode, too.
+// ssd_generic_T: states <= 256, head_dim any. Grid (head_dim / 32, heads, batch), 128 threads. For decode, too.
 struct Ssd {
     const void* x;                // T, rows of heads * head_dim
     const void *b, *c;            // T, rows of groups * states
@@ -43,22 +43,22 @@ struct Ssd {
     const float *a, *d, *bias;    // [heads]; a: -exp(A_log)
     float* state;                 // [batch][heads][states][head_dim]
     void* y;                      // T, rows of heads * head_dim; may not be x
-    void* scratch;                // For ssd_wgmma: batch * groups * (tokens / 64 + 1) packets of SSD_PACKET_64 or SSD_PACKET_128 bytes, 16-aligned
+    void* scratch;                // For ssd_wgmma: batch * groups * (tokens / 64 + 1) times SSD_GROUP_TILES_64 or SSD_GROUP_TILES_128 bytes, 16-aligned
     int tokens, heads, head_dim, groups, states;
     int x_row, b_row, c_row, steps_row, y_row;
     float step_min, step_max;
 };
 constexpr int SSD_SHARED_64 = 58888, SSD_SHARED_128 = 101896;  // The latter is more than devices of 8.6 and 8.9 have (101376).
 constexpr int SSD_WGMMA_SHARED_64 = 125024, SSD_WGMMA_SHARED_128 = 174176;
-constexpr int SSD_PACKET_64 = 26624, SSD_PACKET_128 = 43008;
+constexpr int SSD_GROUP_TILES_64 = 26624, SSD_GROUP_TILES_128 = 43008;
 
 // RWKV-5 and 6: y = S' r + (r . (u o k)) v, then S <- diag(w) S + k v' of each head.
 // w: in 5 `decay` itself, in 6 e^-e^(w + decay), all in f32.
 // wkv5_T, wkv6_T (f16, bf16): dim == 64, all rows and pointers multiples of 8 numbers; worth it from 16 tokens on. What products take is rounded to T,
 //   the state is kept in f32 and may be beyond what T can hold. Grid (1 or 2, heads, batch), 256 threads, or 192, or with 2 blocks for a head 128;
-//   WKV_SHARED + (threads / 32 - 2) * WKV_MAKER_SHARED bytes of dynamic shared memory. 2 blocks for a head are faster where all of them are on the
+//   WKV_SHARED + (threads / 32 - 2) * WKV_PRODUCER_SHARED bytes of dynamic shared memory. 2 blocks for a head are faster where all of them are on the
 //   device at a time, 1 otherwise.
-// wkv5_any_T, wkv6_any_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. For decode, too.
+// wkv5_generic_T, wkv6_generic_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. For decode, too.
 struct Wkv {
     const void *r, *k, *v;  // T, rows of heads * dim
     const void* w;          // T, rows of heads * dim: only for 6, the token's part of the decay before e^-e^
@@ -69,7 +69,7 @@ struct Wkv {
     int tokens, heads, dim;
     int r_row, k_row, v_row, w_row, y_row;
 };
-constexpr int WKV_SHARED = 2688, WKV_MAKER_SHARED = 28160;
+constexpr int WKV_SHARED = 2688, WKV_PRODUCER_SHARED = 28160;
 
 // RWKV-7's delta rule with what its layer does to the keys before: per head, with rate = sigmoid(a + rate_bias),
 //   removal = key o removal_scale, divided by its length (at least 1e-12); k = key o (1 + (rate - 1) o key_rate); added = rate o removal;
@@ -79,7 +79,7 @@ constexpr int WKV_SHARED = 2688, WKV_MAKER_SHARED = 28160;
 //   Grid (1 or 2, heads, batch), 384 threads, WKV7_SHARED or, with 2, at least WKV7_HALF_SHARED bytes of dynamic shared memory. 2 blocks for a
 //   head are faster where all of them are on the device at a time, 1 otherwise.
 // wkv7_f32, token by token: the same shapes. Grid (2, heads, batch), 128 threads.
-// wkv7_any_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. For decode, too.
+// wkv7_generic_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. For decode, too.
 struct Wkv7 {
     const void *r, *key, *v, *w, *a;                                       // T, rows of heads * dim; w, a: before bias and sigmoid
     const float *decay, *rate_bias, *removal_scale, *key_rate, *own_scale;  // [heads][dim]

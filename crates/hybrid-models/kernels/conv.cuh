@@ -3,7 +3,7 @@
 // A thread takes LANE neighbouring channels through RUN tokens; the inputs under the taps stay in registers.
 #pragma once
 #include "args.cuh"
-#include "neighbours.cuh"
+#include "aligned_vector.cuh"
 
 namespace hybrid {
 

@@ -20,7 +20,7 @@ __device__ __forceinline__ __half rounded<__half>(float x) { return __float2half
 template <>
 __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
-// Two neighbours as they lie in memory, the first in the lower half.
+// Two adjacent numbers as they lie in memory, the first in the lower half.
 template <class T>
 struct PairOf {
     typedef uint32_t Bits;
@@ -54,7 +54,7 @@ __device__ __forceinline__ float2 unpacked<__half>(uint32_t x) { return __half22
 template <>
 __device__ __forceinline__ float2 unpacked<__nv_bfloat16>(uint32_t x) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x)); }
 
-// Two neighbours; PAIRED: in one access; otherwise they lie where they may, and the second may be the first.
+// Two adjacent numbers; PAIRED: in one access; otherwise they lie where they may, and the second may be the first.
 template <bool PAIRED, class T>
 __device__ __forceinline__ Bits<T> pair_of(const T* first, const T* second) {
     if (PAIRED) return *reinterpret_cast<const Bits<T>*>(first);

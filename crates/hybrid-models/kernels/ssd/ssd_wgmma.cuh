@@ -4,10 +4,10 @@
 //     H' <- e^s(end) H' + (e^(s(end) - s) dt o X)' B
 //
 // so that the state stays in the registers of one warp group, 16 channels a warp, and, rounded to 16 bits, is an operand there: no copy of it in
-// shared memory, and B, C and W are read once. The blocks of a cluster share their group's packets (ssd_packets.cuh). Beside the warp group that
+// shared memory, and B, C and W are read once. The blocks of a cluster share their group's tiles (ssd_group_tiles.cuh). Beside the warp group that
 // multiplies, one makes the weights of the next chunk, and warps of a third keep the time and carry what comes and goes; one barrier a chunk.
 #pragma once
-#include "ssd_packets.cuh"
+#include "ssd_group_tiles.cuh"
 
 namespace hybrid {
 
@@ -23,11 +23,11 @@ struct alignas(16) SsdSums {
 
 template <class T, int N>
 struct SsdWgmmaShared {
-    SsdPacket<T, N> packets[3];
+    SsdGroupTiles<T, N> group_tiles[3];
     Square<T> x[3], weights[2];  // y takes the place of x: a warp has read the channels that it writes
     SsdSums sums[3];
     uint32_t steps[4][SSD_TOKENS];
-    uint64_t full[3], free[3];  // Of packets: bytes have come; all blocks of the cluster are done with the one before
+    uint64_t full[3], free[3];  // Of the group tiles: bytes have come; all blocks of the cluster are done with the one before
 };
 
 // A block as each of its threads sees it. `i` are chunks; chunk i's packet, x and sums are in the i % 3rd place, its weights in the i % 2nd.
@@ -39,36 +39,36 @@ struct SsdHead {
     const long long start;
     int head;
     bool extra;  // Beyond the group's heads: goes along with the cluster, and writes nothing
-    const SsdPacket<T, N>* packets;
+    const SsdGroupTiles<T, N>* group_tiles;
 
     __device__ SsdHead(const Ssd& p, SsdWgmmaShared<T, N>& shared)
         : p(p), shared(shared), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), row(lane / 4), pair(lane % 4 * 2), matrix(lane / 8),
           line(lane % 8), chunks((p.tokens + SSD_TOKENS - 1) / SSD_TOKENS), start((long long)blockIdx.y * p.tokens) {
         const int heads = p.heads / p.groups, blocks = gridDim.x / p.groups, group = blockIdx.x / blocks, own = blockIdx.x % blocks;
         head = group * heads + min(own, heads - 1), extra = own >= heads;
-        packets = ssd_packets_of<T, N>(p, blockIdx.y, group, chunks);
+        group_tiles = ssd_group_tiles_of<T, N>(p, blockIdx.y, group, chunks);
     }
 
-    // ---- Packets: each block of the cluster copies a part to all ----
-    __device__ void copy_packet(int i) {
-        constexpr int PART = sizeof(SsdPacket<T, N>) / SSD_CLUSTER;
+    // ---- Group tiles: each block of the cluster copies a part to all ----
+    __device__ void copy_group_tiles(int i) {
+        constexpr int PART = sizeof(SsdGroupTiles<T, N>) / SSD_CLUSTER;
         const int place = i % 3, part = blockIdx.x % SSD_CLUSTER * PART;
         if (i >= 3) {
             for (int block = 0; block < SSD_CLUSTER; block++) arrive_in(&shared.free[place], block);
             await_barrier(&shared.free[place], (i / 3 - 1) % 2);
         }
-        expect(&shared.full[place], sizeof(SsdPacket<T, N>));
-        copy_to_blocks((char*)&shared.packets[place] + part, (const char*)&packets[i + 1] + part, PART, &shared.full[place], (1 << SSD_CLUSTER) - 1);
+        expect(&shared.full[place], sizeof(SsdGroupTiles<T, N>));
+        copy_to_blocks((char*)&shared.group_tiles[place] + part, (const char*)&group_tiles[i + 1] + part, PART, &shared.full[place], (1 << SSD_CLUSTER) - 1);
     }
-    __device__ void copy_packets() {
+    __device__ void copy_all_group_tiles() {
         if (lane == 0) {
-            copy_packet(0);
-            if (chunks > 1) copy_packet(1);
+            copy_group_tiles(0);
+            if (chunks > 1) copy_group_tiles(1);
         }
         __syncthreads();
         for (int i = 0; i < chunks; i++) {
             __syncthreads();
-            if (lane == 0 && i + 2 < chunks) copy_packet(i + 2);
+            if (lane == 0 && i + 2 < chunks) copy_group_tiles(i + 2);
             __syncwarp();
         }
         __syncthreads();
@@ -169,7 +169,7 @@ struct SsdHead {
         store_y(chunks - 1, t, piece, y);
     }
 
-    // ---- Weights: of each lane four neighbours in each of five half tiles ----
+    // ---- Weights: of each lane four adjacent numbers in each of five half tiles ----
     int t_of[5], u_of[5];
     __device__ void begin_weights() {
 #pragma unroll
@@ -211,11 +211,11 @@ struct SsdHead {
     __device__ void weigh_all() {
         begin_weights();
         __syncthreads();
-        weigh(0, packets[0].scores);
+        weigh(0, group_tiles[0].scores);
         for (int i = 0; i < chunks; i++) {
             await_barrier(&shared.full[i % 3], i / 3 % 2);
             __syncthreads();
-            if (i + 1 < chunks) weigh(i + 1, shared.packets[i % 3].scores);
+            if (i + 1 < chunks) weigh(i + 1, shared.group_tiles[i % 3].scores);
         }
         __syncthreads();
     }
@@ -243,14 +243,14 @@ struct SsdHead {
         }
     }
     __device__ void read_state(int i, float (&y)[32]) {
-        const uint32_t c = descriptor(shared.packets[i % 3].c);
+        const uint32_t c = descriptor(shared.group_tiles[i % 3].c);
         wgmma_begin();
 #pragma unroll
         for (int k = 0; k < N / 16; k++) wgmma<T, false>(y, narrow[k], c + k / 4 * 512 + k % 4 * 2, k > 0);
         wgmma_end();
     }
     __device__ void add_to_state(int i) {
-        const uint32_t b = descriptor(shared.packets[i % 3].b);
+        const uint32_t b = descriptor(shared.group_tiles[i % 3].b);
         wgmma_begin();
 #pragma unroll
         for (int half = 0; half < N / 64; half++) {
@@ -361,7 +361,7 @@ struct SsdHead {
         } else {
             leave_registers<120>();
             if (role == 1) weigh_all();
-            else if (warp == 2) copy_packets();
+            else if (warp == 2) copy_all_group_tiles();
             else if (warp == 3) keep_time();
             else carry();
         }

@@ -13,12 +13,12 @@
 //
 // RWKV-7 keeps at least e^-e^(-1/2) = 0.545 of a number at each token, so that W(t) / M lies within 2^-7 and 2^7, and f16 holds all rows, for bf16 inputs too.
 //
-// A block takes VALUES of a head's values through all tokens. Makers, warps that take every MAKERS-th chunk each, do all but the lines above; users
-// go through all chunks, each with 16 columns of S in f32 registers. Users are what a block waits for (40 products a chunk, in the order of time), so
-// that more makers than they need would but take their issue slots.
+// A block takes VALUES of a head's values through all tokens. Producers, warps that take every PRODUCERS-th chunk each, do all but the lines above; consumers
+// go through all chunks, each with 16 columns of S in f32 registers. Consumers are what a block waits for (40 products a chunk, in the order of time), so
+// that more producers than they need would but take their issue slots.
 #pragma once
-#include "wkv7_maker.cuh"
-#include "wkv7_user.cuh"
+#include "wkv7_producer.cuh"
+#include "wkv7_consumer.cuh"
 
 namespace hybrid {
 
@@ -29,14 +29,14 @@ __device__ void wkv7_of_values(const Wkv7& p) {
     typedef Wkv7Shared<T, VALUES> Shared;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == 0) shared.weights.fill(p, lane);
-    if (threadIdx.x < Shared::MAKERS) set_barrier(&shared.full[threadIdx.x], 1), set_barrier(&shared.empty[threadIdx.x], Shared::USERS);
+    if (threadIdx.x < Shared::PRODUCERS) set_barrier(&shared.full[threadIdx.x], 1), set_barrier(&shared.empty[threadIdx.x], Shared::CONSUMERS);
     __syncthreads();
-    if (warp < Shared::MAKERS) {
-        Wkv7Maker<T, VALUES> maker(p, shared, warp);
-        maker.make_all();
-    } else if (warp < Shared::MAKERS + Shared::USERS) {
-        Wkv7User<T, VALUES> user(p, shared, warp - Shared::MAKERS);
-        user.use_all();
+    if (warp < Shared::PRODUCERS) {
+        Wkv7Producer<T, VALUES> producer(p, shared, warp);
+        producer.produce_all();
+    } else if (warp < Shared::PRODUCERS + Shared::CONSUMERS) {
+        Wkv7Consumer<T, VALUES> consumer(p, shared, warp - Shared::PRODUCERS);
+        consumer.consume_all();
     }
 }
 

@@ -57,7 +57,7 @@ impl Scan {
                 32,
                 to.kernel_if_fits("selective_scan_few", 320, SCAN_FEW_SHARED)?,
             ),
-            _ => (to.kernel("selective_scan_any", 128)?, 4, None),
+            _ => (to.kernel("selective_scan_generic", 128)?, 4, None),
         };
         Ok(Self {
             a: to.vector(&host.a())?.reshape((inner, states))?,

@@ -4,7 +4,7 @@
 use super::args;
 use super::device_context::{ChunkKernel, DeviceContext};
 use super::kernels::{
-    Kernel, Rows, SSD_PACKET_64, SSD_PACKET_128, SSD_SHARED_64, SSD_SHARED_128,
+    Kernel, Rows, SSD_GROUP_TILES_64, SSD_GROUP_TILES_128, SSD_SHARED_64, SSD_SHARED_128,
     SSD_WGMMA_SHARED_64, SSD_WGMMA_SHARED_128, address, uninit,
 };
 use crate::mamba2::{Mamba2Shape, Ssd as Host};
@@ -26,13 +26,13 @@ pub struct Ssd {
     chunk_kernel: Option<ChunkKernel>,
     /// The kernel that runs before `chunk_kernel`, if that is the kernel for compute capability
     /// 9.0.
-    packets: Option<Packets>,
+    group_tiles: Option<GroupTiles>,
     generic: Kernel,
 }
 
 /// Values that the heads of a group share in each chunk, computed by a separate kernel.
 #[derive(Debug)]
-struct Packets {
+struct GroupTiles {
     kernel: Kernel,
     bytes: u32,
 }
@@ -44,9 +44,11 @@ impl Ssd {
             let what = format!("Mamba-2 with {states} states on a CUDA device");
             return Err(Error::Unsupported(format!("{what}: kernels have up to {MAX_STATES}")));
         }
-        let (chunk_kernel, packets) = match (head_dim, states) {
-            (64, 64) => chunk_kernel(to, SSD_SHARED_64, SSD_WGMMA_SHARED_64, SSD_PACKET_64)?,
-            (64, 128) => chunk_kernel(to, SSD_SHARED_128, SSD_WGMMA_SHARED_128, SSD_PACKET_128)?,
+        let (chunk_kernel, group_tiles) = match (head_dim, states) {
+            (64, 64) => chunk_kernel(to, SSD_SHARED_64, SSD_WGMMA_SHARED_64, SSD_GROUP_TILES_64)?,
+            (64, 128) => {
+                chunk_kernel(to, SSD_SHARED_128, SSD_WGMMA_SHARED_128, SSD_GROUP_TILES_128)?
+            }
             _ => (None, None),
         };
         Ok(Self {
@@ -55,8 +57,8 @@ impl Ssd {
             skip: to.vector(&host.skip)?,
             time_bias: to.vector(&host.time_bias)?,
             chunk_kernel,
-            packets,
-            generic: to.kernel("ssd_any", 128)?,
+            group_tiles,
+            generic: to.kernel("ssd_generic", 128)?,
         })
     }
 
@@ -80,12 +82,12 @@ impl Ssd {
         let c = part(inner + groups * states, groups * states)?;
         let (of_steps, to_y) = (Rows::of(steps)?, Rows::of(&y)?);
         let chunk_kernel = ChunkKernel::select(&self.chunk_kernel, tokens, &[x, b, c, to_y]);
-        let packets = self.packets.as_ref().filter(|_| chunk_kernel.is_some());
+        let group_tiles = self.group_tiles.as_ref().filter(|_| chunk_kernel.is_some());
         let chunks = tokens.div_ceil(CHUNK);
-        // SAFETY: `packets` writes every element that is read.
-        let scratch = packets
-            .map(|packets| unsafe {
-                uninit((batch * groups * (chunks + 1), packets.bytes as usize / 2), mixed)
+        // SAFETY: `group_tiles` writes every element that is read.
+        let scratch = group_tiles
+            .map(|group_tiles| unsafe {
+                uninit((batch * groups * (chunks + 1), group_tiles.bytes as usize / 2), mixed)
             })
             .transpose()?;
         let args = args::Ssd {
@@ -114,9 +116,9 @@ impl Ssd {
         };
         // SAFETY: the sizes are those of the tensors, which live until the end of this function.
         unsafe {
-            match (chunk_kernel, packets) {
-                (Some(kernel), Some(packets)) => {
-                    packets.kernel.launch((chunks, groups, batch), &args)?;
+            match (chunk_kernel, group_tiles) {
+                (Some(kernel), Some(group_tiles)) => {
+                    group_tiles.kernel.launch((chunks, groups, batch), &args)?;
                     let blocks = groups * (heads / groups).next_multiple_of(CLUSTER);
                     kernel.launch((blocks, batch, 1), &args)?;
                 }
@@ -133,12 +135,13 @@ fn chunk_kernel(
     to: &DeviceContext,
     shared: u32,
     wgmma_shared: u32,
-    packet: u32,
-) -> Result<(Option<ChunkKernel>, Option<Packets>)> {
+    tiles_bytes: u32,
+) -> Result<(Option<ChunkKernel>, Option<GroupTiles>)> {
     if !to.hopper() {
         return Ok((to.chunk_kernel("ssd", 256, shared)?, None));
     }
     let chunk_kernel = to.chunk_kernel("ssd_wgmma", 384, wgmma_shared)?;
-    let packets = chunk_kernel.is_some().then(|| to.kernel("ssd_packets", 128)).transpose()?;
-    Ok((chunk_kernel, packets.map(|kernel| Packets { kernel, bytes: packet })))
+    let group_tiles =
+        chunk_kernel.is_some().then(|| to.kernel("ssd_group_tiles", 128)).transpose()?;
+    Ok((chunk_kernel, group_tiles.map(|kernel| GroupTiles { kernel, bytes: tiles_bytes })))
 }

@@ -4,7 +4,7 @@
 use super::args;
 use super::device_context::{ChunkKernel, DeviceContext};
 use super::kernels::{
-    Kernel, Rows, WKV_MAKER_SHARED, WKV_SHARED, WKV7_HALF_SHARED, WKV7_SHARED, address, uninit,
+    Kernel, Rows, WKV_PRODUCER_SHARED, WKV_SHARED, WKV7_HALF_SHARED, WKV7_SHARED, address, uninit,
 };
 use crate::rwkv::V7;
 use candle_core::{DType, Tensor};
@@ -45,7 +45,7 @@ impl Version {
             _ => (None, false),
         };
         let max_split_blocks = if whole { to.processors() } else { usize::MAX };
-        let generic = to.kernel(&format!("{name}_any"), 128)?;
+        let generic = to.kernel(&format!("{name}_generic"), 128)?;
         Ok(Self { heads, dim, chunk_kernel, max_split_blocks, generic })
     }
 
@@ -53,7 +53,7 @@ impl Version {
     /// memory, and whether one thread block may process a whole head.
     fn with_producers(name: &str, to: &DeviceContext) -> Result<(Option<ChunkKernel>, bool)> {
         for producers in [6, 4, 2] {
-            let shared = WKV_SHARED + producers * WKV_MAKER_SHARED;
+            let shared = WKV_SHARED + producers * WKV_PRODUCER_SHARED;
             let kernel = to.chunk_kernel(name, 32 * (2 + producers), shared)?;
             if kernel.is_some() {
                 return Ok((kernel, producers > 2));

@@ -1,25 +1,25 @@
-// Neighbouring numbers at a time, by up to 16 bytes an access.
+// Adjacent numbers at a time, by up to 16 bytes an access.
 #pragma once
 #include "number.cuh"
 
 namespace hybrid {
 
 template <class T, int N>
-struct __align__(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Neighbours {
+struct __align__(N * sizeof(T) < 16 ? N * sizeof(T) : 16) AlignedVector {
     T x[N];
 };
 template <class T, int N>
 __device__ __forceinline__ void load(const T* from, float (&to)[N]) {
-    const Neighbours<T, N> all = *reinterpret_cast<const Neighbours<T, N>*>(from);
+    const AlignedVector<T, N> all = *reinterpret_cast<const AlignedVector<T, N>*>(from);
 #pragma unroll
     for (int i = 0; i < N; i++) to[i] = number(all.x[i]);
 }
 template <class T, int N>
 __device__ __forceinline__ void store(T* to, const float (&from)[N]) {
-    Neighbours<T, N> all;
+    AlignedVector<T, N> all;
 #pragma unroll
     for (int i = 0; i < N; i++) all.x[i] = rounded<T>(from[i]);
-    *reinterpret_cast<Neighbours<T, N>*>(to) = all;
+    *reinterpret_cast<AlignedVector<T, N>*>(to) = all;
 }
 
 }  // namespace hybrid

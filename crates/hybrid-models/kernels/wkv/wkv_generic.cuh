@@ -71,10 +71,10 @@ __device__ void wkv7_columns(const Wkv7& p) {
 }
 
 template <class T>
-__device__ void wkv5_any(const Wkv& p) { p.dim <= 16 * PARTS ? wkv_columns<T, 16, false>(p) : wkv_columns<T, 32, false>(p); }
+__device__ void wkv5_generic(const Wkv& p) { p.dim <= 16 * PARTS ? wkv_columns<T, 16, false>(p) : wkv_columns<T, 32, false>(p); }
 template <class T>
-__device__ void wkv6_any(const Wkv& p) { p.dim <= 16 * PARTS ? wkv_columns<T, 16, true>(p) : wkv_columns<T, 32, true>(p); }
+__device__ void wkv6_generic(const Wkv& p) { p.dim <= 16 * PARTS ? wkv_columns<T, 16, true>(p) : wkv_columns<T, 32, true>(p); }
 template <class T>
-__device__ void wkv7_any(const Wkv7& p) { p.dim <= 16 * PARTS ? wkv7_columns<T, 16>(p) : wkv7_columns<T, 32>(p); }
+__device__ void wkv7_generic(const Wkv7& p) { p.dim <= 16 * PARTS ? wkv7_columns<T, 16>(p) : wkv7_columns<T, 32>(p); }
 
 }  // namespace hybrid

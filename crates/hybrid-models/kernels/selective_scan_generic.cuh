@@ -5,13 +5,13 @@
 
 namespace hybrid {
 
-constexpr int SCAN_ANY_THREADS = 128, SCAN_ANY_STATES = 256;
+constexpr int SCAN_GENERIC_THREADS = 128, SCAN_GENERIC_STATES = 256;
 
 // Grid (channels / 4 rounded up, batch).
 template <class T>
-__device__ void selective_scan_any(const SelectiveScan& p) {
-    constexpr int N = SCAN_ANY_STATES / 32;
-    const int channel = blockIdx.x * (SCAN_ANY_THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+__device__ void selective_scan_generic(const SelectiveScan& p) {
+    constexpr int N = SCAN_GENERIC_STATES / 32;
+    const int channel = blockIdx.x * (SCAN_GENERIC_THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (channel >= p.channels) return;
     const long long row = (long long)blockIdx.y * p.tokens;
     float* state = p.state + ((long long)blockIdx.y * p.channels + channel) * p.states;

@@ -1,8 +1,8 @@
-// wkv.cuh's maker with decays of each token.
+// wkv.cuh's producer with decays of each token.
 //
 // A lane takes eight keys of four neighbouring tokens: of decays, it needs only the products of fours from others. Operands go through shared memory.
 #pragma once
-#include "wkv_made.cuh"
+#include "wkv_stage.cuh"
 
 namespace hybrid {
 
@@ -22,26 +22,26 @@ struct WkvFactors {
     __device__ __forceinline__ WkvFactors(const float2 (&w)[4], int quarter) {
         auto from = [](float2 x, int apart) { return make_float2(__shfl_xor_sync(~0u, x.x, apart), __shfl_xor_sync(~0u, x.y, apart)); };
         const float2 w01 = w[0] * w[1], w23 = w[2] * w[3], four = w01 * w23;
-        const float2 neighbours = from(four, 8), eight = four * neighbours, far = from(eight, 16);
+        const float2 adjacent = from(four, 8), eight = four * adjacent, far = from(eight, 16);
         all = eight * far;
         before[0] = packed<T>(w[0]), before[1] = packed<T>(w01), before[2] = packed<T>(w01 * w[2]);
         after[0] = packed<T>(w[1] * w23), after[1] = packed<T>(w23), after[2] = packed<T>(w[3]);
-        one = packed<T>(w[1]), two = packed<T>(w[2]), near = packed<T>(neighbours);
+        one = packed<T>(w[1]), two = packed<T>(w[2]), near = packed<T>(adjacent);
         const uint32_t beyond = packed<T>(far), none = packed<T>(1.f, 1.f);
         start = times<T>(quarter & 1 ? near : none, quarter & 2 ? beyond : none), end = times<T>(quarter & 1 ? none : near, quarter & 2 ? none : beyond);
     }
 };
 
 template <class T>
-struct Wkv6Maker : WkvLoader<T, true> {
+struct Wkv6Producer : WkvLoader<T, true> {
     typedef WkvLoader<T, true> Loader;
     typedef uint32_t Keys[4];  // Pairs of this lane's keys
-    using Loader::chunks, Loader::keys, Loader::lane, Loader::made, Loader::maker, Loader::p, Loader::quarter, Loader::roles;
+    using Loader::chunks, Loader::keys, Loader::lane, Loader::stage, Loader::producer, Loader::p, Loader::quarter, Loader::roles;
     const WkvConstants<T, true>& constants;
     float2 decay[4];
 
-    __device__ Wkv6Maker(const Wkv& p, WkvMade<T, true>& made, const WkvConstants<T, true>& constants) : Loader(p, made), constants(constants) {
-        for (int i = lane; i < WKV_CHUNK * (WKV_CHUNK + PAD) / 2; i += 32) reinterpret_cast<uint32_t*>(made.a)[i] = 0;
+    __device__ Wkv6Producer(const Wkv& p, WkvStage<T, true>& stage, const WkvConstants<T, true>& constants) : Loader(p, stage), constants(constants) {
+        for (int i = lane; i < WKV_CHUNK * (WKV_CHUNK + PAD) / 2; i += 32) reinterpret_cast<uint32_t*>(stage.a)[i] = 0;
 #pragma unroll
         for (int j = 0; j < 4; j++) decay[j] = *reinterpret_cast<const float2*>(&constants.decay[keys + 2 * j]);
     }
@@ -97,9 +97,9 @@ struct Wkv6Maker : WkvLoader<T, true> {
 
     // FULL: no token of the chunk lies beyond the last.
     template <bool FULL>
-    __device__ void make(int chunk) {
+    __device__ void produce(int chunk) {
         const int half = this->half, line = lane % 8, row = lane / 4, column = lane % 4;
-        auto &input_r = made.input_r[half], &input_k = made.input_k[half];
+        auto &input_r = stage.input_r[half], &input_k = stage.input_k[half];
         await_copies<1>();
         __syncwarp();
         uint32_t own[2];
@@ -109,11 +109,11 @@ struct Wkv6Maker : WkvLoader<T, true> {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int t = quarter * 4 + i;
-            load16(r[i], &input_r[t][keys]), load16(k[i], &input_k[t][keys]), load16(w[i], &made.w[half][t][keys]);
+            load16(r[i], &input_r[t][keys]), load16(k[i], &input_k[t][keys]), load16(w[i], &stage.w[half][t][keys]);
         }
         __syncwarp();
         // Level 2: of each four tokens the last two are r's, the first two k's.
-        store16(&made.pairs[quarter * 2][keys], r[2]), store16(&made.pairs[9 + quarter * 2][keys], k[1]);
+        store16(&stage.pairs[quarter * 2][keys], r[2]), store16(&stage.pairs[9 + quarter * 2][keys], k[1]);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             float2 decays[4];
@@ -131,17 +131,17 @@ struct Wkv6Maker : WkvLoader<T, true> {
             for (int i = 0; i < 4; i++) r_chunk[i][j] = times<T>(r[i][j], f.start), k_chunk[i][j] = times<T>(k[i][j], f.end);
             near[j] = f.near, all[j] = f.all;
         }
-        store16(&made.pairs[quarter * 2 + 1][keys], r_pair), store16(&made.pairs[8 + quarter * 2][keys], k_pair);
+        store16(&stage.pairs[quarter * 2 + 1][keys], r_pair), store16(&stage.pairs[8 + quarter * 2][keys], k_pair);
         // In place of r and k, for levels 4 and 8: by the decays of their own four tokens, and of those furthest from the chunk's middle also by four more.
         // A level's eight rows lie side by side: so they are in different banks.
-        if (chunk != maker) roles.await_used(maker);
+        if (chunk != producer) roles.wait_empty(producer);
         const int r_place = quarter % 3 * 4, k_place = quarter == 1 ? 12 : quarter * 2;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int t = quarter * 4 + i;
             if (quarter > 0) store16(&input_r[r_place + i][keys], r[i]);
             if (quarter < 3) store16(&input_k[k_place + i][keys], k[i]);
-            store16(&made.r[t][keys], r_chunk[i]), store16(&made.k[t][keys], k_chunk[i]);
+            store16(&stage.r[t][keys], r_chunk[i]), store16(&stage.k[t][keys], k_chunk[i]);
         }
         if (quarter == 0 || quarter == 3) {
             T* to = quarter ? &input_r[12][keys] : &input_k[8][keys];
@@ -154,28 +154,28 @@ struct Wkv6Maker : WkvLoader<T, true> {
             }
         }
         if (quarter == 0) {
-            *reinterpret_cast<float4*>(&made.decay[keys]) = make_float4(all[0].x, all[0].y, all[1].x, all[1].y);
-            *reinterpret_cast<float4*>(&made.decay[keys + 4]) = make_float4(all[2].x, all[2].y, all[3].x, all[3].y);
+            *reinterpret_cast<float4*>(&stage.decay[keys]) = make_float4(all[0].x, all[0].y, all[1].x, all[1].y);
+            *reinterpret_cast<float4*>(&stage.decay[keys + 4]) = make_float4(all[2].x, all[2].y, all[3].x, all[3].y);
         }
         __syncwarp();
-        const T *const columns[2] = {made.pairs[8 + line], input_k[line]}, *const early[1] = {input_k[8 + line]};
+        const T *const columns[2] = {stage.pairs[8 + line], input_k[line]}, *const early[1] = {input_k[8 + line]};
         float2 small[2], eight[1];
-        products(lane / 8 % 2 ? input_r[line ^ 4] : made.pairs[line], columns, small);
+        products(lane / 8 % 2 ? input_r[line ^ 4] : stage.pairs[line], columns, small);
         products(input_r[8 + line], early, eight);
-        if (row / 2 == column) store4(&made.a[row][row & ~1], own[0]), store4(&made.a[row + 8][row + 8 & ~1], own[1]);
-        if (row / 2 == column) store4(&made.a[row / 2 * 4 + 2 + row % 2][4 * column], packed<T>(small[0]));
-        if (row / 4 == column / 2) store4(&made.a[row + 4 + row / 4 * 4][2 * column + row / 4 * 4], packed<T>(small[1]));
-        store4(&made.a[8 + row][2 * column], packed<T>(eight[0]));
+        if (row / 2 == column) store4(&stage.a[row][row & ~1], own[0]), store4(&stage.a[row + 8][row + 8 & ~1], own[1]);
+        if (row / 2 == column) store4(&stage.a[row / 2 * 4 + 2 + row % 2][4 * column], packed<T>(small[0]));
+        if (row / 4 == column / 2) store4(&stage.a[row + 4 + row / 4 * 4][2 * column + row / 4 * 4], packed<T>(small[1]));
+        store4(&stage.a[8 + row][2 * column], packed<T>(eight[0]));
         __syncwarp();
-        roles.made(maker / 2);
+        roles.arrive_full(producer / 2);
         this->load();
     }
 
     __device__ void run() {
         this->load(), this->load();
-        for (int chunk = maker; chunk < chunks; chunk += roles.makers) {
-            if ((chunk + 1) * WKV_CHUNK <= p.tokens) make<true>(chunk);
-            else make<false>(chunk);
+        for (int chunk = producer; chunk < chunks; chunk += roles.producers) {
+            if ((chunk + 1) * WKV_CHUNK <= p.tokens) produce<true>(chunk);
+            else produce<false>(chunk);
         }
         await_copies<0>();
     }

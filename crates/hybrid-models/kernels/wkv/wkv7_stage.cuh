@@ -1,6 +1,6 @@
-// What the warps of wkv7_chunks.cuh share: a chunk as makers hand it to users, its inputs as they come, and the head's constants.
+// What the warps of wkv7_chunks.cuh share: a chunk as producers hand it to consumers, its inputs as they come, and the head's constants.
 //
-// Makers hold tokens x keys as fragments: a lane has tokens row and row + 8 (row = lane / 4), and of the keys those that lie side by side in memory:
+// Producers hold tokens x keys as fragments: a lane has tokens row and row + 8 (row = lane / 4), and of the keys those that lie side by side in memory:
 // tile j of eight keys, columns pair and pair + 1, are the keys 8 (lane % 4) + 2 j and the next in the first half of the head (j < 4), and 24 more in
 // the other. It is the same order wherever keys are summed over.
 #pragma once
@@ -50,11 +50,11 @@ struct Wkv7Weights {
 
 template <class T, int VALUES>
 struct Wkv7Shared {
-    static constexpr int USERS = VALUES / 16, MAKERS = VALUES == WKV7_DIM ? 8 : 6;  // The rest of the block's warps leave at once.
-    Wkv7Chunk<T, VALUES> chunks[MAKERS];
-    Wkv7Raw raw[MAKERS];
+    static constexpr int CONSUMERS = VALUES / 16, PRODUCERS = VALUES == WKV7_DIM ? 8 : 6;  // The rest of the block's warps leave at once.
+    Wkv7Chunk<T, VALUES> chunks[PRODUCERS];
+    Wkv7Raw raw[PRODUCERS];
     Wkv7Weights weights;
-    uint64_t full[MAKERS], empty[MAKERS];
+    uint64_t full[PRODUCERS], empty[PRODUCERS];
 };
 
 // Two numbers of T in a word as two f16.

@@ -1,4 +1,4 @@
-// What the warps of wkv.cuh share: the head's constants, a maker's memory, and how makers load.
+// What the warps of wkv.cuh share: the head's constants, a producer's memory, and how producers load.
 #pragma once
 #include "../args.cuh"
 #include "../mma.cuh"
@@ -7,20 +7,20 @@ namespace hybrid {
 
 constexpr int HEAD = 64, WKV_CHUNK = 16, WKV_THREADS = 256;
 
-// How a block's warps share the work: users first. Users take two neighbouring makers' chunks at a time.
+// How a block's warps share the work: consumers first. Consumers take two neighbouring producers' chunks at a time.
 struct WkvRoles {
-    const int users, makers, maker;  // maker: this warp, or negative
-    __device__ WkvRoles() : users(HEAD / 16 >> gridDim.x / 2), makers(blockDim.x / 32 - users), maker((int)threadIdx.x / 32 - users) {}
+    const int consumers, producers, producer;  // producer: this warp, or negative
+    __device__ WkvRoles() : consumers(HEAD / 16 >> gridDim.x / 2), producers(blockDim.x / 32 - consumers), producer((int)threadIdx.x / 32 - consumers) {}
 
-    // Both chunks of makers 2 i and 2 i + 1 are made.
-    __device__ void made(int i) const { asm volatile("bar.arrive %0, %1;" ::"r"(1 + i), "r"(32 * (2 + users)) : "memory"); }
-    __device__ void await_made(int i) const { asm volatile("bar.sync %0, %1;" ::"r"(1 + i), "r"(32 * (2 + users)) : "memory"); }
-    // Maker m's chunk has been used.
-    __device__ void used(int m) const { asm volatile("bar.arrive %0, %1;" ::"r"(8 + m), "r"(32 * (1 + users)) : "memory"); }
-    __device__ void await_used(int m) const { asm volatile("bar.sync %0, %1;" ::"r"(8 + m), "r"(32 * (1 + users)) : "memory"); }
+    // Both chunks of producers 2 i and 2 i + 1 are full.
+    __device__ void arrive_full(int i) const { asm volatile("bar.arrive %0, %1;" ::"r"(1 + i), "r"(32 * (2 + consumers)) : "memory"); }
+    __device__ void wait_full(int i) const { asm volatile("bar.sync %0, %1;" ::"r"(1 + i), "r"(32 * (2 + consumers)) : "memory"); }
+    // Producer m's chunk has been used.
+    __device__ void arrive_empty(int m) const { asm volatile("bar.arrive %0, %1;" ::"r"(8 + m), "r"(32 * (1 + consumers)) : "memory"); }
+    __device__ void wait_empty(int m) const { asm volatile("bar.sync %0, %1;" ::"r"(8 + m), "r"(32 * (1 + consumers)) : "memory"); }
 };
 
-// An even number: users take two chunks at a time. Tokens beyond the last change nothing.
+// An even number: consumers take two chunks at a time. Tokens beyond the last change nothing.
 __device__ __forceinline__ int wkv_chunks(int tokens) { return (tokens + 2 * WKV_CHUNK - 1) / (2 * WKV_CHUNK) * 2; }
 
 template <class T>
@@ -45,19 +45,19 @@ struct WkvConstants {
     }
 };
 
-// A maker's memory: its chunks as they come, and the last one that it made.
+// A producer's memory: its chunks as they come, and the last one that it stage.
 template <class T, bool TOKEN_DECAYS>
-struct WkvMade {
+struct WkvStage {
     WkvRows<T> input_r[2], input_k[2], v[3];
     T w[2][TOKEN_DECAYS ? WKV_CHUNK : 1][HEAD];
-    T pairs[TOKEN_DECAYS ? WKV_CHUNK : 1][HEAD + PAD];  // Wkv6Maker's level 2
-    // For users, beside v:
+    T pairs[TOKEN_DECAYS ? WKV_CHUNK : 1][HEAD + PAD];  // Wkv6Producer's level 2
+    // For consumers, beside v:
     WkvRows<T> r, k;  // r(t) o W(t - 1), k(s) o W(end) / W(s)
     T a[WKV_CHUNK][WKV_CHUNK + PAD];  // Zeros above the diagonal, once and for all
     float decay[HEAD];  // W(end)
 };
 
-// Two neighbours, multiplied and rounded to T.
+// Two adjacent numbers, multiplied and rounded to T.
 template <class T>
 __device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b);
 template <>
@@ -82,16 +82,16 @@ __device__ __forceinline__ void store4(void* at, uint32_t x) { *reinterpret_cast
 template <class T, bool TOKEN_DECAYS>
 struct WkvLoader {
     const Wkv& p;
-    WkvMade<T, TOKEN_DECAYS>& made;
+    WkvStage<T, TOKEN_DECAYS>& stage;
     const WkvRoles roles;
-    const int maker, lane, quarter, keys, chunks;
+    const int producer, lane, quarter, keys, chunks;
     int next, half = 0, third = 0;       // The chunk to load, and where
     const T *r_at, *k_at, *w_at, *v_at;  // Of this lane's first token of chunk `next`
     int v_token, v_column;
 
-    __device__ WkvLoader(const Wkv& p, WkvMade<T, TOKEN_DECAYS>& made)
-        : p(p), made(made), maker(roles.maker), lane(threadIdx.x % 32), quarter(lane / 8), keys(lane % 8 * 8), chunks(wkv_chunks(p.tokens)), next(maker) {
-        const int head = blockIdx.y * HEAD, pieces = 2 * roles.users;
+    __device__ WkvLoader(const Wkv& p, WkvStage<T, TOKEN_DECAYS>& stage)
+        : p(p), stage(stage), producer(roles.producer), lane(threadIdx.x % 32), quarter(lane / 8), keys(lane % 8 * 8), chunks(wkv_chunks(p.tokens)), next(producer) {
+        const int head = blockIdx.y * HEAD, pieces = 2 * roles.consumers;
         const long long start = (long long)blockIdx.z * p.tokens + next * WKV_CHUNK, row = start + quarter;
         r_at = (const T*)p.r + row * p.r_row + head + keys, k_at = (const T*)p.k + row * p.k_row + head + keys;
         w_at = (const T*)p.w + row * p.w_row + head + keys;
@@ -106,21 +106,21 @@ struct WkvLoader {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int t = quarter + 4 * i;
-                copy16(&made.input_r[half][t][keys], r_at + 4ll * i * p.r_row, t < left);
-                copy16(&made.input_k[half][t][keys], k_at + 4ll * i * p.k_row, t < left);
-                if (TOKEN_DECAYS) copy16(&made.w[half][t][keys], w_at + 4ll * i * p.w_row, t < left);
+                copy16(&stage.input_r[half][t][keys], r_at + 4ll * i * p.r_row, t < left);
+                copy16(&stage.input_k[half][t][keys], k_at + 4ll * i * p.k_row, t < left);
+                if (TOKEN_DECAYS) copy16(&stage.w[half][t][keys], w_at + 4ll * i * p.w_row, t < left);
             }
             const int step = 4 * gridDim.x;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int t = v_token + i * step;
-                if (t < WKV_CHUNK) copy16(&made.v[third][t][v_column], v_at + (long long)i * step * p.v_row, t < left);
+                if (t < WKV_CHUNK) copy16(&stage.v[third][t][v_column], v_at + (long long)i * step * p.v_row, t < left);
             }
         }
         end_copies();
-        const long long rows = roles.makers * WKV_CHUNK;
+        const long long rows = roles.producers * WKV_CHUNK;
         r_at += rows * p.r_row, k_at += rows * p.k_row, w_at += rows * p.w_row, v_at += rows * p.v_row;
-        next += roles.makers;
+        next += roles.producers;
         half ^= 1, third = third == 2 ? 0 : third + 1;
     }
 };

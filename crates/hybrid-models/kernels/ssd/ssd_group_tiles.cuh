@@ -1,49 +1,49 @@
-// What all heads of a group need of a chunk of 64 tokens, made once: B, C and C B', as ssd_wgmma.cuh has them in shared memory, so that a packet
-// comes in one copy.
+// What all heads of a group need of a chunk of 64 tokens, made once: B, C and C B', as ssd_wgmma.cuh has them in shared memory, so that the tiles
+// come in one copy.
 #pragma once
 #include "../args.cuh"
 #include "../hopper.cuh"
 
 namespace hybrid {
 
-constexpr int SSD_TOKENS = 64, SSD_PACKET_THREADS = 128;
+constexpr int SSD_TOKENS = 64, SSD_GROUP_TILES_THREADS = 128;
 constexpr int SSD_TILES = 10;  // Of 16 x 16, those of 64 x 64 that reach below the diagonal: row by row.
 __device__ constexpr int ssd_tile(int row, int column) { return row * (row + 1) / 2 + column; }
 
 template <class T, int N>
-struct SsdPacket {
+struct SsdGroupTiles {
     Square<T> c[N / 64], b[N / 64];    // Rows of tokens, 64 states each
     float scores[SSD_TILES][16 * 16];  // C B' of the chunk after, whose weights are made while this one is multiplied; 0 above the diagonal
 };
 
-// The packets of a group and entry. The first has no more than the first chunk's scores; chunk i is in packet i + 1.
+// The tiles of a group and entry. The first have no more than the first chunk's scores; chunk i is in tiles i + 1.
 template <class T, int N>
-__device__ SsdPacket<T, N>* ssd_packets_of(const Ssd& p, int entry, int group, int chunks) {
-    return (SsdPacket<T, N>*)p.scratch + ((long long)entry * p.groups + group) * (chunks + 1);
+__device__ SsdGroupTiles<T, N>* ssd_group_tiles_of(const Ssd& p, int entry, int group, int chunks) {
+    return (SsdGroupTiles<T, N>*)p.scratch + ((long long)entry * p.groups + group) * (chunks + 1);
 }
 
 template <class T, int N>
-struct SsdPacketMaker {
+struct SsdGroupTilesProducer {
     static constexpr int PIECES = N / 8;
     const Ssd& p;
-    SsdPacket<T, N>& packet;  // In shared memory, without scores
-    SsdPacket<T, N>* to;
+    SsdGroupTiles<T, N>& group_tiles;  // In shared memory, without scores
+    SsdGroupTiles<T, N>* to;
 
     // Rows beyond the last token become zeros.
     __device__ void load() {
         const int chunk = blockIdx.x, group = blockIdx.y, left = p.tokens - chunk * SSD_TOKENS;
         const long long first = (long long)blockIdx.z * p.tokens + (long long)chunk * SSD_TOKENS;
-        for (int i = threadIdx.x; i < SSD_TOKENS * PIECES; i += SSD_PACKET_THREADS) {
+        for (int i = threadIdx.x; i < SSD_TOKENS * PIECES; i += SSD_GROUP_TILES_THREADS) {
             const int t = i / PIECES, piece = i % PIECES, at = swizzled(t, piece % 8);
             const long long row = t < left ? first + t : first;
-            copy16(&packet.c[piece / 8][at], (const T*)p.c + row * p.c_row + group * N + piece * 8, t < left);
-            copy16(&packet.b[piece / 8][at], (const T*)p.b + row * p.b_row + group * N + piece * 8, t < left);
+            copy16(&group_tiles.c[piece / 8][at], (const T*)p.c + row * p.c_row + group * N + piece * 8, t < left);
+            copy16(&group_tiles.b[piece / 8][at], (const T*)p.b + row * p.b_row + group * N + piece * 8, t < left);
         }
         end_copies(), await_copies<0>();
         __syncthreads();
     }
     __device__ void store() {
-        for (int i = threadIdx.x; i < SSD_TOKENS * PIECES * 2; i += SSD_PACKET_THREADS) ((uint4*)to[1].c)[i] = ((const uint4*)packet.c)[i];
+        for (int i = threadIdx.x; i < SSD_TOKENS * PIECES * 2; i += SSD_GROUP_TILES_THREADS) ((uint4*)to[1].c)[i] = ((const uint4*)group_tiles.c)[i];
     }
     // 16 tokens a warp, with all before them.
     __device__ void score() {
@@ -52,11 +52,11 @@ struct SsdPacketMaker {
 #pragma unroll
         for (int k = 0; k < PIECES; k += 2) {
             uint32_t c_of[4], b_of[4];
-            load_matrices(c_of, &packet.c[k / 8][swizzled(warp * 16 + matrix % 2 * 8 + line, (k + matrix / 2) % 8)]);
+            load_matrices(c_of, &group_tiles.c[k / 8][swizzled(warp * 16 + matrix % 2 * 8 + line, (k + matrix / 2) % 8)]);
 #pragma unroll
             for (int u = 0; u < 4; u++) {
                 if (u > warp) break;
-                load_matrices(b_of, &packet.b[k / 8][swizzled(u * 16 + matrix / 2 * 8 + line, (k + matrix % 2) % 8)]);
+                load_matrices(b_of, &group_tiles.b[k / 8][swizzled(u * 16 + matrix / 2 * 8 + line, (k + matrix % 2) % 8)]);
                 multiply<T>(sums[u][0], c_of, b_of[0], b_of[1]);
                 multiply<T>(sums[u][1], c_of, b_of[2], b_of[3]);
             }
@@ -76,15 +76,15 @@ struct SsdPacketMaker {
     __device__ void run() { load(), store(), score(); }
 };
 
-// Grid (tokens / 64, groups, batch), SSD_PACKET_THREADS threads.
+// Grid (tokens / 64, groups, batch), SSD_GROUP_TILES_THREADS threads.
 template <class T>
-__device__ void ssd_packets(const Ssd& p) {
+__device__ void ssd_group_tiles(const Ssd& p) {
     __shared__ __align__(128) char memory[4 * sizeof(Square<T>)];
     const int chunk = blockIdx.x, chunks = gridDim.x;
     if (p.states == 64) {
-        SsdPacketMaker<T, 64>{p, *(SsdPacket<T, 64>*)memory, ssd_packets_of<T, 64>(p, blockIdx.z, blockIdx.y, chunks) + chunk}.run();
+        SsdGroupTilesProducer<T, 64>{p, *(SsdGroupTiles<T, 64>*)memory, ssd_group_tiles_of<T, 64>(p, blockIdx.z, blockIdx.y, chunks) + chunk}.run();
     } else {
-        SsdPacketMaker<T, 128>{p, *(SsdPacket<T, 128>*)memory, ssd_packets_of<T, 128>(p, blockIdx.z, blockIdx.y, chunks) + chunk}.run();
+        SsdGroupTilesProducer<T, 128>{p, *(SsdGroupTiles<T, 128>*)memory, ssd_group_tiles_of<T, 128>(p, blockIdx.z, blockIdx.y, chunks) + chunk}.run();
     }
 }
 

@@ -1,6 +1,6 @@
 // RWKV-7 in chunks: a warp that prepares chunks. See wkv7_chunks.cuh for the names.
 #pragma once
-#include "wkv7_made.cuh"
+#include "wkv7_stage.cuh"
 
 namespace hybrid {
 
@@ -10,8 +10,8 @@ struct Wkv7Rows {
 };
 
 template <class T, int VALUES>
-struct Wkv7Maker {
-    static constexpr int EIGHTS = VALUES / 8, MAKERS = Wkv7Shared<T, VALUES>::MAKERS;
+struct Wkv7Producer {
+    static constexpr int VECTORS = VALUES / 8, PRODUCERS = Wkv7Shared<T, VALUES>::PRODUCERS;
     const Wkv7& p;
     Wkv7Chunk<T, VALUES>& chunk;
     Wkv7Raw& raw;
@@ -23,7 +23,7 @@ struct Wkv7Maker {
     float decay[WKV7_TILES];
     uint32_t sums[4];  // Logarithms of decays to those of W(t) / M; in row 7, where that is 1, to 1 / M.
 
-    __device__ Wkv7Maker(const Wkv7& p, Wkv7Shared<T, VALUES>& shared, int warp)
+    __device__ Wkv7Producer(const Wkv7& p, Wkv7Shared<T, VALUES>& shared, int warp)
         : p(p), chunk(shared.chunks[warp]), raw(shared.raw[warp]), weights(shared.weights), lane(threadIdx.x % 32), row(lane / 4), quarter(lane % 4),
           head(blockIdx.y * WKV7_DIM), start((long long)blockIdx.z * p.tokens), full(&shared.full[warp]), empty(&shared.empty[warp]) {
 #pragma unroll
@@ -35,7 +35,7 @@ struct Wkv7Maker {
         const int at = head + lane % 8 * 8;
         key_at = (const T*)p.key + token * p.key_row + at, a_at = (const T*)p.a + token * p.a_row + at;
         r_at = (const T*)p.r + token * p.r_row + at, w_at = (const T*)p.w + token * p.w_row + at;
-        v_at = (const T*)p.v + (start + warp * WKV7_CHUNK + lane / EIGHTS) * p.v_row + head + blockIdx.x * VALUES + lane % EIGHTS * 8;
+        v_at = (const T*)p.v + (start + warp * WKV7_CHUNK + lane / VECTORS) * p.v_row + head + blockIdx.x * VALUES + lane % VECTORS * 8;
         chunk.kr[1][lane] = chunk.br[1][lane] = chunk.kc[1][lane] = chunk.solve[1][lane] = 0;
         const int s = 2 * quarter;  // Columns s and s + 1, and 8 further
         auto early = [&](int s) { return row == 7 || s > row ? -1.f : 0.f; };
@@ -58,7 +58,7 @@ struct Wkv7Maker {
             const int token = lane / 8 + t;
             copy16(&to[token][lane % 8 ^ turn(token)], at, token < left);
         }
-        from += MAKERS * WKV7_CHUNK * (long long)stride;
+        from += PRODUCERS * WKV7_CHUNK * (long long)stride;
     }
     __device__ void load_first(int left) {
         load(w_at, p.w_row, raw.w, left, turn_of_pairs);
@@ -72,14 +72,14 @@ struct Wkv7Maker {
     }
     __device__ void load_values(int left) {
         const T* at = v_at;
-        constexpr int STEP = 32 / EIGHTS;
-        const int eight = lane % EIGHTS;
+        constexpr int STEP = 32 / VECTORS;
+        const int eight = lane % VECTORS;
 #pragma unroll
         for (int t = 0; t < WKV7_CHUNK; t += STEP, at += STEP * p.v_row) {
-            const int token = lane / EIGHTS + t;
+            const int token = lane / VECTORS + t;
             copy16(&chunk.v[eight / 2][(token / 8 * 2 + eight % 2) * 8 + (token % 8 ^ turn_of_values(eight))], at, token < left);
         }
-        v_at += MAKERS * WKV7_CHUNK * (long long)p.v_row;
+        v_at += PRODUCERS * WKV7_CHUNK * (long long)p.v_row;
         end_copies();
     }
 
@@ -207,8 +207,8 @@ struct Wkv7Maker {
         }
     }
 
-    __device__ void make(int index, int parity) {
-        const int left = p.tokens - index * WKV7_CHUNK, next = left - MAKERS * WKV7_CHUNK;
+    __device__ void produce(int index, int parity) {
+        const int left = p.tokens - index * WKV7_CHUNK, next = left - PRODUCERS * WKV7_CHUNK;
         const bool own_wanted = p.own && blockIdx.x == 0;
         await_copies<1>();
         __syncwarp();
@@ -250,12 +250,12 @@ struct Wkv7Maker {
         if (quarter == 0 && row + 8 < left) to[8 * p.heads] = WKV7_SCALE * sums.y;
     }
 
-    __device__ void make_all() {
+    __device__ void produce_all() {
         int parity = 1, index = threadIdx.x / 32;
         const int left = p.tokens - index * WKV7_CHUNK;
         if (left > 0) load_first(left), load_second(left);
-        for (; index * WKV7_CHUNK < p.tokens; index += MAKERS, parity ^= 1) {
-            make(index, parity);
+        for (; index * WKV7_CHUNK < p.tokens; index += PRODUCERS, parity ^= 1) {
+            produce(index, parity);
             if (lane == 0) arrive_at(full);
         }
     }

@@ -1,12 +1,12 @@
 // RWKV-7 in chunks: a warp that goes through all chunks with 16 columns of the state. See wkv7_chunks.cuh for the names.
 #pragma once
-#include "wkv7_made.cuh"
+#include "wkv7_stage.cuh"
 
 namespace hybrid {
 
 // 16 columns of S, transposed: fragments C of [values][keys], eight keys a tile. Packed in pairs they are fragments A of S'.
 template <class T, int VALUES>
-struct Wkv7User {
+struct Wkv7Consumer {
     typedef Wkv7Chunk<T, VALUES> Chunk;
     typedef Wkv7Shared<T, VALUES> Shared;
     const Wkv7& p;
@@ -19,7 +19,7 @@ struct Wkv7User {
     float found[2][4];
     int slot = 0, parity = 0;
 
-    __device__ Wkv7User(const Wkv7& p, Shared& shared, int slice)
+    __device__ Wkv7Consumer(const Wkv7& p, Shared& shared, int slice)
         : p(p), shared(shared), lane(threadIdx.x % 32), row(lane / 4), quarter(lane % 4), slice(slice),
           v_at(slice * 32 + lane / 8 * 8 + (lane % 8 ^ turn_of_values(2 * slice + lane / 8 % 2))) {}
 
@@ -124,7 +124,7 @@ struct Wkv7User {
         }
         add_to_state(u, chunk.b);
         add(y[0], y[1], u, br);
-        if (++slot == Shared::MAKERS) slot = 0, parity ^= 1;
+        if (++slot == Shared::PRODUCERS) slot = 0, parity ^= 1;
         if (!last) begin();
         __syncwarp();
         if (lane == 0) arrive_at(empty);
@@ -139,7 +139,7 @@ struct Wkv7User {
         if (left > 8) *(uint32_t*)(to + 8 * p.y_row) = rows[1][0], *(uint32_t*)(to + 8 * p.y_row + 8) = rows[1][1];
     }
 
-    __device__ void use_all() {
+    __device__ void consume_all() {
         float* state = p.state + ((long long)blockIdx.z * p.heads + blockIdx.y) * WKV7_DIM * WKV7_DIM;
         load_state(state);
         T* to = (T*)p.y + ((long long)blockIdx.z * p.tokens + row) * p.y_row + blockIdx.y * WKV7_DIM + blockIdx.x * VALUES + slice * 16 + 2 * quarter;

@@ -31,7 +31,7 @@ __device__ void ssd_columns(const Ssd& p) {
 }
 
 template <class T>
-__device__ void ssd_any(const Ssd& p) {
+__device__ void ssd_generic(const Ssd& p) {
     if (p.states <= 16 * PARTS) ssd_columns<T, 16>(p);
     else if (p.states <= 32 * PARTS) ssd_columns<T, 32>(p);
     else ssd_columns<T, 64>(p);

@@ -1,24 +1,24 @@
-// wkv.cuh's maker with the same decays for all tokens.
+// wkv.cuh's producer with the same decays for all tokens.
 //
 // A lane takes 16 keys of two tokens, g = lane / 4 and its complement 15 - g. Of the two, one has a level's bit and is r's, the other has it not and is
 // k's; and both are multiplied by the same power of the decays. So each lane has its part of all products' operands from the start.
 #pragma once
-#include "wkv_made.cuh"
+#include "wkv_stage.cuh"
 
 namespace hybrid {
 
 template <class T>
-struct Wkv5Maker : WkvLoader<T, false> {
+struct Wkv5Producer : WkvLoader<T, false> {
     typedef WkvLoader<T, false> Loader;
     typedef uint32_t Keys[8];  // Pairs of this lane's keys
-    using Loader::chunks, Loader::lane, Loader::made, Loader::maker, Loader::p, Loader::roles;
+    using Loader::chunks, Loader::lane, Loader::stage, Loader::producer, Loader::p, Loader::roles;
     const WkvConstants<T, false>& constants;
     const int g, column, first;  // first: of this lane's keys
     Keys early, late, by8, by4;  // w^g, w^(15 - g); levels
 
-    __device__ Wkv5Maker(const Wkv& p, WkvMade<T, false>& made, const WkvConstants<T, false>& constants)
-        : Loader(p, made), constants(constants), g(lane / 4), column(lane % 4), first(column * 16) {
-        for (int i = lane; i < WKV_CHUNK * (WKV_CHUNK + PAD) / 2; i += 32) reinterpret_cast<uint32_t*>(made.a)[i] = 0;
+    __device__ Wkv5Producer(const Wkv& p, WkvStage<T, false>& stage, const WkvConstants<T, false>& constants)
+        : Loader(p, stage), constants(constants), g(lane / 4), column(lane % 4), first(column * 16) {
+        for (int i = lane; i < WKV_CHUNK * (WKV_CHUNK + PAD) / 2; i += 32) reinterpret_cast<uint32_t*>(stage.a)[i] = 0;
         get(early, constants.powers[g]), get(late, constants.powers[15 - g]);
         get(by8, constants.powers[7 - g]), get(by4, constants.powers[(g & 4 ? g : 15 - g) & 3]);
     }
@@ -68,17 +68,17 @@ struct Wkv5Maker : WkvLoader<T, false> {
         const int n = 2 * column, t = g & BIT ? g : 15 - g;
         const bool turned = n & BIT;
         const int s = turned ? 14 - n : n;
-        if (t / (2 * BIT) == s / (2 * BIT)) store4(&made.a[t][s], turned ? packed<T>(x.y, x.x) : packed<T>(x.x, x.y));
+        if (t / (2 * BIT) == s / (2 * BIT)) store4(&stage.a[t][s], turned ? packed<T>(x.y, x.x) : packed<T>(x.x, x.y));
     }
 
-    __device__ void make(int chunk) {
+    __device__ void produce(int chunk) {
         const int half = this->half, left = p.tokens - chunk * WKV_CHUNK;
-        const bool first_chunk = chunk == maker;
+        const bool first_chunk = chunk == producer;
         Keys r[2], k[2], by2, u;
         await_copies<1>();
         __syncwarp();
-        get(r[0], made.input_r[half][g]), get(r[1], made.input_r[half][15 - g]);
-        get(k[0], made.input_k[half][g]), get(k[1], made.input_k[half][15 - g]);
+        get(r[0], stage.input_r[half][g]), get(r[1], stage.input_r[half][15 - g]);
+        get(k[0], stage.input_k[half][g]), get(k[1], stage.input_k[half][15 - g]);
         get(by2, constants.powers[(g & 2 ? g : 15 - g) & 1]), get(u, constants.u);
         float2 one, two, four, eight;
         levels<1, 2>(r, k, by2, by2, one, two), levels<4, 8>(r, k, by4, by8, four, eight);
@@ -89,20 +89,20 @@ struct Wkv5Maker : WkvLoader<T, false> {
 #pragma unroll
             for (int i = 0; i < 2; i++) multiply<T>(own[i], a, times<T>(k[i][j], u[j]), times<T>(k[i][j + 1], u[j + 1]));
         }
-        if (!first_chunk) roles.await_used(maker);
-        put(made.r[g], r[0], early), put(made.r[15 - g], r[1], late);
+        if (!first_chunk) roles.wait_empty(producer);
+        put(stage.r[g], r[0], early), put(stage.r[15 - g], r[1], late);
         if (left >= WKV_CHUNK) {
-            put(made.k[g], k[0], late), put(made.k[15 - g], k[1], early);
+            put(stage.k[g], k[0], late), put(stage.k[15 - g], k[1], early);
         } else {
             Keys by[2];
             get(by[0], constants.powers[max(left - 1 - g, 0)]), get(by[1], constants.powers[max(left - 16 + g, 0)]);
-            put(made.k[g], k[0], by[0]), put(made.k[15 - g], k[1], by[1]);
+            put(stage.k[g], k[0], by[0]), put(stage.k[15 - g], k[1], by[1]);
         }
         if (first_chunk || left < WKV_CHUNK) {
             for (int key = lane; key < HEAD; key += 32) {
                 float power = 1;
                 for (int t = 0; t < min(left, WKV_CHUNK); t++) power *= constants.decay[key];
-                made.decay[key] = power;
+                stage.decay[key] = power;
             }
         }
         put_level<8>(eight), put_level<4>(four), put_level<2>(two);
@@ -111,17 +111,17 @@ struct Wkv5Maker : WkvLoader<T, false> {
             const bool odd = g % 2;
             const float own_g = odd ? own[0][1] : own[0][0], own_other = odd ? own[1][3] : own[1][2], before = odd ? one.x : one.y;
             const int t = odd ? g : 15 - g;
-            store4(&made.a[t][t - 1], packed<T>(before, odd ? own_g : own_other));
-            store4(&made.a[15 - t][15 - t], packed<T>(odd ? own_other : own_g, 0.f));
+            store4(&stage.a[t][t - 1], packed<T>(before, odd ? own_g : own_other));
+            store4(&stage.a[15 - t][15 - t], packed<T>(odd ? own_other : own_g, 0.f));
         }
         __syncwarp();
-        roles.made(maker / 2);
+        roles.arrive_full(producer / 2);
         this->load();
     }
 
     __device__ void run() {
         this->load(), this->load();
-        for (int chunk = maker; chunk < chunks; chunk += roles.makers) make(chunk);
+        for (int chunk = producer; chunk < chunks; chunk += roles.producers) produce(chunk);
         await_copies<0>();
     }
 };
