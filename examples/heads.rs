@@ -11,7 +11,7 @@ use longctx_core::{Batch, CausalLm, DenseStore, LayerSpec, Logits};
 use longctx_eval::Haystack;
 use longctx_eval::needle::{Needle, Sample};
 use token_drop::{
-    Budget, DuoAttention, EvictionPolicy, LayerView, Needs, ObservedQueries, PolicyCache,
+    Budget, DuoAttention, EvictionPolicy, LayerView, Needs, ObservedQueries, PolicyCache, Settings,
 };
 
 /// First tokens that a streaming head keeps.
@@ -47,7 +47,8 @@ impl Heads {
                 let store = DenseStore::new(spec.shape, DType::F32)?;
                 let probe = Probe { queries, sums: sums.clone() };
                 // Any budget below the text's length has the policy asked once, after the attention.
-                PolicyCache::new(spec.clone(), store, probe, Budget::Ratio(0.5))
+                let settings = Settings { decode_step: None, ..Settings::new(Budget::Ratio(0.5)) };
+                PolicyCache::with_settings(spec.clone(), store, probe, settings)
             })?;
             session.forward(&Batch::single(0, tokens.len())?, tokens, Logits::Last)?;
         }

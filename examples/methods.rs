@@ -14,7 +14,8 @@ use candle_core::DType;
 use clap::ValueEnum;
 use kv_quant::{Format, KeyBasis, QuantStore};
 use longctx_core::{
-    AttentionShape, DenseCache, DenseStore, KvCache, LayerSpec, WindowCache, for_layers,
+    AttentionShape, DenseCache, DenseStore, KvCache, KvStore, LatentCache, LatentStore, LayerSpec,
+    WindowCache, for_layers,
 };
 
 pub use eviction::{Evicting, Eviction, duo_attention};
@@ -85,28 +86,65 @@ impl Method {
         spec: &LayerSpec,
         capacity: Option<usize>,
     ) -> longctx_core::Result<Box<dyn KvCache>> {
+        if spec.latent {
+            return self.latent(spec, capacity);
+        }
         let make = for_layers(
             |spec| self.full(spec, capacity),
-            |spec| windowed(spec, self.window_format(spec)?, capacity),
+            |spec| windowed(spec, self.format(spec)?, capacity),
         );
         make(spec)
     }
 
-    /// What a layer with a sliding window packs its window in; `None`: f16. A policy leaves windows
-    /// as they are.
-    fn window_format(&self, spec: &LayerSpec) -> longctx_core::Result<Option<Format>> {
+    /// The format of a layer with a sliding window or latent attention; `None`: f16, or what a dense
+    /// cache holds. The format alone: without sinks, and a call's tokens attend before they are packed.
+    fn format(&self, spec: &LayerSpec) -> longctx_core::Result<Option<Format>> {
         match self.kind {
             Kind::Dense(_) => Ok(None),
             Kind::Policy(_, _, store) => Ok(store.format()?),
             Kind::Packed(make) => {
                 let shape = AttentionShape { window: None, ..spec.shape };
                 let format = make(LayerSpec { shape, ..spec.clone() })?.format();
-                // Keys before the rotary embedding are told by their number, which a window changes.
+                // Such formats find a key's position by its number, which a window changes; and
+                // they rotate keys as they score them, which latents are not there for.
                 Ok(Some(match format.key_basis() {
                     KeyBasis::BeforeRope => format.with_key_basis(KeyBasis::Given),
                     _ => format,
                 }))
             }
+        }
+    }
+
+    /// A cache for a layer with latent attention, which holds the latents once.
+    fn latent(
+        &self,
+        spec: &LayerSpec,
+        capacity: Option<usize>,
+    ) -> longctx_core::Result<Box<dyn KvCache>> {
+        let shape = spec.shape;
+        let parts = AttentionShape { head_dim: shape.head_dim - shape.value_dim, ..shape };
+        let Some(format) = self.format(&LayerSpec { shape: parts, ..spec.clone() })? else {
+            let dtype = match self.kind {
+                Kind::Dense(dtype) => dtype,
+                _ => DType::F16,
+            };
+            let bytes = capacity.unwrap_or(usize::MAX);
+            let make = |parts| DenseStore::with_capacity(parts, dtype, bytes);
+            return self.over_latents(spec, LatentStore::new(shape, make)?, 1);
+        };
+        let store = LatentStore::new(shape, |parts| packed_store(parts, format, capacity))?;
+        self.over_latents(spec, store, format.block_tokens())
+    }
+
+    fn over_latents<S: KvStore + 'static>(
+        &self,
+        spec: &LayerSpec,
+        store: LatentStore<S>,
+        step: usize,
+    ) -> longctx_core::Result<Box<dyn KvCache>> {
+        match self.kind {
+            Kind::Policy(policy, size, _) => policy.cache(spec.clone(), store, size, step),
+            _ => Ok(Box::new(LatentCache::new(spec.clone(), store)?)),
         }
     }
 
@@ -129,11 +167,7 @@ impl Method {
                     policy.cache(spec.clone(), store, size, 1)?
                 }
                 Some(format) => {
-                    let store = QuantStore::new(spec.shape, format)?;
-                    let store = match capacity {
-                        Some(bytes) => store.with_capacity(bytes),
-                        None => store,
-                    };
+                    let store = packed_store(spec.shape, format, capacity)?;
                     policy.cache(spec.clone(), store, size, format.block_tokens())?
                 }
             },
@@ -142,7 +176,10 @@ impl Method {
 }
 
 /// A cache for a layer with a sliding window: f16, or a packed format.
-fn windowed(
+///
+/// # Errors
+/// If the format does not fit the layer.
+pub fn windowed(
     spec: &LayerSpec,
     format: Option<Format>,
     capacity: Option<usize>,
@@ -151,12 +188,20 @@ fn windowed(
         let bytes = capacity.unwrap_or(usize::MAX);
         return Ok(Box::new(DenseCache::with_capacity(spec.clone(), DType::F16, bytes)?));
     };
-    let store = QuantStore::new(spec.shape, format)?;
-    let store = match capacity {
+    let store = packed_store(spec.shape, format, capacity)?;
+    Ok(Box::new(WindowCache::new(spec.clone(), store, format.block_tokens())?))
+}
+
+fn packed_store(
+    shape: AttentionShape,
+    format: Format,
+    capacity: Option<usize>,
+) -> longctx_core::Result<QuantStore> {
+    let store = QuantStore::new(shape, format)?;
+    Ok(match capacity {
         Some(bytes) => store.with_capacity(bytes),
         None => store,
-    };
-    Ok(Box::new(WindowCache::new(spec.clone(), store, format.block_tokens())?))
+    })
 }
 
 /// The methods that a list of all names: whole caches, and policies at the paper's ratios.
@@ -237,6 +282,31 @@ mod tests {
             assert_eq!(cache.held(5), 121, "{}", method.name());
             // The exact cache lets sequences outgrow their window by 256 tokens.
             assert!(cache.held(3) < 128 + 260, "{}: {}", method.name(), cache.held(3));
+        }
+    }
+
+    /// Latents are held once by every method: f16 ones take 2 bytes a channel.
+    #[test]
+    fn every_listed_method_holds_latents() {
+        let shape = AttentionShape { value_dim: 128, ..AttentionShape::new(4, 1, 192).unwrap() };
+        let rope = Arc::new(Rope::new(192, 64, 10_000.0, RopeScaling::None).unwrap());
+        let spec = LayerSpec::new(shape).with_rope(rope).with_latent().unwrap().at(1, 3);
+        for method in listed() {
+            let mut cache = method.cache(&spec).unwrap();
+            for batch in
+                [Batch::new(&[(3, 600), (5, 90)]).unwrap(), Batch::decode(&[5, 3]).unwrap()]
+            {
+                let x = |heads| Tensor::randn(0f32, 1., (batch.tokens(), heads, 192), &Device::Cpu);
+                let (q, k) = (x(4).unwrap(), x(1).unwrap());
+                let v = k.narrow(2, 64, 128).unwrap();
+                cache.attend(&Step { batch: &batch, q: &q, k: &k, v: &v }).unwrap();
+            }
+            assert_eq!((cache.seen(3), cache.seen(5)), (601, 91), "{}", method.name());
+            let most = 601 * 192 * if method.name() == "dense-f32" { 4 } else { 2 };
+            let held = cache.seq_footprint(3).payload;
+            // InfLLM's local window is a dense store of keys and values.
+            let infllm = method.name().starts_with("infllm");
+            assert!(held <= most || infllm, "{}: {held} bytes, not {most}", method.name());
         }
     }
 

@@ -23,6 +23,8 @@ pub struct Models {
 
 /// What methods need beside the model.
 pub struct Options {
+    /// Samples that a reader decodes side by side.
+    pub batch: usize,
     /// Tokens of a prompt to feed at a time; `None`: all at once.
     pub prefill_chunk: Option<usize>,
     /// LLMLingua-2's: a folder, or a name of the Hub.
@@ -36,6 +38,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            batch: 1,
             prefill_chunk: None,
             encoder: encoder::PUBLISHED.into(),
             heads: None,
@@ -91,7 +94,7 @@ impl Models {
         let reader =
             Reader::new(llm.model.session(make)?, text(&llm, &setting.template)?, setting.context);
         let dense = dense_bytes_per_token(&mut dense(&llm)?)?;
-        Ok(reader.with_prefill_chunk(self.options.prefill_chunk).with_dense_bytes_per_token(dense))
+        Ok(self.reading(reader).with_dense_bytes_per_token(dense))
     }
 
     /// The tokenizer and template of the setting's transformer.
@@ -108,9 +111,19 @@ impl Models {
             Template::Jinja(template) => Some(ChatTemplate::new(template, "", "")?),
             Template::Own | Template::Plain => None,
         };
-        let text = RecurrentText { stop: llm.model.eos().to_vec(), tokenizer: llm.tokenizer, chat };
-        Ok(Reader::new(session, text, setting.context)
-            .with_prefill_chunk(self.options.prefill_chunk))
+        let first = llm.tokenizer.encode("", true)?.first().copied();
+        let bos = match &llm.tokenizer {
+            hybrid_models::Tokenizer::Json(inner) => first.and_then(|id| inner.id_to_token(id)),
+            hybrid_models::Tokenizer::World(_) => None,
+        };
+        let stop = llm.model.eos().to_vec();
+        let text = RecurrentText { tokenizer: llm.tokenizer, chat, stop, bos };
+        Ok(self.reading(Reader::new(session, text, setting.context)))
+    }
+
+    /// A reader with the options of all.
+    fn reading(&self, reader: Reader) -> Reader {
+        reader.with_batch(self.options.batch).with_prefill_chunk(self.options.prefill_chunk)
     }
 }
 
@@ -138,19 +151,23 @@ fn text(llm: &Pretrained, template: &Template) -> Result<TransformerText, Fault>
             Some(ChatTemplate::new(template, &bos.unwrap_or_default(), &eos.unwrap_or_default())?)
         }
     };
-    Ok(TransformerText { tokenizer: llm.tokenizer.clone(), chat, stop: config.eos.clone() })
+    let first = llm.tokenizer.encode("", true)?.first().copied();
+    let bos = first.and_then(|id| llm.tokenizer.token(id));
+    Ok(TransformerText { tokenizer: llm.tokenizer.clone(), chat, stop: config.eos.clone(), bos })
 }
 
 struct TransformerText {
     tokenizer: base_models::Tokenizer,
     chat: Option<ChatTemplate>,
     stop: Vec<u32>,
+    bos: Option<String>,
 }
 
 struct RecurrentText {
     tokenizer: hybrid_models::Tokenizer,
     chat: Option<ChatTemplate>,
     stop: Vec<u32>,
+    bos: Option<String>,
 }
 
 /// Both tokenizers have the same methods.
@@ -173,6 +190,9 @@ macro_rules! impl_text {
             }
             fn stop(&self) -> &[u32] {
                 &self.stop
+            }
+            fn bos(&self) -> Option<&str> {
+                self.bos.as_deref()
             }
         }
     };

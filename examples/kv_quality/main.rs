@@ -2,6 +2,7 @@
 //!
 //!     cargo run --release --example kv_quality -- --text FOLDER
 //!     cargo run --release --example kv_quality -- --text FOLDER --generate 1024
+//!     cargo run --release --example kv_quality -- --plot TABLE.md --out PLOT.svg
 //!
 //! The first: perplexity. The text is cut into contexts, which run side by side as a batch, a few
 //! tokens at a time, each block attending to the packed past: the decode path, teacher-forced. Every
@@ -12,12 +13,13 @@
 
 mod bootstrap;
 mod generation;
+mod plot;
 mod size;
 mod teacher_forced;
 
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use base_models::Pretrained;
 use clap::Parser;
 use longctx_eval::Haystack;
@@ -81,8 +83,8 @@ struct Args {
     #[arg(long)]
     model: Option<String>,
     /// A folder of text, or a text file
-    #[arg(long)]
-    text: PathBuf,
+    #[arg(long, required_unless_present = "plot")]
+    text: Option<PathBuf>,
     /// Tokens of a context, or of a prompt to be continued [default: 4096, or 256]
     #[arg(long)]
     context: Option<usize>,
@@ -98,12 +100,21 @@ struct Args {
     /// Methods to run, by name; changes are relative to dense-f16, if it comes first
     #[arg(long, value_delimiter = ',', default_values = METHODS, value_parser = Method::named)]
     methods: Vec<Method>,
+    /// Draw the tables of perplexity in these files, and do nothing else
+    #[arg(long, value_delimiter = ',')]
+    plot: Vec<PathBuf>,
+    /// Where to save the plot
+    #[arg(long, default_value = "results/kv_quality.svg")]
+    out: PathBuf,
     #[command(flatten)]
     place: Place,
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    if !args.plot.is_empty() {
+        return plot::draw(&args.plot, &args.out);
+    }
     let (context, count) = if args.generate.is_some() { (256, 64) } else { (4096, 5) };
     let (context, count) = (args.context.unwrap_or(context), args.contexts.unwrap_or(count));
     let sizes = args.block > 0 && context > 1 && count > 0 && args.generate != Some(0);
@@ -120,7 +131,8 @@ fn main() -> Result<()> {
 /// The contexts, each beginning where the last ended.
 fn contexts(args: &Args, llm: &Pretrained, context: usize, count: usize) -> Result<Vec<Vec<u32>>> {
     let all = context * count;
-    let text = Haystack::from_path(&args.text)?.words(all)?;
+    let text = args.text.as_ref().context("--text is missing")?;
+    let text = Haystack::from_path(text)?.words(all)?;
     let tokens = llm.tokenizer.encode(&text, true)?;
     ensure!(tokens.len() >= all, "the text has {} tokens, not {all}", tokens.len());
     Ok(tokens[..all].chunks(context).map(<[u32]>::to_vec).collect())

@@ -39,7 +39,7 @@ pub struct Chosen {
     model: Option<String>,
     #[command(flatten)]
     place: Place,
-    /// The most tokens of a prompt, where the setting would allow more; longer ones are cut in the middle
+    /// The most tokens of a prompt; longer ones are cut in the middle. For a setting of the paper or a file at most its own context; for methods 7500 by default
     #[arg(long, value_parser = number::<2, MOST>)]
     context: Option<usize>,
     /// Tokens of a prompt to feed at a time; by default all at once, which attends exactly
@@ -55,9 +55,10 @@ pub struct Chosen {
 }
 
 impl Chosen {
-    /// What opens the settings' models.
-    pub fn models(&self) -> Models {
+    /// What opens the settings' models, whose samples are decoded `batch` at a time.
+    pub fn models(&self, batch: usize) -> Models {
         Models::new(Options {
+            batch,
             prefill_chunk: self.prefill_chunk,
             encoder: self.encoder.clone(),
             heads: self.heads.clone(),
@@ -78,7 +79,8 @@ impl Chosen {
             false => None,
         };
         if let Some(model) = &model {
-            known.extend(methods.names().map(|name| Setting::of(name, model, CONTEXT)));
+            let context = self.context.unwrap_or(CONTEXT);
+            known.extend(methods.names().map(|name| Setting::of(name, model, context)));
         }
         let named = model.filter(|_| self.model.is_some());
         let mut chosen: Vec<Setting> = Vec::new();
@@ -249,15 +251,7 @@ impl TaskArgs {
     }
 
     fn ruler(&self, models: &Models, settings: &[Setting]) -> Result<ruler::Source> {
-        for setting in settings {
-            let longest = self.ruler_lengths.iter().max().copied().unwrap_or(0);
-            ensure!(
-                longest <= setting.context,
-                "setting {} cuts prompts to {} tokens, in the middle of RULER's of {longest}: give a --context",
-                setting.name,
-                setting.context
-            );
-        }
+        check_lengths("RULER's", &self.ruler_lengths, settings)?;
         Ok(ruler::Source {
             lengths: self.ruler_lengths.clone(),
             count: count(models, &settings[0], false)?,
@@ -290,11 +284,24 @@ impl TaskArgs {
             grid.lengths = self.needle_words.clone();
         }
         if !self.needle_tokens.is_empty() {
+            check_lengths("the needle test's", &self.needle_tokens, settings)?;
             grid.lengths = self.needle_tokens.clone();
             grid.unit = Length::Tokens(count(models, &settings[0], true)?);
         }
         Ok(grid)
     }
+}
+
+/// Refuses prompts of given lengths that a setting would cut.
+fn check_lengths(whose: &str, lengths: &[usize], settings: &[Setting]) -> Result<()> {
+    let longest = lengths.iter().max().copied().unwrap_or(0);
+    for Setting { name, context, .. } in settings {
+        ensure!(
+            longest <= *context,
+            "setting {name} cuts prompts to {context} tokens, {whose} have {longest}: give a --context that is as large, and a setting that allows it"
+        );
+    }
+    Ok(())
 }
 
 /// Counts with the setting's tokenizer; `special`: as a prompt, with the tokens that begin one.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use longctx_eval::statistics::{self, Difference, of_setting};
+use longctx_eval::statistics::{self, Decode, Difference, of_setting};
 use longctx_eval::{Event, Setting, records};
 
 pub struct Live {
@@ -36,22 +36,20 @@ impl Live {
         };
         let (dense, held) = (sum(|record| record.dense_bytes), sum(|record| record.kv_bytes));
         let ratio = if held > 0.0 { format!("{:.2}", dense / held) } else { "-".into() };
-        let speeds = own.iter().filter_map(|record| record.timings.decode_tokens_per_second);
-        let (sum, count) = speeds.fold((0.0, 0), |(sum, count), speed| (sum + speed, count + 1));
-        let speed = if count > 0 { format!("{:.1}", sum / f64::from(count)) } else { "-".into() };
+        let speed = Decode::of(&own).map_or_else(|| "-".into(), |decode| decode.to_string());
         let [mean, low, high] = [score.mean, score.low, score.high].map(percent);
         let head = if self.began {
             String::new()
         } else {
             self.began = true;
             format!(
-                "{:28} {:>7} {:>20} {:>22} {:>7} {:>9}\n",
+                "{:28} {:>7} {:>20} {:>22} {:>7} {:>12}\n",
                 "setting", "samples", "score, % [95 %]", "to dense [95 %]", "ratio", "tokens/s"
             )
         };
         let score = format!("{mean:5.1} [{low:.1}, {high:.1}]");
         Some(format!(
-            "{head}{:28} {:>7} {score:>20} {difference:>22} {ratio:>7} {speed:>9}",
+            "{head}{:28} {:>7} {score:>20} {difference:>22} {ratio:>7} {speed:>12}",
             setting.name,
             own.len()
         ))

@@ -38,7 +38,7 @@ enum Command {
     /// Answer what is not answered yet, a line of results each
     Run(Box<RunArgs>),
     /// Compare token by token with the dense model on a text
-    Agree(agree::Args),
+    Agree(Box<agree::Args>),
     /// Write report.md, scores.csv, report.html and the pictures into a run's folder
     Report {
         /// The folder; with --compare, where compare.html goes
@@ -65,6 +65,9 @@ struct RunArgs {
     /// The most tokens to write in a turn
     #[arg(long, value_parser = number::<1, MOST>)]
     max_new: Option<usize>,
+    /// Samples of a setting that are decoded side by side; a server has its setting's concurrency
+    #[arg(long, default_value_t = 1, value_parser = number::<1, 4096>)]
+    batch: usize,
     /// This process's part of the work, as in 2/4; each part writes a file of its own
     #[arg(long, default_value = "1/1", value_parser = shard)]
     shard: Shard,
@@ -86,7 +89,7 @@ struct RunArgs {
 fn main() -> Result<()> {
     match Args::parse().command {
         Command::Run(args) => answer(*args),
-        Command::Agree(args) => agree::agree(args),
+        Command::Agree(args) => agree::agree(*args),
         Command::Report { folder, compare } => {
             let written = match compare.as_slice() {
                 [a, b] => vec![report::compare(a, b, &folder)?],
@@ -111,7 +114,7 @@ fn answer(args: RunArgs) -> Result<()> {
         !args.until_sure || args.shard == Shard::WHOLE,
         "--until-sure needs the whole run: shards do not see each other's results"
     );
-    let models = args.chosen.models();
+    let models = args.chosen.models(args.batch);
     let methods = method::all(&models);
     let settings = args.chosen.settings(&methods)?;
     let tasks = args.tasks.open(&models, &settings)?;

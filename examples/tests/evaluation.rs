@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use longctx_eval::records;
 use longctx_eval::statistics::{Difference, Verdict};
+use longctx_eval::{Record, records};
 
 const NEEDLES: [&str; 10] = [
     "--needle-words",
@@ -27,8 +27,10 @@ fn program() -> PathBuf {
 
 /// `run` with more arguments; what it says.
 fn run(out: &Path, more: &[&str]) -> String {
-    let mut command = Command::new(program());
-    command.arg("run").arg("--out").arg(out).args(NEEDLES).args(more);
+    succeed(Command::new(program()).arg("run").arg("--out").arg(out).args(NEEDLES).args(more))
+}
+
+fn succeed(command: &mut Command) -> String {
     let output = command.output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
@@ -106,4 +108,54 @@ fn samples_are_added_until_the_difference_is_sure() {
     // Once more there is nothing to do.
     let said = run(folder.path(), &arguments);
     assert!(said.contains("0 answered") && !said.contains(" 1 answered"), "{said}");
+}
+
+/// One setting of each kind, on a task of one turn and one of several, with prompts that every
+/// method compresses.
+fn of_every_kind(out: &Path, more: &[&str]) -> Command {
+    let mut command = Command::new(program());
+    command.args(["run", "--model", "embedded", "--out"]).arg(out);
+    command.args(["--settings", "dense-f16,kivi-4,h2o-4x,snap-kv-4x", "--max-new", "12"]);
+    command.args(["--tasks", "needle,recall", "--long-samples", "3", "--items", "12"]);
+    command.args(["--needle-words", "200", "--needle-depths", "5", "--needle-repeats", "1"]);
+    command.args(more);
+    command
+}
+
+/// Answers, scores and counts in the order of the file, and the batches.
+fn lines(folder: &Path) -> (Vec<String>, Vec<Option<usize>>) {
+    let records = records(folder).unwrap();
+    let line = |record: &Record| {
+        let mut value = serde_json::to_value(record).unwrap();
+        value.as_object_mut().unwrap().remove("timings");
+        value.to_string()
+    };
+    let batches = records.iter().map(|record| record.timings.batch).collect();
+    (records.iter().map(line).collect(), batches)
+}
+
+#[test]
+fn batches_give_the_results_of_single_samples() {
+    let folder = tempfile::tempdir().unwrap();
+    let [alone, batched, shards] =
+        ["alone", "batched", "shards"].map(|name| folder.path().join(name));
+    succeed(&mut of_every_kind(&alone, &[]));
+    let (expected, batches) = lines(&alone);
+    assert_eq!(batches, vec![None; 4 * (5 + 3)]);
+    succeed(&mut of_every_kind(&batched, &["--batch", "4"]));
+    assert_eq!(lines(&batched), (expected, vec![Some(4); 4 * (5 + 3)]));
+
+    // A shard is killed within a batch, and goes on with another size.
+    let first = shards.join("results-1-of-2.jsonl");
+    let mut killed = of_every_kind(&shards, &["--batch", "3", "--shard", "1/2"]).spawn().unwrap();
+    while std::fs::read_to_string(&first).map_or(0, |text| text.lines().count()) < 5 {
+        assert!(killed.try_wait().unwrap().is_none(), "ended before it was killed");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let said = succeed(&mut of_every_kind(&shards, &["--batch", "2", "--shard", "1/2"]));
+    assert!(!said.contains(" 0 before"), "{said}");
+    succeed(&mut of_every_kind(&shards, &["--batch", "8", "--shard", "2/2"]));
+    assert_eq!(answers(&shards), answers(&alone));
 }

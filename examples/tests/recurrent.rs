@@ -82,7 +82,12 @@ fn every_family_is_a_subject_of_the_evaluation() {
                 chat: false,
                 ..Sample::default()
             };
-            let question = Question { sample: &sample, max_new_tokens: 4, stops_at_newline: false };
+            let question = Question {
+                sample: &sample,
+                max_new_tokens: 4,
+                stops_at_newline: false,
+                setting: 0,
+            };
             reader.answer(&question).unwrap()
         };
         let short = answer(&mut reader, "The pass key is 42. The pass key is");

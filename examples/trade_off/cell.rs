@@ -7,7 +7,7 @@ use half::f16;
 use kv_quant::{Format, QuantStore};
 use longctx_core::{AttentionShape, Batch, DenseCache, DenseStore, KvCache, KvStore, LayerSpec};
 use longctx_examples::heads::Heads;
-use longctx_examples::methods::{Policy, Size, Store, duo_attention};
+use longctx_examples::methods::{Policy, Size, Store, duo_attention, windowed};
 use token_drop::{Budget, EvictionPolicy, PolicyCache};
 
 /// Every policy by name; "dense" keeps everything.
@@ -66,8 +66,12 @@ impl Cell {
         Ok(streaming.map(cell))
     }
 
-    /// A cache for one layer.
+    /// A cache for one layer. A policy evicts in layers without a sliding window; windows are held
+    /// whole, in the same store.
     pub fn cache(&self, spec: &LayerSpec) -> longctx_core::Result<Box<dyn KvCache>> {
+        if spec.shape.window.is_some() {
+            return windowed(spec, self.store.format()?, None);
+        }
         match self.store.format()? {
             None => self.over(DenseStore::new(spec.shape, DType::F16)?, spec.clone()),
             Some(format) => self.over(QuantStore::new(spec.shape, format)?, spec.clone()),

@@ -55,7 +55,7 @@ struct Args {
     /// What keys and values are held in
     #[arg(long, value_delimiter = ',', default_values = ["f16", "kivi-4", "kivi-2"])]
     stores: Vec<Store>,
-    /// Shares of the dense f16 cache, of its bytes or of its tokens
+    /// Shares of the dense f16 cache, of its bytes or of its tokens, in layers without a sliding window
     #[arg(long, value_delimiter = ',', default_values_t = [0.5, 0.25, 0.125, 0.0625])]
     shares: Vec<f64>,
     /// What a share is a share of
@@ -89,11 +89,18 @@ fn main() -> Result<()> {
     if let Some(path) = &args.save_prompts {
         return save_prompts(&args, &llm, path);
     }
+    // DuoAttention's heads are those of a model whose every layer sees the whole prompt.
+    let windowed = llm.model.config().windows.iter().any(Option::is_some);
     let policies = match args.policies.iter().any(|policy| policy == "all") {
-        true => cell::policies().map(String::from).collect(),
+        true => {
+            let fits = |policy: &&str| *policy != "duo-attention" || !windowed;
+            cell::policies().filter(fits).map(String::from).collect()
+        }
         false => args.policies.clone(),
     };
-    let heads = match policies.iter().any(|policy| policy == "duo-attention") {
+    let duo = policies.iter().any(|policy| policy == "duo-attention");
+    ensure!(!(duo && windowed), "duo-attention: the model has layers with a sliding window");
+    let heads = match duo {
         true => Heads::measure(&llm)?,
         false => Heads::default(),
     };

@@ -2,6 +2,7 @@
 //!
 //! `docs/architectures.md` says how to add one.
 
+mod deepseek;
 mod exaone;
 mod gemma;
 mod granite;
@@ -73,7 +74,7 @@ const DEFAULTS: Defaults = Defaults {
 };
 
 /// All architectures.
-const ALL: [&Architecture; 17] = [
+const ALL: [&Architecture; 20] = [
     &llama::LLAMA,
     &llama::MISTRAL,
     &llama::MIXTRAL,
@@ -88,14 +89,18 @@ const ALL: [&Architecture; 17] = [
     &smollm::SMOLLM3,
     &granite::GRANITE,
     &olmo::OLMO2,
+    &olmo::OLMO3,
     &olmo::OLMOE,
     &phi::PHI3,
     &exaone::EXAONE4,
+    &deepseek::DEEPSEEK_V2,
+    &deepseek::DEEPSEEK_V3,
 ];
 
 /// Names of GGUF files that `config.json` doesn't have, and the other way round.
 const GGUF_ONLY: [&str; 2] = ["gemma3", "qwen3moe"];
-const FOLDER_ONLY: [&str; 4] = ["mistral", "mixtral", "gemma3_text", "qwen3_moe"];
+const FOLDER_ONLY: [&str; 7] =
+    ["mistral", "mixtral", "gemma3_text", "qwen3_moe", "olmo3", "deepseek_v2", "deepseek_v3"];
 
 /// The architecture of a `model_type`.
 pub(crate) fn of_folder(name: &str) -> Result<&'static Architecture> {
@@ -234,6 +239,16 @@ fn windows_by_period(layers: usize, window: usize, period: usize) -> Vec<Option<
     (1..=layers).map(|n| Some(window).filter(|_| !n.is_multiple_of(period.max(1)))).collect()
 }
 
+/// Windows of `sliding_window`, which must be a number, in the layers of `layer_types` or, without
+/// this field, in all but each `period`-th.
+fn windows(raw: &Fields, layers: usize, period: usize) -> Result<Vec<Option<usize>>> {
+    let window = window(raw, Some(4096))?.ok_or_else(|| raw.missing("sliding_window"))?;
+    Ok(match windows_by_type(raw, layers, Some(window))? {
+        Some(windows) => windows,
+        None => windows_by_period(layers, window, period),
+    })
+}
+
 /// The mixture of a GGUF file.
 fn gguf_experts(file: &Settings, config: &Config, normalize: bool) -> Result<Experts> {
     let inner = file.number("expert_feed_forward_length")?;
@@ -242,9 +257,15 @@ fn gguf_experts(file: &Settings, config: &Config, normalize: bool) -> Result<Exp
         per_token: file.need_number("expert_used_count")?,
         intermediate_size: inner.unwrap_or(config.intermediate_size),
         normalize,
-        dense_layers: Vec::new(),
+        ..Experts::default()
     })
 }
 
 /// The settings of mixtures in GGUF files.
 const GGUF_EXPERTS: &[&str] = &["expert_count", "expert_used_count", "expert_feed_forward_length"];
+
+/// The sliding window in GGUF files.
+const GGUF_WINDOW: &str = "attention.sliding_window";
+
+const GGUF_EXPERTS_WINDOW: &[&str] =
+    &[GGUF_EXPERTS[0], GGUF_EXPERTS[1], GGUF_EXPERTS[2], GGUF_WINDOW];

@@ -46,10 +46,73 @@ pub struct Experts {
     pub per_token: usize,
     /// Channels inside a block.
     pub intermediate_size: usize,
+    /// How the router scores the blocks.
+    pub scoring: Scoring,
+    /// Groups of blocks that the choice is limited to (DeepSeek); `None`: all compete.
+    pub groups: Option<ExpertGroups>,
     /// Whether the weights of a token's blocks are made to sum to 1.
     pub normalize: bool,
+    /// What the weights are multiplied with.
+    pub scale: f64,
+    /// Channels inside a block that all tokens go through; 0: there is none.
+    pub shared_size: usize,
     /// Layers that have a single block instead.
     pub dense_layers: Vec<usize>,
+}
+
+/// How a router's logits become scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Scoring {
+    /// Softmax over all experts. A group's score is that of its best expert (DeepSeek-V2).
+    #[default]
+    Softmax,
+    /// Sigmoid. A learned bias is added for the choice, and not to the weights; a group's score is
+    /// the sum of its two best (DeepSeek-V3).
+    BiasedSigmoid,
+}
+
+/// Groups of consecutive experts: a token's experts come from its best groups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertGroups {
+    /// Groups.
+    pub count: usize,
+    /// Groups that a token's experts come from.
+    pub per_token: usize,
+}
+
+impl Default for Experts {
+    /// A softmax over experts that all compete, with sizes of zero.
+    fn default() -> Self {
+        Self {
+            count: 0,
+            per_token: 0,
+            intermediate_size: 0,
+            scoring: Scoring::Softmax,
+            groups: None,
+            normalize: false,
+            scale: 1.0,
+            shared_size: 0,
+            dense_layers: Vec::new(),
+        }
+    }
+}
+
+/// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). A token's keys and values of all
+/// heads are computed from one latent; a part of each key, common to all heads, rotates instead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Latent {
+    /// Channels of the latent.
+    pub rank: usize,
+    /// Channels that queries are computed from; `None`: the layer's input.
+    pub query_rank: Option<usize>,
+    /// Channels of a query or key that rotate.
+    pub rotated: usize,
+    /// Channels of a query or key that don't.
+    pub unrotated: usize,
+    /// Channels of a head's value.
+    pub value_dim: usize,
+    /// Whether the checkpoint rotates channel 2i with 2i + 1, not i with i + `rotated` / 2.
+    pub interleaved: bool,
 }
 
 /// The shape of a decoder: all that differs between the architectures. The default is Llama's, with
@@ -68,10 +131,12 @@ pub struct Config {
     pub layers: usize,
     /// Query heads of a layer.
     pub heads: usize,
-    /// Key/value heads of a layer.
+    /// Key/value heads of a layer; with [latent attention](Self::latent), 1.
     pub kv_heads: usize,
-    /// Channels of a head.
+    /// Channels of a key; with latent attention, those that rotate and the latent.
     pub head_dim: usize,
+    /// Latent attention: queries meet the latent itself, which is the key and the value.
+    pub latent: Option<Latent>,
     /// Added to the mean square in RMS norms.
     pub norm_eps: f64,
     /// Whether norms multiply with 1 more than their weights (Gemma's checkpoints).
@@ -135,6 +200,7 @@ impl Default for Config {
             heads: 0,
             kv_heads: 0,
             head_dim: 0,
+            latent: None,
             norm_eps: 1e-6,
             norm_offset: false,
             pre_norms: true,
@@ -233,6 +299,7 @@ impl Config {
             return Err(Error::setting("sliding_window", "at least 1", 0));
         }
         self.check_scales()?;
+        self.latent.as_ref().map_or(Ok(()), |latent| latent.check(self))?;
         self.experts.as_ref().map_or(Ok(()), Experts::check)
     }
 
@@ -260,6 +327,7 @@ impl Config {
     pub fn attention(&self, layer: usize) -> Result<AttentionShape> {
         let shape = AttentionShape::new(self.heads, self.kv_heads, self.head_dim)?;
         Ok(AttentionShape {
+            value_dim: self.latent.map_or(self.head_dim, |latent| latent.rank),
             window: self.window(layer),
             soft_cap: self.attention_soft_cap.map(|cap| cap as f32),
             scale: self.attention_scale.map_or(shape.scale, |scale| scale as f32),
@@ -313,6 +381,58 @@ impl Experts {
         if !(1..=MAX_SIZE).contains(&self.intermediate_size) {
             let expected = format!("1 to {MAX_SIZE}");
             return Err(Error::setting("moe_intermediate_size", expected, self.intermediate_size));
+        }
+        if self.shared_size > MAX_SIZE {
+            let expected = format!("at most {MAX_SIZE} channels");
+            return Err(Error::setting("n_shared_experts", expected, self.shared_size));
+        }
+        if !(self.scale.is_finite() && self.scale > 0.0) {
+            return Err(Error::setting("routed_scaling_factor", "a positive number", self.scale));
+        }
+        self.check_groups()
+    }
+
+    fn check_groups(&self) -> Result<()> {
+        let Some(ExpertGroups { count, per_token }) = self.groups else { return Ok(()) };
+        let least = match self.scoring {
+            Scoring::Softmax => 1,
+            Scoring::BiasedSigmoid => 2,
+        };
+        if count == 0 || !self.count.is_multiple_of(count) || self.count / count < least {
+            let expected = format!("a divisor of {} experts into {least} or more", self.count);
+            return Err(Error::setting("n_group", expected, count));
+        }
+        let needed = self.per_token.div_ceil(self.count / count);
+        if !(needed..=count).contains(&per_token) {
+            let expected = format!("{needed} to {count}: a token's experts come from them");
+            return Err(Error::setting("topk_group", expected, per_token));
+        }
+        Ok(())
+    }
+}
+
+impl Latent {
+    fn check(&self, config: &Config) -> Result<()> {
+        let sizes = [
+            ("kv_lora_rank", self.rank),
+            ("q_lora_rank", self.query_rank.unwrap_or(1)),
+            ("qk_rope_head_dim", self.rotated),
+            ("qk_nope_head_dim", self.unrotated),
+            ("v_head_dim", self.value_dim),
+        ];
+        for (name, size) in sizes {
+            if !(1..=MAX_SIZE).contains(&size) {
+                return Err(Error::setting(name, format!("1 to {MAX_SIZE}"), size));
+            }
+        }
+        if !self.rotated.is_multiple_of(2) {
+            return Err(Error::setting("qk_rope_head_dim", "an even number", self.rotated));
+        }
+        let (heads, key) = (config.kv_heads, config.head_dim);
+        if heads != 1 || key != self.rank + self.rotated {
+            let expected = format!("one of {} channels", self.rank + self.rotated);
+            let got = format!("{heads} of {key}");
+            return Err(Error::mismatch("keys of latent attention", expected, got));
         }
         Ok(())
     }

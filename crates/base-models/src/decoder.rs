@@ -13,7 +13,7 @@ use crate::rope_settings::RopeSettings;
 use crate::session::Decoder;
 use crate::weights::{LoadOptions, Weights};
 use candle_core::{DType, Device, Tensor};
-use longctx_core::{Batch, KvCache, LayerSpec, Logits, Result, Rope};
+use longctx_core::{Batch, Error, KvCache, LayerSpec, Logits, Result, Rope};
 
 /// A decoder's weights, shared by all sessions that run on them.
 #[derive(Debug, Clone)]
@@ -91,7 +91,7 @@ impl Transformer {
     /// rotary embedding, which each layer's [`LayerSpec`] holds.
     ///
     /// # Errors
-    /// Whatever `make` reports; [`Error::Setting`](longctx_core::Error::Setting) for a cache that
+    /// Whatever `make` reports; [`Error::Setting`] for a cache that
     /// was made without the rotary embedding.
     pub fn session<C: KvCache + 'static>(
         &self,
@@ -100,9 +100,35 @@ impl Transformer {
         let layers = &self.inner.layers;
         let cache = |(index, layer): (usize, &Layer)| -> Result<Box<dyn KvCache>> {
             let spec = LayerSpec::new(layer.shape).with_rope(self.inner.ropes[index].clone());
+            let spec = match self.inner.config.latent {
+                Some(_) => spec.with_latent()?,
+                None => spec,
+            };
             Ok(Box::new(make(&spec.at(index, layers.len()))?))
         };
         Decoder::new(self.clone(), layers.iter().enumerate().map(cache).collect::<Result<_>>()?)
+    }
+
+    /// The output of one layer's feed-forward block for its normalised input, both `[tokens, hidden]`:
+    /// for benchmarks of the block alone.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if there is no such layer, or `x` has
+    /// another shape.
+    pub fn feed_forward(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
+        let Inner { config, layers, .. } = &*self.inner;
+        let Some(layer) = layers.get(layer) else {
+            return Err(Error::mismatch("layer", format!("one of {}", layers.len()), layer));
+        };
+        match x.dims() {
+            &[tokens, hidden] if tokens > 0 && hidden == config.hidden_size => {
+                layer.feed_forward(x)
+            }
+            dims => {
+                let expected = format!("[tokens, {}]", config.hidden_size);
+                Err(Error::mismatch("x of the feed-forward block", expected, format!("{dims:?}")))
+            }
+        }
     }
 
     /// Logits of a batch whose ids are checked. After an error, some of the caches have advanced.

@@ -1,10 +1,10 @@
 //! Feed-forward blocks: gated ones, and mixtures of them.
 
 use crate::config::{Activation, Config, Experts};
-use crate::linear::{Joined, Linear, Weight};
+use crate::linear::{Joined, Linear};
+use crate::router::{Choice, Router};
 use crate::weights::Weights;
-use candle_core::{DType, Device, Tensor};
-use candle_nn::ops::softmax_last_dim;
+use candle_core::{Device, Tensor};
 use longctx_core::{Result, silu_mul};
 
 /// A layer's feed-forward block.
@@ -24,8 +24,29 @@ impl FeedForward {
         }
     }
 
+    /// Tokens that go through at a time, on the CPU and on other devices: the inner activations,
+    /// several times wider than the model, never exist for the whole of a long prompt. A mixture
+    /// reads the weights of most experts for each such part.
+    fn tokens_at_once(&self, on_cpu: bool) -> usize {
+        match (self, on_cpu) {
+            (Self::Gated(_), true) => 1024,
+            (Self::Mixture(_), true) => 2048,
+            (_, false) => 8192,
+        }
+    }
+
     /// `x`: `[tokens, hidden]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (tokens, of_part) = (x.dim(0)?, self.tokens_at_once(x.device().is_cpu()));
+        if tokens <= of_part {
+            return self.forward_part(x);
+        }
+        let part = |start| self.forward_part(&x.narrow(0, start, of_part.min(tokens - start))?);
+        let parts: Vec<_> = (0..tokens).step_by(of_part).map(part).collect::<Result<_>>()?;
+        Ok(Tensor::cat(&parts, 0)?)
+    }
+
+    fn forward_part(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Gated(block) => block.forward(x),
             Self::Mixture(mixture) => mixture.forward(x),
@@ -46,16 +67,29 @@ impl Gated {
         let names = w.names();
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let name = |part: &str| format!("{}.{layer}.{part}", names.layers);
-        let linear = |part, out, inner| w.linear(&name(part), out, inner, c.mlp_bias);
         let fused = !names.gate_up.is_empty() && w.has(&format!("{}.weight", name(names.gate_up)));
-        let gate_up = match fused {
-            true => Joined::fused(linear(names.gate_up, 2 * inner, hidden)?, vec![inner; 2]),
-            false => Joined::new(vec![
-                linear(names.gate, inner, hidden)?,
-                linear(names.up, inner, hidden)?,
-            ])?,
-        };
+        if !fused {
+            return Self::load_parts(c, inner, [names.gate, names.up, names.down].map(name), w);
+        }
+        let linear = |part, out, inner| w.linear(&name(part), out, inner, c.mlp_bias);
+        let gate_up = Joined::fused(linear(names.gate_up, 2 * inner, hidden)?, vec![inner; 2]);
         let down = linear(names.down, hidden, inner)?;
+        Ok(Self { gate_up, down, activation: c.activation })
+    }
+
+    /// A block of `inner` channels whose gate, up and down have these names.
+    fn load_parts(
+        c: &Config,
+        inner: usize,
+        [gate, up, down]: [String; 3],
+        w: &impl Weights,
+    ) -> Result<Self> {
+        let linear = |name: &str, out, inner| w.linear(name, out, inner, c.mlp_bias);
+        let gate_up = Joined::new(vec![
+            linear(&gate, inner, c.hidden_size)?,
+            linear(&up, inner, c.hidden_size)?,
+        ])?;
+        let down = linear(&down, c.hidden_size, inner)?;
         Ok(Self { gate_up, down, activation: c.activation })
     }
 
@@ -77,20 +111,12 @@ impl Activation {
     }
 }
 
-/// Blocks of which a router chooses some for each token.
+/// Blocks of which a router chooses some for each token, and one that all go through.
 #[derive(Debug)]
 pub(crate) struct Mixture {
-    router: Weight,
+    router: Router,
     experts: Vec<Gated>,
-    per_token: usize,
-    normalize: bool,
-}
-
-/// The tokens that go through an expert, and the weights of its output for each.
-#[derive(Debug, Clone, Default)]
-struct Share {
-    tokens: Vec<u32>,
-    weights: Vec<f32>,
+    shared: Option<Gated>,
 }
 
 impl Mixture {
@@ -108,48 +134,125 @@ impl Mixture {
             Ok(Gated { gate_up, down: plain(down), activation: c.activation })
         };
         let blocks = gates.into_iter().zip(ups).zip(downs).map(block);
+        let shared = [names.shared_gate, names.shared_up, names.shared_down];
         Ok(Self {
-            router: w.matrix(&format!("{}.weight", name(names.router)), count, c.hidden_size)?,
+            router: Router::load(c, experts, layer, w)?,
             experts: blocks.collect::<Result<_>>()?,
-            per_token: experts.per_token,
-            normalize: experts.normalize,
+            shared: match experts.shared_size {
+                0 => None,
+                size => Some(Gated::load_parts(c, size, shared.map(name), w)?),
+            },
         })
     }
 
-    /// Each chosen expert's weights are read once, for all of its tokens.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut y = x.zeros_like()?;
-        for (expert, share) in self.experts.iter().zip(self.route(x)?) {
-            if share.tokens.is_empty() {
-                continue;
-            }
-            let tokens = Tensor::new(share.tokens, x.device())?;
-            let weights = Tensor::new(share.weights, x.device())?.to_dtype(x.dtype())?;
-            let out = expert.forward(&x.index_select(&tokens, 0)?)?;
-            y = y.index_add(&tokens, &out.broadcast_mul(&weights.unsqueeze(1)?)?, 0)?;
-        }
-        Ok(y)
+        let y = self.forward_routed(x)?;
+        Ok(match &self.shared {
+            Some(shared) => (y + shared.forward(x)?)?,
+            None => y,
+        })
     }
 
-    /// Each expert's tokens. The router's choice is made on the host, which waits for the device.
-    fn route(&self, x: &Tensor) -> Result<Vec<Share>> {
-        let logits = self.router.forward(x)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
-        let probabilities = softmax_last_dim(&logits.contiguous()?)?.to_vec2::<f32>()?;
-        let mut shares = vec![Share::default(); self.experts.len()];
-        for (token, p) in probabilities.iter().enumerate() {
-            let mut order: Vec<_> = (0..p.len()).collect();
-            // Equal probabilities: the first expert.
-            order.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
-            order.truncate(self.per_token);
-            let sum = match self.normalize {
-                true => order.iter().map(|&expert| p[expert]).sum(),
-                false => 1.0,
-            };
-            for expert in order {
-                shares[expert].tokens.push(token as u32);
-                shares[expert].weights.push(p[expert] / sum);
+    /// Rows are sorted by expert, so that each chosen expert's weights are read once, for a run of
+    /// rows. The host is asked once, by the router.
+    fn forward_routed(&self, x: &Tensor) -> Result<Tensor> {
+        let (tokens, hidden) = x.dims2()?;
+        let Choice { experts, weights } = self.router.choose(x)?;
+        let (rows, per_token) = (experts.len(), experts.len() / tokens);
+        let mut order: Vec<usize> = (0..rows).collect();
+        order.sort_by_key(|&row| experts[row]);
+        let sources = indices(order.iter().map(|row| row / per_token), x)?;
+        let outputs = Tensor::zeros((rows, hidden), x.dtype(), x.device())?;
+        let mut start = 0;
+        for run in order.chunk_by(|&a, &b| experts[a] == experts[b]) {
+            let gathered = x.index_select(&sources.narrow(0, start, run.len())?, 0)?;
+            let output = self.experts[experts[run[0]]].forward(&gathered)?;
+            outputs.slice_set(&output.contiguous()?, 0, start)?;
+            start += run.len();
+        }
+        // Where each row went to.
+        let mut places = vec![0; rows];
+        order.iter().enumerate().for_each(|(place, &row)| places[row] = place);
+        let outputs = outputs.index_select(&indices(places.into_iter(), x)?, 0)?;
+        let weights = Tensor::from_vec(weights, (tokens, 1, per_token), &Device::Cpu)?;
+        let weights = weights.to_dtype(x.dtype())?.to_device(x.device())?;
+        Ok(weights.matmul(&outputs.reshape((tokens, per_token, hidden))?)?.squeeze(1)?)
+    }
+}
+
+/// Numbers of rows, on the device of `x`.
+fn indices(rows: impl Iterator<Item = usize>, x: &Tensor) -> Result<Tensor> {
+    let rows: Vec<u32> = rows.map(|row| row as u32).collect();
+    Ok(Tensor::new(rows, x.device())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+    use crate::weights::LoadOptions;
+
+    fn config() -> Config {
+        let experts = Experts {
+            count: 16,
+            per_token: 3,
+            intermediate_size: 12,
+            normalize: true,
+            shared_size: 20,
+            ..Experts::default()
+        };
+        Config { hidden_size: 24, experts: Some(experts), ..Config::default() }
+    }
+
+    fn mixture() -> Mixture {
+        let (config, weights) = (config(), Random(LoadOptions::default()));
+        Mixture::load(&config, config.experts.as_ref().unwrap(), 0, &weights).unwrap()
+    }
+
+    fn random(tokens: usize) -> Tensor {
+        Tensor::randn(0f32, 9., (tokens, 24), &Device::Cpu).unwrap()
+    }
+
+    fn largest(x: &Tensor) -> f32 {
+        x.abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+    }
+
+    /// A number of an expert that was read would be in the output, even with a weight of 0.
+    #[test]
+    fn experts_that_no_token_chose_are_not_read() {
+        let mut mixture = mixture();
+        let x = random(2);
+        let expected = mixture.forward(&x).unwrap();
+        let chosen = mixture.router.choose(&x).unwrap().experts;
+        let mut poisoned = 0;
+        for (number, expert) in mixture.experts.iter_mut().enumerate() {
+            if !chosen.contains(&number) {
+                let nan = Tensor::full(f32::NAN, (24, 12), &Device::Cpu).unwrap();
+                expert.down = Linear::new(crate::linear::Weight::Dense(nan), None);
+                poisoned += 1;
             }
         }
-        Ok(shares)
+        assert!(poisoned >= 10);
+        assert_eq!(largest(&(mixture.forward(&x).unwrap() - expected).unwrap()), 0.0);
+    }
+
+    /// Every expert over every token, weighed by 0 where the router did not choose it.
+    #[test]
+    fn sorted_rows_are_the_sum_over_experts() {
+        let mixture = mixture();
+        let x = random(50);
+        let Choice { experts, weights } = mixture.router.choose(&x).unwrap();
+        let mut expected = mixture.shared.as_ref().unwrap().forward(&x).unwrap();
+        for (number, expert) in mixture.experts.iter().enumerate() {
+            let mut of_tokens = vec![0f32; 50];
+            for (row, _) in experts.iter().enumerate().filter(|(_, chosen)| **chosen == number) {
+                of_tokens[row / 3] = weights[row];
+            }
+            let of_tokens = Tensor::from_vec(of_tokens, (50, 1), &Device::Cpu).unwrap();
+            let output = expert.forward(&x).unwrap().broadcast_mul(&of_tokens).unwrap();
+            expected = (expected + output).unwrap();
+        }
+        let error = largest(&(mixture.forward(&x).unwrap() - &expected).unwrap());
+        assert!(error < 1e-5 * largest(&expected), "{error}");
     }
 }

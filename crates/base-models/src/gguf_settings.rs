@@ -5,12 +5,11 @@ use crate::gguf_header::Value;
 use longctx_core::{Error, Result};
 
 /// Settings that are read, or that do not change the model's output.
-const READ: [&str; 23] = [
+const READ: [&str; 22] = [
     "attention.head_count",
     "attention.head_count_kv",
     "attention.key_length",
     "attention.layer_norm_rms_epsilon",
-    "attention.sliding_window",
     "attention.value_length",
     "block_count",
     "context_length",
@@ -33,7 +32,7 @@ const READ: [&str; 23] = [
 
 /// Settings that change the model's output, with their neutral values. Other values are refused,
 /// unless the architecture reads the setting.
-const REFUSED: [(&str, f64); 28] = [
+const REFUSED: [(&str, f64); 29] = [
     ("attention.causal", 1.0),
     ("attention.clamp_kqv", 0.0),
     ("attention.kv_lora_rank", 0.0),
@@ -42,6 +41,7 @@ const REFUSED: [(&str, f64); 28] = [
     ("attention.q_lora_rank", 0.0),
     ("attention.scale", 0.0),
     ("attention.shared_kv_layers", 0.0),
+    ("attention.sliding_window", 0.0),
     ("attention.sliding_window_pattern", 0.0),
     ("attention.temperature_length", 0.0),
     ("attention.temperature_scale", 0.0),

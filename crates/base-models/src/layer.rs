@@ -2,15 +2,12 @@
 
 use crate::config::{Config, QkNorm};
 use crate::feed_forward::FeedForward;
+use crate::latent_attention::LatentAttention;
 use crate::linear::{Joined, Linear};
 use crate::weights::Weights;
 use candle_core::Tensor;
 use candle_nn::ops::rms_norm;
 use longctx_core::{AttentionShape, Batch, KvCache, Result, Step, add_rms_norm};
-
-/// Tokens that go through a feed-forward block at a time, on the CPU and on other devices: its inner
-/// activations, several times wider than the model, never exist for the whole of a long prompt.
-const FEED_FORWARD_TOKENS: (usize, usize) = (1024, 8192);
 
 /// The attention and the feed-forward block, with their norms.
 #[derive(Debug)]
@@ -19,7 +16,7 @@ pub(crate) struct Layer {
     eps: f32,
     residual_scale: f64,
     attention_norms: Norms,
-    attention: Attention,
+    attention: AnyAttention,
     feed_forward_norms: Norms,
     feed_forward: FeedForward,
 }
@@ -29,6 +26,14 @@ pub(crate) struct Layer {
 struct Norms {
     before: Option<Tensor>,
     after: Option<Tensor>,
+}
+
+#[derive(Debug)]
+enum AnyAttention {
+    /// Keys and values of their own for each kv head.
+    Heads(Attention),
+    /// One latent for all heads.
+    Latent(LatentAttention),
 }
 
 #[derive(Debug)]
@@ -70,7 +75,10 @@ impl Layer {
             eps: c.norm_eps as f32,
             residual_scale: c.residual_scale,
             attention_norms: norms(names.attention_norm, names.attention_post_norm)?,
-            attention: Attention::load(c, layer, w)?,
+            attention: match c.latent {
+                Some(sizes) => AnyAttention::Latent(LatentAttention::load(c, sizes, layer, w)?),
+                None => AnyAttention::Heads(Attention::load(c, layer, w)?),
+            },
             feed_forward_norms: norms(names.feed_forward_norm, names.feed_forward_post_norm)?,
             feed_forward: FeedForward::load(c, layer, w)?,
         })
@@ -79,22 +87,21 @@ impl Layer {
     /// The layer over the tokens of all sequences of the batch.
     pub fn forward(&self, x: Residual, cache: &mut dyn KvCache, batch: &Batch) -> Result<Residual> {
         let (x, normed) = x.normed(self.attention_norms.before.as_ref(), self.eps)?;
-        let y = self.attention.forward(&normed, &self.shape, self.eps, cache, batch)?;
+        let y = match &self.attention {
+            AnyAttention::Heads(heads) => {
+                heads.forward(&normed, &self.shape, self.eps, cache, batch)?
+            }
+            AnyAttention::Latent(latent) => latent.forward(&normed, cache, batch)?,
+        };
         let x = self.residual(x, y, &self.attention_norms)?;
         let (x, normed) = x.normed(self.feed_forward_norms.before.as_ref(), self.eps)?;
-        let tokens = x.dim(0)?;
-        let (on_cpu, elsewhere) = FEED_FORWARD_TOKENS;
-        let of_part = if x.device().is_cpu() { on_cpu } else { elsewhere };
-        let mut parts = Vec::new();
-        for start in (0..tokens).step_by(of_part) {
-            let part = normed.narrow(0, start, of_part.min(tokens - start))?;
-            parts.push(self.feed_forward.forward(&part)?);
-        }
-        let y = match parts.as_slice() {
-            [one] => one.clone(),
-            parts => Tensor::cat(parts, 0)?,
-        };
+        let y = self.feed_forward(&normed)?;
         self.residual(x, y, &self.feed_forward_norms)
+    }
+
+    /// The feed-forward block alone, over its normalised input `[tokens, hidden]`.
+    pub fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.feed_forward.forward(x)
     }
 
     /// A block's input, with its output `y` to be added.
@@ -171,9 +178,7 @@ impl Attention {
             qkv,
             clamp: c.clamp_qkv,
             norm,
-            query_scale: query_scale(c, layer)?
-                .map(|scale| w.options().place(&scale))
-                .transpose()?,
+            query_scale: query_scale(c, layer, w)?,
             out: linear(names.out, hidden, queries, c.out_bias)?,
         })
     }
@@ -216,12 +221,13 @@ impl Attention {
 }
 
 /// The factor of each channel of a layer's queries; `None` if all are 1.
-fn query_scale(c: &Config, layer: usize) -> Result<Option<Vec<f32>>> {
+pub(crate) fn query_scale(c: &Config, layer: usize, w: &impl Weights) -> Result<Option<Tensor>> {
     let Some(rope) = c.layer_rope(layer) else { return Ok(None) };
     let factor = rope.scaling.attention_factor();
     if factor == 1.0 {
         return Ok(None);
     }
     let of = |channel| if channel < rope.rotary_dims { (factor * factor) as f32 } else { 1.0 };
-    Ok(Some((0..c.head_dim).map(of).collect()))
+    let scale: Vec<f32> = (0..c.head_dim).map(of).collect();
+    w.options().place(&scale).map(Some)
 }

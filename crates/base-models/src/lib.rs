@@ -20,6 +20,7 @@ mod gguf_tokenizer;
 #[cfg(feature = "hub")]
 mod hub;
 mod json;
+mod latent_attention;
 mod layer;
 mod linear;
 mod names;
@@ -30,6 +31,7 @@ mod python_json;
 mod quantized;
 mod random;
 mod rope_settings;
+mod router;
 mod sentence_piece;
 mod sentence_piece_model;
 mod session;
@@ -41,7 +43,7 @@ mod torch_file;
 mod weights;
 
 pub use chat::{ChatOptions, ChatTemplate, Message};
-pub use config::{Activation, Config, Experts, QkNorm};
+pub use config::{Activation, Config, ExpertGroups, Experts, Latent, QkNorm, Scoring};
 pub use decoder::Transformer;
 pub use pretrained::Pretrained;
 pub use rope_settings::RopeSettings;

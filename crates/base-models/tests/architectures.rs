@@ -3,10 +3,12 @@
 
 mod common;
 
-use base_models::{LoadOptions, Pretrained, Transformer};
+use base_models::{Decoder, LoadOptions, Pretrained, Transformer};
 use candle_core::{Device, Tensor};
 use common::cases::{Case, cases, write, write_gguf};
-use longctx_core::{Batch, CausalLm, DenseCache, LayerSpec, Logits};
+use longctx_core::{
+    Batch, CausalLm, DenseCache, DenseStore, LatentCache, LatentStore, LayerSpec, Logits,
+};
 
 const TOLERANCE: f32 = 1e-4;
 
@@ -35,7 +37,7 @@ fn gguf_files_give_the_logits_of_transformers() {
         assert!(error < TOLERANCE, "{}: {error}", case.name);
         count += 1;
     }
-    assert_eq!(count, 18);
+    assert_eq!(count, 19);
 }
 
 fn dense(layer: &LayerSpec) -> longctx_core::Result<DenseCache> {
@@ -44,7 +46,10 @@ fn dense(layer: &LayerSpec) -> longctx_core::Result<DenseCache> {
 
 /// Returns the logits of tokens fed in chunks. The last chunk length repeats.
 fn in_chunks(model: &Transformer, tokens: &[u32], chunks: &[usize]) -> Tensor {
-    let mut session = model.session(dense).unwrap();
+    logits_in_chunks(model.session(dense).unwrap(), tokens, chunks)
+}
+
+fn logits_in_chunks(mut session: Decoder, tokens: &[u32], chunks: &[usize]) -> Tensor {
     let mut sizes = chunks.iter().copied().chain(std::iter::repeat(chunks[chunks.len() - 1]));
     let (mut rest, mut parts) = (tokens, Vec::new());
     while !rest.is_empty() {
@@ -75,6 +80,35 @@ fn logits_equal_those_of_transformers() {
         }
     }
     assert!(failed.is_empty(), "{failed:?}");
+}
+
+/// `transformers` expands the latents to keys and values; here queries meet the latents, which are
+/// held once.
+#[test]
+fn latents_held_once_give_the_same_logits() {
+    let latent = |layer: &LayerSpec| {
+        let store =
+            LatentStore::new(layer.shape, |parts| DenseStore::new(parts, candle_core::DType::F32))?;
+        LatentCache::new(layer.clone(), store)
+    };
+    let mut count = 0;
+    for (case, expected) in cases() {
+        let config = &case.config;
+        let Some(rank) = config["kv_lora_rank"].as_u64() else { continue };
+        let model = open(&case);
+        for chunks in [&[60][..], &[23, 1, 17], &[1]] {
+            let session = model.session(latent).unwrap();
+            let error = distance(&logits_in_chunks(session, &case.tokens, chunks), &expected);
+            assert!(error < TOLERANCE, "{}: {error}", case.name);
+        }
+        let mut session = model.session(latent).unwrap();
+        session.forward(&Batch::single(0, 60).unwrap(), &case.tokens, Logits::Last).unwrap();
+        let channels = rank + config["qk_rope_head_dim"].as_u64().unwrap();
+        let layers = config["num_hidden_layers"].as_u64().unwrap();
+        assert_eq!(session.footprint().payload as u64, 60 * channels * layers * 4);
+        count += 1;
+    }
+    assert_eq!(count, 10);
 }
 
 /// A batch of prefixes of a prompt, and one more token for each.

@@ -157,3 +157,65 @@ fn random_configurations_give_the_logits_of_transformers_or_are_refused() {
     println!("{equal} equal (largest difference {largest:e}), {refused} refused");
     assert!(equal >= 200);
 }
+
+/// Latent attention and its experts: what no reader can compute, or readers compute differently.
+#[test]
+fn settings_of_deepseek_are_checked() {
+    let small = json!({
+        "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": null, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
+        "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+    });
+    let with = |family: &str, name: &str, value: Value| {
+        let mut config = small.clone();
+        config[name] = value;
+        read(family, config)
+    };
+    let config = with("deepseek_v3", "n_shared_experts", json!(2)).unwrap();
+    assert_eq!((config.kv_heads, config.head_dim, config.rope.rotary_dims), (1, 24, 8));
+    assert_eq!(config.attention(0).unwrap().value_dim, 16);
+    let experts = config.experts.unwrap();
+    assert_eq!((experts.shared_size, experts.dense_layers), (4096, vec![0]));
+    let refused = [
+        ("deepseek_v2", "norm_topk_prob", json!(true), "norm_topk_prob"),
+        ("deepseek_v2", "topk_method", json!("noaux_tc"), "noaux_tc"),
+        ("deepseek_v2", "scoring_func", json!("sigmoid"), "sigmoid"),
+        ("deepseek_v3", "scoring_func", json!("softmax"), "softmax"),
+        ("deepseek_v3", "moe_layer_freq", json!(2), "moe_layer_freq"),
+        ("deepseek_v3", "num_key_value_heads", json!(2), "num_key_value_heads"),
+        ("deepseek_v3", "qk_rope_head_dim", json!(7), "head_dim"),
+        ("deepseek_v3", "v_head_dim", json!(0), "v_head_dim"),
+        ("deepseek_v3", "kv_lora_rank", json!(1u64 << 40), "head_dim"),
+        ("deepseek_v3", "n_group", json!(8), "n_group"),
+        ("deepseek_v3", "topk_group", json!(5), "topk_group"),
+        ("deepseek_v3", "num_experts_per_tok", json!(5), "topk_group"),
+        ("deepseek_v3", "n_shared_experts", json!(1u64 << 40), "n_shared_experts"),
+        ("deepseek_v3", "routed_scaling_factor", json!(0.0), "routed_scaling_factor"),
+        (
+            "deepseek_v3",
+            "rope_scaling",
+            json!({"type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}),
+            "mscale_all_dim",
+        ),
+    ];
+    for (family, name, value, expected) in refused {
+        let message = with(family, name, value).expect_err(name);
+        assert!(message.contains(expected), "{name}: {message}");
+    }
+}
+
+/// Readers of OLMo-3 give `rope_theta` to different layers.
+#[test]
+fn bases_of_olmo_3_are_for_known_layers() {
+    let bases = |more: Value| {
+        let config = read("olmo3", more)?;
+        Ok::<_, String>((config.rope.theta, config.windowed_rope.map(|rope| rope.theta)))
+    };
+    assert_eq!(bases(json!({})), Ok((500_000.0, Some(500_000.0))));
+    assert!(bases(json!({"rope_theta": 10_000.0})).unwrap_err().contains("rope_theta 10000"));
+    let local = json!({"sliding_attention": {"rope_type": "default", "rope_theta": 7.0}});
+    let both = json!({"rope_theta": 9.0, "rope_parameters": local});
+    assert_eq!(bases(both), Ok((9.0, Some(7.0))));
+    let flat = json!({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}});
+    assert!(bases(flat).unwrap_err().contains("OLMo-3"));
+}

@@ -1,4 +1,5 @@
-// Products of a weight matrix with a few rows, which decoding consists of: bound by the reading of the matrix.
+// Multiplies a few rows of activations by a weight matrix, as decode steps do. Reading the matrix
+// takes most of the time.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cstddef>
@@ -11,7 +12,7 @@ struct MatVecArgs {
     uint64_t y;  // Output: [rows, out]
     int32_t inner;  // A multiple of 8
     int32_t out;
-    int32_t rows;  // At most the kernel's
+    int32_t rows;  // At most the kernel's COUNT
     int32_t unused;
 };
 static_assert(sizeof(MatVecArgs) == 40 && offsetof(MatVecArgs, inner) == 24, "as in src/cuda/matvec.rs");
@@ -23,7 +24,7 @@ __device__ __forceinline__ float2 widen(__nv_bfloat162 x) { return __bfloat1622f
 __device__ __forceinline__ void narrow(__half& y, float x) { y = __float2half_rn(x); }
 __device__ __forceinline__ void narrow(__nv_bfloat16& y, float x) { y = __float2bfloat16_rn(x); }
 
-// Weights are read once: they do not displace x in the cache.
+// Loads weights, which are read once, without displacing x from the L1 cache.
 __device__ __forceinline__ uint4 stream(const uint4* p) {
     uint4 x;
     asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
@@ -39,8 +40,8 @@ __device__ __forceinline__ void widen(float (&y)[8], const uint4& x) {
     }
 }
 
-// A warp has some outputs, which share its reading of x. Eight pieces of weights of each thread are on their way at a time.
-// Grid: (out / (WARPS * OUTPUTS) rounded up).
+// A warp computes OUTPUTS outputs, so that they share the reads of x. Each thread has 8 loads of
+// weights in flight. Grid: out / (WARPS * OUTPUTS), rounded up.
 template <class Pair, class One, int COUNT, int OUTPUTS>
 __device__ __forceinline__ void matvec(const MatVecArgs& a) {
     constexpr int STEPS = 8 / OUTPUTS;
@@ -61,7 +62,7 @@ __device__ __forceinline__ void matvec(const MatVecArgs& a) {
             for (int o = 0; o < OUTPUTS; o++) weights[s][o] = start + 32 * s < pieces ? stream(w[o] + start + 32 * s) : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
-            // x is not read beyond its end: zero times NaN or infinity would be NaN.
+            // x must not be read beyond its end: zero times NaN or infinity would be NaN.
             if (start + 32 * s >= pieces) break;
             float wide[OUTPUTS][8];
 #pragma unroll

@@ -1,5 +1,5 @@
-// Dense keys and values in f16 or bf16 in blocks behind block tables: appended, attended to, summed up by entry, and moved together.
-// For D in 64, 80, 96, 128, 192, 256.
+// Kernels over dense keys and values in f16 or bf16, in blocks of a block table: append, attention,
+// sums of attention probabilities per entry, and moving entries. D is 64, 80, 96, 128, 192 or 256.
 #include "paged/append.cuh"
 #include "paged/attend.cuh"
 #include "paged/sums.cuh"

@@ -1,7 +1,7 @@
 // Exact attention of many queries: variable lengths, grouped queries, causal masks, sliding
 // windows, soft caps, over contiguous or paged keys and values, with log-sum-exp. See prefill/.
 //
-// prefill_wgmma_{f16,bf16}_d{64,80,96,128,192,256} has code for compute capability 9.0a alone,
+// prefill_wgmma_{f16,bf16}_d{64,80,96,128,192,256} has code only for compute capability 9.0a,
 // prefill_mma_* for all others.
 #include "prefill/prefill_mma.cuh"
 #include "prefill/prefill_wgmma.cuh"

@@ -1,4 +1,4 @@
-// The sum of two activations and its root-mean-square norm, in one pass: what stands between the blocks of a decoder.
+// The sum of two activations and its RMS norm in one pass, as between the blocks of a decoder.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cstddef>
@@ -9,7 +9,7 @@ struct RmsNormArgs {
     uint64_t x;
     uint64_t y;       // 0: none
     uint64_t weight;  // [columns]
-    uint64_t sum;     // Output: x + y. 0 where y is
+    uint64_t sum;     // Output: x + y; 0 if y is 0
     uint64_t out;     // Output: the norm of the sum, times weight
     int32_t columns;  // A multiple of 8
     float eps;
@@ -23,7 +23,7 @@ __device__ __forceinline__ float2 widen(__nv_bfloat162 x) { return __bfloat1622f
 __device__ __forceinline__ void narrow(__half2& y, float2 x) { y = __float22half2_rn(x); }
 __device__ __forceinline__ void narrow(__nv_bfloat162& y, float2 x) { y = __float22bfloat162_rn(x); }
 
-// Grid: a block for each row.
+// Grid: one thread block for each row.
 template <class Pair>
 __device__ __forceinline__ void rms_norm(const RmsNormArgs& a) {
     __shared__ float squares[THREADS / 32];
@@ -58,7 +58,7 @@ __device__ __forceinline__ void rms_norm(const RmsNormArgs& a) {
 #pragma unroll
     for (int i = 0; i < THREADS / 32; i++) all += squares[i];
     const float scale = rsqrtf(all / a.columns + a.eps);
-    // A thread reads the pieces of the sum that it wrote.
+    // Each thread reads the pieces of the sum that it wrote, so no barrier is needed.
     const uint4 *from = a.y ? sum : x, *weight = reinterpret_cast<const uint4*>(a.weight);
     for (int i = threadIdx.x; i < pieces; i += THREADS) {
         uint4 piece = from[i];

@@ -1,7 +1,7 @@
-// The rotary position embedding: channel i of a head turns with channel i + rotary / 2.
+// The rotary position embedding: channel i of a head is paired with channel i + rotary / 2.
 //
-// A block takes one token. Its angles are products in f64, reduced to a turn before sine and cosine
-// are taken in f32, and serve all heads.
+// A thread block rotates all heads of one token. Angles are computed in f64 and reduced to one
+// turn; their sines and cosines are computed in f32.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cstddef>
@@ -10,7 +10,7 @@
 // Addresses are device addresses; strides count elements. All heads begin at multiples of 16 bytes.
 struct RopeArgs {
     uint64_t x;            // [tokens, heads, head_dim], f16 or bf16
-    uint64_t out;          // As x, contiguous
+    uint64_t out;          // Shape of x, contiguous
     uint64_t positions;    // [tokens], i64
     uint64_t frequencies;  // [rotary / 2], f64: radians per position
     int64_t x_token, x_head;
@@ -26,7 +26,7 @@ __device__ __forceinline__ float2 widen(__nv_bfloat162 x) { return __bfloat1622f
 __device__ __forceinline__ void narrow(__half2& y, float2 x) { y = __float22half2_rn(x); }
 __device__ __forceinline__ void narrow(__nv_bfloat162& y, float2 x) { y = __float22bfloat162_rn(x); }
 
-// Turns eight channels of the first half, `a`, with those of the second.
+// Rotates eight channels of the first half, `a`, with those of the second half, `b`.
 template <class Pair>
 __device__ __forceinline__ void turn(uint4& a, uint4& b, const float2* by) {
 #pragma unroll
@@ -52,7 +52,7 @@ __device__ __forceinline__ void rope(const RopeArgs& a) {
         cos_sin[i] = make_float2(c, s);
     }
     __syncthreads();
-    // A head's pieces of 8 channels: those that turn with another one, then those that stay.
+    // A head's pieces of 8 channels: rotated ones, each with its partner, then the others.
     const int turning = pairs / 8, pieces = turning + (a.head_dim - a.rotary) / 8;
     for (int i = threadIdx.x; i < a.heads * pieces; i += THREADS) {
         const int head = i / pieces, piece = i % pieces;

@@ -19,7 +19,7 @@ __device__ __forceinline__ void narrow(__half2& y, float2 x) { y = __float22half
 __device__ __forceinline__ void narrow(__nv_bfloat162& y, float2 x) { y = __float22bfloat162_rn(x); }
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
-// Eight columns a thread; any grid.
+// Eight columns per thread; any grid.
 template <class Pair>
 __device__ __forceinline__ void silu_mul(const SiluMulArgs& a) {
     const int64_t pieces = a.columns / 8;

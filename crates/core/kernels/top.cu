@@ -1,4 +1,4 @@
-// The entries of the highest scores of each head, in order, and gathering by them.
+// Selects the entries with the highest scores of each head, in order, and gathers by them.
 #include <cstddef>
 #include <cstdint>
 
@@ -8,28 +8,30 @@ struct TopArgs {
     const float* scores;  // [heads, len]
     uint32_t* out;        // [heads, count], increasing
     int len, count;
-    int sinks, recent;  // the first and the last entries, which stay whatever their scores: at most `count`
+    int sinks, recent;  // first and last entries that always stay; their sum is at most `count`
 };
 
 struct GatherArgs {
-    const uint32_t* from;     // [heads, len], of 4 bytes each
+    const uint32_t* from;     // [heads, len], elements of 4 bytes
     const uint32_t* entries;  // [heads, count]
     uint32_t* out;            // [heads, count]
     int len, count;
-    uint32_t next;  // entry len + i is `next` + i
+    uint32_t next;  // entry len + i has the value next + i
     int unused;
 };
 
 static_assert(sizeof(TopArgs) == 32 && offsetof(TopArgs, len) == 16, "as in src/cuda/top.rs");
 static_assert(sizeof(GatherArgs) == 40 && offsetof(GatherArgs, len) == 24, "as in src/cuda/top.rs");
 
-// A number that is larger for a better score, in the order of f32::total_cmp. NaN is as -inf.
+// Returns a number that is larger for a better score, in the order of f32::total_cmp. NaN counts as
+// -inf.
 __device__ __forceinline__ uint32_t rank_of(float score) {
     const uint32_t bits = __float_as_uint(isnan(score) ? -INFINITY : score);
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// For each thread how many threads before it have the flag, and the number of all in `total`. All threads call it.
+// Returns the number of threads before this one whose flag is set. `total` is the number of all
+// such threads. All threads of the block call it.
 __device__ __forceinline__ int count_before(bool flag, int* warps, int& total) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t votes = __ballot_sync(~0u, flag);
@@ -46,8 +48,8 @@ __device__ __forceinline__ int count_before(bool flag, int* warps, int& total) {
     return before + __popc(votes & ((1u << lane) - 1));
 }
 
-// The rank of the `wanted`-th best entry of first..end, byte by byte from the highest (a radix selection). `wanted` becomes the number
-// of entries of this very rank among the best.
+// Returns the rank of the `wanted`-th best entry of first..end: a radix selection, byte by byte
+// from the highest. `wanted` becomes the number of entries of this rank that are among the best.
 __device__ uint32_t last_rank(const float* scores, int first, int end, int& wanted) {
     __shared__ int bins[BINS];
     __shared__ int found, left;
@@ -60,7 +62,7 @@ __device__ uint32_t last_rank(const float* scores, int first, int end, int& want
             if ((own & mask) == rank) atomicAdd(&bins[own >> shift & (BINS - 1)], 1);
         }
         __syncthreads();
-        // Each bin: the entries in it and in those above.
+        // bins[i]: the number of entries in bin i and the bins above.
         for (int step = 1; step < BINS; step *= 2) {
             const int above = threadIdx.x + step < BINS ? bins[threadIdx.x + step] : 0;
             __syncthreads();
@@ -83,7 +85,7 @@ __device__ uint32_t last_rank(const float* scores, int first, int end, int& want
     return rank;
 }
 
-// A block of threads for each head.
+// Grid: one thread block for each head.
 extern "C" __global__ void __launch_bounds__(THREADS) top(const TopArgs a) {
     __shared__ int warps[WARPS];
     const float* scores = a.scores + blockIdx.x * (long long)a.len;
@@ -99,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) top(const TopArgs a) {
         const uint32_t own = middle && any ? rank_of(scores[i]) : 0;
         const bool ties = middle && any && own == rank;
         int total;
-        // Of equal scores the older entries stay.
+        // Of equal scores, the older entries stay.
         const bool early = equal + count_before(ties, warps, total) < wanted;
         equal += total;
         const bool keep = inside && (!middle || (any && (own > rank || (ties && early))));

@@ -7,7 +7,7 @@ use crate::SeqId;
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// An error: what was expected, what came, and where.
+/// An error, with the expected and the actual value and the location.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -23,8 +23,8 @@ pub trait CausalLm {
     /// # Errors
     /// If the number of ids is not the number of tokens of the batch, or an id is outside the
     /// vocabulary; errors of the layers. After an error a sequence of the batch is as it was
-    /// before, or [poisoned](crate::Error::Poisoned) if its layers cannot go back. Other sequences
-    /// are unchanged.
+    /// before, or [poisoned](crate::Error::Poisoned) if its layers cannot be rolled back. Other
+    /// sequences are unchanged.
     fn forward(&mut self, batch: &Batch, ids: &[u32], logits: Logits) -> Result<Tensor>;
 
     /// Makes `to` a copy of `from`. They share memory where possible.
@@ -40,7 +40,7 @@ pub trait CausalLm {
     /// # Errors
     /// [`Error::UnknownSequence`](crate::Error::UnknownSequence);
     /// [`Error::Mismatch`](crate::Error::Mismatch) if fewer tokens were fed;
-    /// [`Error::Unsupported`](crate::Error::Unsupported) if the memory cannot go back.
+    /// [`Error::Unsupported`](crate::Error::Unsupported) if the memory cannot be rolled back.
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()>;
 
     /// Removes a sequence's tokens after the first `len`, so that others can follow.

@@ -33,7 +33,7 @@ pub struct Rope {
     head_dim: usize,
     /// One frequency per rotated pair of channels, radians per position.
     frequencies: Vec<f64>,
-    /// /// The cos/sin table of the last call's positions: all layers of a model use the same
+    /// The cos/sin table of the last call's positions: all layers of a model use the same
     /// positions.
     last: Mutex<Option<Table>>,
     /// The same table for the CUDA kernel.

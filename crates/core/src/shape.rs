@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{AttentionState, Error, Result, Rope};
+use crate::{AttentionState, Error, Result, Rope, latent};
 use candle_core::{DType, Tensor};
 
 /// The dimensions and mask of an attention layer.
@@ -95,12 +95,15 @@ pub struct LayerSpec {
     /// Learned sink logits, `[heads]`. Each is added to the softmax of its query head and has no
     /// value.
     pub sink_logits: Option<Arc<[f32]>>,
+    /// Multi-head latent attention: the values are the last `value_dim` channels of the keys, which
+    /// the rotary embedding leaves alone. A [`LatentCache`](crate::LatentCache) holds them once.
+    pub latent: bool,
 }
 
 impl LayerSpec {
     /// Creates the only layer of a model, with queries and keys that are already rotated.
     pub fn new(shape: AttentionShape) -> Self {
-        Self { index: 0, count: 1, shape, rope: None, sink_logits: None }
+        Self { index: 0, count: 1, shape, rope: None, sink_logits: None, latent: false }
     }
 
     /// Returns the layer with a rotary embedding that the cache applies.
@@ -124,6 +127,21 @@ impl LayerSpec {
             return Err(Error::mismatch("sink logits", self.shape.heads, logits.len()));
         }
         Ok(Self { sink_logits: Some(logits), ..self })
+    }
+
+    /// Marks the values as the last channels of the keys: multi-head latent attention.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a shape that latent attention can't have, or a rotary embedding that
+    /// rotates the values' channels.
+    pub fn with_latent(self) -> Result<Self> {
+        latent::check_shape(&self.shape)?;
+        let most = self.shape.head_dim - self.shape.value_dim;
+        if let Some(rope) = self.rope.as_ref().filter(|rope| rope.rotary_dims() > most) {
+            let expected = format!("at most the {most} channels before the latent");
+            return Err(Error::setting("rotary_dims", expected, rope.rotary_dims()));
+        }
+        Ok(Self { latent: true, ..self })
     }
 
     /// Returns the rotary embedding, for caches that move keys.

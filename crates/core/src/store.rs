@@ -144,7 +144,7 @@ pub trait KvStore: Send {
 }
 
 /// Checks a range of entries against the number of a head's entries.
-pub(crate) fn check_range(entries: &Range<usize>, len: usize) -> Result<()> {
+pub fn check_range(entries: &Range<usize>, len: usize) -> Result<()> {
     if entries.start > entries.end || entries.end > len {
         let expected = format!("a range within {len}");
         return Err(Error::mismatch("entries to read", expected, format!("{entries:?}")));

@@ -270,13 +270,26 @@ fn longest<E: From<Error>>(
     }
     // Every word except the needle's is about a token or more.
     let (mut low, mut high) = (0, MOST_WORDS.min(2 * limit));
-    while low + 1 < high {
-        let middle = low + (high - low) / 2;
-        let (candidate, length) = sample(middle)?;
+    let mut next = high / 2;
+    for step in 1.. {
+        if low + 1 >= high {
+            break;
+        }
+        // Counting tokens of a long text takes long. So the next length follows from the last one's
+        // tokens per word, and each fourth step halves the range, whatever the text is like.
+        let words = match step % 4 {
+            0 => low + (high - low) / 2,
+            _ => next.clamp(low + 1, high - 1),
+        };
+        let (candidate, length) = sample(words)?;
+        let per_word = (length.saturating_sub(least) as f64 / words as f64).max(0.1);
+        let missing = limit as f64 - length as f64;
+        next = (words as f64 + (missing / per_word).floor()).max(0.0) as usize;
         if length <= limit {
-            (best, low) = (candidate, middle);
+            (best, low) = (candidate, words);
+            next = next.max(low + 1);
         } else {
-            high = middle;
+            high = words;
         }
     }
     Ok(best)
@@ -306,4 +319,31 @@ fn partial(prediction: &str, answer: &str) -> f64 {
         }
     }
     best as f64 / answer.len() as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_that_fits_is_found_in_a_few_steps() {
+        // Words of one to four tokens, longer ones in the second half.
+        let tokens: Vec<usize> = (0..60_000).map(|i| 1 + i * 7 % 3 + i / 30_000).collect();
+        for limit in [20, 21, 1_000, 8_191, 30_000] {
+            let mut steps = 0;
+            let found = longest::<Error>(limit, |words| {
+                steps += 1;
+                let prompt = words.to_string();
+                let length = 20 + tokens[..words].iter().sum::<usize>();
+                Ok((Sample { prompt, answer: String::new() }, length))
+            });
+            let sums = tokens.iter().scan(20, |sum, tokens| {
+                *sum += tokens;
+                Some(*sum)
+            });
+            let most = sums.take_while(|sum| *sum <= limit).count();
+            assert_eq!(found.unwrap().prompt, most.to_string());
+            assert!(steps <= 10, "{limit}: {steps} steps");
+        }
+    }
 }

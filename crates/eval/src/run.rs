@@ -2,9 +2,12 @@
 
 mod content;
 mod folder;
+mod greedy;
 mod methods;
+mod pending;
 mod reader;
 mod record;
+mod running;
 #[cfg(feature = "http")]
 mod server;
 mod shorten;
@@ -21,10 +24,11 @@ pub use reader::{Reader, Text};
 pub use record::{Record, Timings};
 #[cfg(feature = "http")]
 pub use server::Server;
-pub use subject::{Answer, Fault, Question, Subject};
+pub use subject::{Answer, Fault, Question, Queue, Subject};
 
 use self::content::question_hash;
 use self::folder::{Results, join};
+use self::pending::Pending;
 use crate::{Error, Result, Sample, Setting, Task, memory};
 
 /// Limits for every sample of a run.
@@ -153,60 +157,42 @@ pub fn run(
     let open = |unit: &&Unit<'_>| !done.contains_key(&unit.key());
     summary.before = units.iter().filter(|unit| !open(unit)).count();
     on_event(Event::Began { total: units.len(), done: summary.before });
-    let open: Vec<&Unit<'_>> = units.iter().filter(open).collect();
-    for of_setting in open.chunk_by(|a, b| a.setting.name == b.setting.name) {
-        let setting = of_setting[0].setting;
+    for group in methods.groups(&plan.settings) {
+        let in_group = |unit: &&Unit<'_>| group.contains(&unit.place.2);
+        let mut open: Vec<&Unit<'_>> = units.iter().filter(in_group).filter(open).collect();
+        if open.is_empty() {
+            continue;
+        }
+        // A prompt is asked under all settings of the group before the next one.
+        open.sort_by_key(|unit| unit.place);
+        let settings = &plan.settings[group.clone()];
+        let asked =
+            |setting: &&Setting| open.iter().any(|unit| std::ptr::eq(unit.setting, *setting));
+        settings.iter().filter(asked).for_each(|setting| on_event(Event::Opening(setting)));
         // One at a time: two models may not fit in memory.
-        let Some(mut subject) = open_subject(plan, methods, setting, on_event)? else {
-            summary.failed += of_setting.len();
+        let Some(mut subject) = open_subject(plan, methods, settings, on_event)? else {
+            summary.failed += open.len();
             continue;
         };
-        for batch in of_setting.chunks(subject.batch().max(1)) {
-            let started = Instant::now();
-            let mut within = Duration::ZERO;
-            for answered in answer(plan, batch, subject.as_mut()) {
-                match answered {
-                    Ok(record) => {
-                        results.append(&record)?;
-                        summary.answered += 1;
-                        // Samples of a batch are answered concurrently.
-                        within = within.max(Duration::from_secs_f64(record.timings.model_seconds));
-                        on_event(Event::Answered(&record));
-                    }
-                    Err(error) if plan.strict => return Err(error),
-                    Err(error) => {
-                        summary.failed += 1;
-                        on_event(Event::Failed(&error));
-                    }
-                }
-            }
-            summary.model += within;
-            summary.total += started.elapsed();
-        }
-        on_event(Event::Finished(setting));
+        let started = Instant::now();
+        let queue = (group.start, open.as_slice());
+        let mut pending = Pending::new(plan, queue, &mut results, &mut summary, on_event);
+        subject.answer_all(&mut pending);
+        pending.end()?;
+        summary.total += started.elapsed();
+        settings.iter().filter(asked).for_each(|setting| on_event(Event::Finished(setting)));
     }
     Ok(summary)
 }
 
-/// Answers samples of one setting with its subject.
-fn answer(plan: &Plan<'_>, units: &[&Unit<'_>], subject: &mut dyn Subject) -> Vec<Result<Record>> {
-    let started = Instant::now();
-    memory::restart_peak();
-    let questions: Vec<_> = units.iter().map(|unit| unit.question(plan)).collect();
-    let answers = subject.answer_all(&questions);
-    let all = units.iter().zip(answers);
-    all.map(|(unit, answer)| unit.record(plan, answer, started)).collect()
-}
-
-/// Opens the setting's subject; `None` if it cannot be opened and the run continues without it.
+/// Opens the settings' subject; `None` if it cannot be opened and the run continues without it.
 fn open_subject(
     plan: &Plan<'_>,
     methods: &Methods<'_>,
-    setting: &Setting,
+    settings: &[Setting],
     on_event: &mut dyn FnMut(Event<'_>),
 ) -> Result<Option<Box<dyn Subject>>> {
-    on_event(Event::Opening(setting));
-    match methods.open(setting) {
+    match methods.open(settings) {
         Err(error) if !plan.strict => {
             on_event(Event::Failed(&error));
             Ok(None)
@@ -252,6 +238,8 @@ struct Unit<'a> {
     task: &'a dyn Task,
     sample: &'a Sample,
     digest: &'a str,
+    /// Numbers of the task, the sample and the setting.
+    place: (usize, usize, usize),
 }
 
 impl Plan<'_> {
@@ -280,11 +268,12 @@ impl Plan<'_> {
         for (s, setting) in self.settings.iter().enumerate() {
             for (t, (task, samples)) in self.tasks.iter().zip(samples).enumerate() {
                 let dealt = samples.iter().enumerate().filter(|(i, _)| ours(s + t + i));
-                all.extend(dealt.map(|(_, Asked { sample, question })| Unit {
+                all.extend(dealt.map(|(i, Asked { sample, question })| Unit {
                     setting,
                     task: task.as_ref(),
                     sample,
                     digest: question,
+                    place: (t, i, s),
                 }));
             }
         }
@@ -309,11 +298,13 @@ impl Unit<'_> {
         Err(Error::setting(name, expected, format!("another (SHA-256 {})", self.digest)))
     }
 
-    fn question(&self, plan: &Plan<'_>) -> Question<'_> {
+    /// The question to the subject of the settings from number `first` on.
+    fn question(&self, plan: &Plan<'_>, first: usize) -> Question<'_> {
         Question {
             sample: self.sample,
             max_new_tokens: plan.max_new_tokens(self.sample),
             stops_at_newline: self.task.stops_at_newline(),
+            setting: self.place.2 - first,
         }
     }
 
@@ -344,11 +335,15 @@ impl Unit<'_> {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             timings: Timings {
                 first_token_seconds: answer.first_token.as_secs_f64(),
+                // Steps that several settings share give no speed of one.
                 decode_tokens_per_second: Some(per_second)
-                    .filter(|speed| answer.decode_steps > 0 && speed.is_finite()),
+                    .filter(|speed| answer.decode_steps > 0 && speed.is_finite())
+                    .filter(|_| answer.settings.is_none()),
                 model_seconds: answer.model.as_secs_f64(),
                 total_seconds: started.elapsed().as_secs_f64(),
                 peak_resident_bytes: memory::peak(),
+                batch: answer.batch,
+                settings: answer.settings,
             },
         };
         record.check()?;

@@ -58,7 +58,11 @@ pub struct ServerSetting {
     /// the completions API. Without it prompts are sent unchanged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<String>,
-    /// Bytes per token of the server's cache, for ratios.
+    /// Whether prompts of the completions API are sent as token ids of `tokenizer`, exactly as a
+    /// model in this process gets them, instead of text.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub token_ids: bool,
+    /// Bytes that the server's cache holds for a token, for ratios.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_per_token: Option<f64>,
     /// Bytes per token of a dense f16 cache.

@@ -45,7 +45,42 @@ pub fn bootstrap(values: &[(f64, f64)]) -> Option<Interval> {
     Some(Interval { mean: whole, low: at(0.025), high: at(0.975) })
 }
 
-/// A setting compared with another on the samples that both answered.
+/// The decoding speed of a setting.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Decode {
+    /// Mean over samples; in a batch, the throughput of all its sequences.
+    pub tokens_per_second: f64,
+    /// Largest number of sequences in a step.
+    pub batch: usize,
+}
+
+impl Decode {
+    /// The speed of a setting's samples; `None` if no sample has one, or if batch sizes differ.
+    pub fn of(records: &[&Record]) -> Option<Self> {
+        let told = |record: &&Record| {
+            let timings = record.timings;
+            Some((timings.decode_tokens_per_second?, timings.batch.unwrap_or(1)))
+        };
+        let speeds: Vec<_> = records.iter().filter_map(told).collect();
+        let batch = speeds.first()?.1;
+        let sum = |speeds: &[(f64, usize)]| speeds.iter().map(|(speed, _)| speed).sum::<f64>();
+        let tokens_per_second = sum(&speeds) / speeds.len() as f64;
+        speeds.iter().all(|speed| speed.1 == batch).then_some(Self { tokens_per_second, batch })
+    }
+}
+
+impl std::fmt::Display for Decode {
+    /// "41.2", and in a batch "317.0 (8)".
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:.1}", self.tokens_per_second)?;
+        if self.batch > 1 {
+            write!(f, " ({})", self.batch)?;
+        }
+        Ok(())
+    }
+}
+
+/// A setting beside another on the samples that both answered.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct Difference {
     /// The setting's score minus the other's, from -1 to 1. Tasks have equal weights within a

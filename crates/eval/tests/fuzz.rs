@@ -48,6 +48,8 @@ fn results() -> Vec<u8> {
                     model_seconds: 1.0,
                     total_seconds: 1.0,
                     peak_resident_bytes: Some(2_000_000),
+                    batch: None,
+                    settings: None,
                 },
             };
             lines += &(serde_json::to_string(&record).unwrap() + "\n");

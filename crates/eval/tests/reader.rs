@@ -1,6 +1,7 @@
 //! The text that a model is fed for a sample: truncated, compressed, with its template.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use candle_core::{Device, Tensor};
@@ -8,29 +9,55 @@ use longctx_core::{
     Batch, CausalLm, Compressed, Error, Footprint, Logits, Prompt, PromptCompressor, Rate, Result,
     SeqId,
 };
-use longctx_eval::{Fault, Question, Reader, Sample, Subject, Task, Text, longbench};
+use longctx_eval::{
+    Answer, Fault, Question, Queue, Reader, Sample, Subject, Task, Text, longbench,
+};
 
 const VOCAB: usize = 128;
 
-/// A model that records the tokens fed to it and answers with the letter after the last one. It
-/// supports one sequence.
+/// What a test sees of [`Notes`].
+#[derive(Default)]
+struct Fed {
+    /// The tokens of each sequence since it began.
+    texts: BTreeMap<SeqId, String>,
+    /// The sequences of each step of one token a sequence.
+    steps: Vec<Vec<SeqId>>,
+}
+
+/// Notes the tokens that it is fed; answers each sequence with the letter after its last. A batch
+/// with a `!` among its tokens is refused.
 #[derive(Default)]
 struct Notes {
-    fed: Rc<RefCell<String>>,
-    seen: usize,
+    fed: Rc<RefCell<Fed>>,
+    seen: BTreeMap<SeqId, usize>,
 }
 
 impl CausalLm for Notes {
     fn forward(&mut self, batch: &Batch, ids: &[u32], _: Logits) -> Result<Tensor> {
-        assert_eq!(batch.seqs(), [0]);
-        self.seen += ids.len();
-        self.fed.borrow_mut().extend(ids.iter().map(|&t| char::from(t as u8)));
-        let mut logits = [0f32; VOCAB];
-        logits[(ids[ids.len() - 1] as usize + 1) % VOCAB] = 1.0;
-        Ok(Tensor::new(&[logits], &Device::Cpu)?)
+        let mut fed = self.fed.borrow_mut();
+        if batch.longest() == 1 {
+            fed.steps.push(batch.seqs().to_vec());
+        }
+        if ids.contains(&u32::from(b'!')) {
+            return Err(Error::Unsupported("exclamations".into()));
+        }
+        let mut logits = Vec::new();
+        for (seq, tokens) in batch.iter() {
+            let seen = self.seen.entry(seq).or_default();
+            let text = fed.texts.entry(seq).or_default();
+            if *seen == 0 {
+                text.clear();
+            }
+            *seen += tokens.len();
+            text.extend(ids[tokens.clone()].iter().map(|&t| char::from(t as u8)));
+            let mut of_seq = vec![0f32; VOCAB];
+            of_seq[(ids[tokens.end - 1] as usize + 1) % VOCAB] = 1.0;
+            logits.extend(of_seq);
+        }
+        Ok(Tensor::from_vec(logits, (batch.seqs().len(), VOCAB), &Device::Cpu)?)
     }
     fn fork(&mut self, _: SeqId, _: SeqId) -> Result<()> {
-        Err(Error::Unsupported("notes of two sequences".into()))
+        Err(Error::Unsupported("copied notes".into()))
     }
     fn check_truncate(&self, _: SeqId, _: usize) -> Result<()> {
         Err(Error::Unsupported("notes that end earlier".into()))
@@ -38,27 +65,26 @@ impl CausalLm for Notes {
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)
     }
-    fn remove(&mut self, _: SeqId) -> bool {
-        self.fed.borrow_mut().clear();
-        std::mem::take(&mut self.seen) > 0
+    fn remove(&mut self, seq: SeqId) -> bool {
+        self.seen.remove(&seq).is_some()
     }
     fn seqs(&self) -> Vec<SeqId> {
-        if self.seen > 0 { vec![0] } else { Vec::new() }
+        self.seen.keys().copied().collect()
     }
-    fn seen(&self, _: SeqId) -> usize {
-        self.seen
+    fn seen(&self, seq: SeqId) -> usize {
+        self.seen.get(&seq).copied().unwrap_or(0)
     }
     fn can_take(&self, _: &Batch) -> bool {
         true
     }
     fn footprint(&self) -> Footprint {
-        Footprint { payload: 2 * self.seen, slack: 100, ..Default::default() }
+        self.seen.keys().map(|&seq| self.seq_footprint(seq)).sum()
     }
-    fn seq_footprint(&self, _: SeqId) -> Footprint {
-        self.footprint()
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        Footprint { payload: 2 * self.seen(seq), slack: 100, ..Default::default() }
     }
     fn clear(&mut self) {
-        self.remove(0);
+        self.seen.clear();
     }
     fn vocab_size(&self) -> usize {
         VOCAB
@@ -93,6 +119,9 @@ impl Text for Bytes {
     }
     fn stop(&self) -> &[u32] {
         &[]
+    }
+    fn bos(&self) -> Option<&str> {
+        None
     }
 }
 
@@ -131,10 +160,10 @@ fn fed(context: usize, compress: bool, sample: &Sample) -> (String, Vec<String>,
     if compress {
         reader = reader.with_compressor(Box::new(FirstHalf), Rate::new(0.5).unwrap());
     }
-    let question = Question { sample, max_new_tokens: 2, stops_at_newline: false };
+    let question = Question { sample, max_new_tokens: 2, stops_at_newline: false, setting: 0 };
     let answer = reader.answer(&question).unwrap();
     let share = answer.kv_bytes.unwrap() as f64 / answer.dense_bytes.unwrap() as f64;
-    (fed.take(), answer.predictions, share)
+    (fed.take().texts.remove(&0).unwrap(), answer.predictions, share)
 }
 
 #[test]
@@ -168,4 +197,99 @@ fn a_compressor_gets_the_whole_or_the_context() {
     // compressed.
     let short = kept(100);
     assert!(short.starts_with(&format!("<{}[Who?]>", &before[..50])), "{short}");
+}
+
+/// Samples by number, and what came of them, in the order in which it came.
+struct Samples<'a> {
+    questions: Vec<Question<'a>>,
+    next: usize,
+    answers: Vec<(usize, std::result::Result<Answer, Fault>)>,
+}
+
+impl<'a> Queue<'a> for Samples<'a> {
+    fn next(&mut self) -> Option<(usize, Question<'a>)> {
+        let number = self.next;
+        self.next += 1;
+        Some((number, *self.questions.get(number)?))
+    }
+    fn answered(&mut self, number: usize, answer: std::result::Result<Answer, Fault>) {
+        self.answers.push((number, answer));
+    }
+}
+
+/// Answers with `batch` samples side by side; in the order in which they ended, and each step's
+/// sequences.
+fn side_by_side(
+    batch: usize,
+    questions: &[Question<'_>],
+) -> (Vec<(usize, std::result::Result<Answer, String>)>, Vec<Vec<SeqId>>) {
+    let model = Notes::default();
+    let fed = model.fed.clone();
+    let mut reader =
+        Reader::new(model, Bytes, 100).with_dense_bytes_per_token(2.0).with_batch(batch);
+    let mut samples = Samples { questions: questions.into(), next: 0, answers: Vec::new() };
+    reader.answer_all(&mut samples);
+    let in_words = |(number, answer): (usize, std::result::Result<Answer, Fault>)| {
+        (number, answer.map_err(|fault| fault.to_string()))
+    };
+    (samples.answers.into_iter().map(in_words).collect(), fed.take().steps)
+}
+
+#[test]
+fn a_batch_answers_as_single_samples_do() {
+    let samples = [
+        sample(&["ab"], true),
+        sample(&["xy", "z", "q"], true),
+        sample(&["ab"], false),
+        // A tab, and then a newline.
+        sample(&["a\u{8}"], false),
+        sample(&["jk"], false),
+    ];
+    let most = [3, 2, 1, 5, 4];
+    let questions: Vec<_> = samples
+        .iter()
+        .zip(most)
+        .map(|(sample, max_new_tokens)| Question {
+            sample,
+            max_new_tokens,
+            stops_at_newline: true,
+            setting: 0,
+        })
+        .collect();
+    let untimed = |(number, answer): &(usize, std::result::Result<Answer, String>)| {
+        let a = answer.clone().unwrap();
+        let counts = (a.prompt_tokens, a.new_tokens, a.decode_steps, a.kv_bytes, a.dense_bytes);
+        (*number, a.predictions, counts)
+    };
+    let (alone, steps) = side_by_side(1, &questions);
+    assert_eq!(steps, vec![[0]; 2 + 3 + 1 + 3]);
+    assert!(alone.iter().all(|(_, answer)| answer.as_ref().unwrap().batch.is_none()));
+    let (batched, steps) = side_by_side(2, &questions);
+    assert!(batched.iter().all(|(_, answer)| answer.as_ref().unwrap().batch == Some(2)));
+    // Sample 2 ends with its first token; sample 3 takes the place of sample 0.
+    assert_eq!(steps, [&[0, 1][..], &[0, 1], &[1, 0], &[0], &[0], &[0]]);
+    assert_eq!(batched.iter().map(|(number, _)| *number).collect::<Vec<_>>(), [0, 2, 1, 3, 4]);
+    let mut sorted = batched.clone();
+    sorted.sort_by_key(|(number, _)| *number);
+    assert_eq!(
+        sorted.iter().map(untimed).collect::<Vec<_>>(),
+        alone.iter().map(untimed).collect::<Vec<_>>()
+    );
+}
+
+#[test]
+fn an_error_is_of_its_sample_alone() {
+    // The second one writes a space and a "!", which can't be fed.
+    let samples = ["a", "\u{1f}", "c"].map(|text| sample(&[text], false));
+    let questions = samples.each_ref().map(|sample| Question {
+        sample,
+        max_new_tokens: 4,
+        stops_at_newline: false,
+        setting: 0,
+    });
+    let (mut answers, _) = side_by_side(3, &questions);
+    answers.sort_by_key(|(number, _)| *number);
+    let written = |i: usize| answers[i].1.as_ref().map(|answer| answer.predictions[0].as_str());
+    assert_eq!((written(0), written(2)), (Ok("bcde"), Ok("defg")));
+    assert!(written(1).unwrap_err().contains("exclamations"));
 }

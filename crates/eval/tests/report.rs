@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use longctx_eval::statistics::Decode;
 use longctx_eval::{Agreement, Category, Record, Score, Timings, report};
 use tempfile::tempdir;
 
@@ -32,6 +33,8 @@ fn record(setting: &str, task: &str, category: Category, sample: &str, value: f6
             model_seconds: 1.0,
             total_seconds: 1.0,
             peak_resident_bytes: Some(2_000_000),
+            batch: None,
+            settings: None,
         },
     }
 }
@@ -106,7 +109,7 @@ fn numbers_are_those_of_the_results() {
     assert!(page.contains("| h2o-4x | 4.00 | 0.0625 | 87.5 | 4.50 | 4.25 | 9 |"), "{page}");
     let csv = fs::read_to_string(at.path().join("scores.csv")).unwrap();
     assert_eq!(csv.lines().count(), 1 + 3 * 5);
-    let start = "h2o-2x,needle,2,37.5000,50.0000,4.0000,0.5000,40.0000,2000000";
+    let start = "h2o-2x,needle,2,37.5000,50.0000,4.0000,0.5000,40.0000,1,2000000";
     assert!(csv.lines().any(|line| line == start), "{csv}");
 }
 
@@ -286,4 +289,20 @@ fn the_page_sorts_filters_and_draws_in_a_browser() {
         [3, 2, 6, "dark"],
     ]});
     assert_eq!(seen, expected);
+}
+
+#[test]
+fn speeds_of_different_batches_are_not_averaged() {
+    let sample = |name| record("a", "qasper", Category::SingleDocQa, name, 0.4);
+    let mut records = [sample("0"), sample("1")];
+    let speed = |records: &[Record]| {
+        let records: Vec<_> = records.iter().collect();
+        Decode::of(&records).map(|decode| decode.to_string())
+    };
+    assert_eq!(speed(&records).as_deref(), Some("40.0"));
+    records[1].timings.batch = Some(8);
+    assert_eq!(speed(&records), None);
+    records[0].timings.batch = Some(8);
+    records[0].timings.decode_tokens_per_second = Some(60.0);
+    assert_eq!(speed(&records).as_deref(), Some("50.0 (8)"));
 }

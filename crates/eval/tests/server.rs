@@ -67,6 +67,7 @@ impl Fake {
             label: "--cache q8_0".into(),
             key_env: None,
             concurrency: 3,
+            token_ids: false,
             tries: 4,
             timeout_seconds: 2,
             tokenizer: None,
@@ -319,7 +320,8 @@ fn server_of(setting: &mut Setting) -> &mut ServerSetting {
 fn one_sample_is_a_batch_of_one() {
     let fake = Fake::start(&[]);
     let sample = Doubles(5).samples().unwrap().samples.remove(4);
-    let question = Question { sample: &sample, max_new_tokens: 4, stops_at_newline: false };
+    let question =
+        Question { sample: &sample, max_new_tokens: 4, stops_at_newline: false, setting: 0 };
     let answer = Server::new(&fake.setting()).unwrap().answer(&question).unwrap();
     assert_eq!(answer.predictions, [" 8"]);
 }

@@ -1,4 +1,4 @@
-// Adjacent numbers at a time, by up to 16 bytes an access.
+// Loads and stores of adjacent elements, with up to 16 bytes per access.
 #pragma once
 #include "number.cuh"
 

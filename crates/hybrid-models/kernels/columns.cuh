@@ -1,7 +1,9 @@
-// A recurrence over a head's matrix state [rows][columns], any shape, token by token: what the `any` kernels share.
+// A head's matrix state [rows][columns] of any shape, for the `any` kernels, which process token by
+// token.
 //
-// A block takes 32 columns, which don't meet but in what a token brings for all. Four threads of a warp share a column; each keeps
-// every fourth row of it in registers, so that a warp reads 32 bytes side by side of four rows.
+// A block has 32 columns. Columns share only a token's inputs. Four threads of a warp share a
+// column; each keeps every fourth of its rows in registers, so that a warp reads 32 contiguous
+// bytes of each of four rows.
 #pragma once
 #include "args.cuh"
 #include "number.cuh"
@@ -15,13 +17,13 @@ struct Place {
     __device__ Place() : part(threadIdx.x % 32 / 8), column(blockIdx.x * 32 + threadIdx.x / 32 * 8 + threadIdx.x % 8) {}
 };
 
-// Of all four threads of a column.
+// Sums over the four threads of a column.
 __device__ __forceinline__ float sum_of_parts(float x) {
     x += __shfl_xor_sync(~0u, x, 8);
     return x + __shfl_xor_sync(~0u, x, 16);
 }
 
-// Rows part, part + PARTS, ... of a column; zeros beyond.
+// Rows part, part + PARTS, ... of a column, zero beyond the last row.
 template <int N>
 struct Column {
     float s[N];

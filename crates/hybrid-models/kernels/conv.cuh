@@ -1,6 +1,8 @@
-// The causal depthwise convolution before a recurrence, with its bias and SiLU, prefill and decode. Its state moves on in place.
+// The causal depthwise convolution before a recurrence, with its bias and SiLU, for prefill and
+// decode. The state is updated in place.
 //
-// A thread takes LANE neighbouring channels through RUN tokens; the inputs under the taps stay in registers.
+// A thread processes LANE adjacent channels of RUN tokens. The inputs under the taps stay in
+// registers.
 #pragma once
 #include "args.cuh"
 #include "aligned_vector.cuh"
@@ -10,7 +12,8 @@ namespace hybrid {
 constexpr int CONV_THREADS = 128, CONV_CHANNELS = 256, CONV_TOKENS = 64, CONV_LANE = 4, CONV_AHEAD = 8;
 constexpr int CONV_LANES = CONV_CHANNELS / CONV_LANE, CONV_RUN = CONV_TOKENS * CONV_LANES / CONV_THREADS;
 
-// V channels from `channel` on, at most TAPS taps; of more than there are, the oldest have weight 0.
+// Processes V channels from `channel` on, with at most TAPS taps. If there are fewer taps, the
+// oldest have weight 0.
 template <class T, int V, int TAPS>
 __device__ void conv_channels(const Conv& p, int channel, int start) {
     constexpr int PAST = TAPS - 1, AHEAD = V == 1 ? 4 : CONV_AHEAD;
@@ -45,7 +48,7 @@ __device__ void conv_channels(const Conv& p, int channel, int start) {
         const T* from = x + (long long)t * p.x_row;
         T* to = y + (long long)t * p.y_row;
         const int count = end - t;
-        // Beyond the last token, it is read again.
+        // Reads the last token again in place of tokens beyond it.
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
             load<T, V>(from, in[PAST + a]);
@@ -71,7 +74,8 @@ __device__ void conv_channels(const Conv& p, int channel, int start) {
         }
     }
     if (start > 0) return;
-    // Only this thread has read these channels' state. Rows move towards the front, so that none is overwritten before it is read.
+    // Only this thread has read the state of these channels. Rows move towards the front, so none
+    // is overwritten before it is read.
     for (int j = 0; j < past; j++) {
         const int t = p.tokens - past + j;
 #pragma unroll
@@ -81,7 +85,8 @@ __device__ void conv_channels(const Conv& p, int channel, int start) {
     }
 }
 
-// Grid (channels / CONV_CHANNELS, tokens / CONV_TOKENS, batch), both rounded up; CONV_THREADS threads.
+// Grid (channels / CONV_CHANNELS, tokens / CONV_TOKENS, batch), both rounded up; CONV_THREADS
+// threads.
 template <class T>
 __device__ void conv(const Conv& p) {
     const int lane = threadIdx.x % CONV_LANES, first = blockIdx.x * CONV_CHANNELS;

@@ -1,17 +1,20 @@
-// Instructions of compute capability 9.0: products of a warp group, and copies to all blocks of a cluster (PTX ISA, "Asynchronous warpgroup level
-// matrix instructions", "cp.async.bulk" and "mbarrier"). Only code for sm_90a has them all.
+// Instructions of compute capability 9.0: products of a warp group, and copies to all blocks of a
+// cluster (PTX ISA, "Asynchronous warpgroup level matrix instructions", "cp.async.bulk" and
+// "mbarrier"). Only code for sm_90a has all of them.
 #pragma once
 #include <type_traits>
 #include "mma.cuh"
 
 namespace hybrid {
 
-// A matrix of 64 rows as wgmma reads it: 16-byte pieces of a row of 128 bytes lie at the number of the piece xor that of the row, modulo 8.
+// A matrix of 64 rows of 128 bytes in the layout of wgmma: piece i (16 bytes) of row r is stored at
+// piece i xor r % 8.
 template <class T>
 using Square = T[64 * 64];
 __device__ __forceinline__ int swizzled(int row, int piece) { return row * 64 + ((piece ^ row % 8) * 8); }
 
-// The lower half of such a matrix' descriptor. It counts in units of 16 bytes: 2 are the next 16 columns, 128 the next 16 rows.
+// Returns the lower half of the descriptor of such a matrix. It counts units of 16 bytes: adding 2
+// gives the next 16 columns, 128 the next 16 rows.
 __device__ __forceinline__ uint32_t descriptor(const void* square) { return shared_address(square) >> 4 | 1u << 16; }
 
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -20,14 +23,15 @@ template <int LEFT>
 __device__ __forceinline__ void wgmma_await() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
-// After a wait: keeps the compiler from reading the sums before.
+// Called after a wait: keeps the compiler from reading the sums earlier.
 __device__ __forceinline__ void arrived(float (&x)[32]) {
 #pragma unroll
     for (int i = 0; i < 32; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// d <- a b (+ d): 64 x 16 in the registers of a warp group, laid out as A of m16n8k16 with 16 rows a warp, by 16 x 64 in shared memory.
-// d as C of m16n8k16, 16 rows a warp. ROWS: b's rows are those of the matrix in memory; otherwise its columns are.
+// d <- a b (+ d). a is 64 x 16, in the registers of a warp group, in the layout of A of m16n8k16
+// with 16 rows per warp. b is 16 x 64, in shared memory. d has the layout of C of m16n8k16, 16 rows
+// per warp. ROWS: b's rows are the rows of the matrix in memory; otherwise they are its columns.
 #define WGMMA(kind)                                                                                                                 \
     asm volatile(                                                                                                                   \
         "{.reg .pred add; .reg .b64 b; setp.ne.b32 add, %37, 0; mov.b64 b, {%36, 0x40000040};\n"                                    \
@@ -45,26 +49,27 @@ __device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], ui
     else WGMMA("bf16");
 }
 #undef WGMMA
-// 4 bytes from global to shared memory, of which only the first `bytes` are read.
+// Copies 4 bytes from global to shared memory. Only the first `bytes` are read.
 __device__ __forceinline__ void copy4(void* to, const void* from, int bytes) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
 
-// Four 8x8 matrices to rows of shared memory, each transposed; lane i gives row i % 8 of matrix i / 8.
+// Stores four 8x8 matrices to rows of shared memory, each transposed. Lane i gives the address of
+// row i % 8 of matrix i / 8.
 __device__ __forceinline__ void store_transposed(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
 }
-// Between stores to shared memory and a barrier after which wgmma reads them.
+// Called between stores to shared memory and a barrier after which wgmma reads them.
 __device__ __forceinline__ void share_with_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// After barriers are set, before others of the cluster use them.
+// Called after barriers are initialised, before other blocks of the cluster use them.
 __device__ __forceinline__ void share_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// One arrival, and so many bytes.
+// Arrives once, and announces `bytes` bytes.
 __device__ __forceinline__ void expect(uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-// Arrives at the barrier in the same place of a block of the cluster.
+// Arrives at the barrier at the same address in another block of the cluster.
 __device__ __forceinline__ void arrive_in(uint64_t* barrier, int block) {
     asm volatile(
         "{.reg .b32 there;\n"
@@ -73,7 +78,8 @@ __device__ __forceinline__ void arrive_in(uint64_t* barrier, int block) {
         "r"(block)
         : "memory");
 }
-// To the same place in all blocks of the mask, where the same barrier counts the bytes.
+// Copies to the same address in all blocks of the mask. The barrier at the same address in each
+// block counts the bytes.
 __device__ __forceinline__ void copy_to_blocks(void* to, const void* from, int bytes, uint64_t* barrier, uint16_t mask) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
                      shared_address(to)),

@@ -1,19 +1,23 @@
-// Tensor cores and asynchronous copies: thin wrappers of the instructions (PTX ISA, "Warp-level matrix instructions").
+// Thin wrappers of instructions for tensor cores and asynchronous copies (PTX ISA, "Warp-level
+// matrix instructions").
 //
 // Fragments of m16n8k16, with row = lane / 4 and pair = 2 (lane % 4):
-//   A: {(row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8)}, two adjacent numbers along k each;
-//   B: {(pair, row), (pair + 8, row)}, two adjacent numbers along k each;  C: (row, pair), (row, pair + 1), (row + 8, pair), (row + 8, pair + 1).
+//
+// - A: {(row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8)}, two adjacent elements along k
+//   each
+// - B: {(pair, row), (pair + 8, row)}, two adjacent elements along k each
+// - C: (row, pair), (row, pair + 1), (row + 8, pair), (row + 8, pair + 1)
 #pragma once
 #include <cstdint>
 #include "number.cuh"
 
 namespace hybrid {
 
-constexpr int PAD = 8;  // Rows of shared matrices are 16 bytes longer, so that eight of them lie in different banks.
+constexpr int PAD = 8;  // Rows of shared matrices are padded by 16 bytes, so that eight rows are in different banks.
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-// 16 bytes from global to shared memory; zeros if not `valid`.
+// Copies 16 bytes from global to shared memory, or zeros if not `valid`.
 __device__ __forceinline__ void copy16(void* to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
@@ -23,7 +27,8 @@ __device__ __forceinline__ void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-// A barrier in shared memory, for `count` arrivals. Who awaits a phase, whose parity begins with 0 and alternates, sees what was written before them.
+// Initialises a barrier in shared memory for `count` arrivals. The parity of its phases is 0, 1, 0,
+// ... A thread that waits for a phase sees all writes before the phase's arrivals.
 __device__ __forceinline__ void set_barrier(uint64_t* barrier, int count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
@@ -46,7 +51,8 @@ __device__ __forceinline__ void await_barrier(uint64_t* barrier, int parity) {
 #undef AWAIT
 }
 
-// Four 8x8 matrices of 16-bit numbers; lane i gives the (shared) address of row i % 8 of matrix i / 8.
+// Loads four 8x8 matrices of 16-bit elements. Lane i gives the shared address of row i % 8 of
+// matrix i / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -62,7 +68,7 @@ __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], uint32_t row) 
 __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) { load_matrices(x, shared_address(row)); }
 __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], const void* row) { load_transposed(x, shared_address(row)); }
 
-// An 8x8 matrix of 16-bit numbers, two adjacent numbers of a row in each lane.
+// Transposes an 8x8 matrix of 16-bit elements. Each lane has two adjacent elements of a row.
 __device__ __forceinline__ uint32_t transposed(uint32_t x) {
     uint32_t y;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));

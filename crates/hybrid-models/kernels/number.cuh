@@ -1,4 +1,4 @@
-// Numbers in memory, and functions of them.
+// Conversions of elements, and functions of f32.
 #pragma once
 #include <cstdint>
 #include <cuda_bf16.h>
@@ -20,7 +20,7 @@ __device__ __forceinline__ __half rounded<__half>(float x) { return __float2half
 template <>
 __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
-// Two adjacent numbers as they lie in memory, the first in the lower half.
+// Two adjacent elements as stored in memory, the first in the lower half.
 template <class T>
 struct PairOf {
     typedef uint32_t Bits;
@@ -54,14 +54,15 @@ __device__ __forceinline__ float2 unpacked<__half>(uint32_t x) { return __half22
 template <>
 __device__ __forceinline__ float2 unpacked<__nv_bfloat16>(uint32_t x) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x)); }
 
-// Two adjacent numbers; PAIRED: in one access; otherwise they lie where they may, and the second may be the first.
+// Loads two elements. PAIRED: they are adjacent and are loaded in one access. Otherwise they may
+// be anywhere, and may be the same one.
 template <bool PAIRED, class T>
 __device__ __forceinline__ Bits<T> pair_of(const T* first, const T* second) {
     if (PAIRED) return *reinterpret_cast<const Bits<T>*>(first);
     return packed<T>(number(*first), number(*second));
 }
 
-// 2^x to 2 units in the last place.
+// Returns 2^x, with an error of up to 2 units in the last place.
 __device__ __forceinline__ float exp2_of(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -75,7 +76,8 @@ __device__ __forceinline__ float inverse(float x) {
     return y;
 }
 
-// Beyond 20, softplus is its argument in f32; below -8, the logarithm's series keeps what 1 + e^x would round away.
+// For x > 20, softplus(x) is x in f32. For x < -8, two terms of the logarithm's series keep what
+// 1 + e^x would round away.
 __device__ __forceinline__ float softplus(float x) {
     const float e = exp_of(x);
     const float y = x < -8.f ? e * fmaf(e, -0.5f, 1.f) : 0.6931471805599453f * __log2f(1.f + e);
@@ -84,21 +86,21 @@ __device__ __forceinline__ float softplus(float x) {
 
 __device__ __forceinline__ float sigmoid(float x) { return inverse(1.f + exp_of(-x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
-// With the tanh: x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
+// GELU with tanh: x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
 __device__ __forceinline__ float gelu(float x) { return x * sigmoid(1.5957691216057308f * fmaf(0.044715f * x * x, x, x)); }
 
-// RWKV-6's decay e^-e^x, RWKV-7's e^(-e^(-1/2) sigmoid(x)).
+// The decays of RWKV-6, e^-e^x, and of RWKV-7, e^(-e^(-1/2) sigmoid(x)).
 __device__ __forceinline__ float forget6(float x) { return exp_of(-exp_of(x)); }
 __device__ __forceinline__ float forget7(float x) { return exp2_of(-0.6065306597126334f * LOG2_E * sigmoid(x)); }
 
-// tanh to 2^-11.
+// Returns tanh with an error of up to 2^-11.
 __device__ __forceinline__ float tanh_of(float x) {
     float y;
     asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// Pairs of f16 in a word.
+// Products of pairs of f16 in a word.
 __device__ __forceinline__ uint32_t times(uint32_t x, uint32_t y) {
     uint32_t z;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
@@ -110,7 +112,7 @@ __device__ __forceinline__ uint32_t times_plus(uint32_t x, uint32_t y, uint32_t 
     return sum;
 }
 
-// The sum over N lanes, APART from each other, of each of x[0..N), x[i] in the i-th of them.
+// Sums x[0..N) over N lanes, APART from each other. Lane i of them gets the sum of x[i].
 template <int N, int APART = 1, int M>
 __device__ __forceinline__ float sums_of_lanes(float (&x)[M], int lane) {
     if constexpr (N == 1) {
@@ -127,7 +129,8 @@ __device__ __forceinline__ float sums_of_lanes(float (&x)[M], int lane) {
     }
 }
 
-// The entry points NAME_f16, NAME_bf16 and NAME_f32 of `kernel<T>(Args)`; bounds: (threads) or (threads, blocks).
+// Defines the entry points NAME_f16, NAME_bf16 and NAME_f32 of `kernel<T>(Args)`. bounds: (threads)
+// or (threads, blocks).
 #define ENTRY(name, bounds, kernel, Args, kind, T) \
     extern "C" __global__ void __launch_bounds__ bounds name##_##kind(Args p) { kernel<T>(p); }
 #define ENTRIES(name, bounds, kernel, Args)                \

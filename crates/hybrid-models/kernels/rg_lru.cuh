@@ -1,12 +1,16 @@
-// The real-gated linear recurrence of Griffin (De and others, arXiv 2402.19427), prefill and decode, in one pass over memory:
+// The real-gated linear recurrence of Griffin (De and others, arXiv 2402.19427), prefill and
+// decode, in one pass over memory:
 //
 //     a = e^(decay sigmoid(r)),  h <- a h + sqrt(1 - a^2) sigmoid(i) x,  y = h gelu(gate)
 //
-// A block takes TILE channels through CHUNK tokens, each warp a RUN of them, with a and the new parts of h in registers. What a run does
-// to h is h -> A h + H. A chunk publishes its own A and H, and h after it as soon as it knows that. It gets h before it from the h
-// LOOK chunks back and what the chunks between do to it, always in this order: results do not depend on timing, and the chain of blocks
-// that wait for one another is short. What is published is its own flag: words hold the complement of a number's bits, so that 0 says
-// that nothing is there yet (only a NaN that no operation gives has all bits set).
+// A block processes TILE channels of CHUNK tokens. Each warp has a RUN of the tokens, with a and
+// the new terms of h in registers. A run maps h to A h + H.
+//
+// A chunk publishes its A and H, and, once it is known, the h after it. It computes the h before it
+// from the h LOOK chunks back and the A and H of the chunks between, always in this order. So
+// results do not depend on timing, and the chain of blocks that wait for each other is short. There
+// are no separate flags: a published word is the complement of a number's bits, and 0 means that it
+// has not been published. Only a NaN that no operation returns has all bits set.
 #pragma once
 #include "args.cuh"
 #include "number.cuh"
@@ -14,10 +18,10 @@
 namespace hybrid {
 
 constexpr int LRU_THREADS = 256, LRU_WARPS = LRU_THREADS / 32, LRU_TILE = 64, LRU_RUN = 8, LRU_CHUNK = LRU_WARPS * LRU_RUN;
-constexpr int LRU_BLOCKS = 4;  // On a multiprocessor.
+constexpr int LRU_BLOCKS = 4;  // Per multiprocessor.
 constexpr int LRU_LOOK = 8;  // A multiple of LRU_THREADS / LRU_TILE.
 
-// What a chunk publishes.
+// The values that a chunk publishes.
 struct LruChunk {
     unsigned long long own[LRU_TILE];  // H, and A in the lower half
     unsigned h[LRU_TILE];
@@ -37,7 +41,7 @@ __device__ __forceinline__ void publish(unsigned long long* at, float low, float
     const unsigned long long both = (unsigned long long)~__float_as_uint(high) << 32 | ~__float_as_uint(low);
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(both) : "memory");
 }
-// Waits until something is there.
+// Waits until a value has been published, and returns it.
 __device__ __forceinline__ float published(const unsigned* at) {
     unsigned x;
     do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
@@ -51,7 +55,7 @@ __device__ __forceinline__ float2 published(const unsigned long long* at) {
     return make_float2(__uint_as_float(~(unsigned)x), __uint_as_float(~(unsigned)(x >> 32)));
 }
 
-// a and the new part of h of one token and channel.
+// Returns a and the new term of h of one token and channel.
 __device__ __forceinline__ float2 lru_step(float x, float r, float i, float decay) {
     const float a = exp2_of(decay * sigmoid(r));
     float root;
@@ -60,7 +64,7 @@ __device__ __forceinline__ float2 lru_step(float x, float r, float i, float deca
 }
 
 struct LruShared {
-    float a[LRU_WARPS][LRU_TILE], h[LRU_WARPS][LRU_TILE];  // Of the runs; h: then before each of them
+    float a[LRU_WARPS][LRU_TILE], h[LRU_WARPS][LRU_TILE];  // A and H of each run; later h: the h before each run
     float look_a[LRU_LOOK][LRU_TILE], look_h[LRU_LOOK][LRU_TILE];
     int ticket;
 };
@@ -71,13 +75,14 @@ __device__ void rg_lru_chunk(const RgLru& p, LruShared& shared) {
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     LruScratch* scratch = (LruScratch*)p.scratch;
 
-    // Chunks are taken in the order in which blocks start, so that those a block waits for are on their way.
+    // Blocks take chunks in the order in which they start, so that the chunks that a block waits
+    // for are already running.
     if (thread == 0) shared.ticket = chunks > 1 ? atomicAdd(&scratch->ticket, 1) : blockIdx.x;
     __syncthreads();
     const int strands = tiles * p.batch, chunk = shared.ticket / strands, strand = shared.ticket % strands, entry = strand / tiles, first = strand % tiles * LRU_TILE;
     const bool used = first + 2 * lane < p.channels, second = first + 2 * lane + 1 < p.channels;
     const int channel = min(first + 2 * lane, p.channels - (PAIRED ? 2 : 1)), next = second ? channel + 1 : channel;
-    const int start = chunk * LRU_CHUNK + warp * LRU_RUN, count = p.tokens - start;  // count: of this run and all after it
+    const int start = chunk * LRU_CHUNK + warp * LRU_RUN, count = p.tokens - start;  // count: tokens from the run's start on
     const long long row = (long long)entry * p.tokens + min(start, p.tokens - 1);
 
     float2 a[LRU_RUN], b[LRU_RUN];
@@ -86,7 +91,7 @@ __device__ void rg_lru_chunk(const RgLru& p, LruShared& shared) {
         Bits<T> x[LRU_RUN], r[LRU_RUN], i[LRU_RUN];
         auto gate_at = [&](int c) { return (c / p.block) * (long long)p.block_stride + c % p.block; };
         const int gate_next = PAIRED ? 1 : (int)(gate_at(next) - gate_at(channel)), x_next = PAIRED ? 1 : next - channel;
-        // Beyond the last token, it is read again.
+        // Reads the last token again in place of tokens beyond it.
         auto load = [&](const void* from, int stride, long long at, int to_next, Bits<T>(&to)[LRU_RUN]) {
             const T* of_row = (const T*)from + row * stride + at;
 #pragma unroll
@@ -106,11 +111,11 @@ __device__ void rg_lru_chunk(const RgLru& p, LruShared& shared) {
             const float2 xs = unpacked<T>(x[j]), rs = unpacked<T>(r[j]), in = unpacked<T>(i[j]);
             const float2 u = lru_step(xs.x, rs.x + r_bias.x, in.x + i_bias.x, decay.x), v = lru_step(xs.y, rs.y + r_bias.y, in.y + i_bias.y, decay.y);
             a[j] = make_float2(u.x, v.x), b[j] = make_float2(u.y, v.y);
-            // The very first token comes in whole.
+            // The first token of a sequence has no factor sqrt(1 - a^2).
             if (j == 0 && start == 0 && p.first) b[j] = make_float2(xs.x * sigmoid(in.x + i_bias.x), xs.y * sigmoid(in.y + i_bias.y));
         }
     }
-    // Tokens beyond the last change nothing.
+    // Tokens beyond the last leave h unchanged.
     if (count < LRU_RUN) {
 #pragma unroll
         for (int j = 0; j < LRU_RUN; j++) {
@@ -126,7 +131,7 @@ __device__ void rg_lru_chunk(const RgLru& p, LruShared& shared) {
     *(float2*)&shared.a[warp][2 * lane] = total, *(float2*)&shared.h[warp][2 * lane] = h;
     __syncthreads();
 
-    // h before the chunk, then before each run of it.
+    // Computes h before the chunk, then before each of its runs.
     const int c = thread % LRU_TILE;
     LruChunk* mine = chunks > 1 ? &scratch->chunks[(long long)strand * chunks + chunk] : nullptr;
     float own = 0, all = 1;
@@ -151,7 +156,8 @@ __device__ void rg_lru_chunk(const RgLru& p, LruShared& shared) {
         __syncthreads();
     }
     if (thread < LRU_TILE) {
-        // Only the first chunk reads the state, and the last one, whose h comes from it, overwrites it.
+        // The first chunk reads the state. The last chunk overwrites it; its h depends on the first
+        // chunk, so the state has been read by then.
         float* state = p.state + (long long)entry * p.channels + first + c;
         const bool has = first + c < p.channels;
         const int oldest = min(LRU_LOOK, chunk) - 1;

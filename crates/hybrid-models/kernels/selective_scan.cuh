@@ -2,11 +2,17 @@
 //
 //     h <- exp(dt A) h + dt B u,  y = (C h + D u) silu(z),  dt = softplus(steps + bias)
 //
-// A block takes some channels through all tokens, a tile of them at a time. First each thread computes what depends on no state (dt, dt u) for
-// four tokens, a quad, of two channels, and has the loads of the next tile on their way. Then LANES lanes share a channel, each with some of its
-// states in registers, and go through the quads. Last each thread adds up its four tokens' parts of C h. All but the states passes from one to the
-// other through shared memory, in quads, so that one access brings four tokens. Blocks of one warp, which need no barriers, take 1.7 times as long
-// where there are many (H100).
+// A block processes some channels of all tokens, a tile of tokens at a time:
+//
+// 1. Each thread computes dt and dt u, which do not depend on the state, for two channels of four
+//    tokens (a quad). The loads of the next tile are in flight meanwhile.
+// 2. LANES lanes share a channel, each with some of its states in registers, and process the quads
+//    in order.
+// 3. Each thread sums the lanes' terms of C h for its four tokens.
+//
+// All data except the states passes through shared memory in quads, so that one access has four
+// tokens. Blocks of one warp, which need no barriers, take 1.7 times as long if there are many
+// (H100).
 #pragma once
 #include "args.cuh"
 #include "number.cuh"
@@ -15,29 +21,31 @@ namespace hybrid {
 
 constexpr int STATES = 16;
 
-// WARPS of a block; LANES that share a channel: even, so that pairs of lanes read the same dt and the pairs of every second lane the same B and C,
-// which halves the time of such accesses.
+// WARPS: warps of a block. LANES: lanes that share a channel. LANES is even, so that pairs of lanes
+// read the same dt, and the pairs of every second lane the same B and C, which halves the time of
+// such accesses.
 template <int WARPS, int OF_LANES>
 struct ScanShape {
-    static constexpr int LANES = OF_LANES, THREADS = 32 * WARPS, OWN = STATES / LANES, WARP = 32 / LANES;  // OWN: states of a lane; WARP: channels of a warp
+    static constexpr int LANES = OF_LANES, THREADS = 32 * WARPS, OWN = STATES / LANES, WARP = 32 / LANES;  // OWN: states per lane; WARP: channels per warp
     static constexpr int CHANNELS = WARPS * WARP, PAIRS = CHANNELS / 2, QUADS = THREADS / PAIRS, TILE = 4 * QUADS;
     static constexpr int SELECTING = STATES * QUADS;  // Threads that load four tokens of two states of B or C
     static_assert(LANES % 2 == 0 && THREADS % PAIRS == 0 && SELECTING <= THREADS);
 
     struct Quad {
         float4 dt[CHANNELS], in[CHANNELS], b[STATES], c[STATES];  // in: dt u. Even channels and states come first.
-        float4 sums[LANES][CHANNELS + 4];                         // The lanes' parts of C h. + 4: so that pairs of lanes write to different banks.
+        float4 sums[LANES][CHANNELS + 4];                         // The lanes' terms of C h. + 4: pairs of lanes write to different banks.
     };
     struct Shared {
         Quad quads[QUADS];
     };
 };
 typedef ScanShape<4, 4> ScanUsual;
-typedef ScanShape<10, 8> ScanFew;  // More warps for as many channels: a multiprocessor has one block, and latency binds.
+typedef ScanShape<10, 8> ScanFew;  // More warps per channel: a multiprocessor has one block, which is bound by latency.
 static_assert(sizeof(ScanUsual::Shared) == SCAN_SHARED && sizeof(ScanFew::Shared) == SCAN_FEW_SHARED, "as args.cuh says");
-constexpr int SCAN_BLOCKS = 4;  // On a multiprocessor; of ScanFew 1.
+constexpr int SCAN_BLOCKS = 4;  // Per multiprocessor; ScanFew: 1.
 
-// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), to 3e-7 of it by a polynomial: special functions bind.
+// Returns log(1 + e^x) = max(x, 0) + log(1 + e^-|x|) with a relative error of 3e-7. A polynomial,
+// because the kernel is bound by special functions.
 __device__ __forceinline__ float scan_softplus(float x) {
     const float e = exp2_of(-LOG2_E * fabsf(x));
     float y = fmaf(e, -0.00853921007f, 0.044089634f);
@@ -45,7 +53,8 @@ __device__ __forceinline__ float scan_softplus(float x) {
     y = fmaf(e, y, 0.332754791f), y = fmaf(e, y, -0.499974042f), y = fmaf(e, y, 0.999999821f);
     return fmaf(e, y, fmaxf(x, 0.f));
 }
-// Of two numbers with one reciprocal. Beyond 2^62, where the product would be too large, silu is 0 in f16 and below 1e-17 |x|.
+// Returns sigmoid(x) x of two numbers with one reciprocal. Exponents are limited to 62, because the
+// product would overflow; there silu is 0 in f16 and below 1e-17 |x|.
 __device__ __forceinline__ float2 scan_silu(float2 x) {
     const float px = 1.f + exp2_of(fminf(-LOG2_E * x.x, 62.f)), py = 1.f + exp2_of(fminf(-LOG2_E * x.y, 62.f));
     const float inv = inverse(px * py);
@@ -53,7 +62,8 @@ __device__ __forceinline__ float2 scan_silu(float2 x) {
 }
 __device__ __forceinline__ float4 four(const float (&x)[4]) { return make_float4(x[0], x[1], x[2], x[3]); }
 
-// Four tokens of two channels, before the states and after them. WHOLE: the tile has no tokens beyond the last.
+// The work on four tokens of two channels before and after the states. WHOLE: the tile has no
+// tokens beyond the last.
 template <class S, class T, bool PAIRED>
 struct ScanEnds {
     const SelectiveScan& p;
@@ -62,11 +72,11 @@ struct ScanEnds {
     const bool used, second;
     int channel, next;
     float2 d, bias;
-    const T *u_at, *steps_at, *z_at, *selected_at;  // Of this thread's first token of the tile to load
+    const T *u_at, *steps_at, *z_at, *selected_at;  // This thread's first token of the tile to load
     int selected_row, selected_quad, selected_to;
-    T* y_at;                                      // Of that of the tile to finish
-    Bits<T> u[4], steps[4], z[4], selected[4];  // Of the tile to come
-    Bits<T> us[4], zs[4];                         // Of this one
+    T* y_at;                                      // The same of the tile to finish
+    Bits<T> u[4], steps[4], z[4], selected[4];  // Of the next tile
+    Bits<T> us[4], zs[4];                         // Of the current tile
 
     __device__ ScanEnds(const SelectiveScan& p, typename S::Shared& shared)
         : p(p), shared(shared), thread(threadIdx.x), pair(thread % S::PAIRS), quad(thread / S::PAIRS), first(blockIdx.x * S::CHANNELS + pair * 2),
@@ -110,7 +120,7 @@ struct ScanEnds {
         for (int i = 0; i < 4; i++) {
             const float2 one = unpacked<T>(u[i]), step = unpacked<T>(steps[i]);
             dt[0][i] = scan_softplus(step.x + bias.x), dt[1][i] = scan_softplus(step.y + bias.y);
-            if (!WHOLE && i >= count) dt[0][i] = dt[1][i] = 0.f;  // A token beyond the last leaves the states as they are.
+            if (!WHOLE && i >= count) dt[0][i] = dt[1][i] = 0.f;  // Tokens beyond the last leave the states unchanged.
             in[0][i] = dt[0][i] * one.x, in[1][i] = dt[1][i] * one.y;
         }
         typename S::Quad& to = shared.quads[quad];
@@ -173,7 +183,8 @@ struct ScanEnds {
     }
 };
 
-// Grid (channels / CHANNELS rounded up, batch), THREADS threads, sizeof(Shared) bytes of dynamic shared memory.
+// Grid (channels / CHANNELS rounded up, batch), THREADS threads, sizeof(Shared) bytes of dynamic
+// shared memory.
 template <class S, class T, bool PAIRED>
 __device__ void selective_scan_channels(const SelectiveScan& p, typename S::Shared& shared) {
     constexpr int N = S::OWN;

@@ -1,4 +1,5 @@
-// Mamba's selective scan, any number of states, token by token: a warp takes a channel, its lanes the states.
+// Mamba's selective scan for any number of states, token by token. A warp has a channel; its lanes
+// share the states.
 #pragma once
 #include "args.cuh"
 #include "number.cuh"

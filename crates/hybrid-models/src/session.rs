@@ -18,8 +18,8 @@ use longctx_core::{Batch, CausalLm, Error, Footprint, KvCache, Logits, Result, S
 /// A model with its memory of many sequences: for each sequence a state of fixed size per recurrent
 /// layer, and for all sequences a cache per attention layer.
 ///
-/// A recurrent state cannot go back. [`truncate`](CausalLm::truncate) is possible to the current
-/// length, to length 0, and to snapshots ([`with_snapshots`](Self::with_snapshots)).
+/// A recurrent state cannot be rolled back. [`truncate`](CausalLm::truncate) is possible to the
+/// current length, to length 0, and to snapshots ([`with_snapshots`](Self::with_snapshots)).
 ///
 /// After an error in a call:
 ///

@@ -393,6 +393,53 @@ impl Format {
         Ok(format)
     }
 
+    /// The format of the lowest measured loss among those of at most `bits` per packed number, for
+    /// heads of `head_dim` channels.
+    ///
+    /// Loss is that of perplexity of SmolLM2-135M-Instruct and Gemma 3 270M, whichever is larger:
+    /// formats rank differently on the two. The table is from `docs/kv-quality.md` in the repository.
+    ///
+    /// | format | bits, 128 channels | SmolLM2 | Gemma 3 |
+    /// |---|---|---|---|
+    /// | KIVI, 8 bits | 9 | -0.01 % | +0.08 % |
+    /// | fp8 e4m3 | 8.13 | +0.20 % | +0.19 % |
+    /// | KIVI, 4 bits | 5 | +0.30 % | +0.06 % |
+    /// | rotated, 4 bits, 128 newest tokens in f16 | 4.13 | +0.12 % | +1.97 % |
+    /// | KIVI, 2 bits | 3 | +24.4 % | +10.4 % |
+    ///
+    /// Keeping 4 attention sinks in f16 lowers the loss further
+    /// (`QuantCache::with_sinks`), most at 2 bits: to 9.6 % and 9.5 %.
+    ///
+    /// ```
+    /// use kv_quant::{Bits, Format};
+    ///
+    /// let format = Format::for_bits_per_number(5.5, 128)?;
+    /// assert_eq!(format, Format::kivi(Bits::Four, Bits::Four, 32, 128)?);
+    /// # Ok::<(), kv_quant::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if no measured format has so few bits, and if `head_dim` is 0.
+    pub fn for_bits_per_number(bits: f64, head_dim: usize) -> Result<Self> {
+        let rotated = Self::rotated_symmetric(Bits::Four, Bits::Four);
+        let by_loss = [
+            Self::kivi(Bits::Eight, Bits::Eight, 32, 128)?,
+            Self::float8(Float8::E4m3),
+            Self::kivi(Bits::Four, Bits::Four, 32, 128)?,
+            Self::new(rotated.keys, rotated.values, Flush::Rolling(128))?,
+            Self::kivi(Bits::Two, Bits::Two, 32, 128)?,
+        ];
+        let mut least = f64::INFINITY;
+        for format in by_loss {
+            let own = format.bits_per_number(head_dim, head_dim)?;
+            if own <= bits {
+                return Ok(format);
+            }
+            least = least.min(own);
+        }
+        Err(Error::setting("bits per number", format!("at least {least}"), bits))
+    }
+
     /// KIVI (arXiv 2402.02750): keys along tokens, values along channels, the newest `residual`
     /// tokens in full precision.
     ///

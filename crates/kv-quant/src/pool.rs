@@ -12,6 +12,7 @@ mod slabs;
 mod truncate;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::rotary::Rotary;
@@ -191,20 +192,31 @@ impl Pool {
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if there is no such head.
     pub fn read(&self, seq: u64, kv_head: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        let sequence = self.sequence(seq)?;
-        let Some(head) = sequence.heads.get(kv_head) else {
-            return Err(Error::mismatch(
-                "kv head",
-                format!("below {}", self.shape.kv_heads),
-                kv_head,
-            ));
-        };
+        let len = self.head(seq, kv_head)?.len;
+        self.read_range(seq, kv_head, 0..len)
+    }
+
+    /// Reads a range of entries, as [`read`](Self::read) does all of them.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), and [`Error::Mismatch`] for a range past the head's end.
+    pub fn read_range(
+        &self,
+        seq: u64,
+        kv_head: usize,
+        entries: Range<usize>,
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        let head = self.head(seq, kv_head)?;
+        if entries.start > entries.end || entries.end > head.len {
+            let expected = format!("a range within {}", head.len);
+            return Err(Error::mismatch("entries to read", expected, format!("{entries:?}")));
+        }
         let PoolShape { head_dim, value_dim, .. } = self.shape;
-        let mut keys = vec![0.0; head.len * head_dim];
-        let mut values = vec![0.0; head.len * value_dim];
+        let mut keys = vec![0.0; entries.len() * head_dim];
+        let mut values = vec![0.0; entries.len() * value_dim];
         let codes = &mut Vec::new();
         let rows = keys.chunks_exact_mut(head_dim).zip(values.chunks_exact_mut(value_dim));
-        for (slot, (key, value)) in head.slots_of(0..head.len).zip(rows) {
+        for (slot, (key, value)) in head.slots_of(entries).zip(rows) {
             head.read_key(&self.memory, slot, codes, key);
             head.read_value(&self.memory, slot, codes, value);
             if let Some(rotary) = &self.rotary {
@@ -212,6 +224,12 @@ impl Pool {
             }
         }
         Ok((keys, values))
+    }
+
+    fn head(&self, seq: u64, kv_head: usize) -> Result<&Head> {
+        let heads = &self.sequence(seq)?.heads;
+        let wrong = || Error::mismatch("kv head", format!("below {}", heads.len()), kv_head);
+        heads.get(kv_head).ok_or_else(wrong)
     }
 
     pub(crate) fn sequence(&self, seq: u64) -> Result<&Sequence> {

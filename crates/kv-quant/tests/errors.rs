@@ -1,4 +1,4 @@
-//! Bad input to the slice API gives an error that says what was expected, what came and where. It
+//! Bad input to the slice API gives an error with the expected and actual value and the location. It
 //! never panics, and nothing changes.
 
 use kv_quant::{

@@ -4,7 +4,7 @@
 #![cfg(not(miri))] // too long for an interpreter, and full of files
 
 use half::f16;
-use kv_quant::{Axis, Bits, Float8, Packed, Scheme, StaticScale};
+use kv_quant::{Axis, Bits, Float8, Format, Packed, Scheme, StaticScale};
 use safetensors::SafeTensors;
 
 const CASES: [(&str, usize); 4] =
@@ -159,4 +159,24 @@ fn kvarn_is_the_published_code() {
     }
     println!("{} codes are equal, {} differ", counts[0], counts[1]);
     assert!(counts[1] * 10_000 <= counts[0], "{counts:?}");
+}
+
+/// More bits never give a format of a higher loss, and no format takes more bits than it may.
+#[test]
+fn formats_for_bits_are_of_at_most_these_bits_and_in_order_of_their_loss() {
+    for head_dim in [64, 80, 128, 256] {
+        let mut last = 0.0;
+        for tenths in 32..110 {
+            let bits = f64::from(tenths) / 10.0;
+            let own = Format::for_bits_per_number(bits, head_dim).unwrap();
+            let own = own.bits_per_number(head_dim, head_dim).unwrap();
+            assert!(own <= bits && own >= last, "{head_dim} channels, {bits} bits: {own}");
+            last = own;
+        }
+        assert!(last >= 9.0);
+    }
+    let error = Format::for_bits_per_number(2.9, 64).unwrap_err().to_string();
+    assert!(error.contains("at least 3") && error.contains("2.9"), "{error}");
+    assert!(Format::for_bits_per_number(f64::NAN, 64).is_err());
+    assert!(Format::for_bits_per_number(4.0, 0).is_err());
 }

@@ -113,8 +113,8 @@ impl Settings {
         Ok(())
     }
 
-    /// During decoding, queries of earlier calls attend to the entries again: their tokens must be
-    /// the newest ones held.
+    /// Checks that observed queries of earlier calls are protected. During decoding, they attend to
+    /// the entries again, so their tokens must be the newest ones held.
     fn check_observed(&self, needs: &Needs) -> Result<()> {
         match needs.attention {
             Some(ObservedQueries::Newest { queries, .. })

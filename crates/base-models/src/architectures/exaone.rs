@@ -2,7 +2,8 @@
 //! have no rotary embedding.
 
 use super::{
-    Architecture, DEFAULTS, Defaults, olmo, rope, window, windows_by_period, windows_by_type,
+    Architecture, DEFAULTS, Defaults, GGUF_WINDOW, olmo, rope, window, windows_by_period,
+    windows_by_type,
 };
 use crate::config::{Config, QkNorm};
 use crate::gguf_settings::Settings;
@@ -46,7 +47,7 @@ fn set_windows(config: &mut Config, windows: Vec<Option<usize>>) {
 }
 
 fn read_gguf(file: &Settings, config: &mut Config) -> Result<()> {
-    if let Some(window) = file.number("attention.sliding_window")?.filter(|&window| window > 0) {
+    if let Some(window) = file.number(GGUF_WINDOW)?.filter(|&window| window > 0) {
         set_windows(config, windows_by_period(config.layers, window, PERIOD));
     }
     norms(config);

@@ -1,8 +1,8 @@
 //! Gemma 1 to 3, the text models.
 
 use super::{
-    Architecture, DEFAULTS, Defaults, attention_biases, rope, rope_defaults, window,
-    windows_by_period, windows_by_type,
+    Architecture, DEFAULTS, Defaults, GGUF_WINDOW, attention_biases, rope, rope_defaults, windows,
+    windows_by_period,
 };
 use crate::config::{Activation, Config, QkNorm};
 use crate::gguf_settings::Settings;
@@ -65,7 +65,7 @@ pub(super) const GEMMA2: Architecture = Architecture {
     defaults: Defaults { kv_heads: Some(4), activation: "hidden_activation", ..GEMMA.defaults },
     read: gemma2,
     read_gguf: gemma2_gguf,
-    gguf_settings: &["attn_logit_softcapping", "final_logit_softcapping"],
+    gguf_settings: &["attn_logit_softcapping", "final_logit_softcapping", GGUF_WINDOW],
     folder_names: names::POST_NORMS,
     ..GEMMA
 };
@@ -94,18 +94,10 @@ fn cap(raw: &Fields, name: &str, default: Option<f64>) -> Result<Option<f64>> {
     }
 }
 
-fn windows(raw: &Fields, layers: usize, period: usize) -> Result<Vec<Option<usize>>> {
-    let window = window(raw, Some(4096))?.ok_or_else(|| raw.missing("sliding_window"))?;
-    Ok(match windows_by_type(raw, layers, Some(window))? {
-        Some(windows) => windows,
-        None => windows_by_period(layers, window, period),
-    })
-}
-
 fn gemma2_gguf(file: &Settings, config: &mut Config) -> Result<()> {
     config.attention_soft_cap = file.nonzero("attn_logit_softcapping")?;
     config.logit_soft_cap = file.nonzero("final_logit_softcapping")?;
-    let window = file.number("attention.sliding_window")?.unwrap_or(4096);
+    let window = file.number(GGUF_WINDOW)?.unwrap_or(4096);
     config.windows = windows_by_period(config.layers, window, 2);
     later_gguf(file, config, 46)
 }
@@ -128,7 +120,7 @@ pub(super) const GEMMA3_TEXT: Architecture = Architecture {
     defaults: Defaults { context: 131_072, theta: 1_000_000.0, ..GEMMA2.defaults },
     read: gemma3,
     read_gguf: gemma3_gguf,
-    gguf_settings: &["final_logit_softcapping", "rope.freq_base_swa"],
+    gguf_settings: &["final_logit_softcapping", "rope.freq_base_swa", GGUF_WINDOW],
     ..GEMMA2
 };
 
@@ -166,7 +158,7 @@ fn gemma3_ropes(raw: &Fields, config: &mut Config) -> Result<()> {
 fn gemma3_gguf(file: &Settings, config: &mut Config) -> Result<()> {
     config.logit_soft_cap = file.nonzero("final_logit_softcapping")?;
     config.qk_norm = QkNorm::PerHead;
-    let window = file.need_number("attention.sliding_window")?;
+    let window = file.need_number(GGUF_WINDOW)?;
     config.windows = windows_by_period(config.layers, window, 6);
     config.windowed_rope = Some(RopeSettings {
         theta: file.float("rope.freq_base_swa")?.unwrap_or(LOCAL_THETA),

@@ -1,7 +1,8 @@
 //! Llama and Mistral, SmolLM2 among them, and Mixtral. GGUF files call all of them "llama".
 
 use super::{
-    Architecture, DEFAULTS, Defaults, GGUF_EXPERTS, attention_biases, gguf_experts, rope, window,
+    Architecture, DEFAULTS, Defaults, GGUF_EXPERTS_WINDOW, GGUF_WINDOW, attention_biases,
+    gguf_experts, rope, window,
 };
 use crate::config::{Config, Experts};
 use crate::gguf_settings::Settings;
@@ -14,7 +15,7 @@ pub(super) const LLAMA: Architecture = Architecture {
     defaults: DEFAULTS,
     read: llama,
     read_gguf,
-    gguf_settings: GGUF_EXPERTS,
+    gguf_settings: GGUF_EXPERTS_WINDOW,
     folder_names: names::LLAMA,
     gguf_names: names::GGUF,
     gguf_interleaved: true,
@@ -67,14 +68,14 @@ fn mixtral(raw: &Fields, config: &mut Config) -> Result<()> {
         per_token: raw.number("num_experts_per_tok")?.unwrap_or(2),
         intermediate_size: config.intermediate_size,
         normalize: true,
-        dense_layers: Vec::new(),
+        ..Experts::default()
     });
     Ok(())
 }
 
 fn read_gguf(file: &Settings, config: &mut Config) -> Result<()> {
     // A window is for all layers or none.
-    let window = file.number("attention.sliding_window")?.filter(|&window| window > 0);
+    let window = file.number(GGUF_WINDOW)?.filter(|&window| window > 0);
     config.windows = vec![window; config.layers];
     if file.number("expert_count")?.unwrap_or(0) > 0 {
         config.experts = Some(gguf_experts(file, config, true)?);

@@ -1,11 +1,15 @@
-//! OLMo-2, whose blocks have norms behind them, and OLMoE.
+//! OLMo-2, whose blocks have norms behind them, OLMo-3, which has windows, too, and OLMoE.
 
-use super::{Architecture, DEFAULTS, Defaults, GGUF_EXPERTS, attention_biases, gguf_experts, rope};
+use super::{
+    Architecture, DEFAULTS, Defaults, GGUF_EXPERTS, GGUF_WINDOW, attention_biases, gguf_experts,
+    rope, rope_defaults, windows, windows_by_period,
+};
 use crate::config::{Config, Experts, QkNorm};
 use crate::gguf_settings::Settings;
 use crate::json::Fields;
 use crate::names;
-use longctx_core::Result;
+use crate::rope_settings::RopeSettings;
+use longctx_core::{Error, Result, RopeScaling};
 
 pub(super) const OLMO2: Architecture = Architecture {
     name: "olmo2",
@@ -15,11 +19,8 @@ pub(super) const OLMO2: Architecture = Architecture {
         olmo2(config);
         attention_biases(raw, config)
     },
-    read_gguf: |_, config| {
-        olmo2(config);
-        Ok(())
-    },
-    gguf_settings: &[],
+    read_gguf: olmo2_gguf,
+    gguf_settings: &[GGUF_WINDOW],
     folder_names: names::POST_NORMS,
     gguf_names: names::GGUF,
     gguf_interleaved: false,
@@ -28,6 +29,58 @@ pub(super) const OLMO2: Architecture = Architecture {
 fn olmo2(config: &mut Config) {
     (config.pre_norms, config.post_norms) = (false, true);
     config.qk_norm = QkNorm::AllHeads;
+}
+
+/// llama.cpp calls OLMo-3 by the same name: it has a window in all layers but each fourth, and a
+/// scaling that is for full layers.
+fn olmo2_gguf(file: &Settings, config: &mut Config) -> Result<()> {
+    olmo2(config);
+    if let Some(window) = file.number(GGUF_WINDOW)?.filter(|&window| window > 0) {
+        config.windows = windows_by_period(config.layers, window, PERIOD);
+        config.windowed_rope =
+            Some(RopeSettings { scaling: RopeScaling::None, ..config.rope.clone() });
+    }
+    Ok(())
+}
+
+/// Every so many layers of OLMo-3 is full, the others slide.
+const PERIOD: usize = 4;
+
+pub(super) const OLMO3: Architecture = Architecture {
+    name: "olmo3",
+    defaults: Defaults { theta: 500_000.0, ..OLMO2.defaults },
+    read: olmo3,
+    ..OLMO2
+};
+
+fn olmo3(raw: &Fields, config: &mut Config) -> Result<()> {
+    config.windows = windows(raw, config.layers, PERIOD)?;
+    olmo3_ropes(raw, config)?;
+    olmo2(config);
+    attention_biases(raw, config)
+}
+
+/// Full layers and windowed ones have a rotary embedding each.
+fn olmo3_ropes(raw: &Fields, config: &mut Config) -> Result<()> {
+    let defaults = rope_defaults(config, &OLMO3.defaults);
+    let parameters = raw.fields("rope_parameters")?;
+    let of = |name: &str| parameters.as_ref().map_or(Ok(None), |all| all.fields(name));
+    let (full, local) = (of("full_attention")?, of("sliding_attention")?);
+    let scaling = raw.fields("rope_scaling")?;
+    if parameters.is_some() && (scaling.is_some() || (full.is_none() && local.is_none())) {
+        let what = "rope_parameters beside rope_scaling, or without kinds of layers, in OLMo-3";
+        return Err(Error::Unsupported(what.into()));
+    }
+    let theta = raw.float("rope_theta")?.unwrap_or(defaults.theta);
+    if theta != defaults.theta && !local.as_ref().is_some_and(|local| local.has("rope_theta")) {
+        // transformers 5 gives it to full layers alone, version 4 to all.
+        return Err(Error::Unsupported(format!("rope_theta {theta} of all layers in OLMo-3")));
+    }
+    let full = scaling.or(full);
+    config.rope = RopeSettings::of_fields(raw, full.as_ref(), theta, &defaults)?;
+    let local = RopeSettings::of_fields(raw, local.as_ref(), defaults.theta, &defaults)?;
+    config.windowed_rope = Some(local);
+    Ok(())
 }
 
 pub(super) const OLMOE: Architecture = Architecture {
@@ -52,7 +105,7 @@ fn olmoe(raw: &Fields, config: &mut Config) -> Result<()> {
         per_token: raw.number("num_experts_per_tok")?.unwrap_or(8),
         intermediate_size: config.intermediate_size,
         normalize: raw.switch("norm_topk_prob")?.unwrap_or(false),
-        dense_layers: Vec::new(),
+        ..Experts::default()
     });
     attention_biases(raw, config)
 }

@@ -1,6 +1,6 @@
 //! Phi-3, Phi-3.5 and Phi-4: fused projections and LongRoPE.
 
-use super::{Architecture, DEFAULTS, Defaults, rope_defaults, window};
+use super::{Architecture, DEFAULTS, Defaults, GGUF_WINDOW, rope_defaults, window};
 use crate::config::Config;
 use crate::gguf_settings::Settings;
 use crate::json::Fields;
@@ -19,7 +19,7 @@ pub(super) const PHI3: Architecture = Architecture {
     },
     read: phi3,
     read_gguf,
-    gguf_settings: &[],
+    gguf_settings: &[GGUF_WINDOW],
     folder_names: names::LLAMA,
     gguf_names: names::GGUF_FUSED,
     gguf_interleaved: false,
@@ -37,7 +37,7 @@ fn phi3(raw: &Fields, config: &mut Config) -> Result<()> {
 }
 
 fn read_gguf(file: &Settings, config: &mut Config) -> Result<()> {
-    let window = file.number("attention.sliding_window")?.filter(|&window| window > 0);
+    let window = file.number(GGUF_WINDOW)?.filter(|&window| window > 0);
     config.windows = vec![window; config.layers];
     Ok(())
 }

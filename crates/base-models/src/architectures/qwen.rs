@@ -1,8 +1,8 @@
 //! Qwen2, Qwen2.5 and Qwen3, dense and with experts.
 
 use super::{
-    Architecture, DEFAULTS, Defaults, GGUF_EXPERTS, attention_biases, gguf_experts, rope, window,
-    windows_by_type,
+    Architecture, DEFAULTS, Defaults, GGUF_EXPERTS_WINDOW, GGUF_WINDOW, attention_biases,
+    gguf_experts, rope, window, windows_by_type,
 };
 use crate::config::{Config, Experts, QkNorm};
 use crate::gguf_settings::Settings;
@@ -15,7 +15,7 @@ pub(super) const QWEN2: Architecture = Architecture {
     defaults: Defaults { kv_heads: Some(32), context: 32_768, bos: None, eos: &[], ..DEFAULTS },
     read: qwen2,
     read_gguf: no_window,
-    gguf_settings: &[],
+    gguf_settings: &[GGUF_WINDOW],
     folder_names: names::LLAMA,
     gguf_names: names::GGUF,
     gguf_interleaved: false,
@@ -54,7 +54,7 @@ pub(super) const QWEN3_MOE: Architecture = Architecture {
         config.experts = Some(gguf_experts(file, config, true)?);
         (QWEN3.read_gguf)(file, config)
     },
-    gguf_settings: GGUF_EXPERTS,
+    gguf_settings: GGUF_EXPERTS_WINDOW,
     ..QWEN2
 };
 
@@ -76,6 +76,7 @@ fn qwen3_moe(raw: &Fields, config: &mut Config) -> Result<()> {
         intermediate_size: raw.number("moe_intermediate_size")?.unwrap_or(768),
         normalize: raw.switch("norm_topk_prob")?.unwrap_or(false),
         dense_layers: (0..config.layers).filter(dense).collect(),
+        ..Experts::default()
     });
     attention_biases(raw, config)
 }
@@ -95,7 +96,7 @@ fn windows(raw: &Fields, layers: usize) -> Result<Vec<Option<usize>>> {
 
 /// Some layers have the window, and files don't tell which.
 fn no_window(file: &Settings, config: &mut Config) -> Result<()> {
-    let name = "attention.sliding_window";
+    let name = GGUF_WINDOW;
     match file.number(name)?.filter(|window| (1..config.context_length).contains(window)) {
         Some(window) => Err(file.refuse(name, window)),
         None => Ok(()),

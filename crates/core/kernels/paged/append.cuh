@@ -1,15 +1,15 @@
-// Entries copied into blocks, and from blocks to others.
+// Copies new entries into blocks, and entries from blocks to others.
 #pragma once
 #include "args.cuh"
 
 constexpr int MOVE_THREADS = 256;
 
-// Where a piece of an entry lies in a block.
+// Returns the address of a 16-byte piece of an entry in its block.
 __device__ __forceinline__ uint4* piece_at(uint64_t block, bool value, int entry, int pieces, int piece) {
     return reinterpret_cast<uint4*>(block) + (long long)((value ? PAGE : 0) + entry % PAGE) * pieces + piece;
 }
 
-// Grid: (entries * pieces / MOVE_THREADS rounded up, of the longest row; rows; 2 for keys and values).
+// Grid: (entries * pieces / MOVE_THREADS of the longest row, rounded up; rows; 2: keys and values).
 __device__ __forceinline__ void append(const AppendArgs& a) {
     const AppendRow& row = a.rows[blockIdx.y];
     const bool value = blockIdx.z;
@@ -18,17 +18,17 @@ __device__ __forceinline__ void append(const AppendArgs& a) {
     const long long at = blockIdx.x * (long long)MOVE_THREADS + threadIdx.x;
     const int i = int(at / a.pieces), piece = int(at % a.pieces);
     if (i >= row.count) return;
-    // A token that the sequence has not, from a list that nobody has checked, must not be read.
+    // The host has not checked the list: an index beyond the sequence's tokens must not be read.
     const int token = row.tokens ? min(row.tokens[i], uint32_t(row.own - 1)) : i;
     const long long source = row.first_row + token * a.stride;
     const int entry = row.first + i, block = entry / PAGE;
-    // The table of this launch's blocks is not there before it ends.
+    // Other thread blocks may not have written this launch's new blocks to the table yet.
     const uint64_t to = block < row.first_fresh ? row.table[block] : row.fresh[block - row.first_fresh];
     *piece_at(to, value, entry, a.pieces, piece) = static_cast<const uint4*>(value ? a.v : a.k)[source * a.pieces + piece];
 }
 
-// Grid: (pieces / 4 rounded up, rows, 2). A block of threads reads a stretch of entries before it writes them: so entries can move within
-// the blocks that they lie in.
+// Grid: (pieces / 4 rounded up, rows, 2). A thread block reads several entries before it writes
+// them, so entries can move within a block.
 __device__ __forceinline__ void move(const MoveArgs& a) {
     constexpr int UNROLL = 4, STRETCH = MOVE_THREADS / 4;
     const MoveRow& row = a.rows[blockIdx.y];

@@ -1,7 +1,8 @@
 // Arguments of the kernels over paged keys and values, mirrored in src/cuda/paged.rs.
 //
-// A block holds PAGE entries of one kv head: keys [PAGE, D], then values [PAGE, D]. A block table lists the addresses of a kv head's blocks.
-// Lists, tables and lengths lie in device memory, so that a captured launch serves others of as many pieces.
+// A block holds PAGE entries of one kv head: keys [PAGE, D], then values [PAGE, D]. A block table
+// lists the addresses of a kv head's blocks. Lists, tables and lengths are in device memory, so
+// that a captured CUDA graph can be replayed with others.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,51 +12,52 @@
 constexpr int PAGE = 64;
 constexpr float LOG2E = 1.4426950408889634f;
 
-// A share of a kv head's entries for some columns: column c is query c % queries of the kv head's query head c / queries. One without
-// queries is none, and so is a join: a list may be longer than it need be.
+// A range of a kv head's entries for some columns. Column c is query c % queries of query head c /
+// queries of the kv head. Work and joins with `queries` 0 are skipped, so a list may have unused
+// items at its end.
 struct AttendWork {
     const uint64_t* table;
-    const uint32_t* entries;  // those that are seen, in order; null: all
-    int len;                  // how many there are, or are seen
-    int from, to;             // those that this block of threads reads
-    int part;                 // where its results lie
+    const uint32_t* entries;  // indices of the selected entries, increasing; null: all
+    int len;                  // number of entries, or of selected ones
+    int from, to;             // range that this thread block reads
+    int part;                 // index of its partial results
     int kv_head, queries;
-    int first_token;  // of the sequence's queries
+    int first_token;  // the sequence's first query
     int first_column;
 };
 
-// The parts of a kv head and some columns, one after the other.
+// The partial results of a kv head and some columns, which are consecutive.
 struct AttendJoin {
     int first_part, parts;
     int kv_head, queries, first_token, first_column;
 };
 
 struct AttendArgs {
-    const void* q;                          // [tokens, heads, D], in the format of keys and values
+    const void* q;                          // [tokens, heads, D], in the dtype of keys and values
     float *out, *lse;                       // [tokens, heads, D] and [tokens, heads], natural logarithm
-    float *part_out, *part_max, *part_sum;  // [parts, columns, D], [parts, columns] and the same
-    const AttendWork* work;                 // one for each block of threads
+    float *part_out, *part_max, *part_sum;  // [parts, columns, D], [parts, columns], [parts, columns]
+    const AttendWork* work;                 // one for each thread block
     const AttendJoin* joins;
     int heads, heads_per_kv;
-    int columns;         // of a block of threads
-    int causal, window;  // the last `queries` entries are the queries' own; how many a query sees (0: all)
+    int columns;         // of a thread block
+    int causal, window;  // 1: the last `queries` entries are the queries' own; sliding window (0: none)
     float scale, soft_cap;  // soft_cap 0: none
     int head_dim;
 };
 
-// A kv head's keys beside the queries of its sequence.
+// A kv head's keys and the queries of its sequence.
 struct SumsWork {
     const uint64_t* table;  // null: keys are the rows of `keys`
     const void* keys;
-    int64_t stride;  // numbers from a row to the next
-    int64_t out;     // where the sums [heads_per_kv, len] lie
+    int64_t stride;  // in elements, from a row to the next
+    int64_t out;     // offset of the sums [heads_per_kv, len]
     int len;
     int kv_head, queries, first_token;
 };
 
 struct SumsArgs {
     const void* q;     // [tokens, heads, D]
-    const float* lse;  // [tokens, heads], of all that the queries see
+    const float* lse;  // [tokens, heads], log-sum-exp over all entries that the query sees
     float* out;
     const SumsWork* work;  // one for each kv head of each sequence
     int heads, heads_per_kv;
@@ -63,31 +65,32 @@ struct SumsArgs {
     float scale, soft_cap;
 };
 
-// Rows of a call that go to the end of a kv head.
+// Rows of a call that are appended to a kv head.
 struct AppendRow {
     uint64_t* table;
-    const uint64_t* fresh;  // addresses of blocks that are taken now; the kernel puts them into the table
-    const uint32_t* tokens;  // those to take, of the sequence's own; null: all
-    int64_t first_row;       // of the sequence's first token; the next token's is `stride` rows later
-    int first_fresh, fresh_count;  // the first block that is taken now
-    int first, count;              // the first entry, and how many
-    int own, unused;               // the sequence's tokens in this call
+    const uint64_t* fresh;  // addresses of new blocks; the kernel writes them to the table
+    const uint32_t* tokens;  // indices of the tokens to append, in the sequence's own; null: all
+    int64_t first_row;       // row of the sequence's first token; `stride` rows between tokens
+    int first_fresh, fresh_count;  // index of the first new block; number of new blocks
+    int first, count;              // index of the first new entry; number of new entries
+    int own, unused;               // number of the sequence's tokens in this call
 };
 
 struct AppendArgs {
-    const void *k, *v;  // rows of D numbers
+    const void *k, *v;  // rows of D elements
     const AppendRow* rows;
     int64_t stride;
-    int pieces;  // of 16 bytes, in a row
+    int pieces;  // pieces of 16 bytes in a row
     int unused;
 };
 
-// Entries that move to others, in order, none to a later place than its own where both tables name one block.
+// Entries that are moved, in order. Where both tables contain the same block, no entry moves to a
+// later position in it.
 struct MoveRow {
     const uint64_t *from, *to;  // block tables
     const uint32_t* entries;
-    int first, count;  // the entry that the first moves to
-    int len, unused;   // entries that `from` holds
+    int first, count;  // index of the first destination; number of entries
+    int len, unused;   // number of entries in `from`
 };
 
 struct MoveArgs {

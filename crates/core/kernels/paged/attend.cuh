@@ -1,7 +1,9 @@
-// Attention of a few queries of many sequences, split over entries (flash decoding), then joined.
+// Attention of a few queries of many sequences: flash decoding, which splits the entries into parts
+// and joins the partial results.
 //
-// LANES threads share an entry: 16 channels each, read with two 16-byte loads. A group of them keeps its own running softmax for all COLUMNS
-// while it strides through its block's entries, the next ones already on their way.
+// A group of LANES threads shares an entry. Each thread has 16 channels, which it reads with two
+// 16-byte loads. A group keeps a running softmax for all COLUMNS and strides through the entries of
+// its thread block, with the next entries' loads in flight.
 #pragma once
 #include "args.cuh"
 
@@ -20,7 +22,8 @@ __device__ __forceinline__ void widen(float* y, const uint4 (&x)[2]) {
     }
 }
 
-// A thread's 16 channels of a row of D: two chunks of 8, so that a group's loads are side by side. Lanes beyond D have zeros.
+// Loads a thread's 16 channels of a row of D: two chunks of 8, so that a group's loads are
+// contiguous. Lanes beyond D get zeros.
 template <int D>
 __device__ __forceinline__ void load(uint4 (&x)[2], const void* row, int lane) {
     const uint4* p = static_cast<const uint4*>(row);
@@ -28,7 +31,7 @@ __device__ __forceinline__ void load(uint4 (&x)[2], const void* row, int lane) {
     else x[0] = x[1] = make_uint4(0, 0, 0, 0);
 }
 
-// Grid: one block for each of `work`.
+// Grid: one thread block for each item of `work`.
 template <class Pair, int D, int COLUMNS>
 __device__ __forceinline__ void attend(const AttendArgs& a) {
     constexpr int USED = D / CHANNELS, LANES = USED <= 4 ? 4 : USED <= 8 ? 8 : 16, GROUPS = THREADS / LANES;
@@ -42,7 +45,7 @@ __device__ __forceinline__ void attend(const AttendArgs& a) {
     int seen_from[COLUMNS], seen_to[COLUMNS];
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) {
-        const int column = min(work.first_column + c, columns - 1);  // A column too many repeats the last one.
+        const int column = min(work.first_column + c, columns - 1);  // Columns beyond the last repeat it.
         const int query = column % work.queries, head = work.kv_head * a.heads_per_kv + column / work.queries;
         uint4 x[2];
         load<D>(x, static_cast<const __half*>(a.q) + ((long long)(work.first_token + query) * a.heads + head) * D, lane);
@@ -55,7 +58,7 @@ __device__ __forceinline__ void attend(const AttendArgs& a) {
     }
 
     const int end = work.to;
-    // Addresses are read a step before the entries.
+    // Addresses are read one step before the entries.
     const __half* rows[TOKENS];
     auto find = [&](int t) {
 #pragma unroll
@@ -76,7 +79,7 @@ __device__ __forceinline__ void attend(const AttendArgs& a) {
         fetch();
         find(work.from + group + STEP);
     }
-    // All lanes of a group take the same path; `group_mask` names them.
+    // All lanes of a group take the same path; `group_mask` is the group's lanes.
     const unsigned group_mask = ((1u << LANES) - 1) << (threadIdx.x % 32 / LANES * LANES);
     for (int t = work.from + group; t < end; t += STEP) {
 #pragma unroll
@@ -109,7 +112,7 @@ __device__ __forceinline__ void attend(const AttendArgs& a) {
             float higher = top[c];
 #pragma unroll
             for (int u = 0; u < TOKENS; u++) higher = fmaxf(higher, s[u][c]);
-            if (higher == -INFINITY) continue;  // Nothing seen yet.
+            if (higher == -INFINITY) continue;  // No visible entry so far.
             if (higher > top[c]) {
                 const float factor = exp2f(top[c] - higher);
                 top[c] = higher, sum[c] *= factor;
@@ -121,7 +124,8 @@ __device__ __forceinline__ void attend(const AttendArgs& a) {
         }
 #pragma unroll
         for (int u = 0; u < TOKENS; u++) {
-            // A block's places after its last entry may hold anything; those of other heads are not read.
+            // Rows of a block after its last entry are undefined; columns of other heads are not
+            // read.
             float x[CHANNELS];
             widen<Pair>(x, v[u]);
 #pragma unroll
@@ -133,7 +137,7 @@ __device__ __forceinline__ void attend(const AttendArgs& a) {
         }
     }
 
-    // Join the block's groups.
+    // Join the groups of the thread block.
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) {
         if (lane == 0) maxima[group][c] = top[c], sums[group][c] = sum[c];
@@ -157,7 +161,8 @@ __device__ __forceinline__ void attend(const AttendArgs& a) {
     }
 }
 
-// Grid: (joins, columns); a thread for each channel, in whole warps. Each warp takes the weights of 32 parts at a time, one a lane.
+// Grid: (joins, columns). One thread for each channel, in whole warps. A warp loads the weights of
+// 32 parts at a time, one per lane.
 __device__ __forceinline__ void join(const AttendArgs& a) {
     const AttendJoin& join = a.joins[blockIdx.x];
     const int column = join.first_column + blockIdx.y, d = a.head_dim, channel = threadIdx.x, lane = threadIdx.x % 32;
@@ -167,7 +172,7 @@ __device__ __forceinline__ void join(const AttendArgs& a) {
     for (int s = lane; s < join.parts; s += 32) highest = fmaxf(highest, a.part_max[first + (long long)s * a.columns]);
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, i));
-    // The last threads of the last warp repeat its last channel.
+    // Threads beyond the last channel repeat it.
     const float* outs = a.part_out + first * d + min(channel, d - 1);
     for (int start = 0; start < join.parts && highest > -INFINITY; start += 32) {
         const long long at = first + (long long)(start + lane) * a.columns;

@@ -1,11 +1,12 @@
-// Attention probability that each entry receives, summed over the queries of a head: what eviction policies ask for.
+// Attention probability of each entry, summed over the queries of a head, for eviction policies.
 //
-// A pass over the keys alone, with the log-sum-exp that attention left. A block of threads keeps PAGE keys in shared memory while the
-// queries that see some of them pass in tiles: nothing of size queries x entries exists, and sums have one order.
+// The kernel reads the keys, and the log-sum-exp that attention returned. A thread block keeps PAGE
+// keys in shared memory and processes the queries that see any of them in tiles. So no array of
+// queries x entries exists, and the order of each sum is fixed.
 #pragma once
 #include "attend.cuh"
 
-constexpr int QUERIES = 64;  // of a tile: 16 for each warp
+constexpr int QUERIES = 64;  // per tile: 16 for each warp
 
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half2) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -18,7 +19,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four 8x8 matrices, of which lane l gives the address of row l % 8 of matrix l / 8.
+// Loads four 8x8 matrices. Lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -26,8 +27,9 @@ __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row)
                  : "memory");
 }
 
-// Grid: (blocks of the longest kv head; kv heads of all sequences; query heads of a kv head, or 1 where no sequence has more than one query).
-// With one query, the rows of a tile are the query heads of the kv head.
+// Grid: (blocks of the longest kv head; kv heads of all sequences; query heads of a kv head, or 1
+// if no sequence has more than one query). With one query, the rows of a tile are the query heads
+// of the kv head.
 template <class Pair, int D>
 __device__ __forceinline__ void sums(const SumsArgs& a) {
     constexpr int PITCH = D + 8, PIECES = D / 8;
@@ -52,14 +54,14 @@ __device__ __forceinline__ void sums(const SumsArgs& a) {
         *reinterpret_cast<uint4*>(keys + row * PITCH + piece * 8) = x;
     }
 
-    const int past = work.len - work.queries;  // entries before the queries' own, if causal
-    // Row r's place in q.
+    const int past = work.len - work.queries;  // if causal: number of entries before the queries' own
+    // Returns the row of `q` for row r.
     auto row_of = [&](int r) { return by_head ? (long long)(work.first_token + r) * a.heads + head : (long long)work.first_token * a.heads + head + r; };
     const int first = a.causal && by_head ? max(0, key - past) / QUERIES * QUERIES : 0;
     float total[8][2] = {};
     for (int tile = first; tile < rows; tile += QUERIES) {
         if (a.causal && a.window && by_head && past + tile + 1 - a.window >= key + count) break;
-        __syncthreads();  // All are done with the queries before.
+        __syncthreads();  // All threads have read the previous queries.
         for (int i = threadIdx.x; i < QUERIES * PIECES; i += THREADS) {
             const int row = i / PIECES, piece = i % PIECES;
             uint4 x = make_uint4(0, 0, 0, 0);
@@ -84,7 +86,7 @@ __device__ __forceinline__ void sums(const SumsArgs& a) {
         for (int h = 0; h < 2; h++) {
             const int r = tile + warp * 16 + h * 8 + g;
             if (r >= rows) continue;
-            const float lse = a.lse[row_of(r)];  // -inf for a query that sees nothing
+            const float lse = a.lse[row_of(r)];  // -inf if the query sees no entry
             const int to = a.causal ? past + 1 + (by_head ? r : 0) : work.len, from = a.causal && a.window ? to - a.window : 0;
 #pragma unroll
             for (int n = 0; n < 8; n++)

@@ -1,21 +1,21 @@
-// Prefill attention for compute capabilities without wgmma, in the manner of FlashAttention-2
-// (arXiv 2307.08691): four warps of 16 or 32 rows, mma.m16n8k16, asynchronous copies of a block's values
-// beside its scores and of the next keys beside its values.
+// Prefill attention for compute capabilities without wgmma, as in FlashAttention-2 (arXiv
+// 2307.08691): four warps of 16 or 32 rows with mma.m16n8k16. Copies are asynchronous: a block's
+// values arrive while its scores are computed, and the next keys while its values are multiplied.
 #pragma once
 #include "softmax.cuh"
 
 constexpr int MMA_THREADS = 128;
 template <int D>
 struct MmaShape {
-    static constexpr int ROW_TILES = D <= 128 ? 2 : 1;  // Of 16 rows, of a warp; they share what it reads of keys and values
+    static constexpr int ROW_TILES = D <= 128 ? 2 : 1;  // Tiles of 16 rows per warp; they share its reads of keys and values
     static constexpr int ROWS = 64 * ROW_TILES;
-    static constexpr int N = D <= 96 ? 64 : 32;         // Keys of a block
-    static constexpr int COLUMNS = (D + 63) / 64;       // Of 64 elements
+    static constexpr int N = D <= 96 ? 64 : 32;         // Keys per block
+    static constexpr int COLUMNS = (D + 63) / 64;       // Columns of 64 elements
     static constexpr int SHARED_BYTES = COLUMNS * 128 * (ROWS + 2 * N);  // As in src/cuda/prefill.rs
 };
 
-// Columns of 64 elements, rows of 128 bytes, whose 16-byte pieces lie at the number of the piece
-// xor that of the row modulo 8.
+// Columns of 64 elements; a row of a column has 128 bytes. Piece i (16 bytes) of row r is stored at
+// piece i xor r % 8.
 template <class T, int D>
 struct MmaShared {
     using Shape = MmaShape<D>;
@@ -78,7 +78,7 @@ struct MmaTile {
     }
 
     __device__ __forceinline__ int first_row(int m) const { return (threadIdx.x / 32 * ROW_TILES + m) * 16; }
-    // Made where it is needed: most blocks need no mask, and registers are scarce.
+    // Recomputed at each use: most blocks need no mask, and registers are scarce.
     __device__ __forceinline__ Rows rows(int m) const { return Rows(tile, a.pack, first_row(m), Shape::ROWS / a.pack * a.pack); }
 
     template <int ROWS>
@@ -86,7 +86,7 @@ struct MmaTile {
         return &x[piece / 8][row][(piece % 8 ^ row % 8) * 8];
     }
 
-    // `row_at` gives where a row begins, or null; such rows become zeros.
+    // `row_at` returns the address of a row, or null for a row of zeros.
     template <int ROWS, class RowAt>
     __device__ __forceinline__ void copy_rows(T (&to)[Shape::COLUMNS][ROWS][64], RowAt row_at) {
 #pragma unroll 4
@@ -154,7 +154,7 @@ struct MmaTile {
         float s[ROW_TILES][N / 2] = {};
         uint32_t p[ROW_TILES][N / 16][4];
         await_copies<0>();
-        __syncthreads();  // k has come; v is no longer read.
+        __syncthreads();  // k has arrived; v is no longer read.
         copy_v(block);
         add_scores(s);
 #pragma unroll
@@ -167,7 +167,7 @@ struct MmaTile {
             to_operand<T>(s[m], p[m]);
         }
         await_copies<0>();
-        __syncthreads();  // v has come; k is no longer read.
+        __syncthreads();  // v has arrived; k is no longer read.
         if (block > first_block) copy_k(block - 1);
         add_values(p);
     }
@@ -190,8 +190,8 @@ struct MmaTile {
     }
 };
 
-// Grid: at least the tiles of the call, (tokens / (ROWS / pack) + seqs) * heads / pack. MMA_THREADS
-// threads, SHARED_BYTES.
+// Grid: at least the number of tiles of the call, (tokens / (ROWS / pack) + seqs) * heads / pack.
+// MMA_THREADS threads, SHARED_BYTES of dynamic shared memory.
 template <class T, int D>
 __device__ __forceinline__ void prefill_mma(const PrefillArgs& a) {
     extern __shared__ __align__(1024) unsigned char memory[];

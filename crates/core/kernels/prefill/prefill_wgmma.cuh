@@ -1,19 +1,19 @@
 // Prefill attention for compute capability 9.0a, warp-specialised as in FlashAttention-3 (arXiv
-// 2407.08608): one thread copies queries, keys and values to shared memory by tensor maps; warp
-// groups of 64 rows each multiply. A warp group runs the scores of a key block while the values of
-// the one before it are summed, and takes turns with the others, so that its softmax runs beside
-// their products.
+// 2407.08608). One thread copies queries, keys and values to shared memory with tensor maps. Warp
+// groups of 64 rows each multiply. A warp group computes the scores of a key block while it
+// multiplies the values of the previous block. The warp groups take turns, so that the softmax of
+// one overlaps the products of the others.
 #pragma once
 #include "softmax.cuh"
 #include "wgmma.cuh"
 
 template <int D>
 struct WgmmaShape {
-    static constexpr int WARP_GROUPS = D == 64 ? 3 : 2;  // That multiply
+    static constexpr int WARP_GROUPS = D == 64 ? 3 : 2;  // Warp groups that multiply
     static constexpr int ROWS = WARP_GROUPS * 64, THREADS = ROWS * 2 + 128;
-    static constexpr int N = D <= 128 ? 128 : 64;        // Keys of a block
+    static constexpr int N = D <= 128 ? 128 : 64;        // Keys per block
     static constexpr int STAGES = 2;
-    static constexpr int COLUMNS = (D + 63) / 64;        // Of 64 elements; the copies fill them up with zeros
+    static constexpr int COLUMNS = (D + 63) / 64;        // Columns of 64 elements; copies pad them with zeros
     static constexpr int REGISTERS = WARP_GROUPS == 2 ? 240 : 160, COPY_REGISTERS = WARP_GROUPS == 2 ? 24 : 32;
     static constexpr bool TAKE_TURNS = D <= 128;
     static constexpr int SHARED_BYTES = COLUMNS * 128 * (ROWS + 2 * STAGES * N) + 1024;  // As in src/cuda/prefill.rs
@@ -35,7 +35,7 @@ static_assert(sizeof(WgmmaShared<__half, 64>) == WgmmaShape<64>::SHARED_BYTES, "
 static_assert(sizeof(WgmmaShared<__half, 128>) == WgmmaShape<128>::SHARED_BYTES, "tiles and 1,024 bytes for the rest");
 static_assert(sizeof(WgmmaShared<__half, 256>) == WgmmaShape<256>::SHARED_BYTES, "tiles and 1,024 bytes for the rest");
 
-// A place in a ring of shared memory, and the parity of its barriers.
+// A slot of a ring in shared memory, and the parity of its barriers.
 template <int STAGES>
 struct Stage {
     int index = 0, parity = 0;
@@ -71,14 +71,14 @@ struct Copier {
 #pragma unroll
         for (int part = 0; part < Shape::N / PAGE; part++) {
             const int key = block * Shape::N + part * PAGE;
-            // A page after the last one is masked: any page does.
+            // Keys of pages after the last one are masked, so any page may be copied.
             const int y = table ? 0 : tile.first_key + key, z = table ? table[min(key, tile.keys - 1) / PAGE] : tile.kv_head;
 #pragma unroll
             for (int c = 0; c < Shape::COLUMNS; c++) copy_box(to[c][part * PAGE], map, c * 64, y, z, full);
         }
     }
 
-    // In the order in which the warp groups take them.
+    // Copies in the order in which the warp groups read.
     __device__ __forceinline__ void run(const CUtensorMap* map_q, const CUtensorMap* map_k, const CUtensorMap* map_v) {
         const KeyBlocks blocks = key_blocks<Shape::N>(shared.tile);
         Stage<Shape::STAGES> k, v;
@@ -120,7 +120,7 @@ struct Multiplier {
         for (int i = 0; i < D / 2; i++) o[i] = 0.f;
     }
 
-    // Made where it is needed: most blocks need no mask, and registers are scarce.
+    // Recomputed at each use: most blocks need no mask, and registers are scarce.
     __device__ __forceinline__ Rows rows() const {
         return Rows(shared.tile, a.pack, threadIdx.x / 32 * 16 - 64, Shape::ROWS / a.pack * a.pack);
     }
@@ -147,8 +147,8 @@ struct Multiplier {
         if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
     }
 
-    // Values after the last key may be anything, and 0 * NaN is NaN. Each warp group clears them
-    // for itself.
+    // Zeroes the values after the last key: they are undefined, and 0 * NaN is NaN. Each warp group
+    // does it for itself.
     __device__ __forceinline__ void clear_values(int first_key) {
         const int from = max(shared.tile.keys - first_key, 0);
         if (from >= N) return;
@@ -184,7 +184,7 @@ struct Multiplier {
         to_operand<T>(s, p);
     }
 
-    // The scores of a block, and the values of the one before.
+    // Computes the scores of a block, and multiplies the values of the previous one.
     template <bool MASKED>
     __device__ __forceinline__ void step(int block) {
         float s[N / 2], factor[2];
@@ -219,7 +219,7 @@ struct Multiplier {
     __device__ __forceinline__ void run() {
         const KeyBlocks blocks = key_blocks<N>(shared.tile);
         if (blocks.begin < blocks.end) {
-            if (Shape::TAKE_TURNS && group == 0) named_arrive(1, 256);  // It has the first turn.
+            if (Shape::TAKE_TURNS && group == 0) named_arrive(1, 256);  // Group 0 has the first turn.
             int block = blocks.end - 1;
             first_block(block--);
 #pragma unroll 1
@@ -231,12 +231,12 @@ struct Multiplier {
             last_values();
         }
         store_rows<T, D>(a, shared.tile, rows(), o, softmax);
-        if (blocks.begin < blocks.end && group == 0) await_turn();  // Leaves no arrival behind.
+        if (blocks.begin < blocks.end && group == 0) await_turn();  // Consumes the last arrival.
     }
 };
 
-// Grid: at least the tiles of the call, (tokens / (ROWS / pack) + seqs) * heads / pack. THREADS
-// threads, SHARED_BYTES.
+// Grid: at least the number of tiles of the call, (tokens / (ROWS / pack) + seqs) * heads / pack.
+// THREADS threads, SHARED_BYTES of dynamic shared memory.
 template <class T, int D>
 __device__ __forceinline__ void prefill_wgmma(const PrefillArgs& a, const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v) {
     using Shape = WgmmaShape<D>;

@@ -1,4 +1,4 @@
-// Online softmax over accumulator fragments, and the store of a tile's results.
+// Online softmax over accumulator fragments, and storing of a tile's results.
 //
 // A thread holds two rows of its warp's 16 x N accumulator, 8 apart: x[4 j + 2 h + e] is column 8 j
 // + 2 (lane % 4) + e of row lane / 4 + 8 h. mma.m16n8k16 and wgmma share this layout. Four
@@ -21,8 +21,8 @@ __device__ __forceinline__ float reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// tanh.approx errs by 2^-11, which a soft cap of 50 turns into 0.02 of a score; this errs by some
-// 1e-7.
+// tanh with an error of about 1e-7. tanh.approx has an error of 2^-11, which a soft cap of 50 turns
+// into 0.02 of a score.
 __device__ __forceinline__ float tanh_exp(float x) { return 1.f - 2.f * reciprocal(1.f + exp2_approx(2.f * LOG2E * x)); }
 
 template <class T>
@@ -38,8 +38,8 @@ __device__ __forceinline__ uint32_t pack_pair(float x, float y) {
 
 // A thread's two rows of a tile.
 struct Rows {
-    int token[2], head[2];   // Of the tile
-    int start[2], limit[2];  // Visible keys
+    int token[2], head[2];   // In the tile
+    int start[2], limit[2];  // Visible keys: start..limit
     bool valid[2];
 
     __device__ __forceinline__ Rows(const Tile& tile, int pack, int first_row, int tile_rows) {
@@ -54,8 +54,8 @@ struct Rows {
 };
 
 struct Softmax {
-    float max[2], sum[2];  // max in units of the scores; sum of this thread's columns only
-    float scale;           // To units of ln 2
+    float max[2], sum[2];  // max before scaling; sum of this thread's columns only
+    float scale;           // From scores to base-2 logarithms
     float cap_scale;       // 0: no soft cap
 
     Softmax() = default;
@@ -71,7 +71,7 @@ struct Softmax {
 #pragma unroll
         for (int i = 0; i < L; i++) s[i] = tanh_exp(s[i] * cap_scale);
     }
-    // first_key is that of column 0.
+    // first_key is the key of column 0.
     template <int L>
     __device__ __forceinline__ static void mask(float (&s)[L], const Rows& rows, int first_key) {
         const int key = first_key + threadIdx.x % 4 * 2;
@@ -89,8 +89,8 @@ struct Softmax {
         }
     }
 
-    // Turns scores into probabilities relative to the new maxima; earlier sums count `factor`
-    // times.
+    // Turns scores into probabilities relative to the new maxima. `factor` is what earlier sums and
+    // outputs are multiplied by.
     template <int L>
     __device__ __forceinline__ void update(float (&s)[L], float (&factor)[2]) {
 #pragma unroll
@@ -117,7 +117,7 @@ struct Softmax {
         }
     }
 
-    // Sums over a row's four lanes; afterwards total() and lse() hold.
+    // Adds the sums of a row's four lanes. inverse() and lse() are valid after it.
     __device__ __forceinline__ void finish() {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -138,7 +138,7 @@ __device__ __forceinline__ void rescale(float (&o)[L], const float (&factor)[2])
     }
 }
 
-// Probabilities as the left operand of the product with the values.
+// Packs probabilities as the left operand of the product with the values.
 template <class T, int L>
 __device__ __forceinline__ void to_operand(const float (&s)[L], uint32_t (&p)[L / 8][4]) {
 #pragma unroll
@@ -148,7 +148,7 @@ __device__ __forceinline__ void to_operand(const float (&s)[L], uint32_t (&p)[L 
     }
 }
 
-// Transposes a 4 x 4 matrix of words that four neighbouring lanes hold by rows.
+// Transposes a 4 x 4 matrix of words. Four neighbouring lanes hold one row each.
 __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
 #pragma unroll
     for (int step = 1; step <= 2; step *= 2) {
@@ -163,8 +163,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
     }
 }
 
-// Writes a thread's part of a row: 16 bytes a lane, after an exchange among the four lanes of the
-// row. Results do not stay in the L2 cache: keys and values are wanted there.
+// Writes a thread's part of a row: 16 bytes per lane, after an exchange among the four lanes of the
+// row. The stores leave the L2 cache to keys and values.
 template <class T, int D>
 __device__ __forceinline__ void store_row(T* out, const float (&o)[D / 2], int h, float factor, bool valid) {
     const int lane = threadIdx.x % 4;
@@ -185,7 +185,7 @@ __device__ __forceinline__ void store_row_f32(float* out, const float (&o)[D / 2
     const int lane = threadIdx.x % 4, odd = lane % 2;
 #pragma unroll
     for (int j = 0; j < D / 8; j += 2) {
-        // Even lanes take block j, odd ones block j + 1, four numbers each.
+        // Even lanes write block j, odd lanes block j + 1, four elements each.
         const float *x = o + 4 * j + 2 * h, *y = x + 4;
         const float first = __shfl_xor_sync(~0u, odd ? x[0] : y[0], 1), second = __shfl_xor_sync(~0u, odd ? x[1] : y[1], 1);
         const float4 four = odd ? make_float4(first, second, y[0], y[1]) : make_float4(x[0], x[1], first, second);

@@ -7,19 +7,19 @@
 #include "args.cuh"
 
 struct Tile {
-    int first_token, tokens;     // Of the call's tokens
+    int first_token, tokens;     // first_token: index in the call
     int first_head, kv_head;
-    int seq, first_key, keys;    // first_key: of the call's keys, if they are contiguous
-    int position;                // Of the first token, counted as keys are
+    int seq, first_key, keys;    // first_key: index in the call, if keys are contiguous
+    int position;                // Position of the first token among the keys
     int causal, window;
 
-    // The keys that a token of the tile sees: [start, limit).
+    // A token of the tile sees the keys start..limit.
     __device__ int limit(int token) const { return causal ? min(max(position + token + 1, 0), keys) : keys; }
     __device__ int start(int token) const { return window ? max(position + token + 1 - window, 0) : 0; }
 };
 
-// Key blocks of N keys that a tile visits, from the last to the first. Blocks outside [clear_begin,
-// clear_end) need a mask.
+// The blocks of N keys that a tile visits, from the last to the first. Blocks outside
+// clear_begin..clear_end need a mask.
 struct KeyBlocks {
     int begin, end, clear_begin, clear_end;
 };
@@ -33,13 +33,14 @@ __device__ KeyBlocks key_blocks(const Tile& tile) {
     return blocks;
 }
 
-// A sequence's heads are walked in sections whose keys and values fit the L2 cache, but of two
-// waves of tiles or more.
+// The heads of a sequence are processed in sections whose keys and values fit the L2 cache. A
+// section has at least SECTION_TILES tiles, about two waves.
 constexpr int64_t L2_BYTES = 24 << 20;
 constexpr int SECTION_TILES = 256;
 
-// Finds the block's tile; false if there are fewer tiles than blocks. To be called by a whole warp.
-// Within a sequence, tiles with most keys come first, so that the last ones to run are short.
+// Finds the tile of a thread block. Returns false if there are fewer tiles than thread blocks. All
+// lanes of a warp call it. Within a sequence, tiles with the most keys come first, so that the last
+// ones to run are short.
 template <int ROWS, int D>
 __device__ bool find_tile(const PrefillArgs& a, int index, Tile& tile) {
     const uint32_t* cu_q = reinterpret_cast<const uint32_t*>(a.cu_seqlens_q);
@@ -74,7 +75,7 @@ __device__ bool find_tile(const PrefillArgs& a, int index, Tile& tile) {
     }
     const int64_t bytes = int64_t(keys) * D * 4 * a.kv_heads;
     const int sections = max(1, min(min(groups, tiles * groups / SECTION_TILES), int((bytes + L2_BYTES - 1) / L2_BYTES)));
-    const int section = ((index / tiles + 1) * sections - 1) / groups;  // Of the groups section * groups / sections and on
+    const int section = ((index / tiles + 1) * sections - 1) / groups;  // It starts at group section * groups / sections
     const int first_group = section * groups / sections, groups_here = (section + 1) * groups / sections - first_group;
     index -= tiles * first_group;
     const int m = tiles - 1 - index / groups_here;

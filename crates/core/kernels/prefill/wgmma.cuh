@@ -14,7 +14,7 @@ __device__ __forceinline__ uint32_t smem_address(const void* p) { return uint32_
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals) : "memory");
 }
-// After barriers are initialised, before the copy engine uses them.
+// Orders the initialisation of barriers before their use by the copy engine.
 __device__ __forceinline__ void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
@@ -30,7 +30,7 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
         "r"(parity)
         : "memory");
 }
-// Barrier `id` of `threads` threads, those that only arrive included.
+// Barrier `id` for `threads` threads, including those that only arrive.
 __device__ __forceinline__ void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 __device__ __forceinline__ void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
@@ -57,7 +57,7 @@ __device__ __forceinline__ void decrease_registers() {
 
 // ---- wgmma ----
 
-// Orders ordinary writes to shared memory before the reads of wgmma; for each writing thread,
+// Orders ordinary writes to shared memory before reads by wgmma. Each writing thread calls it
 // before a barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -66,25 +66,26 @@ template <int PENDING>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// Keeps the compiler from moving accesses to registers over a wait or a fence.
+// Keeps the compiler from moving register accesses over a wait or a fence.
 template <int L>
 __device__ __forceinline__ void pin(float (&x)[L]) {
 #pragma unroll
     for (int i = 0; i < L; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// Shared memory in columns of 64 elements: [columns / 64][rows][64], rows of 128 bytes whose
-// 16-byte pieces lie at the number of the piece xor that of the row modulo 8, as a tensor map with
-// CU_TENSOR_MAP_SWIZZLE_128B writes them. The descriptor's stride byte offset is that of 8 rows;
-// its leading byte offset, read only if rows are the summed dimension, is that of 64 columns.
+// Returns the descriptor of a matrix in shared memory. It has columns of 64 elements: [columns /
+// 64][rows][64], rows of 128 bytes. Piece i (16 bytes) of row r is stored at piece i xor r % 8, as
+// a tensor map with CU_TENSOR_MAP_SWIZZLE_128B writes it. The descriptor's stride byte offset is
+// the size of 8 rows. Its leading byte offset is the size of 64 columns, and is read only if rows
+// are the summed dimension.
 __device__ __forceinline__ uint64_t swizzled_descriptor(const void* matrix, int leading_bytes) {
     const uint32_t low = (smem_address(matrix) & 0x3ffff) >> 4 | uint32_t(leading_bytes >> 4) << 16;
     return uint64_t(0x40000040) << 32 | low;
 }
 
 // Products of a warp group: d (64 x N, in registers) = a b, or d += a b if `add`. wgmma_ss: a and b
-// are in shared memory, their columns are the summed dimension. wgmma_rs: a is in registers, as
-// mma.m16n8k16 takes it; b is in shared memory, its rows are the summed dimension.
+// are in shared memory, and their columns are the summed dimension. wgmma_rs: a is in registers, in
+// the layout of mma.m16n8k16; b is in shared memory, and its rows are the summed dimension.
 #define SUMS4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
 #define SUMS_32 SUMS16(0), SUMS16(16)

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::agreement::Line;
 use super::heat_map::place;
 use super::table::{Row, Table, distinct};
-use crate::statistics::{Difference, Interval, Verdict, of_setting, score};
+use crate::statistics::{Decode, Difference, Interval, Verdict, of_setting, score};
 use crate::{Category, Error, Record, Result};
 
 /// Differences of less than a point are treated as equal.
@@ -17,7 +17,8 @@ const MARGIN: f64 = 0.01;
 /// The text between the two markers of `page.html`.
 const METHOD: &str = "Score: the mean over categories of the mean over their tasks. Difference: to the dense setting of the same model, sample by \
     sample, in points; intervals hold 95 % of 2,000 resamples of the samples with replacement. Better and worse: the interval leaves 0 out. \
-    The same: it lies within one point. Of 20 settings that are the same as dense, one is told from it by chance.";
+    The same: it lies within one point. Of 20 settings that are the same as dense, one is told from it by chance. Tokens/s: in brackets the sequences of a batch, whose speed \
+    is that of all together.";
 
 #[derive(Serialize)]
 struct Setting {
@@ -26,8 +27,8 @@ struct Setting {
     difference: Option<Told>,
     ratio: Option<f64>,
     kv_bytes: Option<f64>,
-    first_token_seconds: f64,
-    decode_tokens_per_second: Option<f64>,
+    first_token_seconds: Option<f64>,
+    decode: Option<Decode>,
     samples: usize,
     /// By task and by category.
     scores: BTreeMap<String, Scored>,
@@ -154,7 +155,7 @@ fn setting(row: &Row, table: &Table, records: &[Record]) -> Option<Setting> {
         ratio: row.ratio,
         kv_bytes: row.kv_bytes,
         first_token_seconds: row.first_token_seconds,
-        decode_tokens_per_second: row.decode_tokens_per_second,
+        decode: row.decode,
         samples: row.samples,
         scores,
         quarters: (!quarters.is_empty()).then(|| [0, 1, 2, 3].map(mean)),

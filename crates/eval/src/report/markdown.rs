@@ -73,8 +73,8 @@ fn categories(table: &Table) -> Cells {
             },
         ));
         cells.push(number(row.ratio, 2));
-        cells.push(number(Some(row.first_token_seconds), 2));
-        cells.push(number(row.decode_tokens_per_second, 1));
+        cells.push(number(row.first_token_seconds, 2));
+        cells.push(speed(row));
         cells
     };
     Cells {
@@ -82,7 +82,8 @@ fn categories(table: &Table) -> Cells {
         note: format!(
             "Percent, the mean of a category's tasks. Better / worse: on how many samples the score is above and below that of {first}. \
              Difference: to the dense setting of the same model, sample by sample, with a 95 % bootstrap interval; it differs where the interval \
-             leaves 0 out. Dense / held: bytes of a dense f16 cache over bytes held, both counted."
+             leaves 0 out. Dense / held: bytes of a dense f16 cache over bytes held, both counted. \
+             Tokens/s: in brackets the sequences of a batch, whose speed is that of all together; – where batches had different sizes."
         ),
         head,
         rows: table.rows.iter().map(row).collect(),
@@ -108,8 +109,8 @@ fn costs(table: &Table) -> Cells {
             number(Some(row.prompt_tokens), 0),
             number(row.kv_bytes.map(megabytes), 2),
             number(row.ratio, 2),
-            number(Some(row.first_token_seconds), 2),
-            number(row.decode_tokens_per_second, 1),
+            number(row.first_token_seconds, 2),
+            speed(row),
             number(row.peak_resident_bytes.map(|bytes| megabytes(bytes as f64)), 0),
         ]
     };
@@ -183,6 +184,10 @@ fn agreement(text: &str, lines: &[Line]) -> Cells {
         head: head.map(str::to_owned).into(),
         rows: lines.iter().filter(|line| line.text == text).map(row).collect(),
     }
+}
+
+fn speed(row: &super::table::Row) -> String {
+    row.decode.map_or_else(|| "–".to_owned(), |decode| decode.to_string())
 }
 
 fn number(x: Option<f64>, digits: usize) -> String {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::statistics::{self, Difference, of_setting};
+use crate::statistics::{self, Decode, Difference, of_setting};
 use crate::{Category, Error, Record, Result};
 
 /// The paper's categories and those of this crate, with their column headers, in the paper's order.
@@ -41,9 +41,10 @@ pub(super) struct Row {
     pub kv_bytes: Option<f64>,
     /// Dense bytes divided by bytes held, summed over all samples that report both.
     pub ratio: Option<f64>,
-    pub first_token_seconds: f64,
+    /// `None` if settings shared the prefill.
+    pub first_token_seconds: Option<f64>,
     pub prompt_tokens: f64,
-    pub decode_tokens_per_second: Option<f64>,
+    pub decode: Option<Decode>,
     pub peak_resident_bytes: Option<u64>,
 }
 
@@ -91,7 +92,8 @@ impl Table {
         let mut out = csv::Writer::from_writer(Vec::new());
         let broken = |error: String| Error::setting("scores.csv", "a table", error);
         let head = ["setting", "task", "samples", "score", "partial", "ratio"];
-        let more = ["first_token_seconds", "decode_tokens_per_second", "peak_resident_bytes"];
+        let more =
+            ["first_token_seconds", "decode_tokens_per_second", "batch", "peak_resident_bytes"];
         out.write_record(head.iter().chain(&more)).map_err(|e| broken(e.to_string()))?;
         let number = |x: Option<f64>| x.map_or_else(String::new, |x| format!("{x:.4}"));
         for row in &self.rows {
@@ -103,8 +105,9 @@ impl Table {
                     number(Some(task.score)),
                     number(task.partial),
                     number(row.ratio),
-                    number(Some(row.first_token_seconds)),
-                    number(row.decode_tokens_per_second),
+                    number(row.first_token_seconds),
+                    number(row.decode.map(|decode| decode.tokens_per_second)),
+                    row.decode.map_or_else(String::new, |decode| decode.batch.to_string()),
                     row.peak_resident_bytes.map_or_else(String::new, |bytes| bytes.to_string()),
                 ];
                 out.write_record(&fields).map_err(|e| broken(e.to_string()))?;
@@ -152,11 +155,9 @@ impl Row {
             kv_bytes: mean(own.iter().filter_map(|r| Some(r.kv_bytes? as f64))),
             ratio: (held > 0.0).then(|| dense / held),
             first_token_seconds: mean(own.iter().map(|r| r.timings.first_token_seconds))
-                .unwrap_or(0.0),
+                .filter(|_| own.iter().all(|r| r.timings.settings.is_none())),
             prompt_tokens: mean(own.iter().map(|r| r.prompt_tokens as f64)).unwrap_or(0.0),
-            decode_tokens_per_second: mean(
-                own.iter().filter_map(|r| r.timings.decode_tokens_per_second),
-            ),
+            decode: Decode::of(own),
             peak_resident_bytes: own.iter().filter_map(|r| r.timings.peak_resident_bytes).max(),
         }
     }

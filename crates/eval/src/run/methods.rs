@@ -1,16 +1,26 @@
 //! The registered methods.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use super::subject::{Fault, Subject};
 use crate::{Error, Result, Setting};
 
 type Open<'a> = Box<dyn Fn(&Setting) -> Result<Box<dyn Subject>, Fault> + 'a>;
 
+type OpenShared<'a> = Box<dyn Fn(&[Setting]) -> Result<Box<dyn Subject>, Fault> + 'a>;
+
+/// How to open one subject for several settings.
+struct Shared<'a> {
+    fits: Box<dyn Fn(&Setting) -> bool + 'a>,
+    open: OpenShared<'a>,
+}
+
 /// Functions that open a setting's subject, by the name of the method.
 #[derive(Default)]
 pub struct Methods<'a> {
     open: BTreeMap<String, Open<'a>>,
+    shared: Option<Shared<'a>>,
 }
 
 impl<'a> Methods<'a> {
@@ -22,6 +32,37 @@ impl<'a> Methods<'a> {
         open: impl Fn(&Setting) -> Result<Box<dyn Subject>, Fault> + 'a,
     ) {
         self.open.insert(name.into(), Box::new(open));
+    }
+
+    /// Registers a function that opens one subject for several settings, which computes the prefill
+    /// of each prompt once. A run uses it for consecutive settings that `fits` accepts and that have
+    /// the same model, context and template.
+    ///
+    /// The subject must give the same answers as those of the single settings. It gets the setting
+    /// of each sample as [`Question::setting`](super::Question::setting).
+    pub fn share_prefill(
+        &mut self,
+        fits: impl Fn(&Setting) -> bool + 'a,
+        open: impl Fn(&[Setting]) -> Result<Box<dyn Subject>, Fault> + 'a,
+    ) {
+        self.shared = Some(Shared { fits: Box::new(fits), open: Box::new(open) });
+    }
+
+    /// Returns the ranges of settings that are opened together.
+    pub(super) fn groups(&self, settings: &[Setting]) -> Vec<Range<usize>> {
+        let mut start = 0;
+        let group = |group: &[Setting]| {
+            start += group.len();
+            start - group.len()..start
+        };
+        settings.chunk_by(|a, b| self.share(a, b)).map(group).collect()
+    }
+
+    fn share(&self, a: &Setting, b: &Setting) -> bool {
+        let context = |setting: &Setting| (setting.model.clone(), setting.context);
+        let Some(shared) = &self.shared else { return false };
+        let same = context(a) == context(b) && a.template == b.template;
+        same && (shared.fits)(a) && (shared.fits)(b)
     }
 
     /// Returns the names, in order.
@@ -40,13 +81,19 @@ impl<'a> Methods<'a> {
         self.find(setting).map(drop)
     }
 
-    /// Opens the setting's subject.
+    /// Opens the subject of a group of settings.
     ///
     /// # Errors
     /// As [`check`](Self::check); [`Error::Subject`] if it cannot be opened.
-    pub fn open(&self, setting: &Setting) -> Result<Box<dyn Subject>> {
-        let what = || format!("opening {}", setting.name);
-        self.find(setting)?(setting).map_err(|reason| Error::Subject { what: what(), reason })
+    pub fn open(&self, group: &[Setting]) -> Result<Box<dyn Subject>> {
+        let opened = match (group, &self.shared) {
+            ([setting], _) => self.find(setting)?(setting),
+            (_, Some(shared)) => (shared.open)(group),
+            (_, None) => Err("no function that opens several settings together".into()),
+        };
+        let names: Vec<_> = group.iter().map(|setting| setting.name.as_str()).collect();
+        let what = || format!("opening {}", names.join(", "));
+        opened.map_err(|reason| Error::Subject { what: what(), reason })
     }
 
     fn find(&self, setting: &Setting) -> Result<&Open<'a>> {

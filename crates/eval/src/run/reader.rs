@@ -1,19 +1,17 @@
 //! A causal language model as a subject.
 
-use std::ops::{ControlFlow, Range};
-use std::time::{Duration, Instant};
+use std::ops::Range;
+use std::time::Instant;
 
-use candle_core::{Device, Tensor};
-use longctx_core::{
-    Batch, CausalLm, Footprint, GenerateOptions, Generation, Logits, PromptCompressor, Rate, SeqId,
-    generate, prefill,
-};
+use longctx_core::{Batch, CausalLm, Logits, PromptCompressor, Rate, SeqId, prefill};
 
+use super::greedy::Greedy;
+use super::running::Running;
 use super::shorten::{Compressor, Short, shorten};
-use super::subject::{Answer, Fault, Question, Subject};
+use super::subject::{Answer, Fault, Question, Queue, Subject};
 use crate::Forced;
 
-/// The sequence of every sample.
+/// The sequence of a text that is read with teacher forcing.
 const SEQ: SeqId = 0;
 
 /// A model's tokenizer and chat template.
@@ -40,6 +38,10 @@ pub trait Text {
 
     /// Tokens that end an answer.
     fn stop(&self) -> &[u32];
+
+    /// The text of the beginning-of-sequence token that [`encode`](Self::encode) adds, such as
+    /// `<s>`; `None` if it adds none.
+    fn bos(&self) -> Option<&str>;
 }
 
 /// A [`CausalLm`] with any cache that reads prompts and decodes greedily.
@@ -47,13 +49,19 @@ pub trait Text {
 /// A turn's text is truncated in the middle to the context limit, then compressed, then formatted
 /// with the chat template. If a sample marks its context, only the context is compressed, as in
 /// longctx_bench: instruction and question are kept.
+///
+/// Decoding uses continuous batching: each prompt is prefilled separately, each step then feeds one
+/// token of every running sample, and the next sample replaces one that has ended.
 pub struct Reader {
     model: Box<dyn CausalLm>,
     text: Box<dyn Text>,
     context: usize,
+    batch: usize,
+    settings: usize,
     prefill_chunk: Option<usize>,
     compressor: Option<Compressor>,
     dense_bytes_per_token: Option<f64>,
+    greedy: Greedy,
 }
 
 impl Reader {
@@ -63,10 +71,31 @@ impl Reader {
             model: Box::new(model),
             text: Box::new(text),
             context,
+            batch: 1,
+            settings: 1,
             prefill_chunk: None,
             compressor: None,
             dense_bytes_per_token: None,
+            greedy: Greedy::default(),
         }
+    }
+
+    /// Sets the largest number of samples in a decode batch; 0 counts as 1.
+    #[must_use]
+    pub fn with_batch(mut self, samples: usize) -> Self {
+        self.batch = samples.max(1);
+        self
+    }
+
+    /// Answers for several settings with one prefill of each prompt.
+    ///
+    /// The model must hold the sequences of all settings: those of setting `s` have ids that are `s`
+    /// modulo `settings + 1`. A sequence with remainder `settings` is a prompt for all of them, which
+    /// is forked into sequences of each.
+    #[must_use]
+    pub fn with_shared_prefill(mut self, settings: usize) -> Self {
+        self.settings = settings.max(1);
+        self
     }
 
     /// Feeds prompts in chunks, so that later tokens see the compressed cache of earlier chunks.
@@ -99,110 +128,190 @@ impl Reader {
         shorten(turn, context, question, (&*self.text, self.context), self.compressor.as_mut())
     }
 
-    /// Returns the bytes of the model's caches or states.
-    fn kv_bytes(&self) -> usize {
-        let held = self.model.footprint();
+    /// Returns the bytes of a sequence, without free capacity.
+    fn kv_bytes(&self, seq: SeqId) -> usize {
+        let held = self.model.seq_footprint(seq);
         held.total() - held.slack
     }
 
     /// Returns the bytes of a dense cache of the text before compression removed `saved` tokens.
-    fn dense_bytes(&self, saved: usize) -> Option<usize> {
-        let tokens = self.model.seen(SEQ) + saved;
+    fn dense_bytes(&self, seq: SeqId, saved: usize) -> Option<usize> {
+        let tokens = self.model.seen(seq) + saved;
         self.dense_bytes_per_token.map(|each| (each * tokens as f64) as usize)
     }
 
-    /// Generates from `tokens`. Also returns the time spent in the model.
-    fn write(
+    /// Prefills a sample's turn and returns the first token of the answer.
+    fn prefill(&mut self, sample: &mut Running<'_>, turn: &str) -> Result<u32, Fault> {
+        let started = Instant::now();
+        let asked = sample.question.sample;
+        let context = asked.context.as_ref().filter(|_| sample.is_first_turn());
+        let short = self.shorten(turn, context, asked.question.as_deref())?;
+        let (tokens, continues) = sample.prompt(short, &*self.text)?;
+        if !continues {
+            self.model.remove(sample.seq);
+        }
+        let before = started.elapsed();
+        let logits = prefill(&mut *self.model, sample.seq, &tokens, self.prefill_chunk)?;
+        let token = self.greedy.choose(&logits)?.remove(0)?;
+        sample.prefilled(before, started.elapsed());
+        Ok(token)
+    }
+
+    /// Prefills a sample's next turn, and further turns while their answers end with their first
+    /// token. Returns whether the sample needs further steps.
+    fn begin_turns(&mut self, sample: &mut Running<'_>) -> Result<bool, Fault> {
+        while let Some(turn) = sample.turn() {
+            let token = self.prefill(sample, turn)?;
+            if sample.take(token, &*self.text)? {
+                return Ok(true);
+            }
+            sample.end_turn(&*self.text)?;
+        }
+        Ok(false)
+    }
+
+    /// Begins a sample: as a fork of its prompt if settings share the prefill.
+    fn begin<'a>(
         &mut self,
-        tokens: &[u32],
-        question: &Question<'_>,
-        spent: &mut Duration,
-    ) -> Result<Generation, Fault> {
-        let options = GenerateOptions {
-            max_tokens: question.max_new_tokens,
-            stop: self.text.stop().to_vec(),
-            prefill_chunk: self.prefill_chunk,
-            ..Default::default()
+        sample: &mut Running<'a>,
+        kept: &mut Option<Prompt<'a>>,
+    ) -> Result<bool, Fault> {
+        if self.settings > 1 {
+            let is_its_prompt = |prompt: &Prompt<'a>| {
+                std::ptr::eq(prompt.state.question.sample, sample.question.sample)
+            };
+            if !kept.as_ref().is_some_and(is_its_prompt) {
+                *kept = self.prompt(sample.question);
+            }
+            if let Some(prompt) = kept {
+                self.model.fork(prompt.state.seq, sample.seq)?;
+                *sample = prompt.state.fork(sample.number, sample.question, sample.seq);
+                return self.go_on(sample, Ok(prompt.first));
+            }
+        }
+        self.begin_turns(sample)
+    }
+
+    /// Prefills a sample's first turn for all settings. `None` if that fails: then each setting
+    /// prefills it, and has its own error.
+    fn prompt<'a>(&mut self, question: Question<'a>) -> Option<Prompt<'a>> {
+        let seq = self.settings as SeqId;
+        self.model.remove(seq);
+        let mut state = Running::new(0, question, seq);
+        let first = state.turn().map(|turn| self.prefill(&mut state, turn));
+        match first {
+            Some(Ok(first)) => Some(Prompt { state, first }),
+            _ => {
+                self.model.remove(seq);
+                None
+            }
+        }
+    }
+
+    /// Returns an unused sequence for a setting.
+    fn sequence(&self, running: &[Running<'_>], setting: usize) -> SeqId {
+        let stride = if self.settings > 1 { self.settings + 1 } else { 1 };
+        let unused = |seq: &SeqId| running.iter().all(|sample| sample.seq != *seq);
+        (setting as SeqId..).step_by(stride).find(unused).unwrap_or(SEQ)
+    }
+
+    /// Runs one decode step and returns each sample's next token. If the step fails, each sample is
+    /// fed separately, so that an error affects its own sample only.
+    fn step(&mut self, samples: &mut [Running<'_>]) -> Vec<Result<u32, Fault>> {
+        let started = Instant::now();
+        let (seqs, ids): (Vec<_>, Vec<_>) = samples.iter().map(|s| (s.seq, s.last())).unzip();
+        let tokens = Batch::decode(&seqs)
+            .and_then(|batch| self.model.forward(&batch, &ids, Logits::Last))
+            .and_then(|logits| self.greedy.choose(&logits));
+        let tokens = match tokens {
+            Err(_) if samples.len() > 1 => {
+                return samples.chunks_mut(1).flat_map(|sample| self.step(sample)).collect();
+            }
+            Err(error) => return vec![Err(error.into())],
+            Ok(tokens) => tokens,
         };
-        let mut model = Timed { inner: &mut *self.model, spent: Duration::ZERO };
-        let mut written = 0;
-        let mut broken = None;
-        let done = generate(&mut model, SEQ, tokens, &options, |token| {
-            written += 1;
-            if !question.stops_at_newline || written < 2 {
-                return ControlFlow::Continue(());
+        let share = started.elapsed() / samples.len() as u32;
+        samples.iter_mut().for_each(|sample| sample.stepped(share));
+        tokens.into_iter().map(|token| Ok(token?)).collect()
+    }
+
+    /// Appends a step's token, and begins the next turn if it ends one. Returns whether the sample
+    /// needs further steps.
+    fn go_on(
+        &mut self,
+        sample: &mut Running<'_>,
+        token: Result<u32, Fault>,
+    ) -> Result<bool, Fault> {
+        if sample.take(token?, &*self.text)? {
+            return Ok(true);
+        }
+        sample.end_turn(&*self.text)?;
+        self.begin_turns(sample)
+    }
+
+    /// Keeps a sample that needs further steps; otherwise reports its answer or error.
+    fn keep<'a>(
+        &mut self,
+        sample: Running<'a>,
+        goes_on: Result<bool, Fault>,
+        running: &mut Vec<Running<'a>>,
+        queue: &mut dyn Queue<'a>,
+    ) {
+        let number = sample.number;
+        match goes_on {
+            Ok(true) => running.push(sample),
+            Ok(false) => queue.answered(number, Ok(self.finish(sample))),
+            Err(fault) => {
+                self.model.remove(sample.seq);
+                queue.answered(number, Err(fault));
             }
-            match self.text.decode(&[token]) {
-                Ok(text) if !text.contains('\n') => ControlFlow::Continue(()),
-                Ok(_) => ControlFlow::Break(()),
-                Err(fault) => {
-                    broken = Some(fault);
-                    ControlFlow::Break(())
-                }
-            }
-        })?;
-        *spent += model.spent;
-        broken.map_or(Ok(done), Err)
+        }
+    }
+
+    /// Removes a sample's sequence and returns its answer.
+    fn finish(&mut self, mut sample: Running<'_>) -> Answer {
+        let seq = sample.seq;
+        sample.answer.kv_bytes = Some(self.kv_bytes(seq));
+        sample.answer.dense_bytes = self.dense_bytes(seq, sample.saved);
+        sample.answer.batch = (self.batch > 1).then_some(self.batch);
+        sample.answer.settings = (self.settings > 1).then_some(self.settings);
+        self.model.remove(seq);
+        sample.answer
     }
 }
 
 impl Subject for Reader {
     fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault> {
-        self.model.remove(SEQ);
-        let mut done = Answer::default();
-        let mut conversation = Vec::new();
-        // The text so far, read and written, and its tokens that have not been fed yet.
-        let (mut read, mut pending) = (String::new(), Vec::new());
-        let mut saved = 0;
-        for (i, turn) in question.sample.turns.iter().enumerate() {
-            let started = Instant::now();
-            let sample = question.sample;
-            let context = sample.context.as_ref().filter(|_| i == 0);
-            let short = self.shorten(turn, context, sample.question.as_deref())?;
-            saved += short.saved;
-            done.model += short.spent;
-            conversation.push(short.text);
-            let in_template =
-                if question.sample.chat { self.text.chat(&conversation)? } else { None };
-            let template = in_template.is_some();
-            // A trailing space would be a separate token, which is rare at this position in
-            // training data.
-            let mut full = in_template
-                .unwrap_or_else(|| conversation.join("\n").trim_end_matches(' ').to_owned());
-            if i + 1 == sample.turns.len() {
-                full += sample.answer_prefix.as_deref().unwrap_or("");
+        let mut alone = Alone { question: Some(*question), answer: None };
+        self.answer_all(&mut alone);
+        alone.answer.unwrap_or_else(|| Err("the sample was not answered".into()))
+    }
+
+    fn answer_all<'a>(&mut self, queue: &mut dyn Queue<'a>) {
+        self.model.clear();
+        let mut running: Vec<Running<'a>> = Vec::new();
+        let mut kept = None;
+        loop {
+            while running.len() < self.batch {
+                let Some((number, question)) = queue.next() else { break };
+                let seq = self.sequence(&running, question.setting);
+                let mut sample = Running::new(number, question, seq);
+                let begun = self.begin(&mut sample, &mut kept);
+                self.keep(sample, begun, &mut running, queue);
             }
-            let tokens = match full.strip_prefix(&read) {
-                Some(rest) if i > 0 => {
-                    [std::mem::take(&mut pending), self.text.encode(rest, false)?].concat()
-                }
-                _ => {
-                    self.model.remove(SEQ);
-                    self.text.encode(&full, !template)?
-                }
-            };
-            let before = started.elapsed();
-            let written = self.write(&tokens, question, &mut done.model)?;
-            if i == 0 {
-                done.first_token = before + written.prefill;
+            if running.is_empty() {
+                return;
             }
-            done.prompt_tokens += tokens.len();
-            done.new_tokens += written.tokens.len();
-            done.decode += written.decode;
-            done.decode_steps += written.decode_steps;
-            let answer = self.text.decode(&written.tokens)?;
-            pending = written.tokens[written.decode_steps.min(written.tokens.len())..].to_vec();
-            read = full + &answer;
-            conversation.push(answer.clone());
-            done.predictions.push(answer);
+            let tokens = self.step(&mut running);
+            for (mut sample, token) in std::mem::take(&mut running).into_iter().zip(tokens) {
+                let gone_on = self.go_on(&mut sample, token);
+                self.keep(sample, gone_on, &mut running, queue);
+            }
         }
-        done.kv_bytes = Some(self.kv_bytes());
-        done.dense_bytes = self.dense_bytes(saved);
-        Ok(done)
     }
 
     fn teacher_forced(&mut self, prompt: &str, text: &str) -> Result<Forced, Fault> {
-        self.model.remove(SEQ);
+        self.model.clear();
         let Short { text: prompt, saved, .. } = self.shorten(prompt, None, None)?;
         let prompt = self.text.encode(&prompt, true)?;
         let tokens = self.text.encode(text, false)?;
@@ -214,69 +323,30 @@ impl Subject for Reader {
                 next = self.model.forward(&Batch::single(SEQ, 1)?, &[token], Logits::Last)?;
             }
         }
-        let (kv_bytes, dense_bytes) = (Some(self.kv_bytes()), self.dense_bytes(saved));
+        let (kv_bytes, dense_bytes) = (Some(self.kv_bytes(SEQ)), self.dense_bytes(SEQ, saved));
         Ok(Forced { tokens, logits, kv_bytes, dense_bytes })
     }
 }
 
-/// A model with a timer.
-struct Timed<'a> {
-    inner: &'a mut dyn CausalLm,
-    spent: Duration,
+/// A prompt that was prefilled for all settings.
+struct Prompt<'a> {
+    state: Running<'a>,
+    /// The first token of the answer.
+    first: u32,
 }
 
-impl CausalLm for Timed<'_> {
-    fn forward(
-        &mut self,
-        batch: &Batch,
-        ids: &[u32],
-        logits: Logits,
-    ) -> longctx_core::Result<Tensor> {
-        let started = Instant::now();
-        let out = self.inner.forward(batch, ids, logits);
-        self.spent += started.elapsed();
-        out
+/// A queue of one sample.
+struct Alone<'a> {
+    question: Option<Question<'a>>,
+    answer: Option<Result<Answer, Fault>>,
+}
+
+impl<'a> Queue<'a> for Alone<'a> {
+    fn next(&mut self) -> Option<(usize, Question<'a>)> {
+        Some((0, self.question.take()?))
     }
-    fn fork(&mut self, from: SeqId, to: SeqId) -> longctx_core::Result<()> {
-        self.inner.fork(from, to)
-    }
-    fn check_truncate(&self, seq: SeqId, len: usize) -> longctx_core::Result<()> {
-        self.inner.check_truncate(seq, len)
-    }
-    fn truncate(&mut self, seq: SeqId, len: usize) -> longctx_core::Result<()> {
-        self.inner.truncate(seq, len)
-    }
-    fn remove(&mut self, seq: SeqId) -> bool {
-        self.inner.remove(seq)
-    }
-    fn seqs(&self) -> Vec<SeqId> {
-        self.inner.seqs()
-    }
-    fn seen(&self, seq: SeqId) -> usize {
-        self.inner.seen(seq)
-    }
-    fn can_take(&self, batch: &Batch) -> bool {
-        self.inner.can_take(batch)
-    }
-    fn footprint(&self) -> Footprint {
-        self.inner.footprint()
-    }
-    fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        self.inner.seq_footprint(seq)
-    }
-    fn clear(&mut self) {
-        self.inner.clear();
-    }
-    fn vocab_size(&self) -> usize {
-        self.inner.vocab_size()
-    }
-    fn context_length(&self) -> Option<usize> {
-        self.inner.context_length()
-    }
-    fn family(&self) -> &str {
-        self.inner.family()
-    }
-    fn device(&self) -> &Device {
-        self.inner.device()
+
+    fn answered(&mut self, _: usize, answer: Result<Answer, Fault>) {
+        self.answer = Some(answer);
     }
 }

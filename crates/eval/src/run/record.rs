@@ -25,7 +25,7 @@ pub struct Record {
     pub predictions: Vec<String>,
     /// The score of the predictions.
     pub score: Score,
-    /// Tokens read, over all turns.
+    /// Tokens read, over all turns, without the answers between them.
     pub prompt_tokens: usize,
     /// Tokens written.
     pub new_tokens: usize,
@@ -44,17 +44,25 @@ pub struct Record {
 /// Times and memory of one sample.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Timings {
-    /// Time from the first turn's text to its first logits.
+    /// Time from the first turn's text to its first token.
     pub first_token_seconds: f64,
-    /// Decoding speed; `None` if at most one token was written.
+    /// Decoding speed; `None` if at most one token was written. In a batch, the time of a step is
+    /// divided evenly among its sequences, so that this is the throughput of the batch.
     pub decode_tokens_per_second: Option<f64>,
-    /// Time within the model and the prompt compressor.
+    /// Time within the model and the prompt compressor, with an even share of a batch's steps.
     pub model_seconds: f64,
-    /// Time from the sample's text to its score.
+    /// Time from the sample's text to its score, including the other samples of a batch.
     pub total_seconds: f64,
     /// The process's peak memory during the sample, including weights; `None` if the system does
     /// not report it.
     pub peak_resident_bytes: Option<u64>,
+    /// Largest number of sequences in a decode step; `None` without batching.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch: Option<usize>,
+    /// Number of settings that shared the prefill and the decode steps, so that
+    /// `first_token_seconds` belongs to all of them; `None` if they were not shared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settings: Option<usize>,
 }
 
 impl Record {

@@ -12,7 +12,7 @@ use ureq::Agent;
 
 use super::reader::Text;
 use super::shorten::{Compressor, shorten};
-use super::subject::{Answer, Fault, Question, Subject};
+use super::subject::{Answer, Fault, Question, Queue, Subject};
 use crate::setting::{Api, ServerSetting, Setting};
 use crate::{Error, Result};
 
@@ -54,6 +54,9 @@ impl Server {
             let got = format!("{server:?}");
             return Err(wrong("a concurrency, tries and a time-out above 0", got));
         }
+        if server.token_ids && server.tokenizer.is_none() {
+            return Err(wrong("a server's tokenizer, for token ids", "none".into()));
+        }
         let key = |name: &String| {
             std::env::var(name)
                 .map_err(|_| wrong("an API key in the environment", format!("no {name}")))
@@ -93,6 +96,28 @@ impl Server {
         Ok(self)
     }
 
+    /// Sends samples to the server concurrently.
+    fn answer_each(&mut self, questions: &[Question<'_>]) -> Vec<Result<Answer, Fault>> {
+        let jobs: Vec<_> = questions.iter().map(|question| self.job(*question)).collect();
+        let client = Client {
+            agent: &self.agent,
+            model: &self.model,
+            setting: &self.setting,
+            key: self.key.as_deref(),
+            text: self.text.as_ref().map(|(text, _)| &**text),
+            down: &self.down,
+        };
+        let client = &client;
+        thread::scope(|scope| {
+            let ask = |job| {
+                scope.spawn(move || Result::<_, Fault>::and_then(job, |job| client.answer(&job)))
+            };
+            let running: Vec<_> = jobs.into_iter().map(ask).collect();
+            let panicked = |_| Err("the request's thread panicked".into());
+            running.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
+        })
+    }
+
     /// Truncates and compresses the turns.
     fn job<'a>(&mut self, question: Question<'a>) -> Result<Job<'a>, Fault> {
         let sample = question.sample;
@@ -125,33 +150,22 @@ struct Job<'a> {
 }
 
 impl Subject for Server {
-    fn batch(&self) -> usize {
-        self.setting.concurrency
-    }
-
     fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault> {
-        self.answer_all(std::slice::from_ref(question)).remove(0)
+        self.answer_each(std::slice::from_ref(question)).remove(0)
     }
 
-    fn answer_all(&mut self, questions: &[Question<'_>]) -> Vec<Result<Answer, Fault>> {
-        let jobs: Vec<_> = questions.iter().map(|question| self.job(*question)).collect();
-        let client = Client {
-            agent: &self.agent,
-            model: &self.model,
-            setting: &self.setting,
-            key: self.key.as_deref(),
-            text: self.text.as_ref().map(|(text, _)| &**text),
-            down: &self.down,
-        };
-        let client = &client;
-        thread::scope(|scope| {
-            let ask = |job| {
-                scope.spawn(move || Result::<_, Fault>::and_then(job, |job| client.answer(&job)))
-            };
-            let running: Vec<_> = jobs.into_iter().map(ask).collect();
-            let panicked = |_| Err("the request's thread panicked".into());
-            running.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
-        })
+    fn answer_all<'a>(&mut self, queue: &mut dyn Queue<'a>) {
+        loop {
+            let take = |_| queue.next();
+            let (numbers, questions): (Vec<_>, Vec<_>) =
+                (0..self.setting.concurrency).map_while(take).unzip();
+            if numbers.is_empty() {
+                return;
+            }
+            for (number, answer) in numbers.into_iter().zip(self.answer_each(&questions)) {
+                queue.answered(number, answer);
+            }
+        }
     }
 }
 
@@ -211,10 +225,12 @@ impl Client<'_> {
                 None if self.text.is_none() => written.pieces,
                 None => count(&written.text)?,
             };
-            done.prompt_tokens += match written.prompt_tokens {
+            // A turn's prompt has the conversation before it, with the answers.
+            let prompt_tokens = match written.prompt_tokens {
                 Some(count) => count,
                 None => count(&conversation.join("\n"))?,
             };
+            done.prompt_tokens = prompt_tokens.saturating_sub(done.new_tokens);
             done.new_tokens += new_tokens;
             if let (0, Some(first)) = (i, written.first) {
                 done.first_token = job.spent + first;
@@ -252,8 +268,19 @@ impl Client<'_> {
                     Some(text) if question.sample.chat => text.chat(conversation)?,
                     _ => None,
                 };
+                let template = in_template.is_some();
                 let plain = || conversation.join("\n").trim_end_matches(' ').to_owned();
-                body["prompt"] = json!(in_template.unwrap_or_else(plain) + prefix);
+                let prompt = in_template.unwrap_or_else(plain) + prefix;
+                body["prompt"] = match self.text {
+                    Some(text) if self.setting.token_ids => json!(text.encode(&prompt, !template)?),
+                    // The server's tokenizer adds this token itself.
+                    Some(text) if template => {
+                        json!(
+                            text.bos().and_then(|bos| prompt.strip_prefix(bos)).unwrap_or(&prompt)
+                        )
+                    }
+                    _ => json!(prompt),
+                };
             }
             Api::Chat => {
                 let message = |(i, text): (usize, &String)| {

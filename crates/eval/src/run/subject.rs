@@ -16,6 +16,8 @@ pub struct Question<'a> {
     pub max_new_tokens: usize,
     /// Whether an answer ends at a newline, after at least one token.
     pub stops_at_newline: bool,
+    /// Number of the setting among those that the subject was opened for.
+    pub setting: usize,
 }
 
 /// A subject's predictions and their cost.
@@ -24,7 +26,7 @@ pub struct Answer {
     /// The predictions, one per turn.
     pub predictions: Vec<String>,
     /// Tokens of all turns as the model read them: truncated, compressed, and formatted with the
-    /// template.
+    /// template; without the answers between them.
     pub prompt_tokens: usize,
     /// Tokens written.
     pub new_tokens: usize,
@@ -33,15 +35,29 @@ pub struct Answer {
     pub kv_bytes: Option<usize>,
     /// Bytes that a dense f16 cache would hold for the same text; `None` if there is no such cache.
     pub dense_bytes: Option<usize>,
-    /// Time from the first turn's text to its first logits.
+    /// Time from the first turn's text to its first token.
     pub first_token: Duration,
-    /// Time of all decode steps.
+    /// Time of all decode steps; in a batch, an even share of each step.
     pub decode: Duration,
     /// Number of decode steps.
     pub decode_steps: usize,
-    /// Time within the model and the prompt compressor. The rest of a run's time belongs to the
-    /// harness.
+    /// Time within the model and the prompt compressor, with an even share of a batch's steps. The
+    /// rest of a run's time belongs to the harness.
     pub model: Duration,
+    /// Largest number of sequences in a decode step; `None` without batching.
+    pub batch: Option<usize>,
+    /// Number of settings that shared the prefill and the decode steps; `None` if the times belong
+    /// to the sample's setting.
+    pub settings: Option<usize>,
+}
+
+/// The samples of a run that have no result yet.
+pub trait Queue<'a> {
+    /// Returns the next sample and its number; `None` if there are no more.
+    fn next(&mut self) -> Option<(usize, Question<'a>)>;
+
+    /// Reports the answer to the sample with this number. Answers may come in any order.
+    fn answered(&mut self, number: usize, answer: Result<Answer, Fault>);
 }
 
 /// An evaluated system: a model with a method of holding its context.
@@ -52,15 +68,12 @@ pub trait Subject {
     /// Errors of the model. The run continues with the next sample unless it is strict.
     fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault>;
 
-    /// Returns the best number of samples per call.
-    fn batch(&self) -> usize {
-        1
-    }
-
-    /// Answers several samples, each like [`answer`](Self::answer), in one batch where that is
-    /// faster. The results are in the order of the questions.
-    fn answer_all(&mut self, questions: &[Question<'_>]) -> Vec<Result<Answer, Fault>> {
-        questions.iter().map(|question| self.answer(question)).collect()
+    /// Answers all samples of a queue, each like [`answer`](Self::answer). A subject that batches
+    /// takes the next sample when a place in the batch is free.
+    fn answer_all<'a>(&mut self, queue: &mut dyn Queue<'a>) {
+        while let Some((number, question)) = queue.next() {
+            queue.answered(number, self.answer(&question));
+        }
     }
 
     /// Reads `prompt` and then `text`, token by token, and returns the logits for each token of

@@ -1,4 +1,4 @@
-// What happens to each number of a row: products with functions of a gate, blends, biases.
+// Elementwise operations on rows: products with functions of a gate, blends, biases.
 #pragma once
 #include "../args.cuh"
 #include "row_vectors.cuh"

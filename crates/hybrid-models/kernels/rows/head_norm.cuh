@@ -1,6 +1,6 @@
-// RWKV's layer norm of each head, with the token's own value and the gate after it.
+// RWKV's layer norm of each head, then the sum with the token's own value, then the gate.
 //
-// A lane takes eight channels, the lanes of a head, a power of two of them, lie next to each other.
+// A lane has eight channels. A head has a power of two of adjacent lanes.
 #pragma once
 #include "../args.cuh"
 #include "row_vectors.cuh"
@@ -22,7 +22,7 @@ __device__ void head_norm_of(const HeadNorm& p) {
     const int c = int(thread % lanes) * VECTOR, count = of_row < (long long)p.rows * p.heads ? max(0, min(VECTOR, p.dim - c)) : 0;
     const int channel = int(of_row % p.heads) * p.dim + c;
     const long long at = of_row * p.dim + c;
-    // Lanes without channels go along for the sums.
+    // Lanes without channels take part in the sums.
     float x[VECTOR] = {}, gate[VECTOR], v[VECTOR] = {}, sum = 0;
     if (count) load<WHOLE>((const T*)p.x + at, count, x), load<WHOLE>((const T*)p.gate + at, count, gate);
     if (count && p.own) load<WHOLE>((const T*)p.v + at, count, v);

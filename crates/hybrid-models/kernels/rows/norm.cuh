@@ -1,4 +1,5 @@
-// Norms of whole rows, a block of threads each, with what comes before them: the sum with a layer's output, or Mamba-2's gate.
+// Norms of whole rows, one thread block per row, each fused with the operation before it: the sum
+// with a layer's output, or Mamba-2's gate.
 #pragma once
 #include "../args.cuh"
 #include "row_vectors.cuh"
@@ -7,7 +8,7 @@ namespace hybrid {
 
 constexpr int NORM_THREADS = 256, NORM_TILE = NORM_THREADS * VECTOR;
 
-// Of the block's threads, for all of them.
+// Sums over the threads of the block. All threads get the sum.
 __device__ __forceinline__ float sum_of_block(float x) {
     __shared__ float parts[NORM_THREADS / 32];
 #pragma unroll
@@ -21,8 +22,9 @@ __device__ __forceinline__ float sum_of_block(float x) {
     return sum;
 }
 
-// y = (v - mean) / sqrt(mean of (v - mean)^2 + eps) o weight + bias; without a bias, the mean is not taken off. `value(c, count, v)` gives
-// `count` numbers of the row from c on. They wait in shared memory, 4 * width bytes, each for the thread that put them there.
+// y = (v - mean) / sqrt(mean of (v - mean)^2 + eps) o weight + bias. Without a bias, the mean is
+// not subtracted. `value(c, count, v)` returns `count` elements of the row from c on. They are kept
+// in 4 * width bytes of shared memory; each thread reads only those that it wrote.
 template <bool WHOLE, class Y, class Value>
 __device__ __forceinline__ void normalise(int width, float eps, const float* weight, const float* bias, Y* y, Value value) {
     extern __shared__ __align__(16) float norm_row[];

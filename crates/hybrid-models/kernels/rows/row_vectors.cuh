@@ -1,4 +1,4 @@
-// Vectors of eight adjacent numbers of a row.
+// Loads and stores of eight adjacent elements of a row.
 #pragma once
 #include "../aligned_vector.cuh"
 
@@ -6,7 +6,8 @@ namespace hybrid {
 
 constexpr int VECTOR = 8;
 
-// WHOLE: in accesses of 16 bytes; otherwise the first `count` of them, one by one, and zeros for the rest.
+// WHOLE: one access of 16 bytes or two. Otherwise the first `count` elements are loaded one by one,
+// and the others are 0.
 template <bool WHOLE, class T>
 __device__ __forceinline__ void load(const T* from, int count, float (&to)[VECTOR]) {
     if (WHOLE) {
@@ -29,7 +30,7 @@ __device__ __forceinline__ void store(T* to, int count, const float (&from)[VECT
     }
 }
 
-// Whether arrays, null or not, and rows or parts of such widths can be read in vectors.
+// Returns whether an array (null or not) or a width allows accesses to eight elements at a time.
 __device__ __forceinline__ bool is_vectorizable(const void* array) { return (size_t)array % 16 == 0; }
 __device__ __forceinline__ bool is_vectorizable(int width) { return width % VECTOR == 0; }
 template <class... All>
@@ -37,7 +38,7 @@ __device__ __forceinline__ bool all_vectorizable(All... all) {
     return (is_vectorizable(all) && ...);
 }
 
-// The channels of a vector, or at the end of a row the last few, that are this thread's in a one-dimensional grid.
+// The channels of this thread in a one-dimensional grid: eight, or fewer at the end of a row.
 struct RowPart {
     long long row;
     int c, count;

@@ -1,6 +1,6 @@
-// RWKV's token shift: mixes of each row with the row before it.
+// RWKV's token shift: mixes of each row with the previous row.
 //
-// A thread takes eight channels of SHIFT_RUN rows, which stay in registers while the mixes pass.
+// A thread has eight channels of SHIFT_RUN rows, which stay in registers for all mixes.
 #pragma once
 #include "../args.cuh"
 #include "row_vectors.cuh"
@@ -16,7 +16,7 @@ __device__ void shift_of(const Shift& p) {
     const int count = min(VECTOR, p.channels - c), end = min(SHIFT_RUN, p.tokens - start);
     const long long at = ((long long)entry * p.tokens + start) * p.channels + c, state = (long long)entry * p.channels + c;
     const float* x = p.x + at;
-    // x[0]: the row before the run.
+    // rows[0] is the row before the run.
     float rows[SHIFT_RUN + 1][VECTOR];
     load<WHOLE>(start > 0 ? x - p.channels : p.before + state, count, rows[0]);
 #pragma unroll

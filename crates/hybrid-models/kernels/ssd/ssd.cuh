@@ -1,11 +1,13 @@
-// Mamba-2's recurrence for prompts, in chunks of matrix products: the state space duality of Dao and Gu, arXiv 2405.21060, section 6.
-// With s(t) the sum of dt a up to token t of a chunk and H its state before,
+// Mamba-2's recurrence for prompts, in chunks of matrix products: the state space duality of Dao
+// and Gu, arXiv 2405.21060, section 6. With s(t) the sum of dt a up to token t of a chunk and H the
+// state before the chunk,
 //
 //     Y = (L o C B') X + e^s o (C H) + D X,  L(t, u) = e^(s(t) - s(u)) dt(u) for u <= t,  H <- e^s(end) H + B' (e^(s(end) - s) dt o X)
 //
-// No exponent is positive. A block takes COLUMNS of a head's channels through all tokens. Four warps compute outputs, 16 tokens each, from a
-// 16-bit copy of the state, while four more compute the state after the chunk, in f32 registers, a quarter of its rows each. The next chunk is
-// on its way. For devices without wgmma; ssd_wgmma.cuh is the same for those with it.
+// No exponent is positive. A block processes COLUMNS of a head's channels through all tokens. Four
+// warps compute outputs, 16 tokens each, from a 16-bit copy of the state. Four other warps compute
+// the state after the chunk in f32 registers, a quarter of its rows each. Meanwhile the next chunk
+// is copied. This kernel is for devices without wgmma; ssd_wgmma.cuh is the one with it.
 #pragma once
 #include "../args.cuh"
 #include "../mma.cuh"
@@ -28,9 +30,10 @@ template <class T, int N>
 struct SsdBlock {
     const Ssd& p;
     SsdShared<T, N>& shared;
-    const int head, first, warp, lane, row, pair;  // first: of the head's columns
+    const int head, first, warp, lane, row, pair;  // first: the block's first column of the head
     const long long start;
-    // Rows are copied 16 bytes a thread. Of the chunk to copy, this thread's part.
+    // Rows are copied with 16 bytes per thread. x, b and c are this thread's part of the next chunk
+    // to copy.
     static constexpr int PIECES = N / 8, ROWS = SSD_THREADS / PIECES, X_PIECES = SSD_COLUMNS / 8;
     static_assert(SSD_THREADS / X_PIECES == SSD_CHUNK, "x takes one round");
     const T *x, *b, *c;
@@ -47,7 +50,7 @@ struct SsdBlock {
 
     __device__ int chunks() const { return (p.tokens + SSD_CHUNK - 1) / SSD_CHUNK; }
 
-    // Of chunk i, by all threads. Rows beyond the last token become zeros.
+    // Copies chunk i, with all threads. Rows beyond the last token become zeros.
     __device__ void copy(int i) {
         const int stage = i % 2, left = p.tokens - i * SSD_CHUNK, at = threadIdx.x % PIECES * 8;
 #pragma unroll
@@ -62,7 +65,7 @@ struct SsdBlock {
         end_copies();
     }
 
-    // Of chunk i; a lane takes two tokens.
+    // Steps of a chunk; a lane has two tokens.
     T steps[2];
     __device__ void load_steps(int i) {
 #pragma unroll
@@ -71,7 +74,7 @@ struct SsdBlock {
             steps[j] = ((const T*)p.steps)[(start + t) * p.steps_row + head];
         }
     }
-    // dt and its sums in chunk i, by one warp.
+    // Computes dt and its sums in chunk i, with one warp.
     __device__ void time_steps(int i) {
         const double a = (double)p.a[head] * LOG2_E;
         float dt[2];
@@ -100,7 +103,8 @@ struct SsdBlock {
         if (lane == 0) shared.decay[i % 2] = exp2_of((float)end);
     }
 
-    // C H and, for the first 16 TILES_OF_16 tokens of the chunk, C B'; without branches, so that loads run ahead of products.
+    // Computes C H and, for the first 16 TILES_OF_16 tokens of the chunk, C B'. There are no
+    // branches, so that loads run ahead of products.
     template <int TILES_OF_16>
     __device__ void products(int stage, int t0, float (&y)[SSD_COLUMNS / 8][4], float (&weights)[SSD_CHUNK / 8][4]) {
         const int matrix = lane / 8, line = lane % 8;
@@ -125,7 +129,7 @@ struct SsdBlock {
         }
     }
 
-    // By the first four warps: 16 tokens each.
+    // Computes the outputs of chunk i in the first four warps, 16 tokens each.
     __device__ void outputs(int i) {
         const int stage = i % 2, t0 = warp * 16;
         const int matrix = lane / 8, line = lane % 8;
@@ -177,7 +181,7 @@ struct SsdBlock {
         }
     }
 
-    // By the last four warps: a quarter of the state's rows each.
+    // The state, in the last four warps: a quarter of its rows each.
     static constexpr int TILES = N / 64;
     float h[TILES][SSD_COLUMNS / 8][4];
 
@@ -208,7 +212,7 @@ struct SsdBlock {
             *reinterpret_cast<float2*>(state_at(tile, j, e)) = make_float2(h[tile][j][2 * e], h[tile][j][2 * e + 1]);
         });
     }
-    // For the outputs of chunk i.
+    // Stores the 16-bit copy of the state for the outputs of chunk i.
     __device__ void share_state(int i) {
         each_pair([&](int tile, int j, int e) {
             T* to = &shared.state[i % 2][(warp * TILES + tile) * 16 + row + e * 8][j * 8 + pair];
@@ -241,7 +245,8 @@ struct SsdBlock {
         share_state(i + 1);
     }
 
-    // Chunk i is there for all, with the state before it; chunk i + 1 is on its way.
+    // Waits until all threads see chunk i and the state before it, and starts the copy of chunk i
+    // + 1.
     __device__ void begin(int i) {
         await_copies<0>();
         __syncthreads();
@@ -266,7 +271,8 @@ struct SsdBlock {
     }
 };
 
-// Grid (SSD_DIM / SSD_COLUMNS, heads, batch), SSD_THREADS threads, SsdShared<T, states> bytes of dynamic shared memory.
+// Grid (SSD_DIM / SSD_COLUMNS, heads, batch), SSD_THREADS threads, SsdShared<T, states> bytes of
+// dynamic shared memory.
 template <class T>
 __device__ void ssd(const Ssd& p) {
     extern __shared__ __align__(16) char memory[];

@@ -1,5 +1,5 @@
-// What all heads of a group need of a chunk of 64 tokens, made once: B, C and C B', as ssd_wgmma.cuh has them in shared memory, so that the tiles
-// come in one copy.
+// Group tiles: what all heads of a group need of a chunk of 64 tokens, computed once: B, C and
+// C B' in the layout of ssd_wgmma.cuh's shared memory, so that it arrives in one copy.
 #pragma once
 #include "../args.cuh"
 #include "../hopper.cuh"
@@ -7,16 +7,17 @@
 namespace hybrid {
 
 constexpr int SSD_TOKENS = 64, SSD_GROUP_TILES_THREADS = 128;
-constexpr int SSD_TILES = 10;  // Of 16 x 16, those of 64 x 64 that reach below the diagonal: row by row.
+constexpr int SSD_TILES = 10;  // Tiles of 16 x 16 of a 64 x 64 matrix, on and below the diagonal, row by row.
 __device__ constexpr int ssd_tile(int row, int column) { return row * (row + 1) / 2 + column; }
 
 template <class T, int N>
 struct SsdGroupTiles {
-    Square<T> c[N / 64], b[N / 64];    // Rows of tokens, 64 states each
-    float scores[SSD_TILES][16 * 16];  // C B' of the chunk after, whose weights are made while this one is multiplied; 0 above the diagonal
+    Square<T> c[N / 64], b[N / 64];    // A row per token, 64 states each
+    float scores[SSD_TILES][16 * 16];  // C B' of the next chunk, whose weights are computed during this chunk's products; 0 above the diagonal
 };
 
-// The tiles of a group and entry. The first have no more than the first chunk's scores; chunk i is in tiles i + 1.
+// Returns the tiles of a group and entry. Those of chunk i are at i + 1. Those at 0 have only the
+// first chunk's scores.
 template <class T, int N>
 __device__ SsdGroupTiles<T, N>* ssd_group_tiles_of(const Ssd& p, int entry, int group, int chunks) {
     return (SsdGroupTiles<T, N>*)p.scratch + ((long long)entry * p.groups + group) * (chunks + 1);
@@ -29,7 +30,7 @@ struct SsdGroupTilesProducer {
     SsdGroupTiles<T, N>& group_tiles;  // In shared memory, without scores
     SsdGroupTiles<T, N>* to;
 
-    // Rows beyond the last token become zeros.
+    // Loads C and B. Rows beyond the last token become zeros.
     __device__ void load() {
         const int chunk = blockIdx.x, group = blockIdx.y, left = p.tokens - chunk * SSD_TOKENS;
         const long long first = (long long)blockIdx.z * p.tokens + (long long)chunk * SSD_TOKENS;
@@ -45,7 +46,7 @@ struct SsdGroupTilesProducer {
     __device__ void store() {
         for (int i = threadIdx.x; i < SSD_TOKENS * PIECES * 2; i += SSD_GROUP_TILES_THREADS) ((uint4*)to[1].c)[i] = ((const uint4*)group_tiles.c)[i];
     }
-    // 16 tokens a warp, with all before them.
+    // Computes the scores of 16 tokens per warp with all tokens before them.
     __device__ void score() {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, matrix = lane / 8, line = lane % 8;
         float sums[4][2][4] = {};

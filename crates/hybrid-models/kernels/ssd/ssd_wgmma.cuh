@@ -1,11 +1,14 @@
-// Mamba-2's recurrence for prompts as in ssd.cuh, on devices with wgmma: a block takes a whole head through all tokens, transposed,
+// Mamba-2's recurrence for prompts as in ssd.cuh, on devices with wgmma. A block processes a whole
+// head through all tokens, transposed:
 //
 //     Y' = e^s o (H' C') + X' W',  W(t, u) = (C B')(t, u) e^(s(t) - s(u)) dt(u) for u <= t, plus D on the diagonal,
 //     H' <- e^s(end) H' + (e^(s(end) - s) dt o X)' B
 //
-// so that the state stays in the registers of one warp group, 16 channels a warp, and, rounded to 16 bits, is an operand there: no copy of it in
-// shared memory, and B, C and W are read once. The blocks of a cluster share their group's tiles (ssd_group_tiles.cuh). Beside the warp group that
-// multiplies, one makes the weights of the next chunk, and warps of a third keep the time and carry what comes and goes; one barrier a chunk.
+// The state stays in the f32 registers of one warp group, 16 channels per warp. Rounded to 16 bits,
+// it is a register operand there, so it needs no copy in shared memory, and B, C and W are read
+// once. The blocks of a cluster share their group's tiles (ssd_group_tiles.cuh). The first warp group
+// multiplies. The second computes the weights of the next chunk. The warps of the third copy
+// group tiles, compute the time steps, and copy x and y. There is one barrier per chunk.
 #pragma once
 #include "ssd_group_tiles.cuh"
 
@@ -24,21 +27,22 @@ struct alignas(16) SsdSums {
 template <class T, int N>
 struct SsdWgmmaShared {
     SsdGroupTiles<T, N> group_tiles[3];
-    Square<T> x[3], weights[2];  // y takes the place of x: a warp has read the channels that it writes
+    Square<T> x[3], weights[2];  // y overwrites x: each warp has read the channels that it writes
     SsdSums sums[3];
     uint32_t steps[4][SSD_TOKENS];
-    uint64_t full[3], free[3];  // Of the group tiles: bytes have come; all blocks of the cluster are done with the one before
+    uint64_t full[3], free[3];  // Of the group tiles. full: the bytes have arrived; free: all blocks of the cluster have used the previous ones
 };
 
-// A block as each of its threads sees it. `i` are chunks; chunk i's packet, x and sums are in the i % 3rd place, its weights in the i % 2nd.
+// A thread block as one thread sees it. Everywhere i is a chunk. Its tiles, x and sums are in slot
+// i % 3, its weights in slot i % 2.
 template <class T, int N>
 struct SsdHead {
     const Ssd& p;
     SsdWgmmaShared<T, N>& shared;
-    const int warp, lane, row, pair, matrix, line, chunks;  // warp: of its group; matrix, line: whose address the lane gives
+    const int warp, lane, row, pair, matrix, line, chunks;  // warp: in its group; matrix, line: the row whose address the lane gives
     const long long start;
     int head;
-    bool extra;  // Beyond the group's heads: goes along with the cluster, and writes nothing
+    bool extra;  // Beyond the group's heads: takes part in the cluster, but writes nothing
     const SsdGroupTiles<T, N>* group_tiles;
 
     __device__ SsdHead(const Ssd& p, SsdWgmmaShared<T, N>& shared)
@@ -49,7 +53,7 @@ struct SsdHead {
         group_tiles = ssd_group_tiles_of<T, N>(p, blockIdx.y, group, chunks);
     }
 
-    // ---- Group tiles: each block of the cluster copies a part to all ----
+    // ---- Group tiles: each block of the cluster copies a part of them to all blocks ----
     __device__ void copy_group_tiles(int i) {
         constexpr int PART = sizeof(SsdGroupTiles<T, N>) / SSD_CLUSTER;
         const int place = i % 3, part = blockIdx.x % SSD_CLUSTER * PART;
@@ -74,9 +78,11 @@ struct SsdHead {
         __syncthreads();
     }
 
-    // ---- Time: two tokens a lane. Steps come as copies, so that nothing waits for them in a register ----
+    // ---- Time steps: two tokens per lane, copied asynchronously, so that no register waits for a
+    // load ----
     __device__ const T* step_at(int t) const { return (const T*)p.steps + (start + min(t, p.tokens - 1)) * p.steps_row + head; }
-    // Copies take 4 bytes: the number is the second half of them at an odd place, and nothing behind it is read.
+    // cp.async copies 4 bytes. At an odd position, the number is the second half of them. At an
+    // even position, only 2 bytes are read, so nothing after the number is read.
     __device__ static bool odd(const T* at) { return (uint64_t)at & 2; }
     __device__ void copy_steps(int i) {
 #pragma unroll
@@ -129,7 +135,7 @@ struct SsdHead {
         __syncthreads();
     }
 
-    // ---- x and y, by two warps ----
+    // ---- Copies of x and y, by two warps ----
     static constexpr int CARRIERS = 64, ROWS = CARRIERS / 8, TIMES = SSD_TOKENS / ROWS;
     __device__ void copy_x(int i, int t, int piece, const T*& x) {
         if (i < chunks) {
@@ -169,7 +175,7 @@ struct SsdHead {
         store_y(chunks - 1, t, piece, y);
     }
 
-    // ---- Weights: of each lane four adjacent numbers in each of five half tiles ----
+    // ---- Weights: each lane has four adjacent elements in each of five half tiles ----
     int t_of[5], u_of[5];
     __device__ void begin_weights() {
 #pragma unroll
@@ -177,7 +183,7 @@ struct SsdHead {
             const int half = warp * 5 + j, tile = half / 2, t = (tile >= 1) + (tile >= 3) + (tile >= 6);
             t_of[j] = t * 16 + half % 2 * 8 + lane / 4, u_of[j] = (tile - ssd_tile(t, 0)) * 16 + lane % 4 * 4;
         }
-        // The other tiles stay zeros.
+        // The other tiles stay zero.
         for (int i = threadIdx.x % 128; i < sizeof(shared.weights) / 16; i += 128) ((uint4*)shared.weights)[i] = make_uint4(0, 0, 0, 0);
     }
     __device__ void weigh(int i, const float (*scores)[16 * 16]) {
@@ -195,7 +201,7 @@ struct SsdHead {
         for (int j = 0; j < 5; j++) {
             const int diagonal = t_of[j] - u_of[j];
             const float4 from = *reinterpret_cast<const float4*>(&sums.from[u_of[j]]);
-            // Above the diagonal scores are 0, and exponents may be too large.
+            // Above the diagonal, scores are 0, and exponents could overflow.
             auto weight = [&](float score, float from, int e) {
                 return fmaf(score, exp2_of(fminf(s[j] - from, 126.f)), diagonal == e ? skip : 0.f);
             };
@@ -229,7 +235,8 @@ struct SsdHead {
         const int n = half * 64 + e / 4 * 8 + pair + e % 2, channel = warp * 16 + row + e / 2 % 2 * 8;
         return p.state + (((long long)blockIdx.y * p.heads + head) * N + n) * SSD_WIDTH + channel;
     }
-    // The state before chunk i as its outputs' operand, and what is left of it after.
+    // Rounds the state before chunk i to the operand of its outputs, then multiplies it by the
+    // chunk's decay.
     __device__ void leave(int i) {
         const float decay = i < chunks ? shared.sums[i % 3].decay : 1.f;
 #pragma unroll
@@ -271,7 +278,8 @@ struct SsdHead {
         for (int k = 0; k < 4; k++) wgmma<T, false>(y, x[k], w + k * 2, true);
         wgmma_end();
     }
-    // The empty assembly keeps the compiler from moving these loads and products behind the next wait, where the tensor cores would wait for them.
+    // The empty assembly keeps the compiler from moving these loads and products after the next
+    // wait, where they would delay the tensor cores.
     __device__ void take_rest(int i) {
 #pragma unroll
         for (int k = 0; k < 8; k++) rest[k] = *reinterpret_cast<const float2*>(&shared.sums[i % 3].rest[k * 8 + pair]);
@@ -300,8 +308,10 @@ struct SsdHead {
                              packed<T>(y[k * 8 + 2], y[k * 8 + 3]), packed<T>(y[k * 8 + 4], y[k * 8 + 5]), packed<T>(y[k * 8 + 6], y[k * 8 + 7]));
         }
     }
-    // Chunk i, from H' C' in y; ends with the next one's in `next`, what it takes from memory being there. After the last chunk, these are of
-    // what lies there, and are not used. No product is on its way between steps: the compiler could not tell whose.
+    // Processes chunk i. At the start, y holds H' C' of the chunk. At the end, `next` holds that of
+    // chunk i + 1, whose operands are loaded. After the last chunk, these are undefined and unused.
+    // No product is in flight between steps, because the compiler could not tell which registers it
+    // writes.
     __device__ void step(int i, float (&y)[32], float (&next)[32]) {
         add_to_state(i);
         add_weighted(i, y);
@@ -365,11 +375,12 @@ struct SsdHead {
             else if (warp == 3) keep_time();
             else carry();
         }
-        sync_cluster();  // No block ends while others copy to it or arrive at its barriers.
+        sync_cluster();  // No block may end while others copy to it or arrive at its barriers.
     }
 };
 
-// Grid (groups * (heads / groups / 2) * 2, batch), SSD_WGMMA_THREADS threads, SsdWgmmaShared<T, states> bytes of dynamic shared memory.
+// Grid (groups * (heads / groups / 2) * 2, batch), SSD_WGMMA_THREADS threads, SsdWgmmaShared<T,
+// states> bytes of dynamic shared memory.
 template <class T>
 __device__ void ssd_wgmma(const Ssd& p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

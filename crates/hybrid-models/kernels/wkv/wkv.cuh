@@ -1,15 +1,20 @@
-// The recurrence of RWKV-5 and 6 for prompts, in chunks of 16 tokens and matrix products. With W(t) the product of a chunk's decays up to
-// token t and S its state before,
+// The recurrence of RWKV-5 and 6 for prompts, in chunks of 16 tokens with matrix products. With
+// W(t) the product of a chunk's decays up to token t and S the state before the chunk,
 //
 //     y(t) = (r(t) o W(t - 1)) S + sum over s <= t of A(t, s) v(s),  S <- diag(W(end)) S + sum over s of (k(s) o W(end) / W(s)) v(s)'
 //     A(t, s) = r(t) . (k(s) o w(s + 1) ... w(t - 1)),  A(t, t) = r(t) . (u o k(t))
 //
-// No decay is ever divided by, so that any decays from 0 to 1 will do: for s < t let L be the highest bit in which they differ; then
-// A(t, s) = (r(t) o w(m) ... w(t - 1)) . (k(s) o w(s + 1) ... w(m - 1)), m = t with its bits below L cleared. A level L takes one product, of the
-// eight tokens with the bit and the eight without.
+// There is no division by decays, so any decays from 0 to 1 are valid. For s < t, let L be the
+// highest bit in which they differ, and m = t with its bits below L cleared. Then
 //
-// A block takes a head's values, or half of them, through all tokens. Some of its warps, producers, prepare chunks in turn; others, consumers, go through all
-// chunks in order, each with the columns of S of 16 values in f32 registers. What products take is rounded to 16 bits: S, too, for outputs.
+//     A(t, s) = (r(t) o w(m) ... w(t - 1)) . (k(s) o w(s + 1) ... w(m - 1))
+//
+// A level L needs one product, of the eight tokens with the bit and the eight without.
+//
+// A block processes a head's values, or half of them, through all tokens. Some of its warps, the
+// producers, prepare chunks in turn. The others, the consumers, process all chunks in order, each with 16
+// columns of S (values) in f32 registers. Inputs of products are rounded to 16 bits, including S
+// for the outputs.
 #pragma once
 #include <cstddef>
 #include <type_traits>
@@ -18,17 +23,18 @@
 
 namespace hybrid {
 
-// 16 columns of S, transposed: fragments C of [values][keys], eight keys a tile. Packed in pairs they are fragments B of S, too.
+// 16 columns of S, transposed, as fragments C of [values][keys], eight keys per tile. Packed in
+// pairs, they are also fragments B of S.
 template <class T, bool TOKEN_DECAYS>
 struct WkvConsumer {
     typedef WkvStage<T, TOKEN_DECAYS> Stage;
-    static constexpr bool NARROW = std::is_same<T, __half>::value;  // f16 has numbers to 65504; S may have larger ones
+    static constexpr bool NARROW = std::is_same<T, __half>::value;  // S may exceed the range of f16, 65504
     const Wkv& p;
     const WkvRoles roles;
     const int lane, row, pair, first;
     float* const state;
     float s[HEAD / 8][4];
-    float seen = 0;  // Not a number once what was read from S was not finite
+    float seen = 0;  // NaN after a read of an S that was not finite in T
 
     __device__ WkvConsumer(const Wkv& p)
         : p(p), lane(threadIdx.x % 32), row(lane / 4), pair(lane % 4 * 2), first((blockIdx.x * roles.consumers + threadIdx.x / 32) * 16),
@@ -43,7 +49,8 @@ struct WkvConsumer {
         for (int i = 0; i < HEAD / 2; i++) state[(i / 4 * 8 + i % 2) * HEAD + i / 2 % 2 * 8] = s[i / 4][i % 4];
     }
 
-    // S rounded: [keys 8 j..][values 8 n..]. SCALED: a 2^-16th of it if it is too large; gives what to multiply by.
+    // Rounds S: [keys 8 j..][values 8 n..]. SCALED: if S is too large, it is divided by 2^16.
+    // Returns the factor for the outputs.
     template <bool SCALED>
     __device__ float round_state(uint32_t (&to)[HEAD / 8][2]) const {
         auto pack = [&](float by) {
@@ -60,12 +67,13 @@ struct WkvConsumer {
         return 1.f;
     }
 
-    // A chunk: its outputs, and S after it. stage and v: shared addresses of the stage, and of its values.
+    // Computes a chunk's outputs and the S after it. `stage` and `v_at` are shared addresses of the
+    // producer's results and of the chunk's values.
     template <bool SCALED>
     __device__ __forceinline__ void consume(uint32_t stage, uint32_t v_at, float (&y)[2][4]) {
         uint32_t rounded_s[HEAD / 8][2], a[4], v[4], v_transposed[4], r[4][4], k[4][4];
         const float scale = round_state<SCALED>(rounded_s);
-        // A lane's row of matrices 16 numbers wide, in rows of so many bytes.
+        // This lane's row of matrices 16 elements wide; `bytes` is the size of a row.
         const int sixteen = lane % 16, right = lane / 16 * 16, bytes = sizeof(Stage::r[0]);
         const uint32_t rows = stage + sixteen * bytes + right;
 #pragma unroll
@@ -92,19 +100,19 @@ struct WkvConsumer {
         for (int e = 0; e < 8; e++) y[e / 4][e % 4] = (y[e / 4][e % 4] + part[e / 4][e % 4]) * scale;
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            // One row of tokens tells of all columns of S.
+            // One row of outputs is enough to detect an overflow in any column of S.
             if (NARROW && !SCALED) seen = fmaf(y[n][0], 0.f, fmaf(y[n][1], 0.f, seen));
             multiply<T>(y[n], a, v[2 * n], v[2 * n + 1]);
         }
     }
 
-    // Through all chunks. Not SCALED: gives whether S became too large for its copies in T.
+    // Processes all chunks. If not SCALED, returns whether S exceeded the range of its copies in T.
     template <bool SCALED>
     __device__ bool run(const Stage* all) {
         const uint32_t start = shared_address(all);
         const int chunks = wkv_chunks(p.tokens), below = 8 * p.y_row;
         T* to = (T*)p.y + ((long long)blockIdx.z * p.tokens + row) * p.y_row + blockIdx.y * HEAD + first + pair;
-        int left = p.tokens - row;  // Tokens from this lane's first row of the chunk on; its second row is 8 further
+        int left = p.tokens - row;  // Tokens from this lane's first row of the chunk on; its second row is 8 tokens later
         int producer = 0, turn = 0;
         load_state();
         for (int i = 0; i < chunks; i += 2) {
@@ -128,8 +136,8 @@ struct WkvConsumer {
     }
 };
 
-// Grid (1 or 2, heads, batch), 32 (HEAD / 16 / grid.x + producers) threads, an even number of producers up to 6, WkvConstants and a WkvStage for each producer in
-// dynamic shared memory.
+// Grid (1 or 2, heads, batch), 32 (HEAD / 16 / grid.x + producers) threads, with an even number of
+// producers up to 6. Dynamic shared memory: WkvConstants, and a WkvStage for each producer.
 template <class T, bool TOKEN_DECAYS>
 __device__ void wkv(const Wkv& p) {
     extern __shared__ __align__(16) char memory[];
@@ -149,7 +157,7 @@ __device__ void wkv(const Wkv& p) {
     }
     Consumer consumer(p);
     const bool large = consumer.template run<false>(stage);
-    if (Consumer::NARROW && __syncthreads_or(large)) consumer.template run<true>(stage);  // All again, with the producers
+    if (Consumer::NARROW && __syncthreads_or(large)) consumer.template run<true>(stage);  // Processes all chunks again; so do the producers
     consumer.store_state();
 }
 

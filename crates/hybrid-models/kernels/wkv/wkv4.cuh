@@ -1,5 +1,6 @@
-// RWKV-4's recurrence (Peng and others, arXiv 2305.13048), prefill and decode: a thread takes a channel through all tokens. Numerator and
-// denominator are kept relative to the largest exponent seen.
+// RWKV-4's recurrence (Peng and others, arXiv 2305.13048), prefill and decode. A thread processes a
+// channel through all tokens. Numerator and denominator are relative to the largest exponent so
+// far.
 #pragma once
 #include "../args.cuh"
 #include "../number.cuh"

@@ -1,7 +1,8 @@
-// wkv.cuh's producer with the same decays for all tokens.
+// A producer of wkv.cuh for decays that are the same for all tokens.
 //
-// A lane takes 16 keys of two tokens, g = lane / 4 and its complement 15 - g. Of the two, one has a level's bit and is r's, the other has it not and is
-// k's; and both are multiplied by the same power of the decays. So each lane has its part of all products' operands from the start.
+// A lane has 16 keys of two tokens: g = lane / 4, and its complement 15 - g. At each level, one of
+// the two has the level's bit and supplies r; the other supplies k. Both are multiplied by the same
+// power of the decays. So each lane has its part of the operands of all products from the start.
 #pragma once
 #include "wkv_stage.cuh"
 
@@ -13,8 +14,8 @@ struct Wkv5Producer : WkvLoader<T, false> {
     typedef uint32_t Keys[8];  // Pairs of this lane's keys
     using Loader::chunks, Loader::lane, Loader::stage, Loader::producer, Loader::p, Loader::roles;
     const WkvConstants<T, false>& constants;
-    const int g, column, first;  // first: of this lane's keys
-    Keys early, late, by8, by4;  // w^g, w^(15 - g); levels
+    const int g, column, first;  // first: this lane's first key
+    Keys early, late, by8, by4;  // w^g, w^(15 - g); factors of levels 8 and 4
 
     __device__ Wkv5Producer(const Wkv& p, WkvStage<T, false>& stage, const WkvConstants<T, false>& constants)
         : Loader(p, stage), constants(constants), g(lane / 4), column(lane % 4), first(column * 16) {
@@ -42,8 +43,9 @@ struct Wkv5Producer : WkvLoader<T, false> {
         }
     }
 
-    // Products of two levels, which share fragments of 16 rows. Rows: tokens with the level's bit, g or 15 - g. Columns: those without, n or 15 - n. Gives
-    // row g, columns 2 * column and the next.
+    // Products of two levels, which share fragments of 16 rows. Rows are the tokens with the
+    // level's bit, g or 15 - g. Columns are the tokens without it, n or 15 - n. Returns row g,
+    // columns 2 * column and the next.
     template <int LOW, int HIGH>
     __device__ void levels(const Keys (&r)[2], const Keys (&k)[2], const Keys& by_low, const Keys& by_high, float2& low, float2& high) const {
         float c[4] = {}, d[4] = {};
@@ -62,7 +64,8 @@ struct Wkv5Producer : WkvLoader<T, false> {
         low = make_float2(c[0], c[1]), high = make_float2(d[2], d[3]);
     }
 
-    // Places of A with a level's bit, two neighbours, if they are of one block of the level.
+    // Stores two adjacent elements of A of a level, if they belong to the same block of the
+    // level.
     template <int BIT>
     __device__ void put_level(float2 x) const {
         const int n = 2 * column, t = g & BIT ? g : 15 - g;
@@ -107,7 +110,8 @@ struct Wkv5Producer : WkvLoader<T, false> {
         }
         put_level<8>(eight), put_level<4>(four), put_level<2>(two);
         if (column == g / 2) {
-            // Column g of `own` has token g's in row g, and its complement's in row 8 + g. The token before the odd one of both is in column g ^ 1.
+            // In column g of `own`, token g is in row g, and token 15 - g in row 8 + g. The token
+            // before the odd one of the two is in column g ^ 1.
             const bool odd = g % 2;
             const float own_g = odd ? own[0][1] : own[0][0], own_other = odd ? own[1][3] : own[1][2], before = odd ? one.x : one.y;
             const int t = odd ? g : 15 - g;

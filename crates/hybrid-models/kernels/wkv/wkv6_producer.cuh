@@ -1,6 +1,7 @@
-// wkv.cuh's producer with decays of each token.
+// A producer of wkv.cuh for decays of each token.
 //
-// A lane takes eight keys of four neighbouring tokens: of decays, it needs only the products of fours from others. Operands go through shared memory.
+// A lane has eight keys of four consecutive tokens. Of other tokens' decays it needs only products
+// of four. Operands are passed through shared memory.
 #pragma once
 #include "wkv_stage.cuh"
 
@@ -10,14 +11,14 @@ __device__ __forceinline__ float2 operator*(float2 a, float2 b) { return make_fl
 template <class T>
 __device__ __forceinline__ uint32_t packed(float2 x) { return packed<T>(x.x, x.y); }
 
-// What two neighbouring keys of the four tokens are multiplied by.
+// The factors of two adjacent keys of the four tokens.
 template <class T>
 struct WkvFactors {
     uint32_t before[3], after[3];  // w0, w0 w1, w0 w1 w2 for r; w1 w2 w3, w2 w3, w3 for k
     uint32_t one, two;             // w1, w2
-    uint32_t near;                 // All decays of the four tokens with which these make eight
-    uint32_t start, end;           // All decays from the chunk's start to the four tokens, and from them to its end
-    float2 all;                    // All of the chunk
+    uint32_t near;                 // Product of the decays of the other four tokens of the same eight
+    uint32_t start, end;           // Products of the decays from the chunk's start to the four tokens, and from them to its end
+    float2 all;                    // Product of all decays of the chunk
 
     __device__ __forceinline__ WkvFactors(const float2 (&w)[4], int quarter) {
         auto from = [](float2 x, int apart) { return make_float2(__shfl_xor_sync(~0u, x.x, apart), __shfl_xor_sync(~0u, x.y, apart)); };
@@ -46,12 +47,13 @@ struct Wkv6Producer : WkvLoader<T, true> {
         for (int j = 0; j < 4; j++) decay[j] = *reinterpret_cast<const float2*>(&constants.decay[keys + 2 * j]);
     }
 
-    // Operands of 16 rows and 16 keys, and of 8 rows and 32 keys; row: this lane's.
+    // Loads operands of 16 rows and 16 keys, and of 8 rows and 32 keys. `row` is this lane's row.
     __device__ void sixteen_rows(uint32_t (&x)[4], const T* row, int k) const { load_matrices(x, row + k * 16 + lane / 16 * 8); }
     __device__ void eight_rows(uint32_t (&x)[4], const T* row, int k) const { load_matrices(x, row + k * 32 + lane / 8 * 8); }
 
-    // N products of 8 rows and 8 columns. row: this lane's of 16, eight for each product; columns: this lane's of each. Gives row lane / 4, columns
-    // 2 (lane % 4) and the next.
+    // N products of 8 rows and 8 columns. `row` is this lane's row of 16, eight for each product;
+    // `columns` are its columns, one for each product. Returns row lane / 4, columns 2 (lane % 4)
+    // and the next.
     template <int N>
     __device__ void products(const T* row, const T* const (&columns)[N], float2 (&to)[N]) const {
         float c[N][4] = {};
@@ -71,7 +73,8 @@ struct Wkv6Producer : WkvLoader<T, true> {
         for (int i = 0; i < N; i++) to[i] = make_float2(c[i][2 * i], c[i][2 * i + 1]);
     }
 
-    // A(t, t), and left of it A(t, t - 1) of an odd token; of an even one right of it zero. Of row and row + 8, if column == row / 2.
+    // If column == row / 2, returns the elements of A at the diagonal, for `row` and row + 8: A(t,
+    // t - 1) and A(t, t) for an odd token t, A(t, t) and 0 for an even one.
     __device__ void own_pairs(const WkvRows<T>& r, const WkvRows<T>& k, int row, int column, uint32_t (&to)[2]) const {
         float own[2][4] = {}, plain[2][4] = {};
         const T* r_row = r[lane % 16];
@@ -95,7 +98,7 @@ struct Wkv6Producer : WkvLoader<T, true> {
         for (int i = 0; i < 2; i++) to[i] = row % 2 ? packed<T>(plain[i][2 * i], own[i][2 * i + 1]) : packed<T>(own[i][2 * i], 0.f);
     }
 
-    // FULL: no token of the chunk lies beyond the last.
+    // FULL: the chunk has no tokens beyond the last.
     template <bool FULL>
     __device__ void produce(int chunk) {
         const int half = this->half, line = lane % 8, row = lane / 4, column = lane % 4;
@@ -112,7 +115,7 @@ struct Wkv6Producer : WkvLoader<T, true> {
             load16(r[i], &input_r[t][keys]), load16(k[i], &input_k[t][keys]), load16(w[i], &stage.w[half][t][keys]);
         }
         __syncwarp();
-        // Level 2: of each four tokens the last two are r's, the first two k's.
+        // Level 2: of each four tokens, the last two supply r, the first two k.
         store16(&stage.pairs[quarter * 2][keys], r[2]), store16(&stage.pairs[9 + quarter * 2][keys], k[1]);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -132,8 +135,10 @@ struct Wkv6Producer : WkvLoader<T, true> {
             near[j] = f.near, all[j] = f.all;
         }
         store16(&stage.pairs[quarter * 2 + 1][keys], r_pair), store16(&stage.pairs[8 + quarter * 2][keys], k_pair);
-        // In place of r and k, for levels 4 and 8: by the decays of their own four tokens, and of those furthest from the chunk's middle also by four more.
-        // A level's eight rows lie side by side: so they are in different banks.
+        // Levels 4 and 8: overwrites r and k in shared memory with their products with the decays
+        // of their own four tokens. The four tokens furthest from the chunk's middle are also
+        // stored with the decays of four more. The eight rows of a level are contiguous, so that
+        // they are in different banks.
         if (chunk != producer) roles.wait_empty(producer);
         const int r_place = quarter % 3 * 4, k_place = quarter == 1 ? 12 : quarter * 2;
 #pragma unroll

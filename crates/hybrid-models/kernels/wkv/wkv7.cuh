@@ -1,9 +1,10 @@
-// RWKV-7's recurrence (Peng and others, arXiv 2503.14456) for prompts in f32, token by token: the generalised delta rule, with what the layer does to
-// its keys.
+// RWKV-7's recurrence (Peng and others, arXiv 2503.14456) for prompts in f32, token by token: the
+// generalised delta rule, and the layer's preparation of its keys.
 //
-// A block takes VALUES of a head's values through all tokens. Half of its warps keep the state in registers: four lanes share two columns,
-// a quarter of their 64 keys each. What is the same for all columns (decays, removal keys, keys, what is added) the other half
-// computes once per block, for the tile of tokens after, while its own loads for the tile after the next are on their way.
+// A block processes VALUES of a head's values through all tokens. Half of its warps keep the state
+// in registers: four lanes share two columns, with a quarter of their 64 keys each. The other half
+// computes, once per block, the rows that are the same for all columns (decays, removal keys, keys,
+// added keys) of the next tile of tokens, while its loads of the tile after that are in flight.
 #pragma once
 #include "../args.cuh"
 #include "../number.cuh"
@@ -14,13 +15,13 @@ constexpr int DELTA_THREADS = 128, DELTA_TILE = 8, DELTA_VALUES = 32, DELTA_DIM 
 
 struct DeltaTile {
     float4 r[DELTA_TILE][DELTA_DIM / 4], w[DELTA_TILE][DELTA_DIM / 4], k[DELTA_TILE][DELTA_DIM / 4];
-    float4 removal[DELTA_TILE][DELTA_DIM / 4], added[DELTA_TILE][DELTA_DIM / 4];  // added: with its sign changed
+    float4 removal[DELTA_TILE][DELTA_DIM / 4], added[DELTA_TILE][DELTA_DIM / 4];  // added: negated
     float v[DELTA_TILE][DELTA_VALUES], y[DELTA_TILE][DELTA_VALUES];
 };
 
 template <class T>
 struct DeltaProducer {
-    static constexpr int ROWS = DELTA_TILE / 2;  // Tokens of a tile that a warp prepares; a lane takes two neighbouring keys, and one value.
+    static constexpr int ROWS = DELTA_TILE / 2;  // Tokens of a tile that a warp prepares; a lane takes two adjacent keys, and one value.
 
     const Wkv7& p;
     DeltaTile (&tiles)[2];
@@ -38,7 +39,7 @@ struct DeltaProducer {
         key_rate = pair_at(p.key_rate), own_scale = pair_at(p.own_scale);
     }
 
-    // Beyond the last token, it is read again, and not used.
+    // Reads the last token again in place of tokens beyond it; these are not used.
     __device__ void load(int tile) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
@@ -79,7 +80,7 @@ struct DeltaProducer {
     }
 };
 
-// Two columns, of each the keys 4 (part + 4 m) + e.
+// Two columns of the state. This lane has the keys 4 (part + 4 m) + e of each.
 struct DeltaColumns {
     const int lane, part, column;
     float s[2][DELTA_QUADS][4];
@@ -127,7 +128,7 @@ struct DeltaColumns {
             }
             y[c] = dot(s[c], r);
         }
-        // Lanes of parts 0 and 1 end up with the first column's sum, the others with the second's.
+        // Lanes of parts 0 and 1 get the first column's sum, the others the second column's.
         const bool upper = part & 2;
         float sum = (upper ? y[1] : y[0]) + __shfl_xor_sync(~0u, upper ? y[0] : y[1], 16);
         sum += __shfl_xor_sync(~0u, sum, 8);
@@ -148,7 +149,7 @@ __device__ void wkv7(const Wkv7& p) {
         if (count > 1) producer.load(1);
         for (int tile = 0; tile < count; tile++) {
             barrier();
-            // The outputs before what overwrites their tile.
+            // The outputs are stored before their tile is overwritten.
             if (tile > 0) producer.finish(tile - 1);
             if (tile + 1 < count) producer.produce(tile + 1);
             if (tile + 2 < count) producer.load(tile + 2);

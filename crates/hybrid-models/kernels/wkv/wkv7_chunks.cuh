@@ -1,21 +1,26 @@
-// RWKV-7's recurrence (Peng and others, arXiv 2503.14456) for prompts, in chunks of 16 tokens and matrix products.
+// RWKV-7's recurrence (Peng and others, arXiv 2503.14456) for prompts, in chunks of 16 tokens with
+// matrix products.
 //
-// Of a head, with c(t) the removal key, b(t) what is added, S the state [keys][values] before the chunk, W(t) the product of the chunk's decays up to
-// token t, M = W(7), and the rows
+// For a head, let c(t) be the removal key, b(t) the added key, S the state [keys][values] before
+// the chunk, W(t) the product of the chunk's decays up to token t, and M = W(7). With the rows
 //
 //     R(t) = r(t) o W(t) / M,   C(t) = c(t) o W(t - 1) / M,   K(s) = k(s) o M / W(s),   B(s) = b(s) o M / W(s),
 //
-// what the removal keys find, u(t) = -c(t)' S(t - 1), solves a triangular system, and with it all else is products:
+// the values read by the removal keys, u(t) = -c(t)' S(t - 1), are the solution of a triangular
+// system. All else is products:
 //
 //     U = -(I + C B')^-1 (C M S + (C K') V)   with C B' and C K' for s < t only
 //     Y = R M S + (R K') V + (R B') U         for s <= t
 //     S <- W(15) / M o (M S + K' V + B' U).
 //
-// RWKV-7 keeps at least e^-e^(-1/2) = 0.545 of a number at each token, so that W(t) / M lies within 2^-7 and 2^7, and f16 holds all rows, for bf16 inputs too.
+// RWKV-7 keeps at least e^-e^(-1/2) = 0.545 of a number at each token. So W(t) / M is between 2^-7
+// and 2^7, and all rows fit f16, also for bf16 inputs.
 //
-// A block takes VALUES of a head's values through all tokens. Producers, warps that take every PRODUCERS-th chunk each, do all but the lines above; consumers
-// go through all chunks, each with 16 columns of S in f32 registers. Consumers are what a block waits for (40 products a chunk, in the order of time), so
-// that more producers than they need would but take their issue slots.
+// A block processes VALUES of a head's values through all tokens. Producers, warps with every
+// PRODUCERS-th chunk each, compute the rows, their products and the inverse. Consumers compute the last
+// three lines of all chunks in order, each with 16 columns of S in f32 registers. A block waits for
+// its consumers (40 products per chunk, in sequence), so more producers than they need would only take
+// their issue slots.
 #pragma once
 #include "wkv7_producer.cuh"
 #include "wkv7_consumer.cuh"
@@ -40,7 +45,8 @@ __device__ void wkv7_of_values(const Wkv7& p) {
     }
 }
 
-// Grid (2 for half a head's values in a block, 1 for all, heads, batch), WKV7_THREADS threads, dynamic shared memory as args.cuh says.
+// Grid (2: half a head's values per block, or 1: all; heads; batch), WKV7_THREADS threads, dynamic
+// shared memory as in args.cuh.
 template <class T>
 __device__ void wkv7_chunks(const Wkv7& p) {
     gridDim.x == 1 ? wkv7_of_values<T, 64>(p) : wkv7_of_values<T, 32>(p);

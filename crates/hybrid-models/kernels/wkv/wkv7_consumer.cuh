@@ -1,10 +1,12 @@
-// RWKV-7 in chunks: a warp that goes through all chunks with 16 columns of the state. See wkv7_chunks.cuh for the names.
+// RWKV-7 in chunks: a warp that processes all chunks with 16 columns of the state. The names are
+// those of wkv7_chunks.cuh.
 #pragma once
 #include "wkv7_stage.cuh"
 
 namespace hybrid {
 
-// 16 columns of S, transposed: fragments C of [values][keys], eight keys a tile. Packed in pairs they are fragments A of S'.
+// 16 columns of S, transposed, as fragments C of [values][keys], eight keys per tile. Packed in
+// pairs, they are fragments A of S'.
 template <class T, int VALUES>
 struct Wkv7Consumer {
     typedef Wkv7Chunk<T, VALUES> Chunk;
@@ -13,7 +15,8 @@ struct Wkv7Consumer {
     Shared& shared;
     const int lane, row, quarter, slice, v_at;
     float s[WKV7_TILES][4];
-    // What the next chunk begins with: its values, what S is multiplied with before, C, and what is found of its own keys.
+    // The start of the next chunk: its values, C, the factors of S before it (`decay`), and the
+    // part of U that its own keys give (`found`).
     uint32_t v[4], c[WKV7_TILES / 2][4];
     float2 decay[WKV7_TILES];
     float found[2][4];
@@ -49,7 +52,7 @@ struct Wkv7Consumer {
     static __device__ void pack(const float (&x)[4], const float (&y)[4], uint32_t (&to)[4]) {
         to[0] = packed<__half>(x[0], x[1]), to[1] = packed<__half>(x[2], x[3]), to[2] = packed<__half>(y[0], y[1]), to[3] = packed<__half>(y[2], y[3]);
     }
-    // c += x y of two tokens' eights, or of two tiles of S.
+    // c += x y, for the two halves of a chunk's tokens or for two tiles of S.
     static __device__ void add(float (&first)[4], float (&second)[4], const uint32_t (&x)[4], const uint32_t (&y)[4]) {
         multiply<__half>(first, x, y[0], y[1]), multiply<__half>(second, x, y[2], y[3]);
     }
@@ -59,7 +62,7 @@ struct Wkv7Consumer {
         load(blocks, y);
         add(c[0], c[1], x, y);
     }
-    // S += (x y)', of y all keys.
+    // S += (x y)', for all keys of y.
     __device__ void add_to_state(const uint32_t (&x)[4], const uint32_t (&blocks)[2 * WKV7_TILES][32]) {
 #pragma unroll
         for (int j = 0; j < WKV7_TILES; j += 2) {
@@ -69,7 +72,7 @@ struct Wkv7Consumer {
         }
     }
 
-    // Of the chunk in the slot, all that needs no S.
+    // Computes everything of the slot's chunk that does not need S.
     __device__ void begin() {
         await_barrier(&shared.full[slot], parity);
         const Chunk& chunk = shared.chunks[slot];
@@ -88,7 +91,8 @@ struct Wkv7Consumer {
         add(found[0], found[1], v, kc);
     }
 
-    // S after the chunk, and its y (values x tokens, divided by WKV7_SCALE). In between, the next chunk begins: S waits for nothing but products.
+    // Computes S after the chunk, and its y (values x tokens, divided by WKV7_SCALE). The next
+    // chunk begins in between, so that S waits only for products.
     __device__ void step(bool last, float (&y)[2][4]) {
         const Chunk& chunk = shared.chunks[slot];
         uint64_t* empty = &shared.empty[slot];
@@ -130,9 +134,10 @@ struct Wkv7Consumer {
         if (lane == 0) arrive_at(empty);
     }
 
-    // y of a chunk to rows of the output, of which so many are left from this lane's first on; its second is 8 further.
+    // Stores y of a chunk to rows of the output. `left` is the number of tokens from this lane's
+    // first row on; its second row is 8 tokens later.
     __device__ void store(T* to, int left, const float (&y)[2][4]) {
-        uint32_t rows[2][2];  // Of both tokens: values pair and pair + 1 of both eights
+        uint32_t rows[2][2];  // For both tokens: values pair and pair + 1 of both groups of eight
 #pragma unroll
         for (int e = 0; e < 4; e++) rows[e / 2][e % 2] = transposed(packed<T>(WKV7_SCALE * y[e / 2][e % 2 * 2], WKV7_SCALE * y[e / 2][e % 2 * 2 + 1]));
         if (left > 0) *(uint32_t*)to = rows[0][0], *(uint32_t*)(to + 8) = rows[0][1];

@@ -1,10 +1,10 @@
-// RWKV-7 in chunks: a warp that prepares chunks. See wkv7_chunks.cuh for the names.
+// RWKV-7 in chunks: a warp that prepares chunks. The names are those of wkv7_chunks.cuh.
 #pragma once
 #include "wkv7_stage.cuh"
 
 namespace hybrid {
 
-// Two tiles of the rows: fragments B of R' and C', A of K and B.
+// Two tiles of the rows: fragments B of R' and C', fragments A of K and B.
 struct Wkv7Rows {
     uint32_t r[4], c[4], k[4], b[4];
 };
@@ -19,16 +19,17 @@ struct Wkv7Producer {
     const int lane, row, quarter, head;
     const long long start;
     uint64_t *full, *empty;
-    const T *key_at, *a_at, *r_at, *w_at, *v_at;  // What this lane copies first of its next chunk
+    const T *key_at, *a_at, *r_at, *w_at, *v_at;  // This lane's first pieces of the next chunk
     float decay[WKV7_TILES];
-    uint32_t sums[4];  // Logarithms of decays to those of W(t) / M; in row 7, where that is 1, to 1 / M.
+    uint32_t sums[4];  // A matrix from logarithms of decays to those of W(t) / M; row 7, where that is 1, gives 1 / M.
 
     __device__ Wkv7Producer(const Wkv7& p, Wkv7Shared<T, VALUES>& shared, int warp)
         : p(p), chunk(shared.chunks[warp]), raw(shared.raw[warp]), weights(shared.weights), lane(threadIdx.x % 32), row(lane / 4), quarter(lane % 4),
           head(blockIdx.y * WKV7_DIM), start((long long)blockIdx.z * p.tokens), full(&shared.full[warp]), empty(&shared.empty[warp]) {
 #pragma unroll
         for (int j = 0; j < WKV7_TILES; j++) {
-            // Logarithms are made as fragments B: there a lane has column row of each tile.
+            // Logarithms are computed as fragments B, in which a lane has column `row` of each
+            // tile.
             decay[j] = -LOG2_E * p.decay[head + j / 4 * 32 + row / 2 * 8 + j % 4 * 2 + row % 2];
         }
         const long long token = start + warp * WKV7_CHUNK + lane / 8;
@@ -37,19 +38,20 @@ struct Wkv7Producer {
         r_at = (const T*)p.r + token * p.r_row + at, w_at = (const T*)p.w + token * p.w_row + at;
         v_at = (const T*)p.v + (start + warp * WKV7_CHUNK + lane / VECTORS) * p.v_row + head + blockIdx.x * VALUES + lane % VECTORS * 8;
         chunk.kr[1][lane] = chunk.br[1][lane] = chunk.kc[1][lane] = chunk.solve[1][lane] = 0;
-        const int s = 2 * quarter;  // Columns s and s + 1, and 8 further
+        const int s = 2 * quarter;  // Columns s, s + 1, s + 8 and s + 9
         auto early = [&](int s) { return row == 7 || s > row ? -1.f : 0.f; };
         auto late = [&](int s) { return s <= row ? 1.f : 0.f; };
         sums[0] = packed<__half>(early(s), early(s + 1)), sums[1] = sums[2] = none(), sums[3] = packed<__half>(late(s), late(s + 1));
     }
-    // Zero, in a register that is kept.
+    // Returns zero in a register that the compiler keeps.
     __device__ uint32_t none() {
         uint32_t x;
         asm volatile("mov.b32 %0, 0;" : "=r"(x));
         return x;
     }
 
-    // Of the next of this warp's chunks, of which so many tokens are left. Those beyond come as zeros.
+    // Copies an input of this warp's next chunk, which has `left` tokens. Tokens beyond become
+    // zeros.
     template <class F>
     __device__ void load(const T*& from, int stride, uint4 (&to)[WKV7_CHUNK][8], int left, F turn) {
         const T* at = from;
@@ -83,16 +85,16 @@ struct Wkv7Producer {
         end_copies();
     }
 
-    // Logarithms of W(t) / M, to base 2; in row 7, of 1 / M.
+    // Computes the base-2 logarithms of W(t) / M, and in row 7 that of 1 / M.
     __device__ void sum_decays(int left, float (&g)[WKV7_TILES][4]) {
         constexpr float UNIT = -1.f / (0.6065306597126334f * LOG2_E);
         const uint32_t select = row % 2 ? 0x7632 : 0x5410;
-        // Tokens beyond the last change nothing.
+        // Tokens beyond the last have the decay 1.
         auto mask = [&](int t) { return (t < left ? 0xffffu : 0) | (t + 1 < left ? 0xffff0000u : 0); };
         const uint32_t there[2] = {mask(2 * quarter), mask(2 * quarter + 8)};
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            uint32_t x[4][4];  // Of tokens t and t + 1, of 8 later
+            uint32_t x[4][4];  // Tokens t, t + 1, t + 8 and t + 9
 #pragma unroll
             for (int i = 0; i < 4; i++) four(raw.w[2 * quarter + i % 2 + i / 2 * 8][4 * half + row / 2 ^ quarter], x[i]);
 #pragma unroll
@@ -112,19 +114,20 @@ struct Wkv7Producer {
         }
     }
 
-    // Four tiles of token row + 8 late.
+    // Loads four tiles of token row + 8 late.
     __device__ void words(const uint4 (&from)[WKV7_CHUNK][8], int half, int late, uint32_t (&to)[4]) {
         four(from[row + 8 * late][4 * half + quarter ^ turn_of_rows(row)], to);
     }
 
-    // The diagonal of a 16 x 16 matrix, of which eight columns each are given: places row and row + 8, to all lanes of the row.
+    // Returns the diagonal of a 16 x 16 matrix, given as its first and last eight columns: elements
+    // `row` and row + 8, to all lanes of the row.
     __device__ float2 diagonal(const float (&early)[4], const float (&late)[4]) {
         const float x = row % 2 ? early[1] : early[0], y = row % 2 ? late[3] : late[2];
         const int from = (lane & 28) + row / 2;
         return make_float2(__shfl_sync(~0u, x, from), __shfl_sync(~0u, y, from));
     }
 
-    // Keys as f16, and c: removal keys of length 1.
+    // Converts keys to f16, and computes c, the removal keys of length 1.
     __device__ void remove(uint32_t (&key)[WKV7_TILES][2], uint32_t (&c)[WKV7_TILES][2]) {
         float early[4] = {}, late[4] = {};
 #pragma unroll
@@ -133,7 +136,8 @@ struct Wkv7Producer {
             words(raw.key, half, 0, x[0]), words(raw.key, half, 1, x[1]), four(weights.removal[quarter][half], scales);
 #pragma unroll
             for (int j = 4 * half; j < 4 * half + 4; j += 2) {
-                // The same twice, since as fragments A and B they lie in other registers.
+                // Computed twice, because the registers of fragments A and B are in different
+                // orders.
                 uint32_t a[4];
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
@@ -153,7 +157,7 @@ struct Wkv7Producer {
         for (int j = 0; j < WKV7_TILES; j++) c[j][0] = times(c[j][0], scale[0]), c[j][1] = times(c[j][1], scale[1]);
     }
 
-    // Half of the head as it came, of tokens row and row + 8, and its weights.
+    // The inputs of half of the head, for tokens row and row + 8, and the constants.
     struct Half {
         uint32_t a[2][4], r[2][4], rate_bias[4], key_rate[4];
     };
@@ -163,13 +167,13 @@ struct Wkv7Producer {
         four(weights.rate_bias[quarter][half], to.rate_bias), four(weights.key_rate[quarter][half], to.key_rate);
     }
 
-    // Rows of tile j, the i-th of two.
+    // Computes the rows of tile j, the i-th of two.
     __device__ void make_tile(int j, int i, const Half& from, const float (&g)[4], const uint32_t (&key)[2], const uint32_t (&unit)[2], Wkv7Rows& to) {
         float2 down[2] = {{exp2_of(-g[0]), exp2_of(-g[1])}, {exp2_of(-g[2]), exp2_of(-g[3])}};
         const float2 up[2] = {{exp2_of(g[0]), exp2_of(g[1])}, {exp2_of(g[2]), exp2_of(g[3])}};
         if (row == 7) chunk.before[quarter][j] = down[0], chunk.after[quarter][j] = up[1];
         uint32_t ups[2] = {packed<__half>(up[0].x, up[0].y), packed<__half>(up[1].x, up[1].y)};
-        // Of the token before: in the row above. For row 0, row 7 has 1 / M first.
+        // W(t - 1) / M is in the row above. Row 0 takes 1 / M from row 7.
         uint32_t before[2] = {__shfl_sync(~0u, ups[0], lane + 28 & 31), __shfl_sync(~0u, ups[1], lane + 28 & 31)};
         if (row == 0) before[1] = ONES;
         if (row == 7) ups[0] = ONES, down[0] = make_float2(1.f, 1.f);
@@ -179,7 +183,7 @@ struct Wkv7Producer {
 #pragma unroll
         for (int late = 0; late < 2; late++) {
             const float2 x = unpacked<T>(from.a[late][at]), keys = unpacked<__half>(key[late]), by = down[late];
-            const float2 rate = {tanh_of(fmaf(x.x, 0.5f, bias.x)), tanh_of(fmaf(x.y, 0.5f, bias.y))};  // Twice the rate, less 1
+            const float2 rate = {tanh_of(fmaf(x.x, 0.5f, bias.x)), tanh_of(fmaf(x.y, 0.5f, bias.y))};  // Twice the rate, minus 1
             const uint32_t rates = times_plus(packed<__half>(rate.x, rate.y), HALVES, HALVES);
             to.k[2 * i + late] = packed<__half>(keys.x * fmaf(rate.x, slope.x, base.x) * by.x, keys.y * fmaf(rate.y, slope.y, base.y) * by.y);
             to.b[2 * i + late] = times(times(unit[late], rates), packed<__half>(by.x, by.y));
@@ -189,7 +193,8 @@ struct Wkv7Producer {
         }
     }
 
-    // Products of the rows: of K and B with eight tokens of R, eight more, and the same of C. own: K times R o own_scale.
+    // Products of the rows: of K and B with eight tokens of R, eight more, and the same of C. own:
+    // K times R o own_scale.
     struct Products {
         float k[4][4], b[4][4], own[2][4];
     };
@@ -216,7 +221,7 @@ struct Wkv7Producer {
         uint32_t key[WKV7_TILES][2], unit[WKV7_TILES][2];
         sum_decays(left, g);
         remove(key, unit);
-        __syncwarp();  // All have read what comes again.
+        __syncwarp();  // All lanes have read the inputs that are overwritten now.
         next > 0 ? load_first(next) : end_copies();
         await_barrier(empty, parity);
         load_values(left);
@@ -241,7 +246,7 @@ struct Wkv7Producer {
         next > 0 ? load_second(next) : end_copies();
         if (own_wanted) store_own(index, left, diagonal(products.own[0], products.own[1]));
         finish(products);
-        await_copies<1>();  // The values
+        await_copies<1>();  // Waits for the values.
         __syncwarp();
     }
     __device__ void store_own(int index, int left, float2 sums) {
@@ -260,24 +265,26 @@ struct Wkv7Producer {
         }
     }
 
-    // Nothing below the diagonal of eight rows and columns, and nothing on it unless asked for.
+    // Zeroes the elements below the diagonal of an 8 x 8 block, and those on it unless `diagonal`.
     __device__ uint32_t cut(float& x, float& y, bool diagonal) {
         const int t = 2 * quarter, s = diagonal ? row : row + 1;
         if (t < s) x = 0.f;
         if (t + 1 < s) y = 0.f;
         return packed<__half>(x, y);
     }
-    // Accumulators of 16 tokens s times eight t each, s <= t or s < t.
+    // Stores the accumulators of 16 tokens s times eight tokens t each, for s <= t if `diagonal`,
+    // otherwise s < t.
     __device__ void store(uint32_t (&to)[4][32], float (&early)[4], float (&late)[4], bool diagonal) {
         to[0][lane] = cut(early[0], early[1], diagonal), to[2][lane] = packed<__half>(late[0], late[1]), to[3][lane] = cut(late[2], late[3], diagonal);
     }
 
-    // What comes of the products; in it, (I + B C')^-1 by blocks of eight tokens.
+    // Computes a chunk's results from the products, including (I + B C')^-1 in blocks of eight
+    // tokens.
     __device__ void finish(Products& a) {
         store(chunk.kr, a.k[0], a.k[1], true), store(chunk.br, a.b[0], a.b[1], true), store(chunk.kc, a.k[2], a.k[3], false);
         float(&x)[4] = a.b[2], (&y)[4] = a.b[3];
         cut(x[0], x[1], false), cut(y[2], y[3], false);
-        // Inverses of the two blocks on the diagonal by substitution, a row at a time.
+        // Inverts the two blocks on the diagonal by substitution, a row at a time.
         float early[2] = {row == 2 * quarter ? 1.f : 0.f, row == 2 * quarter + 1 ? 1.f : 0.f}, late[2] = {early[0], early[1]};
 #pragma unroll
         for (int t = 7; t > 0; t--) {
@@ -289,7 +296,7 @@ struct Wkv7Producer {
                 late[e] = fmaf(-m, __shfl_sync(~0u, late[e], 4 * t + quarter), late[e]);
             }
         }
-        // And of the block beside them: -early U late.
+        // The block off the diagonal of the inverse is -early U late.
         const uint32_t beside[4] = {packed<__half>(y[0], y[1]), 0, 0, 0}, first[4] = {packed<__half>(-early[0], -early[1]), 0, 0, 0};
         const uint32_t last = packed<__half>(-late[0], -late[1]);
         float middle[4] = {}, upper[4] = {};

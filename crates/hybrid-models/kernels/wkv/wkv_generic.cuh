@@ -1,4 +1,5 @@
-// The recurrences of RWKV-5 and 6 (Peng and others, arXiv 2404.05892) and of RWKV-7 (arXiv 2503.14456), any shape, token by token.
+// The recurrences of RWKV-5 and 6 (Peng and others, arXiv 2404.05892) and of RWKV-7 (arXiv
+// 2503.14456), any shape, token by token.
 #pragma once
 #include "../columns.cuh"
 
@@ -39,7 +40,7 @@ __device__ void wkv7_columns(const Wkv7& p) {
         const long long row = (long long)blockIdx.z * p.tokens + t;
         auto of = [&](const void* x, int stride, int key) { return number(((const T*)x)[row * stride + first + key]); };
         const float v = s.used ? of(p.v, p.v_row, place.column) : 0.f;
-        // All threads take part in the sums, also those of columns beyond the last.
+        // All threads take part in the sums, including those of columns beyond the last.
         float norm = 0, found = 0, own = 0, sum = 0;
 #pragma unroll
         for (int i = 0; i < N; i++) {

@@ -1,4 +1,4 @@
-// What the warps of wkv.cuh share: the head's constants, a producer's memory, and how producers load.
+// What the warps of wkv.cuh share: the head's constants, a producer's memory, and the producers' loads.
 #pragma once
 #include "../args.cuh"
 #include "../mma.cuh"
@@ -7,20 +7,22 @@ namespace hybrid {
 
 constexpr int HEAD = 64, WKV_CHUNK = 16, WKV_THREADS = 256;
 
-// How a block's warps share the work: consumers first. Consumers take two neighbouring producers' chunks at a time.
+// The roles of a block's warps: consumers first, then producers. Consumers take the chunks of two adjacent
+// producers at a time.
 struct WkvRoles {
-    const int consumers, producers, producer;  // producer: this warp, or negative
+    const int consumers, producers, producer;  // producer: this warp's index, negative for consumers
     __device__ WkvRoles() : consumers(HEAD / 16 >> gridDim.x / 2), producers(blockDim.x / 32 - consumers), producer((int)threadIdx.x / 32 - consumers) {}
 
-    // Both chunks of producers 2 i and 2 i + 1 are full.
+    // The chunks of producers 2 i and 2 i + 1 are ready.
     __device__ void arrive_full(int i) const { asm volatile("bar.arrive %0, %1;" ::"r"(1 + i), "r"(32 * (2 + consumers)) : "memory"); }
     __device__ void wait_full(int i) const { asm volatile("bar.sync %0, %1;" ::"r"(1 + i), "r"(32 * (2 + consumers)) : "memory"); }
-    // Producer m's chunk has been used.
+    // The chunk of producer m has been used.
     __device__ void arrive_empty(int m) const { asm volatile("bar.arrive %0, %1;" ::"r"(8 + m), "r"(32 * (1 + consumers)) : "memory"); }
     __device__ void wait_empty(int m) const { asm volatile("bar.sync %0, %1;" ::"r"(8 + m), "r"(32 * (1 + consumers)) : "memory"); }
 };
 
-// An even number: consumers take two chunks at a time. Tokens beyond the last change nothing.
+// Returns the number of chunks, rounded up to an even number, because consumers take two at a time.
+// Tokens beyond the last change nothing.
 __device__ __forceinline__ int wkv_chunks(int tokens) { return (tokens + 2 * WKV_CHUNK - 1) / (2 * WKV_CHUNK) * 2; }
 
 template <class T>
@@ -29,8 +31,8 @@ using WkvRows = T[WKV_CHUNK][HEAD + PAD];
 // A head's constants.
 template <class T, bool TOKEN_DECAYS>
 struct WkvConstants {
-    T powers[TOKEN_DECAYS ? 1 : WKV_CHUNK][HEAD + PAD];  // Of constant decays
-    float decay[HEAD];                                   // With token decays, so that w = 2^-2^(x log2 e + decay)
+    T powers[TOKEN_DECAYS ? 1 : WKV_CHUNK][HEAD + PAD];  // Powers of constant decays
+    float decay[HEAD];                                   // With token decays: w = 2^-2^(x log2 e + decay)
     T u[HEAD];
 
     __device__ void fill(const Wkv& p) {
@@ -45,19 +47,19 @@ struct WkvConstants {
     }
 };
 
-// A producer's memory: its chunks as they come, and the last one that it stage.
+// A producer's memory: the inputs of its chunks, and the last chunk that it prepared.
 template <class T, bool TOKEN_DECAYS>
 struct WkvStage {
     WkvRows<T> input_r[2], input_k[2], v[3];
     T w[2][TOKEN_DECAYS ? WKV_CHUNK : 1][HEAD];
     T pairs[TOKEN_DECAYS ? WKV_CHUNK : 1][HEAD + PAD];  // Wkv6Producer's level 2
-    // For consumers, beside v:
+    // Read by consumers, like v:
     WkvRows<T> r, k;  // r(t) o W(t - 1), k(s) o W(end) / W(s)
-    T a[WKV_CHUNK][WKV_CHUNK + PAD];  // Zeros above the diagonal, once and for all
+    T a[WKV_CHUNK][WKV_CHUNK + PAD];  // Above the diagonal always 0
     float decay[HEAD];  // W(end)
 };
 
-// Two adjacent numbers, multiplied and rounded to T.
+// Multiplies two pairs of elements and rounds the products to T.
 template <class T>
 __device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b);
 template <>
@@ -78,15 +80,16 @@ __device__ __forceinline__ void load16(uint32_t (&x)[4], const void* at) {
 __device__ __forceinline__ void store16(void* at, const uint32_t (&x)[4]) { *reinterpret_cast<uint4*>(at) = make_uint4(x[0], x[1], x[2], x[3]); }
 __device__ __forceinline__ void store4(void* at, uint32_t x) { *reinterpret_cast<uint32_t*>(at) = x; }
 
-// Brings every so many-th chunk, two of them ahead. A lane takes eight neighbouring keys of every fourth token.
+// Loads every `producers`-th chunk, two of them ahead. A lane has eight adjacent keys of every
+// fourth token.
 template <class T, bool TOKEN_DECAYS>
 struct WkvLoader {
     const Wkv& p;
     WkvStage<T, TOKEN_DECAYS>& stage;
     const WkvRoles roles;
     const int producer, lane, quarter, keys, chunks;
-    int next, half = 0, third = 0;       // The chunk to load, and where
-    const T *r_at, *k_at, *w_at, *v_at;  // Of this lane's first token of chunk `next`
+    int next, half = 0, third = 0;       // The next chunk to load, and its slots
+    const T *r_at, *k_at, *w_at, *v_at;  // This lane's first token of chunk `next`
     int v_token, v_column;
 
     __device__ WkvLoader(const Wkv& p, WkvStage<T, TOKEN_DECAYS>& stage)
@@ -99,7 +102,7 @@ struct WkvLoader {
         v_at = (const T*)p.v + (start + v_token) * p.v_row + head + v_column;
     }
 
-    // Zeros beyond the last token.
+    // Loads the next chunk. Tokens beyond the last become zeros.
     __device__ void load() {
         if (next < chunks) {
             const int left = p.tokens - next * WKV_CHUNK;

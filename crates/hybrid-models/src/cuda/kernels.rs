@@ -40,7 +40,7 @@ pub struct Kernels {
 
 impl Kernels {
     /// # Errors
-    /// [`Error::Unsupported`] for a device older than the kernels.
+    /// [`Error::Unsupported`] for a device below the oldest supported compute capability.
     pub fn new(device: &CudaDevice) -> Result<Self> {
         let stream = device.cuda_stream();
         let context = stream.context();

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use longctx_core::attention::with_slice;
 use longctx_core::{
     AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Result,
-    Selection, SeqId, check_selections,
+    Selection, SeqId, check_range, check_selections,
 };
 
 /// Packed keys and values of one layer for many sequences: a [`Pool`] with longctx-core's
@@ -237,6 +237,15 @@ impl QuantStore {
         .map(Some)
     }
 
+    /// Keys `[entries, head_dim]` and values `[entries, value_dim]` on the CPU.
+    fn rows(&self, (keys, values): (Vec<f32>, Vec<f32>)) -> Result<(Tensor, Tensor)> {
+        let of = |x: Vec<f32>, d: usize| {
+            let dims = (x.len() / d, d);
+            Tensor::from_vec(x, dims, &Device::Cpu)
+        };
+        Ok((of(keys, self.shape.head_dim)?, of(values, self.shape.value_dim)?))
+    }
+
     fn attend_on_host(
         &self,
         pool: &Pool,
@@ -455,14 +464,26 @@ impl KvStore for QuantStore {
 
     fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
         on_pool!(&self.storage,
-            pool => {
-                let (keys, values) = pool.read(seq, kv_head)?;
-                let rows = |x: Vec<f32>, d: usize| {
-                    Tensor::from_vec(x.clone(), (x.len() / d, d), &Device::Cpu)
-                };
-                Ok((rows(keys, self.shape.head_dim)?, rows(values, self.shape.value_dim)?))
-            },
+            pool => self.rows(pool.read(seq, kv_head)?),
             pool => pool.read(seq, kv_head))
+    }
+
+    fn read_range(
+        &self,
+        seq: SeqId,
+        kv_head: usize,
+        entries: Range<usize>,
+    ) -> Result<(Tensor, Tensor)> {
+        if let Some(&len) = self.lens(seq).get(kv_head) {
+            check_range(&entries, len)?;
+        }
+        on_pool!(&self.storage,
+        pool => self.rows(pool.read_range(seq, kv_head, entries)?),
+        pool => {
+            let (k, v) = pool.read(seq, kv_head)?;
+            let part = |x: Tensor| x.narrow(0, entries.start, entries.len());
+            Ok((part(k)?, part(v)?))
+        })
     }
 
     fn lens(&self, seq: SeqId) -> Vec<usize> {

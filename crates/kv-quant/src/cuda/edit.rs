@@ -42,7 +42,7 @@ impl CudaPool {
     /// are packed one by one keeps its codes and gets holes.
     pub fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
-        let (format, group) = (self.format, self.layout.group);
+        let (format, group) = (self.device_format, self.layout.group);
         let cut = |head: &Head| {
             let last = len.checked_sub(1).map(std::iter::once);
             let slots = last.and_then(|last| head.live.slots_of(last).next());

@@ -241,7 +241,7 @@ impl CudaPool {
         let heads = batch.seqs().iter().filter_map(|seq| self.seqs.get(seq));
         let heads = heads.flat_map(|sequence| &sequence.heads).enumerate();
         let of = |(i, head): (usize, &super::head::Head)| {
-            head.packed_at(self.format, head.slots + more.map_or(0, |more| more[i]))
+            head.packed_at(self.device_format, head.slots + more.map_or(0, |more| more[i]))
         };
         heads.map(of).collect()
     }

@@ -30,9 +30,9 @@ use std::sync::Arc;
 pub struct CudaPool {
     pub(super) shape: AttentionShape,
     /// As the store was made.
-    asked: Format,
+    format: Format,
     /// As it is held.
-    pub(super) format: Format,
+    pub(super) device_format: Format,
     pub(super) layout: Layout,
     pub(super) device: CudaDevice,
     pub(super) kernels: Kernels,
@@ -62,16 +62,16 @@ impl CudaPool {
         if shape.value_dim != shape.head_dim {
             return Err(lacks("keys and values of the same width"));
         }
-        let (asked, format) = (format, on_device(format));
-        let layout = Layout::of(format, shape.head_dim).map_err(lacks)?;
+        let device_format = on_device(format);
+        let layout = Layout::of(device_format, shape.head_dim).map_err(lacks)?;
         let kernels = Kernels::load(device.cuda_stream().context(), layout)?
             .ok_or_else(|| lacks("more shared memory than this device has"))?;
         let status = Arc::new(Status::new(device.cuda_stream().context())?);
         let records = Records::new(device.cuda_stream(), layout.record());
         Ok(Self {
             shape,
-            asked,
             format,
+            device_format,
             layout,
             device: device.clone(),
             kernels,
@@ -84,7 +84,7 @@ impl CudaPool {
     }
 
     pub fn format(&self) -> Format {
-        self.asked
+        self.format
     }
 
     pub fn with_capacity(self, bytes: usize) -> Self {
@@ -100,7 +100,7 @@ impl CudaPool {
     }
 
     pub(super) fn ring_places(&self) -> usize {
-        ring_places(self.format, self.layout)
+        ring_places(self.device_format, self.layout)
     }
 
     /// Numbers of the ring of a kv head.
@@ -150,7 +150,7 @@ impl CudaPool {
 
     /// Records and sequences that so many tokens for each head add.
     fn need(&self, batch: &Batch, counts: &[usize]) -> (usize, usize) {
-        let (format, group) = (self.format, self.layout.group);
+        let (format, group) = (self.device_format, self.layout.group);
         let mut need = (0, 0);
         for (seq, counts) in batch.seqs().iter().zip(counts.chunks(self.shape.kv_heads)) {
             match self.seqs.get(seq) {
@@ -216,7 +216,7 @@ impl CudaPool {
     }
 
     fn make_room_for(&mut self, seq: SeqId, counts: &[usize], new: &mut Vec<SeqId>) -> Result<()> {
-        let (stream, format, group) = (self.stream(), self.format, self.layout.group);
+        let (stream, format, group) = (self.stream(), self.device_format, self.layout.group);
         if !self.seqs.contains_key(&seq) {
             let (heads, number) = (self.shape.kv_heads, self.status.begin());
             let sizes = (heads, self.ring_numbers());

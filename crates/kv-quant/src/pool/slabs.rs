@@ -9,8 +9,8 @@ use bytemuck::Zeroable;
 
 /// Blocks per small slab.
 const PER_SLAB: usize = 16;
-/// If the small slabs hold this many bytes, large slabs replace them: the free blocks of one
-/// large slab are then a small share of all.
+/// If the small slabs hold this many bytes, large slabs replace them: the free blocks of one large
+/// slab are then a small share of all.
 const LARGE_SLABS_THRESHOLD: usize = 4 * MMAP_THRESHOLD;
 
 #[derive(Debug, Clone)]

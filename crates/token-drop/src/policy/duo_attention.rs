@@ -58,8 +58,8 @@ impl DuoAttention {
 }
 
 impl<S: KvStore> PolicyCache<S, Recent> {
-    /// /// DuoAttention as published. A streaming head evicts one entry at every decoded token, as
-    /// in the published code, so it holds the same number of entries.
+    /// DuoAttention as published. A streaming head evicts one entry at every decoded token, as in
+    /// the published code, so it holds the same number of entries.
     ///
     /// # Errors
     /// As [`with_settings`](Self::with_settings).

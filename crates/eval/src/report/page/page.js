@@ -112,7 +112,7 @@ const main = [
   { head: "dense / held", value: row => row.ratio, show: row => number(row.ratio, 2) },
   { head: "held, MB", value: row => row.kv_bytes, show: row => number(row.kv_bytes == null ? null : row.kv_bytes / 1e6, 2) },
   { head: "first token, s", value: row => row.first_token_seconds, show: row => number(row.first_token_seconds, 2) },
-  { head: "decode, tokens/s", value: row => row.decode_tokens_per_second, show: row => number(row.decode_tokens_per_second, 1) },
+  { head: "decode, tokens/s", value: row => row.decode?.tokens_per_second, show: row => number(row.decode?.tokens_per_second, 1) + (row.decode?.batch > 1 ? ` (${row.decode.batch})` : "") },
   { head: "samples", value: row => row.samples, show: row => row.samples },
 ];
 const fills = [table(by("main"), data.rows, main, by("filter"))];

@@ -1,0 +1,83 @@
+//! Greedy sampling for a batch.
+
+use candle_core::{D, DType, Tensor};
+use longctx_core::{Error, Result, Sampler, Sampling};
+
+/// Chooses each sequence's most probable token; ties go to the lowest id.
+#[derive(Default)]
+pub(super) struct Greedy {
+    /// 0 to the vocabulary's size, on the logits' device.
+    ids: Option<Tensor>,
+}
+
+impl Greedy {
+    /// Returns the tokens for logits `[sequences, vocab]`; an error for a sequence with NaN.
+    ///
+    /// On other devices than the CPU, logits are not copied to the host: for a large vocabulary the
+    /// copy takes longer than the step.
+    pub fn choose(&mut self, logits: &Tensor) -> Result<Vec<Result<u32>>> {
+        if logits.device().is_cpu() {
+            let mut sampler = Sampler::new(Sampling::Greedy)?;
+            let rows = logits.to_vec2::<f32>()?;
+            return Ok(rows.iter().map(|row| sampler.choose(row)).collect());
+        }
+        self.choose_on_device(logits)
+    }
+
+    fn choose_on_device(&mut self, logits: &Tensor) -> Result<Vec<Result<u32>>> {
+        let vocab = logits.dim(D::Minus1)?;
+        let ids = match self.ids.take() {
+            Some(ids) if ids.dim(D::Minus1)? == vocab => ids,
+            // f32 holds every id below 2^24.
+            _ => Tensor::arange(0f32, vocab as f32, logits.device())?.unsqueeze(0)?,
+        };
+        let first = logits.broadcast_eq(&logits.max_keepdim(D::Minus1)?)?;
+        let others = Tensor::full(vocab as f32, logits.shape(), logits.device())?;
+        let first = first.where_cond(&ids.broadcast_as(logits.shape())?, &others)?;
+        let first = first.min(D::Minus1)?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
+        // A NaN in a row makes its sum NaN.
+        let sums = logits.sum(D::Minus1)?.to_vec1::<f32>()?;
+        self.ids = Some(ids);
+        let checked = |(token, sum): (u32, f32)| match sum.is_nan() || token as usize >= vocab {
+            true => {
+                let position = "on the device".into();
+                Err(Error::NotFinite { what: "logits".into(), value: f32::NAN, position })
+            }
+            false => Ok(token),
+        };
+        Ok(first.into_iter().zip(sums).map(checked).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    /// Logits of a few distinct values, so that most rows have ties.
+    #[test]
+    fn the_device_chooses_as_the_sampler_does() {
+        let mut greedy = Greedy::default();
+        for vocab in [1, 7, 300] {
+            let logits = Tensor::randn(0f32, 1.0, (40, vocab), &Device::Cpu).unwrap();
+            // Adding 0 leaves no negative zero, which the sampler puts below 0.
+            let logits = (logits.round().unwrap() + 0.0).unwrap();
+            let tokens = |chosen: Vec<Result<u32>>| -> Vec<u32> {
+                chosen.into_iter().map(Result::unwrap).collect()
+            };
+            let on_device = tokens(greedy.choose_on_device(&logits).unwrap());
+            assert_eq!(on_device, tokens(greedy.choose(&logits).unwrap()));
+        }
+    }
+
+    #[test]
+    fn a_nan_is_an_error_of_its_sequence_alone() {
+        let rows = [[0f32, 1.0, 2.0], [3.0, f32::NAN, 2.0], [5.0, 4.0, f32::NEG_INFINITY]];
+        let logits = Tensor::new(&rows, &Device::Cpu).unwrap();
+        let mut greedy = Greedy::default();
+        for chosen in [greedy.choose(&logits).unwrap(), greedy.choose_on_device(&logits).unwrap()] {
+            assert_eq!((chosen[0].as_ref().unwrap(), chosen[2].as_ref().unwrap()), (&2, &0));
+            assert!(matches!(chosen[1], Err(Error::NotFinite { .. })));
+        }
+    }
+}
