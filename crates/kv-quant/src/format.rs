@@ -429,15 +429,15 @@ impl Format {
             Self::new(rotated.keys, rotated.values, Flush::Rolling(128))?,
             Self::kivi(Bits::Two, Bits::Two, 32, 128)?,
         ];
-        let mut least = f64::INFINITY;
+        let mut min_bits = f64::INFINITY;
         for format in by_loss {
             let own = format.bits_per_number(head_dim, head_dim)?;
             if own <= bits {
                 return Ok(format);
             }
-            least = least.min(own);
+            min_bits = min_bits.min(own);
         }
-        Err(Error::setting("bits per number", format!("at least {least}"), bits))
+        Err(Error::setting("bits per number", format!("at least {min_bits}"), bits))
     }
 
     /// KIVI (arXiv 2402.02750): keys along tokens, values along channels, the newest `residual`

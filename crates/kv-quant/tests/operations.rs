@@ -35,15 +35,15 @@ struct Head {
 
 /// Returns a group's dequantized numbers.
 fn group(x: &[f16], bits: Bits) -> Vec<f32> {
-    let least = x.iter().copied().fold(f16::INFINITY, f16::min);
-    let most = x.iter().copied().fold(f16::NEG_INFINITY, f16::max);
+    let min = x.iter().copied().fold(f16::INFINITY, f16::min);
+    let max = x.iter().copied().fold(f16::NEG_INFINITY, f16::max);
     let largest = bits.max_code() as f32;
-    let scale = (most - least) / f16::from_f32(largest);
+    let scale = (max - min) / f16::from_f32(largest);
     let code = |x: f16| match scale == f16::ZERO {
         true => 0.0,
-        false => ((x - least) / scale).to_f32().round_ties_even().clamp(0.0, largest),
+        false => ((x - min) / scale).to_f32().round_ties_even().clamp(0.0, largest),
     };
-    x.iter().map(|&x| code(x) * scale.to_f32() + least.to_f32()).collect()
+    x.iter().map(|&x| code(x) * scale.to_f32() + min.to_f32()).collect()
 }
 
 /// Quantizes and dequantizes a row with groups along channels.
@@ -240,11 +240,11 @@ impl Both {
     }
 
     /// Returns a batch: its sequences and their `cu_seqlens`.
-    fn batch(&mut self, most: usize) -> (Vec<u64>, Vec<usize>) {
+    fn batch(&mut self, max: usize) -> (Vec<u64>, Vec<usize>) {
         let seqs: Vec<u64> = (0..5).filter(|_| self.random.below(3) == 0).collect();
         let mut cu = vec![0];
         for i in 0..seqs.len() {
-            cu.push(cu[i] + self.random.below(most));
+            cu.push(cu[i] + self.random.below(max));
         }
         (seqs, cu)
     }
@@ -272,8 +272,8 @@ impl Both {
     }
 
     fn append(&mut self) {
-        let most = [3, 40, 200][self.random.below(3)];
-        let (seqs, cu) = self.batch(most);
+        let max = [3, 40, 200][self.random.below(3)];
+        let (seqs, cu) = self.batch(max);
         let tokens = cu[seqs.len()];
         let (keys, values) =
             (self.random.numbers(tokens * KV * D), self.random.numbers(tokens * KV * V));
@@ -356,8 +356,8 @@ impl Both {
         let mut cu = vec![0];
         for (i, seq) in seqs.iter().enumerate() {
             let shortest = self.pool.lens(*seq).unwrap().into_iter().min().unwrap();
-            let most = if causal { shortest.min(20) } else { 20 };
-            cu.push(cu[i] + self.random.below(most + 1));
+            let max = if causal { shortest.min(20) } else { 20 };
+            cu.push(cu[i] + self.random.below(max + 1));
         }
         let window = causal.then(|| 1 + self.random.below(100));
         let data = self.random.numbers(cu[seqs.len()] * HEADS * D);

@@ -247,8 +247,8 @@ mod tests {
     fn a_share_and_the_rest_are_each_rounded_down() {
         let half = Protected { recent_share: 0.5, ..Default::default() };
         assert_eq!(half.counts(25.9), (ProtectedCounts { sinks: 0, recent: 12 }, 24));
-        let most = Protected { sinks: 2, recent: 7, recent_share: 0.1 };
-        assert_eq!(most.counts(50.0), (ProtectedCounts { sinks: 2, recent: 7 }, 50));
+        let both = Protected { sinks: 2, recent: 7, recent_share: 0.1 };
+        assert_eq!(both.counts(50.0), (ProtectedCounts { sinks: 2, recent: 7 }, 50));
         assert_eq!(Protected::default().counts(0.3), (ProtectedCounts::default(), 1));
     }
 

@@ -128,11 +128,11 @@ impl<S: KvStore> StreamingLlm<S> {
     /// # Errors
     /// [`Error::Setting`] if `step` is 0 or more than the window.
     pub fn with_step(mut self, step: usize) -> Result<Self> {
-        let most = match self.size {
+        let max = match self.size {
             Size::Tokens { window, .. } => window,
             Size::Ratio(_) => usize::MAX,
         };
-        if step == 0 || step > most {
+        if step == 0 || step > max {
             return Err(Error::setting("step", "from 1 to the window", step));
         }
         self.step = step;

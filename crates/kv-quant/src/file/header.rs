@@ -111,11 +111,11 @@ impl Layer {
     /// # Errors
     /// [`Error::Setting`] for a description that no pool supports.
     pub fn pool(&self) -> Result<Pool> {
-        const MOST_CHANNELS: usize = 1 << 16;
+        const MAX_CHANNELS: usize = 1 << 16;
         let value_dim = self.value_dim.unwrap_or(self.head_dim);
         for (name, size) in [("head_dim", self.head_dim), ("value_dim", value_dim)] {
-            if size > MOST_CHANNELS {
-                return Err(Error::setting(name, format!("at most {MOST_CHANNELS}"), size));
+            if size > MAX_CHANNELS {
+                return Err(Error::setting(name, format!("at most {MAX_CHANNELS}"), size));
             }
         }
         let flush = match self.flush.as_str() {

@@ -7,10 +7,10 @@
 /// Calls `$rows::<R>` for blocks of 8, 4, 3, 2 and 1 rows until all are done. Codes are unpacked
 /// once per block.
 macro_rules! in_blocks {
-    ($x:expr, $most:expr, |$first:ident| $rows:ident($($arg:expr),*)) => {{
+    ($x:expr, $max_rows:expr, |$first:ident| $rows:ident($($arg:expr),*)) => {{
         let mut $first = 0;
         while $first < $x.count {
-            let left = ($x.count - $first).min($most);
+            let left = ($x.count - $first).min($max_rows);
             // SAFETY: the requirements are those of the caller.
             unsafe {
                 match left {

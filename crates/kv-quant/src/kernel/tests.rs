@@ -60,13 +60,13 @@ fn all_kernels_agree() {
 
 /// Replaces codes that are not finite numbers.
 fn finite(line: [u32; 16], levels: Levels) -> [u32; 16] {
-    let most = |code: u8| match levels {
+    let limited = |code: u8| match levels {
         Levels::Float8(kind) => {
             code & 0x80 | (code & 0x7f).min(if kind == Float8::E4m3 { 0x7e } else { 0x7b })
         }
         _ => code,
     };
-    line.map(|word| u32::from_le_bytes(word.to_le_bytes().map(most)))
+    line.map(|word| u32::from_le_bytes(word.to_le_bytes().map(limited)))
 }
 
 fn steps_to_lines(steps: usize, bits: usize, width: usize) -> usize {

@@ -135,12 +135,12 @@ fn encode(x: f32, zero: f32, divisor: f32, largest: f32) -> u8 {
 /// Rounds to the nearest f16 number, ties to even, for numbers from 0 to f16's largest.
 #[inline(always)]
 fn as_f16(x: f32) -> f32 {
-    const LEAST_NORMAL: f32 = 6.103_515_6e-5; // 2^-14
+    const MIN_NORMAL: f32 = 6.103_515_6e-5; // 2^-14
     // Adding 0.5 to a smaller number makes 2^-24, f16's smallest number, the last place.
     let small = (x + 0.5) - 0.5;
     let bits = x.to_bits();
     let normal = f32::from_bits((bits + 0xfff + (bits >> 13 & 1)) & !0x1fff);
-    if x < LEAST_NORMAL { small } else { normal }
+    if x < MIN_NORMAL { small } else { normal }
 }
 
 /// Rounds to the nearest integer from 0 to `largest`, ties to even.

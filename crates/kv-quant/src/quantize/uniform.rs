@@ -7,7 +7,7 @@ use half::f16;
 use pulp::{Arch, Simd, WithSimd};
 
 /// The smallest scale.
-const LEAST: f32 = 1e-8;
+const MIN_SCALE: f32 = 1e-8;
 
 impl Quantizer {
     /// Quantizes the rows in `x`.
@@ -18,11 +18,11 @@ impl Quantizer {
         }
         let Self { x, codes, scales, zero_points, .. } = self;
         for (x, codes) in Self::groups(x, codes, columns, scheme.group) {
-            let (least, most) = extremes(x);
-            let scale = ((most - least) / largest).max(LEAST);
-            encode_row(x, least, scale, largest, codes);
+            let (min, max) = extremes(x);
+            let scale = ((max - min) / largest).max(MIN_SCALE);
+            encode_row(x, min, scale, largest, codes);
             scales.push(f16::from_f32(scale));
-            zero_points.push(f16::from_f32(least));
+            zero_points.push(f16::from_f32(min));
         }
     }
 
@@ -30,13 +30,13 @@ impl Quantizer {
         let Self { x, codes, scales, zero_points, .. } = self;
         for column in 0..columns {
             let numbers = || x[column..].iter().step_by(columns);
-            let least = numbers().copied().fold(f32::INFINITY, f32::min);
-            let most = numbers().copied().fold(f32::NEG_INFINITY, f32::max);
-            let scale = ((most - least) / largest).max(LEAST);
+            let min = numbers().copied().fold(f32::INFINITY, f32::min);
+            let max = numbers().copied().fold(f32::NEG_INFINITY, f32::max);
+            let scale = ((max - min) / largest).max(MIN_SCALE);
             let codes = codes[column..].iter_mut().step_by(columns);
-            numbers().zip(codes).for_each(|(x, code)| *code = encode(*x, least, scale, largest));
+            numbers().zip(codes).for_each(|(x, code)| *code = encode(*x, min, scale, largest));
             scales.push(f16::from_f32(scale));
-            zero_points.push(f16::from_f32(least));
+            zero_points.push(f16::from_f32(min));
         }
     }
 }
@@ -44,8 +44,8 @@ impl Quantizer {
 wide! {
     /// Returns the minimum and maximum.
     fn extremes(x: &'a [f32]) -> (f32, f32) {
-        let least = fold_lanes(x, f32::INFINITY, |a, b| if b < a { b } else { a });
-        (least, fold_lanes(x, f32::NEG_INFINITY, |a, b| if b > a { b } else { a }))
+        let min = fold_lanes(x, f32::INFINITY, |a, b| if b < a { b } else { a });
+        (min, fold_lanes(x, f32::NEG_INFINITY, |a, b| if b > a { b } else { a }))
     }
 }
 

@@ -91,8 +91,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         }
         let scores = self.score(call, plan.queries.as_ref())?;
         if let Some(step) = evict {
-            let least = protected.total().max(1);
-            budgets.iter_mut().for_each(|b| *b = b.saturating_sub(step - 1).max(least));
+            let min = protected.total().max(1);
+            budgets.iter_mut().for_each(|b| *b = b.saturating_sub(step - 1).max(min));
             let (granularity, heads) = (self.settings.granularity, self.settings.head_budgets);
             plan.keep = Some(select(&scores, &budgets, protected, granularity, heads)?);
         }
