@@ -96,7 +96,7 @@ fn settings_are_checked() {
                 Scheme { axis: Axis::Tokens, group: 32, ..float8 },
                 Axis::Tokens,
             )),
-            "`along`: expected channels",
+            "`axis`: expected channels",
         ),
         (message(Scheme::new(Bits::Four, Axis::Tokens, 256)), "`group`"),
         (message(Format::kvarn(Bits::Four, Bits::Two, 256)), "`group`"),

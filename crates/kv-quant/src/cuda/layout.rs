@@ -137,7 +137,7 @@ impl Layout {
 
 /// Scales and minima of a token, or of a group of its channels.
 fn numbers(scheme: Scheme) -> usize {
-    usize::from(scheme.has_scales()) + usize::from(scheme.has_zeros())
+    usize::from(scheme.has_scales()) + usize::from(scheme.has_zero_points())
 }
 
 fn kivi(keys: Scheme, values: Scheme) -> Result<Family, &'static str> {
