@@ -9,13 +9,15 @@ mod packed;
 mod policy;
 mod store;
 
+use std::sync::Arc;
+
 use anyhow::{Result, bail};
 use candle_core::DType;
 use clap::ValueEnum;
-use kv_quant::{Format, KeyBasis, QuantStore};
+use kv_quant::{Format, KeyBasis, Order, QuantStore};
 use longctx_core::{
     AttentionShape, DenseCache, DenseStore, KvCache, KvStore, LatentCache, LatentStore, LayerSpec,
-    WindowCache, for_layers,
+    Rope, RopeScaling, WindowCache, for_layers,
 };
 
 pub use eviction::{Evicting, Eviction, duo_attention};
@@ -66,6 +68,22 @@ impl Method {
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether a prompt in one call attends to its keys and values as they are given, not as they
+    /// are held.
+    pub fn has_exact_prefill(&self) -> bool {
+        let make = match self.kind {
+            Kind::Dense(dtype) => return dtype == DType::F32,
+            Kind::Policy(policy, ..) => return policy != Policy::Quest,
+            Kind::Packed(make) => make,
+        };
+        let spec = || -> longctx_core::Result<LayerSpec> {
+            let rope = Arc::new(Rope::new(128, 128, 10_000.0, RopeScaling::None)?);
+            Ok(LayerSpec::new(AttentionShape::new(1, 1, 128)?).with_rope(rope))
+        };
+        let cache = spec().and_then(make);
+        cache.is_ok_and(|cache| cache.order() == Order::AttendFirst)
     }
 
     /// An empty cache for one layer, whose memory grows.
@@ -241,8 +259,7 @@ fn of_policy(name: &str) -> Option<Kind> {
 mod tests {
     use super::*;
     use candle_core::{Device, Tensor};
-    use longctx_core::{AttentionShape, Batch, Rope, RopeScaling, Step};
-    use std::sync::Arc;
+    use longctx_core::{Batch, Step};
 
     fn spec() -> LayerSpec {
         let rope = Arc::new(Rope::new(64, 64, 10_000.0, RopeScaling::None).unwrap());

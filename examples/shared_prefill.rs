@@ -1,35 +1,87 @@
-//! One exact prefill that several caches take in.
-
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+//! One exact prefill for the caches of several methods.
 
 use candle_core::Tensor;
 use longctx_core::{
-    Batch, Error, Footprint, KvCache, LayerSpec, Result, SeqId, Step, attention, check_new,
+    Batch, Footprint, KvCache, LayerSpec, Result, SeqId, Step, attention, check_new,
 };
 
-/// A layer's caches for several methods, behind one prefill: a sequence's first call attends
-/// exactly, and all caches take it in. Later calls, and questions about a sequence, go to the
-/// active cache alone. Sequences end in all caches.
+/// A layer's caches for several methods, behind one prefill.
+///
+/// With `n` caches, a sequence whose id is `i` modulo `n + 1` belongs to cache `i`. One with
+/// remainder `n` is a prompt: its only call attends exactly, and all caches take it in. A fork of a
+/// prompt belongs to one cache, which decodes it. Sequences of different caches may share a batch.
+///
+/// If a cache fails, those of earlier sequences of the batch have advanced.
 pub struct SharedPrefill {
     spec: LayerSpec,
     caches: Vec<Box<dyn KvCache>>,
-    active: Arc<AtomicUsize>,
 }
 
 impl SharedPrefill {
-    /// `active`: the number of the cache that decodes. All layers share it.
-    pub fn new(spec: LayerSpec, caches: Vec<Box<dyn KvCache>>, active: Arc<AtomicUsize>) -> Self {
-        Self { spec, caches, active }
+    /// Of at least one cache.
+    pub fn new(spec: LayerSpec, caches: Vec<Box<dyn KvCache>>) -> Self {
+        Self { spec, caches }
     }
 
-    fn active(&self) -> &dyn KvCache {
-        &*self.caches[self.active.load(Ordering::Relaxed)]
+    /// The caches that hold a sequence.
+    fn of(&self, seq: SeqId) -> &[Box<dyn KvCache>] {
+        match self.route(seq) {
+            Some(i) => &self.caches[i..=i],
+            None => &self.caches,
+        }
     }
 
-    fn active_mut(&mut self) -> &mut dyn KvCache {
-        &mut *self.caches[self.active.load(Ordering::Relaxed)]
+    fn of_mut(&mut self, seq: SeqId) -> &mut [Box<dyn KvCache>] {
+        match self.route(seq) {
+            Some(i) => &mut self.caches[i..=i],
+            None => &mut self.caches,
+        }
     }
+
+    /// The number of a sequence's cache; `None` for a prompt.
+    fn route(&self, seq: SeqId) -> Option<usize> {
+        let i = seq as usize % (self.caches.len() + 1);
+        (i < self.caches.len()).then_some(i)
+    }
+
+    /// Runs of a batch's sequences with the same route, each as a batch with its first token.
+    fn runs(&self, batch: &Batch) -> Result<Vec<(Batch, usize)>> {
+        let seqs: Vec<_> = batch.iter().collect();
+        let runs = seqs.chunk_by(|a, b| self.route(a.0) == self.route(b.0));
+        let run = |run: &[(SeqId, std::ops::Range<usize>)]| {
+            let tokens: Vec<_> = run.iter().map(|(seq, tokens)| (*seq, tokens.len())).collect();
+            Ok((Batch::new(&tokens)?, run[0].1.start))
+        };
+        runs.map(run).collect()
+    }
+
+    /// Attention of sequences with the same route.
+    fn attend_run(&mut self, step: &Step<'_>) -> Result<Tensor> {
+        if let Some(i) = self.route(step.batch.seqs()[0]) {
+            return self.caches[i].attend(step);
+        }
+        let (q, k) = step.rotate(&self.spec, |_| 0)?;
+        let state = attention::attend(step.batch, &q, &k, step.v, &self.spec.shape)?;
+        self.append_run(step, Some(&state.lse))?;
+        self.spec.output(state, step.q.dtype())
+    }
+
+    fn append_run(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
+        check_new(self, step.batch)?;
+        let caches = self.of_mut(step.batch.seqs()[0]);
+        let done = caches.iter_mut().try_for_each(|cache| cache.append_prompt(step, lse));
+        if done.is_err() {
+            for &seq in step.batch.seqs() {
+                self.remove(seq);
+            }
+        }
+        done
+    }
+}
+
+/// The tokens of a run within a step's tensors.
+fn rows(x: &Tensor, (batch, start): &(Batch, usize)) -> Result<Tensor> {
+    Ok(x.narrow(0, *start, batch.tokens())?)
 }
 
 impl KvCache for SharedPrefill {
@@ -38,40 +90,39 @@ impl KvCache for SharedPrefill {
     }
 
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
-        let begun = step.batch.seqs().iter().filter(|&&seq| self.seen(seq) > 0).count();
-        if begun == step.batch.seqs().len() {
-            return self.active_mut().attend(step);
-        }
-        if begun > 0 {
-            let what = "prompts and begun sequences in one call of a shared prefill";
-            return Err(Error::Unsupported(what.into()));
-        }
         step.check(&self.spec)?;
-        let (q, k) = step.rotate(&self.spec, |_| 0)?;
-        let state = attention::attend(step.batch, &q, &k, step.v, &self.spec.shape)?;
-        self.append_prompt(step, Some(&state.lse))?;
-        self.spec.output(state, step.q.dtype())
+        let runs = self.runs(step.batch)?;
+        if runs.len() == 1 {
+            return self.attend_run(step);
+        }
+        let mut outputs = Vec::new();
+        for run in &runs {
+            let (q, k, v) = (rows(step.q, run)?, rows(step.k, run)?, rows(step.v, run)?);
+            outputs.push(self.attend_run(&Step { batch: &run.0, q: &q, k: &k, v: &v })?);
+        }
+        Ok(Tensor::cat(&outputs, 0)?)
     }
 
     fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
-        check_new(self, step.batch)?;
-        let done = self.caches.iter_mut().try_for_each(|cache| cache.append_prompt(step, lse));
-        if done.is_err() {
-            for &seq in step.batch.seqs() {
-                self.remove(seq);
-            }
+        step.check(&self.spec)?;
+        for run in self.runs(step.batch)? {
+            let (q, k, v) = (rows(step.q, &run)?, rows(step.k, &run)?, rows(step.v, &run)?);
+            let lse = lse.map(|lse| rows(lse, &run)).transpose()?;
+            self.append_run(&Step { batch: &run.0, q: &q, k: &k, v: &v }, lse.as_ref())?;
         }
-        done
+        Ok(())
     }
 
     fn needs_lse(&self) -> bool {
         self.caches.iter().any(|cache| cache.needs_lse())
     }
 
+    /// A fork of a prompt belongs to the cache of `to`; other sequences are forked within theirs.
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
-        for done in 0..self.caches.len() {
-            if let Err(error) = self.caches[done].fork(from, to) {
-                for cache in &mut self.caches[..done] {
+        let caches = self.of_mut(to);
+        for done in 0..caches.len() {
+            if let Err(error) = caches[done].fork(from, to) {
+                for cache in &mut caches[..done] {
                     cache.remove(to);
                 }
                 return Err(error);
@@ -81,43 +132,100 @@ impl KvCache for SharedPrefill {
     }
 
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        self.active().check_truncate(seq, len)
+        self.of(seq).iter().try_for_each(|cache| cache.check_truncate(seq, len))
     }
 
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
-        self.active_mut().truncate(seq, len)
+        self.check_truncate(seq, len)?;
+        self.of_mut(seq).iter_mut().try_for_each(|cache| cache.truncate(seq, len))
     }
 
     fn remove(&mut self, seq: SeqId) -> bool {
-        let removed = self.caches.iter_mut().map(|cache| cache.remove(seq));
+        let removed = self.of_mut(seq).iter_mut().map(|cache| cache.remove(seq));
         removed.fold(false, |any, removed| any | removed)
     }
 
     fn seqs(&self) -> Vec<SeqId> {
-        self.active().seqs()
+        let mut all: Vec<_> = self.caches.iter().flat_map(|cache| cache.seqs()).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
     }
 
     fn seen(&self, seq: SeqId) -> usize {
-        self.active().seen(seq)
+        self.of(seq)[0].seen(seq)
     }
 
     fn held(&self, seq: SeqId) -> usize {
-        self.active().held(seq)
+        self.of(seq).iter().map(|cache| cache.held(seq)).max().unwrap_or(0)
     }
 
     fn can_take(&self, batch: &Batch) -> bool {
-        self.caches.iter().all(|cache| cache.can_take(batch))
+        let fits = |(batch, _): &(Batch, usize)| {
+            self.of(batch.seqs()[0]).iter().all(|cache| cache.can_take(batch))
+        };
+        self.runs(batch).is_ok_and(|runs| runs.iter().all(fits))
     }
 
     fn footprint(&self) -> Footprint {
-        self.active().footprint()
+        self.caches.iter().map(|cache| cache.footprint()).sum()
     }
 
     fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        self.active().seq_footprint(seq)
+        self.of(seq).iter().map(|cache| cache.seq_footprint(seq)).sum()
     }
 
     fn clear(&mut self) {
         self.caches.iter_mut().for_each(|cache| cache.clear());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::methods::listed;
+    use candle_core::Device;
+    use longctx_core::{AttentionShape, Rope, RopeScaling};
+    use std::sync::Arc;
+
+    fn outputs(cache: &mut dyn KvCache, batch: &Batch, seed: u32) -> Vec<Vec<Vec<f32>>> {
+        let x = |heads: usize, shift: f32| {
+            let count = batch.tokens() * heads * 64;
+            let wave = |i: usize| ((i as f32 + seed as f32 * 97.0) * 0.37 + shift).sin();
+            let values: Vec<f32> = (0..count).map(wave).collect();
+            Tensor::from_vec(values, (batch.tokens(), heads, 64), &Device::Cpu).unwrap()
+        };
+        let (q, k, v) = (x(4, 0.0), x(2, 1.0), x(2, 2.0));
+        let out = cache.attend(&Step { batch, q: &q, k: &k, v: &v }).unwrap();
+        out.to_vec3().unwrap()
+    }
+
+    /// Every method that may share a prefill, beside a cache of its own, in one batch with another.
+    #[test]
+    fn forks_of_a_prompt_decode_as_caches_of_their_own_do() {
+        let rope = Arc::new(Rope::new(64, 64, 10_000.0, RopeScaling::None).unwrap());
+        let spec = LayerSpec::new(AttentionShape::new(4, 2, 64).unwrap()).with_rope(rope).at(1, 3);
+        for method in listed().filter(|method| method.has_exact_prefill()) {
+            let name = method.name();
+            let mut own = method.cache(&spec).unwrap();
+            let other = || listed().next().unwrap().cache(&spec).unwrap();
+            let both = vec![other(), method.cache(&spec).unwrap()];
+            let mut shared = SharedPrefill::new(spec.clone(), both);
+            let prompt = outputs(&mut *own, &Batch::single(1, 300).unwrap(), 0);
+            // Of three remainders, 2 is the prompt's.
+            let of_all = outputs(&mut shared, &Batch::single(2, 300).unwrap(), 0);
+            assert!(of_all == prompt, "{name}");
+            shared.fork(2, 0).unwrap();
+            shared.fork(2, 4).unwrap();
+            assert!(shared.remove(2));
+            for step in 1..4 {
+                let expected = outputs(&mut *own, &Batch::single(1, 1).unwrap(), step);
+                let batch = Batch::decode(&[4, 0]).unwrap();
+                let forked = outputs(&mut shared, &batch, step);
+                assert!(forked[..1] == expected, "{name}, step {step}");
+            }
+            assert_eq!(shared.seq_footprint(4).payload, own.seq_footprint(1).payload, "{name}");
+            assert_eq!((shared.seqs(), shared.seen(4), shared.seen(2)), (vec![0, 4], 303, 0));
+        }
     }
 }

@@ -7,7 +7,9 @@ use std::rc::Rc;
 
 use crate::encoder;
 use crate::heads::Heads;
+use crate::methods::Method;
 use crate::place::Place;
+use crate::shared_prefill::SharedPrefill;
 use base_models::{ChatTemplate, Decoder, Message, Pretrained};
 use candle_core::DType;
 use longctx_core::{Batch, CausalLm, DenseCache, KvCache, LayerSpec, Logits};
@@ -95,6 +97,17 @@ impl Models {
             Reader::new(llm.model.session(make)?, text(&llm, &setting.template)?, setting.context);
         let dense = dense_bytes_per_token(&mut dense(&llm)?)?;
         Ok(self.reading(reader).with_dense_bytes_per_token(dense))
+    }
+
+    /// One reader for settings on the same transformer, which prefills each prompt once.
+    pub fn shared_reader(&self, settings: &[Setting]) -> Result<Reader, Fault> {
+        let methods = settings.iter().map(|setting| Method::named(&setting.method));
+        let methods = methods.collect::<anyhow::Result<Vec<_>>>()?;
+        let reader = self.reader(&settings[0], |spec| {
+            let caches = methods.iter().map(|method| method.cache(spec));
+            Ok(SharedPrefill::new(spec.clone(), caches.collect::<longctx_core::Result<_>>()?))
+        })?;
+        Ok(reader.with_shared_prefill(settings.len()))
     }
 
     /// The tokenizer and template of the setting's transformer.

@@ -32,7 +32,7 @@ pub struct Args {
 pub fn agree(args: Args) -> Result<()> {
     check_writable(&args.out)?;
     let models = args.chosen.models(1);
-    let methods = method::all(&models);
+    let methods = method::all(&models, false);
     let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let count = text.split_whitespace().count();
     let wanted = args.prompt_words + args.words;
@@ -41,10 +41,7 @@ pub fn agree(args: Args) -> Result<()> {
     // The words begin with the space before them, as they would in the running text.
     let words = format!(" {}", word_range(&text, args.prompt_words, wanted));
     let think = |setting: &Setting| {
-        methods
-            .open(std::slice::from_ref(setting))?
-            .teacher_forced(prompt, &words)
-            .map_err(Error::from_boxed)
+        methods.open(setting)?.teacher_forced(prompt, &words).map_err(Error::from_boxed)
     };
     let name = args.text.file_name().unwrap_or_default().display();
     let what = format!("{name}, words {} to {wanted}", args.prompt_words);

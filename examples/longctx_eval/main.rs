@@ -68,6 +68,10 @@ struct RunArgs {
     /// Samples of a setting that are decoded side by side; a server has its setting's concurrency
     #[arg(long, default_value_t = 1, value_parser = number::<1, 4096>)]
     batch: usize,
+    /// Compute the prefill of each prompt once for consecutive settings that differ in the cache
+    /// alone; their speeds are then not measured
+    #[arg(long, conflicts_with = "prefill_chunk")]
+    share_prefill: bool,
     /// This process's part of the work, as in 2/4; each part writes a file of its own
     #[arg(long, default_value = "1/1", value_parser = shard)]
     shard: Shard,
@@ -115,7 +119,7 @@ fn answer(args: RunArgs) -> Result<()> {
         "--until-sure needs the whole run: shards do not see each other's results"
     );
     let models = args.chosen.models(args.batch);
-    let methods = method::all(&models);
+    let methods = method::all(&models, args.share_prefill);
     let settings = args.chosen.settings(&methods)?;
     let tasks = args.tasks.open(&models, &settings)?;
     let mut conditions = args.chosen.conditions(&settings)?;
@@ -205,7 +209,7 @@ fn pass(plan: &Plan<'_>, methods: &Methods<'_>) -> Result<()> {
 
 fn list() {
     let models = Models::default();
-    let methods = method::all(&models);
+    let methods = method::all(&models, false);
     say!("Settings of the paper:");
     for setting in setting::paper() {
         let note = if methods.has(&setting) { "" } else { "  (not available)" };

@@ -3,7 +3,7 @@
 use candle_core::DType;
 use longctx_core::{DenseCache, DenseStore, PromptCompressor, Rate};
 use longctx_eval::{Fault, Methods, Server, Setting};
-use longctx_examples::methods::{RATIOS, duo_attention, listed};
+use longctx_examples::methods::{Method, RATIOS, duo_attention, listed};
 use longctx_examples::subject::{Models, dense};
 use longctx_examples::{encoder, selective_context};
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle};
@@ -34,9 +34,16 @@ const BY_PROMPT: [(&str, Shortener); 7] = [
     ("random-words", |_, _| Ok(Box::new(RandomDrop { seed: 0 }))),
 ];
 
-/// All of them, on the models that `models` opens.
-pub fn all(models: &Models) -> Methods<'_> {
+/// All of them, on the models that `models` opens; caches in one group if they share prefills.
+pub fn all(models: &Models, share_prefill: bool) -> Methods<'_> {
     let mut methods = Methods::default();
+    if share_prefill {
+        let fits = |setting: &Setting| {
+            let method = Method::named(&setting.method);
+            setting.server.is_none() && method.is_ok_and(|method| method.has_exact_prefill())
+        };
+        methods.share_prefill(fits, |group| Ok(Box::new(models.shared_reader(group)?)));
+    }
     for method in listed() {
         methods.register(method.name().to_owned(), move |setting| {
             Ok(Box::new(models.reader(setting, |spec| method.cache(spec))?))

@@ -160,15 +160,23 @@ fn layer(method: &Method, config: &Config, own: Option<usize>) -> Result<Growth>
     let layers = (0..config.layers).filter(|&i| window(config, i) == own).count();
     // Query heads hold nothing: as many as kv heads do.
     let shape = AttentionShape::new(config.kv_heads, config.kv_heads, config.head_dim)?;
-    let shape = AttentionShape { window: own, ..shape };
+    // A latent is the end of a key; the rest of the key rotates.
+    let value_dim = config.latent.map_or(config.head_dim, |latent| latent.rank);
+    let rotated = config.latent.map_or(config.head_dim, |latent| latent.rotated);
+    let shape = AttentionShape { window: own, value_dim, ..shape };
     // Of bytes, only that there is one matters.
-    let rope = Rope::new(config.head_dim, config.head_dim, 10_000.0, RopeScaling::None)?;
+    let rope = Rope::new(config.head_dim, rotated, 10_000.0, RopeScaling::None)?;
     let spec = LayerSpec::new(shape).with_rope(Arc::new(rope)).at(config.layers / 2, config.layers);
+    let spec = if config.latent.is_some() { spec.with_latent()? } else { spec };
     let count = |tokens: usize| -> Result<f64> {
         let mut cache = method.cache(&spec)?;
         let size = (tokens, config.kv_heads, config.head_dim);
         let random = || Tensor::randn(0f32, 1., size, &Device::Cpu);
-        let (q, k, v) = (random()?, random()?, random()?);
+        let (q, k) = (random()?, random()?);
+        let v = match config.latent {
+            Some(latent) => k.narrow(2, latent.rotated, latent.rank)?,
+            None => random()?,
+        };
         cache.attend(&Step { batch: &Batch::single(0, tokens)?, q: &q, k: &k, v: &v })?;
         let held = cache.footprint();
         Ok((held.total() - held.slack) as f64)

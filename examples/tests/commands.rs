@@ -146,6 +146,23 @@ fn what_fits_needs_no_weights() {
 }
 
 #[test]
+fn latents_are_planned_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = r#"{"model_type": "deepseek_v3", "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64}"#;
+    let path = folder.path().join("config.json");
+    std::fs::write(&path, config).unwrap();
+    let (succeeded, said) = run(program("longctx-eval")
+        .args(["plan", "--memory", "1GB", "--settings", "dense-f16", "--model"])
+        .arg(&path));
+    assert!(succeeded, "{said}");
+    let line = said.lines().find(|line| line.trim_start().starts_with("dense-f16")).unwrap();
+    let bytes: f64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    // 4 layers x (64 rotated channels and a latent of 512) x 2 bytes.
+    assert!((bytes / 4608.0 - 1.0).abs() < 0.02, "{said}");
+}
+
+#[test]
 fn settings_are_listed_by_school() {
     let (succeeded, said) = run(program("longctx-eval").arg("list"));
     assert!(succeeded);

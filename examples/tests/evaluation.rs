@@ -116,8 +116,8 @@ fn of_every_kind(out: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(program());
     command.args(["run", "--model", "embedded", "--out"]).arg(out);
     command.args(["--settings", "dense-f16,kivi-4,h2o-4x,snap-kv-4x", "--max-new", "12"]);
-    command.args(["--tasks", "needle,recall", "--long-samples", "3", "--items", "12"]);
-    command.args(["--needle-words", "200", "--needle-depths", "5", "--needle-repeats", "1"]);
+    command.args(["--tasks", "needle,recall", "--long-samples", "2", "--items", "12"]);
+    command.args(["--needle-words", "200", "--needle-depths", "4", "--needle-repeats", "1"]);
     command.args(more);
     command
 }
@@ -141,14 +141,37 @@ fn batches_give_the_results_of_single_samples() {
         ["alone", "batched", "shards"].map(|name| folder.path().join(name));
     succeed(&mut of_every_kind(&alone, &[]));
     let (expected, batches) = lines(&alone);
-    assert_eq!(batches, vec![None; 4 * (5 + 3)]);
+    assert_eq!(batches, vec![None; 4 * (4 + 2)]);
     succeed(&mut of_every_kind(&batched, &["--batch", "4"]));
-    assert_eq!(lines(&batched), (expected, vec![Some(4); 4 * (5 + 3)]));
+    assert_eq!(lines(&batched), (expected, vec![Some(4); 4 * (4 + 2)]));
+
+    // One prefill for the settings that hold a prompt after it has attended exactly.
+    let shared = folder.path().join("shared");
+    succeed(&mut of_every_kind(&shared, &["--batch", "6", "--share-prefill"]));
+    assert_eq!(answers(&shared), answers(&alone));
+    let bytes = |folder: &Path, setting: &str| {
+        let records = records(folder).unwrap().into_iter();
+        let own = records.filter(|record| record.setting == setting);
+        own.map(|record| record.kv_bytes.unwrap()).sum::<usize>() as f64
+    };
+    for setting in ["kivi-4", "h2o-4x", "snap-kv-4x"] {
+        // The block tables of forks are of another length.
+        assert!(
+            (bytes(&shared, setting) / bytes(&alone, setting) - 1.0).abs() < 0.002,
+            "{setting}"
+        );
+    }
+    for record in records(&shared).unwrap() {
+        let together = (record.setting != "dense-f16").then_some(3);
+        assert_eq!(record.timings.settings, together, "{}", record.setting);
+    }
 
     // A shard is killed within a batch, and goes on with another size.
     let first = shards.join("results-1-of-2.jsonl");
-    let mut killed = of_every_kind(&shards, &["--batch", "3", "--shard", "1/2"]).spawn().unwrap();
-    while std::fs::read_to_string(&first).map_or(0, |text| text.lines().count()) < 5 {
+    let mut killed = of_every_kind(&shards, &["--batch", "3", "--shard", "1/2", "--share-prefill"])
+        .spawn()
+        .unwrap();
+    while std::fs::read_to_string(&first).map_or(0, |text| text.lines().count()) < 3 {
         assert!(killed.try_wait().unwrap().is_none(), "ended before it was killed");
         std::thread::sleep(std::time::Duration::from_millis(2));
     }

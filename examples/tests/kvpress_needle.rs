@@ -5,7 +5,6 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use base_models::{LoadOptions, Pretrained};
@@ -28,9 +27,6 @@ const POLICIES: [Eviction; 7] = [
     Eviction::H2o,
 ];
 
-/// The sequence that a prompt runs in.
-const SEQ: SeqId = 0;
-
 /// The positions that each kv head keeps, by layer and policy.
 type Kept = Arc<Mutex<HashMap<(usize, &'static str), Vec<Vec<u32>>>>>;
 
@@ -51,7 +47,7 @@ impl KvCache for Noted {
     fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
         self.cache.append_prompt(step, lse)?;
         let of = (self.spec().index, self.policy);
-        self.kept.lock().unwrap().insert(of, self.cache.positions(SEQ).unwrap());
+        self.kept.lock().unwrap().insert(of, self.cache.positions(step.batch.seqs()[0]).unwrap());
         Ok(())
     }
     fn needs_lse(&self) -> bool {
@@ -106,8 +102,8 @@ fn caches(spec: &LayerSpec, kept: &Kept) -> Result<Vec<Box<dyn KvCache>>> {
     Ok(caches)
 }
 
-fn feed(session: &mut impl CausalLm, ids: &[u32]) -> u32 {
-    let batch = Batch::single(SEQ, ids.len()).unwrap();
+fn feed(session: &mut impl CausalLm, seq: SeqId, ids: &[u32]) -> u32 {
+    let batch = Batch::single(seq, ids.len()).unwrap();
     let logits = session.forward(&batch, ids, Logits::Last).unwrap();
     logits.flatten_all().unwrap().argmax(0).unwrap().to_scalar().unwrap()
 }
@@ -152,18 +148,17 @@ fn a_real_model_keeps_and_answers_what_it_does_under_kvpress() {
     let prompts = if cfg!(debug_assertions) { 1 } else { 3 };
     for prompt in 0..prompts {
         let tokens = fixture[&format!("prompt.{prompt}")].to_vec1::<u32>().unwrap();
-        let (kept, active) = (Kept::default(), Arc::new(AtomicUsize::new(0)));
-        let make = |spec: &LayerSpec| {
-            Ok(SharedPrefill::new(spec.clone(), caches(spec, &kept)?, active.clone()))
-        };
+        let kept = Kept::default();
+        let make = |spec: &LayerSpec| Ok(SharedPrefill::new(spec.clone(), caches(spec, &kept)?));
         let mut session = llm.model.session(make).unwrap();
-        let first = feed(&mut session, &tokens);
-        for (i, name) in ["dense"].into_iter().chain(POLICIES.map(Eviction::name)).enumerate() {
-            active.store(i, Ordering::Relaxed);
+        let of_all = 1 + POLICIES.len() as SeqId;
+        let first = feed(&mut session, of_all, &tokens);
+        for (seq, name) in (0..).zip(["dense"].into_iter().chain(POLICIES.map(Eviction::name))) {
+            session.fork(of_all, seq).unwrap();
             let expected = fixture[&format!("{name}.{prompt}.written")].to_vec1::<u32>().unwrap();
             let mut written = vec![first];
             while written.len() < expected.len() {
-                written.push(feed(&mut session, &written[written.len() - 1..]));
+                written.push(feed(&mut session, seq, &written[written.len() - 1..]));
             }
             let text = |tokens: &[u32]| llm.tokenizer.decode(tokens).unwrap();
             println!("prompt {prompt}, {name}: {:?}", text(&written));

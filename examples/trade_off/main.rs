@@ -12,8 +12,6 @@ mod report;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use base_models::Pretrained;
@@ -31,9 +29,6 @@ use longctx_examples::place::Place;
 use longctx_examples::shared_prefill::SharedPrefill;
 use report::Row;
 use serde::Serialize;
-
-/// The sequence that a prompt runs in.
-const SEQ: SeqId = 0;
 
 #[derive(Parser)]
 #[command(about = "Sweeps eviction policies, stores and budgets over the needle (passkey) test")]
@@ -185,17 +180,17 @@ fn at_once(
     args: &Args,
     bar: &ProgressBar,
 ) -> Result<Answers> {
-    let active = Arc::new(AtomicUsize::new(0));
     let mut session = llm.model.session(|spec| {
         let caches = cells.iter().map(|cell| cell.cache(spec));
         let caches = caches.collect::<longctx_core::Result<_>>()?;
-        Ok(SharedPrefill::new(spec.clone(), caches, active.clone()))
+        Ok(SharedPrefill::new(spec.clone(), caches))
     })?;
-    let first = feed(&mut session, prompt)?;
+    let of_all = cells.len() as SeqId;
+    let first = feed(&mut session, of_all, prompt)?;
     let mut answers = Vec::new();
-    for i in 0..cells.len() {
-        active.store(i, Ordering::Relaxed);
-        answers.push(answer(llm, &mut session, first, args)?);
+    for seq in 0..of_all {
+        session.fork(of_all, seq)?;
+        answers.push(answer(llm, &mut session, seq, first, args)?);
         bar.inc(1);
     }
     Ok(answers)
@@ -215,9 +210,9 @@ fn one_by_one(
         let mut session = llm.model.session(|spec| cell.cache(spec))?;
         let mut first = 0;
         for chunk in prompt.chunks(chunk) {
-            first = feed(&mut session, chunk)?;
+            first = feed(&mut session, 0, chunk)?;
         }
-        answers.push(answer(llm, &mut session, first, args)?);
+        answers.push(answer(llm, &mut session, 0, first, args)?);
         bar.inc(1);
     }
     Ok(answers)
@@ -227,22 +222,23 @@ fn one_by_one(
 fn answer(
     llm: &Pretrained,
     session: &mut impl CausalLm,
+    seq: SeqId,
     first: u32,
     args: &Args,
 ) -> Result<(String, Footprint)> {
     let mut tokens = vec![first];
     while tokens.len() < args.max_tokens {
-        let next = feed(session, &tokens[tokens.len() - 1..])?;
+        let next = feed(session, seq, &tokens[tokens.len() - 1..])?;
         if llm.model.config().eos.contains(&next) {
             break;
         }
         tokens.push(next);
     }
-    Ok((llm.tokenizer.decode(&tokens)?, session.footprint()))
+    Ok((llm.tokenizer.decode(&tokens)?, session.seq_footprint(seq)))
 }
 
 /// The most probable next token.
-fn feed(session: &mut impl CausalLm, ids: &[u32]) -> Result<u32> {
-    let logits = session.forward(&Batch::single(SEQ, ids.len())?, ids, Logits::Last)?;
+fn feed(session: &mut impl CausalLm, seq: SeqId, ids: &[u32]) -> Result<u32> {
+    let logits = session.forward(&Batch::single(seq, ids.len())?, ids, Logits::Last)?;
     Ok(logits.flatten_all()?.argmax(0)?.to_scalar()?)
 }

@@ -192,7 +192,7 @@ fn open_subject(
     settings: &[Setting],
     on_event: &mut dyn FnMut(Event<'_>),
 ) -> Result<Option<Box<dyn Subject>>> {
-    match methods.open(settings) {
+    match methods.open_group(settings) {
         Err(error) if !plan.strict => {
             on_event(Event::Failed(&error));
             Ok(None)

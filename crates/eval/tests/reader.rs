@@ -199,7 +199,7 @@ fn a_compressor_gets_the_whole_or_the_context() {
     assert!(short.starts_with(&format!("<{}[Who?]>", &before[..50])), "{short}");
 }
 
-/// Samples by number, and what came of them, in the order in which it came.
+/// A queue that collects answers in the order in which they come.
 struct Samples<'a> {
     questions: Vec<Question<'a>>,
     next: usize,
@@ -217,12 +217,12 @@ impl<'a> Queue<'a> for Samples<'a> {
     }
 }
 
-/// Answers with `batch` samples side by side; in the order in which they ended, and each step's
-/// sequences.
-fn side_by_side(
-    batch: usize,
-    questions: &[Question<'_>],
-) -> (Vec<(usize, std::result::Result<Answer, String>)>, Vec<Vec<SeqId>>) {
+/// A sample's number and answer.
+type Ended = (usize, std::result::Result<Answer, String>);
+
+/// Returns the answers of a reader with this batch size, in the order in which they ended, and the
+/// sequences of each decode step.
+fn answers(batch: usize, questions: &[Question<'_>]) -> (Vec<Ended>, Vec<Vec<SeqId>>) {
     let model = Notes::default();
     let fed = model.fed.clone();
     let mut reader =
@@ -256,15 +256,15 @@ fn a_batch_answers_as_single_samples_do() {
             setting: 0,
         })
         .collect();
-    let untimed = |(number, answer): &(usize, std::result::Result<Answer, String>)| {
+    let untimed = |(number, answer): &Ended| {
         let a = answer.clone().unwrap();
         let counts = (a.prompt_tokens, a.new_tokens, a.decode_steps, a.kv_bytes, a.dense_bytes);
         (*number, a.predictions, counts)
     };
-    let (alone, steps) = side_by_side(1, &questions);
+    let (alone, steps) = answers(1, &questions);
     assert_eq!(steps, vec![[0]; 2 + 3 + 1 + 3]);
     assert!(alone.iter().all(|(_, answer)| answer.as_ref().unwrap().batch.is_none()));
-    let (batched, steps) = side_by_side(2, &questions);
+    let (batched, steps) = answers(2, &questions);
     assert!(batched.iter().all(|(_, answer)| answer.as_ref().unwrap().batch == Some(2)));
     // Sample 2 ends with its first token; sample 3 takes the place of sample 0.
     assert_eq!(steps, [&[0, 1][..], &[0, 1], &[1, 0], &[0], &[0], &[0]]);
@@ -287,7 +287,7 @@ fn an_error_is_of_its_sample_alone() {
         stops_at_newline: false,
         setting: 0,
     });
-    let (mut answers, _) = side_by_side(3, &questions);
+    let (mut answers, _) = answers(3, &questions);
     answers.sort_by_key(|(number, _)| *number);
     let written = |i: usize| answers[i].1.as_ref().map(|answer| answer.predictions[0].as_str());
     assert_eq!((written(0), written(2)), (Ok("bcde"), Ok("defg")));

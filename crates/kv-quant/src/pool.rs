@@ -20,6 +20,10 @@ use crate::{Codes, Error, Format, KeyBasis, Result};
 pub use footprint::PoolBytes;
 use head::Head;
 use memory::{BlockLayout, PoolMemory};
+use rayon::prelude::*;
+
+/// Number of entries that a thread dequantizes at a time.
+const READ: usize = 128;
 
 /// The dimensions of a layer's heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -214,15 +218,20 @@ impl Pool {
         let PoolShape { head_dim, value_dim, .. } = self.shape;
         let mut keys = vec![0.0; entries.len() * head_dim];
         let mut values = vec![0.0; entries.len() * value_dim];
-        let codes = &mut Vec::new();
-        let rows = keys.chunks_exact_mut(head_dim).zip(values.chunks_exact_mut(value_dim));
-        for (slot, (key, value)) in head.slots_of(entries).zip(rows) {
-            head.read_key(&self.memory, slot, codes, key);
-            head.read_value(&self.memory, slot, codes, value);
-            if let Some(rotary) = &self.rotary {
-                rotary.rotate_to_token(key, slot);
+        let slots: Vec<usize> = head.slots_of(entries).collect();
+        let parts =
+            keys.par_chunks_mut(READ * head_dim).zip(values.par_chunks_mut(READ * value_dim));
+        parts.zip(slots.par_chunks(READ)).for_each(|((keys, values), slots)| {
+            let codes = &mut Vec::new();
+            let rows = keys.chunks_exact_mut(head_dim).zip(values.chunks_exact_mut(value_dim));
+            for (&slot, (key, value)) in slots.iter().zip(rows) {
+                head.read_key(&self.memory, slot, codes, key);
+                head.read_value(&self.memory, slot, codes, value);
+                if let Some(rotary) = &self.rotary {
+                    rotary.rotate_to_token(key, slot);
+                }
             }
-        }
+        });
         Ok((keys, values))
     }
 

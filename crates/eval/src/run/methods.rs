@@ -81,11 +81,19 @@ impl<'a> Methods<'a> {
         self.find(setting).map(drop)
     }
 
-    /// Opens the subject of a group of settings.
+    /// Opens the setting's subject.
     ///
     /// # Errors
     /// As [`check`](Self::check); [`Error::Subject`] if it cannot be opened.
-    pub fn open(&self, group: &[Setting]) -> Result<Box<dyn Subject>> {
+    pub fn open(&self, setting: &Setting) -> Result<Box<dyn Subject>> {
+        self.open_group(std::slice::from_ref(setting))
+    }
+
+    /// Opens the subject of a group of settings.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub(super) fn open_group(&self, group: &[Setting]) -> Result<Box<dyn Subject>> {
         let opened = match (group, &self.shared) {
             ([setting], _) => self.find(setting)?(setting),
             (_, Some(shared)) => (shared.open)(group),

@@ -302,6 +302,8 @@ impl Subject for Reader {
             if running.is_empty() {
                 return;
             }
+            // A cache attends for adjacent sequences in one call.
+            running.sort_by_key(|sample| sample.question.setting);
             let tokens = self.step(&mut running);
             for (mut sample, token) in std::mem::take(&mut running).into_iter().zip(tokens) {
                 let gone_on = self.go_on(&mut sample, token);

@@ -129,6 +129,11 @@ impl QuantCache {
         &self.sinks
     }
 
+    /// Returns when tokens are quantized.
+    pub fn order(&self) -> Order {
+        self.order
+    }
+
     /// Returns the format of keys and values.
     pub fn format(&self) -> Format {
         self.format

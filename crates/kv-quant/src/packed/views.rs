@@ -2,6 +2,7 @@
 
 use crate::bit_packing::{self, Scratch};
 use crate::hadamard::hadamard;
+use crate::kernel;
 use crate::layout::{Layout, Line, PANEL};
 use crate::levels::Levels;
 use crate::quantize::Quantizer;
@@ -52,14 +53,24 @@ impl PackedRef<'_> {
         let mut plane_start = 0;
         for &plane in layout.scheme.bits.planes() {
             let per_word = plane.per_word();
-            for (column, code) in codes.iter_mut().enumerate() {
-                let (lane, step) = match layout.lanes {
-                    Axis::Tokens => (row, column),
-                    Axis::Channels => (column, row),
-                };
-                let line = plane_start + layout.line_in_plane(plane, lane, step / per_word);
-                let word = self.codes[line][lane % 16] >> (step % per_word * plane.bits);
-                *code |= ((word & plane.mask()) << plane.shift) as u8;
+            let line = |lane, word| plane_start + layout.line_in_plane(plane, lane, word);
+            let add = |code: &mut u8, word: u32, step: usize| {
+                *code |= ((word >> (step * plane.bits) & plane.mask()) << plane.shift) as u8;
+            };
+            match layout.lanes {
+                Axis::Tokens => {
+                    for (word, codes) in codes.chunks_mut(per_word).enumerate() {
+                        let word = self.codes[line(row, word)][row % 16];
+                        codes.iter_mut().enumerate().for_each(|(step, code)| add(code, word, step));
+                    }
+                }
+                Axis::Channels => {
+                    for (lanes, codes) in codes.chunks_mut(16).enumerate() {
+                        let words = &self.codes[line(16 * lanes, row / per_word)];
+                        let step = row % per_word;
+                        codes.iter_mut().zip(words).for_each(|(code, &word)| add(code, word, step));
+                    }
+                }
             }
             plane_start += layout.plane_lines(plane);
         }
@@ -82,16 +93,43 @@ impl PackedRef<'_> {
 
     /// Dequantizes a row.
     pub fn dequantize_row(&self, row: usize, codes: &mut Vec<u8>, out: &mut [f32]) {
-        codes.resize(self.layout.columns, 0);
+        let Layout { scheme, columns, .. } = self.layout;
+        codes.resize(columns, 0);
         self.unpack_row(row, codes);
-        let levels = Levels::of(self.layout.scheme);
-        for (column, (out, &mut code)) in out.iter_mut().zip(codes).enumerate() {
-            let (scale, zero) = self.params(row, column);
-            let factor = self.factors.get(self.layout.factor_at(row, column));
-            *out = (levels.value(code) * scale + zero) * factor.map_or(1.0, |f| f.to_f32());
+        let levels = Levels::of(scheme);
+        out.iter_mut().zip(codes).for_each(|(out, &mut code)| *out = levels.value(code));
+        match scheme.axis {
+            Axis::Tokens => self.scale_columns(self.layout.param_at(row, 0), out),
+            Axis::Channels => {
+                for (group, out) in out.chunks_mut(scheme.group).enumerate() {
+                    let (scale, zero) = self.params(row, group * scheme.group);
+                    out.iter_mut().for_each(|out| *out = *out * scale + zero);
+                }
+            }
         }
-        if self.layout.scheme.rotated {
-            hadamard(out, self.layout.columns);
+        if !self.factors.is_empty() {
+            let factor = |column| self.factors[self.layout.factor_at(row, column)].to_f32();
+            out.iter_mut().enumerate().for_each(|(column, out)| *out *= factor(column));
+        }
+        if scheme.rotated {
+            hadamard(out, columns);
+        }
+    }
+
+    /// Applies the scale and the zero point of each column, which begin at index `at`.
+    fn scale_columns(&self, at: usize, out: &mut [f32]) {
+        const PART: usize = 64;
+        for (part, out) in out.chunks_mut(PART).enumerate() {
+            let held = at + part * PART..at + part * PART + out.len();
+            let (mut scales, mut zeros) = ([self.static_scale(); PART], [0.0; PART]);
+            for (params, wide) in [(self.scales, &mut scales), (self.zero_points, &mut zeros)] {
+                if let Some(params) = params.get(held.clone()) {
+                    kernel::widen_into(params, &mut wide[..out.len()]);
+                }
+            }
+            for ((out, scale), zero) in out.iter_mut().zip(scales).zip(zeros) {
+                *out = *out * scale + zero;
+            }
         }
     }
 

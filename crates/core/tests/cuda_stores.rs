@@ -1,0 +1,318 @@
+//! Dense stores on a CUDA device against the CPU: blocks, evictions and selections. Needs a CUDA
+//! device.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use candle_core::{DType, Device, Tensor};
+use common::{random, relative};
+use longctx_core::{
+    AttentionShape, AttentionSums, Batch, DenseStore, EntryRanges, Error, KvStore, Mask, Selection,
+    SeqId, gather_entries, top_entries,
+};
+
+/// Returns a generator of numbers below its argument, the same in every run.
+fn draws() -> impl FnMut(usize) -> usize {
+    let mut state = 7u64;
+    move |n: usize| {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % n
+    }
+}
+
+/// Returns some of `len` entries in runs, at least one.
+fn some_of(len: usize, draw: &mut dyn FnMut(usize) -> usize) -> Vec<u32> {
+    let longest = [2, 30, 200][draw(3)];
+    let (mut list, mut from) = (Vec::new(), draw(3).min(len - 1) as u32);
+    while (from as usize) < len {
+        let end = (from + 1 + draw(longest) as u32).min(len as u32);
+        list.extend(from..end);
+        from = end + draw(longest) as u32;
+    }
+    list
+}
+
+/// Two stores of one layer.
+struct Pair {
+    shape: AttentionShape,
+    dtype: DType,
+    host: DenseStore,
+    other: DenseStore,
+    device: Device,
+}
+
+impl Pair {
+    fn append(&mut self, parts: &[(SeqId, usize)], tokens: Option<&[Selection]>) {
+        let batch = Batch::new(parts).unwrap();
+        let (kv_heads, d) = (self.shape.kv_heads, self.shape.head_dim);
+        let [k, v] = [0; 2].map(|_| random(batch.tokens(), kv_heads, d, self.dtype));
+        let [dk, dv] = [&k, &v].map(|x| x.to_device(&self.device).unwrap());
+        match tokens {
+            None => {
+                self.host.append(&batch, &k, &v).unwrap();
+                self.other.append(&batch, &dk, &dv).unwrap();
+            }
+            Some(tokens) => {
+                self.host.append_selected(&batch, &k, &v, tokens).unwrap();
+                self.other.append_selected(&batch, &dk, &dv, tokens).unwrap();
+            }
+        }
+    }
+
+    /// Appends `count` tokens of each sequence. `select` returns a selection on the host and on the
+    /// device.
+    fn append_chosen(
+        &mut self,
+        parts: &[(SeqId, usize)],
+        count: usize,
+        mut select: impl FnMut(usize, usize) -> (Selection, Selection),
+    ) {
+        let chosen = parts.iter().map(|&(_, len)| select(len, count.min(len)));
+        let (host, other): (Vec<_>, Vec<_>) = chosen.unzip();
+        let batch = Batch::new(parts).unwrap();
+        let (kv_heads, d) = (self.shape.kv_heads, self.shape.head_dim);
+        let [k, v] = [0; 2].map(|_| random(batch.tokens(), kv_heads, d, self.dtype));
+        let [dk, dv] = [&k, &v].map(|x| x.to_device(&self.device).unwrap());
+        self.host.append_selected(&batch, &k, &v, &host).unwrap();
+        self.other.append_selected(&batch, &dk, &dv, &other).unwrap();
+    }
+
+    fn check(&self, parts: &[(SeqId, usize)], mask: Mask<'_>) {
+        let batch = Batch::new(parts).unwrap();
+        let q = random(batch.tokens(), self.shape.heads, self.shape.head_dim, self.dtype);
+        let dq = q.to_device(&self.device).unwrap();
+        let what = format!("{:?}, {:?}, {parts:?}", self.shape, self.dtype);
+        let bound = if self.dtype == DType::BF16 { 6e-3 } else { 2e-3 };
+        let want = self.host.attend(&batch, &q, mask).unwrap();
+        let got = self.other.attend(&batch, &dq, mask).unwrap();
+        assert!(relative(&got.out, &want.out) < bound, "{what}");
+        let finite = |lse: &Tensor| lse.clamp(-10f32, f32::MAX).unwrap();
+        assert!(relative(&finite(&got.lse), &finite(&want.lse)) < bound, "{what}");
+        let sums = self.host.attention_sums(&batch, &q, &want.lse, mask).unwrap();
+        let other = self.other.attention_sums(&batch, &dq, &want.lse, mask).unwrap();
+        let heads = |sums: &[AttentionSums]| -> Vec<_> {
+            sums.iter().flat_map(|sums| sums.split().unwrap()).collect()
+        };
+        for (sums, other) in heads(&sums).iter().zip(&heads(&other)) {
+            assert_eq!(sums.dims(), other.dims(), "{what}");
+            assert!(sums.elem_count() == 0 || relative(other, sums) < bound, "{what}");
+        }
+        for &(seq, _) in parts {
+            assert_eq!(self.host.lens(seq), self.other.lens(seq), "{what}");
+            let payload = |store: &DenseStore| store.seq_footprint(seq).payload;
+            assert_eq!(payload(&self.host), payload(&self.other), "{what}");
+        }
+    }
+
+    fn check_read(&self, seq: SeqId) {
+        for head in 0..self.shape.kv_heads {
+            let ((k, v), (dk, dv)) =
+                (self.host.read(seq, head).unwrap(), self.other.read(seq, head).unwrap());
+            let rows = |x: &Tensor| x.to_vec2::<f32>().unwrap();
+            assert_eq!((rows(&k), rows(&v)), (rows(&dk), rows(&dv)));
+        }
+    }
+}
+
+#[test]
+fn blocks_hold_and_attend_as_on_the_cpu() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let mut draw = draws();
+    for (heads, kv_heads, d, dtype) in [
+        (8, 2, 128, DType::F16),
+        (4, 4, 64, DType::BF16),
+        (12, 2, 80, DType::F16),
+        (3, 1, 96, DType::F16),
+        (16, 1, 192, DType::BF16),
+        (2, 2, 256, DType::F16),
+    ] {
+        let shape = AttentionShape::new(heads, kv_heads, d).unwrap();
+        let shape = AttentionShape { soft_cap: (d == 96).then_some(4.0), ..shape };
+        let store = || DenseStore::new(shape, dtype).unwrap();
+        let mut pair = Pair { shape, dtype, host: store(), other: store(), device: device.clone() };
+        pair.append(&[(0, 700), (1, 33)], None);
+        pair.check(&[(0, 70), (1, 3)], Mask::Causal);
+        for round in 0..8 {
+            for seq in 0..2 {
+                let lens = pair.host.lens(seq);
+                let keep = lens.iter().map(|&len| some_of(len, &mut draw)).collect();
+                let keep = Selection::new(keep);
+                pair.host.retain(seq, &keep).unwrap();
+                pair.other.retain(seq, &keep).unwrap();
+                let own = [40, 300][seq as usize];
+                let lists = lens.iter().map(|_| some_of(own, &mut draw)).collect();
+                pair.append(&[(seq, own)], Some(&[Selection::new(lists)]));
+            }
+            if round % 3 == 1 {
+                let to = 7 + round;
+                pair.host.fork(0, to).unwrap();
+                pair.other.fork(0, to).unwrap();
+                pair.append(&[(to, 3)], None);
+            }
+            if round == 4 {
+                let least = pair.host.lens(0).into_iter().min().unwrap();
+                let len = least - draw(least.min(90));
+                pair.host.truncate(0, len).unwrap();
+                pair.other.truncate(0, len).unwrap();
+            }
+            let least = pair.host.lens(0).into_iter().min().unwrap();
+            pair.check(&[(0, 1 + draw(least.min(20))), (1, 1)], Mask::Causal);
+            pair.check(&[(1, 1), (99, 1), (0, 1)], Mask::Full);
+            let mut lists = Vec::new();
+            for len in [pair.host.lens(0), pair.host.lens(1)].concat() {
+                let entries = some_of(len, &mut draw);
+                let runs = entries.chunk_by(|a, b| a + 1 == *b);
+                let run = |run: &[u32]| run[0] as usize..run[run.len() - 1] as usize + 1;
+                lists.push(runs.map(run).collect());
+            }
+            let ranges = EntryRanges::new(lists).unwrap();
+            pair.check(&[(0, 1), (1, 1)], Mask::Entries(&ranges));
+            pair.check(&[(0, 9), (1, 20)], Mask::Entries(&ranges));
+            pair.append(&[(0, 1), (1, 50)], None);
+        }
+        pair.host.seqs().into_iter().for_each(|seq| pair.check_read(seq));
+        for seq in pair.host.seqs() {
+            assert!(pair.host.remove(seq) && pair.other.remove(seq));
+        }
+        assert_eq!(pair.other.footprint().payload, 0);
+    }
+}
+
+#[test]
+fn a_full_pool_of_blocks_changes_nothing() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let mut store = DenseStore::with_capacity(shape, DType::F16, 1 << 20).unwrap();
+    let x = |batch: &Batch| random(batch.tokens(), 2, 64, DType::F16).to_device(&device).unwrap();
+    let (small, large) = (Batch::single(0, 500).unwrap(), Batch::single(1, 5000).unwrap());
+    store.append(&small, &x(&small), &x(&small)).unwrap();
+    let before = store.footprint();
+    assert!(store.can_append(&small) && !store.can_append(&large));
+    let error = store.append(&large, &x(&large), &x(&large)).unwrap_err();
+    assert!(matches!(error, Error::PoolFull { .. }), "{error}");
+    assert_eq!((store.footprint(), store.seqs()), (before, vec![0]));
+}
+
+/// The entries that stay, by sorting: protected ones first, then by score, then by age.
+fn best(scores: &[f32], count: usize, sinks: usize, recent: usize) -> Vec<u32> {
+    let protected = |i: u32| (i as usize) < sinks || i as usize >= scores.len() - recent;
+    let score = |i: u32| match scores[i as usize] {
+        x if x.is_nan() => f32::NEG_INFINITY,
+        x => x,
+    };
+    let mut all: Vec<u32> = (0..scores.len() as u32).collect();
+    all.sort_by(|&a, &b| {
+        let by_score = score(b).total_cmp(&score(a)).then(a.cmp(&b));
+        protected(b).cmp(&protected(a)).then(by_score)
+    });
+    all.truncate(count);
+    all.sort_unstable();
+    all
+}
+
+#[test]
+fn the_entries_of_the_highest_scores_are_those_of_a_sorted_list() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let mut draw = draws();
+    let some = [0.0, -0.0, 1.5, -1.5, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e-40, -3e8];
+    for len in [1usize, 2, 31, 500, 1024, 1025, 8192, 70_001] {
+        for round in 0..6 {
+            let mut score = |_| match round % 3 {
+                0 => some[draw(some.len())],
+                1 => draw(1 << 20) as f32 / 1e6,
+                _ => (draw(7) as f32).exp(),
+            };
+            let heads: Vec<Vec<f32>> = (0..3).map(|_| (0..len).map(&mut score).collect()).collect();
+            let count = if round == 5 { len } else { 1 + draw(len) };
+            let sinks = draw(4).min(count);
+            let recent = draw(40).min(count - sinks);
+            let scores = Tensor::new(heads.clone(), &device).unwrap();
+            let keep = top_entries(&scores, count, sinks, recent).unwrap().unwrap();
+            let want: Vec<_> =
+                heads.iter().map(|scores| best(scores, count, sinks, recent)).collect();
+            assert!(keep.heads().unwrap() == want, "{len} entries, {count}, {sinks}, {recent}");
+            // Entries from the middle on have no value: they follow from 1,000.
+            let held = len / 2;
+            if held == 0 {
+                continue;
+            }
+            let values: Vec<u32> =
+                (0..3 * held as u32).map(|i| i.wrapping_mul(2654435761)).collect();
+            let on_device = Tensor::from_vec(values.clone(), (3, held), &device).unwrap();
+            let got = gather_entries(&on_device, &keep, 1000).unwrap().unwrap();
+            for (head, got) in got.to_vec2::<u32>().unwrap().into_iter().enumerate() {
+                let value = |&entry: &u32| match (entry as usize).checked_sub(held) {
+                    Some(after) => 1000 + after as u32,
+                    None => values[head * held + entry as usize],
+                };
+                assert_eq!(got, want[head].iter().map(value).collect::<Vec<_>>());
+            }
+        }
+    }
+}
+
+/// Selections on the device have the same effect as equal selections on the host.
+#[test]
+fn selections_on_the_device_are_those_of_the_host() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let mut draw = draws();
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let store = || DenseStore::new(shape, DType::F16).unwrap();
+    let mut pair =
+        Pair { shape, dtype: DType::F16, host: store(), other: store(), device: device.clone() };
+    let mut select = |len: usize, count: usize| {
+        let mut list = |_| {
+            let mut left: Vec<u32> = (0..len as u32).collect();
+            while left.len() > count {
+                left.remove(draw(left.len()));
+            }
+            left
+        };
+        let lists: Vec<Vec<u32>> = (0..2).map(&mut list).collect();
+        let on_device = Selection::on_device(&Tensor::new(lists.clone(), &device).unwrap());
+        (Selection::new(lists), on_device.unwrap())
+    };
+    pair.append_chosen(&[(0, 300), (1, 90)], 130, &mut select);
+    for round in 0..8 {
+        if round == 3 {
+            pair.host.fork(0, 7).unwrap();
+            pair.other.fork(0, 7).unwrap();
+        }
+        pair.append_chosen(&[(1, 40), (0, 70)], 30, &mut select);
+        for seq in 0..2 {
+            let len = pair.host.len(seq);
+            let count = if round % 2 == 0 { len - 1 } else { len / 2 + 1 };
+            let (host, other) = select(len, count);
+            pair.host.retain(seq, &host).unwrap();
+            pair.other.retain(seq, &other).unwrap();
+        }
+        pair.check(&[(0, 1), (1, 2)], Mask::Causal);
+    }
+    for seq in [0, 1, 7] {
+        let seqs: &[SeqId] = if seq == 7 { &[7] } else { &[0, 1] };
+        assert!(seqs.iter().all(|&seq| pair.host.lens(seq) == pair.other.lens(seq)));
+        for head in 0..2 {
+            let (k, v) = pair.host.read(seq, head).unwrap();
+            let (dk, dv) = pair.other.read(seq, head).unwrap();
+            assert_eq!((relative(&dk, &k), relative(&dv, &v)), (0.0, 0.0));
+        }
+    }
+    // Indices past a head's end are not read.
+    let wild = Tensor::new(vec![vec![0u32, u32::MAX]; 2], &device).unwrap();
+    pair.other.retain(0, &Selection::on_device(&wild).unwrap()).unwrap();
+    assert_eq!(pair.other.lens(0), [2, 2]);
+    assert!(pair.other.read(0, 0).is_ok());
+}
