@@ -121,13 +121,14 @@ impl PackedRef<'_> {
         const PART: usize = 64;
         for (part, out) in out.chunks_mut(PART).enumerate() {
             let held = at + part * PART..at + part * PART + out.len();
-            let (mut scales, mut zeros) = ([self.static_scale(); PART], [0.0; PART]);
-            for (params, wide) in [(self.scales, &mut scales), (self.zero_points, &mut zeros)] {
+            let (mut scales, mut zero_points) = ([self.static_scale(); PART], [0.0; PART]);
+            for (params, wide) in [(self.scales, &mut scales), (self.zero_points, &mut zero_points)]
+            {
                 if let Some(params) = params.get(held.clone()) {
                     kernel::widen_into(params, &mut wide[..out.len()]);
                 }
             }
-            for ((out, scale), zero) in out.iter_mut().zip(scales).zip(zeros) {
+            for ((out, scale), zero) in out.iter_mut().zip(scales).zip(zero_points) {
                 *out = *out * scale + zero;
             }
         }
