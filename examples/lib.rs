@@ -2,10 +2,22 @@
 //! evaluation, one prefill for several caches, a model's head scores, prompt compressors, output
 //! that a reader may leave.
 
-/// The page for engine authors, so that its examples are compiled and run.
+/// Pages of the book, so that their examples are compiled and run.
 #[cfg(doctest)]
-#[doc = include_str!("../docs/engines.md")]
-mod engines {}
+mod pages {
+    #[doc = include_str!("../docs/contributing.md")]
+    mod contributing {}
+    #[doc = include_str!("../docs/engines.md")]
+    mod engines {}
+    #[doc = include_str!("../docs/kv-quant-candle.md")]
+    mod kv_quant_candle {}
+    #[doc = include_str!("../docs/kv-quant-slices.md")]
+    mod kv_quant_slices {}
+    #[doc = include_str!("../README.md")]
+    mod readme {}
+    #[doc = include_str!("../docs/start.md")]
+    mod start {}
+}
 
 pub use longctx_eval::memory;
 pub mod encoder;

@@ -1,15 +1,5 @@
 #![doc = include_str!("../README.md")]
 
-/// The book's pages, so that their examples are compiled and run.
-#[cfg(doctest)]
-mod pages {
-    #[doc = include_str!("../../../docs/kv-quant-slices.md")]
-    mod slices {}
-    #[cfg(feature = "candle")]
-    #[doc = include_str!("../../../docs/kv-quant-candle.md")]
-    mod candle {}
-}
-
 mod attention;
 mod bit_packing;
 mod error;
