@@ -125,8 +125,8 @@ impl Method {
                 let format = make(LayerSpec { shape, ..spec.clone() })?.format();
                 // Such formats find a key's position by its number, which a window changes; and
                 // they rotate keys as they score them, which latents are not there for.
-                Ok(Some(match format.basis() {
-                    KeyBasis::BeforeRope => format.with_basis(KeyBasis::Given),
+                Ok(Some(match format.key_basis() {
+                    KeyBasis::BeforeRope => format.with_key_basis(KeyBasis::Given),
                     _ => format,
                 }))
             }
@@ -151,7 +151,7 @@ impl Method {
             return self.over_latents(spec, LatentStore::new(shape, make)?, 1);
         };
         let store = LatentStore::new(shape, |parts| packed_store(parts, format, capacity))?;
-        self.over_latents(spec, store, format.chunk())
+        self.over_latents(spec, store, format.block_tokens())
     }
 
     fn over_latents<S: KvStore + 'static>(
@@ -186,7 +186,7 @@ impl Method {
                 }
                 Some(format) => {
                     let store = packed_store(spec.shape, format, capacity)?;
-                    policy.cache(spec.clone(), store, size, format.chunk())?
+                    policy.cache(spec.clone(), store, size, format.block_tokens())?
                 }
             },
         })
@@ -207,7 +207,7 @@ pub fn windowed(
         return Ok(Box::new(DenseCache::with_capacity(spec.clone(), DType::F16, bytes)?));
     };
     let store = packed_store(spec.shape, format, capacity)?;
-    Ok(Box::new(WindowCache::new(spec.clone(), store, format.chunk())?))
+    Ok(Box::new(WindowCache::new(spec.clone(), store, format.block_tokens())?))
 }
 
 fn packed_store(

@@ -102,7 +102,7 @@ void* rows(i64 n, int width, int pad, float mean, float spread) {
     return numbers<T>(n * (width + pad), mean, spread);
 }
 
-enum ScanForm { USUAL, FEW, ANY };  // The entry points selective_scan, selective_scan_few and selective_scan_any
+enum ScanForm { USUAL, FEW, ANY };  // The entry points selective_scan, selective_scan_few and selective_scan_generic
 template <class T>
 struct Scan {
     SelectiveScan p;
@@ -117,7 +117,7 @@ struct Scan {
              row, row, row, selected, selected, channels};
     }
     void run() {
-        if (form == ANY) PICK(T, selective_scan_any)<<<dim3(parts(p.channels, 4), batch), 128>>>(p);
+        if (form == ANY) PICK(T, selective_scan_generic)<<<dim3(parts(p.channels, 4), batch), 128>>>(p);
         else if (form == FEW) launch(PICK(T, selective_scan_few), dim3(parts(p.channels, 40), batch), 320, SCAN_FEW_SHARED, p);
         else launch(PICK(T, selective_scan), dim3(parts(p.channels, 32), batch), 128, SCAN_SHARED, p);
         OK(cudaGetLastError());
@@ -135,21 +135,21 @@ struct Ssds {
     int batch;
     SsdKernel which;
     Ssds(int batch, int tokens, int heads, int dim, int groups, int states, int pad, SsdKernel which) : batch(batch), which(which) {
-        i64 n = (i64)batch * tokens, packets = (i64)batch * groups * (parts(tokens, 64) + 1);
+        i64 n = (i64)batch * tokens, group_tiles = (i64)batch * groups * (parts(tokens, 64) + 1);
         int selected = groups * states;
         p = {rows<T>(n, heads * dim, pad, 0, 1), rows<T>(n, selected, pad, 0, 1), rows<T>(n, selected, pad, 0, 1), rows<T>(n, heads, pad, -1, 1.5),
              numbers<float>(heads, 0, 1, MINUS_EXP), numbers<float>(heads, 1, 0.3), numbers<float>(heads, -2, 1),
              numbers<float>((i64)batch * heads * states * dim, 0, 1), poisoned<T>(n * heads * dim),
-             which == SSD_WGMMA ? poisoned<char>(packets * (states == 64 ? SSD_PACKET_64 : SSD_PACKET_128)) : nullptr, tokens, heads, dim, groups,
+             which == SSD_WGMMA ? poisoned<char>(group_tiles * (states == 64 ? SSD_GROUP_TILES_64 : SSD_GROUP_TILES_128)) : nullptr, tokens, heads, dim, groups,
              states, heads * dim + pad, selected + pad, selected + pad, heads + pad, heads * dim, 0.001f, 5.f};
     }
     void run() {
         bool small = p.states == 64;
-        if constexpr (F32<T>) ssd_any_f32<<<dim3(parts(p.head_dim, 32), p.heads, batch), 128>>>(p);
-        else if (which == SSD_ANY) PICK(T, ssd_any)<<<dim3(parts(p.head_dim, 32), p.heads, batch), 128>>>(p);
+        if constexpr (F32<T>) ssd_generic_f32<<<dim3(parts(p.head_dim, 32), p.heads, batch), 128>>>(p);
+        else if (which == SSD_ANY) PICK(T, ssd_generic)<<<dim3(parts(p.head_dim, 32), p.heads, batch), 128>>>(p);
         else if (which == SSD) launch(PICK16(T, ssd), dim3(2, p.heads, batch), SSD_THREADS, small ? SSD_SHARED_64 : SSD_SHARED_128, p);
         else {
-            launch(PICK16(T, ssd_packets), dim3(parts(p.tokens, 64), p.groups, batch), SSD_PACKET_THREADS, 0, p);
+            launch(PICK16(T, ssd_group_tiles), dim3(parts(p.tokens, 64), p.groups, batch), SSD_GROUP_TILES_THREADS, 0, p);
             dim3 grid(p.groups * parts(p.heads / p.groups, SSD_CLUSTER) * SSD_CLUSTER, batch);
             launch(PICK16(T, ssd_wgmma), grid, SSD_WGMMA_THREADS, small ? SSD_WGMMA_SHARED_64 : SSD_WGMMA_SHARED_128, p);
         }
@@ -182,9 +182,9 @@ struct Wkvs {
     }
     void run() {
         dim3 grid(parts(p.dim, 32), p.heads, batch), fast(blocks, p.heads, batch);
-        if constexpr (F32<T>) p.w ? wkv6_any_f32<<<grid, 128>>>(p) : wkv5_any_f32<<<grid, 128>>>(p);
-        else if (any) p.w ? PICK(T, wkv6_any)<<<grid, 128>>>(p) : PICK(T, wkv5_any)<<<grid, 128>>>(p);
-        else launch(p.w ? PICK16(T, wkv6) : PICK16(T, wkv5), fast, WKV_THREADS, WKV_SHARED + (WKV_THREADS / 32 - 2) * WKV_MAKER_SHARED, p);
+        if constexpr (F32<T>) p.w ? wkv6_generic_f32<<<grid, 128>>>(p) : wkv5_generic_f32<<<grid, 128>>>(p);
+        else if (any) p.w ? PICK(T, wkv6_generic)<<<grid, 128>>>(p) : PICK(T, wkv5_generic)<<<grid, 128>>>(p);
+        else launch(p.w ? PICK16(T, wkv6) : PICK16(T, wkv5), fast, WKV_THREADS, WKV_SHARED + (WKV_THREADS / 32 - 2) * WKV_PRODUCER_SHARED, p);
         OK(cudaGetLastError());
     }
     i64 outputs() { return (i64)batch * p.tokens * p.heads * p.dim; }
@@ -209,7 +209,7 @@ struct Wkv7s {
              numbers<float>((i64)batch * width * dim, 0, 1), poisoned<T>(n * width), poisoned<float>(n * heads), tokens, heads, dim, row, row, row, row, row, width};
     }
     void run() {
-        if (any) PICK(T, wkv7_any)<<<dim3(parts(p.dim, 32), p.heads, batch), 128>>>(p);
+        if (any) PICK(T, wkv7_generic)<<<dim3(parts(p.dim, 32), p.heads, batch), 128>>>(p);
         else if constexpr (F32<T>) wkv7_f32<<<dim3(2, p.heads, batch), DELTA_THREADS>>>(p);
         else launch(PICK16(T, wkv7), dim3(blocks, p.heads, batch), WKV7_THREADS, WKV7_SHARED, p);
         OK(cudaGetLastError());
@@ -365,11 +365,11 @@ void check_all(const char* type, bool small) {
             check<T>(k, k.p.state, state_limit, "selective_scan_few", w);
         }
     });
-    each("selective_scan_any", [&](int tokens, int batch, Worst& w) {
+    each("selective_scan_generic", [&](int tokens, int batch, Worst& w) {
         for (int channels : {5, 72}) {
             Scan<T> k(batch, tokens, channels, channels == 5 ? 7 : 33, 3, ANY);
             if (channels == 5) k.p.z = nullptr;
-            check<T>(k, k.p.state, state_limit, "selective_scan_any", w);
+            check<T>(k, k.p.state, state_limit, "selective_scan_generic", w);
         }
     });
     // In chunks, what is added to a state is rounded to T: states were off by 2.5e-4 in f16 and by 1.8e-3 in bf16.
@@ -385,10 +385,10 @@ void check_all(const char* type, bool small) {
             });
         }
     }
-    each("ssd_any", [&](int tokens, int batch, Worst& w) {
+    each("ssd_generic", [&](int tokens, int batch, Worst& w) {
         for (int states : {24, 128, 200}) {
             Ssds<T> k(batch, tokens, 4, states == 24 ? 20 : 64, 2, states, 3, SSD_ANY);
-            check<T>(k, k.p.state, state_limit, "ssd_any", w);
+            check<T>(k, k.p.state, state_limit, "ssd_generic", w);
         }
     });
     for (int version : {5, 6}) {
@@ -406,10 +406,10 @@ void check_all(const char* type, bool small) {
                 check<T>(k, k.p.state, s_limit, name.c_str(), w, y_limit);
             }
         });
-        each((name + "_any").c_str(), [&](int tokens, int batch, Worst& w) {
+        each((name + "_generic").c_str(), [&](int tokens, int batch, Worst& w) {
             for (int dim : {16, 64, 100}) {
                 Wkvs<T> k(version, batch, tokens, 3, dim, 1, true);
-                check<T>(k, k.p.state, state_limit, "wkv_any", w);
+                check<T>(k, k.p.state, state_limit, "wkv_generic", w);
             }
         });
     }
@@ -423,10 +423,10 @@ void check_all(const char* type, bool small) {
             }
         }
     });
-    each("wkv7_any", [&](int tokens, int batch, Worst& w) {
+    each("wkv7_generic", [&](int tokens, int batch, Worst& w) {
         for (int dim : {16, 64, 100}) {
             Wkv7s<T> k(batch, tokens, 3, dim, 1, true);
-            check<T>(k, k.p.state, state_limit, "wkv7_any", w);
+            check<T>(k, k.p.state, state_limit, "wkv7_generic", w);
         }
     });
     each("wkv4", [&](int tokens, int batch, Worst& w) {
@@ -534,10 +534,10 @@ void time_all(double copy) {
             bool any = tokens == 1;
             if (wanted("selective_scan")) time_one("selective_scan, mamba-2.8b", Scan<T>(batch, tokens, 5120, 16, 0, USUAL), copy);
             if (wanted("selective_scan_few") && !any && batch == 1) time_one("selective_scan_few, mamba-2.8b", Scan<T>(batch, tokens, 5120, 16, 0, FEW), copy);
-            if (wanted("selective_scan") && any) time_one("selective_scan_any, mamba-2.8b", Scan<T>(batch, tokens, 5120, 16, 0, ANY), copy);
+            if (wanted("selective_scan") && any) time_one("selective_scan_generic, mamba-2.8b", Scan<T>(batch, tokens, 5120, 16, 0, ANY), copy);
             if (wanted("ssd") && !any) time_one("ssd, mamba2-2.7b", Ssds<T>(batch, tokens, 80, 64, 1, 128, 0, SSD), copy);
             if (wanted("ssd_wgmma") && !any) time_one("ssd_wgmma, mamba2-2.7b", Ssds<T>(batch, tokens, 80, 64, 1, 128, 0, SSD_WGMMA), copy);
-            if (wanted("ssd_any") && any) time_one("ssd_any, mamba2-2.7b", Ssds<T>(batch, tokens, 80, 64, 1, 128, 0, SSD_ANY), copy);
+            if (wanted("ssd_generic") && any) time_one("ssd_generic, mamba2-2.7b", Ssds<T>(batch, tokens, 80, 64, 1, 128, 0, SSD_ANY), copy);
             if (wanted("wkv5")) time_one("wkv5, RWKV-5-7B", Wkvs<T>(5, batch, tokens, 64, 64, 0, any, 128 * batch > processors ? 1 : 2), copy);
             if (wanted("wkv6")) time_one("wkv6, RWKV-6-7B", Wkvs<T>(6, batch, tokens, 64, 64, 0, any, 128 * batch > processors ? 1 : 2), copy);
             if (wanted("wkv7")) time_one("wkv7, 64 heads", Wkv7s<T>(batch, tokens, 64, 64, 0, any, 128 * batch > processors ? 1 : 2), copy);

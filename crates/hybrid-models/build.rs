@@ -19,10 +19,10 @@ mod sizes {
         "SSD_SHARED_128",
         "SSD_WGMMA_SHARED_64",
         "SSD_WGMMA_SHARED_128",
-        "SSD_PACKET_64",
-        "SSD_PACKET_128",
+        "SSD_GROUP_TILES_64",
+        "SSD_GROUP_TILES_128",
         "WKV_SHARED",
-        "WKV_MAKER_SHARED",
+        "WKV_PRODUCER_SHARED",
         "WKV7_SHARED",
         "WKV7_HALF_SHARED",
     ];

@@ -83,7 +83,7 @@ fn rolling(bits: Bits) -> Packed {
 }
 
 fn before_rope(bits: Bits) -> Packed {
-    Ok(kivi(bits, bits)?.with_basis(KeyBasis::BeforeRope))
+    Ok(kivi(bits, bits)?.with_key_basis(KeyBasis::BeforeRope))
 }
 
 /// FlexGen's groups of 64.

@@ -9,7 +9,7 @@
 //   tokens + token). tokens >= 1.
 //
 // Every kernel has two entry points per dtype, with the same struct and a grid each: `NAME_T` for
-// the shapes given below, and `NAME_any_T` for all others, and for few tokens where the comment
+// the shapes given below, and `NAME_generic_T` for all others, and for few tokens where the comment
 // says so. `/` rounds up in grids. A kernel with dynamic shared memory needs
 // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES to be set first.
 #pragma once
@@ -23,7 +23,7 @@ namespace hybrid {
 //   dynamic shared memory. Prefill and decode.
 // - selective_scan_few_T: the same in grid (channels / 40, batch), 320 threads, SCAN_FEW_SHARED
 //   bytes. Faster for many tokens if no multiprocessor gets two of these blocks.
-// - selective_scan_any_T: states <= 256. Grid (channels / 4, batch), 128 threads.
+// - selective_scan_generic_T: states <= 256. Grid (channels / 4, batch), 128 threads.
 struct SelectiveScan {
     const void *u, *steps, *z;  // T, rows of `channels`; z may be null: no gate
     const void *b, *c;          // T, rows of `states`
@@ -44,10 +44,10 @@ constexpr int SCAN_SHARED = 30720, SCAN_FEW_SHARED = 118784;  // Devices of 8.6 
 //   state is kept in f32. Grid (2, heads, batch), 256 threads, SSD_SHARED_64 or SSD_SHARED_128
 //   bytes of dynamic shared memory.
 // - ssd_wgmma_T: the same, for compute capability 9.0 only (code for sm_90a; does nothing
-//   elsewhere), in clusters of two blocks. Launch ssd_packets_T first, with the same struct: grid
+//   elsewhere), in clusters of two blocks. Launch ssd_group_tiles_T first, with the same struct: grid
 //   (tokens / 64, groups, batch), 128 threads. Grid (groups * (heads / groups / 2) * 2, batch), 384
 //   threads, SSD_WGMMA_SHARED_64 or SSD_WGMMA_SHARED_128 bytes of dynamic shared memory.
-// - ssd_any_T: states <= 256, any head_dim. Grid (head_dim / 32, heads, batch), 128 threads. Also
+// - ssd_generic_T: states <= 256, any head_dim. Grid (head_dim / 32, heads, batch), 128 threads. Also
 //   for decode.
 struct Ssd {
     const void* x;                // T, rows of heads * head_dim
@@ -56,14 +56,14 @@ struct Ssd {
     const float *a, *d, *bias;    // [heads]; a: -exp(A_log)
     float* state;                 // [batch][heads][states][head_dim]
     void* y;                      // T, rows of heads * head_dim; must not alias x
-    void* scratch;                // For ssd_wgmma: batch * groups * (tokens / 64 + 1) packets of SSD_PACKET_64 or SSD_PACKET_128 bytes, 16-aligned
+    void* scratch;                // For ssd_wgmma: batch * groups * (tokens / 64 + 1) times SSD_GROUP_TILES_64 or SSD_GROUP_TILES_128 bytes, 16-aligned
     int tokens, heads, head_dim, groups, states;
     int x_row, b_row, c_row, steps_row, y_row;
     float step_min, step_max;
 };
 constexpr int SSD_SHARED_64 = 58888, SSD_SHARED_128 = 101896;  // Devices of 8.6 and 8.9 have 101376 at most.
 constexpr int SSD_WGMMA_SHARED_64 = 125024, SSD_WGMMA_SHARED_128 = 174176;
-constexpr int SSD_PACKET_64 = 26624, SSD_PACKET_128 = 43008;
+constexpr int SSD_GROUP_TILES_64 = 26624, SSD_GROUP_TILES_128 = 43008;
 
 // RWKV-5 and 6: y = S' r + (r . (u o k)) v, then S <- diag(w) S + k v' for each head. w is `decay`
 // in RWKV-5 and e^-e^(w + decay) in RWKV-6, computed in f32.
@@ -72,8 +72,8 @@ constexpr int SSD_PACKET_64 = 26624, SSD_PACKET_128 = 43008;
 //   tokens or more. Inputs of products are rounded to T. The state is kept in f32, and may exceed
 //   the range of T. Grid (1 or 2, heads, batch): 2 blocks per head are faster if all of them fit
 //   the device at once, otherwise 1. 256 or 192 threads, or 128 with 2 blocks per head.
-//   WKV_SHARED + (threads / 32 - 2) * WKV_MAKER_SHARED bytes of dynamic shared memory.
-// - wkv5_any_T, wkv6_any_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. Also for
+//   WKV_SHARED + (threads / 32 - 2) * WKV_PRODUCER_SHARED bytes of dynamic shared memory.
+// - wkv5_generic_T, wkv6_generic_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. Also for
 //   decode.
 struct Wkv {
     const void *r, *k, *v;  // T, rows of heads * dim
@@ -85,7 +85,7 @@ struct Wkv {
     int tokens, heads, dim;
     int r_row, k_row, v_row, w_row, y_row;
 };
-constexpr int WKV_SHARED = 2688, WKV_MAKER_SHARED = 28160;
+constexpr int WKV_SHARED = 2688, WKV_PRODUCER_SHARED = 28160;
 
 // RWKV-7's delta rule, and its layer's preparation of the keys. For each head, with rate =
 // sigmoid(a + rate_bias),
@@ -103,7 +103,7 @@ constexpr int WKV_SHARED = 2688, WKV_MAKER_SHARED = 28160;
 //   384 threads, WKV7_SHARED bytes of dynamic shared memory, or with 2 blocks per head at least
 //   WKV7_HALF_SHARED.
 // - wkv7_f32: the same shapes, token by token. Grid (2, heads, batch), 128 threads.
-// - wkv7_any_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. Also for decode.
+// - wkv7_generic_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. Also for decode.
 struct Wkv7 {
     const void *r, *key, *v, *w, *a;                                       // T, rows of heads * dim; w, a: before bias and sigmoid
     const float *decay, *rate_bias, *removal_scale, *key_rate, *own_scale;  // [heads][dim]

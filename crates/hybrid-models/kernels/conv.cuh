@@ -1,11 +1,11 @@
 // The causal depthwise convolution before a recurrence, with its bias and SiLU, for prefill and
 // decode. The state is updated in place.
 //
-// A thread processes LANE neighbouring channels of RUN tokens. The inputs under the taps stay in
+// A thread processes LANE adjacent channels of RUN tokens. The inputs under the taps stay in
 // registers.
 #pragma once
 #include "args.cuh"
-#include "neighbours.cuh"
+#include "aligned_vector.cuh"
 
 namespace hybrid {
 

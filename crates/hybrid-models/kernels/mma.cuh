@@ -3,9 +3,9 @@
 //
 // Fragments of m16n8k16, with row = lane / 4 and pair = 2 (lane % 4):
 //
-// - A: {(row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8)}, two neighbours along k
+// - A: {(row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8)}, two adjacent elements along k
 //   each
-// - B: {(pair, row), (pair + 8, row)}, two neighbours along k each
+// - B: {(pair, row), (pair + 8, row)}, two adjacent elements along k each
 // - C: (row, pair), (row, pair + 1), (row + 8, pair), (row + 8, pair + 1)
 #pragma once
 #include <cstdint>
@@ -68,7 +68,7 @@ __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], uint32_t row) 
 __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) { load_matrices(x, shared_address(row)); }
 __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], const void* row) { load_transposed(x, shared_address(row)); }
 
-// Transposes an 8x8 matrix of 16-bit elements. Each lane has two neighbours of a row.
+// Transposes an 8x8 matrix of 16-bit elements. Each lane has two adjacent elements of a row.
 __device__ __forceinline__ uint32_t transposed(uint32_t x) {
     uint32_t y;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));

@@ -20,7 +20,7 @@ __device__ __forceinline__ __half rounded<__half>(float x) { return __float2half
 template <>
 __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
-// Two neighbouring elements as stored in memory, the first in the lower half.
+// Two adjacent elements as stored in memory, the first in the lower half.
 template <class T>
 struct PairOf {
     typedef uint32_t Bits;
@@ -54,7 +54,7 @@ __device__ __forceinline__ float2 unpacked<__half>(uint32_t x) { return __half22
 template <>
 __device__ __forceinline__ float2 unpacked<__nv_bfloat16>(uint32_t x) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x)); }
 
-// Loads two elements. PAIRED: they are neighbours and are loaded in one access. Otherwise they may
+// Loads two elements. PAIRED: they are adjacent and are loaded in one access. Otherwise they may
 // be anywhere, and may be the same one.
 template <bool PAIRED, class T>
 __device__ __forceinline__ Bits<T> pair_of(const T* first, const T* second) {

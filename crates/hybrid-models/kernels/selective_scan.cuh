@@ -113,7 +113,7 @@ struct ScanEnds {
         selected_at += S::TILE * (long long)selected_row;
     }
     template <bool WHOLE>
-    __device__ void make(int tile) {
+    __device__ void produce(int tile) {
         const int count = p.tokens - tile * S::TILE - 4 * quad;
         float dt[2][4], in[2][4];
 #pragma unroll
@@ -206,7 +206,7 @@ __device__ void selective_scan_channels(const SelectiveScan& p, typename S::Shar
     }
     for (int tile = 0; tile < tiles; tile++) {
         __syncthreads();
-        tile < whole ? ends.template make<true>(tile) : ends.template make<false>(tile);
+        tile < whole ? ends.template produce<true>(tile) : ends.template produce<false>(tile);
         if (tile + 1 < tiles) load(tile + 1);
         __syncthreads();
         const int quads = min(S::QUADS, (p.tokens - tile * S::TILE + 3) / 4);

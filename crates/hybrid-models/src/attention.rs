@@ -33,7 +33,7 @@ impl Attention {
         Ok(Self {
             hidden,
             shape,
-            qkv: w.joined(&names, hidden)?,
+            qkv: w.concat(&names, hidden)?,
             out: Linear::load(w, &format!("{name}.o_proj"), hidden, queries, out_bias)?,
             rope,
         })

@@ -97,7 +97,7 @@ impl Checkpoint {
 
     /// Returns the first of several names that exists, for families whose layouts name a tensor
     /// differently.
-    pub fn any_of<'a>(&self, names: &[&'a str]) -> Result<&'a str> {
+    pub fn first_of<'a>(&self, names: &[&'a str]) -> Result<&'a str> {
         names.iter().copied().find(|name| self.has(name)).ok_or_else(|| self.missing(names))
     }
 
@@ -113,23 +113,23 @@ impl Checkpoint {
 
     /// Returns a matrix `[out, inner]` in the requested dtype.
     pub fn matrix(&self, name: &str, out: usize, inner: usize) -> Result<Matrix> {
-        self.in_format(&self.get(name, &[out, inner])?)
+        self.in_dtype(&self.get(name, &[out, inner])?)
     }
 
     /// Returns a matrix that is stored transposed, `[inner, out]`.
     pub fn transposed(&self, name: &str, out: usize, inner: usize) -> Result<Matrix> {
-        self.in_format(&self.get(name, &[inner, out])?.t()?)
+        self.in_dtype(&self.get(name, &[inner, out])?.t()?)
     }
 
     /// Concatenates several matrices `[out, inner]` of one input into one.
-    pub fn joined(&self, names: &[(String, usize)], inner: usize) -> Result<Matrix> {
+    pub fn concat(&self, names: &[(String, usize)], inner: usize) -> Result<Matrix> {
         let load = |(name, out): &(String, usize)| self.get(name, &[*out, inner]);
         let matrices = names.iter().map(load).collect::<Result<Vec<_>>>()?;
-        self.in_format(&Tensor::cat(&matrices, 0)?)
+        self.in_dtype(&Tensor::cat(&matrices, 0)?)
     }
 
     /// Converts a matrix made of this checkpoint's tensors to the requested dtype.
-    pub fn in_format(&self, matrix: &Tensor) -> Result<Matrix> {
+    pub fn in_dtype(&self, matrix: &Tensor) -> Result<Matrix> {
         Matrix::new(&matrix.to_dtype(self.dtype)?)
     }
 
@@ -154,7 +154,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::Unsupported`] naming unread tensors that may change the model's output.
-    pub fn account(&self) -> Result<()> {
+    pub fn check_all_read(&self) -> Result<()> {
         let names: Vec<String> = match &self.source {
             Source::Safetensors(files) => {
                 files.tensors().into_iter().map(|(name, _)| name).collect()

@@ -2,7 +2,7 @@
 
 use crate::matrix::Rows;
 use crate::simd::silu;
-use crate::split::{Units, split};
+use crate::split_columns::{UnitMatrix, split_columns};
 use longctx_core::Result;
 use pulp::{Arch, Scalar, Simd, WithSimd};
 
@@ -57,23 +57,29 @@ impl Conv {
     pub fn forward(&self, x: Rows<'_>, tokens: usize, state: &mut [f32], y: &mut [f32]) {
         let channels = self.channels();
         let past = self.taps - 1;
-        let matrices = [Units { data: y, per_unit: 1 }];
+        let matrices = [UnitMatrix { data: y, per_unit: 1 }];
         let old = Rows::new(state, channels);
-        split(channels, CHANNELS, tokens * channels >= PARALLEL, matrices, |part, [mut y]| {
-            for t in 0..tokens {
-                let y = y.row(t);
-                y.copy_from_slice(&self.bias[part.clone()]);
-                for j in 0..self.taps {
-                    let input = match (t + j).checked_sub(past) {
-                        Some(i) => x.row(i),
-                        None => old.row(t + j),
-                    };
-                    let weight = &self.weight[j * channels..][part.clone()];
-                    let silu = self.silu && j == past;
-                    Arch::new().dispatch(Tap { weight, x: &input[part.clone()], y, silu });
+        split_columns(
+            channels,
+            CHANNELS,
+            tokens * channels >= PARALLEL,
+            matrices,
+            |part, [mut y]| {
+                for t in 0..tokens {
+                    let y = y.row(t);
+                    y.copy_from_slice(&self.bias[part.clone()]);
+                    for j in 0..self.taps {
+                        let input = match (t + j).checked_sub(past) {
+                            Some(i) => x.row(i),
+                            None => old.row(t + j),
+                        };
+                        let weight = &self.weight[j * channels..][part.clone()];
+                        let silu = self.silu && j == past;
+                        Arch::new().dispatch(Tap { weight, x: &input[part.clone()], y, silu });
+                    }
                 }
-            }
-        });
+            },
+        );
         let kept = past.saturating_sub(tokens);
         state.copy_within((past - kept) * channels.., 0);
         for i in kept..past {

@@ -4,8 +4,8 @@
 use crate::checkpoint::Checkpoint;
 use crate::linear::Linear;
 use crate::matrix::Rows;
-use crate::mixer::{Input, Part, Recurrent};
-use crate::simd::{TimesGelu, TimesSilu, zip};
+use crate::mixer::{Input, Recurrent, StateArray};
+use crate::simd::{MulGelu, MulSilu, zip};
 use crate::workspace::Workspace;
 use longctx_core::Result;
 use rayon::prelude::*;
@@ -42,14 +42,14 @@ impl GatedMlp {
         bias: bool,
     ) -> Result<Self> {
         let names = ["gate_proj", "up_proj"].map(|part| format!("{name}.{part}"));
-        let gate_up = Linear::joined(w, &names, inner, hidden, bias)?;
+        let gate_up = Linear::concat(w, &names, inner, hidden, bias)?;
         let down = Linear::load(w, &format!("{name}.down_proj"), hidden, inner, bias)?;
         Ok(Self { hidden, inner, gate, gate_up, down })
     }
 }
 
 impl Recurrent for GatedMlp {
-    fn state(&self) -> Vec<Part> {
+    fn state(&self) -> Vec<StateArray> {
         Vec::new()
     }
 
@@ -60,22 +60,22 @@ impl Recurrent for GatedMlp {
         workspace: &mut Workspace,
         out: &mut [f32],
     ) {
-        let mut gate_up = workspace.take(x.rows() * 2 * self.inner);
+        let mut gate_up = workspace.acquire(x.rows() * 2 * self.inner);
         self.gate_up.apply(Rows::new(x.x, self.hidden), &mut gate_up);
         gate_up.par_chunks_exact_mut(2 * self.inner).for_each(|row| {
             let (gate, up) = row.split_at_mut(self.inner);
             match self.gate {
-                Gate::Gelu => zip(TimesGelu, up, gate),
-                Gate::Silu => zip(TimesSilu, up, gate),
+                Gate::Gelu => zip(MulGelu, up, gate),
+                Gate::Silu => zip(MulSilu, up, gate),
             }
         });
         let gated = Rows::new(&gate_up, 2 * self.inner).columns(self.inner, self.inner);
         self.down.apply(gated, out);
-        workspace.give(gate_up);
+        workspace.release(gate_up);
     }
 
     #[cfg(feature = "cuda")]
-    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+    fn on_device(&self, to: &crate::cuda::DeviceContext) -> Result<Box<dyn crate::cuda::Mixer>> {
         Ok(Box::new(crate::cuda::Mlp::new(self, to)?))
     }
 }

@@ -20,7 +20,7 @@ impl Linear {
     }
 
     /// Concatenates several maps of one input. All have a bias, or none.
-    pub fn joined(
+    pub fn concat(
         w: &Checkpoint,
         names: &[String],
         out: usize,
@@ -31,7 +31,7 @@ impl Linear {
         let of_map = |name: &String| w.tensor(&format!("{name}.bias"), &[out]);
         let biases = || names.iter().map(of_map).collect::<Result<Vec<_>>>();
         let bias = bias.then(biases).transpose()?.map(|biases| biases.concat());
-        Ok(Self { matrix: w.joined(&weights, inner)?, bias })
+        Ok(Self { matrix: w.concat(&weights, inner)?, bias })
     }
 
     pub fn apply(&self, x: Rows<'_>, y: &mut [f32]) {

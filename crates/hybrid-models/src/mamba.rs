@@ -6,7 +6,7 @@ use crate::checkpoint::Checkpoint;
 use crate::conv::Conv;
 use crate::linear::Linear;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Part, Recurrent, Span, transposed};
+use crate::mixer::{Input, Recurrent, Span, StateArray, transposed};
 use crate::workspace::Workspace;
 use longctx_core::Result;
 use scan::Scan;
@@ -73,17 +73,18 @@ impl Mamba {
     pub fn a(&self) -> Vec<f32> {
         let mut a = Vec::new();
         let MambaShape { inner, states, .. } = self.shape;
-        Part::in_blocks("a", [inner, states], scan::BLOCK).read(&self.scan.a, &mut a);
+        StateArray::in_blocks("a", [inner, states], scan::BLOCK)
+            .read_host_layout(&self.scan.a, &mut a);
         a
     }
 }
 
 impl Recurrent for Mamba {
-    fn state(&self) -> Vec<Part> {
+    fn state(&self) -> Vec<StateArray> {
         let MambaShape { inner, states, taps, .. } = self.shape;
         vec![
-            Part::new("conv", &[taps - 1, inner]),
-            Part::in_blocks("ssm", [inner, states], scan::BLOCK),
+            StateArray::new("conv", &[taps - 1, inner]),
+            StateArray::in_blocks("ssm", [inner, states], scan::BLOCK),
         ]
     }
 
@@ -96,10 +97,10 @@ impl Recurrent for Mamba {
     ) {
         let MambaShape { hidden, inner, states: size, rank, .. } = self.shape;
         let rows = x.rows();
-        let mut projected = workspace.take(rows * 2 * inner);
-        let mut u = workspace.take(rows * inner);
-        let mut selected = workspace.take(rows * (rank + 2 * size));
-        let mut steps = workspace.take(rows * inner);
+        let mut projected = workspace.acquire(rows * 2 * inner);
+        let mut u = workspace.acquire(rows * inner);
+        let mut selected = workspace.acquire(rows * (rank + 2 * size));
+        let mut steps = workspace.acquire(rows * inner);
 
         self.project_in.apply(Rows::new(x.x, hidden), &mut projected);
         let projected_rows = Rows::new(&projected, 2 * inner);
@@ -128,12 +129,12 @@ impl Recurrent for Mamba {
         self.project_out.apply(Rows::new(&u, inner), out);
 
         for buffer in [steps, selected, u, projected] {
-            workspace.give(buffer);
+            workspace.release(buffer);
         }
     }
 
     #[cfg(feature = "cuda")]
-    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+    fn on_device(&self, to: &crate::cuda::DeviceContext) -> Result<Box<dyn crate::cuda::Mixer>> {
         Ok(Box::new(crate::cuda::Mamba::new(self, to)?))
     }
 }

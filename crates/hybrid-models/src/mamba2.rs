@@ -6,9 +6,9 @@ use crate::checkpoint::Checkpoint;
 use crate::conv::Conv;
 use crate::linear::Linear;
 use crate::matrix::Rows;
-use crate::mixer::{Input, Part, Recurrent, Span};
+use crate::mixer::{Input, Recurrent, Span, StateArray};
 use crate::norm::rms_groups;
-use crate::simd::{TimesSilu, zip};
+use crate::simd::{MulSilu, zip};
 use crate::workspace::Workspace;
 use longctx_core::Result;
 pub use ssd::Ssd;
@@ -85,10 +85,10 @@ impl Mamba2 {
 }
 
 impl Recurrent for Mamba2 {
-    fn state(&self) -> Vec<Part> {
+    fn state(&self) -> Vec<StateArray> {
         let Mamba2Shape { heads, head_dim, states, taps, .. } = self.shape;
-        let conv = Part::new("conv", &[taps - 1, self.shape.convolved()]);
-        vec![conv, Part::new("ssm", &[heads, states, head_dim])]
+        let conv = StateArray::new("conv", &[taps - 1, self.shape.convolved()]);
+        vec![conv, StateArray::new("ssm", &[heads, states, head_dim])]
     }
 
     fn forward(
@@ -102,9 +102,9 @@ impl Recurrent for Mamba2 {
         let (inner, convolved) = (self.shape.inner(), self.shape.convolved());
         let rows = x.rows();
         let width = inner + convolved + heads;
-        let mut projected = workspace.take(rows * width);
-        let mut mixed = workspace.take(rows * convolved);
-        let mut y = workspace.take(rows * inner);
+        let mut projected = workspace.acquire(rows * width);
+        let mut mixed = workspace.acquire(rows * convolved);
+        let mut y = workspace.acquire(rows * inner);
 
         self.project_in.apply(Rows::new(x.x, hidden), &mut projected);
         let projected_rows = Rows::new(&projected, width);
@@ -119,18 +119,18 @@ impl Recurrent for Mamba2 {
             self.ssd.run(Rows::new(mixed, convolved), steps, tokens, ssm, y, workspace);
         }
         for (y, row) in y.chunks_exact_mut(inner).zip(0..) {
-            zip(TimesSilu, y, projected_rows.columns(0, inner).row(row));
+            zip(MulSilu, y, projected_rows.columns(0, inner).row(row));
         }
         rms_groups(&mut y, &self.norm, inner / groups, norm_eps);
         self.project_out.apply(Rows::new(&y, inner), out);
 
         for buffer in [y, mixed, projected] {
-            workspace.give(buffer);
+            workspace.release(buffer);
         }
     }
 
     #[cfg(feature = "cuda")]
-    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+    fn on_device(&self, to: &crate::cuda::DeviceContext) -> Result<Box<dyn crate::cuda::Mixer>> {
         Ok(Box::new(crate::cuda::Mamba2::new(self, to)?))
     }
 }

@@ -6,10 +6,10 @@
 
 use crate::checkpoint::Checkpoint;
 use crate::config::{ids, size};
-use crate::host::Host;
+use crate::host_model::HostModel;
 use crate::mamba::{Mamba, MambaShape};
 use crate::mamba2::{Mamba2, Mamba2Shape};
-use crate::mixer::{Mixer, Recurrent, Residual};
+use crate::mixer::{Mixer, Recurrent, ResidualBlock};
 use crate::norm::Norm;
 use longctx_core::{Error, Result};
 use serde::Deserialize;
@@ -129,14 +129,14 @@ pub fn is_mamba2(config: &Value) -> bool {
 }
 
 /// Builds a Mamba-1 model from its `config.json`.
-pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
+pub fn load(config: &Value, w: &Checkpoint) -> Result<HostModel> {
     let c = Config::parse(config)?;
     let shape = c.mamba()?;
     c.model("mamba", w, |name| Ok(Box::new(Mamba::load(w, name, shape)?)))
 }
 
 /// Builds a Mamba-2 model from its `config.json`.
-pub fn load2(config: &Value, w: &Checkpoint) -> Result<Host> {
+pub fn load2(config: &Value, w: &Checkpoint) -> Result<HostModel> {
     let mut c = Config::parse(config)?;
     if config.get("d_model").is_none() {
         // The defaults of `transformers`; the authors' defaults differ.
@@ -307,10 +307,10 @@ impl Config {
         family: &'static str,
         w: &Checkpoint,
         mixer: impl Fn(&str) -> Result<Box<dyn Recurrent>>,
-    ) -> Result<Host> {
+    ) -> Result<HostModel> {
         let hidden = self.hidden_size;
         let vocab = self.vocab_size.next_multiple_of(self.pad_vocab_size_multiple.max(1));
-        let embeddings = w.any_of(&[
+        let embeddings = w.first_of(&[
             "backbone.embeddings.weight",
             "backbone.embedding.weight",
             "model.backbone.embedding.weight",
@@ -320,9 +320,9 @@ impl Config {
             let eps = self.layer_norm_epsilon as f32;
             Ok(Norm::Rms { weight: w.tensor(&format!("{name}.weight"), &[hidden])?, eps })
         };
-        let residual = |layer: usize| -> Result<Residual> {
+        let residual = |layer: usize| -> Result<ResidualBlock> {
             let name = format!("{backbone}.layers.{layer}");
-            Ok(Residual {
+            Ok(ResidualBlock {
                 layer,
                 name: "mixer",
                 norm: norm(format!("{name}.norm"))?,
@@ -331,10 +331,10 @@ impl Config {
         };
         let heads = ["lm_head.weight", "model.lm_head.weight"];
         let head = match self.tie_word_embeddings {
-            Some(false) => Some(w.any_of(&heads)?),
+            Some(false) => Some(w.first_of(&heads)?),
             _ => heads.into_iter().find(|name| w.has(name)),
         };
-        Ok(Host {
+        Ok(HostModel {
             family,
             hidden,
             layers: self.num_hidden_layers,

@@ -4,7 +4,7 @@
 use std::fmt;
 
 use crate::simd::dot;
-use crate::split::{Units, split};
+use crate::split_columns::{UnitMatrix, split_columns};
 use candle_core::{DType, Tensor};
 use gemm::Parallelism;
 use half::{bf16, f16};
@@ -163,8 +163,8 @@ impl Matrix {
 
     fn apply_few(&self, x: Rows<'_>, rows: usize, y: &mut [f32], threads: bool) {
         let parallel = threads && self.out * self.inner * rows >= PARALLEL;
-        let y = [Units { data: y, per_unit: 1 }];
-        split(self.out, OUTPUTS, parallel, y, |outputs, [mut y]| {
+        let y = [UnitMatrix { data: y, per_unit: 1 }];
+        split_columns(self.out, OUTPUTS, parallel, y, |outputs, [mut y]| {
             let weights = outputs.start * self.inner..outputs.end * self.inner;
             for row in 0..rows {
                 let (x, y) = (x.row(row), y.row(row));

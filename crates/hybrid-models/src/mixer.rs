@@ -34,7 +34,7 @@ impl Input<'_> {
 
 /// One array of a mixer's state, for one sequence.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Part {
+pub struct StateArray {
     pub name: &'static str,
     pub shape: Vec<usize>,
     /// The initial value of its elements.
@@ -44,7 +44,7 @@ pub struct Part {
     pub block: Option<usize>,
 }
 
-impl Part {
+impl StateArray {
     pub fn new(name: &'static str, shape: &[usize]) -> Self {
         Self { name, shape: shape.to_vec(), start: 0.0, block: None }
     }
@@ -64,7 +64,7 @@ impl Part {
     }
 
     /// Appends a sequence's elements in the order of the host's memory.
-    pub fn lay_out(&self, numbers: &[f32], into: &mut Vec<f32>) {
+    pub fn append_host_layout(&self, numbers: &[f32], into: &mut Vec<f32>) {
         match self.block {
             Some(block) => into.extend(transposed(numbers, block, self.shape[1])),
             None => into.extend(numbers),
@@ -72,9 +72,9 @@ impl Part {
     }
 
     /// Appends a sequence's elements, given in the order of the host's memory, row by row.
-    pub fn read(&self, laid_out: &[f32], into: &mut Vec<f32>) {
-        let Some(block) = self.block else { return into.extend(laid_out) };
-        for block in laid_out.chunks(block * self.shape[1]) {
+    pub fn read_host_layout(&self, host_layout: &[f32], into: &mut Vec<f32>) {
+        let Some(block) = self.block else { return into.extend(host_layout) };
+        for block in host_layout.chunks(block * self.shape[1]) {
             let rows = block.len() / self.shape[1];
             into.extend(transposed(block, self.shape[1], rows));
         }
@@ -92,11 +92,11 @@ pub fn transposed(x: &[f32], block: usize, columns: usize) -> impl Iterator<Item
 /// A mixer with a state of fixed size. A feed-forward layer has an empty state.
 pub trait Recurrent: Debug + Send + Sync {
     /// Returns the arrays of the state, in order.
-    fn state(&self) -> Vec<Part>;
+    fn state(&self) -> Vec<StateArray>;
 
     /// Returns the number of elements of a sequence's state.
     fn state_size(&self) -> usize {
-        self.state().iter().map(Part::size).sum()
+        self.state().iter().map(StateArray::size).sum()
     }
 
     /// Reads `x` and the sequences' states, updates each state to that after its sequence's last
@@ -111,12 +111,12 @@ pub trait Recurrent: Debug + Send + Sync {
 
     /// Returns the same mixer with its weights on a device, with the same arrays of state.
     #[cfg(feature = "cuda")]
-    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>>;
+    fn on_device(&self, to: &crate::cuda::DeviceContext) -> Result<Box<dyn crate::cuda::Mixer>>;
 }
 
 /// A residual layer `x + mixer(norm(x))`.
 #[derive(Debug)]
-pub struct Residual {
+pub struct ResidualBlock {
     /// Index of the model's layer that it belongs to.
     pub layer: usize,
     /// Its name in that layer, for saved states.

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::host::Host;
-use crate::outline::Outline;
+use crate::host_model::HostModel;
+use crate::model_spec::ModelSpec;
 use crate::session::Session;
 use candle_core::Device;
 use longctx_core::{Error, KvCache, LayerSpec, Result};
@@ -11,22 +11,22 @@ use longctx_core::{Error, KvCache, LayerSpec, Result};
 /// The weights of a model, shared by all its sessions.
 #[derive(Debug, Clone)]
 pub struct Model {
-    pub(crate) outline: Arc<Outline>,
+    pub(crate) spec: Arc<ModelSpec>,
     pub(crate) weights: Weights,
 }
 
 /// The weights on the host or on a device.
 #[derive(Debug, Clone)]
 pub(crate) enum Weights {
-    Host(Arc<Host>),
+    Host(Arc<HostModel>),
     #[cfg(feature = "cuda")]
     Cuda(Arc<crate::cuda::OnDevice>),
 }
 
 impl Model {
     /// Moves weights to the device of the computation.
-    pub(crate) fn new(host: Host, device: &Device) -> Result<Self> {
-        let outline = Arc::new(host.outline());
+    pub(crate) fn new(host: HostModel, device: &Device) -> Result<Self> {
+        let spec = Arc::new(host.spec());
         let weights = match device {
             Device::Cpu => Weights::Host(Arc::new(host)),
             #[cfg(feature = "cuda")]
@@ -40,38 +40,38 @@ impl Model {
                 return Err(Error::Unsupported(format!("recurrent models on {place}{feature}")));
             }
         };
-        Ok(Self { outline, weights })
+        Ok(Self { spec, weights })
     }
 
     /// Returns the name of the model family: "mamba", "mamba2", "recurrent_gemma", "rwkv4" to
     /// "rwkv7", "hybrid".
     pub fn family(&self) -> &str {
-        self.outline.family
+        self.spec.family
     }
 
     /// Returns the hidden size.
     pub fn hidden_size(&self) -> usize {
-        self.outline.hidden
+        self.spec.hidden
     }
 
     /// Returns the number of layers.
     pub fn layers(&self) -> usize {
-        self.outline.layers
+        self.spec.layers
     }
 
     /// Returns the size of the vocabulary.
     pub fn vocab_size(&self) -> usize {
-        self.outline.vocab
+        self.spec.vocab
     }
 
     /// Returns the end-of-text tokens that the checkpoint names.
     pub fn eos(&self) -> &[u32] {
-        &self.outline.eos
+        &self.spec.eos
     }
 
     /// Returns whether there are attention layers, which use caches.
     pub fn has_attention(&self) -> bool {
-        self.outline.caches().next().is_some()
+        self.spec.caches().next().is_some()
     }
 
     /// Returns the device of the computation.
@@ -102,7 +102,7 @@ impl Model {
             }
             Ok(Box::new(cache))
         };
-        let caches = self.outline.caches().map(cache).collect::<Result<_>>()?;
+        let caches = self.spec.caches().map(cache).collect::<Result<_>>()?;
         Ok(Session::new(self.clone(), caches))
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use crate::checkpoint::{Checkpoint, LoadOptions};
-use crate::host::Host;
+use crate::host_model::HostModel;
 use crate::mamba_lm;
 use crate::model::Model;
 use crate::tokenizer::Tokenizer;
@@ -101,13 +101,13 @@ fn parse(config: &str) -> serde_json::Result<Value> {
     serde_json::from_str(&parts.join("\""))
 }
 
-fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
+fn load(config: &Value, w: &Checkpoint) -> Result<HostModel> {
     let host = read(config, w)?;
-    w.account()?;
+    w.check_all_read()?;
     Ok(host)
 }
 
-fn read(config: &Value, w: &Checkpoint) -> Result<Host> {
+fn read(config: &Value, w: &Checkpoint) -> Result<HostModel> {
     match config["model_type"].as_str() {
         Some("mamba") => mamba_lm::load(config, w),
         Some("mamba2") => mamba_lm::load2(config, w),

@@ -7,8 +7,8 @@ use crate::attention::Attention;
 use crate::checkpoint::Checkpoint;
 use crate::config::{ids, size};
 use crate::gated_mlp::{Gate, GatedMlp};
-use crate::host::Host;
-use crate::mixer::{Mixer, Residual};
+use crate::host_model::HostModel;
+use crate::mixer::{Mixer, ResidualBlock};
 use crate::norm::Norm;
 use crate::rg_lru::{RgLru, RgLruShape};
 use half::bf16;
@@ -69,7 +69,7 @@ fn default_eps() -> f32 {
 }
 
 /// Builds the model from its `config.json`.
-pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
+pub fn load(config: &Value, w: &Checkpoint) -> Result<HostModel> {
     let c = Config::deserialize(config)
         .map_err(|e| Error::setting("config.json", "the fields of a RecurrentGemma model", e))?;
     c.check()?;
@@ -92,10 +92,15 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
             false => Mixer::Recurrent(Box::new(RgLru::load(w, &block, c.rg_lru())?)),
         };
         let norm_name = format!("{name}.temporal_pre_norm");
-        residuals.push(Residual { layer, name: "temporal_block", norm: norm(&norm_name)?, mixer });
+        residuals.push(ResidualBlock {
+            layer,
+            name: "temporal_block",
+            norm: norm(&norm_name)?,
+            mixer,
+        });
         let (mlp, inner) = (format!("{name}.mlp_block"), c.intermediate_size / 2);
         let mlp = GatedMlp::load(w, &mlp, hidden, inner, Gate::Gelu, true)?;
-        residuals.push(Residual {
+        residuals.push(ResidualBlock {
             layer,
             name: "mlp_block",
             norm: norm(&format!("{name}.channel_pre_norm"))?,
@@ -103,7 +108,7 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
         });
     }
     let head = "lm_head.weight";
-    Ok(Host {
+    Ok(HostModel {
         family: "recurrent_gemma",
         hidden,
         layers: c.num_hidden_layers,

@@ -8,9 +8,9 @@ use crate::checkpoint::Checkpoint;
 use crate::conv::Conv;
 use crate::linear::Linear;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Part, Recurrent, Span};
-use crate::simd::{Softplus, TimesGelu, exp, map, sigmoid, zip};
-use crate::split::{Columns, Units, split};
+use crate::mixer::{Input, Recurrent, Span, StateArray};
+use crate::simd::{MulGelu, Softplus, exp, map, sigmoid, zip};
+use crate::split_columns::{Columns, UnitMatrix, split_columns};
 use crate::workspace::Workspace;
 use candle_core::{Device, Tensor};
 use longctx_core::Result;
@@ -66,14 +66,14 @@ impl RgLru {
             let transposed =
                 both.map(|gate| Ok(Tensor::from_slice(gate, (block, block), &Device::Cpu)?.t()?));
             let transposed = transposed.into_iter().collect::<Result<Vec<_>>>()?;
-            w.in_format(&Tensor::cat(&transposed, 0)?)
+            w.in_dtype(&Tensor::cat(&transposed, 0)?)
         };
         let mut decay = w.tensor(&part("rg_lru.recurrent_param"), &[width])?;
         map(Softplus, &mut decay);
         decay.iter_mut().for_each(|x| *x *= -8.0);
         Ok(Self {
             shape,
-            project_in: Linear::joined(
+            project_in: Linear::concat(
                 w,
                 &[part("linear_y"), part("linear_x")],
                 width,
@@ -91,10 +91,10 @@ impl RgLru {
 }
 
 impl Recurrent for RgLru {
-    fn state(&self) -> Vec<Part> {
+    fn state(&self) -> Vec<StateArray> {
         let RgLruShape { width, taps, .. } = self.shape;
-        let conv = Part::new("conv", &[taps - 1, width]);
-        vec![conv, Part::new("lru", &[width])]
+        let conv = StateArray::new("conv", &[taps - 1, width]);
+        vec![conv, StateArray::new("lru", &[width])]
     }
 
     fn forward(
@@ -106,11 +106,11 @@ impl Recurrent for RgLru {
     ) {
         let RgLruShape { hidden, width, blocks, .. } = self.shape;
         let rows = x.rows();
-        let mut projected = workspace.take(rows * 2 * width);
-        let mut u = workspace.take(rows * width);
+        let mut projected = workspace.acquire(rows * 2 * width);
+        let mut u = workspace.acquire(rows * width);
         let longest = x.spans.iter().map(|span| span.tokens).max().unwrap_or(0);
-        let mut gates = workspace.take(longest * 2 * width);
-        let mut y = workspace.take(rows * width);
+        let mut gates = workspace.acquire(longest * 2 * width);
+        let mut y = workspace.acquire(rows * width);
 
         self.project_in.apply(Rows::new(x.x, hidden), &mut projected);
         let projected_rows = Rows::new(&projected, 2 * width);
@@ -124,12 +124,12 @@ impl Recurrent for RgLru {
             let u = Rows::new(u, width);
             let block = width / blocks;
             let matrices = [
-                Units { data: &mut *y, per_unit: block },
-                Units { data: lru, per_unit: block },
-                Units { data: &mut gates[..tokens * 2 * width], per_unit: tokens * 2 * block },
+                UnitMatrix { data: &mut *y, per_unit: block },
+                UnitMatrix { data: lru, per_unit: block },
+                UnitMatrix { data: &mut gates[..tokens * 2 * width], per_unit: tokens * 2 * block },
             ];
             let first = span.position == 0;
-            split(
+            split_columns(
                 blocks,
                 1,
                 tokens * width >= PARALLEL,
@@ -157,17 +157,17 @@ impl Recurrent for RgLru {
             );
         }
         for (row, y) in y.chunks_exact_mut(width).enumerate() {
-            zip(TimesGelu, y, projected_rows.columns(0, width).row(row));
+            zip(MulGelu, y, projected_rows.columns(0, width).row(row));
         }
         self.project_out.apply(Rows::new(&y, width), out);
 
         for buffer in [y, gates, u, projected] {
-            workspace.give(buffer);
+            workspace.release(buffer);
         }
     }
 
     #[cfg(feature = "cuda")]
-    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+    fn on_device(&self, to: &crate::cuda::DeviceContext) -> Result<Box<dyn crate::cuda::Mixer>> {
         Ok(Box::new(crate::cuda::RgLru::new(self, to)?))
     }
 }

@@ -22,8 +22,8 @@ pub use {
 };
 
 use crate::checkpoint::Checkpoint;
-use crate::host::Host;
-use crate::mixer::{Mixer, Recurrent, Residual};
+use crate::host_model::HostModel;
+use crate::mixer::{Mixer, Recurrent, ResidualBlock};
 use crate::norm::Norm;
 use longctx_core::{Error, Result};
 use serde_json::Value;
@@ -47,7 +47,7 @@ pub struct Names {
 
 impl Names {
     fn of(w: &Checkpoint) -> Result<Self> {
-        let embeddings = w.any_of(&["emb.weight", "rwkv.embeddings.weight"])?;
+        let embeddings = w.first_of(&["emb.weight", "rwkv.embeddings.weight"])?;
         Ok(Self { transformers: embeddings.starts_with("rwkv.") })
     }
 
@@ -121,7 +121,7 @@ pub fn is_rwkv(w: &Checkpoint) -> bool {
 
 /// Builds the model. `config.json`, if it exists, sets the epsilon of the norms and the rescaling
 /// of `transformers`.
-pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
+pub fn load(config: &Value, w: &Checkpoint) -> Result<HostModel> {
     let names = Names::of(w)?;
     let version = version(w, &names)?;
     let embeddings = names.top("emb.weight");
@@ -163,10 +163,10 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
         let mixers = [("ln1", "time_mix", time_mix), ("ln2", "channel_mix", Box::new(channel_mix))];
         for (norm_name, name, mixer) in mixers {
             let norm = norm(names.block(layer, norm_name), eps_at(eps, layer))?;
-            residuals.push(Residual { layer, name, norm, mixer: Mixer::Recurrent(mixer) });
+            residuals.push(ResidualBlock { layer, name, norm, mixer: Mixer::Recurrent(mixer) });
         }
     }
-    Ok(Host {
+    Ok(HostModel {
         family: ["rwkv4", "rwkv5", "rwkv6", "rwkv7"][version - 4],
         hidden,
         layers,

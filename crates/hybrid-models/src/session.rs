@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::host::{Entry, Host};
-use crate::memory::{Memories, Memory};
+use crate::host_model::{HostModel, SequenceCall};
 use crate::model::{Model, Weights};
+use crate::recurrent_state::{RecurrentState, SequenceStates};
 use crate::state::State;
 use crate::workspace::Workspace;
 use candle_core::{Device, Tensor};
@@ -29,7 +29,7 @@ use longctx_core::{Batch, CausalLm, Error, Footprint, KvCache, Logits, Result, S
 ///   sequences of the call are poisoned: calls return [`Error::Poisoned`] until they are removed.
 pub struct Session {
     model: Model,
-    memories: Memories,
+    states: SequenceStates,
     /// The caches of the attention layers.
     caches: Vec<Box<dyn KvCache>>,
     sequences: BTreeMap<SeqId, Sequence>,
@@ -47,10 +47,10 @@ struct Snapshots {
 impl Snapshots {
     /// Returns the positions, in increasing order, at which a sequence's next tokens leave
     /// snapshots.
-    fn of(self, seen: usize, tokens: usize) -> Vec<usize> {
-        let marks = seen / self.every + 1..=(seen + tokens) / self.every;
-        let first = marks.clone().count().saturating_sub(self.keep);
-        marks.skip(first).map(|mark| mark * self.every).collect()
+    fn positions(self, seen: usize, tokens: usize) -> Vec<usize> {
+        let positions = seen / self.every + 1..=(seen + tokens) / self.every;
+        let first = positions.clone().count().saturating_sub(self.keep);
+        positions.skip(first).map(|position| position * self.every).collect()
     }
 }
 
@@ -58,16 +58,16 @@ impl Snapshots {
 struct Sequence {
     seen: usize,
     /// The newest copies of its state with their positions, in increasing order.
-    snapshots: Vec<(usize, Arc<Memory>)>,
+    snapshots: Vec<(usize, Arc<RecurrentState>)>,
     /// The error after which it cannot continue.
     poisoned: Option<String>,
 }
 
 impl Session {
     pub(crate) fn new(model: Model, caches: Vec<Box<dyn KvCache>>) -> Self {
-        let memories = Memories::new(model.device());
+        let states = SequenceStates::new(model.device());
         let (sequences, workspace) = (BTreeMap::new(), Workspace::default());
-        Self { model, memories, caches, sequences, snapshots: None, workspace }
+        Self { model, states, caches, sequences, snapshots: None, workspace }
     }
 
     /// Copies each sequence's state after every `every` tokens and keeps the newest `keep` copies
@@ -107,8 +107,8 @@ impl Session {
     /// caches are the caller's.
     pub fn state(&self, seq: SeqId) -> Result<State> {
         self.refuse_attention()?;
-        let seen = self.sound(seq)?.seen;
-        self.memories.copy(seq)?.save(&self.model.outline, seen)
+        let seen = self.checked(seq)?.seen;
+        self.states.copy(seq)?.save(&self.model.spec, seen)
     }
 
     /// Sets the state of a sequence to one from a session on the same model. It replaces the state
@@ -120,8 +120,8 @@ impl Session {
     pub fn restore(&mut self, seq: SeqId, state: &State) -> Result<()> {
         self.refuse_attention()?;
         state.check_family(self.model.family())?;
-        let memory = Memory::load(state, &self.model.outline, self.model.device())?;
-        self.memories.put(seq, &memory)?;
+        let loaded = RecurrentState::load(state, &self.model.spec, self.model.device())?;
+        self.states.set(seq, &loaded)?;
         self.sequences.insert(seq, Sequence { seen: state.seen(), ..Default::default() });
         Ok(())
     }
@@ -134,7 +134,7 @@ impl Session {
     }
 
     /// Returns a known sequence that is not poisoned.
-    fn sound(&self, seq: SeqId) -> Result<&Sequence> {
+    fn checked(&self, seq: SeqId) -> Result<&Sequence> {
         let sequence = self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))?;
         match &sequence.poisoned {
             None => Ok(sequence),
@@ -152,24 +152,25 @@ impl Session {
             return Err(Error::mismatch(what, format!("an id below {vocab}"), ids[at]));
         }
         let known = batch.seqs().iter().filter(|seq| self.sequences.contains_key(seq));
-        known.copied().try_for_each(|seq| self.sound(seq).map(drop))
+        known.copied().try_for_each(|seq| self.checked(seq).map(drop))
     }
 
     /// Returns a copy of a sequence's state, or the initial state.
-    fn memory(&self, seq: SeqId) -> Result<Memory> {
+    fn recurrent_state(&self, seq: SeqId) -> Result<RecurrentState> {
         match self.sequences.contains_key(&seq) {
-            true => self.memories.copy(seq),
-            false => Memory::start(&self.model.outline, self.model.device()),
+            true => self.states.copy(seq),
+            false => RecurrentState::start(&self.model.spec, self.model.device()),
         }
     }
 
     /// Returns the positions at which the sequence's next tokens leave snapshots.
-    fn marks(&self, seq: SeqId, tokens: usize) -> Vec<usize> {
-        self.snapshots.map_or_else(Vec::new, |snapshots| snapshots.of(self.seen(seq), tokens))
+    fn snapshot_positions(&self, seq: SeqId, tokens: usize) -> Vec<usize> {
+        self.snapshots
+            .map_or_else(Vec::new, |snapshots| snapshots.positions(self.seen(seq), tokens))
     }
 
     /// Counts a sequence's tokens as seen, and stores their snapshots.
-    fn advance(&mut self, seq: SeqId, tokens: usize, new: Vec<(usize, Memory)>) {
+    fn advance(&mut self, seq: SeqId, tokens: usize, new: Vec<(usize, RecurrentState)>) {
         let sequence = self.sequences.entry(seq).or_default();
         sequence.seen += tokens;
         sequence.snapshots.extend(new.into_iter().map(|(seen, copy)| (seen, Arc::new(copy))));
@@ -180,24 +181,25 @@ impl Session {
 
     fn forward_on_host(
         &mut self,
-        model: &Host,
+        model: &HostModel,
         batch: &Batch,
         ids: &[u32],
         logits: Logits,
     ) -> Result<Tensor> {
-        let entry = |(seq, rows): (SeqId, Range<usize>)| -> Result<Entry> {
-            let marks = self.marks(seq, rows.len()).into_iter();
-            let snapshots = marks.map(|mark| (mark, Vec::new())).collect();
-            let state = self.memory(seq)?.into_host();
-            Ok(Entry { position: self.seen(seq), rows, state, snapshots })
+        let call = |(seq, rows): (SeqId, Range<usize>)| -> Result<SequenceCall> {
+            let positions = self.snapshot_positions(seq, rows.len()).into_iter();
+            let snapshots = positions.map(|position| (position, Vec::new())).collect();
+            let state = self.recurrent_state(seq)?.into_host();
+            Ok(SequenceCall { position: self.seen(seq), rows, state, snapshots })
         };
-        let mut entries = batch.iter().map(entry).collect::<Result<Vec<_>>>()?;
+        let mut calls = batch.iter().map(call).collect::<Result<Vec<_>>>()?;
         let (caches, workspace) = (&mut self.caches, &mut self.workspace);
-        let numbers = model.forward(batch, ids, logits, &mut entries, caches, workspace)?;
-        for (&seq, Entry { rows, state, snapshots, .. }) in batch.seqs().iter().zip(entries) {
-            let snapshots = snapshots.into_iter().map(|(at, copy)| (at, Memory::Host(copy)));
+        let numbers = model.forward(batch, ids, logits, &mut calls, caches, workspace)?;
+        for (&seq, SequenceCall { rows, state, snapshots, .. }) in batch.seqs().iter().zip(calls) {
+            let snapshots =
+                snapshots.into_iter().map(|(at, copy)| (at, RecurrentState::Host(copy)));
             self.advance(seq, rows.len(), snapshots.collect());
-            self.memories.replace(seq, state);
+            self.states.replace(seq, state);
         }
         let vocab = self.vocab_size();
         Ok(Tensor::from_vec(numbers, ((), vocab), &Device::Cpu)?)
@@ -207,13 +209,13 @@ impl Session {
     fn roll_back(&mut self, batch: &Batch, error: &Error) {
         for &seq in batch.seqs() {
             let Some(sequence) = self.sequences.get_mut(&seq) else {
-                self.memories.remove(seq);
+                self.states.remove(seq);
                 remove(&mut self.caches, seq);
                 continue;
             };
             if !self.model.device().is_cpu() {
                 sequence.poisoned = Some(error.to_string());
-            } else if let Err(why) = go_back(&mut self.caches, seq, sequence.seen) {
+            } else if let Err(why) = truncate_caches(&mut self.caches, seq, sequence.seen) {
                 sequence.poisoned = Some(format!("{error}; a layer can't go back: {why}"));
             }
         }
@@ -222,7 +224,7 @@ impl Session {
 
 /// Truncates the caches that have advanced to a sequence's first `len` tokens, or none of them if
 /// one cannot.
-fn go_back(caches: &mut [Box<dyn KvCache>], seq: SeqId, len: usize) -> Result<()> {
+fn truncate_caches(caches: &mut [Box<dyn KvCache>], seq: SeqId, len: usize) -> Result<()> {
     let mut advanced: Vec<_> = caches.iter_mut().filter(|cache| cache.seen(seq) != len).collect();
     advanced.iter().try_for_each(|cache| cache.check_truncate(seq, len))?;
     advanced.iter_mut().try_for_each(|cache| cache.truncate(seq, len))
@@ -249,19 +251,19 @@ impl CausalLm for Session {
     }
 
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
-        let sequence = self.sound(from)?.clone();
+        let sequence = self.checked(from)?.clone();
         if self.sequences.contains_key(&to) {
             let what = format!("sequence {to} to fork into");
             return Err(Error::mismatch(what, "one that is not known", "one that is"));
         }
-        let memory = self.memories.copy(from)?;
+        let state = self.states.copy(from)?;
         for done in 0..self.caches.len() {
             if let Err(error) = self.caches[done].fork(from, to) {
                 remove(&mut self.caches[..done], to);
                 return Err(error);
             }
         }
-        if let Err(error) = self.memories.put(to, &memory) {
+        if let Err(error) = self.states.set(to, &state) {
             remove(&mut self.caches, to);
             return Err(error);
         }
@@ -270,14 +272,14 @@ impl CausalLm for Session {
     }
 
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        let sequence = self.sound(seq)?;
+        let sequence = self.checked(seq)?;
         if len > sequence.seen {
             let what = format!("tokens of sequence {seq} to keep");
             return Err(Error::mismatch(what, format!("at most {}", sequence.seen), len));
         }
         let known = len == sequence.seen
             || len == 0
-            || self.model.outline.state_size() == 0
+            || self.model.spec.state_size() == 0
             || sequence.snapshots.iter().any(|&(at, _)| at == len);
         if !known {
             let what = "a recurrent state goes back to its snapshots alone, and sequence";
@@ -288,18 +290,18 @@ impl CausalLm for Session {
 
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
-        let sequence = self.sound(seq)?;
+        let sequence = self.checked(seq)?;
         if len == sequence.seen {
             return Ok(());
         }
         let kept = sequence.snapshots.iter().find(|&&(at, _)| at == len);
-        let memory = match kept {
+        let state = match kept {
             Some((_, copy)) => copy.clone(),
-            None => Arc::new(Memory::start(&self.model.outline, self.model.device())?),
+            None => Arc::new(RecurrentState::start(&self.model.spec, self.model.device())?),
         };
         let caches = self.caches.iter_mut();
         let done = caches.map(|cache| cache.truncate(seq, len)).collect::<Result<Vec<()>>>();
-        let done = done.and_then(|_| self.memories.put(seq, &memory));
+        let done = done.and_then(|_| self.states.set(seq, &state));
         let sequence = self.sequences.entry(seq).or_default();
         match &done {
             Ok(()) => {
@@ -313,7 +315,7 @@ impl CausalLm for Session {
 
     fn remove(&mut self, seq: SeqId) -> bool {
         remove(&mut self.caches, seq);
-        self.memories.remove(seq);
+        self.states.remove(seq);
         self.sequences.remove(&seq).is_some()
     }
 
@@ -341,7 +343,7 @@ impl CausalLm for Session {
 
     fn clear(&mut self) {
         self.caches.iter_mut().for_each(|cache| cache.clear());
-        self.memories.clear();
+        self.states.clear();
         self.sequences.clear();
     }
 
@@ -368,7 +370,7 @@ impl Session {
     fn states_footprint(&self, seq: SeqId) -> Footprint {
         let Some(sequence) = self.sequences.get(&seq) else { return Footprint::default() };
         let copies = 1 + sequence.snapshots.len();
-        let payload = copies * self.model.outline.state_size() * size_of::<f32>();
+        let payload = copies * self.model.spec.state_size() * size_of::<f32>();
         Footprint { payload, ..Default::default() }
     }
 }

@@ -63,12 +63,12 @@ pub fn softplus<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
 }
 
 /// A function of one number.
-pub trait Map: Copy + Send + Sync {
+pub trait UnaryFn: Copy + Send + Sync {
     fn at<S: Simd>(self, simd: S, x: S::f32s) -> S::f32s;
 }
 
 /// A function of two numbers.
-pub trait Zip: Copy + Send + Sync {
+pub trait BinaryFn: Copy + Send + Sync {
     fn at<S: Simd>(self, simd: S, a: S::f32s, b: S::f32s) -> S::f32s;
 }
 
@@ -90,32 +90,32 @@ macro_rules! functions {
 
 functions! {
     /// e^x.
-    Exp: Map |simd, x| exp(simd, x);
+    Exp: UnaryFn |simd, x| exp(simd, x);
     /// tanh x = 2 / (1 + e^-2x) − 1.
-    Tanh: Map |simd, x| {
+    Tanh: UnaryFn |simd, x| {
         let gate = sigmoid(simd, simd.add_f32s(x, x));
         simd.mul_add_f32s(gate, simd.splat_f32s(2.0), simd.splat_f32s(-1.0))
     };
     /// ln(1 + e^x).
-    Softplus: Map |simd, x| softplus(simd, x);
+    Softplus: UnaryFn |simd, x| softplus(simd, x);
     /// 1 / (1 + e^-x).
-    Sigmoid: Map |simd, x| sigmoid(simd, x);
+    Sigmoid: UnaryFn |simd, x| sigmoid(simd, x);
     /// max(x, 0)².
-    SquaredRelu: Map |simd, x| {
+    SquaredRelu: UnaryFn |simd, x| {
         let x = simd.max_f32s(x, simd.splat_f32s(0.0));
         simd.mul_f32s(x, x)
     };
     /// a + b.
-    Add: Zip |simd, a, b| simd.add_f32s(a, b);
+    Add: BinaryFn |simd, a, b| simd.add_f32s(a, b);
     /// a b.
-    Times: Zip |simd, a, b| simd.mul_f32s(a, b);
+    Mul: BinaryFn |simd, a, b| simd.mul_f32s(a, b);
     /// a / (1 + e^-b).
-    TimesSigmoid: Zip |simd, a, b| simd.mul_f32s(a, sigmoid(simd, b));
+    MulSigmoid: BinaryFn |simd, a, b| simd.mul_f32s(a, sigmoid(simd, b));
     /// a silu(b).
-    TimesSilu: Zip |simd, a, b| simd.mul_f32s(a, silu(simd, b));
+    MulSilu: BinaryFn |simd, a, b| simd.mul_f32s(a, silu(simd, b));
     /// a gelu(b), in the tanh approximation, written as a sigmoid: (1 + tanh y) / 2 = 1 / (1 +
     /// e^-2y).
-    TimesGelu: Zip |simd, a, b| {
+    MulGelu: BinaryFn |simd, a, b| {
         let cubic = simd.mul_f32s(simd.mul_f32s(b, b), simd.splat_f32s(0.044715));
         let inner = simd.mul_add_f32s(cubic, b, b);
         let y = simd.mul_f32s(inner, simd.splat_f32s(1.595_769));
@@ -127,7 +127,7 @@ functions! {
 #[derive(Clone, Copy)]
 pub struct SoftCap(pub f32);
 
-impl Map for SoftCap {
+impl UnaryFn for SoftCap {
     #[inline(always)]
     fn at<S: Simd>(self, simd: S, x: S::f32s) -> S::f32s {
         let gate = sigmoid(simd, simd.mul_f32s(x, simd.splat_f32s(2.0 / self.0)));
@@ -136,7 +136,7 @@ impl Map for SoftCap {
 }
 
 /// Computes `x[i] = f(x[i])`.
-pub fn map(f: impl Map, x: &mut [f32]) {
+pub fn map(f: impl UnaryFn, x: &mut [f32]) {
     let run = |x: &mut [f32]| Arch::new().dispatch(MapAll { f, x });
     match x.len() > PARALLEL {
         true => x.par_chunks_mut(PARALLEL / 2).for_each(run),
@@ -145,7 +145,7 @@ pub fn map(f: impl Map, x: &mut [f32]) {
 }
 
 /// Computes `a[i] = f(a[i], b[i])`.
-pub fn zip(f: impl Zip, a: &mut [f32], b: &[f32]) {
+pub fn zip(f: impl BinaryFn, a: &mut [f32], b: &[f32]) {
     assert_eq!(a.len(), b.len(), "two slices of one length");
     let run = |a: &mut [f32], b: &[f32]| Arch::new().dispatch(ZipAll { f, a, b });
     match a.len() > PARALLEL {
@@ -162,7 +162,7 @@ struct MapAll<'a, F> {
     x: &'a mut [f32],
 }
 
-impl<F: Map> WithSimd for MapAll<'_, F> {
+impl<F: UnaryFn> WithSimd for MapAll<'_, F> {
     type Output = ();
 
     #[inline(always)]
@@ -183,7 +183,7 @@ struct ZipAll<'a, F> {
     b: &'a [f32],
 }
 
-impl<F: Zip> WithSimd for ZipAll<'_, F> {
+impl<F: BinaryFn> WithSimd for ZipAll<'_, F> {
     type Output = ();
 
     #[inline(always)]
@@ -228,7 +228,7 @@ mod tests {
     }
 
     /// Checks a function on full vectors and on the remainder.
-    fn check(f: impl Map, want: impl Fn(f64) -> f64, tolerance: f64) {
+    fn check(f: impl UnaryFn, want: impl Fn(f64) -> f64, tolerance: f64) {
         for len in [6000, 5] {
             let x = &grid()[..len];
             let mut got = x.to_vec();
@@ -262,14 +262,14 @@ mod tests {
     fn gates_equal_the_textbook() {
         let b = grid();
         let mut a = vec![2.0; b.len()];
-        zip(TimesGelu, &mut a, &b);
+        zip(MulGelu, &mut a, &b);
         for (&got, &b) in a.iter().zip(&b) {
             let b = f64::from(b);
             let y = (2.0 / std::f64::consts::PI).sqrt() * (b + 0.044715 * b.powi(3));
             assert!((f64::from(got) - b * (1.0 + y.tanh())).abs() < 1e-4);
         }
         let mut a = vec![2.0; b.len()];
-        zip(TimesSilu, &mut a, &b);
+        zip(MulSilu, &mut a, &b);
         for (&got, &b) in a.iter().zip(&b) {
             let b = f64::from(b);
             assert!((f64::from(got) - 2.0 * b / (1.0 + (-b).exp())).abs() < 1e-4);

@@ -9,11 +9,11 @@ use crate::attention::Attention;
 use crate::checkpoint::Checkpoint;
 use crate::config::ids;
 use crate::gated_mlp::GatedMlp;
-use crate::host::Host;
+use crate::host_model::HostModel;
 use crate::mamba::Mamba;
 use crate::mamba_lm;
 use crate::mamba2::Mamba2;
-use crate::mixer::{Mixer, Recurrent, Residual};
+use crate::mixer::{Mixer, Recurrent, ResidualBlock};
 use crate::norm::Norm;
 use crate::rg_lru::RgLru;
 use crate::rwkv::{channel_mix_of_v5, time_mix_of_v5};
@@ -23,7 +23,7 @@ use serde_json::Value;
 use settings::{Block, Config, NormKind};
 
 /// Builds a stack from its `config.json`.
-pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
+pub fn load(config: &Value, w: &Checkpoint) -> Result<HostModel> {
     let c = Config::deserialize(config)
         .map_err(|e| Error::setting("config.json", "the fields of a hybrid stack", e))?;
     c.check()?;
@@ -37,7 +37,7 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
                 return Err(Error::setting("layers", "one block of a kind per layer", got));
             }
             let name = format!("layers.{layer}.{}", block.name());
-            residuals.push(Residual {
+            residuals.push(ResidualBlock {
                 layer,
                 name: block.name(),
                 norm: norm(&format!("{name}_norm"))?,
@@ -46,7 +46,7 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<Host> {
         }
     }
     let optional = |name: &str| w.has(&format!("{name}.weight"));
-    Ok(Host {
+    Ok(HostModel {
         family: "hybrid",
         hidden,
         layers: c.layers.len(),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::path::Path;
 
-use crate::mixer::Part;
+use crate::mixer::StateArray;
 use crc32fast::Hasher;
 use longctx_core::{Error, Footprint, Result};
 use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
@@ -35,12 +35,12 @@ impl State {
     }
 
     /// Adds one array of a residual layer.
-    pub(crate) fn insert(&mut self, block: &str, part: &Part, numbers: Vec<f32>) {
+    pub(crate) fn insert(&mut self, block: &str, part: &StateArray, numbers: Vec<f32>) {
         self.arrays.insert(format!("{block}.{}", part.name), (part.shape.clone(), numbers));
     }
 
     /// Returns one array of a residual layer.
-    pub(crate) fn array(&self, block: &str, part: &Part) -> Result<&[f32]> {
+    pub(crate) fn array(&self, block: &str, part: &StateArray) -> Result<&[f32]> {
         let name = format!("{block}.{}", part.name);
         let mismatch = |got: String| {
             let expected = format!("{:?}", part.shape);
@@ -195,8 +195,8 @@ mod tests {
     fn state() -> State {
         let mut state = State::new("mamba", 77);
         let numbers = |count: usize| (0..count).map(|i| i as f32 * 0.37 - 1.0).collect();
-        state.insert("layers.0.mixer", &Part::new("conv", &[3]), numbers(3));
-        state.insert("layers.1.mixer", &Part::new("ssm", &[2, 2]), numbers(4));
+        state.insert("layers.0.mixer", &StateArray::new("conv", &[3]), numbers(3));
+        state.insert("layers.1.mixer", &StateArray::new("ssm", &[2, 2]), numbers(4));
         state
     }
 

@@ -10,7 +10,7 @@ pub struct Workspace {
 
 impl Workspace {
     /// Returns a buffer of `len` numbers with undefined contents.
-    pub fn take(&mut self, len: usize) -> Vec<f32> {
+    pub fn acquire(&mut self, len: usize) -> Vec<f32> {
         let mut buffer = self.free.pop().unwrap_or_default();
         buffer.resize(len, 0.0);
         buffer
@@ -18,7 +18,7 @@ impl Workspace {
 
     /// Returns a buffer to the pool. If layers return buffers in reverse order, the next pass finds
     /// buffers of the right size.
-    pub fn give(&mut self, buffer: Vec<f32>) {
+    pub fn release(&mut self, buffer: Vec<f32>) {
         self.free.push(buffer);
     }
 }

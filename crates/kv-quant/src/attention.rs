@@ -60,7 +60,7 @@ pub enum Mask<'a> {
 
 /// The attention output and the log-sum-exp of the scores.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Attended {
+pub struct AttentionOutput {
     /// `[tokens, heads, value_dim]`; zero where a query sees nothing.
     pub out: Vec<f32>,
     /// Natural log-sum-exp, `[tokens, heads]`; -inf where a query sees nothing.
@@ -82,12 +82,12 @@ impl Pool {
         seqs: &[u64],
         cu_seqlens: &[usize],
         mask: Mask<'_>,
-    ) -> Result<Attended> {
+    ) -> Result<AttentionOutput> {
         let rows = queries.data.len() / self.shape().head_dim;
         let mut out = vec![0f32; rows * self.shape().value_dim];
         let mut lse = vec![0.0; rows];
         self.attend_into(queries, seqs, cu_seqlens, mask, &mut out, &mut lse)?;
-        Ok(Attended { out, lse })
+        Ok(AttentionOutput { out, lse })
     }
 
     /// Like [`attend`](Self::attend), but writes to the caller's memory: `out`, `[tokens, heads,
@@ -125,9 +125,9 @@ impl Pool {
         while let Some((item, tiles)) = parts.next() {
             let mut tiles = tiles.into_iter();
             let Some(mut tile) = tiles.next() else { continue };
-            tiles.for_each(|other| tile.join(&other));
+            tiles.for_each(|other| tile.merge(&other));
             while let Some((_, more)) = parts.next_if(|(other, _)| other.unit == item.unit) {
-                more.iter().for_each(|other| tile.join(other));
+                more.iter().for_each(|other| tile.merge(other));
             }
             let (unit, layout) = (&units[item.unit], self.memory.layout.values);
             for row in 0..tile.rows() {

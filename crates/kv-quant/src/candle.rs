@@ -4,8 +4,8 @@ mod cache;
 mod dequant;
 #[cfg(feature = "save")]
 mod file;
-mod part;
 mod store;
+mod sub_batch;
 
 pub use cache::{Order, QuantCache};
 pub use dequant::DequantCache;

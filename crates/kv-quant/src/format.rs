@@ -89,7 +89,7 @@ pub struct Scheme {
     pub bits: Bits,
     /// The axis along which the numbers of a group are adjacent. [`Axis::Tokens`] is KIVI's "per
     /// channel", [`Axis::Channels`] "per token".
-    pub along: Axis,
+    pub axis: Axis,
     /// Numbers per group: 32, 64 or 128; along channels also 256. The last group of a row or column
     /// may be shorter.
     pub group: usize,
@@ -109,8 +109,8 @@ impl Scheme {
     ///
     /// # Errors
     /// [`Error::Setting`] unless the group is 32, 64, 128, or, along channels, 256.
-    pub fn new(bits: Bits, along: Axis, group: usize) -> Result<Self> {
-        let scheme = Self { bits, along, group, codes: Codes::Asymmetric, rotated: false };
+    pub fn new(bits: Bits, axis: Axis, group: usize) -> Result<Self> {
+        let scheme = Self { bits, axis, group, codes: Codes::Asymmetric, rotated: false };
         scheme.checked()
     }
 
@@ -148,17 +148,17 @@ impl Scheme {
     ///
     /// # Errors
     /// [`Error::Setting`] unless the tile is 32, 64 or 128.
-    pub fn variance_normalized(bits: Bits, along: Axis, tile: usize) -> Result<Self> {
-        let group = match along {
+    pub fn variance_normalized(bits: Bits, axis: Axis, tile: usize) -> Result<Self> {
+        let group = match axis {
             Axis::Tokens => tile,
             Axis::Channels => Self::PER_TOKEN,
         };
         let codes = Codes::VarianceNormalized { tile };
-        Self { bits, along, group, codes, rotated: true }.checked()
+        Self { bits, axis, group, codes, rotated: true }.checked()
     }
 
     fn along_channels(bits: Bits, codes: Codes, group: usize) -> Self {
-        Self { bits, along: Axis::Channels, group, codes, rotated: false }
+        Self { bits, axis: Axis::Channels, group, codes, rotated: false }
     }
 
     /// Returns the scheme with rows [rotated](Self::rotated) before quantization.
@@ -169,7 +169,7 @@ impl Scheme {
 
     /// Checks that the fields are consistent.
     pub(crate) fn checked(self) -> Result<Self> {
-        let (tokens, group) = (self.along == Axis::Tokens, self.group);
+        let (tokens, group) = (self.axis == Axis::Tokens, self.group);
         if !matches!(group, 32 | 64 | 128) && (group != Self::PER_TOKEN || tokens) {
             return Err(Error::setting("group", "32, 64, 128, or 256 along channels", group));
         }
@@ -177,7 +177,7 @@ impl Scheme {
         match self.codes {
             Codes::Asymmetric | Codes::Uniform => {}
             Codes::Symmetric | Codes::Float8 { .. } | Codes::LloydMax { .. } if tokens => {
-                return Err(Error::setting("along", "channels for these codes", "tokens"));
+                return Err(Error::setting("axis", "channels for these codes", "tokens"));
             }
             Codes::Symmetric => {}
             Codes::Float8 { .. } if !eight => {
@@ -204,7 +204,7 @@ impl Scheme {
 
     /// Returns the number of tokens that are quantized together.
     pub(crate) fn tokens_together(self) -> usize {
-        match (self.codes, self.along) {
+        match (self.codes, self.axis) {
             (Codes::VarianceNormalized { tile }, _) => tile,
             (_, Axis::Tokens) => self.group,
             (_, Axis::Channels) => 1,
@@ -217,7 +217,7 @@ impl Scheme {
     }
 
     /// Returns whether groups have zero points.
-    pub(crate) fn has_zeros(self) -> bool {
+    pub(crate) fn has_zero_points(self) -> bool {
         matches!(self.codes, Codes::Asymmetric | Codes::Uniform | Codes::VarianceNormalized { .. })
     }
 }
@@ -369,23 +369,25 @@ impl Format {
     /// - a staggered flush is not a positive multiple of the keys' group.
     pub fn new(keys: Scheme, values: Scheme, flush: Flush) -> Result<Self> {
         let (keys, values) = (keys.checked()?, values.checked()?);
-        if values.along != Axis::Channels {
-            return Err(Error::setting("values.along", "channels", "tokens"));
+        if values.axis != Axis::Channels {
+            return Err(Error::setting("values.axis", "channels", "tokens"));
         }
-        if flush == Flush::Immediate && keys.along == Axis::Tokens {
+        if flush == Flush::Immediate && keys.axis == Axis::Tokens {
             let expected = "a flush in whole groups for keys that are quantized along tokens";
             return Err(Error::setting("flush", expected, "an immediate one"));
         }
         let format = Self { keys, values, flush, basis: KeyBasis::Given };
         let together = values.tokens_together();
-        if together > 1 && (together != format.chunk() || !matches!(flush, Flush::Rolling(_))) {
+        if together > 1
+            && (together != format.block_tokens() || !matches!(flush, Flush::Rolling(_)))
+        {
             let expected = "a rolling flush with keys along tokens in groups of the values' tile";
             return Err(Error::setting("flush", expected, "another"));
         }
         if let Flush::Staggered(residual) = flush
-            && (residual == 0 || !residual.is_multiple_of(format.chunk()))
+            && (residual == 0 || !residual.is_multiple_of(format.block_tokens()))
         {
-            let expected = format!("a positive multiple of {}", format.chunk());
+            let expected = format!("a positive multiple of {}", format.block_tokens());
             return Err(Error::setting("residual", expected, residual));
         }
         Ok(format)
@@ -427,15 +429,15 @@ impl Format {
             Self::new(rotated.keys, rotated.values, Flush::Rolling(128))?,
             Self::kivi(Bits::Two, Bits::Two, 32, 128)?,
         ];
-        let mut least = f64::INFINITY;
+        let mut min_bits = f64::INFINITY;
         for format in by_loss {
             let own = format.bits_per_number(head_dim, head_dim)?;
             if own <= bits {
                 return Ok(format);
             }
-            least = least.min(own);
+            min_bits = min_bits.min(own);
         }
-        Err(Error::setting("bits per number", format!("at least {least}"), bits))
+        Err(Error::setting("bits per number", format!("at least {min_bits}"), bits))
     }
 
     /// KIVI (arXiv 2402.02750): keys along tokens, values along channels, the newest `residual`
@@ -561,7 +563,7 @@ impl Format {
 
     /// Sets the basis in which keys are given.
     #[must_use]
-    pub fn with_basis(self, basis: KeyBasis) -> Self {
+    pub fn with_key_basis(self, basis: KeyBasis) -> Self {
         Self { basis, ..self }
     }
 
@@ -578,7 +580,7 @@ impl Format {
     }
 
     /// Returns the basis in which keys are given.
-    pub fn basis(&self) -> KeyBasis {
+    pub fn key_basis(&self) -> KeyBasis {
         self.basis
     }
 
@@ -598,8 +600,8 @@ impl Format {
     }
 
     /// Returns the number of tokens per block. They are packed, shared and freed together.
-    pub fn chunk(&self) -> usize {
-        match (self.keys.along, self.keys.codes) {
+    pub fn block_tokens(&self) -> usize {
+        match (self.keys.axis, self.keys.codes) {
             (Axis::Tokens, _) => self.keys.group,
             (Axis::Channels, Codes::Asymmetric) => 32,
             // Larger blocks need fewer kernel calls.
@@ -608,9 +610,9 @@ impl Format {
     }
 
     /// Returns the number of packed tokens that also stay in full precision.
-    pub(crate) fn overlap(&self) -> usize {
+    pub(crate) fn residual_overlap(&self) -> usize {
         match self.flush {
-            Flush::Rolling(_) => self.chunk(),
+            Flush::Rolling(_) => self.block_tokens(),
             _ => 0,
         }
     }
@@ -626,7 +628,7 @@ impl Format {
             return Ok(16.0);
         }
         let block = BlockLayout::new(self, head_dim, value_dim)?;
-        Ok(block.bits() as f64 / (self.chunk() * (head_dim + value_dim)) as f64)
+        Ok(block.bits() as f64 / (self.block_tokens() * (head_dim + value_dim)) as f64)
     }
 
     /// Returns how many of the keys and values in full precision are to be packed now.
@@ -636,7 +638,7 @@ impl Format {
             Flush::Immediate => (keys, values),
             Flush::Never => (0, 0),
             Flush::Rolling(r) => {
-                let ready = |n: usize| whole(n.saturating_sub(r), self.chunk());
+                let ready = |n: usize| whole(n.saturating_sub(r), self.block_tokens());
                 (ready(keys), ready(values))
             }
             Flush::Staggered(r) => (whole(keys, r), values.saturating_sub(r)),

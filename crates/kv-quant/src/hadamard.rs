@@ -5,7 +5,7 @@
 //! channels. QuaRot (arXiv 2404.00456) and TurboQuant (arXiv 2504.19874) rotate before
 //! quantization.
 
-use crate::number::LARGEST;
+use crate::number::MAX_GROUPED;
 use crate::vector::wide;
 use half::f16;
 use pulp::{Arch, Simd, WithSimd};
@@ -18,17 +18,17 @@ pub fn hadamard(rows: &mut [f32], columns: usize) {
     rows.chunks_exact_mut(block).for_each(transform);
 }
 
-/// Transforms each row and returns the index of the first result beyond ±[`LARGEST`], with its
+/// Transforms each row and returns the index of the first result beyond ±[`MAX_GROUPED`], with its
 /// value.
-pub fn rotated_beyond(rows: &[f16], columns: usize) -> Option<(usize, f32)> {
+pub fn rotated_out_of_range(rows: &[f16], columns: usize) -> Option<(usize, f32)> {
     // No sum of a block is larger than this factor times its largest number.
     let growth = ((1 << columns.trailing_zeros()) as f32).sqrt();
-    let safe = f16::from_f32(0.999 * LARGEST.to_f32() / growth);
+    let safe = f16::from_f32(0.999 * MAX_GROUPED.to_f32() / growth);
     rows.par_chunks(columns).enumerate().find_map_first(|(row, numbers)| {
-        crate::number::beyond_within(numbers, safe)?;
+        crate::number::first_out_of_range_sequential(numbers, safe)?;
         let mut rotated: Vec<f32> = numbers.iter().map(|x| x.to_f32()).collect();
         hadamard(&mut rotated, columns);
-        let column = rotated.iter().position(|x| x.abs() > LARGEST.to_f32())?;
+        let column = rotated.iter().position(|x| x.abs() > MAX_GROUPED.to_f32())?;
         Some((row * columns + column, rotated[column]))
     })
 }

@@ -39,7 +39,7 @@ impl Layout {
 
     /// Returns the number of groups.
     pub fn groups(&self) -> usize {
-        match self.scheme.along {
+        match self.scheme.axis {
             Axis::Tokens => self.capacity.div_ceil(self.scheme.group) * self.columns,
             Axis::Channels => self.columns.div_ceil(self.scheme.group) * self.capacity,
         }
@@ -51,13 +51,13 @@ impl Layout {
     }
 
     /// Returns the number of zero points: one per group, or 0.
-    pub fn zeros(&self) -> usize {
-        if self.scheme.has_zeros() { self.groups() } else { 0 }
+    pub fn zero_points(&self) -> usize {
+        if self.scheme.has_zero_points() { self.groups() } else { 0 }
     }
 
     /// Returns the number of factors of the axis without scales.
     pub fn factors(&self) -> usize {
-        match (self.scheme.codes, self.scheme.along) {
+        match (self.scheme.codes, self.scheme.axis) {
             (Codes::VarianceNormalized { .. }, Axis::Tokens) => self.capacity,
             (Codes::VarianceNormalized { tile }, Axis::Channels) => {
                 self.capacity.div_ceil(tile) * self.columns
@@ -68,7 +68,7 @@ impl Layout {
 
     /// Returns the index of the factor of a row and column: `[token]` or `[tile][channel]`.
     pub fn factor_at(&self, row: usize, column: usize) -> usize {
-        match self.scheme.along {
+        match self.scheme.axis {
             Axis::Tokens => row,
             Axis::Channels => row / self.scheme.tokens_together() * self.columns + column,
         }
@@ -76,7 +76,7 @@ impl Layout {
 
     /// Returns the index of the scale of a row and column: `[group][position on the other axis]`.
     pub fn param_at(&self, row: usize, column: usize) -> usize {
-        match self.scheme.along {
+        match self.scheme.axis {
             Axis::Tokens => row / self.scheme.group * self.columns + column,
             Axis::Channels => column / self.scheme.group * self.capacity + row,
         }
@@ -84,7 +84,7 @@ impl Layout {
 
     /// Returns the number of scales of a group: one for each position on the other axis.
     pub fn param_width(&self) -> usize {
-        match self.scheme.along {
+        match self.scheme.axis {
             Axis::Tokens => self.columns,
             Axis::Channels => self.capacity,
         }

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod attention;
+mod bit_packing;
 mod error;
 #[cfg(feature = "save")]
 mod file;
@@ -16,14 +17,13 @@ mod product;
 mod quantize;
 mod rotary;
 mod vector;
-mod words;
 
 #[cfg(feature = "candle")]
 mod candle;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-pub use attention::{Attended, Mask, Queries};
+pub use attention::{AttentionOutput, Mask, Queries};
 #[cfg(feature = "candle")]
 pub use candle::{DequantCache, Order, QuantCache, QuantStore};
 #[cfg(all(feature = "candle", feature = "save"))]

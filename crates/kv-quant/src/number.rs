@@ -11,14 +11,14 @@ const PART: usize = 1 << 16;
 
 /// The largest number that can be appended to a group token by token: half of f16's range, so that
 /// the range of a group never exceeds f16's.
-pub const LARGEST: f16 = f16::from_bits(f16::MAX.to_bits() - 0x400);
+pub const MAX_GROUPED: f16 = f16::from_bits(f16::MAX.to_bits() - 0x400);
 
 /// An element type of keys, values, queries and outputs: f32, f16 or bf16.
 ///
 /// Keys and values are first rounded to f16, in which KIVI and FlexGen compute.
 pub trait Number: Copy + Send + Sync + sealed::Sealed {
     /// Rounds `src` to the nearest f16. Numbers beyond f16's range become infinite.
-    fn halves(src: &[Self]) -> Cow<'_, [f16]>;
+    fn round_to_f16(src: &[Self]) -> Cow<'_, [f16]>;
 
     /// Converts `src` to f32. `out` has the same length.
     fn widen_all(src: &[Self], out: &mut [f32]);
@@ -38,7 +38,7 @@ mod sealed {
 }
 
 impl Number for f32 {
-    fn halves(src: &[Self]) -> Cow<'_, [f16]> {
+    fn round_to_f16(src: &[Self]) -> Cow<'_, [f16]> {
         let mut out = vec![f16::ZERO; src.len()];
         let parts = out.par_chunks_mut(PART).zip(src.par_chunks(PART));
         parts.for_each(|(out, src)| out.convert_from_f32_slice(src));
@@ -59,7 +59,7 @@ impl Number for f32 {
 }
 
 impl Number for f16 {
-    fn halves(src: &[Self]) -> Cow<'_, [f16]> {
+    fn round_to_f16(src: &[Self]) -> Cow<'_, [f16]> {
         src.into()
     }
 
@@ -77,7 +77,7 @@ impl Number for f16 {
 }
 
 impl Number for bf16 {
-    fn halves(src: &[Self]) -> Cow<'_, [f16]> {
+    fn round_to_f16(src: &[Self]) -> Cow<'_, [f16]> {
         let mut out = vec![f16::ZERO; src.len()];
         let parts = out.par_chunks_mut(PART).zip(src.par_chunks(PART));
         parts.for_each(|(out, src)| {
@@ -101,27 +101,31 @@ impl Number for bf16 {
 
 /// Converts `src` to f16; the error is the index of the first number beyond ±`largest`.
 pub fn to_f16<T: Number>(src: &[T], largest: f16) -> Result<Cow<'_, [f16]>, usize> {
-    let halves = T::halves(src);
-    match beyond(&halves, largest) {
+    let halves = T::round_to_f16(src);
+    match first_out_of_range(&halves, largest) {
         None => Ok(halves),
         Some(at) => Err(at),
     }
 }
 
 /// Returns the index of the first number beyond ±`largest`, or of a NaN.
-pub fn beyond(x: &[f16], largest: f16) -> Option<usize> {
-    let any = |x: &[f16]| x.iter().fold(false, |any, x| any | is_beyond(*x, largest));
+pub fn first_out_of_range(x: &[f16], largest: f16) -> Option<usize> {
+    let any = |x: &[f16]| x.iter().fold(false, |any, x| any | is_out_of_range(*x, largest));
     // A scan without early exit vectorizes.
-    if x.par_chunks(PART).any(any) { x.iter().position(|x| is_beyond(*x, largest)) } else { None }
+    if x.par_chunks(PART).any(any) {
+        x.iter().position(|x| is_out_of_range(*x, largest))
+    } else {
+        None
+    }
 }
 
 /// The same for a few numbers, on this thread.
-pub fn beyond_within(x: &[f16], largest: f16) -> Option<usize> {
-    let any = x.iter().fold(false, |any, x| any | is_beyond(*x, largest));
-    if any { x.iter().position(|x| is_beyond(*x, largest)) } else { None }
+pub fn first_out_of_range_sequential(x: &[f16], largest: f16) -> Option<usize> {
+    let any = x.iter().fold(false, |any, x| any | is_out_of_range(*x, largest));
+    if any { x.iter().position(|x| is_out_of_range(*x, largest)) } else { None }
 }
 
 /// Without the sign, f16 numbers are ordered like their bits; NaN and infinity are the largest.
-fn is_beyond(x: f16, largest: f16) -> bool {
+fn is_out_of_range(x: f16, largest: f16) -> bool {
     x.to_bits() & 0x7fff > largest.to_bits()
 }

@@ -2,7 +2,7 @@
 
 mod views;
 
-use crate::hadamard::rotated_beyond;
+use crate::hadamard::rotated_out_of_range;
 use crate::layout::{Layout, Line};
 use crate::number::{Number, to_f16};
 use crate::quantize::Quantizer;
@@ -36,7 +36,7 @@ pub struct Packed {
     rows: usize,
     codes: Vec<Line>,
     scales: Vec<f16>,
-    zeros: Vec<f16>,
+    zero_points: Vec<f16>,
     factors: Vec<f16>,
 }
 
@@ -53,7 +53,7 @@ impl Packed {
             rows: 0,
             codes: vec![[0; 16]; layout.lines()],
             scales: vec![f16::ZERO; layout.scales()],
-            zeros: vec![f16::ZERO; layout.zeros()],
+            zero_points: vec![f16::ZERO; layout.zero_points()],
             factors: vec![f16::ZERO; layout.factors()],
         })
     }
@@ -89,7 +89,7 @@ impl Packed {
         let rows = to_f16(src, f16::MAX)
             .map_err(|at| Error::number(src[at].widen(), crate::Position::row(at, columns)))?;
         if self.layout.scheme.rotated
-            && let Some((at, value)) = rotated_beyond(&rows, columns)
+            && let Some((at, value)) = rotated_out_of_range(&rows, columns)
         {
             return Err(Error::number(value, crate::Position::row(at, columns)));
         }
@@ -105,7 +105,7 @@ impl Packed {
             rows: self.rows,
             codes: &self.codes,
             scales: &self.scales,
-            zeros: &self.zeros,
+            zero_points: &self.zero_points,
             factors: &self.factors,
         }
     }
@@ -116,7 +116,7 @@ impl Packed {
             rows: self.rows,
             codes: &mut self.codes,
             scales: &mut self.scales,
-            zeros: &mut self.zeros,
+            zero_points: &mut self.zero_points,
             factors: &mut self.factors,
         }
     }
@@ -191,7 +191,7 @@ impl Packed {
     /// Returns the bytes of the codes, and the bytes of scales, zero points and factors, both
     /// including memory allocated for future rows.
     pub fn bytes(&self) -> (usize, usize) {
-        let params = [&self.scales, &self.zeros, &self.factors];
+        let params = [&self.scales, &self.zero_points, &self.factors];
         (size_of_val(&*self.codes), params.map(|x| size_of_val(&**x)).iter().sum())
     }
 }

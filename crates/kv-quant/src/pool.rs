@@ -2,13 +2,13 @@
 
 mod append;
 pub(crate) mod batch;
-mod cells;
 mod footprint;
 pub(crate) mod head;
 pub(crate) mod memory;
+mod residual;
 mod retain;
+mod slab_memory;
 mod slabs;
-mod tail;
 mod truncate;
 
 use std::collections::BTreeMap;
@@ -19,7 +19,7 @@ use crate::rotary::Rotary;
 use crate::{Codes, Error, Format, KeyBasis, Result};
 pub use footprint::PoolBytes;
 use head::Head;
-use memory::{BlockLayout, Memory};
+use memory::{BlockLayout, PoolMemory};
 use rayon::prelude::*;
 
 /// Number of entries that a thread dequantizes at a time.
@@ -49,7 +49,7 @@ pub struct Pool {
     pub(crate) shape: PoolShape,
     pub(crate) format: Format,
     pub(crate) rotary: Option<Arc<Rotary>>,
-    pub(crate) memory: Memory,
+    pub(crate) memory: PoolMemory,
     pub(crate) seqs: BTreeMap<u64, Sequence>,
     capacity: Option<usize>,
 }
@@ -74,7 +74,7 @@ impl Pool {
     /// [`Error::Setting`] for a dimension of 0, or a format with keys [before
     /// RoPE](KeyBasis::BeforeRope).
     pub fn new(shape: PoolShape, format: Format) -> Result<Self> {
-        if format.basis() == KeyBasis::BeforeRope {
+        if format.key_basis() == KeyBasis::BeforeRope {
             let expected = "a rotary embedding for keys before RoPE (`Pool::before_rope`)";
             return Err(Error::setting("rotary embedding", expected, "none"));
         }
@@ -99,7 +99,7 @@ impl Pool {
             let expected = format!("at most head_dim = {}", shape.head_dim);
             return Err(Error::setting("rotated channels", expected, rotated));
         }
-        Self::make(shape, format.with_basis(KeyBasis::BeforeRope), Some(rotary))
+        Self::make(shape, format.with_key_basis(KeyBasis::BeforeRope), Some(rotary))
     }
 
     fn make(shape: PoolShape, format: Format, rotary: Option<Arc<Rotary>>) -> Result<Self> {
@@ -108,7 +108,7 @@ impl Pool {
         if let Some((name, size)) = sizes.into_iter().find(|(_, size)| *size == 0) {
             return Err(Error::setting(name, "at least 1", size));
         }
-        let memory = Memory::new(BlockLayout::new(&format, head_dim, value_dim)?);
+        let memory = PoolMemory::new(BlockLayout::new(&format, head_dim, value_dim)?);
         Ok(Self { shape, format, rotary, memory, seqs: BTreeMap::new(), capacity: None })
     }
 
@@ -228,7 +228,7 @@ impl Pool {
                 head.read_key(&self.memory, slot, codes, key);
                 head.read_value(&self.memory, slot, codes, value);
                 if let Some(rotary) = &self.rotary {
-                    rotary.place(key, slot);
+                    rotary.rotate_to_token(key, slot);
                 }
             }
         });

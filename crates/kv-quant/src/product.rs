@@ -16,7 +16,7 @@ use pulp::{Arch, Simd, WithSimd};
 #[derive(Debug, Default)]
 pub struct Scratch {
     scales: Vec<f32>,
-    zeros: Vec<f32>,
+    zero_points: Vec<f32>,
     /// Scale 1 and zero point 0 for each step.
     ones: Vec<f32>,
     nothing: Vec<f32>,
@@ -52,11 +52,11 @@ impl<'a> PackedRef<'a> {
         let mut ahead: &[Line] = &[];
         if let Some(next) = next {
             kernel::prefetch(next.scales);
-            kernel::prefetch(next.zeros);
+            kernel::prefetch(next.zero_points);
             kernel::prefetch(next.factors);
             ahead = next.codes;
         }
-        if self.layout.scheme.along != self.layout.lanes {
+        if self.layout.scheme.axis != self.layout.lanes {
             self.accumulate_by_lane(x, ahead, out, out_stride, s);
         } else if self.factors.is_empty() {
             self.accumulate_by_step(x, ahead, out, out_stride, s);
@@ -100,10 +100,10 @@ impl<'a> PackedRef<'a> {
         let mut ahead = self.shares(ahead, 1);
         let panels_of_group = self.layout.scheme.group / PANEL;
         let width = self.layout.param_width();
-        self.widen_params(self.scales, self.zeros, self.layout.groups(), s);
+        self.widen_params(self.scales, self.zero_points, self.layout.groups(), s);
         for panel in 0..self.layout.lane_count().div_ceil(PANEL) {
             let at = panel / panels_of_group * width;
-            let params = Params { scales: &s.scales[at..], zeros: &s.zeros[at..] };
+            let params = Params { scales: &s.scales[at..], zero_points: &s.zero_points[at..] };
             let codes = self.panel(panel, 0, &mut ahead);
             kernel::accumulate(codes, params, x, &mut out[panel * PANEL..], out_stride);
         }
@@ -126,9 +126,9 @@ impl<'a> PackedRef<'a> {
             let steps = self.layout.scheme.group.min(x.steps - first);
             let part = Rows { data: &x.data[first..], steps, ..x };
             let of_group = |of: &'a [f16]| of.get(group * width..(group + 1) * width).unwrap_or(of);
-            self.widen_params(of_group(self.scales), of_group(self.zeros), width, s);
+            self.widen_params(of_group(self.scales), of_group(self.zero_points), width, s);
             s.totals.clear();
-            if !self.zeros.is_empty() {
+            if !self.zero_points.is_empty() {
                 let rows = (0..x.count).map(|r| &part.data[r * x.stride..][..steps]);
                 s.totals.extend(rows.map(vector::sum));
             }
@@ -137,14 +137,17 @@ impl<'a> PackedRef<'a> {
                 s.sums.clear();
                 s.sums.resize(x.count * PANEL, 0.0);
                 let codes = self.panel(panel, first, &mut ahead);
-                let as_they_are = Params { scales: &s.ones, zeros: &s.nothing };
+                let as_they_are = Params { scales: &s.ones, zero_points: &s.nothing };
                 kernel::accumulate(codes, as_they_are, part, &mut s.sums, PANEL);
-                let (scales, zeros) = (&s.scales[lanes.clone()], &s.zeros[lanes.clone()]);
+                let (scales, zero_points) =
+                    (&s.scales[lanes.clone()], &s.zero_points[lanes.clone()]);
                 for (r, sums) in s.sums.chunks_exact(PANEL).enumerate() {
                     let sums = &sums[..lanes.len()];
                     let out = &mut out[r * out_stride + lanes.start..][..lanes.len()];
                     match s.totals.get(r) {
-                        Some(&total) => vector::scale_and_add(sums, scales, zeros, total, out),
+                        Some(&total) => {
+                            vector::scale_and_add(sums, scales, zero_points, total, out)
+                        }
                         None => vector::multiply_and_add(sums, scales, out),
                     }
                 }
@@ -154,11 +157,11 @@ impl<'a> PackedRef<'a> {
 
     /// Converts the scales and zero points of `groups` groups to f32, or fills in those that the
     /// scheme lacks.
-    fn widen_params(&self, scales: &[f16], zeros: &[f16], groups: usize, s: &mut Scratch) {
+    fn widen_params(&self, scales: &[f16], zero_points: &[f16], groups: usize, s: &mut Scratch) {
         widen(scales, &mut s.scales);
-        widen(zeros, &mut s.zeros);
+        widen(zero_points, &mut s.zero_points);
         s.scales.resize(groups, self.static_scale());
-        s.zeros.resize(groups, 0.0);
+        s.zero_points.resize(groups, 0.0);
     }
 
     /// Dequantizes a panel of two lines of asymmetric integers into the scratch tile.
@@ -172,19 +175,19 @@ impl<'a> PackedRef<'a> {
         }
         let (width, group) = (self.layout.param_width(), self.layout.scheme.group);
         for (step, column) in s.tile.chunks_exact_mut(PANEL).enumerate() {
-            match self.layout.scheme.along {
+            match self.layout.scheme.axis {
                 Axis::Tokens => {
                     let at = panel * PANEL / group * width + step;
-                    let (scale, zero) = (self.scales[at].to_f32(), self.zeros[at].to_f32());
+                    let (scale, zero) = (self.scales[at].to_f32(), self.zero_points[at].to_f32());
                     column.iter_mut().for_each(|x| *x = *x * scale + zero);
                 }
                 Axis::Channels => {
                     let at = step / group * width + panel * PANEL;
                     if step % group == 0 {
                         widen(&self.scales[at..at + PANEL], &mut s.scales);
-                        widen(&self.zeros[at..at + PANEL], &mut s.zeros);
+                        widen(&self.zero_points[at..at + PANEL], &mut s.zero_points);
                     }
-                    let params = s.scales.iter().zip(&s.zeros);
+                    let params = s.scales.iter().zip(&s.zero_points);
                     column
                         .iter_mut()
                         .zip(params)

@@ -7,10 +7,10 @@ mod symmetric;
 mod uniform;
 mod variance;
 
+use crate::bit_packing::Scratch;
 use crate::hadamard::hadamard;
 use crate::kernel::widen;
-use crate::number::LARGEST;
-use crate::words::Scratch;
+use crate::number::MAX_GROUPED;
 use crate::{Codes, Result, Scheme};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -24,14 +24,14 @@ pub struct Quantizer {
     min: Vec<f32>,
     max: Vec<f32>,
     scale: Vec<f32>,
-    balance: variance::Balance,
+    normalizer: variance::VarianceNormalizer,
     pub(crate) scratch: Scratch,
     /// One code per number of the last rows of [`group_rows`](Self::group_rows).
     pub codes: Vec<u8>,
     /// One scale per group of these rows, if the scheme has scales.
     pub scales: Vec<f16>,
     /// One zero point per group of these rows, if the scheme has them.
-    pub zeros: Vec<f16>,
+    pub zero_points: Vec<f16>,
     /// For a variance-normalized scheme: a factor per row, or, along channels, per column.
     pub factors: Vec<f16>,
 }
@@ -51,7 +51,7 @@ impl Quantizer {
         }
         self.codes.resize(rows.len(), 0);
         self.scales.clear();
-        self.zeros.clear();
+        self.zero_points.clear();
         self.factors.clear();
         match scheme.codes {
             Codes::Asymmetric => return self.asymmetric(columns, scheme),
@@ -70,7 +70,7 @@ impl Quantizer {
     /// large here: others are refused on append.
     fn rotate(&mut self, columns: usize, scheme: Scheme) {
         hadamard(&mut self.x, columns);
-        let largest = LARGEST.to_f32();
+        let largest = MAX_GROUPED.to_f32();
         self.x.iter_mut().for_each(|x| *x = x.clamp(-largest, largest));
         if scheme.codes == Codes::Asymmetric {
             // This scheme's arithmetic uses f16 numbers.

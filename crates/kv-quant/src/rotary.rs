@@ -64,7 +64,7 @@ impl Rotary {
     }
 
     /// Rotates a row from position 0 to that of the token with index `token`.
-    pub(crate) fn place(&self, row: &mut [f32], token: usize) {
+    pub(crate) fn rotate_to_token(&self, row: &mut [f32], token: usize) {
         let position = (self.first + token) as f64;
         let (low, high) = row.split_at_mut(self.frequencies.len());
         for ((a, b), frequency) in low.iter_mut().zip(high).zip(&self.frequencies) {
@@ -77,21 +77,27 @@ impl Rotary {
 
 /// Queries rotated back by a position.
 #[derive(Debug, Default)]
-pub struct Turned {
+pub struct BackRotatedQueries {
     by: Option<usize>,
     cos: Vec<f64>,
     sin: Vec<f64>,
     q: Vec<f32>,
 }
 
-impl Turned {
+impl BackRotatedQueries {
     /// Discards the rotated queries of an earlier call.
     pub fn clear(&mut self) {
         self.by = None;
     }
 
     /// Returns the rows of `q` rotated back by the position of the key with index `token`.
-    pub fn turn(&mut self, q: &[f32], columns: usize, rotary: &Rotary, token: usize) -> &[f32] {
+    pub fn rotate_back(
+        &mut self,
+        q: &[f32],
+        columns: usize,
+        rotary: &Rotary,
+        token: usize,
+    ) -> &[f32] {
         let position = rotary.first + token;
         if self.by == Some(position) {
             return &self.q;
@@ -130,13 +136,13 @@ impl Turned {
 }
 
 /// The position of a chunk of keys.
-pub struct Place<'a> {
+pub struct ChunkPosition<'a> {
     /// The embedding.
     pub rotary: &'a Rotary,
     /// Index of its first key.
     pub token: usize,
     /// The queries, rotated back by an earlier chunk's position.
-    pub turned: &'a mut Turned,
+    pub back_rotated: &'a mut BackRotatedQueries,
 }
 
 impl PackedRef<'_> {
@@ -144,18 +150,18 @@ impl PackedRef<'_> {
     pub(crate) fn accumulate_rotated(
         &self,
         q: &[f32],
-        Place { rotary, token, turned }: Place<'_>,
+        ChunkPosition { rotary, token, back_rotated }: ChunkPosition<'_>,
         out: &mut [f32],
         out_stride: usize,
         s: &mut Scratch,
     ) {
         for panel in 0..self.rows.div_ceil(PANEL) {
-            let q = turned.turn(q, self.layout.columns, rotary, token + panel * PANEL);
+            let q = back_rotated.rotate_back(q, self.layout.columns, rotary, token + panel * PANEL);
             self.dequantize_panel(panel, s);
             rotate_panel(&mut s.tile, &rotary.cos, &rotary.sin);
             let out = &mut out[panel * PANEL..];
             for (q, out) in q.chunks_exact(self.layout.columns).zip(out.chunks_mut(out_stride)) {
-                weigh_panel(q, &s.tile, &mut out[..PANEL]);
+                accumulate_scores(q, &s.tile, &mut out[..PANEL]);
             }
         }
     }
@@ -173,7 +179,7 @@ wide! {
 
 wide! {
     /// Computes `out += q · tile`.
-    fn weigh_panel(q: &'a [f32], tile: &'a [f32], out: &'a mut [f32]) -> () {
+    fn accumulate_scores(q: &'a [f32], tile: &'a [f32], out: &'a mut [f32]) -> () {
         let mut sums = [0.0; PANEL];
         for (q, column) in q.iter().zip(tile.chunks_exact(PANEL)) {
             for (sum, x) in sums.iter_mut().zip(column) {

@@ -27,8 +27,8 @@ pub(crate) use wide;
 
 wide! {
     /// Computes `out += sums * scales + total * zeros`.
-    fn scale_and_add(sums: &'a [f32], scales: &'a [f32], zeros: &'a [f32], total: f32, out: &'a mut [f32]) -> () {
-        for (((out, sum), scale), zero) in out.iter_mut().zip(sums).zip(scales).zip(zeros) {
+    fn scale_and_add(sums: &'a [f32], scales: &'a [f32], zero_points: &'a [f32], total: f32, out: &'a mut [f32]) -> () {
+        for (((out, sum), scale), zero) in out.iter_mut().zip(sums).zip(scales).zip(zero_points) {
             *out += sum * scale + total * zero;
         }
     }
@@ -74,14 +74,14 @@ wide! {
 wide! {
     /// Returns the sum of `x`.
     fn sum(x: &'a [f32]) -> f32 {
-        lanes(x, 0.0, |a, b| a + b)
+        fold_lanes(x, 0.0, |a, b| a + b)
     }
 }
 
 wide! {
     /// Returns the maximum of `x`; -inf if it is empty.
     fn max(x: &'a [f32]) -> f32 {
-        lanes(x, f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
+        fold_lanes(x, f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
     }
 }
 
@@ -89,7 +89,7 @@ wide! {
     /// Replaces each x by `exp(x - shift)` and returns their sum.
     fn exp_sum(x: &'a mut [f32], shift: f32) -> f32 {
         x.iter_mut().for_each(|x| *x = exp(*x - shift));
-        lanes(x, 0.0, |a, b| a + b)
+        fold_lanes(x, 0.0, |a, b| a + b)
     }
 }
 
@@ -109,7 +109,7 @@ fn dot_lanes(a: &[f32], b: &[f32]) -> f32 {
 /// Folds `x` with 32 independent accumulators. The compiler may not reorder float operations, so
 /// this order is one that vectorizes.
 #[inline(always)]
-pub fn lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
+pub fn fold_lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
     let mut acc = [start; 32];
     let chunks = x.chunks_exact(32);
     let tail = chunks.remainder().iter().copied().fold(start, fold);

@@ -39,7 +39,7 @@ fn layers() -> Vec<QuantCache> {
     vec![
         cache(kivi(Bits::Four)),
         cache(kivi(Bits::Two)).with_sinks(4).unwrap(),
-        cache(kivi(Bits::Three).with_basis(KeyBasis::BeforeRope)).with_sinks(2).unwrap(),
+        cache(kivi(Bits::Three).with_key_basis(KeyBasis::BeforeRope)).with_sinks(2).unwrap(),
         cache(flexgen().with_rotated_keys()).with_order(Order::QuantizeFirst),
         cache(Format::kivi_rolling(Bits::Four, Bits::Four, 32, 64).unwrap()),
     ]

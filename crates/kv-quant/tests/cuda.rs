@@ -251,7 +251,7 @@ fn random_operations_do_the_same_on_both() {
                     let len = pair.host.len(seq);
                     let alike = cuts_blocks_alike(format);
                     let most = match random(2) {
-                        _ if !alike => format.chunk().min(40),
+                        _ if !alike => format.block_tokens().min(40),
                         0 => 40,
                         _ => len + 1,
                     };
@@ -260,7 +260,7 @@ fn random_operations_do_the_same_on_both() {
                     pair.other.truncate(seq, len).unwrap();
                     if !alike {
                         // The next truncation must not go back farther than this one.
-                        pair.append(&[(seq, 2 * format.chunk())]);
+                        pair.append(&[(seq, 2 * format.block_tokens())]);
                     }
                 }
                 3 if seqs.len() > 3 => {

@@ -55,7 +55,7 @@ fn settings_are_checked() {
         (message(Packed::new(32, 8, bad_scheme, Axis::Tokens)), "`group`"),
         (message(Packed::new(32, 0, channels, Axis::Tokens)), "`columns`: expected at least 1"),
         (message(Format::new(bad_scheme, channels, Flush::Never)), "got 48"),
-        (message(Format::new(channels, tokens, Flush::Never)), "`values.along`: expected channels"),
+        (message(Format::new(channels, tokens, Flush::Never)), "`values.axis`: expected channels"),
         (message(Format::new(tokens, channels, Flush::Immediate)), "`flush`"),
         (message(Format::new(tokens, channels, Flush::Staggered(0))), "`residual`"),
         (
@@ -69,7 +69,7 @@ fn settings_are_checked() {
             "`kv_heads`: expected at least 1, got 0",
         ),
         (
-            message(Pool::new(shape(64), kivi().with_basis(KeyBasis::BeforeRope))),
+            message(Pool::new(shape(64), kivi().with_key_basis(KeyBasis::BeforeRope))),
             "expected a rotary embedding",
         ),
         (
@@ -93,10 +93,10 @@ fn settings_are_checked() {
             message(Packed::new(
                 32,
                 8,
-                Scheme { along: Axis::Tokens, group: 32, ..float8 },
+                Scheme { axis: Axis::Tokens, group: 32, ..float8 },
                 Axis::Tokens,
             )),
-            "`along`: expected channels",
+            "`axis`: expected channels",
         ),
         (message(Scheme::new(Bits::Four, Axis::Tokens, 256)), "`group`"),
         (message(Format::kvarn(Bits::Four, Bits::Two, 256)), "`group`"),

@@ -1,10 +1,10 @@
 //! Files of sequences: intact files can be loaded, all others are refused.
 #![cfg(all(feature = "save", not(miri)))] // Miri maps no files
 
-mod plain;
+mod reference_impl;
 
 use kv_quant::{Bits, CacheFile, Error, Format, Mask, Pool, Queries, Rotary, save, to_bytes};
-use plain::{all, formats, numbers, shape};
+use reference_impl::{all, formats, numbers, shape};
 
 const D: usize = 48;
 const V: usize = 16;

@@ -35,7 +35,7 @@ impl Fixture {
 }
 
 fn packed(x: &[f16], columns: usize, scheme: Scheme) -> Packed {
-    Packed::quantize(x, columns, scheme, scheme.along).unwrap()
+    Packed::quantize(x, columns, scheme, scheme.axis).unwrap()
 }
 
 fn codes(packed: &Packed) -> Vec<u8> {

@@ -3,11 +3,11 @@
 
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;
-mod plain;
+mod reference_impl;
 
 use kv_quant::{Pool, to_bytes};
 use longctx_mutate::{Counting, Trial};
-use plain::{formats, numbers, shape};
+use reference_impl::{formats, numbers, shape};
 
 #[global_allocator]
 static MEMORY: Counting = Counting;

@@ -1,14 +1,14 @@
 //! Laws of the codec and of pools, on random shapes and numbers.
 
-mod plain;
+mod reference_impl;
 
 use half::{bf16, f16};
 use kv_quant::{
     Axis, Bits, Codes, Error, Float8, Flush, Format, Mask, Packed, Pool, Position, Quantizer,
     Queries, Scheme, StaticScale,
 };
-use plain::{numbers, shape};
 use proptest::prelude::*;
+use reference_impl::{numbers, shape};
 
 fn bits() -> impl Strategy<Value = Bits> {
     prop_oneof![Just(Bits::Two), Just(Bits::Three), Just(Bits::Four), Just(Bits::Eight)]
@@ -274,8 +274,8 @@ proptest! {
         let got = pool.attend(&all, &[1], &[0, queries], Mask::Full).unwrap();
         let held = pool.read(1, 0).unwrap();
         for (row, q) in q.chunks(d).enumerate() {
-            let (want, lse) = plain::attend(q, &held, v, 0..len, scale, Some(30.0));
-            prop_assert!(plain::close(&got.out[row * v..][..v], &want));
+            let (want, lse) = reference_impl::attend(q, &held, v, 0..len, scale, Some(30.0));
+            prop_assert!(reference_impl::close(&got.out[row * v..][..v], &want));
             prop_assert!((f64::from(got.lse[row]) - lse).abs() < 1e-3);
         }
         // Sums are of probabilities: those of each query sum to 1.

@@ -3,13 +3,13 @@
 
 #![cfg(not(miri))] // too long for an interpreter
 
-mod plain;
+mod reference_impl;
 
 use std::collections::BTreeMap;
 
 use half::f16;
 use kv_quant::{Axis, Bits, Codes, Flush, Format, Mask, Packed, Pool, Queries, Scheme};
-use plain::{Random, formats, shape};
+use reference_impl::{Random, formats, shape};
 
 const KV: usize = 2;
 const D: usize = 8;
@@ -35,15 +35,15 @@ struct Head {
 
 /// Returns a group's dequantized numbers.
 fn group(x: &[f16], bits: Bits) -> Vec<f32> {
-    let least = x.iter().copied().fold(f16::INFINITY, f16::min);
-    let most = x.iter().copied().fold(f16::NEG_INFINITY, f16::max);
+    let min = x.iter().copied().fold(f16::INFINITY, f16::min);
+    let max = x.iter().copied().fold(f16::NEG_INFINITY, f16::max);
     let largest = bits.max_code() as f32;
-    let scale = (most - least) / f16::from_f32(largest);
+    let scale = (max - min) / f16::from_f32(largest);
     let code = |x: f16| match scale == f16::ZERO {
         true => 0.0,
-        false => ((x - least) / scale).to_f32().round_ties_even().clamp(0.0, largest),
+        false => ((x - min) / scale).to_f32().round_ties_even().clamp(0.0, largest),
     };
-    x.iter().map(|&x| code(x) * scale.to_f32() + least.to_f32()).collect()
+    x.iter().map(|&x| code(x) * scale.to_f32() + min.to_f32()).collect()
 }
 
 /// Quantizes and dequantizes a row with groups along channels.
@@ -65,7 +65,7 @@ fn columns(rows: &[&[f16]], bits: Bits) -> Vec<Vec<f32>> {
 /// compared with public implementations elsewhere; here the codec itself is used.
 fn pack(rows: &[&[f16]], scheme: Scheme) -> Vec<Vec<f32>> {
     if scheme.codes == Codes::Asymmetric && !scheme.rotated {
-        return match scheme.along {
+        return match scheme.axis {
             Axis::Tokens => columns(rows, scheme.bits),
             Axis::Channels => rows.iter().map(|x| row(x, scheme)).collect(),
         };
@@ -96,7 +96,7 @@ impl Head {
         }
         let (keys, values) =
             (self.slots.len() - self.packed_keys(), self.slots.len() - self.packed_values());
-        let size = format.chunk();
+        let size = format.block_tokens();
         let (keys, values) = match format.flush() {
             Flush::Immediate => (keys, values),
             Flush::Never => (0, 0),
@@ -131,7 +131,7 @@ impl Head {
             self.slots[i].held = kept.binary_search(&i).is_ok();
         }
         self.slots.retain(|slot| slot.held || slot.packed_key.is_some());
-        let size = format.chunk();
+        let size = format.block_tokens();
         let whole = self.packed_keys().min(self.packed_values());
         let mut left = Vec::new();
         for (i, slots) in self.slots.chunks(size).enumerate() {
@@ -142,7 +142,7 @@ impl Head {
         self.slots = left;
         let whole = self.packed_keys().min(self.packed_values());
         let held = self.slots[..whole].iter().filter(|slot| slot.held).count();
-        if format.keys().along == Axis::Channels && 2 * held <= whole {
+        if format.keys().axis == Axis::Channels && 2 * held <= whole {
             let rest = self.slots.split_off(whole);
             self.slots.retain(|slot| slot.held);
             self.slots.extend(rest);
@@ -152,7 +152,7 @@ impl Head {
 
     fn truncate(&mut self, len: usize, format: &Format) {
         let slots = len.checked_sub(1).map_or(0, |last| self.held()[last] + 1);
-        let (packed, size) = (self.packed_keys(), format.chunk());
+        let (packed, size) = (self.packed_keys(), format.block_tokens());
         let mut still_packed = packed;
         if let Flush::Rolling(residual) = format.flush() {
             let missing = (packed + residual).saturating_sub(slots).div_ceil(size) * size;
@@ -166,7 +166,7 @@ impl Head {
                     (slot.packed_key, slot.packed_value) = (None, None);
                 }
             }
-        } else if format.keys().along == Axis::Tokens {
+        } else if format.keys().axis == Axis::Tokens {
             self.unpack(slots / size * size);
         }
     }
@@ -240,11 +240,11 @@ impl Both {
     }
 
     /// Returns a batch: its sequences and their `cu_seqlens`.
-    fn batch(&mut self, most: usize) -> (Vec<u64>, Vec<usize>) {
+    fn batch(&mut self, max: usize) -> (Vec<u64>, Vec<usize>) {
         let seqs: Vec<u64> = (0..5).filter(|_| self.random.below(3) == 0).collect();
         let mut cu = vec![0];
         for i in 0..seqs.len() {
-            cu.push(cu[i] + self.random.below(most));
+            cu.push(cu[i] + self.random.below(max));
         }
         (seqs, cu)
     }
@@ -272,8 +272,8 @@ impl Both {
     }
 
     fn append(&mut self) {
-        let most = [3, 40, 200][self.random.below(3)];
-        let (seqs, cu) = self.batch(most);
+        let max = [3, 40, 200][self.random.below(3)];
+        let (seqs, cu) = self.batch(max);
         let tokens = cu[seqs.len()];
         let (keys, values) =
             (self.random.numbers(tokens * KV * D), self.random.numbers(tokens * KV * V));
@@ -356,8 +356,8 @@ impl Both {
         let mut cu = vec![0];
         for (i, seq) in seqs.iter().enumerate() {
             let shortest = self.pool.lens(*seq).unwrap().into_iter().min().unwrap();
-            let most = if causal { shortest.min(20) } else { 20 };
-            cu.push(cu[i] + self.random.below(most + 1));
+            let max = if causal { shortest.min(20) } else { 20 };
+            cu.push(cu[i] + self.random.below(max + 1));
         }
         let window = causal.then(|| 1 + self.random.below(100));
         let data = self.random.numbers(cu[seqs.len()] * HEADS * D);
@@ -374,8 +374,8 @@ impl Both {
                     let seen = end.saturating_sub(window.unwrap_or(end))..end;
                     let row = token * HEADS + head;
                     let q = &data[row * D..][..D];
-                    let (want, lse) = plain::attend(q, held, V, seen, 0.4, None);
-                    assert!(plain::close(&got.out[row * V..][..V], &want));
+                    let (want, lse) = reference_impl::attend(q, held, V, seen, 0.4, None);
+                    assert!(reference_impl::close(&got.out[row * V..][..V], &want));
                     let equal = f64::from(got.lse[row]) == lse;
                     assert!(equal || (f64::from(got.lse[row]) - lse).abs() < 1e-3);
                 }

@@ -62,7 +62,7 @@ fn every_basis_is_close_to_dense_and_equals_its_dequantized_self() {
                 Format::new(per_token, per_token, Flush::Immediate).unwrap(),
                 Format::new(per_token, per_token, Flush::Rolling(64)).unwrap(),
             ] {
-                let mut packed = QuantCache::new(spec(d), format.with_basis(basis)).unwrap();
+                let mut packed = QuantCache::new(spec(d), format.with_key_basis(basis)).unwrap();
                 let mut dense = DenseCache::new(spec(d), DType::F32).unwrap();
                 let calls: [&[_]; 5] =
                     [&[(0, 300)], &[(0, 1), (4, 70)], &[(4, 1)], &[(0, 50), (4, 3)], &[(0, 7)]];
@@ -79,7 +79,8 @@ fn every_basis_is_close_to_dense_and_equals_its_dequantized_self() {
 fn sinks_are_kept_as_they_are() {
     for order in [Order::AttendFirst, Order::QuantizeFirst] {
         for basis in [KeyBasis::Given, KeyBasis::BeforeRope] {
-            let format = Format::kivi(Bits::Eight, Bits::Eight, 32, 128).unwrap().with_basis(basis);
+            let format =
+                Format::kivi(Bits::Eight, Bits::Eight, 32, 128).unwrap().with_key_basis(basis);
             let make = || {
                 let cache = QuantCache::new(spec(64), format).unwrap();
                 cache.with_order(order).with_sinks(5).unwrap()
@@ -130,7 +131,7 @@ fn quantizing_first_shows_in_the_prompt() {
 #[test]
 fn keys_before_rope_need_a_rotary_embedding() {
     let format = Format::kivi(Bits::Four, Bits::Four, 32, 32).unwrap();
-    let format = format.with_basis(KeyBasis::BeforeRope);
+    let format = format.with_key_basis(KeyBasis::BeforeRope);
     let rotated = LayerSpec { rope: None, ..spec(64) };
     let message = QuantCache::new(rotated, format).unwrap_err().to_string();
     assert!(message.contains("keys before RoPE"), "{message}");

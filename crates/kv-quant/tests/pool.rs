@@ -1,10 +1,10 @@
 //! Laws of pools: sharing between sequences has no visible effect.
 
-mod plain;
+mod reference_impl;
 
 use half::{bf16, f16};
 use kv_quant::{Bits, Error, Flush, Format, Mask, Pool, Queries, Rotary};
-use plain::{Random, all, formats, numbers, shape};
+use reference_impl::{Random, all, formats, numbers, shape};
 
 const D: usize = 24;
 const V: usize = 16;
@@ -322,17 +322,18 @@ fn listed_entries_equal_retained_ones() {
         pool.fork(1, 2).unwrap();
         let lists = [vec![3..17, 20..21, 90..300, 500..560], vec![0..40, 559..560]];
         let keep: Vec<Vec<u32>> =
-            lists.iter().map(|l| plain::entries(l).map(|e| e as u32).collect()).collect();
+            lists.iter().map(|l| reference_impl::entries(l).map(|e| e as u32).collect()).collect();
         pool.retain(2, &keep).unwrap();
         let q = numbers(3, 2 * HEADS * D);
         let q = queries(&q);
         let got = pool.attend(&q, &[1], &[0, 2], Mask::Entries(&lists)).unwrap();
         let want = pool.attend(&q, &[2], &[0, 2], Mask::Full).unwrap();
         let wide: Vec<f64> = want.out.iter().map(|&x| x.into()).collect();
-        assert!(plain::close(&got.out, &wide), "{:?}", pool.format());
+        assert!(reference_impl::close(&got.out, &wide), "{:?}", pool.format());
         let sums = pool.attention_sums(&q, &got.lse, &[1], &[0, 2], Mask::Entries(&lists)).unwrap();
         for (head, sums) in sums.iter().enumerate() {
-            let listed: f32 = plain::entries(&lists[head / (HEADS / KV)]).map(|e| sums[e]).sum();
+            let listed: f32 =
+                reference_impl::entries(&lists[head / (HEADS / KV)]).map(|e| sums[e]).sum();
             assert!((listed - 2.0).abs() < 1e-2);
             assert!((sums.iter().sum::<f32>() - listed).abs() < 1e-6);
         }

@@ -6,7 +6,7 @@ pub mod baseline;
 mod hub;
 pub mod llmlingua;
 pub mod llmlingua2;
-mod meter;
+mod loss;
 mod percentile;
 mod selective_context;
 mod structured;

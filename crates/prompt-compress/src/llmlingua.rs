@@ -13,19 +13,19 @@
 //!   losses that no longer match. Here the model reads the newer half of its context again.
 
 mod budget;
-mod cut;
 mod documents;
 mod ratios;
 mod segments;
+mod token_selection;
 
 use std::ops::Range;
 
 pub use documents::Documents;
 
-use crate::meter::{Meter, count, encode, failed};
+use crate::loss::{LossModel, count, encode, failed};
 use crate::tokens::cl100k_tokens;
 use crate::{Target, sentences};
-use documents::{Joined, Kept};
+use documents::{JoinedText, KeptRanges};
 use longctx_core::{CausalLm, Compressed, Error, Prompt, PromptCompressor, Rate, Result};
 use ratios::ratios;
 use segments::{Plan, compress};
@@ -37,7 +37,7 @@ const SEGMENTS: usize = 16;
 
 /// The position of the question when a document is scored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub enum QuestionPosition {
     /// Before the document: how well the question predicts the document.
     Before,
     /// After the document: how well the document predicts the question.
@@ -48,20 +48,20 @@ pub enum Place {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rank {
     /// By their own perplexity, the highest first (LLMLingua).
-    Plain,
+    Perplexity,
     /// By their relevance to the question (LongLLMLingua).
-    Question(Place),
+    Question(QuestionPosition),
 }
 
 /// The score of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Weigh {
+pub enum TokenScore {
     /// Its loss.
     Loss,
     /// Its loss with the question before the text.
-    Conditioned,
+    ConditionalLoss,
     /// The reduction of its loss by the question (contrastive perplexity).
-    Contrast,
+    Contrastive,
 }
 
 /// The order of the documents in the output.
@@ -123,7 +123,7 @@ pub struct Settings {
     /// How documents and sentences are ranked.
     pub rank: Rank,
     /// Whether whole documents are dropped first. No effect on a single document.
-    pub choose_documents: bool,
+    pub drop_documents: bool,
     /// The number of document tokens to keep.
     pub document_budget: Budget,
     /// Indices of documents that are always kept.
@@ -135,13 +135,13 @@ pub struct Settings {
     /// Whether and how sentences are dropped.
     pub sentences: Option<Sentences>,
     /// Whether tokens are dropped.
-    pub choose_tokens: bool,
+    pub drop_tokens: bool,
     /// The score of a token.
-    pub weigh: Weigh,
+    pub token_score: TokenScore,
     /// Tokens per segment: the number of tokens cut at a time.
     pub segment: usize,
     /// The token that separates documents, if pairs of it are kept.
-    pub keep_split: Option<u32>,
+    pub separator: Option<u32>,
     /// Whether the output ends with the question.
     pub append_question: bool,
     /// Whether tokens that share a character are cut one by one, as in the package. This leaves
@@ -153,17 +153,17 @@ impl Settings {
     /// LLMLingua with the package's defaults.
     pub fn llmlingua() -> Self {
         Self {
-            rank: Rank::Plain,
-            choose_documents: true,
+            rank: Rank::Perplexity,
+            drop_documents: true,
             document_budget: Budget::Plus(100.0),
             force_documents: Vec::new(),
             order: Order::Original,
             dynamic_ratio: 0.0,
             sentences: None,
-            choose_tokens: true,
-            weigh: Weigh::Loss,
+            drop_tokens: true,
+            token_score: TokenScore::Loss,
             segment: 200,
-            keep_split: None,
+            separator: None,
             append_question: false,
             published: false,
         }
@@ -172,10 +172,10 @@ impl Settings {
     /// LongLLMLingua with the settings recommended by its authors.
     pub fn long() -> Self {
         Self {
-            rank: Rank::Question(Place::After),
+            rank: Rank::Question(QuestionPosition::After),
             order: Order::Ranked,
             dynamic_ratio: 0.3,
-            weigh: Weigh::Contrast,
+            token_score: TokenScore::Contrastive,
             ..Self::llmlingua()
         }
     }
@@ -195,8 +195,8 @@ pub struct Compression {
 /// A compressor based on a causal model.
 #[derive(Debug)]
 pub struct LlmLingua<M> {
-    meter: Meter<M>,
-    plain: Option<Meter<M>>,
+    loss_model: LossModel<M>,
+    unconditional: Option<LossModel<M>>,
     tokenizer: Tokenizer,
     settings: Settings,
 }
@@ -210,13 +210,13 @@ impl<M: CausalLm> LlmLingua<M> {
         if settings.segment == 0 {
             return Err(Error::setting("segment", "at least 1 token", 0));
         }
-        Ok(Self { meter: Meter::new(model), plain: None, tokenizer, settings })
+        Ok(Self { loss_model: LossModel::new(model), unconditional: None, tokenizer, settings })
     }
 
     /// Sets a second session of the same model. Contrastive perplexity reads the text with and
     /// without the question; a single session would read all of it again for every segment.
     pub fn with_second(mut self, model: M) -> Self {
-        self.plain = Some(Meter::new(model));
+        self.unconditional = Some(LossModel::new(model));
         self
     }
 
@@ -252,8 +252,9 @@ impl<M: CausalLm> LlmLingua<M> {
         target: Target,
         segments: usize,
     ) -> Result<Compression> {
-        let asks = self.settings.rank != Rank::Plain || self.settings.weigh != Weigh::Loss;
-        if asks && question.trim().is_empty() {
+        let needs_question =
+            self.settings.rank != Rank::Perplexity || self.settings.token_score != TokenScore::Loss;
+        if needs_question && question.trim().is_empty() {
             return Err(Error::mismatch("prompt", "a question", "none"));
         }
         let source = documents.text.as_str();
@@ -264,18 +265,18 @@ impl<M: CausalLm> LlmLingua<M> {
             return Err(Error::mismatch("documents", "at least one, on character boundaries", got));
         }
         let target = self.tokens(&texts, instruction, question, target)?;
-        let kept = self.choose(documents, question, target)?;
-        let compressed = match self.settings.choose_tokens {
-            true => self.choose_tokens(&kept, source, question, target, segments)?,
+        let kept = self.select_coarse(documents, question, target)?;
+        let compressed = match self.settings.drop_tokens {
+            true => self.select_tokens(&kept, source, question, target, segments)?,
             false => {
-                let joined = Joined::new(None, &kept, source);
+                let joined = JoinedText::new(None, &kept, source);
                 let whole = 0..joined.text.len();
-                joined.record(std::slice::from_ref(&whole), source, joined.text.clone())
+                joined.to_compressed(std::slice::from_ref(&whole), source, joined.text.clone())
             }
         };
         let before = [&[instruction], &texts[..], &[question]].concat().join("\n\n");
         let question = if self.settings.append_question { question } else { "" };
-        let compressed = frame(compressed, instruction, question);
+        let compressed = with_instruction_and_question(compressed, instruction, question);
         let compressed_tokens = cl100k_tokens(&compressed.text);
         Ok(Compression {
             compressed,
@@ -307,35 +308,43 @@ impl<M: CausalLm> LlmLingua<M> {
     }
 
     /// Coarse selection: documents, then sentences.
-    fn choose(&mut self, documents: &Documents, question: &str, target: f64) -> Result<Vec<Kept>> {
+    fn select_coarse(
+        &mut self,
+        documents: &Documents,
+        question: &str,
+        target: f64,
+    ) -> Result<Vec<KeptRanges>> {
         let source = documents.text.as_str();
-        let kept = match self.settings.choose_documents && documents.ranges.len() > 1 {
-            true => self.choose_documents(&documents.ranges, source, question, target)?,
+        let kept = match self.settings.drop_documents && documents.ranges.len() > 1 {
+            true => self.select_documents(&documents.ranges, source, question, target)?,
             false => {
-                let whole = |range: &Range<usize>| Kept { ranges: vec![range.clone()], bonus: 0.0 };
+                let whole = |range: &Range<usize>| KeptRanges {
+                    ranges: vec![range.clone()],
+                    ratio_offset: 0.0,
+                };
                 documents.ranges.iter().map(whole).collect()
             }
         };
         match self.settings.sentences.clone() {
-            Some(sentences) => self.choose_sentences(kept, source, question, target, &sentences),
+            Some(sentences) => self.select_sentences(kept, source, question, target, &sentences),
             None => Ok(kept),
         }
     }
 
-    fn choose_tokens(
+    fn select_tokens(
         &mut self,
-        kept: &[Kept],
+        kept: &[KeptRanges],
         source: &str,
         question: &str,
         target: f64,
         segments: usize,
     ) -> Result<Compressed> {
-        let prefix = Some(question).filter(|_| self.settings.weigh != Weigh::Loss);
-        let joined = Joined::new(prefix, kept, source);
+        let prefix = Some(question).filter(|_| self.settings.token_score != TokenScore::Loss);
+        let joined = JoinedText::new(prefix, kept, source);
         let tokens = encode(&self.tokenizer, &joined.text, false)?;
         let front = prefix.map_or(0, |prefix| prefix.len() + 2);
         let start = tokens.offsets.partition_point(|offset| offset.start < front);
-        let context = self.meter.context_length();
+        let context = self.loss_model.context_length();
         let size = match segments {
             1 => self.settings.segment,
             _ => self.settings.segment.min(((tokens.ids.len() - start) / segments).max(2)),
@@ -349,29 +358,29 @@ impl<M: CausalLm> LlmLingua<M> {
         for document in kept {
             lengths.push(encode(&self.tokenizer, &document.text(source), false)?.ids.len() + 2);
         }
-        let bonus: Vec<f64> = kept.iter().map(|document| document.bonus).collect();
-        let shares = match self.settings.published {
+        let ratio_offsets: Vec<f64> = kept.iter().map(|document| document.ratio_offset).collect();
+        let continues_character = match self.settings.published {
             true => vec![false; tokens.ids.len()],
-            false => shares(&joined.text, &tokens.offsets),
+            false => continues_character(&joined.text, &tokens.offsets),
         };
         let plan = Plan {
             size,
             start,
-            shares: &shares,
-            steps: &ratios(&lengths, &bonus, target, size),
-            split: self.settings.keep_split,
-            contrast: self.settings.weigh == Weigh::Contrast,
+            continues_character: &continues_character,
+            steps: &ratios(&lengths, &ratio_offsets, target, size),
+            separator: self.settings.separator,
+            contrastive: self.settings.token_score == TokenScore::Contrastive,
         };
-        let left = compress(&mut self.meter, self.plain.as_mut(), tokens.ids, &plan)?;
+        let left = compress(&mut self.loss_model, self.unconditional.as_mut(), tokens.ids, &plan)?;
         let text = self.tokenizer.decode(&left.ids, false).map_err(failed)?;
         let ranges: Vec<Range<usize>> =
             left.origin.iter().map(|&i| tokens.offsets[i].clone()).collect();
-        Ok(joined.record(&ranges, source, text))
+        Ok(joined.to_compressed(&ranges, source, text))
     }
 }
 
 /// Returns for each token whether it shares a character with the previous one.
-fn shares(text: &str, tokens: &[Range<usize>]) -> Vec<bool> {
+fn continues_character(text: &str, tokens: &[Range<usize>]) -> Vec<bool> {
     let mut end = 0;
     let goes_on = |token: &Range<usize>| {
         let inside =
@@ -384,7 +393,11 @@ fn shares(text: &str, tokens: &[Range<usize>]) -> Vec<bool> {
 
 /// Adds the instruction before and the question after, with empty lines between. Parts of only
 /// white space are omitted, as in the package.
-fn frame(compressed: Compressed, instruction: &str, question: &str) -> Compressed {
+fn with_instruction_and_question(
+    compressed: Compressed,
+    instruction: &str,
+    question: &str,
+) -> Compressed {
     let Compressed { text, mut pieces } = compressed;
     let mut body = text.as_str();
     if body.trim().is_empty() {

@@ -8,7 +8,7 @@
 mod checkpoint;
 mod compress;
 mod encoder;
-mod forced;
+mod forced_tokens;
 mod gelu;
 mod vocabulary;
 mod windows;
@@ -21,7 +21,7 @@ pub use compress::{Compression, ContextFilter, ContextTarget, Label, Request, Sc
 
 use candle_core::Device;
 use checkpoint::{Config, Weights};
-use encoder::{Encoder, Framed};
+use encoder::{Encoder, EncoderInput};
 use longctx_core::{Compressed, Error, Prompt, PromptCompressor, Rate, Result};
 use vocabulary::Vocabulary;
 use windows::{Token, split};
@@ -167,7 +167,7 @@ impl LlmLingua2 {
         }
         let forced = self.vocabulary.forced(&self.settings.force_tokens)?;
         let rows = self.encoder.vocab_size();
-        if forced.has_stand_ins() && self.vocabulary.largest_id() as usize >= rows {
+        if forced.has_placeholders() && self.vocabulary.largest_id() as usize >= rows {
             let what = format!(
                 "forced tokens that are not in the vocabulary: the checkpoint's embedding has {rows} rows, none for added tokens"
             );
@@ -179,12 +179,15 @@ impl LlmLingua2 {
             let windows = split(&self.vocabulary, &forced, &self.settings.window_ends, text)?;
             let mut words = Vec::with_capacity(windows.len());
             for batch in windows.chunks(self.settings.batch) {
-                let frame = |window: &windows::Window| {
-                    window.frame(&self.vocabulary, |ids| self.config.positions(ids))
+                let encoder_input = |window: &windows::Window| {
+                    window.encoder_input(&self.vocabulary, |ids| self.config.positions(ids))
                 };
-                let framed = batch.iter().map(frame).collect::<Result<Vec<_>>>()?;
-                let (framed, tokens): (Vec<Framed>, Vec<Vec<Token>>) = framed.into_iter().unzip();
-                for (tokens, probabilities) in tokens.iter().zip(self.encoder.keep(&framed)?) {
+                let input = batch.iter().map(encoder_input).collect::<Result<Vec<_>>>()?;
+                let (input, tokens): (Vec<EncoderInput>, Vec<Vec<Token>>) =
+                    input.into_iter().unzip();
+                for (tokens, probabilities) in
+                    tokens.iter().zip(self.encoder.keep_probabilities(&input)?)
+                {
                     let merged =
                         merge(&self.vocabulary, &forced, &self.settings, tokens, &probabilities);
                     words.push(merged);

@@ -4,16 +4,16 @@
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Number {
     /// Computed by the model.
-    Narrow(f32),
+    F32(f32),
     /// Assigned: 0 or 1.
-    Wide(f64),
+    F64(f64),
 }
 
 impl Number {
     pub fn get(self) -> f64 {
         match self {
-            Number::Narrow(x) => f64::from(x),
-            Number::Wide(x) => x,
+            Number::F32(x) => f64::from(x),
+            Number::F64(x) => x,
         }
     }
 }
@@ -30,7 +30,7 @@ pub fn percentile(values: &[Number], q: u32) -> Option<f64> {
     let below = (at.floor() as usize).min(last);
     let (a, b) = (sorted[below], sorted[(below + 1).min(last)]);
     let t = at - at.floor();
-    if values.iter().any(|value| matches!(value, Number::Wide(_))) {
+    if values.iter().any(|value| matches!(value, Number::F64(_))) {
         let step = b - a;
         return Some(if t >= 0.5 { b - step * (1.0 - t) } else { a + step * t });
     }
@@ -48,14 +48,14 @@ mod tests {
     fn equals_numpy() {
         // numpy 2.4.6: np.percentile(np.array([...], dtype=np.float32), q), and the same with a
         // Python 1.0 in the list.
-        let narrow = [0.1f32, 0.7, 0.35, 0.9, 0.2].map(Number::Narrow);
+        let narrow = [0.1f32, 0.7, 0.35, 0.9, 0.2].map(Number::F32);
         assert_eq!(percentile(&narrow, 51), Some(f64::from(0.364_f32)));
         assert_eq!(percentile(&narrow, 0), Some(f64::from(0.1f32)));
         assert_eq!(percentile(&narrow, 100), Some(f64::from(0.9f32)));
         let mut wide = narrow.to_vec();
-        wide.push(Number::Wide(1.0));
+        wide.push(Number::F64(1.0));
         assert_eq!(percentile(&wide, 84), Some(0.919_999_980_926_513_7));
         assert_eq!(percentile(&[], 50), None);
-        assert_eq!(percentile(&[Number::Narrow(0.25)], 76), Some(0.25));
+        assert_eq!(percentile(&[Number::F32(0.25)], 76), Some(0.25));
     }
 }

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use crate::meter::{Meter, encode};
+use crate::loss::{LossModel, encode};
 use crate::units::sentences;
 use longctx_core::{CausalLm, Compressed, Error, Prompt, PromptCompressor, Rate, Result};
 use tokenizers::Tokenizer;
@@ -24,14 +24,14 @@ pub enum Unit {
 /// A compressor that measures the self-information of each unit of a text with a causal model.
 #[derive(Debug)]
 pub struct SelectiveContext<M> {
-    meter: Meter<M>,
+    loss_model: LossModel<M>,
     tokenizer: Tokenizer,
     /// The token fed before a text.
-    first: u32,
+    bos: u32,
     unit: Unit,
     split: Split,
     /// Whether each sentence is read separately.
-    alone: bool,
+    by_sentence: bool,
 }
 
 /// Splits a text into consecutive ranges that cover it.
@@ -41,34 +41,34 @@ impl<M: CausalLm> SelectiveContext<M> {
     /// Creates a compressor from a model, its tokenizer and the token that the model expects before
     /// a text. Each token is conditioned on the text before it, within the model's context.
     /// Sentences follow the Unicode rules.
-    pub fn new(model: M, tokenizer: Tokenizer, first: u32, unit: Unit) -> Self {
+    pub fn new(model: M, tokenizer: Tokenizer, bos: u32, unit: Unit) -> Self {
         let split = sentences;
-        Self { meter: Meter::new(model), tokenizer, first, unit, split, alone: false }
+        Self { loss_model: LossModel::new(model), tokenizer, bos, unit, split, by_sentence: false }
     }
 
     /// Reads each sentence separately, as the authors' program does, so that earlier sentences are
     /// not part of the context. `split` returns the sentences, consecutive ranges that cover the
     /// text.
     pub fn sentence_by_sentence(self, split: fn(&str) -> Vec<Range<usize>>) -> Self {
-        Self { split, alone: true, ..self }
+        Self { split, by_sentence: true, ..self }
     }
 
     /// Returns the mean self-information of each unit, in nats per token; NaN if no token begins in
     /// it.
     fn information(&mut self, text: &str, units: &[Range<usize>]) -> Result<Vec<f64>> {
         let mut sums = vec![(0.0, 0usize); units.len()];
-        let read = self.meter.context_length().saturating_sub(1);
+        let read = self.loss_model.context_length().saturating_sub(1);
         if read == 0 {
             return Err(Error::setting("context length", "at least 2 tokens", read + 1));
         }
         let whole = std::iter::once(0..text.len()).collect();
-        for part in if self.alone { (self.split)(text) } else { whole } {
+        for part in if self.by_sentence { (self.split)(text) } else { whole } {
             // Sentences are read without the surrounding white space.
-            let part = if self.alone { trimmed(text, part)? } else { part };
+            let part = if self.by_sentence { trimmed(text, part)? } else { part };
             let tokens = encode(&self.tokenizer, &text[part.clone()], false)?;
             for (ids, offsets) in tokens.ids.chunks(read).zip(tokens.offsets.chunks(read)) {
-                let ids = [&[self.first], ids].concat();
-                for (loss, offset) in self.meter.losses(&ids, 0)?.into_iter().zip(offsets) {
+                let ids = [&[self.bos], ids].concat();
+                for (loss, offset) in self.loss_model.losses(&ids, 0)?.into_iter().zip(offsets) {
                     let start = part.start + offset.start;
                     if text.get(start..part.start + offset.end) == Some(" ") {
                         continue;

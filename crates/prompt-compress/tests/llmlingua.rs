@@ -9,7 +9,7 @@ use base_models::{Decoder, LoadOptions, Transformer};
 use candle_core::DType;
 use longctx_core::{DenseCache, Prompt, PromptCompressor, Rate};
 use prompt_compress::llmlingua::{
-    Budget, Compression, Documents, Order, Place, Rank, Sentences, Settings, Weigh,
+    Budget, Compression, Documents, Order, QuestionPosition, Rank, Sentences, Settings, TokenScore,
 };
 use prompt_compress::{LlmLingua, SelectiveContext, Target, Unit};
 use serde::Deserialize;
@@ -62,7 +62,7 @@ struct Variant {
 /// Returns a variant of fixtures/causal.py by name.
 fn variant(name: &str) -> Variant {
     let plain = Settings { append_question: true, published: true, ..Settings::llmlingua() };
-    let long = Settings { rank: Rank::Question(Place::After), ..plain.clone() };
+    let long = Settings { rank: Rank::Question(QuestionPosition::After), ..plain.clone() };
     let sentences = Sentences { split: plain_sentences, ..Sentences::default() };
     let (settings, rate, split, asks, instructs) = match name {
         "plain" => (Settings { segment: 100, ..plain }, 0.5, false, false, false),
@@ -78,23 +78,17 @@ fn variant(name: &str) -> Variant {
         }
         "keep split" => {
             let document_budget = Budget::Times(1.2);
-            let keep_split = Some(13);
-            (
-                Settings { segment: 50, document_budget, keep_split, ..plain },
-                0.4,
-                true,
-                false,
-                false,
-            )
+            let separator = Some(13);
+            (Settings { segment: 50, document_budget, separator, ..plain }, 0.4, true, false, false)
         }
         "long" => {
-            let (order, weigh) = (Order::Ranked, Weigh::Contrast);
-            let settings = Settings { segment: 50, order, weigh, dynamic_ratio: 0.3, ..long };
+            let (order, token_score) = (Order::Ranked, TokenScore::Contrastive);
+            let settings = Settings { segment: 50, order, token_score, dynamic_ratio: 0.3, ..long };
             (settings, 0.5, true, true, false)
         }
         "long before" => {
             let settings = Settings {
-                rank: Rank::Question(Place::Before),
+                rank: Rank::Question(QuestionPosition::Before),
                 segment: 80,
                 order: Order::BestAtBothEnds,
                 dynamic_ratio: 0.4,
@@ -116,7 +110,7 @@ fn variant(name: &str) -> Variant {
         }
         "contexts alone" => {
             let document_budget = Budget::Times(1.0);
-            (Settings { choose_tokens: false, document_budget, ..long }, 0.4, true, true, false)
+            (Settings { drop_tokens: false, document_budget, ..long }, 0.4, true, true, false)
         }
         other => panic!("no variant {other}"),
     };

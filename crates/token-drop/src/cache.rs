@@ -2,14 +2,14 @@
 
 mod plan;
 mod score;
-mod take;
+mod step;
 
 use crate::{
     Budget, EvictionPolicy, Granularity, HeadBudgets, LayerBudgets, Needs, Prefill, Protected,
     Settings,
-    entries::Entries,
+    metadata::EntryMetadata,
     sequences::{Sequence, Sequences},
-    storage::{check_store, cut},
+    storage::{check_store, truncate_heads},
 };
 use candle_core::Tensor;
 use longctx_core::{
@@ -69,12 +69,12 @@ pub struct PolicyCache<S, P> {
 /// The state of a sequence outside the store.
 #[derive(Debug, Clone)]
 struct SeqState {
-    entries: Entries,
+    metadata: EntryMetadata,
     /// The newest queries before the rotary embedding, if the policy observes several of them
     /// during decoding.
     queries: Option<Tensor>,
     /// Number of tokens seen when entries were last evicted.
-    evicted_at: usize,
+    seen_at_eviction: usize,
 }
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
@@ -208,7 +208,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     /// # Errors
     /// If the positions are on a device and the copy fails.
     pub fn positions(&self, seq: SeqId) -> Result<Vec<Vec<u32>>> {
-        let of = |sequence: &Sequence<SeqState>| sequence.state.entries.positions();
+        let of = |sequence: &Sequence<SeqState>| sequence.state.metadata.positions();
         self.sequences.get(seq).map_or(Ok(Vec::new()), of)
     }
 
@@ -219,7 +219,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
 
     /// Returns the number of newest queries to keep: those that the policy observes during
     /// decoding.
-    fn remembered(&self) -> usize {
+    fn num_kept_queries(&self) -> usize {
         if self.settings.decode_step.is_none() {
             return 0;
         }
@@ -239,9 +239,9 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         self.check(step)?;
         let lens = self.begin(step.batch);
-        match self.take(step) {
+        match self.attend_and_evict(step) {
             Ok(out) => Ok(out),
-            Err(error) => Err(self.take_back(step.batch, &lens, error)),
+            Err(error) => Err(self.roll_back(step.batch, &lens, error)),
         }
     }
 
@@ -252,7 +252,7 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
             crate::storage::check_lse(step, lse, &self.spec)?;
         }
         let lens = self.begin(step.batch);
-        self.take_attended(step, lse).map_err(|error| self.take_back(step.batch, &lens, error))
+        self.append_attended(step, lse).map_err(|error| self.roll_back(step.batch, &lens, error))
     }
 
     fn needs_lse(&self) -> bool {
@@ -272,7 +272,7 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
             return Ok(());
         }
         self.check_restorable(sequence, len)?;
-        let lens = shortened(&sequence.state.entries, sequence.seen - len);
+        let lens = lens_without(&sequence.state.metadata, sequence.seen - len);
         match lens.iter().all(|len| *len == lens[0]) {
             true => self.store.check_truncate(seq, lens[0]),
             // Heads with different numbers of entries each keep their first ones.
@@ -286,14 +286,14 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
         let Some(sequence) = self.sequences.get_mut(seq) else {
             return Err(Error::UnknownSequence(seq));
         };
-        let gone = sequence.seen - len;
+        let dropped = sequence.seen - len;
         if len == 0 {
-            cut(&mut self.store, seq, &vec![0; kv_heads])?;
+            truncate_heads(&mut self.store, seq, &vec![0; kv_heads])?;
             sequence.state = SeqState::new(kv_heads);
-        } else if gone > 0 {
-            cut(&mut self.store, seq, &shortened(&sequence.state.entries, gone))?;
-            sequence.state.entries.drop_newest(gone);
-            sequence.state.forget_queries(gone)?;
+        } else if dropped > 0 {
+            truncate_heads(&mut self.store, seq, &lens_without(&sequence.state.metadata, dropped))?;
+            sequence.state.metadata.drop_newest(dropped);
+            sequence.state.drop_newest_queries(dropped)?;
         }
         sequence.truncate(len);
         Ok(())
@@ -318,7 +318,7 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
 
     fn can_take(&self, batch: &Batch) -> bool {
         let appended: Vec<_> =
-            batch.iter().map(|(seq, own)| (seq, self.most_appended(seq, own.len()))).collect();
+            batch.iter().map(|(seq, own)| (seq, self.max_appended(seq, own.len()))).collect();
         Batch::new(&appended).is_ok_and(|batch| self.store.can_append(&batch))
     }
 
@@ -349,16 +349,16 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     fn check_restorable(&self, sequence: &Sequence<SeqState>, len: usize) -> Result<()> {
         let state = &sequence.state;
         let unsupported = |why: String| Err(Error::Unsupported(format!("truncating {why}")));
-        if len < state.evicted_at {
-            let last = state.evicted_at;
+        if len < state.seen_at_eviction {
+            let last = state.seen_at_eviction;
             return unsupported(format!(
                 "to {len} tokens a sequence that had entries evicted after {last}"
             ));
         }
-        if self.needs.previous {
+        if self.needs.previous_scores {
             return unsupported("a sequence whose scores are sums over all its tokens".into());
         }
-        let wanted = self.remembered();
+        let wanted = self.num_kept_queries();
         let kept = state.queries.as_ref().map_or(Ok(0), |q| q.dim(0))?;
         if kept.saturating_sub(sequence.seen - len) < wanted.min(len) {
             return unsupported(format!(
@@ -369,33 +369,33 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     }
 
     /// Returns the largest number of entries that a call of `tokens` tokens appends to a head.
-    fn most_appended(&self, seq: SeqId, tokens: usize) -> usize {
+    fn max_appended(&self, seq: SeqId, tokens: usize) -> usize {
         let prompt = self.sequences.prompt_with(seq, tokens).len();
         let (budgets, _) = self.settings.limits(&self.spec, prompt, self.seen(seq) + tokens);
         let budget = budgets.into_iter().max().unwrap_or(usize::MAX);
         let even = self.settings.head_budgets == HeadBudgets::Uniform;
         // The host does not know how many of the call's own tokens a selection on a device keeps.
-        match self.evicts_prompt(seq, tokens) && even && self.store.len(seq) == 0 {
+        match self.evicts_after_prefill(seq, tokens) && even && self.store.len(seq) == 0 {
             true => tokens.min(budget),
             false => tokens,
         }
     }
 }
 
-/// Returns each head's number of entries without the newest `gone` tokens.
-fn shortened(entries: &Entries, gone: usize) -> Vec<usize> {
-    entries.lens().into_iter().map(|len| len.saturating_sub(gone)).collect()
+/// Returns each head's number of entries without the newest `count` tokens.
+fn lens_without(entries: &EntryMetadata, count: usize) -> Vec<usize> {
+    entries.lens().into_iter().map(|len| len.saturating_sub(count)).collect()
 }
 
 impl SeqState {
     fn new(kv_heads: usize) -> Self {
-        Self { entries: Entries::new(kv_heads), queries: None, evicted_at: 0 }
+        Self { metadata: EntryMetadata::new(kv_heads), queries: None, seen_at_eviction: 0 }
     }
 
-    /// Drops the newest `gone` queries.
-    fn forget_queries(&mut self, gone: usize) -> Result<()> {
+    /// Drops the newest `count` queries.
+    fn drop_newest_queries(&mut self, count: usize) -> Result<()> {
         self.queries = match self.queries.take() {
-            Some(q) if q.dim(0)? > gone => Some(q.narrow(0, 0, q.dim(0)? - gone)?),
+            Some(q) if q.dim(0)? > count => Some(q.narrow(0, 0, q.dim(0)? - count)?),
             _ => None,
         };
         Ok(())
@@ -404,6 +404,6 @@ impl SeqState {
     fn footprint(&self) -> Footprint {
         let bytes = |q: &Tensor| q.elem_count() * q.dtype().size_in_bytes();
         let queries = self.queries.as_ref().map_or(0, bytes);
-        Footprint { bookkeeping: self.entries.bytes() + queries, ..Default::default() }
+        Footprint { bookkeeping: self.metadata.bytes() + queries, ..Default::default() }
     }
 }

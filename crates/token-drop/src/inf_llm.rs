@@ -1,24 +1,24 @@
 //! InfLLM: Xiao et al., "InfLLM: Training-Free Long-Context Extrapolation for LLMs with an
 //! Efficient Context Memory", arXiv 2402.04617.
 
+mod block_index;
 mod chunk;
-mod memory;
-mod rows;
 mod settings;
 mod state;
+mod unrotated_rows;
 
-use crate::part::{Part, join};
 use crate::sequences::Sequences;
-use crate::storage::{check_lse, check_store, cut, fork, whole_lse};
+use crate::storage::{check_lse, check_store, fork, lse_with_sink_logits, truncate_heads};
+use crate::sub_batch::{SubBatch, assemble};
 use candle_core::Tensor;
 use longctx_core::{
     AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Result, SeqId, Step,
     attention, check_new,
 };
-use rows::Rows;
 pub use settings::InfLlmSettings;
-use settings::Size;
-use state::State;
+use settings::Sizes;
+use state::SeqState;
+use unrotated_rows::UnrotatedRows;
 
 /// A cache that drops nothing: queries see the first tokens, a local window, and a few retrieved
 /// blocks of the past.
@@ -83,14 +83,14 @@ use state::State;
 #[derive(Debug)]
 pub struct InfLlm<S, W = S> {
     spec: LayerSpec,
-    size: Size,
+    sizes: Sizes,
     exact_prompt: bool,
     published_remainder: bool,
     /// All tokens, with unrotated keys.
     past: S,
     /// The newest tokens, with rotated keys.
     window: W,
-    sequences: Sequences<State>,
+    sequences: Sequences<SeqState>,
 }
 
 impl<S: KvStore, W: KvStore> InfLlm<S, W> {
@@ -102,7 +102,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     /// [`Error::Unsupported`] if the layer has a sliding window.
     pub fn new(spec: LayerSpec, past: S, window: W, sizes: InfLlmSettings) -> Result<Self> {
         sizes.check()?;
-        Self::with_size(spec, past, window, Size::Fixed(sizes))
+        Self::with_sizes(spec, past, window, Sizes::Fixed(sizes))
     }
 
     /// Creates a cache whose sizes are [a ratio](InfLlmSettings::of_prompt) of the prompt.
@@ -115,16 +115,16 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     /// As [`new`](Self::new), and [`Error::Setting`] unless the ratio lies between 0 and 1.
     pub fn with_ratio(spec: LayerSpec, past: S, window: W, ratio: f64) -> Result<Self> {
         InfLlmSettings::of_prompt(ratio, 1)?;
-        Self::with_size(spec, past, window, Size::Ratio(ratio))
+        Self::with_sizes(spec, past, window, Sizes::Ratio(ratio))
     }
 
-    fn with_size(spec: LayerSpec, past: S, window: W, size: Size) -> Result<Self> {
+    fn with_sizes(spec: LayerSpec, past: S, window: W, sizes: Sizes) -> Result<Self> {
         check_store(&spec, &past, "InfLLM")?;
         check_store(&spec, &window, "InfLLM")?;
         spec.rope_for("InfLLM")?;
         let (exact_prompt, published_remainder) = (false, false);
         let sequences = Sequences::default();
-        Ok(Self { spec, size, exact_prompt, published_remainder, past, window, sequences })
+        Ok(Self { spec, sizes, exact_prompt, published_remainder, past, window, sequences })
     }
 
     /// Uses exact attention among the tokens of a sequence's first call, which is the whole prompt
@@ -170,20 +170,20 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
 
     /// Returns the number of blocks of a sequence's past.
     pub fn blocks(&self, seq: SeqId) -> usize {
-        self.state(seq).map_or(0, |state| state.memory.len())
+        self.state(seq).map_or(0, |state| state.blocks.len())
     }
 
     /// Returns the resident blocks of a sequence, in text order.
     pub fn resident(&self, seq: SeqId) -> Vec<usize> {
-        self.state(seq).map_or(Vec::new(), |state| state.memory.resident())
+        self.state(seq).map_or(Vec::new(), |state| state.blocks.resident())
     }
 
     /// Returns the blocks that a sequence's newest chunk of queries retrieved, in text order.
-    pub fn fetched(&self, seq: SeqId) -> Vec<usize> {
-        self.state(seq).map_or(Vec::new(), |state| state.memory.fetched())
+    pub fn retrieved(&self, seq: SeqId) -> Vec<usize> {
+        self.state(seq).map_or(Vec::new(), |state| state.blocks.retrieved())
     }
 
-    fn state(&self, seq: SeqId) -> Option<&State> {
+    fn state(&self, seq: SeqId) -> Option<&SeqState> {
         self.sequences.get(seq).map(|sequence| &sequence.state)
     }
 
@@ -194,7 +194,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         let mut all = self.footprint();
         for (seq, sequence) in self.sequences.iter() {
             let (past, entries) = (self.past.seq_footprint(seq), self.past.len(seq).max(1));
-            let away = sequence.state.away(sequence.seen);
+            let away = sequence.state.offloadable(sequence.seen);
             all.payload -= past.payload * away / entries;
             all.scales -= past.scales * away / entries;
         }
@@ -202,26 +202,29 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     }
 
     /// Appends the tokens of a call and attends with them, exact prompts first.
-    fn take(&mut self, step: &Step<'_>) -> Result<AttentionState> {
+    fn append_and_attend(&mut self, step: &Step<'_>) -> Result<AttentionState> {
         let exact = |seq| self.exact_prompt && self.seen(seq) == 0;
-        let prompts = Part::of(step.batch, |seq, _| exact(seq))?;
-        let others = Part::of(step.batch, |seq, _| !exact(seq))?;
+        let prompts = SubBatch::of_sequences(step.batch, |seq, _| exact(seq))?;
+        let others = SubBatch::of_sequences(step.batch, |seq, _| !exact(seq))?;
         let mut parts = Vec::new();
         if let Some(part) = &prompts {
-            let rows = Rows::of(part, step)?;
+            let rows = UnrotatedRows::of(part, step)?;
             let state = self.attend_exactly(&rows)?;
-            self.take_rows(&Rows { exact: Some(whole_lse(&state, &self.spec)?), ..rows })?;
+            self.process_chunks(&UnrotatedRows {
+                exact_lse: Some(lse_with_sink_logits(&state, &self.spec)?),
+                ..rows
+            })?;
             parts.push((part, state));
         }
         if let Some(part) = &others {
-            let state = self.take_rows(&Rows::of(part, step)?)?;
-            parts.push((part, state.ok_or_else(nothing)?));
+            let state = self.process_chunks(&UnrotatedRows::of(part, step)?)?;
+            parts.push((part, state.ok_or_else(missing_state)?));
         }
-        join(&parts, step.batch.tokens())
+        assemble(&parts, step.batch.tokens())
     }
 
     /// Attention of new sequences' tokens among themselves.
-    fn attend_exactly(&self, rows: &Rows) -> Result<AttentionState> {
+    fn attend_exactly(&self, rows: &UnrotatedRows) -> Result<AttentionState> {
         let positions = rows.batch.positions(|_| 0);
         let q = self.spec.rotate(&rows.q, &positions)?;
         let k = self.spec.rotate(&rows.k, &positions)?;
@@ -229,15 +232,16 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     }
 
     /// Restores the state before a failed call, or poisons the sequences that cannot be restored.
-    fn take_back(&mut self, batch: &Batch, before: &Before, error: Error) -> Error {
+    fn roll_back(&mut self, batch: &Batch, before: &LensBefore, error: Error) -> Error {
         let advanced = |(seq, seen): (&SeqId, &usize)| self.sequences.seen(*seq) != *seen;
         let midway = batch.seqs().iter().zip(&before.seen).any(advanced);
         if midway || self.sequences.check(batch).is_err() {
             return self.sequences.poison(batch, error);
         }
         for (i, &seq) in batch.seqs().iter().enumerate() {
-            let done = cut(&mut self.past, seq, &before.past[i]);
-            if done.and_then(|()| cut(&mut self.window, seq, &before.window[i])).is_err() {
+            let done = truncate_heads(&mut self.past, seq, &before.past[i]);
+            if done.and_then(|()| truncate_heads(&mut self.window, seq, &before.window[i])).is_err()
+            {
                 return self.sequences.poison(batch, error);
             }
             if before.past[i].is_empty() {
@@ -247,9 +251,9 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         error
     }
 
-    fn before(&self, batch: &Batch) -> Before {
+    fn lens_before(&self, batch: &Batch) -> LensBefore {
         let seqs = || batch.seqs().iter();
-        Before {
+        LensBefore {
             seen: seqs().map(|&seq| self.seen(seq)).collect(),
             past: seqs().map(|&seq| self.past.lens(seq)).collect(),
             window: seqs().map(|&seq| self.window.lens(seq)).collect(),
@@ -257,12 +261,12 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     }
 }
 
-fn nothing() -> Error {
+fn missing_state() -> Error {
     Error::mismatch("attention of a chunk", "a state", "none")
 }
 
 /// The lengths of a batch's sequences before a call.
-struct Before {
+struct LensBefore {
     seen: Vec<usize>,
     past: Vec<Vec<usize>>,
     window: Vec<Vec<usize>>,
@@ -276,9 +280,10 @@ impl<S: KvStore, W: KvStore> KvCache for InfLlm<S, W> {
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         step.check(&self.spec)?;
         self.sequences.check(step.batch)?;
-        let before = self.before(step.batch);
-        let out = self.take(step).and_then(|state| self.spec.output(state, step.q.dtype()));
-        out.map_err(|error| self.take_back(step.batch, &before, error))
+        let before = self.lens_before(step.batch);
+        let out =
+            self.append_and_attend(step).and_then(|state| self.spec.output(state, step.q.dtype()));
+        out.map_err(|error| self.roll_back(step.batch, &before, error))
     }
 
     fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
@@ -286,10 +291,10 @@ impl<S: KvStore, W: KvStore> KvCache for InfLlm<S, W> {
         self.sequences.check(step.batch)?;
         check_new(self, step.batch)?;
         check_lse(step, lse, &self.spec)?;
-        let rows = Rows { exact: lse.cloned(), ..Rows::all(step) };
-        let before = self.before(step.batch);
-        let done = self.take_rows(&rows);
-        done.map_err(|error| self.take_back(step.batch, &before, error)).map(drop)
+        let rows = UnrotatedRows { exact_lse: lse.cloned(), ..UnrotatedRows::all(step) };
+        let before = self.lens_before(step.batch);
+        let done = self.process_chunks(&rows);
+        done.map_err(|error| self.roll_back(step.batch, &before, error)).map(drop)
     }
 
     fn needs_lse(&self) -> bool {
@@ -321,7 +326,8 @@ impl<S: KvStore, W: KvStore> KvCache for InfLlm<S, W> {
             return Err(Error::UnknownSequence(seq));
         };
         if len < sequence.seen {
-            sequence.state = State::new(self.size.of(sequence.prompt.truncated(0))?, &self.spec);
+            sequence.state =
+                SeqState::new(self.sizes.of(sequence.prompt.truncated(0))?, &self.spec);
             sequence.truncate(0);
             self.past.truncate(seq, 0)?;
             self.window.truncate(seq, 0)?;
@@ -349,9 +355,9 @@ impl<S: KvStore, W: KvStore> KvCache for InfLlm<S, W> {
 
     fn can_take(&self, batch: &Batch) -> bool {
         let of_window = |(seq, own): (SeqId, std::ops::Range<usize>)| {
-            let sizes = self.size.of(self.sequences.prompt_with(seq, own.len())).ok();
-            let most = sizes.map_or(usize::MAX, |sizes| sizes.local + sizes.chunk);
-            (seq, own.len().min(most))
+            let sizes = self.sizes.of(self.sequences.prompt_with(seq, own.len())).ok();
+            let max = sizes.map_or(usize::MAX, |sizes| sizes.local + sizes.chunk);
+            (seq, own.len().min(max))
         };
         let of_window: Vec<_> = batch.iter().map(of_window).collect();
         self.past.can_append(batch)
@@ -364,7 +370,7 @@ impl<S: KvStore, W: KvStore> KvCache for InfLlm<S, W> {
     }
 
     fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        let state = self.state(seq).map(State::footprint).unwrap_or_default();
+        let state = self.state(seq).map(SeqState::footprint).unwrap_or_default();
         self.past.seq_footprint(seq) + self.window.seq_footprint(seq) + state
     }
 

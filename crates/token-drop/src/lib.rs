@@ -1,12 +1,12 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod allocation;
 mod budget;
 mod cache;
-mod entries;
-mod group;
+mod group_reduction;
 mod inf_llm;
-mod part;
+mod metadata;
 mod policy;
 mod prompt;
 mod quest;
@@ -14,13 +14,14 @@ mod scores;
 mod select;
 mod sequences;
 mod settings;
-mod sharing;
 mod storage;
 mod streaming_llm;
+mod sub_batch;
 
+pub use allocation::{HeadBudgets, LayerBudgets};
 pub use budget::Budget;
 pub use cache::PolicyCache;
-pub use group::Group;
+pub use group_reduction::GroupReduction;
 pub use inf_llm::{InfLlm, InfLlmSettings};
 pub use policy::{
     EvictionPolicy, LayerView, Needs, ObservedQueries, duo_attention::DuoAttention,
@@ -30,5 +31,4 @@ pub use policy::{
 pub use quest::Quest;
 pub use select::{Granularity, Protected};
 pub use settings::{Prefill, Settings};
-pub use sharing::{HeadBudgets, LayerBudgets};
 pub use streaming_llm::StreamingLlm;

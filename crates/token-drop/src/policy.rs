@@ -78,7 +78,7 @@ pub struct Needs {
     /// The attention that entries receive from these queries.
     pub attention: Option<ObservedQueries>,
     /// The policy's previous scores. The policy then scores after every call.
-    pub previous: bool,
+    pub previous_scores: bool,
 }
 
 /// The queries whose attention is summed.
@@ -124,10 +124,10 @@ pub struct LayerView<'a> {
     /// the observed queries: `[kv_heads, group, entries]`, f32.
     pub attention_sums: Option<Tensor>,
     /// Number of observed queries.
-    pub observed: usize,
+    pub observed_queries: usize,
     /// The policy's previous scores, `[kv_heads, entries]`, f32. 0 for newer entries; `None` before
     /// the first scoring.
-    pub previous: Option<Tensor>,
+    pub previous_scores: Option<Tensor>,
 }
 
 impl LayerView<'_> {
@@ -136,7 +136,7 @@ impl LayerView<'_> {
     /// # Errors
     /// [`Error::Mismatch`] if the policy does not list them in its needs.
     pub fn positions(&self) -> Result<&Tensor> {
-        asked(&self.positions, "positions")
+        required(&self.positions, "positions")
     }
 
     /// Returns the keys.
@@ -144,7 +144,7 @@ impl LayerView<'_> {
     /// # Errors
     /// As [`positions`](Self::positions).
     pub fn keys(&self) -> Result<&Tensor> {
-        asked(&self.keys, "keys")
+        required(&self.keys, "keys")
     }
 
     /// Returns the values.
@@ -152,7 +152,7 @@ impl LayerView<'_> {
     /// # Errors
     /// As [`positions`](Self::positions).
     pub fn values(&self) -> Result<&Tensor> {
-        asked(&self.values, "values")
+        required(&self.values, "values")
     }
 
     /// Returns the accumulated attention.
@@ -160,10 +160,10 @@ impl LayerView<'_> {
     /// # Errors
     /// As [`positions`](Self::positions).
     pub fn attention_sums(&self) -> Result<&Tensor> {
-        asked(&self.attention_sums, "attention")
+        required(&self.attention_sums, "attention")
     }
 }
 
-fn asked<'a>(tensor: &'a Option<Tensor>, what: &str) -> Result<&'a Tensor> {
+fn required<'a>(tensor: &'a Option<Tensor>, what: &str) -> Result<&'a Tensor> {
     tensor.as_ref().ok_or_else(|| Error::mismatch("needs of a policy", what, "others"))
 }

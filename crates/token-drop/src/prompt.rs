@@ -41,7 +41,7 @@ impl Prompt {
 
     /// Returns whether a call of `tokens` tokens after the first `seen` belongs to the prompt, and
     /// not to decoding.
-    pub fn brings(&self, tokens: usize, seen: usize) -> bool {
+    pub fn contains_call(&self, tokens: usize, seen: usize) -> bool {
         seen == 0 || self.expected.map_or(tokens > 1, |expected| seen < expected)
     }
 }
@@ -66,8 +66,12 @@ mod tests {
         assert_eq!(lens(None, &[1, 1, 1, 1]), [1, 2, 3, 4]);
         assert_eq!(lens(None, &[1, 1, 9, 1]), [1, 2, 11, 11]);
         assert_eq!(lens(Some(50), &[1, 9, 60, 1]), [50; 4]);
-        let (told, untold) = (Prompt::new(Some(50)), Prompt::new(None));
-        assert!(told.brings(1, 49) && !told.brings(3, 50));
-        assert!(untold.brings(3, 50) && untold.brings(1, 0) && !untold.brings(1, 1));
+        let (declared, undeclared) = (Prompt::new(Some(50)), Prompt::new(None));
+        assert!(declared.contains_call(1, 49) && !declared.contains_call(3, 50));
+        assert!(
+            undeclared.contains_call(3, 50)
+                && undeclared.contains_call(1, 0)
+                && !undeclared.contains_call(1, 1)
+        );
     }
 }

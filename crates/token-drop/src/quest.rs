@@ -3,10 +3,10 @@
 
 mod bounds;
 
-use crate::part::{Part, join};
 use crate::sequences::Sequences;
-use crate::storage::{check_store, cut};
-use bounds::Bounds;
+use crate::storage::{check_store, truncate_heads};
+use crate::sub_batch::{SubBatch, assemble};
+use bounds::PageBounds;
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{
     AttentionState, Batch, EntryRanges, Error, Footprint, KvCache, KvStore, LayerSpec, Mask,
@@ -52,10 +52,10 @@ pub struct Quest<S> {
     spec: LayerSpec,
     store: S,
     /// Pages that a decoded token reads.
-    pages: usize,
+    pages_read: usize,
     /// Tokens per page.
-    page: usize,
-    sequences: Sequences<Bounds>,
+    page_size: usize,
+    sequences: Sequences<PageBounds>,
 }
 
 impl<S: KvStore> Quest<S> {
@@ -66,22 +66,37 @@ impl<S: KvStore> Quest<S> {
     /// [`Error::Mismatch`] if the store was made for another shape; [`Error::Unsupported`] if the
     /// layer has a sliding window.
     pub fn new(spec: LayerSpec, store: S, budget: usize) -> Result<Self> {
-        Self::with_page(spec, store, budget, 16)
+        Self::with_page_size(spec, store, budget, 16)
     }
 
-    /// Creates a cache with pages of `page` tokens.
+    /// Creates a cache with pages of `page_size` tokens.
     ///
     /// # Errors
-    /// As [`new`](Self::new), and if `page` is 0.
-    pub fn with_page(spec: LayerSpec, store: S, budget: usize, page: usize) -> Result<Self> {
-        if page == 0 {
+    /// As [`new`](Self::new), and if `page_size` is 0.
+    pub fn with_page_size(
+        spec: LayerSpec,
+        store: S,
+        budget: usize,
+        page_size: usize,
+    ) -> Result<Self> {
+        if page_size == 0 {
             return Err(Error::setting("page", "at least 1 token", 0));
         }
-        if budget < page {
-            return Err(Error::setting("budget", format!("at least a page of {page}"), budget));
+        if budget < page_size {
+            return Err(Error::setting(
+                "budget",
+                format!("at least a page of {page_size}"),
+                budget,
+            ));
         }
         check_store(&spec, &store, "Quest")?;
-        Ok(Self { spec, store, pages: budget / page, page, sequences: Sequences::default() })
+        Ok(Self {
+            spec,
+            store,
+            pages_read: budget / page_size,
+            page_size,
+            sequences: Sequences::default(),
+        })
     }
 
     /// Returns the store.
@@ -91,22 +106,22 @@ impl<S: KvStore> Quest<S> {
 
     /// Attention of tokens that are already in the store.
     fn attend_all(&self, batch: &Batch, q: &Tensor) -> Result<AttentionState> {
-        let prompts = Part::of(batch, |_, tokens| tokens > 1)?;
-        let decoded = Part::of(batch, |_, tokens| tokens == 1)?;
+        let prompts = SubBatch::of_sequences(batch, |_, tokens| tokens > 1)?;
+        let decoded = SubBatch::of_sequences(batch, |_, tokens| tokens == 1)?;
         let mut parts = Vec::new();
         if let Some(part) = &prompts {
-            parts.push((part, self.store.attend(&part.batch, &part.take(q)?, Mask::Causal)?));
+            parts.push((part, self.store.attend(&part.batch, &part.rows(q)?, Mask::Causal)?));
         }
         if let Some(part) = &decoded {
-            let q = part.take(q)?;
-            let ranges = self.choose(&part.batch, &q)?;
+            let q = part.rows(q)?;
+            let ranges = self.select_ranges(&part.batch, &q)?;
             parts.push((part, self.store.attend(&part.batch, &q, Mask::Entries(&ranges))?));
         }
-        join(&parts, batch.tokens())
+        assemble(&parts, batch.tokens())
     }
 
     /// Selects the entries that decoded tokens read.
-    fn choose(&self, batch: &Batch, q: &Tensor) -> Result<EntryRanges> {
+    fn select_ranges(&self, batch: &Batch, q: &Tensor) -> Result<EntryRanges> {
         let shape = &self.spec.shape;
         let of_group = shape.group() * shape.head_dim;
         let q = q.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
@@ -116,14 +131,14 @@ impl<S: KvStore> Quest<S> {
             let len = self.sequences.seen(seq) + 1;
             let pages = match self.sequences.get(seq) {
                 Some(sequence) => {
-                    sequence.state.choose(i % shape.kv_heads, queries, len, self.pages)
+                    sequence.state.select_pages(i % shape.kv_heads, queries, len, self.pages_read)
                 }
                 None => vec![0],
             };
             // Adjacent pages are read as one range.
             let run = |run: &[usize]| {
-                let end = (run[run.len() - 1] + 1) * self.page;
-                run[0] * self.page..end.min(len)
+                let end = (run[run.len() - 1] + 1) * self.page_size;
+                run[0] * self.page_size..end.min(len)
             };
             ranges.push(pages.chunk_by(|a, b| a + 1 == *b).map(run).collect());
         }
@@ -131,10 +146,11 @@ impl<S: KvStore> Quest<S> {
     }
 
     /// Adds a call's keys, `[kv_heads, tokens, head_dim]` on the CPU in f32, to the bounds.
-    fn note(&mut self, batch: &Batch, keys: &Tensor) -> Result<()> {
-        let (kv_heads, page, d) = (self.spec.shape.kv_heads, self.page, self.spec.shape.head_dim);
+    fn update_bounds(&mut self, batch: &Batch, keys: &Tensor) -> Result<()> {
+        let (kv_heads, page_size, d) =
+            (self.spec.shape.kv_heads, self.page_size, self.spec.shape.head_dim);
         for &seq in batch.seqs() {
-            self.sequences.begin(seq, || Bounds::new(kv_heads, page, d));
+            self.sequences.begin(seq, || PageBounds::new(kv_heads, page_size, d));
         }
         for (seq, tokens) in batch.iter() {
             let own = keys.narrow(1, tokens.start, tokens.len())?;
@@ -149,7 +165,7 @@ impl<S: KvStore> Quest<S> {
     }
 
     /// Appends a call's tokens and, if `attends`, computes their attention.
-    fn take(&mut self, step: &Step<'_>, attends: bool) -> Result<Option<Tensor>> {
+    fn append_and_attend(&mut self, step: &Step<'_>, attends: bool) -> Result<Option<Tensor>> {
         let (q, k) = step.rotate(&self.spec, |seq| self.sequences.seen(seq))?;
         let cpu = |x: &Tensor| x.to_dtype(DType::F32)?.to_device(&Device::Cpu);
         let keys = cpu(&k)?.transpose(0, 1)?.contiguous()?;
@@ -161,16 +177,17 @@ impl<S: KvStore> Quest<S> {
             }
             false => None,
         };
-        self.note(step.batch, &keys).map_err(|error| self.sequences.poison(step.batch, error))?;
+        self.update_bounds(step.batch, &keys)
+            .map_err(|error| self.sequences.poison(step.batch, error))?;
         Ok(out)
     }
 
     /// Processes a call, or restores the state before it on an error.
-    fn take_whole(&mut self, step: &Step<'_>, attends: bool) -> Result<Option<Tensor>> {
+    fn step_or_roll_back(&mut self, step: &Step<'_>, attends: bool) -> Result<Option<Tensor>> {
         let lens: Vec<_> = step.batch.seqs().iter().map(|&seq| self.store.lens(seq)).collect();
-        self.take(step, attends).map_err(|error| {
+        self.append_and_attend(step, attends).map_err(|error| {
             for (&seq, lens) in step.batch.seqs().iter().zip(&lens) {
-                if cut(&mut self.store, seq, lens).is_err() {
+                if truncate_heads(&mut self.store, seq, lens).is_err() {
                     return self.sequences.poison(step.batch, error);
                 }
             }
@@ -188,14 +205,14 @@ impl<S: KvStore> KvCache for Quest<S> {
         step.check(&self.spec)?;
         self.sequences.check(step.batch)?;
         let nothing = || Error::mismatch("output", "a tensor", "none");
-        self.take_whole(step, true)?.ok_or_else(nothing)
+        self.step_or_roll_back(step, true)?.ok_or_else(nothing)
     }
 
     fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
         step.check(&self.spec)?;
         self.sequences.check(step.batch)?;
         check_new(self, step.batch)?;
-        self.take_whole(step, false).map(drop)
+        self.step_or_roll_back(step, false).map(drop)
     }
 
     fn needs_lse(&self) -> bool {

@@ -31,22 +31,22 @@ impl Protected {
     }
 
     /// Returns the numbers of protected entries within a budget, and the budget in whole tokens.
-    pub(crate) fn within(self, budget: f64) -> (Ends, usize) {
+    pub(crate) fn counts(self, budget: f64) -> (ProtectedCounts, usize) {
         let share = (self.recent_share * budget) as usize;
         let rest = ((1.0 - self.recent_share) * budget) as usize;
-        let ends = Ends { sinks: self.sinks, recent: self.recent.max(share) };
-        (ends, share.saturating_add(rest).max(1))
+        let protected = ProtectedCounts { sinks: self.sinks, recent: self.recent.max(share) };
+        (protected, share.saturating_add(rest).max(1))
     }
 }
 
 /// The numbers of protected entries at both ends.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Ends {
+pub(crate) struct ProtectedCounts {
     pub sinks: usize,
     pub recent: usize,
 }
 
-impl Ends {
+impl ProtectedCounts {
     pub fn total(self) -> usize {
         self.sinks.saturating_add(self.recent)
     }
@@ -74,32 +74,32 @@ pub enum Granularity {
 pub(crate) fn select(
     scores: &Scores,
     budgets: &[usize],
-    ends: Ends,
+    protected: ProtectedCounts,
     granularity: Granularity,
     heads: HeadBudgets,
 ) -> Result<Selection> {
-    let alone = granularity == Granularity::Token && heads == HeadBudgets::Uniform;
+    let independent = granularity == Granularity::Token && heads == HeadBudgets::Uniform;
     if let Scores::OnDevice(scores) = scores
-        && alone
+        && independent
         && budgets.iter().all(|budget| *budget == budgets[0])
     {
         let count = budgets[0].min(scores.dim(1)?);
-        if let Some(keep) = top_entries(scores, count, ends.sinks, ends.recent)? {
+        if let Some(keep) = top_entries(scores, count, protected.sinks, protected.recent)? {
             return Ok(keep);
         }
     }
-    Ok(select_on_host(&scores.lists()?, budgets, ends, granularity, heads))
+    Ok(select_on_host(&scores.lists()?, budgets, protected, granularity, heads))
 }
 
 fn select_on_host(
     scores: &[Vec<f32>],
     budgets: &[usize],
-    ends: Ends,
+    protected: ProtectedCounts,
     granularity: Granularity,
     heads: HeadBudgets,
 ) -> Selection {
     let of_heads = |scores: &[Vec<f32>]| {
-        let head = |(scores, &budget): (&Vec<f32>, &usize)| top(scores, budget, ends);
+        let head = |(scores, &budget): (&Vec<f32>, &usize)| top_k(scores, budget, protected);
         match scores.iter().map(Vec::len).sum::<usize>() < MIN_PARALLEL {
             true => scores.iter().zip(budgets).map(head).collect(),
             false => scores.par_iter().zip(budgets).map(head).collect(),
@@ -108,18 +108,20 @@ fn select_on_host(
     Selection::new(match (granularity, heads) {
         (Granularity::Chunk(chunk), _) => of_heads(&vec![chunk_ranks(scores, chunk); scores.len()]),
         (_, HeadBudgets::Uniform) => of_heads(scores),
-        (_, HeadBudgets::Adaptive { safeguard }) => compete(scores, budgets, ends, safeguard),
+        (_, HeadBudgets::Adaptive { safeguard }) => {
+            select_adaptive(scores, budgets, protected, safeguard)
+        }
     })
 }
 
 /// Returns the `budget` entries with the highest scores, in order.
-fn top(scores: &[f32], budget: usize, ends: Ends) -> Vec<u32> {
+fn top_k(scores: &[f32], budget: usize, protected: ProtectedCounts) -> Vec<u32> {
     let len = scores.len();
     if len <= budget {
         return (0..len as u32).collect();
     }
-    let sinks = ends.sinks.min(budget);
-    let recent = ends.recent.min(budget - sinks);
+    let sinks = protected.sinks.min(budget);
+    let recent = protected.recent.min(budget - sinks);
     let middle = sinks as u32..(len - recent) as u32;
     let last = match budget - sinks - recent {
         0 => None,
@@ -134,24 +136,29 @@ fn top(scores: &[f32], budget: usize, ends: Ends) -> Vec<u32> {
 
 /// Returns a sort key, smaller is better: by score, then by age.
 fn rank(scores: &[f32], entry: u32) -> u64 {
-    let bits = comparable(scores[entry as usize]).to_bits();
+    let bits = nan_as_lowest(scores[entry as usize]).to_bits();
     // The order of f32::total_cmp: the bits of negative numbers are inverted.
     let ascending = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
     u64::from(!ascending) << 32 | u64::from(entry)
 }
 
 /// Replaces NaN, which has no order, by the lowest score.
-fn comparable(score: f32) -> f32 {
+fn nan_as_lowest(score: f32) -> f32 {
     if score.is_nan() { f32::NEG_INFINITY } else { score }
 }
 
 /// Heads compete for the sum of their budgets, except for the safeguard share of each.
-fn compete(scores: &[Vec<f32>], budgets: &[usize], ends: Ends, safeguard: f64) -> Vec<Vec<u32>> {
+fn select_adaptive(
+    scores: &[Vec<f32>],
+    budgets: &[usize],
+    protected: ProtectedCounts,
+    safeguard: f64,
+) -> Vec<Vec<u32>> {
     let safe = |budget: usize| {
         let share = (budget as f64 * safeguard) as usize;
-        share.max(ends.total()).max(usize::from(safeguard > 0.0))
+        share.max(protected.total()).max(usize::from(safeguard > 0.0))
     };
-    let safe_of = |(scores, &budget): (&Vec<f32>, &usize)| top(scores, safe(budget), ends);
+    let safe_of = |(scores, &budget): (&Vec<f32>, &usize)| top_k(scores, safe(budget), protected);
     let mut keep: Vec<Vec<u32>> = scores.iter().zip(budgets).map(safe_of).collect();
     let mut rest: Vec<(usize, u32)> = Vec::new();
     for (head, (scores, kept)) in scores.iter().zip(&keep).enumerate() {
@@ -161,7 +168,7 @@ fn compete(scores: &[Vec<f32>], budgets: &[usize], ends: Ends, safeguard: f64) -
     }
     let total: usize = budgets.iter().sum();
     let left = total.saturating_sub(keep.iter().map(Vec::len).sum());
-    let score = |&(head, i): &(usize, u32)| comparable(scores[head][i as usize]);
+    let score = |&(head, i): &(usize, u32)| nan_as_lowest(scores[head][i as usize]);
     if left > 0 && left < rest.len() {
         let best_first = |a: &_, b: &_| score(b).total_cmp(&score(a)).then_with(|| a.cmp(b));
         rest.select_nth_unstable_by(left - 1, best_first);
@@ -182,7 +189,7 @@ fn chunk_ranks(heads: &[Vec<f32>], chunk: usize) -> Vec<f32> {
     };
     let means: Vec<_> = (0..len).step_by(chunk).map(mean).collect();
     let mut order: Vec<_> = (0..means.len()).collect();
-    let score = |i: usize| comparable(means[i]);
+    let score = |i: usize| nan_as_lowest(means[i]);
     order.sort_by(|&a, &b| score(a).total_cmp(&score(b)).then(b.cmp(&a)));
     let mut ranks = vec![0.0; len];
     for (rank, i) in order.into_iter().enumerate() {
@@ -197,9 +204,9 @@ mod tests {
 
     #[test]
     fn older_entries_win_ties_and_nan_loses() {
-        let none = Ends::default();
-        assert_eq!(top(&[1.0, f32::NAN, 1.0, 2.0, 1.0], 3, none), [0, 2, 3]);
-        assert_eq!(top(&[f32::NEG_INFINITY, 0.0, 0.0], 1, none), [1]);
+        let none = ProtectedCounts::default();
+        assert_eq!(top_k(&[1.0, f32::NAN, 1.0, 2.0, 1.0], 3, none), [0, 2, 3]);
+        assert_eq!(top_k(&[f32::NEG_INFINITY, 0.0, 0.0], 1, none), [1]);
     }
 
     #[test]
@@ -213,46 +220,46 @@ mod tests {
         for len in [1, 2, 30, 500] {
             let scores: Vec<f32> = (0..len).map(|_| some[number() % some.len()]).collect();
             for budget in 1..=len {
-                let ends = Ends { sinks: number() % 3, recent: number() % 4 };
-                let got = top(&scores, budget, ends);
-                let sinks = ends.sinks.min(budget);
-                let recent = ends.recent.min(budget - sinks);
+                let protected = ProtectedCounts { sinks: number() % 3, recent: number() % 4 };
+                let got = top_k(&scores, budget, protected);
+                let sinks = protected.sinks.min(budget);
+                let recent = protected.recent.min(budget - sinks);
                 let mut all: Vec<u32> = (0..len as u32).collect();
-                let protected = |i: &u32| (*i as usize) < sinks || *i as usize >= len - recent;
+                let is_protected = |i: &u32| (*i as usize) < sinks || *i as usize >= len - recent;
                 all.sort_by(|a, b| {
-                    let score = |i: &u32| comparable(scores[*i as usize]);
+                    let score = |i: &u32| nan_as_lowest(scores[*i as usize]);
                     let by_score = score(b).total_cmp(&score(a)).then(a.cmp(b));
-                    protected(b).cmp(&protected(a)).then(by_score)
+                    is_protected(b).cmp(&is_protected(a)).then(by_score)
                 });
                 let mut want = all[..budget].to_vec();
                 want.sort_unstable();
-                assert_eq!(got, want, "{scores:?}, {budget}, {ends:?}");
+                assert_eq!(got, want, "{scores:?}, {budget}, {protected:?}");
             }
         }
     }
 
     #[test]
     fn the_budget_binds_even_the_protected() {
-        assert_eq!(top(&[0.0; 10], 4, Ends { sinks: 3, recent: 3 }), [0, 1, 2, 9]);
+        assert_eq!(top_k(&[0.0; 10], 4, ProtectedCounts { sinks: 3, recent: 3 }), [0, 1, 2, 9]);
     }
 
     #[test]
     fn a_share_and_the_rest_are_each_rounded_down() {
         let half = Protected { recent_share: 0.5, ..Default::default() };
-        assert_eq!(half.within(25.9), (Ends { sinks: 0, recent: 12 }, 24));
-        let most = Protected { sinks: 2, recent: 7, recent_share: 0.1 };
-        assert_eq!(most.within(50.0), (Ends { sinks: 2, recent: 7 }, 50));
-        assert_eq!(Protected::default().within(0.3), (Ends::default(), 1));
+        assert_eq!(half.counts(25.9), (ProtectedCounts { sinks: 0, recent: 12 }, 24));
+        let both = Protected { sinks: 2, recent: 7, recent_share: 0.1 };
+        assert_eq!(both.counts(50.0), (ProtectedCounts { sinks: 2, recent: 7 }, 50));
+        assert_eq!(Protected::default().counts(0.3), (ProtectedCounts::default(), 1));
     }
 
     #[test]
     fn heads_compete_above_the_safeguard() {
         let scores = vec![vec![0.9, 0.8, 0.7, 0.6], vec![0.1, 0.2, 0.3, 0.65]];
-        let keep = |safeguard, ends| compete(&scores, &[2, 2], ends, safeguard);
-        let none = Ends::default();
+        let keep = |safeguard, protected| select_adaptive(&scores, &[2, 2], protected, safeguard);
+        let none = ProtectedCounts::default();
         assert_eq!(keep(0.0, none), [vec![0, 1, 2], vec![3]]);
         assert_eq!(keep(1.0, none), [vec![0, 1], vec![2, 3]]);
-        assert_eq!(keep(0.5, Ends { sinks: 1, recent: 0 }), [vec![0, 1, 2], vec![0]]);
+        assert_eq!(keep(0.5, ProtectedCounts { sinks: 1, recent: 0 }), [vec![0, 1, 2], vec![0]]);
     }
 
     #[test]
@@ -262,7 +269,13 @@ mod tests {
             vec![vec![1.0, 2.0, 2.0, 3.0, 0.0, 1.0, 2.0], vec![1.0, 2.0, 2.0, 3.0, 0.0, 1.0, 2.0]];
         let keep = |budget, granularity| {
             let uniform = HeadBudgets::Uniform;
-            let keep = select_on_host(&scores, &[budget; 2], Ends::default(), granularity, uniform);
+            let keep = select_on_host(
+                &scores,
+                &[budget; 2],
+                ProtectedCounts::default(),
+                granularity,
+                uniform,
+            );
             keep.heads().unwrap()[1].clone()
         };
         assert_eq!(keep(3, Granularity::Chunk(2)), [2, 3, 6]);

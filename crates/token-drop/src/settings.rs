@@ -1,7 +1,8 @@
 //! Settings of a cache that applies a policy.
 
 use crate::{
-    Budget, Granularity, HeadBudgets, LayerBudgets, Needs, ObservedQueries, Protected, select::Ends,
+    Budget, Granularity, HeadBudgets, LayerBudgets, Needs, ObservedQueries, Protected,
+    select::ProtectedCounts,
 };
 use longctx_core::{Error, LayerSpec, Result};
 
@@ -69,7 +70,7 @@ impl Settings {
         if !(0.0..=1.0).contains(&share) {
             return Err(Error::setting("recent share", "a number from 0 to 1", share));
         }
-        let protected = |budget: usize| self.protected.within(budget as f64).0.total();
+        let protected = |budget: usize| self.protected.counts(budget as f64).0.total();
         self.budget.check(spec.shape.kv_heads, protected)?;
         self.layer_budgets.check(spec)?;
         self.head_budgets.check()?;
@@ -126,14 +127,14 @@ impl Settings {
         }
     }
 
-    /// Returns each head's budget and its protected ends, for a prompt of `prompt` tokens when
+    /// Returns each head's budget and its protected entries, for a prompt of `prompt` tokens when
     /// `seen` tokens have been fed.
     pub(crate) fn limits(
         &self,
         spec: &LayerSpec,
         prompt: usize,
         seen: usize,
-    ) -> (Vec<usize>, Ends) {
+    ) -> (Vec<usize>, ProtectedCounts) {
         let kv_heads = spec.shape.kv_heads;
         let mean = match &self.budget {
             Budget::Tokens(tokens) => *tokens as f64,
@@ -141,12 +142,12 @@ impl Settings {
             Budget::Heads(heads) => {
                 let budgets = heads.iter().map(|tokens| tokens.unwrap_or(usize::MAX));
                 let Protected { sinks, recent, .. } = self.protected;
-                return (budgets.collect(), Ends { sinks, recent });
+                return (budgets.collect(), ProtectedCounts { sinks, recent });
             }
         };
-        let window = self.protected.within(mean).0.recent;
+        let window = self.protected.counts(mean).0.recent;
         let own = self.layer_budgets.of_layer(spec, mean, seen.max(prompt), window);
-        let (ends, tokens) = self.protected.within(own);
-        (vec![tokens.max(ends.total()); kv_heads], ends)
+        let (protected, tokens) = self.protected.counts(own);
+        (vec![tokens.max(protected.total()); kv_heads], protected)
     }
 }

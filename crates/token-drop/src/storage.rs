@@ -6,9 +6,9 @@ use longctx_core::{
 };
 
 /// Checks that a store is new and made for the layer, and that the layer has no sliding window.
-pub fn check_store(spec: &LayerSpec, store: &impl KvStore, user: &str) -> Result<()> {
+pub fn check_store(spec: &LayerSpec, store: &impl KvStore, method: &str) -> Result<()> {
     if spec.shape.window.is_some() {
-        let what = format!("{user} in a layer that has a sliding window of its own");
+        let what = format!("{method} in a layer that has a sliding window of its own");
         return Err(Error::Unsupported(what));
     }
     check_shape(&spec.shape, store)?;
@@ -27,7 +27,7 @@ fn check_shape(shape: &AttentionShape, store: &impl KvStore) -> Result<()> {
 }
 
 /// Drops each head's entries after the first `lens`; all of them if `lens` is empty.
-pub fn cut(store: &mut impl KvStore, seq: SeqId, lens: &[usize]) -> Result<()> {
+pub fn truncate_heads(store: &mut impl KvStore, seq: SeqId, lens: &[usize]) -> Result<()> {
     let held = store.lens(seq);
     if held == lens || (held.is_empty() && lens.iter().all(|&len| len == 0)) {
         return Ok(());
@@ -68,7 +68,7 @@ pub fn check_lse(step: &Step<'_>, lse: Option<&Tensor>, spec: &LayerSpec) -> Res
 }
 
 /// Returns the log-sum-exp over everything that the queries see, including learned sink logits.
-pub fn whole_lse(state: &AttentionState, spec: &LayerSpec) -> Result<Tensor> {
+pub fn lse_with_sink_logits(state: &AttentionState, spec: &LayerSpec) -> Result<Tensor> {
     match &spec.sink_logits {
         Some(logits) => Ok(state.clone().with_sink_logits(logits)?.lse),
         None => Ok(state.lse.clone()),

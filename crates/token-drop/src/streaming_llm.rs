@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 
 use crate::budget::check_ratio;
-use crate::part::{Part, join};
 use crate::prompt::Prompt;
 use crate::sequences::Sequences;
-use crate::storage::{check_store, cut, evict, fork};
+use crate::storage::{check_store, evict, fork, truncate_heads};
+use crate::sub_batch::{SubBatch, assemble};
 use candle_core::{DType, Tensor};
 use longctx_core::{
     AttentionState, Batch, DenseStore, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result,
@@ -15,9 +15,9 @@ use longctx_core::{
 };
 
 /// Share of sinks among the kept tokens, if a ratio of the prompt is kept (arXiv 2407.01527).
-const SINK_SHARE: f64 = 0.021;
+const SINK_RATIO: f64 = 0.021;
 /// The smallest number of sinks for a ratio: that of the published code.
-const SINKS: usize = 4;
+const MIN_SINKS: usize = 4;
 
 /// Keeps the first tokens (attention sinks) and a window of the newest ones: constant memory for a
 /// text of any length.
@@ -47,14 +47,14 @@ pub struct StreamingLlm<S> {
     step: usize,
     sinks: DenseStore,
     window: S,
-    sequences: Sequences<Dropped>,
+    sequences: Sequences<SeqState>,
 }
 
 /// The state of a sequence outside the stores: the number of tokens seen when some were last
 /// dropped.
 #[derive(Debug, Clone, Default)]
-struct Dropped {
-    at: usize,
+struct SeqState {
+    seen_at_drop: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -69,8 +69,8 @@ impl Size {
         match self {
             Size::Tokens { sinks, window } => (sinks, sinks.saturating_add(window)),
             Size::Ratio(ratio) => {
-                let kept = ((ratio * prompt.len() as f64) as usize).max(SINKS + 1);
-                (((kept as f64 * SINK_SHARE) as usize).max(SINKS), kept)
+                let kept = ((ratio * prompt.len() as f64) as usize).max(MIN_SINKS + 1);
+                (((kept as f64 * SINK_RATIO) as usize).max(MIN_SINKS), kept)
             }
         }
     }
@@ -78,14 +78,14 @@ impl Size {
 
 /// How one call changes the sinks and the window of a sequence.
 #[derive(Debug, Clone, Copy)]
-struct Moves {
+struct WindowUpdate {
     tokens: usize,
     /// The call's first tokens that become sinks.
-    sinks: usize,
+    new_sinks: usize,
     /// Number of tokens that leave the window.
-    leave: usize,
+    evicted: usize,
     /// Tokens of the call, after the sinks, that never enter the window.
-    skip: usize,
+    skipped: usize,
 }
 
 impl<S: KvStore> StreamingLlm<S> {
@@ -128,11 +128,11 @@ impl<S: KvStore> StreamingLlm<S> {
     /// # Errors
     /// [`Error::Setting`] if `step` is 0 or more than the window.
     pub fn with_step(mut self, step: usize) -> Result<Self> {
-        let most = match self.size {
+        let max = match self.size {
             Size::Tokens { window, .. } => window,
             Size::Ratio(_) => usize::MAX,
         };
-        if step == 0 || step > most {
+        if step == 0 || step > max {
             return Err(Error::setting("step", "from 1 to the window", step));
         }
         self.step = step;
@@ -158,7 +158,7 @@ impl<S: KvStore> StreamingLlm<S> {
     }
 
     /// Returns how a call of `tokens` tokens changes a sequence.
-    fn moves(&self, seq: SeqId, tokens: usize) -> Moves {
+    fn window_update(&self, seq: SeqId, tokens: usize) -> WindowUpdate {
         let (sinks, all) = self.size.of(self.sequences.prompt_with(seq, tokens));
         let (held, window) = (self.sinks.len(seq), self.window.len(seq));
         // Tokens can become sinks only if all tokens before them are sinks.
@@ -171,24 +171,24 @@ impl<S: KvStore> StreamingLlm<S> {
         // A ratio of a short prompt may give a window smaller than the step.
         let surplus = over.next_multiple_of(self.step.min(room));
         let leave = surplus.min(window);
-        Moves { tokens, sinks: first, leave, skip: surplus - leave }
+        WindowUpdate { tokens, new_sinks: first, evicted: leave, skipped: surplus - leave }
     }
 
     /// A decoded token that enters the window is appended before it attends, so that it is read
     /// once.
-    fn attend_all(
+    fn attend_and_append(
         &mut self,
         step: &Step<'_>,
-        moves: &BTreeMap<SeqId, Moves>,
+        updates: &BTreeMap<SeqId, WindowUpdate>,
     ) -> Result<AttentionState> {
         let (q, k) = step.rotate(&self.spec, |seq| self.sequences.seen(seq))?;
         let within_cache = step.batch.positions(|seq| self.held(seq));
-        let decoded = |seq| moves[&seq].tokens == 1 && moves[&seq].sinks == 0;
-        let prompts = Part::of(step.batch, |seq, _| !decoded(seq))?;
-        let ones = Part::of(step.batch, |seq, _| decoded(seq))?;
+        let decoded = |seq| updates[&seq].tokens == 1 && updates[&seq].new_sinks == 0;
+        let prompts = SubBatch::of_sequences(step.batch, |seq, _| !decoded(seq))?;
+        let ones = SubBatch::of_sequences(step.batch, |seq, _| decoded(seq))?;
         let mut of_window = Vec::new();
         if let Some(part) = &prompts {
-            let (q, k, v) = (part.take(&q)?, part.take(&k)?, part.take(step.v)?);
+            let (q, k, v) = (part.rows(&q)?, part.rows(&k)?, part.rows(step.v)?);
             let mut parts = vec![attention::attend(&part.batch, &q, &k, &v, &self.spec.shape)?];
             if part.batch.seqs().iter().any(|&seq| self.window.len(seq) > 0) {
                 parts.push(self.window.attend(&part.batch, &q, Mask::Full)?);
@@ -201,11 +201,11 @@ impl<S: KvStore> StreamingLlm<S> {
             parts.push(self.sinks.attend(step.batch, &q, Mask::Full)?);
         }
         if let Some(part) = &ones {
-            self.window.append(&part.batch, &part.take(&k)?, &part.take(step.v)?)?;
-            of_window.push((part, self.window.attend(&part.batch, &part.take(&q)?, Mask::Causal)?));
+            self.window.append(&part.batch, &part.rows(&k)?, &part.rows(step.v)?)?;
+            of_window.push((part, self.window.attend(&part.batch, &part.rows(&q)?, Mask::Causal)?));
         }
-        parts.push(join(&of_window, step.batch.tokens())?);
-        self.append(step, &k, moves, |seq| !decoded(seq))?;
+        parts.push(assemble(&of_window, step.batch.tokens())?);
+        self.append(step, &k, updates, |seq| !decoded(seq))?;
         AttentionState::merge(&parts)
     }
 
@@ -214,47 +214,47 @@ impl<S: KvStore> StreamingLlm<S> {
         &mut self,
         step: &Step<'_>,
         k: &Tensor,
-        moves: &BTreeMap<SeqId, Moves>,
+        updates: &BTreeMap<SeqId, WindowUpdate>,
         appends: impl Fn(SeqId) -> bool,
     ) -> Result<()> {
-        let first = |seq, _| if appends(seq) { 0..moves[&seq].sinks } else { 0..0 };
-        if let Some(part) = Part::new(step.batch, first)? {
-            self.sinks.append(&part.batch, &part.take(k)?, &part.take(step.v)?)?;
+        let first = |seq, _| if appends(seq) { 0..updates[&seq].new_sinks } else { 0..0 };
+        if let Some(part) = SubBatch::new(step.batch, first)? {
+            self.sinks.append(&part.batch, &part.rows(k)?, &part.rows(step.v)?)?;
         }
-        let newest = |seq, tokens| match moves[&seq] {
-            Moves { sinks, skip, .. } if appends(seq) => sinks + skip..tokens,
+        let newest = |seq, tokens| match updates[&seq] {
+            WindowUpdate { new_sinks, skipped, .. } if appends(seq) => new_sinks + skipped..tokens,
             _ => 0..0,
         };
-        if let Some(part) = Part::new(step.batch, newest)? {
-            self.window.append(&part.batch, &part.take(k)?, &part.take(step.v)?)?;
+        if let Some(part) = SubBatch::new(step.batch, newest)? {
+            self.window.append(&part.batch, &part.rows(k)?, &part.rows(step.v)?)?;
         }
         Ok(())
     }
 
     /// Drops tokens from the window, and counts those of the call.
-    fn finish(&mut self, batch: &Batch, moves: &BTreeMap<SeqId, Moves>) -> Result<()> {
+    fn finish(&mut self, batch: &Batch, updates: &BTreeMap<SeqId, WindowUpdate>) -> Result<()> {
         for &seq in batch.seqs() {
-            self.sequences.begin(seq, Dropped::default);
+            self.sequences.begin(seq, SeqState::default);
         }
         for (seq, tokens) in batch.iter() {
-            let Moves { leave, skip, .. } = moves[&seq];
-            if leave > 0 {
-                let newest = leave as u32..self.window.len(seq) as u32;
+            let WindowUpdate { evicted, skipped, .. } = updates[&seq];
+            if evicted > 0 {
+                let newest = evicted as u32..self.window.len(seq) as u32;
                 let keep = Selection::uniform(self.spec.shape.kv_heads, newest.collect());
                 if let Err(error) = evict(&mut self.window, seq, &keep) {
                     return Err(self.sequences.poison(batch, error));
                 }
             }
             self.sequences.advance(seq, tokens.len());
-            if let Some(sequence) = self.sequences.get_mut(seq).filter(|_| leave + skip > 0) {
-                sequence.state.at = sequence.seen;
+            if let Some(sequence) = self.sequences.get_mut(seq).filter(|_| evicted + skipped > 0) {
+                sequence.state.seen_at_drop = sequence.seen;
             }
         }
         Ok(())
     }
 
-    fn moves_of(&self, batch: &Batch) -> BTreeMap<SeqId, Moves> {
-        batch.iter().map(|(seq, own)| (seq, self.moves(seq, own.len()))).collect()
+    fn window_updates(&self, batch: &Batch) -> BTreeMap<SeqId, WindowUpdate> {
+        batch.iter().map(|(seq, own)| (seq, self.window_update(seq, own.len()))).collect()
     }
 
     /// Returns each sequence's number of entries in the sinks and in the window.
@@ -263,10 +263,10 @@ impl<S: KvStore> StreamingLlm<S> {
     }
 
     /// Restores the stores to their contents before a failed call.
-    fn take_back(&mut self, batch: &Batch, lens: &[[Vec<usize>; 2]], error: Error) -> Error {
+    fn roll_back(&mut self, batch: &Batch, lens: &[[Vec<usize>; 2]], error: Error) -> Error {
         for (&seq, [sinks, window]) in batch.seqs().iter().zip(lens) {
-            let done = cut(&mut self.sinks, seq, sinks);
-            if done.and_then(|()| cut(&mut self.window, seq, window)).is_err() {
+            let done = truncate_heads(&mut self.sinks, seq, sinks);
+            if done.and_then(|()| truncate_heads(&mut self.window, seq, window)).is_err() {
                 return self.sequences.poison(batch, error);
             }
         }
@@ -282,11 +282,11 @@ impl<S: KvStore> KvCache for StreamingLlm<S> {
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         step.check(&self.spec)?;
         self.sequences.check(step.batch)?;
-        let (moves, lens) = (self.moves_of(step.batch), self.lens(step.batch));
-        let attended = self.attend_all(step, &moves);
+        let (updates, lens) = (self.window_updates(step.batch), self.lens(step.batch));
+        let attended = self.attend_and_append(step, &updates);
         let out = attended.and_then(|state| self.spec.output(state, step.q.dtype()));
-        let out = out.map_err(|error| self.take_back(step.batch, &lens, error))?;
-        self.finish(step.batch, &moves)?;
+        let out = out.map_err(|error| self.roll_back(step.batch, &lens, error))?;
+        self.finish(step.batch, &updates)?;
         Ok(out)
     }
 
@@ -295,10 +295,10 @@ impl<S: KvStore> KvCache for StreamingLlm<S> {
         self.sequences.check(step.batch)?;
         check_new(self, step.batch)?;
         let (_, k) = step.rotate(&self.spec, |_| 0)?;
-        let (moves, lens) = (self.moves_of(step.batch), self.lens(step.batch));
-        let appended = self.append(step, &k, &moves, |_| true);
-        appended.map_err(|error| self.take_back(step.batch, &lens, error))?;
-        self.finish(step.batch, &moves)
+        let (updates, lens) = (self.window_updates(step.batch), self.lens(step.batch));
+        let appended = self.append(step, &k, &updates, |_| true);
+        appended.map_err(|error| self.roll_back(step.batch, &lens, error))?;
+        self.finish(step.batch, &updates)
     }
 
     fn needs_lse(&self) -> bool {
@@ -317,7 +317,7 @@ impl<S: KvStore> KvCache for StreamingLlm<S> {
 
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
         let sequence = self.sequences.check_truncate(seq, len)?;
-        let dropped = sequence.state.at;
+        let dropped = sequence.state.seen_at_drop;
         if len > 0 && len < dropped {
             let what = format!(
                 "truncating to {len} tokens a sequence that had tokens dropped after {dropped}"
@@ -333,14 +333,14 @@ impl<S: KvStore> KvCache for StreamingLlm<S> {
 
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
-        let gone = self.sequences.seen(seq) - len;
+        let dropped = self.sequences.seen(seq) - len;
         let kv_heads = self.spec.shape.kv_heads;
         let (sinks, window) = (self.sinks.len(seq), self.window.len(seq));
-        let left = if len == 0 { 0 } else { window.saturating_sub(gone) };
-        cut(&mut self.window, seq, &vec![left; kv_heads])?;
-        cut(&mut self.sinks, seq, &vec![sinks.min(len); kv_heads])?;
+        let left = if len == 0 { 0 } else { window.saturating_sub(dropped) };
+        truncate_heads(&mut self.window, seq, &vec![left; kv_heads])?;
+        truncate_heads(&mut self.sinks, seq, &vec![sinks.min(len); kv_heads])?;
         if let Some(sequence) = self.sequences.get_mut(seq) {
-            sequence.state.at = sequence.state.at.min(len);
+            sequence.state.seen_at_drop = sequence.state.seen_at_drop.min(len);
             sequence.truncate(len);
         }
         Ok(())
@@ -366,8 +366,9 @@ impl<S: KvStore> KvCache for StreamingLlm<S> {
 
     fn can_take(&self, batch: &Batch) -> bool {
         let appended = batch.iter().filter_map(|(seq, own)| {
-            let Moves { tokens, sinks, skip, .. } = self.moves(seq, own.len());
-            Some((seq, tokens - sinks - skip)).filter(|(_, tokens)| *tokens > 0)
+            let WindowUpdate { tokens, new_sinks, skipped, .. } =
+                self.window_update(seq, own.len());
+            Some((seq, tokens - new_sinks - skipped)).filter(|(_, tokens)| *tokens > 0)
         });
         let appended: Vec<_> = appended.collect();
         appended.is_empty()

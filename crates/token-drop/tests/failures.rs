@@ -170,8 +170,8 @@ fn every_operation_of_a_store_may_fail() {
         assert!(failures > 0, "{name}");
         // The operations after attention, scores and appends are the evictions, and the later
         // chunks of InfLLM.
-        let most = if name.starts_with("inf-llm") { failures } else { 3 };
-        assert!(poisoned <= most, "{name}: {poisoned} of {failures}");
+        let max = if name.starts_with("inf-llm") { failures } else { 3 };
+        assert!(poisoned <= max, "{name}: {poisoned} of {failures}");
         for (out, expected) in outs.iter().zip(&expected) {
             assert!(distance(out, expected) < 1e-5, "{name}");
         }

@@ -85,7 +85,7 @@ fn compare(name: &str, cache: impl Fn() -> InfLlm<DenseStore>) {
     let chosen = lists(&fixture[&format!("{name}.chosen")]);
     for (chunk, tokens) in chunks.enumerate() {
         feed(&mut by_chunk, &fixture, start, tokens);
-        assert_eq!(by_chunk.fetched(9), chosen[chunk], "{name}, chunk {chunk}");
+        assert_eq!(by_chunk.retrieved(9), chosen[chunk], "{name}, chunk {chunk}");
         start += tokens;
     }
     assert_eq!(start, out.dim(0).unwrap());

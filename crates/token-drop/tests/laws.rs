@@ -17,8 +17,8 @@ fn calls() -> impl Strategy<Value = Vec<usize>> {
 /// Checks the total number of entries: heads may share the sum of their budgets unevenly.
 fn check_held(name: &str, seen: usize, positions: &[Vec<u32>], budget: usize) {
     let total: usize = positions.iter().map(Vec::len).sum();
-    let most = budget.min(seen) * positions.len();
-    assert!(total <= most, "{name}: {total} held, allowed {most}");
+    let max = budget.min(seen) * positions.len();
+    assert!(total <= max, "{name}: {total} held, allowed {max}");
 }
 
 fn some_cases() -> ProptestConfig {
@@ -55,7 +55,7 @@ proptest! {
                     let first = 0..protected.sinks.min(start) as u32;
                     let last = start.saturating_sub(protected.recent) as u32..start as u32;
                     for protected in first.chain(last) {
-                        prop_assert!(positions.contains(&protected), "{}: {} gone", name, protected);
+                        prop_assert!(positions.contains(&protected), "{}: {} dropped", name, protected);
                     }
                 }
             }
@@ -173,8 +173,8 @@ proptest! {
     ) {
         let kept: usize = calls.iter().sum();
         let text = Input::random(kept);
-        let gone: usize = rejected.iter().sum();
-        let (draft, end) = (Input::random(gone), Input::random(more.iter().sum()));
+        let dropped: usize = rejected.iter().sum();
+        let (draft, end) = (Input::random(dropped), Input::random(more.iter().sum()));
         let all = caches(|| store(DType::F32)).into_iter().zip(caches(|| store(DType::F32)));
         for ((name, mut cache), (_, mut plain)) in all {
             feed_all(&mut cache, 0, &text, &calls);
@@ -310,15 +310,15 @@ fn drafts_of_several_tokens_are_taken_back() {
         feed_all(cache, 0, &text.narrow(0, 105), &[100, 1, 4]);
         (cache.held(0), cache.truncate(0, 102).is_ok())
     };
-    let (mut told, mut first, mut untold) =
+    let (mut declared, mut first, mut undeclared) =
         (make(), make().with_prefill(Prefill::FirstCall), make());
-    told.expect_prompt(0, 100).unwrap();
-    assert_eq!(run(&mut told), (30, true));
+    declared.expect_prompt(0, 100).unwrap();
+    assert_eq!(run(&mut declared), (30, true));
     assert_eq!(run(&mut first), (30, true));
-    assert_eq!(run(&mut untold), (26, false));
+    assert_eq!(run(&mut undeclared), (26, false));
     let mut plain = make();
     feed_all(&mut plain, 0, &text.narrow(0, 102), &[100, 1, 1]);
     let next = text.narrow(105, 1);
-    let (a, b) = (next.feed(&mut told, 0).unwrap(), next.feed(&mut plain, 0).unwrap());
+    let (a, b) = (next.feed(&mut declared, 0).unwrap(), next.feed(&mut plain, 0).unwrap());
     assert!(distance(&a, &b) < 1e-6);
 }

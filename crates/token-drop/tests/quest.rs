@@ -11,7 +11,7 @@ use token_drop::Quest;
 const PAGE: usize = 8;
 
 fn quest(pages: usize) -> Quest<DenseStore> {
-    Quest::with_page(spec(), store(DType::F32), pages * PAGE, PAGE).unwrap()
+    Quest::with_page_size(spec(), store(DType::F32), pages * PAGE, PAGE).unwrap()
 }
 
 /// Returns the positions that the newest token of a text reads, for each kv head. Bounds are
@@ -81,7 +81,7 @@ fn bad_settings_are_named() {
     let message =
         |made: longctx_core::Result<Quest<DenseStore>>| made.expect_err("an error").to_string();
     assert!(message(Quest::new(spec(), store(DType::F32), 15)).contains("budget"));
-    assert!(message(Quest::with_page(spec(), store(DType::F32), 8, 0)).contains("page"));
+    assert!(message(Quest::with_page_size(spec(), store(DType::F32), 8, 0)).contains("page"));
     let shape = AttentionShape { window: Some(8), ..shape() };
     let windowed = DenseStore::new(shape, DType::F32).unwrap();
     let made = Quest::new(LayerSpec { shape, ..spec() }, windowed, 16);

@@ -32,11 +32,11 @@ fn in_chunks_as_whole_within_one_chunk() {
             assert!(chunked.abs_diff(whole) <= size, "{name}: {chunked} in {size}s, {whole} whole");
         }
         // With a declared length, they are equal, and so is the budget of each chunk.
-        let mut told = cache();
-        told.expect_prompt(0, PROMPT).unwrap();
+        let mut declared = cache();
+        declared.expect_prompt(0, PROMPT).unwrap();
         let even = name != "ada snap-kv" && name != "ada h2o";
-        let told = held(told, &chunks(64));
-        assert!(!even || told == whole, "{name}: {told}, {whole}");
+        let declared = held(declared, &chunks(64));
+        assert!(!even || declared == whole, "{name}: {declared}, {whole}");
     }
 }
 
@@ -52,9 +52,9 @@ fn one_token_at_a_time_as_whole() {
     let snap_kv = || {
         PolicyCache::snap_kv(spec(), store(DType::F32), SnapKv::new(8).unwrap(), budget()).unwrap()
     };
-    let mut told = snap_kv();
-    told.expect_prompt(0, PROMPT).unwrap();
-    assert_eq!(held(told, &ones), held(snap_kv(), &[PROMPT]));
+    let mut declared = snap_kv();
+    declared.expect_prompt(0, PROMPT).unwrap();
+    assert_eq!(held(declared, &ones), held(snap_kv(), &[PROMPT]));
     assert_eq!(held(snap_kv(), &ones), PROMPT);
 }
 
@@ -75,9 +75,9 @@ fn streaming_llm_in_chunks_as_whole() {
         feed_all(&mut chunked, 0, &Input::random(PROMPT), &chunks(size));
         assert!(chunked.held(0).abs_diff(whole) <= size.max(2), "{} in {size}s", chunked.held(0));
         assert!(longctx_core::KvStore::len(chunked.sinks(), 0) >= 4);
-        let mut told = cache();
-        told.expect_prompt(0, PROMPT).unwrap();
-        assert_eq!(held(told, &chunks(size)), whole, "told, in {size}s");
+        let mut declared = cache();
+        declared.expect_prompt(0, PROMPT).unwrap();
+        assert_eq!(held(declared, &chunks(size)), whole, "declared, in {size}s");
     }
 }
 
@@ -85,10 +85,10 @@ fn streaming_llm_in_chunks_as_whole() {
 fn inf_llm_in_chunks_as_whole() {
     let prompt = 3000;
     let text = Input::random(prompt);
-    let read = |calls: &[usize], told: bool| {
+    let read = |calls: &[usize], declared: bool| {
         let (past, window) = (store(DType::F16), store(DType::F16));
         let mut cache = InfLlm::with_ratio(spec(), past, window, 0.5).unwrap();
-        if told {
+        if declared {
             cache.expect_prompt(0, prompt).unwrap();
         }
         feed_all(&mut cache, 0, &text, calls);

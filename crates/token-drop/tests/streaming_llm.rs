@@ -111,14 +111,14 @@ fn memory_stays_constant_over_100_000_tokens() {
     let mut cache = StreamingLlm::new(spec, store, 4, 28).unwrap();
     let x = Tensor::randn(0f32, 1., (1, 1, 8), &Device::Cpu).unwrap();
     let batch = Batch::single(0, 1).unwrap();
-    let mut most = 0;
+    let mut max = 0;
     for token in 0..100_000 {
         let out = cache.attend(&Step { batch: &batch, q: &x, k: &x, v: &x }).unwrap();
         if token == 999 {
-            most = cache.footprint().total();
+            max = cache.footprint().total();
         }
         if token % 9_999 == 0 {
-            assert!(token < 999 || cache.footprint().total() == most);
+            assert!(token < 999 || cache.footprint().total() == max);
             // All values are the same, so their average is too, at any position.
             assert!(common::distance(&out, &x) < 1e-2);
         }

@@ -1,7 +1,7 @@
 // Elementwise operations on rows: products with functions of a gate, blends, biases.
 #pragma once
 #include "../args.cuh"
-#include "eights.cuh"
+#include "row_vectors.cuh"
 
 namespace hybrid {
 
@@ -20,17 +20,17 @@ template <class T, bool WHOLE>
 __device__ void gate_of(const Gate& p) {
     const auto [row, c, count] = row_part(p.channels);
     if (row >= p.rows) return;
-    float gate[EIGHT], x[EIGHT], gate_bias[EIGHT] = {}, x_bias[EIGHT] = {};
+    float gate[VECTOR], x[VECTOR], gate_bias[VECTOR] = {}, x_bias[VECTOR] = {};
     load<WHOLE>((const T*)p.gate + row * p.gate_row + c, count, gate), load<WHOLE>((const T*)p.x + row * p.x_row + c, count, x);
     if (p.x_bias) load<WHOLE>(p.gate_bias + c, count, gate_bias), load<WHOLE>(p.x_bias + c, count, x_bias);
 #pragma unroll
-    for (int i = 0; i < EIGHT; i++) x[i] = opened(p.function, gate[i] + gate_bias[i]) * (x[i] + x_bias[i]);
+    for (int i = 0; i < VECTOR; i++) x[i] = opened(p.function, gate[i] + gate_bias[i]) * (x[i] + x_bias[i]);
     store<WHOLE>((T*)p.y + row * p.channels + c, count, x);
 }
 
 template <class T>
 __device__ void gate(const Gate& p) {
-    if (all_in_eights(p.gate, p.x, p.gate_bias, p.x_bias, p.y, p.channels, p.gate_row, p.x_row)) gate_of<T, true>(p);
+    if (all_vectorizable(p.gate, p.x, p.gate_bias, p.x_bias, p.y, p.channels, p.gate_row, p.x_row)) gate_of<T, true>(p);
     else gate_of<T, false>(p);
 }
 
@@ -39,17 +39,17 @@ __device__ void blend_of(const Blend& p) {
     const auto [row, c, count] = row_part(p.channels);
     if (row >= p.rows) return;
     const long long at = row * p.channels + c;
-    float x[EIGHT], other[EIGHT], share[EIGHT], bias[EIGHT];
+    float x[VECTOR], other[VECTOR], share[VECTOR], bias[VECTOR];
     load<WHOLE>((const T*)p.x + at, count, x), load<WHOLE>((const T*)p.other + at, count, other);
     load<WHOLE>((const T*)p.share + at, count, share), load<WHOLE>(p.bias + c, count, bias);
 #pragma unroll
-    for (int i = 0; i < EIGHT; i++) x[i] = fmaf(other[i] - x[i], sigmoid(share[i] + bias[i]), x[i]);
+    for (int i = 0; i < VECTOR; i++) x[i] = fmaf(other[i] - x[i], sigmoid(share[i] + bias[i]), x[i]);
     store<WHOLE>((T*)p.y + at, count, x);
 }
 
 template <class T>
 __device__ void blend(const Blend& p) {
-    if (all_in_eights(p.x, p.other, p.share, p.bias, p.y, p.channels)) blend_of<T, true>(p);
+    if (all_vectorizable(p.x, p.other, p.share, p.bias, p.y, p.channels)) blend_of<T, true>(p);
     else blend_of<T, false>(p);
 }
 
@@ -58,16 +58,16 @@ __device__ void bias_of(const Bias& p) {
     const auto [row, c, count] = row_part(p.channels);
     if (row >= p.rows) return;
     T* y = (T*)p.y + row * p.channels + c;
-    float x[EIGHT], bias[EIGHT];
+    float x[VECTOR], bias[VECTOR];
     load<WHOLE>(y, count, x), load<WHOLE>(p.bias + c, count, bias);
 #pragma unroll
-    for (int i = 0; i < EIGHT; i++) x[i] += bias[i];
+    for (int i = 0; i < VECTOR; i++) x[i] += bias[i];
     store<WHOLE>(y, count, x);
 }
 
 template <class T>
 __device__ void bias(const Bias& p) {
-    if (all_in_eights(p.y, p.bias, p.channels)) bias_of<T, true>(p);
+    if (all_vectorizable(p.y, p.bias, p.channels)) bias_of<T, true>(p);
     else bias_of<T, false>(p);
 }
 

@@ -2,11 +2,11 @@
 // with a layer's output, or Mamba-2's gate.
 #pragma once
 #include "../args.cuh"
-#include "eights.cuh"
+#include "row_vectors.cuh"
 
 namespace hybrid {
 
-constexpr int NORM_THREADS = 256, NORM_TILE = NORM_THREADS * EIGHT;
+constexpr int NORM_THREADS = 256, NORM_TILE = NORM_THREADS * VECTOR;
 
 // Sums over the threads of the block. All threads get the sum.
 __device__ __forceinline__ float sum_of_block(float x) {
@@ -28,35 +28,35 @@ __device__ __forceinline__ float sum_of_block(float x) {
 template <bool WHOLE, class Y, class Value>
 __device__ __forceinline__ void normalise(int width, float eps, const float* weight, const float* bias, Y* y, Value value) {
     extern __shared__ __align__(16) float norm_row[];
-    float sum = 0, v[EIGHT];
-    for (int c = threadIdx.x * EIGHT; c < width; c += NORM_TILE) {
-        const int count = min(EIGHT, width - c);
+    float sum = 0, v[VECTOR];
+    for (int c = threadIdx.x * VECTOR; c < width; c += NORM_TILE) {
+        const int count = min(VECTOR, width - c);
         value(c, count, v);
         store<WHOLE>(norm_row + c, count, v);
 #pragma unroll
-        for (int i = 0; i < EIGHT; i++) sum += bias ? v[i] : v[i] * v[i];
+        for (int i = 0; i < VECTOR; i++) sum += bias ? v[i] : v[i] * v[i];
     }
     float mean = 0, square = sum_of_block(sum) / width;
     if (bias) {
         mean = square, sum = 0;
-        for (int c = threadIdx.x * EIGHT; c < width; c += NORM_TILE) {
-            const int count = min(EIGHT, width - c);
+        for (int c = threadIdx.x * VECTOR; c < width; c += NORM_TILE) {
+            const int count = min(VECTOR, width - c);
             load<WHOLE>(norm_row + c, count, v);
 #pragma unroll
-            for (int i = 0; i < EIGHT; i++) {
+            for (int i = 0; i < VECTOR; i++) {
                 if (WHOLE || i < count) sum = fmaf(v[i] - mean, v[i] - mean, sum);
             }
         }
         square = sum_of_block(sum) / width;
     }
     const float scale = rsqrtf(square + eps);
-    float w[EIGHT], b[EIGHT] = {};
-    for (int c = threadIdx.x * EIGHT; c < width; c += NORM_TILE) {
-        const int count = min(EIGHT, width - c);
+    float w[VECTOR], b[VECTOR] = {};
+    for (int c = threadIdx.x * VECTOR; c < width; c += NORM_TILE) {
+        const int count = min(VECTOR, width - c);
         load<WHOLE>(norm_row + c, count, v), load<WHOLE>(weight + c, count, w);
         if (bias) load<WHOLE>(bias + c, count, b);
 #pragma unroll
-        for (int i = 0; i < EIGHT; i++) v[i] = fmaf((v[i] - mean) * scale, w[i], b[i]);
+        for (int i = 0; i < VECTOR; i++) v[i] = fmaf((v[i] - mean) * scale, w[i], b[i]);
         store<WHOLE>(y + c, count, v);
     }
 }
@@ -66,20 +66,20 @@ __device__ void norm_of(const Norm& p) {
     const long long row = (long long)blockIdx.x * p.channels;
     float* x = p.x + row;
     const T* added = p.added ? (const T*)p.added + row : nullptr;
-    normalise<WHOLE>(p.channels, p.eps, p.weight, p.bias, (Y*)p.y + row, [&](int c, int count, float(&v)[EIGHT]) {
+    normalise<WHOLE>(p.channels, p.eps, p.weight, p.bias, (Y*)p.y + row, [&](int c, int count, float(&v)[VECTOR]) {
         load<WHOLE>(x + c, count, v);
         if (!added) return;
-        float more[EIGHT];
+        float more[VECTOR];
         load<WHOLE>(added + c, count, more);
 #pragma unroll
-        for (int i = 0; i < EIGHT; i++) v[i] += more[i];
+        for (int i = 0; i < VECTOR; i++) v[i] += more[i];
         store<WHOLE>(x + c, count, v);
     });
 }
 
 template <class T, class Y>
 __device__ __forceinline__ void norm_to(const Norm& p) {
-    if (all_in_eights(p.x, p.added, p.weight, p.bias, p.y, p.channels)) norm_of<T, Y, true>(p);
+    if (all_vectorizable(p.x, p.added, p.weight, p.bias, p.y, p.channels)) norm_of<T, Y, true>(p);
     else norm_of<T, Y, false>(p);
 }
 template <class T>
@@ -92,17 +92,17 @@ __device__ void gated_norm_of(const GatedNorm& p) {
     const int first = blockIdx.y * p.group;
     const long long at = (long long)blockIdx.x * p.groups * p.group + first;
     const T *x = (const T*)p.x + at, *gate = (const T*)p.gate + (long long)blockIdx.x * p.gate_row + first;
-    normalise<WHOLE>(p.group, p.eps, p.weight + first, nullptr, (T*)p.y + at, [&](int c, int count, float(&v)[EIGHT]) {
-        float z[EIGHT];
+    normalise<WHOLE>(p.group, p.eps, p.weight + first, nullptr, (T*)p.y + at, [&](int c, int count, float(&v)[VECTOR]) {
+        float z[VECTOR];
         load<WHOLE>(x + c, count, v), load<WHOLE>(gate + c, count, z);
 #pragma unroll
-        for (int i = 0; i < EIGHT; i++) v[i] *= silu(z[i]);
+        for (int i = 0; i < VECTOR; i++) v[i] *= silu(z[i]);
     });
 }
 
 template <class T>
 __device__ void gated_norm(const GatedNorm& p) {
-    if (all_in_eights(p.x, p.gate, p.weight, p.y, p.group, p.gate_row)) gated_norm_of<T, true>(p);
+    if (all_vectorizable(p.x, p.gate, p.weight, p.y, p.group, p.gate_row)) gated_norm_of<T, true>(p);
     else gated_norm_of<T, false>(p);
 }
 

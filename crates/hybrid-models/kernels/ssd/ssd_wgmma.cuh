@@ -6,11 +6,11 @@
 //
 // The state stays in the f32 registers of one warp group, 16 channels per warp. Rounded to 16 bits,
 // it is a register operand there, so it needs no copy in shared memory, and B, C and W are read
-// once. The blocks of a cluster share their group's packets (ssd_packets.cuh). The first warp group
+// once. The blocks of a cluster share their group's tiles (ssd_group_tiles.cuh). The first warp group
 // multiplies. The second computes the weights of the next chunk. The warps of the third copy
-// packets, compute the time steps, and copy x and y. There is one barrier per chunk.
+// group tiles, compute the time steps, and copy x and y. There is one barrier per chunk.
 #pragma once
-#include "ssd_packets.cuh"
+#include "ssd_group_tiles.cuh"
 
 namespace hybrid {
 
@@ -26,14 +26,14 @@ struct alignas(16) SsdSums {
 
 template <class T, int N>
 struct SsdWgmmaShared {
-    SsdPacket<T, N> packets[3];
+    SsdGroupTiles<T, N> group_tiles[3];
     Square<T> x[3], weights[2];  // y overwrites x: each warp has read the channels that it writes
     SsdSums sums[3];
     uint32_t steps[4][SSD_TOKENS];
-    uint64_t full[3], free[3];  // Of packets. full: the bytes have arrived; free: all blocks of the cluster have used the previous packet
+    uint64_t full[3], free[3];  // Of the group tiles. full: the bytes have arrived; free: all blocks of the cluster have used the previous ones
 };
 
-// A thread block as one thread sees it. Everywhere i is a chunk. Its packet, x and sums are in slot
+// A thread block as one thread sees it. Everywhere i is a chunk. Its tiles, x and sums are in slot
 // i % 3, its weights in slot i % 2.
 template <class T, int N>
 struct SsdHead {
@@ -43,36 +43,36 @@ struct SsdHead {
     const long long start;
     int head;
     bool extra;  // Beyond the group's heads: takes part in the cluster, but writes nothing
-    const SsdPacket<T, N>* packets;
+    const SsdGroupTiles<T, N>* group_tiles;
 
     __device__ SsdHead(const Ssd& p, SsdWgmmaShared<T, N>& shared)
         : p(p), shared(shared), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), row(lane / 4), pair(lane % 4 * 2), matrix(lane / 8),
           line(lane % 8), chunks((p.tokens + SSD_TOKENS - 1) / SSD_TOKENS), start((long long)blockIdx.y * p.tokens) {
         const int heads = p.heads / p.groups, blocks = gridDim.x / p.groups, group = blockIdx.x / blocks, own = blockIdx.x % blocks;
         head = group * heads + min(own, heads - 1), extra = own >= heads;
-        packets = ssd_packets_of<T, N>(p, blockIdx.y, group, chunks);
+        group_tiles = ssd_group_tiles_of<T, N>(p, blockIdx.y, group, chunks);
     }
 
-    // ---- Packets: each block of the cluster copies a part of each to all blocks ----
-    __device__ void copy_packet(int i) {
-        constexpr int PART = sizeof(SsdPacket<T, N>) / SSD_CLUSTER;
+    // ---- Group tiles: each block of the cluster copies a part of them to all blocks ----
+    __device__ void copy_group_tiles(int i) {
+        constexpr int PART = sizeof(SsdGroupTiles<T, N>) / SSD_CLUSTER;
         const int place = i % 3, part = blockIdx.x % SSD_CLUSTER * PART;
         if (i >= 3) {
             for (int block = 0; block < SSD_CLUSTER; block++) arrive_in(&shared.free[place], block);
             await_barrier(&shared.free[place], (i / 3 - 1) % 2);
         }
-        expect(&shared.full[place], sizeof(SsdPacket<T, N>));
-        copy_to_blocks((char*)&shared.packets[place] + part, (const char*)&packets[i + 1] + part, PART, &shared.full[place], (1 << SSD_CLUSTER) - 1);
+        expect(&shared.full[place], sizeof(SsdGroupTiles<T, N>));
+        copy_to_blocks((char*)&shared.group_tiles[place] + part, (const char*)&group_tiles[i + 1] + part, PART, &shared.full[place], (1 << SSD_CLUSTER) - 1);
     }
-    __device__ void copy_packets() {
+    __device__ void copy_all_group_tiles() {
         if (lane == 0) {
-            copy_packet(0);
-            if (chunks > 1) copy_packet(1);
+            copy_group_tiles(0);
+            if (chunks > 1) copy_group_tiles(1);
         }
         __syncthreads();
         for (int i = 0; i < chunks; i++) {
             __syncthreads();
-            if (lane == 0 && i + 2 < chunks) copy_packet(i + 2);
+            if (lane == 0 && i + 2 < chunks) copy_group_tiles(i + 2);
             __syncwarp();
         }
         __syncthreads();
@@ -175,7 +175,7 @@ struct SsdHead {
         store_y(chunks - 1, t, piece, y);
     }
 
-    // ---- Weights: each lane has four neighbouring elements in each of five half tiles ----
+    // ---- Weights: each lane has four adjacent elements in each of five half tiles ----
     int t_of[5], u_of[5];
     __device__ void begin_weights() {
 #pragma unroll
@@ -217,11 +217,11 @@ struct SsdHead {
     __device__ void weigh_all() {
         begin_weights();
         __syncthreads();
-        weigh(0, packets[0].scores);
+        weigh(0, group_tiles[0].scores);
         for (int i = 0; i < chunks; i++) {
             await_barrier(&shared.full[i % 3], i / 3 % 2);
             __syncthreads();
-            if (i + 1 < chunks) weigh(i + 1, shared.packets[i % 3].scores);
+            if (i + 1 < chunks) weigh(i + 1, shared.group_tiles[i % 3].scores);
         }
         __syncthreads();
     }
@@ -250,14 +250,14 @@ struct SsdHead {
         }
     }
     __device__ void read_state(int i, float (&y)[32]) {
-        const uint32_t c = descriptor(shared.packets[i % 3].c);
+        const uint32_t c = descriptor(shared.group_tiles[i % 3].c);
         wgmma_begin();
 #pragma unroll
         for (int k = 0; k < N / 16; k++) wgmma<T, false>(y, narrow[k], c + k / 4 * 512 + k % 4 * 2, k > 0);
         wgmma_end();
     }
     __device__ void add_to_state(int i) {
-        const uint32_t b = descriptor(shared.packets[i % 3].b);
+        const uint32_t b = descriptor(shared.group_tiles[i % 3].b);
         wgmma_begin();
 #pragma unroll
         for (int half = 0; half < N / 64; half++) {
@@ -371,7 +371,7 @@ struct SsdHead {
         } else {
             leave_registers<120>();
             if (role == 1) weigh_all();
-            else if (warp == 2) copy_packets();
+            else if (warp == 2) copy_all_group_tiles();
             else if (warp == 3) keep_time();
             else carry();
         }

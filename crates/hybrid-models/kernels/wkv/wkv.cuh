@@ -12,22 +12,22 @@
 // A level L needs one product, of the eight tokens with the bit and the eight without.
 //
 // A block processes a head's values, or half of them, through all tokens. Some of its warps, the
-// makers, prepare chunks in turn. The others, the users, process all chunks in order, each with 16
+// producers, prepare chunks in turn. The others, the consumers, process all chunks in order, each with 16
 // columns of S (values) in f32 registers. Inputs of products are rounded to 16 bits, including S
 // for the outputs.
 #pragma once
 #include <cstddef>
 #include <type_traits>
-#include "wkv5_maker.cuh"
-#include "wkv6_maker.cuh"
+#include "wkv5_producer.cuh"
+#include "wkv6_producer.cuh"
 
 namespace hybrid {
 
 // 16 columns of S, transposed, as fragments C of [values][keys], eight keys per tile. Packed in
 // pairs, they are also fragments B of S.
 template <class T, bool TOKEN_DECAYS>
-struct WkvUser {
-    typedef WkvMade<T, TOKEN_DECAYS> Made;
+struct WkvConsumer {
+    typedef WkvStage<T, TOKEN_DECAYS> Stage;
     static constexpr bool NARROW = std::is_same<T, __half>::value;  // S may exceed the range of f16, 65504
     const Wkv& p;
     const WkvRoles roles;
@@ -36,8 +36,8 @@ struct WkvUser {
     float s[HEAD / 8][4];
     float seen = 0;  // NaN after a read of an S that was not finite in T
 
-    __device__ WkvUser(const Wkv& p)
-        : p(p), lane(threadIdx.x % 32), row(lane / 4), pair(lane % 4 * 2), first((blockIdx.x * roles.users + threadIdx.x / 32) * 16),
+    __device__ WkvConsumer(const Wkv& p)
+        : p(p), lane(threadIdx.x % 32), row(lane / 4), pair(lane % 4 * 2), first((blockIdx.x * roles.consumers + threadIdx.x / 32) * 16),
           state(p.state + ((long long)blockIdx.z * p.heads + blockIdx.y) * HEAD * HEAD + pair * HEAD + first + row) {}
 
     __device__ void load_state() {
@@ -67,22 +67,22 @@ struct WkvUser {
         return 1.f;
     }
 
-    // Computes a chunk's outputs and the S after it. `made` and `v_at` are shared addresses of the
-    // maker's results and of the chunk's values.
+    // Computes a chunk's outputs and the S after it. `stage` and `v_at` are shared addresses of the
+    // producer's results and of the chunk's values.
     template <bool SCALED>
-    __device__ __forceinline__ void use(uint32_t made, uint32_t v_at, float (&y)[2][4]) {
+    __device__ __forceinline__ void consume(uint32_t stage, uint32_t v_at, float (&y)[2][4]) {
         uint32_t rounded_s[HEAD / 8][2], a[4], v[4], v_transposed[4], r[4][4], k[4][4];
         const float scale = round_state<SCALED>(rounded_s);
         // This lane's row of matrices 16 elements wide; `bytes` is the size of a row.
-        const int sixteen = lane % 16, right = lane / 16 * 16, bytes = sizeof(Made::r[0]);
-        const uint32_t rows = made + sixteen * bytes + right;
+        const int sixteen = lane % 16, right = lane / 16 * 16, bytes = sizeof(Stage::r[0]);
+        const uint32_t rows = stage + sixteen * bytes + right;
 #pragma unroll
-        for (int i = 0; i < 4; i++) load_matrices(r[i], rows + offsetof(Made, r) + 32 * i);
+        for (int i = 0; i < 4; i++) load_matrices(r[i], rows + offsetof(Stage, r) + 32 * i);
         load_transposed(v, v_at + sixteen * bytes + right + 2 * first);
         load_transposed(v_transposed, v_at + (lane / 16 * 8 + lane % 8) * bytes + lane / 8 % 2 * 16 + 2 * first);
 #pragma unroll
-        for (int i = 0; i < 4; i++) load_transposed(k[i], rows + offsetof(Made, k) + 32 * i);
-        load_matrices(a, made + offsetof(Made, a) + sixteen * sizeof(Made::a[0]) + right);
+        for (int i = 0; i < 4; i++) load_transposed(k[i], rows + offsetof(Stage, k) + 32 * i);
+        load_matrices(a, stage + offsetof(Stage, a) + sixteen * sizeof(Stage::a[0]) + right);
         float part[2][4] = {};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -92,7 +92,7 @@ struct WkvUser {
 #pragma unroll
         for (int j = 0; j < HEAD / 8; j++) {
             float2 decay;
-            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(decay.x), "=f"(decay.y) : "r"(made + (int)offsetof(Made, decay) + 4 * pair + 32 * j));
+            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(decay.x), "=f"(decay.y) : "r"(stage + (int)offsetof(Stage, decay) + 4 * pair + 32 * j));
             s[j][0] *= decay.x, s[j][1] *= decay.y, s[j][2] *= decay.x, s[j][3] *= decay.y;
             multiply<T>(s[j], v_transposed, k[j / 2][j % 2 * 2], k[j / 2][j % 2 * 2 + 1]);
         }
@@ -108,20 +108,20 @@ struct WkvUser {
 
     // Processes all chunks. If not SCALED, returns whether S exceeded the range of its copies in T.
     template <bool SCALED>
-    __device__ bool run(const Made* all) {
+    __device__ bool run(const Stage* all) {
         const uint32_t start = shared_address(all);
         const int chunks = wkv_chunks(p.tokens), below = 8 * p.y_row;
         T* to = (T*)p.y + ((long long)blockIdx.z * p.tokens + row) * p.y_row + blockIdx.y * HEAD + first + pair;
         int left = p.tokens - row;  // Tokens from this lane's first row of the chunk on; its second row is 8 tokens later
-        int maker = 0, turn = 0;
+        int producer = 0, turn = 0;
         load_state();
         for (int i = 0; i < chunks; i += 2) {
-            const uint32_t at = start + maker * (int)sizeof(Made), v_at = at + (int)offsetof(Made, v) + turn * (int)sizeof(Made::v[0]);
+            const uint32_t at = start + producer * (int)sizeof(Stage), v_at = at + (int)offsetof(Stage, v) + turn * (int)sizeof(Stage::v[0]);
             float y[2][2][4] = {};
-            roles.await_made(maker / 2);
-            use<SCALED>(at, v_at, y[0]);
-            use<SCALED>(at + (int)sizeof(Made), v_at + (int)sizeof(Made), y[1]);
-            if (i + roles.makers < chunks) roles.used(maker), roles.used(maker + 1);
+            roles.wait_full(producer / 2);
+            consume<SCALED>(at, v_at, y[0]);
+            consume<SCALED>(at + (int)sizeof(Stage), v_at + (int)sizeof(Stage), y[1]);
+            if (i + roles.producers < chunks) roles.arrive_empty(producer), roles.arrive_empty(producer + 1);
 #pragma unroll
             for (int j = 0; j < 4; j++, left -= 8, to += below) {
                 if (left > 0) {
@@ -129,36 +129,36 @@ struct WkvUser {
                     for (int n = 0; n < 2; n++) store4(to + 8 * n, packed<T>(y[j / 2][n][j % 2 * 2], y[j / 2][n][j % 2 * 2 + 1]));
                 }
             }
-            maker += 2;
-            if (maker == roles.makers) maker = 0, turn = turn == 2 ? 0 : turn + 1;
+            producer += 2;
+            if (producer == roles.producers) producer = 0, turn = turn == 2 ? 0 : turn + 1;
         }
         return seen != 0;
     }
 };
 
-// Grid (1 or 2, heads, batch), 32 (HEAD / 16 / grid.x + makers) threads, with an even number of
-// makers up to 6. Dynamic shared memory: WkvConstants, and a WkvMade for each maker.
+// Grid (1 or 2, heads, batch), 32 (HEAD / 16 / grid.x + producers) threads, with an even number of
+// producers up to 6. Dynamic shared memory: WkvConstants, and a WkvStage for each producer.
 template <class T, bool TOKEN_DECAYS>
 __device__ void wkv(const Wkv& p) {
     extern __shared__ __align__(16) char memory[];
     typedef WkvConstants<T, TOKEN_DECAYS> Constants;
-    typedef typename std::conditional<TOKEN_DECAYS, Wkv6Maker<T>, Wkv5Maker<T>>::type Maker;
-    typedef WkvUser<T, TOKEN_DECAYS> User;
+    typedef typename std::conditional<TOKEN_DECAYS, Wkv6Producer<T>, Wkv5Producer<T>>::type Producer;
+    typedef WkvConsumer<T, TOKEN_DECAYS> Consumer;
     Constants& constants = *(Constants*)memory;
-    WkvMade<T, TOKEN_DECAYS>* made = (WkvMade<T, TOKEN_DECAYS>*)(memory + sizeof(Constants));
+    WkvStage<T, TOKEN_DECAYS>* stage = (WkvStage<T, TOKEN_DECAYS>*)(memory + sizeof(Constants));
     const WkvRoles roles;
     constants.fill(p);
     __syncthreads();
-    if (roles.maker >= 0) {
+    if (roles.producer >= 0) {
         for (bool again = false;; again = true) {
-            Maker(p, made[roles.maker], constants).run();
-            if (!User::NARROW || again || !__syncthreads_or(false)) return;
+            Producer(p, stage[roles.producer], constants).run();
+            if (!Consumer::NARROW || again || !__syncthreads_or(false)) return;
         }
     }
-    User user(p);
-    const bool large = user.template run<false>(made);
-    if (User::NARROW && __syncthreads_or(large)) user.template run<true>(made);  // Processes all chunks again; so do the makers
-    user.store_state();
+    Consumer consumer(p);
+    const bool large = consumer.template run<false>(stage);
+    if (Consumer::NARROW && __syncthreads_or(large)) consumer.template run<true>(stage);  // Processes all chunks again; so do the producers
+    consumer.store_state();
 }
 
 template <class T>

@@ -20,8 +20,8 @@ struct DeltaTile {
 };
 
 template <class T>
-struct DeltaMaker {
-    static constexpr int ROWS = DELTA_TILE / 2;  // Tokens of a tile that a warp prepares; a lane takes two neighbouring keys, and one value.
+struct DeltaProducer {
+    static constexpr int ROWS = DELTA_TILE / 2;  // Tokens of a tile that a warp prepares; a lane takes two adjacent keys, and one value.
 
     const Wkv7& p;
     DeltaTile (&tiles)[2];
@@ -31,7 +31,7 @@ struct DeltaMaker {
     Bits<T> r[ROWS], key[ROWS], w[ROWS], a[ROWS];
     T v[ROWS];
 
-    __device__ DeltaMaker(const Wkv7& p, DeltaTile (&tiles)[2])
+    __device__ DeltaProducer(const Wkv7& p, DeltaTile (&tiles)[2])
         : p(p), tiles(tiles), warp(threadIdx.x / 32 % 2), lane(threadIdx.x % 32), head(blockIdx.y * DELTA_DIM), first(head + blockIdx.x * DELTA_VALUES),
           start((long long)blockIdx.z * p.tokens) {
         auto pair_at = [&](const float* x) { return *reinterpret_cast<const float2*>(x + head + 2 * lane); };
@@ -49,7 +49,7 @@ struct DeltaMaker {
             v[i] = ((const T*)p.v)[row * p.v_row + first + lane];
         }
     }
-    __device__ void make(int tile) {
+    __device__ void produce(int tile) {
         DeltaTile& to = tiles[tile % 2];
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
@@ -143,19 +143,19 @@ __device__ void wkv7(const Wkv7& p) {
     const int count = (p.tokens + DELTA_TILE - 1) / DELTA_TILE;
     auto barrier = [] { asm volatile("bar.sync 0;" ::: "memory"); };
     if (threadIdx.x >= DELTA_THREADS / 2) {
-        DeltaMaker<T> maker(p, tiles);
-        maker.load(0);
-        maker.make(0);
-        if (count > 1) maker.load(1);
+        DeltaProducer<T> producer(p, tiles);
+        producer.load(0);
+        producer.produce(0);
+        if (count > 1) producer.load(1);
         for (int tile = 0; tile < count; tile++) {
             barrier();
             // The outputs are stored before their tile is overwritten.
-            if (tile > 0) maker.finish(tile - 1);
-            if (tile + 1 < count) maker.make(tile + 1);
-            if (tile + 2 < count) maker.load(tile + 2);
+            if (tile > 0) producer.finish(tile - 1);
+            if (tile + 1 < count) producer.produce(tile + 1);
+            if (tile + 2 < count) producer.load(tile + 2);
         }
         barrier();
-        maker.finish(count - 1);
+        producer.finish(count - 1);
         return;
     }
     float* state = p.state + ((long long)blockIdx.z * p.heads + blockIdx.y) * DELTA_DIM * DELTA_DIM + blockIdx.x * DELTA_VALUES;

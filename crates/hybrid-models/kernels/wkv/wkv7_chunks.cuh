@@ -16,14 +16,14 @@
 // RWKV-7 keeps at least e^-e^(-1/2) = 0.545 of a number at each token. So W(t) / M is between 2^-7
 // and 2^7, and all rows fit f16, also for bf16 inputs.
 //
-// A block processes VALUES of a head's values through all tokens. Makers, warps with every
-// MAKERS-th chunk each, compute the rows, their products and the inverse. Users compute the last
+// A block processes VALUES of a head's values through all tokens. Producers, warps with every
+// PRODUCERS-th chunk each, compute the rows, their products and the inverse. Consumers compute the last
 // three lines of all chunks in order, each with 16 columns of S in f32 registers. A block waits for
-// its users (40 products per chunk, in sequence), so more makers than they need would only take
+// its consumers (40 products per chunk, in sequence), so more producers than they need would only take
 // their issue slots.
 #pragma once
-#include "wkv7_maker.cuh"
-#include "wkv7_user.cuh"
+#include "wkv7_producer.cuh"
+#include "wkv7_consumer.cuh"
 
 namespace hybrid {
 
@@ -34,14 +34,14 @@ __device__ void wkv7_of_values(const Wkv7& p) {
     typedef Wkv7Shared<T, VALUES> Shared;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == 0) shared.weights.fill(p, lane);
-    if (threadIdx.x < Shared::MAKERS) set_barrier(&shared.full[threadIdx.x], 1), set_barrier(&shared.empty[threadIdx.x], Shared::USERS);
+    if (threadIdx.x < Shared::PRODUCERS) set_barrier(&shared.full[threadIdx.x], 1), set_barrier(&shared.empty[threadIdx.x], Shared::CONSUMERS);
     __syncthreads();
-    if (warp < Shared::MAKERS) {
-        Wkv7Maker<T, VALUES> maker(p, shared, warp);
-        maker.make_all();
-    } else if (warp < Shared::MAKERS + Shared::USERS) {
-        Wkv7User<T, VALUES> user(p, shared, warp - Shared::MAKERS);
-        user.use_all();
+    if (warp < Shared::PRODUCERS) {
+        Wkv7Producer<T, VALUES> producer(p, shared, warp);
+        producer.produce_all();
+    } else if (warp < Shared::PRODUCERS + Shared::CONSUMERS) {
+        Wkv7Consumer<T, VALUES> consumer(p, shared, warp - Shared::PRODUCERS);
+        consumer.consume_all();
     }
 }
 

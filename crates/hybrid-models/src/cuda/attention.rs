@@ -1,7 +1,7 @@
 //! Attention on the device over a cache chosen by the caller.
 
+use super::device_context::DeviceContext;
 use super::linear::Linear;
-use super::target::Target;
 use crate::attention::Attention as Host;
 use candle_core::Tensor;
 use longctx_core::{AttentionShape, Batch, KvCache, Result, Step};
@@ -14,7 +14,7 @@ pub struct Attention {
 }
 
 impl Attention {
-    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+    pub fn new(host: &Host, to: &DeviceContext) -> Result<Self> {
         let (qkv, out) = (Linear::of(&host.qkv, to)?, Linear::new(&host.out, to)?);
         Ok(Self { shape: host.shape, qkv, out })
     }

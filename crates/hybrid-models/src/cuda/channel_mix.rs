@@ -1,9 +1,9 @@
 //! RWKV's channel mixing (feed-forward layer) on the device.
 
+use super::device_context::DeviceContext;
 use super::gate::{Function, Gate};
 use super::linear::Linear;
 use super::shift::Shift;
-use super::target::Target;
 use super::{Carried, Input, Mixer};
 use crate::rwkv::ChannelMix as Host;
 use candle_core::Tensor;
@@ -21,7 +21,7 @@ pub struct ChannelMix {
 }
 
 impl ChannelMix {
-    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+    pub fn new(host: &Host, to: &DeviceContext) -> Result<Self> {
         let receptance = host.receptance.as_ref();
         let mixes = std::iter::once(&host.key_mix).chain(receptance.map(|(mix, _)| mix));
         let gated = |matrix| -> Result<_> {

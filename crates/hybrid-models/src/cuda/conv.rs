@@ -2,14 +2,14 @@
 #![allow(unsafe_code)]
 
 use super::args;
-use super::kernels::{Kernel, Rows, address, unwritten};
-use super::target::Target;
+use super::device_context::DeviceContext;
+use super::kernels::{Kernel, Rows, address, uninit};
 use crate::conv::Conv as Host;
 use candle_core::Tensor;
 use longctx_core::{Error, Result};
 
 /// Must equal the constant in kernels/args.cuh, like the grids.
-const MOST_TAPS: usize = 8;
+const MAX_TAPS: usize = 8;
 
 #[derive(Debug)]
 pub struct Conv {
@@ -21,10 +21,10 @@ pub struct Conv {
 }
 
 impl Conv {
-    pub fn new(host: &Host, to: &Target) -> Result<Self> {
-        if host.taps > MOST_TAPS {
+    pub fn new(host: &Host, to: &DeviceContext) -> Result<Self> {
+        if host.taps > MAX_TAPS {
             let what = format!("a convolution of {} taps on a CUDA device", host.taps);
-            return Err(Error::Unsupported(format!("{what}: kernels have up to {MOST_TAPS}")));
+            return Err(Error::Unsupported(format!("{what}: kernels have up to {MAX_TAPS}")));
         }
         Ok(Self {
             weight: to.vector(&host.weight)?,
@@ -41,7 +41,7 @@ impl Conv {
         let (rows, channels) = x.dims2()?;
         let tokens = rows / batch;
         // SAFETY: the launch below writes every element.
-        let y = unsafe { unwritten((rows, channels), x)? };
+        let y = unsafe { uninit((rows, channels), x)? };
         let from = Rows::of(x)?;
         let args = args::Conv {
             x: from.address,

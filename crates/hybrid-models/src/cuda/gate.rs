@@ -2,8 +2,8 @@
 #![allow(unsafe_code)]
 
 use super::args;
-use super::kernels::{Kernel, Rows, address, unwritten};
-use super::target::Target;
+use super::device_context::DeviceContext;
+use super::kernels::{Kernel, Rows, address, uninit};
 use candle_core::Tensor;
 use longctx_core::Result;
 
@@ -26,7 +26,7 @@ pub struct Gate {
 }
 
 impl Gate {
-    pub fn new(function: Function, to: &Target) -> Result<Self> {
+    pub fn new(function: Function, to: &DeviceContext) -> Result<Self> {
         Ok(Self { function, biases: None, kernel: to.kernel("rows_gate", 256)? })
     }
 
@@ -39,7 +39,7 @@ impl Gate {
     pub fn apply(&self, gate: &Tensor, x: &Tensor) -> Result<Tensor> {
         let (rows, channels) = x.dims2()?;
         // SAFETY: the launch below writes every element.
-        let y = unsafe { unwritten((rows, channels), x)? };
+        let y = unsafe { uninit((rows, channels), x)? };
         let (gate, x) = (Rows::of(gate)?, Rows::of(x)?);
         let bias = |i: usize| self.biases.as_ref().map_or(Ok(0), |biases| address(&biases[i]));
         let args = args::Gate {
@@ -68,7 +68,7 @@ pub struct Blend {
 }
 
 impl Blend {
-    pub fn new(bias: &[f32], to: &Target) -> Result<Self> {
+    pub fn new(bias: &[f32], to: &DeviceContext) -> Result<Self> {
         Ok(Self { bias: to.vector(bias)?, kernel: to.kernel("rows_blend", 256)? })
     }
 
@@ -76,7 +76,7 @@ impl Blend {
     pub fn apply(&self, x: &Tensor, other: &Tensor, share: &Tensor) -> Result<Tensor> {
         let (rows, channels) = x.dims2()?;
         // SAFETY: the launch below writes every element.
-        let y = unsafe { unwritten((rows, channels), x)? };
+        let y = unsafe { uninit((rows, channels), x)? };
         let args = args::Blend {
             x: address(x)?,
             other: address(other)?,
@@ -101,7 +101,7 @@ pub struct Bias {
 }
 
 impl Bias {
-    pub fn new(bias: &[f32], to: &Target) -> Result<Self> {
+    pub fn new(bias: &[f32], to: &DeviceContext) -> Result<Self> {
         Ok(Self { bias: to.vector(bias)?, kernel: to.kernel("rows_bias", 256)? })
     }
 

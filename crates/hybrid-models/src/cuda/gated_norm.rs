@@ -2,8 +2,8 @@
 #![allow(unsafe_code)]
 
 use super::args;
-use super::kernels::{Kernel, Rows, address, unwritten};
-use super::target::Target;
+use super::device_context::DeviceContext;
+use super::kernels::{Kernel, Rows, address, uninit};
 use candle_core::Tensor;
 use longctx_core::Result;
 
@@ -17,8 +17,8 @@ pub struct GatedNorm {
 }
 
 impl GatedNorm {
-    pub fn new(weight: &[f32], groups: usize, eps: f32, to: &Target) -> Result<Self> {
-        let kernel = to.kernel_sharing("rows_gated_norm", 256, size_of_val(weight) / groups)?;
+    pub fn new(weight: &[f32], groups: usize, eps: f32, to: &DeviceContext) -> Result<Self> {
+        let kernel = to.kernel_with_shared("rows_gated_norm", 256, size_of_val(weight) / groups)?;
         Ok(Self { weight: to.vector(weight)?, groups, eps, kernel })
     }
 
@@ -27,7 +27,7 @@ impl GatedNorm {
     pub fn apply(&self, x: &Tensor, gate: &Tensor) -> Result<Tensor> {
         let (rows, channels) = x.dims2()?;
         // SAFETY: the launch below writes every element.
-        let y = unsafe { unwritten((rows, channels), x)? };
+        let y = unsafe { uninit((rows, channels), x)? };
         let gate = Rows::of(gate)?;
         let args = args::GatedNorm {
             x: address(x)?,

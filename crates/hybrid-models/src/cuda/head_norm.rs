@@ -3,8 +3,8 @@
 #![allow(unsafe_code)]
 
 use super::args;
-use super::kernels::{Kernel, address, unwritten};
-use super::target::Target;
+use super::device_context::DeviceContext;
+use super::kernels::{Kernel, address, uninit};
 use crate::rwkv::GROUP_EPS;
 use candle_core::Tensor;
 use longctx_core::Result;
@@ -19,7 +19,11 @@ pub struct HeadNorm {
 }
 
 impl HeadNorm {
-    pub fn new((weight, bias): &(Vec<f32>, Vec<f32>), heads: usize, to: &Target) -> Result<Self> {
+    pub fn new(
+        (weight, bias): &(Vec<f32>, Vec<f32>),
+        heads: usize,
+        to: &DeviceContext,
+    ) -> Result<Self> {
         let kernel = to.kernel("rows_head_norm", 128)?;
         Ok(Self { weight: to.vector(weight)?, bias: to.vector(bias)?, heads, kernel })
     }
@@ -39,7 +43,7 @@ impl HeadNorm {
         let (rows, channels) = x.dims2()?;
         let dim = channels / self.heads;
         // SAFETY: the launch below writes every element.
-        let y = unsafe { unwritten((rows, channels), x)? };
+        let y = unsafe { uninit((rows, channels), x)? };
         let args = args::HeadNorm {
             x: address(x)?,
             gate: address(gate)?,

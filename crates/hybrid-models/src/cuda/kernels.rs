@@ -11,7 +11,7 @@ use longctx_cuda::{Image, compute_capability, most_shared_bytes, multiprocessors
 pub use longctx_core::cuda::address;
 
 /// The oldest supported compute capability.
-const OLDEST: (u32, u32) = (8, 0);
+const MIN_COMPUTE_CAP: (u32, u32) = (8, 0);
 
 /// The compiled kernels/*.cu. The names of a file's kernels begin with the file's name.
 static IMAGES: [(&str, Image); 6] = [
@@ -31,7 +31,7 @@ include!(concat!(env!("OUT_DIR"), "/sizes.rs"));
 pub struct Kernels {
     stream: Arc<CudaStream>,
     /// The largest number of bytes of shared memory of a thread block.
-    pub most_shared: u32,
+    pub max_shared: u32,
     /// Multiprocessors of the device.
     pub processors: usize,
     /// Whether the device has compute capability 9.0, with instructions that later devices lack.
@@ -45,15 +45,15 @@ impl Kernels {
         let stream = device.cuda_stream();
         let context = stream.context();
         let capability = compute_capability(context)?;
-        if capability < OLDEST {
+        if capability < MIN_COMPUTE_CAP {
             let (major, minor) = capability;
             let reason = "there are kernels for 8.0 and newer";
             let place = format!("a CUDA device of compute capability {major}.{minor}");
             return Err(Error::Unsupported(format!("{place}: {reason}")));
         }
-        let most_shared = most_shared_bytes(context)?;
+        let max_shared = most_shared_bytes(context)?;
         let processors = multiprocessors(context)?;
-        Ok(Self { stream, most_shared, processors, hopper: capability == (9, 0) })
+        Ok(Self { stream, max_shared, processors, hopper: capability == (9, 0) })
     }
 
     /// Returns a kernel by name for inputs and outputs of a dtype, with `threads` threads per block
@@ -95,7 +95,7 @@ impl Kernel {
 ///
 /// # Safety
 /// A kernel must write every element before anything reads it.
-pub unsafe fn unwritten(shape: (usize, usize), like: &Tensor) -> Result<Tensor> {
+pub unsafe fn uninit(shape: (usize, usize), like: &Tensor) -> Result<Tensor> {
     // SAFETY: the caller guarantees the addresses.
     Ok(unsafe { Tensor::empty(shape, like.dtype(), like.device())? })
 }
@@ -120,7 +120,7 @@ impl Rows {
     }
 
     /// Returns whether kernels that read eight half-precision elements at a time support it.
-    pub fn in_eights(self) -> bool {
+    pub fn is_vectorizable(self) -> bool {
         self.address.is_multiple_of(16) && self.row % 8 == 0
     }
 }

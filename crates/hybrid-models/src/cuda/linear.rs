@@ -1,8 +1,8 @@
 //! Linear maps on the device.
 
+use super::device_context::DeviceContext;
 use super::gate::Bias;
 use super::product::product;
-use super::target::Target;
 use crate::linear::Linear as Host;
 use crate::matrix::Matrix;
 use candle_core::Tensor;
@@ -17,13 +17,13 @@ pub struct Linear {
 }
 
 impl Linear {
-    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+    pub fn new(host: &Host, to: &DeviceContext) -> Result<Self> {
         let bias = host.bias.as_ref().map(|bias| Bias::new(bias, to)).transpose()?;
         Ok(Self { bias, ..Self::of(&host.matrix, to)? })
     }
 
     /// Creates a map without a bias.
-    pub fn of(matrix: &Matrix, to: &Target) -> Result<Self> {
+    pub fn of(matrix: &Matrix, to: &DeviceContext) -> Result<Self> {
         Ok(Self { weight: matrix.to_tensor(&to.device)?, bias: None })
     }
 
@@ -46,7 +46,10 @@ pub struct Batched {
 }
 
 impl Batched {
-    pub fn new<'a>(matrices: impl IntoIterator<Item = &'a Matrix>, to: &Target) -> Result<Self> {
+    pub fn new<'a>(
+        matrices: impl IntoIterator<Item = &'a Matrix>,
+        to: &DeviceContext,
+    ) -> Result<Self> {
         let one = |matrix: &Matrix| matrix.to_tensor(&to.device);
         let all = matrices.into_iter().map(one).collect::<Result<Vec<_>>>()?;
         Ok(Self { weights: Tensor::stack(&all, 0)? })

@@ -1,9 +1,9 @@
 //! Mamba's mixer on the device.
 
 use super::conv::Conv;
+use super::device_context::DeviceContext;
 use super::linear::Linear;
 use super::selective_scan::{Inputs, Scan};
-use super::target::Target;
 use super::{Carried, Input, Mixer};
 use crate::mamba::{Mamba as Host, MambaShape};
 use candle_core::Tensor;
@@ -21,7 +21,7 @@ pub struct Mamba {
 }
 
 impl Mamba {
-    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+    pub fn new(host: &Host, to: &DeviceContext) -> Result<Self> {
         Ok(Self {
             shape: host.shape,
             project_in: Linear::new(&host.project_in, to)?,

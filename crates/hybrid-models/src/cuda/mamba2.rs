@@ -1,10 +1,10 @@
 //! Mamba-2's mixer on the device.
 
 use super::conv::Conv;
+use super::device_context::DeviceContext;
 use super::gated_norm::GatedNorm;
 use super::linear::Linear;
 use super::ssd::Ssd;
-use super::target::Target;
 use super::{Carried, Input, Mixer};
 use crate::mamba2::{Mamba2 as Host, Mamba2Shape};
 use candle_core::Tensor;
@@ -21,7 +21,7 @@ pub struct Mamba2 {
 }
 
 impl Mamba2 {
-    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+    pub fn new(host: &Host, to: &DeviceContext) -> Result<Self> {
         Ok(Self {
             shape: host.shape,
             project_in: Linear::new(&host.project_in, to)?,

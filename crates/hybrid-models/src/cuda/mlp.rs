@@ -1,8 +1,8 @@
 //! The gated feed-forward layer on the device.
 
+use super::device_context::DeviceContext;
 use super::gate::{Function, Gate};
 use super::linear::Linear;
-use super::target::Target;
 use super::{Carried, Input, Mixer};
 use crate::gated_mlp::{Gate as HostGate, GatedMlp};
 use candle_core::Tensor;
@@ -18,7 +18,7 @@ pub struct Mlp {
 }
 
 impl Mlp {
-    pub fn new(host: &GatedMlp, to: &Target) -> Result<Self> {
+    pub fn new(host: &GatedMlp, to: &DeviceContext) -> Result<Self> {
         let function = match host.gate {
             HostGate::Gelu => Function::Gelu,
             HostGate::Silu => Function::Silu,

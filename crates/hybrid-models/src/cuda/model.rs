@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use super::attention::Attention;
+use super::device_context::DeviceContext;
 use super::linear::Linear;
 use super::norm::Norm;
-use super::target::Target;
 use super::{Carried, Input, Mixer};
-use crate::host::Host;
+use crate::host_model::HostModel;
 use crate::mixer;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_core::{Batch, KvCache, Logits, Result};
@@ -22,7 +22,7 @@ pub struct OnDevice {
     embedding_scale: f64,
     /// Its output is f32.
     embedding_norm: Option<Norm>,
-    residuals: Vec<Residual>,
+    residuals: Vec<ResidualBlock>,
     norm: Norm,
     head: Linear,
     soft_cap: Option<f64>,
@@ -30,7 +30,7 @@ pub struct OnDevice {
 
 /// A residual layer `x + mixer(norm(x))`.
 #[derive(Debug)]
-struct Residual {
+struct ResidualBlock {
     norm: Norm,
     kind: Kind,
 }
@@ -67,12 +67,12 @@ impl Call<'_> {
 
 impl OnDevice {
     /// Copies a model's weights to the device, one block at a time, without changing their dtype.
-    pub fn new(host: Host, device: &CudaDevice) -> Result<Self> {
-        let to = Target::new(device, host.embedding.dtype())?;
+    pub fn new(host: HostModel, device: &CudaDevice) -> Result<Self> {
+        let to = DeviceContext::new(device, host.embedding.dtype())?;
         let embedding = Linear::of(&host.embedding, &to)?;
         let head = host.head.as_ref().map(|head| Linear::of(head, &to)).transpose()?;
         let embedding_norm = host.embedding_norm.map(|norm| Norm::new(&norm, true, &to));
-        let residual = |residual: mixer::Residual| -> Result<Residual> {
+        let residual = |residual: mixer::ResidualBlock| -> Result<ResidualBlock> {
             let kind = match &residual.mixer {
                 mixer::Mixer::Recurrent(mixer) => {
                     Kind::Recurrent(mixer.on_device(&to)?, mixer.state().len())
@@ -80,7 +80,7 @@ impl OnDevice {
                 mixer::Mixer::Attention(mixer) => Kind::Attention(Attention::new(mixer, &to)?),
             };
             let wide = matches!(&kind, Kind::Recurrent(mixer, _) if mixer.reads_f32());
-            Ok(Residual { norm: Norm::new(&residual.norm, wide, &to)?, kind })
+            Ok(ResidualBlock { norm: Norm::new(&residual.norm, wide, &to)?, kind })
         };
         Ok(Self {
             device: to.device.clone(),

@@ -2,8 +2,8 @@
 #![allow(unsafe_code)]
 
 use super::args;
+use super::device_context::DeviceContext;
 use super::kernels::{Kernel, address};
-use super::target::Target;
 use crate::norm::Norm as Host;
 use candle_core::{DType, Tensor};
 use longctx_core::Result;
@@ -21,14 +21,14 @@ pub struct Norm {
 
 impl Norm {
     /// Copies a norm to the device. `wide`: its output is f32 instead of the dtype of the weights.
-    pub fn new(host: &Host, wide: bool, to: &Target) -> Result<Self> {
+    pub fn new(host: &Host, wide: bool, to: &DeviceContext) -> Result<Self> {
         let (weight, bias, eps) = match host {
             Host::Rms { weight, eps } => (weight, None, *eps),
             Host::Layer { weight, bias, eps } => (weight, Some(to.vector(bias)?), *eps),
         };
         let (name, dtype) =
             if wide { ("rows_norm_wide", DType::F32) } else { ("rows_norm", to.dtype) };
-        let kernel = to.kernel_sharing(name, 256, size_of_val(weight.as_slice()))?;
+        let kernel = to.kernel_with_shared(name, 256, size_of_val(weight.as_slice()))?;
         Ok(Self { weight: to.vector(weight)?, bias, eps, dtype, kernel })
     }
 

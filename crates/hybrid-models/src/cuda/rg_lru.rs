@@ -3,9 +3,9 @@
 
 use super::args;
 use super::conv::Conv;
-use super::kernels::{Kernel, Rows, address, unwritten};
+use super::device_context::DeviceContext;
+use super::kernels::{Kernel, Rows, address, uninit};
 use super::linear::{Batched, Linear};
-use super::target::Target;
 use super::{Carried, Input, Mixer};
 use crate::rg_lru::{RgLru as Host, RgLruShape};
 use candle_core::{DType, Tensor};
@@ -30,7 +30,7 @@ pub struct RgLru {
 }
 
 impl RgLru {
-    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+    pub fn new(host: &Host, to: &DeviceContext) -> Result<Self> {
         Ok(Self {
             shape: host.shape,
             project_in: Linear::new(&host.project_in, to)?,
@@ -61,7 +61,7 @@ impl RgLru {
             .then(|| Tensor::zeros(64 + 256 * parts, DType::F32, u.device()))
             .transpose()?;
         // SAFETY: the launch below writes every element.
-        let y = unsafe { unwritten((rows, width), u)? };
+        let y = unsafe { uninit((rows, width), u)? };
         let (x, z, r) = (Rows::of(u)?, Rows::of(gate)?, address(gates)?);
         let args = args::RgLru {
             x: x.address,

@@ -2,8 +2,8 @@
 #![allow(unsafe_code)]
 
 use super::args;
-use super::kernels::{Kernel, Rows, SCAN_FEW_SHARED, SCAN_SHARED, address, unwritten};
-use super::target::Target;
+use super::device_context::DeviceContext;
+use super::kernels::{Kernel, Rows, SCAN_FEW_SHARED, SCAN_SHARED, address, uninit};
 use crate::mamba::Mamba as Host;
 use candle_core::Tensor;
 use longctx_core::{Error, Result};
@@ -11,7 +11,7 @@ use longctx_core::{Error, Result};
 /// States per channel of published models, which have their own kernel.
 const USUAL_STATES: usize = 16;
 /// Must equal the constant in kernels/args.cuh.
-const MOST_STATES: usize = 256;
+const MAX_STATES: usize = 256;
 /// Channels per thread block of the kernel for few channels.
 const FEW_CHANNELS: usize = 40;
 /// Smallest number of tokens for which the kernel for few channels is used.
@@ -45,19 +45,19 @@ pub struct Inputs<'a> {
 }
 
 impl Scan {
-    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+    pub fn new(host: &Host, to: &DeviceContext) -> Result<Self> {
         let (inner, states) = (host.shape.inner, host.shape.states);
-        if states > MOST_STATES {
+        if states > MAX_STATES {
             let what = format!("Mamba with {states} states on a CUDA device");
-            return Err(Error::Unsupported(format!("{what}: kernels have up to {MOST_STATES}")));
+            return Err(Error::Unsupported(format!("{what}: kernels have up to {MAX_STATES}")));
         }
         let (kernel, channels, few) = match states {
             USUAL_STATES => (
-                to.kernel_sharing("selective_scan", 128, SCAN_SHARED as usize)?,
+                to.kernel_with_shared("selective_scan", 128, SCAN_SHARED as usize)?,
                 32,
-                to.kernel_where_it_fits("selective_scan_few", 320, SCAN_FEW_SHARED)?,
+                to.kernel_if_fits("selective_scan_few", 320, SCAN_FEW_SHARED)?,
             ),
-            _ => (to.kernel("selective_scan_any", 128)?, 4, None),
+            _ => (to.kernel("selective_scan_generic", 128)?, 4, None),
         };
         Ok(Self {
             a: to.vector(&host.a())?.reshape((inner, states))?,
@@ -75,7 +75,7 @@ impl Scan {
     pub fn apply(&self, inputs: Inputs<'_>, batch: usize, state: &Tensor) -> Result<Tensor> {
         let (rows, channels) = inputs.u.dims2()?;
         // SAFETY: the launch below writes every element.
-        let y = unsafe { unwritten((rows, channels), inputs.u)? };
+        let y = unsafe { uninit((rows, channels), inputs.u)? };
         let (u, steps, z) = (Rows::of(inputs.u)?, Rows::of(inputs.steps)?, Rows::of(inputs.gate)?);
         let (b, c) = (Rows::of(inputs.b)?, Rows::of(inputs.c)?);
         let args = args::SelectiveScan {

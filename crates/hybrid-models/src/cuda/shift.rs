@@ -4,8 +4,8 @@
 
 use super::Input;
 use super::args;
+use super::device_context::DeviceContext;
 use super::kernels::{Kernel, address};
-use super::target::Target;
 use candle_core::{DType, Tensor};
 use longctx_core::Result;
 
@@ -20,7 +20,10 @@ pub struct Shift {
 }
 
 impl Shift {
-    pub fn new<'a>(mixes: impl IntoIterator<Item = &'a Vec<f32>>, to: &Target) -> Result<Self> {
+    pub fn new<'a>(
+        mixes: impl IntoIterator<Item = &'a Vec<f32>>,
+        to: &DeviceContext,
+    ) -> Result<Self> {
         let mixes = mixes.into_iter().map(|mix| to.vector(mix)).collect::<Result<Vec<_>>>()?;
         let kernel = to.kernel("rows_shift", 128)?;
         Ok(Self { weights: Tensor::stack(&mixes, 0)?, dtype: to.dtype, kernel })

@@ -2,17 +2,17 @@
 #![allow(unsafe_code)]
 
 use super::args;
+use super::device_context::{ChunkKernel, DeviceContext};
 use super::kernels::{
-    Kernel, Rows, SSD_PACKET_64, SSD_PACKET_128, SSD_SHARED_64, SSD_SHARED_128,
-    SSD_WGMMA_SHARED_64, SSD_WGMMA_SHARED_128, address, unwritten,
+    Kernel, Rows, SSD_GROUP_TILES_64, SSD_GROUP_TILES_128, SSD_SHARED_64, SSD_SHARED_128,
+    SSD_WGMMA_SHARED_64, SSD_WGMMA_SHARED_128, address, uninit,
 };
-use super::target::{InChunks, Target};
 use crate::mamba2::{Mamba2Shape, Ssd as Host};
 use candle_core::Tensor;
 use longctx_core::{Error, Result};
 
 // Must equal the constant in kernels/args.cuh, like the grids.
-const MOST_STATES: usize = 256;
+const MAX_STATES: usize = 256;
 const CHUNK: usize = 64;
 /// Thread blocks per cluster of `ssd_wgmma`, each for one head.
 const CLUSTER: usize = 2;
@@ -23,29 +23,32 @@ pub struct Ssd {
     a: Tensor,
     skip: Tensor,
     time_bias: Tensor,
-    in_chunks: Option<InChunks>,
-    /// The kernel that runs before `in_chunks`, if that is the kernel for compute capability 9.0.
-    packets: Option<Packets>,
-    any: Kernel,
+    chunk_kernel: Option<ChunkKernel>,
+    /// The kernel that runs before `chunk_kernel`, if that is the kernel for compute capability
+    /// 9.0.
+    group_tiles: Option<GroupTiles>,
+    generic: Kernel,
 }
 
 /// Values that the heads of a group share in each chunk, computed by a separate kernel.
 #[derive(Debug)]
-struct Packets {
+struct GroupTiles {
     kernel: Kernel,
     bytes: u32,
 }
 
 impl Ssd {
-    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+    pub fn new(host: &Host, to: &DeviceContext) -> Result<Self> {
         let Mamba2Shape { head_dim, states, .. } = host.shape;
-        if states > MOST_STATES {
+        if states > MAX_STATES {
             let what = format!("Mamba-2 with {states} states on a CUDA device");
-            return Err(Error::Unsupported(format!("{what}: kernels have up to {MOST_STATES}")));
+            return Err(Error::Unsupported(format!("{what}: kernels have up to {MAX_STATES}")));
         }
-        let (in_chunks, packets) = match (head_dim, states) {
-            (64, 64) => in_chunks(to, SSD_SHARED_64, SSD_WGMMA_SHARED_64, SSD_PACKET_64)?,
-            (64, 128) => in_chunks(to, SSD_SHARED_128, SSD_WGMMA_SHARED_128, SSD_PACKET_128)?,
+        let (chunk_kernel, group_tiles) = match (head_dim, states) {
+            (64, 64) => chunk_kernel(to, SSD_SHARED_64, SSD_WGMMA_SHARED_64, SSD_GROUP_TILES_64)?,
+            (64, 128) => {
+                chunk_kernel(to, SSD_SHARED_128, SSD_WGMMA_SHARED_128, SSD_GROUP_TILES_128)?
+            }
             _ => (None, None),
         };
         Ok(Self {
@@ -53,9 +56,9 @@ impl Ssd {
             a: to.vector(&host.a)?,
             skip: to.vector(&host.skip)?,
             time_bias: to.vector(&host.time_bias)?,
-            in_chunks,
-            packets,
-            any: to.kernel("ssd_any", 128)?,
+            chunk_kernel,
+            group_tiles,
+            generic: to.kernel("ssd_generic", 128)?,
         })
     }
 
@@ -73,18 +76,18 @@ impl Ssd {
         let (rows, inner) = (mixed.dim(0)?, heads * head_dim);
         let tokens = rows / batch;
         // SAFETY: the launch below writes every element.
-        let y = unsafe { unwritten((rows, inner), mixed)? };
+        let y = unsafe { uninit((rows, inner), mixed)? };
         let part = |start: usize, width: usize| Rows::of(&mixed.narrow(1, start, width)?);
         let (x, b) = (part(0, inner)?, part(inner, groups * states)?);
         let c = part(inner + groups * states, groups * states)?;
         let (of_steps, to_y) = (Rows::of(steps)?, Rows::of(&y)?);
-        let in_chunks = InChunks::fitting(&self.in_chunks, tokens, &[x, b, c, to_y]);
-        let packets = self.packets.as_ref().filter(|_| in_chunks.is_some());
+        let chunk_kernel = ChunkKernel::select(&self.chunk_kernel, tokens, &[x, b, c, to_y]);
+        let group_tiles = self.group_tiles.as_ref().filter(|_| chunk_kernel.is_some());
         let chunks = tokens.div_ceil(CHUNK);
-        // SAFETY: `packets` writes every element that is read.
-        let scratch = packets
-            .map(|packets| unsafe {
-                unwritten((batch * groups * (chunks + 1), packets.bytes as usize / 2), mixed)
+        // SAFETY: `group_tiles` writes every element that is read.
+        let scratch = group_tiles
+            .map(|group_tiles| unsafe {
+                uninit((batch * groups * (chunks + 1), group_tiles.bytes as usize / 2), mixed)
             })
             .transpose()?;
         let args = args::Ssd {
@@ -113,14 +116,14 @@ impl Ssd {
         };
         // SAFETY: the sizes are those of the tensors, which live until the end of this function.
         unsafe {
-            match (in_chunks, packets) {
-                (Some(kernel), Some(packets)) => {
-                    packets.kernel.launch((chunks, groups, batch), &args)?;
+            match (chunk_kernel, group_tiles) {
+                (Some(kernel), Some(group_tiles)) => {
+                    group_tiles.kernel.launch((chunks, groups, batch), &args)?;
                     let blocks = groups * (heads / groups).next_multiple_of(CLUSTER);
                     kernel.launch((blocks, batch, 1), &args)?;
                 }
                 (Some(kernel), None) => kernel.launch((2, heads, batch), &args)?,
-                (None, _) => self.any.launch((head_dim.div_ceil(32), heads, batch), &args)?,
+                (None, _) => self.generic.launch((head_dim.div_ceil(32), heads, batch), &args)?,
             }
         }
         Ok(y)
@@ -128,16 +131,17 @@ impl Ssd {
 }
 
 /// Returns the kernel for prompts, and the kernel that runs before it.
-fn in_chunks(
-    to: &Target,
+fn chunk_kernel(
+    to: &DeviceContext,
     shared: u32,
     wgmma_shared: u32,
-    packet: u32,
-) -> Result<(Option<InChunks>, Option<Packets>)> {
+    tiles_bytes: u32,
+) -> Result<(Option<ChunkKernel>, Option<GroupTiles>)> {
     if !to.hopper() {
-        return Ok((to.in_chunks("ssd", 256, shared)?, None));
+        return Ok((to.chunk_kernel("ssd", 256, shared)?, None));
     }
-    let in_chunks = to.in_chunks("ssd_wgmma", 384, wgmma_shared)?;
-    let packets = in_chunks.is_some().then(|| to.kernel("ssd_packets", 128)).transpose()?;
-    Ok((in_chunks, packets.map(|kernel| Packets { kernel, bytes: packet })))
+    let chunk_kernel = to.chunk_kernel("ssd_wgmma", 384, wgmma_shared)?;
+    let group_tiles =
+        chunk_kernel.is_some().then(|| to.kernel("ssd_group_tiles", 128)).transpose()?;
+    Ok((chunk_kernel, group_tiles.map(|kernel| GroupTiles { kernel, bytes: tiles_bytes })))
 }

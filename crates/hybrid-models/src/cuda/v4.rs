@@ -2,11 +2,11 @@
 #![allow(unsafe_code)]
 
 use super::args;
+use super::device_context::DeviceContext;
 use super::gate::{Function, Gate};
-use super::kernels::{Kernel, Rows, address, unwritten};
+use super::kernels::{Kernel, Rows, address, uninit};
 use super::linear::{Batched, Linear};
 use super::shift::Shift;
-use super::target::Target;
 use super::{Carried, Input, Mixer};
 use crate::rwkv::V4 as Host;
 use candle_core::Tensor;
@@ -25,7 +25,7 @@ pub struct V4 {
 }
 
 impl V4 {
-    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+    pub fn new(host: &Host, to: &DeviceContext) -> Result<Self> {
         Ok(Self {
             shift: Shift::new(&host.mixes, to)?,
             maps: Batched::new([&host.key, &host.value, &host.receptance], to)?,
@@ -41,7 +41,7 @@ impl V4 {
     fn wkv(&self, k: &Tensor, v: &Tensor, batch: usize, state: [&Tensor; 3]) -> Result<Tensor> {
         let (rows, channels) = k.dims2()?;
         // SAFETY: the launch below writes every element.
-        let y = unsafe { unwritten((rows, channels), k)? };
+        let y = unsafe { uninit((rows, channels), k)? };
         let (k, v) = (Rows::of(k)?, Rows::of(v)?);
         let [numerator, denominator, largest] = state;
         let args = args::Wkv4 {

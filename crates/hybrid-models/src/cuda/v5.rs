@@ -1,9 +1,9 @@
 //! RWKV-5's time mixing on the device.
 
+use super::device_context::DeviceContext;
 use super::head_norm::HeadNorm;
 use super::linear::{Batched, Linear};
 use super::shift::Shift;
-use super::target::Target;
 use super::wkv::Wkv;
 use super::{Carried, Input, Mixer};
 use crate::rwkv::V5 as Host;
@@ -21,11 +21,11 @@ pub struct V5 {
 }
 
 impl V5 {
-    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+    pub fn new(host: &Host, to: &DeviceContext) -> Result<Self> {
         Ok(Self {
             shift: Shift::new(host.maps.iter().map(|(mix, _)| mix), to)?,
             maps: Batched::new(host.maps.iter().map(|(_, matrix)| matrix), to)?,
-            wkv: Wkv::new("wkv5", &host.decay, &host.own, host.head_dim, to)?,
+            wkv: Wkv::new("wkv5", &host.decay, &host.bonus, host.head_dim, to)?,
             norm: HeadNorm::new(&host.group_norm, host.heads, to)?,
             output: Linear::of(&host.output, to)?,
         })

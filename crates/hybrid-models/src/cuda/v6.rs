@@ -1,9 +1,9 @@
 //! RWKV-6's time mixing on the device.
 
+use super::device_context::DeviceContext;
 use super::head_norm::HeadNorm;
 use super::linear::{Batched, Linear};
 use super::shift::Shift;
-use super::target::Target;
 use super::wkv::Wkv;
 use super::{Carried, Input, Mixer};
 use crate::rwkv::V6 as Host;
@@ -28,7 +28,7 @@ pub struct V6 {
 }
 
 impl V6 {
-    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+    pub fn new(host: &Host, to: &DeviceContext) -> Result<Self> {
         Ok(Self {
             shift_mix: Shift::new([&host.shift_mix], to)?,
             shift_in: Linear::of(&host.shift_in, to)?,
@@ -37,7 +37,7 @@ impl V6 {
             decay_in: Linear::of(&host.decay_in, to)?,
             decay_out: Linear::of(&host.decay_out, to)?,
             maps: Batched::new(&host.maps, to)?,
-            wkv: Wkv::new("wkv6", &host.decay, &host.own, host.head_dim, to)?,
+            wkv: Wkv::new("wkv6", &host.decay, &host.bonus, host.head_dim, to)?,
             norm: HeadNorm::new(&host.group_norm, host.heads, to)?,
             output: Linear::of(&host.output, to)?,
         })

@@ -1,10 +1,10 @@
 //! RWKV-7's time mixing on the device.
 
+use super::device_context::DeviceContext;
 use super::gate::Blend;
 use super::head_norm::HeadNorm;
 use super::linear::{Batched, Linear};
 use super::shift::Shift;
-use super::target::Target;
 use super::wkv::Wkv7;
 use super::{Carried, Input, Mixer};
 use crate::rwkv::{LowRank as HostLowRank, V7 as Host};
@@ -36,7 +36,7 @@ struct LowRank {
 }
 
 impl LowRank {
-    fn new(host: &HostLowRank, to: &Target) -> Result<Self> {
+    fn new(host: &HostLowRank, to: &DeviceContext) -> Result<Self> {
         Ok(Self { first: Linear::of(&host.first, to)?, second: Linear::of(&host.second, to)? })
     }
 
@@ -55,7 +55,7 @@ fn same(x: &Tensor) -> candle_core::Result<Tensor> {
 }
 
 impl V7 {
-    pub fn new(host: &Host, to: &Target) -> Result<Self> {
+    pub fn new(host: &Host, to: &DeviceContext) -> Result<Self> {
         let [r, w, k, v, a, g] = host.mixes.as_slice() else {
             unreachable!("the host's mixer has six")
         };

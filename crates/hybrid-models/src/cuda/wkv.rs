@@ -2,61 +2,61 @@
 #![allow(unsafe_code)]
 
 use super::args;
+use super::device_context::{ChunkKernel, DeviceContext};
 use super::kernels::{
-    Kernel, Rows, WKV_MAKER_SHARED, WKV_SHARED, WKV7_HALF_SHARED, WKV7_SHARED, address, unwritten,
+    Kernel, Rows, WKV_PRODUCER_SHARED, WKV_SHARED, WKV7_HALF_SHARED, WKV7_SHARED, address, uninit,
 };
-use super::target::{InChunks, Target};
 use crate::rwkv::V7;
 use candle_core::{DType, Tensor};
 use longctx_core::{Error, Result};
 
 /// Channels per head, as in kernels/args.cuh, like the grids.
-const MOST_CHANNELS: usize = 128;
+const MAX_CHANNELS: usize = 128;
 /// Channels per head in published models, which have their own kernels.
-const USUAL_CHANNELS: usize = 64;
+const COMMON_CHANNELS: usize = 64;
 
 /// The kernels of one version.
 #[derive(Debug)]
 struct Version {
     heads: usize,
     dim: usize,
-    in_chunks: Option<InChunks>,
-    /// The largest total number of thread blocks for which `in_chunks` uses two per head; above it
-    /// uses one.
-    most_halves: usize,
-    any: Kernel,
+    chunk_kernel: Option<ChunkKernel>,
+    /// The largest total number of thread blocks for which `chunk_kernel` uses two per head; above
+    /// it uses one.
+    max_split_blocks: usize,
+    generic: Kernel,
 }
 
 impl Version {
-    fn new(name: &str, heads: usize, dim: usize, to: &Target) -> Result<Self> {
-        if dim > MOST_CHANNELS {
+    fn new(name: &str, heads: usize, dim: usize, to: &DeviceContext) -> Result<Self> {
+        if dim > MAX_CHANNELS {
             let what = format!("RWKV with heads of {dim} channels on a CUDA device");
-            return Err(Error::Unsupported(format!("{what}: kernels have up to {MOST_CHANNELS}")));
+            return Err(Error::Unsupported(format!("{what}: kernels have up to {MAX_CHANNELS}")));
         }
-        let (in_chunks, whole) = match (name, dim) {
-            ("wkv5" | "wkv6", USUAL_CHANNELS) => Self::with_makers(name, to)?,
-            ("wkv7", USUAL_CHANNELS) => match to.in_f32(name, 128)? {
-                None => match to.in_chunks(name, 384, WKV7_SHARED)? {
-                    None => (to.in_chunks(name, 384, WKV7_HALF_SHARED)?, false),
+        let (chunk_kernel, whole) = match (name, dim) {
+            ("wkv5" | "wkv6", COMMON_CHANNELS) => Self::with_producers(name, to)?,
+            ("wkv7", COMMON_CHANNELS) => match to.in_f32(name, 128)? {
+                None => match to.chunk_kernel(name, 384, WKV7_SHARED)? {
+                    None => (to.chunk_kernel(name, 384, WKV7_HALF_SHARED)?, false),
                     whole => (whole, true),
                 },
                 in_f32 => (in_f32, false),
             },
             _ => (None, false),
         };
-        let most_halves = if whole { to.processors() } else { usize::MAX };
-        let any = to.kernel(&format!("{name}_any"), 128)?;
-        Ok(Self { heads, dim, in_chunks, most_halves, any })
+        let max_split_blocks = if whole { to.processors() } else { usize::MAX };
+        let generic = to.kernel(&format!("{name}_generic"), 128)?;
+        Ok(Self { heads, dim, chunk_kernel, max_split_blocks, generic })
     }
 
     /// Returns the chunk kernel of version 5 or 6 with as many producer warps as fit in shared
     /// memory, and whether one thread block may process a whole head.
-    fn with_makers(name: &str, to: &Target) -> Result<(Option<InChunks>, bool)> {
-        for makers in [6, 4, 2] {
-            let shared = WKV_SHARED + makers * WKV_MAKER_SHARED;
-            let kernel = to.in_chunks(name, 32 * (2 + makers), shared)?;
+    fn with_producers(name: &str, to: &DeviceContext) -> Result<(Option<ChunkKernel>, bool)> {
+        for producers in [6, 4, 2] {
+            let shared = WKV_SHARED + producers * WKV_PRODUCER_SHARED;
+            let kernel = to.chunk_kernel(name, 32 * (2 + producers), shared)?;
             if kernel.is_some() {
-                return Ok((kernel, makers > 2));
+                return Ok((kernel, producers > 2));
             }
         }
         Ok((None, false))
@@ -72,12 +72,13 @@ impl Version {
     ) -> Result<()> {
         // SAFETY: the caller guarantees the addresses.
         unsafe {
-            match InChunks::fitting(&self.in_chunks, tokens, rows) {
+            match ChunkKernel::select(&self.chunk_kernel, tokens, rows) {
                 Some(kernel) => {
-                    let blocks = if 2 * self.heads * batch <= self.most_halves { 2 } else { 1 };
+                    let blocks =
+                        if 2 * self.heads * batch <= self.max_split_blocks { 2 } else { 1 };
                     kernel.launch((blocks, self.heads, batch), args)
                 }
-                None => self.any.launch((self.dim.div_ceil(32), self.heads, batch), args),
+                None => self.generic.launch((self.dim.div_ceil(32), self.heads, batch), args),
             }
         }
     }
@@ -90,14 +91,20 @@ pub struct Wkv {
     /// In version 5, the decay of each token. In version 6, a bias added to the token's own decay
     /// before e^−e^.
     decay: Tensor,
-    own: Tensor,
+    bonus: Tensor,
 }
 
 impl Wkv {
     /// Copies weights to the device. `name`: "wkv5" or "wkv6".
-    pub fn new(name: &str, decay: &[f32], own: &[f32], dim: usize, to: &Target) -> Result<Self> {
-        let version = Version::new(name, own.len() / dim, dim, to)?;
-        Ok(Self { version, decay: to.vector(decay)?, own: to.vector(own)? })
+    pub fn new(
+        name: &str,
+        decay: &[f32],
+        bonus: &[f32],
+        dim: usize,
+        to: &DeviceContext,
+    ) -> Result<Self> {
+        let version = Version::new(name, bonus.len() / dim, dim, to)?;
+        Ok(Self { version, decay: to.vector(decay)?, bonus: to.vector(bonus)? })
     }
 
     /// Takes receptance, key, value and, in version 6, the tokens' decays, each `[batch * tokens,
@@ -112,7 +119,7 @@ impl Wkv {
         let (rows, channels) = r.dims2()?;
         let tokens = rows / batch;
         // SAFETY: the launch below writes every element.
-        let y = unsafe { unwritten((rows, channels), r)? };
+        let y = unsafe { uninit((rows, channels), r)? };
         let [r, k, v, to_y] = [Rows::of(r)?, Rows::of(k)?, Rows::of(v)?, Rows::of(&y)?];
         let w = w.map_or(Ok(Rows { address: 0, row: 0 }), Rows::of)?;
         let args = args::Wkv {
@@ -121,7 +128,7 @@ impl Wkv {
             v: v.address,
             w: w.address,
             decay: address(&self.decay)?,
-            u: address(&self.own)?,
+            u: address(&self.bonus)?,
             state: address(state)?,
             y: to_y.address,
             tokens: tokens as i32,
@@ -151,14 +158,14 @@ pub struct Wkv7 {
 }
 
 impl Wkv7 {
-    pub fn new(host: &V7, to: &Target) -> Result<Self> {
+    pub fn new(host: &V7, to: &DeviceContext) -> Result<Self> {
         Ok(Self {
             version: Version::new("wkv7", host.heads, host.head_dim, to)?,
             decay: to.vector(&host.decay.bias)?,
             rate_bias: to.vector(&host.rate.bias)?,
-            removal_scale: to.vector(&host.removal)?,
+            removal_scale: to.vector(&host.removal_scale)?,
             key_rate: to.vector(&host.key_rate)?,
-            own_scale: to.vector(&host.own)?,
+            own_scale: to.vector(&host.bonus)?,
         })
     }
 
@@ -176,7 +183,7 @@ impl Wkv7 {
         // SAFETY: the launch below writes every element of both.
         let (y, own) = unsafe {
             let own = Tensor::empty((rows, heads), DType::F32, r.device())?;
-            (unwritten((rows, channels), r)?, own)
+            (uninit((rows, channels), r)?, own)
         };
         let [r, key, v] = [Rows::of(r)?, Rows::of(key)?, Rows::of(v)?];
         let [w, a, to_y] = [Rows::of(w)?, Rows::of(a)?, Rows::of(&y)?];

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use crate::matrix::Rows;
 use crate::simd::{exp, silu, softplus};
-use crate::split::{Columns, Units, split};
+use crate::split_columns::{Columns, UnitMatrix, split_columns};
 use pulp::{Arch, Scalar, Simd, WithSimd};
 
 /// Channels per block.
@@ -43,10 +43,12 @@ impl Scan {
     /// Replaces the inputs `u` `[tokens, channels]` by the outputs and updates `state`.
     pub fn run(&self, inputs: Inputs<'_>, tokens: usize, state: &mut [f32], u: &mut [f32]) {
         let channels = self.skip.len();
-        let matrices =
-            [Units { data: u, per_unit: 1 }, Units { data: state, per_unit: self.states }];
+        let matrices = [
+            UnitMatrix { data: u, per_unit: 1 },
+            UnitMatrix { data: state, per_unit: self.states },
+        ];
         let parallel = tokens * channels >= PARALLEL;
-        split(channels, BLOCK, parallel, matrices, |part, [u, mut state]| {
+        split_columns(channels, BLOCK, parallel, matrices, |part, [u, mut state]| {
             let state = state.row(0);
             Arch::new().dispatch(Block { scan: self, inputs, tokens, part, state, u });
         });

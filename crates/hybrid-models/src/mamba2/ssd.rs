@@ -11,7 +11,7 @@ use std::cell::RefCell;
 use super::Mamba2Shape;
 use crate::matrix::{Rows, Strided, multiply};
 use crate::simd::{Exp, Softplus, exp, map};
-use crate::split::{Units, split};
+use crate::split_columns::{UnitMatrix, split_columns};
 use crate::workspace::Workspace;
 use gemm::Parallelism;
 use pulp::{Arch, Scalar, Simd, WithSimd};
@@ -72,15 +72,15 @@ impl Ssd {
         workspace: &mut Workspace,
     ) {
         let Mamba2Shape { heads, head_dim, states, groups, .. } = self.shape;
-        let mut products = workspace.take(groups * tokens.next_multiple_of(CHUNK) * CHUNK);
+        let mut products = workspace.acquire(groups * tokens.next_multiple_of(CHUNK) * CHUNK);
         self.products(mixed, tokens, &mut products);
         let of_group = products.len() / groups;
         let matrices = [
-            Units { data: y, per_unit: head_dim },
-            Units { data: state, per_unit: states * head_dim },
+            UnitMatrix { data: y, per_unit: head_dim },
+            UnitMatrix { data: state, per_unit: states * head_dim },
         ];
         let parallel = tokens * heads * head_dim >= PARALLEL;
-        split(heads, 1, parallel, matrices, |unit, [mut y, mut state]| {
+        split_columns(heads, 1, parallel, matrices, |unit, [mut y, mut state]| {
             let head = Head::new(self, unit.start, mixed, steps);
             let products = &products[unit.start / (heads / groups) * of_group..][..of_group];
             let state = state.row(0);
@@ -103,7 +103,7 @@ impl Ssd {
                 }
             });
         });
-        workspace.give(products);
+        workspace.release(products);
     }
 
     /// Computes C Bᵀ of each chunk that is computed by products, for each group.

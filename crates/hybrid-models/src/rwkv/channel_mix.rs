@@ -3,8 +3,8 @@
 use super::mix::{differences, mix};
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Part, Recurrent};
-use crate::simd::{SquaredRelu, TimesSigmoid, map, zip};
+use crate::mixer::{Input, Recurrent, StateArray};
+use crate::simd::{MulSigmoid, SquaredRelu, map, zip};
 use crate::workspace::Workspace;
 use longctx_core::{Error, Result};
 
@@ -49,8 +49,8 @@ impl ChannelMix {
 }
 
 impl Recurrent for ChannelMix {
-    fn state(&self) -> Vec<Part> {
-        vec![Part::new("shift", &[self.hidden])]
+    fn state(&self) -> Vec<StateArray> {
+        vec![StateArray::new("shift", &[self.hidden])]
     }
 
     fn forward(
@@ -61,9 +61,9 @@ impl Recurrent for ChannelMix {
         out: &mut [f32],
     ) {
         let (rows, hidden) = (x.rows(), self.hidden);
-        let mut shift = workspace.take(rows * hidden);
-        let mut mixed = workspace.take(rows * hidden);
-        let mut keys = workspace.take(rows * self.inner);
+        let mut shift = workspace.acquire(rows * hidden);
+        let mut mixed = workspace.acquire(rows * hidden);
+        let mut keys = workspace.acquire(rows * self.inner);
         differences(x, hidden, states, &mut shift);
         mix(x.x, &shift, &self.key_mix, &mut mixed);
         self.key.apply(Rows::new(&mixed, hidden), &mut keys);
@@ -72,15 +72,15 @@ impl Recurrent for ChannelMix {
         if let Some((receptance_mix, receptance)) = &self.receptance {
             mix(x.x, &shift, receptance_mix, &mut mixed);
             receptance.apply(Rows::new(&mixed, hidden), &mut shift);
-            zip(TimesSigmoid, out, &shift);
+            zip(MulSigmoid, out, &shift);
         }
         for buffer in [keys, mixed, shift] {
-            workspace.give(buffer);
+            workspace.release(buffer);
         }
     }
 
     #[cfg(feature = "cuda")]
-    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+    fn on_device(&self, to: &crate::cuda::DeviceContext) -> Result<Box<dyn crate::cuda::Mixer>> {
         Ok(Box::new(crate::cuda::ChannelMix::new(self, to)?))
     }
 }

@@ -8,9 +8,9 @@ use super::Names;
 use super::mix::{differences, mix};
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Part, Recurrent, Span};
-use crate::simd::{TimesSigmoid, exp, zip};
-use crate::split::{Columns, Units, split};
+use crate::mixer::{Input, Recurrent, Span, StateArray};
+use crate::simd::{MulSigmoid, exp, zip};
+use crate::split_columns::{Columns, UnitMatrix, split_columns};
 use crate::workspace::Workspace;
 use longctx_core::{Error, Result};
 use pulp::{Arch, Scalar, Simd, WithSimd};
@@ -62,10 +62,10 @@ impl V4 {
 }
 
 impl Recurrent for V4 {
-    fn state(&self) -> Vec<Part> {
-        let part = |name| Part::new(name, &[self.inner]);
-        let largest = Part { start: LOWEST, ..part("largest") };
-        let shift = Part::new("shift", &[self.hidden]);
+    fn state(&self) -> Vec<StateArray> {
+        let part = |name| StateArray::new(name, &[self.inner]);
+        let largest = StateArray { start: LOWEST, ..part("largest") };
+        let shift = StateArray::new("shift", &[self.hidden]);
         vec![shift, part("numerator"), part("denominator"), largest]
     }
 
@@ -77,9 +77,9 @@ impl Recurrent for V4 {
         out: &mut [f32],
     ) {
         let (rows, hidden, inner) = (x.rows(), self.hidden, self.inner);
-        let mut shift = workspace.take(rows * hidden);
-        let mut mixed = workspace.take(rows * hidden);
-        let [mut k, mut v, mut r] = [0; 3].map(|_| workspace.take(rows * inner));
+        let mut shift = workspace.acquire(rows * hidden);
+        let mut mixed = workspace.acquire(rows * hidden);
+        let [mut k, mut v, mut r] = [0; 3].map(|_| workspace.acquire(rows * inner));
         differences(x, hidden, states, &mut shift);
         let maps = [(&self.key, &mut k), (&self.value, &mut v), (&self.receptance, &mut r)];
         for (weights, (matrix, y)) in self.mixes.iter().zip(maps) {
@@ -91,25 +91,25 @@ impl Recurrent for V4 {
             let range = row * inner..(row + tokens) * inner;
             let keys = Rows::new(&k[range.clone()], inner);
             let matrices = [
-                Units { data: &mut v[range], per_unit: 1 },
-                Units { data: &mut state[hidden..], per_unit: 1 },
+                UnitMatrix { data: &mut v[range], per_unit: 1 },
+                UnitMatrix { data: &mut state[hidden..], per_unit: 1 },
             ];
             let parallel = tokens * inner >= PARALLEL;
-            split(inner, BLOCK, parallel, matrices, |part, [values, state]| {
+            split_columns(inner, BLOCK, parallel, matrices, |part, [values, state]| {
                 let (decay, first) = (&self.decay[part.clone()], &self.first[part.clone()]);
                 let keys = keys.columns(part.start, part.len());
                 Arch::new().dispatch(Wkv { keys, values, state, decay, first, tokens });
             });
         }
-        zip(TimesSigmoid, &mut v, &r);
+        zip(MulSigmoid, &mut v, &r);
         self.output.apply(Rows::new(&v, inner), out);
         for buffer in [r, v, k, mixed, shift] {
-            workspace.give(buffer);
+            workspace.release(buffer);
         }
     }
 
     #[cfg(feature = "cuda")]
-    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+    fn on_device(&self, to: &crate::cuda::DeviceContext) -> Result<Box<dyn crate::cuda::Mixer>> {
         Ok(Box::new(crate::cuda::V4::new(self, to)?))
     }
 }

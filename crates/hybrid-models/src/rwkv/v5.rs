@@ -6,9 +6,9 @@ use super::wkv::{Inputs, wkv};
 use super::{GROUP_EPS, heads, load_mix};
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Part, Recurrent, Span};
+use crate::mixer::{Input, Recurrent, Span, StateArray};
 use crate::norm::layer_groups;
-use crate::simd::{TimesSilu, zip};
+use crate::simd::{MulSilu, zip};
 use crate::workspace::Workspace;
 use longctx_core::Result;
 
@@ -21,7 +21,7 @@ pub struct V5 {
     pub maps: [(Vec<f32>, Matrix); 4],
     /// e^−e^decay.
     pub decay: Vec<f32>,
-    pub own: Vec<f32>,
+    pub bonus: Vec<f32>,
     pub group_norm: (Vec<f32>, Vec<f32>),
     pub output: Matrix,
 }
@@ -47,7 +47,7 @@ impl V5 {
                 map("time_mix_g", "gate.weight")?,
             ],
             decay: decay.iter().map(|x| (-x.exp()).exp()).collect(),
-            own: w.tensor(&name("time_faaaa"), &[heads, head_dim])?,
+            bonus: w.tensor(&name("time_faaaa"), &[heads, head_dim])?,
             group_norm: (norm("ln_x.weight")?, norm("ln_x.bias")?),
             output: w.matrix(&name("output.weight"), hidden, hidden)?,
         })
@@ -55,9 +55,9 @@ impl V5 {
 }
 
 impl Recurrent for V5 {
-    fn state(&self) -> Vec<Part> {
-        let wkv = Part::new("wkv", &[self.heads, self.head_dim, self.head_dim]);
-        vec![Part::new("shift", &[self.hidden]), wkv]
+    fn state(&self) -> Vec<StateArray> {
+        let wkv = StateArray::new("wkv", &[self.heads, self.head_dim, self.head_dim]);
+        vec![StateArray::new("shift", &[self.hidden]), wkv]
     }
 
     fn forward(
@@ -68,8 +68,8 @@ impl Recurrent for V5 {
         out: &mut [f32],
     ) {
         let (rows, hidden) = (x.rows(), self.hidden);
-        let [mut shift, mut mixed] = [0; 2].map(|_| workspace.take(rows * hidden));
-        let mut maps = [0; 4].map(|_| workspace.take(rows * hidden));
+        let [mut shift, mut mixed] = [0; 2].map(|_| workspace.acquire(rows * hidden));
+        let mut maps = [0; 4].map(|_| workspace.acquire(rows * hidden));
         differences(x, hidden, states, &mut shift);
         for ((weights, matrix), y) in self.maps.iter().zip(&mut maps) {
             mix(x.x, &shift, weights, &mut mixed);
@@ -81,21 +81,21 @@ impl Recurrent for V5 {
             let Span { row, tokens, .. } = *span;
             let of_span = |data| Rows::new(data, hidden).part(row, tokens);
             let w = Rows { data: &self.decay, stride: 0, width: hidden };
-            let inputs = Inputs { r: of_span(r), k: of_span(k), v: of_span(v), w, u: &self.own };
+            let inputs = Inputs { r: of_span(r), k: of_span(k), v: of_span(v), w, u: &self.bonus };
             let y = &mut y[row * hidden..][..tokens * hidden];
             wkv(inputs, self.head_dim, tokens, &mut state[hidden..], y);
         }
         let (weight, bias) = &self.group_norm;
         layer_groups(y, weight, bias, self.head_dim, GROUP_EPS);
-        zip(TimesSilu, y, gate);
+        zip(MulSilu, y, gate);
         self.output.apply(Rows::new(y, hidden), out);
         for buffer in maps.into_iter().rev().chain([mixed, shift]) {
-            workspace.give(buffer);
+            workspace.release(buffer);
         }
     }
 
     #[cfg(feature = "cuda")]
-    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+    fn on_device(&self, to: &crate::cuda::DeviceContext) -> Result<Box<dyn crate::cuda::Mixer>> {
         Ok(Box::new(crate::cuda::V5::new(self, to)?))
     }
 }

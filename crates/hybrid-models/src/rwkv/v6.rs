@@ -6,9 +6,9 @@ use super::wkv::{Inputs, wkv};
 use super::{GROUP_EPS, Names, heads, load_mix};
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Part, Recurrent, Span};
+use crate::mixer::{Input, Recurrent, Span, StateArray};
 use crate::norm::layer_groups;
-use crate::simd::{Map, Tanh, TimesSilu, exp, map, zip};
+use crate::simd::{MulSilu, Tanh, UnaryFn, exp, map, zip};
 use crate::workspace::Workspace;
 use candle_core::{Device, Tensor};
 use longctx_core::{Error, Result};
@@ -33,7 +33,7 @@ pub struct V6 {
     pub decay: Vec<f32>,
     pub decay_in: Matrix,
     pub decay_out: Matrix,
-    pub own: Vec<f32>,
+    pub bonus: Vec<f32>,
     /// Projections of key, value, receptance and gate.
     pub maps: [Matrix; 4],
     pub group_norm: (Vec<f32>, Vec<f32>),
@@ -55,7 +55,7 @@ impl V6 {
         let decay_rank = rank(&name("time_decay_w1"), 1)?;
         let all_out = w.tensor(&shift_out, &[MIXES.len(), shift_rank, hidden])?;
         let out = |data: &[f32]| -> Result<Matrix> {
-            w.in_format(&Tensor::from_slice(data, (shift_rank, hidden), &Device::Cpu)?.t()?)
+            w.in_dtype(&Tensor::from_slice(data, (shift_rank, hidden), &Device::Cpu)?.t()?)
         };
         let mix = |part: &&str| load_mix(w, &name(&format!("time_maa_{part}")), hidden, 6);
         let map = |part: &str| w.matrix(&name(part), hidden, hidden);
@@ -71,7 +71,7 @@ impl V6 {
             decay: w.tensor(&name("time_decay"), &[hidden])?,
             decay_in: w.transposed(&name("time_decay_w1"), decay_rank, hidden)?,
             decay_out: w.transposed(&name("time_decay_w2"), hidden, decay_rank)?,
-            own: w.tensor(&name("time_faaaa"), &[heads, head_dim])?,
+            bonus: w.tensor(&name("time_faaaa"), &[heads, head_dim])?,
             maps: [
                 map("key.weight")?,
                 map("value.weight")?,
@@ -85,7 +85,7 @@ impl V6 {
 
     /// Writes the decays e^−e^(decay + low-rank function of the row) to `w`.
     fn decays(&self, mixed: &[f32], workspace: &mut Workspace, w: &mut [f32]) {
-        let mut bottleneck = workspace.take(mixed.len() / self.hidden * self.decay_in.out());
+        let mut bottleneck = workspace.acquire(mixed.len() / self.hidden * self.decay_in.out());
         self.decay_in.apply(Rows::new(mixed, self.hidden), &mut bottleneck);
         map(Tanh, &mut bottleneck);
         self.decay_out.apply(Rows::new(&bottleneck, self.decay_in.out()), w);
@@ -93,7 +93,7 @@ impl V6 {
             row.iter_mut().zip(&self.decay).for_each(|(w, decay)| *w += decay);
             map(Forget, row);
         });
-        workspace.give(bottleneck);
+        workspace.release(bottleneck);
     }
 }
 
@@ -101,7 +101,7 @@ impl V6 {
 #[derive(Clone, Copy)]
 struct Forget;
 
-impl Map for Forget {
+impl UnaryFn for Forget {
     #[inline(always)]
     fn at<S: Simd>(self, simd: S, x: S::f32s) -> S::f32s {
         exp(simd, simd.neg_f32s(exp(simd, x)))
@@ -109,9 +109,9 @@ impl Map for Forget {
 }
 
 impl Recurrent for V6 {
-    fn state(&self) -> Vec<Part> {
-        let wkv = Part::new("wkv", &[self.heads, self.head_dim, self.head_dim]);
-        vec![Part::new("shift", &[self.hidden]), wkv]
+    fn state(&self) -> Vec<StateArray> {
+        let wkv = StateArray::new("wkv", &[self.heads, self.head_dim, self.head_dim]);
+        vec![StateArray::new("shift", &[self.hidden]), wkv]
     }
 
     fn forward(
@@ -122,9 +122,9 @@ impl Recurrent for V6 {
         out: &mut [f32],
     ) {
         let (rows, hidden) = (x.rows(), self.hidden);
-        let [mut shift, mut mixed] = [0; 2].map(|_| workspace.take(rows * hidden));
-        let mut maps = [0; 5].map(|_| workspace.take(rows * hidden));
-        let mut bottleneck = workspace.take(rows * self.shift_in.out());
+        let [mut shift, mut mixed] = [0; 2].map(|_| workspace.acquire(rows * hidden));
+        let mut maps = [0; 5].map(|_| workspace.acquire(rows * hidden));
+        let mut bottleneck = workspace.acquire(rows * self.shift_in.out());
         differences(x, hidden, states, &mut shift);
         mix(x.x, &shift, &self.shift_mix, &mut mixed);
         self.shift_in.apply(Rows::new(&mixed, hidden), &mut bottleneck);
@@ -152,21 +152,21 @@ impl Recurrent for V6 {
             let of_span = |data| Rows::new(data, hidden).part(row, tokens);
             let (r, k, v, w) = (of_span(r), of_span(k), of_span(v), of_span(w));
             let y = &mut y[row * hidden..][..tokens * hidden];
-            let inputs = Inputs { r, k, v, w, u: &self.own };
+            let inputs = Inputs { r, k, v, w, u: &self.bonus };
             wkv(inputs, self.head_dim, tokens, &mut state[hidden..], y);
         }
         let (weight, bias) = &self.group_norm;
         layer_groups(y, weight, bias, self.head_dim, GROUP_EPS);
-        zip(TimesSilu, y, gate);
+        zip(MulSilu, y, gate);
         self.output.apply(Rows::new(y, hidden), out);
-        workspace.give(bottleneck);
+        workspace.release(bottleneck);
         for buffer in maps.into_iter().rev().chain([mixed, shift]) {
-            workspace.give(buffer);
+            workspace.release(buffer);
         }
     }
 
     #[cfg(feature = "cuda")]
-    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+    fn on_device(&self, to: &crate::cuda::DeviceContext) -> Result<Box<dyn crate::cuda::Mixer>> {
         Ok(Box::new(crate::cuda::V6::new(self, to)?))
     }
 }

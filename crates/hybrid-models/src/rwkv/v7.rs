@@ -8,9 +8,9 @@ use super::mix::{differences, mix};
 use super::{GROUP_EPS, Names, heads, load_mix};
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Matrix, Rows};
-use crate::mixer::{Input, Part, Recurrent, Span};
+use crate::mixer::{Input, Recurrent, Span, StateArray};
 use crate::norm::layer_groups;
-use crate::simd::{Map, Sigmoid, Tanh, Times, exp, map, sigmoid, zip};
+use crate::simd::{Mul, Sigmoid, Tanh, UnaryFn, exp, map, sigmoid, zip};
 use crate::workspace::Workspace;
 use delta::{Inputs, delta_rule};
 use longctx_core::{Error, Result};
@@ -33,9 +33,9 @@ pub struct V7 {
     pub gate: LowRank,
     /// The weight of the first layer's values; `None` in the first layer.
     pub first_values: Option<LowRank>,
-    pub removal: Vec<f32>,
+    pub removal_scale: Vec<f32>,
     pub key_rate: Vec<f32>,
-    pub own: Vec<f32>,
+    pub bonus: Vec<f32>,
     pub group_norm: (Vec<f32>, Vec<f32>),
     pub output: Matrix,
 }
@@ -71,7 +71,7 @@ impl LowRank {
 
     fn apply(&self, x: &[f32], f: Option<Inner>, workspace: &mut Workspace, y: &mut [f32]) {
         let hidden = self.bias.len();
-        let mut bottleneck = workspace.take(x.len() / hidden * self.first.out());
+        let mut bottleneck = workspace.acquire(x.len() / hidden * self.first.out());
         self.first.apply(Rows::new(x, hidden), &mut bottleneck);
         match f {
             Some(Inner::Tanh) => map(Tanh, &mut bottleneck),
@@ -80,7 +80,7 @@ impl LowRank {
         }
         self.second.apply(Rows::new(&bottleneck, self.first.out()), y);
         y.par_chunks_exact_mut(hidden).for_each(|row| zip(crate::simd::Add, row, &self.bias));
-        workspace.give(bottleneck);
+        workspace.release(bottleneck);
     }
 }
 
@@ -94,7 +94,7 @@ enum Inner {
 #[derive(Clone, Copy)]
 struct Forget;
 
-impl Map for Forget {
+impl UnaryFn for Forget {
     #[inline(always)]
     fn at<S: Simd>(self, simd: S, x: S::f32s) -> S::f32s {
         exp(simd, simd.mul_f32s(sigmoid(simd, x), simd.splat_f32s(-0.606_530_66)))
@@ -121,9 +121,9 @@ impl V7 {
             rate: low_rank("a")?,
             gate: low_rank("g")?,
             first_values: (layer > 0).then(|| low_rank("v")).transpose()?,
-            removal: vector("k_k")?,
+            removal_scale: vector("k_k")?,
             key_rate: vector("k_a")?,
-            own: w.tensor(&name("r_k"), &[heads, head_dim])?,
+            bonus: w.tensor(&name("r_k"), &[heads, head_dim])?,
             group_norm: (vector("ln_x.weight")?, vector("ln_x.bias")?),
             output: map("output.weight")?,
         })
@@ -138,19 +138,19 @@ impl V7 {
             workspace.first_values.extend_from_slice(v);
             return;
         };
-        let mut shares = workspace.take(v.len());
+        let mut shares = workspace.acquire(v.len());
         share.apply(mixed, None, workspace, &mut shares);
         map(Sigmoid, &mut shares);
         let others = workspace.first_values.iter().zip(&shares);
         v.iter_mut().zip(others).for_each(|(v, (first, share))| *v += (first - *v) * share);
-        workspace.give(shares);
+        workspace.release(shares);
     }
 }
 
 impl Recurrent for V7 {
-    fn state(&self) -> Vec<Part> {
-        let wkv = Part::new("wkv", &[self.heads, self.head_dim, self.head_dim]);
-        vec![Part::new("shift", &[self.hidden]), wkv]
+    fn state(&self) -> Vec<StateArray> {
+        let wkv = StateArray::new("wkv", &[self.heads, self.head_dim, self.head_dim]);
+        vec![StateArray::new("shift", &[self.hidden]), wkv]
     }
 
     fn forward(
@@ -161,9 +161,9 @@ impl Recurrent for V7 {
         out: &mut [f32],
     ) {
         let (rows, hidden) = (x.rows(), self.hidden);
-        let [mut shift, mut mixed] = [0; 2].map(|_| workspace.take(rows * hidden));
+        let [mut shift, mut mixed] = [0; 2].map(|_| workspace.acquire(rows * hidden));
         let [mut r, mut w, mut k, mut v, mut a, mut g] =
-            [0; 6].map(|_| workspace.take(rows * hidden));
+            [0; 6].map(|_| workspace.acquire(rows * hidden));
         differences(x, hidden, states, &mut shift);
         for (part, weights) in MIXES.into_iter().zip(&self.mixes) {
             mix(x.x, &shift, weights, &mut mixed);
@@ -179,10 +179,10 @@ impl Recurrent for V7 {
         }
         map(Forget, &mut w);
         // From here on `shift` holds the removal key and `a` the added key.
-        let removal = &mut shift;
+        let removal_key = &mut shift;
         let parts = k.par_chunks_exact_mut(hidden).zip(a.par_chunks_exact_mut(hidden));
-        parts.zip(removal.par_chunks_exact_mut(hidden)).for_each(|((k, a), removal)| {
-            Arch::new().dispatch(Keys { layer: self, k, a, removal });
+        parts.zip(removal_key.par_chunks_exact_mut(hidden)).for_each(|((k, a), removal_key)| {
+            Arch::new().dispatch(Keys { layer: self, k, a, removal_key });
         });
         let y = &mut mixed;
         for (span, state) in x.spans.iter().zip(states) {
@@ -193,36 +193,36 @@ impl Recurrent for V7 {
                 k: of_span(&k),
                 v: of_span(&v),
                 w: of_span(&w),
-                removal: of_span(removal),
-                added: of_span(&a),
+                removal_key: of_span(removal_key),
+                scaled_removal_key: of_span(&a),
             };
             let y = &mut y[row * hidden..][..tokens * hidden];
             delta_rule(inputs, self.head_dim, tokens, &mut state[hidden..], y);
         }
         let (weight, bias) = &self.group_norm;
         layer_groups(y, weight, bias, self.head_dim, GROUP_EPS);
-        self.add_own(&r, &k, &v, y);
-        zip(Times, y, &g);
+        self.add_bonus(&r, &k, &v, y);
+        zip(Mul, y, &g);
         self.output.apply(Rows::new(y, hidden), out);
         for buffer in [g, a, v, k, w, r, mixed, shift] {
-            workspace.give(buffer);
+            workspace.release(buffer);
         }
     }
 
     #[cfg(feature = "cuda")]
-    fn on_device(&self, to: &crate::cuda::Target) -> Result<Box<dyn crate::cuda::Mixer>> {
+    fn on_device(&self, to: &crate::cuda::DeviceContext) -> Result<Box<dyn crate::cuda::Mixer>> {
         Ok(Box::new(crate::cuda::V7::new(self, to)?))
     }
 }
 
 impl V7 {
     /// Adds (Σ r k ρ) v of each head: the contribution of the token's own key and value.
-    fn add_own(&self, r: &[f32], k: &[f32], v: &[f32], y: &mut [f32]) {
+    fn add_bonus(&self, r: &[f32], k: &[f32], v: &[f32], y: &mut [f32]) {
         let d = self.head_dim;
         let inputs = r.par_chunks_exact(d).zip(k.par_chunks_exact(d)).zip(v.par_chunks_exact(d));
         y.par_chunks_exact_mut(d).zip(inputs).enumerate().for_each(|(i, (y, ((r, k), v)))| {
-            let own = &self.own[i % self.heads * d..][..d];
-            let weight: f32 = r.iter().zip(k).zip(own).map(|((r, k), own)| r * k * own).sum();
+            let bonus = &self.bonus[i % self.heads * d..][..d];
+            let weight: f32 = r.iter().zip(k).zip(bonus).map(|((r, k), bonus)| r * k * bonus).sum();
             y.iter_mut().zip(v).for_each(|(y, v)| *y += weight * v);
         });
     }
@@ -235,7 +235,7 @@ struct Keys<'a> {
     k: &'a mut [f32],
     /// Before the sigmoid.
     a: &'a mut [f32],
-    removal: &'a mut [f32],
+    removal_key: &'a mut [f32],
 }
 
 impl WithSimd for Keys<'_> {
@@ -243,15 +243,16 @@ impl WithSimd for Keys<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let V7 { head_dim, removal: scale, key_rate, .. } = self.layer;
-        let heads = self.removal.chunks_exact_mut(*head_dim).zip(self.k.chunks_exact(*head_dim));
-        for ((removal, k), scale) in heads.zip(scale.chunks_exact(*head_dim)) {
-            for ((removal, k), scale) in removal.iter_mut().zip(k).zip(scale) {
-                *removal = k * scale;
+        let V7 { head_dim, removal_scale: scale, key_rate, .. } = self.layer;
+        let heads =
+            self.removal_key.chunks_exact_mut(*head_dim).zip(self.k.chunks_exact(*head_dim));
+        for ((removal_key, k), scale) in heads.zip(scale.chunks_exact(*head_dim)) {
+            for ((removal_key, k), scale) in removal_key.iter_mut().zip(k).zip(scale) {
+                *removal_key = k * scale;
             }
-            let norm = crate::simd::dot(simd, removal, removal).sqrt().max(1e-12);
-            for removal in removal {
-                *removal /= norm;
+            let norm = crate::simd::dot(simd, removal_key, removal_key).sqrt().max(1e-12);
+            for removal_key in removal_key {
+                *removal_key /= norm;
             }
         }
         #[inline(always)]
@@ -259,22 +260,24 @@ impl WithSimd for Keys<'_> {
             simd: S,
             k: &mut [S::f32s],
             a: &mut [S::f32s],
-            removal: &[S::f32s],
+            removal_key: &[S::f32s],
             key_rate: &[S::f32s],
         ) {
             let one = simd.splat_f32s(1.0);
-            for (((k, a), &removal), &key_rate) in k.iter_mut().zip(a).zip(removal).zip(key_rate) {
+            for (((k, a), &removal_key), &key_rate) in
+                k.iter_mut().zip(a).zip(removal_key).zip(key_rate)
+            {
                 let rate = sigmoid(simd, *a);
                 let factor = simd.mul_add_f32s(simd.sub_f32s(rate, one), key_rate, one);
                 *k = simd.mul_f32s(*k, factor);
-                *a = simd.mul_f32s(rate, removal);
+                *a = simd.mul_f32s(rate, removal_key);
             }
         }
         let (k, k_tail) = S::as_mut_simd_f32s(self.k);
         let (a, a_tail) = S::as_mut_simd_f32s(self.a);
-        let (removal, removal_tail) = S::as_simd_f32s(self.removal);
+        let (removal_key, removal_tail) = S::as_simd_f32s(self.removal_key);
         let (rate, rate_tail) = S::as_simd_f32s(key_rate);
-        run(simd, k, a, removal, rate);
+        run(simd, k, a, removal_key, rate);
         run(Scalar, k_tail, a_tail, removal_tail, rate_tail);
     }
 }

@@ -5,7 +5,7 @@
 //! and this recurrence takes only a few percent of a layer's time.
 
 use crate::matrix::Rows;
-use crate::split::{Columns, Units, split};
+use crate::split_columns::{Columns, UnitMatrix, split_columns};
 use pulp::{Arch, Simd, WithSimd};
 
 /// Smallest number of tokens x channels for which several threads are used.
@@ -28,11 +28,11 @@ pub struct Inputs<'a> {
 pub fn wkv(inputs: Inputs<'_>, head_dim: usize, tokens: usize, state: &mut [f32], y: &mut [f32]) {
     let heads = inputs.u.len() / head_dim;
     let matrices = [
-        Units { data: y, per_unit: head_dim },
-        Units { data: state, per_unit: head_dim * head_dim },
+        UnitMatrix { data: y, per_unit: head_dim },
+        UnitMatrix { data: state, per_unit: head_dim * head_dim },
     ];
     let parallel = tokens * heads * head_dim >= PARALLEL;
-    split(heads, 1, parallel, matrices, |head, [y, mut state]| {
+    split_columns(heads, 1, parallel, matrices, |head, [y, mut state]| {
         let channels = head.start * head_dim;
         let inputs = Inputs {
             r: inputs.r.columns(channels, head_dim),
@@ -61,22 +61,22 @@ impl WithSimd for Head<'_> {
         let vectors = d / S::F32_LANES;
         for t in 0..self.tokens {
             let (r, k, w) = (self.inputs.r.row(t), self.inputs.k.row(t), self.inputs.w.row(t));
-            let own: f32 = r.iter().zip(k).zip(self.inputs.u).map(|((r, k), u)| r * k * u).sum();
+            let bonus: f32 = r.iter().zip(k).zip(self.inputs.u).map(|((r, k), u)| r * k * u).sum();
             let (v, v_tail) = S::as_simd_f32s(self.inputs.v.row(t));
             let (y, y_tail) = S::as_mut_simd_f32s(self.y.row(t));
             let mut at = 0;
             // Four vectors of outputs at a time stay in registers.
             while at + 4 <= vectors {
-                columns::<S, 4>(simd, [r, k, w], own, at, self.state, v, y);
+                columns::<S, 4>(simd, [r, k, w], bonus, at, self.state, v, y);
                 at += 4;
             }
             while at < vectors {
-                columns::<S, 1>(simd, [r, k, w], own, at, self.state, v, y);
+                columns::<S, 1>(simd, [r, k, w], bonus, at, self.state, v, y);
                 at += 1;
             }
             let rest = vectors * S::F32_LANES;
             for (j, (y, &v)) in y_tail.iter_mut().zip(v_tail).enumerate() {
-                *y = own * v;
+                *y = bonus * v;
                 for (i, s) in self.state.chunks_exact_mut(d).enumerate() {
                     *y += r[i] * s[rest + j];
                     s[rest + j] = w[i] * s[rest + j] + k[i] * v;
@@ -91,14 +91,14 @@ impl WithSimd for Head<'_> {
 fn columns<S: Simd, const M: usize>(
     simd: S,
     [r, k, w]: [&[f32]; 3],
-    own: f32,
+    bonus: f32,
     at: usize,
     state: &mut [f32],
     v: &[S::f32s],
     y: &mut [S::f32s],
 ) {
     let v: [S::f32s; M] = std::array::from_fn(|m| v[at + m]);
-    let mut sum = v.map(|v| simd.mul_f32s(v, simd.splat_f32s(own)));
+    let mut sum = v.map(|v| simd.mul_f32s(v, simd.splat_f32s(bonus)));
     for (((s, &r), &k), &w) in state.chunks_exact_mut(r.len()).zip(r).zip(k).zip(w) {
         let s = &mut S::as_mut_simd_f32s(s).0[at..at + M];
         let (r, k, w) = (simd.splat_f32s(r), simd.splat_f32s(k), simd.splat_f32s(w));

@@ -5,23 +5,23 @@ use std::ops::Range;
 
 use super::Session;
 use crate::cuda::{Call, OnDevice};
-use crate::memory::{Memories, Memory};
+use crate::recurrent_state::{RecurrentState, SequenceStates};
 use candle_core::Tensor;
 use longctx_core::{Batch, CausalLm, Error, Logits, Result, SeqId};
 
 /// One sequence's part of a batch.
-struct Part {
+struct GroupEntry {
     /// Its index in the batch.
-    place: usize,
+    index: usize,
     seq: SeqId,
     rows: Range<usize>,
 }
 
 /// The result of a call for a sequence.
-struct Done {
+struct SequenceResult {
     seq: SeqId,
     tokens: usize,
-    snapshots: Vec<(usize, Memory)>,
+    snapshots: Vec<(usize, RecurrentState)>,
 }
 
 impl Session {
@@ -36,32 +36,32 @@ impl Session {
     ) -> Result<Tensor> {
         for &seq in batch.seqs() {
             if !self.sequences.contains_key(&seq) {
-                self.memories.put(seq, &self.memory(seq)?)?;
+                self.states.set(seq, &self.recurrent_state(seq)?)?;
             }
         }
         let (mut outputs, mut order, mut done) = (Vec::new(), Vec::new(), Vec::new());
         for group in self.groups(batch) {
-            for Part { place, rows, .. } in &group {
+            for GroupEntry { index, rows, .. } in &group {
                 match logits {
-                    Logits::Last => order.push(*place),
+                    Logits::Last => order.push(*index),
                     Logits::All => order.extend(rows.clone()),
                 }
             }
             outputs.push(self.forward_group(model, &group, ids, logits, &mut done)?);
         }
-        for Done { seq, tokens, snapshots } in done {
+        for SequenceResult { seq, tokens, snapshots } in done {
             self.advance(seq, tokens, snapshots);
         }
         in_order(outputs, &order)
     }
 
     /// Returns groups of sequences with equally many tokens, all of them new or none.
-    fn groups(&self, batch: &Batch) -> Vec<Vec<Part>> {
-        let mut groups: BTreeMap<_, Vec<Part>> = BTreeMap::new();
-        for (place, (seq, rows)) in batch.iter().enumerate() {
-            let alone = rows.len() > 1 && !self.marks(seq, rows.len()).is_empty();
-            let key = (rows.len(), self.seen(seq) == 0, alone.then_some(place));
-            groups.entry(key).or_default().push(Part { place, seq, rows });
+    fn groups(&self, batch: &Batch) -> Vec<Vec<GroupEntry>> {
+        let mut groups: BTreeMap<_, Vec<GroupEntry>> = BTreeMap::new();
+        for (index, (seq, rows)) in batch.iter().enumerate() {
+            let separate = rows.len() > 1 && !self.snapshot_positions(seq, rows.len()).is_empty();
+            let key = (rows.len(), self.seen(seq) == 0, separate.then_some(index));
+            groups.entry(key).or_default().push(GroupEntry { index, seq, rows });
         }
         groups.into_values().collect()
     }
@@ -69,10 +69,10 @@ impl Session {
     fn forward_group(
         &mut self,
         model: &OnDevice,
-        group: &[Part],
+        group: &[GroupEntry],
         ids: &[u32],
         logits: Logits,
-        done: &mut Vec<Done>,
+        done: &mut Vec<SequenceResult>,
     ) -> Result<Tensor> {
         let tokens = group[0].rows.len();
         let batch = Batch::new(&group.iter().map(|part| (part.seq, tokens)).collect::<Vec<_>>())?;
@@ -80,8 +80,9 @@ impl Session {
             group.iter().flat_map(|part| &ids[part.rows.clone()]).copied().collect();
         let seen = self.seen(group[0].seq);
         // A snapshot after a single token is a copy of the resulting state.
-        let marks = if tokens > 1 { self.marks(group[0].seq, tokens) } else { Vec::new() };
-        let Memories::OnDevice(states) = &mut self.memories else {
+        let snapshot_positions =
+            if tokens > 1 { self.snapshot_positions(group[0].seq, tokens) } else { Vec::new() };
+        let SequenceStates::OnDevice(states) = &mut self.states else {
             unreachable!("the model is on a device")
         };
         let mut call = Call {
@@ -89,21 +90,21 @@ impl Session {
             ids: &ids,
             logits,
             first: seen == 0,
-            states: states.together(batch.seqs())?,
+            states: states.contiguous(batch.seqs())?,
             caches: self.caches.as_mut_slice(),
-            snapshots: marks.iter().map(|at| (at - seen, Vec::new())).collect(),
+            snapshots: snapshot_positions.iter().map(|at| (at - seen, Vec::new())).collect(),
         };
         let output = model.forward(&mut call)?;
         let copies = call.snapshots.into_iter();
         let mut copies: Vec<_> =
-            copies.map(|(at, copy)| (seen + at, Memory::OnDevice(copy))).collect();
-        for &Part { seq, .. } in group {
+            copies.map(|(at, copy)| (seen + at, RecurrentState::OnDevice(copy))).collect();
+        for &GroupEntry { seq, .. } in group {
             if tokens == 1
-                && let [at] = self.marks(seq, 1)[..]
+                && let [at] = self.snapshot_positions(seq, 1)[..]
             {
-                copies.push((at, self.memories.copy(seq)?));
+                copies.push((at, self.states.copy(seq)?));
             }
-            done.push(Done { seq, tokens, snapshots: std::mem::take(&mut copies) });
+            done.push(SequenceResult { seq, tokens, snapshots: std::mem::take(&mut copies) });
         }
         Ok(output)
     }

@@ -181,7 +181,7 @@ impl<'a, T: Number> Call<'a, T> {
             }
         };
         if let Some(listed) = &self.listed {
-            let size = self.pool.format().chunk();
+            let size = self.pool.format().block_tokens();
             listed[head].iter().for_each(|range| add(range.clone(), size));
         } else {
             let last = self.seen(head, queries.end - 1);

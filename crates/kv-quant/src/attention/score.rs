@@ -10,7 +10,7 @@ use crate::kernel::{Rows, widen_into};
 use crate::layout::PANEL;
 use crate::number::Number;
 use crate::product::Scratch;
-use crate::rotary::{Place, Turned};
+use crate::rotary::{BackRotatedQueries, ChunkPosition};
 use crate::vector;
 
 #[derive(Default)]
@@ -19,7 +19,7 @@ pub struct Buffers {
     /// Scores; rows are [`TILE`] apart.
     pub scores: Vec<f32>,
     pub row: Vec<f32>,
-    turned: Turned,
+    back_rotated: BackRotatedQueries,
     pub scratch: Scratch,
 }
 
@@ -33,7 +33,7 @@ impl<T: Number> Call<'_, T> {
         for piece in item.pieces.clone() {
             let tile = self.attend_piece(unit, piece, &seen, buffers);
             match tiles.last_mut().filter(|_| item.whole) {
-                Some(sum) => sum.join(&tile),
+                Some(sum) => sum.merge(&tile),
                 None => tiles.push(tile),
             }
         }
@@ -55,9 +55,9 @@ impl<T: Number> Call<'_, T> {
             for (part, _) in unit.parts(offsets.clone()) {
                 self.score(unit.head, &part, seen, buffers);
             }
-            tile.soften(&mut buffers.scores, offsets.len());
+            tile.update_softmax(&mut buffers.scores, offsets.len());
             for part in unit.parts(offsets) {
-                tile.weigh(head, memory, &part, buffers);
+                tile.accumulate_values(head, memory, &part, buffers);
             }
         }
         tile
@@ -75,7 +75,7 @@ impl<T: Number> Call<'_, T> {
         let kv_head = head % self.pool.shape().kv_heads;
         let out = &mut buffers.q;
         out.resize(self.group * queries.len() * d, 0.0);
-        buffers.turned.clear();
+        buffers.back_rotated.clear();
         let mut rows = out.chunks_exact_mut(d);
         for g in 0..self.group {
             for (query, row) in queries.clone().zip(&mut rows) {
@@ -99,7 +99,7 @@ impl<T: Number> Call<'_, T> {
     /// Computes the scores of all rows against a part of a tile; -inf where a row sees no entry.
     pub fn score(&self, number: usize, part: &Span, seen: &[Range<usize>], buffers: &mut Buffers) {
         let (head, memory) = (self.heads[number], &self.pool.memory);
-        let Buffers { q, scores, row, turned, scratch } = buffers;
+        let Buffers { q, scores, row, back_rotated, scratch } = buffers;
         let (d, size) = (memory.layout.keys.columns, memory.layout.keys.capacity);
         let (slots, scores) = (&part.slots, &mut scores[part.offset..]);
         let x = Rows { data: q, stride: d, count: q.len() / d, steps: d };
@@ -109,8 +109,8 @@ impl<T: Number> Call<'_, T> {
             let out = &mut scores[first - slots.start..];
             match &self.pool.rotary {
                 Some(rotary) => {
-                    let place = Place { rotary, token: first, turned };
-                    keys.accumulate_rotated(q, place, out, TILE, scratch);
+                    let position = ChunkPosition { rotary, token: first, back_rotated };
+                    keys.accumulate_rotated(q, position, out, TILE, scratch);
                 }
                 None => {
                     // The block's values are read next.
@@ -127,7 +127,7 @@ impl<T: Number> Call<'_, T> {
             let mut q = q.as_slice();
             if let Some(rotary) = &self.pool.rotary {
                 rotary.rotate_row(row, slot % PANEL);
-                q = turned.turn(q, d, rotary, slot - slot % PANEL);
+                q = back_rotated.rotate_back(q, d, rotary, slot - slot % PANEL);
             }
             let scores = scores[slot - slots.start..].iter_mut().step_by(TILE);
             for (q, score) in q.chunks_exact(d).zip(scores) {
@@ -163,7 +163,7 @@ impl<T: Number> Call<'_, T> {
         let head = self.heads[number];
         let mut hidden = Vec::new();
         if head.has_holes() {
-            hidden.extend(slots.clone().filter(|&slot| !head.is_live(slot)));
+            hidden.extend(slots.clone().filter(|&slot| !head.is_valid(slot)));
         }
         if let Some(listed) = &self.listed {
             let listed = &listed[number];

@@ -64,7 +64,7 @@ impl<T: Number> Call<'_, T> {
         }
         for sums in &mut sums {
             let mut slots = part.clone();
-            sums.retain(|_| slots.next().is_some_and(|slot| self.heads[head].is_live(slot)));
+            sums.retain(|_| slots.next().is_some_and(|slot| self.heads[head].is_valid(slot)));
         }
         sums
     }

@@ -7,7 +7,7 @@ use crate::hadamard::hadamard;
 use crate::kernel::{Rows, widen_into};
 use crate::layout::Layout;
 use crate::pool::head::Head;
-use crate::pool::memory::Memory;
+use crate::pool::memory::PoolMemory;
 use crate::vector;
 
 /// For each row the weighted sum of values, the largest score and the sum of weights.
@@ -36,7 +36,7 @@ impl Tile {
 
     /// Converts scores, `width` per row, to weights relative to each row's running maximum, and
     /// rescales the previous sums.
-    pub fn soften(&mut self, scores: &mut [f32], width: usize) {
+    pub fn update_softmax(&mut self, scores: &mut [f32], width: usize) {
         for (row, scores) in scores.chunks_exact_mut(TILE).enumerate() {
             let scores = &mut scores[..width];
             let max = self.max[row].max(vector::max(scores));
@@ -46,21 +46,21 @@ impl Tile {
             }
             let sum = vector::exp_sum(scores, max);
             if max > self.max[row] {
-                let shrink = (self.max[row] - max).exp();
-                self.sum[row] *= shrink;
-                vector::scale(&mut self.out[row * self.stride..][..self.stride], shrink);
+                let rescale = (self.max[row] - max).exp();
+                self.sum[row] *= rescale;
+                vector::scale(&mut self.out[row * self.stride..][..self.stride], rescale);
                 self.max[row] = max;
             }
             self.sum[row] += sum;
         }
     }
 
-    /// Adds the values of a part of a tile, weighted with the result of [`soften`](Self::soften).
-    /// The slots continue to `end`.
-    pub fn weigh(
+    /// Adds the values of a part of a tile, weighted with the result of
+    /// [`update_softmax`](Self::update_softmax). The slots continue to `end`.
+    pub fn accumulate_values(
         &mut self,
         head: &Head,
-        memory: &Memory,
+        memory: &PoolMemory,
         (part, end): &(Span, usize),
         buffers: &mut Buffers,
     ) {
@@ -93,7 +93,7 @@ impl Tile {
     }
 
     /// Merges the sums over other entries.
-    pub fn join(&mut self, other: &Tile) {
+    pub fn merge(&mut self, other: &Tile) {
         for row in 0..self.max.len() {
             let max = self.max[row].max(other.max[row]);
             if max == f32::NEG_INFINITY {

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::QuantStore;
-use super::part::Part;
+use super::sub_batch::SubBatch;
 use crate::{Format, KeyBasis, Rotary};
 use candle_core::Tensor;
 use longctx_core::{
@@ -82,7 +82,7 @@ impl QuantCache {
 
     /// Creates the store of the tokens after the first `sinks`.
     fn make_store(spec: &LayerSpec, format: Format, sinks: usize) -> Result<QuantStore> {
-        if format.basis() != KeyBasis::BeforeRope {
+        if format.key_basis() != KeyBasis::BeforeRope {
             return QuantStore::new(spec.shape, format);
         }
         let rope = spec.rope_for("a cache of keys before RoPE")?;
@@ -147,28 +147,28 @@ impl QuantCache {
 
     /// Registers a sequence that both stores hold.
     #[cfg(feature = "save")]
-    pub(super) fn note(&mut self, seq: SeqId) {
+    pub(super) fn register(&mut self, seq: SeqId) {
         self.seen.insert(seq, self.held(seq));
     }
 
     /// Returns how many of the next `coming` tokens of a sequence are sinks.
-    fn sinks_among(&self, seq: SeqId, coming: usize) -> usize {
+    fn count_sinks(&self, seq: SeqId, coming: usize) -> usize {
         self.sink_tokens.saturating_sub(self.seen(seq)).min(coming)
     }
 
     /// Splits the batch's tokens into sinks and others.
-    fn split(&self, batch: &Batch) -> Result<(Option<Part>, Option<Part>)> {
+    fn split_sinks(&self, batch: &Batch) -> Result<(Option<SubBatch>, Option<SubBatch>)> {
         let first = |seq, tokens: &std::ops::Range<usize>| {
-            tokens.start + self.sinks_among(seq, tokens.len())
+            tokens.start + self.count_sinks(seq, tokens.len())
         };
-        let sinks = Part::of(batch, |seq, tokens| tokens.start..first(seq, &tokens))?;
-        let rest = Part::of(batch, |seq, tokens| first(seq, &tokens)..tokens.end)?;
+        let sinks = SubBatch::of(batch, |seq, tokens| tokens.start..first(seq, &tokens))?;
+        let rest = SubBatch::of(batch, |seq, tokens| first(seq, &tokens)..tokens.end)?;
         Ok((sinks, rest))
     }
 
     /// Checks that there is room for a call's tokens, before their attention is computed.
     fn check_room(&mut self, step: &Step<'_>) -> Result<()> {
-        match self.split(step.batch)? {
+        match self.split_sinks(step.batch)? {
             (_, Some(rest)) => self.store.check_append(&rest.batch, step.k.device()),
             (_, None) => Ok(()),
         }
@@ -176,8 +176,8 @@ impl QuantCache {
 
     /// Appends a call's tokens to the two stores. On an error neither has changed.
     fn append(&mut self, step: &Step<'_>, rotated: &Tensor) -> Result<()> {
-        let keys = if self.format.basis() == KeyBasis::BeforeRope { step.k } else { rotated };
-        let (Some(sinks), rest) = self.split(step.batch)? else {
+        let keys = if self.format.key_basis() == KeyBasis::BeforeRope { step.k } else { rotated };
+        let (Some(sinks), rest) = self.split_sinks(step.batch)? else {
             return self.store.append(step.batch, keys, step.v);
         };
         self.sinks.append(&sinks.batch, &sinks.rows(rotated)?, &sinks.rows(step.v)?)?;
@@ -229,7 +229,7 @@ impl QuantCache {
         &self,
         batch: &Batch,
         q: &Tensor,
-        split: (Option<Part>, Option<Part>),
+        split: (Option<SubBatch>, Option<SubBatch>),
     ) -> Result<AttentionState> {
         if self.sink_tokens == 0 {
             return self.store.attend(batch, q, Mask::Causal);
@@ -247,7 +247,7 @@ impl QuantCache {
             ])?;
             parts.push((part, state));
         }
-        Part::join(&parts)
+        SubBatch::assemble(&parts)
     }
 
     fn advance(&mut self, batch: &Batch) {
@@ -276,7 +276,7 @@ impl KvCache for QuantCache {
                 }
             },
             Order::QuantizeFirst => {
-                let split = self.split(step.batch)?;
+                let split = self.split_sinks(step.batch)?;
                 self.append(step, &k)?;
                 self.attend_packed(step.batch, &q, split)?
             }

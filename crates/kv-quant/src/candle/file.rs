@@ -114,6 +114,6 @@ fn load(file: &CacheFile, layer: usize, seq: SeqId, cache: &mut QuantCache) -> R
             }
         }
     }
-    cache.note(seq);
+    cache.register(seq);
     Ok(())
 }

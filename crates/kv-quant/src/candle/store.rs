@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 #[cfg(feature = "cuda")]
 use crate::cuda::{CudaHalf, CudaPool};
-use crate::{Attended, Format, Mask, Pool, PoolBytes, PoolShape, Queries, Rotary};
+use crate::{AttentionOutput, Format, Mask, Pool, PoolBytes, PoolShape, Queries, Rotary};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use longctx_core::attention::with_slice;
@@ -21,11 +21,11 @@ use longctx_core::{
 #[derive(Debug, Clone)]
 pub struct QuantStore {
     shape: AttentionShape,
-    held: Held,
+    storage: Storage,
 }
 
 #[derive(Debug, Clone)]
-enum Held {
+enum Storage {
     Host(Box<Pool>),
     #[cfg(feature = "cuda")]
     Cuda(Box<CudaPool>),
@@ -36,16 +36,16 @@ enum Held {
 
 /// Evaluates an expression on the pool of any variant.
 macro_rules! on_pool {
-    ($held:expr, $pool:ident => $run:expr) => {
-        on_pool!($held, $pool => $run, $pool => $run)
+    ($storage:expr, $pool:ident => $run:expr) => {
+        on_pool!($storage, $pool => $run, $pool => $run)
     };
-    ($held:expr, $host:ident => $on_host:expr, $cuda:ident => $on_cuda:expr) => {
-        match $held {
-            Held::Host($host) => $on_host,
+    ($storage:expr, $host:ident => $on_host:expr, $cuda:ident => $on_cuda:expr) => {
+        match $storage {
+            Storage::Host($host) => $on_host,
             #[cfg(feature = "cuda")]
-            Held::Cuda($cuda) => $on_cuda,
+            Storage::Cuda($cuda) => $on_cuda,
             #[cfg(feature = "cuda")]
-            Held::CudaHalf($cuda) => $on_cuda,
+            Storage::CudaHalf($cuda) => $on_cuda,
         }
     };
 }
@@ -69,7 +69,7 @@ impl QuantStore {
     /// [before RoPE](crate::KeyBasis::BeforeRope).
     pub fn new(shape: AttentionShape, format: Format) -> Result<Self> {
         let pool = Pool::new(pool_shape(&shape), format)?;
-        Ok(Self { shape, held: Held::Host(Box::new(pool)) })
+        Ok(Self { shape, storage: Storage::Host(Box::new(pool)) })
     }
 
     /// Creates an empty store whose keys are given before the rotary embedding and whose queries
@@ -79,74 +79,74 @@ impl QuantStore {
     /// [`Error::Setting`] if the format or the embedding does not fit the heads.
     pub fn before_rope(shape: AttentionShape, format: Format, rotary: Arc<Rotary>) -> Result<Self> {
         let pool = Pool::before_rope(pool_shape(&shape), format, rotary)?;
-        Ok(Self { shape, held: Held::Host(Box::new(pool)) })
+        Ok(Self { shape, storage: Storage::Host(Box::new(pool)) })
     }
 
     /// Limits blocks and pages in use to `bytes` bytes; on a CUDA device records and rings.
     #[must_use]
     pub fn with_capacity(self, bytes: usize) -> Self {
-        let held = match self.held {
-            Held::Host(pool) => Held::Host(Box::new(pool.with_capacity(bytes))),
+        let storage = match self.storage {
+            Storage::Host(pool) => Storage::Host(Box::new(pool.with_capacity(bytes))),
             #[cfg(feature = "cuda")]
-            Held::Cuda(pool) => Held::Cuda(Box::new(pool.with_capacity(bytes))),
+            Storage::Cuda(pool) => Storage::Cuda(Box::new(pool.with_capacity(bytes))),
             #[cfg(feature = "cuda")]
-            Held::CudaHalf(half) => Held::CudaHalf(Box::new(half.with_capacity(bytes))),
+            Storage::CudaHalf(half) => Storage::CudaHalf(Box::new(half.with_capacity(bytes))),
         };
-        Self { held, ..self }
+        Self { storage, ..self }
     }
 
     /// Returns the largest number of bytes in use; `None` for a store that grows.
     pub fn capacity(&self) -> Option<usize> {
-        on_pool!(&self.held, pool => pool.capacity())
+        on_pool!(&self.storage, pool => pool.capacity())
     }
 
     /// Returns the format of keys and values.
     pub fn format(&self) -> Format {
-        on_pool!(&self.held, pool => pool.format())
+        on_pool!(&self.storage, pool => pool.format())
     }
 
     /// Returns the pool of packed keys and values on the CPU; `None` if they are on another device.
     pub fn pool(&self) -> Option<&Pool> {
-        on_pool!(&self.held, pool => Some(pool), _pool => None)
+        on_pool!(&self.storage, pool => Some(pool), _pool => None)
     }
 
     /// Returns the pool for loading sequences into it.
     #[cfg(feature = "save")]
     pub(super) fn pool_mut(&mut self) -> Option<&mut Pool> {
-        on_pool!(&mut self.held, pool => Some(pool), _pool => None)
+        on_pool!(&mut self.storage, pool => Some(pool), _pool => None)
     }
 
     /// Checks that there is room for a batch's tokens on `device`.
     pub(super) fn check_append(&mut self, batch: &Batch, device: &Device) -> Result<()> {
-        self.settle(device)?;
-        on_pool!(&self.held,
+        self.move_to_device(device)?;
+        on_pool!(&self.storage,
             pool => Ok(pool.check_append(batch.seqs(), batch.cu_seqlens())?),
             pool => pool.check_append(batch))
     }
 
     /// Moves an empty store to a device.
-    fn settle(&mut self, device: &Device) -> Result<()> {
-        if on_pool!(&self.held, _pool => device.is_cpu(), pool => pool.is_on(device)) {
+    fn move_to_device(&mut self, device: &Device) -> Result<()> {
+        if on_pool!(&self.storage, _pool => device.is_cpu(), pool => pool.is_on(device)) {
             return Ok(());
         }
         if !self.seqs().is_empty() {
             let got = format!("{:?}", device.location());
             return Err(Error::mismatch("device of k and v", "that of the entries held", got));
         }
-        self.held = match device {
+        self.storage = match device {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => {
                 let (format, capacity) = (self.format(), self.capacity());
                 if format == Format::f16() {
                     let half = CudaHalf::new(self.shape, device, capacity)?;
-                    self.held = Held::CudaHalf(Box::new(half));
+                    self.storage = Storage::CudaHalf(Box::new(half));
                     return Ok(());
                 }
-                Held::Cuda(Box::new(CudaPool::new(self.shape, format, device, capacity)?))
+                Storage::Cuda(Box::new(CudaPool::new(self.shape, format, device, capacity)?))
             }
             Device::Cpu => {
                 let pool = Pool::new(pool_shape(&self.shape), self.format())?;
-                Held::Host(Box::new(match self.capacity() {
+                Storage::Host(Box::new(match self.capacity() {
                     Some(bytes) => pool.with_capacity(bytes),
                     None => pool,
                 }))
@@ -169,16 +169,16 @@ impl QuantStore {
         k: &Tensor,
         v: &Tensor,
     ) -> Result<Option<AttentionState>> {
-        self.settle(k.device())?;
-        match &mut self.held {
-            Held::Host(_) => {
+        self.move_to_device(k.device())?;
+        match &mut self.storage {
+            Storage::Host(_) => {
                 _ = (batch, q, v);
                 Ok(None)
             }
             #[cfg(feature = "cuda")]
-            Held::Cuda(pool) => pool.append_after_attention(batch, q, k, v),
+            Storage::Cuda(pool) => pool.append_after_attention(batch, q, k, v),
             #[cfg(feature = "cuda")]
-            Held::CudaHalf(_) => Ok(None),
+            Storage::CudaHalf(_) => Ok(None),
         }
     }
 
@@ -188,29 +188,29 @@ impl QuantStore {
         if tokens != batch.tokens() {
             return Err(Error::mismatch("tokens of q", batch.tokens(), tokens));
         }
-        on_cpu(q)?;
+        check_on_cpu(q)?;
         Ok(q.to_dtype(DType::F32)?.contiguous()?)
     }
 
     /// Runs `f` with the queries of the batch's known sequences, and with their sequence ids,
     /// `cu_seqlens` and mask. Returns `None` if no sequence is known.
-    fn of_known<R>(
+    fn with_known<R>(
         &self,
         pool: &Pool,
         batch: &Batch,
         q: &Tensor,
         mask: longctx_core::Mask<'_>,
-        f: impl FnOnce(Queries<'_>, &Known, Mask<'_>) -> Result<R>,
+        f: impl FnOnce(Queries<'_>, &KnownSequences, Mask<'_>) -> Result<R>,
     ) -> Result<Option<R>> {
         let q = self.queries(batch, q)?;
         let AttentionShape { kv_heads, heads, scale, soft_cap, window, .. } = self.shape;
-        let known = Known::of(batch, |seq| pool.lens(seq).is_some());
+        let known = KnownSequences::of(batch, |seq| pool.lens(seq).is_some());
         let lists: Vec<Vec<Range<usize>>> = match mask {
             longctx_core::Mask::Entries(ranges) => {
                 let lens = |&seq: &SeqId| pool.lens(seq).unwrap_or(vec![0; kv_heads]);
                 ranges.check(&batch.seqs().iter().flat_map(lens).collect::<Vec<_>>())?;
                 let of = |&i: &usize| &ranges.heads()[i * kv_heads..(i + 1) * kv_heads];
-                known.places.iter().flat_map(of).cloned().collect()
+                known.indices.iter().flat_map(of).cloned().collect()
             }
             _ => Vec::new(),
         };
@@ -254,8 +254,8 @@ impl QuantStore {
         mask: longctx_core::Mask<'_>,
     ) -> Result<AttentionState> {
         let (tokens, heads, dv) = (batch.tokens(), self.shape.heads, self.shape.value_dim);
-        let done = self.of_known(pool, batch, q, mask, |queries, known, mask| {
-            let Attended { out, lse } =
+        let done = self.with_known(pool, batch, q, mask, |queries, known, mask| {
+            let AttentionOutput { out, lse } =
                 pool.attend(&queries, &known.seqs, &known.cu_seqlens, mask)?;
             let out = known.scatter(out, heads * dv, tokens, 0.0);
             Ok((out, known.scatter(lse, heads, tokens, f32::NEG_INFINITY)))
@@ -279,11 +279,11 @@ impl QuantStore {
         let heads = self.shape.heads;
         let lse = lse.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let mut all = vec![Vec::new(); batch.seqs().len() * heads];
-        self.of_known(pool, batch, q, mask, |queries, known, mask| {
+        self.with_known(pool, batch, q, mask, |queries, known, mask| {
             let lse = known.rows(&lse, heads);
             let sums = pool.attention_sums(&queries, &lse, &known.seqs, &known.cu_seqlens, mask)?;
-            let places = known.places.iter().flat_map(|i| i * heads..(i + 1) * heads);
-            places.zip(sums).for_each(|(place, sums)| all[place] = sums);
+            let indices = known.indices.iter().flat_map(|i| i * heads..(i + 1) * heads);
+            indices.zip(sums).for_each(|(index, sums)| all[index] = sums);
             Ok(())
         })?;
         let of_seq = |lists| AttentionSums::from_lists(lists, self.shape.group(), &Device::Cpu);
@@ -321,13 +321,13 @@ fn prepare(
         _ => DType::F32,
     };
     let fit = |x: &Tensor| -> Result<Tensor> {
-        on_cpu(x)?;
+        check_on_cpu(x)?;
         Ok(x.to_dtype(dtype)?.contiguous()?)
     };
     Ok((fit(k)?, fit(v)?))
 }
 
-fn on_cpu(x: &Tensor) -> Result<()> {
+fn check_on_cpu(x: &Tensor) -> Result<()> {
     match x.device().is_cpu() {
         true => Ok(()),
         false => {
@@ -338,34 +338,34 @@ fn on_cpu(x: &Tensor) -> Result<()> {
 }
 
 /// The known sequences of a batch.
-struct Known {
+struct KnownSequences {
     seqs: Vec<SeqId>,
     cu_seqlens: Vec<usize>,
     /// Indices of the sequences in the batch.
-    places: Vec<usize>,
+    indices: Vec<usize>,
     /// Their token ranges in the batch.
     tokens: Vec<Range<usize>>,
     /// Whether all sequences are known.
     all: bool,
 }
 
-impl Known {
+impl KnownSequences {
     fn of(batch: &Batch, known: impl Fn(SeqId) -> bool) -> Self {
         let mut of = Self {
             seqs: Vec::new(),
             cu_seqlens: vec![0],
-            places: Vec::new(),
+            indices: Vec::new(),
             tokens: Vec::new(),
             all: true,
         };
-        for (place, (seq, tokens)) in batch.iter().enumerate() {
+        for (index, (seq, tokens)) in batch.iter().enumerate() {
             if !known(seq) {
                 of.all = false;
                 continue;
             }
             of.seqs.push(seq);
             of.cu_seqlens.push(of.cu_seqlens[of.cu_seqlens.len() - 1] + tokens.len());
-            of.places.push(place);
+            of.indices.push(index);
             of.tokens.push(tokens);
         }
         of
@@ -402,9 +402,9 @@ impl KvStore for QuantStore {
     }
 
     fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
-        self.settle(k.device())?;
+        self.move_to_device(k.device())?;
         let (seqs, ends) = (batch.seqs(), batch.cu_seqlens());
-        on_pool!(&mut self.held,
+        on_pool!(&mut self.storage,
             pool => {
                 let (k, v) = prepare(&self.shape, batch, k, v)?;
                 with_numbers!(&k, k => with_slice(&v, |v| Ok(pool.append(seqs, ends, k, v)?)))
@@ -420,9 +420,9 @@ impl KvStore for QuantStore {
         tokens: &[Selection],
     ) -> Result<()> {
         check_selections(batch, tokens, self.shape.kv_heads)?;
-        self.settle(k.device())?;
+        self.move_to_device(k.device())?;
         let (seqs, ends) = (batch.seqs(), batch.cu_seqlens());
-        on_pool!(&mut self.held,
+        on_pool!(&mut self.storage,
             pool => {
                 let (k, v) = prepare(&self.shape, batch, k, v)?;
                 let lists = lists(batch, tokens, self.shape.kv_heads)?;
@@ -439,7 +439,7 @@ impl KvStore for QuantStore {
         q: &Tensor,
         mask: longctx_core::Mask<'_>,
     ) -> Result<AttentionState> {
-        on_pool!(&self.held,
+        on_pool!(&self.storage,
             pool => self.attend_on_host(pool, batch, q, mask),
             pool => pool.attend(batch, q, mask))
     }
@@ -451,19 +451,19 @@ impl KvStore for QuantStore {
         lse: &Tensor,
         mask: longctx_core::Mask<'_>,
     ) -> Result<Vec<AttentionSums>> {
-        on_pool!(&self.held,
+        on_pool!(&self.storage,
             pool => self.sums_on_host(pool, batch, q, lse, mask),
             pool => pool.attention_sums(batch, q, lse, mask))
     }
 
     fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
-        on_pool!(&mut self.held,
+        on_pool!(&mut self.storage,
             pool => Ok(pool.retain(seq, keep.heads()?)?),
             pool => pool.retain(seq, keep))
     }
 
     fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
-        on_pool!(&self.held,
+        on_pool!(&self.storage,
             pool => self.rows(pool.read(seq, kv_head)?),
             pool => pool.read(seq, kv_head))
     }
@@ -477,7 +477,7 @@ impl KvStore for QuantStore {
         if let Some(&len) = self.lens(seq).get(kv_head) {
             check_range(&entries, len)?;
         }
-        on_pool!(&self.held,
+        on_pool!(&self.storage,
         pool => self.rows(pool.read_range(seq, kv_head, entries)?),
         pool => {
             let (k, v) = pool.read(seq, kv_head)?;
@@ -487,51 +487,51 @@ impl KvStore for QuantStore {
     }
 
     fn lens(&self, seq: SeqId) -> Vec<usize> {
-        on_pool!(&self.held, pool => pool.lens(seq).unwrap_or_default(), pool => pool.lens(seq))
+        on_pool!(&self.storage, pool => pool.lens(seq).unwrap_or_default(), pool => pool.lens(seq))
     }
 
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
-        on_pool!(&mut self.held, pool => Ok(pool.fork(from, to)?), pool => pool.fork(from, to))
+        on_pool!(&mut self.storage, pool => Ok(pool.fork(from, to)?), pool => pool.fork(from, to))
     }
 
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        on_pool!(&self.held,
+        on_pool!(&self.storage,
             pool => Ok(pool.check_truncate(seq, len)?),
             pool => pool.check_truncate(seq, len))
     }
 
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
-        on_pool!(&mut self.held,
+        on_pool!(&mut self.storage,
             pool => Ok(pool.truncate(seq, len)?),
             pool => pool.truncate(seq, len))
     }
 
     fn remove(&mut self, seq: SeqId) -> bool {
-        on_pool!(&mut self.held, pool => pool.remove(seq))
+        on_pool!(&mut self.storage, pool => pool.remove(seq))
     }
 
     fn seqs(&self) -> Vec<SeqId> {
-        on_pool!(&self.held, pool => pool.seqs().collect(), pool => pool.seqs())
+        on_pool!(&self.storage, pool => pool.seqs().collect(), pool => pool.seqs())
     }
 
     fn can_append(&self, batch: &Batch) -> bool {
-        on_pool!(&self.held,
+        on_pool!(&self.storage,
             pool => pool.can_append(batch.seqs(), batch.cu_seqlens()),
             pool => pool.can_append(batch))
     }
 
     fn footprint(&self) -> Footprint {
-        on_pool!(&self.held, pool => as_footprint(pool.footprint()), pool => pool.footprint())
+        on_pool!(&self.storage, pool => as_footprint(pool.footprint()), pool => pool.footprint())
     }
 
     fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        on_pool!(&self.held,
+        on_pool!(&self.storage,
             pool => as_footprint(pool.seq_footprint(seq)),
             pool => pool.seq_footprint(seq))
     }
 
     fn clear(&mut self) {
-        on_pool!(&mut self.held, pool => pool.clear());
+        on_pool!(&mut self.storage, pool => pool.clear());
     }
 }
 

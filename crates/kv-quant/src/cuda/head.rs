@@ -84,7 +84,7 @@ impl Head {
             keys -= missing.min(keys.saturating_sub(start) / group * group);
         }
         let (mut unpacked, mut ring_from) = (0..0, self.ring_from);
-        if keys > slots && format.keys().along == Axis::Channels {
+        if keys > slots && format.keys().axis == Axis::Channels {
             keys = slots.next_multiple_of(group);
             // The ring has what the dropped tokens were.
             ring_from = keys;
@@ -211,7 +211,7 @@ pub fn ring_places(format: Format, layout: Layout) -> usize {
         Flush::Staggered(residual) | Flush::Rolling(residual) => residual,
         Flush::Immediate | Flush::Never => 0,
     };
-    residual + layout.group + format.overlap()
+    residual + layout.group + format.residual_overlap()
 }
 
 /// Records of a head that a new sequence's table has room for.

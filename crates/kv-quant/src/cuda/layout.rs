@@ -37,13 +37,13 @@ impl Layout {
     /// The layout of a format. The error names what the kernels lack for it.
     pub fn of(format: Format, head_dim: usize) -> Result<Self, &'static str> {
         let (keys, values) = (format.keys(), format.values());
-        if format.basis() != KeyBasis::Given {
+        if format.key_basis() != KeyBasis::Given {
             return Err("keys packed as they come");
         }
         if !matches!(head_dim, 64 | 128 | 256) {
             return Err("heads of 64, 128 or 256 channels");
         }
-        let family = match (keys.along, keys.codes) {
+        let family = match (keys.axis, keys.codes) {
             (Axis::Tokens, Codes::Asymmetric) => kivi(keys, values)?,
             (Axis::Tokens, Codes::VarianceNormalized { tile }) => balanced(tile, keys, values)?,
             (Axis::Channels, _) => Family::Tokens(tokens(keys, values, head_dim)?),
@@ -53,7 +53,7 @@ impl Layout {
             (_, Flush::Rolling(_)) | (Family::Kivi(_), Flush::Staggered(_)) => {}
             _ => return Err("a rolling flush, or KIVI's"),
         }
-        Ok(Self { family, group: format.chunk(), head_dim, keys, values })
+        Ok(Self { family, group: format.block_tokens(), head_dim, keys, values })
     }
 
     /// Groups of a token's values.
@@ -137,7 +137,7 @@ impl Layout {
 
 /// Scales and minima of a token, or of a group of its channels.
 fn numbers(scheme: Scheme) -> usize {
-    usize::from(scheme.has_scales()) + usize::from(scheme.has_zeros())
+    usize::from(scheme.has_scales()) + usize::from(scheme.has_zero_points())
 }
 
 fn kivi(keys: Scheme, values: Scheme) -> Result<Family, &'static str> {

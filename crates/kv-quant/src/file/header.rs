@@ -85,7 +85,7 @@ impl Layer {
             Flush::Never => ("never", 0),
             Flush::Staggered(residual) => ("staggered", residual),
         };
-        let basis = match format.basis() {
+        let basis = match format.key_basis() {
             KeyBasis::Given => "given",
             KeyBasis::BeforeRope => "before-rope",
         };
@@ -111,11 +111,11 @@ impl Layer {
     /// # Errors
     /// [`Error::Setting`] for a description that no pool supports.
     pub fn pool(&self) -> Result<Pool> {
-        const MOST_CHANNELS: usize = 1 << 16;
+        const MAX_CHANNELS: usize = 1 << 16;
         let value_dim = self.value_dim.unwrap_or(self.head_dim);
         for (name, size) in [("head_dim", self.head_dim), ("value_dim", value_dim)] {
-            if size > MOST_CHANNELS {
-                return Err(Error::setting(name, format!("at most {MOST_CHANNELS}"), size));
+            if size > MAX_CHANNELS {
+                return Err(Error::setting(name, format!("at most {MAX_CHANNELS}"), size));
             }
         }
         let flush = match self.flush.as_str() {
@@ -158,7 +158,7 @@ impl Matrix {
     fn of(scheme: Scheme) -> Self {
         Self {
             bits: scheme.bits.count(),
-            along_tokens: scheme.along == Axis::Tokens,
+            along_tokens: scheme.axis == Axis::Tokens,
             group: scheme.group,
             codes: Kind::of(scheme.codes),
             rotated: scheme.rotated,
@@ -166,9 +166,9 @@ impl Matrix {
     }
 
     fn scheme(&self) -> Result<Scheme> {
-        let along = if self.along_tokens { Axis::Tokens } else { Axis::Channels };
+        let axis = if self.along_tokens { Axis::Tokens } else { Axis::Channels };
         let (bits, codes) = (Bits::try_from(self.bits)?, self.codes.codes()?);
-        Scheme { bits, along, group: self.group, codes, rotated: self.rotated }.checked()
+        Scheme { bits, axis, group: self.group, codes, rotated: self.rotated }.checked()
     }
 }
 

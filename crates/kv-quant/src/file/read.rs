@@ -12,7 +12,7 @@ use crate::hadamard::hadamard;
 use crate::layout::Layout;
 use crate::pool::Sequence;
 use crate::pool::head::Head;
-use crate::pool::memory::{Memory, Need, PAGE};
+use crate::pool::memory::{BlockDelta, PAGE, PoolMemory};
 use crate::{Axis, Error, Flush, Pool, Result};
 use half::f16;
 use safetensors::tensor::{Dtype, SafeTensors};
@@ -32,14 +32,14 @@ struct Parts<'a> {
     values: Matrix<'a>,
     new_keys: Vec<f16>,
     new_values: Vec<f16>,
-    live: Vec<u32>,
+    validity: Vec<u32>,
 }
 
 /// The bytes of a packed matrix.
 struct Matrix<'a> {
     codes: &'a [u8],
     scales: &'a [u8],
-    zeros: &'a [u8],
+    zero_points: &'a [u8],
     factors: &'a [u8],
 }
 
@@ -65,7 +65,7 @@ impl Pool {
         let parts: Vec<_> = counts
             .map(|(h, &counts)| file.parts(self, (layer, h), counts))
             .collect::<Result<_>>()?;
-        let mut need = Need::default();
+        let mut need = BlockDelta::default();
         parts.iter().for_each(|parts| need += parts.need(&self.memory));
         self.check_room(self.memory.bytes(need).max(0) as usize)?;
         let heads = parts.into_iter().map(|parts| parts.head(&mut self.memory)).collect();
@@ -186,7 +186,7 @@ impl CacheFile {
             values: self.matrix(&name(l, h, "values"), counts.packed_values, &layout.values)?,
             new_keys: numbers("keys.new")?,
             new_values: numbers("values.new")?,
-            live: bytemuck::pod_collect_to_vec(self.tensor(&name(l, h, "live"), Dtype::U32)?),
+            validity: bytemuck::pod_collect_to_vec(self.tensor(&name(l, h, "live"), Dtype::U32)?),
         };
         if self.layer(l)?.has_rotated_tail() {
             parts.rotate_tail_back(pool);
@@ -219,7 +219,7 @@ impl CacheFile {
         Ok(Matrix {
             codes: tensor("codes", Dtype::U32, layout.lines() * 64)?,
             scales: halves("scales", layout.scales())?,
-            zeros: halves("zeros", layout.zeros())?,
+            zero_points: halves("zeros", layout.zero_points())?,
             factors: halves("factors", layout.factors())?,
         })
     }
@@ -272,8 +272,8 @@ impl Parts<'_> {
             return Err(Error::mismatch("values", format!("{keys:?}"), format!("{values:?}")));
         }
         let staggered = matches!(pool.format.flush(), Flush::Staggered(_));
-        let chunk = pool.format.chunk();
-        let along_tokens = pool.format.keys().along == Axis::Tokens;
+        let chunk = pool.format.block_tokens();
+        let along_tokens = pool.format.keys().axis == Axis::Tokens;
         if packed_values > packed_keys
             || packed_values < packed_keys && !staggered
             || along_tokens && !packed_keys.is_multiple_of(chunk)
@@ -283,17 +283,17 @@ impl Parts<'_> {
             return Err(Error::mismatch("packed tokens", expected, got));
         }
         let largest = pool.largest();
-        let beyond = |x| crate::number::beyond(x, largest).is_some();
-        if beyond(&self.new_keys) || beyond(&self.new_values) {
+        let exceeds = |x| crate::number::first_out_of_range(x, largest).is_some();
+        if exceeds(&self.new_keys) || exceeds(&self.new_values) {
             let expected = format!("numbers within ±{largest}");
             return Err(Error::mismatch("newest tokens", expected, "others"));
         }
-        let (last, bits) = (self.live.last().copied().unwrap_or(0), packed_keys % 32);
-        if self.live.len() != packed_keys.div_ceil(32) || bits > 0 && last >> bits != 0 {
-            let got = format!("{} words", self.live.len());
+        let (last, bits) = (self.validity.last().copied().unwrap_or(0), packed_keys % 32);
+        if self.validity.len() != packed_keys.div_ceil(32) || bits > 0 && last >> bits != 0 {
+            let got = format!("{} words", self.validity.len());
             return Err(Error::mismatch("bits of packed entries", packed_keys, got));
         }
-        let packed: usize = self.live.iter().map(|word| word.count_ones() as usize).sum();
+        let packed: usize = self.validity.iter().map(|word| word.count_ones() as usize).sum();
         let held = packed + new_keys / head_dim;
         if len != held || pool.rotary.is_some() && packed != packed_keys {
             return Err(Error::mismatch("entries held", len, held));
@@ -301,17 +301,17 @@ impl Parts<'_> {
         Ok(())
     }
 
-    fn blocks(&self, memory: &Memory) -> usize {
+    fn blocks(&self, memory: &PoolMemory) -> usize {
         self.counts.packed_keys.div_ceil(memory.layout.keys.capacity)
     }
 
-    fn need(&self, memory: &Memory) -> Need {
+    fn need(&self, memory: &PoolMemory) -> BlockDelta {
         let Counts { packed_keys, packed_values, .. } = self.counts;
         let pages = |packed: usize, numbers: usize, columns: usize| {
             let rows = numbers / columns;
             ((packed % PAGE + rows).div_ceil(PAGE) * usize::from(rows > 0)) as isize
         };
-        Need {
+        BlockDelta {
             blocks: self.blocks(memory) as isize,
             key_pages: pages(packed_keys, self.new_keys.len(), memory.layout.keys.columns),
             value_pages: pages(packed_values, self.new_values.len(), memory.layout.values.columns),
@@ -319,7 +319,7 @@ impl Parts<'_> {
     }
 
     /// Copies everything into a pool's memory.
-    fn head(self, memory: &mut Memory) -> Head {
+    fn head(self, memory: &mut PoolMemory) -> Head {
         let Counts { len, packed_keys, packed_values } = self.counts;
         let mut head = Head { packed_keys, packed_values, len, ..Head::default() };
         for i in 0..self.blocks(memory) {
@@ -329,15 +329,15 @@ impl Parts<'_> {
             for (matrix, part) in [(&self.keys, keys), (&self.values, values)] {
                 copy(matrix.codes, i, bytemuck::cast_slice_mut(part.codes));
                 copy(matrix.scales, i, bytemuck::cast_slice_mut(part.scales));
-                copy(matrix.zeros, i, bytemuck::cast_slice_mut(part.zeros));
+                copy(matrix.zero_points, i, bytemuck::cast_slice_mut(part.zero_points));
                 copy(matrix.factors, i, bytemuck::cast_slice_mut(part.factors));
             }
         }
-        let Memory { layout, key_pages, value_pages, .. } = memory;
+        let PoolMemory { layout, key_pages, value_pages, .. } = memory;
         head.keys.replace(key_pages, packed_keys, &self.new_keys, layout.keys.columns);
         head.values.replace(value_pages, packed_values, &self.new_values, layout.values.columns);
-        head.live = self.live;
-        head.settle_live();
+        head.validity = self.validity;
+        head.drop_full_mask();
         head
     }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use super::header::Layer;
 use super::{FORMAT, TENSORS, VERSION, name};
 use crate::pool::head::Head;
-use crate::pool::memory::Memory;
+use crate::pool::memory::PoolMemory;
 use crate::{Error, Pool, Result};
 use safetensors::tensor::{Dtype, View};
 
@@ -61,14 +61,14 @@ fn parts<'a>(sequences: &[(&'a Pool, u64)]) -> Result<Parts<'a>> {
 /// A tensor of a head. Its bytes are collected from the blocks when they are written.
 struct Tensor<'a> {
     head: &'a Head,
-    memory: &'a Memory,
+    memory: &'a PoolMemory,
     name: &'static str,
     dtype: Dtype,
     shape: [usize; 1],
 }
 
 impl<'a> Tensor<'a> {
-    fn new(head: &'a Head, memory: &'a Memory, name: &'static str, words: bool) -> Self {
+    fn new(head: &'a Head, memory: &'a PoolMemory, name: &'static str, words: bool) -> Self {
         let (dtype, size) = if words { (Dtype::U32, 4) } else { (Dtype::F16, 2) };
         let mut bytes = 0;
         head.for_each_part(memory, name, |part| bytes += part.len());
@@ -98,7 +98,7 @@ impl View for Tensor<'_> {
 
 impl Head {
     /// Calls `f` with the bytes of a tensor, part by part.
-    fn for_each_part(&self, memory: &Memory, name: &str, mut f: impl FnMut(&[u8])) {
+    fn for_each_part(&self, memory: &PoolMemory, name: &str, mut f: impl FnMut(&[u8])) {
         let chunk = memory.layout.keys.capacity;
         let keys = (0..self.packed_keys.div_ceil(chunk)).map(|i| self.block(memory, i).keys());
         let values =
@@ -107,11 +107,11 @@ impl Head {
         match name {
             "keys.codes" => keys.for_each(|part| f(bytemuck::cast_slice(part.codes))),
             "keys.scales" => keys.for_each(|part| f(bytemuck::cast_slice(part.scales))),
-            "keys.zeros" => keys.for_each(|part| f(bytemuck::cast_slice(part.zeros))),
+            "keys.zeros" => keys.for_each(|part| f(bytemuck::cast_slice(part.zero_points))),
             "keys.factors" => keys.for_each(|part| f(bytemuck::cast_slice(part.factors))),
             "values.codes" => values.for_each(|part| f(bytemuck::cast_slice(part.codes))),
             "values.scales" => values.for_each(|part| f(bytemuck::cast_slice(part.scales))),
-            "values.zeros" => values.for_each(|part| f(bytemuck::cast_slice(part.zeros))),
+            "values.zeros" => values.for_each(|part| f(bytemuck::cast_slice(part.zero_points))),
             "values.factors" => values.for_each(|part| f(bytemuck::cast_slice(part.factors))),
             "keys.new" => (self.packed_keys..self.slots()).for_each(|slot| {
                 f(bytemuck::cast_slice(self.keys.row(&memory.key_pages, slot, columns[0])));
@@ -119,7 +119,7 @@ impl Head {
             "values.new" => (self.packed_values..self.slots()).for_each(|slot| {
                 f(bytemuck::cast_slice(self.values.row(&memory.value_pages, slot, columns[1])));
             }),
-            _ => f(bytemuck::cast_slice(&self.live_bits())),
+            _ => f(bytemuck::cast_slice(&self.validity_bits())),
         }
     }
 }

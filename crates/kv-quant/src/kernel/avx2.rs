@@ -97,7 +97,7 @@ unsafe fn rows<const R: usize>(
                     *high = _mm256_srli_epi32::<1>(*high);
                 }
             }
-            let values = decoder.decode(codes, params.scales[step], params.zeros[step]);
+            let values = decoder.decode(codes, params.scales[step], params.zero_points[step]);
             words = words.map(|words| _mm256_srlv_epi32(words, shift));
             for (r, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: row first + r < x.count and step < x.steps are in `x.data`.

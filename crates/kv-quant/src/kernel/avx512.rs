@@ -144,7 +144,7 @@ unsafe fn rows<const R: usize, const W: usize, const FORM: u32>(
     let first_byte = first_byte(&panel);
     let mut sums = [[_mm512_setzero_ps(); W]; R];
     let x_first = x.data[first * x.stride..].as_ptr();
-    let (scales, zeros) = (params.scales.as_ptr(), params.zeros.as_ptr());
+    let (scales, zero_points) = (params.scales.as_ptr(), params.zero_points.as_ptr());
     let mut ahead = panel.ahead_by_word();
     for (word, lines) in panel.codes.chunks_exact(W).enumerate() {
         let begin = word * per_word;
@@ -168,7 +168,7 @@ unsafe fn rows<const R: usize, const W: usize, const FORM: u32>(
         }
         for step in begin..x.steps.min(begin + per_word) {
             // SAFETY: step < x.steps, and there are as many scales and zeros.
-            let (scale, zero) = unsafe { (*scales.add(step), *zeros.add(step)) };
+            let (scale, zero) = unsafe { (*scales.add(step), *zero_points.add(step)) };
             let values = match FORM {
                 TABLE_2 | TABLE_4 => look_up(words, table, scale, zero),
                 TABLE_3 => {

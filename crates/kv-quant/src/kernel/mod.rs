@@ -7,10 +7,10 @@
 /// Calls `$rows::<R>` for blocks of 8, 4, 3, 2 and 1 rows until all are done. Codes are unpacked
 /// once per block.
 macro_rules! in_blocks {
-    ($x:expr, $most:expr, |$first:ident| $rows:ident($($arg:expr),*)) => {{
+    ($x:expr, $max_rows:expr, |$first:ident| $rows:ident($($arg:expr),*)) => {{
         let mut $first = 0;
         while $first < $x.count {
-            let left = ($x.count - $first).min($most);
+            let left = ($x.count - $first).min($max_rows);
             // SAFETY: the requirements are those of the caller.
             unsafe {
                 match left {
@@ -96,7 +96,7 @@ pub struct Params<'a> {
     /// Factors of the levels.
     pub scales: &'a [f32],
     /// Added to the scaled levels.
-    pub zeros: &'a [f32],
+    pub zero_points: &'a [f32],
 }
 
 /// Arguments: a panel, its steps' scales and zeros, rows of vectors, rows of running sums, and the
@@ -173,7 +173,7 @@ fn run(
     assert!(panel.bits == 8 || !matches!(panel.levels, Levels::Float8(_)), "levels");
     assert!(panel.bits < 8 || !matches!(panel.levels, Levels::Table(_)), "levels");
     assert!((x.count - 1) * x.stride + x.steps <= x.data.len(), "rows of the vectors");
-    assert!(x.steps <= params.scales.len().min(params.zeros.len()), "scales and zeros");
+    assert!(x.steps <= params.scales.len().min(params.zero_points.len()), "scales and zeros");
     assert!((x.count - 1) * out_stride + 16 * panel.width <= out.len(), "rows of the sums");
     assert!(x.steps.div_ceil(panel.per_word()) * panel.width <= panel.codes.len(), "codes");
     if panel.bits == 3 {

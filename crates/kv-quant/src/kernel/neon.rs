@@ -70,7 +70,7 @@ unsafe fn rows<const R: usize>(
                     *high = vshrq_n_u32::<1>(*high);
                 }
             }
-            let values = decoder.decode(codes, params.scales[step], params.zeros[step]);
+            let values = decoder.decode(codes, params.scales[step], params.zero_points[step]);
             words.iter_mut().for_each(|word| *word = vshlq_u32(*word, right));
             for (r, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: row first + r < x.count and step < x.steps are in `x.data`.

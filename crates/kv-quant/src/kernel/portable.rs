@@ -30,7 +30,7 @@ fn accumulate(
                 let upper = high.map(|word| (word >> (step % 32) & 1) << 2);
                 codes.iter_mut().zip(upper).for_each(|(code, upper)| *code |= upper);
             }
-            let (scale, zero) = (params.scales[step], params.zeros[step]);
+            let (scale, zero) = (params.scales[step], params.zero_points[step]);
             let values = codes.map(|code| panel.levels.value(code as u8) * scale + zero);
             for r in 0..x.count {
                 let weight = x.data[r * x.stride + step];

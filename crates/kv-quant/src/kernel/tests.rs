@@ -60,13 +60,13 @@ fn all_kernels_agree() {
 
 /// Replaces codes that are not finite numbers.
 fn finite(line: [u32; 16], levels: Levels) -> [u32; 16] {
-    let most = |code: u8| match levels {
+    let limited = |code: u8| match levels {
         Levels::Float8(kind) => {
             code & 0x80 | (code & 0x7f).min(if kind == Float8::E4m3 { 0x7e } else { 0x7b })
         }
         _ => code,
     };
-    line.map(|word| u32::from_le_bytes(word.to_le_bytes().map(most)))
+    line.map(|word| u32::from_le_bytes(word.to_le_bytes().map(limited)))
 }
 
 fn steps_to_lines(steps: usize, bits: usize, width: usize) -> usize {
@@ -76,8 +76,8 @@ fn steps_to_lines(steps: usize, bits: usize, width: usize) -> usize {
 fn check(panel: Panel<'_>, x: Rows<'_>, out_stride: usize) {
     let before = vec![0.25; x.count * out_stride];
     let scales: Vec<f32> = (0..x.steps).map(|s| 0.5 + (s % 7) as f32 / 10.0).collect();
-    let zeros: Vec<f32> = (0..x.steps).map(|s| (s % 5) as f32 - 1.5).collect();
-    let params = Params { scales: &scales, zeros: &zeros };
+    let zero_points: Vec<f32> = (0..x.steps).map(|s| (s % 5) as f32 - 1.5).collect();
+    let params = Params { scales: &scales, zero_points: &zero_points };
     let results: Vec<_> = kernels()
         .map(|kernels| {
             let mut out = before.clone();

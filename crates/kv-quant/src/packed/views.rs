@@ -1,11 +1,11 @@
 //! Packed matrices in borrowed memory: of a [`Packed`](super::Packed) or of a block of a pool.
 
+use crate::bit_packing::{self, Scratch};
 use crate::hadamard::hadamard;
 use crate::kernel;
 use crate::layout::{Layout, Line, PANEL};
 use crate::levels::Levels;
 use crate::quantize::Quantizer;
-use crate::words::{self, Scratch};
 use crate::{Axis, Codes, Error, Position, Result};
 use half::f16;
 
@@ -19,7 +19,7 @@ pub(crate) struct PackedRef<'a> {
     pub codes: &'a [Line],
     /// `[group][position on the other axis]`, if the scheme has scales.
     pub scales: &'a [f16],
-    pub zeros: &'a [f16],
+    pub zero_points: &'a [f16],
     /// Factors of the other axis: `[token]` or `[tile][channel]`.
     pub factors: &'a [f16],
 }
@@ -31,7 +31,7 @@ pub(crate) struct PackedMut<'a> {
     pub rows: usize,
     pub codes: &'a mut [Line],
     pub scales: &'a mut [f16],
-    pub zeros: &'a mut [f16],
+    pub zero_points: &'a mut [f16],
     pub factors: &'a mut [f16],
 }
 
@@ -41,7 +41,7 @@ pub(crate) struct PackedRow {
     codes: Vec<u8>,
     /// One scale per group, if the scheme has scales.
     scales: Vec<f16>,
-    zeros: Vec<f16>,
+    zero_points: Vec<f16>,
     scratch: Scratch,
 }
 
@@ -80,7 +80,7 @@ impl PackedRef<'_> {
     pub fn params(&self, row: usize, column: usize) -> (f32, f32) {
         let at = self.layout.param_at(row, column);
         let scale = self.scales.get(at).map_or(self.static_scale(), |scale| scale.to_f32());
-        (scale, self.zeros.get(at).map_or(0.0, |zero| zero.to_f32()))
+        (scale, self.zero_points.get(at).map_or(0.0, |zero| zero.to_f32()))
     }
 
     /// Returns the scale of all numbers, if groups have none.
@@ -98,7 +98,7 @@ impl PackedRef<'_> {
         self.unpack_row(row, codes);
         let levels = Levels::of(scheme);
         out.iter_mut().zip(codes).for_each(|(out, &mut code)| *out = levels.value(code));
-        match scheme.along {
+        match scheme.axis {
             Axis::Tokens => self.scale_columns(self.layout.param_at(row, 0), out),
             Axis::Channels => {
                 for (group, out) in out.chunks_mut(scheme.group).enumerate() {
@@ -121,13 +121,14 @@ impl PackedRef<'_> {
         const PART: usize = 64;
         for (part, out) in out.chunks_mut(PART).enumerate() {
             let held = at + part * PART..at + part * PART + out.len();
-            let (mut scales, mut zeros) = ([self.static_scale(); PART], [0.0; PART]);
-            for (params, wide) in [(self.scales, &mut scales), (self.zeros, &mut zeros)] {
+            let (mut scales, mut zero_points) = ([self.static_scale(); PART], [0.0; PART]);
+            for (params, wide) in [(self.scales, &mut scales), (self.zero_points, &mut zero_points)]
+            {
                 if let Some(params) = params.get(held.clone()) {
                     kernel::widen_into(params, &mut wide[..out.len()]);
                 }
             }
-            for ((out, scale), zero) in out.iter_mut().zip(scales).zip(zeros) {
+            for ((out, scale), zero) in out.iter_mut().zip(scales).zip(zero_points) {
                 *out = *out * scale + zero;
             }
         }
@@ -141,8 +142,8 @@ impl PackedRef<'_> {
         let at = groups.map(|column| self.layout.param_at(row, column));
         to.scales.clear();
         to.scales.extend(at.clone().filter_map(|at| self.scales.get(at)));
-        to.zeros.clear();
-        to.zeros.extend(at.filter_map(|at| self.zeros.get(at)));
+        to.zero_points.clear();
+        to.zero_points.extend(at.filter_map(|at| self.zero_points.get(at)));
     }
 }
 
@@ -189,22 +190,22 @@ impl PackedMut<'_> {
     pub fn push_row(&mut self, row: &mut PackedRow) {
         self.store_codes(self.rows, &row.codes, &mut row.scratch);
         store_row_params(&self.layout, self.rows, &row.scales, self.scales);
-        store_row_params(&self.layout, self.rows, &row.zeros, self.zeros);
+        store_row_params(&self.layout, self.rows, &row.zero_points, self.zero_points);
         self.rows += 1;
     }
 
     fn store_params(&mut self, quantizer: &Quantizer) {
         let Layout { scheme, columns, .. } = self.layout;
-        let Quantizer { scales, zeros, factors, .. } = quantizer;
+        let Quantizer { scales, zero_points, factors, .. } = quantizer;
         if !factors.is_empty() {
             let at = self.layout.factor_at(self.rows, 0);
             self.factors[at..at + factors.len()].copy_from_slice(factors);
         }
-        for (new, held) in [(scales, &mut *self.scales), (zeros, &mut *self.zeros)] {
+        for (new, held) in [(scales, &mut *self.scales), (zero_points, &mut *self.zero_points)] {
             if new.is_empty() {
                 continue;
             }
-            if scheme.along == Axis::Tokens {
+            if scheme.axis == Axis::Tokens {
                 let at = self.layout.param_at(self.rows, 0);
                 held[at..at + columns].copy_from_slice(new);
                 continue;
@@ -216,7 +217,7 @@ impl PackedMut<'_> {
     }
 
     fn store_codes(&mut self, row: usize, codes: &[u8], scratch: &mut Scratch) {
-        let Scratch { padded, joined } = scratch;
+        let Scratch { padded, lane_words } = scratch;
         padded.clear();
         padded.extend_from_slice(codes);
         padded.resize(codes.len().next_multiple_of(PANEL), 0);
@@ -228,16 +229,16 @@ impl PackedMut<'_> {
                 Axis::Tokens => {
                     let first = plane_start + layout.line_in_plane(plane, row, 0);
                     let width = layout.panel_width(row / PANEL);
-                    joined.resize(words, 0);
-                    words::join(padded, plane, joined);
+                    lane_words.resize(words, 0);
+                    bit_packing::pack_lane(padded, plane, lane_words);
                     let lines = self.codes[first..].iter_mut().step_by(width);
-                    lines.zip(&*joined).for_each(|(line, word)| line[row % 16] = *word);
+                    lines.zip(&*lane_words).for_each(|(line, word)| line[row % 16] = *word);
                 }
                 Axis::Channels => {
                     let (word, step) = (row / plane.per_word(), row % plane.per_word());
                     let lines = plane_start..plane_start + layout.plane_lines(plane);
                     let lines = &mut self.codes[lines];
-                    words::spread(padded, plane, word, words, step * plane.bits, lines);
+                    bit_packing::pack_row(padded, plane, word, words, step * plane.bits, lines);
                 }
             }
             plane_start += layout.plane_lines(plane);

@@ -4,13 +4,13 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use super::head::{Growth, Head};
-use super::memory::{Memory, Need, PAGE};
+use super::memory::{BlockDelta, PAGE, PoolMemory};
+use super::residual::{self, Residual};
 use super::slabs::Slabs;
-use super::tail::{self, Tail};
 use super::{Pool, Sequence, batch};
-use crate::hadamard::rotated_beyond;
+use crate::hadamard::rotated_out_of_range;
 use crate::layout::Line;
-use crate::number::{LARGEST, Number, to_f16};
+use crate::number::{MAX_GROUPED, Number, to_f16};
 use crate::quantize::Quantizer;
 use crate::{Error, Flush, Result, Scheme};
 use half::f16;
@@ -24,7 +24,7 @@ struct Incoming<'a> {
 }
 
 /// The tokens that one kv head of a sequence appends.
-struct Item<'a> {
+struct HeadAppend<'a> {
     seq: u64,
     head: usize,
     /// The sequence's first token in the call.
@@ -38,7 +38,7 @@ struct Item<'a> {
 
 /// A block to write to: its item, its index in the head's table, and the slots of its new keys and
 /// values.
-struct Fill {
+struct BlockFill {
     item: usize,
     block: usize,
     keys: Range<usize>,
@@ -69,7 +69,7 @@ impl Pool {
         values: &[T],
     ) -> Result<()> {
         batch::check(seqs, cu_seqlens)?;
-        self.take(seqs, cu_seqlens, keys, values, None)
+        self.append_tokens(seqs, cu_seqlens, keys, values, None)
     }
 
     /// Appends to each kv head the tokens selected for it. `selected` has a list for each sequence
@@ -96,7 +96,7 @@ impl Pool {
             let i = list / self.shape.kv_heads;
             batch::check_list("selected tokens", selected, cu_seqlens[i + 1] - cu_seqlens[i])?;
         }
-        self.take(seqs, cu_seqlens, keys, values, Some(selected))
+        self.append_tokens(seqs, cu_seqlens, keys, values, Some(selected))
     }
 
     /// Returns the bytes of blocks and pages that [`append`](Self::append) would take minus those
@@ -107,7 +107,7 @@ impl Pool {
     /// As [`append`](Self::append).
     pub fn bytes_needed(&self, seqs: &[u64], cu_seqlens: &[usize]) -> Result<usize> {
         batch::check(seqs, cu_seqlens)?;
-        Ok(self.need(&self.items(seqs, cu_seqlens, None)))
+        Ok(self.bytes_to_append(&self.items(seqs, cu_seqlens, None)))
     }
 
     /// Checks that there is room to append the tokens to the sequences.
@@ -124,11 +124,11 @@ impl Pool {
     pub(crate) fn largest(&self) -> f16 {
         match self.format.flush() {
             Flush::Never => f16::MAX,
-            _ => LARGEST,
+            _ => MAX_GROUPED,
         }
     }
 
-    fn take<T: Number>(
+    fn append_tokens<T: Number>(
         &mut self,
         seqs: &[u64],
         cu_seqlens: &[usize],
@@ -143,13 +143,13 @@ impl Pool {
         let keys = self.incoming(("keys", of_keys), batch, keys, tokens, head_dim)?;
         let values = self.incoming(("values", of_values), batch, values, tokens, value_dim)?;
         let items = self.items(seqs, cu_seqlens, selected);
-        self.check_room(self.need(&items))?;
+        self.check_room(self.bytes_to_append(&items))?;
         for &seq in seqs {
             let heads = self.shape.kv_heads;
             self.seqs.entry(seq).or_insert_with(|| Sequence::new(heads));
         }
         self.pack(&items, &keys, &values)?;
-        self.push_tails(&items, &keys, &values);
+        self.push_residuals(&items, &keys, &values);
         self.memory.shrink();
         Ok(())
     }
@@ -173,7 +173,7 @@ impl Pool {
         };
         let data = to_f16(data, self.largest()).map_err(|at| refused((at, data[at].widen())))?;
         if scheme.rotated
-            && let Some(beyond) = rotated_beyond(&data, columns)
+            && let Some(beyond) = rotated_out_of_range(&data, columns)
         {
             return Err(refused(beyond));
         }
@@ -185,7 +185,7 @@ impl Pool {
         seqs: &[u64],
         cu_seqlens: &[usize],
         selected: Option<&'a [Vec<u32>]>,
-    ) -> Vec<Item<'a>> {
+    ) -> Vec<HeadAppend<'a>> {
         let new = Head::default();
         let mut items = Vec::with_capacity(seqs.len() * self.shape.kv_heads);
         for (i, &seq) in seqs.iter().enumerate() {
@@ -195,31 +195,31 @@ impl Pool {
                 let tokens = selected.map_or(end - first, <[u32]>::len);
                 let held = self.seqs.get(&seq).map_or(&new, |sequence| &sequence.heads[head]);
                 let (slots, to) = (held.slots(), held.grown(&self.format, tokens));
-                items.push(Item { seq, head, first, selected, slots, to });
+                items.push(HeadAppend { seq, head, first, selected, slots, to });
             }
         }
         items
     }
 
     /// Returns the bytes that the items take.
-    fn need(&self, items: &[Item<'_>]) -> usize {
-        let (new, chunk) = (Head::default(), self.format.chunk());
-        let mut need = Need::default();
+    fn bytes_to_append(&self, items: &[HeadAppend<'_>]) -> usize {
+        let (new, chunk) = (Head::default(), self.format.block_tokens());
+        let mut delta = BlockDelta::default();
         for item in items {
             let held = self.seqs.get(&item.seq).map_or(&new, |seq| &seq.heads[item.head]);
-            need += held.need_to_grow(&self.memory, chunk, &item.to);
+            delta += held.delta_to_grow(&self.memory, chunk, &item.to);
         }
-        self.memory.bytes(need).max(0) as usize
+        self.memory.bytes(delta).max(0) as usize
     }
 
     /// Packs the tokens that are ready, from the residual and the new tokens.
     fn pack(
         &mut self,
-        items: &[Item<'_>],
+        items: &[HeadAppend<'_>],
         keys: &Incoming<'_>,
         values: &Incoming<'_>,
     ) -> Result<()> {
-        let chunk = self.format.chunk();
+        let chunk = self.format.block_tokens();
         let Self { seqs, memory, .. } = self;
         let mut fills = Vec::new();
         for (number, item) in items.iter().enumerate() {
@@ -227,16 +227,16 @@ impl Pool {
             let written: Vec<_> = head.written_blocks(chunk, &item.to).collect();
             for (i, [keys, values]) in written {
                 match head.blocks.get_mut(i) {
-                    Some(block) => *block = memory.blocks.unshare(*block),
+                    Some(block) => *block = memory.blocks.make_unique(*block),
                     None => head.blocks.push(memory.blocks.alloc()),
                 }
-                fills.push(Fill { item: number, block: i, keys, values });
+                fills.push(BlockFill { item: number, block: i, keys, values });
             }
         }
         let rows: usize = fills.iter().map(|fill| fill.keys.len().max(fill.values.len())).sum();
         let heads: Vec<&Head> =
             items.iter().filter_map(|item| Some(&seqs.get(&item.seq)?.heads[item.head])).collect();
-        let Memory { layout, blocks, key_pages, value_pages } = memory;
+        let PoolMemory { layout, blocks, key_pages, value_pages } = memory;
         let blocks = blocks.many_mut(fills.iter().map(|fill| heads[fill.item].blocks[fill.block]));
         let pack = |scratch: &mut Scratch, (number, lines): (usize, &mut [Line])| {
             let fill = &fills[number];
@@ -250,12 +250,17 @@ impl Pool {
             values.gather(item, &head.values, value_pages, fill.values.clone(), rows);
             value_part.push(rows, quantizer)
         };
-        let at_once = least_share(blocks.len(), rows);
+        let at_once = min_parts_per_thread(blocks.len(), rows);
         blocks.into_par_iter().with_min_len(at_once).map_init(Scratch::default, pack).collect()
     }
 
     /// Advances the residuals, and writes the tokens that stay in full precision to their pages.
-    fn push_tails(&mut self, items: &[Item<'_>], keys: &Incoming<'_>, values: &Incoming<'_>) {
+    fn push_residuals(
+        &mut self,
+        items: &[HeadAppend<'_>],
+        keys: &Incoming<'_>,
+        values: &Incoming<'_>,
+    ) {
         let Self { seqs, memory, .. } = self;
         for item in items {
             let Some(head) = head_mut(seqs, item) else { continue };
@@ -276,7 +281,7 @@ impl Pool {
 
 impl Incoming<'_> {
     /// Returns an item's row of a slot.
-    fn row(&self, item: &Item<'_>, slot: usize) -> &[f16] {
+    fn row(&self, item: &HeadAppend<'_>, slot: usize) -> &[f16] {
         let i = slot - item.slots;
         let token = item.first + item.selected.map_or(i, |selected| selected[i] as usize);
         &self.data[(token * self.kv_heads + item.head) * self.columns..][..self.columns]
@@ -285,8 +290,8 @@ impl Incoming<'_> {
     /// Returns the rows of some slots, from the residual or the new tokens.
     fn gather(
         &self,
-        item: &Item<'_>,
-        tail: &Tail,
+        item: &HeadAppend<'_>,
+        residual: &Residual,
         slabs: &Slabs,
         slots: Range<usize>,
         rows: &mut Vec<f16>,
@@ -294,7 +299,7 @@ impl Incoming<'_> {
         rows.clear();
         for slot in slots {
             rows.extend_from_slice(if slot < item.slots {
-                tail.row(slabs, slot, self.columns)
+                residual.row(slabs, slot, self.columns)
             } else {
                 self.row(item, slot)
             });
@@ -304,28 +309,28 @@ impl Incoming<'_> {
     /// Writes new tokens to the pages of the heads' residuals, which have room for them.
     fn write(
         &self,
-        items: &[Item<'_>],
+        items: &[HeadAppend<'_>],
         heads: &[&Head],
-        tail: impl Fn(&Head) -> &Tail,
+        residual: impl Fn(&Head) -> &Residual,
         slabs: &mut Slabs,
     ) {
         let mut parts = Vec::new();
         let mut rows = 0;
         for (item, head) in items.iter().zip(heads) {
-            let tail = tail(head);
-            let mut slot = item.slots.max(tail.start);
-            while slot < tail.end {
-                let end = tail.end.min((slot / PAGE + 1) * PAGE);
-                parts.push((item, tail.page(slot), slot..end));
+            let residual = residual(head);
+            let mut slot = item.slots.max(residual.start);
+            while slot < residual.end {
+                let end = residual.end.min((slot / PAGE + 1) * PAGE);
+                parts.push((item, residual.page(slot), slot..end));
                 rows += end - slot;
                 slot = end;
             }
         }
         let pages = slabs.many_mut(parts.iter().map(|(_, page, _)| *page));
-        let at_once = least_share(pages.len(), rows / 8);
+        let at_once = min_parts_per_thread(pages.len(), rows / 8);
         pages.into_par_iter().with_min_len(at_once).for_each(|(number, lines)| {
             let (item, _, slots) = &parts[number];
-            let page = tail::rows_mut(lines);
+            let page = residual::rows_mut(lines);
             for slot in slots.clone() {
                 let at = slot % PAGE * self.columns;
                 page[at..at + self.columns].copy_from_slice(self.row(item, slot));
@@ -336,12 +341,12 @@ impl Incoming<'_> {
 
 fn head_mut<'a>(
     seqs: &'a mut std::collections::BTreeMap<u64, Sequence>,
-    item: &Item<'_>,
+    item: &HeadAppend<'_>,
 ) -> Option<&'a mut Head> {
     Some(&mut seqs.get_mut(&item.seq)?.heads[item.head])
 }
 
 /// Returns the number of parts with 64 rows in total: fewer are not worth waking a thread.
-fn least_share(parts: usize, rows: usize) -> usize {
+fn min_parts_per_thread(parts: usize, rows: usize) -> usize {
     (64 * parts).div_ceil(rows.max(1)).max(1)
 }

@@ -1,7 +1,7 @@
 //! Bytes held by a pool, counted.
 
 use super::head::Head;
-use super::memory::{Memory, PAGE};
+use super::memory::{PAGE, PoolMemory};
 use super::{Pool, Sequence};
 use half::f16;
 
@@ -65,21 +65,23 @@ impl Pool {
         bytes.bookkeeping += size_of::<Sequence>() + size_of::<u64>();
         for head in &sequence.heads {
             head.add_blocks(&self.memory, bytes, |block| new(0, block));
-            let tails =
+            let residuals =
                 [(&head.keys, &self.memory.key_pages), (&head.values, &self.memory.value_pages)];
             let columns = [self.shape.head_dim, self.shape.value_dim];
-            for (kind, ((tail, slabs), columns)) in tails.into_iter().zip(columns).enumerate() {
-                for (i, &page) in (tail.start / PAGE..).zip(&tail.pages) {
+            for (kind, ((residual, slabs), columns)) in
+                residuals.into_iter().zip(columns).enumerate()
+            {
+                for (i, &page) in (residual.start / PAGE..).zip(&residual.pages) {
                     if new(1 + kind, page) {
-                        let rows = tail.end.min((i + 1) * PAGE) - tail.start.max(i * PAGE);
+                        let rows = residual.end.min((i + 1) * PAGE) - residual.start.max(i * PAGE);
                         let held = rows * columns * size_of::<f16>();
                         bytes.residual += held;
                         bytes.slack += slabs.block_bytes() - held;
                     }
                 }
-                bytes.bookkeeping += tail.table_bytes();
+                bytes.bookkeeping += residual.table_bytes();
             }
-            let tables = head.blocks.capacity() + head.live.capacity();
+            let tables = head.blocks.capacity() + head.validity.capacity();
             bytes.bookkeeping += tables * size_of::<u32>() + size_of::<Head>();
         }
     }
@@ -87,7 +89,12 @@ impl Pool {
 
 impl Head {
     /// A block being filled counts by its rows.
-    fn add_blocks(&self, memory: &Memory, bytes: &mut PoolBytes, mut new: impl FnMut(u32) -> bool) {
+    fn add_blocks(
+        &self,
+        memory: &PoolMemory,
+        bytes: &mut PoolBytes,
+        mut new: impl FnMut(u32) -> bool,
+    ) {
         for (i, &block) in self.blocks.iter().enumerate() {
             if !new(block) {
                 continue;
@@ -97,7 +104,7 @@ impl Head {
             for part in [parts.keys(), parts.values()] {
                 let share = |bytes: usize| bytes * part.rows / part.layout.capacity;
                 let codes = share(size_of_val(part.codes));
-                let scales = [part.scales, part.zeros, part.factors];
+                let scales = [part.scales, part.zero_points, part.factors];
                 let scales = share(scales.map(size_of_val::<[half::f16]>).iter().sum());
                 bytes.codes += codes;
                 bytes.scales += scales;

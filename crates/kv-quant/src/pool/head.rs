@@ -6,8 +6,8 @@
 
 use std::ops::Range;
 
-use super::memory::{BlockLayout, Memory, Need};
-use super::tail::Tail;
+use super::memory::{BlockDelta, BlockLayout, PoolMemory};
+use super::residual::Residual;
 use crate::Format;
 use crate::layout::Line;
 use crate::packed::PackedRef;
@@ -18,11 +18,11 @@ pub struct Head {
     /// Number of packed keys, including holes.
     pub packed_keys: usize,
     pub packed_values: usize,
-    pub keys: Tail,
-    pub values: Tail,
+    pub keys: Residual,
+    pub values: Residual,
     /// Validity mask: a bit for each packed key, set while it is held; empty while there are no
     /// holes.
-    pub live: Vec<u32>,
+    pub validity: Vec<u32>,
     /// Number of entries.
     pub len: usize,
 }
@@ -70,10 +70,10 @@ impl Head {
     }
 
     /// Returns whether a slot holds an entry.
-    pub fn is_live(&self, slot: usize) -> bool {
+    pub fn is_valid(&self, slot: usize) -> bool {
         slot >= self.packed_keys
-            || self.live.is_empty()
-            || self.live[slot / 32] >> (slot % 32) & 1 == 1
+            || self.validity.is_empty()
+            || self.validity[slot / 32] >> (slot % 32) & 1 == 1
     }
 
     /// Returns the slots of entries, given in increasing order.
@@ -81,16 +81,16 @@ impl Head {
         let mut word = 0;
         let mut before = 0; // entries held in the words before
         entries.map(move |entry| {
-            if self.live.is_empty() {
+            if self.validity.is_empty() {
                 return entry;
             }
-            while let Some(bits) = self.live.get(word)
+            while let Some(bits) = self.validity.get(word)
                 && before + bits.count_ones() as usize <= entry
             {
                 before += bits.count_ones() as usize;
                 word += 1;
             }
-            match self.live.get(word) {
+            match self.validity.get(word) {
                 Some(&bits) => 32 * word + nth_one(bits, entry - before),
                 None => self.packed_keys + entry - before,
             }
@@ -112,17 +112,17 @@ impl Head {
     }
 
     /// Sets the bits of the given packed slots, and clears all others.
-    pub fn set_live(&mut self, slots: impl Iterator<Item = usize>) {
-        self.live = vec![0; self.packed_keys.div_ceil(32)];
-        slots.for_each(|slot| self.live[slot / 32] |= 1 << (slot % 32));
-        self.settle_live();
+    pub fn set_validity(&mut self, slots: impl Iterator<Item = usize>) {
+        self.validity = vec![0; self.packed_keys.div_ceil(32)];
+        slots.for_each(|slot| self.validity[slot / 32] |= 1 << (slot % 32));
+        self.drop_full_mask();
     }
 
     /// Returns a bit for each packed key, set while it is held.
     #[cfg(feature = "save")]
-    pub fn live_bits(&self) -> std::borrow::Cow<'_, [u32]> {
-        if !self.live.is_empty() {
-            return (&*self.live).into();
+    pub fn validity_bits(&self) -> std::borrow::Cow<'_, [u32]> {
+        if !self.validity.is_empty() {
+            return (&*self.validity).into();
         }
         let mut bits = vec![u32::MAX; self.packed_keys.div_ceil(32)];
         if let Some(last) = bits.last_mut()
@@ -134,22 +134,22 @@ impl Head {
     }
 
     /// Removes the mask if there are no holes.
-    pub fn settle_live(&mut self) {
+    pub fn drop_full_mask(&mut self) {
         if !self.has_holes() {
-            self.live = Vec::new();
+            self.validity = Vec::new();
         }
     }
 
     /// Changes the number of packed keys. New ones are held.
     pub fn set_packed_keys(&mut self, count: usize) {
         let before = std::mem::replace(&mut self.packed_keys, count);
-        if self.live.is_empty() {
+        if self.validity.is_empty() {
             return;
         }
-        self.live.resize(count.div_ceil(32), 0);
-        (before..count).for_each(|slot| self.live[slot / 32] |= 1 << (slot % 32));
+        self.validity.resize(count.div_ceil(32), 0);
+        (before..count).for_each(|slot| self.validity[slot / 32] |= 1 << (slot % 32));
         if count < before && !count.is_multiple_of(32) {
-            self.live[count / 32] &= (1 << (count % 32)) - 1;
+            self.validity[count / 32] &= (1 << (count % 32)) - 1;
         }
     }
 
@@ -158,8 +158,9 @@ impl Head {
         let slots = self.slots() + tokens;
         let (keys, values) = format.ready(slots - self.packed_keys, slots - self.packed_values);
         let (packed_keys, packed_values) = (self.packed_keys + keys, self.packed_values + values);
-        let start =
-            |tail: &Tail, packed: usize| tail.start.max(packed.saturating_sub(format.overlap()));
+        let start = |residual: &Residual, packed: usize| {
+            residual.start.max(packed.saturating_sub(format.residual_overlap()))
+        };
         Growth {
             packed_keys,
             packed_values,
@@ -190,22 +191,22 @@ impl Head {
     }
 
     /// Returns the memory that growth takes.
-    pub fn need_to_grow(&self, memory: &Memory, chunk: usize, to: &Growth) -> Need {
+    pub fn delta_to_grow(&self, memory: &PoolMemory, chunk: usize, to: &Growth) -> BlockDelta {
         let mut blocks = 0;
         for (i, _) in self.written_blocks(chunk, to) {
             let fresh = self.blocks.get(i).is_none_or(|&block| memory.blocks.is_shared(block));
             blocks += isize::from(fresh);
         }
-        Need {
+        BlockDelta {
             blocks,
-            key_pages: self.keys.need(&memory.key_pages, to.key_start, to.slots),
-            value_pages: self.values.need(&memory.value_pages, to.value_start, to.slots),
+            key_pages: self.keys.pages_needed(&memory.key_pages, to.key_start, to.slots),
+            value_pages: self.values.pages_needed(&memory.value_pages, to.value_start, to.slots),
         }
     }
 
     /// Returns the `i`-th block.
     #[inline]
-    pub fn block<'a>(&self, memory: &'a Memory, i: usize) -> Block<'a> {
+    pub fn block<'a>(&self, memory: &'a PoolMemory, i: usize) -> Block<'a> {
         let chunk = memory.layout.keys.capacity;
         let rows = |packed: usize| packed.saturating_sub(i * chunk).min(chunk);
         Block {
@@ -217,7 +218,7 @@ impl Head {
     }
 
     /// Writes a slot's key in f32, in the format's basis.
-    pub fn read_key(&self, memory: &Memory, slot: usize, codes: &mut Vec<u8>, out: &mut [f32]) {
+    pub fn read_key(&self, memory: &PoolMemory, slot: usize, codes: &mut Vec<u8>, out: &mut [f32]) {
         if slot >= self.packed_keys {
             return crate::kernel::widen_into(
                 self.keys.row(&memory.key_pages, slot, out.len()),
@@ -229,7 +230,13 @@ impl Head {
     }
 
     /// Writes a slot's value in f32.
-    pub fn read_value(&self, memory: &Memory, slot: usize, codes: &mut Vec<u8>, out: &mut [f32]) {
+    pub fn read_value(
+        &self,
+        memory: &PoolMemory,
+        slot: usize,
+        codes: &mut Vec<u8>,
+        out: &mut [f32],
+    ) {
         if slot >= self.packed_values {
             return crate::kernel::widen_into(
                 self.values.row(&memory.value_pages, slot, out.len()),
@@ -241,7 +248,7 @@ impl Head {
     }
 
     /// Returns a copy of the tables that shares all blocks and pages.
-    pub fn fork(&self, memory: &mut Memory) -> Self {
+    pub fn fork(&self, memory: &mut PoolMemory) -> Self {
         self.blocks.iter().for_each(|&block| memory.blocks.share(block));
         self.keys.share(&mut memory.key_pages);
         self.values.share(&mut memory.value_pages);
@@ -249,14 +256,14 @@ impl Head {
     }
 
     /// Releases all blocks and pages.
-    pub fn release(&mut self, memory: &mut Memory) {
+    pub fn release(&mut self, memory: &mut PoolMemory) {
         self.blocks.drain(..).for_each(|block| memory.blocks.release(block));
         self.keys.release(&mut memory.key_pages);
         self.values.release(&mut memory.value_pages);
     }
 
     /// Releases the blocks from the `count`-th on.
-    pub fn truncate_blocks(&mut self, memory: &mut Memory, count: usize) {
+    pub fn truncate_blocks(&mut self, memory: &mut PoolMemory, count: usize) {
         let rest = count.min(self.blocks.len())..;
         self.blocks.drain(rest).for_each(|block| memory.blocks.release(block));
     }

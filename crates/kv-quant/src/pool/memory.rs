@@ -9,31 +9,31 @@ use half::f16;
 /// Tokens per page in full precision. It divides the number of tokens of every block.
 pub const PAGE: usize = 16;
 
-/// The layout of a block: `[codes][scales, zeros, factors]` of the keys, then of the values, each
+/// The layout of a block: `[codes][scales, zero points, factors]` of the keys, then of the values, each
 /// part aligned to a line.
 #[derive(Debug, Clone, Copy)]
 pub struct BlockLayout {
     pub keys: Layout,
     pub values: Layout,
-    key_part: Part,
-    value_part: Part,
+    key_part: MatrixOffsets,
+    value_part: MatrixOffsets,
 }
 
 /// The position of a matrix in a block. It is stored, because the divisions to compute it would
 /// slow down a block's product.
 #[derive(Debug, Clone, Copy)]
-struct Part {
+struct MatrixOffsets {
     /// First line.
     start: usize,
     /// Number of lines of codes.
     codes: usize,
     scales: usize,
-    zeros: usize,
+    zero_points: usize,
     factors: usize,
 }
 
 #[derive(Debug, Clone)]
-pub struct Memory {
+pub struct PoolMemory {
     pub layout: BlockLayout,
     pub blocks: Slabs,
     pub key_pages: Slabs,
@@ -42,7 +42,7 @@ pub struct Memory {
 
 /// Blocks and pages taken by a change, or freed if negative.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Need {
+pub struct BlockDelta {
     pub blocks: isize,
     pub key_pages: isize,
     pub value_pages: isize,
@@ -52,14 +52,14 @@ impl BlockLayout {
     /// # Errors
     /// [`Error::Setting`](crate::Error::Setting) if a dimension is 0.
     pub fn new(format: &Format, head_dim: usize, value_dim: usize) -> Result<Self> {
-        let chunk = format.chunk();
+        let chunk = format.block_tokens();
         let keys = Layout::new(chunk, head_dim, format.keys(), Axis::Tokens)?;
         let values = Layout::new(chunk, value_dim, format.values(), Axis::Channels)?;
-        let part = |start, layout: &Layout| Part {
+        let part = |start, layout: &Layout| MatrixOffsets {
             start,
             codes: layout.lines(),
             scales: layout.scales(),
-            zeros: layout.zeros(),
+            zero_points: layout.zero_points(),
             factors: layout.factors(),
         };
         let key_part = part(0, &keys);
@@ -73,7 +73,7 @@ impl BlockLayout {
 
     /// Returns the bits of codes, scales, zero points and factors.
     pub fn bits(&self) -> usize {
-        let of = |part: &Part| part.codes * 8 * size_of::<Line>() + 8 * part.param_bytes();
+        let of = |part: &MatrixOffsets| part.codes * 8 * size_of::<Line>() + 8 * part.param_bytes();
         of(&self.key_part) + of(&self.value_part)
     }
 
@@ -102,33 +102,40 @@ impl BlockLayout {
     }
 }
 
-impl Part {
+impl MatrixOffsets {
     /// Returns the end of the last line.
     fn end(&self) -> usize {
         self.start + self.codes + self.param_bytes().div_ceil(size_of::<Line>())
     }
 
     fn param_bytes(&self) -> usize {
-        (self.scales + self.zeros + self.factors) * size_of::<f16>()
+        (self.scales + self.zero_points + self.factors) * size_of::<f16>()
     }
 
     /// Returns the matrix in the lines from its first on.
     fn view<'a>(&self, layout: Layout, lines: &'a [Line], rows: usize) -> PackedRef<'a> {
         let (codes, params) = lines.split_at(self.codes);
         let (scales, rest) = bytemuck::cast_slice(params).split_at(self.scales);
-        let (zeros, factors) = rest.split_at(self.zeros);
-        PackedRef { layout, rows, codes, scales, zeros, factors: &factors[..self.factors] }
+        let (zero_points, factors) = rest.split_at(self.zero_points);
+        PackedRef { layout, rows, codes, scales, zero_points, factors: &factors[..self.factors] }
     }
 
     fn view_mut<'a>(&self, layout: Layout, lines: &'a mut [Line], rows: usize) -> PackedMut<'a> {
         let (codes, params) = lines.split_at_mut(self.codes);
         let (scales, rest) = bytemuck::cast_slice_mut(params).split_at_mut(self.scales);
-        let (zeros, factors) = rest.split_at_mut(self.zeros);
-        PackedMut { layout, rows, codes, scales, zeros, factors: &mut factors[..self.factors] }
+        let (zero_points, factors) = rest.split_at_mut(self.zero_points);
+        PackedMut {
+            layout,
+            rows,
+            codes,
+            scales,
+            zero_points,
+            factors: &mut factors[..self.factors],
+        }
     }
 }
 
-impl Memory {
+impl PoolMemory {
     pub fn new(layout: BlockLayout) -> Self {
         let page = |columns: usize| {
             Slabs::new((PAGE * columns * size_of::<f16>()).div_ceil(size_of::<Line>()))
@@ -169,8 +176,8 @@ impl Memory {
     }
 
     /// Returns the bytes of blocks and pages.
-    pub fn bytes(&self, need: Need) -> isize {
-        let counts = [need.blocks, need.key_pages, need.value_pages];
+    pub fn bytes(&self, delta: BlockDelta) -> isize {
+        let counts = [delta.blocks, delta.key_pages, delta.value_pages];
         let sizes = self.slabs().map(|slabs| slabs.block_bytes() as isize);
         counts.iter().zip(sizes).map(|(count, size)| count * size).sum()
     }
@@ -183,7 +190,7 @@ impl Memory {
     }
 }
 
-impl std::ops::AddAssign for Need {
+impl std::ops::AddAssign for BlockDelta {
     fn add_assign(&mut self, other: Self) {
         self.blocks += other.blocks;
         self.key_pages += other.key_pages;

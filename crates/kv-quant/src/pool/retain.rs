@@ -1,21 +1,21 @@
 //! Eviction of entries, without quantizing the others again.
 
 use super::head::Head;
-use super::memory::{Memory, Need, PAGE};
+use super::memory::{BlockDelta, PAGE, PoolMemory};
+use super::residual::Residual;
 use super::slabs::Slabs;
-use super::tail::Tail;
 use super::{Pool, batch};
 use crate::packed::PackedRow;
 use crate::{Axis, Error, Format, Result};
 
 /// The slots of a head that are kept.
-struct Kept {
+struct KeptSlots {
     /// Slots of the kept entries.
     slots: Vec<usize>,
     /// How many of these are packed.
     packed: usize,
     /// Whether an entry in full precision is evicted.
-    tail_changes: bool,
+    residual_changes: bool,
 }
 
 impl Pool {
@@ -41,7 +41,7 @@ impl Pool {
         if keep.len() != heads.len() {
             return Err(Error::mismatch("lists of entries to keep", heads.len(), keep.len()));
         }
-        let (mut kept, mut need) = (Vec::new(), Need::default());
+        let (mut kept, mut delta) = (Vec::new(), BlockDelta::default());
         for (head, keep) in heads.iter().zip(keep) {
             batch::check_list("entries to keep", keep, head.len)?;
             if self.rotary.is_some() && keep.len() < head.len {
@@ -49,16 +49,16 @@ impl Pool {
                 return Err(Error::mismatch("entries to keep", expected, keep.len()));
             }
             let of_head = head.kept(keep);
-            need += of_head.need(head, &self.memory);
+            delta += of_head.delta(head, &self.memory);
             kept.push(of_head);
         }
-        self.check_room(self.memory.bytes(need).max(0) as usize)?;
+        self.check_room(self.memory.bytes(delta).max(0) as usize)?;
         let free = self.free_bytes();
         let Self { seqs, memory, format, .. } = self;
         let heads = seqs.get_mut(&seq).into_iter().flat_map(|sequence| &mut sequence.heads);
         for (head, kept) in heads.zip(kept) {
             head.retain(kept, memory);
-            head.close_ranks(format, memory, free);
+            head.compact(format, memory, free);
         }
         memory.shrink();
         Ok(())
@@ -66,21 +66,25 @@ impl Pool {
 }
 
 impl Head {
-    fn kept(&self, keep: &[u32]) -> Kept {
+    fn kept(&self, keep: &[u32]) -> KeptSlots {
         let slots: Vec<_> = self.slots_of(keep.iter().map(|&entry| entry as usize)).collect();
         let packed = slots.partition_point(|&slot| slot < self.packed_keys);
-        let tail_changes = slots.len() - packed < self.slots() - self.packed_keys;
-        Kept { slots, packed, tail_changes }
+        let residual_changes = slots.len() - packed < self.slots() - self.packed_keys;
+        KeptSlots { slots, packed, residual_changes }
     }
 
-    fn retain(&mut self, Kept { slots, packed, tail_changes }: Kept, memory: &mut Memory) {
+    fn retain(
+        &mut self,
+        KeptSlots { slots, packed, residual_changes }: KeptSlots,
+        memory: &mut PoolMemory,
+    ) {
         if slots.len() == self.len {
             return;
         }
         self.len = slots.len();
         self.keys.advance(&mut memory.key_pages, self.packed_keys.max(self.keys.start));
         self.values.advance(&mut memory.value_pages, self.packed_values.max(self.values.start));
-        if tail_changes {
+        if residual_changes {
             let (layout, waiting) = (memory.layout, self.packed_values..self.packed_keys);
             keep_rows(
                 &mut self.keys,
@@ -98,21 +102,21 @@ impl Head {
                 layout.values.columns,
             );
         }
-        self.set_live(slots[..packed].iter().copied());
+        self.set_validity(slots[..packed].iter().copied());
         self.free_blocks(memory);
-        self.settle_live();
+        self.drop_full_mask();
     }
 
     /// Frees the blocks that hold only holes. The slots after them are renumbered.
-    fn free_blocks(&mut self, memory: &mut Memory) {
-        if self.live.is_empty() {
+    fn free_blocks(&mut self, memory: &mut PoolMemory) {
+        if self.validity.is_empty() {
             return;
         }
         let chunk = memory.layout.keys.capacity;
         let words = chunk / 32;
         let whole = self.packed_keys.min(self.packed_values) / chunk;
-        let empty = |live: &[u32], i: usize| live[i * words..][..words].iter().all(|&w| w == 0);
-        let freed: Vec<_> = (0..whole).filter(|&i| empty(&self.live, i)).collect();
+        let empty = |mask: &[u32], i: usize| mask[i * words..][..words].iter().all(|&w| w == 0);
+        let freed: Vec<_> = (0..whole).filter(|&i| empty(&self.validity, i)).collect();
         for &i in &freed {
             memory.blocks.release(self.blocks[i]);
         }
@@ -120,65 +124,73 @@ impl Head {
         let mut i = 0..;
         self.blocks.retain(|_| i.next().is_some_and(stays));
         let mut i = 0..;
-        self.live.retain(|_| i.next().is_some_and(|word: usize| stays(word / words)));
-        self.move_down(freed.len() * chunk);
+        self.validity.retain(|_| i.next().is_some_and(|word: usize| stays(word / words)));
+        self.renumber(freed.len() * chunk);
     }
 
     /// Renumbers the slots after `by` removed ones.
-    fn move_down(&mut self, by: usize) {
+    fn renumber(&mut self, by: usize) {
         self.packed_keys -= by;
         self.packed_values -= by;
-        for tail in [&mut self.keys, &mut self.values] {
-            tail.start -= by;
-            tail.end -= by;
+        for residual in [&mut self.keys, &mut self.values] {
+            residual.start -= by;
+            residual.end -= by;
         }
     }
 
     /// Moves entries with token-wise packed keys and values together, if half of their slots are
     /// holes and there is room.
-    fn close_ranks(&mut self, format: &Format, memory: &mut Memory, free: usize) {
-        if !self.has_holes() || format.keys().along == Axis::Tokens {
+    fn compact(&mut self, format: &Format, memory: &mut PoolMemory, free: usize) {
+        if !self.has_holes() || format.keys().axis == Axis::Tokens {
             return;
         }
         let whole = self.packed_keys.min(self.packed_values);
-        let held: Vec<_> = (0..whole).filter(|&slot| self.is_live(slot)).collect();
+        let held: Vec<_> = (0..whole).filter(|&slot| self.is_valid(slot)).collect();
         if whole == 0 || 2 * held.len() > whole {
             return;
         }
-        let (chunk, gone) = (format.chunk(), whole - held.len());
-        let count = (self.packed_keys.max(self.packed_values) - gone).div_ceil(chunk);
+        let (chunk, removed) = (format.block_tokens(), whole - held.len());
+        let count = (self.packed_keys.max(self.packed_values) - removed).div_ceil(chunk);
         let freed = self.blocks.iter().filter(|&&block| !memory.blocks.is_shared(block)).count();
         if count.saturating_sub(freed) * memory.blocks.block_bytes() > free {
             return;
         }
-        let live: Vec<_> = (0..held.len())
-            .chain((whole..self.packed_keys).filter(|&slot| self.is_live(slot)).map(|s| s - gone))
+        let valid_slots: Vec<_> = (0..held.len())
+            .chain(
+                (whole..self.packed_keys).filter(|&slot| self.is_valid(slot)).map(|s| s - removed),
+            )
             .collect();
         let blocks = self.gather(&held, whole, count, memory);
         self.truncate_blocks(memory, 0);
         self.blocks = blocks;
-        self.move_pages(gone, memory);
-        self.set_live(live.into_iter());
+        self.renumber_residuals(removed, memory);
+        self.set_validity(valid_slots.into_iter());
     }
 
     /// Renumbers the slots after removed ones, whose number may not be a multiple of a page.
-    fn move_pages(&mut self, by: usize, memory: &mut Memory) {
+    fn renumber_residuals(&mut self, by: usize, memory: &mut PoolMemory) {
         if by.is_multiple_of(PAGE) {
-            return self.move_down(by);
+            return self.renumber(by);
         }
         self.packed_keys -= by;
         self.packed_values -= by;
         let layout = memory.layout;
-        let move_rows = |tail: &mut Tail, slabs: &mut Slabs, columns| {
-            let slots = tail.start..tail.end;
-            keep_rows(tail, slots.start - by, slots, slabs, columns);
+        let move_rows = |residual: &mut Residual, slabs: &mut Slabs, columns| {
+            let slots = residual.start..residual.end;
+            keep_rows(residual, slots.start - by, slots, slabs, columns);
         };
         move_rows(&mut self.keys, &mut memory.key_pages, layout.keys.columns);
         move_rows(&mut self.values, &mut memory.value_pages, layout.values.columns);
     }
 
     /// Returns new blocks with the rows of the held slots and of all packed ones from `whole` on.
-    fn gather(&self, held: &[usize], whole: usize, count: usize, memory: &mut Memory) -> Vec<u32> {
+    fn gather(
+        &self,
+        held: &[usize],
+        whole: usize,
+        count: usize,
+        memory: &mut PoolMemory,
+    ) -> Vec<u32> {
         let chunk = memory.layout.keys.capacity;
         let blocks: Vec<u32> = (0..count).map(|_| memory.blocks.alloc()).collect();
         let row = &mut PackedRow::default();
@@ -197,17 +209,17 @@ impl Head {
     }
 }
 
-impl Kept {
-    fn need(&self, head: &Head, memory: &Memory) -> Need {
-        if !self.tail_changes {
-            return Need::default();
+impl KeptSlots {
+    fn delta(&self, head: &Head, memory: &PoolMemory) -> BlockDelta {
+        if !self.residual_changes {
+            return BlockDelta::default();
         }
         let rows = self.slots.len() - self.packed;
         let value_rows = rows + head.packed_keys - head.packed_values;
-        Need {
+        BlockDelta {
             blocks: 0,
-            key_pages: head.keys.need_to_replace(&memory.key_pages, head.packed_keys, rows),
-            value_pages: head.values.need_to_replace(
+            key_pages: head.keys.pages_to_replace(&memory.key_pages, head.packed_keys, rows),
+            value_pages: head.values.pages_to_replace(
                 &memory.value_pages,
                 head.packed_values,
                 value_rows,
@@ -218,13 +230,13 @@ impl Kept {
 
 /// Keeps the rows of some slots of a residual, renumbered from `start` on.
 fn keep_rows(
-    tail: &mut Tail,
+    residual: &mut Residual,
     start: usize,
     slots: impl Iterator<Item = usize>,
     slabs: &mut Slabs,
     columns: usize,
 ) {
     let mut rows = Vec::new();
-    slots.for_each(|slot| rows.extend_from_slice(tail.row(slabs, slot, columns)));
-    tail.replace(slabs, start, &rows, columns);
+    slots.for_each(|slot| rows.extend_from_slice(residual.row(slabs, slot, columns)));
+    residual.replace(slabs, start, &rows, columns);
 }

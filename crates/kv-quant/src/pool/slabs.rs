@@ -3,7 +3,7 @@
 //! A block has an identifier, which tables store, and a location, which may change: blocks are
 //! compacted when many are free, and moved to larger slabs when there are many.
 
-use super::cells::{Cell, Cells, LARGE};
+use super::slab_memory::{AlignedLine, MMAP_THRESHOLD, SlabMemory};
 use crate::layout::Line;
 use bytemuck::Zeroable;
 
@@ -11,7 +11,7 @@ use bytemuck::Zeroable;
 const PER_SLAB: usize = 16;
 /// If the small slabs hold this many bytes, large slabs replace them: the free blocks of one large
 /// slab are then a small share of all.
-const MANY: usize = 4 * LARGE;
+const LARGE_SLABS_THRESHOLD: usize = 4 * MMAP_THRESHOLD;
 
 #[derive(Debug, Clone)]
 pub struct Slabs {
@@ -20,14 +20,14 @@ pub struct Slabs {
     /// Blocks per slab, a power of two.
     per_slab: usize,
     /// Whether unused slabs are kept.
-    keeps: bool,
-    slabs: Vec<Cells>,
+    retain_free: bool,
+    slabs: Vec<SlabMemory>,
     /// Location of each block: `slab * per_slab + number in the slab`.
-    places: Vec<u32>,
+    locations: Vec<u32>,
     /// Number of tables that hold each block; 0 if its identifier is free.
     references: Vec<u32>,
     free_blocks: Vec<u32>,
-    free_places: Vec<u32>,
+    free_locations: Vec<u32>,
 }
 
 impl Slabs {
@@ -36,34 +36,34 @@ impl Slabs {
         Self {
             lines,
             per_slab: PER_SLAB,
-            keeps: false,
+            retain_free: false,
             slabs: Vec::new(),
-            places: Vec::new(),
+            locations: Vec::new(),
             references: Vec::new(),
             free_blocks: Vec::new(),
-            free_places: Vec::new(),
+            free_locations: Vec::new(),
         }
     }
 
     /// Changes the set to large slabs, which are kept once they are allocated.
     pub fn with_large_slabs(self) -> Self {
-        Self { per_slab: self.large(), keeps: true, ..self }
+        Self { per_slab: self.large(), retain_free: true, ..self }
     }
 
     /// Removes all blocks and frees all memory.
     pub fn clear(&mut self) {
-        let per_slab = if self.keeps { self.per_slab } else { PER_SLAB };
-        *self = Self { per_slab, keeps: self.keeps, ..Self::new(self.lines) };
+        let per_slab = if self.retain_free { self.per_slab } else { PER_SLAB };
+        *self = Self { per_slab, retain_free: self.retain_free, ..Self::new(self.lines) };
     }
 
     /// Returns the number of blocks of a large slab.
     fn large(&self) -> usize {
-        LARGE.div_ceil(self.block_bytes()).next_power_of_two().max(PER_SLAB)
+        MMAP_THRESHOLD.div_ceil(self.block_bytes()).next_power_of_two().max(PER_SLAB)
     }
 
     /// Returns the bytes of a block.
     pub fn block_bytes(&self) -> usize {
-        self.lines * size_of::<Cell>()
+        self.lines * size_of::<AlignedLine>()
     }
 
     /// Returns the number of blocks held by tables.
@@ -79,45 +79,45 @@ impl Slabs {
     /// Returns the bytes of free blocks, and those of the tables of identifiers and locations.
     pub fn overhead(&self) -> (usize, usize) {
         let free = self.slabs.len() * self.per_slab - self.used();
-        let tables = [&self.places, &self.references, &self.free_blocks, &self.free_places];
+        let tables = [&self.locations, &self.references, &self.free_blocks, &self.free_locations];
         let tables: usize = tables.map(Vec::capacity).iter().sum();
-        let slabs = self.slabs.capacity() * size_of::<Cells>();
+        let slabs = self.slabs.capacity() * size_of::<SlabMemory>();
         (free * self.block_bytes(), tables * size_of::<u32>() + slabs)
     }
 
     /// Allocates a zeroed block with one reference.
     pub fn alloc(&mut self) -> u32 {
-        let place = self.take_place();
+        let location = self.alloc_location();
         match self.free_blocks.pop() {
             Some(block) => {
-                (self.places[block as usize], self.references[block as usize]) = (place, 1);
+                (self.locations[block as usize], self.references[block as usize]) = (location, 1);
                 block
             }
             None => {
-                self.places.push(place);
+                self.locations.push(location);
                 self.references.push(1);
-                (self.places.len() - 1) as u32
+                (self.locations.len() - 1) as u32
             }
         }
     }
 
     /// Returns a zeroed location.
-    fn take_place(&mut self) -> u32 {
-        if let Some(place) = self.free_places.pop() {
-            let (slab, range) = self.range(place);
-            self.slabs[slab][range].fill(Cell::zeroed());
-            return place;
+    fn alloc_location(&mut self) -> u32 {
+        if let Some(location) = self.free_locations.pop() {
+            let (slab, range) = self.range(location);
+            self.slabs[slab][range].fill(AlignedLine::zeroed());
+            return location;
         }
-        let small = !self.keeps && self.per_slab == PER_SLAB;
-        if small && self.slabs.len() * PER_SLAB * self.block_bytes() >= MANY {
-            self.move_together(self.large());
-            if let Some(place) = self.free_places.pop() {
-                return place;
+        let small = !self.retain_free && self.per_slab == PER_SLAB;
+        if small && self.slabs.len() * PER_SLAB * self.block_bytes() >= LARGE_SLABS_THRESHOLD {
+            self.compact(self.large());
+            if let Some(location) = self.free_locations.pop() {
+                return location;
             }
         }
         let first = (self.slabs.len() * self.per_slab) as u32;
-        self.slabs.push(Cells::zeroed(self.per_slab * self.lines));
-        self.free_places.extend((first + 1..first + self.per_slab as u32).rev());
+        self.slabs.push(SlabMemory::zeroed(self.per_slab * self.lines));
+        self.free_locations.extend((first + 1..first + self.per_slab as u32).rev());
         first
     }
 
@@ -132,7 +132,7 @@ impl Slabs {
         *references -= 1;
         if *references == 0 {
             self.free_blocks.push(block);
-            self.free_places.push(self.places[block as usize]);
+            self.free_locations.push(self.locations[block as usize]);
         }
     }
 
@@ -143,7 +143,7 @@ impl Slabs {
 
     /// Makes a block writable: returns the block itself if it has one reference, otherwise a copy
     /// that replaces it.
-    pub fn unshare(&mut self, block: u32) -> u32 {
+    pub fn make_unique(&mut self, block: u32) -> u32 {
         if !self.is_shared(block) {
             return block;
         }
@@ -156,35 +156,36 @@ impl Slabs {
 
     /// Returns a block's lines.
     pub fn get(&self, block: u32) -> &[Line] {
-        let (slab, range) = self.range(self.places[block as usize]);
+        let (slab, range) = self.range(self.locations[block as usize]);
         bytemuck::cast_slice(&self.slabs[slab][range])
     }
 
     /// Returns a block's lines for writing.
     pub fn get_mut(&mut self, block: u32) -> &mut [Line] {
-        let (slab, range) = self.range(self.places[block as usize]);
+        let (slab, range) = self.range(self.locations[block as usize]);
         bytemuck::cast_slice_mut(&mut self.slabs[slab][range])
     }
 
     /// Returns the lines of several distinct blocks for writing, in the order of their locations,
     /// each with its index in `blocks`.
     pub fn many_mut(&mut self, blocks: impl Iterator<Item = u32>) -> Vec<(usize, &mut [Line])> {
-        let places = blocks.map(|block| self.places[block as usize] as usize);
-        let mut wanted: Vec<_> = places.zip(0..).collect();
-        wanted.sort_unstable();
-        let mut found = Vec::with_capacity(wanted.len());
-        let mut wanted = wanted.into_iter().peekable();
+        let locations = blocks.map(|block| self.locations[block as usize] as usize);
+        let mut requested: Vec<_> = locations.zip(0..).collect();
+        requested.sort_unstable();
+        let mut found = Vec::with_capacity(requested.len());
+        let mut requested = requested.into_iter().peekable();
         let (mut rest, mut first) = (&mut self.slabs[..], 0);
-        while let Some(&(place, _)) = wanted.peek() {
-            let slab = place / self.per_slab;
+        while let Some(&(location, _)) = requested.peek() {
+            let slab = location / self.per_slab;
             let (slabs, later) = std::mem::take(&mut rest).split_at_mut(slab - first + 1);
             (rest, first) = (later, slab + 1);
             let Some(cells) = slabs.last_mut() else { break };
             let (mut blocks, mut next) = (cells.chunks_exact_mut(self.lines), slab * self.per_slab);
-            while let Some((place, number)) = wanted.next_if(|w| w.0 / self.per_slab == slab) {
-                let Some(cells) = blocks.nth(place - next) else { break };
+            while let Some((location, number)) = requested.next_if(|w| w.0 / self.per_slab == slab)
+            {
+                let Some(cells) = blocks.nth(location - next) else { break };
                 found.push((number, bytemuck::cast_slice_mut(cells)));
-                next = place + 1;
+                next = location + 1;
             }
         }
         found
@@ -194,38 +195,38 @@ impl Slabs {
     /// of moving blocks is amortized over the freed ones.
     pub fn shrink(&mut self) {
         let used = self.used();
-        if self.keeps {
+        if self.retain_free {
             return;
         }
         if used == 0 {
             self.clear();
-        } else if self.free_places.len() > used / 8 + self.per_slab {
-            let many = used * self.block_bytes() >= MANY / 2;
-            self.move_together(if many { self.large() } else { PER_SLAB });
+        } else if self.free_locations.len() > used / 8 + self.per_slab {
+            let many = used * self.block_bytes() >= LARGE_SLABS_THRESHOLD / 2;
+            self.compact(if many { self.large() } else { PER_SLAB });
         }
     }
 
     /// Moves all blocks into new slabs of `per_slab` blocks, in the order of their identifiers.
-    fn move_together(&mut self, per_slab: usize) {
+    fn compact(&mut self, per_slab: usize) {
         let slabs = self.used().div_ceil(per_slab);
         let mut moved = Self { per_slab, ..Self::new(self.lines) };
-        moved.slabs.extend((0..slabs).map(|_| Cells::zeroed(per_slab * self.lines)));
-        let mut places = 0..(slabs * per_slab) as u32;
+        moved.slabs.extend((0..slabs).map(|_| SlabMemory::zeroed(per_slab * self.lines)));
+        let mut locations = 0..(slabs * per_slab) as u32;
         for block in (0..self.references.len()).filter(|&block| self.references[block] > 0) {
-            let Some(place) = places.next() else { break };
-            let (slab, range) = moved.range(place);
-            let (old_slab, old_range) = self.range(self.places[block]);
+            let Some(location) = locations.next() else { break };
+            let (slab, range) = moved.range(location);
+            let (old_slab, old_range) = self.range(self.locations[block]);
             moved.slabs[slab][range].copy_from_slice(&self.slabs[old_slab][old_range]);
-            self.places[block] = place;
+            self.locations[block] = location;
         }
         (self.per_slab, self.slabs) = (per_slab, moved.slabs);
-        self.free_places = places.rev().collect();
+        self.free_locations = locations.rev().collect();
     }
 
-    fn range(&self, place: u32) -> (usize, std::ops::Range<usize>) {
+    fn range(&self, location: u32) -> (usize, std::ops::Range<usize>) {
         // A division would slow down a block's product.
         let shift = self.per_slab.trailing_zeros();
-        let (slab, i) = (place as usize >> shift, place as usize & (self.per_slab - 1));
+        let (slab, i) = (location as usize >> shift, location as usize & (self.per_slab - 1));
         (slab, i * self.lines..(i + 1) * self.lines)
     }
 }
@@ -263,9 +264,9 @@ mod tests {
     fn shared_blocks_are_copied_before_they_are_written_to() {
         let mut slabs = Slabs::new(1);
         let block = filled(&mut slabs, 7);
-        assert_eq!(slabs.unshare(block), block);
+        assert_eq!(slabs.make_unique(block), block);
         slabs.share(block);
-        let copy = slabs.unshare(block);
+        let copy = slabs.make_unique(block);
         assert_ne!(copy, block);
         slabs.get_mut(copy).fill([8; 16]);
         assert_eq!((slabs.get(block)[0][0], slabs.get(copy)[0][0]), (7, 8));
@@ -295,7 +296,7 @@ mod tests {
     #[cfg_attr(miri, ignore = "too long for an interpreter")]
     fn many_blocks_lie_in_large_slabs() {
         let mut slabs = Slabs::new(100);
-        let count = 2 * MANY / slabs.block_bytes();
+        let count = 2 * LARGE_SLABS_THRESHOLD / slabs.block_bytes();
         let blocks: Vec<u32> = (0..count as u32).map(|i| filled(&mut slabs, i)).collect();
         assert!(slabs.per_slab > PER_SLAB);
         assert!(blocks.iter().all(|&block| slabs.get(block)[99][15] == block));
@@ -311,12 +312,12 @@ mod tests {
     fn many_blocks_are_written_to_at_once() {
         let mut slabs = Slabs::new(2);
         let blocks: Vec<u32> = (0..100).map(|_| slabs.alloc()).collect();
-        let wanted: Vec<u32> = blocks.iter().rev().step_by(3).copied().collect();
-        let found = slabs.many_mut(wanted.iter().copied());
-        assert_eq!(found.len(), wanted.len());
+        let requested: Vec<u32> = blocks.iter().rev().step_by(3).copied().collect();
+        let found = slabs.many_mut(requested.iter().copied());
+        assert_eq!(found.len(), requested.len());
         for (number, lines) in found {
-            lines.fill([wanted[number]; 16]);
+            lines.fill([requested[number]; 16]);
         }
-        assert!(wanted.iter().all(|&block| slabs.get(block)[1][0] == block));
+        assert!(requested.iter().all(|&block| slabs.get(block)[1][0] == block));
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Pool;
 use super::head::Head;
-use super::memory::{Memory, Need};
+use super::memory::{BlockDelta, PoolMemory};
 use crate::{Axis, Error, Flush, Format, Result};
 use half::f16;
 
@@ -30,11 +30,11 @@ impl Pool {
             let expected = format!("at most the {} of its shortest head", short.len);
             return Err(Error::mismatch("entries to leave", expected, len));
         }
-        let mut need = Need::default();
+        let mut delta = BlockDelta::default();
         for head in heads {
-            need += head.cut(&self.format, len).need(head, &self.memory);
+            delta += head.cut(&self.format, len).delta(head, &self.memory);
         }
-        self.check_room(self.memory.bytes(need).max(0) as usize)
+        self.check_room(self.memory.bytes(delta).max(0) as usize)
     }
 
     /// Drops the entries of every head after its first `len`.
@@ -77,10 +77,10 @@ impl Head {
         if packed <= slots {
             return cut(packed, self.packed_values.min(packed), None);
         }
-        if format.keys().along == Axis::Channels {
+        if format.keys().axis == Axis::Channels {
             return cut(slots, self.packed_values, None);
         }
-        let first = slots - slots % format.chunk();
+        let first = slots - slots % format.block_tokens();
         let unpacked = (first < slots).then_some(first);
         cut(first, self.packed_values.min(first), unpacked)
     }
@@ -89,15 +89,15 @@ impl Head {
     /// excess are still in full precision too.
     fn still_packed(&self, format: &Format, slots: usize) -> usize {
         let Flush::Rolling(residual) = format.flush() else { return self.packed_keys };
-        let chunk = format.chunk();
+        let chunk = format.block_tokens();
         let missing = (self.packed_keys + residual).saturating_sub(slots);
         let start = self.keys.start.max(self.values.start);
         let there = self.packed_keys.saturating_sub(start) / chunk * chunk;
         self.packed_keys - missing.next_multiple_of(chunk).min(there)
     }
 
-    fn apply(&mut self, cut: Cut, memory: &mut Memory, largest: f16) {
-        let Memory { layout, .. } = memory;
+    fn apply(&mut self, cut: Cut, memory: &mut PoolMemory, largest: f16) {
+        let PoolMemory { layout, .. } = memory;
         let (chunk, head_dim, value_dim) =
             (layout.keys.capacity, layout.keys.columns, layout.values.columns);
         if let Some(first) = cut.unpacked {
@@ -112,7 +112,7 @@ impl Head {
         self.packed_values = cut.packed_values;
         self.len = cut.len;
         self.truncate_blocks(memory, cut.packed_keys.max(cut.packed_values).div_ceil(chunk));
-        self.settle_live();
+        self.drop_full_mask();
     }
 
     /// Returns the rows of the entries that leave the block, and of the values before them that are
@@ -121,7 +121,7 @@ impl Head {
         &self,
         cut: &Cut,
         first: usize,
-        memory: &Memory,
+        memory: &PoolMemory,
         largest: f16,
     ) -> (Vec<f16>, Vec<f16>) {
         let layout = &memory.layout;
@@ -131,11 +131,11 @@ impl Head {
         // A scale that was rounded up may dequantize to numbers slightly too large to be packed.
         let half = |&x: &f32| f16::from_f32(x).clamp(-largest, largest);
         for slot in cut.packed_values..cut.slots {
-            if slot >= first && self.is_live(slot) {
+            if slot >= first && self.is_valid(slot) {
                 self.read_key(memory, slot, &mut codes, &mut key);
                 keys.extend(key.iter().map(half));
             }
-            if slot < first || self.is_live(slot) {
+            if slot < first || self.is_valid(slot) {
                 self.read_value(memory, slot, &mut codes, &mut value);
                 values.extend(value.iter().map(half));
             }
@@ -145,16 +145,16 @@ impl Head {
 }
 
 impl Cut {
-    fn need(&self, head: &Head, memory: &Memory) -> Need {
-        let Some(first) = self.unpacked else { return Need::default() };
-        let rows = (first..self.slots).filter(|&slot| head.is_live(slot)).count();
+    fn delta(&self, head: &Head, memory: &PoolMemory) -> BlockDelta {
+        let Some(first) = self.unpacked else { return BlockDelta::default() };
+        let rows = (first..self.slots).filter(|&slot| head.is_valid(slot)).count();
         let blocks = head.blocks[first / memory.layout.keys.capacity..].iter();
         let freed = blocks.filter(|&&block| !memory.blocks.is_shared(block)).count();
         let value_rows = rows + first - self.packed_values;
-        Need {
+        BlockDelta {
             blocks: -(freed as isize),
-            key_pages: head.keys.need_to_replace(&memory.key_pages, first, rows),
-            value_pages: head.values.need_to_replace(
+            key_pages: head.keys.pages_to_replace(&memory.key_pages, first, rows),
+            value_pages: head.values.pages_to_replace(
                 &memory.value_pages,
                 self.packed_values,
                 value_rows,

@@ -7,7 +7,7 @@
 //! code 0, which dequantizes to its minimum.
 
 use super::Quantizer;
-use crate::vector::{lanes, wide};
+use crate::vector::{fold_lanes, wide};
 use crate::{Axis, Error, Position, Result, Scheme};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -20,7 +20,7 @@ impl Quantizer {
     /// [`Error::OutOfRange`] if the range of a group exceeds f16's. The row is relative to the
     /// first given.
     pub(super) fn asymmetric(&mut self, columns: usize, scheme: Scheme) -> Result<()> {
-        let groups = match scheme.along {
+        let groups = match scheme.axis {
             Axis::Tokens => columns,
             Axis::Channels => self.x.len() / columns * columns.div_ceil(scheme.group),
         };
@@ -28,14 +28,14 @@ impl Quantizer {
             x.resize(groups, 0.0);
         }
         let Self { x, min, max, .. } = self;
-        match scheme.along {
+        match scheme.axis {
             Axis::Tokens => extremes_of_columns(x, min, max),
             Axis::Channels => extremes_of_groups(x, columns, scheme.group, min, max),
         }
         self.params(scheme, columns)?;
         let Self { x, min, max, codes, .. } = self;
         let largest = scheme.bits.max_code() as f32;
-        match scheme.along {
+        match scheme.axis {
             Axis::Tokens => encode_columns(x, min, max, largest, codes),
             Axis::Channels => encode_groups(x, columns, scheme.group, min, max, largest, codes),
         }
@@ -48,7 +48,7 @@ impl Quantizer {
         const BEYOND: f32 = 65520.0; // rounds to infinity
         let Self { min, max, scale, .. } = self;
         if let Some(group) = (0..min.len()).find(|&group| max[group] - min[group] >= BEYOND) {
-            let (row, column) = match scheme.along {
+            let (row, column) = match scheme.axis {
                 Axis::Tokens => (0, group),
                 Axis::Channels => {
                     let groups = columns.div_ceil(scheme.group);
@@ -60,9 +60,9 @@ impl Quantizer {
         }
         scales(min, max, scheme.bits.max_code() as f32, scale);
         self.scales.resize(min.len(), f16::ZERO);
-        self.zeros.resize(min.len(), f16::ZERO);
+        self.zero_points.resize(min.len(), f16::ZERO);
         self.scales.convert_from_f32_slice(scale);
-        self.zeros.convert_from_f32_slice(min);
+        self.zero_points.convert_from_f32_slice(min);
         Ok(())
     }
 }
@@ -86,8 +86,8 @@ wide! {
     fn extremes_of_groups(x: &'a [f32], columns: usize, group: usize, min: &'a mut [f32], max: &'a mut [f32]) -> () {
         let groups = x.chunks_exact(columns).flat_map(|row| row.chunks(group));
         for ((group, min), max) in groups.zip(min).zip(max) {
-            *min = lanes(group, f32::INFINITY, |a, b| if b < a { b } else { a });
-            *max = lanes(group, f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+            *min = fold_lanes(group, f32::INFINITY, |a, b| if b < a { b } else { a });
+            *max = fold_lanes(group, f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
         }
     }
 }
@@ -105,9 +105,9 @@ wide! {
 
 wide! {
     /// Encodes rows with one zero point and one divisor per column.
-    fn encode_columns(x: &'a [f32], zeros: &'a [f32], divisors: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
-        for (row, codes) in x.chunks_exact(zeros.len()).zip(codes.chunks_exact_mut(zeros.len())) {
-            for (((code, x), zero), divisor) in codes.iter_mut().zip(row).zip(zeros).zip(divisors) {
+    fn encode_columns(x: &'a [f32], zero_points: &'a [f32], divisors: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
+        for (row, codes) in x.chunks_exact(zero_points.len()).zip(codes.chunks_exact_mut(zero_points.len())) {
+            for (((code, x), zero), divisor) in codes.iter_mut().zip(row).zip(zero_points).zip(divisors) {
                 *code = encode(*x, *zero, *divisor, largest);
             }
         }
@@ -116,10 +116,10 @@ wide! {
 
 wide! {
     /// Encodes rows whose groups have one zero point and one divisor each.
-    fn encode_groups(x: &'a [f32], columns: usize, group: usize, zeros: &'a [f32], divisors: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
+    fn encode_groups(x: &'a [f32], columns: usize, group: usize, zero_points: &'a [f32], divisors: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
         let groups = x.chunks_exact(columns).flat_map(|row| row.chunks(group));
         let codes = codes.chunks_exact_mut(columns).flat_map(|row| row.chunks_mut(group));
-        for (((group, codes), zero), divisor) in groups.zip(codes).zip(zeros).zip(divisors) {
+        for (((group, codes), zero), divisor) in groups.zip(codes).zip(zero_points).zip(divisors) {
             for (code, x) in codes.iter_mut().zip(group) {
                 *code = encode(*x, *zero, *divisor, largest);
             }
@@ -135,12 +135,12 @@ fn encode(x: f32, zero: f32, divisor: f32, largest: f32) -> u8 {
 /// Rounds to the nearest f16 number, ties to even, for numbers from 0 to f16's largest.
 #[inline(always)]
 fn as_f16(x: f32) -> f32 {
-    const LEAST_NORMAL: f32 = 6.103_515_6e-5; // 2^-14
+    const MIN_NORMAL: f32 = 6.103_515_6e-5; // 2^-14
     // Adding 0.5 to a smaller number makes 2^-24, f16's smallest number, the last place.
     let small = (x + 0.5) - 0.5;
     let bits = x.to_bits();
     let normal = f32::from_bits((bits + 0xfff + (bits >> 13 & 1)) & !0x1fff);
-    if x < LEAST_NORMAL { small } else { normal }
+    if x < MIN_NORMAL { small } else { normal }
 }
 
 /// Rounds to the nearest integer from 0 to `largest`, ties to even.

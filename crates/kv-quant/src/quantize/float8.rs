@@ -2,7 +2,7 @@
 //! saturate.
 
 use super::Quantizer;
-use crate::vector::{lanes, wide};
+use crate::vector::{fold_lanes, wide};
 use crate::{Float8, StaticScale};
 use half::f16;
 use pulp::{Arch, Simd, WithSimd};
@@ -33,7 +33,7 @@ impl Quantizer {
 wide! {
     /// Returns the largest magnitude.
     fn magnitude(x: &'a [f32]) -> f32 {
-        lanes(x, 0.0, |a, b| if b.abs() > a.abs() { b.abs() } else { a.abs() })
+        fold_lanes(x, 0.0, |a, b| if b.abs() > a.abs() { b.abs() } else { a.abs() })
     }
 }
 
@@ -69,8 +69,8 @@ fn cast<const MANTISSA: u32, const BIAS: u32>(x: f32, largest: f32) -> u8 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add((1 << (cut - 1)) - 1 + (bits >> cut & 1)) >> cut;
     let normal = rounded.wrapping_sub((127 - BIAS) << MANTISSA) as u8;
-    let least_normal = f32::from_bits((128 - BIAS) << 23);
-    sign | if x < least_normal { small & 0x7f } else { normal }
+    let min_normal = f32::from_bits((128 - BIAS) << 23);
+    sign | if x < min_normal { small & 0x7f } else { normal }
 }
 
 #[cfg(test)]

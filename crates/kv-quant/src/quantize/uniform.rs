@@ -1,42 +1,42 @@
 //! Asymmetric integers in f32 arithmetic, rounding half up, as vLLM's TurboQuant quantizes values.
 
 use super::Quantizer;
-use crate::vector::{lanes, wide};
+use crate::vector::{fold_lanes, wide};
 use crate::{Axis, Scheme};
 use half::f16;
 use pulp::{Arch, Simd, WithSimd};
 
 /// The smallest scale.
-const LEAST: f32 = 1e-8;
+const MIN_SCALE: f32 = 1e-8;
 
 impl Quantizer {
     /// Quantizes the rows in `x`.
     pub(super) fn uniform(&mut self, columns: usize, scheme: Scheme) {
         let largest = scheme.bits.max_code() as f32;
-        if scheme.along == Axis::Tokens {
+        if scheme.axis == Axis::Tokens {
             return self.uniform_columns(columns, largest);
         }
-        let Self { x, codes, scales, zeros, .. } = self;
+        let Self { x, codes, scales, zero_points, .. } = self;
         for (x, codes) in Self::groups(x, codes, columns, scheme.group) {
-            let (least, most) = extremes(x);
-            let scale = ((most - least) / largest).max(LEAST);
-            encode_row(x, least, scale, largest, codes);
+            let (min, max) = extremes(x);
+            let scale = ((max - min) / largest).max(MIN_SCALE);
+            encode_row(x, min, scale, largest, codes);
             scales.push(f16::from_f32(scale));
-            zeros.push(f16::from_f32(least));
+            zero_points.push(f16::from_f32(min));
         }
     }
 
     fn uniform_columns(&mut self, columns: usize, largest: f32) {
-        let Self { x, codes, scales, zeros, .. } = self;
+        let Self { x, codes, scales, zero_points, .. } = self;
         for column in 0..columns {
             let numbers = || x[column..].iter().step_by(columns);
-            let least = numbers().copied().fold(f32::INFINITY, f32::min);
-            let most = numbers().copied().fold(f32::NEG_INFINITY, f32::max);
-            let scale = ((most - least) / largest).max(LEAST);
+            let min = numbers().copied().fold(f32::INFINITY, f32::min);
+            let max = numbers().copied().fold(f32::NEG_INFINITY, f32::max);
+            let scale = ((max - min) / largest).max(MIN_SCALE);
             let codes = codes[column..].iter_mut().step_by(columns);
-            numbers().zip(codes).for_each(|(x, code)| *code = encode(*x, least, scale, largest));
+            numbers().zip(codes).for_each(|(x, code)| *code = encode(*x, min, scale, largest));
             scales.push(f16::from_f32(scale));
-            zeros.push(f16::from_f32(least));
+            zero_points.push(f16::from_f32(min));
         }
     }
 }
@@ -44,8 +44,8 @@ impl Quantizer {
 wide! {
     /// Returns the minimum and maximum.
     fn extremes(x: &'a [f32]) -> (f32, f32) {
-        let least = lanes(x, f32::INFINITY, |a, b| if b < a { b } else { a });
-        (least, lanes(x, f32::NEG_INFINITY, |a, b| if b > a { b } else { a }))
+        let min = fold_lanes(x, f32::INFINITY, |a, b| if b < a { b } else { a });
+        (min, fold_lanes(x, f32::NEG_INFINITY, |a, b| if b > a { b } else { a }))
     }
 }
 

@@ -6,114 +6,114 @@
 //! zero point per token and a factor per channel.
 
 use super::Quantizer;
-use crate::vector::{lanes, wide};
+use crate::vector::{fold_lanes, wide};
 use crate::{Axis, Scheme};
 use half::f16;
 use pulp::{Arch, Simd, WithSimd};
 
 /// Number of iterations: the published code's default. More have no effect.
-const ROUNDS: usize = 8;
+const ITERATIONS: usize = 8;
 /// Bounds of deviations and of logarithms of factors.
 const DEVIATIONS: (f32, f32) = (1e-3, 1e3);
 const LOGARITHMS: (f32, f32) = (-0.3, 10.0);
 /// The smallest scale.
-const LEAST: f32 = 1e-10;
+const MIN_SCALE: f32 = 1e-10;
 
 /// Factors of rows and columns, and buffers.
 #[derive(Debug, Default)]
-pub struct Balance {
+pub struct VarianceNormalizer {
     /// The tile divided by its factors.
     tile: Vec<f32>,
-    rows: Side,
-    columns: Side,
+    rows: AxisFactors,
+    columns: AxisFactors,
     sums: Vec<f64>,
     squares: Vec<f64>,
 }
 
 /// One axis.
 #[derive(Debug, Default)]
-struct Side {
+struct AxisFactors {
     logarithms: Vec<f32>,
     factors: Vec<f32>,
     /// Standard deviations of the tile.
     deviations: Vec<f32>,
     /// The factors of the iteration with the most even deviations.
-    best: Vec<f32>,
+    best_factors: Vec<f32>,
 }
 
 impl Quantizer {
     /// Quantizes the rows in `x`, one tile.
     pub(super) fn variance_normalized(&mut self, columns: usize, scheme: Scheme) {
-        let Self { x, codes, scales, zeros, factors, min, max, balance, .. } = self;
-        balance.find(x, columns, scheme.along);
-        let Balance { tile, rows, columns: of_columns, .. } = balance;
-        let (scaled, other) = match scheme.along {
+        let Self { x, codes, scales, zero_points, factors, min, max, normalizer, .. } = self;
+        normalizer.normalize(x, columns, scheme.axis);
+        let VarianceNormalizer { tile, rows, columns: of_columns, .. } = normalizer;
+        let (scaled, other) = match scheme.axis {
             Axis::Tokens => (of_columns, rows),
             Axis::Channels => (rows, of_columns),
         };
-        factors.extend(other.best.iter().map(|&factor| f16::from_f32(factor)));
+        factors.extend(other.best_factors.iter().map(|&factor| f16::from_f32(factor)));
         min.clear();
-        min.resize(scaled.best.len(), f32::INFINITY);
+        min.resize(scaled.best_factors.len(), f32::INFINITY);
         max.clear();
-        max.resize(scaled.best.len(), f32::NEG_INFINITY);
-        match scheme.along {
+        max.resize(scaled.best_factors.len(), f32::NEG_INFINITY);
+        match scheme.axis {
             Axis::Tokens => extremes_of_columns(tile, min, max),
             Axis::Channels => extremes_of_rows(tile, columns, min, max),
         }
         let largest = scheme.bits.max_code() as f32;
         // Converts minima and maxima to zero points and scales.
-        for ((&mut min, max), factor) in min.iter_mut().zip(&mut *max).zip(&scaled.best) {
-            *max = ((*max - min) / largest).max(LEAST);
+        for ((&mut min, max), factor) in min.iter_mut().zip(&mut *max).zip(&scaled.best_factors) {
+            *max = ((*max - min) / largest).max(MIN_SCALE);
             scales.push(f16::from_f32(factor * *max));
-            zeros.push(f16::from_f32(factor * min));
+            zero_points.push(f16::from_f32(factor * min));
         }
-        match scheme.along {
+        match scheme.axis {
             Axis::Tokens => encode_columns(tile, min, max, largest, codes),
             Axis::Channels => encode_rows(tile, columns, min, max, largest, codes),
         }
     }
 }
 
-impl Balance {
+impl VarianceNormalizer {
     /// Finds the best factors and divides the tile by them. Each iteration processes the axis
     /// without scales first.
-    fn find(&mut self, x: &[f32], columns: usize, along: Axis) {
+    fn normalize(&mut self, x: &[f32], columns: usize, axis: Axis) {
         self.rows.clear(x.len() / columns);
         self.columns.clear(columns);
-        self.divide(x, along);
+        self.divide(x, axis);
         self.measure();
         let mut best = f32::INFINITY;
-        for round in 0..=ROUNDS {
+        for round in 0..=ITERATIONS {
             if round > 0 {
-                self.side(along == Axis::Channels).update();
-                self.divide(x, along);
-                self.measure_side(along == Axis::Tokens);
-                self.side(along == Axis::Tokens).update();
-                self.divide(x, along);
+                self.axis_factors(axis == Axis::Channels).update();
+                self.divide(x, axis);
+                self.measure_side(axis == Axis::Tokens);
+                self.axis_factors(axis == Axis::Tokens).update();
+                self.divide(x, axis);
                 self.measure();
             }
             let spread = self.rows.spread() + self.columns.spread();
             if spread <= best {
                 best = spread;
-                self.rows.keep();
-                self.columns.keep();
+                self.rows.keep_best();
+                self.columns.keep_best();
             }
         }
         for side in [&mut self.rows, &mut self.columns] {
-            side.factors.clone_from(&side.best);
+            side.factors.clone_from(&side.best_factors);
         }
-        self.divide(x, along);
+        self.divide(x, axis);
     }
 
-    fn side(&mut self, columns: bool) -> &mut Side {
+    fn axis_factors(&mut self, columns: bool) -> &mut AxisFactors {
         if columns { &mut self.columns } else { &mut self.rows }
     }
 
     /// Divides the tile by the factors of the axis without scales, then by those of the other axis.
-    fn divide(&mut self, x: &[f32], along: Axis) {
+    fn divide(&mut self, x: &[f32], axis: Axis) {
         let Self { tile, rows, columns, .. } = self;
         tile.resize(x.len(), 0.0);
-        match along {
+        match axis {
             Axis::Tokens => divide_rows_first(x, &rows.factors, &columns.factors, tile),
             Axis::Channels => divide_columns_first(x, &rows.factors, &columns.factors, tile),
         }
@@ -137,13 +137,13 @@ impl Balance {
     }
 }
 
-impl Side {
+impl AxisFactors {
     fn clear(&mut self, len: usize) {
         for (of, with) in [
             (&mut self.logarithms, 0.0),
             (&mut self.factors, 1.0),
             (&mut self.deviations, 0.0),
-            (&mut self.best, 1.0),
+            (&mut self.best_factors, 1.0),
         ] {
             of.clear();
             of.resize(len, with);
@@ -162,13 +162,13 @@ impl Side {
 
     /// Returns the ratio of the largest to the smallest deviation.
     fn spread(&self) -> f32 {
-        let least = self.deviations.iter().copied().fold(f32::INFINITY, f32::min);
-        let most = self.deviations.iter().copied().fold(0.0, f32::max);
-        most / least.max(1e-8)
+        let min = self.deviations.iter().copied().fold(f32::INFINITY, f32::min);
+        let max = self.deviations.iter().copied().fold(0.0, f32::max);
+        max / min.max(1e-8)
     }
 
-    fn keep(&mut self) {
-        self.best.clone_from(&self.factors);
+    fn keep_best(&mut self) {
+        self.best_factors.clone_from(&self.factors);
     }
 }
 
@@ -259,16 +259,16 @@ wide! {
 wide! {
     fn extremes_of_rows(x: &'a [f32], columns: usize, min: &'a mut [f32], max: &'a mut [f32]) -> () {
         for ((row, min), max) in x.chunks_exact(columns).zip(min).zip(max) {
-            *min = lanes(row, f32::INFINITY, |a, b| if b < a { b } else { a });
-            *max = lanes(row, f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+            *min = fold_lanes(row, f32::INFINITY, |a, b| if b < a { b } else { a });
+            *max = fold_lanes(row, f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
         }
     }
 }
 
 wide! {
-    fn encode_columns(x: &'a [f32], zeros: &'a [f32], scales: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
-        for (row, codes) in x.chunks_exact(zeros.len()).zip(codes.chunks_exact_mut(zeros.len())) {
-            for (((code, x), zero), scale) in codes.iter_mut().zip(row).zip(zeros).zip(scales) {
+    fn encode_columns(x: &'a [f32], zero_points: &'a [f32], scales: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
+        for (row, codes) in x.chunks_exact(zero_points.len()).zip(codes.chunks_exact_mut(zero_points.len())) {
+            for (((code, x), zero), scale) in codes.iter_mut().zip(row).zip(zero_points).zip(scales) {
                 *code = round((*x - *zero) / *scale, largest);
             }
         }
@@ -276,9 +276,9 @@ wide! {
 }
 
 wide! {
-    fn encode_rows(x: &'a [f32], columns: usize, zeros: &'a [f32], scales: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
+    fn encode_rows(x: &'a [f32], columns: usize, zero_points: &'a [f32], scales: &'a [f32], largest: f32, codes: &'a mut [u8]) -> () {
         let rows = x.chunks_exact(columns).zip(codes.chunks_exact_mut(columns));
-        for (((row, codes), zero), scale) in rows.zip(zeros).zip(scales) {
+        for (((row, codes), zero), scale) in rows.zip(zero_points).zip(scales) {
             for (code, x) in codes.iter_mut().zip(row) {
                 *code = round((*x - *zero) / *scale, largest);
             }

@@ -44,13 +44,13 @@ impl Documents {
 
 /// The kept part of a document: ranges of the text, in order.
 #[derive(Debug, Clone)]
-pub struct Kept {
+pub struct KeptRanges {
     pub ranges: Vec<Range<usize>>,
     /// Added to the ratio of its tokens.
-    pub bonus: f64,
+    pub ratio_offset: f64,
 }
 
-impl Kept {
+impl KeptRanges {
     pub fn text(&self, source: &str) -> String {
         self.ranges.iter().map(|range| &source[range.clone()]).collect()
     }
@@ -58,15 +58,15 @@ impl Kept {
 
 /// A text joined from others, with the mapping of its bytes to the documents' text.
 #[derive(Debug, Default)]
-pub struct Joined {
+pub struct JoinedText {
     pub text: String,
     /// Ranges of the text, each with its start in the documents' text.
     parts: Vec<(Range<usize>, usize)>,
 }
 
-impl Joined {
+impl JoinedText {
     /// Joins a prefix that has no source and documents, separated by empty lines.
-    pub fn new(prefix: Option<&str>, documents: &[Kept], source: &str) -> Self {
+    pub fn new(prefix: Option<&str>, documents: &[KeptRanges], source: &str) -> Self {
         let mut joined = Self::default();
         joined.text.push_str(prefix.unwrap_or(""));
         for (i, document) in documents.iter().enumerate() {
@@ -100,7 +100,7 @@ impl Joined {
     ///
     /// A token that is not in the output as it was in the text gives no piece: half of a character,
     /// or a separator.
-    pub fn record(&self, kept: &[Range<usize>], source: &str, output: String) -> Compressed {
+    pub fn to_compressed(&self, kept: &[Range<usize>], source: &str, output: String) -> Compressed {
         let mut compressed = Compressed { text: output, pieces: Vec::new() };
         let mut at = 0;
         let mut done: Vec<Range<usize>> = Vec::new();
@@ -157,12 +157,12 @@ mod tests {
     #[test]
     fn pieces_go_over_seams_and_skip_what_is_broken() {
         let source = "alpha beta gamma é";
-        let kept = [Kept { ranges: vec![0..6, 11..19], bonus: 0.0 }];
-        let joined = Joined::new(Some("q"), &kept, source);
+        let kept = [KeptRanges { ranges: vec![0..6, 11..19], ratio_offset: 0.0 }];
+        let joined = JoinedText::new(Some("q"), &kept, source);
         assert_eq!(joined.text, "q\n\nalpha gamma é");
         // "alpha", " gam" across the boundary, half of "é".
         let ranges = [3..8, 8..12, 14..17];
-        let record = joined.record(&ranges, source, "alpha gam\u{fffd}".into());
+        let record = joined.to_compressed(&ranges, source, "alpha gam\u{fffd}".into());
         record.check(source).unwrap();
         assert_eq!(record.rebuild(source), "alpha gam");
         assert_eq!(record.pieces.len(), 2);

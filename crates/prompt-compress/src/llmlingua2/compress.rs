@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::LazyLock;
 
 use super::LlmLingua2;
-use super::forced::Forced;
+use super::forced_tokens::ForcedTokens;
 use super::windows::Window;
 use super::words::{Word, select};
 use crate::Target;
@@ -100,7 +100,7 @@ impl Compression {
 #[derive(Debug)]
 pub struct Scored<'a> {
     model: &'a LlmLingua2,
-    forced: Forced,
+    forced: ForcedTokens,
     contexts: Vec<Context>,
     tokens: usize,
 }
@@ -111,7 +111,7 @@ type Context = (Vec<Window>, Vec<Vec<Word>>);
 impl<'a> Scored<'a> {
     pub(super) fn new(
         model: &'a LlmLingua2,
-        forced: Forced,
+        forced: ForcedTokens,
         contexts: Vec<Context>,
         tokens: usize,
     ) -> Self {
@@ -140,11 +140,11 @@ impl<'a> Scored<'a> {
         let rate = match request.target {
             _ if !request.drop_words => 1.0,
             Target::Rate(rate) => rate.get(),
-            Target::Tokens(target) if filter.is_none() => share(target, self.tokens),
+            Target::Tokens(target) if filter.is_none() => ratio(target, self.tokens),
             Target::Tokens(target) => {
                 let staying = self.contexts.iter().zip(&stays).filter(|(_, stays)| **stays);
                 let windows = staying.flat_map(|((windows, _), _)| windows);
-                share(target, windows.map(|window| cl100k_tokens(&window.text)).sum())
+                ratio(target, windows.map(|window| cl100k_tokens(&window.text)).sum())
             }
         };
         let mut done = Compression { original_tokens: self.tokens, ..Default::default() };
@@ -154,8 +154,10 @@ impl<'a> Scored<'a> {
                     done.labels.extend(self.dropped(context));
                     continue;
                 }
-                true if rate < 1.0 => self.shorten(context, 1.0 - rate, &mut done.labels)?,
-                true => self.write_back(context, &mut done.labels),
+                true if rate < 1.0 => {
+                    self.compress_context(context, 1.0 - rate, &mut done.labels)?
+                }
+                true => self.reencode(context, &mut done.labels),
             };
             done.compressed_tokens += cl100k_tokens(&compressed.text);
             done.contexts.push((i, compressed));
@@ -174,15 +176,16 @@ impl<'a> Scored<'a> {
         let halves = request.drop_words;
         let rate = match (filter.target, request.target) {
             (ContextTarget::Rate(rate), _) if rate < Rate::ONE => rate.get(),
-            (ContextTarget::Contexts(n), _) => share(n, count),
-            (ContextTarget::Tokens(n), _) => share(n, self.tokens),
+            (ContextTarget::Contexts(n), _) => ratio(n, count),
+            (ContextTarget::Tokens(n), _) => ratio(n, self.tokens),
             (_, Target::Rate(rate)) if halves => (rate.get() + 1.0) / 2.0,
             (_, Target::Rate(rate)) => rate.get(),
-            (_, Target::Tokens(n)) => share(if halves { n * 2 } else { n }, self.tokens),
+            (_, Target::Tokens(n)) => ratio(if halves { n * 2 } else { n }, self.tokens),
         };
         let mean = |(_, windows): &Context| {
-            let words: Vec<f32> = windows.iter().flatten().map(|word| word.free).collect();
-            Number::Narrow(words.iter().sum::<f32>() / words.len().max(1) as f32)
+            let words: Vec<f32> =
+                windows.iter().flatten().map(|word| word.unforced_probability).collect();
+            Number::F32(words.iter().sum::<f32>() / words.len().max(1) as f32)
         };
         let means: Vec<Number> = self.contexts.iter().map(mean).collect();
         let q = (100.0 * (1.0 - rate)) as u32;
@@ -193,7 +196,7 @@ impl<'a> Scored<'a> {
     }
 
     /// Joins the kept words, window by window.
-    fn shorten(
+    fn compress_context(
         &self,
         (_, windows): &Context,
         reduce: f64,
@@ -201,9 +204,9 @@ impl<'a> Scored<'a> {
     ) -> Result<Compressed> {
         let (vocabulary, settings) = (&self.model.vocabulary, &self.model.settings);
         let mut compressed = Compressed::default();
-        let choose =
+        let select_words =
             |words: &Vec<Word>| select(words, &self.forced, settings.drop_consecutive, reduce);
-        let mut choice: Vec<Vec<bool>> = windows.iter().map(choose).collect();
+        let mut choice: Vec<Vec<bool>> = windows.iter().map(select_words).collect();
         if !settings.published {
             keep_one(windows, &mut choice);
         }
@@ -221,7 +224,7 @@ impl<'a> Scored<'a> {
 
     /// Returns a context in which no word is dropped; like the package, re-encoded with the
     /// tokenizer.
-    fn write_back(&self, (windows, _): &Context, labels: &mut Vec<Label>) -> Compressed {
+    fn reencode(&self, (windows, _): &Context, labels: &mut Vec<Label>) -> Compressed {
         let mut compressed = Compressed::default();
         for window in windows {
             for (at, source) in &window.parts {
@@ -240,7 +243,7 @@ impl<'a> Scored<'a> {
     }
 
     fn label(&self, word: &Word, kept: bool) -> Label {
-        let forced = word.probability == Number::Wide(1.0);
+        let forced = word.probability == Number::F64(1.0);
         Label { word: self.model.vocabulary.label(&word.text).to_owned(), kept, forced }
     }
 
@@ -273,7 +276,7 @@ fn keep_one(windows: &[Vec<Word>], choice: &mut [Vec<bool>]) {
 }
 
 /// Returns `part / total`, at most 1.
-fn share(part: usize, total: usize) -> f64 {
+fn ratio(part: usize, total: usize) -> f64 {
     (part as f64 / total.max(1) as f64).min(1.0)
 }
 

@@ -21,7 +21,7 @@ pub struct Encoder {
     words: Tensor,
     positions: Tensor,
     /// The embedding of the only token type in use, `[hidden]`.
-    kind: Tensor,
+    token_type: Tensor,
     norm: Norm,
     layers: Vec<Layer>,
     head: Linear,
@@ -61,15 +61,15 @@ impl Encoder {
             &name("position_embeddings.weight"),
             &[config.max_position_embeddings, hidden],
         )?;
-        let kinds =
+        let token_types =
             w.tensor(&name("token_type_embeddings.weight"), &[config.type_vocab_size, hidden])?;
         let norm = Norm::load(w, &name("LayerNorm"), &config)?;
         let layers = (0..config.num_hidden_layers)
             .map(|i| Layer::load(w, &format!("{base}.encoder.layer.{i}"), &config))
             .collect::<Result<_>>()?;
         let head = Linear::load(w, "classifier", 2, hidden)?;
-        let (kind, device) = (kinds.get(0)?, device.clone());
-        Ok(Self { config, shape, device, words, positions, kind, norm, layers, head })
+        let (token_type, device) = (token_types.get(0)?, device.clone());
+        Ok(Self { config, shape, device, words, positions, token_type, norm, layers, head })
     }
 
     /// Returns the number of embedding rows: the vocabulary and the added tokens.
@@ -78,17 +78,17 @@ impl Encoder {
     }
 
     /// Returns the keep probability of each token of each window.
-    pub fn keep(&self, windows: &[Framed]) -> Result<Vec<Vec<f32>>> {
+    pub fn keep_probabilities(&self, windows: &[EncoderInput]) -> Result<Vec<Vec<f32>>> {
         let lens: Vec<usize> = windows.iter().map(|window| window.ids.len()).collect();
         let total = lens.iter().sum::<usize>();
         if total == 0 {
             return Ok(vec![Vec::new(); windows.len()]);
         }
-        let gather = |of: fn(&Framed) -> &[u32], rows: &Tensor| -> Result<Tensor> {
+        let gather = |of: fn(&EncoderInput) -> &[u32], rows: &Tensor| -> Result<Tensor> {
             let all: Vec<u32> = windows.iter().flat_map(of).copied().collect();
             Ok(rows.index_select(&Tensor::from_vec(all, total, &self.device)?, 0)?)
         };
-        let words = gather(|window| &window.ids, &self.words)?.broadcast_add(&self.kind)?;
+        let words = gather(|window| &window.ids, &self.words)?.broadcast_add(&self.token_type)?;
         let positions = gather(|window| &window.positions, &self.positions)?;
         let mut x = self.norm.forward(&(words + positions)?)?;
         for layer in &self.layers {
@@ -109,7 +109,7 @@ fn keep_probability(drop: f32, keep: f32) -> f32 {
 
 /// The encoder's input for one window: as many ids as positions.
 #[derive(Debug, Default)]
-pub struct Framed {
+pub struct EncoderInput {
     pub ids: Vec<u32>,
     pub positions: Vec<u32>,
 }

@@ -4,13 +4,13 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::checkpoint::Family;
-use super::forced::Forced;
+use super::forced_tokens::ForcedTokens;
 use longctx_checkpoint::open_tokenizer;
 use longctx_core::{Error, Result};
 use tokenizers::{AddedToken, Decoder, Encoding, Tokenizer};
 
 /// Number of placeholder tokens for forced tokens that the vocabulary lacks.
-const ADDED: usize = 100;
+const NUM_PLACEHOLDERS: usize = 100;
 
 /// Python's `string.punctuation`.
 const PUNCTUATION: &str = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~";
@@ -20,7 +20,7 @@ pub struct Vocabulary {
     tokenizer: Tokenizer,
     family: Family,
     /// Ids of the first and the last token of a window.
-    pub frame: (u32, u32),
+    pub special_ids: (u32, u32),
 }
 
 impl Vocabulary {
@@ -30,7 +30,7 @@ impl Vocabulary {
         if tokenizer.get_decoder().is_none() {
             return Err(Error::file(path, "the tokenizer has no decoder"));
         }
-        let added = (0..ADDED).map(|i| AddedToken::from(added(i), true));
+        let added = (0..NUM_PLACEHOLDERS).map(|i| AddedToken::from(placeholder(i), true));
         tokenizer.add_special_tokens(added.collect::<Vec<_>>()).map_err(failed)?;
         // The package uses BERT's names for these tokens with every checkpoint. XLM-RoBERTa's
         // vocabulary lacks them, so its windows begin and end with the unknown token; the published
@@ -43,8 +43,8 @@ impl Vocabulary {
             let missing = || Error::file(path, format!("there is no token {token:?}"));
             tokenizer.token_to_id(token).ok_or_else(missing)
         };
-        let frame = (id(first)?, id(last)?);
-        Ok(Self { tokenizer, family, frame })
+        let special_ids = (id(first)?, id(last)?);
+        Ok(Self { tokenizer, family, special_ids })
     }
 
     pub fn encode(&self, text: &str) -> Result<Encoding> {
@@ -58,7 +58,7 @@ impl Vocabulary {
 
     /// Returns the largest id, that of the last added token.
     pub fn largest_id(&self) -> u32 {
-        self.tokenizer.token_to_id(&added(ADDED - 1)).unwrap_or(u32::MAX)
+        self.tokenizer.token_to_id(&placeholder(NUM_PLACEHOLDERS - 1)).unwrap_or(u32::MAX)
     }
 
     /// Returns the text that each of `tokens` adds to their joint decoding.
@@ -83,23 +83,23 @@ impl Vocabulary {
         self.family == Family::Bert && token == "[PAD]"
     }
 
-    pub fn begins_word(&self, token: &str, forced: &Forced) -> bool {
+    pub fn begins_word(&self, token: &str, forced: &ForcedTokens) -> bool {
         match self.family {
             Family::Bert => {
-                let pure = self.pure(token);
-                forced.contains(pure) || forced.is_stand_in(pure) || !token.starts_with("##")
+                let plain = self.without_marks(token);
+                forced.contains(plain) || forced.is_placeholder(plain) || !token.starts_with("##")
             }
             Family::XlmRoberta => {
                 PUNCTUATION.contains(token)
                     || forced.contains(token)
-                    || forced.is_stand_in(token)
+                    || forced.is_placeholder(token)
                     || token.starts_with('▁')
             }
         }
     }
 
     /// Returns the token without the marks of its position in a word.
-    pub fn pure<'a>(&self, token: &'a str) -> &'a str {
+    pub fn without_marks<'a>(&self, token: &'a str) -> &'a str {
         match self.family {
             Family::Bert => token.trim_start_matches('#'),
             Family::XlmRoberta => token.trim_start_matches('▁'),
@@ -116,24 +116,28 @@ impl Vocabulary {
 
     /// Returns the forced tokens, with a placeholder for each that is not exactly one token of the
     /// vocabulary.
-    pub fn forced(&self, tokens: &[String]) -> Result<Forced> {
-        if tokens.len() > ADDED {
-            return Err(Error::setting("force_tokens", format!("at most {ADDED}"), tokens.len()));
+    pub fn forced(&self, tokens: &[String]) -> Result<ForcedTokens> {
+        if tokens.len() > NUM_PLACEHOLDERS {
+            return Err(Error::setting(
+                "force_tokens",
+                format!("at most {NUM_PLACEHOLDERS}"),
+                tokens.len(),
+            ));
         }
         if tokens.iter().any(String::is_empty) {
             return Err(Error::setting("force_tokens", "tokens of at least one character", "\"\""));
         }
-        let mut stand_ins = Vec::new();
+        let mut placeholders = Vec::new();
         for (i, token) in tokens.iter().enumerate() {
             if self.encode(token)?.len() != 1 {
-                stand_ins.push((token.clone(), added(i)));
+                placeholders.push((token.clone(), placeholder(i)));
             }
         }
-        Ok(Forced::new(tokens.to_vec(), stand_ins))
+        Ok(ForcedTokens::new(tokens.to_vec(), placeholders))
     }
 }
 
-fn added(i: usize) -> String {
+fn placeholder(i: usize) -> String {
     format!("[NEW{i}]")
 }
 
@@ -142,6 +146,6 @@ fn failed(e: tokenizers::Error) -> Error {
 }
 
 /// Returns the bytes from the first of `ranges` to the last; `None` if there are none.
-pub fn hull(ranges: impl IntoIterator<Item = Range<usize>>) -> Option<Range<usize>> {
+pub fn span(ranges: impl IntoIterator<Item = Range<usize>>) -> Option<Range<usize>> {
     ranges.into_iter().reduce(|a, b| a.start.min(b.start)..a.end.max(b.end))
 }

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use super::encoder::{Framed, WINDOW};
-use super::forced::Forced;
-use super::vocabulary::{Vocabulary, hull};
+use super::encoder::{EncoderInput, WINDOW};
+use super::forced_tokens::ForcedTokens;
+use super::vocabulary::{Vocabulary, span};
 use longctx_core::Result;
 
 /// A run of the text's tokens, decoded to text.
@@ -30,15 +30,15 @@ pub struct Token {
 /// token; its last token is then dropped.
 pub fn split(
     vocabulary: &Vocabulary,
-    forced: &Forced,
+    forced: &ForcedTokens,
     ends: &[String],
     text: &str,
 ) -> Result<Vec<Window>> {
-    let traced = forced.replace(text);
-    let encoding = vocabulary.encode(&traced.text)?;
+    let mapped = forced.replace(text);
+    let encoding = vocabulary.encode(&mapped.text)?;
     let (tokens, offsets) = (encoding.get_tokens(), encoding.get_offsets());
     let is_end = |token: &String| {
-        ends.iter().any(|end| end == token || forced.stand_in(end) == Some(token.as_str()))
+        ends.iter().any(|end| end == token || forced.placeholder(end) == Some(token.as_str()))
     };
     let mut windows = Vec::new();
     let mut start = 0;
@@ -53,7 +53,7 @@ pub fn split(
         for (part, &(from, to)) in decoded.iter().zip(&offsets[start..=last]) {
             let at = window.text.len();
             window.text.push_str(part);
-            window.parts.push((at..window.text.len(), traced.source(&(from..to))));
+            window.parts.push((at..window.text.len(), mapped.source(&(from..to))));
         }
         windows.push(window);
         start = last + 1;
@@ -63,13 +63,13 @@ pub fn split(
 
 impl Window {
     /// Returns the window's encoder input, with the special tokens at both ends, and its tokens.
-    pub fn frame(
+    pub fn encoder_input(
         &self,
         vocabulary: &Vocabulary,
         positions: impl Fn(&[u32]) -> Vec<u32>,
-    ) -> Result<(Framed, Vec<Token>)> {
+    ) -> Result<(EncoderInput, Vec<Token>)> {
         let encoding = vocabulary.encode(&self.text)?;
-        let (first, last) = vocabulary.frame;
+        let (first, last) = vocabulary.special_ids;
         let mut tokens = vec![Token { text: vocabulary.token(first), source: 0..0 }];
         let mut ids = vec![first];
         for (&id, &(from, to)) in encoding.get_ids().iter().zip(encoding.get_offsets()) {
@@ -85,10 +85,10 @@ impl Window {
         let only_seen = |all: Vec<u32>| {
             all.into_iter().zip(&seen).filter(|(_, seen)| **seen).map(|(x, _)| x).collect()
         };
-        let framed = Framed { ids: only_seen(ids), positions: only_seen(positions) };
+        let input = EncoderInput { ids: only_seen(ids), positions: only_seen(positions) };
         let mut kept = seen.iter();
         tokens.retain(|_| *kept.next().unwrap_or(&true));
-        Ok((framed, tokens))
+        Ok((input, tokens))
     }
 
     /// Returns the bytes of the original for a range of the window's text.
@@ -96,6 +96,6 @@ impl Window {
         let first = self.parts.partition_point(|(at, _)| at.end <= range.start);
         let behind = self.parts[first..].iter().take_while(|(at, _)| at.start < range.end);
         let behind = behind.map(|(_, source)| source.clone()).filter(|source| !source.is_empty());
-        hull(behind).unwrap_or(0..0)
+        span(behind).unwrap_or(0..0)
     }
 }

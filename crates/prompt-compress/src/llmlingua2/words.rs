@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::forced::Forced;
-use super::vocabulary::{Vocabulary, hull};
+use super::forced_tokens::ForcedTokens;
+use super::vocabulary::{Vocabulary, span};
 use super::windows::Token;
 use super::{Settings, WordProbability};
 use crate::percentile::{Number, percentile};
@@ -17,37 +17,38 @@ pub struct Word {
     /// The keep probability; 1 if the word is forced.
     pub probability: Number,
     /// The keep probability without forcing, which ranks whole contexts.
-    pub free: f32,
+    pub unforced_probability: f32,
     /// Its bytes in the original; empty if it has none.
     pub source: Range<usize>,
     /// Its number of tokens in the unit of the rate.
-    pub weight: usize,
+    pub tokens: usize,
 }
 
 /// Merges the tokens of a window, with their keep probabilities, into words.
 pub fn merge(
     vocabulary: &Vocabulary,
-    forced: &Forced,
+    forced: &ForcedTokens,
     settings: &Settings,
     tokens: &[Token],
     probabilities: &[f32],
 ) -> Vec<Word> {
-    let mut words: Vec<Parts> = Vec::new();
-    for (token, &free) in tokens.iter().zip(probabilities) {
+    let mut words: Vec<WordBuilder> = Vec::new();
+    for (token, &probability) in tokens.iter().zip(probabilities) {
         if vocabulary.is_special(&token.text) {
             continue;
         }
-        let pure = vocabulary.pure(&token.text);
+        let plain = vocabulary.without_marks(&token.text);
         let digit = settings.force_digits && has_digit(&token.text);
         match words.last_mut() {
             Some(word) if !vocabulary.begins_word(&token.text, forced) => {
-                word.text.push_str(pure);
-                word.push(free, digit, token);
+                word.text.push_str(plain);
+                word.push(probability, digit, token);
             }
             _ => {
-                let force = digit || forced.contains(pure) || forced.is_stand_in(pure);
-                let mut word = Parts { text: forced.restore(&token.text), ..Parts::default() };
-                word.push(free, force, token);
+                let force = digit || forced.contains(plain) || forced.is_placeholder(plain);
+                let mut word =
+                    WordBuilder { text: forced.restore(&token.text), ..WordBuilder::default() };
+                word.push(probability, force, token);
                 words.push(word);
             }
         }
@@ -64,16 +65,16 @@ fn has_digit(token: &str) -> bool {
 
 /// A word under construction from its tokens.
 #[derive(Default)]
-struct Parts {
+struct WordBuilder {
     text: String,
-    free: Vec<f32>,
+    probabilities: Vec<f32>,
     forced: Vec<bool>,
     sources: Vec<Range<usize>>,
 }
 
-impl Parts {
-    fn push(&mut self, free: f32, forced: bool, token: &Token) {
-        self.free.push(free);
+impl WordBuilder {
+    fn push(&mut self, probability: f32, forced: bool, token: &Token) {
+        self.probabilities.push(probability);
         self.forced.push(forced);
         if !token.source.is_empty() {
             self.sources.push(token.source.clone());
@@ -82,27 +83,32 @@ impl Parts {
 
     fn finish(self, how: WordProbability) -> Word {
         let count = match how {
-            WordProbability::Mean => self.free.len(),
+            WordProbability::Mean => self.probabilities.len(),
             WordProbability::First => 1,
         };
         let mean = |values: &mut dyn Iterator<Item = f32>| values.sum::<f32>() / count as f32;
-        // As in the package, `free` uses the first token's probability for all tokens; `with_force`
-        // does not.
-        let free = mean(&mut std::iter::repeat_n(self.free[0], count));
-        let of_parts = self.free.iter().zip(&self.forced);
-        let with_force = mean(&mut of_parts.take(count).map(|(&p, &f)| if f { 1.0 } else { p }));
+        // As in the package, `unforced_probability` uses the probability of the first token
+        // for all tokens; `with_force` does not.
+        let unforced_probability = mean(&mut std::iter::repeat_n(self.probabilities[0], count));
+        let of_tokens = self.probabilities.iter().zip(&self.forced);
+        let with_force = mean(&mut of_tokens.take(count).map(|(&p, &f)| if f { 1.0 } else { p }));
         let probability = match self.forced[..count].iter().all(|&forced| forced) {
-            true => Number::Wide(1.0),
-            false => Number::Narrow(with_force),
+            true => Number::F64(1.0),
+            false => Number::F32(with_force),
         };
-        let weight = cl100k_tokens(&self.text);
-        let source = hull(self.sources).unwrap_or(0..0);
-        Word { text: self.text, probability, free, source, weight }
+        let tokens = cl100k_tokens(&self.text);
+        let source = span(self.sources).unwrap_or(0..0);
+        Word { text: self.text, probability, unforced_probability, source, tokens }
     }
 }
 
 /// Returns which words of a window are kept if the share `reduce` of its tokens is dropped.
-pub fn select(words: &[Word], forced: &Forced, drop_consecutive: bool, reduce: f64) -> Vec<bool> {
+pub fn select(
+    words: &[Word],
+    forced: &ForcedTokens,
+    drop_consecutive: bool,
+    reduce: f64,
+) -> Vec<bool> {
     let mut probabilities: Vec<Number> = words.iter().map(|word| word.probability).collect();
     if drop_consecutive {
         drop_repeated(words, forced, &mut probabilities, (100.0 * reduce) as u32);
@@ -110,7 +116,7 @@ pub fn select(words: &[Word], forced: &Forced, drop_consecutive: bool, reduce: f
     let weighted: Vec<Number> = words
         .iter()
         .zip(&probabilities)
-        .flat_map(|(word, &probability)| std::iter::repeat_n(probability, word.weight))
+        .flat_map(|(word, &probability)| std::iter::repeat_n(probability, word.tokens))
         .collect();
     let Some(threshold) = percentile(&weighted, (100.0 * reduce + 1.0) as u32) else {
         return vec![false; words.len()];
@@ -132,7 +138,7 @@ pub fn select(words: &[Word], forced: &Forced, drop_consecutive: bool, reduce: f
 
 /// Removes the probability of a forced word if the same word precedes it and no word that is likely
 /// to be kept lies between.
-fn drop_repeated(words: &[Word], forced: &Forced, probabilities: &mut [Number], q: u32) {
+fn drop_repeated(words: &[Word], forced: &ForcedTokens, probabilities: &mut [Number], q: u32) {
     let Some(threshold) = percentile(probabilities, q) else { return };
     let mut between = false;
     let mut previous: Option<&str> = None;
@@ -141,7 +147,7 @@ fn drop_repeated(words: &[Word], forced: &Forced, probabilities: &mut [Number], 
             if between {
                 between = false;
             } else if previous == Some(word.text.as_str()) {
-                *probability = Number::Wide(0.0);
+                *probability = Number::F64(0.0);
             }
             previous = Some(&word.text);
         } else {

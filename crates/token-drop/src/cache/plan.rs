@@ -1,7 +1,7 @@
 //! Plans the eviction after a call.
 
 use super::PolicyCache;
-use super::score::Own;
+use super::score::CallTensors;
 use crate::{EvictionPolicy, Prefill, scores::Scores, select::select};
 use candle_core::Tensor;
 use longctx_core::{KvStore, Result, Selection, SeqId};
@@ -26,7 +26,7 @@ pub struct Plan {
 impl Plan {
     /// Returns the kept tokens of the call, if each head held `old` entries before; all of them if
     /// nothing is evicted.
-    pub fn own_part(&self, old: &[usize], kv_heads: usize) -> Result<Selection> {
+    pub fn kept_of_call(&self, old: &[usize], kv_heads: usize) -> Result<Selection> {
         let Some(keep) = &self.keep else {
             return Ok(Selection::uniform(kv_heads, (0..self.tokens as u32).collect()));
         };
@@ -50,67 +50,67 @@ impl Plan {
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     /// Returns whether the token of a call is appended to the store before it attends: a single
     /// token after others.
-    pub(super) fn joins(&self, seq: SeqId, tokens: usize) -> bool {
+    pub(super) fn appends_first(&self, seq: SeqId, tokens: usize) -> bool {
         tokens == 1 && self.store.len(seq) > 0
     }
 
     /// Returns whether a call belongs to a prompt and is followed by eviction.
-    pub(super) fn evicts_prompt(&self, seq: SeqId, tokens: usize) -> bool {
+    pub(super) fn evicts_after_prefill(&self, seq: SeqId, tokens: usize) -> bool {
         let seen = self.sequences.seen(seq);
-        let prompt = self.sequences.prompt(seq).brings(tokens, seen);
+        let prompt = self.sequences.prompt(seq).contains_call(tokens, seen);
         prompt && (seen == 0 || self.settings.prefill == Prefill::EveryCall)
     }
 
     /// Returns the number of entries to evict at a time if a head is over its budget; `None`: no
     /// eviction.
-    fn eviction_step(&self, own: &Own) -> Option<usize> {
-        let seen = self.sequences.seen(own.seq);
-        let (seq, tokens) = (own.seq, own.tokens());
-        match self.sequences.prompt(seq).brings(tokens, seen) {
-            true => self.evicts_prompt(seq, tokens).then_some(1),
+    fn eviction_step(&self, call: &CallTensors) -> Option<usize> {
+        let seen = self.sequences.seen(call.seq);
+        let (seq, tokens) = (call.seq, call.tokens());
+        match self.sequences.prompt(seq).contains_call(tokens, seen) {
+            true => self.evicts_after_prefill(seq, tokens).then_some(1),
             false => self.settings.decode_step,
         }
     }
 
     /// Scores a sequence if the policy needs it, and selects entries if it is over its budget.
-    pub(super) fn plan(&self, own: &Own) -> Result<Plan> {
-        let (seq, in_store, tokens) = (own.seq, own.in_store, own.tokens());
-        let queries = self.newest_queries(own)?;
-        let (mut budgets, ends) = {
+    pub(super) fn plan(&self, call: &CallTensors) -> Result<Plan> {
+        let (seq, in_store, tokens) = (call.seq, call.in_store, call.tokens());
+        let queries = self.newest_queries(call)?;
+        let (mut budgets, protected) = {
             let seen = self.sequences.seen(seq) + tokens;
             let prompt = self.sequences.prompt_with(seq, tokens).len();
             self.settings.limits(&self.spec, prompt, seen)
         };
-        let lens = self.entries(seq).lens();
+        let lens = self.metadata(seq).lens();
         let over = self.settings.head_budgets.is_over(&lens, &budgets);
-        let evict = self.eviction_step(own).filter(|_| over);
+        let evict = self.eviction_step(call).filter(|_| over);
         let mut plan =
             Plan { seq, tokens, in_store, queries, scores: None, keep: None, selected: false };
-        if evict.is_none() && !self.needs.previous {
+        if evict.is_none() && !self.needs.previous_scores {
             return Ok(plan);
         }
-        let scores = self.score(own, plan.queries.as_ref())?;
+        let scores = self.score(call, plan.queries.as_ref())?;
         if let Some(step) = evict {
-            let least = ends.total().max(1);
-            budgets.iter_mut().for_each(|b| *b = b.saturating_sub(step - 1).max(least));
+            let min = protected.total().max(1);
+            budgets.iter_mut().for_each(|b| *b = b.saturating_sub(step - 1).max(min));
             let (granularity, heads) = (self.settings.granularity, self.settings.head_budgets);
-            plan.keep = Some(select(&scores, &budgets, ends, granularity, heads)?);
+            plan.keep = Some(select(&scores, &budgets, protected, granularity, heads)?);
         }
-        plan.scores = self.needs.previous.then_some(scores);
+        plan.scores = self.needs.previous_scores.then_some(scores);
         Ok(plan)
     }
 
     /// Returns the newest queries including those of the call, if the policy observes them during
     /// decoding.
-    fn newest_queries(&self, own: &Own) -> Result<Option<Tensor>> {
-        let wanted = self.remembered();
+    fn newest_queries(&self, call: &CallTensors) -> Result<Option<Tensor>> {
+        let wanted = self.num_kept_queries();
         if wanted == 0 {
             return Ok(None);
         }
-        let old = self.sequences.get(own.seq).and_then(|s| s.state.queries.as_ref());
+        let old = self.sequences.get(call.seq).and_then(|s| s.state.queries.as_ref());
         let all = match old {
-            Some(old) => Tensor::cat(&[old, &own.unrotated_q], 0)?,
-            None => own.unrotated_q.clone(),
+            Some(old) => Tensor::cat(&[old, &call.unrotated_q], 0)?,
+            None => call.unrotated_q.clone(),
         };
         let len = all.dim(0)?;
         let count = wanted.min(len);

@@ -4,15 +4,15 @@ use std::ops::Range;
 
 use super::PolicyCache;
 use crate::{
-    EvictionPolicy, LayerView, Needs, ObservedQueries, entries::Entries, scores::Scores,
-    storage::whole_lse,
+    EvictionPolicy, LayerView, Needs, ObservedQueries, metadata::EntryMetadata, scores::Scores,
+    storage::lse_with_sink_logits,
 };
 use candle_core::{DType, Tensor};
 use longctx_core::{AttentionSums, Batch, Error, KvStore, Mask, Result, SeqId, Step, attention};
 
 /// The tensors of one sequence in a call.
 #[derive(Debug)]
-pub struct Own {
+pub struct CallTensors {
     pub seq: SeqId,
     tokens: Range<usize>,
     /// Whether the tokens are already in the store.
@@ -26,7 +26,7 @@ pub struct Own {
     lse: Option<Tensor>,
 }
 
-impl Own {
+impl CallTensors {
     /// Takes the rows of one sequence of the step. `q` and `k` are rotated.
     pub fn new(
         step: &Step<'_>,
@@ -62,26 +62,30 @@ struct Observed {
 }
 
 /// Keys and values `[kv_heads, entries, channels]` in f32, if the policy needs them.
-type Rows = (Option<Tensor>, Option<Tensor>);
+type KeysValues = (Option<Tensor>, Option<Tensor>);
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     /// Lets the policy score all entries of a sequence: all heads in one call, or, if heads hold
-    /// different numbers of entries, one call per range of heads with equal numbers. `remembered`
-    /// holds the newest queries.
-    pub(super) fn score(&self, own: &Own, remembered: Option<&Tensor>) -> Result<Scores> {
+    /// different numbers of entries, one call per range of heads with equal numbers.
+    /// `newest_queries` holds the newest queries.
+    pub(super) fn score(
+        &self,
+        call: &CallTensors,
+        newest_queries: Option<&Tensor>,
+    ) -> Result<Scores> {
         let observed = match self.needs.attention {
-            Some(queries) => self.attention_sums(own, queries, remembered)?,
+            Some(queries) => self.attention_sums(call, queries, newest_queries)?,
             None => Observed::default(),
         };
-        let queries = match own.in_store {
-            true => remembered.or(Some(&own.unrotated_q)),
-            false => Some(&own.unrotated_q),
+        let queries = match call.in_store {
+            true => newest_queries.or(Some(&call.unrotated_q)),
+            false => Some(&call.unrotated_q),
         };
         let queries = queries.filter(|_| self.needs.queries.is_some());
-        let lens = self.entries(own.seq).lens();
+        let lens = self.metadata(call.seq).lens();
         let mut runs = Vec::new();
-        for heads in even_runs(&lens) {
-            let scores = self.score_heads(own, &observed, queries, heads.clone())?;
+        for heads in equal_len_runs(&lens) {
+            let scores = self.score_heads(call, &observed, queries, heads.clone())?;
             let expected = [heads.len(), lens[heads.start]];
             if scores.dims() != expected {
                 let (expected, got) = (format!("{expected:?}"), format!("{:?}", scores.dims()));
@@ -95,12 +99,12 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     /// Returns the scores of heads with equal numbers of entries.
     fn score_heads(
         &self,
-        own: &Own,
+        call: &CallTensors,
         observed: &Observed,
         queries: Option<&Tensor>,
         heads: Range<usize>,
     ) -> Result<Tensor> {
-        let (entries, device) = (self.entries(own.seq), own.k.device());
+        let (entries, device) = (self.metadata(call.seq), call.k.device());
         let of_heads = |sums: &AttentionSums| sums.heads(heads.clone());
         let sums = observed.sums.iter().map(of_heads).collect::<Result<Vec<_>>>()?;
         let sums: Vec<_> = sums.iter().filter(|sums| sums.elem_count() > 0).collect();
@@ -113,14 +117,14 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             true => Some(entries.positions_of(heads.clone(), device)?),
             false => None,
         };
-        let previous = match self.needs.previous {
+        let previous = match self.needs.previous_scores {
             true => entries.scores(heads.clone(), device)?,
             false => None,
         };
-        let (keys, values) = self.rows(own, heads.clone())?;
+        let (keys, values) = self.keys_values(call, heads.clone())?;
         self.policy.score(&LayerView {
             spec: &self.spec,
-            seen: self.sequences.seen(own.seq) + own.tokens(),
+            seen: self.sequences.seen(call.seq) + call.tokens(),
             queries,
             entries: entries.lens()[heads.start],
             kv_heads: heads,
@@ -128,54 +132,59 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             keys,
             values,
             attention_sums,
-            observed: observed.queries,
-            previous,
+            observed_queries: observed.queries,
+            previous_scores: previous,
         })
     }
 
     /// Returns the entries of a known sequence.
-    pub(super) fn entries(&self, seq: SeqId) -> &Entries {
+    pub(super) fn metadata(&self, seq: SeqId) -> &EntryMetadata {
         match self.sequences.get(seq) {
-            Some(sequence) => &sequence.state.entries,
+            Some(sequence) => &sequence.state.metadata,
             None => unreachable!("a call begins its sequences"),
         }
     }
 
     /// Returns the rows of heads that hold equally many entries.
-    fn rows(&self, own: &Own, heads: Range<usize>) -> Result<Rows> {
+    fn keys_values(&self, call: &CallTensors, heads: Range<usize>) -> Result<KeysValues> {
         let Needs { keys, values, .. } = self.needs;
         if !keys && !values {
             return Ok((None, None));
         }
-        if self.store.len(own.seq) == 0 {
+        if self.store.len(call.seq) == 0 {
             let of = |x: &Tensor| -> Result<Tensor> {
                 let x = x.narrow(1, heads.start, heads.len())?.transpose(0, 1)?;
                 Ok(x.to_dtype(DType::F32)?.contiguous()?)
             };
             return Ok((
-                keys.then(|| of(&own.k)).transpose()?,
-                values.then(|| of(&own.v)).transpose()?,
+                keys.then(|| of(&call.k)).transpose()?,
+                values.then(|| of(&call.v)).transpose()?,
             ));
         }
-        let rows = heads.map(|head| self.all_rows(own, head)).collect::<Result<Vec<_>>>()?;
+        let rows =
+            heads.map(|head| self.head_keys_values(call, head)).collect::<Result<Vec<_>>>()?;
         let (k, v): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
         let stack = |rows: Vec<Tensor>| Tensor::stack(&rows, 0);
         Ok((keys.then(|| stack(k)).transpose()?, values.then(|| stack(v)).transpose()?))
     }
 
     /// Returns keys and values of one kv head in f32: the store's, followed by the call's.
-    pub(super) fn all_rows(&self, own: &Own, head: usize) -> Result<(Tensor, Tensor)> {
-        let held = match self.store.len(own.seq) {
+    pub(super) fn head_keys_values(
+        &self,
+        call: &CallTensors,
+        head: usize,
+    ) -> Result<(Tensor, Tensor)> {
+        let held = match self.store.len(call.seq) {
             0 => None,
-            _ => Some(self.store.read(own.seq, head)?),
+            _ => Some(self.store.read(call.seq, head)?),
         };
-        if let Some(held) = held.as_ref().filter(|_| own.in_store) {
+        if let Some(held) = held.as_ref().filter(|_| call.in_store) {
             return Ok(held.clone());
         }
         let of_head = |x: &Tensor| -> Result<Tensor> {
             Ok(x.narrow(1, head, 1)?.squeeze(1)?.to_dtype(DType::F32)?.contiguous()?)
         };
-        let (k, v) = (of_head(&own.k)?, of_head(&own.v)?);
+        let (k, v) = (of_head(&call.k)?, of_head(&call.v)?);
         match held {
             Some((keys, values)) => {
                 Ok((Tensor::cat(&[&keys, &k], 0)?, Tensor::cat(&[&values, &v], 0)?))
@@ -187,50 +196,50 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     /// Returns the attention that entries received from the observed queries.
     fn attention_sums(
         &self,
-        own: &Own,
+        call: &CallTensors,
         observed: ObservedQueries,
-        remembered: Option<&Tensor>,
+        newest_queries: Option<&Tensor>,
     ) -> Result<Observed> {
         let (queries, by_position) = match observed {
-            ObservedQueries::Call => (own.tokens(), false),
+            ObservedQueries::Call => (call.tokens(), false),
             ObservedQueries::Newest { queries, by_position } => (queries, by_position),
         };
-        let (q, mut lse) = match remembered {
+        let (q, mut lse) = match newest_queries {
             // During decoding, queries of earlier calls attend to the current entries again.
-            Some(earlier) if own.in_store && queries > 1 => self.look_again(own.seq, earlier)?,
+            Some(earlier) if call.in_store && queries > 1 => self.reattend(call.seq, earlier)?,
             _ => {
-                let count = queries.min(own.tokens());
-                let newest = |x: &Tensor| x.narrow(0, own.tokens() - count, count);
-                let lse = own.lse.as_ref().map(newest).transpose()?;
+                let count = queries.min(call.tokens());
+                let newest = |x: &Tensor| x.narrow(0, call.tokens() - count, count);
+                let lse = call.lse.as_ref().map(newest).transpose()?;
                 let missing = || Error::mismatch("lse", "that of the call's queries", "none");
-                (newest(&own.q)?, lse.ok_or_else(missing)?)
+                (newest(&call.q)?, lse.ok_or_else(missing)?)
             }
         };
         let count = q.dim(0)?;
         if by_position {
             // Attention is exp(score - lse): subtracting ln(n) from the lse counts a query n times.
-            let seen = self.sequences.seen(own.seq) + own.tokens();
+            let seen = self.sequences.seen(call.seq) + call.tokens();
             let logs: Vec<_> = (seen - count..seen).map(|n| (n.max(1) as f32).ln()).collect();
             lse = lse.broadcast_sub(&Tensor::from_vec(logs, (count, 1), lse.device())?)?;
         }
-        let observers = Batch::single(own.seq, count)?;
+        let observers = Batch::single(call.seq, count)?;
         let mut sums = Vec::new();
-        if own.in_store {
+        if call.in_store {
             sums.extend(self.store.attention_sums(&observers, &q, &lse, Mask::Causal)?);
             return Ok(Observed { sums, queries: count });
         }
-        if self.store.len(own.seq) > 0 {
+        if self.store.len(call.seq) > 0 {
             sums.extend(self.store.attention_sums(&observers, &q, &lse, Mask::Full)?);
         }
-        let batch = Batch::single(own.seq, own.tokens())?;
+        let batch = Batch::single(call.seq, call.tokens())?;
         let shape = &self.spec.shape;
-        sums.extend(attention::attention_sums(&batch, &own.k, &observers, &q, &lse, shape)?);
+        sums.extend(attention::attention_sums(&batch, &call.k, &observers, &q, &lse, shape)?);
         Ok(Observed { sums, queries: count })
     }
 
     /// Returns the newest queries, rotated, and their log-sum-exp over the store's current entries,
     /// including the call's token.
-    fn look_again(&self, seq: SeqId, earlier: &Tensor) -> Result<(Tensor, Tensor)> {
+    fn reattend(&self, seq: SeqId, earlier: &Tensor) -> Result<(Tensor, Tensor)> {
         let count = earlier.dim(0)?;
         let end = match self.settings.rerotate {
             true => self.store.len(seq),
@@ -239,13 +248,13 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         let positions: Vec<_> = (end - count as i64..end).collect();
         let q = self.spec.rotate(earlier, &positions)?;
         let state = self.store.attend(&Batch::single(seq, count)?, &q, Mask::Causal)?;
-        let lse = whole_lse(&state, &self.spec)?;
+        let lse = lse_with_sink_logits(&state, &self.spec)?;
         Ok((q, lse))
     }
 }
 
 /// The longest ranges of neighbouring heads that hold equally many entries.
-fn even_runs(lens: &[usize]) -> Vec<Range<usize>> {
+fn equal_len_runs(lens: &[usize]) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (head, len) in lens.iter().enumerate() {
         match runs.last_mut() {

@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use super::rows::Rows;
-use super::state::State;
-use super::{InfLlm, nothing};
-use crate::part::{Part, join};
-use crate::storage::{evict, whole_lse};
+use super::state::SeqState;
+use super::unrotated_rows::UnrotatedRows;
+use super::{InfLlm, missing_state};
+use crate::storage::{evict, lse_with_sink_logits};
+use crate::sub_batch::{SubBatch, assemble};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{
     AttentionState, AttentionSums, Batch, EntryRanges, Error, KvCache, KvStore, Mask, Result,
@@ -14,11 +14,11 @@ use longctx_core::{
 };
 
 /// Decoded tokens beyond the window that the window's store may hold before they are dropped.
-const OVERHANG: usize = 256;
+const EVICTION_STEP: usize = 256;
 
 /// A chunk's rotated rows, and the tokens that each of its sequences sees.
 struct Chunk<'a> {
-    rows: &'a Rows,
+    rows: &'a UnrotatedRows,
     q: Tensor,
     k: Tensor,
     /// Queries rotated to the clipped distance of the past.
@@ -37,7 +37,7 @@ struct ChunkSeq {
     /// Token of the window store's first entry.
     window_start: usize,
     /// Blocks that the chunk retrieves, best first.
-    chosen: Vec<usize>,
+    selected: Vec<usize>,
 }
 
 /// Attention that tokens received: a sequence, the first of these tokens, and a list per query head
@@ -48,7 +48,7 @@ type Received = (SeqId, usize, Vec<Vec<f32>>);
 /// these queries sees all of the tokens, each next one fewer: in reverse order that is a causal
 /// mask.
 struct Reversed {
-    part: Part,
+    part: SubBatch,
     /// The reversed index of each row. The permutation is its own inverse.
     order: Tensor,
     q: Tensor,
@@ -58,61 +58,68 @@ struct Reversed {
 
 impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     /// Processes tokens chunk by chunk. Returns their attention, unless the engine computed it.
-    pub(super) fn take_rows(&mut self, rows: &Rows) -> Result<Option<AttentionState>> {
+    pub(super) fn process_chunks(
+        &mut self,
+        rows: &UnrotatedRows,
+    ) -> Result<Option<AttentionState>> {
         for (seq, own) in rows.batch.iter() {
-            let sizes = self.size.of(self.sequences.prompt_with(seq, own.len()))?;
+            let sizes = self.sizes.of(self.sequences.prompt_with(seq, own.len()))?;
             let spec = &self.spec;
-            let sequence = self.sequences.begin(seq, || State::new(sizes, spec));
+            let sequence = self.sequences.begin(seq, || SeqState::new(sizes, spec));
             sequence.state.resize(sizes, sequence.seen);
         }
         self.past.append(&rows.batch, &rows.k, &rows.v)?;
-        let mut done = Vec::new();
+        let mut processed = Vec::new();
         for round in 0.. {
             let chunk = |seq, tokens: usize| {
                 let size = self.state(seq).map_or(tokens, |state| state.sizes.chunk);
                 (round * size).min(tokens)..((round + 1) * size).min(tokens)
             };
-            let Some(part) = Part::new(&rows.batch, chunk)? else { break };
-            let state = self.take_chunk(&rows.part(&part)?, &rows.batch)?;
-            done.extend(state.map(|state| (part, state)));
+            let Some(part) = SubBatch::new(&rows.batch, chunk)? else { break };
+            let state = self.process_chunk(&rows.sub_batch(&part)?, &rows.batch)?;
+            processed.extend(state.map(|state| (part, state)));
         }
-        if rows.exact.is_some() {
+        if rows.exact_lse.is_some() {
             return Ok(None);
         }
-        let done: Vec<_> = done.iter().map(|(part, state)| (part, state.clone())).collect();
-        join(&done, rows.batch.tokens()).map(Some)
+        let done: Vec<_> = processed.iter().map(|(part, state)| (part, state.clone())).collect();
+        assemble(&done, rows.batch.tokens()).map(Some)
     }
 
-    fn take_chunk(&mut self, rows: &Rows, call: &Batch) -> Result<Option<AttentionState>> {
+    fn process_chunk(
+        &mut self,
+        rows: &UnrotatedRows,
+        call: &Batch,
+    ) -> Result<Option<AttentionState>> {
         let chunk = self.chunk(rows)?;
         let reversed = self.reversed(&chunk)?;
-        let (state, lse) = match &rows.exact {
+        let (state, lse) = match &rows.exact_lse {
             Some(lse) => (None, lse.clone()),
             None => {
                 let mut parts = self.attend_window(&chunk, reversed.as_ref())?;
                 parts.extend(self.attend_past(&chunk)?);
                 let state = AttentionState::merge(&parts)?;
-                let lse = whole_lse(&state, &self.spec)?;
+                let lse = lse_with_sink_logits(&state, &self.spec)?;
                 (Some(state), lse)
             }
         };
         let received = self.received(&chunk, reversed.as_ref(), &lse)?;
         self.window.append(&rows.batch, &chunk.k, &rows.v)?;
-        let done = self.settle(&chunk, received, call);
+        let done = self.commit(&chunk, received, call);
         done.map_err(|error| self.sequences.poison(call, error))?;
         Ok(state)
     }
 
-    fn chunk<'a>(&self, rows: &'a Rows) -> Result<Chunk<'a>> {
+    fn chunk<'a>(&self, rows: &'a UnrotatedRows) -> Result<Chunk<'a>> {
         let positions = rows.batch.positions(|seq| self.seen(seq));
         let mut far = Vec::new();
         for (seq, own) in rows.batch.iter() {
-            let local = self.state(seq).ok_or_else(nothing)?.sizes.local;
+            let local = self.state(seq).ok_or_else(missing_state)?.sizes.local;
             far.resize(own.end, local as i64 - 1);
         }
         let q_far = self.spec.rotate(&rows.q, &far)?;
         let of_seq = |(seq, own): (SeqId, Range<usize>)| -> Result<ChunkSeq> {
-            let (state, start) = (self.state(seq).ok_or_else(nothing)?, self.seen(seq));
+            let (state, start) = (self.state(seq).ok_or_else(missing_state)?, self.seen(seq));
             let mean = q_far.narrow(0, own.start, own.len())?.to_dtype(DType::F32)?.mean(0)?;
             let mean = mean.flatten_all()?.to_device(&Device::Cpu)?.to_vec1::<f32>()?;
             Ok(ChunkSeq {
@@ -121,7 +128,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
                 count: own.len(),
                 leaving: state.leaving(start + own.len()),
                 window_start: start - self.window.len(seq),
-                chosen: state.memory.choose(&mean, state.sizes.top_blocks),
+                selected: state.blocks.select(&mean, state.sizes.top_blocks),
             })
         };
         let seqs = rows.batch.iter().map(of_seq).collect::<Result<_>>()?;
@@ -139,39 +146,39 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         let (batch, shape) = (&chunk.rows.batch, &self.spec.shape);
         let mut states = vec![attention::attend(batch, &chunk.q, &chunk.k, &chunk.rows.v, shape)?];
         for (part, ranges) in self.window_parts(chunk)? {
-            let q = part.take(&chunk.q)?;
+            let q = part.rows(&chunk.q)?;
             let state = self.window.attend(&part.batch, &q, Mask::Entries(&ranges))?;
-            states.push(part.spread(state, batch.tokens())?);
+            states.push(part.scatter(state, batch.tokens())?);
         }
         if let Some(Reversed { part, order, q, k, v }) = reversed {
             let AttentionState { out, lse } = attention::attend(&part.batch, q, k, v, shape)?;
             let (out, lse) = (out.index_select(order, 0)?, lse.index_select(order, 0)?);
-            states.push(part.spread(AttentionState { out, lse }, batch.tokens())?);
+            states.push(part.scatter(AttentionState { out, lse }, batch.tokens())?);
         }
         Ok(states)
     }
 
     /// Returns which queries read which entries of the window's store. All queries read the tokens
     /// that stay in the window. Queries before the first token leaves also read the leaving tokens.
-    fn window_parts(&self, chunk: &Chunk<'_>) -> Result<Vec<(Part, EntryRanges)>> {
+    fn window_parts(&self, chunk: &Chunk<'_>) -> Result<Vec<(SubBatch, EntryRanges)>> {
         let batch = &chunk.rows.batch;
         let early = |seq| {
-            let of = chunk.of(seq);
-            if of.leaving.is_empty() { 0..0 } else { 0..of.count - of.leaving.len() }
+            let s = chunk.seq(seq);
+            if s.leaving.is_empty() { 0..0 } else { 0..s.count - s.leaving.len() }
         };
-        let all = Part::of(batch, |_, _| true)?;
-        let early = Part::new(batch, |seq, _| early(seq))?;
+        let all = SubBatch::of_sequences(batch, |_, _| true)?;
+        let early = SubBatch::new(batch, |seq, _| early(seq))?;
         let mut parts = Vec::new();
         if let Some(part) = all {
-            let ranges = self.window_ranges(chunk, &part, |of| of.leaving.end..of.start)?;
+            let ranges = self.window_ranges(chunk, &part, |s| s.leaving.end..s.start)?;
             parts.push((part, ranges));
         }
         if let Some(part) = early {
-            let ranges = self.window_ranges(chunk, &part, |of| of.leaving.clone())?;
+            let ranges = self.window_ranges(chunk, &part, |s| s.leaving.clone())?;
             parts.push((part, ranges));
         }
         let reads =
-            |(_, ranges): &(Part, EntryRanges)| ranges.heads().iter().any(|r| !r.is_empty());
+            |(_, ranges): &(SubBatch, EntryRanges)| ranges.heads().iter().any(|r| !r.is_empty());
         parts.retain(reads);
         Ok(parts)
     }
@@ -181,13 +188,13 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     fn window_ranges(
         &self,
         chunk: &Chunk<'_>,
-        part: &Part,
+        part: &SubBatch,
         tokens: impl Fn(&ChunkSeq) -> Range<usize>,
     ) -> Result<EntryRanges> {
         let of_seq = |&seq: &SeqId| {
-            let of = chunk.of(seq);
-            let Range { start, end } = tokens(of);
-            let range = start - of.window_start..end - of.window_start;
+            let s = chunk.seq(seq);
+            let Range { start, end } = tokens(s);
+            let range = start - s.window_start..end - s.window_start;
             if range.is_empty() { Vec::new() } else { vec![range] }
         };
         self.for_each_head(part.batch.seqs().iter().map(of_seq))
@@ -202,20 +209,19 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     /// token i and those after it.
     fn reversed(&self, chunk: &Chunk<'_>) -> Result<Option<Reversed>> {
         let late = |seq| {
-            let of = chunk.of(seq);
-            if of.leaving.len() < 2 { 0..0 } else { of.count - of.leaving.len()..of.count - 1 }
+            let s = chunk.seq(seq);
+            if s.leaving.len() < 2 { 0..0 } else { s.count - s.leaving.len()..s.count - 1 }
         };
-        let Some(part) = Part::new(&chunk.rows.batch, |seq, _| late(seq))? else {
+        let Some(part) = SubBatch::new(&chunk.rows.batch, |seq, _| late(seq))? else {
             return Ok(None);
         };
         let order: Vec<u32> =
             part.batch.iter().flat_map(|(_, own)| own.rev().map(|row| row as u32)).collect();
         let order = Tensor::new(order, chunk.q.device())?;
-        let tokens = |of: &ChunkSeq| {
-            of.leaving.start + 1 - of.window_start..of.leaving.end - of.window_start
-        };
+        let tokens =
+            |s: &ChunkSeq| s.leaving.start + 1 - s.window_start..s.leaving.end - s.window_start;
         let (k, v) = self.read_leaving(chunk, &part, &self.window, tokens)?;
-        let q = part.take(&chunk.q)?.index_select(&order, 0)?;
+        let q = part.rows(&chunk.q)?.index_select(&order, 0)?;
         let (k, v) = (k.index_select(&order, 0)?, v.index_select(&order, 0)?);
         Ok(Some(Reversed { part, order, q, k, v }))
     }
@@ -225,14 +231,14 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     fn read_leaving(
         &self,
         chunk: &Chunk<'_>,
-        part: &Part,
+        part: &SubBatch,
         store: &impl KvStore,
         entries: impl Fn(&ChunkSeq) -> Range<usize>,
     ) -> Result<(Tensor, Tensor)> {
         let device = chunk.q.device();
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for &seq in part.batch.seqs() {
-            let range = entries(chunk.of(seq));
+            let range = entries(chunk.seq(seq));
             let (mut k, mut v) = (Vec::new(), Vec::new());
             for head in 0..self.spec.shape.kv_heads {
                 let (head_k, head_v) = store.read_range(seq, head, range.clone())?;
@@ -249,10 +255,10 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     fn attend_past(&self, chunk: &Chunk<'_>) -> Result<Vec<AttentionState>> {
         let (batch, shape) = (&chunk.rows.batch, &self.spec.shape);
         // Tokens that leave the window within the chunk are not yet past for its early queries.
-        let staggered = |of: &ChunkSeq| of.count > 1 && !self.published_remainder;
-        let visible = |of: &ChunkSeq| {
-            let end = if staggered(of) { of.leaving.start } else { of.leaving.end };
-            self.state(of.seq).map_or(Vec::new(), |state| state.visible(&of.chosen, end))
+        let staggered = |s: &ChunkSeq| s.count > 1 && !self.published_remainder;
+        let visible = |s: &ChunkSeq| {
+            let end = if staggered(s) { s.leaving.start } else { s.leaving.end };
+            self.state(s.seq).map_or(Vec::new(), |state| state.visible(&s.selected, end))
         };
         let ranges = self.for_each_head(chunk.seqs.iter().map(visible))?;
         let mut states = Vec::new();
@@ -260,14 +266,14 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
             states.push(self.past.attend(batch, &chunk.q_far, Mask::Entries(&ranges))?);
         }
         let late = |seq| {
-            let of = chunk.of(seq);
-            if staggered(of) { of.count - of.leaving.len()..of.count } else { 0..0 }
+            let s = chunk.seq(seq);
+            if staggered(s) { s.count - s.leaving.len()..s.count } else { 0..0 }
         };
-        if let Some(part) = Part::new(batch, |seq, _| late(seq))? {
-            let (k, v) = self.read_leaving(chunk, &part, &self.past, |of| of.leaving.clone())?;
-            let q = part.take(&chunk.q_far)?;
+        if let Some(part) = SubBatch::new(batch, |seq, _| late(seq))? {
+            let (k, v) = self.read_leaving(chunk, &part, &self.past, |s| s.leaving.clone())?;
+            let q = part.rows(&chunk.q_far)?;
             let state = attention::attend(&part.batch, &q, &k, &v, shape)?;
-            states.push(part.spread(state, batch.tokens())?);
+            states.push(part.scatter(state, batch.tokens())?);
         }
         Ok(states)
     }
@@ -283,7 +289,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         let mut all = Vec::new();
         let mut add = |batch: &Batch, sums: Vec<Vec<f32>>, first: fn(&ChunkSeq) -> usize| {
             for (&seq, sums) in batch.seqs().iter().zip(sums.chunks(shape.heads)) {
-                all.push((seq, first(chunk.of(seq)), sums.to_vec()));
+                all.push((seq, first(chunk.seq(seq)), sums.to_vec()));
             }
         };
         // The tokens that represent a block are selected on the host.
@@ -297,73 +303,72 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
             Ok(rows)
         };
         let sums = attention::attention_sums(batch, &chunk.k, batch, &chunk.q, lse, shape)?;
-        add(batch, by_head(sums)?, |of| of.start);
+        add(batch, by_head(sums)?, |s| s.start);
         for (part, ranges) in self.window_parts(chunk)? {
-            let (q, lse) = (part.take(&chunk.q)?, part.take(lse)?);
+            let (q, lse) = (part.rows(&chunk.q)?, part.rows(lse)?);
             let mask = Mask::Entries(&ranges);
             let sums = self.window.attention_sums(&part.batch, &q, &lse, mask)?;
-            add(&part.batch, by_head(sums)?, |of| of.window_start);
+            add(&part.batch, by_head(sums)?, |s| s.window_start);
         }
         if let Some(Reversed { part, order, q, k, .. }) = reversed {
-            let lse = part.take(lse)?.index_select(order, 0)?;
+            let lse = part.rows(lse)?.index_select(order, 0)?;
             let batch = &part.batch;
             let mut sums = by_head(attention::attention_sums(batch, k, batch, q, &lse, shape)?)?;
             sums.iter_mut().for_each(|sums| sums.reverse());
-            add(batch, sums, |of| of.leaving.start + 1);
+            add(batch, sums, |s| s.leaving.start + 1);
         }
         Ok(all)
     }
 
     /// Moves tokens from the window to the past, and shortens the window's store.
-    fn settle(&mut self, chunk: &Chunk<'_>, received: Vec<Received>, call: &Batch) -> Result<()> {
-        for of in &chunk.seqs {
-            let state = self.state_mut(of.seq)?;
-            state.memory.fetch(&of.chosen, state.sizes.resident_blocks);
-            state.lengthen(of.count);
+    fn commit(&mut self, chunk: &Chunk<'_>, received: Vec<Received>, call: &Batch) -> Result<()> {
+        for s in &chunk.seqs {
+            let state = self.state_mut(s.seq)?;
+            state.blocks.make_resident(&s.selected, state.sizes.resident_blocks);
+            state.append(s.count);
         }
         for (seq, first, sums) in received {
-            self.state_mut(seq)?.note(first, &sums);
+            self.state_mut(seq)?.add_attention(first, &sums);
         }
-        for of in &chunk.seqs {
-            let blocks = self.state_mut(of.seq)?.leave(of.leaving.end);
+        for s in &chunk.seqs {
+            let blocks = self.state_mut(s.seq)?.leave_window(s.leaving.end);
             for block in blocks {
                 let keys = (0..self.spec.shape.kv_heads).map(|head| {
-                    let (keys, _) = self.past.read_range(of.seq, head, block.clone())?;
+                    let (keys, _) = self.past.read_range(s.seq, head, block.clone())?;
                     Ok(keys.flatten_all()?.to_vec1()?)
                 });
                 let keys = keys.collect::<Result<Vec<_>>>()?;
-                self.state_mut(of.seq)?.add_block(&keys);
+                self.state_mut(s.seq)?.add_block(&keys);
             }
-            let tokens =
-                call.iter().find(|(seq, _)| *seq == of.seq).map_or(0, |(_, own)| own.len());
-            self.sequences.advance_part(of.seq, of.count, tokens);
-            self.cut_window(of)?;
+            let tokens = call.iter().find(|(seq, _)| *seq == s.seq).map_or(0, |(_, own)| own.len());
+            self.sequences.advance_part(s.seq, s.count, tokens);
+            self.trim_window(s)?;
         }
         Ok(())
     }
 
     /// Drops tokens outside the window once there are more than `OVERHANG` of them.
-    fn cut_window(&mut self, of: &ChunkSeq) -> Result<()> {
-        let len = self.window.len(of.seq);
-        let inside = of.start + of.count - of.leaving.end;
-        let overhang = if of.count > 1 { 0 } else { OVERHANG };
+    fn trim_window(&mut self, s: &ChunkSeq) -> Result<()> {
+        let len = self.window.len(s.seq);
+        let inside = s.start + s.count - s.leaving.end;
+        let overhang = if s.count > 1 { 0 } else { EVICTION_STEP };
         if len > inside + overhang {
             let newest = (len - inside) as u32..len as u32;
             let keep = Selection::uniform(self.spec.shape.kv_heads, newest.collect());
-            evict(&mut self.window, of.seq, &keep)?;
+            evict(&mut self.window, s.seq, &keep)?;
         }
         Ok(())
     }
 
-    fn state_mut(&mut self, seq: SeqId) -> Result<&mut State> {
+    fn state_mut(&mut self, seq: SeqId) -> Result<&mut SeqState> {
         let sequence = self.sequences.get_mut(seq);
         sequence.map(|sequence| &mut sequence.state).ok_or(Error::UnknownSequence(seq))
     }
 }
 
 impl Chunk<'_> {
-    fn of(&self, seq: SeqId) -> &ChunkSeq {
-        let found = self.seqs.iter().find(|of| of.seq == seq);
+    fn seq(&self, seq: SeqId) -> &ChunkSeq {
+        let found = self.seqs.iter().find(|s| s.seq == seq);
         found.unwrap_or_else(|| unreachable!("a chunk knows its sequences"))
     }
 }

@@ -85,16 +85,16 @@ impl InfLlmSettings {
 
 /// Fixed sizes, or sizes that are a ratio of each prompt.
 #[derive(Debug, Clone, Copy)]
-pub enum Size {
+pub enum Sizes {
     Fixed(InfLlmSettings),
     Ratio(f64),
 }
 
-impl Size {
+impl Sizes {
     pub fn of(self, prompt: Prompt) -> Result<InfLlmSettings> {
         match self {
-            Size::Fixed(sizes) => Ok(sizes),
-            Size::Ratio(ratio) => InfLlmSettings::of_prompt(ratio, prompt.len()),
+            Sizes::Fixed(sizes) => Ok(sizes),
+            Sizes::Ratio(ratio) => InfLlmSettings::of_prompt(ratio, prompt.len()),
         }
     }
 }

@@ -1,15 +1,17 @@
 //! Expected Attention: Devoto et al., "Expected Attention: KV Cache Compression by Estimating
 //! Attention from Future Queries Distribution", arXiv 2510.00636.
 
-use super::window::{above, equal};
-use crate::{Budget, EvictionPolicy, Group, LayerView, Needs, PolicyCache, Protected, Settings};
+use super::window::{equal_scores, max_plus_one};
+use crate::{
+    Budget, EvictionPolicy, GroupReduction, LayerView, Needs, PolicyCache, Protected, Settings,
+};
 use candle_core::{D, DType, Tensor};
 use longctx_core::{Error, KvStore, LayerSpec, Result, Rope};
 
 /// Number of future positions over which the rotary embedding is averaged.
-const FUTURE: usize = 512;
+const FUTURE_POSITIONS: usize = 512;
 /// Queries that are kept during decoding, if the cache evicts then.
-const REMEMBERED: usize = 128;
+const NUM_QUERIES: usize = 128;
 
 /// Keeps the entries that future queries are expected to attend to, weighted with the norm of the
 /// values.
@@ -20,7 +22,7 @@ const REMEMBERED: usize = 128;
 #[derive(Debug, Clone, Copy)]
 pub struct ExpectedAttention {
     sinks: usize,
-    group: Group,
+    group: GroupReduction,
 }
 
 impl Default for ExpectedAttention {
@@ -34,12 +36,12 @@ impl ExpectedAttention {
     /// Creates the policy. The first `sinks` tokens are kept, and their queries, which are often
     /// outliers, are excluded from the statistics.
     pub fn new(sinks: usize) -> Self {
-        Self { sinks, group: Group::Mean }
+        Self { sinks, group: GroupReduction::Mean }
     }
 
     /// Sets how the expected attention of a group's query heads is reduced; the mean by default.
     #[must_use]
-    pub fn with_group(mut self, group: Group) -> Self {
+    pub fn with_group_reduction(mut self, group: GroupReduction) -> Self {
         self.group = group;
         self
     }
@@ -60,13 +62,13 @@ impl ExpectedAttention {
         let logits = (first + (second * (scale * scale / 2.0))?)?;
         let expected = candle_nn::ops::softmax(&logits, D::Minus1)?;
         let values = view.values()?.narrow(1, self.sinks, others)?;
-        Ok(Some((self.group.join(&expected)? * values.sqr()?.sum(2)?.sqrt()?)?))
+        Ok(Some((self.group.reduce(&expected)? * values.sqr()?.sum(2)?.sqrt()?)?))
     }
 }
 
 impl EvictionPolicy for ExpectedAttention {
     fn needs(&self) -> Needs {
-        Needs { keys: true, values: true, queries: Some(REMEMBERED), ..Default::default() }
+        Needs { keys: true, values: true, queries: Some(NUM_QUERIES), ..Default::default() }
     }
 
     fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
@@ -83,11 +85,11 @@ impl EvictionPolicy for ExpectedAttention {
         let q = q.narrow(1, view.kv_heads.start * group, view.kv_heads.len() * group)?;
         let queries = Queries::of(&q, &rotation, group)?;
         let Some(scores) = self.score_others(view, &queries)? else {
-            return equal(view, view.keys()?);
+            return equal_scores(view, view.keys()?);
         };
         match view.entries - scores.dim(1)? {
             0 => Ok(scores),
-            sinks => Ok(Tensor::cat(&[&above(&scores, sinks)?, &scores], 1)?),
+            sinks => Ok(Tensor::cat(&[&max_plus_one(&scores, sinks)?, &scores], 1)?),
         }
     }
 }
@@ -131,10 +133,10 @@ impl Queries {
         let covariance =
             (centred.transpose(1, 2)?.contiguous()?.matmul(&centred)? / tokens as f64)?;
         let all = rotation.unsqueeze(0)?.expand((heads, d, d))?.contiguous()?;
-        let turned = all.matmul(&covariance)?.matmul(&all.transpose(1, 2)?.contiguous()?)?;
+        let rotated = all.matmul(&covariance)?.matmul(&all.transpose(1, 2)?.contiguous()?)?;
         Ok(Self {
             mean: mean.matmul(&rotation.t()?)?.reshape(((), group, d))?,
-            covariance: turned.reshape(((), group, d, d))?,
+            covariance: rotated.reshape(((), group, d, d))?,
         })
     }
 }
@@ -143,8 +145,8 @@ impl Queries {
 /// channel pairs (i, i + pairs); further channels are unchanged.
 fn mean_rotation(rope: &Rope, next: usize, d: usize) -> Vec<f32> {
     let mean = |f: fn(f64) -> f64, frequency: f64| {
-        let ahead = next..next + FUTURE;
-        (ahead.map(|p| f(p as f64 * frequency)).sum::<f64>() / FUTURE as f64) as f32
+        let ahead = next..next + FUTURE_POSITIONS;
+        (ahead.map(|p| f(p as f64 * frequency)).sum::<f64>() / FUTURE_POSITIONS as f64) as f32
     };
     let mut rotation: Vec<f32> = (0..d * d).map(|i| f32::from(u8::from(i % d == i / d))).collect();
     let half = rope.frequencies().len();

@@ -1,10 +1,10 @@
 //! Finch: Corallo and Papotti, "FINCH: Prompt-guided Key-Value Cache Compression for Large Language
 //! Models", TACL 2024.
 
-use super::window::{check_window, equal, protect_newest};
+use super::window::{check_window, equal_scores, protect_newest};
 use crate::{
-    Budget, EvictionPolicy, Group, LayerView, Needs, ObservedQueries, PolicyCache, Protected,
-    Settings,
+    Budget, EvictionPolicy, GroupReduction, LayerView, Needs, ObservedQueries, PolicyCache,
+    Protected, Settings,
 };
 use candle_core::Tensor;
 use longctx_core::{KvStore, LayerSpec, Result};
@@ -16,7 +16,7 @@ use longctx_core::{KvStore, LayerSpec, Result};
 #[derive(Debug, Clone, Copy)]
 pub struct Finch {
     question: usize,
-    group: Group,
+    group: GroupReduction,
 }
 
 impl Finch {
@@ -26,12 +26,12 @@ impl Finch {
     /// [`Error::Setting`](longctx_core::Error::Setting) if `question` is 0.
     pub fn new(question: usize) -> Result<Self> {
         check_window(question)?;
-        Ok(Self { question, group: Group::Mean })
+        Ok(Self { question, group: GroupReduction::Mean })
     }
 
     /// Sets how the scores of a group's query heads are reduced; the mean by default.
     #[must_use]
-    pub fn with_group(mut self, group: Group) -> Self {
+    pub fn with_group_reduction(mut self, group: GroupReduction) -> Self {
         self.group = group;
         self
     }
@@ -47,9 +47,9 @@ impl EvictionPolicy for Finch {
         let before = view.entries.saturating_sub(self.question);
         let sums = view.attention_sums()?;
         if before == 0 {
-            return equal(view, sums);
+            return equal_scores(view, sums);
         }
-        protect_newest(&self.group.join(&sums.narrow(2, 0, before)?)?, view)
+        protect_newest(&self.group.reduce(&sums.narrow(2, 0, before)?)?, view)
     }
 }
 

@@ -2,8 +2,8 @@
 //! Language Models", arXiv 2306.14048.
 
 use crate::{
-    Budget, EvictionPolicy, Group, LayerView, Needs, ObservedQueries, PolicyCache, Protected,
-    Settings,
+    Budget, EvictionPolicy, GroupReduction, LayerView, Needs, ObservedQueries, PolicyCache,
+    Protected, Settings,
 };
 use candle_core::Tensor;
 use longctx_core::{KvStore, LayerSpec, Result};
@@ -13,13 +13,13 @@ use longctx_core::{KvStore, LayerSpec, Result};
 /// Attention is summed over all queries, of the prompt and of decoded tokens.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct H2o {
-    group: Group,
+    group: GroupReduction,
 }
 
 impl H2o {
     /// Sets how the attention of a group's query heads is reduced; the mean by default.
     #[must_use]
-    pub fn with_group(mut self, group: Group) -> Self {
+    pub fn with_group_reduction(mut self, group: GroupReduction) -> Self {
         self.group = group;
         self
     }
@@ -27,12 +27,16 @@ impl H2o {
 
 impl EvictionPolicy for H2o {
     fn needs(&self) -> Needs {
-        Needs { attention: Some(ObservedQueries::Call), previous: true, ..Default::default() }
+        Needs {
+            attention: Some(ObservedQueries::Call),
+            previous_scores: true,
+            ..Default::default()
+        }
     }
 
     fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
-        let scores = self.group.join(view.attention_sums()?)?;
-        match &view.previous {
+        let scores = self.group.reduce(view.attention_sums()?)?;
+        match &view.previous_scores {
             Some(previous) => Ok((previous + scores)?),
             None => Ok(scores),
         }

@@ -1,10 +1,10 @@
 //! SnapKV: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv
 //! 2404.14469.
 
-use super::window::{check_window, equal, protect_newest};
+use super::window::{check_window, equal_scores, protect_newest};
 use crate::{
-    Budget, EvictionPolicy, Group, LayerView, Needs, ObservedQueries, PolicyCache, Protected,
-    Settings,
+    Budget, EvictionPolicy, GroupReduction, LayerView, Needs, ObservedQueries, PolicyCache,
+    Protected, Settings,
 };
 use candle_core::Tensor;
 use longctx_core::{Error, KvStore, LayerSpec, Result};
@@ -15,7 +15,7 @@ use longctx_core::{Error, KvStore, LayerSpec, Result};
 pub struct SnapKv {
     window: usize,
     kernel: usize,
-    group: Group,
+    group: GroupReduction,
 }
 
 impl SnapKv {
@@ -26,7 +26,7 @@ impl SnapKv {
     /// [`Error::Setting`] if the window is 0.
     pub fn new(window: usize) -> Result<Self> {
         check_window(window)?;
-        Ok(Self { window, kernel: 5, group: Group::Mean })
+        Ok(Self { window, kernel: 5, group: GroupReduction::Mean })
     }
 
     /// Sets the smoothing kernel to `kernel` tokens; 1 disables smoothing.
@@ -43,7 +43,7 @@ impl SnapKv {
 
     /// Sets how the scores of a group's query heads are reduced; the mean by default.
     #[must_use]
-    pub fn with_group(mut self, group: Group) -> Self {
+    pub fn with_group_reduction(mut self, group: GroupReduction) -> Self {
         self.group = group;
         self
     }
@@ -59,11 +59,11 @@ impl EvictionPolicy for SnapKv {
         let before = view.entries.saturating_sub(self.window);
         let sums = view.attention_sums()?;
         if before == 0 {
-            return equal(view, sums);
+            return equal_scores(view, sums);
         }
         let sums = sums.narrow(2, 0, before)?;
-        let smooth = (smoothed(&sums, self.kernel)? / view.observed as f64)?;
-        protect_newest(&self.group.join(&smooth)?, view)
+        let smooth = (smoothed(&sums, self.kernel)? / view.observed_queries as f64)?;
+        protect_newest(&self.group.reduce(&smooth)?, view)
     }
 }
 

@@ -1,6 +1,6 @@
 //! TOVA: Oren et al., "Transformers are Multi-State RNNs", arXiv 2401.06104.
 
-use super::window::{equal, protect_newest};
+use super::window::{equal_scores, protect_newest};
 use crate::{
     Budget, EvictionPolicy, LayerView, Needs, ObservedQueries, PolicyCache, Protected, Settings,
 };
@@ -42,7 +42,7 @@ impl EvictionPolicy for Tova {
         let sums = view.attention_sums()?;
         let older = view.entries - usize::from(!self.published_newest);
         if older == 0 {
-            return equal(view, sums);
+            return equal_scores(view, sums);
         }
         let mean = sums.flatten(0, 1)?.mean_keepdim(0)?.narrow(1, 0, older)?;
         protect_newest(&mean.broadcast_as((kv_heads, mean.dim(1)?))?, view)

@@ -1,30 +1,30 @@
 //! The minimum and maximum of each key channel per page.
 
-use crate::Group;
+use crate::GroupReduction;
 use half::f16;
 use longctx_core::Footprint;
 
 /// Bounds of one sequence's pages.
 #[derive(Debug, Clone)]
-pub struct Bounds {
-    page: usize,
+pub struct PageBounds {
+    page_size: usize,
     head_dim: usize,
     /// For each kv head the minimum and maximum of each channel in each page, including the last,
     /// partial one: `[pages, 2, head_dim]`, rounded to f16 as in the published code.
     heads: Vec<Vec<f16>>,
 }
 
-impl Bounds {
+impl PageBounds {
     /// Creates bounds without pages.
-    pub fn new(kv_heads: usize, page: usize, head_dim: usize) -> Self {
-        Self { page, head_dim, heads: vec![Vec::new(); kv_heads] }
+    pub fn new(kv_heads: usize, page_size: usize, head_dim: usize) -> Self {
+        Self { page_size, head_dim, heads: vec![Vec::new(); kv_heads] }
     }
 
     /// Adds a head's keys `[tokens, head_dim]` of the tokens from `first` on.
     pub fn add(&mut self, head: usize, first: usize, keys: &[f32]) {
         let (d, bounds) = (self.head_dim, &mut self.heads[head]);
         for (i, key) in keys.chunks_exact(d).enumerate() {
-            let at = (first + i) / self.page * 2 * d;
+            let at = (first + i) / self.page_size * 2 * d;
             let rounded = key.iter().map(|&x| round(x));
             if at == bounds.len() {
                 bounds.extend(rounded.clone());
@@ -42,15 +42,21 @@ impl Bounds {
     /// Drops the pages that are not entirely within the first `len` tokens. Returns the first token
     /// without bounds.
     pub fn truncate(&mut self, len: usize) -> usize {
-        let whole = len / self.page;
+        let whole = len / self.page_size;
         self.heads.iter_mut().for_each(|head| head.truncate(whole * 2 * self.head_dim));
-        whole * self.page
+        whole * self.page_size
     }
 
     /// Returns the `count` pages of a head with the highest bounds for the queries of its group, in
     /// text order, among the pages of `len` tokens. The newest page is always included.
-    pub fn choose(&self, head: usize, queries: &[f32], len: usize, count: usize) -> Vec<usize> {
-        let (d, pages) = (self.head_dim, len.div_ceil(self.page));
+    pub fn select_pages(
+        &self,
+        head: usize,
+        queries: &[f32],
+        len: usize,
+        count: usize,
+    ) -> Vec<usize> {
+        let (d, pages) = (self.head_dim, len.div_ceil(self.page_size));
         if pages <= count {
             return (0..pages).collect();
         }
@@ -63,7 +69,7 @@ impl Bounds {
                 scores.push(bound(query, &page));
             }
         }
-        let scores = Group::Max.join_lists(&scores);
+        let scores = GroupReduction::Max.reduce_lists(&scores);
         let mut order: Vec<_> = (0..pages - 1).collect();
         let best_first = |&a: &usize, &b: &usize| scores[b].total_cmp(&scores[a]).then(a.cmp(&b));
         if count > 1 {

@@ -245,7 +245,7 @@ pub fn caches<S: KvStore + 'static>(
     let others: [(_, Box<dyn KvCache>); 5] = [
         ("streaming-llm", Box::new(streaming())),
         ("streaming-llm by steps", Box::new(streaming().with_step(5).unwrap())),
-        ("quest", Box::new(Quest::with_page(spec(), store(), 16, 4).unwrap())),
+        ("quest", Box::new(Quest::with_page_size(spec(), store(), 16, 4).unwrap())),
         ("inf-llm", Box::new(inf_llm())),
         ("inf-llm, exact prompts", Box::new(inf_llm().with_exact_prompt())),
     ];

@@ -4,7 +4,7 @@
 //! for its product with the removal key, once to update it and compute the output.
 
 use crate::matrix::Rows;
-use crate::split::{Columns, Units, split};
+use crate::split_columns::{Columns, UnitMatrix, split_columns};
 use pulp::{Arch, Scalar, Simd, WithSimd};
 
 /// Smallest number of tokens x channels for which several threads are used.
@@ -18,9 +18,9 @@ pub struct Inputs<'a> {
     pub v: Rows<'a>,
     pub w: Rows<'a>,
     /// κ̂.
-    pub removal: Rows<'a>,
+    pub removal_key: Rows<'a>,
     /// a ∘ κ̂.
-    pub added: Rows<'a>,
+    pub scaled_removal_key: Rows<'a>,
 }
 
 /// Updates the state of one sequence and writes `y` `[tokens, heads, values]`.
@@ -33,19 +33,19 @@ pub fn delta_rule(
 ) {
     let heads = inputs.r.width / head_dim;
     let matrices = [
-        Units { data: y, per_unit: head_dim },
-        Units { data: state, per_unit: head_dim * head_dim },
+        UnitMatrix { data: y, per_unit: head_dim },
+        UnitMatrix { data: state, per_unit: head_dim * head_dim },
     ];
     let parallel = tokens * heads * head_dim >= PARALLEL;
-    split(heads, 1, parallel, matrices, |head, [y, mut state]| {
+    split_columns(heads, 1, parallel, matrices, |head, [y, mut state]| {
         let start = head.start * head_dim;
         let inputs = Inputs {
             r: inputs.r.columns(start, head_dim),
             k: inputs.k.columns(start, head_dim),
             v: inputs.v.columns(start, head_dim),
             w: inputs.w.columns(start, head_dim),
-            removal: inputs.removal.columns(start, head_dim),
-            added: inputs.added.columns(start, head_dim),
+            removal_key: inputs.removal_key.columns(start, head_dim),
+            scaled_removal_key: inputs.scaled_removal_key.columns(start, head_dim),
         };
         Arch::new().dispatch(Head { inputs, tokens, state: state.row(0), y });
     });
@@ -68,8 +68,8 @@ impl WithSimd for Head<'_> {
                 r: self.inputs.r.row(t),
                 k: self.inputs.k.row(t),
                 w: self.inputs.w.row(t),
-                removal: self.inputs.removal.row(t),
-                added: self.inputs.added.row(t),
+                removal_key: self.inputs.removal_key.row(t),
+                scaled_removal_key: self.inputs.scaled_removal_key.row(t),
             };
             let (v, v_tail) = S::as_simd_f32s(self.inputs.v.row(t));
             let (y, y_tail) = S::as_mut_simd_f32s(self.y.row(t));
@@ -96,8 +96,8 @@ struct Token<'a> {
     r: &'a [f32],
     k: &'a [f32],
     w: &'a [f32],
-    removal: &'a [f32],
-    added: &'a [f32],
+    removal_key: &'a [f32],
+    scaled_removal_key: &'a [f32],
 }
 
 impl Token<'_> {
@@ -115,20 +115,20 @@ impl Token<'_> {
     ) {
         let d = self.r.len();
         let mut found = [simd.splat_f32s(0.0); M];
-        for (s, &removal) in state.chunks_exact(d).zip(self.removal) {
+        for (s, &removal_key) in state.chunks_exact(d).zip(self.removal_key) {
             let s = &S::as_simd_f32s(&s[skip..]).0[at..at + M];
             for m in 0..M {
-                found[m] = simd.mul_add_f32s(s[m], simd.splat_f32s(-removal), found[m]);
+                found[m] = simd.mul_add_f32s(s[m], simd.splat_f32s(-removal_key), found[m]);
             }
         }
         let v: [S::f32s; M] = std::array::from_fn(|m| v[at + m]);
         let mut sum = [simd.splat_f32s(0.0); M];
-        let keys = self.r.iter().zip(self.k).zip(self.w).zip(self.added);
-        for (s, (((&r, &k), &w), &added)) in state.chunks_exact_mut(d).zip(keys) {
+        let keys = self.r.iter().zip(self.k).zip(self.w).zip(self.scaled_removal_key);
+        for (s, (((&r, &k), &w), &scaled_removal_key)) in state.chunks_exact_mut(d).zip(keys) {
             let s = &mut S::as_mut_simd_f32s(&mut s[skip..]).0[at..at + M];
             for m in 0..M {
                 let new = simd.mul_f32s(v[m], simd.splat_f32s(k));
-                let new = simd.mul_add_f32s(found[m], simd.splat_f32s(added), new);
+                let new = simd.mul_add_f32s(found[m], simd.splat_f32s(scaled_removal_key), new);
                 s[m] = simd.mul_add_f32s(s[m], simd.splat_f32s(w), new);
                 sum[m] = simd.mul_add_f32s(s[m], simd.splat_f32s(r), sum[m]);
             }

@@ -1,0 +1,114 @@
+//! Token losses of a causal language model.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+use longctx_core::{Batch, CausalLm, Error, Logits, Result, SeqId};
+use rayon::prelude::*;
+use tokenizers::Tokenizer;
+
+/// Tokens per call: the logits of a whole prompt over the vocabulary would not fit in memory.
+const CHUNK: usize = 256;
+/// The sequence in which all texts are evaluated.
+const SEQ: SeqId = 0;
+
+/// A model that keeps its cache between texts, so that a common prefix is evaluated once.
+#[derive(Debug)]
+pub struct LossModel<M> {
+    model: M,
+    fed: Vec<u32>,
+}
+
+impl<M: CausalLm> LossModel<M> {
+    pub fn new(model: M) -> Self {
+        Self { model, fed: Vec::new() }
+    }
+
+    /// Returns the longest context of the model, in tokens.
+    pub fn context_length(&self) -> usize {
+        self.model.context_length().unwrap_or(usize::MAX)
+    }
+
+    /// Returns the loss (negative log-likelihood, in nats) of each token after the first of
+    /// `ids[from..]`, given all tokens before it.
+    pub fn losses(&mut self, ids: &[u32], from: usize) -> Result<Vec<f32>> {
+        if ids.len() < from + 2 {
+            return Ok(Vec::new());
+        }
+        // The logits of the last token are not needed, so it is not fed.
+        let ids_fed = &ids[..ids.len() - 1];
+        let same = self.fed.iter().zip(ids_fed).take_while(|(a, b)| a == b).count();
+        self.truncate(same.min(from))?;
+        while self.fed.len() < from {
+            let next = &ids[self.fed.len()..from];
+            self.feed(&next[..next.len().min(CHUNK)], Logits::Last)?;
+        }
+        let mut losses = Vec::with_capacity(ids.len() - from - 1);
+        for start in (from..ids_fed.len()).step_by(CHUNK) {
+            let end = ids_fed.len().min(start + CHUNK);
+            let logits = self.feed(&ids[start..end], Logits::All)?;
+            let vocab = logits.dim(1)?;
+            let logits = logits.flatten_all()?.to_vec1::<f32>()?;
+            let rows = logits.par_chunks(vocab).zip(&ids[start + 1..=end]);
+            losses.extend(rows.map(|(row, &id)| loss(row, id as usize)).collect::<Vec<_>>());
+        }
+        match losses.iter().position(|loss| !loss.is_finite()) {
+            Some(at) => {
+                let (value, position) = (losses[at], format!("token {}", from + 1 + at));
+                Err(Error::NotFinite { what: "loss".into(), value, position })
+            }
+            None => Ok(losses),
+        }
+    }
+
+    fn feed(&mut self, ids: &[u32], logits: Logits) -> Result<Tensor> {
+        let logits = self.model.forward(&Batch::single(SEQ, ids.len())?, ids, logits)?;
+        self.fed.extend_from_slice(ids);
+        Ok(logits)
+    }
+
+    /// Truncates to the first `len` tokens, or to none if the model does not support it.
+    fn truncate(&mut self, len: usize) -> Result<()> {
+        if len > 0 && self.model.check_truncate(SEQ, len).is_ok() {
+            self.model.truncate(SEQ, len)?;
+            self.fed.truncate(len);
+        } else {
+            self.model.remove(SEQ);
+            self.fed.clear();
+        }
+        Ok(())
+    }
+}
+
+fn loss(logits: &[f32], id: usize) -> f32 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = logits.iter().map(|x| (x - max).exp()).sum();
+    sum.ln() + max - logits[id]
+}
+
+/// Returns the mean, as the loss of a whole text; NaN for an empty list.
+pub fn mean(losses: &[f32]) -> f32 {
+    (losses.iter().map(|&x| f64::from(x)).sum::<f64>() / losses.len() as f64) as f32
+}
+
+/// The tokens of a text, each with its byte range.
+pub struct Tokens {
+    pub ids: Vec<u32>,
+    pub offsets: Vec<Range<usize>>,
+}
+
+/// Tokenizes a text. `special` adds the special tokens that the model expects around it.
+pub fn encode(tokenizer: &Tokenizer, text: &str, special: bool) -> Result<Tokens> {
+    let encoding = tokenizer.encode(text, special).map_err(failed)?;
+    let offsets = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+    Ok(Tokens { ids: encoding.get_ids().to_vec(), offsets })
+}
+
+/// Returns the number of tokens of a text, with the special tokens around it.
+pub fn count(tokenizer: &Tokenizer, text: &str) -> Result<usize> {
+    Ok(tokenizer.encode_fast(text, true).map_err(failed)?.len())
+}
+
+pub fn failed(e: tokenizers::Error) -> Error {
+    Error::Unsupported(format!("tokenizer: {e}"))
+}

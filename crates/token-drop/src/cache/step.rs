@@ -1,0 +1,255 @@
+//! Processes a call: attention, scores, selection and the changes to the store.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::plan::Plan;
+use super::score::CallTensors;
+use super::{PolicyCache, SeqState};
+use crate::{
+    EvictionPolicy,
+    storage::{evict, lse_with_sink_logits, truncate_heads},
+    sub_batch::{SubBatch, assemble},
+};
+use candle_core::Tensor;
+use longctx_core::{
+    AttentionState, Batch, Error, KvStore, Mask, Result, Selection, SeqId, Step, attention,
+};
+
+/// Kept keys `[kept, kv_heads, head_dim]`, rotated to contiguous positions, and values, by
+/// sequence.
+type Rewritten = BTreeMap<SeqId, (Tensor, Tensor)>;
+
+impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
+    /// Adds a call's tokens to the metadata of the entries. Returns the number of entries that each
+    /// head of the sequences held before.
+    pub(super) fn begin(&mut self, batch: &Batch) -> Vec<Vec<usize>> {
+        let kv_heads = self.spec.shape.kv_heads;
+        let begin = |(seq, tokens): (SeqId, std::ops::Range<usize>)| {
+            let sequence = self.sequences.begin(seq, || SeqState::new(kv_heads));
+            sequence.state.metadata.add(sequence.seen..sequence.seen + tokens.len());
+            self.store.lens(seq)
+        };
+        batch.iter().map(begin).collect()
+    }
+
+    /// Restores the state before a failed call. Sequences that cannot be restored are poisoned.
+    pub(super) fn roll_back(&mut self, batch: &Batch, lens: &[Vec<usize>], error: Error) -> Error {
+        if self.sequences.check(batch).is_err() {
+            return error;
+        }
+        for ((seq, tokens), lens) in batch.iter().zip(lens) {
+            if truncate_heads(&mut self.store, seq, lens).is_err() {
+                return self.sequences.poison(batch, error);
+            }
+            match self.sequences.get_mut(seq) {
+                Some(sequence) if !lens.is_empty() => {
+                    sequence.state.metadata.drop_newest(tokens.len());
+                }
+                _ => self.sequences.forget(seq),
+            }
+        }
+        error
+    }
+
+    /// Attends and keeps the selected entries.
+    pub(super) fn attend_and_evict(&mut self, step: &Step<'_>) -> Result<Tensor> {
+        let (q, k) = step.rotate(&self.spec, |seq| self.next_position(seq))?;
+        let joins =
+            |(seq, own): &(SeqId, std::ops::Range<usize>)| self.appends_first(*seq, own.len());
+        let appended_first: BTreeSet<_> =
+            step.batch.iter().filter(joins).map(|(seq, _)| seq).collect();
+        let prompts = SubBatch::of_sequences(step.batch, |seq, _| !appended_first.contains(&seq))?;
+        let decoded = SubBatch::of_sequences(step.batch, |seq, _| appended_first.contains(&seq))?;
+        let mut parts = Vec::new();
+        if let Some(part) = &prompts {
+            parts.push((part, self.attend_prompts(step, &q, &k, part)?));
+        }
+        if let Some(part) = &decoded {
+            self.store.append(&part.batch, &part.rows(&k)?, &part.rows(step.v)?)?;
+            parts.push((part, self.store.attend(&part.batch, &part.rows(&q)?, Mask::Causal)?));
+        }
+        let whole = assemble(&parts, step.batch.tokens())?;
+        let lse =
+            self.needs.attention.map(|_| lse_with_sink_logits(&whole, &self.spec)).transpose()?;
+        let out = self.spec.output(whole, step.q.dtype())?;
+        self.score_and_evict(step, (&q, &k), lse.as_ref(), &appended_first)?;
+        Ok(out)
+    }
+
+    /// Appends prompts whose attention was computed by the engine.
+    pub(super) fn append_attended(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
+        let (q, k) = step.rotate(&self.spec, |_| 0)?;
+        self.score_and_evict(
+            step,
+            (&q, &k),
+            lse.filter(|_| self.needs.attention.is_some()),
+            &BTreeSet::new(),
+        )
+    }
+
+    /// Exact attention among each sequence's own tokens, and over its kept entries.
+    fn attend_prompts(
+        &self,
+        step: &Step<'_>,
+        q: &Tensor,
+        k: &Tensor,
+        part: &SubBatch,
+    ) -> Result<AttentionState> {
+        let (batch, shape) = (&part.batch, &self.spec.shape);
+        let (q, k, v) = (part.rows(q)?, part.rows(k)?, part.rows(step.v)?);
+        let mut parts = vec![attention::attend(batch, &q, &k, &v, shape)?];
+        if batch.seqs().iter().any(|&seq| self.store.len(seq) > 0) {
+            parts.push(self.store.attend(batch, &q, Mask::Full)?);
+        }
+        AttentionState::merge(&parts)
+    }
+
+    /// Scores and selects for every sequence, and then changes the store.
+    fn score_and_evict(
+        &mut self,
+        step: &Step<'_>,
+        (q, k): (&Tensor, &Tensor),
+        lse: Option<&Tensor>,
+        appended_first: &BTreeSet<SeqId>,
+    ) -> Result<()> {
+        let (mut plans, mut rewritten) = (Vec::new(), Rewritten::new());
+        for (seq, tokens) in step.batch.iter() {
+            let call =
+                CallTensors::new(step, (q, k), lse, (seq, tokens), appended_first.contains(&seq))?;
+            let plan = self.plan(&call)?;
+            if let Some(keep) = plan.keep.as_ref().filter(|_| self.settings.rerotate) {
+                rewritten.insert(seq, self.rewrite(&call, keep)?);
+            }
+            plans.push(plan);
+        }
+        self.append_prompts(step, k, &mut plans)?;
+        for (&seq, (k, v)) in &rewritten {
+            // Appends only the rows beyond the current length first. This fails if there is no
+            // room, while everything can still be restored.
+            let held = self.store.len(seq);
+            if let Some(more) = k.dim(0)?.checked_sub(held).filter(|more| *more > 0) {
+                let part = |x: &Tensor| x.narrow(0, held, more);
+                self.store.append(&Batch::single(seq, more)?, &part(k)?, &part(v)?)?;
+            }
+        }
+        for plan in plans {
+            if let Err(error) = self.finish(plan, &rewritten) {
+                return Err(self.sequences.poison(step.batch, error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns kept keys `[kept, kv_heads, head_dim]`, rotated to contiguous positions, and values.
+    ///
+    /// Before, entry i was at position i, without gaps.
+    fn rewrite(&self, call: &CallTensors, keep: &Selection) -> Result<(Tensor, Tensor)> {
+        let rope = self.spec.rope_for("re-rotation")?;
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for (head, kept) in keep.heads()?.iter().enumerate() {
+            let (k, v) = self.head_keys_values(call, head)?;
+            let rows = Tensor::new(kept.as_slice(), k.device())?;
+            let moves: Vec<_> = (0..).zip(kept).map(|(to, &from)| to - i64::from(from)).collect();
+            keys.push(rope.apply(&k.index_select(&rows, 0)?.unsqueeze(1)?, &moves)?);
+            values.push(v.index_select(&rows, 0)?.unsqueeze(1)?);
+        }
+        let device = call.k.device();
+        Ok((Tensor::cat(&keys, 1)?.to_device(device)?, Tensor::cat(&values, 1)?.to_device(device)?))
+    }
+
+    /// Appends the kept tokens of prompts, except those of sequences that are rewritten.
+    fn append_prompts(&mut self, step: &Step<'_>, k: &Tensor, plans: &mut [Plan]) -> Result<()> {
+        let rerotate = self.settings.rerotate;
+        let appends = |plan: &Plan| !(plan.in_store || rerotate && plan.keep.is_some());
+        let appended: BTreeSet<_> = plans.iter().filter(|p| appends(p)).map(|p| p.seq).collect();
+        let Some(part) = SubBatch::of_sequences(step.batch, |seq, _| appended.contains(&seq))?
+        else {
+            return Ok(());
+        };
+        let (k, v) = (part.rows(k)?, part.rows(step.v)?);
+        let mut plans: Vec<_> = plans.iter_mut().filter(|p| appends(p)).collect();
+        let mixed = |plan: &&mut Plan| plan.is_mixed_on_device(&self.store.lens(plan.seq));
+        if plans.iter().all(|plan| plan.keep.is_none()) || plans.iter().any(mixed) {
+            return self.store.append(&part.batch, &k, &v);
+        }
+        let kv_heads = self.spec.shape.kv_heads;
+        let own = |plan: &&mut Plan| plan.kept_of_call(&self.store.lens(plan.seq), kv_heads);
+        let selected = plans.iter().map(own).collect::<Result<Vec<_>>>()?;
+        match self.store.append_selected(&part.batch, &k, &v, &selected) {
+            Ok(()) => {
+                plans.iter_mut().for_each(|plan| plan.selected = plan.keep.is_some());
+                Ok(())
+            }
+            // Stores with one tensor for all heads can only append whole tokens; the others are
+            // dropped afterwards.
+            Err(Error::Unsupported(_)) => self.store.append(&part.batch, &k, &v),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Drops the evicted entries and counts the call's tokens.
+    fn finish(&mut self, plan: Plan, rewritten: &Rewritten) -> Result<()> {
+        let Plan { seq, tokens, queries, scores, keep, selected, .. } = plan;
+        let before = self.metadata(seq).lens();
+        if let (Some(scores), Some(sequence)) = (scores, self.sequences.get_mut(seq)) {
+            sequence.state.metadata.set_scores(scores);
+        }
+        let evicted = keep.is_some();
+        if let Some(keep) = keep {
+            let old: Vec<_> = before.iter().map(|len| len - tokens).collect();
+            let stays = match rewritten.get(&seq) {
+                Some(rows) => self.replace(seq, rows).map(|()| keep)?,
+                None => self.evict_from_store(seq, &old, keep, selected)?,
+            };
+            if let Some(sequence) = self.sequences.get_mut(seq) {
+                sequence.state.metadata.retain(&stays)?;
+            }
+        }
+        self.sequences.advance(seq, tokens);
+        if let Some(sequence) = self.sequences.get_mut(seq) {
+            if evicted {
+                sequence.state.seen_at_eviction = sequence.seen;
+            }
+            sequence.state.queries = queries;
+        }
+        Ok(())
+    }
+
+    /// Replaces a sequence's entries with rewritten rows. A new sequence holds them already.
+    fn replace(&mut self, seq: SeqId, (k, v): &(Tensor, Tensor)) -> Result<()> {
+        if self.sequences.seen(seq) == 0 {
+            return Ok(());
+        }
+        self.store.truncate(seq, 0)?;
+        self.store.append(&Batch::single(seq, k.dim(0)?)?, k, v)
+    }
+
+    /// Drops the evicted entries from the store. Returns the entries that it holds afterwards, of
+    /// the `old` entries of each head followed by the call's tokens.
+    fn evict_from_store(
+        &mut self,
+        seq: SeqId,
+        old: &[usize],
+        keep: Selection,
+        selected: bool,
+    ) -> Result<Selection> {
+        let lens = self.store.lens(seq);
+        if !selected {
+            let all = lens.iter().map(|&len| (0..len as u32).collect());
+            let done = evict(&mut self.store, seq, &keep)?;
+            return Ok(if done { keep } else { Selection::new(all.collect()) });
+        }
+        if old.iter().all(|len| *len == 0) {
+            return Ok(keep);
+        }
+        // The kept tokens of the call follow the old entries.
+        let (mut stays, mut all) = (Vec::new(), Vec::new());
+        for ((kept, &old), &len) in keep.heads()?.iter().zip(old).zip(&lens) {
+            let (of_old, new) = kept.split_at(kept.partition_point(|&e| (e as usize) < old));
+            stays.push(of_old.iter().copied().chain(old as u32..len as u32).collect());
+            all.push((0..old as u32).chain(new.iter().copied()).collect());
+        }
+        let done = evict(&mut self.store, seq, &Selection::new(stays))?;
+        Ok(if done { keep } else { Selection::new(all) })
+    }
+}
