@@ -173,19 +173,19 @@ void check(const Shape& s) {
             if (!part) for (int t = 0; t < half; t++) taken.push_back(t);
             else for (int t = half; t < len; t++) if ((t + head) % 5 || len < 12) taken.push_back(t);
             row.first = held[r], row.count = taken.size(), row.first_fresh = (held[r] + PAGE - 1) / PAGE;
-            row.first_row = (i64)starts[seq] * s.kv_heads + head;
+            row.first_row = (i64)starts[seq] * s.kv_heads + head, row.own = len;
             fresh_at[r] = fresh.size(), selected_at[r] = selected.size();
             for (int b = row.first_fresh; b * PAGE < held[r] + row.count; b++) fresh.push_back(address(r, b)), row.fresh_count++;
             for (int t : taken) {
                 size_t at = ((size_t)(starts[seq] + t) * s.kv_heads + head) * d;
                 keys[r].insert(keys[r].end(), k_rows.begin() + at, k_rows.begin() + at + d), values[r].insert(values[r].end(), v_rows.begin() + at, v_rows.begin() + at + d);
-                selected.push_back((starts[seq] + t) * s.kv_heads + head);
+                selected.push_back(t);
             }
             held[r] += row.count, longest = std::max(longest, row.count);
         }
         Array<uint64_t> fresh_on(fresh);
         Array<uint32_t> selected_on(selected);
-        for (int r = 0; r < rows; r++) list[r].table = table.p + r * most, list[r].fresh = fresh_on.p + fresh_at[r], list[r].rows = part ? selected_on.p + selected_at[r] : nullptr;
+        for (int r = 0; r < rows; r++) list[r].table = table.p + r * most, list[r].fresh = fresh_on.p + fresh_at[r], list[r].tokens = part ? selected_on.p + selected_at[r] : nullptr;
         Array<AppendRow> on(list);
         AppendArgs a{k_on.p, v_on.p, on.p, s.kv_heads, pieces, 0};
         if (longest) paged_append<<<dim3((longest * pieces + MOVE_THREADS - 1) / MOVE_THREADS, rows, 2), MOVE_THREADS>>>(a);
@@ -202,7 +202,7 @@ void check(const Shape& s) {
             for (int e = 0; e < held[r]; e++) if (held[r] < 12 || e < 7 || e % (7 * step) >= step) keep.push_back(e);
             int first = 0;
             while (first < (int)keep.size() && keep[first] == (uint32_t)first) first++;
-            at[r] = entries.size(), list[r] = {table.p + r * most, table.p + r * most, nullptr, first, (int)keep.size() - first};
+            at[r] = entries.size(), list[r] = {table.p + r * most, table.p + r * most, nullptr, first, (int)keep.size() - first, held[r], 0};
             entries.insert(entries.end(), keep.begin() + first, keep.end());
             std::vector<uint16_t> nk, nv;
             for (uint32_t e : keep) nk.insert(nk.end(), keys[r].begin() + e * d, keys[r].begin() + (e + 1) * d), nv.insert(nv.end(), values[r].begin() + e * d, values[r].begin() + (e + 1) * d);
