@@ -7,9 +7,9 @@
 //! The first: perplexity. The text is cut into contexts, which run side by side as a batch, a few
 //! tokens at a time, each block attending to the packed past: the decode path, teacher-forced. Every
 //! token but a context's first is predicted and counted. The second: divergence from the dense model
-//! while the model continues prompts of the text. Bits a number and compression count
-//! all bytes that the sequences hold at the end. Methods are those of `examples/methods.rs`; `--device cuda` has kernels for most of
-//! them, and a row says which it lacks.
+//! while the model continues prompts of the text. Bits a number and compression count all bytes that
+//! the sequences hold at the end. Methods are those of `examples/methods.rs`; `--device cuda` has
+//! kernels for most of them, and a row says which it lacks.
 
 mod bootstrap;
 mod generation;
