@@ -2,6 +2,7 @@
 
 use candle_core::{Device, Tensor};
 use longctx_core::{Result, Selection, gather_entries};
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Scores of the entries of a layer's kv heads.
@@ -30,10 +31,10 @@ impl Scores {
     }
 
     /// Returns one list per kv head. Waits for the device if they are there.
-    pub fn lists(&self) -> Result<Vec<Vec<f32>>> {
+    pub fn lists(&self) -> Result<Cow<'_, [Vec<f32>]>> {
         match self {
-            Self::OnDevice(all) => Ok(all.to_vec2()?),
-            Self::Lists(lists) => Ok(lists.clone()),
+            Self::OnDevice(all) => Ok(Cow::Owned(all.to_vec2()?)),
+            Self::Lists(lists) => Ok(Cow::Borrowed(lists)),
         }
     }
 
@@ -45,11 +46,10 @@ impl Scores {
             *all = kept;
             return Ok(());
         }
-        let mut lists = self.lists()?;
-        for (scores, keep) in lists.iter_mut().zip(keep.heads()?) {
-            *scores = keep.iter().map(|&entry| scores[entry as usize]).collect();
-        }
-        *self = Self::Lists(lists);
+        let kept = |(scores, keep): (&Vec<f32>, &Vec<u32>)| {
+            keep.iter().map(|&entry| scores[entry as usize]).collect()
+        };
+        *self = Self::Lists(self.lists()?.iter().zip(keep.heads()?).map(kept).collect());
         Ok(())
     }
 
