@@ -38,7 +38,7 @@ fn formats() -> [Format; 4] {
     [kivi(Bits::Four), kivi(Bits::Two), Format::float8(Float8::E4m3), Format::f16()]
 }
 
-/// Attention over packed latents is attention over what they are when they are read.
+/// Attention over packed latents equals attention over the dequantized latents.
 #[test]
 fn packed_latents_attend_as_their_numbers() {
     for format in formats() {

@@ -7,7 +7,7 @@ pub fn random(tokens: usize, heads: usize, d: usize, dtype: DType) -> Tensor {
     Tensor::randn(0f32, 1., (tokens, heads, d), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
 }
 
-/// The norm of the difference over the norm of what is wanted.
+/// Norm of the error, relative to the norm of `want`.
 pub fn relative(got: &Tensor, want: &Tensor) -> f32 {
     let f32 = |x: &Tensor| x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
     let (got, want) = (f32(got), f32(want));

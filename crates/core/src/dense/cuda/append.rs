@@ -116,10 +116,14 @@ impl CudaSeqs {
         }
         let upload = |x: &[u64]| stream.clone_htod(if x.is_empty() { &[0][..] } else { x });
         let fresh = upload(&addresses)?;
-        uploaded.push(0);
-        let uploaded = stream.clone_htod(&uploaded)?;
-        let (mut fresh_at, mut uploaded_at) =
-            (fresh.device_ptr(&stream).0, uploaded.device_ptr(&stream).0);
+        let uploaded = match uploaded.is_empty() {
+            true => None,
+            false => Some(stream.clone_htod(&uploaded)?),
+        };
+        let (mut fresh_at, mut uploaded_at) = (
+            fresh.device_ptr(&stream).0,
+            uploaded.as_ref().map_or(0, |tokens| tokens.device_ptr(&stream).0),
+        );
         let (mut rows, mut longest) = (Vec::new(), 0);
         for (i, ((seq, own), growths)) in batch.iter().zip(growths.chunks(kv_heads)).enumerate() {
             let sequence = self.known(seq)?;

@@ -93,14 +93,14 @@ impl CudaSeqs {
         if moves.iter().all(|of| of.first == of.count) {
             return Ok(());
         }
-        let uploaded = match keep.entries() {
-            Some(_) => None,
-            None => Some(stream.clone_htod(&keep.heads()?.concat())?),
-        };
-        let mut entries_at = match (keep.entries(), &uploaded) {
-            (Some(entries), _) => crate::cuda::address(entries)?,
-            (_, Some(entries)) => entries.device_ptr(&stream).0,
-            (None, None) => return Ok(()),
+        let (uploaded, mut entries_at) = match keep.entries() {
+            Some(entries) => (None, crate::cuda::address(entries)?),
+            None => {
+                let moved = moves.iter().zip(keep.heads()?).map(|(of, keep)| &keep[of.first..]);
+                let moved = stream.clone_htod(&moved.collect::<Vec<_>>().concat())?;
+                let address = moved.device_ptr(&stream).0;
+                (Some(moved), address)
+            }
         };
         let new = |of: &Moves| if of.taken.is_empty() { Vec::new() } else { of.blocks.clone() };
         let tables: Vec<u32> = moves.iter().flat_map(new).collect();
@@ -113,16 +113,18 @@ impl CudaSeqs {
         for (head, of) in moves.iter().enumerate() {
             let from = sequence.address(&stream, head);
             let to = if of.taken.is_empty() { from } else { table_at };
+            // A selection on the device also lists the entries before the first that moves.
+            entries_at += if uploaded.is_none() { 4 * of.first as u64 } else { 0 };
             rows.push(paged::MoveRow {
                 from,
                 to,
-                entries: entries_at + 4 * of.first as u64,
+                entries: entries_at,
                 first: of.first as i32,
                 count: (of.count - of.first) as i32,
                 len: sequence.heads[head].len as i32,
                 unused: 0,
             });
-            entries_at += 4 * of.count as u64;
+            entries_at += 4 * (of.count - of.first) as u64;
             if !of.taken.is_empty() {
                 table_at += 8 * of.blocks.len() as u64;
             }
