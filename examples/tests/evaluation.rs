@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use longctx_eval::statistics::{Difference, Verdict};
-use longctx_eval::{Record, records};
+use longctx_eval::{Agreement, Record, records};
 
 const NEEDLES: [&str; 10] = [
     "--needle-words",
@@ -181,4 +181,38 @@ fn batches_give_the_results_of_single_samples() {
     assert!(!said.contains(" 0 before"), "{said}");
     succeed(&mut of_every_kind(&shards, &["--batch", "8", "--shard", "2/2"]));
     assert_eq!(answers(&shards), answers(&alone));
+}
+
+/// One run over three passages side by side is the mean of three runs over one passage each.
+#[test]
+fn agreement_over_passages_is_the_mean_of_each() {
+    let folder = tempfile::tempdir().unwrap();
+    let words: Vec<_> =
+        (0..240).map(|i| format!("{}{}", ["the", "a", "of"][i % 3], i * i)).collect();
+    let agree = |words: &[String], passages: &str| -> Agreement {
+        let text = folder.path().join(format!("{passages}-{}.txt", words[0]));
+        std::fs::write(&text, words.join(" ")).unwrap();
+        let out = text.with_extension("out");
+        let mut command = Command::new(program());
+        command.args(["agree", "--model", "embedded", "--settings", "kivi-2"]);
+        command.args(["--prompt-words", "60", "--words", "20", "--batch", "3"]);
+        command.args(["--passages", passages]);
+        succeed(command.arg("--text").arg(&text).arg("--out").arg(&out));
+        let lines = std::fs::read_to_string(out.join("agreement.jsonl")).unwrap();
+        let line: serde_json::Value = serde_json::from_str(lines.trim()).unwrap();
+        serde_json::from_value(line).unwrap()
+    };
+    let together = agree(&words, "3");
+    let alone: Vec<_> = words.chunks(80).map(|words| agree(words, "1")).collect();
+    let mean = Agreement::mean(&alone).unwrap();
+    assert_eq!(together.tokens, mean.tokens);
+    assert!(together.kl > 1e-3, "{}", together.kl);
+    for (got, want) in [
+        (together.kl, mean.kl),
+        (together.perplexity, mean.perplexity),
+        (together.dense_perplexity, mean.dense_perplexity),
+        (together.top1, mean.top1),
+    ] {
+        assert!((got / want - 1.0).abs() < 1e-4, "{got} {want}");
+    }
 }
