@@ -1,4 +1,5 @@
-//! Token by token beside the dense model: perplexity, top-1 agreement, divergence.
+//! Compares a setting with the dense model token by token: perplexity, top-1 agreement, KL
+//! divergence.
 
 use std::fs;
 use std::path::PathBuf;
@@ -15,16 +16,16 @@ use crate::method;
 pub struct Args {
     #[command(flatten)]
     chosen: Chosen,
-    /// The text: what a setting reads first, and then the words that it is asked about
+    /// The text file: the prompt, followed by the words to predict
     #[arg(long)]
     text: PathBuf,
-    /// Words read first, which the method compresses
+    /// Words of the prompt, which the method compresses
     #[arg(long, default_value_t = 700, value_parser = number::<1, MOST>)]
     prompt_words: usize,
-    /// Words after them, read one token at a time
+    /// Words to predict after the prompt, fed one token at a time
     #[arg(long, default_value_t = 100, value_parser = number::<1, MOST>)]
     words: usize,
-    /// The run's folder, where agreement.jsonl is added to
+    /// The run's folder; results are appended to its agreement.jsonl
     #[arg(long)]
     out: PathBuf,
 }
@@ -36,9 +37,9 @@ pub fn agree(args: Args) -> Result<()> {
     let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let count = text.split_whitespace().count();
     let wanted = args.prompt_words + args.words;
-    ensure!(count >= wanted, "{}: {count} words, {wanted} wanted", args.text.display());
+    ensure!(count >= wanted, "{}: expected {wanted} words, got {count}", args.text.display());
     let prompt = word_range(&text, 0, args.prompt_words);
-    // The words begin with the space before them, as they would in the running text.
+    // The words begin with a space, as in continuous text.
     let words = format!(" {}", word_range(&text, args.prompt_words, wanted));
     let think = |setting: &Setting| {
         methods.open(setting)?.teacher_forced(prompt, &words).map_err(Error::from_boxed)
@@ -48,7 +49,7 @@ pub fn agree(args: Args) -> Result<()> {
     let mut dense: Option<(String, Forced)> = None;
     for setting in args.chosen.settings(&methods)? {
         if report::has_agreement(&args.out, &setting.name, &what)? {
-            say!("{:28} done before", setting.name);
+            say!("{:28} has a result", setting.name);
             continue;
         }
         let reference = match &dense {

@@ -7,10 +7,10 @@ use crate::{
 };
 use candle_core::Tensor;
 
-/// The cache of a layer with multi-head latent attention, which holds every token's latent once, in
-/// any store.
+/// The cache of a layer with multi-head latent attention. It holds the latent of each token once,
+/// in any store.
 ///
-/// Attention is exact among a call's tokens, and over the store's numbers before them.
+/// Attention among the tokens of a call is exact. Attention to earlier tokens reads the store.
 #[derive(Debug, Clone)]
 pub struct LatentCache<S> {
     spec: LayerSpec,
@@ -19,11 +19,11 @@ pub struct LatentCache<S> {
 }
 
 impl<S: KvStore> LatentCache<S> {
-    /// An empty cache.
+    /// Creates an empty cache.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a layer whose values are not a part of its keys, or a store that holds
-    /// something; [`Error::Mismatch`] for a store of another shape.
+    /// [`Error::Setting`] if the layer has no latent attention or the store is not empty;
+    /// [`Error::Mismatch`] if the store has another shape than the layer.
     pub fn new(spec: LayerSpec, store: LatentStore<S>) -> Result<Self> {
         if !spec.latent {
             let got = "keys and values of their own";
@@ -39,7 +39,7 @@ impl<S: KvStore> LatentCache<S> {
         }
     }
 
-    /// The latents, with their keys rotated.
+    /// Returns the store, whose keys are rotated.
     pub fn store(&self) -> &LatentStore<S> {
         &self.store
     }
