@@ -28,7 +28,10 @@ use longctx_examples::subject::Models;
 use progress::Progress;
 
 #[derive(Parser)]
-#[command(name = "longctx-eval", about = "Evaluates methods for long contexts: quality, memory and speed")]
+#[command(
+    name = "longctx-eval",
+    about = "Evaluates methods for long contexts: quality, memory and speed"
+)]
 struct Args {
     #[command(subcommand)]
     command: Command,
