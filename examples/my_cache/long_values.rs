@@ -1,4 +1,4 @@
-//! A cache that keeps the half of each prompt whose values are longest.
+//! A cache that keeps the half of each prompt whose values have the largest norm.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use longctx_core::{
     SeqId, Step, check_new,
 };
 
-/// Keys and values in a dense store, and the tokens that each sequence has seen.
+/// A dense store, and the number of tokens that each sequence has seen.
 pub struct LongValues {
     spec: LayerSpec,
     store: DenseStore,
@@ -16,13 +16,13 @@ pub struct LongValues {
 }
 
 impl LongValues {
-    /// An empty cache.
+    /// Creates an empty cache.
     pub fn new(spec: LayerSpec) -> Result<Self> {
         let store = DenseStore::new(spec.shape, DType::F16)?;
         Ok(Self { spec, store, seen: BTreeMap::new() })
     }
 
-    /// Counts the batch's tokens, and keeps half of each prompt among them.
+    /// Counts the batch's tokens, and evicts half of each prompt.
     fn advance(&mut self, batch: &Batch) -> Result<()> {
         for (seq, tokens) in batch.iter() {
             *self.seen.entry(seq).or_default() += tokens.len();
@@ -35,7 +35,7 @@ impl LongValues {
         Ok(())
     }
 
-    /// The half of a head's entries whose values are longest, in order.
+    /// Returns the half of a head's entries whose values have the largest norm, in ascending order.
     fn longest(&self, seq: SeqId, head: usize) -> Result<Vec<u32>> {
         let (_, values) = self.store.read(seq, head)?;
         let lengths = values.sqr()?.sum(D::Minus1)?.to_vec1::<f32>()?;

@@ -1,4 +1,4 @@
-"""Whether llmlingua 0.2.2 and compress_prompt make the same texts with a trained checkpoint.
+"""Checks that llmlingua 0.2.2 and compress_prompt give the same texts with a trained checkpoint.
 
 Python 3.11, llmlingua 0.2.2, transformers 4.46.3, torch 2.11.0 (CPU), numpy 2.4.6, tiktoken 0.7.0.
 
