@@ -43,7 +43,7 @@ struct Table {
     len: usize,
 }
 
-/// Blocks per head that the table of a new sequence has room for.
+/// Number of blocks per head in the table of a new sequence.
 const PLACES: usize = 8;
 
 impl CudaSeqs {
