@@ -43,7 +43,7 @@ struct Table {
     len: usize,
 }
 
-/// Number of blocks per head in the table of a new sequence.
+/// Blocks per head that the table of a new sequence has room for.
 const PLACES: usize = 8;
 
 impl CudaSeqs {
