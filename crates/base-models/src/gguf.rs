@@ -158,7 +158,7 @@ impl Gguf {
         Ok(Some(rows / heads.max(1)))
     }
 
-    /// Converts a matrix as the options say: packed or expanded.
+    /// Converts a matrix to the form that the options select: packed or expanded.
     fn hold(&self, matrix: &QuantizedMatrix) -> Result<Weight> {
         let float = matches!(matrix.dtype(), GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16);
         if self.options.expand || float {

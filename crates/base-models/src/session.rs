@@ -1,4 +1,4 @@
-//! A transformer at work: one set of weights, and one cache per layer for many sequences.
+//! A session of a transformer: shared weights, and one cache per layer for many sequences.
 
 use std::collections::BTreeMap;
 
@@ -8,8 +8,9 @@ use longctx_core::{Batch, CausalLm, Error, Footprint, KvCache, Logits, Result, S
 
 /// A transformer with its caches, one per layer, for many sequences.
 ///
-/// If a layer fails in the middle of a call, the layers before it go back. Where a cache can't go
-/// back, the sequence is poisoned: its calls are [`Error::Poisoned`] until it is removed.
+/// If a layer fails in the middle of a call, the layers before it are rolled back. If a cache
+/// cannot be rolled back, the sequence is poisoned: its calls return [`Error::Poisoned`] until it
+/// is removed.
 pub struct Decoder {
     model: Transformer,
     caches: Vec<Box<dyn KvCache>>,
@@ -19,7 +20,7 @@ pub struct Decoder {
 #[derive(Debug, Clone, Default)]
 struct Sequence {
     seen: usize,
-    /// The error that left its layers with different tokens.
+    /// The error after which the layers have different tokens.
     poisoned: Option<String>,
 }
 
@@ -34,17 +35,17 @@ impl Decoder {
         Ok(Self { model, caches, sequences: BTreeMap::new() })
     }
 
-    /// The weights.
+    /// Returns the weights.
     pub fn model(&self) -> &Transformer {
         &self.model
     }
 
-    /// The caches, one per layer.
+    /// Returns the caches, one per layer.
     pub fn caches(&self) -> &[Box<dyn KvCache>] {
         &self.caches
     }
 
-    /// A sequence that is known and not poisoned.
+    /// Returns a sequence that exists and is not poisoned.
     fn sound(&self, seq: SeqId) -> Result<&Sequence> {
         let sequence = self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))?;
         match &sequence.poisoned {
@@ -74,7 +75,7 @@ impl Decoder {
         known.copied().try_for_each(|seq| self.sound(seq).map(drop))
     }
 
-    /// Takes every layer back to the tokens before a call that failed.
+    /// Rolls all layers back to the tokens before a failed call.
     fn roll_back(&mut self, batch: &Batch, error: &Error) {
         for &seq in batch.seqs() {
             let Some(sequence) = self.sequences.get_mut(&seq) else {
@@ -88,8 +89,8 @@ impl Decoder {
     }
 }
 
-/// Takes the caches that have advanced back to a sequence's first `len` tokens, or none of them if
-/// one can't.
+/// Truncates the caches that have advanced to a sequence's first `len` tokens, or none of them if
+/// one cannot be truncated.
 fn go_back(caches: &mut [Box<dyn KvCache>], seq: SeqId, len: usize) -> Result<()> {
     let mut advanced: Vec<_> = caches.iter_mut().filter(|cache| cache.seen(seq) != len).collect();
     advanced.iter().try_for_each(|cache| cache.check_truncate(seq, len))?;
