@@ -237,7 +237,7 @@ impl QuantStore {
         .map(Some)
     }
 
-    /// Keys `[entries, head_dim]` and values `[entries, value_dim]` on the CPU.
+    /// Returns keys `[entries, head_dim]` and values `[entries, value_dim]` on the CPU.
     fn rows(&self, (keys, values): (Vec<f32>, Vec<f32>)) -> Result<(Tensor, Tensor)> {
         let of = |x: Vec<f32>, d: usize| {
             let dims = (x.len() / d, d);
@@ -291,7 +291,7 @@ impl QuantStore {
     }
 }
 
-/// Each head's list of the selections, one sequence after the other.
+/// Returns each head's list of the selections, sequence by sequence.
 fn lists(batch: &Batch, tokens: &[Selection], kv_heads: usize) -> Result<Vec<Vec<u32>>> {
     let mut lists = Vec::new();
     for ((_, own), selection) in batch.iter().zip(tokens) {
