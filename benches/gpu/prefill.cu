@@ -262,7 +262,7 @@ void check(const Case& c) {
         std::vector<uint32_t> entries(seqs * c.kv_heads * blocks, 0xffffffffu), flat;
         uint32_t used = 0, all = 0;
         for (auto& s : keys) for (int n : s) all += (n + PAGE - 1) / PAGE, flat.push_back(n);
-        const uint32_t extent = all + 3, stride = 7;  // Coprime or nearly so: pages lie in disorder.
+        const uint32_t extent = all + 3, stride = 7;  // Nearly coprime, so that pages are not in order.
         std::vector<uint32_t> order(extent);
         for (uint32_t i = 0; i < extent; i++) order[i] = i;
         for (uint32_t i = extent; i > 1; i--) std::swap(order[i - 1], order[(i * 2654435761u + stride) % i]);

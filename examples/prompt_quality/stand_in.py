@@ -30,7 +30,7 @@ TEACHER_WINDOW = 512
 WINDOW = 510  # tokens between the two of the frame
 EPOCHS, RATE = 4, 1e-4
 IGNORED = -100
-ADDED = [f"[NEW{i}]" for i in range(100)]  # stand for forced tokens that the vocabulary lacks; the first for line ends
+ADDED = [f"[NEW{i}]" for i in range(100)]  # placeholders for forced tokens that the vocabulary lacks; the first is for newlines
 
 
 def read(path):

@@ -66,7 +66,7 @@ impl<'a> Running<'a> {
     }
 
     /// Returns the tokens to feed for a turn, and whether they continue the sequence; otherwise it
-    /// begins anew.
+    /// starts again.
     pub fn prompt(&mut self, turn: Short, text: &dyn Text) -> Result<(Vec<u32>, bool), Fault> {
         let sample = self.question.sample;
         self.saved += turn.saved;
