@@ -122,7 +122,7 @@ impl CausalLm for Decoder {
         let sequence = self.sound(from)?.clone();
         if self.sequences.contains_key(&to) {
             let what = format!("sequence {to} to fork into");
-            return Err(Error::mismatch(what, "one that is not known", "one that is"));
+            return Err(Error::mismatch(what, "an id that is not in use", "an id in use"));
         }
         for done in 0..self.caches.len() {
             if let Err(error) = self.caches[done].fork(from, to) {

@@ -254,7 +254,7 @@ impl CausalLm for Session {
         let sequence = self.checked(from)?.clone();
         if self.sequences.contains_key(&to) {
             let what = format!("sequence {to} to fork into");
-            return Err(Error::mismatch(what, "one that is not known", "one that is"));
+            return Err(Error::mismatch(what, "an id that is not in use", "an id in use"));
         }
         let state = self.states.copy(from)?;
         for done in 0..self.caches.len() {

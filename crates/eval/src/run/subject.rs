@@ -84,6 +84,6 @@ pub trait Subject {
     /// logits.
     fn teacher_forced(&mut self, prompt: &str, text: &str) -> Result<Forced, Fault> {
         let _ = (prompt, text);
-        Err("this subject tells no logits".into())
+        Err("this subject does not return logits".into())
     }
 }
