@@ -11,15 +11,14 @@ use longctx_core::RopeScaling;
 
 /// Returns `count` token ids below `vocab`, the same in every run.
 pub fn ids(count: usize, vocab: u32) -> Vec<u32> {
-    // Steps of a prime through the ids: a token repeats only after many others, and no random
-    // generator is needed.
+    // Multiplying by a prime spreads the ids over the vocabulary without a random generator.
     (0..count as u32).map(|i| i.wrapping_mul(7919) % vocab).collect()
 }
 
 /// Returns the same ids as a tensor for candle's models, `[1, count]`.
 ///
 /// # Errors
-/// candle's.
+/// Errors of candle.
 pub fn tokens(count: usize, vocab: u32) -> Result<Tensor> {
     Ok(Tensor::new(ids(count, vocab), &Device::Cpu)?.unsqueeze(0)?)
 }

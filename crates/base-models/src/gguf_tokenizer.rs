@@ -117,7 +117,7 @@ fn byte_level(file: &GgufFile) -> Result<Tokenizer> {
     let pre = match file.text("tokenizer.ggml.pre")? {
         Some(name) => pre_tokenizer(file, name)?,
         None => {
-            let reason = "is missing, so it is not known how this model splits text; convert the model again";
+            let reason = "is missing, so the text splitting is unknown; convert the model again";
             return Err(file.bad("tokenizer.ggml.pre", reason));
         }
     };
