@@ -160,8 +160,7 @@ void check(const Shape& s) {
     Array<uint16_t> pool(order.size() * block);
     auto address = [&](int row, int place) { return (uint64_t)(pool.p + order[row * most + place] * block); };
     Array<uint64_t> table(rows * most);
-    // Two appends: the first half of the tokens, then a selection of the others without every
-    // fifth.
+    // Two appends: the first half of the tokens, then four of every five of the others.
     std::vector<int> held(rows, 0);
     for (int part = 0; part < 2; part++) {
         std::vector<AppendRow> list(rows);

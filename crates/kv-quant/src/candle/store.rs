@@ -82,7 +82,8 @@ impl QuantStore {
         Ok(Self { shape, storage: Storage::Host(Box::new(pool)) })
     }
 
-    /// Limits blocks and pages in use to `bytes` bytes; on a CUDA device records and rings.
+    /// Limits the memory in use to `bytes` bytes: that of blocks and pages or, on a CUDA device, of
+    /// records and rings.
     #[must_use]
     pub fn with_capacity(self, bytes: usize) -> Self {
         let storage = match self.storage {
@@ -291,7 +292,7 @@ impl QuantStore {
     }
 }
 
-/// Returns each head's list of the selections, sequence by sequence.
+/// Returns the selected entries as one list per kv head of each sequence.
 fn lists(batch: &Batch, tokens: &[Selection], kv_heads: usize) -> Result<Vec<Vec<u32>>> {
     let mut lists = Vec::new();
     for ((_, own), selection) in batch.iter().zip(tokens) {
