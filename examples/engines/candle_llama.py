@@ -71,7 +71,7 @@ WAYS = {
     "paged": Way(USE_KIVI, "kivi_rolling", KIVI, forks=True),
 }
 
-# The workspace's profile, without optimization of the crate's other models.
+# The workspace's profile; candle-transformers' other models are compiled without optimization.
 PROFILE = """
 [profile.dev]
 opt-level = 1
