@@ -42,8 +42,8 @@ enum Held {
     Cuda(Box<CudaSeqs>),
 }
 
-/// Evaluates one expression on the pool of the store's dtype, or another on the sequences of a
-/// device.
+/// Evaluates one expression if the store has a pool on the CPU, of any dtype, or another if it has
+/// sequences on a device.
 macro_rules! on_pool {
     ($held:expr, $pool:ident => $host:expr, $seqs:ident => $device:expr) => {
         match $held {
