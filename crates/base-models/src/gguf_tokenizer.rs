@@ -225,7 +225,8 @@ fn scores(file: &GgufFile, count: usize) -> Result<Vec<f32>> {
     }
 }
 
-/// The tokens that a kind of tokenizer adds around a text if the file does not say.
+/// The default tokens that a kind of tokenizer adds around a text, for files that do not specify
+/// them.
 struct Ends {
     add_bos: bool,
     bos: Option<u32>,
