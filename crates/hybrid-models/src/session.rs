@@ -365,8 +365,8 @@ impl CausalLm for Session {
 }
 
 impl Session {
-    /// Returns the bytes of a sequence's state and of its snapshots, which a fork shares until it
-    /// takes others.
+    /// Returns the bytes of a sequence's state and of its snapshots. A fork shares the snapshots of
+    /// its original.
     fn states_footprint(&self, seq: SeqId) -> Footprint {
         let Some(sequence) = self.sequences.get(&seq) else { return Footprint::default() };
         let copies = 1 + sequence.snapshots.len();
