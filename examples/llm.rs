@@ -52,7 +52,9 @@ impl Llm {
         capacity: Option<usize>,
     ) -> Result<Box<dyn CausalLm + Send>> {
         let method = Method::named(method)?;
-        self.session(|spec| method.cache_within(spec, capacity.map(|bytes| bytes / spec.count)))
+        self.session(|spec| {
+            method.cache_within(spec, capacity.map(|bytes| bytes / spec.num_layers))
+        })
     }
 
     /// Whether a cache of the caller's choice changes anything.

@@ -59,8 +59,8 @@ impl KvCache for Recording {
     fn held(&self, seq: SeqId) -> usize {
         self.inner.held(seq)
     }
-    fn can_take(&self, batch: &Batch) -> bool {
-        self.inner.can_take(batch)
+    fn can_append(&self, batch: &Batch) -> bool {
+        self.inner.can_append(batch)
     }
     fn footprint(&self) -> Footprint {
         self.inner.footprint()

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{D, DType, Tensor};
 use longctx_core::{
     Batch, DenseStore, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result, Selection,
-    SeqId, Step, check_new,
+    SeqId, Step, check_unseen,
 };
 
 /// Keys and values in a dense store, and the tokens that each sequence has seen.
@@ -63,7 +63,7 @@ impl KvCache for LongValues {
 
     fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
         step.check(&self.spec)?;
-        check_new(self, step.batch)?;
+        check_unseen(self, step.batch)?;
         let (_, k) = step.rotate(&self.spec, |_| 0)?;
         self.store.append(step.batch, &k, step.v)?;
         self.advance(step.batch)
@@ -109,7 +109,7 @@ impl KvCache for LongValues {
         self.store.len(seq)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
+    fn can_append(&self, batch: &Batch) -> bool {
         self.store.can_append(batch)
     }
 

@@ -74,8 +74,8 @@ impl KvCache for Noted {
     fn held(&self, seq: SeqId) -> usize {
         self.cache.held(seq)
     }
-    fn can_take(&self, batch: &Batch) -> bool {
-        self.cache.can_take(batch)
+    fn can_append(&self, batch: &Batch) -> bool {
+        self.cache.can_append(batch)
     }
     fn footprint(&self) -> Footprint {
         self.cache.footprint()

@@ -166,8 +166,8 @@ impl CausalLm for Decoder {
         self.sequences.get(&seq).map_or(0, |sequence| sequence.seen)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
-        self.caches.iter().all(|cache| cache.can_take(batch))
+    fn can_append(&self, batch: &Batch) -> bool {
+        self.caches.iter().all(|cache| cache.can_append(batch))
     }
 
     fn footprint(&self) -> Footprint {
@@ -191,7 +191,7 @@ impl CausalLm for Decoder {
         Some(self.model.config().context_length)
     }
 
-    fn family(&self) -> &str {
+    fn model_type(&self) -> &str {
         &self.model.config().family
     }
 

@@ -191,8 +191,8 @@ impl KvCache for Faulty {
     fn held(&self, seq: SeqId) -> usize {
         self.inner.held(seq)
     }
-    fn can_take(&self, batch: &Batch) -> bool {
-        !self.faults.attend.load(Relaxed) && self.inner.can_take(batch)
+    fn can_append(&self, batch: &Batch) -> bool {
+        !self.faults.attend.load(Relaxed) && self.inner.can_append(batch)
     }
     fn footprint(&self) -> Footprint {
         self.inner.footprint()
@@ -213,7 +213,7 @@ fn after_a_fault_in_the_middle_the_sequences_are_as_they_were() {
     feed(&mut session, &[(0, &[1, 2, 3]), (1, &[4])], Logits::Last).unwrap();
     let before = session.footprint().payload;
     middle.attend.store(true, Relaxed);
-    assert!(!session.can_take(&Batch::decode(&[0]).unwrap()));
+    assert!(!session.can_append(&Batch::decode(&[0]).unwrap()));
     // Sequence 0 is known, 5 is new.
     let error = feed(&mut session, &[(0, &[9, 9]), (5, &[9])], Logits::Last).unwrap_err();
     assert!(error.to_string().contains("a fault"));

@@ -126,7 +126,7 @@ impl Batch {
     }
 
     /// Returns the number of tokens of the longest sequence of the batch.
-    pub fn longest(&self) -> usize {
+    pub fn max_seqlen(&self) -> usize {
         self.iter().map(|(_, tokens)| tokens.len()).max().unwrap_or(0)
     }
 

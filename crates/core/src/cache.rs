@@ -128,7 +128,7 @@ pub trait KvCache: Send {
     fn held(&self, seq: SeqId) -> usize;
 
     /// Returns whether there is memory for a batch. An engine asks before it admits a request.
-    fn can_take(&self, batch: &Batch) -> bool;
+    fn can_append(&self, batch: &Batch) -> bool;
 
     /// Returns the bytes held for all sequences, including memory that is allocated and free.
     fn footprint(&self) -> Footprint;
@@ -169,7 +169,7 @@ pub(crate) fn check_window_truncate(
 ///
 /// # Errors
 /// [`Error::Mismatch`] naming a sequence that has tokens.
-pub fn check_new(cache: &(impl KvCache + ?Sized), batch: &Batch) -> Result<()> {
+pub fn check_unseen(cache: &(impl KvCache + ?Sized), batch: &Batch) -> Result<()> {
     match batch.seqs().iter().find(|&&seq| cache.seen(seq) > 0) {
         Some(&seq) => {
             let what = format!("tokens that sequence {seq} saw before its prompt");
@@ -216,8 +216,8 @@ macro_rules! forward_cache {
         fn held(&self, seq: SeqId) -> usize {
             (**self).held(seq)
         }
-        fn can_take(&self, batch: &Batch) -> bool {
-            (**self).can_take(batch)
+        fn can_append(&self, batch: &Batch) -> bool {
+            (**self).can_append(batch)
         }
         fn footprint(&self) -> Footprint {
             (**self).footprint()

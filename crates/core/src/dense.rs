@@ -4,9 +4,9 @@ mod cache;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod device;
+mod growing;
 mod pages;
 mod pool;
-mod rows;
 mod slab;
 mod store;
 

@@ -27,7 +27,7 @@ mod top;
 mod window;
 
 pub use batch::{Batch, SeqId};
-pub use cache::{KvCache, Step, check_new};
+pub use cache::{KvCache, Step, check_unseen};
 pub use compress::{Compressed, Piece, Prompt, PromptCompressor, Rate};
 pub use dense::{DenseCache, DenseStore};
 pub use error::{Error, Result};
@@ -45,4 +45,4 @@ pub use state::AttentionState;
 pub use store::{EntryRanges, KvStore, Mask, check_range};
 pub use sums::AttentionSums;
 pub use top::{gather_entries, top_entries};
-pub use window::{WindowCache, for_layers};
+pub use window::{WindowCache, by_layer_type};

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::cache::check_window_truncate;
 use crate::{
     AttentionState, Batch, EntryRanges, Error, Footprint, KvCache, KvStore, LayerSpec, Mask,
-    Result, Selection, SeqId, Step, attention, check_new,
+    Result, Selection, SeqId, Step, attention, check_unseen,
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -15,10 +15,10 @@ use candle_core::{DType, Device, Tensor};
 /// ```
 /// use candle_core::DType;
 /// use longctx_core::{
-///     AttentionShape, DenseCache, DenseStore, KvCache, LayerSpec, WindowCache, for_layers,
+///     AttentionShape, DenseCache, DenseStore, KvCache, LayerSpec, WindowCache, by_layer_type,
 /// };
 ///
-/// let make = for_layers(
+/// let make = by_layer_type(
 ///     |layer| DenseCache::new(layer.clone(), DType::F32),
 ///     |layer| WindowCache::new(layer.clone(), DenseStore::new(layer.shape, DType::F16)?, 64),
 /// );
@@ -28,7 +28,7 @@ use candle_core::{DType, Device, Tensor};
 /// assert_eq!((full.spec().shape.window, windowed.spec().shape.window), (None, Some(512)));
 /// # Ok::<(), longctx_core::Error>(())
 /// ```
-pub fn for_layers<F: KvCache + 'static, W: KvCache + 'static>(
+pub fn by_layer_type<F: KvCache + 'static, W: KvCache + 'static>(
     full: impl Fn(&LayerSpec) -> Result<F>,
     windowed: impl Fn(&LayerSpec) -> Result<W>,
 ) -> impl Fn(&LayerSpec) -> Result<Box<dyn KvCache>> {
@@ -91,7 +91,7 @@ impl<S: KvStore> WindowCache<S> {
         }
         match step.batch.tokens() == step.batch.seqs().len() {
             true => self.attend_one_each(step, q, k),
-            false => self.attend_expanded(step, q, k),
+            false => self.attend_with_past_tensors(step, q, k),
         }
     }
 
@@ -120,7 +120,12 @@ impl<S: KvStore> WindowCache<S> {
 
     /// Several queries of a sequence see different parts of the past. The past is read as tensors
     /// and prepended to the tokens of the call, with zero queries whose output is discarded.
-    fn attend_expanded(&self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<AttentionState> {
+    fn attend_with_past_tensors(
+        &self,
+        step: &Step<'_>,
+        q: &Tensor,
+        k: &Tensor,
+    ) -> Result<AttentionState> {
         let (mut qs, mut ks, mut vs) = (Vec::new(), Vec::new(), Vec::new());
         let (mut lens, mut rows, mut end) = (Vec::new(), Vec::new(), 0);
         for (seq, own) in step.batch.iter() {
@@ -223,7 +228,7 @@ impl<S: KvStore> KvCache for WindowCache<S> {
 
     fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
         step.check(&self.spec)?;
-        check_new(self, step.batch)?;
+        check_unseen(self, step.batch)?;
         let (_, k) = step.rotate(&self.spec, |_| 0)?;
         self.append(step, &k)?;
         self.advance(step.batch)
@@ -277,7 +282,7 @@ impl<S: KvStore> KvCache for WindowCache<S> {
     }
 
     /// A new sequence with more tokens than the window needs room only for the window.
-    fn can_take(&self, batch: &Batch) -> bool {
+    fn can_append(&self, batch: &Batch) -> bool {
         let appended = |(seq, own): (SeqId, std::ops::Range<usize>)| match self.seen(seq) {
             0 => (seq, own.len().min(self.window)),
             _ => (seq, own.len()),

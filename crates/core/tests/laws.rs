@@ -180,8 +180,8 @@ fn a_call_that_fails_changes_nothing() {
     let bytes = 6 * 32 * (D + DV) * 4;
     let mut cache = DenseCache::with_capacity(spec(), DType::F32, bytes).unwrap();
     feed(&mut cache, &[(0, 33)]).unwrap();
-    assert!(cache.can_take(&Batch::single(1, 32).unwrap()));
-    assert!(!cache.can_take(&Batch::single(1, 33).unwrap()));
+    assert!(cache.can_append(&Batch::single(1, 32).unwrap()));
+    assert!(!cache.can_append(&Batch::single(1, 33).unwrap()));
     let before = cache.footprint();
     let error = feed(&mut cache, &[(0, 1), (1, 33)]).unwrap_err();
     assert!(matches!(error, Error::PoolFull { .. }), "{error}");

@@ -119,7 +119,7 @@ impl Session {
     /// [`Error::Unsupported`] for a model with attention layers.
     pub fn restore(&mut self, seq: SeqId, state: &State) -> Result<()> {
         self.refuse_attention()?;
-        state.check_family(self.model.family())?;
+        state.check_family(self.model.model_type())?;
         let loaded = RecurrentState::load(state, &self.model.spec, self.model.device())?;
         self.states.set(seq, &loaded)?;
         self.sequences.insert(seq, Sequence { seen: state.seen(), ..Default::default() });
@@ -327,8 +327,8 @@ impl CausalLm for Session {
         self.sequences.get(&seq).map_or(0, |sequence| sequence.seen)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
-        self.caches.iter().all(|cache| cache.can_take(batch))
+    fn can_append(&self, batch: &Batch) -> bool {
+        self.caches.iter().all(|cache| cache.can_append(batch))
     }
 
     fn footprint(&self) -> Footprint {
@@ -355,8 +355,8 @@ impl CausalLm for Session {
         None
     }
 
-    fn family(&self) -> &str {
-        self.model.family()
+    fn model_type(&self) -> &str {
+        self.model.model_type()
     }
 
     fn device(&self) -> &Device {

@@ -92,7 +92,7 @@ impl WithSimd for Max<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) -> f32 {
-        lanes(self.0, f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
+        fold_lanes(self.0, f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
     }
 }
 
@@ -112,7 +112,7 @@ impl WithSimd for ExpSum<'_> {
         for x in x.iter_mut() {
             *x = exp(*x - shift);
         }
-        lanes(x, 0.0, |a, b| a + b)
+        fold_lanes(x, 0.0, |a, b| a + b)
     }
 }
 
@@ -180,7 +180,7 @@ impl WithSimd for Add<'_> {
 /// Folds `x` with 32 independent accumulators. The compiler may not reorder float operations, so
 /// this order is one that vectorizes.
 #[inline(always)]
-fn lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
+fn fold_lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
     let mut acc = [start; 32];
     let chunks = x.chunks_exact(32);
     let tail = chunks.remainder().iter().copied().fold(start, fold);
@@ -231,7 +231,7 @@ mod tests {
     fn odd_lengths_have_no_lost_tail() {
         let x: Vec<f32> = (0..77).map(|i| i as f32).collect();
         assert_eq!(max(&x), 76.0);
-        assert_eq!(lanes(&x, 0.0, |a, b| a + b), 76.0 * 77.0 / 2.0);
+        assert_eq!(fold_lanes(&x, 0.0, |a, b| a + b), 76.0 * 77.0 / 2.0);
         let (q, k) = (&x[..2 * 7], &x[7..5 * 7]);
         let mut out = [0.0; 8];
         scores(q, k, 7, &mut out, 4);

@@ -4,12 +4,12 @@ use super::DenseStore;
 use crate::cache::check_window_truncate;
 use crate::{
     Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result, Selection, SeqId, Step,
-    check_new,
+    check_unseen,
 };
 use candle_core::{DType, Tensor};
 
 /// Entries beyond a sliding window that a sequence may hold before they are dropped.
-const OVERHANG: usize = 256;
+const EVICTION_STEP: usize = 256;
 
 /// The exact cache. It keeps every entry or, with a sliding window, every entry that a later token
 /// can see.
@@ -72,7 +72,7 @@ impl DenseCache {
         let Some(window) = self.spec.shape.window else { return Ok(()) };
         for &seq in batch.seqs() {
             let len = self.store.len(seq);
-            if len > window + OVERHANG {
+            if len > window + EVICTION_STEP {
                 let newest = (len - window) as u32..len as u32;
                 let keep = Selection::uniform(self.spec.shape.kv_heads, newest.collect());
                 // Dropping may need blocks for copies of shared ones. Without room for them the
@@ -103,7 +103,7 @@ impl KvCache for DenseCache {
 
     fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
         step.check(&self.spec)?;
-        check_new(self, step.batch)?;
+        check_unseen(self, step.batch)?;
         let (_, k) = step.rotate(&self.spec, |_| 0)?;
         self.store.append(step.batch, &k, step.v)?;
         self.advance(step.batch)
@@ -150,7 +150,7 @@ impl KvCache for DenseCache {
         self.store.len(seq)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
+    fn can_append(&self, batch: &Batch) -> bool {
         self.store.can_append(batch)
     }
 

@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use super::LatentStore;
 use crate::{
     AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result, SeqId,
-    Step, attention, check_new,
+    Step, attention, check_unseen,
 };
 use candle_core::Tensor;
 
@@ -72,7 +72,7 @@ impl<S: KvStore> KvCache for LatentCache<S> {
 
     fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
         step.check(&self.spec)?;
-        check_new(self, step.batch)?;
+        check_unseen(self, step.batch)?;
         let (_, k) = step.rotate(&self.spec, |_| 0)?;
         self.store.append(step.batch, &k, step.v)?;
         self.advance(step.batch);
@@ -120,7 +120,7 @@ impl<S: KvStore> KvCache for LatentCache<S> {
         self.store.len(seq)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
+    fn can_append(&self, batch: &Batch) -> bool {
         self.store.can_append(batch)
     }
 

@@ -175,10 +175,10 @@ impl CudaPool {
     }
 
     /// Gives how many bytes are free, if so many are.
-    pub(super) fn check_room(&self, asked: usize) -> Result<usize> {
+    pub(super) fn check_room(&self, needed: usize) -> Result<usize> {
         let free = self.free_bytes();
-        if asked > free {
-            return Err(Error::PoolFull { what: "pool of packed records".into(), asked, free });
+        if needed > free {
+            return Err(Error::PoolFull { what: "pool of packed records".into(), needed, free });
         }
         Ok(free)
     }
