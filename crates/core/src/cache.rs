@@ -140,31 +140,6 @@ pub trait KvCache: Send {
     fn clear(&mut self);
 }
 
-/// Checks that a sequence of `seen` tokens, of which the newest `held` are stored, can be truncated
-/// to its first `len`: the entries left must still fill the sliding window of the next token.
-///
-/// # Errors
-/// [`Error::Mismatch`] if fewer tokens were fed; [`Error::Unsupported`] if too many have left the
-/// window.
-pub(crate) fn check_window_truncate(
-    seq: SeqId,
-    seen: usize,
-    held: usize,
-    window: Option<usize>,
-    len: usize,
-) -> Result<()> {
-    if len > seen {
-        let what = format!("tokens of sequence {seq} to keep");
-        return Err(Error::mismatch(what, format!("at most {seen}"), len));
-    }
-    let reach = window.map_or(len, |window| window - 1);
-    if len < seen && seen - held > len.saturating_sub(reach) {
-        let what = "truncating a sequence beyond what its sliding window still holds";
-        return Err(Error::Unsupported(what.into()));
-    }
-    Ok(())
-}
-
 /// Checks that every sequence of a batch is new to a cache, as prompts must be.
 ///
 /// # Errors

@@ -10,5 +10,5 @@ mod pool;
 mod slab;
 mod store;
 
-pub use cache::DenseCache;
+pub use cache::{DenseCache, DenseStrategy};
 pub use store::DenseStore;
