@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use base_models::{Config, Decoder, LoadOptions, Transformer};
 use candle_core::{DType, Tensor};
 use longctx_core::{
-    Batch, CausalLm, DenseCache, Error, Footprint, KvCache, LayerSpec, Logits, Result, SeqId, Step,
+    Batch, CausalLm, DenseCache, Error, KvCache, LayerSpec, Logits, Result, SeqId, Step,
 };
 
 const TOLERANCE: f32 = 1e-5;
@@ -154,18 +154,9 @@ fn fault(on: &AtomicBool, what: &str) -> Result<()> {
 }
 
 impl KvCache for Faulty {
-    fn spec(&self) -> &LayerSpec {
-        self.inner.spec()
-    }
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         fault(&self.faults.attend, "a fault")?;
         self.inner.attend(step)
-    }
-    fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
-        self.inner.append_prompt(step, lse)
-    }
-    fn needs_lse(&self) -> bool {
-        self.inner.needs_lse()
     }
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
         fault(&self.faults.fork, "a fork")?;
@@ -179,30 +170,12 @@ impl KvCache for Faulty {
         fault(&self.faults.truncate, "going back")?;
         self.inner.truncate(seq, len)
     }
-    fn remove(&mut self, seq: SeqId) -> bool {
-        self.inner.remove(seq)
-    }
-    fn seqs(&self) -> Vec<SeqId> {
-        self.inner.seqs()
-    }
-    fn seen(&self, seq: SeqId) -> usize {
-        self.inner.seen(seq)
-    }
-    fn held(&self, seq: SeqId) -> usize {
-        self.inner.held(seq)
-    }
     fn can_append(&self, batch: &Batch) -> bool {
         !self.faults.attend.load(Relaxed) && self.inner.can_append(batch)
     }
-    fn footprint(&self) -> Footprint {
-        self.inner.footprint()
-    }
-    fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        self.inner.seq_footprint(seq)
-    }
-    fn clear(&mut self) {
-        self.inner.clear();
-    }
+
+    longctx_core::forward_kv_cache!(self => self.inner;
+        spec, append_prompt, needs_lse, remove, seqs, seen, held, footprint, seq_footprint, clear);
 }
 
 #[test]

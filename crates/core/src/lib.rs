@@ -14,6 +14,7 @@ mod footprint;
 mod gated;
 mod generate;
 mod latent;
+mod layer_caches;
 mod linear;
 mod lm;
 mod norm;
@@ -27,6 +28,8 @@ mod sums;
 mod top;
 mod window;
 
+pub use candle_core;
+
 pub use batch::{Batch, SeqId};
 pub use cache::{KvCache, Step, check_unseen};
 pub use compress::{Compressed, Piece, Prompt, PromptCompressor, Rate};
@@ -36,6 +39,7 @@ pub use footprint::Footprint;
 pub use gated::silu_mul;
 pub use generate::{GenerateOptions, Generation, Sampler, Sampling, StopReason, generate, prefill};
 pub use latent::{LatentCache, LatentStore, LatentStrategy};
+pub use layer_caches::LayerCaches;
 pub use linear::linear;
 pub use lm::{CausalLm, Logits};
 pub use norm::add_rms_norm;
