@@ -286,9 +286,9 @@ impl Call<'_> {
                 for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
                     let lse = lse[self.row(head, &queries, row)];
                     if lse > f32::NEG_INFINITY {
-                        simd::exp_sum(scores, lse);
+                        longctx_simd::exp_sum(scores, lse);
                         let at = row / queries.len() * entries.len() + start - entries.start;
-                        simd::add(&mut sums[at..at + width], scores);
+                        longctx_simd::add(scores, &mut sums[at..at + width]);
                     }
                 }
             });
@@ -313,7 +313,7 @@ impl Call<'_> {
             let start = self.row(head, queries, row) * d;
             out.extend_from_slice(&self.q[start..start + d]);
         }
-        simd::scale(out, self.shape.scale);
+        longctx_simd::scale(out, self.shape.scale);
     }
 
     /// Computes the scores of all rows against the keys of the entries from `start` on; -inf where
@@ -377,7 +377,7 @@ impl Call<'_> {
                 if *sum > 0.0 {
                     let place = &mut out[to * dv..(to + 1) * dv];
                     place.copy_from_slice(values);
-                    simd::scale(place, sum.recip());
+                    longctx_simd::scale(place, sum.recip());
                     lse[to] = max + sum.ln();
                 }
             }
@@ -393,16 +393,16 @@ impl Tile {
         let rows = self.max.len();
         let width = scores.len() / rows;
         for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
-            let max = self.max[row].max(simd::max(scores));
+            let max = self.max[row].max(longctx_simd::max(scores));
             if max == f32::NEG_INFINITY {
                 scores.fill(0.0);
                 continue;
             }
-            let sum = simd::exp_sum(scores, max);
+            let sum = longctx_simd::exp_sum(scores, max);
             if max > self.max[row] {
                 let shrink = (self.max[row] - max).exp();
                 self.sum[row] *= shrink;
-                simd::scale(&mut self.out[row * value_dim..][..value_dim], shrink);
+                longctx_simd::scale(&mut self.out[row * value_dim..][..value_dim], shrink);
                 self.max[row] = max;
             }
             self.sum[row] += sum;
