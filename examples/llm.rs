@@ -53,7 +53,9 @@ impl Llm {
         capacity: Option<usize>,
     ) -> Result<Box<dyn CausalLm + Send>> {
         let method = Method::named(method)?;
-        self.session(|spec| method.cache_within(spec, capacity.map(|bytes| bytes / spec.count)))
+        self.session(|spec| {
+            method.cache_within(spec, capacity.map(|bytes| bytes / spec.num_layers))
+        })
     }
 
     /// Returns whether the model has attention layers, and so caches.

@@ -18,7 +18,7 @@ use clap::ValueEnum;
 use kv_quant::{Format, KeyBasis, Order, QuantStore};
 use longctx_core::{
     AttentionShape, DenseCache, DenseStore, KvCache, KvStore, LatentCache, LatentStore, LayerSpec,
-    Rope, RopeScaling, WindowCache, for_layers,
+    Rope, RopeScaling, WindowCache, by_layer_type,
 };
 
 pub use eviction::{Evicting, Eviction, duo_attention};
@@ -108,7 +108,7 @@ impl Method {
         if spec.latent {
             return self.latent(spec, capacity);
         }
-        let make = for_layers(
+        let make = by_layer_type(
             |spec| self.full(spec, capacity),
             |spec| windowed(spec, self.format(spec)?, capacity),
         );
@@ -347,8 +347,8 @@ mod tests {
     fn capacity_bounds_every_kind_of_store() {
         for name in ["dense-f16", "kivi-4", "h2o-4x", "snap-kv-2x-kivi-2"] {
             let cache = Method::named(name).unwrap().cache_within(&spec(), Some(1 << 16)).unwrap();
-            assert!(cache.can_take(&Batch::single(0, 16).unwrap()), "{name}");
-            assert!(!cache.can_take(&Batch::single(0, 100_000).unwrap()), "{name}");
+            assert!(cache.can_append(&Batch::single(0, 16).unwrap()), "{name}");
+            assert!(!cache.can_append(&Batch::single(0, 100_000).unwrap()), "{name}");
         }
     }
 

@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use longctx_core::{
-    Batch, Footprint, KvCache, LayerSpec, Result, SeqId, Step, attention, check_new,
+    Batch, Footprint, KvCache, LayerSpec, Result, SeqId, Step, attention, check_unseen,
 };
 
 /// A layer's caches for several methods, with one prefill.
@@ -68,7 +68,7 @@ impl SharedPrefill {
     }
 
     fn append_run(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
-        check_new(self, step.batch)?;
+        check_unseen(self, step.batch)?;
         let caches = self.of_mut(step.batch.seqs()[0]);
         let done = caches.iter_mut().try_for_each(|cache| cache.append_prompt(step, lse));
         if done.is_err() {
@@ -162,9 +162,9 @@ impl KvCache for SharedPrefill {
         self.of(seq).iter().map(|cache| cache.held(seq)).max().unwrap_or(0)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
+    fn can_append(&self, batch: &Batch) -> bool {
         let fits = |(batch, _): &(Batch, usize)| {
-            self.of(batch.seqs()[0]).iter().all(|cache| cache.can_take(batch))
+            self.of(batch.seqs()[0]).iter().all(|cache| cache.can_append(batch))
         };
         self.runs(batch).is_ok_and(|runs| runs.iter().all(fits))
     }

@@ -169,8 +169,8 @@ fn run(
         let score = score(&llm.decode(&done.tokens)?, answer);
         exact += score.exact;
         partial += score.partial;
-        prefill = (prefill.0 + tokens.len(), prefill.1 + done.prefill);
-        decode = (decode.0 + done.decode_steps, decode.1 + done.decode);
+        prefill = (prefill.0 + tokens.len(), prefill.1 + done.prefill_time);
+        decode = (decode.0 + done.decode_steps, decode.1 + done.decode_time);
         if tokens.len() >= longest {
             longest = tokens.len();
             kv_bytes = session.footprint().total();

@@ -149,7 +149,7 @@ pub fn duo_attention<S: KvStore>(
 ) -> Result<PolicyCache<S, Recent>> {
     let of_layer = streaming.get(spec.index).ok_or_else(|| {
         let what = "layers that DuoAttention has scores of";
-        longctx_core::Error::mismatch(what, spec.count, streaming.len())
+        longctx_core::Error::mismatch(what, spec.num_layers, streaming.len())
     })?;
     let heads = DuoAttention::new(of_layer.clone(), SINKS, RECENT)?;
     PolicyCache::duo_attention(spec, store, &heads)

@@ -21,7 +21,7 @@ pub const PACKED: [(&str, Make); 47] = [
     ("kivi-keys-4-values-2", |spec| cache(spec, kivi(Bits::Four, Bits::Two))),
     ("kivi-keys-2-values-4", |spec| cache(spec, kivi(Bits::Two, Bits::Four))),
     ("kivi-edges-4-middle-2", |spec| {
-        let edge = spec.index < 2 || spec.index + 2 >= spec.count;
+        let edge = spec.index < 2 || spec.index + 2 >= spec.num_layers;
         let bits = if edge { Bits::Four } else { Bits::Two };
         cache(spec, kivi(bits, bits))
     }),
@@ -120,7 +120,7 @@ fn newest(format: Packed) -> Packed {
 }
 
 fn edges_f16(spec: LayerSpec, preset: TurboQuant) -> Result<QuantCache> {
-    let edge = spec.index < 2 || spec.index + 2 >= spec.count;
+    let edge = spec.index < 2 || spec.index + 2 >= spec.num_layers;
     cache(spec, Ok(if edge { Format::f16() } else { Format::turboquant(preset) }))
 }
 

@@ -24,7 +24,7 @@ fn main() -> Result<()> {
     });
     methods.register("mine", |setting| {
         // Any `KvCache` can be used here.
-        Ok(Box::new(models.reader(setting, |spec| LongValues::new(spec.clone()))?))
+        Ok(Box::new(models.reader(setting, |spec| LongValues::cache(spec.clone()))?))
     });
     let model = model::embedded().display().to_string();
     let paper = NeedleGrid::paper(Haystack::generated(0), 7);

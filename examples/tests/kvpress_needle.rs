@@ -10,8 +10,7 @@ use std::sync::{Arc, Mutex};
 use base_models::{LoadOptions, Pretrained};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{
-    Batch, CausalLm, DenseCache, DenseStore, Footprint, KvCache, LayerSpec, Logits, Result, SeqId,
-    Step,
+    Batch, CausalLm, DenseCache, DenseStore, KvCache, LayerSpec, Logits, Result, SeqId, Step,
 };
 use longctx_examples::methods::{Evicting, Eviction};
 use longctx_examples::shared_prefill::SharedPrefill;
@@ -38,54 +37,16 @@ struct Noted {
 }
 
 impl KvCache for Noted {
-    fn spec(&self) -> &LayerSpec {
-        self.cache.spec()
-    }
-    fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
-        self.cache.attend(step)
-    }
     fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
         self.cache.append_prompt(step, lse)?;
         let of = (self.spec().index, self.policy);
         self.kept.lock().unwrap().insert(of, self.cache.positions(step.batch.seqs()[0]).unwrap());
         Ok(())
     }
-    fn needs_lse(&self) -> bool {
-        self.cache.needs_lse()
-    }
-    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
-        self.cache.fork(from, to)
-    }
-    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        self.cache.check_truncate(seq, len)
-    }
-    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
-        self.cache.truncate(seq, len)
-    }
-    fn remove(&mut self, seq: SeqId) -> bool {
-        self.cache.remove(seq)
-    }
-    fn seqs(&self) -> Vec<SeqId> {
-        self.cache.seqs()
-    }
-    fn seen(&self, seq: SeqId) -> usize {
-        self.cache.seen(seq)
-    }
-    fn held(&self, seq: SeqId) -> usize {
-        self.cache.held(seq)
-    }
-    fn can_take(&self, batch: &Batch) -> bool {
-        self.cache.can_take(batch)
-    }
-    fn footprint(&self) -> Footprint {
-        self.cache.footprint()
-    }
-    fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        self.cache.seq_footprint(seq)
-    }
-    fn clear(&mut self) {
-        self.cache.clear();
-    }
+
+    longctx_core::forward_kv_cache!(self => self.cache;
+        spec, attend, needs_lse, fork, check_truncate, truncate, remove, seqs, seen, held,
+        can_append, footprint, seq_footprint, clear);
 }
 
 /// Returns the dense cache and one cache per policy. As in kvpress, none evicts during decoding.

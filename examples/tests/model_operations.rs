@@ -85,7 +85,7 @@ impl Trial<'_> {
         }
         let lengths: Vec<_> = parts.iter().map(|(&seq, ids)| (seq, ids.len())).collect();
         let Ok(batch) = Batch::new(&lengths) else { return };
-        let fits = session.can_take(&batch);
+        let fits = session.can_append(&batch);
         let logits = match session.forward(
             &batch,
             &parts.values().flatten().copied().collect::<Vec<_>>(),

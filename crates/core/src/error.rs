@@ -50,12 +50,12 @@ pub enum Error {
         reason: String,
     },
     /// A pool of fixed capacity has no room. Nothing was appended.
-    #[error("{what}: {asked} bytes are needed and {free} are free")]
+    #[error("{what}: {needed} bytes are needed and {free} are free")]
     PoolFull {
         /// The pool.
         what: String,
         /// Bytes needed by the call.
-        asked: usize,
+        needed: usize,
         /// Free bytes.
         free: usize,
     },

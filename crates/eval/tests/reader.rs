@@ -36,7 +36,7 @@ struct Notes {
 impl CausalLm for Notes {
     fn forward(&mut self, batch: &Batch, ids: &[u32], _: Logits) -> Result<Tensor> {
         let mut fed = self.fed.borrow_mut();
-        if batch.longest() == 1 {
+        if batch.max_seqlen() == 1 {
             fed.steps.push(batch.seqs().to_vec());
         }
         if ids.contains(&u32::from(b'!')) {
@@ -75,7 +75,7 @@ impl CausalLm for Notes {
     fn seen(&self, seq: SeqId) -> usize {
         self.seen.get(&seq).copied().unwrap_or(0)
     }
-    fn can_take(&self, _: &Batch) -> bool {
+    fn can_append(&self, _: &Batch) -> bool {
         true
     }
     fn footprint(&self) -> Footprint {
@@ -93,7 +93,7 @@ impl CausalLm for Notes {
     fn context_length(&self) -> Option<usize> {
         None
     }
-    fn family(&self) -> &str {
+    fn model_type(&self) -> &str {
         "notes"
     }
     fn device(&self) -> &Device {
@@ -132,7 +132,7 @@ struct FirstHalf;
 impl PromptCompressor for FirstHalf {
     fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed> {
         let mut short =
-            Compressed::copy(prompt.text, std::iter::once(0..rate.of(prompt.text.len())))?;
+            Compressed::copy(prompt.text, std::iter::once(0..rate.apply(prompt.text.len())))?;
         short.text += &format!("[{}]", prompt.question.unwrap_or("-"));
         Ok(short)
     }

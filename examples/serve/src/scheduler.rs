@@ -193,7 +193,7 @@ impl Scheduler {
         }
         let running = self.running.iter().map(|running| (running.seq, running.left()));
         let all: Vec<_> = running.chain([(seq, left)]).filter(|(_, left)| *left > 0).collect();
-        if self.model.can_take(&Batch::new(&all)?) {
+        if self.model.can_append(&Batch::new(&all)?) {
             return Ok(Some(seq));
         }
         self.model.remove(seq);
@@ -318,7 +318,7 @@ impl Scheduler {
     /// Chooses a token and sends it. Returns the event that ends the request, if any.
     fn write(&mut self, i: usize, logits: &[f32]) -> Option<Event> {
         let running = &mut self.running[i];
-        let token = match running.sampler.choose(logits) {
+        let token = match running.sampler.sample(logits) {
             Ok(token) => token,
             Err(error) => return Some(Event::Failed(error.to_string())),
         };

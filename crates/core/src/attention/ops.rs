@@ -68,7 +68,7 @@ fn attend_block(
     seen: &[Range<usize>],
 ) -> Result<(Tensor, Tensor)> {
     let (batch, heads, count, d) = q.dims4()?;
-    let (kv_heads, group) = (shape.kv_heads, shape.group());
+    let (kv_heads, group) = (shape.kv_heads, shape.heads_per_kv());
     let q =
         (q.contiguous()?.reshape((batch, kv_heads, group * count, d))? * f64::from(shape.scale))?;
     let mut scores = q.matmul(keys)?.to_dtype(DType::F32)?.contiguous()?;

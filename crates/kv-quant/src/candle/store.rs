@@ -287,7 +287,8 @@ impl QuantStore {
             indices.zip(sums).for_each(|(index, sums)| all[index] = sums);
             Ok(())
         })?;
-        let of_seq = |lists| AttentionSums::from_lists(lists, self.shape.group(), &Device::Cpu);
+        let of_seq =
+            |lists| AttentionSums::from_lists(lists, self.shape.heads_per_kv(), &Device::Cpu);
         all.chunks(heads).map(of_seq).collect()
     }
 }

@@ -16,7 +16,7 @@ impl CudaPool {
             _ => None,
         };
         let (stream, d) = (self.stream(), self.shape.head_dim);
-        let columns = self.shape.group() * batch.longest();
+        let columns = self.shape.heads_per_kv() * batch.max_seqlen();
         let kernels = &self.kernels.attend;
         let kernel = if columns > kernels[0].columns { kernels.last() } else { kernels.first() };
         let kernel = kernel.ok_or_else(|| Error::Unsupported("no attention kernel".into()))?;
@@ -24,7 +24,7 @@ impl CudaPool {
             &heads,
             Sizes {
                 group: self.layout.group,
-                heads_per_kv: self.shape.group(),
+                heads_per_kv: self.shape.heads_per_kv(),
                 columns: kernel.columns,
                 warps: kernel.warps,
                 blocks: kernel.blocks,
@@ -110,7 +110,7 @@ impl CudaPool {
         let (key_scale, value_scale) = self.layout.fixed_scales();
         AttendArgs {
             heads: self.shape.heads as i32,
-            heads_per_kv: self.shape.group() as i32,
+            heads_per_kv: self.shape.heads_per_kv() as i32,
             ring: self.ring_places() as i32,
             causal: (mask == Mask::Causal) as i32,
             window: self.shape.window.unwrap_or(0) as i32,

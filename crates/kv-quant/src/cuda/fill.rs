@@ -31,7 +31,7 @@ impl CudaPool {
     /// not keep in full precision. After an error nothing has changed, or the batch's sequences are
     /// poisoned.
     pub fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
-        self.check_new(batch, k, v)?;
+        self.check_unseen(batch, k, v)?;
         let new = self.all(batch, k, v)?;
         self.append_new(batch, &new)
     }
@@ -44,7 +44,7 @@ impl CudaPool {
         v: &Tensor,
         tokens: &[Selection],
     ) -> Result<()> {
-        self.check_new(batch, k, v)?;
+        self.check_unseen(batch, k, v)?;
         let (kv_heads, mut rows) = (self.shape.kv_heads, Vec::new());
         let (mut firsts, mut counts) = (Vec::new(), Vec::new());
         for ((_, own), selection) in batch.iter().zip(tokens) {
@@ -101,7 +101,7 @@ impl CudaPool {
         if !self.fits(batch, &self.counts(batch)) {
             return Ok(None);
         }
-        self.check_new(batch, k, v)?;
+        self.check_unseen(batch, k, v)?;
         let new = self.all(batch, k, v)?;
         self.shape.check_q(q)?;
         self.dtype = Some(new.k.dtype());
@@ -129,7 +129,7 @@ impl CudaPool {
         })
     }
 
-    fn check_new(&self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
+    fn check_unseen(&self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
         let tokens = self.shape.check_kv(k, v)?;
         if tokens != batch.tokens() {
             return Err(Error::mismatch("tokens of k", batch.tokens(), tokens));

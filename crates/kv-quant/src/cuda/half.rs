@@ -52,7 +52,7 @@ impl CudaHalf {
         let row = 2 * self.shape.kv_heads * (self.shape.head_dim + self.shape.value_dim);
         let free = self.capacity.unwrap_or(0).saturating_sub(self.store.footprint().payload);
         let what = "pool of entries in f16".into();
-        Err(Error::PoolFull { what, asked: batch.tokens() * row, free })
+        Err(Error::PoolFull { what, needed: batch.tokens() * row, free })
     }
 }
 

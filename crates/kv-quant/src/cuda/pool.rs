@@ -175,11 +175,11 @@ impl CudaPool {
         self.capacity.map_or(usize::MAX, |capacity| capacity.saturating_sub(used))
     }
 
-    /// Checks that `asked` bytes are free, and returns the number of free bytes.
-    pub(super) fn check_room(&self, asked: usize) -> Result<usize> {
+    /// Checks that `needed` bytes are free, and returns the number of free bytes.
+    pub(super) fn check_room(&self, needed: usize) -> Result<usize> {
         let free = self.free_bytes();
-        if asked > free {
-            return Err(Error::PoolFull { what: "pool of packed records".into(), asked, free });
+        if needed > free {
+            return Err(Error::PoolFull { what: "pool of packed records".into(), needed, free });
         }
         Ok(free)
     }

@@ -23,7 +23,7 @@ impl CudaPool {
             Mask::Entries(ranges) => Some(self.mark(batch, ranges, &mut work)?),
             _ => None,
         };
-        let (stream, per) = (self.stream(), self.shape.group());
+        let (stream, per) = (self.stream(), self.shape.heads_per_kv());
         if lse.dims() != [batch.tokens(), self.shape.heads] {
             let expected = format!("[{}, {}]", batch.tokens(), self.shape.heads);
             return Err(Error::mismatch("lse", expected, format!("{:?}", lse.dims())));
@@ -37,7 +37,7 @@ impl CudaPool {
             tiles = tiles.max(packed.div_ceil(TILE) + residual.div_ceil(TILE));
             lens.push(packed + residual);
         }
-        let blocks = if batch.longest() > 1 { per } else { per.div_ceil(8) };
+        let blocks = if batch.max_seqlen() > 1 { per } else { per.div_ceil(8) };
         // SAFETY: the kernel writes an element for every entry of every head.
         let out = unsafe { stream.alloc::<f32>(total.max(1)) }?;
         let on_device = stream.clone_htod(&work)?;
