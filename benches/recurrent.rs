@@ -80,7 +80,8 @@ pub fn mamba2(hidden: usize, layers: usize) -> Outline {
     model
 }
 
-/// RWKV-5: the 169M models have 768 channels, 2,688 in the channel mixing, and 12 layers; the 7B model 4,096, 14,336 and 32.
+/// RWKV-5: the 169M models have 768 channels, 2,688 in the channel mixing, and 12 layers; the 7B
+/// model has 4,096, 14,336 and 32.
 pub fn rwkv5(hidden: usize, inner: usize, layers: usize) -> Outline {
     let vocab = 65536;
     // candle interchanges the head size and the number of heads.
