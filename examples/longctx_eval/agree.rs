@@ -1,4 +1,5 @@
-//! Token by token beside the dense model: perplexity, top-1 agreement, divergence.
+//! Compares a setting with the dense model token by token: perplexity, top-1 agreement, KL
+//! divergence.
 
 use std::fs;
 use std::path::PathBuf;
@@ -15,22 +16,22 @@ use crate::method;
 pub struct Args {
     #[command(flatten)]
     chosen: Chosen,
-    /// The text. It is divided into passages: a prompt, and words to predict
+    /// The text file. It is divided into passages: a prompt, followed by the words to predict
     #[arg(long)]
     text: PathBuf,
-    /// Words of each passage that are read first, which the method compresses
+    /// Words of a passage's prompt, which the method compresses
     #[arg(long, default_value_t = 700, value_parser = number::<1, MOST>)]
     prompt_words: usize,
-    /// Words after them, read one token at a time
+    /// Words to predict after the prompt, fed one token at a time
     #[arg(long, default_value_t = 100, value_parser = number::<1, MOST>)]
     words: usize,
-    /// Passages
+    /// The number of passages
     #[arg(long, default_value_t = 1, value_parser = number::<1, MOST>)]
     passages: usize,
     /// Passages that are read side by side
     #[arg(long, default_value_t = 1, value_parser = number::<1, MOST>)]
     batch: usize,
-    /// The run's folder, where agreement.jsonl is added to
+    /// The run's folder; results are appended to its agreement.jsonl
     #[arg(long)]
     out: PathBuf,
 }
@@ -42,7 +43,7 @@ pub fn agree(args: Args) -> Result<()> {
     let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let count = text.split_whitespace().count();
     let wanted = args.passages * (args.prompt_words + args.words);
-    ensure!(count >= wanted, "{}: {count} words, {wanted} wanted", args.text.display());
+    ensure!(count >= wanted, "{}: expected {wanted} words, got {count}", args.text.display());
     let texts = passages(&text, &args);
     let read = |setting: &Setting| Ok::<_, Error>(methods.open(setting)?);
     let what = format!(
@@ -55,7 +56,7 @@ pub fn agree(args: Args) -> Result<()> {
     let mut dense: Option<(String, Vec<Vec<Forced>>)> = None;
     for setting in args.chosen.settings(&methods)? {
         if report::has_agreement(&args.out, &setting.name, &what)? {
-            say!("{:28} done before", setting.name);
+            say!("{:28} has a result", setting.name);
             continue;
         }
         let reference = match &dense {
@@ -86,7 +87,8 @@ pub fn agree(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// Prompt and words of each passage. The words begin with the space before them, as in the text.
+/// Returns the prompt and the words of each passage. The words begin with a space, as in continuous
+/// text.
 fn passages(text: &str, args: &Args) -> Vec<(String, String)> {
     let starts = (0..args.passages).map(|i| i * (args.prompt_words + args.words));
     let passage = |start: usize| {
@@ -102,7 +104,7 @@ fn force(subject: &mut dyn Subject, texts: &[(String, String)]) -> Result<Vec<Fo
     subject.teacher_forced(&passages).map_err(Error::from_boxed)
 }
 
-/// Compares each passage with the dense model's, on a thread each.
+/// Compares each passage with the dense model's. One thread per passage.
 fn compare(texts: &[Forced], dense: &[Forced]) -> Result<Vec<Agreement>> {
     std::thread::scope(|scope| {
         let pairs = texts.iter().zip(dense);

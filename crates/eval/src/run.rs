@@ -341,7 +341,7 @@ impl Unit<'_> {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             timings: Timings {
                 first_token_seconds: answer.first_token.as_secs_f64(),
-                // Steps that several settings share give no speed of one.
+                // The speed of steps that several settings share is not that of one setting.
                 decode_tokens_per_second: Some(per_second)
                     .filter(|speed| answer.decode_steps > 0 && speed.is_finite())
                     .filter(|_| answer.settings.is_none()),

@@ -44,7 +44,7 @@ pub trait Text {
     fn bos(&self) -> Option<&str>;
 }
 
-/// Bytes of a dense cache of so many tokens.
+/// Returns the bytes of a dense cache with the given number of tokens.
 type DenseBytes = Box<dyn Fn(usize) -> usize + Send>;
 
 /// A [`CausalLm`] with any cache that reads prompts and decodes greedily.
@@ -115,8 +115,8 @@ impl Reader {
         self
     }
 
-    /// Sets the bytes of a dense f16 cache of so many tokens, the reference of ratios. Layers with a
-    /// sliding window stop growing.
+    /// Sets the function that returns the bytes of a dense f16 cache for a number of tokens, the
+    /// reference of ratios. Layers with a sliding window stop growing.
     #[must_use]
     pub fn with_dense_bytes(mut self, bytes: impl Fn(usize) -> usize + Send + 'static) -> Self {
         self.dense_bytes = Some(Box::new(bytes));

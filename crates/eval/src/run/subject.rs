@@ -93,6 +93,6 @@ pub trait Subject {
     /// logits.
     fn teacher_forced(&mut self, passages: &[Passage<'_>]) -> Result<Vec<Forced>, Fault> {
         let _ = passages;
-        Err("this subject tells no logits".into())
+        Err("this subject does not return logits".into())
     }
 }
