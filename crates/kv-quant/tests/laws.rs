@@ -107,7 +107,8 @@ proptest! {
     /// integers, half the distance of adjacent numbers for floating point.
     #[test]
     fn what_comes_back_is_as_close_as_codes_allow((columns, x) in matrix(40), scheme in along_channels(), lanes in axis()) {
-        let plain = Scheme { rotated: false, ..scheme };
+        let mut plain = scheme;
+        plain.rotated = false;
         let packed = Packed::quantize(&x, columns, plain, lanes).unwrap();
         let mut back = vec![0.0; x.len()];
         packed.dequantize(&mut back).unwrap();
@@ -152,7 +153,8 @@ proptest! {
                 sum / (block as f64).sqrt()
             }).collect::<Vec<_>>()).collect()
         };
-        let of_rotated = Scheme { rotated: false, ..scheme };
+        let mut of_rotated = scheme;
+        of_rotated.rotated = false;
         let narrow: Vec<f32> = rotate(&x).iter().map(|&x| x as f32).collect();
         let of_rotated = Packed::quantize(&narrow, columns, of_rotated, lanes).unwrap();
         let mut rotated_back = vec![0.0; x.len()];
