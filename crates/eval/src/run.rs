@@ -80,6 +80,7 @@ pub struct Plan<'a> {
 
 /// An event during a run.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Event<'a> {
     /// An incomplete last line of an earlier process was dropped. Its sample will be answered
     /// again.
@@ -87,7 +88,7 @@ pub enum Event<'a> {
     /// A record of a task's data was skipped.
     Skipped(&'a Error),
     /// The run started, with the number of answers of this process and of those that already exist.
-    Began {
+    Started {
         /// Samples times settings.
         total: usize,
         /// Answers that already exist.
@@ -106,6 +107,7 @@ pub enum Event<'a> {
 
 /// The counts and times of a process.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Summary {
     /// Samples answered by this process.
     pub answered: usize,
@@ -156,7 +158,7 @@ pub fn run(
     units.iter().try_for_each(|unit| unit.check(&done))?;
     let open = |unit: &&Unit<'_>| !done.contains_key(&unit.key());
     summary.before = units.iter().filter(|unit| !open(unit)).count();
-    on_event(Event::Began { total: units.len(), done: summary.before });
+    on_event(Event::Started { total: units.len(), done: summary.before });
     for group in methods.groups(&plan.settings) {
         let in_group = |unit: &&Unit<'_>| group.contains(&unit.place.2);
         let mut open: Vec<&Unit<'_>> = units.iter().filter(in_group).filter(open).collect();

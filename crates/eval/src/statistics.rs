@@ -15,6 +15,7 @@ pub const LEAST_SAMPLES: usize = 10;
 
 /// A mean with its 95 % interval.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[non_exhaustive]
 pub struct Interval {
     /// The mean.
     pub mean: f64,
@@ -47,6 +48,7 @@ pub fn bootstrap(values: &[(f64, f64)]) -> Option<Interval> {
 
 /// The decoding speed of a setting.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[non_exhaustive]
 pub struct Decode {
     /// Mean over samples; in a batch, the throughput of all its sequences.
     pub tokens_per_second: f64,
@@ -82,6 +84,7 @@ impl std::fmt::Display for Decode {
 
 /// A setting beside another on the samples that both answered.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[non_exhaustive]
 pub struct Difference {
     /// The setting's score minus the other's, from -1 to 1. Tasks have equal weights within a
     /// category, and categories have equal weights.
@@ -97,6 +100,7 @@ pub struct Difference {
 /// The interpretation of a difference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Verdict {
     /// The interval is above 0.
     Better,

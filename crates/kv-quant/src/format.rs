@@ -14,6 +14,7 @@ use crate::{Error, Result};
 
 /// When tokens are packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Flush {
     /// Immediately: no tokens are kept in full precision. Requires keys quantized along
     /// channels.
@@ -34,6 +35,7 @@ pub enum Flush {
 
 /// The basis in which keys are given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
 pub enum KeyBasis {
     /// Keys are packed as given.
     #[default]

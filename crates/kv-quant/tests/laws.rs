@@ -124,6 +124,7 @@ proptest! {
                     let (relative, least) = match kind {
                         Float8::E4m3 => (1.0 / 16.0, 1.0 / 1024.0),
                         Float8::E5m2 => (1.0 / 8.0, 1.0 / 131_072.0),
+                        other => panic!("the bound of {other:?}"),
                     };
                     let saturated = if static_scale.is_some() { x.abs() - kind.max() * scale } else { 0.0 };
                     let near = (x.abs() * relative).max(least * scale).max(saturated);

@@ -15,6 +15,7 @@ pub type CountTokens = Arc<dyn Fn(&str) -> Result<usize> + Send + Sync>;
 
 /// The unit of a grid's lengths.
 #[derive(Clone)]
+#[non_exhaustive]
 pub enum Length {
     /// Words of background, as in the paper.
     Words,

@@ -4,6 +4,7 @@ use crate::{Error, Result};
 
 /// Bits per code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Bits {
     /// Codes 0 to 3, 16 per word.
     Two = 2,

@@ -6,6 +6,7 @@ use crate::{Error, Result};
 /// vLLM's presets of TurboQuant. They keep the first and last two layers in full precision; the
 /// caller has to do this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum TurboQuant {
     /// Keys in fp8 e4m3 with scale 1, values at 4 bits.
     K8V4,

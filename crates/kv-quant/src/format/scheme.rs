@@ -154,6 +154,7 @@ impl Scheme {
 
 /// The meaning of a code: x' = level * scale + zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Codes {
     /// Integers from the group's minimum, its zero point, to its maximum. The arithmetic is that of
     /// KIVI's published functions on f16 tensors.
@@ -190,6 +191,7 @@ pub enum Codes {
 
 /// A format of 8-bit floating-point numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Float8 {
     /// 4 bits of exponent, 3 of mantissa, up to ±448, no infinity: PyTorch's `float8_e4m3fn`.
     E4m3,

@@ -13,6 +13,7 @@ use crate::python::random::Random;
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Dataset {
     /// SQuAD 2.0 (Rajpurkar et al.), its answerable questions.
     Squad,
