@@ -42,6 +42,8 @@ mod tokenizer;
 mod torch_file;
 mod weights;
 
+pub use longctx_core;
+
 pub use chat::{ChatOptions, ChatTemplate, Message};
 pub use config::{Activation, Config, ExpertGroups, Experts, Latent, QkNorm, Scoring};
 pub use decoder::Transformer;

@@ -18,11 +18,11 @@ pub(crate) const STORED: &str = "stored_in_namespace";
 /// - `{% set ns.x = value %}` becomes `{% set ns.x = (value) | stored_in_namespace %}`.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for templates and expressions longer than any conversation needs.
+/// [`Error::Template`] for templates and expressions longer than any conversation needs.
 pub(crate) fn prepared(source: &str) -> Result<String> {
     if source.len() > MAX_LENGTH {
-        let what = format!("a chat template of {} bytes (at most {MAX_LENGTH})", source.len());
-        return Err(Error::Unsupported(what));
+        let what = format!("{} bytes (at most {MAX_LENGTH})", source.len());
+        return Err(Error::Template(what));
     }
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -69,8 +69,7 @@ fn tag_end(tag: &str, variable: bool) -> Result<usize> {
             _ => 0,
         };
         if length > MAX_TAG || signs > MAX_SIGNS {
-            let what = "a chat template with an expression of inordinate length";
-            return Err(Error::Unsupported(what.into()));
+            return Err(Error::template("an expression of inordinate length"));
         }
     }
     Ok(tag.len())

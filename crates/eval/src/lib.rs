@@ -15,6 +15,8 @@ pub mod setting;
 pub mod statistics;
 mod task;
 
+pub use longctx_core;
+
 pub use error::{Error, Result};
 pub use haystack::{Haystack, word_range};
 pub use measure::{Agreement, Forced};

@@ -22,7 +22,7 @@ use std::ops::Range;
 
 pub use documents::Documents;
 
-use crate::loss::{LossModel, count, encode, failed};
+use crate::loss::{LossModel, count, encode};
 use crate::tokens::cl100k_tokens;
 use crate::{Target, sentences};
 use documents::{JoinedText, KeptRanges};
@@ -378,7 +378,7 @@ impl<M: CausalLm> LlmLingua<M> {
             contrastive: self.settings.token_score == TokenScore::Contrastive,
         };
         let left = compress(&mut self.loss_model, self.unconditional.as_mut(), tokens.ids, &plan)?;
-        let text = self.tokenizer.decode(&left.ids, false).map_err(failed)?;
+        let text = self.tokenizer.decode(&left.ids, false).map_err(Error::tokenizer)?;
         let ranges: Vec<Range<usize>> =
             left.origin.iter().map(|&i| tokens.offsets[i].clone()).collect();
         Ok(joined.to_compressed(&ranges, source, text))
