@@ -2,8 +2,8 @@
 //! decoding eight sequences in one batch beside one after the other.
 //!
 //! candle's model has positions for 4,096 tokens and can't take a longer prompt. Its decode step
-//! after 7,900 tokens is reached by single steps at its last position, which does the same work: set
-//! `LONGCTX_SLOW=1` for this quarter of an hour.
+//! after 7,900 tokens is reached by single steps at its last position, which does the same work:
+//! set `LONGCTX_SLOW=1` for this quarter of an hour.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -40,7 +40,8 @@ fn step(model: &mut impl CausalLm, seq: SeqId, ids: &[u32]) -> Result<()> {
     Ok(())
 }
 
-/// Feeds `length` tokens as candle's model allows: at most 4,096 at once, then one by one at the last position.
+/// Feeds `length` tokens as candle's model allows: at most 4,096 at once, then one by one at the
+/// last position.
 fn fill(model: &mut ModelWeights, length: usize, vocab: u32) -> Result<()> {
     let whole = length.min(MAX_SEQ_LEN - 1);
     model.forward(&tokens(whole, vocab)?, 0)?;

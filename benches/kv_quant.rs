@@ -1,8 +1,9 @@
-//! Decode attention over packed pools beside candle-nn's CPU `flash_attn`, beside the machine's read
-//! bandwidth and beside the crates `turboquant-rs` and `tq-kv`; and how fast tokens are packed.
+//! Decode attention over packed pools beside candle-nn's CPU `flash_attn`, beside the machine's
+//! read bandwidth and beside the crates `turboquant-rs` and `tq-kv`; and how fast tokens are
+//! packed.
 //!
-//! 32 query heads, 8 kv heads of 128 channels, 32,768 tokens, one new token, all cores. Throughput of
-//! packed pools counts all bytes that hold tokens: codes, scales and zeros, residual, tables.
+//! 32 query heads, 8 kv heads of 128 channels, 32,768 tokens, one new token, all cores. Throughput
+//! of packed pools counts all bytes that hold tokens: codes, scales and zeros, residual, tables.
 
 use std::hint::black_box;
 use std::time::Duration;

@@ -1,10 +1,10 @@
-//! What pools of blocks cost: decode attention over a block table beside contiguous memory; forks of
-//! a long prefix; rollbacks.
+//! What pools of blocks cost: decode attention over a block table beside contiguous memory; forks
+//! of a long prefix; rollbacks.
 //!
 //!     cargo bench -p longctx-benches --bench paged
 //!
-//! 32 query heads, 8 kv heads of 128 channels, 32,768 tokens. Forks and rollbacks are of one layer's
-//! 8 kv heads.
+//! 32 query heads, 8 kv heads of 128 channels, 32,768 tokens. Forks and rollbacks are of one
+//! layer's 8 kv heads.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};

@@ -1,9 +1,11 @@
-//! LLMLingua-2 with a random encoder of XLM-RoBERTa-base's shape (12 layers, 768 channels) on a text of 10,000 words.
+//! LLMLingua-2 with a random encoder of XLM-RoBERTa-base's shape (12 layers, 768 channels) on a
+//! text of 10,000 words.
 //!
 //!     cargo bench -p longctx-benches --bench prompt_compress
 //!
-//! `python benches/prompt_compress.py FOLDER` times llmlingua 0.2.2 with PyTorch on the same files, which this benchmark leaves in the
-//! folder for temporary files. The vocabulary is the tiny one of the crate's tests: it takes about as many tokens a word as the real one.
+//! `python benches/prompt_compress.py FOLDER` times llmlingua 0.2.2 with PyTorch on the same files,
+//! which this benchmark leaves in the folder for temporary files. The vocabulary is the tiny one of
+//! the crate's tests: it takes about as many tokens a word as the real one.
 
 use std::collections::HashMap;
 use std::hint::black_box;

@@ -1,4 +1,5 @@
-//! Recurrent models at the sizes of published ones: what to put into their `config.json`, and the tensors of their checkpoints.
+//! Recurrent models at the sizes of published ones: what to put into their `config.json`, and the
+//! tensors of their checkpoints.
 
 use serde_json::{Value, json};
 
@@ -79,7 +80,8 @@ pub fn mamba2(hidden: usize, layers: usize) -> Outline {
     model
 }
 
-/// RWKV-5: the 169M models have 768 channels, 2,688 in the channel mixing, and 12 layers; the 7B model 4,096, 14,336 and 32.
+/// RWKV-5: the 169M models have 768 channels, 2,688 in the channel mixing, and 12 layers; the 7B
+/// model 4,096, 14,336 and 32.
 pub fn rwkv5(hidden: usize, inner: usize, layers: usize) -> Outline {
     let vocab = 65536;
     // candle takes the size of a head for the number of heads, and the other way round.
@@ -119,7 +121,8 @@ pub fn rwkv5(hidden: usize, inner: usize, layers: usize) -> Outline {
     model
 }
 
-/// RecurrentGemma-2B with so many layers, of which every third is attention, and so many of its 256,000 tokens.
+/// RecurrentGemma-2B with so many layers, of which every third is attention, and so many of its
+/// 256,000 tokens.
 pub fn recurrent_gemma(layers: usize, vocab: usize) -> Outline {
     let (hidden, inner, heads, head_dim) = (2560, 7680, 10, 256);
     let config = json!({

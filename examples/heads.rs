@@ -26,10 +26,10 @@ pub struct Heads {
 }
 
 impl Heads {
-    /// Has the model write the keys of three prompts of 1,000 tokens (other text and other keys than
-    /// the sweep's). A kv head's score: of the attention that its query heads give while they write
-    /// the key, the share outside sinks and window; the mean over tokens and prompts, of the query
-    /// head where it is largest.
+    /// Has the model write the keys of three prompts of 1,000 tokens (other text and other keys
+    /// than the sweep's). A kv head's score: of the attention that its query heads give while they
+    /// write the key, the share outside sinks and window; the mean over tokens and prompts, of the
+    /// query head where it is largest.
     pub fn measure(llm: &Pretrained) -> Result<Self> {
         let sums = Arc::new(Mutex::new(Vec::new()));
         for (seed, depth) in (1..).zip([0.25, 0.5, 0.75]) {
@@ -46,7 +46,8 @@ impl Heads {
             let mut session = llm.model.session(|spec: &LayerSpec| {
                 let store = DenseStore::new(spec.shape, DType::F32)?;
                 let probe = Probe { queries, sums: sums.clone() };
-                // Any budget below the text's length has the policy asked once, after the attention.
+                // Any budget below the text's length has the policy asked once, after the
+                // attention.
                 let settings = Settings { decode_step: None, ..Settings::new(Budget::Ratio(0.5)) };
                 PolicyCache::with_settings(spec.clone(), store, probe, settings)
             })?;
@@ -77,8 +78,8 @@ impl Heads {
         DuoAttention::split(&self.scores, share)
     }
 
-    /// The heads that stream, per layer, if a prompt of so many tokens is to be kept at `budget` per
-    /// kv head in the mean; `None` if that is less than streaming heads alone keep.
+    /// The heads that stream, per layer, if a prompt of so many tokens is to be kept at `budget`
+    /// per kv head in the mean; `None` if that is less than streaming heads alone keep.
     pub fn split(&self, budget: usize, tokens: usize) -> Result<Option<Vec<Vec<bool>>>> {
         let kept = SINKS + RECENT;
         if budget < kept {

@@ -1,7 +1,7 @@
 //! The ways to hold keys and values, by name.
 //!
-//! A name is that of a whole cache, `dense-f16` or `kivi-4`, or `POLICY-SIZE[-STORE]`: what stays or
-//! is read (`h2o`, `quest`), how much (`4x`: a quarter of the prompt's tokens; `512`: so many
+//! A name is that of a whole cache, `dense-f16` or `kivi-4`, or `POLICY-SIZE[-STORE]`: what stays
+//! or is read (`h2o`, `quest`), how much (`4x`: a quarter of the prompt's tokens; `512`: so many
 //! tokens), and the store, by default f16: `h2o-4x`, `quest-512`, `snap-kv-4x-kivi-4`.
 
 mod eviction;
@@ -114,8 +114,9 @@ impl Method {
         make(spec)
     }
 
-    /// The format of a layer with a sliding window or latent attention; `None`: f16, or what a dense
-    /// cache holds. The format alone: without sinks, and a call's tokens attend before they are packed.
+    /// The format of a layer with a sliding window or latent attention; `None`: f16, or what a
+    /// dense cache holds. The format alone: without sinks, and a call's tokens attend before they
+    /// are packed.
     fn format(&self, spec: &LayerSpec) -> longctx_core::Result<Option<Format>> {
         match self.kind {
             Kind::Dense(_) => Ok(None),

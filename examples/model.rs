@@ -1,4 +1,5 @@
-//! The models that the examples know by name: one in this repository, others fetched once, checked, kept.
+//! The models that the examples know by name: one in this repository, others fetched once, checked,
+//! kept.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -55,7 +56,8 @@ pub fn embedded() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("zoo/attention-7m.Q8_0.gguf")
 }
 
-/// SmolLM2-135M-Instruct as a GGUF file: the one that `LONGCTX_SMOLLM2` names, or the one in the user's cache, fetched if it is not there.
+/// SmolLM2-135M-Instruct as a GGUF file: the one that `LONGCTX_SMOLLM2` names, or the one in the
+/// user's cache, fetched if it is not there.
 pub fn smollm2() -> Result<PathBuf> {
     SMOLLM2.path()
 }
@@ -65,8 +67,8 @@ pub fn gemma3() -> Result<PathBuf> {
     GEMMA3.path()
 }
 
-/// The model of an option `--model`: "embedded" for [`embedded`], "gemma3" for [`gemma3`], nothing or
-/// "smollm2" for [`smollm2`], else as it is.
+/// The model of an option `--model`: "embedded" for [`embedded`], "gemma3" for [`gemma3`], nothing
+/// or "smollm2" for [`smollm2`], else as it is.
 pub fn named(model: Option<&str>) -> Result<String> {
     Ok(match model {
         None | Some("smollm2") => smollm2()?.display().to_string(),

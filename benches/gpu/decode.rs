@@ -1,6 +1,6 @@
-//! Decoding on a GPU with a model of Llama-3-8B's shape (random weights) after a random past, for one
-//! sequence, for batches and for unequal ones; and, given a GGUF file, the packed attention over that
-//! model's own keys and values beside the host's.
+//! Decoding on a GPU with a model of Llama-3-8B's shape (random weights) after a random past, for
+//! one sequence, for batches and for unequal ones; and, given a GGUF file, the packed attention
+//! over that model's own keys and values beside the host's.
 //!
 //!     cargo bench -p longctx-benches --features cuda --bench cuda_decode -- [model.gguf] [method …]
 

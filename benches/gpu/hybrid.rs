@@ -120,7 +120,8 @@ fn seconds(run: impl FnOnce() -> Result<Tensor>) -> Result<f64> {
     Ok(start.elapsed().as_secs_f64())
 }
 
-/// candle's tokens per second: of a prompt, asked for once where it takes one at once, and of steps, the median.
+/// candle's tokens per second: of a prompt, asked for once where it takes one at once, and of
+/// steps, the median.
 fn theirs(mut model: Box<dyn Theirs>, vocab: usize, device: &Device) -> Result<(f64, f64)> {
     let prompt = tokens(PROMPT, vocab as u32)?.to_device(device)?;
     let whole = model.whole_prompts().then(|| seconds(|| model.feed(&prompt))).transpose()?;

@@ -1,5 +1,5 @@
-//! Prefill on a GPU with a model of Llama-3-8B's shape (random weights, f16), as it is and with caches
-//! that compress. `benches/gpu/model_prefill.py` is the same model in PyTorch.
+//! Prefill on a GPU with a model of Llama-3-8B's shape (random weights, f16), as it is and with
+//! caches that compress. `benches/gpu/model_prefill.py` is the same model in PyTorch.
 //!
 //!     cargo bench -p longctx-benches --features cuda --bench cuda_model_prefill -- [method …]
 

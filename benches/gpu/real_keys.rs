@@ -1,5 +1,5 @@
-//! The packed attention on the device beside the host's, over the keys and values that a real model's
-//! layers hold of a real text.
+//! The packed attention on the device beside the host's, over the keys and values that a real
+//! model's layers hold of a real text.
 
 use std::path::Path;
 use std::sync::mpsc::{Sender, channel};

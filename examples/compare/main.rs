@@ -31,8 +31,8 @@ use report::Row;
 
 /// Compression ratios are against this method's bytes.
 const REFERENCE: &str = "dense-f16";
-/// A minute on two cores with the embedded model. InfLLM reads a quarter; what it does not read is still held, and
-/// counted.
+/// A minute on two cores with the embedded model. InfLLM reads a quarter; what it does not read is
+/// still held, and counted.
 const METHODS: [&str; 9] = [
     REFERENCE,
     "dense-f32",
@@ -52,13 +52,15 @@ const MOST: usize = 10_000_000;
 #[derive(Parser)]
 #[command(about = "Compares KV caches on the needle (passkey) test")]
 struct Args {
-    /// embedded (a model of 7 million weights in this repository), smollm2 (fetched if need be), gemma3, a GGUF file, a folder in Hugging Face's layout,
-    /// or a model of the Hub, transformer or recurrent
+    /// embedded (a model of 7 million weights in this repository), smollm2 (fetched if need be),
+    /// gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub, transformer
+    /// or recurrent
     #[arg(long, default_value = "embedded")]
     model: String,
     #[command(flatten)]
     place: Place,
-    /// A folder of text, or a text file, to hide the key in; by default text that the program makes itself
+    /// A folder of text, or a text file, to hide the key in; by default text that the program makes
+    /// itself
     #[arg(long)]
     haystack: Option<PathBuf>,
     /// Lengths of the text, in words
@@ -73,7 +75,8 @@ struct Args {
     /// Tokens to generate for an answer
     #[arg(long, default_value_t = 16, value_parser = number::<1, MOST>)]
     max_tokens: usize,
-    /// Tokens of the prompt to feed at a time; by default the whole prompt, which is exact under every method but InfLLM
+    /// Tokens of the prompt to feed at a time; by default the whole prompt, which is exact under
+    /// every method but InfLLM
     #[arg(long, value_parser = number::<1, MOST>)]
     prefill_chunk: Option<usize>,
     /// Methods to run, by name

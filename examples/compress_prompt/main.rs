@@ -3,7 +3,8 @@
 //!     cargo run --release --example compress_prompt -- --rate 0.5 --question "Who came late?" minutes.txt
 //!     cargo run --release --example compress_prompt -- --method llmlingua2 --encoder FOLDER --rate 0.25 < report.txt
 //!
-//! The compressed text goes to standard output; the counts, and on a terminal what went and what stayed, to standard error.
+//! The compressed text goes to standard output; the counts, and on a terminal what went and what
+//! stayed, to standard error.
 
 mod diff;
 mod method;
@@ -31,7 +32,8 @@ struct Args {
     /// What will be asked of the text, for the methods that look at it
     #[arg(long)]
     question: Option<String>,
-    /// The text has sections in llmlingua's tags: <llmlingua, rate=0.3>…</llmlingua>, <llmlingua, compress=False>…</llmlingua>
+    /// The text has sections in llmlingua's tags: <llmlingua, rate=0.3>…</llmlingua>, <llmlingua,
+    /// compress=False>…</llmlingua>
     #[arg(long)]
     tags: bool,
     /// Show what went and what stayed even if standard error is no terminal
@@ -74,7 +76,8 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Writes the text as it is, on a terminal with a line end after it. A reader that has seen enough is no error.
+/// Writes the text as it is, on a terminal with a line end after it. A reader that has seen enough
+/// is no error.
 fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     let end = if out.is_terminal() && !text.ends_with('\n') { "\n" } else { "" };

@@ -12,8 +12,8 @@ use prompt_compress::{LlmLingua, LlmLingua2, llmlingua, llmlingua2};
 /// What the methods that need a model run on.
 #[derive(clap::Args)]
 pub struct Models {
-    /// The causal model of llmlingua, longllmlingua and selective-context: a GGUF file, a folder or a name of the Hub; by default
-    /// SmolLM2-135M-Instruct, fetched if need be
+    /// The causal model of llmlingua, longllmlingua and selective-context: a GGUF file, a folder or
+    /// a name of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
     #[arg(long)]
     model: Option<String>,
     /// The encoder of llmlingua2: a folder or a name of the Hub

@@ -149,8 +149,8 @@ fn draw(log_p: &Tensor, draws: impl Iterator<Item = f32>) -> Result<Vec<u32>> {
     Ok(of_blocks.into_iter().zip(found).map(token).collect())
 }
 
-/// The item at which the sum is first larger than a draw, and the draw less the items before it; the
-/// last item where rounding leaves the whole sum smaller.
+/// The item at which the sum is first larger than a draw, and the draw less the items before it;
+/// the last item where rounding leaves the whole sum smaller.
 fn exceeds(items: &[f32], draw: f32) -> (usize, f32) {
     let mut rest = draw;
     for (i, item) in items.iter().enumerate() {

@@ -5,11 +5,11 @@
 //!     cargo run --release --example kv_quality -- --plot TABLE.md --out PLOT.svg
 //!
 //! The first: perplexity. The text is cut into contexts, which run side by side as a batch, a few
-//! tokens at a time, each block attending to the packed past: the decode path, teacher-forced. Every
-//! token but a context's first is predicted and counted. The second: divergence from the dense model
-//! while the model continues prompts of the text. Bits a number and compression count all bytes that
-//! the sequences hold at the end. Methods are those of `examples/methods.rs`; `--device cuda` has
-//! kernels for most of them, and a row says which it lacks.
+//! tokens at a time, each block attending to the packed past: the decode path, teacher-forced.
+//! Every token but a context's first is predicted and counted. The second: divergence from the
+//! dense model while the model continues prompts of the text. Bits a number and compression count
+//! all bytes that the sequences hold at the end. Methods are those of `examples/methods.rs`;
+//! `--device cuda` has kernels for most of them, and a row says which it lacks.
 
 mod bootstrap;
 mod generation;
@@ -79,7 +79,8 @@ const METHODS: [&str; 43] = [
 #[derive(Parser)]
 #[command(about = "Quality of packed caches")]
 struct Args {
-    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
+    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by
+    /// default SmolLM2-135M-Instruct, fetched if need be
     #[arg(long)]
     model: Option<String>,
     /// A folder of text, or a text file

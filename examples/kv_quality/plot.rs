@@ -22,8 +22,8 @@ struct Point {
     loss: f64,
 }
 
-/// Draws the rows of tables as an SVG file, and prints the methods of the Pareto line: those that no
-/// other method beats at as many bits.
+/// Draws the rows of tables as an SVG file, and prints the methods of the Pareto line: those that
+/// no other method beats at as many bits.
 pub fn draw(tables: &[PathBuf], path: &Path) -> Result<()> {
     let mut points = Vec::new();
     for table in tables {

@@ -27,19 +27,22 @@ const LONGBENCH_V2: &str = "longbench-v2.json";
 
 #[derive(clap::Args)]
 pub struct Chosen {
-    /// Settings of the paper or of a file, methods, or all that start with a word: "mistral-7b/*", "h2o-*"
+    /// Settings of the paper or of a file, methods, or all that start with a word: "mistral-7b/*",
+    /// "h2o-*"
     #[arg(long, value_delimiter = ',', required = true)]
     settings: Vec<String>,
     /// A TOML file that defines more settings
     #[arg(long)]
     settings_file: Option<PathBuf>,
-    /// The model for all settings: smollm2, gemma3, embedded, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; methods named without a
-    /// setting run on SmolLM2-135M-Instruct by default, fetched if need be
+    /// The model for all settings: smollm2, gemma3, embedded, a GGUF file, a folder in Hugging
+    /// Face's layout, or a model of the Hub; methods named without a setting run on
+    /// SmolLM2-135M-Instruct by default, fetched if need be
     #[arg(long)]
     model: Option<String>,
     #[command(flatten)]
     place: Place,
-    /// The most tokens of a prompt; longer ones are cut in the middle. For a setting of the paper or a file at most its own context; for methods 7500 by default
+    /// The most tokens of a prompt; longer ones are cut in the middle. For a setting of the paper
+    /// or a file at most its own context; for methods 7500 by default
     #[arg(long, value_parser = number::<2, MOST>)]
     context: Option<usize>,
     /// Tokens of a prompt to feed at a time; by default all at once, which attends exactly
@@ -48,8 +51,8 @@ pub struct Chosen {
     /// The encoder of LLMLingua-2: a folder with a checkpoint, or a name of the Hub
     #[arg(long, default_value = encoder::PUBLISHED)]
     encoder: String,
-    /// DuoAttention's score of every kv head, a file like its full_attention_heads.tsv; by default attention to three needles says which
-    /// heads look far back
+    /// DuoAttention's score of every kv head, a file like its full_attention_heads.tsv; by default
+    /// attention to three needles says which heads look far back
     #[arg(long)]
     heads: Option<PathBuf>,
 }
@@ -117,14 +120,17 @@ fn fits(wanted: &str, name: &str) -> bool {
 
 #[derive(clap::Args)]
 pub struct TaskArgs {
-    /// Tasks by name, or "longbench" for its 16, "longbench-e" for its 13 by length, "ruler" for its 13, "long-generation" for the
-    /// tasks with long answers; or "all": the paper's and those with long answers
+    /// Tasks by name, or "longbench" for its 16, "longbench-e" for its 13 by length, "ruler" for
+    /// its 13, "long-generation" for the tasks with long answers; or "all": the paper's and those
+    /// with long answers
     #[arg(long, value_delimiter = ',', default_value = "all")]
     tasks: Vec<String>,
-    /// LongBench's records: a folder of its JSON lines; by default data/longbench, filled from the Hub's THUDM/LongBench
+    /// LongBench's records: a folder of its JSON lines; by default data/longbench, filled from the
+    /// Hub's THUDM/LongBench
     #[arg(long)]
     data: Option<PathBuf>,
-    /// The background of the needle test and of RULER's essays: a folder of text, or a text file; by default text that the program makes itself
+    /// The background of the needle test and of RULER's essays: a folder of text, or a text file;
+    /// by default text that the program makes itself
     #[arg(long)]
     haystack: Option<PathBuf>,
     /// Lengths of the needle test, in words; by default the paper's 10
@@ -154,7 +160,8 @@ pub struct TaskArgs {
     /// Samples of each RULER task and length; the original has 500
     #[arg(long, default_value_t = 50, value_parser = number::<1, 100000>)]
     ruler_samples: usize,
-    /// The folder of squad.json and hotpotqa.json for RULER's questions; without it, "ruler" leaves qa_1 and qa_2 out
+    /// The folder of squad.json and hotpotqa.json for RULER's questions; without it, "ruler" leaves
+    /// qa_1 and qa_2 out
     #[arg(long)]
     ruler_data: Option<PathBuf>,
     /// What RULER's samples begin with

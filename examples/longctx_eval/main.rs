@@ -1,4 +1,5 @@
-//! The paper's benchmark as a command: settings times tasks, taken up again where it was broken off, and a report.
+//! The paper's benchmark as a command: settings times tasks, taken up again where it was broken
+//! off, and a report.
 //!
 //!     cargo run --release --example longctx-eval -- list
 //!     cargo run --release --example longctx-eval -- run --settings dense-f16,kivi-2 --tasks qasper,needle --data FOLDER --out results/eval
@@ -75,8 +76,8 @@ struct RunArgs {
     /// This process's part of the work, as in 2/4; each part writes a file of its own
     #[arg(long, default_value = "1/1", value_parser = shard)]
     shard: Shard,
-    /// Go on with twice as many samples, of the settings of which it is not sure yet whether they differ from the dense one, until it
-    /// is sure of each or there are no more samples
+    /// Go on with twice as many samples, of the settings of which it is not sure yet whether they
+    /// differ from the dense one, until it is sure of each or there are no more samples
     #[arg(long)]
     until_sure: bool,
     /// Differences that are of no account to --until-sure, in points of a score from 0 to 100

@@ -89,7 +89,8 @@ fn server(models: &Models, setting: &Setting) -> Result<Server, Fault> {
     }
 }
 
-/// The same setting on the model that its server's tokenizer is of, which helps to compress prompts.
+/// The same setting on the model that its server's tokenizer is of, which helps to compress
+/// prompts.
 fn of_tokenizer(setting: &Setting) -> Setting {
     let tokenizer = setting.server.as_ref().and_then(|server| server.tokenizer.clone());
     Setting { model: tokenizer.unwrap_or_default(), ..setting.clone() }

@@ -18,7 +18,8 @@ use crate::chosen::MOST;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// The model: a config.json, a folder with one, or a GGUF file, of which only the header is read
+    /// The model: a config.json, a folder with one, or a GGUF file, of which only the header is
+    /// read
     #[arg(long)]
     model: PathBuf,
     /// Memory for weights and caches, as in 80GiB or 24GB
@@ -35,7 +36,8 @@ pub struct Args {
     settings: Vec<String>,
 }
 
-/// The length at which a layer's bytes are counted, unless its window is shorter; and at half of it.
+/// The length at which a layer's bytes are counted, unless its window is shorter; and at half of
+/// it.
 const COUNTED: usize = 2048;
 
 /// Bytes of a layer's sequence: a fixed part and one that grows with its tokens, up to its window.
@@ -146,7 +148,8 @@ fn read(model: &Path) -> Result<(Config, u64)> {
     bail!("{}: expected a config.json, a folder with one, or a GGUF file", model.display())
 }
 
-/// Counted on one layer of each window; of those without, on the middle one: budgets that differ by layer have their mean there.
+/// Counted on one layer of each window; of those without, on the middle one: budgets that differ by
+/// layer have their mean there.
 fn growth(method: &Method, config: &Config) -> Result<Vec<Growth>> {
     let windows: BTreeSet<Option<usize>> = (0..config.layers).map(|i| window(config, i)).collect();
     windows.into_iter().map(|window| layer(method, config, window)).collect()

@@ -8,11 +8,11 @@ use longctx_core::{LayerSpec, Result};
 /// Makes a layer's cache.
 pub type Make = fn(LayerSpec) -> Result<QuantCache>;
 
-/// By name. `rolling`: KIVI with a rolling flush; `sinks`: the first 4 tokens in f16; `attend-first`:
-/// a call's own tokens see each other in full precision; `residual`: the newest 128 tokens in f16;
-/// `edges-f16`: the first and last two layers in f16, as vLLM serves TurboQuant; `rotated`: a Hadamard
-/// rotation of keys and values, of `keys-rotated` of keys alone. KVarN keeps the first 128 tokens in
-/// f16, as its published code does.
+/// By name. `rolling`: KIVI with a rolling flush; `sinks`: the first 4 tokens in f16;
+/// `attend-first`: a call's own tokens see each other in full precision; `residual`: the newest 128
+/// tokens in f16; `edges-f16`: the first and last two layers in f16, as vLLM serves TurboQuant;
+/// `rotated`: a Hadamard rotation of keys and values, of `keys-rotated` of keys alone. KVarN keeps
+/// the first 128 tokens in f16, as its published code does.
 pub const PACKED: [(&str, Make); 47] = [
     ("kivi-8", |spec| cache(spec, kivi(Bits::Eight, Bits::Eight))),
     ("kivi-4", |spec| cache(spec, kivi(Bits::Four, Bits::Four))),

@@ -3,8 +3,8 @@
 //!
 //!     cargo run --release --example my_cache
 //!
-//! If all that is new is which tokens stay, a `token_drop::EvictionPolicy` is shorter: `PolicyCache`
-//! then does the rest.
+//! If all that is new is which tokens stay, a `token_drop::EvictionPolicy` is shorter:
+//! `PolicyCache` then does the rest.
 
 mod long_values;
 

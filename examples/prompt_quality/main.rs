@@ -2,10 +2,12 @@
 //!
 //!     cargo run --release --example prompt_quality -- --samples FOLDER
 //!
-//! FOLDER has LongBench samples in JSON lines. Of each a passage around the answer is taken; the table shows how much of it each method
-//! keeps, how many answers it still holds (the same words, whatever the case and the marks between them), the perplexity of the right
-//! answer after it, in how many questions that answer is likelier than after random words, and how many pass keys come through whole.
-//! LLMLingua-2 joins in with `--encoder`: a folder with a trained checkpoint, for want of the published ones that of `stand_in.py`.
+//! FOLDER has LongBench samples in JSON lines. Of each a passage around the answer is taken; the
+//! table shows how much of it each method keeps, how many answers it still holds (the same words,
+//! whatever the case and the marks between them), the perplexity of the right answer after it, in
+//! how many questions that answer is likelier than after random words, and how many pass keys come
+//! through whole. LLMLingua-2 joins in with `--encoder`: a folder with a trained checkpoint, for
+//! want of the published ones that of `stand_in.py`.
 
 mod method;
 mod sample;
@@ -29,7 +31,8 @@ struct Args {
     /// A folder of LongBench samples
     #[arg(long)]
     samples: PathBuf,
-    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
+    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by
+    /// default SmolLM2-135M-Instruct, fetched if need be
     #[arg(long)]
     model: Option<String>,
     /// The encoder of LLMLingua-2: a folder with a checkpoint, or a name of the Hub

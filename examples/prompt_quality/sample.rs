@@ -24,7 +24,8 @@ struct Record {
     answers: Vec<String>,
 }
 
-/// Up to `per_task` questions of each task whose answer, other than yes and no, stands in the text word for word, with about `words` words around it.
+/// Up to `per_task` questions of each task whose answer, other than yes and no, stands in the text
+/// word for word, with about `words` words around it.
 pub fn questions(folder: &Path, per_task: usize, words: usize) -> Result<Vec<Sample>> {
     let mut all = Vec::new();
     for task in TASKS {
@@ -48,7 +49,8 @@ fn passage(record: &Record, words: usize) -> Option<Sample> {
     // Of a triviaqa prompt the question is the part before "Answer:".
     let question = record.input.trim().trim_end_matches("Answer:").trim();
     let question = question.rsplit("Question:").next().unwrap_or(question).trim();
-    // A third of the passage lies before the answer: both ends and the middle have their chance over many questions.
+    // A third of the passage lies before the answer: both ends and the middle have their chance
+    // over many questions.
     let before = words_back(&record.context[..at], words / 3);
     let text: Vec<&str> = record.context[before..].split_inclusive(' ').take(words).collect();
     Some(Sample { text: text.concat(), question: question.into(), answer: answer.clone() })

@@ -86,7 +86,8 @@ fn survives(sample: &Sample, text: &str) -> bool {
     plain(text).contains(&plain(&sample.answer))
 }
 
-/// The words of a text in small letters, with a space before and behind each: some tokenizers write the rest in another way.
+/// The words of a text in small letters, with a space before and behind each: some tokenizers write
+/// the rest in another way.
 fn plain(text: &str) -> String {
     let words = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
     words.fold(" ".to_owned(), |all, word| all + &word.to_lowercase() + " ")

@@ -1,4 +1,5 @@
-//! Whole runs of `longctx-eval` with the model in the repository, as a cluster and a shell start them.
+//! Whole runs of `longctx-eval` with the model in the repository, as a cluster and a shell start
+//! them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
-//! Few tokens in full precision or many in few bits? The needle test over policies, stores and memory budgets.
+//! Few tokens in full precision or many in few bits? The needle test over policies, stores and
+//! memory budgets.
 //!
 //!     cargo run --release --example trade_off
 //!     cargo run --release --example trade_off -- --equal tokens --stores f16 --shares 0.5,0.25,0.125 --policies all
@@ -33,7 +34,8 @@ use serde::Serialize;
 #[derive(Parser)]
 #[command(about = "Sweeps eviction policies, stores and budgets over the needle (passkey) test")]
 struct Args {
-    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
+    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default
+    /// SmolLM2-135M-Instruct, fetched if need be
     #[arg(long)]
     model: Option<String>,
     #[command(flatten)]
@@ -50,7 +52,8 @@ struct Args {
     /// What keys and values are held in
     #[arg(long, value_delimiter = ',', default_values = ["f16", "kivi-4", "kivi-2"])]
     stores: Vec<Store>,
-    /// Shares of the dense f16 cache, of its bytes or of its tokens, in layers without a sliding window
+    /// Shares of the dense f16 cache, of its bytes or of its tokens, in layers without a sliding
+    /// window
     #[arg(long, value_delimiter = ',', default_values_t = [0.5, 0.25, 0.125, 0.0625])]
     shares: Vec<f64>,
     /// What a share is a share of

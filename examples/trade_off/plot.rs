@@ -10,7 +10,8 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::report::Row;
 
-/// Colours of Okabe and Ito, which differ for the colour-blind too; each store has a marker of its own, for prints in grey.
+/// Colours of Okabe and Ito, which differ for the colour-blind too; each store has a marker of its
+/// own, for prints in grey.
 const STORES: [(&str, RGBColor); 3] = [
     ("f16", RGBColor(0, 114, 178)),
     ("kivi-4", RGBColor(213, 94, 0)),

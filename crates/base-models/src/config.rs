@@ -247,8 +247,8 @@ impl Config {
     /// Reads the metadata of a GGUF file; its weights are left alone.
     ///
     /// # Errors
-    /// As [`Pretrained::from_gguf`](crate::Pretrained::from_gguf), but for what concerns weights and
-    /// tokenizer.
+    /// As [`Pretrained::from_gguf`](crate::Pretrained::from_gguf), but for what concerns weights
+    /// and tokenizer.
     pub fn from_gguf(path: &Path) -> Result<Self> {
         crate::gguf::Gguf::open(path, &crate::LoadOptions::default())?.config()
     }

@@ -36,7 +36,8 @@ struct Inner {
 }
 
 impl Transformer {
-    /// From a folder with `config.json` and `model.safetensors` or its shards; no tokenizer is needed.
+    /// From a folder with `config.json` and `model.safetensors` or its shards; no tokenizer is
+    /// needed.
     ///
     /// # Errors
     /// As [`Pretrained::from_folder`](crate::Pretrained::from_folder).
@@ -46,7 +47,8 @@ impl Transformer {
         Self::load(config, &Folder::open(folder, names, options)?, options)
     }
 
-    /// With random weights (matrices from N(0, 0.02²), norms 1, biases 0): for benchmarks of a shape without its checkpoint.
+    /// With random weights (matrices from N(0, 0.02²), norms 1, biases 0): for benchmarks of a
+    /// shape without its checkpoint.
     ///
     /// # Errors
     /// If the shape does not fit itself, or the device lacks the memory.
@@ -109,8 +111,8 @@ impl Transformer {
         Decoder::new(self.clone(), layers.iter().enumerate().map(cache).collect::<Result<_>>()?)
     }
 
-    /// The output of one layer's feed-forward block for its normalised input, both `[tokens, hidden]`:
-    /// for benchmarks of the block alone.
+    /// The output of one layer's feed-forward block for its normalised input, both `[tokens,
+    /// hidden]`: for benchmarks of the block alone.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if there is no such layer, or `x` has

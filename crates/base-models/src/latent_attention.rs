@@ -1,5 +1,5 @@
-//! Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), with the matrices of keys and values
-//! absorbed into queries and outputs.
+//! Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), with the matrices of keys and
+//! values absorbed into queries and outputs.
 //!
 //! A head's score is `q · (U c)`, with the latent `c` and the head's key matrix `U`; it is
 //! `(Uᵀ q) · c`, too. So the latent is the key of all heads, and likewise the value. In front of it

@@ -23,7 +23,8 @@ pub(crate) struct Names {
     pub query_down: &'static str,
     pub query_down_norm: &'static str,
     pub query_up: &'static str,
-    /// The latent with the rotated part of the keys; its norm; keys and values of all heads from it.
+    /// The latent with the rotated part of the keys; its norm; keys and values of all heads from
+    /// it.
     pub latent: &'static str,
     pub latent_norm: &'static str,
     pub latent_up: &'static str,

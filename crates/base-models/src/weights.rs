@@ -45,7 +45,8 @@ pub(crate) trait Weights {
     /// A matrix `[out, in]`, dense or quantized.
     fn matrix(&self, name: &str, out: usize, inner: usize) -> Result<Weight>;
 
-    /// The matrices `[out, in]` of `count` experts. `{}` in the name stands for the expert's number.
+    /// The matrices `[out, in]` of `count` experts. `{}` in the name stands for the expert's
+    /// number.
     fn experts(&self, name: &str, count: usize, out: usize, inner: usize) -> Result<Vec<Weight>> {
         let name = |expert: usize| format!("{}.weight", name.replace("{}", &expert.to_string()));
         (0..count).map(|expert| self.matrix(&name(expert), out, inner)).collect()
@@ -56,7 +57,8 @@ pub(crate) trait Weights {
     /// Whether there is a tensor of that name.
     fn has(&self, name: &str) -> bool;
 
-    /// Factors that the rotary frequencies of all layers are divided by, if the checkpoint has them.
+    /// Factors that the rotary frequencies of all layers are divided by, if the checkpoint has
+    /// them.
     fn rope_factors(&self) -> Result<Option<Vec<f64>>> {
         Ok(None)
     }

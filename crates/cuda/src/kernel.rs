@@ -50,8 +50,8 @@ impl Kernel {
     /// The driver's.
     ///
     /// # Safety
-    /// `args` must be the struct that the kernel takes, and right for the grid. Its addresses must be
-    /// those of arrays on the stream's device, of the sizes that the kernel documents, until the
+    /// `args` must be the struct that the kernel takes, and right for the grid. Its addresses must
+    /// be those of arrays on the stream's device, of the sizes that the kernel documents, until the
     /// launched work has ended.
     pub unsafe fn launch<A: DeviceRepr>(
         &self,

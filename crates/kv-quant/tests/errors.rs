@@ -1,5 +1,5 @@
-//! Bad input to the slice API gives an error with the expected and actual value and the location. It
-//! never panics, and nothing changes.
+//! Bad input to the slice API gives an error with the expected and actual value and the location.
+//! It never panics, and nothing changes.
 
 use kv_quant::{
     Axis, Bits, Error, Float8, Flush, Format, KeyBasis, Mask, Packed, Pool, PoolShape, Position,

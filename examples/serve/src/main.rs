@@ -30,8 +30,8 @@ use tokio::sync::mpsc::unbounded_channel;
 #[derive(Parser)]
 #[command(about = "Serves a model over the OpenAI API, many sequences at a time")]
 struct Args {
-    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default
-    /// SmolLM2-135M-Instruct, fetched if need be
+    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by
+    /// default SmolLM2-135M-Instruct, fetched if need be
     #[arg(long)]
     model: Option<String>,
     #[command(flatten)]

@@ -225,8 +225,8 @@ impl Scheduler {
         }
     }
 
-    /// Gives the memory of the prefix back that was used the longest ago, `last` only if there is no
-    /// other. Returns whether there was one.
+    /// Gives the memory of the prefix back that was used the longest ago, `last` only if there is
+    /// no other. Returns whether there was one.
     fn drop_prefix(&mut self, last: Option<SeqId>) -> bool {
         let oldest = self.prefixes.drop_oldest(last);
         oldest.is_some_and(|seq| self.model.remove(seq))

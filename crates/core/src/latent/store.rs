@@ -13,9 +13,9 @@ const CHUNK: usize = 2048;
 
 /// The latent of multi-head latent attention, held once, in any store.
 ///
-/// A token's only key has a rotated part and, behind it, the compressed latent, which is the token's
-/// value, too. The store inside has the rotated part as its keys and the latent as its values, so
-/// that every format of keys and values serves.
+/// A token's only key has a rotated part and, behind it, the compressed latent, which is the
+/// token's value, too. The store inside has the rotated part as its keys and the latent as its
+/// values, so that every format of keys and values serves.
 ///
 /// Attention reads a chunk of entries, expands it to f32 and puts the two parts side by side. All
 /// query heads share the one key, so that this is a small part of the work.

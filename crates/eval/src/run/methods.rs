@@ -35,8 +35,8 @@ impl<'a> Methods<'a> {
     }
 
     /// Registers a function that opens one subject for several settings, which computes the prefill
-    /// of each prompt once. A run uses it for consecutive settings that `fits` accepts and that have
-    /// the same model, context and template.
+    /// of each prompt once. A run uses it for consecutive settings that `fits` accepts and that
+    /// have the same model, context and template.
     ///
     /// The subject must give the same answers as those of the single settings. It gets the setting
     /// of each sample as [`Question::setting`](super::Question::setting).

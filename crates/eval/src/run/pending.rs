@@ -62,8 +62,8 @@ impl<'q, 'e> Pending<'q, 'e> {
         self.error.map_or(Ok(()), Err)
     }
 
-    /// Adds time within the model: shares of a batch's steps add up, concurrent requests to a server
-    /// overlap.
+    /// Adds time within the model: shares of a batch's steps add up, concurrent requests to a
+    /// server overlap.
     fn count(&mut self, answer: &Answer) {
         self.within = match answer.batch {
             Some(_) => self.within + answer.model,

@@ -92,9 +92,9 @@ impl Reader {
 
     /// Answers for several settings with one prefill of each prompt.
     ///
-    /// The model must hold the sequences of all settings: those of setting `s` have ids that are `s`
-    /// modulo `settings + 1`. A sequence with remainder `settings` is a prompt for all of them, which
-    /// is forked into sequences of each.
+    /// The model must hold the sequences of all settings: those of setting `s` have ids that are
+    /// `s` modulo `settings + 1`. A sequence with remainder `settings` is a prompt for all of them,
+    /// which is forked into sequences of each.
     #[must_use]
     pub fn with_shared_prefill(mut self, settings: usize) -> Self {
         self.settings = settings.max(1);
@@ -115,8 +115,8 @@ impl Reader {
         self
     }
 
-    /// Sets the bytes of a dense f16 cache of so many tokens, the reference of ratios. Layers with a
-    /// sliding window stop growing.
+    /// Sets the bytes of a dense f16 cache of so many tokens, the reference of ratios. Layers with
+    /// a sliding window stop growing.
     #[must_use]
     pub fn with_dense_bytes(mut self, bytes: impl Fn(usize) -> usize + Send + 'static) -> Self {
         self.dense_bytes = Some(Box::new(bytes));

@@ -37,9 +37,9 @@ impl CudaPool {
         Ok(())
     }
 
-    /// As [`Pool::truncate`](crate::Pool::truncate). Entries of a record of keys along tokens that is
-    /// cut go back to the ring as their codes have them, in the ring's dtype. A record of tokens that
-    /// are packed one by one keeps its codes and gets holes.
+    /// As [`Pool::truncate`](crate::Pool::truncate). Entries of a record of keys along tokens that
+    /// is cut go back to the ring as their codes have them, in the ring's dtype. A record of tokens
+    /// that are packed one by one keeps its codes and gets holes.
     pub fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
         let (format, group) = (self.device_format, self.layout.group);

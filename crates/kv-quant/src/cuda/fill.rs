@@ -269,8 +269,8 @@ impl CudaPool {
         }
     }
 
-    /// A row for each kv head of the batch's sequences, which moves the call's tokens to the ring. All
-    /// of them have begun.
+    /// A row for each kv head of the batch's sequences, which moves the call's tokens to the ring.
+    /// All of them have begun.
     fn rows(
         &self,
         batch: &Batch,
@@ -312,9 +312,9 @@ impl CudaPool {
         Ok(rows)
     }
 
-    /// Launches a step's kernels for all rows. `stride`: rows of the call's tensors from a head's token
-    /// to its next. `fresh` are the addresses of the records that the
-    /// rows take, whose places are in them as offsets.
+    /// Launches a step's kernels for all rows. `stride`: rows of the call's tensors from a head's
+    /// token to its next. `fresh` are the addresses of the records that the rows take, whose places
+    /// are in them as offsets.
     fn launch_fill(
         &self,
         mut rows: Vec<FillRow>,

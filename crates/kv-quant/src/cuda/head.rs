@@ -73,9 +73,9 @@ impl Head {
 
     /// What is left packed if the head is cut to so many slots.
     ///
-    /// With a rolling flush, groups go back to full precision as far as the ring still has them. A cut
-    /// into a record of tokens that are packed one by one keeps the record: its other slots become
-    /// holes. A cut into a record of keys along tokens unpacks it.
+    /// With a rolling flush, groups go back to full precision as far as the ring still has them. A
+    /// cut into a record of tokens that are packed one by one keeps the record: its other slots
+    /// become holes. A cut into a record of keys along tokens unpacks it.
     pub fn cut(&self, format: Format, group: usize, slots: usize) -> Cut {
         let Packed { mut keys, values, tiles } = self.packed;
         if let Flush::Rolling(residual) = format.flush() {

@@ -24,8 +24,8 @@ pub enum Family {
     Balanced(&'static str),
 }
 
-/// The format that a device holds in place of `format`. Tokens that the CPU packs at once stay in full
-/// precision on a device until their block is complete.
+/// The format that a device holds in place of `format`. Tokens that the CPU packs at once stay in
+/// full precision on a device until their block is complete.
 pub fn on_device(format: Format) -> Format {
     match format.flush() {
         Flush::Immediate => format.with_flush(Flush::Rolling(0)),

@@ -5,7 +5,8 @@ use super::args::Work;
 /// As in kernels/args.cuh.
 const MAX_SPLITS: usize = 127;
 
-/// Entries for each block from which on a second wave of rings costs less than idle multiprocessors.
+/// Entries for each block from which on a second wave of rings costs less than idle
+/// multiprocessors.
 const LONG: usize = 32_768;
 
 /// The blocks of a launch.
@@ -45,7 +46,8 @@ struct Row {
 impl Plan {
     /// Splits the records of all rows evenly over the blocks that run at a time, longer rows over
     /// more of them: so a long sequence among short ones does not wait. Rings come last, since they
-    /// take little time. They run beside the records, unless half of the device would idle for long.
+    /// take little time. They run beside the records, unless half of the device would idle for
+    /// long.
     pub fn new(heads: &[Work], sizes: Sizes) -> Self {
         let mut rows = Vec::new();
         for head in heads {

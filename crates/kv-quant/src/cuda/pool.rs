@@ -16,14 +16,13 @@ use std::sync::Arc;
 /// Packed keys and values of one layer for many sequences on a CUDA device.
 ///
 /// A record holds a block of entries of one kv head; all sequences take theirs from one pool. New
-/// entries go into a ring of the sequence in the dtype that the first ones come in (f16 or bf16; f32
-/// becomes f16) and are packed from there when the [`Format`] says so; if it says at once, when a
-/// block is complete. Attention reads records and
-/// rings of all sequences in one launch.
+/// entries go into a ring of the sequence in the dtype that the first ones come in (f16 or bf16;
+/// f32 becomes f16) and are packed from there when the [`Format`] says so; if it says at once, when
+/// a block is complete. Attention reads records and rings of all sequences in one launch.
 ///
-/// Decoding never waits for the device. So NaN or an infinity among the entries is reported by a later
-/// call, once they have been packed: the sequence is then poisoned. [`append`](Self::append) with
-/// several tokens for a sequence waits, and reports it itself; so does [`fork`](Self::fork).
+/// Decoding never waits for the device. So NaN or an infinity among the entries is reported by a
+/// later call, once they have been packed: the sequence is then poisoned. [`append`](Self::append)
+/// with several tokens for a sequence waits, and reports it itself; so does [`fork`](Self::fork).
 ///
 /// A clone shares the records. Where both have a sequence, both are poisoned if one is.
 #[derive(Debug, Clone)]
@@ -120,8 +119,8 @@ impl CudaPool {
         &self.status
     }
 
-    /// Whether a sequence can go on: it has met no numbers that can't be packed, and no call with it
-    /// has failed midway.
+    /// Whether a sequence can go on: it has met no numbers that can't be packed, and no call with
+    /// it has failed midway.
     pub(super) fn check(&self, seq: SeqId) -> Result<()> {
         let Some(sequence) = self.seqs.get(&seq) else { return Ok(()) };
         match &sequence.poisoned {

@@ -23,7 +23,8 @@ impl Format {
     /// heads of `head_dim` channels.
     ///
     /// Loss is that of perplexity of SmolLM2-135M-Instruct and Gemma 3 270M, whichever is larger:
-    /// formats rank differently on the two. The table is from `docs/kv-quality.md` in the repository.
+    /// formats rank differently on the two. The table is from `docs/kv-quality.md` in the
+    /// repository.
     ///
     /// | format | bits, 128 channels | SmolLM2 | Gemma 3 |
     /// |---|---|---|---|
