@@ -1,9 +1,11 @@
-// Checks the kernels of kv-quant's formats with scales for each token (fp8, rotated integers, TurboQuant) and of KVarN against plain ones, and times them.
+// Checks the kernels of kv-quant's formats with scales for each token (fp8, rotated integers,
+// TurboQuant) and of KVarN against plain ones, and times them.
 //
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DHEAD_DIM=128 -o check benches/gpu/formats.cu && ./check check
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DTIMES -o times benches/gpu/formats.cu && ./times time ordered
 //
-// The reference rotates by the matrix' definition, quantizes each token or tile on its own in f64, rotates back, and computes softmax attention in f64.
+// The reference rotates by the matrix' definition, quantizes each token or tile on its own in f64,
+// rotates back, and computes softmax attention in f64.
 #include "packed.cuh"
 
 #include "balance.cuh"

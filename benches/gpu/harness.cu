@@ -3,10 +3,12 @@
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DHEAD_DIM=128 -o check benches/gpu/harness.cu && ./check check
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DTIMES -o times benches/gpu/harness.cu && ./times time
 //
-// `small` in place of `check` takes short lengths only, for compute-sanitizer. Records lie in disorder, with `time ordered` one after the other.
+// `small` in place of `check` takes short lengths only, for compute-sanitizer. Records lie in
+// disorder, with `time ordered` one after the other.
 //
-// The reference reads the numbers as they were before packing, quantizes each group on its own with plain divisions, and computes
-// softmax attention in f64: it shares neither layout nor arithmetic with what it checks.
+// The reference reads the numbers as they were before packing, quantizes each group on its own with
+// plain divisions, and computes softmax attention in f64: it shares neither layout nor arithmetic
+// with what it checks.
 #include "packed.cuh"
 
 #include "quantize.cuh"

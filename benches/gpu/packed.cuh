@@ -1,4 +1,5 @@
-// What the programs that check and time kernels over packed caches have in common: plain attention in f64, launches as src/cuda makes them, times.
+// What the programs that check and time kernels over packed caches have in common: plain attention
+// in f64, launches as src/cuda makes them, times.
 #pragma once
 #include <algorithm>
 #include <climits>
@@ -161,8 +162,9 @@ struct Config {
     int quantize_threads, quantize_shared, k_parts;
     // What the first packed keys and values of each row stand for; the rest as it is.
     std::function<void(const void* k, const void* v, float* yk, float* yv, int rows, int tokens, int packed_k, int packed_v, int kind)> plain;
-    // Of the relative difference of the numbers that both quantizers give. Where it is not 0 since ties may go the other way, attention is compared with plain
-    // attention over the numbers that the records hold.
+    // Of the relative difference of the numbers that both quantizers give. Where it is not 0 since
+    // ties may go the other way, attention is compared with plain attention over the numbers that
+    // the records hold.
     double limit;
     void (*unpack)(const UnpackArgs);
     void (*sums)(const AttendArgs);
@@ -205,7 +207,8 @@ struct Case {
 
 bool disorder = true;
 
-// The block tables of `rows` kv heads of `records` records each, which lie in disorder or one after the other.
+// The block tables of `rows` kv heads of `records` records each, which lie in disorder or one after
+// the other.
 void scatter(const Config& c, i64 rows, i64 records) {
     std::vector<unsigned long long> addresses(rows * records);
     packed.take(rows * records * c.record);
@@ -302,7 +305,8 @@ void launch_sums(const Config& c, AttendArgs a, const std::vector<Work>& heads) 
     OK(cudaGetLastError());
 }
 
-// Gives the relative error of the sums beside the plain probabilities, of which `scores` holds [head][query][token].
+// Gives the relative error of the sums beside the plain probabilities, of which `scores` holds
+// [head][query][token].
 double check_sums(int heads, int queries, int tokens) {
     std::vector<double> plain((i64)heads * queries * tokens);
     std::vector<float> got((i64)heads * tokens);
@@ -319,7 +323,8 @@ double check_sums(int heads, int queries, int tokens) {
     return sqrt(diff / norm);
 }
 
-// Whether a captured launch gives, for work that is written after the capture, what a plain launch gives.
+// Whether a captured launch gives, for work that is written after the capture, what a plain launch
+// gives.
 bool check_graph(const Variant& v, const AttendArgs& a, const std::vector<Work>& all, i64 outs) {
     std::vector<__half> plain(outs), replayed(outs);
     OK(cudaMemcpy(plain.data(), a.out, outs * 2, cudaMemcpyDeviceToHost));
@@ -365,7 +370,8 @@ double check(const Config& c, const Variant& v, const Case& s, int splits) {
         i64 at = (i64)row * t * d;
         OK(cudaMemcpy(ref_k.p + at, got_k.p + at, (i64)packed_k * d * 4, cudaMemcpyDeviceToDevice)), OK(cudaMemcpy(ref_v.p + at, got_v.p + at, (i64)packed_v * d * 4, cudaMemcpyDeviceToDevice));
     }
-    // The ring begins somewhere in its middle. Keys that are packed ahead of their values come from it too, here in full precision.
+    // The ring begins somewhere in its middle. Keys that are packed ahead of their values come from
+    // it too, here in full precision.
     int ring = residual + 5, start = ring * 2 / 3;
     ring_k.take((i64)rows * ring * d), ring_v.take((i64)rows * ring * d);
     OK(cudaMemset(ring_k.p, 0x3c, (i64)rows * ring * d * 2)), OK(cudaMemset(ring_v.p, 0x3c, (i64)rows * ring * d * 2));

@@ -1,9 +1,11 @@
-// Checks the kernels over dense blocks against plain ones in f64, and times decode attention. Needs nothing but CUDA.
+// Checks the kernels over dense blocks against plain ones in f64, and times decode attention. Needs
+// nothing but CUDA.
 //
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/core -o paged benches/gpu/paged.cu && ./paged check && ./paged time
 //
-// `small` in place of `check` takes few shapes, for compute-sanitizer. Blocks lie in disorder; entries come in two appends, the second of
-// rows that are selected for each head; some are dropped; outputs are poisoned. Attention is a captured launch whose lists come after the capture.
+// `small` in place of `check` takes few shapes, for compute-sanitizer. Blocks lie in disorder;
+// entries come in two appends, the second of rows that are selected for each head; some are
+// dropped; outputs are poisoned. Attention is a captured launch whose lists come after the capture.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -1,4 +1,5 @@
-// The kernels of rows.cu for scans.cu: plain loops in f64, one thread a row or a number, inputs and launches.
+// The kernels of rows.cu for scans.cu: plain loops in f64, one thread a row or a number, inputs and
+// launches.
 
 template <class T>
 __global__ void plain(Norm p, int rows, double* sum, double* y) {

@@ -1,8 +1,10 @@
-// Checks the kernels of hybrid-models against plain loops in f64, and times them. Needs nothing but CUDA.
+// Checks the kernels of hybrid-models against plain loops in f64, and times them. Needs nothing but
+// CUDA.
 //
 //     nvcc -O3 -std=c++17 -arch=sm_90a -I crates/hybrid-models/kernels -o scans benches/gpu/scans.cu && ./scans check && ./scans time
 //
-// `small` in place of `check` takes short lengths only, for compute-sanitizer. A name after `check`, `small` or `time` takes that kernel alone.
+// `small` in place of `check` takes short lengths only, for compute-sanitizer. A name after
+// `check`, `small` or `time` takes that kernel alone.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -311,7 +313,8 @@ struct Worst {
     double y = 0, state = 0;
 };
 
-// How far what a kernel gives beside outputs and states is off, where 1 is allowed. RWKV-7's shares are sums of rounded numbers that may cancel.
+// How far what a kernel gives beside outputs and states is off, where 1 is allowed. RWKV-7's shares
+// are sums of rounded numbers that may cancel.
 template <class K>
 double beside(K&) {
     return 0;
@@ -372,7 +375,8 @@ void check_all(const char* type, bool small) {
             check<T>(k, k.p.state, state_limit, "selective_scan_generic", w);
         }
     });
-    // In chunks, what is added to a state is rounded to T: states were off by 2.5e-4 in f16 and by 1.8e-3 in bf16.
+    // In chunks, what is added to a state is rounded to T: states were off by 2.5e-4 in f16 and by
+    // 1.8e-3 in bf16.
     const double rounded_limit = F16<T> ? 4e-4 : 3e-3;
     if (!F32<T>) {
         for (SsdKernel which : {SSD, SSD_WGMMA}) {
@@ -393,8 +397,9 @@ void check_all(const char* type, bool small) {
     });
     for (int version : {5, 6}) {
         std::string name = version == 5 ? "wkv5" : "wkv6";
-        // What products take is rounded to T, keys and receptances with the decays they are multiplied by, and S for outputs. Of a few tokens, one rounded
-        // A(t, t) is in all outputs: by 1.1e-2 of them were off in bf16.
+        // What products take is rounded to T, keys and receptances with the decays they are
+        // multiplied by, and S for outputs. Of a few tokens, one rounded A(t, t) is in all outputs:
+        // by 1.1e-2 of them were off in bf16.
         if (!F32<T>) each(name.c_str(), [&](int tokens, int batch, Worst& w) {
             const double y_limit = (F16<T> ? 1e-3 : 5.5e-3) * (tokens < 16 ? 2.5 : 1), s_limit = F16<T> ? 4.5e-4 : 3.5e-3;
             for (int blocks : {1, 2}) {

@@ -6,12 +6,14 @@
 
 namespace kvq {
 
-// One block's share of a launch: some records of a kv head of a sequence, or its ring, for 8 N columns. The host makes the list of them,
-// so that long sequences are split over more blocks than short ones. One without queries is none: a list may be longer than it need be.
-// Mirrored by `Work` in src/cuda/args.rs.
+// One block's share of a launch: some records of a kv head of a sequence, or its ring, for 8 N
+// columns. The host makes the list of them, so that long sequences are split over more blocks than
+// short ones. One without queries is none: a list may be longer than it need be. Mirrored by `Work`
+// in src/cuda/args.rs.
 //
-// Slots are the places of a kv head's tokens: those in records, then those in the ring. A slot whose entry was dropped, or is not selected,
-// is a hole. Entries are the other slots, numbered in order.
+// Slots are the places of a kv head's tokens: those in records, then those in the ring. A slot
+// whose entry was dropped, or is not selected, is a hole. Entries are the other slots, numbered in
+// order.
 struct Work {
     const unsigned long long* table;  // the block table of the kv head: the address of each of its records
     const void* ring_k;               // its ring of `ring` entries, D channels each, f16 or bf16

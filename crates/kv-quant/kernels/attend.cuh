@@ -1,9 +1,12 @@
-// Attention of a few queries of many sequences over their packed entries and full-precision residuals, split over positions, in one launch.
+// Attention of a few queries of many sequences over their packed entries and full-precision
+// residuals, split over positions, in one launch.
 //
-// A warp streams tiles of 32 tokens through its own ring of shared memory and keeps its own running softmax; no barrier within the
-// loop. Codes are the large (16-row) operand of the tensor cores: 16 tokens (keys) or 16 channels (values); the columns, i.e. the
-// query heads of one kv head times the queries, are the small one. Scales of keys multiply the queries or the scores, scales of values the
-// probabilities; minima go through a product of their own, whose spare rows sum the probabilities up.
+// A warp streams tiles of 32 tokens through its own ring of shared memory and keeps its own running
+// softmax; no barrier within the loop. Codes are the large (16-row) operand of the tensor cores: 16
+// tokens (keys) or 16 channels (values); the columns, i.e. the query heads of one kv head times the
+// queries, are the small one. Scales of keys multiply the queries or the scores, scales of values
+// the probabilities; minima go through a product of their own, whose spare rows sum the
+// probabilities up.
 #pragma once
 #include "join.cuh"
 #include "scores.cuh"
@@ -36,7 +39,8 @@ struct Running {
         for (int c = 0; c < D / 16; c++) out[c][n][e] *= factor, out[c][n][e + 2] *= factor;
     }
 
-    // Takes the scores of 32 tokens (2 x 16 rows) in; gives their probabilities, as the tensor cores' small operand.
+    // Takes the scores of 32 tokens (2 x 16 rows) in; gives their probabilities, as the tensor
+    // cores' small operand.
     __device__ __forceinline__ void step(float (&s)[2][N][4], const Columns<N>& columns, uint32_t (&p)[2][N][2]) {
         bool grows = false;
         float top[N][2];
@@ -131,7 +135,8 @@ __device__ __forceinline__ void packed_values(Running<L::D, N>& running, const u
     }
 }
 
-// The same where channels have factors of their own, of which `factors` holds those of channels g + 8 i: 32 channels after the other, each multiplied once it is summed.
+// The same where channels have factors of their own, of which `factors` holds those of channels g +
+// 8 i: 32 channels after the other, each multiplied once it is summed.
 template <class L, int N>
 __device__ __forceinline__ void balanced_values(Running<L::D, N>& running, const uint32_t (&p)[2][N][2], const unsigned char* tile, const uint4 (&factors)[L::D / 64], int lane) {
     using S = typename L::Values;
@@ -185,8 +190,9 @@ __device__ __forceinline__ void balanced_values(Running<L::D, N>& running, const
     }
 }
 
-// A warp's share of the packed tokens: every `warps`-th record of [record, end). Calls `ready`, which sets queries and columns up, once
-// the first copies are under way. A lane holds the address of every 32nd record that comes, read from the table long before.
+// A warp's share of the packed tokens: every `warps`-th record of [record, end). Calls `ready`,
+// which sets queries and columns up, once the first copies are under way. A lane holds the address
+// of every 32nd record that comes, read from the table long before.
 template <class L, int N, int STAGES, class Ready>
 __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Columns<N>& columns, const Work& work, float key_scale,
                                             const unsigned char* queries, unsigned char* ring, int warp, int warps, int lane, Ready ready) {

@@ -1,6 +1,8 @@
-// Quantizes and packs records of KVarN's schemes (arXiv 2606.03458), as src/quantize/variance.rs does: a block takes a record's keys or values, rotates them,
-// and divides rows and columns by factors that even out their variances. A warp has its rows in registers, of which lane l holds columns 32 i + l: what
-// rows share stays within a warp, what columns share goes through shared memory.
+// Quantizes and packs records of KVarN's schemes (arXiv 2606.03458), as src/quantize/variance.rs
+// does: a block takes a record's keys or values, rotates them, and divides rows and columns by
+// factors that even out their variances. A warp has its rows in registers, of which lane l holds
+// columns 32 i + l: what rows share stays within a warp, what columns share goes through shared
+// memory.
 #pragma once
 #include "hadamard.cuh"
 #include "tokens.cuh"
@@ -111,7 +113,8 @@ struct Balance {
         own.row.measured(__shfl_sync(FULL, sum, lane() & 15), squares, D);
     }
 
-    // Sums are of the differences to the first row: no digits are lost to the mean of a column, which may be large.
+    // Sums are of the differences to the first row: no digits are lost to the mean of a column,
+    // which may be large.
     __device__ __forceinline__ void measure_columns(Own& own) {
         float sum[SLICE] = {}, squares[SLICE] = {};
         const float of_first = row_inverse[0];

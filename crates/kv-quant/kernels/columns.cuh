@@ -1,4 +1,5 @@
-// The small operand of the tensor cores: a block's columns, i.e. the query heads of one kv head times the queries; what they see.
+// The small operand of the tensor cores: a block's columns, i.e. the query heads of one kv head
+// times the queries; what they see.
 #pragma once
 #include "args.cuh"
 #include "hadamard.cuh"
@@ -6,7 +7,8 @@
 
 namespace kvq {
 
-// The columns' constants: the softmax's scale in base 2 and the visible range of entries of the two columns of this lane.
+// The columns' constants: the softmax's scale in base 2 and the visible range of entries of the two
+// columns of this lane.
 template <int N>
 struct Columns {
     float scale[N][2];
@@ -15,8 +17,9 @@ struct Columns {
     float soft_cap;
 };
 
-// The block's `columns` columns from `first` on as fragments in shared memory, each scaled by a power of two so that its largest entry lies in [0.5, 1): then
-// no product with a scale of the keys leaves f16. Gives these powers back through `factors`. Queries of rotated keys are rotated.
+// The block's `columns` columns from `first` on as fragments in shared memory, each scaled by a
+// power of two so that its largest entry lies in [0.5, 1): then no product with a scale of the keys
+// leaves f16. Gives these powers back through `factors`. Queries of rotated keys are rotated.
 template <int D, int N>
 __device__ __forceinline__ void load_queries(const AttendArgs& args, const Work& work, int first, int columns, bool rotated, unsigned char* queries, float* factors) {
     for (int column = threadIdx.x / 32; column < 8 * N; column += blockDim.x / 32) {
@@ -45,7 +48,8 @@ __device__ __forceinline__ void load_queries(const AttendArgs& args, const Work&
     }
 }
 
-// The constants of the block's columns, of which column c is query (first + c) % queries; `factors` are those of `load_queries`.
+// The constants of the block's columns, of which column c is query (first + c) % queries; `factors`
+// are those of `load_queries`.
 template <int N>
 __device__ __forceinline__ Columns<N> columns_of(const AttendArgs& args, const float* factors, int queries, int first, int entries, int lane) {
     Columns<N> columns;
@@ -70,7 +74,8 @@ __device__ __forceinline__ Columns<N> columns_of(const AttendArgs& args, const f
     return columns;
 }
 
-// Soft cap and visibility of 32 slots' scores from slot `at` on, of which those from `end` on are not these.
+// Soft cap and visibility of 32 slots' scores from slot `at` on, of which those from `end` on are
+// not these.
 template <int N>
 __device__ __forceinline__ void restrict(float (&s)[2][N][4], const Columns<N>& columns, const Work& work, int at, int end, int lane) {
     // The ring's slots need not begin at a multiple of 32.

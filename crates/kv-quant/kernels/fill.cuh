@@ -1,12 +1,13 @@
-// New entries of many sequences: into the rings and, from there or straight from the call's tensors, into records.
+// New entries of many sequences: into the rings and, from there or straight from the call's
+// tensors, into records.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace kvq {
 
-// A kv head of a sequence. Entries have numbers: those from `first_new` on are in the call's tensors, those before in the ring. Mirrored by
-// `FillRow` in src/cuda/args.rs.
+// A kv head of a sequence. Entries have numbers: those from `first_new` on are in the call's
+// tensors, those before in the ring. Mirrored by `FillRow` in src/cuda/args.rs.
 struct FillRow {
     void* ring_k;           // entry e lies at place (e + shift) % ring, D channels each
     void* ring_v;
@@ -66,7 +67,8 @@ static_assert(sizeof(KeepRow) == 48, "as in src/cuda/args.rs");
 
 constexpr int KEEP_THREADS = 256;
 
-// Grid: (rows, 2); KEEP_THREADS threads. No slot moves to a later one: a block reads a stretch of them before it writes the same stretch.
+// Grid: (rows, 2); KEEP_THREADS threads. No slot moves to a later one: a block reads a stretch of
+// them before it writes the same stretch.
 __device__ __forceinline__ void keep_ring(const KeepRow* rows) {
     const KeepRow& row = rows[blockIdx.x];
     uint4* numbers = static_cast<uint4*>(blockIdx.y ? row.ring_v : row.ring_k);

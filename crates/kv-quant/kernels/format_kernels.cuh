@@ -1,4 +1,5 @@
-// attend_<format>_d<head_dim>, for blocks of 8 columns, and sums_..., quantize_... and unpack_... alike. src/cuda/kernels.rs knows warps, stages and sizes.
+// attend_<format>_d<head_dim>, for blocks of 8 columns, and sums_..., quantize_... and unpack_...
+// alike. src/cuda/kernels.rs knows warps, stages and sizes.
 #pragma once
 #include "attend.cuh"
 #include "balance.cuh"

@@ -1,4 +1,5 @@
-// The packed layouts of the formats other than KIVI's: `Format` in src/format.rs says what they are, src/cuda/kernels.rs knows the kernels' names.
+// The packed layouts of the formats other than KIVI's: `Format` in src/format.rs says what they
+// are, src/cuda/kernels.rs knows the kernels' names.
 #pragma once
 #include "layout.cuh"
 

@@ -1,4 +1,5 @@
-// The orthonormal Walsh-Hadamard transform of a row of D numbers, its own inverse, in the order of src/hadamard.rs to the last bit.
+// The orthonormal Walsh-Hadamard transform of a row of D numbers, its own inverse, in the order of
+// src/hadamard.rs to the last bit.
 #pragma once
 #include "ptx.cuh"
 

@@ -11,8 +11,8 @@ __device__ __forceinline__ void finish(const AttendArgs& args, long long row, in
     if (channel == 0 && args.lse) args.lse[row] = lse2 / LOG2E;
 }
 
-// Joins the parts of a kv head and a block of columns: weights to shared memory, then the sums, which
-// threads share when there are more of them than outputs.
+// Joins the parts of a kv head and a block of columns: weights to shared memory, then the sums,
+// which threads share when there are more of them than outputs.
 template <int D, int N, int WARPS>
 __device__ __forceinline__ void join_splits(const AttendArgs& args, const Work& work, int live, unsigned char* shared, float* tops, float* sums) {
     const long long first = (long long)work.first_part * (8 * N);

@@ -1,5 +1,5 @@
-// attend_b<bits>_g<group>_d<head_dim>_n<blocks of 8 columns> and sums_b<bits>_g<group>_d<head_dim>, for every shape but the bits.
-// src/cuda/kernels.rs knows the warps and stages.
+// attend_b<bits>_g<group>_d<head_dim>_n<blocks of 8 columns> and sums_b<bits>_g<group>_d<head_dim>,
+// for every shape but the bits. src/cuda/kernels.rs knows the warps and stages.
 #pragma once
 #include "attend.cuh"
 #include "sums.cuh"

@@ -1,6 +1,7 @@
 // How a packed cache lies in memory.
 //
-// One kv head's packed tokens are a row of records, one for each GROUP tokens, with all that attention needs of them in one piece:
+// One kv head's packed tokens are a row of records, one for each GROUP tokens, with all that
+// attention needs of them in one piece:
 //
 //     header   scales of the keys    f16 [D]           one for each channel
 //              minima of the keys    f16 [D]
@@ -12,9 +13,10 @@
 //              scales of the values  f16 [32][VGROUPS] one for each token and VGROUP channels
 //              minima of the values  f16 [32][VGROUPS]
 //
-// so that a warp streams it with 16-byte copies and finds every number where the tensor cores want it. A scheme has some of these parameters.
-// Codes come in units of 32 rows x 16 columns (keys: tokens x channels, units in order of channels; values: channels x tokens, units in
-// order of tokens, then channels). `Packing` says where a code lies.
+// so that a warp streams it with 16-byte copies and finds every number where the tensor cores want
+// it. A scheme has some of these parameters. Codes come in units of 32 rows x 16 columns (keys:
+// tokens x channels, units in order of channels; values: channels x tokens, units in order of
+// tokens, then channels). `Packing` says where a code lies.
 #pragma once
 #include <stdint.h>
 
@@ -47,14 +49,16 @@ struct Scheme {
     static constexpr int BITS = BITS_;
     static constexpr bool FLOATS = CODES == Codes::E4M3 || CODES == Codes::E5M2;
     static_assert(FLOATS || CODES == Codes::LEVELS ? BITS == (FLOATS ? 8 : BITS) : BITS == 2 || BITS == 3 || BITS == 4 || BITS == 8);
-    // Parameters for each token are stored 2^UP times as large, so that f16 holds them and their products with probabilities.
+    // Parameters for each token are stored 2^UP times as large, so that f16 holds them and their
+    // products with probabilities.
     static constexpr int UP = PARAMS == Params::NONE ? 0 : CODES == Codes::E4M3 ? 8 : CODES == Codes::E5M2 ? 12 : 0;
 };
 
-// Where codes of so many bits lie. A lane of a warp has WORDS words of a unit; UNITS units lie together, CHUNK bytes for all lanes. Each of
-// a lane's words holds, in its lower and its upper half, columns 2 (lane % 4) and that + 1: in each byte of a half, columns 8 apart; in each
-// byte, rows 8 apart from lane / 4 on. Codes of 3 bits are split: as codes of 4 bits, the lower two bits of two words lie in one, the third
-// bits of four words in another.
+// Where codes of so many bits lie. A lane of a warp has WORDS words of a unit; UNITS units lie
+// together, CHUNK bytes for all lanes. Each of a lane's words holds, in its lower and its upper
+// half, columns 2 (lane % 4) and that + 1: in each byte of a half, columns 8 apart; in each byte,
+// rows 8 apart from lane / 4 on. Codes of 3 bits are split: as codes of 4 bits, the lower two bits
+// of two words lie in one, the third bits of four words in another.
 template <int BITS>
 struct Packing {
     static constexpr int FIELD = BITS == 3 ? 4 : BITS;  // bits of a code in a word
@@ -154,7 +158,8 @@ struct Layout {
     // The same for those of a token's keys, and for the factor of a channel's values.
     static __host__ __device__ constexpr int key_token_at(int token) { return token % 8 * 4 + token / 8; }
     static __host__ __device__ constexpr int factor_at(int channel) { return channel % 8 * (D / 8) + channel / 8; }
-    // The same for a token's values in a group of channels. Lanes take the parameters of PAIR groups in one load.
+    // The same for a token's values in a group of channels. Lanes take the parameters of PAIR
+    // groups in one load.
     static constexpr int PAIR = VGROUPS < 2 ? 1 : 2;
     static __host__ __device__ constexpr int value_param_at(int token, int group) {
         int row = token % 16;
@@ -166,9 +171,10 @@ struct Layout {
 template <int BITS, int GROUP, int D>
 using Kivi = Layout<Scheme<Codes::INTEGERS, BITS, Params::CHANNELS>, Scheme<Codes::INTEGERS, BITS, Params::TOKENS>, GROUP, D>;
 
-// What a product of codes has to be multiplied with, for rows g + 8 `i` of a unit. A masked word of whole numbers, read as two f16, is a
-// pair of subnormal numbers code * 2^(shift - 24), which the tensor cores multiply exactly: nothing is converted. e4m3's bits, read as f16's,
-// are 2^-8 of the number.
+// What a product of codes has to be multiplied with, for rows g + 8 `i` of a unit. A masked word of
+// whole numbers, read as two f16, is a pair of subnormal numbers code * 2^(shift - 24), which the
+// tensor cores multiply exactly: nothing is converted. e4m3's bits, read as f16's, are 2^-8 of the
+// number.
 template <class S>
 __host__ __device__ constexpr float unscale(int i) {
     constexpr int FIELD = Packing<S::BITS>::FIELD;

@@ -1,10 +1,12 @@
-// The Lloyd-Max levels of the standard normal distribution, as tables of bytes that an instruction looks four of up in.
+// The Lloyd-Max levels of the standard normal distribution, as tables of bytes that an instruction
+// looks four of up in.
 #pragma once
 #include "ptx.cuh"
 
 namespace kvq {
 
-// As in src/levels/lloyd_max.rs. A code of 3 bits is a place in the first table; one of 4 bits is a place in the second, and a sign above.
+// As in src/levels/lloyd_max.rs. A code of 3 bits is a place in the first table; one of 4 bits is a
+// place in the second, and a sign above.
 template <int BITS>
 __host__ __device__ constexpr float level_at(int place) {
     static_assert(BITS == 3 || BITS == 4);
@@ -37,7 +39,8 @@ __host__ __device__ constexpr uint32_t level_bytes(int first, int byte) {
     return bytes;
 }
 
-// The levels of a word's 8 codes, in pairs of columns: rows g and g + 8, then the same of the columns 8 to the right.
+// The levels of a word's 8 codes, in pairs of columns: rows g and g + 8, then the same of the
+// columns 8 to the right.
 template <int BITS>
 __device__ __forceinline__ void look_up(uint32_t (&a)[4], uint32_t word) {
     constexpr uint32_t LOW[2] = {level_bytes<BITS>(0, 0), level_bytes<BITS>(4, 0)}, HIGH[2] = {level_bytes<BITS>(0, 1), level_bytes<BITS>(4, 1)};

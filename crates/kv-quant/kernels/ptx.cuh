@@ -8,8 +8,9 @@ namespace kvq {
 
 constexpr unsigned FULL = 0xffffffffu;
 
-// c += a b, with a 16x16 (row), b 16x8 (col) in f16 and c 16x8 in f32. Lane 4g+t holds of a: rows g and g+8, columns 2t, 2t+1 and
-// 2t+8, 2t+9; of b: column g, rows 2t, 2t+1 and 2t+8, 2t+9; of c: rows g and g+8, columns 2t and 2t+1.
+// c += a b, with a 16x16 (row), b 16x8 (col) in f16 and c 16x8 in f32. Lane 4g+t holds of a: rows g
+// and g+8, columns 2t, 2t+1 and 2t+8, 2t+9; of b: column g, rows 2t, 2t+1 and 2t+8, 2t+9; of c:
+// rows g and g+8, columns 2t and 2t+1.
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -29,8 +30,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-// Four 8x8 matrices of f16; lane l gives the address of row l % 8 of matrix l / 8. Lane 4g+t gets row g, columns 2t and 2t+1 of each, or,
-// TRANSPOSED, column g, rows 2t and 2t+1.
+// Four 8x8 matrices of f16; lane l gives the address of row l % 8 of matrix l / 8. Lane 4g+t gets
+// row g, columns 2t and 2t+1 of each, or, TRANSPOSED, column g, rows 2t and 2t+1.
 template <bool TRANSPOSED>
 __device__ __forceinline__ void load_matrices(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t address) {
     if constexpr (TRANSPOSED)

@@ -1,9 +1,11 @@
-// Quantizes and packs whole groups of keys and whole tiles of values, in the arithmetic of src/quantize.rs to the last bit: operations
-// in f32, each rounded to f16; scale = range / (2^bits - 1); code = round((x - min) / scale), ties to even; code 0 without a scale.
+// Quantizes and packs whole groups of keys and whole tiles of values, in the arithmetic of
+// src/quantize.rs to the last bit: operations in f32, each rounded to f16; scale = range / (2^bits
+// - 1); code = round((x - min) / scale), ties to even; code 0 without a scale.
 //
-// A block takes keys of GROUP tokens x K_CHANNELS channels, or values of 32 tokens x D channels, into shared memory. From there a warp
-// loads 16 columns as fragments of 8x8 matrices (values transposed), so that for both a group runs down the rows and the codes are
-// already in the lanes that write them.
+// A block takes keys of GROUP tokens x K_CHANNELS channels, or values of 32 tokens x D channels,
+// into shared memory. From there a warp loads 16 columns as fragments of 8x8 matrices (values
+// transposed), so that for both a group runs down the rows and the codes are already in the lanes
+// that write them.
 #pragma once
 #include <cuda_bf16.h>
 #include "fill.cuh"
@@ -12,16 +14,18 @@
 
 namespace kvq {
 
-// A group that holds infinities or NaNs, or is wider than f16 can say: bit 63, then values (1) or keys (0), the row's tag, the entry in 24 bits,
-// the channel in 9.
+// A group that holds infinities or NaNs, or is wider than f16 can say: bit 63, then values (1) or
+// keys (0), the row's tag, the entry in 24 bits, the channel in 9.
 __device__ __forceinline__ void report(const FillRow& row, bool values, int entry, int channel) {
     unsigned long long at = 1ull << 63 | (unsigned long long)values << 62 | row.tag | (unsigned long long)(entry & 0xffffff) << 9 | channel;
-    // The word may lie in the host's memory, where not every machine has atomics; one store of eight bytes is whole on all.
+    // The word may lie in the host's memory, where not every machine has atomics; one store of
+    // eight bytes is whole on all.
     *reinterpret_cast<volatile unsigned long long*>(row.status) = at;
 }
 
-// x / s as f32 division and rounding to f16 would have it. An f16 quotient is never within 2^-24 of where f16 rounds, unless it is
-// there exactly; with one step of correction the reciprocal's error stays below that.
+// x / s as f32 division and rounding to f16 would have it. An f16 quotient is never within 2^-24 of
+// where f16 rounds, unless it is there exactly; with one step of correction the reciprocal's error
+// stays below that.
 __device__ __forceinline__ float divide(float x, float s, float reciprocal) {
     float q = x * reciprocal;
     return fmaf(fmaf(-q, s, x), reciprocal, q);
@@ -39,7 +43,8 @@ struct Quantize {
     static constexpr int SOURCE = 2 * (GROUP * K_CHANNELS > TILE * D ? GROUP * K_CHANNELS : TILE * D);
     static constexpr int SHARED = SOURCE + (K_OUT > V_OUT ? K_OUT : V_OUT);
 
-    // Copies entries from `entry` on, TOKENS x CHANNELS, to shared memory as f16; 16-byte pieces of a row change places so that columns lie in all banks.
+    // Copies entries from `entry` on, TOKENS x CHANNELS, to shared memory as f16; 16-byte pieces of
+    // a row change places so that columns lie in all banks.
     template <int TOKENS, int CHANNELS>
     static __device__ __forceinline__ void load(unsigned char* source, const void* ring, const void* fresh, const FillArgs& args, const FillRow& row,
                                                 int entry, int channel) {
@@ -76,7 +81,8 @@ struct Quantize {
         }
     }
 
-    // Parameters of the 4 columns of a lane (two pairs) over `UNITS` units of rows, and the units' codes in place of the numbers.
+    // Parameters of the 4 columns of a lane (two pairs) over `UNITS` units of rows, and the units'
+    // codes in place of the numbers.
     template <int UNITS>
     static __device__ __forceinline__ void encode(uint32_t (&x)[UNITS][4][2], __half2 (&scale)[2], __half2 (&min)[2], bool& bad) {
         constexpr float LARGEST = (1 << BITS) - 1;
@@ -104,7 +110,8 @@ struct Quantize {
                 for (int i = 0; i < 4; i++) {
                     float2 y = __half22float2(__hsub2(half2_of(x[u][i][h]), low));
                     __half2 q = __floats2half2_rn(divide(y.x, s.x, r.x), divide(y.y, s.y, r.y));
-                    // From 1024 to 2047 the numbers of f16 are the integers: the sum rounds, and ends in the code.
+                    // From 1024 to 2047 the numbers of f16 are the integers: the sum rounds, and
+                    // ends in the code.
                     q = __hadd2(__hmin2(q, __float2half2_rn(LARGEST)), __float2half2_rn(1024.f));
                     x[u][i][h] = bits(q) & 0x00ff00ffu;
                 }

@@ -1,12 +1,14 @@
-// Scores of tiles of 32 tokens. Codes are the large (16-row) operand of the tensor cores, the columns the small one; scales of channels multiply the
-// queries, their minima go through a product of their own; scales of tokens multiply the scores.
+// Scores of tiles of 32 tokens. Codes are the large (16-row) operand of the tensor cores, the
+// columns the small one; scales of channels multiply the queries, their minima go through a product
+// of their own; scales of tokens multiply the scores.
 #pragma once
 #include "columns.cuh"
 #include "levels.cuh"
 
 namespace kvq {
 
-// Rows 16 `f` to 16 `f` + 15 of a unit as the tensor cores' large operand, from a lane's words of the unit.
+// Rows 16 `f` to 16 `f` + 15 of a unit as the tensor cores' large operand, from a lane's words of
+// the unit.
 template <class S>
 __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t* words, int f) {
     if constexpr (S::CODES == Codes::LEVELS) {
@@ -35,8 +37,9 @@ __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t* words
 
 constexpr uint32_t ONES = 0x3c003c00u;  // two f16
 
-// What scores take of the queries, for the tokens of a record or, without parameters for each channel, for all: their products with the scales, and sums
-// of their products with the minima, or of themselves.
+// What scores take of the queries, for the tokens of a record or, without parameters for each
+// channel, for all: their products with the scales, and sums of their products with the minima, or
+// of themselves.
 template <class L, int N>
 __device__ __forceinline__ void scale_queries(uint32_t (&scaled)[L::D / 16][N][2], float (&bias)[N][4], const unsigned char* header, const unsigned char* queries,
                                               int lane) {
@@ -111,7 +114,8 @@ __device__ __forceinline__ void packed_scores(float (&s)[2][N][4], const uint32_
             }
 }
 
-// Scores of 32 tokens of the residual, read straight from memory: it is short. `place` gives where a token's keys begin.
+// Scores of 32 tokens of the residual, read straight from memory: it is short. `place` gives where
+// a token's keys begin.
 template <int D, int N, class Place>
 __device__ __forceinline__ void residual_scores(float (&s)[2][N][4], const void* keys, int kind, const unsigned char* queries, int lane, Place place) {
     const int g = lane / 4, t = lane % 4;

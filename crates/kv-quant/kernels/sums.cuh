@@ -1,7 +1,9 @@
-// Attention probability that each token receives, summed over the queries of a head: what eviction policies ask for.
+// Attention probability that each token receives, summed over the queries of a head: what eviction
+// policies ask for.
 //
-// A second pass over the keys alone, with the log-sum-exp that attention left. A warp keeps one tile of 32 tokens, packed as it is, in shared
-// memory while all queries pass: nothing of size queries x tokens exists, and sums have one order.
+// A second pass over the keys alone, with the log-sum-exp that attention left. A warp keeps one
+// tile of 32 tokens, packed as it is, in shared memory while all queries pass: nothing of size
+// queries x tokens exists, and sums have one order.
 #pragma once
 #include "scores.cuh"
 
@@ -24,9 +26,10 @@ __device__ __forceinline__ void add_probabilities(float (&sum)[2][2][2], const f
     }
 }
 
-// Grid: (tiles of the longest kv head / SUM_WARPS rounded up, those of packed entries and of the residual counted each on their own; kv
-// heads of all sequences, one `work` each; heads of a kv head, or blocks of 8 of them where no sequence has more than one query). `lse` is
-// read, and `out` takes in f32 [heads_per_kv, slots] for each kv head; holes have 0.
+// Grid: (tiles of the longest kv head / SUM_WARPS rounded up, those of packed entries and of the
+// residual counted each on their own; kv heads of all sequences, one `work` each; heads of a kv
+// head, or blocks of 8 of them where no sequence has more than one query). `lse` is read, and `out`
+// takes in f32 [heads_per_kv, slots] for each kv head; holes have 0.
 template <class L>
 __device__ __forceinline__ void sums(const AttendArgs& args) {
     constexpr int D = L::D, SOURCE = L::HEADER + L::V_CODES;

@@ -1,5 +1,6 @@
-// Quantizes and packs tiles of 32 tokens of schemes whose parameters belong to tokens, in the arithmetic of src/quantize: 8 lanes take a token, rotate it
-// if the scheme says so, and leave its codes in shared memory, from where they go into words.
+// Quantizes and packs tiles of 32 tokens of schemes whose parameters belong to tokens, in the
+// arithmetic of src/quantize: 8 lanes take a token, rotate it if the scheme says so, and leave its
+// codes in shared memory, from where they go into words.
 #pragma once
 #include <cuda_fp8.h>
 #include <type_traits>

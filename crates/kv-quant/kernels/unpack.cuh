@@ -1,4 +1,5 @@
-// Reads packed records back by the layout's own account of where things lie: for policies, tests, and records that are cut. Attention never does this.
+// Reads packed records back by the layout's own account of where things lie: for policies, tests,
+// and records that are cut. Attention never does this.
 #pragma once
 #include "args.cuh"
 #include "hadamard.cuh"
