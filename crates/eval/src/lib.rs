@@ -9,6 +9,7 @@ pub mod metric;
 pub mod needle;
 mod punkt;
 mod python;
+#[cfg(feature = "report")]
 pub mod report;
 mod run;
 pub mod setting;

@@ -36,6 +36,7 @@ pub struct Agreement {
 
 impl Agreement {
     /// Checks that every number is in its valid range.
+    #[cfg(feature = "report")]
     pub(crate) fn check(&self) -> Result<()> {
         let finite = |x: f64, from: f64| (from..=f64::MAX).contains(&x);
         for (name, value, fits) in [
