@@ -10,7 +10,7 @@ use crate::heads::Heads;
 use crate::methods::Method;
 use crate::place::Place;
 use crate::shared_prefill::SharedPrefill;
-use base_models::{ChatTemplate, Decoder, Message, Pretrained};
+use base_models::{ChatTemplate, Message, Pretrained, Session};
 use candle_core::DType;
 use longctx_core::{Batch, CausalLm, DenseCache, KvCache, LayerSpec, Logits};
 use longctx_eval::{Fault, Reader, Setting, Template, Text};
@@ -140,7 +140,7 @@ impl Models {
 }
 
 /// A session in f16, the reference for bytes.
-pub fn dense(llm: &Pretrained) -> longctx_core::Result<Decoder> {
+pub fn dense(llm: &Pretrained) -> longctx_core::Result<Session> {
     llm.model.session(|spec| DenseCache::new(spec.clone(), DType::F16))
 }
 

@@ -1,7 +1,7 @@
 //! What is left of answers and pass keys, and what the answers cost a model.
 
 use anyhow::Result;
-use base_models::{Decoder, Pretrained};
+use base_models::{Pretrained, Session};
 use candle_core::D;
 use candle_nn::ops::log_softmax;
 use longctx_core::{Batch, CausalLm, Logits, SeqId};
@@ -26,7 +26,7 @@ pub struct Trial<'a> {
     pub questions: Vec<Sample>,
     pub keys: Vec<Sample>,
     pub llm: &'a Pretrained,
-    pub session: Decoder,
+    pub session: Session,
 }
 
 /// What came of a method.
@@ -96,7 +96,7 @@ fn plain(text: &str) -> String {
 /// What the answer costs after a passage and the question, in nats, and its tokens.
 fn cost(
     llm: &Pretrained,
-    session: &mut Decoder,
+    session: &mut Session,
     sample: &Sample,
     passage: &str,
 ) -> Result<(f64, usize)> {

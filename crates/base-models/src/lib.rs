@@ -49,7 +49,7 @@ pub use config::{Activation, Config, ExpertGroups, Experts, Latent, QkNorm, Scor
 pub use decoder::Transformer;
 pub use pretrained::Pretrained;
 pub use rope_settings::RopeSettings;
-pub use session::Decoder;
+pub use session::Session;
 pub use text_stream::TextStream;
 pub use tokenizer::Tokenizer;
 pub use weights::LoadOptions;

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use crate::python_json;
-use crate::template_source::{STORED, prepared};
+use crate::template_source::{NAMESPACE_FILTER, prepare};
 use jiff::Zoned;
 use longctx_core::{Error, Result};
 use minijinja::syntax::SyntaxConfig;
@@ -28,7 +28,7 @@ impl Template {
     /// # Errors
     /// [`Error::Template`] with the line of a syntax error.
     pub fn new(source: &str) -> Result<Self> {
-        let source = prepared(source)?;
+        let source = prepare(source)?;
         let environment = with_deep_stack(|| {
             let mut environment = environment()?;
             environment.add_template_owned("chat", source)?;
@@ -47,7 +47,9 @@ impl Template {
             let fuel = FUEL.saturating_add(FUEL_PER_BYTE.saturating_mul(input as u64));
             environment.set_fuel(Some(fuel));
             let steps = AtomicU64::new(fuel);
-            environment.add_filter(STORED, move |value: Value| stored_in_namespace(value, &steps));
+            environment.add_filter(NAMESPACE_FILTER, move |value: Value| {
+                stored_in_namespace(value, &steps)
+            });
             environment.get_template("chat")?.render(values)
         })
     }
