@@ -26,7 +26,7 @@ use longctx_examples::llm::Llm;
 use longctx_examples::methods::Method;
 use longctx_examples::output::{check_writable, number};
 use longctx_examples::place::Place;
-use longctx_examples::{memory, model, say};
+use longctx_examples::{model, peak_memory, say};
 use report::Row;
 
 /// Compression ratios are against this method's bytes.
@@ -153,7 +153,7 @@ fn run(
     args: &Args,
     bar: &ProgressBar,
 ) -> Result<Row> {
-    memory::restart_peak();
+    peak_memory::reset();
     let mut session = llm.session(|spec| method.cache(spec))?;
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
@@ -189,6 +189,6 @@ fn run(
         ratio: None,
         prefill_tokens_per_second: per_second(prefill),
         decode_tokens_per_second: per_second(decode),
-        peak_resident_bytes: memory::peak(),
+        peak_resident_bytes: peak_memory::peak(),
     })
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Error, Result, ensure};
-use longctx_eval::{Forced, Setting, report, word_range};
+use longctx_eval::{Setting, TeacherForced, report, word_range};
 use longctx_examples::output::{check_writable, number};
 use longctx_examples::say;
 
@@ -45,7 +45,7 @@ pub fn agree(args: Args) -> Result<()> {
     };
     let name = args.text.file_name().unwrap_or_default().display();
     let what = format!("{name}, words {} to {wanted}", args.prompt_words);
-    let mut dense: Option<(String, Forced)> = None;
+    let mut dense: Option<(String, TeacherForced)> = None;
     for setting in args.chosen.settings(&methods)? {
         if report::has_agreement(&args.out, &setting.name, &what)? {
             say!("{:28} done before", setting.name);

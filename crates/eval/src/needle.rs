@@ -92,7 +92,7 @@ impl Needle {
         tokens: usize,
         mut count: impl FnMut(&str) -> Result<usize, E>,
     ) -> Result<Sample, E> {
-        longest(tokens, |words| {
+        longest_sample(tokens, |words| {
             let sample = self.in_words(haystack, words)?;
             let length = count(&sample.prompt)?;
             Ok((sample, length))
@@ -191,7 +191,7 @@ impl MultiNeedle {
         tokens: usize,
         mut count: impl FnMut(&str) -> Result<usize, E>,
     ) -> Result<Sample, E> {
-        longest(tokens, |words| {
+        longest_sample(tokens, |words| {
             let sample = self.in_words(haystack, words)?;
             let length = count(&sample.prompt)?;
             Ok((sample, length))
@@ -257,7 +257,7 @@ fn prompt(background: &str, sentences: &[(f64, String)], question: &str) -> Stri
 }
 
 /// Returns the sample with the most words whose length is at most `limit`.
-fn longest<E: From<Error>>(
+fn longest_sample<E: From<Error>>(
     limit: usize,
     mut sample: impl FnMut(usize) -> Result<(Sample, usize), E>,
 ) -> Result<Sample, E> {
@@ -331,7 +331,7 @@ mod tests {
         let tokens: Vec<usize> = (0..60_000).map(|i| 1 + i * 7 % 3 + i / 30_000).collect();
         for limit in [20, 21, 1_000, 8_191, 30_000] {
             let mut steps = 0;
-            let found = longest::<Error>(limit, |words| {
+            let found = longest_sample::<Error>(limit, |words| {
                 steps += 1;
                 let prompt = words.to_string();
                 let length = 20 + tokens[..words].iter().sum::<usize>();

@@ -11,7 +11,7 @@ use crate::Record;
 /// Number of bootstrap resamples.
 const RESAMPLES: usize = 2000;
 /// With fewer samples, a verdict is [`Verdict::Unsure`].
-pub const LEAST_SAMPLES: usize = 10;
+pub const MIN_SAMPLES: usize = 10;
 
 /// A mean with its 95 % interval.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
@@ -115,11 +115,11 @@ pub enum Verdict {
 impl Difference {
     /// Returns the differences of `setting` to `reference`; `None` if they have no common sample.
     pub fn between(records: &[Record], setting: &str, reference: &str) -> Option<Self> {
-        Self::of_pairs(&of_setting(records, setting), &of_setting(records, reference))
+        Self::between_runs(&of_setting(records, setting), &of_setting(records, reference))
     }
 
     /// Returns the differences between results of two runs.
-    pub fn of_pairs(own: &[&Record], theirs: &[&Record]) -> Option<Self> {
+    pub fn between_runs(own: &[&Record], theirs: &[&Record]) -> Option<Self> {
         let key = |record: &Record| (record.task.clone(), record.sample.clone());
         let other: HashMap<_, &Record> =
             theirs.iter().map(|record| (key(record), *record)).collect();
@@ -143,7 +143,7 @@ impl Difference {
     pub fn verdict(&self, margin: f64) -> Verdict {
         let Interval { low, high, .. } = self.interval;
         match () {
-            () if self.samples < LEAST_SAMPLES => Verdict::Unsure,
+            () if self.samples < MIN_SAMPLES => Verdict::Unsure,
             () if low > 0.0 => Verdict::Better,
             () if high < 0.0 => Verdict::Worse,
             () if -margin <= low && high <= margin => Verdict::Same,

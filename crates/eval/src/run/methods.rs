@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::subject::{Fault, Subject};
+use super::subject::{Subject, SubjectError};
 use crate::{Error, Result, Setting};
 
-type Open<'a> = Box<dyn Fn(&Setting) -> Result<Box<dyn Subject>, Fault> + 'a>;
+type Open<'a> = Box<dyn Fn(&Setting) -> Result<Box<dyn Subject>, SubjectError> + 'a>;
 
-type OpenShared<'a> = Box<dyn Fn(&[Setting]) -> Result<Box<dyn Subject>, Fault> + 'a>;
+type OpenShared<'a> = Box<dyn Fn(&[Setting]) -> Result<Box<dyn Subject>, SubjectError> + 'a>;
 
 /// How to open one subject for several settings.
 struct Shared<'a> {
@@ -29,7 +29,7 @@ impl<'a> Methods<'a> {
     pub fn register(
         &mut self,
         name: impl Into<String>,
-        open: impl Fn(&Setting) -> Result<Box<dyn Subject>, Fault> + 'a,
+        open: impl Fn(&Setting) -> Result<Box<dyn Subject>, SubjectError> + 'a,
     ) {
         self.open.insert(name.into(), Box::new(open));
     }
@@ -43,7 +43,7 @@ impl<'a> Methods<'a> {
     pub fn share_prefill(
         &mut self,
         fits: impl Fn(&Setting) -> bool + 'a,
-        open: impl Fn(&[Setting]) -> Result<Box<dyn Subject>, Fault> + 'a,
+        open: impl Fn(&[Setting]) -> Result<Box<dyn Subject>, SubjectError> + 'a,
     ) {
         self.shared = Some(Shared { fits: Box::new(fits), open: Box::new(open) });
     }
