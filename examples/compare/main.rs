@@ -47,7 +47,7 @@ const METHODS: [&str; 9] = [
 /// The sequence that every prompt runs in.
 const SEQ: SeqId = 0;
 /// The most tokens or words of anything: more than any model reads.
-const MOST: usize = 10_000_000;
+const MAX_COUNT: usize = 10_000_000;
 
 #[derive(Parser)]
 #[command(about = "Compares KV caches on the needle (passkey) test")]
@@ -64,7 +64,7 @@ struct Args {
     #[arg(long)]
     haystack: Option<PathBuf>,
     /// Lengths of the text, in words
-    #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048], value_parser = number::<0, MOST>)]
+    #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048], value_parser = number::<0, MAX_COUNT>)]
     words: Vec<usize>,
     /// How many depths to hide the key at, evenly from the start to the end
     #[arg(long, default_value_t = 5, value_parser = number::<1, 1000>)]
@@ -73,11 +73,11 @@ struct Args {
     #[arg(long, default_value_t = 7, value_parser = number::<1, 1000>)]
     digits: usize,
     /// Tokens to generate for an answer
-    #[arg(long, default_value_t = 16, value_parser = number::<1, MOST>)]
+    #[arg(long, default_value_t = 16, value_parser = number::<1, MAX_COUNT>)]
     max_tokens: usize,
     /// Tokens of the prompt to feed at a time; by default the whole prompt, which is exact under
     /// every method but InfLLM
-    #[arg(long, value_parser = number::<1, MOST>)]
+    #[arg(long, value_parser = number::<1, MAX_COUNT>)]
     prefill_chunk: Option<usize>,
     /// Methods to run, by name
     #[arg(long, value_delimiter = ',', default_values = METHODS, value_parser = Method::named)]

@@ -8,7 +8,7 @@ use longctx_eval::{Setting, TeacherForced, report, word_range};
 use longctx_examples::output::{check_writable, number};
 use longctx_examples::say;
 
-use crate::chosen::{Chosen, MOST};
+use crate::chosen::{Chosen, MAX_COUNT};
 use crate::method;
 
 #[derive(clap::Args)]
@@ -19,10 +19,10 @@ pub struct Args {
     #[arg(long)]
     text: PathBuf,
     /// Words read first, which the method compresses
-    #[arg(long, default_value_t = 700, value_parser = number::<1, MOST>)]
+    #[arg(long, default_value_t = 700, value_parser = number::<1, MAX_COUNT>)]
     prompt_words: usize,
     /// Words after them, read one token at a time
-    #[arg(long, default_value_t = 100, value_parser = number::<1, MOST>)]
+    #[arg(long, default_value_t = 100, value_parser = number::<1, MAX_COUNT>)]
     words: usize,
     /// The run's folder, where agreement.jsonl is added to
     #[arg(long)]

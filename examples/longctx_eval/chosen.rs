@@ -19,7 +19,7 @@ use longctx_examples::{encoder, model};
 /// Context of a method that is named without a setting.
 const CONTEXT: usize = 7500;
 /// The most tokens or words of anything: more than any model reads.
-pub const MOST: usize = 10_000_000;
+pub const MAX_COUNT: usize = 10_000_000;
 /// Where LongBench's records are looked for if no folder is named.
 const DATA: &str = "data/longbench";
 /// LongBench-v2's file in that folder.
@@ -43,10 +43,10 @@ pub struct Chosen {
     place: Place,
     /// The most tokens of a prompt; longer ones are cut in the middle. For a setting of the paper
     /// or a file at most its own context; for methods 7500 by default
-    #[arg(long, value_parser = number::<2, MOST>)]
+    #[arg(long, value_parser = number::<2, MAX_COUNT>)]
     context: Option<usize>,
     /// Tokens of a prompt to feed at a time; by default all at once, which attends exactly
-    #[arg(long, value_parser = number::<1, MOST>)]
+    #[arg(long, value_parser = number::<1, MAX_COUNT>)]
     prefill_chunk: Option<usize>,
     /// The encoder of LLMLingua-2: a folder with a checkpoint, or a name of the Hub
     #[arg(long, default_value = encoder::PUBLISHED)]
@@ -134,10 +134,10 @@ pub struct TaskArgs {
     #[arg(long)]
     haystack: Option<PathBuf>,
     /// Lengths of the needle test, in words; by default the paper's 10
-    #[arg(long, value_delimiter = ',', value_parser = number::<0, MOST>)]
+    #[arg(long, value_delimiter = ',', value_parser = number::<0, MAX_COUNT>)]
     needle_words: Vec<usize>,
     /// Lengths of the needle test in tokens of the first setting's model, instead of words
-    #[arg(long, value_delimiter = ',', conflicts_with = "needle_words", value_parser = number::<1, MOST>)]
+    #[arg(long, value_delimiter = ',', conflicts_with = "needle_words", value_parser = number::<1, MAX_COUNT>)]
     needle_tokens: Vec<usize>,
     /// Depths of the needle test, evenly from the start to the end
     #[arg(long, default_value_t = 10, value_parser = number::<1, 1000>)]
@@ -155,7 +155,7 @@ pub struct TaskArgs {
     #[arg(long, default_value_t = 10, value_parser = number::<0, 100000>)]
     long_samples: usize,
     /// RULER's lengths, in tokens of prompt and answer, by the first setting's tokenizer
-    #[arg(long, value_delimiter = ',', default_value = "4096", value_parser = number::<1, MOST>)]
+    #[arg(long, value_delimiter = ',', default_value = "4096", value_parser = number::<1, MAX_COUNT>)]
     ruler_lengths: Vec<usize>,
     /// Samples of each RULER task and length; the original has 500
     #[arg(long, default_value_t = 50, value_parser = number::<1, 100000>)]

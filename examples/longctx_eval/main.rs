@@ -17,7 +17,7 @@ mod schools;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use chosen::{Chosen, MOST, TaskArgs};
+use chosen::{Chosen, MAX_COUNT, TaskArgs};
 use clap::{Parser, Subcommand};
 use live::Live;
 use longctx_eval::statistics::{self, Difference, Verdict};
@@ -61,10 +61,10 @@ struct RunArgs {
     #[command(flatten)]
     tasks: TaskArgs,
     /// The most samples of a task
-    #[arg(long, value_parser = number::<1, MOST>)]
+    #[arg(long, value_parser = number::<1, MAX_COUNT>)]
     samples: Option<usize>,
     /// The most tokens to write in a turn
-    #[arg(long, value_parser = number::<1, MOST>)]
+    #[arg(long, value_parser = number::<1, MAX_COUNT>)]
     max_new: Option<usize>,
     /// Samples of a setting that are decoded side by side; a server has its setting's concurrency
     #[arg(long, default_value_t = 1, value_parser = number::<1, 4096>)]

@@ -20,7 +20,7 @@ use crate::{Error, Result};
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// The largest size of a line of a stream, or of an answer that is not streamed, in bytes.
-const MOST_BYTES: u64 = 64 << 20;
+const MAX_BYTES: u64 = 64 << 20;
 
 /// A server as a subject: greedy, streamed, with several concurrent requests.
 ///
@@ -352,7 +352,7 @@ impl Client<'_> {
                 wait: seconds.map(Duration::from_secs),
             });
         }
-        let reader = response.body_mut().with_config().limit(MOST_BYTES).reader();
+        let reader = response.body_mut().with_config().limit(MAX_BYTES).reader();
         read(BufReader::new(reader), self.setting.api, started, stops_at_newline)
             .map_err(|message| Failure::passing(format!("{url}: {message}")))
     }
