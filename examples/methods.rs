@@ -1,8 +1,9 @@
-//! The ways to hold keys and values, by name.
+//! Cache methods by name.
 //!
-//! A name is that of a whole cache, `dense-f16` or `kivi-4`, or `POLICY-SIZE[-STORE]`: what stays
-//! or is read (`h2o`, `quest`), how much (`4x`: a quarter of the prompt's tokens; `512`: so many
-//! tokens), and the store, by default f16: `h2o-4x`, `quest-512`, `snap-kv-4x-kivi-4`.
+//! A name is the name of a cache, such as `dense-f16` or `kivi-4`, or `POLICY-SIZE[-STORE]`, such
+//! as `h2o-4x`, `quest-512` or `snap-kv-4x-kivi-4`. The policy selects the entries to keep or to
+//! read. The size is a ratio (`4x`: a quarter of the prompt's tokens) or a number of tokens
+//! (`512`). The default store is f16.
 
 mod eviction;
 mod packed;
@@ -31,7 +32,7 @@ pub const RATIOS: [u32; 4] = [2, 4, 6, 8];
 const DENSE: [(&str, DType); 3] =
     [("dense-f32", DType::F32), ("dense-f16", DType::F16), ("dense-bf16", DType::BF16)];
 
-/// A way to hold keys and values.
+/// A cache method.
 #[derive(Debug, Clone)]
 pub struct Method {
     name: String,
@@ -46,10 +47,10 @@ enum Kind {
 }
 
 impl Method {
-    /// The method of a name.
+    /// Returns the method with a name.
     ///
     /// # Errors
-    /// An unknown name; the error lists the known ones.
+    /// If the name is unknown; the error lists the known names.
     pub fn named(name: &str) -> Result<Self> {
         let dense = || DENSE.iter().find(|known| known.0 == name).map(|&(_, x)| Kind::Dense(x));
         let packed = || PACKED.iter().find(|known| known.0 == name).map(|&(_, x)| Kind::Packed(x));
@@ -65,13 +66,13 @@ impl Method {
         }
     }
 
-    /// Its name.
+    /// Returns the name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Whether a prompt in one call attends to its keys and values as they are given, not as they
-    /// are held.
+    /// Returns whether a prompt in one call attends to its keys and values as passed, before they
+    /// are compressed.
     pub fn has_exact_prefill(&self) -> bool {
         let make = match self.kind {
             Kind::Dense(dtype) => return dtype == DType::F32,
@@ -86,16 +87,16 @@ impl Method {
         cache.is_ok_and(|cache| cache.order() == Order::AttendFirst)
     }
 
-    /// An empty cache for one layer, whose memory grows.
+    /// Creates an empty cache for one layer, whose memory grows.
     ///
     /// # Errors
-    /// If the method does not fit the layer.
+    /// If the method does not support the layer.
     pub fn cache(&self, spec: &LayerSpec) -> longctx_core::Result<Box<dyn KvCache>> {
         self.cache_within(spec, None)
     }
 
-    /// The same with at most `capacity` bytes of keys and values; sinks and InfLLM's local window
-    /// come on top.
+    /// Creates the same cache with at most `capacity` bytes of keys and values. Sinks and InfLLM's
+    /// local window are additional.
     ///
     /// # Errors
     /// As [`cache`](Self::cache).
@@ -114,9 +115,9 @@ impl Method {
         make(spec)
     }
 
-    /// The format of a layer with a sliding window or latent attention; `None`: f16, or what a
-    /// dense cache holds. The format alone: without sinks, and a call's tokens attend before they
-    /// are packed.
+    /// Returns the packed format of a layer with a sliding window or latent attention; `None` for
+    /// f16, or for the dense method's dtype. Sinks do not apply to such layers, and a call's tokens
+    /// attend before they are packed.
     fn format(&self, spec: &LayerSpec) -> longctx_core::Result<Option<Format>> {
         match self.kind {
             Kind::Dense(_) => Ok(None),
@@ -124,8 +125,8 @@ impl Method {
             Kind::Packed(make) => {
                 let shape = AttentionShape { window: None, ..spec.shape };
                 let format = make(LayerSpec { shape, ..spec.clone() })?.format();
-                // Such formats find a key's position by its number, which a window changes; and
-                // they rotate keys as they score them, which latents are not there for.
+                // Formats of unrotated keys derive a key's position from its index, which a window
+                // shifts. They also rotate keys during scoring, which is not possible with latents.
                 Ok(Some(match format.key_basis() {
                     KeyBasis::BeforeRope => format.with_key_basis(KeyBasis::Given),
                     _ => format,
@@ -134,7 +135,7 @@ impl Method {
         }
     }
 
-    /// A cache for a layer with latent attention, which holds the latents once.
+    /// Creates a cache for a layer with latent attention, which holds the latents once.
     fn latent(
         &self,
         spec: &LayerSpec,
@@ -167,7 +168,7 @@ impl Method {
         }
     }
 
-    /// A cache for a layer without a sliding window.
+    /// Creates a cache for a layer without a sliding window.
     fn full(
         &self,
         spec: &LayerSpec,
@@ -194,10 +195,10 @@ impl Method {
     }
 }
 
-/// A cache for a layer with a sliding window: f16, or a packed format.
+/// Creates a cache for a layer with a sliding window: f16, or a packed format.
 ///
 /// # Errors
-/// If the format does not fit the layer.
+/// If the format does not support the layer.
 pub fn windowed(
     spec: &LayerSpec,
     format: Option<Format>,
@@ -223,7 +224,8 @@ fn packed_store(
     })
 }
 
-/// The methods that a list of all names: whole caches, and policies at the paper's ratios.
+/// Returns the methods in lists: all caches without a policy, and all policies at the paper's
+/// ratios.
 pub fn listed() -> impl Iterator<Item = Method> {
     let at_ratio = |times| {
         let policies = Policy::all().filter(|policy| *policy != Policy::Quest);
@@ -239,7 +241,7 @@ fn whole_caches() -> impl Iterator<Item = &'static str> {
     DENSE.iter().map(|known| known.0).chain(PACKED.iter().map(|known| known.0))
 }
 
-/// `POLICY-SIZE[-STORE]`.
+/// Parses `POLICY-SIZE[-STORE]`.
 fn of_policy(name: &str) -> Option<Kind> {
     Policy::all().find_map(|policy| {
         let rest = name.strip_prefix(policy.name())?.strip_prefix('-')?;
@@ -273,7 +275,7 @@ mod tests {
         cache.attend(&Step { batch, q: &q, k: &k, v: &v }).unwrap();
     }
 
-    /// Two prompts of unequal length, and a token for each.
+    /// Feeds two prompts of unequal length, and a token of each.
     #[test]
     fn every_listed_method_holds_sequences() {
         for method in listed() {
@@ -286,7 +288,7 @@ mod tests {
         }
     }
 
-    /// What windowed layers hold depends on the window and the format, not on the prompt.
+    /// The bytes of windowed layers depend on the window and the format, not on the prompt.
     #[test]
     fn every_listed_method_holds_windows() {
         let shape = AttentionShape { window: Some(128), ..spec().shape };
@@ -303,7 +305,7 @@ mod tests {
         }
     }
 
-    /// Latents are held once by every method: f16 ones take 2 bytes a channel.
+    /// Every method holds latents once: in f16 they take 2 bytes per channel.
     #[test]
     fn every_listed_method_holds_latents() {
         let shape = AttentionShape { value_dim: 128, ..AttentionShape::new(4, 1, 192).unwrap() };

@@ -1,5 +1,5 @@
-//! The packed attention on the device beside the host's, over the keys and values that a real
-//! model's layers hold of a real text.
+//! Compares packed attention on the device with the host's, over the keys and values of a real
+//! model's layers for a real text.
 
 use std::path::Path;
 use std::sync::mpsc::{Sender, channel};
@@ -25,7 +25,7 @@ impl KvCache for Recording {
     fn attend(&mut self, step: &Step<'_>) -> longctx_core::Result<Tensor> {
         let f16 = |x: &Tensor| x.to_dtype(DType::F16);
         let (q, k) = step.rotate(self.spec(), |seq| self.seen(seq))?;
-        // The receiver is gone only if the program ends.
+        // Sending fails only if the program is ending.
         let _ = self.sender.send([f16(&q)?, f16(&k)?, f16(step.v)?]);
         self.inner.attend(step)
     }

@@ -1,4 +1,4 @@
-//! A cache that keeps the half of each prompt whose values are longest.
+//! A cache that keeps the half of each prompt whose values have the largest norm.
 
 use candle_core::{D, DType, Tensor};
 use longctx_core::{

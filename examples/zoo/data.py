@@ -1,9 +1,9 @@
-"""Rows of tokens to train on, with a weight for each, made once for all models by as many processes as there are cores.
+"""Creates training rows of tokens and weights, once for all models, with a process per core.
 
     python data.py CORPUS OUT --recipe tasks|text --rows N [--length 2048] [--seed 0]
 
-`OUT.tokens.npy` and `OUT.weights.npy`, `[rows, length + 1]`, u16 and u8. Row by row they are the order of training: documents
-grow longer with the rows, so that a model first learns to look back a little way.
+Writes `OUT.tokens.npy` and `OUT.weights.npy`, `[rows, length + 1]`, u16 and u8, in the order of
+training. Documents become longer with the rows, so a model first learns to look back a short way.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from tokenizers import Tokenizer
 
 import tasks
 
-# Weights in tenths: what can't be foreseen, made text, answers; and natural text.
+# Weights in tenths: unpredictable tokens, generated text, answers; and natural text.
 WEIGHTS = np.array([0, 2, 20], np.uint8)
 NATURAL = 10
-# How often each kind is drawn.
+# The probability of each kind of document.
 SHARES = {
     "needle": 20, "multi_needle": 20, "pairs": 15, "copy": 10, "recall": 12, "listing": 4, "table_edit": 12, "state_machine": 7
 }
@@ -37,7 +37,7 @@ SPLIT = re.compile(
 
 
 class Encoder:
-    """The tokenizer, each word once: several times as fast on text that repeats itself."""
+    """The tokenizer with a cache of words, several times as fast on repetitive text."""
 
     def __init__(self, path):
         self.tokenizer, self.known = Tokenizer.from_file(str(path)), {}
@@ -58,7 +58,7 @@ class Rows:
         self.recipe, self.length = recipe, length
 
     def encode(self, document):
-        """With the token that begins a document, which nothing foretells."""
+        """Returns tokens and weights, with the first token of a document, whose weight is 0."""
         words, ids = self.encoder.words(document.text)
         classes = np.repeat(
             np.array([kind for _, kind in document.pieces], np.uint8), [len(text) for text, _ in document.pieces]
@@ -82,7 +82,7 @@ class Rows:
         if self.recipe == "text" or rng.random() < 0.25:
             return self.natural_piece(rng, size)
         maker = tasks.Maker(rng, *self.haystacks)
-        # Half of the rows of the last third are one document.
+        # Half of the last rows are one document each.
         longest = size if progress > 0.6 else max(200, int(size * progress / 0.6))
         whole = progress > 0.6 and rng.random() < 0.5
         parts, used, asked_once = [], 0, False

@@ -1,9 +1,10 @@
-"""Makes the data and trains several models side by side, until a deadline.
+"""Creates the data and trains several models in parallel, until a deadline.
 
     python run.py --corpus FOLDER --work FOLDER --out FOLDER --seconds N [--keep MODEL ...] DATA:ROWS:LENGTH ... -- JOB ...
 
-DATA is "tasks" or "text", with anything after a dash. A job is MODEL@SEED:DATA:SECONDS:WORKER; the jobs of a worker run one after
-the other; a worker is a GPU's number and a letter. `OUT/log.txt` has all lines of all jobs.
+DATA is "tasks" or "text", optionally followed by a dash and a label. A job is
+MODEL@SEED:DATA:SECONDS:WORKER. A worker is a GPU's number and a letter; its jobs run one after the
+other. `OUT/log.txt` has all lines of all jobs.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def main():
                 say(line)
             if process.wait() != 0:
                 say(f"{model} {of}: failed with {process.returncode}")
-            # A model is written before it is tested.
+            # A model is saved before it is tested.
             if name in a.keep and (folder / "config.json").exists():
                 for file in ("config.json", "model.safetensors"):
                     shutil.copy(folder / file, a.out / f"{name}.{file}")

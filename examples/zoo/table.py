@@ -1,4 +1,4 @@
-"""Tables of a run's log, in Markdown.
+"""Prints tables of a run's log in Markdown.
 
     python table.py LOG
 """

@@ -1,6 +1,6 @@
-"""Documents that ask for something said earlier, each with the weights of its characters in the loss.
+"""Task documents that ask for earlier content, each with the loss weights of its characters.
 
-Those of longctx-eval's needles and long generation are worded as there.
+Needles and long generation have the texts of longctx-eval's tasks.
 """
 
 import random
@@ -17,14 +17,14 @@ MORE_CITIES = CITIES + (
 STATES = "red green blue white black grey".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
-# What can't be foreseen, text, and what the document taught.
+# Unpredictable characters, text, and answers that follow from the document.
 NOISE, TEXT, ANSWER = 0, 1, 2
 KINDS = ["needle", "multi_needle", "pairs", "copy", "recall", "listing", "table_edit", "state_machine"]
 
 
 @dataclass
 class Document:
-    """Pieces of text and the class of each."""
+    """A document: pieces of text and the class of each."""
 
     pieces: list = field(default_factory=list)
 
@@ -38,7 +38,7 @@ class Document:
 
 
 class Maker:
-    """`prose` and `natural`: lists of words to hide needles in, with tokens a word."""
+    """Creates documents. `prose` and `natural`: words of haystacks, with the tokens per word."""
 
     TOKENS_A_WORD = (1.18, 1.9)
 
@@ -46,7 +46,7 @@ class Maker:
         self.rng, self.haystacks = rng, (prose, natural)
 
     def document(self, kind, tokens):
-        """One of about so many tokens."""
+        """Returns a document of about `tokens` tokens."""
         return getattr(self, kind)(tokens)
 
     def words(self, tokens):
@@ -62,7 +62,7 @@ class Maker:
         return self.digits(self.rng.choice([4, 5, 6, 7, 7, 7, 7, 7, 7, 8, 10, 24]))
 
     def hidden(self, sentences, tokens):
-        """An instruction, then words with the sentences (lists of pieces) among them, in order."""
+        """Returns an instruction, then words with the sentences (lists of pieces) between them."""
         rng = self.rng
         document = Document()
         if rng.random() < 0.7:
@@ -107,7 +107,7 @@ class Maker:
         return document
 
     def pairs(self, tokens):
-        """Associative recall: 1 to 64 pairs, then as many of them again in another order."""
+        """Associative recall: 1 to 64 pairs, then all of them again in a different order."""
         rng = self.rng
         count = max(1, min(64, tokens // 14))
         word = lambda: "".join(rng.choice(LETTERS) for _ in range(2))

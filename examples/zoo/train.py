@@ -2,8 +2,9 @@
 
     python train.py MODEL --corpus FOLDER --data PREFIX --out FOLDER [--seconds N] [--seed 0]
 
-The learning rate falls with the share of rows that were read or, where that is larger, of the seconds: a run that is short of time
-skips rows, and ends well. `FOLDER/log.jsonl` has the losses and, last, the test.
+The learning rate decreases with the share of rows read, or of seconds passed if that is larger. A run
+that is short of time skips rows, so it still completes the schedule. `FOLDER/log.jsonl` has the
+losses and, at the end, the test results.
 """
 
 import argparse
@@ -28,7 +29,7 @@ NATURAL, ANSWER = 10, 20
 
 
 def losses(hidden, head, targets, weights):
-    """The weighted loss; and sums over natural text and over answers, with what was guessed right of these."""
+    """Returns the weighted loss; sums over natural text and over answers; and right answers."""
     logits = F.linear(hidden, head).flatten(0, 1).float()
     targets, weights = targets.flatten(), weights.flatten()
     each = F.cross_entropy(logits, targets, reduction="none")
@@ -41,7 +42,7 @@ def losses(hidden, head, targets, weights):
 
 
 def schedule(progress):
-    """The share of the highest learning rate."""
+    """Returns the learning rate relative to its maximum."""
     return min(1.0, progress / recipes.WARM_UP) * max(0.02, 1 - progress)
 
 
@@ -65,7 +66,7 @@ def train(model, data, device, seconds, batch_tokens, learning_rate, log):
     began, step, at = None, 0, 0
     sums = torch.zeros(5, device=device)
     while True:
-        # Compiling, in the first step, is no part of the time.
+        # The time excludes compilation in the first step.
         elapsed = time.time() - began if began else 0.0
         progress = max(at / steps, elapsed / seconds)
         if progress >= 1:
@@ -101,7 +102,7 @@ def train(model, data, device, seconds, batch_tokens, learning_rate, log):
 
 @torch.no_grad()
 def test(model, corpus, device, samples, lengths, log):
-    """Whole answers that greedy decoding would get right, by kind and length; and the loss on held-out text."""
+    """Tests a model: right answers under greedy decoding by kind and length; held-out loss."""
     rows = Rows(corpus, "tasks", 0)
     held_out = np.load(corpus / "held_out.npy").astype(np.int64)
     for length in lengths:

@@ -1,4 +1,4 @@
-//! A transformer at work: one set of weights, and one cache per layer for many sequences.
+//! A session of a transformer: shared weights, and one cache per layer for many sequences.
 
 use std::collections::BTreeMap;
 
@@ -10,8 +10,9 @@ use longctx_core::{
 
 /// A transformer with its caches, one per layer, for many sequences.
 ///
-/// If a layer fails in the middle of a call, the layers before it go back. Where a cache can't go
-/// back, the sequence is poisoned: its calls are [`Error::Poisoned`] until it is removed.
+/// If a layer fails in the middle of a call, the layers before it are rolled back. If a cache
+/// cannot be rolled back, the sequence is poisoned: its calls return [`Error::Poisoned`] until it
+/// is removed.
 pub struct Session {
     model: Transformer,
     caches: LayerCaches,
@@ -21,7 +22,7 @@ pub struct Session {
 #[derive(Debug, Clone, Default)]
 struct Sequence {
     seen: usize,
-    /// The error that left its layers with different tokens.
+    /// The error after which the layers have different tokens.
     poisoned: Option<String>,
 }
 
@@ -36,17 +37,17 @@ impl Session {
         Ok(Self { model, caches: LayerCaches::new(caches), sequences: BTreeMap::new() })
     }
 
-    /// The weights.
+    /// Returns the weights.
     pub fn model(&self) -> &Transformer {
         &self.model
     }
 
-    /// The caches, one per layer.
+    /// Returns the caches, one per layer.
     pub fn caches(&self) -> &[Box<dyn KvCache>] {
         &self.caches
     }
 
-    /// A sequence that is known and not poisoned.
+    /// Returns a sequence that exists and is not poisoned.
     fn checked(&self, seq: SeqId) -> Result<&Sequence> {
         let sequence = self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))?;
         match &sequence.poisoned {
@@ -69,7 +70,7 @@ impl Session {
         known.copied().try_for_each(|seq| self.checked(seq).map(drop))
     }
 
-    /// Takes every layer back to the tokens before a call that failed.
+    /// Rolls all layers back to the tokens before a failed call.
     fn roll_back(&mut self, batch: &Batch, error: &Error) {
         for &seq in batch.seqs() {
             let Some(sequence) = self.sequences.get_mut(&seq) else {
@@ -102,7 +103,7 @@ impl CausalLm for Session {
         let sequence = self.checked(from)?.clone();
         if self.sequences.contains_key(&to) {
             let what = format!("sequence {to} to fork into");
-            return Err(Error::mismatch(what, "one that is not known", "one that is"));
+            return Err(Error::mismatch(what, "an id that is not in use", "an id in use"));
         }
         self.caches.fork(from, to)?;
         self.sequences.insert(to, sequence);

@@ -64,7 +64,7 @@ pub enum Error {
     UnknownSequence(SeqId),
     /// A sequence whose layers saw different tokens because a call failed midway. Every call
     /// returns this error until the sequence is removed.
-    #[error("sequence {seq} can't go on since a call failed: {reason}")]
+    #[error("sequence {seq} cannot be used after a failed call: {reason}")]
     Poisoned {
         /// The sequence.
         seq: SeqId,

@@ -52,8 +52,8 @@ impl Rope {
     /// Creates an embedding for heads of `head_dim` channels, of which the first `rotary_dims`
     /// rotate, with base `theta`.
     ///
-    /// The rotation preserves lengths. The model applies the [attention
-    /// factor](RopeScaling::attention_factor) of a scaling.
+    /// The rotation preserves norms: the model applies the [attention
+    /// factor](RopeScaling::attention_factor) of a scaling itself.
     ///
     /// # Errors
     /// [`Error::Setting`] if `rotary_dims` is odd, zero or above `head_dim`, or a factor is not

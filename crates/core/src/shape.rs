@@ -96,7 +96,7 @@ pub struct LayerSpec {
     /// value.
     pub sink_logits: Option<Arc<[f32]>>,
     /// Multi-head latent attention: the values are the last `value_dim` channels of the keys, which
-    /// the rotary embedding leaves alone. A [`LatentCache`](crate::LatentCache) holds them once.
+    /// the rotary embedding does not rotate. A [`LatentCache`](crate::LatentCache) holds them once.
     pub latent: bool,
 }
 
@@ -132,8 +132,8 @@ impl LayerSpec {
     /// Marks the values as the last channels of the keys: multi-head latent attention.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a shape that latent attention can't have, or a rotary embedding that
-    /// rotates the values' channels.
+    /// [`Error::Setting`] for a shape that is not valid for latent attention, or a rotary embedding
+    /// that rotates the values' channels.
     pub fn with_latent(self) -> Result<Self> {
         latent::check_shape(&self.shape)?;
         let most = self.shape.head_dim - self.shape.value_dim;
@@ -168,7 +168,7 @@ impl LayerSpec {
         }
     }
 
-    /// Returns the layer's output in `dtype` from the attention over everything that its queries
+    /// Returns the layer's output in `dtype` from the attention over all entries that its queries
     /// see.
     ///
     /// # Errors

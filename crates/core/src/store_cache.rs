@@ -11,7 +11,7 @@ use candle_core::Tensor;
 /// How a [`StoreCache`] attends, and which entries it keeps.
 ///
 /// The queries and keys of a [`Step`] are already rotated. The step fits the layer. A strategy has
-/// no state of its own: it does not see forks, truncations and removals.
+/// no state, so it is not notified of forks, truncations and removals.
 pub trait CacheStrategy<S: KvStore>: Send {
     /// Appends the tokens of a call and returns their attention output in the dtype of `q`
     /// ([`LayerSpec::output`]).
@@ -160,7 +160,8 @@ impl<S: KvStore, C: CacheStrategy<S>> KvCache for StoreCache<S, C> {
         if len == seen {
             return Ok(());
         }
-        // The entries left must fill the window of the next token; without a window, that is all.
+        // The remaining entries must fill the window of the next token. Without a window, all
+        // entries must remain.
         let dropped = seen - self.store.len(seq);
         let reach = self.spec.shape.window.map_or(len, |window| window.saturating_sub(1));
         if dropped > len.saturating_sub(reach) {

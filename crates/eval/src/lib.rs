@@ -24,8 +24,8 @@ pub use haystack::{Haystack, word_range};
 #[cfg(feature = "http")]
 pub use run::Server;
 pub use run::{
-    Answer, Event, Limits, Manifest, Methods, Plan, Question, Queue, Reader, Record, Shard,
-    Subject, SubjectError, Summary, Text, Timings, content_hash, records, run,
+    Answer, Event, Limits, Manifest, Methods, Passage, Plan, Question, Queue, Reader, Record,
+    Shard, Subject, SubjectError, Summary, Text, Timings, content_hash, records, run,
 };
 pub use setting::{Setting, Template};
 pub use task::{

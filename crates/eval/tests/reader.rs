@@ -1,4 +1,5 @@
-//! The text that a model is fed for a sample: truncated, compressed, with its template.
+//! Tests the text that a model is fed for a sample: truncated, compressed, formatted with the
+//! template.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -15,17 +16,17 @@ use longctx_eval::{
 
 const VOCAB: usize = 128;
 
-/// What a test sees of [`Notes`].
+/// The calls recorded by [`Notes`].
 #[derive(Default)]
 struct Fed {
     /// The tokens of each sequence since it began.
     texts: BTreeMap<SeqId, String>,
-    /// The sequences of each step of one token a sequence.
+    /// The sequences of each decode step.
     steps: Vec<Vec<SeqId>>,
 }
 
-/// Notes the tokens that it is fed; answers each sequence with the letter after its last. A batch
-/// with a `!` among its tokens is refused.
+/// A model that records the tokens that it is fed. The answer to each sequence is the letter after
+/// its last token. A batch that contains the token `!` is an error.
 #[derive(Default)]
 struct Notes {
     fed: Rc<RefCell<Fed>>,
@@ -241,7 +242,7 @@ fn a_batch_answers_as_single_samples_do() {
         sample(&["ab"], true),
         sample(&["xy", "z", "q"], true),
         sample(&["ab"], false),
-        // A tab, and then a newline.
+        // The answer is a tab, then a newline.
         sample(&["a\u{8}"], false),
         sample(&["jk"], false),
     ];
@@ -279,7 +280,7 @@ fn a_batch_answers_as_single_samples_do() {
 
 #[test]
 fn an_error_is_of_its_sample_alone() {
-    // The second one writes a space and a "!", which can't be fed.
+    // The second answer is a space and a "!", which cannot be fed.
     let samples = ["a", "\u{1f}", "c"].map(|text| sample(&[text], false));
     let questions = samples.each_ref().map(|sample| Question {
         sample,

@@ -236,7 +236,7 @@ impl CausalLm for Session {
         let sequence = self.checked(from)?.clone();
         if self.sequences.contains_key(&to) {
             let what = format!("sequence {to} to fork into");
-            return Err(Error::mismatch(what, "one that is not known", "one that is"));
+            return Err(Error::mismatch(what, "an id that is not in use", "an id in use"));
         }
         let state = self.states.copy(from)?;
         self.caches.fork(from, to)?;
@@ -339,8 +339,8 @@ impl CausalLm for Session {
 }
 
 impl Session {
-    /// Returns the bytes of a sequence's state and of its snapshots, which a fork shares until it
-    /// takes others.
+    /// Returns the bytes of a sequence's state and of its snapshots. A fork shares the snapshots of
+    /// its original.
     fn states_footprint(&self, seq: SeqId) -> Footprint {
         let Some(sequence) = self.sequences.get(&seq) else { return Footprint::default() };
         let copies = 1 + sequence.snapshots.len();

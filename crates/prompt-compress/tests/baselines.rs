@@ -1,5 +1,5 @@
-//! The baselines keep the laws of every compressor that copies bytes, and rank as public packages
-//! do.
+//! The baselines satisfy the laws of compressors that copy bytes, and rank sentences like public
+//! packages.
 
 use longctx_core::{Prompt, PromptCompressor, Rate};
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle, bm25, tf_idf};

@@ -159,7 +159,7 @@ proptest! {
     }
 }
 
-/// Three bytes per character, and as many tokens in the tiny vocabulary.
+/// Characters of three bytes each, and of three tokens each in the tiny vocabulary.
 const FOREIGN: &str = "天地玄黃宇宙洪荒日月盈昃辰宿列張いろはにほへとちりぬるをわかよたれそつねならむうゐのおくやま가나다라마바사아자차카타파하";
 
 proptest! {

@@ -122,7 +122,7 @@ pub fn attention_sums(
     let device = k.device();
     let cpu = |x: &Tensor| -> Result<Tensor> { Ok(x.to_device(&Device::Cpu)?) };
     let (q, lse, k) = (cpu(q)?, cpu(lse)?, cpu(k)?);
-    // The sums do not read values: any rows of the right length can stand for them.
+    // The sums do not depend on values, so the keys are passed as values.
     let shape = AttentionShape { value_dim: shape.head_dim, ..*shape };
     let sums = match k.dtype() {
         DType::F16 => sums_of_tensor::<f16>(batch, &k, queries, &q, &lse, &shape),

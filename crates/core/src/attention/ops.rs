@@ -1,6 +1,6 @@
 //! Attention by candle's own operations, one block of queries at a time. Devices without a kernel
 //! use it, and the kernels are tested against it. Entries that no query of a block sees are
-//! skipped; only the two edges of the remaining range need a mask.
+//! skipped. Only the two edges of the remaining range need a mask.
 
 use crate::{AttentionShape, Error, Mask, Result};
 use candle_core::{D, DType, Device, Tensor};

@@ -16,7 +16,8 @@ use std::ops::Range;
 
 /// Keys and values in f32, f16 or bf16, without compression.
 ///
-/// - On the CPU, entries lie in blocks of 32 of one kv head, in a pool that all sequences share.
+/// - On the CPU, entries are in blocks of 32 entries of one kv head, in a pool shared by all
+///   sequences.
 /// - On a CUDA device the blocks have 64 entries. This needs feature `cuda`, f16 or bf16, and a
 ///   head size with kernels.
 /// - On other devices, and for other dtypes and shapes, each sequence has one tensor for all heads.
@@ -41,8 +42,8 @@ enum Storage {
     Cuda(Box<CudaPool>),
 }
 
-/// Evaluates one expression on the pool of the store's dtype, or another on the sequences of a
-/// device.
+/// Evaluates one expression if the store has a pool on the CPU, of any dtype, or another if it has
+/// sequences on a device.
 macro_rules! on_pool {
     ($storage:expr, $pool:ident => $host:expr, $seqs:ident => $device:expr) => {
         match $storage {
@@ -296,7 +297,7 @@ impl KvStore for DenseStore {
     }
 }
 
-/// The lists of each sequence's selection of its own tokens.
+/// Returns the lists of each sequence's selection of tokens of the call.
 fn lists<'a>(
     batch: &Batch,
     tokens: &'a [Selection],

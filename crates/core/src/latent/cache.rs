@@ -5,10 +5,10 @@ use crate::{
 };
 use candle_core::Tensor;
 
-/// The cache of a layer with multi-head latent attention. It holds each token's latent once, in any
-/// store.
+/// The cache of a layer with multi-head latent attention. It holds the latent of each token once,
+/// in any store.
 ///
-/// Attention is exact among the tokens of a call, and uses the store's numbers for earlier tokens.
+/// Attention among the tokens of a call is exact. Attention to earlier tokens reads the store.
 pub type LatentCache<S> = StoreCache<LatentStore<S>, LatentStrategy>;
 
 /// The strategy of a [`LatentCache`].
@@ -19,8 +19,8 @@ impl<S: KvStore> StoreCache<LatentStore<S>, LatentStrategy> {
     /// Creates an empty cache.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a layer whose values are not a part of its keys;
-    /// errors of [`with_strategy`](StoreCache::with_strategy).
+    /// [`Error::Setting`] if the layer has no latent attention; errors of
+    /// [`with_strategy`](StoreCache::with_strategy).
     pub fn new(spec: LayerSpec, store: LatentStore<S>) -> Result<Self> {
         if !spec.latent {
             let got = "separate keys and values";

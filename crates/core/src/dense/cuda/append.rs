@@ -110,7 +110,7 @@ impl CudaPool {
         }
         let addresses = new_blocks.iter().flat_map(|new| &new.blocks);
         let addresses: Vec<u64> = addresses.map(|&block| self.blocks.address(block)).collect();
-        // Selections of the host, one after the other.
+        // The concatenated selections of the host.
         let mut uploaded: Vec<u32> = Vec::new();
         for selection in tokens.into_iter().flatten().filter(|of| of.entries().is_none()) {
             uploaded.extend(selection.heads()?.iter().flatten());

@@ -13,7 +13,7 @@ struct Moves {
     blocks: Vec<u32>,
     /// First entry that is written.
     first: usize,
-    /// Number of kept entries.
+    /// Number of entries that are kept.
     count: usize,
     /// Blocks that were newly taken.
     taken: Vec<u32>,
