@@ -19,7 +19,7 @@ mod pages {
     mod start {}
 }
 
-pub use longctx_eval::memory;
+pub use longctx_eval::peak_memory;
 pub mod encoder;
 pub mod heads;
 pub mod llm;

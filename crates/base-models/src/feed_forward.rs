@@ -1,7 +1,7 @@
 //! Feed-forward blocks: gated ones, and mixtures of them.
 
 use crate::config::{Activation, Config, Experts};
-use crate::linear::{Joined, Linear};
+use crate::linear::{FusedLinear, Linear};
 use crate::router::{Choice, Router};
 use crate::weights::Weights;
 use candle_core::{Device, Tensor};
@@ -11,7 +11,7 @@ use longctx_core::{Result, silu_mul};
 #[derive(Debug)]
 pub(crate) enum FeedForward {
     /// One gated block.
-    Gated(Gated),
+    GatedMlp(GatedMlp),
     /// A mixture of experts.
     Mixture(Mixture),
 }
@@ -20,7 +20,7 @@ impl FeedForward {
     pub fn load(config: &Config, layer: usize, w: &impl Weights) -> Result<Self> {
         match config.layer_experts(layer) {
             Some(experts) => Mixture::load(config, experts, layer, w).map(Self::Mixture),
-            None => Gated::load(config, layer, w).map(Self::Gated),
+            None => GatedMlp::load(config, layer, w).map(Self::GatedMlp),
         }
     }
 
@@ -29,7 +29,7 @@ impl FeedForward {
     /// most experts for each part, so its parts are longer.
     fn tokens_at_once(&self, on_cpu: bool) -> usize {
         match (self, on_cpu) {
-            (Self::Gated(_), true) => 1024,
+            (Self::GatedMlp(_), true) => 1024,
             (Self::Mixture(_), true) => 2048,
             (_, false) => 8192,
         }
@@ -48,7 +48,7 @@ impl FeedForward {
 
     fn forward_part(&self, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Gated(block) => block.forward(x),
+            Self::GatedMlp(block) => block.forward(x),
             Self::Mixture(mixture) => mixture.forward(x),
         }
     }
@@ -56,13 +56,13 @@ impl FeedForward {
 
 /// `down(activation(gate(x)) * up(x))`.
 #[derive(Debug)]
-pub(crate) struct Gated {
-    gate_up: Joined,
+pub(crate) struct GatedMlp {
+    gate_up: FusedLinear,
     down: Linear,
     activation: Activation,
 }
 
-impl Gated {
+impl GatedMlp {
     fn load(c: &Config, layer: usize, w: &impl Weights) -> Result<Self> {
         let names = w.names();
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
@@ -72,7 +72,8 @@ impl Gated {
             return Self::load_parts(c, inner, [names.gate, names.up, names.down].map(name), w);
         }
         let linear = |part, out, inner| w.linear(&name(part), out, inner, c.mlp_bias);
-        let gate_up = Joined::fused(linear(names.gate_up, 2 * inner, hidden)?, vec![inner; 2]);
+        let gate_up =
+            FusedLinear::from_single(linear(names.gate_up, 2 * inner, hidden)?, vec![inner; 2]);
         let down = linear(names.down, hidden, inner)?;
         Ok(Self { gate_up, down, activation: c.activation })
     }
@@ -85,7 +86,7 @@ impl Gated {
         w: &impl Weights,
     ) -> Result<Self> {
         let linear = |name: &str, out, inner| w.linear(name, out, inner, c.mlp_bias);
-        let gate_up = Joined::new(vec![
+        let gate_up = FusedLinear::new(vec![
             linear(&gate, inner, c.hidden_size)?,
             linear(&up, inner, c.hidden_size)?,
         ])?;
@@ -116,8 +117,8 @@ impl Activation {
 #[derive(Debug)]
 pub(crate) struct Mixture {
     router: Router,
-    experts: Vec<Gated>,
-    shared: Option<Gated>,
+    experts: Vec<GatedMlp>,
+    shared: Option<GatedMlp>,
 }
 
 impl Mixture {
@@ -130,9 +131,9 @@ impl Mixture {
         let ups = load(names.expert_up, inner, c.hidden_size)?;
         let downs = load(names.expert_down, c.hidden_size, inner)?;
         let plain = |weight| Linear::new(weight, None);
-        let block = |((gate, up), down)| -> Result<Gated> {
-            let gate_up = Joined::new(vec![plain(gate), plain(up)])?;
-            Ok(Gated { gate_up, down: plain(down), activation: c.activation })
+        let block = |((gate, up), down)| -> Result<GatedMlp> {
+            let gate_up = FusedLinear::new(vec![plain(gate), plain(up)])?;
+            Ok(GatedMlp { gate_up, down: plain(down), activation: c.activation })
         };
         let blocks = gates.into_iter().zip(ups).zip(downs).map(block);
         let shared = [names.shared_gate, names.shared_up, names.shared_down];
@@ -141,7 +142,7 @@ impl Mixture {
             experts: blocks.collect::<Result<_>>()?,
             shared: match experts.shared_size {
                 0 => None,
-                size => Some(Gated::load_parts(c, size, shared.map(name), w)?),
+                size => Some(GatedMlp::load_parts(c, size, shared.map(name), w)?),
             },
         })
     }

@@ -73,15 +73,15 @@ impl Weight {
 /// Several linear maps of one input. If their formats allow, they are computed as a single product:
 /// the threads are woken and the input is read only once.
 #[derive(Debug, Clone)]
-pub struct Joined {
+pub struct FusedLinear {
     maps: Vec<Linear>,
     /// Number of outputs of each map.
     sizes: Vec<usize>,
 }
 
-impl Joined {
+impl FusedLinear {
     /// Creates the maps from a single map with the concatenated outputs.
-    pub fn fused(map: Linear, sizes: Vec<usize>) -> Self {
+    pub fn from_single(map: Linear, sizes: Vec<usize>) -> Self {
         Self { maps: vec![map], sizes }
     }
 
