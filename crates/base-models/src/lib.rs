@@ -23,6 +23,7 @@ mod json;
 mod latent_attention;
 mod layer;
 mod linear;
+mod mixture;
 mod names;
 mod pickle;
 mod pre_tokenizers;
