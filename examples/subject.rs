@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use crate::encoder;
 use crate::heads::Heads;
-use crate::methods::Method;
+use crate::methods::{Compress, Method};
 use crate::place::Place;
 use crate::shared_prefill::SharedPrefill;
 use base_models::{ChatTemplate, Decoder, Message, Pretrained};
@@ -29,6 +29,8 @@ pub struct Options {
     pub batch: usize,
     /// Tokens of a prompt to feed at a time; `None`: all at once.
     pub prefill_chunk: Option<usize>,
+    /// Tokens that packed formats and eviction policies compress.
+    pub compress: Compress,
     /// LLMLingua-2's: a folder, or a name of the Hub.
     pub encoder: String,
     /// DuoAttention's scores: a file; `None`: they are measured.
@@ -42,6 +44,7 @@ impl Default for Options {
         Self {
             batch: 1,
             prefill_chunk: None,
+            compress: Compress::default(),
             encoder: encoder::PUBLISHED.into(),
             heads: None,
             place: Place::default(),
@@ -53,6 +56,11 @@ impl Models {
     /// None is open yet.
     pub fn new(options: Options) -> Self {
         Self { options, ..Self::default() }
+    }
+
+    /// Tokens that packed formats and eviction policies compress.
+    pub fn compress(&self) -> Compress {
+        self.options.compress
     }
 
     /// LLMLingua-2's encoder.
@@ -100,7 +108,9 @@ impl Models {
 
     /// One reader for settings on the same transformer, which prefills each prompt once.
     pub fn shared_reader(&self, settings: &[Setting]) -> Result<Reader, Fault> {
-        let methods = settings.iter().map(|setting| Method::named(&setting.method));
+        let compress = self.options.compress;
+        let method = |setting: &Setting| Ok(Method::named(&setting.method)?.compressing(compress));
+        let methods = settings.iter().map(method);
         let methods = methods.collect::<anyhow::Result<Vec<_>>>()?;
         let reader = self.reader(&settings[0], |spec| {
             let caches = methods.iter().map(|method| method.cache(spec));

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use longctx_eval::{Category, Setting, Task, content_hash, ruler};
+use longctx_examples::methods::Compress;
 use longctx_examples::place::Place;
 
 use super::{Chosen, DATA, LONGBENCH_V2, NEEDLES, TaskArgs};
@@ -18,7 +19,10 @@ impl Chosen {
         let mut all = Conditions::new();
         let chunk = self.prefill_chunk.map_or("all at once".into(), |chunk| chunk.to_string());
         all.insert("prefill_chunk".into(), chunk);
-        // Runs of before this condition existed computed so.
+        // Runs of before a condition existed have its default.
+        if self.compress != Compress::default() {
+            all.insert("compress".into(), format!("{:?}", self.compress).to_lowercase());
+        }
         if self.place.describe() != Place::default().describe() {
             all.insert("device and format".into(), self.place.describe());
         }
