@@ -1,9 +1,9 @@
-//! SmolLM2's prefill and decode beside candle-transformers' `quantized_llama` on the same file, and
-//! decoding eight sequences in one batch beside one after the other.
+//! Compares SmolLM2's prefill and decode with candle-transformers' `quantized_llama` on the same
+//! file, and decoding of eight sequences as one batch with decoding them one after the other.
 //!
-//! candle's model has positions for 4,096 tokens and can't take a longer prompt. Its decode step
-//! after 7,900 tokens is reached by single steps at its last position, which does the same work: set
-//! `LONGCTX_SLOW=1` for this quarter of an hour.
+//! candle's model has 4,096 positions and cannot read a longer prompt. For its decode step after
+//! 7,900 tokens, the other tokens are fed one by one at the last position, which is the same work.
+//! This takes 15 minutes and runs only with `LONGCTX_SLOW=1`.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -40,7 +40,8 @@ fn step(model: &mut impl CausalLm, seq: SeqId, ids: &[u32]) -> Result<()> {
     Ok(())
 }
 
-/// Feeds `length` tokens as candle's model allows: at most 4,096 at once, then one by one at the last position.
+/// Feeds `length` tokens to candle's model: 4,096 in one call, the others one by one at the last
+/// position.
 fn fill(model: &mut ModelWeights, length: usize, vocab: u32) -> Result<()> {
     let whole = length.min(MAX_SEQ_LEN - 1);
     model.forward(&tokens(whole, vocab)?, 0)?;
@@ -90,7 +91,7 @@ fn decode(c: &mut Criterion) {
     for length in LENGTHS {
         for dtype in [DType::F32, DType::F16] {
             let id = BenchmarkId::new(format!("ours, {} cache", dtype.as_str()), length);
-            // Filled by the first round of the measurement, if this case is chosen at all.
+            // Filled by the first iteration, if this case is selected.
             let mut filled = None;
             group.bench_function(id, |b| {
                 let session = filled.get_or_insert_with(|| {
@@ -118,7 +119,7 @@ fn decode(c: &mut Criterion) {
     group.finish();
 }
 
-/// Eight sequences of 500 to 4,000 tokens, a token for each.
+/// Decodes one token of each of eight sequences of 500 to 4,000 tokens.
 fn batched_decode(c: &mut Criterion) {
     const SEQS: SeqId = 8;
     let model = ours().expect("the model");
@@ -130,7 +131,7 @@ fn batched_decode(c: &mut Criterion) {
         let method = Method::named(name).expect("a method");
         let batch = Batch::decode(&(0..SEQS).collect::<Vec<_>>()).expect("a batch");
         let tokens = ids(SEQS as usize, vocab);
-        // Filled by the first measurement that is chosen.
+        // Filled by the first measurement that is selected.
         let mut filled = None;
         let fill = || {
             let mut new = model.session(|spec| method.cache(spec)).unwrap();

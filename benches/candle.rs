@@ -1,4 +1,4 @@
-//! candle-transformers' recurrent models, to be measured beside ours on the same weights.
+//! candle-transformers' recurrent models, which benchmarks compare with ours on the same weights.
 
 use anyhow::Result;
 use candle_core::Tensor;
@@ -8,25 +8,25 @@ use serde::de::DeserializeOwned;
 
 use crate::recurrent::Outline;
 
-/// A model of candle's with what it remembers.
+/// A model of candle-transformers with its state.
 pub trait Theirs {
-    /// Whether it can be given a prompt at once, and not only token by token.
+    /// Whether the model reads a prompt in one call, and not only token by token.
     fn whole_prompts(&self) -> bool;
 
-    /// Forgets what it was given.
+    /// Resets the state.
     ///
     /// # Errors
     /// candle's.
     fn reset(&mut self) -> Result<()>;
 
-    /// The logits after tokens `[1, n]`.
+    /// Feeds tokens `[1, n]` and returns the logits of the last one.
     ///
     /// # Errors
     /// candle's.
     fn feed(&mut self, tokens: &Tensor) -> Result<Tensor>;
 }
 
-/// Makes one of an outline and its weights.
+/// Creates a model from an outline and its weights.
 pub type Make = fn(&Outline, VarBuilder<'static>) -> Result<Box<dyn Theirs>>;
 
 struct Mamba {
@@ -70,7 +70,7 @@ struct Mamba2 {
     state: mamba2::State,
 }
 
-/// Mamba-2, whose prompts go in chunks of 256 tokens, as published.
+/// Mamba-2, with prompts in chunks of 256 tokens, as published.
 ///
 /// # Errors
 /// candle's.
@@ -118,7 +118,8 @@ pub fn rwkv5(outline: &Outline, weights: VarBuilder<'static>) -> Result<Box<dyn 
     Ok(Box::new(Rwkv5 { model, config, weights, state }))
 }
 
-/// candle makes it in f32, and reads it in the format of the weights.
+/// Returns an RWKV-5 state in the dtype of the weights. candle creates it in f32, but its model
+/// reads the dtype of the weights.
 fn rwkv5_state(config: &rwkv_v5::Config, weights: &VarBuilder<'_>) -> Result<rwkv_v5::State> {
     let mut state = rwkv_v5::State::new(1, config, weights.device())?;
     for layer in &mut state.per_layer {
@@ -169,7 +170,7 @@ impl Theirs for RecurrentGemma {
         true
     }
 
-    /// It has no other way to forget.
+    /// Resets by creating the model again, which has no function for it.
     fn reset(&mut self) -> Result<()> {
         self.model = recurrent_gemma::Model::new(&self.config, self.weights.clone())?;
         self.seen = 0;
@@ -183,7 +184,7 @@ impl Theirs for RecurrentGemma {
     }
 }
 
-/// candle's configuration.
+/// Parses an outline's configuration as candle's type.
 fn config<T: DeserializeOwned>(outline: &Outline) -> Result<T> {
     Ok(serde_json::from_value(outline.config.clone())?)
 }

@@ -1,11 +1,11 @@
-//! A mixture of experts of Qwen3-30B-A3B's shape (random weights) beside loops over its experts: on
-//! the CPU in f32, or with feature `cuda` on a GPU in bf16.
+//! Compares a mixture of experts of Qwen3-30B-A3B's shape (random weights) with two loops over its
+//! experts, on the CPU in f32, or with feature `cuda` on a GPU in bf16.
 //!
 //!     cargo bench -p longctx-benches --bench experts
 //!
-//! One loop sends all tokens through every expert and weighs the outputs, mostly by 0; the other
-//! gathers each expert's tokens and adds its outputs to theirs. Their products are the same as
-//! ours, and their router is as well made on the host.
+//! One loop runs every expert over all tokens and weighs the outputs, mostly by 0. The other
+//! gathers each expert's tokens and adds the expert's outputs to the result. Both use the same
+//! matrix products as ours, and also route on the host.
 
 use std::time::Instant;
 
@@ -76,7 +76,7 @@ fn config() -> Config {
     }
 }
 
-/// The best seconds of two ways that run in turn.
+/// Returns the best time in seconds of each of two functions, which run alternately.
 fn in_turn(
     runs: usize,
     a: impl Fn() -> Result<Tensor>,
@@ -89,17 +89,17 @@ fn in_turn(
     Ok(best)
 }
 
-/// Seconds of one run. Reading a number waits for the device.
+/// Returns the seconds of one run. Reading a number waits for the device.
 fn seconds(f: &impl Fn() -> Result<Tensor>) -> Result<f64> {
     let start = Instant::now();
     f()?.narrow(0, 0, 1)?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?;
     Ok(start.elapsed().as_secs_f64())
 }
 
-/// Experts that are visited one after the other.
+/// A mixture that runs its experts one after the other.
 struct Loop {
     router: Tensor,
-    /// Gate and up in one, and down.
+    /// The fused gate and up projections, and the down projection.
     experts: Vec<(Tensor, Tensor)>,
 }
 

@@ -1,7 +1,9 @@
-//! Prefill and decode of recurrent models beside candle-transformers' on the same random weights.
+//! Compares prefill and decode of recurrent models with candle-transformers' on the same random
+//! weights.
 //!
-//! candle's Mamba and RWKV-5 take one token at a time. A token's cost does not depend on how many
-//! came before, so that a few tokens tell their speed. Both sides are given in tokens per second.
+//! candle's Mamba and RWKV-5 process one token at a time. The cost of a token does not depend on
+//! the number of earlier tokens, so a few tokens are enough to measure it. Results are in tokens
+//! per second.
 
 use std::collections::HashMap;
 use std::hint::black_box;
@@ -18,10 +20,10 @@ use longctx_benches::{ids, tokens};
 use longctx_core::{Batch, CausalLm, DenseCache, Logits};
 
 const PROMPT: usize = 2048;
-/// Tokens by which models that go token by token are measured.
+/// Number of tokens for models that process one token at a time.
 const FEW: usize = 64;
 
-/// An outline with random weights.
+/// A model outline with random weights.
 struct Weights {
     outline: Outline,
     tensors: HashMap<String, Tensor>,
@@ -49,7 +51,7 @@ impl Weights {
     }
 }
 
-/// Times both sides.
+/// Measures our model and candle's.
 fn compare(c: &mut Criterion, name: &str, outline: Outline, theirs: candle::Make) -> Result<()> {
     let weights = Weights::random(outline)?;
     let mut theirs = theirs(&weights.outline, weights.builder())?;
@@ -105,7 +107,8 @@ fn all(c: &mut Criterion) {
     run("mamba-130m", recurrent::mamba(768, 24), candle::mamba);
     run("mamba2-130m", recurrent::mamba2(768, 24), candle::mamba2);
     run("rwkv5-169m", recurrent::rwkv5(768, 2688, 12), candle::rwkv5);
-    // Two recurrent layers, with 8,192 tokens: the vocabulary's matrix would hide the layers.
+    // Two recurrent layers and a vocabulary of 8,192 tokens: with the whole vocabulary, its matrix
+    // would dominate the time.
     let slice = recurrent::recurrent_gemma(2, 8192);
     run("recurrent-gemma-2b, 2 layers", slice, candle::recurrent_gemma);
 }

@@ -1,8 +1,8 @@
-//! Decode attention over packed pools beside candle-nn's CPU `flash_attn`, beside the machine's read
-//! bandwidth and beside the crates `turboquant-rs` and `tq-kv`; and how fast tokens are packed.
+//! Compares decode attention over packed pools with candle-nn's CPU `flash_attn`, the machine's
+//! read bandwidth, and the crates `turboquant-rs` and `tq-kv`. Also measures the speed of packing.
 //!
-//! 32 query heads, 8 kv heads of 128 channels, 32,768 tokens, one new token, all cores. Throughput of
-//! packed pools counts all bytes that hold tokens: codes, scales and zeros, residual, tables.
+//! 32 query heads, 8 kv heads of 128 channels, 32,768 tokens, one new token, all cores. Throughput
+//! of packed pools counts all bytes that they hold: codes, scales, minima, residual and tables.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -30,7 +30,7 @@ const DIM: usize = 128;
 const TOKENS: usize = 32_768;
 const SCALE: f32 = 0.088_388_35; // 128^-0.5
 
-/// Repeatable numbers, roughly normal.
+/// Returns roughly normal numbers, the same for the same seed.
 fn numbers(seed: u64, count: usize) -> Vec<f32> {
     let mut state = seed;
     let mut uniform = move || {
@@ -48,7 +48,7 @@ fn group<'a>(c: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
     group
 }
 
-/// A pool of one sequence.
+/// Returns a pool with one sequence.
 fn packed(format: Format) -> Pool {
     let shape = PoolShape { kv_heads: KV_HEADS, head_dim: DIM, value_dim: DIM };
     let mut pool = Pool::new(shape, format).expect("a pool");
@@ -120,7 +120,7 @@ fn decode(c: &mut Criterion) {
     }
 }
 
-/// longctx-core's paged attention over f16, which the packed formats stand in for.
+/// Measures longctx-core's paged attention over f16, the baseline of the packed formats.
 fn dense_f16(group: &mut BenchmarkGroup<'_, WallTime>, q: &[f32]) {
     let shape = AttentionShape::new(HEADS, KV_HEADS, DIM).expect("a shape");
     let mut store = DenseStore::new(shape, DType::F16).expect("a store");
@@ -137,7 +137,7 @@ fn dense_f16(group: &mut BenchmarkGroup<'_, WallTime>, q: &[f32]) {
     });
 }
 
-/// The sum of 512 MiB, read by all cores: an upper bound of the throughput of attention.
+/// Measures the sum of 512 MiB on all cores, an upper bound of the throughput of attention.
 fn bandwidth(c: &mut Criterion) {
     let data = vec![1u64; 64 << 20];
     let mut group = group(c, "read");
@@ -156,7 +156,7 @@ fn quantize(c: &mut Criterion) {
     let x: Vec<f16> = numbers(3, 4096 * DIM).into_iter().map(f16::from_f32).collect();
     group.throughput(Throughput::Bytes(size_of_val(&*x) as u64));
     for bits in [Bits::Two, Bits::Three, Bits::Four, Bits::Eight] {
-        // As a pool packs them: keys have tokens in lanes, values channels.
+        // As in a pool: the SIMD lanes are tokens for keys and channels for values.
         for (name, along, lanes) in
             [("keys", Axis::Tokens, Axis::Tokens), ("values", Axis::Channels, Axis::Channels)]
         {
@@ -182,8 +182,8 @@ fn softmax(scores: &mut [f32]) {
     scores.iter_mut().for_each(|s| *s /= sum);
 }
 
-/// The same shape by the functions that these crates offer for it: one query head at a time, heads
-/// shared over the cores here.
+/// Measures other crates at the same shape. Their functions process one query head; here the heads
+/// are distributed over the cores.
 fn peers(c: &mut Criterion) {
     let mut group = group(c, "peers");
     let q = numbers(99, HEADS * DIM);
@@ -216,7 +216,7 @@ fn peers(c: &mut Criterion) {
             });
         });
     }
-    // A sixteenth of the tokens, one kv head: its packing alone takes minutes for all of them.
+    // A sixteenth of the tokens and one kv head: packing all tokens would take minutes.
     let few = 2048;
     for bits in [4, 3] {
         let config = turboquant::TurboQuantConfig::new(bits, DIM).expect("bits");

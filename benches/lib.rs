@@ -1,4 +1,4 @@
-//! What several benchmarks need. Each benchmark is a file beside this one: `cargo bench -p
+//! Functions shared by several benchmarks. Each benchmark is a file in this folder: `cargo bench -p
 //! longctx-benches --bench NAME`.
 
 pub mod candle;
@@ -9,17 +9,16 @@ use base_models::{Config, RopeSettings};
 use candle_core::{Device, Tensor};
 use longctx_core::RopeScaling;
 
-/// So many token ids below `vocab`, the same ones in every run.
+/// Returns `count` token ids below `vocab`, the same in every run.
 pub fn ids(count: usize, vocab: u32) -> Vec<u32> {
-    // A full-period step through the ids: no token repeats for long, and nothing depends on a
-    // random generator.
+    // Multiplying by a prime spreads the ids over the vocabulary without a random generator.
     (0..count as u32).map(|i| i.wrapping_mul(7919) % vocab).collect()
 }
 
-/// The same as candle's models take them, `[1, count]`.
+/// Returns the same ids as a tensor for candle's models, `[1, count]`.
 ///
 /// # Errors
-/// candle's.
+/// Errors of candle.
 pub fn tokens(count: usize, vocab: u32) -> Result<Tensor> {
     Ok(Tensor::new(ids(count, vocab), &Device::Cpu)?.unsqueeze(0)?)
 }

@@ -1,10 +1,10 @@
-//! What pools of blocks cost: decode attention over a block table beside contiguous memory; forks of
-//! a long prefix; rollbacks.
+//! Measures the cost of block pools: decode attention through a block table and over contiguous
+//! memory; forks of a long prefix; rollbacks.
 //!
 //!     cargo bench -p longctx-benches --bench paged
 //!
-//! 32 query heads, 8 kv heads of 128 channels, 32,768 tokens. Forks and rollbacks are of one layer's
-//! 8 kv heads.
+//! 32 query heads, 8 kv heads of 128 channels, 32,768 tokens. Forks and rollbacks apply to the 8 kv
+//! heads of one layer.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -71,7 +71,8 @@ fn decode_in<T: Element>(c: &mut Criterion, dtype: DType) {
     });
 }
 
-/// Two sequences that grow by turns, so that a block's neighbours are another sequence's.
+/// Returns a store with two sequences that grow alternately, so adjacent blocks belong to different
+/// sequences.
 fn interleaved(k: &Tensor, v: &Tensor, dtype: DType) -> DenseStore {
     const TURN: usize = 32;
     let mut store = DenseStore::new(shape(), dtype).expect("a store");
@@ -85,12 +86,12 @@ fn interleaved(k: &Tensor, v: &Tensor, dtype: DType) -> DenseStore {
     store
 }
 
-/// One layer's cache after a prompt, sequence 0.
+/// Returns a cache of one layer after the prompt of sequence 0.
 fn filled(name: &str) -> Box<dyn KvCache> {
     let spec = LayerSpec::new(shape());
     let mut cache = Method::named(name).and_then(|m| Ok(m.cache(&spec)?)).expect("a cache");
     let batch = Batch::single(0, TOKENS).expect("a batch");
-    // No method here reads the queries of a prompt.
+    // None of these methods reads the queries of a prompt.
     let q = Tensor::zeros((TOKENS, HEADS, DIM), DType::F16, &Device::Cpu).expect("zeros");
     let (k, v) = (random(TOKENS, KV_HEADS, DType::F16), random(TOKENS, KV_HEADS, DType::F16));
     let step = Step { batch: &batch, q: &q, k: &k, v: &v };
@@ -128,7 +129,7 @@ fn fork_and_roll_back(c: &mut Criterion) {
     }
 }
 
-/// The time of `run` alone.
+/// Measures the time of `run`, without the time of `setup`.
 fn timed(
     rounds: u64,
     cache: &mut dyn KvCache,

@@ -1,9 +1,11 @@
-//! LLMLingua-2 with a random encoder of XLM-RoBERTa-base's shape (12 layers, 768 channels) on a text of 10,000 words.
+//! Measures LLMLingua-2 with a random encoder of XLM-RoBERTa-base's shape (12 layers, 768 channels)
+//! on a text of 10,000 words.
 //!
 //!     cargo bench -p longctx-benches --bench prompt_compress
 //!
-//! `python benches/prompt_compress.py FOLDER` times llmlingua 0.2.2 with PyTorch on the same files, which this benchmark leaves in the
-//! folder for temporary files. The vocabulary is the tiny one of the crate's tests: it takes about as many tokens a word as the real one.
+//! `python benches/prompt_compress.py FOLDER` times llmlingua 0.2.2 with PyTorch on the same files,
+//! which this benchmark writes to the folder for temporary files. The vocabulary is the small one
+//! of the crate's tests; it has about as many tokens per word as the real one.
 
 use std::collections::HashMap;
 use std::hint::black_box;
@@ -29,7 +31,7 @@ fn main() -> Result<()> {
     let text = text(WORDS);
     std::fs::write(folder.join("text.txt"), &text)?;
     let request = Request::rate(Rate::new(0.25)?);
-    // A quarter of the text fills a batch; the rest must not take more.
+    // A quarter of the text fills a batch; the whole text must not need more memory.
     for part in [&text[..text.len() / 4], &text] {
         let got = model.score(&[part])?.compress(&request)?;
         let (before, after) = (got.original_tokens, got.compressed_tokens);
@@ -48,7 +50,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Words that take one or two tokens each, a full stop after every eleventh.
+/// Returns words of one or two tokens each, with a full stop after every eleventh word.
 fn text(words: usize) -> String {
     const CHOICE: [&str; 20] = [
         "time",
@@ -81,7 +83,8 @@ fn text(words: usize) -> String {
     (0..words).map(word).collect::<Vec<_>>().join(" ")
 }
 
-/// Writes the checkpoint; gives its folder, whose name tells the package which family it is of.
+/// Writes the checkpoint and returns its folder. llmlingua reads the model family from the folder's
+/// name.
 fn checkpoint() -> Result<PathBuf> {
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../crates/prompt-compress/tests/fixtures/tiny-xlm-roberta-large");
@@ -103,7 +106,7 @@ fn checkpoint() -> Result<PathBuf> {
     }
     std::fs::write(folder.join("config.json"), config.to_string())?;
     let vocab = config["vocab_size"].as_u64().unwrap_or_default() as usize;
-    // transformers opens no file that does not say whose tensors it holds.
+    // transformers requires this metadata entry.
     let info = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let path = folder.join("model.safetensors");
     safetensors::serialize_to_file(weights(vocab)?, Some(info), &path)?;

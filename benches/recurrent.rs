@@ -1,14 +1,15 @@
-//! Recurrent models at the sizes of published ones: what to put into their `config.json`, and the tensors of their checkpoints.
+//! Recurrent models with the sizes of published ones: the content of `config.json` and the tensors
+//! of the checkpoint.
 
 use serde_json::{Value, json};
 
-/// A model without its weights.
+/// The configuration and tensor shapes of a model, without weights.
 pub struct Outline {
     /// `config.json`.
     pub config: Value,
-    /// Entries of the vocabulary.
+    /// Size of the vocabulary.
     pub vocab: usize,
-    /// Of each tensor: the name, about what its numbers lie, the shape.
+    /// The name, the mean of the numbers and the shape of each tensor.
     pub tensors: Vec<(String, f32, Vec<usize>)>,
 }
 
@@ -79,10 +80,11 @@ pub fn mamba2(hidden: usize, layers: usize) -> Outline {
     model
 }
 
-/// RWKV-5: the 169M models have 768 channels, 2,688 in the channel mixing, and 12 layers; the 7B model 4,096, 14,336 and 32.
+/// RWKV-5: the 169M models have 768 channels, 2,688 in the channel mixing, and 12 layers; the 7B
+/// model has 4,096, 14,336 and 32.
 pub fn rwkv5(hidden: usize, inner: usize, layers: usize) -> Outline {
     let vocab = 65536;
-    // candle takes the size of a head for the number of heads, and the other way round.
+    // candle interchanges the head size and the number of heads.
     let config = json!({
         "model_type": "rwkv5", "vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers,
         "attention_hidden_size": hidden, "num_attention_heads": 64, "head_size": 64, "intermediate_size": inner,
@@ -119,7 +121,8 @@ pub fn rwkv5(hidden: usize, inner: usize, layers: usize) -> Outline {
     model
 }
 
-/// RecurrentGemma-2B with so many layers, of which every third is attention, and so many of its 256,000 tokens.
+/// RecurrentGemma-2B with `layers` layers, of which every third is attention, and `vocab` of its
+/// 256,000 tokens.
 pub fn recurrent_gemma(layers: usize, vocab: usize) -> Outline {
     let (hidden, inner, heads, head_dim) = (2560, 7680, 10, 256);
     let config = json!({

@@ -1,5 +1,6 @@
-//! One attention layer under each policy beside the dense cache: a decode step after 8,192 tokens
-//! of prompt at a quarter of it, the prefill, and the peak memory of a prefill up to 32,768 tokens.
+//! Compares one attention layer under each policy with the dense cache: a decode step after a
+//! prompt of 8,192 tokens of which a quarter is kept, the prefill, and the peak memory of a prefill
+//! of up to 32,768 tokens.
 //!
 //!     cargo bench -p longctx-benches --bench token_drop -- decode
 //!     cargo bench -p longctx-benches --bench token_drop -- prefill
@@ -43,10 +44,10 @@ const METHODS: [&str; 18] = [
     "infllm-4x",
 ];
 
-/// One head of three keeps everything: a third rather than a quarter.
+/// One of three heads keeps everything, so a third of the cache is kept, not a quarter.
 const DUO_ATTENTION: &str = "duo-attention";
 
-/// The middle layer of three, which keeps under PyramidKV as much as all do in the mean.
+/// The middle layer of three. Under PyramidKV its budget is the mean of all layers.
 fn spec() -> LayerSpec {
     let shape = AttentionShape::new(9, 3, 64).expect("a shape");
     let rope = Rope::new(64, 64, 100_000.0, RopeScaling::None).expect("a rotary embedding");
@@ -85,7 +86,8 @@ impl Text {
 fn decode(c: &mut Criterion) {
     let (prompt, token) = (Text::random(PROMPT), Text::random(1));
     let mut group = c.benchmark_group("decode");
-    // Short, so that caches which keep decoded tokens grow by a few hundred tokens at most.
+    // The measurement is short, so caches that keep decoded tokens grow by a few hundred tokens at
+    // most.
     group.sampling_mode(SamplingMode::Flat).sample_size(20);
     group.warm_up_time(Duration::from_millis(20)).measurement_time(Duration::from_millis(200));
     for name in METHODS {
@@ -119,8 +121,8 @@ fn prefill(c: &mut Criterion) {
     group.finish();
 }
 
-/// Prints the growth of peak memory during a prefill, the prompt's own tensors not counted; each in
-/// a process of its own, so that no memory is there from before.
+/// Prints the growth of peak memory during a prefill, without the prompt's tensors. Each prefill
+/// runs in a separate process, so earlier allocations do not count.
 fn peak_memory() {
     println!("peak memory of a prefill, MB beside q, k and v themselves");
     let program = std::env::current_exe().expect("the path of this program");

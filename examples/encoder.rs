@@ -1,4 +1,4 @@
-//! LLMLingua-2's encoder, by name.
+//! Opens LLMLingua-2's encoder by name.
 
 use std::path::Path;
 
@@ -6,10 +6,10 @@ use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use prompt_compress::{LlmLingua2, llmlingua2};
 
-/// The encoder of the paper, by its name on the Hub.
+/// The Hub name of the paper's encoder.
 pub const PUBLISHED: &str = "microsoft/llmlingua-2-xlm-roberta-large-meetingbank";
 
-/// Opens what `name` names: a folder with a checkpoint, or a model of the Hub.
+/// Opens the encoder `name`: a folder with a checkpoint, or a model of the Hub.
 pub fn open(name: &str, settings: llmlingua2::Settings) -> Result<LlmLingua2> {
     let folder = Path::new(name);
     if folder.join("config.json").exists() {

@@ -1,5 +1,6 @@
-//! Which heads DuoAttention lets stream. Published scores are a gate per head, learnt by gradient
-//! descent. For a model without them, such as SmolLM2, attention on a few needles is measured.
+//! DuoAttention's scores of kv heads, which select its streaming heads. Published scores are a gate
+//! per head, trained by gradient descent. For models without them, such as SmolLM2, the scores are
+//! measured as attention to a few needles.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -14,22 +15,24 @@ use token_drop::{
     Budget, DuoAttention, EvictionPolicy, LayerView, Needs, ObservedQueries, PolicyCache, Settings,
 };
 
-/// First tokens that a streaming head keeps.
+/// Number of sinks of a streaming head.
 pub const SINKS: usize = 16;
-/// Newest tokens that it keeps.
+/// Number of newest tokens that a streaming head keeps.
 pub const RECENT: usize = 64;
 
-/// For each layer and kv head, how much it attends to tokens that a streaming head drops.
+/// A score per layer and kv head: its attention to tokens that a streaming head evicts.
 #[derive(Default)]
 pub struct Heads {
     scores: Vec<Vec<f32>>,
 }
 
 impl Heads {
-    /// Has the model write the keys of three prompts of 1,000 tokens (other text and other keys than
-    /// the sweep's). A kv head's score: of the attention that its query heads give while they write
-    /// the key, the share outside sinks and window; the mean over tokens and prompts, of the query
-    /// head where it is largest.
+    /// Measures scores while the model generates the keys of three prompts of 1,000 tokens. The
+    /// text and the keys differ from the sweep's.
+    ///
+    /// The score of a query head is the share of its attention outside the sinks and the window,
+    /// averaged over generated tokens and prompts. The score of a kv head is the largest score of
+    /// its query heads.
     pub fn measure(llm: &Pretrained) -> Result<Self> {
         let sums = Arc::new(Mutex::new(Vec::new()));
         for (seed, depth) in (1..).zip([0.25, 0.5, 0.75]) {
@@ -40,13 +43,14 @@ impl Heads {
             let asked = llm.tokenizer.encode(prompt.trim_end(), true)?.len();
             let written = llm.tokenizer.encode(&format!("{prompt}{answer}"), true)?;
             ensure!(written.len() > asked, "the key {answer} has no tokens of its own");
-            // The queries that write the key: from the prompt's last token to the one before the
-            // key's last.
+            // The queries that generate the key: from the prompt's last token to the token before
+            // the key's last.
             let (queries, tokens) = (written.len() - asked, &written[..written.len() - 1]);
             let mut session = llm.model.session(|spec: &LayerSpec| {
                 let store = DenseStore::new(spec.shape, DType::F32)?;
                 let probe = Probe { queries, sums: sums.clone() };
-                // Any budget below the text's length has the policy asked once, after the attention.
+                // With any budget below the text's length, the policy is called once, after
+                // attention.
                 let settings = Settings { decode_step: None, ..Settings::new(Budget::Ratio(0.5)) };
                 PolicyCache::with_settings(spec.clone(), store, probe, settings)
             })?;
@@ -56,8 +60,8 @@ impl Heads {
         Ok(Self { scores })
     }
 
-    /// Published scores, as DuoAttention's `full_attention_heads.tsv` has them: a line per layer, a
-    /// number per kv head.
+    /// Reads published scores in the format of DuoAttention's `full_attention_heads.tsv`: a line
+    /// per layer, a number per kv head.
     pub fn read(path: &Path) -> Result<Self> {
         let mut lines = csv::ReaderBuilder::new()
             .delimiter(b'\t')
@@ -72,13 +76,13 @@ impl Heads {
         Ok(Self { scores })
     }
 
-    /// The heads that stream, per layer, if this share of all does.
+    /// Returns the streaming heads per layer, if this share of all heads streams.
     pub fn share(&self, share: f64) -> longctx_core::Result<Vec<Vec<bool>>> {
         DuoAttention::split(&self.scores, share)
     }
 
-    /// The heads that stream, per layer, if a prompt of so many tokens is to be kept at `budget` per
-    /// kv head in the mean; `None` if that is less than streaming heads alone keep.
+    /// Returns the streaming heads per layer such that a prompt of `tokens` tokens keeps `budget`
+    /// entries per kv head on average; `None` if `budget` is less than streaming heads keep.
     pub fn split(&self, budget: usize, tokens: usize) -> Result<Option<Vec<Vec<bool>>>> {
         let kept = SINKS + RECENT;
         if budget < kept {
@@ -89,10 +93,10 @@ impl Heads {
     }
 }
 
-/// A policy that notes what the newest queries of a prompt attend to.
+/// A policy that records the attention of a prompt's newest queries.
 struct Probe {
     queries: usize,
-    /// Per layer and kv head.
+    /// Sums per layer and kv head.
     sums: Arc<Mutex<Vec<Vec<f32>>>>,
 }
 
@@ -104,7 +108,7 @@ impl EvictionPolicy for Probe {
 
     fn score(&self, view: &LayerView<'_>) -> longctx_core::Result<Tensor> {
         let (layer, kv_heads) = (view.spec.index, view.spec.shape.kv_heads);
-        // The tokens outside the window even of the first of these queries.
+        // The tokens outside the window of all these queries.
         let dropped = SINKS..view.seen - self.queries - RECENT;
         let seen = view.attention_sums()?.narrow(2, dropped.start, dropped.len())?;
         let shares = (seen.sum(2)?.max(1)? / self.queries as f64)?.to_vec1::<f32>()?;
@@ -128,7 +132,7 @@ mod tests {
             std::fs::write(&path, text).unwrap();
             Heads::read(&path)
         };
-        // As numpy's savetxt writes them.
+        // The format of numpy's savetxt.
         let text = "9.000000000000000222e-01\t1.000000000000000056e-01\n2.0e-01\t8.0e-01\n";
         let heads = read(text).unwrap();
         assert_eq!(heads.share(0.5).unwrap(), [[false, true], [true, false]]);

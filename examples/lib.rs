@@ -1,8 +1,8 @@
-//! What several examples share: methods by name, models by name, models as subjects of an
-//! evaluation, one prefill for several caches, a model's head scores, prompt compressors, output
-//! that a reader may leave.
+//! Functions shared by several examples: methods and models by name, models as subjects of an
+//! evaluation, one prefill for several caches, a model's head scores, prompt compressors, and
+//! output that tolerates a closed pipe.
 
-/// Pages of the book, so that their examples are compiled and run.
+/// Pages of the book, whose code examples are compiled and run as doctests.
 #[cfg(doctest)]
 mod pages {
     #[doc = include_str!("../docs/contributing.md")]

@@ -1,4 +1,4 @@
-//! A model by name, transformer or recurrent.
+//! Opens a transformer or a recurrent model by name.
 
 use crate::methods::Method;
 use crate::place::Place;
@@ -8,15 +8,16 @@ use longctx_core::{CausalLm, KvCache, LayerSpec};
 
 /// A model and its tokenizer.
 pub enum Llm {
-    /// Every layer has a cache.
+    /// A transformer, in which every layer has a cache.
     Transformer(Box<base_models::Pretrained>),
-    /// Mamba, RWKV and their kin: attention layers, if any, have caches, the others states.
+    /// A recurrent or hybrid model such as Mamba or RWKV. Attention layers, if any, have caches;
+    /// other layers have states.
     Recurrent(Box<hybrid_models::Pretrained>),
 }
 
 impl Llm {
-    /// Opens a GGUF file, a folder in Hugging Face's layout, or a model of the Hub, of any family
-    /// that the workspace knows.
+    /// Opens a GGUF file, a folder in Hugging Face's layout, or a model of the Hub, of any
+    /// supported architecture.
     pub fn open(name: &str, place: &Place) -> Result<Self> {
         let as_transformer = match base_models::Pretrained::open(name, &place.transformer()) {
             Ok(llm) => return Ok(Self::Transformer(Box::new(llm))),
@@ -33,7 +34,7 @@ impl Llm {
         }
     }
 
-    /// A session whose attention layers have caches that `make` builds.
+    /// Returns a session whose attention layers have the caches that `make` creates.
     pub fn session<C: KvCache + 'static>(
         &self,
         make: impl Fn(&LayerSpec) -> longctx_core::Result<C>,
@@ -44,18 +45,20 @@ impl Llm {
         })
     }
 
-    /// A session whose attention layers have a method's caches, with at most `capacity` bytes of
-    /// keys and values in all.
+    /// Returns a session whose attention layers have a method's caches, with at most `capacity`
+    /// bytes of keys and values in total.
     pub fn session_with(
         &self,
         method: &str,
         capacity: Option<usize>,
     ) -> Result<Box<dyn CausalLm + Send>> {
         let method = Method::named(method)?;
-        self.session(|spec| method.cache_within(spec, capacity.map(|bytes| bytes / spec.count)))
+        self.session(|spec| {
+            method.cache_within(spec, capacity.map(|bytes| bytes / spec.num_layers))
+        })
     }
 
-    /// Whether a cache of the caller's choice changes anything.
+    /// Returns whether the model has attention layers, and so caches.
     pub fn has_attention(&self) -> bool {
         match self {
             Self::Transformer(_) => true,
@@ -63,7 +66,7 @@ impl Llm {
         }
     }
 
-    /// The longest context that the model was made for, in tokens; `None` if it has no bound.
+    /// Returns the context length of the model in tokens; `None` if it has no limit.
     pub fn context_length(&self) -> Option<usize> {
         match self {
             Self::Transformer(llm) => Some(llm.model.config().context_length),
@@ -71,7 +74,7 @@ impl Llm {
         }
     }
 
-    /// The tokens that end a text.
+    /// Returns the tokens that end a text.
     pub fn eos(&self) -> &[u32] {
         match self {
             Self::Transformer(llm) => &llm.model.config().eos,
@@ -79,7 +82,7 @@ impl Llm {
         }
     }
 
-    /// The tokens of a text, with what the model expects around it.
+    /// Tokenizes a text, with the model's special tokens around it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         Ok(match self {
             Self::Transformer(llm) => llm.tokenizer.encode(text, true)?,
@@ -87,14 +90,15 @@ impl Llm {
         })
     }
 
-    /// The tokens of a conversation in the model's template, up to where the model answers.
+    /// Formats a conversation with the model's chat template and tokenizes it, up to the start of
+    /// the model's answer.
     ///
     /// # Errors
-    /// If the model has no chat template, or the template refuses the conversation.
+    /// If the model has no chat template, or the template rejects the conversation.
     pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
         match self {
             Self::Transformer(llm) => match &llm.chat {
-                // The template writes the tokens that begin a text itself.
+                // The template contains the tokens that begin a text.
                 Some(chat) => Ok(llm.tokenizer.encode(&chat.render(messages, true)?, false)?),
                 None => bail!("the model has no chat template: ask it for completions"),
             },
@@ -102,7 +106,7 @@ impl Llm {
         }
     }
 
-    /// The text of tokens.
+    /// Decodes tokens.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         Ok(match self {
             Self::Transformer(llm) => llm.tokenizer.decode(tokens)?,

@@ -1,8 +1,9 @@
-//! The ways to hold keys and values, by name.
+//! Cache methods by name.
 //!
-//! A name is that of a whole cache, `dense-f16` or `kivi-4`, or `POLICY-SIZE[-STORE]`: what stays or
-//! is read (`h2o`, `quest`), how much (`4x`: a quarter of the prompt's tokens; `512`: so many
-//! tokens), and the store, by default f16: `h2o-4x`, `quest-512`, `snap-kv-4x-kivi-4`.
+//! A name is the name of a cache, such as `dense-f16` or `kivi-4`, or `POLICY-SIZE[-STORE]`, such
+//! as `h2o-4x`, `quest-512` or `snap-kv-4x-kivi-4`. The policy selects the entries to keep or to
+//! read. The size is a ratio (`4x`: a quarter of the prompt's tokens) or a number of tokens
+//! (`512`). The default store is f16.
 
 mod eviction;
 mod packed;
@@ -18,13 +19,13 @@ use clap::ValueEnum;
 use kv_quant::{Format, KeyBasis, Order, QuantStore};
 use longctx_core::{
     AttentionShape, DenseCache, DenseStore, KvCache, KvStore, LatentCache, LatentStore, LayerSpec,
-    Rope, RopeScaling, WindowCache, for_layers,
+    Rope, RopeScaling, WindowCache, by_layer_type,
 };
 
 pub use eviction::{Evicting, Eviction, duo_attention};
 use packed::PACKED;
-use split::SplitCache;
 pub use policy::{Policy, Size};
+use split::SplitCache;
 pub use store::Store;
 
 /// The compression ratios of arXiv 2407.01527.
@@ -33,7 +34,7 @@ pub const RATIOS: [u32; 4] = [2, 4, 6, 8];
 const DENSE: [(&str, DType); 3] =
     [("dense-f32", DType::F32), ("dense-f16", DType::F16), ("dense-bf16", DType::BF16)];
 
-/// A way to hold keys and values.
+/// A cache method.
 #[derive(Debug, Clone)]
 pub struct Method {
     name: String,
@@ -41,16 +42,16 @@ pub struct Method {
     compress: Compress,
 }
 
-/// Which tokens a packed format or an eviction policy compresses. Dense caches and layers with a
+/// The tokens that a packed format or an eviction policy compresses. Dense caches and layers with a
 /// sliding window or latent attention are not affected.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Compress {
-    /// As the method was published.
+    /// All tokens, as the method was published.
     #[default]
     Published,
-    /// Those of the prompt, after each of its calls. Decoded tokens are kept in f16.
+    /// The tokens of the prompt, after each of its calls. Decoded tokens are kept in f16.
     Prompt,
-    /// Those that are decoded. The prompt is kept in f16.
+    /// Decoded tokens. The prompt is kept in f16.
     Decoded,
 }
 
@@ -62,10 +63,10 @@ enum Kind {
 }
 
 impl Method {
-    /// The method of a name.
+    /// Returns the method with a name.
     ///
     /// # Errors
-    /// An unknown name; the error lists the known ones.
+    /// If the name is unknown; the error lists the known names.
     pub fn named(name: &str) -> Result<Self> {
         let dense = || DENSE.iter().find(|known| known.0 == name).map(|&(_, x)| Kind::Dense(x));
         let packed = || PACKED.iter().find(|known| known.0 == name).map(|&(_, x)| Kind::Packed(x));
@@ -81,19 +82,19 @@ impl Method {
         }
     }
 
-    /// The same for some of the tokens.
+    /// Returns the method for a part of the tokens.
     #[must_use]
     pub fn compressing(self, compress: Compress) -> Self {
         Self { compress, ..self }
     }
 
-    /// Its name.
+    /// Returns the name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Whether a prompt in one call attends to its keys and values as they are given, not as they
-    /// are held.
+    /// Returns whether a prompt in one call attends to its keys and values as passed, before they
+    /// are compressed.
     pub fn has_exact_prefill(&self) -> bool {
         let make = match self.kind {
             Kind::Dense(dtype) => return dtype == DType::F32,
@@ -108,16 +109,16 @@ impl Method {
         cache.is_ok_and(|cache| cache.order() == Order::AttendFirst)
     }
 
-    /// An empty cache for one layer, whose memory grows.
+    /// Creates an empty cache for one layer, whose memory grows.
     ///
     /// # Errors
-    /// If the method does not fit the layer.
+    /// If the method does not support the layer.
     pub fn cache(&self, spec: &LayerSpec) -> longctx_core::Result<Box<dyn KvCache>> {
         self.cache_within(spec, None)
     }
 
-    /// The same with at most `capacity` bytes of keys and values; sinks and InfLLM's local window
-    /// come on top.
+    /// Creates the same cache with at most `capacity` bytes of keys and values. Sinks and InfLLM's
+    /// local window are additional.
     ///
     /// # Errors
     /// As [`cache`](Self::cache).
@@ -129,15 +130,16 @@ impl Method {
         if spec.latent {
             return self.latent(spec, capacity);
         }
-        let make = for_layers(
+        let make = by_layer_type(
             |spec| self.full(spec, capacity),
             |spec| windowed(spec, self.format(spec)?, capacity),
         );
         make(spec)
     }
 
-    /// The format of a layer with a sliding window or latent attention; `None`: f16, or what a dense
-    /// cache holds. The format alone: without sinks, and a call's tokens attend before they are packed.
+    /// Returns the packed format of a layer with a sliding window or latent attention; `None` for
+    /// f16, or for the dense method's dtype. Sinks do not apply to such layers, and a call's tokens
+    /// attend before they are packed.
     fn format(&self, spec: &LayerSpec) -> longctx_core::Result<Option<Format>> {
         match self.kind {
             Kind::Dense(_) => Ok(None),
@@ -145,8 +147,8 @@ impl Method {
             Kind::Packed(make) => {
                 let shape = AttentionShape { window: None, ..spec.shape };
                 let format = make(LayerSpec { shape, ..spec.clone() })?.format();
-                // Such formats find a key's position by its number, which a window changes; and
-                // they rotate keys as they score them, which latents are not there for.
+                // Formats of unrotated keys derive a key's position from its index, which a window
+                // shifts. They also rotate keys during scoring, which is not possible with latents.
                 Ok(Some(match format.key_basis() {
                     KeyBasis::BeforeRope => format.with_key_basis(KeyBasis::Given),
                     _ => format,
@@ -155,7 +157,7 @@ impl Method {
         }
     }
 
-    /// A cache for a layer with latent attention, which holds the latents once.
+    /// Creates a cache for a layer with latent attention, which holds the latents once.
     fn latent(
         &self,
         spec: &LayerSpec,
@@ -190,7 +192,7 @@ impl Method {
         }
     }
 
-    /// A cache for a layer without a sliding window.
+    /// Creates a cache for a layer without a sliding window.
     fn full(
         &self,
         spec: &LayerSpec,
@@ -223,10 +225,10 @@ impl Method {
     }
 }
 
-/// A cache for a layer with a sliding window: f16, or a packed format.
+/// Creates a cache for a layer with a sliding window: f16, or a packed format.
 ///
 /// # Errors
-/// If the format does not fit the layer.
+/// If the format does not support the layer.
 pub fn windowed(
     spec: &LayerSpec,
     format: Option<Format>,
@@ -240,8 +242,8 @@ pub fn windowed(
     Ok(Box::new(WindowCache::new(spec.clone(), store, format.block_tokens())?))
 }
 
-/// A cache that packs the tokens of the prompt, or those that are decoded, and holds the others in
-/// f16. Formats whose keys are packed before the rotary embedding have rotated ones here.
+/// Creates a cache that packs the tokens of the prompt, or decoded tokens, and keeps the others in
+/// f16. Keys are packed after the rotary embedding.
 fn split(
     spec: &LayerSpec,
     format: Format,
@@ -273,7 +275,8 @@ fn packed_store(
     })
 }
 
-/// The methods that a list of all names: whole caches, and policies at the paper's ratios.
+/// Returns the methods in lists: all caches without a policy, and all policies at the paper's
+/// ratios.
 pub fn listed() -> impl Iterator<Item = Method> {
     let at_ratio = |times| {
         let policies = Policy::all().filter(|policy| *policy != Policy::Quest);
@@ -289,7 +292,7 @@ fn whole_caches() -> impl Iterator<Item = &'static str> {
     DENSE.iter().map(|known| known.0).chain(PACKED.iter().map(|known| known.0))
 }
 
-/// `POLICY-SIZE[-STORE]`.
+/// Parses `POLICY-SIZE[-STORE]`.
 fn of_policy(name: &str) -> Option<Kind> {
     Policy::all().find_map(|policy| {
         let rest = name.strip_prefix(policy.name())?.strip_prefix('-')?;
@@ -323,7 +326,7 @@ mod tests {
         cache.attend(&Step { batch, q: &q, k: &k, v: &v }).unwrap();
     }
 
-    /// Two prompts of unequal length, and a token for each.
+    /// Feeds two prompts of unequal length, and a token of each.
     #[test]
     fn every_listed_method_holds_sequences() {
         for method in listed() {
@@ -336,7 +339,7 @@ mod tests {
         }
     }
 
-    /// What windowed layers hold depends on the window and the format, not on the prompt.
+    /// The bytes of windowed layers depend on the window and the format, not on the prompt.
     #[test]
     fn every_listed_method_holds_windows() {
         let shape = AttentionShape { window: Some(128), ..spec().shape };
@@ -353,7 +356,7 @@ mod tests {
         }
     }
 
-    /// Latents are held once by every method: f16 ones take 2 bytes a channel.
+    /// Every method holds latents once: in f16 they take 2 bytes per channel.
     #[test]
     fn every_listed_method_holds_latents() {
         let shape = AttentionShape { value_dim: 128, ..AttentionShape::new(4, 1, 192).unwrap() };
@@ -391,7 +394,7 @@ mod tests {
         assert!(tokens == 200 && packed < held("snap-kv-200").1 / 2);
     }
 
-    /// 400 tokens of a prompt and 400 decoded: a quarter of the one or of the other is dropped or packed.
+    /// A prompt of 400 tokens and 400 decoded tokens: either part is evicted or packed.
     #[test]
     fn either_the_prompt_or_what_is_decoded_is_compressed() {
         let bytes = |name: &str, compress| {
@@ -421,8 +424,8 @@ mod tests {
     fn capacity_bounds_every_kind_of_store() {
         for name in ["dense-f16", "kivi-4", "h2o-4x", "snap-kv-2x-kivi-2"] {
             let cache = Method::named(name).unwrap().cache_within(&spec(), Some(1 << 16)).unwrap();
-            assert!(cache.can_take(&Batch::single(0, 16).unwrap()), "{name}");
-            assert!(!cache.can_take(&Batch::single(0, 100_000).unwrap()), "{name}");
+            assert!(cache.can_append(&Batch::single(0, 16).unwrap()), "{name}");
+            assert!(!cache.can_append(&Batch::single(0, 100_000).unwrap()), "{name}");
         }
     }
 

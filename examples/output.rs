@@ -1,4 +1,4 @@
-//! Where examples write: to a reader that may go away, and to a folder that may refuse.
+//! Output of examples: printing that tolerates a closed pipe, and checks of output folders.
 
 use std::fmt::Arguments;
 use std::fs;
@@ -7,14 +7,14 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-/// As `println!`, but nothing happens once the reader has gone away (`| head`): what is left to do,
-/// saving above all, is done.
+/// Prints like `println!`, but ignores a closed pipe (`| head`), so that the program continues and
+/// saves its results.
 #[macro_export]
 macro_rules! say {
     ($($words:tt)*) => { $crate::output::line(format_args!($($words)*)) };
 }
 
-/// What [`say!`] does.
+/// The implementation of [`say!`].
 pub fn line(words: Arguments<'_>) {
     if let Err(error) = writeln!(io::stdout(), "{words}")
         && error.kind() != ErrorKind::BrokenPipe
@@ -23,8 +23,7 @@ pub fn line(words: Arguments<'_>) {
     }
 }
 
-/// Makes the folder, and a file in it for a moment: what can't be written to is found before the
-/// work.
+/// Creates the folder, and a temporary file in it, so that an error is found before the work.
 pub fn check_writable(folder: &Path) -> Result<()> {
     let name = || format!("{}: can't be written to", folder.display());
     fs::create_dir_all(folder).with_context(name)?;
@@ -33,7 +32,7 @@ pub fn check_writable(folder: &Path) -> Result<()> {
     fs::remove_file(&probe).with_context(name)
 }
 
-/// A number on the command line, from `LEAST` to `MOST`.
+/// Parses a number of the command line, from `LEAST` to `MOST`.
 pub fn number<const LEAST: usize, const MOST: usize>(text: &str) -> Result<usize, String> {
     let fits = |number: &usize| (LEAST..=MOST).contains(number);
     text.parse().ok().filter(fits).ok_or_else(|| format!("expected {LEAST} to {MOST}"))

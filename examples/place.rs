@@ -1,14 +1,15 @@
-//! Where a model computes and in which format, as options of a command.
+//! Command-line options for a model's device and dtype.
 
 use candle_core::{DType, Device};
 
-/// Options of every command that runs a model.
+/// The options of every command that runs a model.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Place {
-    /// Where the model computes: cpu, or, built with the feature cuda, cuda or cuda:N
+    /// The device: cpu; with the feature cuda also cuda or cuda:N
     #[arg(long, default_value = "cpu", value_parser = device)]
     device: Device,
-    /// The format it computes in: f32, f16 or bf16; by default f32 on the CPU, f16 elsewhere
+    /// The dtype of activations: f32, f16 or bf16; by default f32 on the CPU and f16 on other
+    /// devices
     #[arg(long, value_parser = dtype)]
     dtype: Option<DType>,
 }
@@ -26,8 +27,8 @@ impl Place {
         self.dtype.unwrap_or(own)
     }
 
-    /// For transformers. Off the CPU, quantized weights are expanded: there are no kernels of ours
-    /// for them.
+    /// Returns the options for transformers. On other devices than the CPU, quantized weights are
+    /// expanded, because there are no kernels for them.
     pub fn transformer(&self) -> base_models::LoadOptions {
         base_models::LoadOptions {
             device: self.device.clone(),
@@ -37,12 +38,12 @@ impl Place {
         }
     }
 
-    /// For recurrent and hybrid models.
+    /// Returns the options for recurrent and hybrid models.
     pub fn recurrent(&self) -> hybrid_models::LoadOptions {
         hybrid_models::LoadOptions { device: self.device.clone(), dtype: self.dtype() }
     }
 
-    /// What decides numbers, in words: "cpu f32", "cuda f16".
+    /// Returns a description of the device and the dtype: "cpu f32", "cuda f16".
     pub fn describe(&self) -> String {
         let device = if self.device.is_cpu() { "cpu" } else { "cuda" };
         format!("{device} {}", self.dtype().as_str())

@@ -1,10 +1,10 @@
-//! Selective-Context on an opened transformer.
+//! Selective Context with a transformer.
 
 use anyhow::{Context, Result};
 use base_models::{Decoder, Pretrained};
 use prompt_compress::{SelectiveContext, Unit};
 
-/// By words. `session` is one of the transformer's own.
+/// Creates a compressor that selects words. `session` is a session of `llm`.
 pub fn on(llm: &Pretrained, session: Decoder) -> Result<SelectiveContext<Decoder>> {
     let config = llm.model.config();
     let first = config.bos.or(config.eos.first().copied());

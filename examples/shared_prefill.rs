@@ -2,28 +2,28 @@
 
 use candle_core::Tensor;
 use longctx_core::{
-    Batch, Footprint, KvCache, LayerSpec, Result, SeqId, Step, attention, check_new,
+    Batch, Footprint, KvCache, LayerSpec, Result, SeqId, Step, attention, check_unseen,
 };
 
-/// A layer's caches for several methods, behind one prefill.
+/// A layer's caches for several methods, with one prefill.
 ///
-/// With `n` caches, a sequence whose id is `i` modulo `n + 1` belongs to cache `i`. One with
-/// remainder `n` is a prompt: its only call attends exactly, and all caches take it in. A fork of a
-/// prompt belongs to one cache, which decodes it. Sequences of different caches may share a batch.
+/// With `n` caches, a sequence whose id is `i` modulo `n + 1` belongs to cache `i`. A sequence with
+/// remainder `n` is a prompt: its only call attends exactly, and all caches append it. A fork of a
+/// prompt belongs to one cache, which decodes it. A batch can have sequences of different caches.
 ///
-/// If a cache fails, those of earlier sequences of the batch have advanced.
+/// If a cache fails, the caches of the batch's earlier sequences have already advanced.
 pub struct SharedPrefill {
     spec: LayerSpec,
     caches: Vec<Box<dyn KvCache>>,
 }
 
 impl SharedPrefill {
-    /// Of at least one cache.
+    /// Creates it from at least one cache.
     pub fn new(spec: LayerSpec, caches: Vec<Box<dyn KvCache>>) -> Self {
         Self { spec, caches }
     }
 
-    /// The caches that hold a sequence.
+    /// Returns the caches that hold a sequence.
     fn of(&self, seq: SeqId) -> &[Box<dyn KvCache>] {
         match self.route(seq) {
             Some(i) => &self.caches[i..=i],
@@ -38,13 +38,14 @@ impl SharedPrefill {
         }
     }
 
-    /// The number of a sequence's cache; `None` for a prompt.
+    /// Returns the index of a sequence's cache; `None` for a prompt.
     fn route(&self, seq: SeqId) -> Option<usize> {
         let i = seq as usize % (self.caches.len() + 1);
         (i < self.caches.len()).then_some(i)
     }
 
-    /// Runs of a batch's sequences with the same route, each as a batch with its first token.
+    /// Splits a batch into runs of sequences with the same route. Returns each run as a batch, with
+    /// the index of its first token.
     fn runs(&self, batch: &Batch) -> Result<Vec<(Batch, usize)>> {
         let seqs: Vec<_> = batch.iter().collect();
         let runs = seqs.chunk_by(|a, b| self.route(a.0) == self.route(b.0));
@@ -55,7 +56,7 @@ impl SharedPrefill {
         runs.map(run).collect()
     }
 
-    /// Attention of sequences with the same route.
+    /// Computes attention of sequences with the same route.
     fn attend_run(&mut self, step: &Step<'_>) -> Result<Tensor> {
         if let Some(i) = self.route(step.batch.seqs()[0]) {
             return self.caches[i].attend(step);
@@ -67,7 +68,7 @@ impl SharedPrefill {
     }
 
     fn append_run(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
-        check_new(self, step.batch)?;
+        check_unseen(self, step.batch)?;
         let caches = self.of_mut(step.batch.seqs()[0]);
         let done = caches.iter_mut().try_for_each(|cache| cache.append_prompt(step, lse));
         if done.is_err() {
@@ -79,7 +80,7 @@ impl SharedPrefill {
     }
 }
 
-/// The tokens of a run within a step's tensors.
+/// Returns the tokens of a run in a step's tensor.
 fn rows(x: &Tensor, (batch, start): &(Batch, usize)) -> Result<Tensor> {
     Ok(x.narrow(0, *start, batch.tokens())?)
 }
@@ -117,7 +118,8 @@ impl KvCache for SharedPrefill {
         self.caches.iter().any(|cache| cache.needs_lse())
     }
 
-    /// A fork of a prompt belongs to the cache of `to`; other sequences are forked within theirs.
+    /// A fork of a prompt belongs to the cache of `to`; other sequences are forked within their
+    /// cache.
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
         let caches = self.of_mut(to);
         for done in 0..caches.len() {
@@ -160,9 +162,9 @@ impl KvCache for SharedPrefill {
         self.of(seq).iter().map(|cache| cache.held(seq)).max().unwrap_or(0)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
+    fn can_append(&self, batch: &Batch) -> bool {
         let fits = |(batch, _): &(Batch, usize)| {
-            self.of(batch.seqs()[0]).iter().all(|cache| cache.can_take(batch))
+            self.of(batch.seqs()[0]).iter().all(|cache| cache.can_append(batch))
         };
         self.runs(batch).is_ok_and(|runs| runs.iter().all(fits))
     }
@@ -200,7 +202,8 @@ mod tests {
         out.to_vec3().unwrap()
     }
 
-    /// Every method that may share a prefill, beside a cache of its own, in one batch with another.
+    /// Compares every method that can share a prefill with a separate cache, in a batch with
+    /// another method.
     #[test]
     fn forks_of_a_prompt_decode_as_caches_of_their_own_do() {
         let rope = Arc::new(Rope::new(64, 64, 10_000.0, RopeScaling::None).unwrap());
@@ -212,7 +215,7 @@ mod tests {
             let both = vec![other(), method.cache(&spec).unwrap()];
             let mut shared = SharedPrefill::new(spec.clone(), both);
             let prompt = outputs(&mut *own, &Batch::single(1, 300).unwrap(), 0);
-            // Of three remainders, 2 is the prompt's.
+            // Sequences with remainder 2 modulo 3 are prompts.
             let of_all = outputs(&mut shared, &Batch::single(2, 300).unwrap(), 0);
             assert!(of_all == prompt, "{name}");
             shared.fork(2, 0).unwrap();

@@ -1,4 +1,4 @@
-//! Models as subjects: weights opened once, and a session with the setting's own memory.
+//! Models as subjects of an evaluation: weights are opened once; each setting has its own session.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -15,7 +15,7 @@ use candle_core::DType;
 use longctx_core::{Batch, CausalLm, DenseCache, KvCache, LayerSpec, Logits};
 use longctx_eval::{Fault, Reader, Setting, Template, Text};
 
-/// The transformer in use, so that settings on the same one share its weights, and its head scores.
+/// The open transformer and its head scores, which settings of the same model share.
 #[derive(Default)]
 pub struct Models {
     open: RefCell<HashMap<String, Pretrained>>,
@@ -23,19 +23,19 @@ pub struct Models {
     options: Options,
 }
 
-/// What methods need beside the model.
+/// Options of models and methods.
 pub struct Options {
-    /// Samples that a reader decodes side by side.
+    /// Samples that a reader decodes as one batch.
     pub batch: usize,
-    /// Tokens of a prompt to feed at a time; `None`: all at once.
+    /// Tokens of a prompt to feed at a time; `None` for the whole prompt.
     pub prefill_chunk: Option<usize>,
-    /// Tokens that packed formats and eviction policies compress.
+    /// The tokens that packed formats and eviction policies compress.
     pub compress: Compress,
-    /// LLMLingua-2's: a folder, or a name of the Hub.
+    /// LLMLingua-2's encoder: a folder, or a model of the Hub.
     pub encoder: String,
-    /// DuoAttention's scores: a file; `None`: they are measured.
+    /// The file of DuoAttention's scores; `None` to measure them.
     pub heads: Option<PathBuf>,
-    /// Where models compute.
+    /// Device and dtype of models.
     pub place: Place,
 }
 
@@ -53,22 +53,22 @@ impl Default for Options {
 }
 
 impl Models {
-    /// None is open yet.
+    /// Creates it without an open model.
     pub fn new(options: Options) -> Self {
         Self { options, ..Self::default() }
     }
 
-    /// Tokens that packed formats and eviction policies compress.
+    /// Returns the tokens that packed formats and eviction policies compress.
     pub fn compress(&self) -> Compress {
         self.options.compress
     }
 
-    /// LLMLingua-2's encoder.
+    /// Returns the name of LLMLingua-2's encoder.
     pub fn encoder(&self) -> &str {
         &self.options.encoder
     }
 
-    /// DuoAttention's scores of a model's heads.
+    /// Returns DuoAttention's scores of a model's heads.
     pub fn heads(&self, model: &str) -> Result<Rc<Heads>, Fault> {
         if let Some(heads) = self.heads.borrow().get(model) {
             return Ok(heads.clone());
@@ -81,20 +81,21 @@ impl Models {
         Ok(heads)
     }
 
-    /// The transformer that `name` names.
+    /// Opens the transformer `name`.
     pub fn get(&self, name: &str) -> Result<Pretrained, Fault> {
         let mut open = self.open.borrow_mut();
         if let Some(llm) = open.get(name) {
             return Ok(llm.clone());
         }
-        // Weights are large: one model at a time.
+        // Weights are large, so only one model is open at a time.
         open.clear();
         let llm = Pretrained::open(name, &self.options.place.transformer())?;
         open.insert(name.to_owned(), llm.clone());
         Ok(llm)
     }
 
-    /// The setting's transformer, each of whose layers has a cache that `make` builds.
+    /// Returns a reader with the setting's transformer, in which each layer has a cache that `make`
+    /// creates.
     pub fn reader<C: KvCache + 'static>(
         &self,
         setting: &Setting,
@@ -106,7 +107,7 @@ impl Models {
         Ok(self.reading(reader).with_dense_bytes(dense_bytes(&llm)?))
     }
 
-    /// One reader for settings on the same transformer, which prefills each prompt once.
+    /// Returns one reader for settings of the same transformer, which prefills each prompt once.
     pub fn shared_reader(&self, settings: &[Setting]) -> Result<Reader, Fault> {
         let compress = self.options.compress;
         let method = |setting: &Setting| Ok(Method::named(&setting.method)?.compressing(compress));
@@ -119,12 +120,13 @@ impl Models {
         Ok(reader.with_shared_prefill(settings.len()))
     }
 
-    /// The tokenizer and template of the setting's transformer.
+    /// Returns the tokenizer and the template of the setting's transformer.
     pub fn text(&self, setting: &Setting) -> Result<impl Text + Send + Sync + use<>, Fault> {
         text(&self.get(&setting.model)?, &setting.template)
     }
 
-    /// A recurrent or hybrid model. Its attention layers, if any, have dense caches in f16.
+    /// Returns a reader with a recurrent or hybrid model. Its attention layers, if any, have dense
+    /// f16 caches.
     pub fn recurrent(&self, setting: &Setting) -> Result<Reader, Fault> {
         let options = self.options.place.recurrent();
         let llm = hybrid_models::Pretrained::open(&setting.model, &options)?;
@@ -143,19 +145,20 @@ impl Models {
         Ok(self.reading(Reader::new(session, text, setting.context)))
     }
 
-    /// A reader with the options of all.
+    /// Applies the common options to a reader.
     fn reading(&self, reader: Reader) -> Reader {
         reader.with_batch(self.options.batch).with_prefill_chunk(self.options.prefill_chunk)
     }
 }
 
-/// A session in f16, the reference for bytes.
+/// Returns a session with dense f16 caches, the reference for bytes.
 pub fn dense(llm: &Pretrained) -> longctx_core::Result<Decoder> {
     llm.model.session(|spec| DenseCache::new(spec.clone(), DType::F16))
 }
 
-/// Returns the bytes of a dense cache by its tokens. They are counted on a few tokens: each layer
-/// grows by the same bytes with each, up to its sliding window.
+/// Returns a function from a number of tokens to the bytes of a dense cache. Bytes are counted with
+/// a few tokens and extrapolated: each layer grows by the same bytes per token, up to its sliding
+/// window.
 fn dense_bytes(llm: &Pretrained) -> longctx_core::Result<impl Fn(usize) -> usize + Send + use<>> {
     const TOKENS: usize = 8;
     let mut session = dense(llm)?;
@@ -199,7 +202,7 @@ struct RecurrentText {
     bos: Option<String>,
 }
 
-/// Both tokenizers have the same methods.
+/// Implements `Text`; both tokenizers have the same methods.
 macro_rules! impl_text {
     ($type:ty) => {
         impl Text for $type {

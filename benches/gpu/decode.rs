@@ -1,6 +1,6 @@
-//! Decoding on a GPU with a model of Llama-3-8B's shape (random weights) after a random past, for one
-//! sequence, for batches and for unequal ones; and, given a GGUF file, the packed attention over that
-//! model's own keys and values beside the host's.
+//! Measures decoding on a GPU with a model of Llama-3-8B's shape (random weights) and a random
+//! past, for one sequence, for batches and for sequences of unequal length. With a GGUF file,
+//! compares packed attention over that model's keys and values with the host's.
 //!
 //!     cargo bench -p longctx-benches --features cuda --bench cuda_decode -- [model.gguf] [method …]
 
@@ -19,7 +19,7 @@ use longctx_examples::methods::Method;
 
 const STEPS: usize = 32;
 const GIB: f64 = (1u64 << 30) as f64;
-/// Device memory that is left to activations.
+/// Device memory reserved for activations.
 const ACTIVATIONS: usize = 3 << 30;
 
 fn main() -> Result<()> {
@@ -28,7 +28,7 @@ fn main() -> Result<()> {
         return Ok(());
     };
     longctx_core::cuda::keep_freed_memory(&device)?;
-    // `cargo bench` adds an argument of its own.
+    // `cargo bench` passes `--bench`.
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     let (files, names): (Vec<_>, Vec<_>) = args.into_iter().partition(|a| a.ends_with(".gguf"));
     for gguf in files {
@@ -55,8 +55,8 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Median of steps after a random past of each sequence. The floor is the time of a copy of as many
-/// bytes as a step must read: the weights and what the cache holds.
+/// Prints the median time of steps after a random past. The floor is the time of copying as many
+/// bytes as a step must read: the weights and the cache.
 fn decode(model: &Transformer, lens: &[usize], method: &Method, bandwidth: f64) -> Result<()> {
     let what = match lens {
         [first, second, ..] if first != second => {
@@ -65,7 +65,7 @@ fn decode(model: &Transformer, lens: &[usize], method: &Method, bandwidth: f64) 
         _ => format!("{} x {}", lens.len(), lens[0]),
     };
     let dense = lens.iter().sum::<usize>() * token_bytes(model.config());
-    // What was freed is kept for later, so that free memory says little.
+    // Freed memory is kept in the pool, so the free memory would not be a useful limit.
     let (_, total) = mem_get_info()?;
     let needed = dense + weight_bytes(model.config()) + ACTIVATIONS;
     if method.name().starts_with("dense") && needed > total {
@@ -79,7 +79,7 @@ fn decode(model: &Transformer, lens: &[usize], method: &Method, bandwidth: f64) 
     for _ in 0..STEPS {
         let start = Instant::now();
         let logits = session.forward(&batch, &ids, Logits::Last)?;
-        // The choice of the next tokens waits for the device, as a generation does.
+        // Choosing the next tokens waits for the device, as in generation.
         logits.argmax(1)?.to_vec1::<u32>()?;
         times.push(start.elapsed());
     }
@@ -100,7 +100,7 @@ fn decode(model: &Transformer, lens: &[usize], method: &Method, bandwidth: f64) 
     Ok(())
 }
 
-/// The cache with a random past of each sequence.
+/// Returns the cache with a random past of each sequence.
 fn filled(
     mut cache: Box<dyn KvCache>,
     lens: &[usize],
@@ -113,7 +113,7 @@ fn filled(
             Ok(x.to_dtype(DType::F16)?)
         };
         let (k, v) = (random()?, random()?);
-        // Attention among random tokens is not worth computing: the cache is only filled.
+        // The prompt is only appended, without computing attention among its random tokens.
         let q = Tensor::zeros((tokens, shape.heads, shape.head_dim), DType::F16, device)?;
         let batch = Batch::single(seq as SeqId, tokens)?;
         cache.append_prompt(&Step { batch: &batch, q: &q, k: &k, v: &v }, None)?;
@@ -121,7 +121,7 @@ fn filled(
     Ok(cache)
 }
 
-/// Bytes a second of a large copy, read and written.
+/// Returns the bandwidth of a large copy in bytes per second, read and written.
 fn copy_bandwidth(device: &Device) -> Result<f64> {
     const COPIES: usize = 10;
     let stream = device.as_cuda_device()?.cuda_stream();
@@ -137,12 +137,12 @@ fn copy_bandwidth(device: &Device) -> Result<f64> {
     Ok((2 * from.len() * COPIES) as f64 / start.elapsed().as_secs_f64())
 }
 
-/// Bytes of a token's keys and values in f16, all layers.
+/// Returns the bytes of a token's keys and values in f16, in all layers.
 fn token_bytes(c: &Config) -> usize {
     2 * 2 * c.layers * c.kv_heads * c.head_dim
 }
 
-/// Bytes of the weights that a step reads: all but the embedding.
+/// Returns the bytes of the weights that a step reads: all but the embedding.
 fn weight_bytes(c: &Config) -> usize {
     let attention = c.hidden_size * c.head_dim * 2 * (c.heads + c.kv_heads);
     let layer = attention + 3 * c.hidden_size * c.intermediate_size;

@@ -1,17 +1,19 @@
-// Checks the kernels of kv-quant's formats with scales for each token (fp8, rotated integers, TurboQuant) and of KVarN against plain ones, and times them.
+// Compares the kernels of kv-quant's formats with a scale per token (fp8, rotated integers,
+// TurboQuant) and of KVarN with plain ones, and times them.
 //
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DHEAD_DIM=128 -o check benches/gpu/formats.cu && ./check check
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DTIMES -o times benches/gpu/formats.cu && ./times time ordered
 //
-// The reference rotates by the matrix' definition, quantizes each token or tile on its own in f64, rotates back, and computes softmax attention in f64.
+// The reference rotates by the definition of the matrix, quantizes each token or tile separately in
+// f64, rotates back, and computes softmax attention in f64.
 #include "packed.cuh"
 
 #include "balance.cuh"
 #include "formats.cuh"
 
-// ---- The plain side ----
+// ---- The reference ----
 
-// What a matrix' numbers go through.
+// The quantization of keys or of values.
 struct PlainScheme {
     Codes codes;
     Params params;
@@ -24,7 +26,7 @@ __global__ void plain_widen(const void* x, double* y, i64 n, int kind) {
     for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < n; i += (i64)gridDim.x * blockDim.x) y[i] = number(x, i, kind);
 }
 
-// A block of D threads for each row.
+// One block of D threads per row.
 __global__ void plain_rotate(double* x, int d) {
     extern __shared__ double row[];
     double* own = x + (i64)blockIdx.x * d;
@@ -37,7 +39,7 @@ __global__ void plain_rotate(double* x, int d) {
 
 __device__ double half_of(double x) { return __half2float(__float2half_rn((float)x)); }
 
-// The nearest number of 8 bits with so many of mantissa, ties to even.
+// The nearest 8-bit floating-point number with `mantissa` bits of mantissa, ties to even.
 __device__ double plain_float8(double x, int mantissa, int least, double largest) {
     double y = fmin(fabs(x), largest);
     if (y == 0) return 0;
@@ -47,7 +49,7 @@ __device__ double plain_float8(double x, int mantissa, int least, double largest
     return copysign(rint(y / unit) * unit, x);
 }
 
-// One thread for each token.
+// One thread per token.
 __global__ void plain_tokens(double* x, int rows, int tokens, int packed, int d, PlainScheme s) {
     const double four[8] = {0.12842765, 0.3881378, 0.6568799, 0.94244826, 1.2562575, 1.6178818, 2.068447, 2.7309222}, three[4] = {0.2449836, 0.7556455, 1.3431801, 2.1503496};
     i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x;
@@ -82,7 +84,7 @@ __global__ void plain_tokens(double* x, int rows, int tokens, int packed, int d,
     }
 }
 
-// KVarN's: one block for each tile of t tokens; thread i takes row i or column i.
+// KVarN's quantizer: one block per tile of t tokens; thread i processes row i or column i.
 __global__ void plain_balance(double* x, int tokens, int packed, int d, int t, int bits, bool values) {
     __shared__ double logs[2][256], deviations[2][256], best[2][256], scales[256];
     const int i = threadIdx.x, tiles = packed / t, count[2] = {t, d};
@@ -147,7 +149,7 @@ void plain_side(const void* x, float* y, int rows, int tokens, int packed, int d
     OK(cudaGetLastError());
 }
 
-// ---- What is checked ----
+// ---- Checks ----
 
 template <class L>
 __global__ void __launch_bounds__(TOKEN_THREADS) tokens_kernel(const FillArgs args) {

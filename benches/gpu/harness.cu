@@ -1,19 +1,21 @@
-// Checks the kernels of kv-quant against plain ones, and times them. Needs nothing but CUDA.
+// Compares the kernels of kv-quant with plain ones, and times them. Needs only CUDA.
 //
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DHEAD_DIM=128 -o check benches/gpu/harness.cu && ./check check
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DTIMES -o times benches/gpu/harness.cu && ./times time
 //
-// `small` in place of `check` takes short lengths only, for compute-sanitizer. Records lie in disorder, with `time ordered` one after the other.
+// `small` instead of `check` runs only short lengths, for compute-sanitizer. Records are in random
+// order; with `time ordered` they are consecutive.
 //
-// The reference reads the numbers as they were before packing, quantizes each group on its own with plain divisions, and computes
-// softmax attention in f64: it shares neither layout nor arithmetic with what it checks.
+// The reference reads the numbers before packing, quantizes each group separately with plain
+// divisions, and computes softmax attention in f64. It shares neither layout nor arithmetic with
+// the kernels.
 #include "packed.cuh"
 
 #include "quantize.cuh"
 
 __device__ float as_f16(float x) { return __half2float(__float2half_rn(x)); }
 
-// One group of `n` numbers, `step` apart: what they are after quantization to `bits` bits.
+// Quantizes one group of `n` numbers, `step` apart, to `bits` bits and dequantizes it.
 __device__ void group_of(const void* x, float* y, i64 at, i64 step, int n, int bits, int kind) {
     float low = INFINITY, high = -INFINITY;
     for (int i = 0; i < n; i++) {
@@ -28,7 +30,8 @@ __device__ void group_of(const void* x, float* y, i64 at, i64 step, int n, int b
     }
 }
 
-// What the first `packed_k` keys and `packed_v` values of each row stand for; the rest as it is.
+// Quantizes and dequantizes the first `packed_k` keys and `packed_v` values of each row; copies the
+// rest.
 __global__ void plain_quantize(const void* k, const void* v, float* yk, float* yv, int rows, int tokens, int packed_k, int packed_v, int d,
                                int bits, int group, int kind) {
     i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x;

@@ -1,13 +1,13 @@
-//! Prefill and decode of recurrent models on a GPU, random weights in f16, beside
-//! candle-transformers' on the same weights where it has the model.
+//! Measures prefill and decode of recurrent models on a GPU, with random weights in f16, and
+//! candle-transformers' on the same weights if it has the model.
 //!
 //!     cargo bench -p longctx-benches --features cuda --bench cuda_hybrid
 //!     cargo bench -p longctx-benches --features cuda --bench cuda_hybrid -- rwkv gemma
 //!
-//! The second takes only models whose names contain one of the words.
+//! The second command runs only models whose names contain one of the words.
 //!
-//! candle's Mamba and RWKV-5 take one token at a time. A token's cost does not depend on how many
-//! came before, so that a few tell their speed, also with a prompt.
+//! candle's Mamba and RWKV-5 process one token at a time. The cost of a token does not depend on
+//! the number of earlier tokens, so a few tokens are enough to measure the speed, of a prompt too.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -34,7 +34,7 @@ fn main() -> Result<()> {
     println!("| model | prefill, candle | prefill, ours | decode, candle | decode, ours |");
     println!("|---|---:|---:|---:|---:|");
     let random = Random::new()?;
-    // cargo itself adds `--bench`.
+    // `cargo bench` passes `--bench`.
     let wanted: Vec<String> =
         std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
     let run = |name: &str, outline: Outline, make: candle::Make| -> Result<()> {
@@ -55,12 +55,12 @@ fn main() -> Result<()> {
     run("RWKV-5 7B", recurrent::rwkv5(4096, 14336, 32), candle::rwkv5)?;
     run("mamba2-2.7b", recurrent::mamba2(2560, 64), candle::mamba2)?;
     let mut gemma = recurrent::recurrent_gemma(26, 256_000);
-    // candle makes its rotations for so many tokens.
+    // candle computes its rotary embedding for this number of tokens.
     gemma.config["max_seq_len"] = (PROMPT + STEPS).into();
     run("RecurrentGemma-2B", gemma, candle::recurrent_gemma)
 }
 
-/// Random numbers that all weights are cut out of: to draw billions would take minutes.
+/// Random numbers of which all weights are slices: drawing billions would take minutes.
 struct Random(Tensor);
 
 impl Random {
@@ -82,7 +82,7 @@ impl Random {
     }
 }
 
-/// Tokens per second: of a prompt, the best of three, and of steps, the median.
+/// Returns tokens per second of a prompt (the best of three) and of steps (the median).
 fn ours(
     outline: &Outline,
     weights: HashMap<String, Tensor>,
@@ -101,7 +101,7 @@ fn ours(
     Ok((PROMPT as f64 / best, 1.0 / decode))
 }
 
-/// The seconds that tokens take.
+/// Returns the seconds of feeding tokens.
 fn feed(session: &mut Session, ids: &[u32]) -> Result<f64> {
     let batch = Batch::single(0, ids.len())?;
     seconds(|| Ok(session.forward(&batch, ids, Logits::Last)?))
@@ -113,14 +113,15 @@ fn median(mut time: impl FnMut() -> Result<f64>) -> Result<f64> {
     Ok(times[STEPS / 2])
 }
 
-/// Until the next token is chosen, as a generation waits for it.
+/// Returns the seconds until the next token is chosen, as in generation.
 fn seconds(run: impl FnOnce() -> Result<Tensor>) -> Result<f64> {
     let start = Instant::now();
     run()?.flatten_all()?.argmax(0)?.to_scalar::<u32>()?;
     Ok(start.elapsed().as_secs_f64())
 }
 
-/// candle's tokens per second: of a prompt, asked for once where it takes one at once, and of steps, the median.
+/// Returns candle's tokens per second of a prompt (measured once, if the model reads one in one
+/// call) and of steps (the median).
 fn theirs(mut model: Box<dyn Theirs>, vocab: usize, device: &Device) -> Result<(f64, f64)> {
     let prompt = tokens(PROMPT, vocab as u32)?.to_device(device)?;
     let whole = model.whole_prompts().then(|| seconds(|| model.feed(&prompt))).transpose()?;
@@ -131,7 +132,7 @@ fn theirs(mut model: Box<dyn Theirs>, vocab: usize, device: &Device) -> Result<(
 
 fn builder(weights: HashMap<String, Tensor>, device: &Device) -> Result<VarBuilder<'static>> {
     let put = |(name, x): (String, Tensor)| -> Result<(String, Tensor)> {
-        // Of a cut, the device would be sent all that it was cut out of.
+        // A slice is copied first: otherwise the whole storage would be sent to the device.
         Ok((name, x.force_contiguous()?.to_device(device)?))
     };
     let weights = weights.into_iter().map(put).collect::<Result<_>>()?;

@@ -1,8 +1,10 @@
-// Checks the product of a matrix with a few rows against cuBLAS with f32 sums, and times both. Needs nothing but CUDA.
+// Compares the product of a matrix with a few rows with cuBLAS with f32 sums, and times both. Needs
+// only CUDA.
 //
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/core -lcublas -o matvec benches/gpu/matvec.cu && ./matvec
 //
-// Shapes are those of a layer of Llama-3-8B and of its head. Matrices are taken by turns, so that none is still in the cache.
+// Shapes are those of a layer of Llama-3-8B and of its output head. Calls alternate between
+// matrices, so none is in the L2 cache.
 #include <cublas_v2.h>
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-"""Prefill of a model of Llama-3-8B's shape (random weights, f16) in PyTorch with its flash attention.
+"""Measures prefill of a model of Llama-3-8B's shape (random weights, f16) in PyTorch with its flash attention.
 
     python3 benches/gpu/model_prefill.py
 """
@@ -44,7 +44,7 @@ def forward(ids):
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + y[0].transpose(0, 1).reshape(tokens, -1) @ w["out"].T
-        # The inner activations of a long prompt, part by part.
+        # A long prompt is processed in parts, to bound the memory of the inner activations.
         for part in x.split(8192):
             gate, up = (F.rms_norm(part, (HIDDEN,), w["ff_norm"], 1e-5) @ w["gate_up"].T).chunk(2, -1)
             part += (F.silu(gate) * up) @ w["down"].T

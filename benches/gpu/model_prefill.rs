@@ -1,5 +1,6 @@
-//! Prefill on a GPU with a model of Llama-3-8B's shape (random weights, f16), as it is and with caches
-//! that compress. `benches/gpu/model_prefill.py` is the same model in PyTorch.
+//! Measures prefill on a GPU with a model of Llama-3-8B's shape (random weights, f16), with the
+//! dense cache and with compressing caches. `benches/gpu/model_prefill.py` measures the same model
+//! in PyTorch.
 //!
 //!     cargo bench -p longctx-benches --features cuda --bench cuda_model_prefill -- [method …]
 
@@ -24,7 +25,7 @@ fn main() -> Result<()> {
     longctx_core::cuda::keep_freed_memory(&device)?;
     let options = LoadOptions { device, dtype: DType::F16, ..Default::default() };
     let model = Transformer::random(llama_3_8b(), &options)?;
-    // `cargo bench` adds an argument of its own.
+    // `cargo bench` passes `--bench`.
     let named: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     let all = if named.is_empty() { vec!["dense-f16".into(), "kivi-4".into()] } else { named };
     println!("| tokens | cache | prefill, s | a step after it, ms |");
@@ -37,12 +38,13 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Medians of a prompt and of the steps after it; at the longest length, of two prompts.
+/// Prints the median times of a prompt and of the steps after it; at the longest length, of two
+/// prompts.
 fn prefill(model: &Transformer, tokens: usize, method: &Method) -> Result<()> {
     let mut session = model.session(|spec| method.cache(spec))?;
     let prompt = ids(tokens, 128_000);
     let mut prompts = Vec::new();
-    // The first one warms up.
+    // The first run is a warm-up.
     for run in 0..if tokens > 100_000 { 2 } else { RUNS + 1 } {
         session.remove(SEQ);
         let seconds = forward(&mut session, &prompt)?;
@@ -56,7 +58,8 @@ fn prefill(model: &Transformer, tokens: usize, method: &Method) -> Result<()> {
     Ok(())
 }
 
-/// Seconds of a call, the choice of the next token included, which waits for the device.
+/// Returns the seconds of a call, including the choice of the next token, which waits for the
+/// device.
 fn forward(session: &mut impl CausalLm, ids: &[u32]) -> Result<f64> {
     let start = Instant::now();
     let logits = session.forward(&Batch::single(SEQ, ids.len())?, ids, Logits::Last)?;

@@ -1,4 +1,5 @@
-// What the programs that check and time kernels over packed caches have in common: plain attention in f64, launches as src/cuda makes them, times.
+// Functions shared by the programs that check and time kernels over packed caches: plain attention
+// in f64, launches as in src/cuda, times.
 #pragma once
 #include <algorithm>
 #include <climits>
@@ -40,7 +41,7 @@ struct Buffer {
     }
 };
 
-// ---- The plain side ----
+// ---- The reference ----
 
 __device__ float noise(unsigned long long i) {  // Normal numbers from a hash of the index.
     auto mix = [](unsigned long long x) {
@@ -56,7 +57,7 @@ __device__ float number(const void* p, i64 i, int kind) {
     return kind ? __bfloat162float(((const __nv_bfloat16*)p)[i]) : __half2float(((const __half*)p)[i]);
 }
 
-// Channels have means and widths of their own, as keys do.
+// The mean and the scale depend on the channel, as in real keys.
 __global__ void fill(void* x, i64 n, int d, float spread, int kind, unsigned long long seed) {
     for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < n; i += (i64)gridDim.x * blockDim.x) {
         int c = i % d;
@@ -72,7 +73,7 @@ struct Plain {
     double *scores, *out, *lse;
     int tokens, d, columns, queries, kv_heads, causal, window, kind;
     float scale, soft_cap;
-    // The row of [tokens, heads, D] of a column of a kv head of a sequence.
+    // Returns the row in [tokens, heads, D] of a column of a sequence's kv head.
     __host__ __device__ i64 row_of(int row, int column) const {
         int per_kv = columns / queries;
         return ((i64)(row / kv_heads * queries + column % queries) * kv_heads + row % kv_heads) * per_kv + column / queries;
@@ -122,7 +123,7 @@ __global__ void plain_values(Plain a) {  // Blocks of D threads: (pieces of 1024
     atomicAdd(a.out + (i64)(row * a.columns + column) * a.d + threadIdx.x, sum);
 }
 
-// ---- What is checked ----
+// ---- Checks ----
 
 template <class L, int N, int W, int S>
 __global__ void __launch_bounds__(W * 32) attend_kernel(const AttendArgs args) {
@@ -139,7 +140,7 @@ __global__ void unpack_kernel(const UnpackArgs args) {
     unpack<L>(args);
 }
 
-// Adds |a - b|^2 and |b|^2 of the first `upto` tokens of each row up.
+// Sums |a - b|^2 and |b|^2 over the first `upto` tokens of each row.
 __global__ void compare(const float* a, const float* b, int rows, int tokens, int upto, int d, double* sums) {
     double off = 0, norm = 0;
     for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < (i64)rows * tokens * d; i += (i64)gridDim.x * blockDim.x)
@@ -156,13 +157,14 @@ struct Variant {
 struct Config {
     std::string name;
     int group, d, record;
-    // The quantizer, with blocks for each record, or for a tile if that is more.
+    // The quantizer, with one block per record, or per tile if a tile is larger.
     void (*quantize)(const FillArgs);
     int quantize_threads, quantize_shared, k_parts;
-    // What the first packed keys and values of each row stand for; the rest as it is.
+    // Quantizes and dequantizes the first packed keys and values of each row; copies the rest.
     std::function<void(const void* k, const void* v, float* yk, float* yv, int rows, int tokens, int packed_k, int packed_v, int kind)> plain;
-    // Of the relative difference of the numbers that both quantizers give. Where it is not 0 since ties may go the other way, attention is compared with plain
-    // attention over the numbers that the records hold.
+    // The limit of the relative difference between the numbers of both quantizers. If it is not 0,
+    // because ties can be rounded differently, attention is compared with plain attention over the
+    // records' numbers.
     double limit;
     void (*unpack)(const UnpackArgs);
     void (*sums)(const AttendArgs);
@@ -179,7 +181,7 @@ Variant variant() {
     return v;
 }
 
-// All but the quantizers.
+// Sets everything except the quantizers.
 template <class L>
 Config config(std::string name, std::vector<Variant> attend) {
     OK(cudaFuncSetAttribute(sums_kernel<L>, cudaFuncAttributeMaxDynamicSharedMemorySize, sums_shared<L>()));
@@ -205,7 +207,8 @@ struct Case {
 
 bool disorder = true;
 
-// The block tables of `rows` kv heads of `records` records each, which lie in disorder or one after the other.
+// Writes the block tables of `rows` kv heads with `records` records each, in random or consecutive
+// order.
 void scatter(const Config& c, i64 rows, i64 records) {
     std::vector<unsigned long long> addresses(rows * records);
     packed.take(rows * records * c.record);
@@ -214,7 +217,8 @@ void scatter(const Config& c, i64 rows, i64 records) {
     OK(cudaMemcpy(table.take(addresses.size()), addresses.data(), addresses.size() * 8, cudaMemcpyHostToDevice));
 }
 
-// What packs rows of `pitch` entries into the records of the table's rows from `first` on.
+// Returns a function that packs rows of `pitch` entries into the records of the table's rows from
+// `first` on.
 std::function<void()> quantizer(const Config& c, const __half* k, const __half* v, i64 first, i64 records, int rows, int pitch, int packed_k, int tiles_v,
                                 int kind) {
     std::vector<FillRow> list(rows);
@@ -234,7 +238,7 @@ std::function<void()> quantizer(const Config& c, const __half* k, const __half* 
     };
 }
 
-// One share of work for each kv head.
+// Returns one work item per kv head.
 std::vector<Work> heads_of(const Config& c, const Case& s, int packed_len, int residual, int ring, int start, i64 first, i64 records) {
     std::vector<Work> heads(s.batch * s.kv_heads);
     for (int r = 0; r < (int)heads.size(); r++) {
@@ -249,7 +253,7 @@ std::vector<Work> heads_of(const Config& c, const Case& s, int packed_len, int r
     return heads;
 }
 
-// Splits each kv head's records over `splits` blocks; one more takes its ring.
+// Splits each kv head's records over `splits` blocks; one more block processes its ring.
 std::vector<Work> split(const Config& c, const Variant& v, const Case& s, const std::vector<Work>& heads, int splits) {
     std::vector<Work> all;
     int join = 0;
@@ -302,7 +306,8 @@ void launch_sums(const Config& c, AttendArgs a, const std::vector<Work>& heads) 
     OK(cudaGetLastError());
 }
 
-// Gives the relative error of the sums beside the plain probabilities, of which `scores` holds [head][query][token].
+// Returns the relative error of the sums compared with the plain probabilities; `scores` is
+// [head][query][token].
 double check_sums(int heads, int queries, int tokens) {
     std::vector<double> plain((i64)heads * queries * tokens);
     std::vector<float> got((i64)heads * tokens);
@@ -319,7 +324,8 @@ double check_sums(int heads, int queries, int tokens) {
     return sqrt(diff / norm);
 }
 
-// Whether a captured launch gives, for work that is written after the capture, what a plain launch gives.
+// Returns whether a captured launch, with work lists written after the capture, has the results of
+// a direct launch.
 bool check_graph(const Variant& v, const AttendArgs& a, const std::vector<Work>& all, i64 outs) {
     std::vector<__half> plain(outs), replayed(outs);
     OK(cudaMemcpy(plain.data(), a.out, outs * 2, cudaMemcpyDeviceToHost));
@@ -365,7 +371,8 @@ double check(const Config& c, const Variant& v, const Case& s, int splits) {
         i64 at = (i64)row * t * d;
         OK(cudaMemcpy(ref_k.p + at, got_k.p + at, (i64)packed_k * d * 4, cudaMemcpyDeviceToDevice)), OK(cudaMemcpy(ref_v.p + at, got_v.p + at, (i64)packed_v * d * 4, cudaMemcpyDeviceToDevice));
     }
-    // The ring begins somewhere in its middle. Keys that are packed ahead of their values come from it too, here in full precision.
+    // The ring's first entry is in the middle of its memory. Keys whose values are not packed yet
+    // are also in the ring, in full precision.
     int ring = residual + 5, start = ring * 2 / 3;
     ring_k.take((i64)rows * ring * d), ring_v.take((i64)rows * ring * d);
     OK(cudaMemset(ring_k.p, 0x3c, (i64)rows * ring * d * 2)), OK(cudaMemset(ring_v.p, 0x3c, (i64)rows * ring * d * 2));
@@ -428,7 +435,7 @@ double check(const Config& c, const Variant& v, const Case& s, int splits) {
     return worst;
 }
 
-// As src/cuda/plan.rs has it for rows of equal length.
+// The plan of src/cuda/plan.rs for rows of equal length.
 int default_splits(const Config& c, const Variant& v, int rows, int z, int records) {
     int per_sm = 0, sms = 0;
     OK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
@@ -473,7 +480,7 @@ void time_attend(const Config& c, const Variant& v, int batch, int kv, int per, 
     i64 n = (i64)rows * packed_len * c.d, have = std::min(n, (i64)1 << 28);
     fill<<<4096, 256>>>(raw_k.take(have), have, c.d, 2.f, 0, 1), fill<<<4096, 256>>>(raw_v.take(have), have, c.d, .3f, 0, 2);
     scatter(c, (i64)rows * copies, records);
-    // Rows take turns with one stretch of numbers.
+    // All rows are filled from the same numbers.
     i64 rows_at_once = std::max<i64>(1, have / ((i64)packed_len * c.d));
     for (i64 r = 0; r < rows * copies; r += rows_at_once)
         quantizer(c, raw_k.p, raw_v.p, r, records, (int)std::min(rows_at_once, rows * copies - r), packed_len, packed_len, packed_len / 32, 0)();
@@ -506,7 +513,7 @@ void time_quantize(const Config& c, int rows, int t, int kind) {
     printf("quantize %-12s g%d d%d rows %d tokens %d kind %d | %8.4f ms %6.0f GB/s %5.1f%%\n", c.name.c_str(), c.group, c.d, rows, t, kind, ms, gbs, 100 * gbs / copy_gbs);
 }
 
-// Checks all of them in many shapes; `small`: short ones alone.
+// Checks all kernels in many shapes; `small`: only short ones.
 void check_all(const std::vector<Config>& all, bool small, bool staggers) {
     std::vector<int> lengths = {1, 31, 32, 33, 127, 300};
     if (!small) for (int t : {4096, 32768, 131072}) lengths.push_back(t);

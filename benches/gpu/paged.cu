@@ -1,9 +1,12 @@
-// Checks the kernels over dense blocks against plain ones in f64, and times decode attention. Needs nothing but CUDA.
+// Compares the kernels over dense blocks with plain ones in f64, and times decode attention. Needs
+// only CUDA.
 //
 //     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/core -o paged benches/gpu/paged.cu && ./paged check && ./paged time
 //
-// `small` in place of `check` takes few shapes, for compute-sanitizer. Blocks lie in disorder; entries come in two appends, the second of
-// rows that are selected for each head; some are dropped; outputs are poisoned. Attention is a captured launch whose lists come after the capture.
+// `small` instead of `check` runs few shapes, for compute-sanitizer. Blocks are in random order.
+// Entries are appended twice, the second time as a selection per head; then some are evicted.
+// Outputs are filled with NaN. Attention is a captured launch whose work lists are written after
+// the capture.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -93,7 +96,7 @@ Kernels kernels_of(int d, bool bf16) {
     }
 }
 
-// As src/cuda/paged/plan.rs: shares of PAGE entries.
+// The same plan as in src/cuda/paged/plan.rs.
 void plan(const std::vector<AttendWork>& heads, int per, int columns, int slots, std::vector<AttendWork>& work, std::vector<AttendJoin>& joins, int& parts) {
     std::vector<AttendWork> rows;
     i64 total = 0;
@@ -143,7 +146,7 @@ void check(const Shape& s) {
     const int d = s.d, seqs = s.lens.size(), heads = s.kv_heads * s.per, rows = seqs * s.kv_heads, pieces = d / 8;
     const size_t block = 2 * PAGE * d;
     Kernels k = kernels_of(d, s.bf16);
-    // What each kv head holds, as the host has it.
+    // The host's copy of the entries of each kv head.
     std::vector<std::vector<uint16_t>> keys(rows), values(rows);
     std::vector<int> starts(seqs + 1, 0), query_starts(seqs + 1, 0);
     for (int i = 0; i < seqs; i++) starts[i + 1] = starts[i] + s.lens[i] + 5, query_starts[i + 1] = query_starts[i] + s.queries[i];
@@ -157,7 +160,7 @@ void check(const Shape& s) {
     Array<uint16_t> pool(order.size() * block);
     auto address = [&](int row, int place) { return (uint64_t)(pool.p + order[row * most + place] * block); };
     Array<uint64_t> table(rows * most);
-    // Two appends: the first half of the tokens, then the others but for every fifth, selected.
+    // Two appends: the first half of the tokens, then four of every five of the others.
     std::vector<int> held(rows, 0);
     for (int part = 0; part < 2; part++) {
         std::vector<AppendRow> list(rows);
@@ -191,7 +194,7 @@ void check(const Shape& s) {
         if (longest) paged_append<<<dim3((longest * pieces + MOVE_THREADS - 1) / MOVE_THREADS, rows, 2), MOVE_THREADS>>>(a);
         OK(cudaDeviceSynchronize());
     }
-    // Some entries are dropped, others at each head, and the rest close ranks.
+    // Some entries are evicted, different ones for each head, and the rest are moved together.
     {
         std::vector<MoveRow> list(rows);
         std::vector<uint32_t> entries;
@@ -220,7 +223,7 @@ void check(const Shape& s) {
                 if (memcmp(b, keys[r].data() + (size_t)e * d, 2 * d) || memcmp(b + PAGE * d, values[r].data() + (size_t)e * d, 2 * d)) return fail(s, "blocks", e);
             }
     }
-    // Attention, and its sums.
+    // Attention and attention sums.
     std::vector<std::vector<uint32_t>> lists(rows);
     std::vector<uint32_t> flat;
     for (int r = 0; r < rows; r++)
@@ -243,7 +246,7 @@ void check(const Shape& s) {
     std::vector<AttendWork> work;
     std::vector<AttendJoin> joins;
     plan(all, s.per, columns, slots_of(attend_k), work, joins, parts);
-    // Two pieces and a join more than there need be.
+    // Two work items and one merge more than needed, to test unused items.
     work.resize(work.size() + 2), joins.resize(joins.size() + 1);
     Array<AttendWork> work_on(work.size());
     Array<AttendJoin> joins_on(joins.size());

@@ -1,11 +1,14 @@
-"""Decode attention of others, for the shapes that harness.cu times: PyTorch's over an f16 cache, and, where their extensions can be imported,
-KIVI's and BitDecoding's over packed ones.
+"""Times other implementations of decode attention at the shapes that harness.cu times.
+
+These are PyTorch's over an f16 cache, and KIVI's and BitDecoding's over packed caches if their
+extensions can be imported.
 
     python3 benches/gpu/peers.py [part of a peer's name]
 
-`kivi_gemv` is built from jy-yuan/KIVI (876b4d2), folder quant, `bit_decode` from DD-DuDa/BitDecoding (e829b5a) with its CUTLASS, each by
-`python3 setup.py build_ext --inplace`; put both folders on PYTHONPATH. One query token, 128 channels. Times are medians of 60 between CUDA events;
-caches take turns in more memory than the L2 cache holds.
+Build `kivi_gemv` in the folder `quant` of jy-yuan/KIVI (876b4d2), and `bit_decode` in
+DD-DuDa/BitDecoding (e829b5a) with its CUTLASS, each by `python3 setup.py build_ext --inplace`. Add
+both folders to PYTHONPATH. One query token, 128 channels. Times are medians of 60 between CUDA
+events. Calls alternate between caches that exceed the L2 cache together.
 """
 
 import importlib
@@ -67,15 +70,19 @@ class Sdpa:
 
 
 class Kivi:
-    """Both products and the softmax between them. Packed tensors lie as the kernels want them: what KIVI's Python does at every call to turn
-    them round is not counted."""
+    """KIVI's two products with the softmax between them.
+
+    The packed tensors already have the kernels' layout: the transpositions that KIVI's Python code
+    does at every call are not timed.
+    """
 
     def __init__(self, module, bits, group):
         self.name = f"KIVI, {bits} bits, group {group}"
         self.module, self.bits, self.group = module, bits, group
 
     def packed(self, rows, outputs, inputs):
-        """Codes `[rows, outputs / codes a word, inputs]`, scales and minima `[rows, outputs / group, inputs]`."""
+        """Codes `[rows, outputs / codes per word, inputs]`, scales and minima
+        `[rows, outputs / group, inputs]`."""
         codes = torch.randint(-(2**31), 2**31, (rows, outputs * self.bits // 32, inputs), dtype=torch.int32, device="cuda")
         params = [randn(rows, outputs // self.group, inputs) for _ in range(2)]
         return [codes, *params]
@@ -149,7 +156,7 @@ def main(wanted=""):
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, copy: {copy:.0f} GB/s")
     for peer in peers():
-        # A kernel that fails takes its process along: name one peer to have it alone.
+        # A kernel that fails ends the process; the argument selects one peer.
         for shape in SHAPES if wanted in peer.name else []:
             measure(peer, *shape, copy)
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-// The recurrences as plain loops in f64, for scans.cu: one thread for a channel or a column of a state.
+// The recurrences as plain loops in f64, for scans.cu: one thread per channel or column of a state.
 
 template <class T>
 __device__ double at(const void* p, i64 i) {
@@ -95,7 +95,8 @@ __global__ void plain(Wkv7 p, double* state, double* y, double* own) {
     for (int i = 0; i < p.dim; i++) state[base + (i64)i * p.dim] = s[i];
 }
 
-// state: numerators, denominators and largest exponents, relative to the largest 0: e^largest of both, so that they can be compared.
+// state: numerators, denominators and largest exponents. The first two are multiplied by e^largest
+// and the largest is set to 0, so that states can be compared.
 template <class T>
 __global__ void plain(Wkv4 p, double* state, double* y) {
     int c = blockIdx.x * blockDim.x + threadIdx.x;

@@ -1,13 +1,13 @@
-// Checks the prefill kernels of core against a plain one, and times them. Needs nothing but CUDA.
+// Compares the prefill kernels of core with a plain one, and times them. Needs only CUDA.
 //
 //     nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -I crates/core -o prefill benches/gpu/prefill.cu && ./prefill check
 //
-// `-arch=sm_90 -DNO_WGMMA` in place of `-gencode ...` builds the kernels for devices without wgmma.
-// `small` in place of `check` takes short lengths only, for compute-sanitizer; a head_dim after it
-// takes that one alone. `time` and `brief` measure.
+// `-arch=sm_90 -DNO_WGMMA` instead of `-gencode ...` builds the kernels for devices without wgmma.
+// `small` instead of `check` runs only short lengths, for compute-sanitizer; a head_dim after it
+// runs only this head_dim. `time` and `brief` measure.
 //
-// The reference computes softmax attention row by row in f64 from contiguous keys: it shares
-// neither tiles nor arithmetic with what it checks.
+// The reference computes softmax attention row by row in f64 from contiguous keys. It shares
+// neither tiles nor arithmetic with the kernels.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -62,7 +62,8 @@ int heads_of_a_tile(int group, int rows) {
     return 1;
 }
 
-// Rank 3: elements of a row; rows; the rest. Extents, strides in elements and boxes.
+// A tensor map of rank 3: the elements of a row, rows, and an outer dimension. Strides are in
+// elements.
 CUtensorMap tensor_map(uint64_t address, bool bf16, int d, i64 extent1, i64 stride1, i64 extent2, i64 stride2, int box1, int box2) {
     static PFN_cuTensorMapEncodeTiled_v12000 encode = nullptr;
     if (!encode) {
@@ -98,7 +99,7 @@ void launch(PrefillArgs a, int d, bool bf16, cudaStream_t stream) {
     OK(cudaLaunchKernel(k.function, dim3(blocks), dim3(k.threads), arguments, k.shared_bytes, stream));
 }
 
-// ---- Inputs and the plain side ----
+// ---- Inputs and the reference ----
 
 template <class T>
 struct Buffer {
@@ -228,7 +229,8 @@ void check(const Case& c) {
         k = kb.take(a.k_token * kv_tokens + 64), random(k, a.k_token * kv_tokens, 1.f);
         v = vb.take(a.v_token * kv_tokens + 64), random(v, a.v_token * kv_tokens, 1.f);
     }
-    // Keys and values of every other sequence are NaN, and must not be seen in the others' results.
+    // Keys and values of every second sequence are NaN, and must not affect the results of the
+    // others.
     if (c.poison)
         for (int s = 1; s < seqs; s += 2) {
             OK(cudaMemset(k + ck[s] * a.k_token, 0xff, a.k_token * c.keys[s] * 2));
@@ -240,7 +242,7 @@ void check(const Case& c) {
     for (int s = 0; s < seqs; s++)
         for (int h = 0; h < c.kv_heads; h++) keys[s][h] = c.paged ? std::max(0, c.keys[s] - 37 * (h % 3)) : c.keys[s], longest = std::max(longest, keys[s][h]);
 
-    // The plain side.
+    // The reference.
     Plain p = {q, k, v, a.q_token, a.q_head, a.k_token, a.k_head, a.v_token, a.v_head, c.heads, group, c.d};
     p.causal = c.causal, p.past = c.past, p.window = c.window, p.bf16 = c.bf16, p.scale = 1 / std::sqrt((double)c.d), p.soft_cap = c.soft_cap;
     const i64 outs = (i64)tokens * c.heads * c.d, rows = (i64)tokens * c.heads;
@@ -253,14 +255,14 @@ void check(const Case& c) {
         OK(cudaDeviceSynchronize());
     }
 
-    // The kernel, from a captured graph, with outputs and unused parts of pages poisoned.
+    // The kernel in a captured graph, with outputs and unused parts of pages filled with NaN.
     a.q = (uint64_t)q, a.k = (uint64_t)k, a.v = (uint64_t)v, a.kv_extent = kv_tokens;
     if (c.paged) {
         const int blocks = (longest + PAGE - 1) / PAGE + 1;
         std::vector<uint32_t> entries(seqs * c.kv_heads * blocks, 0xffffffffu), flat;
         uint32_t used = 0, all = 0;
         for (auto& s : keys) for (int n : s) all += (n + PAGE - 1) / PAGE, flat.push_back(n);
-        const uint32_t extent = all + 3, stride = 7;  // Coprime or nearly so: pages lie in disorder.
+        const uint32_t extent = all + 3, stride = 7;  // Nearly coprime, so that pages are not in order.
         std::vector<uint32_t> order(extent);
         for (uint32_t i = 0; i < extent; i++) order[i] = i;
         for (uint32_t i = extent; i > 1; i--) std::swap(order[i - 1], order[(i * 2654435761u + stride) % i]);

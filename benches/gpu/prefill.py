@@ -1,8 +1,8 @@
-"""Prefill attention of PyTorch, for the shapes that prefill.cu times.
+"""Times PyTorch's prefill attention at the shapes that prefill.cu times.
 
     python3 benches/gpu/prefill.py [brief]
 
-Medians between CUDA events. FLOPs count the pairs of query and key that a mask leaves, as prefill.cu does.
+Medians between CUDA events. FLOPs count the pairs of query and key within the mask, as in prefill.cu.
 """
 
 import statistics

@@ -1,5 +1,5 @@
-//! The packed attention on the device beside the host's, over the keys and values that a real model's
-//! layers hold of a real text.
+//! Compares packed attention on the device with the host's, over the keys and values of a real
+//! model's layers for a real text.
 
 use std::path::Path;
 use std::sync::mpsc::{Sender, channel};
@@ -9,7 +9,7 @@ use base_models::{LoadOptions, Pretrained};
 use candle_core::{DType, Device, Tensor};
 use kv_quant::{Bits, Format, QuantStore};
 use longctx_core::{
-    Batch, CausalLm, DenseCache, Footprint, KvCache, KvStore, LayerSpec, Logits, Mask, SeqId, Step,
+    Batch, CausalLm, DenseCache, KvCache, KvStore, LayerSpec, Logits, Mask, SeqId, Step,
 };
 
 /// The sequence of the text.
@@ -22,55 +22,17 @@ struct Recording {
 }
 
 impl KvCache for Recording {
-    fn spec(&self) -> &LayerSpec {
-        self.inner.spec()
-    }
     fn attend(&mut self, step: &Step<'_>) -> longctx_core::Result<Tensor> {
         let f16 = |x: &Tensor| x.to_dtype(DType::F16);
         let (q, k) = step.rotate(self.spec(), |seq| self.seen(seq))?;
-        // The receiver is gone only if the program ends.
+        // Sending fails only if the program is ending.
         let _ = self.sender.send([f16(&q)?, f16(&k)?, f16(step.v)?]);
         self.inner.attend(step)
     }
-    fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> longctx_core::Result<()> {
-        self.inner.append_prompt(step, lse)
-    }
-    fn needs_lse(&self) -> bool {
-        self.inner.needs_lse()
-    }
-    fn fork(&mut self, from: SeqId, to: SeqId) -> longctx_core::Result<()> {
-        self.inner.fork(from, to)
-    }
-    fn check_truncate(&self, seq: SeqId, len: usize) -> longctx_core::Result<()> {
-        self.inner.check_truncate(seq, len)
-    }
-    fn truncate(&mut self, seq: SeqId, len: usize) -> longctx_core::Result<()> {
-        self.inner.truncate(seq, len)
-    }
-    fn remove(&mut self, seq: SeqId) -> bool {
-        self.inner.remove(seq)
-    }
-    fn seqs(&self) -> Vec<SeqId> {
-        self.inner.seqs()
-    }
-    fn seen(&self, seq: SeqId) -> usize {
-        self.inner.seen(seq)
-    }
-    fn held(&self, seq: SeqId) -> usize {
-        self.inner.held(seq)
-    }
-    fn can_take(&self, batch: &Batch) -> bool {
-        self.inner.can_take(batch)
-    }
-    fn footprint(&self) -> Footprint {
-        self.inner.footprint()
-    }
-    fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        self.inner.seq_footprint(seq)
-    }
-    fn clear(&mut self) {
-        self.inner.clear();
-    }
+
+    longctx_core::forward_kv_cache!(self => self.inner;
+        spec, append_prompt, needs_lse, fork, check_truncate, truncate, remove, seqs, seen, held,
+        can_append, footprint, seq_footprint, clear);
 }
 
 /// Prints the worst relative error over all layers and several formats; fails if it is too large.

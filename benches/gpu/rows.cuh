@@ -1,4 +1,5 @@
-// The kernels of rows.cu for scans.cu: plain loops in f64, one thread a row or a number, inputs and launches.
+// The kernels of rows.cu for scans.cu: plain loops in f64 with one thread per row or number, inputs
+// and launches.
 
 template <class T>
 __global__ void plain(Norm p, int rows, double* sum, double* y) {
@@ -16,7 +17,7 @@ __global__ void plain(Norm p, int rows, double* sum, double* y) {
     }
 }
 
-// A thread for a group.
+// One thread per group.
 template <class T>
 __global__ void plain(GatedNorm p, int rows, double* y) {
     i64 thread = blockIdx.x * (i64)blockDim.x + threadIdx.x, row = thread / p.groups, first = thread * p.group;
@@ -31,7 +32,7 @@ __global__ void plain(GatedNorm p, int rows, double* y) {
     for (int c = 0; c < p.group; c++) y[first + c] *= p.weight[channel + c] / sqrt(square + p.eps);
 }
 
-// A thread for a head.
+// One thread per head.
 template <class T>
 __global__ void plain(HeadNorm p, double* y) {
     i64 head = blockIdx.x * (i64)blockDim.x + threadIdx.x, first = head * p.dim;
@@ -47,7 +48,7 @@ __global__ void plain(HeadNorm p, double* y) {
     }
 }
 
-// A thread for a channel of a row.
+// One thread per channel of a row.
 template <class T>
 __global__ void plain(Shift p, int batch, double* last, double* y) {
     i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x, n = (i64)batch * p.tokens * p.channels;
@@ -79,14 +80,14 @@ __global__ void plain(Blend p, double* y) {
     y[i] = x + (at<T>(p.other, i) - x) * sigmoid_of(at<T>(p.share, i) + p.bias[i % p.channels]);
 }
 
-// The numbers before are what `y` holds.
+// `y` contains the input.
 template <class T>
 __global__ void plain(Bias p, double* y) {
     i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x;
     if (i < (i64)p.rows * p.channels) y[i] = at<T>(p.y, i) + p.bias[i % p.channels];
 }
 
-// What a check and a clock need beside a kernel's arguments.
+// The inputs of a check or a time measurement, in addition to a kernel's arguments.
 template <class P>
 struct Of : P {
     int tokens;

@@ -1,8 +1,9 @@
-// Checks the kernels of hybrid-models against plain loops in f64, and times them. Needs nothing but CUDA.
+// Compares the kernels of hybrid-models with plain loops in f64, and times them. Needs only CUDA.
 //
 //     nvcc -O3 -std=c++17 -arch=sm_90a -I crates/hybrid-models/kernels -o scans benches/gpu/scans.cu && ./scans check && ./scans time
 //
-// `small` in place of `check` takes short lengths only, for compute-sanitizer. A name after `check`, `small` or `time` takes that kernel alone.
+// `small` instead of `check` runs only short lengths, for compute-sanitizer. A name after `check`,
+// `small` or `time` selects one kernel.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -35,7 +36,7 @@ template <class T>
 constexpr bool F32 = std::is_same<T, float>::value;
 template <class T>
 constexpr bool F16 = std::is_same<T, __half>::value;
-// The entry point of a kind.
+// The entry point for a dtype.
 #define PICK(T, name) (F16<T> ? name##_f16 : F32<T> ? name##_f32 : name##_bf16)
 #define PICK16(T, name) (F16<T> ? name##_f16 : name##_bf16)
 int parts(i64 n, int of) { return int((n + of - 1) / of); }
@@ -88,7 +89,7 @@ void free_all() {
 
 #include "plain.cuh"
 
-// ---- Inputs, and launches as args.cuh says ----
+// ---- Inputs, and launches according to args.cuh ----
 
 template <class P>
 void launch(void (*kernel)(P), dim3 grid, int threads, int shared, P p) {
@@ -96,7 +97,7 @@ void launch(void (*kernel)(P), dim3 grid, int threads, int shared, P p) {
     kernel<<<grid, threads, shared>>>(p);
 }
 
-// Rows of `width` numbers in a matrix wider by `pad`.
+// Rows of `width` numbers in a matrix that is wider by `pad`.
 template <class T>
 void* rows(i64 n, int width, int pad, float mean, float spread) {
     return numbers<T>(n * (width + pad), mean, spread);
@@ -169,7 +170,7 @@ struct Wkvs {
     int batch;
     bool any;
     int blocks;  // In chunks: of a head
-    // large: nothing is forgotten, and states grow beyond what f16 can hold, outputs don't.
+    // large: there is no decay, and states grow beyond f16's range while outputs do not.
     Wkvs(int version, int batch, int tokens, int heads, int dim, int pad, bool any, int blocks = 2, bool large = false)
         : batch(batch), any(any), blocks(blocks) {
         i64 n = (i64)batch * tokens;
@@ -311,7 +312,8 @@ struct Worst {
     double y = 0, state = 0;
 };
 
-// How far what a kernel gives beside outputs and states is off, where 1 is allowed. RWKV-7's shares are sums of rounded numbers that may cancel.
+// The error of a kernel's further results, relative to the allowed one. RWKV-7's shares are sums of
+// rounded numbers that can cancel.
 template <class K>
 double beside(K&) {
     return 0;
@@ -321,7 +323,7 @@ double beside(Wkv7s<T>& k) {
     return k.p.own ? error_of(k.p.own, k.own, (i64)k.batch * k.p.tokens * k.p.heads) / (F32<T> || k.any ? 1e-5 : 3e-3) : 0;
 }
 
-// Outputs to the rounding of their kind; states to `state_limit`.
+// Checks outputs to the rounding of their dtype, and states to `state_limit`.
 template <class T, class K>
 void check(K k, float* state, double state_limit, const char* name, Worst& worst, double y_limit = 0) {
     double *y = poisoned<double>(k.outputs()), *s = poisoned<double>(k.states());
@@ -372,7 +374,8 @@ void check_all(const char* type, bool small) {
             check<T>(k, k.p.state, state_limit, "selective_scan_generic", w);
         }
     });
-    // In chunks, what is added to a state is rounded to T: states were off by 2.5e-4 in f16 and by 1.8e-3 in bf16.
+    // The chunked kernel rounds the additions to a state to T: errors of states were 2.5e-4 in f16
+    // and 1.8e-3 in bf16.
     const double rounded_limit = F16<T> ? 4e-4 : 3e-3;
     if (!F32<T>) {
         for (SsdKernel which : {SSD, SSD_WGMMA}) {
@@ -393,8 +396,9 @@ void check_all(const char* type, bool small) {
     });
     for (int version : {5, 6}) {
         std::string name = version == 5 ? "wkv5" : "wkv6";
-        // What products take is rounded to T, keys and receptances with the decays they are multiplied by, and S for outputs. Of a few tokens, one rounded
-        // A(t, t) is in all outputs: by 1.1e-2 of them were off in bf16.
+        // Operands of matrix products are rounded to T: keys and receptances times their decays,
+        // and S for outputs. With few tokens, one rounded A(t, t) affects all outputs: the error
+        // was 1.1e-2 in bf16.
         if (!F32<T>) each(name.c_str(), [&](int tokens, int batch, Worst& w) {
             const double y_limit = (F16<T> ? 1e-3 : 5.5e-3) * (tokens < 16 ? 2.5 : 1), s_limit = F16<T> ? 4.5e-4 : 3.5e-3;
             for (int blocks : {1, 2}) {
@@ -413,7 +417,8 @@ void check_all(const char* type, bool small) {
             }
         });
     }
-    // RWKV-7 in chunks rounds to f16 what meets the state: by norm, it is off by up to 3.8e-4.
+    // Chunked RWKV-7 rounds the operands of products with the state to f16: the error relative to
+    // the norm was up to 3.8e-4.
     each("wkv7", [&](int tokens, int batch, Worst& w) {
         for (int heads : {1, 5}) {
             for (int blocks : {1, 2}) {

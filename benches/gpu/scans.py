@@ -1,4 +1,6 @@
-"""The selective scan as a plain Triton kernel: what `scans.cu` is compared with. Mamba-2.8b's shape, f16, 8,192 tokens.
+"""Times the selective scan as a plain Triton kernel, for comparison with `scans.cu`.
+
+Mamba-2.8b's shape, f16, 8,192 tokens.
 
     python3 benches/gpu/scans.py
 """

@@ -1,4 +1,4 @@
-//! With feature `cuda`, compiles kernels/*.cu.
+//! Compiles kernels/*.cu if the feature `cuda` is enabled.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");

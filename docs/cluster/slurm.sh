@@ -1,9 +1,10 @@
 #!/bin/bash
-# RULER of a served model as an array job: each task starts a server of its own on its node and answers its shard.
+# Runs RULER on a served model as a Slurm array job. Each array task starts a server on its node and
+# runs one shard of the evaluation.
 #
 #     sbatch --export=ALL,OUT=/shared/results/ruler,MODEL=/shared/models/llama docs/cluster/slurm.sh
 #
-# A task that is cancelled or whose node fails is taken up again by submitting the same job once more.
+# If a task is cancelled or its node fails, submit the same job again: it continues where it stopped.
 #SBATCH --job-name=longctx-eval
 #SBATCH --array=1-8
 #SBATCH --gres=gpu:1
@@ -12,10 +13,11 @@
 #SBATCH --requeue
 set -euo pipefail
 
-# The command that starts the server, with the cache setting in question; empty: the methods of this workspace, in the process itself.
+# The command that starts the server with the cache setting to evaluate. If it is empty, no server
+# starts and longctx-eval runs the methods of this workspace in its own process.
 SERVE=${SERVE-"vllm serve $MODEL --port 8000 --kv-cache-dtype fp8"}
 SETTINGS=${SETTINGS:-vllm/fp8}
-# The file that defines the settings; empty: those that are known.
+# The file that defines the settings. If it is empty, SETTINGS must name built-in settings.
 FILE=${FILE-settings.toml}
 TASKS=${TASKS:-ruler}
 EVAL=${EVAL:-longctx-eval}

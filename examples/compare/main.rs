@@ -1,6 +1,6 @@
-//! The needle test, once per method: what each finds, holds and costs.
+//! Runs the needle test with each method: keys found, bytes held, time.
 //!
-//! A model without attention layers has no cache to choose: it is run once, with its state.
+//! A model without attention layers has no cache, so it runs once, with its recurrent state.
 //!
 //!     cargo run --release --example compare
 //!     cargo run --release --example compare -- --model smollm2
@@ -8,7 +8,7 @@
 //!     cargo run --release --features cuda --example compare -- --device cuda
 //!     cargo run --release --example compare -- --words 512,4096 --methods dense-f16,h2o-4x --haystack FOLDER
 //!
-//! Methods are those of `examples/methods.rs`; an unknown name lists them.
+//! Methods are those of `examples/methods.rs`; the error for an unknown name lists them.
 
 mod report;
 
@@ -29,10 +29,10 @@ use longctx_examples::place::Place;
 use longctx_examples::{memory, model, say};
 use report::Row;
 
-/// Compression ratios are against this method's bytes.
+/// Compression ratios are relative to this method's bytes.
 const REFERENCE: &str = "dense-f16";
-/// A minute on two cores with the embedded model. InfLLM reads a quarter; what it does not read is still held, and
-/// counted.
+/// The default methods take a minute on two cores with the embedded model. InfLLM reads a quarter
+/// of the tokens but holds all of them, and its bytes count all.
 const METHODS: [&str; 9] = [
     REFERENCE,
     "dense-f32",
@@ -44,42 +44,44 @@ const METHODS: [&str; 9] = [
     "snap-kv-4x",
     "infllm-4x",
 ];
-/// The sequence that every prompt runs in.
+/// The sequence of every prompt.
 const SEQ: SeqId = 0;
-/// The most tokens or words of anything: more than any model reads.
+/// The largest accepted number of tokens or words, more than any model reads.
 const MOST: usize = 10_000_000;
 
 #[derive(Parser)]
 #[command(about = "Compares KV caches on the needle (passkey) test")]
 struct Args {
-    /// embedded (a model of 7 million weights in this repository), smollm2 (fetched if need be), gemma3, a GGUF file, a folder in Hugging Face's layout,
-    /// or a model of the Hub, transformer or recurrent
+    /// embedded (a model of 7 million parameters in this repository), smollm2 (downloaded if it is
+    /// missing), gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; a
+    /// transformer or a recurrent model
     #[arg(long, default_value = "embedded")]
     model: String,
     #[command(flatten)]
     place: Place,
-    /// A folder of text, or a text file, to hide the key in; by default text that the program makes itself
+    /// A folder of text files, or a text file, to hide the key in; by default generated text
     #[arg(long)]
     haystack: Option<PathBuf>,
     /// Lengths of the text, in words
     #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048], value_parser = number::<0, MOST>)]
     words: Vec<usize>,
-    /// How many depths to hide the key at, evenly from the start to the end
+    /// Number of depths of the key, evenly spaced from the start to the end
     #[arg(long, default_value_t = 5, value_parser = number::<1, 1000>)]
     depths: usize,
-    /// Digits of the key
+    /// Number of digits of the key
     #[arg(long, default_value_t = 7, value_parser = number::<1, 1000>)]
     digits: usize,
-    /// Tokens to generate for an answer
+    /// Tokens to generate per answer
     #[arg(long, default_value_t = 16, value_parser = number::<1, MOST>)]
     max_tokens: usize,
-    /// Tokens of the prompt to feed at a time; by default the whole prompt, which is exact under every method but InfLLM
+    /// Tokens of the prompt to feed at a time; by default the whole prompt, which is exact with
+    /// every method except InfLLM
     #[arg(long, value_parser = number::<1, MOST>)]
     prefill_chunk: Option<usize>,
-    /// Methods to run, by name
+    /// Names of the methods to run
     #[arg(long, value_delimiter = ',', default_values = METHODS, value_parser = Method::named)]
     methods: Vec<Method>,
-    /// Where to save the table
+    /// Folder of the saved table
     #[arg(long, default_value = "results")]
     out: PathBuf,
 }
@@ -90,12 +92,12 @@ fn main() -> Result<()> {
     check_writable(&args.out)?;
     let name = model::named(Some(&args.model))?;
     let llm = Llm::open(&name, &args.place)?;
-    // Without attention layers, no cache is ever made.
+    // A model without attention layers never creates a cache.
     let mut methods: Vec<_> = match llm.has_attention() {
         true => args.methods.iter().map(|method| (method.name(), method)).collect(),
         false => vec![("state", &args.methods[0])],
     };
-    // First, so that each row has its ratio as soon as it is done.
+    // The reference runs first, because the ratios of the other rows need it.
     methods.sort_by_key(|(name, _)| *name != REFERENCE);
     let prompts = prompts(&args, &llm)?;
     let longest = prompts.iter().map(|(tokens, _)| tokens.len()).max().unwrap_or(0);
@@ -123,7 +125,7 @@ fn main() -> Result<()> {
     report::save(&rows, &args.out)
 }
 
-/// The tokens of each prompt, and its key.
+/// Returns the tokens of each prompt, and its key.
 fn prompts(args: &Args, llm: &Llm) -> Result<Vec<(Vec<u32>, String)>> {
     let haystack = match &args.haystack {
         Some(path) => Haystack::from_path(path)?,
@@ -134,8 +136,8 @@ fn prompts(args: &Args, llm: &Llm) -> Result<Vec<(Vec<u32>, String)>> {
         for (seed, depth) in (0..).zip(spaced(0.0, 1.0, args.depths)) {
             let needle = Needle { depth, digits: args.digits, seed };
             let Sample { prompt, answer } = needle.in_words(&haystack, words)?;
-            // The prompt ends where the key begins. Its last space would be a token of its own,
-            // which the model has seldom seen there.
+            // The prompt ends before the key. Its last space is removed: it would be a separate
+            // token, which is rare before a number in training text.
             prompts.push((llm.encode(prompt.trim_end())?, answer));
         }
     }
@@ -167,8 +169,8 @@ fn run(
         let score = score(&llm.decode(&done.tokens)?, answer);
         exact += score.exact;
         partial += score.partial;
-        prefill = (prefill.0 + tokens.len(), prefill.1 + done.prefill);
-        decode = (decode.0 + done.decode_steps, decode.1 + done.decode);
+        prefill = (prefill.0 + tokens.len(), prefill.1 + done.prefill_time);
+        decode = (decode.0 + done.decode_steps, decode.1 + done.decode_time);
         if tokens.len() >= longest {
             longest = tokens.len();
             kv_bytes = session.footprint().total();

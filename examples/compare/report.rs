@@ -1,4 +1,4 @@
-//! The table, and the same as JSON and CSV.
+//! The table of results, as text, JSON and CSV.
 
 use std::fs;
 use std::path::Path;
@@ -7,29 +7,29 @@ use anyhow::{Context, Result};
 use longctx_examples::say;
 use serde::Serialize;
 
-/// What one method did.
+/// The results of one method.
 #[derive(Debug, Serialize)]
 pub struct Row {
     pub method: String,
-    /// Keys looked for.
+    /// Number of keys.
     pub tried: usize,
-    /// Keys found whole.
+    /// Keys found exactly.
     pub exact: f64,
-    /// The mean share of a key that was found.
+    /// The mean share of a key's digits that was found.
     pub partial: f64,
     /// Tokens of the longest prompt.
     pub longest_prompt: usize,
     /// Bytes of the caches after the longest prompt and its answer.
     pub kv_bytes: usize,
-    /// Against dense f16, if that was run.
+    /// Bytes of dense f16 divided by these bytes, if dense f16 was run.
     pub ratio: Option<f64>,
     pub prefill_tokens_per_second: f64,
     pub decode_tokens_per_second: f64,
-    /// Of the whole process while this method ran, weights included.
+    /// Peak resident memory of the process while this method ran, including weights.
     pub peak_resident_bytes: Option<u64>,
 }
 
-/// Width of the methods' column; of each other.
+/// Width of the column of methods, and of each other column.
 const WIDTHS: (usize, usize) = (24, 14);
 
 fn line(method: &str, cells: [&str; 7]) {
@@ -38,14 +38,14 @@ fn line(method: &str, cells: [&str; 7]) {
     say!("{method:first$}{cells}");
 }
 
-/// The table's head.
+/// Prints the table's header.
 pub fn heading() {
     let columns =
         ["exact", "partial", "KV bytes", "ratio", "prefill tok/s", "decode tok/s", "peak memory"];
     line("method", columns);
 }
 
-/// A line of the table.
+/// Prints a row of the table.
 pub fn print(row: &Row) {
     let cells = [
         format!("{} of {}", row.exact, row.tried),

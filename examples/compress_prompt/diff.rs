@@ -1,4 +1,4 @@
-//! What stayed and what went, in the prompt's own order.
+//! A coloured diff of a prompt and its compressed text.
 
 use longctx_core::Compressed;
 
@@ -6,7 +6,7 @@ const KEPT: &str = "\x1b[1;32m";
 const GONE: &str = "\x1b[2;9;31m";
 const PLAIN: &str = "\x1b[0m";
 
-/// The prompt with what stayed in green and what went struck through.
+/// Returns the prompt with kept text in green and removed text struck through.
 pub fn coloured(prompt: &str, compressed: &Compressed) -> String {
     let mut kept: Vec<_> = compressed.pieces.iter().map(|piece| piece.source.clone()).collect();
     kept.sort_by_key(|range| range.start);
@@ -22,7 +22,7 @@ pub fn coloured(prompt: &str, compressed: &Compressed) -> String {
 }
 
 fn paint(out: &mut String, colour: &str, text: &str) {
-    // White space that went is left plain: struck through it would look like text.
+    // Removed white space is not struck through, because it would look like text.
     let plain = text.trim().is_empty();
     let parts = if plain { ["", text, ""] } else { [colour, text, PLAIN] };
     out.extend(parts);

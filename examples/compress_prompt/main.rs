@@ -1,9 +1,10 @@
-//! A prompt in, a shorter one out.
+//! Compresses a prompt.
 //!
 //!     cargo run --release --example compress_prompt -- --rate 0.5 --question "Who came late?" minutes.txt
 //!     cargo run --release --example compress_prompt -- --method llmlingua2 --encoder FOLDER --rate 0.25 < report.txt
 //!
-//! The compressed text goes to standard output; the counts, and on a terminal what went and what stayed, to standard error.
+//! The compressed text is written to standard output. The counts, and on a terminal a coloured
+//! diff, are written to standard error.
 
 mod diff;
 mod method;
@@ -22,19 +23,20 @@ use prompt_compress::{StructuredPrompt, cl100k_tokens};
 struct Args {
     /// A file; by default standard input
     file: Option<PathBuf>,
-    /// How much stays, in (0, 1]
+    /// The share of tokens to keep, in (0, 1]
     #[arg(long, default_value_t = 0.5)]
     rate: f64,
-    /// How to compress
+    /// The compressor
     #[arg(long, value_enum, default_value_t = Method::Llmlingua)]
     method: Method,
-    /// What will be asked of the text, for the methods that look at it
+    /// The question about the text, for compressors that use it
     #[arg(long)]
     question: Option<String>,
-    /// The text has sections in llmlingua's tags: <llmlingua, rate=0.3>…</llmlingua>, <llmlingua, compress=False>…</llmlingua>
+    /// Parse llmlingua's section tags in the text: <llmlingua, rate=0.3>…</llmlingua>, <llmlingua,
+    /// compress=False>…</llmlingua>
     #[arg(long)]
     tags: bool,
-    /// Show what went and what stayed even if standard error is no terminal
+    /// Show the coloured diff even if standard error is not a terminal
     #[arg(long)]
     diff: bool,
     #[command(flatten)]
@@ -74,7 +76,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Writes the text as it is, on a terminal with a line end after it. A reader that has seen enough is no error.
+/// Prints the text, on a terminal with a newline after it. A closed pipe is not an error.
 fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     let end = if out.is_terminal() && !text.ends_with('\n') { "\n" } else { "" };

@@ -1,4 +1,4 @@
-//! The compressors by name.
+//! Compressors by name.
 
 use anyhow::Result;
 use base_models::{LoadOptions, Pretrained};
@@ -9,36 +9,36 @@ use longctx_examples::{encoder, model, selective_context};
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle};
 use prompt_compress::{LlmLingua, LlmLingua2, llmlingua, llmlingua2};
 
-/// What the methods that need a model run on.
+/// The models of compressors.
 #[derive(clap::Args)]
 pub struct Models {
-    /// The causal model of llmlingua, longllmlingua and selective-context: a GGUF file, a folder or a name of the Hub; by default
-    /// SmolLM2-135M-Instruct, fetched if need be
+    /// The causal model of llmlingua, longllmlingua and selective-context: a GGUF file, a folder or
+    /// a model of the Hub; by default SmolLM2-135M-Instruct, downloaded if it is missing
     #[arg(long)]
     model: Option<String>,
-    /// The encoder of llmlingua2: a folder or a name of the Hub
+    /// The encoder of llmlingua2: a folder or a model of the Hub
     #[arg(long, default_value = encoder::PUBLISHED)]
     encoder: String,
-    /// What llmlingua2 keeps in any case; by default line ends and . ! ? ,
+    /// Strings that llmlingua2 always keeps; by default newlines and . ! ? ,
     #[arg(long, value_delimiter = ' ')]
     force: Option<Vec<String>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Method {
-    /// What an encoder wants kept
+    /// LLMLingua-2: tokens that an encoder classifies as important
     Llmlingua2,
-    /// What surprises a causal model
+    /// LLMLingua: tokens with a high loss under a causal model
     Llmlingua,
-    /// What the question makes less surprising
+    /// LongLLMLingua: tokens whose loss changes most with the question
     Longllmlingua,
-    /// Words that tell a causal model most
+    /// Selective Context: phrases with high self-information under a causal model
     SelectiveContext,
-    /// Sentences that BM25 ranks best
+    /// Sentences with the highest BM25 scores
     Bm25,
-    /// Sentences that TF-IDF ranks best
+    /// Sentences with the highest TF-IDF scores
     TfIdf,
-    /// Both ends of the text
+    /// The start and the end of the text
     Middle,
     /// Random words
     Random,

@@ -1,4 +1,4 @@
-"""Puts the caches of longctx into candle-transformers' own Llama, outside of this workspace.
+"""Adds the caches of longctx to candle-transformers' Llama, in a package outside this workspace.
 
     python examples/engines/candle_llama.py [FOLDER [MODEL.gguf]]
 
@@ -19,9 +19,9 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
 
-# What each way adds, laid out as rustfmt does it in candle.
+# The code that each variant adds, formatted like candle's code.
 USE = "use longctx_core::{AttentionShape, Batch, KvCache, LayerSpec, Step};\n"
-# One cache for each layer. Keys come rotated: the spec has no rotary embedding.
+# One cache per layer. Keys are already rotated, so the spec has no rotary embedding.
 MAKE = """fn layer(config: &Config, index: usize) -> Result<Box<dyn KvCache>> {
     let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
     let shape = AttentionShape::new(heads, kv_heads, config.hidden_size / heads)?;
@@ -30,7 +30,7 @@ MAKE = """fn layer(config: &Config, index: usize) -> Result<Box<dyn KvCache>> {
 %s}
 
 """
-# From [1, heads, tokens, head_dim] to [tokens, heads, head_dim], and back as rows of a token.
+# From [1, heads, tokens, head_dim] to [tokens, heads, head_dim], and back to one row per token.
 ATTEND = """        if cache.use_kv_cache {
             let batch = &Batch::single(%s, seq_len)?;
             let rows = |x: &Tensor| x.squeeze(0)?.transpose(0, 1);
@@ -56,7 +56,7 @@ SNAP = """    let (store, policy) = (QuantStore::new(shape, format)?, SnapKv::ne
 
 
 class Way:
-    """A way of caching. One that forks has a field for the sequence that the next call feeds."""
+    """A variant of caching. One that forks has a field for the sequence of the next call."""
 
     def __init__(self, uses, flush, make, forks=False):
         self.uses, self.make = uses + USE, MAKE % (flush, make)
@@ -71,7 +71,7 @@ WAYS = {
     "paged": Way(USE_KIVI, "kivi_rolling", KIVI, forks=True),
 }
 
-# As the workspace's, but for what nothing here runs: the crate's other models.
+# The workspace's profile; candle-transformers' other models are compiled without optimization.
 PROFILE = """
 [profile.dev]
 opt-level = 1

@@ -1,5 +1,5 @@
-//! Compares the caches with the unchanged model: `main.rs` of the package that `candle_llama.py`
-//! makes.
+//! Compares the caches with the unchanged model. It is `main.rs` of the package that
+//! `candle_llama.py` creates.
 //!
 //!     cargo run -- [MODEL.gguf]
 //!
@@ -22,7 +22,7 @@ mod snapkv;
 const PROMPT: usize = 400;
 const DECODED: usize = 50;
 
-/// A model and its weights: the config as in `config.json`.
+/// A model's weights and its config, with the fields of `config.json`.
 struct Source {
     config: serde_json::Value,
     weights: VarBuilder<'static>,
@@ -35,12 +35,12 @@ impl Source {
             "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0, "max_position_embeddings": 2048,
         });
-        // The variables are made when a model first asks for them, and found again by the next one.
+        // Variables are created when the first model requests them, and shared by later models.
         let weights = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
         Self { config, weights }
     }
 
-    /// The weights of a GGUF file, dequantized, under the names of a safetensors file.
+    /// Returns the dequantized weights of a GGUF file, with the names of a safetensors file.
     fn gguf(path: &str) -> Result<Self> {
         let mut file = File::open(path)?;
         let content = Content::read(&mut file)?;
@@ -74,7 +74,7 @@ impl Source {
     }
 }
 
-/// A tensor's name in a safetensors file, and for queries and keys the heads.
+/// Returns a tensor's name in a safetensors file, and for queries and keys the number of heads.
 fn renamed(name: &str, heads: usize, kv_heads: usize) -> (String, Option<usize>) {
     let heads = match name {
         _ if name.ends_with("attn_q.weight") => Some(heads),
@@ -99,14 +99,14 @@ fn renamed(name: &str, heads: usize, kv_heads: usize) -> (String, Option<usize>)
     (names.iter().fold(name.to_string(), |name, (from, to)| name.replace(from, to)), heads)
 }
 
-/// Rows of channel pairs side by side, as GGUF has them, to rows of a head's two halves.
+/// Reorders rows from GGUF's order of adjacent channel pairs to the two halves of a head.
 fn in_halves(weight: &Tensor, heads: usize) -> Result<Tensor> {
     let (rows, columns) = weight.dims2()?;
     let pairs = weight.reshape((heads, rows / heads / 2, 2, columns))?;
     pairs.transpose(1, 2)?.reshape((rows, columns))
 }
 
-/// A model of one of the modules, and its cache.
+/// Creates the model of a module, and its cache.
 macro_rules! model {
     ($module:ident, $source:expr) => {{
         let config: $module::LlamaConfig =
@@ -121,7 +121,8 @@ fn row(ids: &[u32]) -> Result<Tensor> {
     Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)
 }
 
-/// Tokens that the unchanged model writes, and its logits from the prompt's last token on.
+/// Returns the tokens that the unchanged model generates, and its logits from the prompt's last
+/// token on.
 fn written(source: &Source) -> Result<(Vec<u32>, Vec<Tensor>)> {
     let (model, mut cache) = model!(base, source);
     let mut sampler = LogitsProcessor::new(1, Some(0.8), None);
@@ -136,7 +137,7 @@ fn written(source: &Source) -> Result<(Vec<u32>, Vec<Tensor>)> {
     Ok((ids, logits))
 }
 
-/// The difference's norm in parts of the second's.
+/// Returns the norm of the difference relative to the norm of `b`.
 fn distance(a: &Tensor, b: &Tensor) -> Result<f32> {
     let norm = |x: &Tensor| -> Result<f32> { x.sqr()?.sum_all()?.sqrt()?.to_scalar() };
     Ok(norm(&(a.flatten_all()? - b.flatten_all()?)?)? / norm(b)?)
@@ -172,7 +173,7 @@ macro_rules! compare {
     }};
 }
 
-/// Does the same in each layer.
+/// Calls a function for each layer's cache.
 fn each(
     cache: &mut paged::Cache,
     f: impl Fn(&mut Box<dyn KvCache>) -> longctx_core::Result<()>,
@@ -180,7 +181,8 @@ fn each(
     Ok(cache.layers.iter_mut().try_for_each(f)?)
 }
 
-/// Four draft tokens of which three are rejected, and a second answer to the same prompt.
+/// Checks a rollback (three of four draft tokens are rejected) and a fork (a second answer to the
+/// same prompt).
 fn roll_back_and_fork(source: &Source, ids: &[u32]) -> Result<()> {
     let (prompt, accepted, next) =
         (&ids[..PROMPT], &ids[PROMPT..PROMPT + 1], &ids[PROMPT + 1..PROMPT + 2]);

@@ -1,12 +1,12 @@
-//! Intervals of means by the bootstrap.
+//! Bootstrap intervals of means.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Samples drawn.
+/// The number of resamples.
 const SAMPLES: usize = 2000;
 
-/// The 2.5th and the 97.5th percentile of the mean over resampled items.
+/// Returns the 2.5th and 97.5th percentiles of the mean over resampled items.
 pub fn interval(items: &[f64]) -> (f64, f64) {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     let mut sample = || {

@@ -1,9 +1,9 @@
-//! Divergence while a model generates: the packed cache holds what the model computed over its own
-//! packed past, so that errors can build up.
+//! KL divergence during generation. Keys and values of new tokens are computed with attention over
+//! the packed cache, so errors can accumulate.
 //!
-//! The model with the method's cache continues prompts, drawing each token from its own
-//! distribution. The dense model is fed the same tokens. At each position the two distributions are
-//! compared, given the same tokens.
+//! The model with the method's cache continues prompts; it samples each token from its own
+//! distribution. The dense model is fed the same tokens. The two distributions are compared at each
+//! position.
 
 use std::time::Instant;
 
@@ -20,11 +20,12 @@ use crate::bootstrap::interval;
 use crate::lacks_kernels;
 use crate::size::Size;
 
-/// What becomes of a method's continuations.
+/// The measurements of a method's continuations.
 struct Outcome {
     /// KL divergence of the dense distribution from the method's: `[position][sequence]`.
     kl: Vec<Vec<f64>>,
-    /// Where each sequence's most probable tokens first differ; the length, if they never do.
+    /// The first position of each sequence at which the most probable tokens differ; the length if
+    /// they never do.
     first: Vec<usize>,
     size: Size,
 }
@@ -43,7 +44,7 @@ pub fn table(
         (0..tokens).step_by(quarter).map(|p| (p, tokens.min(p + quarter))).collect();
     let heads: Vec<_> = parts.iter().map(|(from, to)| format!("KL {from} to {to}")).collect();
     println!(
-        "| method | bits a number | {} | first disagreement: median, quartiles | seconds |",
+        "| method | bits per number | {} | first disagreement: median, quartiles | seconds |",
         heads.join(" | ")
     );
     println!("|---|---|{}---|---|", "---|".repeat(heads.len()));
@@ -96,7 +97,7 @@ fn run(
     let mut batch = Batch::new(&seqs.iter().map(|&seq| (seq, prompt)).collect::<Vec<_>>())?;
     let mut ids = prompts.concat();
     let (mut kl, mut first) = (Vec::new(), vec![tokens; prompts.len()]);
-    // All methods draw with the same numbers.
+    // All methods use the same random numbers.
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     for position in 0..tokens {
         let log_p = |logits: Tensor| log_softmax(&logits.to_dtype(DType::F32)?, D::Minus1);
@@ -112,12 +113,12 @@ fn run(
         ids = draw(&got, draws)?;
         batch = Batch::decode(&seqs)?;
     }
-    // The last token drawn has not been fed.
+    // The last sampled token has not been fed.
     let size = Size::new(llm, &packed, &seqs, prompt + tokens - 1);
     Ok(Outcome { kl, first, size })
 }
 
-/// Σ p (log p - log q) of each row.
+/// Returns the KL divergence of each row, `Σ p (log p - log q)`.
 fn divergences(log_p: &Tensor, log_q: &Tensor) -> Result<Vec<f64>> {
     let terms = (log_p.exp()? * (log_p - log_q)?)?;
     let sums = terms.sum(D::Minus1)?.flatten_all()?.to_vec1::<f32>()?;
@@ -128,10 +129,12 @@ fn argmax(log_p: &Tensor) -> Result<Vec<u32>> {
     Ok(log_p.argmax(D::Minus1)?.flatten_all()?.to_vec1::<u32>()?)
 }
 
-/// Probabilities that are added up on the device before they are downloaded.
+/// The number of probabilities that are summed on the device before the sums are copied to the
+/// host.
 const BLOCK: usize = 256;
 
-/// For each row the token at which the probabilities before it add up to more than the draw.
+/// Samples a token of each row: the first at which the cumulative probability is larger than the
+/// draw.
 fn draw(log_p: &Tensor, draws: impl Iterator<Item = f32>) -> Result<Vec<u32>> {
     let vocabulary = log_p.dim(D::Minus1)?;
     let p = log_p.exp()?.reshape(((), vocabulary))?;
@@ -149,8 +152,9 @@ fn draw(log_p: &Tensor, draws: impl Iterator<Item = f32>) -> Result<Vec<u32>> {
     Ok(of_blocks.into_iter().zip(found).map(token).collect())
 }
 
-/// The item at which the sum is first larger than a draw, and the draw less the items before it; the
-/// last item where rounding leaves the whole sum smaller.
+/// Returns the first item at which the cumulative sum is larger than the draw, and the draw minus
+/// the sum of the items before it. Returns the last item if, by rounding, the whole sum is not
+/// larger.
 fn exceeds(items: &[f32], draw: f32) -> (usize, f32) {
     let mut rest = draw;
     for (i, item) in items.iter().enumerate() {

@@ -1,15 +1,19 @@
-//! What packed keys and values cost in quality, by format and option.
+//! Measures the loss of quality of packed caches, by format and option.
 //!
 //!     cargo run --release --example kv_quality -- --text FOLDER
 //!     cargo run --release --example kv_quality -- --text FOLDER --generate 1024
 //!     cargo run --release --example kv_quality -- --plot TABLE.md --out PLOT.svg
 //!
-//! The first: perplexity. The text is cut into contexts, which run side by side as a batch, a few
-//! tokens at a time, each block attending to the packed past: the decode path, teacher-forced. Every
-//! token but a context's first is predicted and counted. The second: divergence from the dense model
-//! while the model continues prompts of the text. Bits a number and compression count all bytes that
-//! the sequences hold at the end. Methods are those of `examples/methods.rs`; `--device cuda` has
-//! kernels for most of them, and a row says which it lacks.
+//! The first command measures perplexity with teacher forcing. The text is split into contexts that
+//! run as one batch, a few tokens at a time. Each block of tokens attends to the packed past, as in
+//! decoding. All tokens are predicted except the first of a context.
+//!
+//! The second command measures the KL divergence from the dense model while the model continues
+//! prompts of the text.
+//!
+//! Bits per number and compression count all bytes that the sequences hold at the end. Methods are
+//! those of `examples/methods.rs`. `--device cuda` has kernels for most of them; the row of any
+//! other method has the error.
 
 mod bootstrap;
 mod generation;
@@ -27,7 +31,7 @@ use longctx_examples::methods::Method;
 use longctx_examples::model;
 use longctx_examples::place::Place;
 
-/// What the others are compared with.
+/// The method that the others are compared with.
 const REFERENCE: &str = "dense-f16";
 
 const METHODS: [&str; 43] = [
@@ -79,28 +83,29 @@ const METHODS: [&str; 43] = [
 #[derive(Parser)]
 #[command(about = "Quality of packed caches")]
 struct Args {
-    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
+    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by
+    /// default SmolLM2-135M-Instruct, downloaded if it is missing
     #[arg(long)]
     model: Option<String>,
-    /// A folder of text, or a text file
+    /// A folder of text files, or a text file
     #[arg(long, required_unless_present = "plot")]
     text: Option<PathBuf>,
-    /// Tokens of a context, or of a prompt to be continued [default: 4096, or 256]
+    /// Tokens per context, or per prompt with --generate [default: 4096, or 256]
     #[arg(long)]
     context: Option<usize>,
-    /// Contexts, or prompts [default: 5, or 64]
+    /// Number of contexts, or of prompts with --generate [default: 5, or 64]
     #[arg(long)]
     contexts: Option<usize>,
     /// Tokens fed at a time
     #[arg(long, default_value_t = 32)]
     block: usize,
-    /// Continues prompts by so many tokens in place of predicting the text
+    /// Measure generation: continue each prompt by this number of tokens
     #[arg(long)]
     generate: Option<usize>,
-    /// Methods to run, by name; changes are relative to dense-f16, if it comes first
+    /// Names of methods; changes are relative to dense-f16 if it is the first
     #[arg(long, value_delimiter = ',', default_values = METHODS, value_parser = Method::named)]
     methods: Vec<Method>,
-    /// Draw the tables of perplexity in these files, and do nothing else
+    /// Only plot the tables of perplexity in these files
     #[arg(long, value_delimiter = ',')]
     plot: Vec<PathBuf>,
     /// Where to save the plot
@@ -128,7 +133,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// The contexts, each beginning where the last ended.
+/// Returns consecutive contexts of the text.
 fn contexts(args: &Args, llm: &Pretrained, context: usize, count: usize) -> Result<Vec<Vec<u32>>> {
     let all = context * count;
     let text = args.text.as_ref().context("--text is missing")?;
@@ -138,7 +143,7 @@ fn contexts(args: &Args, llm: &Pretrained, context: usize, count: usize) -> Resu
     Ok(tokens[..all].chunks(context).map(<[u32]>::to_vec).collect())
 }
 
-/// Whether a method can't run on the device for want of kernels.
+/// Returns whether the error says that the device has no kernels for a method.
 fn lacks_kernels(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(longctx_core::Error::Unsupported(_)))
 }

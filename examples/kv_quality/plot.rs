@@ -1,4 +1,4 @@
-//! Perplexity against bits, from tables that were printed before.
+//! Plots perplexity against bits, from printed tables.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ const INK: RGBColor = RGBColor(60, 60, 60);
 const FAINT: RGBColor = RGBColor(228, 228, 228);
 const LINE: RGBColor = RGBColor(0, 114, 178);
 const SIZE: (u32, u32) = (820, 520);
-/// Losses below this are drawn here: the axis is logarithmic, in percent.
+/// The lower end of the logarithmic axis, in percent. Smaller losses are drawn here.
 const LEAST_LOSS: f64 = 0.02;
 
 /// A method's row.
@@ -18,12 +18,12 @@ const LEAST_LOSS: f64 = 0.02;
 struct Point {
     method: String,
     bits: f64,
-    /// Perplexity over that of f16, in percent.
+    /// Increase of perplexity over f16, in percent.
     loss: f64,
 }
 
-/// Draws the rows of tables as an SVG file, and prints the methods of the Pareto line: those that no
-/// other method beats at as many bits.
+/// Plots the rows of tables as an SVG file, and prints the methods on the Pareto line: no other
+/// method has a lower loss at as many bits or fewer.
 pub fn draw(tables: &[PathBuf], path: &Path) -> Result<()> {
     let mut points = Vec::new();
     for table in tables {
@@ -38,7 +38,7 @@ pub fn draw(tables: &[PathBuf], path: &Path) -> Result<()> {
     save(&points, &best, path)
 }
 
-/// A row of a table that `teacher_forced` printed; `None` for other lines and for f16 itself.
+/// Parses a row of a table printed by `teacher_forced`; `None` for other lines and for f16.
 fn point(line: &str) -> Option<Point> {
     let cells: Vec<_> = line.trim().trim_matches('|').split('|').map(str::trim).collect();
     let [method, bits, _, loss, ..] = cells.as_slice() else { return None };
@@ -46,7 +46,7 @@ fn point(line: &str) -> Option<Point> {
     (*method != crate::REFERENCE).then(|| Point { method: (*method).into(), bits, loss })
 }
 
-/// Sorts points by bits and returns those of a lower loss than all before them.
+/// Sorts points by bits and returns those with a lower loss than all points before them.
 fn pareto(points: &mut Vec<Point>) -> Vec<Point> {
     points.sort_by(|a, b| a.bits.total_cmp(&b.bits).then(a.loss.total_cmp(&b.loss)));
     points.dedup();
@@ -84,7 +84,7 @@ fn save(points: &[Point], best: &[Point], path: &Path) -> Result<()> {
     let dot = |point: &Point, color: RGBColor| Circle::new(at(point), 4, color.filled());
     chart.draw_series(points.iter().map(|point| dot(point, RGBColor(170, 170, 170))))?;
     chart.draw_series(best.iter().map(|point| dot(point, LINE)))?;
-    // Names of the Pareto line first; the others move up or down out of their way.
+    // Labels on the Pareto line are placed first; other labels move up or down to avoid them.
     let others = points.iter().filter(|point| !best.contains(point));
     let mut placed: Vec<(i32, i32)> = Vec::new();
     for point in best.iter().chain(others) {

@@ -1,17 +1,17 @@
-//! Bytes held, beside those of f16.
+//! Bytes that sequences hold, compared with f16.
 
 use base_models::Pretrained;
 use longctx_core::{CausalLm, SeqId};
 
 pub struct Size {
-    /// Keys' and values' numbers.
+    /// The count of numbers in keys and values.
     numbers: usize,
-    /// Bytes of everything that the sequences hold. Not what a pool has set aside for later.
+    /// Bytes of everything that the sequences hold, without a pool's spare memory.
     bytes: usize,
 }
 
 impl Size {
-    /// Of sequences that hold `len` tokens each, or a window of them.
+    /// Returns the size of sequences that hold `len` tokens each, or a window of them.
     pub fn new(llm: &Pretrained, session: &dyn CausalLm, seqs: &[SeqId], len: usize) -> Self {
         let c = llm.model.config();
         let window = |layer| c.windows.get(layer).copied().flatten().unwrap_or(usize::MAX);
@@ -25,7 +25,7 @@ impl Size {
         8.0 * self.bytes as f64 / self.numbers as f64
     }
 
-    /// Bytes in f16 over bytes held.
+    /// Returns the bytes in f16 divided by the bytes held.
     pub fn compression(&self) -> f64 {
         16.0 / self.bits_a_number()
     }

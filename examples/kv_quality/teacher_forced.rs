@@ -1,4 +1,4 @@
-//! Perplexity of given text.
+//! Perplexity of a text, with teacher forcing.
 
 use std::time::Instant;
 
@@ -13,14 +13,14 @@ use crate::bootstrap::interval;
 use crate::lacks_kernels;
 use crate::size::Size;
 
-/// A method's losses per context, and what it holds at the end.
+/// A method's losses per context, and its size at the end.
 struct Outcome {
     /// Mean negative log-likelihood of each context.
     losses: Vec<f64>,
     size: Size,
 }
 
-/// Prints a row for each method. Changes are relative to `reference`, if it comes first.
+/// Prints a row for each method. Changes are relative to `reference` if it is the first.
 pub fn table(
     methods: &[Method],
     reference: &str,
@@ -28,7 +28,7 @@ pub fn table(
     contexts: &[Vec<u32>],
     block: usize,
 ) -> Result<()> {
-    println!("| method | bits a number | perplexity | over f16 | 95 % | compression | seconds |");
+    println!("| method | bits per number | perplexity | over f16 | 95 % | compression | seconds |");
     println!("|---|---|---|---|---|---|---|");
     let mut dense: Option<Vec<f64>> = None;
     for method in methods {
@@ -57,7 +57,7 @@ pub fn table(
     Ok(())
 }
 
-/// The change of the perplexity and its interval over resampled contexts.
+/// Returns the change of perplexity and its bootstrap interval over contexts.
 fn change(losses: &[f64], dense: &[f64]) -> String {
     let differences: Vec<f64> = losses.iter().zip(dense).map(|(a, b)| a - b).collect();
     let percent = |difference: f64| 100.0 * difference.exp_m1();
@@ -66,8 +66,8 @@ fn change(losses: &[f64], dense: &[f64]) -> String {
     format!("{:+.2}% | {:+.2} to {:+.2}", percent(mean), percent(low), percent(high))
 }
 
-/// Contexts run side by side as a batch, a few tokens at a time, each block attending to the packed
-/// past.
+/// Runs the contexts as one batch, a few tokens at a time. Each block of tokens attends to the
+/// packed past.
 fn run(method: &Method, llm: &Pretrained, contexts: &[Vec<u32>], block: usize) -> Result<Outcome> {
     let mut session = llm.model.session(|spec| method.cache(spec))?;
     let len = contexts[0].len();
@@ -77,7 +77,7 @@ fn run(method: &Method, llm: &Pretrained, contexts: &[Vec<u32>], block: usize) -
         let lens: Vec<_> = (0..).zip(contexts).map(|(seq, _)| (seq, fed)).collect();
         let ids: Vec<_> = contexts.iter().flat_map(|c| &c[start..start + fed]).copied().collect();
         let logits = session.forward(&Batch::new(&lens)?, &ids, Logits::All)?;
-        // A context's last token predicts one that is not there.
+        // A context's last token has no target.
         let predicted = fed.min(len - 1 - start);
         let logits = logits.reshape((contexts.len(), fed, ()))?.narrow(1, 0, predicted)?;
         let log_p = log_softmax(&logits.contiguous()?.to_dtype(DType::F32)?, D::Minus1)?;

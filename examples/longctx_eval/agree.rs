@@ -1,10 +1,11 @@
-//! Token by token beside the dense model: perplexity, top-1 agreement, divergence.
+//! Compares a setting with the dense model token by token: perplexity, top-1 agreement, KL
+//! divergence.
 
 use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Error, Result, ensure};
-use longctx_eval::{Forced, Setting, report, word_range};
+use longctx_eval::{Agreement, Forced, Passage, Setting, Subject, report, word_range};
 use longctx_examples::output::{check_writable, number};
 use longctx_examples::say;
 
@@ -15,16 +16,22 @@ use crate::method;
 pub struct Args {
     #[command(flatten)]
     chosen: Chosen,
-    /// The text: what a setting reads first, and then the words that it is asked about
+    /// The text file. It is divided into passages: a prompt, followed by the words to predict
     #[arg(long)]
     text: PathBuf,
-    /// Words read first, which the method compresses
+    /// Words of a passage's prompt, which the method compresses
     #[arg(long, default_value_t = 700, value_parser = number::<1, MOST>)]
     prompt_words: usize,
-    /// Words after them, read one token at a time
+    /// Words to predict after the prompt, fed one token at a time
     #[arg(long, default_value_t = 100, value_parser = number::<1, MOST>)]
     words: usize,
-    /// The run's folder, where agreement.jsonl is added to
+    /// The number of passages
+    #[arg(long, default_value_t = 1, value_parser = number::<1, MOST>)]
+    passages: usize,
+    /// Passages that are read side by side
+    #[arg(long, default_value_t = 1, value_parser = number::<1, MOST>)]
+    batch: usize,
+    /// The run's folder; results are appended to its agreement.jsonl
     #[arg(long)]
     out: PathBuf,
 }
@@ -35,30 +42,38 @@ pub fn agree(args: Args) -> Result<()> {
     let methods = method::all(&models, false);
     let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let count = text.split_whitespace().count();
-    let wanted = args.prompt_words + args.words;
-    ensure!(count >= wanted, "{}: {count} words, {wanted} wanted", args.text.display());
-    let prompt = word_range(&text, 0, args.prompt_words);
-    // The words begin with the space before them, as they would in the running text.
-    let words = format!(" {}", word_range(&text, args.prompt_words, wanted));
-    let think = |setting: &Setting| {
-        methods.open(setting)?.teacher_forced(prompt, &words).map_err(Error::from_boxed)
-    };
-    let name = args.text.file_name().unwrap_or_default().display();
-    let what = format!("{name}, words {} to {wanted}", args.prompt_words);
-    let mut dense: Option<(String, Forced)> = None;
+    let wanted = args.passages * (args.prompt_words + args.words);
+    ensure!(count >= wanted, "{}: expected {wanted} words, got {count}", args.text.display());
+    let texts = passages(&text, &args);
+    let read = |setting: &Setting| Ok::<_, Error>(methods.open(setting)?);
+    let what = format!(
+        "{}, {} passages of {} words after {}",
+        args.text.file_name().unwrap_or_default().display(),
+        args.passages,
+        args.words,
+        args.prompt_words
+    );
+    let mut dense: Option<(String, Vec<Vec<Forced>>)> = None;
     for setting in args.chosen.settings(&methods)? {
         if report::has_agreement(&args.out, &setting.name, &what)? {
-            say!("{:28} done before", setting.name);
+            say!("{:28} has a result", setting.name);
             continue;
         }
         let reference = match &dense {
             Some((model, forced)) if *model == setting.model => forced,
             _ => {
                 let reference = Setting { method: "dense-f16".into(), ..setting.clone() };
-                &dense.insert((setting.model.clone(), think(&reference)?)).1
+                let mut subject = read(&reference)?;
+                let parts = texts.chunks(args.batch).map(|part| force(&mut *subject, part));
+                &dense.insert((setting.model.clone(), parts.collect::<Result<_>>()?)).1
             }
         };
-        let agreement = think(&setting)?.agreement(reference)?;
+        let mut subject = read(&setting)?;
+        let mut parts = Vec::new();
+        for (texts, reference) in texts.chunks(args.batch).zip(reference) {
+            parts.extend(compare(&force(&mut *subject, texts)?, reference)?);
+        }
+        let agreement = Agreement::mean(&parts).context("no passages")?;
         report::add_agreement(&args.out, &setting.name, &what, &agreement)?;
         say!(
             "{:28} perplexity {:8.3} (dense {:.3}), top-1 {:5.1} %, KL {:.4} nats",
@@ -70,4 +85,34 @@ pub fn agree(args: Args) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Returns the prompt and the words of each passage. The words begin with a space, as in continuous
+/// text.
+fn passages(text: &str, args: &Args) -> Vec<(String, String)> {
+    let starts = (0..args.passages).map(|i| i * (args.prompt_words + args.words));
+    let passage = |start: usize| {
+        let middle = start + args.prompt_words;
+        let words = word_range(text, middle, middle + args.words);
+        (word_range(text, start, middle).to_owned(), format!(" {words}"))
+    };
+    starts.map(passage).collect()
+}
+
+fn force(subject: &mut dyn Subject, texts: &[(String, String)]) -> Result<Vec<Forced>> {
+    let passages: Vec<_> = texts.iter().map(|(prompt, text)| Passage { prompt, text }).collect();
+    subject.teacher_forced(&passages).map_err(Error::from_boxed)
+}
+
+/// Compares each passage with the dense model's. One thread per passage.
+fn compare(texts: &[Forced], dense: &[Forced]) -> Result<Vec<Agreement>> {
+    std::thread::scope(|scope| {
+        let pairs = texts.iter().zip(dense);
+        let threads: Vec<_> =
+            pairs.map(|(one, dense)| scope.spawn(|| one.agreement(dense))).collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        Ok(threads.into_iter().map(join).collect::<longctx_eval::Result<_>>()?)
+    })
 }

@@ -1,4 +1,4 @@
-//! What the command line chooses: settings and tasks.
+//! The command line's choice of settings and tasks.
 
 mod conditions;
 
@@ -17,49 +17,53 @@ use longctx_examples::place::Place;
 use longctx_examples::subject::{Models, Options};
 use longctx_examples::{encoder, model};
 
-/// Context of a method that is named without a setting.
+/// The default context limit of a method named without a setting, in tokens.
 const CONTEXT: usize = 7500;
-/// The most tokens or words of anything: more than any model reads.
+/// The largest accepted number of tokens or words, more than any model reads.
 pub const MOST: usize = 10_000_000;
-/// Where LongBench's records are looked for if no folder is named.
+/// The default folder of LongBench's records.
 const DATA: &str = "data/longbench";
-/// LongBench-v2's file in that folder.
+/// The name of LongBench-v2's file in that folder.
 const LONGBENCH_V2: &str = "longbench-v2.json";
 
 #[derive(clap::Args)]
 pub struct Chosen {
-    /// Settings of the paper or of a file, methods, or all that start with a word: "mistral-7b/*", "h2o-*"
+    /// Names of settings of the paper or of --settings-file, or of methods; a final star matches
+    /// any rest: "mistral-7b/*", "h2o-*"
     #[arg(long, value_delimiter = ',', required = true)]
     settings: Vec<String>,
     /// A TOML file that defines more settings
     #[arg(long)]
     settings_file: Option<PathBuf>,
-    /// The model for all settings: smollm2, gemma3, embedded, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; methods named without a
-    /// setting run on SmolLM2-135M-Instruct by default, fetched if need be
+    /// The model of all settings: smollm2, gemma3, embedded, a GGUF file, a folder in Hugging
+    /// Face's layout, or a model of the Hub; by default the settings' own models, and for methods
+    /// SmolLM2-135M-Instruct, downloaded if it is missing
     #[arg(long)]
     model: Option<String>,
     #[command(flatten)]
     place: Place,
-    /// The most tokens of a prompt; longer ones are cut in the middle. For a setting of the paper or a file at most its own context; for methods 7500 by default
+    /// The largest number of tokens of a prompt; longer prompts are truncated in the middle. A
+    /// setting's own context is an upper limit; the default for methods is 7500
     #[arg(long, value_parser = number::<2, MOST>)]
     context: Option<usize>,
-    /// Tokens of a prompt to feed at a time; by default all at once, which attends exactly
+    /// Tokens of a prompt to feed at a time; by default the whole prompt, whose attention is then
+    /// exact
     #[arg(long, value_parser = number::<1, MOST>)]
     prefill_chunk: Option<usize>,
-    /// Tokens that packed formats and eviction policies compress
+    /// The tokens that packed formats and eviction policies compress
     #[arg(long, value_enum, default_value_t)]
     compress: Compress,
-    /// The encoder of LLMLingua-2: a folder with a checkpoint, or a name of the Hub
+    /// The encoder of LLMLingua-2: a folder with a checkpoint, or a model of the Hub
     #[arg(long, default_value = encoder::PUBLISHED)]
     encoder: String,
-    /// DuoAttention's score of every kv head, a file like its full_attention_heads.tsv; by default attention to three needles says which
-    /// heads look far back
+    /// DuoAttention's scores of kv heads, a file in the format of its full_attention_heads.tsv; by
+    /// default scores are measured as the attention to three needles
     #[arg(long)]
     heads: Option<PathBuf>,
 }
 
 impl Chosen {
-    /// What opens the settings' models, whose samples are decoded `batch` at a time.
+    /// Returns the settings' models, which decode `batch` samples at a time.
     pub fn models(&self, batch: usize) -> Models {
         Models::new(Options {
             batch,
@@ -71,13 +75,13 @@ impl Chosen {
         })
     }
 
-    /// The settings, in the order asked for.
+    /// Returns the settings, in the order of the command line.
     pub fn settings(&self, methods: &Methods<'_>) -> Result<Vec<Setting>> {
         let mut known = setting::paper();
         if let Some(path) = &self.settings_file {
             known.extend(setting::from_toml_file(path)?);
         }
-        // The default model is fetched only for methods that run on it.
+        // The default model is downloaded only if a method needs it.
         let names = || methods.names().any(|name| self.settings.iter().any(|w| fits(w, name)));
         let model = match self.model.is_some() || names() {
             true => Some(model::named(self.model.as_deref())?),
@@ -101,7 +105,7 @@ impl Chosen {
         Ok(chosen)
     }
 
-    /// On `model`, the one that the command named, if it named one.
+    /// Replaces the model by the command line's, if it has one, and applies the context limit.
     fn adapted(&self, setting: Setting, model: Option<&str>) -> Setting {
         let context = setting.context.min(self.context.unwrap_or(usize::MAX));
         let setting = Setting { context, ..setting };
@@ -112,7 +116,7 @@ impl Chosen {
     }
 }
 
-/// Whether a setting has the name, or starts with it, if it ends with a star.
+/// Returns whether `name` equals `wanted`, or starts with the part before its final star.
 fn fits(wanted: &str, name: &str) -> bool {
     match wanted.strip_suffix('*') {
         Some(start) => name.starts_with(start),
@@ -122,35 +126,38 @@ fn fits(wanted: &str, name: &str) -> bool {
 
 #[derive(clap::Args)]
 pub struct TaskArgs {
-    /// Tasks by name, or "longbench" for its 16, "longbench-e" for its 13 by length, "ruler" for its 13, "long-generation" for the
-    /// tasks with long answers; or "all": the paper's and those with long answers
+    /// Names of tasks or groups: "longbench" (16 tasks), "longbench-e" (13, grouped by length),
+    /// "ruler" (13), "long-generation" (tasks with long answers), "all" (longbench, the needle
+    /// tests and long-generation)
     #[arg(long, value_delimiter = ',', default_value = "all")]
     tasks: Vec<String>,
-    /// LongBench's records: a folder of its JSON lines; by default data/longbench, filled from the Hub's THUDM/LongBench
+    /// The folder of LongBench's JSON lines; by default data/longbench, downloaded from the Hub's
+    /// THUDM/LongBench if it is missing
     #[arg(long)]
     data: Option<PathBuf>,
-    /// The background of the needle test and of RULER's essays: a folder of text, or a text file; by default text that the program makes itself
+    /// The background text of the needle test and of RULER's essays: a folder of text files, or a
+    /// text file; by default generated text
     #[arg(long)]
     haystack: Option<PathBuf>,
-    /// Lengths of the needle test, in words; by default the paper's 10
+    /// Lengths of the needle test, in words; by default the paper's 10 lengths
     #[arg(long, value_delimiter = ',', value_parser = number::<0, MOST>)]
     needle_words: Vec<usize>,
     /// Lengths of the needle test in tokens of the first setting's model, instead of words
     #[arg(long, value_delimiter = ',', conflicts_with = "needle_words", value_parser = number::<1, MOST>)]
     needle_tokens: Vec<usize>,
-    /// Depths of the needle test, evenly from the start to the end
+    /// Number of depths of the needle test, evenly spaced from the start to the end
     #[arg(long, default_value_t = 10, value_parser = number::<1, 1000>)]
     needle_depths: usize,
-    /// Keys at each length and depth
+    /// Samples at each length and depth
     #[arg(long, default_value_t = 3, value_parser = number::<1, 1000>)]
     needle_repeats: usize,
-    /// Wrong keys beside each key of the task "multi-needle"
+    /// Wrong keys for each key of the task "multi-needle"
     #[arg(long, default_value_t = 4, value_parser = number::<0, 23>)]
     distractors: usize,
-    /// Records, rows, facts or steps in each sample of the tasks with long answers
+    /// Items (records, rows, facts or steps) in each sample of the tasks with long answers
     #[arg(long, default_value_t = 20, value_parser = number::<1, 100000>)]
     items: usize,
-    /// Samples of each of them
+    /// Samples of each task with long answers
     #[arg(long, default_value_t = 10, value_parser = number::<0, 100000>)]
     long_samples: usize,
     /// RULER's lengths, in tokens of prompt and answer, by the first setting's tokenizer
@@ -159,21 +166,22 @@ pub struct TaskArgs {
     /// Samples of each RULER task and length; the original has 500
     #[arg(long, default_value_t = 50, value_parser = number::<1, 100000>)]
     ruler_samples: usize,
-    /// The folder of squad.json and hotpotqa.json for RULER's questions; without it, "ruler" leaves qa_1 and qa_2 out
+    /// The folder of squad.json and hotpotqa.json for RULER's questions; without it, "ruler" skips
+    /// qa_1 and qa_2
     #[arg(long)]
     ruler_data: Option<PathBuf>,
-    /// What RULER's samples begin with
+    /// The random seed of RULER's samples
     #[arg(long, default_value_t = 42)]
     ruler_seed: u32,
-    /// What other tasks that are made begin with
+    /// The random seed of other generated tasks
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
 
-/// The needle tests by name.
+/// The names of the needle tests.
 const NEEDLES: [&str; 3] = ["needle", "needle-64", "multi-needle"];
 
-/// Groups of tasks, each by name with its tasks.
+/// Returns the groups of tasks by name.
 pub fn task_groups() -> [(&'static str, Vec<String>); 6] {
     let names = |names: &mut dyn Iterator<Item = &'static str>| names.map(String::from).collect();
     [
@@ -190,7 +198,7 @@ pub fn task_groups() -> [(&'static str, Vec<String>); 6] {
 const ALL: [&str; 3] = ["longbench", "needles", "long-generation"];
 
 impl TaskArgs {
-    /// The tasks, in the order asked for.
+    /// Returns the tasks, in the order of the command line.
     pub fn open(&self, models: &Models, settings: &[Setting]) -> Result<Vec<Box<dyn Task>>> {
         let names = self.names()?;
         let of_longbench = |name: &str| {
@@ -228,7 +236,7 @@ impl TaskArgs {
         Ok(tasks)
     }
 
-    /// The tasks' names, those of groups among them.
+    /// Returns the names of the tasks, with groups expanded.
     fn names(&self) -> Result<Vec<String>> {
         let groups = task_groups();
         let of_group = |name: &str| groups.iter().find(|(group, _)| *group == name);
@@ -297,19 +305,20 @@ impl TaskArgs {
     }
 }
 
-/// Refuses prompts of given lengths that a setting would cut.
+/// Returns an error if a setting would truncate prompts of one of these lengths.
 fn check_lengths(whose: &str, lengths: &[usize], settings: &[Setting]) -> Result<()> {
     let longest = lengths.iter().max().copied().unwrap_or(0);
     for Setting { name, context, .. } in settings {
         ensure!(
             longest <= *context,
-            "setting {name} cuts prompts to {context} tokens, {whose} have {longest}: give a --context that is as large, and a setting that allows it"
+            "setting {name} truncates prompts to {context} tokens, {whose} have {longest}: pass a larger --context, and a setting that allows it"
         );
     }
     Ok(())
 }
 
-/// Counts with the setting's tokenizer; `special`: as a prompt, with the tokens that begin one.
+/// Returns a function that counts tokens with the setting's tokenizer. `special` adds the tokens
+/// that begin a prompt.
 fn count(models: &Models, setting: &Setting, special: bool) -> Result<CountTokens> {
     let model = match &setting.server {
         None => &setting.model,

@@ -1,4 +1,4 @@
-//! The table of results, a row as each setting finishes.
+//! The table of results, with one row per finished setting.
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,8 @@ impl Live {
         Self { folder: folder.into(), settings, began: false }
     }
 
-    /// The row for a setting that has finished, after a head for the first one.
+    /// Returns the row of a setting that has finished, with the table's header before the first
+    /// row.
     pub fn row(&mut self, event: &Event<'_>) -> Option<String> {
         let Event::Finished(setting) = event else { return None };
         let records = records(&self.folder).ok()?;

@@ -1,4 +1,5 @@
-//! The paper's benchmark as a command: settings times tasks, taken up again where it was broken off, and a report.
+//! The paper's benchmark as a command: runs settings times tasks, resumes an interrupted run, and
+//! writes reports.
 //!
 //!     cargo run --release --example longctx-eval -- list
 //!     cargo run --release --example longctx-eval -- run --settings dense-f16,kivi-2 --tasks qasper,needle --data FOLDER --out results/eval
@@ -27,7 +28,10 @@ use longctx_examples::subject::Models;
 use progress::Progress;
 
 #[derive(Parser)]
-#[command(name = "longctx-eval", about = "Which way to hold a long context, and what is given up?")]
+#[command(
+    name = "longctx-eval",
+    about = "Evaluates methods for long contexts: quality, memory and speed"
+)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -35,21 +39,21 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Answer what is not answered yet, a line of results each
+    /// Answer all samples that have no result yet, one line of results per sample
     Run(Box<RunArgs>),
-    /// Compare token by token with the dense model on a text
+    /// Compare settings with the dense model token by token on a text
     Agree(Box<agree::Args>),
-    /// Write report.md, scores.csv, report.html and the pictures into a run's folder
+    /// Write report.md, scores.csv, report.html and the plots into a run's folder
     Report {
-        /// The folder; with --compare, where compare.html goes
+        /// The run's folder; with --compare, the folder of the new compare.html
         folder: PathBuf,
-        /// Two runs' folders: what differs between them, setting by setting
+        /// The folders of two runs to compare, setting by setting
         #[arg(long, num_args = 2, value_names = ["A", "B"])]
         compare: Vec<PathBuf>,
     },
-    /// How many tokens and sequences each setting holds in some memory; no weights are needed
+    /// Compute how many tokens and sequences fit in some memory under each method, without weights
     Plan(plan::Args),
-    /// Name the settings, the methods and the tasks
+    /// List the settings, the methods and the tasks
     List,
 }
 
@@ -59,30 +63,31 @@ struct RunArgs {
     chosen: Chosen,
     #[command(flatten)]
     tasks: TaskArgs,
-    /// The most samples of a task
+    /// The largest number of samples of a task
     #[arg(long, value_parser = number::<1, MOST>)]
     samples: Option<usize>,
-    /// The most tokens to write in a turn
+    /// The largest number of new tokens per turn
     #[arg(long, value_parser = number::<1, MOST>)]
     max_new: Option<usize>,
-    /// Samples of a setting that are decoded side by side; a server has its setting's concurrency
+    /// Samples of a setting that are decoded as one batch; for a server, its setting's
+    /// `concurrency` applies instead
     #[arg(long, default_value_t = 1, value_parser = number::<1, 4096>)]
     batch: usize,
-    /// Compute the prefill of each prompt once for consecutive settings that differ in the cache
-    /// alone; their speeds are then not measured
+    /// Compute the prefill of each prompt once for consecutive settings that differ only in the
+    /// cache; their speeds are then not measured
     #[arg(long, conflicts_with = "prefill_chunk")]
     share_prefill: bool,
-    /// This process's part of the work, as in 2/4; each part writes a file of its own
+    /// This process's part of the work, such as 2/4; each part writes its own file
     #[arg(long, default_value = "1/1", value_parser = shard)]
     shard: Shard,
-    /// Go on with twice as many samples, of the settings of which it is not sure yet whether they differ from the dense one, until it
-    /// is sure of each or there are no more samples
+    /// Start with 16 samples of a task and double them for settings without a verdict against the
+    /// dense setting, until each has one or no samples are left
     #[arg(long)]
     until_sure: bool,
-    /// Differences that are of no account to --until-sure, in points of a score from 0 to 100
+    /// The difference that --until-sure ignores, in points of a score from 0 to 100
     #[arg(long, default_value_t = 2.0)]
     margin: f64,
-    /// Break off at the first bad record or failing sample
+    /// Stop at the first bad record or failing sample
     #[arg(long)]
     strict: bool,
     /// The run's folder
@@ -153,7 +158,7 @@ fn answer(args: RunArgs) -> Result<()> {
     }
 }
 
-/// Samples of a task that --until-sure begins with.
+/// The number of samples of a task that --until-sure starts with.
 const FIRST_SAMPLES: usize = 16;
 
 fn most_samples(tasks: &[Box<dyn Task>]) -> Result<usize> {
@@ -161,7 +166,7 @@ fn most_samples(tasks: &[Box<dyn Task>]) -> Result<usize> {
     Ok(counts.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or(0))
 }
 
-/// The settings of which more samples are wanted, and those that they are compared with.
+/// Returns the settings that need more samples, and the dense settings that they are compared with.
 fn unsure(plan: &Plan<'_>, margin: f64) -> Result<Vec<Setting>> {
     let records = records(&plan.folder)?;
     let names: Vec<String> = plan.settings.iter().map(|setting| setting.name.clone()).collect();
@@ -179,7 +184,7 @@ fn unsure(plan: &Plan<'_>, margin: f64) -> Result<Vec<Setting>> {
     Ok(plan.settings.iter().filter(|setting| wanted.contains(&setting.name)).cloned().collect())
 }
 
-/// Answers what is not answered yet, and says what came of it.
+/// Answers the samples that have no result yet and prints a summary.
 fn pass(plan: &Plan<'_>, methods: &Methods<'_>) -> Result<()> {
     let mut progress = Progress::new()?;
     let mut live = Live::new(&plan.folder, &plan.settings);
@@ -191,7 +196,7 @@ fn pass(plan: &Plan<'_>, methods: &Methods<'_>) -> Result<()> {
     })?;
     progress.end();
     say!(
-        "{} answered, {} before, {} failed, {} records left out.",
+        "{} samples answered, {} answered before, {} failed, {} records skipped.",
         summary.answered,
         summary.before,
         summary.failed,
@@ -200,7 +205,7 @@ fn pass(plan: &Plan<'_>, methods: &Methods<'_>) -> Result<()> {
     let (model, total) = (summary.model.as_secs_f64(), summary.total.as_secs_f64());
     if summary.answered > 0 {
         let share = 100.0 * (1.0 - model / total);
-        say!("{model:.1} s in the models, {total:.1} s in all: {share:.2} % around them.");
+        say!("{model:.1} s in models of {total:.1} s in total; {share:.2} % in the harness.");
     }
     let failed = summary.failed;
     ensure!(failed == 0 || summary.answered > 0, "all {failed} samples failed");
@@ -215,7 +220,7 @@ fn list() {
         let note = if methods.has(&setting) { "" } else { "  (not available)" };
         say!("  {:28} {} to {} tokens{note}", setting.name, setting.model, setting.context);
     }
-    say!("\nMethods, each of which is a setting with --model:");
+    say!("\nMethods, each a setting with --model:");
     let mut names: Vec<_> = methods.names().collect();
     names.sort_by_key(|name| (schools::school(name), family(name)));
     for school in names.chunk_by(|a, b| schools::school(a) == schools::school(b)) {
@@ -230,7 +235,7 @@ fn list() {
     }
 }
 
-/// A name without its ratio: what `list` puts on one line.
+/// Returns a name without its ratio; `list` prints names with the same result on one line.
 fn family(name: &str) -> &str {
     match name.rsplit_once('-') {
         Some((family, size)) if size.ends_with('x') => family,

@@ -1,4 +1,4 @@
-//! Every method that the workspace has, by name.
+//! All methods of the workspace, by name.
 
 use candle_core::DType;
 use longctx_core::{DenseCache, DenseStore, PromptCompressor, Rate};
@@ -10,10 +10,10 @@ use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle};
 use prompt_compress::{LlmLingua, llmlingua, llmlingua2};
 
 type Compressor = std::result::Result<Box<dyn PromptCompressor>, Fault>;
-/// A compressor beside the setting's model, which may help it.
+/// Creates a prompt compressor, which may use the setting's model.
 type Shortener = fn(&Models, &Setting) -> Compressor;
 
-/// Methods that shorten the prompt; the model that reads it may help.
+/// Methods that compress the prompt.
 const BY_PROMPT: [(&str, Shortener); 7] = [
     ("llmlingua2", |models, _| {
         Ok(Box::new(encoder::open(models.encoder(), llmlingua2::Settings::paper())?))
@@ -34,7 +34,8 @@ const BY_PROMPT: [(&str, Shortener); 7] = [
     ("random-words", |_, _| Ok(Box::new(RandomDrop { seed: 0 }))),
 ];
 
-/// All of them, on the models that `models` opens; caches in one group if they share prefills.
+/// Returns all methods, on the models that `models` opens. With `share_prefill`, caches are opened
+/// as groups that share prefills.
 pub fn all(models: &Models, share_prefill: bool) -> Methods<'_> {
     let mut methods = Methods::default();
     if share_prefill {
@@ -52,8 +53,8 @@ pub fn all(models: &Models, share_prefill: bool) -> Methods<'_> {
     }
     for times in RATIOS {
         let share = 1.0 / f64::from(times);
-        // The other heads keep everything, so that the cache is larger than the share by their
-        // sinks and window.
+        // The streaming heads keep sinks and a window, so the cache is larger than the ratio by
+        // these.
         methods.register(format!("duo-attention-{times}x"), move |setting| {
             let streaming = models.heads(&setting.model)?.share(1.0 - share)?;
             let reader = models.reader(setting, |spec| {
@@ -81,7 +82,7 @@ pub fn all(models: &Models, share_prefill: bool) -> Methods<'_> {
     methods
 }
 
-/// The setting's server, with the tokenizer that it names.
+/// Returns the setting's server, with its tokenizer.
 fn server(models: &Models, setting: &Setting) -> Result<Server, Fault> {
     let server = Server::new(setting)?;
     match setting.server.as_ref().and_then(|server| server.tokenizer.as_ref()) {
@@ -90,7 +91,7 @@ fn server(models: &Models, setting: &Setting) -> Result<Server, Fault> {
     }
 }
 
-/// The same setting on the model that its server's tokenizer is of, which helps to compress prompts.
+/// Returns the same setting on the model of its server's tokenizer, which compresses prompts.
 fn of_tokenizer(setting: &Setting) -> Setting {
     let tokenizer = setting.server.as_ref().and_then(|server| server.tokenizer.clone());
     Setting { model: tokenizer.unwrap_or_default(), ..setting.clone() }

@@ -1,4 +1,4 @@
-//! What fits: tokens and sequences of each setting in some memory, from counted bytes.
+//! Computes how many tokens and sequences fit in some memory under each method, from counted bytes.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,27 +18,29 @@ use crate::chosen::MOST;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// The model: a config.json, a folder with one, or a GGUF file, of which only the header is read
+    /// The model: a config.json, a folder with one, or a GGUF file, whose header is read
     #[arg(long)]
     model: PathBuf,
-    /// Memory for weights and caches, as in 80GiB or 24GB
+    /// Memory for weights and caches, such as 80GiB or 24GB
     #[arg(long, value_parser = bytes)]
     memory: u64,
-    /// What the weights take, as in 16GB; by default the sizes of the model's files
+    /// Size of the weights, such as 16GB; by default the size of the model's files
     #[arg(long, value_parser = bytes)]
     weights: Option<u64>,
     /// Tokens of each sequence
     #[arg(long, default_value_t = 32768, value_parser = number::<1, MOST>)]
     context: usize,
-    /// Methods by name; by default all of those that hold keys and values
+    /// Names of methods; by default all methods that hold keys and values
     #[arg(long, value_delimiter = ',')]
     settings: Vec<String>,
 }
 
-/// The length at which a layer's bytes are counted, unless its window is shorter; and at half of it.
+/// The number of tokens at which a layer's bytes are counted, and at half of it. A shorter window
+/// replaces it.
 const COUNTED: usize = 2048;
 
-/// Bytes of a layer's sequence: a fixed part and one that grows with its tokens, up to its window.
+/// Bytes of one sequence in a layer: a fixed part, and a part that grows with its tokens up to the
+/// window.
 #[derive(Debug, Clone, Copy)]
 struct Growth {
     fixed: f64,
@@ -54,12 +56,12 @@ impl Growth {
     }
 }
 
-/// Bytes of a sequence in all layers.
+/// Returns the bytes of a sequence in all layers.
 fn held(layers: &[Growth], tokens: usize) -> f64 {
     layers.iter().map(|layer| layer.of(tokens)).sum()
 }
 
-/// The most tokens in `room` bytes; `None`: no end.
+/// Returns the largest number of tokens of a sequence in `room` bytes; `None` if there is no limit.
 fn most_tokens(layers: &[Growth], room: f64) -> Option<usize> {
     const NO_END: usize = 1 << 50;
     let (mut low, mut high) = (0, NO_END);
@@ -96,7 +98,7 @@ pub fn plan(args: Args) -> Result<()> {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
     let sequences = format!("sequences of {}", args.context);
-    table.set_header(["setting", "bytes a token", "ratio", "tokens of one sequence", &sequences]);
+    table.set_header(["setting", "bytes per token", "ratio", "tokens of one sequence", &sequences]);
     for method in methods {
         let own = match growth(&method, &config) {
             Ok(own) => own,
@@ -111,7 +113,7 @@ pub fn plan(args: Args) -> Result<()> {
             method.name().to_owned(),
             whole(bytes / args.context as f64),
             format!("{:.2}", held(&dense, args.context) / bytes),
-            most_tokens(&own, room).map_or_else(|| "no end".into(), |most| most.to_string()),
+            most_tokens(&own, room).map_or_else(|| "unlimited".into(), |most| most.to_string()),
             whole((room / bytes).floor()),
         ]);
     }
@@ -120,13 +122,13 @@ pub fn plan(args: Args) -> Result<()> {
         .for_each(drop);
     say!("{table}");
     say!(
-        "Bytes are counted on a layer with {} and {COUNTED} tokens and taken to grow evenly.",
+        "Bytes are counted on layers with {} and {COUNTED} tokens and extrapolated linearly.",
         COUNTED / 2
     );
     Ok(())
 }
 
-/// The model's shape and the bytes of its weight files.
+/// Returns the model's configuration and the bytes of its weight files.
 fn read(model: &Path) -> Result<(Config, u64)> {
     let size = |path: &Path| fs::metadata(path).map(|data| data.len()).unwrap_or(0);
     let extension = |path: &Path, wanted: &str| path.extension().is_some_and(|own| own == wanted);
@@ -146,7 +148,8 @@ fn read(model: &Path) -> Result<(Config, u64)> {
     bail!("{}: expected a config.json, a folder with one, or a GGUF file", model.display())
 }
 
-/// Counted on one layer of each window; of those without, on the middle one: budgets that differ by layer have their mean there.
+/// Counts bytes on one layer per window size. For layers without a window it is the middle one,
+/// where budgets that differ by layer have their mean.
 fn growth(method: &Method, config: &Config) -> Result<Vec<Growth>> {
     let windows: BTreeSet<Option<usize>> = (0..config.layers).map(|i| window(config, i)).collect();
     windows.into_iter().map(|window| layer(method, config, window)).collect()
@@ -158,13 +161,13 @@ fn window(config: &Config, layer: usize) -> Option<usize> {
 
 fn layer(method: &Method, config: &Config, own: Option<usize>) -> Result<Growth> {
     let layers = (0..config.layers).filter(|&i| window(config, i) == own).count();
-    // Query heads hold nothing: as many as kv heads do.
+    // Query heads do not affect the bytes, so there are as many as kv heads.
     let shape = AttentionShape::new(config.kv_heads, config.kv_heads, config.head_dim)?;
-    // A latent is the end of a key; the rest of the key rotates.
+    // A latent is the last part of a key; the part before it is rotated.
     let value_dim = config.latent.map_or(config.head_dim, |latent| latent.rank);
     let rotated = config.latent.map_or(config.head_dim, |latent| latent.rotated);
     let shape = AttentionShape { window: own, value_dim, ..shape };
-    // Of bytes, only that there is one matters.
+    // The parameters of the rotary embedding do not affect the bytes.
     let rope = Rope::new(config.head_dim, rotated, 10_000.0, RopeScaling::None)?;
     let spec = LayerSpec::new(shape).with_rope(Arc::new(rope)).at(config.layers / 2, config.layers);
     let spec = if config.latent.is_some() { spec.with_latent()? } else { spec };

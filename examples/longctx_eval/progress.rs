@@ -1,4 +1,4 @@
-//! A run on the terminal.
+//! Progress of a run on the terminal.
 
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -21,14 +21,14 @@ impl Progress {
             Event::Began { total, done } => {
                 self.bar.set_length(*total as u64);
                 self.bar.set_position(*done as u64);
-                // The time left is reckoned from what is answered now.
+                // The remaining time is estimated from this process's answers only.
                 self.bar.reset_eta();
             }
             Event::Opening(setting) => self.bar.set_message(setting.name.clone()),
             Event::Answered(_) => self.bar.inc(1),
             Event::Finished(_) => {}
-            Event::Dropped(line) => self.say(&format!("dropped a torn last line: {line}…")),
-            Event::Skipped(error) => self.say(&format!("left out: {error}")),
+            Event::Dropped(line) => self.say(&format!("dropped an incomplete last line: {line}…")),
+            Event::Skipped(error) => self.say(&format!("skipped: {error}")),
             Event::Failed(error) => {
                 self.bar.inc(1);
                 self.say(&format!("failed: {error}"));
@@ -40,12 +40,12 @@ impl Progress {
         self.bar.finish_and_clear();
     }
 
-    /// A row of the table of results.
+    /// Prints a row of the table of results.
     pub fn row(&self, row: &str) {
         self.bar.suspend(|| say!("{row}"));
     }
 
-    /// Above the bar, or alone where there is no terminal.
+    /// Prints a line above the progress bar; without a terminal, only the line.
     fn say(&self, line: &str) {
         self.bar.suspend(|| eprintln!("{line}"));
     }

@@ -1,4 +1,4 @@
-//! Methods by school, with a line on each, for `list`.
+//! Groups of methods, with a description of each method, for `list`.
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum School {
@@ -14,10 +14,10 @@ pub enum School {
 impl School {
     pub fn title(self) -> &'static str {
         match self {
-            Self::Dense => "Dense: everything, in full",
-            Self::Quantization => "Quantization: everything, in fewer bits",
-            Self::Eviction => "Eviction: a part of the tokens stays",
-            Self::Retrieval => "Retrieval: everything stays, a part is read",
+            Self::Dense => "Dense: all tokens, uncompressed",
+            Self::Quantization => "Quantization: all tokens, in fewer bits",
+            Self::Eviction => "Eviction: keeps a part of the tokens",
+            Self::Retrieval => "Retrieval: keeps all tokens, reads a part",
             Self::Both => "Eviction and quantization",
             Self::Prompt => "Prompt compression: a shorter text",
             Self::Other => "Other models and engines",
@@ -27,15 +27,15 @@ impl School {
 
 use School::*;
 
-/// How names begin, the longer before the shorter.
+/// Prefixes of methods' names, longer ones before shorter ones.
 const LINES: [(&str, School, &str); 41] = [
     ("streaming-llm-4x-kivi", Both, "StreamingLLM over KIVI's store"),
     ("snap-kv-4x-kivi", Both, "SnapKV over KIVI's store"),
-    ("dense-", Dense, "keys and values as they are, in this type"),
-    ("packed-f16", Quantization, "f16 in the packed store: what packing alone costs"),
+    ("dense-", Dense, "keys and values in this dtype"),
+    ("packed-f16", Quantization, "f16 in the packed store, for comparison"),
     ("kivi-before-rope", Quantization, "KIVI whose keys are quantized before RoPE"),
-    ("kivi-rolling", Quantization, "KIVI whose newest keys are in full too"),
-    ("kivi-", Quantization, "KIVI: keys per channel, values per token, the newest in full"),
+    ("kivi-rolling", Quantization, "KIVI with the newest keys in full precision too"),
+    ("kivi-", Quantization, "KIVI: keys per channel, values per token, newest in full precision"),
     ("flexgen-hadamard", Quantization, "FlexGen after a Hadamard rotation"),
     ("flexgen-", Quantization, "FlexGen: groups within each token"),
     ("turboquant", Quantization, "TurboQuant: codebooks after a rotation"),
@@ -45,30 +45,30 @@ const LINES: [(&str, School, &str); 41] = [
     ("fp8", Quantization, "8-bit floating point"),
     ("duo-attention", Eviction, "DuoAttention: streaming heads keep sinks and a window"),
     ("streaming-llm", Eviction, "StreamingLLM: attention sinks and the newest tokens"),
-    ("random-words", Prompt, "words dropped at random: the floor"),
-    ("random", Eviction, "tokens dropped at random: the floor"),
+    ("random-words", Prompt, "words dropped at random, as a lower bound"),
+    ("random", Eviction, "tokens dropped at random, as a lower bound"),
     ("recent", Eviction, "the newest tokens"),
-    ("k-norm", Eviction, "the shortest keys stay"),
-    ("key-diff", Eviction, "the least common keys stay"),
+    ("k-norm", Eviction, "keeps keys with the smallest norm"),
+    ("key-diff", Eviction, "keeps keys that differ most from the mean key"),
     ("lag-kv", Eviction, "LagKV: tokens that differ from those after them"),
-    ("expected-attention", Eviction, "what coming queries are expected to attend to"),
-    ("tova", Eviction, "TOVA: what the newest query attends to"),
-    ("h2o", Eviction, "H2O: what all queries attended to"),
+    ("expected-attention", Eviction, "keeps tokens that future queries are expected to attend to"),
+    ("tova", Eviction, "TOVA: keeps tokens that the newest query attends to"),
+    ("h2o", Eviction, "H2O: keeps tokens with the largest accumulated attention"),
     ("wide-snap-kv", Eviction, "SnapKV smoothed over 13 tokens"),
-    ("pyramid-snap-kv", Eviction, "SnapKV whose lower layers keep more"),
-    ("ada-snap-kv", Eviction, "SnapKV whose heads compete"),
+    ("pyramid-snap-kv", Eviction, "PyramidKV: SnapKV with larger budgets in lower layers"),
+    ("ada-snap-kv", Eviction, "AdaKV: SnapKV with one budget for all heads of a layer"),
     ("chunk-snap-kv", Eviction, "SnapKV in chunks"),
     ("rerotated-snap-kv", Eviction, "SnapKV at contiguous positions"),
-    ("snap-kv", Eviction, "SnapKV: what the last queries of the prompt attend to"),
-    ("finch", Eviction, "FINCH: what the question attends to"),
-    ("infllm", Retrieval, "InfLLM: the nearest blocks"),
-    ("quest", Retrieval, "Quest: the pages with the highest bounds"),
+    ("snap-kv", Eviction, "SnapKV: keeps tokens that the last queries of the prompt attend to"),
+    ("finch", Eviction, "FINCH: keeps tokens that the question attends to"),
+    ("infllm", Retrieval, "InfLLM: reads the most similar blocks"),
+    ("quest", Retrieval, "Quest: reads the pages with the highest upper bounds of scores"),
     ("llmlingua2", Prompt, "LLMLingua-2: a classifier of words"),
-    ("llmlingua", Prompt, "LLMLingua: the words that a model finds unlikely"),
+    ("llmlingua", Prompt, "LLMLingua: keeps words with a high loss under a model"),
     ("selective-context", Prompt, "Selective Context: phrases by self-information"),
     ("tf-idf", Prompt, "sentences by TF-IDF"),
     ("bm25", Prompt, "sentences by BM25"),
-    ("middle", Prompt, "a cut in the middle"),
+    ("middle", Prompt, "truncation in the middle"),
     ("http", Other, "a server with OpenAI's API, from a settings file"),
 ];
 
@@ -76,7 +76,7 @@ fn entry(name: &str) -> Option<&'static (&'static str, School, &'static str)> {
     LINES.iter().find(|(start, _, _)| name.starts_with(start))
 }
 
-/// The school; packed formats that have no line of their own quantize.
+/// Returns a method's group. Packed formats without an entry are quantization.
 pub fn school(name: &str) -> School {
     match entry(name) {
         Some((_, school, _)) => *school,
@@ -88,7 +88,7 @@ pub fn school(name: &str) -> School {
 pub fn line(name: &str) -> &'static str {
     match entry(name) {
         Some((_, _, line)) => line,
-        None if name == "recurrent" => "Mamba, RWKV and their kin: a state of fixed size",
+        None if name == "recurrent" => "Mamba, RWKV and others: a state of fixed size",
         None => "",
     }
 }

@@ -1,4 +1,4 @@
-//! Policies that choose, once more tokens have come than the budget holds, which are evicted.
+//! Eviction policies by name.
 
 use longctx_core::{KvStore, LayerSpec, Result};
 use token_drop::{
@@ -9,53 +9,54 @@ use token_drop::{
 use super::Compress;
 use crate::heads::{RECENT, SINKS};
 
-/// The newest queries that SnapKV and its kin observe.
+/// The number of newest queries that SnapKV and its variants observe.
 pub const WINDOW: usize = 32;
 
-/// Entries that are evicted at a time while decoding, by policies that were published without it.
+/// The number of entries evicted at a time during decoding by policies that were published without
+/// eviction during decoding.
 const DECODE_STEP: usize = 16;
 
-/// A policy by name. DuoAttention is not among them: it needs a model's [heads](crate::heads).
+/// A policy. DuoAttention is not one of them, because it needs a model's [heads](crate::heads).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Eviction {
-    /// Random tokens.
+    /// Keeps random tokens.
     Random,
-    /// The newest tokens.
+    /// Keeps the newest tokens.
     Recent,
-    /// The tokens of the shortest keys.
+    /// Keeps the tokens whose keys have the smallest norm.
     KNorm,
-    /// The tokens of the least common keys.
+    /// Keeps the tokens whose keys differ most from the mean key.
     KeyDiff,
-    /// The tokens that differ from those after them.
+    /// Keeps the tokens that differ most from the next ones.
     LagKv,
-    /// The tokens that coming queries are expected to attend to.
+    /// Keeps the tokens that future queries are expected to attend to.
     ExpectedAttention,
-    /// Those that the newest query attends to.
+    /// Keeps the tokens that the newest query attends to.
     Tova,
-    /// Those that all queries attended to.
+    /// Keeps the tokens with the largest attention accumulated over all queries.
     H2o,
-    /// Those that the newest queries attend to.
+    /// Keeps the tokens that the newest queries attend to.
     SnapKv,
-    /// SnapKV smoothed over 13 tokens, so that a vote for a 7-digit key's first digit reaches its
-    /// last.
+    /// SnapKV with scores smoothed over 13 tokens, so that attention to the first digit of a
+    /// 7-digit key also keeps its last digit.
     WideSnapKv,
-    /// SnapKV whose lower layers keep more.
+    /// PyramidKV: SnapKV with larger budgets in lower layers.
     PyramidSnapKv,
-    /// SnapKV whose heads compete.
+    /// AdaKV: SnapKV with one budget for all heads of a layer.
     AdaSnapKv,
-    /// SnapKV in chunks.
+    /// ChunkKV: SnapKV that keeps whole chunks.
     ChunkSnapKv,
-    /// SnapKV whose kept keys are rotated to contiguous positions.
+    /// SnapKV that re-rotates the kept keys to contiguous positions.
     RerotatedSnapKv,
-    /// Those that the question attends to, rotated to contiguous positions.
+    /// Keeps the tokens that the question attends to, and re-rotates them to contiguous positions.
     Finch,
 }
 
-/// A cache of a policy that is chosen at run time.
+/// A cache with a policy chosen at run time.
 pub type Evicting<S> = PolicyCache<S, Box<dyn EvictionPolicy>>;
 
 impl Eviction {
-    /// All of them.
+    /// All policies.
     pub const ALL: [Self; 15] = [
         Self::Random,
         Self::Recent,
@@ -74,7 +75,7 @@ impl Eviction {
         Self::Finch,
     ];
 
-    /// Its name.
+    /// Returns the name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Random => "random",
@@ -95,10 +96,10 @@ impl Eviction {
         }
     }
 
-    /// A cache for one layer.
+    /// Creates a cache for one layer.
     ///
     /// # Errors
-    /// If the budget can't be met, or the layer lacks what the policy needs.
+    /// If the budget is too small, or the policy does not support the layer.
     pub fn cache<S: KvStore>(
         self,
         spec: LayerSpec,
@@ -143,7 +144,7 @@ impl Eviction {
 }
 
 impl Compress {
-    /// The same cache, whose policy is applied to these tokens.
+    /// Returns the cache with its policy applied to these tokens.
     pub(super) fn evicting<S: KvStore>(self, cache: Evicting<S>) -> Result<Evicting<S>> {
         match self {
             Self::Published => Ok(cache),
@@ -156,10 +157,10 @@ impl Compress {
     }
 }
 
-/// DuoAttention, whose streaming heads are given for each layer.
+/// Creates a cache with DuoAttention; `streaming` has the streaming heads of each layer.
 ///
 /// # Errors
-/// If there is no list for the layer, or it is not one of its heads.
+/// If there is no list for the layer, or its length is not the number of kv heads.
 pub fn duo_attention<S: KvStore>(
     spec: LayerSpec,
     store: S,
@@ -167,7 +168,7 @@ pub fn duo_attention<S: KvStore>(
 ) -> Result<PolicyCache<S, Recent>> {
     let of_layer = streaming.get(spec.index).ok_or_else(|| {
         let what = "layers that DuoAttention has scores of";
-        longctx_core::Error::mismatch(what, spec.count, streaming.len())
+        longctx_core::Error::mismatch(what, spec.num_layers, streaming.len())
     })?;
     let heads = DuoAttention::new(of_layer.clone(), SINKS, RECENT)?;
     PolicyCache::duo_attention(spec, store, &heads)

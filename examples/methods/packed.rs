@@ -1,18 +1,18 @@
-//! Caches that pack every token.
+//! Packed caches of all tokens, by name.
 
 use kv_quant::{
     Axis, Bits, Float8, Flush, Format, KeyBasis, Order, QuantCache, Scheme, TurboQuant,
 };
 use longctx_core::{LayerSpec, Result};
 
-/// Makes a layer's cache.
+/// Creates a layer's cache.
 pub type Make = fn(LayerSpec) -> Result<QuantCache>;
 
-/// By name. `rolling`: KIVI with a rolling flush; `sinks`: the first 4 tokens in f16; `attend-first`:
-/// a call's own tokens see each other in full precision; `residual`: the newest 128 tokens in f16;
-/// `edges-f16`: the first and last two layers in f16, as vLLM serves TurboQuant; `rotated`: a Hadamard
-/// rotation of keys and values, of `keys-rotated` of keys alone. KVarN keeps the first 128 tokens in
-/// f16, as its published code does.
+/// Packed caches by name. The suffixes mean: `rolling`, KIVI with a rolling flush; `sinks`, the
+/// first 4 tokens in f16; `attend-first`, full precision in attention among the tokens of a call;
+/// `residual`, the newest 128 tokens in f16; `edges-f16`, the first and last two layers in f16, as
+/// vLLM serves TurboQuant; `rotated`, a Hadamard rotation of keys and values; `keys-rotated`, one
+/// of keys only. KVarN keeps the first 128 tokens in f16, as its published code does.
 pub const PACKED: [(&str, Make); 47] = [
     ("kivi-8", |spec| cache(spec, kivi(Bits::Eight, Bits::Eight))),
     ("kivi-4", |spec| cache(spec, kivi(Bits::Four, Bits::Four))),
@@ -21,7 +21,7 @@ pub const PACKED: [(&str, Make); 47] = [
     ("kivi-keys-4-values-2", |spec| cache(spec, kivi(Bits::Four, Bits::Two))),
     ("kivi-keys-2-values-4", |spec| cache(spec, kivi(Bits::Two, Bits::Four))),
     ("kivi-edges-4-middle-2", |spec| {
-        let edge = spec.index < 2 || spec.index + 2 >= spec.count;
+        let edge = spec.index < 2 || spec.index + 2 >= spec.num_layers;
         let bits = if edge { Bits::Four } else { Bits::Two };
         cache(spec, kivi(bits, bits))
     }),
@@ -73,7 +73,7 @@ pub const PACKED: [(&str, Make); 47] = [
 
 type Packed = kv_quant::Result<Format>;
 
-/// KIVI's defaults: groups of 32, the newest 128 tokens in full precision.
+/// Returns KIVI's defaults: groups of 32, the newest 128 tokens in full precision.
 fn kivi(keys: Bits, values: Bits) -> Packed {
     Format::kivi(keys, values, 32, 128)
 }
@@ -86,12 +86,12 @@ fn before_rope(bits: Bits) -> Packed {
     Ok(kivi(bits, bits)?.with_key_basis(KeyBasis::BeforeRope))
 }
 
-/// FlexGen's groups of 64.
+/// Returns FlexGen's format with groups of 64.
 fn flexgen(bits: Bits) -> Packed {
     Format::flexgen(bits, bits, 64)
 }
 
-/// FlexGen's groups with KIVI's residual.
+/// Returns FlexGen's format with KIVI's residual.
 fn with_residual(bits: Bits) -> Packed {
     let scheme = Scheme::new(bits, Axis::Channels, 64)?;
     Format::new(scheme, scheme, Flush::Staggered(128))
@@ -113,14 +113,14 @@ fn turboquant(preset: TurboQuant) -> Packed {
     Ok(Format::turboquant(preset))
 }
 
-/// The same with the newest 128 tokens in f16.
+/// Returns the same format with the newest 128 tokens in f16.
 fn newest(format: Packed) -> Packed {
     let format = format?;
     Format::new(format.keys(), format.values(), Flush::Rolling(128))
 }
 
 fn edges_f16(spec: LayerSpec, preset: TurboQuant) -> Result<QuantCache> {
-    let edge = spec.index < 2 || spec.index + 2 >= spec.count;
+    let edge = spec.index < 2 || spec.index + 2 >= spec.num_layers;
     cache(spec, Ok(if edge { Format::f16() } else { Format::turboquant(preset) }))
 }
 
@@ -132,7 +132,7 @@ fn cache(spec: LayerSpec, format: Packed) -> Result<QuantCache> {
     QuantCache::new(spec, format?)
 }
 
-/// Quantized before the attention, as FlexGen is in arXiv 2407.01527.
+/// Creates a cache that quantizes before attention, like FlexGen in arXiv 2407.01527.
 fn quantize_first(spec: LayerSpec, format: Packed) -> Result<QuantCache> {
     Ok(cache(spec, format)?.with_order(Order::QuantizeFirst))
 }

@@ -1,4 +1,4 @@
-//! What decides which entries stay, or are read.
+//! Policies of eviction and retrieval by name.
 
 use candle_core::DType;
 use longctx_core::{DenseStore, Error, KvCache, KvStore, LayerSpec, Result};
@@ -6,41 +6,41 @@ use token_drop::{Budget, InfLlm, InfLlmSettings, Quest, StreamingLlm};
 
 use super::{Compress, Eviction};
 
-/// How much of a sequence stays or is read, in each kv head.
+/// The number of entries to keep or to read per kv head.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Size {
-    /// This share of the prompt's tokens.
+    /// A share of the prompt's tokens.
     Share(f64),
-    /// So many tokens.
+    /// A number of tokens.
     Tokens(usize),
 }
 
-/// A policy by name.
+/// A policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Policy {
-    /// Scores decide.
+    /// Keeps the entries with the highest scores.
     Eviction(Eviction),
-    /// Attention sinks and the newest tokens, at positions within the cache.
+    /// Keeps attention sinks and the newest tokens, at positions within the cache.
     StreamingLlm,
-    /// Everything stays; the nearest blocks are read.
+    /// Keeps all entries and reads the most similar blocks.
     InfLlm,
-    /// Everything stays; the pages with the highest bounds are read.
+    /// Keeps all entries and reads the pages with the highest upper bounds of scores.
     Quest,
 }
 
 impl Policy {
-    /// All of them.
+    /// Returns all policies.
     pub fn all() -> impl Iterator<Item = Self> {
         let own = [Self::StreamingLlm, Self::InfLlm, Self::Quest];
         Eviction::ALL.into_iter().map(Self::Eviction).chain(own)
     }
 
-    /// The policy of a name.
+    /// Returns the policy with a name.
     pub fn named(name: &str) -> Option<Self> {
         Self::all().find(|policy| policy.name() == name)
     }
 
-    /// Its name.
+    /// Returns the name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Eviction(policy) => policy.name(),
@@ -50,12 +50,12 @@ impl Policy {
         }
     }
 
-    /// A cache for one layer over `store`; InfLLM's local window lies in f16. `step`: tokens that
-    /// StreamingLLM drops at a time; a packed store's group spares it from packing all groups anew. `compress`: the tokens that an eviction policy is
-    /// applied to.
+    /// Creates a cache for one layer over `store`. InfLLM's local window is in f16. `step` is the
+    /// number of tokens that StreamingLLM evicts at a time; the group size of a packed store avoids
+    /// packing all groups again. `compress` are the tokens that an eviction policy is applied to.
     ///
     /// # Errors
-    /// If the size or the layer does not fit the policy.
+    /// If the policy does not support the size or the layer.
     pub fn cache<S: KvStore + 'static>(
         self,
         spec: LayerSpec,
@@ -100,7 +100,8 @@ impl Policy {
     }
 }
 
-/// The shares of arXiv 2407.01527, with blocks and chunks small enough for short prompts.
+/// Returns InfLLM's settings with the ratios of arXiv 2407.01527, and with blocks and chunks small
+/// enough for short prompts.
 fn inf_llm_settings(tokens: usize) -> InfLlmSettings {
     let block = 32;
     let init = (0.021 * tokens as f64) as usize;

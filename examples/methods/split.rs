@@ -1,19 +1,19 @@
-//! A cache whose prompt lies in one store and what follows it in another.
+//! A cache with the prompt in one store and decoded tokens in another.
 
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use longctx_core::{
     AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result, SeqId,
-    Step, attention, check_new,
+    Step, attention, check_unseen,
 };
 
-/// One layer's keys and values: those of the prompt in `P`, those of later tokens in `D`.
+/// Keeps the keys and values of the prompt in `P` and those of later tokens in `D`.
 ///
-/// Calls of several tokens belong to the prompt, up to the first token that comes alone after
-/// others. All tokens of a call see each other exactly, and earlier ones as they are stored.
+/// Calls belong to the prompt until a call of a single token follows another call. Attention is
+/// exact among the tokens of a call, and uses the stores' numbers for earlier tokens.
 ///
-/// If a store fails, sequences before it in the batch have advanced.
+/// If a store fails, earlier sequences of the batch have advanced.
 pub struct SplitCache<P, D> {
     spec: LayerSpec,
     prompts: P,
@@ -22,12 +22,12 @@ pub struct SplitCache<P, D> {
 }
 
 impl<P: KvStore, D: KvStore> SplitCache<P, D> {
-    /// An empty cache over two empty stores of the layer's shape.
+    /// Creates an empty cache over two empty stores of the layer's shape.
     pub fn new(spec: LayerSpec, prompts: P, decoded: D) -> Self {
         Self { spec, prompts, decoded, seen: BTreeMap::new() }
     }
 
-    /// Whether a call of `tokens` tokens follows the prompt.
+    /// Returns whether a call of `tokens` tokens follows the prompt.
     fn is_decoded(&self, seq: SeqId, tokens: usize) -> bool {
         self.decoded.len(seq) > 0 || (tokens == 1 && self.seen(seq) > 0)
     }
@@ -75,7 +75,7 @@ impl<P: KvStore, D: KvStore> KvCache for SplitCache<P, D> {
 
     fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
         step.check(&self.spec)?;
-        check_new(self, step.batch)?;
+        check_unseen(self, step.batch)?;
         let (_, k) = step.rotate(&self.spec, |_| 0)?;
         self.append(step, &k)
     }
@@ -139,7 +139,7 @@ impl<P: KvStore, D: KvStore> KvCache for SplitCache<P, D> {
         self.seen(seq)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
+    fn can_append(&self, batch: &Batch) -> bool {
         let part = |decoded: bool| {
             let tokens = batch.iter().map(|(seq, tokens)| (seq, tokens.len()));
             let mine: Vec<_> =
@@ -179,8 +179,8 @@ mod tests {
         LayerSpec::new(AttentionShape::new(4, 2, 64).unwrap()).with_rope(rope)
     }
 
-    /// Over two dense stores it equals a dense cache: chunks of prompts, single tokens, a later
-    /// question, forks and truncation.
+    /// Over two dense stores the cache equals a dense one: with chunks of a prompt, single tokens, a
+    /// later question, forks and truncation.
     #[test]
     fn two_dense_stores_are_a_dense_cache() {
         let store = || DenseStore::new(spec().shape, DType::F32).unwrap();
@@ -208,6 +208,9 @@ mod tests {
             feed(&mut split, &mut dense, &[(len as SeqId, 1), (1, 1)]);
         }
         assert!(split.remove(1) && !split.remove(1));
-        assert_eq!(split.seqs(), dense.seqs().into_iter().filter(|&seq| seq != 1).collect::<Vec<_>>());
+        assert_eq!(
+            split.seqs(),
+            dense.seqs().into_iter().filter(|&seq| seq != 1).collect::<Vec<_>>()
+        );
     }
 }

@@ -1,13 +1,13 @@
-//! What keys and values are held in under a policy.
+//! Stores for policies, by name.
 
 use clap::{ValueEnum, builder::PossibleValue};
 use kv_quant::{Bits, Float8, Format, TurboQuant};
 
-/// A store's format. KIVI's have groups of 32 and at least the newest 128 tokens' values in full
-/// precision.
+/// A store's format. KIVI's formats have groups of 32 and keep the values of at least the newest
+/// 128 tokens in full precision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Store {
-    /// Dense.
+    /// Dense f16.
     F16,
     /// KIVI with 8 bits.
     Kivi8,
@@ -15,7 +15,7 @@ pub enum Store {
     Kivi4,
     /// KIVI with 2 bits.
     Kivi2,
-    /// KIVI with 4 bits, whose newest tokens' keys, too, are in full precision.
+    /// KIVI with 4 bits, with the keys of the newest tokens in full precision too.
     Kivi4Rolling,
     /// The same with 2 bits.
     Kivi2Rolling,
@@ -23,12 +23,12 @@ pub enum Store {
     Fp8,
     /// 4-bit integers with a scale per token, rotated.
     Int4Rotated,
-    /// vLLM's preset.
+    /// TurboQuant's preset 4bit_nc of vLLM.
     TurboQuant4BitNc,
 }
 
 impl Store {
-    /// Its name.
+    /// Returns the name.
     pub fn name(self) -> &'static str {
         match self {
             Self::F16 => "f16",
@@ -43,10 +43,10 @@ impl Store {
         }
     }
 
-    /// The packed format; `None`: dense f16.
+    /// Returns the packed format; `None` for dense f16.
     ///
     /// # Errors
-    /// None for these sizes.
+    /// Never for these sizes.
     pub fn format(self) -> kv_quant::Result<Option<Format>> {
         let kivi = |bits| Format::kivi(bits, bits, 32, 128).map(Some);
         let rolling = |bits| Format::kivi_rolling(bits, bits, 32, 128).map(Some);

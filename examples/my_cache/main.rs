@@ -1,10 +1,9 @@
-//! How to write a cache, and to measure it beside the dense one: the needle test, with a report in
-//! results/my_cache.
+//! Compares a new cache with the dense one in the needle test, with a report in results/my_cache.
 //!
 //!     cargo run --release --example my_cache
 //!
-//! If all that is new is which tokens stay, a `token_drop::EvictionPolicy` is shorter: `PolicyCache`
-//! then does the rest.
+//! If only the selection of tokens is new, a `token_drop::EvictionPolicy` is shorter: `PolicyCache`
+//! does the rest.
 
 mod long_values;
 
@@ -24,8 +23,8 @@ fn main() -> Result<()> {
         Ok(Box::new(models.reader(setting, |spec| DenseCache::new(spec.clone(), DType::F16))?))
     });
     methods.register("mine", |setting| {
-        // Any `KvCache` can stand here.
-        Ok(Box::new(models.reader(setting, |spec| LongValues::new(spec.clone()))?))
+        // Any `KvCache` can be used here.
+        Ok(Box::new(models.reader(setting, |spec| LongValues::cache(spec.clone()))?))
     });
     let model = model::embedded().display().to_string();
     let paper = NeedleGrid::paper(Haystack::generated(0), 7);

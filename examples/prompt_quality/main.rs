@@ -1,11 +1,15 @@
-//! What a model can still answer from compressed prompts.
+//! Measures how many questions a model can answer from compressed prompts.
 //!
 //!     cargo run --release --example prompt_quality -- --samples FOLDER
 //!
-//! FOLDER has LongBench samples in JSON lines. Of each a passage around the answer is taken; the table shows how much of it each method
-//! keeps, how many answers it still holds (the same words, whatever the case and the marks between them), the perplexity of the right
-//! answer after it, in how many questions that answer is likelier than after random words, and how many pass keys come through whole.
-//! LLMLingua-2 joins in with `--encoder`: a folder with a trained checkpoint, for want of the published ones that of `stand_in.py`.
+//! FOLDER has LongBench samples in JSON lines. Each method compresses a passage around the answer.
+//! The table shows the share of tokens kept, the number of passages that still contain the answer
+//! (ignoring case and punctuation), the perplexity of the right answer after the passage, the
+//! number of questions for which the answer is more probable than after random words, and the
+//! number of pass keys that are kept.
+//!
+//! LLMLingua-2 is included with `--encoder`, a folder with a trained checkpoint: a published one,
+//! or a substitute trained by `stand_in.py`.
 
 mod method;
 mod sample;
@@ -29,25 +33,26 @@ struct Args {
     /// A folder of LongBench samples
     #[arg(long)]
     samples: PathBuf,
-    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
+    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by
+    /// default SmolLM2-135M-Instruct, downloaded if it is missing
     #[arg(long)]
     model: Option<String>,
-    /// The encoder of LLMLingua-2: a folder with a checkpoint, or a name of the Hub
+    /// The encoder of LLMLingua-2: a folder with a checkpoint, or a model of the Hub
     #[arg(long)]
     encoder: Option<String>,
-    /// Questions of each task
+    /// Questions per task
     #[arg(long, default_value_t = 2)]
     per_task: usize,
-    /// Words of a passage
+    /// Words per passage
     #[arg(long, default_value_t = 400)]
     words: usize,
-    /// Pass keys
+    /// Number of pass keys
     #[arg(long, default_value_t = 6)]
     needles: usize,
-    /// How much stays
+    /// Shares of tokens to keep
     #[arg(long, value_delimiter = ',', default_values_t = [0.5, 0.25])]
     rates: Vec<f64>,
-    /// Only these rows of the table, by their names
+    /// Names of methods to run; by default all
     #[arg(long, value_delimiter = ',')]
     methods: Vec<String>,
 }
@@ -59,7 +64,7 @@ fn main() -> Result<()> {
     let questions = questions(&args.samples, args.per_task, args.words)?;
     ensure!(!questions.is_empty(), "{}: no question with its answer", args.samples.display());
     let keys = needles(&Haystack::generated(0), args.needles, args.words)?;
-    // What is wrong with a name or the encoder is told before anything takes long.
+    // Errors in names and in the encoder are reported before the long work.
     method::some(&args.methods, &llm, args.encoder.as_deref())?;
     println!("{} questions, {} pass keys, {} words each", questions.len(), keys.len(), args.words);
     let mut trial = Trial { questions, keys, llm: &llm, session: session(&llm)? };

@@ -1,4 +1,4 @@
-//! The compressors that are compared.
+//! The compared compressors.
 
 use anyhow::{Result, bail};
 use base_models::Pretrained;
@@ -10,10 +10,10 @@ use prompt_compress::{LlmLingua, llmlingua2};
 
 type Named = (&'static str, Box<dyn PromptCompressor>);
 
-/// What others are held against.
+/// The reference.
 pub const RANDOM: &str = "random words";
 
-/// Those that are named, or all.
+/// Returns the compressors with these names, or all.
 pub fn some(names: &[String], llm: &Pretrained, encoder: Option<&str>) -> Result<Vec<Named>> {
     let mut all = all(llm, encoder)?;
     let unknown = names.iter().find(|name| all.iter().all(|(known, _)| known != name));
@@ -25,7 +25,7 @@ pub fn some(names: &[String], llm: &Pretrained, encoder: Option<&str>) -> Result
     Ok(all)
 }
 
-/// All of them, by name.
+/// Returns all compressors by name.
 fn all(llm: &Pretrained, encoder: Option<&str>) -> Result<Vec<Named>> {
     let tokenizer = llm.tokenizer.inner().clone();
     let selective = selective_context::on(llm, crate::session(llm)?)?;

@@ -1,12 +1,13 @@
-"""Whether llmlingua 0.2.2 and compress_prompt make the same texts with a trained checkpoint.
+"""Checks that llmlingua 0.2.2 and compress_prompt give the same texts with a trained checkpoint.
 
 Python 3.11, llmlingua 0.2.2, transformers 4.46.3, torch 2.11.0 (CPU), numpy 2.4.6, tiktoken 0.7.0.
 
     cargo build --release --example compress_prompt
     python examples/prompt_quality/same.py CHECKPOINT target/release/examples/compress_prompt LONGBENCH CL100K
 
-CHECKPOINT is a folder (stand_in.py makes one), LONGBENCH a folder of LongBench samples in JSON lines, of which the first 4,000 characters of
-every fifth are taken, CL100K the file cl100k_base.tiktoken (the crate tiktoken-rs ships it).
+CHECKPOINT is a folder (stand_in.py creates one). LONGBENCH is a folder of LongBench samples in JSON
+lines; the first 4,000 characters of every fifth sample are used. CL100K is the file
+cl100k_base.tiktoken (the crate tiktoken-rs contains it).
 """
 
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 
 checkpoint, program, longbench, cl100k = map(Path, sys.argv[1:])
 cache = tempfile.mkdtemp()
-shutil.copy(cl100k, Path(cache) / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4")  # the name that tiktoken looks for
+shutil.copy(cl100k, Path(cache) / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4")  # the file name in tiktoken's cache
 os.environ["TIKTOKEN_CACHE_DIR"] = cache
 
 from llmlingua import PromptCompressor

@@ -1,4 +1,4 @@
-//! Questions with passages that hold their answers, and pass keys in made-up text.
+//! Questions with passages that contain the answers, and pass keys in generated text.
 
 use std::path::Path;
 
@@ -24,7 +24,8 @@ struct Record {
     answers: Vec<String>,
 }
 
-/// Up to `per_task` questions of each task whose answer, other than yes and no, stands in the text word for word, with about `words` words around it.
+/// Returns up to `per_task` questions of each task whose answer is literally in the text, with
+/// about `words` words around it. Answers "yes" and "no" are skipped.
 pub fn questions(folder: &Path, per_task: usize, words: usize) -> Result<Vec<Sample>> {
     let mut all = Vec::new();
     for task in TASKS {
@@ -41,20 +42,20 @@ pub fn questions(folder: &Path, per_task: usize, words: usize) -> Result<Vec<Sam
 }
 
 fn passage(record: &Record, words: usize) -> Option<Sample> {
-    // "yes" and "no" stand in a text by chance.
+    // "yes" and "no" are in a text by chance.
     let telling = record.answers.iter().filter(|answer| !["yes", "no"].contains(&answer.as_str()));
     let mut places = telling.map(|answer| (answer, find(&record.context, answer)));
     let (answer, at) = places.find_map(|(answer, at)| Some((answer, at?)))?;
-    // Of a triviaqa prompt the question is the part before "Answer:".
+    // In a triviaqa prompt the question is the part before "Answer:".
     let question = record.input.trim().trim_end_matches("Answer:").trim();
     let question = question.rsplit("Question:").next().unwrap_or(question).trim();
-    // A third of the passage lies before the answer: both ends and the middle have their chance over many questions.
+    // A third of the passage is before the answer.
     let before = words_back(&record.context[..at], words / 3);
     let text: Vec<&str> = record.context[before..].split_inclusive(' ').take(words).collect();
     Some(Sample { text: text.concat(), question: question.into(), answer: answer.clone() })
 }
 
-/// Where `answer` first stands in `text` by itself and not within a word.
+/// Returns the first position of `answer` in `text` at word boundaries.
 fn find(text: &str, answer: &str) -> Option<usize> {
     let inside = |c: Option<char>| c.is_some_and(char::is_alphanumeric);
     let mut places = text.match_indices(answer).map(|(at, _)| at);
@@ -64,12 +65,12 @@ fn find(text: &str, answer: &str) -> Option<usize> {
     })
 }
 
-/// Where the last `words` words of `text` begin.
+/// Returns the position where the last `words` words of `text` begin.
 fn words_back(text: &str, words: usize) -> usize {
     text.rmatch_indices(' ').nth(words).map_or(0, |(at, _)| at + 1)
 }
 
-/// Texts with a pass key each, at depths from the start to the end.
+/// Returns texts with one pass key each, at depths from the start to the end.
 pub fn needles(haystack: &Haystack, count: usize, words: usize) -> Result<Vec<Sample>> {
     let hay = haystack.words(words)?;
     let hay: Vec<&str> = hay.split_inclusive(' ').collect();

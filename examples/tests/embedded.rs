@@ -1,4 +1,4 @@
-//! The model in the repository: what PyTorch computes of it, and that it finds its keys.
+//! Tests of the model in the repository: its logits equal PyTorch's, and it finds keys.
 
 use std::fs;
 use std::process::Command;
@@ -18,7 +18,7 @@ fn it_is_the_one_that_the_documentation_names() {
     assert!(readme.contains(&sum), "SHA-256 {sum} is not in examples/zoo/README.md");
 }
 
-/// `examples/zoo/fixture.py default` writes the logits of the expanded weights.
+/// `examples/zoo/fixture.py default` writes the expected logits, computed with dequantized weights.
 #[test]
 fn logits_are_those_of_the_model_that_was_trained() {
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/embedded.safetensors");
@@ -55,7 +55,7 @@ fn the_dense_cache_finds_every_key_and_a_window_does_not() {
     assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
     let row = |name: &str| said.lines().position(|line| line.starts_with(name)).expect(name);
     assert!(said.contains("8 of 8"), "{said}");
-    // The dense one comes first, so that the other has its ratio.
+    // The dense method runs first, because the other's ratio needs it.
     assert!(row("dense-f16") < row("streaming-llm-4x"), "{said}");
     let saved = fs::read_to_string(out.path().join("compare.json")).unwrap();
     let rows: serde_json::Value = serde_json::from_str(&saved).unwrap();

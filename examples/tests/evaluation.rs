@@ -1,11 +1,12 @@
-//! Whole runs of `longctx-eval` with the model in the repository, as a cluster and a shell start them.
+//! Complete runs of `longctx-eval` with the model in the repository, started by the cluster script
+//! and as a command.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use longctx_eval::statistics::{Difference, Verdict};
-use longctx_eval::{Record, records};
+use longctx_eval::{Agreement, Record, records};
 
 const NEEDLES: [&str; 10] = [
     "--needle-words",
@@ -25,7 +26,7 @@ fn program() -> PathBuf {
     deps.parent().and_then(Path::parent).unwrap().join("examples/longctx-eval")
 }
 
-/// `run` with more arguments; what it says.
+/// Calls `run` with more arguments and returns its output.
 fn run(out: &Path, more: &[&str]) -> String {
     succeed(Command::new(program()).arg("run").arg("--out").arg(out).args(NEEDLES).args(more))
 }
@@ -37,7 +38,7 @@ fn succeed(command: &mut Command) -> String {
     said
 }
 
-/// Answers and scores by setting, task and sample.
+/// Returns answers and scores by setting, task and sample.
 fn answers(folder: &Path) -> BTreeMap<String, String> {
     let mut answers = BTreeMap::new();
     for record in records(folder).unwrap() {
@@ -67,7 +68,7 @@ fn tasks_of_an_array_job_give_the_results_of_one_process() {
         command.env("TASKS", "needle,multi-needle").env("MORE", NEEDLES.join(" "));
         command.stdout(Stdio::null()).spawn().unwrap()
     };
-    // The second task is killed, and submitted once more.
+    // The second task is killed and submitted again.
     let mut killed = task(2);
     let others = [task(1), task(3)];
     std::thread::sleep(std::time::Duration::from_millis(500));
@@ -76,7 +77,7 @@ fn tasks_of_an_array_job_give_the_results_of_one_process() {
     for mut task in others {
         assert!(task.wait().unwrap().success());
     }
-    // The script's own process is gone; what it started may hold the shard's lock a little longer.
+    // The script's process has ended, but its child may hold the shard's lock a little longer.
     let mut again = task(2);
     for _ in 0..100 {
         if again.wait().unwrap().success() {
@@ -105,13 +106,13 @@ fn samples_are_added_until_the_difference_is_sure() {
         assert!(sure || count(name) == 6, "{name}: {} samples, {difference:?}", count(name));
     }
     assert!(count("dense-f16") >= settings[1..].iter().map(|name| count(name)).max().unwrap());
-    // Once more there is nothing to do.
+    // A second run has nothing to do.
     let said = run(folder.path(), &arguments);
     assert!(said.contains("0 answered") && !said.contains(" 1 answered"), "{said}");
 }
 
-/// One setting of each kind, on a task of one turn and one of several, with prompts that every
-/// method compresses.
+/// Returns a command with one setting of each kind, a task of one turn and a task of several turns,
+/// and prompts that every method compresses.
 fn of_every_kind(out: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(program());
     command.args(["run", "--model", "embedded", "--out"]).arg(out);
@@ -122,7 +123,7 @@ fn of_every_kind(out: &Path, more: &[&str]) -> Command {
     command
 }
 
-/// Answers, scores and counts in the order of the file, and the batches.
+/// Returns answers, scores and counts in the order of the file, and the batch sizes.
 fn lines(folder: &Path) -> (Vec<String>, Vec<Option<usize>>) {
     let records = records(folder).unwrap();
     let line = |record: &Record| {
@@ -145,7 +146,7 @@ fn batches_give_the_results_of_single_samples() {
     succeed(&mut of_every_kind(&batched, &["--batch", "4"]));
     assert_eq!(lines(&batched), (expected, vec![Some(4); 4 * (4 + 2)]));
 
-    // One prefill for the settings that hold a prompt after it has attended exactly.
+    // One prefill for all settings with an exact prefill.
     let shared = folder.path().join("shared");
     succeed(&mut of_every_kind(&shared, &["--batch", "6", "--share-prefill"]));
     assert_eq!(answers(&shared), answers(&alone));
@@ -155,7 +156,7 @@ fn batches_give_the_results_of_single_samples() {
         own.map(|record| record.kv_bytes.unwrap()).sum::<usize>() as f64
     };
     for setting in ["kivi-4", "h2o-4x", "snap-kv-4x"] {
-        // The block tables of forks are of another length.
+        // Block tables of forks have other lengths.
         assert!(
             (bytes(&shared, setting) / bytes(&alone, setting) - 1.0).abs() < 0.002,
             "{setting}"
@@ -166,7 +167,7 @@ fn batches_give_the_results_of_single_samples() {
         assert_eq!(record.timings.settings, together, "{}", record.setting);
     }
 
-    // A shard is killed within a batch, and goes on with another size.
+    // A shard is killed within a batch and resumed with another batch size.
     let first = shards.join("results-1-of-2.jsonl");
     let mut killed = of_every_kind(&shards, &["--batch", "3", "--shard", "1/2", "--share-prefill"])
         .spawn()
@@ -181,4 +182,38 @@ fn batches_give_the_results_of_single_samples() {
     assert!(!said.contains(" 0 before"), "{said}");
     succeed(&mut of_every_kind(&shards, &["--batch", "8", "--shard", "2/2"]));
     assert_eq!(answers(&shards), answers(&alone));
+}
+
+/// One run over three passages side by side is the mean of three runs over one passage each.
+#[test]
+fn agreement_over_passages_is_the_mean_of_each() {
+    let folder = tempfile::tempdir().unwrap();
+    let words: Vec<_> =
+        (0..240).map(|i| format!("{}{}", ["the", "a", "of"][i % 3], i * i)).collect();
+    let agree = |words: &[String], passages: &str| -> Agreement {
+        let text = folder.path().join(format!("{passages}-{}.txt", words[0]));
+        std::fs::write(&text, words.join(" ")).unwrap();
+        let out = text.with_extension("out");
+        let mut command = Command::new(program());
+        command.args(["agree", "--model", "embedded", "--settings", "kivi-2"]);
+        command.args(["--prompt-words", "60", "--words", "20", "--batch", "3"]);
+        command.args(["--passages", passages]);
+        succeed(command.arg("--text").arg(&text).arg("--out").arg(&out));
+        let lines = std::fs::read_to_string(out.join("agreement.jsonl")).unwrap();
+        let line: serde_json::Value = serde_json::from_str(lines.trim()).unwrap();
+        serde_json::from_value(line).unwrap()
+    };
+    let together = agree(&words, "3");
+    let alone: Vec<_> = words.chunks(80).map(|words| agree(words, "1")).collect();
+    let mean = Agreement::mean(&alone).unwrap();
+    assert_eq!(together.tokens, mean.tokens);
+    assert!(together.kl > 1e-3, "{}", together.kl);
+    for (got, want) in [
+        (together.kl, mean.kl),
+        (together.perplexity, mean.perplexity),
+        (together.dense_perplexity, mean.dense_perplexity),
+        (together.top1, mean.top1),
+    ] {
+        assert!((got / want - 1.0).abs() < 1e-4, "{got} {want}");
+    }
 }

@@ -1,7 +1,7 @@
-//! The needle test with a real model against kvpress 0.5.5 on the same model: what a quarter of the
-//! cache keeps, and what is written (fixtures/make_kvpress_needle.py). kvpress computes with the
-//! weights dequantized to f32; here the activations are quantized too, as the model's file has it,
-//! so that scores which are nearly equal may change places.
+//! Compares the needle test with kvpress 0.5.5 on the same model: the entries kept in a quarter of
+//! the cache, and the generated text (fixtures/make_kvpress_needle.py). kvpress uses weights
+//! dequantized to f32. Here products with quantized weights also quantize the activations, so
+//! nearly equal scores can be in a different order.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -10,8 +10,7 @@ use std::sync::{Arc, Mutex};
 use base_models::{LoadOptions, Pretrained};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{
-    Batch, CausalLm, DenseCache, DenseStore, Footprint, KvCache, LayerSpec, Logits, Result, SeqId,
-    Step,
+    Batch, CausalLm, DenseCache, DenseStore, KvCache, LayerSpec, Logits, Result, SeqId, Step,
 };
 use longctx_examples::methods::{Evicting, Eviction};
 use longctx_examples::shared_prefill::SharedPrefill;
@@ -27,10 +26,10 @@ const POLICIES: [Eviction; 7] = [
     Eviction::H2o,
 ];
 
-/// The positions that each kv head keeps, by layer and policy.
+/// The positions that each kv head keeps, by layer and policy name.
 type Kept = Arc<Mutex<HashMap<(usize, &'static str), Vec<Vec<u32>>>>>;
 
-/// A cache that notes what it kept of the prompt.
+/// A cache that records the positions that it keeps of the prompt.
 struct Noted {
     cache: Evicting<DenseStore>,
     policy: &'static str,
@@ -38,58 +37,19 @@ struct Noted {
 }
 
 impl KvCache for Noted {
-    fn spec(&self) -> &LayerSpec {
-        self.cache.spec()
-    }
-    fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
-        self.cache.attend(step)
-    }
     fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
         self.cache.append_prompt(step, lse)?;
         let of = (self.spec().index, self.policy);
         self.kept.lock().unwrap().insert(of, self.cache.positions(step.batch.seqs()[0]).unwrap());
         Ok(())
     }
-    fn needs_lse(&self) -> bool {
-        self.cache.needs_lse()
-    }
-    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
-        self.cache.fork(from, to)
-    }
-    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        self.cache.check_truncate(seq, len)
-    }
-    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
-        self.cache.truncate(seq, len)
-    }
-    fn remove(&mut self, seq: SeqId) -> bool {
-        self.cache.remove(seq)
-    }
-    fn seqs(&self) -> Vec<SeqId> {
-        self.cache.seqs()
-    }
-    fn seen(&self, seq: SeqId) -> usize {
-        self.cache.seen(seq)
-    }
-    fn held(&self, seq: SeqId) -> usize {
-        self.cache.held(seq)
-    }
-    fn can_take(&self, batch: &Batch) -> bool {
-        self.cache.can_take(batch)
-    }
-    fn footprint(&self) -> Footprint {
-        self.cache.footprint()
-    }
-    fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        self.cache.seq_footprint(seq)
-    }
-    fn clear(&mut self) {
-        self.cache.clear();
-    }
+
+    longctx_core::forward_kv_cache!(self => self.cache;
+        spec, attend, needs_lse, fork, check_truncate, truncate, remove, seqs, seen, held,
+        can_append, footprint, seq_footprint, clear);
 }
 
-/// The dense cache and one for each policy, none of which evicts while decoding, as kvpress does
-/// not.
+/// Returns the dense cache and one cache per policy. As in kvpress, none evicts during decoding.
 fn caches(spec: &LayerSpec, kept: &Kept) -> Result<Vec<Box<dyn KvCache>>> {
     let mut caches: Vec<Box<dyn KvCache>> =
         vec![Box::new(DenseCache::new(spec.clone(), DType::F32)?)];
@@ -108,8 +68,8 @@ fn feed(session: &mut impl CausalLm, seq: SeqId, ids: &[u32]) -> u32 {
     logits.flatten_all().unwrap().argmax(0).unwrap().to_scalar().unwrap()
 }
 
-/// The share of what kvpress keeps from layer `first` on that is kept here too; `bits`: a bit per
-/// layer, kv head and position, the highest bit first.
+/// Returns the share of the entries kept by kvpress, from layer `first` on, that are kept here too.
+/// `bits` has a bit per layer, kv head and position, the highest bit first.
 fn agreement(kept: &Kept, name: &'static str, first: usize, bits: &Tensor) -> f64 {
     let bits = bits.to_vec3::<u8>().unwrap();
     let kept = kept.lock().unwrap();
@@ -144,7 +104,7 @@ fn a_real_model_keeps_and_answers_what_it_does_under_kvpress() {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/kvpress_needle.safetensors");
     let fixture = candle_core::safetensors::load(fixture, &Device::Cpu).unwrap();
     let llm = Pretrained::from_gguf(&path, &LoadOptions::default()).unwrap();
-    // Without optimization a prompt takes long.
+    // Prompts are slow without optimization.
     let prompts = if cfg!(debug_assertions) { 1 } else { 3 };
     for prompt in 0..prompts {
         let tokens = fixture[&format!("prompt.{prompt}")].to_vec1::<u32>().unwrap();
@@ -166,8 +126,8 @@ fn a_real_model_keeps_and_answers_what_it_does_under_kvpress() {
             if name == "dense" {
                 continue;
             }
-            // In the first layer, keys of equal tokens have equal norms wherever they stand: which
-            // of them stay is chance.
+            // In the first layer, keys of equal tokens have equal norms, so the selection among
+            // them is arbitrary.
             let first = usize::from(name == "k-norm");
             let bits = &fixture[&format!("{name}.{prompt}.kept")];
             let (all, share) =

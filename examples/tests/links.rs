@@ -1,4 +1,5 @@
-//! Relative links and images of README files and of the book lead to files and headings that exist.
+//! Tests that relative links and images in README files and in the book lead to existing files and
+//! headings.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Component, Path, PathBuf};
@@ -40,7 +41,7 @@ impl Page {
     }
 }
 
-/// GitHub's anchor of a heading: lower case, hyphens for spaces, without punctuation.
+/// Returns GitHub's anchor of a heading: lower case, hyphens for spaces, without punctuation.
 fn slug(heading: &str) -> String {
     let kept = |c: &char| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_');
     heading.to_lowercase().chars().filter(kept).collect::<String>().replace(' ', "-")
@@ -117,7 +118,7 @@ fn every_relative_link_leads_somewhere() {
     assert!(broken.is_empty(), "{}", broken.join("\n"));
 }
 
-/// Reports of runs are HTML pages of their own beside the Markdown.
+/// Reports of runs are separate HTML pages.
 #[test]
 fn the_summary_lists_every_page_of_the_book() {
     let docs = root().join("docs");

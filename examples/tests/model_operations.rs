@@ -1,9 +1,9 @@
-//! Random sequences of operations on sessions of all models, against plain lists of token ids: the
-//! logits are those of a new session that is fed a list at once.
+//! Applies random operations to sessions of all models and to plain lists of token ids. The logits
+//! must equal those of a new session that is fed a list in one call.
 //!
 //!     LONGCTX_SLOW=1 cargo test -p longctx-examples --test model_operations
 //!
-//! tries 5,000 operations a model instead of 200.
+//! runs 5,000 operations per model instead of 200.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -29,11 +29,11 @@ type Sessions<'a> = Box<dyn Fn() -> Box<dyn CausalLm> + 'a>;
 
 struct Trial<'a> {
     name: String,
-    /// Makes a session that the operations change.
+    /// Creates the session to which operations are applied.
     session: Sessions<'a>,
-    /// Makes a session that is fed one list of ids.
+    /// Creates a session that is fed one list of ids.
     plain: Sessions<'a>,
-    /// The largest difference, in parts of the largest logit.
+    /// The largest difference, relative to the largest logit.
     tolerance: f32,
 }
 
@@ -85,7 +85,7 @@ impl Trial<'_> {
         }
         let lengths: Vec<_> = parts.iter().map(|(&seq, ids)| (seq, ids.len())).collect();
         let Ok(batch) = Batch::new(&lengths) else { return };
-        let fits = session.can_take(&batch);
+        let fits = session.can_append(&batch);
         let logits = match session.forward(
             &batch,
             &parts.values().flatten().copied().collect::<Vec<_>>(),
@@ -113,7 +113,7 @@ impl Trial<'_> {
         }
     }
 
-    /// A sequence of a failed call is as it was, or poisoned and then removed.
+    /// After a failed call a sequence is unchanged, or poisoned; poisoned ones are removed.
     fn after_failure(
         &self,
         session: &mut dyn CausalLm,
@@ -163,7 +163,7 @@ fn fork(
     }
 }
 
-/// Returns 1 if the sequence went back.
+/// Returns 1 if the sequence was truncated.
 fn truncate(
     rng: &mut StdRng,
     session: &mut dyn CausalLm,
@@ -172,7 +172,7 @@ fn truncate(
 ) -> usize {
     let seq = rng.random_range(SEQS);
     let seen = lists.get(&seq).map_or(0, Vec::len);
-    // Often by a few tokens, as speculative decoding does; now and then to more than there is.
+    // Often by a few tokens, as in speculative decoding; sometimes to more tokens than exist.
     let len = match rng.random_bool(0.6) {
         true => seen.saturating_sub(rng.random_range(0..6)),
         false => rng.random_range(0..=seen + 2),
@@ -189,7 +189,7 @@ fn truncate(
     1
 }
 
-/// Calls that no session may take; nothing changes.
+/// Makes invalid calls, which must fail and change nothing.
 fn wrong(
     rng: &mut StdRng,
     session: &mut dyn CausalLm,
@@ -236,7 +236,7 @@ fn transformers_equal_a_new_session_after_any_operations() {
             let name = format!("{name}, {pool} pool");
             Trial { name, session, plain: Box::new(plain), tolerance: 1e-4 }.run(operations());
         }
-        // A packed cache that holds all that it is fed in full precision while it is short.
+        // A packed cache that holds short sequences entirely in full precision.
         let kivi = |layer: &LayerSpec| Method::named("kivi-4-rolling").unwrap().cache(layer);
         let session: Sessions<'_> = Box::new(|| Box::new(model.session(kivi).unwrap()));
         let name = format!("{name}, kivi-4");

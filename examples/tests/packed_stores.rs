@@ -49,7 +49,7 @@ struct Call {
 }
 
 impl Call {
-    /// Roughly normal numbers, the same in every run: the tests' bounds are close.
+    /// Returns roughly normal numbers, the same in every run, because the tests' bounds are tight.
     fn random(seed: u64, seqs: &[(SeqId, usize)]) -> Self {
         let batch = Batch::new(seqs).unwrap();
         let mut random = StdRng::seed_from_u64(seed);
@@ -68,8 +68,8 @@ impl Call {
     }
 }
 
-/// The prompt attends exactly and scores come from its own keys and queries, so that a packed store
-/// is left with the same tokens as a dense one; decoded tokens then see nearly the same.
+/// The prompt attends exactly, and scores are computed from its keys and queries. So a packed store
+/// keeps the same tokens as a dense one, and outputs of decoded tokens are close.
 #[test]
 fn packed_stores_keep_the_same_tokens_of_a_prompt() {
     let (prompt, token) = (Call::random(1, &SEQS), Call::random(2, &[(8, 1), (3, 1)]));
@@ -113,10 +113,11 @@ fn budgets_hold_over_packed_stores_while_decoding() {
     }
 }
 
-/// A head pays for its own entries, rounded up to a block, and not for the longest head's.
+/// A head's bytes depend only on its own entries, rounded up to a block, not on those of the
+/// longest head.
 #[test]
 fn heads_of_unequal_length_free_their_own_blocks() {
-    // 32 keys and values of 64 channels: 4 bits a number, a scale and a zero point for 32 of them.
+    // 32 keys and values of 64 channels: 4 bits per number, a scale and a minimum per 32 numbers.
     const BLOCK: usize = 2 * 64 * 32 / 2 + 2 * 64 * 4;
     let call = Call::random(1, &SEQS);
     let format = Format::kivi(Bits::Four, Bits::Four, 32, RESIDUAL).unwrap();
@@ -143,15 +144,14 @@ fn heads_of_unequal_length_free_their_own_blocks() {
     }
 }
 
-/// Heads with budgets of their own hold different numbers of entries. Each head's newest entries
-/// stay in full precision, whatever the others hold: a head with few entries is not padded to the
+/// Heads with separate budgets hold different numbers of entries. Each head's newest entries stay
+/// in full precision, independent of the other heads. A head with few entries is not padded to the
 /// length of the longest.
 #[test]
 fn heads_of_unequal_length_keep_their_newest_values_in_full_precision() {
     const WINDOW: usize = 16;
     let prompt = Call::random(1, &SEQS);
-    // The second head's keys are all alike: the first head, whose scores are spread, gets another
-    // share.
+    // All keys of the second head are equal. The first head's scores vary, so its share differs.
     let even = prompt.k.narrow(1, 1, 1).unwrap().zeros_like().unwrap();
     let k = Tensor::cat(&[&prompt.k.narrow(1, 0, 1).unwrap(), &even], 1).unwrap();
     let prompt = Call { k, ..prompt };

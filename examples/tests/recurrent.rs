@@ -1,5 +1,5 @@
-//! Recurrent and hybrid models by name: the tiny random checkpoints of `hybrid-models`, with a
-//! tokenizer of their size.
+//! Tests recurrent and hybrid models by name, with the small random checkpoints of `hybrid-models`
+//! and a tokenizer with the same vocabulary size.
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -15,7 +15,7 @@ use longctx_examples::subject::Models;
 const FAMILIES: [&str; 8] =
     ["mamba", "mamba2", "mamba2_groups", "recurrent_gemma", "rwkv4", "rwkv5", "rwkv6", "rwkv7"];
 
-/// A folder with a checkpoint of 96 tokens and a tokenizer of as many, each a word.
+/// Returns a folder with a checkpoint of 96 tokens and a tokenizer of 96 words.
 fn folder(family: &str, at: &Path) -> PathBuf {
     let to = at.join(family);
     fs::create_dir(&to).unwrap();

@@ -1,4 +1,4 @@
-//! One cell of the sweep: a policy, a store, and how much it may hold.
+//! One cell of the sweep: a policy, a store and a budget.
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
@@ -10,17 +10,17 @@ use longctx_examples::heads::Heads;
 use longctx_examples::methods::{Compress, Policy, Size, Store, duo_attention, windowed};
 use token_drop::{Budget, EvictionPolicy, PolicyCache};
 
-/// Every policy by name; "dense" keeps everything.
+/// Returns the names of all policies; "dense" keeps everything.
 pub fn policies() -> impl Iterator<Item = &'static str> {
     ["dense", "duo-attention"].into_iter().chain(Policy::all().map(Policy::name))
 }
 
-/// What a share of the dense cache is a share of.
+/// The unit of a share of the dense cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Equal {
-    /// Stores of fewer bits hold more tokens.
+    /// Bytes: stores with fewer bits hold more tokens.
     Bytes,
-    /// All stores hold the same tokens.
+    /// Tokens: all stores hold the same number of tokens.
     Tokens,
 }
 
@@ -31,7 +31,7 @@ pub struct Cell {
     pub share: f64,
     /// Tokens per kv head.
     pub budget: usize,
-    /// Which kv heads stream, per layer, under DuoAttention.
+    /// DuoAttention's streaming kv heads, per layer.
     streaming: Vec<Vec<bool>>,
 }
 
@@ -41,8 +41,8 @@ impl Cell {
         Self { policy, store: Store::F16, share: 1.0, budget: usize::MAX, streaming }
     }
 
-    /// `None` where there is no such cache: retrieval holds everything, whatever it reads, and
-    /// DuoAttention's streaming heads have a least size.
+    /// Creates a cell; `None` if such a cache does not exist. Retrieval always holds everything,
+    /// and DuoAttention's streaming heads have a minimum size.
     pub fn new(
         policy: &str,
         store: Store,
@@ -66,8 +66,8 @@ impl Cell {
         Ok(streaming.map(cell))
     }
 
-    /// A cache for one layer. A policy evicts in layers without a sliding window; windows are held
-    /// whole, in the same store.
+    /// Creates a cache for one layer. A policy evicts in layers without a sliding window; other
+    /// layers hold their whole window, in the same store.
     pub fn cache(&self, spec: &LayerSpec) -> longctx_core::Result<Box<dyn KvCache>> {
         if spec.shape.window.is_some() {
             return windowed(spec, self.store.format()?, None);
@@ -92,13 +92,15 @@ impl Cell {
             Some(Policy::Eviction(policy)) => {
                 brief(policy.cache(spec, store, Budget::Tokens(self.budget))?)
             }
-            Some(policy) => policy.cache(spec, store, Size::Tokens(self.budget), 1, Compress::default()),
+            Some(policy) => {
+                policy.cache(spec, store, Size::Tokens(self.budget), 1, Compress::default())
+            }
             None => Err(longctx_core::Error::setting("policy", "a known one", &self.policy)),
         }
     }
 }
 
-/// An answer is short: only policies that evict at every token evict during it.
+/// Answers are short, so only policies that evict at every token evict during an answer.
 fn brief<S: KvStore + 'static, P: EvictionPolicy + 'static>(
     cache: PolicyCache<S, P>,
 ) -> longctx_core::Result<Box<dyn KvCache>> {
@@ -106,8 +108,8 @@ fn brief<S: KvStore + 'static, P: EvictionPolicy + 'static>(
     Ok(Box::new(cache.with_decode_step(step)?))
 }
 
-/// How many tokens a store holds in a share of the bytes of `tokens` f16 ones: counted, on a head
-/// of 64 channels.
+/// Returns the number of tokens that a store holds in a share of the bytes of `tokens` f16 tokens.
+/// The bytes are counted on a head of 64 channels.
 fn tokens_in(store: Store, share: f64, tokens: usize) -> Result<usize> {
     let dense = |count: usize| count * 2 * 64 * size_of::<f16>();
     let bytes = share * dense(tokens) as f64;

@@ -1,10 +1,11 @@
-//! Few tokens in full precision or many in few bits? The needle test over policies, stores and memory budgets.
+//! Compares few tokens in full precision with many tokens in few bits: the needle test over
+//! policies, stores and memory budgets.
 //!
 //!     cargo run --release --example trade_off
 //!     cargo run --release --example trade_off -- --equal tokens --stores f16 --shares 0.5,0.25,0.125 --policies all
 //!
-//! The prefill is exact and shared: every cache takes it in and then decodes on its own. With
-//! `--prefill-chunk` each cache has a prefill of its own, in chunks.
+//! The prefill is exact and shared by all caches; each cache then decodes separately. With
+//! `--prefill-chunk` each cache has a separate prefill in chunks.
 
 mod cell;
 mod plot;
@@ -33,7 +34,8 @@ use serde::Serialize;
 #[derive(Parser)]
 #[command(about = "Sweeps eviction policies, stores and budgets over the needle (passkey) test")]
 struct Args {
-    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default SmolLM2-135M-Instruct, fetched if need be
+    /// A GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default
+    /// SmolLM2-135M-Instruct, downloaded if it is missing
     #[arg(long)]
     model: Option<String>,
     #[command(flatten)]
@@ -41,34 +43,35 @@ struct Args {
     /// Lengths of the prompts, in tokens
     #[arg(long, value_delimiter = ',', default_values_t = [2000])]
     tokens: Vec<usize>,
-    /// Where to hide the key: 0 at the start, 1 at the end; a prompt and a key of its own for each
+    /// Depths of the key: 0 is the start, 1 the end; each has a prompt with a different key
     #[arg(long, value_delimiter = ',', default_values_t = [0.1, 0.3, 0.5, 0.7, 0.9])]
     depths: Vec<f64>,
-    /// Policies by name; "dense" keeps everything, "all" is all of them
+    /// Names of policies; "dense" keeps everything, "all" selects all
     #[arg(long, value_delimiter = ',', default_values = ["dense", "recent", "snap-kv", "h2o", "tova"], value_parser = names())]
     policies: Vec<String>,
-    /// What keys and values are held in
+    /// Stores of keys and values
     #[arg(long, value_delimiter = ',', default_values = ["f16", "kivi-4", "kivi-2"])]
     stores: Vec<Store>,
-    /// Shares of the dense f16 cache, of its bytes or of its tokens, in layers without a sliding window
+    /// Shares of the dense f16 cache, in layers without a sliding window
     #[arg(long, value_delimiter = ',', default_values_t = [0.5, 0.25, 0.125, 0.0625])]
     shares: Vec<f64>,
-    /// What a share is a share of
+    /// The unit of shares
     #[arg(long, default_value = "bytes")]
     equal: Equal,
-    /// Tokens of the prompt to feed at a time; by default the whole prompt, which attends exactly
+    /// Tokens of the prompt to feed at a time; by default the whole prompt, whose attention is then
+    /// exact
     #[arg(long)]
     prefill_chunk: Option<usize>,
-    /// Tokens to generate for an answer
+    /// Tokens to generate per answer
     #[arg(long, default_value_t = 12)]
     max_tokens: usize,
-    /// Where to save the table and the plot, and under which name
+    /// Path of the saved table and plot, without extension
     #[arg(long, default_value = "results/trade_off")]
     out: PathBuf,
-    /// Draw the plot of a table that was saved as JSON again, and do nothing else
+    /// Only plot a table that was saved as JSON
     #[arg(long)]
     redraw: Option<PathBuf>,
-    /// Save the prompts, their tokens and their keys, as JSON here, and do nothing else
+    /// Only save the prompts, their tokens and their keys in this JSON file
     #[arg(long)]
     save_prompts: Option<PathBuf>,
 }
@@ -84,7 +87,7 @@ fn main() -> Result<()> {
     if let Some(path) = &args.save_prompts {
         return save_prompts(&args, &llm, path);
     }
-    // DuoAttention's heads are those of a model whose every layer sees the whole prompt.
+    // DuoAttention's scores are measured only for models without sliding windows.
     let windowed = llm.model.config().windows.iter().any(Option::is_some);
     let policies = match args.policies.iter().any(|policy| policy == "all") {
         true => {
@@ -145,7 +148,7 @@ fn cells(args: &Args, policies: &[String], heads: &Heads, tokens: usize) -> Resu
 #[derive(Serialize)]
 struct Prompt {
     tokens: Vec<u32>,
-    /// The key hidden in it.
+    /// The key in the prompt.
     answer: String,
 }
 
@@ -160,11 +163,11 @@ fn prompts(args: &Args, llm: &Pretrained, tokens: usize) -> Result<Vec<Prompt>> 
     let haystack = Haystack::generated(0);
     let count = |text: &str| anyhow::Ok(llm.tokenizer.encode(text.trim_end(), true)?.len());
     let prompt = |&depth: &f64| {
-        // A key of its own for each depth, the same in every run.
+        // A different key for each depth, the same in every run.
         let seed = (depth * 1000.0) as u64;
         let needle = Needle { depth, digits: 7, seed };
         let Sample { prompt, answer } = needle.in_tokens(&haystack, tokens, count)?;
-        // The prompt ends where the key begins. Its last space would be a token of its own.
+        // The prompt ends before the key. Its last space is removed: it would be a separate token.
         Ok(Prompt { tokens: llm.tokenizer.encode(prompt.trim_end(), true)?, answer })
     };
     args.depths.iter().map(prompt).collect()
@@ -172,7 +175,7 @@ fn prompts(args: &Args, llm: &Pretrained, tokens: usize) -> Result<Vec<Prompt>> 
 
 type Answers = Vec<(String, Footprint)>;
 
-/// One exact prefill for all caches.
+/// Answers with one exact prefill for all caches.
 fn at_once(
     llm: &Pretrained,
     cells: &[Cell],
@@ -196,7 +199,7 @@ fn at_once(
     Ok(answers)
 }
 
-/// A prefill in chunks for each cache.
+/// Answers with a chunked prefill for each cache.
 fn one_by_one(
     llm: &Pretrained,
     cells: &[Cell],
@@ -218,7 +221,8 @@ fn one_by_one(
     Ok(answers)
 }
 
-/// Writes on greedily from the first token of the answer; with the bytes held at its end.
+/// Continues greedily after the first token of the answer. Returns the answer and the bytes held at
+/// its end.
 fn answer(
     llm: &Pretrained,
     session: &mut impl CausalLm,
@@ -237,7 +241,7 @@ fn answer(
     Ok((llm.tokenizer.decode(&tokens)?, session.seq_footprint(seq)))
 }
 
-/// The most probable next token.
+/// Feeds tokens and returns the most probable next token.
 fn feed(session: &mut impl CausalLm, seq: SeqId, ids: &[u32]) -> Result<u32> {
     let logits = session.forward(&Batch::single(seq, ids.len())?, ids, Logits::Last)?;
     Ok(logits.flatten_all()?.argmax(0)?.to_scalar()?)

@@ -1,4 +1,4 @@
-//! Quality against bytes: a panel for each policy, a line for each store.
+//! Plots quality against bytes: a panel per policy, a line per store.
 
 use std::path::Path;
 
@@ -10,7 +10,8 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::report::Row;
 
-/// Colours of Okabe and Ito, which differ for the colour-blind too; each store has a marker of its own, for prints in grey.
+/// Okabe and Ito's colours, which colour-blind readers can distinguish. Each store also has its own
+/// marker, for prints in grey.
 const STORES: [(&str, RGBColor); 3] = [
     ("f16", RGBColor(0, 114, 178)),
     ("kivi-4", RGBColor(213, 94, 0)),
@@ -23,7 +24,7 @@ const LEGEND: u32 = 44;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Draws the rows of the longest prompts as an SVG file.
+/// Plots the rows of the longest prompts as an SVG file.
 pub fn save(rows: &[Row], path: &Path) -> Result<()> {
     let longest = rows.iter().map(|row| row.tokens).max().unwrap_or(0);
     let rows: Vec<_> = rows.iter().filter(|row| row.tokens == longest).collect();
@@ -51,7 +52,7 @@ pub fn save(rows: &[Row], path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The stores that occur, in a row; and how the dense cache is shown.
+/// Draws the legend: the stores in the rows, and the dense cache.
 fn legend(area: &Area<'_>, rows: &[&Row]) -> Result<()> {
     let text = ("sans-serif", 14).into_font().color(&INK).pos(Pos::new(HPos::Left, VPos::Center));
     let (mut x, y) = (56, 24);
@@ -67,13 +68,13 @@ fn legend(area: &Area<'_>, rows: &[&Row]) -> Result<()> {
     Ok(())
 }
 
-/// Where a panel has no neighbour: there its axis is named.
+/// The outer sides of a panel, where axes have titles.
 struct Outer {
     left: bool,
     bottom: bool,
 }
 
-/// One policy's panel. Bytes are drawn by their logarithm, with a tick at each doubling.
+/// Draws the panel of one policy. The axis of bytes is logarithmic, with a tick at each doubling.
 fn draw(area: &Area<'_>, policy: &str, rows: &[&Row], outer: Outer) -> Result<()> {
     let bytes = || rows.iter().map(|row| row.bytes as f64 / 1e6);
     let least = bytes().fold(f64::MAX, f64::min) * 0.85;

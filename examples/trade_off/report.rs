@@ -1,4 +1,4 @@
-//! The table, and the same as JSON and CSV.
+//! The table of results, as text, JSON and CSV.
 
 use std::fs;
 use std::path::Path;
@@ -11,23 +11,23 @@ use serde::{Deserialize, Serialize};
 
 use crate::cell::Cell;
 
-/// What one cell of the sweep did.
+/// The results of one cell of the sweep.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Row {
     pub tokens: usize,
     pub policy: String,
     pub store: String,
     pub share: f64,
-    /// Tokens per kv head that may be held.
+    /// Largest number of entries per kv head.
     pub budget: usize,
     pub tried: usize,
-    /// Keys found whole.
+    /// Keys found exactly.
     pub exact: f64,
-    /// The sum of the shares of the keys that were found.
+    /// The sum over keys of the share of digits that was found.
     pub partial: f64,
-    /// Bytes held after the last answer, without what is allocated for tokens to come.
+    /// Bytes held after the last answer, without memory allocated for future tokens.
     pub bytes: usize,
-    /// The part of them that is the policy's own.
+    /// The bytes of the policy's metadata, which are part of `bytes`.
     pub bookkeeping: usize,
 }
 
@@ -55,7 +55,7 @@ impl Row {
         self.bookkeeping = held.bookkeeping;
     }
 
-    /// The mean share of a key that was found.
+    /// Returns the mean share of a key's digits that was found.
     pub fn quality(&self) -> f64 {
         self.partial / self.tried.max(1) as f64
     }
@@ -95,7 +95,7 @@ pub fn save(rows: &[Row], name: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The rows of a `NAME.json`.
+/// Reads the rows of a `NAME.json`.
 pub fn open(path: &Path) -> Result<Vec<Row>> {
     let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
     serde_json::from_str(&text).with_context(|| path.display().to_string())

@@ -1,4 +1,4 @@
-"""A table of bytes and decode times from longctx-eval's results of untrained models, in Markdown.
+"""Prints a Markdown table of bytes and decode times from longctx-eval's results.
 
     python cost.py RESULTS.jsonl ...
 """

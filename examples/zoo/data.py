@@ -1,10 +1,11 @@
-"""Rows of tokens to train on, with a weight for each, made once for all models by as many processes as there are cores.
+"""Creates training rows of tokens and weights, once for all models, with a process per core.
 
     python data.py CORPUS OUT --recipe tasks|retrieval|text --rows N [--length 2048] [--seed 0]
 
-`OUT.tokens.npy` and `OUT.weights.npy`, `[rows, length + 1]`, u16 and u8. Row by row they are the order of training: documents
-grow longer with the rows, so that a model first learns to look back a little way. `tasks` made the embedded model; `retrieval`
-begins with documents in which every second or fourth token is an answer, from which models learn to look things up sooner.
+Writes `OUT.tokens.npy` and `OUT.weights.npy`, `[rows, length + 1]`, u16 and u8, in the order of
+training. Documents become longer with the rows, so a model first learns to look back a short way.
+The recipe `tasks` trained the embedded model. The recipe `retrieval` starts with documents in which
+every second to fourth token is an answer.
 """
 
 import argparse
@@ -20,10 +21,10 @@ from tokenizers import Tokenizer
 
 import tasks
 
-# Weights in tenths: what can't be foreseen, made text, answers; and natural text.
+# Weights in tenths: unpredictable tokens, generated text, answers; and natural text.
 WEIGHTS = np.array([0, 2, 20], np.uint8)
 NATURAL = 10
-# How often each kind is drawn.
+# The probability of each kind of document.
 SHARES = {
     "needle": 20, "multi_needle": 20, "pairs": 15, "copy": 10, "recall": 12, "listing": 4, "table_edit": 12, "state_machine": 7
 }
@@ -34,7 +35,7 @@ LATE_SHARES = {
     "associations": 14, "repetition": 4, "pairs": 14, "needle": 18, "multi_needle": 15, "recall": 14, "copy": 5, "swaps": 8,
     "ring": 8,
 }
-# Of all rows.
+# The share of rows that use the early weights.
 EARLY = 0.25
 BLOCK = 64
 # Rows are made by forked processes.
@@ -49,7 +50,7 @@ SPLIT = re.compile(
 
 
 class Encoder:
-    """The tokenizer, each word once: several times as fast on text that repeats itself."""
+    """The tokenizer with a cache of words, several times as fast on repetitive text."""
 
     def __init__(self, path):
         self.tokenizer, self.known = Tokenizer.from_file(str(path)), {}
@@ -62,7 +63,7 @@ class Encoder:
 
 
 def natural(corpus):
-    """The tokens of `natural.txt`, which are kept with those of `held_out.txt` once they are known."""
+    """Returns the tokens of `natural.txt`. Tokenizes it and `held_out.txt` if that was not done before."""
     tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
     for name in ("natural", "held_out"):
         if not (corpus / f"{name}.npy").exists():
@@ -87,7 +88,7 @@ class Rows:
         return tasks.Maker(rng, *self.haystacks, self.vocabulary)
 
     def encode(self, document):
-        """With the token that begins a document, which nothing foretells."""
+        """Returns tokens and weights, with the first token of a document, whose weight is 0."""
         words, ids = self.encoder.words(document.text)
         classes = np.repeat(
             np.array([kind for _, kind in document.pieces], np.uint8), [len(text) for text, _ in document.pieces]
@@ -105,7 +106,7 @@ class Rows:
         return tokens, weights
 
     def mix(self, progress):
-        """The share of natural text, those of each kind, and tokens of the shortest document."""
+        """Returns the share of natural text, the weight of each kind, and the tokens of the shortest document."""
         if self.recipe == "tasks":
             return 0.25, SHARES, 80
         return (0.1, EARLY_SHARES, 40) if progress < EARLY else (0.25, LATE_SHARES, 80)
@@ -118,7 +119,7 @@ class Rows:
         if self.recipe == "text" or rng.random() < natural:
             return self.natural_piece(rng, size)
         maker = self.maker(rng)
-        # Half of the rows of the last third are one document.
+        # Half of the last rows are one document each.
         longest = size if progress > 0.6 else max(200, int(size * progress / 0.6))
         whole = progress > 0.6 and rng.random() < 0.5
         parts, used, asked_once = [], 0, False

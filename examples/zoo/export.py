@@ -1,4 +1,6 @@
-"""Writes a trained stack as a folder in the `hybrid` layout or, if all its mixers are attention, as a GGUF file.
+"""Writes a trained stack as a folder in the `hybrid` layout, or as a GGUF file.
+
+A GGUF file is possible only if all mixers are attention.
 
     python export.py FOLDER FILE.gguf
 """
@@ -26,30 +28,30 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-# Types of tokens in GGUF files.
+# Token types in GGUF files.
 NORMAL, CONTROL = 1, 3
 
 
 def hybrid(weights, config, folder, tokenizer=None, matrices=torch.float32):
-    """`weights`: the model's `state_dict`; `matrices`: the type to keep matrices in."""
+    """Writes the folder. `weights`: the model's `state_dict`; `matrices`: the dtype of matrices."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     kept = lambda t: t.to(matrices) if t.dim() == 2 else t
     save_file({name: kept(t).contiguous().clone() for name, t in weights.items()}, folder / "model.safetensors")
     if tokenizer is not None:
         shutil.copy(tokenizer, folder / "tokenizer.json")
-    # Last: a folder that has it is whole.
+    # Written last, so that a folder with this file is complete.
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def interleaved(weight, heads):
-    """Rows of a head in llama.cpp's order of rotated pairs: (0, 1) for (0, head_dim / 2)."""
+    """Reorders a head's rows to llama.cpp's adjacent pairs: (0, 1) instead of (0, head_dim / 2)."""
     rows, columns = weight.shape
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def to_gguf(folder, path, context_length):
-    """Matrices in Q8_0, norms in f32. The tokenizer splits text as SmolLM's does."""
+    """Writes matrices in Q8_0 and norms in f32. The pre-tokenizer is SmolLM's."""
     import gguf
 
     folder = Path(folder)

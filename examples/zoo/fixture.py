@@ -1,4 +1,4 @@
-"""Makes the fixtures that compare Rust with PyTorch.
+"""Creates the fixtures that compare Rust with PyTorch.
 
     python fixture.py stack     a tiny random stack of every mixer, in crates/hybrid-models/tests/fixtures/zoo
     python fixture.py default TOKENIZER   the embedded model's last logits of a prompt, in examples/tests/fixtures
@@ -49,7 +49,7 @@ def stack():
 
 
 def expanded(path, settings):
-    """A GGUF file's weights under the names of the `hybrid` layout."""
+    """Returns a GGUF file's weights with the names of the `hybrid` layout."""
     attention = settings["attention"]
     heads = {"attn_q": attention["num_attention_heads"], "attn_k": attention["num_key_value_heads"]}
     names = {theirs: ours for ours, theirs in export.NAMES.items()}

@@ -1,7 +1,8 @@
-"""The mixers of `hybrid-models`, as training computes them: whole sequences at a time.
+"""The mixers of `hybrid-models` for training, over whole sequences.
 
-Each module has the tensors that the `hybrid` layout names (docs/hybrid-models.md) and maps `[batch, tokens, hidden]` to the
-same. Attention, Mamba-2 and RWKV-5 are chunks of matrix products; Mamba and RG-LRU scan chunks side by side.
+Each module has the tensors of the `hybrid` layout (docs/hybrid-models.md) and maps
+`[batch, tokens, hidden]` to the same shape. Attention, Mamba-2 and RWKV-5 are matrix products over
+chunks; Mamba and RG-LRU scan all chunks in parallel.
 """
 
 import math
@@ -12,7 +13,7 @@ from torch import nn
 
 
 def rotate(x, theta=10_000.0):
-    """Rotary embedding of `[batch, heads, tokens, head_dim]`, pairs (i, i + head_dim / 2)."""
+    """Rotates the pairs (i, i + head_dim / 2) of `[batch, heads, tokens, head_dim]` (RoPE)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angle = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * frequency
@@ -46,7 +47,7 @@ class Attention(nn.Module):
 
 
 def causal_conv(x, conv):
-    """A depthwise convolution over tokens that sees none to come, tap by tap: a compiler fuses it."""
+    """Causal depthwise convolution over tokens, as a sum over taps, which a compiler fuses."""
     tokens, taps = x.shape[1], conv.kernel_size[0]
     padded, weight = F.pad(x, (0, 0, taps - 1, 0)), conv.weight[:, 0].to(x.dtype)
     return sum(padded[:, tap : tap + tokens] * weight[:, tap] for tap in range(taps)) + conv.bias.to(x.dtype)
@@ -82,7 +83,7 @@ class Scan(torch.autograd.Function):
         for t in range(1, chunk):
             torch.addcmul(b[:, :, t], a[:, :, t], h[:, :, t - 1], out=h[:, :, t])
             torch.mul(a[:, :, t], decay[:, :, t - 1], out=decay[:, :, t])
-        # What each chunk begins with.
+        # The state at the start of each chunk.
         carry = torch.zeros_like(h[:, :, 0])
         for c in range(1, h.shape[1]):
             torch.addcmul(h[:, c - 1, -1], decay[:, c - 1, -1], carry[:, c - 1], out=carry[:, c])
@@ -141,7 +142,7 @@ class Mamba(nn.Module):
 
 
 def time_step_bias(count):
-    """Biases whose softplus lies between 0.001 and 0.1, evenly in the logarithm."""
+    """Returns biases whose softplus is log-uniform between 0.001 and 0.1."""
     step = torch.exp(torch.empty(count).uniform_(math.log(1e-3), math.log(1e-1)))
     return step + torch.log(-torch.expm1(-step))
 
@@ -203,14 +204,14 @@ class RgLru(nn.Module):
         u = causal_conv(self.linear_x(x), self.conv_1d)
         log_decay, i = self.rg_lru(u)
         root = torch.sqrt(-torch.expm1(2 * log_decay))
-        # The first token has no past and comes in whole.
+        # The first token has no past, so its input is not scaled.
         root = torch.cat([torch.ones_like(root[:, :1]), root[:, 1:]], 1)
         h = scan(log_decay.exp(), root * i * u.float())
         return self.linear_out(h.to(x.dtype) * F.gelu(self.linear_y(x), approximate="tanh"))
 
 
 class Gates(nn.Module):
-    """The recurrence's logarithm of decay, and the input's gate."""
+    """The gates of RG-LRU: the logarithm of the decay, and the input gate."""
 
     def __init__(self, width, blocks):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A stack of residual blocks, as the `hybrid` layout of `hybrid-models` describes it."""
+"""A stack of residual blocks with the `hybrid` layout of `hybrid-models`."""
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ class Mlp(nn.Module):
 
 
 def block(name, config):
-    """The module of a block; `config` is that of config.json."""
+    """Returns the module of a block; `config` is the content of config.json."""
     hidden, head_dim = config["hidden_size"], config["attention"]["head_dim"]
     if name == "attention":
         a = config["attention"]
@@ -40,7 +40,7 @@ def block(name, config):
 
 
 class Layer(nn.ModuleDict):
-    """x + block(norm(x)), block after block."""
+    """Applies x + block(norm(x)) for each block."""
 
     def __init__(self, names, config):
         super().__init__()
@@ -56,7 +56,7 @@ class Layer(nn.ModuleDict):
 
 
 class Model(nn.Module):
-    """Its `state_dict` has the names of the `hybrid` layout; the head is the embedding."""
+    """A model with the tensor names of the `hybrid` layout; the head is the embedding."""
 
     def __init__(self, config):
         super().__init__()
@@ -77,7 +77,7 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
 
     def hidden(self, tokens):
-        """What the head reads."""
+        """Returns the input of the head."""
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x)
@@ -88,7 +88,7 @@ class Model(nn.Module):
 
 
 def config(layers, vocab_size, hidden, inner, heads=4, kv_heads=2, window=None):
-    """`layers`: the mixer of each layer; each is followed by a gated feed-forward block."""
+    """Returns a config. `layers`: the mixer of each layer; a gated feed-forward block follows each."""
     attention = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads}
     if window is not None:
         attention["sliding_window"] = window

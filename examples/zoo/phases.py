@@ -1,9 +1,10 @@
-"""Tables of longctx-eval's results on what compression costs by when it happens, in Markdown.
+"""Prints Markdown tables of longctx-eval's results by the phase in which tokens are compressed.
 
     python phases.py TASK DENSE_FOLDER NAME=FOLDER ...
 
-DENSE_FOLDER has the results of `dense-f16`. Only samples that it answers wholly right count. Intervals contain 95 % of 2,000
-bootstrap resamples of the samples; differences are to the first folder, sample by sample.
+DENSE_FOLDER has the results of `dense-f16`. Only samples whose answer is entirely right there count.
+Intervals contain 95 % of 2,000 bootstrap resamples of the samples. Differences are to the first
+folder, sample by sample.
 """
 
 import json
@@ -15,7 +16,7 @@ RESAMPLES = 2000
 
 
 def records(folder, task):
-    """By setting and sample."""
+    """Returns records by setting and sample."""
     found = {}
     for path in Path(folder).glob("results-*.jsonl"):
         for line in open(path):
@@ -40,7 +41,7 @@ def percent(values, sign=""):
 def main(task, dense, *named):
     dense = records(dense, task)["dense-f16"]
     right = [sample for sample, record in dense.items() if record["score"]["value"] == 1.0]
-    print(f"{task}: dense-f16 answers {len(right)} of {len(dense)} samples wholly right.\n")
+    print(f"{task}: dense-f16 answers {len(right)} of {len(dense)} samples entirely right.\n")
     of = {name: records(folder, task) for name, folder in (part.split("=") for part in named)}
     first = next(iter(of))
     print("| setting | compressed | samples | bytes to dense | score, % | by quarter of the answer | to " + first + ", points |")

@@ -1,9 +1,9 @@
-"""The models of the zoo, and how all of them are trained."""
+"""The models of the zoo and their common training settings."""
 
 from model import config, parameters
 
 VOCABULARY, HIDDEN, LAYERS = 4096, 256, 12
-# Parameters of each model of the comparison, within 5 %.
+# Number of parameters of each compared model, within 5 %.
 SIZE = 9_600_000
 BATCH_TOKENS = 65_536
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 2e-3, 0.02, 0.1
@@ -24,7 +24,7 @@ PLACES = {
 
 
 def sized(mixers, window=None):
-    """A stack of these mixers with feed-forward blocks as wide as its size allows, a multiple of 32."""
+    """Returns a config whose feed-forward width, a multiple of 32, gives about SIZE parameters."""
     make = lambda inner: config(mixers, VOCABULARY, HIDDEN, inner, window=window)
     a_channel = 3 * HIDDEN * len(mixers)
     return make(32 * round((SIZE - parameters(make(0))) / a_channel / 32))
@@ -37,8 +37,8 @@ def names():
 
 
 def named(name):
-    """A model's configuration."""
-    if name == "tiny":  # To try the programs on a CPU.
+    """Returns a model's config."""
+    if name == "tiny":  # For tests of the programs on a CPU.
         return config(["attention", "attention", "rg_lru", "mamba2"], VOCABULARY, 64, 128, heads=2, kv_heads=1)
     if name == "default":
         return config(["attention"] * 8, VOCABULARY, HIDDEN, 704)

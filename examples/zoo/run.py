@@ -1,10 +1,11 @@
-"""Makes the data and trains several models side by side, until a deadline.
+"""Creates the data and trains several models in parallel, until a deadline.
 
     python run.py --corpus FOLDER --work FOLDER --out FOLDER --seconds N [--keep MODEL ...] DATA:ROWS:LENGTH ... -- JOB ...
 
-DATA is "tasks", "retrieval" or "text", with anything after a dash. A job is MODEL@SEED:DATA. Jobs begin in their order, as many at a
-time on each GPU as `--side-by-side` says; one that fails is tried once more without compiling, after the others. A job that
-begins late skips rows. `OUT/log.txt` has all lines of all jobs.
+DATA is "tasks", "retrieval" or "text", optionally followed by a dash and a label. A job is
+MODEL@SEED:DATA. Jobs start in their order, `--side-by-side` at a time on each GPU. A job that fails
+is run once more without compilation, after the others. A job that starts late skips rows.
+`OUT/log.txt` has all lines of all jobs.
 """
 
 import argparse
@@ -22,9 +23,9 @@ import torch
 import recipes
 
 HERE = Path(__file__).parent
-# Seconds that a job needs beside its training, and the least of training that is of use.
+# Seconds that a job needs in addition to its training, and the shortest useful training.
 AROUND, LEAST = 50, 30
-# A model whose loss is no number is not tried again.
+# The exit code of a training whose loss became infinite or NaN. It is not repeated.
 DIVERGED = 3
 
 

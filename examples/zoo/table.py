@@ -1,4 +1,4 @@
-"""Tables of runs' logs, in Markdown: what each model can do, by seed, and how soon it learned it.
+"""Prints tables of runs' logs in Markdown: test results by seed, and tokens until they were learned.
 
     python table.py LOG ... [--data retrieval] [--models MODEL ...]
 """
@@ -8,13 +8,13 @@ import json
 import math
 from collections import defaultdict
 
-# Of kinds whose answers are a word each, the share of right answers says more than whole documents.
+# Kinds with one-word answers, for which the share of right answers is shown.
 BY_TOKEN = ("swaps", "ring")
 LEARNED = 0.5
 
 
 def wilson(right, count, z=1.96):
-    """The 95 % interval of a share."""
+    """Returns Wilson's 95 % interval of a share."""
     share, square = right / count, z * z / count
     middle, half = share + square / 2, z * math.sqrt((share * (1 - share) + square / 4) / count)
     return (middle - half) / (1 + square), (middle + half) / (1 + square)
@@ -35,7 +35,7 @@ class Run:
             self.done = True
 
     def learned(self, kind):
-        """Tokens of training after which half of the kind's shortest documents are answered."""
+        """Returns the training tokens after which half of the kind's shortest documents are right."""
         for tokens, found in self.probes:
             whole, share = found[kind]
             if (share if kind.split()[0] in BY_TOKEN else whole / 64) >= LEARNED:
@@ -44,7 +44,7 @@ class Run:
 
 
 def read(paths):
-    """Runs by model, seed and data. A model that was trained twice counts once, the last time."""
+    """Returns runs by model, seed and data. Of repeated runs the last one counts."""
     runs = {}
     for path in paths:
         for line in open(path):

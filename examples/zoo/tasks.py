@@ -1,7 +1,8 @@
-"""Documents that ask for something said earlier, each with the weights of its characters in the loss.
+"""Task documents that ask for earlier content, each with the loss weights of its characters.
 
-Those of longctx-eval's needles and long generation are worded as there. Associations are the multi-query associative recall of
-Zoology (arXiv 2312.04927); swaps are the word problem of the group S3, which state tracking is measured by (arXiv 2404.08819).
+Needles and long generation have the texts of longctx-eval's tasks. Associations are the multi-query
+associative recall of Zoology (arXiv 2312.04927). Swaps are the word problem of the group S3, a
+measure of state tracking (arXiv 2404.08819).
 """
 
 import itertools
@@ -19,16 +20,16 @@ MORE_CITIES = CITIES + (
 STATES = "red green blue white black grey".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
-# What can't be foreseen, text, and what the document taught.
+# Unpredictable characters, text, and answers that follow from the document.
 NOISE, TEXT, ANSWER = 0, 1, 2
 KINDS = ["needle", "multi_needle", "pairs", "copy", "recall", "listing", "table_edit", "state_machine"]
-# The tokenizer has not seen these.
+# Kinds that the tokenizer was not trained on.
 DENSE_KINDS = ["associations", "repetition", "swaps", "ring"]
 
 
 @dataclass
 class Document:
-    """Pieces of text and the class of each."""
+    """A document: pieces of text and the class of each."""
 
     pieces: list = field(default_factory=list)
 
@@ -42,8 +43,8 @@ class Document:
 
 
 class Maker:
-    """`prose` and `natural`: lists of words to hide needles in, with tokens a word. `vocabulary`: words of one token each, with
-    the space before them."""
+    """Creates documents. `prose` and `natural`: words of haystacks, with the tokens per word.
+    `vocabulary`: words of one token each, with the space before them."""
 
     TOKENS_A_WORD = (1.18, 1.9)
 
@@ -51,7 +52,7 @@ class Maker:
         self.rng, self.haystacks, self.vocabulary = rng, (prose, natural), vocabulary
 
     def document(self, kind, tokens, **options):
-        """One of about so many tokens."""
+        """Returns a document of about `tokens` tokens."""
         return getattr(self, kind)(tokens, **options)
 
     def words(self, tokens):
@@ -67,7 +68,7 @@ class Maker:
         return self.digits(self.rng.choice([4, 5, 6, 7, 7, 7, 7, 7, 7, 8, 10, 24]))
 
     def hidden(self, sentences, tokens):
-        """An instruction, then words with the sentences (lists of pieces) among them, in order."""
+        """Returns an instruction, then words with the sentences (lists of pieces) between them."""
         rng = self.rng
         document = Document()
         if rng.random() < 0.7:
@@ -112,7 +113,7 @@ class Maker:
         return document
 
     def pairs(self, tokens):
-        """Associative recall: 1 to 64 pairs, then as many of them again in another order."""
+        """Associative recall: 1 to 64 pairs, then all of them again in a different order."""
         rng = self.rng
         count = max(1, min(64, tokens // 14))
         word = lambda: "".join(rng.choice(LETTERS) for _ in range(2))
@@ -206,7 +207,7 @@ class Maker:
         return document.add(answer, ANSWER).add("<|end|>", ANSWER)
 
     def associations(self, tokens):
-        """Pairs of words; then keys in another order, some of them twice or more, each followed by its value."""
+        """Returns pairs of words, then keys in another order, each followed by its value."""
         rng = self.rng
         count = max(1, min(128, int(tokens / rng.choice([4, 5, 6, 8]))))
         keys = rng.sample(self.vocabulary, count)
@@ -218,12 +219,12 @@ class Maker:
         return document
 
     def repetition(self, tokens):
-        """Random words twice."""
+        """Returns random words twice."""
         text = "".join(self.rng.choices(self.vocabulary, k=max(4, (tokens - 8) // 2)))
         return Document().add("Words:").add(text, NOISE).add("\nAgain:").add(text, ANSWER)
 
     def swaps(self, tokens, gap=None):
-        """Six states are the orders of three things: `a` swaps the first two, `b` the last two."""
+        """Tracks the order of three things: `a` swaps the first two, `b` the last two."""
         orders = list(itertools.permutations(range(3)))
         move = lambda state, input: orders.index(
             tuple(orders[state][i] for i in ((1, 0, 2) if input == "a" else (0, 2, 1)))
@@ -231,11 +232,11 @@ class Maker:
         return self.tracked("swaps", move, tokens, gap)
 
     def ring(self, tokens, gap=None):
-        """Six states in a ring: `a` goes one on, `b` one back."""
+        """Tracks a counter modulo 6: `a` adds one, `b` subtracts one."""
         return self.tracked("ring", lambda state, input: (state + (1 if input == "a" else -1)) % 6, tokens, gap)
 
     def tracked(self, name, move, tokens, gap):
-        """The state is asked for after every `gap` inputs; else after 1 to 32, short gaps more often."""
+        """Asks for the state after every `gap` inputs; `None`: after 1 to 32, small numbers more often."""
         rng = self.rng
         state, used = rng.randrange(6), 8
         document = Document().add(f"Machine {name}:").add(f" {STATES[state]}", NOISE)

@@ -1,10 +1,11 @@
-"""Documents that models are tested on, made once for all models; no row of the training data has them.
+"""Creates the documents that all models are tested on. Training data does not contain them.
 
     python test_set.py CORPUS OUT.npz [--set whole|compared]
 
-For each kind and length `tokens`, `[samples, length]` u16, padded with 0, and `answers`, the same in bits, true where a token is part
-of an answer. `whole`: the kinds of the recipe `tasks` to 4,096 tokens. `compared`: what the models of the zoo are compared by, to
-8,192 tokens; "swaps 16" asks for the state after every 16 inputs.
+The file has for each kind and length `tokens`, `[samples, length]` u16, padded with 0, and `answers`,
+one bit per token, set for tokens of answers. The set `whole` has the kinds of the recipe `tasks`, up to
+4,096 tokens. The set `compared` has retrieval up to 8,192 tokens and state tracking; "swaps 16" asks
+for the state after every 16 inputs.
 """
 
 import argparse
@@ -21,7 +22,7 @@ ANSWER = 20
 
 
 def units(name):
-    """Kind, length, samples."""
+    """Returns the kinds, lengths and numbers of samples of a set."""
     if name == "whole":
         return [(kind, length, 128) for length in (512, 1024, 2048, 4096) for kind in tasks.KINDS]
     looked_up = ["needle", "multi_needle", "recall", "associations"]
@@ -64,7 +65,7 @@ def job(*unit):
 
 
 def load(path):
-    """Kind, length, tokens and answers."""
+    """Yields kind, length, tokens and answers."""
     with np.load(path) as arrays:
         for key in arrays.files:
             kind, length, part = key.split(":")

@@ -2,9 +2,9 @@
 
     python train.py MODEL --corpus FOLDER --data PREFIX --tests FILE --out FOLDER [--seconds N] [--seed 0]
 
-The learning rate falls with the share of rows that were read or, where that is larger, of the seconds: a run that is short of time
-skips rows, and ends well. `FOLDER/log.jsonl` has the losses, what the model can do in the course of training ("probe") and, last, the
-test.
+The learning rate decreases with the share of rows read, or of seconds passed if that is larger. A run
+that is short of time skips rows, so it still completes the schedule. `FOLDER/log.jsonl` has the
+losses, test results during training ("probe") and, at the end, the test results.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from model import Model
 
 EVERY = 100
 NATURAL, ANSWER = 10, 20
-# Of each kind's shortest documents, after each of so many parts of the training.
+# Number of the shortest documents of each kind that are tested during training, and how often.
 PROBE_SAMPLES, PROBES = 64, 12
 DIVERGED = 3
 
 
 def losses(hidden, head, targets, weights):
-    """The weighted loss; and sums over natural text and over answers, with what was guessed right of these."""
+    """Returns the weighted loss; sums over natural text and over answers; and right answers."""
     logits = F.linear(hidden, head).flatten(0, 1).float()
     targets, weights = targets.flatten(), weights.flatten()
     each = F.cross_entropy(logits, targets, reduction="none")
@@ -43,7 +43,7 @@ def losses(hidden, head, targets, weights):
 
 
 def schedule(progress, decay):
-    """The share of the highest learning rate; it falls in the last `decay` of the run."""
+    """Returns the learning rate relative to its maximum. It decreases in the last `decay` of the run."""
     return min(1.0, progress / recipes.WARM_UP, max(0.02, (1 - progress) / decay))
 
 
@@ -55,7 +55,7 @@ def optimizer(model, device):
 
 
 def train(model, data, device, a, log, probe):
-    # All of it on the device: a copy in each step would wait for the steps before it.
+    # The data is copied to the device once: a copy in each step would wait for earlier steps.
     tokens = torch.from_numpy(np.load(f"{data}.tokens.npy").view(np.int16)).to(device)
     weights = torch.from_numpy(np.load(f"{data}.weights.npy")).to(device)
     rows = max(1, a.batch_tokens // (tokens.shape[1] - 1))
@@ -68,7 +68,7 @@ def train(model, data, device, a, log, probe):
     began, step, at, probed = None, 0, 0, 0
     sums = torch.zeros(5, device=device)
     while True:
-        # Compiling, in the first step, is no part of the time.
+        # The time excludes compilation in the first step.
         elapsed = time.time() - began if began else 0.0
         progress = max(at / steps, elapsed / a.seconds)
         if progress >= 1:
@@ -109,7 +109,7 @@ def train(model, data, device, a, log, probe):
 
 
 class Tester:
-    """Tests without what was compiled: that is for one shape."""
+    """Tests a model. Compiled layers are not used, since they are compiled for one shape."""
 
     def __init__(self, model, tests, corpus, device):
         self.model, self.device = model, device
@@ -128,7 +128,7 @@ class Tester:
         return logits
 
     def unit(self, tokens, answers):
-        """Documents all of whose answers greedy decoding would get right; and the share of right tokens in answers."""
+        """Returns the number of documents whose answers are all right under greedy decoding, and the share of right tokens."""
         whole = right = count = 0
         size = max(1, 32_768 // tokens.shape[1])
         for start in range(0, len(tokens), size):

@@ -1,4 +1,4 @@
-"""Writes models with random weights in the `hybrid` layout: enough to measure bytes and times.
+"""Writes models with random weights in the `hybrid` layout, to measure bytes and times.
 
     python untrained.py CORPUS FOLDER MODEL ...     writes FOLDER/MODEL, and FOLDER/settings.toml for longctx-eval
 """

@@ -1,6 +1,6 @@
-//! The architectures: for each, what its settings mean and what its tensors are called.
+//! The supported architectures: how to read their settings, and the names of their tensors.
 //!
-//! `docs/architectures.md` says how to add one.
+//! `docs/architectures.md` describes how to add one.
 
 mod deepseek;
 mod exaone;
@@ -21,15 +21,15 @@ use longctx_core::{Error, Result};
 
 /// An architecture.
 pub(crate) struct Architecture {
-    /// Its name: `model_type` in a `config.json`, `general.architecture` in a GGUF file.
+    /// The name: `model_type` in a `config.json`, `general.architecture` in a GGUF file.
     pub name: &'static str,
-    /// What `transformers` takes for fields that a `config.json` lacks.
+    /// The values that `transformers` uses for fields missing from a `config.json`.
     pub defaults: Defaults,
-    /// Reads from a `config.json` what not all architectures have.
+    /// Reads the fields of a `config.json` that not all architectures have.
     pub read: fn(&Fields, &mut Config) -> Result<()>,
     /// The same from a GGUF file's metadata.
     pub read_gguf: fn(&Settings, &mut Config) -> Result<()>,
-    /// Settings of GGUF files that only some architectures have, and `read_gguf` reads.
+    /// The settings of GGUF files that `read_gguf` reads and not all architectures have.
     pub gguf_settings: &'static [&'static str],
     /// The tensors' names in a folder and in a GGUF file.
     pub folder_names: Names,
@@ -38,17 +38,17 @@ pub(crate) struct Architecture {
     pub gguf_interleaved: bool,
 }
 
-/// Values of absent fields.
+/// The values of missing fields.
 #[derive(Clone, Copy)]
 pub(crate) struct Defaults {
-    /// Key/value heads; `None`: as many as query heads.
+    /// Number of kv heads; `None`: the number of query heads.
     pub kv_heads: Option<usize>,
-    /// Channels of a head; `None`: the hidden size divided by the heads.
+    /// Channels of a head; `None`: the hidden size divided by the number of heads.
     pub head_dim: Option<usize>,
     pub context: usize,
     pub norm_eps: f64,
     pub theta: f64,
-    /// Whether a part of a head's channels may rotate.
+    /// Whether the rotary embedding can be partial.
     pub partial_rotary: bool,
     /// The field that names the activation.
     pub activation: &'static str,
@@ -58,7 +58,7 @@ pub(crate) struct Defaults {
     pub eos: &'static [u32],
 }
 
-/// Llama's.
+/// Llama's defaults.
 const DEFAULTS: Defaults = Defaults {
     kv_heads: None,
     head_dim: None,
@@ -97,17 +97,17 @@ const ALL: [&Architecture; 20] = [
     &deepseek::DEEPSEEK_V3,
 ];
 
-/// Names of GGUF files that `config.json` doesn't have, and the other way round.
+/// Architecture names that only GGUF files have, and names that only `config.json` has.
 const GGUF_ONLY: [&str; 2] = ["gemma3", "qwen3moe"];
 const FOLDER_ONLY: [&str; 7] =
     ["mistral", "mixtral", "gemma3_text", "qwen3_moe", "olmo3", "deepseek_v2", "deepseek_v3"];
 
-/// The architecture of a `model_type`.
+/// Returns the architecture of a `model_type`.
 pub(crate) fn of_folder(name: &str) -> Result<&'static Architecture> {
     named(name, &GGUF_ONLY)
 }
 
-/// The architecture of a `general.architecture`.
+/// Returns the architecture of a `general.architecture`.
 pub(crate) fn of_gguf(name: &str) -> Result<&'static Architecture> {
     named(name, &FOLDER_ONLY)
 }
@@ -125,14 +125,14 @@ pub(crate) fn read(raw: &Fields) -> Result<Config> {
     let name = raw.text("model_type")?.ok_or_else(|| raw.missing("model_type"))?;
     let architecture = of_folder(name)?;
     let mut config = read_common(raw, architecture)?;
-    // Layers have settings of their own: their number is checked before there are so many.
+    // Settings per layer are allocated next, so the number of layers is checked first.
     config.check()?;
     (architecture.read)(raw, &mut config)?;
     config.check()?;
     Ok(config)
 }
 
-/// The fields that all have.
+/// Reads the fields of all architectures.
 fn read_common(raw: &Fields, architecture: &Architecture) -> Result<Config> {
     let default = architecture.defaults;
     let number = |name: &str| raw.number(name)?.ok_or_else(|| raw.missing(name));
@@ -141,7 +141,7 @@ fn read_common(raw: &Fields, architecture: &Architecture) -> Result<Config> {
     let head_dim = head_dim.unwrap_or(hidden_size / heads.max(1));
     let kv_heads = match raw.number("num_key_value_heads")? {
         Some(n) => n,
-        // A null means as many as queries, an absent field the architecture's default.
+        // Null means the number of query heads; a missing field means the architecture's default.
         None if raw.has("num_key_value_heads") => heads,
         None => default.kv_heads.unwrap_or(heads),
     };
@@ -156,7 +156,7 @@ fn read_common(raw: &Fields, architecture: &Architecture) -> Result<Config> {
         kv_heads,
         head_dim,
         norm_eps: raw.float("rms_norm_eps")?.unwrap_or(default.norm_eps),
-        // Read by the architectures: not all read the same fields.
+        // Set by the architectures, which read different fields.
         rope: RopeSettings::default(),
         context_length,
         activation: activation(raw, &default)?,
@@ -186,7 +186,7 @@ fn activation(raw: &Fields, default: &Defaults) -> Result<Activation> {
     }
 }
 
-/// The rotary embedding of all layers.
+/// Reads the rotary embedding of all layers.
 fn rope(raw: &Fields, config: &Config, default: &Defaults) -> Result<RopeSettings> {
     RopeSettings::read(raw, &rope_defaults(config, default))
 }
@@ -200,14 +200,14 @@ fn rope_defaults(config: &Config, default: &Defaults) -> RopeDefaults {
     }
 }
 
-/// Biases of the attention's projections, all four, where `attention_bias` says so.
+/// Reads `attention_bias`: whether the four projections of attention have biases.
 fn attention_biases(raw: &Fields, config: &mut Config) -> Result<()> {
     let bias = raw.switch("attention_bias")?.unwrap_or(false);
     (config.qkv_bias, config.out_bias) = (bias, bias);
     Ok(())
 }
 
-/// The windows of the layers that `layer_types` says slide; `None` without this field.
+/// Reads the sliding windows of the layers from `layer_types`; `None` if the field is missing.
 fn windows_by_type(
     raw: &Fields,
     layers: usize,
@@ -225,7 +225,7 @@ fn windows_by_type(
     types.iter().map(of).collect::<Result<_>>().map(Some)
 }
 
-/// The window of `sliding_window`; the default if the field is absent, none if it is null.
+/// Reads `sliding_window`: the default if the field is missing, no window if it is null.
 fn window(raw: &Fields, default: Option<usize>) -> Result<Option<usize>> {
     Ok(match raw.number("sliding_window")? {
         Some(window) => Some(window),
@@ -234,13 +234,13 @@ fn window(raw: &Fields, default: Option<usize>) -> Result<Option<usize>> {
     })
 }
 
-/// Windows in all layers but each `period`-th.
+/// Returns windows for all layers except every `period`-th.
 fn windows_by_period(layers: usize, window: usize, period: usize) -> Vec<Option<usize>> {
     (1..=layers).map(|n| Some(window).filter(|_| !n.is_multiple_of(period.max(1)))).collect()
 }
 
-/// Windows of `sliding_window`, which must be a number, in the layers of `layer_types` or, without
-/// this field, in all but each `period`-th.
+/// Returns windows of `sliding_window` tokens for the layers of `layer_types`. Without this field,
+/// all layers except every `period`-th have a window. `sliding_window` must be a number.
 fn windows(raw: &Fields, layers: usize, period: usize) -> Result<Vec<Option<usize>>> {
     let window = window(raw, Some(4096))?.ok_or_else(|| raw.missing("sliding_window"))?;
     Ok(match windows_by_type(raw, layers, Some(window))? {
@@ -249,7 +249,7 @@ fn windows(raw: &Fields, layers: usize, period: usize) -> Result<Vec<Option<usiz
     })
 }
 
-/// The mixture of a GGUF file.
+/// Reads the mixture of experts of a GGUF file.
 fn gguf_experts(file: &Settings, config: &Config, normalize: bool) -> Result<Experts> {
     let inner = file.number("expert_feed_forward_length")?;
     Ok(Experts {
@@ -261,10 +261,10 @@ fn gguf_experts(file: &Settings, config: &Config, normalize: bool) -> Result<Exp
     })
 }
 
-/// The settings of mixtures in GGUF files.
+/// The settings of mixtures of experts in GGUF files.
 const GGUF_EXPERTS: &[&str] = &["expert_count", "expert_used_count", "expert_feed_forward_length"];
 
-/// The sliding window in GGUF files.
+/// The setting of the sliding window in GGUF files.
 const GGUF_WINDOW: &str = "attention.sliding_window";
 
 const GGUF_EXPERTS_WINDOW: &[&str] =

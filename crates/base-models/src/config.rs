@@ -1,4 +1,4 @@
-//! What a decoder looks like.
+//! The configuration of a decoder.
 
 use std::path::Path;
 
@@ -8,20 +8,20 @@ use crate::json::Fields;
 use crate::rope_settings::RopeSettings;
 use longctx_core::{AttentionShape, Error, Result};
 
-/// More layers than any model has: a false number must not fill the memory.
+/// The largest accepted number of layers. It bounds allocations for invalid files.
 const MAX_LAYERS: usize = 10_000;
-/// More channels, heads or tokens than any model has; products of two stay within 64 bits.
+/// The largest accepted number of channels, heads or tokens. Products of two sizes fit 64 bits.
 const MAX_SIZE: usize = 1 << 31;
 
-/// The function between the two halves of a gated feed-forward block.
+/// The activation function of a gated feed-forward block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Activation {
     /// x · sigmoid(x).
     #[default]
     Silu,
-    /// x · Φ(x), exactly.
+    /// x · Φ(x), exact.
     Gelu,
-    /// The same approximated by a hyperbolic tangent.
+    /// GELU approximated with tanh.
     GeluTanh,
 }
 
@@ -37,51 +37,51 @@ pub enum QkNorm {
     AllHeads,
 }
 
-/// A mixture of feed-forward blocks, of which a router chooses some for each token.
+/// A mixture of experts: a router chooses some feed-forward blocks for each token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Experts {
-    /// Blocks of a layer.
+    /// Number of experts of a layer.
     pub count: usize,
-    /// Blocks that a token goes through.
+    /// Number of experts per token.
     pub per_token: usize,
-    /// Channels inside a block.
+    /// Channels inside an expert.
     pub intermediate_size: usize,
-    /// How the router scores the blocks.
+    /// How the router scores experts.
     pub scoring: Scoring,
-    /// Groups of blocks that the choice is limited to (DeepSeek); `None`: all compete.
+    /// Groups of experts that limit the choice (DeepSeek); `None`: no limit.
     pub groups: Option<ExpertGroups>,
-    /// Whether the weights of a token's blocks are made to sum to 1.
+    /// Whether the weights of a token's experts are normalised to sum to 1.
     pub normalize: bool,
-    /// What the weights are multiplied with.
+    /// Factor of the weights.
     pub scale: f64,
-    /// Channels inside a block that all tokens go through; 0: there is none.
+    /// Channels inside the shared expert, which processes all tokens; 0: there is none.
     pub shared_size: usize,
-    /// Layers that have a single block instead.
+    /// Layers with a dense feed-forward block instead of experts.
     pub dense_layers: Vec<usize>,
 }
 
-/// How a router's logits become scores.
+/// The conversion of a router's logits to scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Scoring {
     /// Softmax over all experts. A group's score is that of its best expert (DeepSeek-V2).
     #[default]
     Softmax,
-    /// Sigmoid. A learned bias is added for the choice, and not to the weights; a group's score is
-    /// the sum of its two best (DeepSeek-V3).
+    /// Sigmoid. A learned bias is added to the scores for the choice, but not to the weights. A
+    /// group's score is the sum of its two best experts (DeepSeek-V3).
     BiasedSigmoid,
 }
 
 /// Groups of consecutive experts: a token's experts come from its best groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ExpertGroups {
-    /// Groups.
+    /// Number of groups.
     pub count: usize,
-    /// Groups that a token's experts come from.
+    /// Number of groups per token.
     pub per_token: usize,
 }
 
 impl Default for Experts {
-    /// A softmax over experts that all compete, with sizes of zero.
+    /// Softmax scoring without groups, with all sizes zero.
     fn default() -> Self {
         Self {
             count: 0,
@@ -97,65 +97,68 @@ impl Default for Experts {
     }
 }
 
-/// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). A token's keys and values of all
-/// heads are computed from one latent; a part of each key, common to all heads, rotates instead.
+/// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). The keys and values of all heads
+/// are computed from one latent per token. In addition, keys have a rotated part that all heads
+/// share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Latent {
     /// Channels of the latent.
     pub rank: usize,
-    /// Channels that queries are computed from; `None`: the layer's input.
+    /// Channels of the queries' latent; `None`: queries are computed from the layer's input.
     pub query_rank: Option<usize>,
-    /// Channels of a query or key that rotate.
+    /// Rotated channels of a query or key.
     pub rotated: usize,
-    /// Channels of a query or key that don't.
+    /// Unrotated channels of a query or key.
     pub unrotated: usize,
     /// Channels of a head's value.
     pub value_dim: usize,
-    /// Whether the checkpoint rotates channel 2i with 2i + 1, not i with i + `rotated` / 2.
+    /// Whether the checkpoint pairs channel 2i with 2i + 1 for rotation, instead of i with i +
+    /// `rotated` / 2.
     pub interleaved: bool,
 }
 
-/// The shape of a decoder: all that differs between the architectures. The default is Llama's, with
-/// sizes of zero.
+/// The configuration of a decoder: everything that differs between architectures. The default is
+/// Llama's, with sizes of zero.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// The family: a `config.json`'s `model_type` or a GGUF file's `general.architecture`.
     pub family: String,
-    /// Entries of the vocabulary.
+    /// Size of the vocabulary.
     pub vocab_size: usize,
     /// Channels between layers.
     pub hidden_size: usize,
     /// Channels inside the feed-forward block.
     pub intermediate_size: usize,
-    /// Layers.
+    /// Number of layers.
     pub layers: usize,
-    /// Query heads of a layer.
+    /// Number of query heads of a layer.
     pub heads: usize,
-    /// Key/value heads of a layer; with [latent attention](Self::latent), 1.
+    /// Number of kv heads of a layer; with [latent attention](Self::latent), 1.
     pub kv_heads: usize,
-    /// Channels of a key; with latent attention, those that rotate and the latent.
+    /// Channels of a key; with latent attention, the rotated channels and the latent.
     pub head_dim: usize,
-    /// Latent attention: queries meet the latent itself, which is the key and the value.
+    /// Multi-head latent attention, in the absorbed form: the latent is the key and the value of
+    /// all heads.
     pub latent: Option<Latent>,
-    /// Added to the mean square in RMS norms.
+    /// Epsilon of RMS norms.
     pub norm_eps: f64,
-    /// Whether norms multiply with 1 more than their weights (Gemma's checkpoints).
+    /// Whether norms multiply by their weights plus 1 (Gemma's checkpoints).
     pub norm_offset: bool,
-    /// Whether the inputs of the attention and the feed-forward block are normalised.
+    /// Whether the inputs of attention and of the feed-forward block are normalised.
     pub pre_norms: bool,
-    /// Whether their outputs are.
+    /// Whether the outputs of attention and of the feed-forward block are normalised.
     pub post_norms: bool,
     /// The rotary embedding.
     pub rope: RopeSettings,
-    /// That of layers with a sliding window, if it is another.
+    /// The rotary embedding of layers with a sliding window, if it differs.
     pub windowed_rope: Option<RopeSettings>,
     /// Layers without a rotary embedding.
     pub unrotated: Vec<usize>,
-    /// The longest context, in tokens, that the model was made for.
+    /// The context length of the model, in tokens.
     pub context_length: usize,
-    /// The sliding window of each layer, if it has one; empty: none has.
+    /// The sliding window of each layer; empty if no layer has one.
     pub windows: Vec<Option<usize>>,
-    /// What scores are multiplied with, if not `head_dim^-0.5`.
+    /// Softmax scale, if it is not `head_dim^-0.5`.
     pub attention_scale: Option<f64>,
     /// Attention scores s become `cap * tanh(s / cap)`.
     pub attention_soft_cap: Option<f64>,
@@ -169,21 +172,21 @@ pub struct Config {
     pub mlp_bias: bool,
     /// How queries and keys are normalised.
     pub qk_norm: QkNorm,
-    /// Between the halves of a feed-forward block.
+    /// The activation function of feed-forward blocks.
     pub activation: Activation,
-    /// The experts, in a mixture.
+    /// The mixture of experts, if there is one.
     pub experts: Option<Experts>,
-    /// What embeddings are multiplied with.
+    /// Factor of the embeddings.
     pub embedding_scale: f64,
-    /// What the outputs of blocks are multiplied with before they are added.
+    /// Factor of the blocks' outputs before the residual addition.
     pub residual_scale: f64,
-    /// What logits are multiplied with.
+    /// Factor of the logits.
     pub logit_scale: f64,
     /// Logits x become `cap * tanh(x / cap)`.
     pub logit_soft_cap: Option<f64>,
     /// Whether the output head is the embedding's matrix.
     pub tied_embeddings: bool,
-    /// The token put before a text, if the model's tokenizer does so.
+    /// The token at the start of a text, if the model's tokenizer adds one.
     pub bos: Option<u32>,
     /// The tokens that end a text.
     pub eos: Vec<u32>,
@@ -231,27 +234,27 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Reads a `config.json`. Absent fields have the values that `transformers` gives them.
+    /// Reads a `config.json`. Missing fields have `transformers`' defaults.
     ///
     /// # Errors
-    /// [`Error::File`] if it can't be read or a field is missing; [`Error::Unsupported`] for
+    /// [`Error::File`] if it cannot be read or a field is missing; [`Error::Unsupported`] for
     /// another architecture.
     pub fn from_file(path: &Path) -> Result<Self> {
         let json = files::read_json(path)?;
         architectures::read(&Fields::new(path, &json)?)
     }
 
-    /// Reads the metadata of a GGUF file; its weights are left alone.
+    /// Reads the metadata of a GGUF file, without its weights.
     ///
     /// # Errors
-    /// As [`Pretrained::from_gguf`](crate::Pretrained::from_gguf), but for what concerns weights and
-    /// tokenizer.
+    /// As [`Pretrained::from_gguf`](crate::Pretrained::from_gguf), except those about weights and
+    /// the tokenizer.
     pub fn from_gguf(path: &Path) -> Result<Self> {
         crate::gguf::Gguf::open(path, &crate::LoadOptions::default())?.config()
     }
 
-    /// Reads a folder's `config.json` and, if it is there, `generation_config.json`, whose end
-    /// tokens come first.
+    /// Reads a folder's `config.json` and, if it exists, `generation_config.json`, whose end tokens
+    /// take precedence.
     ///
     /// # Errors
     /// As [`from_file`](Self::from_file).
@@ -266,10 +269,10 @@ impl Config {
         }
     }
 
-    /// Checks the sizes: what is allocated next depends on them.
+    /// Checks the sizes before memory is allocated for them.
     ///
     /// # Errors
-    /// [`Error::Setting`] with the first that no model has.
+    /// [`Error::Setting`] with the first invalid size.
     pub(crate) fn check(&self) -> Result<()> {
         let sizes = [
             ("vocab_size", self.vocab_size),
@@ -320,10 +323,10 @@ impl Config {
         }
     }
 
-    /// The attention of one layer.
+    /// Returns the attention shape of one layer.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the numbers of heads don't fit each other.
+    /// [`Error::Setting`] if the numbers of heads are not valid.
     pub fn attention(&self, layer: usize) -> Result<AttentionShape> {
         let shape = AttentionShape::new(self.heads, self.kv_heads, self.head_dim)?;
         Ok(AttentionShape {
@@ -339,7 +342,7 @@ impl Config {
         self.windows.get(layer).copied().flatten()
     }
 
-    /// The rotary embedding of one layer; `None` for a layer without one.
+    /// Returns the rotary embedding of one layer; `None` for a layer without one.
     pub fn layer_rope(&self, layer: usize) -> Option<&RopeSettings> {
         if self.unrotated.contains(&layer) {
             return None;
@@ -350,12 +353,12 @@ impl Config {
         }
     }
 
-    /// The experts of one layer; `None` for a layer with a single feed-forward block.
+    /// Returns the experts of one layer; `None` for a layer with a dense feed-forward block.
     pub(crate) fn layer_experts(&self, layer: usize) -> Option<&Experts> {
         self.experts.as_ref().filter(|experts| !experts.dense_layers.contains(&layer))
     }
 
-    /// The same for sequences of at most `length` tokens.
+    /// Returns the configuration for sequences of at most `length` tokens.
     pub(crate) fn for_length(self, length: usize) -> Self {
         let of =
             |rope: RopeSettings| RopeSettings { scaling: rope.scaling.for_length(length), ..rope };

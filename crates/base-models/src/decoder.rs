@@ -1,4 +1,4 @@
-//! The decoder: Llama's layers, with what other architectures add by configuration.
+//! The decoder: Llama's layers, with the options of other architectures.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::weights::{LoadOptions, Weights};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{Batch, Error, KvCache, LayerSpec, Logits, Result, Rope};
 
-/// A decoder's weights, shared by all sessions that run on them.
+/// A decoder's weights, shared by all its sessions.
 #[derive(Debug, Clone)]
 pub struct Transformer {
     inner: Arc<Inner>,
@@ -29,14 +29,15 @@ struct Inner {
     embedding: Weight,
     layers: Vec<Layer>,
     norm: Tensor,
-    /// `None` if the embedding's matrix is the output head.
+    /// `None` if the embedding matrix is the output head.
     head: Option<Weight>,
-    /// Each layer's.
+    /// The rotary embedding of each layer.
     ropes: Vec<Arc<Rope>>,
 }
 
 impl Transformer {
-    /// From a folder with `config.json` and `model.safetensors` or its shards; no tokenizer is needed.
+    /// Loads a folder with `config.json` and `model.safetensors` or its shards, without a
+    /// tokenizer.
     ///
     /// # Errors
     /// As [`Pretrained::from_folder`](crate::Pretrained::from_folder).
@@ -46,10 +47,11 @@ impl Transformer {
         Self::load(config, &Folder::open(folder, names, options)?, options)
     }
 
-    /// With random weights (matrices from N(0, 0.02²), norms 1, biases 0): for benchmarks of a shape without its checkpoint.
+    /// Creates a model with random weights (matrices from N(0, 0.02²), norms 1, biases 0), for
+    /// benchmarks without a checkpoint.
     ///
     /// # Errors
-    /// If the shape does not fit itself, or the device lacks the memory.
+    /// If the configuration is invalid, or the device does not have enough memory.
     pub fn random(config: Config, options: &LoadOptions) -> Result<Self> {
         Self::load(config, &Random(options.clone()), options)
     }
@@ -76,23 +78,23 @@ impl Transformer {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// The model's shape.
+    /// Returns the model's configuration.
     pub fn config(&self) -> &Config {
         &self.inner.config
     }
 
-    /// Where the model computes.
+    /// Returns the model's device.
     pub fn device(&self) -> &Device {
         &self.inner.device
     }
 
-    /// A session on these weights: a [`CausalLm`](longctx_core::CausalLm) whose layers remember
-    /// through caches that `make` builds, one per layer. Queries and keys come to them before the
-    /// rotary embedding, which each layer's [`LayerSpec`] holds.
+    /// Creates a session on these weights: a [`CausalLm`](longctx_core::CausalLm) with the caches
+    /// that `make` creates, one per layer. The caches apply the rotary embedding of the layer's
+    /// [`LayerSpec`] to queries and keys.
     ///
     /// # Errors
-    /// Whatever `make` reports; [`Error::Setting`] for a cache that
-    /// was made without the rotary embedding.
+    /// Errors of `make`; [`Error::Setting`] for a cache that was created without the rotary
+    /// embedding.
     pub fn session<C: KvCache + 'static>(
         &self,
         make: impl Fn(&LayerSpec) -> Result<C>,
@@ -109,8 +111,8 @@ impl Transformer {
         Decoder::new(self.clone(), layers.iter().enumerate().map(cache).collect::<Result<_>>()?)
     }
 
-    /// The output of one layer's feed-forward block for its normalised input, both `[tokens, hidden]`:
-    /// for benchmarks of the block alone.
+    /// Returns the output of one layer's feed-forward block for its normalised input, both
+    /// `[tokens, hidden]`. For benchmarks of the block.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if there is no such layer, or `x` has
@@ -131,7 +133,8 @@ impl Transformer {
         }
     }
 
-    /// Logits of a batch whose ids are checked. After an error, some of the caches have advanced.
+    /// Returns the logits of a batch whose ids have been checked. After an error, some of the
+    /// caches have advanced.
     pub(crate) fn forward(
         &self,
         caches: &mut [Box<dyn KvCache>],
@@ -161,7 +164,8 @@ impl Transformer {
         })
     }
 
-    /// The longest sequence that the rotary embeddings are made for; `None` if any length will do.
+    /// Returns the longest sequence that the rotary embeddings support; `None` if there is no
+    /// limit.
     pub(crate) fn longest_sequence(&self) -> Option<usize> {
         let Config { rope, windowed_rope, .. } = self.config();
         let ropes = std::iter::once(rope).chain(windowed_rope);
@@ -169,7 +173,7 @@ impl Transformer {
     }
 }
 
-/// Each layer's rotary embedding, made once for all layers that have the same.
+/// Returns the rotary embedding of each layer. Layers with equal settings share one.
 fn ropes(config: &Config, factors: Option<&[f64]>) -> Result<Vec<Arc<Rope>>> {
     let mut made: Vec<(Option<&RopeSettings>, Arc<Rope>)> = Vec::new();
     let mut of_layer = |layer| -> Result<Arc<Rope>> {

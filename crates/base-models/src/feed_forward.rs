@@ -10,9 +10,9 @@ use longctx_core::{Result, silu_mul};
 /// A layer's feed-forward block.
 #[derive(Debug)]
 pub(crate) enum FeedForward {
-    /// One block.
+    /// One gated block.
     Gated(Gated),
-    /// A mixture.
+    /// A mixture of experts.
     Mixture(Mixture),
 }
 
@@ -24,9 +24,9 @@ impl FeedForward {
         }
     }
 
-    /// Tokens that go through at a time, on the CPU and on other devices: the inner activations,
-    /// several times wider than the model, never exist for the whole of a long prompt. A mixture
-    /// reads the weights of most experts for each such part.
+    /// Returns the number of tokens to process at a time. The inner activations are several times
+    /// wider than the model, so a long prompt is processed in parts. A mixture reads the weights of
+    /// most experts for each part, so its parts are longer.
     fn tokens_at_once(&self, on_cpu: bool) -> usize {
         match (self, on_cpu) {
             (Self::Gated(_), true) => 1024,
@@ -77,7 +77,7 @@ impl Gated {
         Ok(Self { gate_up, down, activation: c.activation })
     }
 
-    /// A block of `inner` channels whose gate, up and down have these names.
+    /// Loads a block of `inner` channels whose gate, up and down projections have these names.
     fn load_parts(
         c: &Config,
         inner: usize,
@@ -101,7 +101,7 @@ impl Gated {
 }
 
 impl Activation {
-    /// The activation of the gate, times up.
+    /// Returns `activation(gate) * up`.
     fn gated(self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         match self {
             Self::Silu => silu_mul(gate, up),
@@ -111,7 +111,8 @@ impl Activation {
     }
 }
 
-/// Blocks of which a router chooses some for each token, and one that all go through.
+/// A mixture of experts: a router chooses some blocks for each token. A shared block processes all
+/// tokens.
 #[derive(Debug)]
 pub(crate) struct Mixture {
     router: Router,
@@ -153,8 +154,8 @@ impl Mixture {
         })
     }
 
-    /// Rows are sorted by expert, so that each chosen expert's weights are read once, for a run of
-    /// rows. The host is asked once, by the router.
+    /// Rows are sorted by expert, so each chosen expert's weights are read once. Only the router
+    /// waits for the device, once.
     fn forward_routed(&self, x: &Tensor) -> Result<Tensor> {
         let (tokens, hidden) = x.dims2()?;
         let Choice { experts, weights } = self.router.choose(x)?;
@@ -170,7 +171,7 @@ impl Mixture {
             outputs.slice_set(&output.contiguous()?, 0, start)?;
             start += run.len();
         }
-        // Where each row went to.
+        // The sorted position of each row.
         let mut places = vec![0; rows];
         order.iter().enumerate().for_each(|(place, &row)| places[row] = place);
         let outputs = outputs.index_select(&indices(places.into_iter(), x)?, 0)?;
@@ -180,7 +181,7 @@ impl Mixture {
     }
 }
 
-/// Numbers of rows, on the device of `x`.
+/// Returns row indices as a tensor on the device of `x`.
 fn indices(rows: impl Iterator<Item = usize>, x: &Tensor) -> Result<Tensor> {
     let rows: Vec<u32> = rows.map(|row| row as u32).collect();
     Ok(Tensor::new(rows, x.device())?)
@@ -217,7 +218,8 @@ mod tests {
         x.abs().unwrap().max_all().unwrap().to_scalar().unwrap()
     }
 
-    /// A number of an expert that was read would be in the output, even with a weight of 0.
+    /// An expert that is not chosen is not read: its NaNs would reach the output even with a weight
+    /// of 0.
     #[test]
     fn experts_that_no_token_chose_are_not_read() {
         let mut mixture = mixture();
@@ -236,7 +238,8 @@ mod tests {
         assert_eq!(largest(&(mixture.forward(&x).unwrap() - expected).unwrap()), 0.0);
     }
 
-    /// Every expert over every token, weighed by 0 where the router did not choose it.
+    /// Compares with a mixture that runs every expert over every token and weighs unchosen ones by
+    /// 0.
     #[test]
     fn sorted_rows_are_the_sum_over_experts() {
         let mixture = mixture();

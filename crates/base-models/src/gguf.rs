@@ -158,7 +158,7 @@ impl Gguf {
         Ok(Some(rows / heads.max(1)))
     }
 
-    /// Converts a matrix as the options say: packed or expanded.
+    /// Converts a matrix to the form that the options select: packed or expanded.
     fn hold(&self, matrix: &QuantizedMatrix) -> Result<Weight> {
         let float = matches!(matrix.dtype(), GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16);
         if self.options.expand || float {
@@ -169,8 +169,8 @@ impl Gguf {
     }
 }
 
-/// Returns llama.cpp's row for row `row` here. llama.cpp rotates channel 2i with 2i+1, Hugging Face
-/// i with i + d/2.
+/// Returns the row of llama.cpp's matrix that is row `row` of the model's. llama.cpp rotates
+/// channel 2i with 2i+1; the model, like Hugging Face, channel i with i + d/2.
 fn interleaved_row(row: usize, d: usize) -> usize {
     let (head, channel) = (row / d, row % d);
     head * d + 2 * (channel % (d / 2)) + channel / (d / 2)

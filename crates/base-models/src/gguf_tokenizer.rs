@@ -117,7 +117,7 @@ fn byte_level(file: &GgufFile) -> Result<Tokenizer> {
     let pre = match file.text("tokenizer.ggml.pre")? {
         Some(name) => pre_tokenizer(file, name)?,
         None => {
-            let reason = "is missing: how this model splits text is not known; convert it anew";
+            let reason = "is missing, so the text splitting is unknown; convert the model again";
             return Err(file.bad("tokenizer.ggml.pre", reason));
         }
     };
@@ -225,7 +225,8 @@ fn scores(file: &GgufFile, count: usize) -> Result<Vec<f32>> {
     }
 }
 
-/// The tokens that a kind of tokenizer adds around a text if the file does not say.
+/// The default tokens that a kind of tokenizer adds around a text, for files that do not specify
+/// them.
 struct Ends {
     add_bos: bool,
     bos: Option<u32>,

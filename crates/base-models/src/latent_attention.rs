@@ -1,9 +1,9 @@
-//! Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), with the matrices of keys and values
-//! absorbed into queries and outputs.
+//! Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). The up-projections of keys and
+//! values are absorbed into the queries and the outputs.
 //!
-//! A head's score is `q · (U c)`, with the latent `c` and the head's key matrix `U`; it is
-//! `(Uᵀ q) · c`, too. So the latent is the key of all heads, and likewise the value. In front of it
-//! are the channels that rotate.
+//! A head's score is `q · (U c)`, where `c` is the latent and `U` the head's key up-projection. It
+//! equals `(Uᵀ q) · c`, so the latent can serve as the key of all heads, and in the same way as
+//! their value. The rotated channels of the key are before the latent.
 
 use crate::config::{Config, Latent};
 use crate::layer;
@@ -13,25 +13,27 @@ use candle_core::{Device, Tensor};
 use candle_nn::ops::rms_norm;
 use longctx_core::{Batch, Error, KvCache, Result, Step};
 
-/// Added to the mean square in the norms of the latents, whatever the model's other norms add.
+/// The epsilon of the latents' RMS norms, which does not depend on the model's `rms_norm_eps`.
 const EPS: f32 = 1e-6;
 
 #[derive(Debug)]
 pub(crate) struct LatentAttention {
     sizes: Latent,
     heads: usize,
-    /// To fewer channels, and their norm.
+    /// The down-projection of queries and its norm, if the model has one.
     query_down: Option<(Linear, Tensor)>,
-    /// To `[heads, rotated + unrotated]`.
+    /// The projection to queries, `[heads, rotated + unrotated]`.
     query: Linear,
-    /// To the latent and, behind it, the rotated part of the keys.
+    /// The projection to the latent, followed by the rotated part of the keys.
     latent: Linear,
     latent_norm: Tensor,
-    /// From queries to the latent's channels, `[heads, unrotated, rank]`.
+    /// The up-projection of keys, which maps queries to the latent's channels, `[heads, unrotated,
+    /// rank]`.
     keys: Tensor,
-    /// From the latent's channels to values, `[heads, rank, value_dim]`.
+    /// The up-projection of values, which maps the latent's channels to values, `[heads, rank,
+    /// value_dim]`.
     values: Tensor,
-    /// As that of other attention, `[rotated + rank]`.
+    /// Factors of the queries' channels, as in other attention layers, `[rotated + rank]`.
     query_scale: Option<Tensor>,
     out: Linear,
 }
@@ -95,7 +97,7 @@ impl LatentAttention {
         self.out.forward(&out.reshape((batch.tokens(), self.heads * value_dim))?)
     }
 
-    /// Queries for the rotated part and the latent, `[tokens, heads, rotated + rank]`.
+    /// Returns queries for the rotated part and the latent, `[tokens, heads, rotated + rank]`.
     fn queries(&self, x: &Tensor) -> Result<Tensor> {
         let Latent { rotated, unrotated, .. } = self.sizes;
         let q = match &self.query_down {
@@ -112,12 +114,13 @@ impl LatentAttention {
     }
 }
 
-/// `[tokens, heads, in]` times a matrix `[in, out]` for each head.
+/// Multiplies `[tokens, heads, in]` by a matrix `[in, out]` per head.
 fn by_head(x: &Tensor, matrices: &Tensor) -> Result<Tensor> {
     Ok(x.transpose(0, 1)?.contiguous()?.matmul(matrices)?.transpose(0, 1)?.contiguous()?)
 }
 
-/// A matrix whose rows are reordered or split, which packed ones can't be.
+/// Loads a dense matrix. The rows of the matrices here are reordered or split, which is not
+/// possible with quantized ones.
 fn dense(w: &impl Weights, name: &str, out: usize, inner: usize) -> Result<Tensor> {
     match w.matrix(&format!("{name}.weight"), out, inner)? {
         Weight::Dense(matrix) => Ok(matrix),
@@ -132,7 +135,7 @@ fn reorder(x: &Tensor, rows: &[u32]) -> Result<Tensor> {
     Ok(x.index_select(&Tensor::new(rows, &Device::Cpu)?.to_device(x.device())?, 0)?)
 }
 
-/// The rows of a head's queries, the rotated ones first.
+/// Returns the order of the query projection's rows: of each head, the rotated ones first.
 fn query_rows(heads: usize, sizes: &Latent) -> Vec<u32> {
     let (head, unrotated) = (sizes.unrotated + sizes.rotated, sizes.unrotated);
     let of_head = |h: usize| {
@@ -147,7 +150,8 @@ fn latent_rows(sizes: &Latent) -> Vec<u32> {
     (0..rank).chain(rotated_rows(sizes).map(|row| rank + row)).map(|row| row as u32).collect()
 }
 
-/// The checkpoint's rows of the rotated channels: here channel i rotates with i + `rotated` / 2.
+/// Returns the checkpoint's rows of the rotated channels, in an order where channel `i` rotates
+/// with channel `i + rotated / 2`.
 fn rotated_rows(sizes: &Latent) -> impl Iterator<Item = usize> + use<> {
     let (half, interleaved) = (sizes.rotated / 2, sizes.interleaved);
     (0..sizes.rotated).map(move |i| if interleaved { 2 * (i % half) + i / half } else { i })

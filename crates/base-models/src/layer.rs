@@ -30,9 +30,9 @@ struct Norms {
 
 #[derive(Debug)]
 enum AnyAttention {
-    /// Keys and values of their own for each kv head.
+    /// Attention with separate keys and values per kv head.
     Heads(Attention),
-    /// One latent for all heads.
+    /// Latent attention, with one latent for all heads.
     Latent(LatentAttention),
 }
 
@@ -41,8 +41,8 @@ struct Attention {
     qkv: Joined,
     clamp: Option<f64>,
     norm: Option<HeadNorm>,
-    /// What each channel of a query is multiplied with, `[head_dim]`. A rotary scaling's attention
-    /// factor is for queries and keys: its square, in the channels that rotate.
+    /// The factor of each channel of a query, `[head_dim]`. A rotary scaling's attention factor
+    /// applies to queries and keys, so its square is applied here, to the rotated channels.
     query_scale: Option<Tensor>,
     out: Linear,
 }
@@ -54,7 +54,7 @@ struct HeadNorm {
     per_head: bool,
 }
 
-/// A norm's weights `[size]`.
+/// Loads a norm's weights, `[size]`.
 pub(crate) fn norm(c: &Config, w: &impl Weights, name: &str, size: usize) -> Result<Tensor> {
     let weights = w.tensor(&format!("{name}.weight"), &[size])?;
     Ok(if c.norm_offset { (weights + 1.0)? } else { weights })
@@ -84,7 +84,7 @@ impl Layer {
         })
     }
 
-    /// The layer over the tokens of all sequences of the batch.
+    /// Runs the layer on the tokens of all sequences of the batch.
     pub fn forward(&self, x: Residual, cache: &mut dyn KvCache, batch: &Batch) -> Result<Residual> {
         let (x, normed) = x.normed(self.attention_norms.before.as_ref(), self.eps)?;
         let y = match &self.attention {
@@ -99,12 +99,12 @@ impl Layer {
         self.residual(x, y, &self.feed_forward_norms)
     }
 
-    /// The feed-forward block alone, over its normalised input `[tokens, hidden]`.
+    /// Runs only the feed-forward block, on its normalised input `[tokens, hidden]`.
     pub fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
         self.feed_forward.forward(x)
     }
 
-    /// A block's input, with its output `y` to be added.
+    /// Returns the residual stream after a block: its input `x` and its output `y`, to be added.
     fn residual(&self, x: Tensor, y: Tensor, norms: &Norms) -> Result<Residual> {
         let y = match &norms.after {
             Some(weights) => rms_norm(&y.contiguous()?, weights, self.eps)?,
@@ -115,8 +115,8 @@ impl Layer {
     }
 }
 
-/// What flows from block to block, `[tokens, hidden]`: the sum of `x` and the last block's output,
-/// which is added in the pass over memory that takes the next block's norm.
+/// The residual stream, `[tokens, hidden]`: the sum of `x` and the last block's output. The
+/// addition is fused with the next block's norm.
 #[derive(Debug)]
 pub(crate) struct Residual {
     pub x: Tensor,
@@ -124,7 +124,7 @@ pub(crate) struct Residual {
 }
 
 impl Residual {
-    /// The sum and its norm; without weights the sum twice.
+    /// Returns the sum and its norm; without weights, the sum twice.
     pub fn normed(&self, weights: Option<&Tensor>, eps: f32) -> Result<(Tensor, Tensor)> {
         let Some(weights) = weights else {
             let sum = match &self.y {
@@ -136,7 +136,7 @@ impl Residual {
         add_rms_norm(&self.x, self.y.as_ref(), weights, eps)
     }
 
-    /// Some of the tokens.
+    /// Returns the rows of some tokens.
     pub fn select(&self, tokens: &Tensor) -> Result<Self> {
         let y = self.y.as_ref().map(|y| y.index_select(tokens, 0)).transpose()?;
         Ok(Self { x: self.x.index_select(tokens, 0)?, y })
@@ -220,7 +220,7 @@ impl Attention {
     }
 }
 
-/// The factor of each channel of a layer's queries; `None` if all are 1.
+/// Returns the factor of each channel of a layer's queries; `None` if all are 1.
 pub(crate) fn query_scale(c: &Config, layer: usize, w: &impl Weights) -> Result<Option<Tensor>> {
     let Some(rope) = c.layer_rope(layer) else { return Ok(None) };
     let factor = rope.scaling.attention_factor();

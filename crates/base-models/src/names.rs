@@ -1,7 +1,7 @@
-//! What an architecture's tensors are called.
+//! The names of an architecture's tensors.
 
-/// The names of an architecture's tensors, without `.weight` and `.bias`. Those of a layer follow
-/// the layers' name and the layer's number.
+/// The names of an architecture's tensors, without `.weight` and `.bias`. Names within a layer
+/// follow the prefix `layers` and the layer's number.
 #[derive(Debug)]
 pub(crate) struct Names {
     pub embedding: &'static str,
@@ -14,16 +14,17 @@ pub(crate) struct Names {
     pub query: &'static str,
     pub key: &'static str,
     pub value: &'static str,
-    /// Queries, keys and values in one matrix, where a checkpoint has it.
+    /// The fused matrix of queries, keys and values, in checkpoints that have it.
     pub query_key_value: &'static str,
     pub query_norm: &'static str,
     pub key_norm: &'static str,
     pub out: &'static str,
-    /// Latent attention: queries by way of fewer channels, and their norm.
+    /// Latent attention: the down- and up-projection of queries, and their norm.
     pub query_down: &'static str,
     pub query_down_norm: &'static str,
     pub query_up: &'static str,
-    /// The latent with the rotated part of the keys; its norm; keys and values of all heads from it.
+    /// The projection to the latent and the rotated part of the keys; the latent's norm; the
+    /// up-projection to keys and values of all heads.
     pub latent: &'static str,
     pub latent_norm: &'static str,
     pub latent_up: &'static str,
@@ -32,24 +33,23 @@ pub(crate) struct Names {
     pub feed_forward_post_norm: &'static str,
     pub gate: &'static str,
     pub up: &'static str,
-    /// Gate and up in one matrix, where a checkpoint has it.
+    /// The fused matrix of gate and up, in checkpoints that have it.
     pub gate_up: &'static str,
     pub down: &'static str,
     pub router: &'static str,
-    /// What is added to the router's scores for the choice; a whole name.
+    /// The bias of the router's scores for the choice; a complete name.
     pub router_bias: &'static str,
-    /// The block that all tokens go through beside the chosen experts.
+    /// The shared expert, which processes all tokens.
     pub shared_gate: &'static str,
     pub shared_up: &'static str,
     pub shared_down: &'static str,
-    /// The experts' matrices. `{}` stands for the expert's number; without it, all experts lie in
-    /// one tensor.
+    /// The experts' matrices. `{}` is the expert's number; without it, one tensor has all experts.
     pub expert_gate: &'static str,
     pub expert_up: &'static str,
     pub expert_down: &'static str,
 }
 
-/// Llama's in Hugging Face's checkpoints, and what most others have.
+/// The names of Llama and most other architectures in Hugging Face's checkpoints.
 pub(crate) const LLAMA: Names = Names {
     embedding: "model.embed_tokens",
     norm: "model.norm",
@@ -86,14 +86,14 @@ pub(crate) const LLAMA: Names = Names {
     expert_down: "mlp.experts.{}.down_proj",
 };
 
-/// Those of blocks with norms on both sides, or behind them only.
+/// The names for blocks with norms before and after them, or only after them.
 pub(crate) const POST_NORMS: Names = Names {
     attention_post_norm: "post_attention_layernorm",
     feed_forward_norm: "pre_feedforward_layernorm",
     ..LLAMA
 };
 
-/// llama.cpp's.
+/// llama.cpp's names.
 pub(crate) const GGUF: Names = Names {
     embedding: "token_embd",
     norm: "output_norm",
@@ -130,5 +130,5 @@ pub(crate) const GGUF: Names = Names {
     expert_down: "ffn_down_exps",
 };
 
-/// llama.cpp's of Phi-3: "up" holds gate and up.
+/// llama.cpp's names of Phi-3, where "up" contains gate and up.
 pub(crate) const GGUF_FUSED: Names = Names { gate_up: "ffn_up", ..GGUF };

@@ -349,7 +349,7 @@ impl Machine<'_> {
 
     fn take(&mut self, count: usize) -> Result<&[u8], String> {
         let bytes = self.bytes.get(self.at..).and_then(|rest| rest.get(..count));
-        let bytes = bytes.ok_or_else(|| format!("truncated: {count} bytes are to follow"))?;
+        let bytes = bytes.ok_or_else(|| format!("truncated: {count} more bytes expected"))?;
         self.at += count;
         Ok(bytes)
     }

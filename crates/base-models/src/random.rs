@@ -6,7 +6,7 @@ use crate::weights::{LoadOptions, Weights};
 use candle_core::Tensor;
 use longctx_core::Result;
 
-/// Matrices from N(0, 0.02²), as in initialisation; norms 1, biases 0.
+/// Random weights: matrices from N(0, 0.02²), as in initialisation, norms 1, biases 0.
 pub(crate) struct Random(pub LoadOptions);
 
 impl Weights for Random {

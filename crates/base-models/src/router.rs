@@ -10,7 +10,7 @@ use longctx_core::Result;
 #[derive(Debug)]
 pub(crate) struct Router {
     weight: Weight,
-    /// What is added to each expert's score for the choice; empty: nothing.
+    /// A bias of each expert's score, for the choice only; empty if there is none.
     bias: Vec<f32>,
     settings: Experts,
 }
@@ -37,8 +37,8 @@ impl Router {
         Ok(Self { weight, bias, settings: experts.clone() })
     }
 
-    /// The choice for each row of `[tokens, hidden]`. It is made on the host, which waits for the
-    /// device once.
+    /// Chooses the experts for each row of `[tokens, hidden]`. The choice is made on the host,
+    /// which waits for the device once.
     pub fn choose(&self, x: &Tensor) -> Result<Choice> {
         let logits = self.weight.forward(x)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
         let mut choice = Choice { experts: Vec::new(), weights: Vec::new() };
@@ -49,7 +49,7 @@ impl Router {
         Ok(choice)
     }
 
-    /// Logits become scores.
+    /// Converts logits to scores, in place.
     fn score(&self, x: &mut [f32]) {
         match self.settings.scoring {
             Scoring::Softmax => {
@@ -79,7 +79,7 @@ impl Router {
         choice.weights.extend(best.iter().map(|&expert| scores[expert] / sum * scale as f32));
     }
 
-    /// The experts of the best groups, or all.
+    /// Returns the experts of the best groups; all experts if there are no groups.
     fn candidates(&self, scores: &[f32]) -> Vec<usize> {
         let Some(ExpertGroups { count, per_token }) = self.settings.groups else {
             return (0..scores.len()).collect();
@@ -103,7 +103,7 @@ impl Router {
     }
 }
 
-/// Of equal scores, the first in `order` stays first.
+/// Sorts by descending score. The sort is stable.
 fn sort_best_first(order: &mut [usize], scores: &[f32]) {
     order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
 }

@@ -1,25 +1,28 @@
-//! A transformer at work: one set of weights, and one cache per layer for many sequences.
+//! A session of a transformer: shared weights, and one cache per layer for many sequences.
 
 use std::collections::BTreeMap;
 
 use crate::decoder::Transformer;
 use candle_core::{Device, Tensor};
-use longctx_core::{Batch, CausalLm, Error, Footprint, KvCache, Logits, Result, SeqId};
+use longctx_core::{
+    Batch, CausalLm, Error, Footprint, KvCache, LayerCaches, Logits, Result, SeqId,
+};
 
 /// A transformer with its caches, one per layer, for many sequences.
 ///
-/// If a layer fails in the middle of a call, the layers before it go back. Where a cache can't go
-/// back, the sequence is poisoned: its calls are [`Error::Poisoned`] until it is removed.
+/// If a layer fails in the middle of a call, the layers before it are rolled back. If a cache
+/// cannot be rolled back, the sequence is poisoned: its calls return [`Error::Poisoned`] until it
+/// is removed.
 pub struct Decoder {
     model: Transformer,
-    caches: Vec<Box<dyn KvCache>>,
+    caches: LayerCaches,
     sequences: BTreeMap<SeqId, Sequence>,
 }
 
 #[derive(Debug, Clone, Default)]
 struct Sequence {
     seen: usize,
-    /// The error that left its layers with different tokens.
+    /// The error after which the layers have different tokens.
     poisoned: Option<String>,
 }
 
@@ -31,20 +34,20 @@ impl Decoder {
                 return Err(Error::setting(name, "the layer's rotary embedding", "none"));
             }
         }
-        Ok(Self { model, caches, sequences: BTreeMap::new() })
+        Ok(Self { model, caches: LayerCaches::new(caches), sequences: BTreeMap::new() })
     }
 
-    /// The weights.
+    /// Returns the weights.
     pub fn model(&self) -> &Transformer {
         &self.model
     }
 
-    /// The caches, one per layer.
+    /// Returns the caches, one per layer.
     pub fn caches(&self) -> &[Box<dyn KvCache>] {
         &self.caches
     }
 
-    /// A sequence that is known and not poisoned.
+    /// Returns a sequence that exists and is not poisoned.
     fn sound(&self, seq: SeqId) -> Result<&Sequence> {
         let sequence = self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))?;
         match &sequence.poisoned {
@@ -54,14 +57,7 @@ impl Decoder {
     }
 
     fn check(&self, batch: &Batch, ids: &[u32]) -> Result<()> {
-        if ids.len() != batch.tokens() {
-            return Err(Error::mismatch("token ids", batch.tokens(), ids.len()));
-        }
-        let vocab = self.vocab_size();
-        if let Some(at) = ids.iter().position(|&id| id as usize >= vocab) {
-            let what = format!("token id {at} of the batch");
-            return Err(Error::mismatch(what, format!("an id below {vocab}"), ids[at]));
-        }
+        batch.check_ids(ids, self.vocab_size())?;
         if let Some(longest) = self.model.longest_sequence() {
             let after = batch.iter().map(|(seq, own)| (seq, self.seen(seq) + own.len()));
             if let Some((seq, tokens)) = after.into_iter().find(|&(_, n)| n > longest) {
@@ -74,31 +70,17 @@ impl Decoder {
         known.copied().try_for_each(|seq| self.sound(seq).map(drop))
     }
 
-    /// Takes every layer back to the tokens before a call that failed.
+    /// Rolls all layers back to the tokens before a failed call.
     fn roll_back(&mut self, batch: &Batch, error: &Error) {
         for &seq in batch.seqs() {
             let Some(sequence) = self.sequences.get_mut(&seq) else {
-                remove(&mut self.caches, seq);
+                self.caches.remove(seq);
                 continue;
             };
-            if let Err(why) = go_back(&mut self.caches, seq, sequence.seen) {
+            if let Err(why) = self.caches.roll_back(seq, sequence.seen) {
                 sequence.poisoned = Some(format!("{error}; a layer can't go back: {why}"));
             }
         }
-    }
-}
-
-/// Takes the caches that have advanced back to a sequence's first `len` tokens, or none of them if
-/// one can't.
-fn go_back(caches: &mut [Box<dyn KvCache>], seq: SeqId, len: usize) -> Result<()> {
-    let mut advanced: Vec<_> = caches.iter_mut().filter(|cache| cache.seen(seq) != len).collect();
-    advanced.iter().try_for_each(|cache| cache.check_truncate(seq, len))?;
-    advanced.iter_mut().try_for_each(|cache| cache.truncate(seq, len))
-}
-
-fn remove(caches: &mut [Box<dyn KvCache>], seq: SeqId) {
-    for cache in caches {
-        cache.remove(seq);
     }
 }
 
@@ -121,14 +103,9 @@ impl CausalLm for Decoder {
         let sequence = self.sound(from)?.clone();
         if self.sequences.contains_key(&to) {
             let what = format!("sequence {to} to fork into");
-            return Err(Error::mismatch(what, "one that is not known", "one that is"));
+            return Err(Error::mismatch(what, "an id that is not in use", "an id in use"));
         }
-        for done in 0..self.caches.len() {
-            if let Err(error) = self.caches[done].fork(from, to) {
-                remove(&mut self.caches[..done], to);
-                return Err(error);
-            }
-        }
+        self.caches.fork(from, to)?;
         self.sequences.insert(to, sequence);
         Ok(())
     }
@@ -139,12 +116,12 @@ impl CausalLm for Decoder {
             let what = format!("tokens of sequence {seq} to keep");
             return Err(Error::mismatch(what, format!("at most {seen}"), len));
         }
-        self.caches.iter().try_for_each(|cache| cache.check_truncate(seq, len))
+        self.caches.check_truncate(seq, len)
     }
 
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
-        let done = self.caches.iter_mut().try_for_each(|cache| cache.truncate(seq, len));
+        let done = self.caches.truncate(seq, len);
         let sequence = self.sequences.entry(seq).or_default();
         match &done {
             Ok(()) => sequence.seen = len,
@@ -154,7 +131,7 @@ impl CausalLm for Decoder {
     }
 
     fn remove(&mut self, seq: SeqId) -> bool {
-        remove(&mut self.caches, seq);
+        self.caches.remove(seq);
         self.sequences.remove(&seq).is_some()
     }
 
@@ -166,20 +143,20 @@ impl CausalLm for Decoder {
         self.sequences.get(&seq).map_or(0, |sequence| sequence.seen)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
-        self.caches.iter().all(|cache| cache.can_take(batch))
+    fn can_append(&self, batch: &Batch) -> bool {
+        self.caches.can_append(batch)
     }
 
     fn footprint(&self) -> Footprint {
-        self.caches.iter().map(|cache| cache.footprint()).sum()
+        self.caches.footprint()
     }
 
     fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        self.caches.iter().map(|cache| cache.seq_footprint(seq)).sum()
+        self.caches.seq_footprint(seq)
     }
 
     fn clear(&mut self) {
-        self.caches.iter_mut().for_each(|cache| cache.clear());
+        self.caches.clear();
         self.sequences.clear();
     }
 
@@ -191,7 +168,7 @@ impl CausalLm for Decoder {
         Some(self.model.config().context_length)
     }
 
-    fn family(&self) -> &str {
+    fn model_type(&self) -> &str {
         &self.model.config().family
     }
 

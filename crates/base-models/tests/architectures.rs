@@ -82,8 +82,8 @@ fn logits_equal_those_of_transformers() {
     assert!(failed.is_empty(), "{failed:?}");
 }
 
-/// `transformers` expands the latents to keys and values; here queries meet the latents, which are
-/// held once.
+/// `transformers` expands the latents to keys and values; here queries attend to the latents, which
+/// are held once.
 #[test]
 fn latents_held_once_give_the_same_logits() {
     let latent = |layer: &LayerSpec| {

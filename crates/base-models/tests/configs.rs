@@ -158,7 +158,8 @@ fn random_configurations_give_the_logits_of_transformers_or_are_refused() {
     assert!(equal >= 200);
 }
 
-/// Latent attention and its experts: what no reader can compute, or readers compute differently.
+/// Settings of latent attention and its experts that are unsupported, or that implementations
+/// interpret differently, are refused.
 #[test]
 fn settings_of_deepseek_are_checked() {
     let small = json!({
@@ -204,7 +205,7 @@ fn settings_of_deepseek_are_checked() {
     }
 }
 
-/// Readers of OLMo-3 give `rope_theta` to different layers.
+/// Implementations of OLMo-3 apply `rope_theta` to different layers.
 #[test]
 fn bases_of_olmo_3_are_for_known_layers() {
     let bases = |more: Value| {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use base_models::{Config, Decoder, LoadOptions, Transformer};
 use candle_core::{DType, Tensor};
 use longctx_core::{
-    Batch, CausalLm, DenseCache, Error, Footprint, KvCache, LayerSpec, Logits, Result, SeqId, Step,
+    Batch, CausalLm, DenseCache, Error, KvCache, LayerSpec, Logits, Result, SeqId, Step,
 };
 
 const TOLERANCE: f32 = 1e-5;
@@ -154,18 +154,9 @@ fn fault(on: &AtomicBool, what: &str) -> Result<()> {
 }
 
 impl KvCache for Faulty {
-    fn spec(&self) -> &LayerSpec {
-        self.inner.spec()
-    }
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         fault(&self.faults.attend, "a fault")?;
         self.inner.attend(step)
-    }
-    fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
-        self.inner.append_prompt(step, lse)
-    }
-    fn needs_lse(&self) -> bool {
-        self.inner.needs_lse()
     }
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
         fault(&self.faults.fork, "a fork")?;
@@ -179,30 +170,12 @@ impl KvCache for Faulty {
         fault(&self.faults.truncate, "going back")?;
         self.inner.truncate(seq, len)
     }
-    fn remove(&mut self, seq: SeqId) -> bool {
-        self.inner.remove(seq)
+    fn can_append(&self, batch: &Batch) -> bool {
+        !self.faults.attend.load(Relaxed) && self.inner.can_append(batch)
     }
-    fn seqs(&self) -> Vec<SeqId> {
-        self.inner.seqs()
-    }
-    fn seen(&self, seq: SeqId) -> usize {
-        self.inner.seen(seq)
-    }
-    fn held(&self, seq: SeqId) -> usize {
-        self.inner.held(seq)
-    }
-    fn can_take(&self, batch: &Batch) -> bool {
-        !self.faults.attend.load(Relaxed) && self.inner.can_take(batch)
-    }
-    fn footprint(&self) -> Footprint {
-        self.inner.footprint()
-    }
-    fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        self.inner.seq_footprint(seq)
-    }
-    fn clear(&mut self) {
-        self.inner.clear();
-    }
+
+    longctx_core::forward_kv_cache!(self => self.inner;
+        spec, append_prompt, needs_lse, remove, seqs, seen, held, footprint, seq_footprint, clear);
 }
 
 #[test]
@@ -213,7 +186,7 @@ fn after_a_fault_in_the_middle_the_sequences_are_as_they_were() {
     feed(&mut session, &[(0, &[1, 2, 3]), (1, &[4])], Logits::Last).unwrap();
     let before = session.footprint().payload;
     middle.attend.store(true, Relaxed);
-    assert!(!session.can_take(&Batch::decode(&[0]).unwrap()));
+    assert!(!session.can_append(&Batch::decode(&[0]).unwrap()));
     // Sequence 0 is known, 5 is new.
     let error = feed(&mut session, &[(0, &[9, 9]), (5, &[9])], Logits::Last).unwrap_err();
     assert!(error.to_string().contains("a fault"));

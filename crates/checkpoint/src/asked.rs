@@ -1,4 +1,4 @@
-//! Which tensors a loader asked for.
+//! The tensors that a loader has read.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -6,28 +6,28 @@ use std::sync::{Mutex, PoisonError};
 
 use longctx_core::{Error, Result};
 
-/// Names that an error lists at most.
+/// The largest number of names in an error.
 const LISTED: usize = 8;
 
-/// The names of the tensors that a loader asked for.
+/// The names of the tensors that a loader has read.
 ///
-/// A tensor that nobody asked for is a part of the model that is not computed: biases, adapters,
-/// scales of quantized weights. A checkpoint that has one is refused, unless the name is known to
-/// make no difference.
+/// An unread tensor is a part of the model that is not computed, such as a bias, an adapter or a
+/// scale of quantized weights. A checkpoint with unread tensors is an error, unless they are known
+/// to have no effect.
 #[derive(Debug, Default)]
 pub struct Asked(Mutex<BTreeSet<String>>);
 
 impl Asked {
-    /// Notes that `name` was asked for.
+    /// Records that `name` has been read.
     pub fn note(&self, name: &str) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
     }
 
-    /// Compares with `all`, the tensors of the file at `path`. Returns those that were not asked
-    /// for and are harmless.
+    /// Compares with `all`, the tensors of the file at `path`. Returns the unread ones, all of
+    /// which are harmless.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] naming the tensors that were not asked for and are not harmless.
+    /// [`Error::Unsupported`] naming the unread tensors that are not harmless.
     pub fn account<'a>(
         &self,
         path: &Path,

@@ -1,19 +1,18 @@
-//! The pickle format, as far as PyTorch writes tensors with it. Nothing is imported and nothing is
-//! called: a function and its arguments are a value like any other.
+//! The subset of the pickle format that PyTorch uses for tensors. Nothing is imported or called: a
+//! function with its arguments is represented as a value.
 //!
-//! Values lie in one list and refer to each other by their place in it. So a value that is shared,
-//! deep or part of a circle costs what the bytes that made it cost, and is dropped without
-//! recursion.
+//! Values are in one list and refer to each other by index. So shared, deeply nested and cyclic
+//! values need memory proportional to the bytes read, and are dropped without recursion.
 
 use std::collections::HashMap;
 
-/// A value's place.
+/// The index of a value.
 pub type Id = u32;
 
-/// A value. Parts are places of other values.
+/// A value. Its parts are indices of other values.
 #[derive(Debug, PartialEq)]
 pub enum Value {
-    /// `None`, and numbers that no tensor is made of.
+    /// `None`, and values that tensors do not need.
     Other,
     Int(i64),
     Text(String),
@@ -22,7 +21,7 @@ pub enum Value {
     Dict(Vec<(Id, Id)>),
     /// A class or function: module and name.
     Global(Box<(String, String)>),
-    /// What a function would give, or an instance of a class.
+    /// A function call, which is not executed, or an instance of a class.
     Call {
         function: Id,
         arguments: Id,
@@ -32,7 +31,7 @@ pub enum Value {
 }
 
 impl Value {
-    /// The kind, for messages.
+    /// Returns the kind of value, for messages.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Other => "a plain value",
@@ -48,7 +47,7 @@ impl Value {
     }
 }
 
-/// A pickle that has been read.
+/// A parsed pickle.
 #[derive(Debug)]
 pub struct Pickle {
     values: Vec<Value>,
@@ -56,10 +55,10 @@ pub struct Pickle {
 }
 
 impl Pickle {
-    /// Reads the pickle that `bytes` begin with.
+    /// Reads the pickle at the start of `bytes`.
     ///
     /// # Errors
-    /// What is wrong, and at which byte.
+    /// A message with the reason and the position.
     pub fn read(bytes: &[u8]) -> Result<Self, String> {
         let mut machine = Machine { rest: bytes, ..Machine::default() };
         loop {
@@ -72,30 +71,30 @@ impl Pickle {
         }
     }
 
-    /// The value that the whole pickle makes.
+    /// Returns the value of the pickle.
     pub fn root(&self) -> &Value {
         self.get(self.root)
     }
 
-    /// A value by its place.
+    /// Returns a value by its index.
     pub fn get(&self, id: Id) -> &Value {
         &self.values[id as usize]
     }
 }
 
-/// The machine that a pickle is a program of.
+/// The interpreter of a pickle.
 #[derive(Default)]
 struct Machine<'a> {
     rest: &'a [u8],
     values: Vec<Value>,
     stack: Vec<Id>,
-    /// The stack's height at each open mark.
+    /// The height of the stack at each open mark.
     marks: Vec<usize>,
     memo: HashMap<u32, Id>,
 }
 
 impl Machine<'_> {
-    /// One operation; the result once the program ends.
+    /// Executes one operation. Returns the result at the end of the program.
     fn step(&mut self) -> Result<Option<Id>, String> {
         match self.byte()? {
             // Protocol and frame.
@@ -189,7 +188,7 @@ impl Machine<'_> {
                 let value = self.call(function, arguments);
                 self.push(value);
             }
-            // Attributes of an object: no tensor has any that matter.
+            // Attributes of an object, which tensors do not need.
             b'b' => drop(self.pop()?),
             other => {
                 return Err(format!("operation {other:#04x}, which no tensors are written with"));
@@ -198,7 +197,8 @@ impl Machine<'_> {
         Ok(None)
     }
 
-    /// An ordered dictionary is filled like any other; other calls stay as they are.
+    /// Returns the value of a call: an empty dictionary for an ordered dictionary, otherwise the
+    /// call itself.
     fn call(&self, function: Id, arguments: Id) -> Value {
         let is_ordered = matches!(&self.values[function as usize], Value::Global(global)
             if (global.0.as_str(), global.1.as_str()) == ("collections", "OrderedDict"));
@@ -215,7 +215,7 @@ impl Machine<'_> {
     }
 
     fn pop(&mut self) -> Result<Id, String> {
-        // What lies below a mark can't be taken before the mark is.
+        // Values below a mark cannot be popped before the mark.
         let floor = self.marks.last().copied().unwrap_or(0);
         match self.stack.len() > floor {
             true => self.stack.pop().ok_or_else(missing),
@@ -279,7 +279,7 @@ impl Machine<'_> {
         Ok(self.take(1)?[0])
     }
 
-    /// A little-endian number of up to 8 bytes.
+    /// Reads a little-endian number of up to 8 bytes.
     fn number(&mut self, len: usize) -> Result<u64, String> {
         Ok(self.take(len)?.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte)))
     }
@@ -300,7 +300,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// A string after its length in `len` bytes.
+    /// Reads a string that follows its length in `len` bytes.
     fn text(&mut self, len: usize) -> Result<(), String> {
         let len = usize::try_from(self.number(len)?).map_err(|e| e.to_string())?;
         let text = String::from_utf8_lossy(self.take(len)?).into_owned();
@@ -377,17 +377,17 @@ mod tests {
 
     #[test]
     fn deep_and_doubled_values_cost_what_they_take_in_the_file() {
-        // A tuple around a tuple, a million deep.
+        // Nested tuples, a million levels deep.
         let deep = [b")".as_slice(), &[0x85; 1_000_000], b"."].concat();
         assert_eq!(Pickle::read(&deep).unwrap().values.len(), 1_000_001);
-        // A list of the list before it, twice: 2^60 elements if each were copied.
+        // Each list contains the previous one twice: 2^60 elements if they were copied.
         let mut doubled = b"]q\x00".to_vec();
         for i in 0..60u8 {
             doubled.extend([b"](h", &[i][..], b"h", &[i], b"eq", &[i + 1]].concat());
         }
         doubled.push(b'.');
         assert_eq!(Pickle::read(&doubled).unwrap().values.len(), 61);
-        // A list that holds itself.
+        // A list that contains itself.
         assert!(Pickle::read(b"]q\x00h\x00a.").is_ok());
     }
 }

@@ -1,5 +1,5 @@
-//! Tensors of a PyTorch file: a zip archive with a pickle, which describes the tensors, and their
-//! storages.
+//! Tensors of a PyTorch file: a zip archive with a pickle that describes the tensors, and with
+//! their storages.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -14,7 +14,7 @@ use zip::{CompressionMethod, ZipArchive};
 
 use crate::pickle::{Id, Pickle, Value};
 
-/// A file of tensors by name, as `torch.save(model.state_dict(), path)` writes it since PyTorch
+/// A file of tensors by name, as written by `torch.save(model.state_dict(), path)` since PyTorch
 /// 1.6.
 pub struct Pth {
     path: PathBuf,
@@ -22,19 +22,19 @@ pub struct Pth {
     tensors: BTreeMap<String, Info>,
 }
 
-/// What tensors are read from.
+/// A source of tensors' bytes.
 trait Source: Read + Seek + Send {}
 
 impl<T: Read + Seek + Send> Source for T {}
 
-/// Where a tensor's numbers lie.
+/// The location of a tensor's elements.
 #[derive(Debug, PartialEq)]
 struct Info {
     dtype: DType,
     shape: Vec<usize>,
-    /// Steps of each dimension, in numbers.
+    /// Stride of each dimension, in elements.
     stride: Vec<usize>,
-    /// The bytes from the first number to the last.
+    /// The byte range from the first element to the last.
     bytes: Range<u64>,
 }
 
@@ -45,17 +45,17 @@ impl std::fmt::Debug for Pth {
 }
 
 impl Pth {
-    /// Reads the description of all tensors. Their numbers are read when they are asked for.
+    /// Reads the descriptions of all tensors. Their data are read on request.
     ///
     /// # Errors
-    /// [`Error::File`] if the file can't be read, is no archive of PyTorch's, holds anything but a
-    /// dictionary of tensors, or describes one that its storage is too small for.
+    /// [`Error::File`] if the file cannot be read, is not a PyTorch archive, contains anything
+    /// other than a dictionary of tensors, or has a storage that is too small for a tensor.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::file(path, e))?;
         Self::read(file, path)
     }
 
-    /// As [`open`](Self::open), from anything that can be read; `path` is what errors name.
+    /// As [`open`](Self::open), from a reader. `path` is named in errors.
     ///
     /// # Errors
     /// As [`open`](Self::open).
@@ -69,20 +69,20 @@ impl Pth {
         Ok(Self { path, file: Mutex::new(source), tensors })
     }
 
-    /// The names of the tensors, in order.
+    /// Returns the names of the tensors, in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// The shape of a tensor, if there is one of that name.
+    /// Returns the shape of a tensor; `None` if it does not exist.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.tensors.get(name).map(|info| info.shape.as_slice())
     }
 
-    /// A tensor in its own format, on the CPU.
+    /// Reads a tensor in its stored dtype, on the CPU.
     ///
     /// # Errors
-    /// [`Error::File`] if there is no tensor of that name, or the file can't be read.
+    /// [`Error::File`] if there is no tensor with this name, or the file cannot be read.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let failed = |e: &dyn std::fmt::Display| Error::file(&self.path, format!("{name:?}: {e}"));
         let Some(info) = self.tensors.get(name) else {
@@ -100,7 +100,7 @@ impl Pth {
 }
 
 impl Info {
-    /// The numbers one after the other, in the order of the shape.
+    /// Returns the elements contiguously, in row-major order.
     fn packed(&self, bytes: Vec<u8>) -> Vec<u8> {
         let (size, count) = (self.dtype.size_in_bytes(), self.shape.iter().product::<usize>());
         if self.is_contiguous() || count == 0 {
@@ -132,7 +132,7 @@ impl Info {
     }
 }
 
-/// The tensors that an archive describes.
+/// Returns the tensors that an archive describes.
 fn describe(source: &mut Box<dyn Source>) -> Result<BTreeMap<String, Info>, String> {
     let size = source.seek(SeekFrom::End(0)).map_err(|e| e.to_string())?;
     let entries = entries(source, size)?;
@@ -167,7 +167,7 @@ fn describe(source: &mut Box<dyn Source>) -> Result<BTreeMap<String, Info>, Stri
     Ok(tensors)
 }
 
-/// The bytes of each file in an archive of `size` bytes.
+/// Returns the byte range of each file in an archive of `size` bytes.
 fn entries(source: &mut Box<dyn Source>, size: u64) -> Result<HashMap<String, Range<u64>>, String> {
     let mut archive =
         ZipArchive::new(source).map_err(|e| format!("no archive of PyTorch's: {e}"))?;
@@ -188,7 +188,7 @@ fn entries(source: &mut Box<dyn Source>, size: u64) -> Result<HashMap<String, Ra
     Ok(entries)
 }
 
-/// A small file of the archive.
+/// Reads a small file of the archive.
 fn load(source: &mut Box<dyn Source>, range: &Range<u64>) -> Result<Vec<u8>, String> {
     let mut bytes = vec![0; (range.end - range.start) as usize];
     let read =
@@ -197,7 +197,8 @@ fn load(source: &mut Box<dyn Source>, range: &Range<u64>) -> Result<Vec<u8>, Str
     Ok(bytes)
 }
 
-/// What a value of the dictionary says of a tensor; `storage` gives the bytes of a storage.
+/// Returns the tensor that a value of the dictionary describes. `storage` returns the bytes of a
+/// storage.
 fn info(
     pickle: &Pickle,
     value: Id,
@@ -220,8 +221,8 @@ fn info(
     let size = dtype.size_in_bytes();
     let held = ((range.end - range.start) / size as u64) as usize;
     let too_small = || format!("{shape:?} of stride {stride:?} from {offset}, of {held} numbers");
-    // Views may repeat numbers, but no checkpoint does: what is read is never more than what is
-    // held.
+    // Views that repeat elements are refused, so that no more is read than the storage holds.
+    // Checkpoints do not contain such views.
     let count = shape.iter().try_fold(1usize, |count, &len| count.checked_mul(len));
     let count = count.filter(|&count| count <= held).ok_or_else(too_small)?;
     let last = shape.iter().zip(&stride).try_fold(0usize, |last, (&len, &step)| {
@@ -234,8 +235,8 @@ fn info(
     Ok(Info { dtype, bytes: at(offset)..at(end), shape, stride })
 }
 
-/// The arguments of `torch._utils._rebuild_tensor_v2`, from within a parameter or a subclass of
-/// tensors.
+/// Returns the arguments of `torch._utils._rebuild_tensor_v2`, also inside a parameter or a tensor
+/// subclass.
 fn rebuild_arguments(pickle: &Pickle, mut value: Id) -> Result<&[Id], String> {
     const WRAPPERS: usize = 4;
     for _ in 0..WRAPPERS {
@@ -262,7 +263,7 @@ fn rebuild_arguments(pickle: &Pickle, mut value: Id) -> Result<&[Id], String> {
     Err("a tensor within too many others".into())
 }
 
-/// The format and the key of a storage: `("storage", class, key, device, numbers)`.
+/// Returns the dtype and the key of a storage: `("storage", class, key, device, count)`.
 fn described(pickle: &Pickle, description: Id) -> Result<(DType, &str), String> {
     let Value::Persistent(id) = pickle.get(description) else {
         return Err(format!("expected a storage, got {}", pickle.get(description).kind()));

@@ -6,12 +6,12 @@ use std::path::{Component, Path};
 use longctx_core::{Error, Result};
 use serde_json::Value;
 
-/// The file names in the `weight_map` of a `model.safetensors.index.json` or
+/// Returns the file names in the `weight_map` of a `model.safetensors.index.json` or
 /// `pytorch_model.bin.index.json`.
 ///
 /// # Errors
-/// [`Error::File`] if the index can't be read, has no `weight_map`, or names a file outside the
-/// folder that it lies in.
+/// [`Error::File`] if the index cannot be read, has no `weight_map`, or names a file outside its
+/// folder.
 pub fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
     let text = std::fs::read_to_string(index).map_err(|e| Error::file(index, e))?;
     let json: Value = serde_json::from_str(&text).map_err(|e| Error::file(index, e))?;
@@ -30,7 +30,7 @@ pub fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
         .collect()
 }
 
-/// Whether a name stays within the folder that it is looked up in.
+/// Returns whether a name stays inside its folder.
 fn is_inside(name: &str) -> bool {
     let plain = |part| matches!(part, Component::Normal(_));
     !name.is_empty() && !name.contains('\\') && Path::new(name).components().all(plain)

@@ -7,11 +7,10 @@ use longctx_core::{Error, Result};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-/// Opens a `tokenizer.json`. Its truncation and padding are switched off: a caller gets the tokens
-/// of the text, no fewer and no more.
+/// Opens a `tokenizer.json`, without its truncation and padding.
 ///
 /// # Errors
-/// [`Error::File`] if the file can't be read, is no JSON, or describes no tokenizer.
+/// [`Error::File`] if the file cannot be read, is not JSON, or is not a tokenizer.
 pub fn open_tokenizer(path: &Path) -> Result<Tokenizer> {
     let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
     read_tokenizer(&bytes).map_err(|reason| Error::file(path, reason))
@@ -20,11 +19,11 @@ pub fn open_tokenizer(path: &Path) -> Result<Tokenizer> {
 /// As [`open_tokenizer`], from the file's bytes.
 ///
 /// # Errors
-/// Why the bytes describe no tokenizer.
+/// The reason why the bytes are not a tokenizer.
 pub fn read_tokenizer(bytes: &[u8]) -> Result<Tokenizer, String> {
-    // `tokenizers` panics on a decoder that is broken JSON, which is told better here; on merges of
-    // tokens shorter than the prefix of continuations; and, once it encodes, on a template with a
-    // special token that the file does not define. So it is tried on nothing.
+    // `tokenizers` panics on invalid JSON in a decoder, on merges of tokens shorter than the
+    // continuation prefix, and, during encoding, on a template with an undefined special token. So
+    // the JSON is checked first, and an empty text is encoded as a test.
     serde_json::from_slice::<Value>(bytes).map_err(|e| e.to_string())?;
     let built = catch_unwind(|| {
         let tokenizer = Tokenizer::from_bytes(bytes)?;
@@ -55,7 +54,7 @@ mod tests {
         };
         let right = tokenizer("\"a ##b\"", "null");
         let opened = read_tokenizer(right.as_bytes()).unwrap();
-        // The file's truncation to one token is off.
+        // The file's truncation to one token is disabled.
         assert_eq!(opened.encode("abab", false).unwrap().len(), 3);
         let short = tokenizer("\"a b\"", "null");
         assert!(read_tokenizer(short.as_bytes()).unwrap_err().contains("panic"));

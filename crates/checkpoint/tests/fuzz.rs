@@ -1,4 +1,4 @@
-//! Damaged files: none panics, hangs or takes more memory than a multiple of its size.
+//! Damaged files: none panics, hangs or needs more memory than a multiple of its size.
 
 use std::io::Cursor;
 use std::path::Path;
@@ -13,7 +13,7 @@ fn fixture(name: &str) -> Vec<u8> {
     std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap()
 }
 
-/// One test, since memory is counted for the whole process.
+/// A single test, because memory is counted for the whole process.
 #[test]
 fn damaged_files_are_errors() {
     let corpus = [fixture("tests/fixtures/tensors.pth")];
@@ -21,7 +21,7 @@ fn damaged_files_are_errors() {
     let tried = trial.run(|bytes| {
         let Ok(file) = Pth::read(Cursor::new(bytes.to_vec()), "damaged.pth") else { return };
         for name in file.names() {
-            // What is described can be read.
+            // Every described tensor can be read.
             let tensor = file.tensor(name).unwrap();
             assert_eq!(Some(tensor.dims()), file.shape(name));
         }

@@ -1,5 +1,5 @@
-//! PyTorch files: right ones are read as PyTorch reads them (`fixtures/make_tensors.py`), wrong
-//! ones are named and cost little.
+//! PyTorch files: valid ones are read as PyTorch reads them (`fixtures/make_tensors.py`). Invalid
+//! ones give errors that name them, without large allocations.
 
 use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
@@ -23,13 +23,13 @@ fn tensors_are_those_that_were_saved() {
         let got = file.tensor(name).unwrap();
         assert_eq!((got.dtype(), got.dims()), (want.dtype(), want.dims()), "{name}");
         assert_eq!(file.shape(name), Some(want.dims()), "{name}");
-        // Rust's text of a number is exact.
+        // Rust formats numbers exactly.
         assert_eq!(format!("{got:?} {got}"), format!("{want:?} {want}"), "{name}");
     }
     assert!(file.tensor("other").unwrap_err().to_string().contains("\"other\""));
 }
 
-/// A file with this pickle and one storage of 16 bytes.
+/// Returns a file with this pickle and one storage of 16 bytes.
 fn file(pickle: &[u8]) -> Vec<u8> {
     let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
     let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
@@ -44,13 +44,13 @@ fn open(pickle: &[u8]) -> Result<Pth, String> {
     Pth::read(Cursor::new(file(pickle)), "model.pth").map_err(|e| e.to_string())
 }
 
-/// The pickle of one tensor "x" with these arguments.
+/// Returns the pickle of one tensor "x" with these arguments.
 fn tensor(arguments: &[u8]) -> Vec<u8> {
     [b"\x80\x02}X\x01\x00\x00\x00xctorch._utils\n_rebuild_tensor_v2\n(", arguments, b"tRs."]
         .concat()
 }
 
-/// A storage of floats, the one of the file.
+/// The file's storage, with elements of f32.
 const STORAGE: &[u8] =
     b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ";
 
@@ -88,7 +88,7 @@ fn wrong_arguments_are_named() {
 
 #[test]
 fn a_declared_size_is_compared_before_anything_is_allocated() {
-    // 2^32 numbers one after the other, and 2^32 times the same one.
+    // 2^32 adjacent numbers, and the same number 2^32 times.
     for stride in [b"K\x01\x85", b"K\x00\x85"] {
         let rest = [STORAGE, b"K\x00\x8a\x05\x00\x00\x00\x00\x01\x85", stride].concat();
         let error = open(&tensor(&rest)).unwrap_err();

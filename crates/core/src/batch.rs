@@ -126,8 +126,25 @@ impl Batch {
     }
 
     /// Returns the number of tokens of the longest sequence of the batch.
-    pub fn longest(&self) -> usize {
+    pub fn max_seqlen(&self) -> usize {
         self.iter().map(|(_, tokens)| tokens.len()).max().unwrap_or(0)
+    }
+
+    /// Checks the token ids of a batch: one per token, each below `vocab_size`.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] naming the count or the first id that does not fit.
+    pub fn check_ids(&self, ids: &[u32], vocab_size: usize) -> Result<()> {
+        if ids.len() != self.tokens() {
+            return Err(Error::mismatch("token ids", self.tokens(), ids.len()));
+        }
+        match ids.iter().position(|&id| id as usize >= vocab_size) {
+            Some(at) => {
+                let what = format!("token id {at} of the batch");
+                Err(Error::mismatch(what, format!("an id below {vocab_size}"), ids[at]))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Returns the position of each token. `seen` returns the number of tokens before a sequence's

@@ -128,7 +128,7 @@ pub trait KvCache: Send {
     fn held(&self, seq: SeqId) -> usize;
 
     /// Returns whether there is memory for a batch. An engine asks before it admits a request.
-    fn can_take(&self, batch: &Batch) -> bool;
+    fn can_append(&self, batch: &Batch) -> bool;
 
     /// Returns the bytes held for all sequences, including memory that is allocated and free.
     fn footprint(&self) -> Footprint;
@@ -140,36 +140,11 @@ pub trait KvCache: Send {
     fn clear(&mut self);
 }
 
-/// Checks that a sequence of `seen` tokens, of which the newest `held` are stored, can be truncated
-/// to its first `len`: the entries left must still fill the sliding window of the next token.
-///
-/// # Errors
-/// [`Error::Mismatch`] if fewer tokens were fed; [`Error::Unsupported`] if too many have left the
-/// window.
-pub(crate) fn check_window_truncate(
-    seq: SeqId,
-    seen: usize,
-    held: usize,
-    window: Option<usize>,
-    len: usize,
-) -> Result<()> {
-    if len > seen {
-        let what = format!("tokens of sequence {seq} to keep");
-        return Err(Error::mismatch(what, format!("at most {seen}"), len));
-    }
-    let reach = window.map_or(len, |window| window - 1);
-    if len < seen && seen - held > len.saturating_sub(reach) {
-        let what = "truncating a sequence beyond what its sliding window still holds";
-        return Err(Error::Unsupported(what.into()));
-    }
-    Ok(())
-}
-
 /// Checks that every sequence of a batch is new to a cache, as prompts must be.
 ///
 /// # Errors
 /// [`Error::Mismatch`] naming a sequence that has tokens.
-pub fn check_new(cache: &(impl KvCache + ?Sized), batch: &Batch) -> Result<()> {
+pub fn check_unseen(cache: &(impl KvCache + ?Sized), batch: &Batch) -> Result<()> {
     match batch.seqs().iter().find(|&&seq| cache.seen(seq) > 0) {
         Some(&seq) => {
             let what = format!("tokens that sequence {seq} saw before its prompt");
@@ -179,62 +154,127 @@ pub fn check_new(cache: &(impl KvCache + ?Sized), batch: &Batch) -> Result<()> {
     }
 }
 
-/// Forwards every method of [`KvCache`] to an expression. Wrappers and boxes use it so that they
-/// cannot miss a method.
-macro_rules! forward_cache {
-    () => {
-        fn spec(&self) -> &LayerSpec {
-            (**self).spec()
+/// Implements methods of [`KvCache`] by a call of the same method of another cache: for caches that
+/// wrap one and change some of its methods.
+///
+/// ```
+/// use candle_core::Tensor;
+/// use longctx_core::{DenseCache, KvCache, Result, Step, forward_kv_cache};
+///
+/// /// Counts the calls of a cache.
+/// struct Counted {
+///     inner: DenseCache,
+///     calls: usize,
+/// }
+///
+/// impl KvCache for Counted {
+///     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
+///         self.calls += 1;
+///         self.inner.attend(step)
+///     }
+///
+///     forward_kv_cache!(self => self.inner;
+///         spec, append_prompt, needs_lse, fork, check_truncate, truncate, remove, seqs, seen, held,
+///         can_append, footprint, seq_footprint, clear);
+/// }
+/// ```
+#[macro_export]
+macro_rules! forward_kv_cache {
+    ($self:ident => $to:expr; $($method:ident),+ $(,)?) => {
+        $($crate::forward_kv_cache!(@$method $self, $to);)+
+    };
+    (@spec $self:ident, $to:expr) => {
+        fn spec(&$self) -> &$crate::LayerSpec {
+            $to.spec()
         }
-        fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
-            (**self).attend(step)
+    };
+    (@attend $self:ident, $to:expr) => {
+        fn attend(
+            &mut $self,
+            step: &$crate::Step<'_>,
+        ) -> $crate::Result<$crate::candle_core::Tensor> {
+            $to.attend(step)
         }
-        fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
-            (**self).append_prompt(step, lse)
+    };
+    (@append_prompt $self:ident, $to:expr) => {
+        fn append_prompt(
+            &mut $self,
+            step: &$crate::Step<'_>,
+            lse: Option<&$crate::candle_core::Tensor>,
+        ) -> $crate::Result<()> {
+            $to.append_prompt(step, lse)
         }
-        fn needs_lse(&self) -> bool {
-            (**self).needs_lse()
+    };
+    (@needs_lse $self:ident, $to:expr) => {
+        fn needs_lse(&$self) -> bool {
+            $to.needs_lse()
         }
-        fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
-            (**self).fork(from, to)
+    };
+    (@fork $self:ident, $to:expr) => {
+        fn fork(&mut $self, from: $crate::SeqId, to: $crate::SeqId) -> $crate::Result<()> {
+            $to.fork(from, to)
         }
-        fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-            (**self).check_truncate(seq, len)
+    };
+    (@check_truncate $self:ident, $to:expr) => {
+        fn check_truncate(&$self, seq: $crate::SeqId, len: usize) -> $crate::Result<()> {
+            $to.check_truncate(seq, len)
         }
-        fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
-            (**self).truncate(seq, len)
+    };
+    (@truncate $self:ident, $to:expr) => {
+        fn truncate(&mut $self, seq: $crate::SeqId, len: usize) -> $crate::Result<()> {
+            $to.truncate(seq, len)
         }
-        fn remove(&mut self, seq: SeqId) -> bool {
-            (**self).remove(seq)
+    };
+    (@remove $self:ident, $to:expr) => {
+        fn remove(&mut $self, seq: $crate::SeqId) -> bool {
+            $to.remove(seq)
         }
-        fn seqs(&self) -> Vec<SeqId> {
-            (**self).seqs()
+    };
+    (@seqs $self:ident, $to:expr) => {
+        fn seqs(&$self) -> Vec<$crate::SeqId> {
+            $to.seqs()
         }
-        fn seen(&self, seq: SeqId) -> usize {
-            (**self).seen(seq)
+    };
+    (@seen $self:ident, $to:expr) => {
+        fn seen(&$self, seq: $crate::SeqId) -> usize {
+            $to.seen(seq)
         }
-        fn held(&self, seq: SeqId) -> usize {
-            (**self).held(seq)
+    };
+    (@held $self:ident, $to:expr) => {
+        fn held(&$self, seq: $crate::SeqId) -> usize {
+            $to.held(seq)
         }
-        fn can_take(&self, batch: &Batch) -> bool {
-            (**self).can_take(batch)
+    };
+    (@can_append $self:ident, $to:expr) => {
+        fn can_append(&$self, batch: &$crate::Batch) -> bool {
+            $to.can_append(batch)
         }
-        fn footprint(&self) -> Footprint {
-            (**self).footprint()
+    };
+    (@footprint $self:ident, $to:expr) => {
+        fn footprint(&$self) -> $crate::Footprint {
+            $to.footprint()
         }
-        fn seq_footprint(&self, seq: SeqId) -> Footprint {
-            (**self).seq_footprint(seq)
+    };
+    (@seq_footprint $self:ident, $to:expr) => {
+        fn seq_footprint(&$self, seq: $crate::SeqId) -> $crate::Footprint {
+            $to.seq_footprint(seq)
         }
-        fn clear(&mut self) {
-            (**self).clear();
+    };
+    (@clear $self:ident, $to:expr) => {
+        fn clear(&mut $self) {
+            $to.clear()
         }
     };
 }
 
 impl<C: KvCache + ?Sized> KvCache for Box<C> {
-    forward_cache!();
+    forward_kv_cache!(self => (**self);
+        spec, attend, append_prompt, needs_lse, fork, check_truncate, truncate, remove, seqs, seen,
+        held, can_append, footprint, seq_footprint, clear);
 }
 
 impl<C: KvCache + ?Sized> KvCache for &mut C {
-    forward_cache!();
+    forward_kv_cache!(self => (**self);
+        spec, attend, append_prompt, needs_lse, fork, check_truncate, truncate, remove, seqs, seen,
+        held, can_append, footprint, seq_footprint, clear);
 }

@@ -38,7 +38,7 @@ impl Rate {
 
     /// Returns `total` times the rate, rounded to the nearest integer, and at least 1 if `total` is
     /// not 0.
-    pub fn of(self, total: usize) -> usize {
+    pub fn apply(self, total: usize) -> usize {
         ((self.0 * total as f64).round() as usize).clamp(total.min(1), total)
     }
 }
@@ -159,7 +159,7 @@ impl Compressed {
     ///
     /// # Panics
     /// If `source` is not the prompt that was compressed.
-    pub fn rebuild(&self, source: &str) -> String {
+    pub fn kept_text(&self, source: &str) -> String {
         self.pieces.iter().map(|piece| &source[piece.source.clone()]).collect()
     }
 }
@@ -191,7 +191,7 @@ mod tests {
         assert_eq!(kept.text, "one two four");
         assert_eq!(kept.pieces.len(), 2);
         assert_eq!(kept.pieces[1], Piece { source: 14..18, output: 8..12 });
-        assert_eq!(kept.rebuild(source), kept.text);
+        assert_eq!(kept.kept_text(source), kept.text);
     }
 
     #[test]
@@ -209,9 +209,9 @@ mod tests {
         for bad in [0.0, -0.5, 1.01, f64::NAN] {
             assert!(Rate::new(bad).is_err());
         }
-        assert_eq!(Rate::new(0.5).unwrap().of(7), 4);
-        assert_eq!(Rate::new(0.01).unwrap().of(7), 1);
-        assert_eq!(Rate::ONE.of(0), 0);
+        assert_eq!(Rate::new(0.5).unwrap().apply(7), 4);
+        assert_eq!(Rate::new(0.01).unwrap().apply(7), 1);
+        assert_eq!(Rate::ONE.apply(0), 0);
         assert!(Prompt::new(" \n").is_err());
     }
 }

@@ -4,11 +4,11 @@ mod cache;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod device;
+mod growing;
 mod pages;
 mod pool;
-mod rows;
 mod slab;
 mod store;
 
-pub use cache::DenseCache;
+pub use cache::{DenseCache, DenseStrategy};
 pub use store::DenseStore;

@@ -50,12 +50,12 @@ pub enum Error {
         reason: String,
     },
     /// A pool of fixed capacity has no room. Nothing was appended.
-    #[error("{what}: {asked} bytes are asked for and {free} are free")]
+    #[error("{what}: {needed} bytes are needed and {free} are free")]
     PoolFull {
         /// The pool.
         what: String,
         /// Bytes needed by the call.
-        asked: usize,
+        needed: usize,
         /// Free bytes.
         free: usize,
     },
@@ -64,7 +64,7 @@ pub enum Error {
     UnknownSequence(SeqId),
     /// A sequence whose layers saw different tokens because a call failed midway. Every call
     /// returns this error until the sequence is removed.
-    #[error("sequence {seq} can't go on since a call failed: {reason}")]
+    #[error("sequence {seq} cannot be used after a failed call: {reason}")]
     Poisoned {
         /// The sequence.
         seq: SeqId,

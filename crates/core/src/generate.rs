@@ -57,9 +57,9 @@ pub struct Generation {
     /// Why generation ended.
     pub stop: StopReason,
     /// Time from the first prompt token to the first logits.
-    pub prefill: Duration,
+    pub prefill_time: Duration,
     /// Time of all decode steps.
-    pub decode: Duration,
+    pub decode_time: Duration,
     /// Number of decode steps: one less than the number of sampled tokens.
     pub decode_steps: usize,
 }
@@ -95,13 +95,13 @@ pub enum StopReason {
 /// #     fn remove(&mut self, _: SeqId) -> bool { std::mem::take(&mut self.0) > 0 }
 /// #     fn seqs(&self) -> Vec<SeqId> { vec![0] }
 /// #     fn seen(&self, _: SeqId) -> usize { self.0 }
-/// #     fn can_take(&self, _: &Batch) -> bool { true }
+/// #     fn can_append(&self, _: &Batch) -> bool { true }
 /// #     fn footprint(&self) -> Footprint { Footprint::default() }
 /// #     fn seq_footprint(&self, _: SeqId) -> Footprint { Footprint::default() }
 /// #     fn clear(&mut self) { self.0 = 0 }
 /// #     fn vocab_size(&self) -> usize { 10 }
 /// #     fn context_length(&self) -> Option<usize> { None }
-/// #     fn family(&self) -> &str { "counter" }
+/// #     fn model_type(&self) -> &str { "counter" }
 /// #     fn device(&self) -> &Device { &Device::Cpu }
 /// # }
 /// # let mut model = Counter(0);
@@ -126,17 +126,17 @@ pub fn generate(
     let mut sampler = Sampler::new(options.sampling)?;
     let started = Instant::now();
     let mut logits = prefill(model, seq, prompt, options.prefill_chunk)?;
-    let prefill = started.elapsed();
+    let prefill_time = started.elapsed();
     let mut done = Generation {
         tokens: Vec::new(),
         stop: StopReason::MaxTokens,
-        prefill,
-        decode: Duration::ZERO,
+        prefill_time,
+        decode_time: Duration::ZERO,
         decode_steps: 0,
     };
     let started = Instant::now();
     while done.tokens.len() < options.max_tokens {
-        let token = sampler.choose(&logits.flatten_all()?.to_vec1()?)?;
+        let token = sampler.sample(&logits.flatten_all()?.to_vec1()?)?;
         if options.stop.contains(&token) {
             done.stop = StopReason::StopToken(token);
             break;
@@ -151,7 +151,7 @@ pub fn generate(
             done.decode_steps += 1;
         }
     }
-    done.decode = started.elapsed();
+    done.decode_time = started.elapsed();
     Ok(done)
 }
 
@@ -208,7 +208,7 @@ impl Sampler {
     ///
     /// # Errors
     /// [`Error::NotFinite`] if a logit is NaN; [`Error::Mismatch`] if `logits` is empty.
-    pub fn choose(&mut self, logits: &[f32]) -> Result<u32> {
+    pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
         if let Some(at) = logits.iter().position(|x| x.is_nan()) {
             let position = format!("token {at}");
             return Err(Error::NotFinite { what: "logits".into(), value: f32::NAN, position });

@@ -3,6 +3,6 @@
 mod cache;
 mod store;
 
-pub use cache::LatentCache;
+pub use cache::{LatentCache, LatentStrategy};
 pub use store::LatentStore;
 pub(crate) use store::check_shape;

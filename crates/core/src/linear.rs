@@ -18,7 +18,7 @@ use candle_core::Tensor;
 /// ```
 ///
 /// # Errors
-/// [`Error::Mismatch`] if the shapes do not go together; an error of candle.
+/// [`Error::Mismatch`] if the shapes do not match; an error of candle.
 pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     let ((_, inner), (out, of)) = (x.dims2()?, w.dims2()?);
     if inner != of {

@@ -59,7 +59,7 @@ pub trait CausalLm {
     fn seen(&self, seq: SeqId) -> usize;
 
     /// Returns whether there is memory for a batch.
-    fn can_take(&self, batch: &Batch) -> bool;
+    fn can_append(&self, batch: &Batch) -> bool;
 
     /// Returns the memory of all sequences in bytes: caches or states, without weights.
     fn footprint(&self) -> Footprint;
@@ -79,7 +79,7 @@ pub trait CausalLm {
 
     /// Returns the name of the model family, which selects its tokenizer and chat template:
     /// "llama", "mistral", "qwen2", "mamba", …
-    fn family(&self) -> &str;
+    fn model_type(&self) -> &str;
 
     /// Returns the device of the computation and the logits.
     fn device(&self) -> &Device;

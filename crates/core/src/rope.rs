@@ -35,10 +35,10 @@ pub struct Rope {
     frequencies: Vec<f64>,
     /// The cos/sin table of the last call's positions: all layers of a model use the same
     /// positions.
-    last: Mutex<Option<Table>>,
+    cached_table: Mutex<Option<Table>>,
     /// The same table for the CUDA kernel.
     #[cfg(feature = "cuda")]
-    last_on_device: Mutex<Option<cuda::OnDevice>>,
+    cached_on_device: Mutex<Option<cuda::OnDevice>>,
 }
 
 #[derive(Debug, Clone)]
@@ -52,8 +52,8 @@ impl Rope {
     /// Creates an embedding for heads of `head_dim` channels, of which the first `rotary_dims`
     /// rotate, with base `theta`.
     ///
-    /// The rotation preserves lengths. The model applies the [attention
-    /// factor](RopeScaling::attention_factor) of a scaling.
+    /// The rotation preserves norms: the model applies the [attention
+    /// factor](RopeScaling::attention_factor) of a scaling itself.
     ///
     /// # Errors
     /// [`Error::Setting`] if `rotary_dims` is odd, zero or above `head_dim`, or a factor is not
@@ -77,9 +77,9 @@ impl Rope {
         Self {
             head_dim,
             frequencies,
-            last: Mutex::new(None),
+            cached_table: Mutex::new(None),
             #[cfg(feature = "cuda")]
-            last_on_device: Mutex::new(None),
+            cached_on_device: Mutex::new(None),
         }
     }
 
@@ -138,8 +138,9 @@ impl Rope {
     }
 
     fn table(&self, positions: &[i64], dtype: DType, device: &Device) -> Result<(Tensor, Tensor)> {
-        let mut last = self.last.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(t) = &*last
+        let mut cached_table =
+            self.cached_table.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(t) = &*cached_table
             && t.positions == positions
             && t.cos.dtype() == dtype
             && t.cos.device().same_device(device)
@@ -148,7 +149,7 @@ impl Rope {
         }
         let (cos, sin) = self.cos_sin(positions, dtype, device)?;
         let positions = positions.to_vec();
-        *last = Some(Table { positions, cos: cos.clone(), sin: sin.clone() });
+        *cached_table = Some(Table { positions, cos: cos.clone(), sin: sin.clone() });
         Ok((cos, sin))
     }
 

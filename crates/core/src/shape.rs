@@ -43,7 +43,7 @@ impl AttentionShape {
     }
 
     /// Returns the number of query heads that share one kv head.
-    pub fn group(&self) -> usize {
+    pub fn heads_per_kv(&self) -> usize {
         self.heads / self.kv_heads
     }
 
@@ -86,7 +86,7 @@ pub struct LayerSpec {
     /// Index of the layer in the model, from 0.
     pub index: usize,
     /// Number of layers of the model.
-    pub count: usize,
+    pub num_layers: usize,
     /// Dimensions and mask.
     pub shape: AttentionShape,
     /// The rotary embedding that the cache applies to queries and keys. `None`: the engine rotates
@@ -96,14 +96,14 @@ pub struct LayerSpec {
     /// value.
     pub sink_logits: Option<Arc<[f32]>>,
     /// Multi-head latent attention: the values are the last `value_dim` channels of the keys, which
-    /// the rotary embedding leaves alone. A [`LatentCache`](crate::LatentCache) holds them once.
+    /// the rotary embedding does not rotate. A [`LatentCache`](crate::LatentCache) holds them once.
     pub latent: bool,
 }
 
 impl LayerSpec {
     /// Creates the only layer of a model, with queries and keys that are already rotated.
     pub fn new(shape: AttentionShape) -> Self {
-        Self { index: 0, count: 1, shape, rope: None, sink_logits: None, latent: false }
+        Self { index: 0, num_layers: 1, shape, rope: None, sink_logits: None, latent: false }
     }
 
     /// Returns the layer with a rotary embedding that the cache applies.
@@ -112,10 +112,10 @@ impl LayerSpec {
         Self { rope: Some(rope), ..self }
     }
 
-    /// Returns the layer as layer `index` of `count`.
+    /// Returns the layer as layer `index` of `num_layers`.
     #[must_use]
-    pub fn at(self, index: usize, count: usize) -> Self {
-        Self { index, count, ..self }
+    pub fn at(self, index: usize, num_layers: usize) -> Self {
+        Self { index, num_layers, ..self }
     }
 
     /// Returns the layer with learned sink logits.
@@ -132,8 +132,8 @@ impl LayerSpec {
     /// Marks the values as the last channels of the keys: multi-head latent attention.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a shape that latent attention can't have, or a rotary embedding that
-    /// rotates the values' channels.
+    /// [`Error::Setting`] for a shape that is not valid for latent attention, or a rotary embedding
+    /// that rotates the values' channels.
     pub fn with_latent(self) -> Result<Self> {
         latent::check_shape(&self.shape)?;
         let most = self.shape.head_dim - self.shape.value_dim;
@@ -147,10 +147,10 @@ impl LayerSpec {
     /// Returns the rotary embedding, for caches that move keys.
     ///
     /// # Errors
-    /// [`Error::Setting`] naming `user` if the layer has none.
-    pub fn rope_for(&self, user: &str) -> Result<&Arc<Rope>> {
+    /// [`Error::Setting`] naming `method` if the layer has none.
+    pub fn require_rope(&self, method: &str) -> Result<&Arc<Rope>> {
         let missing = || {
-            let expected = format!("a rotary embedding: {user} rotates keys itself");
+            let expected = format!("a rotary embedding: {method} rotates keys itself");
             Error::setting("rope", expected, "none")
         };
         self.rope.as_ref().ok_or_else(missing)
@@ -168,7 +168,7 @@ impl LayerSpec {
         }
     }
 
-    /// Returns the layer's output in `dtype` from the attention over everything that its queries
+    /// Returns the layer's output in `dtype` from the attention over all entries that its queries
     /// see.
     ///
     /// # Errors

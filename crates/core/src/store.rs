@@ -78,8 +78,8 @@ pub trait KvStore: Send {
     /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if there is no such head.
     fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)>;
 
-    /// Returns the keys and values of a range of entries. By default it reads the whole head and
-    /// narrows the result; a store that can read a part overrides it.
+    /// Returns the keys and values of a range of entries. The default implementation reads the
+    /// whole head and narrows the result. Stores that can read a part override it.
     ///
     /// # Errors
     /// As [`read`](Self::read), and [`Error::Mismatch`] for a range past the head's end.

@@ -1,11 +1,11 @@
 //! A cache with a sliding window over any store.
 
-use std::collections::BTreeMap;
+use std::ops::Range;
 
-use crate::cache::check_window_truncate;
+use crate::store_cache::drop_oldest;
 use crate::{
-    AttentionState, Batch, EntryRanges, Error, Footprint, KvCache, KvStore, LayerSpec, Mask,
-    Result, Selection, SeqId, Step, attention, check_new,
+    AttentionState, Batch, CacheStrategy, EntryRanges, Error, KvCache, KvStore, LayerSpec, Mask,
+    Result, Selection, SeqId, Step, StoreCache, attention,
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -15,10 +15,10 @@ use candle_core::{DType, Device, Tensor};
 /// ```
 /// use candle_core::DType;
 /// use longctx_core::{
-///     AttentionShape, DenseCache, DenseStore, KvCache, LayerSpec, WindowCache, for_layers,
+///     AttentionShape, DenseCache, DenseStore, KvCache, LayerSpec, WindowCache, by_layer_type,
 /// };
 ///
-/// let make = for_layers(
+/// let make = by_layer_type(
 ///     |layer| DenseCache::new(layer.clone(), DType::F32),
 ///     |layer| WindowCache::new(layer.clone(), DenseStore::new(layer.shape, DType::F16)?, 64),
 /// );
@@ -28,7 +28,7 @@ use candle_core::{DType, Device, Tensor};
 /// assert_eq!((full.spec().shape.window, windowed.spec().shape.window), (None, Some(512)));
 /// # Ok::<(), longctx_core::Error>(())
 /// ```
-pub fn for_layers<F: KvCache + 'static, W: KvCache + 'static>(
+pub fn by_layer_type<F: KvCache + 'static, W: KvCache + 'static>(
     full: impl Fn(&LayerSpec) -> Result<F>,
     windowed: impl Fn(&LayerSpec) -> Result<W>,
 ) -> impl Fn(&LayerSpec) -> Result<Box<dyn KvCache>> {
@@ -45,21 +45,21 @@ pub fn for_layers<F: KvCache + 'static, W: KvCache + 'static>(
 /// step` tokens plus the tokens of its last call.
 ///
 /// Attention is exact among the tokens of a call, and uses the store's numbers for earlier tokens.
-#[derive(Debug)]
-pub struct WindowCache<S> {
-    spec: LayerSpec,
-    store: S,
+pub type WindowCache<S> = StoreCache<S, WindowStrategy>;
+
+/// The strategy of a [`WindowCache`].
+#[derive(Debug, Clone, Copy)]
+pub struct WindowStrategy {
     window: usize,
     step: usize,
-    seen: BTreeMap<SeqId, usize>,
 }
 
-impl<S: KvStore> WindowCache<S> {
+impl<S: KvStore> StoreCache<S, WindowStrategy> {
     /// Creates an empty cache.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a layer without a sliding window, a step of 0, or a store that is not
-    /// empty; [`Error::Mismatch`] for a store of another shape.
+    /// [`Error::Setting`] for a layer without a sliding window or a step of 0; errors of
+    /// [`with_strategy`](StoreCache::with_strategy).
     pub fn new(spec: LayerSpec, store: S, step: usize) -> Result<Self> {
         let Some(window) = spec.shape.window.filter(|&window| window > 0) else {
             let got = format!("{:?}", spec.shape.window);
@@ -68,35 +68,35 @@ impl<S: KvStore> WindowCache<S> {
         if step == 0 {
             return Err(Error::setting("step", "at least 1", step));
         }
-        if store.shape() != &spec.shape {
-            let (expected, got) = (format!("{:?}", spec.shape), format!("{:?}", store.shape()));
-            return Err(Error::mismatch("the store's shape", expected, got));
-        }
-        match store.seqs().len() {
-            0 => Ok(Self { spec, store, window, step, seen: BTreeMap::new() }),
-            n => Err(Error::setting("store", "an empty store", format!("{n} sequences"))),
-        }
+        Self::with_strategy(spec, store, WindowStrategy { window, step })
     }
+}
 
-    /// Returns the store.
-    pub fn store(&self) -> &S {
-        &self.store
-    }
+/// One call: its layer, its store and its tokens, with rotated queries and keys.
+struct Call<'a, S> {
+    spec: &'a LayerSpec,
+    store: &'a S,
+    window: usize,
+    step: &'a Step<'a>,
+}
 
+impl<S: KvStore> Call<'_, S> {
     /// Attention of the tokens of a call before they are appended to the store.
-    fn attend_with_past(&self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<AttentionState> {
+    fn attend(&self) -> Result<AttentionState> {
+        let (step, Step { q, k, .. }) = (self.step, *self.step);
         let past = |seq: SeqId| self.store.len(seq).min(self.window - 1);
         if step.batch.seqs().iter().all(|&seq| past(seq) == 0) {
             return attention::attend(step.batch, q, k, step.v, &self.spec.shape);
         }
         match step.batch.tokens() == step.batch.seqs().len() {
-            true => self.attend_one_each(step, q, k),
-            false => self.attend_expanded(step, q, k),
+            true => self.attend_one_each(),
+            false => self.attend_with_past_tensors(),
         }
     }
 
     /// One query per sequence: every query sees the same part of the past, which is read in place.
-    fn attend_one_each(&self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<AttentionState> {
+    fn attend_one_each(&self) -> Result<AttentionState> {
+        let (step, Step { q, k, .. }) = (self.step, *self.step);
         let reach = self.window - 1;
         let lens = step.batch.seqs().iter().map(|&seq| match self.store.lens(seq) {
             lens if lens.is_empty() => vec![0; self.spec.shape.kv_heads],
@@ -120,7 +120,8 @@ impl<S: KvStore> WindowCache<S> {
 
     /// Several queries of a sequence see different parts of the past. The past is read as tensors
     /// and prepended to the tokens of the call, with zero queries whose output is discarded.
-    fn attend_expanded(&self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<AttentionState> {
+    fn attend_with_past_tensors(&self) -> Result<AttentionState> {
+        let (step, Step { q, k, .. }) = (self.step, *self.step);
         let (mut qs, mut ks, mut vs) = (Vec::new(), Vec::new(), Vec::new());
         let (mut lens, mut rows, mut end) = (Vec::new(), Vec::new(), 0);
         for (seq, own) in step.batch.iter() {
@@ -164,138 +165,57 @@ impl<S: KvStore> WindowCache<S> {
         }
         Ok((Tensor::stack(&keys, 1)?, Tensor::stack(&values, 1)?))
     }
+}
 
-    /// Appends the tokens of a call. Of a new sequence, only those that later tokens may see.
-    fn append(&mut self, step: &Step<'_>, k: &Tensor) -> Result<()> {
-        let skipped = |seq, tokens: usize| match self.seen(seq) {
+impl WindowStrategy {
+    /// Returns how many of a sequence's tokens of a call are not appended: those of a new sequence
+    /// that no later token sees.
+    fn skipped<S: KvStore>(&self, store: &S, seq: SeqId, tokens: usize) -> usize {
+        match store.len(seq) {
             0 => tokens.saturating_sub(self.window),
             _ => 0,
-        };
-        if step.batch.iter().all(|(seq, own)| skipped(seq, own.len()) == 0) {
-            return self.store.append(step.batch, k, step.v);
         }
-        let kept = |(seq, own): (SeqId, std::ops::Range<usize>)| {
-            let newest = skipped(seq, own.len()) as u32..own.len() as u32;
-            Selection::uniform(self.spec.shape.kv_heads, newest.collect())
-        };
-        let kept: Vec<_> = step.batch.iter().map(kept).collect();
-        self.store.append_selected(step.batch, k, step.v, &kept)
-    }
-
-    /// Counts a call's tokens as seen and drops entries that have left the window.
-    fn advance(&mut self, batch: &Batch) -> Result<()> {
-        for (seq, tokens) in batch.iter() {
-            *self.seen.entry(seq).or_default() += tokens.len();
-        }
-        for &seq in batch.seqs() {
-            let len = self.store.len(seq);
-            let gone = len.saturating_sub(self.window) / self.step * self.step;
-            if gone == 0 {
-                continue;
-            }
-            let newest = (gone as u32..len as u32).collect();
-            let keep = Selection::uniform(self.spec.shape.kv_heads, newest);
-            // Dropping may need blocks for copies of shared ones. Without room for them the entries
-            // stay until the next call.
-            match self.store.retain(seq, &keep) {
-                Err(Error::PoolFull { .. }) => {}
-                other => other?,
-            }
-        }
-        Ok(())
     }
 }
 
-impl<S: KvStore> KvCache for WindowCache<S> {
-    fn spec(&self) -> &LayerSpec {
-        &self.spec
-    }
-
-    fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
-        step.check(&self.spec)?;
-        let (q, k) = step.rotate(&self.spec, |seq| self.seen(seq))?;
-        let state = self.attend_with_past(step, &q, &k)?;
-        let out = self.spec.output(state, step.q.dtype())?;
-        self.append(step, &k)?;
-        self.advance(step.batch)?;
+impl<S: KvStore> CacheStrategy<S> for WindowStrategy {
+    fn attend(&self, spec: &LayerSpec, store: &mut S, step: &Step<'_>) -> Result<Tensor> {
+        let state = Call { spec, store: &*store, window: self.window, step }.attend()?;
+        let out = spec.output(state, step.q.dtype())?;
+        self.append_prompt(spec, store, step)?;
         Ok(out)
     }
 
-    fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
-        step.check(&self.spec)?;
-        check_new(self, step.batch)?;
-        let (_, k) = step.rotate(&self.spec, |_| 0)?;
-        self.append(step, &k)?;
-        self.advance(step.batch)
-    }
-
-    fn needs_lse(&self) -> bool {
-        false
-    }
-
-    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
-        self.store.fork(from, to)?;
-        self.seen.insert(to, self.seen(from));
-        Ok(())
-    }
-
-    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        let seen = *self.seen.get(&seq).ok_or(Error::UnknownSequence(seq))?;
-        let held = self.store.len(seq);
-        check_window_truncate(seq, seen, held, Some(self.window), len)?;
-        match len < seen {
-            true => self.store.check_truncate(seq, len - (seen - held)),
-            false => Ok(()),
+    fn append_prompt(&self, spec: &LayerSpec, store: &mut S, step: &Step<'_>) -> Result<()> {
+        let first = |(seq, own): (SeqId, Range<usize>)| self.skipped(store, seq, own.len());
+        if step.batch.iter().all(|tokens| first(tokens) == 0) {
+            return store.append(step.batch, step.k, step.v);
         }
+        let newest = |(seq, own): (SeqId, Range<usize>)| {
+            let newest = self.skipped(store, seq, own.len()) as u32..own.len() as u32;
+            Selection::uniform(spec.shape.kv_heads, newest.collect())
+        };
+        let newest: Vec<_> = step.batch.iter().map(newest).collect();
+        store.append_selected(step.batch, step.k, step.v, &newest)
     }
 
-    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
-        self.check_truncate(seq, len)?;
-        let seen = self.seen(seq);
-        if len < seen {
-            self.store.truncate(seq, len - (seen - self.store.len(seq)))?;
+    /// Drops entries that have left the window.
+    fn evict(&self, _: &LayerSpec, store: &mut S, batch: &Batch) -> Result<()> {
+        for &seq in batch.seqs() {
+            let left = store.len(seq).saturating_sub(self.window) / self.step * self.step;
+            if left > 0 {
+                drop_oldest(store, seq, left)?;
+            }
         }
-        self.seen.insert(seq, len);
         Ok(())
-    }
-
-    fn remove(&mut self, seq: SeqId) -> bool {
-        self.store.remove(seq);
-        self.seen.remove(&seq).is_some()
-    }
-
-    fn seqs(&self) -> Vec<SeqId> {
-        self.seen.keys().copied().collect()
-    }
-
-    fn seen(&self, seq: SeqId) -> usize {
-        self.seen.get(&seq).copied().unwrap_or(0)
-    }
-
-    fn held(&self, seq: SeqId) -> usize {
-        self.store.len(seq)
     }
 
     /// A new sequence with more tokens than the window needs room only for the window.
-    fn can_take(&self, batch: &Batch) -> bool {
-        let appended = |(seq, own): (SeqId, std::ops::Range<usize>)| match self.seen(seq) {
-            0 => (seq, own.len().min(self.window)),
-            _ => (seq, own.len()),
+    fn can_append(&self, store: &S, batch: &Batch) -> bool {
+        let appended = |(seq, own): (SeqId, Range<usize>)| {
+            (seq, own.len() - self.skipped(store, seq, own.len()))
         };
         let appended: Vec<_> = batch.iter().map(appended).collect();
-        Batch::new(&appended).is_ok_and(|batch| self.store.can_append(&batch))
-    }
-
-    fn footprint(&self) -> Footprint {
-        self.store.footprint()
-    }
-
-    fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        self.store.seq_footprint(seq)
-    }
-
-    fn clear(&mut self) {
-        self.store.clear();
-        self.seen.clear();
+        Batch::new(&appended).is_ok_and(|batch| store.can_append(&batch))
     }
 }

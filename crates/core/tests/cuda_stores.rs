@@ -200,7 +200,7 @@ fn a_full_pool_of_blocks_changes_nothing() {
     assert_eq!((store.footprint(), store.seqs()), (before, vec![0]));
 }
 
-/// The entries that stay, by sorting: protected ones first, then by score, then by age.
+/// Returns the entries to keep, by sorting: protected ones first, then by score, then by age.
 fn best(scores: &[f32], count: usize, sinks: usize, recent: usize) -> Vec<u32> {
     let protected = |i: u32| (i as usize) < sinks || i as usize >= scores.len() - recent;
     let score = |i: u32| match scores[i as usize] {
@@ -241,7 +241,7 @@ fn the_entries_of_the_highest_scores_are_those_of_a_sorted_list() {
             let want: Vec<_> =
                 heads.iter().map(|scores| best(scores, count, sinks, recent)).collect();
             assert!(keep.heads().unwrap() == want, "{len} entries, {count}, {sinks}, {recent}");
-            // Entries from the middle on have no value: they follow from 1,000.
+            // Entries from the middle on are new: their values continue from 1,000.
             let held = len / 2;
             if held == 0 {
                 continue;

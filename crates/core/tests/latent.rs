@@ -1,4 +1,4 @@
-//! Latents that are held once against keys and values that are held as such.
+//! `LatentStore` and `LatentCache` compared with stores and caches of separate keys and values.
 
 use std::sync::Arc;
 
@@ -40,7 +40,7 @@ fn distance(a: &Tensor, b: &Tensor) -> f32 {
     (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
 }
 
-/// A call feeds some tokens to each of three sequences.
+/// Operations on three sequences; a call feeds some tokens to each.
 #[derive(Debug, Clone)]
 enum Operation {
     Append([usize; 3]),
@@ -71,12 +71,12 @@ fn both(
     a
 }
 
-/// Attention and its sums under a mask.
+/// Compares attention and its sums under a mask.
 fn compare(a: &dyn KvStore, b: &dyn KvStore, batch: &Batch, mask: Mask<'_>) {
     let q = random(batch.tokens(), HEADS);
     let (x, y) = (a.attend(batch, &q, mask).unwrap(), b.attend(batch, &q, mask).unwrap());
     assert!(distance(&x.out, &y.out) < 1e-5);
-    // Where nothing is seen, both are -inf.
+    // Where a query attends to nothing, both are -inf.
     let finite = |lse: &Tensor| lse.maximum(-1e9).unwrap();
     assert!(distance(&finite(&x.lse), &finite(&y.lse)) < 1e-4);
     let of = |store: &dyn KvStore| store.attention_sums(batch, &q, &y.lse, mask).unwrap();

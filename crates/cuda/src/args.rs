@@ -1,6 +1,6 @@
-//! Structs that kernels take by value or in arrays.
+//! Structs that kernels receive by value or in arrays.
 
-/// A number that Rust and C lay out alike.
+/// A number with the same layout in Rust and C.
 pub trait Number: Copy + 'static {}
 
 impl Number for u64 {}
@@ -9,11 +9,12 @@ impl Number for u32 {}
 impl Number for i32 {}
 impl Number for f32 {}
 
-/// Defines a struct of a kernel's arguments: numbers, device addresses among them as `u64`.
+/// Defines a struct of a kernel's arguments: numbers, and device addresses as `u64`.
 ///
-/// The struct has C's layout and derives `Clone`, `Copy`, `Debug`, `Default` and `PartialEq`. After
-/// its name come its size in bytes and the offsets of some fields, which are asserted at compile
-/// time; so is that nothing but the end is padded. The kernel's source is to assert the same.
+/// The struct has C's layout and derives `Clone`, `Copy`, `Debug`, `Default` and `PartialEq`. Its
+/// name is followed by its size in bytes and the offsets of some fields, which are asserted at
+/// compile time. Padding is only allowed at the end, which is asserted too. The kernel's source
+/// should contain the same assertions.
 ///
 /// ```
 /// longctx_cuda::args! {
@@ -65,7 +66,7 @@ macro_rules! args {
             $(assert!(::core::mem::offset_of!($name, $at) == $offset, "a field's offset");)*
         };
 
-        // SAFETY: numbers alone, as asserted above, in C's layout.
+        // SAFETY: the struct contains only numbers, in C's layout, as asserted above.
         #[allow(unsafe_code)]
         unsafe impl $crate::cudarc::driver::DeviceRepr for $name {}
     };

@@ -3,16 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Machine code for compute capability 8.0 (which runs on all of 8.x) and 9.0 with its own
-/// instructions, PTX for newer ones.
+/// Machine code for compute capability 8.0 (for all of 8.x) and 9.0a, and PTX for later ones.
 const TARGETS: [&str; 3] = [
     "arch=compute_80,code=sm_80",
     "arch=compute_90a,code=sm_90a",
     "arch=compute_90,code=compute_90",
 ];
 
-/// Names the one compute capability to compile for, as 80, 86, 89 or 90: candle's variable, whose
-/// kernels are for one capability, too.
+/// The variable that limits compilation to one compute capability: 80, 86, 89 or 90. candle reads
+/// the same variable.
 const CAPABILITY: &str = "CUDA_COMPUTE_CAP";
 
 fn targets() -> Vec<String> {
@@ -24,10 +23,11 @@ fn targets() -> Vec<String> {
     }
 }
 
-/// Compiles `kernels/NAME.cu` for each name, one process each, to what `image!("NAME")` includes.
+/// Compiles `kernels/NAME.cu` for each name, in parallel processes, to the file that
+/// `image!("NAME")` includes.
 ///
 /// # Panics
-/// If there is no nvcc, or a kernel does not compile: the build fails with its message.
+/// If nvcc is missing, or a kernel does not compile. The build fails with nvcc's message.
 pub fn compile(names: &[&str]) {
     println!("cargo:rerun-if-changed=kernels");
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));

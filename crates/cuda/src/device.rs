@@ -1,4 +1,4 @@
-//! What a device can do.
+//! Properties of a device.
 
 use cudarc::driver::result::{device, mem_pool};
 use cudarc::driver::sys::CUdevice_attribute::{self, *};
@@ -9,38 +9,39 @@ fn attribute(context: &CudaContext, which: CUdevice_attribute) -> Result<u32, Dr
     Ok(context.attribute(which)?.max(0) as u32)
 }
 
-/// Major and minor.
+/// Returns the compute capability: major and minor version.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the driver.
 pub fn compute_capability(context: &CudaContext) -> Result<(u32, u32), DriverError> {
     let major = attribute(context, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
     Ok((major, attribute(context, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?))
 }
 
-/// Multiprocessors of the device.
+/// Returns the number of multiprocessors.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the driver.
 pub fn multiprocessors(context: &CudaContext) -> Result<usize, DriverError> {
     Ok(attribute(context, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize)
 }
 
-/// The most bytes of shared memory that a block may have.
+/// Returns the largest number of bytes of shared memory per thread block.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the driver.
 pub fn most_shared_bytes(context: &CudaContext) -> Result<u32, DriverError> {
     attribute(context, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
 }
 
-/// Has the device's memory pool keep what this process frees for its later allocations.
+/// Makes the device's memory pool keep freed memory for later allocations of this process.
 ///
-/// By default the pool gives all of it back whenever the process waits for the device, and maps it
-/// anew afterwards: a millisecond for the activations of a layer's prefill.
+/// By default the pool returns free memory to the system whenever the process synchronizes with the
+/// device, and maps it again later. This takes a millisecond for the activations of a layer's
+/// prefill.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the driver.
 #[allow(unsafe_code)]
 pub fn keep_freed_memory(context: &CudaContext) -> Result<(), DriverError> {
     let mut bytes = u64::MAX;

@@ -1,4 +1,4 @@
-//! Compiled kernels, and the contexts that they are loaded into.
+//! Compiled kernels, loaded per context.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,7 +7,8 @@ use crate::Kernel;
 use cudarc::driver::{CudaContext, CudaModule, DriverError};
 use cudarc::nvrtc::Ptx;
 
-/// A compiled file of kernels, loaded once into each context that asks for one of them.
+/// A compiled file of kernels. It is loaded once per context, when the first of its kernels is
+/// requested.
 #[derive(Debug)]
 pub struct Image {
     binary: &'static [u8],
@@ -21,7 +22,7 @@ struct Loaded {
     kernels: HashMap<String, Kernel>,
 }
 
-/// The [`Image`] of a file that `build::compile` has compiled for the crate.
+/// Returns the [`Image`] of a file that `build::compile` compiled for the crate.
 #[macro_export]
 macro_rules! image {
     ($name:literal) => {
@@ -30,16 +31,18 @@ macro_rules! image {
 }
 
 impl Image {
-    /// An image of a binary in a format that the driver loads: fatbin, cubin.
+    /// Creates an image from a binary that the driver can load: a fatbin or a cubin.
     pub const fn new(binary: &'static [u8]) -> Self {
         Self { binary, loaded: Mutex::new(Vec::new()) }
     }
 
-    /// The kernel of a name, for blocks of so many threads with so many bytes of dynamic shared
-    /// memory. The first one in a context loads the image, which a stream's capture does not allow.
+    /// Returns the kernel `name`, for thread blocks of `threads` threads with `shared_bytes` bytes
+    /// of dynamic shared memory. The first call in a context loads the image, which is not allowed
+    /// during stream capture.
     ///
     /// # Errors
-    /// The driver's: no such kernel, more shared memory than the device has.
+    /// Errors of the driver, for example if the kernel does not exist or the device has less shared
+    /// memory.
     pub fn kernel(
         &self,
         context: &Arc<CudaContext>,

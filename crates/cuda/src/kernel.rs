@@ -8,7 +8,7 @@ use cudarc::driver::{
     CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
 };
 
-/// A kernel, for blocks of one size.
+/// A kernel for thread blocks of a fixed size.
 #[derive(Debug, Clone)]
 pub struct Kernel {
     function: CudaFunction,
@@ -22,7 +22,7 @@ impl Kernel {
         threads: u32,
         shared_bytes: u32,
     ) -> Result<Self, DriverError> {
-        // The function is one for all sizes of block: its limit only grows.
+        // All block sizes share one function, so the limit is only raised.
         if function.get_attribute(DYNAMIC)? < shared_bytes as i32 {
             function.set_attribute(DYNAMIC, shared_bytes as i32)?;
         }
@@ -33,10 +33,10 @@ impl Kernel {
         (self.threads, self.shared_bytes) == (threads, shared_bytes)
     }
 
-    /// Blocks that a multiprocessor runs at a time.
+    /// Returns the number of thread blocks that a multiprocessor runs concurrently.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the driver.
     pub fn blocks_per_multiprocessor(&self) -> Result<usize, DriverError> {
         let (threads, shared) = (self.threads, self.shared_bytes as usize);
         let blocks =
@@ -44,32 +44,32 @@ impl Kernel {
         Ok(blocks as usize)
     }
 
-    /// Launches it over a grid of blocks. A grid without blocks does nothing.
+    /// Launches the kernel over a grid of thread blocks. An empty grid does nothing.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the driver.
     ///
     /// # Safety
-    /// `args` must be the struct that the kernel takes, and right for the grid. Its addresses must be
-    /// those of arrays on the stream's device, of the sizes that the kernel documents, until the
-    /// launched work has ended.
+    /// `args` must be the kernel's argument struct, with values that match the grid. Its addresses
+    /// must be those of arrays on the stream's device, of the sizes that the kernel documents,
+    /// until the launched work has finished.
     pub unsafe fn launch<A: DeviceRepr>(
         &self,
         stream: &Arc<CudaStream>,
         grid: [usize; 3],
         args: &A,
     ) -> Result<(), DriverError> {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.launch_with::<A, A>(stream, grid, args, &[]) }
     }
 
-    /// [`launch`](Self::launch) of a kernel that takes more parameters after its struct.
+    /// Like [`launch`](Self::launch), for a kernel with more parameters after its struct.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the driver.
     ///
     /// # Safety
-    /// As for `launch`, with `more` the other parameters that the kernel takes.
+    /// As [`launch`](Self::launch); `more` must be the kernel's further parameters.
     pub unsafe fn launch_with<A: DeviceRepr, B: DeviceRepr>(
         &self,
         stream: &Arc<CudaStream>,
@@ -90,7 +90,7 @@ impl Kernel {
         for arg in more {
             launch.arg(arg);
         }
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { launch.launch(config) }?;
         Ok(())
     }

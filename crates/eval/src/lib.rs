@@ -21,8 +21,8 @@ pub use measure::{Agreement, Forced};
 #[cfg(feature = "http")]
 pub use run::Server;
 pub use run::{
-    Answer, Event, Fault, Limits, Manifest, Methods, Plan, Question, Queue, Reader, Record, Shard,
-    Subject, Summary, Text, Timings, content_hash, records, run,
+    Answer, Event, Fault, Limits, Manifest, Methods, Passage, Plan, Question, Queue, Reader,
+    Record, Shard, Subject, Summary, Text, Timings, content_hash, records, run,
 };
 pub use setting::{Setting, Template};
 pub use task::{

@@ -35,6 +35,41 @@ pub struct Agreement {
 }
 
 impl Agreement {
+    /// Returns the agreement over several texts, each weighted by its tokens; `None` without any.
+    /// The ratio is that of the sums of bytes if all texts have the same dense bytes per token.
+    ///
+    /// ```
+    /// use longctx_eval::Agreement;
+    ///
+    /// let text = |tokens, kl, ratio| Agreement {
+    ///     tokens,
+    ///     perplexity: 4.0,
+    ///     dense_perplexity: 2.0,
+    ///     top1: 0.5,
+    ///     kl,
+    ///     ratio: Some(ratio),
+    /// };
+    /// let mean = Agreement::mean(&[text(10, 0.1, 4.0), text(30, 0.3, 4.0)]).unwrap();
+    /// assert!((mean.kl - 0.25).abs() < 1e-12 && (mean.perplexity - 4.0).abs() < 1e-12);
+    /// assert_eq!((mean.tokens, mean.ratio), (40, Some(4.0)));
+    /// ```
+    pub fn mean(texts: &[Self]) -> Option<Self> {
+        let tokens: usize = texts.iter().map(|text| text.tokens).sum();
+        let mean = |of: fn(&Self) -> f64| {
+            let sum: f64 = texts.iter().map(|text| text.tokens as f64 * of(text)).sum();
+            sum / tokens as f64
+        };
+        let held = mean(|text| text.ratio.map_or(f64::NAN, |ratio| 1.0 / ratio));
+        (tokens > 0).then(|| Self {
+            tokens,
+            perplexity: mean(|text| text.perplexity.ln()).exp(),
+            dense_perplexity: mean(|text| text.dense_perplexity.ln()).exp(),
+            top1: mean(|text| text.top1),
+            kl: mean(|text| text.kl),
+            ratio: held.is_finite().then(|| 1.0 / held),
+        })
+    }
+
     /// Checks that every number is in its valid range.
     pub(crate) fn check(&self) -> Result<()> {
         let finite = |x: f64, from: f64| (from..=f64::MAX).contains(&x);

@@ -24,7 +24,7 @@ pub use reader::{Reader, Text};
 pub use record::{Record, Timings};
 #[cfg(feature = "http")]
 pub use server::Server;
-pub use subject::{Answer, Fault, Question, Queue, Subject};
+pub use subject::{Answer, Fault, Passage, Question, Queue, Subject};
 
 use self::content::question_hash;
 use self::folder::{Results, join};
@@ -207,15 +207,21 @@ struct Asked {
     question: String,
 }
 
-/// Loads each task's samples, up to the limit.
+/// Loads each task's samples, up to the limit. The tasks generate or read theirs in parallel.
 fn load(
     plan: &Plan<'_>,
     summary: &mut Summary,
     on_event: &mut dyn FnMut(Event<'_>),
 ) -> Result<Vec<Vec<Asked>>> {
+    let loaded: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            plan.tasks.iter().map(|task| scope.spawn(|| task.samples())).collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| thread.join();
+        threads.into_iter().map(join).collect()
+    });
     let mut all = Vec::new();
-    for task in plan.tasks {
-        let mut of_task = task.samples()?;
+    for (task, loaded) in plan.tasks.iter().zip(loaded) {
+        let mut of_task = loaded.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         summary.skipped += of_task.skipped.len();
         of_task.skipped.iter().for_each(|error| on_event(Event::Skipped(error)));
         if plan.strict && !of_task.skipped.is_empty() {
@@ -335,7 +341,7 @@ impl Unit<'_> {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             timings: Timings {
                 first_token_seconds: answer.first_token.as_secs_f64(),
-                // Steps that several settings share give no speed of one.
+                // The speed of steps that several settings share is not that of one setting.
                 decode_tokens_per_second: Some(per_second)
                     .filter(|speed| answer.decode_steps > 0 && speed.is_finite())
                     .filter(|_| answer.settings.is_none()),

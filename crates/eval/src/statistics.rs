@@ -55,7 +55,8 @@ pub struct Decode {
 }
 
 impl Decode {
-    /// The speed of a setting's samples; `None` if no sample has one, or if batch sizes differ.
+    /// Returns the speed of a setting's samples; `None` if no sample has one, or if batch sizes
+    /// differ.
     pub fn of(records: &[&Record]) -> Option<Self> {
         let told = |record: &&Record| {
             let timings = record.timings;
@@ -80,7 +81,7 @@ impl std::fmt::Display for Decode {
     }
 }
 
-/// A setting beside another on the samples that both answered.
+/// A setting compared with another on the samples that both answered.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct Difference {
     /// The setting's score minus the other's, from -1 to 1. Tasks have equal weights within a

@@ -1,4 +1,5 @@
-//! The text that a model is fed for a sample: truncated, compressed, with its template.
+//! Tests the text that a model is fed for a sample: truncated, compressed, formatted with the
+//! template.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -15,17 +16,17 @@ use longctx_eval::{
 
 const VOCAB: usize = 128;
 
-/// What a test sees of [`Notes`].
+/// The calls recorded by [`Notes`].
 #[derive(Default)]
 struct Fed {
     /// The tokens of each sequence since it began.
     texts: BTreeMap<SeqId, String>,
-    /// The sequences of each step of one token a sequence.
+    /// The sequences of each decode step.
     steps: Vec<Vec<SeqId>>,
 }
 
-/// Notes the tokens that it is fed; answers each sequence with the letter after its last. A batch
-/// with a `!` among its tokens is refused.
+/// A model that records the tokens that it is fed. The answer to each sequence is the letter after
+/// its last token. A batch that contains the token `!` is an error.
 #[derive(Default)]
 struct Notes {
     fed: Rc<RefCell<Fed>>,
@@ -35,7 +36,7 @@ struct Notes {
 impl CausalLm for Notes {
     fn forward(&mut self, batch: &Batch, ids: &[u32], _: Logits) -> Result<Tensor> {
         let mut fed = self.fed.borrow_mut();
-        if batch.longest() == 1 {
+        if batch.max_seqlen() == 1 {
             fed.steps.push(batch.seqs().to_vec());
         }
         if ids.contains(&u32::from(b'!')) {
@@ -74,7 +75,7 @@ impl CausalLm for Notes {
     fn seen(&self, seq: SeqId) -> usize {
         self.seen.get(&seq).copied().unwrap_or(0)
     }
-    fn can_take(&self, _: &Batch) -> bool {
+    fn can_append(&self, _: &Batch) -> bool {
         true
     }
     fn footprint(&self) -> Footprint {
@@ -92,7 +93,7 @@ impl CausalLm for Notes {
     fn context_length(&self) -> Option<usize> {
         None
     }
-    fn family(&self) -> &str {
+    fn model_type(&self) -> &str {
         "notes"
     }
     fn device(&self) -> &Device {
@@ -131,7 +132,7 @@ struct FirstHalf;
 impl PromptCompressor for FirstHalf {
     fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed> {
         let mut short =
-            Compressed::copy(prompt.text, std::iter::once(0..rate.of(prompt.text.len())))?;
+            Compressed::copy(prompt.text, std::iter::once(0..rate.apply(prompt.text.len())))?;
         short.text += &format!("[{}]", prompt.question.unwrap_or("-"));
         Ok(short)
     }
@@ -241,7 +242,7 @@ fn a_batch_answers_as_single_samples_do() {
         sample(&["ab"], true),
         sample(&["xy", "z", "q"], true),
         sample(&["ab"], false),
-        // A tab, and then a newline.
+        // The answer is a tab, then a newline.
         sample(&["a\u{8}"], false),
         sample(&["jk"], false),
     ];
@@ -279,7 +280,7 @@ fn a_batch_answers_as_single_samples_do() {
 
 #[test]
 fn an_error_is_of_its_sample_alone() {
-    // The second one writes a space and a "!", which can't be fed.
+    // The second answer is a space and a "!", which cannot be fed.
     let samples = ["a", "\u{1f}", "c"].map(|text| sample(&[text], false));
     let questions = samples.each_ref().map(|sample| Question {
         sample,

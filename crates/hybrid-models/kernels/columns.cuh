@@ -1,5 +1,5 @@
-// A head's matrix state [rows][columns] of any shape, for the `any` kernels, which process token by
-// token.
+// A head's matrix state [rows][columns] of any shape, for the `generic` kernels, which process
+// token by token.
 //
 // A block has 32 columns. Columns share only a token's inputs. Four threads of a warp share a
 // column; each keeps every fourth of its rows in registers, so that a warp reads 32 contiguous

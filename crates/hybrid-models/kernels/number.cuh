@@ -76,8 +76,8 @@ __device__ __forceinline__ float inverse(float x) {
     return y;
 }
 
-// For x > 20, softplus(x) is x in f32. For x < -8, two terms of the logarithm's series keep what
-// 1 + e^x would round away.
+// For x > 20, softplus(x) is x in f32. For x < -8, 1 + e^x would lose digits, so two terms of the
+// logarithm's series are used.
 __device__ __forceinline__ float softplus(float x) {
     const float e = exp_of(x);
     const float y = x < -8.f ? e * fmaf(e, -0.5f, 1.f) : 0.6931471805599453f * __log2f(1.f + e);

@@ -174,7 +174,7 @@ impl AuthorsConfig {
             }
         }
         match self.rest.keys().find(|name| !NO_EFFECT.contains(&name.as_str())) {
-            Some(other) => unsupported(format!("{other}, whose meaning is not known")),
+            Some(other) => unsupported(format!("{other}, an unknown setting")),
             None => Ok(()),
         }
     }

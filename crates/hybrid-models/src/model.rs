@@ -45,7 +45,7 @@ impl Model {
 
     /// Returns the name of the model family: "mamba", "mamba2", "recurrent_gemma", "rwkv4" to
     /// "rwkv7", "hybrid".
-    pub fn family(&self) -> &str {
+    pub fn model_type(&self) -> &str {
         self.spec.family
     }
 

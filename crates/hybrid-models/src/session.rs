@@ -13,7 +13,9 @@ use crate::recurrent_state::{RecurrentState, SequenceStates};
 use crate::state::State;
 use crate::workspace::Workspace;
 use candle_core::{Device, Tensor};
-use longctx_core::{Batch, CausalLm, Error, Footprint, KvCache, Logits, Result, SeqId};
+use longctx_core::{
+    Batch, CausalLm, Error, Footprint, KvCache, LayerCaches, Logits, Result, SeqId,
+};
 
 /// A model with its memory of many sequences: for each sequence a state of fixed size per recurrent
 /// layer, and for all sequences a cache per attention layer.
@@ -31,7 +33,7 @@ pub struct Session {
     model: Model,
     states: SequenceStates,
     /// The caches of the attention layers.
-    caches: Vec<Box<dyn KvCache>>,
+    caches: LayerCaches,
     sequences: BTreeMap<SeqId, Sequence>,
     snapshots: Option<Snapshots>,
     workspace: Workspace,
@@ -67,6 +69,7 @@ impl Session {
     pub(crate) fn new(model: Model, caches: Vec<Box<dyn KvCache>>) -> Self {
         let states = SequenceStates::new(model.device());
         let (sequences, workspace) = (BTreeMap::new(), Workspace::default());
+        let caches = LayerCaches::new(caches);
         Self { model, states, caches, sequences, snapshots: None, workspace }
     }
 
@@ -119,7 +122,7 @@ impl Session {
     /// [`Error::Unsupported`] for a model with attention layers.
     pub fn restore(&mut self, seq: SeqId, state: &State) -> Result<()> {
         self.refuse_attention()?;
-        state.check_family(self.model.family())?;
+        state.check_family(self.model.model_type())?;
         let loaded = RecurrentState::load(state, &self.model.spec, self.model.device())?;
         self.states.set(seq, &loaded)?;
         self.sequences.insert(seq, Sequence { seen: state.seen(), ..Default::default() });
@@ -143,14 +146,7 @@ impl Session {
     }
 
     fn check(&self, batch: &Batch, ids: &[u32]) -> Result<()> {
-        if ids.len() != batch.tokens() {
-            return Err(Error::mismatch("token ids", batch.tokens(), ids.len()));
-        }
-        let vocab = self.vocab_size();
-        if let Some(at) = ids.iter().position(|&id| id as usize >= vocab) {
-            let what = format!("token id {at} of the batch");
-            return Err(Error::mismatch(what, format!("an id below {vocab}"), ids[at]));
-        }
+        batch.check_ids(ids, self.vocab_size())?;
         let known = batch.seqs().iter().filter(|seq| self.sequences.contains_key(seq));
         known.copied().try_for_each(|seq| self.checked(seq).map(drop))
     }
@@ -210,29 +206,15 @@ impl Session {
         for &seq in batch.seqs() {
             let Some(sequence) = self.sequences.get_mut(&seq) else {
                 self.states.remove(seq);
-                remove(&mut self.caches, seq);
+                self.caches.remove(seq);
                 continue;
             };
             if !self.model.device().is_cpu() {
                 sequence.poisoned = Some(error.to_string());
-            } else if let Err(why) = truncate_caches(&mut self.caches, seq, sequence.seen) {
+            } else if let Err(why) = self.caches.roll_back(seq, sequence.seen) {
                 sequence.poisoned = Some(format!("{error}; a layer can't go back: {why}"));
             }
         }
-    }
-}
-
-/// Truncates the caches that have advanced to a sequence's first `len` tokens, or none of them if
-/// one cannot.
-fn truncate_caches(caches: &mut [Box<dyn KvCache>], seq: SeqId, len: usize) -> Result<()> {
-    let mut advanced: Vec<_> = caches.iter_mut().filter(|cache| cache.seen(seq) != len).collect();
-    advanced.iter().try_for_each(|cache| cache.check_truncate(seq, len))?;
-    advanced.iter_mut().try_for_each(|cache| cache.truncate(seq, len))
-}
-
-fn remove(caches: &mut [Box<dyn KvCache>], seq: SeqId) {
-    for cache in caches {
-        cache.remove(seq);
     }
 }
 
@@ -254,17 +236,12 @@ impl CausalLm for Session {
         let sequence = self.checked(from)?.clone();
         if self.sequences.contains_key(&to) {
             let what = format!("sequence {to} to fork into");
-            return Err(Error::mismatch(what, "one that is not known", "one that is"));
+            return Err(Error::mismatch(what, "an id that is not in use", "an id in use"));
         }
         let state = self.states.copy(from)?;
-        for done in 0..self.caches.len() {
-            if let Err(error) = self.caches[done].fork(from, to) {
-                remove(&mut self.caches[..done], to);
-                return Err(error);
-            }
-        }
+        self.caches.fork(from, to)?;
         if let Err(error) = self.states.set(to, &state) {
-            remove(&mut self.caches, to);
+            self.caches.remove(to);
             return Err(error);
         }
         self.sequences.insert(to, sequence);
@@ -285,7 +262,7 @@ impl CausalLm for Session {
             let what = "a recurrent state goes back to its snapshots alone, and sequence";
             return Err(Error::Unsupported(format!("{what} {seq} has none at {len} tokens")));
         }
-        self.caches.iter().try_for_each(|cache| cache.check_truncate(seq, len))
+        self.caches.check_truncate(seq, len)
     }
 
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
@@ -299,9 +276,7 @@ impl CausalLm for Session {
             Some((_, copy)) => copy.clone(),
             None => Arc::new(RecurrentState::start(&self.model.spec, self.model.device())?),
         };
-        let caches = self.caches.iter_mut();
-        let done = caches.map(|cache| cache.truncate(seq, len)).collect::<Result<Vec<()>>>();
-        let done = done.and_then(|_| self.states.set(seq, &state));
+        let done = self.caches.truncate(seq, len).and_then(|()| self.states.set(seq, &state));
         let sequence = self.sequences.entry(seq).or_default();
         match &done {
             Ok(()) => {
@@ -314,7 +289,7 @@ impl CausalLm for Session {
     }
 
     fn remove(&mut self, seq: SeqId) -> bool {
-        remove(&mut self.caches, seq);
+        self.caches.remove(seq);
         self.states.remove(seq);
         self.sequences.remove(&seq).is_some()
     }
@@ -327,22 +302,21 @@ impl CausalLm for Session {
         self.sequences.get(&seq).map_or(0, |sequence| sequence.seen)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
-        self.caches.iter().all(|cache| cache.can_take(batch))
+    fn can_append(&self, batch: &Batch) -> bool {
+        self.caches.can_append(batch)
     }
 
     fn footprint(&self) -> Footprint {
         let states = self.sequences.keys().map(|&seq| self.states_footprint(seq));
-        states.chain(self.caches.iter().map(|cache| cache.footprint())).sum()
+        states.chain([self.caches.footprint()]).sum()
     }
 
     fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        let caches = self.caches.iter().map(|cache| cache.seq_footprint(seq));
-        caches.chain([self.states_footprint(seq)]).sum()
+        self.caches.seq_footprint(seq) + self.states_footprint(seq)
     }
 
     fn clear(&mut self) {
-        self.caches.iter_mut().for_each(|cache| cache.clear());
+        self.caches.clear();
         self.states.clear();
         self.sequences.clear();
     }
@@ -355,8 +329,8 @@ impl CausalLm for Session {
         None
     }
 
-    fn family(&self) -> &str {
-        self.model.family()
+    fn model_type(&self) -> &str {
+        self.model.model_type()
     }
 
     fn device(&self) -> &Device {
@@ -365,8 +339,8 @@ impl CausalLm for Session {
 }
 
 impl Session {
-    /// Returns the bytes of a sequence's state and of its snapshots, which a fork shares until it
-    /// takes others.
+    /// Returns the bytes of a sequence's state and of its snapshots. A fork shares the snapshots of
+    /// its original.
     fn states_footprint(&self, seq: SeqId) -> Footprint {
         let Some(sequence) = self.sequences.get(&seq) else { return Footprint::default() };
         let copies = 1 + sequence.snapshots.len();

@@ -61,7 +61,7 @@ impl State {
     }
 
     /// Returns the family of its model.
-    pub fn family(&self) -> &str {
+    pub fn model_type(&self) -> &str {
         &self.family
     }
 

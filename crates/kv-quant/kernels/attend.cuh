@@ -1,20 +1,21 @@
 // Attention of a few queries of many sequences over their packed entries and full-precision residuals, split over positions, in one launch.
 //
-// A warp streams tiles of 32 tokens through its own ring of shared memory and keeps its own running softmax; no barrier within the
-// loop. Codes are the large (16-row) operand of the tensor cores: 16 tokens (keys) or 16 channels (values); the columns, i.e. the
-// query heads of one kv head times the queries, are the small one. Scales of keys multiply the queries or the scores, scales of values the
-// probabilities; minima go through a product of their own, whose spare rows sum the probabilities up.
+// A warp streams tiles of 32 tokens through its own ring in shared memory and keeps its own online
+// softmax, so there is no barrier in the loop. Codes are the large operand of the tensor cores (16
+// rows): 16 tokens of keys, or 16 channels of values. The columns (query heads of one kv head times
+// queries) are the small operand. Scales of keys multiply the queries or the scores, scales of
+// values the probabilities. Minima use a separate product, whose unused rows sum the probabilities.
 #pragma once
 #include "join.cuh"
 #include "scores.cuh"
 
 namespace kvq {
 
-// A warp's running softmax over the tokens that it has seen, in units of the columns' scales.
+// A warp's online softmax over the tokens processed so far, in units of the columns' scales.
 template <int D, int N>
 struct Running {
     float out[D / 16][N][4];  // channels x columns
-    float zero[N][4];         // rows 0-7: what the minima add to each group of channels; rows 8-15: the sum of probabilities
+    float zero[N][4];         // rows 0-7: the minima's part of each group of channels; rows 8-15: the sum of probabilities
     float max[N][2];
 
     __device__ __forceinline__ void clear() {
@@ -36,7 +37,8 @@ struct Running {
         for (int c = 0; c < D / 16; c++) out[c][n][e] *= factor, out[c][n][e + 2] *= factor;
     }
 
-    // Takes the scores of 32 tokens (2 x 16 rows) in; gives their probabilities, as the tensor cores' small operand.
+    // Processes the scores of 32 tokens (2 x 16 rows). Returns their probabilities as the small
+    // operand of the tensor cores.
     __device__ __forceinline__ void step(float (&s)[2][N][4], const Columns<N>& columns, uint32_t (&p)[2][N][2]) {
         bool grows = false;
         float top[N][2];
@@ -47,7 +49,7 @@ struct Running {
                 top[n][e] = fmaxf(fmaxf(s[0][n][e], s[0][n][e + 2]), fmaxf(s[1][n][e], s[1][n][e + 2]));
                 grows |= top[n][e] > max[n][e];
             }
-        // A new maximum is rare after the first tiles.
+        // New maxima are rare after the first tiles.
         if (__any_sync(FULL, grows)) {
 #pragma unroll
             for (int n = 0; n < N; n++)
@@ -131,7 +133,8 @@ __device__ __forceinline__ void packed_values(Running<L::D, N>& running, const u
     }
 }
 
-// The same where channels have factors of their own, of which `factors` holds those of channels g + 8 i: 32 channels after the other, each multiplied once it is summed.
+// The same for values with factors of channels; `factors` holds those of channels g + 8 i. Each
+// block of 32 channels is multiplied after its sums are complete.
 template <class L, int N>
 __device__ __forceinline__ void balanced_values(Running<L::D, N>& running, const uint32_t (&p)[2][N][2], const unsigned char* tile, const uint4 (&factors)[L::D / 64], int lane) {
     using S = typename L::Values;
@@ -185,8 +188,9 @@ __device__ __forceinline__ void balanced_values(Running<L::D, N>& running, const
     }
 }
 
-// A warp's share of the packed tokens: every `warps`-th record of [record, end). Calls `ready`, which sets queries and columns up, once
-// the first copies are under way. A lane holds the address of every 32nd record that comes, read from the table long before.
+// Processes a warp's share of the packed tokens: every `warps`-th record of [record, end). Calls
+// `ready`, which initialises queries and columns, after the first copies have started. Each lane
+// prefetches the address of every 32nd of these records from the table.
 template <class L, int N, int STAGES, class Ready>
 __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Columns<N>& columns, const Work& work, float key_scale,
                                             const unsigned char* queries, unsigned char* ring, int warp, int warps, int lane, Ready ready) {
@@ -236,14 +240,14 @@ __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Col
     int stage = 0;
     for (int i = 0; i < tiles; i++) {
         copy_wait<STAGES - 2>();
-        __syncwarp();  // Lanes read what others copied, and have all left the stage that is filled next.
+        __syncwarp();  // Lanes read pieces copied by others, and the stage that is filled next is no longer read.
         issue();
         const unsigned char* header = ring + stage * STAGE;
         const unsigned char* tile = header + L::HEADER;
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         int sub = L::TILES == 1 ? 0 : i % L::TILES;
         const int at = (record + i / L::TILES * warps) * L::GROUP + sub * TILE;
-        if (at >= packed) continue;  // The keys are packed, but not yet the values.
+        if (at >= packed) continue;  // The values of these tokens are not packed yet.
         float s[2][N][4];
         if (L::K_BY_CHANNEL ? sub == 0 : i == 0) scale_queries<L, N>(scaled, bias, header, queries, lane);
         if constexpr (L::V_FACTORS) {
@@ -264,13 +268,13 @@ __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Col
     }
 }
 
-// A warp's share of the residual: every `warps`-th tile of 32 tokens.
+// Processes a warp's share of the residual: every `warps`-th tile of 32 tokens.
 template <int D, int N>
 __device__ __forceinline__ void residual_loop(Running<D, N>& running, const Columns<N>& columns, const AttendArgs& args, const Work& work,
                                               const unsigned char* queries, int warp, int warps, int lane) {
     const int g = lane / 4, t = lane % 4, packed = work.packed, len = work.residual;
     for (int at = warp * TILE; at < len; at += warps * TILE) {
-        auto place = [&](int token) {  // A token past the end is masked: any finite one will do.
+        auto place = [&](int token) {  // Tokens past the end are masked; any finite token can be read.
             int i = work.ring_start + min(at + token, len - 1);
             return (i >= args.ring ? i - args.ring : i) * (long long)D;
         };
@@ -302,7 +306,7 @@ __device__ __forceinline__ void residual_loop(Running<D, N>& running, const Colu
     }
 }
 
-// Grid: one block for each of `work`.
+// Grid: one thread block per item of `work`.
 template <class L, int N, int WARPS, int STAGES>
 __device__ __forceinline__ void attend(const AttendArgs& args) {
     constexpr int D = L::D;
@@ -333,8 +337,8 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
         residual_loop<D, N>(running, columns, args, work, queries, warp, WARPS, lane);
     }
 
-    // Join the block's warps.
-    __syncthreads();  // All warps are done with the ring, which now takes their outputs.
+    // Merge the results of the block's warps.
+    __syncthreads();  // All warps have finished with the ring, which now stores their outputs.
     float* outs = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int n = 0; n < N; n++)
@@ -354,7 +358,7 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
             }
         }
     __syncthreads();
-    // Warp 0's place takes the block's outputs, `factors` their log-sum-exps.
+    // The block's outputs replace warp 0's; `factors` receives their log-sum-exps.
     for (int i = threadIdx.x; i < live * D; i += WARPS * 32) {
         int column = i / D, channel = i % D;
         float top = warp_max[0][column];
@@ -386,7 +390,7 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     }
     if (work.parts == 1) return;
 
-    // The last block to arrive joins the parts.
+    // The last block to arrive merges the partial results.
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {

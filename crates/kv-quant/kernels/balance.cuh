@@ -1,6 +1,8 @@
-// Quantizes and packs records of KVarN's schemes (arXiv 2606.03458), as src/quantize/variance.rs does: a block takes a record's keys or values, rotates them,
-// and divides rows and columns by factors that even out their variances. A warp has its rows in registers, of which lane l holds columns 32 i + l: what
-// rows share stays within a warp, what columns share goes through shared memory.
+// Quantizes and packs records of KVarN's schemes (arXiv 2606.03458), as in
+// src/quantize/variance.rs. A thread block rotates a record's keys or values and divides rows and
+// columns by factors that equalize their variances. A warp has its rows in registers; lane l has
+// columns 32 i + l. So statistics of rows are computed within a warp, and those of columns through
+// shared memory.
 #pragma once
 #include "hadamard.cuh"
 #include "tokens.cuh"
@@ -14,7 +16,8 @@ __host__ __device__ constexpr int balance_threads() {
     return L::D > 128 ? 512 : 256;
 }
 
-// Joins V numbers of each lane over a warp, by halves. Lane l gets the (l V / 32)-th.
+// Reduces V numbers of each lane over a warp, halving their number at each step. Lane l gets result
+// l V / 32.
 template <int HALF, int BIT, int V, class Join>
 __device__ __forceinline__ void scatter_step(float (&x)[V], Join join) {
     if constexpr (HALF > 0) {
@@ -41,12 +44,12 @@ __device__ __forceinline__ float warp_max(float x) {
     return scatter_over_warp<1>(all, [](float a, float b) { return fmaxf(a, b); });
 }
 
-// The factor of a row or a column, and the deviation of what it leaves.
+// The factor of a row or a column, and the standard deviation after division by it.
 struct Factor {
     float logarithm = 0.f, inverse = 1.f, deviation = 1.f;
-    float best = 0.f;  // the logarithm in the round that left the deviations most even
+    float best = 0.f;  // the logarithm after the iteration with the most even deviations
 
-    // Divides by the deviation, too, which changes by as much.
+    // Multiplies the factor by the deviation, and updates the deviation accordingly.
     __device__ __forceinline__ void update() {
         const float before = inverse;
         logarithm = fminf(fmaxf(logarithm + logf(fminf(fmaxf(deviation, 1e-3f), 1e3f)), -0.3f), 10.f);
@@ -63,19 +66,19 @@ template <class L>
 struct Balance {
     static constexpr int D = L::D, T = L::GROUP, PITCH = D + 8, WARPS = balance_threads<L>() / 32, ROWS = T / WARPS, SLICE = D / 32;
 
-    // In shared memory.
+    // Shared memory.
     float row_inverse[T], column_inverse[D];
     float first[D];           // the first row
-    float parts[2][WARPS][D];  // of columns
+    float parts[2][WARPS][D];  // partial sums of columns
     float spreads[2][2][WARPS];
     float scale[T > D ? T : D], min[T > D ? T : D];
     unsigned char codes[T * PITCH];
 
-    // What a thread holds.
+    // The registers of a thread.
     struct Own {
         float x[ROWS][SLICE];
-        Factor row;     // of row `row_of`, the same in several lanes
-        Factor column;  // of column threadIdx.x, if there is one
+        Factor row;     // factor of row `row_of`, the same in several lanes
+        Factor column;  // factor of column threadIdx.x, if it exists
     };
 
     static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
@@ -111,7 +114,7 @@ struct Balance {
         own.row.measured(__shfl_sync(FULL, sum, lane() & 15), squares, D);
     }
 
-    // Sums are of the differences to the first row: no digits are lost to the mean of a column, which may be large.
+    // Sums differences from the first row, because a large mean of a column would cancel digits.
     __device__ __forceinline__ void measure_columns(Own& own) {
         float sum[SLICE] = {}, squares[SLICE] = {};
         const float of_first = row_inverse[0];
@@ -137,7 +140,7 @@ struct Balance {
         own.column.measured(all, all_squares, T);
     }
 
-    // The largest deviation over the least, of rows and of columns, added.
+    // Returns the ratio of the largest to the smallest deviation of rows, plus that of columns.
     __device__ __forceinline__ float spread(const Own& own) {
         const float column = has_column() ? own.column.deviation : own.row.deviation;
         const float highs[2] = {warp_max(own.row.deviation), warp_max(column)}, lows[2] = {-warp_max(-own.row.deviation), -warp_max(-column)};
@@ -163,7 +166,7 @@ struct Balance {
             if (round > 0 && VALUES) {
                 own.column.update(), share_column(own);
                 measure_rows(own), own.row.update(), share_row(own);
-                __syncthreads();  // All read the first row's factor.
+                __syncthreads();  // All threads read the first row's factor.
                 measure_columns(own);
             } else if (round > 0) {
                 own.row.update(), share_row(own);
@@ -176,11 +179,11 @@ struct Balance {
         }
     }
 
-    // The extremes of rows (VALUES) or columns become scales and minima.
+    // Computes scales and minima from the extremes of rows (VALUES) or columns.
     template <bool VALUES>
     __device__ __forceinline__ void settle(const Own& own, float largest) {
         auto join = [](float a, float b) { return fmaxf(a, b); };
-        float high = -INFINITY, low = -INFINITY;  // low: of the negative
+        float high = -INFINITY, low = -INFINITY;  // low is the maximum of the negated numbers
         if (VALUES) {
             float all[2 * ROWS];
 #pragma unroll
@@ -211,7 +214,7 @@ struct Balance {
 
     template <bool VALUES>
     __device__ __forceinline__ void encode(Own& own, float largest) {
-        row_inverse[row_of()] = expf(own.row.best);  // the factors themselves from here on
+        row_inverse[row_of()] = expf(own.row.best);  // from here on the factor, not its inverse
         if (has_column()) column_inverse[threadIdx.x] = expf(own.column.best);
         __syncthreads();
         float column[SLICE], by_column[SLICE];
@@ -315,7 +318,7 @@ __host__ __device__ constexpr int balance_shared() {
     return 4 * (T + 2 * D + 2 * WARPS * D + 4 * WARPS + 2 * MOST) + T * (D + 8);
 }
 
-// Grid: (the most of records of keys and of values that a row has, rows, 2).
+// Grid: (the largest number of records of keys or of values in a row, rows, 2).
 template <class L>
 __device__ __forceinline__ void quantize_balanced(const FillArgs& args) {
     static_assert(sizeof(Balance<L>) == balance_shared<L>());

@@ -1,4 +1,5 @@
-// The small operand of the tensor cores: a block's columns, i.e. the query heads of one kv head times the queries; what they see.
+// The small operand of the tensor cores: a block's columns (query heads of one kv head times
+// queries), and their visible ranges.
 #pragma once
 #include "args.cuh"
 #include "hadamard.cuh"
@@ -6,17 +7,20 @@
 
 namespace kvq {
 
-// The columns' constants: the softmax's scale in base 2 and the visible range of entries of the two columns of this lane.
+// The constants of this lane's two columns: the softmax scale in base 2, and the visible range of
+// entries.
 template <int N>
 struct Columns {
     float scale[N][2];
     int from[N][2], to[N][2];
-    int from_max, to_min;  // over all columns of the block
+    int from_max, to_min;  // the range over all columns of the block
     float soft_cap;
 };
 
-// The block's `columns` columns from `first` on as fragments in shared memory, each scaled by a power of two so that its largest entry lies in [0.5, 1): then
-// no product with a scale of the keys leaves f16. Gives these powers back through `factors`. Queries of rotated keys are rotated.
+// Stores the block's `columns` columns from `first` on as fragments in shared memory. Each is
+// scaled by a power of two such that its largest element is in [0.5, 1), so that products with
+// scales of keys stay in f16's range. `factors` receives these powers. Queries of rotated keys are
+// rotated.
 template <int D, int N>
 __device__ __forceinline__ void load_queries(const AttendArgs& args, const Work& work, int first, int columns, bool rotated, unsigned char* queries, float* factors) {
     for (int column = threadIdx.x / 32; column < 8 * N; column += blockDim.x / 32) {
@@ -45,7 +49,8 @@ __device__ __forceinline__ void load_queries(const AttendArgs& args, const Work&
     }
 }
 
-// The constants of the block's columns, of which column c is query (first + c) % queries; `factors` are those of `load_queries`.
+// Computes the constants of the block's columns. Column c is query (first + c) % queries. `factors`
+// is the output of `load_queries`.
 template <int N>
 __device__ __forceinline__ Columns<N> columns_of(const AttendArgs& args, const float* factors, int queries, int first, int entries, int lane) {
     Columns<N> columns;
@@ -70,10 +75,11 @@ __device__ __forceinline__ Columns<N> columns_of(const AttendArgs& args, const f
     return columns;
 }
 
-// Soft cap and visibility of 32 slots' scores from slot `at` on, of which those from `end` on are not these.
+// Applies the soft cap and the mask to the scores of 32 slots from `at` on. Slots from `end` on are
+// masked.
 template <int N>
 __device__ __forceinline__ void restrict(float (&s)[2][N][4], const Columns<N>& columns, const Work& work, int at, int end, int lane) {
-    // The ring's slots need not begin at a multiple of 32.
+    // The ring's first slot may not be a multiple of 32.
     const bool aligned = at % TILE == 0;
     uint2 live = aligned ? live_at(work, at) : make_uint2(at < work.live_slots ? 0 : FULL, at - work.holes);
     if (columns.soft_cap > 0.f) {

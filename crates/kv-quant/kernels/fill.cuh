@@ -1,39 +1,40 @@
-// New entries of many sequences: into the rings and, from there or straight from the call's tensors, into records.
+// Appends entries of many sequences: copies them to the rings, and packs entries of the rings and
+// of the call's tensors into records.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace kvq {
 
-// A kv head of a sequence. Entries have numbers: those from `first_new` on are in the call's tensors, those before in the ring. Mirrored by
-// `FillRow` in src/cuda/args.rs.
+// A kv head of a sequence. Entries from number `first_new` on are in the call's tensors, earlier
+// ones in the ring. Mirrored by `FillRow` in src/cuda/args.rs.
 struct FillRow {
-    void* ring_k;           // entry e lies at place (e + shift) % ring, D channels each
+    void* ring_k;           // entry e is at position (e + shift) % ring; D channels
     void* ring_v;
-    const void* new_k;      // rows of `stride` numbers: entry first_new is the first
+    const void* new_k;      // rows of `stride` elements; the first is entry first_new
     const void* new_v;
-    unsigned long long* table;        // the address of each record
-    const unsigned long long* fresh;  // those of the records that are taken now, which the kernel puts into the table
-    unsigned long long* status;       // takes a group out of range, any one if there are several; see `report`
-    unsigned long long tag;           // what of the report is known on the host: sequence and kv head
+    unsigned long long* table;        // record addresses
+    const unsigned long long* fresh;  // addresses of new records, which the kernel writes to the table
+    unsigned long long* status;       // output: one group that is out of range, if any; see `report`
+    unsigned long long tag;           // sequence and kv head, for the report
     int first_new, shift;
     int move_from, move_to;        // entries to copy into the ring
-    int fresh_record;              // the first record that is taken now
-    int key_record, key_records;   // records that take keys: the first, how many
-    int value_tile, value_tiles;   // tiles of 32 entries that take values: the first, how many
-    int round;                     // whether what packed keys stand for is written to the ring, too
+    int fresh_record;              // first new record
+    int key_record, key_records;   // records whose keys are packed: first and count
+    int value_tile, value_tiles;   // tiles of 32 entries whose values are packed: first and count
+    int round;                     // whether dequantized keys are also written to the ring
 };
 
 // Mirrored by `FillArgs` in src/cuda/args.rs.
 struct FillArgs {
     const FillRow* rows;
-    long long stride;  // numbers from a token of the call's tensors to the next
-    int ring;          // places in a ring
-    int kind;          // of numbers: 0 f16, 1 bf16
-    int pieces;        // of 16 bytes, in an entry
-    int rotated;       // 1: keys are rotated before they are quantized, 2: values are
-    int f16_steps;     // whether minima, ranges and quotients of whole numbers are rounded to f16 one by one, as KIVI's are
-    float key_scale, value_scale;  // of schemes without scales of their own
+    long long stride;  // token stride of the call's tensors, in elements
+    int ring;          // capacity of a ring
+    int kind;          // dtype: 0 f16, 1 bf16
+    int pieces;        // 16-byte pieces of an entry
+    int rotated;       // bit 0: keys are rotated before quantization, bit 1: values are
+    int f16_steps;     // whether each step (minimum, range, quotient) is rounded to f16, as in KIVI
+    float key_scale, value_scale;  // the scales of schemes without stored scales
     int unused;
 };
 
@@ -50,15 +51,15 @@ __device__ __forceinline__ void fill_rings(const FillArgs& args) {
     to[(entry + row.shift) % args.ring * args.pieces + threadIdx.x] = from[(entry - row.first_new) * (args.stride / 8) + threadIdx.x];
 }
 
-// The slots of a ring that stay, which move together. Mirrored by `KeepRow` in src/cuda/args.rs.
+// The slots of a ring that are kept, and compacted. Mirrored by `KeepRow` in src/cuda/args.rs.
 struct KeepRow {
-    void* ring_k;  // slot s lies at place (s + shift) % ring
+    void* ring_k;  // slot s is at position (s + shift) % ring
     void* ring_v;
-    const unsigned* slots;  // those that stay, in order
-    int count, first;       // how many, and the slot that the first moves to
+    const unsigned* slots;  // the slots that are kept, in order
+    int count, first;       // their number, and the destination of the first
     int shift;
-    int ring;    // places
-    int pieces;  // of 16 bytes, in a slot
+    int ring;    // capacity of the ring
+    int pieces;  // 16-byte pieces of a slot
     int unused;
 };
 
@@ -66,7 +67,8 @@ static_assert(sizeof(KeepRow) == 48, "as in src/cuda/args.rs");
 
 constexpr int KEEP_THREADS = 256;
 
-// Grid: (rows, 2); KEEP_THREADS threads. No slot moves to a later one: a block reads a stretch of them before it writes the same stretch.
+// Grid: (rows, 2); KEEP_THREADS threads. No slot moves to a later position, and a block reads
+// several slots before it writes them.
 __device__ __forceinline__ void keep_ring(const KeepRow* rows) {
     const KeepRow& row = rows[blockIdx.x];
     uint4* numbers = static_cast<uint4*>(blockIdx.y ? row.ring_v : row.ring_k);

@@ -1,4 +1,6 @@
-// attend_<format>_d<head_dim>, for blocks of 8 columns, and sums_..., quantize_... and unpack_... alike. src/cuda/kernels.rs knows warps, stages and sizes.
+// Defines the kernels attend_<format>_d<head_dim>, for blocks of 8 columns, and sums_...,
+// quantize_... and unpack_... with the same suffix. src/cuda/kernels.rs has their warps, stages and
+// sizes.
 #pragma once
 #include "attend.cuh"
 #include "balance.cuh"
@@ -19,6 +21,6 @@
 #define HEAD_DIMS(NAME, LAYOUT, THREADS, QUANTIZE) \
     KERNELS(NAME, LAYOUT, 64, THREADS, QUANTIZE) KERNELS(NAME, LAYOUT, 128, THREADS, QUANTIZE) KERNELS(NAME, LAYOUT, 256, THREADS, QUANTIZE)
 
-// Formats with parameters for each token, and those of KVarN.
+// Formats with parameters per token, and KVarN's formats.
 #define TOKENS(NAME, LAYOUT) HEAD_DIMS(NAME, LAYOUT, kvq::token_threads, kvq::quantize_tokens)
 #define BALANCED(NAME, LAYOUT) HEAD_DIMS(NAME, LAYOUT, kvq::balance_threads, kvq::quantize_balanced)

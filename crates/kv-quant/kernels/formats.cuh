@@ -1,4 +1,5 @@
-// The packed layouts of the formats other than KIVI's: `Format` in src/format.rs says what they are, src/cuda/kernels.rs knows the kernels' names.
+// The packed layouts of all formats except KIVI. `Format` in src/format.rs describes them;
+// src/cuda/kernels.rs has the kernels' names.
 #pragma once
 #include "layout.cuh"
 
@@ -33,7 +34,7 @@ template <int D> using Kvarn44 = Layout<Balanced<4>, Balanced<4>, 128, D>;
 template <int D> using Kvarn42 = Layout<Balanced<4>, Balanced<2>, 128, D>;
 template <int D> using Kvarn22 = Layout<Balanced<2>, Balanced<2>, 128, D>;
 
-// Warps of a block of attention over them, and stages of a warp's ring.
+// The number of warps of an attention block, and of stages of a warp's ring.
 template <class L>
 __host__ __device__ constexpr int attend_warps() {
     return L::D <= 128 ? 8 : 4;

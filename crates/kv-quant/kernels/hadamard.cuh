@@ -1,10 +1,11 @@
-// The orthonormal Walsh-Hadamard transform of a row of D numbers, its own inverse, in the order of src/hadamard.rs to the last bit.
+// The orthonormal Walsh-Hadamard transform of a row of D numbers, which is its own inverse. Results
+// equal src/hadamard.rs bit for bit.
 #pragma once
 #include "ptx.cuh"
 
 namespace kvq {
 
-// Lane l of a warp holds numbers 32 i + l.
+// Lane l of a warp has the numbers 32 i + l.
 template <int D>
 __device__ __forceinline__ void hadamard(float (&x)[D / 32], int lane) {
 #pragma unroll

@@ -1,18 +1,18 @@
-// The end of a launch: the parts that its blocks computed over their positions become one softmax.
+// Merges the partial results of a launch's thread blocks.
 #pragma once
 #include "args.cuh"
 
 namespace kvq {
 
-// Writes a finished column's channel, and its log-sum-exp with channel 0.
+// Writes a channel of a finished column, and for channel 0 also the log-sum-exp.
 template <int D>
 __device__ __forceinline__ void finish(const AttendArgs& args, long long row, int channel, float value, float lse2) {
     store(args.out, row * D + channel, args.out_kind, value);
     if (channel == 0 && args.lse) args.lse[row] = lse2 / LOG2E;
 }
 
-// Joins the parts of a kv head and a block of columns: weights to shared memory, then the sums, which
-// threads share when there are more of them than outputs.
+// Merges the partial results of a kv head and a block of columns. The weights are stored in shared
+// memory first. If there are more threads than outputs, several threads compute one output.
 template <int D, int N, int WARPS>
 __device__ __forceinline__ void join_splits(const AttendArgs& args, const Work& work, int live, unsigned char* shared, float* tops, float* sums) {
     const long long first = (long long)work.first_part * (8 * N);

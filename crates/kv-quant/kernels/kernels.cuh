@@ -1,5 +1,6 @@
-// attend_b<bits>_g<group>_d<head_dim>_n<blocks of 8 columns> and sums_b<bits>_g<group>_d<head_dim>, for every shape but the bits.
-// src/cuda/kernels.rs knows the warps and stages.
+// Defines the kernels attend_b<bits>_g<group>_d<head_dim>_n<blocks of 8 columns> and
+// sums_b<bits>_g<group>_d<head_dim> for all shapes at the given bits. src/cuda/kernels.rs has their
+// warps and stages.
 #pragma once
 #include "attend.cuh"
 #include "sums.cuh"

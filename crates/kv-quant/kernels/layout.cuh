@@ -1,6 +1,6 @@
-// How a packed cache lies in memory.
+// The memory layout of a packed cache.
 //
-// One kv head's packed tokens are a row of records, one for each GROUP tokens, with all that attention needs of them in one piece:
+// The packed tokens of a kv head are stored in records of GROUP tokens. A record is contiguous:
 //
 //     header   scales of the keys    f16 [D]           one for each channel
 //              minima of the keys    f16 [D]
@@ -12,9 +12,10 @@
 //              scales of the values  f16 [32][VGROUPS] one for each token and VGROUP channels
 //              minima of the values  f16 [32][VGROUPS]
 //
-// so that a warp streams it with 16-byte copies and finds every number where the tensor cores want it. A scheme has some of these parameters.
-// Codes come in units of 32 rows x 16 columns (keys: tokens x channels, units in order of channels; values: channels x tokens, units in
-// order of tokens, then channels). `Packing` says where a code lies.
+// A warp copies it with 16-byte copies, and the elements are in the order of the tensor cores'
+// fragments. A scheme has some of these parameters. Codes are in units of 32 rows x 16 columns. For
+// keys, a unit is tokens x channels, in order of channels. For values, it is channels x tokens, in
+// order of tokens, then channels. `Packing` defines the position of a code in its unit.
 #pragma once
 #include <stdint.h>
 
@@ -23,7 +24,7 @@ namespace kvq {
 constexpr int TILE = 32;  // tokens of a tile
 constexpr int LANES = 32;
 
-// What a code stands for, before its scale.
+// The number that a code represents, before its scale.
 enum class Codes {
     INTEGERS,  // 0, 1, ...; a minimum is added
     SIGNED,    // -2^(bits - 1), ...
@@ -32,7 +33,7 @@ enum class Codes {
     E5M2,
 };
 
-// Which numbers share parameters.
+// The sets of numbers that share parameters.
 enum class Params {
     CHANNELS,  // a scale and a minimum for each channel of a record
     TOKENS,    // a scale, and with INTEGERS a minimum, for each token
@@ -47,14 +48,17 @@ struct Scheme {
     static constexpr int BITS = BITS_;
     static constexpr bool FLOATS = CODES == Codes::E4M3 || CODES == Codes::E5M2;
     static_assert(FLOATS || CODES == Codes::LEVELS ? BITS == (FLOATS ? 8 : BITS) : BITS == 2 || BITS == 3 || BITS == 4 || BITS == 8);
-    // Parameters for each token are stored 2^UP times as large, so that f16 holds them and their products with probabilities.
+    // Parameters per token are stored multiplied by 2^UP, so that they and their products with
+    // probabilities are in f16's range.
     static constexpr int UP = PARAMS == Params::NONE ? 0 : CODES == Codes::E4M3 ? 8 : CODES == Codes::E5M2 ? 12 : 0;
 };
 
-// Where codes of so many bits lie. A lane of a warp has WORDS words of a unit; UNITS units lie together, CHUNK bytes for all lanes. Each of
-// a lane's words holds, in its lower and its upper half, columns 2 (lane % 4) and that + 1: in each byte of a half, columns 8 apart; in each
-// byte, rows 8 apart from lane / 4 on. Codes of 3 bits are split: as codes of 4 bits, the lower two bits of two words lie in one, the third
-// bits of four words in another.
+// The positions of codes of BITS bits. A lane of a warp has WORDS words of a unit. UNITS units are
+// stored together, CHUNK bytes for all lanes. The lower and the upper half of a word have the
+// columns 2 (lane % 4) and 2 (lane % 4) + 1. The two bytes of a half have columns 8 apart. The
+// fields of a byte have rows 8 apart, from lane / 4 on. Codes of 3 bits are stored as 4-bit fields
+// split in two parts: one word has the lower two bits of two words, another word has the third bits
+// of four words.
 template <int BITS>
 struct Packing {
     static constexpr int FIELD = BITS == 3 ? 4 : BITS;  // bits of a code in a word
@@ -87,7 +91,7 @@ struct Packing {
         }
     }
 
-    // A lane's words of a unit, of which `code(row, column)` gives the codes.
+    // Packs a lane's words of a unit; `code(row, column)` returns the codes.
     template <class Code>
     static __device__ __forceinline__ void unit(uint32_t* words, int lane, Code code) {
 #pragma unroll
@@ -103,7 +107,7 @@ struct Packing {
 
     static __host__ __device__ constexpr int shift(int row, int column) { return column % 2 * 16 + column / 8 * 8 + row / 8 % ROWS * FIELD; }
 
-    // One code.
+    // Returns one code.
     static __device__ __forceinline__ uint32_t code(const unsigned char* codes, int unit, int row, int column) {
         uint32_t words[UNITS * WORDS];
         load(words, codes, unit / UNITS, row % 8 * 4 + column % 8 / 2);
@@ -146,15 +150,16 @@ struct Layout {
         return VPack::code(tile + V_CODES, token / 16 * (D / 32) + channel / 32, channel % 32, token % 16);
     }
 
-    // Where the scale and the minimum of a channel's keys lie in their arrays, in elements.
+    // Returns the index of the scale and of the minimum of a channel's keys in their arrays.
     static __host__ __device__ constexpr int key_param_at(int channel) {
         int column = channel % 16;
         return channel / 32 * 32 + column % 8 / 2 * 8 + channel / 16 % 2 * 4 + column / 8 * 2 + column % 2;
     }
-    // The same for those of a token's keys, and for the factor of a channel's values.
+    // The same for a token's keys, and for the factor of a channel's values.
     static __host__ __device__ constexpr int key_token_at(int token) { return token % 8 * 4 + token / 8; }
     static __host__ __device__ constexpr int factor_at(int channel) { return channel % 8 * (D / 8) + channel / 8; }
-    // The same for a token's values in a group of channels. Lanes take the parameters of PAIR groups in one load.
+    // The same for a token's values in a group of channels. A lane loads the parameters of PAIR
+    // groups at once.
     static constexpr int PAIR = VGROUPS < 2 ? 1 : 2;
     static __host__ __device__ constexpr int value_param_at(int token, int group) {
         int row = token % 16;
@@ -162,13 +167,14 @@ struct Layout {
     }
 };
 
-// KIVI's: keys of each channel, values of each token.
+// KIVI's layout: parameters of keys per channel, of values per token.
 template <int BITS, int GROUP, int D>
 using Kivi = Layout<Scheme<Codes::INTEGERS, BITS, Params::CHANNELS>, Scheme<Codes::INTEGERS, BITS, Params::TOKENS>, GROUP, D>;
 
-// What a product of codes has to be multiplied with, for rows g + 8 `i` of a unit. A masked word of whole numbers, read as two f16, is a
-// pair of subnormal numbers code * 2^(shift - 24), which the tensor cores multiply exactly: nothing is converted. e4m3's bits, read as f16's,
-// are 2^-8 of the number.
+// Returns the factor of products of codes, for rows g + 8 `i` of a unit. A masked word of integer
+// codes, read as two f16, is a pair of subnormal numbers code * 2^(shift - 24), which the tensor
+// cores multiply exactly, so no conversion is needed. The bits of e4m3, read as f16, are 2^-8 times
+// the number.
 template <class S>
 __host__ __device__ constexpr float unscale(int i) {
     constexpr int FIELD = Packing<S::BITS>::FIELD;

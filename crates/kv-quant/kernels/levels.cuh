@@ -1,10 +1,12 @@
-// The Lloyd-Max levels of the standard normal distribution, as tables of bytes that an instruction looks four of up in.
+// The Lloyd-Max levels of the standard normal distribution, as tables of bytes. One instruction
+// looks up four of them.
 #pragma once
 #include "ptx.cuh"
 
 namespace kvq {
 
-// As in src/levels/lloyd_max.rs. A code of 3 bits is a place in the first table; one of 4 bits is a place in the second, and a sign above.
+// The same levels as in src/levels/lloyd_max.rs. A 3-bit code is an index in the first table. A
+// 4-bit code is an index in the second table, with the sign in the highest bit.
 template <int BITS>
 __host__ __device__ constexpr float level_at(int place) {
     static_assert(BITS == 3 || BITS == 4);
@@ -19,7 +21,7 @@ __device__ __forceinline__ float level(uint32_t code) {
     return BITS == 4 && code >= 8 ? -x : x;
 }
 
-// A normal number between 2^-14 and 2^16 as f16, rounded to nearest.
+// Returns a number between 2^-14 and 2^16 as f16, rounded to nearest.
 __host__ __device__ constexpr uint32_t f16_bits(float x) {
     uint32_t sign = x < 0 ? 0x8000 : 0;
     float y = x < 0 ? -x : x;
@@ -29,7 +31,7 @@ __host__ __device__ constexpr uint32_t f16_bits(float x) {
     return sign | (exponent << 10) + uint32_t((y - 1) * 1024 + 0.5f);
 }
 
-// Byte `byte` of the levels from `first` to `first` + 3.
+// Returns byte `byte` of the levels `first` to `first` + 3.
 template <int BITS>
 __host__ __device__ constexpr uint32_t level_bytes(int first, int byte) {
     uint32_t bytes = 0;
@@ -37,7 +39,8 @@ __host__ __device__ constexpr uint32_t level_bytes(int first, int byte) {
     return bytes;
 }
 
-// The levels of a word's 8 codes, in pairs of columns: rows g and g + 8, then the same of the columns 8 to the right.
+// Returns the levels of a word's 8 codes in pairs of columns: rows g and g + 8, then the same rows
+// 8 columns to the right.
 template <int BITS>
 __device__ __forceinline__ void look_up(uint32_t (&a)[4], uint32_t word) {
     constexpr uint32_t LOW[2] = {level_bytes<BITS>(0, 0), level_bytes<BITS>(4, 0)}, HIGH[2] = {level_bytes<BITS>(0, 1), level_bytes<BITS>(4, 1)};

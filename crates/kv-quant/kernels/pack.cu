@@ -1,4 +1,5 @@
-// quantize_b<bits>_g<group>_d<head_dim>, unpack_... alike, fill_rings and keep_ring
+// Defines the kernels quantize_b<bits>_g<group>_d<head_dim>, unpack_... with the same suffix,
+// fill_rings and keep_ring.
 #include "fill.cuh"
 #include "quantize.cuh"
 #include "unpack.cuh"

@@ -1,4 +1,4 @@
-// The few PTX instructions that the kernels are built on, one wrapper each.
+// Wrappers of the PTX instructions that the kernels use.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -8,15 +8,16 @@ namespace kvq {
 
 constexpr unsigned FULL = 0xffffffffu;
 
-// c += a b, with a 16x16 (row), b 16x8 (col) in f16 and c 16x8 in f32. Lane 4g+t holds of a: rows g and g+8, columns 2t, 2t+1 and
-// 2t+8, 2t+9; of b: column g, rows 2t, 2t+1 and 2t+8, 2t+9; of c: rows g and g+8, columns 2t and 2t+1.
+// c += a b, with a 16x16 (row-major) and b 16x8 (column-major) in f16, and c 16x8 in f32. Lane 4g+t
+// holds: of a, rows g and g+8, columns 2t, 2t+1, 2t+8 and 2t+9; of b, column g, rows 2t, 2t+1, 2t+8
+// and 2t+9; of c, rows g and g+8, columns 2t and 2t+1.
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Transposes an 8x8 matrix of f16 of which lane 4g+t holds row g, columns 2t and 2t+1.
+// Transposes an 8x8 matrix of f16. Lane 4g+t holds row g, columns 2t and 2t+1.
 __device__ __forceinline__ uint32_t transpose(uint32_t x) {
     uint32_t y;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
@@ -29,8 +30,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-// Four 8x8 matrices of f16; lane l gives the address of row l % 8 of matrix l / 8. Lane 4g+t gets row g, columns 2t and 2t+1 of each, or,
-// TRANSPOSED, column g, rows 2t and 2t+1.
+// Loads four 8x8 matrices of f16. Lane l gives the address of row l % 8 of matrix l / 8. Lane 4g+t
+// gets row g, columns 2t and 2t+1 of each; if TRANSPOSED, column g, rows 2t and 2t+1.
 template <bool TRANSPOSED>
 __device__ __forceinline__ void load_matrices(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t address) {
     if constexpr (TRANSPOSED)
@@ -46,7 +47,7 @@ __device__ __forceinline__ void copy16(uint32_t shared, const void* global) {
 
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most PENDING of this thread's committed groups of copies are still under way.
+// Waits until at most PENDING of this thread's committed groups of copies are incomplete.
 template <int PENDING>
 __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
@@ -54,7 +55,7 @@ __device__ __forceinline__ void copy_wait() {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// The bytes of a (0 to 3) and b (4 to 7) that the lower four of `places`' digits of 4 bits name.
+// Selects four bytes of a (0 to 3) and b (4 to 7), by the four lower 4-bit digits of `places`.
 __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t places) {
     uint32_t x;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(places));
@@ -67,7 +68,7 @@ __device__ __forceinline__ uint32_t bits(__half2 x) { return *reinterpret_cast<u
 
 __device__ __forceinline__ uint32_t bits_of(__nv_bfloat162 x) { return *reinterpret_cast<uint32_t*>(&x); }
 
-// Two bf16 as f16; those beyond its range become infinities.
+// Converts two bf16 to f16; numbers beyond f16's range become infinities.
 __device__ __forceinline__ uint32_t f16_of_bf16(uint32_t x) {
     return bits(__float22half2_rn(__bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x))));
 }

@@ -1,9 +1,11 @@
-// Quantizes and packs whole groups of keys and whole tiles of values, in the arithmetic of src/quantize.rs to the last bit: operations
-// in f32, each rounded to f16; scale = range / (2^bits - 1); code = round((x - min) / scale), ties to even; code 0 without a scale.
+// Quantizes and packs whole groups of keys and whole tiles of values. Results equal src/quantize.rs
+// bit for bit: operations in f32, each rounded to f16; scale = range / (2^bits - 1); code =
+// round((x - min) / scale), ties to even; code 0 if the scale is 0.
 //
-// A block takes keys of GROUP tokens x K_CHANNELS channels, or values of 32 tokens x D channels, into shared memory. From there a warp
-// loads 16 columns as fragments of 8x8 matrices (values transposed), so that for both a group runs down the rows and the codes are
-// already in the lanes that write them.
+// A thread block loads keys of GROUP tokens x K_CHANNELS channels, or values of 32 tokens x D
+// channels, into shared memory. A warp loads 16 columns of them as fragments of 8x8 matrices
+// (values transposed). So in both cases a group is along the rows, and the codes are in the lanes
+// that write them.
 #pragma once
 #include <cuda_bf16.h>
 #include "fill.cuh"
@@ -12,16 +14,18 @@
 
 namespace kvq {
 
-// A group that holds infinities or NaNs, or is wider than f16 can say: bit 63, then values (1) or keys (0), the row's tag, the entry in 24 bits,
-// the channel in 9.
+// Reports a group that contains NaN or infinity, or whose range exceeds f16's: bit 63, then 1 for
+// values or 0 for keys, the row's tag, the entry (24 bits), the channel (9 bits).
 __device__ __forceinline__ void report(const FillRow& row, bool values, int entry, int channel) {
     unsigned long long at = 1ull << 63 | (unsigned long long)values << 62 | row.tag | (unsigned long long)(entry & 0xffffff) << 9 | channel;
-    // The word may lie in the host's memory, where not every machine has atomics; one store of eight bytes is whole on all.
+    // The word can be in host memory, where some machines have no atomics. A store of eight bytes
+    // is atomic everywhere.
     *reinterpret_cast<volatile unsigned long long*>(row.status) = at;
 }
 
-// x / s as f32 division and rounding to f16 would have it. An f16 quotient is never within 2^-24 of where f16 rounds, unless it is
-// there exactly; with one step of correction the reciprocal's error stays below that.
+// Returns x / s with the same f16 rounding as an f32 division. A quotient of f16 numbers is never
+// within 2^-24 of a rounding boundary of f16, unless it equals one. With one correction step the
+// reciprocal's error is smaller than that.
 __device__ __forceinline__ float divide(float x, float s, float reciprocal) {
     float q = x * reciprocal;
     return fmaf(fmaf(-q, s, x), reciprocal, q);
@@ -39,7 +43,8 @@ struct Quantize {
     static constexpr int SOURCE = 2 * (GROUP * K_CHANNELS > TILE * D ? GROUP * K_CHANNELS : TILE * D);
     static constexpr int SHARED = SOURCE + (K_OUT > V_OUT ? K_OUT : V_OUT);
 
-    // Copies entries from `entry` on, TOKENS x CHANNELS, to shared memory as f16; 16-byte pieces of a row change places so that columns lie in all banks.
+    // Copies the entries from `entry` on, TOKENS x CHANNELS, to shared memory as f16. The 16-byte
+    // pieces of a row are permuted to avoid bank conflicts.
     template <int TOKENS, int CHANNELS>
     static __device__ __forceinline__ void load(unsigned char* source, const void* ring, const void* fresh, const FillArgs& args, const FillRow& row,
                                                 int entry, int channel) {
@@ -61,7 +66,7 @@ struct Quantize {
         }
     }
 
-    // 32 rows x 16 columns in fragments: words [row / 8][column / 8].
+    // Loads 32 rows x 16 columns as fragments: words [row / 8][column / 8].
     template <int CHANNELS, bool TRANSPOSED>
     static __device__ __forceinline__ void unit(uint32_t (&x)[4][2], const unsigned char* source, int row, int column) {
         constexpr int PIECES = CHANNELS / 8;
@@ -76,7 +81,8 @@ struct Quantize {
         }
     }
 
-    // Parameters of the 4 columns of a lane (two pairs) over `UNITS` units of rows, and the units' codes in place of the numbers.
+    // Computes the parameters of a lane's 4 columns (two pairs) over `UNITS` units of rows, and
+    // replaces the numbers by codes.
     template <int UNITS>
     static __device__ __forceinline__ void encode(uint32_t (&x)[UNITS][4][2], __half2 (&scale)[2], __half2 (&min)[2], bool& bad) {
         constexpr float LARGEST = (1 << BITS) - 1;
@@ -104,14 +110,15 @@ struct Quantize {
                 for (int i = 0; i < 4; i++) {
                     float2 y = __half22float2(__hsub2(half2_of(x[u][i][h]), low));
                     __half2 q = __floats2half2_rn(divide(y.x, s.x, r.x), divide(y.y, s.y, r.y));
-                    // From 1024 to 2047 the numbers of f16 are the integers: the sum rounds, and ends in the code.
+                    // Between 1024 and 2047, f16 numbers are integers, so the addition rounds, and
+                    // the low bits are the code.
                     q = __hadd2(__hmin2(q, __float2half2_rn(LARGEST)), __float2half2_rn(1024.f));
                     x[u][i][h] = bits(q) & 0x00ff00ffu;
                 }
         }
     }
 
-    // A unit's words in this lane, to where `code_at` has them.
+    // Writes this lane's words of a unit to their positions in `code_at`'s layout.
     static __device__ __forceinline__ void write_codes(unsigned char* codes, int unit, const uint32_t (&x)[4][2]) {
         const int lane = threadIdx.x % 32;
         uint32_t row[4];
@@ -120,7 +127,7 @@ struct Quantize {
 #pragma unroll
         for (int w = 0; w < WORDS; w++) {
             uint32_t word = 0;
-            constexpr int ROWS = 8 / BITS;  // of the 4, in a word
+            constexpr int ROWS = 8 / BITS;  // rows per word, of the 4
 #pragma unroll
             for (int i = 0; i < ROWS; i++) word |= row[w * ROWS + i] << (BITS * i);
             int at = unit * WORDS + w;
@@ -132,7 +139,7 @@ struct Quantize {
         for (int i = threadIdx.x * 16; i < bytes; i += THREADS * 16) *reinterpret_cast<uint4*>(to + i) = load16(from + i);
     }
 
-    // Where a record lies. Those that are taken now are not in the table before the launch is over.
+    // Returns the address of a record. New records are not in the table until the launch ends.
     static __device__ __forceinline__ unsigned char* record_of(const FillRow& row, int record) {
         return reinterpret_cast<unsigned char*>(record < row.fresh_record ? row.table[record] : row.fresh[record - row.fresh_record]);
     }
@@ -212,7 +219,7 @@ struct Quantize {
         copy_out(to + L::HEADER + tile % L::TILES * L::TILE_BYTES + L::V_CODES, out, V_OUT);
     }
 
-    // Grid: (the most of key records * K_PARTS and of value tiles that a row has, rows, 2).
+    // Grid: (the largest number of key records * K_PARTS or of value tiles in a row, rows, 2).
     static __device__ __forceinline__ void run(const FillArgs& args) {
         extern __shared__ __align__(128) unsigned char shared[];
         const FillRow row = args.rows[blockIdx.y];

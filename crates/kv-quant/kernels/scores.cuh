@@ -1,12 +1,14 @@
-// Scores of tiles of 32 tokens. Codes are the large (16-row) operand of the tensor cores, the columns the small one; scales of channels multiply the
-// queries, their minima go through a product of their own; scales of tokens multiply the scores.
+// Scores of tiles of 32 tokens. Codes are the large operand of the tensor cores (16 rows), the
+// columns the small one. Scales of channels multiply the queries, and their minima use a separate
+// product. Scales of tokens multiply the scores.
 #pragma once
 #include "columns.cuh"
 #include "levels.cuh"
 
 namespace kvq {
 
-// Rows 16 `f` to 16 `f` + 15 of a unit as the tensor cores' large operand, from a lane's words of the unit.
+// Returns rows 16 `f` to 16 `f` + 15 of a unit as the large operand of the tensor cores, from a
+// lane's words of the unit.
 template <class S>
 __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t* words, int f) {
     if constexpr (S::CODES == Codes::LEVELS) {
@@ -35,8 +37,9 @@ __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t* words
 
 constexpr uint32_t ONES = 0x3c003c00u;  // two f16
 
-// What scores take of the queries, for the tokens of a record or, without parameters for each channel, for all: their products with the scales, and sums
-// of their products with the minima, or of themselves.
+// Prepares the queries for the scores of a record or, without parameters per channel, of all
+// records: their products with the scales, and the sums of their products with the minima. Without
+// parameters per channel these are the queries and their sums.
 template <class L, int N>
 __device__ __forceinline__ void scale_queries(uint32_t (&scaled)[L::D / 16][N][2], float (&bias)[N][4], const unsigned char* header, const unsigned char* queries,
                                               int lane) {
@@ -63,13 +66,13 @@ __device__ __forceinline__ void scale_queries(uint32_t (&scaled)[L::D / 16][N][2
     }
 }
 
-// Two f16 of each of two words.
+// Converts the two f16 of each of two words to f32.
 __device__ __forceinline__ void widen(float (&x)[4], uint2 words) {
     float2 low = __half22float2(half2_of(words.x)), high = __half22float2(half2_of(words.y));
     x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
 }
 
-// Scores of a tile's 32 tokens, given `scaled` and `bias` of `scale_queries`.
+// Computes the scores of a tile's 32 tokens; `scaled` and `bias` are outputs of `scale_queries`.
 template <class L, int N>
 __device__ __forceinline__ void packed_scores(float (&s)[2][N][4], const uint32_t (&scaled)[L::D / 16][N][2], const float (&bias)[N][4], const unsigned char* tile,
                                               float key_scale, int lane) {
@@ -90,7 +93,7 @@ __device__ __forceinline__ void packed_scores(float (&s)[2][N][4], const uint32_
                 for (int n = 0; n < N; n++) mma(sum[r][n], a, scaled[j * P::UNITS + u][n][0], scaled[j * P::UNITS + u][n][1]);
             }
     }
-    // Of tokens g + 8 i.
+    // The parameters of tokens g + 8 i.
     float scales[4], mins[4];
     if constexpr (L::K_BY_TOKEN) widen(scales, *reinterpret_cast<const uint2*>(tile + L::KT_SCALE + lane / 4 * 8));
     if constexpr (L::K_TOKEN_MIN) widen(mins, *reinterpret_cast<const uint2*>(tile + L::KT_MIN + lane / 4 * 8));
@@ -111,7 +114,8 @@ __device__ __forceinline__ void packed_scores(float (&s)[2][N][4], const uint32_
             }
 }
 
-// Scores of 32 tokens of the residual, read straight from memory: it is short. `place` gives where a token's keys begin.
+// Computes the scores of 32 tokens of the residual, which is short and is read directly from global
+// memory. `place` returns the offset of a token's key.
 template <int D, int N, class Place>
 __device__ __forceinline__ void residual_scores(float (&s)[2][N][4], const void* keys, int kind, const unsigned char* queries, int lane, Place place) {
     const int g = lane / 4, t = lane % 4;

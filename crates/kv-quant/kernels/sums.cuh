@@ -1,7 +1,9 @@
-// Attention probability that each token receives, summed over the queries of a head: what eviction policies ask for.
+// The attention probability that each token receives, summed over the queries of a head, for
+// eviction policies.
 //
-// A second pass over the keys alone, with the log-sum-exp that attention left. A warp keeps one tile of 32 tokens, packed as it is, in shared
-// memory while all queries pass: nothing of size queries x tokens exists, and sums have one order.
+// A second pass over the keys only, with the log-sum-exp of attention. A warp keeps one packed tile
+// of 32 tokens in shared memory and processes all queries. So no array of queries x tokens exists,
+// and the order of each sum is fixed.
 #pragma once
 #include "scores.cuh"
 
@@ -16,7 +18,7 @@ __device__ __forceinline__ void add_probabilities(float (&sum)[2][2][2], const f
     for (int e = 0; e < 2; e++) {
         int column = lane % 4 * 2 + e;
         float all = column < live ? args.lse[row_of(args, work, first + column)] * LOG2E : -INFINITY;
-        if (all == -INFINITY) continue;  // No column, or one that sees nothing.
+        if (all == -INFINITY) continue;  // An unused column, or a query that sees no entry.
 #pragma unroll
         for (int r = 0; r < 2; r++)
 #pragma unroll
@@ -24,13 +26,14 @@ __device__ __forceinline__ void add_probabilities(float (&sum)[2][2][2], const f
     }
 }
 
-// Grid: (tiles of the longest kv head / SUM_WARPS rounded up, those of packed entries and of the residual counted each on their own; kv
-// heads of all sequences, one `work` each; heads of a kv head, or blocks of 8 of them where no sequence has more than one query). `lse` is
-// read, and `out` takes in f32 [heads_per_kv, slots] for each kv head; holes have 0.
+// Grid: (tiles of the longest kv head / SUM_WARPS, rounded up, separately for packed entries and
+// residual; kv heads of all sequences, one item of `work` each; query heads of a kv head, or blocks
+// of 8 of them if no sequence has more than one query). `lse` is an input. `out` receives f32
+// [heads_per_kv, slots] per kv head, with 0 for holes.
 template <class L>
 __device__ __forceinline__ void sums(const AttendArgs& args) {
     constexpr int D = L::D, SOURCE = L::HEADER + L::V_CODES;
-    __shared__ __align__(128) unsigned char queries[2][16 * D];  // for the residual, and for packed keys
+    __shared__ __align__(128) unsigned char queries[2][16 * D];  // for the residual and for packed keys
     extern __shared__ __align__(128) unsigned char sources[];
     __shared__ float factors[2][8];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -52,11 +55,11 @@ __device__ __forceinline__ void sums(const AttendArgs& args) {
     }
     copy_commit();
 
-    float sum[2][2][2] = {};  // of tokens 16 r + 8 h + lane / 4, columns 2 (lane % 4) + e
+    float sum[2][2][2] = {};  // [r][h][e]: token 16 r + 8 h + lane / 4, column 2 (lane % 4) + e
     const int last_column = by_head ? (first_head + 1) * work.queries : min(args.heads_per_kv, first_head + 8);
     for (int first = first_head * work.queries; first < last_column; first += 8) {
         const int live = min(8, last_column - first);
-        __syncthreads();  // All are done with the queries before.
+        __syncthreads();  // The previous queries are no longer read.
         load_queries<D, 1>(args, work, first, live, false, queries[0], factors[0]);
         load_queries<D, 1>(args, work, first, live, args.rotated & ROTATED_KEYS, queries[1], factors[1]);
         copy_wait<0>();
@@ -70,7 +73,7 @@ __device__ __forceinline__ void sums(const AttendArgs& args) {
             scale_queries<L, 1>(scaled, bias, source, queries[1], lane);
             packed_scores<L, 1>(s, scaled, bias, source + L::HEADER, args.key_scale, lane);
         } else {
-            residual_scores<D, 1>(s, work.ring_k, args.kind, queries[0], lane, [&](int token) {  // A token past the end is masked: any finite one will do.
+            residual_scores<D, 1>(s, work.ring_k, args.kind, queries[0], lane, [&](int token) {  // Tokens past the end are masked; any finite token can be read.
                 int i = work.ring_start + min(ring_at + token, work.residual - 1);
                 return (i >= args.ring ? i - args.ring : i) * (long long)D;
             });

@@ -1,5 +1,6 @@
-// Quantizes and packs tiles of 32 tokens of schemes whose parameters belong to tokens, in the arithmetic of src/quantize: 8 lanes take a token, rotate it
-// if the scheme says so, and leave its codes in shared memory, from where they go into words.
+// Quantizes and packs tiles of 32 tokens of schemes with parameters per token, with the arithmetic
+// of src/quantize. 8 lanes process a token: they rotate it if the scheme does, and write its codes
+// to shared memory. The codes are then packed into words.
 #pragma once
 #include <cuda_fp8.h>
 #include <type_traits>
@@ -10,12 +11,12 @@
 namespace kvq {
 
 constexpr int TOKEN_THREADS = 256;
-constexpr int ROW_LANES = 8;        // of a row, of which lane l holds numbers 64 i + 8 l + j at 8 i + j
-constexpr float LARGEST = 32752.f;  // that may be packed, half of f16's range
+constexpr int ROW_LANES = 8;        // lanes per row; element 8 i + j of lane l is number 64 i + 8 l + j
+constexpr float LARGEST = 32752.f;  // largest magnitude that can be packed, half of f16's range
 
 __device__ __forceinline__ int row_lane() { return threadIdx.x % ROW_LANES; }
 
-// The place in a row of a lane's k-th number.
+// Returns the index in the row of a lane's k-th number.
 __device__ __forceinline__ int number_at(int k) { return k / 8 * 64 + row_lane() * 8 + k % 8; }
 
 template <class T, class Join>
@@ -64,7 +65,7 @@ __device__ __forceinline__ void hadamard_row(float (&x)[D / 8]) {
     for (int i = 0; i < D / 8; i++) x[i] *= norm;
 }
 
-// A row of new numbers.
+// Loads a row of the call's tensors.
 template <int D>
 __device__ __forceinline__ void load_row(float (&x)[D / 8], const FillArgs& args, const FillRow& row, bool values, int entry) {
     const bool in_ring = entry < row.first_new;
@@ -83,10 +84,11 @@ __device__ __forceinline__ void load_row(float (&x)[D / 8], const FillArgs& args
     }
 }
 
-// Rotates a row that is to be, and reports numbers that are too large before or after.
+// Rotates a row if the scheme does, and reports numbers that are too large before or after the
+// rotation.
 template <int D>
 __device__ __forceinline__ void rotate_row(float (&x)[D / 8], const FillArgs& args, const FillRow& row, bool values, int entry) {
-    float sum = 0.f;  // NaN if a number is
+    float sum = 0.f;  // NaN if any number is NaN
 #pragma unroll
     for (int i = 0; i < D / 8; i++) sum += x[i];
     bool bad = !(largest_of(x) <= LARGEST) || sum != sum;
@@ -97,7 +99,7 @@ __device__ __forceinline__ void rotate_row(float (&x)[D / 8], const FillArgs& ar
     if (bad) report(row, values, entry, number_at(0));
 }
 
-// The words of a tile's codes, of which `codes` has a row of PITCH bytes for each token.
+// Packs a tile's codes into words. `codes` has a row of PITCH bytes per token.
 template <class L, bool VALUES>
 __device__ __forceinline__ void write_words(const unsigned char* codes, unsigned char* tile, int pitch) {
     using P = Packing<VALUES ? L::Values::BITS : L::Keys::BITS>;
@@ -116,7 +118,8 @@ __device__ __forceinline__ void write_words(const unsigned char* codes, unsigned
     }
 }
 
-// Where a record lies, which is put into the table by `first` threads if it is taken now.
+// Returns the address of a record. If the record is new, threads with `first` write it to the
+// table.
 __device__ __forceinline__ unsigned char* record_at(const FillRow& row, int record, bool first) {
     const bool fresh = record >= row.fresh_record;
     const unsigned long long at = fresh ? row.fresh[record - row.fresh_record] : row.table[record];
@@ -124,7 +127,7 @@ __device__ __forceinline__ unsigned char* record_at(const FillRow& row, int reco
     return reinterpret_cast<unsigned char*>(at);
 }
 
-// A row's codes, scale and minimum.
+// The codes, the scale and the minimum of a row.
 template <class S, int D>
 struct Row {
     unsigned char codes[D / 8];
@@ -140,7 +143,7 @@ struct Row {
 
     __device__ __forceinline__ void floats(const float (&x)[D / 8], float fixed) {
         constexpr bool E4 = S::CODES == Codes::E4M3;
-        float divisor = fixed;  // 0 makes zeros of a row without a scale
+        float divisor = fixed;  // 0 gives zeros for a row without a scale
         if (S::PARAMS != Params::NONE) divisor = scale = as_f16(__fdiv_rn(row_max(largest_of(x)), E4 ? 448.f : 57344.f));
         const float reciprocal = divisor == 0.f ? 0.f : __frcp_rn(divisor);
 #pragma unroll
@@ -151,7 +154,7 @@ struct Row {
         }
     }
 
-    // The place of a magnitude among the positive levels: a search by halves.
+    // Returns the index of the positive level nearest to a magnitude, by binary search.
     static __device__ __forceinline__ int place_of(float y) {
         auto middle = [](int i) { return (positive(i - 1) + positive(i)) / 2.f; };
         if constexpr (S::BITS == 3) {
@@ -166,7 +169,7 @@ struct Row {
     static __device__ __forceinline__ float positive(int i) { return level_at<S::BITS>(S::BITS == 4 ? i : 4 + i); }
 
     __device__ __forceinline__ void levels(const float (&x)[D / 8]) {
-        const float own = level_at<S::BITS>(S::BITS == 4 ? row_lane() : 4 + row_lane() % 4);  // what lanes look up
+        const float own = level_at<S::BITS>(S::BITS == 4 ? row_lane() : 4 + row_lane() % 4);  // this lane's level, which other lanes read by shuffles
         float sum = 0.f, held = 0.f;
 #pragma unroll
         for (int i = 0; i < D / 8; i++) sum = fmaf(x[i], x[i], sum);
@@ -184,7 +187,7 @@ struct Row {
     __device__ __forceinline__ void whole_signed(const float (&x)[D / 8]) {
         constexpr float HALF = 1 << (S::BITS - 1);
         const float top = row_max(largest_of(x));
-        int first = INT_MAX;  // of several of the largest magnitude, the first counts: twice its place, and its sign
+        int first = INT_MAX;  // first number of the largest magnitude: twice its index plus its sign bit
 #pragma unroll
         for (int i = 0; i < D / 8; i++)
             if (fabsf(x[i]) == top) first = min_of(first, 2 * number_at(i) + (x[i] < 0.f));
@@ -274,7 +277,7 @@ __host__ __device__ constexpr int token_threads() {
     return TOKEN_THREADS;
 }
 
-// Grid: (the most of tiles of keys and of values that a row has, rows, 2).
+// Grid: (the largest number of tiles of keys or of values in a row, rows, 2).
 template <class L>
 __device__ __forceinline__ void quantize_tokens(const FillArgs& args) { QuantizeTokens<L>::run(args); }
 

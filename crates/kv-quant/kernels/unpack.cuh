@@ -1,4 +1,5 @@
-// Reads packed records back by the layout's own account of where things lie: for policies, tests, and records that are cut. Attention never does this.
+// Unpacks records with the layout's index functions, for policies, tests and records that a
+// truncation divides. Attention does not use it.
 #pragma once
 #include "args.cuh"
 #include "hadamard.cuh"
@@ -9,21 +10,21 @@ namespace kvq {
 
 // Mirrored by `UnpackArgs` in src/cuda/args.rs.
 struct UnpackArgs {
-    const unsigned long long* table;  // a kv head's records
-    void* k;                          // [entries, D], or a ring of `ring` entries of which entry e lies at place (e + shift) % ring
+    const unsigned long long* table;  // record addresses of a kv head
+    void* k;                          // [entries, D], or a ring [ring, D] with entry e at position (e + shift) % ring
     void* v;
-    int first, entries;  // the first entry to read, and how many
-    int ring, shift;     // 0 places: k and v are no rings
-    int kind;            // of k and v: 0 f16, 1 bf16, 2 f32
-    int rotated;         // 1: packed keys are rotated, 2: packed values are; both are rotated back
-    float key_scale, value_scale;  // of schemes without scales of their own
+    int first, entries;  // first entry to read, and their number
+    int ring, shift;     // ring = 0: k and v are not rings
+    int kind;            // dtype of k and v: 0 f16, 1 bf16, 2 f32
+    int rotated;         // bit 0: packed keys are rotated, bit 1: packed values are; the output is not rotated
+    float key_scale, value_scale;  // the scales of schemes without stored scales
 };
 
 static_assert(sizeof(UnpackArgs) == 56 && offsetof(UnpackArgs, first) == 24, "as in src/cuda/args.rs");
 
 constexpr int UNPACK_THREADS = 256;
 
-// What a code stands for.
+// Returns the number that a code represents.
 template <class S>
 __device__ __forceinline__ float number_of(uint32_t code, float scale, float min) {
     constexpr float DOWN = 1.f / (1 << S::UP);
@@ -34,7 +35,7 @@ __device__ __forceinline__ float number_of(uint32_t code, float scale, float min
     else return fmaf(float(code), scale, min);
 }
 
-// One entry for each warp, in blocks of one dimension.
+// One entry per warp, in one-dimensional thread blocks.
 template <class L>
 __device__ __forceinline__ void unpack(const UnpackArgs& args) {
     constexpr int D = L::D;

@@ -2,8 +2,7 @@
 
 use crate::format::Plane;
 use crate::layout::{Line, PANEL};
-use crate::vector::wide;
-use pulp::{Arch, Simd, WithSimd};
+use longctx_simd::wide;
 
 /// Buffers for packing.
 #[derive(Debug, Default)]

@@ -34,8 +34,8 @@ impl From<crate::Error> for longctx_core::Error {
                 got: value.to_string(),
             },
             E::UnknownSequence(seq) => Self::UnknownSequence(seq),
-            E::PoolFull { asked, free } => {
-                Self::PoolFull { what: "pool of packed blocks".into(), asked, free }
+            E::PoolFull { needed, free } => {
+                Self::PoolFull { what: "pool of packed blocks".into(), needed, free }
             }
             #[cfg(feature = "save")]
             E::File { path, reason } => Self::File { path, reason },

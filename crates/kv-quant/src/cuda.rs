@@ -1,5 +1,5 @@
-//! Packed keys and values of many sequences on candle's CUDA device, in records made for the tensor
-//! cores (kernels/layout.cuh).
+//! Packed keys and values of many sequences on candle's CUDA device, in records laid out for the
+//! tensor cores (kernels/layout.cuh).
 
 mod args;
 mod attend;

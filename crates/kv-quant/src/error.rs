@@ -50,10 +50,10 @@ pub enum Error {
     #[error("sequence {0} is not known")]
     UnknownSequence(u64),
     /// A pool of fixed capacity has no room. Nothing has changed.
-    #[error("the pool is full: {asked} bytes are asked for and {free} are free")]
+    #[error("the pool is full: {needed} bytes are needed and {free} are free")]
     PoolFull {
         /// Bytes needed by the call.
-        asked: usize,
+        needed: usize,
         /// Free bytes.
         free: usize,
     },

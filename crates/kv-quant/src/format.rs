@@ -393,11 +393,12 @@ impl Format {
         Ok(format)
     }
 
-    /// The format of the lowest measured loss among those of at most `bits` per packed number, for
-    /// heads of `head_dim` channels.
+    /// Returns the format with the lowest measured loss among those with at most `bits` bits per
+    /// packed number, for heads of `head_dim` channels.
     ///
-    /// Loss is that of perplexity of SmolLM2-135M-Instruct and Gemma 3 270M, whichever is larger:
-    /// formats rank differently on the two. The table is from `docs/kv-quality.md` in the repository.
+    /// The loss is the increase of perplexity over f16, the larger of SmolLM2-135M-Instruct's and
+    /// Gemma 3 270M's, because formats rank differently on the two. The table is from
+    /// `docs/kv-quality.md` in the repository.
     ///
     /// | format | bits, 128 channels | SmolLM2 | Gemma 3 |
     /// |---|---|---|---|
@@ -407,8 +408,8 @@ impl Format {
     /// | rotated, 4 bits, 128 newest tokens in f16 | 4.13 | +0.12 % | +1.97 % |
     /// | KIVI, 2 bits | 3 | +24.4 % | +10.4 % |
     ///
-    /// Keeping 4 attention sinks in f16 lowers the loss further
-    /// (`QuantCache::with_sinks`), most at 2 bits: to 9.6 % and 9.5 %.
+    /// Keeping 4 attention sinks in f16 (`QuantCache::with_sinks`) lowers the loss further, at 2
+    /// bits to 9.6 % and 9.5 %.
     ///
     /// ```
     /// use kv_quant::{Bits, Format};
@@ -419,7 +420,7 @@ impl Format {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Setting`] if no measured format has so few bits, and if `head_dim` is 0.
+    /// [`Error::Setting`] if no measured format has so few bits, or `head_dim` is 0.
     pub fn for_bits_per_number(bits: f64, head_dim: usize) -> Result<Self> {
         let rotated = Self::rotated_symmetric(Bits::Four, Bits::Four);
         let by_loss = [

@@ -6,9 +6,8 @@
 //! quantization.
 
 use crate::number::MAX_GROUPED;
-use crate::vector::wide;
 use half::f16;
-use pulp::{Arch, Simd, WithSimd};
+use longctx_simd::wide;
 use rayon::prelude::*;
 
 /// Transforms each row of `columns` numbers, in blocks of the largest power of two that divides

@@ -16,7 +16,6 @@ mod pool;
 mod product;
 mod quantize;
 mod rotary;
-mod vector;
 
 #[cfg(feature = "candle")]
 mod candle;

@@ -139,9 +139,9 @@ impl Pool {
         self.capacity.map_or(usize::MAX, |bytes| bytes.saturating_sub(self.memory.used()))
     }
 
-    pub(crate) fn check_room(&self, asked: usize) -> Result<()> {
+    pub(crate) fn check_room(&self, needed: usize) -> Result<()> {
         match self.free_bytes() {
-            free if asked > free => Err(Error::PoolFull { asked, free }),
+            free if needed > free => Err(Error::PoolFull { needed, free }),
             _ => Ok(()),
         }
     }
@@ -152,14 +152,14 @@ impl Pool {
     /// # Errors
     /// [`Error::UnknownSequence`] for `from`; [`Error::Mismatch`] if `to` exists.
     pub fn fork(&mut self, from: u64, to: u64) -> Result<()> {
-        self.check_new(to)?;
+        self.check_unseen(to)?;
         let Some(sequence) = self.seqs.get(&from) else { return Err(Error::UnknownSequence(from)) };
         let heads = sequence.heads.iter().map(|head| head.fork(&mut self.memory)).collect();
         self.seqs.insert(to, Sequence { heads });
         Ok(())
     }
 
-    pub(crate) fn check_new(&self, seq: u64) -> Result<()> {
+    pub(crate) fn check_unseen(&self, seq: u64) -> Result<()> {
         match self.seqs.contains_key(&seq) {
             true => Err(Error::mismatch("sequence", "a new one", format!("{seq}, which exists"))),
             false => Ok(()),

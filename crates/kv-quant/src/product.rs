@@ -2,15 +2,14 @@
 
 use std::slice::Chunks;
 
+use crate::Axis;
 use crate::format::Plane;
 use crate::kernel::{self, Panel, Params, Rows, widen};
 use crate::layout::{Layout, Line, PANEL};
 use crate::levels::Levels;
 use crate::packed::PackedRef;
-use crate::vector::wide;
-use crate::{Axis, vector};
 use half::f16;
-use pulp::{Arch, Simd, WithSimd};
+use longctx_simd::wide;
 
 /// Buffers for products.
 #[derive(Debug, Default)]
@@ -82,7 +81,7 @@ impl<'a> PackedRef<'a> {
         self.accumulate_by_step(x, ahead, &mut sums, width, s);
         widen(self.factors, &mut s.factors);
         for (sums, out) in sums.chunks_exact(width).zip(out.chunks_mut(out_stride)) {
-            vector::multiply_and_add(&sums[..lanes], &s.factors, &mut out[..lanes]);
+            multiply_and_add(&sums[..lanes], &s.factors, &mut out[..lanes]);
         }
         s.of_lanes = sums;
     }
@@ -130,7 +129,7 @@ impl<'a> PackedRef<'a> {
             s.totals.clear();
             if !self.zero_points.is_empty() {
                 let rows = (0..x.count).map(|r| &part.data[r * x.stride..][..steps]);
-                s.totals.extend(rows.map(vector::sum));
+                s.totals.extend(rows.map(longctx_simd::sum));
             }
             for panel in 0..self.layout.lane_count().div_ceil(PANEL) {
                 let lanes = panel * PANEL..width.min((panel + 1) * PANEL);
@@ -145,10 +144,8 @@ impl<'a> PackedRef<'a> {
                     let sums = &sums[..lanes.len()];
                     let out = &mut out[r * out_stride + lanes.start..][..lanes.len()];
                     match s.totals.get(r) {
-                        Some(&total) => {
-                            vector::scale_and_add(sums, scales, zero_points, total, out)
-                        }
-                        None => vector::multiply_and_add(sums, scales, out),
+                        Some(&total) => scale_and_add(sums, scales, zero_points, total, out),
+                        None => multiply_and_add(sums, scales, out),
                     }
                 }
             }
@@ -232,6 +229,30 @@ wide! {
                     *lane += (word >> (i * bits) & mask) as i32 as f32 * unit;
                 }
             }
+        }
+    }
+}
+
+wide! {
+    /// Computes `out += sums * scales + total * zeros`.
+    fn scale_and_add(
+        sums: &'a [f32],
+        scales: &'a [f32],
+        zero_points: &'a [f32],
+        total: f32,
+        out: &'a mut [f32],
+    ) -> () {
+        for (((out, sum), scale), zero) in out.iter_mut().zip(sums).zip(scales).zip(zero_points) {
+            *out += sum * scale + total * zero;
+        }
+    }
+}
+
+wide! {
+    /// Computes `out += sums * factors`.
+    fn multiply_and_add(sums: &'a [f32], factors: &'a [f32], out: &'a mut [f32]) -> () {
+        for ((out, sum), factor) in out.iter_mut().zip(sums).zip(factors) {
+            *out += sum * factor;
         }
     }
 }

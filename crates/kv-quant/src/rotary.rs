@@ -10,9 +10,8 @@
 use crate::layout::PANEL;
 use crate::packed::PackedRef;
 use crate::product::Scratch;
-use crate::vector::wide;
 use crate::{Error, Result};
-use pulp::{Arch, Simd, WithSimd};
+use longctx_simd::wide;
 
 /// A rotary embedding, and the position of the first token appended. For n frequencies, channel i
 /// is paired with channel i + n; the channels after 2n are not rotated.

@@ -181,7 +181,7 @@ fn a_full_pool_is_an_error_that_names_bytes() {
     let prompt = Batch::single(0, 200).unwrap();
     attend(&mut cache, &prompt, &random(200, HEADS), &random(200, KV_HEADS));
     let long = Batch::single(1, 4000).unwrap();
-    assert!(!cache.can_take(&long) && cache.can_take(&Batch::single(1, 100).unwrap()));
+    assert!(!cache.can_append(&long) && cache.can_append(&Batch::single(1, 100).unwrap()));
     let (q, kv) = (random(4000, HEADS), random(4000, KV_HEADS));
     // The room is checked before attention is computed and before numbers are packed.
     let large = (&kv * 1e6).unwrap();

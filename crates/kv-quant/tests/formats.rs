@@ -116,8 +116,8 @@ fn turboquant_is_vllms() {
     }
 }
 
-/// The iterations' logarithms and exponentials are those of another library: a factor may differ in
-/// its last place.
+/// The reference uses logarithms and exponentials of another library, so a factor may differ in its
+/// last place.
 fn close(a: &[f16], b: &[f16]) -> bool {
     let last_place = |a: f16, b: f16| (a.to_bits() as i32 - b.to_bits() as i32).abs() <= 1;
     a.len() == b.len() && a.iter().zip(b).all(|(&a, &b)| last_place(a, b))
@@ -161,7 +161,7 @@ fn kvarn_is_the_published_code() {
     assert!(counts[1] * 10_000 <= counts[0], "{counts:?}");
 }
 
-/// More bits never give a format of a higher loss, and no format takes more bits than it may.
+/// More bits never give a format with a higher loss, and no format has more bits than allowed.
 #[test]
 fn formats_for_bits_are_of_at_most_these_bits_and_in_order_of_their_loss() {
     for head_dim in [64, 80, 128, 256] {

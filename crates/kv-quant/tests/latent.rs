@@ -79,7 +79,7 @@ fn packed_latents_are_counted_once() {
                 let (a, b) = (exact.attend(&step).unwrap(), packed.attend(&step).unwrap());
                 largest = largest.max(distance(&a, &b));
             }
-            // Two bits of random numbers leave little; the others are near.
+            // The error of two bits is large for random numbers; that of other formats is small.
             assert!(largest < 0.6, "{format:?}: {largest}");
             packed.footprint().total() - packed.footprint().slack
         })

@@ -264,11 +264,11 @@ fn a_full_pool_changes_nothing() {
         }
         let before = (all(&pool, 1), all(&pool, 2), pool.footprint(), pool.free_bytes());
         let (k, v) = tokens(1, 0, 37);
-        let Err(Error::PoolFull { asked, free }) = pool.append(&[1], &[0, 37], &k, &v) else {
+        let Err(Error::PoolFull { needed, free }) = pool.append(&[1], &[0, 37], &k, &v) else {
             panic!("there was room")
         };
-        assert_eq!((asked, free), (pool.bytes_needed(&[1], &[0, 37]).unwrap(), pool.free_bytes()));
-        assert!(asked > free);
+        assert_eq!((needed, free), (pool.bytes_needed(&[1], &[0, 37]).unwrap(), pool.free_bytes()));
+        assert!(needed > free);
         let (k, v) = tokens(3, 0, 400);
         assert!(pool.append(&[3], &[0, 400], &k, &v).is_err());
         let after = (all(&pool, 1), all(&pool, 2), pool.footprint(), pool.free_bytes());

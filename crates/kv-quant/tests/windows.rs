@@ -79,13 +79,13 @@ fn a_window_drops_blocks_and_packs_nothing_anew() {
         cache.store().read(0, 0).unwrap().0.to_vec2::<f32>().unwrap()
     };
     let before = keys(&cache);
-    // Those in the residual are packed as more tokens are appended; the oldest are packed already.
+    // Tokens of the residual are packed as more tokens are appended; the oldest are already packed.
     for _ in 0..GROUP {
         feed(&mut cache, 1);
     }
     assert_eq!((before.len(), cache.held(0)), (WINDOW, WINDOW));
     assert_eq!(keys(&cache)[..64], before[GROUP..GROUP + 64]);
-    // Eight residuals of 128 tokens later it holds as much.
+    // After eight more residuals of 128 tokens the bytes are the same.
     let bytes = cache.seq_footprint(0).payload;
     for _ in 0..1024 {
         feed(&mut cache, 1);

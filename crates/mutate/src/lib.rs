@@ -11,31 +11,32 @@ use mutation::mutated;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-/// The longest that one input may take.
+/// The time limit per input.
 const LONGEST: Duration = Duration::from_secs(10);
-/// Inputs that are tried if `LONGCTX_FUZZ_INPUTS` does not say how many.
+/// The number of inputs unless `LONGCTX_FUZZ_INPUTS` is set.
 const INPUTS: u64 = 1000;
 
-/// A test of what reads one kind of file.
+/// A test of a function that reads one kind of file.
 pub struct Trial<'a> {
-    /// What is read; it names the file in which an input that fails is left.
+    /// The name of the test, and of the file to which a failing input is written.
     pub name: &'a str,
-    /// Files that are right, which inputs are made from.
+    /// Valid files, from which inputs are derived.
     pub corpus: &'a [Vec<u8>],
-    /// The most bytes that reading a file of so many bytes may take. Checked where [`Counting`] is
-    /// the allocator.
+    /// Returns the largest number of bytes that reading may allocate for a file of the given size.
+    /// Checked if [`Counting`] is the global allocator.
     pub memory: fn(usize) -> usize,
 }
 
 impl Trial<'_> {
-    /// Has `read` read the corpus and mutations of it; returns how many inputs.
+    /// Calls `read` with the corpus and with mutations of it. Returns the number of mutations.
     ///
     /// # Panics
-    /// With the path of the input that made `read` panic, take too much memory or take too long.
+    /// If `read` panics, allocates too much memory or takes too long. The message contains the path
+    /// of the input.
     pub fn run(&self, mut read: impl FnMut(&[u8])) -> u64 {
         let wanted = std::env::var("LONGCTX_FUZZ_INPUTS").ok().and_then(|text| text.parse().ok());
         let wanted: u64 = wanted.unwrap_or(INPUTS);
-        // What is made once, such as tables, is made by the first reading, which is not measured.
+        // The first calls are not measured, because they initialize tables and other global state.
         self.corpus.iter().for_each(|input| read(input));
         for input in self.corpus {
             self.check(input, &mut read);

@@ -1,4 +1,4 @@
-//! Small damage to files that are right.
+//! Random mutations of valid files.
 
 use rand::Rng;
 use rand::rngs::StdRng;
@@ -6,7 +6,7 @@ use rand::rngs::StdRng;
 /// Numbers at which sizes and offsets overflow.
 const EDGES: [u64; 10] =
     [0, 1, 0x7f, 0xff, 0x7fff, 0xffff, 0x7fff_ffff, 0xffff_ffff, 1 << 62, u64::MAX];
-/// Numbers as text has them.
+/// Extreme numbers as text.
 const WORDS: [&str; 10] = [
     "0",
     "-1",
@@ -20,7 +20,7 @@ const WORDS: [&str; 10] = [
     "\"\u{20ac}\"",
 ];
 
-/// One of the corpus with one to eight mutations.
+/// Returns a file of the corpus with one to eight mutations.
 pub fn mutated(rng: &mut StdRng, corpus: &[Vec<u8>]) -> Vec<u8> {
     let mut bytes = corpus[rng.random_range(0..corpus.len())].clone();
     for _ in 0..1 << rng.random_range(0..4) {
@@ -59,7 +59,7 @@ fn mutate(rng: &mut StdRng, bytes: &mut Vec<u8>, corpus: &[Vec<u8>]) {
     }
 }
 
-/// Replaces the next number written in digits.
+/// Replaces the next decimal number.
 fn number(rng: &mut StdRng, bytes: &mut Vec<u8>, at: usize) {
     let digits = |byte: &u8| byte.is_ascii_digit();
     let Some(start) = bytes[at..].iter().position(digits).map(|found| at + found) else { return };

@@ -1,5 +1,5 @@
-//! The baselines keep the laws of every compressor that copies bytes, and rank as public packages
-//! do.
+//! The baselines satisfy the laws of compressors that copy bytes, and rank sentences like public
+//! packages.
 
 use longctx_core::{Prompt, PromptCompressor, Rate};
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle, bm25, tf_idf};
@@ -35,7 +35,7 @@ proptest! {
         }
         let short = make(which).compress(prompt, rate).unwrap();
         short.check(&text).unwrap();
-        prop_assert_eq!(short.rebuild(&text), short.text.as_str());
+        prop_assert_eq!(short.kept_text(&text), short.text.as_str());
         prop_assert!(short.pieces.windows(2).all(|p| p[0].source.end < p[1].source.start));
         // The pieces consist of whole words; their number matches the rate, within one.
         let all = words(&text);
@@ -60,7 +60,7 @@ proptest! {
         let short = prompt.compress_with(&mut make(which), Rate::new(0.3).unwrap()).unwrap();
         short.check(&prompt.text()).unwrap();
         prop_assert!(short.text.starts_with(&head) && short.text.ends_with(&tail));
-        prop_assert_eq!(short.rebuild(&prompt.text()), short.text);
+        prop_assert_eq!(short.kept_text(&prompt.text()), short.text);
     }
 }
 

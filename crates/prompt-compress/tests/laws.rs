@@ -84,7 +84,7 @@ proptest! {
                 prop_assert_eq!(&text[piece.source.clone()], &compressed.text[piece.output.clone()]);
             }
             let spaces = |text: &str| text.split_whitespace().collect::<String>();
-            prop_assert_eq!(spaces(&compressed.rebuild(&text)), spaces(&compressed.text));
+            prop_assert_eq!(spaces(&compressed.kept_text(&text)), spaces(&compressed.text));
         }
     }
 
@@ -144,7 +144,7 @@ proptest! {
         let short = selective.compress(Prompt::new(&text).unwrap(), Rate::new(rate).unwrap()).unwrap();
         let words = |text: &str| text.split_whitespace().count() as f64;
         prop_assert!((words(&short.text) - rate * words(&text)).abs() <= 1.0 + 1e-9);
-        prop_assert_eq!(short.rebuild(&text), short.text);
+        prop_assert_eq!(short.kept_text(&text), short.text);
     }
 
     #[test]
@@ -159,7 +159,7 @@ proptest! {
     }
 }
 
-/// Three bytes per character, and as many tokens in the tiny vocabulary.
+/// Characters of three bytes each, and of three tokens each in the tiny vocabulary.
 const FOREIGN: &str = "天地玄黃宇宙洪荒日月盈昃辰宿列張いろはにほへとちりぬるをわかよたれそつねならむうゐのおくやま가나다라마바사아자차카타파하";
 
 proptest! {
@@ -291,7 +291,7 @@ fn a_text_longer_than_the_context_is_read_on() {
     let short = lingua.compress(Prompt::new(&text).unwrap(), Rate::new(0.6).unwrap()).unwrap();
     short.check(&text).unwrap();
     assert!(is_in_order(&short));
-    assert_eq!(short.rebuild(&text), short.text);
+    assert_eq!(short.kept_text(&text), short.text);
     let share = short.text.len() as f64 / text.len() as f64;
     assert!((0.4..0.8).contains(&share), "{share}");
 }
@@ -329,8 +329,8 @@ impl CausalLm for Counting {
         self.0.seen(seq)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
-        self.0.can_take(batch)
+    fn can_append(&self, batch: &Batch) -> bool {
+        self.0.can_append(batch)
     }
 
     fn footprint(&self) -> Footprint {
@@ -349,8 +349,8 @@ impl CausalLm for Counting {
         self.0.vocab_size()
     }
 
-    fn family(&self) -> &str {
-        self.0.family()
+    fn model_type(&self) -> &str {
+        self.0.model_type()
     }
 
     fn device(&self) -> &Device {

@@ -26,8 +26,8 @@ impl LayerBudgets {
         if !(beta >= 1.0 && beta.is_finite()) {
             return Err(Error::setting("beta", "a number from 1", beta));
         }
-        if spec.index >= spec.count {
-            let expected = format!("one of {}, from 0", spec.count);
+        if spec.index >= spec.num_layers {
+            let expected = format!("one of {}, from 0", spec.num_layers);
             return Err(Error::setting("layer", expected, spec.index));
         }
         Ok(())
@@ -45,7 +45,7 @@ impl LayerBudgets {
             min = 2.0 * budget - max;
         }
         let fits = all >= max && max >= min && min >= window;
-        let own = match spec.count {
+        let own = match spec.num_layers {
             _ if !fits => budget,
             1 => max,
             layers => max - spec.index as f64 * (max - min) / (layers - 1) as f64,

@@ -13,7 +13,7 @@ use crate::{
 };
 use candle_core::Tensor;
 use longctx_core::{
-    Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Result, SeqId, Step, check_new,
+    Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Result, SeqId, Step, check_unseen,
 };
 
 /// A cache that keeps, in any store, the entries that a policy selects within a budget, separately
@@ -256,7 +256,7 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
 
     fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
         self.check(step)?;
-        check_new(self, step.batch)?;
+        check_unseen(self, step.batch)?;
         if self.needs_lse() {
             crate::storage::check_lse(step, lse, &self.spec)?;
         }
@@ -325,7 +325,7 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
         self.store.len(seq)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
+    fn can_append(&self, batch: &Batch) -> bool {
         let appended: Vec<_> =
             batch.iter().map(|(seq, own)| (seq, self.max_appended(seq, own.len()))).collect();
         Batch::new(&appended).is_ok_and(|batch| self.store.can_append(&batch))

@@ -13,7 +13,7 @@ use crate::sub_batch::{SubBatch, assemble};
 use candle_core::Tensor;
 use longctx_core::{
     AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Result, SeqId, Step,
-    attention, check_new,
+    attention, check_unseen,
 };
 pub use settings::InfLlmSettings;
 use settings::Sizes;
@@ -121,7 +121,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     fn with_sizes(spec: LayerSpec, past: S, window: W, sizes: Sizes) -> Result<Self> {
         check_store(&spec, &past, "InfLLM")?;
         check_store(&spec, &window, "InfLLM")?;
-        spec.rope_for("InfLLM")?;
+        spec.require_rope("InfLLM")?;
         let (exact_prompt, published_remainder) = (false, false);
         let sequences = Sequences::default();
         Ok(Self { spec, sizes, exact_prompt, published_remainder, past, window, sequences })
@@ -289,7 +289,7 @@ impl<S: KvStore, W: KvStore> KvCache for InfLlm<S, W> {
     fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
         step.check(&self.spec)?;
         self.sequences.check(step.batch)?;
-        check_new(self, step.batch)?;
+        check_unseen(self, step.batch)?;
         check_lse(step, lse, &self.spec)?;
         let rows = UnrotatedRows { exact_lse: lse.cloned(), ..UnrotatedRows::all(step) };
         let before = self.lens_before(step.batch);
@@ -353,7 +353,7 @@ impl<S: KvStore, W: KvStore> KvCache for InfLlm<S, W> {
         self.sequences.seen(seq)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
+    fn can_append(&self, batch: &Batch) -> bool {
         let of_window = |(seq, own): (SeqId, std::ops::Range<usize>)| {
             let sizes = self.sizes.of(self.sequences.prompt_with(seq, own.len())).ok();
             let max = sizes.map_or(usize::MAX, |sizes| sizes.local + sizes.chunk);

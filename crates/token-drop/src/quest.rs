@@ -10,7 +10,7 @@ use bounds::PageBounds;
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{
     AttentionState, Batch, EntryRanges, Error, Footprint, KvCache, KvStore, LayerSpec, Mask,
-    Result, SeqId, Step, check_new,
+    Result, SeqId, Step, check_unseen,
 };
 
 /// A cache that drops nothing: a decoded token reads only the few pages whose keys may match its
@@ -123,7 +123,7 @@ impl<S: KvStore> Quest<S> {
     /// Selects the entries that decoded tokens read.
     fn select_ranges(&self, batch: &Batch, q: &Tensor) -> Result<EntryRanges> {
         let shape = &self.spec.shape;
-        let of_group = shape.group() * shape.head_dim;
+        let of_group = shape.heads_per_kv() * shape.head_dim;
         let q = q.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
         let mut ranges = Vec::new();
         for (i, queries) in q.chunks_exact(of_group).enumerate() {
@@ -211,7 +211,7 @@ impl<S: KvStore> KvCache for Quest<S> {
     fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
         step.check(&self.spec)?;
         self.sequences.check(step.batch)?;
-        check_new(self, step.batch)?;
+        check_unseen(self, step.batch)?;
         self.step_or_roll_back(step, false).map(drop)
     }
 
@@ -266,7 +266,7 @@ impl<S: KvStore> KvCache for Quest<S> {
         self.sequences.seen(seq)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
+    fn can_append(&self, batch: &Batch) -> bool {
         self.store.can_append(batch)
     }
 

@@ -91,10 +91,10 @@ impl Settings {
             return Err(Error::setting("decode step", expected, "none"));
         }
         if self.rerotate {
-            spec.rope_for("re-rotation")?;
+            spec.require_rope("re-rotation")?;
         }
         if needs.queries.is_some() {
-            spec.rope_for("a policy that reads queries before the rotary embedding")?;
+            spec.require_rope("a policy that reads queries before the rotary embedding")?;
         }
         self.check_observed(needs)
     }

@@ -11,7 +11,7 @@ use crate::sub_batch::{SubBatch, assemble};
 use candle_core::{DType, Tensor};
 use longctx_core::{
     AttentionState, Batch, DenseStore, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result,
-    Selection, SeqId, Step, attention, check_new,
+    Selection, SeqId, Step, attention, check_unseen,
 };
 
 /// Share of sinks among the kept tokens, if a ratio of the prompt is kept (arXiv 2407.01527).
@@ -117,7 +117,7 @@ impl<S: KvStore> StreamingLlm<S> {
 
     fn with_size(spec: LayerSpec, window: S, size: Size) -> Result<Self> {
         check_store(&spec, &window, "StreamingLLM")?;
-        spec.rope_for("StreamingLLM")?;
+        spec.require_rope("StreamingLLM")?;
         let sinks = DenseStore::new(spec.shape, DType::F32)?;
         Ok(Self { spec, size, step: 1, sinks, window, sequences: Sequences::default() })
     }
@@ -293,7 +293,7 @@ impl<S: KvStore> KvCache for StreamingLlm<S> {
     fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
         step.check(&self.spec)?;
         self.sequences.check(step.batch)?;
-        check_new(self, step.batch)?;
+        check_unseen(self, step.batch)?;
         let (_, k) = step.rotate(&self.spec, |_| 0)?;
         let (updates, lens) = (self.window_updates(step.batch), self.lens(step.batch));
         let appended = self.append(step, &k, &updates, |_| true);
@@ -364,7 +364,7 @@ impl<S: KvStore> KvCache for StreamingLlm<S> {
         self.sinks.len(seq) + self.window.len(seq)
     }
 
-    fn can_take(&self, batch: &Batch) -> bool {
+    fn can_append(&self, batch: &Batch) -> bool {
         let appended = batch.iter().filter_map(|(seq, own)| {
             let WindowUpdate { tokens, new_sinks, skipped, .. } =
                 self.window_update(seq, own.len());

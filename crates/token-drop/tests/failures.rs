@@ -186,7 +186,7 @@ proptest! {
         cases: cases(24, 1000), failure_persistence: None, ..Default::default()
     })]
 
-    /// A full pool is an error that changes nothing, and it occurs only where `can_take` returned
+    /// A full pool is an error that changes nothing, and it occurs only where `can_append` returned
     /// false.
     #[test]
     fn a_full_pool_changes_nothing(
@@ -197,7 +197,7 @@ proptest! {
         for (name, mut cache) in caches(store) {
             for &(seq, tokens) in &calls {
                 let was = held(&*cache);
-                let fits = cache.can_take(&Batch::single(seq, tokens).unwrap());
+                let fits = cache.can_append(&Batch::single(seq, tokens).unwrap());
                 match Input::random(tokens).feed(&mut cache, seq) {
                     Ok(_) => {}
                     Err(Error::PoolFull { .. }) => {
@@ -239,7 +239,7 @@ fn an_eviction_without_room_for_copies_is_put_off() {
     let token = Input::random(1);
     // Each head needs a block for the copy of its last block; only one is free.
     let mut cache = full(9);
-    assert!(!cache.can_take(&Batch::single(1, 1).unwrap()));
+    assert!(!cache.can_append(&Batch::single(1, 1).unwrap()));
     let error = token.feed(&mut cache, 1).unwrap_err();
     assert!(matches!(error, Error::PoolFull { .. }));
     assert_eq!(held(&cache), (100, 100, 100));

@@ -10,7 +10,7 @@ use token_drop::*;
 /// The attention that each of two query heads gave to four entries. The last entry is the window's.
 const SUMS: [[f32; 4]; 2] = [[3.0, 0.0, 1.0, 9.0], [0.0, 2.0, 1.5, 9.0]];
 
-/// A view of one kv head that shows nothing yet.
+/// Returns a view of one kv head without tensors.
 fn view(spec: &LayerSpec, entries: usize) -> LayerView<'_> {
     LayerView {
         spec,
@@ -27,7 +27,7 @@ fn view(spec: &LayerSpec, entries: usize) -> LayerView<'_> {
     }
 }
 
-/// The scores of the first three entries.
+/// Returns the scores of the first three entries.
 fn scores(policy: &impl EvictionPolicy) -> Vec<f32> {
     let spec = LayerSpec::new(AttentionShape::new(2, 1, 4).unwrap());
     let sums = Tensor::new(&[SUMS], &Device::Cpu).unwrap();

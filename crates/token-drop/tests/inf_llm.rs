@@ -37,7 +37,7 @@ fn inf_llm() -> InfLlm<DenseStore> {
     InfLlm::new(spec(), store(), store(), SIZES).unwrap()
 }
 
-/// Feeds sequence 9 tokens from `start` on.
+/// Feeds sequence 9 the tokens from `start` on.
 fn feed(
     cache: &mut impl KvCache,
     fixture: &HashMap<String, Tensor>,
@@ -75,7 +75,7 @@ fn compare(name: &str, cache: impl Fn() -> InfLlm<DenseStore>) {
     }
     let blocks = fixture[&format!("{name}.blocks")].to_vec1::<i64>().unwrap();
     assert_eq!(whole.blocks(9) as i64, blocks[0]);
-    // Chunk by chunk, to see which blocks each chunk retrieved.
+    // Feeds chunk by chunk, to compare the blocks that each chunk retrieved.
     let mut by_chunk = cache();
     let mut start = 0;
     let chunks = calls.iter().flat_map(|&tokens| {

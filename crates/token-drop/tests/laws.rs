@@ -64,7 +64,7 @@ proptest! {
             let positions = cache.positions(4).unwrap();
             let entries: usize = positions.iter().map(Vec::len).sum();
             prop_assert_eq!(cache.footprint().payload, entries * 2 * DIM * 2);
-            // Positions that follow each other up to the last take no memory.
+            // Consecutive positions up to the last one need no memory.
             let apart = |positions: &Vec<u32>| {
                 positions.windows(2).rposition(|w| w[0] + 1 < w[1]).map_or(0, |last| last + 1)
             };

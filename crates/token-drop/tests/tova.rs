@@ -1,4 +1,4 @@
-//! TOVA's published code may drop the newest token; kvpress and this crate's default do not.
+//! TOVA's published code can evict the newest token; kvpress and this crate's default never do.
 
 mod common;
 

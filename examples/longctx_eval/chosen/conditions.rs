@@ -1,5 +1,6 @@
-//! What decides questions and answers beside the settings, for a run's manifest. Only what the
-//! chosen settings and tasks depend on: a run may grow by others.
+//! The conditions of a run's manifest: values besides the settings that affect questions and
+//! answers. Only those on which the chosen settings and tasks depend are included, so that a run
+//! can be extended by others.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,12 +15,13 @@ use super::{Chosen, DATA, LONGBENCH_V2, NEEDLES, TaskArgs};
 type Conditions = BTreeMap<String, String>;
 
 impl Chosen {
-    /// Of the settings: how prompts are fed, the content of the models, and what methods are given.
+    /// Returns the conditions of the settings: the prefill chunk, the content of the models, and
+    /// the methods' arguments.
     pub fn conditions(&self, settings: &[Setting]) -> Result<Conditions> {
         let mut all = Conditions::new();
         let chunk = self.prefill_chunk.map_or("all at once".into(), |chunk| chunk.to_string());
         all.insert("prefill_chunk".into(), chunk);
-        // Runs of before a condition existed have its default.
+        // Runs from before a condition existed used its default.
         if self.compress != Compress::default() {
             all.insert("compress".into(), format!("{:?}", self.compress).to_lowercase());
         }
@@ -48,7 +50,8 @@ impl Chosen {
 }
 
 impl TaskArgs {
-    /// Of the tasks: the content of data and haystack, and what samples' names don't tell.
+    /// Returns the conditions of the tasks: the content of data and haystack, and values that
+    /// samples' ids do not contain.
     pub fn conditions(&self, tasks: &[Box<dyn Task>], settings: &[Setting]) -> Result<Conditions> {
         let mut all = Conditions::new();
         let data = self.data.as_deref().unwrap_or(Path::new(DATA));
@@ -75,7 +78,7 @@ impl TaskArgs {
     }
 }
 
-/// The digest of a file or folder; what the Hub has by a name is not looked into.
+/// Returns the digest of a file or folder. The content of models of the Hub is not read.
 fn content(name: &str) -> Result<String> {
     let path = Path::new(name);
     match path.exists() {

@@ -1,4 +1,4 @@
-//! One request's answer: the scheduler's events as text.
+//! The answer to one request: converts the scheduler's events to text.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,13 +11,13 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 /// A part of an answer.
 pub enum Piece {
-    /// Text.
+    /// A piece of text.
     Text(String),
-    /// The end, with its reason: "stop" or "length".
+    /// The end of the answer, with its reason: "stop" or "length".
     End(&'static str),
 }
 
-/// An answer as it comes. Dropping it cancels the request.
+/// A streamed answer. Dropping it cancels the request.
 pub struct Answer {
     app: Arc<App>,
     events: UnboundedReceiver<Event>,
@@ -27,12 +27,12 @@ pub struct Answer {
     prompt_tokens: usize,
     written: usize,
     cached: usize,
-    /// The reason of an end that has come while text was still to be handed out.
+    /// The reason of the end, if text remains to be returned before it.
     ended: Option<&'static str>,
 }
 
 impl Answer {
-    /// Of the events of a request that was made at `asked`.
+    /// Creates the answer from the events of a request that was received at `asked`.
     pub fn new(
         app: Arc<App>,
         events: UnboundedReceiver<Event>,
@@ -45,10 +45,10 @@ impl Answer {
         Self { app, events, detokenizer, stops, asked, prompt_tokens, written, cached, ended }
     }
 
-    /// The next piece of text that is not empty, or the end.
+    /// Returns the next piece of text that is not empty, or the end.
     ///
     /// # Errors
-    /// If the request failed, or the scheduler is gone.
+    /// If the request failed, or the scheduler has stopped.
     pub async fn next(&mut self) -> Result<Piece, Failure> {
         loop {
             if let Some(reason) = self.ended {
@@ -79,13 +79,13 @@ impl Answer {
         let piece = self.detokenizer.push(token, &decode).map_err(Failure::unavailable)?;
         let (text, stopped) = self.stops.push(&piece);
         if stopped {
-            // The scheduler need not go on.
+            // This cancels the request in the scheduler.
             self.events.close();
         }
         Ok((text, stopped.then_some("stop")))
     }
 
-    /// The text that was held back.
+    /// Returns the text that was held back.
     fn rest(&mut self) -> Result<String, Failure> {
         let decode = |tokens: &[u32]| self.app.llm.decode(tokens);
         let piece = self.detokenizer.finish(&decode).map_err(Failure::unavailable)?;
@@ -93,7 +93,7 @@ impl Answer {
         Ok(if stopped { text } else { text + &self.stops.finish() })
     }
 
-    /// The tokens that it took so far.
+    /// Returns the numbers of tokens so far.
     pub fn usage(&self) -> Usage {
         Usage {
             prompt_tokens: self.prompt_tokens,

@@ -1,4 +1,4 @@
-//! Requests and responses of the OpenAI API, as far as the server answers them.
+//! Requests and responses of the supported part of the OpenAI API.
 
 use axum::Json;
 use axum::http::StatusCode;
@@ -8,7 +8,7 @@ use longctx_core::Sampling;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-/// `POST /v1/completions`. Other fields, the model's name among them, are ignored.
+/// `POST /v1/completions`. Other fields are ignored, such as the model's name.
 #[derive(Debug, Deserialize)]
 pub struct Completion {
     /// The text to continue.
@@ -31,14 +31,14 @@ pub enum Prompt {
     Texts(Vec<String>),
 }
 
-/// `POST /v1/chat/completions`. Other fields, the model's name among them, are ignored.
+/// `POST /v1/chat/completions`. Other fields are ignored, such as the model's name.
 #[derive(Debug, Deserialize)]
 pub struct Chat {
     /// The conversation.
     pub messages: Vec<Turn>,
     /// The most tokens to write.
     pub max_tokens: Option<usize>,
-    /// Its newer name.
+    /// The newer name of `max_tokens`.
     pub max_completion_tokens: Option<usize>,
     #[serde(flatten)]
     pub common: Common,
@@ -49,7 +49,7 @@ pub struct Chat {
 pub struct Turn {
     /// "system", "user" or "assistant".
     pub role: String,
-    /// Its text.
+    /// The text of the message.
     pub content: Content,
 }
 
@@ -57,9 +57,9 @@ pub struct Turn {
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 pub enum Content {
-    /// Whole.
+    /// One text.
     Text(String),
-    /// In parts.
+    /// A list of parts.
     Parts(Vec<Part>),
 }
 
@@ -67,7 +67,7 @@ pub enum Content {
 #[derive(Debug, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Part {
-    /// Text; other kinds of parts are refused.
+    /// Text; other kinds of parts are an error.
     Text {
         /// The text.
         text: String,
@@ -75,7 +75,7 @@ pub enum Part {
 }
 
 impl Turn {
-    /// As the chat template takes it.
+    /// Returns the message for the chat template.
     pub fn message(&self) -> Message {
         let content = match &self.content {
             Content::Text(text) => text.clone(),
@@ -87,30 +87,30 @@ impl Turn {
     }
 }
 
-/// What both kinds of requests have.
+/// The fields that both kinds of requests have.
 #[derive(Debug, Deserialize)]
 pub struct Common {
-    /// 0 is greedy.
+    /// Temperature of sampling; 0 is greedy.
     pub temperature: Option<f32>,
-    /// Nucleus sampling.
+    /// The probability mass of nucleus sampling.
     pub top_p: Option<f32>,
-    /// The same seed gives the same tokens.
+    /// The random seed; the same seed gives the same tokens.
     pub seed: Option<u64>,
     /// Strings that end the text.
     pub stop: Option<Stop>,
-    /// Whether the answer comes as server-sent events.
+    /// Whether the answer is streamed as server-sent events.
     #[serde(default)]
     pub stream: bool,
     /// What a stream adds.
     pub stream_options: Option<StreamOptions>,
-    /// Answers to one prompt; only 1.
+    /// The number of answers per prompt; only 1 is supported.
     pub n: Option<usize>,
 }
 
 /// What a stream adds.
 #[derive(Debug, Deserialize)]
 pub struct StreamOptions {
-    /// A last event with the numbers of tokens.
+    /// Whether the last event has the numbers of tokens.
     #[serde(default)]
     pub include_usage: bool,
 }
@@ -119,14 +119,14 @@ pub struct StreamOptions {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
 pub enum Stop {
-    /// One.
+    /// One string.
     One(String),
-    /// Several.
+    /// Several strings.
     Several(Vec<String>),
 }
 
 impl Common {
-    /// How tokens are chosen. Without a seed, each request has the given one.
+    /// Returns the parameters of sampling. `seed` is the default seed.
     pub fn sampling(&self, seed: u64) -> Sampling {
         match self.temperature {
             Some(temperature) if temperature <= 0.0 => Sampling::Greedy,
@@ -139,7 +139,7 @@ impl Common {
         }
     }
 
-    /// The strings that end the text.
+    /// Returns the strings that end the text.
     pub fn stops(&self) -> Vec<String> {
         match self.stop.clone() {
             None => Vec::new(),
@@ -148,53 +148,53 @@ impl Common {
         }
     }
 
-    /// Whether a stream ends with the numbers of tokens.
+    /// Returns whether a stream ends with the numbers of tokens.
     pub fn include_usage(&self) -> bool {
         self.stream_options.as_ref().is_some_and(|options| options.include_usage)
     }
 }
 
-/// Tokens that a request took.
+/// The numbers of tokens of a request.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Usage {
-    /// Of the prompt.
+    /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Written.
+    /// Tokens generated.
     pub completion_tokens: usize,
-    /// Both.
+    /// The sum of both.
     pub total_tokens: usize,
-    /// More on the prompt's.
+    /// Details of the prompt's tokens.
     pub prompt_tokens_details: PromptTokens,
 }
 
-/// More on a prompt's tokens.
+/// Details of a prompt's tokens.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct PromptTokens {
-    /// Tokens that an earlier request's memory gave.
+    /// Tokens whose keys and values come from an earlier request.
     pub cached_tokens: usize,
 }
 
-/// An error as the API has it.
+/// An error response of the API.
 #[derive(Debug)]
 pub struct Failure {
     /// The status of the response.
     pub status: StatusCode,
-    /// What was expected and what came.
+    /// The message: what was expected and what was found.
     pub message: String,
 }
 
 impl Failure {
-    /// A request that can't be answered as it is.
+    /// Returns the error of an invalid request.
     pub fn bad_request(message: impl std::fmt::Display) -> Self {
         Self { status: StatusCode::BAD_REQUEST, message: message.to_string() }
     }
 
-    /// A server that can't answer now.
+    /// Returns the error of a server that cannot answer now.
     pub fn unavailable(message: impl std::fmt::Display) -> Self {
         Self { status: StatusCode::SERVICE_UNAVAILABLE, message: message.to_string() }
     }
 
-    /// The body of the response.
+    /// Returns the body of the response.
     pub fn body(&self) -> serde_json::Value {
         let kind = match self.status.is_client_error() {
             true => "invalid_request_error",

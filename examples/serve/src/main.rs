@@ -30,41 +30,41 @@ use tokio::sync::mpsc::unbounded_channel;
 #[derive(Parser)]
 #[command(about = "Serves a model over the OpenAI API, many sequences at a time")]
 struct Args {
-    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by default
-    /// SmolLM2-135M-Instruct, fetched if need be
+    /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by
+    /// default SmolLM2-135M-Instruct, downloaded if it is missing
     #[arg(long)]
     model: Option<String>,
     #[command(flatten)]
     place: Place,
-    /// How attention layers remember: dense-f16, kivi-4, kivi-2, snap-kv-4x, …
+    /// The cache method of attention layers: dense-f16, kivi-4, kivi-2, snap-kv-4x, …
     #[arg(long, default_value = "dense-f16")]
     method: String,
-    /// MiB of keys and values for all sequences; by default as much as they need
+    /// Memory limit of the keys and values of all sequences, in MiB; by default there is none
     #[arg(long)]
     cache_mib: Option<usize>,
-    /// Tokens of a prompt that a step feeds; 0: the whole prompt, exact under every method, and
-    /// without reuse of prefixes
+    /// Tokens of a prompt per step; 0 feeds the whole prompt, which is exact with every method but
+    /// does not reuse prefixes
     #[arg(long, default_value_t = 128)]
     prefill_chunk: usize,
-    /// Tokens of a step beyond which no further prompt joins it
+    /// Tokens of a step at which no further prompt is added to it
     #[arg(long, default_value_t = 512)]
     step_tokens: usize,
-    /// Prefixes of prompts that are kept for later requests
+    /// Largest number of prompt prefixes kept for later requests
     #[arg(long, default_value_t = 64)]
     prefixes: usize,
-    /// The most tokens of an answer
+    /// Largest number of tokens of an answer
     #[arg(long, default_value_t = 4096)]
     max_tokens: usize,
-    /// Requests that may wait; further ones are answered 429
+    /// Largest number of waiting requests; further requests get status 429
     #[arg(long, default_value_t = 1024)]
     queue: usize,
-    /// The largest body of a request, in bytes
+    /// Largest body of a request, in bytes
     #[arg(long, default_value_t = 4 << 20)]
     body_limit: usize,
-    /// Where to listen
+    /// Address to listen on
     #[arg(long, default_value = "127.0.0.1:8080")]
     address: SocketAddr,
-    /// A key that requests must carry as a bearer token
+    /// API key that requests must send as a bearer token
     #[arg(long, env = "LONGCTX_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
 }
@@ -103,13 +103,13 @@ async fn main() -> Result<()> {
     println!("{name} with {} at http://{}", args.method, listener.local_addr()?);
     let routes = routes::router(app, args.body_limit);
     axum::serve(listener, routes).with_graceful_shutdown(interrupted()).await?;
-    // All senders are gone now: the scheduler ends after the last request.
+    // All senders are dropped, so the scheduler ends after the last request.
     tokio::task::spawn_blocking(move || serving.join())
         .await?
         .map_err(|_| anyhow::anyhow!("the scheduler panicked"))
 }
 
-/// A model's file or folder without the path to it.
+/// Returns the name of a model's file or folder without its path.
 fn listed_name(name: &str) -> String {
     match std::path::Path::new(name) {
         path if path.exists() => {
@@ -119,7 +119,7 @@ fn listed_name(name: &str) -> String {
     }
 }
 
-/// Ends at an interrupt, or when the process is asked to end.
+/// Completes on an interrupt or a termination signal.
 async fn interrupted() {
     let interrupt = tokio::signal::ctrl_c();
     #[cfg(unix)]

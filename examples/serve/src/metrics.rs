@@ -1,4 +1,4 @@
-//! Counters and gauges, as Prometheus reads them.
+//! Prometheus metrics.
 
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -6,26 +6,26 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
-/// What the server counts.
+/// The server's metrics.
 pub struct Metrics {
     registry: Registry,
-    /// Requests answered to their end.
+    /// Requests that were answered completely.
     pub done: Counter,
     /// Requests that failed.
     pub failed: Counter,
-    /// Requests whose client left.
+    /// Requests whose client disconnected.
     pub cancelled: Counter,
-    /// Tokens of prompts that were fed.
+    /// Prompt tokens that the model processed.
     pub prompt_tokens: Counter,
-    /// Tokens of prompts that kept prefixes gave.
+    /// Prompt tokens taken from kept prefixes.
     pub cached_tokens: Counter,
-    /// Tokens written.
+    /// Tokens generated.
     pub written_tokens: Counter,
-    /// Requests at work.
+    /// Running requests.
     pub running: Gauge,
-    /// Requests that wait for memory.
+    /// Requests waiting for memory.
     pub waiting: Gauge,
-    /// Sequences that the model holds, kept prefixes included.
+    /// Sequences of the model, including kept prefixes.
     pub sequences: Gauge,
     /// Bytes of the sequences' keys and values.
     pub kv_bytes: Gauge,
@@ -34,7 +34,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// All at zero.
+    /// Creates metrics with all values zero.
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("longctx");
         let counter = |registry: &mut Registry, name: &str, help: &str| {
@@ -77,7 +77,7 @@ impl Metrics {
         }
     }
 
-    /// The text that Prometheus scrapes.
+    /// Returns the metrics in Prometheus' text format.
     pub fn text(&self) -> String {
         let mut text = String::new();
         // Writing to a string does not fail.

@@ -1,22 +1,22 @@
-//! Prefixes of prompts whose memory is kept for later requests.
+//! Prefixes of prompts whose keys and values are kept for later requests.
 
 use longctx_core::SeqId;
 
-/// Prefixes by their tokens. Each has a sequence of the model that holds exactly these tokens.
+/// Kept prefixes by their tokens. Each has a sequence of the model with exactly these tokens.
 pub struct Prefixes {
     most: usize,
-    /// In the order of their last use.
+    /// Prefixes in the order of their last use.
     kept: Vec<(Vec<u32>, SeqId)>,
 }
 
 impl Prefixes {
-    /// Keeps at most so many.
+    /// Creates an empty set of at most `most` prefixes.
     pub fn new(most: usize) -> Self {
         Self { most, kept: Vec::new() }
     }
 
-    /// The longest prefix of a prompt that leaves at least one token to feed: its sequence and its
-    /// length. It counts as used.
+    /// Returns the sequence and the length of the longest kept prefix that leaves at least one
+    /// token of the prompt to feed, and marks it as used.
     pub fn find(&mut self, prompt: &[u32]) -> Option<(SeqId, usize)> {
         let fits = |tokens: &Vec<u32>| tokens.len() < prompt.len() && prompt.starts_with(tokens);
         let at = (0..self.kept.len())
@@ -28,19 +28,19 @@ impl Prefixes {
         Some(found)
     }
 
-    /// Whether exactly these tokens are kept.
+    /// Returns whether a prefix with exactly these tokens is kept.
     pub fn has(&self, tokens: &[u32]) -> bool {
         self.kept.iter().any(|(kept, _)| kept == tokens)
     }
 
-    /// Keeps a prefix; gives the sequence of the one that had to go for it.
+    /// Keeps a prefix. Returns the sequence of the prefix that was removed for it.
     pub fn keep(&mut self, tokens: &[u32], seq: SeqId) -> Option<SeqId> {
         let dropped = (self.kept.len() == self.most).then(|| self.drop_oldest(None)).flatten();
         self.kept.push((tokens.to_vec(), seq));
         dropped
     }
 
-    /// Takes out the prefix that was used the longest ago; `last` only if there is no other.
+    /// Removes the least recently used prefix; `last` only if there is no other.
     pub fn drop_oldest(&mut self, last: Option<SeqId>) -> Option<SeqId> {
         let at = self.kept.iter().position(|(_, seq)| Some(*seq) != last).unwrap_or(0);
         (at < self.kept.len()).then(|| self.kept.remove(at).1)
@@ -57,7 +57,7 @@ mod tests {
         assert_eq!(prefixes.keep(&[1, 2], 10), None);
         assert_eq!(prefixes.keep(&[1, 2, 3, 4], 11), None);
         assert_eq!(prefixes.find(&[1, 2, 3, 4, 5]), Some((11, 4)));
-        // A token must be left to feed.
+        // At least one token must remain to be fed.
         assert_eq!(prefixes.find(&[1, 2, 3, 4]), Some((10, 2)));
         assert_eq!(prefixes.find(&[2, 1]), None);
         assert_eq!(prefixes.keep(&[7], 12), Some(11));

@@ -1,4 +1,4 @@
-//! The routes: from HTTP to requests of the scheduler, and from its events to answers.
+//! HTTP routes: convert HTTP requests to requests of the scheduler, and its events to responses.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -24,29 +24,29 @@ use crate::api::{Chat, Common, Completion, Failure, Prompt};
 use crate::metrics::Metrics;
 use crate::scheduler::Request;
 
-/// What all routes share.
+/// The state shared by all routes.
 pub struct App {
-    /// Tokenizer and chat template.
+    /// The tokenizer and the chat template.
     pub llm: Llm,
-    /// The name under which the model is listed.
+    /// The model's name in the list of models.
     pub name: String,
-    /// The most tokens of a prompt and its answer.
+    /// The largest number of tokens of a prompt and its answer.
     pub context: usize,
-    /// The most tokens of an answer.
+    /// The largest number of tokens of an answer.
     pub max_tokens: usize,
-    /// Requests may wait while fewer than so many do.
+    /// The largest number of waiting requests.
     pub queue: usize,
-    /// Without it nothing under `/v1` is answered.
+    /// The key that requests under `/v1` must send; `None` if none is needed.
     pub api_key: Option<String>,
-    /// To the scheduler.
+    /// The scheduler's queue.
     pub requests: UnboundedSender<Request>,
-    /// What is counted.
+    /// The metrics.
     pub metrics: Arc<Metrics>,
-    /// Numbers requests.
+    /// The number of the next request.
     pub count: AtomicU64,
 }
 
-/// The routes over an application; bodies of more than `body_limit` bytes are refused.
+/// Returns the routes. Bodies of more than `body_limit` bytes are rejected.
 pub fn router(app: Arc<App>, body_limit: usize) -> Router {
     let api = Router::new()
         .route("/v1/completions", post(completions))
@@ -65,7 +65,7 @@ async fn authorize(State(app): State<Arc<App>>, request: HttpRequest, next: Next
     let Some(key) = &app.api_key else { return next.run(request).await };
     let header = request.headers().get(header::AUTHORIZATION);
     let given = header.and_then(|h| h.to_str().ok()).and_then(|h| h.strip_prefix("Bearer "));
-    // A comparison in constant time tells nothing about how much of a guess was right.
+    // A comparison in constant time does not reveal how much of a guess was right.
     if given.is_some_and(|given| bool::from(given.as_bytes().ct_eq(key.as_bytes()))) {
         return next.run(request).await;
     }
@@ -130,7 +130,7 @@ fn refused(rejection: JsonRejection) -> Failure {
     Failure { status: rejection.status(), message: rejection.body_text() }
 }
 
-/// Checks a request and hands it to the scheduler.
+/// Checks a request and sends it to the scheduler.
 fn begin(
     app: &Arc<App>,
     prompt: Vec<u32>,
@@ -181,7 +181,7 @@ fn answer(
     Answer::new(app.clone(), received, prompt_tokens, common.stops(), Instant::now())
 }
 
-/// How a kind of answer is written.
+/// The JSON format of a kind of answer.
 struct Shape {
     id: String,
     created: u64,
@@ -204,7 +204,7 @@ impl Shape {
         Self { id, created: now.as_secs(), model: app.name.clone(), whole, chunk, piece }
     }
 
-    /// A response with one choice.
+    /// Returns a response with one choice.
     fn choice(&self, object: &str, piece: &str, finish: Option<&str>) -> Value {
         let mut choice = (self.piece)(piece);
         choice["index"] = 0.into();
@@ -236,8 +236,8 @@ async fn respond(answer: Answer, shape: Shape, common: &Common) -> Result<Respon
     }
 }
 
-/// Server-sent events: a chunk for each piece of text, the finish, the usage if asked for, and the
-/// mark of the end.
+/// Streams server-sent events: a chunk per piece of text, the finish reason, the usage if
+/// requested, and `[DONE]`.
 fn stream(
     answer: Answer,
     shape: Shape,
@@ -245,7 +245,8 @@ fn stream(
 ) -> impl Stream<Item = Result<SseEvent, Infallible>> {
     let (events, received) = tokio::sync::mpsc::channel::<String>(16);
     tokio::spawn(async move {
-        // Drops the answer, which cancels it, as soon as the client has left, also before a token.
+        // When the client disconnects, the answer is dropped, which cancels the request, even
+        // before its first token.
         let mut answer = answer;
         loop {
             let next = tokio::select! {

@@ -1,8 +1,9 @@
-//! The scheduler: which sequences each step advances, on one thread that owns the model.
+//! The scheduler, which selects the sequences of each step. It runs on one thread that owns the
+//! model.
 //!
-//! A step is one [`Batch`]: a token for every sequence that decodes, and a chunk of the prompt for
-//! sequences that don't yet. Chunks end at multiples of a fixed size, whatever else is running, so
-//! that a compressed cache sees the same chunks under any load and gives the same answers.
+//! A step is one [`Batch`]: one token of every decoding sequence, and a chunk of the prompt of
+//! other sequences. Chunks always end at multiples of a fixed size. So a compressed cache sees the
+//! same chunks under any load and gives the same answers.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -16,60 +17,59 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, error::TryRecvError}
 pub struct Request {
     /// The prompt's tokens, at least one.
     pub prompt: Vec<u32>,
-    /// The most tokens to write, at least one.
+    /// The largest number of tokens to generate, at least one.
     pub max_tokens: usize,
-    /// How the next token is chosen.
+    /// The parameters of sampling.
     pub sampling: Sampling,
     /// Tokens that end the text.
     pub stop: Vec<u32>,
-    /// Where events go. The request is cancelled once nobody listens.
+    /// The receiver of events. The request is cancelled when the receiver is dropped.
     pub events: UnboundedSender<Event>,
 }
 
-/// What happens to a request.
+/// An event of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// A token was written.
+    /// A token was generated.
     Token(u32),
-    /// The text ended: at a stop token, or at the most tokens.
+    /// The text ended, at a stop token or at the limit of tokens.
     Done {
         /// Whether a stop token ended it.
         stopped: bool,
-        /// Tokens of the prompt that an earlier request's memory gave.
+        /// Tokens of the prompt whose keys and values come from an earlier request.
         cached: usize,
     },
-    /// The request can't be served.
+    /// The request failed.
     Failed(String),
 }
 
-/// How steps are put together.
+/// Options of the scheduler.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// Tokens of a prompt that one step feeds. `None`: the whole prompt, which is exact under every
-    /// cache.
+    /// Tokens of a prompt per step; `None` for the whole prompt, which is exact with every cache.
     pub prefill_chunk: Option<usize>,
-    /// Tokens of a step, beyond which no further prompt joins it.
+    /// Tokens of a step at which no further prompt is added to it.
     pub step_tokens: usize,
-    /// Prefixes of prompts that are kept for later requests.
+    /// Largest number of prompt prefixes kept for later requests.
     pub prefixes: usize,
 }
 
-/// A request at work.
+/// A running request.
 struct Running {
     request: Request,
     seq: SeqId,
     sampler: Sampler,
-    /// Tokens of the prompt that the model has.
+    /// Number of the prompt's tokens that have been fed.
     fed: usize,
-    /// How many of them came from a kept prefix.
+    /// Number of these tokens from a kept prefix.
     cached: usize,
-    /// The token written last, which the model has not been fed yet.
+    /// The last generated token, which has not been fed yet.
     last: Option<u32>,
     written: usize,
 }
 
 impl Running {
-    /// Tokens that this step feeds.
+    /// Returns the tokens that the next step feeds.
     fn next(&self, chunk: Option<usize>) -> &[u32] {
         if let Some(last) = &self.last {
             return std::slice::from_ref(last);
@@ -81,14 +81,14 @@ impl Running {
         }
     }
 
-    /// Tokens that the model will still be fed, at the most.
+    /// Returns the largest number of tokens that are still to be fed.
     fn left(&self) -> usize {
         let prompt = self.request.prompt.len() - self.fed;
         prompt + self.request.max_tokens - self.written
     }
 }
 
-/// The requests, and the model that serves them.
+/// The scheduler of a model's requests.
 pub struct Scheduler {
     model: Box<dyn CausalLm + Send>,
     options: Options,
@@ -100,14 +100,14 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// Without requests.
+    /// Creates a scheduler without requests.
     pub fn new(model: Box<dyn CausalLm + Send>, options: Options, metrics: Arc<Metrics>) -> Self {
         let prefixes = Prefixes::new(options.prefixes);
         let (waiting, running) = (VecDeque::new(), Vec::new());
         Self { model, options, waiting, running, prefixes, next_seq: 0, metrics }
     }
 
-    /// Serves what comes until all senders are gone and the last request is done.
+    /// Serves requests until all senders are dropped and the last request is done.
     pub fn run(&mut self, mut requests: UnboundedReceiver<Request>) {
         let mut open = true;
         while open || !self.waiting.is_empty() || !self.running.is_empty() {
@@ -128,7 +128,7 @@ impl Scheduler {
         }
     }
 
-    /// Drops what nobody waits for, admits what there is memory for, and feeds one batch.
+    /// Drops cancelled requests, admits waiting ones that fit in memory, and feeds one batch.
     pub fn step(&mut self) {
         self.drop_cancelled();
         self.admit();
@@ -157,8 +157,8 @@ impl Scheduler {
         });
     }
 
-    /// Begins waiting requests, the oldest first, while all running ones can reach their end in the
-    /// memory that there is. Kept prefixes make room before a request has to wait.
+    /// Starts waiting requests, the oldest first, as long as the memory suffices for all running
+    /// requests up to their limits. Kept prefixes are removed before a request has to wait.
     fn admit(&mut self) {
         while let Some(request) = self.waiting.front() {
             let (prefix, cached) = match self.prefixes.find(&request.prompt) {
@@ -171,7 +171,7 @@ impl Scheduler {
                     let Some(request) = self.waiting.pop_front() else { return };
                     self.start(request, seq, cached);
                 }
-                // Prefixes that no request needs go first; the one found above goes last.
+                // Other prefixes are removed first, and the one found above last.
                 Ok(None) if self.drop_prefix(prefix) => {}
                 Ok(None) if self.running.is_empty() => {
                     let message = "the prompt and its answer do not fit the server's memory";
@@ -183,7 +183,8 @@ impl Scheduler {
         }
     }
 
-    /// A sequence for a request that needs `left` tokens beyond a kept prefix, if there is room.
+    /// Returns a sequence for a request that needs `left` tokens after a kept prefix, if there is
+    /// room.
     fn begin(&mut self, prefix: Option<SeqId>, left: usize) -> Result<Option<SeqId>> {
         let seq = self.next_seq;
         self.next_seq += 1;
@@ -192,7 +193,7 @@ impl Scheduler {
         }
         let running = self.running.iter().map(|running| (running.seq, running.left()));
         let all: Vec<_> = running.chain([(seq, left)]).filter(|(_, left)| *left > 0).collect();
-        if self.model.can_take(&Batch::new(&all)?) {
+        if self.model.can_append(&Batch::new(&all)?) {
             return Ok(Some(seq));
         }
         self.model.remove(seq);
@@ -225,18 +226,18 @@ impl Scheduler {
         }
     }
 
-    /// Gives the memory of the prefix back that was used the longest ago, `last` only if there is no
-    /// other. Returns whether there was one.
+    /// Frees the least recently used prefix; `last` only if there is no other. Returns whether
+    /// there was one.
     fn drop_prefix(&mut self, last: Option<SeqId>) -> bool {
         let oldest = self.prefixes.drop_oldest(last);
         oldest.is_some_and(|seq| self.model.remove(seq))
     }
 
-    /// Feeds a batch and hands the tokens on.
+    /// Feeds a batch and sends the generated tokens.
     fn feed(&mut self) {
         let chunk = self.options.prefill_chunk;
         let (mut seqs, mut ids, mut fed) = (Vec::new(), Vec::new(), Vec::new());
-        // Sequences that decode come first: a prompt never makes them wait for more than a step.
+        // Decoding sequences come first, so that a prompt delays them by at most one step.
         let decodes = |running: &Running| running.last.is_some();
         let order = (0..self.running.len()).filter(|&i| decodes(&self.running[i]));
         let order: Vec<_> =
@@ -263,8 +264,8 @@ impl Scheduler {
         Ok(logits.to_vec2()?)
     }
 
-    /// After a failed step: memory of kept prefixes is given back and the step tried again; without
-    /// any, the youngest of its requests fails, so that the others go on.
+    /// Handles a failed step. A kept prefix is freed and the step is tried again. If there is none,
+    /// the newest request of the step fails, and the others continue.
     fn recover(&mut self, fed: &[usize], error: &Error) {
         if matches!(error, Error::PoolFull { .. }) && self.drop_prefix(None) {
             return;
@@ -275,7 +276,8 @@ impl Scheduler {
         }
     }
 
-    /// Counts the tokens that were fed, and writes the next one where a prompt is complete.
+    /// Counts the fed tokens, and generates the next token of each sequence whose prompt is
+    /// complete.
     fn advance(&mut self, fed: &[usize], seqs: &[(SeqId, usize)], logits: Vec<Vec<f32>>) {
         let mut ended = Vec::new();
         for ((&i, &(_, count)), logits) in fed.iter().zip(seqs).zip(&logits) {
@@ -291,14 +293,14 @@ impl Scheduler {
                 ended.push((i, event));
             }
         }
-        // The last ones first: their places don't change when others are taken out.
+        // In descending order, so that removals do not change the remaining indices.
         ended.sort_by_key(|(i, _)| std::cmp::Reverse(*i));
         for (i, event) in ended {
             self.end(i, event);
         }
     }
 
-    /// Keeps the prompt as far as it was fed, if that is a whole number of chunks.
+    /// Keeps the fed part of the prompt as a prefix, if it is a whole number of chunks.
     fn keep_prefix(&mut self, i: usize) {
         let Running { request, seq, fed, .. } = &self.running[i];
         let whole = self.options.prefill_chunk.is_some_and(|chunk| fed.is_multiple_of(chunk));
@@ -313,10 +315,10 @@ impl Scheduler {
         }
     }
 
-    /// Chooses a token and hands it on; gives the event that ends the request, if any.
+    /// Chooses a token and sends it. Returns the event that ends the request, if any.
     fn write(&mut self, i: usize, logits: &[f32]) -> Option<Event> {
         let running = &mut self.running[i];
-        let token = match running.sampler.choose(logits) {
+        let token = match running.sampler.sample(logits) {
             Ok(token) => token,
             Err(error) => return Some(Event::Failed(error.to_string())),
         };
@@ -352,7 +354,7 @@ mod tests {
     use longctx_examples::methods::Method;
     use tokio::sync::mpsc::unbounded_channel;
 
-    /// A scheduler over a tiny model of 96 tokens of vocabulary.
+    /// Returns a scheduler with a small model whose vocabulary has 96 tokens.
     fn scheduler(method: &str, capacity: Option<usize>, prefixes: usize) -> Scheduler {
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../crates/base-models/tests");
         let folder = fixtures.join("fixtures/llama");
@@ -409,7 +411,7 @@ mod tests {
                 .enumerate()
                 .map(|(i, &(len, most))| ask(&mut busy, prompt(i, len), most))
                 .collect();
-            // A third leaves: before the first step, and after some.
+            // A third of the clients disconnect, before the first step or after some steps.
             all[1].close();
             busy.step();
             busy.step();

@@ -1,24 +1,24 @@
-//! Text from tokens as they come: whole characters, and an end at stop strings.
+//! Incremental detokenization, with complete characters, and stop strings.
 
 /// Decodes tokens to text.
 type Decode<'a> = &'a (dyn Fn(&[u32]) -> anyhow::Result<String> + Send + Sync);
 
-/// Turns tokens into pieces of text. A character whose bytes are spread over tokens comes with the
-/// last of them.
+/// Converts tokens to pieces of text. A character whose bytes are in several tokens is part of the
+/// last token's piece.
 ///
-/// Only the tokens since the last piece, and the ones of that piece, are decoded for each token:
-/// what stands before decides on white space alone.
+/// For each token, only the tokens of the last piece and those after it are decoded. Earlier tokens
+/// affect only white space.
 #[derive(Default)]
 pub struct Detokenizer {
     tokens: Vec<u32>,
-    /// Tokens before this one belong to pieces before the last.
+    /// Index of the first token of the last piece.
     start: usize,
-    /// Tokens before this one have been handed out.
+    /// Index of the first token that has not been returned.
     read: usize,
 }
 
 impl Detokenizer {
-    /// The text that a token completes, which may be none.
+    /// Adds a token and returns the text that it completes, which can be empty.
     pub fn push(&mut self, token: u32, decode: Decode<'_>) -> anyhow::Result<String> {
         self.tokens.push(token);
         let before = decode(&self.tokens[self.start..self.read])?;
@@ -33,7 +33,7 @@ impl Detokenizer {
         Ok(piece)
     }
 
-    /// The text of tokens that have completed no character.
+    /// Returns the text of the remaining tokens, which have not completed a character.
     pub fn finish(&mut self, decode: Decode<'_>) -> anyhow::Result<String> {
         let before = decode(&self.tokens[self.start..self.read])?;
         let with = decode(&self.tokens[self.start..])?;
@@ -42,20 +42,21 @@ impl Detokenizer {
     }
 }
 
-/// Cuts text before the first of some strings, and holds back an end that may become one.
+/// Ends a text before the first stop string. It holds back the end of the text while it can be the
+/// start of a stop string.
 pub struct StopStrings {
     strings: Vec<String>,
     held: String,
 }
 
 impl StopStrings {
-    /// Empty strings are ignored.
+    /// Creates it from the stop strings; empty ones are ignored.
     pub fn new(strings: Vec<String>) -> Self {
         let strings = strings.into_iter().filter(|s| !s.is_empty()).collect();
         Self { strings, held: String::new() }
     }
 
-    /// The text that is safe to show, and whether a stop string has come.
+    /// Returns the text that can be shown, and whether a stop string was found.
     pub fn push(&mut self, piece: &str) -> (String, bool) {
         self.held.push_str(piece);
         let found = self.strings.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
@@ -72,7 +73,7 @@ impl StopStrings {
         (std::mem::replace(&mut self.held, rest), false)
     }
 
-    /// The text that was held back, at the end.
+    /// Returns the text that was held back at the end.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
@@ -84,7 +85,7 @@ mod tests {
 
     #[test]
     fn characters_come_whole() {
-        // A token is a byte.
+        // Each token is a byte.
         let decode = |tokens: &[u32]| {
             let bytes: Vec<u8> = tokens.iter().map(|&t| t as u8).collect();
             Ok(String::from_utf8_lossy(&bytes).into_owned())
@@ -99,7 +100,7 @@ mod tests {
         }
         assert_eq!(all, text);
         assert_eq!(detokenizer.finish(&decode).unwrap(), "");
-        // Bytes that never become a character are shown at the end.
+        // Bytes that do not complete a character are returned at the end.
         assert_eq!(detokenizer.push(0xe6, &decode).unwrap(), "");
         assert_eq!(detokenizer.finish(&decode).unwrap(), "\u{FFFD}");
     }

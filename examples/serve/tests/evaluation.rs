@@ -1,4 +1,4 @@
-//! Answers over HTTP beside those of the same model and cache in this process.
+//! Compares answers over HTTP with those of the same model and cache in this process.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -15,7 +15,7 @@ use longctx_examples::subject::Models;
 
 const CACHE: &str = "kivi-4";
 
-/// A server, ended with the test.
+/// A server that is stopped when the test ends.
 struct Served {
     process: Child,
     url: String,
@@ -92,7 +92,7 @@ fn answers_over_http_are_those_in_process() {
     run(&plan, &methods, &mut |_| {}).unwrap();
     let mut answers: BTreeMap<_, Vec<_>> = BTreeMap::new();
     for record in records(folder.path()).unwrap() {
-        // The chat API puts the needle's prompt, too, in the template.
+        // The chat API formats the needle's prompt with the template too.
         if record.setting == "chat" && record.task == "needle" {
             continue;
         }

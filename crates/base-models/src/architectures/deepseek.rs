@@ -1,4 +1,4 @@
-//! DeepSeek-V2 and V3: latent attention, shared and routed experts.
+//! DeepSeek-V2 and DeepSeek-V3: multi-head latent attention, shared and routed experts.
 
 use super::{Architecture, DEFAULTS, Defaults, llama};
 use crate::config::{Config, ExpertGroups, Experts, Latent, Scoring};
@@ -14,7 +14,7 @@ pub(super) const DEEPSEEK_V2: Architecture = Architecture {
         config.mlp_bias = raw.switch("mlp_bias")?.unwrap_or(false);
         refuse_other(raw, "scoring_func", "softmax")?;
         if raw.switch("norm_topk_prob")?.unwrap_or(false) {
-            // transformers leaves the weights as they are, the model's own code does not.
+            // transformers does not normalize the weights; the code published with the model does.
             return Err(Error::Unsupported("norm_topk_prob in a DeepSeek-V2 model".into()));
         }
         let groups = match raw.text("topk_method")? {
@@ -72,7 +72,7 @@ pub(super) const DEEPSEEK_V3: Architecture = Architecture {
     ..DEEPSEEK_V2
 };
 
-/// The attention and the rotary embedding of its rotated channels.
+/// Reads the settings of the attention and of its rotary embedding.
 fn latent(raw: &Fields, config: &mut Config, interleaved: bool) -> Result<()> {
     let number = |name: &str, default| Ok::<_, Error>(raw.number(name)?.unwrap_or(default));
     let name = "num_key_value_heads";
@@ -112,7 +112,7 @@ fn latent(raw: &Fields, config: &mut Config, interleaved: bool) -> Result<()> {
     Ok(())
 }
 
-/// YaRN's factor of the softmax scale, which DeepSeek gives as `mscale_all_dim`.
+/// Returns YaRN's factor of the softmax scale, from DeepSeek's `mscale_all_dim`.
 fn softmax_factor(raw: &Fields, scaling: &RopeScaling) -> Result<f64> {
     let fields = match raw.fields("rope_scaling")?.filter(|fields| !fields.is_empty()) {
         Some(fields) => Some(fields),
@@ -128,7 +128,7 @@ fn softmax_factor(raw: &Fields, scaling: &RopeScaling) -> Result<f64> {
     }
 }
 
-/// The first layers have a single block.
+/// Returns the layers with one dense feed-forward block: the first ones.
 fn dense_layers(raw: &Fields, layers: usize, default: usize) -> Result<Vec<usize>> {
     if let Some(other) = raw.number("moe_layer_freq")?.filter(|&every| every != 1) {
         return Err(Error::Unsupported(format!("moe_layer_freq {other}")));

@@ -1,4 +1,4 @@
-//! EXAONE 4: OLMo-2's norms, and layers with a sliding window; in models with windows, full layers
+//! EXAONE 4: OLMo-2's norms, and layers with a sliding window. In models with windows, full layers
 //! have no rotary embedding.
 
 use super::{

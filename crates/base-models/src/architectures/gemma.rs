@@ -53,7 +53,7 @@ fn common(raw: &Fields, config: &mut Config) -> Result<()> {
     attention_biases(raw, config)
 }
 
-/// GGUF files store the norms' weights with the 1 added.
+/// In GGUF files the norms' weights include the added 1.
 fn common_gguf(_: &Settings, config: &mut Config) -> Result<()> {
     config.embedding_scale = (config.hidden_size as f64).sqrt();
     config.activation = Activation::GeluTanh;
@@ -102,9 +102,9 @@ fn gemma2_gguf(file: &Settings, config: &mut Config) -> Result<()> {
     later_gguf(file, config, 46)
 }
 
-/// Sets the softmax scale: by the head size, or in the models of 27 billion parameters by the
-/// hidden size divided by the heads. GGUF files do not say which; the number of layers identifies
-/// the model.
+/// Sets the softmax scale from the head size or, in the models of 27 billion parameters, from the
+/// hidden size divided by the number of heads. GGUF files have no field for this, so the number of
+/// layers identifies the model.
 fn later_gguf(file: &Settings, config: &mut Config, layers_of_27b: usize) -> Result<()> {
     let channels = match config.layers == layers_of_27b {
         true => config.hidden_size / config.heads.max(1),

@@ -1,4 +1,4 @@
-//! Llama and Mistral, SmolLM2 among them, and Mixtral. GGUF files call all of them "llama".
+//! Llama (including SmolLM2), Mistral and Mixtral. In GGUF files all of them are named "llama".
 
 use super::{
     Architecture, DEFAULTS, Defaults, GGUF_EXPERTS_WINDOW, GGUF_WINDOW, attention_biases,
@@ -74,7 +74,7 @@ fn mixtral(raw: &Fields, config: &mut Config) -> Result<()> {
 }
 
 fn read_gguf(file: &Settings, config: &mut Config) -> Result<()> {
-    // A window is for all layers or none.
+    // A window applies to all layers.
     let window = file.number(GGUF_WINDOW)?.filter(|&window| window > 0);
     config.windows = vec![window; config.layers];
     if file.number("expert_count")?.unwrap_or(0) > 0 {

@@ -1,4 +1,4 @@
-//! OLMo-2, whose blocks have norms behind them, OLMo-3, which has windows, too, and OLMoE.
+//! OLMo-2 (norms after the blocks), OLMo-3 (sliding windows in addition) and OLMoE.
 
 use super::{
     Architecture, DEFAULTS, Defaults, GGUF_EXPERTS, GGUF_WINDOW, attention_biases, gguf_experts,
@@ -31,8 +31,8 @@ fn olmo2(config: &mut Config) {
     config.qk_norm = QkNorm::AllHeads;
 }
 
-/// llama.cpp calls OLMo-3 by the same name: it has a window in all layers but each fourth, and a
-/// scaling that is for full layers.
+/// Reads OLMo-2 or OLMo-3, which has the same name in llama.cpp. OLMo-3 has a window in all layers
+/// except every fourth, and its rotary scaling applies to full layers only.
 fn olmo2_gguf(file: &Settings, config: &mut Config) -> Result<()> {
     olmo2(config);
     if let Some(window) = file.number(GGUF_WINDOW)?.filter(|&window| window > 0) {
@@ -43,7 +43,7 @@ fn olmo2_gguf(file: &Settings, config: &mut Config) -> Result<()> {
     Ok(())
 }
 
-/// Every so many layers of OLMo-3 is full, the others slide.
+/// Every `PERIOD`-th layer of OLMo-3 is full; the others have a sliding window.
 const PERIOD: usize = 4;
 
 pub(super) const OLMO3: Architecture = Architecture {
@@ -60,7 +60,7 @@ fn olmo3(raw: &Fields, config: &mut Config) -> Result<()> {
     attention_biases(raw, config)
 }
 
-/// Full layers and windowed ones have a rotary embedding each.
+/// Sets the rotary embeddings of full and of windowed layers.
 fn olmo3_ropes(raw: &Fields, config: &mut Config) -> Result<()> {
     let defaults = rope_defaults(config, &OLMO3.defaults);
     let parameters = raw.fields("rope_parameters")?;
@@ -73,7 +73,7 @@ fn olmo3_ropes(raw: &Fields, config: &mut Config) -> Result<()> {
     }
     let theta = raw.float("rope_theta")?.unwrap_or(defaults.theta);
     if theta != defaults.theta && !local.as_ref().is_some_and(|local| local.has("rope_theta")) {
-        // transformers 5 gives it to full layers alone, version 4 to all.
+        // transformers 5 applies it to full layers only, version 4 to all layers.
         return Err(Error::Unsupported(format!("rope_theta {theta} of all layers in OLMo-3")));
     }
     let full = scaling.or(full);

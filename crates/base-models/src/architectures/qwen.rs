@@ -58,7 +58,7 @@ pub(super) const QWEN3_MOE: Architecture = Architecture {
     ..QWEN2
 };
 
-/// llama.cpp's name of it.
+/// llama.cpp's name of the architecture.
 pub(super) const GGUF_QWEN3_MOE: Architecture = Architecture { name: "qwen3moe", ..QWEN3_MOE };
 
 fn qwen3_moe(raw: &Fields, config: &mut Config) -> Result<()> {
@@ -66,7 +66,7 @@ fn qwen3_moe(raw: &Fields, config: &mut Config) -> Result<()> {
     config.qk_norm = QkNorm::PerHead;
     let slides = raw.switch("use_sliding_window")?.unwrap_or(false);
     config.windows = vec![window(raw, Some(4096))?.filter(|_| slides); config.layers];
-    // Every so many layers is a mixture, but for those that are listed.
+    // Every `step`-th layer is a mixture of experts, except the listed ones.
     let step = raw.number("decoder_sparse_step")?.unwrap_or(1).max(1);
     let listed = raw.numbers("mlp_only_layers")?.unwrap_or_default();
     let dense = |layer: &usize| listed.contains(layer) || !(layer + 1).is_multiple_of(step);
@@ -81,7 +81,8 @@ fn qwen3_moe(raw: &Fields, config: &mut Config) -> Result<()> {
     attention_biases(raw, config)
 }
 
-/// Windows slide from some layer on, or where `layer_types` says so, and only if they are in use.
+/// Reads sliding windows: none unless `use_sliding_window` is set; otherwise by `layer_types`, or
+/// from a certain layer on.
 fn windows(raw: &Fields, layers: usize) -> Result<Vec<Option<usize>>> {
     let used = raw.switch("use_sliding_window")?.unwrap_or(false);
     let Some(window) = window(raw, Some(4096))?.filter(|_| used) else {
@@ -94,7 +95,7 @@ fn windows(raw: &Fields, layers: usize) -> Result<Vec<Option<usize>>> {
     Ok((0..layers).map(|layer| Some(window).filter(|_| layer >= first)).collect())
 }
 
-/// Some layers have the window, and files don't tell which.
+/// Refuses sliding windows: only some layers have them, and GGUF files do not say which.
 fn no_window(file: &Settings, config: &mut Config) -> Result<()> {
     let name = GGUF_WINDOW;
     match file.number(name)?.filter(|window| (1..config.context_length).contains(window)) {

@@ -1,5 +1,5 @@
-//! Arbitrary bytes as a PyTorch file: errors may come, panics may not, and every tensor that is
-//! described can be read.
+//! Reads arbitrary bytes as a PyTorch file. Errors are allowed, panics are not. Every described
+//! tensor can be read.
 //!
 //!     cargo +nightly fuzz run pth CORPUS -- -malloc_limit_mb=64 -timeout=10
 #![no_main]

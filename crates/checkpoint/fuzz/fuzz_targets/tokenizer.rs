@@ -1,4 +1,4 @@
-//! Arbitrary bytes as a `tokenizer.json`, and what it makes of a text.
+//! Reads arbitrary bytes as a `tokenizer.json`, and encodes a text with it.
 //!
 //!     cargo +nightly fuzz run tokenizer CORPUS -- -malloc_limit_mb=64 -timeout=10
 #![no_main]

@@ -21,7 +21,7 @@ pub fn attend_batch(
     v: &Tensor,
     shape: &AttentionShape,
 ) -> Result<Option<AttentionState>> {
-    let Some(device) = served(q, k, v, shape)? else { return Ok(None) };
+    let Some(device) = supported_device(q, k, v, shape)? else { return Ok(None) };
     let lens = batch.cu_seqlens_on(q.device())?;
     prefill::attend(device, [q, k, v], (&lens, &lens), shape, Mask::Causal).map(Some)
 }
@@ -50,19 +50,19 @@ pub fn has_kernels(device: &CudaDevice, dtype: DType, shape: &AttentionShape) ->
 }
 
 /// Returns the device if it has kernels for these tensors.
-fn served<'a>(
+fn supported_device<'a>(
     q: &'a Tensor,
     k: &Tensor,
     v: &Tensor,
     shape: &AttentionShape,
 ) -> Result<Option<&'a CudaDevice>> {
     let Device::Cuda(device) = q.device() else { return Ok(None) };
-    let served = v.dtype() == k.dtype() && has_kernels(device, k.dtype(), shape)?;
-    Ok(served.then_some(device))
+    let has_kernels = v.dtype() == k.dtype() && has_kernels(device, k.dtype(), shape)?;
+    Ok(has_kernels.then_some(device))
 }
 
 /// Returns the view unchanged if its rows are aligned to 16 bytes, otherwise a contiguous copy.
-fn rows(x: &Tensor) -> Result<Tensor> {
+fn aligned(x: &Tensor) -> Result<Tensor> {
     let layout = x.layout();
     let aligned = layout.start_offset().is_multiple_of(8)
         && layout.stride()[2] == 1

@@ -122,7 +122,7 @@ pub fn attention_sums(
     let device = k.device();
     let cpu = |x: &Tensor| -> Result<Tensor> { Ok(x.to_device(&Device::Cpu)?) };
     let (q, lse, k) = (cpu(q)?, cpu(lse)?, cpu(k)?);
-    // The sums do not read values: any rows of the right length can stand for them.
+    // The sums do not depend on values, so the keys are passed as values.
     let shape = AttentionShape { value_dim: shape.head_dim, ..*shape };
     let sums = match k.dtype() {
         DType::F16 => sums_of_tensor::<f16>(batch, &k, queries, &q, &lse, &shape),
@@ -138,7 +138,7 @@ pub(crate) fn by_sequence(
     shape: &AttentionShape,
     device: &Device,
 ) -> Result<Vec<AttentionSums>> {
-    let of_seq = |lists| AttentionSums::from_lists(lists, shape.group(), device);
+    let of_seq = |lists| AttentionSums::from_lists(lists, shape.heads_per_kv(), device);
     sums.chunks(shape.heads).map(of_seq).collect()
 }
 
@@ -185,7 +185,7 @@ fn check_tokens(batch: &Batch, tokens: usize) -> Result<()> {
 
 /// Returns the rows of each sequence and kv head, `[sequences * kv_heads]` slices, of `x`
 /// `[kv_heads, tokens, channels]`.
-fn rows_of<'a, T>(batch: &Batch, x: &'a [T], kv_heads: usize, d: usize) -> Vec<&'a [T]> {
+fn split_heads<'a, T>(batch: &Batch, x: &'a [T], kv_heads: usize, d: usize) -> Vec<&'a [T]> {
     let head = batch.tokens() * d;
     let of_seq = |tokens: std::ops::Range<usize>| {
         (0..kv_heads).map(move |h| &x[h * head + tokens.start * d..h * head + tokens.end * d])
@@ -203,8 +203,8 @@ fn attend_tensors<T: Element>(
     let by_head = |x: &Tensor| x.transpose(0, 1)?.contiguous();
     element::with_slice::<T, _>(&by_head(k)?, |k| {
         element::with_slice::<T, _>(&by_head(v)?, |v| {
-            let keys = rows_of(batch, k, shape.kv_heads, shape.head_dim);
-            let values = rows_of(batch, v, shape.kv_heads, shape.value_dim);
+            let keys = split_heads(batch, k, shape.kv_heads, shape.head_dim);
+            let values = split_heads(batch, v, shape.kv_heads, shape.value_dim);
             let heads: Vec<_> = keys
                 .into_iter()
                 .zip(values)
@@ -224,7 +224,7 @@ fn sums_of_tensor<T: Element>(
     shape: &AttentionShape,
 ) -> Result<Vec<Vec<f32>>> {
     element::with_slice::<T, _>(&k.transpose(0, 1)?.contiguous()?, |k| {
-        let heads: Vec<_> = rows_of(batch, k, shape.kv_heads, shape.head_dim)
+        let heads: Vec<_> = split_heads(batch, k, shape.kv_heads, shape.head_dim)
             .into_iter()
             .map(|keys| vec![Page { keys, values: keys }])
             .collect();

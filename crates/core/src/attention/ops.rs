@@ -1,6 +1,6 @@
 //! Attention by candle's own operations, one block of queries at a time. Devices without a kernel
 //! use it, and the kernels are tested against it. Entries that no query of a block sees are
-//! skipped; only the two edges of the remaining range need a mask.
+//! skipped. Only the two edges of the remaining range need a mask.
 
 use crate::{AttentionShape, Error, Mask, Result};
 use candle_core::{D, DType, Device, Tensor};
@@ -68,7 +68,7 @@ fn attend_block(
     seen: &[Range<usize>],
 ) -> Result<(Tensor, Tensor)> {
     let (batch, heads, count, d) = q.dims4()?;
-    let (kv_heads, group) = (shape.kv_heads, shape.group());
+    let (kv_heads, group) = (shape.kv_heads, shape.heads_per_kv());
     let q =
         (q.contiguous()?.reshape((batch, kv_heads, group * count, d))? * f64::from(shape.scale))?;
     let mut scores = q.matmul(keys)?.to_dtype(DType::F32)?.contiguous()?;

@@ -78,138 +78,16 @@ impl WithSimd for Accumulate<'_> {
     }
 }
 
-/// Returns the maximum of `x`; -inf if it is empty.
-pub fn max(x: &[f32]) -> f32 {
-    Arch::new().dispatch(Max(x))
-}
-
-// These are structs and not closures: only code that is inlined into `with_simd` is compiled for
-// wide registers. The body of a closure was measured to be compiled for the baseline target.
-struct Max<'a>(&'a [f32]);
-
-impl WithSimd for Max<'_> {
-    type Output = f32;
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> f32 {
-        lanes(self.0, f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
-    }
-}
-
-/// Replaces each x by `exp(x - shift)` and returns their sum.
-pub fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
-    Arch::new().dispatch(ExpSum(x, shift))
-}
-
-struct ExpSum<'a>(&'a mut [f32], f32);
-
-impl WithSimd for ExpSum<'_> {
-    type Output = f32;
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> f32 {
-        let ExpSum(x, shift) = self;
-        for x in x.iter_mut() {
-            *x = exp(*x - shift);
-        }
-        lanes(x, 0.0, |a, b| a + b)
-    }
-}
-
-/// Computes `out[i] = silu(gate[i]) * up[i]`.
-pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    Arch::new().dispatch(SiluMul { gate, up, out });
-}
-
-struct SiluMul<'a> {
-    gate: &'a [f32],
-    up: &'a [f32],
-    out: &'a mut [f32],
-}
-
-impl WithSimd for SiluMul<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        for ((out, &x), &up) in self.out.iter_mut().zip(self.gate).zip(self.up) {
+longctx_simd::wide! {
+    /// Computes `out[i] = silu(gate[i]) * up[i]`.
+    fn silu_mul(gate: &'a [f32], up: &'a [f32], out: &'a mut [f32]) -> () {
+        for ((out, &x), &up) in out.iter_mut().zip(gate).zip(up) {
             // The exponential of a number ≤ 0 cannot overflow.
-            let t = exp(-x.abs());
+            let t = longctx_simd::exp(-x.abs());
             let numerator = if x > 0.0 { 1.0 } else { t };
             *out = x * numerator / (1.0 + t) * up;
         }
     }
-}
-
-/// Multiplies every element of `x` by `factor`.
-pub fn scale(x: &mut [f32], factor: f32) {
-    Arch::new().dispatch(Scale(x, factor));
-}
-
-struct Scale<'a>(&'a mut [f32], f32);
-
-impl WithSimd for Scale<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        for x in self.0 {
-            *x *= self.1;
-        }
-    }
-}
-
-/// Adds `x` to `sums` element by element.
-pub fn add(sums: &mut [f32], x: &[f32]) {
-    Arch::new().dispatch(Add(sums, x));
-}
-
-struct Add<'a>(&'a mut [f32], &'a [f32]);
-
-impl WithSimd for Add<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        for (sum, x) in self.0.iter_mut().zip(self.1) {
-            *sum += x;
-        }
-    }
-}
-
-/// Folds `x` with 32 independent accumulators. The compiler may not reorder float operations, so
-/// this order is one that vectorizes.
-#[inline(always)]
-fn lanes(x: &[f32], start: f32, fold: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
-    let mut acc = [start; 32];
-    let chunks = x.chunks_exact(32);
-    let tail = chunks.remainder().iter().copied().fold(start, fold);
-    for chunk in chunks {
-        for (a, &x) in acc.iter_mut().zip(chunk) {
-            *a = fold(*a, x);
-        }
-    }
-    acc.into_iter().fold(tail, fold)
-}
-
-/// Returns e^x for x ≤ 0 with an error of about 2 units in the last place. x = n ln 2 + r, a
-/// polynomial of degree 6 in r, and n added to the exponent bits. Below e^-87, near the smallest
-/// normal number, the result is zero.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
-    const MAGIC: f32 = 12_582_912.0;
-    let clamped = if x > -87.0 { x } else { -87.0 };
-    let shifted = clamped * std::f32::consts::LOG2_E + MAGIC;
-    let n = shifted - MAGIC;
-    // ln 2 is split into two parts so that the subtraction of n ln 2 is accurate.
-    let r = (clamped - n * 0.693_359_4) + n * 2.121_944_4e-4;
-    let mut poly = 1.0 / 720.0;
-    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        poly = poly * r + c;
-    }
-    let value = f32::from_bits(poly.to_bits().wrapping_add(shifted.to_bits() << 23));
-    if x > -87.0 { value } else { 0.0 }
 }
 
 #[cfg(test)]
@@ -217,21 +95,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exp_is_close_to_the_standard_library() {
-        for i in 0..100_000 {
-            let x = -87.0 * i as f32 / 100_000.0;
-            let (got, want) = (exp(x), x.exp());
-            assert!((got - want).abs() <= 4.0 * f32::EPSILON * want, "exp({x}): {got}, not {want}");
-        }
-        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
-        assert_eq!(exp(0.0), 1.0);
-    }
-
-    #[test]
     fn odd_lengths_have_no_lost_tail() {
         let x: Vec<f32> = (0..77).map(|i| i as f32).collect();
-        assert_eq!(max(&x), 76.0);
-        assert_eq!(lanes(&x, 0.0, |a, b| a + b), 76.0 * 77.0 / 2.0);
         let (q, k) = (&x[..2 * 7], &x[7..5 * 7]);
         let mut out = [0.0; 8];
         scores(q, k, 7, &mut out, 4);

@@ -152,9 +152,9 @@ fn attention_sums_are_the_column_sums_of_the_probabilities() {
         let of_head = |sums: &[AttentionSums], head: usize| {
             let (seq, head) = (head / shape.heads, head % shape.heads);
             sums[seq]
-                .head(head / shape.group())
+                .head(head / shape.heads_per_kv())
                 .unwrap()
-                .get(head % shape.group())
+                .get(head % shape.heads_per_kv())
                 .unwrap()
                 .to_vec1::<f32>()
                 .unwrap()

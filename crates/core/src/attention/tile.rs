@@ -50,12 +50,12 @@ pub fn attend_pages<T: Element>(
         let done: Vec<_> = call
             .plan(&lens)
             .into_par_iter()
-            .map_init(Scratch::default, |scratch, item| {
-                let tile = call.attend(&item, &heads[item.head], lens[item.head], scratch);
-                (item, tile)
+            .map_init(Scratch::default, |scratch, work| {
+                let tile = call.attend(&work, &heads[work.head], lens[work.head], scratch);
+                (work, tile)
             })
             .collect();
-        Ok(call.gather(done))
+        Ok(call.merge_tiles(done))
     })?;
     Ok(AttentionState {
         out: Tensor::from_vec(out, (tokens, shape.heads, shape.value_dim), &Device::Cpu)?,
@@ -96,11 +96,11 @@ pub fn attention_sums_pages<T: Element>(
                 call.attention_sums(head, &part, &heads[head], lens[head], &lse, scratch)
             })
             .collect();
-        let mut all = vec![Vec::new(); heads.len() * shape.group()];
+        let mut all = vec![Vec::new(); heads.len() * shape.heads_per_kv()];
         for (head, part) in sums {
-            let entries = part.len() / shape.group();
+            let entries = part.len() / shape.heads_per_kv();
             for (g, sums) in part.chunks(entries).enumerate() {
-                all[head * shape.group() + g].extend_from_slice(sums);
+                all[head * shape.heads_per_kv() + g].extend_from_slice(sums);
             }
         }
         Ok(all)
@@ -164,7 +164,7 @@ struct Call<'a> {
 
 /// The work of one tile: a block of queries of one head, over a range of its entries. Query indices
 /// are relative to the sequence.
-struct Item {
+struct TileWork {
     head: usize,
     queries: Range<usize>,
     entries: Range<usize>,
@@ -182,12 +182,12 @@ struct Tile {
 struct Scratch {
     q: Vec<f32>,
     scores: Vec<f32>,
-    wide: Widened,
+    f32_block: F32Block,
 }
 
 /// The keys and values of a block in f32.
 #[derive(Default)]
-struct Widened {
+struct F32Block {
     keys: Vec<f32>,
     values: Vec<f32>,
 }
@@ -195,22 +195,22 @@ struct Widened {
 impl Call<'_> {
     /// Returns blocks of queries, each over one or more ranges of entries. The range length is
     /// chosen so that every thread gets a few ranges, whichever sequences the entries belong to.
-    fn plan(&self, lens: &[usize]) -> Vec<Item> {
-        let whole: Vec<Item> = (0..lens.len())
+    fn plan(&self, lens: &[usize]) -> Vec<TileWork> {
+        let whole: Vec<TileWork> = (0..lens.len())
             .flat_map(|head| self.query_blocks(head).map(move |queries| (head, queries)))
             .map(|(head, queries)| {
                 let entries = self.visible_to(head, &queries, lens[head]);
-                Item { head, queries, entries }
+                TileWork { head, queries, entries }
             })
             .collect();
-        let total: usize = whole.iter().map(|item| item.entries.len()).sum();
+        let total: usize = whole.iter().map(|work| work.entries.len()).sum();
         let size = total.div_ceil(4 * rayon::current_num_threads()).max(MIN_SPLIT);
-        let split = |item: Item| {
+        let split = |work: TileWork| {
             // Equal parts, so that none is much smaller than the others.
-            let parts = item.entries.len().div_ceil(size).max(1);
-            let size = item.entries.len().div_ceil(parts).max(1);
-            let Item { head, queries, entries } = item;
-            blocks(entries, size).map(move |entries| Item {
+            let parts = work.entries.len().div_ceil(size).max(1);
+            let size = work.entries.len().div_ceil(parts).max(1);
+            let TileWork { head, queries, entries } = work;
+            blocks(entries, size).map(move |entries| TileWork {
                 head,
                 queries: queries.clone(),
                 entries,
@@ -226,7 +226,7 @@ impl Call<'_> {
     }
 
     fn query_blocks(&self, head: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-        blocks(0..self.tokens(head).len(), (ROWS / self.shape.group()).max(1))
+        blocks(0..self.tokens(head).len(), (ROWS / self.shape.heads_per_kv()).max(1))
     }
 
     /// Returns the entries that at least one of the queries sees.
@@ -238,24 +238,24 @@ impl Call<'_> {
 
     fn attend<T: Element>(
         &self,
-        item: &Item,
+        work: &TileWork,
         pages: &[Page<'_, T>],
         len: usize,
         scratch: &mut Scratch,
     ) -> Tile {
         let dv = self.shape.value_dim;
-        let rows = self.shape.group() * item.queries.len();
+        let rows = self.shape.heads_per_kv() * work.queries.len();
         let mut tile = Tile {
             out: vec![0.0; rows * dv],
             max: vec![f32::NEG_INFINITY; rows],
             sum: vec![0.0; rows],
         };
-        let Scratch { q, scores, wide } = scratch;
-        self.gather_queries(item.head, &item.queries, q);
-        for_each_block(pages, self.shape, &item.entries, rows, wide, |start, runs| {
-            self.score(q, runs, item.head, &item.queries, start, len, scores);
-            tile.soften(scores, dv);
-            weigh(scores, runs, dv, &mut tile.out);
+        let Scratch { q, scores, f32_block } = scratch;
+        self.gather_queries(work.head, &work.queries, q);
+        for_each_block(pages, self.shape, &work.entries, rows, f32_block, |start, runs| {
+            self.score(q, runs, work.head, &work.queries, start, len, scores);
+            tile.update_softmax(scores, dv);
+            accumulate_values(scores, runs, dv, &mut tile.out);
         });
         tile
     }
@@ -269,9 +269,9 @@ impl Call<'_> {
         lse: &[f32],
         scratch: &mut Scratch,
     ) -> (usize, Vec<f32>) {
-        let group = self.shape.group();
+        let group = self.shape.heads_per_kv();
         let mut sums = vec![0.0; group * entries.len()];
-        let Scratch { q, scores, wide } = scratch;
+        let Scratch { q, scores, f32_block } = scratch;
         for queries in self.query_blocks(head) {
             let seen = self.visible_to(head, &queries, len);
             let seen = seen.start.max(entries.start)..seen.end.min(entries.end);
@@ -280,15 +280,15 @@ impl Call<'_> {
             }
             self.gather_queries(head, &queries, q);
             let rows = group * queries.len();
-            for_each_block(pages, self.shape, &seen, rows, wide, |start, runs| {
+            for_each_block(pages, self.shape, &seen, rows, f32_block, |start, runs| {
                 self.score(q, runs, head, &queries, start, len, scores);
                 let width = scores.len() / rows;
                 for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
                     let lse = lse[self.row(head, &queries, row)];
                     if lse > f32::NEG_INFINITY {
-                        simd::exp_sum(scores, lse);
+                        longctx_simd::exp_sum(scores, lse);
                         let at = row / queries.len() * entries.len() + start - entries.start;
-                        simd::add(&mut sums[at..at + width], scores);
+                        longctx_simd::add(scores, &mut sums[at..at + width]);
                     }
                 }
             });
@@ -300,7 +300,8 @@ impl Call<'_> {
     /// query i of the group's g-th head.
     fn row(&self, head: usize, queries: &Range<usize>, row: usize) -> usize {
         let token = self.tokens(head).start + queries.start + row % queries.len();
-        let query_head = head % self.shape.kv_heads * self.shape.group() + row / queries.len();
+        let query_head =
+            head % self.shape.kv_heads * self.shape.heads_per_kv() + row / queries.len();
         token * self.shape.heads + query_head
     }
 
@@ -308,11 +309,11 @@ impl Call<'_> {
     fn gather_queries(&self, head: usize, queries: &Range<usize>, out: &mut Vec<f32>) {
         let d = self.shape.head_dim;
         out.clear();
-        for row in 0..self.shape.group() * queries.len() {
+        for row in 0..self.shape.heads_per_kv() * queries.len() {
             let start = self.row(head, queries, row) * d;
             out.extend_from_slice(&self.q[start..start + d]);
         }
-        simd::scale(out, self.shape.scale);
+        longctx_simd::scale(out, self.shape.scale);
     }
 
     /// Computes the scores of all rows against the keys of the entries from `start` on; -inf where
@@ -358,25 +359,25 @@ impl Call<'_> {
 
     /// Merges the tiles of each block of queries, divides by the sums of weights, and scatters the
     /// rows to the output.
-    fn gather(&self, done: Vec<(Item, Tile)>) -> (Vec<f32>, Vec<f32>) {
+    fn merge_tiles(&self, done: Vec<(TileWork, Tile)>) -> (Vec<f32>, Vec<f32>) {
         let dv = self.shape.value_dim;
         let rows = self.batch.tokens() * self.shape.heads;
         let mut out = vec![0.0; rows * dv];
         let mut lse = vec![f32::NEG_INFINITY; rows];
         let mut done = done.into_iter().peekable();
-        while let Some((item, mut tile)) = done.next() {
-            let same = |other: &Item| other.head == item.head && other.queries == item.queries;
+        while let Some((work, mut tile)) = done.next() {
+            let same = |other: &TileWork| other.head == work.head && other.queries == work.queries;
             while let Some((_, other)) = done.next_if(|(other, _)| same(other)) {
-                tile.join(&other, dv);
+                tile.merge(&other, dv);
             }
             for (row, (values, (max, sum))) in
                 tile.out.chunks_exact(dv).zip(tile.max.iter().zip(&tile.sum)).enumerate()
             {
-                let to = self.row(item.head, &item.queries, row);
+                let to = self.row(work.head, &work.queries, row);
                 if *sum > 0.0 {
                     let place = &mut out[to * dv..(to + 1) * dv];
                     place.copy_from_slice(values);
-                    simd::scale(place, sum.recip());
+                    longctx_simd::scale(place, sum.recip());
                     lse[to] = max + sum.ln();
                 }
             }
@@ -388,27 +389,27 @@ impl Call<'_> {
 impl Tile {
     /// Converts scores to weights relative to each row's running maximum, and rescales the previous
     /// sums.
-    fn soften(&mut self, scores: &mut [f32], value_dim: usize) {
+    fn update_softmax(&mut self, scores: &mut [f32], value_dim: usize) {
         let rows = self.max.len();
         let width = scores.len() / rows;
         for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
-            let max = self.max[row].max(simd::max(scores));
+            let max = self.max[row].max(longctx_simd::max(scores));
             if max == f32::NEG_INFINITY {
                 scores.fill(0.0);
                 continue;
             }
-            let sum = simd::exp_sum(scores, max);
+            let sum = longctx_simd::exp_sum(scores, max);
             if max > self.max[row] {
                 let shrink = (self.max[row] - max).exp();
                 self.sum[row] *= shrink;
-                simd::scale(&mut self.out[row * value_dim..][..value_dim], shrink);
+                longctx_simd::scale(&mut self.out[row * value_dim..][..value_dim], shrink);
                 self.max[row] = max;
             }
             self.sum[row] += sum;
         }
     }
 
-    fn join(&mut self, other: &Tile, value_dim: usize) {
+    fn merge(&mut self, other: &Tile, value_dim: usize) {
         for row in 0..self.max.len() {
             let max = self.max[row].max(other.max[row]);
             if max == f32::NEG_INFINITY {
@@ -426,7 +427,7 @@ impl Tile {
 
 /// Adds the values of a block's runs to `out`, weighted with `weights` `[rows, entries of the
 /// block]`.
-fn weigh(weights: &[f32], runs: &[Page<'_, f32>], value_dim: usize, out: &mut [f32]) {
+fn accumulate_values(weights: &[f32], runs: &[Page<'_, f32>], value_dim: usize, out: &mut [f32]) {
     let rows = out.len() / value_dim;
     let width = weights.len() / rows;
     if let ([run], true) = (runs, rows > FEW_ROWS) {
@@ -452,13 +453,13 @@ fn for_each_block<T: Element>(
     shape: &AttentionShape,
     entries: &Range<usize>,
     rows: usize,
-    wide: &mut Widened,
+    f32_block: &mut F32Block,
     f: impl FnMut(usize, &[Page<'_, f32>]),
 ) {
     if rows <= FEW_ROWS && T::DTYPE == DType::F32 {
         for_each_block_in_place(pages, shape, entries, f);
     } else {
-        for_each_widened_block(pages, shape, entries, wide, f);
+        for_each_f32_block(pages, shape, entries, f32_block, f);
     }
 }
 
@@ -486,15 +487,15 @@ fn for_each_block_in_place<T: Element>(
     }
 }
 
-fn for_each_widened_block<T: Element>(
+fn for_each_f32_block<T: Element>(
     pages: &[Page<'_, T>],
     shape: &AttentionShape,
     entries: &Range<usize>,
-    wide: &mut Widened,
+    f32_block: &mut F32Block,
     mut f: impl FnMut(usize, &[Page<'_, f32>]),
 ) {
     let (d, dv) = (shape.head_dim, shape.value_dim);
-    let Widened { keys, values } = wide;
+    let F32Block { keys, values } = f32_block;
     keys.resize(BLOCK * d, 0.0);
     values.resize(BLOCK * dv, 0.0);
     let (mut start, mut filled) = (entries.start, 0);

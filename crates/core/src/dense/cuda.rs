@@ -19,7 +19,7 @@ use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
 /// Keys and values of all sequences.
 #[derive(Debug)]
-pub struct CudaSeqs {
+pub struct CudaPool {
     shape: AttentionShape,
     dtype: DType,
     device: CudaDevice,
@@ -30,23 +30,23 @@ pub struct CudaSeqs {
 /// The block tables of a sequence.
 #[derive(Debug)]
 struct Sequence {
-    heads: Vec<Table>,
-    /// Block addresses of all heads, `[kv_heads, places]`.
+    heads: Vec<BlockTable>,
+    /// Block addresses of all heads, `[kv_heads, max_blocks]`.
     table: CudaSlice<u64>,
-    places: usize,
+    max_blocks: usize,
 }
 
 /// One kv head's entries: blocks in order, all full except the last.
 #[derive(Debug, Clone, Default)]
-struct Table {
+struct BlockTable {
     blocks: Vec<u32>,
     len: usize,
 }
 
 /// Blocks per head that the table of a new sequence has room for.
-const PLACES: usize = 8;
+const INITIAL_BLOCKS: usize = 8;
 
-impl CudaSeqs {
+impl CudaPool {
     /// Creates an empty pool of at most `capacity` bytes of blocks; `None` if there are no kernels.
     pub fn new(
         shape: &AttentionShape,
@@ -99,25 +99,25 @@ impl CudaSeqs {
     }
 
     pub fn can_append(&self, batch: &Batch) -> bool {
-        let wanted = |(seq, tokens): (SeqId, std::ops::Range<usize>)| match self.seqs.get(&seq) {
+        let needed = |(seq, tokens): (SeqId, std::ops::Range<usize>)| match self.seqs.get(&seq) {
             Some(sequence) => {
-                sequence.heads.iter().map(|table| self.wanted(table, tokens.len())).sum()
+                sequence.heads.iter().map(|table| self.blocks_needed(table, tokens.len())).sum()
             }
             None => self.shape.kv_heads * tokens.len().div_ceil(PAGE),
         };
-        self.blocks.check(batch.iter().map(wanted).sum()).is_ok()
+        self.blocks.check(batch.iter().map(needed).sum()).is_ok()
     }
 
     /// Returns the number of blocks that an append to a head takes: new blocks, and a copy of a
     /// shared last block.
-    fn wanted(&self, table: &Table, tokens: usize) -> usize {
+    fn blocks_needed(&self, table: &BlockTable, tokens: usize) -> usize {
         let new = (table.len + tokens).div_ceil(PAGE) - table.blocks.len();
         new + usize::from(self.copies_last(table, tokens))
     }
 
     /// Returns whether an append to a head first copies its last block because other tables share
     /// it.
-    fn copies_last(&self, table: &Table, tokens: usize) -> bool {
+    fn copies_last(&self, table: &BlockTable, tokens: usize) -> bool {
         let open = tokens > 0 && !table.len.is_multiple_of(PAGE);
         open && table.blocks.last().is_some_and(|&last| self.blocks.shared(last))
     }
@@ -162,30 +162,30 @@ impl CudaSeqs {
 
 impl Sequence {
     fn new(stream: &Arc<CudaStream>, kv_heads: usize) -> Result<Self> {
-        let table = stream.alloc_zeros(kv_heads * PLACES)?;
-        Ok(Self { heads: vec![Table::default(); kv_heads], table, places: PLACES })
+        let table = stream.alloc_zeros(kv_heads * INITIAL_BLOCKS)?;
+        Ok(Self { heads: vec![BlockTable::default(); kv_heads], table, max_blocks: INITIAL_BLOCKS })
     }
 
     /// Makes room in the device's block table for `blocks` blocks per head.
     fn reserve(&mut self, stream: &Arc<CudaStream>, blocks: usize) -> Result<()> {
-        if blocks <= self.places {
+        if blocks <= self.max_blocks {
             return Ok(());
         }
-        let (old, heads) = (self.places, self.heads.len());
-        let places = blocks.max(old + old / 4);
-        let mut grown = stream.alloc_zeros::<u64>(heads * places)?;
+        let (old, heads) = (self.max_blocks, self.heads.len());
+        let max_blocks = blocks.max(old + old / 4);
+        let mut grown = stream.alloc_zeros::<u64>(heads * max_blocks)?;
         for head in 0..heads {
             let from = self.table.slice(head * old..(head + 1) * old);
-            let mut to = grown.slice_mut(head * places..head * places + old);
+            let mut to = grown.slice_mut(head * max_blocks..head * max_blocks + old);
             stream.memcpy_dtod(&from, &mut to)?;
         }
-        (self.table, self.places) = (grown, places);
+        (self.table, self.max_blocks) = (grown, max_blocks);
         Ok(())
     }
 
     /// Returns the device address of a head's block table.
     fn address(&self, stream: &CudaStream, head: usize) -> u64 {
-        self.table.device_ptr(stream).0 + 8 * (head * self.places) as u64
+        self.table.device_ptr(stream).0 + 8 * (head * self.max_blocks) as u64
     }
 
     /// Returns the bytes of the tables, on the device and on the host.

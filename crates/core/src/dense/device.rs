@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::DenseStore;
-use super::rows::{Rows, gather};
+use super::growing::{GrowingTensors, gather};
 use crate::attention;
 use crate::{
     AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mask, Result,
@@ -13,14 +13,14 @@ use candle_core::{DType, Device, Tensor};
 
 /// Keys and values of all sequences.
 #[derive(Debug)]
-pub struct DeviceSeqs {
+pub struct DeviceTensors {
     device: Device,
     shape: AttentionShape,
     dtype: DType,
-    seqs: BTreeMap<SeqId, Rows>,
+    seqs: BTreeMap<SeqId, GrowingTensors>,
 }
 
-impl DeviceSeqs {
+impl DeviceTensors {
     pub fn new(device: &Device, shape: &AttentionShape, dtype: DType) -> Self {
         Self { device: device.clone(), shape: *shape, dtype, seqs: BTreeMap::new() }
     }
@@ -59,11 +59,11 @@ impl DeviceSeqs {
 
     fn append_one(&mut self, seq: SeqId, k: &Tensor, v: &Tensor) -> Result<()> {
         match self.seqs.get_mut(&seq) {
-            Some(rows) => rows.append(k, v),
+            Some(tensors) => tensors.append(k, v),
             None => {
-                let mut rows = Rows::new(k, v)?;
-                rows.append(k, v)?;
-                self.seqs.insert(seq, rows);
+                let mut tensors = GrowingTensors::new(k, v)?;
+                tensors.append(k, v)?;
+                self.seqs.insert(seq, tensors);
                 Ok(())
             }
         }
@@ -73,7 +73,7 @@ impl DeviceSeqs {
     pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
         let kv_heads = self.shape.kv_heads;
         if let Mask::Entries(ranges) = mask {
-            let len = |seq| self.seqs.get(seq).map_or(0, Rows::len);
+            let len = |seq| self.seqs.get(seq).map_or(0, GrowingTensors::len);
             let lens: Vec<_> =
                 batch.seqs().iter().flat_map(|seq| vec![len(seq); kv_heads]).collect();
             ranges.check(&lens)?;
@@ -81,10 +81,10 @@ impl DeviceSeqs {
         let none = |d| Tensor::zeros((1, kv_heads, 0, d), self.dtype, q.device());
         attention::attend_each(batch, q, &self.shape, mask, |i| {
             match (self.seqs.get(&batch.seqs()[i]), mask) {
-                (Some(rows), Mask::Entries(ranges)) => {
-                    rows.selected(&ranges.heads()[i * kv_heads..(i + 1) * kv_heads])
+                (Some(tensors), Mask::Entries(ranges)) => {
+                    tensors.selected(&ranges.heads()[i * kv_heads..(i + 1) * kv_heads])
                 }
-                (Some(rows), _) => rows.held(),
+                (Some(tensors), _) => tensors.held(),
                 (None, _) => Ok((none(self.shape.head_dim)?, none(self.shape.value_dim)?)),
             }
         })
@@ -101,10 +101,10 @@ impl DeviceSeqs {
         let cpu = |x: &Tensor| x.to_device(&Device::Cpu);
         let mut host = DenseStore::new(self.shape, DType::F32)?;
         for &seq in batch.seqs() {
-            if let Some(rows) = self.seqs.get(&seq).filter(|rows| rows.len() > 0) {
-                let (k, v) = rows.held()?;
+            if let Some(tensors) = self.seqs.get(&seq).filter(|tensors| tensors.len() > 0) {
+                let (k, v) = tensors.held()?;
                 let flat = |x: &Tensor| cpu(&x.squeeze(0)?.transpose(0, 1)?.contiguous()?);
-                host.append(&Batch::single(seq, rows.len())?, &flat(&k)?, &flat(&v)?)?;
+                host.append(&Batch::single(seq, tensors.len())?, &flat(&k)?, &flat(&v)?)?;
             }
         }
         let sums = host.attention_sums(batch, &cpu(q)?, &cpu(lse)?, mask)?;
@@ -133,7 +133,7 @@ impl DeviceSeqs {
     }
 
     pub fn lens(&self, seq: SeqId) -> Vec<usize> {
-        self.seqs.get(&seq).map_or(Vec::new(), |rows| vec![rows.len(); self.shape.kv_heads])
+        self.seqs.get(&seq).map_or(Vec::new(), |tensors| vec![tensors.len(); self.shape.kv_heads])
     }
 
     pub fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
@@ -143,7 +143,7 @@ impl DeviceSeqs {
     }
 
     pub fn truncate(&mut self, seq: SeqId, len: usize) {
-        self.seqs.entry(seq).and_modify(|rows| rows.truncate(len));
+        self.seqs.entry(seq).and_modify(|tensors| tensors.truncate(len));
     }
 
     pub fn remove(&mut self, seq: SeqId) -> bool {
@@ -155,11 +155,11 @@ impl DeviceSeqs {
     }
 
     pub fn footprint(&self) -> Footprint {
-        self.seqs.values().map(Rows::footprint).sum()
+        self.seqs.values().map(GrowingTensors::footprint).sum()
     }
 
     pub fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        self.seqs.get(&seq).map_or(Footprint::default(), Rows::footprint)
+        self.seqs.get(&seq).map_or(Footprint::default(), GrowingTensors::footprint)
     }
 
     pub fn clear(&mut self) {

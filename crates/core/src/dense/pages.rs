@@ -29,14 +29,14 @@ pub fn masked<'a, T: Element>(
     };
     ranges.check(&heads.iter().map(len).collect::<Vec<_>>())?;
     let cut = |(pages, ranges): (&Vec<Page<'a, T>>, &Vec<Range<usize>>)| {
-        ranges.iter().flat_map(|range| within(pages, range, shape)).collect()
+        ranges.iter().flat_map(|range| slice_pages(pages, range, shape)).collect()
     };
     Ok(heads.iter().zip(ranges.heads()).map(cut).collect())
 }
 
 /// Returns the parts of a head's pages within a range of entries. All pages except the last are
 /// full.
-pub fn within<'a, T: Element>(
+pub fn slice_pages<'a, T: Element>(
     pages: &[Page<'a, T>],
     range: &Range<usize>,
     shape: &AttentionShape,
@@ -59,7 +59,7 @@ pub fn scatter<T: Element>(
     shape: &AttentionShape,
 ) -> Vec<Vec<f32>> {
     let place = |(i, sums): (usize, Vec<f32>)| {
-        let head = i / shape.group();
+        let head = i / shape.heads_per_kv();
         let len = heads[head].iter().map(|page| page.keys.len() / shape.head_dim).sum();
         let mut all = vec![0.0; len];
         let mut sums = sums.into_iter();

@@ -24,12 +24,12 @@ pub struct Pool<T> {
     head_dim: usize,
     value_dim: usize,
     blocks: Blocks<T>,
-    seqs: BTreeMap<SeqId, Vec<Table>>,
+    seqs: BTreeMap<SeqId, Vec<BlockTable>>,
 }
 
 /// One kv head's entries: blocks in order, all full except the last.
 #[derive(Debug, Clone, Default)]
-struct Table {
+struct BlockTable {
     blocks: Vec<u32>,
     len: usize,
 }
@@ -44,7 +44,9 @@ impl<T: Element> Pool<T> {
     /// Checks that there is room to append a batch's tokens to every head.
     pub fn check_room(&self, batch: &Batch) -> Result<()> {
         let of_seq = |(seq, tokens): (SeqId, std::ops::Range<usize>)| match self.seqs.get(&seq) {
-            Some(tables) => tables.iter().map(|table| self.wanted(table, tokens.len())).sum(),
+            Some(tables) => {
+                tables.iter().map(|table| self.blocks_needed(table, tokens.len())).sum()
+            }
             None => self.kv_heads * tokens.len().div_ceil(BLOCK),
         };
         self.blocks.check(batch.iter().map(of_seq).sum())
@@ -52,20 +54,20 @@ impl<T: Element> Pool<T> {
 
     /// Checks that there is room for the selected tokens.
     pub fn check_room_for(&self, batch: &Batch, tokens: &[&[Vec<u32>]]) -> Result<()> {
-        let empty = Table::default();
-        let mut wanted = 0;
+        let empty = BlockTable::default();
+        let mut needed = 0;
         for ((seq, _), lists) in batch.iter().zip(tokens) {
             for (head, list) in lists.iter().enumerate() {
                 let table = self.seqs.get(&seq).map_or(&empty, |tables| &tables[head]);
-                wanted += self.wanted(table, list.len());
+                needed += self.blocks_needed(table, list.len());
             }
         }
-        self.blocks.check(wanted)
+        self.blocks.check(needed)
     }
 
     /// Returns the number of blocks that an append to a head takes: new blocks, and a copy of a
     /// shared last block.
-    fn wanted(&self, table: &Table, tokens: usize) -> usize {
+    fn blocks_needed(&self, table: &BlockTable, tokens: usize) -> usize {
         let new = (table.len + tokens).div_ceil(BLOCK) - table.blocks.len();
         let shared = |&last: &u32| {
             tokens > 0 && !table.len.is_multiple_of(BLOCK) && self.blocks.shared(last)
@@ -76,13 +78,14 @@ impl<T: Element> Pool<T> {
     /// Appends rows to a head. The room has been checked.
     pub fn append(&mut self, seq: SeqId, head: usize, keys: &[T], values: &[T]) {
         let (d, dv) = (self.head_dim, self.value_dim);
-        let tables = self.seqs.entry(seq).or_insert_with(|| vec![Table::default(); self.kv_heads]);
+        let tables =
+            self.seqs.entry(seq).or_insert_with(|| vec![BlockTable::default(); self.kv_heads]);
         let table = &mut tables[head];
         let (mut done, count) = (0, keys.len() / d);
         while done < count {
             let at = table.len % BLOCK;
             match table.blocks.last_mut() {
-                Some(last) if at > 0 => *last = self.blocks.own(*last),
+                Some(last) if at > 0 => *last = self.blocks.make_unique(*last),
                 _ => table.blocks.push(self.blocks.take()),
             }
             let now = (BLOCK - at).min(count - done);
@@ -126,7 +129,7 @@ impl<T: Element> Pool<T> {
                     self.blocks.release(old);
                 }
             }
-            self.blocks.cut(table, keep.len());
+            self.blocks.shorten(table, keep.len());
         }
         Ok(())
     }
@@ -134,7 +137,7 @@ impl<T: Element> Pool<T> {
     /// Drops the entries of every head after the first `len`.
     pub fn truncate(&mut self, seq: SeqId, len: usize) {
         for table in self.seqs.get_mut(&seq).into_iter().flatten() {
-            self.blocks.cut(table, len);
+            self.blocks.shorten(table, len);
         }
     }
 
@@ -227,12 +230,13 @@ impl<T: Element> Pool<T> {
     }
 }
 
-fn table_bytes(tables: &[Table]) -> usize {
-    let of = |table: &Table| size_of::<Table>() + table.blocks.capacity() * size_of::<u32>();
+fn table_bytes(tables: &[BlockTable]) -> usize {
+    let of =
+        |table: &BlockTable| size_of::<BlockTable>() + table.blocks.capacity() * size_of::<u32>();
     tables.iter().map(of).sum()
 }
 
-impl Table {
+impl BlockTable {
     /// Returns the first index that a retain of these entries writes to.
     fn first_written(&self, keep: &[u32]) -> usize {
         keep.iter().enumerate().take_while(|(place, entry)| *place == **entry as usize).count()
@@ -248,19 +252,19 @@ struct Blocks<T> {
     capacity: usize,
     slabs: Vec<Slab<T>>,
     /// The slab and offset of each block.
-    places: Vec<(u32, u32)>,
+    slab_offsets: Vec<(u32, u32)>,
     references: Vec<u32>,
     free: Vec<u32>,
 }
 
 impl<T: Element> Blocks<T> {
     fn new(size: usize, capacity: usize) -> Self {
-        let (slabs, places) = (Vec::new(), Vec::new());
-        Self { size, capacity, slabs, places, references: Vec::new(), free: Vec::new() }
+        let (slabs, slab_offsets) = (Vec::new(), Vec::new());
+        Self { size, capacity, slabs, slab_offsets, references: Vec::new(), free: Vec::new() }
     }
 
     fn count(&self) -> usize {
-        self.places.len()
+        self.slab_offsets.len()
     }
 
     fn bytes(&self) -> usize {
@@ -272,13 +276,13 @@ impl<T: Element> Blocks<T> {
         self.capacity / (self.size * size_of::<T>()) - self.count()
     }
 
-    /// Checks that `wanted` blocks can be taken.
-    fn check(&self, wanted: usize) -> Result<()> {
+    /// Checks that `needed` blocks can be taken.
+    fn check(&self, needed: usize) -> Result<()> {
         let free = self.free.len().saturating_add(self.unallocated());
-        if wanted > free {
+        if needed > free {
             let bytes = |blocks: usize| blocks.saturating_mul(self.size * size_of::<T>());
-            let (asked, free) = (bytes(wanted), bytes(free));
-            return Err(Error::PoolFull { what: "pool of dense blocks".into(), asked, free });
+            let (needed, free) = (bytes(needed), bytes(free));
+            return Err(Error::PoolFull { what: "pool of dense blocks".into(), needed, free });
         }
         Ok(())
     }
@@ -298,7 +302,7 @@ impl<T: Element> Blocks<T> {
         let slab = self.slabs.len() as u32;
         self.slabs.push(Slab::zeroed(blocks * self.size));
         let first = self.count() as u32;
-        self.places.extend((0..blocks as u32).map(|i| (slab, i)));
+        self.slab_offsets.extend((0..blocks as u32).map(|i| (slab, i)));
         self.references.resize(self.count(), 0);
         // The lowest number is taken first.
         self.free.extend((first..first + blocks as u32).rev());
@@ -328,7 +332,7 @@ impl<T: Element> Blocks<T> {
     }
 
     /// Returns the block itself if it has one reference, otherwise a copy that replaces it.
-    fn own(&mut self, block: u32) -> u32 {
+    fn make_unique(&mut self, block: u32) -> u32 {
         if !self.shared(block) {
             return block;
         }
@@ -338,19 +342,19 @@ impl<T: Element> Blocks<T> {
     }
 
     fn get(&self, block: u32) -> &[T] {
-        let (slab, i) = self.places[block as usize];
+        let (slab, i) = self.slab_offsets[block as usize];
         &self.slabs[slab as usize][i as usize * self.size..][..self.size]
     }
 
     fn get_mut(&mut self, block: u32) -> &mut [T] {
-        let (slab, i) = self.places[block as usize];
+        let (slab, i) = self.slab_offsets[block as usize];
         &mut self.slabs[slab as usize][i as usize * self.size..][..self.size]
     }
 
     /// Copies one entry's key and value from a row of one block to a row of another.
     fn move_row(&mut self, from: (u32, usize), to: (u32, usize), d: usize, dv: usize) {
         let place = |(block, row): (u32, usize)| {
-            let (slab, i) = self.places[block as usize];
+            let (slab, i) = self.slab_offsets[block as usize];
             let start = i as usize * self.size;
             (slab as usize, start + row * d, start + BLOCK * d + row * dv)
         };
@@ -366,7 +370,7 @@ impl<T: Element> Blocks<T> {
     }
 
     /// Shortens a table to `len` entries and frees the blocks after them.
-    fn cut(&mut self, table: &mut Table, len: usize) {
+    fn shorten(&mut self, table: &mut BlockTable, len: usize) {
         let len = len.min(table.len);
         table.blocks.drain(len.div_ceil(BLOCK)..).for_each(|block| self.release(block));
         table.len = len;
@@ -422,8 +426,8 @@ mod tests {
         append(&mut pool, 1, 0, BLOCK + 1).unwrap();
         pool.fork(1, 2);
         let error = append(&mut pool, 2, 0, 1).unwrap_err();
-        let Error::PoolFull { asked, free, .. } = error else { panic!("{error}") };
-        assert_eq!((asked, free), (2 * block, block));
+        let Error::PoolFull { needed, free, .. } = error else { panic!("{error}") };
+        assert_eq!((needed, free), (2 * block, block));
         assert_eq!(read(&pool, 2, 0), rows(0, BLOCK + 1));
         pool.remove(1);
         append(&mut pool, 2, BLOCK + 1, 1).unwrap();

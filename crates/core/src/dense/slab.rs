@@ -8,7 +8,7 @@ use crate::attention::Element;
 use memmap2::MmapMut;
 
 /// Slabs of at least this many bytes are memory-mapped: two huge pages.
-const LARGE: usize = 4 << 20;
+const MMAP_THRESHOLD: usize = 4 << 20;
 
 #[derive(Debug)]
 pub enum Slab<T> {
@@ -19,7 +19,7 @@ pub enum Slab<T> {
 impl<T: Element> Slab<T> {
     pub fn zeroed(count: usize) -> Self {
         let bytes = count * size_of::<T>();
-        let Some(Ok(map)) = (bytes >= LARGE).then(|| MmapMut::map_anon(bytes)) else {
+        let Some(Ok(map)) = (bytes >= MMAP_THRESHOLD).then(|| MmapMut::map_anon(bytes)) else {
             return Self::Heap(vec![T::zero(); count].into_boxed_slice());
         };
         // Without huge pages the memory works as well, only slower.
@@ -56,8 +56,8 @@ mod tests {
 
     #[test]
     fn large_memory_is_mapped_zeroed_and_writable() {
-        let mut slab = Slab::<bf16>::zeroed(LARGE / 2);
-        assert!(matches!(slab, Slab::Mapped(_)) && slab.len() == LARGE / 2);
+        let mut slab = Slab::<bf16>::zeroed(MMAP_THRESHOLD / 2);
+        assert!(matches!(slab, Slab::Mapped(_)) && slab.len() == MMAP_THRESHOLD / 2);
         assert!(slab.iter().all(|&x| x == bf16::ZERO));
         slab[7] = bf16::ONE;
         assert_eq!(slab[..9].iter().map(|x| x.to_f32()).sum::<f32>(), 1.0);

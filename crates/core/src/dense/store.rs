@@ -1,7 +1,7 @@
 #[cfg(feature = "cuda")]
-use super::cuda::CudaSeqs;
-use super::device::DeviceSeqs;
-use super::pages::{masked, pages, read, scatter, within};
+use super::cuda::CudaPool;
+use super::device::DeviceTensors;
+use super::pages::{masked, pages, read, scatter, slice_pages};
 use super::pool::Pool;
 use crate::attention::{self, Element};
 use crate::selection::check_selections;
@@ -16,7 +16,8 @@ use std::ops::Range;
 
 /// Keys and values in f32, f16 or bf16, without compression.
 ///
-/// - On the CPU, entries lie in blocks of 32 of one kv head, in a pool that all sequences share.
+/// - On the CPU, entries are in blocks of 32 entries of one kv head, in a pool shared by all
+///   sequences.
 /// - On a CUDA device the blocks have 64 entries. This needs feature `cuda`, f16 or bf16, and a
 ///   head size with kernels.
 /// - On other devices, and for other dtypes and shapes, each sequence has one tensor for all heads.
@@ -28,30 +29,30 @@ pub struct DenseStore {
     shape: AttentionShape,
     dtype: DType,
     capacity: usize,
-    held: Held,
+    storage: Storage,
 }
 
 #[derive(Debug)]
-enum Held {
+enum Storage {
     F32(Pool<f32>),
     F16(Pool<f16>),
     BF16(Pool<bf16>),
-    OnDevice(DeviceSeqs),
+    OnDevice(DeviceTensors),
     #[cfg(feature = "cuda")]
-    Cuda(Box<CudaSeqs>),
+    Cuda(Box<CudaPool>),
 }
 
-/// Evaluates one expression on the pool of the store's dtype, or another on the sequences of a
-/// device.
+/// Evaluates one expression if the store has a pool on the CPU, of any dtype, or another if it has
+/// sequences on a device.
 macro_rules! on_pool {
-    ($held:expr, $pool:ident => $host:expr, $seqs:ident => $device:expr) => {
-        match $held {
-            Held::F32($pool) => $host,
-            Held::F16($pool) => $host,
-            Held::BF16($pool) => $host,
-            Held::OnDevice($seqs) => $device,
+    ($storage:expr, $pool:ident => $host:expr, $seqs:ident => $device:expr) => {
+        match $storage {
+            Storage::F32($pool) => $host,
+            Storage::F16($pool) => $host,
+            Storage::BF16($pool) => $host,
+            Storage::OnDevice($seqs) => $device,
             #[cfg(feature = "cuda")]
-            Held::Cuda($seqs) => $device,
+            Storage::Cuda($seqs) => $device,
         }
     };
 }
@@ -71,8 +72,8 @@ impl DenseStore {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_capacity(shape: AttentionShape, dtype: DType, bytes: usize) -> Result<Self> {
-        let held = empty(&shape, dtype, bytes)?;
-        Ok(Self { shape, dtype, capacity: bytes, held })
+        let storage = empty(&shape, dtype, bytes)?;
+        Ok(Self { shape, dtype, capacity: bytes, storage })
     }
 
     /// Returns the dtype of keys and values.
@@ -81,7 +82,7 @@ impl DenseStore {
     }
 
     fn known(&self, seq: SeqId) -> bool {
-        on_pool!(&self.held, pool => !pool.lens(seq).is_empty(), seqs => seqs.contains(seq))
+        on_pool!(&self.storage, pool => !pool.lens(seq).is_empty(), seqs => seqs.contains(seq))
     }
 
     fn check_head(&self, seq: SeqId, kv_head: usize) -> Result<()> {
@@ -98,12 +99,12 @@ impl DenseStore {
     }
 
     /// Checks an append before anything changes. An empty store moves to the tensors' device.
-    fn settle(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
+    fn check_append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
         let tokens = self.shape.check_kv(k, v)?;
         if tokens != batch.tokens() {
             return Err(Error::mismatch("tokens of k", batch.tokens(), tokens));
         }
-        let on_cpu = matches!(self.held, Held::F32(_) | Held::F16(_) | Held::BF16(_));
+        let on_cpu = matches!(self.storage, Storage::F32(_) | Storage::F16(_) | Storage::BF16(_));
         if on_cpu == k.device().is_cpu() {
             return Ok(());
         }
@@ -111,7 +112,7 @@ impl DenseStore {
             let name = |cpu| if cpu { "the CPU" } else { "another" };
             return Err(Error::mismatch("device of k and v", name(on_cpu), name(!on_cpu)));
         }
-        self.held = match on_cpu {
+        self.storage = match on_cpu {
             true => self.on_device(k.device())?,
             false => empty(&self.shape, self.dtype, self.capacity)?,
         };
@@ -119,21 +120,21 @@ impl DenseStore {
     }
 
     /// Returns empty sequences for a device other than the CPU.
-    fn on_device(&self, device: &Device) -> Result<Held> {
+    fn on_device(&self, device: &Device) -> Result<Storage> {
         #[cfg(feature = "cuda")]
-        if let Some(seqs) = CudaSeqs::new(&self.shape, self.dtype, device, self.capacity)? {
-            return Ok(Held::Cuda(Box::new(seqs)));
+        if let Some(seqs) = CudaPool::new(&self.shape, self.dtype, device, self.capacity)? {
+            return Ok(Storage::Cuda(Box::new(seqs)));
         }
-        Ok(Held::OnDevice(DeviceSeqs::new(device, &self.shape, self.dtype)))
+        Ok(Storage::OnDevice(DeviceTensors::new(device, &self.shape, self.dtype)))
     }
 }
 
-fn empty(shape: &AttentionShape, dtype: DType, capacity: usize) -> Result<Held> {
+fn empty(shape: &AttentionShape, dtype: DType, capacity: usize) -> Result<Storage> {
     let AttentionShape { kv_heads, head_dim, value_dim, .. } = *shape;
     Ok(match dtype {
-        DType::F32 => Held::F32(Pool::new(kv_heads, head_dim, value_dim, capacity)),
-        DType::F16 => Held::F16(Pool::new(kv_heads, head_dim, value_dim, capacity)),
-        DType::BF16 => Held::BF16(Pool::new(kv_heads, head_dim, value_dim, capacity)),
+        DType::F32 => Storage::F32(Pool::new(kv_heads, head_dim, value_dim, capacity)),
+        DType::F16 => Storage::F16(Pool::new(kv_heads, head_dim, value_dim, capacity)),
+        DType::BF16 => Storage::BF16(Pool::new(kv_heads, head_dim, value_dim, capacity)),
         other => return Err(Error::setting("dtype", "f32, f16 or bf16", other.as_str())),
     })
 }
@@ -144,10 +145,10 @@ impl KvStore for DenseStore {
     }
 
     fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
-        self.settle(batch, k, v)?;
+        self.check_append(batch, k, v)?;
         let (k, v) = (k.to_dtype(self.dtype)?, v.to_dtype(self.dtype)?);
         let all = |tokens: Range<usize>, _: usize, _: usize| tokens;
-        on_pool!(&mut self.held,
+        on_pool!(&mut self.storage,
             pool => {
                 pool.check_room(batch)?;
                 append_pool(pool, batch, &k, &v, all)
@@ -163,9 +164,9 @@ impl KvStore for DenseStore {
         tokens: &[Selection],
     ) -> Result<()> {
         check_selections(batch, tokens, self.shape.kv_heads)?;
-        self.settle(batch, k, v)?;
+        self.check_append(batch, k, v)?;
         let (k, v) = (k.to_dtype(self.dtype)?, v.to_dtype(self.dtype)?);
-        on_pool!(&mut self.held,
+        on_pool!(&mut self.storage,
             pool => {
                 let lists = lists(batch, tokens, self.shape.kv_heads)?;
                 let selected = |own: Range<usize>, seq: usize, head: usize| {
@@ -178,7 +179,7 @@ impl KvStore for DenseStore {
     }
 
     fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
-        on_pool!(&self.held,
+        on_pool!(&self.storage,
             pool => {
                 let pages = masked(&pages(pool, batch, &self.shape), &self.shape, mask)?;
                 attention::attend_pages(batch, q, &pages, &self.shape, mask)
@@ -193,7 +194,7 @@ impl KvStore for DenseStore {
         lse: &Tensor,
         mask: Mask<'_>,
     ) -> Result<Vec<AttentionSums>> {
-        on_pool!(&self.held,
+        on_pool!(&self.storage,
             pool => {
                 let all = pages(pool, batch, &self.shape);
                 let pages = masked(&all, &self.shape, mask)?;
@@ -212,14 +213,14 @@ impl KvStore for DenseStore {
         self.check_known(seq)?;
         let lens = self.lens(seq);
         keep.check_unread(&lens)?;
-        on_pool!(&mut self.held,
+        on_pool!(&mut self.storage,
             pool => pool.retain(seq, keep.check(&lens)?),
             seqs => seqs.retain(seq, keep))
     }
 
     fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
         self.check_head(seq, kv_head)?;
-        on_pool!(&self.held,
+        on_pool!(&self.storage,
             pool => read(&pool.pages(seq, kv_head), &self.shape),
             seqs => seqs.read(seq, kv_head))
     }
@@ -232,8 +233,8 @@ impl KvStore for DenseStore {
     ) -> Result<(Tensor, Tensor)> {
         self.check_head(seq, kv_head)?;
         check_range(&entries, self.lens(seq)[kv_head])?;
-        on_pool!(&self.held,
-        pool => read(&within(&pool.pages(seq, kv_head), &entries, &self.shape), &self.shape),
+        on_pool!(&self.storage,
+        pool => read(&slice_pages(&pool.pages(seq, kv_head), &entries, &self.shape), &self.shape),
         seqs => {
             let (k, v) = seqs.read(seq, kv_head)?;
             let part = |x: Tensor| x.narrow(0, entries.start, entries.len());
@@ -242,7 +243,7 @@ impl KvStore for DenseStore {
     }
 
     fn lens(&self, seq: SeqId) -> Vec<usize> {
-        on_pool!(&self.held, pool => pool.lens(seq), seqs => seqs.lens(seq))
+        on_pool!(&self.storage, pool => pool.lens(seq), seqs => seqs.lens(seq))
     }
 
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
@@ -250,7 +251,7 @@ impl KvStore for DenseStore {
         if self.known(to) {
             return Err(Error::mismatch("sequence to fork to", "a new one", to));
         }
-        on_pool!(&mut self.held, pool => pool.fork(from, to), seqs => seqs.fork(from, to)?);
+        on_pool!(&mut self.storage, pool => pool.fork(from, to), seqs => seqs.fork(from, to)?);
         Ok(())
     }
 
@@ -267,36 +268,36 @@ impl KvStore for DenseStore {
 
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
-        on_pool!(&mut self.held, pool => pool.truncate(seq, len), seqs => seqs.truncate(seq, len));
+        on_pool!(&mut self.storage, pool => pool.truncate(seq, len), seqs => seqs.truncate(seq, len));
         Ok(())
     }
 
     fn remove(&mut self, seq: SeqId) -> bool {
-        on_pool!(&mut self.held, pool => pool.remove(seq), seqs => seqs.remove(seq))
+        on_pool!(&mut self.storage, pool => pool.remove(seq), seqs => seqs.remove(seq))
     }
 
     fn seqs(&self) -> Vec<SeqId> {
-        on_pool!(&self.held, pool => pool.seqs(), seqs => seqs.seqs())
+        on_pool!(&self.storage, pool => pool.seqs(), seqs => seqs.seqs())
     }
 
     fn can_append(&self, batch: &Batch) -> bool {
-        on_pool!(&self.held, pool => pool.check_room(batch).is_ok(), seqs => seqs.can_append(batch))
+        on_pool!(&self.storage, pool => pool.check_room(batch).is_ok(), seqs => seqs.can_append(batch))
     }
 
     fn footprint(&self) -> Footprint {
-        on_pool!(&self.held, pool => pool.footprint(), seqs => seqs.footprint())
+        on_pool!(&self.storage, pool => pool.footprint(), seqs => seqs.footprint())
     }
 
     fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        on_pool!(&self.held, pool => pool.seq_footprint(seq), seqs => seqs.seq_footprint(seq))
+        on_pool!(&self.storage, pool => pool.seq_footprint(seq), seqs => seqs.seq_footprint(seq))
     }
 
     fn clear(&mut self) {
-        on_pool!(&mut self.held, pool => pool.clear(), seqs => seqs.clear());
+        on_pool!(&mut self.storage, pool => pool.clear(), seqs => seqs.clear());
     }
 }
 
-/// The lists of each sequence's selection of its own tokens.
+/// Returns the lists of each sequence's selection of tokens of the call.
 fn lists<'a>(
     batch: &Batch,
     tokens: &'a [Selection],

@@ -8,17 +8,18 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 
-/// Entries that are read at a time: 4.5 MiB in f32 for DeepSeek's 576 channels.
+/// Number of entries that attention reads at a time: 4.5 MiB in f32 for DeepSeek's 576 channels.
 const CHUNK: usize = 2048;
 
-/// The latent of multi-head latent attention, held once, in any store.
+/// A store for multi-head latent attention, which holds the latent of each token once, in a store
+/// of any format.
 ///
-/// A token's only key has a rotated part and, behind it, the compressed latent, which is the token's
-/// value, too. The store inside has the rotated part as its keys and the latent as its values, so
-/// that every format of keys and values serves.
+/// A token has one key for all heads: a rotated part, followed by the compressed latent. The latent
+/// is also the token's value. The inner store holds the rotated part as its keys and the latent as
+/// its values, so it can have any format of keys and values.
 ///
-/// Attention reads a chunk of entries, expands it to f32 and puts the two parts side by side. All
-/// query heads share the one key, so that this is a small part of the work.
+/// Attention reads a chunk of entries, expands it to f32 and concatenates the two parts. All query
+/// heads share the one key, so this is a small part of the work.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -39,12 +40,12 @@ pub struct LatentStore<S> {
 }
 
 impl<S: KvStore> LatentStore<S> {
-    /// An empty store. `make` gets the shape of the parts: keys as wide as the rotated part, values
-    /// as wide as the latent.
+    /// Creates an empty store. `make` creates the inner store from its shape: keys have the width
+    /// of the rotated part, values that of the latent.
     ///
     /// # Errors
     /// [`Error::Setting`] for more than one kv head, values as wide as the keys, or a sliding
-    /// window; [`Error::Mismatch`] if `make` gives a store of another shape; what `make` reports.
+    /// window; [`Error::Mismatch`] if `make` returns a store of another shape; errors of `make`.
     pub fn new(
         shape: AttentionShape,
         make: impl FnOnce(AttentionShape) -> Result<S>,
@@ -59,13 +60,14 @@ impl<S: KvStore> LatentStore<S> {
         Ok(Self { shape, parts })
     }
 
-    /// The store of the parts.
+    /// Returns the inner store.
     pub fn parts(&self) -> &S {
         &self.parts
     }
 
-    /// The rotated part of a call's keys. On the CPU, values that differ from the rest of the keys
-    /// are an error; on other devices a check would wait for the device.
+    /// Returns the rotated part of a call's keys. On the CPU, values that differ from the rest of
+    /// the keys are an error. On other devices this is not checked, because the check would wait
+    /// for the device.
     fn rotated(&self, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         self.shape.check_kv(k, v)?;
         let (rotated, latent) = (self.rotated_dim(), self.shape.value_dim);
@@ -91,8 +93,9 @@ impl<S: KvStore> LatentStore<S> {
         }
     }
 
-    /// The entries that the queries of the i-th sequence see, at most [`CHUNK`] at a time. Only the
-    /// queries' own tokens, under a causal mask, are seen by some of them and not by others.
+    /// Returns the entries that the queries of sequence `i` attend to, in chunks of at most
+    /// [`CHUNK`], each with its mask. Only the chunk of the call's own tokens can have a causal
+    /// mask.
     fn chunks(
         &self,
         batch: &Batch,
@@ -125,7 +128,7 @@ impl<S: KvStore> LatentStore<S> {
         ranges.check(&lens)
     }
 
-    /// Attention of a sequence's queries over a range of its entries.
+    /// Returns the attention of a sequence's queries over a range of its entries.
     fn attend_chunk(
         &self,
         seq: SeqId,
@@ -147,7 +150,7 @@ impl<S: KvStore> LatentStore<S> {
         })
     }
 
-    /// The attention that each entry of a range receives, `[heads][entries]`, on the CPU.
+    /// Returns the attention sum of each entry of a range, `[heads][entries]`, on the CPU.
     fn sums_of_chunk(
         &self,
         seq: SeqId,
@@ -166,13 +169,13 @@ impl<S: KvStore> LatentStore<S> {
         })
     }
 
-    /// Keys and values from the parts.
+    /// Returns keys and values from the two parts.
     fn joined(&self, (rotated, latent): (Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
         Ok((Tensor::cat(&[&rotated, &latent], 1)?, latent.contiguous()?))
     }
 }
 
-/// Checks that a shape can be that of latent attention.
+/// Checks that a shape is valid for latent attention.
 pub(crate) fn check_shape(shape: &AttentionShape) -> Result<()> {
     if shape.kv_heads != 1 {
         return Err(Error::setting("kv heads of latent attention", 1, shape.kv_heads));
@@ -314,7 +317,7 @@ impl<S: KvStore> KvStore for LatentStore<S> {
     }
 }
 
-/// The attention of queries that see nothing.
+/// Returns the attention of queries that attend to no entry.
 fn nothing(q: &Tensor, shape: &AttentionShape) -> Result<AttentionState> {
     let (tokens, heads) = (q.dim(0)?, shape.heads);
     let out = Tensor::zeros((tokens, heads, shape.value_dim), DType::F32, q.device())?;

@@ -38,7 +38,7 @@ pub fn rotate(of: &Rope, x: &Tensor, positions: &[i64]) -> Result<Option<Tensor>
         return Ok(None);
     }
     let on_device = {
-        let mut last = of.last_on_device.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut last = of.cached_on_device.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         match &*last {
             Some(last) if last.serves(positions, x.device()) => last.clone(),
             _ => last.insert(OnDevice::new(&of.frequencies, positions, x.device())?).clone(),

@@ -31,7 +31,7 @@ pub(super) struct Row {
     pub setting: String,
     pub tasks: Vec<TaskScore>,
     pub samples: usize,
-    /// The number of samples with a higher score than the first setting's; the next field those
+    /// The number of samples with a higher score than the first setting's. `worse` counts those
     /// with a lower score.
     pub better: usize,
     pub worse: usize,

@@ -19,7 +19,7 @@ impl Greedy {
         if logits.device().is_cpu() {
             let mut sampler = Sampler::new(Sampling::Greedy)?;
             let rows = logits.to_vec2::<f32>()?;
-            return Ok(rows.iter().map(|row| sampler.choose(row)).collect());
+            return Ok(rows.iter().map(|row| sampler.sample(row)).collect());
         }
         self.choose_on_device(logits)
     }

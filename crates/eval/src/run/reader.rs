@@ -8,7 +8,7 @@ use longctx_core::{Batch, CausalLm, Logits, PromptCompressor, Rate, SeqId, prefi
 use super::greedy::Greedy;
 use super::running::Running;
 use super::shorten::{Compressor, Short, shorten};
-use super::subject::{Answer, Fault, Question, Queue, Subject};
+use super::subject::{Answer, Fault, Passage, Question, Queue, Subject};
 use crate::Forced;
 
 /// The sequence of a text that is read with teacher forcing.
@@ -44,7 +44,7 @@ pub trait Text {
     fn bos(&self) -> Option<&str>;
 }
 
-/// Bytes of a dense cache of so many tokens.
+/// Returns the bytes of a dense cache with the given number of tokens.
 type DenseBytes = Box<dyn Fn(usize) -> usize + Send>;
 
 /// A [`CausalLm`] with any cache that reads prompts and decodes greedily.
@@ -115,8 +115,8 @@ impl Reader {
         self
     }
 
-    /// Sets the bytes of a dense f16 cache of so many tokens, the reference of ratios. Layers with a
-    /// sliding window stop growing.
+    /// Sets the function that returns the bytes of a dense f16 cache for a number of tokens, the
+    /// reference of ratios. Layers with a sliding window stop growing.
     #[must_use]
     pub fn with_dense_bytes(mut self, bytes: impl Fn(usize) -> usize + Send + 'static) -> Self {
         self.dense_bytes = Some(Box::new(bytes));
@@ -316,21 +316,38 @@ impl Subject for Reader {
         }
     }
 
-    fn teacher_forced(&mut self, prompt: &str, text: &str) -> Result<Forced, Fault> {
+    fn teacher_forced(&mut self, passages: &[Passage<'_>]) -> Result<Vec<Forced>, Fault> {
         self.model.clear();
-        let Short { text: prompt, saved, .. } = self.shorten(prompt, None, None)?;
-        let prompt = self.text.encode(&prompt, true)?;
-        let tokens = self.text.encode(text, false)?;
-        let mut next = prefill(&mut *self.model, SEQ, &prompt, self.prefill_chunk)?;
-        let mut logits = Vec::with_capacity(tokens.len());
-        for (i, &token) in tokens.iter().enumerate() {
-            logits.push(next.flatten_all()?.to_vec1()?);
-            if i + 1 < tokens.len() {
-                next = self.model.forward(&Batch::single(SEQ, 1)?, &[token], Logits::Last)?;
+        let mut all = Vec::new();
+        for (seq, passage) in passages.iter().enumerate() {
+            let Short { text: prompt, saved, .. } = self.shorten(passage.prompt, None, None)?;
+            let prompt = self.text.encode(&prompt, true)?;
+            let tokens = self.text.encode(passage.text, false)?;
+            let first = prefill(&mut *self.model, seq as SeqId, &prompt, self.prefill_chunk)?;
+            let logits = vec![first.flatten_all()?.to_vec1()?];
+            all.push((saved, Forced { tokens, logits, kv_bytes: None, dense_bytes: None }));
+        }
+        // Token `i` of each text that has a token after it.
+        for i in 0.. {
+            let reading =
+                all.iter_mut().enumerate().filter(|(_, (_, one))| i + 1 < one.tokens.len());
+            let mut reading: Vec<_> = reading.map(|(seq, (_, one))| (seq as SeqId, one)).collect();
+            if reading.is_empty() {
+                break;
+            }
+            let seqs: Vec<_> = reading.iter().map(|(seq, _)| *seq).collect();
+            let ids: Vec<_> = reading.iter().map(|(_, one)| one.tokens[i]).collect();
+            let logits = self.model.forward(&Batch::decode(&seqs)?, &ids, Logits::Last)?;
+            for ((_, one), logits) in reading.iter_mut().zip(logits.to_vec2()?) {
+                one.logits.push(logits);
             }
         }
-        let (kv_bytes, dense_bytes) = (Some(self.kv_bytes(SEQ)), self.dense_bytes(SEQ, saved));
-        Ok(Forced { tokens, logits, kv_bytes, dense_bytes })
+        let all = all.into_iter().enumerate().map(|(seq, (saved, one))| {
+            let seq = seq as SeqId;
+            let (kv_bytes, dense_bytes) = (Some(self.kv_bytes(seq)), self.dense_bytes(seq, saved));
+            Forced { kv_bytes, dense_bytes, ..one }
+        });
+        Ok(all.collect())
     }
 }
 

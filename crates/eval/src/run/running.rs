@@ -66,7 +66,7 @@ impl<'a> Running<'a> {
     }
 
     /// Returns the tokens to feed for a turn, and whether they continue the sequence; otherwise it
-    /// begins anew.
+    /// starts again.
     pub fn prompt(&mut self, turn: Short, text: &dyn Text) -> Result<(Vec<u32>, bool), Fault> {
         let sample = self.question.sample;
         self.saved += turn.saved;
@@ -99,7 +99,8 @@ impl<'a> Running<'a> {
         Ok(prompt)
     }
 
-    /// Adds the time of a turn's prompt: `before` until the prefill, `all` until the first token.
+    /// Adds the time of a turn's prompt: `before` is the time until the prefill, `all` the time
+    /// until the first token.
     pub fn prefilled(&mut self, before: Duration, all: Duration) {
         if self.is_first_turn() {
             self.answer.first_token = all;
@@ -123,7 +124,7 @@ impl<'a> Running<'a> {
         self.written[self.fed]
     }
 
-    /// Records the decode step that fed it.
+    /// Records a decode step, which fed the last token. `share` is the sample's share of its time.
     pub fn stepped(&mut self, share: Duration) {
         self.fed += 1;
         self.answer.decode_steps += 1;

@@ -60,6 +60,15 @@ pub trait Queue<'a> {
     fn answered(&mut self, number: usize, answer: Result<Answer, Fault>);
 }
 
+/// A part of a text for teacher forcing.
+#[derive(Debug, Clone, Copy)]
+pub struct Passage<'a> {
+    /// Read at once, and compressed by methods that compress prompts.
+    pub prompt: &'a str,
+    /// Read one token at a time.
+    pub text: &'a str,
+}
+
 /// An evaluated system: a model with a method of holding its context.
 pub trait Subject {
     /// Answers all turns of a sample, independently of earlier samples.
@@ -76,14 +85,14 @@ pub trait Subject {
         }
     }
 
-    /// Reads `prompt` and then `text`, token by token, and returns the logits for each token of
-    /// `text`.
+    /// Reads each passage's prompt and then its text, token by token, and returns the logits for
+    /// each token of the text. The passages are read side by side.
     ///
     /// # Errors
     /// Errors of the model. The default implementation returns an error, for subjects without
     /// logits.
-    fn teacher_forced(&mut self, prompt: &str, text: &str) -> Result<Forced, Fault> {
-        let _ = (prompt, text);
-        Err("this subject tells no logits".into())
+    fn teacher_forced(&mut self, passages: &[Passage<'_>]) -> Result<Vec<Forced>, Fault> {
+        let _ = passages;
+        Err("this subject does not return logits".into())
     }
 }

@@ -59,7 +59,7 @@ pub struct NeedleGrid {
     pub digits: usize,
     /// Keys at each point of the grid.
     pub repeats: usize,
-    /// Wrong keys beside each key, 23 at most. 0: the text has one key.
+    /// Wrong keys in addition to each key, 23 at most. 0: the text has one key.
     pub distractors: usize,
     /// Seed of the keys.
     pub seed: u64,

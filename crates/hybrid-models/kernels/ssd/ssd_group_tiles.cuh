@@ -1,5 +1,5 @@
-// Group tiles: what all heads of a group need of a chunk of 64 tokens, computed once: B, C and
-// C B' in the layout of ssd_wgmma.cuh's shared memory, so that it arrives in one copy.
+// Group tiles: the data of a chunk of 64 tokens that all heads of a group share, computed once.
+// They are B, C and C B', in the layout of ssd_wgmma.cuh's shared memory, so one copy loads them.
 #pragma once
 #include "../args.cuh"
 #include "../hopper.cuh"

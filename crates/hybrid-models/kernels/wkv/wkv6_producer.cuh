@@ -1,7 +1,7 @@
 // A producer of wkv.cuh for decays of each token.
 //
-// A lane has eight keys of four consecutive tokens. Of other tokens' decays it needs only products
-// of four. Operands are passed through shared memory.
+// A lane has eight keys of four consecutive tokens. It uses the decays of other tokens only as
+// products of four. Operands are passed through shared memory.
 #pragma once
 #include "wkv_stage.cuh"
 

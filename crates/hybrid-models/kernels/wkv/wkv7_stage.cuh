@@ -1,10 +1,10 @@
-// What the warps of wkv7_chunks.cuh share: the results of a chunk that producers pass to consumers, the
-// chunk's inputs, and the head's constants.
+// The data that the warps of wkv7_chunks.cuh share: the results of a chunk that producers pass to
+// consumers, the chunk's inputs, and the head's constants.
 //
-// Producers hold tokens x keys as fragments. A lane has tokens row and row + 8 (row = lane / 4), and
-// keys that are contiguous in memory: columns pair and pair + 1 of tile j (eight keys) are the keys
-// 8 (lane % 4) + 2 j and the next in the first half of the head (j < 4), and 24 more in the second
-// half. The order is the same in every product that sums over keys.
+// Producers hold tokens x keys as fragments. A lane has tokens row and row + 8 (row = lane / 4),
+// and keys that are contiguous in memory: columns pair and pair + 1 of tile j (eight keys) are the
+// keys k and k + 1. In the first half of the head (j < 4), k = 8 (lane % 4) + 2 j; in the second
+// half, 24 more. The order is the same in every product that sums over keys.
 #pragma once
 #include <type_traits>
 #include "../args.cuh"

@@ -1,4 +1,5 @@
-// What the warps of wkv.cuh share: the head's constants, a producer's memory, and the producers' loads.
+// The memory that the warps of wkv.cuh share: the head's constants and each producer's memory; and
+// the producers' loads.
 #pragma once
 #include "../args.cuh"
 #include "../mma.cuh"

@@ -10,7 +10,7 @@ use crate::rwkv::V7;
 use candle_core::{DType, Tensor};
 use longctx_core::{Error, Result};
 
-/// Channels per head, as in kernels/args.cuh, like the grids.
+/// The largest number of channels per head. It and the grids must equal those in kernels/args.cuh.
 const MAX_CHANNELS: usize = 128;
 /// Channels per head in published models, which have their own kernels.
 const COMMON_CHANNELS: usize = 64;

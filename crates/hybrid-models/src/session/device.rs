@@ -91,7 +91,7 @@ impl Session {
             logits,
             first: seen == 0,
             states: states.contiguous(batch.seqs())?,
-            caches: self.caches.as_mut_slice(),
+            caches: &mut self.caches,
             snapshots: snapshot_positions.iter().map(|at| (at - seen, Vec::new())).collect(),
         };
         let output = model.forward(&mut call)?;

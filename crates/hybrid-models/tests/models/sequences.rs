@@ -8,9 +8,7 @@ use crate::common::{Fixture, SAME, advance, feed, relative_distance, session};
 use crate::mixed::mixed;
 use candle_core::{DType, Device, Tensor};
 use hybrid_models::{LoadOptions, Model, Session};
-use longctx_core::{
-    Batch, CausalLm, DenseCache, Error, Footprint, KvCache, LayerSpec, Logits, Result, SeqId, Step,
-};
+use longctx_core::{CausalLm, DenseCache, Error, KvCache, LayerSpec, Logits, Result, SeqId, Step};
 
 const FAMILIES: [&str; 8] =
     ["mamba", "mamba2", "mamba2_groups", "rwkv4", "rwkv5", "rwkv6", "rwkv7", "recurrent_gemma"];
@@ -192,21 +190,9 @@ fn fault(on: &AtomicBool, what: &str) -> Result<()> {
 }
 
 impl KvCache for Faulty {
-    fn spec(&self) -> &LayerSpec {
-        self.inner.spec()
-    }
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         fault(&self.attend, "a fault")?;
         self.inner.attend(step)
-    }
-    fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
-        self.inner.append_prompt(step, lse)
-    }
-    fn needs_lse(&self) -> bool {
-        self.inner.needs_lse()
-    }
-    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
-        self.inner.fork(from, to)
     }
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
         fault(&self.truncate, "going back")?;
@@ -216,30 +202,10 @@ impl KvCache for Faulty {
         self.check_truncate(seq, len)?;
         self.inner.truncate(seq, len)
     }
-    fn remove(&mut self, seq: SeqId) -> bool {
-        self.inner.remove(seq)
-    }
-    fn seqs(&self) -> Vec<SeqId> {
-        self.inner.seqs()
-    }
-    fn seen(&self, seq: SeqId) -> usize {
-        self.inner.seen(seq)
-    }
-    fn held(&self, seq: SeqId) -> usize {
-        self.inner.held(seq)
-    }
-    fn can_take(&self, batch: &Batch) -> bool {
-        self.inner.can_take(batch)
-    }
-    fn footprint(&self) -> Footprint {
-        self.inner.footprint()
-    }
-    fn seq_footprint(&self, seq: SeqId) -> Footprint {
-        self.inner.seq_footprint(seq)
-    }
-    fn clear(&mut self) {
-        self.inner.clear();
-    }
+
+    longctx_core::forward_kv_cache!(self => self.inner;
+        spec, append_prompt, needs_lse, fork, remove, seqs, seen, held, can_append, footprint,
+        seq_footprint, clear);
 }
 
 /// A stack of all mixers whose second attention layer (the last layer) can be made to fail.

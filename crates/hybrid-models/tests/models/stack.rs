@@ -33,7 +33,7 @@ fn check(model: &Model, tokens: &Tensor, want: &Tensor) {
 fn equals(name: &str, config: &Value, tensors: Tensors) {
     let fixture = Fixture::open(name);
     let model = build(config, tensors).unwrap();
-    assert_eq!(model.family(), "hybrid");
+    assert_eq!(model.model_type(), "hybrid");
     check(&model, &fixture.tokens, &fixture.logits);
 }
 

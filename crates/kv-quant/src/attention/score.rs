@@ -11,7 +11,6 @@ use crate::layout::PANEL;
 use crate::number::Number;
 use crate::product::Scratch;
 use crate::rotary::{BackRotatedQueries, ChunkPosition};
-use crate::vector;
 
 #[derive(Default)]
 pub struct Buffers {
@@ -83,7 +82,7 @@ impl<T: Number> Call<'_, T> {
                 T::widen_all(&self.queries.data[at..at + d], row);
             }
         }
-        vector::scale(out, self.queries.scale);
+        longctx_simd::scale(out, self.queries.scale);
         if self.pool.format().keys().rotated {
             hadamard(out, d);
         }
@@ -131,7 +130,7 @@ impl<T: Number> Call<'_, T> {
             }
             let scores = scores[slot - slots.start..].iter_mut().step_by(TILE);
             for (q, score) in q.chunks_exact(d).zip(scores) {
-                *score = vector::dot(q, row);
+                *score = longctx_simd::dot(q, row);
             }
         }
         let width = slots.len();

@@ -6,7 +6,6 @@ use super::TILE;
 use super::plan::{Call, Span, blocks};
 use super::score::Buffers;
 use crate::number::Number;
-use crate::vector;
 use rayon::prelude::*;
 
 /// Slots whose sums one thread computes at a time.
@@ -55,9 +54,9 @@ impl<T: Number> Call<'_, T> {
                     let lse = lse[query * self.queries.heads + kv_head * self.group + g];
                     if lse > f32::NEG_INFINITY {
                         let scores = &mut scores[..slots.len()];
-                        vector::exp_sum(scores, lse);
+                        longctx_simd::exp_sum(scores, lse);
                         let at = slots.start - part.start;
-                        vector::add(scores, &mut sums[g][at..at + slots.len()]);
+                        longctx_simd::add(scores, &mut sums[g][at..at + slots.len()]);
                     }
                 }
             }

@@ -8,7 +8,6 @@ use crate::kernel::{Rows, widen_into};
 use crate::layout::Layout;
 use crate::pool::head::Head;
 use crate::pool::memory::PoolMemory;
-use crate::vector;
 
 /// For each row the weighted sum of values, the largest score and the sum of weights.
 pub struct Tile {
@@ -39,16 +38,16 @@ impl Tile {
     pub fn update_softmax(&mut self, scores: &mut [f32], width: usize) {
         for (row, scores) in scores.chunks_exact_mut(TILE).enumerate() {
             let scores = &mut scores[..width];
-            let max = self.max[row].max(vector::max(scores));
+            let max = self.max[row].max(longctx_simd::max(scores));
             if max == f32::NEG_INFINITY {
                 scores.fill(0.0);
                 continue;
             }
-            let sum = vector::exp_sum(scores, max);
+            let sum = longctx_simd::exp_sum(scores, max);
             if max > self.max[row] {
                 let rescale = (self.max[row] - max).exp();
                 self.sum[row] *= rescale;
-                vector::scale(&mut self.out[row * self.stride..][..self.stride], rescale);
+                longctx_simd::scale(&mut self.out[row * self.stride..][..self.stride], rescale);
                 self.max[row] = max;
             }
             self.sum[row] += sum;
@@ -87,7 +86,7 @@ impl Tile {
             }
             let weights = scores[slot - slots.start..].iter().step_by(TILE);
             for (out, weight) in self.out.chunks_exact_mut(self.stride).zip(weights) {
-                vector::add_scaled(*weight, row, out);
+                longctx_simd::add_scaled(*weight, row, out);
             }
         }
     }
@@ -101,8 +100,8 @@ impl Tile {
             }
             let (a, b) = ((self.max[row] - max).exp(), (other.max[row] - max).exp());
             let ours = &mut self.out[row * self.stride..][..self.stride];
-            vector::scale(ours, a);
-            vector::add_scaled(b, &other.out[row * self.stride..][..self.stride], ours);
+            longctx_simd::scale(ours, a);
+            longctx_simd::add_scaled(b, &other.out[row * self.stride..][..self.stride], ours);
             self.sum[row] = self.sum[row] * a + other.sum[row] * b;
             self.max[row] = max;
         }
@@ -113,7 +112,7 @@ impl Tile {
     pub fn finish(&mut self, row: usize, values: &Layout) -> Option<(&[f32], f32)> {
         let (sum, scheme, columns) = (self.sum[row], values.scheme, values.columns);
         let values = &mut self.out[row * self.stride..][..columns];
-        vector::scale(values, sum.recip());
+        longctx_simd::scale(values, sum.recip());
         if scheme.rotated {
             hadamard(values, columns);
         }

@@ -7,7 +7,7 @@ use crate::{Format, KeyBasis, Rotary};
 use candle_core::Tensor;
 use longctx_core::{
     AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result, SeqId,
-    Step, attention, check_new,
+    Step, attention, check_unseen,
 };
 
 /// When a call's tokens are quantized.
@@ -85,7 +85,7 @@ impl QuantCache {
         if format.key_basis() != KeyBasis::BeforeRope {
             return QuantStore::new(spec.shape, format);
         }
-        let rope = spec.rope_for("a cache of keys before RoPE")?;
+        let rope = spec.require_rope("a cache of keys before RoPE")?;
         let rotary = Arc::new(Rotary::new(rope.frequencies(), sinks)?);
         QuantStore::before_rope(spec.shape, format, rotary)
     }
@@ -288,7 +288,7 @@ impl KvCache for QuantCache {
     /// Both [`Order`]s pack the tokens in the same way.
     fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
         step.check(&self.spec)?;
-        check_new(self, step.batch)?;
+        check_unseen(self, step.batch)?;
         let (_, k) = step.rotate(&self.spec, |_| 0)?;
         self.append(step, &k)?;
         self.advance(step.batch);
@@ -360,7 +360,7 @@ impl KvCache for QuantCache {
     }
 
     /// Sinks are counted as packed tokens, which never underestimates.
-    fn can_take(&self, batch: &Batch) -> bool {
+    fn can_append(&self, batch: &Batch) -> bool {
         self.store.can_append(batch)
     }
 

@@ -82,7 +82,8 @@ impl QuantStore {
         Ok(Self { shape, storage: Storage::Host(Box::new(pool)) })
     }
 
-    /// Limits blocks and pages in use to `bytes` bytes; on a CUDA device records and rings.
+    /// Limits the memory in use to `bytes` bytes: that of blocks and pages or, on a CUDA device, of
+    /// records and rings.
     #[must_use]
     pub fn with_capacity(self, bytes: usize) -> Self {
         let storage = match self.storage {
@@ -237,7 +238,7 @@ impl QuantStore {
         .map(Some)
     }
 
-    /// Keys `[entries, head_dim]` and values `[entries, value_dim]` on the CPU.
+    /// Returns keys `[entries, head_dim]` and values `[entries, value_dim]` on the CPU.
     fn rows(&self, (keys, values): (Vec<f32>, Vec<f32>)) -> Result<(Tensor, Tensor)> {
         let of = |x: Vec<f32>, d: usize| {
             let dims = (x.len() / d, d);
@@ -286,12 +287,13 @@ impl QuantStore {
             indices.zip(sums).for_each(|(index, sums)| all[index] = sums);
             Ok(())
         })?;
-        let of_seq = |lists| AttentionSums::from_lists(lists, self.shape.group(), &Device::Cpu);
+        let of_seq =
+            |lists| AttentionSums::from_lists(lists, self.shape.heads_per_kv(), &Device::Cpu);
         all.chunks(heads).map(of_seq).collect()
     }
 }
 
-/// Each head's list of the selections, one sequence after the other.
+/// Returns the selected entries as one list per kv head of each sequence.
 fn lists(batch: &Batch, tokens: &[Selection], kv_heads: usize) -> Result<Vec<Vec<u32>>> {
     let mut lists = Vec::new();
     for ((_, own), selection) in batch.iter().zip(tokens) {

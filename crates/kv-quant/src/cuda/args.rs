@@ -1,5 +1,5 @@
-//! The kernels' arguments: field for field the structs of kernels/*.cuh. Pointers are device
-//! addresses, 0 for none.
+//! The kernels' arguments, with the fields of the structs in kernels/*.cuh. Pointers are device
+//! addresses; 0 means none.
 
 longctx_cuda::args! {
     pub struct Work: 104, sums at 32, packed at 40 {

@@ -1,4 +1,4 @@
-//! One launch of attention over records and rings of many sequences.
+//! Attention over the records and rings of many sequences, in one launch.
 
 use super::CudaPool;
 use super::args::{AttendArgs, Work};
@@ -16,7 +16,7 @@ impl CudaPool {
             _ => None,
         };
         let (stream, d) = (self.stream(), self.shape.head_dim);
-        let columns = self.shape.group() * batch.longest();
+        let columns = self.shape.heads_per_kv() * batch.max_seqlen();
         let kernels = &self.kernels.attend;
         let kernel = if columns > kernels[0].columns { kernels.last() } else { kernels.first() };
         let kernel = kernel.ok_or_else(|| Error::Unsupported("no attention kernel".into()))?;
@@ -24,7 +24,7 @@ impl CudaPool {
             &heads,
             Sizes {
                 group: self.layout.group,
-                heads_per_kv: self.shape.group(),
+                heads_per_kv: self.shape.heads_per_kv(),
                 columns: kernel.columns,
                 warps: kernel.warps,
                 blocks: kernel.blocks,
@@ -33,7 +33,7 @@ impl CudaPool {
         );
         let rows = batch.tokens() * self.shape.heads;
         let parts = plan.parts * kernel.columns;
-        // SAFETY: the kernel writes all that is read of these.
+        // SAFETY: the kernel writes every element that is read.
         let (out, lse, part_out, part_lse) = unsafe {
             (
                 stream.alloc::<f32>(rows * d)?,
@@ -54,8 +54,8 @@ impl CudaPool {
             work: work.device_ptr(&stream).0,
             ..self.score_args(mask)
         };
-        // SAFETY: the sizes above are those that the kernel counts with; calls of one stream follow
-        // each other.
+        // SAFETY: the arrays have the sizes that the kernel expects, and a stream runs its
+        // operations in order.
         unsafe { kernel.launch(&stream, &args, plan.work.len())? };
         Ok(AttentionState {
             out: tensor(&self.device, out, &[batch.tokens(), self.shape.heads, d]),
@@ -63,7 +63,7 @@ impl CudaPool {
         })
     }
 
-    /// The queries in the pool's dtype, and the work that they are, checked.
+    /// Returns the checked queries in the pool's dtype, and their work items.
     pub(super) fn queries(
         &self,
         batch: &Batch,
@@ -89,7 +89,7 @@ impl CudaPool {
         Ok((q, self.heads_of(batch)?))
     }
 
-    /// Checks that every head holds the queries' own entries.
+    /// Checks that every head holds the entries of the queries' own tokens.
     fn check_own(&self, batch: &Batch) -> Result<()> {
         for (seq, tokens) in batch.iter() {
             let shortest = self.lens(seq).into_iter().min().unwrap_or(0);
@@ -105,12 +105,12 @@ impl CudaPool {
         Ok(())
     }
 
-    /// What all kernels that compute scores have in common.
+    /// Returns the arguments that are the same for all kernels that compute scores.
     pub(super) fn score_args(&self, mask: Mask<'_>) -> AttendArgs {
         let (key_scale, value_scale) = self.layout.fixed_scales();
         AttendArgs {
             heads: self.shape.heads as i32,
-            heads_per_kv: self.shape.group() as i32,
+            heads_per_kv: self.shape.heads_per_kv() as i32,
             ring: self.ring_places() as i32,
             causal: (mask == Mask::Causal) as i32,
             window: self.shape.window.unwrap_or(0) as i32,

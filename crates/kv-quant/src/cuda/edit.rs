@@ -1,4 +1,4 @@
-//! Sequences forked, cut, thinned and removed: edits of tables.
+//! Fork, truncation, eviction and removal of sequences, as edits of block tables.
 
 use super::CudaPool;
 use super::args::KeepRow;
@@ -8,10 +8,10 @@ use longctx_core::{Error, Result, Selection, SeqId};
 use longctx_cuda::cudarc::driver::DevicePtr;
 
 impl CudaPool {
-    /// Copies tables and rings; records are shared.
+    /// Copies the tables and the ring; records are shared.
     ///
-    /// Records that are not full are shared, too: their keys are packed, so that the entries they
-    /// will hold are in both sequences' pasts, and both pack the same values into them.
+    /// Records whose values are not packed yet are shared too. Their keys are packed, so their
+    /// entries belong to the past of both sequences, and both will pack the same values.
     pub fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
         self.sequence(from)?;
         self.synchronize()?;
@@ -37,9 +37,9 @@ impl CudaPool {
         Ok(())
     }
 
-    /// As [`Pool::truncate`](crate::Pool::truncate). Entries of a record of keys along tokens that is
-    /// cut go back to the ring as their codes have them, in the ring's dtype. A record of tokens that
-    /// are packed one by one keeps its codes and gets holes.
+    /// As [`Pool::truncate`](crate::Pool::truncate). If a record of keys along tokens is divided,
+    /// its entries return to the ring with their quantized values, in the ring's dtype. A record of
+    /// tokens that are packed one by one keeps its codes and gets holes.
     pub fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
         let (format, group) = (self.device_format, self.layout.group);
@@ -80,9 +80,9 @@ impl CudaPool {
         done
     }
 
-    /// As [`Pool::retain`](crate::Pool::retain): an entry that goes from a record leaves a hole, a
-    /// record of holes alone is given back, and entries in full precision close ranks. Nothing is
-    /// quantized anew.
+    /// As [`Pool::retain`](crate::Pool::retain): an entry evicted from a record leaves a hole, a
+    /// record that contains only holes is freed, and entries in full precision are compacted.
+    /// Nothing is quantized again.
     pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
         let sequence = self.sequence(seq)?;
         self.check(seq)?;
@@ -108,7 +108,7 @@ impl CudaPool {
         done
     }
 
-    /// Takes note of the slots that stay of a head whose ring has closed ranks.
+    /// Updates a head after the eviction: its kept slots, and its ring, which has been compacted.
     fn drop_slots(&mut self, seq: SeqId, i: usize, slots: &[usize], stays: &Stays) -> Result<()> {
         let (stream, ring, group) = (self.stream(), self.ring_places(), self.layout.group);
         let Some(sequence) = self.seqs.get_mut(&seq) else { return Ok(()) };
@@ -121,7 +121,7 @@ impl CudaPool {
                 *used = true;
             }
         }
-        // Slots move down by those of the records before them that are given back.
+        // Slots are renumbered by the slots of freed records before them.
         let mut before = 0;
         let moved: Vec<usize> = (0..=whole)
             .map(|record| {
@@ -136,7 +136,7 @@ impl CudaPool {
         head.packed.keys -= gone;
         head.packed.values -= gone;
         head.packed.tiles -= gone / TILE;
-        // Packed entries that are in the ring, too, may be gone.
+        // Packed entries may no longer be in the ring as well.
         head.ring_from = head.packed.values;
         head.shift = (head.shift + gone) % ring;
         let live = slots[..packed].iter().map(|&slot| slot - moved[(slot / group).min(whole)]);
@@ -147,7 +147,7 @@ impl CudaPool {
         Ok(())
     }
 
-    /// Moves the slots of a sequence's rings that stay together.
+    /// Compacts the kept slots of a sequence's rings.
     fn close_rings(&self, seq: SeqId, stays: &[Stays]) -> Result<()> {
         let (stream, sequence) = (self.stream(), self.sequence(seq)?);
         let slots: Vec<u32> = stays.iter().flat_map(|stays| stays.moved.iter().copied()).collect();
@@ -174,7 +174,7 @@ impl CudaPool {
             address += 4 * count as u64;
         }
         let rows = stream.clone_htod(&rows)?;
-        // SAFETY: the slots are in the rings, and none moves to a later one.
+        // SAFETY: the slots are in the rings, and none moves to a later position.
         unsafe { self.kernels.keep_ring(&stream, &rows) }
     }
 
@@ -183,23 +183,23 @@ impl CudaPool {
     }
 }
 
-/// The slots from a first one on that stay, and close ranks.
+/// The kept slots of a range, which are compacted.
 struct Stays {
     first: usize,
     count: usize,
-    /// The slots, in order; none if all stay where they are.
+    /// The slots, in order; empty if none moves.
     moved: Vec<u32>,
 }
 
 impl Stays {
-    /// Of `first..end` those in `slots`.
+    /// Keeps those of `first..end` that are in `slots`.
     fn new(first: usize, end: usize, slots: impl Iterator<Item = usize>) -> Self {
         let moved: Vec<u32> = slots.map(|slot| slot as u32).collect();
         let count = moved.len();
         Self { first, count, moved: if first + count == end { Vec::new() } else { moved } }
     }
 
-    /// The slot after the last.
+    /// Returns the end of the range after compaction.
     fn end(&self) -> usize {
         self.first + self.count
     }

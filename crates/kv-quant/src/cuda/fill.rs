@@ -1,4 +1,4 @@
-//! Entries on their way in: into the rings, and into records.
+//! Append: copies entries to the rings and packs them into records.
 
 use super::CudaPool;
 use super::args::{FillArgs, FillRow};
@@ -10,27 +10,28 @@ use candle_core::{DType, Tensor};
 use longctx_core::{AttentionState, Batch, Error, Mask, Result, Selection};
 use longctx_cuda::cudarc::driver::DevicePtr;
 
-/// No entry and no record has such a number.
+/// An index that no entry and no record has.
 const NONE: i32 = i32::MAX;
 
-/// A call's keys and values in the pool's dtype, and which of them each head takes.
+/// A call's keys and values in the pool's dtype, and the tokens that each head appends.
 struct New {
-    /// Rows of head_dim numbers.
+    /// Keys, in rows of head_dim elements.
     k: Tensor,
     v: Tensor,
-    /// Rows from a head's token to its next.
+    /// Number of rows from a head's token to its next.
     stride: usize,
-    /// The first row that each head takes, `[sequences * kv_heads]`.
+    /// The first row that each head appends, `[sequences * kv_heads]`.
     firsts: Vec<usize>,
-    /// How many tokens each head takes, `[sequences * kv_heads]`.
+    /// Number of tokens that each head appends, `[sequences * kv_heads]`.
     counts: Vec<usize>,
 }
 
 impl CudaPool {
-    /// Appends to every head of the batch's sequences, and packs what the format does not keep in
-    /// full precision. After an error nothing has changed, or the batch's sequences are poisoned.
+    /// Appends to every head of the batch's sequences, and packs the entries that the format does
+    /// not keep in full precision. After an error nothing has changed, or the batch's sequences are
+    /// poisoned.
     pub fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
-        self.check_new(batch, k, v)?;
+        self.check_unseen(batch, k, v)?;
         let new = self.all(batch, k, v)?;
         self.append_new(batch, &new)
     }
@@ -43,7 +44,7 @@ impl CudaPool {
         v: &Tensor,
         tokens: &[Selection],
     ) -> Result<()> {
-        self.check_new(batch, k, v)?;
+        self.check_unseen(batch, k, v)?;
         let (kv_heads, mut rows) = (self.shape.kv_heads, Vec::new());
         let (mut firsts, mut counts) = (Vec::new(), Vec::new());
         for ((_, own), selection) in batch.iter().zip(tokens) {
@@ -87,8 +88,9 @@ impl CudaPool {
         checked
     }
 
-    /// Appends tokens that [fit](Self::fits), attends causally to them, in full precision, and to
-    /// what is held, and packs them then. `None`, and nothing is changed, if they do not fit.
+    /// Appends tokens that [fit](Self::fits) to the rings, computes their causal attention in full
+    /// precision and over the held entries, and then packs them. Returns `None` and changes nothing
+    /// if they do not fit.
     pub fn append_after_attention(
         &mut self,
         batch: &Batch,
@@ -99,7 +101,7 @@ impl CudaPool {
         if !self.fits(batch, &self.counts(batch)) {
             return Ok(None);
         }
-        self.check_new(batch, k, v)?;
+        self.check_unseen(batch, k, v)?;
         let new = self.all(batch, k, v)?;
         self.shape.check_q(q)?;
         self.dtype = Some(new.k.dtype());
@@ -115,8 +117,8 @@ impl CudaPool {
         done
     }
 
-    /// Whether the batch's tokens go into the rings beside what is there: then they can be attended
-    /// to before they are packed.
+    /// Returns whether the rings have room for the batch's tokens. Then attention can read the
+    /// tokens before they are packed.
     fn fits(&self, batch: &Batch, counts: &[usize]) -> bool {
         let (ring, kv_heads) = (self.ring_places(), self.shape.kv_heads);
         batch.seqs().iter().zip(counts.chunks(kv_heads)).all(|(seq, counts)| {
@@ -127,7 +129,7 @@ impl CudaPool {
         })
     }
 
-    fn check_new(&self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
+    fn check_unseen(&self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
         let tokens = self.shape.check_kv(k, v)?;
         if tokens != batch.tokens() {
             return Err(Error::mismatch("tokens of k", batch.tokens(), tokens));
@@ -135,7 +137,7 @@ impl CudaPool {
         batch.seqs().iter().try_for_each(|&seq| self.check(seq))
     }
 
-    /// The dtype that a call's entries are held in.
+    /// Returns the dtype in which a call's entries are held.
     fn dtype_of(&self, k: &Tensor) -> DType {
         match self.dtype {
             Some(dtype) if !self.seqs.is_empty() => dtype,
@@ -144,7 +146,7 @@ impl CudaPool {
         }
     }
 
-    /// All tokens of a call, for every head.
+    /// Returns all tokens of a call, for every head.
     fn all(&self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<New> {
         let (dtype, kv_heads) = (self.dtype_of(k), self.shape.kv_heads);
         let of_seq = |(_, tokens): (u64, std::ops::Range<usize>)| {
@@ -177,7 +179,7 @@ impl CudaPool {
         }
     }
 
-    /// Packs from the rings what the format no longer keeps in full precision.
+    /// Packs the entries of the rings that the format no longer keeps in full precision.
     fn pack(&mut self, batch: &Batch) -> Result<()> {
         let goals = self.goals(batch, None);
         let fresh = self.take(batch, &goals)?;
@@ -195,7 +197,8 @@ impl CudaPool {
         Ok(())
     }
 
-    /// Takes in more tokens than the rings hold: packs them from where they are, keeps the newest.
+    /// Appends more tokens than fit in the rings: packs them from the call's tensors, and copies
+    /// the newest to the rings.
     fn append_many(&mut self, batch: &Batch, new: &New) -> Result<()> {
         let goals = self.goals(batch, Some(&new.counts));
         let fresh = self.take(batch, &goals)?;
@@ -214,7 +217,7 @@ impl CudaPool {
             &fresh,
             Step::RecordsThenRings,
         )?;
-        // Keys that are packed ahead of their values lie in the ring as their codes have them.
+        // Keys that are packed before their values are in the ring with their quantized values.
         let mut goal = goals.iter();
         let ahead = rows.into_iter().map(|row| {
             let Some(goal) = goal.next() else { return row };
@@ -236,7 +239,7 @@ impl CudaPool {
         Ok(())
     }
 
-    /// How far each head is to be packed, without or with so many tokens more for each.
+    /// Returns how far each head is to be packed, with `more` further tokens per head if given.
     fn goals(&self, batch: &Batch, more: Option<&[usize]>) -> Vec<Packed> {
         let heads = batch.seqs().iter().filter_map(|seq| self.seqs.get(seq));
         let heads = heads.flat_map(|sequence| &sequence.heads).enumerate();
@@ -246,7 +249,7 @@ impl CudaPool {
         heads.map(of).collect()
     }
 
-    /// Takes records for the goals. Gives their addresses.
+    /// Takes the records that the goals need. Returns their addresses.
     fn take(&mut self, batch: &Batch, goals: &[Packed]) -> Result<Vec<u64>> {
         let (group, mut goals, mut fresh) = (self.layout.group, goals.iter(), Vec::new());
         for seq in batch.seqs() {
@@ -269,8 +272,8 @@ impl CudaPool {
         }
     }
 
-    /// A row for each kv head of the batch's sequences, which moves the call's tokens to the ring. All
-    /// of them have begun.
+    /// Returns a row per kv head of the batch's sequences, which copies the call's tokens to the
+    /// ring. All sequences exist.
     fn rows(
         &self,
         batch: &Batch,
@@ -312,9 +315,9 @@ impl CudaPool {
         Ok(rows)
     }
 
-    /// Launches a step's kernels for all rows. `stride`: rows of the call's tensors from a head's token
-    /// to its next. `fresh` are the addresses of the records that the
-    /// rows take, whose places are in them as offsets.
+    /// Launches a step's kernels for all rows. `stride` is the number of rows of the call's tensors
+    /// from a head's token to its next. `fresh` has the addresses of all new records; the rows
+    /// contain offsets into it.
     fn launch_fill(
         &self,
         mut rows: Vec<FillRow>,
@@ -349,8 +352,8 @@ impl CudaPool {
             value_scale,
             unused: 0,
         };
-        // SAFETY: the rows' tensors, rings and tables have room for the entries and records that
-        // they name; calls of one stream follow each other.
+        // SAFETY: the rows' tensors, rings and tables have room for their entries and records, and
+        // a stream runs its operations in order.
         unsafe {
             if packs {
                 self.kernels.quantize(&stream, &args, (records, tiles, rows.len()))?;
@@ -363,7 +366,7 @@ impl CudaPool {
     }
 }
 
-/// Which kernels are launched.
+/// The kernels to launch.
 #[derive(Clone, Copy, PartialEq)]
 enum Step {
     Rings,
@@ -371,14 +374,14 @@ enum Step {
     RecordsThenRings,
 }
 
-/// Offsets of the rows' first fresh records, in bytes.
+/// Sets the byte offsets of the rows' first new records.
 fn place_fresh(mut rows: Vec<FillRow>, firsts: &[usize]) -> Vec<FillRow> {
     rows.iter_mut().zip(firsts).for_each(|(row, first)| row.fresh = 8 * *first as u64);
     rows
 }
 
 impl FillRow {
-    /// Packs from how far it is packed to a goal.
+    /// Packs the entries between `from` and `goal`.
     fn pack(&mut self, from: Packed, goal: Packed, group: usize) {
         self.fresh_record = (from.keys / group) as i32;
         self.key_record = self.fresh_record;

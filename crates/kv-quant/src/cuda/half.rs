@@ -1,4 +1,4 @@
-//! Keys and values in f16 that are never packed: what sinks lie in.
+//! Keys and values in f16 that are never packed, for sinks.
 
 use crate::Format;
 use candle_core::{CudaDevice, DType, Device, Tensor};
@@ -15,7 +15,7 @@ pub struct CudaHalf {
 }
 
 impl CudaHalf {
-    /// An empty one of at most `capacity` bytes.
+    /// Creates an empty store of at most `capacity` bytes.
     pub fn new(
         shape: AttentionShape,
         device: &CudaDevice,
@@ -33,7 +33,7 @@ impl CudaHalf {
         self.capacity
     }
 
-    /// Of an empty store.
+    /// Limits the capacity of an empty store.
     pub fn with_capacity(self, bytes: usize) -> Self {
         match DenseStore::with_capacity(self.shape, DType::F16, bytes) {
             Ok(store) => Self { store, capacity: Some(bytes), ..self },
@@ -52,7 +52,7 @@ impl CudaHalf {
         let row = 2 * self.shape.kv_heads * (self.shape.head_dim + self.shape.value_dim);
         let free = self.capacity.unwrap_or(0).saturating_sub(self.store.footprint().payload);
         let what = "pool of entries in f16".into();
-        Err(Error::PoolFull { what, asked: batch.tokens() * row, free })
+        Err(Error::PoolFull { what, needed: batch.tokens() * row, free })
     }
 }
 
@@ -82,7 +82,7 @@ impl CudaHalf {
 }
 
 impl Clone for CudaHalf {
-    /// Panics where the device has no memory for a copy, as cudarc's own arrays do.
+    /// Panics if the device has no memory for the copy, like the `clone` of cudarc's arrays.
     fn clone(&self) -> Self {
         self.copy().expect("the device has memory for a copy")
     }

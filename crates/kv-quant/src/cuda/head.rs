@@ -9,30 +9,30 @@ use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A kv head of a sequence. Tokens appended take *slots*, numbered from 0; those before
-/// `packed.values` are read from records, the others from the ring. An entry that is dropped from a
-/// record leaves a hole; entries are the slots that are no holes.
+/// A kv head of a sequence. Appended tokens take *slots*, numbered from 0. Slots before
+/// `packed.values` are read from records, the others from the ring. An entry evicted from a record
+/// leaves a hole; entries are the slots that are not holes.
 #[derive(Debug, Clone)]
 pub struct Head {
     pub table: Table,
-    /// Entries and holes.
+    /// Number of slots: entries and holes.
     pub slots: usize,
     pub live: Live,
     pub packed: Packed,
-    /// Slots from here on are in the ring.
+    /// First slot in the ring.
     pub ring_from: usize,
-    /// Slot s lies at place `(s + shift) % ring`.
+    /// Slot s is at position `(s + shift) % ring`.
     pub shift: usize,
 }
 
-/// How far a head is packed.
+/// The number of packed slots of a head.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Packed {
-    /// Slots whose keys are packed: never fewer than `values`.
+    /// Slots whose keys are packed; at least `values`.
     pub keys: usize,
     /// Slots that are read from records.
     pub values: usize,
-    /// Tiles whose values are packed: the last may go beyond `values`, never beyond `keys`.
+    /// Tiles whose values are packed; the last can extend beyond `values`, but not beyond `keys`.
     pub tiles: usize,
 }
 
@@ -42,18 +42,18 @@ impl Head {
         Self { table, slots: 0, live, packed, ring_from: 0, shift: 0 }
     }
 
-    /// Entries.
+    /// Returns the number of entries.
     pub fn len(&self) -> usize {
         self.slots - self.live.holes
     }
 
-    /// The slots of all entries; `None` where there are no holes.
+    /// Returns the slots of all entries; `None` if there are no holes.
     pub fn entry_slots(&self) -> Option<Vec<u32>> {
         let slots = || self.live.slots_of(0..self.len()).map(|slot| slot as u32).collect();
         (self.live.holes > 0).then(slots)
     }
 
-    /// How far the head is packed once it has so many slots.
+    /// Returns how far the head is packed when it has `slots` slots.
     pub fn packed_at(&self, format: Format, slots: usize) -> Packed {
         let Packed { keys, values, tiles } = self.packed;
         let ready = format.ready(slots - keys, slots - values);
@@ -61,21 +61,21 @@ impl Head {
         Packed { keys, values, tiles: tiles.max(values.div_ceil(TILE)) }
     }
 
-    /// Records that the head takes for `more` entries.
+    /// Returns the number of records that the head takes for `more` entries.
     pub fn need(&self, format: Format, group: usize, more: usize) -> usize {
         self.packed_at(format, self.slots + more).keys / group - self.table.numbers().len()
     }
 
-    /// Slots that are read from the ring.
+    /// Returns the number of slots that are read from the ring.
     pub fn residual(&self) -> usize {
         self.slots - self.packed.values
     }
 
-    /// What is left packed if the head is cut to so many slots.
+    /// Returns the effect of a truncation to `slots` slots.
     ///
-    /// With a rolling flush, groups go back to full precision as far as the ring still has them. A cut
-    /// into a record of tokens that are packed one by one keeps the record: its other slots become
-    /// holes. A cut into a record of keys along tokens unpacks it.
+    /// With a rolling flush, groups that are still in the ring return to full precision. If a
+    /// record of tokens that are packed one by one is divided, it is kept, and its other slots
+    /// become holes. A divided record of keys along tokens is unpacked.
     pub fn cut(&self, format: Format, group: usize, slots: usize) -> Cut {
         let Packed { mut keys, values, tiles } = self.packed;
         if let Flush::Rolling(residual) = format.flush() {
@@ -86,7 +86,7 @@ impl Head {
         let (mut unpacked, mut ring_from) = (0..0, self.ring_from);
         if keys > slots && format.keys().axis == Axis::Channels {
             keys = slots.next_multiple_of(group);
-            // The ring has what the dropped tokens were.
+            // The ring positions of earlier slots contain removed tokens.
             ring_from = keys;
         } else if keys > slots {
             keys = slots - slots % group;
@@ -97,20 +97,20 @@ impl Head {
     }
 }
 
-/// Which slots are no holes.
+/// The slots that are not holes.
 #[derive(Debug, Clone, Default)]
 pub struct Live {
-    /// A bit for each slot that was packed when entries were last dropped, set for those that are
-    /// no holes. There are no holes after these; without any, there are no bits.
+    /// A bit per slot that was packed at the last eviction, set if the slot is not a hole. Later
+    /// slots are not holes. Empty if there are no holes.
     bits: Vec<u32>,
     holes: usize,
-    /// For each word of `bits`, that word and the entries before its slots, as `live` in
+    /// For each word of `bits`, the word and the number of entries before its slots, as `live` in
     /// kernels/args.cuh.
     on_device: Option<Arc<CudaSlice<u64>>>,
 }
 
 impl Live {
-    /// Of so many slots those listed are no holes; later slots are none, either.
+    /// Marks the listed slots among the first `slots` as entries; later slots are not holes either.
     pub fn new(
         stream: &Arc<CudaStream>,
         slots: usize,
@@ -129,7 +129,7 @@ impl Live {
         Ok(Self { bits, holes: slots - count, on_device: Some(on_device) })
     }
 
-    /// The same of the first `packed` slots alone, of which those from `slots` on are holes.
+    /// Returns the bits of the first `packed` slots, in which the slots from `slots` on are holes.
     pub fn cut(&self, stream: &Arc<CudaStream>, packed: usize, slots: usize) -> Result<Self> {
         if self.holes == 0 && packed <= slots {
             return Ok(Self::default());
@@ -141,7 +141,7 @@ impl Live {
         self.holes
     }
 
-    /// Slots that the bits cover.
+    /// Returns the number of slots that the bits cover.
     pub fn slots(&self) -> usize {
         32 * self.bits.len()
     }
@@ -154,7 +154,7 @@ impl Live {
         self.bits.get(slot / 32).is_none_or(|bits| bits >> (slot % 32) & 1 == 1)
     }
 
-    /// The slots of entries, which are given in increasing order.
+    /// Returns the slots of entries, which are passed in increasing order.
     pub fn slots_of(&self, entries: impl Iterator<Item = usize>) -> impl Iterator<Item = usize> {
         let (mut word, mut before) = (0, 0);
         entries.map(move |entry| {
@@ -176,7 +176,7 @@ impl Live {
     }
 }
 
-/// Each word of bits and the number of bits before it, as kernels/args.cuh has them.
+/// Returns each word of bits with the number of bits before it, as in kernels/args.cuh.
 pub fn words(bits: &[u32]) -> Vec<u64> {
     let mut before = 0u64;
     let word = |&bits: &u32| {
@@ -187,7 +187,7 @@ pub fn words(bits: &[u32]) -> Vec<u64> {
     bits.iter().map(word).collect()
 }
 
-/// The position of the `n`-th set bit, counted from 0.
+/// Returns the position of the `n`-th set bit, counted from 0.
 fn nth_one(mut bits: u32, n: usize) -> usize {
     for _ in 0..n {
         bits &= bits - 1;
@@ -195,17 +195,17 @@ fn nth_one(mut bits: u32, n: usize) -> usize {
     bits.trailing_zeros() as usize
 }
 
-/// What cutting a head does.
+/// The effect of truncating a head.
 #[derive(Debug)]
 pub struct Cut {
     pub packed: Packed,
-    /// Slots that go from the record that is cut to the ring.
+    /// Slots that return from the divided record to the ring.
     pub unpacked: Range<usize>,
     pub ring_from: usize,
 }
 
-/// Places of a ring: the residual, a group that comes, and what a rolling flush keeps of packed
-/// entries.
+/// Returns the capacity of a ring: the residual, the next group, and the packed entries that a
+/// rolling flush keeps.
 pub fn ring_places(format: Format, layout: Layout) -> usize {
     let residual = match format.flush() {
         Flush::Staggered(residual) | Flush::Rolling(residual) => residual,
@@ -214,26 +214,26 @@ pub fn ring_places(format: Format, layout: Layout) -> usize {
     residual + layout.group + format.residual_overlap()
 }
 
-/// Records of a head that a new sequence's table has room for.
+/// Number of records per head in the table of a new sequence.
 const PLACES: usize = 16;
 
-/// A sequence.
+/// The state of a sequence.
 #[derive(Debug, Clone)]
 pub struct Sequence {
     pub heads: Vec<Head>,
     /// `[kv_heads, ring, head_dim]`, f16 or bf16.
     pub ring_k: CudaSlice<u16>,
     pub ring_v: CudaSlice<u16>,
-    /// The addresses of the heads' records, `[kv_heads, places]`.
+    /// Record addresses of all heads, `[kv_heads, places]`.
     pub table: CudaSlice<u64>,
     pub places: usize,
-    /// A number that no other sequence of the pool has had.
+    /// A number that is unique among all sequences of the pool.
     pub number: u64,
-    /// Why it can't go on.
+    /// The error of a failed call, if the sequence is poisoned.
     pub poisoned: Option<String>,
 }
 
-/// Where a head's parts lie on the device.
+/// The device addresses of a head's parts.
 pub struct Addresses {
     pub table: u64,
     pub ring_k: u64,
@@ -241,7 +241,7 @@ pub struct Addresses {
 }
 
 impl Sequence {
-    /// `ring`: numbers of the ring of a kv head.
+    /// `ring`: elements of the ring of a kv head.
     pub fn new(
         stream: &Arc<CudaStream>,
         records: &Shared,
@@ -255,7 +255,7 @@ impl Sequence {
         Ok(Self { heads, ring_k, ring_v, table, places: PLACES, number, poisoned: None })
     }
 
-    /// A sequence with the same entries that shares the records.
+    /// Returns a sequence with the same entries that shares the records.
     pub fn fork(&self, stream: &Arc<CudaStream>, number: u64) -> Result<Self> {
         let copy = |ring| stream.clone_dtod(ring);
         let (ring_k, ring_v) = (copy(&self.ring_k)?, copy(&self.ring_v)?);
@@ -264,7 +264,7 @@ impl Sequence {
         Ok(Self { heads, ring_k, ring_v, table, places, number, poisoned: None })
     }
 
-    /// Makes room in the device's table for `records` records of each head.
+    /// Makes room in the device's table for `records` records per head.
     pub fn reserve(&mut self, stream: &Arc<CudaStream>, records: usize) -> Result<()> {
         if records <= self.places {
             return Ok(());
@@ -281,7 +281,7 @@ impl Sequence {
         Ok(())
     }
 
-    /// Writes a head's table to the device anew.
+    /// Writes a head's whole table to the device.
     pub fn upload(&mut self, stream: &Arc<CudaStream>, head: usize) -> Result<()> {
         let addresses = self.heads[head].table.addresses(0);
         if addresses.is_empty() {
@@ -292,19 +292,19 @@ impl Sequence {
         Ok(stream.memcpy_htod(&addresses, &mut to)?)
     }
 
-    /// `ring`: numbers of the ring of a kv head.
+    /// `ring`: elements of the ring of a kv head.
     pub fn addresses(&self, stream: &CudaStream, head: usize, ring: usize) -> Addresses {
         let of = |x: &CudaSlice<u16>| x.device_ptr(stream).0 + 2 * (head * ring) as u64;
         let table = self.table.device_ptr(stream).0 + 8 * (head * self.places) as u64;
         Addresses { table, ring_k: of(&self.ring_k), ring_v: of(&self.ring_v) }
     }
 
-    /// Bytes of the rings.
+    /// Returns the bytes of the rings.
     pub fn ring_bytes(&self) -> usize {
         2 * (self.ring_k.len() + self.ring_v.len())
     }
 
-    /// Bytes of the tables, on the device and on the host.
+    /// Returns the bytes of the tables, on the device and on the host.
     pub fn table_bytes(&self) -> usize {
         let numbers: usize = self.heads.iter().map(|head| head.table.numbers().len()).sum();
         let live: usize = self.heads.iter().map(|head| head.live.bytes()).sum();

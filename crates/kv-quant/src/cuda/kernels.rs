@@ -1,4 +1,4 @@
-//! Which kernels there are, and how they are launched.
+//! The compiled kernels and their launches.
 
 use super::args::{AttendArgs, FillArgs, KeepRow, UnpackArgs};
 use super::layout::{Family, Layout};
@@ -18,17 +18,17 @@ static KVARN: Image = longctx_cuda::image!("kvarn");
 
 /// Tokens of a tile, as in kernels/layout.cuh.
 pub const TILE: usize = 32;
-/// As in kernels/sums.cuh.
+/// Must equal the constant in kernels/sums.cuh.
 const SUM_WARPS: usize = 4;
-/// As in kernels/unpack.cuh.
+/// Must equal the constant in kernels/unpack.cuh.
 const UNPACK_THREADS: usize = 256;
-/// As in kernels/tokens.cuh.
+/// Must equal the constant in kernels/tokens.cuh.
 const TOKEN_THREADS: u32 = 256;
-/// As in kernels/fill.cuh.
+/// Must equal the constant in kernels/fill.cuh.
 const KEEP_THREADS: u32 = 256;
 
 impl Layout {
-    /// The kernels over it, but those that pack and unpack KIVI's records.
+    /// Returns the image of the kernels, except those that pack and unpack KIVI's records.
     fn image(self) -> &'static Image {
         match self.family {
             Family::Kivi(2) => &ATTEND_2,
@@ -42,7 +42,7 @@ impl Layout {
         }
     }
 
-    /// The same, of the kernels that pack and unpack.
+    /// Returns the image of the kernels that pack and unpack.
     fn pack_image(self) -> &'static Image {
         match self.family {
             Family::Kivi(_) => &PACK,
@@ -50,7 +50,7 @@ impl Layout {
         }
     }
 
-    /// What kernels' names end in.
+    /// Returns the suffix of the kernels' names.
     fn suffix(self) -> String {
         let (group, d) = (self.group, self.head_dim);
         match self.family {
@@ -59,7 +59,8 @@ impl Layout {
         }
     }
 
-    /// Blocks of the kernel that packs for each record, threads of a block, and its shared memory.
+    /// Returns the packing kernel's thread blocks per record, threads per block, and bytes of
+    /// shared memory.
     fn quantize(self) -> (usize, u32, usize) {
         let (group, d) = (self.group, self.head_dim);
         match self.family {
@@ -81,13 +82,14 @@ impl Layout {
     }
 }
 
-/// An attention kernel for blocks of so many columns: query heads of a kv head times queries.
+/// An attention kernel for thread blocks of a number of columns (query heads of a kv head times
+/// queries).
 #[derive(Debug, Clone)]
 pub struct Attend {
     kernel: Kernel,
     pub columns: usize,
     pub warps: usize,
-    /// Blocks that the device runs at a time.
+    /// Number of thread blocks that the device runs concurrently.
     pub blocks: usize,
 }
 
@@ -111,15 +113,15 @@ impl Attend {
     }
 
     /// # Safety
-    /// The arguments' pointers must be valid on the stream's device for the sizes that
-    /// kernels/attend.cuh gives.
+    /// The arguments' addresses must be those of arrays on the stream's device, with the sizes
+    /// stated in kernels/attend.cuh.
     pub unsafe fn launch(
         &self,
         stream: &Arc<CudaStream>,
         args: &AttendArgs,
         blocks: usize,
     ) -> Result<()> {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         Ok(unsafe { self.kernel.launch(stream, [blocks, 1, 1], args) }?)
     }
 }
@@ -127,7 +129,7 @@ impl Attend {
 /// The kernels of one layout.
 #[derive(Debug, Clone)]
 pub struct Kernels {
-    /// For 8 columns, and for 16 where there is one.
+    /// Attention kernels for 8 columns and, if it exists, for 16.
     pub attend: Vec<Attend>,
     sums: Kernel,
     quantize: Kernel,
@@ -138,7 +140,7 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Loads them; `None` where the device has too little shared memory.
+    /// Loads the kernels; `None` if the device has too little shared memory.
     pub fn load(context: &Arc<CudaContext>, layout: Layout) -> Result<Option<Self>> {
         let mut attend = Vec::new();
         let wide = layout.head_dim < 256 && matches!(layout.family, Family::Kivi(_));
@@ -170,7 +172,8 @@ impl Kernels {
         }))
     }
 
-    /// For `rows` kv heads of which the longest has `tiles` tiles, and so many heads each.
+    /// Launches attention sums for `rows` kv heads. The longest has `tiles` tiles; each has `heads`
+    /// query heads.
     ///
     /// # Safety
     /// As [`Attend::launch`], with kernels/sums.cuh.
@@ -181,11 +184,12 @@ impl Kernels {
         (tiles, rows, heads): (usize, usize, usize),
     ) -> Result<()> {
         let grid = [tiles.div_ceil(SUM_WARPS), rows, heads];
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         Ok(unsafe { self.sums.launch(stream, grid, args) }?)
     }
 
-    /// For `rows` rows of which one has the most records for keys, one the most tiles of values.
+    /// Launches packing for `rows` rows, with the largest numbers of key records and of value tiles
+    /// in a row.
     ///
     /// # Safety
     /// As [`Attend::launch`], with kernels/quantize.cuh.
@@ -196,7 +200,7 @@ impl Kernels {
         (records, tiles, rows): (usize, usize, usize),
     ) -> Result<()> {
         let grid = [(records * self.layout.quantize().0).max(tiles), rows, 2];
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         Ok(unsafe { self.quantize.launch(stream, grid, args) }?)
     }
 
@@ -204,7 +208,7 @@ impl Kernels {
     /// As [`Attend::launch`], with kernels/unpack.cuh.
     pub unsafe fn unpack(&self, stream: &Arc<CudaStream>, args: &UnpackArgs) -> Result<()> {
         let grid = [(args.entries as usize).div_ceil(UNPACK_THREADS / 32), 1, 1];
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         Ok(unsafe { self.unpack.launch(stream, grid, args) }?)
     }
 
@@ -216,7 +220,7 @@ impl Kernels {
         args: &FillArgs,
         (entries, rows): (usize, usize),
     ) -> Result<()> {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         Ok(unsafe { self.fill_rings.launch(stream, [entries, rows, 2], args) }?)
     }
 
@@ -228,7 +232,7 @@ impl Kernels {
         rows: &CudaSlice<KeepRow>,
     ) -> Result<()> {
         let address = rows.device_ptr(stream).0;
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         Ok(unsafe { self.keep_ring.launch(stream, [rows.len(), 2, 1], &address) }?)
     }
 }

@@ -1,4 +1,4 @@
-//! How a format lies in records on the device: which kernels it has, and sizes in bytes.
+//! The layout of a format in records on the device: its kernels, and sizes in bytes.
 
 use super::kernels::TILE;
 use crate::{Axis, Bits, Codes, Float8, Flush, Format, KeyBasis, Scheme, StaticScale};
@@ -13,19 +13,19 @@ pub struct Layout {
     values: Scheme,
 }
 
-/// Kernels that have a layout in common.
+/// Kernels with the same layout.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Family {
-    /// KIVI's, of so many bits: keys have scales for each channel.
+    /// KIVI with this number of bits: keys have a scale per channel.
     Kivi(usize),
-    /// Scales for each token, or one for all numbers: the name of the kernels.
+    /// A scale per token, or one for all numbers; with the name of the kernels.
     Tokens(&'static str),
-    /// KVarN's: the name of the kernels.
+    /// KVarN; with the name of the kernels.
     Balanced(&'static str),
 }
 
-/// The format that a device holds in place of `format`. Tokens that the CPU packs at once stay in full
-/// precision on a device until their block is complete.
+/// Returns the format that a device uses instead of `format`. Tokens that the CPU packs immediately
+/// stay in full precision on a device until their block is complete.
 pub fn on_device(format: Format) -> Format {
     match format.flush() {
         Flush::Immediate => format.with_flush(Flush::Rolling(0)),
@@ -34,7 +34,7 @@ pub fn on_device(format: Format) -> Format {
 }
 
 impl Layout {
-    /// The layout of a format. The error names what the kernels lack for it.
+    /// Returns the layout of a format. The error is the reason why there are no kernels for it.
     pub fn of(format: Format, head_dim: usize) -> Result<Self, &'static str> {
         let (keys, values) = (format.keys(), format.values());
         if format.key_basis() != KeyBasis::Given {
@@ -56,22 +56,22 @@ impl Layout {
         Ok(Self { family, group: format.block_tokens(), head_dim, keys, values })
     }
 
-    /// Groups of a token's values.
+    /// Returns the number of groups of a token's values.
     pub fn value_groups(self) -> usize {
         self.head_dim.div_ceil(self.values.group)
     }
 
-    /// Codes of 32 tokens' keys.
+    /// Returns the bytes of the codes of 32 tokens' keys.
     pub fn key_codes(self) -> usize {
         TILE * self.head_dim * self.keys.bits.count() / 8
     }
 
-    /// Codes of 32 tokens' values.
+    /// Returns the bytes of the codes of 32 tokens' values.
     pub fn value_codes(self) -> usize {
         TILE * self.head_dim * self.values.bits.count() / 8
     }
 
-    /// Scales, minima and factors of a record's channels.
+    /// Returns the bytes of scales, minima and factors of a record's channels.
     pub fn header(self) -> usize {
         match self.family {
             Family::Kivi(_) => 4 * self.head_dim,
@@ -80,7 +80,7 @@ impl Layout {
         }
     }
 
-    /// Scales, minima or factors of 32 tokens' keys.
+    /// Returns the bytes of scales, minima or factors of 32 tokens' keys.
     pub fn key_params(self) -> usize {
         match self.family {
             Family::Kivi(_) => 0,
@@ -89,32 +89,32 @@ impl Layout {
         }
     }
 
-    /// Scales and minima of 32 tokens' values.
+    /// Returns the bytes of scales and minima of 32 tokens' values.
     pub fn value_params(self) -> usize {
         2 * TILE * self.value_groups() * numbers(self.values)
     }
 
-    /// 32 tokens' keys and values.
+    /// Returns the bytes of 32 tokens' keys and values.
     pub fn tile(self) -> usize {
         self.key_params() + self.key_codes() + self.value_codes() + self.value_params()
     }
 
-    /// `group` tokens' keys and values.
+    /// Returns the bytes of a record: `group` tokens' keys and values.
     pub fn record(self) -> usize {
         self.header() + self.group / TILE * self.tile()
     }
 
-    /// 1 for rotated keys, 2 for rotated values: as in kernels/args.cuh.
+    /// Returns bit 0 for rotated keys and bit 1 for rotated values, as in kernels/args.cuh.
     pub fn rotated(self) -> i32 {
         i32::from(self.keys.rotated) + 2 * i32::from(self.values.rotated)
     }
 
-    /// Whether whole numbers are quantized in f16 arithmetic.
+    /// Returns whether integers are quantized in f16 arithmetic.
     pub fn f16_steps(self) -> bool {
         [self.keys, self.values].iter().any(|scheme| scheme.codes == Codes::Asymmetric)
     }
 
-    /// The scales of all keys and of all values, for schemes without others.
+    /// Returns the static scales of keys and of values, for schemes without stored scales.
     pub fn fixed_scales(self) -> (f32, f32) {
         let of = |scheme: Scheme| match scheme.codes {
             Codes::Float8 { scale: Some(scale), .. } => scale.get(),
@@ -123,8 +123,8 @@ impl Layout {
         (of(self.keys), of(self.values))
     }
 
-    /// Warps of a block of attention, as in kernels/attend*.cu and kernels/formats.cuh, and stages
-    /// of a warp's ring, for `n` blocks of 8 columns.
+    /// Returns the warps of an attention block and the stages of a warp's ring, for `n` blocks of 8
+    /// columns, as in kernels/attend*.cu and kernels/formats.cuh.
     pub fn warps_and_stages(self, n: usize) -> (usize, usize) {
         match (self.family, self.head_dim) {
             (_, 256) | (Family::Kivi(8), _) => (4, 3),
@@ -135,7 +135,7 @@ impl Layout {
     }
 }
 
-/// Scales and minima of a token, or of a group of its channels.
+/// Returns the number of scales and minima of a token, or of a group of its channels.
 fn numbers(scheme: Scheme) -> usize {
     usize::from(scheme.has_scales()) + usize::from(scheme.has_zero_points())
 }

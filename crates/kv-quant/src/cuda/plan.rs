@@ -1,37 +1,39 @@
-//! How attention is split over the device: made on the host, from lengths that it knows.
+//! Splits attention over the device's thread blocks. The plan is made on the host, from lengths
+//! known there.
 
 use super::args::Work;
 
-/// As in kernels/args.cuh.
+/// Must equal the constant in kernels/args.cuh.
 const MAX_SPLITS: usize = 127;
 
-/// Entries for each block from which on a second wave of rings costs less than idle multiprocessors.
+/// Number of entries per thread block from which on a second wave of rings costs less than idle
+/// multiprocessors.
 const LONG: usize = 32_768;
 
-/// The blocks of a launch.
+/// The work items of a launch.
 #[derive(Debug, Default)]
 pub struct Plan {
     pub work: Vec<Work>,
-    /// Partial results.
+    /// Number of partial results.
     pub parts: usize,
-    /// Sets of them that are joined.
+    /// Number of sets of partial results to merge.
     pub joins: usize,
 }
 
-/// What decides on a plan.
+/// The sizes that determine a plan.
 #[derive(Debug, Clone, Copy)]
 pub struct Sizes {
-    /// Entries of a record.
+    /// Entries per record.
     pub group: usize,
-    /// Query heads of a kv head.
+    /// Query heads per kv head.
     pub heads_per_kv: usize,
-    /// Columns of a block.
+    /// Columns per thread block.
     pub columns: usize,
-    /// Warps of a block: none should be idle.
+    /// Warps per thread block; none should be idle.
     pub warps: usize,
-    /// Blocks that the device runs at a time.
+    /// Number of thread blocks that the device runs concurrently.
     pub blocks: usize,
-    /// Entries that a query sees, if causal.
+    /// The sliding window, if causal.
     pub window: Option<usize>,
 }
 
@@ -43,9 +45,10 @@ struct Row {
 }
 
 impl Plan {
-    /// Splits the records of all rows evenly over the blocks that run at a time, longer rows over
-    /// more of them: so a long sequence among short ones does not wait. Rings come last, since they
-    /// take little time. They run beside the records, unless half of the device would idle for long.
+    /// Splits the records of all rows evenly over the concurrent thread blocks, and longer rows
+    /// over more of them, so that a long sequence among short ones does not dominate the time.
+    /// Rings are last, because they take little time. They run concurrently with the records,
+    /// unless half of the device would be idle for long.
     pub fn new(heads: &[Work], sizes: Sizes) -> Self {
         let mut rows = Vec::new();
         for head in heads {
@@ -68,7 +71,7 @@ impl Plan {
             let records = end - first;
             let splits = splits_of(records, budget).min(records.div_ceil(sizes.warps));
             let splits = splits.clamp(usize::from(records > 0), MAX_SPLITS);
-            // A row without entries has a block, too, which says so.
+            // A row without entries also has a work item, which writes an empty result.
             let ring = work.residual > 0 || splits == 0;
             let parts = splits + usize::from(ring);
             let work = Work {
@@ -94,12 +97,12 @@ impl Plan {
     }
 }
 
-/// The records of which a head's queries see something.
+/// Returns the range of records that contain entries visible to a head's queries.
 fn records(head: &Work, sizes: Sizes) -> (usize, usize) {
     let (packed, residual) = (head.packed as usize, head.residual as usize);
     let end = packed.div_ceil(sizes.group);
     let seen = |window| (packed + residual + 1).saturating_sub(head.queries as usize + window);
-    // Where there are holes, the windows' entries lie farther back.
+    // With holes, the entries of a window extend farther back.
     let window = sizes.window.filter(|_| head.holes == 0);
     (window.map_or(0, |window| seen(window) / sizes.group).min(end), end)
 }
@@ -116,7 +119,8 @@ mod tests {
         Work { packed, residual: 100, queries: 1, ..Work::default() }
     }
 
-    /// Every record of every head is read once, every part is computed once.
+    /// Checks that every record of every head is read once, and every partial result is computed
+    /// once.
     fn check(heads: &[Work], plan: &Plan) {
         let mut seen = vec![0; plan.parts];
         let mut records = vec![0; plan.joins];

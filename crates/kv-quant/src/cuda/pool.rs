@@ -15,29 +15,30 @@ use std::sync::Arc;
 
 /// Packed keys and values of one layer for many sequences on a CUDA device.
 ///
-/// A record holds a block of entries of one kv head; all sequences take theirs from one pool. New
-/// entries go into a ring of the sequence in the dtype that the first ones come in (f16 or bf16; f32
-/// becomes f16) and are packed from there when the [`Format`] says so; if it says at once, when a
-/// block is complete. Attention reads records and
-/// rings of all sequences in one launch.
+/// A record holds a block of entries of one kv head. All sequences take records from one pool. New
+/// entries are written to a ring of the sequence, in the dtype of the first entries (f16 or bf16;
+/// f32 becomes f16). They are packed from there when the [`Format`] requires it; formats that pack
+/// immediately pack when a block is complete. Attention reads records and rings of all sequences in
+/// one launch.
 ///
-/// Decoding never waits for the device. So NaN or an infinity among the entries is reported by a later
-/// call, once they have been packed: the sequence is then poisoned. [`append`](Self::append) with
-/// several tokens for a sequence waits, and reports it itself; so does [`fork`](Self::fork).
+/// Decoding never waits for the device. So NaN or infinity among the entries is reported by a later
+/// call, after they have been packed, and the sequence is then poisoned. [`append`](Self::append)
+/// with several tokens for a sequence waits and reports it immediately; so does
+/// [`fork`](Self::fork).
 ///
-/// A clone shares the records. Where both have a sequence, both are poisoned if one is.
+/// A clone shares the records. If one of the two poisons a shared sequence, it is poisoned in both.
 #[derive(Debug, Clone)]
 pub struct CudaPool {
     pub(super) shape: AttentionShape,
-    /// As the store was made.
+    /// The requested format.
     format: Format,
-    /// As it is held.
+    /// The format in which entries are held.
     pub(super) device_format: Format,
     pub(super) layout: Layout,
     pub(super) device: CudaDevice,
     pub(super) kernels: Kernels,
     status: Arc<Status>,
-    /// Of the rings; the first entries decide.
+    /// The dtype of the rings, determined by the first entries.
     pub(super) dtype: Option<DType>,
     capacity: Option<usize>,
     pub(super) records: Shared,
@@ -45,11 +46,11 @@ pub struct CudaPool {
 }
 
 impl CudaPool {
-    /// An empty pool that takes at most `capacity` bytes for records and rings in use.
+    /// Creates an empty pool with at most `capacity` bytes of records and rings in use.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if there are no kernels for the format, the heads or the device,
-    /// saying what they need.
+    /// [`Error::Unsupported`] if there are no kernels for the format, the heads or the device, with
+    /// the requirements of the kernels.
     pub fn new(
         shape: AttentionShape,
         format: Format,
@@ -103,7 +104,7 @@ impl CudaPool {
         ring_places(self.device_format, self.layout)
     }
 
-    /// Numbers of the ring of a kv head.
+    /// Returns the number of elements of a kv head's ring.
     pub(super) fn ring_numbers(&self) -> usize {
         self.ring_places() * self.shape.head_dim
     }
@@ -120,8 +121,8 @@ impl CudaPool {
         &self.status
     }
 
-    /// Whether a sequence can go on: it has met no numbers that can't be packed, and no call with it
-    /// has failed midway.
+    /// Checks that a sequence is not poisoned: all its numbers could be packed, and no call has
+    /// failed midway.
     pub(super) fn check(&self, seq: SeqId) -> Result<()> {
         let Some(sequence) = self.seqs.get(&seq) else { return Ok(()) };
         match &sequence.poisoned {
@@ -134,7 +135,7 @@ impl CudaPool {
         device.same_device(&Device::Cuda(self.device.clone()))
     }
 
-    /// A tensor on the pool's device in its dtype.
+    /// Returns a tensor in `dtype`; an error if it is not on the pool's device.
     pub(super) fn fit(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
         if self.is_on(x.device()) {
             return Ok(x.to_dtype(dtype)?.contiguous()?);
@@ -143,12 +144,12 @@ impl CudaPool {
         Err(Error::mismatch("tensor", "one on the store's device", got))
     }
 
-    /// The batch's tokens, for each kv head of its sequences.
+    /// Returns the number of tokens of the batch for each kv head of its sequences.
     pub(super) fn counts(&self, batch: &Batch) -> Vec<usize> {
         batch.iter().flat_map(|(_, own)| vec![own.len(); self.shape.kv_heads]).collect()
     }
 
-    /// Records and sequences that so many tokens for each head add.
+    /// Returns the numbers of records and sequences that `counts` tokens per head add.
     fn need(&self, batch: &Batch, counts: &[usize]) -> (usize, usize) {
         let (format, group) = (self.device_format, self.layout.group);
         let mut need = (0, 0);
@@ -174,17 +175,17 @@ impl CudaPool {
         self.capacity.map_or(usize::MAX, |capacity| capacity.saturating_sub(used))
     }
 
-    /// Gives how many bytes are free, if so many are.
-    pub(super) fn check_room(&self, asked: usize) -> Result<usize> {
+    /// Checks that `needed` bytes are free, and returns the number of free bytes.
+    pub(super) fn check_room(&self, needed: usize) -> Result<usize> {
         let free = self.free_bytes();
-        if asked > free {
-            return Err(Error::PoolFull { what: "pool of packed records".into(), asked, free });
+        if needed > free {
+            return Err(Error::PoolFull { what: "pool of packed records".into(), needed, free });
         }
         Ok(free)
     }
 
-    /// Checks that there is room for the batch's tokens. Gives the records that they take, and how
-    /// many bytes are free.
+    /// Checks that there is room for the batch's tokens. Returns the number of records that they
+    /// take, and of free bytes.
     fn room_for(&self, batch: &Batch, counts: &[usize]) -> Result<(usize, usize)> {
         let (records, seqs) = self.need(batch, counts);
         let free = self.check_room(records * self.layout.record() + seqs * self.ring_bytes())?;
@@ -199,8 +200,7 @@ impl CudaPool {
         self.room_for(batch, &self.counts(batch)).is_ok()
     }
 
-    /// Makes room for so many tokens for each head, and begins sequences that are not known. Gives
-    /// those.
+    /// Makes room for `counts` tokens per head, and creates unknown sequences. Returns these.
     pub(super) fn make_room(&mut self, batch: &Batch, counts: &[usize]) -> Result<Vec<SeqId>> {
         let (count, free) = self.room_for(batch, counts)?;
         lock(&self.records).reserve(count, free / self.layout.record())?;
@@ -232,12 +232,13 @@ impl CudaPool {
         sequence.reserve(&stream, records)
     }
 
-    /// Removes sequences that a call which failed has begun.
+    /// Removes the sequences that a failed call created.
     pub(super) fn forget(&mut self, new: &[SeqId]) {
         new.iter().for_each(|seq| _ = self.seqs.remove(seq));
     }
 
-    /// The same, and poisons the others: some of their tokens may have been taken in.
+    /// Removes the sequences that a failed call created and poisons its other sequences, which may
+    /// have appended some tokens.
     pub(super) fn poison(&mut self, batch: &Batch, new: &[SeqId], error: &Error) {
         self.forget(new);
         for seq in batch.seqs() {
@@ -247,8 +248,7 @@ impl CudaPool {
         }
     }
 
-    /// One share of work for each kv head of the batch's sequences: all of it. `columns` of q are
-    /// told by tokens.
+    /// Returns one work item per kv head of the batch's sequences, over all its entries.
     pub(super) fn heads_of(&self, batch: &Batch) -> Result<Vec<Work>> {
         let (stream, ring) = (self.stream(), self.ring_places());
         let mut work = Vec::with_capacity(batch.seqs().len() * self.shape.kv_heads);
@@ -297,7 +297,7 @@ impl CudaPool {
         self.dtype = None;
     }
 
-    /// Bytes of the codes and of the scales in a head's records.
+    /// Returns the bytes of the codes and of the scales in a head's records.
     fn record_bytes(&self, head: &Head) -> (usize, usize) {
         let (layout, keys, tiles) = (self.layout, head.packed.keys / TILE, head.packed.tiles);
         let headers = head.packed.keys / layout.group * layout.header();
@@ -305,13 +305,14 @@ impl CudaPool {
         (keys * layout.key_codes() + tiles * layout.value_codes(), headers + scales)
     }
 
-    /// Records that sequences share count once in the whole, in full for each sequence.
+    /// Records shared by several sequences count once here, and in full for each sequence in
+    /// `seq_footprint`.
     pub fn footprint(&self) -> Footprint {
         let mut whole = self.seqs.keys().map(|&seq| self.seq_footprint(seq)).sum::<Footprint>();
         let held: usize = self.seqs.values().flat_map(|of| &of.heads).map(Self::records_of).sum();
         let (size, records) = (self.layout.record(), lock(&self.records));
         let shared = held - records.used().min(held);
-        // What is shared is whole records, but for a few that are being filled.
+        // Shared records are full, except for a few that are being filled.
         let codes = self.layout.key_codes() + self.layout.value_codes();
         let codes = (shared * self.layout.group / TILE * codes).min(whole.payload);
         let scales = (shared * size).saturating_sub(codes).min(whole.scales);

@@ -1,4 +1,4 @@
-//! Entries on their way out, for policies and tests.
+//! Reads entries, for policies and tests.
 
 use super::CudaPool;
 use super::args::UnpackArgs;
@@ -8,11 +8,11 @@ use candle_core::{DType, Device, Tensor};
 use longctx_core::{Error, Result, SeqId};
 use longctx_cuda::cudarc::driver::{CudaSlice, DevicePtr};
 
-/// As in kernels/unpack.cuh.
+/// The number of f32 in kernels/unpack.cuh.
 const F32: i32 = 2;
 
 impl CudaPool {
-    /// The keys and values of one kv head in f32.
+    /// Returns the keys and values of one kv head in f32.
     pub fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
         let sequence = self.sequence(seq)?;
         self.check(seq)?;
@@ -21,7 +21,7 @@ impl CudaPool {
             return Err(Error::mismatch("kv head", expected, kv_head));
         };
         let (stream, d, values) = (self.stream(), self.shape.head_dim, head.packed.values);
-        // SAFETY: the kernel writes all of both.
+        // SAFETY: the kernel writes every element of both.
         let of = || unsafe { stream.alloc::<f32>((values * d).max(1)) };
         let (k, v) = (of()?, of()?);
         let (key_scale, value_scale) = self.layout.fixed_scales();
@@ -36,7 +36,7 @@ impl CudaPool {
             value_scale,
             ..UnpackArgs::default()
         };
-        // SAFETY: both have room for so many entries, all of which are packed.
+        // SAFETY: both have room for the entries, all of which are packed.
         unsafe { self.kernels.unpack(&stream, &args)? };
         let device = Device::Cuda(self.device.clone());
         let places = self.ring_places();
@@ -63,12 +63,12 @@ impl CudaPool {
         }
     }
 
-    /// A copy of a head's ring, `[places, head_dim]`.
+    /// Returns a copy of a head's ring, `[places, head_dim]`.
     fn ring_of(&self, ring: &CudaSlice<u16>, kv_head: usize) -> Result<Tensor> {
         let (stream, numbers) = (self.stream(), self.ring_numbers());
         let own = ring.slice(kv_head * numbers..(kv_head + 1) * numbers);
         let dims = [self.ring_places(), self.shape.head_dim];
-        // SAFETY: every pattern of 16 bits is a number of both formats.
+        // SAFETY: every pattern of 16 bits is valid in both formats.
         unsafe {
             Ok(match self.dtype {
                 Some(DType::BF16) => {
@@ -83,7 +83,7 @@ impl CudaPool {
         }
     }
 
-    /// Writes the entries that a cut takes out of a record to the ring.
+    /// Writes the entries that a truncation unpacks from a record to the ring.
     pub(super) fn unpack_to_ring(&self, seq: SeqId, kv_head: usize, cut: &Cut) -> Result<()> {
         let sequence = self.sequence(seq)?;
         let (stream, ring) = (self.stream(), self.ring_numbers());
@@ -102,7 +102,7 @@ impl CudaPool {
             key_scale,
             value_scale,
         };
-        // SAFETY: the entries are packed, and fewer than the ring has places.
+        // SAFETY: the entries are packed, and they fit in the ring.
         unsafe { self.kernels.unpack(&stream, &args) }
     }
 }

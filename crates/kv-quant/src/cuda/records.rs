@@ -1,4 +1,4 @@
-//! Records: blocks of one size in slabs of device memory, counted by the tables that hold them.
+//! Records: reference-counted blocks of one size in slabs of device memory.
 
 use longctx_core::Result;
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
@@ -7,25 +7,25 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// The smallest slab, in bytes.
 const SLAB: usize = 1 << 16;
 
-/// The records of one pool. Several tables hold one record only if what it will ever contain is
-/// settled.
+/// The records of one pool. Several tables can share a record only if its final content is
+/// determined.
 #[derive(Debug)]
 pub struct Records {
     stream: Arc<CudaStream>,
-    /// Bytes of a record.
+    /// Bytes per record.
     size: usize,
     slabs: Vec<CudaSlice<u8>>,
-    /// By record number.
+    /// Addresses by record number.
     addresses: Vec<u64>,
     counts: Vec<u32>,
     free: Vec<u32>,
 }
 
-/// Records that several tables take from.
+/// Records shared by several tables.
 pub type Shared = Arc<Mutex<Records>>;
 
 pub fn lock(records: &Shared) -> MutexGuard<'_, Records> {
-    // Every change is complete before anything can panic.
+    // Nothing panics in the middle of a change.
     records.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -35,23 +35,23 @@ impl Records {
         Arc::new(Mutex::new(Self { stream, size, slabs, addresses, counts, free }))
     }
 
-    /// Records that tables hold.
+    /// Returns the number of records held by tables.
     pub fn used(&self) -> usize {
         self.addresses.len() - self.free.len()
     }
 
-    /// Bytes of all slabs.
+    /// Returns the bytes of all slabs.
     pub fn bytes(&self) -> usize {
         self.slabs.iter().map(CudaSlice::len).sum()
     }
 
-    /// Makes sure that `count` records are free. At most `room` are allocated beyond those in use,
-    /// unless `count` is more.
+    /// Ensures that `count` records are free. Allocates at most `room` records beyond those in use,
+    /// or `count` if that is more.
     pub fn reserve(&mut self, count: usize, room: usize) -> Result<()> {
         if count <= self.free.len() {
             return Ok(());
         }
-        // A quarter more than there is, so that growth is rare.
+        // Grows by a quarter, so that growth is rare.
         let wanted = (self.addresses.len() / 4).max(SLAB / self.size);
         let wanted = wanted.min(room.saturating_sub(self.free.len()));
         let count = wanted.max(count - self.free.len());
@@ -73,7 +73,7 @@ impl Records {
         }
     }
 
-    /// Gives the slabs back if no record is in use.
+    /// Frees the slabs if no record is in use.
     pub fn shrink(&mut self) {
         if self.used() == 0 {
             self.slabs.clear();
@@ -84,7 +84,7 @@ impl Records {
     }
 }
 
-/// The block table of a kv head, as the host has it. A clone shares the records.
+/// The host's copy of a kv head's block table. A clone shares the records.
 #[derive(Debug)]
 pub struct Table {
     records: Shared,
@@ -100,19 +100,19 @@ impl Table {
         &self.numbers
     }
 
-    /// Where the records from the table's `first` place on lie.
+    /// Returns the addresses of the records from index `first` on.
     pub fn addresses(&self, first: usize) -> Vec<u64> {
         let records = lock(&self.records);
         self.numbers[first..].iter().map(|&number| records.addresses[number as usize]).collect()
     }
 
-    /// Where the records at some places of the table lie.
+    /// Returns the addresses of the records at some indices.
     pub fn addresses_of(&self, places: &[usize]) -> Vec<u64> {
         let records = lock(&self.records);
         places.iter().map(|&place| records.addresses[self.numbers[place] as usize]).collect()
     }
 
-    /// Adds `count` records.
+    /// Appends `count` records.
     pub fn take(&mut self, count: usize) -> Result<()> {
         let mut records = lock(&self.records);
         records.reserve(count, usize::MAX)?;
@@ -124,7 +124,7 @@ impl Table {
         Ok(())
     }
 
-    /// Gives back the records for whose places `keep` is false.
+    /// Frees the records for whose indices `keep` returns false.
     pub fn retain(&mut self, keep: impl Fn(usize) -> bool) {
         let mut records = lock(&self.records);
         let mut place = 0;

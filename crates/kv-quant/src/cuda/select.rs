@@ -1,4 +1,5 @@
-//! Selections of entries, as the kernels read them: tables of the records that hold some, and bits.
+//! Selections of entries in the form that the kernels read: tables of records with selected
+//! entries, and bits.
 
 use super::CudaPool;
 use super::args::Work;
@@ -7,7 +8,7 @@ use longctx_core::{Batch, EntryRanges, Result};
 use longctx_cuda::cudarc::driver::{CudaSlice, DevicePtr};
 use std::ops::Range;
 
-/// Bits of slots.
+/// A bitmap of slots.
 #[derive(Default)]
 struct Bits(Vec<u32>);
 
@@ -23,8 +24,8 @@ impl Bits {
     }
 }
 
-/// What a selection leaves of a head: the records that hold some of its entries, and its slots,
-/// numbered as if these were all records.
+/// Returns a head's records that contain selected entries, and the selected slots, numbered as if
+/// there were no other records.
 fn selected(head: &Head, ranges: &[Range<usize>], group: usize) -> (Vec<usize>, usize, Bits) {
     let packed = head.packed.values;
     let (mut records, mut bits) = (Vec::<usize>::new(), Bits::default());
@@ -39,7 +40,7 @@ fn selected(head: &Head, ranges: &[Range<usize>], group: usize) -> (Vec<usize>, 
         }
         bits.set((records.len() - 1) * group + slot % group);
     }
-    // The values of the last record may not all be packed.
+    // The last record may have values that are not packed yet.
     let last = records.last().map_or(0, |last| (packed - last * group).min(group));
     let slots = records.len().saturating_sub(1) * group + last;
     of_ring.into_iter().for_each(|place| bits.set(slots + place));
@@ -47,8 +48,8 @@ fn selected(head: &Head, ranges: &[Range<usize>], group: usize) -> (Vec<usize>, 
 }
 
 impl CudaPool {
-    /// Has each head's work see the entries selected alone: of the records, only those with one of
-    /// them. Gives what the work points to.
+    /// Limits each head's work item to the selected entries and to the records that contain them.
+    /// Returns the memory that the work items point to.
     pub(super) fn select(
         &self,
         batch: &Batch,
@@ -84,7 +85,7 @@ impl CudaPool {
         Ok(on_device)
     }
 
-    /// Marks the entries selected in each head's work, which keeps all slots.
+    /// Marks the selected entries in each head's work item, which still contains all slots.
     pub(super) fn mark(
         &self,
         batch: &Batch,

@@ -1,36 +1,35 @@
-//! Where kernels report numbers that cannot be quantized: words of the host's memory, read without
-//! waiting for the device.
+//! Reports of numbers that cannot be quantized. Kernels write them to words in host memory, which
+//! are read without waiting for the device.
 
 use longctx_core::{Error, Result, SeqId};
 use longctx_cuda::cudarc::driver::{CudaContext, PinnedHostSlice, sys};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Sequences share a word if their numbers differ by a multiple of this.
+/// The number of words. Sequences share a word if their numbers differ by a multiple of it.
 const WORDS: u64 = 1024;
-/// Bits of a sequence's number, and of a kv head's, in a report.
+/// Number of bits of a sequence's number, and of a kv head's, in a report.
 const NUMBER: u32 = 20;
 const HEAD: u32 = 9;
 
 #[derive(Debug)]
 pub struct Status {
-    /// Sequences begun so far.
+    /// Number of sequences created so far.
     begun: AtomicU64,
     words: *mut u64,
-    /// Owns the words.
+    /// The memory of the words.
     _memory: PinnedHostSlice<u64>,
     context: Arc<CudaContext>,
 }
 
 impl Drop for Status {
     fn drop(&mut self) {
-        // Kernels that are under way may write to the words. A device that fails runs none.
+        // Running kernels may write to the words. A failed device runs none.
         _ = self.context.synchronize();
     }
 }
 
-// SAFETY: the words are read and written with volatile accesses alone, and live as long as the
-// struct.
+// SAFETY: the words are accessed only by volatile reads and writes, and live as long as the struct.
 unsafe impl Send for Status {}
 // SAFETY: as above.
 unsafe impl Sync for Status {}
@@ -50,40 +49,40 @@ impl Status {
     }
 
     fn word(&self, number: u64) -> *mut u64 {
-        // SAFETY: there are so many words.
+        // SAFETY: the index is below the number of words.
         unsafe { self.words.add((number % WORDS) as usize) }
     }
 
-    /// A number for a sequence that begins.
+    /// Returns a number for a new sequence.
     pub fn begin(&self) -> u64 {
         let number = self.begun.fetch_add(1, Ordering::Relaxed);
         if self.report(number).is_some() {
-            // From a sequence whose number has the same low bits.
-            // SAFETY: the word is valid as long as `self`.
+            // Clears a report of an earlier sequence with the same word. SAFETY: the word is valid
+            // as long as `self`.
             unsafe { self.word(number).write_volatile(0) };
         }
         number
     }
 
-    /// The address of a sequence's word, the same on the device as on the host.
+    /// Returns the address of a sequence's word, which is the same on the device and on the host.
     pub fn address(&self, number: u64) -> u64 {
         self.word(number) as u64
     }
 
-    /// What a report says of sequence and kv head.
+    /// Returns the bits of a report for a sequence and a kv head.
     pub fn tag(number: u64, head: usize) -> u64 {
         (number % (1 << NUMBER)) << 42 | (head as u64 % (1 << HEAD)) << 33
     }
 
-    /// A sequence's word, if a kernel has written it by now.
+    /// Returns a sequence's report, if a kernel has written one.
     fn report(&self, number: u64) -> Option<u64> {
-        // SAFETY: the word is valid as long as `self`; the device writes it whole.
+        // SAFETY: the word is valid as long as `self`, and the device's writes are atomic.
         let word = unsafe { self.word(number).read_volatile() };
         let same = word >> 42 & ((1 << NUMBER) - 1) == number % (1 << NUMBER);
         (word != 0 && same).then_some(word)
     }
 
-    /// The error that a kernel has reported for a sequence by now.
+    /// Returns the error that a kernel has reported for a sequence, if any.
     pub fn check(&self, number: u64, seq: SeqId) -> Result<()> {
         let Some(word) = self.report(number) else { return Ok(()) };
         let of = if word >> 62 & 1 == 1 { "values" } else { "keys" };

@@ -1,4 +1,4 @@
-//! One launch that sums attention probabilities up by entry.
+//! Attention probabilities accumulated per entry, in one launch.
 
 use super::CudaPool;
 use super::args::AttendArgs;
@@ -23,7 +23,7 @@ impl CudaPool {
             Mask::Entries(ranges) => Some(self.mark(batch, ranges, &mut work)?),
             _ => None,
         };
-        let (stream, per) = (self.stream(), self.shape.group());
+        let (stream, per) = (self.stream(), self.shape.heads_per_kv());
         if lse.dims() != [batch.tokens(), self.shape.heads] {
             let expected = format!("[{}, {}]", batch.tokens(), self.shape.heads);
             return Err(Error::mismatch("lse", expected, format!("{:?}", lse.dims())));
@@ -37,8 +37,8 @@ impl CudaPool {
             tiles = tiles.max(packed.div_ceil(TILE) + residual.div_ceil(TILE));
             lens.push(packed + residual);
         }
-        let blocks = if batch.longest() > 1 { per } else { per.div_ceil(8) };
-        // SAFETY: the kernel writes a number for every entry of every head.
+        let blocks = if batch.max_seqlen() > 1 { per } else { per.div_ceil(8) };
+        // SAFETY: the kernel writes an element for every entry of every head.
         let out = unsafe { stream.alloc::<f32>(total.max(1)) }?;
         let on_device = stream.clone_htod(&work)?;
         let args = AttendArgs {
@@ -48,7 +48,7 @@ impl CudaPool {
             work: on_device.device_ptr(&stream).0,
             ..self.score_args(mask)
         };
-        // SAFETY: the sizes above are those that the kernel counts with.
+        // SAFETY: the arrays have the sizes that the kernel expects.
         unsafe { self.kernels.sums(&stream, &args, (tiles, work.len(), blocks))? };
         let all = tensor(&self.device, out, &[total.max(1)]);
         let mut lens = lens.chunks(self.shape.kv_heads);
@@ -63,7 +63,7 @@ impl CudaPool {
         batch.seqs().iter().map(of_seq).collect()
     }
 
-    /// The sums of entries, given those of all slots.
+    /// Returns the sums of entries from those of all slots.
     fn without_holes(&self, seq: SeqId, sums: AttentionSums) -> Result<AttentionSums> {
         let heads = self.seqs.get(&seq).map_or(&[][..], |of| &of.heads);
         if heads.iter().all(|head| head.live.holes() == 0) {

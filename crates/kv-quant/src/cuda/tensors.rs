@@ -1,4 +1,4 @@
-//! Tensors of candle as device addresses, and back.
+//! Conversions between candle's tensors and device addresses.
 
 use candle_core::cuda_backend::CudaDType;
 use candle_core::{CudaDevice, CudaStorage, DType, Storage, Tensor, op::BackpropOp};
@@ -6,7 +6,7 @@ use longctx_cuda::cudarc::driver::CudaSlice;
 
 pub use longctx_core::cuda::address;
 
-/// A dtype as kernels/args.cuh numbers them.
+/// Returns the number of a dtype in kernels/args.cuh.
 pub fn kind(dtype: DType) -> i32 {
     (dtype == DType::BF16) as i32
 }

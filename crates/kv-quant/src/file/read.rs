@@ -52,7 +52,7 @@ impl Pool {
     /// other settings; [`Error::File`] if the layer's tensors are inconsistent;
     /// [`Error::PoolFull`]. On an error nothing has changed.
     pub fn load(&mut self, seq: u64, file: &CacheFile, layer: usize) -> Result<()> {
-        self.check_new(seq)?;
+        self.check_unseen(seq)?;
         let like = file.pool(layer)?;
         if (like.shape, like.format, &like.rotary) != (self.shape, self.format, &self.rotary) {
             let of = |pool: &Pool| {

@@ -7,11 +7,10 @@
 //! code 0, which dequantizes to its minimum.
 
 use super::Quantizer;
-use crate::vector::{fold_lanes, wide};
 use crate::{Axis, Error, Position, Result, Scheme};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use pulp::{Arch, Simd, WithSimd};
+use longctx_simd::{fold_lanes, wide};
 
 impl Quantizer {
     /// Quantizes the rows in `x`, whose numbers are representable in f16.

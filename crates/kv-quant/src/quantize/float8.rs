@@ -2,10 +2,9 @@
 //! saturate.
 
 use super::Quantizer;
-use crate::vector::{fold_lanes, wide};
 use crate::{Float8, StaticScale};
 use half::f16;
-use pulp::{Arch, Simd, WithSimd};
+use longctx_simd::{fold_lanes, wide};
 
 impl Quantizer {
     /// Quantizes the rows in `x`, with groups along channels.

@@ -4,9 +4,8 @@
 use super::Quantizer;
 use crate::Scheme;
 use crate::levels;
-use crate::vector::{dot, wide};
 use half::f16;
-use pulp::{Arch, Simd, WithSimd};
+use longctx_simd::{dot, wide};
 
 impl Quantizer {
     /// Quantizes the rows in `x`, with groups along channels.

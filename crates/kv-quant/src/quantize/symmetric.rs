@@ -3,9 +3,8 @@
 
 use super::Quantizer;
 use crate::Scheme;
-use crate::vector::wide;
 use half::f16;
-use pulp::{Arch, Simd, WithSimd};
+use longctx_simd::wide;
 
 impl Quantizer {
     /// Quantizes the rows in `x`.

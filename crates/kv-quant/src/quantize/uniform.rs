@@ -1,10 +1,9 @@
 //! Asymmetric integers in f32 arithmetic, rounding half up, as vLLM's TurboQuant quantizes values.
 
 use super::Quantizer;
-use crate::vector::{fold_lanes, wide};
 use crate::{Axis, Scheme};
 use half::f16;
-use pulp::{Arch, Simd, WithSimd};
+use longctx_simd::{fold_lanes, wide};
 
 /// The smallest scale.
 const MIN_SCALE: f32 = 1e-8;

@@ -6,10 +6,9 @@
 //! zero point per token and a factor per channel.
 
 use super::Quantizer;
-use crate::vector::{fold_lanes, wide};
 use crate::{Axis, Scheme};
 use half::f16;
-use pulp::{Arch, Simd, WithSimd};
+use longctx_simd::{fold_lanes, wide};
 
 /// Number of iterations: the published code's default. More have no effect.
 const ITERATIONS: usize = 8;

@@ -34,7 +34,7 @@ impl PromptCompressor for Extract {
         order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
 
         let words = words(prompt.text);
-        let mut budget = rate.of(words.len());
+        let mut budget = rate.apply(words.len());
         let mut kept = Vec::new();
         for i in order {
             // The words that begin in the sentence: white space is never a word.

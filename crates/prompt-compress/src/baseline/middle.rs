@@ -13,7 +13,7 @@ pub struct TruncateMiddle;
 impl PromptCompressor for TruncateMiddle {
     fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed> {
         let words = words(prompt.text);
-        let kept = rate.of(words.len());
+        let kept = rate.apply(words.len());
         let (head, tail) = (kept.div_ceil(2), kept / 2);
         let ends = words[..head].iter().chain(&words[words.len() - tail..]);
         Compressed::copy(prompt.text, ends.cloned())

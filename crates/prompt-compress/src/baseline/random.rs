@@ -17,7 +17,7 @@ impl PromptCompressor for RandomDrop {
     fn compress(&mut self, prompt: Prompt<'_>, rate: Rate) -> Result<Compressed> {
         let words = words(prompt.text);
         let mut rng = StdRng::seed_from_u64(self.seed);
-        let mut kept = index::sample(&mut rng, words.len(), rate.of(words.len())).into_vec();
+        let mut kept = index::sample(&mut rng, words.len(), rate.apply(words.len())).into_vec();
         kept.sort_unstable();
         Compressed::copy(prompt.text, kept.into_iter().map(|i| words[i].clone()))
     }

@@ -144,7 +144,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     ///
     /// Before, entry i was at position i, without gaps.
     fn rewrite(&self, call: &CallTensors, keep: &Selection) -> Result<(Tensor, Tensor)> {
-        let rope = self.spec.rope_for("re-rotation")?;
+        let rope = self.spec.require_rope("re-rotation")?;
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for (head, kept) in keep.heads()?.iter().enumerate() {
             let (k, v) = self.head_keys_values(call, head)?;

@@ -347,7 +347,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         Ok(())
     }
 
-    /// Drops tokens outside the window once there are more than `OVERHANG` of them.
+    /// Drops tokens outside the window once there are more than `EVICTION_STEP` of them.
     fn trim_window(&mut self, s: &ChunkSeq) -> Result<()> {
         let len = self.window.len(s.seq);
         let inside = s.start + s.count - s.leaving.end;

@@ -54,7 +54,7 @@ impl ExpectedAttention {
         };
         let keys = view.keys()?.narrow(1, self.sinks, others)?.contiguous()?;
         let first = (queries.mean.matmul(&keys.transpose(1, 2)?.contiguous()?)? * scale)?;
-        let second = (0..view.spec.shape.group()).map(|i| -> Result<Tensor> {
+        let second = (0..view.spec.shape.heads_per_kv()).map(|i| -> Result<Tensor> {
             let covariance = queries.covariance.narrow(1, i, 1)?.squeeze(1)?.contiguous()?;
             Ok((keys.matmul(&covariance)? * &keys)?.sum(2)?)
         });
@@ -77,10 +77,10 @@ impl EvictionPolicy for ExpectedAttention {
         let (tokens, _, d) = q.dims3()?;
         let first = view.seen - tokens;
         let skip = self.sinks.saturating_sub(first).min(tokens - 1);
-        let rope = view.spec.rope_for("Expected Attention")?;
+        let rope = view.spec.require_rope("Expected Attention")?;
         let rotation = mean_rotation(rope, view.seen, d);
         let rotation = Tensor::from_vec(rotation, (d, d), q.device())?;
-        let group = view.spec.shape.group();
+        let group = view.spec.shape.heads_per_kv();
         let q = q.narrow(0, skip, tokens - skip)?;
         let q = q.narrow(1, view.kv_heads.start * group, view.kv_heads.len() * group)?;
         let queries = Queries::of(&q, &rotation, group)?;

@@ -5,6 +5,9 @@ use crate::{Budget, EvictionPolicy, LayerView, Needs, PolicyCache, Protected, Se
 use candle_core::{D, DType, Tensor};
 use longctx_core::{Error, KvStore, LayerSpec, Result};
 
+#[cfg(feature = "cuda")]
+mod on_device;
+
 /// Keeps the tokens whose keys and values vary the most relative to the range of the tokens one lag
 /// later. It reads no attention.
 ///
@@ -47,6 +50,10 @@ impl EvictionPolicy for LagKv {
             return Ok(Tensor::from_vec(scores.repeat(heads), (heads, len), device)?);
         }
         let scored = (len - self.sinks) / self.lag - 1;
+        #[cfg(feature = "cuda")]
+        if let candle_core::Device::Cuda(device) = device {
+            return on_device::score(device, keys, view.values()?, self, scored);
+        }
         let spread = |x: &Tensor| -> Result<Tensor> {
             // Partitions `[kv_heads, scored + 1, lag, channels]`.
             let x = x.narrow(1, self.sinks, (scored + 1) * self.lag)?;

@@ -10,8 +10,8 @@ use longctx_core::{Error, KvStore, LayerSpec, Result};
 /// Keeps the entries that the newest query attends to, averaged over all heads of the layer.
 ///
 /// As in kvpress, the newest token itself is kept, and all heads keep the same tokens. There is no
-/// setting `with_group`: the average runs over all heads of the layer, not over those of one kv
-/// head.
+/// `with_group_reduction`, because the average is over all heads of the layer, not over those of
+/// one kv head.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Tova {
     published_newest: bool,

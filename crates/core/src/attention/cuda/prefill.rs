@@ -1,6 +1,6 @@
 //! Prefill attention (many queries per sequence): kernels/prefill.cu.
 
-use super::{rows, strides};
+use super::{aligned, strides};
 use crate::cuda::{Half, PrefillArgs, address};
 use crate::{AttentionShape, AttentionState, Mask, Result};
 use candle_core::{CudaDevice, DType, Tensor};
@@ -14,7 +14,7 @@ pub fn attend(
     shape: &AttentionShape,
     mask: Mask<'_>,
 ) -> Result<AttentionState> {
-    let (q, k, v) = (rows(&q.to_dtype(k.dtype())?)?, rows(k)?, rows(v)?);
+    let (q, k, v) = (aligned(&q.to_dtype(k.dtype())?)?, aligned(k)?, aligned(v)?);
     let (tokens, d) = (q.dim(0)?, shape.head_dim);
     let half = if k.dtype() == DType::BF16 { Half::BF16 } else { Half::F16 };
     // SAFETY: the kernel writes every element of both tensors.

@@ -15,7 +15,7 @@ pub fn sums_on_device(
     shape: &AttentionShape,
     mask: Mask<'_>,
 ) -> Result<Vec<AttentionSums>> {
-    let (stream, group) = (device.cuda_stream(), shape.group());
+    let (stream, group) = (device.cuda_stream(), shape.heads_per_kv());
     if lse.dims() != [q.dim(0)?, shape.heads] {
         let expected = format!("[{}, {}]", q.dim(0)?, shape.heads);
         return Err(Error::mismatch("lse", expected, format!("{:?}", lse.dims())));
@@ -66,8 +66,8 @@ pub fn sums_of_call(
     lse: &Tensor,
     shape: &AttentionShape,
 ) -> Result<Option<Vec<AttentionSums>>> {
-    let Some(device) = super::served(q, k, k, shape)? else { return Ok(None) };
-    let k = super::rows(k)?;
+    let Some(device) = super::supported_device(q, k, k, shape)? else { return Ok(None) };
+    let k = super::aligned(k)?;
     let q = q.to_dtype(k.dtype())?.contiguous()?;
     let [token, head] = super::strides(&k);
     let start = address(&k)?;

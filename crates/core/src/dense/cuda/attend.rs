@@ -1,7 +1,7 @@
 //! Attention over blocks: a few queries in one planned launch, many queries through the prefill
 //! kernels.
 
-use super::CudaSeqs;
+use super::CudaPool;
 use crate::cuda::{PAGE, PrefillArgs, address, paged, prefill};
 use crate::{AttentionState, Batch, EntryRanges, Error, Mask, Result};
 use candle_core::{DType, Device, Tensor};
@@ -22,11 +22,11 @@ struct Pages {
     lens: Vec<u32>,
 }
 
-impl CudaSeqs {
+impl CudaPool {
     pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
         self.check_queries(batch, q, mask)?;
         let q = self.fit(q)?;
-        if self.shape.group() * batch.longest() <= MOST_COLUMNS {
+        if self.shape.heads_per_kv() * batch.max_seqlen() <= MOST_COLUMNS {
             return self.decode(batch, &q, mask);
         }
         match mask {
@@ -127,11 +127,11 @@ impl CudaSeqs {
                 heads.push(work);
             }
         }
-        let columns = shape.group() * batch.longest();
+        let columns = shape.heads_per_kv() * batch.max_seqlen();
         let columns = if columns == 1 { 1 } else { columns.next_power_of_two().min(4) };
         let (half, d) = (self.half(), shape.head_dim);
         let slots = paged::attend_slots(stream.context(), half, d, columns)?;
-        let plan = paged::Plan::new(&heads, shape.group(), columns, slots);
+        let plan = paged::Plan::new(&heads, shape.heads_per_kv(), columns, slots);
         let (out, lse) = self.outputs(batch)?;
         let parts = plan.parts * columns;
         // SAFETY: the kernels write every element of these that is read.
@@ -149,7 +149,7 @@ impl CudaSeqs {
             work: work.device_ptr(&stream).0,
             joins: joins.device_ptr(&stream).0,
             heads: shape.heads as i32,
-            heads_per_kv: shape.group() as i32,
+            heads_per_kv: shape.heads_per_kv() as i32,
             columns: columns as i32,
             causal: (mask == Mask::Causal).into(),
             window: window.map_or(0, |window| window.min(1 << 30) as i32),

@@ -31,14 +31,14 @@ impl Blocks {
         Self { stream, size, capacity, slabs, addresses, references, free }
     }
 
-    /// Checks that `wanted` blocks are free or can be allocated.
-    pub fn check(&self, wanted: usize) -> Result<()> {
+    /// Checks that `needed` blocks are free or can be allocated.
+    pub fn check(&self, needed: usize) -> Result<()> {
         let free = self.free.len() + self.unallocated();
-        if wanted <= free {
+        if needed <= free {
             return Ok(());
         }
-        let (asked, free) = (wanted.saturating_mul(self.size), free.saturating_mul(self.size));
-        Err(Error::PoolFull { what: "pool of dense blocks".into(), asked, free })
+        let (needed, free) = (needed.saturating_mul(self.size), free.saturating_mul(self.size));
+        Err(Error::PoolFull { what: "pool of dense blocks".into(), needed, free })
     }
 
     fn unallocated(&self) -> usize {
@@ -59,8 +59,8 @@ impl Blocks {
             return Ok(());
         }
         // Grows by an eighth, so that growth is rare.
-        let wanted = (self.addresses.len() / 8).max(SLAB / self.size).min(self.unallocated());
-        let blocks = wanted.max(count - self.free.len());
+        let needed = (self.addresses.len() / 8).max(SLAB / self.size).min(self.unallocated());
+        let blocks = needed.max(count - self.free.len());
         let bytes = (blocks + 1) * self.size;
         // SAFETY: an entry of a block is written before it is read; masked elements may hold
         // anything.

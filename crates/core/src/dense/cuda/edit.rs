@@ -1,6 +1,6 @@
 //! Fork, truncate, retain, remove and read.
 
-use super::{CudaSeqs, Sequence, Table};
+use super::{BlockTable, CudaPool, Sequence};
 use crate::cuda::{PAGE, paged};
 use crate::{Result, Selection, SeqId};
 use candle_core::{DType, Device, Tensor};
@@ -13,13 +13,13 @@ struct Moves {
     blocks: Vec<u32>,
     /// First entry that is written.
     first: usize,
-    /// Number of kept entries.
+    /// Number of entries that are kept.
     count: usize,
     /// Blocks that were newly taken.
     taken: Vec<u32>,
 }
 
-impl CudaSeqs {
+impl CudaPool {
     /// Keeps the selected entries; the selection has been checked. Blocks before the first entry
     /// that is dropped stay unchanged; later entries move forward. If the selection is on the
     /// device, all entries count as moved.
@@ -30,8 +30,9 @@ impl CudaSeqs {
         let firsts: Vec<_> = match keep.entries() {
             None => keep.heads()?.iter().map(|keep| first_moved(keep)).collect(),
             Some(_) => {
-                let first =
-                    |(table, &count): (&Table, &usize)| if count < table.len { 0 } else { count };
+                let first = |(table, &count): (&BlockTable, &usize)| {
+                    if count < table.len { 0 } else { count }
+                };
                 known.heads.iter().zip(&counts).map(first).collect()
             }
         };
@@ -70,7 +71,7 @@ impl CudaSeqs {
             if !of.taken.is_empty() {
                 let addresses = table.blocks.iter().map(|&block| self.blocks.address(block));
                 let addresses: Vec<u64> = addresses.collect();
-                let first = head * sequence.places;
+                let first = head * sequence.max_blocks;
                 let mut to = sequence.table.slice_mut(first..first + addresses.len());
                 stream.memcpy_htod(&addresses, &mut to)?;
             }
@@ -80,7 +81,7 @@ impl CudaSeqs {
 
     /// Returns the indices of the blocks that moved entries are written to and that other sequences
     /// share.
-    fn shared_among(&self, table: &Table, moved: Range<usize>) -> Vec<usize> {
+    fn shared_among(&self, table: &BlockTable, moved: Range<usize>) -> Vec<usize> {
         if moved.is_empty() {
             return Vec::new();
         }
@@ -201,7 +202,8 @@ impl CudaSeqs {
         let stream = self.stream();
         let sequence = self.known(from)?;
         let table = stream.clone_dtod(&sequence.table)?;
-        let copy = Sequence { heads: sequence.heads.clone(), table, places: sequence.places };
+        let copy =
+            Sequence { heads: sequence.heads.clone(), table, max_blocks: sequence.max_blocks };
         let blocks = copy.heads.iter().flat_map(|table| &table.blocks);
         blocks.for_each(|&block| self.blocks.share(block));
         self.seqs.insert(to, copy);

@@ -1,13 +1,13 @@
 //! Attention probabilities accumulated per entry.
 
-use super::CudaSeqs;
+use super::CudaPool;
 use crate::attention::sums_on_device;
 use crate::cuda::{PAGE, address, paged};
 use crate::{AttentionSums, Batch, Mask, Result};
 use candle_core::{DType, Tensor};
 use longctx_cuda::cudarc::driver::DevicePtr;
 
-impl CudaSeqs {
+impl CudaPool {
     pub fn attention_sums(
         &self,
         batch: &Batch,
@@ -72,7 +72,7 @@ impl CudaSeqs {
             let (seq, head, list) = &lists[i];
             let sums = sums[i / kv_heads].head(i % kv_heads)?;
             let len = self.seqs.get(seq).map_or(0, |sequence| sequence.heads[*head].len);
-            let all = Tensor::zeros((self.shape.group(), len), DType::F32, q.device())?;
+            let all = Tensor::zeros((self.shape.heads_per_kv(), len), DType::F32, q.device())?;
             if list.is_empty() {
                 return Ok(all);
             }

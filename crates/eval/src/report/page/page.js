@@ -37,7 +37,8 @@ const theme = name => document.documentElement.dataset.theme = name;
 theme(new URLSearchParams(location.search).get("theme") ?? (dark.matches ? "dark" : "light"));
 by("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
 
-// Tables that sort and filter. A column is a title, the value to sort by and what a cell shows.
+// Tables that can be sorted and filtered. A column has a title, a sort key and the content of a
+// cell.
 function table(place, rows, columns, filter) {
   const head = node("tr"), body = node("tbody");
   let order = null, down = false;
@@ -137,7 +138,7 @@ if (data.agreement.length) {
     { head: "tokens", value: row => row.tokens, show: row => row.tokens }], by("filter")));
 }
 
-// Points against bytes, with the front of those that none beats in both.
+// Plots points against bytes, with the Pareto front.
 function scatter(place, points, { words, better, log }) {
   place.replaceChildren();
   if (points.length < 2) { place.append(node("p", { class: "note" }, "Fewer than two settings tell their bytes.")); return; }
@@ -176,7 +177,7 @@ function scatter(place, points, { words, better, log }) {
     hover(dot, point.words);
     svg.append(dot);
   }
-  // Labels of what matters, where they have room.
+  // Labels of important points, if there is room.
   for (const point of important.filter(point => front.includes(point) || chosen.has(point.setting)).reverse()) {
     const wide = 6.6 * point.setting.length, [px, py] = [x(point.x), y(point.y)];
     const places = [[px + 9, py + 4], [px - 9 - wide, py + 4], [px + 9, py - 9], [px + 9, py + 17], [px - 9 - wide, py - 9], [px - 9 - wide, py + 17]];

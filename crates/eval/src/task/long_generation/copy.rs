@@ -37,8 +37,11 @@ impl Task for Copy {
         let prediction = one_prediction(sample, predictions)?;
         let answer = sample.answers.first().map_or("", String::as_str);
         let ours = prediction.split_whitespace().map(Some).chain(std::iter::repeat(None));
-        let right: Vec<bool> =
-            answer.split_whitespace().zip(ours).map(|(theirs, ours)| ours == Some(theirs)).collect();
+        let right: Vec<bool> = answer
+            .split_whitespace()
+            .zip(ours)
+            .map(|(theirs, ours)| ours == Some(theirs))
+            .collect();
         let count = right.iter().filter(|right| **right).count();
         let value = count as f64 / right.len().max(1) as f64;
         Ok(Score { value, partial: None, quarters: quarters(&right) })

@@ -1,4 +1,5 @@
-//! Variable tracking: which variables have a value, through a chain of assignments.
+//! Variable tracking: a prompt assigns a value to a chain of variables and asks which variables
+//! have it.
 
 use super::fit::{self, Bound, Generate, Room, threefold};
 use super::niah::NOISE;
@@ -9,7 +10,7 @@ use crate::python::random::{Random, RandomState};
 
 const HOPS: usize = 4;
 const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ";
-/// The largest number of tokens of the example, and its value before replacement.
+/// The largest number of tokens of the example. The next constant is its value before replacement.
 const EXAMPLE_TOKENS: usize = 500;
 const EXAMPLE_VALUE: &str = "12345";
 

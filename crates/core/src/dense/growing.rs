@@ -7,17 +7,17 @@ use crate::{Error, Footprint, Result};
 use candle_core::Tensor;
 
 /// The smallest spare capacity, in entries, when a tensor grows. Growth copies everything.
-const ROOM: usize = 256;
+const MIN_SPARE: usize = 256;
 
 /// Keys and values `[1, kv_heads, capacity, channels]`. The first `len` entries are in use.
 #[derive(Debug)]
-pub struct Rows {
+pub struct GrowingTensors {
     k: Tensor,
     v: Tensor,
     len: usize,
 }
 
-impl Rows {
+impl GrowingTensors {
     /// Creates empty rows for tensors like `k` and `v`.
     pub fn new(k: &Tensor, v: &Tensor) -> Result<Self> {
         Ok(Self { k: k.narrow(2, 0, 0)?, v: v.narrow(2, 0, 0)?, len: 0 })
@@ -36,7 +36,7 @@ impl Rows {
         if len > self.k.dim(2)? {
             // A sixteenth more: all copies of a generation then cost as much as reading the cache
             // about 16 times.
-            let capacity = len + ROOM.max(self.len / 16);
+            let capacity = len + MIN_SPARE.max(self.len / 16);
             let (k, v) = (self.grown(&self.k, capacity)?, self.grown(&self.v, capacity)?);
             (self.k, self.v) = (k, v);
         }
@@ -126,7 +126,7 @@ mod tests {
         let all = Tensor::randn(0f32, 1., (1, 3, 900, 8), &Device::Cpu).unwrap();
         let all = all.to_dtype(DType::F16).unwrap();
         let part = |from, len| all.narrow(2, from, len).unwrap().contiguous().unwrap();
-        let mut rows = Rows::new(&all, &all).unwrap();
+        let mut rows = GrowingTensors::new(&all, &all).unwrap();
         for (from, len) in [(0, 300), (300, 0), (300, 1), (301, 256), (557, 343)] {
             rows.append(&part(from, len), &part(from, len)).unwrap();
             let expected = part(0, from + len);

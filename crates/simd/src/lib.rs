@@ -1,46 +1,31 @@
-//! Loops over slices, written once and dispatched to the widest instruction set of the CPU.
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
 
-use pulp::{Arch, Simd, WithSimd};
+pub use pulp;
 
-/// Defines a function whose body is compiled for each instruction set and dispatched to the widest
-/// one of the CPU. Only code that is inlined into `with_simd` of a struct is compiled for wide
-/// registers; the body of a closure would be compiled for the baseline target.
+/// Defines a public function whose body is compiled for each instruction set and dispatched to the
+/// widest one of the CPU. References have the lifetime `'a`.
+///
+/// Only code that is inlined into `with_simd` of a struct is compiled for wide registers; the body
+/// of a closure is compiled for the baseline target.
+#[macro_export]
 macro_rules! wide {
-    ($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*) -> $out:ty $body:block) => {
+    ($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) -> $out:ty $body:block) => {
         $(#[$doc])*
         pub fn $name<'a>($($arg: $type),*) -> $out {
             struct Loop<'a>($($type),*);
-            impl<'a> WithSimd for Loop<'a> {
+            impl<'a> $crate::pulp::WithSimd for Loop<'a> {
                 type Output = $out;
 
                 #[inline(always)]
-                fn with_simd<S: Simd>(self, _: S) -> $out {
+                fn with_simd<S: $crate::pulp::Simd>(self, _: S) -> $out {
                     let Self($($arg),*) = self;
                     $body
                 }
             }
-            Arch::new().dispatch(Loop($($arg),*))
+            $crate::pulp::Arch::new().dispatch(Loop($($arg),*))
         }
     };
-}
-pub(crate) use wide;
-
-wide! {
-    /// Computes `out += sums * scales + total * zeros`.
-    fn scale_and_add(sums: &'a [f32], scales: &'a [f32], zero_points: &'a [f32], total: f32, out: &'a mut [f32]) -> () {
-        for (((out, sum), scale), zero) in out.iter_mut().zip(sums).zip(scales).zip(zero_points) {
-            *out += sum * scale + total * zero;
-        }
-    }
-}
-
-wide! {
-    /// Computes `out += sums * factors`.
-    fn multiply_and_add(sums: &'a [f32], factors: &'a [f32], out: &'a mut [f32]) -> () {
-        for ((out, sum), factor) in out.iter_mut().zip(sums).zip(factors) {
-            *out += sum * factor;
-        }
-    }
 }
 
 wide! {
@@ -137,7 +122,7 @@ fn halve(mut acc: [f32; 32], fold: impl Fn(f32, f32) -> f32) -> f32 {
 /// polynomial of degree 6 in r, and n added to the exponent bits. Below -87, where the result would
 /// be subnormal, it is zero.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub fn exp(x: f32) -> f32 {
     // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
     const MAGIC: f32 = 12_582_912.0;
     let clamped = if x > -87.0 { x } else { -87.0 };

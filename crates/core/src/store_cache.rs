@@ -1,0 +1,229 @@
+//! A cache over one store: the part that exact, windowed and latent caches share.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Result, Selection, SeqId, Step,
+    check_unseen,
+};
+use candle_core::Tensor;
+
+/// How a [`StoreCache`] attends, and which entries it keeps.
+///
+/// The queries and keys of a [`Step`] are already rotated. The step fits the layer. A strategy has
+/// no state, so it is not notified of forks, truncations and removals.
+pub trait CacheStrategy<S: KvStore>: Send {
+    /// Appends the tokens of a call and returns their attention output in the dtype of `q`
+    /// ([`LayerSpec::output`]).
+    ///
+    /// # Errors
+    /// Those of the store. The store must be as before the call.
+    fn attend(&self, spec: &LayerSpec, store: &mut S, step: &Step<'_>) -> Result<Tensor>;
+
+    /// Appends the tokens of new sequences without attention.
+    ///
+    /// # Errors
+    /// As [`KvStore::append`].
+    fn append_prompt(&self, _: &LayerSpec, store: &mut S, step: &Step<'_>) -> Result<()> {
+        store.append(step.batch, step.k, step.v)
+    }
+
+    /// Drops entries after the tokens of a batch were appended. In a layer with a sliding window it
+    /// drops the oldest ones only.
+    ///
+    /// # Errors
+    /// Those of the store.
+    fn evict(&self, spec: &LayerSpec, store: &mut S, batch: &Batch) -> Result<()>;
+
+    /// Returns whether the store has room for a batch.
+    fn can_append(&self, store: &S, batch: &Batch) -> bool {
+        store.can_append(batch)
+    }
+}
+
+/// A cache over one store. It counts the tokens of each sequence; a [`CacheStrategy`] does the rest.
+///
+/// ```
+/// use candle_core::{DType, Tensor};
+/// use longctx_core::*;
+///
+/// /// Attends to everything, then keeps the first 4 and the newest 60 entries.
+/// struct Sinks;
+///
+/// impl CacheStrategy<DenseStore> for Sinks {
+///     fn attend(&self, spec: &LayerSpec, store: &mut DenseStore, step: &Step) -> Result<Tensor> {
+///         store.append(step.batch, step.k, step.v)?;
+///         let state = store.attend(step.batch, step.q, Mask::Causal)?;
+///         spec.output(state, step.q.dtype())
+///     }
+///
+///     fn evict(&self, spec: &LayerSpec, store: &mut DenseStore, batch: &Batch) -> Result<()> {
+///         for &seq in batch.seqs() {
+///             let len = store.len(seq) as u32;
+///             if len > 64 {
+///                 let keep = (0..4).chain(len - 60..len).collect();
+///                 store.retain(seq, &Selection::uniform(spec.shape.kv_heads, keep))?;
+///             }
+///         }
+///         Ok(())
+///     }
+/// }
+///
+/// let spec = LayerSpec::new(AttentionShape::new(4, 2, 32)?);
+/// let store = DenseStore::new(spec.shape, DType::F16)?;
+/// let mut cache = StoreCache::with_strategy(spec, store, Sinks)?;
+/// let x = |heads| Tensor::randn(0f32, 1., (100, heads, 32), &candle_core::Device::Cpu);
+/// let batch = Batch::single(0, 100)?;
+/// cache.attend(&Step { batch: &batch, q: &x(4)?, k: &x(2)?, v: &x(2)? })?;
+/// assert_eq!((cache.seen(0), cache.held(0)), (100, 64));
+/// # Ok::<(), Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct StoreCache<S, C> {
+    spec: LayerSpec,
+    store: S,
+    strategy: C,
+    seen: BTreeMap<SeqId, usize>,
+}
+
+impl<S: KvStore, C: CacheStrategy<S>> StoreCache<S, C> {
+    /// Creates a cache over an empty store.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for a store of another shape; [`Error::Setting`] for one that holds
+    /// sequences.
+    pub fn with_strategy(spec: LayerSpec, store: S, strategy: C) -> Result<Self> {
+        if store.shape() != &spec.shape {
+            let (expected, got) = (format!("{:?}", spec.shape), format!("{:?}", store.shape()));
+            return Err(Error::mismatch("the store's shape", expected, got));
+        }
+        match store.seqs().len() {
+            0 => Ok(Self { spec, store, strategy, seen: BTreeMap::new() }),
+            n => Err(Error::setting("store", "an empty store", format!("{n} sequences"))),
+        }
+    }
+
+    /// Returns the store.
+    pub fn store(&self) -> &S {
+        &self.store
+    }
+
+    /// Counts the tokens of a batch as seen, and drops entries.
+    fn advance(&mut self, batch: &Batch) -> Result<()> {
+        for (seq, tokens) in batch.iter() {
+            *self.seen.entry(seq).or_default() += tokens.len();
+        }
+        self.strategy.evict(&self.spec, &mut self.store, batch)
+    }
+}
+
+impl<S: KvStore, C: CacheStrategy<S>> KvCache for StoreCache<S, C> {
+    fn spec(&self) -> &LayerSpec {
+        &self.spec
+    }
+
+    fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
+        step.check(&self.spec)?;
+        let (q, k) = step.rotate(&self.spec, |seq| self.seen(seq))?;
+        let rotated = Step { q: &q, k: &k, ..*step };
+        let out = self.strategy.attend(&self.spec, &mut self.store, &rotated)?;
+        self.advance(step.batch)?;
+        Ok(out)
+    }
+
+    fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
+        step.check(&self.spec)?;
+        check_unseen(self, step.batch)?;
+        let (_, k) = step.rotate(&self.spec, |_| 0)?;
+        let rotated = Step { k: &k, ..*step };
+        self.strategy.append_prompt(&self.spec, &mut self.store, &rotated)?;
+        self.advance(step.batch)
+    }
+
+    fn needs_lse(&self) -> bool {
+        false
+    }
+
+    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        self.store.fork(from, to)?;
+        self.seen.insert(to, self.seen(from));
+        Ok(())
+    }
+
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        let seen = *self.seen.get(&seq).ok_or(Error::UnknownSequence(seq))?;
+        if len > seen {
+            let what = format!("tokens of sequence {seq} to keep");
+            return Err(Error::mismatch(what, format!("at most {seen}"), len));
+        }
+        if len == seen {
+            return Ok(());
+        }
+        // The remaining entries must fill the window of the next token. Without a window, all
+        // entries must remain.
+        let dropped = seen - self.store.len(seq);
+        let reach = self.spec.shape.window.map_or(len, |window| window.saturating_sub(1));
+        if dropped > len.saturating_sub(reach) {
+            let what = format!("truncating sequence {seq} to {len} tokens: {dropped} were dropped");
+            return Err(Error::Unsupported(what));
+        }
+        self.store.check_truncate(seq, len - dropped)
+    }
+
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.check_truncate(seq, len)?;
+        let seen = self.seen(seq);
+        if len < seen {
+            self.store.truncate(seq, len - (seen - self.store.len(seq)))?;
+            self.seen.insert(seq, len);
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, seq: SeqId) -> bool {
+        self.store.remove(seq);
+        self.seen.remove(&seq).is_some()
+    }
+
+    fn seqs(&self) -> Vec<SeqId> {
+        self.seen.keys().copied().collect()
+    }
+
+    fn seen(&self, seq: SeqId) -> usize {
+        self.seen.get(&seq).copied().unwrap_or(0)
+    }
+
+    fn held(&self, seq: SeqId) -> usize {
+        self.store.len(seq)
+    }
+
+    fn can_append(&self, batch: &Batch) -> bool {
+        self.strategy.can_append(&self.store, batch)
+    }
+
+    fn footprint(&self) -> Footprint {
+        self.store.footprint()
+    }
+
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        self.store.seq_footprint(seq)
+    }
+
+    fn clear(&mut self) {
+        self.store.clear();
+        self.seen.clear();
+    }
+}
+
+/// Drops the first `count` entries of every head.
+///
+/// Dropping may need blocks for copies of shared ones. Without room for them the entries stay until
+/// the next call.
+pub(crate) fn drop_oldest<S: KvStore>(store: &mut S, seq: SeqId, count: usize) -> Result<()> {
+    let newest = (count as u32..store.len(seq) as u32).collect();
+    let keep = Selection::uniform(store.shape().kv_heads, newest);
+    match store.retain(seq, &keep) {
+        Err(Error::PoolFull { .. }) => Ok(()),
+        other => other,
+    }
+}
