@@ -25,6 +25,8 @@ class Run:
         self.tokens, self.done, self.tests, self.probes = 0, False, {}, []
 
     def add(self, entry):
+        if "step" in entry:
+            self.tokens = entry["tokens_per_second"] * entry["seconds"]
         if "trained_tokens" in entry:
             self.tokens = entry["trained_tokens"]
         if "probe" in entry:
@@ -93,7 +95,7 @@ def main():
                 return f"{entry['loss']:.3f}"
             if kind.split()[0] in BY_TOKEN:
                 return f"{100 * entry['tokens_right']:.0f}"
-            return f"{100 * entry['whole'] / entry['samples']:.0f}"
+            return f"{100 * entry['whole'] / entry['samples']:.0f} ({100 * entry['tokens_right']:.0f})"
 
         def pooled(model):
             entries = [run.tests[kind, length] for _, run in by_model[model] if (kind, length) in run.tests]
@@ -102,10 +104,12 @@ def main():
             low, high = wilson(sum(e["whole"] for e in entries), sum(e["samples"] for e in entries))
             return f" [{100 * low:.0f}, {100 * high:.0f}]"
 
-        unit = {"held_out": "loss, nats a token"}.get(kind, "% of answers" if kind.split()[0] in BY_TOKEN else "% of documents")
+        unit = {"held_out": "loss, nats a token"}.get(kind, "% of answers" if kind.split()[0] in BY_TOKEN else "% of documents (of tokens)")
         row(f"{kind}, {length}: {unit}", [of(model, cell) + pooled(model) for model in models])
     kinds = {kind for runs in by_model.values() for _, run in runs for _, found in run.probes for kind in found}
     for kind in sorted(kinds):
+        if not any(run.learned(kind) for runs in by_model.values() for _, run in runs):
+            continue
         learned = lambda run: "-" if (tokens := run.learned(kind)) is None else f"{tokens / 1e6:.0f}"
         row(f"{kind}: million tokens until {LEARNED:.0%}", [of(model, learned) for model in models])
 
