@@ -32,9 +32,9 @@ def interval(values):
     return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
 
 
-def percent(values, sign=""):
+def percent(values, form=".0f"):
     low, high = interval(values)
-    shown = lambda x: f"{100 * x:{sign}.0f}"
+    shown = lambda x: f"{100 * x:{form}}"
     return f"{shown(sum(values) / len(values))} [{shown(low)}, {shown(high)}]"
 
 
@@ -61,7 +61,7 @@ def main(task, dense, *named):
             change = [
                 found[setting][sample]["score"]["value"] - of[first][setting][sample]["score"]["value"] for sample in both
             ]
-            shown = "" if name == first or not both else percent(change, "+")
+            shown = "" if name == first or not both else percent(change, "+.1f")
             print(f"| {setting} | {name} | {len(got)} | {size:.2f} | {percent(values)} | {' / '.join(quarters)} | {shown} |")
 
 
