@@ -21,6 +21,7 @@ mod json;
 mod latent_attention;
 mod layer;
 mod linear;
+mod mixture;
 mod names;
 mod pre_tokenizers;
 mod pretrained;
