@@ -16,7 +16,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use criterion::{Criterion, SamplingMode};
 use longctx_core::Rate;
-use longctx_examples::memory;
+use longctx_examples::peak_memory;
 use prompt_compress::LlmLingua2;
 use prompt_compress::llmlingua2::{Request, Settings};
 
@@ -35,7 +35,7 @@ fn main() -> Result<()> {
     for part in [&text[..text.len() / 4], &text] {
         let got = model.score(&[part])?.compress(&request)?;
         let (before, after) = (got.original_tokens, got.compressed_tokens);
-        let peak = memory::peak().unwrap_or(0) / (1 << 20);
+        let peak = peak_memory::peak().unwrap_or(0) / (1 << 20);
         println!("{before} tokens to {after}, peak resident memory so far {peak} MiB");
     }
     let mut criterion = Criterion::default().configure_from_args();

@@ -18,8 +18,8 @@ use criterion::{Criterion, SamplingMode, criterion_group};
 use longctx_core::{
     AttentionShape, Batch, DenseStore, KvCache, LayerSpec, Rope, RopeScaling, Step,
 };
-use longctx_examples::memory;
 use longctx_examples::methods::{Method, duo_attention};
+use longctx_examples::peak_memory;
 
 const PROMPT: usize = 8192;
 
@@ -137,11 +137,11 @@ fn peak_memory() {
 
 fn grown(name: &str, tokens: usize) {
     let prompt = Text::random(tokens);
-    memory::restart_peak();
-    let before = memory::peak();
+    peak_memory::reset();
+    let before = peak_memory::peak();
     let mut cache = cache(name);
     prompt.feed(&mut *cache);
-    match (before, memory::peak()) {
+    match (before, peak_memory::peak()) {
         (Some(before), Some(after)) => println!("{:.1}", (after - before) as f64 / 1e6),
         _ => println!("unknown"),
     }

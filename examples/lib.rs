@@ -19,7 +19,7 @@ mod pages {
     mod start {}
 }
 
-pub use longctx_eval::memory;
+pub use longctx_eval::peak_memory;
 pub mod encoder;
 pub mod heads;
 pub mod llm;
@@ -28,5 +28,6 @@ pub mod model;
 pub mod output;
 pub mod place;
 pub mod selective_context;
+pub mod shapes;
 pub mod shared_prefill;
 pub mod subject;

@@ -32,10 +32,10 @@ pub fn check_writable(folder: &Path) -> Result<()> {
     fs::remove_file(&probe).with_context(name)
 }
 
-/// Parses a number of the command line, from `LEAST` to `MOST`.
-pub fn number<const LEAST: usize, const MOST: usize>(text: &str) -> Result<usize, String> {
-    let fits = |number: &usize| (LEAST..=MOST).contains(number);
-    text.parse().ok().filter(fits).ok_or_else(|| format!("expected {LEAST} to {MOST}"))
+/// Parses a number of the command line, from `MIN` to `MAX`.
+pub fn number<const MIN: usize, const MAX: usize>(text: &str) -> Result<usize, String> {
+    let fits = |number: &usize| (MIN..=MAX).contains(number);
+    text.parse().ok().filter(fits).ok_or_else(|| format!("expected {MIN} to {MAX}"))
 }
 
 #[cfg(test)]

@@ -10,10 +10,10 @@ use crate::heads::Heads;
 use crate::methods::{Compress, Method};
 use crate::place::Place;
 use crate::shared_prefill::SharedPrefill;
-use base_models::{ChatTemplate, Decoder, Message, Pretrained};
+use base_models::{ChatTemplate, Message, Pretrained, Session};
 use candle_core::DType;
 use longctx_core::{Batch, CausalLm, DenseCache, KvCache, LayerSpec, Logits};
-use longctx_eval::{Fault, Reader, Setting, Template, Text};
+use longctx_eval::{Reader, Setting, SubjectError, Template, Text};
 
 /// The open transformer and its head scores, which settings of the same model share.
 #[derive(Default)]
@@ -69,7 +69,7 @@ impl Models {
     }
 
     /// Returns DuoAttention's scores of a model's heads.
-    pub fn heads(&self, model: &str) -> Result<Rc<Heads>, Fault> {
+    pub fn heads(&self, model: &str) -> Result<Rc<Heads>, SubjectError> {
         if let Some(heads) = self.heads.borrow().get(model) {
             return Ok(heads.clone());
         }
@@ -82,7 +82,7 @@ impl Models {
     }
 
     /// Opens the transformer `name`.
-    pub fn get(&self, name: &str) -> Result<Pretrained, Fault> {
+    pub fn get(&self, name: &str) -> Result<Pretrained, SubjectError> {
         let mut open = self.open.borrow_mut();
         if let Some(llm) = open.get(name) {
             return Ok(llm.clone());
@@ -100,7 +100,7 @@ impl Models {
         &self,
         setting: &Setting,
         make: impl Fn(&LayerSpec) -> longctx_core::Result<C>,
-    ) -> Result<Reader, Fault> {
+    ) -> Result<Reader, SubjectError> {
         let llm = self.get(&setting.model)?;
         let reader =
             Reader::new(llm.model.session(make)?, text(&llm, &setting.template)?, setting.context);
@@ -108,7 +108,7 @@ impl Models {
     }
 
     /// Returns one reader for settings of the same transformer, which prefills each prompt once.
-    pub fn shared_reader(&self, settings: &[Setting]) -> Result<Reader, Fault> {
+    pub fn shared_reader(&self, settings: &[Setting]) -> Result<Reader, SubjectError> {
         let compress = self.options.compress;
         let method = |setting: &Setting| Ok(Method::named(&setting.method)?.compressing(compress));
         let methods = settings.iter().map(method);
@@ -121,13 +121,13 @@ impl Models {
     }
 
     /// Returns the tokenizer and the template of the setting's transformer.
-    pub fn text(&self, setting: &Setting) -> Result<impl Text + Send + Sync + use<>, Fault> {
+    pub fn text(&self, setting: &Setting) -> Result<impl Text + Send + Sync + use<>, SubjectError> {
         text(&self.get(&setting.model)?, &setting.template)
     }
 
     /// Returns a reader with a recurrent or hybrid model. Its attention layers, if any, have dense
     /// f16 caches.
-    pub fn recurrent(&self, setting: &Setting) -> Result<Reader, Fault> {
+    pub fn recurrent(&self, setting: &Setting) -> Result<Reader, SubjectError> {
         let options = self.options.place.recurrent();
         let llm = hybrid_models::Pretrained::open(&setting.model, &options)?;
         let session = llm.model.session(|spec| DenseCache::new(spec.clone(), DType::F16))?;
@@ -152,7 +152,7 @@ impl Models {
 }
 
 /// Returns a session with dense f16 caches, the reference for bytes.
-pub fn dense(llm: &Pretrained) -> longctx_core::Result<Decoder> {
+pub fn dense(llm: &Pretrained) -> longctx_core::Result<Session> {
     llm.model.session(|spec| DenseCache::new(spec.clone(), DType::F16))
 }
 
@@ -172,7 +172,7 @@ fn dense_bytes(llm: &Pretrained) -> longctx_core::Result<impl Fn(usize) -> usize
     Ok(move |tokens| (each * held(tokens) as f64) as usize)
 }
 
-fn text(llm: &Pretrained, template: &Template) -> Result<TransformerText, Fault> {
+fn text(llm: &Pretrained, template: &Template) -> Result<TransformerText, SubjectError> {
     let config = llm.model.config();
     let chat = match template {
         Template::Own => llm.chat.clone(),
@@ -206,13 +206,13 @@ struct RecurrentText {
 macro_rules! impl_text {
     ($type:ty) => {
         impl Text for $type {
-            fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, Fault> {
+            fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, SubjectError> {
                 Ok(self.tokenizer.encode(text, special)?)
             }
-            fn decode(&self, tokens: &[u32]) -> Result<String, Fault> {
+            fn decode(&self, tokens: &[u32]) -> Result<String, SubjectError> {
                 Ok(self.tokenizer.decode(tokens)?)
             }
-            fn chat(&self, conversation: &[String]) -> Result<Option<String>, Fault> {
+            fn chat(&self, conversation: &[String]) -> Result<Option<String>, SubjectError> {
                 let message = |(i, said): (usize, &String)| match i % 2 {
                     0 => Message::user(said),
                     _ => Message::assistant(said),

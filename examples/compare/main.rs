@@ -26,7 +26,7 @@ use longctx_examples::llm::Llm;
 use longctx_examples::methods::Method;
 use longctx_examples::output::{check_writable, number};
 use longctx_examples::place::Place;
-use longctx_examples::{memory, model, say};
+use longctx_examples::{model, peak_memory, say};
 use report::Row;
 
 /// Compression ratios are relative to this method's bytes.
@@ -47,7 +47,7 @@ const METHODS: [&str; 9] = [
 /// The sequence of every prompt.
 const SEQ: SeqId = 0;
 /// The largest accepted number of tokens or words, more than any model reads.
-const MOST: usize = 10_000_000;
+const MAX_COUNT: usize = 10_000_000;
 
 #[derive(Parser)]
 #[command(about = "Compares KV caches on the needle (passkey) test")]
@@ -63,7 +63,7 @@ struct Args {
     #[arg(long)]
     haystack: Option<PathBuf>,
     /// Lengths of the text, in words
-    #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048], value_parser = number::<0, MOST>)]
+    #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048], value_parser = number::<0, MAX_COUNT>)]
     words: Vec<usize>,
     /// Number of depths of the key, evenly spaced from the start to the end
     #[arg(long, default_value_t = 5, value_parser = number::<1, 1000>)]
@@ -72,11 +72,11 @@ struct Args {
     #[arg(long, default_value_t = 7, value_parser = number::<1, 1000>)]
     digits: usize,
     /// Tokens to generate per answer
-    #[arg(long, default_value_t = 16, value_parser = number::<1, MOST>)]
+    #[arg(long, default_value_t = 16, value_parser = number::<1, MAX_COUNT>)]
     max_tokens: usize,
     /// Tokens of the prompt to feed at a time; by default the whole prompt, which is exact with
     /// every method except InfLLM
-    #[arg(long, value_parser = number::<1, MOST>)]
+    #[arg(long, value_parser = number::<1, MAX_COUNT>)]
     prefill_chunk: Option<usize>,
     /// Names of the methods to run
     #[arg(long, value_delimiter = ',', default_values = METHODS, value_parser = Method::named)]
@@ -152,7 +152,7 @@ fn run(
     args: &Args,
     bar: &ProgressBar,
 ) -> Result<Row> {
-    memory::restart_peak();
+    peak_memory::reset();
     let mut session = llm.session(|spec| method.cache(spec))?;
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
@@ -188,6 +188,6 @@ fn run(
         ratio: None,
         prefill_tokens_per_second: per_second(prefill),
         decode_tokens_per_second: per_second(decode),
-        peak_resident_bytes: memory::peak(),
+        peak_resident_bytes: peak_memory::peak(),
     })
 }

@@ -11,7 +11,7 @@ const FAINT: RGBColor = RGBColor(228, 228, 228);
 const LINE: RGBColor = RGBColor(0, 114, 178);
 const SIZE: (u32, u32) = (820, 520);
 /// The lower end of the logarithmic axis, in percent. Smaller losses are drawn here.
-const LEAST_LOSS: f64 = 0.02;
+const MIN_LOSS: f64 = 0.02;
 
 /// A method's row.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,7 +60,7 @@ fn pareto(points: &mut Vec<Point>) -> Vec<Point> {
 }
 
 fn save(points: &[Point], best: &[Point], path: &Path) -> Result<()> {
-    let at = |point: &Point| (point.bits, point.loss.max(LEAST_LOSS));
+    let at = |point: &Point| (point.bits, point.loss.max(MIN_LOSS));
     let most = points.iter().map(|point| at(point).1).fold(1.0, f64::max) * 1.6;
     let bits = || points.iter().map(|point| point.bits);
     let (first, last) = (bits().fold(f64::MAX, f64::min), bits().fold(0.0, f64::max));
@@ -70,7 +70,7 @@ fn save(points: &[Point], best: &[Point], path: &Path) -> Result<()> {
         .margin(12)
         .x_label_area_size(40)
         .y_label_area_size(60)
-        .build_cartesian_2d(first - 0.3..last + 1.2, (LEAST_LOSS * 0.7..most).log_scale())?;
+        .build_cartesian_2d(first - 0.3..last + 1.2, (MIN_LOSS * 0.7..most).log_scale())?;
     chart
         .configure_mesh()
         .light_line_style(TRANSPARENT)

@@ -5,11 +5,11 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Error, Result, ensure};
-use longctx_eval::{Agreement, Forced, Passage, Setting, Subject, report, word_range};
+use longctx_eval::{Agreement, Passage, Setting, Subject, TeacherForced, report, word_range};
 use longctx_examples::output::{check_writable, number};
 use longctx_examples::say;
 
-use crate::chosen::{Chosen, MOST};
+use crate::chosen::{Chosen, MAX_COUNT};
 use crate::method;
 
 #[derive(clap::Args)]
@@ -20,16 +20,16 @@ pub struct Args {
     #[arg(long)]
     text: PathBuf,
     /// Words of a passage's prompt, which the method compresses
-    #[arg(long, default_value_t = 700, value_parser = number::<1, MOST>)]
+    #[arg(long, default_value_t = 700, value_parser = number::<1, MAX_COUNT>)]
     prompt_words: usize,
     /// Words to predict after the prompt, fed one token at a time
-    #[arg(long, default_value_t = 100, value_parser = number::<1, MOST>)]
+    #[arg(long, default_value_t = 100, value_parser = number::<1, MAX_COUNT>)]
     words: usize,
     /// The number of passages
-    #[arg(long, default_value_t = 1, value_parser = number::<1, MOST>)]
+    #[arg(long, default_value_t = 1, value_parser = number::<1, MAX_COUNT>)]
     passages: usize,
     /// Passages that are read side by side
-    #[arg(long, default_value_t = 1, value_parser = number::<1, MOST>)]
+    #[arg(long, default_value_t = 1, value_parser = number::<1, MAX_COUNT>)]
     batch: usize,
     /// The run's folder; results are appended to its agreement.jsonl
     #[arg(long)]
@@ -53,7 +53,7 @@ pub fn agree(args: Args) -> Result<()> {
         args.words,
         args.prompt_words
     );
-    let mut dense: Option<(String, Vec<Vec<Forced>>)> = None;
+    let mut dense: Option<(String, Vec<Vec<TeacherForced>>)> = None;
     for setting in args.chosen.settings(&methods)? {
         if report::has_agreement(&args.out, &setting.name, &what)? {
             say!("{:28} has a result", setting.name);
@@ -99,13 +99,13 @@ fn passages(text: &str, args: &Args) -> Vec<(String, String)> {
     starts.map(passage).collect()
 }
 
-fn force(subject: &mut dyn Subject, texts: &[(String, String)]) -> Result<Vec<Forced>> {
+fn force(subject: &mut dyn Subject, texts: &[(String, String)]) -> Result<Vec<TeacherForced>> {
     let passages: Vec<_> = texts.iter().map(|(prompt, text)| Passage { prompt, text }).collect();
     subject.teacher_forced(&passages).map_err(Error::from_boxed)
 }
 
 /// Compares each passage with the dense model's. One thread per passage.
-fn compare(texts: &[Forced], dense: &[Forced]) -> Result<Vec<Agreement>> {
+fn compare(texts: &[TeacherForced], dense: &[TeacherForced]) -> Result<Vec<Agreement>> {
     std::thread::scope(|scope| {
         let pairs = texts.iter().zip(dense);
         let threads: Vec<_> =

@@ -20,7 +20,7 @@ use longctx_examples::{encoder, model};
 /// The default context limit of a method named without a setting, in tokens.
 const CONTEXT: usize = 7500;
 /// The largest accepted number of tokens or words, more than any model reads.
-pub const MOST: usize = 10_000_000;
+pub const MAX_COUNT: usize = 10_000_000;
 /// The default folder of LongBench's records.
 const DATA: &str = "data/longbench";
 /// The name of LongBench-v2's file in that folder.
@@ -44,11 +44,11 @@ pub struct Chosen {
     place: Place,
     /// The largest number of tokens of a prompt; longer prompts are truncated in the middle. A
     /// setting's own context is an upper limit; the default for methods is 7500
-    #[arg(long, value_parser = number::<2, MOST>)]
+    #[arg(long, value_parser = number::<2, MAX_COUNT>)]
     context: Option<usize>,
     /// Tokens of a prompt to feed at a time; by default the whole prompt, whose attention is then
     /// exact
-    #[arg(long, value_parser = number::<1, MOST>)]
+    #[arg(long, value_parser = number::<1, MAX_COUNT>)]
     prefill_chunk: Option<usize>,
     /// The tokens that packed formats and eviction policies compress
     #[arg(long, value_enum, default_value_t)]
@@ -140,10 +140,10 @@ pub struct TaskArgs {
     #[arg(long)]
     haystack: Option<PathBuf>,
     /// Lengths of the needle test, in words; by default the paper's 10 lengths
-    #[arg(long, value_delimiter = ',', value_parser = number::<0, MOST>)]
+    #[arg(long, value_delimiter = ',', value_parser = number::<0, MAX_COUNT>)]
     needle_words: Vec<usize>,
     /// Lengths of the needle test in tokens of the first setting's model, instead of words
-    #[arg(long, value_delimiter = ',', conflicts_with = "needle_words", value_parser = number::<1, MOST>)]
+    #[arg(long, value_delimiter = ',', conflicts_with = "needle_words", value_parser = number::<1, MAX_COUNT>)]
     needle_tokens: Vec<usize>,
     /// Number of depths of the needle test, evenly spaced from the start to the end
     #[arg(long, default_value_t = 10, value_parser = number::<1, 1000>)]
@@ -161,7 +161,7 @@ pub struct TaskArgs {
     #[arg(long, default_value_t = 10, value_parser = number::<0, 100000>)]
     long_samples: usize,
     /// RULER's lengths, in tokens of prompt and answer, by the first setting's tokenizer
-    #[arg(long, value_delimiter = ',', default_value = "4096", value_parser = number::<1, MOST>)]
+    #[arg(long, value_delimiter = ',', default_value = "4096", value_parser = number::<1, MAX_COUNT>)]
     ruler_lengths: Vec<usize>,
     /// Samples of each RULER task and length; the original has 500
     #[arg(long, default_value_t = 50, value_parser = number::<1, 100000>)]

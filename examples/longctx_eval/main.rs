@@ -17,7 +17,7 @@ mod schools;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use chosen::{Chosen, MOST, TaskArgs};
+use chosen::{Chosen, MAX_COUNT, TaskArgs};
 use clap::{Parser, Subcommand};
 use live::Live;
 use longctx_eval::statistics::{self, Difference, Verdict};
@@ -64,10 +64,10 @@ struct RunArgs {
     #[command(flatten)]
     tasks: TaskArgs,
     /// The largest number of samples of a task
-    #[arg(long, value_parser = number::<1, MOST>)]
+    #[arg(long, value_parser = number::<1, MAX_COUNT>)]
     samples: Option<usize>,
     /// The largest number of new tokens per turn
-    #[arg(long, value_parser = number::<1, MOST>)]
+    #[arg(long, value_parser = number::<1, MAX_COUNT>)]
     max_new: Option<usize>,
     /// Samples of a setting that are decoded as one batch; for a server, its setting's
     /// `concurrency` applies instead

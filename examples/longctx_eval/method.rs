@@ -2,14 +2,14 @@
 
 use candle_core::DType;
 use longctx_core::{DenseCache, DenseStore, PromptCompressor, Rate};
-use longctx_eval::{Fault, Methods, Server, Setting};
+use longctx_eval::{Methods, Server, Setting, SubjectError};
 use longctx_examples::methods::{Method, RATIOS, duo_attention, listed};
 use longctx_examples::subject::{Models, dense};
 use longctx_examples::{encoder, selective_context};
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle};
 use prompt_compress::{LlmLingua, llmlingua, llmlingua2};
 
-type Compressor = std::result::Result<Box<dyn PromptCompressor>, Fault>;
+type Compressor = std::result::Result<Box<dyn PromptCompressor>, SubjectError>;
 /// Creates a prompt compressor, which may use the setting's model.
 type Shortener = fn(&Models, &Setting) -> Compressor;
 
@@ -83,7 +83,7 @@ pub fn all(models: &Models, share_prefill: bool) -> Methods<'_> {
 }
 
 /// Returns the setting's server, with its tokenizer.
-fn server(models: &Models, setting: &Setting) -> Result<Server, Fault> {
+fn server(models: &Models, setting: &Setting) -> Result<Server, SubjectError> {
     let server = Server::new(setting)?;
     match setting.server.as_ref().and_then(|server| server.tokenizer.as_ref()) {
         Some(_) => Ok(server.with_text(models.text(&of_tokenizer(setting))?, setting.context)),

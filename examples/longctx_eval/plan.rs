@@ -14,7 +14,7 @@ use longctx_examples::methods::{Method, listed};
 use longctx_examples::output::number;
 use longctx_examples::say;
 
-use crate::chosen::MOST;
+use crate::chosen::MAX_COUNT;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(long, value_parser = bytes)]
     weights: Option<u64>,
     /// Tokens of each sequence
-    #[arg(long, default_value_t = 32768, value_parser = number::<1, MOST>)]
+    #[arg(long, default_value_t = 32768, value_parser = number::<1, MAX_COUNT>)]
     context: usize,
     /// Names of methods; by default all methods that hold keys and values
     #[arg(long, value_delimiter = ',')]
@@ -62,7 +62,7 @@ fn held(layers: &[Growth], tokens: usize) -> f64 {
 }
 
 /// Returns the largest number of tokens of a sequence in `room` bytes; `None` if there is no limit.
-fn most_tokens(layers: &[Growth], room: f64) -> Option<usize> {
+fn max_tokens(layers: &[Growth], room: f64) -> Option<usize> {
     const NO_END: usize = 1 << 50;
     let (mut low, mut high) = (0, NO_END);
     while low < high {
@@ -113,7 +113,7 @@ pub fn plan(args: Args) -> Result<()> {
             method.name().to_owned(),
             whole(bytes / args.context as f64),
             format!("{:.2}", held(&dense, args.context) / bytes),
-            most_tokens(&own, room).map_or_else(|| "unlimited".into(), |most| most.to_string()),
+            max_tokens(&own, room).map_or_else(|| "unlimited".into(), |most| most.to_string()),
             whole((room / bytes).floor()),
         ]);
     }

@@ -18,7 +18,7 @@ impl Progress {
 
     pub fn show(&mut self, event: &Event<'_>) {
         match event {
-            Event::Began { total, done } => {
+            Event::Started { total, done } => {
                 self.bar.set_length(*total as u64);
                 self.bar.set_position(*done as u64);
                 // The remaining time is estimated from this process's answers only.
@@ -26,13 +26,13 @@ impl Progress {
             }
             Event::Opening(setting) => self.bar.set_message(setting.name.clone()),
             Event::Answered(_) => self.bar.inc(1),
-            Event::Finished(_) => {}
             Event::Dropped(line) => self.say(&format!("dropped an incomplete last line: {line}…")),
             Event::Skipped(error) => self.say(&format!("skipped: {error}")),
             Event::Failed(error) => {
                 self.bar.inc(1);
                 self.say(&format!("failed: {error}"));
             }
+            _ => {}
         }
     }
 

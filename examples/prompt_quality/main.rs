@@ -18,7 +18,7 @@ mod trial;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use base_models::{Decoder, LoadOptions, Pretrained};
+use base_models::{LoadOptions, Pretrained, Session};
 use candle_core::DType;
 use clap::Parser;
 use longctx_core::{DenseCache, Prompt, Rate};
@@ -90,6 +90,6 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn session(llm: &Pretrained) -> Result<Decoder> {
+fn session(llm: &Pretrained) -> Result<Session> {
     Ok(llm.model.session(|spec| DenseCache::new(spec.clone(), DType::F32))?)
 }

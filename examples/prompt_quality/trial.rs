@@ -2,7 +2,7 @@
 //! under a model.
 
 use anyhow::Result;
-use base_models::{Decoder, Pretrained};
+use base_models::{Pretrained, Session};
 use candle_core::D;
 use candle_nn::ops::log_softmax;
 use longctx_core::{Batch, CausalLm, Logits, SeqId};
@@ -27,7 +27,7 @@ pub struct Trial<'a> {
     pub questions: Vec<Sample>,
     pub keys: Vec<Sample>,
     pub llm: &'a Pretrained,
-    pub session: Decoder,
+    pub session: Session,
 }
 
 /// The results of a method.
@@ -99,7 +99,7 @@ fn plain(text: &str) -> String {
 /// tokens.
 fn cost(
     llm: &Pretrained,
-    session: &mut Decoder,
+    session: &mut Session,
     sample: &Sample,
     passage: &str,
 ) -> Result<(f64, usize)> {

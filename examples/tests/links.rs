@@ -75,8 +75,8 @@ fn normal(path: &Path) -> PathBuf {
     parts
 }
 
-/// Returns the broken links of the files. A page of `book` may only link to files of the book, since
-/// the rendered book contains no others.
+/// Returns the broken links of the files. A page of `book` may only link to files of the book,
+/// since the rendered book contains no others.
 fn broken(files: &[PathBuf], book: &Path) -> Vec<String> {
     let parse = |file: &PathBuf| Page::parse(&std::fs::read_to_string(file).unwrap());
     let pages: HashMap<PathBuf, Page> = files.iter().map(|f| (normal(f), parse(f))).collect();

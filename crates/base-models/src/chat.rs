@@ -75,7 +75,7 @@ impl ChatOptions {
     /// Adds tools, a list of JSON schemas. Objects keep the order in which they are serialized.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if serialization fails.
+    /// [`Error::Template`] if serialization fails.
     pub fn tools(self, tools: &impl Serialize) -> Result<Self> {
         let (tools, size) = value("tools", tools)?;
         Ok(Self { tools: Some(tools), size: self.size + size, ..self })
@@ -84,7 +84,7 @@ impl ChatOptions {
     /// Adds a variable of the template: "enable_thinking", "date_string", "documents".
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if serialization of its value fails.
+    /// [`Error::Template`] if serialization of its value fails.
     pub fn argument(mut self, name: &str, argument: impl Serialize) -> Result<Self> {
         let (argument, size) = value(name, &argument)?;
         self.arguments.insert(name.to_owned(), argument);
@@ -143,7 +143,7 @@ impl ChatTemplate {
     /// Compiles a template. `bos` and `eos` are the texts of `bos_token` and `eos_token`.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the line of a syntax error.
+    /// [`Error::Template`] with the line of a syntax error.
     pub fn new(template: &str, bos: &str, eos: &str) -> Result<Self> {
         let tokens = [("bos_token", bos), ("eos_token", eos)];
         let tokens = tokens.map(|(name, text)| (name.to_owned(), text.to_owned())).into();
@@ -186,7 +186,7 @@ impl ChatTemplate {
     /// Formats a conversation. With `reply`, the text ends with the start of the model's answer.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the template's own error message, or the line of a syntax error.
+    /// [`Error::Template`] with the template's own error message, or the line of a syntax error.
     pub fn render(&self, messages: &[Message], reply: bool) -> Result<String> {
         self.render_with(messages, &ChatOptions { reply, ..ChatOptions::default() })
     }
@@ -221,7 +221,7 @@ impl ChatTemplate {
 
 /// Converts a value for templates, and returns the bytes of its JSON.
 fn value(name: &str, of: &impl Serialize) -> Result<(Value, usize)> {
-    let failed = |e: &dyn std::fmt::Display| Error::Unsupported(format!("chat: {name:?}: {e}"));
+    let failed = |e: &dyn std::fmt::Display| Error::template(format_args!("{name:?}: {e}"));
     let json = serde_json::to_string(of).map_err(|e| failed(&e))?;
     // Converted through JSON text, which limits the depth and keeps the order of fields.
     let value = serde_json::from_str(&json).map_err(|e| failed(&e))?;

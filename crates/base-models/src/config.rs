@@ -15,6 +15,7 @@ const MAX_SIZE: usize = 1 << 31;
 
 /// The activation function of a gated feed-forward block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Activation {
     /// x · sigmoid(x).
     #[default]
@@ -27,6 +28,7 @@ pub enum Activation {
 
 /// The RMS norms of queries and keys, before the rotary embedding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum QkNorm {
     /// None.
     #[default]
@@ -62,6 +64,7 @@ pub struct Experts {
 
 /// The conversion of a router's logits to scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Scoring {
     /// Softmax over all experts. A group's score is that of its best expert (DeepSeek-V2).
     #[default]

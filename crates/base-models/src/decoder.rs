@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use crate::architectures;
 use crate::config::Config;
-use crate::folder::Folder;
-use crate::layer::{self, Layer, Residual};
+use crate::folder::FolderWeights;
+use crate::layer::{self, Layer, ResidualStream};
 use crate::linear::Weight;
 use crate::random::Random;
 use crate::rope_settings::RopeSettings;
-use crate::session::Decoder;
+use crate::session::Session;
 use crate::weights::{LoadOptions, Weights};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{Batch, Error, KvCache, LayerSpec, Logits, Result, Rope};
@@ -44,7 +44,7 @@ impl Transformer {
     pub fn from_folder(folder: &Path, options: &LoadOptions) -> Result<Self> {
         let config = Config::from_folder(folder)?;
         let names = &architectures::of_folder(&config.family)?.folder_names;
-        Self::load(config, &Folder::open(folder, names, options)?, options)
+        Self::load(config, &FolderWeights::open(folder, names, options)?, options)
     }
 
     /// Creates a model with random weights (matrices from N(0, 0.02²), norms 1, biases 0), for
@@ -98,7 +98,7 @@ impl Transformer {
     pub fn session<C: KvCache + 'static>(
         &self,
         make: impl Fn(&LayerSpec) -> Result<C>,
-    ) -> Result<Decoder> {
+    ) -> Result<Session> {
         let layers = &self.inner.layers;
         let cache = |(index, layer): (usize, &Layer)| -> Result<Box<dyn KvCache>> {
             let spec = LayerSpec::new(layer.shape).with_rope(self.inner.ropes[index].clone());
@@ -108,7 +108,7 @@ impl Transformer {
             };
             Ok(Box::new(make(&spec.at(index, layers.len()))?))
         };
-        Decoder::new(self.clone(), layers.iter().enumerate().map(cache).collect::<Result<_>>()?)
+        Session::new(self.clone(), layers.iter().enumerate().map(cache).collect::<Result<_>>()?)
     }
 
     /// Returns the output of one layer's feed-forward block for its normalised input, both
@@ -147,7 +147,7 @@ impl Transformer {
         if config.embedding_scale != 1.0 {
             x = (x * config.embedding_scale)?;
         }
-        let mut x = Residual { x, y: None };
+        let mut x = ResidualStream { x, y: None };
         for (layer, cache) in layers.iter().zip(caches) {
             x = layer.forward(x, cache.as_mut(), batch)?;
         }
@@ -155,7 +155,7 @@ impl Transformer {
             let last: Vec<_> = batch.cu_seqlens()[1..].iter().map(|&end| end as u32 - 1).collect();
             x = x.select(&Tensor::new(last, device)?)?;
         }
-        let (_, x) = x.normed(Some(norm), config.norm_eps as f32)?;
+        let (_, x) = x.add_and_norm(Some(norm), config.norm_eps as f32)?;
         let x = head.as_ref().unwrap_or(embedding).forward(&x)?.to_dtype(DType::F32)?;
         let x = if config.logit_scale == 1.0 { x } else { (x * config.logit_scale)? };
         Ok(match config.logit_soft_cap {

@@ -36,7 +36,7 @@ const HARMLESS: [&str; 7] = [
 ];
 
 /// The weights of a folder.
-pub(crate) struct Folder {
+pub(crate) struct FolderWeights {
     path: PathBuf,
     source: Source,
     fp8: Fp8,
@@ -52,7 +52,7 @@ enum Source {
     Torch(Vec<TorchFile>, BTreeMap<String, usize>),
 }
 
-impl Folder {
+impl FolderWeights {
     /// Opens the weights of an architecture whose tensors have these names.
     pub fn open(path: &Path, names: &'static Names, options: &LoadOptions) -> Result<Self> {
         let fp8 = Fp8::from_folder(path)?;
@@ -174,7 +174,7 @@ impl Folder {
     }
 }
 
-impl Weights for Folder {
+impl Weights for FolderWeights {
     fn options(&self) -> &LoadOptions {
         &self.options
     }

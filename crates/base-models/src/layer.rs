@@ -3,7 +3,7 @@
 use crate::config::{Config, QkNorm};
 use crate::feed_forward::FeedForward;
 use crate::latent_attention::LatentAttention;
-use crate::linear::{Joined, Linear};
+use crate::linear::{FusedLinear, Linear};
 use crate::weights::Weights;
 use candle_core::Tensor;
 use candle_nn::ops::rms_norm;
@@ -38,7 +38,7 @@ enum AnyAttention {
 
 #[derive(Debug)]
 struct Attention {
-    qkv: Joined,
+    qkv: FusedLinear,
     clamp: Option<f64>,
     norm: Option<HeadNorm>,
     /// The factor of each channel of a query, `[head_dim]`. A rotary scaling's attention factor
@@ -85,8 +85,13 @@ impl Layer {
     }
 
     /// Runs the layer on the tokens of all sequences of the batch.
-    pub fn forward(&self, x: Residual, cache: &mut dyn KvCache, batch: &Batch) -> Result<Residual> {
-        let (x, normed) = x.normed(self.attention_norms.before.as_ref(), self.eps)?;
+    pub fn forward(
+        &self,
+        x: ResidualStream,
+        cache: &mut dyn KvCache,
+        batch: &Batch,
+    ) -> Result<ResidualStream> {
+        let (x, normed) = x.add_and_norm(self.attention_norms.before.as_ref(), self.eps)?;
         let y = match &self.attention {
             AnyAttention::Heads(heads) => {
                 heads.forward(&normed, &self.shape, self.eps, cache, batch)?
@@ -94,7 +99,7 @@ impl Layer {
             AnyAttention::Latent(latent) => latent.forward(&normed, cache, batch)?,
         };
         let x = self.residual(x, y, &self.attention_norms)?;
-        let (x, normed) = x.normed(self.feed_forward_norms.before.as_ref(), self.eps)?;
+        let (x, normed) = x.add_and_norm(self.feed_forward_norms.before.as_ref(), self.eps)?;
         let y = self.feed_forward(&normed)?;
         self.residual(x, y, &self.feed_forward_norms)
     }
@@ -105,27 +110,27 @@ impl Layer {
     }
 
     /// Returns the residual stream after a block: its input `x` and its output `y`, to be added.
-    fn residual(&self, x: Tensor, y: Tensor, norms: &Norms) -> Result<Residual> {
+    fn residual(&self, x: Tensor, y: Tensor, norms: &Norms) -> Result<ResidualStream> {
         let y = match &norms.after {
             Some(weights) => rms_norm(&y.contiguous()?, weights, self.eps)?,
             None => y,
         };
         let y = if self.residual_scale == 1.0 { y } else { (y * self.residual_scale)? };
-        Ok(Residual { x, y: Some(y) })
+        Ok(ResidualStream { x, y: Some(y) })
     }
 }
 
 /// The residual stream, `[tokens, hidden]`: the sum of `x` and the last block's output. The
 /// addition is fused with the next block's norm.
 #[derive(Debug)]
-pub(crate) struct Residual {
+pub(crate) struct ResidualStream {
     pub x: Tensor,
     pub y: Option<Tensor>,
 }
 
-impl Residual {
+impl ResidualStream {
     /// Returns the sum and its norm; without weights, the sum twice.
-    pub fn normed(&self, weights: Option<&Tensor>, eps: f32) -> Result<(Tensor, Tensor)> {
+    pub fn add_and_norm(&self, weights: Option<&Tensor>, eps: f32) -> Result<(Tensor, Tensor)> {
         let Some(weights) = weights else {
             let sum = match &self.y {
                 Some(y) => (&self.x + y)?,
@@ -156,9 +161,12 @@ impl Attention {
             true => {
                 let sizes = vec![queries, keys, keys];
                 let out = sizes.iter().sum();
-                Joined::fused(linear(names.query_key_value, out, hidden, c.qkv_bias)?, sizes)
+                FusedLinear::from_single(
+                    linear(names.query_key_value, out, hidden, c.qkv_bias)?,
+                    sizes,
+                )
             }
-            false => Joined::new(vec![
+            false => FusedLinear::new(vec![
                 linear(names.query, queries, hidden, c.qkv_bias)?,
                 linear(names.key, keys, hidden, c.qkv_bias)?,
                 linear(names.value, keys, hidden, c.qkv_bias)?,
@@ -229,5 +237,5 @@ pub(crate) fn query_scale(c: &Config, layer: usize, w: &impl Weights) -> Result<
     }
     let of = |channel| if channel < rope.rotary_dims { (factor * factor) as f32 } else { 1.0 };
     let scale: Vec<f32> = (0..c.head_dim).map(of).collect();
-    w.options().place(&scale).map(Some)
+    w.options().to_device(&scale).map(Some)
 }

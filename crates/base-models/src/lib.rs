@@ -23,6 +23,7 @@ mod json;
 mod latent_attention;
 mod layer;
 mod linear;
+mod mixture;
 mod names;
 mod pickle;
 mod pre_tokenizers;
@@ -42,12 +43,14 @@ mod tokenizer;
 mod torch_file;
 mod weights;
 
+pub use longctx_core;
+
 pub use chat::{ChatOptions, ChatTemplate, Message};
 pub use config::{Activation, Config, ExpertGroups, Experts, Latent, QkNorm, Scoring};
 pub use decoder::Transformer;
 pub use pretrained::Pretrained;
 pub use rope_settings::RopeSettings;
-pub use session::Decoder;
+pub use session::Session;
 pub use text_stream::TextStream;
 pub use tokenizer::Tokenizer;
 pub use weights::LoadOptions;

@@ -36,6 +36,14 @@ impl Linear {
 }
 
 impl Weight {
+    /// Returns a float matrix; `None` if it is quantized.
+    pub fn dense(&self) -> Option<&Tensor> {
+        match self {
+            Weight::Dense(matrix) => Some(matrix),
+            Weight::Quantized(_) => None,
+        }
+    }
+
     fn out(&self) -> Result<usize> {
         match self {
             Weight::Dense(w) => Ok(w.dims2()?.0),
@@ -73,15 +81,15 @@ impl Weight {
 /// Several linear maps of one input. If their formats allow, they are computed as a single product:
 /// the threads are woken and the input is read only once.
 #[derive(Debug, Clone)]
-pub struct Joined {
+pub struct FusedLinear {
     maps: Vec<Linear>,
     /// Number of outputs of each map.
     sizes: Vec<usize>,
 }
 
-impl Joined {
+impl FusedLinear {
     /// Creates the maps from a single map with the concatenated outputs.
-    pub fn fused(map: Linear, sizes: Vec<usize>) -> Self {
+    pub fn from_single(map: Linear, sizes: Vec<usize>) -> Self {
         Self { maps: vec![map], sizes }
     }
 

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 /// A transformer, its tokenizer and, for chat models, its chat template.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Pretrained {
     /// The weights.
     pub model: Transformer,

@@ -34,7 +34,7 @@ pub struct QuantizedMatrix {
 
 #[derive(Debug, Clone)]
 enum Kernel {
-    Own(&'static dyn Rows),
+    Own(&'static dyn BlockRows),
     Candle(Arc<QMatMul>),
 }
 
@@ -177,7 +177,7 @@ impl QuantizedMatrix {
         Ok(y.reshape(dims)?)
     }
 
-    fn expand_with(&self, kernel: &dyn Rows) -> Result<Tensor> {
+    fn expand_with(&self, kernel: &dyn BlockRows) -> Result<Tensor> {
         let (rows, inner) = self.dims()?;
         let data = self.tensor.data()?;
         let mut out = vec![0.0; rows * inner];
@@ -189,7 +189,7 @@ impl QuantizedMatrix {
         Ok(Tensor::from_vec(out, (rows, inner), &Device::Cpu)?)
     }
 
-    fn rows_with(&self, kernel: &dyn Rows, ids: &Tensor) -> Result<Tensor> {
+    fn rows_with(&self, kernel: &dyn BlockRows, ids: &Tensor) -> Result<Tensor> {
         let (rows, inner) = self.dims()?;
         let data = self.tensor.data()?;
         let ids = ids.to_vec1::<u32>()?;
@@ -205,7 +205,7 @@ impl QuantizedMatrix {
         Ok(Tensor::from_vec(out, (ids.len(), inner), &Device::Cpu)?)
     }
 
-    fn product(&self, kernel: &dyn Rows, x: &Tensor) -> Result<Tensor> {
+    fn product(&self, kernel: &dyn BlockRows, x: &Tensor) -> Result<Tensor> {
         let (out, inner) = self.dims()?;
         let rows = x.dim(0)?;
         let data = self.tensor.data()?;
@@ -229,7 +229,7 @@ impl QuantizedMatrix {
 }
 
 /// Operations on rows of blocks of a format.
-trait Rows: Sync + std::fmt::Debug {
+trait BlockRows: Sync + std::fmt::Debug {
     /// Returns the bytes of a row of `inner` weights.
     fn bytes(&self, inner: usize) -> usize;
     /// Expands a row of weights to f32.
@@ -240,31 +240,31 @@ trait Rows: Sync + std::fmt::Debug {
     fn check_scales(&self, name: &str, data: &[u8]) -> Result<()>;
 }
 
-/// Implements [`Rows`] for a format.
-struct Of<F>(PhantomData<fn() -> F>);
+/// Implements [`BlockRows`] for a format.
+struct BlockRowsOf<F>(PhantomData<fn() -> F>);
 
 /// Returns the implementation of a format; `None` if only candle supports it.
-fn rows_of(dtype: GgmlDType) -> Option<&'static dyn Rows> {
+fn rows_of(dtype: GgmlDType) -> Option<&'static dyn BlockRows> {
     Some(match dtype {
-        GgmlDType::Q4_0 => &Of::<Q4_0>(PhantomData),
-        GgmlDType::Q4_1 => &Of::<Q4_1>(PhantomData),
-        GgmlDType::Q5_0 => &Of::<Q5_0>(PhantomData),
-        GgmlDType::Q5_1 => &Of::<Q5_1>(PhantomData),
-        GgmlDType::Q8_0 => &Of::<Q8_0>(PhantomData),
-        GgmlDType::Q4K => &Of::<Q4K>(PhantomData),
-        GgmlDType::Q5K => &Of::<Q5K>(PhantomData),
-        GgmlDType::Q6K => &Of::<Q6K>(PhantomData),
+        GgmlDType::Q4_0 => &BlockRowsOf::<Q4_0>(PhantomData),
+        GgmlDType::Q4_1 => &BlockRowsOf::<Q4_1>(PhantomData),
+        GgmlDType::Q5_0 => &BlockRowsOf::<Q5_0>(PhantomData),
+        GgmlDType::Q5_1 => &BlockRowsOf::<Q5_1>(PhantomData),
+        GgmlDType::Q8_0 => &BlockRowsOf::<Q8_0>(PhantomData),
+        GgmlDType::Q4K => &BlockRowsOf::<Q4K>(PhantomData),
+        GgmlDType::Q5K => &BlockRowsOf::<Q5K>(PhantomData),
+        GgmlDType::Q6K => &BlockRowsOf::<Q6K>(PhantomData),
         _ => return None,
     })
 }
 
-impl<F> std::fmt::Debug for Of<F> {
+impl<F> std::fmt::Debug for BlockRowsOf<F> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(std::any::type_name::<F>())
     }
 }
 
-impl<F: Format> Rows for Of<F> {
+impl<F: Format> BlockRows for BlockRowsOf<F> {
     fn bytes(&self, inner: usize) -> usize {
         inner / (PART * F::PARTS) * F::BYTES
     }
@@ -302,7 +302,7 @@ impl Tile {
 /// Returns the products of a row of weights with the R rows of a tile. Each row uses A accumulators
 /// in turn, so that even a few rows keep the multipliers busy.
 #[inline(always)]
-fn dots<S: Simd, F: Format, const R: usize, const A: usize>(
+fn dot_products<S: Simd, F: Format, const R: usize, const A: usize>(
     simd: S,
     weights: &[u8],
     tile: &[[f32; PART]],
@@ -350,10 +350,10 @@ impl<F: Format> WithSimd for Product<'_, F> {
         for (out, row) in out.chunks_exact_mut(rows).zip(weights.chunks_exact(size)) {
             for (Tile { parts, width }, out) in tiles.iter().zip(out.chunks_mut(TILE)) {
                 match width {
-                    1 => dots::<S, F, 1, 4>(simd, row, parts, out),
-                    2 => dots::<S, F, 2, 2>(simd, row, parts, out),
-                    4 => dots::<S, F, 4, 2>(simd, row, parts, out),
-                    _ => dots::<S, F, TILE, 1>(simd, row, parts, out),
+                    1 => dot_products::<S, F, 1, 4>(simd, row, parts, out),
+                    2 => dot_products::<S, F, 2, 2>(simd, row, parts, out),
+                    4 => dot_products::<S, F, 4, 2>(simd, row, parts, out),
+                    _ => dot_products::<S, F, TILE, 1>(simd, row, parts, out),
                 }
             }
         }

@@ -74,13 +74,17 @@ pub(crate) fn tokenizer(pieces: &[Piece], prefix: SpacePrefix) -> Result<Tokeniz
     bpe = match unknown {
         Some(piece) => bpe.unk_token(piece.text.clone()),
         None if bytes => bpe,
-        None => return Err(bad("the vocabulary has neither an unknown token nor all bytes")),
+        None => {
+            return Err(Error::tokenizer(
+                "the vocabulary has neither an unknown token nor all bytes",
+            ));
+        }
     };
-    let mut inner = Tokenizer::new(bpe.build().map_err(bad)?);
-    let spaces = Replace::new(" ", "▁").map_err(bad)?;
+    let mut inner = Tokenizer::new(bpe.build().map_err(Error::tokenizer)?);
+    let spaces = Replace::new(" ", "▁").map_err(Error::tokenizer)?;
     let mut normalizers = vec![NormalizerWrapper::from(spaces)];
     let mut decoders = vec![
-        Replace::new("▁", " ").map_err(bad)?.into(),
+        Replace::new("▁", " ").map_err(Error::tokenizer)?.into(),
         ByteFallback::new().into(),
         Fuse::new().into(),
     ];
@@ -94,7 +98,7 @@ pub(crate) fn tokenizer(pieces: &[Piece], prefix: SpacePrefix) -> Result<Tokeniz
     if prefix != SpacePrefix::Never {
         decoders.push(Strip::new(' ', 1, 0).into());
     }
-    inner.with_normalizer(Some(Normalizers::new(normalizers))).map_err(bad)?;
+    inner.with_normalizer(Some(Normalizers::new(normalizers))).map_err(Error::tokenizer)?;
     inner.with_decoder(Some(Decoders::new(decoders)));
     add_tokens(&mut inner, pieces.iter().map(|piece| (piece.text.as_str(), piece.kind)))?;
     Ok(inner)
@@ -107,9 +111,9 @@ pub(crate) fn vocabulary<'a>(
 ) -> Result<HashMap<String, u32>> {
     let mut vocab = HashMap::new();
     for (id, text) in tokens.enumerate() {
-        let id = u32::try_from(id).map_err(bad)?;
+        let id = u32::try_from(id).map_err(Error::tokenizer)?;
         if let Some(first) = vocab.insert(text.to_owned(), id) {
-            return Err(bad(format!("tokens {first} and {id} are both {text:?}")));
+            return Err(Error::tokenizer(format!("tokens {first} and {id} are both {text:?}")));
         }
     }
     Ok(vocab)
@@ -129,8 +133,8 @@ pub(crate) fn add_tokens<'a>(
             Kind::Normal | Kind::Unused | Kind::Byte => {}
         }
     }
-    inner.add_special_tokens(special).map_err(bad)?;
-    inner.add_tokens(user).map_err(bad)?;
+    inner.add_special_tokens(special).map_err(Error::tokenizer)?;
+    inner.add_tokens(user).map_err(Error::tokenizer)?;
     Ok(())
 }
 
@@ -151,7 +155,8 @@ pub(crate) fn surround(
     let template = json!({
         "type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens,
     });
-    let processor: PostProcessorWrapper = serde_json::from_value(template).map_err(bad)?;
+    let processor: PostProcessorWrapper =
+        serde_json::from_value(template).map_err(Error::tokenizer)?;
     inner.with_post_processor(Some(processor));
     Ok(())
 }
@@ -169,8 +174,4 @@ fn merges(pieces: &[Piece], vocab: &HashMap<String, u32>) -> Vec<(String, String
     }
     merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)).then(a.2.cmp(b.2)));
     merges.into_iter().map(|(.., left, right)| (left.to_owned(), right.to_owned())).collect()
-}
-
-fn bad(reason: impl std::fmt::Display) -> Error {
-    Error::Unsupported(format!("tokenizer: {reason}"))
 }

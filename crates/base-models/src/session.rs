@@ -13,7 +13,7 @@ use longctx_core::{
 /// If a layer fails in the middle of a call, the layers before it are rolled back. If a cache
 /// cannot be rolled back, the sequence is poisoned: its calls return [`Error::Poisoned`] until it
 /// is removed.
-pub struct Decoder {
+pub struct Session {
     model: Transformer,
     caches: LayerCaches,
     sequences: BTreeMap<SeqId, Sequence>,
@@ -26,7 +26,7 @@ struct Sequence {
     poisoned: Option<String>,
 }
 
-impl Decoder {
+impl Session {
     pub(crate) fn new(model: Transformer, caches: Vec<Box<dyn KvCache>>) -> Result<Self> {
         for (index, cache) in caches.iter().enumerate() {
             if cache.spec().rope.is_none() {
@@ -48,7 +48,7 @@ impl Decoder {
     }
 
     /// Returns a sequence that exists and is not poisoned.
-    fn sound(&self, seq: SeqId) -> Result<&Sequence> {
+    fn checked(&self, seq: SeqId) -> Result<&Sequence> {
         let sequence = self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))?;
         match &sequence.poisoned {
             None => Ok(sequence),
@@ -67,7 +67,7 @@ impl Decoder {
             }
         }
         let known = batch.seqs().iter().filter(|seq| self.sequences.contains_key(seq));
-        known.copied().try_for_each(|seq| self.sound(seq).map(drop))
+        known.copied().try_for_each(|seq| self.checked(seq).map(drop))
     }
 
     /// Rolls all layers back to the tokens before a failed call.
@@ -84,7 +84,7 @@ impl Decoder {
     }
 }
 
-impl CausalLm for Decoder {
+impl CausalLm for Session {
     fn forward(&mut self, batch: &Batch, ids: &[u32], logits: Logits) -> Result<Tensor> {
         self.check(batch, ids)?;
         let out = self.model.forward(&mut self.caches, batch, ids, logits);
@@ -100,7 +100,7 @@ impl CausalLm for Decoder {
     }
 
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
-        let sequence = self.sound(from)?.clone();
+        let sequence = self.checked(from)?.clone();
         if self.sequences.contains_key(&to) {
             let what = format!("sequence {to} to fork into");
             return Err(Error::mismatch(what, "an id that is not in use", "an id in use"));
@@ -111,7 +111,7 @@ impl CausalLm for Decoder {
     }
 
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        let seen = self.sound(seq)?.seen;
+        let seen = self.checked(seq)?.seen;
         if len > seen {
             let what = format!("tokens of sequence {seq} to keep");
             return Err(Error::mismatch(what, format!("at most {seen}"), len));

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use crate::python_json;
-use crate::template_source::{STORED, prepared};
+use crate::template_source::{NAMESPACE_FILTER, prepare};
 use jiff::Zoned;
 use longctx_core::{Error, Result};
 use minijinja::syntax::SyntaxConfig;
@@ -26,9 +26,9 @@ pub(crate) struct Template {
 
 impl Template {
     /// # Errors
-    /// [`Error::Unsupported`] with the line of a syntax error.
+    /// [`Error::Template`] with the line of a syntax error.
     pub fn new(source: &str) -> Result<Self> {
-        let source = prepared(source)?;
+        let source = prepare(source)?;
         let environment = with_deep_stack(|| {
             let mut environment = environment()?;
             environment.add_template_owned("chat", source)?;
@@ -40,14 +40,16 @@ impl Template {
     /// Renders the template for `values`, whose JSON has `input` bytes.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the template's own error message, or if it runs for too long.
+    /// [`Error::Template`] with the template's own error message, or if it runs for too long.
     pub fn render(&self, values: Value, input: usize) -> Result<String> {
         with_deep_stack(|| {
             let mut environment = self.environment.clone();
             let fuel = FUEL.saturating_add(FUEL_PER_BYTE.saturating_mul(input as u64));
             environment.set_fuel(Some(fuel));
             let steps = AtomicU64::new(fuel);
-            environment.add_filter(STORED, move |value: Value| stored_in_namespace(value, &steps));
+            environment.add_filter(NAMESPACE_FILTER, move |value: Value| {
+                stored_in_namespace(value, &steps)
+            });
             environment.get_template("chat")?.render(values)
         })
     }
@@ -116,14 +118,13 @@ fn stored_in_namespace(value: Value, steps: &AtomicU64) -> Result<Value, minijin
 /// Runs a function on a large stack that deeply nested expressions or values do not overflow. Its
 /// captures are dropped there too.
 fn with_deep_stack<T: Send>(run: impl FnOnce() -> Result<T, minijinja::Error> + Send) -> Result<T> {
-    let failed = |e: &dyn std::fmt::Display| Error::Unsupported(format!("chat template: {e}"));
     thread::scope(|scope| {
-        let run = || run().map_err(|e| failed(&e));
+        let run = || run().map_err(Error::template);
         let thread = thread::Builder::new().stack_size(STACK).spawn_scoped(scope, run);
         // A line of more than 65,535 characters makes the engine's parser panic.
         thread
-            .map_err(|e| failed(&e))?
+            .map_err(Error::template)?
             .join()
-            .unwrap_or_else(|_| Err(failed(&"the engine panicked")))
+            .unwrap_or_else(|_| Err(Error::template("the engine panicked")))
     })
 }

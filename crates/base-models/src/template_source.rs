@@ -8,9 +8,9 @@ const MAX_LENGTH: usize = 128 << 10;
 /// of an expression's depth.
 const MAX_TAG: usize = 4096;
 /// The largest number of consecutive signs.
-const MAX_SIGNS: usize = 8;
+const MAX_CONSECUTIVE_SIGNS: usize = 8;
 /// The filter that checks a value before a namespace stores it.
-pub(crate) const STORED: &str = "stored_in_namespace";
+pub(crate) const NAMESPACE_FILTER: &str = "stored_in_namespace";
 
 /// Checks lengths, and rewrites two kinds of tags:
 ///
@@ -18,11 +18,11 @@ pub(crate) const STORED: &str = "stored_in_namespace";
 /// - `{% set ns.x = value %}` becomes `{% set ns.x = (value) | stored_in_namespace %}`.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for templates and expressions longer than any conversation needs.
-pub(crate) fn prepared(source: &str) -> Result<String> {
+/// [`Error::Template`] for templates and expressions longer than any conversation needs.
+pub(crate) fn prepare(source: &str) -> Result<String> {
     if source.len() > MAX_LENGTH {
-        let what = format!("a chat template of {} bytes (at most {MAX_LENGTH})", source.len());
-        return Err(Error::Unsupported(what));
+        let what = format!("{} bytes (at most {MAX_LENGTH})", source.len());
+        return Err(Error::Template(what));
     }
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -68,9 +68,8 @@ fn tag_end(tag: &str, variable: bool) -> Result<usize> {
             _ if c.is_whitespace() => signs,
             _ => 0,
         };
-        if length > MAX_TAG || signs > MAX_SIGNS {
-            let what = "a chat template with an expression of inordinate length";
-            return Err(Error::Unsupported(what.into()));
+        if length > MAX_TAG || signs > MAX_CONSECUTIVE_SIGNS {
+            return Err(Error::template("an expression of inordinate length"));
         }
     }
     Ok(tag.len())
@@ -105,13 +104,13 @@ fn rewritten(tag: &str) -> String {
     match word(tag) {
         "generation" if alone => replaced("with"),
         "endgeneration" if alone => replaced("endwith"),
-        "set" => stored(tag).unwrap_or_else(|| tag.to_owned()),
+        "set" => rewrite_set(tag).unwrap_or_else(|| tag.to_owned()),
         _ => tag.to_owned(),
     }
 }
 
 /// Rewrites a tag that assigns to an attribute; `None` for other tags.
-fn stored(tag: &str) -> Option<String> {
+fn rewrite_set(tag: &str) -> Option<String> {
     let equals = characters(tag).find(|(_, c, quoted)| *c == '=' && !quoted)?.0;
     let (target, value) = (&tag[..equals], &tag[equals + 1..]);
     let names = |c: char| c.is_alphanumeric() || c.is_whitespace() || "_.,()-+".contains(c);
@@ -122,7 +121,7 @@ fn stored(tag: &str) -> Option<String> {
         Some(inner) => (inner, &value[inner.len()..]),
         None => (value, ""),
     };
-    Some(format!("{target}= ({value}) | {STORED} {mark}"))
+    Some(format!("{target}= ({value}) | {NAMESPACE_FILTER} {mark}"))
 }
 
 /// Returns the end of a `{% raw %}` section.

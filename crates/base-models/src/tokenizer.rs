@@ -66,18 +66,19 @@ impl Tokenizer {
     /// usually a first token.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the tokenizer's own message.
+    /// [`Error::Tokenizer`] with the tokenizer's own message.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = unpanicked(|| self.inner.encode_fast(text, special)).map_err(failed)?;
+        let encoding =
+            unpanicked(|| self.inner.encode_fast(text, special)).map_err(Error::tokenizer)?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// Returns the text of tokens, without special tokens.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the tokenizer's own message.
+    /// [`Error::Tokenizer`] with the tokenizer's own message.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
-        unpanicked(|| self.inner.decode(tokens, true)).map_err(failed)
+        unpanicked(|| self.inner.decode(tokens, true)).map_err(Error::tokenizer)
     }
 
     /// Returns the text of one token in the vocabulary, also for special tokens.
@@ -117,8 +118,4 @@ fn unpanicked<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Res
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
         Err(panicked(payload).unwrap_or_else(|| "the tokenizer panicked".into()).into())
     })
-}
-
-fn failed(e: tokenizers::Error) -> Error {
-    Error::Unsupported(format!("tokenizer: {e}"))
 }

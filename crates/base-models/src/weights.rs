@@ -29,7 +29,7 @@ impl Default for LoadOptions {
 
 impl LoadOptions {
     /// Returns numbers as a tensor in the model's dtype on its device.
-    pub(crate) fn place(&self, numbers: &[f32]) -> Result<Tensor> {
+    pub(crate) fn to_device(&self, numbers: &[f32]) -> Result<Tensor> {
         Ok(Tensor::new(numbers, &Device::Cpu)?.to_dtype(self.dtype)?.to_device(&self.device)?)
     }
 }

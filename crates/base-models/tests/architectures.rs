@@ -3,7 +3,7 @@
 
 mod common;
 
-use base_models::{Decoder, LoadOptions, Pretrained, Transformer};
+use base_models::{LoadOptions, Pretrained, Session, Transformer};
 use candle_core::{Device, Tensor};
 use common::cases::{Case, cases, write, write_gguf};
 use longctx_core::{
@@ -49,7 +49,7 @@ fn in_chunks(model: &Transformer, tokens: &[u32], chunks: &[usize]) -> Tensor {
     logits_in_chunks(model.session(dense).unwrap(), tokens, chunks)
 }
 
-fn logits_in_chunks(mut session: Decoder, tokens: &[u32], chunks: &[usize]) -> Tensor {
+fn logits_in_chunks(mut session: Session, tokens: &[u32], chunks: &[usize]) -> Tensor {
     let mut sizes = chunks.iter().copied().chain(std::iter::repeat(chunks[chunks.len() - 1]));
     let (mut rest, mut parts) = (tokens, Vec::new());
     while !rest.is_empty() {

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use base_models::{Config, Decoder, LoadOptions, Transformer};
+use base_models::{Config, LoadOptions, Session, Transformer};
 use candle_core::{DType, Tensor};
 use longctx_core::{
     Batch, CausalLm, DenseCache, Error, KvCache, LayerSpec, Logits, Result, SeqId, Step,
@@ -24,7 +24,7 @@ fn dense(layer: &LayerSpec) -> Result<DenseCache> {
     DenseCache::new(layer.clone(), DType::F32)
 }
 
-fn feed(session: &mut Decoder, parts: &[(SeqId, &[u32])], logits: Logits) -> Result<Tensor> {
+fn feed(session: &mut Session, parts: &[(SeqId, &[u32])], logits: Logits) -> Result<Tensor> {
     let batch = Batch::new(&parts.iter().map(|(seq, ids)| (*seq, ids.len())).collect::<Vec<_>>())?;
     let ids: Vec<u32> = parts.iter().flat_map(|(_, ids)| ids.iter().copied()).collect();
     session.forward(&batch, &ids, logits)
@@ -141,7 +141,7 @@ struct Faulty {
 }
 
 /// Returns a session whose middle layer has the faults `middle`; the other layers have `others`.
-fn faulty(model: &Transformer, middle: &Arc<Faults>, others: &Arc<Faults>) -> Decoder {
+fn faulty(model: &Transformer, middle: &Arc<Faults>, others: &Arc<Faults>) -> Session {
     let make = |layer: &LayerSpec| {
         let faults = if layer.index == 1 { middle } else { others };
         Ok(Faulty { inner: dense(layer)?, faults: faults.clone() })

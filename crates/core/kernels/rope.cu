@@ -15,11 +15,11 @@ struct RopeArgs {
     uint64_t frequencies;  // [rotary / 2], f64: radians per position
     int64_t x_token, x_head;
     int32_t tokens, heads, head_dim;
-    int32_t rotary;  // Channels that rotate: a multiple of 16, at most 2 * MOST_PAIRS
+    int32_t rotary;  // Channels that rotate: a multiple of 16, at most 2 * MAX_PAIRS
 };
 static_assert(sizeof(RopeArgs) == 64 && offsetof(RopeArgs, x_token) == 32 && offsetof(RopeArgs, tokens) == 48, "as in src/cuda/rope.rs");
 
-constexpr int THREADS = 256, MOST_PAIRS = 128;
+constexpr int THREADS = 256, MAX_PAIRS = 128;
 
 __device__ __forceinline__ float2 widen(__half2 x) { return __half22float2(x); }
 __device__ __forceinline__ float2 widen(__nv_bfloat162 x) { return __bfloat1622float2(x); }
@@ -41,7 +41,7 @@ __device__ __forceinline__ void turn(uint4& a, uint4& b, const float2* by) {
 template <class Pair>
 __device__ __forceinline__ void rope(const RopeArgs& a) {
     constexpr double TWO_PI = 6.283185307179586;
-    __shared__ float2 cos_sin[MOST_PAIRS];
+    __shared__ float2 cos_sin[MAX_PAIRS];
     const int64_t token = blockIdx.x;
     const double position = reinterpret_cast<const int64_t*>(a.positions)[token];
     const int pairs = a.rotary / 2;

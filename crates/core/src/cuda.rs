@@ -17,7 +17,7 @@ mod silu_mul;
 mod tensor;
 mod top;
 
-pub use matvec::{MOST_ROWS, MatVecArgs, matvec};
+pub use matvec::{MAX_ROWS, MatVecArgs, matvec};
 pub use prefill::{Half, PAGE, PrefillArgs, has_prefill, prefill};
 pub use rms_norm::{RmsNormArgs, rms_norm};
 pub use rope::{RopeArgs, rope};

@@ -74,6 +74,12 @@ pub enum Error {
     /// Something that this build or model does not support.
     #[error("not supported: {0}")]
     Unsupported(String),
+    /// A tokenizer failed on a text or on token ids.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// A chat template cannot be compiled or rendered.
+    #[error("chat template: {0}")]
+    Template(String),
     /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
@@ -96,6 +102,16 @@ impl Error {
         got: impl std::fmt::Display,
     ) -> Self {
         Self::Setting { name: name.into(), expected: expected.to_string(), got: got.to_string() }
+    }
+
+    /// Creates an [`Error::Tokenizer`] from a printable reason.
+    pub fn tokenizer(reason: impl std::fmt::Display) -> Self {
+        Self::Tokenizer(reason.to_string())
+    }
+
+    /// Creates an [`Error::Template`] from a printable reason.
+    pub fn template(reason: impl std::fmt::Display) -> Self {
+        Self::Template(reason.to_string())
     }
 
     /// Creates an [`Error::File`] from a path and a printable reason.

@@ -10,6 +10,7 @@ use rand::{Rng, SeedableRng};
 
 /// How the next token is sampled.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[non_exhaustive]
 pub enum Sampling {
     /// The most probable token.
     #[default]
@@ -51,6 +52,7 @@ impl Default for GenerateOptions {
 
 /// Generated tokens and timings.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Generation {
     /// The generated tokens, without the prompt and the stop token.
     pub tokens: Vec<u32>,
@@ -66,6 +68,7 @@ pub struct Generation {
 
 /// Why generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum StopReason {
     /// [`GenerateOptions::max_tokens`] was reached.
     MaxTokens,

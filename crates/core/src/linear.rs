@@ -36,13 +36,13 @@ pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 fn on_cuda(x: &Tensor, w: &Tensor) -> Result<Option<Tensor>> {
-    use crate::cuda::{MOST_ROWS, MatVecArgs, address, half_of, is_aligned, matvec};
+    use crate::cuda::{MAX_ROWS, MatVecArgs, address, half_of, is_aligned, matvec};
     use candle_core::Device;
 
     let (Device::Cuda(device), Some(half)) = (x.device(), half_of(x)) else { return Ok(None) };
     let ((rows, inner), out) = (x.dims2()?, w.dim(0)?);
     let fits = |x: &Tensor| half_of(x) == Some(half) && is_aligned(x);
-    if !(1..=MOST_ROWS).contains(&rows) || !inner.is_multiple_of(8) || !fits(x) || !fits(w) {
+    if !(1..=MAX_ROWS).contains(&rows) || !inner.is_multiple_of(8) || !fits(x) || !fits(w) {
         return Ok(None);
     }
     // SAFETY: the kernel writes every element.

@@ -41,7 +41,8 @@ pub trait CacheStrategy<S: KvStore>: Send {
     }
 }
 
-/// A cache over one store. It counts the tokens of each sequence; a [`CacheStrategy`] does the rest.
+/// A cache over one store. It counts the tokens of each sequence; a [`CacheStrategy`] does the
+/// rest.
 ///
 /// ```
 /// use candle_core::{DType, Tensor};

@@ -30,7 +30,7 @@ pub fn multiprocessors(context: &CudaContext) -> Result<usize, DriverError> {
 ///
 /// # Errors
 /// Errors of the driver.
-pub fn most_shared_bytes(context: &CudaContext) -> Result<u32, DriverError> {
+pub fn max_shared_bytes(context: &CudaContext) -> Result<u32, DriverError> {
     attribute(context, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
 }
 

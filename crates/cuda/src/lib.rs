@@ -16,7 +16,7 @@ pub use args::Number;
 #[cfg(feature = "driver")]
 pub use cudarc;
 #[cfg(feature = "driver")]
-pub use device::{compute_capability, keep_freed_memory, most_shared_bytes, multiprocessors};
+pub use device::{compute_capability, keep_freed_memory, max_shared_bytes, multiprocessors};
 #[cfg(feature = "driver")]
 pub use image::Image;
 #[cfg(feature = "driver")]

@@ -15,7 +15,7 @@ pub struct Haystack {
 }
 
 /// The largest number of words of a prompt: more than any model reads.
-pub(crate) const MOST_WORDS: usize = 10_000_000;
+pub(crate) const MAX_WORDS: usize = 10_000_000;
 
 /// Number of documents of a generated haystack, of some 600 words each.
 const DOCUMENTS: usize = 48;
@@ -59,8 +59,8 @@ impl Haystack {
     /// # Errors
     /// [`Error::Setting`] for more than 10 million words.
     pub fn words(&self, count: usize) -> Result<String> {
-        if count > MOST_WORDS {
-            return Err(Error::setting("words", format!("at most {MOST_WORDS}"), count));
+        if count > MAX_WORDS {
+            return Err(Error::setting("words", format!("at most {MAX_WORDS}"), count));
         }
         let mut text = String::new();
         let mut have = 0;

@@ -1,28 +1,31 @@
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_code)]
 
+mod agreement;
 mod error;
 mod haystack;
-mod measure;
-pub mod memory;
 pub mod metric;
 pub mod needle;
+pub mod peak_memory;
 mod punkt;
 mod python;
+#[cfg(feature = "report")]
 pub mod report;
 mod run;
 pub mod setting;
 pub mod statistics;
 mod task;
 
+pub use longctx_core;
+
+pub use agreement::{Agreement, TeacherForced};
 pub use error::{Error, Result};
 pub use haystack::{Haystack, word_range};
-pub use measure::{Agreement, Forced};
 #[cfg(feature = "http")]
 pub use run::Server;
 pub use run::{
-    Answer, Event, Fault, Limits, Manifest, Methods, Passage, Plan, Question, Queue, Reader,
-    Record, Shard, Subject, Summary, Text, Timings, content_hash, records, run,
+    Answer, Event, Limits, Manifest, Methods, Passage, Plan, Question, Queue, Reader, Record,
+    Shard, Subject, SubjectError, Summary, Text, Timings, content_hash, records, run,
 };
 pub use setting::{Setting, Template};
 pub use task::{

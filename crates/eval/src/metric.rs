@@ -17,6 +17,7 @@ pub use sequence_matcher::ratio;
 
 /// A metric that compares a prediction with a right answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Metric {
     /// [`qa_f1`].
     QaF1,

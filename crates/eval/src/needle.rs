@@ -4,7 +4,7 @@
 use rand::prelude::*;
 use rand_chacha::ChaCha8Rng;
 
-use crate::haystack::{MOST_WORDS, word_range};
+use crate::haystack::{MAX_WORDS, word_range};
 use crate::{Error, Haystack, Result, python};
 
 /// New tokens per answer in the paper.
@@ -13,7 +13,7 @@ pub const MAX_NEW_TOKENS: usize = 256;
 pub const PAPER_WORDS: (usize, usize) = (512, 20_480);
 
 /// The largest number of digits of a key.
-const MOST_DIGITS: usize = 10_000;
+const MAX_DIGITS: usize = 10_000;
 
 const INSTRUCTION: &str = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. \
     I will quiz you about the important information there.\n";
@@ -92,7 +92,7 @@ impl Needle {
         tokens: usize,
         mut count: impl FnMut(&str) -> Result<usize, E>,
     ) -> Result<Sample, E> {
-        longest(tokens, |words| {
+        longest_sample(tokens, |words| {
             let sample = self.in_words(haystack, words)?;
             let length = count(&sample.prompt)?;
             Ok((sample, length))
@@ -191,7 +191,7 @@ impl MultiNeedle {
         tokens: usize,
         mut count: impl FnMut(&str) -> Result<usize, E>,
     ) -> Result<Sample, E> {
-        longest(tokens, |words| {
+        longest_sample(tokens, |words| {
             let sample = self.in_words(haystack, words)?;
             let length = count(&sample.prompt)?;
             Ok((sample, length))
@@ -235,8 +235,8 @@ fn check_depth(depth: f64) -> Result<()> {
 }
 
 fn key(rng: &mut impl Rng, digits: usize) -> Result<String> {
-    if !(1..=MOST_DIGITS).contains(&digits) {
-        return Err(Error::setting("digits", format!("1 to {MOST_DIGITS}"), digits));
+    if !(1..=MAX_DIGITS).contains(&digits) {
+        return Err(Error::setting("digits", format!("1 to {MAX_DIGITS}"), digits));
     }
     Ok((0..digits).map(|_| char::from(rng.random_range(b'0'..=b'9'))).collect())
 }
@@ -257,19 +257,19 @@ fn prompt(background: &str, sentences: &[(f64, String)], question: &str) -> Stri
 }
 
 /// Returns the sample with the most words whose length is at most `limit`.
-fn longest<E: From<Error>>(
+fn longest_sample<E: From<Error>>(
     limit: usize,
     mut sample: impl FnMut(usize) -> Result<(Sample, usize), E>,
 ) -> Result<Sample, E> {
-    if limit > MOST_WORDS {
-        return Err(Error::setting("tokens", format!("at most {MOST_WORDS}"), limit).into());
+    if limit > MAX_WORDS {
+        return Err(Error::setting("tokens", format!("at most {MAX_WORDS}"), limit).into());
     }
     let (mut best, least) = sample(0)?;
     if least > limit {
         return Err(Error::setting("tokens", format!("at least {least}"), limit).into());
     }
     // Every word except the needle's is about a token or more.
-    let (mut low, mut high) = (0, MOST_WORDS.min(2 * limit));
+    let (mut low, mut high) = (0, MAX_WORDS.min(2 * limit));
     let mut next = high / 2;
     for step in 1.. {
         if low + 1 >= high {
@@ -331,7 +331,7 @@ mod tests {
         let tokens: Vec<usize> = (0..60_000).map(|i| 1 + i * 7 % 3 + i / 30_000).collect();
         for limit in [20, 21, 1_000, 8_191, 30_000] {
             let mut steps = 0;
-            let found = longest::<Error>(limit, |words| {
+            let found = longest_sample::<Error>(limit, |words| {
                 steps += 1;
                 let prompt = words.to_string();
                 let length = 20 + tokens[..words].iter().sum::<usize>();

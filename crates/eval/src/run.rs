@@ -2,7 +2,6 @@
 
 mod content;
 mod folder;
-mod greedy;
 mod methods;
 mod pending;
 mod reader;
@@ -24,12 +23,12 @@ pub use reader::{Reader, Text};
 pub use record::{Record, Timings};
 #[cfg(feature = "http")]
 pub use server::Server;
-pub use subject::{Answer, Fault, Passage, Question, Queue, Subject};
+pub use subject::{Answer, Passage, Question, Queue, Subject, SubjectError};
 
 use self::content::question_hash;
 use self::folder::{Results, join};
 use self::pending::Pending;
-use crate::{Error, Result, Sample, Setting, Task, memory};
+use crate::{Error, Result, Sample, Setting, Task, peak_memory};
 
 /// Limits for every sample of a run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -80,6 +79,7 @@ pub struct Plan<'a> {
 
 /// An event during a run.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Event<'a> {
     /// An incomplete last line of an earlier process was dropped. Its sample will be answered
     /// again.
@@ -87,7 +87,7 @@ pub enum Event<'a> {
     /// A record of a task's data was skipped.
     Skipped(&'a Error),
     /// The run started, with the number of answers of this process and of those that already exist.
-    Began {
+    Started {
         /// Samples times settings.
         total: usize,
         /// Answers that already exist.
@@ -106,6 +106,7 @@ pub enum Event<'a> {
 
 /// The counts and times of a process.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Summary {
     /// Samples answered by this process.
     pub answered: usize,
@@ -154,12 +155,12 @@ pub fn run(
     let done: HashMap<_, _> = done.collect();
     let units = plan.units(&samples);
     units.iter().try_for_each(|unit| unit.check(&done))?;
-    let open = |unit: &&Unit<'_>| !done.contains_key(&unit.key());
+    let open = |unit: &&Job<'_>| !done.contains_key(&unit.key());
     summary.before = units.iter().filter(|unit| !open(unit)).count();
-    on_event(Event::Began { total: units.len(), done: summary.before });
+    on_event(Event::Started { total: units.len(), done: summary.before });
     for group in methods.groups(&plan.settings) {
-        let in_group = |unit: &&Unit<'_>| group.contains(&unit.place.2);
-        let mut open: Vec<&Unit<'_>> = units.iter().filter(in_group).filter(open).collect();
+        let in_group = |unit: &&Job<'_>| group.contains(&unit.place.2);
+        let mut open: Vec<&Job<'_>> = units.iter().filter(in_group).filter(open).collect();
         if open.is_empty() {
             continue;
         }
@@ -202,7 +203,7 @@ fn open_subject(
 }
 
 /// A sample and the digest of its question.
-struct Asked {
+struct LoadedSample {
     sample: Sample,
     question: String,
 }
@@ -212,7 +213,7 @@ fn load(
     plan: &Plan<'_>,
     summary: &mut Summary,
     on_event: &mut dyn FnMut(Event<'_>),
-) -> Result<Vec<Vec<Asked>>> {
+) -> Result<Vec<Vec<LoadedSample>>> {
     let loaded: Vec<_> = std::thread::scope(|scope| {
         let threads: Vec<_> =
             plan.tasks.iter().map(|task| scope.spawn(|| task.samples())).collect();
@@ -231,7 +232,7 @@ fn load(
         let asked = |sample: Sample| {
             let most = plan.max_new_tokens(&sample);
             let question = question_hash(&sample, most, task.stops_at_newline())?;
-            Ok(Asked { sample, question })
+            Ok(LoadedSample { sample, question })
         };
         all.push(of_task.samples.into_iter().map(asked).collect::<Result<_>>()?);
     }
@@ -239,7 +240,7 @@ fn load(
 }
 
 /// One sample under one setting.
-struct Unit<'a> {
+struct Job<'a> {
     setting: &'a Setting,
     task: &'a dyn Task,
     sample: &'a Sample,
@@ -268,13 +269,13 @@ impl Plan<'_> {
 
     /// Returns this process's part. Adjacent samples, tasks and settings go to consecutive shards:
     /// every shard gets some of the slow ones, and keeps its samples when their number grows.
-    fn units<'a>(&'a self, samples: &'a [Vec<Asked>]) -> Vec<Unit<'a>> {
+    fn units<'a>(&'a self, samples: &'a [Vec<LoadedSample>]) -> Vec<Job<'a>> {
         let ours = |turn: usize| turn % self.shard.count == self.shard.index - 1;
         let mut all = Vec::new();
         for (s, setting) in self.settings.iter().enumerate() {
             for (t, (task, samples)) in self.tasks.iter().zip(samples).enumerate() {
                 let dealt = samples.iter().enumerate().filter(|(i, _)| ours(s + t + i));
-                all.extend(dealt.map(|(i, Asked { sample, question })| Unit {
+                all.extend(dealt.map(|(i, LoadedSample { sample, question })| Job {
                     setting,
                     task: task.as_ref(),
                     sample,
@@ -287,7 +288,7 @@ impl Plan<'_> {
     }
 }
 
-impl Unit<'_> {
+impl Job<'_> {
     fn key(&self) -> record::Key {
         (self.setting.name.clone(), self.task.name().to_owned(), self.sample.id.clone())
     }
@@ -317,7 +318,7 @@ impl Unit<'_> {
     fn record(
         &self,
         plan: &Plan<'_>,
-        answer: Result<Answer, Fault>,
+        answer: Result<Answer, SubjectError>,
         started: Instant,
     ) -> Result<Record> {
         let what = || format!("{}, {}, {}", self.setting.name, self.task.name(), self.sample.id);
@@ -347,7 +348,7 @@ impl Unit<'_> {
                     .filter(|_| answer.settings.is_none()),
                 model_seconds: answer.model.as_secs_f64(),
                 total_seconds: started.elapsed().as_secs_f64(),
-                peak_resident_bytes: memory::peak(),
+                peak_resident_bytes: peak_memory::peak(),
                 batch: answer.batch,
                 settings: answer.settings,
             },

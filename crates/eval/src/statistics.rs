@@ -11,10 +11,11 @@ use crate::Record;
 /// Number of bootstrap resamples.
 const RESAMPLES: usize = 2000;
 /// With fewer samples, a verdict is [`Verdict::Unsure`].
-pub const LEAST_SAMPLES: usize = 10;
+pub const MIN_SAMPLES: usize = 10;
 
 /// A mean with its 95 % interval.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[non_exhaustive]
 pub struct Interval {
     /// The mean.
     pub mean: f64,
@@ -47,6 +48,7 @@ pub fn bootstrap(values: &[(f64, f64)]) -> Option<Interval> {
 
 /// The decoding speed of a setting.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[non_exhaustive]
 pub struct Decode {
     /// Mean over samples; in a batch, the throughput of all its sequences.
     pub tokens_per_second: f64,
@@ -83,6 +85,7 @@ impl std::fmt::Display for Decode {
 
 /// A setting compared with another on the samples that both answered.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[non_exhaustive]
 pub struct Difference {
     /// The setting's score minus the other's, from -1 to 1. Tasks have equal weights within a
     /// category, and categories have equal weights.
@@ -98,6 +101,7 @@ pub struct Difference {
 /// The interpretation of a difference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Verdict {
     /// The interval is above 0.
     Better,
@@ -112,11 +116,11 @@ pub enum Verdict {
 impl Difference {
     /// Returns the differences of `setting` to `reference`; `None` if they have no common sample.
     pub fn between(records: &[Record], setting: &str, reference: &str) -> Option<Self> {
-        Self::of_pairs(&of_setting(records, setting), &of_setting(records, reference))
+        Self::between_runs(&of_setting(records, setting), &of_setting(records, reference))
     }
 
     /// Returns the differences between results of two runs.
-    pub fn of_pairs(own: &[&Record], theirs: &[&Record]) -> Option<Self> {
+    pub fn between_runs(own: &[&Record], theirs: &[&Record]) -> Option<Self> {
         let key = |record: &Record| (record.task.clone(), record.sample.clone());
         let other: HashMap<_, &Record> =
             theirs.iter().map(|record| (key(record), *record)).collect();
@@ -140,7 +144,7 @@ impl Difference {
     pub fn verdict(&self, margin: f64) -> Verdict {
         let Interval { low, high, .. } = self.interval;
         match () {
-            () if self.samples < LEAST_SAMPLES => Verdict::Unsure,
+            () if self.samples < MIN_SAMPLES => Verdict::Unsure,
             () if low > 0.0 => Verdict::Better,
             () if high < 0.0 => Verdict::Worse,
             () if -margin <= low && high <= margin => Verdict::Same,

@@ -20,6 +20,7 @@ use crate::{Error, Result};
     Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
 )]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Category {
     /// NarrativeQA, Qasper, MultiFieldQA.
     SingleDocQa,

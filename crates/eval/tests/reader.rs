@@ -11,7 +11,7 @@ use longctx_core::{
     SeqId,
 };
 use longctx_eval::{
-    Answer, Fault, Question, Queue, Reader, Sample, Subject, Task, Text, longbench,
+    Answer, Question, Queue, Reader, Sample, Subject, SubjectError, Task, Text, longbench,
 };
 
 const VOCAB: usize = 128;
@@ -105,13 +105,13 @@ impl CausalLm for Notes {
 struct Bytes;
 
 impl Text for Bytes {
-    fn encode(&self, text: &str, _: bool) -> std::result::Result<Vec<u32>, Fault> {
+    fn encode(&self, text: &str, _: bool) -> std::result::Result<Vec<u32>, SubjectError> {
         Ok(text.bytes().map(u32::from).collect())
     }
-    fn decode(&self, tokens: &[u32]) -> std::result::Result<String, Fault> {
+    fn decode(&self, tokens: &[u32]) -> std::result::Result<String, SubjectError> {
         Ok(tokens.iter().map(|&t| char::from(t as u8)).collect())
     }
-    fn chat(&self, conversation: &[String]) -> std::result::Result<Option<String>, Fault> {
+    fn chat(&self, conversation: &[String]) -> std::result::Result<Option<String>, SubjectError> {
         let turn = |(i, said): (usize, &String)| match i % 2 {
             0 => format!("<{said}>"),
             _ => said.clone(),
@@ -204,7 +204,7 @@ fn a_compressor_gets_the_whole_or_the_context() {
 struct Samples<'a> {
     questions: Vec<Question<'a>>,
     next: usize,
-    answers: Vec<(usize, std::result::Result<Answer, Fault>)>,
+    answers: Vec<(usize, std::result::Result<Answer, SubjectError>)>,
 }
 
 impl<'a> Queue<'a> for Samples<'a> {
@@ -213,7 +213,7 @@ impl<'a> Queue<'a> for Samples<'a> {
         self.next += 1;
         Some((number, *self.questions.get(number)?))
     }
-    fn answered(&mut self, number: usize, answer: std::result::Result<Answer, Fault>) {
+    fn answered(&mut self, number: usize, answer: std::result::Result<Answer, SubjectError>) {
         self.answers.push((number, answer));
     }
 }
@@ -230,7 +230,7 @@ fn answers(batch: usize, questions: &[Question<'_>]) -> (Vec<Ended>, Vec<Vec<Seq
         Reader::new(model, Bytes, 100).with_dense_bytes(|tokens| 2 * tokens).with_batch(batch);
     let mut samples = Samples { questions: questions.into(), next: 0, answers: Vec::new() };
     reader.answer_all(&mut samples);
-    let in_words = |(number, answer): (usize, std::result::Result<Answer, Fault>)| {
+    let in_words = |(number, answer): (usize, std::result::Result<Answer, SubjectError>)| {
         (number, answer.map_err(|fault| fault.to_string()))
     };
     (samples.answers.into_iter().map(in_words).collect(), fed.take().steps)

@@ -6,8 +6,8 @@ use std::time::Duration;
 use std::{env, fs, thread};
 
 use longctx_eval::{
-    Answer, Category, Error, Event, Fault, Limits, Methods, Plan, Question, Record, Sample,
-    Samples, Score, Setting, Shard, Subject, Summary, Task, records, run,
+    Answer, Category, Error, Event, Limits, Methods, Plan, Question, Record, Sample, Samples,
+    Score, Setting, Shard, Subject, SubjectError, Summary, Task, records, run,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -48,7 +48,7 @@ impl Task for Sums {
 struct Adder;
 
 impl Subject for Adder {
-    fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault> {
+    fn answer(&mut self, question: &Question<'_>) -> Result<Answer, SubjectError> {
         thread::sleep(Duration::from_millis(2));
         let number: usize = question.sample.id.parse()?;
         if number == 59 && question.max_new_tokens == 1 {
@@ -347,7 +347,7 @@ fn another_question_of_the_same_name_is_refused() {
 struct Nought;
 
 impl Subject for Nought {
-    fn answer(&mut self, _: &Question<'_>) -> Result<Answer, Fault> {
+    fn answer(&mut self, _: &Question<'_>) -> Result<Answer, SubjectError> {
         Ok(Answer { predictions: vec!["0".into()], ..Answer::default() })
     }
 }
@@ -404,7 +404,7 @@ fn a_score_that_is_no_share_is_not_written() {
 struct Eager;
 
 impl Subject for Eager {
-    fn answer(&mut self, _: &Question<'_>) -> Result<Answer, Fault> {
+    fn answer(&mut self, _: &Question<'_>) -> Result<Answer, SubjectError> {
         Ok(Answer { predictions: vec!["1".into()], ..Answer::default() })
     }
 }

@@ -44,11 +44,12 @@ constexpr int SCAN_SHARED = 30720, SCAN_FEW_SHARED = 118784;  // Devices of 8.6 
 //   state is kept in f32. Grid (2, heads, batch), 256 threads, SSD_SHARED_64 or SSD_SHARED_128
 //   bytes of dynamic shared memory.
 // - ssd_wgmma_T: the same, for compute capability 9.0 only (code for sm_90a; does nothing
-//   elsewhere), in clusters of two blocks. Launch ssd_group_tiles_T first, with the same struct: grid
-//   (tokens / 64, groups, batch), 128 threads. Grid (groups * (heads / groups / 2) * 2, batch), 384
-//   threads, SSD_WGMMA_SHARED_64 or SSD_WGMMA_SHARED_128 bytes of dynamic shared memory.
-// - ssd_generic_T: states <= 256, any head_dim. Grid (head_dim / 32, heads, batch), 128 threads. Also
-//   for decode.
+//   elsewhere), in clusters of two blocks. Launch ssd_group_tiles_T first, with the same struct:
+//   grid (tokens / 64, groups, batch), 128 threads. Grid (groups * (heads / groups / 2) * 2,
+//   batch), 384 threads, SSD_WGMMA_SHARED_64 or SSD_WGMMA_SHARED_128 bytes of dynamic shared
+//   memory.
+// - ssd_generic_T: states <= 256, any head_dim. Grid (head_dim / 32, heads, batch), 128 threads.
+//   Also for decode.
 struct Ssd {
     const void* x;                // T, rows of heads * head_dim
     const void *b, *c;            // T, rows of groups * states
@@ -73,8 +74,8 @@ constexpr int SSD_GROUP_TILES_64 = 26624, SSD_GROUP_TILES_128 = 43008;
 //   the range of T. Grid (1 or 2, heads, batch): 2 blocks per head are faster if all of them fit
 //   the device at once, otherwise 1. 256 or 192 threads, or 128 with 2 blocks per head.
 //   WKV_SHARED + (threads / 32 - 2) * WKV_PRODUCER_SHARED bytes of dynamic shared memory.
-// - wkv5_generic_T, wkv6_generic_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. Also for
-//   decode.
+// - wkv5_generic_T, wkv6_generic_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. Also
+//   for decode.
 struct Wkv {
     const void *r, *k, *v;  // T, rows of heads * dim
     const void* w;          // T, rows of heads * dim: only for 6: the token's part of the decay, before e^-e^

@@ -3,8 +3,8 @@
 //
 // Fragments of m16n8k16, with row = lane / 4 and pair = 2 (lane % 4):
 //
-// - A: {(row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8)}, two adjacent elements along k
-//   each
+// - A: {(row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8)}, two adjacent elements
+//   along k each
 // - B: {(pair, row), (pair + 8, row)}, two adjacent elements along k each
 // - C: (row, pair), (row, pair + 1), (row + 8, pair), (row + 8, pair + 1)
 #pragma once

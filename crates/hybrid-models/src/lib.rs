@@ -34,6 +34,8 @@ mod tokenizer;
 mod workspace;
 mod world;
 
+pub use longctx_core;
+
 pub use checkpoint::LoadOptions;
 pub use model::Model;
 pub use pretrained::Pretrained;

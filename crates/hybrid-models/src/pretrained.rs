@@ -15,6 +15,7 @@ use serde_json::Value;
 
 /// A model and its tokenizer.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Pretrained {
     /// The weights.
     pub model: Model,

@@ -44,11 +44,11 @@ impl Tokenizer {
     /// usually a first token.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the tokenizer's own message.
+    /// [`Error::Tokenizer`] with the tokenizer's own message.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         match self {
             Self::Json(inner) => {
-                let encoding = inner.encode_fast(text, special).map_err(failed)?;
+                let encoding = inner.encode_fast(text, special).map_err(Error::tokenizer)?;
                 Ok(encoding.get_ids().to_vec())
             }
             Self::World(world) => world.encode(text.as_bytes()),
@@ -59,15 +59,11 @@ impl Tokenizer {
     /// characters.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the tokenizer's own message.
+    /// [`Error::Tokenizer`] with the tokenizer's own message.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         match self {
-            Self::Json(inner) => inner.decode(tokens, true).map_err(failed),
+            Self::Json(inner) => inner.decode(tokens, true).map_err(Error::tokenizer),
             Self::World(world) => Ok(String::from_utf8_lossy(&world.decode(tokens)).into_owned()),
         }
     }
-}
-
-fn failed(e: tokenizers::Error) -> Error {
-    Error::Unsupported(format!("tokenizer: {e}"))
 }

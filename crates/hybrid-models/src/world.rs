@@ -62,14 +62,14 @@ impl World {
     /// Returns the tokens of a byte string.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a byte that begins no word. The published vocabulary has a word
+    /// [`Error::Tokenizer`] for a byte that begins no word. The published vocabulary has a word
     /// for every byte.
     pub fn encode(&self, bytes: &[u8]) -> Result<Vec<u32>> {
         let mut tokens = Vec::new();
         let mut at = 0;
         while at < bytes.len() {
             let (token, length) = self.longest(&bytes[at..]).ok_or_else(|| {
-                Error::Unsupported(format!("byte {:#04x}, which begins no token", bytes[at]))
+                Error::tokenizer(format_args!("byte {:#04x} begins no token", bytes[at]))
             })?;
             tokens.push(token);
             at += length;

@@ -1,4 +1,5 @@
-// Attention of a few queries of many sequences over their packed entries and full-precision residuals, split over positions, in one launch.
+// Attention of a few queries of many sequences over their packed entries and full-precision
+// residuals, split over positions, in one launch.
 //
 // A warp streams tiles of 32 tokens through its own ring in shared memory and keeps its own online
 // softmax, so there is no barrier in the loop. Codes are the large operand of the tensor cores (16

@@ -60,6 +60,7 @@ pub enum Mask<'a> {
 
 /// The attention output and the log-sum-exp of the scores.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct AttentionOutput {
     /// `[tokens, heads, value_dim]`; zero where a query sees nothing.
     pub out: Vec<f32>,

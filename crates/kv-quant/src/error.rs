@@ -70,6 +70,7 @@ pub enum Error {
 
 /// The position of a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Position {
     /// In a matrix.
     Matrix {

@@ -22,6 +22,10 @@ mod candle;
 #[cfg(feature = "cuda")]
 mod cuda;
 
+pub use half;
+#[cfg(feature = "candle")]
+pub use longctx_core;
+
 pub use attention::{AttentionOutput, Mask, Queries};
 #[cfg(feature = "candle")]
 pub use candle::{DequantCache, Order, QuantCache, QuantStore};

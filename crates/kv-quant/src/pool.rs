@@ -117,10 +117,11 @@ impl Pool {
     /// Block tables, and blocks that are allocated and free, are not included: see
     /// [`footprint`](Self::footprint).
     ///
-    /// An empty pool with a capacity of 32 MiB or more allocates 4 MiB at a time, in huge pages where
-    /// the system has them, which makes attention over long sequences faster. It keeps the memory
-    /// until it is [cleared](Self::clear). All other pools allocate 16 blocks at a time up to 16 MiB,
-    /// and 4 MiB at a time beyond. They free memory when more than an eighth of it is unused.
+    /// An empty pool with a capacity of 32 MiB or more allocates 4 MiB at a time, in huge pages
+    /// where the system has them, which makes attention over long sequences faster. It keeps the
+    /// memory until it is [cleared](Self::clear). All other pools allocate 16 blocks at a time up
+    /// to 16 MiB, and 4 MiB at a time beyond. They free memory when more than an eighth of it is
+    /// unused.
     pub fn with_capacity(self, bytes: usize) -> Self {
         const LARGE: usize = 32 << 20;
         let large = bytes >= LARGE && self.seqs.is_empty();

@@ -1,10 +1,15 @@
-//! Bad input to the slice API gives an error with the expected and actual value and the location. It
-//! never panics, and nothing changes.
+//! Bad input to the slice API gives an error with the expected and actual value and the location.
+//! It never panics, and nothing changes.
 
 use kv_quant::{
     Axis, Bits, Error, Float8, Flush, Format, KeyBasis, Mask, Packed, Pool, PoolShape, Position,
     Quantizer, Queries, Result, Rotary, Scheme, StaticScale,
 };
+
+fn with(mut scheme: Scheme, change: impl FnOnce(&mut Scheme)) -> Scheme {
+    change(&mut scheme);
+    scheme
+}
 
 fn scheme(along: Axis) -> Scheme {
     Scheme::new(Bits::Four, along, 32).unwrap()
@@ -43,7 +48,7 @@ fn message<T>(result: Result<T>) -> String {
 fn settings_are_checked() {
     let normalized = Scheme::variance_normalized(Bits::Two, Axis::Channels, 64).unwrap();
     let float8 = Scheme::float8(Float8::E4m3, None);
-    let bad_scheme = Scheme { group: 48, ..scheme(Axis::Channels) };
+    let bad_scheme = with(scheme(Axis::Channels), |s| s.group = 48);
     let (tokens, channels) = (scheme(Axis::Tokens), scheme(Axis::Channels));
     let rotary = |frequencies: &[f64]| Ok(Rotary::new(frequencies, 0)?.into());
     for (got, want) in [
@@ -86,14 +91,14 @@ fn settings_are_checked() {
         (message(Scheme::lloyd_max(Bits::Eight, true)), "`bits`: expected 2, 3 or 4"),
         (message(Scheme::symmetric(Bits::Four, 48)), "`group`"),
         (
-            message(Packed::new(32, 8, Scheme { bits: Bits::Four, ..float8 }, Axis::Tokens)),
+            message(Packed::new(32, 8, with(float8, |s| s.bits = Bits::Four), Axis::Tokens)),
             "`bits`: expected 8",
         ),
         (
             message(Packed::new(
                 32,
                 8,
-                Scheme { axis: Axis::Tokens, group: 32, ..float8 },
+                with(float8, |s| (s.axis, s.group) = (Axis::Tokens, 32)),
                 Axis::Tokens,
             )),
             "`axis`: expected channels",

@@ -107,7 +107,8 @@ proptest! {
     /// integers, half the distance of adjacent numbers for floating point.
     #[test]
     fn what_comes_back_is_as_close_as_codes_allow((columns, x) in matrix(40), scheme in along_channels(), lanes in axis()) {
-        let plain = Scheme { rotated: false, ..scheme };
+        let mut plain = scheme;
+        plain.rotated = false;
         let packed = Packed::quantize(&x, columns, plain, lanes).unwrap();
         let mut back = vec![0.0; x.len()];
         packed.dequantize(&mut back).unwrap();
@@ -123,6 +124,7 @@ proptest! {
                     let (relative, least) = match kind {
                         Float8::E4m3 => (1.0 / 16.0, 1.0 / 1024.0),
                         Float8::E5m2 => (1.0 / 8.0, 1.0 / 131_072.0),
+                        other => panic!("the bound of {other:?}"),
                     };
                     let saturated = if static_scale.is_some() { x.abs() - kind.max() * scale } else { 0.0 };
                     let near = (x.abs() * relative).max(least * scale).max(saturated);
@@ -152,7 +154,8 @@ proptest! {
                 sum / (block as f64).sqrt()
             }).collect::<Vec<_>>()).collect()
         };
-        let of_rotated = Scheme { rotated: false, ..scheme };
+        let mut of_rotated = scheme;
+        of_rotated.rotated = false;
         let narrow: Vec<f32> = rotate(&x).iter().map(|&x| x as f32).collect();
         let of_rotated = Packed::quantize(&narrow, columns, of_rotated, lanes).unwrap();
         let mut rotated_back = vec![0.0; x.len()];

@@ -105,6 +105,7 @@ impl Head {
                 let whole = |n: usize| n.saturating_sub(r) / size * size;
                 (whole(keys), whole(values))
             }
+            other => panic!("the reference of {other:?}"),
         };
         let first = self.packed_keys();
         for slots in self.slots[first..first + keys].chunks_mut(size) {

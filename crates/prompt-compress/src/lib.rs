@@ -14,6 +14,8 @@ mod target;
 mod tokens;
 mod units;
 
+pub use longctx_core;
+
 pub use llmlingua::LlmLingua;
 pub use llmlingua2::LlmLingua2;
 pub use selective_context::{SelectiveContext, Unit};

@@ -22,7 +22,7 @@ use std::ops::Range;
 
 pub use documents::Documents;
 
-use crate::loss::{LossModel, count, encode, failed};
+use crate::loss::{LossModel, count, encode};
 use crate::tokens::cl100k_tokens;
 use crate::{Target, sentences};
 use documents::{JoinedText, KeptRanges};
@@ -37,6 +37,7 @@ const SEGMENTS: usize = 16;
 
 /// The position of the question when a document is scored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum QuestionPosition {
     /// Before the document: how well the question predicts the document.
     Before,
@@ -46,6 +47,7 @@ pub enum QuestionPosition {
 
 /// How documents and sentences are ranked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Rank {
     /// By their own perplexity, the highest first (LLMLingua).
     Perplexity,
@@ -55,6 +57,7 @@ pub enum Rank {
 
 /// The score of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum TokenScore {
     /// Its loss.
     Loss,
@@ -66,6 +69,7 @@ pub enum TokenScore {
 
 /// The order of the documents in the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Order {
     /// The original order.
     Original,
@@ -78,6 +82,7 @@ pub enum Order {
 /// The number of tokens of whole documents that are kept before sentences and tokens are selected,
 /// relative to the target.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum Budget {
     /// The target plus this number.
     Plus(f64),
@@ -183,6 +188,7 @@ impl Settings {
 
 /// A compressed prompt with its token counts.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Compression {
     /// The compressed text. Its source ranges refer to the text of the documents.
     pub compressed: Compressed,
@@ -372,7 +378,7 @@ impl<M: CausalLm> LlmLingua<M> {
             contrastive: self.settings.token_score == TokenScore::Contrastive,
         };
         let left = compress(&mut self.loss_model, self.unconditional.as_mut(), tokens.ids, &plan)?;
-        let text = self.tokenizer.decode(&left.ids, false).map_err(failed)?;
+        let text = self.tokenizer.decode(&left.ids, false).map_err(Error::tokenizer)?;
         let ranges: Vec<Range<usize>> =
             left.origin.iter().map(|&i| tokens.offsets[i].clone()).collect();
         Ok(joined.to_compressed(&ranges, source, text))

@@ -52,6 +52,7 @@ pub fn paper_rate(name: &str) -> Option<Rate> {
 
 /// How the probability of a word is computed from those of its tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum WordProbability {
     /// The mean.
     #[default]

@@ -99,16 +99,12 @@ pub struct Tokens {
 
 /// Tokenizes a text. `special` adds the special tokens that the model expects around it.
 pub fn encode(tokenizer: &Tokenizer, text: &str, special: bool) -> Result<Tokens> {
-    let encoding = tokenizer.encode(text, special).map_err(failed)?;
+    let encoding = tokenizer.encode(text, special).map_err(Error::tokenizer)?;
     let offsets = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
     Ok(Tokens { ids: encoding.get_ids().to_vec(), offsets })
 }
 
 /// Returns the number of tokens of a text, with the special tokens around it.
 pub fn count(tokenizer: &Tokenizer, text: &str) -> Result<usize> {
-    Ok(tokenizer.encode_fast(text, true).map_err(failed)?.len())
-}
-
-pub fn failed(e: tokenizers::Error) -> Error {
-    Error::Unsupported(format!("tokenizer: {e}"))
+    Ok(tokenizer.encode_fast(text, true).map_err(Error::tokenizer)?.len())
 }

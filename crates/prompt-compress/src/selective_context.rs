@@ -14,6 +14,7 @@ use tokenizers::Tokenizer;
 
 /// The unit that is kept or dropped as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Unit {
     /// A word, with the white space before it.
     Word,

@@ -4,6 +4,7 @@ use longctx_core::{Compressed, Error, Piece, Prompt, PromptCompressor, Rate, Res
 
 /// A section of a structured prompt.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub enum Section {
     /// Copied byte for byte.
     Keep(String),

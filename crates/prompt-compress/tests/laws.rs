@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::LazyLock;
 
-use base_models::{Decoder, LoadOptions, Transformer};
+use base_models::{LoadOptions, Session, Transformer};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{
     Batch, CausalLm, Compressed, DenseCache, Footprint, Logits, Prompt, PromptCompressor, Rate,
@@ -41,7 +41,7 @@ static TINY: LazyLock<[LlmLingua2; 4]> = LazyLock::new(|| {
     ]
 });
 
-fn llama() -> (Decoder, Tokenizer) {
+fn llama() -> (Session, Tokenizer) {
     let folder = fixture("tiny-llama");
     let model = Transformer::from_folder(&folder, &LoadOptions::default()).unwrap();
     let session = model.session(|layer| DenseCache::new(layer.clone(), DType::F32)).unwrap();
@@ -297,7 +297,7 @@ fn a_text_longer_than_the_context_is_read_on() {
 }
 
 /// A model that counts the tokens fed to it.
-struct Counting(Decoder, Rc<Cell<usize>>);
+struct Counting(Session, Rc<Cell<usize>>);
 
 impl CausalLm for Counting {
     fn forward(&mut self, batch: &Batch, ids: &[u32], logits: Logits) -> Result<Tensor> {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use base_models::{Decoder, LoadOptions, Transformer};
+use base_models::{LoadOptions, Session, Transformer};
 use candle_core::DType;
 use longctx_core::{DenseCache, Prompt, PromptCompressor, Rate};
 use prompt_compress::llmlingua::{
@@ -20,7 +20,7 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-llama")
 }
 
-fn model() -> Decoder {
+fn model() -> Session {
     let model = Transformer::from_folder(&folder(), &LoadOptions::default()).unwrap();
     model.session(|layer| DenseCache::new(layer.clone(), DType::F32)).unwrap()
 }
@@ -131,7 +131,7 @@ fn own() -> Own {
 
 /// One model for each variant, and its results.
 struct Runner {
-    lingua: LlmLingua<Decoder>,
+    lingua: LlmLingua<Session>,
     variant: Variant,
     own: Own,
 }
@@ -239,7 +239,7 @@ fn longbench_passages_equal_the_package() {
 
 /// Compresses the passages at each rate, and compares the results with the expected ones.
 fn check_selective(
-    mut selective: SelectiveContext<Decoder>,
+    mut selective: SelectiveContext<Session>,
     passages: &[String],
     expected: &BTreeMap<String, Vec<Option<String>>>,
 ) {

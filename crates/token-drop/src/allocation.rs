@@ -4,6 +4,7 @@ use longctx_core::{Error, LayerSpec, Result};
 
 /// How the layers of a model share their budget.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[non_exhaustive]
 pub enum LayerBudgets {
     /// Every layer has the same budget.
     #[default]
@@ -56,6 +57,7 @@ impl LayerBudgets {
 
 /// How the kv heads of a layer share their budget.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[non_exhaustive]
 pub enum HeadBudgets {
     /// Every head keeps the same number of entries.
     #[default]

@@ -2,6 +2,7 @@ use longctx_core::{Error, Result};
 
 /// The number of entries that a cache may keep of a sequence.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub enum Budget {
     /// This many tokens for each kv head.
     Tokens(usize),

@@ -5,6 +5,7 @@ use longctx_core::Result;
 
 /// How the scores of the query heads of a group are reduced (GQA).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum GroupReduction {
     /// The mean.
     #[default]

@@ -20,6 +20,8 @@ mod storage;
 mod streaming_llm;
 mod sub_batch;
 
+pub use longctx_core;
+
 pub use allocation::{HeadBudgets, LayerBudgets};
 pub use budget::Budget;
 pub use cache::PolicyCache;

@@ -83,6 +83,7 @@ pub struct Needs {
 
 /// The queries whose attention is summed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ObservedQueries {
     /// All queries of the call.
     Call,

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 /// Scores of the entries of a layer's kv heads.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub enum Scores {
     /// `[kv_heads, entries]`, f32, on a CUDA device.
     OnDevice(Tensor),

@@ -54,6 +54,7 @@ impl ProtectedCounts {
 
 /// The unit of selection.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Granularity {
     /// Single tokens.
     #[default]

@@ -11,6 +11,7 @@ use longctx_core::{Error, LayerSpec, Result};
 /// Calls of several tokens belong to the prompt, unless its length was
 /// [declared](crate::PolicyCache::expect_prompt) and has been reached.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Prefill {
     /// Every call: a prompt in chunks never holds more than the budget and one chunk, and each
     /// chunk sees only the entries kept so far.

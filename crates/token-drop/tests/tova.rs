@@ -9,7 +9,7 @@ use token_drop::*;
 
 /// Returns the tokens that the last query of a text attends to the most, averaged over all heads,
 /// computed by a softmax over all scores.
-fn most_attended(text: &Input, count: usize) -> Vec<u32> {
+fn max_attended(text: &Input, count: usize) -> Vec<u32> {
     let rotated = text.rotated(0);
     let by_head = |x: &Tensor| x.transpose(0, 1).unwrap().contiguous().unwrap();
     let q = by_head(&rotated.q.narrow(0, text.tokens() - 1, 1).unwrap());
@@ -52,9 +52,9 @@ fn the_newest_token_goes_as_in_the_published_code_if_asked_for() {
         assert_eq!(cache.held(0), 20);
         cache.positions(0).unwrap()
     };
-    let published = most_attended(&text, 20);
+    let published = max_attended(&text, 20);
     assert!(!published.contains(&59));
     assert_eq!(kept(Tova::default().with_published_newest()), [published.clone(), published]);
-    let own = [most_attended(&text, 19), vec![59]].concat();
+    let own = [max_attended(&text, 19), vec![59]].concat();
     assert_eq!(kept(Tova::default()), [own.clone(), own]);
 }

@@ -16,7 +16,7 @@ const WARPS: usize = THREADS as usize / 32;
 const MANY_OUTPUTS: i32 = 8192;
 
 /// The largest number of rows of one launch of [`matvec`].
-pub const MOST_ROWS: usize = 4;
+pub const MAX_ROWS: usize = 4;
 
 longctx_cuda::args! {
     /// The arguments of [`matvec`], with the same layout as in the kernels.
@@ -33,7 +33,7 @@ longctx_cuda::args! {
         pub inner: i32,
         /// Rows of `w`.
         pub out: i32,
-        /// Rows of `x`: 1 to [`MOST_ROWS`].
+        /// Rows of `x`: 1 to [`MAX_ROWS`].
         pub rows: i32,
         /// Padding.
         pub unused: i32,
@@ -52,8 +52,8 @@ longctx_cuda::args! {
 pub unsafe fn matvec(stream: &Arc<CudaStream>, half: Half, args: &MatVecArgs) -> Result<()> {
     let aligned = [args.w, args.x].iter().all(|address| address % 16 == 0) && args.inner % 8 == 0;
     let rows = args.rows.max(0) as usize;
-    if !aligned || !(1..=MOST_ROWS).contains(&rows) || args.inner <= 0 {
-        let expected = format!("1 to {MOST_ROWS} rows of multiples of 16 bytes");
+    if !aligned || !(1..=MAX_ROWS).contains(&rows) || args.inner <= 0 {
+        let expected = format!("1 to {MAX_ROWS} rows of multiples of 16 bytes");
         return Err(Error::mismatch("product", expected, format!("{args:?}")));
     }
     let kind = if half == Half::F16 { "f16" } else { "bf16" };

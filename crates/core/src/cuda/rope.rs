@@ -11,7 +11,7 @@ static IMAGE: Image = longctx_cuda::image!("rope");
 
 // Must equal the kernel's constant.
 const THREADS: u32 = 256;
-const MOST_ROTARY: i32 = 256;
+const MAX_ROTARY: i32 = 256;
 
 longctx_cuda::args! {
     /// The arguments of [`rope`], with the same layout as in the kernels.
@@ -53,7 +53,7 @@ pub unsafe fn rope(stream: &Arc<CudaStream>, half: Half, args: &RopeArgs) -> Res
     let aligned = [args.x, args.out].iter().all(|address| address % 16 == 0);
     let eights = [args.x_token, args.x_head].iter().all(|n| n % 8 == 0) && args.head_dim % 8 == 0;
     let rotary =
-        args.rotary % 16 == 0 && (16..=args.head_dim.min(MOST_ROTARY)).contains(&args.rotary);
+        args.rotary % 16 == 0 && (16..=args.head_dim.min(MAX_ROTARY)).contains(&args.rotary);
     if !aligned || !eights || !rotary {
         let got = format!("{args:?}");
         return Err(Error::mismatch("heads that rotate", "multiples of 16 bytes", got));

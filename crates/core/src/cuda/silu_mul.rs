@@ -11,7 +11,7 @@ static IMAGE: Image = longctx_cuda::image!("silu_mul");
 
 const THREADS: u32 = 256;
 /// The largest number of thread blocks of a launch; each processes its share of the rows.
-const MOST_BLOCKS: i64 = 1 << 16;
+const MAX_BLOCKS: i64 = 1 << 16;
 
 longctx_cuda::args! {
     /// The arguments of [`silu_mul`], with the same layout as in the kernels.
@@ -57,7 +57,7 @@ pub unsafe fn silu_mul(stream: &Arc<CudaStream>, half: Half, args: &SiluMulArgs)
     }
     let name = if half == Half::F16 { "silu_mul_f16" } else { "silu_mul_bf16" };
     let kernel = IMAGE.kernel(stream.context(), name, THREADS, 0)?;
-    let blocks = (pieces as u64).div_ceil(u64::from(THREADS)).min(MOST_BLOCKS as u64);
+    let blocks = (pieces as u64).div_ceil(u64::from(THREADS)).min(MAX_BLOCKS as u64);
     // SAFETY: the arguments are those of the kernel, and the caller guarantees the addresses.
     unsafe { kernel.launch(stream, [blocks as usize, 1, 1], args) }?;
     Ok(())

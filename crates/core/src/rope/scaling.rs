@@ -10,6 +10,7 @@ use crate::{Error, Result};
 /// Frequencies never change while a sequence grows, because the cached keys were rotated with them.
 /// If a scaling depends on the sequence length, `length` is the longest length that will be fed.
 #[derive(Debug, Clone, PartialEq, Default)]
+#[non_exhaustive]
 pub enum RopeScaling {
     /// No scaling.
     #[default]

@@ -13,16 +13,16 @@ use crate::{Category, Record, Result};
 const PANEL: (i32, i32) = (280, 200);
 const COLUMNS: usize = 4;
 /// Left, top, right and bottom of a map within its panel, in pixels.
-const MAP: (i32, i32, i32, i32) = (46, 26, 268, 156);
+const MAP_BOX: (i32, i32, i32, i32) = (46, 26, 268, 156);
 /// Height of the title.
-const HEAD: i32 = 44;
+const TITLE_HEIGHT: i32 = 44;
 
 /// Per depth (in thousandths) and length: the sum of the found shares of the key, and their number.
-type Cells = BTreeMap<(u32, u32), (f64, u32)>;
+type CellScores = BTreeMap<(u32, u32), (f64, u32)>;
 
 struct Map {
     title: String,
-    cells: Cells,
+    cells: CellScores,
     /// The unit of the lengths.
     unit: &'static str,
 }
@@ -46,12 +46,14 @@ pub(super) fn draw(records: &[Record]) -> Result<Option<String>> {
     }
     let columns = COLUMNS.min(maps.len().max(2));
     let lines = maps.len().div_ceil(columns);
-    let size = (PANEL.0 as u32 * columns as u32, PANEL.1 as u32 * lines as u32 + HEAD as u32);
+    let size =
+        (PANEL.0 as u32 * columns as u32, PANEL.1 as u32 * lines as u32 + TITLE_HEIGHT as u32);
     let panels = |area: &Area<'_>| -> Drawn {
         let title = "Needle test: digits of the key found, %";
         text(area, title, (size.0 as i32 / 2, 12), 18, (HPos::Center, VPos::Top), &BLACK)?;
         for (i, map) in maps.iter().enumerate() {
-            let corner = ((i % columns) as i32 * PANEL.0, (i / columns) as i32 * PANEL.1 + HEAD);
+            let corner =
+                ((i % columns) as i32 * PANEL.0, (i / columns) as i32 * PANEL.1 + TITLE_HEIGHT);
             panel(area, corner, map)?;
         }
         Ok(())
@@ -60,10 +62,10 @@ pub(super) fn draw(records: &[Record]) -> Result<Option<String>> {
 }
 
 fn map<'a>(title: String, records: impl Iterator<Item = &'a Record>) -> Option<Map> {
-    let mut cells = Cells::new();
+    let mut cells = CellScores::new();
     let mut unit = None;
     for record in records {
-        let Some((depth, length, counted)) = place(&record.sample) else { continue };
+        let Some((depth, length, counted)) = parse_id(&record.sample) else { continue };
         let cell = cells.entry((depth, length)).or_default();
         cell.0 += record.score.partial.unwrap_or(record.score.value);
         cell.1 += 1;
@@ -73,7 +75,7 @@ fn map<'a>(title: String, records: impl Iterator<Item = &'a Record>) -> Option<M
 }
 
 /// Parses depth, length and unit from a sample's id: "600-words-0.111-1".
-pub(super) fn place(id: &str) -> Option<(u32, u32, &'static str)> {
+pub(super) fn parse_id(id: &str) -> Option<(u32, u32, &'static str)> {
     let mut parts = id.split('-');
     let length = parts.next()?.parse().ok()?;
     let unit = ["words", "tokens"].into_iter().find(|unit| parts.clone().next() == Some(unit))?;
@@ -87,8 +89,8 @@ fn panel(area: &Area<'_>, corner: (i32, i32), map: &Map) -> Drawn {
     depths.dedup();
     lengths.sort_unstable();
     lengths.dedup();
-    let (left, top) = (corner.0 + MAP.0, corner.1 + MAP.1);
-    let (width, height) = (MAP.2 - MAP.0, MAP.3 - MAP.1);
+    let (left, top) = (corner.0 + MAP_BOX.0, corner.1 + MAP_BOX.1);
+    let (width, height) = (MAP_BOX.2 - MAP_BOX.0, MAP_BOX.3 - MAP_BOX.1);
     let x = |i: usize| left + width * i as i32 / lengths.len() as i32;
     let y = |i: usize| top + height * i as i32 / depths.len() as i32;
     let grey = RGBColor(90, 90, 90);

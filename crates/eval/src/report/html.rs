@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::agreement::Line;
-use super::heat_map::place;
+use super::heat_map::parse_id;
 use super::table::{Row, Table, distinct};
 use crate::statistics::{Decode, Difference, Interval, Verdict, of_setting, score};
 use crate::{Category, Error, Record, Result};
@@ -24,7 +24,7 @@ const METHOD: &str = "Score: the mean over categories of the mean over their tas
 struct Setting {
     setting: String,
     score: Interval,
-    difference: Option<Told>,
+    difference: Option<DifferenceCell>,
     ratio: Option<f64>,
     kv_bytes: Option<f64>,
     first_token_seconds: Option<f64>,
@@ -44,7 +44,7 @@ struct Scored {
 
 /// A difference as shown on the page.
 #[derive(Serialize)]
-struct Told {
+struct DifferenceCell {
     #[serde(flatten)]
     interval: Interval,
     samples: usize,
@@ -53,7 +53,7 @@ struct Told {
     verdict: Verdict,
 }
 
-impl Told {
+impl DifferenceCell {
     fn new(difference: Difference) -> Self {
         let verdict = difference.verdict(MARGIN);
         let Difference { interval, samples, better, worse } = difference;
@@ -92,7 +92,7 @@ pub(super) fn comparison(facts: &str, first: &[Record], second: &[Record]) -> Re
     for row in &table.rows {
         let Some(mut own) = setting(row, &table, second) else { continue };
         let (ours, theirs) = (of_setting(second, &row.setting), of_setting(first, &row.setting));
-        own.difference = Difference::of_pairs(&ours, &theirs).map(Told::new);
+        own.difference = Difference::between_runs(&ours, &theirs).map(DifferenceCell::new);
         rows.push(own);
     }
     let method = METHOD.replace(
@@ -151,7 +151,7 @@ fn setting(row: &Row, table: &Table, records: &[Record]) -> Option<Setting> {
     Some(Setting {
         setting: row.setting.clone(),
         score: score(&own)?,
-        difference: row.difference.map(Told::new),
+        difference: row.difference.map(DifferenceCell::new),
         ratio: row.ratio,
         kv_bytes: row.kv_bytes,
         first_token_seconds: row.first_token_seconds,
@@ -169,7 +169,7 @@ fn maps(setting: &str, records: &[Record]) -> Vec<Map> {
     let needles = own.iter().filter(|record| record.category == Category::Needle);
     for task in distinct(needles.map(|record| record.task.as_str())) {
         let cell = |record: &&Record| {
-            let (depth, length, unit) = place(&record.sample).filter(|_| record.task == task)?;
+            let (depth, length, unit) = parse_id(&record.sample).filter(|_| record.task == task)?;
             let value = record.score.partial.unwrap_or(record.score.value);
             Some((
                 (depth, format!("depth {:.0} %", f64::from(depth) / 10.0)),

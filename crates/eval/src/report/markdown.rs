@@ -5,7 +5,7 @@ use super::table::{Table, distinct};
 use crate::statistics::Difference;
 
 /// A table as text: a title, a header and rows.
-pub(super) struct Cells {
+pub(super) struct TextTable {
     pub title: String,
     pub note: String,
     pub head: Vec<String>,
@@ -25,7 +25,7 @@ pub(super) fn page(facts: &str, table: &Table, agreements: &[Line], pictures: &[
     out.trim_end().to_owned() + "\n"
 }
 
-fn section(cells: &Cells) -> String {
+fn section(cells: &TextTable) -> String {
     let mut out = format!("## {}\n\n{}\n\n", cells.title, cells.note);
     out += &line(&cells.head);
     let rule = |(i, _): (usize, &String)| if i == 0 { "---" } else { "---:" }.to_owned();
@@ -35,14 +35,14 @@ fn section(cells: &Cells) -> String {
 }
 
 /// Returns the tables: category scores with bytes and speed, task scores, costs, agreement.
-pub(super) fn tables(table: &Table, agreements: &[Line]) -> Vec<Cells> {
+pub(super) fn tables(table: &Table, agreements: &[Line]) -> Vec<TextTable> {
     let mut all = vec![categories(table), tasks(table), costs(table)];
     let texts = distinct(agreements.iter().map(|line| line.text.as_str()));
     all.extend(texts.iter().map(|text| agreement(text, agreements)));
     all
 }
 
-fn categories(table: &Table) -> Cells {
+fn categories(table: &Table) -> TextTable {
     let categories = table.categories();
     let first = table.rows.first().map(|row| row.setting.clone()).unwrap_or_default();
     let mut head = vec!["setting".to_owned()];
@@ -77,7 +77,7 @@ fn categories(table: &Table) -> Cells {
         cells.push(speed(row));
         cells
     };
-    Cells {
+    TextTable {
         title: "Score by category, bytes and speed".into(),
         note: format!(
             "Percent, the mean of a category's tasks. Better / worse: on how many samples the score is above and below that of {first}. \
@@ -90,7 +90,7 @@ fn categories(table: &Table) -> Cells {
     }
 }
 
-fn costs(table: &Table) -> Cells {
+fn costs(table: &Table) -> TextTable {
     let head = [
         "setting",
         "samples",
@@ -114,7 +114,7 @@ fn costs(table: &Table) -> Cells {
             number(row.peak_resident_bytes.map(|bytes| megabytes(bytes as f64)), 0),
         ]
     };
-    Cells {
+    TextTable {
         title: "Cost of a sample".into(),
         note: "Means over the samples; the peak is the largest of any, the whole process's with its weights.".into(),
         head: head.map(str::to_owned).into(),
@@ -122,7 +122,7 @@ fn costs(table: &Table) -> Cells {
     }
 }
 
-fn tasks(table: &Table) -> Cells {
+fn tasks(table: &Table) -> TextTable {
     let partly = |task: &String| {
         let own = table.rows.iter().flat_map(|row| &row.tasks);
         own.filter(|own| own.task == *task).any(|own| own.partial.is_some())
@@ -143,7 +143,7 @@ fn tasks(table: &Table) -> Cells {
         }
         cells
     };
-    Cells {
+    TextTable {
         title: "Score by task".into(),
         note: match table.tasks.iter().any(partly) {
             true => "Percent. In part: the share of the key that was found.".into(),
@@ -154,7 +154,7 @@ fn tasks(table: &Table) -> Cells {
     }
 }
 
-fn agreement(text: &str, lines: &[Line]) -> Cells {
+fn agreement(text: &str, lines: &[Line]) -> TextTable {
     let head = [
         "setting",
         "dense / held",
@@ -176,7 +176,7 @@ fn agreement(text: &str, lines: &[Line]) -> Cells {
             own.tokens.to_string(),
         ]
     };
-    Cells {
+    TextTable {
         title: "Beside the dense model, token by token".into(),
         note: format!(
             "Teacher forcing over {text}. Dense / held: at the end. Dense perplexity: the model's own with a dense f16 cache."

@@ -14,7 +14,7 @@ use crate::{Category, Result};
 const PANEL: (i32, i32) = (380, 310);
 const COLUMNS: usize = 3;
 /// The largest number of outlines in one chart.
-const MOST: usize = 4;
+const MAX_OUTLINES: usize = 4;
 const RADIUS: f64 = 88.0;
 
 /// An axis: a category, its name, and the best score of any setting in it.
@@ -48,7 +48,7 @@ pub(super) fn draw(table: &Table) -> Result<Option<String>> {
 }
 
 /// Returns the groups of settings that share a chart: those of a family with several settings, and
-/// up to [`MOST`] settings without a family.
+/// up to [`MAX_OUTLINES`] settings without a family.
 fn groups(table: &Table) -> Vec<Vec<&Row>> {
     // The first setting is in every chart, in grey.
     let rows = &table.rows[usize::from(table.rows.len() > 1)..];
@@ -61,7 +61,7 @@ fn groups(table: &Table) -> Vec<Vec<&Row>> {
             _ => groups.push(own),
         }
     }
-    groups.extend(alone.chunks(MOST).map(<[_]>::to_vec));
+    groups.extend(alone.chunks(MAX_OUTLINES).map(<[_]>::to_vec));
     groups
 }
 

@@ -14,11 +14,11 @@ const PANEL: (i32, i32) = (400, 360);
 const ALONE: (i32, i32) = (1100, 720);
 const COLUMNS: usize = 3;
 /// The largest number of families in a panel; slightly more share one panel.
-const MOST: usize = 6;
+const MAX_FAMILIES: usize = 6;
 /// Margins of the plot area within its panel: left, top, right, bottom.
 const MARGIN: (i32, i32, i32, i32) = (62, 34, 14, 52);
 /// Height of the title.
-const HEAD: i32 = 44;
+const TITLE_HEIGHT: i32 = 44;
 /// Line height of a name.
 const LINE: i32 = 14;
 /// The smallest divergence on the axis, in nats.
@@ -101,16 +101,17 @@ fn draw(dots: &[Dot], axis: &Axis) -> Result<Option<String>> {
         return Ok(None);
     }
     let families = distinct(dots.iter().map(|dot| family(&dot.name)));
-    let alone = families.len() <= 2 * MOST;
-    let (panel, most) = if alone { (ALONE, families.len()) } else { (PANEL, MOST) };
+    let alone = families.len() <= 2 * MAX_FAMILIES;
+    let (panel, most) = if alone { (ALONE, families.len()) } else { (PANEL, MAX_FAMILIES) };
     let groups: Vec<&[String]> = families.chunks(most).collect();
     let columns = COLUMNS.min(groups.len());
     let width = panel.0 * columns as i32;
-    let height = panel.1 * groups.len().div_ceil(columns) as i32 + HEAD;
+    let height = panel.1 * groups.len().div_ceil(columns) as i32 + TITLE_HEIGHT;
     let panels = |area: &Area<'_>| -> Drawn {
         text(area, &axis.title, (width / 2, 12), 18, (HPos::Center, VPos::Top), &BLACK)?;
         for (i, group) in groups.iter().enumerate() {
-            let (x, y) = (panel.0 * (i % columns) as i32, panel.1 * (i / columns) as i32 + HEAD);
+            let (x, y) =
+                (panel.0 * (i % columns) as i32, panel.1 * (i / columns) as i32 + TITLE_HEIGHT);
             let corners =
                 [x + MARGIN.0, y + MARGIN.1, x + panel.0 - MARGIN.2, y + panel.1 - MARGIN.3];
             Field { corners, axis, dots }.draw(area, group)?;
@@ -167,7 +168,7 @@ impl Field<'_> {
                 1 => first.name.clone(),
                 _ => format!("{} … {}", first.name, size(&last.name)),
             };
-            let place = self.place(&words, at(last), &taken);
+            let place = self.label_box(&words, at(last), &taken);
             taken.push(place);
             name_point(area, &words, at(last), place, &colour(i))?;
         }
@@ -201,7 +202,7 @@ impl Field<'_> {
     }
 
     /// Returns the nearest free box beside a point for a name.
-    fn place(&self, name: &str, at: (i32, i32), taken: &[[i32; 4]]) -> [i32; 4] {
+    fn label_box(&self, name: &str, at: (i32, i32), taken: &[[i32; 4]]) -> [i32; 4] {
         let (width, height) = (name.chars().count() as i32 * 7, LINE);
         let [left, top, right, bottom] = self.corners;
         let free = |b: &[i32; 4]| {

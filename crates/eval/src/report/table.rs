@@ -73,7 +73,7 @@ impl Table {
             let own: Vec<_> = records.iter().filter(|record| record.setting == *setting).collect();
             let difference = statistics::reference(&settings, setting)
                 .filter(|dense| dense != setting)
-                .and_then(|dense| Difference::of_pairs(&own, &of_setting(records, dense)));
+                .and_then(|dense| Difference::between_runs(&own, &of_setting(records, dense)));
             Row { difference, ..Row::new(setting, &tasks, &own, &reference) }
         };
         Self { rows: settings.iter().map(of).collect(), tasks }

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::subject::{Fault, Subject};
+use super::subject::{Subject, SubjectError};
 use crate::{Error, Result, Setting};
 
-type Open<'a> = Box<dyn Fn(&Setting) -> Result<Box<dyn Subject>, Fault> + 'a>;
+type Open<'a> = Box<dyn Fn(&Setting) -> Result<Box<dyn Subject>, SubjectError> + 'a>;
 
-type OpenShared<'a> = Box<dyn Fn(&[Setting]) -> Result<Box<dyn Subject>, Fault> + 'a>;
+type OpenShared<'a> = Box<dyn Fn(&[Setting]) -> Result<Box<dyn Subject>, SubjectError> + 'a>;
 
 /// How to open one subject for several settings.
 struct Shared<'a> {
@@ -29,21 +29,21 @@ impl<'a> Methods<'a> {
     pub fn register(
         &mut self,
         name: impl Into<String>,
-        open: impl Fn(&Setting) -> Result<Box<dyn Subject>, Fault> + 'a,
+        open: impl Fn(&Setting) -> Result<Box<dyn Subject>, SubjectError> + 'a,
     ) {
         self.open.insert(name.into(), Box::new(open));
     }
 
     /// Registers a function that opens one subject for several settings, which computes the prefill
-    /// of each prompt once. A run uses it for consecutive settings that `fits` accepts and that have
-    /// the same model, context and template.
+    /// of each prompt once. A run uses it for consecutive settings that `fits` accepts and that
+    /// have the same model, context and template.
     ///
     /// The subject must give the same answers as those of the single settings. It gets the setting
     /// of each sample as [`Question::setting`](super::Question::setting).
     pub fn share_prefill(
         &mut self,
         fits: impl Fn(&Setting) -> bool + 'a,
-        open: impl Fn(&[Setting]) -> Result<Box<dyn Subject>, Fault> + 'a,
+        open: impl Fn(&[Setting]) -> Result<Box<dyn Subject>, SubjectError> + 'a,
     ) {
         self.shared = Some(Shared { fits: Box::new(fits), open: Box::new(open) });
     }

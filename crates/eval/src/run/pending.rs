@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use super::folder::Results;
 use super::record::Record;
-use super::subject::{Answer, Fault, Question, Queue};
-use super::{Event, Plan, Summary, Unit};
-use crate::{Error, Result, memory};
+use super::subject::{Answer, Question, Queue, SubjectError};
+use super::{Event, Job, Plan, Summary};
+use crate::{Error, Result, peak_memory};
 
 /// A queue that writes results in the order of the samples: an answer waits for those of earlier
 /// samples.
@@ -15,7 +15,7 @@ pub(super) struct Pending<'q, 'e> {
     plan: &'q Plan<'q>,
     /// The number of the subject's first setting, and the samples.
     first: usize,
-    units: &'q [&'q Unit<'q>],
+    units: &'q [&'q Job<'q>],
     results: &'e mut Results,
     summary: &'e mut Summary,
     on_event: &'e mut dyn FnMut(Event<'_>),
@@ -35,7 +35,7 @@ pub(super) struct Pending<'q, 'e> {
 impl<'q, 'e> Pending<'q, 'e> {
     pub fn new(
         plan: &'q Plan<'q>,
-        (first, units): (usize, &'q [&'q Unit<'q>]),
+        (first, units): (usize, &'q [&'q Job<'q>]),
         results: &'e mut Results,
         summary: &'e mut Summary,
         on_event: &'e mut dyn FnMut(Event<'_>),
@@ -62,8 +62,8 @@ impl<'q, 'e> Pending<'q, 'e> {
         self.error.map_or(Ok(()), Err)
     }
 
-    /// Adds time within the model: shares of a batch's steps add up, concurrent requests to a server
-    /// overlap.
+    /// Adds time within the model: shares of a batch's steps add up, concurrent requests to a
+    /// server overlap.
     fn count(&mut self, answer: &Answer) {
         self.within = match answer.batch {
             Some(_) => self.within + answer.model,
@@ -93,14 +93,14 @@ impl<'q> Queue<'q> for Pending<'q, '_> {
         let number = self.taken.len();
         let unit = self.units.get(number).filter(|_| self.error.is_none())?;
         if self.running == 0 {
-            memory::restart_peak();
+            peak_memory::reset();
         }
         self.taken.push(Instant::now());
         self.running += 1;
         Some((number, unit.question(self.plan, self.first)))
     }
 
-    fn answered(&mut self, number: usize, answer: Result<Answer, Fault>) {
+    fn answered(&mut self, number: usize, answer: Result<Answer, SubjectError>) {
         if let Ok(answer) = &answer {
             self.count(answer);
         }

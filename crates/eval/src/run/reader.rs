@@ -3,13 +3,12 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use longctx_core::{Batch, CausalLm, Logits, PromptCompressor, Rate, SeqId, prefill};
+use longctx_core::{Batch, CausalLm, Greedy, Logits, PromptCompressor, Rate, SeqId, prefill};
 
-use super::greedy::Greedy;
 use super::running::Running;
-use super::shorten::{Compressor, Short, shorten};
-use super::subject::{Answer, Fault, Passage, Question, Queue, Subject};
-use crate::Forced;
+use super::shorten::{Compressor, ShortenedTurn, shorten};
+use super::subject::{Answer, Passage, Question, Queue, Subject, SubjectError};
+use crate::TeacherForced;
 
 /// The sequence of a text that is read with teacher forcing.
 const SEQ: SeqId = 0;
@@ -20,13 +19,13 @@ pub trait Text {
     ///
     /// # Errors
     /// Errors of the tokenizer.
-    fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, Fault>;
+    fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, SubjectError>;
 
     /// Decodes tokens, without special tokens.
     ///
     /// # Errors
     /// Errors of the tokenizer.
-    fn decode(&self, tokens: &[u32]) -> Result<String, Fault>;
+    fn decode(&self, tokens: &[u32]) -> Result<String, SubjectError>;
 
     /// Formats a conversation with the model's chat template, up to the start of the model's
     /// answer; `None` if there is no template. Turns of the user and of the model alternate,
@@ -34,7 +33,7 @@ pub trait Text {
     ///
     /// # Errors
     /// Errors of the template.
-    fn chat(&self, conversation: &[String]) -> Result<Option<String>, Fault>;
+    fn chat(&self, conversation: &[String]) -> Result<Option<String>, SubjectError>;
 
     /// Tokens that end an answer.
     fn stop(&self) -> &[u32];
@@ -92,9 +91,9 @@ impl Reader {
 
     /// Answers for several settings with one prefill of each prompt.
     ///
-    /// The model must hold the sequences of all settings: those of setting `s` have ids that are `s`
-    /// modulo `settings + 1`. A sequence with remainder `settings` is a prompt for all of them, which
-    /// is forked into sequences of each.
+    /// The model must hold the sequences of all settings: those of setting `s` have ids that are
+    /// `s` modulo `settings + 1`. A sequence with remainder `settings` is a prompt for all of them,
+    /// which is forked into sequences of each.
     #[must_use]
     pub fn with_shared_prefill(mut self, settings: usize) -> Self {
         self.settings = settings.max(1);
@@ -128,7 +127,7 @@ impl Reader {
         turn: &str,
         context: Option<&Range<usize>>,
         question: Option<&str>,
-    ) -> Result<Short, Fault> {
+    ) -> Result<ShortenedTurn, SubjectError> {
         shorten(turn, context, question, (&*self.text, self.context), self.compressor.as_mut())
     }
 
@@ -145,7 +144,7 @@ impl Reader {
     }
 
     /// Prefills a sample's turn and returns the first token of the answer.
-    fn prefill(&mut self, sample: &mut Running<'_>, turn: &str) -> Result<u32, Fault> {
+    fn prefill(&mut self, sample: &mut Running<'_>, turn: &str) -> Result<u32, SubjectError> {
         let started = Instant::now();
         let asked = sample.question.sample;
         let context = asked.context.as_ref().filter(|_| sample.is_first_turn());
@@ -163,7 +162,7 @@ impl Reader {
 
     /// Prefills a sample's next turn, and further turns while their answers end with their first
     /// token. Returns whether the sample needs further steps.
-    fn begin_turns(&mut self, sample: &mut Running<'_>) -> Result<bool, Fault> {
+    fn begin_turns(&mut self, sample: &mut Running<'_>) -> Result<bool, SubjectError> {
         while let Some(turn) = sample.turn() {
             let token = self.prefill(sample, turn)?;
             if sample.take(token, &*self.text)? {
@@ -179,7 +178,7 @@ impl Reader {
         &mut self,
         sample: &mut Running<'a>,
         kept: &mut Option<Prompt<'a>>,
-    ) -> Result<bool, Fault> {
+    ) -> Result<bool, SubjectError> {
         if self.settings > 1 {
             let is_its_prompt = |prompt: &Prompt<'a>| {
                 std::ptr::eq(prompt.state.question.sample, sample.question.sample)
@@ -221,7 +220,7 @@ impl Reader {
 
     /// Runs one decode step and returns each sample's next token. If the step fails, each sample is
     /// fed separately, so that an error affects its own sample only.
-    fn step(&mut self, samples: &mut [Running<'_>]) -> Vec<Result<u32, Fault>> {
+    fn step(&mut self, samples: &mut [Running<'_>]) -> Vec<Result<u32, SubjectError>> {
         let started = Instant::now();
         let (seqs, ids): (Vec<_>, Vec<_>) = samples.iter().map(|s| (s.seq, s.last())).unzip();
         let tokens = Batch::decode(&seqs)
@@ -244,8 +243,8 @@ impl Reader {
     fn go_on(
         &mut self,
         sample: &mut Running<'_>,
-        token: Result<u32, Fault>,
-    ) -> Result<bool, Fault> {
+        token: Result<u32, SubjectError>,
+    ) -> Result<bool, SubjectError> {
         if sample.take(token?, &*self.text)? {
             return Ok(true);
         }
@@ -257,7 +256,7 @@ impl Reader {
     fn keep<'a>(
         &mut self,
         sample: Running<'a>,
-        goes_on: Result<bool, Fault>,
+        goes_on: Result<bool, SubjectError>,
         running: &mut Vec<Running<'a>>,
         queue: &mut dyn Queue<'a>,
     ) {
@@ -285,7 +284,7 @@ impl Reader {
 }
 
 impl Subject for Reader {
-    fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault> {
+    fn answer(&mut self, question: &Question<'_>) -> Result<Answer, SubjectError> {
         let mut alone = Alone { question: Some(*question), answer: None };
         self.answer_all(&mut alone);
         alone.answer.unwrap_or_else(|| Err("the sample was not answered".into()))
@@ -316,16 +315,20 @@ impl Subject for Reader {
         }
     }
 
-    fn teacher_forced(&mut self, passages: &[Passage<'_>]) -> Result<Vec<Forced>, Fault> {
+    fn teacher_forced(
+        &mut self,
+        passages: &[Passage<'_>],
+    ) -> Result<Vec<TeacherForced>, SubjectError> {
         self.model.clear();
         let mut all = Vec::new();
         for (seq, passage) in passages.iter().enumerate() {
-            let Short { text: prompt, saved, .. } = self.shorten(passage.prompt, None, None)?;
+            let ShortenedTurn { text: prompt, saved, .. } =
+                self.shorten(passage.prompt, None, None)?;
             let prompt = self.text.encode(&prompt, true)?;
             let tokens = self.text.encode(passage.text, false)?;
             let first = prefill(&mut *self.model, seq as SeqId, &prompt, self.prefill_chunk)?;
             let logits = vec![first.flatten_all()?.to_vec1()?];
-            all.push((saved, Forced { tokens, logits, kv_bytes: None, dense_bytes: None }));
+            all.push((saved, TeacherForced { tokens, logits, kv_bytes: None, dense_bytes: None }));
         }
         // Token `i` of each text that has a token after it.
         for i in 0.. {
@@ -345,7 +348,7 @@ impl Subject for Reader {
         let all = all.into_iter().enumerate().map(|(seq, (saved, one))| {
             let seq = seq as SeqId;
             let (kv_bytes, dense_bytes) = (Some(self.kv_bytes(seq)), self.dense_bytes(seq, saved));
-            Forced { kv_bytes, dense_bytes, ..one }
+            TeacherForced { kv_bytes, dense_bytes, ..one }
         });
         Ok(all.collect())
     }
@@ -361,7 +364,7 @@ struct Prompt<'a> {
 /// A queue of one sample.
 struct Alone<'a> {
     question: Option<Question<'a>>,
-    answer: Option<Result<Answer, Fault>>,
+    answer: Option<Result<Answer, SubjectError>>,
 }
 
 impl<'a> Queue<'a> for Alone<'a> {
@@ -369,7 +372,7 @@ impl<'a> Queue<'a> for Alone<'a> {
         Some((0, self.question.take()?))
     }
 
-    fn answered(&mut self, _: usize, answer: Result<Answer, Fault>) {
+    fn answered(&mut self, _: usize, answer: Result<Answer, SubjectError>) {
         self.answer = Some(answer);
     }
 }

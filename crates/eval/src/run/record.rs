@@ -1,6 +1,6 @@
 //! One line of a run's results.
 
-use crate::measure::ratio;
+use crate::agreement::ratio;
 use crate::{Category, Error, Result, Score};
 
 /// A subject's answer to one sample: one JSON line.

@@ -6,8 +6,8 @@ use std::time::Duration;
 use longctx_core::SeqId;
 
 use super::reader::Text;
-use super::shorten::Short;
-use super::subject::{Answer, Fault, Question};
+use super::shorten::ShortenedTurn;
+use super::subject::{Answer, Question, SubjectError};
 
 /// A sample that is being answered in its own sequence.
 #[derive(Clone)]
@@ -67,7 +67,11 @@ impl<'a> Running<'a> {
 
     /// Returns the tokens to feed for a turn, and whether they continue the sequence; otherwise it
     /// starts again.
-    pub fn prompt(&mut self, turn: Short, text: &dyn Text) -> Result<(Vec<u32>, bool), Fault> {
+    pub fn prompt(
+        &mut self,
+        turn: ShortenedTurn,
+        text: &dyn Text,
+    ) -> Result<(Vec<u32>, bool), SubjectError> {
         let sample = self.question.sample;
         self.saved += turn.saved;
         self.answer.model += turn.spent;
@@ -109,7 +113,7 @@ impl<'a> Running<'a> {
     }
 
     /// Appends a token to the turn's answer and returns whether the answer continues.
-    pub fn take(&mut self, token: u32, text: &dyn Text) -> Result<bool, Fault> {
+    pub fn take(&mut self, token: u32, text: &dyn Text) -> Result<bool, SubjectError> {
         if self.written.len() >= self.question.max_new_tokens || text.stop().contains(&token) {
             return Ok(false);
         }
@@ -133,7 +137,7 @@ impl<'a> Running<'a> {
     }
 
     /// Ends the turn's answer.
-    pub fn end_turn(&mut self, text: &dyn Text) -> Result<(), Fault> {
+    pub fn end_turn(&mut self, text: &dyn Text) -> Result<(), SubjectError> {
         let written = mem::take(&mut self.written);
         self.answer.new_tokens += written.len();
         let answer = text.decode(&written)?;

@@ -12,7 +12,7 @@ use ureq::Agent;
 
 use super::reader::Text;
 use super::shorten::{Compressor, shorten};
-use super::subject::{Answer, Fault, Question, Queue, Subject};
+use super::subject::{Answer, Question, Queue, Subject, SubjectError};
 use crate::setting::{Api, ServerSetting, Setting};
 use crate::{Error, Result};
 
@@ -20,7 +20,7 @@ use crate::{Error, Result};
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// The largest size of a line of a stream, or of an answer that is not streamed, in bytes.
-const MOST_BYTES: u64 = 64 << 20;
+const MAX_BYTES: u64 = 64 << 20;
 
 /// A server as a subject: greedy, streamed, with several concurrent requests.
 ///
@@ -36,7 +36,7 @@ pub struct Server {
     text: Option<(Box<dyn Text + Send + Sync>, usize)>,
     compressor: Option<Compressor>,
     /// Whether all attempts at the last sample failed.
-    down: AtomicBool,
+    is_down: AtomicBool,
 }
 
 impl Server {
@@ -68,8 +68,8 @@ impl Server {
             .build()
             .into();
         let model = setting.model.clone();
-        let down = AtomicBool::new(false);
-        Ok(Self { agent, model, setting: server, key, text: None, compressor: None, down })
+        let is_down = AtomicBool::new(false);
+        Ok(Self { agent, model, setting: server, key, text: None, compressor: None, is_down })
     }
 
     /// Truncates turns in the middle to `context` tokens of this tokenizer, counts tokens with it,
@@ -97,7 +97,7 @@ impl Server {
     }
 
     /// Sends samples to the server concurrently.
-    fn answer_each(&mut self, questions: &[Question<'_>]) -> Vec<Result<Answer, Fault>> {
+    fn answer_each(&mut self, questions: &[Question<'_>]) -> Vec<Result<Answer, SubjectError>> {
         let jobs: Vec<_> = questions.iter().map(|question| self.job(*question)).collect();
         let client = Client {
             agent: &self.agent,
@@ -105,12 +105,14 @@ impl Server {
             setting: &self.setting,
             key: self.key.as_deref(),
             text: self.text.as_ref().map(|(text, _)| &**text),
-            down: &self.down,
+            is_down: &self.is_down,
         };
         let client = &client;
         thread::scope(|scope| {
             let ask = |job| {
-                scope.spawn(move || Result::<_, Fault>::and_then(job, |job| client.answer(&job)))
+                scope.spawn(move || {
+                    Result::<_, SubjectError>::and_then(job, |job| client.answer(&job))
+                })
             };
             let running: Vec<_> = jobs.into_iter().map(ask).collect();
             let panicked = |_| Err("the request's thread panicked".into());
@@ -119,9 +121,9 @@ impl Server {
     }
 
     /// Truncates and compresses the turns.
-    fn job<'a>(&mut self, question: Question<'a>) -> Result<Job<'a>, Fault> {
+    fn job<'a>(&mut self, question: Question<'a>) -> Result<Requests<'a>, SubjectError> {
         let sample = question.sample;
-        let mut job = Job { question, turns: Vec::new(), spent: Duration::ZERO, saved: 0 };
+        let mut job = Requests { question, turns: Vec::new(), spent: Duration::ZERO, saved: 0 };
         for (i, turn) in sample.turns.iter().enumerate() {
             let Some((text, limit)) = &self.text else {
                 job.turns.push(turn.clone());
@@ -140,7 +142,7 @@ impl Server {
 }
 
 /// The requests of one sample.
-struct Job<'a> {
+struct Requests<'a> {
     question: Question<'a>,
     turns: Vec<String>,
     /// Time within the compressor.
@@ -150,7 +152,7 @@ struct Job<'a> {
 }
 
 impl Subject for Server {
-    fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault> {
+    fn answer(&mut self, question: &Question<'_>) -> Result<Answer, SubjectError> {
         self.answer_each(std::slice::from_ref(question)).remove(0)
     }
 
@@ -176,12 +178,12 @@ struct Client<'a> {
     setting: &'a ServerSetting,
     key: Option<&'a str>,
     text: Option<&'a (dyn Text + Send + Sync)>,
-    down: &'a AtomicBool,
+    is_down: &'a AtomicBool,
 }
 
 /// The answer of one turn.
 #[derive(Default)]
-struct Written {
+struct Completion {
     text: String,
     first: Option<Duration>,
     all: Duration,
@@ -195,18 +197,18 @@ struct Written {
 struct Failure {
     message: String,
     /// Whether another attempt may succeed, and the wait that the server requests.
-    again: bool,
+    retryable: bool,
     wait: Option<Duration>,
 }
 
 impl Failure {
     fn passing(message: impl ToString) -> Self {
-        Self { message: message.to_string(), again: true, wait: None }
+        Self { message: message.to_string(), retryable: true, wait: None }
     }
 }
 
 impl Client<'_> {
-    fn answer(&self, job: &Job<'_>) -> Result<Answer, Fault> {
+    fn answer(&self, job: &Requests<'_>) -> Result<Answer, SubjectError> {
         let sample = job.question.sample;
         let mut done = Answer { model: job.spent, ..Answer::default() };
         let mut conversation: Vec<String> = Vec::new();
@@ -254,7 +256,7 @@ impl Client<'_> {
         conversation: &[String],
         prefix: &str,
         question: &Question<'_>,
-    ) -> Result<Value, Fault> {
+    ) -> Result<Value, SubjectError> {
         let mut body = json!({
             "model": self.model,
             "max_tokens": question.max_new_tokens,
@@ -297,23 +299,23 @@ impl Client<'_> {
     }
 
     /// Repeats the request until there is an answer, at most as often as the setting allows.
-    fn attempts(&self, body: &Value, stops_at_newline: bool) -> Result<Written, Fault> {
-        let tries = if self.down.load(Ordering::Relaxed) { 1 } else { self.setting.tries };
+    fn attempts(&self, body: &Value, stops_at_newline: bool) -> Result<Completion, SubjectError> {
+        let tries = if self.is_down.load(Ordering::Relaxed) { 1 } else { self.setting.tries };
         let mut wait = FIRST_WAIT;
         let mut attempt = 1;
         loop {
             let failure = match self.ask(body, stops_at_newline) {
                 Ok(written) => {
-                    self.down.store(false, Ordering::Relaxed);
+                    self.is_down.store(false, Ordering::Relaxed);
                     return Ok(written);
                 }
                 Err(failure) => failure,
             };
-            if !failure.again {
+            if !failure.retryable {
                 return Err(failure.message.into());
             }
             if attempt >= tries {
-                self.down.store(true, Ordering::Relaxed);
+                self.is_down.store(true, Ordering::Relaxed);
                 return Err(format!("{} (attempt {attempt} of {tries})", failure.message).into());
             }
             // A random factor keeps requests that failed together from being repeated together.
@@ -324,7 +326,7 @@ impl Client<'_> {
         }
     }
 
-    fn ask(&self, body: &Value, stops_at_newline: bool) -> Result<Written, Failure> {
+    fn ask(&self, body: &Value, stops_at_newline: bool) -> Result<Completion, Failure> {
         let path = match self.setting.api {
             Api::Completions => "completions",
             Api::Chat => "chat/completions",
@@ -346,11 +348,11 @@ impl Client<'_> {
             let text = response.body_mut().read_to_string().unwrap_or_default();
             return Err(Failure {
                 message: format!("{url}: status {status}: {}", start(&text)),
-                again: matches!(status, 408 | 409 | 425 | 429 | 500..),
+                retryable: matches!(status, 408 | 409 | 425 | 429 | 500..),
                 wait: seconds.map(Duration::from_secs),
             });
         }
-        let reader = response.body_mut().with_config().limit(MOST_BYTES).reader();
+        let reader = response.body_mut().with_config().limit(MAX_BYTES).reader();
         read(BufReader::new(reader), self.setting.api, started, stops_at_newline)
             .map_err(|message| Failure::passing(format!("{url}: {message}")))
     }
@@ -367,8 +369,8 @@ fn read(
     api: Api,
     started: Instant,
     stops_at_newline: bool,
-) -> Result<Written, String> {
-    let mut written = Written::default();
+) -> Result<Completion, String> {
+    let mut written = Completion::default();
     let mut finished = false;
     let mut line = String::new();
     loop {

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 use longctx_core::{Prompt, PromptCompressor, Rate};
 
 use super::reader::Text;
-use super::subject::Fault;
+use super::subject::SubjectError;
 use crate::truncate_middle;
 
 /// A prompt compressor and its rate.
 pub(super) type Compressor = (Box<dyn PromptCompressor>, Rate);
 
 /// A shortened turn.
-pub(super) struct Short {
+pub(super) struct ShortenedTurn {
     pub text: String,
     /// Tokens removed by compression.
     pub saved: usize,
@@ -28,13 +28,13 @@ pub(super) fn shorten(
     question: Option<&str>,
     (text, limit): (&dyn Text, usize),
     compressor: Option<&mut Compressor>,
-) -> Result<Short, Fault> {
+) -> Result<ShortenedTurn, SubjectError> {
     let encode = |x: &str| text.encode(x, false);
     let cut = truncate_middle(turn, limit, encode, |tokens| text.decode(tokens))?;
-    let whole = |text| Short { text, saved: 0, spent: Duration::ZERO };
+    let whole = |text| ShortenedTurn { text, saved: 0, spent: Duration::ZERO };
     let Some((compressor, rate)) = compressor else { return Ok(whole(cut)) };
     let (before, inner, after) = context
-        .and_then(|place| inside(&cut, turn.get(..place.start)?, turn.get(place.end..)?))
+        .and_then(|place| split_context(&cut, turn.get(..place.start)?, turn.get(place.end..)?))
         .unwrap_or(("", &cut, ""));
     if inner.trim().is_empty() {
         return Ok(whole(cut));
@@ -45,12 +45,16 @@ pub(super) fn shorten(
     let spent = started.elapsed();
     let short = [before, &short, after].concat();
     let saved = encode(&cut)?.len().saturating_sub(encode(&short)?.len());
-    Ok(Short { text: short, saved, spent })
+    Ok(ShortenedTurn { text: short, saved, spent })
 }
 
 /// Splits `text` into the part before the context, the context, and the part after it; `None` if
 /// the truncation reached into the parts around the context.
-fn inside<'a>(text: &'a str, before: &str, after: &str) -> Option<(&'a str, &'a str, &'a str)> {
+fn split_context<'a>(
+    text: &'a str,
+    before: &str,
+    after: &str,
+) -> Option<(&'a str, &'a str, &'a str)> {
     let inner = text.strip_prefix(before)?.strip_suffix(after)?;
     let start = before.len();
     Some((&text[..start], inner, &text[start + inner.len()..]))

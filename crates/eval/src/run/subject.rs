@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use crate::{Forced, Sample};
+use crate::{Sample, TeacherForced};
 
 /// Any error of a subject.
-pub type Fault = Box<dyn std::error::Error + Send + Sync>;
+pub type SubjectError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A sample with its limits.
 #[derive(Debug, Clone, Copy)]
@@ -57,7 +57,7 @@ pub trait Queue<'a> {
     fn next(&mut self) -> Option<(usize, Question<'a>)>;
 
     /// Reports the answer to the sample with this number. Answers may come in any order.
-    fn answered(&mut self, number: usize, answer: Result<Answer, Fault>);
+    fn answered(&mut self, number: usize, answer: Result<Answer, SubjectError>);
 }
 
 /// A part of a text for teacher forcing.
@@ -75,7 +75,7 @@ pub trait Subject {
     ///
     /// # Errors
     /// Errors of the model. The run continues with the next sample unless it is strict.
-    fn answer(&mut self, question: &Question<'_>) -> Result<Answer, Fault>;
+    fn answer(&mut self, question: &Question<'_>) -> Result<Answer, SubjectError>;
 
     /// Answers all samples of a queue, each like [`answer`](Self::answer). A subject that batches
     /// takes the next sample when a place in the batch is free.
@@ -91,7 +91,10 @@ pub trait Subject {
     /// # Errors
     /// Errors of the model. The default implementation returns an error, for subjects without
     /// logits.
-    fn teacher_forced(&mut self, passages: &[Passage<'_>]) -> Result<Vec<Forced>, Fault> {
+    fn teacher_forced(
+        &mut self,
+        passages: &[Passage<'_>],
+    ) -> Result<Vec<TeacherForced>, SubjectError> {
         let _ = passages;
         Err("this subject does not return logits".into())
     }

@@ -20,7 +20,7 @@ pub use table::TableEdit;
 use crate::{Error, Result, Sample, Samples, Task};
 
 /// The largest number of items of a sample, and of samples of a task.
-const MOST: usize = 100_000;
+const MAX: usize = 100_000;
 
 /// The size of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,8 +85,8 @@ fn pick<'a>(rng: &mut ChaCha8Rng, from: &[&'a str]) -> &'a str {
 /// Generates `size.samples` samples of a task, each with its own random generator.
 fn make(size: Size, sample: impl Fn(&mut ChaCha8Rng) -> Parts) -> Result<Samples> {
     for (name, value, least) in [("items", size.items, 1), ("samples", size.samples, 0)] {
-        if !(least..=MOST).contains(&value) {
-            return Err(Error::setting(name, format!("{least} to {MOST}"), value));
+        if !(least..=MAX).contains(&value) {
+            return Err(Error::setting(name, format!("{least} to {MAX}"), value));
         }
     }
     let one = |i: usize| {
@@ -118,7 +118,7 @@ struct Parts {
 
 /// Returns a number of tokens for twice the length of `text`: no tokenizer uses more than one token
 /// per character.
-fn room_for(text: &str) -> usize {
+fn max_tokens_for(text: &str) -> usize {
     text.len() + 16
 }
 

@@ -126,7 +126,7 @@ impl Task for LongBench {
 }
 
 impl LongBench {
-    fn sample(&self, record: Record, line: usize) -> Result<Sample, record::Fault> {
+    fn sample(&self, record: Record, line: usize) -> Result<Sample, record::SubjectError> {
         record.check(self.spec.metric)?;
         let group = if self.by_length { Some(bucket(record.length()?).to_owned()) } else { None };
         let (prompt, context) = render(self.spec.prompt, &record.context, &record.input);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::one_prediction;
-use crate::haystack::MOST_WORDS;
+use crate::haystack::MAX_WORDS;
 use crate::needle::{self, MAX_NEW_TOKENS, MultiNeedle, Needle, PAPER_WORDS, spaced};
 use crate::{Category, Error, Haystack, Result, Sample, Samples, Score, Task};
 
@@ -15,6 +15,7 @@ pub type CountTokens = Arc<dyn Fn(&str) -> Result<usize> + Send + Sync>;
 
 /// The unit of a grid's lengths.
 #[derive(Clone)]
+#[non_exhaustive]
 pub enum Length {
     /// Words of background, as in the paper.
     Words,
@@ -134,8 +135,8 @@ impl Task for NeedleGrid {
                 format!("{sizes:?}"),
             ));
         }
-        if let Some(&length) = self.lengths.iter().find(|&&length| length > MOST_WORDS) {
-            let expected = format!("at most {MOST_WORDS} {}", self.unit.name());
+        if let Some(&length) = self.lengths.iter().find(|&&length| length > MAX_WORDS) {
+            let expected = format!("at most {MAX_WORDS} {}", self.unit.name());
             return Err(Error::setting("length", expected, length));
         }
         let mut samples = Vec::new();

@@ -169,7 +169,7 @@ impl Kind {
     }
 
     fn prompts(self, source: &Source, length: usize) -> Result<Vec<Prompt>> {
-        let room = fit::Room {
+        let room = fit::LengthLimit {
             count: source.count.as_ref(),
             tokens: length.saturating_sub(source.reserved),
             new_tokens: self.new_tokens(),

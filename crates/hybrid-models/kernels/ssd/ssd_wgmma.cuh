@@ -6,8 +6,8 @@
 //
 // The state stays in the f32 registers of one warp group, 16 channels per warp. Rounded to 16 bits,
 // it is a register operand there, so it needs no copy in shared memory, and B, C and W are read
-// once. The blocks of a cluster share their group's tiles (ssd_group_tiles.cuh). The first warp group
-// multiplies. The second computes the weights of the next chunk. The warps of the third copy
+// once. The blocks of a cluster share their group's tiles (ssd_group_tiles.cuh). The first warp
+// group multiplies. The second computes the weights of the next chunk. The warps of the third copy
 // group tiles, compute the time steps, and copy x and y. There is one barrier per chunk.
 #pragma once
 #include "ssd_group_tiles.cuh"

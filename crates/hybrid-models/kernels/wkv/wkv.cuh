@@ -12,9 +12,9 @@
 // A level L needs one product, of the eight tokens with the bit and the eight without.
 //
 // A block processes a head's values, or half of them, through all tokens. Some of its warps, the
-// producers, prepare chunks in turn. The others, the consumers, process all chunks in order, each with 16
-// columns of S (values) in f32 registers. Inputs of products are rounded to 16 bits, including S
-// for the outputs.
+// producers, prepare chunks in turn. The others, the consumers, process all chunks in order, each
+// with 16 columns of S (values) in f32 registers. Inputs of products are rounded to 16 bits,
+// including S for the outputs.
 #pragma once
 #include <cstddef>
 #include <type_traits>

@@ -17,10 +17,10 @@
 // and 2^7, and all rows fit f16, also for bf16 inputs.
 //
 // A block processes VALUES of a head's values through all tokens. Producers, warps with every
-// PRODUCERS-th chunk each, compute the rows, their products and the inverse. Consumers compute the last
-// three lines of all chunks in order, each with 16 columns of S in f32 registers. A block waits for
-// its consumers (40 products per chunk, in sequence), so more producers than they need would only take
-// their issue slots.
+// PRODUCERS-th chunk each, compute the rows, their products and the inverse. Consumers compute the
+// last three lines of all chunks in order, each with 16 columns of S in f32 registers. A block
+// waits for its consumers (40 products per chunk, in sequence), so more producers than they need
+// would only take their issue slots.
 #pragma once
 #include "wkv7_producer.cuh"
 #include "wkv7_consumer.cuh"

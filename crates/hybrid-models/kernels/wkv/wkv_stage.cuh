@@ -8,8 +8,8 @@ namespace hybrid {
 
 constexpr int HEAD = 64, WKV_CHUNK = 16, WKV_THREADS = 256;
 
-// The roles of a block's warps: consumers first, then producers. Consumers take the chunks of two adjacent
-// producers at a time.
+// The roles of a block's warps: consumers first, then producers. Consumers take the chunks of two
+// adjacent producers at a time.
 struct WkvRoles {
     const int consumers, producers, producer;  // producer: this warp's index, negative for consumers
     __device__ WkvRoles() : consumers(HEAD / 16 >> gridDim.x / 2), producers(blockDim.x / 32 - consumers), producer((int)threadIdx.x / 32 - consumers) {}

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{CudaDevice, DType, Tensor};
 use longctx_core::{Error, Result};
 use longctx_cuda::cudarc::driver::{CudaStream, DeviceRepr};
-use longctx_cuda::{Image, compute_capability, most_shared_bytes, multiprocessors};
+use longctx_cuda::{Image, compute_capability, max_shared_bytes, multiprocessors};
 
 pub use longctx_core::cuda::address;
 
@@ -51,7 +51,7 @@ impl Kernels {
             let place = format!("a CUDA device of compute capability {major}.{minor}");
             return Err(Error::Unsupported(format!("{place}: {reason}")));
         }
-        let max_shared = most_shared_bytes(context)?;
+        let max_shared = max_shared_bytes(context)?;
         let processors = multiprocessors(context)?;
         Ok(Self { stream, max_shared, processors, hopper: capability == (9, 0) })
     }

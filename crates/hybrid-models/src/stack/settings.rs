@@ -56,6 +56,7 @@ impl Config {
 /// A residual layer: a mixer or a feed-forward layer.
 #[derive(Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Block {
     Attention,
     Mamba,
@@ -91,6 +92,7 @@ impl Block {
 
 #[derive(Deserialize, Default, Clone, Copy)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum NormKind {
     #[default]
     Rms,

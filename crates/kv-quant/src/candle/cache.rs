@@ -12,6 +12,7 @@ use longctx_core::{
 
 /// When a call's tokens are quantized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
 pub enum Order {
     /// After their attention in full precision: a whole prompt has exact attention. As in KIVI.
     #[default]

@@ -4,7 +4,7 @@ use super::args::{AttendArgs, FillArgs, KeepRow, UnpackArgs};
 use super::layout::{Family, Layout};
 use longctx_core::Result;
 use longctx_cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
-use longctx_cuda::{Image, Kernel, most_shared_bytes, multiprocessors};
+use longctx_cuda::{Image, Kernel, max_shared_bytes, multiprocessors};
 use std::sync::Arc;
 
 static ATTEND_2: Image = longctx_cuda::image!("attend2");
@@ -100,7 +100,7 @@ impl Attend {
         let ring = n * 16 * head_dim + warps * stages * (layout.header() + layout.tile());
         let outs = warps * 8 * n * (head_dim + 4) * 4;
         let shared = ring.max(outs) as u32;
-        if most_shared_bytes(context)? < shared + 4096 {
+        if max_shared_bytes(context)? < shared + 4096 {
             return Ok(None);
         }
         let name = match layout.family {
@@ -151,7 +151,7 @@ impl Kernels {
             return Ok(None);
         }
         let (_, quantize_threads, quantize_shared) = layout.quantize();
-        if most_shared_bytes(context)? < quantize_shared as u32 {
+        if max_shared_bytes(context)? < quantize_shared as u32 {
             return Ok(None);
         }
         let of = |name: &str| format!("{name}_{}", layout.suffix());

@@ -1,8 +1,8 @@
 //! The AVX-512 kernel: a line is one register.
 //!
-//! Codes of up to 4 bits are dequantized by one permutation of a table of 16 levels. One multiply-add
-//! per step applies the step's scale and zero point to the table, which takes fewer instructions than
-//! applying them to the lines of the step.
+//! Codes of up to 4 bits are dequantized by one permutation of a table of 16 levels. One
+//! multiply-add per step applies the step's scale and zero point to the table, which takes fewer
+//! instructions than applying them to the lines of the step.
 
 use super::{Kernels, Panel, Params, Rows, prefetch};
 use crate::Float8;

@@ -7,6 +7,7 @@ use half::f16;
 
 /// Bytes held by a [`Pool`] or by one of its sequences.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PoolBytes {
     /// Packed codes, including holes.
     pub codes: usize,

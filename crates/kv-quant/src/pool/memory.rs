@@ -9,8 +9,8 @@ use half::f16;
 /// Tokens per page in full precision. It divides the number of tokens of every block.
 pub const PAGE: usize = 16;
 
-/// The layout of a block: `[codes][scales, zero points, factors]` of the keys, then of the values, each
-/// part aligned to a line.
+/// The layout of a block: `[codes][scales, zero points, factors]` of the keys, then of the values,
+/// each part aligned to a line.
 #[derive(Debug, Clone, Copy)]
 pub struct BlockLayout {
     pub keys: Layout,

@@ -6,6 +6,7 @@ use longctx_core::{Compressed, Prompt, PromptCompressor, Rate, Result};
 
 /// How sentences are ranked. Without a question, each sentence is compared with the whole text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Ranking {
     /// Okapi BM25.
     Bm25,

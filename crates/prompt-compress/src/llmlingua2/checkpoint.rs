@@ -14,6 +14,7 @@ use serde::de::IgnoredAny;
 /// The encoder families of LLMLingua-2 checkpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Family {
     /// XLM-RoBERTa: SentencePiece tokens; words begin with `▁`.
     XlmRoberta,

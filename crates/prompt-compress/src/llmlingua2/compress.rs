@@ -15,6 +15,7 @@ use regex::Regex;
 
 /// How many contexts are kept and compressed.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum ContextTarget {
     /// A number such that about half of the reduction comes from dropped contexts, and the rest
     /// from dropped words.
@@ -66,6 +67,7 @@ impl Request {
 
 /// A word of the prompt, and whether it was kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Label {
     /// The word.
     pub word: String,
@@ -77,6 +79,7 @@ pub struct Label {
 
 /// Compressed contexts.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct Compression {
     /// The kept contexts, each with its index.
     pub contexts: Vec<(usize, Compressed)>,

@@ -48,7 +48,7 @@ impl Vocabulary {
     }
 
     pub fn encode(&self, text: &str) -> Result<Encoding> {
-        self.tokenizer.encode(text, false).map_err(failed)
+        self.tokenizer.encode(text, false).map_err(Error::tokenizer)
     }
 
     /// Returns the token's text in the vocabulary; the unknown token for an unknown id.
@@ -64,7 +64,7 @@ impl Vocabulary {
     /// Returns the text that each of `tokens` adds to their joint decoding.
     pub fn decode(&self, tokens: Vec<String>) -> Result<Vec<String>> {
         match self.tokenizer.get_decoder() {
-            Some(decoder) => decoder.decode_chain(tokens).map_err(failed),
+            Some(decoder) => decoder.decode_chain(tokens).map_err(Error::tokenizer),
             None => Ok(tokens),
         }
     }
@@ -139,10 +139,6 @@ impl Vocabulary {
 
 fn placeholder(i: usize) -> String {
     format!("[NEW{i}]")
-}
-
-fn failed(e: tokenizers::Error) -> Error {
-    Error::Unsupported(format!("tokenizer: {e}"))
 }
 
 /// Returns the bytes from the first of `ranges` to the last; `None` if there are none.

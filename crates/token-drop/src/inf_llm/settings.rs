@@ -85,6 +85,7 @@ impl InfLlmSettings {
 
 /// Fixed sizes, or sizes that are a ratio of each prompt.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub enum Sizes {
     Fixed(InfLlmSettings),
     Ratio(f64),

@@ -9,7 +9,7 @@ use longctx_cuda::cudarc::driver::DevicePtr;
 
 /// The largest number of query heads per kv head times queries for the decode kernel. It reads the
 /// keys once for every few columns; beyond this number, tiles that share the keys are faster.
-const MOST_COLUMNS: usize = 16;
+const MAX_COLUMNS: usize = 16;
 
 /// Keys and values of each sequence and kv head, as the prefill kernels read them.
 struct Pages {
@@ -26,7 +26,7 @@ impl CudaPool {
     pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
         self.check_queries(batch, q, mask)?;
         let q = self.fit(q)?;
-        if self.shape.heads_per_kv() * batch.max_seqlen() <= MOST_COLUMNS {
+        if self.shape.heads_per_kv() * batch.max_seqlen() <= MAX_COLUMNS {
             return self.decode(batch, &q, mask);
         }
         match mask {

@@ -2,7 +2,7 @@ use std::collections::HashSet;
 
 use rand::prelude::*;
 
-use super::{CITIES, Parts, Size, THINGS, lines, make, person, pick, quarters, room_for};
+use super::{CITIES, Parts, Size, THINGS, lines, make, max_tokens_for, person, pick, quarters};
 use crate::task::one_prediction;
 use crate::{Category, Result, Sample, Samples, Score, Task};
 
@@ -41,7 +41,7 @@ impl Task for Listing {
                 "Each line is a record: name; thing; city.\n\n{records}\nList the names of all records whose city is {city}, \
                  in full, one name a line and nothing else."
             );
-            let max_new_tokens = room_for(&answer);
+            let max_new_tokens = max_tokens_for(&answer);
             Parts { turns: vec![turn], answers: vec![answer], max_new_tokens }
         })
     }

@@ -1,6 +1,6 @@
 use rand::prelude::*;
 
-use super::{Parts, Size, make, quarters, right_lines, room_for, same_lines};
+use super::{Parts, Size, make, max_tokens_for, quarters, right_lines, same_lines};
 use crate::task::one_prediction;
 use crate::{Category, Result, Sample, Samples, Score, Task};
 
@@ -46,7 +46,7 @@ impl Task for StateMachine {
                  input, one a line, numbered like the inputs, and nothing else.",
                 STATES[start]
             );
-            let max_new_tokens = room_for(&answer);
+            let max_new_tokens = max_tokens_for(&answer);
             Parts { turns: vec![turn], answers: vec![answer], max_new_tokens }
         })
     }

@@ -1,7 +1,8 @@
 use rand::prelude::*;
 
 use super::{
-    CITIES, Parts, Size, THINGS, make, person, pick, quarters, right_lines, room_for, same_lines,
+    CITIES, Parts, Size, THINGS, make, max_tokens_for, person, pick, quarters, right_lines,
+    same_lines,
 };
 use crate::task::one_prediction;
 use crate::{Category, Result, Sample, Samples, Score, Task};
@@ -37,7 +38,7 @@ impl Task for TableEdit {
                 "Here is a table with the columns name, thing, city, number.\n\n{table}\nWrite the whole table again, line by line \
                  and in the same order. Where the city is {city}, write {new} as the thing. Write nothing else."
             );
-            let max_new_tokens = room_for(&answer);
+            let max_new_tokens = max_tokens_for(&answer);
             Parts { turns: vec![turn], answers: vec![answer], max_new_tokens }
         })
     }

@@ -13,13 +13,13 @@ pub(super) struct Record {
 }
 
 /// An error in a record.
-pub(super) struct Fault {
+pub(super) struct SubjectError {
     pub field: &'static str,
     pub message: String,
 }
 
 impl Record {
-    pub fn parse(line: &[u8]) -> Result<Self, Fault> {
+    pub fn parse(line: &[u8]) -> Result<Self, SubjectError> {
         let broken =
             |error: serde_json::Error| fault("(line)", format!("not a JSON object: {error}"));
         let fields: Map<String, Value> = serde_json::from_slice(line).map_err(broken)?;
@@ -41,12 +41,12 @@ impl Record {
     }
 
     /// Returns the number of words of the context, as stored in the record.
-    pub fn length(&self) -> Result<u64, Fault> {
+    pub fn length(&self) -> Result<u64, SubjectError> {
         self.length.ok_or_else(|| fault("length", "expected a number of words"))
     }
 
     /// Checks that an answer can be scored.
-    pub fn check(&self, metric: Metric) -> Result<(), Fault> {
+    pub fn check(&self, metric: Metric) -> Result<(), SubjectError> {
         if self.answers.is_empty() {
             return Err(fault("answers", "expected at least one, got none"));
         }
@@ -62,18 +62,18 @@ impl Record {
     }
 }
 
-fn fault(field: &'static str, message: impl Into<String>) -> Fault {
-    Fault { field, message: message.into() }
+fn fault(field: &'static str, message: impl Into<String>) -> SubjectError {
+    SubjectError { field, message: message.into() }
 }
 
-fn text(fields: &Map<String, Value>, name: &'static str) -> Result<String, Fault> {
+fn text(fields: &Map<String, Value>, name: &'static str) -> Result<String, SubjectError> {
     match fields.get(name) {
         Some(Value::String(text)) => Ok(text.clone()),
         other => Err(fault(name, format!("expected a string, got {}", kind(other)))),
     }
 }
 
-fn texts(fields: &Map<String, Value>, name: &'static str) -> Result<Vec<String>, Fault> {
+fn texts(fields: &Map<String, Value>, name: &'static str) -> Result<Vec<String>, SubjectError> {
     let wrong = |got| fault(name, format!("expected a list of strings, got {got}"));
     let Some(Value::Array(items)) = fields.get(name) else {
         return Err(wrong(kind(fields.get(name)).to_owned()));

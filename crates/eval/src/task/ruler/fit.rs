@@ -7,7 +7,7 @@ use crate::{Error, Result};
 const TRIES: usize = 1000;
 
 /// The length limit of prompts.
-pub struct Room<'a> {
+pub struct LengthLimit<'a> {
     pub count: &'a dyn Fn(&str) -> Result<usize>,
     /// Tokens of prompt and answer.
     pub tokens: usize,
@@ -15,7 +15,7 @@ pub struct Room<'a> {
     pub new_tokens: usize,
 }
 
-impl Room<'_> {
+impl LengthLimit<'_> {
     pub fn error(&self) -> Error {
         let expected = "enough tokens for the task's shortest prompt and its answer";
         Error::setting("length of RULER's prompts", expected, self.tokens)
@@ -35,18 +35,18 @@ pub trait Generate {
     fn example(&self) -> &str;
 
     /// Returns the number of different samples.
-    fn most_samples(&self) -> usize;
+    fn max_samples(&self) -> usize;
 
     /// Returns the smallest haystack size, which is also the decrement if a sample does not fit.
     fn step(&self) -> usize;
 
     /// Returns a haystack size that is certainly too large for `tokens`, and the size from which it
     /// is estimated.
-    fn bound(&self) -> Bound;
+    fn upper_bound(&self) -> UpperBound;
 }
 
 /// The upper bound of the search, estimated from the tokens of a prompt of `size`.
-pub struct Bound {
+pub struct UpperBound {
     pub size: usize,
     pub of: fn(tokens: f64, per_unit: f64) -> usize,
 }
@@ -57,16 +57,20 @@ pub fn threefold(tokens: f64, per_unit: f64) -> usize {
 }
 
 /// Returns `samples` prompts, or all if there are fewer.
-pub fn prompts(make: &mut dyn Generate, room: &Room<'_>, samples: usize) -> Result<Vec<Prompt>> {
+pub fn prompts(
+    make: &mut dyn Generate,
+    room: &LengthLimit<'_>,
+    samples: usize,
+) -> Result<Vec<Prompt>> {
     let size = largest(make, room)?;
-    let count = samples.min(make.most_samples());
+    let count = samples.min(make.max_samples());
     (0..count).map(|sample| one(make, room, sample, size)).collect()
 }
 
 /// Finds the largest haystack whose prompt fits, by bisection.
-fn largest(make: &mut dyn Generate, room: &Room<'_>) -> Result<usize> {
+fn largest(make: &mut dyn Generate, room: &LengthLimit<'_>) -> Result<usize> {
     let example = (room.count)(make.example())?;
-    let (step, Bound { size, of }) = (make.step(), make.bound());
+    let (step, UpperBound { size, of }) = (make.step(), make.upper_bound());
     let mut tokens = |size| match make.prompt(0, size) {
         Some(prompt) => (room.count)(&prompt.text()),
         None => Err(room.error()),
@@ -86,7 +90,12 @@ fn largest(make: &mut dyn Generate, room: &Room<'_>) -> Result<usize> {
     Ok(best)
 }
 
-fn one(make: &mut dyn Generate, room: &Room<'_>, sample: usize, size: usize) -> Result<Prompt> {
+fn one(
+    make: &mut dyn Generate,
+    room: &LengthLimit<'_>,
+    sample: usize,
+    size: usize,
+) -> Result<Prompt> {
     let (step, mut size) = (make.step(), size);
     for _ in 0..TRIES {
         if let Some(prompt) = make.prompt(sample, size) {

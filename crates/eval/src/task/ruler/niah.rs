@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, LazyLock};
 
-use super::fit::{Bound, Generate, threefold};
+use super::fit::{Generate, UpperBound, threefold};
 use super::template::{NIAH, NIAH_ONE};
 use super::{Prompt, Source};
 use crate::punkt;
@@ -201,7 +201,7 @@ impl Generate for Generator {
         ""
     }
 
-    fn most_samples(&self) -> usize {
+    fn max_samples(&self) -> usize {
         usize::MAX
     }
 
@@ -209,8 +209,8 @@ impl Generate for Generator {
         self.step
     }
 
-    fn bound(&self) -> Bound {
-        Bound { size: self.step, of: threefold }
+    fn upper_bound(&self) -> UpperBound {
+        UpperBound { size: self.step, of: threefold }
     }
 }
 

@@ -6,13 +6,14 @@ use std::path::Path;
 
 use serde::de::DeserializeOwned;
 
-use super::fit::{Bound, Generate, threefold};
+use super::fit::{Generate, UpperBound, threefold};
 use super::template::QA;
 use super::{Prompt, Source};
 use crate::python::random::Random;
 use crate::{Error, Result};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Dataset {
     /// SQuAD 2.0 (Rajpurkar et al.), its answerable questions.
     Squad,
@@ -102,7 +103,7 @@ impl Generate for Qa {
         ""
     }
 
-    fn most_samples(&self) -> usize {
+    fn max_samples(&self) -> usize {
         self.asked.len()
     }
 
@@ -110,8 +111,8 @@ impl Generate for Qa {
         10
     }
 
-    fn bound(&self) -> Bound {
-        Bound { size: 10, of: threefold }
+    fn upper_bound(&self) -> UpperBound {
+        UpperBound { size: 10, of: threefold }
     }
 }
 

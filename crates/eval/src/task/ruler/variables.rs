@@ -1,7 +1,7 @@
 //! Variable tracking: a prompt assigns a value to a chain of variables and asks which variables
 //! have it.
 
-use super::fit::{self, Bound, Generate, Room, threefold};
+use super::fit::{self, Generate, LengthLimit, UpperBound, threefold};
 use super::niah::NOISE;
 use super::template::VARIABLES;
 use super::{Prompt, Source};
@@ -27,7 +27,7 @@ impl Variables {
         let (random, numbers) = (Random::new(source.seed), RandomState::new(source.seed));
         let mut variables = Self { example: None, step: 5, random, numbers };
         let tokens = EXAMPLE_TOKENS.saturating_sub(source.reserved);
-        let room = Room { count: source.count.as_ref(), tokens, new_tokens: 0 };
+        let room = LengthLimit { count: source.count.as_ref(), tokens, new_tokens: 0 };
         let example = fit::prompts(&mut variables, &room, 1)?.remove(0);
         let text = format!("{} {}\n", example.text(), example.answers.join(" "));
         let step = if length < 4096 { 5 } else { 10 };
@@ -91,7 +91,7 @@ impl Generate for Variables {
         self.example.as_deref().unwrap_or("")
     }
 
-    fn most_samples(&self) -> usize {
+    fn max_samples(&self) -> usize {
         usize::MAX
     }
 
@@ -99,7 +99,7 @@ impl Generate for Variables {
         self.step
     }
 
-    fn bound(&self) -> Bound {
-        Bound { size: self.step, of: threefold }
+    fn upper_bound(&self) -> UpperBound {
+        UpperBound { size: self.step, of: threefold }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use super::fit::{Bound, Generate, Room};
+use super::fit::{Generate, LengthLimit, UpperBound};
 use super::niah::{ADJECTIVES, NOUNS};
 use super::template::{COMMON_WORDS, FREQUENT_WORDS};
 use super::{Prompt, Source};
@@ -86,7 +86,7 @@ impl Generate for CommonWords {
         ""
     }
 
-    fn most_samples(&self) -> usize {
+    fn max_samples(&self) -> usize {
         usize::MAX
     }
 
@@ -94,12 +94,12 @@ impl Generate for CommonWords {
         10
     }
 
-    fn bound(&self) -> Bound {
+    fn upper_bound(&self) -> UpperBound {
         // Floor division of floats, as in Python.
         let of = |tokens: f64, per_word: f64| {
             2 * ((tokens - tokens % per_word) / per_word).round() as usize
         };
-        Bound { size: 4096, of }
+        UpperBound { size: 4096, of }
     }
 }
 
@@ -109,7 +109,7 @@ const LETTERS: usize = 6;
 const ZETA_2: f64 = 1.644_934_066_848_226_4;
 
 /// Returns prompts that ask for the three most frequent coded words.
-pub fn frequent_words(source: &Source, room: &Room<'_>) -> Result<Vec<Prompt>> {
+pub fn frequent_words(source: &Source, room: &LengthLimit<'_>) -> Result<Vec<Prompt>> {
     let tokens = room.tokens.saturating_sub(room.new_tokens);
     let mut coded = Coded {
         vocabulary: tokens / 50,
@@ -159,7 +159,7 @@ impl Coded {
     }
 
     /// Finds the largest number of words that fits, in steps.
-    fn longest(&mut self, room: &Room<'_>) -> Result<usize> {
+    fn longest(&mut self, room: &LengthLimit<'_>) -> Result<usize> {
         let words = self.words();
         let mut count = self.tokens / LETTERS;
         while (room.count)(&self.text(&words, count).text())? < self.tokens {
@@ -168,7 +168,7 @@ impl Coded {
         count.checked_sub(self.step).ok_or_else(|| room.error())
     }
 
-    fn prompt(&mut self, room: &Room<'_>, mut count: usize) -> Result<Prompt> {
+    fn prompt(&mut self, room: &LengthLimit<'_>, mut count: usize) -> Result<Prompt> {
         let words = self.words();
         loop {
             let prompt = self.text(&words, count);

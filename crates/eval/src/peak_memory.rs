@@ -4,7 +4,7 @@ use std::fs;
 
 /// Resets the peak to the current resident memory. If the system does not support it, the peak
 /// remains that since the start of the process.
-pub fn restart_peak() {
+pub fn reset() {
     // After a failure the older, larger peak remains, which is still an upper bound.
     let _ = fs::write("/proc/self/clear_refs", "5");
 }

@@ -5,7 +5,7 @@ use crate::{Error, Result};
 
 /// The logits of a subject for a reference text that it reads (teacher forcing).
 #[derive(Debug, Clone, PartialEq)]
-pub struct Forced {
+pub struct TeacherForced {
     /// The tokens of the text.
     pub tokens: Vec<u32>,
     /// For each token, the logits that predict it: `[tokens][vocab]`.
@@ -71,6 +71,7 @@ impl Agreement {
     }
 
     /// Checks that every number is in its valid range.
+    #[cfg(feature = "report")]
     pub(crate) fn check(&self) -> Result<()> {
         let finite = |x: f64, from: f64| (from..=f64::MAX).contains(&x);
         for (name, value, fits) in [
@@ -88,7 +89,7 @@ impl Agreement {
     }
 }
 
-impl Forced {
+impl TeacherForced {
     /// Returns the exponential of the mean negative log-likelihood of the text's tokens.
     ///
     /// # Errors
@@ -104,10 +105,10 @@ impl Forced {
     /// Compares this subject with `dense` on the same text.
     ///
     /// ```
-    /// use longctx_eval::Forced;
+    /// use longctx_eval::TeacherForced;
     ///
     /// let logits = vec![vec![0.0, 3.0], vec![2.0, 1.0]];
-    /// let dense = Forced { tokens: vec![1, 0], logits, kv_bytes: None, dense_bytes: None };
+    /// let dense = TeacherForced { tokens: vec![1, 0], logits, kv_bytes: None, dense_bytes: None };
     /// let mut other = dense.clone();
     /// assert_eq!(other.agreement(&dense)?.kl, 0.0);
     /// other.logits[1] = vec![1.0, 2.0];
@@ -187,8 +188,8 @@ fn first(logits: &[f32]) -> Option<usize> {
 mod tests {
     use super::*;
 
-    fn forced(tokens: Vec<u32>, logits: Vec<Vec<f32>>) -> Forced {
-        Forced { tokens, logits, kv_bytes: Some(25), dense_bytes: Some(100) }
+    fn forced(tokens: Vec<u32>, logits: Vec<Vec<f32>>) -> TeacherForced {
+        TeacherForced { tokens, logits, kv_bytes: Some(25), dense_bytes: Some(100) }
     }
 
     #[test]
@@ -211,9 +212,9 @@ mod tests {
     #[test]
     fn unequal_texts_and_stray_tokens_are_errors() {
         let one = forced(vec![0], vec![vec![0.0, 0.0]]);
-        let other = Forced { tokens: vec![1], ..one.clone() };
+        let other = TeacherForced { tokens: vec![1], ..one.clone() };
         assert!(other.agreement(&one).unwrap_err().to_string().contains("dense model's tokens"));
-        let stray = Forced { tokens: vec![2], ..one };
+        let stray = TeacherForced { tokens: vec![2], ..one };
         assert!(stray.perplexity().unwrap_err().to_string().contains("below the vocabulary's 2"));
     }
 
