@@ -95,8 +95,16 @@ impl Models {
     }
 
     /// Returns a reader with the setting's transformer, in which each layer has a cache that `make`
-    /// creates.
+    /// creates. A cache that the model's device does not support is an error.
     pub fn reader<C: KvCache + 'static>(
+        &self,
+        setting: &Setting,
+        make: impl Fn(&LayerSpec) -> longctx_core::Result<C>,
+    ) -> Result<Reader, SubjectError> {
+        self.cold_reader(setting, make)?.warm_up()
+    }
+
+    fn cold_reader<C: KvCache + 'static>(
         &self,
         setting: &Setting,
         make: impl Fn(&LayerSpec) -> longctx_core::Result<C>,
@@ -113,11 +121,11 @@ impl Models {
         let method = |setting: &Setting| Ok(Method::named(&setting.method)?.compressing(compress));
         let methods = settings.iter().map(method);
         let methods = methods.collect::<anyhow::Result<Vec<_>>>()?;
-        let reader = self.reader(&settings[0], |spec| {
+        let reader = self.cold_reader(&settings[0], |spec| {
             let caches = methods.iter().map(|method| method.cache(spec));
             Ok(SharedPrefill::new(spec.clone(), caches.collect::<longctx_core::Result<_>>()?))
         })?;
-        Ok(reader.with_shared_prefill(settings.len()))
+        reader.with_shared_prefill(settings.len()).warm_up()
     }
 
     /// Returns the tokenizer and the template of the setting's transformer.

@@ -5,6 +5,7 @@
 #     sbatch --export=ALL,OUT=/shared/results/ruler,MODEL=/shared/models/llama docs/cluster/slurm.sh
 #
 # If a task is cancelled or its node fails, submit the same job again: it continues where it stopped.
+# A task in which samples failed ends with exit code 1 (FAILED in sacct): submit the job again too.
 #SBATCH --job-name=longctx-eval
 #SBATCH --array=1-8
 #SBATCH --gres=gpu:1

@@ -12,7 +12,7 @@ mod server;
 mod shorten;
 mod subject;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -125,7 +125,8 @@ pub struct Summary {
 /// Answers the samples that have no result yet.
 ///
 /// A subject that cannot be opened is reported once, and its samples count as failed, unless the
-/// plan is strict.
+/// plan is strict. A subject for several settings that cannot be opened is opened for each half of
+/// them.
 ///
 /// # Errors
 /// - [`Error::Setting`] if the folder belongs to a run with another token limit or seed, or with
@@ -158,7 +159,8 @@ pub fn run(
     let open = |unit: &&Job<'_>| !done.contains_key(&unit.key());
     summary.before = units.iter().filter(|unit| !open(unit)).count();
     on_event(Event::Started { total: units.len(), done: summary.before });
-    for group in methods.groups(&plan.settings) {
+    let mut groups = VecDeque::from(methods.groups(&plan.settings));
+    while let Some(group) = groups.pop_front() {
         let in_group = |unit: &&Job<'_>| group.contains(&unit.place.2);
         let mut open: Vec<&Job<'_>> = units.iter().filter(in_group).filter(open).collect();
         if open.is_empty() {
@@ -171,9 +173,21 @@ pub fn run(
             |setting: &&Setting| open.iter().any(|unit| std::ptr::eq(unit.setting, *setting));
         settings.iter().filter(asked).for_each(|setting| on_event(Event::Opening(setting)));
         // One at a time: two models may not fit in memory.
-        let Some(mut subject) = open_subject(plan, methods, settings, on_event)? else {
-            summary.failed += open.len();
-            continue;
+        let mut subject = match methods.open_group(settings) {
+            Ok(subject) => subject,
+            // Only those settings of a group that cannot be opened fail.
+            Err(_) if group.len() > 1 => {
+                let middle = group.start + group.len() / 2;
+                groups.push_front(middle..group.end);
+                groups.push_front(group.start..middle);
+                continue;
+            }
+            Err(error) if plan.strict => return Err(error),
+            Err(error) => {
+                summary.failed += open.len();
+                on_event(Event::Failed(&error));
+                continue;
+            }
         };
         let started = Instant::now();
         let queue = (group.start, open.as_slice());
@@ -184,22 +198,6 @@ pub fn run(
         settings.iter().filter(asked).for_each(|setting| on_event(Event::Finished(setting)));
     }
     Ok(summary)
-}
-
-/// Opens the settings' subject; `None` if it cannot be opened and the run continues without it.
-fn open_subject(
-    plan: &Plan<'_>,
-    methods: &Methods<'_>,
-    settings: &[Setting],
-    on_event: &mut dyn FnMut(Event<'_>),
-) -> Result<Option<Box<dyn Subject>>> {
-    match methods.open_group(settings) {
-        Err(error) if !plan.strict => {
-            on_event(Event::Failed(&error));
-            Ok(None)
-        }
-        opened => opened.map(Some),
-    }
 }
 
 /// A sample and the digest of its question.

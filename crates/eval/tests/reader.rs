@@ -31,6 +31,8 @@ struct Fed {
 struct Notes {
     fed: Rc<RefCell<Fed>>,
     seen: BTreeMap<SeqId, usize>,
+    /// A sequence whose tokens are an error.
+    refused: Option<SeqId>,
 }
 
 impl CausalLm for Notes {
@@ -38,6 +40,9 @@ impl CausalLm for Notes {
         let mut fed = self.fed.borrow_mut();
         if batch.max_seqlen() == 1 {
             fed.steps.push(batch.seqs().to_vec());
+        }
+        if self.refused.is_some_and(|seq| batch.seqs().contains(&seq)) {
+            return Err(Error::Unsupported("this sequence".into()));
         }
         if ids.contains(&u32::from(b'!')) {
             return Err(Error::Unsupported("exclamations".into()));
@@ -293,4 +298,24 @@ fn an_error_is_of_its_sample_alone() {
     let written = |i: usize| answers[i].1.as_ref().map(|answer| answer.predictions[0].as_str());
     assert_eq!((written(0), written(2)), (Ok("bcde"), Ok("defg")));
     assert!(written(1).unwrap_err().contains("exclamations"));
+}
+
+/// A format without kernels for the device is an error of the model's first call.
+#[test]
+fn a_warm_up_has_the_errors_of_every_setting_and_leaves_nothing() {
+    for (setting, refused) in [(0, true), (1, true), (2, false)] {
+        let model = Notes { refused: Some(setting), ..Notes::default() };
+        let reader = Reader::new(model, Bytes, 100).with_shared_prefill(2).warm_up();
+        assert_eq!(reader.is_err(), refused, "setting {setting}");
+    }
+    let model = Notes::default();
+    let fed = model.fed.clone();
+    let mut reader = Reader::new(model, Bytes, 100).warm_up().ok().unwrap();
+    assert_eq!(fed.borrow().texts[&0].len(), 100 + 1);
+    let sample = sample(&["ab"], false);
+    let question =
+        Question { sample: &sample, max_new_tokens: 2, stops_at_newline: false, setting: 0 };
+    let answer = reader.answer(&question).unwrap();
+    assert_eq!((answer.prompt_tokens, answer.predictions), (2, vec!["cd".to_owned()]));
+    assert_eq!(fed.borrow().texts[&0], "abc");
 }

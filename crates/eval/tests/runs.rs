@@ -1,5 +1,6 @@
 //! Runs that are killed, resumed and shared between processes.
 
+use std::cell::RefCell;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -263,6 +264,46 @@ fn a_setting_that_does_not_open_stops_only_a_strict_run() {
     assert_eq!(faults, ["opening a: no such model"]);
     plan.strict = true;
     assert!(run(&plan, &methods, &mut |_| {}).unwrap_err().to_string().contains("no such model"));
+}
+
+#[test]
+fn settings_that_open_are_not_affected_by_others_of_their_group() {
+    let folder = tempdir().unwrap();
+    let tasks = tasks();
+    let names = ["a", "bad", "b", "c", "d"];
+    let mut plan = plan(folder.path(), &tasks, Shard::WHOLE);
+    plan.settings = names.map(|name| Setting::of(name, "none", 100)).into();
+    let groups = RefCell::new(Vec::new());
+    let mut methods = Methods::default();
+    for name in names {
+        methods.register(name, |setting| match setting.name.as_str() {
+            "bad" => Err("no kernels".into()),
+            _ => Ok(Box::new(Adder)),
+        });
+    }
+    methods.share_prefill(
+        |_| true,
+        |group| {
+            let names: Vec<_> = group.iter().map(|setting| setting.name.clone()).collect();
+            match names.iter().any(|name| name == "bad") {
+                true => Err("no kernels".into()),
+                false => {
+                    groups.borrow_mut().push(names.join(" "));
+                    Ok(Box::new(Adder))
+                }
+            }
+        },
+    );
+    let mut faults = Vec::new();
+    let mut listen = |event: Event<'_>| {
+        if let Event::Failed(error) = event {
+            faults.push(error.to_string());
+        }
+    };
+    let summary = run(&plan, &methods, &mut listen).unwrap();
+    assert_eq!((summary.answered, summary.failed), (2 * TOTAL, TOTAL / 2));
+    assert_eq!(faults, ["opening bad: no kernels"]);
+    assert_eq!(*groups.borrow(), ["b c d"]);
 }
 
 #[test]

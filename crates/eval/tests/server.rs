@@ -11,7 +11,7 @@ use std::time::Duration;
 use longctx_eval::setting::{Api, ServerSetting};
 use longctx_eval::{
     Category, Event, Limits, Methods, Plan, Question, Sample, Samples, Score, Server, Setting,
-    Shard, Subject, Task, records, run,
+    Shard, Subject, SubjectError, Task, Text, records, run,
 };
 use serde_json::{Value, json};
 
@@ -19,6 +19,8 @@ use serde_json::{Value, json};
 #[derive(Debug, Clone, Copy)]
 enum Act {
     Stream,
+    /// A stream without token counts.
+    NoUsage,
     Whole,
     Status(u16),
     Garbage,
@@ -110,7 +112,7 @@ fn serve(stream: TcpStream, act: Act, seen: &Mutex<Vec<(String, Value)>>) -> std
     };
     let usage = json!({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}});
     match act {
-        Act::Stream | Act::BreakOff | Act::ErrorEvent => {
+        Act::Stream | Act::NoUsage | Act::BreakOff | Act::ErrorEvent => {
             write!(
                 stream,
                 "{}: hello\n\nevent: x\ndata: {}\n\n",
@@ -131,7 +133,10 @@ fn serve(stream: TcpStream, act: Act, seen: &Mutex<Vec<(String, Value)>>) -> std
             }
             write!(stream, "data: {}\n\n", choice((2 * number).to_string(), None))?;
             write!(stream, "data: {}\n\n", choice(String::new(), Some("stop")))?;
-            write!(stream, "data: {usage}\n\ndata: [DONE]\n\n")
+            if !matches!(act, Act::NoUsage) {
+                write!(stream, "data: {usage}\n\n")?;
+            }
+            write!(stream, "data: [DONE]\n\n")
         }
         Act::Whole => {
             let text = format!(" {}", 2 * number);
@@ -228,6 +233,46 @@ fn answers_come_streamed_and_several_at_once() {
     );
     assert!(body["prompt"].as_str().unwrap().ends_with(" twice? It is"), "{body}");
     assert!((2..=3).contains(&fake.at_once.load(Ordering::SeqCst)));
+}
+
+/// A tokenizer with one token per byte, and one more that begins a text.
+struct Bytes;
+
+impl Text for Bytes {
+    fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, SubjectError> {
+        Ok(vec![0; text.len() + usize::from(special)])
+    }
+    fn decode(&self, _: &[u32]) -> Result<String, SubjectError> {
+        Ok(String::new())
+    }
+    fn chat(&self, conversation: &[String]) -> Result<Option<String>, SubjectError> {
+        Ok(Some(conversation.iter().map(|said| format!("{said}</s>")).collect()))
+    }
+    fn stop(&self) -> &[u32] {
+        &[]
+    }
+    fn bos(&self) -> Option<&str> {
+        None
+    }
+}
+
+#[test]
+fn tokens_that_a_server_does_not_count_are_those_of_the_formatted_prompt() {
+    for (api, chat, prompt) in [
+        (Api::Completions, true, "4 twice?</s> It is".len()),
+        (Api::Completions, false, "4 twice? It is".len() + 1),
+        (Api::Chat, false, "4 twice?</s> It is".len()),
+    ] {
+        let fake = Fake::start(&[Act::NoUsage]);
+        let mut setting = fake.setting();
+        server_of(&mut setting).api = api;
+        let mut server = Server::new(&setting).unwrap().with_text(Bytes, 100);
+        let sample = Doubles(5).samples().unwrap().samples.remove(4);
+        let sample = &Sample { chat, ..sample };
+        let question = Question { sample, max_new_tokens: 4, stops_at_newline: false, setting: 0 };
+        let answer = server.answer(&question).unwrap();
+        assert_eq!((answer.prompt_tokens, answer.new_tokens), (prompt, " 8".len()), "{api:?}");
+    }
 }
 
 #[test]

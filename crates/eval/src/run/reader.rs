@@ -13,6 +13,10 @@ use crate::TeacherForced;
 /// The sequence of a text that is read with teacher forcing.
 const SEQ: SeqId = 0;
 
+/// Tokens of a warm-up: more than a cache keeps as attention sinks or a window before it uses its
+/// format.
+const WARM_UP_TOKENS: usize = 192;
+
 /// A model's tokenizer and chat template.
 pub trait Text {
     /// Tokenizes a text. `special` adds the tokens that begin a text.
@@ -120,6 +124,29 @@ impl Reader {
     pub fn with_dense_bytes(mut self, bytes: impl Fn(usize) -> usize + Send + 'static) -> Self {
         self.dense_bytes = Some(Box::new(bytes));
         self
+    }
+
+    /// Feeds a short text and one decode step to the cache of every setting, and removes them.
+    ///
+    /// A cache creates its memory for the model's device with the first tokens. So a format without
+    /// kernels for the device is an error here, not in every sample.
+    ///
+    /// # Errors
+    /// Errors of the tokenizer, the model and the caches.
+    pub fn warm_up(mut self) -> Result<Self, SubjectError> {
+        let text = (0..WARM_UP_TOKENS).map(|i| format!("{i} ")).collect::<String>();
+        let mut tokens = self.text.encode(&text, true)?;
+        let longest = self.model.context_length().map_or(usize::MAX, |len| len.saturating_sub(1));
+        tokens.truncate(WARM_UP_TOKENS.min(longest).min(self.context));
+        self.model.clear();
+        for setting in 0..self.settings {
+            let seq = setting as SeqId;
+            prefill(&mut *self.model, seq, &tokens, self.prefill_chunk)?;
+            self.model.forward(&Batch::decode(&[seq])?, &tokens[..1], Logits::Last)?;
+            self.model.remove(seq);
+        }
+        self.model.clear();
+        Ok(self)
     }
 
     fn shorten(

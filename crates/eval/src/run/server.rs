@@ -181,6 +181,13 @@ struct Client<'a> {
     is_down: &'a AtomicBool,
 }
 
+/// A prompt as the model reads it.
+struct Prompt {
+    text: String,
+    /// Whether it is in the chat template, which contains the tokens that begin a prompt.
+    in_template: bool,
+}
+
 /// The answer of one turn.
 #[derive(Default)]
 struct Completion {
@@ -216,21 +223,22 @@ impl Client<'_> {
             conversation.push(turn.clone());
             let last = i + 1 == job.turns.len();
             let prefix = sample.answer_prefix.as_deref().filter(|_| last).unwrap_or("");
-            let body = self.body(&conversation, prefix, &job.question)?;
+            let prompt = self.prompt(&conversation, prefix, &job.question)?;
+            let body = self.body(&conversation, prefix, &prompt, &job.question)?;
             let written = self.attempts(&body, job.question.stops_at_newline)?;
-            let count = |text: &str| match self.text {
-                Some(tokenizer) => tokenizer.encode(text, false).map(|tokens| tokens.len()),
+            let count = |text: &str, special: bool| match self.text {
+                Some(tokenizer) => tokenizer.encode(text, special).map(|tokens| tokens.len()),
                 None => Ok(0),
             };
             let new_tokens = match written.new_tokens {
                 Some(count) => count,
                 None if self.text.is_none() => written.pieces,
-                None => count(&written.text)?,
+                None => count(&written.text, false)?,
             };
             // A turn's prompt has the conversation before it, with the answers.
             let prompt_tokens = match written.prompt_tokens {
                 Some(count) => count,
-                None => count(&conversation.join("\n"))?,
+                None => count(&prompt.text, !prompt.in_template)?,
             };
             done.prompt_tokens = prompt_tokens.saturating_sub(done.new_tokens);
             done.new_tokens += new_tokens;
@@ -251,10 +259,32 @@ impl Client<'_> {
         Ok(done)
     }
 
+    /// Formats a conversation as the model reads it: the chat API always applies the template, if
+    /// it is known.
+    fn prompt(
+        &self,
+        conversation: &[String],
+        prefix: &str,
+        question: &Question<'_>,
+    ) -> Result<Prompt, SubjectError> {
+        let in_template = match self.text {
+            Some(text) if question.sample.chat || self.setting.api == Api::Chat => {
+                text.chat(conversation)?
+            }
+            _ => None,
+        };
+        let plain = || conversation.join("\n").trim_end_matches(' ').to_owned();
+        Ok(Prompt {
+            in_template: in_template.is_some(),
+            text: in_template.unwrap_or_else(plain) + prefix,
+        })
+    }
+
     fn body(
         &self,
         conversation: &[String],
         prefix: &str,
+        prompt: &Prompt,
         question: &Question<'_>,
     ) -> Result<Value, SubjectError> {
         let mut body = json!({
@@ -266,20 +296,14 @@ impl Client<'_> {
         });
         match self.setting.api {
             Api::Completions => {
-                let in_template = match self.text {
-                    Some(text) if question.sample.chat => text.chat(conversation)?,
-                    _ => None,
-                };
-                let template = in_template.is_some();
-                let plain = || conversation.join("\n").trim_end_matches(' ').to_owned();
-                let prompt = in_template.unwrap_or_else(plain) + prefix;
+                let Prompt { text: prompt, in_template } = prompt;
                 body["prompt"] = match self.text {
-                    Some(text) if self.setting.token_ids => json!(text.encode(&prompt, !template)?),
+                    Some(text) if self.setting.token_ids => {
+                        json!(text.encode(prompt, !in_template)?)
+                    }
                     // The server's tokenizer adds this token itself.
-                    Some(text) if template => {
-                        json!(
-                            text.bos().and_then(|bos| prompt.strip_prefix(bos)).unwrap_or(&prompt)
-                        )
+                    Some(text) if *in_template => {
+                        json!(text.bos().and_then(|bos| prompt.strip_prefix(bos)).unwrap_or(prompt))
                     }
                     _ => json!(prompt),
                 };
