@@ -28,5 +28,6 @@ pub mod model;
 pub mod output;
 pub mod place;
 pub mod selective_context;
+pub mod shapes;
 pub mod shared_prefill;
 pub mod subject;

@@ -8,6 +8,7 @@
 mod eviction;
 mod packed;
 mod policy;
+mod split;
 mod store;
 
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use longctx_core::{
 pub use eviction::{Evicting, Eviction, duo_attention};
 use packed::PACKED;
 pub use policy::{Policy, Size};
+use split::SplitCache;
 pub use store::Store;
 
 /// The compression ratios of arXiv 2407.01527.
@@ -37,6 +39,20 @@ const DENSE: [(&str, DType); 3] =
 pub struct Method {
     name: String,
     kind: Kind,
+    compress: Compress,
+}
+
+/// The tokens that a packed format or an eviction policy compresses. Dense caches and layers with a
+/// sliding window or latent attention are not affected.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Compress {
+    /// All tokens, as the method was published.
+    #[default]
+    Published,
+    /// The tokens of the prompt, after each of its calls. Decoded tokens are kept in f16.
+    Prompt,
+    /// Decoded tokens. The prompt is kept in f16.
+    Decoded,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -55,7 +71,7 @@ impl Method {
         let dense = || DENSE.iter().find(|known| known.0 == name).map(|&(_, x)| Kind::Dense(x));
         let packed = || PACKED.iter().find(|known| known.0 == name).map(|&(_, x)| Kind::Packed(x));
         match dense().or_else(packed).or_else(|| of_policy(name)) {
-            Some(kind) => Ok(Self { name: name.to_owned(), kind }),
+            Some(kind) => Ok(Self { name: name.to_owned(), kind, compress: Compress::default() }),
             None => bail!(
                 "no method {name:?}. There are {}; and POLICY-SIZE[-STORE], with POLICY one of {}, \
                  SIZE a share of the prompt such as 4x or a number of tokens, STORE one of {}",
@@ -64,6 +80,12 @@ impl Method {
                 Store::value_variants().iter().map(|s| s.name()).collect::<Vec<_>>().join(", "),
             ),
         }
+    }
+
+    /// Returns the method for a part of the tokens.
+    #[must_use]
+    pub fn compressing(self, compress: Compress) -> Self {
+        Self { compress, ..self }
     }
 
     /// Returns the name.
@@ -163,7 +185,9 @@ impl Method {
         step: usize,
     ) -> longctx_core::Result<Box<dyn KvCache>> {
         match self.kind {
-            Kind::Policy(policy, size, _) => policy.cache(spec.clone(), store, size, step),
+            Kind::Policy(policy, size, _) => {
+                policy.cache(spec.clone(), store, size, step, self.compress)
+            }
             _ => Ok(Box::new(LatentCache::new(spec.clone(), store)?)),
         }
     }
@@ -177,18 +201,24 @@ impl Method {
         let bytes = capacity.unwrap_or(usize::MAX);
         Ok(match self.kind {
             Kind::Dense(dtype) => Box::new(DenseCache::with_capacity(spec.clone(), dtype, bytes)?),
-            Kind::Packed(make) => Box::new(match capacity {
-                Some(bytes) => make(spec.clone())?.with_capacity(bytes),
-                None => make(spec.clone())?,
-            }),
+            Kind::Packed(make) => {
+                let cache = make(spec.clone())?;
+                match self.compress {
+                    Compress::Published => match capacity {
+                        Some(bytes) => Box::new(cache.with_capacity(bytes)),
+                        None => Box::new(cache),
+                    },
+                    part => split(spec, cache.format(), capacity, part)?,
+                }
+            }
             Kind::Policy(policy, size, store) => match store.format()? {
                 None => {
                     let store = DenseStore::with_capacity(spec.shape, DType::F16, bytes)?;
-                    policy.cache(spec.clone(), store, size, 1)?
+                    policy.cache(spec.clone(), store, size, 1, self.compress)?
                 }
                 Some(format) => {
                     let store = packed_store(spec.shape, format, capacity)?;
-                    policy.cache(spec.clone(), store, size, format.block_tokens())?
+                    policy.cache(spec.clone(), store, size, format.block_tokens(), self.compress)?
                 }
             },
         })
@@ -210,6 +240,27 @@ pub fn windowed(
     };
     let store = packed_store(spec.shape, format, capacity)?;
     Ok(Box::new(WindowCache::new(spec.clone(), store, format.block_tokens())?))
+}
+
+/// Creates a cache that packs the tokens of the prompt, or decoded tokens, and keeps the others in
+/// f16. Keys are packed after the rotary embedding.
+fn split(
+    spec: &LayerSpec,
+    format: Format,
+    capacity: Option<usize>,
+    packed: Compress,
+) -> longctx_core::Result<Box<dyn KvCache>> {
+    let format = match format.key_basis() {
+        KeyBasis::BeforeRope => format.with_key_basis(KeyBasis::Given),
+        _ => format,
+    };
+    let bytes = capacity.unwrap_or(usize::MAX);
+    let dense = DenseStore::with_capacity(spec.shape, DType::F16, bytes)?;
+    let store = packed_store(spec.shape, format, capacity)?;
+    Ok(match packed {
+        Compress::Decoded => Box::new(SplitCache::new(spec.clone(), dense, store)),
+        _ => Box::new(SplitCache::new(spec.clone(), store, dense)),
+    })
 }
 
 fn packed_store(
@@ -341,6 +392,32 @@ mod tests {
         assert_eq!(held("snap-kv-200").0, 200);
         let (tokens, packed) = held("snap-kv-200-kivi-4");
         assert!(tokens == 200 && packed < held("snap-kv-200").1 / 2);
+    }
+
+    /// A prompt of 400 tokens and 400 decoded tokens: either part is evicted or packed.
+    #[test]
+    fn either_the_prompt_or_what_is_decoded_is_compressed() {
+        let bytes = |name: &str, compress| {
+            let method = Method::named(name).unwrap().compressing(compress);
+            let mut cache = method.cache(&spec()).unwrap();
+            feed(&mut *cache, &Batch::single(0, 400).unwrap());
+            let prompt = cache.seq_footprint(0).payload;
+            for _ in 0..400 {
+                feed(&mut *cache, &Batch::decode(&[0]).unwrap());
+            }
+            (prompt, cache.seq_footprint(0).payload - prompt)
+        };
+        let whole = bytes("dense-f16", Compress::Published).0;
+        let policies = Policy::all().filter(|policy| matches!(policy, Policy::Eviction(_)));
+        let policies = policies.map(|policy| format!("{}-4x", policy.name()));
+        for name in policies.chain(["kivi-4".into(), "kivi-2".into()]) {
+            let (prompt, decoded) = bytes(&name, Compress::Prompt);
+            assert!(prompt < whole * 3 / 4 && decoded == whole, "{name}: {prompt}, {decoded}");
+            let (prompt, decoded) = bytes(&name, Compress::Decoded);
+            assert!(prompt == whole && decoded < whole * 3 / 4, "{name}: {prompt}, {decoded}");
+        }
+        let infllm = Method::named("infllm-4x").unwrap().compressing(Compress::Prompt);
+        assert!(infllm.cache(&spec()).err().unwrap().to_string().contains("infllm"));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use crate::encoder;
 use crate::heads::Heads;
-use crate::methods::Method;
+use crate::methods::{Compress, Method};
 use crate::place::Place;
 use crate::shared_prefill::SharedPrefill;
 use base_models::{ChatTemplate, Message, Pretrained, Session};
@@ -29,6 +29,8 @@ pub struct Options {
     pub batch: usize,
     /// Tokens of a prompt to feed at a time; `None` for the whole prompt.
     pub prefill_chunk: Option<usize>,
+    /// The tokens that packed formats and eviction policies compress.
+    pub compress: Compress,
     /// LLMLingua-2's encoder: a folder, or a model of the Hub.
     pub encoder: String,
     /// The file of DuoAttention's scores; `None` to measure them.
@@ -42,6 +44,7 @@ impl Default for Options {
         Self {
             batch: 1,
             prefill_chunk: None,
+            compress: Compress::default(),
             encoder: encoder::PUBLISHED.into(),
             heads: None,
             place: Place::default(),
@@ -53,6 +56,11 @@ impl Models {
     /// Creates it without an open model.
     pub fn new(options: Options) -> Self {
         Self { options, ..Self::default() }
+    }
+
+    /// Returns the tokens that packed formats and eviction policies compress.
+    pub fn compress(&self) -> Compress {
+        self.options.compress
     }
 
     /// Returns the name of LLMLingua-2's encoder.
@@ -109,7 +117,9 @@ impl Models {
 
     /// Returns one reader for settings of the same transformer, which prefills each prompt once.
     pub fn shared_reader(&self, settings: &[Setting]) -> Result<Reader, SubjectError> {
-        let methods = settings.iter().map(|setting| Method::named(&setting.method));
+        let compress = self.options.compress;
+        let method = |setting: &Setting| Ok(Method::named(&setting.method)?.compressing(compress));
+        let methods = settings.iter().map(method);
         let methods = methods.collect::<anyhow::Result<Vec<_>>>()?;
         let reader = self.cold_reader(&settings[0], |spec| {
             let caches = methods.iter().map(|method| method.cache(spec));

@@ -13,9 +13,9 @@ use anyhow::Result;
 use base_models::{Config, LoadOptions, Transformer};
 use candle_core::cuda::cudarc::driver::result::mem_get_info;
 use candle_core::{DType, Device, Tensor};
-use longctx_benches::llama_3_8b;
 use longctx_core::{Batch, CausalLm, KvCache, Logits, SeqId, Step};
 use longctx_examples::methods::Method;
+use longctx_examples::shapes::llama_3_8b;
 
 const STEPS: usize = 32;
 const GIB: f64 = (1u64 << 30) as f64;

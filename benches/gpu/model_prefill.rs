@@ -9,9 +9,10 @@ use std::time::Instant;
 use anyhow::Result;
 use base_models::{LoadOptions, Transformer};
 use candle_core::{DType, Device};
-use longctx_benches::{ids, llama_3_8b};
+use longctx_benches::ids;
 use longctx_core::{Batch, CausalLm, Logits, SeqId};
 use longctx_examples::methods::Method;
+use longctx_examples::shapes::llama_3_8b;
 
 const SEQ: SeqId = 0;
 const RUNS: usize = 5;

@@ -8,9 +8,7 @@ use anyhow::{Result, ensure};
 use base_models::{LoadOptions, Pretrained};
 use candle_core::{DType, Device, Tensor};
 use kv_quant::{Bits, Format, QuantStore};
-use longctx_core::{
-    Batch, CausalLm, DenseCache, KvCache, KvStore, LayerSpec, Logits, Mask, SeqId, Step,
-};
+use longctx_core::{Batch, CausalLm, DenseCache, KvCache, KvStore, Logits, Mask, SeqId, Step};
 
 /// The sequence of the text.
 const SEQ: SeqId = 0;

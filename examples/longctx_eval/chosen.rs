@@ -11,6 +11,7 @@ use longctx_eval::{
     CountTokens, Error, Haystack, Length, LongBenchV2, Methods, NeedleGrid, Setting, Task,
     long_generation, longbench, ruler, setting,
 };
+use longctx_examples::methods::Compress;
 use longctx_examples::output::number;
 use longctx_examples::place::Place;
 use longctx_examples::subject::{Models, Options};
@@ -49,6 +50,9 @@ pub struct Chosen {
     /// exact
     #[arg(long, value_parser = number::<1, MAX_COUNT>)]
     prefill_chunk: Option<usize>,
+    /// The tokens that packed formats and eviction policies compress
+    #[arg(long, value_enum, default_value_t)]
+    compress: Compress,
     /// The encoder of LLMLingua-2: a folder with a checkpoint, or a model of the Hub
     #[arg(long, default_value = encoder::PUBLISHED)]
     encoder: String,
@@ -64,6 +68,7 @@ impl Chosen {
         Models::new(Options {
             batch,
             prefill_chunk: self.prefill_chunk,
+            compress: self.compress,
             encoder: self.encoder.clone(),
             heads: self.heads.clone(),
             place: self.place.clone(),

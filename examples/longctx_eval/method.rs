@@ -46,6 +46,7 @@ pub fn all(models: &Models, share_prefill: bool) -> Methods<'_> {
         methods.share_prefill(fits, |group| Ok(Box::new(models.shared_reader(group)?)));
     }
     for method in listed() {
+        let method = method.compressing(models.compress());
         methods.register(method.name().to_owned(), move |setting| {
             Ok(Box::new(models.reader(setting, |spec| method.cache(spec))?))
         });

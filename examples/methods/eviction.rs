@@ -6,10 +6,15 @@ use token_drop::{
     KNorm, KeyDiff, LagKv, LayerBudgets, PolicyCache, Random, Recent, SnapKv, Tova,
 };
 
+use super::Compress;
 use crate::heads::{RECENT, SINKS};
 
 /// The number of newest queries that SnapKV and its variants observe.
 pub const WINDOW: usize = 32;
+
+/// The number of entries evicted at a time during decoding by policies that were published without
+/// eviction during decoding.
+const DECODE_STEP: usize = 16;
 
 /// A policy. DuoAttention is not one of them, because it needs a model's [heads](crate::heads).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,6 +140,20 @@ impl Eviction {
             Self::RerotatedSnapKv => snap_kv(spec, store, budget)?.with_rerotation()?.boxed(),
             Self::Finch => PolicyCache::finch(spec, store, Finch::new(16)?, budget)?.boxed(),
         })
+    }
+}
+
+impl Compress {
+    /// Returns the cache with its policy applied to these tokens.
+    pub(super) fn evicting<S: KvStore>(self, cache: Evicting<S>) -> Result<Evicting<S>> {
+        match self {
+            Self::Published => Ok(cache),
+            Self::Prompt => cache.with_decode_step(None),
+            Self::Decoded => {
+                let step = cache.settings().decode_step.unwrap_or(DECODE_STEP);
+                cache.with_decode_step(Some(step))?.with_kept_prompt()
+            }
+        }
     }
 }
 

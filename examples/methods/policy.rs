@@ -4,7 +4,7 @@ use candle_core::DType;
 use longctx_core::{DenseStore, Error, KvCache, KvStore, LayerSpec, Result};
 use token_drop::{Budget, InfLlm, InfLlmSettings, Quest, StreamingLlm};
 
-use super::Eviction;
+use super::{Compress, Eviction};
 
 /// The number of entries to keep or to read per kv head.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,7 +52,7 @@ impl Policy {
 
     /// Creates a cache for one layer over `store`. InfLLM's local window is in f16. `step` is the
     /// number of tokens that StreamingLLM evicts at a time; the group size of a packed store avoids
-    /// packing all groups again.
+    /// packing all groups again. `compress` are the tokens that an eviction policy is applied to.
     ///
     /// # Errors
     /// If the policy does not support the size or the layer.
@@ -62,13 +62,18 @@ impl Policy {
         store: S,
         size: Size,
         step: usize,
+        compress: Compress,
     ) -> Result<Box<dyn KvCache>> {
+        if compress != Compress::Published && !matches!(self, Self::Eviction(_)) {
+            let name = format!("tokens that {} compresses", self.name());
+            return Err(Error::setting(name, "those of its publication", format!("{compress:?}")));
+        }
         Ok(match (self, size) {
             (Self::Eviction(policy), Size::Share(share)) => {
-                Box::new(policy.cache(spec, store, Budget::Ratio(share))?)
+                Box::new(compress.evicting(policy.cache(spec, store, Budget::Ratio(share))?)?)
             }
             (Self::Eviction(policy), Size::Tokens(tokens)) => {
-                Box::new(policy.cache(spec, store, Budget::Tokens(tokens))?)
+                Box::new(compress.evicting(policy.cache(spec, store, Budget::Tokens(tokens))?)?)
             }
             (Self::StreamingLlm, Size::Share(share)) => {
                 Box::new(StreamingLlm::with_ratio(spec, store, share)?.with_step(step)?)

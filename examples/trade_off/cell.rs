@@ -7,7 +7,7 @@ use half::f16;
 use kv_quant::{Format, QuantStore};
 use longctx_core::{AttentionShape, Batch, DenseCache, DenseStore, KvCache, KvStore, LayerSpec};
 use longctx_examples::heads::Heads;
-use longctx_examples::methods::{Policy, Size, Store, duo_attention, windowed};
+use longctx_examples::methods::{Compress, Policy, Size, Store, duo_attention, windowed};
 use token_drop::{Budget, EvictionPolicy, PolicyCache};
 
 /// Returns the names of all policies; "dense" keeps everything.
@@ -92,7 +92,9 @@ impl Cell {
             Some(Policy::Eviction(policy)) => {
                 brief(policy.cache(spec, store, Budget::Tokens(self.budget))?)
             }
-            Some(policy) => policy.cache(spec, store, Size::Tokens(self.budget), 1),
+            Some(policy) => {
+                policy.cache(spec, store, Size::Tokens(self.budget), 1, Compress::default())
+            }
             None => Err(longctx_core::Error::setting("policy", "a known one", &self.policy)),
         }
     }

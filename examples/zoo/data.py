@@ -1,9 +1,11 @@
 """Creates training rows of tokens and weights, once for all models, with a process per core.
 
-    python data.py CORPUS OUT --recipe tasks|text --rows N [--length 2048] [--seed 0]
+    python data.py CORPUS OUT --recipe tasks|retrieval|text --rows N [--length 2048] [--seed 0]
 
 Writes `OUT.tokens.npy` and `OUT.weights.npy`, `[rows, length + 1]`, u16 and u8, in the order of
 training. Documents become longer with the rows, so a model first learns to look back a short way.
+The recipe `tasks` trained the embedded model. The recipe `retrieval` starts with documents in which
+every second to fourth token is an answer.
 """
 
 import argparse
@@ -26,7 +28,18 @@ NATURAL = 10
 SHARES = {
     "needle": 20, "multi_needle": 20, "pairs": 15, "copy": 10, "recall": 12, "listing": 4, "table_edit": 12, "state_machine": 7
 }
+EARLY_SHARES = {
+    "associations": 40, "repetition": 15, "pairs": 10, "needle": 10, "multi_needle": 8, "recall": 5, "swaps": 6, "ring": 6
+}
+LATE_SHARES = {
+    "associations": 14, "repetition": 4, "pairs": 14, "needle": 18, "multi_needle": 15, "recall": 14, "copy": 5, "swaps": 8,
+    "ring": 8,
+}
+# The share of rows that use the early weights.
+EARLY = 0.25
 BLOCK = 64
+# Rows are made by forked processes.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 # The tokenizer's pre-tokenizer, for ASCII.
@@ -49,13 +62,30 @@ class Encoder:
         return words, [self.known[word] for word in words]
 
 
+def natural(corpus):
+    """Returns the tokens of `natural.txt`. Tokenizes it and `held_out.txt` if that was not done before."""
+    tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
+    for name in ("natural", "held_out"):
+        if not (corpus / f"{name}.npy").exists():
+            parts = (corpus / f"{name}.txt").read_text().split("\n\n\n")
+            ids = [np.array(e.ids, np.uint16) for e in tokenizer.encode_batch(parts)]
+            np.save(corpus / f"{name}.npy", np.concatenate(ids))
+    return np.load(corpus / "natural.npy")
+
+
 class Rows:
     def __init__(self, corpus, recipe, length):
         self.encoder = Encoder(corpus / "tokenizer.json")
         text = (corpus / "natural.txt").read_text()
         self.haystacks = ((corpus / "prose.txt").read_text().split(" "), text.split(" "))
-        self.natural = np.load(corpus / "natural.npy")
+        self.vocabulary = sorted(
+            word.replace("\u0120", " ") for word in self.encoder.tokenizer.get_vocab() if re.fullmatch("\u0120[a-z]{4,}", word)
+        )
+        self.natural = natural(corpus)
         self.recipe, self.length = recipe, length
+
+    def maker(self, rng):
+        return tasks.Maker(rng, *self.haystacks, self.vocabulary)
 
     def encode(self, document):
         """Returns tokens and weights, with the first token of a document, whose weight is 0."""
@@ -75,23 +105,30 @@ class Rows:
         tokens[0], weights[0] = 0, 0
         return tokens, weights
 
+    def mix(self, progress):
+        """Returns the share of natural text, the weight of each kind, and the tokens of the shortest document."""
+        if self.recipe == "tasks":
+            return 0.25, SHARES, 80
+        return (0.1, EARLY_SHARES, 40) if progress < EARLY else (0.25, LATE_SHARES, 80)
+
     def row(self, seed, progress):
         """`progress`: 0 for the first row, 1 for the last."""
         rng = random.Random(seed)
         size = self.length + 1
-        if self.recipe == "text" or rng.random() < 0.25:
+        natural, shares, shortest = self.mix(progress)
+        if self.recipe == "text" or rng.random() < natural:
             return self.natural_piece(rng, size)
-        maker = tasks.Maker(rng, *self.haystacks)
+        maker = self.maker(rng)
         # Half of the last rows are one document each.
         longest = size if progress > 0.6 else max(200, int(size * progress / 0.6))
         whole = progress > 0.6 and rng.random() < 0.5
         parts, used, asked_once = [], 0, False
         while size - used > 100:
-            kind = rng.choices(list(SHARES), SHARES.values())[0]
+            kind = rng.choices(list(shares), shares.values())[0]
             if kind in ("needle", "multi_needle") and asked_once:
                 continue  # Two keys of one name in a row would be ambiguous.
             room = size - used
-            target = room if whole else min(room, int(np.exp(rng.uniform(np.log(80), np.log(longest)))))
+            target = room if whole else min(room, int(np.exp(rng.uniform(np.log(shortest), np.log(longest)))))
             tokens, weights = self.encode(maker.document(kind, int(target * 0.97)))
             if len(tokens) > room:
                 if whole:
@@ -114,14 +151,6 @@ def work(rows, job):
 
 
 def make(corpus, out, recipe, count, length, seed):
-    natural = corpus / "natural.npy"
-    if not natural.exists():
-        tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
-        for name in ("natural", "held_out"):
-            parts = (corpus / f"{name}.txt").read_text().split("\n\n\n")
-            ids = [np.array(e.ids, np.uint16) for e in tokenizer.encode_batch(parts)]
-            np.save(corpus / f"{name}.npy", np.concatenate(ids))
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for kind, dtype in (("tokens", np.uint16), ("weights", np.uint8)):
         np.lib.format.open_memmap(f"{out}.{kind}.npy", "w+", dtype, (count, length + 1))
     jobs = [(block, seed, count, out) for block in range(-(-count // BLOCK))]
@@ -143,7 +172,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("corpus", type=Path)
     parser.add_argument("out")
-    parser.add_argument("--recipe", choices=["tasks", "text"], default="tasks")
+    parser.add_argument("--recipe", choices=["tasks", "retrieval", "text"], default="tasks")
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)

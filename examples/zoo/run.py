@@ -2,9 +2,10 @@
 
     python run.py --corpus FOLDER --work FOLDER --out FOLDER --seconds N [--keep MODEL ...] DATA:ROWS:LENGTH ... -- JOB ...
 
-DATA is "tasks" or "text", optionally followed by a dash and a label. A job is
-MODEL@SEED:DATA:SECONDS:WORKER. A worker is a GPU's number and a letter; its jobs run one after the
-other. `OUT/log.txt` has all lines of all jobs.
+DATA is "tasks", "retrieval" or "text", optionally followed by a dash and a label. A job is
+MODEL@SEED:DATA. Jobs start in their order, `--side-by-side` at a time on each GPU. A job that fails
+is run once more without compilation, after the others. A job that starts late skips rows.
+`OUT/log.txt` has all lines of all jobs.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -21,6 +23,10 @@ import torch
 import recipes
 
 HERE = Path(__file__).parent
+# Seconds that a job needs in addition to its training, and the shortest useful training.
+AROUND, LEAST = 50, 30
+# The exit code of a training whose loss became infinite or NaN. It is not repeated.
+DIVERGED = 3
 
 
 def main():
@@ -30,14 +36,15 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--keep", action="append", default=[])
+    parser.add_argument("--side-by-side", type=int, default=1)
+    parser.add_argument("--tests", default="whole")
     parser.add_argument("--batch-tokens", default=str(recipes.BATCH_TOKENS))
     parser.add_argument("--learning-rate", default=str(recipes.LEARNING_RATE))
-    parser.add_argument("--samples", default="128")
-    parser.add_argument("--lengths", default="512,1024,2048,4096")
+    parser.add_argument("--decay", default="1")
     parser.add_argument("specs", nargs="+")
     a = parser.parse_args()
     data = [spec for spec in a.specs if spec.count(":") == 2]
-    jobs = [spec.split(":") for spec in a.specs if spec.count(":") == 3]
+    jobs = deque((*spec.split(":"), True) for spec in a.specs if spec.count(":") == 1)
     deadline = time.time() + a.seconds
     a.work.mkdir(parents=True, exist_ok=True)
     a.out.mkdir(parents=True, exist_ok=True)
@@ -49,14 +56,19 @@ def main():
             print(line.rstrip(), flush=True)
 
     made = {}
+    tests = a.work / "tests.npz"
 
     def make_data():
+        def make(name, *command):
+            began = time.time()
+            subprocess.run([sys.executable, *map(str, command)], check=True)
+            say(f"{name}: {time.time() - began:.1f} s")
+
+        make("tests", HERE / "test_set.py", a.corpus, tests, "--set", a.tests)
         for spec in data:
             name, rows, length = spec.split(":")
-            began = time.time()
-            command = [sys.executable, HERE / "data.py", a.corpus, a.work / name, "--recipe", name.split("-")[0]]
-            subprocess.run([*map(str, command), "--rows", rows, "--length", length], check=True)
-            say(f"data {name}: {time.time() - began:.1f} s")
+            recipe = name.split("-")[0]
+            make(name, HERE / "data.py", a.corpus, a.work / name, "--recipe", recipe, "--rows", rows, "--length", length)
             made[name].set()
 
     for spec in data:
@@ -64,40 +76,47 @@ def main():
     threading.Thread(target=make_data, daemon=True).start()
     running = []
 
-    def work(mine, gpu):
-        for model, of, seconds, _ in mine:
-            made[of].wait()
-            if time.time() > deadline - 20:
-                say(f"{model} {of}: no time left")
-                continue
-            name, seed = model.split("@")
-            folder = a.work / f"{name}@{seed}-{of}"
-            command = [
-                sys.executable, HERE / "train.py", name, "--seed", seed, "--corpus", a.corpus, "--data", a.work / of,
-                "--out", folder, "--seconds", seconds, "--batch-tokens", a.batch_tokens, "--learning-rate", a.learning_rate,
-                "--samples", a.samples, "--lengths", a.lengths,
-            ]
-            process = subprocess.Popen(
-                [str(part) for part in command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "4"},
-            )
-            running.append(process)
-            for line in process.stdout:
-                say(line)
-            if process.wait() != 0:
-                say(f"{model} {of}: failed with {process.returncode}")
-            # A model is saved before it is tested.
-            if name in a.keep and (folder / "config.json").exists():
-                for file in ("config.json", "model.safetensors"):
-                    shutil.copy(folder / file, a.out / f"{name}.{file}")
+    def train(model, of, compiled, gpu):
+        name, seed = model.split("@")
+        folder = a.work / f"{name}@{seed}-{of}"
+        command = [
+            sys.executable, HERE / "train.py", name, "--seed", seed, "--corpus", a.corpus, "--data", a.work / of, "--tests", tests,
+            "--out", folder, "--seconds", deadline - AROUND - time.time(), "--batch-tokens", a.batch_tokens,
+            "--learning-rate", a.learning_rate, "--decay", a.decay,
+        ]
+        process = subprocess.Popen(
+            [str(part) for part in command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "4", "TORCH_COMPILE_DISABLE": str(int(not compiled))},
+        )
+        running.append(process)
+        for line in process.stdout:
+            say(line)
+        code = process.wait()
+        if code != 0:
+            say(f"{model} {of}: failed with {code}, compiled: {compiled}")
+        # A model is written before it is tested.
+        if name in a.keep and (folder / "config.json").exists():
+            for file in ("config.json", "model.safetensors"):
+                shutil.copy(folder / file, a.out / f"{name}.{file}")
+        return code
 
-    gpus = max(1, torch.cuda.device_count())
-    workers = sorted({job[3] for job in jobs})
-    threads = [
-        threading.Thread(target=work, args=([job for job in jobs if job[3] == w], int(w[:-1]) % gpus), daemon=True)
-        for w in workers
-    ]
-    say(f"{gpus} GPUs, {os.cpu_count()} cores")
+    def work(gpu):
+        while True:
+            with lock:
+                if not jobs:
+                    return
+                model, of, compiled = jobs.popleft()
+            made[of].wait()
+            if deadline - time.time() < AROUND + LEAST:
+                say(f"{model} {of}: no time left")
+            elif train(model, of, compiled, gpu) not in (0, DIVERGED) and compiled:
+                with lock:
+                    jobs.append((model, of, False))
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(max(1, torch.cuda.device_count()))))
+    gpus = visible.split(",")
+    say(f"{len(gpus)} GPUs, {os.cpu_count()} cores")
+    threads = [threading.Thread(target=work, args=(gpu,), daemon=True) for gpu in gpus * a.side_by_side]
     for thread in threads:
         thread.start()
     for thread in threads:

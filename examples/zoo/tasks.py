@@ -1,8 +1,11 @@
 """Task documents that ask for earlier content, each with the loss weights of its characters.
 
-Needles and long generation have the texts of longctx-eval's tasks.
+Needles and long generation have the texts of longctx-eval's tasks. Associations are the multi-query
+associative recall of Zoology (arXiv 2312.04927). Swaps are the word problem of the group S3, a
+measure of state tracking (arXiv 2404.08819).
 """
 
+import itertools
 import random
 from dataclasses import dataclass, field
 
@@ -20,6 +23,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Unpredictable characters, text, and answers that follow from the document.
 NOISE, TEXT, ANSWER = 0, 1, 2
 KINDS = ["needle", "multi_needle", "pairs", "copy", "recall", "listing", "table_edit", "state_machine"]
+# Kinds that the tokenizer was not trained on.
+DENSE_KINDS = ["associations", "repetition", "swaps", "ring"]
 
 
 @dataclass
@@ -38,16 +43,17 @@ class Document:
 
 
 class Maker:
-    """Creates documents. `prose` and `natural`: words of haystacks, with the tokens per word."""
+    """Creates documents. `prose` and `natural`: words of haystacks, with the tokens per word.
+    `vocabulary`: words of one token each, with the space before them."""
 
     TOKENS_A_WORD = (1.18, 1.9)
 
-    def __init__(self, rng, prose, natural):
-        self.rng, self.haystacks = rng, (prose, natural)
+    def __init__(self, rng, prose, natural, vocabulary=()):
+        self.rng, self.haystacks, self.vocabulary = rng, (prose, natural), vocabulary
 
-    def document(self, kind, tokens):
+    def document(self, kind, tokens, **options):
         """Returns a document of about `tokens` tokens."""
-        return getattr(self, kind)(tokens)
+        return getattr(self, kind)(tokens, **options)
 
     def words(self, tokens):
         which = self.rng.randrange(2)
@@ -199,3 +205,46 @@ class Maker:
             "\nWrite the state after each input, one a line, numbered like the inputs, and nothing else.<|end|><|assistant|>"
         )
         return document.add(answer, ANSWER).add("<|end|>", ANSWER)
+
+    def associations(self, tokens):
+        """Returns pairs of words, then keys in another order, each followed by its value."""
+        rng = self.rng
+        count = max(1, min(128, int(tokens / rng.choice([4, 5, 6, 8]))))
+        keys = rng.sample(self.vocabulary, count)
+        values = {key: rng.choice(self.vocabulary) for key in keys}
+        document = Document().add("Pairs:").add("".join(key + values[key] for key in keys), NOISE).add("\nAgain:")
+        asked = max(1, (tokens - 2 * count - 8) // 2)
+        for key in rng.sample(keys, min(count, asked)) + rng.choices(keys, k=max(0, asked - count)):
+            document.add(key, NOISE).add(values[key], ANSWER)
+        return document
+
+    def repetition(self, tokens):
+        """Returns random words twice."""
+        text = "".join(self.rng.choices(self.vocabulary, k=max(4, (tokens - 8) // 2)))
+        return Document().add("Words:").add(text, NOISE).add("\nAgain:").add(text, ANSWER)
+
+    def swaps(self, tokens, gap=None):
+        """Tracks the order of three things: `a` swaps the first two, `b` the last two."""
+        orders = list(itertools.permutations(range(3)))
+        move = lambda state, input: orders.index(
+            tuple(orders[state][i] for i in ((1, 0, 2) if input == "a" else (0, 2, 1)))
+        )
+        return self.tracked("swaps", move, tokens, gap)
+
+    def ring(self, tokens, gap=None):
+        """Tracks a counter modulo 6: `a` adds one, `b` subtracts one."""
+        return self.tracked("ring", lambda state, input: (state + (1 if input == "a" else -1)) % 6, tokens, gap)
+
+    def tracked(self, name, move, tokens, gap):
+        """Asks for the state after every `gap` inputs; `None`: after 1 to 32, small numbers more often."""
+        rng = self.rng
+        state, used = rng.randrange(6), 8
+        document = Document().add(f"Machine {name}:").add(f" {STATES[state]}", NOISE)
+        while True:
+            inputs = rng.choices("ab", k=gap or int(32 ** rng.random()))
+            used += len(inputs) + 2
+            if used > tokens:
+                return document
+            for input in inputs:
+                state = move(state, input)
+            document.add("".join(f" {input}" for input in inputs), NOISE).add(" =").add(f" {STATES[state]}", ANSWER)

@@ -1,16 +1,15 @@
 """Trains one model of the zoo, tests it and writes it in the `hybrid` layout.
 
-    python train.py MODEL --corpus FOLDER --data PREFIX --out FOLDER [--seconds N] [--seed 0]
+    python train.py MODEL --corpus FOLDER --data PREFIX --tests FILE --out FOLDER [--seconds N] [--seed 0]
 
 The learning rate decreases with the share of rows read, or of seconds passed if that is larger. A run
 that is short of time skips rows, so it still completes the schedule. `FOLDER/log.jsonl` has the
-losses and, at the end, the test results.
+losses, test results during training ("probe") and, at the end, the test results.
 """
 
 import argparse
 import json
 import math
-import random
 import time
 from pathlib import Path
 
@@ -20,12 +19,14 @@ import torch.nn.functional as F
 
 import export
 import recipes
-import tasks
-from data import Rows
+import test_set
 from model import Model
 
 EVERY = 100
 NATURAL, ANSWER = 10, 20
+# Number of the shortest documents of each kind that are tested during training, and how often.
+PROBE_SAMPLES, PROBES = 64, 12
+DIVERGED = 3
 
 
 def losses(hidden, head, targets, weights):
@@ -41,9 +42,9 @@ def losses(hidden, head, targets, weights):
     return (each * weights).sum() / weights.sum(), torch.stack(sums)
 
 
-def schedule(progress):
-    """Returns the learning rate relative to its maximum."""
-    return min(1.0, progress / recipes.WARM_UP) * max(0.02, 1 - progress)
+def schedule(progress, decay):
+    """Returns the learning rate relative to its maximum. It decreases in the last `decay` of the run."""
+    return min(1.0, progress / recipes.WARM_UP, max(0.02, (1 - progress) / decay))
 
 
 def optimizer(model, device):
@@ -53,28 +54,29 @@ def optimizer(model, device):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device == "cuda")
 
 
-def train(model, data, device, seconds, batch_tokens, learning_rate, log):
-    tokens = np.load(f"{data}.tokens.npy", mmap_mode="r")
-    weights = np.load(f"{data}.weights.npy", mmap_mode="r")
-    rows = max(1, batch_tokens // (tokens.shape[1] - 1))
+def train(model, data, device, a, log, probe):
+    # The data is copied to the device once: a copy in each step would wait for earlier steps.
+    tokens = torch.from_numpy(np.load(f"{data}.tokens.npy").view(np.int16)).to(device)
+    weights = torch.from_numpy(np.load(f"{data}.weights.npy")).to(device)
+    rows = max(1, a.batch_tokens // (tokens.shape[1] - 1))
     steps = len(tokens) // rows
     optim, score = optimizer(model, device), losses
     if device == "cuda":
         for layer in model.layers:
             layer.compile(dynamic=False)
         score = torch.compile(losses, dynamic=False)
-    began, step, at = None, 0, 0
+    began, step, at, probed = None, 0, 0, 0
     sums = torch.zeros(5, device=device)
     while True:
         # The time excludes compilation in the first step.
         elapsed = time.time() - began if began else 0.0
-        progress = max(at / steps, elapsed / seconds)
+        progress = max(at / steps, elapsed / a.seconds)
         if progress >= 1:
             break
         for group in optim.param_groups:
-            group["lr"] = learning_rate * schedule(progress)
+            group["lr"] = a.learning_rate * schedule(progress, a.decay)
         batch = slice(at * rows, (at + 1) * rows)
-        ids, weight = (torch.from_numpy(x[batch].astype(np.int64)).to(device, non_blocking=True) for x in (tokens, weights))
+        ids, weight = tokens[batch].long(), weights[batch].long()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss, part = score(model.hidden(ids[:, :-1]), model.embed.weight, ids[:, 1:], weight[:, 1:])
         optim.zero_grad()
@@ -88,59 +90,80 @@ def train(model, data, device, seconds, batch_tokens, learning_rate, log):
             began = time.time()
         at = min(steps, max(at + 1, math.ceil(progress * steps)))
         if step % EVERY == 0:
-            natural, n, answer, right, a = sums.tolist()
+            natural, n, answer, right, count = sums.tolist()
             sums.zero_()
             elapsed = time.time() - began
             log({
                 "step": step, "row": batch.stop, "seconds": round(elapsed, 1),
                 "tokens_per_second": round((step - 1) * rows * (tokens.shape[1] - 1) / elapsed),
-                "natural": round(natural / max(n, 1), 4), "answers": round(answer / max(a, 1), 4), "right": round(right / max(a, 1), 4),
+                "natural": round(natural / max(n, 1), 4), "answers": round(answer / max(count, 1), 4),
+                "right": round(right / max(count, 1), 4),
             })
-    for layer in model.layers:
-        layer._compiled_call_impl = None
+            if not math.isfinite(natural + answer):
+                log({"diverged": step})
+                raise SystemExit(DIVERGED)
+        if int(at / steps * PROBES) > probed:
+            probed = int(at / steps * PROBES)
+            probe(step * rows * (tokens.shape[1] - 1))
+    log({"trained_tokens": step * rows * (tokens.shape[1] - 1)})
 
 
-@torch.no_grad()
-def test(model, corpus, device, samples, lengths, log):
-    """Tests a model: right answers under greedy decoding by kind and length; held-out loss."""
-    rows = Rows(corpus, "tasks", 0)
-    held_out = np.load(corpus / "held_out.npy").astype(np.int64)
-    for length in lengths:
-        if len(held_out) <= length:
-            continue
-        usable = len(held_out) // (length + 1) * (length + 1)
-        texts = torch.from_numpy(held_out[:usable]).view(-1, length + 1)[: max(1, 131_072 // length)].to(device)
+class Tester:
+    """Tests a model. Compiled layers are not used, since they are compiled for one shape."""
+
+    def __init__(self, model, tests, corpus, device):
+        self.model, self.device = model, device
+        self.units = list(test_set.load(tests))
+        self.held_out = np.load(corpus / "held_out.npy").astype(np.int64)
+
+    def logits(self, tokens):
+        layers = self.model.layers
+        compiled = [layer._compiled_call_impl for layer in layers]
+        for layer in layers:
+            layer._compiled_call_impl = None
+        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            logits = self.model(tokens)
+        for layer, call in zip(layers, compiled):
+            layer._compiled_call_impl = call
+        return logits
+
+    def unit(self, tokens, answers):
+        """Returns the number of documents whose answers are all right under greedy decoding, and the share of right tokens."""
+        whole = right = count = 0
+        size = max(1, 32_768 // tokens.shape[1])
+        for start in range(0, len(tokens), size):
+            some = torch.from_numpy(tokens[start : start + size].astype(np.int64)).to(self.device)
+            asked = torch.from_numpy(answers[start : start + size, 1:]).to(self.device)
+            guessed = self.logits(some[:, :-1]).argmax(-1) == some[:, 1:]
+            whole += (guessed | ~asked).all(1).sum().item()
+            right += (guessed & asked).sum().item()
+            count += asked.sum().item()
+        return {"samples": len(tokens), "whole": whole, "tokens_right": round(right / count, 4)}
+
+    def probe(self, log, trained_tokens):
+        shortest = min(length for _, length, _, _ in self.units)
+        found = {}
+        for kind, length, tokens, answers in self.units:
+            if length == shortest:
+                unit = self.unit(tokens[:PROBE_SAMPLES], answers[:PROBE_SAMPLES])
+                found[kind] = [unit["whole"], unit["tokens_right"]]
+        log({"probe": found, "trained_tokens": trained_tokens})
+
+    def loss(self, length):
+        usable = len(self.held_out) // (length + 1) * (length + 1)
+        texts = torch.from_numpy(self.held_out[:usable]).view(-1, length + 1)[: max(1, 131_072 // length)]
         total = 0.0
         for text in texts.split(max(1, 32_768 // length)):
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                logits = model(text[:, :-1]).float()
-            total += F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction="sum").item()
-        log({"test": "held_out", "length": length, "loss": round(total / texts[:, 1:].numel(), 4)})
-    for length in lengths:
-        for kind in tasks.KINDS:
-            maker = tasks.Maker(random.Random(f"test {kind} {length}"), *rows.haystacks)
-            documents, aim = [], length * 0.97
-            while len(documents) < samples:
-                tokens, weights = rows.encode(maker.document(kind, int(aim)))
-                if len(tokens) <= length:
-                    documents.append((tokens, weights))
-                else:
-                    aim *= 0.99
-            whole = right = count = 0
-            size = max(1, 32_768 // length)
-            for start in range(0, samples, size):
-                some = documents[start : start + size]
-                tokens = np.zeros((len(some), length), np.int64)
-                answers = np.zeros((len(some), length), bool)
-                for i, (ids, weights) in enumerate(some):
-                    tokens[i, : len(ids)], answers[i, : len(ids)] = ids, weights == ANSWER
-                tokens, answers = torch.from_numpy(tokens).to(device), torch.from_numpy(answers)[:, 1:].to(device)
-                with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                    guessed = model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
-                whole += (guessed | ~answers).all(1).sum().item()
-                right += (guessed & answers).sum().item()
-                count += answers.sum().item()
-            log({"test": kind, "length": length, "samples": samples, "whole": whole, "tokens_right": round(right / count, 4)})
+            text = text.to(self.device)
+            total += F.cross_entropy(self.logits(text[:, :-1]).float().flatten(0, 1), text[:, 1:].flatten(), reduction="sum").item()
+        return total / texts[:, 1:].numel()
+
+    def test(self, log):
+        for length in sorted({length for _, length, _, _ in self.units}):
+            if len(self.held_out) > length:
+                log({"test": "held_out", "length": length, "loss": round(self.loss(length), 4)})
+        for kind, length, tokens, answers in self.units:
+            log({"test": kind, "length": length, **self.unit(tokens, answers)})
 
 
 def main():
@@ -148,13 +171,13 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--tests", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int, default=recipes.BATCH_TOKENS)
     parser.add_argument("--learning-rate", type=float, default=recipes.LEARNING_RATE)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--lengths", default="512,1024,2048,4096")
+    parser.add_argument("--decay", type=float, default=1.0)
     a = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(a.seed)
@@ -170,12 +193,12 @@ def main():
             print(a.out.name, json.dumps(line), flush=True)
 
         log({"model": a.model, "seed": a.seed, "data": Path(a.data).name, "parameters": recipes.parameters(settings)})
-        train(model, a.data, device, a.seconds, a.batch_tokens, a.learning_rate, log)
+        tester = Tester(model, a.tests, a.corpus, device)
+        train(model, a.data, device, a, log, lambda tokens: tester.probe(log, tokens))
         weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
         export.hybrid(weights, settings, a.out, a.corpus / "tokenizer.json", torch.float16)
         log({"trained": round(time.time() - began, 1)})
-        model.eval()
-        test(model, a.corpus, device, a.samples, [int(length) for length in a.lengths.split(",")], log)
+        tester.test(log)
         log({"done": round(time.time() - began, 1)})
 
 

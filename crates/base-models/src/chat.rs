@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use crate::files;
 use crate::gguf_file::GgufFile;
 use crate::json::Fields;
 use crate::template::Template;
+use longctx_checkpoint::files;
 use longctx_core::{Error, Result};
 use minijinja::Value;
 use serde::Serialize;

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use crate::architectures;
-use crate::files;
 use crate::json::Fields;
 use crate::rope_settings::RopeSettings;
+use longctx_checkpoint::files;
 use longctx_core::{AttentionShape, Error, Result};
 
 /// The largest accepted number of layers. It bounds allocations for invalid files.

@@ -1,10 +1,10 @@
-//! Feed-forward blocks: gated ones, and mixtures of them.
+//! Feed-forward blocks.
 
-use crate::config::{Activation, Config, Experts};
+use crate::config::{Activation, Config};
 use crate::linear::{FusedLinear, Linear};
-use crate::router::{Choice, Router};
+use crate::mixture::Mixture;
 use crate::weights::Weights;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use longctx_core::{Result, silu_mul};
 
 /// A layer's feed-forward block.
@@ -57,9 +57,9 @@ impl FeedForward {
 /// `down(activation(gate(x)) * up(x))`.
 #[derive(Debug)]
 pub(crate) struct GatedMlp {
-    gate_up: FusedLinear,
-    down: Linear,
-    activation: Activation,
+    pub gate_up: FusedLinear,
+    pub down: Linear,
+    pub activation: Activation,
 }
 
 impl GatedMlp {
@@ -79,7 +79,7 @@ impl GatedMlp {
     }
 
     /// Loads a block of `inner` channels whose gate, up and down projections have these names.
-    fn load_parts(
+    pub fn load_parts(
         c: &Config,
         inner: usize,
         [gate, up, down]: [String; 3],
@@ -94,7 +94,7 @@ impl GatedMlp {
         Ok(Self { gate_up, down, activation: c.activation })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let gate_up = self.gate_up.forward(x)?;
         let (gate, up) = (&gate_up[0], &gate_up[1]);
         self.down.forward(&self.activation.gated(gate, up)?)
@@ -103,160 +103,11 @@ impl GatedMlp {
 
 impl Activation {
     /// Returns `activation(gate) * up`.
-    fn gated(self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    pub fn gated(self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         match self {
             Self::Silu => silu_mul(gate, up),
             Self::Gelu => Ok((gate.contiguous()?.gelu_erf()? * up)?),
             Self::GeluTanh => Ok((gate.contiguous()?.gelu()? * up)?),
         }
-    }
-}
-
-/// A mixture of experts: a router chooses some blocks for each token. A shared block processes all
-/// tokens.
-#[derive(Debug)]
-pub(crate) struct Mixture {
-    router: Router,
-    experts: Vec<GatedMlp>,
-    shared: Option<GatedMlp>,
-}
-
-impl Mixture {
-    fn load(c: &Config, experts: &Experts, layer: usize, w: &impl Weights) -> Result<Self> {
-        let names = w.names();
-        let (count, inner) = (experts.count, experts.intermediate_size);
-        let name = |part: &str| format!("{}.{layer}.{part}", names.layers);
-        let load = |part: &str, out, inner| w.experts(&name(part), count, out, inner);
-        let gates = load(names.expert_gate, inner, c.hidden_size)?;
-        let ups = load(names.expert_up, inner, c.hidden_size)?;
-        let downs = load(names.expert_down, c.hidden_size, inner)?;
-        let plain = |weight| Linear::new(weight, None);
-        let block = |((gate, up), down)| -> Result<GatedMlp> {
-            let gate_up = FusedLinear::new(vec![plain(gate), plain(up)])?;
-            Ok(GatedMlp { gate_up, down: plain(down), activation: c.activation })
-        };
-        let blocks = gates.into_iter().zip(ups).zip(downs).map(block);
-        let shared = [names.shared_gate, names.shared_up, names.shared_down];
-        Ok(Self {
-            router: Router::load(c, experts, layer, w)?,
-            experts: blocks.collect::<Result<_>>()?,
-            shared: match experts.shared_size {
-                0 => None,
-                size => Some(GatedMlp::load_parts(c, size, shared.map(name), w)?),
-            },
-        })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.forward_routed(x)?;
-        Ok(match &self.shared {
-            Some(shared) => (y + shared.forward(x)?)?,
-            None => y,
-        })
-    }
-
-    /// Rows are sorted by expert, so each chosen expert's weights are read once. Only the router
-    /// waits for the device, once.
-    fn forward_routed(&self, x: &Tensor) -> Result<Tensor> {
-        let (tokens, hidden) = x.dims2()?;
-        let Choice { experts, weights } = self.router.choose(x)?;
-        let (rows, per_token) = (experts.len(), experts.len() / tokens);
-        let mut order: Vec<usize> = (0..rows).collect();
-        order.sort_by_key(|&row| experts[row]);
-        let sources = indices(order.iter().map(|row| row / per_token), x)?;
-        let outputs = Tensor::zeros((rows, hidden), x.dtype(), x.device())?;
-        let mut start = 0;
-        for run in order.chunk_by(|&a, &b| experts[a] == experts[b]) {
-            let gathered = x.index_select(&sources.narrow(0, start, run.len())?, 0)?;
-            let output = self.experts[experts[run[0]]].forward(&gathered)?;
-            outputs.slice_set(&output.contiguous()?, 0, start)?;
-            start += run.len();
-        }
-        // The sorted position of each row.
-        let mut places = vec![0; rows];
-        order.iter().enumerate().for_each(|(place, &row)| places[row] = place);
-        let outputs = outputs.index_select(&indices(places.into_iter(), x)?, 0)?;
-        let weights = Tensor::from_vec(weights, (tokens, 1, per_token), &Device::Cpu)?;
-        let weights = weights.to_dtype(x.dtype())?.to_device(x.device())?;
-        Ok(weights.matmul(&outputs.reshape((tokens, per_token, hidden))?)?.squeeze(1)?)
-    }
-}
-
-/// Returns row indices as a tensor on the device of `x`.
-fn indices(rows: impl Iterator<Item = usize>, x: &Tensor) -> Result<Tensor> {
-    let rows: Vec<u32> = rows.map(|row| row as u32).collect();
-    Ok(Tensor::new(rows, x.device())?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::random::Random;
-    use crate::weights::LoadOptions;
-
-    fn config() -> Config {
-        let experts = Experts {
-            count: 16,
-            per_token: 3,
-            intermediate_size: 12,
-            normalize: true,
-            shared_size: 20,
-            ..Experts::default()
-        };
-        Config { hidden_size: 24, experts: Some(experts), ..Config::default() }
-    }
-
-    fn mixture() -> Mixture {
-        let (config, weights) = (config(), Random(LoadOptions::default()));
-        Mixture::load(&config, config.experts.as_ref().unwrap(), 0, &weights).unwrap()
-    }
-
-    fn random(tokens: usize) -> Tensor {
-        Tensor::randn(0f32, 9., (tokens, 24), &Device::Cpu).unwrap()
-    }
-
-    fn largest(x: &Tensor) -> f32 {
-        x.abs().unwrap().max_all().unwrap().to_scalar().unwrap()
-    }
-
-    /// An expert that is not chosen is not read: its NaNs would reach the output even with a weight
-    /// of 0.
-    #[test]
-    fn experts_that_no_token_chose_are_not_read() {
-        let mut mixture = mixture();
-        let x = random(2);
-        let expected = mixture.forward(&x).unwrap();
-        let chosen = mixture.router.choose(&x).unwrap().experts;
-        let mut poisoned = 0;
-        for (number, expert) in mixture.experts.iter_mut().enumerate() {
-            if !chosen.contains(&number) {
-                let nan = Tensor::full(f32::NAN, (24, 12), &Device::Cpu).unwrap();
-                expert.down = Linear::new(crate::linear::Weight::Dense(nan), None);
-                poisoned += 1;
-            }
-        }
-        assert!(poisoned >= 10);
-        assert_eq!(largest(&(mixture.forward(&x).unwrap() - expected).unwrap()), 0.0);
-    }
-
-    /// Compares with a mixture that runs every expert over every token and weighs unchosen ones by
-    /// 0.
-    #[test]
-    fn sorted_rows_are_the_sum_over_experts() {
-        let mixture = mixture();
-        let x = random(50);
-        let Choice { experts, weights } = mixture.router.choose(&x).unwrap();
-        let mut expected = mixture.shared.as_ref().unwrap().forward(&x).unwrap();
-        for (number, expert) in mixture.experts.iter().enumerate() {
-            let mut of_tokens = vec![0f32; 50];
-            for (row, _) in experts.iter().enumerate().filter(|(_, chosen)| **chosen == number) {
-                of_tokens[row / 3] = weights[row];
-            }
-            let of_tokens = Tensor::from_vec(of_tokens, (50, 1), &Device::Cpu).unwrap();
-            let output = expert.forward(&x).unwrap().broadcast_mul(&of_tokens).unwrap();
-            expected = (expected + output).unwrap();
-        }
-        let error = largest(&(mixture.forward(&x).unwrap() - &expected).unwrap());
-        assert!(error < 1e-5 * largest(&expected), "{error}");
     }
 }

@@ -1,21 +1,18 @@
 //! Checkpoints in Hugging Face format: a folder with `config.json` and weights in safetensors or
 //! PyTorch files.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::account::Account;
-use crate::files;
 use crate::fp8::Fp8;
 use crate::linear::Weight;
 use crate::names::Names;
-use crate::torch_file::TorchFile;
 use crate::weights::{LoadOptions, Weights};
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Tensor};
+use longctx_checkpoint::{Pth, ReadTensors, files, shard_names};
 use longctx_core::{Error, Result};
 use safetensors::Dtype;
-use serde_json::Value;
 
 /// The files of weights in order of preference: a single file, or an index of shards.
 pub(crate) const LAYOUTS: [(&str, &str); 2] = [
@@ -40,7 +37,7 @@ pub(crate) struct FolderWeights {
     path: PathBuf,
     source: Source,
     fp8: Fp8,
-    account: Account,
+    read: ReadTensors,
     options: LoadOptions,
     names: &'static Names,
 }
@@ -49,7 +46,7 @@ enum Source {
     /// Memory-mapped.
     Safetensors(MmapedSafetensors),
     /// The files, and the file index of each tensor.
-    Torch(Vec<TorchFile>, BTreeMap<String, usize>),
+    Torch(Vec<Pth>, BTreeMap<String, usize>),
 }
 
 impl FolderWeights {
@@ -72,7 +69,7 @@ impl FolderWeights {
             }
             false => {
                 let files: Vec<_> =
-                    files.iter().map(|file| TorchFile::open(file)).collect::<Result<_>>()?;
+                    files.iter().map(|file| Pth::open(file)).collect::<Result<_>>()?;
                 let mut homes = BTreeMap::new();
                 for (i, file) in files.iter().enumerate() {
                     homes.extend(file.names().map(|name| (name.to_owned(), i)));
@@ -80,8 +77,8 @@ impl FolderWeights {
                 Source::Torch(files, homes)
             }
         };
-        let account = Account::default();
-        Ok(Self { path: path.into(), source, fp8, account, options: options.clone(), names })
+        let read = ReadTensors::default();
+        Ok(Self { path: path.into(), source, fp8, read, options: options.clone(), names })
     }
 
     fn tensor_names(&self) -> Vec<String> {
@@ -96,14 +93,23 @@ impl FolderWeights {
     fn dims(&self, name: &str) -> Option<Vec<usize>> {
         match &self.source {
             Source::Safetensors(files) => files.get(name).ok().map(|view| view.shape().to_vec()),
-            Source::Torch(files, homes) => files[*homes.get(name)?].dims(name).map(<[_]>::to_vec),
+            Source::Torch(files, homes) => files[*homes.get(name)?].shape(name).map(<[_]>::to_vec),
         }
     }
 
     /// Reads a tensor on the CPU in f32 or as stored; 8-bit floats without their scales.
     fn numbers(&self, name: &str) -> Result<Tensor> {
         match &self.source {
-            Source::Torch(files, homes) => files[homes[name]].load(name),
+            Source::Torch(files, homes) => {
+                let tensor = files[homes[name]].tensor(name)?;
+                match tensor.dtype().is_float() {
+                    true => Ok(tensor),
+                    false => {
+                        let what = format!("tensor {name:?} of type {:?}", tensor.dtype());
+                        Err(Error::Unsupported(format!("{}: {what}", self.path.display())))
+                    }
+                }
+            }
             Source::Safetensors(files) => {
                 let dtype = files.get(name)?.dtype();
                 match dtype {
@@ -137,7 +143,7 @@ impl FolderWeights {
         let candidates = [format!("{name}_scale_inv"), format!("{name}_scale")];
         match candidates.iter().find(|scale| self.dims(scale).is_some()) {
             Some(scale) => {
-                self.account.used(scale);
+                self.read.insert(scale);
                 Ok(self.numbers(scale)?.to_dtype(DType::F32)?)
             }
             None => {
@@ -189,7 +195,7 @@ impl Weights for FolderWeights {
             let what = format!("tensor {name:?} in {}", self.path.display());
             return Err(Error::mismatch(what, format!("{shape:?}"), format!("{dims:?}")));
         }
-        self.account.used(name);
+        self.read.insert(name);
         let mut tensor = self.numbers(name)?;
         if self.is_fp8(name) {
             tensor = self.fp8.scale(name, &tensor, &self.scales(name)?)?;
@@ -212,7 +218,7 @@ impl Weights for FolderWeights {
         let twice = self.has(head) && self.has(embedding) && self.same(embedding, head)?;
         let harmless =
             |name: &str| (twice && name == head) || HARMLESS.iter().any(|part| name.contains(part));
-        self.account.close(&self.path, names.iter().map(String::as_str), harmless)
+        self.read.check_all_read(&self.path, names.iter().map(String::as_str), harmless)
     }
 }
 
@@ -226,23 +232,9 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
         let index = folder.join(index);
         if index.exists() {
             let names = shard_names(&index)?;
-            return names.iter().map(|name| files::inside(folder, &index, name)).collect();
+            return Ok(names.iter().map(|name| folder.join(name)).collect());
         }
     }
     let [(a, b), (c, d)] = LAYOUTS;
     Err(Error::file(folder, format!("there is neither {a} nor {b}, {c} or {d}")))
-}
-
-/// Returns the file names in an index.
-pub(crate) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
-    let json = files::read_json(index)?;
-    let map = json["weight_map"]
-        .as_object()
-        .ok_or_else(|| Error::file(index, "there is no object \"weight_map\""))?;
-    map.iter()
-        .map(|(tensor, file)| match file {
-            Value::String(file) => Ok(file.clone()),
-            _ => Err(Error::file(index, format!("the file of {tensor:?} is no string"))),
-        })
-        .collect()
 }

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use crate::files;
 use candle_core::Tensor;
+use longctx_checkpoint::files;
 use longctx_core::{Error, Result};
 use serde_json::Value;
 

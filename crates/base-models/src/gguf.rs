@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use crate::account::Account;
 use crate::architectures::{self, Architecture};
 use crate::config::Config;
 use crate::gguf_file::GgufFile;
@@ -15,6 +14,7 @@ use crate::rope_settings::RopeSettings;
 use crate::weights::{LoadOptions, Weights};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use longctx_checkpoint::ReadTensors;
 use longctx_core::{Error, Result};
 
 /// Tensors that are computed from the settings.
@@ -24,7 +24,7 @@ const HARMLESS: [&str; 1] = ["attn_rot_embd"];
 pub(crate) struct Gguf {
     file: GgufFile,
     options: LoadOptions,
-    account: Account,
+    read: ReadTensors,
     architecture: &'static Architecture,
 }
 
@@ -34,7 +34,7 @@ impl Gguf {
         let missing = || Error::file(path, "there is no metadata \"general.architecture\"");
         let name = file.text("general.architecture")?.ok_or_else(missing)?;
         let architecture = architectures::of_gguf(name)?;
-        Ok(Self { file, options: options.clone(), account: Account::default(), architecture })
+        Ok(Self { file, options: options.clone(), read: ReadTensors::default(), architecture })
     }
 
     pub fn file(&self) -> &GgufFile {
@@ -135,7 +135,7 @@ impl Gguf {
             let what = format!("tensor {name:?} in {}", self.file.path().display());
             return Err(Error::mismatch(what, format!("{shape:?}"), format!("{got:?}")));
         }
-        self.account.used(name);
+        self.read.insert(name);
         self.file.read(name, device)
     }
 
@@ -229,6 +229,6 @@ impl Weights for Gguf {
 
     fn finish(&self) -> Result<()> {
         let harmless = |name: &str| HARMLESS.iter().any(|part| name.contains(part));
-        self.account.close(self.file.path(), self.file.tensor_names(), harmless)
+        self.read.check_all_read(self.file.path(), self.file.tensor_names(), harmless)
     }
 }

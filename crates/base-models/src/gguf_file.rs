@@ -6,10 +6,10 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use crate::files;
 use crate::gguf_header::{self, TensorInfo, Value};
 use candle_core::Device;
 use candle_core::quantized::{QTensor, ggml_file::qtensor_from_ggml};
+use longctx_checkpoint::files;
 use longctx_core::{Error, Result};
 
 /// An open GGUF file with all its parts. The metadata is that of the first part.

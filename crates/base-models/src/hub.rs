@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use crate::files;
-use crate::folder::{LAYOUTS, shard_names};
+use crate::folder::LAYOUTS;
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
+use longctx_checkpoint::shard_names;
 use longctx_core::{Error, Result};
 
 const OPTIONAL: [&str; 3] =
@@ -32,8 +32,6 @@ pub(crate) fn download(name: &str) -> Result<PathBuf> {
         }
         let Ok(index) = repo.get(index) else { continue };
         for shard in shard_names(&index)? {
-            // A name with `..` would be written outside of the folder.
-            files::inside(&folder, &index, &shard)?;
             fetch(&repo, name, &shard)?;
         }
         return Ok(folder);

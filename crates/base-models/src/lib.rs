@@ -1,14 +1,12 @@
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_code)]
 
-mod account;
 mod architectures;
 mod block_formats;
 mod chat;
 mod config;
 mod decoder;
 mod feed_forward;
-mod files;
 mod folder;
 mod fp8;
 mod ggml_types;
@@ -23,8 +21,8 @@ mod json;
 mod latent_attention;
 mod layer;
 mod linear;
+mod mixture;
 mod names;
-mod pickle;
 mod pre_tokenizers;
 mod pretrained;
 mod python_json;
@@ -39,7 +37,6 @@ mod template;
 mod template_source;
 mod text_stream;
 mod tokenizer;
-mod torch_file;
 mod weights;
 
 pub use longctx_core;

@@ -36,6 +36,14 @@ impl Linear {
 }
 
 impl Weight {
+    /// Returns a float matrix; `None` if it is quantized.
+    pub fn dense(&self) -> Option<&Tensor> {
+        match self {
+            Weight::Dense(matrix) => Some(matrix),
+            Weight::Quantized(_) => None,
+        }
+    }
+
     fn out(&self) -> Result<usize> {
         match self {
             Weight::Dense(w) => Ok(w.dims2()?.0),

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::path::Path;
 
-use crate::files;
 use crate::json::Fields;
 use crate::sentence_piece::{self, Kind, Piece, SpacePrefix};
+use longctx_checkpoint::files;
 use longctx_core::{Error, Result};
 use prost::Message;
 use serde_json::{Map, Value};

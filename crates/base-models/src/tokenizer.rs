@@ -3,11 +3,11 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use crate::files;
 use crate::gguf_file::GgufFile;
 use crate::gguf_tokenizer;
 use crate::sentence_piece_model;
 use crate::text_stream::TextStream;
+use longctx_checkpoint::files;
 use longctx_core::{Error, Result};
 use tokenizers::Tokenizer as Inner;
 

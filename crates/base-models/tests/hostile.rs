@@ -63,7 +63,7 @@ fn an_index_names_files_of_its_own_folder_alone() {
             let map = serde_json::json!({"weight_map": {"model.norm.weight": name}});
             fs::write(folder.path().join(index), map.to_string()).unwrap();
             let message = message(folder.path());
-            assert!(message.contains("is no name of a file in this folder"), "{message}");
+            assert!(message.contains("is not in the same folder"), "{message}");
         }
     }
 }
@@ -265,13 +265,11 @@ fn pickles_that_lie_are_refused() {
     let good = entry(rebuild, &tensor(2, 0, &[2], &[1]));
     assert!(refused(&good).contains("there is no tensor \"model.embed_tokens.weight\""));
     let huge = refused(&entry(rebuild, &tensor(u32::MAX, 0, &[u32::MAX], &[1])));
+    assert!(huge.contains("[4294967295] of stride [1] from 0, of 2 numbers"), "{huge}");
     assert!(
-        huge.contains(
-            "4294967295 numbers from 0 on, of a storage said to have 4294967295 and holding 2"
-        ),
-        "{huge}"
+        refused(&entry(rebuild, &tensor(2, 1, &[2], &[1])))
+            .contains("[2] of stride [1] from 1, of 2 numbers")
     );
-    assert!(refused(&entry(rebuild, &tensor(2, 1, &[2], &[1]))).contains("2 numbers from 1 on"));
     assert!(
         refused(&entry(rebuild, &tensor(2, 0, &[u32::MAX; 3], &[1; 3])))
             .contains("tensor \"model.norm.weight\"")
@@ -280,7 +278,7 @@ fn pickles_that_lie_are_refused() {
         refused(&entry(rebuild, &tensor(2, 0, &[2, 1], &[1, 2, 3])))
             .contains("tensor \"model.norm.weight\"")
     );
-    assert!(refused(&entry(rebuild, b")")).contains("less than four arguments"));
+    assert!(refused(&entry(rebuild, b")")).contains("got 0 values"));
     assert!(
         refused(&entry("torch._utils._rebuild_parameter", b")"))
             .contains("tensor \"model.norm.weight\"")
@@ -289,16 +287,19 @@ fn pickles_that_lie_are_refused() {
         refused(&entry("torch._tensor._rebuild_from_type_v2", b")"))
             .contains("tensor \"model.norm.weight\"")
     );
-    assert!(refused(&entry("os.system", b"(X\x02\x00\x00\x00lst")).contains("made by os.system"));
+    assert!(refused(&entry("os.system", b"(X\x02\x00\x00\x00lst")).contains("os.system"));
     let deep = [&b"\x80\x02"[..], &b"]".repeat(2_000_000), &b"a".repeat(1_999_999), b"."].concat();
-    assert!(refused(&deep).contains("no dictionary"));
+    assert!(refused(&deep).contains("expected a dictionary of tensors"));
     let tuples = [&b"\x80\x02N"[..], &b"\x85".repeat(2_000_000), b"."].concat();
-    assert!(refused(&tuples).contains("no dictionary"));
+    assert!(refused(&tuples).contains("expected a dictionary of tensors"));
     // Each list contains the previous one twice.
     let doubled: Vec<u8> =
         (0..60u8).flat_map(|i| [b']', b'q', i + 1, b'h', i, b'a', b'h', i, b'a']).collect();
-    assert!(refused(&[&b"]q\x00"[..], &doubled, b"."].concat()).contains("no dictionary"));
-    assert!(refused(b"X\xff\xff\xff\xff.").contains("truncated"));
+    assert!(
+        refused(&[&b"]q\x00"[..], &doubled, b"."].concat())
+            .contains("expected a dictionary of tensors")
+    );
+    assert!(refused(b"X\xff\xff\xff\xff.").contains("the file ends here"));
     for broken in [
         &b"."[..],
         b"R.",

@@ -2,7 +2,6 @@
 //! their storages.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -12,6 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use longctx_core::{Error, Result};
 use zip::{CompressionMethod, ZipArchive};
 
+use crate::files;
 use crate::pickle::{Id, Pickle, Value};
 
 /// A file of tensors by name, as written by `torch.save(model.state_dict(), path)` since PyTorch
@@ -30,7 +30,9 @@ impl<T: Read + Seek + Send> Source for T {}
 /// The location of a tensor's elements.
 #[derive(Debug, PartialEq)]
 struct Info {
-    dtype: DType,
+    dtype: Result<DType, String>,
+    /// Bytes per element.
+    size: usize,
     shape: Vec<usize>,
     /// Stride of each dimension, in elements.
     stride: Vec<usize>,
@@ -51,8 +53,7 @@ impl Pth {
     /// [`Error::File`] if the file cannot be read, is not a PyTorch archive, contains anything
     /// other than a dictionary of tensors, or has a storage that is too small for a tensor.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|e| Error::file(path, e))?;
-        Self::read(file, path)
+        Self::read(files::open(path)?, path)
     }
 
     /// As [`open`](Self::open), from a reader. `path` is named in errors.
@@ -88,21 +89,24 @@ impl Pth {
         let Some(info) = self.tensors.get(name) else {
             return Err(Error::file(&self.path, format!("there is no tensor {name:?}")));
         };
+        let dtype = info.dtype.clone().map_err(|storage| {
+            let what = format!("tensor {name:?} of type {storage}");
+            Error::Unsupported(format!("{}: {what}", self.path.display()))
+        })?;
         let mut bytes = vec![0; (info.bytes.end - info.bytes.start) as usize];
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let read =
             file.seek(SeekFrom::Start(info.bytes.start)).and_then(|_| file.read_exact(&mut bytes));
         read.map_err(|e| failed(&e))?;
         let packed = info.packed(bytes);
-        Tensor::from_raw_buffer(&packed, info.dtype, &info.shape, &Device::Cpu)
-            .map_err(|e| failed(&e))
+        Tensor::from_raw_buffer(&packed, dtype, &info.shape, &Device::Cpu).map_err(|e| failed(&e))
     }
 }
 
 impl Info {
     /// Returns the elements contiguously, in row-major order.
     fn packed(&self, bytes: Vec<u8>) -> Vec<u8> {
-        let (size, count) = (self.dtype.size_in_bytes(), self.shape.iter().product::<usize>());
+        let (size, count) = (self.size, self.shape.iter().product::<usize>());
         if self.is_contiguous() || count == 0 {
             return bytes;
         }
@@ -149,22 +153,31 @@ fn describe(source: &mut Box<dyn Source>) -> Result<BTreeMap<String, Info>, Stri
         }
     }
     let pickle = Pickle::read(&load(source, &entries[pickle])?)?;
-    let Value::Dict(all) = pickle.root() else {
-        return Err(format!("expected a dictionary of tensors, got {}", pickle.root().kind()));
-    };
     let mut tensors = BTreeMap::new();
-    for &(name, value) in all {
-        let Value::Text(name) = pickle.get(name) else {
-            return Err(format!(
-                "expected tensors by name, got one by {}",
-                pickle.get(name).kind()
-            ));
+    for &(name, value) in state(&pickle)? {
+        // Other values, such as an epoch or a learning rate, are not tensors.
+        let (Value::Text(name), Value::Call { .. }) = (pickle.get(name), pickle.get(value)) else {
+            continue;
         };
         let storage = |key: &str| entries.get(&format!("{folder}data/{key}")).cloned();
-        let info = info(&pickle, value, storage).map_err(|reason| format!("{name:?}: {reason}"))?;
+        let info =
+            info(&pickle, value, storage).map_err(|reason| format!("tensor {name:?}: {reason}"))?;
         tensors.insert(name.clone(), info);
     }
     Ok(tensors)
+}
+
+/// Returns the entries of the state dictionary: the pickle's root, or its entry "state_dict".
+fn state(pickle: &Pickle) -> Result<&[(Id, Id)], String> {
+    let Value::Dict(root) = pickle.root() else {
+        return Err(format!("expected a dictionary of tensors, got {}", pickle.root().kind()));
+    };
+    let is_state = |name: Id| *pickle.get(name) == Value::Text("state_dict".into());
+    let nested = root.iter().find_map(|&(name, value)| match pickle.get(value) {
+        Value::Dict(items) if is_state(name) => Some(items),
+        _ => None,
+    });
+    Ok(nested.unwrap_or(root))
 }
 
 /// Returns the byte range of each file in an archive of `size` bytes.
@@ -216,9 +229,8 @@ fn info(
     if shape.len() != stride.len() {
         return Err(format!("{} dimensions with {} strides", shape.len(), stride.len()));
     }
-    let (dtype, key) = described(pickle, *description)?;
+    let (dtype, size, key) = described(pickle, *description)?;
     let range = storage(key).ok_or_else(|| format!("there is no storage {key:?}"))?;
-    let size = dtype.size_in_bytes();
     let held = ((range.end - range.start) / size as u64) as usize;
     let too_small = || format!("{shape:?} of stride {stride:?} from {offset}, of {held} numbers");
     // Views that repeat elements are refused, so that no more is read than the storage holds.
@@ -232,7 +244,7 @@ fn info(
     let end = span.and_then(|span| span.checked_add(offset)).filter(|&end| end <= held);
     let end = end.ok_or_else(too_small)?;
     let at = |number: usize| range.start + (number * size) as u64;
-    Ok(Info { dtype, bytes: at(offset)..at(end), shape, stride })
+    Ok(Info { dtype, size, bytes: at(offset)..at(end), shape, stride })
 }
 
 /// Returns the arguments of `torch._utils._rebuild_tensor_v2`, also inside a parameter or a tensor
@@ -264,26 +276,32 @@ fn rebuild_arguments(pickle: &Pickle, mut value: Id) -> Result<&[Id], String> {
 }
 
 /// Returns the dtype and the key of a storage: `("storage", class, key, device, count)`.
-fn described(pickle: &Pickle, description: Id) -> Result<(DType, &str), String> {
+fn described(
+    pickle: &Pickle,
+    description: Id,
+) -> Result<(Result<DType, String>, usize, &str), String> {
     let Value::Persistent(id) = pickle.get(description) else {
         return Err(format!("expected a storage, got {}", pickle.get(description).kind()));
     };
     let &[_, class, key, ..] = tuple(pickle, *id)? else {
         return Err("a storage without class and key".into());
     };
-    let dtype = match global(pickle, class)?.1 {
-        "FloatStorage" => DType::F32,
-        "DoubleStorage" => DType::F64,
-        "HalfStorage" => DType::F16,
-        "BFloat16Storage" => DType::BF16,
-        "ByteStorage" => DType::U8,
-        "ShortStorage" => DType::I16,
-        "IntStorage" => DType::I32,
-        "LongStorage" => DType::I64,
-        other => return Err(format!("numbers in {other}, which are not read")),
+    let class = global(pickle, class)?.1;
+    let dtype = match class {
+        "FloatStorage" => Ok(DType::F32),
+        "DoubleStorage" => Ok(DType::F64),
+        "HalfStorage" => Ok(DType::F16),
+        "BFloat16Storage" => Ok(DType::BF16),
+        "ByteStorage" => Ok(DType::U8),
+        "ShortStorage" => Ok(DType::I16),
+        "IntStorage" => Ok(DType::I32),
+        "LongStorage" => Ok(DType::I64),
+        "CharStorage" | "BoolStorage" => Err(class.to_owned()),
+        other => return Err(format!("unsupported storage class {other}")),
     };
+    let size = dtype.as_ref().map_or(1, |dtype| dtype.size_in_bytes());
     match pickle.get(key) {
-        Value::Text(key) => Ok((dtype, key)),
+        Value::Text(key) => Ok((dtype, size, key)),
         other => Err(format!("expected the key of a storage, got {}", other.kind())),
     }
 }

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::{Component, Path};
 
+use crate::files;
 use longctx_core::{Error, Result};
-use serde_json::Value;
 
 /// Returns the file names in the `weight_map` of a `model.safetensors.index.json` or
 /// `pytorch_model.bin.index.json`.
@@ -13,8 +13,7 @@ use serde_json::Value;
 /// [`Error::File`] if the index cannot be read, has no `weight_map`, or names a file outside its
 /// folder.
 pub fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
-    let text = std::fs::read_to_string(index).map_err(|e| Error::file(index, e))?;
-    let json: Value = serde_json::from_str(&text).map_err(|e| Error::file(index, e))?;
+    let json = files::read_json(index)?;
     let map = json["weight_map"]
         .as_object()
         .ok_or_else(|| Error::file(index, "there is no object \"weight_map\""))?;

@@ -3,6 +3,7 @@
 use std::panic::catch_unwind;
 use std::path::Path;
 
+use crate::files;
 use longctx_core::{Error, Result};
 use serde_json::Value;
 use tokenizers::Tokenizer;
@@ -12,8 +13,7 @@ use tokenizers::Tokenizer;
 /// # Errors
 /// [`Error::File`] if the file cannot be read, is not JSON, or is not a tokenizer.
 pub fn open_tokenizer(path: &Path) -> Result<Tokenizer> {
-    let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
-    read_tokenizer(&bytes).map_err(|reason| Error::file(path, reason))
+    read_tokenizer(files::read_text(path)?.as_bytes()).map_err(|reason| Error::file(path, reason))
 }
 
 /// As [`open_tokenizer`], from the file's bytes.

@@ -2,7 +2,6 @@
 
 mod content;
 mod folder;
-mod greedy;
 mod methods;
 mod pending;
 mod reader;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::matrix::Matrix;
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Tensor};
-use longctx_checkpoint::{Asked, Pth, shard_names};
+use longctx_checkpoint::{Pth, ReadTensors, shard_names};
 use longctx_core::{Error, Result};
 
 /// How weights are loaded.
@@ -32,7 +32,7 @@ pub struct Checkpoint {
     path: PathBuf,
     source: Source,
     dtype: DType,
-    asked: Asked,
+    read: ReadTensors,
 }
 
 enum Source {
@@ -76,7 +76,7 @@ impl Checkpoint {
     fn new(path: PathBuf, source: Source, options: &LoadOptions) -> Result<Self> {
         match options.dtype {
             dtype @ (DType::F32 | DType::F16 | DType::BF16) => {
-                Ok(Self { path, source, dtype, asked: Asked::default() })
+                Ok(Self { path, source, dtype, read: ReadTensors::default() })
             }
             other => Err(Error::setting("dtype", "f32, f16 or bf16", other.as_str())),
         }
@@ -135,7 +135,7 @@ impl Checkpoint {
 
     /// Compares the shape before any data is read.
     fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        self.asked.note(name);
+        self.read.insert(name);
         let dims = self.shape(name).ok_or_else(|| self.missing(&[name]))?;
         let ones = dims.len().saturating_sub(shape.len());
         if dims[ones..] != *shape || dims[..ones].iter().any(|&d| d != 1) {
@@ -162,12 +162,7 @@ impl Checkpoint {
             Source::Pickle(file) => file.names().map(str::to_owned).collect(),
             Source::Memory(tensors) => tensors.keys().cloned().collect(),
         };
-        let unread =
-            self.asked.account(&self.path, names.iter().map(String::as_str), is_harmless)?;
-        if !unread.is_empty() {
-            log::info!("{}: not needed, and not read: {}", self.path.display(), unread.join(", "));
-        }
-        Ok(())
+        self.read.check_all_read(&self.path, names.iter().map(String::as_str), is_harmless)
     }
 }
 

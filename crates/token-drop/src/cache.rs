@@ -153,6 +153,15 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         self.checked()
     }
 
+    /// Keeps all entries of the prompt, and applies the budget to the tokens after it.
+    ///
+    /// # Errors
+    /// As [`with_settings`](Self::with_settings).
+    pub fn with_kept_prompt(mut self) -> Result<Self> {
+        self.settings.keep_prompt = true;
+        self.checked()
+    }
+
     /// Rotates kept keys to contiguous positions after each eviction.
     ///
     /// # Errors

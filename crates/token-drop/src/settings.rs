@@ -47,6 +47,9 @@ pub struct Settings {
     /// the model's context stays within known positions. A packed store repacks all kept keys each
     /// time.
     pub rerotate: bool,
+    /// Whether all entries of the prompt are kept. The budget then applies to the tokens after the
+    /// prompt, and a ratio is a share of them.
+    pub keep_prompt: bool,
 }
 
 impl Settings {
@@ -62,6 +65,7 @@ impl Settings {
             prefill: Prefill::default(),
             decode_step: Some(64),
             rerotate: false,
+            keep_prompt: false,
         }
     }
 
@@ -82,6 +86,10 @@ impl Settings {
             }
             (_, Some(0)) => return Err(Error::setting("decode step", "at least 1 token", 0)),
             _ => {}
+        }
+        if self.keep_prompt && self.decode_step.is_none() {
+            let expected = "a number of entries, since nothing else than decoded tokens is evicted";
+            return Err(Error::setting("decode step", expected, "none"));
         }
         if self.rerotate {
             spec.require_rope("re-rotation")?;
@@ -136,10 +144,26 @@ impl Settings {
         prompt: usize,
         seen: usize,
     ) -> (Vec<usize>, ProtectedCounts) {
+        if !self.keep_prompt {
+            return self.limits_of(spec, prompt, seen);
+        }
+        let decoded = seen.saturating_sub(prompt);
+        let (budgets, protected) = self.limits_of(spec, decoded, decoded);
+        let budgets = budgets.into_iter().map(|budget| budget.saturating_add(prompt)).collect();
+        (budgets, ProtectedCounts { sinks: protected.sinks.saturating_add(prompt), ..protected })
+    }
+
+    /// Returns the limits of `budgeted` tokens, of which the budget may be a ratio.
+    fn limits_of(
+        &self,
+        spec: &LayerSpec,
+        budgeted: usize,
+        seen: usize,
+    ) -> (Vec<usize>, ProtectedCounts) {
         let kv_heads = spec.shape.kv_heads;
         let mean = match &self.budget {
             Budget::Tokens(tokens) => *tokens as f64,
-            Budget::Ratio(ratio) => ratio * prompt as f64,
+            Budget::Ratio(ratio) => ratio * budgeted as f64,
             Budget::Heads(heads) => {
                 let budgets = heads.iter().map(|tokens| tokens.unwrap_or(usize::MAX));
                 let Protected { sinks, recent, .. } = self.protected;
@@ -147,7 +171,7 @@ impl Settings {
             }
         };
         let window = self.protected.counts(mean).0.recent;
-        let own = self.layer_budgets.of_layer(spec, mean, seen.max(prompt), window);
+        let own = self.layer_budgets.of_layer(spec, mean, seen.max(budgeted), window);
         let (protected, tokens) = self.protected.counts(own);
         (vec![tokens.max(protected.total()); kv_heads], protected)
     }

@@ -43,6 +43,27 @@ fn each_chunk_of_a_prompt_is_followed_by_eviction_or_the_first_alone() {
 }
 
 #[test]
+fn a_kept_prompt_stays_whole_and_the_budget_is_of_what_follows() {
+    let kept = |budget| {
+        PolicyCache::new(spec(), store(DType::F32), KNorm, budget)
+            .and_then(|cache| cache.with_decode_step(Some(1))?.with_kept_prompt())
+            .unwrap()
+    };
+    let calls = [&[30, 20][..], &[1; 12]].concat();
+    let mut tokens = kept(Budget::Tokens(4));
+    assert_eq!(helds(&mut tokens, &calls)[..6], [30, 50, 51, 52, 53, 54]);
+    let positions = tokens.positions(5).unwrap();
+    for head in positions {
+        assert_eq!((head.len(), &head[..50]), (54, &(0..50).collect::<Vec<u32>>()[..]));
+    }
+    let halves = helds(&mut kept(Budget::Ratio(0.5)), &calls);
+    assert_eq!(halves[1..], [50, 51, 51, 51, 52, 52, 53, 53, 54, 54, 55, 55, 56]);
+    let cache = PolicyCache::new(spec(), store(DType::F32), KNorm, Budget::Tokens(4)).unwrap();
+    let never = cache.with_decode_step(None).unwrap().with_kept_prompt();
+    assert!(never.unwrap_err().to_string().contains("decode step"));
+}
+
+#[test]
 fn layers_hold_what_the_pyramid_gives_them() {
     let held = |layer| {
         let spec = spec().at(layer, 3);

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use longctx_eval::{Category, Setting, Task, content_hash, ruler};
+use longctx_examples::methods::Compress;
 use longctx_examples::place::Place;
 
 use super::{Chosen, DATA, LONGBENCH_V2, NEEDLES, TaskArgs};
@@ -20,7 +21,10 @@ impl Chosen {
         let mut all = Conditions::new();
         let chunk = self.prefill_chunk.map_or("all at once".into(), |chunk| chunk.to_string());
         all.insert("prefill_chunk".into(), chunk);
-        // Runs from before this condition existed used the default.
+        // Runs from before a condition existed used its default.
+        if self.compress != Compress::default() {
+            all.insert("compress".into(), format!("{:?}", self.compress).to_lowercase());
+        }
         if self.place.describe() != Place::default().describe() {
             all.insert("device and format".into(), self.place.describe());
         }

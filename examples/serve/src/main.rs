@@ -8,10 +8,7 @@
 
 mod answer;
 mod api;
-mod metrics;
-mod prefixes;
 mod routes;
-mod scheduler;
 mod text;
 
 use std::net::SocketAddr;
@@ -22,9 +19,9 @@ use clap::Parser;
 use longctx_examples::llm::Llm;
 use longctx_examples::model;
 use longctx_examples::place::Place;
-use metrics::Metrics;
+use longctx_serve::metrics::Metrics;
+use longctx_serve::scheduler::{Options, Scheduler};
 use routes::App;
-use scheduler::{Options, Scheduler};
 use tokio::sync::mpsc::unbounded_channel;
 
 #[derive(Parser)]
@@ -75,7 +72,7 @@ async fn main() -> Result<()> {
     ensure!(args.step_tokens > 0 && args.max_tokens > 0, "tokens: expected at least 1, got 0");
     let name = model::named(args.model.as_deref())?;
     let llm = Llm::open(&name, &args.place)?;
-    let metrics = Arc::new(Metrics::new());
+    let metrics = Arc::new(Metrics::default());
     let (requests, received) = unbounded_channel();
     let context = llm.context_length().unwrap_or(usize::MAX);
     let session = llm.session_with(&args.method, args.cache_mib.map(|mib| mib << 20))?;

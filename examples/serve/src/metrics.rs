@@ -33,9 +33,9 @@ pub struct Metrics {
     pub first_token: Histogram,
 }
 
-impl Metrics {
+impl Default for Metrics {
     /// Creates metrics with all values zero.
-    pub fn new() -> Self {
+    fn default() -> Self {
         let mut registry = Registry::with_prefix("longctx");
         let counter = |registry: &mut Registry, name: &str, help: &str| {
             let counter = Counter::default();
@@ -76,7 +76,9 @@ impl Metrics {
             first_token,
         }
     }
+}
 
+impl Metrics {
     /// Returns the metrics in Prometheus' text format.
     pub fn text(&self) -> String {
         let mut text = String::new();

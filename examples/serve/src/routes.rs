@@ -21,8 +21,8 @@ use tokio_stream::{Stream, StreamExt};
 
 use crate::answer::{Answer, Piece};
 use crate::api::{Chat, Common, Completion, Failure, Prompt};
-use crate::metrics::Metrics;
-use crate::scheduler::Request;
+use longctx_serve::metrics::Metrics;
+use longctx_serve::scheduler::Request;
 
 /// The state shared by all routes.
 pub struct App {
@@ -174,7 +174,7 @@ fn begin(
 
 fn answer(
     app: &Arc<App>,
-    received: UnboundedReceiver<crate::scheduler::Event>,
+    received: UnboundedReceiver<longctx_serve::scheduler::Event>,
     prompt_tokens: usize,
     common: &Common,
 ) -> Answer {

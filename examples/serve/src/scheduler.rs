@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use crate::metrics::Metrics;
 use crate::prefixes::Prefixes;
-use longctx_core::{Batch, CausalLm, Error, Footprint, Logits, Result, Sampler, Sampling, SeqId};
+use longctx_core::{
+    Batch, CausalLm, Error, Footprint, Greedy, Logits, Result, Sampler, Sampling, SeqId,
+};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, error::TryRecvError};
 
 /// One prompt to continue.
@@ -88,6 +90,14 @@ impl Running {
     }
 }
 
+/// What a step gives for a sequence.
+enum Output {
+    /// The token, chosen on the model's device because all sequences of the step are greedy.
+    Token(Result<u32>),
+    /// The logits of the next token.
+    Logits(Vec<f32>),
+}
+
 /// The scheduler of a model's requests.
 pub struct Scheduler {
     model: Box<dyn CausalLm + Send>,
@@ -96,6 +106,7 @@ pub struct Scheduler {
     running: Vec<Running>,
     prefixes: Prefixes,
     next_seq: SeqId,
+    greedy: Greedy,
     metrics: Arc<Metrics>,
 }
 
@@ -104,7 +115,8 @@ impl Scheduler {
     pub fn new(model: Box<dyn CausalLm + Send>, options: Options, metrics: Arc<Metrics>) -> Self {
         let prefixes = Prefixes::new(options.prefixes);
         let (waiting, running) = (VecDeque::new(), Vec::new());
-        Self { model, options, waiting, running, prefixes, next_seq: 0, metrics }
+        let greedy = Greedy::default();
+        Self { model, options, waiting, running, prefixes, next_seq: 0, greedy, metrics }
     }
 
     /// Serves requests until all senders are dropped and the last request is done.
@@ -253,15 +265,24 @@ impl Scheduler {
                 fed.push(i);
             }
         }
-        match self.forward(&seqs, &ids) {
-            Ok(logits) => self.advance(&fed, &seqs, logits),
+        match self.forward(&fed, &seqs, &ids) {
+            Ok(outputs) => self.advance(&fed, &seqs, outputs),
             Err(error) => self.recover(&fed, &error),
         }
     }
 
-    fn forward(&mut self, seqs: &[(SeqId, usize)], ids: &[u32]) -> Result<Vec<Vec<f32>>> {
+    fn forward(
+        &mut self,
+        fed: &[usize],
+        seqs: &[(SeqId, usize)],
+        ids: &[u32],
+    ) -> Result<Vec<Output>> {
         let logits = self.model.forward(&Batch::new(seqs)?, ids, Logits::Last)?;
-        Ok(logits.to_vec2()?)
+        if fed.iter().all(|&i| self.running[i].request.sampling == Sampling::Greedy) {
+            let tokens = self.greedy.choose(&logits)?;
+            return Ok(tokens.into_iter().map(Output::Token).collect());
+        }
+        Ok(logits.to_vec2()?.into_iter().map(Output::Logits).collect())
     }
 
     /// Handles a failed step. A kept prefix is freed and the step is tried again. If there is none,
@@ -278,9 +299,9 @@ impl Scheduler {
 
     /// Counts the fed tokens, and generates the next token of each sequence whose prompt is
     /// complete.
-    fn advance(&mut self, fed: &[usize], seqs: &[(SeqId, usize)], logits: Vec<Vec<f32>>) {
+    fn advance(&mut self, fed: &[usize], seqs: &[(SeqId, usize)], outputs: Vec<Output>) {
         let mut ended = Vec::new();
-        for ((&i, &(_, count)), logits) in fed.iter().zip(seqs).zip(&logits) {
+        for ((&i, &(_, count)), output) in fed.iter().zip(seqs).zip(outputs) {
             if self.running[i].last.is_none() {
                 self.running[i].fed += count;
                 self.metrics.prompt_tokens.inc_by(count as u64);
@@ -289,7 +310,7 @@ impl Scheduler {
                     continue;
                 }
             }
-            if let Some(event) = self.write(i, logits) {
+            if let Some(event) = self.write(i, output) {
                 ended.push((i, event));
             }
         }
@@ -316,9 +337,13 @@ impl Scheduler {
     }
 
     /// Chooses a token and sends it. Returns the event that ends the request, if any.
-    fn write(&mut self, i: usize, logits: &[f32]) -> Option<Event> {
+    fn write(&mut self, i: usize, output: Output) -> Option<Event> {
         let running = &mut self.running[i];
-        let token = match running.sampler.sample(logits) {
+        let token = match output {
+            Output::Token(token) => token,
+            Output::Logits(logits) => running.sampler.sample(&logits),
+        };
+        let token = match token {
             Ok(token) => token,
             Err(error) => return Some(Event::Failed(error.to_string())),
         };
@@ -362,7 +387,7 @@ mod tests {
         let method = Method::named(method).unwrap();
         let cache = |spec: &_| method.cache_within(spec, capacity);
         let options = Options { prefill_chunk: Some(16), step_tokens: 40, prefixes };
-        Scheduler::new(Box::new(model.session(cache).unwrap()), options, Metrics::new().into())
+        Scheduler::new(Box::new(model.session(cache).unwrap()), options, Metrics::default().into())
     }
 
     fn prompt(seed: usize, len: usize) -> Vec<u32> {

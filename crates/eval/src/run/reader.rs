@@ -3,9 +3,8 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use longctx_core::{Batch, CausalLm, Logits, PromptCompressor, Rate, SeqId, prefill};
+use longctx_core::{Batch, CausalLm, Greedy, Logits, PromptCompressor, Rate, SeqId, prefill};
 
-use super::greedy::Greedy;
 use super::running::Running;
 use super::shorten::{Compressor, ShortenedTurn, shorten};
 use super::subject::{Answer, Passage, Question, Queue, Subject, SubjectError};

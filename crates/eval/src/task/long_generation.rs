@@ -2,6 +2,7 @@
 //! which LongBench's short answers cannot show. Generated from a seed, of any length, scored by
 //! program.
 
+mod copy;
 mod listing;
 mod machine;
 mod recall;
@@ -10,6 +11,7 @@ mod table;
 use rand::prelude::*;
 use rand_chacha::ChaCha8Rng;
 
+pub use copy::Copy;
 pub use listing::Listing;
 pub use machine::StateMachine;
 pub use recall::Recall;
@@ -31,7 +33,7 @@ pub struct Size {
     pub seed: u64,
 }
 
-/// Returns all four tasks at one size.
+/// Returns all five tasks at one size.
 ///
 /// ```
 /// use longctx_eval::long_generation::{Size, tasks};
@@ -45,15 +47,16 @@ pub struct Size {
 pub fn tasks(size: Size) -> Vec<Box<dyn Task>> {
     vec![
         Box::new(Recall(size)),
+        Box::new(Copy(size)),
         Box::new(Listing(size)),
         Box::new(TableEdit(size)),
         Box::new(StateMachine(size)),
     ]
 }
 
-/// Returns the names of the four tasks.
+/// Returns the names of the five tasks.
 pub fn names() -> impl Iterator<Item = &'static str> {
-    ["recall", "listing", "table-edit", "state-machine"].into_iter()
+    ["recall", "copy", "listing", "table-edit", "state-machine"].into_iter()
 }
 
 const NAMES: [&str; 20] = [

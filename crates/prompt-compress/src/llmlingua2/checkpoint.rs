@@ -5,7 +5,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use longctx_checkpoint::Asked;
+use longctx_checkpoint::ReadTensors;
 use longctx_core::{Error, Result};
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
@@ -72,7 +72,7 @@ pub struct Weights {
     /// Offset of the tensor data.
     start: u64,
     device: Device,
-    asked: Asked,
+    read: ReadTensors,
 }
 
 impl Weights {
@@ -94,8 +94,8 @@ impl Weights {
             return Err(failed(&format!("the header promises {promised} bytes, there are {data}")));
         }
         let start = 8 + length;
-        let (path, device, asked) = (path.into(), device.clone(), Asked::default());
-        Ok(Self { path, file, metadata, start, device, asked })
+        let (path, device, read) = (path.into(), device.clone(), ReadTensors::default());
+        Ok(Self { path, file, metadata, start, device, read })
     }
 
     /// Checks that every tensor has been read.
@@ -104,12 +104,7 @@ impl Weights {
     /// [`Error::Unsupported`] naming unread tensors that may change the encoder's output.
     pub fn account(&self) -> Result<()> {
         let names = self.metadata.offset_keys();
-        let unread =
-            self.asked.account(&self.path, names.iter().map(String::as_str), is_harmless)?;
-        if !unread.is_empty() {
-            log::info!("{}: not needed, and not read: {}", self.path.display(), unread.join(", "));
-        }
-        Ok(())
+        self.read.check_all_read(&self.path, names.iter().map(String::as_str), is_harmless)
     }
 
     /// Returns the shape of a tensor, if it exists.
@@ -119,7 +114,7 @@ impl Weights {
 
     /// Returns a tensor in f32.
     pub fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        self.asked.note(name);
+        self.read.insert(name);
         let Some(info) = self.metadata.info(name) else {
             return Err(Error::file(&self.path, format!("there is no tensor {name:?}")));
         };

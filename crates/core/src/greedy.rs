@@ -1,20 +1,33 @@
 //! Greedy sampling for a batch.
 
+use crate::{Error, Result, Sampler, Sampling};
 use candle_core::{D, DType, Tensor};
-use longctx_core::{Error, Result, Sampler, Sampling};
 
 /// Chooses each sequence's most probable token; ties go to the lowest id.
-#[derive(Default)]
-pub(super) struct Greedy {
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use longctx_core::Greedy;
+///
+/// let logits = Tensor::new(&[[0.5f32, 2.0, 1.0], [3.0, 3.0, 1.0]], &Device::Cpu)?;
+/// let tokens = Greedy::default().choose(&logits)?.into_iter().collect::<Result<Vec<_>, _>>()?;
+/// assert_eq!(tokens, [1, 0]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Default)]
+pub struct Greedy {
     /// 0 to the vocabulary's size, on the logits' device.
     ids: Option<Tensor>,
 }
 
 impl Greedy {
-    /// Returns the tokens for logits `[sequences, vocab]`; an error for a sequence with NaN.
+    /// Returns the tokens for f32 logits `[sequences, vocab]`; an error for a sequence with NaN.
     ///
     /// On other devices than the CPU, logits are not copied to the host: for a large vocabulary the
     /// copy takes longer than the step.
+    ///
+    /// # Errors
+    /// If the logits are not f32 of two dimensions.
     pub fn choose(&mut self, logits: &Tensor) -> Result<Vec<Result<u32>>> {
         if logits.device().is_cpu() {
             let mut sampler = Sampler::new(Sampling::Greedy)?;

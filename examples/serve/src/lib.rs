@@ -1,0 +1,5 @@
+//! The scheduler of the server, for programs that serve without HTTP.
+
+pub mod metrics;
+mod prefixes;
+pub mod scheduler;
