@@ -17,7 +17,7 @@ pub trait CacheStrategy<S: KvStore>: Send {
     /// ([`LayerSpec::output`]).
     ///
     /// # Errors
-    /// Those of the store. The store must be as before the call.
+    /// Those of the store. The cache removes what was appended before the error.
     fn attend(&self, spec: &LayerSpec, store: &mut S, step: &Step<'_>) -> Result<Tensor>;
 
     /// Appends the tokens of new sequences without attention.
@@ -109,6 +109,21 @@ impl<S: KvStore, C: CacheStrategy<S>> StoreCache<S, C> {
         &self.store
     }
 
+    /// Removes the tokens of a failed call from the store. Tokens that cannot be removed count as
+    /// seen: a caller that truncates the sequence then gets the store's error.
+    fn roll_back(&mut self, batch: &Batch, lens: &[usize]) {
+        for ((seq, tokens), &len) in batch.iter().zip(lens) {
+            if self.store.len(seq) == len {
+                continue;
+            }
+            if !self.seen.contains_key(&seq) {
+                self.store.remove(seq);
+            } else if self.store.truncate(seq, len).is_err() {
+                *self.seen.entry(seq).or_default() += tokens.len();
+            }
+        }
+    }
+
     /// Counts the tokens of a batch as seen, and drops entries.
     fn advance(&mut self, batch: &Batch) -> Result<()> {
         for (seq, tokens) in batch.iter() {
@@ -127,9 +142,14 @@ impl<S: KvStore, C: CacheStrategy<S>> KvCache for StoreCache<S, C> {
         step.check(&self.spec)?;
         let (q, k) = step.rotate(&self.spec, |seq| self.seen(seq))?;
         let rotated = Step { q: &q, k: &k, ..*step };
-        let out = self.strategy.attend(&self.spec, &mut self.store, &rotated)?;
-        self.advance(step.batch)?;
-        Ok(out)
+        let lens: Vec<_> = step.batch.seqs().iter().map(|&seq| self.store.len(seq)).collect();
+        match self.strategy.attend(&self.spec, &mut self.store, &rotated) {
+            Ok(out) => self.advance(step.batch).map(|()| out),
+            Err(error) => {
+                self.roll_back(step.batch, &lens);
+                Err(error)
+            }
+        }
     }
 
     fn append_prompt(&mut self, step: &Step<'_>, _: Option<&Tensor>) -> Result<()> {
@@ -226,5 +246,64 @@ pub(crate) fn drop_oldest<S: KvStore>(store: &mut S, seq: SeqId, count: usize) -
     match store.retain(seq, &keep) {
         Err(Error::PoolFull { .. }) => Ok(()),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AttentionShape, DenseStore, Mask};
+    use candle_core::{DType, Device};
+
+    /// Attends to everything; fails after appending while `broken`.
+    struct Exact {
+        broken: bool,
+    }
+
+    impl CacheStrategy<DenseStore> for Exact {
+        fn attend(
+            &self,
+            spec: &LayerSpec,
+            store: &mut DenseStore,
+            step: &Step<'_>,
+        ) -> Result<Tensor> {
+            store.append(step.batch, step.k, step.v)?;
+            if self.broken {
+                return Err(Error::Unsupported("attention".into()));
+            }
+            spec.output(store.attend(step.batch, step.q, Mask::Causal)?, step.q.dtype())
+        }
+
+        fn evict(&self, _: &LayerSpec, _: &mut DenseStore, _: &Batch) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_failed_attention_changes_nothing() {
+        let spec = LayerSpec::new(AttentionShape::new(4, 2, 32).unwrap());
+        let cache = || {
+            let store = DenseStore::new(spec.shape, DType::F32).unwrap();
+            StoreCache::with_strategy(spec.clone(), store, Exact { broken: false }).unwrap()
+        };
+        let (mut cache, mut whole) = (cache(), cache());
+        let random =
+            |heads, tokens| Tensor::randn(0f32, 1., (tokens, heads, 32), &Device::Cpu).unwrap();
+        // The second call has a new sequence, too.
+        for (i, parts) in [&[(0, 9)][..], &[(0, 3), (1, 5)]].into_iter().enumerate() {
+            let batch = Batch::new(parts).unwrap();
+            let (q, k, v) =
+                (random(4, batch.tokens()), random(2, batch.tokens()), random(2, batch.tokens()));
+            let step = Step { batch: &batch, q: &q, k: &k, v: &v };
+            cache.strategy.broken = true;
+            let before = (cache.seen(0), cache.store.len(0));
+            assert!(cache.attend(&step).is_err());
+            assert_eq!((cache.seen(0), cache.store.len(0)), before, "call {i}");
+            assert_eq!((cache.seen(1), cache.store.len(1)), (0, 0), "call {i}");
+            cache.strategy.broken = false;
+            let (got, want) = (cache.attend(&step).unwrap(), whole.attend(&step).unwrap());
+            let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(numbers(&got), numbers(&want), "call {i}");
+        }
     }
 }
