@@ -2,8 +2,8 @@ use super::{CITIES, NAMES, Parts, Size, THINGS, make, pick, quarters};
 use crate::task::one_prediction;
 use crate::{Category, Result, Sample, Samples, Score, Task};
 
-/// Copies a list of words, four per item. The prompt and the answer have the same words, so that as many tokens are
-/// written as were read.
+/// Copies a list of words, four per item. The prompt and the answer have the same words, so that as
+/// many tokens are written as were read.
 ///
 /// Scored by the share of words that are right and at the right index. Words after the copy's end
 /// do not count: a model may not know where to stop.
