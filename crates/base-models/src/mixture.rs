@@ -70,13 +70,13 @@ impl Mixture {
         let (tokens, hidden) = x.dims2()?;
         let Choice { experts, weights } = self.router.choose(x)?;
         let per_token = experts.len() / tokens;
-        let rows = Rows::new(&experts, per_token);
+        let mut positions = vec![0; experts.len()];
+        let rows = Rows::new(experts, per_token);
         let runs = rows.runs();
         // A stacked product reads the experts that no token chose, too.
         let stacked = self.stacked.as_ref().filter(|_| 2 * runs.len() >= self.experts.len());
-        let mut positions = vec![0; experts.len()];
         let outputs = match stacked {
-            Some(stacked) => self.forward_stacked(stacked, x, &rows, &mut positions)?,
+            Some(stacked) => self.forward_stacked(stacked, x, &rows, &runs, &mut positions)?,
             None => self.forward_each(x, &rows, &runs, 0, &mut positions)?,
         };
         let outputs = Tensor::cat(&outputs, 0)?.index_select(&indices(&positions, x)?, 0)?;
@@ -95,9 +95,15 @@ impl Mixture {
         mut start: usize,
         positions: &mut [usize],
     ) -> Result<Vec<Tensor>> {
+        if runs.is_empty() {
+            return Ok(Vec::new());
+        }
+        // One copy to the device for all runs.
+        let tokens: Vec<_> = runs.iter().flat_map(|(_, run)| rows.tokens(run)).collect();
+        let (tokens, first) = (indices(&tokens, x)?, start);
         let mut outputs = Vec::new();
         for &(expert, run) in runs {
-            let gathered = x.index_select(&indices(&rows.tokens(run), x)?, 0)?;
+            let gathered = x.index_select(&tokens.narrow(0, start - first, run.len())?, 0)?;
             outputs.push(self.experts[expert].forward(&gathered)?);
             run.iter().enumerate().for_each(|(i, &row)| positions[row] = start + i);
             start += run.len();
@@ -112,6 +118,7 @@ impl Mixture {
         stacked: &Stacked,
         x: &Tensor,
         rows: &Rows,
+        runs: &[(usize, &[usize])],
         positions: &mut [usize],
     ) -> Result<Vec<Tensor>> {
         let (count, hidden) = (self.experts.len(), x.dim(1)?);
@@ -119,7 +126,7 @@ impl Mixture {
         // Places without a row hold token 0. Their outputs are not read.
         let mut tokens = vec![0; count * room];
         let mut beyond = Vec::new();
-        for (expert, run) in rows.runs() {
+        for &(expert, run) in runs {
             let (within, rest) = run.split_at(run.len().min(room));
             let start = expert * room;
             tokens[start..start + within.len()].copy_from_slice(&rows.tokens(within));
@@ -144,10 +151,10 @@ struct Rows {
 
 impl Rows {
     /// `experts`: the expert of each row. The rows of a token are adjacent.
-    fn new(experts: &[usize], per_token: usize) -> Self {
+    fn new(experts: Vec<usize>, per_token: usize) -> Self {
         let mut order: Vec<usize> = (0..experts.len()).collect();
         order.sort_by_key(|&row| experts[row]);
-        Self { order, experts: experts.to_vec(), per_token }
+        Self { order, experts, per_token }
     }
 
     /// Returns the chosen experts and the rows of each.
@@ -258,16 +265,17 @@ mod tests {
         let equal = random(1).repeat((50, 1)).unwrap();
         for x in [random(50), random(3), equal] {
             let experts = mixture.router.choose(&x).unwrap().experts;
-            let rows = Rows::new(&experts, 3);
+            let mut positions = vec![0; experts.len()];
+            let rows = Rows::new(experts, 3);
             let outputs = |parts: Vec<Tensor>, positions: &[usize]| {
                 let all = Tensor::cat(&parts, 0).unwrap();
                 all.index_select(&indices(positions, &x).unwrap(), 0).unwrap()
             };
-            let mut positions = vec![0; experts.len()];
             let stacked = mixture.stacked.take().unwrap();
-            let got = mixture.forward_stacked(&stacked, &x, &rows, &mut positions).unwrap();
+            let runs = rows.runs();
+            let got = mixture.forward_stacked(&stacked, &x, &rows, &runs, &mut positions).unwrap();
             let got = outputs(got, &positions);
-            let want = mixture.forward_each(&x, &rows, &rows.runs(), 0, &mut positions).unwrap();
+            let want = mixture.forward_each(&x, &rows, &runs, 0, &mut positions).unwrap();
             let want = outputs(want, &positions);
             let error = largest(&(got - &want).unwrap());
             assert!(error < 1e-5 * largest(&want), "{error}");
