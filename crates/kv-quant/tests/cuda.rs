@@ -47,11 +47,9 @@ impl Pair {
     fn new(shape: AttentionShape, format: Format, device: &Device) -> Self {
         let store = || QuantStore::new(shape, format).unwrap();
         let what = format!("{format:?}, head_dim {}", shape.head_dim);
-        // Which of two codes is nearer can depend on the last digit of a deviation or of a rotated
-        // number. One other code of 3 bits changes the output of a short sequence by 5e-3.
-        let codes = format.keys().codes;
-        let ties = matches!(codes, Codes::VarianceNormalized { .. } | Codes::LloydMax { .. });
-        let limit = if ties { 1e-2 } else { 2e-3 };
+        // Ties between codes of a tile depend on the last digits of its deviations.
+        let balanced = matches!(format.keys().codes, Codes::VarianceNormalized { .. });
+        let limit = if balanced { 1e-2 } else { 2e-3 };
         Self { shape, host: store(), other: store(), device: device.clone(), what, limit }
     }
 
