@@ -10,6 +10,8 @@ mod device;
 mod image;
 #[cfg(feature = "driver")]
 mod kernel;
+#[cfg(feature = "driver")]
+mod upload;
 
 #[cfg(feature = "driver")]
 pub use args::Number;
@@ -21,3 +23,5 @@ pub use device::{compute_capability, keep_freed_memory, max_shared_bytes, multip
 pub use image::Image;
 #[cfg(feature = "driver")]
 pub use kernel::Kernel;
+#[cfg(feature = "driver")]
+pub use upload::Upload;
