@@ -43,9 +43,10 @@ pub fn gather_entries(values: &Tensor, keep: &Selection, next: u32) -> Result<Op
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 mod on_device {
-    use crate::cuda::{GatherArgs, TopArgs, address, gather, top};
+    use crate::cuda::address;
     use crate::{Error, Result, Selection};
     use candle_core::{CudaDevice, DType, Tensor};
+    use longctx_kernels::{GatherArgs, TopArgs, gather, top};
 
     pub fn top_entries(
         device: &CudaDevice,

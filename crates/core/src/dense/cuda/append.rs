@@ -1,10 +1,11 @@
 //! Append: new tokens' keys and values are written to blocks.
 
 use super::{CudaPool, Sequence};
-use crate::cuda::{address, paged};
+use crate::cuda::address;
 use crate::{Batch, Result, Selection, SeqId};
 use candle_core::Tensor;
 use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_kernels::paged;
 
 /// The blocks that one kv head takes for the tokens of a call.
 struct NewBlocks {

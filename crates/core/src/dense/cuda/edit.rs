@@ -1,10 +1,10 @@
 //! Fork, truncate, retain, remove and read.
 
 use super::{BlockTable, CudaPool, Sequence};
-use crate::cuda::{PAGE, paged};
 use crate::{Result, Selection, SeqId};
 use candle_core::{DType, Device, Tensor};
 use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_kernels::{PAGE, paged};
 use std::ops::Range;
 
 /// The moves within a head when some of its entries are dropped.
