@@ -16,4 +16,4 @@ pub use prefill::{Half, PAGE, PrefillArgs, has_prefill, prefill};
 pub use rms_norm::{RmsNormArgs, rms_norm};
 pub use rope::{RopeArgs, rope};
 pub use silu_mul::{SiluMulArgs, silu_mul};
-pub use top::{GatherArgs, TopArgs, gather, top};
+pub use top::{TopRow, top};

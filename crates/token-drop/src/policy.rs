@@ -13,6 +13,7 @@ pub mod snap_kv;
 pub mod tova;
 mod window;
 
+use crate::GroupReduction;
 use candle_core::Tensor;
 use longctx_core::{Error, LayerSpec, Result};
 use std::ops::Range;
@@ -51,6 +52,13 @@ pub trait EvictionPolicy: Send {
     /// # Errors
     /// If a tensor operation fails.
     fn score(&self, view: &LayerView<'_>) -> Result<Tensor>;
+
+    /// Describes the scores, if they are no more than reduced attention sums, plus the previous
+    /// scores if the policy [needs](Self::needs) them. A CUDA device then scores the entries of all
+    /// decoded sequences in one kernel, without [`score`](Self::score). `None` by default.
+    fn reduced_attention(&self) -> Option<ReducedAttention> {
+        None
+    }
 }
 
 impl<P: EvictionPolicy + ?Sized> EvictionPolicy for Box<P> {
@@ -61,6 +69,31 @@ impl<P: EvictionPolicy + ?Sized> EvictionPolicy for Box<P> {
     fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
         (**self).score(view)
     }
+
+    fn reduced_attention(&self) -> Option<ReducedAttention> {
+        (**self).reduced_attention()
+    }
+}
+
+/// Scores that are reduced attention sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReducedAttention {
+    /// The query heads whose sums are reduced.
+    pub heads: ReducedHeads,
+    /// How they are reduced.
+    pub reduction: GroupReduction,
+    /// Number of newest entries whose scores are above all others.
+    pub newest: usize,
+}
+
+/// The query heads whose attention sums are reduced to the scores of a kv head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ReducedHeads {
+    /// Those of the kv head's group.
+    Group,
+    /// All of the layer. All kv heads have the same scores.
+    Layer,
 }
 
 /// The inputs that a policy needs to score.
