@@ -22,17 +22,12 @@ struct TopRow {
     int unused;
 };
 
-<<<<<<< HEAD:crates/kernels/kernels/top.cu
-static_assert(sizeof(TopArgs) == 32 && offsetof(TopArgs, len) == 16, "as in src/top.rs");
-static_assert(sizeof(GatherArgs) == 40 && offsetof(GatherArgs, len) == 24, "as in src/top.rs");
-=======
 struct TopArgs {
     const TopRow* rows;
 };
 
-static_assert(sizeof(TopRow) == 96 && offsetof(TopRow, rows) == 56, "as in src/cuda/top.rs");
-static_assert(sizeof(TopArgs) == 8, "as in src/cuda/top.rs");
->>>>>>> main:crates/core/kernels/top.cu
+static_assert(sizeof(TopRow) == 96 && offsetof(TopRow, rows) == 56, "as in src/top.rs");
+static_assert(sizeof(TopArgs) == 8, "as in src/top.rs");
 
 // Returns a number that is larger for a better score, in the order of f32::total_cmp. NaN counts as
 // -inf.
