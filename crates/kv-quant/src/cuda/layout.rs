@@ -247,3 +247,49 @@ fn tokens(keys: Scheme, values: Scheme, head_dim: usize) -> Result<&'static str,
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::TurboQuant;
+
+    /// The CPU computes the same number from its own layout.
+    #[test]
+    fn records_have_the_bits_of_the_format() {
+        use Bits::{Eight, Four, Three, Two};
+        let static_scale = StaticScale::new(0.5).unwrap();
+        let mut formats = vec![
+            Format::float8(Float8::E5m2),
+            Format::float8_static(Float8::E4m3, static_scale, static_scale),
+            Format::rotated_symmetric(Four, Four),
+            Format::rotated_asymmetric(Three, Three),
+            Format::turboquant(TurboQuant::FourBitNc),
+            Format::kvarn(Four, Two, 128).unwrap(),
+        ];
+        for bits in [Two, Four, Eight] {
+            for group in [32, 64, 128] {
+                formats.push(Format::kivi(bits, bits, group, 128).unwrap());
+            }
+        }
+        for format in formats {
+            for head_dim in [64, 128, 256] {
+                let layout = Layout::new(format, head_dim).unwrap();
+                let numbers = 2 * layout.group() * head_dim;
+                let bits = format.bits_per_number(head_dim, head_dim).unwrap() * numbers as f64;
+                assert_eq!(8 * layout.record(), bits.round() as usize, "{format:?}, {head_dim}");
+                assert_eq!(layout.record() % 16, 0, "{format:?}, {head_dim}");
+            }
+        }
+    }
+
+    #[test]
+    fn formats_without_kernels_are_refused() {
+        let kivi = Format::kivi(Bits::Four, Bits::Four, 32, 128).unwrap();
+        for (format, head_dim, wanted) in
+            [(kivi, 80, "64, 128 or 256"), (kivi.with_rotated_keys(), 128, "not rotated")]
+        {
+            let error = Layout::new(format, head_dim).unwrap_err();
+            assert!(matches!(&error, Error::Unsupported(what) if what.contains(wanted)), "{error}");
+        }
+    }
+}

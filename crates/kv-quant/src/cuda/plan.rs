@@ -98,7 +98,7 @@ impl Plan {
         plan
     }
 
-    /// Pads the list to `count` work items, for a launch captured with this length.
+    /// Pads the list to at least `count` work items, for a launch captured with this length.
     #[must_use]
     pub fn padded(mut self, count: usize) -> Self {
         self.work.resize(count.max(self.work.len()), Work::default());
@@ -170,6 +170,7 @@ mod tests {
         let plan = Plan::new(&heads, sizes());
         check(&heads, &plan);
         let longest = plan.work.iter().map(|work| work.to - work.from).max().unwrap();
+        assert!(plan.work.len() <= 264 + 2 * heads.len() && plan.parts == plan.work.len());
         let total = (31 * 8 * 64 + 8 * 4096) / 264;
         assert!(longest <= 2 * total, "{longest} records in a block, {total} on average");
     }
@@ -179,5 +180,7 @@ mod tests {
         let heads = [Work { queries: 1, ..Work::default() }];
         let plan = Plan::new(&heads, sizes());
         assert_eq!((plan.work.len(), plan.work[0].from, plan.work[0].parts), (1, -1, 1));
+        let plan = plan.padded(3);
+        assert_eq!((plan.work.len(), plan.work[2].queries, plan.parts), (3, 0, 1));
     }
 }
