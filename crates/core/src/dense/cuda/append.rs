@@ -173,6 +173,6 @@ impl CudaPool {
         };
         // SAFETY: the tables have room for the blocks, the blocks have room for the entries, the
         // tensors have the rows, and the stream frees no memory before this launch has used it.
-        unsafe { paged::append(&stream, &args, (rows.len(), longest)) }
+        Ok(unsafe { paged::append(&stream, &args, (rows.len(), longest)) }?)
     }
 }

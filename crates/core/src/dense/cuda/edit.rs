@@ -151,7 +151,7 @@ impl CudaPool {
         let address = on_device.device_ptr(&stream).0;
         // SAFETY: the tables name blocks of the pool, the entries exist, and none moves to a later
         // index.
-        unsafe { paged::move_entries(&stream, self.shape.head_dim, address, rows.len()) }
+        Ok(unsafe { paged::move_entries(&stream, self.shape.head_dim, address, rows.len()) }?)
     }
 
     /// Returns one head's keys and values in f32.
