@@ -12,6 +12,8 @@ mod error;
 mod image;
 #[cfg(feature = "driver")]
 mod kernel;
+#[cfg(feature = "driver")]
+mod upload;
 
 #[cfg(feature = "driver")]
 pub use args::Number;
@@ -25,3 +27,5 @@ pub use error::{Error, Result};
 pub use image::Image;
 #[cfg(feature = "driver")]
 pub use kernel::Kernel;
+#[cfg(feature = "driver")]
+pub use upload::Upload;

@@ -4,7 +4,7 @@
 #include "paged/attend.cuh"
 #include "paged/sums.cuh"
 
-extern "C" __global__ void __launch_bounds__(MOVE_THREADS) paged_append(const AppendArgs a) { append(a); }
+extern "C" __global__ void __launch_bounds__(APPEND_THREADS) paged_append(const AppendArgs a) { append(a); }
 extern "C" __global__ void __launch_bounds__(MOVE_THREADS) paged_move(const MoveArgs a) { move(a); }
 
 #define ATTEND(NAME, PAIR, D, COLUMNS)                                                                                              \

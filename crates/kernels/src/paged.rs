@@ -14,8 +14,10 @@ static IMAGE: Image = longctx_cuda::image!("paged");
 
 /// Must equal the constant in kernels/paged/attend.cuh.
 const THREADS: u32 = 128;
-/// Must equal the constant in kernels/paged/append.cuh.
-const MOVE_THREADS: u32 = 256;
+/// Must equal the constants in kernels/paged/append.cuh.
+const APPEND_THREADS: u32 = 256;
+const MOVE_THREADS: u32 = 512;
+const MOVE_PIECES: usize = 2;
 
 longctx_cuda::args! {
     /// One thread block's share of a kv head's entries, for a few columns. Column c is query `c %
@@ -344,8 +346,8 @@ pub unsafe fn append(
     args: &AppendArgs,
     (rows, longest): (usize, usize),
 ) -> Result<()> {
-    let kernel = IMAGE.kernel(stream.context(), "paged_append", MOVE_THREADS, 0)?;
-    let blocks = (longest * args.pieces as usize).div_ceil(MOVE_THREADS as usize);
+    let kernel = IMAGE.kernel(stream.context(), "paged_append", APPEND_THREADS, 0)?;
+    let blocks = (longest * args.pieces as usize).div_ceil(APPEND_THREADS as usize);
     // SAFETY: the caller guarantees the addresses.
     unsafe { kernel.launch(stream, [blocks, rows, 2], args) }?;
     Ok(())
@@ -369,6 +371,6 @@ pub unsafe fn move_entries(
     let pieces = head_dim / 8;
     let args = MoveArgs { rows, pieces: pieces as i32, unused: 0 };
     // SAFETY: the caller guarantees the addresses.
-    unsafe { kernel.launch(stream, [pieces.div_ceil(4), count, 2], &args) }?;
+    unsafe { kernel.launch(stream, [pieces.div_ceil(MOVE_PIECES), count, 2], &args) }?;
     Ok(())
 }

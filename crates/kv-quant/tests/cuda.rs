@@ -99,12 +99,11 @@ impl Pair {
         let want = self.host.attend(&batch, &q, mask).unwrap();
         let got = self.other.attend(&batch, &dq, mask).unwrap();
         let error = relative(&got.out, &want.out);
-        let limit = self.limit_of(parts, error);
-        assert!(error <= limit, "{what}: {error}");
+        self.check_error(parts, &what, error, self.limit);
         // A sequence without entries has -inf.
         let finite = |lse: &Tensor| lse.clamp(-10f32, f32::MAX).unwrap();
         let error = relative(&finite(&got.lse), &finite(&want.lse));
-        assert!(error <= limit, "lse, {what}: {error}");
+        self.check_error(parts, &format!("lse, {what}"), error, self.limit);
         let sums = self.host.attention_sums(&batch, &q, &want.lse, mask).unwrap();
         let other = self.other.attention_sums(&batch, &dq, &got.lse, mask).unwrap();
         let heads = |sums: &[AttentionSums]| -> Vec<_> {
@@ -113,14 +112,17 @@ impl Pair {
         for (sums, other) in heads(&sums).iter().zip(&heads(&other)) {
             assert_eq!(sums.dims(), other.dims(), "{what}");
             let error = if sums.elem_count() == 0 { 0.0 } else { relative(other, sums) };
-            assert!(error <= 1.5 * limit, "sums, {what}: {error}");
+            self.check_error(parts, &format!("sums, {what}"), error, 1.5 * self.limit);
         }
     }
 
-    /// Returns the bound of errors. It is larger if the codes of a few entries differ.
-    fn limit_of(&self, parts: &[(SeqId, usize)], error: f32) -> f32 {
-        if error <= self.limit || !self.has_ties {
-            return self.limit;
+    /// Checks an error against its limit. It may be larger if a few rows have other codes: both
+    /// sides sum a row's squares in their own order, so a number at the midpoint of two levels may
+    /// be rounded to either. A level apart, a 3-bit key of a few entries changes its probability by
+    /// a fifth.
+    fn check_error(&self, parts: &[(SeqId, usize)], what: &str, error: f32, limit: f32) {
+        if error <= limit {
+            return;
         }
         let (mut unequal, mut all) = (0, 0);
         for &(seq, _) in parts {
@@ -131,9 +133,9 @@ impl Pair {
                 all += 2 * k.dims()[0];
             }
         }
-        println!("{}: error {error}, {unequal} of {all} rows have other codes", self.what);
-        assert!(unequal <= 1 + all / 1000, "{}: {unequal} of {all} rows", self.what);
-        if unequal > 0 { 5.0 * self.limit } else { self.limit }
+        println!("error {error}, {unequal} of {all} rows have other codes: {what}");
+        let tied = self.has_ties && (1..=1 + all / 1000).contains(&unequal);
+        assert!(tied && error <= 50.0 * limit, "{what}: {error}, {unequal} of {all} rows");
     }
 
     /// Compares attention over some ranges of each head's entries.

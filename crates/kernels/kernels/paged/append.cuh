@@ -2,20 +2,22 @@
 #pragma once
 #include "args.cuh"
 
-constexpr int MOVE_THREADS = 256;
+constexpr int APPEND_THREADS = 256, MOVE_THREADS = 512;
+// 16-byte pieces of an entry that a thread block moves: a sector of memory.
+constexpr int MOVE_PIECES = 2;
 
 // Returns the address of a 16-byte piece of an entry in its block.
 __device__ __forceinline__ uint4* piece_at(uint64_t block, bool value, int entry, int pieces, int piece) {
     return reinterpret_cast<uint4*>(block) + (long long)((value ? PAGE : 0) + entry % PAGE) * pieces + piece;
 }
 
-// Grid: (entries * pieces / MOVE_THREADS of the longest row, rounded up; rows; 2: keys and values).
+// Grid: (entries * pieces / APPEND_THREADS of the longest row, rounded up; rows; 2: keys and values).
 __device__ __forceinline__ void append(const AppendArgs& a) {
     const AppendRow& row = a.rows[blockIdx.y];
     const bool value = blockIdx.z;
     if (blockIdx.x == 0 && !value)
-        for (int i = threadIdx.x; i < row.fresh_count; i += MOVE_THREADS) row.table[row.first_fresh + i] = row.fresh[i];
-    const long long at = blockIdx.x * (long long)MOVE_THREADS + threadIdx.x;
+        for (int i = threadIdx.x; i < row.fresh_count; i += APPEND_THREADS) row.table[row.first_fresh + i] = row.fresh[i];
+    const long long at = blockIdx.x * (long long)APPEND_THREADS + threadIdx.x;
     const int i = int(at / a.pieces), piece = int(at % a.pieces);
     if (i >= row.count) return;
     // The host has not checked the list: an index beyond the sequence's tokens must not be read.
@@ -39,12 +41,12 @@ __device__ __forceinline__ int first_moved(const MoveRow& row) {
     return low;
 }
 
-// Grid: (pieces / 4 rounded up, rows, 2). A thread block reads several entries before it writes
-// them, so entries can move within a block.
+// Grid: (pieces / MOVE_PIECES rounded up, rows, 2). A thread block reads several entries before it
+// writes them, so entries can move within a block.
 __device__ __forceinline__ void move(const MoveArgs& a) {
-    constexpr int UNROLL = 4, STRETCH = MOVE_THREADS / 4;
+    constexpr int UNROLL = 8, STRETCH = MOVE_THREADS / MOVE_PIECES;
     const MoveRow& row = a.rows[blockIdx.y];
-    const int piece = blockIdx.x * 4 + threadIdx.x % 4, mine = threadIdx.x / 4;
+    const int piece = blockIdx.x * MOVE_PIECES + threadIdx.x % MOVE_PIECES, mine = threadIdx.x / MOVE_PIECES;
     const bool value = blockIdx.z, live = piece < a.pieces;
     for (int start = first_moved(row); start < row.count; start += UNROLL * STRETCH) {
         uint4 x[UNROLL];

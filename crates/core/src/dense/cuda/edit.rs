@@ -3,9 +3,8 @@
 use super::{CudaPool, Sequence};
 use crate::{Result, Selection, SeqId};
 use candle_core::{DType, Device, Tensor};
-use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr};
+use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
 use longctx_kernels::{PAGE, paged};
-use std::sync::Arc;
 
 /// The moves within a head when some of its entries are dropped.
 struct Moves {
@@ -115,10 +114,11 @@ impl CudaPool {
             let blocks = replaced.flat_map(|of| &of.blocks);
             tables.extend(blocks.map(|&block| self.blocks.address(block)));
         }
-        let entries = upload(&stream, &entries)?;
-        let tables = upload(&stream, &tables)?;
-        let mut entries_at = entries.as_ref().map_or(0, |list| list.device_ptr(&stream).0);
-        let mut table_at = tables.as_ref().map_or(0, |list| list.device_ptr(&stream).0);
+        let mut lists = Upload::default();
+        let (entries, tables) = (lists.push(&entries), lists.push(&tables));
+        let lists = lists.copy(&stream)?;
+        let start = lists.as_ref().map_or(0, |lists| lists.device_ptr(&stream).0);
+        let (mut entries_at, mut table_at) = (start + entries, start + tables);
         let mut rows = Vec::new();
         for ((seq, keep), moves) in keep.iter().zip(moves.chunks(kv_heads)) {
             let sequence = self.known(*seq)?;
@@ -240,14 +240,6 @@ impl CudaPool {
         let blocks = sequence.heads.iter().flat_map(|table| &table.blocks);
         blocks.for_each(|&block| self.blocks.release(block));
         true
-    }
-}
-
-/// Copies a list to the device; `None` if it is empty.
-fn upload<T: DeviceRepr>(stream: &Arc<CudaStream>, list: &[T]) -> Result<Option<CudaSlice<T>>> {
-    match list.is_empty() {
-        true => Ok(None),
-        false => Ok(Some(stream.clone_htod(list)?)),
     }
 }
 
