@@ -24,7 +24,8 @@ use crate::{Axis, Bits, Codes, Float8, Format, KeyBasis, Scheme, StaticScale};
 /// A format has some of these parameters: KIVI the keys' scales and minima per channel, KVarN also
 /// the factors, formats with parameters per token those in the tile, static fp8 none. The order of
 /// the elements within a part is that of the tensor cores' fragments; `kernels/layout.cuh` in this
-/// crate defines it, and [`Kernels::unpack`](super::Kernels::unpack) reads it.
+/// crate and the repository's `docs/formats.md` define it, and [`Kernels::unpack`](super::Kernels::unpack)
+/// reads it.
 #[derive(Debug, Clone, Copy)]
 pub struct Layout {
     pub(super) family: Family,
