@@ -1,6 +1,6 @@
 //! Stores and caches on a CUDA device against those on the CPU, on the same numbers. Skipped if
 //! there is no device.
-#![cfg(feature = "cuda")]
+#![cfg(all(feature = "candle", feature = "cuda"))]
 
 use std::cell::RefCell;
 

@@ -1,9 +1,10 @@
 //! Attention probabilities accumulated per entry: kernels/paged/sums.cuh.
 
-use crate::cuda::{Half, address, paged};
+use crate::cuda::address;
 use crate::{AttentionShape, AttentionSums, Batch, Error, Mask, Result};
 use candle_core::{CudaDevice, DType, Tensor};
 use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_kernels::{Half, paged};
 
 /// Returns the attention probability that each entry of each work item receives. There is a work
 /// item for each kv head of each sequence. `q` is contiguous and has the dtype of the keys.
