@@ -80,7 +80,7 @@ fn real(variable: &str, file: &str) -> Option<PathBuf> {
         return Some(path);
     }
     println!(
-        "skipped: no {}; `cargo run --release --example compare -- --model gemma3` (or smollm2) \
+        "skipped: no {}; `cargo run --release -p longctx -- compare --model gemma3` (or smollm2) \
          fetches it, or set {variable}",
         path.display()
     );
