@@ -14,7 +14,7 @@ use crate::routes::{self, App};
 use crate::scheduler::{Options, Scheduler};
 
 /// The options of the server.
-#[derive(Debug, clap::Args)]
+#[derive(clap::Args)]
 pub struct Args {
     /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by
     /// default SmolLM2-135M-Instruct, downloaded if it is missing
