@@ -1,27 +1,33 @@
-// Selects the entries with the highest scores of each head, in order, and gathers by them.
+// Scores the entries of kv heads, selects the best in order, and gathers what belongs to them.
 #include <cstddef>
 #include <cstdint>
 
 constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 256;
 
-struct TopArgs {
-    const float* scores;  // [heads, len]
-    uint32_t* out;        // [heads, count], increasing
-    int len, count;
+// One kv head of a sequence. The score of an entry is the reduction of its column of `scores`, plus
+// its score in `previous`.
+struct TopRow {
+    const float* scores;        // [rows, len]
+    const float* previous;      // [scored], of the first entries
+    const uint32_t* positions;  // [placed], of the first entries; entry placed + i has next + i
+    float* all_scores;          // output: [len]
+    float* kept_scores;         // output: [count]
+    uint32_t* kept;             // output: [count], increasing
+    uint32_t* kept_positions;   // output: [count]
+    int rows, len, scored, placed;
+    uint32_t next;
+    int count;
     int sinks, recent;  // first and last entries that always stay; their sum is at most `count`
-};
-
-struct GatherArgs {
-    const uint32_t* from;     // [heads, len], elements of 4 bytes
-    const uint32_t* entries;  // [heads, count]
-    uint32_t* out;            // [heads, count]
-    int len, count;
-    uint32_t next;  // entry len + i has the value next + i
+    int maximum;        // 1: the maximum of a column; 0: its mean
     int unused;
 };
 
-static_assert(sizeof(TopArgs) == 32 && offsetof(TopArgs, len) == 16, "as in src/cuda/top.rs");
-static_assert(sizeof(GatherArgs) == 40 && offsetof(GatherArgs, len) == 24, "as in src/cuda/top.rs");
+struct TopArgs {
+    const TopRow* rows;
+};
+
+static_assert(sizeof(TopRow) == 96 && offsetof(TopRow, rows) == 56, "as in src/cuda/top.rs");
+static_assert(sizeof(TopArgs) == 8, "as in src/cuda/top.rs");
 
 // Returns a number that is larger for a better score, in the order of f32::total_cmp. NaN counts as
 // -inf.
@@ -85,19 +91,58 @@ __device__ uint32_t last_rank(const float* scores, int first, int end, int& want
     return rank;
 }
 
-// Grid: one thread block for each head.
+// Returns the newest of the worst entries of first..end.
+__device__ int worst_entry(const float* scores, int first, int end) {
+    __shared__ unsigned long long worst;
+    if (threadIdx.x == 0) worst = ~0ull;
+    __syncthreads();
+    unsigned long long own = ~0ull;
+    for (int i = first + threadIdx.x; i < end; i += THREADS)
+        own = min(own, (unsigned long long)rank_of(scores[i]) << 32 | uint32_t(~i));
+    for (int lanes = 16; lanes > 0; lanes /= 2) own = min(own, __shfl_xor_sync(~0u, own, lanes));
+    if (threadIdx.x % 32 == 0) atomicMin(&worst, own);
+    __syncthreads();
+    return int(~uint32_t(worst));
+}
+
+__device__ float score_of(const TopRow& row, int i) {
+    float score = row.scores[i];
+    for (int r = 1; r < row.rows; r++) {
+        const float other = row.scores[r * (long long)row.len + i];
+        score = row.maximum ? fmaxf(score, other) : score + other;
+    }
+    if (row.rows > 1 && !row.maximum) score /= row.rows;
+    return i < row.scored ? row.previous[i] + score : score;
+}
+
+__device__ __forceinline__ void keep_entry(const TopRow& row, int i, int place) {
+    row.kept[place] = i;
+    row.kept_scores[place] = row.all_scores[i];
+    row.kept_positions[place] = i < row.placed ? row.positions[i] : row.next + (i - row.placed);
+}
+
+// Grid: one thread block for each row.
 extern "C" __global__ void __launch_bounds__(THREADS) top(const TopArgs a) {
     __shared__ int warps[WARPS];
-    const float* scores = a.scores + blockIdx.x * (long long)a.len;
-    uint32_t* out = a.out + blockIdx.x * (long long)a.count;
-    const int end = a.len - a.recent;
-    int wanted = a.count - a.sinks - a.recent;
+    const TopRow& row = a.rows[blockIdx.x];
+    const float* scores = row.all_scores;
+    for (int i = threadIdx.x; i < row.len; i += THREADS) row.all_scores[i] = score_of(row, i);
+    __syncthreads();
+    const int end = row.len - row.recent;
+    if (row.count + 1 >= row.len) {
+        // A decoded token: one entry is dropped at most.
+        const int dropped = row.count < row.len ? worst_entry(scores, row.sinks, end) : row.len;
+        for (int i = threadIdx.x; i < row.len; i += THREADS)
+            if (i != dropped) keep_entry(row, i, i - (i > dropped));
+        return;
+    }
+    int wanted = row.count - row.sinks - row.recent;
     const bool any = wanted > 0;
-    const uint32_t rank = any ? last_rank(scores, a.sinks, end, wanted) : 0;
+    const uint32_t rank = any ? last_rank(scores, row.sinks, end, wanted) : 0;
     int equal = 0, kept = 0;
-    for (int start = 0; start < a.len; start += THREADS) {
+    for (int start = 0; start < row.len; start += THREADS) {
         const int i = start + threadIdx.x;
-        const bool inside = i < a.len, middle = inside && i >= a.sinks && i < end;
+        const bool inside = i < row.len, middle = inside && i >= row.sinks && i < end;
         const uint32_t own = middle && any ? rank_of(scores[i]) : 0;
         const bool ties = middle && any && own == rank;
         int total;
@@ -106,16 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) top(const TopArgs a) {
         equal += total;
         const bool keep = inside && (!middle || (any && (own > rank || (ties && early))));
         const int place = kept + count_before(keep, warps, total);
-        if (keep) out[place] = i;
+        if (keep) keep_entry(row, i, place);
         kept += total;
     }
-}
-
-// Grid: (count / THREADS rounded up, heads).
-extern "C" __global__ void __launch_bounds__(THREADS) gather(const GatherArgs a) {
-    const int i = blockIdx.x * THREADS + threadIdx.x;
-    if (i >= a.count) return;
-    const uint32_t entry = a.entries[blockIdx.y * (long long)a.count + i];
-    const bool held = entry < uint32_t(a.len);
-    a.out[blockIdx.y * (long long)a.count + i] = held ? a.from[blockIdx.y * (long long)a.len + entry] : a.next + (entry - a.len);
 }

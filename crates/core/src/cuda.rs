@@ -24,4 +24,4 @@ pub use rope::{RopeArgs, rope};
 pub use silu_mul::{SiluMulArgs, silu_mul};
 pub(crate) use tensor::is_aligned;
 pub use tensor::{address, half_of, keep_freed_memory};
-pub use top::{GatherArgs, TopArgs, gather, top};
+pub use top::{TopRow, top};

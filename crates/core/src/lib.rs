@@ -54,5 +54,5 @@ pub use state::AttentionState;
 pub use store::{EntryRanges, KvStore, Mask, check_range};
 pub use store_cache::{CacheStrategy, StoreCache};
 pub use sums::AttentionSums;
-pub use top::{gather_entries, top_entries};
+pub use top::{Candidates, RowReduction, TopEntries, top_entries};
 pub use window::{WindowCache, WindowStrategy, by_layer_type};

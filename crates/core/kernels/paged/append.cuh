@@ -27,6 +27,18 @@ __device__ __forceinline__ void append(const AppendArgs& a) {
     *piece_at(to, value, entry, a.pieces, piece) = static_cast<const uint4*>(value ? a.v : a.k)[source * a.pieces + piece];
 }
 
+// Returns the index of the first entry that moves. Source entries increase, so entries before it
+// stay where they are. In another table, all entries move.
+__device__ __forceinline__ int first_moved(const MoveRow& row) {
+    int low = 0, high = row.from == row.to ? row.count : 0;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (row.entries[middle] == uint32_t(row.first + middle)) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
 // Grid: (pieces / 4 rounded up, rows, 2). A thread block reads several entries before it writes
 // them, so entries can move within a block.
 __device__ __forceinline__ void move(const MoveArgs& a) {
@@ -34,7 +46,7 @@ __device__ __forceinline__ void move(const MoveArgs& a) {
     const MoveRow& row = a.rows[blockIdx.y];
     const int piece = blockIdx.x * 4 + threadIdx.x % 4, mine = threadIdx.x / 4;
     const bool value = blockIdx.z, live = piece < a.pieces;
-    for (int start = 0; start < row.count; start += UNROLL * STRETCH) {
+    for (int start = first_moved(row); start < row.count; start += UNROLL * STRETCH) {
         uint4 x[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
