@@ -33,7 +33,7 @@ impl HubModel {
     pub fn folder(&self) -> Result<PathBuf> {
         let config = self.get("config.json")?;
         let folder = config.parent().map(PathBuf::from);
-        folder.ok_or_else(|| self.error("config.json", "its path has no folder"))
+        folder.ok_or_else(|| Error::file(config, "this path has no folder"))
     }
 
     /// Downloads a file unless it is cached.
@@ -42,7 +42,7 @@ impl HubModel {
     /// [`Error::File`] if the Hub cannot be reached or has no such file, or if the file cannot be
     /// written.
     pub fn get(&self, file: &str) -> Result<PathBuf> {
-        self.repo.get(file).map_err(|e| self.error(file, e))
+        self.repo.get(file).map_err(|e| self.failed(file, e))
     }
 
     /// Downloads a file that the model may lack. A file that is not cached counts as absent if the
@@ -55,13 +55,13 @@ impl HubModel {
             Ok(path) => Ok(Some(path)),
             Err(ApiError::RequestError(error)) => match *error {
                 ureq::Error::StatusCode(404) => Ok(None),
-                error @ ureq::Error::StatusCode(_) => Err(self.error(file, error)),
+                error @ ureq::Error::StatusCode(_) => Err(self.failed(file, error)),
                 unreachable => {
                     log::warn!("{}/{file} counts as absent: {unreachable}", self.name);
                     Ok(None)
                 }
             },
-            Err(error) => Err(self.error(file, error)),
+            Err(error) => Err(self.failed(file, error)),
         }
     }
 
@@ -84,7 +84,8 @@ impl HubModel {
         Err(Error::file(&self.name, format!("there is none of {}", files.join(", "))))
     }
 
-    fn error(&self, file: &str, reason: impl std::fmt::Display) -> Error {
+    fn failed(&self, file: &str, error: impl std::fmt::Display) -> Error {
+        let reason = format!("not in the Hub's cache, and the download failed: {error}");
         Error::file(format!("{}/{file}", self.name), reason)
     }
 }
