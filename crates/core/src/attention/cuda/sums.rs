@@ -57,8 +57,8 @@ pub fn sums_on_device(
     work.chunks(shape.kv_heads).map(of_seq).collect()
 }
 
-/// The same over the tokens of one call: keys `[tokens, kv_heads, head_dim]`. Returns `None` if no
-/// kernel supports the tensors.
+/// Returns the attention probability that each token of one call receives, with keys `[tokens,
+/// kv_heads, head_dim]`; `None` if no kernel supports the tensors.
 pub fn sums_of_call(
     batch: &Batch,
     k: &Tensor,

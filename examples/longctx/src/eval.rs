@@ -1,25 +1,24 @@
 //! The paper's benchmark as a command: runs settings times tasks, resumes an interrupted run, and
 //! writes reports.
 //!
-//!     cargo run --release --example longctx-eval -- list
-//!     cargo run --release --example longctx-eval -- run --settings dense-f16,kivi-2 --tasks qasper,needle --data FOLDER --out results/eval
-//!     cargo run --release --example longctx-eval -- agree --settings kivi-2,h2o-4x --text FILE --out results/eval
-//!     cargo run --release --example longctx-eval -- report results/eval
+//!     longctx eval list
+//!     longctx eval run --settings dense-f16,kivi-2 --tasks qasper,needle --out results/eval
+//!     longctx eval agree --settings kivi-2,h2o-4x --text FILE --out results/eval
+//!     longctx eval report results/eval
 
 mod agree;
 mod chosen;
 mod failures;
 mod live;
 mod method;
-mod plan;
 mod progress;
 mod schools;
 
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use chosen::{Chosen, MAX_COUNT, TaskArgs};
-use clap::{Parser, Subcommand};
+use chosen::{Chosen, TaskArgs};
+use clap::Subcommand;
 use failures::Failures;
 use live::Live;
 use longctx_eval::statistics::{self, Difference, Verdict};
@@ -31,18 +30,10 @@ use longctx_examples::say;
 use longctx_examples::subject::Models;
 use progress::Progress;
 
-#[derive(Parser)]
-#[command(
-    name = "longctx-eval",
-    about = "Evaluates methods for long contexts: quality, memory and speed"
-)]
-struct Args {
-    #[command(subcommand)]
-    command: Command,
-}
+use crate::MAX_COUNT;
 
 #[derive(Subcommand)]
-enum Command {
+pub enum Command {
     /// Answer all samples that have no result yet, one line of results per sample. The exit code is
     /// 1 if a sample that was tried has no result
     Run(Box<RunArgs>),
@@ -56,14 +47,12 @@ enum Command {
         #[arg(long, num_args = 2, value_names = ["A", "B"])]
         compare: Vec<PathBuf>,
     },
-    /// Compute how many tokens and sequences fit in some memory under each method, without weights
-    Plan(plan::Args),
     /// List the settings, the methods and the tasks
     List,
 }
 
 #[derive(clap::Args)]
-struct RunArgs {
+pub struct RunArgs {
     #[command(flatten)]
     chosen: Chosen,
     #[command(flatten)]
@@ -100,8 +89,8 @@ struct RunArgs {
     out: PathBuf,
 }
 
-fn main() -> Result<()> {
-    match Args::parse().command {
+pub fn eval(command: Command) -> Result<()> {
+    match command {
         Command::Run(args) => answer(*args),
         Command::Agree(args) => agree::agree(*args),
         Command::Report { folder, compare } => {
@@ -114,7 +103,6 @@ fn main() -> Result<()> {
             }
             Ok(())
         }
-        Command::Plan(args) => plan::plan(args),
         Command::List => {
             list();
             Ok(())

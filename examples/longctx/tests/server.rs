@@ -23,8 +23,8 @@ struct Served {
 
 impl Served {
     fn start() -> Self {
-        let mut process = Command::new(env!("CARGO_BIN_EXE_longctx-serve"))
-            .args(["--model", "embedded", "--method", CACHE, "--prefill-chunk", "0"])
+        let mut process = Command::new(env!("CARGO_BIN_EXE_longctx"))
+            .args(["serve", "--model", "embedded", "--method", CACHE, "--prefill-chunk", "0"])
             .args(["--address", "127.0.0.1:0"])
             .stdout(Stdio::piped())
             .spawn()

@@ -14,7 +14,7 @@ use longctx_examples::methods::{Method, listed};
 use longctx_examples::output::number;
 use longctx_examples::say;
 
-use crate::chosen::MAX_COUNT;
+use crate::MAX_COUNT;
 
 #[derive(clap::Args)]
 pub struct Args {

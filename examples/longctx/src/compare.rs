@@ -2,11 +2,11 @@
 //!
 //! A model without attention layers has no cache, so it runs once, with its recurrent state.
 //!
-//!     cargo run --release --example compare
-//!     cargo run --release --example compare -- --model smollm2
-//!     cargo run --release --example compare -- --model state-spaces/mamba-130m-hf
-//!     cargo run --release --features cuda --example compare -- --device cuda
-//!     cargo run --release --example compare -- --words 512,4096 --methods dense-f16,h2o-4x --haystack FOLDER
+//!     longctx compare
+//!     longctx compare --model smollm2
+//!     longctx compare --model state-spaces/mamba-130m-hf
+//!     longctx compare --device cuda
+//!     longctx compare --words 512,4096 --methods dense-f16,h2o-4x --haystack FOLDER
 //!
 //! Methods are those of `examples/methods.rs`; the error for an unknown name lists them.
 
@@ -17,7 +17,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use longctx_core::{GenerateOptions, SeqId, generate};
 use longctx_eval::Haystack;
@@ -28,6 +27,8 @@ use longctx_examples::output::{check_writable, number};
 use longctx_examples::place::Place;
 use longctx_examples::{model, peak_memory, say};
 use report::Row;
+
+use crate::MAX_COUNT;
 
 /// Compression ratios are relative to this method's bytes.
 const REFERENCE: &str = "dense-f16";
@@ -46,12 +47,9 @@ const METHODS: [&str; 9] = [
 ];
 /// The sequence of every prompt.
 const SEQ: SeqId = 0;
-/// The largest accepted number of tokens or words, more than any model reads.
-const MAX_COUNT: usize = 10_000_000;
 
-#[derive(Parser)]
-#[command(about = "Compares KV caches on the needle (passkey) test")]
-struct Args {
+#[derive(clap::Args)]
+pub struct Args {
     /// embedded (a model of 7 million parameters in this repository), smollm2 (downloaded if it is
     /// missing), gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; a
     /// transformer or a recurrent model
@@ -86,8 +84,7 @@ struct Args {
     out: PathBuf,
 }
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+pub fn compare(args: Args) -> Result<()> {
     ensure!(!args.words.is_empty(), "at least one length");
     check_writable(&args.out)?;
     let name = model::named(Some(&args.model))?;

@@ -1,7 +1,7 @@
 //! Compresses a prompt.
 //!
-//!     cargo run --release --example compress_prompt -- --rate 0.5 --question "Who came late?" minutes.txt
-//!     cargo run --release --example compress_prompt -- --method llmlingua2 --encoder FOLDER --rate 0.25 < report.txt
+//!     longctx compress --rate 0.5 --question "Who came late?" minutes.txt
+//!     longctx compress --method llmlingua2 --encoder FOLDER --rate 0.25 < report.txt
 //!
 //! The compressed text is written to standard output. The counts, and on a terminal a coloured
 //! diff, are written to standard error.
@@ -13,14 +13,12 @@ use std::io::{ErrorKind, IsTerminal, Read, Write};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use clap::Parser;
 use longctx_core::{Prompt, PromptCompressor, Rate};
 use method::{Method, Models};
 use prompt_compress::{StructuredPrompt, cl100k_tokens};
 
-#[derive(Parser)]
-#[command(about = "Compresses a prompt")]
-struct Args {
+#[derive(clap::Args)]
+pub struct Args {
     /// A file; by default standard input
     file: Option<PathBuf>,
     /// The share of tokens to keep, in (0, 1]
@@ -43,8 +41,7 @@ struct Args {
     models: Models,
 }
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+pub fn compress(args: Args) -> Result<()> {
     let text = match &args.file {
         Some(file) => std::fs::read_to_string(file).with_context(|| file.display().to_string())?,
         None => {

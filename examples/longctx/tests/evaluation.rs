@@ -1,8 +1,8 @@
-//! Complete runs of `longctx-eval` with the model in the repository, started by the cluster script
+//! Complete runs of `longctx eval` with the model in the repository, started by the cluster script
 //! and as a command.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use longctx_eval::statistics::{Difference, Verdict};
@@ -21,14 +21,17 @@ const NEEDLES: [&str; 10] = [
     "embedded",
 ];
 
-fn program() -> PathBuf {
-    let deps = std::env::current_exe().unwrap();
-    deps.parent().and_then(Path::parent).unwrap().join("examples/longctx-eval")
+const LONGCTX: &str = env!("CARGO_BIN_EXE_longctx");
+
+fn eval(subcommand: &str) -> Command {
+    let mut command = Command::new(LONGCTX);
+    command.args(["eval", subcommand]);
+    command
 }
 
 /// Calls `run` with more arguments and returns its output.
 fn run(out: &Path, more: &[&str]) -> String {
-    succeed(Command::new(program()).arg("run").arg("--out").arg(out).args(NEEDLES).args(more))
+    succeed(eval("run").arg("--out").arg(out).args(NEEDLES).args(more))
 }
 
 fn succeed(command: &mut Command) -> String {
@@ -59,11 +62,11 @@ fn tasks_of_an_array_job_give_the_results_of_one_process() {
     let (whole, shards) = (folder.path().join("whole"), folder.path().join("shards"));
     let settings = "dense-f16,kivi-2";
     run(&whole, &["--settings", settings, "--tasks", "needle,multi-needle"]);
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/cluster/slurm.sh");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/cluster/slurm.sh");
     let task = |task: usize| {
         let mut command = Command::new("bash");
         command.arg(script).env("SLURM_ARRAY_TASK_ID", task.to_string());
-        command.env("SLURM_ARRAY_TASK_COUNT", "3").env("EVAL", program()).env("OUT", &shards);
+        command.env("SLURM_ARRAY_TASK_COUNT", "3").env("LONGCTX", LONGCTX).env("OUT", &shards);
         command.env("SERVE", "").env("SETTINGS", settings).env("FILE", "");
         command.env("TASKS", "needle,multi-needle").env("MORE", NEEDLES.join(" "));
         command.stdout(Stdio::null()).spawn().unwrap()
@@ -115,8 +118,8 @@ fn samples_are_added_until_the_difference_is_sure() {
 /// Returns a command with one setting of each kind, a task of one turn and a task of several turns,
 /// and prompts that every method compresses.
 fn of_every_kind(out: &Path, more: &[&str]) -> Command {
-    let mut command = Command::new(program());
-    command.args(["run", "--model", "embedded", "--out"]).arg(out);
+    let mut command = eval("run");
+    command.args(["--model", "embedded", "--out"]).arg(out);
     command.args(["--settings", "dense-f16,kivi-4,h2o-4x,snap-kv-4x", "--max-new", "12"]);
     command.args(["--tasks", "needle,recall", "--long-samples", "2", "--items", "12"]);
     command.args(["--needle-words", "200", "--needle-depths", "4", "--needle-repeats", "1"]);
@@ -196,8 +199,8 @@ fn agreement_over_passages_is_the_mean_of_each() {
         let text = folder.path().join(format!("{passages}-{}.txt", words[0]));
         std::fs::write(&text, words.join(" ")).unwrap();
         let out = text.with_extension("out");
-        let mut command = Command::new(program());
-        command.args(["agree", "--model", "embedded", "--settings", "kivi-2"]);
+        let mut command = eval("agree");
+        command.args(["--model", "embedded", "--settings", "kivi-2"]);
         command.args(["--prompt-words", "60", "--words", "20", "--batch", "3"]);
         command.args(["--passages", passages]);
         succeed(command.arg("--text").arg(&text).arg("--out").arg(&out));
@@ -229,8 +232,8 @@ fn a_run_with_failures_exits_with_1_and_names_them() {
                   context = 4000\n[setting.server]\nurl = \"http://127.0.0.1:9/v1\"\ntries = 1\n";
     std::fs::write(&file, server).unwrap();
     let command = |settings: &str| {
-        let mut command = Command::new(program());
-        command.args(["run", "--tasks", "needle", "--settings", settings]).args(NEEDLES);
+        let mut command = eval("run");
+        command.args(["--tasks", "needle", "--settings", settings]).args(NEEDLES);
         command.arg("--settings-file").arg(&file).arg("--out").arg(&out);
         command
     };

@@ -9,8 +9,9 @@ use longctx_eval::{Agreement, Passage, Setting, Subject, TeacherForced, report, 
 use longctx_examples::output::{check_writable, number};
 use longctx_examples::say;
 
-use crate::chosen::{Chosen, MAX_COUNT};
-use crate::method;
+use super::chosen::Chosen;
+use super::method;
+use crate::MAX_COUNT;
 
 #[derive(clap::Args)]
 pub struct Args {

@@ -1,32 +1,21 @@
-//! An OpenAI-compatible server over any model and cache of the workspace.
-//!
-//! ```text
-//! cargo run --release -p longctx-serve -- --method kivi-4
-//! curl http://127.0.0.1:8080/v1/completions -H 'content-type: application/json' \
-//!     -d '{"prompt": "The sky is", "max_tokens": 16}'
-//! ```
-
-mod answer;
-mod api;
-mod routes;
-mod text;
+//! The server as a command.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
 use longctx_examples::llm::Llm;
 use longctx_examples::model;
 use longctx_examples::place::Place;
-use longctx_serve::metrics::Metrics;
-use longctx_serve::scheduler::{Options, Scheduler};
-use routes::App;
 use tokio::sync::mpsc::unbounded_channel;
 
-#[derive(Parser)]
-#[command(about = "Serves a model over the OpenAI API, many sequences at a time")]
-struct Args {
+use crate::metrics::Metrics;
+use crate::routes::{self, App};
+use crate::scheduler::{Options, Scheduler};
+
+/// The options of the server.
+#[derive(clap::Args)]
+pub struct Args {
     /// smollm2, gemma3, a GGUF file, a folder in Hugging Face's layout, or a model of the Hub; by
     /// default SmolLM2-135M-Instruct, downloaded if it is missing
     #[arg(long)]
@@ -66,9 +55,12 @@ struct Args {
     api_key: Option<String>,
 }
 
+/// Serves until an interrupt or a termination signal.
+///
+/// # Errors
+/// An option that is out of range, a model that cannot be opened, or an address that is in use.
 #[tokio::main]
-async fn main() -> Result<()> {
-    let args = Args::parse();
+pub async fn serve(args: Args) -> Result<()> {
     ensure!(args.step_tokens > 0 && args.max_tokens > 0, "tokens: expected at least 1, got 0");
     let name = model::named(args.model.as_deref())?;
     let llm = Llm::open(&name, &args.place)?;

@@ -1,13 +1,11 @@
-//! Tests of the example programs as commands. `cargo test` builds them.
+//! Tests of the command's errors and small outputs.
 
-use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-/// Returns a command for a program of this package.
-fn program(name: &str) -> Command {
-    let deps = std::env::current_exe().unwrap();
-    let folder: PathBuf = deps.parent().and_then(Path::parent).unwrap().join("examples");
-    Command::new(folder.join(name))
+fn longctx(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_longctx"));
+    command.args(args);
+    command
 }
 
 fn run(program: &mut Command) -> (bool, String) {
@@ -19,12 +17,8 @@ fn run(program: &mut Command) -> (bool, String) {
 
 #[test]
 fn a_reader_that_goes_away_is_no_fault() {
-    let mut child = program("longctx-eval")
-        .arg("list")
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child =
+        longctx(&["eval", "list"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
@@ -34,8 +28,8 @@ fn a_reader_that_goes_away_is_no_fault() {
 #[test]
 fn a_run_of_which_every_sample_failed_has_failed() {
     let out = tempfile::tempdir().unwrap();
-    let (succeeded, said) = run(program("longctx-eval")
-        .args(["run", "--settings", "dense-f16", "--model", "/nowhere/model.gguf"])
+    let (succeeded, said) = run(longctx(&["eval", "run"])
+        .args(["--settings", "dense-f16", "--model", "/nowhere/model.gguf"])
         .args(["--tasks", "recall", "--long-samples", "3", "--out"])
         .arg(out.path()));
     let all = said.contains("3 failed") && said.contains("no result for: opening dense-f16");
@@ -50,16 +44,12 @@ fn a_folder_that_refuses_is_found_before_the_work() {
     let out = text.join("out");
     let model = ["--model", "/nowhere/model.gguf"];
     let calls = [
-        ("compare", vec![]),
-        ("longctx-eval", vec!["run", "--settings", "dense-f16", "--tasks", "recall"]),
-        (
-            "longctx-eval",
-            vec!["agree", "--settings", "dense-f16", "--text", text.to_str().unwrap()],
-        ),
+        &["compare"][..],
+        &["eval", "run", "--settings", "dense-f16", "--tasks", "recall"],
+        &["eval", "agree", "--settings", "dense-f16", "--text", text.to_str().unwrap()],
     ];
-    for (name, arguments) in calls {
-        let (succeeded, said) =
-            run(program(name).args(arguments).args(model).arg("--out").arg(&out));
+    for arguments in calls {
+        let (succeeded, said) = run(longctx(arguments).args(model).arg("--out").arg(&out));
         assert!(!succeeded && said.contains("text/out: can't be written to"), "{said}");
     }
 }
@@ -67,15 +57,15 @@ fn a_folder_that_refuses_is_found_before_the_work() {
 #[test]
 fn numbers_without_end_are_refused() {
     let most = u64::MAX.to_string();
-    let calls: [(&str, &[&str], &str); 5] = [
-        ("compare", &[], "--words"),
-        ("compare", &[], "--digits"),
-        ("longctx-eval", &["run", "--settings", "x", "--out", "x"], "--needle-words"),
-        ("longctx-eval", &["run", "--settings", "x", "--out", "x"], "--items"),
-        ("longctx-eval", &["agree", "--settings", "x", "--out", "x", "--text", "x"], "--words"),
+    let calls: [(&[&str], &str); 5] = [
+        (&["compare"], "--words"),
+        (&["compare"], "--digits"),
+        (&["eval", "run", "--settings", "x", "--out", "x"], "--needle-words"),
+        (&["eval", "run", "--settings", "x", "--out", "x"], "--items"),
+        (&["eval", "agree", "--settings", "x", "--out", "x", "--text", "x"], "--words"),
     ];
-    for (name, arguments, option) in calls {
-        let (succeeded, said) = run(program(name).args(arguments).args([option, &most]));
+    for (arguments, option) in calls {
+        let (succeeded, said) = run(longctx(arguments).args([option, &most]));
         assert!(!succeeded && said.contains("expected ") && said.contains(option), "{said}");
     }
 }
@@ -85,17 +75,16 @@ fn a_run_with_other_conditions_is_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let (out, model) = (folder.path().join("out"), folder.path().join("model.gguf"));
     let call = |more: &[&str]| {
-        run(program("longctx-eval")
+        run(longctx(&["eval", "run", "--settings", "dense-f16", "--tasks", "multi-needle"])
             .args([
-                "run",
-                "--settings",
-                "dense-f16",
-                "--tasks",
-                "multi-needle",
                 "--needle-words",
                 "50",
+                "--needle-depths",
+                "1",
+                "--needle-repeats",
+                "1",
+                "--model",
             ])
-            .args(["--needle-depths", "1", "--needle-repeats", "1", "--model"])
             .arg(&model)
             .arg("--out")
             .arg(&out)
@@ -121,9 +110,7 @@ fn what_fits_needs_no_weights() {
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": true}"#;
     let path = folder.path().join("config.json");
     std::fs::write(&path, config).unwrap();
-    let plan = |more: &[&str]| {
-        run(program("longctx-eval").args(["plan", "--model"]).arg(&path).args(more))
-    };
+    let plan = |more: &[&str]| run(longctx(&["plan", "--model"]).arg(&path).args(more));
     let (succeeded, said) =
         plan(&["--memory", "1GB", "--context", "4096", "--settings", "dense-f16,kivi-4,h2o-4x"]);
     assert!(succeeded, "{said}");
@@ -152,9 +139,8 @@ fn latents_are_planned_once() {
         "num_hidden_layers": 4, "num_attention_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64}"#;
     let path = folder.path().join("config.json");
     std::fs::write(&path, config).unwrap();
-    let (succeeded, said) = run(program("longctx-eval")
-        .args(["plan", "--memory", "1GB", "--settings", "dense-f16", "--model"])
-        .arg(&path));
+    let (succeeded, said) =
+        run(longctx(&["plan", "--memory", "1GB", "--settings", "dense-f16", "--model"]).arg(&path));
     assert!(succeeded, "{said}");
     let line = said.lines().find(|line| line.trim_start().starts_with("dense-f16")).unwrap();
     let bytes: f64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
@@ -164,7 +150,7 @@ fn latents_are_planned_once() {
 
 #[test]
 fn settings_are_listed_by_school() {
-    let (succeeded, said) = run(program("longctx-eval").arg("list"));
+    let (succeeded, said) = run(&mut longctx(&["eval", "list"]));
     assert!(succeeded);
     // The paper's settings are listed before the methods, and their names contain names of methods.
     let (_, methods) = said.split_once("Methods, ").expect("a list of methods");
@@ -186,4 +172,26 @@ fn settings_are_listed_by_school() {
     for line in methods.lines().filter(|line| line.starts_with("  ")) {
         assert!(line.trim_end().len() > 88, "{line}");
     }
+}
+
+#[test]
+fn the_dense_cache_finds_every_key_and_a_window_does_not() {
+    let out = tempfile::tempdir().unwrap();
+    let output = longctx(&["compare"])
+        .args(["--methods", "streaming-llm-4x,dense-f16", "--words", "100,600", "--depths", "4"])
+        .arg("--out")
+        .arg(out.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    let row = |name: &str| said.lines().position(|line| line.starts_with(name)).expect(name);
+    assert!(said.contains("8 of 8"), "{said}");
+    // The dense method runs first, because the other's ratio needs it.
+    assert!(row("dense-f16") < row("streaming-llm-4x"), "{said}");
+    let saved = std::fs::read_to_string(out.path().join("compare.json")).unwrap();
+    let rows: serde_json::Value = serde_json::from_str(&saved).unwrap();
+    assert_eq!(rows[0]["exact"], 8.0);
+    assert!(rows[1]["exact"].as_f64().unwrap() < 8.0, "{saved}");
+    assert!(rows[1]["ratio"].as_f64().unwrap() > 1.5, "{saved}");
 }

@@ -17,10 +17,10 @@ use longctx_examples::place::Place;
 use longctx_examples::subject::{Models, Options};
 use longctx_examples::{encoder, model};
 
+use crate::MAX_COUNT;
+
 /// The default context limit of a method named without a setting, in tokens.
 const CONTEXT: usize = 7500;
-/// The largest accepted number of tokens or words, more than any model reads.
-pub const MAX_COUNT: usize = 10_000_000;
 /// The default folder of LongBench's records.
 const DATA: &str = "data/longbench";
 /// The name of LongBench-v2's file in that folder.
@@ -95,7 +95,7 @@ impl Chosen {
         let mut chosen: Vec<Setting> = Vec::new();
         for wanted in &self.settings {
             let found: Vec<_> = known.iter().filter(|one| fits(wanted, &one.name)).collect();
-            ensure!(!found.is_empty(), "no setting or method {wanted:?}: see the command `list`");
+            ensure!(!found.is_empty(), "no setting or method {wanted:?}: see `longctx eval list`");
             for setting in found {
                 if chosen.iter().all(|other| other.name != setting.name) {
                     chosen.push(self.adapted(setting.clone(), named.as_deref()));
@@ -255,7 +255,7 @@ impl TaskArgs {
                 {
                     names.push(name.to_owned());
                 }
-                _ => bail!("no task {wanted:?}: see the command `list`"),
+                _ => bail!("no task {wanted:?}: see `longctx eval list`"),
             }
         }
         let mut seen = std::collections::HashSet::new();
