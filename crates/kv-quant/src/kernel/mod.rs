@@ -95,7 +95,7 @@ pub struct Rows<'a> {
 pub struct Params<'a> {
     /// Factors of the levels.
     pub scales: &'a [f32],
-    /// Added to the scaled levels.
+    /// Added to the scaled levels. Zero for floating-point codes, which have none.
     pub zero_points: &'a [f32],
 }
 

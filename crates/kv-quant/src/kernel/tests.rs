@@ -76,7 +76,11 @@ fn steps_to_lines(steps: usize, bits: usize, width: usize) -> usize {
 fn check(panel: Panel<'_>, x: Rows<'_>, out_stride: usize) {
     let before = vec![0.25; x.count * out_stride];
     let scales: Vec<f32> = (0..x.steps).map(|s| 0.5 + (s % 7) as f32 / 10.0).collect();
-    let zero_points: Vec<f32> = (0..x.steps).map(|s| (s % 5) as f32 - 1.5).collect();
+    let zero = |s: usize| match panel.levels {
+        Levels::Float8(_) => 0.0,
+        _ => (s % 5) as f32 - 1.5,
+    };
+    let zero_points: Vec<f32> = (0..x.steps).map(zero).collect();
     let params = Params { scales: &scales, zero_points: &zero_points };
     let results: Vec<_> = kernels()
         .map(|kernels| {
