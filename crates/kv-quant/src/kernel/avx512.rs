@@ -5,8 +5,9 @@
 //! instructions than applying them to the lines of the step.
 
 mod float8;
+mod vnni;
 
-use super::{Kernels, Panel, Params, Rows, prefetch};
+use super::{Kernels, Panel, Params, Rows, Shared, prefetch};
 use crate::Float8;
 use crate::layout::Line;
 use crate::levels::Levels;
@@ -25,9 +26,17 @@ pub fn kernels() -> Option<Kernels> {
     has.then_some(Kernels {
         name: "AVX-512",
         accumulate,
+        shared: None,
         // SAFETY: the CPU supports AVX-512F.
         widen: |src, out| unsafe { widen(src, out) },
     })
+}
+
+/// Returns the kernels with products of bytes if this CPU supports them.
+pub fn vnni_kernels() -> Option<Kernels> {
+    let shared = Some(Shared { accumulate: vnni::accumulate, min_steps: vnni::MIN_STEPS });
+    let has = std::arch::is_x86_feature_detected!("avx512vnni");
+    kernels().filter(|_| has).map(|kernels| Kernels { name: "AVX-512 VNNI", shared, ..kernels })
 }
 
 /// # Safety
