@@ -22,25 +22,15 @@ struct Part {
 /// Two rows to compare: what both do, our row, the other's row.
 type Pair = (&'static str, &'static str, &'static str);
 
-const PARTS: [Part; 4] = [
+const PARTS: [Part; 3] = [
     Part {
         bench: "kv_quant",
-        filter: "^decode/(kivi-4|kivi-2|dense f16|flash_attn f16 no mask)$|^peers/tq-kv, 4 bits$",
+        filter: "^decode/(kivi-4|kivi-2|flash_attn f16 no mask)$|^peers/tq-kv, 4 bits$",
         pairs: &[
-            ("attention over KIVI-4", "decode/kivi-4", "decode/dense f16"),
-            ("attention over KIVI-2", "decode/kivi-2", "decode/dense f16"),
             ("attention over KIVI-4", "decode/kivi-4", "decode/flash_attn f16 no mask"),
+            ("attention over KIVI-2", "decode/kivi-2", "decode/flash_attn f16 no mask"),
             ("attention over KIVI-4", "decode/kivi-4", "peers/tq-kv, 4 bits"),
         ],
-    },
-    Part {
-        bench: "paged",
-        filter: "^decode, f16/",
-        pairs: &[(
-            "attention over interleaved blocks",
-            "decode, f16/blocks of two sequences by turns",
-            "decode, f16/contiguous",
-        )],
     },
     Part {
         bench: "token_drop",
