@@ -121,7 +121,7 @@ impl Loop {
         let mut shares = vec![Share::default(); EXPERTS];
         for (token, p) in softmax_last_dim(&logits)?.to_vec2::<f32>()?.iter().enumerate() {
             let mut order: Vec<_> = (0..EXPERTS).collect();
-            order.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
+            order.select_nth_unstable_by(PER_TOKEN - 1, |&a, &b| p[b].total_cmp(&p[a]));
             let sum: f32 = order[..PER_TOKEN].iter().map(|&expert| p[expert]).sum();
             for &expert in &order[..PER_TOKEN] {
                 shares[expert].0.push(token as u32);

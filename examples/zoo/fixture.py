@@ -1,7 +1,10 @@
 """Creates the fixtures that compare Rust with PyTorch.
 
-    python fixture.py stack     a tiny random stack of every mixer, in crates/hybrid-models/tests/fixtures/zoo
-    python fixture.py default TOKENIZER   the embedded model's last logits of a prompt, in examples/tests/fixtures
+    python fixture.py stack
+    python fixture.py default TOKENIZER
+
+`stack` writes a tiny random stack of every mixer to crates/hybrid-models/tests/fixtures/zoo.
+`default` writes the embedded model's last logits of a prompt to examples/tests/fixtures.
 """
 
 import sys

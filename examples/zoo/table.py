@@ -1,4 +1,5 @@
-"""Prints tables of runs' logs in Markdown: test results by seed, and tokens until they were learned.
+"""Prints tables of runs' logs in Markdown: test results by seed, and tokens until they were
+learned.
 
     python table.py LOG ... [--data retrieval] [--models MODEL ...]
 """
@@ -37,7 +38,8 @@ class Run:
             self.done = True
 
     def learned(self, kind):
-        """Returns the training tokens after which half of the kind's shortest documents are right."""
+        """Returns the training tokens after which half of the kind's shortest documents are
+        right."""
         for tokens, found in self.probes:
             whole, share = found[kind]
             if (share if kind.split()[0] in BY_TOKEN else whole / 64) >= LEARNED:

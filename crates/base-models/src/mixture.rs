@@ -152,8 +152,16 @@ struct Rows {
 impl Rows {
     /// `experts`: the expert of each row. The rows of a token are adjacent.
     fn new(experts: Vec<usize>, per_token: usize) -> Self {
-        let mut order: Vec<usize> = (0..experts.len()).collect();
-        order.sort_by_key(|&row| experts[row]);
+        // A counting sort: the rows of an expert begin after those of the experts before it.
+        let mut next = vec![0; experts.iter().max().map_or(0, |last| last + 1)];
+        experts.iter().for_each(|&expert| next[expert] += 1);
+        let mut start = 0;
+        next.iter_mut().for_each(|count| start += std::mem::replace(count, start));
+        let mut order = vec![0; experts.len()];
+        for (row, &expert) in experts.iter().enumerate() {
+            order[next[expert]] = row;
+            next[expert] += 1;
+        }
         Self { order, experts, per_token }
     }
 

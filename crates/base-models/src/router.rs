@@ -5,6 +5,11 @@ use crate::linear::Weight;
 use crate::weights::Weights;
 use candle_core::{DType, Device, Tensor};
 use longctx_core::Result;
+use rayon::prelude::*;
+use std::borrow::Cow;
+
+/// Smallest number of tokens that a thread takes.
+const MIN_PARALLEL: usize = 64;
 
 /// Scores a token's experts and chooses the best.
 #[derive(Debug)]
@@ -41,12 +46,18 @@ impl Router {
     /// which waits for the device once.
     pub fn choose(&self, x: &Tensor) -> Result<Choice> {
         let logits = self.weight.forward(x)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
-        let mut choice = Choice { experts: Vec::new(), weights: Vec::new() };
-        for mut scores in logits.to_vec2::<f32>()? {
-            self.score(&mut scores);
-            self.choose_for_token(&scores, &mut choice);
-        }
-        Ok(choice)
+        let (tokens, count) = logits.dims2()?;
+        let per_token = self.settings.per_token;
+        let (mut experts, mut weights) =
+            (vec![0; tokens * per_token], vec![0.0; tokens * per_token]);
+        let mut scores = logits.flatten_all()?.to_vec1::<f32>()?;
+        let outputs = experts.par_chunks_mut(per_token).zip(weights.par_chunks_mut(per_token));
+        let rows = scores.par_chunks_mut(count).zip(outputs).with_min_len(MIN_PARALLEL);
+        rows.for_each(|(scores, (experts, weights))| {
+            self.score(scores);
+            self.choose_for_token(scores, experts, weights);
+        });
+        Ok(Choice { experts, weights })
     }
 
     /// Converts logits to scores, in place.
@@ -62,21 +73,22 @@ impl Router {
         }
     }
 
-    fn choose_for_token(&self, scores: &[f32], choice: &mut Choice) {
+    fn choose_for_token(&self, scores: &[f32], experts: &mut [usize], weights: &mut [f32]) {
         let Experts { per_token, normalize, scale, .. } = self.settings;
-        let biased: Vec<f32> = match self.bias.is_empty() {
-            true => scores.to_vec(),
+        let biased: Cow<'_, [f32]> = match self.bias.is_empty() {
+            true => scores.into(),
             false => scores.iter().zip(&self.bias).map(|(score, bias)| score + bias).collect(),
         };
         let mut order = self.candidates(&biased);
-        sort_best_first(&mut order, &biased);
-        let best = &order[..per_token];
+        keep_best(&mut order, per_token, &biased);
         let sum = match normalize {
-            true => best.iter().map(|&expert| scores[expert]).sum(),
+            true => order.iter().map(|&expert| scores[expert]).sum(),
             false => 1.0,
         };
-        choice.experts.extend(best);
-        choice.weights.extend(best.iter().map(|&expert| scores[expert] / sum * scale as f32));
+        experts.copy_from_slice(&order);
+        for (weight, &expert) in weights.iter_mut().zip(&order) {
+            *weight = scores[expert] / sum * scale as f32;
+        }
     }
 
     /// Returns the experts of the best groups; all experts if there are no groups.
@@ -95,15 +107,21 @@ impl Router {
         };
         let groups: Vec<f32> = scores.chunks(size).map(of_group).collect();
         let mut order: Vec<_> = (0..count).collect();
-        sort_best_first(&mut order, &groups);
+        keep_best(&mut order, per_token, &groups);
         let experts = |&group: &usize| group * size..(group + 1) * size;
-        let mut best: Vec<usize> = order[..per_token].iter().flat_map(experts).collect();
+        let mut best: Vec<usize> = order.iter().flat_map(experts).collect();
         best.sort_unstable();
         best
     }
 }
 
-/// Sorts by descending score. The sort is stable.
-fn sort_best_first(order: &mut [usize], scores: &[f32]) {
-    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+/// Keeps the `count` indices with the highest scores, from the best to the worst. Of equal scores
+/// the lower index is better.
+fn keep_best(order: &mut Vec<usize>, count: usize, scores: &[f32]) {
+    let best_first = |a: &usize, b: &usize| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b));
+    if (1..order.len()).contains(&count) {
+        order.select_nth_unstable_by(count - 1, best_first);
+    }
+    order.truncate(count);
+    order.sort_unstable_by(best_first);
 }

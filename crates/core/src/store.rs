@@ -71,6 +71,20 @@ pub trait KvStore: Send {
     /// [`Error::UnknownSequence`]; [`Error::Mismatch`] for a selection that does not fit.
     fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()>;
 
+    /// Retains the selected entries of several sequences. Returns for each whether there was room:
+    /// if forks share blocks, a pool of fixed capacity may have no room for copies of the changed
+    /// ones, and the sequence keeps all entries.
+    ///
+    /// The default implementation calls [`retain`](KvStore::retain) for each sequence. Stores on a
+    /// device override it to launch kernels once.
+    ///
+    /// # Errors
+    /// As [`retain`](KvStore::retain), except [`Error::PoolFull`]. The sequences before the one
+    /// that failed may have changed.
+    fn retain_each(&mut self, keep: &[(SeqId, Selection)]) -> Result<Vec<bool>> {
+        keep.iter().map(|(seq, keep)| had_room(self.retain(*seq, keep))).collect()
+    }
+
     /// Returns the keys `[entries, head_dim]` and values `[entries, value_dim]` of one kv head, in
     /// f32 on the store's device. For policies and tests.
     ///
@@ -140,6 +154,15 @@ pub trait KvStore: Send {
     /// Returns the number of entries of the longest kv head of a sequence.
     fn len(&self, seq: SeqId) -> usize {
         self.lens(seq).into_iter().max().unwrap_or(0)
+    }
+}
+
+/// Returns whether an operation had room; other errors remain.
+pub(crate) fn had_room(done: Result<()>) -> Result<bool> {
+    match done {
+        Ok(()) => Ok(true),
+        Err(Error::PoolFull { .. }) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

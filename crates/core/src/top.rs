@@ -3,111 +3,191 @@
 use crate::{Result, Selection};
 use candle_core::Tensor;
 
-/// Selects the `count` entries with the highest scores of each kv head, without waiting for the
-/// device. The first `sinks` and the last `recent` entries are always selected. Of equal scores the
-/// older entry is selected; NaN counts as -inf. `scores`: `[kv_heads, entries]`, f32. Returns
-/// `None` if the scores are not on a CUDA device; then select on the host.
+/// The entries of a sequence on a CUDA device, to select the best of each kv head by score.
 ///
-/// # Errors
-/// [`Error::Mismatch`](crate::Error::Mismatch) if there are fewer than `count` entries.
-pub fn top_entries(
-    scores: &Tensor,
-    count: usize,
-    sinks: usize,
-    recent: usize,
-) -> Result<Option<Selection>> {
-    #[cfg(feature = "cuda")]
-    if let candle_core::Device::Cuda(device) = scores.device() {
-        return on_device::top_entries(device, scores, count, sinks, recent).map(Some);
-    }
-    let _ = (scores, count, sinks, recent);
-    Ok(None)
+/// The score of an entry is the reduction of its `rows` scores, plus its previous score.
+#[derive(Debug, Clone)]
+pub struct Candidates {
+    /// Number of kv heads.
+    pub kv_heads: usize,
+    /// `[kv_heads, rows, entries]` in f32, or `[1, rows, entries]` if all kv heads have the same.
+    pub scores: Tensor,
+    /// How the rows are reduced.
+    pub reduction: RowReduction,
+    /// Scores to add to those of the first entries, `[kv_heads, scored]` in f32.
+    pub previous: Option<Tensor>,
+    /// Positions of the first entries, `[kv_heads, placed]` in u32.
+    pub positions: Option<Tensor>,
+    /// The position of the entry after these. The next ones follow it without gaps.
+    pub next_position: u32,
+    /// Number of entries to select for each kv head.
+    pub count: usize,
+    /// Number of first entries that are always selected.
+    pub sinks: usize,
+    /// Number of last entries that are always selected.
+    pub recent: usize,
 }
 
-/// Gathers values `[kv_heads, len]`, u32 or f32, by a selection on the same CUDA device. Entries
-/// from `len` on have the values `next`, `next + 1`, and so on. Returns `None` if values and
-/// selection are not on one CUDA device.
+/// How several scores of an entry are reduced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RowReduction {
+    /// The mean.
+    Mean,
+    /// The maximum.
+    Max,
+}
+
+/// The best entries of a sequence, on the device.
+#[derive(Debug, Clone)]
+pub struct TopEntries {
+    /// The selected entries.
+    pub entries: Selection,
+    /// Their scores, `[kv_heads, count]` in f32.
+    pub scores: Tensor,
+    /// Their positions, `[kv_heads, count]` in u32.
+    pub positions: Tensor,
+    /// The scores of all entries, `[kv_heads, entries]` in f32.
+    pub all_scores: Tensor,
+}
+
+/// Selects the entries with the highest scores of each kv head of several sequences, in one launch
+/// and without waiting for the device. Of equal scores the older entry is selected; NaN counts as
+/// -inf. Returns `None` if the scores are not on a CUDA device; then select on the host.
 ///
 /// # Errors
-/// [`Error::Mismatch`](crate::Error::Mismatch) if the numbers of heads differ, or for another
-/// dtype.
-pub fn gather_entries(values: &Tensor, keep: &Selection, next: u32) -> Result<Option<Tensor>> {
+/// [`Error::Mismatch`](crate::Error::Mismatch) naming an input with a wrong shape or dtype, or with
+/// fewer than `count` entries.
+pub fn top_entries(sequences: &[Candidates]) -> Result<Option<Vec<TopEntries>>> {
     #[cfg(feature = "cuda")]
-    if let (candle_core::Device::Cuda(device), Some(entries)) = (values.device(), keep.entries()) {
-        return on_device::gather_entries(device, values, entries, next).map(Some);
+    if let Some(first) = sequences.first()
+        && let candle_core::Device::Cuda(device) = first.scores.device()
+    {
+        return on_device::top_entries(device, sequences).map(Some);
     }
-    let _ = (values, keep, next);
+    let _ = sequences;
     Ok(None)
 }
 
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 mod on_device {
-    use crate::cuda::{GatherArgs, TopArgs, address, gather, top};
+    use super::{Candidates, RowReduction, TopEntries};
+    use crate::cuda::address;
     use crate::{Error, Result, Selection};
     use candle_core::{CudaDevice, DType, Tensor};
+    use longctx_cuda::cudarc::driver::DevicePtr;
+    use longctx_kernels::{TopRow, top};
 
-    pub fn top_entries(
-        device: &CudaDevice,
-        scores: &Tensor,
-        count: usize,
-        sinks: usize,
-        recent: usize,
-    ) -> Result<Selection> {
-        let (heads, len) = scores.dims2()?;
-        if count > len {
-            return Err(Error::mismatch("entries to select", format!("at most {len}"), count));
+    pub fn top_entries(device: &CudaDevice, sequences: &[Candidates]) -> Result<Vec<TopEntries>> {
+        let stream = device.cuda_stream();
+        let inputs = sequences.iter().map(Input::new).collect::<Result<Vec<_>>>()?;
+        let outputs = inputs.iter().map(Input::outputs).collect::<Result<Vec<_>>>()?;
+        let mut rows = Vec::new();
+        for (input, output) in inputs.iter().zip(&outputs).filter(|(input, _)| input.len > 0) {
+            rows.extend(input.rows(output)?);
         }
-        let scores = scores.to_dtype(DType::F32)?.contiguous()?;
-        // SAFETY: the kernel writes every element.
-        let out = unsafe { Tensor::empty((heads, count), DType::U32, scores.device()) }?;
-        if out.elem_count() == 0 {
-            return Selection::on_device(&out);
+        if !rows.is_empty() {
+            let on_device = stream.clone_htod(&rows)?;
+            // SAFETY: the arrays have these sizes, and the stream frees no memory before the launch
+            // has used it.
+            unsafe { top(&stream, on_device.device_ptr(&stream).0, rows.len()) }?;
         }
-        let sinks = sinks.min(count);
-        let args = TopArgs {
-            scores: address(&scores)?,
-            out: address(&out)?,
-            len: len as i32,
-            count: count as i32,
-            sinks: sinks as i32,
-            recent: recent.min(count - sinks) as i32,
-        };
-        // SAFETY: the arrays have these sizes, and the stream frees no memory before the launch has
-        // used it.
-        unsafe { top(&device.cuda_stream(), heads, &args) }?;
-        Selection::on_device(&out)
+        Ok(outputs)
     }
 
-    pub fn gather_entries(
-        device: &CudaDevice,
-        values: &Tensor,
-        entries: &Tensor,
-        next: u32,
-    ) -> Result<Tensor> {
-        let ((heads, len), (rows, count)) = (values.dims2()?, entries.dims2()?);
-        if rows != heads || !matches!(values.dtype(), DType::U32 | DType::F32) {
-            let expected = format!("u32 or f32 [{rows}, entries]");
-            let got = format!("{:?} {:?}", values.dtype(), values.dims());
-            return Err(Error::mismatch("values to gather", expected, got));
+    /// Checked, contiguous inputs of a sequence.
+    struct Input<'a> {
+        of: &'a Candidates,
+        scores: Tensor,
+        previous: Option<Tensor>,
+        positions: Option<Tensor>,
+        rows: usize,
+        len: usize,
+    }
+
+    impl<'a> Input<'a> {
+        fn new(of: &'a Candidates) -> Result<Self> {
+            let (heads, rows, len) = of.scores.dims3()?;
+            if heads != 1 && heads != of.kv_heads {
+                let expected = format!("those of 1 or {} kv heads", of.kv_heads);
+                return Err(Error::mismatch("scores", expected, heads));
+            }
+            if of.count > len {
+                let expected = format!("at most {len}");
+                return Err(Error::mismatch("entries to select", expected, of.count));
+            }
+            let of_first = |x: &Option<Tensor>, dtype: DType, what: &str| match x {
+                Some(x) if x.dims().first() != Some(&of.kv_heads) || x.dim(1)? > len => {
+                    let expected = format!("[{}, at most {len}]", of.kv_heads);
+                    Err(Error::mismatch(what, expected, format!("{:?}", x.dims())))
+                }
+                Some(x) if x.elem_count() > 0 => Ok(Some(x.to_dtype(dtype)?.contiguous()?)),
+                _ => Ok(None),
+            };
+            Ok(Self {
+                of,
+                scores: of.scores.to_dtype(DType::F32)?.contiguous()?,
+                previous: of_first(&of.previous, DType::F32, "previous scores")?,
+                positions: of_first(&of.positions, DType::U32, "positions")?,
+                rows,
+                len,
+            })
         }
-        let values = values.contiguous()?;
-        // SAFETY: the kernel writes every element.
-        let out = unsafe { Tensor::empty((heads, count), values.dtype(), values.device()) }?;
-        if out.elem_count() == 0 {
-            return Ok(out);
+
+        fn outputs(&self) -> Result<TopEntries> {
+            let (heads, count, device) = (self.of.kv_heads, self.of.count, self.scores.device());
+            // SAFETY: the kernel writes every element.
+            let empty = |columns, dtype| unsafe { Tensor::empty((heads, columns), dtype, device) };
+            Ok(TopEntries {
+                entries: Selection::on_device(&empty(count, DType::U32)?)?,
+                scores: empty(count, DType::F32)?,
+                positions: empty(count, DType::U32)?,
+                all_scores: empty(self.len, DType::F32)?,
+            })
         }
-        let args = GatherArgs {
-            from: if len == 0 { 0 } else { address(&values)? },
-            entries: address(entries)?,
-            out: address(&out)?,
-            len: len as i32,
-            count: count as i32,
-            next,
-            unused: 0,
-        };
-        // SAFETY: as above; the kernel reads no element past a row.
-        unsafe { gather(&device.cuda_stream(), heads, &args) }?;
-        Ok(out)
+
+        /// Returns the kernel's rows, one for each kv head.
+        fn rows(&self, out: &TopEntries) -> Result<Vec<TopRow>> {
+            let start = |x: Option<&Tensor>| x.map_or(Ok(0), address);
+            let columns = |x: &Option<Tensor>| x.as_ref().map_or(0, |x| x.dims()[1]);
+            let (scored, placed) = (columns(&self.previous), columns(&self.positions));
+            let (count, len) = (self.of.count, self.len);
+            let sinks = self.of.sinks.min(count);
+            let shared = self.scores.dims()[0] == 1;
+            let first = TopRow {
+                scores: address(&self.scores)?,
+                previous: start(self.previous.as_ref())?,
+                positions: start(self.positions.as_ref())?,
+                all_scores: address(&out.all_scores)?,
+                kept_scores: start(Some(&out.scores).filter(|_| count > 0))?,
+                kept: start(out.entries.entries().filter(|_| count > 0))?,
+                kept_positions: start(Some(&out.positions).filter(|_| count > 0))?,
+                rows: self.rows as i32,
+                len: len as i32,
+                scored: scored as i32,
+                placed: placed as i32,
+                next: self.of.next_position,
+                count: count as i32,
+                sinks: sinks as i32,
+                recent: self.of.recent.min(count - sinks) as i32,
+                maximum: (self.of.reduction == RowReduction::Max).into(),
+                unused: 0,
+            };
+            let row = |head: usize| {
+                let at = |start: u64, columns: usize| start + 4 * (head * columns) as u64;
+                TopRow {
+                    scores: if shared { first.scores } else { at(first.scores, self.rows * len) },
+                    previous: at(first.previous, scored),
+                    positions: at(first.positions, placed),
+                    all_scores: at(first.all_scores, len),
+                    kept_scores: at(first.kept_scores, count),
+                    kept: at(first.kept, count),
+                    kept_positions: at(first.kept_positions, count),
+                    ..first
+                }
+            };
+            Ok((0..self.of.kv_heads).map(row).collect())
+        }
     }
 }

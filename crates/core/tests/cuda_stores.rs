@@ -7,8 +7,8 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use common::{random, relative};
 use longctx_core::{
-    AttentionShape, AttentionSums, Batch, DenseStore, EntryRanges, Error, KvStore, Mask, Selection,
-    SeqId, gather_entries, top_entries,
+    AttentionShape, AttentionSums, Batch, Candidates, DenseStore, EntryRanges, Error, KvStore,
+    Mask, RowReduction, Selection, SeqId, top_entries,
 };
 
 /// Returns a generator of numbers below its argument, the same in every run.
@@ -217,6 +217,21 @@ fn best(scores: &[f32], count: usize, sinks: usize, recent: usize) -> Vec<u32> {
     all
 }
 
+/// Returns the reduction of each column of `rows`, plus the previous scores of the first entries.
+fn reduced(rows: &[Vec<f32>], reduction: RowReduction, previous: &[f32]) -> Vec<f32> {
+    let column = |i: usize| {
+        let column = rows.iter().map(|row| row[i]);
+        let score = match (reduction, rows.len()) {
+            (_, 1) => rows[0][i],
+            (RowReduction::Max, _) => column.reduce(f32::max).unwrap(),
+            _ => column.sum::<f32>() / rows.len() as f32,
+        };
+        previous.get(i).map_or(score, |previous| previous + score)
+    };
+    (0..rows[0].len()).map(column).collect()
+}
+
+/// Three sequences in one launch: own rows for each kv head, the same rows for all, and one row.
 #[test]
 fn the_entries_of_the_highest_scores_are_those_of_a_sorted_list() {
     let Ok(device) = Device::new_cuda(0) else {
@@ -225,37 +240,79 @@ fn the_entries_of_the_highest_scores_are_those_of_a_sorted_list() {
     };
     let mut draw = draws();
     let some = [0.0, -0.0, 1.5, -1.5, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e-40, -3e8];
+    let kinds = [
+        (3, 4, RowReduction::Mean, true),
+        (1, 12, RowReduction::Max, false),
+        (3, 1, RowReduction::Mean, false),
+    ];
     for len in [1usize, 2, 31, 500, 1024, 1025, 8192, 70_001] {
-        for round in 0..6 {
-            let mut score = |_| match round % 3 {
-                0 => some[draw(some.len())],
-                1 => draw(1 << 20) as f32 / 1e6,
-                _ => (draw(7) as f32).exp(),
-            };
-            let heads: Vec<Vec<f32>> = (0..3).map(|_| (0..len).map(&mut score).collect()).collect();
-            let count = if round == 5 { len } else { 1 + draw(len) };
-            let sinks = draw(4).min(count);
-            let recent = draw(40).min(count - sinks);
-            let scores = Tensor::new(heads.clone(), &device).unwrap();
-            let keep = top_entries(&scores, count, sinks, recent).unwrap().unwrap();
-            let want: Vec<_> =
-                heads.iter().map(|scores| best(scores, count, sinks, recent)).collect();
-            assert!(keep.heads().unwrap() == want, "{len} entries, {count}, {sinks}, {recent}");
-            // Entries from the middle on are new: their values continue from 1,000.
-            let held = len / 2;
-            if held == 0 {
-                continue;
-            }
-            let values: Vec<u32> =
-                (0..3 * held as u32).map(|i| i.wrapping_mul(2654435761)).collect();
-            let on_device = Tensor::from_vec(values.clone(), (3, held), &device).unwrap();
-            let got = gather_entries(&on_device, &keep, 1000).unwrap().unwrap();
-            for (head, got) in got.to_vec2::<u32>().unwrap().into_iter().enumerate() {
-                let value = |&entry: &u32| match (entry as usize).checked_sub(held) {
-                    Some(after) => 1000 + after as u32,
-                    None => values[head * held + entry as usize],
+        for round in 0..7 {
+            let (mut inputs, mut wanted) = (Vec::new(), Vec::new());
+            for (heads, rows, reduction, adds) in kinds {
+                let mut score = |_| match (round % 3, rows) {
+                    (0, 1) => some[draw(some.len())],
+                    (1, _) => draw(1 << 20) as f32 / 1e6,
+                    _ => (draw(7) as f32).exp(),
                 };
-                assert_eq!(got, want[head].iter().map(value).collect::<Vec<_>>());
+                let mut list = |len: usize| (0..len).map(&mut score).collect::<Vec<f32>>();
+                let scores: Vec<Vec<Vec<f32>>> =
+                    (0..heads).map(|_| (0..rows).map(|_| list(len)).collect()).collect();
+                // Entries from the middle on are new: they have no previous score, and their
+                // positions continue from 1,000.
+                let held = len / 2;
+                let previous: Vec<Vec<f32>> =
+                    (0..3).map(|_| if adds { list(held) } else { Vec::new() }).collect();
+                let count = match round {
+                    5 => len,
+                    6 => len - 1,
+                    _ => 1 + draw(len),
+                };
+                let sinks = draw(4).min(count);
+                let recent = draw(40).min(count - sinks);
+                let positions: Vec<u32> =
+                    (0..3 * held as u32).map(|i| i.wrapping_mul(2654435761)).collect();
+                inputs.push(Candidates {
+                    kv_heads: 3,
+                    scores: Tensor::new(scores.clone(), &device).unwrap(),
+                    reduction,
+                    previous: (adds && held > 0)
+                        .then(|| Tensor::new(previous.clone(), &device).unwrap()),
+                    positions: (held > 0)
+                        .then(|| Tensor::from_vec(positions.clone(), (3, held), &device).unwrap()),
+                    next_position: 1000,
+                    count,
+                    sinks,
+                    recent,
+                });
+                wanted.push((0..3).map(move |head| {
+                    let rows = &scores[head.min(heads - 1)];
+                    let scores = reduced(rows, reduction, &previous[head]);
+                    let keep = best(&scores, count, sinks, recent);
+                    let position = |&entry: &u32| match (entry as usize).checked_sub(held) {
+                        Some(after) => 1000 + after as u32,
+                        None => positions[head * held + entry as usize],
+                    };
+                    let kept_positions: Vec<u32> = keep.iter().map(position).collect();
+                    (scores, keep, kept_positions)
+                }));
+            }
+            let got = top_entries(&inputs).unwrap().unwrap();
+            for ((input, got), wanted) in inputs.iter().zip(got).zip(wanted) {
+                let what = format!("{len} entries, round {round}, {} selected", input.count);
+                let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                let all = got.all_scores.to_vec2::<f32>().unwrap();
+                for (head, (scores, keep, positions)) in wanted.enumerate() {
+                    assert_eq!(got.entries.heads().unwrap()[head], keep, "{what}");
+                    assert_eq!(bits(&all[head]), bits(&scores), "{what}");
+                    if input.count > 0 {
+                        let kept: Vec<f32> = keep.iter().map(|&i| scores[i as usize]).collect();
+                        let row = |x: &Tensor| x.get(head).unwrap();
+                        let got_scores = row(&got.scores).to_vec1::<f32>().unwrap();
+                        assert_eq!(bits(&got_scores), bits(&kept), "{what}");
+                        let got_positions = row(&got.positions).to_vec1::<u32>().unwrap();
+                        assert_eq!(got_positions, positions, "{what}");
+                    }
+                }
             }
         }
     }
@@ -292,13 +349,18 @@ fn selections_on_the_device_are_those_of_the_host() {
             pair.other.fork(0, 7).unwrap();
         }
         pair.append_chosen(&[(1, 40), (0, 70)], 30, &mut select);
+        let (mut on_host, mut on_device) = (Vec::new(), Vec::new());
         for seq in 0..2 {
             let len = pair.host.len(seq);
             let count = if round % 2 == 0 { len - 1 } else { len / 2 + 1 };
             let (host, other) = select(len, count);
-            pair.host.retain(seq, &host).unwrap();
-            pair.other.retain(seq, &other).unwrap();
+            // Both kinds of selections in one call.
+            let other = if round % 4 == 3 && seq == 0 { host.clone() } else { other };
+            on_host.push((seq, host));
+            on_device.push((seq, other));
         }
+        assert_eq!(pair.host.retain_each(&on_host).unwrap(), [true; 2]);
+        assert_eq!(pair.other.retain_each(&on_device).unwrap(), [true; 2]);
         pair.check(&[(0, 1), (1, 2)], Mask::Causal);
     }
     for seq in [0, 1, 7] {

@@ -7,9 +7,13 @@ pub mod build;
 #[cfg(feature = "driver")]
 mod device;
 #[cfg(feature = "driver")]
+mod error;
+#[cfg(feature = "driver")]
 mod image;
 #[cfg(feature = "driver")]
 mod kernel;
+#[cfg(feature = "driver")]
+mod upload;
 
 #[cfg(feature = "driver")]
 pub use args::Number;
@@ -18,6 +22,10 @@ pub use cudarc;
 #[cfg(feature = "driver")]
 pub use device::{compute_capability, keep_freed_memory, max_shared_bytes, multiprocessors};
 #[cfg(feature = "driver")]
+pub use error::{Error, Result};
+#[cfg(feature = "driver")]
 pub use image::Image;
 #[cfg(feature = "driver")]
 pub use kernel::Kernel;
+#[cfg(feature = "driver")]
+pub use upload::Upload;

@@ -1,5 +1,6 @@
 //! The cache that applies an eviction policy: one layer, any store, many sequences.
 
+mod decoded;
 mod plan;
 mod score;
 mod step;

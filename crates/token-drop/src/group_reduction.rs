@@ -1,7 +1,7 @@
 //! Reduces the scores of the query heads of a group to scores of their kv head.
 
 use candle_core::Tensor;
-use longctx_core::Result;
+use longctx_core::{Result, RowReduction};
 
 /// How the scores of the query heads of a group are reduced (GQA).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -21,6 +21,14 @@ impl GroupReduction {
             GroupReduction::Mean => heads.mean(1)?,
             GroupReduction::Max => heads.max(1)?,
         })
+    }
+
+    /// Returns the same reduction for scores on a device.
+    pub(crate) fn of_rows(self) -> RowReduction {
+        match self {
+            GroupReduction::Mean => RowReduction::Mean,
+            GroupReduction::Max => RowReduction::Max,
+        }
     }
 
     /// Reduces lists of equal length, one per query head.

@@ -28,9 +28,10 @@ pub use cache::PolicyCache;
 pub use group_reduction::GroupReduction;
 pub use inf_llm::{InfLlm, InfLlmSettings};
 pub use policy::{
-    EvictionPolicy, LayerView, Needs, ObservedQueries, duo_attention::DuoAttention,
-    expected_attention::ExpectedAttention, finch::Finch, h2o::H2o, k_norm::KNorm,
-    key_diff::KeyDiff, lag_kv::LagKv, random::Random, recent::Recent, snap_kv::SnapKv, tova::Tova,
+    EvictionPolicy, LayerView, Needs, ObservedQueries, ReducedAttention, ReducedHeads,
+    duo_attention::DuoAttention, expected_attention::ExpectedAttention, finch::Finch, h2o::H2o,
+    k_norm::KNorm, key_diff::KeyDiff, lag_kv::LagKv, random::Random, recent::Recent,
+    snap_kv::SnapKv, tova::Tova,
 };
 pub use quest::Quest;
 pub use select::{Granularity, Protected};

@@ -2,7 +2,7 @@
 
 use crate::scores::Scores;
 use candle_core::{DType, Device, Tensor};
-use longctx_core::{Result, Selection, gather_entries};
+use longctx_core::{Result, Selection};
 use std::ops::Range;
 
 /// Positions of a sequence's entries per kv head, and the scores carried from call to call.
@@ -24,6 +24,15 @@ enum Positions {
     Lists(Vec<Vec<u32>>),
     /// `[kv_heads, entries]`, u32, on a CUDA device.
     OnDevice(Tensor),
+}
+
+/// The metadata of entries selected on a CUDA device.
+#[derive(Debug)]
+pub struct Kept {
+    /// `[kv_heads, entries]`, u32.
+    pub positions: Tensor,
+    /// `[kv_heads, entries]`, f32.
+    pub scores: Tensor,
 }
 
 impl EntryMetadata {
@@ -48,37 +57,40 @@ impl EntryMetadata {
         self.scores = Some(scores);
     }
 
-    /// Keeps the selected entries.
-    pub fn retain(&mut self, keep: &Selection) -> Result<()> {
-        self.kept = match self.retain_on_device(keep)? {
-            Some(kept) => Positions::OnDevice(kept),
+    /// Keeps the selected entries. `kept` holds what belongs to them if they were selected on a
+    /// device.
+    pub fn retain(&mut self, keep: &Selection, kept: Option<Kept>) -> Result<()> {
+        match kept {
+            Some(kept) => {
+                self.kept = Positions::OnDevice(kept.positions);
+                self.scores = self.scores.take().map(|_| Scores::OnDevice(kept.scores));
+            }
             None => {
                 let mut lists = self.positions()?;
                 for (positions, keep) in lists.iter_mut().zip(keep.heads()?) {
                     *positions = keep.iter().map(|&entry| positions[entry as usize]).collect();
                 }
-                Positions::Lists(lists)
+                self.kept = Positions::Lists(lists);
+                self.scores.as_mut().map_or(Ok(()), |scores| scores.retain(keep))?;
             }
-        };
+        }
         self.newer = self.newer.end..self.newer.end;
-        self.scores.as_mut().map_or(Ok(()), |scores| scores.retain(keep))
+        Ok(())
     }
 
-    /// Returns the positions of entries selected on a device, as a tensor there.
-    fn retain_on_device(&self, keep: &Selection) -> Result<Option<Tensor>> {
-        let Some(entries) = keep.entries() else { return Ok(None) };
+    /// Returns the positions of heads with equal numbers of entries that the last eviction kept,
+    /// `[heads, entries]`; `None` if there are none. Also returns the position of the next
+    /// entry. Later ones follow it.
+    pub fn kept_positions(&self, device: &Device) -> Result<(Option<Tensor>, u32)> {
         let kept = match &self.kept {
-            Positions::OnDevice(kept) => kept.clone(),
-            // Nothing has been evicted yet: entries are positions.
-            Positions::Lists(lists) if lists[0].is_empty() && self.newer.start == 0 => {
-                return Ok(Some(entries.clone()));
-            }
+            Positions::OnDevice(kept) => Some(kept.clone()),
+            Positions::Lists(lists) if lists[0].is_empty() => None,
             Positions::Lists(lists) => {
                 let dims = (self.kv_heads, lists[0].len());
-                Tensor::from_vec(lists.concat(), dims, entries.device())?
+                Some(Tensor::from_vec(lists.concat(), dims, device)?)
             }
         };
-        gather_entries(&kept, keep, self.newer.start as u32)
+        Ok((kept, self.newer.start as u32))
     }
 
     /// Returns the number of entries of each head, `[kv_heads]`.
@@ -123,12 +135,10 @@ impl EntryMetadata {
         }
     }
 
-    /// Returns the carried scores of heads with equal numbers of entries, `[heads, entries]`, with
-    /// zeros for newer tokens; `None` before the first call.
+    /// Returns the carried scores of heads with equal numbers of entries, `[heads, entries]`, without
+    /// those of newer tokens; `None` before the first call.
     pub fn scores(&self, heads: Range<usize>, device: &Device) -> Result<Option<Tensor>> {
-        let entries = self.lens()[heads.start];
-        let of = |scores: &Scores| scores.of_heads(heads, entries, device);
-        self.scores.as_ref().map(of).transpose()
+        self.scores.as_ref().map(|scores| scores.of_heads(heads, device)).transpose()
     }
 
     pub fn bytes(&self) -> usize {

@@ -1,7 +1,7 @@
 //! Scores of a sequence's entries.
 
 use candle_core::{Device, Tensor};
-use longctx_core::{Result, Selection, gather_entries};
+use longctx_core::{Result, Selection};
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -41,12 +41,6 @@ impl Scores {
 
     /// Keeps the scores of the selected entries.
     pub fn retain(&mut self, keep: &Selection) -> Result<()> {
-        if let Self::OnDevice(all) = self
-            && let Some(kept) = gather_entries(all, keep, 0)?
-        {
-            *all = kept;
-            return Ok(());
-        }
         let kept = |(scores, keep): (&Vec<f32>, &Vec<u32>)| {
             keep.iter().map(|&entry| scores[entry as usize]).collect()
         };
@@ -54,18 +48,16 @@ impl Scores {
         Ok(())
     }
 
-    /// Returns the scores of some kv heads, `[heads, entries]`, with zeros for entries without one.
-    pub fn of_heads(&self, heads: Range<usize>, entries: usize, device: &Device) -> Result<Tensor> {
-        let scores = match self {
-            Self::OnDevice(all) => all.narrow(0, heads.start, heads.len())?,
+    /// Returns the scores of some kv heads with equally many, `[heads, entries]`.
+    pub fn of_heads(&self, heads: Range<usize>, device: &Device) -> Result<Tensor> {
+        match self {
+            Self::OnDevice(all) => Ok(all.narrow(0, heads.start, heads.len())?),
             Self::Lists(lists) => {
                 let lists = &lists[heads];
                 let len = lists.first().map_or(0, Vec::len);
-                Tensor::from_vec(lists.concat(), (lists.len(), len), device)?
+                Ok(Tensor::from_vec(lists.concat(), (lists.len(), len), device)?)
             }
-        };
-        let scored = scores.dim(1)?;
-        Ok(scores.pad_with_zeros(1, 0, entries - scored)?)
+        }
     }
 
     pub fn bytes(&self) -> usize {

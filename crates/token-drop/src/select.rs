@@ -1,7 +1,8 @@
 //! Selection of entries by score.
 
+use crate::metadata::{EntryMetadata, Kept};
 use crate::{HeadBudgets, scores::Scores};
-use longctx_core::{Result, Selection, top_entries};
+use longctx_core::{Candidates, Result, RowReduction, Selection, top_entries};
 use rayon::prelude::*;
 
 /// Smallest total number of entries for which the selection uses several threads.
@@ -69,27 +70,59 @@ pub enum Granularity {
     Chunk(usize),
 }
 
+/// The numbers of entries that a sequence may hold after a call.
+#[derive(Debug)]
+pub(crate) struct Limits {
+    /// `[kv_heads]`
+    pub budgets: Vec<usize>,
+    pub protected: ProtectedCounts,
+    /// Whether entries are evicted.
+    pub evicts: bool,
+}
+
+impl Limits {
+    /// Returns the budget of each head if heads do not compete and have the same budget.
+    pub fn common_budget(&self, granularity: Granularity, heads: HeadBudgets) -> Option<usize> {
+        let independent = granularity == Granularity::Token && heads == HeadBudgets::Uniform;
+        let budget = self.budgets[0];
+        (independent && self.budgets.iter().all(|own| *own == budget)).then_some(budget)
+    }
+}
+
 /// Selects the entries to keep: at most the budgets, protected entries first. Of equal scores the
 /// older entry is kept. If every head has the same budget and heads do not compete, scores on a
 /// device are selected there. Otherwise, and for whole chunks, the host selects.
 pub(crate) fn select(
     scores: &Scores,
-    budgets: &[usize],
-    protected: ProtectedCounts,
+    limits: &Limits,
+    metadata: &EntryMetadata,
     granularity: Granularity,
     heads: HeadBudgets,
-) -> Result<Selection> {
-    let independent = granularity == Granularity::Token && heads == HeadBudgets::Uniform;
+) -> Result<(Selection, Option<Kept>)> {
     if let Scores::OnDevice(scores) = scores
-        && independent
-        && budgets.iter().all(|budget| *budget == budgets[0])
+        && let Some(budget) = limits.common_budget(granularity, heads)
     {
-        let count = budgets[0].min(scores.dim(1)?);
-        if let Some(keep) = top_entries(scores, count, protected.sinks, protected.recent)? {
-            return Ok(keep);
+        let (kv_heads, entries) = scores.dims2()?;
+        let (positions, next_position) = metadata.kept_positions(scores.device())?;
+        let candidates = Candidates {
+            kv_heads,
+            scores: scores.unsqueeze(1)?,
+            reduction: RowReduction::Mean,
+            previous: None,
+            positions,
+            next_position,
+            count: budget.min(entries),
+            sinks: limits.protected.sinks,
+            recent: limits.protected.recent,
+        };
+        if let Some(top) = top_entries(&[candidates])?.and_then(|mut top| top.pop()) {
+            let kept = Kept { positions: top.positions, scores: top.scores };
+            return Ok((top.entries, Some(kept)));
         }
     }
-    Ok(select_on_host(&scores.lists()?, budgets, protected, granularity, heads))
+    let lists = scores.lists()?;
+    let Limits { budgets, protected, .. } = limits;
+    Ok((select_on_host(&lists, budgets, *protected, granularity, heads), None))
 }
 
 fn select_on_host(

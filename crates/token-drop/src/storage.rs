@@ -42,19 +42,6 @@ pub fn truncate_heads(store: &mut impl KvStore, seq: SeqId, lens: &[usize]) -> R
     store.retain(seq, &Selection::new(lens.iter().map(|&len| (0..len as u32).collect()).collect()))
 }
 
-/// Drops the entries that are not in `keep`. Returns whether there was room: if forks share blocks
-/// and a pool of fixed capacity has no room for copies of the changed ones, nothing is dropped.
-pub fn evict(store: &mut impl KvStore, seq: SeqId, keep: &Selection) -> Result<bool> {
-    if keep.lens() == store.lens(seq) {
-        return Ok(true);
-    }
-    match store.retain(seq, keep) {
-        Ok(()) => Ok(true),
-        Err(Error::PoolFull { .. }) => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
 /// Checks the log-sum-exp of an engine's own prefill attention.
 pub fn check_lse(step: &Step<'_>, lse: Option<&Tensor>, spec: &LayerSpec) -> Result<()> {
     let expected = [step.batch.tokens(), spec.shape.heads];

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use crate::budget::check_ratio;
 use crate::prompt::Prompt;
 use crate::sequences::Sequences;
-use crate::storage::{check_store, evict, fork, truncate_heads};
+use crate::storage::{check_store, fork, truncate_heads};
 use crate::sub_batch::{SubBatch, assemble};
 use candle_core::{DType, Tensor};
 use longctx_core::{
@@ -236,15 +236,17 @@ impl<S: KvStore> StreamingLlm<S> {
         for &seq in batch.seqs() {
             self.sequences.begin(seq, SeqState::default);
         }
+        let keep = |&seq: &SeqId| {
+            let evicted = updates[&seq].evicted;
+            let newest = (evicted as u32..self.window.len(seq) as u32).collect();
+            (evicted > 0).then(|| (seq, Selection::uniform(self.spec.shape.kv_heads, newest)))
+        };
+        let keep: Vec<_> = batch.seqs().iter().filter_map(keep).collect();
+        if let Err(error) = self.window.retain_each(&keep) {
+            return Err(self.sequences.poison(batch, error));
+        }
         for (seq, tokens) in batch.iter() {
             let WindowUpdate { evicted, skipped, .. } = updates[&seq];
-            if evicted > 0 {
-                let newest = evicted as u32..self.window.len(seq) as u32;
-                let keep = Selection::uniform(self.spec.shape.kv_heads, newest.collect());
-                if let Err(error) = evict(&mut self.window, seq, &keep) {
-                    return Err(self.sequences.poison(batch, error));
-                }
-            }
             self.sequences.advance(seq, tokens.len());
             if let Some(sequence) = self.sequences.get_mut(seq).filter(|_| evicted + skipped > 0) {
                 sequence.state.seen_at_drop = sequence.seen;

@@ -5,7 +5,7 @@ use super::pages::{masked, pages, read, scatter, slice_pages};
 use super::pool::Pool;
 use crate::attention::{self, Element};
 use crate::selection::check_selections;
-use crate::store::check_range;
+use crate::store::{check_range, had_room};
 use crate::{
     AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mask, Result,
     Selection, SeqId,
@@ -213,9 +213,30 @@ impl KvStore for DenseStore {
         self.check_known(seq)?;
         let lens = self.lens(seq);
         keep.check_unread(&lens)?;
-        on_pool!(&mut self.storage,
-            pool => pool.retain(seq, keep.check(&lens)?),
-            seqs => seqs.retain(seq, keep))
+        match &mut self.storage {
+            Storage::F32(pool) => pool.retain(seq, keep.check(&lens)?),
+            Storage::F16(pool) => pool.retain(seq, keep.check(&lens)?),
+            Storage::BF16(pool) => pool.retain(seq, keep.check(&lens)?),
+            Storage::OnDevice(seqs) => seqs.retain(seq, keep),
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(pool) => pool.retain(&[(seq, keep.clone())]),
+        }
+    }
+
+    fn retain_each(&mut self, keep: &[(SeqId, Selection)]) -> Result<Vec<bool>> {
+        #[cfg(feature = "cuda")]
+        if matches!(self.storage, Storage::Cuda(_)) {
+            for (seq, keep) in keep {
+                self.check_known(*seq)?;
+                keep.check_unread(&self.lens(*seq))?;
+            }
+            if let Storage::Cuda(pool) = &mut self.storage
+                && had_room(pool.retain(keep))?
+            {
+                return Ok(vec![true; keep.len()]);
+            }
+        }
+        keep.iter().map(|(seq, keep)| had_room(self.retain(*seq, keep))).collect()
     }
 
     fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {

@@ -262,6 +262,10 @@ impl<S: KvStore> KvStore for LatentStore<S> {
         self.parts.retain(seq, keep)
     }
 
+    fn retain_each(&mut self, keep: &[(SeqId, Selection)]) -> Result<Vec<bool>> {
+        self.parts.retain_each(keep)
+    }
+
     fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
         self.joined(self.parts.read(seq, kv_head)?)
     }

@@ -2,7 +2,9 @@
 
 use super::PolicyCache;
 use super::score::CallTensors;
-use crate::{EvictionPolicy, Prefill, scores::Scores, select::select};
+use crate::metadata::Kept;
+use crate::select::{Limits, select};
+use crate::{EvictionPolicy, Prefill, scores::Scores};
 use candle_core::Tensor;
 use longctx_core::{KvStore, Result, Selection, SeqId};
 
@@ -19,11 +21,19 @@ pub struct Plan {
     pub scores: Option<Scores>,
     /// The entries to keep, of the store's entries followed by the call's tokens; `None`: all.
     pub keep: Option<Selection>,
+    /// The metadata of these, if they were selected on a device.
+    pub kept: Option<Kept>,
     /// Whether only the kept tokens of the call were appended to the store.
     pub selected: bool,
 }
 
 impl Plan {
+    /// Creates a plan that keeps all entries.
+    pub fn new(seq: SeqId, tokens: usize, in_store: bool) -> Self {
+        let (queries, scores, keep, kept) = (None, None, None, None);
+        Self { seq, tokens, in_store, queries, scores, keep, kept, selected: false }
+    }
+
     /// Returns the kept tokens of the call, if each head held `old` entries before; all of them if
     /// nothing is evicted.
     pub fn kept_of_call(&self, old: &[usize], kv_heads: usize) -> Result<Selection> {
@@ -63,40 +73,46 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
 
     /// Returns the number of entries to evict at a time if a head is over its budget; `None`: no
     /// eviction.
-    fn eviction_step(&self, call: &CallTensors) -> Option<usize> {
-        let seen = self.sequences.seen(call.seq);
-        let (seq, tokens) = (call.seq, call.tokens());
+    fn eviction_step(&self, seq: SeqId, tokens: usize) -> Option<usize> {
+        let seen = self.sequences.seen(seq);
         match self.sequences.prompt(seq).contains_call(tokens, seen) {
             true => self.evicts_after_prefill(seq, tokens).then_some(1),
             false => self.settings.decode_step,
         }
     }
 
-    /// Scores a sequence if the policy needs it, and selects entries if it is over its budget.
-    pub(super) fn plan(&self, call: &CallTensors) -> Result<Plan> {
-        let (seq, in_store, tokens) = (call.seq, call.in_store, call.tokens());
-        let queries = self.newest_queries(call)?;
-        let (mut budgets, protected) = {
-            let seen = self.sequences.seen(seq) + tokens;
-            let prompt = self.sequences.prompt_with(seq, tokens).len();
-            self.settings.limits(&self.spec, prompt, seen)
-        };
+    /// Returns the numbers of entries that a sequence may hold after a call of `tokens` tokens.
+    pub(super) fn limits(&self, seq: SeqId, tokens: usize) -> Limits {
+        let seen = self.sequences.seen(seq) + tokens;
+        let prompt = self.sequences.prompt_with(seq, tokens).len();
+        let (mut budgets, protected) = self.settings.limits(&self.spec, prompt, seen);
         let lens = self.metadata(seq).lens();
         let over = self.settings.head_budgets.is_over(&lens, &budgets);
-        let evict = self.eviction_step(call).filter(|_| over);
-        let mut plan =
-            Plan { seq, tokens, in_store, queries, scores: None, keep: None, selected: false };
-        if evict.is_none() && !self.needs.previous_scores {
-            return Ok(plan);
-        }
-        let scores = self.score(call, plan.queries.as_ref())?;
-        if let Some(step) = evict {
+        let step = self.eviction_step(seq, tokens).filter(|_| over);
+        if let Some(step) = step {
             let min = protected.total().max(1);
             budgets.iter_mut().for_each(|b| *b = b.saturating_sub(step - 1).max(min));
-            let (granularity, heads) = (self.settings.granularity, self.settings.head_budgets);
-            plan.keep = Some(select(&scores, &budgets, protected, granularity, heads)?);
         }
-        plan.scores = self.needs.previous_scores.then_some(scores);
+        Limits { budgets, protected, evicts: step.is_some() }
+    }
+
+    /// Scores a sequence if the policy needs it, and selects entries if it is over its budget.
+    pub(super) fn plan(&self, call: &CallTensors) -> Result<Plan> {
+        let (seq, tokens) = (call.seq, call.tokens());
+        let queries = self.newest_queries(call)?;
+        let mut plan = Plan::new(seq, tokens, call.in_store);
+        let limits = self.limits(seq, tokens);
+        if limits.evicts || self.needs.previous_scores {
+            let scores = self.score(call, queries.as_ref())?;
+            if limits.evicts {
+                let (granularity, heads) = (self.settings.granularity, self.settings.head_budgets);
+                let entries = self.metadata(seq);
+                let (keep, kept) = select(&scores, &limits, entries, granularity, heads)?;
+                (plan.keep, plan.kept) = (Some(keep), kept);
+            }
+            plan.scores = self.needs.previous_scores.then_some(scores);
+        }
+        plan.queries = queries;
         Ok(plan)
     }
 

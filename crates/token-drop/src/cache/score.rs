@@ -117,16 +117,19 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             true => Some(entries.positions_of(heads.clone(), device)?),
             false => None,
         };
+        let len = entries.lens()[heads.start];
         let previous = match self.needs.previous_scores {
             true => entries.scores(heads.clone(), device)?,
             false => None,
         };
+        let padded = |scores: Tensor| scores.pad_with_zeros(1, 0, len - scores.dim(1)?);
+        let previous = previous.map(padded).transpose()?;
         let (keys, values) = self.keys_values(call, heads.clone())?;
         self.policy.score(&LayerView {
             spec: &self.spec,
             seen: self.sequences.seen(call.seq) + call.tokens(),
             queries,
-            entries: entries.lens()[heads.start],
+            entries: len,
             kv_heads: heads,
             positions,
             keys,

@@ -7,7 +7,7 @@ use super::score::CallTensors;
 use super::{PolicyCache, SeqState};
 use crate::{
     EvictionPolicy,
-    storage::{evict, lse_with_sink_logits, truncate_heads},
+    storage::{lse_with_sink_logits, truncate_heads},
     sub_batch::{SubBatch, assemble},
 };
 use candle_core::Tensor;
@@ -113,9 +113,14 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         appended_first: &BTreeSet<SeqId>,
     ) -> Result<()> {
         let (mut plans, mut rewritten) = (Vec::new(), Rewritten::new());
+        let is_decoded = |seq| appended_first.contains(&seq);
+        let mut on_device = self.plan_decoded(step.batch, q, lse, is_decoded)?;
         for (seq, tokens) in step.batch.iter() {
-            let call =
-                CallTensors::new(step, (q, k), lse, (seq, tokens), appended_first.contains(&seq))?;
+            if let Some(plan) = on_device.remove(&seq) {
+                plans.push(plan);
+                continue;
+            }
+            let call = CallTensors::new(step, (q, k), lse, (seq, tokens), is_decoded(seq))?;
             let plan = self.plan(&call)?;
             if let Some(keep) = plan.keep.as_ref().filter(|_| self.settings.rerotate) {
                 rewritten.insert(seq, self.rewrite(&call, keep)?);
@@ -132,12 +137,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
                 self.store.append(&Batch::single(seq, more)?, &part(k)?, &part(v)?)?;
             }
         }
-        for plan in plans {
-            if let Err(error) = self.finish(plan, &rewritten) {
-                return Err(self.sequences.poison(step.batch, error));
-            }
-        }
-        Ok(())
+        self.finish(plans, &rewritten).map_err(|error| self.sequences.poison(step.batch, error))
     }
 
     /// Returns kept keys `[kept, kv_heads, head_dim]`, rotated to contiguous positions, and values.
@@ -188,30 +188,42 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     }
 
     /// Drops the evicted entries and counts the call's tokens.
-    fn finish(&mut self, plan: Plan, rewritten: &Rewritten) -> Result<()> {
-        let Plan { seq, tokens, queries, scores, keep, selected, .. } = plan;
-        let before = self.metadata(seq).lens();
-        if let (Some(scores), Some(sequence)) = (scores, self.sequences.get_mut(seq)) {
+    fn finish(&mut self, plans: Vec<Plan>, rewritten: &Rewritten) -> Result<()> {
+        let mut evictions = Vec::new();
+        for plan in &plans {
+            match rewritten.get(&plan.seq) {
+                Some(rows) => self.replace(plan.seq, rows)?,
+                None => evictions.extend(self.eviction(plan)?),
+            }
+        }
+        let keep: Vec<_> = evictions.iter().map(|of| (of.seq, of.keep.clone())).collect();
+        let done = self.store.retain_each(&keep)?;
+        let postponed = evictions.into_iter().zip(done).filter(|(_, done)| !done);
+        let mut postponed: BTreeMap<_, _> = postponed.map(|(of, _)| (of.seq, of.all)).collect();
+        for plan in plans {
+            let all = postponed.remove(&plan.seq);
+            self.update_state(plan, all)?;
+        }
+        Ok(())
+    }
+
+    /// Updates the state of a sequence whose store has changed. `all` are the entries that are still
+    /// there if the eviction was postponed.
+    fn update_state(&mut self, plan: Plan, all: Option<Selection>) -> Result<()> {
+        let Plan { seq, tokens, queries, scores, keep, kept, .. } = plan;
+        self.sequences.advance(seq, tokens);
+        let Some(sequence) = self.sequences.get_mut(seq) else { return Ok(()) };
+        if let Some(scores) = scores {
             sequence.state.metadata.set_scores(scores);
         }
-        let evicted = keep.is_some();
         if let Some(keep) = keep {
-            let old: Vec<_> = before.iter().map(|len| len - tokens).collect();
-            let stays = match rewritten.get(&seq) {
-                Some(rows) => self.replace(seq, rows).map(|()| keep)?,
-                None => self.evict_from_store(seq, &old, keep, selected)?,
-            };
-            if let Some(sequence) = self.sequences.get_mut(seq) {
-                sequence.state.metadata.retain(&stays)?;
+            match all {
+                Some(all) => sequence.state.metadata.retain(&all, None)?,
+                None => sequence.state.metadata.retain(&keep, kept)?,
             }
+            sequence.state.seen_at_eviction = sequence.seen;
         }
-        self.sequences.advance(seq, tokens);
-        if let Some(sequence) = self.sequences.get_mut(seq) {
-            if evicted {
-                sequence.state.seen_at_eviction = sequence.seen;
-            }
-            sequence.state.queries = queries;
-        }
+        sequence.state.queries = queries;
         Ok(())
     }
 
@@ -224,32 +236,47 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         self.store.append(&Batch::single(seq, k.dim(0)?)?, k, v)
     }
 
-    /// Drops the evicted entries from the store. Returns the entries that it holds afterwards, of
-    /// the `old` entries of each head followed by the call's tokens.
-    fn evict_from_store(
-        &mut self,
-        seq: SeqId,
-        old: &[usize],
-        keep: Selection,
-        selected: bool,
-    ) -> Result<Selection> {
-        let lens = self.store.lens(seq);
-        if !selected {
-            let all = lens.iter().map(|&len| (0..len as u32).collect());
-            let done = evict(&mut self.store, seq, &keep)?;
-            return Ok(if done { keep } else { Selection::new(all.collect()) });
-        }
-        if old.iter().all(|len| *len == 0) {
-            return Ok(keep);
-        }
-        // The kept tokens of the call follow the old entries.
+    /// Returns the eviction of a plan; `None` if the store holds what it keeps.
+    fn eviction(&self, plan: &Plan) -> Result<Option<Eviction>> {
+        let (seq, lens) = (plan.seq, self.store.lens(plan.seq));
+        let Some(keep) = &plan.keep else { return Ok(None) };
+        let eviction = match plan.selected {
+            false => {
+                let all = lens.iter().map(|&len| (0..len as u32).collect());
+                Eviction { seq, keep: keep.clone(), all: Selection::new(all.collect()) }
+            }
+            true => {
+                let before = self.metadata(seq).lens();
+                let old: Vec<_> = before.iter().map(|len| len - plan.tokens).collect();
+                if old.iter().all(|len| *len == 0) {
+                    return Ok(None);
+                }
+                Eviction::of_old(seq, keep, &old, &lens)?
+            }
+        };
+        Ok(Some(eviction).filter(|eviction| eviction.keep.lens() != lens))
+    }
+}
+
+/// The entries of a sequence to keep in the store.
+struct Eviction {
+    seq: SeqId,
+    /// Entries to keep, of those in the store.
+    keep: Selection,
+    /// Entries that the store holds if the eviction is postponed: of the old entries followed by the
+    /// call's tokens.
+    all: Selection,
+}
+
+impl Eviction {
+    /// Evicts old entries; of the call's tokens, the store holds only those to keep.
+    fn of_old(seq: SeqId, keep: &Selection, old: &[usize], lens: &[usize]) -> Result<Self> {
         let (mut stays, mut all) = (Vec::new(), Vec::new());
-        for ((kept, &old), &len) in keep.heads()?.iter().zip(old).zip(&lens) {
+        for ((kept, &old), &len) in keep.heads()?.iter().zip(old).zip(lens) {
             let (of_old, new) = kept.split_at(kept.partition_point(|&e| (e as usize) < old));
             stays.push(of_old.iter().copied().chain(old as u32..len as u32).collect());
             all.push((0..old as u32).chain(new.iter().copied()).collect());
         }
-        let done = evict(&mut self.store, seq, &Selection::new(stays))?;
-        Ok(if done { keep } else { Selection::new(all) })
+        Ok(Self { seq, keep: Selection::new(stays), all: Selection::new(all) })
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::state::SeqState;
 use super::unrotated_rows::UnrotatedRows;
 use super::{InfLlm, missing_state};
-use crate::storage::{evict, lse_with_sink_logits};
+use crate::storage::lse_with_sink_logits;
 use crate::sub_batch::{SubBatch, assemble};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{
@@ -355,7 +355,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         if len > inside + overhang {
             let newest = (len - inside) as u32..len as u32;
             let keep = Selection::uniform(self.spec.shape.kv_heads, newest.collect());
-            evict(&mut self.window, s.seq, &keep)?;
+            self.window.retain_each(&[(s.seq, keep)])?;
         }
         Ok(())
     }

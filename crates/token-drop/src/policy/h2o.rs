@@ -3,7 +3,7 @@
 
 use crate::{
     Budget, EvictionPolicy, GroupReduction, LayerView, Needs, ObservedQueries, PolicyCache,
-    Protected, Settings,
+    Protected, ReducedAttention, ReducedHeads, Settings,
 };
 use candle_core::Tensor;
 use longctx_core::{KvStore, LayerSpec, Result};
@@ -40,6 +40,11 @@ impl EvictionPolicy for H2o {
             Some(previous) => Ok((previous + scores)?),
             None => Ok(scores),
         }
+    }
+
+    fn reduced_attention(&self) -> Option<ReducedAttention> {
+        let heads = ReducedHeads::Group;
+        Some(ReducedAttention { heads, reduction: self.group, newest: 0 })
     }
 }
 

@@ -2,7 +2,8 @@
 
 use super::window::{equal_scores, protect_newest};
 use crate::{
-    Budget, EvictionPolicy, LayerView, Needs, ObservedQueries, PolicyCache, Protected, Settings,
+    Budget, EvictionPolicy, GroupReduction, LayerView, Needs, ObservedQueries, PolicyCache,
+    Protected, ReducedAttention, ReducedHeads, Settings,
 };
 use candle_core::Tensor;
 use longctx_core::{Error, KvStore, LayerSpec, Result};
@@ -46,6 +47,14 @@ impl EvictionPolicy for Tova {
         }
         let mean = sums.flatten(0, 1)?.mean_keepdim(0)?.narrow(1, 0, older)?;
         protect_newest(&mean.broadcast_as((kv_heads, mean.dim(1)?))?, view)
+    }
+
+    fn reduced_attention(&self) -> Option<ReducedAttention> {
+        Some(ReducedAttention {
+            heads: ReducedHeads::Layer,
+            reduction: GroupReduction::Mean,
+            newest: usize::from(!self.published_newest),
+        })
     }
 }
 

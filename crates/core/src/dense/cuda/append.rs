@@ -1,10 +1,11 @@
 //! Append: new tokens' keys and values are written to blocks.
 
 use super::{CudaPool, Sequence};
-use crate::cuda::{address, paged};
+use crate::cuda::address;
 use crate::{Batch, Result, Selection, SeqId};
 use candle_core::Tensor;
-use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
+use longctx_kernels::paged;
 
 /// The blocks that one kv head takes for the tokens of a call.
 struct NewBlocks {
@@ -115,16 +116,11 @@ impl CudaPool {
         for selection in tokens.into_iter().flatten().filter(|of| of.entries().is_none()) {
             uploaded.extend(selection.heads()?.iter().flatten());
         }
-        let upload = |x: &[u64]| stream.clone_htod(if x.is_empty() { &[0][..] } else { x });
-        let fresh = upload(&addresses)?;
-        let uploaded = match uploaded.is_empty() {
-            true => None,
-            false => Some(stream.clone_htod(&uploaded)?),
-        };
-        let (mut fresh_at, mut uploaded_at) = (
-            fresh.device_ptr(&stream).0,
-            uploaded.as_ref().map_or(0, |tokens| tokens.device_ptr(&stream).0),
-        );
+        let mut lists = Upload::default();
+        let (fresh, uploaded) = (lists.push(&addresses), lists.push(&uploaded));
+        let lists = lists.copy(&stream)?;
+        let start = lists.as_ref().map_or(0, |lists| lists.device_ptr(&stream).0);
+        let (mut fresh_at, mut uploaded_at) = (start + fresh, start + uploaded);
         let (mut rows, mut longest) = (Vec::new(), 0);
         for (i, ((seq, own), new_blocks)) in
             batch.iter().zip(new_blocks.chunks(kv_heads)).enumerate()
@@ -172,6 +168,6 @@ impl CudaPool {
         };
         // SAFETY: the tables have room for the blocks, the blocks have room for the entries, the
         // tensors have the rows, and the stream frees no memory before this launch has used it.
-        unsafe { paged::append(&stream, &args, (rows.len(), longest)) }
+        Ok(unsafe { paged::append(&stream, &args, (rows.len(), longest)) }?)
     }
 }

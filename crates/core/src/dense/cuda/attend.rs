@@ -2,10 +2,11 @@
 //! kernels.
 
 use super::CudaPool;
-use crate::cuda::{PAGE, PrefillArgs, address, paged, prefill};
+use crate::cuda::address;
 use crate::{AttentionState, Batch, EntryRanges, Error, Mask, Result};
 use candle_core::{DType, Device, Tensor};
-use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
+use longctx_kernels::{PAGE, PrefillArgs, paged, prefill};
 
 /// The largest number of query heads per kv head times queries for the decode kernel. It reads the
 /// keys once for every few columns; beyond this number, tiles that share the keys are faster.
@@ -98,10 +99,11 @@ impl CudaPool {
             Mask::Entries(ranges) => self.lists(batch, ranges),
             _ => Vec::new(),
         };
-        let mut entries: Vec<u32> = lists.iter().flat_map(|(_, _, list)| list).copied().collect();
-        entries.push(0);
-        let entries = stream.clone_htod(&entries)?;
-        let mut entries_at = entries.device_ptr(&stream).0;
+        let entries: Vec<u32> = lists.iter().flat_map(|(_, _, list)| list).copied().collect();
+        let mut upload = Upload::default();
+        upload.push(&entries);
+        let entries = upload.copy(&stream)?;
+        let mut entries_at = entries.as_ref().map_or(0, |list| list.device_ptr(&stream).0);
         let window = shape.window.filter(|_| mask == Mask::Causal);
         let mut heads = Vec::new();
         for (seq, tokens) in batch.iter() {
@@ -135,19 +137,22 @@ impl CudaPool {
         let (out, lse) = self.outputs(batch)?;
         let parts = plan.parts * columns;
         // SAFETY: the kernels write every element of these that is read.
-        let part = |n: usize| unsafe { stream.alloc::<f32>(n) };
-        let (part_out, part_max, part_sum) = (part(parts * d)?, part(parts)?, part(parts)?);
-        let work = stream.clone_htod(&plan.work)?;
-        let joins = stream.clone_htod(&plan.joins)?;
+        let workspace = unsafe { stream.alloc::<f32>(parts * (d + 2)) }?;
+        let part_out = workspace.device_ptr(&stream).0;
+        let part_max = part_out + 4 * (parts * d) as u64;
+        let mut upload = Upload::default();
+        let (work, joins) = (upload.push(&plan.work), upload.push(&plan.joins));
+        let upload = upload.copy(&stream)?;
+        let start = upload.as_ref().map_or(0, |lists| lists.device_ptr(&stream).0);
         let args = paged::AttendArgs {
             q: address(q)?,
             out: address(&out)?,
             lse: address(&lse)?,
-            part_out: part_out.device_ptr(&stream).0,
-            part_max: part_max.device_ptr(&stream).0,
-            part_sum: part_sum.device_ptr(&stream).0,
-            work: work.device_ptr(&stream).0,
-            joins: joins.device_ptr(&stream).0,
+            part_out,
+            part_max,
+            part_sum: part_max + 4 * parts as u64,
+            work: start + work,
+            joins: start + joins,
             heads: shape.heads as i32,
             heads_per_kv: shape.heads_per_kv() as i32,
             columns: columns as i32,

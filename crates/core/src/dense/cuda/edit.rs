@@ -1,11 +1,10 @@
 //! Fork, truncate, retain, remove and read.
 
-use super::{BlockTable, CudaPool, Sequence};
-use crate::cuda::{PAGE, paged};
+use super::{CudaPool, Sequence};
 use crate::{Result, Selection, SeqId};
 use candle_core::{DType, Device, Tensor};
-use longctx_cuda::cudarc::driver::DevicePtr;
-use std::ops::Range;
+use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
+use longctx_kernels::{PAGE, paged};
 
 /// The moves within a head when some of its entries are dropped.
 struct Moves {
@@ -20,45 +19,65 @@ struct Moves {
 }
 
 impl CudaPool {
-    /// Keeps the selected entries; the selection has been checked. Blocks before the first entry
-    /// that is dropped stay unchanged; later entries move forward. If the selection is on the
-    /// device, all entries count as moved.
-    pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
-        let stream = self.stream();
-        let known = self.known(seq)?;
-        let counts = keep.lens();
-        let firsts: Vec<_> = match keep.entries() {
-            None => keep.heads()?.iter().map(|keep| first_moved(keep)).collect(),
-            Some(_) => {
-                let first = |(table, &count): (&BlockTable, &usize)| {
-                    if count < table.len { 0 } else { count }
-                };
-                known.heads.iter().zip(&counts).map(first).collect()
-            }
-        };
-        let shared: Vec<Vec<usize>> = {
-            let heads = known.heads.iter().zip(firsts.iter().zip(&counts));
-            heads.map(|(table, (&first, &count))| self.shared_among(table, first..count)).collect()
-        };
-        let mut free = self.blocks.take(shared.iter().map(Vec::len).sum())?;
-        let mut moves = Vec::new();
-        for (i, table) in self.known(seq)?.heads.iter().enumerate() {
-            let blocks = table.blocks[..counts[i].div_ceil(PAGE)].to_vec();
-            let mut of = Moves { blocks, first: firsts[i], count: counts[i], taken: Vec::new() };
-            for &place in &shared[i] {
-                let block = free.split_off(free.len() - 1)[0];
-                of.blocks[place] = block;
-                of.taken.push(block);
-                of.first = of.first.min(place * PAGE);
-            }
-            moves.push(of);
-        }
-        let done = self.move_heads(seq, keep, &moves);
-        let Some(sequence) = self.seqs.get_mut(&seq) else { return done };
-        if let Err(error) = done {
+    /// Keeps the selected entries of each sequence; the selections have been checked. Blocks before
+    /// the first entry that is dropped stay unchanged; later entries move forward. If a selection is
+    /// on the device, all its entries count as moved. After an error nothing has changed.
+    pub fn retain(&mut self, keep: &[(SeqId, Selection)]) -> Result<()> {
+        let moves = self.plan_moves(keep)?;
+        if let Err(error) = self.move_heads(keep, &moves) {
             moves.iter().flat_map(|of| &of.taken).for_each(|&block| self.blocks.release(block));
             return Err(error);
         }
+        let mut moves = moves.into_iter();
+        for (seq, _) in keep {
+            let heads = moves.by_ref().take(self.shape.kv_heads).collect();
+            self.replace_tables(*seq, heads)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the blocks that the moves need: copies of shared blocks that entries are moved to.
+    /// Returns the moves of all heads, `[sequences * kv_heads]`.
+    fn plan_moves(&mut self, keep: &[(SeqId, Selection)]) -> Result<Vec<Moves>> {
+        let mut moves = Vec::new();
+        for (seq, keep) in keep {
+            let host = keep.entries().is_none().then(|| keep.heads()).transpose()?;
+            for (i, (table, count)) in self.known(*seq)?.heads.iter().zip(keep.lens()).enumerate() {
+                let first = match host {
+                    Some(lists) => first_moved(&lists[i]),
+                    None if count < table.len => 0,
+                    None => count,
+                };
+                let blocks = table.blocks[..count.div_ceil(PAGE)].to_vec();
+                moves.push(Moves { blocks, first, count, taken: Vec::new() });
+            }
+        }
+        let shared: Vec<_> = moves.iter().map(|of| self.shared_among(of)).collect();
+        let mut free = self.blocks.take(shared.iter().map(Vec::len).sum())?;
+        for (of, shared) in moves.iter_mut().zip(shared) {
+            of.taken = free.split_off(free.len() - shared.len());
+            for (&place, &block) in shared.iter().zip(&of.taken) {
+                of.blocks[place] = block;
+                of.first = of.first.min(place * PAGE);
+            }
+        }
+        Ok(moves)
+    }
+
+    /// Returns the indices of the blocks that moved entries are written to and that other sequences
+    /// share.
+    fn shared_among(&self, of: &Moves) -> Vec<usize> {
+        if of.first >= of.count {
+            return Vec::new();
+        }
+        let written = of.first / PAGE..of.count.div_ceil(PAGE);
+        written.filter(|&place| self.blocks.shared(of.blocks[place])).collect()
+    }
+
+    /// Replaces the block tables of a sequence's heads after a move.
+    fn replace_tables(&mut self, seq: SeqId, moves: Vec<Moves>) -> Result<()> {
+        let stream = self.stream();
+        let Some(sequence) = self.seqs.get_mut(&seq) else { return Ok(()) };
         for (head, of) in moves.into_iter().enumerate() {
             let table = &mut sequence.heads[head];
             let old = std::mem::replace(&mut table.blocks, of.blocks);
@@ -79,62 +98,60 @@ impl CudaPool {
         Ok(())
     }
 
-    /// Returns the indices of the blocks that moved entries are written to and that other sequences
-    /// share.
-    fn shared_among(&self, table: &BlockTable, moved: Range<usize>) -> Vec<usize> {
-        if moved.is_empty() {
-            return Vec::new();
-        }
-        let written = moved.start / PAGE..moved.end.div_ceil(PAGE);
-        written.filter(|&place| self.blocks.shared(table.blocks[place])).collect()
-    }
-
-    fn move_heads(&self, seq: SeqId, keep: &Selection, moves: &[Moves]) -> Result<()> {
-        let (stream, sequence) = (self.stream(), self.known(seq)?);
-        if moves.iter().all(|of| of.first == of.count) {
+    fn move_heads(&self, keep: &[(SeqId, Selection)], moves: &[Moves]) -> Result<()> {
+        if moves.iter().all(|of| of.first >= of.count) {
             return Ok(());
         }
-        let (uploaded, mut entries_at) = match keep.entries() {
-            Some(entries) => (None, crate::cuda::address(entries)?),
-            None => {
+        let (stream, kv_heads) = (self.stream(), self.shape.kv_heads);
+        // The entries of the host's selections that move, and the tables of heads with new blocks.
+        let (mut entries, mut tables) = (Vec::new(), Vec::new());
+        for ((_, keep), moves) in keep.iter().zip(moves.chunks(kv_heads)) {
+            if keep.entries().is_none() {
                 let moved = moves.iter().zip(keep.heads()?).map(|(of, keep)| &keep[of.first..]);
-                let moved = stream.clone_htod(&moved.collect::<Vec<_>>().concat())?;
-                let address = moved.device_ptr(&stream).0;
-                (Some(moved), address)
+                moved.for_each(|moved| entries.extend_from_slice(moved));
             }
-        };
-        let new = |of: &Moves| if of.taken.is_empty() { Vec::new() } else { of.blocks.clone() };
-        let tables: Vec<u32> = moves.iter().flat_map(new).collect();
-        let mut addresses: Vec<u64> =
-            tables.iter().map(|&block| self.blocks.address(block)).collect();
-        addresses.push(0);
-        let tables = stream.clone_htod(&addresses)?;
-        let mut table_at = tables.device_ptr(&stream).0;
+            let replaced = moves.iter().filter(|of| !of.taken.is_empty());
+            let blocks = replaced.flat_map(|of| &of.blocks);
+            tables.extend(blocks.map(|&block| self.blocks.address(block)));
+        }
+        let mut lists = Upload::default();
+        let (entries, tables) = (lists.push(&entries), lists.push(&tables));
+        let lists = lists.copy(&stream)?;
+        let start = lists.as_ref().map_or(0, |lists| lists.device_ptr(&stream).0);
+        let (mut entries_at, mut table_at) = (start + entries, start + tables);
         let mut rows = Vec::new();
-        for (head, of) in moves.iter().enumerate() {
-            let from = sequence.address(&stream, head);
-            let to = if of.taken.is_empty() { from } else { table_at };
-            // A selection on the device also lists the entries before the first that moves.
-            entries_at += if uploaded.is_none() { 4 * of.first as u64 } else { 0 };
-            rows.push(paged::MoveRow {
-                from,
-                to,
-                entries: entries_at,
-                first: of.first as i32,
-                count: (of.count - of.first) as i32,
-                len: sequence.heads[head].len as i32,
-                unused: 0,
-            });
-            entries_at += 4 * (of.count - of.first) as u64;
-            if !of.taken.is_empty() {
-                table_at += 8 * of.blocks.len() as u64;
+        for ((seq, keep), moves) in keep.iter().zip(moves.chunks(kv_heads)) {
+            let sequence = self.known(*seq)?;
+            let mut on_device = keep.entries().map(crate::cuda::address).transpose()?;
+            for (head, of) in moves.iter().enumerate() {
+                let from = sequence.address(&stream, head);
+                let count = of.count - of.first;
+                // A list on the device also has the entries before the first that moves.
+                let entries = on_device.map_or(entries_at, |list| list + 4 * of.first as u64);
+                let to = if of.taken.is_empty() { from } else { table_at };
+                rows.push(paged::MoveRow {
+                    from,
+                    to,
+                    entries,
+                    first: of.first as i32,
+                    count: count as i32,
+                    len: sequence.heads[head].len as i32,
+                    unused: 0,
+                });
+                match &mut on_device {
+                    Some(list) => *list += 4 * of.count as u64,
+                    None => entries_at += 4 * count as u64,
+                }
+                if !of.taken.is_empty() {
+                    table_at += 8 * of.blocks.len() as u64;
+                }
             }
         }
         let on_device = stream.clone_htod(&rows)?;
         let address = on_device.device_ptr(&stream).0;
         // SAFETY: the tables name blocks of the pool, the entries exist, and none moves to a later
         // index.
-        unsafe { paged::move_entries(&stream, self.shape.head_dim, address, rows.len()) }
+        Ok(unsafe { paged::move_entries(&stream, self.shape.head_dim, address, rows.len()) }?)
     }
 
     /// Returns one head's keys and values in f32.

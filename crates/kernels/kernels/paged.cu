@@ -1,0 +1,25 @@
+// Kernels over dense keys and values in f16 or bf16, in blocks of a block table: append, attention,
+// sums of attention probabilities per entry, and moving entries. D is 64, 80, 96, 128, 192 or 256.
+#include "paged/append.cuh"
+#include "paged/attend.cuh"
+#include "paged/sums.cuh"
+
+extern "C" __global__ void __launch_bounds__(APPEND_THREADS) paged_append(const AppendArgs a) { append(a); }
+extern "C" __global__ void __launch_bounds__(MOVE_THREADS) paged_move(const MoveArgs a) { move(a); }
+
+#define ATTEND(NAME, PAIR, D, COLUMNS)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) paged_attend_##NAME##_d##D##_c##COLUMNS(const AttendArgs a) { \
+        attend<PAIR, D, COLUMNS>(a);                                                                                            \
+    }
+#define SUMS(NAME, PAIR, D) \
+    extern "C" __global__ void __launch_bounds__(THREADS) paged_sums_##NAME##_d##D(const SumsArgs a) { sums<PAIR, D>(a); }
+#define KERNELS(NAME, PAIR, D) ATTEND(NAME, PAIR, D, 1) ATTEND(NAME, PAIR, D, 2) ATTEND(NAME, PAIR, D, 4) SUMS(NAME, PAIR, D)
+#define FORMATS(D) KERNELS(f16, __half2, D) KERNELS(bf16, __nv_bfloat162, D)
+FORMATS(64)
+FORMATS(80)
+FORMATS(96)
+FORMATS(128)
+FORMATS(192)
+FORMATS(256)
+
+extern "C" __global__ void paged_join(const AttendArgs a) { join(a); }

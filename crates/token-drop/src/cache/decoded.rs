@@ -1,0 +1,110 @@
+//! Scores and selection of all decoded sequences of a call in one launch on a CUDA device.
+
+use std::collections::BTreeMap;
+
+use super::PolicyCache;
+use super::plan::Plan;
+use crate::metadata::Kept;
+use crate::scores::Scores;
+use crate::select::Limits;
+use crate::sub_batch::SubBatch;
+use crate::{EvictionPolicy, ObservedQueries, ReducedAttention, ReducedHeads};
+use candle_core::{Device, Tensor};
+use longctx_core::{
+    AttentionSums, Batch, Candidates, KvStore, Mask, Result, SeqId, TopEntries, top_entries,
+};
+
+impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
+    /// Plans the eviction of decoded sequences that are scored and selected on the device. The
+    /// others are left out: [`plan`](Self::plan) handles each of them.
+    ///
+    /// `q` and `lse` are those of the whole batch.
+    pub(super) fn plan_decoded(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        lse: Option<&Tensor>,
+        is_decoded: impl Fn(SeqId) -> bool,
+    ) -> Result<BTreeMap<SeqId, Plan>> {
+        let (Some(scores), Some(lse)) = (self.scores_on_device(q.device()), lse) else {
+            return Ok(BTreeMap::new());
+        };
+        let mut limits = BTreeMap::new();
+        for (seq, own) in batch.iter().filter(|(seq, _)| is_decoded(*seq)) {
+            let of = self.limits(seq, own.len());
+            if self.is_scored_on_device(seq, &of) {
+                limits.insert(seq, of);
+            }
+        }
+        let part = SubBatch::of_sequences(batch, |seq, _| limits.contains_key(&seq))?;
+        let Some(part) = part else { return Ok(BTreeMap::new()) };
+        let (q, lse) = (part.rows(q)?, part.rows(lse)?);
+        let sums = self.store.attention_sums(&part.batch, &q, &lse, Mask::Causal)?;
+        let candidates = part.batch.seqs().iter().zip(&sums);
+        let candidates =
+            candidates.map(|(seq, sums)| self.candidates(*seq, sums, &limits[seq], scores));
+        let top = top_entries(&candidates.collect::<Result<Vec<_>>>()?)?.unwrap_or_default();
+        let plan = |(&seq, top): (&SeqId, TopEntries)| {
+            let mut plan = Plan::new(seq, 1, true);
+            let all = Scores::OnDevice(top.all_scores);
+            plan.scores = self.needs.previous_scores.then_some(all);
+            if limits[&seq].evicts {
+                plan.keep = Some(top.entries);
+                plan.kept = Some(Kept { positions: top.positions, scores: top.scores });
+            }
+            (seq, plan)
+        };
+        Ok(part.batch.seqs().iter().zip(top).map(plan).collect())
+    }
+
+    /// Returns how the scores follow from the attention sums, if a device scores all decoded
+    /// sequences in one launch.
+    fn scores_on_device(&self, device: &Device) -> Option<ReducedAttention> {
+        let one_query = match self.needs.attention? {
+            ObservedQueries::Call => true,
+            ObservedQueries::Newest { queries, by_position } => queries == 1 && !by_position,
+        };
+        let joint = device.is_cuda() && one_query && !self.settings.rerotate;
+        self.policy.reduced_attention().filter(|_| joint && self.num_kept_queries() == 0)
+    }
+
+    /// Returns whether the device scores and selects a sequence's entries: scores are needed, and
+    /// all heads have equally many entries and the same budget.
+    fn is_scored_on_device(&self, seq: SeqId, limits: &Limits) -> bool {
+        let lens = self.metadata(seq).lens();
+        let equal = lens.iter().all(|len| *len == lens[0]);
+        let budget = limits.common_budget(self.settings.granularity, self.settings.head_budgets);
+        equal && budget.is_some() && (limits.evicts || self.needs.previous_scores)
+    }
+
+    fn candidates(
+        &self,
+        seq: SeqId,
+        sums: &AttentionSums,
+        limits: &Limits,
+        scores: ReducedAttention,
+    ) -> Result<Candidates> {
+        let (entries, kv_heads) = (self.metadata(seq), self.spec.shape.kv_heads);
+        let sums = sums.heads(0..kv_heads)?;
+        let len = sums.dim(2)?;
+        let (positions, next_position) = entries.kept_positions(sums.device())?;
+        let previous = match self.needs.previous_scores {
+            true => entries.scores(0..kv_heads, sums.device())?,
+            false => None,
+        };
+        Ok(Candidates {
+            kv_heads,
+            scores: match scores.heads {
+                ReducedHeads::Group => sums,
+                ReducedHeads::Layer => sums.reshape((1, (), len))?,
+            },
+            reduction: scores.reduction.of_rows(),
+            previous,
+            positions,
+            next_position,
+            count: if limits.evicts { limits.budgets[0].min(len) } else { len },
+            sinks: limits.protected.sinks,
+            recent: limits.protected.recent.max(scores.newest),
+        })
+    }
+}
