@@ -1,8 +1,9 @@
 // Compares the kernels of kv-quant's formats with a scale per token (fp8, rotated integers,
 // TurboQuant) and of KVarN with plain ones, and times them.
 //
-//     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DHEAD_DIM=128 -o check benches/gpu/formats.cu && ./check check
-//     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DTIMES -o times benches/gpu/formats.cu && ./times time ordered
+//     compile="nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels benches/gpu/formats.cu"
+//     $compile -DHEAD_DIM=128 -o check && ./check check
+//     $compile -DTIMES -o times && ./times time ordered
 //
 // The reference rotates by the definition of the matrix, quantizes each token or tile separately in
 // f64, rotates back, and computes softmax attention in f64.

@@ -1,7 +1,8 @@
 // Compares the kernels of kv-quant with plain ones, and times them. Needs only CUDA.
 //
-//     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DHEAD_DIM=128 -o check benches/gpu/harness.cu && ./check check
-//     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels -DTIMES -o times benches/gpu/harness.cu && ./times time
+//     compile="nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels benches/gpu/harness.cu"
+//     $compile -DHEAD_DIM=128 -o check && ./check check
+//     $compile -DTIMES -o times && ./times time
 //
 // `small` instead of `check` runs only short lengths, for compute-sanitizer. Records are in random
 // order; with `time ordered` they are consecutive.

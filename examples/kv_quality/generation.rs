@@ -71,7 +71,7 @@ pub fn table(
         println!(
             "| {} | {:.2} | {} | {}, {} to {} | {:.0} |",
             method.name(),
-            size.bits_a_number(),
+            size.bits_per_number(),
             cells.collect::<Vec<_>>().join(" | "),
             at(2),
             at(1),

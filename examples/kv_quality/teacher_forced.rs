@@ -49,7 +49,7 @@ pub fn table(
         println!(
             "| {} | {:.2} | {perplexity:.3} | {change} | {:.2}x | {:.0} |",
             method.name(),
-            size.bits_a_number(),
+            size.bits_per_number(),
             size.compression(),
             start.elapsed().as_secs_f64()
         );

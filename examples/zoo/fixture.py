@@ -1,8 +1,12 @@
 """Creates the fixtures that compare Rust with PyTorch.
 
-    python fixture.py stack     a tiny random stack of every mixer, in crates/hybrid-models/tests/fixtures/zoo
-    python fixture.py default TOKENIZER   the embedded model's last logits of a prompt, in examples/tests/fixtures
-    python fixture.py trained FOLDER ...   a trained model's logits of the prompt, in its folder
+    python fixture.py stack
+    python fixture.py default TOKENIZER
+    python fixture.py trained FOLDER ...
+
+`stack` writes a tiny random stack of every mixer to crates/hybrid-models/tests/fixtures/zoo.
+`default` writes the embedded model's last logits of a prompt to examples/tests/fixtures.
+`trained` writes a trained model's logits of the prompt to its folder.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Creates the data and trains several models in parallel, until a deadline.
 
-    python run.py --corpus FOLDER --work FOLDER --out FOLDER --seconds N [--keep JOB ...] DATA:ROWS:LENGTH ... -- JOB ...
+    python run.py --corpus FOLDER --work FOLDER --out FOLDER --seconds N [--keep JOB ...] \
+        DATA:ROWS:LENGTH ... -- JOB ...
 
 DATA is "tasks", "retrieval" or "text", optionally followed by a dash and a label. A job is
 MODEL@SEED:DATA. Jobs start in their order, `--side-by-side` at a time on each GPU. A job that fails

@@ -66,7 +66,8 @@ class Run:
             self.done = True
 
     def learned(self, kind):
-        """Returns the training tokens after which half of the kind's shortest documents are right."""
+        """Returns the training tokens after which half of the kind's shortest documents are
+        right."""
         for tokens, found in self.probes:
             whole, share = found[kind]
             if (share if kind.split()[0] in BY_TOKEN else whole / 64) >= LEARNED:
