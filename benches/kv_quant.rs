@@ -14,11 +14,7 @@ use criterion::{
     BenchmarkGroup, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
 };
 use half::f16;
-use kv_quant::{
-    Axis, Bits, Float8, Format, Mask, Packed, Pool, PoolShape, Quantizer, Queries, Scheme,
-    TurboQuant,
-};
-use longctx_core::{AttentionShape, Batch, DenseStore, KvStore, Mask as Sees};
+use kv_quant::{Axis, Bits, Format, Mask, Packed, Pool, PoolShape, Quantizer, Queries, Scheme};
 use rayon::prelude::*;
 use tq_kv::{CompressedKeys, CompressedValues4Bit, TurboQuantConfig};
 use turboquant::QuantizedKVCache;
@@ -67,18 +63,6 @@ fn decode(c: &mut Criterion) {
         ("kivi-4", kivi(Bits::Four)),
         ("kivi-8", kivi(Bits::Eight)),
         ("flexgen-4", Format::flexgen(Bits::Four, Bits::Four, 64).expect("FlexGen")),
-        ("fp8", Format::float8(Float8::E4m3)),
-        ("fp8-e5m2", Format::float8(Float8::E5m2)),
-        ("int4-rotated", Format::rotated_symmetric(Bits::Four, Bits::Four)),
-        ("int4-rotated-asymmetric", Format::rotated_asymmetric(Bits::Four, Bits::Four)),
-        ("int3-rotated", Format::rotated_symmetric(Bits::Three, Bits::Three)),
-        ("turboquant-k8v4", Format::turboquant(TurboQuant::K8V4)),
-        ("turboquant-4bit-nc", Format::turboquant(TurboQuant::FourBitNc)),
-        ("turboquant-k3v4-nc", Format::turboquant(TurboQuant::K3V4Nc)),
-        ("turboquant-3bit-nc", Format::turboquant(TurboQuant::ThreeBitNc)),
-        ("kvarn-k4v4", Format::kvarn(Bits::Four, Bits::Four, 128).expect("KVarN")),
-        ("kvarn-k4v2", Format::kvarn(Bits::Four, Bits::Two, 128).expect("KVarN")),
-        ("kvarn-k2v2", Format::kvarn(Bits::Two, Bits::Two, 128).expect("KVarN")),
     ];
     for (name, format) in formats {
         let pool = packed(format);
@@ -96,7 +80,6 @@ fn decode(c: &mut Criterion) {
             });
         });
     }
-    dense_f16(&mut group, &q);
     let q = Tensor::from_vec(q, (1, 1, HEADS, DIM), &Device::Cpu).expect("q");
     for dtype in [DType::F32, DType::F16] {
         let tensor = |seed| {
@@ -118,23 +101,6 @@ fn decode(c: &mut Criterion) {
             });
         }
     }
-}
-
-/// Measures longctx-core's paged attention over f16, the baseline of the packed formats.
-fn dense_f16(group: &mut BenchmarkGroup<'_, WallTime>, q: &[f32]) {
-    let shape = AttentionShape::new(HEADS, KV_HEADS, DIM).expect("a shape");
-    let mut store = DenseStore::new(shape, DType::F16).expect("a store");
-    let tensor = |x: Vec<f32>, heads| {
-        let tokens = x.len() / heads / DIM;
-        Tensor::from_vec(x, (tokens, heads, DIM), &Device::Cpu).expect("a tensor")
-    };
-    let of = |seed| tensor(numbers(seed, TOKENS * KV_HEADS * DIM), KV_HEADS);
-    store.append(&Batch::single(0, TOKENS).expect("a batch"), &of(1), &of(2)).expect("numbers");
-    let (q, one) = (tensor(q.to_vec(), HEADS), Batch::single(0, 1).expect("a batch"));
-    group.throughput(Throughput::Bytes((2 * 2 * TOKENS * KV_HEADS * DIM) as u64));
-    group.bench_function("dense f16", |b| {
-        b.iter(|| store.attend(&one, &q, Sees::Full).expect("attention"));
-    });
 }
 
 /// Measures the sum of 512 MiB on all cores, an upper bound of the throughput of attention.

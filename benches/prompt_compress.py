@@ -1,7 +1,7 @@
 """Times llmlingua 0.2.2 on the files that the benchmark prompt_compress wrote to FOLDER.
 
-Needs Python 3.11, llmlingua 0.2.2, transformers 4.40.2, torch 2.11.0 (CPU), and tiktoken 0.7.0 with its
-encoding cl100k_base in the cache.
+Needs Python 3.11, llmlingua 0.2.2, transformers 4.40.2, torch 2.11.0 (CPU), and tiktoken 0.7.0 with
+its encoding cl100k_base in the cache.
 
     python benches/prompt_compress.py FOLDER [THREADS]
 """

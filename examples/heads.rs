@@ -27,8 +27,8 @@ pub struct Heads {
 }
 
 impl Heads {
-    /// Measures scores while the model generates the keys of three prompts of 1,000 tokens. The
-    /// text and the keys differ from the sweep's.
+    /// Measures scores while the model generates the keys of three prompts of 1,000 tokens. Texts
+    /// and keys differ from those of the needle tests, which evaluate the scores.
     ///
     /// The score of a query head is the share of its attention outside the sinks and the window,
     /// averaged over generated tokens and prompts. The score of a kv head is the largest score of
@@ -70,9 +70,9 @@ impl Heads {
             .with_context(|| path.display().to_string())?;
         let scores = lines.deserialize().collect::<Result<Vec<Vec<f32>>, _>>();
         let scores = scores.with_context(|| {
-            format!("{}: expected a line a layer, a number a kv head", path.display())
+            format!("{}: expected one line per layer and one number per kv head", path.display())
         })?;
-        ensure!(!scores.is_empty(), "{}: expected a line a layer, got none", path.display());
+        ensure!(!scores.is_empty(), "{}: expected one line per layer, got none", path.display());
         Ok(Self { scores })
     }
 

@@ -22,8 +22,13 @@ impl Default for Place {
 }
 
 impl Place {
+    /// Returns whether the device is the CPU.
+    pub fn is_cpu(&self) -> bool {
+        self.device.is_cpu()
+    }
+
     fn dtype(&self) -> DType {
-        let own = if self.device.is_cpu() { DType::F32 } else { DType::F16 };
+        let own = if self.is_cpu() { DType::F32 } else { DType::F16 };
         self.dtype.unwrap_or(own)
     }
 
@@ -33,7 +38,7 @@ impl Place {
         base_models::LoadOptions {
             device: self.device.clone(),
             dtype: self.dtype(),
-            expand: !self.device.is_cpu(),
+            expand: !self.is_cpu(),
             ..Default::default()
         }
     }
@@ -45,7 +50,7 @@ impl Place {
 
     /// Returns a description of the device and the dtype: "cpu f32", "cuda f16".
     pub fn describe(&self) -> String {
-        let device = if self.device.is_cpu() { "cpu" } else { "cuda" };
+        let device = if self.is_cpu() { "cpu" } else { "cuda" };
         format!("{device} {}", self.dtype().as_str())
     }
 }

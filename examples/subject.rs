@@ -101,10 +101,10 @@ impl Models {
         setting: &Setting,
         make: impl Fn(&LayerSpec) -> longctx_core::Result<C>,
     ) -> Result<Reader, SubjectError> {
-        self.cold_reader(setting, make)?.warm_up()
+        self.checked(self.unchecked_reader(setting, make)?)
     }
 
-    fn cold_reader<C: KvCache + 'static>(
+    fn unchecked_reader<C: KvCache + 'static>(
         &self,
         setting: &Setting,
         make: impl Fn(&LayerSpec) -> longctx_core::Result<C>,
@@ -121,11 +121,16 @@ impl Models {
         let method = |setting: &Setting| Ok(Method::named(&setting.method)?.compressing(compress));
         let methods = settings.iter().map(method);
         let methods = methods.collect::<anyhow::Result<Vec<_>>>()?;
-        let reader = self.cold_reader(&settings[0], |spec| {
+        let reader = self.unchecked_reader(&settings[0], |spec| {
             let caches = methods.iter().map(|method| method.cache(spec));
             Ok(SharedPrefill::new(spec.clone(), caches.collect::<longctx_core::Result<_>>()?))
         })?;
-        reader.with_shared_prefill(settings.len()).warm_up()
+        self.checked(reader.with_shared_prefill(settings.len()))
+    }
+
+    /// Warms up a reader on a device other than the CPU, where a format may have no kernels.
+    fn checked(&self, reader: Reader) -> Result<Reader, SubjectError> {
+        if self.options.place.is_cpu() { Ok(reader) } else { reader.warm_up() }
     }
 
     /// Returns the tokenizer and the template of the setting's transformer.

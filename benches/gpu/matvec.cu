@@ -1,7 +1,8 @@
 // Compares the product of a matrix with a few rows with cuBLAS with f32 sums, and times both. Needs
 // only CUDA.
 //
-//     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/core -lcublas -o matvec benches/gpu/matvec.cu && ./matvec
+//     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kernels -lcublas -o matvec benches/gpu/matvec.cu
+//     ./matvec
 //
 // Shapes are those of a layer of Llama-3-8B and of its output head. Calls alternate between
 // matrices, so none is in the L2 cache.

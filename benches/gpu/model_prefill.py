@@ -1,4 +1,5 @@
-"""Measures prefill of a model of Llama-3-8B's shape (random weights, f16) in PyTorch with its flash attention.
+"""Measures prefill of a model of Llama-3-8B's shape (random weights, f16) in PyTorch with its flash
+attention.
 
     python3 benches/gpu/model_prefill.py
 """

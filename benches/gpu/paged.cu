@@ -1,7 +1,8 @@
 // Compares the kernels over dense blocks with plain ones in f64, and times decode attention. Needs
 // only CUDA.
 //
-//     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/core -o paged benches/gpu/paged.cu && ./paged check && ./paged time
+//     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kernels -o paged benches/gpu/paged.cu
+//     ./paged check && ./paged time
 //
 // `small` instead of `check` runs few shapes, for compute-sanitizer. Blocks are in random order.
 // Entries are appended twice, the second time as a selection per head; then some are evicted.
@@ -96,7 +97,7 @@ Kernels kernels_of(int d, bool bf16) {
     }
 }
 
-// The same plan as in src/cuda/paged/plan.rs.
+// The same plan as in src/paged/plan.rs.
 void plan(const std::vector<AttendWork>& heads, int per, int columns, int slots, std::vector<AttendWork>& work, std::vector<AttendJoin>& joins, int& parts) {
     std::vector<AttendWork> rows;
     i64 total = 0;

@@ -1,6 +1,8 @@
 // Compares the prefill kernels of core with a plain one, and times them. Needs only CUDA.
 //
-//     nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -I crates/core -o prefill benches/gpu/prefill.cu && ./prefill check
+//     nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -I crates/kernels \
+//         -o prefill benches/gpu/prefill.cu
+//     ./prefill check
 //
 // `-arch=sm_90 -DNO_WGMMA` instead of `-gencode ...` builds the kernels for devices without wgmma.
 // `small` instead of `check` runs only short lengths, for compute-sanitizer; a head_dim after it

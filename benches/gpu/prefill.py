@@ -2,7 +2,8 @@
 
     python3 benches/gpu/prefill.py [brief]
 
-Medians between CUDA events. FLOPs count the pairs of query and key within the mask, as in prefill.cu.
+Medians between CUDA events. FLOPs count the pairs of query and key within the mask, as in
+prefill.cu.
 """
 
 import statistics

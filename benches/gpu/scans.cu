@@ -1,6 +1,7 @@
 // Compares the kernels of hybrid-models with plain loops in f64, and times them. Needs only CUDA.
 //
-//     nvcc -O3 -std=c++17 -arch=sm_90a -I crates/hybrid-models/kernels -o scans benches/gpu/scans.cu && ./scans check && ./scans time
+//     nvcc -O3 -std=c++17 -arch=sm_90a -I crates/hybrid-models/kernels -o scans benches/gpu/scans.cu
+//     ./scans check && ./scans time
 //
 // `small` instead of `check` runs only short lengths, for compute-sanitizer. A name after `check`,
 // `small` or `time` selects one kernel.

@@ -4,9 +4,10 @@
 #
 #     sbatch --export=ALL,OUT=/shared/results/ruler,MODEL=/shared/models/llama docs/cluster/slurm.sh
 #
-# If a task is cancelled or its node fails, submit the same job again: it continues where it stopped.
-# A task in which samples failed ends with exit code 1 (FAILED in sacct): submit the job again too.
-#SBATCH --job-name=longctx-eval
+# If a task is cancelled or its node fails, submit the same job again: it continues where it
+# stopped. A task in which samples failed ends with exit code 1 (FAILED in sacct): submit the job
+# again too.
+#SBATCH --job-name=longctx
 #SBATCH --array=1-8
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=8
@@ -15,13 +16,13 @@
 set -euo pipefail
 
 # The command that starts the server with the cache setting to evaluate. If it is empty, no server
-# starts and longctx-eval runs the methods of this workspace in its own process.
+# starts and longctx runs the methods of this workspace in its own process.
 SERVE=${SERVE-"vllm serve $MODEL --port 8000 --kv-cache-dtype fp8"}
 SETTINGS=${SETTINGS:-vllm/fp8}
 # The file that defines the settings. If it is empty, SETTINGS must name built-in settings.
 FILE=${FILE-settings.toml}
 TASKS=${TASKS:-ruler}
-EVAL=${EVAL:-longctx-eval}
+LONGCTX=${LONGCTX:-longctx}
 SHARD=${SLURM_ARRAY_TASK_ID:?}/${SLURM_ARRAY_TASK_COUNT:?}
 
 if [ -n "$SERVE" ]; then
@@ -29,4 +30,4 @@ if [ -n "$SERVE" ]; then
     trap 'kill %1' EXIT
     for _ in $(seq 600); do curl -sf http://127.0.0.1:8000/v1/models > /dev/null && break; sleep 1; done
 fi
-"$EVAL" run --out "${OUT:?}" --shard "$SHARD" --settings "$SETTINGS" ${FILE:+--settings-file "$FILE"} --tasks "$TASKS" ${MORE:-}
+"$LONGCTX" eval run --out "${OUT:?}" --shard "$SHARD" --settings "$SETTINGS" ${FILE:+--settings-file "$FILE"} --tasks "$TASKS" ${MORE:-}

@@ -112,7 +112,7 @@ mod tests {
     #[test]
     fn rows_are_read_and_the_best_at_their_bits_named() {
         let table = "\
-| method | bits a number | perplexity | over f16 | 95 % | compression | seconds |
+| method | bits per number | perplexity | over f16 | 95 % | compression | seconds |
 |---|---|---|---|---|---|---|
 | dense-f16 | 16.01 | 22.966 | +0.00% | +0.00 to +0.00 | 1.00x | 23 |
 | a | 4.00 | 25.0 | +9.00% | +8 to +10 | 4x | 1 |

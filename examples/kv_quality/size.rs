@@ -21,12 +21,12 @@ impl Size {
         Self { numbers, bytes }
     }
 
-    pub fn bits_a_number(&self) -> f64 {
+    pub fn bits_per_number(&self) -> f64 {
         8.0 * self.bytes as f64 / self.numbers as f64
     }
 
     /// Returns the bytes in f16 divided by the bytes held.
     pub fn compression(&self) -> f64 {
-        16.0 / self.bits_a_number()
+        16.0 / self.bits_per_number()
     }
 }

@@ -1,10 +1,8 @@
 //! A cache with the prompt in one store and decoded tokens in another.
 
-use std::collections::BTreeMap;
-
 use candle_core::Tensor;
 use longctx_core::{
-    AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result, SeqId,
+    AttentionState, Batch, Footprint, KvCache, KvStore, LayerSpec, Mask, Result, SeenTokens, SeqId,
     Step, attention, check_unseen,
 };
 
@@ -18,13 +16,13 @@ pub struct SplitCache<P, D> {
     spec: LayerSpec,
     prompts: P,
     decoded: D,
-    seen: BTreeMap<SeqId, usize>,
+    seen: SeenTokens,
 }
 
 impl<P: KvStore, D: KvStore> SplitCache<P, D> {
     /// Creates an empty cache over two empty stores of the layer's shape.
     pub fn new(spec: LayerSpec, prompts: P, decoded: D) -> Self {
-        Self { spec, prompts, decoded, seen: BTreeMap::new() }
+        Self { spec, prompts, decoded, seen: SeenTokens::default() }
     }
 
     /// Returns whether a call of `tokens` tokens follows the prompt.
@@ -53,7 +51,7 @@ impl<P: KvStore, D: KvStore> SplitCache<P, D> {
                 true => self.decoded.append(&batch, &k, &v)?,
                 false => self.prompts.append(&batch, &k, &v)?,
             }
-            *self.seen.entry(seq).or_default() += tokens.len();
+            self.seen.advance(&batch);
         }
         Ok(())
     }
@@ -85,6 +83,7 @@ impl<P: KvStore, D: KvStore> KvCache for SplitCache<P, D> {
     }
 
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        let seen = self.seen.check_fork(from, to)?;
         self.prompts.fork(from, to)?;
         if self.decoded.len(from) > 0
             && let Err(error) = self.decoded.fork(from, to)
@@ -92,14 +91,12 @@ impl<P: KvStore, D: KvStore> KvCache for SplitCache<P, D> {
             self.prompts.remove(to);
             return Err(error);
         }
-        self.seen.insert(to, self.seen(from));
+        self.seen.set(to, seen);
         Ok(())
     }
 
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        if !self.seen.contains_key(&seq) {
-            return Err(Error::UnknownSequence(seq));
-        }
+        self.seen.check_truncate(seq, len)?;
         match len.checked_sub(self.prompts.len(seq)) {
             Some(0) => Ok(()),
             Some(rest) if self.decoded.len(seq) > 0 => self.decoded.check_truncate(seq, rest),
@@ -117,22 +114,22 @@ impl<P: KvStore, D: KvStore> KvCache for SplitCache<P, D> {
                 self.decoded.remove(seq);
             }
         }
-        self.seen.insert(seq, len);
+        self.seen.set(seq, len);
         Ok(())
     }
 
     fn remove(&mut self, seq: SeqId) -> bool {
         self.prompts.remove(seq);
         self.decoded.remove(seq);
-        self.seen.remove(&seq).is_some()
+        self.seen.remove(seq)
     }
 
     fn seqs(&self) -> Vec<SeqId> {
-        self.seen.keys().copied().collect()
+        self.seen.seqs()
     }
 
     fn seen(&self, seq: SeqId) -> usize {
-        self.seen.get(&seq).copied().unwrap_or(0)
+        self.seen.get(seq).unwrap_or(0)
     }
 
     fn held(&self, seq: SeqId) -> usize {
@@ -179,8 +176,8 @@ mod tests {
         LayerSpec::new(AttentionShape::new(4, 2, 64).unwrap()).with_rope(rope)
     }
 
-    /// Over two dense stores the cache equals a dense one: with chunks of a prompt, single tokens, a
-    /// later question, forks and truncation.
+    /// Over two dense stores the cache equals a dense one: with chunks of a prompt, single tokens,
+    /// a later question, forks and truncation.
     #[test]
     fn two_dense_stores_are_a_dense_cache() {
         let store = || DenseStore::new(spec().shape, DType::F32).unwrap();

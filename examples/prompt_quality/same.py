@@ -1,9 +1,9 @@
-"""Checks that llmlingua 0.2.2 and compress_prompt give the same texts with a trained checkpoint.
+"""Checks that llmlingua 0.2.2 and `longctx compress` give the same texts with a trained checkpoint.
 
 Python 3.11, llmlingua 0.2.2, transformers 4.46.3, torch 2.11.0 (CPU), numpy 2.4.6, tiktoken 0.7.0.
 
-    cargo build --release --example compress_prompt
-    python examples/prompt_quality/same.py CHECKPOINT target/release/examples/compress_prompt LONGBENCH CL100K
+    cargo build --release -p longctx
+    python examples/prompt_quality/same.py CHECKPOINT target/release/longctx LONGBENCH CL100K
 
 CHECKPOINT is a folder (stand_in.py creates one). LONGBENCH is a folder of LongBench samples in JSON
 lines; the first 4,000 characters of every fifth sample are used. CL100K is the file
@@ -20,7 +20,8 @@ from pathlib import Path
 
 checkpoint, program, longbench, cl100k = map(Path, sys.argv[1:])
 cache = tempfile.mkdtemp()
-shutil.copy(cl100k, Path(cache) / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4")  # the file name in tiktoken's cache
+# The name of the file in tiktoken's cache.
+shutil.copy(cl100k, Path(cache) / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4")
 os.environ["TIKTOKEN_CACHE_DIR"] = cache
 
 from llmlingua import PromptCompressor
@@ -36,7 +37,7 @@ for rate in (0.5, 0.25):
     same = 0
     for name, text in texts:
         theirs = compressor.compress_prompt_llmlingua2([text], rate=rate, **PAPER)["compressed_prompt"]
-        run = [program, "--method", "llmlingua2", "--encoder", checkpoint, "--rate", str(rate)]
+        run = [program, "compress", "--method", "llmlingua2", "--encoder", checkpoint, "--rate", str(rate)]
         ours = subprocess.run(run, input=text.encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout.decode()
         same += ours == theirs
         if ours != theirs:

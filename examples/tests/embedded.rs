@@ -1,7 +1,6 @@
-//! Tests of the model in the repository: its logits equal PyTorch's, and it finds keys.
+//! Tests of the model in the repository: its logits equal PyTorch's.
 
 use std::fs;
-use std::process::Command;
 
 use base_models::{LoadOptions, Pretrained};
 use candle_core::{DType, Device, Tensor};
@@ -38,28 +37,4 @@ fn logits_are_those_of_the_model_that_was_trained() {
     let logits = logits.narrow(0, tokens.len() - last, last).unwrap();
     let off: f32 = (logits - want).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap();
     assert!(off <= 1e-4, "off by {off}");
-}
-
-#[test]
-fn the_dense_cache_finds_every_key_and_a_window_does_not() {
-    let out = tempfile::tempdir().unwrap();
-    let deps = std::env::current_exe().unwrap();
-    let program = deps.parent().unwrap().parent().unwrap().join("examples/compare");
-    let output = Command::new(program)
-        .args(["--methods", "streaming-llm-4x,dense-f16", "--words", "100,600", "--depths", "4"])
-        .arg("--out")
-        .arg(out.path())
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
-    let row = |name: &str| said.lines().position(|line| line.starts_with(name)).expect(name);
-    assert!(said.contains("8 of 8"), "{said}");
-    // The dense method runs first, because the other's ratio needs it.
-    assert!(row("dense-f16") < row("streaming-llm-4x"), "{said}");
-    let saved = fs::read_to_string(out.path().join("compare.json")).unwrap();
-    let rows: serde_json::Value = serde_json::from_str(&saved).unwrap();
-    assert_eq!(rows[0]["exact"], 8.0);
-    assert!(rows[1]["exact"].as_f64().unwrap() < 8.0, "{saved}");
-    assert!(rows[1]["ratio"].as_f64().unwrap() > 1.5, "{saved}");
 }

@@ -2,7 +2,8 @@
 //! policies, stores and memory budgets.
 //!
 //!     cargo run --release --example trade_off
-//!     cargo run --release --example trade_off -- --equal tokens --stores f16 --shares 0.5,0.25,0.125 --policies all
+//!     cargo run --release --example trade_off -- --equal tokens --stores f16 --policies all \
+//!         --shares 0.5,0.25,0.125
 //!
 //! The prefill is exact and shared by all caches; each cache then decodes separately. With
 //! `--prefill-chunk` each cache has a separate prefill in chunks.

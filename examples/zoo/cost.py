@@ -1,4 +1,4 @@
-"""Prints a Markdown table of bytes and decode times from longctx-eval's results.
+"""Prints a Markdown table of bytes and decode times from `longctx eval`'s results.
 
     python cost.py RESULTS.jsonl ...
 """

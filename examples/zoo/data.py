@@ -63,7 +63,8 @@ class Encoder:
 
 
 def natural(corpus):
-    """Returns the tokens of `natural.txt`. Tokenizes it and `held_out.txt` if that was not done before."""
+    """Returns the tokens of `natural.txt`. Tokenizes it and `held_out.txt` if that was not done
+    before."""
     tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
     for name in ("natural", "held_out"):
         if not (corpus / f"{name}.npy").exists():
@@ -106,7 +107,8 @@ class Rows:
         return tokens, weights
 
     def mix(self, progress):
-        """Returns the share of natural text, the weight of each kind, and the tokens of the shortest document."""
+        """Returns the share of natural text, the weight of each kind, and the tokens of the
+        shortest document."""
         if self.recipe == "tasks":
             return 0.25, SHARES, 80
         return (0.1, EARLY_SHARES, 40) if progress < EARLY else (0.25, LATE_SHARES, 80)

@@ -263,7 +263,8 @@ class Rwkv5(nn.Module):
         return self.output(y.to(x.dtype) * F.silu(self.gate(mixed(self.time_mix_g))))
 
     def wkv(self, r, k, v):
-        """S(t + 1) = w S(t) + kᵀ v, y = r (S + u kᵀ v), in chunks; w is constant per key channel."""
+        """S(t + 1) = w S(t) + kᵀ v, y = r (S + u kᵀ v), in chunks; w is constant per key
+        channel."""
         tokens, chunk = r.shape[2], self.CHUNK
         padding = -tokens % chunk
         r, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, chunk)) for x in (r, k, v))

@@ -88,7 +88,8 @@ class Model(nn.Module):
 
 
 def config(layers, vocab_size, hidden, inner, heads=4, kv_heads=2, window=None):
-    """Returns a config. `layers`: the mixer of each layer; a gated feed-forward block follows each."""
+    """Returns a config. `layers`: the mixer of each layer; a gated feed-forward block follows
+    each."""
     attention = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads}
     if window is not None:
         attention["sliding_window"] = window

@@ -1,10 +1,10 @@
-"""Prints Markdown tables of longctx-eval's results by the phase in which tokens are compressed.
+"""Prints Markdown tables of `longctx eval`'s results by the phase in which tokens are compressed.
 
     python phases.py TASK DENSE_FOLDER NAME=FOLDER ...
 
-DENSE_FOLDER has the results of `dense-f16`. Only samples whose answer is entirely right there count.
-Intervals contain 95 % of 2,000 bootstrap resamples of the samples. Differences are to the first
-folder, sample by sample.
+DENSE_FOLDER has the results of `dense-f16`. Only samples whose answer is entirely right there
+count. Intervals contain 95 % of 2,000 bootstrap resamples of the samples. Differences are to the
+first folder, sample by sample.
 """
 
 import json

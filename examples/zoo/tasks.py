@@ -236,7 +236,8 @@ class Maker:
         return self.tracked("ring", lambda state, input: (state + (1 if input == "a" else -1)) % 6, tokens, gap)
 
     def tracked(self, name, move, tokens, gap):
-        """Asks for the state after every `gap` inputs; `None`: after 1 to 32, small numbers more often."""
+        """Asks for the state after every `gap` inputs; `None`: after 1 to 32, small numbers more
+        often."""
         rng = self.rng
         state, used = rng.randrange(6), 8
         document = Document().add(f"Machine {name}:").add(f" {STATES[state]}", NOISE)

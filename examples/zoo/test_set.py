@@ -2,10 +2,10 @@
 
     python test_set.py CORPUS OUT.npz [--set whole|compared]
 
-The file has for each kind and length `tokens`, `[samples, length]` u16, padded with 0, and `answers`,
-one bit per token, set for tokens of answers. The set `whole` has the kinds of the recipe `tasks`, up to
-4,096 tokens. The set `compared` has retrieval up to 8,192 tokens and state tracking; "swaps 16" asks
-for the state after every 16 inputs.
+The file has for each kind and length `tokens`, `[samples, length]` u16, padded with 0, and
+`answers`, one bit per token, set for tokens of answers. The set `whole` has the kinds of the recipe
+`tasks`, up to 4,096 tokens. The set `compared` has retrieval up to 8,192 tokens and state tracking;
+"swaps 16" asks for the state after every 16 inputs.
 """
 
 import argparse

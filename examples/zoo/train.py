@@ -1,9 +1,10 @@
 """Trains one model of the zoo, tests it and writes it in the `hybrid` layout.
 
-    python train.py MODEL --corpus FOLDER --data PREFIX --tests FILE --out FOLDER [--seconds N] [--seed 0]
+    python train.py MODEL --corpus FOLDER --data PREFIX --tests FILE --out FOLDER \
+        [--seconds N] [--seed 0]
 
-The learning rate decreases with the share of rows read, or of seconds passed if that is larger. A run
-that is short of time skips rows, so it still completes the schedule. `FOLDER/log.jsonl` has the
+The learning rate decreases with the share of rows read, or of seconds passed if that is larger. A
+run that is short of time skips rows, so it still completes the schedule. `FOLDER/log.jsonl` has the
 losses, test results during training ("probe") and, at the end, the test results.
 """
 
@@ -43,7 +44,8 @@ def losses(hidden, head, targets, weights):
 
 
 def schedule(progress, decay):
-    """Returns the learning rate relative to its maximum. It decreases in the last `decay` of the run."""
+    """Returns the learning rate relative to its maximum. It decreases in the last `decay` of the
+    run."""
     return min(1.0, progress / recipes.WARM_UP, max(0.02, (1 - progress) / decay))
 
 
@@ -128,7 +130,8 @@ class Tester:
         return logits
 
     def unit(self, tokens, answers):
-        """Returns the number of documents whose answers are all right under greedy decoding, and the share of right tokens."""
+        """Returns the number of documents whose answers are all right under greedy decoding, and
+        the share of right tokens."""
         whole = right = count = 0
         size = max(1, 32_768 // tokens.shape[1])
         for start in range(0, len(tokens), size):

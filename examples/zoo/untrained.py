@@ -1,6 +1,8 @@
 """Writes models with random weights in the `hybrid` layout, to measure bytes and times.
 
-    python untrained.py CORPUS FOLDER MODEL ...     writes FOLDER/MODEL, and FOLDER/settings.toml for longctx-eval
+    python untrained.py CORPUS FOLDER MODEL ...
+
+Writes FOLDER/MODEL, and FOLDER/settings.toml for `longctx eval`.
 """
 
 import sys

@@ -10,14 +10,16 @@ use crate::names::Names;
 use crate::weights::{LoadOptions, Weights};
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Tensor};
-use longctx_checkpoint::{Pth, ReadTensors, files, shard_names};
+use longctx_checkpoint::{Pth, ReadTensors, files, weight_files};
 use longctx_core::{Error, Result};
 use safetensors::Dtype;
 
-/// The files of weights in order of preference: a single file, or an index of shards.
-pub(crate) const LAYOUTS: [(&str, &str); 2] = [
-    ("model.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+/// The files of weights in order of preference.
+pub(crate) const WEIGHTS: [&str; 4] = [
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 ];
 
 /// Tensors without effect: they are computed from the settings, or concern the quantization of
@@ -53,7 +55,8 @@ impl FolderWeights {
     /// Opens the weights of an architecture whose tensors have these names.
     pub fn open(path: &Path, names: &'static Names, options: &LoadOptions) -> Result<Self> {
         let fp8 = Fp8::from_folder(path)?;
-        let files = weight_files(path)?;
+        let files = weight_files(path, &WEIGHTS)?
+            .ok_or_else(|| Error::file(path, format!("there is none of {}", WEIGHTS.join(", "))))?;
         for file in &files {
             files::open(file)?;
         }
@@ -220,21 +223,4 @@ impl Weights for FolderWeights {
             |name: &str| (twice && name == head) || HARMLESS.iter().any(|part| name.contains(part));
         self.read.check_all_read(&self.path, names.iter().map(String::as_str), harmless)
     }
-}
-
-/// Returns the files of the weights: one, or those listed in an index.
-fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    for (single, index) in LAYOUTS {
-        let single = folder.join(single);
-        if single.exists() {
-            return Ok(vec![single]);
-        }
-        let index = folder.join(index);
-        if index.exists() {
-            let names = shard_names(&index)?;
-            return Ok(names.iter().map(|name| folder.join(name)).collect());
-        }
-    }
-    let [(a, b), (c, d)] = LAYOUTS;
-    Err(Error::file(folder, format!("there is neither {a} nor {b}, {c} or {d}")))
 }

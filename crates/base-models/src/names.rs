@@ -37,7 +37,8 @@ pub(crate) struct Names {
     pub gate_up: &'static str,
     pub down: &'static str,
     pub router: &'static str,
-    /// The bias of the router's scores for the choice; a complete name.
+    /// The bias that is added to the router's scores to choose experts. The name is complete: it
+    /// has no suffix.
     pub router_bias: &'static str,
     /// The shared expert, which processes all tokens.
     pub shared_gate: &'static str,

@@ -30,7 +30,7 @@ fn windows(family: &str, more: Value) -> Vec<Option<usize>> {
 }
 
 #[test]
-fn windows_slide_where_transformers_has_them() {
+fn windows_are_in_the_layers_that_transformers_gives_them() {
     let used = json!({"use_sliding_window": true, "sliding_window": 8});
     // Neither layer_types nor max_window_layers: the window begins at layer 28.
     assert_eq!(windows("qwen2", used.clone()), [None; 4]);
@@ -78,7 +78,7 @@ fn absent_fields_have_the_values_of_transformers() {
 }
 
 #[test]
-fn rope_settings_are_found_where_they_are() {
+fn rope_settings_are_read_from_every_field_that_has_them() {
     let llama3 =
         json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4});
     let original = |config: Config| match config.rope.scaling {
@@ -118,7 +118,7 @@ fn rope_settings_are_found_where_they_are() {
 }
 
 #[test]
-fn fields_that_do_not_matter_are_lenient() {
+fn fields_without_effect_accept_invalid_values() {
     let lenient = json!({
         "attention_bias": null, "mlp_bias": null, "tie_word_embeddings": null, "max_position_embeddings": 2048.0,
         "bos_token_id": [3, 4], "eos_token_id": -1, "head_dim": null, "hidden_act": null, "pretraining_tp": 2,
@@ -205,9 +205,9 @@ fn settings_of_deepseek_are_checked() {
     }
 }
 
-/// Implementations of OLMo-3 apply `rope_theta` to different layers.
+/// Implementations of OLMo-3 apply a single `rope_theta` to different layers, so it is refused.
 #[test]
-fn bases_of_olmo_3_are_for_known_layers() {
+fn a_single_base_of_olmo_3_is_refused() {
     let bases = |more: Value| {
         let config = read("olmo3", more)?;
         Ok::<_, String>((config.rope.theta, config.windowed_rope.map(|rope| rope.theta)))

@@ -34,10 +34,7 @@ fn edit_config(folder: &Path, from: &str, to: &str) {
 fn missing_files() {
     let folder = copy();
     fs::remove_file(folder.path().join("model.safetensors")).unwrap();
-    assert!(
-        message(folder.path())
-            .contains("neither model.safetensors nor model.safetensors.index.json")
-    );
+    assert!(message(folder.path()).contains("none of model.safetensors, model.safetensors.index"));
     let index = r#"{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}"#;
     fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
     assert!(message(folder.path()).contains("model-00001-of-00002.safetensors"));

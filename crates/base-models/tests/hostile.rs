@@ -149,7 +149,7 @@ fn text_value(text: &str) -> Vec<u8> {
 }
 
 #[test]
-fn gguf_headers_that_lie_are_refused() {
+fn inconsistent_gguf_headers_are_refused() {
     let u32_value = |n: u32| n.to_le_bytes().to_vec();
     let array = |kind: u32, count: u64| [&kind.to_le_bytes()[..], &count.to_le_bytes()].concat();
     let alignment =
@@ -258,7 +258,7 @@ fn tensor(count: u32, offset: u32, dims: &[u32], strides: &[u32]) -> Vec<u8> {
 }
 
 #[test]
-fn pickles_that_lie_are_refused() {
+fn inconsistent_pickles_are_refused() {
     let rebuild = "torch._utils._rebuild_tensor_v2";
     let refused = |pickle: &[u8]| message(bin(pickle).path());
     // A valid one is accepted; the error is about the other tensors.
@@ -351,7 +351,7 @@ fn files_cut_anywhere_are_refused() {
 }
 
 #[test]
-fn a_text_that_makes_a_pattern_give_up_is_an_error() {
+fn a_text_that_exceeds_the_limit_of_a_pattern_is_an_error() {
     let json = r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": false},
         "post_processor": null, "decoder": null, "model": {"type": "BPE", "vocab": {"x": 0}, "merges": []}}"#;

@@ -16,6 +16,7 @@ use common::{error_of, fixture};
 type Files = BTreeMap<String, PathBuf>;
 
 /// Answers like the Hub: with the size, a tag and a commit for each file, and with range requests.
+/// A file that cannot be read is answered with status 503.
 fn answer(stream: TcpStream, files: &Files, asked: &Mutex<Vec<String>>) -> std::io::Result<()> {
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     let request = lines.next().unwrap_or_else(|| Ok(String::new()))?;
@@ -29,7 +30,12 @@ fn answer(stream: TcpStream, files: &Files, asked: &Mutex<Vec<String>>) -> std::
             "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         );
     };
-    let bytes = fs::read(file)?;
+    let Ok(bytes) = fs::read(file) else {
+        return write!(
+            stream,
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        );
+    };
     let first_byte_alone = headers.iter().any(|h| h.to_lowercase().starts_with("range: bytes=0-0"));
     let part = if first_byte_alone { &bytes[..1] } else { &bytes[..] };
     let tag: String = path.chars().filter(char::is_ascii_alphanumeric).collect();
@@ -58,7 +64,7 @@ fn serve(files: Files) -> (String, Arc<Mutex<Vec<String>>>) {
 }
 
 #[test]
-fn all_that_a_model_needs_is_fetched_and_nothing_beside_its_folder() {
+fn all_that_a_model_needs_is_fetched_and_nothing_outside_its_folder() {
     let scratch = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| {
         let path = scratch.path().join(name);
@@ -92,6 +98,8 @@ fn all_that_a_model_needs_is_fetched_and_nothing_beside_its_folder() {
         write("i.json", r#"{"weight_map": {"a": "../../../../escaped"}}"#),
     );
     add("org/bad", "../../../../escaped", write("e", "x"));
+    add("org/busy", "config.json", fixture("formats/torch/config.json"));
+    add("org/busy", "tokenizer_config.json", scratch.path().join("missing"));
     let (address, asked) = serve(files);
     let home = tempfile::tempdir().unwrap();
     // SAFETY: this is the only test of this process, and no other thread reads the environment yet.
@@ -111,6 +119,18 @@ fn all_that_a_model_needs_is_fetched_and_nothing_beside_its_folder() {
     assert!(message.contains("\"../../../../escaped\", is not in the same folder"), "{message}");
     assert!(asked.lock().unwrap().iter().all(|path| !path.contains("escaped")));
 
+    let message = Pretrained::open("org/none", &LoadOptions::default()).unwrap_err().to_string();
+    assert!(message.starts_with("org/none/config.json"), "{message}");
+
+    // A chat template that could not be downloaded is an error, not a model without a template.
+    let message = Pretrained::open("org/busy", &LoadOptions::default()).unwrap_err().to_string();
+    assert!(message.starts_with("org/busy/tokenizer_config.json"), "{message}");
+    assert!(message.contains("503"), "{message}");
+
+    // Offline, a cached model opens without the files that it lacks.
+    // SAFETY: as above; the server's thread does not read the environment.
+    unsafe { std::env::set_var("HF_ENDPOINT", "http://127.0.0.1:9") };
+    Pretrained::open("org/good", &LoadOptions::default()).unwrap();
     let message = Pretrained::open("org/none", &LoadOptions::default()).unwrap_err().to_string();
     assert!(message.starts_with("org/none/config.json"), "{message}");
 }

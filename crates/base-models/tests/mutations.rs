@@ -1,6 +1,7 @@
 //! The fuzz targets without a fuzzer: randomly modified files of the fixtures.
 //!
-//!     LONGCTX_MUTATIONS=100000 cargo test -p base-models --release --test mutations -- --include-ignored --nocapture
+//!     LONGCTX_MUTATIONS=100000 cargo test -p base-models --release --test mutations -- \
+//!         --include-ignored --nocapture
 
 mod common;
 #[path = "../fuzz/src/lib.rs"]

@@ -80,7 +80,7 @@ fn real(variable: &str, file: &str) -> Option<PathBuf> {
         return Some(path);
     }
     println!(
-        "skipped: no {}; `cargo run --release --example compare -- --model gemma3` (or smollm2) \
+        "skipped: no {}; `cargo run --release -p longctx -- compare --model gemma3` (or smollm2) \
          fetches it, or set {variable}",
         path.display()
     );
@@ -125,7 +125,7 @@ fn gemma3_continues_as_with_transformers() {
 }
 
 #[test]
-fn gemma3_cuts_text_as_its_own_tokenizer_does() {
+fn gemma3_tokenizes_as_its_own_tokenizer() {
     let Some(path) = gemma3() else { return };
     let text = std::fs::read_to_string(fixture("gemma3-greedy.json")).unwrap();
     let expected: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -136,7 +136,7 @@ fn gemma3_cuts_text_as_its_own_tokenizer_does() {
 }
 
 #[test]
-fn smollm2_cuts_text_as_its_own_tokenizer_does() {
+fn smollm2_tokenizes_as_its_own_tokenizer() {
     let Some(path) = smollm2() else { return };
     let llm = Pretrained::from_gguf(&path, &LoadOptions::default()).unwrap();
     // Each digit is a token, and no space is prepended.

@@ -1,10 +1,27 @@
-//! The index of a checkpoint in several files.
+//! The files of a checkpoint: one, or several with an index.
 
 use std::collections::BTreeSet;
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use crate::files;
 use longctx_core::{Error, Result};
+
+/// The end of the name of an index.
+pub(crate) const INDEX: &str = ".index.json";
+
+/// Returns the files of weights in a folder: the first of `names` that exists or, if it is an index
+/// (`*.index.json`), the files that it lists. `None` if there is none of `names`.
+///
+/// # Errors
+/// As [`shard_names`].
+pub fn weight_files(folder: &Path, names: &[&str]) -> Result<Option<Vec<PathBuf>>> {
+    let paths = names.iter().map(|name| folder.join(name));
+    let Some(path) = paths.into_iter().find(|path| path.exists()) else { return Ok(None) };
+    if !path.as_os_str().to_string_lossy().ends_with(INDEX) {
+        return Ok(Some(vec![path]));
+    }
+    Ok(Some(shard_names(&path)?.iter().map(|name| folder.join(name)).collect()))
+}
 
 /// Returns the file names in the `weight_map` of a `model.safetensors.index.json` or
 /// `pytorch_model.bin.index.json`.
@@ -38,6 +55,24 @@ fn is_inside(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_name_that_exists_gives_the_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let write =
+            |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        let files = || weight_files(folder.path(), &["a", "a.index.json", "b"]).unwrap();
+        assert_eq!(files(), None);
+        for (name, text, expected) in [
+            ("b", "", ["b"].as_slice()),
+            ("a.index.json", r#"{"weight_map": {"x": "2", "y": "1", "z": "2"}}"#, &["1", "2"]),
+            ("a", "", &["a"]),
+        ] {
+            write(name, text);
+            let expected = expected.iter().map(|name| folder.path().join(name)).collect();
+            assert_eq!(files(), Some(expected));
+        }
+    }
 
     #[test]
     fn files_outside_the_folder_are_refused() {

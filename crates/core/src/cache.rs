@@ -174,8 +174,8 @@ pub fn check_unseen(cache: &(impl KvCache + ?Sized), batch: &Batch) -> Result<()
 ///     }
 ///
 ///     forward_kv_cache!(self => self.inner;
-///         spec, append_prompt, needs_lse, fork, check_truncate, truncate, remove, seqs, seen, held,
-///         can_append, footprint, seq_footprint, clear);
+///         spec, append_prompt, needs_lse, fork, check_truncate, truncate, remove, seqs, seen,
+///         held, can_append, footprint, seq_footprint, clear);
 /// }
 /// ```
 #[macro_export]

@@ -1,27 +1,60 @@
-//! Kernels on device addresses and a stream, without tensors, for engines that manage device memory
-//! themselves. [`attention`](crate::attention), [`Rope`](crate::Rope), [`linear`](crate::linear()),
-//! [`add_rms_norm`](crate::add_rms_norm) and [`silu_mul`](crate::silu_mul()) are the same functions
-//! over candle's tensors.
-//!
-//! No function here allocates device memory or synchronizes with the device, and lengths are read
-//! from device memory, so a launch can be captured in a CUDA graph. The first launch in a context
-//! loads a module, which a capture does not allow.
-#![allow(unsafe_code)]
+//! Device addresses of candle's tensors, for launches of kernels over them.
 
-mod matvec;
-pub mod paged;
-mod prefill;
-mod rms_norm;
-mod rope;
-mod silu_mul;
-mod tensor;
-mod top;
+use crate::{Error, Result};
+use candle_core::cuda::cudarc::driver::DevicePtr;
+use candle_core::{DType, Device, Storage, Tensor, backend::BackendStorage};
+use half::{bf16, f16};
+use longctx_kernels::Half;
 
-pub use matvec::{MAX_ROWS, MatVecArgs, matvec};
-pub use prefill::{Half, PAGE, PrefillArgs, has_prefill, prefill};
-pub use rms_norm::{RmsNormArgs, rms_norm};
-pub use rope::{RopeArgs, rope};
-pub use silu_mul::{SiluMulArgs, silu_mul};
-pub(crate) use tensor::is_aligned;
-pub use tensor::{address, half_of, keep_freed_memory};
-pub use top::{TopRow, top};
+/// Returns the device address of a tensor's first element. The dtype is u32, i64, f64, f32, f16 or
+/// bf16. The address is valid as long as the tensor's memory.
+///
+/// # Errors
+/// [`Error::Mismatch`] for a tensor on another device or of another dtype.
+pub fn address(x: &Tensor) -> Result<u64> {
+    let (storage, layout) = x.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        return Err(Error::mismatch("tensor", "one on a CUDA device", "one elsewhere"));
+    };
+    let stream = storage.device().cuda_stream();
+    let start = match storage.dtype() {
+        DType::U32 => storage.as_cuda_slice::<u32>()?.device_ptr(&stream).0,
+        DType::I64 => storage.as_cuda_slice::<i64>()?.device_ptr(&stream).0,
+        DType::F64 => storage.as_cuda_slice::<f64>()?.device_ptr(&stream).0,
+        DType::F32 => storage.as_cuda_slice::<f32>()?.device_ptr(&stream).0,
+        DType::F16 => storage.as_cuda_slice::<f16>()?.device_ptr(&stream).0,
+        DType::BF16 => storage.as_cuda_slice::<bf16>()?.device_ptr(&stream).0,
+        other => {
+            let expected = "u32, i64, f64, f32, f16 or bf16";
+            return Err(Error::mismatch("tensor", expected, other.as_str()));
+        }
+    };
+    Ok(start + (layout.start_offset() * storage.dtype().size_in_bytes()) as u64)
+}
+
+/// Makes a CUDA device keep freed memory for later allocations, instead of returning it to the
+/// system each time the process synchronizes with the device. A program that has the device to
+/// itself calls it once. No effect on other devices.
+///
+/// # Errors
+/// An error of the CUDA driver.
+pub fn keep_freed_memory(device: &Device) -> Result<()> {
+    if let Device::Cuda(device) = device {
+        longctx_cuda::keep_freed_memory(device.cuda_stream().context())?;
+    }
+    Ok(())
+}
+
+/// Returns the kernels' name for a tensor's dtype; `None` if they do not support it.
+pub fn half_of(x: &Tensor) -> Option<Half> {
+    match x.dtype() {
+        DType::F16 => Some(Half::F16),
+        DType::BF16 => Some(Half::BF16),
+        _ => None,
+    }
+}
+
+/// Returns whether a tensor of a [half format](Half) is contiguous and aligned to 16 bytes.
+pub(crate) fn is_aligned(x: &Tensor) -> bool {
+    x.is_contiguous() && x.layout().start_offset().is_multiple_of(8)
+}

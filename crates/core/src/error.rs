@@ -127,6 +127,19 @@ impl From<longctx_cuda::cudarc::driver::DriverError> for Error {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl From<longctx_cuda::Error> for Error {
+    fn from(error: longctx_cuda::Error) -> Self {
+        use longctx_cuda::Error as E;
+        match error {
+            E::Mismatch { what, expected, got } => Self::Mismatch { what, expected, got },
+            E::Unsupported(what) => Self::Unsupported(what),
+            E::Driver(error) => error.into(),
+            other => Self::Candle(candle_core::Error::wrap(other)),
+        }
+    }
+}
+
 impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
         match error {

@@ -67,7 +67,8 @@ fn on_cpu(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 fn on_cuda(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
-    use crate::cuda::{SiluMulArgs, address, half_of};
+    use crate::cuda::{address, half_of};
+    use longctx_kernels::SiluMulArgs;
 
     let (Device::Cuda(device), Some(half)) = (gate.device(), half_of(gate)) else {
         return Ok(None);
@@ -93,7 +94,7 @@ fn on_cuda(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
     };
     // SAFETY: the tensors have the shapes and strides in `args`, and the stream frees no memory
     // before this launch has used it.
-    unsafe { crate::cuda::silu_mul(&device.cuda_stream(), half, &args) }?;
+    unsafe { longctx_kernels::silu_mul(&device.cuda_stream(), half, &args) }?;
     Ok(Some(out))
 }
 

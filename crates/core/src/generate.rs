@@ -89,12 +89,19 @@ pub enum StopReason {
 /// #     fn forward(&mut self, batch: &Batch, ids: &[u32], _: Logits) -> Result<Tensor> {
 /// #         self.0 += ids.len();
 /// #         let last = ids[ids.len() - 1];
-/// #         let next: Vec<f32> = (0..10).map(|i| if i == (last + 1) % 10 { 9. } else { 0. }).collect();
+/// #         let next = (0..10).map(|i| if i == (last + 1) % 10 { 9f32 } else { 0. });
+/// #         let next: Vec<_> = next.collect();
 /// #         Ok(Tensor::from_vec(next, (1, 10), &Device::Cpu)?)
 /// #     }
-/// #     fn fork(&mut self, from: SeqId, _: SeqId) -> Result<()> { Err(Error::UnknownSequence(from)) }
-/// #     fn check_truncate(&self, seq: SeqId, _: usize) -> Result<()> { Err(Error::UnknownSequence(seq)) }
-/// #     fn truncate(&mut self, seq: SeqId, _: usize) -> Result<()> { Err(Error::UnknownSequence(seq)) }
+/// #     fn fork(&mut self, from: SeqId, _: SeqId) -> Result<()> {
+/// #         Err(Error::UnknownSequence(from))
+/// #     }
+/// #     fn check_truncate(&self, seq: SeqId, _: usize) -> Result<()> {
+/// #         Err(Error::UnknownSequence(seq))
+/// #     }
+/// #     fn truncate(&mut self, seq: SeqId, _: usize) -> Result<()> {
+/// #         Err(Error::UnknownSequence(seq))
+/// #     }
 /// #     fn remove(&mut self, _: SeqId) -> bool { std::mem::take(&mut self.0) > 0 }
 /// #     fn seqs(&self) -> Vec<SeqId> { vec![0] }
 /// #     fn seen(&self, _: SeqId) -> usize { self.0 }

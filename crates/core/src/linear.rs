@@ -36,8 +36,9 @@ pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 fn on_cuda(x: &Tensor, w: &Tensor) -> Result<Option<Tensor>> {
-    use crate::cuda::{MAX_ROWS, MatVecArgs, address, half_of, is_aligned, matvec};
+    use crate::cuda::{address, half_of, is_aligned};
     use candle_core::Device;
+    use longctx_kernels::{MAX_ROWS, MatVecArgs, matvec};
 
     let (Device::Cuda(device), Some(half)) = (x.device(), half_of(x)) else { return Ok(None) };
     let ((rows, inner), out) = (x.dims2()?, w.dim(0)?);

@@ -60,8 +60,9 @@ fn on_cuda(
     weights: &Tensor,
     eps: f32,
 ) -> Result<Option<(Tensor, Tensor)>> {
-    use crate::cuda::{RmsNormArgs, address, half_of, is_aligned};
+    use crate::cuda::{address, half_of, is_aligned};
     use candle_core::Device;
+    use longctx_kernels::RmsNormArgs;
 
     let (Device::Cuda(device), Some(half)) = (x.device(), half_of(x)) else { return Ok(None) };
     let (rows, channels) = x.dims2()?;
@@ -85,6 +86,6 @@ fn on_cuda(
     };
     // SAFETY: the tensors have the shapes in `args`, and the stream frees no memory before this
     // launch has used it.
-    unsafe { crate::cuda::rms_norm(&device.cuda_stream(), half, rows, &args) }?;
+    unsafe { longctx_kernels::rms_norm(&device.cuda_stream(), half, rows, &args) }?;
     Ok(Some((sum, out)))
 }

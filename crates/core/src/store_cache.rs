@@ -1,10 +1,8 @@
 //! A cache over one store: the part that exact, windowed and latent caches share.
 
-use std::collections::BTreeMap;
-
 use crate::{
-    Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Result, Selection, SeqId, Step,
-    check_unseen,
+    Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Result, SeenTokens, Selection, SeqId,
+    Step, check_unseen,
 };
 use candle_core::Tensor;
 
@@ -84,7 +82,7 @@ pub struct StoreCache<S, C> {
     spec: LayerSpec,
     store: S,
     strategy: C,
-    seen: BTreeMap<SeqId, usize>,
+    seen: SeenTokens,
 }
 
 impl<S: KvStore, C: CacheStrategy<S>> StoreCache<S, C> {
@@ -99,7 +97,7 @@ impl<S: KvStore, C: CacheStrategy<S>> StoreCache<S, C> {
             return Err(Error::mismatch("the store's shape", expected, got));
         }
         match store.seqs().len() {
-            0 => Ok(Self { spec, store, strategy, seen: BTreeMap::new() }),
+            0 => Ok(Self { spec, store, strategy, seen: SeenTokens::default() }),
             n => Err(Error::setting("store", "an empty store", format!("{n} sequences"))),
         }
     }
@@ -116,19 +114,19 @@ impl<S: KvStore, C: CacheStrategy<S>> StoreCache<S, C> {
             if self.store.len(seq) == len {
                 continue;
             }
-            if !self.seen.contains_key(&seq) {
-                self.store.remove(seq);
-            } else if self.store.truncate(seq, len).is_err() {
-                *self.seen.entry(seq).or_default() += tokens.len();
+            match self.seen.get(seq) {
+                None => drop(self.store.remove(seq)),
+                Some(seen) if self.store.truncate(seq, len).is_err() => {
+                    self.seen.set(seq, seen + tokens.len());
+                }
+                Some(_) => {}
             }
         }
     }
 
     /// Counts the tokens of a batch as seen, and drops entries.
     fn advance(&mut self, batch: &Batch) -> Result<()> {
-        for (seq, tokens) in batch.iter() {
-            *self.seen.entry(seq).or_default() += tokens.len();
-        }
+        self.seen.advance(batch);
         self.strategy.evict(&self.spec, &mut self.store, batch)
     }
 }
@@ -166,17 +164,14 @@ impl<S: KvStore, C: CacheStrategy<S>> KvCache for StoreCache<S, C> {
     }
 
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        let seen = self.seen.check_fork(from, to)?;
         self.store.fork(from, to)?;
-        self.seen.insert(to, self.seen(from));
+        self.seen.set(to, seen);
         Ok(())
     }
 
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        let seen = *self.seen.get(&seq).ok_or(Error::UnknownSequence(seq))?;
-        if len > seen {
-            let what = format!("tokens of sequence {seq} to keep");
-            return Err(Error::mismatch(what, format!("at most {seen}"), len));
-        }
+        let seen = self.seen.check_truncate(seq, len)?;
         if len == seen {
             return Ok(());
         }
@@ -196,22 +191,22 @@ impl<S: KvStore, C: CacheStrategy<S>> KvCache for StoreCache<S, C> {
         let seen = self.seen(seq);
         if len < seen {
             self.store.truncate(seq, len - (seen - self.store.len(seq)))?;
-            self.seen.insert(seq, len);
+            self.seen.set(seq, len);
         }
         Ok(())
     }
 
     fn remove(&mut self, seq: SeqId) -> bool {
         self.store.remove(seq);
-        self.seen.remove(&seq).is_some()
+        self.seen.remove(seq)
     }
 
     fn seqs(&self) -> Vec<SeqId> {
-        self.seen.keys().copied().collect()
+        self.seen.seqs()
     }
 
     fn seen(&self, seq: SeqId) -> usize {
-        self.seen.get(&seq).copied().unwrap_or(0)
+        self.seen.get(seq).unwrap_or(0)
     }
 
     fn held(&self, seq: SeqId) -> usize {

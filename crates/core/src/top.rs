@@ -73,10 +73,11 @@ pub fn top_entries(sequences: &[Candidates]) -> Result<Option<Vec<TopEntries>>> 
 #[allow(unsafe_code)]
 mod on_device {
     use super::{Candidates, RowReduction, TopEntries};
-    use crate::cuda::{TopRow, address, top};
+    use crate::cuda::address;
     use crate::{Error, Result, Selection};
     use candle_core::{CudaDevice, DType, Tensor};
     use longctx_cuda::cudarc::driver::DevicePtr;
+    use longctx_kernels::{TopRow, top};
 
     pub fn top_entries(device: &CudaDevice, sequences: &[Candidates]) -> Result<Vec<TopEntries>> {
         let stream = device.cuda_stream();

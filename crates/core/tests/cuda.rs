@@ -10,11 +10,11 @@ use candle_core::cuda::cudarc::driver::{CudaContext, DevicePtr};
 use candle_core::{DType, Device, Tensor};
 use common::{random, relative};
 use half::f16;
-use longctx_core::cuda::{Half, PAGE, PrefillArgs, prefill};
 use longctx_core::{
     AttentionShape, Batch, DenseCache, KvCache, LayerSpec, Mask, Rope, RopeScaling, SeqId, Step,
     add_rms_norm, attention, linear, silu_mul,
 };
+use longctx_kernels::{Half, PAGE, PrefillArgs, prefill};
 
 #[test]
 fn caches_attend_as_on_the_cpu() {

@@ -7,9 +7,13 @@ pub mod build;
 #[cfg(feature = "driver")]
 mod device;
 #[cfg(feature = "driver")]
+mod error;
+#[cfg(feature = "driver")]
 mod image;
 #[cfg(feature = "driver")]
 mod kernel;
+#[cfg(feature = "driver")]
+mod staging;
 #[cfg(feature = "driver")]
 mod upload;
 
@@ -19,6 +23,8 @@ pub use args::Number;
 pub use cudarc;
 #[cfg(feature = "driver")]
 pub use device::{compute_capability, keep_freed_memory, max_shared_bytes, multiprocessors};
+#[cfg(feature = "driver")]
+pub use error::{Error, Result};
 #[cfg(feature = "driver")]
 pub use image::Image;
 #[cfg(feature = "driver")]

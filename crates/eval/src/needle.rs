@@ -90,13 +90,9 @@ impl Needle {
         &self,
         haystack: &Haystack,
         tokens: usize,
-        mut count: impl FnMut(&str) -> Result<usize, E>,
+        count: impl FnMut(&str) -> Result<usize, E>,
     ) -> Result<Sample, E> {
-        longest_sample(tokens, |words| {
-            let sample = self.in_words(haystack, words)?;
-            let length = count(&sample.prompt)?;
-            Ok((sample, length))
-        })
+        longest_sample(tokens, count, |words| self.in_words(haystack, words))
     }
 }
 
@@ -189,13 +185,9 @@ impl MultiNeedle {
         &self,
         haystack: &Haystack,
         tokens: usize,
-        mut count: impl FnMut(&str) -> Result<usize, E>,
+        count: impl FnMut(&str) -> Result<usize, E>,
     ) -> Result<Sample, E> {
-        longest_sample(tokens, |words| {
-            let sample = self.in_words(haystack, words)?;
-            let length = count(&sample.prompt)?;
-            Ok((sample, length))
-        })
+        longest_sample(tokens, count, |words| self.in_words(haystack, words))
     }
 }
 
@@ -256,11 +248,18 @@ fn prompt(background: &str, sentences: &[(f64, String)], question: &str) -> Stri
     text
 }
 
-/// Returns the sample with the most words whose length is at most `limit`.
+/// Returns the sample with the most words whose prompt has at most `limit` tokens, counted by
+/// `count`. `sample` makes the sample with a number of words.
 fn longest_sample<E: From<Error>>(
     limit: usize,
-    mut sample: impl FnMut(usize) -> Result<(Sample, usize), E>,
+    mut count: impl FnMut(&str) -> Result<usize, E>,
+    sample: impl Fn(usize) -> Result<Sample>,
 ) -> Result<Sample, E> {
+    let mut sample = |words| -> Result<(Sample, usize), E> {
+        let sample = sample(words)?;
+        let length = count(&sample.prompt)?;
+        Ok((sample, length))
+    };
     if limit > MAX_WORDS {
         return Err(Error::setting("tokens", format!("at most {MAX_WORDS}"), limit).into());
     }
@@ -331,12 +330,15 @@ mod tests {
         let tokens: Vec<usize> = (0..60_000).map(|i| 1 + i * 7 % 3 + i / 30_000).collect();
         for limit in [20, 21, 1_000, 8_191, 30_000] {
             let mut steps = 0;
-            let found = longest_sample::<Error>(limit, |words| {
+            // The prompt is the number of words.
+            let count = |prompt: &str| -> Result<usize> {
                 steps += 1;
-                let prompt = words.to_string();
-                let length = 20 + tokens[..words].iter().sum::<usize>();
-                Ok((Sample { prompt, answer: String::new() }, length))
-            });
+                let words: usize = prompt.parse().unwrap();
+                Ok(20 + tokens[..words].iter().sum::<usize>())
+            };
+            let sample =
+                |words: usize| Ok(Sample { prompt: words.to_string(), answer: String::new() });
+            let found = longest_sample(limit, count, sample);
             let sums = tokens.iter().scan(20, |sum, tokens| {
                 *sum += tokens;
                 Some(*sum)

@@ -1,9 +1,12 @@
 //! Damaged records and results: none panics, hangs or needs more memory than a multiple of its
 //! size.
 
+mod common;
+
 use std::fs;
 
-use longctx_eval::{Agreement, Category, Record, Score, Task, Timings, longbench, records, report};
+use common::record;
+use longctx_eval::{Agreement, Category, Record, Task, longbench, records, report};
 use longctx_mutate::{Counting, Trial};
 
 #[global_allocator]
@@ -28,29 +31,9 @@ fn results() -> Vec<u8> {
             ("needle", Category::Needle, "600-words-0.250-0"),
         ] {
             let record = Record {
-                setting: setting.into(),
-                task: task.into(),
-                category,
-                group: None,
-                sample: sample.into(),
                 question: Some("5f".into()),
-                predictions: vec!["<b>7 | 8</b>".into()],
-                score: Score { value: 0.5, partial: Some(0.25), quarters: None },
-                prompt_tokens: 100,
-                new_tokens: 3,
                 kv_bytes: Some(kv_bytes),
-                dense_bytes: Some(1000),
-                seed: 0,
-                version: "0".into(),
-                timings: Timings {
-                    first_token_seconds: 0.5,
-                    decode_tokens_per_second: Some(40.0),
-                    model_seconds: 1.0,
-                    total_seconds: 1.0,
-                    peak_resident_bytes: Some(2_000_000),
-                    batch: None,
-                    settings: None,
-                },
+                ..record(setting, task, category, sample, 0.5)
             };
             lines += &(serde_json::to_string(&record).unwrap() + "\n");
         }

@@ -6,8 +6,12 @@ use std::path::{Path, PathBuf};
 use crate::matrix::Matrix;
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Tensor};
-use longctx_checkpoint::{Pth, ReadTensors, shard_names};
+use longctx_checkpoint::{Pth, ReadTensors, weight_files};
 use longctx_core::{Error, Result};
+
+/// The files of weights in order of preference.
+pub(crate) const WEIGHTS: [&str; 3] =
+    ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"];
 
 /// How weights are loaded.
 #[derive(Debug, Clone)]
@@ -177,17 +181,8 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.into()]);
     }
-    let single = path.join("model.safetensors");
-    if single.exists() {
-        return Ok(vec![single]);
-    }
-    let index = path.join("model.safetensors.index.json");
-    if index.exists() {
-        return Ok(shard_names(&index)?.iter().map(|name| path.join(name)).collect());
-    }
-    let single = path.join("pytorch_model.bin");
-    if single.exists() {
-        return Ok(vec![single]);
+    if let Some(files) = weight_files(path, &WEIGHTS)? {
+        return Ok(files);
     }
     let entries = std::fs::read_dir(path).map_err(|e| Error::file(path, e))?;
     let entries: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
@@ -198,7 +193,8 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
             return Ok(found);
         }
     }
-    let expected =
-        "model.safetensors, its index, pytorch_model.bin, or a single other file of weights";
-    Err(Error::file(path, format!("there is neither of {expected}")))
+    let names = WEIGHTS.join(", ");
+    let reason =
+        format!("there is none of {names}, and not exactly one other .pth or .safetensors file");
+    Err(Error::file(path, reason))
 }

@@ -51,8 +51,8 @@ __device__ __forceinline__ void fill_rings(const FillArgs& args) {
     to[(entry + row.shift) % args.ring * args.pieces + threadIdx.x] = from[(entry - row.first_new) * (args.stride / 8) + threadIdx.x];
 }
 
-// The slots of a ring that are kept, and compacted. Mirrored by `KeepRow` in src/cuda/args.rs.
-struct KeepRow {
+// The slots of a ring that are kept, and compacted. Mirrored by `CompactRow` in src/cuda/args.rs.
+struct CompactRow {
     void* ring_k;  // slot s is at position (s + shift) % ring
     void* ring_v;
     const unsigned* slots;  // the slots that are kept, in order
@@ -63,14 +63,14 @@ struct KeepRow {
     int unused;
 };
 
-static_assert(sizeof(KeepRow) == 48, "as in src/cuda/args.rs");
+static_assert(sizeof(CompactRow) == 48, "as in src/cuda/args.rs");
 
 constexpr int KEEP_THREADS = 256;
 
 // Grid: (rows, 2); KEEP_THREADS threads. No slot moves to a later position, and a block reads
 // several slots before it writes them.
-__device__ __forceinline__ void keep_ring(const KeepRow* rows) {
-    const KeepRow& row = rows[blockIdx.x];
+__device__ __forceinline__ void keep_ring(const CompactRow* rows) {
+    const CompactRow& row = rows[blockIdx.x];
     uint4* numbers = static_cast<uint4*>(blockIdx.y ? row.ring_v : row.ring_k);
     const int step = KEEP_THREADS / row.pieces, piece = threadIdx.x % row.pieces, mine = threadIdx.x / row.pieces;
     for (int start = 0; start < row.count; start += step) {

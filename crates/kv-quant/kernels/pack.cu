@@ -5,7 +5,7 @@
 #include "unpack.cuh"
 
 extern "C" __global__ void fill_rings(const kvq::FillArgs args) { kvq::fill_rings(args); }
-extern "C" __global__ void __launch_bounds__(kvq::KEEP_THREADS) keep_ring(const kvq::KeepRow* rows) { kvq::keep_ring(rows); }
+extern "C" __global__ void __launch_bounds__(kvq::KEEP_THREADS) keep_ring(const kvq::CompactRow* rows) { kvq::keep_ring(rows); }
 
 #define KERNELS(B, G, D)                                                                                         \
     extern "C" __global__ void __launch_bounds__(128) quantize_b##B##_g##G##_d##D(const kvq::FillArgs args) { \

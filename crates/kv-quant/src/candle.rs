@@ -1,6 +1,8 @@
 //! Packed pools on candle tensors, with longctx-core's traits.
 
 mod cache;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod dequant;
 #[cfg(feature = "save")]
 mod file;

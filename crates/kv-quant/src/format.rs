@@ -92,7 +92,7 @@ impl Format {
     }
 
     /// Returns the format with another flush.
-    #[cfg(feature = "cuda")]
+    #[cfg(all(feature = "candle", feature = "cuda"))]
     pub(crate) fn with_flush(self, flush: Flush) -> Self {
         Self { flush, ..self }
     }

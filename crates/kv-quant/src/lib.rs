@@ -20,7 +20,7 @@ mod rotary;
 #[cfg(feature = "candle")]
 mod candle;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub mod cuda;
 
 pub use half;
 #[cfg(feature = "candle")]

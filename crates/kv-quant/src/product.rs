@@ -2,14 +2,17 @@
 
 use std::slice::Chunks;
 
-use crate::Axis;
 use crate::format::Plane;
 use crate::kernel::{self, Panel, Params, Rows, widen};
 use crate::layout::{Layout, Line, PANEL};
 use crate::levels::Levels;
 use crate::packed::PackedRef;
+use crate::{Axis, Scheme};
 use half::f16;
 use longctx_simd::wide;
+
+/// Panels of the largest group.
+const MAX_PANELS: usize = Scheme::PER_TOKEN / PANEL;
 
 /// Buffers for products.
 #[derive(Debug, Default)]
@@ -100,11 +103,22 @@ impl<'a> PackedRef<'a> {
         let panels_of_group = self.layout.scheme.group / PANEL;
         let width = self.layout.param_width();
         self.widen_params(self.scales, self.zero_points, self.layout.groups(), s);
-        for panel in 0..self.layout.lane_count().div_ceil(PANEL) {
-            let at = panel / panels_of_group * width;
+        let count = self.layout.lane_count().div_ceil(PANEL);
+        for first in (0..count).step_by(panels_of_group) {
+            let at = first / panels_of_group * width;
             let params = Params { scales: &s.scales[at..], zero_points: &s.zero_points[at..] };
-            let codes = self.panel(panel, 0, &mut ahead);
-            kernel::accumulate(codes, params, x, &mut out[panel * PANEL..], out_stride);
+            let panels = first..count.min(first + panels_of_group);
+            let out = &mut out[first * PANEL..];
+            let codes = self.panel(first, 0, &mut ahead);
+            if panels.len() == 1 {
+                kernel::accumulate(codes, params, x, out, out_stride);
+                continue;
+            }
+            let mut held = [codes; MAX_PANELS];
+            for (panel, held) in panels.clone().zip(&mut held).skip(1) {
+                *held = self.panel(panel, 0, &mut ahead);
+            }
+            kernel::accumulate_shared(&held[..panels.len()], params, x, out, out_stride);
         }
     }
 

@@ -1,6 +1,6 @@
 //! token-drop's caches over dense and packed stores on a CUDA device against the same on the CPU,
 //! on the same numbers. Skipped if there is no device.
-#![cfg(feature = "cuda")]
+#![cfg(all(feature = "candle", feature = "cuda"))]
 
 use std::sync::Arc;
 

@@ -131,7 +131,7 @@ impl LlmLingua2 {
         let vocabulary = Vocabulary::open(&folder.join("tokenizer.json"), config.model_type)?;
         let mut weights = Weights::open(&folder.join("model.safetensors"), device)?;
         let encoder = Encoder::load(config.clone(), &mut weights, device)?;
-        weights.account()?;
+        weights.check_all_read()?;
         Ok(Self { encoder, config, vocabulary, settings })
     }
 

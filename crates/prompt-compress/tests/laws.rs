@@ -191,7 +191,7 @@ proptest! {
 }
 
 #[test]
-fn half_of_121_characters_is_about_half_of_them_and_whole() {
+fn half_of_121_characters_keeps_about_half_of_them_whole() {
     let text: String = FOREIGN.chars().cycle().take(121).collect();
     for settings in [llmlingua::Settings::llmlingua(), llmlingua::Settings::long()] {
         let compress = |settings| {
@@ -210,7 +210,7 @@ fn half_of_121_characters_is_about_half_of_them_and_whole() {
 }
 
 #[test]
-fn one_word_at_least_stays() {
+fn at_least_one_word_is_kept() {
     for name in [XLM_ROBERTA, BERT] {
         for settings in [Settings::default(), Settings::paper()] {
             let mut model = llmlingua2(name, settings.clone());
@@ -278,7 +278,7 @@ fn white_space_alone_leaves_no_piece() {
 }
 
 #[test]
-fn a_text_longer_than_the_context_is_read_on() {
+fn a_text_longer_than_the_context_is_compressed() {
     // The tiny model's context is 4,096 tokens: the text has about three times as many, and the
     // kept text exceeds the context too.
     let text: String =
@@ -469,7 +469,7 @@ fn broken_checkpoints_are_named() {
     let path = folder.path().join("model.safetensors");
     let bytes = std::fs::read(&path).unwrap();
     std::fs::write(&path, &bytes[..bytes.len() - 100]).unwrap();
-    assert!(message(&folder).contains("promises"));
+    assert!(message(&folder).contains("the header describes"));
 
     let rewrite = |name: &str, tensor: Option<Tensor>| {
         let folder = copy(BERT);

@@ -12,7 +12,7 @@ fn cache(budget: usize) -> PolicyCache<DenseStore, KNorm> {
 }
 
 /// Returns the number of entries held after each call.
-fn helds(cache: &mut impl KvCache, calls: &[usize]) -> Vec<usize> {
+fn held_after_each(cache: &mut impl KvCache, calls: &[usize]) -> Vec<usize> {
     let text = Input::random(calls.iter().sum());
     let mut start = 0;
     calls
@@ -26,24 +26,24 @@ fn helds(cache: &mut impl KvCache, calls: &[usize]) -> Vec<usize> {
 }
 
 #[test]
-fn decoding_gives_up_a_step_of_tokens_at_a_time() {
+fn decoding_evicts_a_step_of_tokens_at_a_time() {
     let calls = [&[50][..], &[1; 9]].concat();
-    let of_step = |step| helds(&mut cache(20).with_decode_step(step).unwrap(), &calls);
+    let of_step = |step| held_after_each(&mut cache(20).with_decode_step(step).unwrap(), &calls);
     assert_eq!(of_step(Some(1)), [20; 10]);
     assert_eq!(of_step(Some(4)), [20, 17, 18, 19, 20, 17, 18, 19, 20, 17]);
     assert_eq!(of_step(None), [20, 21, 22, 23, 24, 25, 26, 27, 28, 29]);
 }
 
 #[test]
-fn each_chunk_of_a_prompt_is_followed_by_eviction_or_the_first_alone() {
+fn a_prefill_evicts_after_each_chunk_or_after_the_first_only() {
     let calls = [40, 30, 30];
-    assert_eq!(helds(&mut cache(20), &calls), [20, 20, 20]);
+    assert_eq!(held_after_each(&mut cache(20), &calls), [20, 20, 20]);
     let mut first = cache(20).with_prefill(Prefill::FirstCall);
-    assert_eq!(helds(&mut first, &calls), [20, 50, 80]);
+    assert_eq!(held_after_each(&mut first, &calls), [20, 50, 80]);
 }
 
 #[test]
-fn a_kept_prompt_stays_whole_and_the_budget_is_of_what_follows() {
+fn a_kept_prompt_stays_whole_and_the_budget_limits_later_tokens() {
     let kept = |budget| {
         PolicyCache::new(spec(), store(DType::F32), KNorm, budget)
             .and_then(|cache| cache.with_decode_step(Some(1))?.with_kept_prompt())
@@ -51,12 +51,12 @@ fn a_kept_prompt_stays_whole_and_the_budget_is_of_what_follows() {
     };
     let calls = [&[30, 20][..], &[1; 12]].concat();
     let mut tokens = kept(Budget::Tokens(4));
-    assert_eq!(helds(&mut tokens, &calls)[..6], [30, 50, 51, 52, 53, 54]);
+    assert_eq!(held_after_each(&mut tokens, &calls)[..6], [30, 50, 51, 52, 53, 54]);
     let positions = tokens.positions(5).unwrap();
     for head in positions {
         assert_eq!((head.len(), &head[..50]), (54, &(0..50).collect::<Vec<u32>>()[..]));
     }
-    let halves = helds(&mut kept(Budget::Ratio(0.5)), &calls);
+    let halves = held_after_each(&mut kept(Budget::Ratio(0.5)), &calls);
     assert_eq!(halves[1..], [50, 51, 51, 51, 52, 52, 53, 53, 54, 54, 55, 55, 56]);
     let cache = PolicyCache::new(spec(), store(DType::F32), KNorm, Budget::Tokens(4)).unwrap();
     let never = cache.with_decode_step(None).unwrap().with_kept_prompt();
@@ -64,21 +64,21 @@ fn a_kept_prompt_stays_whole_and_the_budget_is_of_what_follows() {
 }
 
 #[test]
-fn layers_hold_what_the_pyramid_gives_them() {
+fn layers_hold_their_budgets_of_the_pyramid() {
     let held = |layer| {
         let spec = spec().at(layer, 3);
         let cache = PolicyCache::new(spec, store(DType::F32), KNorm, Budget::Tokens(40)).unwrap();
         let pyramid = LayerBudgets::Pyramid { beta: 4.0 };
-        helds(&mut cache.with_layer_budgets(pyramid).unwrap(), &[200])
+        held_after_each(&mut cache.with_layer_budgets(pyramid).unwrap(), &[200])
     };
     // From 2 x 40 - 10 down to a quarter of 40.
     assert_eq!([held(0), held(1), held(2)], [[70], [40], [10]]);
 }
 
-/// Keys of a tenth of the length have the best scores by norm: one head takes everything except the
-/// other's safeguard, a fifth of its budget.
+/// The first head's keys are a tenth as long, so all of them have higher scores by norm. It receives
+/// the whole budget except the second head's safeguard, a fifth of that head's equal share.
 #[test]
-fn a_head_frees_what_it_loses_to_another() {
+fn a_head_with_a_smaller_budget_frees_memory() {
     let mut text = Input::random(200);
     let (winner, loser) = (text.k.narrow(1, 0, 1).unwrap(), text.k.narrow(1, 1, 1).unwrap());
     text.k = candle_core::Tensor::cat(&[(winner * 0.1).unwrap(), loser], 1).unwrap();

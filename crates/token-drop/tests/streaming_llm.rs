@@ -78,7 +78,7 @@ fn equals_the_published_semantics() {
 }
 
 /// Returns the number of entries held after each call.
-fn helds(cache: &mut impl KvCache, calls: impl Iterator<Item = usize>) -> Vec<usize> {
+fn held_after_each(cache: &mut impl KvCache, calls: impl Iterator<Item = usize>) -> Vec<usize> {
     calls
         .map(|tokens| {
             Input::random(tokens).feed(cache, 0).unwrap();
@@ -90,8 +90,8 @@ fn helds(cache: &mut impl KvCache, calls: impl Iterator<Item = usize>) -> Vec<us
 #[test]
 fn a_step_drops_groups_and_keeps_within_the_window() {
     let cache = StreamingLlm::new(spec(), store(DType::F32), 2, 16).unwrap();
-    let helds = helds(&mut cache.with_step(4).unwrap(), [40].into_iter().chain([1; 12]));
-    assert_eq!(helds, [16, 17, 18, 15, 16, 17, 18, 15, 16, 17, 18, 15, 16]);
+    let held = held_after_each(&mut cache.with_step(4).unwrap(), [40].into_iter().chain([1; 12]));
+    assert_eq!(held, [16, 17, 18, 15, 16, 17, 18, 15, 16, 17, 18, 15, 16]);
 }
 
 /// A quarter of 40 tokens is 4 sinks and a window of 6, smaller than the step: the newest token is
@@ -99,8 +99,8 @@ fn a_step_drops_groups_and_keeps_within_the_window() {
 #[test]
 fn a_step_larger_than_the_window_of_a_short_prompt_leaves_the_newest() {
     let cache = StreamingLlm::with_ratio(spec(), store(DType::F32), 0.25).unwrap();
-    let helds = helds(&mut cache.with_step(32).unwrap(), [40].into_iter().chain([1; 12]));
-    assert_eq!(helds, [10, 5, 6, 7, 8, 9, 10, 5, 6, 7, 8, 9, 10]);
+    let held = held_after_each(&mut cache.with_step(32).unwrap(), [40].into_iter().chain([1; 12]));
+    assert_eq!(held, [10, 5, 6, 7, 8, 9, 10, 5, 6, 7, 8, 9, 10]);
 }
 
 #[test]

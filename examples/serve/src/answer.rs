@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use crate::api::{Failure, PromptTokens, Usage};
 use crate::routes::App;
+use crate::scheduler::Event;
 use crate::text::{Detokenizer, StopStrings};
-use longctx_serve::scheduler::Event;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 /// A part of an answer.

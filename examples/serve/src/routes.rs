@@ -21,8 +21,8 @@ use tokio_stream::{Stream, StreamExt};
 
 use crate::answer::{Answer, Piece};
 use crate::api::{Chat, Common, Completion, Failure, Prompt};
-use longctx_serve::metrics::Metrics;
-use longctx_serve::scheduler::Request;
+use crate::metrics::Metrics;
+use crate::scheduler::Request;
 
 /// The state shared by all routes.
 pub struct App {
@@ -174,7 +174,7 @@ fn begin(
 
 fn answer(
     app: &Arc<App>,
-    received: UnboundedReceiver<longctx_serve::scheduler::Event>,
+    received: UnboundedReceiver<crate::scheduler::Event>,
     prompt_tokens: usize,
     common: &Common,
 ) -> Answer {

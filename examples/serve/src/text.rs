@@ -50,7 +50,7 @@ pub struct StopStrings {
 }
 
 impl StopStrings {
-    /// Creates it from the stop strings; empty ones are ignored.
+    /// Creates a search for these stop strings. Empty ones are ignored.
     pub fn new(strings: Vec<String>) -> Self {
         let strings = strings.into_iter().filter(|s| !s.is_empty()).collect();
         Self { strings, held: String::new() }

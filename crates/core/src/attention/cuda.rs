@@ -33,7 +33,7 @@ pub fn has_kernels(device: &CudaDevice, dtype: DType, shape: &AttentionShape) ->
     if matches!(dtype, DType::F16 | DType::BF16)
         && shape.value_dim == shape.head_dim
         && shape.window != Some(0)
-        && crate::cuda::has_prefill(device.cuda_stream().context(), shape.head_dim)?
+        && longctx_kernels::has_prefill(device.cuda_stream().context(), shape.head_dim)?
     {
         return Ok(true);
     }

@@ -12,7 +12,9 @@ const EVICTION_STEP: usize = 256;
 /// ```
 /// use std::sync::Arc;
 /// use candle_core::{DType, Device, Tensor};
-/// use longctx_core::{AttentionShape, Batch, DenseCache, KvCache, LayerSpec, Rope, RopeScaling, Step};
+/// use longctx_core::{
+///     AttentionShape, Batch, DenseCache, KvCache, LayerSpec, Rope, RopeScaling, Step,
+/// };
 ///
 /// let rope = Arc::new(Rope::new(64, 64, 10_000.0, RopeScaling::None)?);
 /// let spec = LayerSpec::new(AttentionShape::new(8, 2, 64)?).with_rope(rope);

@@ -11,11 +11,11 @@ mod sums;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::cuda::{Half, PAGE};
 use crate::{AttentionShape, Batch, Error, Footprint, Result, SeqId};
 use blocks::Blocks;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use longctx_kernels::{Half, PAGE};
 
 /// Keys and values of all sequences.
 #[derive(Debug)]

@@ -3,8 +3,9 @@
 
 use super::Rope;
 use crate::Result;
-use crate::cuda::{RopeArgs, address, half_of, rope};
+use crate::cuda::{address, half_of};
 use candle_core::{Device, Tensor};
+use longctx_kernels::{RopeArgs, rope};
 
 /// The kernel's device arrays: positions and frequencies.
 #[derive(Debug, Clone)]

@@ -128,8 +128,8 @@ impl Reader {
 
     /// Feeds a short text and one decode step to the cache of every setting, and removes them.
     ///
-    /// A cache creates its memory for the model's device with the first tokens. So a format without
-    /// kernels for the device is an error here, not in every sample.
+    /// On a device other than the CPU, a cache creates its memory with the first tokens. So a
+    /// format without kernels for the device is an error here, not in every sample.
     ///
     /// # Errors
     /// Errors of the tokenizer, the model and the caches.

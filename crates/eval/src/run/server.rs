@@ -209,7 +209,7 @@ struct Failure {
 }
 
 impl Failure {
-    fn passing(message: impl ToString) -> Self {
+    fn transient(message: impl ToString) -> Self {
         Self { message: message.to_string(), retryable: true, wait: None }
     }
 }
@@ -361,7 +361,7 @@ impl Client<'_> {
         if let Some(key) = self.key {
             request = request.header("authorization", format!("Bearer {key}"));
         }
-        let failed = |error: ureq::Error| Failure::passing(format!("{url}: {error}"));
+        let failed = |error: ureq::Error| Failure::transient(format!("{url}: {error}"));
         let mut response = request.send_json(body).map_err(failed)?;
         let status = response.status().as_u16();
         if status != 200 {
@@ -378,7 +378,7 @@ impl Client<'_> {
         }
         let reader = response.body_mut().with_config().limit(MAX_BYTES).reader();
         read(BufReader::new(reader), self.setting.api, started, stops_at_newline)
-            .map_err(|message| Failure::passing(format!("{url}: {message}")))
+            .map_err(|message| Failure::transient(format!("{url}: {message}")))
     }
 }
 

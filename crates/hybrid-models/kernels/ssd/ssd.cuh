@@ -2,7 +2,8 @@
 // and Gu, arXiv 2405.21060, section 6. With s(t) the sum of dt a up to token t of a chunk and H the
 // state before the chunk,
 //
-//     Y = (L o C B') X + e^s o (C H) + D X,  L(t, u) = e^(s(t) - s(u)) dt(u) for u <= t,  H <- e^s(end) H + B' (e^(s(end) - s) dt o X)
+//     Y = (L o C B') X + e^s o (C H) + D X,  L(t, u) = e^(s(t) - s(u)) dt(u) for u <= t,
+//     H <- e^s(end) H + B' (e^(s(end) - s) dt o X)
 //
 // No exponent is positive. A block processes COLUMNS of a head's channels through all tokens. Four
 // warps compute outputs, 16 tokens each, from a 16-bit copy of the state. Four other warps compute

@@ -1,7 +1,8 @@
 // Mamba-2's recurrence for prompts as in ssd.cuh, on devices with wgmma. A block processes a whole
 // head through all tokens, transposed:
 //
-//     Y' = e^s o (H' C') + X' W',  W(t, u) = (C B')(t, u) e^(s(t) - s(u)) dt(u) for u <= t, plus D on the diagonal,
+//     Y' = e^s o (H' C') + X' W',
+//     W(t, u) = (C B')(t, u) e^(s(t) - s(u)) dt(u) for u <= t, plus D on the diagonal,
 //     H' <- e^s(end) H' + (e^(s(end) - s) dt o X)' B
 //
 // The state stays in the f32 registers of one warp group, 16 channels per warp. Rounded to 16 bits,

@@ -1,7 +1,8 @@
 // The recurrence of RWKV-5 and 6 for prompts, in chunks of 16 tokens with matrix products. With
 // W(t) the product of a chunk's decays up to token t and S the state before the chunk,
 //
-//     y(t) = (r(t) o W(t - 1)) S + sum over s <= t of A(t, s) v(s),  S <- diag(W(end)) S + sum over s of (k(s) o W(end) / W(s)) v(s)'
+//     y(t) = (r(t) o W(t - 1)) S + sum over s <= t of A(t, s) v(s),
+//     S <- diag(W(end)) S + sum over s of (k(s) o W(end) / W(s)) v(s)'
 //     A(t, s) = r(t) . (k(s) o w(s + 1) ... w(t - 1)),  A(t, t) = r(t) . (u o k(t))
 //
 // There is no division by decays, so any decays from 0 to 1 are valid. For s < t, let L be the

@@ -4,7 +4,8 @@
 // For a head, let c(t) be the removal key, b(t) the added key, S the state [keys][values] before
 // the chunk, W(t) the product of the chunk's decays up to token t, and M = W(7). With the rows
 //
-//     R(t) = r(t) o W(t) / M,   C(t) = c(t) o W(t - 1) / M,   K(s) = k(s) o M / W(s),   B(s) = b(s) o M / W(s),
+//     R(t) = r(t) o W(t) / M,   C(t) = c(t) o W(t - 1) / M,
+//     K(s) = k(s) o M / W(s),   B(s) = b(s) o M / W(s),
 //
 // the values read by the removal keys, u(t) = -c(t)' S(t - 1), are the solution of a triangular
 // system. All else is products:

@@ -13,7 +13,7 @@ fn lists(flat: &Tensor, lengths: &Tensor) -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn equals_the_package_and_goes_back() {
+fn ids_equal_those_of_the_package_and_decode_to_the_string() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/world");
     let world = World::from_file(&folder.join("vocab.txt")).unwrap();
     let expected =
@@ -34,7 +34,7 @@ fn bytes(string: &[u32]) -> Vec<u8> {
 }
 
 #[test]
-fn a_broken_vocabulary_is_named() {
+fn errors_name_the_damaged_line_and_the_missing_byte() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("vocab.txt");
     std::fs::write(&path, "1 'a' 1\n2 'bc' 3\n").unwrap();

@@ -1,4 +1,3 @@
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::QuantStore;
@@ -6,8 +5,8 @@ use super::sub_batch::SubBatch;
 use crate::{Format, KeyBasis, Rotary};
 use candle_core::Tensor;
 use longctx_core::{
-    AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result, SeqId,
-    Step, attention, check_unseen,
+    AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result, SeenTokens,
+    SeqId, Step, attention, check_unseen,
 };
 
 /// When a call's tokens are quantized.
@@ -60,7 +59,7 @@ pub struct QuantCache {
     sinks: QuantStore,
     sink_tokens: usize,
     store: QuantStore,
-    seen: BTreeMap<SeqId, usize>,
+    seen: SeenTokens,
 }
 
 impl QuantCache {
@@ -77,7 +76,7 @@ impl QuantCache {
         }
         let store = Self::make_store(&spec, format, 0)?;
         let sinks = QuantStore::new(spec.shape, Format::f16())?;
-        let (order, seen) = (Order::default(), BTreeMap::new());
+        let (order, seen) = (Order::default(), SeenTokens::default());
         Ok(Self { spec, format, order, sinks, sink_tokens: 0, store, seen })
     }
 
@@ -103,9 +102,9 @@ impl QuantCache {
     /// # Errors
     /// [`Error::Setting`] if the cache is not empty.
     pub fn with_sinks(self, tokens: usize) -> Result<Self> {
-        if !self.seen.is_empty() {
-            let got = format!("{} sequences", self.seen.len());
-            return Err(Error::setting("sinks", "an empty cache", got));
+        let held = self.seen.seqs().len();
+        if held > 0 {
+            return Err(Error::setting("sinks", "an empty cache", format!("{held} sequences")));
         }
         let mut store = Self::make_store(&self.spec, self.format, tokens)?;
         if let Some(bytes) = self.store.capacity() {
@@ -149,7 +148,7 @@ impl QuantCache {
     /// Registers a sequence that both stores hold.
     #[cfg(feature = "save")]
     pub(super) fn register(&mut self, seq: SeqId) {
-        self.seen.insert(seq, self.held(seq));
+        self.seen.set(seq, self.held(seq));
     }
 
     /// Returns how many of the next `coming` tokens of a sequence are sinks.
@@ -186,10 +185,10 @@ impl QuantCache {
         let done = self.store.append(&rest.batch, &rest.rows(keys)?, &rest.rows(step.v)?);
         if done.is_err() {
             for &seq in sinks.batch.seqs() {
-                match self.seen.get(&seq) {
+                match self.seen.get(seq) {
                     // The f16 store does not pack, so its truncation restores the previous contents
                     // exactly.
-                    Some(&seen) => self.sinks.truncate(seq, seen)?,
+                    Some(seen) => self.sinks.truncate(seq, seen)?,
                     None => {
                         self.sinks.remove(seq);
                     }
@@ -250,12 +249,6 @@ impl QuantCache {
         }
         SubBatch::assemble(&parts)
     }
-
-    fn advance(&mut self, batch: &Batch) {
-        for (seq, tokens) in batch.iter() {
-            *self.seen.entry(seq).or_default() += tokens.len();
-        }
-    }
 }
 
 impl KvCache for QuantCache {
@@ -282,7 +275,7 @@ impl KvCache for QuantCache {
                 self.attend_packed(step.batch, &q, split)?
             }
         };
-        self.advance(step.batch);
+        self.seen.advance(step.batch);
         self.spec.output(state, step.q.dtype())
     }
 
@@ -292,7 +285,7 @@ impl KvCache for QuantCache {
         check_unseen(self, step.batch)?;
         let (_, k) = step.rotate(&self.spec, |_| 0)?;
         self.append(step, &k)?;
-        self.advance(step.batch);
+        self.seen.advance(step.batch);
         Ok(())
     }
 
@@ -301,25 +294,18 @@ impl KvCache for QuantCache {
     }
 
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
-        let seen = *self.seen.get(&from).ok_or(Error::UnknownSequence(from))?;
-        if self.seen.contains_key(&to) {
-            return Err(Error::mismatch("sequence to fork to", "a new one", to));
-        }
+        let seen = self.seen.check_fork(from, to)?;
         for store in [&mut self.sinks, &mut self.store] {
             if !store.lens(from).is_empty() {
                 store.fork(from, to)?;
             }
         }
-        self.seen.insert(to, seen);
+        self.seen.set(to, seen);
         Ok(())
     }
 
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        let seen = *self.seen.get(&seq).ok_or(Error::UnknownSequence(seq))?;
-        if len > seen {
-            let what = format!("tokens of sequence {seq} to keep");
-            return Err(Error::mismatch(what, format!("at most {seen}"), len));
-        }
+        self.seen.check_truncate(seq, len)?;
         let packed = len.saturating_sub(self.sink_tokens);
         match self.store.len(seq) > packed {
             true => self.store.check_truncate(seq, packed),
@@ -338,22 +324,22 @@ impl KvCache for QuantCache {
         if self.sinks.len(seq) > len {
             self.sinks.truncate(seq, len)?;
         }
-        self.seen.insert(seq, len);
+        self.seen.set(seq, len);
         Ok(())
     }
 
     fn remove(&mut self, seq: SeqId) -> bool {
         self.sinks.remove(seq);
         self.store.remove(seq);
-        self.seen.remove(&seq).is_some()
+        self.seen.remove(seq)
     }
 
     fn seqs(&self) -> Vec<SeqId> {
-        self.seen.keys().copied().collect()
+        self.seen.seqs()
     }
 
     fn seen(&self, seq: SeqId) -> usize {
-        self.seen.get(&seq).copied().unwrap_or(0)
+        self.seen.get(seq).unwrap_or(0)
     }
 
     fn held(&self, seq: SeqId) -> usize {

@@ -2,7 +2,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 #[cfg(feature = "cuda")]
-use crate::cuda::{CudaHalf, CudaPool};
+use super::cuda::{CudaHalf, CudaPool};
 use crate::{AttentionOutput, Format, Mask, Pool, PoolBytes, PoolShape, Queries, Rotary};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};

@@ -1,9 +1,9 @@
 //! The compiled kernels and their launches.
 
-use super::args::{AttendArgs, FillArgs, KeepRow, UnpackArgs};
-use super::layout::{Family, Layout};
-use longctx_core::Result;
-use longctx_cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
+use super::layout::{Family, Layout, needs};
+use super::plan::{Plan, Sizes};
+use super::{AttendArgs, Error, FillArgs, Result, TILE, UnpackArgs, Work};
+use longctx_cuda::cudarc::driver::{CudaContext, CudaStream};
 use longctx_cuda::{Image, Kernel, max_shared_bytes, multiprocessors};
 use std::sync::Arc;
 
@@ -16,14 +16,10 @@ static ROTATED: Image = longctx_cuda::image!("rotated");
 static TURBOQUANT: Image = longctx_cuda::image!("turboquant");
 static KVARN: Image = longctx_cuda::image!("kvarn");
 
-/// Tokens of a tile, as in kernels/layout.cuh.
-pub const TILE: usize = 32;
 /// Must equal the constant in kernels/sums.cuh.
 const SUM_WARPS: usize = 4;
 /// Must equal the constant in kernels/unpack.cuh.
 const UNPACK_THREADS: usize = 256;
-/// Must equal the constant in kernels/tokens.cuh.
-const TOKEN_THREADS: u32 = 256;
 /// Must equal the constant in kernels/fill.cuh.
 const KEEP_THREADS: u32 = 256;
 
@@ -52,7 +48,7 @@ impl Layout {
 
     /// Returns the suffix of the kernels' names.
     fn suffix(self) -> String {
-        let (group, d) = (self.group, self.head_dim);
+        let (group, d) = (self.group(), self.head_dim());
         match self.family {
             Family::Kivi(bits) => format!("b{bits}_g{group}_d{d}"),
             Family::Tokens(name) | Family::Balanced(name) => format!("{name}_d{d}"),
@@ -62,7 +58,7 @@ impl Layout {
     /// Returns the packing kernel's thread blocks per record, threads per block, and bytes of
     /// shared memory.
     fn quantize(self) -> (usize, u32, usize) {
-        let (group, d) = (self.group, self.head_dim);
+        let (group, d) = (self.group(), self.head_dim());
         match self.family {
             Family::Kivi(_) => {
                 let channels = d.min(8192 / group);
@@ -71,7 +67,8 @@ impl Layout {
                 let shared = source + keys.max(self.tile() - self.key_codes());
                 (d / channels, 128, shared)
             }
-            Family::Tokens(_) => (group / TILE, TOKEN_THREADS, 0),
+            // As token_threads in kernels/tokens.cuh.
+            Family::Tokens(_) => (group / TILE, d as u32, 0),
             Family::Balanced(_) => {
                 let threads = if d > 128 { 512 } else { 256 };
                 let (warps, most) = (threads / 32, group.max(d));
@@ -82,20 +79,20 @@ impl Layout {
     }
 }
 
-/// An attention kernel for thread blocks of a number of columns (query heads of a kv head times
-/// queries).
+/// An attention kernel, for a number of columns per thread block.
 #[derive(Debug, Clone)]
-pub struct Attend {
+pub struct AttendKernel {
     kernel: Kernel,
-    pub columns: usize,
-    pub warps: usize,
-    /// Number of thread blocks that the device runs concurrently.
-    pub blocks: usize,
+    layout: Layout,
+    columns: usize,
+    warps: usize,
+    slots: usize,
 }
 
-impl Attend {
+impl AttendKernel {
+    /// Loads the kernel for `8 n` columns; `None` if the device has too little shared memory.
     fn load(context: &Arc<CudaContext>, layout: Layout, n: usize) -> Result<Option<Self>> {
-        let head_dim = layout.head_dim;
+        let head_dim = layout.head_dim();
         let (warps, stages) = layout.warps_and_stages(n);
         let ring = n * 16 * head_dim + warps * stages * (layout.header() + layout.tile());
         let outs = warps * 8 * n * (head_dim + 4) * 4;
@@ -108,29 +105,86 @@ impl Attend {
             _ => format!("attend_{}", layout.suffix()),
         };
         let kernel = layout.image().kernel(context, &name, 32 * warps as u32, shared)?;
-        let blocks = kernel.blocks_per_multiprocessor()? * multiprocessors(context)?;
-        Ok(Some(Self { kernel, columns: 8 * n, warps, blocks }))
+        let slots = kernel.blocks_per_multiprocessor()? * multiprocessors(context)?;
+        Ok(Some(Self { kernel, layout, columns: 8 * n, warps, slots }))
     }
 
+    /// Returns the columns of a thread block: query heads of a kv head times queries.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Splits attention over the device's thread blocks.
+    ///
+    /// `heads` has one work item for each kv head of each sequence, over all its slots. `window` is
+    /// the sliding window of causal attention: records before it are not read.
+    pub fn plan(&self, heads: &[Work], heads_per_kv: usize, window: Option<usize>) -> Plan {
+        let sizes = Sizes {
+            group: self.layout.group(),
+            heads_per_kv,
+            columns: self.columns,
+            warps: self.warps,
+            slots: self.slots,
+            window,
+        };
+        Plan::new(heads, sizes)
+    }
+
+    /// Returns the largest number of work items, and of partial results, of a plan for `heads` kv
+    /// heads of all sequences, each with `columns` query heads times queries: the length of the
+    /// list of a captured launch. Such a plan has at most `heads * columns.div_ceil(self.columns())`
+    /// joins.
+    pub fn max_work(&self, heads: usize, columns: usize) -> usize {
+        self.slots + 2 * heads * columns.div_ceil(self.columns)
+    }
+
+    /// Launches attention for the `count` work items of a [`Plan`].
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for invalid dtypes or numbers of heads; an error of the CUDA driver.
+    ///
     /// # Safety
-    /// The arguments' addresses must be those of arrays on the stream's device, with the sizes
-    /// stated in kernels/attend.cuh.
+    /// The addresses must be those of arrays on the stream's device, of the sizes and formats that
+    /// the fields of [`AttendArgs`] and [`Work`] give, until the launched work has finished. Tables
+    /// and lengths must stay within the arrays that they describe.
     pub unsafe fn launch(
         &self,
         stream: &Arc<CudaStream>,
         args: &AttendArgs,
-        blocks: usize,
+        count: usize,
     ) -> Result<()> {
+        let args = with_layout(args, self.layout)?;
         // SAFETY: guaranteed by the caller.
-        Ok(unsafe { self.kernel.launch(stream, [blocks, 1, 1], args) }?)
+        Ok(unsafe { self.kernel.launch(stream, [count, 1, 1], &args) }?)
     }
 }
 
-/// The kernels of one layout.
+/// Checks the arguments and sets those that the layout determines.
+fn with_layout(args: &AttendArgs, layout: Layout) -> Result<AttendArgs> {
+    if args.heads < 1 || args.heads_per_kv < 1 || args.heads % args.heads_per_kv != 0 {
+        let expected = format!("a multiple of the {} of a kv head", args.heads_per_kv);
+        return Err(Error::mismatch("query heads", expected, args.heads));
+    }
+    check_kind("dtype of the queries", args.kind, 1)?;
+    check_kind("dtype of the output", args.out_kind, 2)?;
+    let (key_scale, value_scale) = layout.fixed_scales();
+    Ok(AttendArgs { rotated: layout.rotated(), key_scale, value_scale, ..*args })
+}
+
+fn check_kind(what: &str, kind: i32, last: i32) -> Result<()> {
+    if (0..=last).contains(&kind) {
+        return Ok(());
+    }
+    Err(Error::mismatch(what, format!("0 to {last}"), kind))
+}
+
+/// The kernels of one layout, loaded in a context.
 #[derive(Debug, Clone)]
 pub struct Kernels {
-    /// Attention kernels for 8 columns and, if it exists, for 16.
-    pub attend: Vec<Attend>,
+    /// The attention kernel for 8 columns.
+    narrow: AttendKernel,
+    /// The one for 16 columns, if it exists.
+    wide: Option<AttendKernel>,
     sums: Kernel,
     quantize: Kernel,
     unpack: Kernel,
@@ -140,19 +194,21 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Loads the kernels; `None` if the device has too little shared memory.
-    pub fn load(context: &Arc<CudaContext>, layout: Layout) -> Result<Option<Self>> {
-        let mut attend = Vec::new();
-        let wide = layout.head_dim < 256 && matches!(layout.family, Family::Kivi(_));
-        for n in 1..=1 + usize::from(wide) {
-            attend.extend(Attend::load(context, layout, n)?);
-        }
-        if attend.is_empty() {
-            return Ok(None);
-        }
+    /// Loads the kernels of a layout.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the device has too little shared memory; an error of the CUDA
+    /// driver.
+    pub fn load(context: &Arc<CudaContext>, layout: Layout) -> Result<Self> {
+        let small = || needs("more shared memory than this device has");
+        let narrow = AttendKernel::load(context, layout, 1)?.ok_or_else(small)?;
+        let wide = match layout.family {
+            Family::Kivi(_) if layout.head_dim() < 256 => AttendKernel::load(context, layout, 2)?,
+            _ => None,
+        };
         let (_, quantize_threads, quantize_shared) = layout.quantize();
         if max_shared_bytes(context)? < quantize_shared as u32 {
-            return Ok(None);
+            return Err(small());
         }
         let of = |name: &str| format!("{name}_{}", layout.suffix());
         let sums_shared = SUM_WARPS * (layout.header() + layout.key_params() + layout.key_codes());
@@ -161,78 +217,149 @@ impl Kernels {
         let pack = layout.pack_image();
         let quantize =
             pack.kernel(context, &of("quantize"), quantize_threads, quantize_shared as u32)?;
-        Ok(Some(Self {
-            attend,
+        Ok(Self {
+            narrow,
+            wide,
             sums,
             quantize,
             unpack: pack.kernel(context, &of("unpack"), UNPACK_THREADS as u32, 0)?,
-            fill_rings: PACK.kernel(context, "fill_rings", layout.head_dim as u32 / 8, 0)?,
+            fill_rings: PACK.kernel(context, "fill_rings", layout.head_dim() as u32 / 8, 0)?,
             keep_ring: PACK.kernel(context, "keep_ring", KEEP_THREADS, 0)?,
             layout,
-        }))
+        })
     }
 
-    /// Launches attention sums for `rows` kv heads. The longest has `tiles` tiles; each has `heads`
-    /// query heads.
+    /// Returns the layout of the records.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Returns the attention kernel for `columns` columns: query heads of a kv head times the
+    /// largest number of queries of a sequence.
+    pub fn attend(&self, columns: usize) -> &AttendKernel {
+        match &self.wide {
+            Some(wide) if columns > self.narrow.columns => wide,
+            _ => &self.narrow,
+        }
+    }
+
+    /// Launches sums of the attention probabilities that each slot receives, over the queries of
+    /// each head. `lse` of the arguments is an input. `rows`: number of [`Work`] items, one for
+    /// each kv head of each sequence; `tiles`: the largest number of [tiles](TILE) of one, those of
+    /// its records and those of its ring each rounded up; `queries`: the largest number of queries
+    /// of a sequence.
+    ///
+    /// # Errors
+    /// As [`AttendKernel::launch`].
     ///
     /// # Safety
-    /// As [`Attend::launch`], with kernels/sums.cuh.
+    /// As [`AttendKernel::launch`].
     pub unsafe fn sums(
         &self,
         stream: &Arc<CudaStream>,
         args: &AttendArgs,
-        (tiles, rows, heads): (usize, usize, usize),
+        (rows, tiles, queries): (usize, usize, usize),
     ) -> Result<()> {
+        let args = with_layout(args, self.layout)?;
+        let heads = args.heads_per_kv as usize;
+        let heads = if queries > 1 { heads } else { heads.div_ceil(8) };
         let grid = [tiles.div_ceil(SUM_WARPS), rows, heads];
         // SAFETY: guaranteed by the caller.
-        Ok(unsafe { self.sums.launch(stream, grid, args) }?)
+        Ok(unsafe { self.sums.launch(stream, grid, &args) }?)
     }
 
-    /// Launches packing for `rows` rows, with the largest numbers of key records and of value tiles
-    /// in a row.
+    /// Checks the arguments and sets those that the layout determines.
+    fn with_layout(&self, args: &FillArgs) -> Result<FillArgs> {
+        check_kind("dtype of the entries", args.kind, 1)?;
+        if args.stride % 8 != 0 {
+            return Err(Error::mismatch("stride of the entries", "a multiple of 8", args.stride));
+        }
+        let (key_scale, value_scale) = self.layout.fixed_scales();
+        Ok(FillArgs {
+            pieces: self.layout.head_dim() as i32 / 8,
+            rotated: self.layout.rotated(),
+            f16_steps: i32::from(self.layout.f16_steps()),
+            key_scale,
+            value_scale,
+            ..*args
+        })
+    }
+
+    /// Launches packing: keys in whole records, values in whole [tiles](TILE). `rows`: number of
+    /// [`FillRow`](super::FillRow)s; `records` and `tiles`: the largest numbers of key records and
+    /// of value tiles of a row.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for an invalid dtype or stride; an error of the CUDA driver.
     ///
     /// # Safety
-    /// As [`Attend::launch`], with kernels/quantize.cuh.
-    pub unsafe fn quantize(
+    /// As [`AttendKernel::launch`].
+    pub unsafe fn pack(
         &self,
         stream: &Arc<CudaStream>,
         args: &FillArgs,
-        (records, tiles, rows): (usize, usize, usize),
+        (rows, records, tiles): (usize, usize, usize),
     ) -> Result<()> {
+        let args = self.with_layout(args)?;
         let grid = [(records * self.layout.quantize().0).max(tiles), rows, 2];
         // SAFETY: guaranteed by the caller.
-        Ok(unsafe { self.quantize.launch(stream, grid, args) }?)
+        Ok(unsafe { self.quantize.launch(stream, grid, &args) }?)
     }
 
+    /// Launches the copy of new entries to the rings. `rows`: number of
+    /// [`FillRow`](super::FillRow)s; `entries`: the largest number of entries that a row copies.
+    ///
+    /// # Errors
+    /// As [`pack`](Self::pack); [`Error::Mismatch`] for rings without capacity.
+    ///
     /// # Safety
-    /// As [`Attend::launch`], with kernels/unpack.cuh.
-    pub unsafe fn unpack(&self, stream: &Arc<CudaStream>, args: &UnpackArgs) -> Result<()> {
-        let grid = [(args.entries as usize).div_ceil(UNPACK_THREADS / 32), 1, 1];
-        // SAFETY: guaranteed by the caller.
-        Ok(unsafe { self.unpack.launch(stream, grid, args) }?)
-    }
-
-    /// # Safety
-    /// As [`Attend::launch`], with kernels/fill.cuh.
+    /// As [`AttendKernel::launch`].
     pub unsafe fn fill_rings(
         &self,
         stream: &Arc<CudaStream>,
         args: &FillArgs,
-        (entries, rows): (usize, usize),
+        (rows, entries): (usize, usize),
     ) -> Result<()> {
+        let args = self.with_layout(args)?;
+        if args.ring < 1 {
+            return Err(Error::mismatch("capacity of a ring", "at least 1", args.ring));
+        }
         // SAFETY: guaranteed by the caller.
-        Ok(unsafe { self.fill_rings.launch(stream, [entries, rows, 2], args) }?)
+        Ok(unsafe { self.fill_rings.launch(stream, [entries, rows, 2], &args) }?)
     }
 
+    /// Launches unpacking of some slots of a kv head.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for an invalid dtype; an error of the CUDA driver.
+    ///
     /// # Safety
-    /// As [`Attend::launch`], with kernels/fill.cuh.
-    pub unsafe fn keep_ring(
+    /// As [`AttendKernel::launch`], with the fields of [`UnpackArgs`].
+    pub unsafe fn unpack(&self, stream: &Arc<CudaStream>, args: &UnpackArgs) -> Result<()> {
+        check_kind("dtype of the entries", args.kind, 2)?;
+        let (key_scale, value_scale) = self.layout.fixed_scales();
+        let rotated = self.layout.rotated();
+        let args = UnpackArgs { rotated, key_scale, value_scale, ..*args };
+        let grid = [(args.entries.max(0) as usize).div_ceil(UNPACK_THREADS / 32), 1, 1];
+        // SAFETY: guaranteed by the caller.
+        Ok(unsafe { self.unpack.launch(stream, grid, &args) }?)
+    }
+
+    /// Launches the compaction of rings after an eviction, as described by the `count`
+    /// [`CompactRow`](super::CompactRow)s at an address.
+    ///
+    /// # Errors
+    /// An error of the CUDA driver.
+    ///
+    /// # Safety
+    /// As [`AttendKernel::launch`], with the fields of [`CompactRow`](super::CompactRow).
+    pub unsafe fn compact_rings(
         &self,
         stream: &Arc<CudaStream>,
-        rows: &CudaSlice<KeepRow>,
+        rows: u64,
+        count: usize,
     ) -> Result<()> {
-        let address = rows.device_ptr(stream).0;
         // SAFETY: guaranteed by the caller.
-        Ok(unsafe { self.keep_ring.launch(stream, [rows.len(), 2, 1], &address) }?)
+        Ok(unsafe { self.keep_ring.launch(stream, [count, 2, 1], &rows) }?)
     }
 }

@@ -1,21 +1,43 @@
 //! The layout of a format in records on the device: its kernels, and sizes in bytes.
 
-use super::kernels::TILE;
-use crate::{Axis, Bits, Codes, Float8, Flush, Format, KeyBasis, Scheme, StaticScale};
+use super::{Error, Result, TILE};
+use crate::{Axis, Bits, Codes, Float8, Format, KeyBasis, Scheme, StaticScale};
 
-/// The packed layout of a format: kernels/layout.cuh.
+/// The memory layout of a format's records.
+///
+/// A record holds the keys and values of [`group`](Self::group) tokens of a kv head, in contiguous
+/// memory: a header, then a tile for each 32 tokens. With D channels per head and G groups of
+/// channels per token's values:
+///
+/// | part | contents | elements |
+/// |---|---|---|
+/// | header | scales of the keys, a channel each | f16 `[D]` |
+/// | | minima of the keys | f16 `[D]` |
+/// | | factors of the values, a channel each | f16 `[D]` |
+/// | tile | scales, or factors, of the keys, a token each | f16 `[32]` |
+/// | | minima of the keys | f16 `[32]` |
+/// | | codes of the keys | 32 tokens x D channels |
+/// | | codes of the values | D channels x 32 tokens |
+/// | | scales of the values | f16 `[32, G]` |
+/// | | minima of the values | f16 `[32, G]` |
+///
+/// A format has some of these parameters: KIVI the keys' scales and minima per channel, KVarN also
+/// the factors, formats with parameters per token those in the tile, static fp8 none. The order of
+/// the elements within a part is that of the tensor cores' fragments; `kernels/layout.cuh` in this
+/// crate and the repository's `docs/formats.md` define it, and [`Kernels::unpack`](super::Kernels::unpack)
+/// reads it.
 #[derive(Debug, Clone, Copy)]
 pub struct Layout {
-    pub family: Family,
-    pub group: usize,
-    pub head_dim: usize,
+    pub(super) family: Family,
+    group: usize,
+    head_dim: usize,
     keys: Scheme,
     values: Scheme,
 }
 
 /// Kernels with the same layout.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Family {
+pub(super) enum Family {
     /// KIVI with this number of bits: keys have a scale per channel.
     Kivi(usize),
     /// A scale per token, or one for all numbers; with the name of the kernels.
@@ -24,18 +46,18 @@ pub enum Family {
     Balanced(&'static str),
 }
 
-/// Returns the format that a device uses instead of `format`. Tokens that the CPU packs immediately
-/// stay in full precision on a device until their block is complete.
-pub fn on_device(format: Format) -> Format {
-    match format.flush() {
-        Flush::Immediate => format.with_flush(Flush::Rolling(0)),
-        _ => format,
-    }
-}
-
 impl Layout {
-    /// Returns the layout of a format. The error is the reason why there are no kernels for it.
-    pub fn of(format: Format, head_dim: usize) -> Result<Self, &'static str> {
+    /// Returns the layout of a format for heads of `head_dim` channels. The format's flush has no
+    /// effect: the caller decides when to pack.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if there are no kernels for the format or the heads, with the
+    /// requirements of the kernels.
+    pub fn new(format: Format, head_dim: usize) -> Result<Self> {
+        Self::of(format, head_dim).map_err(needs)
+    }
+
+    fn of(format: Format, head_dim: usize) -> Result<Self, &'static str> {
         let (keys, values) = (format.keys(), format.values());
         if format.key_basis() != KeyBasis::Given {
             return Err("keys packed as they come");
@@ -49,11 +71,17 @@ impl Layout {
             (Axis::Channels, _) => Family::Tokens(tokens(keys, values, head_dim)?),
             _ => return Err("asymmetric or variance-normalized codes for keys along tokens"),
         };
-        match (family, format.flush()) {
-            (_, Flush::Rolling(_)) | (Family::Kivi(_), Flush::Staggered(_)) => {}
-            _ => return Err("a rolling flush, or KIVI's"),
-        }
         Ok(Self { family, group: format.block_tokens(), head_dim, keys, values })
+    }
+
+    /// Returns the tokens of a record.
+    pub fn group(self) -> usize {
+        self.group
+    }
+
+    /// Returns the channels of a head.
+    pub fn head_dim(self) -> usize {
+        self.head_dim
     }
 
     /// Returns the number of groups of a token's values.
@@ -105,17 +133,17 @@ impl Layout {
     }
 
     /// Returns bit 0 for rotated keys and bit 1 for rotated values, as in kernels/args.cuh.
-    pub fn rotated(self) -> i32 {
+    pub(super) fn rotated(self) -> i32 {
         i32::from(self.keys.rotated) + 2 * i32::from(self.values.rotated)
     }
 
     /// Returns whether integers are quantized in f16 arithmetic.
-    pub fn f16_steps(self) -> bool {
+    pub(super) fn f16_steps(self) -> bool {
         [self.keys, self.values].iter().any(|scheme| scheme.codes == Codes::Asymmetric)
     }
 
     /// Returns the static scales of keys and of values, for schemes without stored scales.
-    pub fn fixed_scales(self) -> (f32, f32) {
+    pub(super) fn fixed_scales(self) -> (f32, f32) {
         let of = |scheme: Scheme| match scheme.codes {
             Codes::Float8 { scale: Some(scale), .. } => scale.get(),
             _ => StaticScale::ONE.get(),
@@ -125,7 +153,7 @@ impl Layout {
 
     /// Returns the warps of an attention block and the stages of a warp's ring, for `n` blocks of 8
     /// columns, as in kernels/attend*.cu and kernels/formats.cuh.
-    pub fn warps_and_stages(self, n: usize) -> (usize, usize) {
+    pub(super) fn warps_and_stages(self, n: usize) -> (usize, usize) {
         match (self.family, self.head_dim) {
             (_, 256) | (Family::Kivi(8), _) => (4, 3),
             (Family::Kivi(_), 128) if n == 2 => (4, 4),
@@ -133,6 +161,11 @@ impl Layout {
             _ => (8, 2),
         }
     }
+}
+
+/// Returns the error for a format, head size or device without kernels.
+pub(crate) fn needs(what: &str) -> Error {
+    Error::Unsupported(format!("this format on a CUDA device: its kernels need {what}"))
 }
 
 /// Returns the number of scales and minima of a token, or of a group of its channels.
@@ -214,4 +247,50 @@ fn tokens(keys: Scheme, values: Scheme, head_dim: usize) -> Result<&'static str,
             );
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::TurboQuant;
+
+    /// The CPU computes the same number from its own layout.
+    #[test]
+    fn records_have_the_bits_of_the_format() {
+        use Bits::{Eight, Four, Three, Two};
+        let static_scale = StaticScale::new(0.5).unwrap();
+        let mut formats = vec![
+            Format::float8(Float8::E5m2),
+            Format::float8_static(Float8::E4m3, static_scale, static_scale),
+            Format::rotated_symmetric(Four, Four),
+            Format::rotated_asymmetric(Three, Three),
+            Format::turboquant(TurboQuant::FourBitNc),
+            Format::kvarn(Four, Two, 128).unwrap(),
+        ];
+        for bits in [Two, Four, Eight] {
+            for group in [32, 64, 128] {
+                formats.push(Format::kivi(bits, bits, group, 128).unwrap());
+            }
+        }
+        for format in formats {
+            for head_dim in [64, 128, 256] {
+                let layout = Layout::new(format, head_dim).unwrap();
+                let numbers = 2 * layout.group() * head_dim;
+                let bits = format.bits_per_number(head_dim, head_dim).unwrap() * numbers as f64;
+                assert_eq!(8 * layout.record(), bits.round() as usize, "{format:?}, {head_dim}");
+                assert_eq!(layout.record() % 16, 0, "{format:?}, {head_dim}");
+            }
+        }
+    }
+
+    #[test]
+    fn formats_without_kernels_are_refused() {
+        let kivi = Format::kivi(Bits::Four, Bits::Four, 32, 128).unwrap();
+        for (format, head_dim, wanted) in
+            [(kivi, 80, "64, 128 or 256"), (kivi.with_rotated_keys(), 128, "not rotated")]
+        {
+            let error = Layout::new(format, head_dim).unwrap_err();
+            assert!(matches!(&error, Error::Unsupported(what) if what.contains(wanted)), "{error}");
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Splits attention over the device's thread blocks. The plan is made on the host, from lengths
 //! known there.
 
-use super::args::Work;
+use super::Work;
 
 /// Must equal the constant in kernels/args.cuh.
 const MAX_SPLITS: usize = 127;
@@ -10,9 +10,11 @@ const MAX_SPLITS: usize = 127;
 /// multiprocessors.
 const LONG: usize = 32_768;
 
-/// The work items of a launch.
-#[derive(Debug, Default)]
+/// The work items of a launch of attention. See
+/// [`AttendKernel::plan`](super::AttendKernel::plan).
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Plan {
+    /// The work items.
     pub work: Vec<Work>,
     /// Number of partial results.
     pub parts: usize,
@@ -22,7 +24,7 @@ pub struct Plan {
 
 /// The sizes that determine a plan.
 #[derive(Debug, Clone, Copy)]
-pub struct Sizes {
+pub(super) struct Sizes {
     /// Entries per record.
     pub group: usize,
     /// Query heads per kv head.
@@ -32,12 +34,13 @@ pub struct Sizes {
     /// Warps per thread block; none should be idle.
     pub warps: usize,
     /// Number of thread blocks that the device runs concurrently.
-    pub blocks: usize,
+    pub slots: usize,
     /// The sliding window, if causal.
     pub window: Option<usize>,
 }
 
 /// A kv head with some columns.
+#[derive(Clone, Copy)]
 struct Row {
     work: Work,
     first: usize,
@@ -49,8 +52,8 @@ impl Plan {
     /// over more of them, so that a long sequence among short ones does not dominate the time.
     /// Rings are last, because they take little time. They run concurrently with the records,
     /// unless half of the device would be idle for long.
-    pub fn new(heads: &[Work], sizes: Sizes) -> Self {
-        let mut rows = Vec::new();
+    pub(super) fn new(heads: &[Work], sizes: Sizes) -> Self {
+        let mut rows = Vec::with_capacity(heads.len());
         for head in heads {
             let (first, end) = records(head, sizes);
             let columns = sizes.heads_per_kv * head.queries as usize;
@@ -60,14 +63,21 @@ impl Plan {
             }
         }
         let total: usize = rows.iter().map(|row| row.end - row.first).sum();
-        let at_once = sizes.blocks.saturating_sub(rows.len()).max(sizes.blocks * 4 / 5);
+        let at_once = sizes.slots.saturating_sub(rows.len()).max(sizes.slots * 4 / 5);
         let splits_of = |records: usize, budget: usize| records * budget / total.max(1);
         let used: usize = rows.iter().map(|row| splits_of(row.end - row.first, at_once)).sum();
-        let long = total * sizes.group >= sizes.blocks * LONG;
-        let budget = if long && 2 * used <= sizes.blocks { sizes.blocks } else { at_once };
-        rows.sort_by_key(|row| std::cmp::Reverse(row.end - row.first));
-        let (mut plan, mut rings) = (Self::default(), Vec::new());
-        for Row { work, first, end } in rows {
+        let long = total * sizes.group >= sizes.slots * LONG;
+        let budget = if long && 2 * used <= sizes.slots { sizes.slots } else { at_once };
+        let mut order: Vec<u32> = (0..rows.len() as u32).collect();
+        order.sort_by_key(|&row| {
+            let Row { first, end, .. } = rows[row as usize];
+            std::cmp::Reverse(end - first)
+        });
+        let mut plan = Self::default();
+        plan.work.reserve(at_once + 2 * rows.len());
+        let mut rings = Vec::with_capacity(rows.len());
+        for row in order {
+            let Row { work, first, end } = rows[row as usize];
             let records = end - first;
             let splits = splits_of(records, budget).min(records.div_ceil(sizes.warps));
             let splits = splits.clamp(usize::from(records > 0), MAX_SPLITS);
@@ -95,6 +105,13 @@ impl Plan {
         plan.work.append(&mut rings);
         plan
     }
+
+    /// Pads the list to at least `count` work items, for a launch captured with this length.
+    #[must_use]
+    pub fn padded(mut self, count: usize) -> Self {
+        self.work.resize(count.max(self.work.len()), Work::default());
+        self
+    }
 }
 
 /// Returns the range of records that contain entries visible to a head's queries.
@@ -112,7 +129,7 @@ mod tests {
     use super::*;
 
     fn sizes() -> Sizes {
-        Sizes { group: 32, heads_per_kv: 4, columns: 8, warps: 8, blocks: 264, window: None }
+        Sizes { group: 32, heads_per_kv: 4, columns: 8, warps: 8, slots: 264, window: None }
     }
 
     fn head(packed: i32) -> Work {
@@ -145,10 +162,10 @@ mod tests {
 
     #[test]
     fn half_a_wave_of_long_heads_is_split() {
-        let blocks = 132;
+        let slots = 132;
         for (entries, pieces) in [(3968, 1), (32_640, 1), (130_944, 2)] {
             let heads = vec![head(entries); 64];
-            let plan = Plan::new(&heads, Sizes { blocks, ..sizes() });
+            let plan = Plan::new(&heads, Sizes { slots, ..sizes() });
             check(&heads, &plan);
             assert_eq!(plan.work.len(), 64 * (pieces + 1), "{entries}");
         }
@@ -161,6 +178,7 @@ mod tests {
         let plan = Plan::new(&heads, sizes());
         check(&heads, &plan);
         let longest = plan.work.iter().map(|work| work.to - work.from).max().unwrap();
+        assert!(plan.work.len() <= 264 + 2 * heads.len() && plan.parts == plan.work.len());
         let total = (31 * 8 * 64 + 8 * 4096) / 264;
         assert!(longest <= 2 * total, "{longest} records in a block, {total} on average");
     }
@@ -170,5 +188,7 @@ mod tests {
         let heads = [Work { queries: 1, ..Work::default() }];
         let plan = Plan::new(&heads, sizes());
         assert_eq!((plan.work.len(), plan.work[0].from, plan.work[0].parts), (1, -1, 1));
+        let plan = plan.padded(3);
+        assert_eq!((plan.work.len(), plan.work[2].queries, plan.parts), (3, 0, 1));
     }
 }

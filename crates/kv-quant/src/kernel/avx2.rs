@@ -20,6 +20,7 @@ pub fn kernels() -> Option<Kernels> {
     has.then_some(Kernels {
         name: "AVX2",
         accumulate,
+        shared: None,
         // SAFETY: the CPU supports F16C.
         widen: |src, out| unsafe { widen(src, out) },
     })

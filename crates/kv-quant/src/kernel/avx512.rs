@@ -4,18 +4,19 @@
 //! multiply-add per step applies the step's scale and zero point to the table, which takes fewer
 //! instructions than applying them to the lines of the step.
 
-use super::{Kernels, Panel, Params, Rows, prefetch};
+mod float8;
+mod vnni;
+
+use super::{Kernels, Panel, Params, Rows, Shared, prefetch};
 use crate::Float8;
 use crate::layout::Line;
-use crate::levels::{Levels, float8_bits, float8_unit};
+use crate::levels::Levels;
 use half::f16;
 use std::arch::x86_64::{
-    __m512, __m512i, _mm256_loadu_si256, _mm512_add_epi8, _mm512_add_ps, _mm512_and_si512,
-    _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_mask_shuffle_epi8, _mm512_permutexvar_ps, _mm512_rol_epi32,
-    _mm512_ror_epi32, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_epi64, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_srai_epi32,
-    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_ternarylogic_epi32, _mm512_testn_epi8_mask,
+    __m512, __m512i, _mm256_loadu_si256, _mm512_add_ps, _mm512_and_si512, _mm512_cvtepi32_ps,
+    _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutexvar_ps,
+    _mm512_rol_epi32, _mm512_ror_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_setzero_si512, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_ternarylogic_epi32,
 };
 
 /// Returns the kernels if this CPU supports them.
@@ -25,9 +26,17 @@ pub fn kernels() -> Option<Kernels> {
     has.then_some(Kernels {
         name: "AVX-512",
         accumulate,
+        shared: None,
         // SAFETY: the CPU supports AVX-512F.
         widen: |src, out| unsafe { widen(src, out) },
     })
+}
+
+/// Returns the kernels with products of bytes if this CPU supports them.
+pub fn vnni_kernels() -> Option<Kernels> {
+    let shared = Some(Shared { accumulate: vnni::accumulate, min_steps: vnni::MIN_STEPS });
+    let has = std::arch::is_x86_feature_detected!("avx512vnni");
+    kernels().filter(|_| has).map(|kernels| Kernels { name: "AVX-512 VNNI", shared, ..kernels })
 }
 
 /// # Safety
@@ -66,10 +75,11 @@ unsafe fn by_format<const R: usize>(
     out: &mut [f32],
     out_stride: usize,
 ) {
-    macro_rules! with_form {
-        ($form:expr) => {
+    macro_rules! call {
+        ($rows:path, $form:expr) => {
             // SAFETY: the requirements are those of this function.
             unsafe {
+                use $rows as rows;
                 match panel.width {
                     1 => rows::<R, 1, { $form }>(panel, params, x, first, out, out_stride),
                     _ => rows::<R, 2, { $form }>(panel, params, x, first, out, out_stride),
@@ -78,12 +88,14 @@ unsafe fn by_format<const R: usize>(
         };
     }
     match (panel.bits, panel.levels) {
-        (2, _) => with_form!(TABLE_2),
-        (3, _) => with_form!(TABLE_3),
-        (4, _) => with_form!(TABLE_4),
-        (_, Levels::Float8(Float8::E4m3)) => with_form!(E4M3),
-        (_, Levels::Float8(Float8::E5m2)) => with_form!(E5M2),
-        (_, _) => with_form!(BYTES),
+        (2, _) => call!(self::rows, TABLE_2),
+        (3, _) => call!(self::rows, TABLE_3),
+        (4, _) => call!(self::rows, TABLE_4),
+        (_, Levels::Float8(kind)) => match kind {
+            Float8::E4m3 => call!(float8::rows, true),
+            Float8::E5m2 => call!(float8::rows, false),
+        },
+        (_, _) => call!(self::rows, BYTES),
     }
 }
 
@@ -92,8 +104,6 @@ const TABLE_2: u32 = 0;
 const TABLE_3: u32 = 1;
 const TABLE_4: u32 = 2;
 const BYTES: u32 = 3;
-const E4M3: u32 = 4;
-const E5M2: u32 = 5;
 
 /// Returns the number of codes per word.
 const fn per_word(form: u32) -> usize {
@@ -154,10 +164,6 @@ unsafe fn rows<const R: usize, const W: usize, const FORM: u32>(
         ahead.next().into_iter().for_each(prefetch);
         let mut words = load::<W>(lines);
         let mut high = [_mm512_setzero_si512(); W];
-        if FORM == E4M3 {
-            high = words.map(|words| _mm512_rol_epi32::<24>(words));
-            words = words.map(|words| _mm512_rol_epi32::<20>(normalized(words)));
-        }
         if FORM == TABLE_3 {
             high = load::<W>(&panel.high[word / 2 * W..][..W]);
             // The upper bit of the next code moves to bit 2.
@@ -179,18 +185,11 @@ unsafe fn rows<const R: usize, const W: usize, const FORM: u32>(
                     high = high.map(|high| _mm512_ror_epi32::<1>(high));
                     look_up(codes, table, scale, zero)
                 }
-                BYTES => bytes(words, scale, zero + first_byte * scale),
-                E4M3 => {
-                    let values = e4m3(words, high, scale, zero);
-                    high = high.map(|high| _mm512_ror_epi32::<8>(high));
-                    values
-                }
-                _ => e5m2(words, scale, zero),
+                _ => bytes(words, scale, zero + first_byte * scale),
             };
             words = match FORM {
                 TABLE_2 | TABLE_3 => words.map(|words| _mm512_srli_epi32::<2>(words)),
                 TABLE_4 => words.map(|words| _mm512_srli_epi32::<4>(words)),
-                E4M3 => words.map(|words| _mm512_ror_epi32::<8>(words)),
                 _ => words.map(|words| _mm512_srli_epi32::<8>(words)),
             };
             for (r, sums) in sums.iter_mut().enumerate() {
@@ -202,8 +201,19 @@ unsafe fn rows<const R: usize, const W: usize, const FORM: u32>(
             }
         }
     }
+    store_sums(&sums, &mut out[first * out_stride..], out_stride);
+}
+
+/// Adds the sums of `R` rows to the rows of `out`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_sums<const R: usize, const W: usize>(
+    sums: &[[__m512; W]; R],
+    out: &mut [f32],
+    out_stride: usize,
+) {
     for (r, sums) in sums.iter().enumerate() {
-        let out = &mut out[(first + r) * out_stride..][..16 * W];
+        let out = &mut out[r * out_stride..][..16 * W];
         for (&sum, out) in sums.iter().zip(out.chunks_exact_mut(16)) {
             // SAFETY: `out` has 16 elements.
             unsafe {
@@ -246,55 +256,5 @@ fn bytes<const W: usize>(words: [__m512i; W], scale: f32, zero: f32) -> [__m512;
     words.map(|words| {
         let codes = _mm512_and_si512(words, _mm512_set1_epi32(0xff));
         _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), scale, zero)
-    })
-}
-
-/// Returns the magnitudes of e4m3 codes with 5 bits of exponent. Subnormal numbers, which CPUs
-/// multiply slowly, become normal.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn normalized(codes: __m512i) -> __m512i {
-    // A subnormal code m means m * 2^-9. The exponent of other codes is increased by 3.
-    const SUBNORMAL: i64 = i64::from_le_bytes([0, 8, 16, 20, 24, 26, 28, 30]);
-    let magnitudes = _mm512_and_si512(codes, _mm512_set1_epi8(0x7f));
-    let raised = _mm512_add_epi8(magnitudes, _mm512_set1_epi8(24));
-    let subnormal = _mm512_testn_epi8_mask(codes, _mm512_set1_epi8(0x78));
-    let table = _mm512_set1_epi64(SUBNORMAL);
-    _mm512_mask_shuffle_epi8(raised, subnormal, table, magnitudes)
-}
-
-/// Dequantizes numbers with [`normalized`] magnitudes in bits 20 to 27 and signs in bit 31.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn e4m3<const W: usize>(
-    magnitudes: [__m512i; W],
-    signs: [__m512i; W],
-    scale: f32,
-    zero: f32,
-) -> [__m512; W] {
-    // The exponents' bias of 7 has been increased by 3.
-    const UNIT: f32 = f32::from_bits((127 + 117) << 23);
-    let (scale, zero) = (_mm512_set1_ps(scale * UNIT), _mm512_set1_ps(zero));
-    std::array::from_fn(|i| {
-        let magnitude = _mm512_and_si512(magnitudes[i], _mm512_set1_epi32(0x0ff0_0000));
-        let sign = _mm512_set1_epi32(i32::MIN);
-        // magnitude | signs & sign
-        let number = _mm512_ternarylogic_epi32::<0xf8>(magnitude, signs[i], sign);
-        _mm512_fmadd_ps(_mm512_castsi512_ps(number), scale, zero)
-    })
-}
-
-/// Dequantizes the lowest byte of each word as an e5m2 number.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn e5m2<const W: usize>(words: [__m512i; W], scale: f32, zero: f32) -> [__m512; W] {
-    const SHIFT: u32 = float8_bits(Float8::E5m2).0;
-    let mask = _mm512_set1_epi32(float8_bits(Float8::E5m2).1 as i32);
-    let scale = _mm512_set1_ps(scale * float8_unit(Float8::E5m2));
-    let zero = _mm512_set1_ps(zero);
-    words.map(|words| {
-        let moved = _mm512_srai_epi32::<SHIFT>(_mm512_slli_epi32::<24>(words));
-        let number = _mm512_castsi512_ps(_mm512_and_si512(moved, mask));
-        _mm512_fmadd_ps(number, scale, zero)
     })
 }

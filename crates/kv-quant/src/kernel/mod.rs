@@ -37,7 +37,7 @@ mod tests;
 
 use std::sync::OnceLock;
 
-use crate::layout::Line;
+use crate::layout::{Line, PANEL};
 use crate::levels::Levels;
 use half::f16;
 
@@ -95,7 +95,7 @@ pub struct Rows<'a> {
 pub struct Params<'a> {
     /// Factors of the levels.
     pub scales: &'a [f32],
-    /// Added to the scaled levels.
+    /// Added to the scaled levels. Zero for floating-point codes, which have none.
     pub zero_points: &'a [f32],
 }
 
@@ -103,12 +103,28 @@ pub struct Params<'a> {
 /// row stride of these.
 type Accumulate = fn(Panel<'_>, Params<'_>, Rows<'_>, &mut [f32], usize);
 
+/// A kernel for several panels of integers that share their parameters.
+#[derive(Debug, Clone, Copy)]
+struct Shared {
+    accumulate: fn(&[Panel<'_>], Params<'_>, Rows<'_>, &mut [f32], usize),
+    /// The fewest steps for which it is used.
+    min_steps: usize,
+}
+
+impl Shared {
+    fn takes(&self, panel: &Panel<'_>, steps: usize) -> bool {
+        let integers = matches!(panel.levels, Levels::Integers { .. }) && panel.bits != 3;
+        integers && steps >= self.min_steps
+    }
+}
+
 /// The kernels of one instruction set.
 #[derive(Debug, Clone, Copy)]
 struct Kernels {
     #[cfg_attr(not(test), expect(dead_code, reason = "tests name the kernel that fails"))]
     name: &'static str,
     accumulate: Accumulate,
+    shared: Option<Shared>,
     /// Converts f16 to f32, in slices of the same length.
     widen: fn(&[f16], &mut [f32]),
 }
@@ -126,6 +142,21 @@ pub fn accumulate(
     out_stride: usize,
 ) {
     run(best().accumulate, panel, params, x, out, out_stride);
+}
+
+/// Computes the same as [`accumulate`] for panels that share the scales and zeros of their steps.
+/// Panel i begins at lane 32 i of `out`.
+///
+/// # Panics
+/// As [`accumulate`].
+pub fn accumulate_shared(
+    panels: &[Panel<'_>],
+    params: Params<'_>,
+    x: Rows<'_>,
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    run_shared(best(), panels, params, x, out, out_stride);
 }
 
 /// Converts f16 to f32, replacing the contents of `out`.
@@ -169,6 +200,38 @@ fn run(
     if x.count == 0 {
         return;
     }
+    check(panel, params, x, out, out_stride);
+    accumulate(panel, params, x, out, out_stride);
+}
+
+/// As [`run`], for panels that share their parameters. Without a kernel for them the
+/// panels are computed one by one.
+fn run_shared(
+    kernels: &Kernels,
+    panels: &[Panel<'_>],
+    params: Params<'_>,
+    x: Rows<'_>,
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    match kernels.shared {
+        Some(shared) if x.count > 0 && panels.iter().all(|panel| shared.takes(panel, x.steps)) => {
+            for (i, panel) in panels.iter().enumerate() {
+                check(*panel, params, x, &out[i * PANEL..], out_stride);
+                assert_eq!((panel.bits, panel.levels), (panels[0].bits, panels[0].levels));
+            }
+            (shared.accumulate)(panels, params, x, out, out_stride);
+        }
+        _ => {
+            for (i, panel) in panels.iter().enumerate() {
+                let out = &mut out[i * PANEL..];
+                run(kernels.accumulate, *panel, params, x, out, out_stride);
+            }
+        }
+    }
+}
+
+fn check(panel: Panel<'_>, params: Params<'_>, x: Rows<'_>, out: &[f32], out_stride: usize) {
     assert!(matches!(panel.width, 1 | 2) && matches!(panel.bits, 2 | 3 | 4 | 8), "panel");
     assert!(panel.bits == 8 || !matches!(panel.levels, Levels::Float8(_)), "levels");
     assert!(panel.bits < 8 || !matches!(panel.levels, Levels::Table(_)), "levels");
@@ -179,7 +242,6 @@ fn run(
     if panel.bits == 3 {
         assert!(x.steps.div_ceil(32) * panel.width <= panel.high.len(), "upper bits");
     }
-    accumulate(panel, params, x, out, out_stride);
 }
 
 /// Returns the fastest kernels that this CPU supports.
@@ -196,6 +258,8 @@ fn kernels() -> impl Iterator<Item = Kernels> {
         avx2::kernels(),
         #[cfg(target_arch = "x86_64")]
         avx512::kernels(),
+        #[cfg(target_arch = "x86_64")]
+        avx512::vnni_kernels(),
         #[cfg(all(target_arch = "aarch64", not(miri)))]
         Some(neon::KERNELS),
     ]

@@ -12,7 +12,8 @@ use std::arch::aarch64::{
 };
 
 /// Every 64-bit ARM CPU supports NEON.
-pub const KERNELS: Kernels = Kernels { name: "NEON", accumulate, widen: portable::widen };
+pub const KERNELS: Kernels =
+    Kernels { name: "NEON", accumulate, shared: None, widen: portable::widen };
 
 fn accumulate(
     panel: Panel<'_>,

@@ -5,7 +5,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 /// Runs on any CPU.
-pub const KERNELS: Kernels = Kernels { name: "portable", accumulate, widen };
+pub const KERNELS: Kernels = Kernels { name: "portable", accumulate, shared: None, widen };
 
 pub fn widen(src: &[f16], out: &mut [f32]) {
     src.convert_to_f32_slice(out);

@@ -24,8 +24,8 @@ impl<'a> TokenSelection<'a> {
         Self { kept: RemainingTokens { ids, origin }, separators, plan }
     }
 
-    /// Selects tokens of the part of the segment ending at `end` that `step` describes. Returns the
-    /// end of the next segment.
+    /// Selects tokens of one part of a segment. The segment ends at `end`; `step` has the size of
+    /// the part and the ratio to keep. Returns the end of the next segment.
     ///
     /// Positions are signed and, if negative, count from the end, as in the package. Texts shorter
     /// than a segment depend on it.
@@ -130,7 +130,8 @@ impl<'a> TokenSelection<'a> {
         at
     }
 
-    /// Keeps the pairs that separate contexts; of other consecutive separators only the first.
+    /// Keeps the pairs of separators between contexts. Of other consecutive separators it keeps the
+    /// first.
     fn keep_separators(&self, keep: &mut [bool], end: isize, tokens: isize) {
         let (Some(separators), Some(separator)) = (&self.separators, self.plan.separator) else {
             return;

@@ -90,8 +90,10 @@ impl Weights {
         file.read_exact(&mut header).map_err(|e| failed(&e))?;
         let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| failed(&e))?;
         if metadata.data_len() as u64 != data {
-            let promised = metadata.data_len();
-            return Err(failed(&format!("the header promises {promised} bytes, there are {data}")));
+            let described = metadata.data_len();
+            return Err(failed(&format!(
+                "the header describes {described} bytes, there are {data}"
+            )));
         }
         let start = 8 + length;
         let (path, device, read) = (path.into(), device.clone(), ReadTensors::default());
@@ -102,7 +104,7 @@ impl Weights {
     ///
     /// # Errors
     /// [`Error::Unsupported`] naming unread tensors that may change the encoder's output.
-    pub fn account(&self) -> Result<()> {
+    pub fn check_all_read(&self) -> Result<()> {
         let names = self.metadata.offset_keys();
         self.read.check_all_read(&self.path, names.iter().map(String::as_str), is_harmless)
     }

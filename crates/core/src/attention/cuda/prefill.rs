@@ -1,9 +1,10 @@
 //! Prefill attention (many queries per sequence): kernels/prefill.cu.
 
 use super::{aligned, strides};
-use crate::cuda::{Half, PrefillArgs, address};
+use crate::cuda::address;
 use crate::{AttentionShape, AttentionState, Mask, Result};
 use candle_core::{CudaDevice, DType, Tensor};
+use longctx_kernels::{Half, PrefillArgs, prefill};
 
 /// Attention of a varlen batch: q `[tokens, heads, head_dim]`, k and v `[tokens, kv_heads,
 /// head_dim]`. `lens` holds the cumulative lengths of queries and keys (cu_seqlens), u32.
@@ -51,6 +52,6 @@ pub fn attend(
     };
     // SAFETY: the tensors have the shapes and strides in `args`, the lengths match their tokens,
     // and the stream frees no memory before this launch has used it.
-    unsafe { crate::cuda::prefill(&device.cuda_stream(), half, d, &args) }?;
+    unsafe { prefill(&device.cuda_stream(), half, d, &args) }?;
     Ok(AttentionState { out, lse })
 }

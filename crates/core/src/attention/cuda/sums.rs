@@ -1,9 +1,10 @@
 //! Attention probabilities accumulated per entry: kernels/paged/sums.cuh.
 
-use crate::cuda::{Half, address, paged};
+use crate::cuda::address;
 use crate::{AttentionShape, AttentionSums, Batch, Error, Mask, Result};
 use candle_core::{CudaDevice, DType, Tensor};
 use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_kernels::{Half, paged};
 
 /// Returns the attention probability that each entry of each work item receives. There is a work
 /// item for each kv head of each sequence. `q` is contiguous and has the dtype of the keys.
@@ -56,8 +57,8 @@ pub fn sums_on_device(
     work.chunks(shape.kv_heads).map(of_seq).collect()
 }
 
-/// The same over the tokens of one call: keys `[tokens, kv_heads, head_dim]`. Returns `None` if no
-/// kernel supports the tensors.
+/// Returns the attention probability that each token of one call receives, with keys `[tokens,
+/// kv_heads, head_dim]`; `None` if no kernel supports the tensors.
 pub fn sums_of_call(
     batch: &Batch,
     k: &Tensor,

@@ -1,10 +1,11 @@
 //! Append: new tokens' keys and values are written to blocks.
 
 use super::{CudaPool, Sequence};
-use crate::cuda::{address, paged};
+use crate::cuda::address;
 use crate::{Batch, Result, Selection, SeqId};
 use candle_core::Tensor;
 use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
+use longctx_kernels::paged;
 
 /// The blocks that one kv head takes for the tokens of a call.
 struct NewBlocks {
@@ -167,6 +168,6 @@ impl CudaPool {
         };
         // SAFETY: the tables have room for the blocks, the blocks have room for the entries, the
         // tensors have the rows, and the stream frees no memory before this launch has used it.
-        unsafe { paged::append(&stream, &args, (rows.len(), longest)) }
+        Ok(unsafe { paged::append(&stream, &args, (rows.len(), longest)) }?)
     }
 }

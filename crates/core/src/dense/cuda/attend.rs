@@ -2,10 +2,11 @@
 //! kernels.
 
 use super::CudaPool;
-use crate::cuda::{PAGE, PrefillArgs, address, paged, prefill};
+use crate::cuda::address;
 use crate::{AttentionState, Batch, EntryRanges, Error, Mask, Result};
 use candle_core::{DType, Device, Tensor};
 use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
+use longctx_kernels::{PAGE, PrefillArgs, paged, prefill};
 
 /// The largest number of query heads per kv head times queries for the decode kernel. It reads the
 /// keys once for every few columns; beyond this number, tiles that share the keys are faster.

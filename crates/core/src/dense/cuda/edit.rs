@@ -1,10 +1,10 @@
 //! Fork, truncate, retain, remove and read.
 
 use super::{CudaPool, Sequence};
-use crate::cuda::{PAGE, paged};
 use crate::{Result, Selection, SeqId};
 use candle_core::{DType, Device, Tensor};
 use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
+use longctx_kernels::{PAGE, paged};
 
 /// The moves within a head when some of its entries are dropped.
 struct Moves {
@@ -151,7 +151,7 @@ impl CudaPool {
         let address = on_device.device_ptr(&stream).0;
         // SAFETY: the tables name blocks of the pool, the entries exist, and none moves to a later
         // index.
-        unsafe { paged::move_entries(&stream, self.shape.head_dim, address, rows.len()) }
+        Ok(unsafe { paged::move_entries(&stream, self.shape.head_dim, address, rows.len()) }?)
     }
 
     /// Returns one head's keys and values in f32.

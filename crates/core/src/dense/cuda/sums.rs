@@ -2,10 +2,11 @@
 
 use super::CudaPool;
 use crate::attention::sums_on_device;
-use crate::cuda::{PAGE, address, paged};
+use crate::cuda::address;
 use crate::{AttentionSums, Batch, Mask, Result};
 use candle_core::{DType, Tensor};
 use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_kernels::{PAGE, paged};
 
 impl CudaPool {
     pub fn attention_sums(

@@ -1,0 +1,1 @@
+//! Compiles its dependencies with candle 0.10.

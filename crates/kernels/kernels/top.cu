@@ -1,0 +1,157 @@
+// Scores the entries of kv heads, selects the best in order, and gathers what belongs to them.
+#include <cstddef>
+#include <cstdint>
+
+constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 256;
+
+// One kv head of a sequence. The score of an entry is the reduction of its column of `scores`, plus
+// its score in `previous`.
+struct TopRow {
+    const float* scores;        // [rows, len]
+    const float* previous;      // [scored], of the first entries
+    const uint32_t* positions;  // [placed], of the first entries; entry placed + i has next + i
+    float* all_scores;          // output: [len]
+    float* kept_scores;         // output: [count]
+    uint32_t* kept;             // output: [count], increasing
+    uint32_t* kept_positions;   // output: [count]
+    int rows, len, scored, placed;
+    uint32_t next;
+    int count;
+    int sinks, recent;  // first and last entries that always stay; their sum is at most `count`
+    int maximum;        // 1: the maximum of a column; 0: its mean
+    int unused;
+};
+
+struct TopArgs {
+    const TopRow* rows;
+};
+
+static_assert(sizeof(TopRow) == 96 && offsetof(TopRow, rows) == 56, "as in src/top.rs");
+static_assert(sizeof(TopArgs) == 8, "as in src/top.rs");
+
+// Returns a number that is larger for a better score, in the order of f32::total_cmp. NaN counts as
+// -inf.
+__device__ __forceinline__ uint32_t rank_of(float score) {
+    const uint32_t bits = __float_as_uint(isnan(score) ? -INFINITY : score);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// Returns the number of threads before this one whose flag is set. `total` is the number of all
+// such threads. All threads of the block call it.
+__device__ __forceinline__ int count_before(bool flag, int* warps, int& total) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint32_t votes = __ballot_sync(~0u, flag);
+    if (lane == 0) warps[warp] = __popc(votes);
+    __syncthreads();
+    int before = 0;
+    total = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) {
+        before += i < warp ? warps[i] : 0;
+        total += warps[i];
+    }
+    __syncthreads();
+    return before + __popc(votes & ((1u << lane) - 1));
+}
+
+// Returns the rank of the `wanted`-th best entry of first..end: a radix selection, byte by byte
+// from the highest. `wanted` becomes the number of entries of this rank that are among the best.
+__device__ uint32_t last_rank(const float* scores, int first, int end, int& wanted) {
+    __shared__ int bins[BINS];
+    __shared__ int found, left;
+    uint32_t rank = 0, mask = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        if (threadIdx.x < BINS) bins[threadIdx.x] = 0;
+        __syncthreads();
+        for (int i = first + threadIdx.x; i < end; i += THREADS) {
+            const uint32_t own = rank_of(scores[i]);
+            if ((own & mask) == rank) atomicAdd(&bins[own >> shift & (BINS - 1)], 1);
+        }
+        __syncthreads();
+        // bins[i]: the number of entries in bin i and the bins above.
+        for (int step = 1; step < BINS; step *= 2) {
+            const int above = threadIdx.x + step < BINS ? bins[threadIdx.x + step] : 0;
+            __syncthreads();
+            if (threadIdx.x < BINS) bins[threadIdx.x] += above;
+            __syncthreads();
+        }
+        if (threadIdx.x < BINS) {
+            const int above = threadIdx.x + 1 < BINS ? bins[threadIdx.x + 1] : 0;
+            if (bins[threadIdx.x] >= wanted && above < wanted) {
+                found = threadIdx.x;
+                left = wanted - above;
+            }
+        }
+        __syncthreads();
+        rank |= uint32_t(found) << shift;
+        mask |= uint32_t(BINS - 1) << shift;
+        wanted = left;
+        __syncthreads();
+    }
+    return rank;
+}
+
+// Returns the newest of the worst entries of first..end.
+__device__ int worst_entry(const float* scores, int first, int end) {
+    __shared__ unsigned long long worst;
+    if (threadIdx.x == 0) worst = ~0ull;
+    __syncthreads();
+    unsigned long long own = ~0ull;
+    for (int i = first + threadIdx.x; i < end; i += THREADS)
+        own = min(own, (unsigned long long)rank_of(scores[i]) << 32 | uint32_t(~i));
+    for (int lanes = 16; lanes > 0; lanes /= 2) own = min(own, __shfl_xor_sync(~0u, own, lanes));
+    if (threadIdx.x % 32 == 0) atomicMin(&worst, own);
+    __syncthreads();
+    return int(~uint32_t(worst));
+}
+
+__device__ float score_of(const TopRow& row, int i) {
+    float score = row.scores[i];
+    for (int r = 1; r < row.rows; r++) {
+        const float other = row.scores[r * (long long)row.len + i];
+        score = row.maximum ? fmaxf(score, other) : score + other;
+    }
+    if (row.rows > 1 && !row.maximum) score /= row.rows;
+    return i < row.scored ? row.previous[i] + score : score;
+}
+
+__device__ __forceinline__ void keep_entry(const TopRow& row, int i, int place) {
+    row.kept[place] = i;
+    row.kept_scores[place] = row.all_scores[i];
+    row.kept_positions[place] = i < row.placed ? row.positions[i] : row.next + (i - row.placed);
+}
+
+// Grid: one thread block for each row.
+extern "C" __global__ void __launch_bounds__(THREADS) top(const TopArgs a) {
+    __shared__ int warps[WARPS];
+    const TopRow& row = a.rows[blockIdx.x];
+    const float* scores = row.all_scores;
+    for (int i = threadIdx.x; i < row.len; i += THREADS) row.all_scores[i] = score_of(row, i);
+    __syncthreads();
+    const int end = row.len - row.recent;
+    if (row.count + 1 >= row.len) {
+        // A decoded token: one entry is dropped at most.
+        const int dropped = row.count < row.len ? worst_entry(scores, row.sinks, end) : row.len;
+        for (int i = threadIdx.x; i < row.len; i += THREADS)
+            if (i != dropped) keep_entry(row, i, i - (i > dropped));
+        return;
+    }
+    int wanted = row.count - row.sinks - row.recent;
+    const bool any = wanted > 0;
+    const uint32_t rank = any ? last_rank(scores, row.sinks, end, wanted) : 0;
+    int equal = 0, kept = 0;
+    for (int start = 0; start < row.len; start += THREADS) {
+        const int i = start + threadIdx.x;
+        const bool inside = i < row.len, middle = inside && i >= row.sinks && i < end;
+        const uint32_t own = middle && any ? rank_of(scores[i]) : 0;
+        const bool ties = middle && any && own == rank;
+        int total;
+        // Of equal scores, the older entries stay.
+        const bool early = equal + count_before(ties, warps, total) < wanted;
+        equal += total;
+        const bool keep = inside && (!middle || (any && (own > rank || (ties && early))));
+        const int place = kept + count_before(keep, warps, total);
+        if (keep) keep_entry(row, i, place);
+        kept += total;
+    }
+}

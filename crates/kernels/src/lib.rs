@@ -1,0 +1,19 @@
+#![doc = include_str!("../README.md")]
+#![cfg(feature = "cuda")]
+#![allow(unsafe_code)]
+
+mod matvec;
+pub mod paged;
+mod prefill;
+mod rms_norm;
+mod rope;
+mod silu_mul;
+mod top;
+
+pub use longctx_cuda::{self, Error, Result};
+pub use matvec::{MAX_ROWS, MatVecArgs, matvec};
+pub use prefill::{Half, PAGE, PrefillArgs, has_prefill, prefill};
+pub use rms_norm::{RmsNormArgs, rms_norm};
+pub use rope::{RopeArgs, rope};
+pub use silu_mul::{SiluMulArgs, silu_mul};
+pub use top::{TopRow, top};

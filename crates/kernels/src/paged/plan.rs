@@ -1,0 +1,118 @@
+//! Splits attention over the device's thread blocks. The plan is made on the host, from lengths
+//! known there.
+
+use super::{AttendJoin, AttendWork};
+use crate::PAGE;
+
+/// The lists of a launch of [`attend`](super::attend).
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Plan {
+    /// The work items, largest first.
+    pub work: Vec<AttendWork>,
+    /// The partial results to merge.
+    pub joins: Vec<AttendJoin>,
+    /// Number of partial results.
+    pub parts: usize,
+}
+
+impl Plan {
+    /// Splits the entries of all kv heads evenly over the `slots` thread blocks that the device
+    /// [runs concurrently](super::attend_slots), so that one long sequence among short ones does
+    /// not dominate the time.
+    ///
+    /// `heads` has one work item for each kv head of each sequence, over all its entries and
+    /// without columns. The plan has at most `slots` items plus one for each kv head and `columns`
+    /// columns.
+    pub fn new(heads: &[AttendWork], heads_per_kv: usize, columns: usize, slots: usize) -> Self {
+        let pages = |work: &AttendWork| ((work.to - work.from).max(0) as usize).div_ceil(PAGE);
+        let mut rows = Vec::new();
+        for head in heads {
+            let all = heads_per_kv * head.queries as usize;
+            let first = (0..all).step_by(columns);
+            rows.extend(first.map(|first| AttendWork { first_column: first as i32, ..*head }));
+        }
+        let total: usize = rows.iter().map(pages).sum();
+        let mut plan = Self::default();
+        for row in rows {
+            let pages = pages(&row);
+            // Rounds to the nearest: 1.5 shares take one block twice as long.
+            let splits = (pages * slots + total / 2) / total.max(1);
+            let splits = splits.clamp(1, pages.max(1));
+            plan.joins.push(AttendJoin {
+                first_part: plan.parts as i32,
+                parts: splits as i32,
+                kv_head: row.kv_head,
+                queries: row.queries,
+                first_token: row.first_token,
+                first_column: row.first_column,
+            });
+            let at = |page: usize| (row.from + (page * PAGE) as i32).min(row.to);
+            plan.work.extend((0..splits).map(|part| AttendWork {
+                from: at(pages * part / splits),
+                to: at(pages * (part + 1) / splits),
+                part: (plan.parts + part) as i32,
+                ..row
+            }));
+            plan.parts += splits;
+        }
+        plan.work.sort_by_key(|work| std::cmp::Reverse(work.to - work.from));
+        plan
+    }
+
+    /// Pads the lists to `work` items and `joins` joins, for a launch captured with these lengths.
+    #[must_use]
+    pub fn padded(mut self, work: usize, joins: usize) -> Self {
+        self.work.resize(work.max(self.work.len()), AttendWork::default());
+        self.joins.resize(joins.max(self.joins.len()), AttendJoin::default());
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(len: i32) -> AttendWork {
+        AttendWork { len, to: len, queries: 1, ..AttendWork::default() }
+    }
+
+    /// Checks that every entry of every kv head is read once, for all columns.
+    fn check(heads: &[AttendWork], plan: &Plan, blocks: usize) {
+        let read: i32 = plan.work.iter().map(|work| work.to - work.from).sum();
+        let all: i32 = heads.iter().map(|head| head.to - head.from).sum();
+        assert_eq!(read, all * blocks as i32);
+        let mut parts: Vec<_> = plan.work.iter().map(|work| work.part as usize).collect();
+        parts.sort_unstable();
+        assert!(parts.into_iter().eq(0..plan.parts));
+        let joined: i32 = plan.joins.iter().map(|join| join.parts).sum();
+        assert_eq!(joined as usize, plan.parts);
+    }
+
+    #[test]
+    fn a_long_sequence_does_not_wait() {
+        let mut heads = vec![head(2048); 31 * 8];
+        heads.splice(80..80, vec![head(131_072); 8]);
+        let plan = Plan::new(&heads, 4, 4, 528);
+        check(&heads, &plan, 1);
+        let longest = plan.work.iter().map(|work| work.to - work.from).max().unwrap();
+        assert!(longest <= 2 * (31 * 8 * 2048 + 8 * 131_072) / 528, "{longest}");
+    }
+
+    #[test]
+    fn equal_heads_fill_the_device() {
+        for rows in [1, 8, 64, 100, 1000] {
+            let heads = vec![head(32_000); rows];
+            let plan = Plan::new(&heads, 8, 4, 264);
+            check(&heads, &plan, 2);
+            assert!(plan.work.len() <= 264 + 2 * rows, "{}", plan.work.len());
+        }
+    }
+
+    #[test]
+    fn heads_without_entries_have_a_part() {
+        let plan = Plan::new(&[head(0)], 1, 1, 264);
+        assert_eq!((plan.work.len(), plan.parts), (1, 1));
+        let plan = plan.padded(3, 2);
+        assert_eq!((plan.work.len(), plan.work[2].queries, plan.joins.len()), (3, 0, 2));
+    }
+}

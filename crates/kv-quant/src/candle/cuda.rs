@@ -1,0 +1,19 @@
+//! Packed keys and values of many sequences on candle's CUDA device, by the kernels of
+//! [`crate::cuda`].
+#![allow(unsafe_code)]
+
+mod attend;
+mod edit;
+mod fill;
+mod half;
+mod head;
+mod pool;
+mod read;
+mod records;
+mod select;
+mod status;
+mod sums;
+mod tensors;
+
+pub use half::CudaHalf;
+pub use pool::CudaPool;

@@ -1,0 +1,208 @@
+//! Fork, truncation, eviction and removal of sequences, as edits of block tables.
+
+use super::CudaPool;
+use super::head::{Cut, Head, Live};
+use crate::cuda::{CompactRow, TILE};
+use longctx_core::{Error, Result, Selection, SeqId};
+use longctx_cuda::cudarc::driver::DevicePtr;
+
+impl CudaPool {
+    /// Copies the tables and the ring; records are shared.
+    ///
+    /// Records whose values are not packed yet are shared too. Their keys are packed, so their
+    /// entries belong to the past of both sequences, and both will pack the same values.
+    pub fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        self.sequence(from)?;
+        self.synchronize()?;
+        self.check(from)?;
+        if self.contains(to) {
+            return Err(Error::mismatch("sequence to fork to", "a new one", to));
+        }
+        let bytes = self.sequence(from)?.ring_bytes();
+        self.check_room(bytes)?;
+        let number = self.status().begin();
+        let copy = self.sequence(from)?.fork(&self.stream(), number)?;
+        self.seqs.insert(to, copy);
+        Ok(())
+    }
+
+    pub fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        let heads = &self.sequence(seq)?.heads;
+        self.check(seq)?;
+        if let Some(short) = heads.iter().find(|head| head.len() < len) {
+            let expected = format!("at most the {} of its shortest head", short.len());
+            return Err(Error::mismatch("entries to leave", expected, len));
+        }
+        Ok(())
+    }
+
+    /// As [`Pool::truncate`](crate::Pool::truncate). If a record of keys along tokens is divided,
+    /// its entries return to the ring with their quantized values, in the ring's dtype. A record of
+    /// tokens that are packed one by one keeps its codes and gets holes.
+    pub fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.check_truncate(seq, len)?;
+        let (format, group) = (self.device_format, self.layout.group());
+        let cut = |head: &Head| {
+            let last = len.checked_sub(1).map(std::iter::once);
+            let slots = last.and_then(|last| head.live.slots_of(last).next());
+            let slots = slots.map_or(0, |slot| slot + 1);
+            (slots, head.cut(format, group, slots))
+        };
+        let cuts: Vec<_> = self.sequence(seq)?.heads.iter().map(cut).collect();
+        let unpack =
+            |(kv_head, (_, cut)): (usize, &(usize, Cut))| self.unpack_to_ring(seq, kv_head, cut);
+        let done = cuts.iter().enumerate().try_for_each(unpack);
+        let done = done.and_then(|()| {
+            let stays = |(head, (slots, cut)): (&Head, &(usize, Cut))| {
+                let live = |slot: &usize| head.live.contains(*slot);
+                Stays::new(cut.packed.keys, *slots, (cut.packed.keys..*slots).filter(live))
+            };
+            let stays = self.sequence(seq)?.heads.iter().zip(&cuts).map(stays).collect::<Vec<_>>();
+            self.close_rings(seq, &stays)?;
+            Ok(stays)
+        });
+        let stream = self.stream();
+        let Some(sequence) = self.seqs.get_mut(&seq) else { return Ok(()) };
+        let done = done.and_then(|stays| {
+            for ((head, (slots, cut)), stays) in sequence.heads.iter_mut().zip(cuts).zip(&stays) {
+                let keys = cut.packed.keys;
+                head.live = head.live.cut(&stream, keys, slots)?;
+                (head.slots, head.packed, head.ring_from) =
+                    (stays.end(), cut.packed, cut.ring_from);
+                head.table.retain(|place| place < keys / group);
+            }
+            Ok(())
+        });
+        if let Err(error) = &done {
+            sequence.poisoned = Some(error.to_string());
+        }
+        done
+    }
+
+    /// As [`Pool::retain`](crate::Pool::retain): an entry evicted from a record leaves a hole, a
+    /// record that contains only holes is freed, and entries in full precision are compacted.
+    /// Nothing is quantized again.
+    pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
+        let sequence = self.sequence(seq)?;
+        self.check(seq)?;
+        let slots_of = |(head, keep): (&Head, &Vec<u32>)| {
+            head.live.slots_of(keep.iter().map(|&entry| entry as usize)).collect::<Vec<_>>()
+        };
+        let slots: Vec<_> =
+            sequence.heads.iter().zip(keep.check(&self.lens(seq))?).map(slots_of).collect();
+        let stays = |(head, slots): (&Head, &Vec<usize>)| {
+            let packed = slots.partition_point(|&slot| slot < head.packed.keys);
+            Stays::new(head.packed.keys, head.slots, slots[packed..].iter().copied())
+        };
+        let stays: Vec<_> = sequence.heads.iter().zip(&slots).map(stays).collect();
+        let done = self.close_rings(seq, &stays).and_then(|()| {
+            let changed = (0..slots.len())
+                .filter(|&i| self.seqs[&seq].heads[i].len() != slots[i].len())
+                .collect::<Vec<_>>();
+            changed.into_iter().try_for_each(|i| self.drop_slots(seq, i, &slots[i], &stays[i]))
+        });
+        if let (Err(error), Some(sequence)) = (&done, self.seqs.get_mut(&seq)) {
+            sequence.poisoned = Some(error.to_string());
+        }
+        done
+    }
+
+    /// Updates a head after the eviction: its kept slots, and its ring, which has been compacted.
+    fn drop_slots(&mut self, seq: SeqId, i: usize, slots: &[usize], stays: &Stays) -> Result<()> {
+        let (stream, ring, group) = (self.stream(), self.ring_places(), self.layout.group());
+        let Some(sequence) = self.seqs.get_mut(&seq) else { return Ok(()) };
+        let head = &mut sequence.heads[i];
+        let packed = slots.partition_point(|&slot| slot < head.packed.keys);
+        let whole = head.packed.values / group;
+        let mut used = vec![false; whole];
+        for &slot in &slots[..packed] {
+            if let Some(used) = used.get_mut(slot / group) {
+                *used = true;
+            }
+        }
+        // Slots are renumbered by the slots of freed records before them.
+        let mut before = 0;
+        let moved: Vec<usize> = (0..=whole)
+            .map(|record| {
+                let moved = before;
+                before += group * usize::from(used.get(record) == Some(&false));
+                moved
+            })
+            .collect();
+        let gone = moved[whole];
+        head.table.retain(|place| used.get(place).copied().unwrap_or(true));
+        head.slots = stays.end() - gone;
+        head.packed.keys -= gone;
+        head.packed.values -= gone;
+        head.packed.tiles -= gone / TILE;
+        // Packed entries may no longer be in the ring as well.
+        head.ring_from = head.packed.values;
+        head.shift = (head.shift + gone) % ring;
+        let live = slots[..packed].iter().map(|&slot| slot - moved[(slot / group).min(whole)]);
+        head.live = Live::new(&stream, head.packed.keys, live)?;
+        if gone > 0 {
+            sequence.upload(&stream, i)?;
+        }
+        Ok(())
+    }
+
+    /// Compacts the kept slots of a sequence's rings.
+    fn close_rings(&self, seq: SeqId, stays: &[Stays]) -> Result<()> {
+        let (stream, sequence) = (self.stream(), self.sequence(seq)?);
+        let slots: Vec<u32> = stays.iter().flat_map(|stays| stays.moved.iter().copied()).collect();
+        if slots.is_empty() {
+            return Ok(());
+        }
+        let slots = stream.clone_htod(&slots)?;
+        let mut address = slots.device_ptr(&stream).0;
+        let mut rows = Vec::new();
+        for (kv_head, (stays, head)) in stays.iter().zip(&sequence.heads).enumerate() {
+            let at = sequence.addresses(&stream, self.ring_numbers()).of_head(kv_head);
+            let count = stays.moved.len();
+            rows.push(CompactRow {
+                ring_k: at.ring_k,
+                ring_v: at.ring_v,
+                slots: address,
+                count: count as i32,
+                first: stays.first as i32,
+                shift: head.shift as i32,
+                ring: self.ring_places() as i32,
+                pieces: (self.shape.head_dim / 8) as i32,
+                unused: 0,
+            });
+            address += 4 * count as u64;
+        }
+        let rows = stream.clone_htod(&rows)?;
+        // SAFETY: the slots are in the rings, and none moves to a later position.
+        unsafe {
+            self.kernels.compact_rings(&stream, rows.device_ptr(&stream).0, rows.len())?;
+        }
+        Ok(())
+    }
+
+    pub fn remove(&mut self, seq: SeqId) -> bool {
+        self.seqs.remove(&seq).is_some()
+    }
+}
+
+/// The kept slots of a range, which are compacted.
+struct Stays {
+    first: usize,
+    count: usize,
+    /// The slots, in order; empty if none moves.
+    moved: Vec<u32>,
+}
+
+impl Stays {
+    /// Keeps those of `first..end` that are in `slots`.
+    fn new(first: usize, end: usize, slots: impl Iterator<Item = usize>) -> Self {
+        let moved: Vec<u32> = slots.map(|slot| slot as u32).collect();
+        let count = moved.len();
+        Self { first, count, moved: if first + count == end { Vec::new() } else { moved } }
+    }
+
+    /// Returns the end of the range after compaction.
+    fn end(&self) -> usize {
+        self.first + self.count
+    }
+}

@@ -1,0 +1,390 @@
+//! Append: copies entries to the rings and packs them into records.
+
+use super::CudaPool;
+use super::head::Packed;
+use super::status::Status;
+use super::tensors::{address, kind};
+use crate::cuda::{FillArgs, FillRow, TILE};
+use candle_core::{DType, Tensor};
+use longctx_core::{AttentionState, Batch, Error, Mask, Result, Selection};
+use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
+
+/// An index that no entry and no record has.
+const NONE: i32 = i32::MAX;
+
+/// A call's keys and values in the pool's dtype, and the tokens that each head appends.
+struct New {
+    /// Keys, in rows of head_dim elements.
+    k: Tensor,
+    v: Tensor,
+    /// Number of rows from a head's token to its next.
+    stride: usize,
+    /// The first row that each head appends, `[sequences * kv_heads]`.
+    firsts: Vec<usize>,
+    /// Number of tokens that each head appends, `[sequences * kv_heads]`.
+    counts: Vec<usize>,
+}
+
+impl CudaPool {
+    /// Appends to every head of the batch's sequences, and packs the entries that the format does
+    /// not keep in full precision. After an error nothing has changed, or the batch's sequences are
+    /// poisoned.
+    pub fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.check_unseen(batch, k, v)?;
+        let new = self.all(batch, k, v)?;
+        self.append_new(batch, &new)
+    }
+
+    /// Appends to each head the tokens selected for it.
+    pub fn append_selected(
+        &mut self,
+        batch: &Batch,
+        k: &Tensor,
+        v: &Tensor,
+        tokens: &[Selection],
+    ) -> Result<()> {
+        self.check_unseen(batch, k, v)?;
+        let (kv_heads, mut rows) = (self.shape.kv_heads, Vec::new());
+        let (mut firsts, mut counts) = (Vec::new(), Vec::new());
+        for ((_, own), selection) in batch.iter().zip(tokens) {
+            let lists = selection.check(&vec![own.len(); kv_heads])?;
+            for (head, list) in lists.iter().enumerate() {
+                firsts.push(rows.len());
+                counts.push(list.len());
+                let row = |&token: &u32| ((own.start + token as usize) * kv_heads + head) as u32;
+                rows.extend(list.iter().map(row));
+            }
+        }
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let rows = Tensor::new(rows, k.device())?;
+        let dtype = self.dtype_of(k);
+        let gather = |x: &Tensor| -> Result<Tensor> {
+            let x = x.contiguous()?.reshape(((), self.shape.head_dim))?.index_select(&rows, 0)?;
+            self.fit(&x, dtype)
+        };
+        let (k, v) = (gather(k)?, gather(v)?);
+        self.append_new(batch, &New { k, v, stride: 1, firsts, counts })
+    }
+
+    fn append_new(&mut self, batch: &Batch, new: &New) -> Result<()> {
+        self.dtype = Some(new.k.dtype());
+        let begun = self.make_room(batch, &new.counts)?;
+        let done = if self.fits(batch, &new.counts) {
+            self.fill(batch, new).and_then(|()| self.pack(batch))
+        } else {
+            self.append_many(batch, new)
+        };
+        let done = done.and_then(|()| match new.counts.iter().any(|count| *count > 1) {
+            true => self.synchronize(),
+            false => Ok(()),
+        });
+        let checked = done.and_then(|()| batch.seqs().iter().try_for_each(|&seq| self.check(seq)));
+        if let Err(error) = &checked {
+            self.poison(batch, &begun, error);
+        }
+        checked
+    }
+
+    /// Appends tokens that [fit](Self::fits) to the rings, computes their causal attention in full
+    /// precision and over the held entries, and then packs them. Returns `None` and changes nothing
+    /// if they do not fit.
+    pub fn append_after_attention(
+        &mut self,
+        batch: &Batch,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<Option<AttentionState>> {
+        if !self.fits(batch, &self.counts(batch)) {
+            return Ok(None);
+        }
+        self.check_unseen(batch, k, v)?;
+        let new = self.all(batch, k, v)?;
+        self.shape.check_q(q)?;
+        self.dtype = Some(new.k.dtype());
+        let begun = self.make_room(batch, &new.counts)?;
+        let done = self.fill(batch, &new).and_then(|()| {
+            let state = self.attend(batch, q, Mask::Causal)?;
+            self.pack(batch)?;
+            Ok(Some(state))
+        });
+        if let Err(error) = &done {
+            self.poison(batch, &begun, error);
+        }
+        done
+    }
+
+    /// Returns whether the rings have room for the batch's tokens. Then attention can read the
+    /// tokens before they are packed.
+    fn fits(&self, batch: &Batch, counts: &[usize]) -> bool {
+        let (ring, kv_heads) = (self.ring_places(), self.shape.kv_heads);
+        batch.seqs().iter().zip(counts.chunks(kv_heads)).all(|(seq, counts)| {
+            let residual = |head: usize| {
+                self.seqs.get(seq).map_or(0, |sequence| sequence.heads[head].residual())
+            };
+            counts.iter().enumerate().all(|(head, count)| residual(head) + count <= ring)
+        })
+    }
+
+    fn check_unseen(&self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
+        let tokens = self.shape.check_kv(k, v)?;
+        if tokens != batch.tokens() {
+            return Err(Error::mismatch("tokens of k", batch.tokens(), tokens));
+        }
+        batch.seqs().iter().try_for_each(|&seq| self.check(seq))
+    }
+
+    /// Returns the dtype in which a call's entries are held.
+    fn dtype_of(&self, k: &Tensor) -> DType {
+        match self.dtype {
+            Some(dtype) if !self.seqs.is_empty() => dtype,
+            _ if k.dtype() == DType::BF16 => DType::BF16,
+            _ => DType::F16,
+        }
+    }
+
+    /// Returns all tokens of a call, for every head.
+    fn all(&self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<New> {
+        let (dtype, kv_heads) = (self.dtype_of(k), self.shape.kv_heads);
+        let of_seq = |(_, tokens): (u64, std::ops::Range<usize>)| {
+            (0..kv_heads).map(move |head| tokens.start * kv_heads + head)
+        };
+        Ok(New {
+            k: self.fit(k, dtype)?,
+            v: self.fit(v, dtype)?,
+            stride: kv_heads,
+            firsts: batch.iter().flat_map(of_seq).collect(),
+            counts: self.counts(batch),
+        })
+    }
+
+    fn fill(&mut self, batch: &Batch, new: &New) -> Result<()> {
+        let rows = self.rows(batch, Some(new), |_, _| {})?;
+        self.launch_fill(rows, new.stride, &[], Step::Rings)?;
+        self.advance(batch, &new.counts);
+        Ok(())
+    }
+
+    /// Counts a call's tokens.
+    fn advance(&mut self, batch: &Batch, counts: &[usize]) {
+        let (ring, mut counts) = (self.ring_places(), counts.iter());
+        for seq in batch.seqs() {
+            for head in self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads) {
+                head.slots += counts.next().unwrap_or(&0);
+                head.ring_from = head.ring_from.max(head.slots.saturating_sub(ring));
+            }
+        }
+    }
+
+    /// Packs the entries of the rings that the format no longer keeps in full precision.
+    fn pack(&mut self, batch: &Batch) -> Result<()> {
+        let goals = self.goals(batch, None);
+        let fresh = self.take(batch, &goals)?;
+        let (mut goal, mut taken) = (goals.iter(), 0);
+        let (group, mut firsts) = (self.layout.group(), Vec::new());
+        let rows = self.rows(batch, None, |head, row| {
+            let Some(goal) = goal.next() else { return };
+            set_packing(row, head.packed, *goal, group);
+            row.round = (goal.keys > goal.values) as i32;
+            firsts.push(taken);
+            taken += row.key_records as usize;
+        })?;
+        let mut rows = place_fresh(rows, &firsts);
+        rows.retain(|row| row.key_records + row.value_tiles > 0);
+        self.launch_fill(rows, 0, &fresh, Step::Records)?;
+        self.note(batch, &goals);
+        Ok(())
+    }
+
+    /// Appends more tokens than fit in the rings: packs them from the call's tensors, and copies
+    /// the newest to the rings.
+    fn append_many(&mut self, batch: &Batch, new: &New) -> Result<()> {
+        let goals = self.goals(batch, Some(&new.counts));
+        let fresh = self.take(batch, &goals)?;
+        let (group, ring) = (self.layout.group(), self.ring_places());
+        let (mut goal, mut taken, mut firsts) = (goals.iter(), 0, Vec::new());
+        let rows = self.rows(batch, Some(new), |head, row| {
+            let Some(goal) = goal.next() else { return };
+            set_packing(row, head.packed, *goal, group);
+            row.move_from = row.move_from.max(row.move_to - ring as i32);
+            firsts.push(taken);
+            taken += row.key_records as usize;
+        })?;
+        let rows = self.launch_fill(
+            place_fresh(rows, &firsts),
+            new.stride,
+            &fresh,
+            Step::RecordsThenRings,
+        )?;
+        // Keys that are packed before their values are in the ring with their quantized values.
+        let mut goal = goals.iter();
+        let ahead = rows.into_iter().map(|row| {
+            let Some(goal) = goal.next() else { return row };
+            let first = (goal.values / group).max(row.key_record as usize);
+            let end = if goal.keys > goal.values { goal.keys / group } else { first };
+            FillRow {
+                first_new: NONE,
+                fresh_record: NONE,
+                key_record: first as i32,
+                key_records: end.saturating_sub(first) as i32,
+                value_tiles: 0,
+                round: 1,
+                ..row
+            }
+        });
+        self.launch_fill(ahead.collect(), 0, &[], Step::Records)?;
+        self.advance(batch, &new.counts);
+        self.note(batch, &goals);
+        Ok(())
+    }
+
+    /// Returns how far each head is to be packed, with `more` further tokens per head if given.
+    fn goals(&self, batch: &Batch, more: Option<&[usize]>) -> Vec<Packed> {
+        let heads = batch.seqs().iter().filter_map(|seq| self.seqs.get(seq));
+        let heads = heads.flat_map(|sequence| &sequence.heads).enumerate();
+        let of = |(i, head): (usize, &super::head::Head)| {
+            head.packed_at(self.device_format, head.slots + more.map_or(0, |more| more[i]))
+        };
+        heads.map(of).collect()
+    }
+
+    /// Takes the records that the goals need. Returns their addresses.
+    fn take(&mut self, batch: &Batch, goals: &[Packed]) -> Result<Vec<u64>> {
+        let (group, mut goals, mut fresh) = (self.layout.group(), goals.iter(), Vec::new());
+        for seq in batch.seqs() {
+            for head in self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads) {
+                let (held, goal) = (head.table.numbers().len(), goals.next());
+                let goal = goal.map_or(held, |goal| goal.keys / group);
+                head.table.take(goal - held)?;
+                fresh.extend(head.table.addresses(held));
+            }
+        }
+        Ok(fresh)
+    }
+
+    fn note(&mut self, batch: &Batch, goals: &[Packed]) {
+        let mut goals = goals.iter();
+        for seq in batch.seqs() {
+            for head in self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads) {
+                head.packed = goals.next().copied().unwrap_or(head.packed);
+            }
+        }
+    }
+
+    /// Returns a row per kv head of the batch's sequences, which copies the call's tokens to the
+    /// ring. All sequences exist.
+    fn rows(
+        &self,
+        batch: &Batch,
+        new: Option<&New>,
+        mut more: impl FnMut(&super::head::Head, &mut FillRow),
+    ) -> Result<Vec<FillRow>> {
+        let (stream, d, kv_heads) = (self.stream(), self.shape.head_dim, self.shape.kv_heads);
+        let starts = match new {
+            Some(new) => Some((address(&new.k)?, address(&new.v)?, new)),
+            None => None,
+        };
+        let mut rows = Vec::with_capacity(batch.seqs().len() * kv_heads);
+        for seq in batch.seqs() {
+            let Some(sequence) = self.seqs.get(seq) else { continue };
+            let all = sequence.addresses(&stream, self.ring_numbers());
+            for (kv_head, head) in sequence.heads.iter().enumerate() {
+                let at = all.of_head(kv_head);
+                let mut row = FillRow {
+                    ring_k: at.ring_k,
+                    ring_v: at.ring_v,
+                    table: at.table,
+                    status: self.status().address(sequence.number),
+                    tag: Status::tag(sequence.number, kv_head),
+                    first_new: NONE,
+                    shift: head.shift as i32,
+                    fresh_record: NONE,
+                    ..FillRow::default()
+                };
+                if let Some((k, v, new)) = starts {
+                    let (i, slots) = (rows.len(), head.slots as i32);
+                    let offset = 2 * (new.firsts[i] * d) as u64;
+                    (row.new_k, row.new_v) = (k + offset, v + offset);
+                    (row.first_new, row.move_from) = (slots, slots);
+                    row.move_to = slots + new.counts[i] as i32;
+                }
+                more(head, &mut row);
+                rows.push(row);
+            }
+        }
+        Ok(rows)
+    }
+
+    /// Launches a step's kernels for all rows. `stride` is the number of rows of the call's tensors
+    /// from a head's token to its next. `fresh` has the addresses of all new records; the rows
+    /// contain offsets into it.
+    fn launch_fill(
+        &self,
+        mut rows: Vec<FillRow>,
+        stride: usize,
+        fresh: &[u64],
+        step: Step,
+    ) -> Result<Vec<FillRow>> {
+        let most = |of: fn(&FillRow) -> i32| rows.iter().map(of).max().unwrap_or(0).max(0) as usize;
+        let (records, tiles) = (most(|row| row.key_records), most(|row| row.value_tiles));
+        let entries = most(|row| row.move_to - row.move_from);
+        let packs = step != Step::Rings && records + tiles > 0;
+        let moves = step != Step::Records && entries > 0;
+        if !packs && !moves {
+            return Ok(rows);
+        }
+        let stream = self.stream();
+        let mut upload = Upload::default();
+        upload.push(fresh);
+        let fresh = upload.copy(&stream)?;
+        let base = fresh.as_ref().map_or(0, |fresh| fresh.device_ptr(&stream).0);
+        rows.iter_mut().for_each(|row| row.fresh += base);
+        let mut upload = Upload::default();
+        upload.push(&rows);
+        let on_device = upload.copy(&stream)?;
+        let args = FillArgs {
+            rows: on_device.as_ref().map_or(0, |rows| rows.device_ptr(&stream).0),
+            stride: (stride * self.shape.head_dim) as i64,
+            ring: self.ring_places() as i32,
+            kind: kind(self.dtype.unwrap_or(DType::F16)),
+            ..FillArgs::default()
+        };
+        // SAFETY: the rows' tensors, rings and tables have room for their entries and records, and
+        // a stream runs its operations in order.
+        unsafe {
+            if packs {
+                self.kernels.pack(&stream, &args, (rows.len(), records, tiles))?;
+            }
+            if moves {
+                self.kernels.fill_rings(&stream, &args, (rows.len(), entries))?;
+            }
+        }
+        Ok(rows)
+    }
+}
+
+/// The kernels to launch.
+#[derive(Clone, Copy, PartialEq)]
+enum Step {
+    Rings,
+    Records,
+    RecordsThenRings,
+}
+
+/// Sets the byte offsets of the rows' first new records.
+fn place_fresh(mut rows: Vec<FillRow>, firsts: &[usize]) -> Vec<FillRow> {
+    rows.iter_mut().zip(firsts).for_each(|(row, first)| row.fresh = 8 * *first as u64);
+    rows
+}
+
+/// Packs the entries between `from` and `goal`.
+fn set_packing(row: &mut FillRow, from: Packed, goal: Packed, group: usize) {
+    row.fresh_record = (from.keys / group) as i32;
+    row.key_record = row.fresh_record;
+    row.key_records = ((goal.keys - from.keys) / group) as i32;
+    row.value_tile = from.tiles as i32;
+    row.value_tiles = (goal.tiles - from.tiles) as i32;
+    debug_assert!(goal.tiles * TILE <= goal.keys);
+}
