@@ -1,7 +1,7 @@
 //! Runs a part of the benchmarks that needs neither a model nor a GPU, and prints ratios to other
 //! implementations.
 //!
-//!     cargo run --release -p longctx-benches --bin quick
+//!     cargo bench -p longctx-benches --bench quick
 
 use std::env;
 use std::fs::File;
