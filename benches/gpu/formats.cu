@@ -4,6 +4,9 @@
 //     compile="nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels benches/gpu/formats.cu"
 //     $compile -DHEAD_DIM=128 -o check && ./check check
 //     $compile -DTIMES -o times && ./times time ordered
+//     $compile -DHEAD_DIM=128 -DPACKING -o packing && ./packing check && ./packing time ordered
+//
+// With PACKING, packing alone is checked and timed.
 //
 // The reference rotates by the definition of the matrix, quantizes each token or tile separately in
 // f64, rotates back, and computes softmax attention in f64.
@@ -153,7 +156,7 @@ void plain_side(const void* x, float* y, int rows, int tokens, int packed, int d
 // ---- Checks ----
 
 template <class L>
-__global__ void __launch_bounds__(TOKEN_THREADS) tokens_kernel(const FillArgs args) {
+__global__ void __launch_bounds__(token_threads<L>(), token_blocks<L>()) tokens_kernel(const FillArgs args) {
     quantize_tokens<L>(args);
 }
 
@@ -172,7 +175,7 @@ Config format(std::string name, std::vector<Variant> attend, int rotated = 0, bo
         c.quantize = balance_kernel<L>, c.quantize_threads = balance_threads<L>(), c.quantize_shared = balance_shared<L>(), c.k_parts = 1;
         OK(cudaFuncSetAttribute(c.quantize, cudaFuncAttributeMaxDynamicSharedMemorySize, c.quantize_shared));
     } else {
-        c.quantize = tokens_kernel<L>, c.quantize_threads = TOKEN_THREADS, c.quantize_shared = 0, c.k_parts = L::TILES;
+        c.quantize = tokens_kernel<L>, c.quantize_threads = token_threads<L>(), c.quantize_shared = 0, c.k_parts = L::TILES;
     }
     c.rotated = rotated, c.f16_steps = f16_steps, c.limit = 2e-2;
     if (K::PARAMS == Params::NONE) c.key_scale = 0.0173f;
@@ -186,6 +189,9 @@ Config format(std::string name, std::vector<Variant> attend, int rotated = 0, bo
 
 template <class L>
 std::vector<Variant> usual() {
+#ifdef PACKING
+    return {};
+#endif
     return {variant<L, 1, attend_warps<L>(), attend_stages<L>()>()};
 }
 
@@ -229,7 +235,11 @@ int main(int count, char** words) {
     std::string what = count > 1 ? words[1] : "check";
     OK(cudaSetDevice(0));
     auto all = everything();
+#ifdef PACKING
+    if (what == "check" || what == "small") check_packing(all, what == "small");
+#else
     if (what == "check" || what == "small") check_all(all, what == "small", false);
+#endif
     if (what == "time") {
         disorder = count < 3 || strcmp(words[2], "ordered");
         copy_gbs = copy_bandwidth();

@@ -3,6 +3,9 @@
 //     compile="nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels benches/gpu/harness.cu"
 //     $compile -DHEAD_DIM=128 -o check && ./check check
 //     $compile -DTIMES -o times && ./times time
+//     $compile -DHEAD_DIM=128 -DPACKING -o packing && ./packing check && ./packing time ordered
+//
+// With PACKING, packing alone is checked and timed.
 //
 // `small` instead of `check` runs only short lengths, for compute-sanitizer. Records are in random
 // order; with `time ordered` they are consecutive.
@@ -70,8 +73,10 @@ Config kivi(std::vector<Variant> attend) {
 
 template <int B, int G, int D>
 Config checked() {
-    constexpr int S = B == 8 || D == 256 ? 3 : 4;
-#if WIDE
+    [[maybe_unused]] constexpr int S = B == 8 || D == 256 ? 3 : 4;
+#ifdef PACKING
+    return kivi<B, G, D>({});
+#elif WIDE
     return kivi<B, G, D>({variant<Kivi<B, G, D>, 1, 4, S>(), variant<Kivi<B, G, D>, 2, 4, S>()});
 #else
     return kivi<B, G, D>({variant<Kivi<B, G, D>, 1, 4, S>()});
@@ -95,8 +100,21 @@ int main(int count, char** words) {
     std::string what = count > 1 ? words[1] : "check";
     OK(cudaSetDevice(0));
     if (what == "check" || what == "small") {
+#ifdef PACKING
+        check_packing(everything(), what == "small");
+#else
         check_all(everything(), what == "small", true);
+#endif
     }
+#ifdef PACKING
+    if (what == "time") {
+        disorder = count < 3 || strcmp(words[2], "ordered");
+        copy_gbs = copy_bandwidth();
+        printf("copy: %.0f GB/s\n", copy_gbs);
+        for (auto& c : everything())
+            for (int kind : {0, 1}) time_quantize(c, 8, 131072, kind);
+    }
+#endif
 #ifdef TIMES
     if (what == "time") {
         disorder = count < 3 || strcmp(words[2], "ordered");

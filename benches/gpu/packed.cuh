@@ -217,21 +217,33 @@ void scatter(const Config& c, i64 rows, i64 records) {
     OK(cudaMemcpy(table.take(addresses.size()), addresses.data(), addresses.size() * 8, cudaMemcpyHostToDevice));
 }
 
+// Copies the first `count` entries of rows of `pitch` entries of d numbers to rings of `ring` entries.
+__global__ void to_rings(const __half* x, __half* rings, int pitch, int count, int d, int ring, int shift) {
+    for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < (i64)count * d; i += (i64)gridDim.x * blockDim.x)
+        rings[(blockIdx.y * (i64)ring + (i / d + shift) % ring) * d + i % d] = x[(i64)blockIdx.y * pitch * d + i];
+}
+
 // Returns a function that packs rows of `pitch` entries into the records of the table's rows from
-// `first` on.
+// `first` on. The first `in_ring` entries are read from rings.
 std::function<void()> quantizer(const Config& c, const __half* k, const __half* v, i64 first, i64 records, int rows, int pitch, int packed_k, int tiles_v,
-                                int kind) {
+                                int kind, int in_ring = 0) {
+    const int ring = in_ring + 3, shift = 7;
+    if (in_ring) {
+        i64 n = (i64)rows * ring * c.d;
+        to_rings<<<dim3(64, rows), 256>>>(k, ring_k.take(n), pitch, in_ring, c.d, ring, shift), to_rings<<<dim3(64, rows), 256>>>(v, ring_v.take(n), pitch, in_ring, c.d, ring, shift);
+    }
     std::vector<FillRow> list(rows);
     for (int r = 0; r < rows; r++) {
         FillRow& row = list[r];
         row = {};
-        row.new_k = k + (i64)r * pitch * c.d, row.new_v = v + (i64)r * pitch * c.d;
+        row.new_k = k + ((i64)r * pitch + in_ring) * c.d, row.new_v = v + ((i64)r * pitch + in_ring) * c.d;
+        row.ring_k = ring_k.p + (i64)r * ring * c.d, row.ring_v = ring_v.p + (i64)r * ring * c.d, row.first_new = in_ring, row.shift = shift;
         row.table = table.p + (first + r) * records, row.status = counters.take(8);
         row.fresh_record = INT_MAX, row.key_records = packed_k / c.group, row.value_tiles = tiles_v;
     }
     OK(cudaMemcpy(fill_rows.take(rows), list.data(), rows * sizeof(FillRow), cudaMemcpyHostToDevice));
     dim3 grid(std::max(packed_k / c.group * c.k_parts, tiles_v), rows, 2);
-    FillArgs args{fill_rows.p, c.d, 1, kind, c.d / 8, c.rotated, c.f16_steps, c.key_scale, c.value_scale, 0};
+    FillArgs args{fill_rows.p, c.d, ring, kind, c.d / 8, c.rotated, c.f16_steps, c.key_scale, c.value_scale, 0};
     return [=, &c] {
         if (grid.x) c.quantize<<<grid, c.quantize_threads, c.quantize_shared>>>(args);
         OK(cudaGetLastError());
@@ -511,6 +523,45 @@ void time_quantize(const Config& c, int rows, int t, int kind) {
     double ms = median_ms(50, [&](int) { pack(); });
     double gbs = (n * 4. + rows * records * c.record) / ms * 1e-6;
     printf("quantize %-12s g%d d%d rows %d tokens %d kind %d | %8.4f ms %6.0f GB/s %5.1f%%\n", c.name.c_str(), c.group, c.d, rows, t, kind, ms, gbs, 100 * gbs / copy_gbs);
+}
+
+// Checks packing alone: compares unpacked numbers with the plain quantizer's. Prints a hash of all
+// records, by which two versions of the kernels can be compared.
+void check_packing(const std::vector<Config>& all, bool small) {
+    for (auto& c : all) {
+        double worst = 0;
+        unsigned long long hash = 14695981039346656037ull;
+        std::vector<unsigned char> bytes;
+        for (int t : small ? std::vector<int>{300} : std::vector<int>{128, 300, 4096, 20000})
+            for (int kind = 0; kind < 2; kind++)
+                for (int in_ring : {0, t / 3}) {
+                    const int rows = 3, d = c.d, packed_len = t / c.group * c.group;
+                    const i64 n = (i64)rows * t * d, records = t / c.group;
+                    fill<<<1024, 256>>>(raw_k.take(n), n, d, 2.f, kind, 1000000007ull * t), fill<<<1024, 256>>>(raw_v.take(n), n, d, .3f, kind, 77ull * t + (1ull << 40));
+                    scatter(c, rows, records);
+                    OK(cudaMemset(packed.p, 0xa5, rows * records * c.record)), OK(cudaMemset(counters.take(8), 0, 64));
+                    quantizer(c, raw_k.p, raw_v.p, 0, records, rows, t, packed_len, packed_len / 32, kind, in_ring)();
+                    c.plain(raw_k.p, raw_v.p, ref_k.take(n), ref_v.take(n), rows, t, packed_len, packed_len, kind);
+                    got_k.take(n), got_v.take(n);
+                    for (int row = 0; row < rows; row++) {
+                        i64 at = (i64)row * t * d;
+                        c.unpack<<<(packed_len + 7) / 8, 256>>>(UnpackArgs{table.p + row * records, got_k.p + at, got_v.p + at, 0, packed_len, 0, 0, 2, c.rotated, c.key_scale, c.value_scale});
+                    }
+                    double* off = (double*)counters.p + 1;
+                    compare<<<256, 256>>>(got_k.p, ref_k.p, rows, t, packed_len, d, off), compare<<<256, 256>>>(got_v.p, ref_v.p, rows, t, packed_len, d, off + 2);
+                    unsigned long long bad = 0;
+                    double sums[4];
+                    OK(cudaMemcpy(&bad, counters.p, 8, cudaMemcpyDeviceToHost)), OK(cudaMemcpy(sums, counters.p + 1, 32, cudaMemcpyDeviceToHost));
+                    double keys = sqrt(sums[0] / sums[1]), values = sqrt(sums[2] / sums[3]);  // NaN if nothing was written
+                    if (bad || !(keys <= c.limit) || !(values <= c.limit))
+                        printf("WRONG %s d %d: tokens %d kind %d in ring %d: status %llx, keys %.2e, values %.2e\n", c.name.c_str(), d, t, kind, in_ring, bad, keys, values);
+                    worst = std::max({worst, keys, values});
+                    bytes.resize(rows * records * c.record);
+                    OK(cudaMemcpy(bytes.data(), packed.p, bytes.size(), cudaMemcpyDeviceToHost));
+                    for (unsigned char b : bytes) hash = (hash ^ b) * 1099511628211ull;
+                }
+        printf("packing %-12s group %3d d %3d: worst difference %.2e, hash %016llx\n", c.name.c_str(), c.group, c.d, worst, hash);
+    }
 }
 
 // Checks all kernels in many shapes; `small`: only short ones.

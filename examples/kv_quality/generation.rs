@@ -12,13 +12,13 @@ use base_models::Pretrained;
 use candle_core::{D, DType, Tensor};
 use candle_nn::ops::log_softmax;
 use longctx_core::{Batch, CausalLm, Logits};
-use longctx_examples::methods::Method;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::bootstrap::interval;
 use crate::lacks_kernels;
 use crate::size::Size;
+use crate::subject::Subject;
 
 /// The measurements of a method's continuations.
 struct Outcome {
@@ -33,7 +33,7 @@ struct Outcome {
 /// Prints a row for each method: the mean KL divergence in each quarter of the positions with its
 /// interval over resampled sequences, and the first disagreement.
 pub fn table(
-    methods: &[Method],
+    methods: &[Subject],
     reference: &str,
     llm: &Pretrained,
     prompts: &[Vec<u32>],
@@ -83,13 +83,13 @@ pub fn table(
 }
 
 fn run(
-    method: &Method,
+    method: &Subject,
     reference: &str,
     llm: &Pretrained,
     prompts: &[Vec<u32>],
     tokens: usize,
 ) -> Result<Outcome> {
-    let dense = Method::named(reference)?;
+    let dense = Subject::named(reference)?;
     let mut dense = llm.model.session(|spec| dense.cache(spec))?;
     let mut packed = llm.model.session(|spec| method.cache(spec))?;
     let seqs: Vec<u64> = (0..prompts.len() as u64).collect();

@@ -9,7 +9,8 @@
 //! decoding. All tokens are predicted except the first of a context.
 //!
 //! The second command measures the KL divergence from the dense model while the model continues
-//! prompts of the text.
+//! prompts of the text. `--scores` measures the errors of the scores of TurboQuant's keys, with and
+//! without the paper's residual bit; their names, such as `turboquant-keys-3-qjl`, are also methods.
 //!
 //! Bits per number and compression count all bytes that the sequences hold at the end. Methods are
 //! those of `examples/methods.rs`. `--device cuda` has kernels for most of them; the row of any
@@ -19,7 +20,9 @@ mod bootstrap;
 mod generation;
 mod plot;
 mod size;
+mod subject;
 mod teacher_forced;
+mod turboquant_keys;
 
 use std::path::PathBuf;
 
@@ -27,9 +30,9 @@ use anyhow::{Context, Result, ensure};
 use base_models::Pretrained;
 use clap::Parser;
 use longctx_eval::Haystack;
-use longctx_examples::methods::Method;
 use longctx_examples::model;
 use longctx_examples::place::Place;
+use subject::Subject;
 
 /// The method that the others are compared with.
 const REFERENCE: &str = "dense-f16";
@@ -103,8 +106,11 @@ struct Args {
     #[arg(long)]
     generate: Option<usize>,
     /// Names of methods; changes are relative to dense-f16 if it is the first
-    #[arg(long, value_delimiter = ',', default_values = METHODS, value_parser = Method::named)]
-    methods: Vec<Method>,
+    #[arg(long, value_delimiter = ',', default_values = METHODS, value_parser = Subject::named)]
+    methods: Vec<Subject>,
+    /// Measure the scores of TurboQuant's keys
+    #[arg(long, conflicts_with_all = ["generate", "methods"])]
+    scores: bool,
     /// Only plot the tables of perplexity in these files
     #[arg(long, value_delimiter = ',')]
     plot: Vec<PathBuf>,
@@ -128,6 +134,7 @@ fn main() -> Result<()> {
     let llm = Pretrained::open(&name, &args.place.transformer())?;
     let contexts = contexts(&args, &llm, context, count)?;
     match args.generate {
+        None if args.scores => turboquant_keys::table(&llm, &contexts, args.block),
         Some(tokens) => generation::table(&args.methods, REFERENCE, &llm, &contexts, tokens),
         None => teacher_forced::table(&args.methods, REFERENCE, &llm, &contexts, args.block),
     }

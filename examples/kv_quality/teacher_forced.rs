@@ -7,11 +7,11 @@ use base_models::Pretrained;
 use candle_core::{D, DType, Tensor};
 use candle_nn::ops::log_softmax;
 use longctx_core::{Batch, CausalLm, Logits};
-use longctx_examples::methods::Method;
 
 use crate::bootstrap::interval;
 use crate::lacks_kernels;
 use crate::size::Size;
+use crate::subject::Subject;
 
 /// A method's losses per context, and its size at the end.
 struct Outcome {
@@ -22,7 +22,7 @@ struct Outcome {
 
 /// Prints a row for each method. Changes are relative to `reference` if it is the first.
 pub fn table(
-    methods: &[Method],
+    methods: &[Subject],
     reference: &str,
     llm: &Pretrained,
     contexts: &[Vec<u32>],
@@ -68,7 +68,7 @@ fn change(losses: &[f64], dense: &[f64]) -> String {
 
 /// Runs the contexts as one batch, a few tokens at a time. Each block of tokens attends to the
 /// packed past.
-fn run(method: &Method, llm: &Pretrained, contexts: &[Vec<u32>], block: usize) -> Result<Outcome> {
+fn run(method: &Subject, llm: &Pretrained, contexts: &[Vec<u32>], block: usize) -> Result<Outcome> {
     let mut session = llm.model.session(|spec| method.cache(spec))?;
     let len = contexts[0].len();
     let mut losses = vec![0.0; contexts.len()];

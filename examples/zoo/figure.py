@@ -1,9 +1,11 @@
 """Draws the figures of the results as SVG.
 
-    python figure.py layers OUT.svg KNEE_LOG RETRIEVAL_LOG
+    python figure.py layers OUT.svg TASKS_LOG RETRIEVAL_LOG
+    python figure.py lengths OUT.svg TASKS_LOG
     python figure.py phases OUT.svg TASK DENSE_FOLDER NAME=FOLDER ...
 """
 
+import random
 import sys
 
 import phases
@@ -18,7 +20,7 @@ LAYERS = {
 
 
 def draw(path, categories, series, x_title):
-    """`series`: a name, and for each category a per cent value with its interval, or None."""
+    """`series`: a name, and for each category a per cent value, its interval and the seeds' values, or None."""
     plot_width, plot_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     y = lambda value: TOP + plot_height * (1 - value / 100)
     step = plot_width / len(categories)
@@ -37,40 +39,57 @@ def draw(path, categories, series, x_title):
         for i, value in enumerate(values):
             if value is None:
                 continue
-            middle, low, high = value
+            middle, low, high, *seeds = value
             x = LEFT + step * (i + 0.5) + shift
             parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}" stroke="{color}" stroke-width="2"/>')
             parts.append(f'<circle cx="{x:.1f}" cy="{y(middle):.1f}" r="4" fill="{color}"/>')
+            for seed in seeds:
+                parts.append(f'<circle cx="{x + 5:.1f}" cy="{y(seed):.1f}" r="2" fill="none" stroke="{color}"/>')
         at = TOP + 20 * n + 8
         parts.append(f'<circle cx="{LEFT + plot_width + 16}" cy="{at}" r="4" fill="{color}"/>')
         text(LEFT + plot_width + 26, at + 4, name, "start")
     open(path, "w").write("\n".join([*parts, "</svg>", ""]))
 
 
-def layers(path, knee, retrieval):
-    def points(log, data, kind, length):
-        by_model = {}
-        for (model, _, of), run in table.read([log]).items():
-            if of == data and (kind, length) in run.tests:
-                by_model.setdefault(model, []).append(run.tests[kind, length])
-        return [by_model.get(model) for model in LAYERS]
+def point(runs, kind, length):
+    """Returns the mean over seeds, its interval and the seeds' values."""
+    found = table.values(runs, (kind, length))
+    if not found:
+        return None
+    shares = [table.mean(found), *table.interval(table.draws(found, random.Random(0))), *map(table.number, found)]
+    return [100 * share for share in shares]
 
-    def documents(entries):
-        if not entries:
-            return None
-        whole, samples = sum(e["whole"] for e in entries), sum(e["samples"] for e in entries)
-        low, high = table.wilson(whole, samples)
-        return 100 * whole / samples, 100 * low, 100 * high
 
-    def answers(entries):
-        shares = [100 * e["tokens_right"] for e in entries or []]
-        return (sum(shares) / len(shares), min(shares), max(shares)) if shares else None
+def runs(log, data):
+    by_model = {}
+    for (model, _, of), run in table.read([log]).items():
+        if of == data:
+            by_model.setdefault(model, []).append(run)
+    return by_model
 
-    draw(path, list(LAYERS.values()), [
-        ("needles, 2,048 tokens (tasks)", [documents(e) for e in points(knee, "tasks", "needle", 2048)]),
-        ("swaps, 16 inputs (retrieval)", [answers(e) for e in points(retrieval, "retrieval", "swaps 16", 512)]),
-        ("ring, 64 inputs (retrieval)", [answers(e) for e in points(retrieval, "retrieval", "ring 64", 512)]),
-    ], "attention layers of 12, the others Mamba-2")
+
+def layers(path, tasks, retrieval):
+    series = [
+        ("needle, 2,048 tokens", tasks, "tasks", "needle", 2048),
+        ("needle, 8,192 tokens", tasks, "tasks", "needle", 8192),
+        ("recall in 8 turns, 2,048 tokens", tasks, "tasks", "recall", 2048),
+        ("swaps, 16 inputs (retrieval)", retrieval, "retrieval", "swaps 16", 512),
+    ]
+    points = [
+        (name, [point(runs(log, data).get(model, []), kind, length) for model in LAYERS])
+        for name, log, data, kind, length in series
+    ]
+    draw(path, list(LAYERS.values()), points, "attention layers of 12, the others Mamba-2")
+
+
+def lengths(path, tasks):
+    of = runs(tasks, "tasks")
+    tested = [512, 2048, 4096, 8192]
+    points = [
+        (f"{LAYERS[model]} attention layers", [point(of[model], "needle", length) for length in tested])
+        for model in ("mamba2", "mamba2+3-spread", "mamba2+6-spread", "attention")
+    ]
+    draw(path, [f"{length:,}" for length in tested], points, "needle: tokens of the document; training had 2,048")
 
 
 def by_phase(path, task, dense, *named):
@@ -90,4 +109,4 @@ def by_phase(path, task, dense, *named):
 
 
 if __name__ == "__main__":
-    {"layers": layers, "phases": by_phase}[sys.argv[1]](*sys.argv[2:])
+    {"layers": layers, "lengths": lengths, "phases": by_phase}[sys.argv[1]](*sys.argv[2:])

@@ -2,17 +2,20 @@
 
     python fixture.py stack
     python fixture.py default TOKENIZER
+    python fixture.py trained FOLDER ...
 
 `stack` writes a tiny random stack of every mixer to crates/hybrid-models/tests/fixtures/zoo.
 `default` writes the embedded model's last logits of a prompt to examples/tests/fixtures.
+`trained` writes a trained model's logits of the prompt to its folder.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import gguf
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import export
@@ -85,8 +88,16 @@ def default():
     save_file(expected, folder / "embedded.safetensors")
 
 
+def trained():
+    for folder in map(Path, sys.argv[2:]):
+        model = Model(json.loads((folder / "config.json").read_text()))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        tokens = torch.tensor([Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROMPT).ids])
+        save_file({"tokens": tokens, "logits": model(tokens).contiguous()}, folder / "expected.safetensors")
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
     with torch.no_grad():
-        {"stack": stack, "default": default}[sys.argv[1]]()
+        {"stack": stack, "default": default, "trained": trained}[sys.argv[1]]()

@@ -1,12 +1,12 @@
 """Creates the data and trains several models in parallel, until a deadline.
 
-    python run.py --corpus FOLDER --work FOLDER --out FOLDER --seconds N [--keep MODEL ...] \
+    python run.py --corpus FOLDER --work FOLDER --out FOLDER --seconds N [--keep JOB ...] \
         DATA:ROWS:LENGTH ... -- JOB ...
 
 DATA is "tasks", "retrieval" or "text", optionally followed by a dash and a label. A job is
 MODEL@SEED:DATA. Jobs start in their order, `--side-by-side` at a time on each GPU. A job that fails
 is run once more without compilation, after the others. A job that starts late skips rows.
-`OUT/log.txt` has all lines of all jobs.
+`OUT/log.txt` has all lines of all jobs; the models of `--keep` are copied to OUT.
 """
 
 import argparse
@@ -24,8 +24,9 @@ import torch
 import recipes
 
 HERE = Path(__file__).parent
-# Seconds that a job needs in addition to its training, and the shortest useful training.
-AROUND, LEAST = 50, 30
+# Seconds that a job needs in addition to its training, and the shortest useful training. Both are
+# for six models on one GPU.
+AROUND, LEAST = 60, 140
 # The exit code of a training whose loss became infinite or NaN. It is not repeated.
 DIVERGED = 3
 
@@ -96,9 +97,9 @@ def main():
         if code != 0:
             say(f"{model} {of}: failed with {code}, compiled: {compiled}")
         # A model is written before it is tested.
-        if name in a.keep and (folder / "config.json").exists():
+        if f"{model}:{of}" in a.keep and (folder / "config.json").exists():
             for file in ("config.json", "model.safetensors"):
-                shutil.copy(folder / file, a.out / f"{name}.{file}")
+                shutil.copy(folder / file, a.out / f"{folder.name}.{file}")
         return code
 
     def work(gpu):

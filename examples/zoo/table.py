@@ -1,24 +1,52 @@
-"""Prints tables of runs' logs in Markdown: test results by seed, and tokens until they were
-learned.
+"""Prints a Markdown table of runs' logs.
 
-    python table.py LOG ... [--data retrieval] [--models MODEL ...]
+    python table.py LOG ... [--data retrieval] [--models MODEL ...] [--units KIND:LENGTH ...]
+                            [--tokens | --learned | --against MODEL]
+
+A cell is the mean over seeds, its 95 % interval, and the seeds' values: the per cent of documents
+whose answers are all right, or the loss of `held_out`. `--tokens` prints the per cent of right
+tokens, `--learned` the million training tokens until half of the shortest documents are right, and
+`--against` the differences to another model.
 """
 
 import argparse
 import json
-import math
+import random
 from collections import defaultdict
 
 # Kinds with one-word answers, for which the share of right answers is shown.
 BY_TOKEN = ("swaps", "ring")
 LEARNED = 0.5
+RESAMPLES = 4000
 
 
-def wilson(right, count, z=1.96):
-    """Returns Wilson's 95 % interval of a share."""
-    share, square = right / count, z * z / count
-    middle, half = share + square / 2, z * math.sqrt((share * (1 - share) + square / 4) / count)
-    return (middle - half) / (1 + square), (middle + half) / (1 + square)
+def draws(values, rng):
+    """Returns bootstrapped means over seeds. `values`: of each seed, right and all documents, or a number.
+
+    Seeds are resampled. A seed's share of documents is drawn from its Jeffreys posterior, so a share
+    of 0 or 1 has an interval too. With one seed the interval is that of the documents. With two or
+    three it contains the values of all seeds.
+    """
+    def draw(value):
+        if isinstance(value, tuple):
+            right, count = value
+            return rng.betavariate(right + 0.5, count - right + 0.5)
+        return value
+
+    return [sum(map(draw, rng.choices(values, k=len(values)))) / len(values) for _ in range(RESAMPLES)]
+
+
+def interval(means):
+    means = sorted(means)
+    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
+
+
+def number(value):
+    return value[0] / value[1] if isinstance(value, tuple) else value
+
+
+def mean(values):
+    return sum(map(number, values)) / len(values)
 
 
 class Run:
@@ -64,8 +92,41 @@ def read(paths):
     return runs
 
 
-def row(title, cells):
-    print(f"| {title} | {' | '.join(cells)} |")
+def value(run, unit, tokens=False):
+    """Returns a loss, a share of right tokens, or right and all documents; None if it was not tested."""
+    entry = run.tests.get(unit)
+    if entry is None:
+        return None
+    if unit[0] == "held_out":
+        return entry["loss"]
+    if tokens or unit[0].split()[0] in BY_TOKEN:
+        return entry["tokens_right"]
+    return entry["whole"], entry["samples"]
+
+
+def values(runs, unit, tokens=False):
+    return [x for run in runs if (x := value(run, unit, tokens)) is not None]
+
+
+def cell(found, unit, other=None):
+    """Returns a mean with its interval, and the seeds' values; or the difference to `other`."""
+    if not found or other is not None and not other:
+        return ""
+    rng, loss = random.Random(0), unit[0] == "held_out"
+    means, middle = draws(found, rng), mean(found)
+    if other is not None:
+        means = [a - b for a, b in zip(means, draws(other, rng))]
+        middle -= mean(other)
+    sign = "+" if other is not None else ""
+    show = lambda x, sign="": f"{x:{sign}.3f}" if loss else f"{100 * x:{sign}.0f}"
+    low, high = interval(means)
+    shown = show(middle, sign) if low == high else f"{show(middle, sign)} [{show(low, sign)}, {show(high, sign)}]"
+    return shown if other is not None or len(found) == 1 else f"{shown} ({' / '.join(show(number(x)) for x in found)})"
+
+
+def learned(runs, unit):
+    times = [run.learned(unit[0]) for run in runs]
+    return " / ".join("-" if time is None else f"{time / 1e6:.0f}" for time in times)
 
 
 def main():
@@ -73,47 +134,31 @@ def main():
     parser.add_argument("logs", nargs="+")
     parser.add_argument("--data", default="retrieval")
     parser.add_argument("--models", nargs="*")
+    parser.add_argument("--units", nargs="*")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--tokens", action="store_true")
+    what.add_argument("--learned", action="store_true")
+    what.add_argument("--against")
     a = parser.parse_args()
     by_model = defaultdict(list)
-    for (model, seed, data), run in sorted(read(a.logs).items()):
+    for (model, _, data), run in sorted(read(a.logs).items()):
         if data == a.data and run.tests:
-            by_model[model].append((seed, run))
-    models = [model for model in a.models or by_model if model in by_model]
-    of = lambda model, value: " / ".join("-" if (x := value(run)) is None else x for _, run in by_model[model])
-    row("", models)
-    print("|---|" + "---:|" * len(models))
-    row("seeds", [", ".join(str(seed) for seed, _ in by_model[model]) for model in models])
-    row("million training tokens", [of(model, lambda run: f"{run.tokens / 1e6:.0f}") for model in models])
-    units = {}
-    for model in models:
-        for _, run in by_model[model]:
-            units.update(dict.fromkeys(run.tests))
-    for kind, length in units:
-        def cell(run):
-            entry = run.tests.get((kind, length))
-            if entry is None:
-                return None
-            if kind == "held_out":
-                return f"{entry['loss']:.3f}"
-            if kind.split()[0] in BY_TOKEN:
-                return f"{100 * entry['tokens_right']:.0f}"
-            return f"{100 * entry['whole'] / entry['samples']:.0f} ({100 * entry['tokens_right']:.0f})"
-
-        def pooled(model):
-            entries = [run.tests[kind, length] for _, run in by_model[model] if (kind, length) in run.tests]
-            if not entries or kind == "held_out" or kind.split()[0] in BY_TOKEN:
-                return ""
-            low, high = wilson(sum(e["whole"] for e in entries), sum(e["samples"] for e in entries))
-            return f" [{100 * low:.0f}, {100 * high:.0f}]"
-
-        unit = {"held_out": "loss, nats a token"}.get(kind, "% of answers" if kind.split()[0] in BY_TOKEN else "% of documents (of tokens)")
-        row(f"{kind}, {length}: {unit}", [of(model, cell) + pooled(model) for model in models])
-    kinds = {kind for runs in by_model.values() for _, run in runs for _, found in run.probes for kind in found}
-    for kind in sorted(kinds):
-        if not any(run.learned(kind) for runs in by_model.values() for _, run in runs):
-            continue
-        learned = lambda run: "-" if (tokens := run.learned(kind)) is None else f"{tokens / 1e6:.0f}"
-        row(f"{kind}: million tokens until {LEARNED:.0%}", [of(model, learned) for model in models])
+            by_model[model].append(run)
+    units = dict.fromkeys(unit for runs in by_model.values() for run in runs for unit in run.tests)
+    if a.units:
+        units = [(kind, int(length)) for kind, _, length in (unit.rpartition(":") for unit in a.units)]
+    row = lambda *cells: print(f"| {' | '.join(cells)} |")
+    row("model", "million tokens", *(f"{kind}, {length:,}" for kind, length in units))
+    print("|---|" + "---:|" * (1 + len(units)))
+    for model in a.models or by_model:
+        runs = by_model[model]
+        if a.learned:
+            cells = [learned(runs, unit) for unit in units]
+        elif a.against:
+            cells = [cell(values(runs, unit), unit, values(by_model[a.against], unit)) for unit in units]
+        else:
+            cells = [cell(values(runs, unit, a.tokens), unit) for unit in units]
+        row(model, " / ".join(f"{run.tokens / 1e6:.0f}" for run in runs), *cells)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ mod image;
 #[cfg(feature = "driver")]
 mod kernel;
 #[cfg(feature = "driver")]
+mod staging;
+#[cfg(feature = "driver")]
 mod upload;
 
 #[cfg(feature = "driver")]

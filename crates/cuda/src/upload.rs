@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use crate::staging;
 use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr, DriverError};
 
 /// Lists that are copied to a device together, because each copy has a cost of its own.
@@ -27,14 +28,14 @@ impl Upload {
         8 * first as u64
     }
 
-    /// Copies the lists. Returns `None` if all are empty.
+    /// Copies the lists, without waiting for the stream's work. Returns `None` if all are empty.
     ///
     /// # Errors
     /// Errors of the driver.
     pub fn copy(&self, stream: &Arc<CudaStream>) -> Result<Option<CudaSlice<u64>>, DriverError> {
         match self.words.is_empty() {
             true => Ok(None),
-            false => stream.clone_htod(&self.words).map(Some),
+            false => staging::copy(stream, &self.words).map(Some),
         }
     }
 }

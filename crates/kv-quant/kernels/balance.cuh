@@ -16,6 +16,25 @@ __host__ __device__ constexpr int balance_threads() {
     return L::D > 128 ? 512 : 256;
 }
 
+// Packs a tile's codes into words. `codes` has a row of PITCH bytes per token.
+template <class L, bool VALUES>
+__device__ __forceinline__ void write_words(const unsigned char* codes, unsigned char* tile, int pitch) {
+    using P = Packing<VALUES ? L::Values::BITS : L::Keys::BITS>;
+    constexpr int BLOCKS = L::D / 32;
+    for (int item = threadIdx.x; item < L::D / 16 / P::UNITS * LANES; item += blockDim.x) {
+        const int chunk = item / LANES, lane = item % LANES;
+        uint32_t words[P::UNITS * P::WORDS];
+#pragma unroll
+        for (int u = 0; u < P::UNITS; u++) {
+            const int unit = chunk * P::UNITS + u;
+            P::unit(words + u * P::WORDS, lane, [&](int row, int column) {
+                return VALUES ? codes[(unit / BLOCKS * 16 + column) * pitch + unit % BLOCKS * 32 + row] : codes[row * pitch + unit * 16 + column];
+            });
+        }
+        P::store(words, tile + (VALUES ? L::V_CODES : L::K_CODES), chunk, lane);
+    }
+}
+
 // Reduces V numbers of each lane over a warp, halving their number at each step. Lane l gets result
 // l V / 32.
 template <int HALF, int BIT, int V, class Join>

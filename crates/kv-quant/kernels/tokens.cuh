@@ -1,34 +1,97 @@
 // Quantizes and packs tiles of 32 tokens of schemes with parameters per token, with the arithmetic
-// of src/quantize. 8 lanes process a token: they rotate it if the scheme does, and write its codes
-// to shared memory. The codes are then packed into words.
+// of src/quantize. D / 32 lanes process a token: they rotate it if the scheme does, and write its
+// codes to shared memory, as bytes in the order of a word's bytes. The codes are then packed into
+// words.
 #pragma once
 #include <cuda_fp8.h>
 #include <type_traits>
+#include <utility>
 #include "args.cuh"
 #include "levels.cuh"
 #include "quantize.cuh"
 
 namespace kvq {
 
-constexpr int TOKEN_THREADS = 256;
-constexpr int ROW_LANES = 8;        // lanes per row; element 8 i + j of lane l is number 64 i + 8 l + j
 constexpr float LARGEST = 32752.f;  // largest magnitude that can be packed, half of f16's range
 
-__device__ __forceinline__ int row_lane() { return threadIdx.x % ROW_LANES; }
+// Rows of D numbers in registers: LANES lanes have 32 numbers of a row each. Number 8 i + j of lane l
+// is number 8 LANES i + 8 l + j of the row.
+template <int D>
+struct Rows {
+    static constexpr int NUMBERS = 32, LANES = D / NUMBERS;
+    static_assert(LANES == 2 || LANES == 4 || LANES == 8);
 
-// Returns the index in the row of a lane's k-th number.
-__device__ __forceinline__ int number_at(int k) { return k / 8 * 64 + row_lane() * 8 + k % 8; }
+    static __device__ __forceinline__ int lane() { return threadIdx.x % LANES; }
 
-template <class T, class Join>
-__device__ __forceinline__ T over_row(T x, Join join) {
+    // Returns the index in the row of a lane's k-th number.
+    static __device__ __forceinline__ int number_at(int k) { return k / 8 * (8 * LANES) + lane() * 8 + k % 8; }
+
+    template <class T, class Join>
+    static __device__ __forceinline__ T over_row(T x, Join join) {
 #pragma unroll
-    for (int i = ROW_LANES / 2; i > 0; i /= 2) x = join(x, __shfl_xor_sync(FULL, x, i));
-    return x;
-}
+        for (int i = LANES / 2; i > 0; i /= 2) x = join(x, __shfl_xor_sync(FULL, x, i));
+        return x;
+    }
 
-__device__ __forceinline__ float row_max(float x) { return over_row(x, [](float a, float b) { return fmaxf(a, b); }); }
+    static __device__ __forceinline__ float max(float x) { return over_row(x, [](float a, float b) { return fmaxf(a, b); }); }
+    static __device__ __forceinline__ float min(float x) { return over_row(x, [](float a, float b) { return fminf(a, b); }); }
+    static __device__ __forceinline__ float sum(float x) { return over_row(x, [](float a, float b) { return a + b; }); }
 
-__device__ __forceinline__ float row_sum(float x) { return over_row(x, [](float a, float b) { return a + b; }); }
+    // The orthonormal Walsh-Hadamard transform, as in hadamard.cuh.
+    static __device__ __forceinline__ void hadamard(float (&x)[NUMBERS]) {
+        auto within = [&](int step) {
+#pragma unroll
+            for (int i = 0; i < NUMBERS; i++)
+                if (!(i & step)) {
+                    const float low = x[i], high = x[i + step];
+                    x[i] = low + high, x[i + step] = low - high;
+                }
+        };
+        within(1), within(2), within(4);
+#pragma unroll
+        for (int step = 1; step < LANES; step *= 2) {
+            const float sign = lane() & step ? -1.f : 1.f;
+#pragma unroll
+            for (int i = 0; i < NUMBERS; i++) x[i] = fmaf(x[i], sign, __shfl_xor_sync(FULL, x[i], step));
+        }
+        within(8), within(16);
+        const float norm = __frcp_rn(__fsqrt_rn(float(D)));
+#pragma unroll
+        for (int i = 0; i < NUMBERS; i++) x[i] *= norm;
+    }
+
+    // Loads a row of the call's tensors or of a ring. Returns its largest magnitude in this lane, or
+    // NaN if a number is NaN.
+    static __device__ __forceinline__ float load(float (&x)[NUMBERS], const FillArgs& args, const FillRow& row, bool values, int entry) {
+        const __half* from;
+        if (entry < row.first_new) from = static_cast<const __half*>(values ? row.ring_v : row.ring_k) + (long long)((entry + row.shift) % args.ring) * D;
+        else from = static_cast<const __half*>(values ? row.new_v : row.new_k) + (entry - row.first_new) * args.stride;
+        uint4 loaded[NUMBERS / 8];
+#pragma unroll
+        for (int i = 0; i < NUMBERS / 8; i++) loaded[i] = *reinterpret_cast<const uint4*>(from + number_at(8 * i));
+        return args.kind ? widen<__nv_bfloat162>(x, loaded) : widen<__half2>(x, loaded);
+    }
+
+  private:
+    static __device__ __forceinline__ float2 floats(__half2 x) { return __half22float2(x); }
+    static __device__ __forceinline__ float2 floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+
+    template <class Pair>
+    static __device__ __forceinline__ float widen(float (&x)[NUMBERS], const uint4 (&loaded)[NUMBERS / 8]) {
+        Pair largest;
+#pragma unroll
+        for (int i = 0; i < NUMBERS / 2; i++) {
+            const uint4& eight = loaded[i / 4];
+            const uint32_t word = i % 4 == 0 ? eight.x : i % 4 == 1 ? eight.y : i % 4 == 2 ? eight.z : eight.w;
+            const Pair pair = *reinterpret_cast<const Pair*>(&word);
+            const float2 two = floats(pair);
+            x[2 * i] = two.x, x[2 * i + 1] = two.y;
+            largest = i ? __hmax2_nan(largest, __habs2(pair)) : __habs2(pair);
+        }
+        const float2 two = floats(largest);
+        return two.x != two.x ? two.x : two.y != two.y ? two.y : fmaxf(two.x, two.y);
+    }
+};
 
 __device__ __forceinline__ float as_f16(float x) { return __half2float(__float2half_rn(x)); }
 
@@ -40,83 +103,13 @@ __device__ __forceinline__ float largest_of(const float (&x)[N]) {
     return top;
 }
 
-// The orthonormal Walsh-Hadamard transform of a row, as in hadamard.cuh.
-template <int D>
-__device__ __forceinline__ void hadamard_row(float (&x)[D / 8]) {
-    auto within = [&](int step) {
-#pragma unroll
-        for (int i = 0; i < D / 8; i++)
-            if (!(i & step)) {
-                float low = x[i], high = x[i + step];
-                x[i] = low + high, x[i + step] = low - high;
-            }
-    };
-    within(1), within(2), within(4);
-#pragma unroll
-    for (int step = 1; step < ROW_LANES; step *= 2) {
-        const float sign = row_lane() & step ? -1.f : 1.f;
-#pragma unroll
-        for (int i = 0; i < D / 8; i++) x[i] = fmaf(x[i], sign, __shfl_xor_sync(FULL, x[i], step));
-    }
-    if constexpr (D > 64) within(8);
-    if constexpr (D > 128) within(16);
-    const float norm = __frcp_rn(__fsqrt_rn(float(D)));
-#pragma unroll
-    for (int i = 0; i < D / 8; i++) x[i] *= norm;
-}
+// Returns a word whose low byte is the integer part of x, or the nearest integer. x is from 0 to
+// 255. Between 2^23 and 2^24 f32 numbers are integers, so the addition rounds.
+__device__ __forceinline__ uint32_t integer_part(float x) { return __float_as_uint(__fadd_rz(x, 8388608.f)); }
+__device__ __forceinline__ uint32_t nearest_integer(float x) { return __float_as_uint(__fadd_rn(x, 8388608.f)); }
 
-// Loads a row of the call's tensors.
-template <int D>
-__device__ __forceinline__ void load_row(float (&x)[D / 8], const FillArgs& args, const FillRow& row, bool values, int entry) {
-    const bool in_ring = entry < row.first_new;
-    const void* start = in_ring ? (values ? row.ring_v : row.ring_k) : (values ? row.new_v : row.new_k);
-    const __half* from = static_cast<const __half*>(start) + (in_ring ? (entry + row.shift) % args.ring * D : (entry - row.first_new) * args.stride);
-#pragma unroll
-    for (int i = 0; i < D / 64; i++) {
-        const uint4 loaded = *reinterpret_cast<const uint4*>(from + number_at(8 * i));
-        const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            uint32_t pair = pairs[j];
-            float2 two = args.kind ? __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&pair)) : __half22float2(half2_of(pair));
-            x[8 * i + 2 * j] = two.x, x[8 * i + 2 * j + 1] = two.y;
-        }
-    }
-}
-
-// Rotates a row if the scheme does, and reports numbers that are too large before or after the
-// rotation.
-template <int D>
-__device__ __forceinline__ void rotate_row(float (&x)[D / 8], const FillArgs& args, const FillRow& row, bool values, int entry) {
-    float sum = 0.f;  // NaN if any number is NaN
-#pragma unroll
-    for (int i = 0; i < D / 8; i++) sum += x[i];
-    bool bad = !(largest_of(x) <= LARGEST) || sum != sum;
-    if (args.rotated & (values ? ROTATED_VALUES : ROTATED_KEYS)) {
-        hadamard_row<D>(x);
-        bad |= !(largest_of(x) <= LARGEST);
-    }
-    if (bad) report(row, values, entry, number_at(0));
-}
-
-// Packs a tile's codes into words. `codes` has a row of PITCH bytes per token.
-template <class L, bool VALUES>
-__device__ __forceinline__ void write_words(const unsigned char* codes, unsigned char* tile, int pitch) {
-    using P = Packing<VALUES ? L::Values::BITS : L::Keys::BITS>;
-    constexpr int BLOCKS = L::D / 32;
-    for (int item = threadIdx.x; item < L::D / 16 / P::UNITS * LANES; item += blockDim.x) {
-        const int chunk = item / LANES, lane = item % LANES;
-        uint32_t words[P::UNITS * P::WORDS];
-#pragma unroll
-        for (int u = 0; u < P::UNITS; u++) {
-            const int unit = chunk * P::UNITS + u;
-            P::unit(words + u * P::WORDS, lane, [&](int row, int column) {
-                return VALUES ? codes[(unit / BLOCKS * 16 + column) * pitch + unit % BLOCKS * 32 + row] : codes[row * pitch + unit * 16 + column];
-            });
-        }
-        P::store(words, tile + (VALUES ? L::V_CODES : L::K_CODES), chunk, lane);
-    }
-}
+// Returns the low bytes of four words.
+__device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return permute(permute(a, b, 0x0040), permute(c, d, 0x0040), 0x5410); }
 
 // Returns the address of a record. If the record is new, threads with `first` write it to the
 // table.
@@ -127,135 +120,235 @@ __device__ __forceinline__ unsigned char* record_at(const FillRow& row, int reco
     return reinterpret_cast<unsigned char*>(at);
 }
 
+// The codes of a tile, as words of four bytes in the order of `Packing`'s: for keys, the four
+// columns of a token that share a word; for values, the four tokens of a channel that do.
+template <int D, bool VALUES>
+struct TileCodes {
+    // Multiples of 32 words plus 4 or 8, to avoid bank conflicts of `pack`.
+    static constexpr int ROWS = VALUES ? 8 : TILE, PITCH = VALUES ? D + 8 : D / 4 + 4;
+    uint32_t words[ROWS * PITCH];
+
+    // Returns the token of this thread, of 32 LANES. Four tokens whose values share words are in
+    // lanes LANES apart; `place` is the token's byte.
+    static __device__ __forceinline__ int place() { return threadIdx.x / Rows<D>::LANES % 4; }
+    static __device__ __forceinline__ int row() { return threadIdx.x / Rows<D>::LANES / (VALUES ? 4 : 1) % ROWS; }
+    static __device__ __forceinline__ int token() { return VALUES ? row() / 4 * 16 + row() % 4 * 2 + place() / 2 + place() % 2 * 8 : row(); }
+
+    // Writes eight codes of the token, from channel `channel` on: `low` has the first four. All
+    // lanes of a warp call it.
+    __device__ __forceinline__ void write(uint32_t low, uint32_t high, int channel) {
+        if constexpr (VALUES) {
+            constexpr int STEP = Rows<D>::LANES;
+            const int p = place();
+            // Four channels of two tokens, then two channels of four tokens.
+            uint32_t kept = p & 2 ? high : low, got = __shfl_xor_sync(FULL, p & 2 ? low : high, 2 * STEP);
+            const uint32_t mine = permute(kept, got, p & 1 ? 0x7632 : 0x5410), sent = permute(kept, got, p & 1 ? 0x5410 : 0x7632);
+            got = __shfl_xor_sync(FULL, sent, STEP);
+            // Bytes 0 and 2 are of tokens p and p ^ 2 (`mine`), or p ^ 1 and p ^ 3 (`got`).
+            const uint32_t order = p == 0 ? 0x6240 : p == 1 ? 0x2604 : p == 2 ? 0x4062 : 0x0426;
+            *reinterpret_cast<uint2*>(words + row() * PITCH + channel + 2 * p) = make_uint2(permute(mine, got, order), permute(mine, got, order + 0x1111));
+        } else {
+            // The neighbor has the columns 8 apart.
+            const bool odd = threadIdx.x % 2;
+            const uint32_t kept = odd ? high : low, got = __shfl_xor_sync(FULL, odd ? low : high, 1);
+            *reinterpret_cast<uint2*>(words + row() * PITCH + channel / 4) = make_uint2(permute(kept, got, odd ? 0x1504 : 0x5140), permute(kept, got, odd ? 0x3726 : 0x7362));
+        }
+    }
+
+    // Packs the codes into a tile's words, as thread `thread` of `threads`.
+    template <int BITS>
+    __device__ __forceinline__ void pack(unsigned char* to, int thread, int threads) const {
+        using P = Packing<BITS>;
+        for (int item = thread; item < D / 16 / P::UNITS * LANES; item += threads) {
+            const int chunk = item / LANES, lane = item % LANES, g = lane / 4, t = lane % 4;
+            uint32_t packed[P::UNITS * P::WORDS];
+#pragma unroll
+            for (int u = 0; u < P::UNITS; u++) {
+                const int unit = chunk * P::UNITS + u;
+#pragma unroll
+                for (int w = 0; w < P::WORDS; w++) {
+                    uint32_t word = 0;
+#pragma unroll
+                    for (int i = 0; i < P::ROWS; i++) {
+                        const int row = (w * P::ROWS + i) * 8 + g;
+                        const int at = VALUES ? (unit / (D / 32) * 4 + t) * PITCH + unit % (D / 32) * 32 + row : row * PITCH + unit * 4 + t;
+                        word |= words[at] << (i * P::FIELD);
+                    }
+                    packed[u * P::WORDS + w] = word;
+                }
+            }
+            P::store(packed, to, chunk, lane);
+        }
+    }
+};
+
 // The codes, the scale and the minimum of a row.
 template <class S, int D>
 struct Row {
-    unsigned char codes[D / 8];
+    using R = Rows<D>;
+    static constexpr int N = R::NUMBERS;
+    uint32_t codes[N / 4];  // four codes each
     float scale = 0.f, min = 0.f;
+    float largest;  // largest magnitude in this lane
     bool bad = false;
 
-    __device__ __forceinline__ Row(const float (&x)[D / 8], bool f16_steps, float fixed) {
+    __device__ __forceinline__ Row(const float (&x)[N], bool f16_steps, float fixed) {
         if constexpr (S::FLOATS) floats(x, fixed);
         else if constexpr (S::CODES == Codes::LEVELS) levels(x);
         else if constexpr (S::CODES == Codes::SIGNED) whole_signed(x);
         else whole(x, f16_steps);
     }
 
-    __device__ __forceinline__ void floats(const float (&x)[D / 8], float fixed) {
-        constexpr bool E4 = S::CODES == Codes::E4M3;
-        float divisor = fixed;  // 0 gives zeros for a row without a scale
-        if (S::PARAMS != Params::NONE) divisor = scale = as_f16(__fdiv_rn(row_max(largest_of(x)), E4 ? 448.f : 57344.f));
-        const float reciprocal = divisor == 0.f ? 0.f : __frcp_rn(divisor);
+    // Sets all codes; the low byte of `code(i)` is number i's.
+    template <class Code>
+    __device__ __forceinline__ void encode(Code code) {
 #pragma unroll
-        for (int i = 0; i < D / 8; i += 2) {
+        for (int i = 0; i < N; i += 4) codes[i / 4] = low_bytes(code(i), code(i + 1), code(i + 2), code(i + 3));
+    }
+
+    __device__ __forceinline__ void floats(const float (&x)[N], float fixed) {
+        constexpr bool E4 = S::CODES == Codes::E4M3;
+        largest = largest_of(x);
+        float divisor = fixed;  // 0 gives zeros for a row without a scale
+        if (S::PARAMS != Params::NONE) divisor = scale = as_f16(__fdiv_rn(R::max(largest), E4 ? 448.f : 57344.f));
+        const float reciprocal = divisor == 0.f ? 0.f : __frcp_rn(divisor);
+        auto pair = [&](int i) -> uint32_t {
             const float2 two = make_float2(divide(x[i], divisor, reciprocal), divide(x[i + 1], divisor, reciprocal));
-            const uint32_t pair = __nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, E4 ? __NV_E4M3 : __NV_E5M2);
-            codes[i] = pair & 0xff, codes[i + 1] = pair >> 8;
-        }
+            return __nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, E4 ? __NV_E4M3 : __NV_E5M2);
+        };
+#pragma unroll
+        for (int i = 0; i < N; i += 4) codes[i / 4] = permute(pair(i), pair(i + 2), 0x5410);
+    }
+
+    static __host__ __device__ constexpr float positive(int i) { return level_at<S::BITS>(S::BITS == 4 ? i : 4 + i); }
+    template <int I>
+    static constexpr float POSITIVE = positive(I);
+    template <int I>
+    static constexpr float MIDDLE = (positive(I - 1) + positive(I)) / 2.f;
+    // An array in registers cannot be indexed at run time.
+    template <int... I>
+    static __device__ __forceinline__ float positive_at(int i, std::integer_sequence<int, I...>) {
+        float x = 0.f;
+        ((x = i == I ? POSITIVE<I> : x), ...);
+        return x;
     }
 
     // Returns the index of the positive level nearest to a magnitude, by binary search.
     static __device__ __forceinline__ int place_of(float y) {
-        auto middle = [](int i) { return (positive(i - 1) + positive(i)) / 2.f; };
         if constexpr (S::BITS == 3) {
-            const bool a = y >= middle(2), b = y >= (a ? middle(3) : middle(1));
+            const bool a = y >= MIDDLE<2>, b = y >= (a ? MIDDLE<3> : MIDDLE<1>);
             return 2 * a + b;
         } else {
-            const bool a = y >= middle(4), b = y >= (a ? middle(6) : middle(2));
-            const bool c = y >= (a ? (b ? middle(7) : middle(5)) : (b ? middle(3) : middle(1)));
+            const bool a = y >= MIDDLE<4>, b = y >= (a ? MIDDLE<6> : MIDDLE<2>);
+            const bool c = y >= (a ? (b ? MIDDLE<7> : MIDDLE<5>) : (b ? MIDDLE<3> : MIDDLE<1>));
             return 4 * a + 2 * b + c;
         }
     }
-    static __device__ __forceinline__ float positive(int i) { return level_at<S::BITS>(S::BITS == 4 ? i : 4 + i); }
 
-    __device__ __forceinline__ void levels(const float (&x)[D / 8]) {
-        const float own = level_at<S::BITS>(S::BITS == 4 ? row_lane() : 4 + row_lane() % 4);  // this lane's level, which other lanes read by shuffles
+    __device__ __forceinline__ void levels(const float (&x)[N]) {
+        constexpr int LEVELS = S::BITS == 4 ? 8 : 4;
+        // This lane's level, which other lanes read by shuffles.
+        const float own = positive_at(threadIdx.x % LEVELS, std::make_integer_sequence<int, LEVELS>());
         float sum = 0.f, held = 0.f;
+        largest = largest_of(x);
 #pragma unroll
-        for (int i = 0; i < D / 8; i++) sum = fmaf(x[i], x[i], sum);
-        const float norm = __fsqrt_rn(row_sum(sum)), inverse = __fsqrt_rn(float(D)) / (norm + 1e-8f);
-#pragma unroll
-        for (int i = 0; i < D / 8; i++) {
+        for (int i = 0; i < N; i++) sum = fmaf(x[i], x[i], sum);
+        const float norm = __fsqrt_rn(R::sum(sum)), inverse = __fsqrt_rn(float(D)) / (norm + 1e-8f);
+        encode([&](int i) -> uint32_t {
             const int place = place_of(fabsf(x[i]) * inverse);
-            codes[i] = S::BITS == 4 ? place | (x[i] < 0.f) << 3 : x[i] < 0.f ? 3 - place : 4 + place;
-            const float level = __shfl_sync(FULL, own, place, ROW_LANES);
+            const float level = __shfl_sync(FULL, own, place, LEVELS);
             held = fmaf(level, level, held);
-        }
-        scale = fminf(as_f16(norm / __fsqrt_rn(row_sum(held))), 65504.f);
+            return S::BITS == 4 ? place | (x[i] < 0.f) << 3 : x[i] < 0.f ? 3 - place : 4 + place;
+        });
+        scale = fminf(as_f16(norm / __fsqrt_rn(R::sum(held))), 65504.f);
     }
 
-    __device__ __forceinline__ void whole_signed(const float (&x)[D / 8]) {
+    __device__ __forceinline__ void extremes(const float (&x)[N], float& low, float& high) {
+        low = INFINITY, high = -INFINITY;
+#pragma unroll
+        for (int i = 0; i < N; i++) low = fminf(low, x[i]), high = fmaxf(high, x[i]);
+        largest = fmaxf(high, -low);
+        low = R::min(low), high = R::max(high);
+    }
+
+    __device__ __forceinline__ void whole_signed(const float (&x)[N]) {
         constexpr float HALF = 1 << (S::BITS - 1);
-        const float top = row_max(largest_of(x));
-        int first = INT_MAX;  // first number of the largest magnitude: twice its index plus its sign bit
+        float low, high;
+        extremes(x, low, high);
+        const float top = fmaxf(high, -low);
+        bool negative = -low > high;
+        const bool tied = high == -low && top > 0.f;
+        if (__any_sync(FULL, tied)) {  // The first number of the largest magnitude determines the sign.
+            int first = INT_MAX;       // twice its index plus its sign bit
 #pragma unroll
-        for (int i = 0; i < D / 8; i++)
-            if (fabsf(x[i]) == top) first = min_of(first, 2 * number_at(i) + (x[i] < 0.f));
-        first = over_row(first, min_of);
-        const float exact = (first % 2 ? -top : top) / -HALF, inverse = exact == 0.f ? 0.f : __frcp_rn(exact);
-#pragma unroll
-        for (int i = 0; i < D / 8; i++) codes[i] = int(fminf(__fadd_rn(__fmul_rn(x[i], inverse), HALF + 0.5f), 2.f * HALF - 1.f));
+            for (int i = 0; i < N; i++)
+                if (fabsf(x[i]) == top) first = min_of(first, 2 * R::number_at(i) + (x[i] < 0.f));
+            first = R::over_row(first, min_of);
+            if (tied) negative = first % 2;
+        }
+        const float exact = (negative ? -top : top) / -HALF, inverse = exact == 0.f ? 0.f : __frcp_rn(exact);
+        encode([&](int i) { return integer_part(fminf(__fadd_rn(__fmul_rn(x[i], inverse), HALF + 0.5f), 2.f * HALF - 1.f)); });
         scale = exact;
     }
     static __device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
 
-    __device__ __forceinline__ void whole(const float (&x)[D / 8], bool f16_steps) {
+    __device__ __forceinline__ void whole(const float (&x)[N], bool f16_steps) {
         constexpr float TOP = (1 << S::BITS) - 1;
-        float low = INFINITY, high = -INFINITY;
-#pragma unroll
-        for (int i = 0; i < D / 8; i++) {
-            const float y = f16_steps ? as_f16(x[i]) : x[i];
-            low = fminf(low, y), high = fmaxf(high, y);
-        }
-        low = -row_max(-low), high = row_max(high);
-        min = low;
+        float low, high;
+        extremes(x, low, high);
         if (f16_steps) {
+            min = low = as_f16(low), high = as_f16(high);
             bad = high - low >= 65520.f;
             scale = as_f16(__fdiv_rn(as_f16(high - low), TOP));
             const float reciprocal = scale == 0.f ? 0.f : __frcp_rn(scale);
-#pragma unroll
-            for (int i = 0; i < D / 8; i++) {
-                const float y = as_f16(divide(as_f16(as_f16(x[i]) - low), scale, reciprocal));
-                codes[i] = int(fminf(rintf(y), TOP));
-            }
+            encode([&](int i) { return nearest_integer(fminf(as_f16(divide(as_f16(as_f16(x[i]) - low), scale, reciprocal)), TOP)); });
         } else {
+            min = low;
             scale = fmaxf(__fdiv_rn(high - low, TOP), 1e-8f);
             const float reciprocal = __frcp_rn(scale);
-#pragma unroll
-            for (int i = 0; i < D / 8; i++) codes[i] = int(fminf(__fadd_rn(divide(x[i] - low, scale, reciprocal), 0.5f), TOP));
+            encode([&](int i) { return integer_part(fminf(__fadd_rn(divide(x[i] - low, scale, reciprocal), 0.5f), TOP)); });
         }
     }
 };
 
 template <class L>
+__host__ __device__ constexpr int token_threads() {
+    return TILE * Rows<L::D>::LANES;
+}
+
+// The number of thread blocks that a multiprocessor should be able to run: 1,024 threads, which have
+// 64 registers each.
+template <class L>
+__host__ __device__ constexpr int token_blocks() {
+    return 1024 / token_threads<L>();
+}
+
+template <class L>
 struct QuantizeTokens {
-    static constexpr int D = L::D, PITCH = D + 8;
-    static_assert(TILE * ROW_LANES == TOKEN_THREADS);
+    static constexpr int D = L::D;
+    using R = Rows<D>;
 
     template <bool VALUES>
     static __device__ __forceinline__ void tile(const FillArgs& args, const FillRow& row, int at) {
         using S = std::conditional_t<VALUES, typename L::Values, typename L::Keys>;
         constexpr int SCALE = VALUES ? L::V_SCALE : L::KT_SCALE, MIN = VALUES ? L::V_MIN : L::KT_MIN;
         constexpr bool SCALES = S::PARAMS != Params::NONE, MINS = SCALES && S::CODES == Codes::INTEGERS;
-        __shared__ __align__(16) unsigned char codes[TILE * PITCH];
+        __shared__ __align__(16) TileCodes<D, VALUES> codes;
         __shared__ __half scales[TILE], mins[TILE];
-        const int token = threadIdx.x / ROW_LANES, entry = at * TILE + token;
-        float x[D / 8];
-        load_row<D>(x, args, row, VALUES, entry);
-        rotate_row<D>(x, args, row, VALUES, entry);
+        const int token = codes.token(), entry = at * TILE + token;
+        float x[R::NUMBERS];
+        bool bad = !(R::load(x, args, row, VALUES, entry) <= LARGEST);
+        if (args.rotated & (VALUES ? ROTATED_VALUES : ROTATED_KEYS)) R::hadamard(x);
         const Row<S, D> own(x, args.f16_steps, VALUES ? args.value_scale : args.key_scale);
-        if (own.bad) report(row, VALUES, entry, 0);
+        bad |= !(own.largest <= LARGEST) || own.bad;
+        if (bad) report(row, VALUES, entry, R::number_at(0));
 #pragma unroll
-        for (int i = 0; i < D / 64; i++) {
-            const unsigned char* c = own.codes + 8 * i;
-            const uint2 eight = make_uint2(c[0] | c[1] << 8 | c[2] << 16 | c[3] << 24, c[4] | c[5] << 8 | c[6] << 16 | c[7] << 24);
-            *reinterpret_cast<uint2*>(codes + token * PITCH + number_at(8 * i)) = eight;
-        }
+        for (int i = 0; i < R::NUMBERS / 8; i++) codes.write(own.codes[2 * i], own.codes[2 * i + 1], R::number_at(8 * i));
         const int place = VALUES ? L::value_param_at(token, 0) : L::key_token_at(token);
-        if (row_lane() == 0) scales[place] = __float2half_rn(own.scale * (1 << S::UP)), mins[place] = __float2half_rn(own.min);
+        if (R::lane() == 0) scales[place] = __float2half_rn(own.scale * (1 << S::UP)), mins[place] = __float2half_rn(own.min);
         __syncthreads();
         unsigned char* to = record_at(row, at / L::TILES, !VALUES && at % L::TILES == 0 && threadIdx.x == 0) + L::HEADER + at % L::TILES * L::TILE_BYTES;
-        write_words<L, VALUES>(codes, to, PITCH);
+        codes.template pack<S::BITS>(to + (VALUES ? L::V_CODES : L::K_CODES), threadIdx.x, token_threads<L>());
         if (threadIdx.x >= TILE) return;
         if (SCALES) reinterpret_cast<__half*>(to + SCALE)[threadIdx.x] = scales[threadIdx.x];
         if (MINS) reinterpret_cast<__half*>(to + MIN)[threadIdx.x] = mins[threadIdx.x];
@@ -271,11 +364,6 @@ struct QuantizeTokens {
         }
     }
 };
-
-template <class L>
-__host__ __device__ constexpr int token_threads() {
-    return TOKEN_THREADS;
-}
 
 // Grid: (the largest number of tiles of keys or of values in a row, rows, 2).
 template <class L>

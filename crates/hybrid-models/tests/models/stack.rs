@@ -104,6 +104,27 @@ fn of_the_zoo() {
 }
 
 #[test]
+#[ignore = "needs folders of examples/zoo/train.py and fixture.py trained"]
+fn of_trained_models_of_the_zoo() {
+    let folder = std::env::var_os("LONGCTX_ZOO").expect("LONGCTX_ZOO names a folder of models");
+    let mut opened = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let folder = entry.unwrap().path();
+        let model = Model::from_folder(&folder, &LoadOptions::default()).unwrap();
+        let file = folder.join("expected.safetensors");
+        let expected = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
+        let tokens = expected["tokens"].to_dtype(DType::U32).unwrap();
+        for cuts in [vec![1024], vec![1, 7, 13]] {
+            let error = distance(&feed(&model, &tokens, &cuts), &expected["logits"]);
+            println!("{} in chunks of {cuts:?}: off by {error:e}", folder.display());
+            assert!(error <= 1e-4);
+        }
+        opened += 1;
+    }
+    assert!(opened > 0);
+}
+
+#[test]
 fn of_recurrent_gemma() {
     let (recurrent, attention) = (["rg_lru", "mlp"], ["attention", "mlp"]);
     let config = json!({

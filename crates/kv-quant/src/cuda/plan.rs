@@ -40,6 +40,7 @@ pub(super) struct Sizes {
 }
 
 /// A kv head with some columns.
+#[derive(Clone, Copy)]
 struct Row {
     work: Work,
     first: usize,
@@ -52,7 +53,7 @@ impl Plan {
     /// Rings are last, because they take little time. They run concurrently with the records,
     /// unless half of the device would be idle for long.
     pub(super) fn new(heads: &[Work], sizes: Sizes) -> Self {
-        let mut rows = Vec::new();
+        let mut rows = Vec::with_capacity(heads.len());
         for head in heads {
             let (first, end) = records(head, sizes);
             let columns = sizes.heads_per_kv * head.queries as usize;
@@ -67,9 +68,16 @@ impl Plan {
         let used: usize = rows.iter().map(|row| splits_of(row.end - row.first, at_once)).sum();
         let long = total * sizes.group >= sizes.slots * LONG;
         let budget = if long && 2 * used <= sizes.slots { sizes.slots } else { at_once };
-        rows.sort_by_key(|row| std::cmp::Reverse(row.end - row.first));
-        let (mut plan, mut rings) = (Self::default(), Vec::new());
-        for Row { work, first, end } in rows {
+        let mut order: Vec<u32> = (0..rows.len() as u32).collect();
+        order.sort_by_key(|&row| {
+            let Row { first, end, .. } = rows[row as usize];
+            std::cmp::Reverse(end - first)
+        });
+        let mut plan = Self::default();
+        plan.work.reserve(at_once + 2 * rows.len());
+        let mut rings = Vec::with_capacity(rows.len());
+        for row in order {
+            let Row { work, first, end } = rows[row as usize];
             let records = end - first;
             let splits = splits_of(records, budget).min(records.div_ceil(sizes.warps));
             let splits = splits.clamp(usize::from(records > 0), MAX_SPLITS);

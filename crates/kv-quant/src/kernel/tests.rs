@@ -83,7 +83,7 @@ fn finite(line: [u32; 16], levels: Levels) -> [u32; 16] {
 }
 
 fn steps_to_lines(steps: usize, bits: usize, width: usize) -> usize {
-    if bits == 0 { 0 } else { steps.div_ceil(32 / bits) * width }
+    32usize.checked_div(bits).map_or(0, |per_word| steps.div_ceil(per_word) * width)
 }
 
 fn check(panels: &[Panel<'_>], x: Rows<'_>, lanes: usize, out_stride: usize) {

@@ -5,7 +5,7 @@ use super::tensors::{address, kind, tensor};
 use crate::cuda::{AttendArgs, Work};
 use candle_core::{DType, Tensor};
 use longctx_core::{AttentionState, Batch, Error, Mask, Result, SeqId};
-use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
 
 impl CudaPool {
     pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
@@ -30,7 +30,9 @@ impl CudaPool {
             )
         };
         let arrived = stream.alloc_zeros::<u32>(plan.joins)?;
-        let work = stream.clone_htod(&plan.work)?;
+        let mut upload = Upload::default();
+        upload.push(&plan.work);
+        let work = upload.copy(&stream)?;
         let args = AttendArgs {
             q: address(&q)?,
             out: out.device_ptr(&stream).0,
@@ -38,7 +40,7 @@ impl CudaPool {
             part_out: part_out.device_ptr(&stream).0,
             part_lse: part_lse.device_ptr(&stream).0,
             arrived: arrived.device_ptr(&stream).0,
-            work: work.device_ptr(&stream).0,
+            work: work.as_ref().map_or(0, |work| work.device_ptr(&stream).0),
             ..self.score_args(mask)
         };
         // SAFETY: the arrays have the sizes that the kernel expects, and a stream runs its

@@ -157,7 +157,7 @@ impl CudaPool {
         let mut address = slots.device_ptr(&stream).0;
         let mut rows = Vec::new();
         for (kv_head, (stays, head)) in stays.iter().zip(&sequence.heads).enumerate() {
-            let at = sequence.addresses(&stream, kv_head, self.ring_numbers());
+            let at = sequence.addresses(&stream, self.ring_numbers()).of_head(kv_head);
             let count = stays.moved.len();
             rows.push(CompactRow {
                 ring_k: at.ring_k,

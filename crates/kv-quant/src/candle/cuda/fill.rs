@@ -7,7 +7,7 @@ use super::tensors::{address, kind};
 use crate::cuda::{FillArgs, FillRow, TILE};
 use candle_core::{DType, Tensor};
 use longctx_core::{AttentionState, Batch, Error, Mask, Result, Selection};
-use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
 
 /// An index that no entry and no record has.
 const NONE: i32 = i32::MAX;
@@ -191,7 +191,9 @@ impl CudaPool {
             firsts.push(taken);
             taken += row.key_records as usize;
         })?;
-        self.launch_fill(place_fresh(rows, &firsts), 0, &fresh, Step::Records)?;
+        let mut rows = place_fresh(rows, &firsts);
+        rows.retain(|row| row.key_records + row.value_tiles > 0);
+        self.launch_fill(rows, 0, &fresh, Step::Records)?;
         self.note(batch, &goals);
         Ok(())
     }
@@ -287,8 +289,9 @@ impl CudaPool {
         let mut rows = Vec::with_capacity(batch.seqs().len() * kv_heads);
         for seq in batch.seqs() {
             let Some(sequence) = self.seqs.get(seq) else { continue };
+            let all = sequence.addresses(&stream, self.ring_numbers());
             for (kv_head, head) in sequence.heads.iter().enumerate() {
-                let at = sequence.addresses(&stream, kv_head, self.ring_numbers());
+                let at = all.of_head(kv_head);
                 let mut row = FillRow {
                     ring_k: at.ring_k,
                     ring_v: at.ring_v,
@@ -333,13 +336,16 @@ impl CudaPool {
             return Ok(rows);
         }
         let stream = self.stream();
-        let fresh: &[u64] = if fresh.is_empty() { &[0] } else { fresh };
-        let fresh = stream.clone_htod(fresh)?;
-        let base = fresh.device_ptr(&stream).0;
+        let mut upload = Upload::default();
+        upload.push(fresh);
+        let fresh = upload.copy(&stream)?;
+        let base = fresh.as_ref().map_or(0, |fresh| fresh.device_ptr(&stream).0);
         rows.iter_mut().for_each(|row| row.fresh += base);
-        let on_device = stream.clone_htod(&rows)?;
+        let mut upload = Upload::default();
+        upload.push(&rows);
+        let on_device = upload.copy(&stream)?;
         let args = FillArgs {
-            rows: on_device.device_ptr(&stream).0,
+            rows: on_device.as_ref().map_or(0, |rows| rows.device_ptr(&stream).0),
             stride: (stride * self.shape.head_dim) as i64,
             ring: self.ring_places() as i32,
             kind: kind(self.dtype.unwrap_or(DType::F16)),

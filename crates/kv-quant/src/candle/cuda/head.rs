@@ -25,7 +25,7 @@ pub struct Head {
 }
 
 /// The number of packed slots of a head.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Packed {
     /// Slots whose keys are packed; at least `values`.
     pub keys: usize,
@@ -58,6 +58,12 @@ impl Head {
         let ready = format.ready(slots - keys, slots - values);
         let (keys, values) = (keys + ready.0, values + ready.1);
         Packed { keys, values, tiles: tiles.max(values.div_ceil(TILE)) }
+    }
+
+    /// Returns whether another head holds as many slots, packed as far.
+    pub fn is_like(&self, other: &Self) -> bool {
+        let records = |head: &Self| head.table.numbers().len();
+        (self.slots, self.packed, records(self)) == (other.slots, other.packed, records(other))
     }
 
     /// Returns the number of records that the head takes for `more` entries.
@@ -233,10 +239,31 @@ pub struct Sequence {
 }
 
 /// The device addresses of a head's parts.
+#[derive(Debug, Clone, Copy)]
 pub struct Addresses {
     pub table: u64,
     pub ring_k: u64,
     pub ring_v: u64,
+}
+
+/// The device addresses of all heads' parts.
+#[derive(Debug, Clone, Copy)]
+pub struct AllAddresses {
+    first: Addresses,
+    /// Bytes from a head's table to the next head's, and from ring to ring.
+    table: u64,
+    ring: u64,
+}
+
+impl AllAddresses {
+    pub fn of_head(&self, head: usize) -> Addresses {
+        let head = head as u64;
+        Addresses {
+            table: self.first.table + head * self.table,
+            ring_k: self.first.ring_k + head * self.ring,
+            ring_v: self.first.ring_v + head * self.ring,
+        }
+    }
 }
 
 impl Sequence {
@@ -292,10 +319,13 @@ impl Sequence {
     }
 
     /// `ring`: elements of the ring of a kv head.
-    pub fn addresses(&self, stream: &CudaStream, head: usize, ring: usize) -> Addresses {
-        let of = |x: &CudaSlice<u16>| x.device_ptr(stream).0 + 2 * (head * ring) as u64;
-        let table = self.table.device_ptr(stream).0 + 8 * (head * self.places) as u64;
-        Addresses { table, ring_k: of(&self.ring_k), ring_v: of(&self.ring_v) }
+    pub fn addresses(&self, stream: &CudaStream, ring: usize) -> AllAddresses {
+        let first = Addresses {
+            table: self.table.device_ptr(stream).0,
+            ring_k: self.ring_k.device_ptr(stream).0,
+            ring_v: self.ring_v.device_ptr(stream).0,
+        };
+        AllAddresses { first, table: 8 * self.places as u64, ring: 2 * ring as u64 }
     }
 
     /// Returns the bytes of the rings.

@@ -163,8 +163,20 @@ impl CudaPool {
         for (seq, counts) in batch.seqs().iter().zip(counts.chunks(self.shape.kv_heads)) {
             match self.seqs.get(seq) {
                 Some(sequence) => {
-                    let of = |(head, &count): (&Head, &usize)| head.need(format, group, count);
-                    need.0 += sequence.heads.iter().zip(counts).map(of).sum::<usize>();
+                    // Without evictions, all heads need the same.
+                    let mut last: Option<(&Head, usize, usize)> = None;
+                    for (head, &count) in sequence.heads.iter().zip(counts) {
+                        let records = match last {
+                            Some((other, same, records))
+                                if same == count && head.is_like(other) =>
+                            {
+                                records
+                            }
+                            _ => head.need(format, group, count),
+                        };
+                        last = Some((head, count, records));
+                        need.0 += records;
+                    }
                 }
                 None => {
                     let of = |&count: &usize| format.ready(count, count).0 / group;
@@ -261,6 +273,8 @@ impl CudaPool {
         let mut work = Vec::with_capacity(batch.seqs().len() * self.shape.kv_heads);
         for (seq, tokens) in batch.iter() {
             self.check(seq)?;
+            let sequence = self.seqs.get(&seq);
+            let all = sequence.map(|of| of.addresses(&stream, self.ring_numbers()));
             for kv_head in 0..self.shape.kv_heads {
                 let mut own = Work {
                     kv_head: kv_head as i32,
@@ -268,9 +282,9 @@ impl CudaPool {
                     first_token: tokens.start as i32,
                     ..Work::default()
                 };
-                if let Some(sequence) = self.seqs.get(&seq) {
+                if let (Some(sequence), Some(all)) = (sequence, all) {
                     let head = &sequence.heads[kv_head];
-                    let at = sequence.addresses(&stream, kv_head, self.ring_numbers());
+                    let at = all.of_head(kv_head);
                     (own.table, own.ring_k, own.ring_v) = (at.table, at.ring_k, at.ring_v);
                     own.packed = head.packed.values as i32;
                     own.residual = head.residual() as i32;

@@ -25,7 +25,7 @@ impl CudaPool {
         let of = || unsafe { stream.alloc::<f32>((values * d).max(1)) };
         let (k, v) = (of()?, of()?);
         let args = UnpackArgs {
-            table: sequence.addresses(&stream, kv_head, self.ring_numbers()).table,
+            table: sequence.addresses(&stream, self.ring_numbers()).of_head(kv_head).table,
             k: k.device_ptr(&stream).0,
             v: v.device_ptr(&stream).0,
             entries: values as i32,
@@ -83,7 +83,7 @@ impl CudaPool {
     pub(super) fn unpack_to_ring(&self, seq: SeqId, kv_head: usize, cut: &Cut) -> Result<()> {
         let sequence = self.sequence(seq)?;
         let (stream, ring) = (self.stream(), self.ring_numbers());
-        let at = sequence.addresses(&stream, kv_head, ring);
+        let at = sequence.addresses(&stream, ring).of_head(kv_head);
         let args = UnpackArgs {
             table: at.table,
             k: at.ring_k,
