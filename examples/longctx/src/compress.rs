@@ -30,8 +30,8 @@ pub struct Args {
     /// The question about the text, for compressors that use it
     #[arg(long)]
     question: Option<String>,
-    /// Parse llmlingua's section tags in the text: <llmlingua, rate=0.3>…</llmlingua>, <llmlingua,
-    /// compress=False>…</llmlingua>
+    /// Parse llmlingua's section tags in the text: `<llmlingua, rate=0.3>…</llmlingua>`,
+    /// `<llmlingua, compress=False>…</llmlingua>`
     #[arg(long)]
     tags: bool,
     /// Show the coloured diff even if standard error is not a terminal
