@@ -192,7 +192,7 @@ void check(const Shape& s) {
         for (int r = 0; r < rows; r++) list[r].table = table.p + r * most, list[r].fresh = fresh_on.p + fresh_at[r], list[r].tokens = part ? selected_on.p + selected_at[r] : nullptr;
         Array<AppendRow> on(list);
         AppendArgs a{k_on.p, v_on.p, on.p, s.kv_heads, pieces, 0};
-        if (longest) paged_append<<<dim3((longest * pieces + MOVE_THREADS - 1) / MOVE_THREADS, rows, 2), MOVE_THREADS>>>(a);
+        if (longest) paged_append<<<dim3((longest * pieces + APPEND_THREADS - 1) / APPEND_THREADS, rows, 2), APPEND_THREADS>>>(a);
         OK(cudaDeviceSynchronize());
     }
     // Some entries are evicted, different ones for each head, and the rest are moved together.
@@ -215,7 +215,7 @@ void check(const Shape& s) {
         Array<uint32_t> on(entries);
         for (int r = 0; r < rows; r++) list[r].entries = on.p + at[r];
         Array<MoveRow> rows_on(list);
-        paged_move<<<dim3((pieces + 3) / 4, rows, 2), MOVE_THREADS>>>({rows_on.p, pieces, 0});
+        paged_move<<<dim3((pieces + MOVE_PIECES - 1) / MOVE_PIECES, rows, 2), MOVE_THREADS>>>({rows_on.p, pieces, 0});
         OK(cudaDeviceSynchronize());
         auto blocks = pool.get();
         for (int r = 0; r < rows; r++)
