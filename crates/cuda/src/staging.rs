@@ -62,6 +62,7 @@ struct Part<'a> {
     len: usize,
 }
 
+// The safety of both slices is that of the buffer's: the caller uses them with `stream`.
 impl HostSlice<u64> for Part<'_> {
     fn len(&self) -> usize {
         self.len

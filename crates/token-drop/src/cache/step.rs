@@ -236,7 +236,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         self.store.append(&Batch::single(seq, k.dim(0)?)?, k, v)
     }
 
-    /// Returns the eviction of a plan; `None` if the store holds what it keeps.
+    /// Returns the entries that a plan keeps in the store; `None` if it evicts none of them.
     fn eviction(&self, plan: &Plan) -> Result<Option<Eviction>> {
         let (seq, lens) = (plan.seq, self.store.lens(plan.seq));
         let Some(keep) = &plan.keep else { return Ok(None) };
