@@ -82,7 +82,7 @@ pub trait KvStore: Send {
     /// As [`retain`](KvStore::retain), except [`Error::PoolFull`]. The sequences before the one
     /// that failed may have changed.
     fn retain_each(&mut self, keep: &[(SeqId, Selection)]) -> Result<Vec<bool>> {
-        keep.iter().map(|(seq, keep)| had_room(self.retain(*seq, keep))).collect()
+        retain_in_turn(self, keep)
     }
 
     /// Returns the keys `[entries, head_dim]` and values `[entries, value_dim]` of one kv head, in
@@ -155,6 +155,15 @@ pub trait KvStore: Send {
     fn len(&self, seq: SeqId) -> usize {
         self.lens(seq).into_iter().max().unwrap_or(0)
     }
+}
+
+/// Retains the selected entries of one sequence after the other, as
+/// [`retain_each`](KvStore::retain_each).
+pub(crate) fn retain_in_turn(
+    store: &mut (impl KvStore + ?Sized),
+    keep: &[(SeqId, Selection)],
+) -> Result<Vec<bool>> {
+    keep.iter().map(|(seq, keep)| had_room(store.retain(*seq, keep))).collect()
 }
 
 /// Returns whether an operation had room; other errors remain.

@@ -5,7 +5,9 @@ use super::pages::{masked, pages, read, scatter, slice_pages};
 use super::pool::Pool;
 use crate::attention::{self, Element};
 use crate::selection::check_selections;
-use crate::store::{check_range, had_room};
+#[cfg(feature = "cuda")]
+use crate::store::had_room;
+use crate::store::{check_range, retain_in_turn};
 use crate::{
     AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mask, Result,
     Selection, SeqId,
@@ -213,14 +215,9 @@ impl KvStore for DenseStore {
         self.check_known(seq)?;
         let lens = self.lens(seq);
         keep.check_unread(&lens)?;
-        match &mut self.storage {
-            Storage::F32(pool) => pool.retain(seq, keep.check(&lens)?),
-            Storage::F16(pool) => pool.retain(seq, keep.check(&lens)?),
-            Storage::BF16(pool) => pool.retain(seq, keep.check(&lens)?),
-            Storage::OnDevice(seqs) => seqs.retain(seq, keep),
-            #[cfg(feature = "cuda")]
-            Storage::Cuda(pool) => pool.retain(&[(seq, keep.clone())]),
-        }
+        on_pool!(&mut self.storage,
+            pool => pool.retain(seq, keep.check(&lens)?),
+            seqs => seqs.retain(seq, keep))
     }
 
     fn retain_each(&mut self, keep: &[(SeqId, Selection)]) -> Result<Vec<bool>> {
@@ -231,12 +228,12 @@ impl KvStore for DenseStore {
                 keep.check_unread(&self.lens(*seq))?;
             }
             if let Storage::Cuda(pool) = &mut self.storage
-                && had_room(pool.retain(keep))?
+                && had_room(pool.retain_each(keep))?
             {
                 return Ok(vec![true; keep.len()]);
             }
         }
-        keep.iter().map(|(seq, keep)| had_room(self.retain(*seq, keep))).collect()
+        retain_in_turn(self, keep)
     }
 
     fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {

@@ -19,10 +19,15 @@ struct Moves {
 }
 
 impl CudaPool {
+    /// As [`retain_each`](Self::retain_each), of one sequence.
+    pub fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
+        self.retain_each(&[(seq, keep.clone())])
+    }
+
     /// Keeps the selected entries of each sequence; the selections have been checked. Blocks before
     /// the first entry that is dropped stay unchanged; later entries move forward. If a selection is
     /// on the device, all its entries count as moved. After an error nothing has changed.
-    pub fn retain(&mut self, keep: &[(SeqId, Selection)]) -> Result<()> {
+    pub fn retain_each(&mut self, keep: &[(SeqId, Selection)]) -> Result<()> {
         let moves = self.plan_moves(keep)?;
         if let Err(error) = self.move_heads(keep, &moves) {
             moves.iter().flat_map(|of| &of.taken).for_each(|&block| self.blocks.release(block));
