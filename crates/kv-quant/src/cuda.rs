@@ -47,6 +47,8 @@ pub use layout::Layout;
 pub(crate) use layout::needs;
 pub use longctx_cuda::{self, Error, Result};
 pub use plan::Plan;
+#[cfg(feature = "candle")]
+pub(crate) use plan::Sizes;
 pub use report::Report;
 
 /// Tokens of a tile, the unit in which values are packed.

@@ -119,15 +119,19 @@ impl AttendKernel {
     /// `heads` has one work item for each kv head of each sequence, over all its slots. `window` is
     /// the sliding window of causal attention: records before it are not read.
     pub fn plan(&self, heads: &[Work], heads_per_kv: usize, window: Option<usize>) -> Plan {
-        let sizes = Sizes {
+        Plan::new(heads, self.sizes(heads_per_kv, window))
+    }
+
+    /// Returns the sizes that determine a plan.
+    pub(crate) fn sizes(&self, heads_per_kv: usize, window: Option<usize>) -> Sizes {
+        Sizes {
             group: self.layout.group(),
             heads_per_kv,
             columns: self.columns,
             warps: self.warps,
             slots: self.slots,
             window,
-        };
-        Plan::new(heads, sizes)
+        }
     }
 
     /// Returns the largest number of work items, and of partial results, of a plan for `heads` kv

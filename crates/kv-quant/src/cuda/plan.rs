@@ -22,9 +22,9 @@ pub struct Plan {
     pub joins: usize,
 }
 
-/// The sizes that determine a plan.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Sizes {
+/// The properties of a launch that determine its plan, besides the lengths.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Sizes {
     /// Entries per record.
     pub group: usize,
     /// Query heads per kv head.
@@ -52,7 +52,7 @@ impl Plan {
     /// over more of them, so that a long sequence among short ones does not dominate the time.
     /// Rings are last, because they take little time. They run concurrently with the records,
     /// unless half of the device would be idle for long.
-    pub(super) fn new(heads: &[Work], sizes: Sizes) -> Self {
+    pub(crate) fn new(heads: &[Work], sizes: Sizes) -> Self {
         let mut rows = Vec::with_capacity(heads.len());
         for head in heads {
             let (first, end) = records(head, sizes);

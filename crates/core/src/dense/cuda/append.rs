@@ -4,7 +4,7 @@ use super::{CudaPool, Sequence};
 use crate::cuda::address;
 use crate::{Batch, Result, Selection, SeqId};
 use candle_core::Tensor;
-use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
+use longctx_cuda::{Upload, upload};
 use longctx_kernels::paged;
 
 /// The blocks that one kv head takes for the tokens of a call.
@@ -119,8 +119,8 @@ impl CudaPool {
         let mut lists = Upload::default();
         let (fresh, uploaded) = (lists.push(&addresses), lists.push(&uploaded));
         let lists = lists.copy(&stream)?;
-        let start = lists.as_ref().map_or(0, |lists| lists.device_ptr(&stream).0);
-        let (mut fresh_at, mut uploaded_at) = (start + fresh, start + uploaded);
+        let (mut fresh_at, mut uploaded_at) =
+            (lists.address() + fresh, lists.address() + uploaded);
         let (mut rows, mut longest) = (Vec::new(), 0);
         for (i, ((seq, own), new_blocks)) in
             batch.iter().zip(new_blocks.chunks(kv_heads)).enumerate()
@@ -157,11 +157,11 @@ impl CudaPool {
                 uploaded_at = selected;
             }
         }
-        let on_device = stream.clone_htod(&rows)?;
+        let on_device = upload(&stream, &rows)?;
         let args = paged::AppendArgs {
             k: address(k)?,
             v: address(v)?,
-            rows: on_device.device_ptr(&stream).0,
+            rows: on_device.address(),
             stride: kv_heads as i64,
             pieces: (self.shape.head_dim / 8) as i32,
             unused: 0,

@@ -2,10 +2,38 @@
 
 use super::CudaPool;
 use super::tensors::{address, kind, tensor};
-use crate::cuda::{AttendArgs, Work};
+use crate::cuda::{AttendArgs, Plan, Sizes, Work};
 use candle_core::{DType, Tensor};
 use longctx_core::{AttentionState, Batch, Error, Mask, Result, SeqId};
-use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
+use longctx_cuda::{cudarc::driver::DevicePtr, upload};
+
+/// A plan for all layers with the same lengths. In its work items `table` is an index of a kv head,
+/// `[sequences * kv_heads]`, and the other addresses are 0, because each layer has its own.
+struct SharedPlan {
+    sizes: Sizes,
+    heads: Vec<Work>,
+    plan: Plan,
+}
+
+impl SharedPlan {
+    fn new(heads: Vec<Work>, sizes: Sizes) -> Self {
+        Self { plan: Plan::new(&heads, sizes), sizes, heads }
+    }
+
+    /// Returns the work items of a layer with these kv heads.
+    fn work(&self, heads: &[Work]) -> Vec<Work> {
+        let of_layer = |work: &Work| {
+            let Work { table, ring_k, ring_v, live, .. } = heads[work.table as usize];
+            Work { table, ring_k, ring_v, live, ..*work }
+        };
+        self.plan.work.iter().map(of_layer).collect()
+    }
+}
+
+/// Returns a kv head's work item with its index instead of addresses.
+fn numbered((i, head): (usize, &Work)) -> Work {
+    Work { table: i as u64, ring_k: 0, ring_v: 0, live: 0, ..*head }
+}
 
 impl CudaPool {
     pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
@@ -17,7 +45,14 @@ impl CudaPool {
         let (stream, d) = (self.stream(), self.shape.head_dim);
         let kernel = self.kernels.attend(self.shape.heads_per_kv() * batch.max_seqlen());
         let window = self.shape.window.filter(|_| mask == Mask::Causal);
-        let plan = kernel.plan(&heads, self.shape.heads_per_kv(), window);
+        let sizes = kernel.sizes(self.shape.heads_per_kv(), window);
+        let same = |of: &SharedPlan| {
+            of.sizes == sizes && heads.iter().enumerate().map(numbered).eq(of.heads.iter().copied())
+        };
+        let shared = batch.shared(same, || {
+            Ok(SharedPlan::new(heads.iter().enumerate().map(numbered).collect(), sizes))
+        })?;
+        let (plan, work) = (&shared.plan, upload(&stream, &shared.work(&heads))?);
         let rows = batch.tokens() * self.shape.heads;
         let parts = plan.parts * kernel.columns();
         // SAFETY: the kernel writes every element that is read.
@@ -30,9 +65,6 @@ impl CudaPool {
             )
         };
         let arrived = stream.alloc_zeros::<u32>(plan.joins)?;
-        let mut upload = Upload::default();
-        upload.push(&plan.work);
-        let work = upload.copy(&stream)?;
         let args = AttendArgs {
             q: address(&q)?,
             out: out.device_ptr(&stream).0,
@@ -40,7 +72,7 @@ impl CudaPool {
             part_out: part_out.device_ptr(&stream).0,
             part_lse: part_lse.device_ptr(&stream).0,
             arrived: arrived.device_ptr(&stream).0,
-            work: work.as_ref().map_or(0, |work| work.device_ptr(&stream).0),
+            work: work.address(),
             ..self.score_args(mask)
         };
         // SAFETY: the arrays have the sizes that the kernel expects, and a stream runs its

@@ -4,7 +4,7 @@ use super::CudaPool;
 use super::head::{Cut, Head, Live};
 use crate::cuda::{CompactRow, TILE};
 use longctx_core::{Error, Result, Selection, SeqId};
-use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_cuda::upload;
 
 impl CudaPool {
     /// Copies the tables and the ring; records are shared.
@@ -153,8 +153,8 @@ impl CudaPool {
         if slots.is_empty() {
             return Ok(());
         }
-        let slots = stream.clone_htod(&slots)?;
-        let mut address = slots.device_ptr(&stream).0;
+        let slots = upload(&stream, &slots)?;
+        let mut address = slots.address();
         let mut rows = Vec::new();
         for (kv_head, (stays, head)) in stays.iter().zip(&sequence.heads).enumerate() {
             let at = sequence.addresses(&stream, self.ring_numbers()).of_head(kv_head);
@@ -172,10 +172,10 @@ impl CudaPool {
             });
             address += 4 * count as u64;
         }
-        let rows = stream.clone_htod(&rows)?;
+        let on_device = upload(&stream, &rows)?;
         // SAFETY: the slots are in the rings, and none moves to a later position.
         unsafe {
-            self.kernels.compact_rings(&stream, rows.device_ptr(&stream).0, rows.len())?;
+            self.kernels.compact_rings(&stream, on_device.address(), rows.len())?;
         }
         Ok(())
     }

@@ -5,6 +5,7 @@ use crate::cuda::{Layout, TILE};
 use crate::{Axis, Flush, Format};
 use longctx_core::Result;
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use longctx_cuda::{Uploaded, upload};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -111,7 +112,7 @@ pub struct Live {
     holes: usize,
     /// For each word of `bits`, the word and the number of entries before its slots, as `live` in
     /// kernels/args.cuh.
-    on_device: Option<Arc<CudaSlice<u64>>>,
+    on_device: Option<Arc<Uploaded>>,
 }
 
 impl Live {
@@ -130,7 +131,7 @@ impl Live {
         if count == slots {
             return Ok(Self::default());
         }
-        let on_device = Arc::new(stream.clone_htod(&words(&bits))?);
+        let on_device = Arc::new(upload(stream, &words(&bits))?);
         Ok(Self { bits, holes: slots - count, on_device: Some(on_device) })
     }
 
@@ -151,8 +152,8 @@ impl Live {
         32 * self.bits.len()
     }
 
-    pub fn address(&self, stream: &CudaStream) -> u64 {
-        self.on_device.as_ref().map_or(0, |words| words.device_ptr(stream).0)
+    pub fn address(&self) -> u64 {
+        self.on_device.as_ref().map_or(0, |words| words.address())
     }
 
     pub fn contains(&self, slot: usize) -> bool {
@@ -177,7 +178,7 @@ impl Live {
     }
 
     pub fn bytes(&self) -> usize {
-        4 * self.bits.len() + self.on_device.as_ref().map_or(0, |words| 8 * words.len())
+        4 * self.bits.len() + self.on_device.as_ref().map_or(0, |words| words.len())
     }
 }
 

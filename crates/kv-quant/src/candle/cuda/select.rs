@@ -5,7 +5,7 @@ use super::CudaPool;
 use super::head::{Head, words};
 use crate::cuda::Work;
 use longctx_core::{Batch, EntryRanges, Result};
-use longctx_cuda::cudarc::driver::{CudaSlice, DevicePtr};
+use longctx_cuda::{Uploaded, upload};
 use std::ops::Range;
 
 /// A bitmap of slots.
@@ -55,7 +55,7 @@ impl CudaPool {
         batch: &Batch,
         ranges: &EntryRanges,
         work: &mut [Work],
-    ) -> Result<CudaSlice<u64>> {
+    ) -> Result<Uploaded> {
         let group = self.layout.group();
         let mut all = vec![0u64];
         let mut places = Vec::new();
@@ -77,8 +77,8 @@ impl CudaPool {
             }
         }
         let stream = self.stream();
-        let on_device = stream.clone_htod(&all)?;
-        let start = on_device.device_ptr(&stream).0;
+        let on_device = upload(&stream, &all)?;
+        let start = on_device.address();
         for (own, (table, live)) in work.iter_mut().zip(places) {
             (own.table, own.live) = (start + 8 * table as u64, start + 8 * live as u64);
         }
@@ -91,7 +91,7 @@ impl CudaPool {
         batch: &Batch,
         ranges: &EntryRanges,
         work: &mut [Work],
-    ) -> Result<CudaSlice<u64>> {
+    ) -> Result<Uploaded> {
         let mut all = vec![0u64];
         let mut places = Vec::new();
         for (i, (own, ranges)) in work.iter_mut().zip(ranges.heads()).enumerate() {
@@ -109,8 +109,8 @@ impl CudaPool {
             }
         }
         let stream = self.stream();
-        let on_device = stream.clone_htod(&all)?;
-        let start = on_device.device_ptr(&stream).0;
+        let on_device = upload(&stream, &all)?;
+        let start = on_device.address();
         for (own, place) in work.iter_mut().zip(places) {
             own.live = start + 8 * place as u64;
         }

@@ -6,7 +6,7 @@ use super::tensors::{address, tensor};
 use crate::cuda::{AttendArgs, TILE};
 use candle_core::{DType, Tensor};
 use longctx_core::{AttentionSums, Batch, Error, Mask, Result, SeqId};
-use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_cuda::{cudarc::driver::DevicePtr, upload};
 
 impl CudaPool {
     /// Returns the attention probabilities that the entries of each sequence receive.
@@ -38,12 +38,12 @@ impl CudaPool {
         }
         // SAFETY: the kernel writes an element for every entry of every head.
         let out = unsafe { stream.alloc::<f32>(total.max(1)) }?;
-        let on_device = stream.clone_htod(&work)?;
+        let on_device = upload(&stream, &work)?;
         let args = AttendArgs {
             q: address(&q)?,
             out: out.device_ptr(&stream).0,
             lse: address(&lse)?,
-            work: on_device.device_ptr(&stream).0,
+            work: on_device.address(),
             ..self.score_args(mask)
         };
         // SAFETY: the arrays have the sizes that the kernel expects.
