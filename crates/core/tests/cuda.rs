@@ -11,8 +11,8 @@ use candle_core::{DType, Device, Tensor};
 use common::{random, relative};
 use half::f16;
 use longctx_core::{
-    AttentionShape, Batch, DenseCache, KvCache, LayerSpec, Mask, Rope, RopeScaling, SeqId, Step,
-    add_rms_norm, attention, linear, silu_mul,
+    AttentionShape, Batch, DenseCache, Greedy, KvCache, LayerSpec, Mask, Rope, RopeScaling, SeqId,
+    Step, add_rms_norm, attention, linear, silu_mul,
 };
 use longctx_kernels::{Half, PAGE, PrefillArgs, prefill};
 
@@ -150,6 +150,29 @@ fn norms_are_as_on_the_cpu() {
                 assert!(relative(&got.1, &want.1) < bound, "{rows} x {columns}, {dtype:?}: norm");
             }
         }
+    }
+}
+
+#[test]
+fn greedy_tokens_are_the_cpus() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    for (rows, vocab) in [(1, 1), (3, 7), (2, 1023), (4, 1025), (70, 128_256)] {
+        // Rounded, so that rows have ties and both zeros.
+        let x = Tensor::randn(0f32, 1.0, (rows, vocab), &Device::Cpu).unwrap().round().unwrap();
+        let mut numbers = x.to_vec2::<f32>().unwrap();
+        if rows > 2 {
+            numbers[0].fill(f32::NEG_INFINITY);
+            numbers[1][vocab - 1] = -f32::NAN;
+            numbers[2][vocab / 2] = f32::INFINITY;
+        }
+        let x = Tensor::new(numbers, &Device::Cpu).unwrap();
+        let tokens = |x: &Tensor| -> Vec<Option<u32>> {
+            Greedy::default().choose(x).unwrap().into_iter().map(Result::ok).collect()
+        };
+        assert_eq!(tokens(&x.to_device(&device).unwrap()), tokens(&x), "{rows} x {vocab}");
     }
 }
 

@@ -2,6 +2,7 @@
 #![cfg(feature = "cuda")]
 #![allow(unsafe_code)]
 
+mod argmax;
 mod matvec;
 pub mod paged;
 mod prefill;
@@ -10,6 +11,7 @@ mod rope;
 mod silu_mul;
 mod top;
 
+pub use argmax::{ArgmaxArgs, argmax};
 pub use longctx_cuda::{self, Error, Result};
 pub use matvec::{MAX_ROWS, MatVecArgs, matvec};
 pub use prefill::{Half, PAGE, PrefillArgs, has_prefill, prefill};

@@ -119,8 +119,7 @@ impl CudaPool {
         let mut lists = Upload::default();
         let (fresh, uploaded) = (lists.push(&addresses), lists.push(&uploaded));
         let lists = lists.copy(&stream)?;
-        let (mut fresh_at, mut uploaded_at) =
-            (lists.address() + fresh, lists.address() + uploaded);
+        let (mut fresh_at, mut uploaded_at) = (lists.address() + fresh, lists.address() + uploaded);
         let (mut rows, mut longest) = (Vec::new(), 0);
         for (i, ((seq, own), new_blocks)) in
             batch.iter().zip(new_blocks.chunks(kv_heads)).enumerate()

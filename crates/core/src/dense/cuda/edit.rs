@@ -122,8 +122,7 @@ impl CudaPool {
         let mut lists = Upload::default();
         let (entries, tables) = (lists.push(&entries), lists.push(&tables));
         let lists = lists.copy(&stream)?;
-        let (mut entries_at, mut table_at) =
-            (lists.address() + entries, lists.address() + tables);
+        let (mut entries_at, mut table_at) = (lists.address() + entries, lists.address() + tables);
         let mut rows = Vec::new();
         for ((seq, keep), moves) in keep.iter().zip(moves.chunks(kv_heads)) {
             let sequence = self.known(*seq)?;

@@ -242,8 +242,9 @@ impl CudaPool {
         let of = |(i, seq): (usize, &SeqId)| {
             let heads = self.seqs.get(seq).map_or(&[][..], |of| &of.heads).iter().enumerate();
             let more = |head: usize| more.map_or(0, |more| more[i * kv_heads + head]);
-            let of_head =
-                |(i, head): (usize, &Head)| head.packed_at(self.device_format, head.slots + more(i));
+            let of_head = |(i, head): (usize, &Head)| {
+                head.packed_at(self.device_format, head.slots + more(i))
+            };
             Goal { seq: *seq, heads: heads.map(of_head).collect() }
         };
         batch.seqs().iter().enumerate().map(of).collect()

@@ -319,6 +319,13 @@ impl Sequence {
         Ok(stream.memcpy_htod(&addresses, &mut to)?)
     }
 
+    /// Returns whether all heads hold the same tokens, packed as far, without holes.
+    pub fn is_uniform(&self) -> bool {
+        let first = &self.heads[0];
+        let like = |head: &Head| head.is_like(first) && head.shift == first.shift;
+        self.heads.iter().all(|head| head.live.holes == 0 && like(head))
+    }
+
     /// `ring`: elements of the ring of a kv head.
     pub fn addresses(&self, stream: &CudaStream, ring: usize) -> AllAddresses {
         let first = Addresses {
