@@ -266,6 +266,8 @@ fn unequal_sequences_attend_as_on_the_cpu() {
             }
             pair.check(&[(3, 1), (0, 1), (1, 17), (2, 3)], Mask::Causal);
             pair.check(&[(1, 1), (9, 1), (3, 2)], Mask::Full);
+            // Many queries attend to unpacked entries.
+            pair.check(&[(3, 40), (0, 1), (9, 130), (1, 150)], Mask::Full);
             (0..4).for_each(|seq| pair.check_read(seq));
         }
     }
