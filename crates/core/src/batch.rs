@@ -183,11 +183,12 @@ impl Batch {
     /// Returns the position of each token. `seen` returns the number of tokens before a sequence's
     /// first token of this batch.
     pub fn positions(&self, seen: impl Fn(SeqId) -> usize) -> Vec<i64> {
-        let of_seq = |(seq, tokens): (SeqId, Range<usize>)| {
+        let mut positions = Vec::with_capacity(self.tokens());
+        for (seq, tokens) in self.iter() {
             let first = seen(seq) as i64;
-            (first..).take(tokens.len())
-        };
-        self.iter().flat_map(of_seq).collect()
+            positions.extend(first..first + tokens.len() as i64);
+        }
+        positions
     }
 }
 

@@ -7,7 +7,7 @@ use super::head::Sequence;
 use super::tensors::{address, kind};
 use crate::cuda::{UnpackArgs, Work};
 use candle_core::{DType, Device, Tensor};
-use longctx_core::{AttentionState, Batch, Result, SeqId, attention};
+use longctx_core::{AttentionState, Batch, Result, attention};
 use longctx_cuda::cudarc::driver::CudaSlice;
 
 /// Number of columns (query heads of a kv head times queries) from which on entries are unpacked.
