@@ -31,6 +31,10 @@ pub struct Metrics {
     pub kv_bytes: Gauge,
     /// Seconds from a request to its first token.
     pub first_token: Histogram,
+    /// Seconds of each step until the model has returned: on a GPU, until all its work is queued.
+    pub forward: Histogram,
+    /// Seconds of each step from then until its tokens are known: on a GPU, the wait for its work.
+    pub sample: Histogram,
 }
 
 impl Default for Metrics {
@@ -61,6 +65,12 @@ impl Default for Metrics {
         let first_token = Histogram::new(exponential_buckets(0.01, 2.0, 14));
         let help = "Seconds from a request to its first token";
         registry.register("first_token_seconds", help, first_token.clone());
+        let forward = Histogram::new(exponential_buckets(0.001, 2.0, 14));
+        let help = "Seconds of a step until the model has returned";
+        registry.register("forward_seconds", help, forward.clone());
+        let sample = Histogram::new(exponential_buckets(0.001, 2.0, 14));
+        let help = "Seconds of a step from then until its tokens are known";
+        registry.register("sample_seconds", help, sample.clone());
         Self {
             registry,
             done,
@@ -74,6 +84,8 @@ impl Default for Metrics {
             sequences,
             kv_bytes,
             first_token,
+            forward,
+            sample,
         }
     }
 }

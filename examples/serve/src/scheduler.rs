@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::metrics::Metrics;
 use crate::prefixes::Prefixes;
+use candle_core::Tensor;
 use longctx_core::{
     Batch, CausalLm, Error, Footprint, Greedy, Logits, Result, Sampler, Sampling, SeqId,
 };
@@ -303,9 +304,19 @@ impl Scheduler {
         seqs: &[(SeqId, usize)],
         ids: &[u32],
     ) -> Result<Vec<Output>> {
+        let start = Instant::now();
         let logits = self.model.forward(&Batch::new(seqs)?, ids, Logits::Last)?;
+        let returned = Instant::now();
+        self.metrics.forward.observe((returned - start).as_secs_f64());
+        let outputs = self.sample(fed, &logits);
+        self.metrics.sample.observe(returned.elapsed().as_secs_f64());
+        outputs
+    }
+
+    /// Copies what sampling needs from the model's device.
+    fn sample(&mut self, fed: &[usize], logits: &Tensor) -> Result<Vec<Output>> {
         if fed.iter().all(|&i| self.running[i].request.sampling == Sampling::Greedy) {
-            let tokens = self.greedy.choose(&logits)?;
+            let tokens = self.greedy.choose(logits)?;
             return Ok(tokens.into_iter().map(Output::Token).collect());
         }
         Ok(logits.to_vec2()?.into_iter().map(Output::Logits).collect())
