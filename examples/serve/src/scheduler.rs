@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use crate::metrics::Metrics;
 use crate::prefixes::Prefixes;
-use candle_core::Tensor;
 use longctx_core::{
     Batch, CausalLm, Error, Footprint, Greedy, Logits, Result, Sampler, Sampling, SeqId,
+    candle_core::Tensor,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, error::TryRecvError};
 
