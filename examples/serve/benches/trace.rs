@@ -169,9 +169,9 @@ fn run(
         metrics.written_tokens.get() as f64 / seconds,
         percentile(0.5),
         percentile(0.95),
-        metrics.forward.count(),
-        metrics.forward.sum(),
-        metrics.sample.sum(),
+        metrics.steps.get(),
+        metrics.forward_seconds.get(),
+        metrics.sample_seconds.get(),
     );
     Ok(())
 }

@@ -307,9 +307,10 @@ impl Scheduler {
         let start = Instant::now();
         let logits = self.model.forward(&Batch::new(seqs)?, ids, Logits::Last)?;
         let returned = Instant::now();
-        self.metrics.forward.observe((returned - start).as_secs_f64());
+        self.metrics.steps.inc();
+        self.metrics.forward_seconds.inc_by((returned - start).as_secs_f64());
         let outputs = self.sample(fed, &logits);
-        self.metrics.sample.observe(returned.elapsed().as_secs_f64());
+        self.metrics.sample_seconds.inc_by(returned.elapsed().as_secs_f64());
         outputs
     }
 
