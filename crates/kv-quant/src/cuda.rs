@@ -14,7 +14,7 @@
 //!   token is packed.
 //!
 //! Tokens of a kv head are in *slots*, numbered from 0: first those in records, then those in the
-//! ring. A slot whose entry was evicted is a *hole*; see [`Work::live`].
+//! ring. A slot whose entry was evicted is a *hole*; see [`Work::valid`].
 //!
 //! # Calls
 //!

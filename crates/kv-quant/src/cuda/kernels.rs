@@ -137,7 +137,7 @@ impl AttendKernel {
     /// Returns the largest number of work items, and of partial results, of a plan for `heads` kv
     /// heads of all sequences, each with `columns` query heads times queries: the length of the
     /// list of a captured launch. Such a plan has at most `heads * columns.div_ceil(self.columns())`
-    /// joins.
+    /// merges.
     pub fn max_work(&self, heads: usize, columns: usize) -> usize {
         self.slots + 2 * heads * columns.div_ceil(self.columns)
     }

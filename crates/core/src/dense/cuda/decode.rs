@@ -24,7 +24,7 @@ struct SharedPlan {
     sizes: Sizes,
     heads: Vec<AttendWork>,
     plan: Plan,
-    joins: Uploaded,
+    merges: Uploaded,
 }
 
 impl CudaPool {
@@ -59,8 +59,8 @@ impl CudaPool {
         let fits = |of: &SharedPlan| of.sizes == sizes && of.heads == heads;
         let shared = batch.shared(fits, || {
             let plan = Plan::new(&heads, sizes.heads_per_kv, columns, sizes.slots);
-            let joins = upload(&stream, &plan.joins)?;
-            Ok(SharedPlan { sizes, heads: heads.clone(), plan, joins })
+            let merges = upload(&stream, &plan.merges)?;
+            Ok(SharedPlan { sizes, heads: heads.clone(), plan, merges })
         })?;
         let work = upload(&stream, &self.with_tables(batch, &shared.plan.work))?;
         let (out, lse) = self.outputs(batch)?;
@@ -77,7 +77,7 @@ impl CudaPool {
             part_max,
             part_sum: part_max + 4 * parts as u64,
             work: work.address(),
-            joins: shared.joins.address(),
+            merges: shared.merges.address(),
             heads: shape.heads as i32,
             heads_per_kv: shape.heads_per_kv() as i32,
             columns: columns as i32,
@@ -87,7 +87,7 @@ impl CudaPool {
             soft_cap: shape.soft_cap.unwrap_or(0.0),
             head_dim: d as i32,
         };
-        let counts = (shared.plan.work.len(), shared.plan.joins.len());
+        let counts = (shared.plan.work.len(), shared.plan.merges.len());
         // SAFETY: the tables name blocks of the pool, all arrays have the sizes that the kernels
         // expect, and the stream frees no memory before they have used it.
         unsafe { paged::attend(&stream, half, d, &args, counts) }?;

@@ -23,8 +23,8 @@ impl SharedPlan {
     /// Returns the work items of a layer with these kv heads.
     fn work(&self, heads: &[Work]) -> Vec<Work> {
         let of_layer = |work: &Work| {
-            let Work { table, ring_k, ring_v, live, .. } = heads[work.table as usize];
-            Work { table, ring_k, ring_v, live, ..*work }
+            let Work { table, ring_k, ring_v, valid, .. } = heads[work.table as usize];
+            Work { table, ring_k, ring_v, valid, ..*work }
         };
         self.plan.work.iter().map(of_layer).collect()
     }
@@ -32,7 +32,7 @@ impl SharedPlan {
 
 /// Returns a kv head's work item with its index instead of addresses.
 fn numbered((i, head): (usize, &Work)) -> Work {
-    Work { table: i as u64, ring_k: 0, ring_v: 0, live: 0, ..*head }
+    Work { table: i as u64, ring_k: 0, ring_v: 0, valid: 0, ..*head }
 }
 
 impl CudaPool {
@@ -83,7 +83,7 @@ impl CudaPool {
         // SAFETY: the kernel writes every element that is read.
         let workspace = unsafe { stream.alloc::<f32>(parts * (d + 1)) }?;
         let part_out = workspace.device_ptr(&stream).0;
-        let arrived = stream.alloc_zeros::<u32>(plan.joins)?;
+        let arrived = stream.alloc_zeros::<u32>(plan.merges)?;
         let args = AttendArgs {
             q: address(q)?,
             out: address(&state.out)?,

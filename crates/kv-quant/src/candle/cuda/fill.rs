@@ -184,7 +184,7 @@ impl CudaPool {
     fn pack(&mut self, batch: &Batch) -> Result<()> {
         let mut goals = self.goals(batch, None);
         goals.retain(|goal| self.seqs.get(&goal.seq).is_some_and(|of| goal.changes(&of.heads)));
-        let fresh = self.take(&goals)?;
+        let new_records = self.take(&goals)?;
         let (group, mut rows, mut taken) = (self.layout.group(), Vec::new(), 0);
         for Goal { seq, heads } in &goals {
             self.for_each_head(*seq, |i, head, mut row| {
@@ -195,7 +195,7 @@ impl CudaPool {
                 }
             });
         }
-        self.launch_fill(rows, 0, &fresh, Step::Records)?;
+        self.launch_fill(rows, 0, &new_records, Step::Records)?;
         self.note(goals);
         Ok(())
     }
@@ -204,7 +204,7 @@ impl CudaPool {
     /// the newest to the rings.
     fn append_many(&mut self, batch: &Batch, new: &New) -> Result<()> {
         let goals = self.goals(batch, Some(&new.counts));
-        let fresh = self.take(&goals)?;
+        let new_records = self.take(&goals)?;
         let (group, ring, mut taken) = (self.layout.group(), self.ring_places(), 0);
         let mut rows = self.ring_rows(batch, new)?;
         let held = batch.seqs().iter().filter_map(|seq| self.seqs.get(seq));
@@ -214,14 +214,14 @@ impl CudaPool {
             set_packing(row, head.packed, *end, group, &mut taken);
             row.move_from = row.move_from.max(row.move_to - ring as i32);
         }
-        let rows = self.launch_fill(rows, new.stride, &fresh, Step::RecordsThenRings)?;
+        let rows = self.launch_fill(rows, new.stride, &new_records, Step::RecordsThenRings)?;
         // Keys that are packed before their values are in the ring with their quantized values.
         let ahead = rows.into_iter().zip(ends).map(|(row, goal)| {
             let first = (goal.values / group).max(row.key_record as usize);
             let end = if goal.keys > goal.values { goal.keys / group } else { first };
             FillRow {
                 first_new: NONE,
-                fresh_record: NONE,
+                first_new_record: NONE,
                 key_record: first as i32,
                 key_records: end.saturating_sub(first) as i32,
                 value_tiles: 0,
@@ -252,18 +252,18 @@ impl CudaPool {
 
     /// Takes the records that the goals need. Returns their addresses.
     fn take(&mut self, goals: &[Goal]) -> Result<Vec<u64>> {
-        let (group, mut fresh) = (self.layout.group(), Vec::new());
+        let (group, mut new_records) = (self.layout.group(), Vec::new());
         for Goal { seq, heads: goals } in goals {
             let heads = self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads);
             for (head, goal) in heads.zip(goals) {
                 let held = head.table.numbers().len();
                 if goal.keys / group > held {
                     head.table.take(goal.keys / group - held)?;
-                    fresh.extend(head.table.addresses(held));
+                    new_records.extend(head.table.addresses(held));
                 }
             }
         }
-        Ok(fresh)
+        Ok(new_records)
     }
 
     fn note(&mut self, goals: Vec<Goal>) {
@@ -309,7 +309,7 @@ impl CudaPool {
                 tag: Status::tag(sequence.number, kv_head),
                 first_new: NONE,
                 shift: head.shift as i32,
-                fresh_record: NONE,
+                first_new_record: NONE,
                 ..FillRow::default()
             };
             visit(kv_head, head, row);
@@ -317,13 +317,13 @@ impl CudaPool {
     }
 
     /// Launches a step's kernels for all rows. `stride` is the number of rows of the call's tensors
-    /// from a head's token to its next. `fresh` has the addresses of all new records; the rows
+    /// from a head's token to its next. `new_records` has the addresses of all new records; the rows
     /// contain offsets into it.
     fn launch_fill(
         &self,
         mut rows: Vec<FillRow>,
         stride: usize,
-        fresh: &[u64],
+        new_records: &[u64],
         step: Step,
     ) -> Result<Vec<FillRow>> {
         let most = |of: fn(&FillRow) -> i32| rows.iter().map(of).max().unwrap_or(0).max(0) as usize;
@@ -335,8 +335,8 @@ impl CudaPool {
             return Ok(rows);
         }
         let stream = self.stream();
-        let fresh = upload(&stream, fresh)?;
-        rows.iter_mut().for_each(|row| row.fresh += fresh.address());
+        let new_records = upload(&stream, new_records)?;
+        rows.iter_mut().for_each(|row| row.new_records += new_records.address());
         let on_device = upload(&stream, &rows)?;
         let args = FillArgs {
             rows: on_device.address(),
@@ -375,9 +375,9 @@ impl Goal {
 
 /// Packs the entries between `from` and `goal`. `taken` counts the new records of the rows so far.
 fn set_packing(row: &mut FillRow, from: Packed, goal: Packed, group: usize, taken: &mut u64) {
-    row.fresh = 8 * *taken;
-    row.fresh_record = (from.keys / group) as i32;
-    row.key_record = row.fresh_record;
+    row.new_records = 8 * *taken;
+    row.first_new_record = (from.keys / group) as i32;
+    row.key_record = row.first_new_record;
     row.key_records = ((goal.keys - from.keys) / group) as i32;
     row.value_tile = from.tiles as i32;
     row.value_tiles = (goal.tiles - from.tiles) as i32;

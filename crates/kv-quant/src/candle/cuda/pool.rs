@@ -287,9 +287,9 @@ impl CudaPool {
                     (own.table, own.ring_k, own.ring_v) = (at.table, at.ring_k, at.ring_v);
                     own.packed = head.packed.values as i32;
                     own.residual = head.residual() as i32;
-                    own.live = head.live.address();
-                    own.live_slots = head.live.slots() as i32;
-                    own.holes = head.live.holes() as i32;
+                    own.valid = head.valid.address();
+                    own.valid_slots = head.valid.slots() as i32;
+                    own.holes = head.valid.holes() as i32;
                     own.ring_start = ((head.packed.values + head.shift) % ring) as i32;
                 }
                 work.push(own);

@@ -1,7 +1,7 @@
 //! Reads entries, for policies and tests.
 
 use super::CudaPool;
-use super::head::Cut;
+use super::head::Truncation;
 use super::tensors::{kind, tensor};
 use crate::cuda::UnpackArgs;
 use candle_core::{DType, Device, Tensor};
@@ -82,7 +82,12 @@ impl CudaPool {
     }
 
     /// Writes the entries that a truncation unpacks from a record to the ring.
-    pub(super) fn unpack_to_ring(&self, seq: SeqId, kv_head: usize, cut: &Cut) -> Result<()> {
+    pub(super) fn unpack_to_ring(
+        &self,
+        seq: SeqId,
+        kv_head: usize,
+        truncation: &Truncation,
+    ) -> Result<()> {
         let sequence = self.sequence(seq)?;
         let (stream, ring) = (self.stream(), self.ring_numbers());
         let at = sequence.addresses(&stream, ring).of_head(kv_head);
@@ -90,8 +95,8 @@ impl CudaPool {
             table: at.table,
             k: at.ring_k,
             v: at.ring_v,
-            first: cut.unpacked.start as i32,
-            entries: cut.unpacked.len() as i32,
+            first: truncation.unpacked.start as i32,
+            entries: truncation.unpacked.len() as i32,
             ring: self.ring_places() as i32,
             shift: sequence.heads[kv_head].shift as i32,
             kind: kind(self.dtype.unwrap_or(DType::F16)),

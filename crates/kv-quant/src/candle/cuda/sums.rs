@@ -64,7 +64,7 @@ impl CudaPool {
     /// Returns the sums of entries from those of all slots.
     fn without_holes(&self, seq: SeqId, sums: AttentionSums) -> Result<AttentionSums> {
         let heads = self.seqs.get(&seq).map_or(&[][..], |of| &of.heads);
-        if heads.iter().all(|head| head.live.holes() == 0) {
+        if heads.iter().all(|head| head.valid.holes() == 0) {
             return Ok(sums);
         }
         let of_entries = |(own, head): (Tensor, &Head)| match head.entry_slots() {
