@@ -58,7 +58,7 @@ pub enum Compress {
 #[derive(Debug, Clone, Copy)]
 enum Kind {
     Dense(DType),
-    Packed(packed::Make),
+    Packed(packed::NewCache),
     Policy(Policy, Size, Store),
 }
 
