@@ -63,7 +63,7 @@ mod tests {
     use super::*;
     use crate::{EvictionPolicy, H2o, Tova};
     use candle_core::Device;
-    use longctx_core::AttentionShape;
+    use longctx_core::{AttentionShape, LayerSpec};
 
     /// Returns the scores that a policy describes, plainly: `[kv_heads][entries]`.
     fn described(
