@@ -68,7 +68,7 @@ impl Attention {
 /// [`Error::Mismatch`] if there is none.
 pub fn next_cache<'a>(
     mut caches: impl Iterator<Item = &'a mut Box<dyn KvCache>>,
-) -> Result<&'a mut dyn KvCache> {
+) -> Result<&'a mut (dyn KvCache + 'static)> {
     let cache = caches.next().map(Box::as_mut);
     cache.ok_or_else(|| Error::mismatch("caches of a session", "one per attention layer", "fewer"))
 }
