@@ -97,7 +97,6 @@ impl ServerSetting {
 /// The chat template of prompts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
 pub enum Template {
     /// The template of the model; none if the model has none.
     #[default]
