@@ -6,7 +6,8 @@
 //! round runs each format once, so that all have the same share of the machine's changes. The row
 //! `read` reads as many bytes as f16 takes: no attention over f16 can be faster.
 //!
-//! Arguments select formats: `-- fp8 kivi-8`. Sizes count codes, scales, minima, residual and tables.
+//! Arguments select formats: `-- fp8 kivi-8`. Sizes count codes, scales, minima, residual and
+//! tables.
 
 use std::hint::black_box;
 use std::time::Instant;

@@ -58,7 +58,7 @@ pub enum Compress {
 #[derive(Debug, Clone, Copy)]
 enum Kind {
     Dense(DType),
-    Packed(packed::Make),
+    Packed(packed::NewCache),
     Policy(Policy, Size, Store),
 }
 
@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn a_policy_takes_shares_tokens_and_stores() {
+    fn a_policy_accepts_ratios_tokens_and_stores() {
         let held = |name: &str| {
             let mut cache = Method::named(name).unwrap().cache(&spec()).unwrap();
             feed(&mut *cache, &Batch::single(0, 400).unwrap());
@@ -396,7 +396,7 @@ mod tests {
 
     /// A prompt of 400 tokens and 400 decoded tokens: either part is evicted or packed.
     #[test]
-    fn either_the_prompt_or_what_is_decoded_is_compressed() {
+    fn either_the_prompt_or_decoded_tokens_are_compressed() {
         let bytes = |name: &str, compress| {
             let method = Method::named(name).unwrap().compressing(compress);
             let mut cache = method.cache(&spec()).unwrap();
@@ -430,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_names_are_told_the_known_ones() {
+    fn errors_of_unknown_names_list_the_known_ones() {
         for name in ["", "kivi", "h2o", "h2o-", "h2o-0x", "h2o-x", "h2o-4x-kivi-5", "snap-kv--4x"] {
             let error = Method::named(name).expect_err(name).to_string();
             assert!(error.contains("flexgen-4") && error.contains("snap-kv"), "{error}");

@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_without_end_are_refused() {
+    fn numbers_of_unbounded_length_are_refused() {
         let words = number::<1, 1000>;
         assert_eq!((words("1"), words("1000")), (Ok(1), Ok(1000)));
         for text in ["0", "1001", "18446744073709551615", "99999999999999999999", "-1", "x"] {
@@ -52,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn folders_that_refuse_are_named() {
+    fn unwritable_folders_are_named() {
         let folder = tempfile::tempdir().unwrap();
         check_writable(&folder.path().join("a/b")).unwrap();
         assert_eq!(fs::read_dir(folder.path().join("a/b")).unwrap().count(), 0);

@@ -28,8 +28,8 @@ impl Place {
     }
 
     fn dtype(&self) -> DType {
-        let own = if self.is_cpu() { DType::F32 } else { DType::F16 };
-        self.dtype.unwrap_or(own)
+        let default = if self.is_cpu() { DType::F32 } else { DType::F16 };
+        self.dtype.unwrap_or(default)
     }
 
     /// Returns the options for transformers. On other devices than the CPU, quantized weights are
@@ -101,13 +101,13 @@ mod tests {
     }
 
     #[test]
-    fn the_cpu_in_f32_unless_told_otherwise() {
+    fn the_default_is_the_cpu_in_f32() {
         assert_eq!(parse(&[]).unwrap().describe(), "cpu f32");
         assert_eq!(parse(&["--device", "cpu", "--dtype", "bf16"]).unwrap().describe(), "cpu bf16");
     }
 
     #[test]
-    fn unknown_devices_and_formats_are_refused_with_the_known_ones() {
+    fn errors_of_unknown_devices_and_formats_list_the_known_ones() {
         assert!(parse(&["--device", "tpu"]).unwrap_err().contains("cuda:N, got tpu"));
         assert!(parse(&["--device", "cuda:x"]).unwrap_err().contains("got cuda:x"));
         assert!(parse(&["--dtype", "u8"]).unwrap_err().contains("bf16, got u8"));

@@ -205,7 +205,7 @@ mod tests {
     /// Compares every method that can share a prefill with a separate cache, in a batch with
     /// another method.
     #[test]
-    fn forks_of_a_prompt_decode_as_caches_of_their_own_do() {
+    fn forks_of_a_prompt_decode_as_separate_caches() {
         let rope = Arc::new(Rope::new(64, 64, 10_000.0, RopeScaling::None).unwrap());
         let spec = LayerSpec::new(AttentionShape::new(4, 2, 64).unwrap()).with_rope(rope).at(1, 3);
         for method in listed().filter(|method| method.has_exact_prefill()) {

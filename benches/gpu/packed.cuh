@@ -115,7 +115,8 @@ __global__ void plain_softmax(Plain a) {  // One block of 256 a column.
     if (threadIdx.x == 0) a.lse[blockIdx.x] = top + log(sum);
 }
 
-__global__ void plain_values(Plain a) {  // Blocks of D threads: (pieces of 1024 tokens, rows, columns).
+// Blocks of D threads: (pieces of 1024 tokens, rows, columns).
+__global__ void plain_values(Plain a) {
     int row = blockIdx.y, column = blockIdx.z;
     double sum = 0;
     for (int t = blockIdx.x * 1024; t < min(a.tokens, blockIdx.x * 1024 + 1024); t++)
@@ -151,7 +152,8 @@ __global__ void compare(const float* a, const float* b, int rows, int tokens, in
 struct Variant {
     int n, warps, stages, shared;
     void (*kernel)(const AttendArgs);
-    bool fits() const { return shared <= 227 * 1024 - 4096; }  // as src/cuda/kernels.rs has it, on a device of 227 KB
+    // as src/cuda/kernels.rs has it, on a device of 227 KB
+    bool fits() const { return shared <= 227 * 1024 - 4096; }
 };
 
 struct Config {
@@ -217,7 +219,8 @@ void scatter(const Config& c, i64 rows, i64 records) {
     OK(cudaMemcpy(table.take(addresses.size()), addresses.data(), addresses.size() * 8, cudaMemcpyHostToDevice));
 }
 
-// Copies the first `count` entries of rows of `pitch` entries of d numbers to rings of `ring` entries.
+// Copies the first `count` entries of rows of `pitch` entries of d numbers to rings of `ring`
+// entries.
 __global__ void to_rings(const __half* x, __half* rings, int pitch, int count, int d, int ring, int shift) {
     for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < (i64)count * d; i += (i64)gridDim.x * blockDim.x)
         rings[(blockIdx.y * (i64)ring + (i / d + shift) % ring) * d + i % d] = x[(i64)blockIdx.y * pitch * d + i];
@@ -399,7 +402,8 @@ double check(const Config& c, const Variant& v, const Case& s, int splits) {
         c.plain(raw_k.p, raw_v.p, ref_k.p, ref_v.p, rows, t, packed_k = packed_v / c.group * c.group, packed_v, s.kind);
     auto heads = heads_of(c, s, packed_v, residual, ring, start, 0, records), all = split(c, v, s, heads, splits);
     AttendArgs a = prepare(c, v, s, ring, all);
-    if (s.staggered && packed_v % c.group) {  // The record that values end in has its keys packed: the reference too.
+    // The record that values end in has its keys packed: the reference too.
+    if (s.staggered && packed_v % c.group) {
         c.plain(raw_k.p, raw_v.p, got_k.p, got_v.p, rows, t, packed_k + c.group, packed_v, s.kind);
         for (int row = 0; row < rows; row++)
             OK(cudaMemcpy(ref_k.p + ((i64)row * t + packed_k) * d, got_k.p + ((i64)row * t + packed_k) * d, (i64)(packed_v - packed_k) * d * 4, cudaMemcpyDeviceToDevice));
@@ -552,7 +556,8 @@ void check_packing(const std::vector<Config>& all, bool small) {
                     unsigned long long bad = 0;
                     double sums[4];
                     OK(cudaMemcpy(&bad, counters.p, 8, cudaMemcpyDeviceToHost)), OK(cudaMemcpy(sums, counters.p + 1, 32, cudaMemcpyDeviceToHost));
-                    double keys = sqrt(sums[0] / sums[1]), values = sqrt(sums[2] / sums[3]);  // NaN if nothing was written
+                    // NaN if nothing was written
+                    double keys = sqrt(sums[0] / sums[1]), values = sqrt(sums[2] / sums[3]);
                     if (bad || !(keys <= c.limit) || !(values <= c.limit))
                         printf("WRONG %s d %d: tokens %d kind %d in ring %d: status %llx, keys %.2e, values %.2e\n", c.name.c_str(), d, t, kind, in_ring, bad, keys, values);
                     worst = std::max({worst, keys, values});

@@ -208,7 +208,8 @@ struct Worst {
 } worst;
 
 void check(const Case& c) {
-    static Buffer<uint16_t> qb, kb, vb, outb, pool_k, pool_v;  // outb: two for each number if it is f32
+    // outb: two for each number if it is f32
+    static Buffer<uint16_t> qb, kb, vb, outb, pool_k, pool_v;
     static Buffer<float> lseb;
     static Buffer<double> ref_out, ref_lse;
     static Buffer<uint32_t> cu_q, cu_k, table, lens;
@@ -239,7 +240,8 @@ void check(const Case& c) {
             OK(cudaMemset(v + ck[s] * a.v_token, 0xff, a.v_token * c.keys[s] * 2));
         }
 
-    std::vector<std::vector<int>> keys(seqs, std::vector<int>(c.kv_heads));  // Heads of a paged cache may differ.
+    // Heads of a paged cache may differ.
+    std::vector<std::vector<int>> keys(seqs, std::vector<int>(c.kv_heads));
     int longest = 0;
     for (int s = 0; s < seqs; s++)
         for (int h = 0; h < c.kv_heads; h++) keys[s][h] = c.paged ? std::max(0, c.keys[s] - 37 * (h % 3)) : c.keys[s], longest = std::max(longest, keys[s][h]);
@@ -264,7 +266,8 @@ void check(const Case& c) {
         std::vector<uint32_t> entries(seqs * c.kv_heads * blocks, 0xffffffffu), flat;
         uint32_t used = 0, all = 0;
         for (auto& s : keys) for (int n : s) all += (n + PAGE - 1) / PAGE, flat.push_back(n);
-        const uint32_t extent = all + 3, stride = 7;  // Nearly coprime, so that pages are not in order.
+        // Nearly coprime, so that pages are not in order.
+        const uint32_t extent = all + 3, stride = 7;
         std::vector<uint32_t> order(extent);
         for (uint32_t i = 0; i < extent; i++) order[i] = i;
         for (uint32_t i = extent; i > 1; i--) std::swap(order[i - 1], order[(i * 2654435761u + stride) % i]);

@@ -104,7 +104,8 @@ void* rows(i64 n, int width, int pad, float mean, float spread) {
     return numbers<T>(n * (width + pad), mean, spread);
 }
 
-enum ScanForm { USUAL, FEW, ANY };  // The entry points selective_scan, selective_scan_few and selective_scan_generic
+// The entry points selective_scan, selective_scan_few and selective_scan_generic
+enum ScanForm { USUAL, FEW, ANY };
 template <class T>
 struct Scan {
     SelectiveScan p;
@@ -321,7 +322,7 @@ double beside(K&) {
 }
 template <class T>
 double beside(Wkv7s<T>& k) {
-    return k.p.own ? error_of(k.p.own, k.own, (i64)k.batch * k.p.tokens * k.p.heads) / (F32<T> || k.any ? 1e-5 : 3e-3) : 0;
+    return k.p.bonus ? error_of(k.p.bonus, k.own, (i64)k.batch * k.p.tokens * k.p.heads) / (F32<T> || k.any ? 1e-5 : 3e-3) : 0;
 }
 
 // Checks outputs to the rounding of their dtype, and states to `state_limit`.
@@ -424,7 +425,7 @@ void check_all(const char* type, bool small) {
         for (int heads : {1, 5}) {
             for (int blocks : {1, 2}) {
                 Wkv7s<T> k(batch, tokens, heads, 64, 8, false, blocks);
-                if (heads == 1) k.p.own = nullptr;
+                if (heads == 1) k.p.bonus = nullptr;
                 check<T>(k, k.p.state, F32<T> ? fast_limit : 5e-4, "wkv7", w);
             }
         }

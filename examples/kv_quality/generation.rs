@@ -172,7 +172,7 @@ mod tests {
     use candle_core::Device;
 
     #[test]
-    fn tokens_are_drawn_where_the_sum_of_probabilities_passes_the_draw() -> Result<()> {
+    fn a_token_is_drawn_where_the_cumulative_probability_exceeds_the_draw() -> Result<()> {
         // 600 tokens, so that the last block is padded: token i has probability (i + 1) / sum.
         let weights: Vec<f32> = (1..=600).map(|i| i as f32).collect();
         let sum: f32 = weights.iter().sum();

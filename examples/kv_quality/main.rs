@@ -10,7 +10,8 @@
 //!
 //! The second command measures the KL divergence from the dense model while the model continues
 //! prompts of the text. `--scores` measures the errors of the scores of TurboQuant's keys, with and
-//! without the paper's residual bit; their names, such as `turboquant-keys-3-qjl`, are also methods.
+//! without the paper's residual bit; their names, such as `turboquant-keys-3-qjl`, are also
+//! methods.
 //!
 //! Bits per number and compression count all bytes that the sequences hold at the end. Methods are
 //! those of `examples/methods.rs`. `--device cuda` has kernels for most of them; the row of any

@@ -6,14 +6,14 @@ use kv_quant::{
 use longctx_core::{LayerSpec, Result};
 
 /// Creates a layer's cache.
-pub type Make = fn(LayerSpec) -> Result<QuantCache>;
+pub type NewCache = fn(LayerSpec) -> Result<QuantCache>;
 
 /// Packed caches by name. The suffixes mean: `rolling`, KIVI with a rolling flush; `sinks`, the
 /// first 4 tokens in f16; `attend-first`, full precision in attention among the tokens of a call;
 /// `residual`, the newest 128 tokens in f16; `edges-f16`, the first and last two layers in f16, as
 /// vLLM serves TurboQuant; `rotated`, a Hadamard rotation of keys and values; `keys-rotated`, one
 /// of keys only. KVarN keeps the first 128 tokens in f16, as its published code does.
-pub const PACKED: [(&str, Make); 47] = [
+pub const PACKED: [(&str, NewCache); 47] = [
     ("kivi-8", |spec| cache(spec, kivi(Bits::Eight, Bits::Eight))),
     ("kivi-4", |spec| cache(spec, kivi(Bits::Four, Bits::Four))),
     ("kivi-3", |spec| cache(spec, kivi(Bits::Three, Bits::Three))),

@@ -139,9 +139,9 @@ impl<P: KvStore, D: KvStore> KvCache for SplitCache<P, D> {
     fn can_append(&self, batch: &Batch) -> bool {
         let part = |decoded: bool| {
             let tokens = batch.iter().map(|(seq, tokens)| (seq, tokens.len()));
-            let mine: Vec<_> =
+            let part: Vec<_> =
                 tokens.filter(|&(seq, tokens)| self.is_decoded(seq, tokens) == decoded).collect();
-            (!mine.is_empty()).then(|| Batch::new(&mine)).transpose()
+            (!part.is_empty()).then(|| Batch::new(&part)).transpose()
         };
         let fits = |batch: Result<Option<Batch>>, store: &dyn KvStore| {
             batch.is_ok_and(|batch| batch.is_none_or(|batch| store.can_append(&batch)))
@@ -179,7 +179,7 @@ mod tests {
     /// Over two dense stores the cache equals a dense one: with chunks of a prompt, single tokens,
     /// a later question, forks and truncation.
     #[test]
-    fn two_dense_stores_are_a_dense_cache() {
+    fn two_dense_stores_equal_a_dense_cache() {
         let store = || DenseStore::new(spec().shape, DType::F32).unwrap();
         let mut split = SplitCache::new(spec(), store(), store());
         let mut dense = DenseCache::new(spec(), DType::F32).unwrap();

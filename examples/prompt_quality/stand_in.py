@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertForTokenClassification, BertTokenizerFast
 
-TEXTS, WORDS = 15, 1200  # texts, and the words of each that are read
-KEEP = 0.4  # of the words, marks among them
+TEXTS, WORDS = 15, 1200  # number of texts, and of the words read from each
+KEEP = 0.4  # share of the words that are kept; a punctuation mark is a word
 TEACHER_WINDOW = 512
-WINDOW = 510  # tokens between the two of the frame
+WINDOW = 510  # tokens, without the special tokens at both ends
 EPOCHS, RATE = 4, 1e-4
 IGNORED = -100
 # Placeholders for forced tokens that the vocabulary lacks. The first is for newlines.
@@ -37,7 +37,7 @@ ADDED = [f"[NEW{i}]" for i in range(100)]
 def read(path):
     """Returns the start of a text, with a paragraph per line.
 
-    The essays used have no space between paragraphs.
+    In the essays used, paragraphs are joined without a space.
     """
     text = re.sub(r"(?<!\n)\n(?!\n)", " ", path.read_text(encoding="utf-8"))
     text = re.sub(r"(?<=[a-z][.?!])(?=[A-Z])|\n\n+", "\n", text)
@@ -45,12 +45,12 @@ def read(path):
 
 
 @torch.no_grad()
-def surprises(model, tokenizer, text):
+def word_losses(model, tokenizer, text):
     """Returns the words of the text as ranges of characters, and the loss of each in nats."""
     words = [match.span() for match in re.finditer(r"\w+(?:['’.-]\w+)*|[^\w\s]", text)]
     encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-    ends, costs = [end for _, end in words], [0.0] * len(words)
+    ends, losses_of_words = [end for _, end in words], [0.0] * len(words)
     word = 0
     for start in range(0, len(ids), TEACHER_WINDOW):
         part = ids[start : start + TEACHER_WINDOW]
@@ -59,11 +59,11 @@ def surprises(model, tokenizer, text):
         for (_, end), loss in zip(offsets[start : start + TEACHER_WINDOW], losses.tolist()):
             while word < len(words) - 1 and end > ends[word]:
                 word += 1
-            costs[word] += loss
-    return words, costs
+            losses_of_words[word] += loss
+    return words, losses_of_words
 
 
-def windows(tokenizer, text, words, costs):
+def windows(tokenizer, text, words, losses_of_words):
     """Returns windows of tokens with labels.
 
     Tokens outside words and tokens that are always kept have no label.
@@ -79,12 +79,12 @@ def windows(tokenizer, text, words, costs):
     encoding = tokenizer("".join(marked), return_offsets_mapping=True, add_special_tokens=False)
     for start in range(0, len(encoding["input_ids"]), WINDOW):
         ids = encoding["input_ids"][start : start + WINDOW]
-        of = [owner[shift[first]] for first, _ in encoding["offset_mapping"][start : start + WINDOW]]
-        here = sorted((costs[i] for i in set(of) if i >= 0), reverse=True)
-        if len(here) < 20:
+        word_of = [owner[shift[first]] for first, _ in encoding["offset_mapping"][start : start + WINDOW]]
+        sorted_losses = sorted((losses_of_words[i] for i in set(word_of) if i >= 0), reverse=True)
+        if len(sorted_losses) < 20:
             continue
-        least = here[int(KEEP * len(here))]
-        labels = [IGNORED if i < 0 else int(costs[i] > least) for i in of]
+        least = sorted_losses[int(KEEP * len(sorted_losses))]
+        labels = [IGNORED if i < 0 else int(losses_of_words[i] > least) for i in word_of]
         framed = [tokenizer.cls_token_id] + ids + [tokenizer.sep_token_id]
         yield framed, [IGNORED] + labels + [IGNORED]
 
@@ -128,7 +128,7 @@ def main():
     train, held_out = [], []
     for number, path in enumerate(sorted(texts.glob("*.txt"))[:TEXTS]):
         text = read(path)
-        rows = list(windows(tokenizer, text, *surprises(teacher, teacher_tokenizer, text)))
+        rows = list(windows(tokenizer, text, *word_losses(teacher, teacher_tokenizer, text)))
         (held_out if number % 10 == 9 else train).extend(rows)
         print(f"{path.name}: {len(rows)} windows", flush=True)
     del teacher

@@ -95,7 +95,7 @@ fn model() -> Option<PathBuf> {
 }
 
 #[test]
-fn a_real_model_keeps_and_answers_what_it_does_under_kvpress() {
+fn kept_entries_and_answers_of_a_real_model_agree_with_kvpress() {
     let Some(path) = model() else {
         println!("skipped: no model; name SmolLM2-135M-Instruct.Q4_1.gguf in LONGCTX_SMOLLM2");
         return;

@@ -111,7 +111,7 @@ fn root() -> PathBuf {
 }
 
 #[test]
-fn every_relative_link_leads_somewhere() {
+fn every_relative_link_has_a_target() {
     let files = markdown(&root());
     assert!(files.contains(&root().join("README.md")) && files.len() > 30);
     let broken = broken(&files, &root().join("docs"));

@@ -102,7 +102,7 @@ fn every_family_is_a_subject_of_the_evaluation() {
 }
 
 #[test]
-fn what_no_family_knows_is_named() {
+fn an_unknown_model_type_is_named() {
     let at = tempfile::tempdir().unwrap();
     let folder = folder("mamba", at.path());
     fs::write(folder.join("config.json"), r#"{ "model_type": "hyena" }"#).unwrap();

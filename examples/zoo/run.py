@@ -26,7 +26,7 @@ import recipes
 HERE = Path(__file__).parent
 # Seconds that a job needs in addition to its training, and the shortest useful training. Both are
 # for six models on one GPU.
-AROUND, LEAST = 60, 140
+OVERHEAD, MIN_TRAINING = 60, 140
 # The exit code of a training whose loss became infinite or NaN. It is not repeated.
 DIVERGED = 3
 
@@ -57,7 +57,7 @@ def main():
             log.write(line.rstrip() + "\n")
             print(line.rstrip(), flush=True)
 
-    made = {}
+    data_ready = {}
     tests = a.work / "tests.npz"
 
     def make_data():
@@ -71,19 +71,19 @@ def main():
             name, rows, length = spec.split(":")
             recipe = name.split("-")[0]
             make(name, HERE / "data.py", a.corpus, a.work / name, "--recipe", recipe, "--rows", rows, "--length", length)
-            made[name].set()
+            data_ready[name].set()
 
     for spec in data:
-        made[spec.split(":")[0]] = threading.Event()
+        data_ready[spec.split(":")[0]] = threading.Event()
     threading.Thread(target=make_data, daemon=True).start()
     running = []
 
-    def train(model, of, compiled, gpu):
+    def train(model, data_set, compiled, gpu):
         name, seed = model.split("@")
-        folder = a.work / f"{name}@{seed}-{of}"
+        folder = a.work / f"{name}@{seed}-{data_set}"
         command = [
-            sys.executable, HERE / "train.py", name, "--seed", seed, "--corpus", a.corpus, "--data", a.work / of, "--tests", tests,
-            "--out", folder, "--seconds", deadline - AROUND - time.time(), "--batch-tokens", a.batch_tokens,
+            sys.executable, HERE / "train.py", name, "--seed", seed, "--corpus", a.corpus, "--data", a.work / data_set, "--tests", tests,
+            "--out", folder, "--seconds", deadline - OVERHEAD - time.time(), "--batch-tokens", a.batch_tokens,
             "--learning-rate", a.learning_rate, "--decay", a.decay,
         ]
         process = subprocess.Popen(
@@ -95,30 +95,30 @@ def main():
             say(line)
         code = process.wait()
         if code != 0:
-            say(f"{model} {of}: failed with {code}, compiled: {compiled}")
+            say(f"{model} {data_set}: failed with {code}, compiled: {compiled}")
         # A model is written before it is tested.
-        if f"{model}:{of}" in a.keep and (folder / "config.json").exists():
+        if f"{model}:{data_set}" in a.keep and (folder / "config.json").exists():
             for file in ("config.json", "model.safetensors"):
                 shutil.copy(folder / file, a.out / f"{folder.name}.{file}")
         return code
 
-    def work(gpu):
+    def run_jobs(gpu):
         while True:
             with lock:
                 if not jobs:
                     return
-                model, of, compiled = jobs.popleft()
-            made[of].wait()
-            if deadline - time.time() < AROUND + LEAST:
-                say(f"{model} {of}: no time left")
-            elif train(model, of, compiled, gpu) not in (0, DIVERGED) and compiled:
+                model, data_set, compiled = jobs.popleft()
+            data_ready[data_set].wait()
+            if deadline - time.time() < OVERHEAD + MIN_TRAINING:
+                say(f"{model} {data_set}: no time left")
+            elif train(model, data_set, compiled, gpu) not in (0, DIVERGED) and compiled:
                 with lock:
-                    jobs.append((model, of, False))
+                    jobs.append((model, data_set, False))
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(max(1, torch.cuda.device_count()))))
     gpus = visible.split(",")
     say(f"{len(gpus)} GPUs, {os.cpu_count()} cores")
-    threads = [threading.Thread(target=work, args=(gpu,), daemon=True) for gpu in gpus * a.side_by_side]
+    threads = [threading.Thread(target=run_jobs, args=(gpu,), daemon=True) for gpu in gpus * a.side_by_side]
     for thread in threads:
         thread.start()
     for thread in threads:

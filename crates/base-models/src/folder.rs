@@ -10,7 +10,7 @@ use crate::names::Names;
 use crate::weights::{LoadOptions, Weights};
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Tensor};
-use longctx_checkpoint::{Pth, ReadTensors, files, weight_files};
+use longctx_checkpoint::{Pth, ReadTensors, map_safetensors, weight_files};
 use longctx_core::{Error, Result};
 use safetensors::Dtype;
 
@@ -24,7 +24,7 @@ pub(crate) const WEIGHTS: [&str; 4] = [
 
 /// Tensors without effect: they are computed from the settings, or concern the quantization of
 /// activations and caches, which are in full precision here.
-const HARMLESS: [&str; 7] = [
+const WITHOUT_EFFECT: [&str; 7] = [
     "rotary_emb.inv_freq",
     "self_attn.rotary_emb",
     ".input_scale",
@@ -57,27 +57,17 @@ impl FolderWeights {
         let fp8 = Fp8::from_folder(path)?;
         let files = weight_files(path, &WEIGHTS)?
             .ok_or_else(|| Error::file(path, format!("there is none of {}", WEIGHTS.join(", "))))?;
-        for file in &files {
-            files::open(file)?;
-        }
         let safetensors = files.iter().all(|f| f.extension().is_some_and(|e| e == "safetensors"));
         let source = match safetensors {
-            true => {
-                // SAFETY: memory-mapping is sound as long as the files are not modified while they
-                // are mapped. Checkpoints are written once; every loader that maps safetensors
-                // documents this condition.
-                #[allow(unsafe_code)]
-                let mapped = unsafe { MmapedSafetensors::multi(&files) };
-                Source::Safetensors(mapped.map_err(|e| Error::file(path, e))?)
-            }
+            true => Source::Safetensors(map_safetensors(&files)?),
             false => {
                 let files: Vec<_> =
                     files.iter().map(|file| Pth::open(file)).collect::<Result<_>>()?;
-                let mut homes = BTreeMap::new();
+                let mut file_of = BTreeMap::new();
                 for (i, file) in files.iter().enumerate() {
-                    homes.extend(file.names().map(|name| (name.to_owned(), i)));
+                    file_of.extend(file.names().map(|name| (name.to_owned(), i)));
                 }
-                Source::Torch(files, homes)
+                Source::Torch(files, file_of)
             }
         };
         let read = ReadTensors::default();
@@ -89,22 +79,24 @@ impl FolderWeights {
             Source::Safetensors(files) => {
                 files.tensors().into_iter().map(|(name, _)| name).collect()
             }
-            Source::Torch(_, homes) => homes.keys().cloned().collect(),
+            Source::Torch(_, file_of) => file_of.keys().cloned().collect(),
         }
     }
 
     fn dims(&self, name: &str) -> Option<Vec<usize>> {
         match &self.source {
             Source::Safetensors(files) => files.get(name).ok().map(|view| view.shape().to_vec()),
-            Source::Torch(files, homes) => files[*homes.get(name)?].shape(name).map(<[_]>::to_vec),
+            Source::Torch(files, file_of) => {
+                files[*file_of.get(name)?].shape(name).map(<[_]>::to_vec)
+            }
         }
     }
 
     /// Reads a tensor on the CPU in f32 or as stored; 8-bit floats without their scales.
     fn numbers(&self, name: &str) -> Result<Tensor> {
         match &self.source {
-            Source::Torch(files, homes) => {
-                let tensor = files[homes[name]].tensor(name)?;
+            Source::Torch(files, file_of) => {
+                let tensor = files[file_of[name]].tensor(name)?;
                 match tensor.dtype().is_float() {
                     true => Ok(tensor),
                     false => {
@@ -160,7 +152,8 @@ impl FolderWeights {
         let packed = name.strip_suffix(".weight").unwrap_or(name);
         for part in ["qweight", "weight_packed"] {
             if self.dims(&format!("{packed}.{part}")).is_some() {
-                let what = format!("packed weights (GPTQ, AWQ or kin): tensor \"{packed}.{part}\"");
+                let what =
+                    format!("packed weights (GPTQ, AWQ or similar): tensor \"{packed}.{part}\"");
                 return Error::Unsupported(format!("{}: {what}", self.path.display()));
             }
         }
@@ -219,8 +212,9 @@ impl Weights for FolderWeights {
         // Some checkpoints store the matrix of tied embeddings twice.
         let (embedding, head) = ("model.embed_tokens.weight", "lm_head.weight");
         let twice = self.has(head) && self.has(embedding) && self.same(embedding, head)?;
-        let harmless =
-            |name: &str| (twice && name == head) || HARMLESS.iter().any(|part| name.contains(part));
-        self.read.check_all_read(&self.path, names.iter().map(String::as_str), harmless)
+        let without_effect = |name: &str| {
+            (twice && name == head) || WITHOUT_EFFECT.iter().any(|part| name.contains(part))
+        };
+        self.read.check_all_read(&self.path, names.iter().map(String::as_str), without_effect)
     }
 }

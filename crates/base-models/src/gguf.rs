@@ -18,7 +18,7 @@ use longctx_checkpoint::ReadTensors;
 use longctx_core::{Error, Result};
 
 /// Tensors that are computed from the settings.
-const HARMLESS: [&str; 1] = ["attn_rot_embd"];
+const WITHOUT_EFFECT: [&str; 1] = ["attn_rot_embd"];
 
 /// A model in an open GGUF file.
 pub(crate) struct Gguf {
@@ -228,7 +228,7 @@ impl Weights for Gguf {
     }
 
     fn finish(&self) -> Result<()> {
-        let harmless = |name: &str| HARMLESS.iter().any(|part| name.contains(part));
-        self.read.check_all_read(self.file.path(), self.file.tensor_names(), harmless)
+        let without_effect = |name: &str| WITHOUT_EFFECT.iter().any(|part| name.contains(part));
+        self.read.check_all_read(self.file.path(), self.file.tensor_names(), without_effect)
     }
 }

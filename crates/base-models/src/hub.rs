@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::folder::WEIGHTS;
-use longctx_checkpoint::HubModel;
+use longctx_checkpoint::HubRepo;
 use longctx_core::Result;
 
 const OPTIONAL: [&str; 4] =
@@ -12,7 +12,7 @@ const OPTIONAL: [&str; 4] =
 /// Downloads the files for [`Pretrained::from_folder`](crate::Pretrained::from_folder) unless they
 /// are cached; returns their folder.
 pub(crate) fn download(name: &str) -> Result<PathBuf> {
-    let hub = HubModel::new(name)?;
+    let hub = HubRepo::model(name)?;
     let folder = hub.folder()?;
     for file in OPTIONAL {
         hub.get_optional(file)?;

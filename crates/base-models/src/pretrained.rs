@@ -40,7 +40,8 @@ impl Pretrained {
     }
 
     /// Loads a folder with `config.json`, `tokenizer.json` and `model.safetensors` or its shards
-    /// with their index.
+    /// with their index. Safetensors files are memory-mapped, so they must not be modified during
+    /// the call.
     ///
     /// # Errors
     /// - [`Error::File`](longctx_core::Error::File) naming a missing or invalid file.

@@ -85,7 +85,7 @@ fn logits_equal_those_of_transformers() {
 /// `transformers` expands the latents to keys and values; here queries attend to the latents, which
 /// are held once.
 #[test]
-fn latents_held_once_give_the_same_logits() {
+fn latent_stores_give_the_same_logits() {
     let latent = |layer: &LayerSpec| {
         let store =
             LatentStore::new(layer.shape, |parts| DenseStore::new(parts, candle_core::DType::F32))?;

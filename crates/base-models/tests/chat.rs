@@ -66,13 +66,13 @@ fn check(path: &Path) {
 }
 
 #[test]
-fn conversations_read_as_with_transformers() {
+fn conversations_render_as_with_transformers() {
     check(&fixture("chat.json"));
 }
 
 #[test]
 #[ignore = "needs the file of fixtures/make_chat.py with public templates"]
-fn public_templates_read_as_with_transformers() {
+fn public_templates_render_as_with_transformers() {
     let path = std::env::var_os("LONGCTX_CHATS").expect("LONGCTX_CHATS names a file");
     check(Path::new(&path));
 }
@@ -153,7 +153,7 @@ fn a_conversation_has_one_token_at_its_beginning() {
 }
 
 #[test]
-fn a_template_that_does_not_compile_leaves_its_model_open_to_completion() {
+fn a_model_whose_template_does_not_compile_can_complete_text() {
     let folder = model(&json!({"chat_template": "{% no such thing %}"}));
     let llm = open(folder.path());
     assert_eq!(llm.tokenizer.encode("ab", true).unwrap(), [1, 3, 4]);

@@ -110,7 +110,7 @@ fn broken_gguf_files() {
 }
 
 #[test]
-fn tokens_that_the_model_does_not_know() {
+fn unknown_tokens() {
     let folder = copy();
     let model = Transformer::from_folder(folder.path(), &LoadOptions::default()).unwrap();
     let mut session = model.session(|l| DenseCache::new(l.clone(), DType::F32)).unwrap();

@@ -96,7 +96,7 @@ fn other_quantizations_are_refused_by_name() {
     let weight = all.remove("model.layers.0.self_attn.q_proj.weight").unwrap();
     all.insert("model.layers.0.self_attn.q_proj.qweight".into(), weight);
     save(folder.path(), &all);
-    assert!(load(folder.path()).unwrap_err().contains("packed weights (GPTQ, AWQ or kin)"));
+    assert!(load(folder.path()).unwrap_err().contains("packed weights (GPTQ, AWQ or similar)"));
     // Integer tensors are not weights.
     let folder = copy("llama");
     let mut all = tensors(&folder.path().join("model.safetensors"));
@@ -107,7 +107,7 @@ fn other_quantizations_are_refused_by_name() {
 }
 
 #[test]
-fn tensors_that_no_one_asks_for_are_named() {
+fn unread_tensors_of_a_folder_are_named() {
     let folder = copy("llama");
     let original = tensors(&folder.path().join("model.safetensors"));
     let one = Tensor::ones(48, DType::F32, &Device::Cpu).unwrap();
@@ -127,7 +127,7 @@ fn tensors_that_no_one_asks_for_are_named() {
 }
 
 #[test]
-fn a_head_beside_tied_embeddings_must_be_the_same() {
+fn an_output_head_must_equal_tied_embeddings() {
     let folder = copy("llama-3.1");
     let mut all = tensors(&folder.path().join("model.safetensors"));
     let embedding = all["model.embed_tokens.weight"].clone();
@@ -140,7 +140,7 @@ fn a_head_beside_tied_embeddings_must_be_the_same() {
 }
 
 #[test]
-fn one_good_file_goes_before_a_stale_index() {
+fn a_valid_file_precedes_a_stale_index() {
     let folder = copy("llama");
     fs::write(
         folder.path().join("model.safetensors.index.json"),
@@ -336,15 +336,15 @@ fn gguf_settings_that_are_not_read_are_refused() {
         assert!(message.contains(&format!("llama.{key}")), "{message}");
     }
     // Settings with the neutral value, or of unknown meaning, are accepted.
-    let harmless = Converted::new("llama")
+    let without_effect = Converted::new("llama")
         .with("llama.expert_count", Value::U32(0))
         .with("llama.logit_scale", Value::F32(1.0))
         .with("llama.color", text("blue"));
-    harmless.open().unwrap();
+    without_effect.open().unwrap();
 }
 
 #[test]
-fn gguf_tensors_that_no_one_asks_for_are_named() {
+fn unread_gguf_tensors_are_named() {
     let mut converted = Converted::new("llama");
     let one = Tensor::ones(48, DType::F32, &Device::Cpu).unwrap();
     converted.tensors.push(("blk.1.attn_sub_norm.weight".into(), one.clone()));

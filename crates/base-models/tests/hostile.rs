@@ -40,7 +40,7 @@ fn edit_config(folder: &Path, from: &str, to: &str) {
 }
 
 #[test]
-fn an_index_names_files_of_its_own_folder_alone() {
+fn an_index_names_only_files_of_its_own_folder() {
     let secret = copy("llama");
     for (single, index) in [
         ("model.safetensors", "model.safetensors.index.json"),
@@ -322,7 +322,7 @@ fn inconsistent_pickles_are_refused() {
 }
 
 #[test]
-fn files_cut_anywhere_are_refused() {
+fn truncated_files_are_refused() {
     let json = fs::read_to_string(fixture("chat.json")).unwrap();
     assert!(json.len() > 1000);
     let whole = serde_json::json!({

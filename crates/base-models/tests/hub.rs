@@ -64,7 +64,7 @@ fn serve(files: Files) -> (String, Arc<Mutex<Vec<String>>>) {
 }
 
 #[test]
-fn all_that_a_model_needs_is_fetched_and_nothing_outside_its_folder() {
+fn all_files_of_a_model_are_downloaded_and_none_outside_its_folder() {
     let scratch = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| {
         let path = scratch.path().join(name);

@@ -50,7 +50,7 @@ fn assert_close(a: &Tensor, b: &Tensor) {
 }
 
 #[test]
-fn a_batch_of_unequal_sequences_equals_each_alone() {
+fn a_batch_of_unequal_sequences_equals_them_one_by_one() {
     let model = model();
     let (a, b, c) = (ids(1, 41), ids(2, 7), ids(3, 90));
     let mut session = model.session(dense).unwrap();
@@ -81,7 +81,7 @@ fn logits_of_last_tokens_are_rows_of_all_logits() {
 }
 
 #[test]
-fn forks_part_ways() {
+fn forks_are_independent() {
     let model = model();
     let prefix = ids(6, 50);
     let mut session = model.session(dense).unwrap();
@@ -100,7 +100,7 @@ fn forks_part_ways() {
 }
 
 #[test]
-fn a_truncated_sequence_goes_on_from_there() {
+fn a_truncated_sequence_continues_from_its_new_end() {
     let model = model();
     let mut session = model.session(dense).unwrap();
     feed(&mut session, &[(3, &[1, 2, 3, 4, 5])], Logits::Last).unwrap();
@@ -113,7 +113,7 @@ fn a_truncated_sequence_goes_on_from_there() {
 }
 
 #[test]
-fn a_removed_sequence_gives_its_memory_back_and_may_begin_again() {
+fn a_removed_sequence_frees_its_memory_and_can_start_again() {
     let model = model();
     let mut session = model.session(dense).unwrap();
     feed(&mut session, &[(0, &ids(7, 30)), (1, &ids(8, 10))], Logits::Last).unwrap();
@@ -179,7 +179,7 @@ impl KvCache for Faulty {
 }
 
 #[test]
-fn after_a_fault_in_the_middle_the_sequences_are_as_they_were() {
+fn after_an_error_in_a_layer_the_sequences_are_unchanged() {
     let model = model();
     let (middle, others) = (Arc::default(), Arc::default());
     let mut session = faulty(&model, &middle, &others);
@@ -200,7 +200,7 @@ fn after_a_fault_in_the_middle_the_sequences_are_as_they_were() {
 }
 
 #[test]
-fn a_sequence_whose_layers_cant_go_back_is_poisoned_until_removed() {
+fn a_sequence_whose_layers_cannot_be_truncated_is_poisoned_until_removed() {
     let model = model();
     let (middle, others) = (Arc::<Faults>::default(), Arc::<Faults>::default());
     let mut session = faulty(&model, &middle, &others);

@@ -105,7 +105,7 @@ fn unknown_and_missing_pre_tokenizers_are_refused() {
 }
 
 #[test]
-fn a_token_that_is_there_twice_and_a_bos_that_is_none_are_refused() {
+fn a_duplicate_token_and_an_unknown_bos_are_refused() {
     let twice = open(&byte_level("gpt-2", &["a", "b", "a"], &[1; 3], &[])).unwrap_err();
     assert!(twice.contains("tokens 0 and 2 are both \"a\""), "{twice}");
     let none = open(&byte_level("llama-bpe", &["a"], &[1], &[])).unwrap_err();
@@ -129,7 +129,7 @@ fn a_word_of_a_markup_language_is_no_end_token() {
 }
 
 #[test]
-fn sentence_piece_knows_user_defined_tokens_and_the_space_in_front() {
+fn sentence_piece_handles_user_defined_tokens_and_the_leading_space() {
     let tokenizer = open(&sentence_piece()).unwrap();
     let (start, a_after_space) = (264, 259);
     assert_eq!(tokenizer.encode("<|im_start|>a", true).unwrap(), [1, start, a_after_space]);
@@ -157,7 +157,7 @@ fn streamed(tokenizer: &Tokenizer, ids: &[u32]) -> (Vec<String>, String) {
 }
 
 #[test]
-fn a_stream_keeps_indentation_and_what_stands_after_special_tokens() {
+fn a_stream_keeps_indentation_and_text_after_special_tokens() {
     let tokenizer = open(&sentence_piece()).unwrap();
     let (newline, space, a, space_a) = (3 + 10, 261, 262, 259);
     for ids in [
@@ -174,7 +174,7 @@ fn a_stream_keeps_indentation_and_what_stands_after_special_tokens() {
 }
 
 #[test]
-fn a_stream_gives_out_whole_characters_and_the_rest_at_its_end() {
+fn a_stream_returns_whole_characters_and_the_rest_at_its_end() {
     let tokenizer = open(&sentence_piece()).unwrap();
     let bytes = |text: &str| text.bytes().map(|byte| 3 + u32::from(byte)).collect::<Vec<_>>();
     let (pieces, rest) = streamed(&tokenizer, &bytes("é日🙂"));

@@ -1,32 +1,45 @@
-//! Models from the Hugging Face Hub.
+//! Repositories of the Hugging Face Hub.
 
 use std::path::PathBuf;
 
 use crate::shards::{INDEX, shard_names};
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use hf_hub::{Repo, RepoType};
 use longctx_core::{Error, Result};
 
-/// The repository of a model on the Hugging Face Hub.
+/// A repository of the Hugging Face Hub.
 ///
 /// Files are downloaded to the Hub's cache, and read from there afterwards. The variables `HF_HOME`
 /// and `HF_ENDPOINT` set the cache and the server, as in Python's `huggingface_hub`.
 #[derive(Debug)]
-pub struct HubModel {
+pub struct HubRepo {
     name: String,
     repo: ApiRepo,
 }
 
-impl HubModel {
-    /// Names a repository, such as `state-spaces/mamba-130m-hf`, without a request.
+impl HubRepo {
+    /// Names a model, such as `state-spaces/mamba-130m-hf`, without a request.
     ///
     /// # Errors
     /// [`Error::File`] if the client cannot be created.
-    pub fn new(name: &str) -> Result<Self> {
-        let api = ApiBuilder::from_env().build().map_err(|e| Error::file(name, e))?;
-        Ok(Self { name: name.to_owned(), repo: api.model(name.to_owned()) })
+    pub fn model(name: &str) -> Result<Self> {
+        Self::new(name, RepoType::Model)
     }
 
-    /// Downloads `config.json` and returns its folder, in which all files of the model are.
+    /// Names a dataset, such as `THUDM/LongBench`, without a request.
+    ///
+    /// # Errors
+    /// As [`model`](Self::model).
+    pub fn dataset(name: &str) -> Result<Self> {
+        Self::new(name, RepoType::Dataset)
+    }
+
+    fn new(name: &str, kind: RepoType) -> Result<Self> {
+        let api = ApiBuilder::from_env().build().map_err(|e| Error::file(name, e))?;
+        Ok(Self { name: name.to_owned(), repo: api.repo(Repo::new(name.to_owned(), kind)) })
+    }
+
+    /// Downloads `config.json` and returns its folder, which contains all downloaded files.
     ///
     /// # Errors
     /// As [`get`](Self::get).
@@ -45,8 +58,9 @@ impl HubModel {
         self.repo.get(file).map_err(|e| self.failed(file, e))
     }
 
-    /// Downloads a file that the model may lack. A file that is not cached counts as absent if the
-    /// Hub cannot be reached, so that a cached model can be opened offline; this logs a warning.
+    /// Downloads a file that the repository may lack. A file that is not cached counts as absent if
+    /// the Hub cannot be reached, so that a cached model can be opened offline; this logs a
+    /// warning.
     ///
     /// # Errors
     /// Those of [`get`](Self::get), except for absent files and an unreachable Hub.
@@ -65,12 +79,12 @@ impl HubModel {
         }
     }
 
-    /// Downloads the first of `files` that the model has. For an index
-    /// (`*.index.json`), this includes the files that it lists.
+    /// Downloads the first of `files` that the repository has. For an index (`*.index.json`), this
+    /// includes the files that it lists.
     ///
     /// # Errors
     /// Those of [`get_optional`](Self::get_optional) and [`shard_names`]; [`Error::File`] if the
-    /// model has none of the files.
+    /// repository has none of the files.
     pub fn get_first(&self, files: &[&str]) -> Result<()> {
         for file in files {
             let Some(path) = self.get_optional(file)? else { continue };

@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn broken_programs_are_named_by_their_byte() {
+    fn broken_pickles_are_named_by_their_byte() {
         assert!(error(b"").contains("byte 0"));
         assert!(error(b"K\x01").contains("byte 2"));
         assert!(error(b"\x85.").contains("a value is missing"));
@@ -376,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn deep_and_doubled_values_cost_what_they_take_in_the_file() {
+    fn deep_and_shared_values_need_memory_proportional_to_the_file() {
         // Nested tuples, a million levels deep.
         let deep = [b")".as_slice(), &[0x85; 1_000_000], b"."].concat();
         assert_eq!(Pickle::read(&deep).unwrap().values.len(), 1_000_001);

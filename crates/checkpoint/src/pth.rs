@@ -229,7 +229,7 @@ fn info(
     if shape.len() != stride.len() {
         return Err(format!("{} dimensions with {} strides", shape.len(), stride.len()));
     }
-    let (dtype, size, key) = described(pickle, *description)?;
+    let (dtype, size, key) = storage_type(pickle, *description)?;
     let range = storage(key).ok_or_else(|| format!("there is no storage {key:?}"))?;
     let held = ((range.end - range.start) / size as u64) as usize;
     let too_small = || format!("{shape:?} of stride {stride:?} from {offset}, of {held} numbers");
@@ -259,7 +259,7 @@ fn rebuild_arguments(pickle: &Pickle, mut value: Id) -> Result<&[Id], String> {
         let mut arguments = tuple(pickle, *arguments)?;
         if (module, name) == ("torch._tensor", "_rebuild_from_type_v2") {
             let [function, _class, inner, ..] = arguments else {
-                return Err(format!("a tensor of a class from {} values", arguments.len()));
+                return Err(format!("expected 3 arguments of {name}, got {}", arguments.len()));
             };
             (_, name) = global(pickle, *function)?;
             arguments = tuple(pickle, *inner)?;
@@ -269,14 +269,14 @@ fn rebuild_arguments(pickle: &Pickle, mut value: Id) -> Result<&[Id], String> {
             "_rebuild_parameter" | "_rebuild_parameter_with_state" => {
                 value = *arguments.first().ok_or("a parameter without a tensor")?;
             }
-            other => return Err(format!("expected a tensor, got what {module}.{other} gives")),
+            other => return Err(format!("expected a tensor, got the result of {module}.{other}")),
         }
     }
-    Err("a tensor within too many others".into())
+    Err("a tensor in more than 4 wrappers".into())
 }
 
 /// Returns the dtype and the key of a storage: `("storage", class, key, device, count)`.
-fn described(
+fn storage_type(
     pickle: &Pickle,
     description: Id,
 ) -> Result<(Result<DType, String>, usize, &str), String> {

@@ -23,21 +23,21 @@ impl ReadTensors {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
     }
 
-    /// Checks that all tensors of the file at `path` have been read. Unread harmless ones are
+    /// Checks that all tensors of the file at `path` have been read. Unread ones without effect are
     /// logged.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] naming the unread tensors that are not harmless.
+    /// [`Error::Unsupported`] naming unread tensors that may have an effect.
     pub fn check_all_read<'a>(
         &self,
         path: &Path,
         all: impl IntoIterator<Item = &'a str>,
-        harmless: impl Fn(&str) -> bool,
+        without_effect: impl Fn(&str) -> bool,
     ) -> Result<()> {
         let read = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let unread: BTreeSet<&str> = all.into_iter().filter(|name| !read.contains(*name)).collect();
         let (known, unknown): (Vec<&str>, Vec<&str>) =
-            unread.into_iter().partition(|name| harmless(name));
+            unread.into_iter().partition(|name| without_effect(name));
         if !known.is_empty() {
             log::info!("{}: tensors without effect: {}", path.display(), list(&known));
         }
@@ -70,8 +70,8 @@ mod tests {
         read.insert("a.weight");
         let all = ["a.weight", "a.bias", "rotary.inv_freq"];
         let check = || {
-            let harmless = |name: &str| name.ends_with("inv_freq");
-            read.check_all_read(Path::new("model"), all, harmless)
+            let without_effect = |name: &str| name.ends_with("inv_freq");
+            read.check_all_read(Path::new("model"), all, without_effect)
         };
         let error = check().unwrap_err().to_string();
         assert!(error.contains("\"a.bias\"") && !error.contains("inv_freq"), "{error}");

@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_makes_tokenizers_panic_is_an_error() {
+    fn files_that_make_tokenizers_panic_are_errors() {
         let tokenizer = |merge: &str, decoder: &str| {
             format!(
                 r###"{{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null, "post_processor": null,

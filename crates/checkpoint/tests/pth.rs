@@ -77,7 +77,10 @@ fn wrong_arguments_are_named() {
         (b"].", "expected a dictionary of tensors, got a list"),
         (b"}X\x01\x00\x00\x00xcos\nsystem\n)Rs.", "os.system"),
         (b"}X\x01\x00\x00\x00xctorch._utils\n_rebuild_parameter\n)Rs.", "without a tensor"),
-        (b"}X\x01\x00\x00\x00xctorch._tensor\n_rebuild_from_type_v2\n)Rs.", "from 0 values"),
+        (
+            b"}X\x01\x00\x00\x00xctorch._tensor\n_rebuild_from_type_v2\n)Rs.",
+            "expected 3 arguments of _rebuild_from_type_v2, got 0",
+        ),
     ] {
         let error = open(pickle).unwrap_err();
         assert!(error.contains("model.pth") && error.contains(part), "{error}");

@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_are_not_finite_are_not_hidden() {
+    fn numbers_that_are_not_finite_are_shown() {
         let silu = |x: f32| {
             let x = Tensor::new(&[[x]], &Device::Cpu).unwrap();
             silu_mul(&x, &x.ones_like().unwrap()).unwrap().to_vec2::<f32>().unwrap()[0][0]

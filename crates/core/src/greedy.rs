@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_nan_is_an_error_of_its_sequence_alone() {
+    fn a_nan_is_an_error_of_its_sequence_only() {
         let rows = [[0f32, 1.0, 2.0], [3.0, f32::NAN, 2.0], [5.0, 4.0, f32::NEG_INFINITY]];
         let logits = Tensor::new(&rows, &Device::Cpu).unwrap();
         let mut greedy = Greedy::default();

@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn scores_depend_on_distance_alone() {
+    fn scores_depend_only_on_distance() {
         let rope = Rope::new(32, 32, 10_000.0, RopeScaling::None).unwrap();
         let (q, k) = (random((1, 1, 32)), random((1, 1, 32)));
         let score = |at_q, at_k| {

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use crate::{AttentionState, Error, Result, Rope, latent};
 use candle_core::{DType, Tensor};
 
-/// The dimensions and mask of an attention layer.
+/// The dimensions and mask of an attention layer. Stores and [`attend`](crate::attention::attend)
+/// [check](Self::check) it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
     /// Query heads.
@@ -30,16 +31,39 @@ impl AttentionShape {
     /// # Errors
     /// [`Error::Setting`] if a number is zero or `kv_heads` does not divide `heads`.
     pub fn new(heads: usize, kv_heads: usize, head_dim: usize) -> Result<Self> {
-        if head_dim == 0 {
-            return Err(Error::setting("head_dim", "at least 1", head_dim));
-        }
-        if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
-            let expected = format!("a divisor of the {heads} query heads");
-            return Err(Error::setting("kv_heads", expected, kv_heads));
-        }
-        let scale = (head_dim as f32).powf(-0.5);
+        // With a head_dim of 0, the scale would not be finite.
+        let scale = (head_dim.max(1) as f32).powf(-0.5);
         let (value_dim, window, soft_cap) = (head_dim, None, None);
-        Ok(Self { heads, kv_heads, head_dim, value_dim, scale, window, soft_cap })
+        let shape = Self { heads, kv_heads, head_dim, value_dim, scale, window, soft_cap };
+        shape.check()?;
+        Ok(shape)
+    }
+
+    /// Checks the fields.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if a dimension is zero, `kv_heads` does not divide `heads`, `window` is
+    /// zero, or `scale` or `soft_cap` is not finite.
+    pub fn check(&self) -> Result<()> {
+        for (name, value) in [("head_dim", self.head_dim), ("value_dim", self.value_dim)] {
+            if value == 0 {
+                return Err(Error::setting(name, "at least 1", value));
+            }
+        }
+        if self.heads == 0 || self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
+            let expected = format!("a divisor of the {} query heads", self.heads);
+            return Err(Error::setting("kv_heads", expected, self.kv_heads));
+        }
+        if self.window == Some(0) {
+            return Err(Error::setting("window", "at least 1", 0));
+        }
+        let numbers = [("scale", Some(self.scale)), ("soft_cap", self.soft_cap)];
+        for (name, value) in numbers.into_iter().filter_map(|(name, x)| Some((name, x?))) {
+            if !value.is_finite() {
+                return Err(Error::setting(name, "a finite number", value));
+            }
+        }
+        Ok(())
     }
 
     /// Returns the number of query heads that share one kv head.
@@ -179,5 +203,31 @@ impl LayerSpec {
             None => state,
         };
         Ok(state.out.to_dtype(dtype)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DenseStore;
+
+    #[test]
+    fn invalid_fields_are_named() {
+        let shape = AttentionShape::new(6, 2, 8).unwrap();
+        let wrong = [
+            ("kv_heads", AttentionShape { heads: 0, ..shape }),
+            ("kv_heads", AttentionShape { kv_heads: 4, ..shape }),
+            ("head_dim", AttentionShape { head_dim: 0, ..shape }),
+            ("value_dim", AttentionShape { value_dim: 0, ..shape }),
+            ("window", AttentionShape { window: Some(0), ..shape }),
+            ("scale", AttentionShape { scale: f32::NAN, ..shape }),
+            ("soft_cap", AttentionShape { soft_cap: Some(f32::INFINITY), ..shape }),
+        ];
+        for (name, shape) in wrong {
+            let error = DenseStore::new(shape, DType::F32).unwrap_err();
+            assert!(matches!(&error, Error::Setting { .. }), "{error}");
+            assert!(error.to_string().contains(name), "{error}");
+        }
+        assert!(AttentionShape::new(6, 2, 0).is_err());
     }
 }

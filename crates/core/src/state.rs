@@ -135,7 +135,7 @@ mod tests {
     use candle_core::Device;
 
     #[test]
-    fn a_sink_logit_is_one_more_score_without_a_value() {
+    fn a_sink_logit_is_a_score_without_a_value() {
         // Two scores s and a sink: a softmax over three logits, two of which have values.
         let (scores, values, sink) = ([0.3f32, -1.2], [2.0f32, 5.0], 0.7f32);
         let sum: f32 = scores.iter().map(|s| s.exp()).sum();

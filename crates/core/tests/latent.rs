@@ -89,7 +89,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
     #[test]
-    fn a_latent_held_once_attends_as_keys_and_values(
+    fn a_latent_store_attends_as_keys_and_values(
         operations in proptest::collection::vec(operation(), 1..20),
     ) {
         let mut once = latent_store();
@@ -178,7 +178,7 @@ fn a_cache_of_latents_is_exact() {
 }
 
 #[test]
-fn what_is_no_latent_is_refused() {
+fn other_shapes_than_latents_are_refused() {
     let own = AttentionShape::new(4, 2, 8).unwrap();
     let message = |e: Error| e.to_string();
     let error = LayerSpec::new(own).with_latent().unwrap_err();

@@ -113,7 +113,7 @@ proptest! {
 }
 
 #[test]
-fn a_window_holds_what_later_tokens_see() {
+fn a_window_holds_the_entries_that_later_tokens_see() {
     let mut cache = windowed(16, 4);
     feed(&mut cache, &[(3, 500)]);
     assert_eq!((cache.seen(3), cache.held(3)), (500, 16));

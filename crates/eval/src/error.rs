@@ -62,13 +62,8 @@ pub enum Error {
         reason: Box<dyn std::error::Error + Send + Sync>,
     },
     /// Data that could not be downloaded.
-    #[error("fetching {what}: {reason}")]
-    Download {
-        /// The requested data.
-        what: String,
-        /// The cause.
-        reason: String,
-    },
+    #[error(transparent)]
+    Download(longctx_core::Error),
     /// A figure of a report that could not be drawn.
     #[error("drawing {what}: {reason}")]
     Drawing {

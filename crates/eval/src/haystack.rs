@@ -292,7 +292,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn generated_text_has_the_words_asked_for_and_no_digits() {
+    fn generated_text_has_the_requested_words_and_no_digits() {
         let haystack = Haystack::generated(7);
         for count in [0, 1, 512, 20_480, 60_000] {
             let text = haystack.words(count).unwrap();

@@ -104,16 +104,19 @@ fn facts(folder: &Path) -> Result<String> {
     let models = all(&mut run.settings.values().map(|setting| file(&setting.model)));
     let contexts = all(&mut run.settings.values().map(|setting| setting.context.to_string()));
     let versions = all(&mut run.versions.iter().cloned());
-    let most = |limit: Option<usize>, what: &str| match limit {
-        Some(limit) => format!("at most {limit} {what}"),
-        None => format!("all {what}"),
+    let samples = match run.limits.samples {
+        Some(limit) => format!("at most {limit} samples of each"),
+        None => "all samples of each".to_owned(),
+    };
+    let answers = match run.limits.max_new_tokens {
+        Some(limit) => format!("limited to {limit} tokens per turn or, if lower, the task's limit"),
+        None => "limited by the task".to_owned(),
     };
     Ok(format!(
-        "{} settings on {models}; {} tasks, {}; prompts cut to {contexts} tokens, {}; seed {}; longctx-eval {versions}.",
+        "{} settings on {models}; {} tasks, {samples}; prompts truncated to {contexts} tokens, \
+         answers {answers}; seed {}; longctx-eval {versions}.",
         run.settings.len(),
         run.tasks.len(),
-        most(run.limits.samples, "samples each"),
-        most(run.limits.max_new_tokens, "new tokens a turn that the task allows"),
         run.seed,
     ))
 }

@@ -73,6 +73,7 @@ pub struct ServerSetting {
 /// OpenAI's APIs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Api {
     /// `/completions`: the prompt is text.
     #[default]
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn another_model_brings_its_own_template() {
+    fn another_model_has_its_own_template() {
         let moved = paper().pop().unwrap().on("models/small.gguf");
         assert_eq!((moved.model.as_str(), moved.template), ("models/small.gguf", Template::Own));
     }

@@ -200,7 +200,7 @@ mod tests {
 
     /// About 95 % of 200 intervals of the mean of 60 draws contain the true mean.
     #[test]
-    fn intervals_hold_the_mean_as_often_as_they_say() {
+    fn intervals_contain_the_mean_at_their_nominal_rate() {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
         let mut draw = || {
             let values: Vec<_> =
@@ -214,7 +214,7 @@ mod tests {
 
     /// The normal approximation, for many draws.
     #[test]
-    fn intervals_are_as_wide_as_the_standard_error_has_it() {
+    fn the_width_of_intervals_follows_the_standard_error() {
         let values: Vec<_> = (0..1000).map(|i| (1.0, f64::from(i % 10) / 10.0)).collect();
         let Interval { mean, low, high } = bootstrap(&values).unwrap();
         let deviation =

@@ -87,7 +87,7 @@ proptest! {
     }
 
     #[test]
-    fn a_text_is_like_itself(text in "[a-z(). ]{0,400}") {
+    fn the_similarity_of_equal_texts_is_1(text in "[a-z(). ]{0,400}") {
         let short = &text[..text.len().min(199)];
         prop_assert_eq!(metric::ratio(short, short), 1.0);
         prop_assert_eq!(metric::code_similarity(&text, &text), 1.0);

@@ -83,7 +83,7 @@ fn bad_settings_are_named() {
 }
 
 #[test]
-fn many_keys_are_all_there_and_one_is_asked_for() {
+fn a_prompt_has_many_keys_and_asks_for_one() {
     let haystack = Haystack::generated(0);
     for depth in [0.0, 0.3, 0.5, 1.0] {
         let needle = Needle { depth, digits: 7, seed: 2 };

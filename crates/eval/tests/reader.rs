@@ -16,7 +16,7 @@ use longctx_eval::{
 
 const VOCAB: usize = 128;
 
-/// The calls recorded by [`Notes`].
+/// The calls recorded by [`Recorder`].
 #[derive(Default)]
 struct Fed {
     /// The tokens of each sequence since it began.
@@ -28,14 +28,14 @@ struct Fed {
 /// A model that records the tokens that it is fed. The answer to each sequence is the letter after
 /// its last token. A batch that contains the token `!` is an error.
 #[derive(Default)]
-struct Notes {
+struct Recorder {
     fed: Rc<RefCell<Fed>>,
     seen: BTreeMap<SeqId, usize>,
     /// A sequence whose tokens are an error.
     refused: Option<SeqId>,
 }
 
-impl CausalLm for Notes {
+impl CausalLm for Recorder {
     fn forward(&mut self, batch: &Batch, ids: &[u32], _: Logits) -> Result<Tensor> {
         let mut fed = self.fed.borrow_mut();
         if batch.max_seqlen() == 1 {
@@ -63,10 +63,10 @@ impl CausalLm for Notes {
         Ok(Tensor::from_vec(logits, (batch.seqs().len(), VOCAB), &Device::Cpu)?)
     }
     fn fork(&mut self, _: SeqId, _: SeqId) -> Result<()> {
-        Err(Error::Unsupported("copied notes".into()))
+        Err(Error::Unsupported("a fork of a recorder".into()))
     }
     fn check_truncate(&self, _: SeqId, _: usize) -> Result<()> {
-        Err(Error::Unsupported("notes that end earlier".into()))
+        Err(Error::Unsupported("truncation of a recorder".into()))
     }
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)
@@ -99,7 +99,7 @@ impl CausalLm for Notes {
         None
     }
     fn model_type(&self) -> &str {
-        "notes"
+        "recorder"
     }
     fn device(&self) -> &Device {
         &Device::Cpu
@@ -160,7 +160,7 @@ fn sample(turns: &[&str], chat: bool) -> Sample {
 
 /// Returns the text fed, the text written, and the bytes held as a share of a dense cache.
 fn fed(context: usize, compress: bool, sample: &Sample) -> (String, Vec<String>, f64) {
-    let model = Notes::default();
+    let model = Recorder::default();
     let fed = model.fed.clone();
     let mut reader = Reader::new(model, Bytes, context).with_dense_bytes(|tokens| 2 * tokens);
     if compress {
@@ -173,7 +173,7 @@ fn fed(context: usize, compress: bool, sample: &Sample) -> (String, Vec<String>,
 }
 
 #[test]
-fn turns_are_cut_and_put_in_the_template() {
+fn turns_are_truncated_and_formatted_with_the_template() {
     let (plain, written, share) = fed(100, false, &sample(&["abc  "], false));
     // The last token written is not fed.
     assert_eq!((plain.as_str(), &written[..], share), ("abcd", &["de".to_owned()][..], 1.0));
@@ -184,7 +184,7 @@ fn turns_are_cut_and_put_in_the_template() {
 }
 
 #[test]
-fn a_compressor_gets_the_whole_or_the_context() {
+fn a_compressor_gets_the_prompt_or_its_context() {
     let (whole, _, share) = fed(100, true, &sample(&["abcdefgh"], false));
     assert_eq!(whole, "abcd[-]^");
     // A dense cache would hold 8 tokens and the one written; 7 of the 8 were held.
@@ -229,7 +229,7 @@ type Ended = (usize, std::result::Result<Answer, String>);
 /// Returns the answers of a reader with this batch size, in the order in which they ended, and the
 /// sequences of each decode step.
 fn answers(batch: usize, questions: &[Question<'_>]) -> (Vec<Ended>, Vec<Vec<SeqId>>) {
-    let model = Notes::default();
+    let model = Recorder::default();
     let fed = model.fed.clone();
     let mut reader =
         Reader::new(model, Bytes, 100).with_dense_bytes(|tokens| 2 * tokens).with_batch(batch);
@@ -242,7 +242,7 @@ fn answers(batch: usize, questions: &[Question<'_>]) -> (Vec<Ended>, Vec<Vec<Seq
 }
 
 #[test]
-fn a_batch_answers_as_single_samples_do() {
+fn batched_answers_equal_single_ones() {
     let samples = [
         sample(&["ab"], true),
         sample(&["xy", "z", "q"], true),
@@ -284,7 +284,7 @@ fn a_batch_answers_as_single_samples_do() {
 }
 
 #[test]
-fn an_error_is_of_its_sample_alone() {
+fn an_error_affects_only_its_sample() {
     // The second answer is a space and a "!", which cannot be fed.
     let samples = ["a", "\u{1f}", "c"].map(|text| sample(&[text], false));
     let questions = samples.each_ref().map(|sample| Question {
@@ -302,13 +302,13 @@ fn an_error_is_of_its_sample_alone() {
 
 /// A format without kernels for the device is an error of the model's first call.
 #[test]
-fn a_warm_up_has_the_errors_of_every_setting_and_leaves_nothing() {
+fn a_warm_up_has_the_errors_of_every_setting_and_leaves_no_state() {
     for (setting, refused) in [(0, true), (1, true), (2, false)] {
-        let model = Notes { refused: Some(setting), ..Notes::default() };
+        let model = Recorder { refused: Some(setting), ..Recorder::default() };
         let reader = Reader::new(model, Bytes, 100).with_shared_prefill(2).warm_up();
         assert_eq!(reader.is_err(), refused, "setting {setting}");
     }
-    let model = Notes::default();
+    let model = Recorder::default();
     let fed = model.fed.clone();
     let mut reader = Reader::new(model, Bytes, 100).warm_up().ok().unwrap();
     assert_eq!(fed.borrow().texts[&0].len(), 100 + 1);

@@ -70,11 +70,10 @@ fn numbers_are_those_of_the_results() {
     assert!(page.contains(cost), "{page}");
     // Tasks by category, then by name.
     assert!(
-        page.contains("| setting | narrativeqa | qasper | trec | lcc | needle | needle, in part |"),
+        page.contains("| setting | narrativeqa | qasper | trec | lcc | needle | needle, partial |"),
         "{page}"
     );
-    let facts =
-        "1 settings on small.gguf; 1 tasks, at most 2 samples each; prompts cut to 300 tokens";
+    let facts = "1 settings on small.gguf; 1 tasks, at most 2 samples of each; prompts truncated to 300 tokens";
     assert!(page.contains(facts), "{page}");
     // The newest agreement of a setting.
     assert!(page.contains("| h2o-4x | 4.00 | 0.0625 | 87.5 | 4.50 | 4.25 | 9 |"), "{page}");
@@ -85,7 +84,7 @@ fn numbers_are_those_of_the_results() {
 }
 
 #[test]
-fn the_page_needs_nothing_else() {
+fn the_page_is_self_contained() {
     let at = tempdir().unwrap();
     folder(at.path());
     report::write(at.path()).unwrap();
@@ -129,7 +128,7 @@ fn embedded(page: &str) -> serde_json::Value {
 }
 
 #[test]
-fn texts_of_a_run_do_not_end_its_script() {
+fn texts_of_a_run_cannot_end_the_pages_script() {
     let at = tempdir().unwrap();
     let name = "</script><b>";
     let line = serde_json::to_string(&record(name, "trec", Category::FewShot, "1", 1.0)).unwrap();
@@ -175,7 +174,7 @@ fn a_folder_without_results_is_an_error() {
 }
 
 #[test]
-fn numbers_that_no_run_gives_are_named_by_line() {
+fn invalid_numbers_are_named_by_line() {
     let at = tempdir().unwrap();
     folder(at.path());
     let path = at.path().join("results-1-of-1.jsonl");

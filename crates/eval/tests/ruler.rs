@@ -113,7 +113,7 @@ fn contexts_lie_within_prompts() {
 }
 
 #[test]
-fn what_has_no_room_or_data_is_an_error() {
+fn missing_data_and_short_lengths_are_errors() {
     for name in ruler::names() {
         let error = ruler::task(name, &source(100, 1, 1)).unwrap().samples().unwrap_err();
         assert!(error.to_string().contains("length"), "{name}: {error}");

@@ -105,7 +105,7 @@ const CHILD: &str = "LONGCTX_EVAL_TEST_FOLDER";
 
 fn child(folder: &Path) -> Child {
     Command::new(env::current_exe().unwrap())
-        .args(["--exact", "killed_ten_times_it_gives_the_same_file"])
+        .args(["--exact", "a_run_killed_ten_times_writes_the_same_file"])
         .env(CHILD, folder)
         .stdout(Stdio::null())
         .spawn()
@@ -117,7 +117,7 @@ fn answered(folder: &Path) -> usize {
 }
 
 #[test]
-fn killed_ten_times_it_gives_the_same_file() {
+fn a_run_killed_ten_times_writes_the_same_file() {
     if let Some(folder) = env::var_os(CHILD) {
         go(Path::new(&folder), Shard::WHOLE);
         return;
@@ -150,7 +150,7 @@ fn killed_ten_times_it_gives_the_same_file() {
 }
 
 #[test]
-fn a_torn_last_line_is_dropped_with_a_word() {
+fn an_incomplete_last_line_is_dropped_with_a_message() {
     let folder = tempdir().unwrap();
     go(folder.path(), Shard::WHOLE);
     let path = folder.path().join(FILE);
@@ -222,7 +222,7 @@ fn a_run_grows_by_samples() {
 }
 
 #[test]
-fn what_a_folder_does_not_fit_is_an_error() {
+fn a_folder_of_another_run_is_an_error() {
     let folder = tempdir().unwrap();
     go(folder.path(), Shard::WHOLE);
     let tasks = tasks();
@@ -469,7 +469,7 @@ impl Task for Costly {
 }
 
 #[test]
-fn a_folder_that_refuses_is_found_before_questions_are_made() {
+fn an_unwritable_folder_is_an_error_before_questions_are_generated() {
     let folder = tempdir().unwrap();
     let file = folder.path().join("file");
     fs::write(&file, "").unwrap();

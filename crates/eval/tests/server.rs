@@ -214,7 +214,7 @@ fn go(
 }
 
 #[test]
-fn answers_come_streamed_and_several_at_once() {
+fn answers_are_streamed_and_concurrent() {
     let (folder, fake) = (tempfile::tempdir().unwrap(), Fake::start(&[]));
     assert_eq!(go(folder.path(), &fake.setting(), 12), (12, 0, 0, vec![]));
     for record in records(folder.path()).unwrap() {
@@ -296,7 +296,7 @@ fn chat_has_messages_and_a_key() {
 }
 
 #[test]
-fn passing_faults_are_tried_again() {
+fn transient_errors_are_retried() {
     for act in [
         Act::Status(429),
         Act::Status(500),
@@ -319,7 +319,7 @@ fn passing_faults_are_tried_again() {
 }
 
 #[test]
-fn lasting_faults_are_told_and_the_run_resumes() {
+fn permanent_errors_are_reported_and_the_run_resumes() {
     for (act, word) in [
         (Act::Status(500), "status 500: sorry (attempt 4 of 4)"),
         (Act::Garbage, "expected a completion"),
@@ -345,7 +345,7 @@ fn lasting_faults_are_told_and_the_run_resumes() {
 }
 
 #[test]
-fn a_server_that_is_not_there_is_named() {
+fn an_unreachable_server_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let mut setting = Fake::start(&[]).setting();
     let server = setting.server.as_mut().unwrap();

@@ -12,7 +12,7 @@ fn read(name: &str, lines: &str) -> Samples {
 }
 
 #[test]
-fn bad_records_are_left_out_and_told_by_line_and_field() {
+fn invalid_records_are_omitted_and_named_by_line_and_field() {
     let good = r#"{"context": "c", "input": "i", "answers": ["a"], "_id": "x"}"#;
     let bad = [
         ("{\"context\": \"c\"", "(line)"),
@@ -113,7 +113,7 @@ fn needles_in_tokens_and_among_others() {
 }
 
 #[test]
-fn sizes_without_end_are_refused_at_once() {
+fn unbounded_sizes_are_refused_before_reading() {
     let grid = || NeedleGrid::paper(Haystack::generated(0), 7);
     let count: longctx_eval::CountTokens = Arc::new(|text: &str| Ok(text.len()));
     let message = |grid: NeedleGrid| grid.samples().unwrap_err().to_string();

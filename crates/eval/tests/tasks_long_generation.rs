@@ -9,7 +9,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
     #[test]
-    fn right_answers_score_1_and_damage_costs(
+    fn correct_answers_score_1_and_damaged_ones_less(
         items in 3_usize..120,
         seed: u64,
         at in any::<prop::sample::Index>(),

@@ -34,7 +34,8 @@ struct SelectiveScan {
     int tokens, channels, states;
     int u_row, steps_row, z_row, b_row, c_row, y_row;
 };
-constexpr int SCAN_SHARED = 30720, SCAN_FEW_SHARED = 118784;  // Devices of 8.6 and 8.9 have 101376 at most.
+// Devices of 8.6 and 8.9 have 101376 at most.
+constexpr int SCAN_SHARED = 30720, SCAN_FEW_SHARED = 118784;
 
 // Mamba-2: H <- e^(dt a) H + dt B x', y = H' C + D x for each head, dt = min(max(softplus(steps +
 // bias), step_min), step_max).
@@ -57,12 +58,15 @@ struct Ssd {
     const float *a, *d, *bias;    // [heads]; a: -exp(A_log)
     float* state;                 // [batch][heads][states][head_dim]
     void* y;                      // T, rows of heads * head_dim; must not alias x
-    void* scratch;                // For ssd_wgmma: batch * groups * (tokens / 64 + 1) times SSD_GROUP_TILES_64 or SSD_GROUP_TILES_128 bytes, 16-aligned
+    // For ssd_wgmma: batch * groups * (tokens / 64 + 1) times SSD_GROUP_TILES_64 or
+    // SSD_GROUP_TILES_128 bytes, 16-aligned
+    void* scratch;
     int tokens, heads, head_dim, groups, states;
     int x_row, b_row, c_row, steps_row, y_row;
     float step_min, step_max;
 };
-constexpr int SSD_SHARED_64 = 58888, SSD_SHARED_128 = 101896;  // Devices of 8.6 and 8.9 have 101376 at most.
+// Devices of 8.6 and 8.9 have 101376 at most.
+constexpr int SSD_SHARED_64 = 58888, SSD_SHARED_128 = 101896;
 constexpr int SSD_WGMMA_SHARED_64 = 125024, SSD_WGMMA_SHARED_128 = 174176;
 constexpr int SSD_GROUP_TILES_64 = 26624, SSD_GROUP_TILES_128 = 43008;
 
@@ -78,7 +82,8 @@ constexpr int SSD_GROUP_TILES_64 = 26624, SSD_GROUP_TILES_128 = 43008;
 //   for decode.
 struct Wkv {
     const void *r, *k, *v;  // T, rows of heads * dim
-    const void* w;          // T, rows of heads * dim: only for 6: the token's part of the decay, before e^-e^
+    // T, rows of heads * dim: only for 6: the token's part of the decay, before e^-e^
+    const void* w;
     const float* decay;     // [heads][dim]: for 5: the decay, 0 to 1; for 6: added to w
     const float* u;         // [heads][dim]
     float* state;           // [batch][heads][dim keys][dim values]
@@ -95,7 +100,7 @@ constexpr int WKV_SHARED = 2688, WKV_PRODUCER_SHARED = 28160;
 //     k = key o (1 + (rate - 1) o key_rate),  added = rate o removal
 //     w = e^(-e^(-1/2) sigmoid(w + decay))
 //     S <- diag(w) S - added (removal' S) + k v',  y = S' r
-//     own = sum of r o k o own_scale
+//     bonus = sum of r o k o bonus_weight
 //
 // - wkv7_T (f16, bf16): dim == 64, all rows and pointers multiples of 8 elements. For 16 tokens or
 //   more. Computes in f16 for both dtypes: r beyond 500 and keys beyond 8000 overflow at the
@@ -106,22 +111,28 @@ constexpr int WKV_SHARED = 2688, WKV_PRODUCER_SHARED = 28160;
 // - wkv7_f32: the same shapes, token by token. Grid (2, heads, batch), 128 threads.
 // - wkv7_generic_T: dim <= 128. Grid (dim / 32, heads, batch), 128 threads. Also for decode.
 struct Wkv7 {
-    const void *r, *key, *v, *w, *a;                                       // T, rows of heads * dim; w, a: before bias and sigmoid
-    const float *decay, *rate_bias, *removal_scale, *key_rate, *own_scale;  // [heads][dim]
-    float* state;                                                          // [batch][heads][dim keys][dim values]
-    void* y;                                                               // T, rows of heads * dim; must not alias an input
-    float* own;                                                            // [batch][tokens][heads]; may be null
+    // T, rows of heads * dim; w, a: before bias and sigmoid
+    const void *r, *key, *v, *w, *a;
+    const float *decay, *rate_bias, *removal_scale, *key_rate, *bonus_weight;  // [heads][dim]
+    // [batch][heads][dim keys][dim values]
+    float* state;
+    // T, rows of heads * dim; must not alias an input
+    void* y;
+    // [batch][tokens][heads]; may be null
+    float* bonus;
     int tokens, heads, dim;
     int r_row, key_row, v_row, w_row, a_row, y_row;
 };
-constexpr int WKV7_SHARED = 169600, WKV7_HALF_SHARED = 121184;  // Devices of 8.0 have 166912 at most, those of 8.6 and 8.9 101376.
+// Devices of 8.0 have 166912 at most, those of 8.6 and 8.9 101376.
+constexpr int WKV7_SHARED = 169600, WKV7_HALF_SHARED = 121184;
 
 // RWKV-4, each array [channels]; see src/rwkv/v4.rs. y is the mean of the values, weighted by
 // e^key. Grid (channels / 128, batch), 128 threads. One entry point per dtype.
 struct Wkv4 {
     const void *k, *v;            // T, rows of `channels`
-    const float *decay, *first;   // [channels]: -e^decay; added to the token's own key
-    float *numerator, *denominator, *largest;  // State; `state_entry` is the stride between entries.
+    const float *decay, *first;   // [channels]: -e^decay; added to the key of the token itself
+    // State; `state_entry` is the stride between entries.
+    float *numerator, *denominator, *largest;
     void* y;                      // T, rows of `channels`; may alias v
     int tokens, channels, state_entry;
     int k_row, v_row, y_row;
@@ -139,16 +150,19 @@ struct Wkv4 {
 struct RgLru {
     const void* x;                              // T, rows of `channels`
     const void *r, *i;                          // T, the gates before bias and sigmoid
-    const void* gate;                           // T, rows of `channels`, before the GELU (tanh); may be null: no gate
+    // T, rows of `channels`, before the GELU (tanh); may be null: no gate
+    const void* gate;
     const float *r_bias, *i_bias;               // [channels]
     const float* decay;                         // [channels]: -8 softplus(Lambda)
     float* state;                               // [batch][channels]
     void* y;                                    // T, rows of `channels`; must not alias an input
-    void* scratch;                              // RG_LRU_SCRATCH bytes (below), 256-aligned, zero before each launch
+    // RG_LRU_SCRATCH bytes (below), 256-aligned, zero before each launch
+    void* scratch;
     int batch, tokens, channels;
     int x_row, gate_row, y_row, z_row;          // gate_row: of r and i; z_row: of `gate`
     int block, block_stride;
-    int first;                                  // 1: the first token has no past; its factor is 1 instead of the square root
+    // 1: the first token has no past; its factor is 1 instead of the square root
+    int first;
 };
 // Bytes of scratch: 256 + 1024 * batch * (channels / 64) * (tokens / 64), both quotients rounded
 // up. May be null for up to 64 tokens.
@@ -193,14 +207,14 @@ struct GatedNorm {
     float eps;
 };
 
-// RWKV: y = (layer norm of each head of x, with weight and bias, + own v) o g, where g is gate or
+// RWKV: y = (layer norm of each head of x, with weight and bias, + bonus v) o g, where g is gate or
 // silu(gate). rows_head_norm_T: dim <= 256. Grid (rows * heads * lanes / 128), 128 threads; lanes
 // is dim / 8, rounded up to a power of 2.
 struct HeadNorm {
     const void* x;               // T, [rows][heads][dim]
     const void* gate;            // T, [rows][heads][dim]
     const float *weight, *bias;  // [heads][dim]
-    const float* own;            // [rows][heads]; may be null: no v is added
+    const float* bonus;          // [rows][heads]; may be null: no v is added
     const void* v;               // T, [rows][heads][dim]
     void* y;                     // T, [rows][heads][dim]; may alias x
     int rows, heads, dim, silu;

@@ -13,7 +13,8 @@
 
 namespace hybrid {
 
-constexpr int PAD = 8;  // Rows of shared matrices are padded by 16 bytes, so that eight rows are in different banks.
+// Rows of shared matrices are padded by 16 bytes, so that eight rows are in different banks.
+constexpr int PAD = 8;
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 

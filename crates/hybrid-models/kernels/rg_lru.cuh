@@ -23,7 +23,7 @@ constexpr int LRU_LOOK = 8;  // A multiple of LRU_THREADS / LRU_TILE.
 
 // The values that a chunk publishes.
 struct LruChunk {
-    unsigned long long own[LRU_TILE];  // H, and A in the lower half
+    unsigned long long summary[LRU_TILE];  // H, and A in the lower half
     unsigned h[LRU_TILE];
     unsigned unused[64];
 };
@@ -64,7 +64,8 @@ __device__ __forceinline__ float2 lru_step(float x, float r, float i, float deca
 }
 
 struct LruShared {
-    float a[LRU_WARPS][LRU_TILE], h[LRU_WARPS][LRU_TILE];  // A and H of each run; later h: the h before each run
+    // A and H of each run; later h: the h before each run
+    float a[LRU_WARPS][LRU_TILE], h[LRU_WARPS][LRU_TILE];
     float look_a[LRU_LOOK][LRU_TILE], look_h[LRU_LOOK][LRU_TILE];
     int ticket;
 };
@@ -82,7 +83,8 @@ __device__ void rg_lru_chunk(const RgLru& p, LruShared& shared) {
     const int strands = tiles * p.batch, chunk = shared.ticket / strands, strand = shared.ticket % strands, entry = strand / tiles, first = strand % tiles * LRU_TILE;
     const bool used = first + 2 * lane < p.channels, second = first + 2 * lane + 1 < p.channels;
     const int channel = min(first + 2 * lane, p.channels - (PAIRED ? 2 : 1)), next = second ? channel + 1 : channel;
-    const int start = chunk * LRU_CHUNK + warp * LRU_RUN, count = p.tokens - start;  // count: tokens from the run's start on
+    // count: tokens from the run's start on
+    const int start = chunk * LRU_CHUNK + warp * LRU_RUN, count = p.tokens - start;
     const long long row = (long long)entry * p.tokens + min(start, p.tokens - 1);
 
     float2 a[LRU_RUN], b[LRU_RUN];
@@ -134,11 +136,13 @@ __device__ void rg_lru_chunk(const RgLru& p, LruShared& shared) {
     // Computes h before the chunk, then before each of its runs.
     const int c = thread % LRU_TILE;
     LruChunk* mine = chunks > 1 ? &scratch->chunks[(long long)strand * chunks + chunk] : nullptr;
-    float own = 0, all = 1;
+    float sum = 0, product = 1;  // H and A of the chunk
     if (thread < LRU_TILE) {
 #pragma unroll
-        for (int w = 0; w < LRU_WARPS; w++) own = fmaf(shared.a[w][c], own, shared.h[w][c]), all *= shared.a[w][c];
-        if (chunk + 1 < chunks) publish(&mine->own[c], all, own);
+        for (int w = 0; w < LRU_WARPS; w++) {
+            sum = fmaf(shared.a[w][c], sum, shared.h[w][c]), product *= shared.a[w][c];
+        }
+        if (chunk + 1 < chunks) publish(&mine->summary[c], product, sum);
     }
     if (chunk > 0) {
 #pragma unroll
@@ -149,7 +153,7 @@ __device__ void rg_lru_chunk(const RgLru& p, LruShared& shared) {
             if (back == LRU_LOOK - 1 || back == chunk - 1) {
                 shared.look_h[back][c] = published(&other->h[c]);
             } else {
-                const float2 step = published(&other->own[c]);
+                const float2 step = published(&other->summary[c]);
                 shared.look_a[back][c] = step.x, shared.look_h[back][c] = step.y;
             }
         }
@@ -163,7 +167,7 @@ __device__ void rg_lru_chunk(const RgLru& p, LruShared& shared) {
         const int oldest = min(LRU_LOOK, chunk) - 1;
         float before = chunk > 0 ? shared.look_h[oldest][c] : has ? *state : 0.f;
         for (int back = oldest - 1; back >= 0; back--) before = fmaf(shared.look_a[back][c], before, shared.look_h[back][c]);
-        const float after = fmaf(all, before, own);
+        const float after = fmaf(product, before, sum);
         if (chunk + 1 < chunks) publish(&mine->h[c], after);
         else if (has) *state = after;
 #pragma unroll

@@ -26,21 +26,26 @@ constexpr int STATES = 16;
 // such accesses.
 template <int WARPS, int OF_LANES>
 struct ScanShape {
-    static constexpr int LANES = OF_LANES, THREADS = 32 * WARPS, OWN = STATES / LANES, WARP = 32 / LANES;  // OWN: states per lane; WARP: channels per warp
+    // OWN: states per lane; WARP: channels per warp
+    static constexpr int LANES = OF_LANES, THREADS = 32 * WARPS, OWN = STATES / LANES, WARP = 32 / LANES;
     static constexpr int CHANNELS = WARPS * WARP, PAIRS = CHANNELS / 2, QUADS = THREADS / PAIRS, TILE = 4 * QUADS;
-    static constexpr int SELECTING = STATES * QUADS;  // Threads that load four tokens of two states of B or C
+    // Threads that load four tokens of two states of B or C
+    static constexpr int SELECTING = STATES * QUADS;
     static_assert(LANES % 2 == 0 && THREADS % PAIRS == 0 && SELECTING <= THREADS);
 
     struct Quad {
-        float4 dt[CHANNELS], in[CHANNELS], b[STATES], c[STATES];  // in: dt u. Even channels and states come first.
-        float4 sums[LANES][CHANNELS + 4];                         // The lanes' terms of C h. + 4: pairs of lanes write to different banks.
+        // in: dt u. Even channels and states come first.
+        float4 dt[CHANNELS], in[CHANNELS], b[STATES], c[STATES];
+        // The lanes' terms of C h. + 4: pairs of lanes write to different banks.
+        float4 sums[LANES][CHANNELS + 4];
     };
     struct Shared {
         Quad quads[QUADS];
     };
 };
 typedef ScanShape<4, 4> ScanUsual;
-typedef ScanShape<10, 8> ScanFew;  // More warps per channel: a multiprocessor has one block, which is bound by latency.
+// More warps per channel: a multiprocessor has one block, which is bound by latency.
+typedef ScanShape<10, 8> ScanFew;
 static_assert(sizeof(ScanUsual::Shared) == SCAN_SHARED && sizeof(ScanFew::Shared) == SCAN_FEW_SHARED, "as args.cuh says");
 constexpr int SCAN_BLOCKS = 4;  // Per multiprocessor; ScanFew: 1.
 
@@ -120,7 +125,8 @@ struct ScanEnds {
         for (int i = 0; i < 4; i++) {
             const float2 one = unpacked<T>(u[i]), step = unpacked<T>(steps[i]);
             dt[0][i] = scan_softplus(step.x + bias.x), dt[1][i] = scan_softplus(step.y + bias.y);
-            if (!WHOLE && i >= count) dt[0][i] = dt[1][i] = 0.f;  // Tokens beyond the last leave the states unchanged.
+            // Tokens beyond the last leave the states unchanged.
+            if (!WHOLE && i >= count) dt[0][i] = dt[1][i] = 0.f;
             in[0][i] = dt[0][i] * one.x, in[1][i] = dt[1][i] * one.y;
         }
         typename S::Quad& to = shared.quads[quad];

@@ -6,7 +6,7 @@ use crate::checkpoint::Checkpoint;
 use crate::linear::Linear;
 use crate::matrix::{Matrix, Rows};
 use candle_core::{Device, Tensor};
-use longctx_core::{AttentionShape, Batch, KvCache, Result, Rope, Step};
+use longctx_core::{AttentionShape, Batch, Error, KvCache, Result, Rope, Step};
 
 #[derive(Debug)]
 pub struct Attention {
@@ -60,4 +60,15 @@ impl Attention {
         self.out.apply(Rows::new(&attended, heads * head_dim), out);
         Ok(())
     }
+}
+
+/// Returns the cache of the next attention layer.
+///
+/// # Errors
+/// [`Error::Mismatch`] if there is none.
+pub fn next_cache<'a>(
+    mut caches: impl Iterator<Item = &'a mut Box<dyn KvCache>>,
+) -> Result<&'a mut (dyn KvCache + 'static)> {
+    let cache = caches.next().map(Box::as_mut);
+    cache.ok_or_else(|| Error::mismatch("caches of a session", "one per attention layer", "fewer"))
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::matrix::Matrix;
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Tensor};
-use longctx_checkpoint::{Pth, ReadTensors, weight_files};
+use longctx_checkpoint::{Pth, ReadTensors, map_safetensors, weight_files};
 use longctx_core::{Error, Result};
 
 /// The files of weights in order of preference.
@@ -50,22 +50,9 @@ impl Checkpoint {
     /// `pytorch_model.bin`, else the only `.pth` or `.safetensors` file. Or opens a single file.
     pub fn open(path: &Path, options: &LoadOptions) -> Result<Self> {
         let files = files(path)?;
-        let named = |e: candle_core::Error| Error::file(path, e);
-        for file in &files {
-            // candle's error for a missing file does not name it. Reading a pipe would never end.
-            let kind = std::fs::metadata(file).map_err(|e| Error::file(file, e))?;
-            if !kind.is_file() {
-                return Err(Error::file(file, "not a regular file"));
-            }
-        }
         let is_safetensors = |f: &PathBuf| f.extension().is_some_and(|e| e == "safetensors");
         let source = if files.iter().all(is_safetensors) {
-            // SAFETY: memory-mapping is sound as long as the files are not modified while they are
-            // mapped. Checkpoints are written once; every loader that maps safetensors documents
-            // this condition.
-            #[allow(unsafe_code)]
-            let mapped = unsafe { MmapedSafetensors::multi(&files) };
-            Source::Safetensors(mapped.map_err(named)?)
+            Source::Safetensors(map_safetensors(&files)?)
         } else {
             Source::Pickle(Pth::open(&files[0])?)
         };
@@ -166,13 +153,13 @@ impl Checkpoint {
             Source::Pickle(file) => file.names().map(str::to_owned).collect(),
             Source::Memory(tensors) => tensors.keys().cloned().collect(),
         };
-        self.read.check_all_read(&self.path, names.iter().map(String::as_str), is_harmless)
+        self.read.check_all_read(&self.path, names.iter().map(String::as_str), is_without_effect)
     }
 }
 
 /// Returns whether a tensor has no effect: tables that are recomputed, and the tensors of RWKV-7's
 /// first layer for mixing in the values of an earlier layer, which it does not have.
-fn is_harmless(name: &str) -> bool {
+fn is_without_effect(name: &str) -> bool {
     let unused = ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"];
     name.ends_with("rotary_emb.inv_freq") || unused.contains(&name)
 }

@@ -48,7 +48,7 @@ pub use v6::V6;
 pub use v7::V7;
 
 use candle_core::Tensor;
-use longctx_core::Result;
+use longctx_core::{Error, Result};
 use std::fmt::Debug;
 
 /// The input rows of a mixer.
@@ -82,4 +82,13 @@ pub trait Mixer: Debug + Send + Sync {
     /// Reads the state, one tensor `[batch, …]` per array, and updates it to the state after the
     /// last token. Returns `[batch * tokens, hidden]` in the dtype of the weights.
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], carried: &mut Carried) -> Result<Tensor>;
+}
+
+/// Returns the arrays of a mixer's state.
+///
+/// # Errors
+/// [`Error::Mismatch`] if there are not `N`.
+fn arrays<const N: usize>(state: &mut [Tensor]) -> Result<&mut [Tensor; N]> {
+    let got = state.len();
+    state.try_into().map_err(|_| Error::mismatch("arrays of a mixer's state", N, got))
 }

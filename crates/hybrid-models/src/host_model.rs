@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::attention::next_cache;
 use crate::matrix::{Matrix, Rows};
 use crate::mixer::{Input, Mixer, ResidualBlock, Span};
 use crate::model_spec::{Block, BlockState, ModelSpec};
@@ -66,7 +67,7 @@ impl HostModel {
         workspace: &mut Workspace,
     ) -> Result<Vec<f32>> {
         let hidden = self.hidden;
-        let mut top = Vec::new();
+        let mut selected = Vec::new();
         let chunks = chunks(calls);
         // Without attention, the memory is that of one chunk. Attention layers receive whole
         // prompts in one call, so that a cache may compress them after exact attention.
@@ -77,17 +78,17 @@ impl HostModel {
             self.embed(&ids[rows.clone()], &mut x);
             self.run(&mut x, chunks, batch, calls, caches, workspace)?;
             match logits {
-                Logits::All => top.extend_from_slice(&x),
+                Logits::All => selected.extend_from_slice(&x),
                 Logits::Last => {
                     let last = calls.iter().map(|call| call.rows.end - 1);
                     for row in last.filter(|row| rows.contains(row)) {
-                        top.extend_from_slice(&x[(row - rows.start) * hidden..][..hidden]);
+                        selected.extend_from_slice(&x[(row - rows.start) * hidden..][..hidden]);
                     }
                 }
             }
             workspace.release(x);
         }
-        Ok(self.logits(&mut top))
+        Ok(self.logits(&mut selected))
     }
 
     /// Embeds ids, one row each.
@@ -137,11 +138,9 @@ impl HostModel {
                     }
                 }
                 Mixer::Attention(attention) => {
-                    let Some(cache) = caches.next() else {
-                        unreachable!("a session makes a cache for each attention layer")
-                    };
+                    let cache = next_cache(&mut caches)?;
                     self.residual(residual, x, workspace, |normed, _, out| {
-                        attention.forward(normed, batch, cache.as_mut(), out)
+                        attention.forward(normed, batch, cache, out)
                     })?;
                 }
             }

@@ -6,9 +6,9 @@ use std::fmt;
 use crate::simd::dot;
 use crate::split_columns::{UnitMatrix, split_columns};
 use candle_core::{DType, Tensor};
-use gemm::Parallelism;
 use half::{bf16, f16};
 use longctx_core::{Error, Result};
+use longctx_simd::matrix::{self, Parallelism};
 use pulp::{Arch, Simd, WithSimd};
 
 /// Up to this many rows, a product is limited by reading the weights.
@@ -81,6 +81,11 @@ impl<'a> Rows<'a> {
             _ => first + (count - 1) * self.stride + self.width,
         };
         Self { data: &self.data[first..end], ..self }
+    }
+
+    /// Returns a view of the first `rows` rows for products.
+    pub fn view(self, rows: usize) -> matrix::Matrix<'a> {
+        matrix::Matrix::with_stride(self.data, rows, self.width, self.stride)
     }
 
     pub fn row(self, i: usize) -> &'a [f32] {
@@ -288,65 +293,8 @@ fn product(x: Rows<'_>, rows: usize, w: &[f32], y: &mut [f32], y_stride: usize, 
         true => Parallelism::Rayon(0),
         false => Parallelism::None,
     };
-    let w = Strided { data: w, row: 1, column: x.width };
-    let x_strided = Strided { data: x.data, row: x.stride, column: 1 };
-    multiply([rows, x.width, outputs], x_strided, w, y, y_stride, 0.0, threads);
-}
-
-/// A matrix with elements at `row * i + column * j`.
-#[derive(Clone, Copy)]
-pub struct Strided<'a> {
-    pub data: &'a [f32],
-    pub row: usize,
-    pub column: usize,
-}
-
-impl Strided<'_> {
-    fn holds(&self, rows: usize, columns: usize) -> bool {
-        (rows - 1) * self.row + (columns - 1) * self.column < self.data.len()
-    }
-}
-
-/// Computes `y = keep y + a b` for `a` `[m, k]` and `b` `[k, n]`. Rows of `y` are `y_stride` apart.
-#[allow(unsafe_code)]
-pub fn multiply(
-    [m, k, n]: [usize; 3],
-    a: Strided<'_>,
-    b: Strided<'_>,
-    y: &mut [f32],
-    y_stride: usize,
-    keep: f32,
-    threads: Parallelism,
-) {
-    assert!(m > 0 && k > 0 && n > 0, "an empty product");
-    assert!(a.holds(m, k) && b.holds(k, n), "a factor is too short");
-    assert!(n <= y_stride && (m - 1) * y_stride + n <= y.len(), "the product does not fit");
-    // SAFETY: `holds` checked that the last element that these strides reach lies within `a.data`
-    // and `b.data`. The strides are not negative, so all other elements do too. The last assertion
-    // checks the same for the writes to `y`. Its rows do not overlap, and it is borrowed mutably.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            y.as_mut_ptr(),
-            1,
-            y_stride as isize,
-            keep != 0.0,
-            a.data.as_ptr(),
-            a.column as isize,
-            a.row as isize,
-            b.data.as_ptr(),
-            b.column as isize,
-            b.row as isize,
-            keep,
-            1.0,
-            false,
-            false,
-            false,
-            threads,
-        );
-    }
+    let w = matrix::Matrix::new(w, outputs, x.width).transpose();
+    matrix::multiply(x.view(rows), w, y, y_stride, 0.0, threads);
 }
 
 #[cfg(test)]
@@ -388,12 +336,5 @@ mod tests {
         for x in (0..=u16::MAX).map(f16::from_bits).filter(|x| x.is_finite()) {
             assert_eq!(x.widen().to_bits(), x.to_f32().to_bits());
         }
-    }
-
-    #[test]
-    #[should_panic(expected = "a factor is too short")]
-    fn a_short_factor_is_refused() {
-        let a = Strided { data: &[1.0; 5], row: 3, column: 1 };
-        multiply([2, 3, 2], a, a, &mut [0.0; 4], 2, 0.0, Parallelism::None);
     }
 }

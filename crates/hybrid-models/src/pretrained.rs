@@ -57,7 +57,8 @@ impl Pretrained {
 impl Model {
     /// Loads a folder with `config.json` (if the family has one) and the weights:
     /// `model.safetensors` or its shards, `pytorch_model.bin`, or one `.pth` file. A tokenizer is
-    /// not needed.
+    /// not needed. Safetensors files are memory-mapped, so they must not be modified during the
+    /// call.
     ///
     /// # Errors
     /// - [`Error::File`] naming a missing or invalid file, or a missing tensor.

@@ -7,7 +7,8 @@ use crate::state::State;
 use candle_core::Device;
 use longctx_core::{Error, Result, SeqId};
 
-/// The recurrent state of one sequence: the arrays of all blocks.
+/// The recurrent state of one sequence: the arrays of all blocks. Tensors of a clone share memory.
+#[derive(Clone)]
 pub enum RecurrentState {
     /// All arrays, concatenated.
     Host(Vec<f32>),
@@ -34,11 +35,14 @@ impl RecurrentState {
     }
 
     /// Returns the arrays of a state on the host.
-    pub fn into_host(self) -> Vec<f32> {
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for a state on a device.
+    pub fn into_host(self) -> Result<Vec<f32>> {
         match self {
-            Self::Host(arrays) => arrays,
+            Self::Host(arrays) => Ok(arrays),
             #[cfg(feature = "cuda")]
-            Self::OnDevice(_) => unreachable!("a model on the host keeps its states there"),
+            Self::OnDevice(_) => Err(other_place()),
         }
     }
 
@@ -114,27 +118,31 @@ impl SequenceStates {
         }
     }
 
-    /// Sets a sequence's state to a copy of the given one.
-    pub fn set(&mut self, seq: SeqId, state: &RecurrentState) -> Result<()> {
-        match (self, state) {
-            (Self::Host(states), RecurrentState::Host(state)) => {
-                drop(states.insert(seq, state.clone()))
-            }
-            #[cfg(feature = "cuda")]
-            (Self::OnDevice(pool), RecurrentState::OnDevice(arrays)) => pool.set(seq, arrays)?,
-            #[cfg(feature = "cuda")]
-            _ => unreachable!("all states of a session are where its model is"),
+    /// Returns the states on a device.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for states on the host.
+    #[cfg(feature = "cuda")]
+    pub fn on_device(&mut self) -> Result<&mut crate::cuda::StatePool> {
+        match self {
+            Self::Host(_) => Err(other_place()),
+            Self::OnDevice(pool) => Ok(pool),
         }
-        Ok(())
     }
 
-    /// Sets the state of a sequence on the host.
-    pub fn replace(&mut self, seq: SeqId, state: Vec<f32>) {
-        match self {
-            Self::Host(states) => drop(states.insert(seq, state)),
+    /// Sets a sequence's state. A state on a device is copied.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for a state in another place.
+    pub fn set(&mut self, seq: SeqId, state: RecurrentState) -> Result<()> {
+        match (self, state) {
+            (Self::Host(states), RecurrentState::Host(state)) => drop(states.insert(seq, state)),
             #[cfg(feature = "cuda")]
-            Self::OnDevice(_) => unreachable!("the states are on a device"),
+            (Self::OnDevice(pool), RecurrentState::OnDevice(arrays)) => pool.set(seq, &arrays)?,
+            #[cfg(feature = "cuda")]
+            _ => return Err(other_place()),
         }
+        Ok(())
     }
 
     pub fn remove(&mut self, seq: SeqId) {
@@ -152,4 +160,9 @@ impl SequenceStates {
             Self::OnDevice(pool) => pool.clear(),
         }
     }
+}
+
+#[cfg(feature = "cuda")]
+fn other_place() -> Error {
+    Error::mismatch("the place of a state", "that of the model", "another")
 }

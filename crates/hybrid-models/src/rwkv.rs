@@ -23,7 +23,7 @@ pub use {
 
 use crate::checkpoint::Checkpoint;
 use crate::host_model::HostModel;
-use crate::mixer::{Mixer, Recurrent, ResidualBlock};
+use crate::mixer::{Mixer, Recurrent, ResidualBlock, StateArray};
 use crate::norm::Norm;
 use longctx_core::{Error, Result};
 use serde_json::Value;
@@ -201,6 +201,12 @@ fn heads(w: &Checkpoint, name: &str, hidden: usize) -> Result<(usize, usize)> {
             Err(Error::mismatch(format!("tensor {name:?}"), expected, format!("{other:?}")))
         }
     }
+}
+
+/// Returns the state of RWKV-5 to 7: the last row, for the token shift, and a matrix per head.
+fn state_arrays(hidden: usize, heads: usize, head_dim: usize) -> Vec<StateArray> {
+    let wkv = StateArray::new("wkv", &[heads, head_dim, head_dim]);
+    vec![StateArray::new("shift", &[hidden]), wkv]
 }
 
 /// Returns the prefix of the names of the token shift's weights.

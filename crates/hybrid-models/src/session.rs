@@ -124,7 +124,7 @@ impl Session {
         self.refuse_attention()?;
         state.check_family(self.model.model_type())?;
         let loaded = RecurrentState::load(state, &self.model.spec, self.model.device())?;
-        self.states.set(seq, &loaded)?;
+        self.states.set(seq, loaded)?;
         self.sequences.insert(seq, Sequence { seen: state.seen(), ..Default::default() });
         Ok(())
     }
@@ -185,7 +185,7 @@ impl Session {
         let call = |(seq, rows): (SeqId, Range<usize>)| -> Result<SequenceCall> {
             let positions = self.snapshot_positions(seq, rows.len()).into_iter();
             let snapshots = positions.map(|position| (position, Vec::new())).collect();
-            let state = self.recurrent_state(seq)?.into_host();
+            let state = self.recurrent_state(seq)?.into_host()?;
             Ok(SequenceCall { position: self.seen(seq), rows, state, snapshots })
         };
         let mut calls = batch.iter().map(call).collect::<Result<Vec<_>>>()?;
@@ -195,7 +195,7 @@ impl Session {
             let snapshots =
                 snapshots.into_iter().map(|(at, copy)| (at, RecurrentState::Host(copy)));
             self.advance(seq, rows.len(), snapshots.collect());
-            self.states.replace(seq, state);
+            self.states.set(seq, RecurrentState::Host(state))?;
         }
         let vocab = self.vocab_size();
         Ok(Tensor::from_vec(numbers, ((), vocab), &Device::Cpu)?)
@@ -240,7 +240,7 @@ impl CausalLm for Session {
         }
         let state = self.states.copy(from)?;
         self.caches.fork(from, to)?;
-        if let Err(error) = self.states.set(to, &state) {
+        if let Err(error) = self.states.set(to, state) {
             self.caches.remove(to);
             return Err(error);
         }
@@ -273,10 +273,10 @@ impl CausalLm for Session {
         }
         let kept = sequence.snapshots.iter().find(|&&(at, _)| at == len);
         let state = match kept {
-            Some((_, copy)) => copy.clone(),
-            None => Arc::new(RecurrentState::start(&self.model.spec, self.model.device())?),
+            Some((_, copy)) => RecurrentState::clone(copy),
+            None => RecurrentState::start(&self.model.spec, self.model.device())?,
         };
-        let done = self.caches.truncate(seq, len).and_then(|()| self.states.set(seq, &state));
+        let done = self.caches.truncate(seq, len).and_then(|()| self.states.set(seq, state));
         let sequence = self.sequences.entry(seq).or_default();
         match &done {
             Ok(()) => {

@@ -6,45 +6,10 @@
 use pulp::{Arch, Scalar, Simd, WithSimd};
 use rayon::prelude::*;
 
+pub use longctx_simd::vector::{dot, exp, sigmoid, silu};
+
 /// Smallest number of elements for which an elementwise function uses several threads.
 const PARALLEL: usize = 1 << 15;
-
-/// Returns e^x with an error of about 2 units in the last place: x = n ln 2 + r, a polynomial of
-/// degree 6 in r, and n added to the exponent bits. Zero below -87, and at most e^88.
-#[inline(always)]
-pub fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
-    let c = |x| simd.splat_f32s(x);
-    // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
-    const MAGIC: f32 = 12_582_912.0;
-    let clamped = simd.min_f32s(simd.max_f32s(x, c(-87.0)), c(88.0));
-    let shifted = simd.mul_add_f32s(clamped, c(std::f32::consts::LOG2_E), c(MAGIC));
-    let n = simd.sub_f32s(shifted, c(MAGIC));
-    // ln 2 is split into two parts so that the subtraction of n ln 2 is accurate.
-    let r = simd.mul_add_f32s(n, c(-0.693_359_4), clamped);
-    let r = simd.mul_add_f32s(n, c(2.121_944_4e-4), r);
-    let mut poly = c(1.0 / 720.0);
-    for coefficient in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        poly = simd.mul_add_f32s(poly, r, c(coefficient));
-    }
-    let exponent =
-        simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
-    let value = simd.transmute_f32s_u32s(simd.add_u32s(simd.transmute_u32s_f32s(poly), exponent));
-    let tiny = simd.less_than_f32s(x, c(-87.0));
-    simd.select_f32s(tiny, c(0.0), value)
-}
-
-/// Returns 1 / (1 + e^-x).
-#[inline(always)]
-pub fn sigmoid<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
-    let one = simd.splat_f32s(1.0);
-    simd.div_f32s(one, simd.add_f32s(one, exp(simd, simd.neg_f32s(x))))
-}
-
-/// Returns x / (1 + e^-x).
-#[inline(always)]
-pub fn silu<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
-    simd.mul_f32s(x, sigmoid(simd, x))
-}
 
 /// Returns ln(1 + e^x), as max(x, 0) + ln(1 + u) with u = e^-|x|, and ln(1 + u) = 2 artanh(u / (2 +
 /// u)).
@@ -199,26 +164,6 @@ impl<F: BinaryFn> WithSimd for ZipAll<'_, F> {
     }
 }
 
-/// Returns the sum of `a[i] b[i]`.
-#[inline(always)]
-pub fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
-    let (a, a_tail) = S::as_simd_f32s(a);
-    let (b, b_tail) = S::as_simd_f32s(b);
-    let mut sums = [simd.splat_f32s(0.0); 4];
-    let (a_four, a_rest) = a.as_chunks::<4>();
-    let (b_four, b_rest) = b.as_chunks::<4>();
-    for (a, b) in a_four.iter().zip(b_four) {
-        for i in 0..4 {
-            sums[i] = simd.mul_add_f32s(a[i], b[i], sums[i]);
-        }
-    }
-    for (&a, &b) in a_rest.iter().zip(b_rest) {
-        sums[0] = simd.mul_add_f32s(a, b, sums[0]);
-    }
-    let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
-    simd.reduce_sum_f32s(sum) + a_tail.iter().zip(b_tail).map(|(a, b)| a * b).sum::<f32>()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -259,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn gates_equal_the_textbook() {
+    fn gates_equal_their_definitions() {
         let b = grid();
         let mut a = vec![2.0; b.len()];
         zip(MulGelu, &mut a, &b);

@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "row 2 of 2")]
-    fn a_row_too_many_is_refused() {
+    fn an_extra_row_is_refused() {
         let mut a = [0.0; 6];
         split_columns(3, 1, false, [UnitMatrix { data: &mut a, per_unit: 1 }], |_, [mut a]| {
             a.row(2)[0] = 1.0

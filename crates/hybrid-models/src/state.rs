@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn no_flipped_bit_is_taken_in() {
+    fn flipped_bits_are_errors() {
         let (state, whole) = (state(), state().to_bytes().unwrap());
         let mut refused = 0;
         for bit in 0..8 * whole.len() {

@@ -37,7 +37,9 @@ enum class Codes {
 enum class Params {
     CHANNELS,  // a scale and a minimum for each channel of a record
     TOKENS,    // a scale, and with INTEGERS a minimum, for each token
-    BALANCED,  // KVarN's: keys as CHANNELS and a factor for each token, values as TOKENS and a factor for each channel of a record
+    // KVarN's: keys as CHANNELS and a factor for each token, values as TOKENS and a factor for each
+    // channel of a record
+    BALANCED,
     NONE,      // a scale for all numbers, an argument of the kernels
 };
 

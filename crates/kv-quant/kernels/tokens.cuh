@@ -14,8 +14,8 @@ namespace kvq {
 
 constexpr float LARGEST = 32752.f;  // largest magnitude that can be packed, half of f16's range
 
-// Rows of D numbers in registers: LANES lanes have 32 numbers of a row each. Number 8 i + j of lane l
-// is number 8 LANES i + 8 l + j of the row.
+// Rows of D numbers in registers: LANES lanes have 32 numbers of a row each. Number 8 i + j of lane
+// l is number 8 LANES i + 8 l + j of the row.
 template <int D>
 struct Rows {
     static constexpr int NUMBERS = 32, LANES = D / NUMBERS;
@@ -60,8 +60,8 @@ struct Rows {
         for (int i = 0; i < NUMBERS; i++) x[i] *= norm;
     }
 
-    // Loads a row of the call's tensors or of a ring. Returns its largest magnitude in this lane, or
-    // NaN if a number is NaN.
+    // Loads a row of the call's tensors or of a ring. Returns its largest magnitude in this lane,
+    // or NaN if a number is NaN.
     static __device__ __forceinline__ float load(float (&x)[NUMBERS], const FillArgs& args, const FillRow& row, bool values, int entry) {
         const __half* from;
         if (entry < row.first_new) from = static_cast<const __half*>(values ? row.ring_v : row.ring_k) + (long long)((entry + row.shift) % args.ring) * D;
@@ -278,7 +278,8 @@ struct Row {
         const float top = fmaxf(high, -low);
         bool negative = -low > high;
         const bool tied = high == -low && top > 0.f;
-        if (__any_sync(FULL, tied)) {  // The first number of the largest magnitude determines the sign.
+        // The first number of the largest magnitude determines the sign.
+        if (__any_sync(FULL, tied)) {
             int first = INT_MAX;       // twice its index plus its sign bit
 #pragma unroll
             for (int i = 0; i < N; i++)
@@ -316,8 +317,8 @@ __host__ __device__ constexpr int token_threads() {
     return TILE * Rows<L::D>::LANES;
 }
 
-// The number of thread blocks that a multiprocessor should be able to run: 1,024 threads, which have
-// 64 registers each.
+// The number of thread blocks that a multiprocessor should be able to run: 1,024 threads, which
+// have 64 registers each.
 template <class L>
 __host__ __device__ constexpr int token_blocks() {
     return 1024 / token_threads<L>();

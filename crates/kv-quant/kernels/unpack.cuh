@@ -11,12 +11,14 @@ namespace kvq {
 // Mirrored by `UnpackArgs` in src/cuda/args.rs.
 struct UnpackArgs {
     const unsigned long long* table;  // record addresses of a kv head
-    void* k;                          // [entries, D], or a ring [ring, D] with entry e at position (e + shift) % ring
+    // [entries, D], or a ring [ring, D] with entry e at position (e + shift) % ring
+    void* k;
     void* v;
     int first, entries;  // first entry to read, and their number
     int ring, shift;     // ring = 0: k and v are not rings
     int kind;            // dtype of k and v: 0 f16, 1 bf16, 2 f32
-    int rotated;         // bit 0: packed keys are rotated, bit 1: packed values are; the output is not rotated
+    // bit 0: packed keys are rotated, bit 1: packed values are; the output is not rotated
+    int rotated;
     float key_scale, value_scale;  // the scales of schemes without stored scales
 };
 

@@ -47,6 +47,7 @@ pub struct Queries<'a, T = f32> {
 
 /// The entries of its sequence that a query sees.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum Mask<'a> {
     /// Every query sees every entry.
     Full,

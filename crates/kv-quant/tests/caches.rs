@@ -55,7 +55,7 @@ fn feed(caches: &mut [QuantCache], batch: &Batch, q: &Tensor, kv: &Tensor) -> Ve
 }
 
 #[test]
-fn a_saved_sequence_goes_on_as_if_it_had_not_been_saved() {
+fn a_loaded_sequence_continues_like_the_saved_one() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("prompt.safetensors");
     let mut caches = layers();
@@ -103,7 +103,7 @@ fn a_file_of_other_caches_is_refused_and_changes_none() {
 }
 
 #[test]
-fn forks_go_their_own_ways_and_rollbacks_within_the_tail_are_exact() {
+fn forks_are_independent_and_rollbacks_within_the_residual_are_exact() {
     for (i, mut cache) in layers().into_iter().enumerate() {
         let mut plain = cache.clone();
         let (q, kv) = (random(300, HEADS), random(300, KV_HEADS));
@@ -193,7 +193,7 @@ fn a_full_pool_is_an_error_that_names_bytes() {
 }
 
 #[test]
-fn errors_pass_through_code_that_returns_those_of_candle() {
+fn errors_convert_to_those_of_candle() {
     fn make(residual: usize, tokens: usize) -> candle_core::Result<QuantCache> {
         let format = Format::kivi(Bits::Four, Bits::Four, 32, residual)?;
         let mut cache = QuantCache::new(spec(), format)?;
@@ -207,7 +207,7 @@ fn errors_pass_through_code_that_returns_those_of_candle() {
 }
 
 #[test]
-fn a_store_takes_in_all_heads_or_none() {
+fn an_append_changes_all_heads_or_none() {
     let mut store = QuantStore::new(spec().shape, flexgen()).unwrap();
     let good = random(5, KV_HEADS);
     let batch = Batch::single(9, 5).unwrap();
@@ -219,7 +219,7 @@ fn a_store_takes_in_all_heads_or_none() {
 }
 
 #[test]
-fn the_adapter_keeps_dtype_and_batch_and_refuses_what_does_not_fit() {
+fn the_adapter_keeps_dtype_and_batch_and_refuses_other_shapes() {
     let mut ours = DequantCache::new(KV_HEADS, DIM, kivi(Bits::Eight)).unwrap();
     let mut candles = candle_nn::kv_cache::KvCache::new(2, 512);
     let random = |batch: usize, heads: usize, tokens: usize| {

@@ -167,7 +167,7 @@ fn matrices_check_their_sizes() {
 }
 
 #[test]
-fn sequences_stay_as_they_were() {
+fn sequences_are_unchanged_after_an_error() {
     let formats = [kivi(), Format::flexgen(Bits::Four, Bits::Four, 32).unwrap(), Format::f16()];
     for format in formats {
         let mut pool = Pool::new(shape(16), format).unwrap();

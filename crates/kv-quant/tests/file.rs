@@ -48,7 +48,7 @@ fn file() -> (tempfile::TempDir, std::path::PathBuf) {
 }
 
 #[test]
-fn sequences_come_back_and_go_on() {
+fn loaded_sequences_continue() {
     let (_dir, path) = file();
     let (mut saved, file) = (pools(), CacheFile::open(&path).unwrap());
     assert_eq!(file.len(), 2 * saved.len());
@@ -79,7 +79,7 @@ fn sequences_come_back_and_go_on() {
 }
 
 #[test]
-fn pools_take_only_what_they_could_have_held() {
+fn errors_of_loading_are_named_and_change_nothing() {
     let (_dir, path) = file();
     let file = CacheFile::open(&path).unwrap();
     let mut pool = file.pool(0).unwrap();

@@ -40,7 +40,7 @@ fn formats() -> [Format; 4] {
 
 /// Attention over packed latents equals attention over the dequantized latents.
 #[test]
-fn packed_latents_attend_as_their_numbers() {
+fn packed_latents_attend_as_their_dequantized_numbers() {
     for format in formats() {
         let mut packed = latents(format);
         let k = random(700, 1);

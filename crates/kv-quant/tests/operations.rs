@@ -1,4 +1,4 @@
-//! Random sequences of operations on a pool, compared with a plain model of it: vectors of tokens,
+//! Random sequences of operations on a pool, compared with a reference model: vectors of tokens,
 //! quantized one by one as specified in `docs/formats.md`.
 
 #![cfg(not(miri))] // too long for an interpreter
@@ -202,15 +202,15 @@ impl Head {
     }
 }
 
-/// A pool and its model.
-struct Both {
+/// A pool and its reference model.
+struct Fixture {
     pool: Pool,
     model: BTreeMap<u64, Vec<Head>>,
     format: Format,
     random: Random,
 }
 
-impl Both {
+impl Fixture {
     fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let format = formats()[random.below(formats().len())];
@@ -395,19 +395,19 @@ impl Both {
 }
 
 #[test]
-fn a_pool_is_what_its_model_says() {
+fn a_pool_equals_its_reference_model_after_random_operations() {
     let cases = if std::env::var_os("LONGCTX_SLOW").is_some() { 10_000 } else { 200 };
     for seed in 0..cases {
-        let mut both = Both::new(seed);
+        let mut fixture = Fixture::new(seed);
         let run = std::panic::AssertUnwindSafe(|| {
             for _ in 0..25 {
-                both.step();
-                both.check();
+                fixture.step();
+                fixture.check();
             }
-            for seq in both.pool.seqs().collect::<Vec<_>>() {
-                both.pool.remove(seq);
+            for seq in fixture.pool.seqs().collect::<Vec<_>>() {
+                fixture.pool.remove(seq);
             }
-            assert_eq!(both.pool.footprint().total(), 0);
+            assert_eq!(fixture.pool.footprint().total(), 0);
         });
         if let Err(panic) = std::panic::catch_unwind(run) {
             eprintln!("seed {seed}");

@@ -53,7 +53,7 @@ fn check_fused(cache: &QuantCache, seq: SeqId, d: usize) {
 }
 
 #[test]
-fn every_basis_is_close_to_dense_and_equals_its_dequantized_self() {
+fn every_key_basis_is_close_to_dense_and_equals_attention_over_its_dequantized_keys() {
     for d in [64, 80] {
         for basis in [KeyBasis::Given, KeyBasis::BeforeRope] {
             let per_token = Scheme::new(Bits::Eight, Axis::Channels, 64).unwrap();
@@ -76,7 +76,7 @@ fn every_basis_is_close_to_dense_and_equals_its_dequantized_self() {
 }
 
 #[test]
-fn sinks_are_kept_as_they_are() {
+fn sinks_are_unchanged() {
     for order in [Order::AttendFirst, Order::QuantizeFirst] {
         for basis in [KeyBasis::Given, KeyBasis::BeforeRope] {
             let format =
@@ -106,7 +106,7 @@ fn sinks_are_kept_as_they_are() {
 }
 
 #[test]
-fn quantizing_first_shows_in_the_prompt() {
+fn quantizing_first_changes_the_prompts_attention() {
     let format = Format::flexgen(Bits::Four, Bits::Four, 64).unwrap();
     let dense = || DenseCache::new(spec(64), DType::F32).unwrap();
     let mut after = QuantCache::new(spec(64), format).unwrap();
@@ -138,7 +138,7 @@ fn keys_before_rope_need_a_rotary_embedding() {
 }
 
 #[test]
-fn the_adapter_gives_back_what_was_put_in() {
+fn the_adapter_returns_the_appended_tensors() {
     let format = Format::kivi(Bits::Eight, Bits::Eight, 32, 32).unwrap();
     let mut ours = DequantCache::new(2, 64, format).unwrap();
     let mut candles = candle_nn::kv_cache::KvCache::new(2, 512);

@@ -40,7 +40,7 @@ fn with_bases() -> Vec<Pool> {
 }
 
 #[test]
-fn a_sequence_among_many_equals_one_alone() {
+fn a_sequence_among_many_equals_a_single_one() {
     for empty in with_bases() {
         let (mut alone, mut among) = (empty.clone(), empty);
         feed(&mut alone, 7, 0, 301);
@@ -76,7 +76,7 @@ fn a_sequence_among_many_equals_one_alone() {
 
 #[test]
 #[cfg_attr(miri, ignore = "too long for an interpreter")]
-fn a_batch_equals_each_sequence_alone_on_any_number_of_threads() {
+fn a_batch_equals_its_sequences_one_by_one_on_any_number_of_threads() {
     for mut pool in with_bases() {
         let lens = [1, 3000, 40, 700, 129];
         let counts = [1, 3, 40, 0, 100];
@@ -159,7 +159,7 @@ fn a_fork_equals_a_copy() {
 
 /// With a rolling flush, a truncation by up to a group of tokens has no effect on the rest.
 #[test]
-fn truncated_equals_never_fed() {
+fn truncation_equals_never_feeding() {
     let kivi = |bits, residual| Format::kivi_rolling(bits, bits, 32, residual).unwrap();
     let hadamard = kivi(Bits::Two, 32).with_rotated_keys();
     for format in [kivi(Bits::Four, 64), kivi(Bits::Two, 0), hadamard, Format::f16()] {
@@ -229,7 +229,7 @@ fn truncating_changes_no_more_than_a_group() {
 }
 
 #[test]
-fn removed_sequences_give_every_block_back() {
+fn removed_sequences_free_every_block() {
     for empty in with_bases() {
         let mut pool = empty.with_capacity(1 << 20);
         for seq in 0..6 {
@@ -341,7 +341,7 @@ fn listed_entries_equal_retained_ones() {
 }
 
 #[test]
-fn every_number_format_is_taken_and_given() {
+fn every_number_format_is_accepted_and_returned() {
     let mut pool = pool(Format::kivi(Bits::Four, Bits::Four, 32, 32).unwrap());
     let narrow = |x: &[f32]| -> Vec<bf16> { x.iter().map(|&x| bf16::from_f32(x)).collect() };
     let (k, v) = tokens(1, 0, 100);
@@ -361,7 +361,7 @@ fn every_number_format_is_taken_and_given() {
 }
 
 #[test]
-fn a_known_but_empty_sequence_gives_nothing() {
+fn an_empty_sequence_has_no_output() {
     let mut pool = pool(Format::f16());
     pool.append::<f32>(&[1], &[0, 0], &[], &[]).unwrap();
     assert_eq!(pool.lens(1).unwrap(), [0; KV]);
@@ -374,7 +374,7 @@ fn a_known_but_empty_sequence_gives_nothing() {
 
 /// Blocks of a head are freed by evicting its own entries only.
 #[test]
-fn budgets_of_heads_free_what_they_should() {
+fn budgets_of_heads_free_blocks() {
     let format = Format::kivi(Bits::Four, Bits::Four, 32, 128).unwrap();
     let mut pool = Pool::new(shape(4, 128, 128), format).unwrap();
     let x = numbers(1, 4096 * 4 * 128);

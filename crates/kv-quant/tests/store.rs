@@ -114,7 +114,7 @@ fn fused_attention_equals_dequantize_then_attend() {
 }
 
 #[test]
-fn a_sequence_that_is_not_known_has_nothing_to_attend_to() {
+fn attention_of_an_unknown_sequence_is_empty() {
     let shape = AttentionShape::new(4, 2, 64).unwrap();
     let mut store = QuantStore::new(shape, formats()[0]).unwrap();
     append(&mut store, &[90]);
@@ -129,7 +129,7 @@ fn a_sequence_that_is_not_known_has_nothing_to_attend_to() {
 }
 
 #[test]
-fn retained_entries_are_untouched_and_the_rest_is_freed() {
+fn retained_entries_are_unchanged_and_others_are_freed() {
     let shape = AttentionShape::new(4, 2, 64).unwrap();
     for format in formats() {
         let mut store = QuantStore::new(shape, format).unwrap();
@@ -211,7 +211,7 @@ fn numbers_that_cannot_be_packed_are_named() {
 }
 
 #[test]
-fn holes_are_closed_where_tokens_are_packed_one_by_one() {
+fn holes_are_closed_in_formats_that_pack_tokens_one_by_one() {
     let shape = AttentionShape::new(2, 1, 64).unwrap();
     let one_by_one = Scheme::new(Bits::Four, Axis::Channels, 32).unwrap();
     for flush in [Flush::Immediate, Flush::Rolling(64), Flush::Staggered(64)] {

@@ -70,7 +70,7 @@ fn packed_windows_attend_as_the_exact_cache() {
 
 /// Whole groups leave the window: the others keep their codes, and the memory does not grow.
 #[test]
-fn a_window_drops_blocks_and_packs_nothing_anew() {
+fn a_window_drops_blocks_and_packs_no_entry_twice() {
     let mut cache = packed(kivi(Bits::Four));
     feed(&mut cache, 1000);
     let dense = WINDOW * 2 * 2 * D * 2;

@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
-use longctx_checkpoint::HubModel;
+use longctx_checkpoint::HubRepo;
 use longctx_core::Result;
 
 /// Downloads the three files of a checkpoint unless they are cached; returns their folder.
 pub fn download(name: &str) -> Result<PathBuf> {
-    let hub = HubModel::new(name)?;
+    let hub = HubRepo::model(name)?;
     hub.get("tokenizer.json")?;
     hub.get("model.safetensors")?;
     hub.folder()

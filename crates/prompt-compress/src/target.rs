@@ -4,6 +4,7 @@ use longctx_core::Rate;
 
 /// A compression target, in the tokens that the compressor counts.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum Target {
     /// A share of the tokens.
     Rate(Rate),

@@ -1,5 +1,5 @@
-//! The baselines satisfy the laws of compressors that copy bytes, and rank sentences like public
-//! packages.
+//! The baselines satisfy the properties of compressors that copy bytes, and rank sentences like
+//! public packages.
 
 use longctx_core::{Prompt, PromptCompressor, Rate};
 use prompt_compress::baseline::{Extract, RandomDrop, Ranking, TruncateMiddle, bm25, tf_idf};
@@ -55,7 +55,7 @@ proptest! {
     }
 
     #[test]
-    fn protected_sections_come_through(which in compressor(), head in ".{0,20}", body in text(), tail in ".{0,20}") {
+    fn protected_sections_are_unchanged(which in compressor(), head in ".{0,20}", body in text(), tail in ".{0,20}") {
         let prompt = StructuredPrompt::new().keep(&*head).compress(&*body).keep(&*tail);
         let short = prompt.compress_with(&mut make(which), Rate::new(0.3).unwrap()).unwrap();
         short.check(&prompt.text()).unwrap();

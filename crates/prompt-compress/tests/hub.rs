@@ -14,7 +14,7 @@ const NAME: &str = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingba
 const INNER: &str = "LONGCTX_TEST_INSIDE";
 
 #[test]
-fn a_name_opens_what_the_cache_holds() {
+fn a_name_opens_a_cached_model() {
     if env::var_os(INNER).is_some() {
         return opens_by_name();
     }
@@ -30,7 +30,7 @@ fn a_name_opens_what_the_cache_holds() {
         fs::copy(fixture.join(file), snapshot.join(file)).unwrap();
     }
     let mut inner = Command::new(env::current_exe().unwrap());
-    inner.args(["--exact", "a_name_opens_what_the_cache_holds", "--nocapture"]).env(INNER, "1");
+    inner.args(["--exact", "a_name_opens_a_cached_model", "--nocapture"]).env(INNER, "1");
     // Nothing listens on this port: files that are not cached cannot be downloaded.
     inner.env("HF_HOME", home.path()).env("HF_ENDPOINT", "http://127.0.0.1:9");
     assert!(inner.status().unwrap().success());

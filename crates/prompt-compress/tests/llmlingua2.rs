@@ -237,7 +237,7 @@ fn longbench_passages_equal_the_package() {
 }
 
 #[test]
-fn families_are_told_apart() {
+fn families_are_distinguished() {
     assert_eq!(open("bert", Settings::default()).family(), Family::Bert);
     assert_eq!(open("xlm-roberta", Settings::default()).family(), Family::XlmRoberta);
 }

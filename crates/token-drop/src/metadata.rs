@@ -135,8 +135,8 @@ impl EntryMetadata {
         }
     }
 
-    /// Returns the carried scores of heads with equal numbers of entries, `[heads, entries]`, without
-    /// those of newer tokens; `None` before the first call.
+    /// Returns the carried scores of heads with equal numbers of entries, `[heads, entries]`,
+    /// without those of newer tokens; `None` before the first call.
     pub fn scores(&self, heads: Range<usize>, device: &Device) -> Result<Option<Tensor>> {
         self.scores.as_ref().map(|scores| scores.of_heads(heads, device)).transpose()
     }

@@ -237,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn older_entries_win_ties_and_nan_loses() {
+    fn ties_select_older_entries_and_nan_is_last() {
         let none = ProtectedCounts::default();
         assert_eq!(top_k(&[1.0, f32::NAN, 1.0, 2.0, 1.0], 3, none), [0, 2, 3]);
         assert_eq!(top_k(&[f32::NEG_INFINITY, 0.0, 0.0], 1, none), [1]);
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn the_budget_binds_even_the_protected() {
+    fn the_budget_limits_protected_entries_too() {
         assert_eq!(top_k(&[0.0; 10], 4, ProtectedCounts { sinks: 3, recent: 3 }), [0, 1, 2, 9]);
     }
 

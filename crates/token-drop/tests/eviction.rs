@@ -75,8 +75,9 @@ fn layers_hold_their_budgets_of_the_pyramid() {
     assert_eq!([held(0), held(1), held(2)], [[70], [40], [10]]);
 }
 
-/// The first head's keys are a tenth as long, so all of them have higher scores by norm. It receives
-/// the whole budget except the second head's safeguard, a fifth of that head's equal share.
+/// The first head's keys are a tenth as long, so all of them have higher scores by norm. It
+/// receives the whole budget except the second head's safeguard, a fifth of that head's equal
+/// share.
 #[test]
 fn a_head_with_a_smaller_budget_frees_memory() {
     let mut text = Input::random(200);
@@ -127,7 +128,7 @@ impl EvictionPolicy for Miscounting {
 }
 
 #[test]
-fn what_is_wrong_with_a_policy_is_named_and_changes_nothing() {
+fn errors_of_a_policy_are_named_and_change_nothing() {
     let made = PolicyCache::new(spec(), store(DType::F32), Forgetful, Budget::Tokens(8));
     let error = made.unwrap_err().to_string();
     assert!(error.contains("at least the 4 tokens whose queries are observed"));

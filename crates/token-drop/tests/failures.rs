@@ -223,7 +223,7 @@ proptest! {
 /// Forks share blocks. If a full pool has no room for copies of the blocks that an eviction
 /// changes, the eviction is postponed.
 #[test]
-fn an_eviction_without_room_for_copies_is_put_off() {
+fn an_eviction_without_room_for_copies_is_deferred() {
     // 100 tokens of two heads take 4 blocks each.
     let full = |blocks: usize| {
         let store = DenseStore::with_capacity(shape(), DType::F32, blocks * BLOCK).unwrap();

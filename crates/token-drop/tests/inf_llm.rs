@@ -120,7 +120,7 @@ fn footprints_add_up() {
 }
 
 #[test]
-fn an_exact_prompt_is_exact_and_remembers_the_same_length() {
+fn an_exact_prompt_is_exact_and_has_the_same_length() {
     let fixture = fixture("inf_llm.safetensors");
     let mut exact = inf_llm().with_exact_prompt();
     let mut dense = DenseCache::new(spec(), DType::F32).unwrap();

@@ -57,7 +57,7 @@ fn check(name: &str, mut whole: Any<DenseStore>, ranks: Vec<Any<DenseStore>>) {
 }
 
 #[test]
-fn ranks_hold_together_what_one_cache_of_all_heads_does() {
+fn caches_of_ranks_equal_one_cache_of_all_heads() {
     let mut checked = 0;
     for (name, make) in methods::<DenseStore>() {
         // DuoAttention's heads are set for each rank.
@@ -74,7 +74,7 @@ fn ranks_hold_together_what_one_cache_of_all_heads_does() {
 }
 
 #[test]
-fn each_rank_names_its_own_heads_to_duo_attention() {
+fn each_rank_sets_the_streaming_heads_of_its_own_heads() {
     let streaming = [true, false];
     let duo = |heads: &[bool]| DuoAttention::new(heads.to_vec(), 4, 8).unwrap();
     let whole = PolicyCache::duo_attention(spec(), store(DType::F32), &duo(&streaming));

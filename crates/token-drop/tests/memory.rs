@@ -59,7 +59,7 @@ fn caches() -> Vec<(&'static str, bool, Made)> {
 }
 
 #[test]
-fn what_is_held_is_what_is_allocated_and_no_more() {
+fn the_footprint_equals_the_allocated_bytes() {
     let prompt = Input::random(PROMPT);
     let decoded: Vec<_> = (0..40).map(|_| Input::random(1)).collect();
     let feed = |made: &Made| {

@@ -149,7 +149,7 @@ proptest! {
     })]
 
     #[test]
-    fn any_sequence_of_operations_gives_the_answers_of_sequences_alone(operations in operations()) {
+    fn random_operations_give_the_results_of_separate_sequences(operations in operations()) {
         let names: Vec<_> = caches(|| store(DType::F32)).into_iter().map(|(name, _)| name).collect();
         for (kind, name) in names.into_iter().enumerate() {
             run(name, kind, &operations);

@@ -59,7 +59,7 @@ fn one_token_at_a_time_as_whole() {
 }
 
 #[test]
-fn decoded_tokens_raise_no_budget() {
+fn decoded_tokens_do_not_raise_the_budget() {
     let budget = Budget::Ratio(RATIO);
     let mut cache = PolicyCache::tova(spec(), store(DType::F32), Tova::default(), budget).unwrap();
     feed_all(&mut cache, 0, &Input::random(300), &[&[100, 100][..], &[1; 100]].concat());
@@ -107,7 +107,7 @@ fn inf_llm_in_chunks_as_whole() {
 }
 
 #[test]
-fn a_prompt_is_told_for_each_sequence() {
+fn a_prompt_length_is_declared_per_sequence() {
     let budget = Budget::Ratio(RATIO);
     let mut cache = PolicyCache::new(spec(), store(DType::F32), KNorm, budget).unwrap();
     Input::random(20).feed(&mut cache, 0).unwrap();

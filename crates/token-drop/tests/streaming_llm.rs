@@ -24,11 +24,11 @@ impl Published {
             None => (k.clone(), v.clone()),
         };
         let (tokens, len) = (q.dim(0)?, k.dim(0)?);
-        let turn = |x: &Tensor, first: usize| {
+        let rotate = |x: &Tensor, first: usize| {
             let positions: Vec<i64> = (first as i64..len as i64).collect();
             rope(shape().head_dim).apply(x, &positions).unwrap()
         };
-        let (q, keys) = (turn(q, len - tokens), turn(&k, 0));
+        let (q, keys) = (rotate(q, len - tokens), rotate(&k, 0));
         let repeat = |x: &Tensor| {
             let heads: Vec<_> =
                 (0..HEADS).map(|h| x.narrow(1, h * KV_HEADS / HEADS, 1).unwrap()).collect();
@@ -97,7 +97,7 @@ fn a_step_drops_groups_and_keeps_within_the_window() {
 /// A quarter of 40 tokens is 4 sinks and a window of 6, smaller than the step: the newest token is
 /// kept.
 #[test]
-fn a_step_larger_than_the_window_of_a_short_prompt_leaves_the_newest() {
+fn a_step_larger_than_the_window_of_a_short_prompt_keeps_the_newest_token() {
     let cache = StreamingLlm::with_ratio(spec(), store(DType::F32), 0.25).unwrap();
     let held = held_after_each(&mut cache.with_step(32).unwrap(), [40].into_iter().chain([1; 12]));
     assert_eq!(held, [10, 5, 6, 7, 8, 9, 10, 5, 6, 7, 8, 9, 10]);

@@ -43,7 +43,7 @@ fn text_that_ignores_its_end() -> Input {
 }
 
 #[test]
-fn the_newest_token_goes_as_in_the_published_code_if_asked_for() {
+fn the_newest_token_can_be_evicted_as_in_the_published_code() {
     let text = text_that_ignores_its_end();
     let kept = |policy: Tova| {
         let (store, budget) = (store(DType::F32), Budget::Tokens(20));

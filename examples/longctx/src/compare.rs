@@ -32,8 +32,8 @@ use crate::MAX_COUNT;
 
 /// Compression ratios are relative to this method's bytes.
 const REFERENCE: &str = "dense-f16";
-/// The default methods take a minute on two cores with the embedded model. InfLLM reads a quarter
-/// of the tokens but holds all of them, and its bytes count all.
+/// The default methods take 35 seconds on two cores with the embedded model. InfLLM reads a quarter
+/// of the tokens, but its bytes are those of all tokens, because it holds them.
 const METHODS: [&str; 9] = [
     REFERENCE,
     "dense-f32",
@@ -101,7 +101,7 @@ pub fn compare(args: Args) -> Result<()> {
     if let Some(limit) = llm.context_length() {
         ensure!(
             longest + args.max_tokens <= limit,
-            "a prompt of {longest} tokens does not fit the model's context of {limit}: ask for fewer --words"
+            "a prompt of {longest} tokens does not fit the model's context of {limit}; reduce --words"
         );
     }
     say!("{name}: {} prompts, the longest of {longest} tokens.", prompts.len());

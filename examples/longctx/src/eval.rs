@@ -7,20 +7,18 @@
 //!     longctx eval report results/eval
 
 mod agree;
-mod chosen;
 mod failures;
-mod live;
+mod groups;
 mod method;
+mod options;
 mod progress;
-mod schools;
+mod results_table;
 
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use chosen::{Chosen, TaskArgs};
 use clap::Subcommand;
 use failures::Failures;
-use live::Live;
 use longctx_eval::statistics::{self, Difference, Verdict};
 use longctx_eval::{
     Limits, Methods, Plan, Setting, Shard, Summary, Task, records, report, run, setting,
@@ -28,7 +26,9 @@ use longctx_eval::{
 use longctx_examples::output::{check_writable, number};
 use longctx_examples::say;
 use longctx_examples::subject::Models;
+use options::{SettingOptions, TaskOptions};
 use progress::Progress;
+use results_table::ResultsTable;
 
 use crate::MAX_COUNT;
 
@@ -54,9 +54,9 @@ pub enum Command {
 #[derive(clap::Args)]
 pub struct RunArgs {
     #[command(flatten)]
-    chosen: Chosen,
+    options: SettingOptions,
     #[command(flatten)]
-    tasks: TaskArgs,
+    tasks: TaskOptions,
     /// The largest number of samples of a task
     #[arg(long, value_parser = number::<1, MAX_COUNT>)]
     samples: Option<usize>,
@@ -116,11 +116,11 @@ fn answer(args: RunArgs) -> Result<()> {
         !args.until_sure || args.shard == Shard::WHOLE,
         "--until-sure needs the whole run: shards do not see each other's results"
     );
-    let models = args.chosen.models(args.batch);
+    let models = args.options.models(args.batch);
     let methods = method::all(&models, args.share_prefill);
-    let settings = args.chosen.settings(&methods)?;
+    let settings = args.options.settings(&methods)?;
     let tasks = args.tasks.open(&models, &settings)?;
-    let mut conditions = args.chosen.conditions(&settings)?;
+    let mut conditions = args.options.conditions(&settings)?;
     conditions.extend(args.tasks.conditions(&tasks, &settings)?);
     let samples =
         if args.until_sure { Some(args.samples.unwrap_or(FIRST_SAMPLES)) } else { args.samples };
@@ -180,11 +180,11 @@ fn unsure(plan: &Plan<'_>, margin: f64) -> Result<Vec<Setting>> {
 /// Answers the samples that have no result yet and prints a summary.
 fn pass(plan: &Plan<'_>, methods: &Methods<'_>, failures: &mut Failures) -> Result<Summary> {
     let mut progress = Progress::new()?;
-    let mut live = Live::new(&plan.folder, &plan.settings);
+    let mut results = ResultsTable::new(&plan.folder, &plan.settings);
     let summary = run(plan, methods, &mut |event| {
         progress.show(&event);
         failures.update(&event);
-        if let Some(row) = live.row(&event) {
+        if let Some(row) = results.row(&event) {
             progress.row(&row);
         }
     })?;
@@ -214,15 +214,15 @@ fn list() {
     }
     say!("\nMethods, each a setting with --model:");
     let mut names: Vec<_> = methods.names().collect();
-    names.sort_by_key(|name| (schools::school(name), family(name)));
-    for school in names.chunk_by(|a, b| schools::school(a) == schools::school(b)) {
-        say!("\n{}", schools::school(school[0]).title());
-        for family in school.chunk_by(|a, b| family(a) == family(b)) {
-            say!("  {:84} {}", family.join(" "), schools::line(family[0]));
+    names.sort_by_key(|name| (groups::group(name), family(name)));
+    for group in names.chunk_by(|a, b| groups::group(a) == groups::group(b)) {
+        say!("\n{}", groups::group(group[0]).title());
+        for family in group.chunk_by(|a, b| family(a) == family(b)) {
+            say!("  {:84} {}", family.join(" "), groups::description(family[0]));
         }
     }
     say!("\nTasks, by group:");
-    for (group, tasks) in chosen::task_groups() {
+    for (group, tasks) in options::task_groups() {
         say!("  {group}: {}", tasks.join(" "));
     }
 }

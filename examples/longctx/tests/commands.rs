@@ -16,7 +16,7 @@ fn run(program: &mut Command) -> (bool, String) {
 }
 
 #[test]
-fn a_reader_that_goes_away_is_no_fault() {
+fn a_closed_connection_is_not_an_error() {
     let mut child =
         longctx(&["eval", "list"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
@@ -37,7 +37,7 @@ fn a_run_of_which_every_sample_failed_has_failed() {
 }
 
 #[test]
-fn a_folder_that_refuses_is_found_before_the_work() {
+fn an_unwritable_folder_is_an_error_before_the_run() {
     let folder = tempfile::tempdir().unwrap();
     let text = folder.path().join("text");
     std::fs::write(&text, "word ".repeat(1000)).unwrap();
@@ -55,7 +55,7 @@ fn a_folder_that_refuses_is_found_before_the_work() {
 }
 
 #[test]
-fn numbers_without_end_are_refused() {
+fn numbers_of_unbounded_length_are_refused() {
     let most = u64::MAX.to_string();
     let calls: [(&[&str], &str); 5] = [
         (&["compare"], "--words"),
@@ -103,7 +103,7 @@ fn a_run_with_other_conditions_is_refused_by_name() {
 }
 
 #[test]
-fn what_fits_needs_no_weights() {
+fn plan_needs_no_weights() {
     let folder = tempfile::tempdir().unwrap();
     let config = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1000, "hidden_size": 256,
         "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
@@ -133,7 +133,7 @@ fn what_fits_needs_no_weights() {
 }
 
 #[test]
-fn latents_are_planned_once() {
+fn plan_counts_latents_once() {
     let folder = tempfile::tempdir().unwrap();
     let config = r#"{"model_type": "deepseek_v3", "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512,
         "num_hidden_layers": 4, "num_attention_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64}"#;
@@ -149,7 +149,7 @@ fn latents_are_planned_once() {
 }
 
 #[test]
-fn settings_are_listed_by_school() {
+fn settings_are_listed_by_group() {
     let (succeeded, said) = run(&mut longctx(&["eval", "list"]));
     assert!(succeeded);
     // The paper's settings are listed before the methods, and their names contain names of methods.

@@ -67,7 +67,7 @@ fn answers_over_http_are_those_in_process() {
     };
     let mut settings =
         setting::from_toml(&(toml("completions", "completions") + &toml("chat", "chat"))).unwrap();
-    settings.push(Setting { name: "here".into(), ..Setting::of(CACHE, &model, 4000) });
+    settings.push(Setting { name: "in-process".into(), ..Setting::of(CACHE, &model, 4000) });
     let models = Models::default();
     let cache = Method::named(CACHE).unwrap();
     let mut methods = Methods::default();

@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_under_load_equal_those_alone_and_all_memory_comes_back() {
+    fn answers_under_load_equal_separate_ones_and_all_memory_is_freed() {
         for method in ["dense-f32", "kivi-4", "h2o-4x", "snap-kv-2x-kivi-4"] {
             let sizes = [(5, 9), (70, 3), (33, 20), (16, 1), (64, 12), (1, 30), (48, 7), (90, 5)];
             let mut busy = scheduler(method, None, 0);

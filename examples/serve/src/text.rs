@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn characters_come_whole() {
+    fn streamed_characters_are_whole() {
         // Each token is a byte.
         let decode = |tokens: &[u32]| {
             let bytes: Vec<u8> = tokens.iter().map(|&t| t as u8).collect();

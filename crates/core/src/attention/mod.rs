@@ -19,7 +19,6 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 mod element;
-mod gemm;
 mod ops;
 pub(crate) mod simd;
 mod tile;
@@ -56,7 +55,8 @@ use half::{bf16, f16};
 /// ```
 ///
 /// # Errors
-/// [`Error::Mismatch`] if a tensor does not fit `shape` or the batch.
+/// [`Error::Mismatch`] if a tensor does not fit `shape` or the batch; [`Error::Setting`] for an
+/// invalid shape.
 pub fn attend(
     batch: &Batch,
     q: &Tensor,
@@ -64,6 +64,7 @@ pub fn attend(
     v: &Tensor,
     shape: &AttentionShape,
 ) -> Result<AttentionState> {
+    shape.check()?;
     check_tokens(batch, shape.check_q(q)?)?;
     check_tokens(batch, shape.check_kv(k, v)?)?;
     #[cfg(feature = "cuda")]

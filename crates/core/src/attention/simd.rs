@@ -1,6 +1,7 @@
 //! Vector loops of attention, written once and dispatched to the widest instruction set of the CPU.
 
-use pulp::{Arch, Simd, WithSimd};
+use longctx_simd::vector::{dot, silu};
+use pulp::{Arch, Scalar, Simd, WithSimd};
 
 /// Computes `out[r * stride + j] = q[r] · k[j]` for a few query rows. Each key is loaded once for
 /// all rows.
@@ -27,19 +28,6 @@ impl WithSimd for Scores<'_> {
             }
         }
     }
-}
-
-#[inline(always)]
-fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
-    let (a_head, a_tail) = S::as_simd_f32s(a);
-    let (b_head, b_tail) = S::as_simd_f32s(b);
-    // Two accumulators, so that a multiply-add does not wait for the previous one.
-    let mut sums = [simd.splat_f32s(0.0); 2];
-    for (i, (&x, &y)) in a_head.iter().zip(b_head).enumerate() {
-        sums[i % 2] = simd.mul_add_f32s(x, y, sums[i % 2]);
-    }
-    let head = simd.reduce_sum_f32s(simd.add_f32s(sums[0], sums[1]));
-    head + a_tail.iter().zip(b_tail).map(|(x, y)| x * y).sum::<f32>()
 }
 
 /// Computes `out[r] += Σ_j p[r * stride + j] v[j]` for a few query rows. Each value is loaded once
@@ -78,14 +66,30 @@ impl WithSimd for Accumulate<'_> {
     }
 }
 
-longctx_simd::wide! {
-    /// Computes `out[i] = silu(gate[i]) * up[i]`.
-    fn silu_mul(gate: &'a [f32], up: &'a [f32], out: &'a mut [f32]) -> () {
-        for ((out, &x), &up) in out.iter_mut().zip(gate).zip(up) {
-            // The exponential of a number ≤ 0 cannot overflow.
-            let t = longctx_simd::exp(-x.abs());
-            let numerator = if x > 0.0 { 1.0 } else { t };
-            *out = x * numerator / (1.0 + t) * up;
+/// Computes `out[i] = silu(gate[i]) * up[i]`.
+pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    Arch::new().dispatch(SiluMul { gate, up, out });
+}
+
+struct SiluMul<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl WithSimd for SiluMul<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (gate, gate_tail) = S::as_simd_f32s(self.gate);
+        let (up, up_tail) = S::as_simd_f32s(self.up);
+        let (out, out_tail) = S::as_mut_simd_f32s(self.out);
+        for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+            *out = simd.mul_f32s(silu(simd, gate), up);
+        }
+        for ((out, &gate), &up) in out_tail.iter_mut().zip(gate_tail).zip(up_tail) {
+            *out = silu(Scalar, gate) * up;
         }
     }
 }

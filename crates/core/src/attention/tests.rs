@@ -93,7 +93,7 @@ fn tiles_equal_the_whole_matrix() {
 }
 
 #[test]
-fn prompts_in_one_batch_attend_each_to_their_own() {
+fn each_prompt_of_a_batch_attends_to_its_own_tokens() {
     for shape in shapes() {
         let batch = Batch::new(&[(5, 130), (2, 1), (9, 77)]).unwrap();
         let of = |heads, d| random(batch.tokens(), heads, d);

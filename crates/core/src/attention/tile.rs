@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use super::element::{Element, with_slice};
-use super::gemm::{Matrix, multiply};
 use super::simd;
 use crate::{AttentionShape, AttentionState, Batch, Error, Mask, Result};
 use candle_core::{DType, Device, Tensor};
+use longctx_simd::matrix::{Matrix, Parallelism, multiply};
 use rayon::prelude::*;
 
 /// Query rows per tile: its scores (128 x 256 f32, 128 KiB) fit in the L2 cache.
@@ -335,7 +335,7 @@ impl Call<'_> {
         scores.resize(rows * width, 0.0);
         if let ([run], true) = (runs, rows > FEW_ROWS) {
             let keys = Matrix::new(run.keys, width, d).transpose();
-            multiply(Matrix::new(q, rows, d), keys, scores, width, false);
+            multiply(Matrix::new(q, rows, d), keys, scores, width, 0.0, Parallelism::None);
         } else {
             let mut at = 0;
             for run in runs {
@@ -432,7 +432,8 @@ fn accumulate_values(weights: &[f32], runs: &[Page<'_, f32>], value_dim: usize, 
     let width = weights.len() / rows;
     if let ([run], true) = (runs, rows > FEW_ROWS) {
         let values = Matrix::new(run.values, width, value_dim);
-        multiply(Matrix::new(weights, rows, width), values, out, value_dim, true);
+        let weights = Matrix::new(weights, rows, width);
+        multiply(weights, values, out, value_dim, 1.0, Parallelism::None);
     } else {
         let mut at = 0;
         for run in runs {

@@ -63,7 +63,7 @@ impl DenseStore {
     /// Creates an empty store of `dtype` that grows as needed.
     ///
     /// # Errors
-    /// [`Error::Setting`] unless `dtype` is f32, f16 or bf16.
+    /// [`Error::Setting`] unless `dtype` is f32, f16 or bf16, and for an invalid shape.
     pub fn new(shape: AttentionShape, dtype: DType) -> Result<Self> {
         Self::with_capacity(shape, dtype, usize::MAX)
     }
@@ -74,6 +74,7 @@ impl DenseStore {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_capacity(shape: AttentionShape, dtype: DType, bytes: usize) -> Result<Self> {
+        shape.check()?;
         let storage = empty(&shape, dtype, bytes)?;
         Ok(Self { shape, dtype, capacity: bytes, storage })
     }

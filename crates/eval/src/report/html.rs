@@ -15,10 +15,11 @@ use crate::{Category, Error, Record, Result};
 const MARGIN: f64 = 0.01;
 
 /// The text between the two markers of `page.html`.
-const METHOD: &str = "Score: the mean over categories of the mean over their tasks. Difference: to the dense setting of the same model, sample by \
-    sample, in points; intervals hold 95 % of 2,000 resamples of the samples with replacement. Better and worse: the interval leaves 0 out. \
-    The same: it lies within one point. Of 20 settings that are the same as dense, one is told from it by chance. Tokens/s: in brackets the sequences of a batch, whose speed \
-    is that of all together.";
+const METHOD: &str = "Score: the mean over categories of the mean over their tasks. \
+    Difference: to the dense setting of the same model, paired by sample, in points, with a 95 % \
+    bootstrap interval from 2,000 resamples. Better and worse: the interval excludes 0. The same: \
+    it lies within one point. Of 20 settings equal to dense, about one counts as better or worse \
+    by chance. Tokens/s: of all sequences of a batch together; their number is in brackets.";
 
 #[derive(Serialize)]
 struct Setting {

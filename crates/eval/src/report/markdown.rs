@@ -80,10 +80,12 @@ fn categories(table: &Table) -> TextTable {
     TextTable {
         title: "Score by category, bytes and speed".into(),
         note: format!(
-            "Percent, the mean of a category's tasks. Better / worse: on how many samples the score is above and below that of {first}. \
-             Difference: to the dense setting of the same model, sample by sample, with a 95 % bootstrap interval; it differs where the interval \
-             leaves 0 out. Dense / held: bytes of a dense f16 cache over bytes held, both counted. \
-             Tokens/s: in brackets the sequences of a batch, whose speed is that of all together; – where batches had different sizes."
+            "Percent: the mean of a category's tasks. Better / worse: the number of samples with a \
+             higher and a lower score than {first}. Difference: to the dense setting of the same \
+             model, paired by sample, with a 95 % bootstrap interval; a difference is significant \
+             if the interval excludes 0. Dense / held: bytes of a dense f16 cache divided by the \
+             bytes held. Tokens/s: of all sequences of a batch together; their number is in \
+             brackets. – means that batch sizes differed."
         ),
         head,
         rows: table.rows.iter().map(row).collect(),
@@ -116,7 +118,9 @@ fn costs(table: &Table) -> TextTable {
     };
     TextTable {
         title: "Cost of a sample".into(),
-        note: "Means over the samples; the peak is the largest of any, the whole process's with its weights.".into(),
+        note: "Means over the samples. Peak resident: the maximum of the whole process, \
+               including the weights."
+            .into(),
         head: head.map(str::to_owned).into(),
         rows: table.rows.iter().map(row).collect(),
     }
@@ -124,13 +128,13 @@ fn costs(table: &Table) -> TextTable {
 
 fn tasks(table: &Table) -> TextTable {
     let partly = |task: &String| {
-        let own = table.rows.iter().flat_map(|row| &row.tasks);
-        own.filter(|own| own.task == *task).any(|own| own.partial.is_some())
+        let mut scores = table.rows.iter().flat_map(|row| &row.tasks);
+        scores.any(|score| score.task == *task && score.partial.is_some())
     };
     let mut head = vec!["setting".to_owned()];
     for task in &table.tasks {
         head.push(task.clone());
-        head.extend(partly(task).then(|| format!("{task}, in part")));
+        head.extend(partly(task).then(|| format!("{task}, partial")));
     }
     let row = |row: &super::table::Row| {
         let mut cells = vec![row.setting.clone()];
@@ -146,7 +150,7 @@ fn tasks(table: &Table) -> TextTable {
     TextTable {
         title: "Score by task".into(),
         note: match table.tasks.iter().any(partly) {
-            true => "Percent. In part: the share of the key that was found.".into(),
+            true => "Percent. Partial: the share of the key that was found.".into(),
             false => "Percent.".into(),
         },
         head,
@@ -177,9 +181,10 @@ fn agreement(text: &str, lines: &[Line]) -> TextTable {
         ]
     };
     TextTable {
-        title: "Beside the dense model, token by token".into(),
+        title: "Agreement with the dense model, token by token".into(),
         note: format!(
-            "Teacher forcing over {text}. Dense / held: at the end. Dense perplexity: the model's own with a dense f16 cache."
+            "Teacher forcing over {text}. Dense / held: at the end of the text. Dense perplexity: \
+             that of the model with a dense f16 cache."
         ),
         head: head.map(str::to_owned).into(),
         rows: lines.iter().filter(|line| line.text == text).map(row).collect(),

@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_and_folders_are_told_apart_by_what_is_in_them() {
+    fn files_and_folders_are_distinguished_by_content() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.txt");
         fs::write(&path, "abc").unwrap();

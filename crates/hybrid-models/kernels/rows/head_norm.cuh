@@ -1,4 +1,5 @@
-// RWKV's layer norm of each head, then the sum with the token's own value, then the gate.
+// RWKV's layer norm of each head, then the bonus (a factor per head
+// times the token's value), then the gate.
 //
 // A lane has eight channels. A head has a power of two of adjacent lanes.
 #pragma once
@@ -25,7 +26,7 @@ __device__ void head_norm_of(const HeadNorm& p) {
     // Lanes without channels take part in the sums.
     float x[VECTOR] = {}, gate[VECTOR], v[VECTOR] = {}, sum = 0;
     if (count) load<WHOLE>((const T*)p.x + at, count, x), load<WHOLE>((const T*)p.gate + at, count, gate);
-    if (count && p.own) load<WHOLE>((const T*)p.v + at, count, v);
+    if (count && p.bonus) load<WHOLE>((const T*)p.v + at, count, v);
 #pragma unroll
     for (int i = 0; i < VECTOR; i++) sum += x[i];
     const float mean = sum_of_lanes(sum, lanes) / p.dim;
@@ -39,10 +40,10 @@ __device__ void head_norm_of(const HeadNorm& p) {
     if (!count) return;
     float weight[VECTOR], bias[VECTOR];
     load<WHOLE>(p.weight + channel, count, weight), load<WHOLE>(p.bias + channel, count, bias);
-    const float own = p.own ? p.own[of_row] : 0.f;
+    const float bonus = p.bonus ? p.bonus[of_row] : 0.f;
 #pragma unroll
     for (int i = 0; i < VECTOR; i++) {
-        x[i] = fmaf(own, v[i], fmaf(x[i] * scale, weight[i], bias[i])) * (p.silu ? silu(gate[i]) : gate[i]);
+        x[i] = fmaf(bonus, v[i], fmaf(x[i] * scale, weight[i], bias[i])) * (p.silu ? silu(gate[i]) : gate[i]);
     }
     store<WHOLE>((T*)p.y + at, count, x);
 }

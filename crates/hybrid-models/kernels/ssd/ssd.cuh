@@ -8,7 +8,7 @@
 // No exponent is positive. A block processes COLUMNS of a head's channels through all tokens. Four
 // warps compute outputs, 16 tokens each, from a 16-bit copy of the state. Four other warps compute
 // the state after the chunk in f32 registers, a quarter of its rows each. Meanwhile the next chunk
-// is copied. This kernel is for devices without wgmma; ssd_wgmma.cuh is the one with it.
+// is copied. This kernel is for devices without wgmma; for others, see ssd_wgmma.cuh.
 #pragma once
 #include "../args.cuh"
 #include "../mma.cuh"
@@ -23,8 +23,8 @@ struct SsdShared {
     T x[2][SSD_CHUNK][SSD_COLUMNS + PAD];
     T state[2][N][SSD_COLUMNS + PAD];
     float2 sums[2][SSD_CHUNK];  // s in units of ln 2, and dt
-    float rests[2][SSD_CHUNK];  // e^(s(end) - s) dt
-    float decay[2];             // e^s(end)
+    float state_weights[2][SSD_CHUNK];  // e^(s(end) - s) dt: those of X in the next state
+    float decay[2];                     // e^s(end)
 };
 
 template <class T, int N>
@@ -99,7 +99,7 @@ struct SsdBlock {
         for (int j = 0; j < 2; j++) {
             const double s = before + sum[j];
             shared.sums[i % 2][2 * lane + j] = make_float2((float)s, dt[j]);
-            shared.rests[i % 2][2 * lane + j] = exp2_of((float)(end - s)) * dt[j];
+            shared.state_weights[i % 2][2 * lane + j] = exp2_of((float)(end - s)) * dt[j];
         }
         if (lane == 0) shared.decay[i % 2] = exp2_of((float)end);
     }
@@ -220,7 +220,7 @@ struct SsdBlock {
             *reinterpret_cast<uint32_t*>(to) = packed<T>(h[tile][j][2 * e], h[tile][j][2 * e + 1]);
         });
     }
-    __device__ void move_state(int i) {
+    __device__ void update_state(int i) {
         const int stage = i % 2, matrix = lane / 8, line = lane % 8;
         const float decay = shared.decay[stage];
         each_pair([&](int tile, int j, int e) { h[tile][j][2 * e] *= decay, h[tile][j][2 * e + 1] *= decay; });
@@ -232,8 +232,8 @@ struct SsdBlock {
                 load_transposed(x_of[j], &shared.x[stage][u + matrix % 2 * 8 + line][j * 16 + matrix / 2 * 8]);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const float2 rest = *reinterpret_cast<const float2*>(&shared.rests[stage][u + e % 2 * 8 + pair]), both = unpacked<T>(x_of[j][e]);
-                    x_of[j][e] = packed<T>(both.x * rest.x, both.y * rest.y);
+                    const float2 weight = *reinterpret_cast<const float2*>(&shared.state_weights[stage][u + e % 2 * 8 + pair]), both = unpacked<T>(x_of[j][e]);
+                    x_of[j][e] = packed<T>(both.x * weight.x, both.y * weight.y);
                 }
             }
 #pragma unroll
@@ -259,14 +259,14 @@ struct SsdBlock {
             for (int i = 0; i < chunks(); i++) begin(i), outputs(i);
             return;
         }
-        const bool steps_side = warp == 3;
-        if (steps_side) load_steps(0), time_steps(0);
+        const bool computes_steps = warp == 3;
+        if (computes_steps) load_steps(0), time_steps(0);
         load_state();
         for (int i = 0; i < chunks(); i++) {
             begin(i);
-            if (steps_side) load_steps(i + 1);
-            move_state(i);
-            if (steps_side) time_steps(i + 1);
+            if (computes_steps) load_steps(i + 1);
+            update_state(i);
+            if (computes_steps) time_steps(i + 1);
         }
         store_state();
     }

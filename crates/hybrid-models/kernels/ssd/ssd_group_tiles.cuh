@@ -7,13 +7,16 @@
 namespace hybrid {
 
 constexpr int SSD_TOKENS = 64, SSD_GROUP_TILES_THREADS = 128;
-constexpr int SSD_TILES = 10;  // Tiles of 16 x 16 of a 64 x 64 matrix, on and below the diagonal, row by row.
+// Tiles of 16 x 16 of a 64 x 64 matrix, on and below the diagonal, row by row.
+constexpr int SSD_TILES = 10;
 __device__ constexpr int ssd_tile(int row, int column) { return row * (row + 1) / 2 + column; }
 
 template <class T, int N>
 struct SsdGroupTiles {
     Square<T> c[N / 64], b[N / 64];    // A row per token, 64 states each
-    float scores[SSD_TILES][16 * 16];  // C B' of the next chunk, whose weights are computed during this chunk's products; 0 above the diagonal
+    // C B' of the next chunk, whose weights are computed during this chunk's products; 0 above the
+    // diagonal
+    float scores[SSD_TILES][16 * 16];
 };
 
 // Returns the tiles of a group and entry. Those of chunk i are at i + 1. Those at 0 have only the

@@ -18,11 +18,11 @@ namespace hybrid {
 constexpr int SSD_WGMMA_THREADS = 384, SSD_CLUSTER = 2, SSD_WIDTH = 64;
 
 struct alignas(16) SsdSums {
-    float s[SSD_TOKENS];      // In units of ln 2
-    float from[SSD_TOKENS];   // s - log2 dt
-    float grown[SSD_TOKENS];  // e^s
-    float rest[SSD_TOKENS];   // e^(s(end) - s) dt
-    float decay, skip;        // e^s(end), D
+    float s[SSD_TOKENS];             // In units of ln 2
+    float from[SSD_TOKENS];          // s - log2 dt
+    float exp_s[SSD_TOKENS];         // e^s
+    float state_weight[SSD_TOKENS];  // e^(s(end) - s) dt
+    float decay, skip;               // e^s(end), D
 };
 
 template <class T, int N>
@@ -31,7 +31,9 @@ struct SsdWgmmaShared {
     Square<T> x[3], weights[2];  // y overwrites x: each warp has read the channels that it writes
     SsdSums sums[3];
     uint32_t steps[4][SSD_TOKENS];
-    uint64_t full[3], free[3];  // Of the group tiles. full: the bytes have arrived; free: all blocks of the cluster have used the previous ones
+    // Of the group tiles. full: the bytes have arrived; free: all blocks of the cluster have used
+    // the previous ones
+    uint64_t full[3], free[3];
 };
 
 // A thread block as one thread sees it. Everywhere i is a chunk. Its tiles, x and sums are in slot
@@ -40,7 +42,8 @@ template <class T, int N>
 struct SsdHead {
     const Ssd& p;
     SsdWgmmaShared<T, N>& shared;
-    const int warp, lane, row, pair, matrix, line, chunks;  // warp: in its group; matrix, line: the row whose address the lane gives
+    // warp: in its group; matrix, line: the row whose address the lane gives
+    const int warp, lane, row, pair, matrix, line, chunks;
     const long long start;
     int head;
     bool extra;  // Beyond the group's heads: takes part in the cluster, but writes nothing
@@ -49,8 +52,8 @@ struct SsdHead {
     __device__ SsdHead(const Ssd& p, SsdWgmmaShared<T, N>& shared)
         : p(p), shared(shared), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), row(lane / 4), pair(lane % 4 * 2), matrix(lane / 8),
           line(lane % 8), chunks((p.tokens + SSD_TOKENS - 1) / SSD_TOKENS), start((long long)blockIdx.y * p.tokens) {
-        const int heads = p.heads / p.groups, blocks = gridDim.x / p.groups, group = blockIdx.x / blocks, own = blockIdx.x % blocks;
-        head = group * heads + min(own, heads - 1), extra = own >= heads;
+        const int heads = p.heads / p.groups, blocks = gridDim.x / p.groups, group = blockIdx.x / blocks, index = blockIdx.x % blocks;
+        head = group * heads + min(index, heads - 1), extra = index >= heads;
         group_tiles = ssd_group_tiles_of<T, N>(p, blockIdx.y, group, chunks);
     }
 
@@ -114,11 +117,11 @@ struct SsdHead {
         SsdSums& to = shared.sums[i % 3];
         ((float2*)to.s)[lane] = make_float2(s[0], s[1]);
         ((float2*)to.from)[lane] = make_float2(s[0] - __log2f(dt[0]), s[1] - __log2f(dt[1]));
-        ((float2*)to.grown)[lane] = make_float2(exp2_of(s[0]), exp2_of(s[1]));
-        ((float2*)to.rest)[lane] = make_float2(exp2_of(end - s[0]) * dt[0], exp2_of(end - s[1]) * dt[1]);
+        ((float2*)to.exp_s)[lane] = make_float2(exp2_of(s[0]), exp2_of(s[1]));
+        ((float2*)to.state_weight)[lane] = make_float2(exp2_of(end - s[0]) * dt[0], exp2_of(end - s[1]) * dt[1]);
         if (lane == 0) to.decay = exp2_of(end), to.skip = d;
     }
-    __device__ void keep_time() {
+    __device__ void sum_all_steps() {
         const float a = p.a[head] * LOG2_E, bias = p.bias[head], d = p.d[head];
         for (int i = 0; i < 4; i++) copy_steps(i);
         await_copies<2>();
@@ -137,7 +140,7 @@ struct SsdHead {
     }
 
     // ---- Copies of x and y, by two warps ----
-    static constexpr int CARRIERS = 64, ROWS = CARRIERS / 8, TIMES = SSD_TOKENS / ROWS;
+    static constexpr int COPY_THREADS = 64, ROWS = COPY_THREADS / 8, TIMES = SSD_TOKENS / ROWS;
     __device__ void copy_x(int i, int t, int piece, const T*& x) {
         if (i < chunks) {
             const int left = p.tokens - i * SSD_TOKENS;
@@ -160,8 +163,8 @@ struct SsdHead {
             y += ROWS * p.y_row;
         }
     }
-    __device__ void carry() {
-        const int t = threadIdx.x % CARRIERS / 8, piece = threadIdx.x % 8, column = head * SSD_WIDTH + piece * 8;
+    __device__ void copy_inputs_and_outputs() {
+        const int t = threadIdx.x % COPY_THREADS / 8, piece = threadIdx.x % 8, column = head * SSD_WIDTH + piece * 8;
         const T* x = (const T*)p.x + (start + t) * p.x_row + column;
         T* y = (T*)p.y + (start + t) * p.y_row + column;
         copy_x(0, t, piece, x), copy_x(1, t, piece, x);
@@ -187,7 +190,7 @@ struct SsdHead {
         // The other tiles stay zero.
         for (int i = threadIdx.x % 128; i < sizeof(shared.weights) / 16; i += 128) ((uint4*)shared.weights)[i] = make_uint4(0, 0, 0, 0);
     }
-    __device__ void weigh(int i, const float (*scores)[16 * 16]) {
+    __device__ void compute_weights(int i, const float (*scores)[16 * 16]) {
         const SsdSums& sums = shared.sums[i % 3];
         const float skip = sums.skip;
         float4 score[5];
@@ -218,11 +221,11 @@ struct SsdHead {
     __device__ void weigh_all() {
         begin_weights();
         __syncthreads();
-        weigh(0, group_tiles[0].scores);
+        compute_weights(0, group_tiles[0].scores);
         for (int i = 0; i < chunks; i++) {
             await_barrier(&shared.full[i % 3], i / 3 % 2);
             __syncthreads();
-            if (i + 1 < chunks) weigh(i + 1, shared.group_tiles[i % 3].scores);
+            if (i + 1 < chunks) compute_weights(i + 1, shared.group_tiles[i % 3].scores);
         }
         __syncthreads();
     }
@@ -230,7 +233,7 @@ struct SsdHead {
     // ---- Products ----
     float h[N / 64][32];
     uint32_t narrow[N / 16][4], x[4][4], scaled[4][4];
-    float2 rest[8], grown[8];
+    float2 state_weight[8], exp_s[8];
 
     __device__ float* state_at(int half, int e) const {
         const int n = half * 64 + e / 4 * 8 + pair + e % 2, channel = warp * 16 + row + e / 2 % 2 * 8;
@@ -272,7 +275,7 @@ struct SsdHead {
 #pragma unroll
         for (int k = 0; k < 4; k++) {
 #pragma unroll
-            for (int e = 0; e < 4; e++) y[k * 8 + e * 2] *= grown[k * 2 + e / 2].x, y[k * 8 + e * 2 + 1] *= grown[k * 2 + e / 2].y;
+            for (int e = 0; e < 4; e++) y[k * 8 + e * 2] *= exp_s[k * 2 + e / 2].x, y[k * 8 + e * 2 + 1] *= exp_s[k * 2 + e / 2].y;
         }
         wgmma_begin();
 #pragma unroll
@@ -283,20 +286,20 @@ struct SsdHead {
     // wait, where they would delay the tensor cores.
     __device__ void take_rest(int i) {
 #pragma unroll
-        for (int k = 0; k < 8; k++) rest[k] = *reinterpret_cast<const float2*>(&shared.sums[i % 3].rest[k * 8 + pair]);
+        for (int k = 0; k < 8; k++) state_weight[k] = *reinterpret_cast<const float2*>(&shared.sums[i % 3].state_weight[k * 8 + pair]);
 #pragma unroll
-        for (int k = 0; k < 8; k++) asm volatile("" : "+f"(rest[k].x), "+f"(rest[k].y));
+        for (int k = 0; k < 8; k++) asm volatile("" : "+f"(state_weight[k].x), "+f"(state_weight[k].y));
     }
     __device__ void take_x(int i) {
 #pragma unroll
-        for (int k = 0; k < 8; k++) grown[k] = *reinterpret_cast<const float2*>(&shared.sums[i % 3].grown[k * 8 + pair]);
+        for (int k = 0; k < 8; k++) exp_s[k] = *reinterpret_cast<const float2*>(&shared.sums[i % 3].exp_s[k * 8 + pair]);
 #pragma unroll
         for (int k = 0; k < 4; k++) load_transposed(x[k], &shared.x[i % 3][swizzled(k * 16 + matrix / 2 * 8 + line, warp * 2 + matrix % 2)]);
 #pragma unroll
         for (int k = 0; k < 4; k++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const float2 factor = rest[k * 2 + e / 2], both = unpacked<T>(x[k][e]);
+                const float2 factor = state_weight[k * 2 + e / 2], both = unpacked<T>(x[k][e]);
                 scaled[k][e] = packed<T>(both.x * factor.x, both.y * factor.y);
                 asm volatile("" : "+r"(scaled[k][e]));
             }
@@ -373,8 +376,8 @@ struct SsdHead {
             leave_registers<120>();
             if (role == 1) weigh_all();
             else if (warp == 2) copy_all_group_tiles();
-            else if (warp == 3) keep_time();
-            else carry();
+            else if (warp == 3) sum_all_steps();
+            else copy_inputs_and_outputs();
         }
         sync_cluster();  // No block may end while others copy to it or arrive at its barriers.
     }

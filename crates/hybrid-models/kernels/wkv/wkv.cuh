@@ -29,7 +29,8 @@ namespace hybrid {
 template <class T, bool TOKEN_DECAYS>
 struct WkvConsumer {
     typedef WkvStage<T, TOKEN_DECAYS> Stage;
-    static constexpr bool NARROW = std::is_same<T, __half>::value;  // S may exceed the range of f16, 65504
+    // S may exceed the range of f16, 65504
+    static constexpr bool NARROW = std::is_same<T, __half>::value;
     const Wkv& p;
     const WkvRoles roles;
     const int lane, row, pair, first;
@@ -113,7 +114,8 @@ struct WkvConsumer {
         const uint32_t start = shared_address(all);
         const int chunks = wkv_chunks(p.tokens), below = 8 * p.y_row;
         T* to = (T*)p.y + ((long long)blockIdx.z * p.tokens + row) * p.y_row + blockIdx.y * HEAD + first + pair;
-        int left = p.tokens - row;  // Tokens from this lane's first row of the chunk on; its second row is 8 tokens later
+        // Tokens from this lane's first row of the chunk on; its second row is 8 tokens later
+        int left = p.tokens - row;
         int producer = 0, turn = 0;
         load_state();
         for (int i = 0; i < chunks; i += 2) {
@@ -158,7 +160,8 @@ __device__ void wkv(const Wkv& p) {
     }
     Consumer consumer(p);
     const bool large = consumer.template run<false>(stage);
-    if (Consumer::NARROW && __syncthreads_or(large)) consumer.template run<true>(stage);  // Processes all chunks again; so do the producers
+    // Processes all chunks again; so do the producers
+    if (Consumer::NARROW && __syncthreads_or(large)) consumer.template run<true>(stage);
     consumer.store_state();
 }
 

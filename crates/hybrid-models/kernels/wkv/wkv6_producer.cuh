@@ -16,8 +16,10 @@ template <class T>
 struct WkvFactors {
     uint32_t before[3], after[3];  // w0, w0 w1, w0 w1 w2 for r; w1 w2 w3, w2 w3, w3 for k
     uint32_t one, two;             // w1, w2
-    uint32_t near;                 // Product of the decays of the other four tokens of the same eight
-    uint32_t start, end;           // Products of the decays from the chunk's start to the four tokens, and from them to its end
+    // Product of the decays of the other four tokens of the same eight
+    uint32_t near;
+    // Products of the decays from the chunk's start to the four tokens, and from them to its end
+    uint32_t start, end;
     float2 all;                    // Product of all decays of the chunk
 
     __device__ __forceinline__ WkvFactors(const float2 (&w)[4], int quarter) {

@@ -21,13 +21,14 @@ struct DeltaTile {
 
 template <class T>
 struct DeltaProducer {
-    static constexpr int ROWS = DELTA_TILE / 2;  // Tokens of a tile that a warp prepares; a lane takes two adjacent keys, and one value.
+    // Tokens of a tile that a warp prepares; a lane takes two adjacent keys, and one value.
+    static constexpr int ROWS = DELTA_TILE / 2;
 
     const Wkv7& p;
     DeltaTile (&tiles)[2];
     const int warp, lane, head, first;
     const long long start;
-    float2 decay, rate_bias, removal_scale, key_rate, own_scale;
+    float2 decay, rate_bias, removal_scale, key_rate, bonus_weight;
     Bits<T> r[ROWS], key[ROWS], w[ROWS], a[ROWS];
     T v[ROWS];
 
@@ -36,7 +37,7 @@ struct DeltaProducer {
           start((long long)blockIdx.z * p.tokens) {
         auto pair_at = [&](const float* x) { return *reinterpret_cast<const float2*>(x + head + 2 * lane); };
         decay = pair_at(p.decay), rate_bias = pair_at(p.rate_bias), removal_scale = pair_at(p.removal_scale);
-        key_rate = pair_at(p.key_rate), own_scale = pair_at(p.own_scale);
+        key_rate = pair_at(p.key_rate), bonus_weight = pair_at(p.bonus_weight);
     }
 
     // Reads the last token again in place of tokens beyond it; these are not used.
@@ -59,16 +60,16 @@ struct DeltaProducer {
             const float2 rate = {sigmoid(as.x + rate_bias.x), sigmoid(as.y + rate_bias.y)};
             const float2 k = {keys.x * fmaf(rate.x - 1.f, key_rate.x, 1.f), keys.y * fmaf(rate.y - 1.f, key_rate.y, 1.f)};
             float norm = fmaf(removal.x, removal.x, removal.y * removal.y);
-            float own = fmaf(rs.x * k.x, own_scale.x, rs.y * k.y * own_scale.y);
+            float bonus = fmaf(rs.x * k.x, bonus_weight.x, rs.y * k.y * bonus_weight.y);
 #pragma unroll
-            for (int step = 1; step < 32; step *= 2) norm += __shfl_xor_sync(~0u, norm, step), own += __shfl_xor_sync(~0u, own, step);
+            for (int step = 1; step < 32; step *= 2) norm += __shfl_xor_sync(~0u, norm, step), bonus += __shfl_xor_sync(~0u, bonus, step);
             const float scale = 1.f / fmaxf(sqrtf(norm), 1e-12f);
             removal.x *= scale, removal.y *= scale;
             auto put = [&](float4(&rows)[DELTA_TILE][DELTA_DIM / 4], float x, float y) { ((float2*)rows[t])[lane] = make_float2(x, y); };
             put(to.r, rs.x, rs.y), put(to.k, k.x, k.y), put(to.removal, removal.x, removal.y);
             put(to.w, forget7(ws.x + decay.x), forget7(ws.y + decay.y)), put(to.added, -rate.x * removal.x, -rate.y * removal.y);
             to.v[t][lane] = number(v[i]);
-            if (p.own && blockIdx.x == 0 && lane == 0 && token < p.tokens) p.own[(start + token) * p.heads + blockIdx.y] = own;
+            if (p.bonus && blockIdx.x == 0 && lane == 0 && token < p.tokens) p.bonus[(start + token) * p.heads + blockIdx.y] = bonus;
         }
     }
     __device__ void finish(int tile) {

@@ -21,7 +21,8 @@ struct Wkv7Producer {
     uint64_t *full, *empty;
     const T *key_at, *a_at, *r_at, *w_at, *v_at;  // This lane's first pieces of the next chunk
     float decay[WKV7_TILES];
-    uint32_t sums[4];  // A matrix from logarithms of decays to those of W(t) / M; row 7, where that is 1, gives 1 / M.
+    // A matrix from logarithms of decays to those of W(t) / M; row 7, where that is 1, gives 1 / M.
+    uint32_t sums[4];
 
     __device__ Wkv7Producer(const Wkv7& p, Wkv7Shared<T, VALUES>& shared, int warp)
         : p(p), chunk(shared.chunks[warp]), raw(shared.raw[warp]), weights(shared.weights), lane(threadIdx.x % 32), row(lane / 4), quarter(lane % 4),
@@ -183,7 +184,8 @@ struct Wkv7Producer {
 #pragma unroll
         for (int late = 0; late < 2; late++) {
             const float2 x = unpacked<T>(from.a[late][at]), keys = unpacked<__half>(key[late]), by = down[late];
-            const float2 rate = {tanh_of(fmaf(x.x, 0.5f, bias.x)), tanh_of(fmaf(x.y, 0.5f, bias.y))};  // Twice the rate, minus 1
+            // Twice the rate, minus 1
+            const float2 rate = {tanh_of(fmaf(x.x, 0.5f, bias.x)), tanh_of(fmaf(x.y, 0.5f, bias.y))};
             const uint32_t rates = times_plus(packed<__half>(rate.x, rate.y), HALVES, HALVES);
             to.k[2 * i + late] = packed<__half>(keys.x * fmaf(rate.x, slope.x, base.x) * by.x, keys.y * fmaf(rate.y, slope.y, base.y) * by.y);
             to.b[2 * i + late] = times(times(unit[late], rates), packed<__half>(by.x, by.y));
@@ -193,28 +195,28 @@ struct Wkv7Producer {
         }
     }
 
-    // Products of the rows: of K and B with eight tokens of R, eight more, and the same of C. own:
-    // K times R o own_scale.
+    // Products of the rows: of K and B with eight tokens of R, eight more, and the same of C.
+    // bonus: K times R o bonus_weight.
     struct Products {
-        float k[4][4], b[4][4], own[2][4];
+        float k[4][4], b[4][4], bonus[2][4];
     };
-    __device__ void multiply_rows(const Wkv7Rows& x, int step, bool own_wanted, Products& to) {
+    __device__ void multiply_rows(const Wkv7Rows& x, int step, bool bonus_wanted, Products& to) {
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             const uint32_t r[2] = {x.r[2 * n], x.r[2 * n + 1]}, c[2] = {x.c[2 * n], x.c[2 * n + 1]};
             multiply<__half>(to.k[n], x.k, r[0], r[1]), multiply<__half>(to.b[n], x.b, r[0], r[1]);
             multiply<__half>(to.k[2 + n], x.k, c[0], c[1]), multiply<__half>(to.b[2 + n], x.b, c[0], c[1]);
         }
-        if (own_wanted) {
-            const uint2 own = ((const uint2*)&weights.own[quarter][0])[step];
+        if (bonus_wanted) {
+            const uint2 bonus = ((const uint2*)&weights.bonus[quarter][0])[step];
 #pragma unroll
-            for (int n = 0; n < 2; n++) multiply<__half>(to.own[n], x.k, times(x.r[2 * n], own.x), times(x.r[2 * n + 1], own.y));
+            for (int n = 0; n < 2; n++) multiply<__half>(to.bonus[n], x.k, times(x.r[2 * n], bonus.x), times(x.r[2 * n + 1], bonus.y));
         }
     }
 
     __device__ void produce(int index, int parity) {
         const int left = p.tokens - index * WKV7_CHUNK, next = left - PRODUCERS * WKV7_CHUNK;
-        const bool own_wanted = p.own && blockIdx.x == 0;
+        const bool bonus_wanted = p.bonus && blockIdx.x == 0;
         await_copies<1>();
         __syncwarp();
         float g[WKV7_TILES][4];
@@ -239,18 +241,18 @@ struct Wkv7Producer {
                 for (int i = 0; i < 2; i++) make_tile(2 * step + i, i, inputs, g[2 * step + i], key[2 * step + i], unit[2 * step + i], rows);
                 chunk.r[step][lane] = make_uint4(rows.r[0], rows.r[1], rows.r[2], rows.r[3]);
                 chunk.c[step][lane] = make_uint4(rows.c[0], rows.c[1], rows.c[2], rows.c[3]);
-                multiply_rows(rows, step, own_wanted, products);
+                multiply_rows(rows, step, bonus_wanted, products);
             }
         }
         __syncwarp();
         next > 0 ? load_second(next) : end_copies();
-        if (own_wanted) store_own(index, left, diagonal(products.own[0], products.own[1]));
+        if (bonus_wanted) store_bonus(index, left, diagonal(products.bonus[0], products.bonus[1]));
         finish(products);
         await_copies<1>();  // Waits for the values.
         __syncwarp();
     }
-    __device__ void store_own(int index, int left, float2 sums) {
-        float* to = p.own + (start + index * WKV7_CHUNK + row) * p.heads + blockIdx.y;
+    __device__ void store_bonus(int index, int left, float2 sums) {
+        float* to = p.bonus + (start + index * WKV7_CHUNK + row) * p.heads + blockIdx.y;
         if (quarter == 0 && row < left) *to = WKV7_SCALE * sums.x;
         if (quarter == 0 && row + 8 < left) to[8 * p.heads] = WKV7_SCALE * sums.y;
     }

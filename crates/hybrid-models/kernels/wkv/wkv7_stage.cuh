@@ -20,11 +20,16 @@ constexpr float WKV7_SCALE = 16.f;
 
 template <class T, int VALUES>
 struct Wkv7Chunk {
-    uint4 r[WKV7_TILES / 2][32], c[WKV7_TILES / 2][32];          // Each lane's fragments B of R' and C', 16 keys each
-    uint32_t k[2 * WKV7_TILES][32], b[2 * WKV7_TILES][32];       // 8 x 8 blocks: [tile, half of the tokens][token][keys]
-    uint32_t kr[4][32], br[4][32], kc[4][32], solve[4][32];      // K R', B R', K C' and -(I + B C')^-1: blocks [half of t, half of s][s][t]
-    uint4 v[VALUES / 16][32];                                    // Blocks of T of 16 values: [half of the tokens, half of the values][token][values]
-    float2 before[4][WKV7_TILES + 2], after[4][WKV7_TILES + 2];  // M and W(15) / M of [lane % 4][tile]
+    // Each lane's fragments B of R' and C', 16 keys each
+    uint4 r[WKV7_TILES / 2][32], c[WKV7_TILES / 2][32];
+    // 8 x 8 blocks: [tile, half of the tokens][token][keys]
+    uint32_t k[2 * WKV7_TILES][32], b[2 * WKV7_TILES][32];
+    // K R', B R', K C' and -(I + B C')^-1: blocks [half of t, half of s][s][t]
+    uint32_t kr[4][32], br[4][32], kc[4][32], solve[4][32];
+    // Blocks of T of 16 values: [half of the tokens, half of the values][token][values]
+    uint4 v[VALUES / 16][32];
+    // M and W(15) / M of [lane % 4][tile]
+    float2 before[4][WKV7_TILES + 2], after[4][WKV7_TILES + 2];
 };
 
 // A chunk's inputs as loaded, in pieces of 16 bytes. The order of the pieces of a row depends on
@@ -38,23 +43,24 @@ __device__ __forceinline__ int turn_of_values(int eight) { return eight * 2 % 8 
 
 // Constants of all chunks, two f16 in a word, indexed [lane % 4][half of the tiles].
 struct Wkv7Weights {
-    uint4 rate_bias[4][2], key_rate[4][2], removal[4][2], own[4][2];
+    uint4 rate_bias[4][2], key_rate[4][2], removal[4][2], bonus[4][2];
 
     // Called by one warp.
     __device__ void fill(const Wkv7& p, int lane) {
         const int j = lane / 4, key = blockIdx.y * WKV7_DIM + j / 4 * 32 + lane % 4 * 8 + j % 4 * 2;
         auto of = [&](const float* x) { return *(const float2*)(x + key); };
         auto put = [&](uint4(&to)[4][2], float x, float y) { ((uint32_t*)&to[lane % 4][0])[j] = packed<__half>(x, y); };
-        const float2 bias = of(p.rate_bias), rate = of(p.key_rate), scale = of(p.removal_scale), share = of(p.own_scale);
+        const float2 bias = of(p.rate_bias), rate = of(p.key_rate), scale = of(p.removal_scale), share = of(p.bonus_weight);
         // The rate is computed as (1 + tanh(x / 2)) / 2.
         put(rate_bias, 0.5f * bias.x, 0.5f * bias.y), put(key_rate, 0.5f / WKV7_SCALE * rate.x, 0.5f / WKV7_SCALE * rate.y);
-        put(removal, scale.x, scale.y), put(own, share.x, share.y);
+        put(removal, scale.x, scale.y), put(bonus, share.x, share.y);
     }
 };
 
 template <class T, int VALUES>
 struct Wkv7Shared {
-    static constexpr int CONSUMERS = VALUES / 16, PRODUCERS = VALUES == WKV7_DIM ? 8 : 6;  // The other warps of the block return at once.
+    // The other warps of the block return at once.
+    static constexpr int CONSUMERS = VALUES / 16, PRODUCERS = VALUES == WKV7_DIM ? 8 : 6;
     Wkv7Chunk<T, VALUES> chunks[PRODUCERS];
     Wkv7Raw raw[PRODUCERS];
     Wkv7Weights weights;

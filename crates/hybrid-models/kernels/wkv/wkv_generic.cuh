@@ -41,7 +41,7 @@ __device__ void wkv7_columns(const Wkv7& p) {
         auto of = [&](const void* x, int stride, int key) { return number(((const T*)x)[row * stride + first + key]); };
         const float v = s.used ? of(p.v, p.v_row, place.column) : 0.f;
         // All threads take part in the sums, including those of columns beyond the last.
-        float norm = 0, found = 0, own = 0, sum = 0;
+        float norm = 0, found = 0, bonus = 0, sum = 0;
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const int key = s.row(i);
@@ -62,11 +62,11 @@ __device__ void wkv7_columns(const Wkv7& p) {
             const float w = forget7(of(p.w, p.w_row, key) + p.decay[first + key]), r = of(p.r, p.r_row, key);
             s.s[i] = fmaf(w, s.s[i], fmaf(added, found, k * v));
             sum = fmaf(r, s.s[i], sum);
-            own = fmaf(r * k, p.own_scale[first + key], own);
+            bonus = fmaf(r * k, p.bonus_weight[first + key], bonus);
         }
-        sum = sum_of_parts(sum), own = sum_of_parts(own);
+        sum = sum_of_parts(sum), bonus = sum_of_parts(bonus);
         if (s.used && s.part == 0) ((T*)p.y)[row * p.y_row + at] = rounded<T>(sum);
-        if (p.own && place.column == 0 && s.part == 0) p.own[row * p.heads + blockIdx.y] = own;
+        if (p.bonus && place.column == 0 && s.part == 0) p.bonus[row * p.heads + blockIdx.y] = bonus;
     }
     s.store();
 }

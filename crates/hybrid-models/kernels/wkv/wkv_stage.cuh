@@ -11,7 +11,8 @@ constexpr int HEAD = 64, WKV_CHUNK = 16, WKV_THREADS = 256;
 // The roles of a block's warps: consumers first, then producers. Consumers take the chunks of two
 // adjacent producers at a time.
 struct WkvRoles {
-    const int consumers, producers, producer;  // producer: this warp's index, negative for consumers
+    // producer: this warp's index, negative for consumers
+    const int consumers, producers, producer;
     __device__ WkvRoles() : consumers(HEAD / 16 >> gridDim.x / 2), producers(blockDim.x / 32 - consumers), producer((int)threadIdx.x / 32 - consumers) {}
 
     // The chunks of producers 2 i and 2 i + 1 are ready.
@@ -33,7 +34,8 @@ using WkvRows = T[WKV_CHUNK][HEAD + PAD];
 template <class T, bool TOKEN_DECAYS>
 struct WkvConstants {
     T powers[TOKEN_DECAYS ? 1 : WKV_CHUNK][HEAD + PAD];  // Powers of constant decays
-    float decay[HEAD];                                   // With token decays: w = 2^-2^(x log2 e + decay)
+    // With token decays: w = 2^-2^(x log2 e + decay)
+    float decay[HEAD];
     T u[HEAD];
 
     __device__ void fill(const Wkv& p) {

@@ -33,13 +33,24 @@ impl HeadNorm {
         self.apply(x, gate, None)
     }
 
-    /// Returns (the norm of `x`, plus `own` times `v`) times `gate`. `own` is f32 `[rows, heads]`,
-    /// one factor per head. All others are `[rows, channels]`.
-    pub fn with_own(&self, x: &Tensor, gate: &Tensor, v: &Tensor, own: &Tensor) -> Result<Tensor> {
-        self.apply(x, gate, Some((v, own)))
+    /// Returns (the norm of `x`, plus `bonus` times `v`) times `gate`. `bonus` is f32 `[rows,
+    /// heads]`, one factor per head. All others are `[rows, channels]`.
+    pub fn with_bonus(
+        &self,
+        x: &Tensor,
+        gate: &Tensor,
+        v: &Tensor,
+        bonus: &Tensor,
+    ) -> Result<Tensor> {
+        self.apply(x, gate, Some((v, bonus)))
     }
 
-    fn apply(&self, x: &Tensor, gate: &Tensor, own: Option<(&Tensor, &Tensor)>) -> Result<Tensor> {
+    fn apply(
+        &self,
+        x: &Tensor,
+        gate: &Tensor,
+        bonus: Option<(&Tensor, &Tensor)>,
+    ) -> Result<Tensor> {
         let (rows, channels) = x.dims2()?;
         let dim = channels / self.heads;
         // SAFETY: the launch below writes every element.
@@ -49,13 +60,13 @@ impl HeadNorm {
             gate: address(gate)?,
             weight: address(&self.weight)?,
             bias: address(&self.bias)?,
-            own: own.map_or(Ok(0), |(_, own)| address(own))?,
-            v: own.map_or(Ok(0), |(v, _)| address(v))?,
+            bonus: bonus.map_or(Ok(0), |(_, bonus)| address(bonus))?,
+            v: bonus.map_or(Ok(0), |(v, _)| address(v))?,
             y: address(&y)?,
             rows: rows as i32,
             heads: self.heads as i32,
             dim: dim as i32,
-            silu: own.is_none() as i32,
+            silu: bonus.is_none() as i32,
             eps: GROUP_EPS,
         };
         let lanes = dim.div_ceil(8).next_power_of_two();

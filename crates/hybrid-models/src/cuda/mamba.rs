@@ -4,7 +4,7 @@ use super::conv::Conv;
 use super::device_context::DeviceContext;
 use super::linear::Linear;
 use super::selective_scan::{Inputs, Scan};
-use super::{Carried, Input, Mixer};
+use super::{Carried, Input, Mixer, arrays};
 use crate::mamba::{Mamba as Host, MambaShape};
 use candle_core::Tensor;
 use longctx_core::Result;
@@ -36,7 +36,7 @@ impl Mamba {
 
 impl Mixer for Mamba {
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], _: &mut Carried) -> Result<Tensor> {
-        let [conv, ssm] = state else { unreachable!("the host's mixer has these arrays") };
+        let [conv, ssm] = arrays(state)?;
         let MambaShape { inner, states, rank, .. } = self.shape;
         let projected = self.project_in.apply(x.x)?;
         let u = self.conv.apply(&projected.narrow(1, 0, inner)?, x.batch, conv)?;

@@ -5,7 +5,7 @@ use super::device_context::DeviceContext;
 use super::gated_norm::GatedNorm;
 use super::linear::Linear;
 use super::ssd::Ssd;
-use super::{Carried, Input, Mixer};
+use super::{Carried, Input, Mixer, arrays};
 use crate::mamba2::{Mamba2 as Host, Mamba2Shape};
 use candle_core::Tensor;
 use longctx_core::Result;
@@ -35,7 +35,7 @@ impl Mamba2 {
 
 impl Mixer for Mamba2 {
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], _: &mut Carried) -> Result<Tensor> {
-        let [conv, ssm] = state else { unreachable!("the host's mixer has these arrays") };
+        let [conv, ssm] = arrays(state)?;
         let (inner, convolved) = (self.shape.inner(), self.shape.convolved());
         let projected = self.project_in.apply(x.x)?;
         let mixed = self.conv.apply(&projected.narrow(1, inner, convolved)?, x.batch, conv)?;

@@ -7,6 +7,7 @@ use super::device_context::DeviceContext;
 use super::linear::Linear;
 use super::norm::Norm;
 use super::{Carried, Input, Mixer};
+use crate::attention::next_cache;
 use crate::host_model::HostModel;
 use crate::mixer;
 use candle_core::{CudaDevice, DType, Device, Tensor};
@@ -170,10 +171,7 @@ impl OnDevice {
                     })?
                 }
                 Kind::Attention(attention) => {
-                    let Some(cache) = caches.next() else {
-                        unreachable!("a session makes a cache for each attention layer")
-                    };
-                    attention.forward(&normed, call.batch, cache.as_mut())?
+                    attention.forward(&normed, call.batch, next_cache(&mut caches)?)?
                 }
             });
         }

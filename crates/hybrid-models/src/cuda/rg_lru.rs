@@ -6,7 +6,7 @@ use super::conv::Conv;
 use super::device_context::DeviceContext;
 use super::kernels::{Kernel, Rows, address, uninit};
 use super::linear::{Batched, Linear};
-use super::{Carried, Input, Mixer};
+use super::{Carried, Input, Mixer, arrays};
 use crate::rg_lru::{RgLru as Host, RgLruShape};
 use candle_core::{DType, Tensor};
 use longctx_core::Result;
@@ -93,7 +93,7 @@ impl RgLru {
 
 impl Mixer for RgLru {
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], _: &mut Carried) -> Result<Tensor> {
-        let [conv, lru] = state else { unreachable!("the host's mixer has these arrays") };
+        let [conv, lru] = arrays(state)?;
         let RgLruShape { width, blocks, .. } = self.shape;
         let projected = self.project_in.apply(x.x)?;
         let u = self.conv.apply(&projected.narrow(1, width, width)?, x.batch, conv)?;

@@ -7,7 +7,7 @@ use super::gate::{Function, Gate};
 use super::kernels::{Kernel, Rows, address, uninit};
 use super::linear::{Batched, Linear};
 use super::shift::Shift;
-use super::{Carried, Input, Mixer};
+use super::{Carried, Input, Mixer, arrays};
 use crate::rwkv::V4 as Host;
 use candle_core::Tensor;
 use longctx_core::Result;
@@ -72,9 +72,7 @@ impl Mixer for V4 {
     }
 
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], _: &mut Carried) -> Result<Tensor> {
-        let [shift, numerator, denominator, largest] = state else {
-            unreachable!("the host's mixer has these arrays")
-        };
+        let [shift, numerator, denominator, largest] = arrays(state)?;
         let mixed = self.shift.apply(&x, shift)?;
         let maps = self.maps.apply(&mixed)?;
         let state = [&*numerator, denominator, largest];

@@ -5,7 +5,7 @@ use super::head_norm::HeadNorm;
 use super::linear::{Batched, Linear};
 use super::shift::Shift;
 use super::wkv::Wkv;
-use super::{Carried, Input, Mixer};
+use super::{Carried, Input, Mixer, arrays};
 use crate::rwkv::V5 as Host;
 use candle_core::Tensor;
 use longctx_core::Result;
@@ -38,7 +38,7 @@ impl Mixer for V5 {
     }
 
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], _: &mut Carried) -> Result<Tensor> {
-        let [shift, wkv] = state else { unreachable!("the host's mixer has these arrays") };
+        let [shift, wkv] = arrays(state)?;
         let mixed = self.shift.apply(&x, shift)?;
         let maps = self.maps.apply(&mixed)?;
         let [r, k, v, gate] = [0, 1, 2, 3].map(|i| maps.get(i));

@@ -5,7 +5,7 @@ use super::head_norm::HeadNorm;
 use super::linear::{Batched, Linear};
 use super::shift::Shift;
 use super::wkv::Wkv;
-use super::{Carried, Input, Mixer};
+use super::{Carried, Input, Mixer, arrays};
 use crate::rwkv::V6 as Host;
 use candle_core::Tensor;
 use longctx_core::Result;
@@ -61,7 +61,7 @@ impl Mixer for V6 {
     }
 
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], _: &mut Carried) -> Result<Tensor> {
-        let [shift, wkv] = state else { unreachable!("the host's mixer has these arrays") };
+        let [shift, wkv] = arrays(state)?;
         let mixed = self.mixes(&x, shift)?;
         let decays = self.decay_out.apply(&self.decay_in.apply(&mixed.get(0)?)?.tanh()?)?;
         let maps = self.maps.apply(&mixed.narrow(0, 1, self.maps.count())?)?;

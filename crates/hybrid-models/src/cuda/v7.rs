@@ -6,7 +6,7 @@ use super::head_norm::HeadNorm;
 use super::linear::{Batched, Linear};
 use super::shift::Shift;
 use super::wkv::Wkv7;
-use super::{Carried, Input, Mixer};
+use super::{Carried, Input, Mixer, arrays};
 use crate::rwkv::{LowRank as HostLowRank, V7 as Host};
 use candle_core::Tensor;
 use candle_nn::ops::sigmoid;
@@ -56,9 +56,7 @@ fn same(x: &Tensor) -> candle_core::Result<Tensor> {
 
 impl V7 {
     pub fn new(host: &Host, to: &DeviceContext) -> Result<Self> {
-        let [r, w, k, v, a, g] = host.mixes.as_slice() else {
-            unreachable!("the host's mixer has six")
-        };
+        let [r, w, k, v, a, g] = &host.mixes;
         let blend = |share: &HostLowRank| -> Result<_> {
             Ok((LowRank::new(share, to)?, Blend::new(&share.bias, to)?))
         };
@@ -96,7 +94,7 @@ impl Mixer for V7 {
     }
 
     fn forward(&self, x: Input<'_>, state: &mut [Tensor], carried: &mut Carried) -> Result<Tensor> {
-        let [shift, wkv] = state else { unreachable!("the host's mixer has these arrays") };
+        let [shift, wkv] = arrays(state)?;
         let mixed = self.shift.apply(&x, shift)?;
         let maps = self.maps.apply(&mixed.narrow(0, 0, self.maps.count())?)?;
         let (r, k) = (maps.get(0)?, maps.get(1)?);
@@ -104,7 +102,7 @@ impl Mixer for V7 {
         let w = self.decay.apply(&mixed.get(3)?, Tensor::tanh)?;
         let a = self.rate.apply(&mixed.get(4)?, same)?;
         let gate = self.gate.apply(&mixed.get(5)?, sigmoid)?;
-        let (y, own) = self.wkv.apply([&r, &k, &v, &w, &a], x.batch, wkv)?;
-        self.output.apply(&self.norm.with_own(&y, &gate, &v, &own)?)
+        let (y, bonus) = self.wkv.apply([&r, &k, &v, &w, &a], x.batch, wkv)?;
+        self.output.apply(&self.norm.with_bonus(&y, &gate, &v, &bonus)?)
     }
 }

@@ -154,7 +154,7 @@ pub struct Wkv7 {
     rate_bias: Tensor,
     removal_scale: Tensor,
     key_rate: Tensor,
-    own_scale: Tensor,
+    bonus_weight: Tensor,
 }
 
 impl Wkv7 {
@@ -165,13 +165,14 @@ impl Wkv7 {
             rate_bias: to.vector(&host.rate.bias)?,
             removal_scale: to.vector(&host.removal_scale)?,
             key_rate: to.vector(&host.key_rate)?,
-            own_scale: to.vector(&host.bonus)?,
+            bonus_weight: to.vector(&host.bonus)?,
         })
     }
 
     /// Takes receptance, key, value, and decay and rate before their biases, each `[batch * tokens,
     /// channels]`. The state is `[batch, heads, keys, values]`. Returns the output and, in f32
-    /// `[batch * tokens, heads]`, the factor of each head's own value that is added after the norm.
+    /// `[batch * tokens, heads]`, the factor of the value that is added to each head after the
+    /// norm.
     pub fn apply(
         &self,
         [r, key, v, w, a]: [&Tensor; 5],
@@ -181,9 +182,9 @@ impl Wkv7 {
         let (rows, channels) = r.dims2()?;
         let (tokens, heads) = (rows / batch, self.version.heads);
         // SAFETY: the launch below writes every element of both.
-        let (y, own) = unsafe {
-            let own = Tensor::empty((rows, heads), DType::F32, r.device())?;
-            (uninit((rows, channels), r)?, own)
+        let (y, bonus) = unsafe {
+            let bonus = Tensor::empty((rows, heads), DType::F32, r.device())?;
+            (uninit((rows, channels), r)?, bonus)
         };
         let [r, key, v] = [Rows::of(r)?, Rows::of(key)?, Rows::of(v)?];
         let [w, a, to_y] = [Rows::of(w)?, Rows::of(a)?, Rows::of(&y)?];
@@ -197,10 +198,10 @@ impl Wkv7 {
             rate_bias: address(&self.rate_bias)?,
             removal_scale: address(&self.removal_scale)?,
             key_rate: address(&self.key_rate)?,
-            own_scale: address(&self.own_scale)?,
+            bonus_weight: address(&self.bonus_weight)?,
             state: address(state)?,
             y: to_y.address,
-            own: address(&own)?,
+            bonus: address(&bonus)?,
             tokens: tokens as i32,
             heads: heads as i32,
             dim: self.version.dim as i32,
@@ -213,6 +214,6 @@ impl Wkv7 {
         };
         // SAFETY: the sizes are those of the tensors, which live until the end of this function.
         unsafe { self.version.launch(&[r, key, v, w, a, to_y], (batch, tokens), &args)? };
-        Ok((y, own))
+        Ok((y, bonus))
     }
 }

@@ -9,11 +9,11 @@
 use std::cell::RefCell;
 
 use super::Mamba2Shape;
-use crate::matrix::{Rows, Strided, multiply};
+use crate::matrix::Rows;
 use crate::simd::{Exp, Softplus, exp, map};
 use crate::split_columns::{UnitMatrix, split_columns};
 use crate::workspace::Workspace;
-use gemm::Parallelism;
+use longctx_simd::matrix::{Matrix, Parallelism, multiply};
 use pulp::{Arch, Scalar, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -115,11 +115,9 @@ impl Ssd {
             let count = CHUNK.min(tokens - start);
             if count > STEPS {
                 let head = Head::new(self, group * (self.shape.heads / groups), mixed, mixed);
-                let b = strided(head.b.part(start, count));
-                let b = Strided { row: b.column, column: b.row, ..b };
-                let c = strided(head.c.part(start, count));
-                let dims = [count, self.shape.states, count];
-                multiply(dims, c, b, product, count, 0.0, Parallelism::None);
+                let b = head.b.part(start, count).view(count).transpose();
+                let c = head.c.part(start, count).view(count);
+                multiply(c, b, product, count, 0.0, Parallelism::None);
             }
         };
         match groups * chunks > 1 {
@@ -127,14 +125,6 @@ impl Ssd {
             false => products.chunks_mut(CHUNK * CHUNK).enumerate().for_each(run),
         }
     }
-}
-
-fn strided(rows: Rows<'_>) -> Strided<'_> {
-    Strided { data: rows.data, row: rows.stride, column: 1 }
-}
-
-fn packed(data: &[f32], width: usize) -> Strided<'_> {
-    Strided { data, row: width, column: 1 }
 }
 
 /// One head of one sequence.
@@ -218,17 +208,10 @@ impl<'a> Head<'a> {
 
         let (b, c) = (self.b.part(start, count), self.c.part(start, count));
         let none = Parallelism::None;
-        multiply([count, states, d], strided(c), packed(state, d), outputs, d, 0.0, none);
+        multiply(c.view(count), Matrix::new(state, states, d), outputs, d, 0.0, none);
         scale_rows(outputs, d, decays);
-        multiply(
-            [count, count, d],
-            packed(weights, count),
-            packed(inputs, d),
-            outputs,
-            d,
-            1.0,
-            none,
-        );
+        let weights = Matrix::new(weights, count, count);
+        multiply(weights, Matrix::new(inputs, count, d), outputs, d, 1.0, none);
         for (t, y) in outputs.chunks_exact_mut(d).enumerate() {
             y.iter_mut().zip(self.x.row(start + t)).for_each(|(y, x)| *y += self.skip * x);
         }
@@ -239,8 +222,8 @@ impl<'a> Head<'a> {
         }
         map(Exp, decays);
         scale_rows(inputs, d, decays);
-        let b = Strided { data: b.data, row: 1, column: b.stride };
-        multiply([states, count, d], b, packed(inputs, d), state, d, end.exp(), none);
+        let inputs = Matrix::new(inputs, count, d);
+        multiply(b.view(count).transpose(), inputs, state, d, end.exp(), none);
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::mix::{differences, mix};
 use super::wkv::{Inputs, wkv};
-use super::{GROUP_EPS, heads, load_mix};
+use super::{GROUP_EPS, heads, load_mix, state_arrays};
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Matrix, Rows};
 use crate::mixer::{Input, Recurrent, Span, StateArray};
@@ -56,8 +56,7 @@ impl V5 {
 
 impl Recurrent for V5 {
     fn state(&self) -> Vec<StateArray> {
-        let wkv = StateArray::new("wkv", &[self.heads, self.head_dim, self.head_dim]);
-        vec![StateArray::new("shift", &[self.hidden]), wkv]
+        state_arrays(self.hidden, self.heads, self.head_dim)
     }
 
     fn forward(

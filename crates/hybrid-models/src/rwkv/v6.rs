@@ -3,7 +3,7 @@
 
 use super::mix::{differences, mix};
 use super::wkv::{Inputs, wkv};
-use super::{GROUP_EPS, Names, heads, load_mix};
+use super::{GROUP_EPS, Names, heads, load_mix, state_arrays};
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Matrix, Rows};
 use crate::mixer::{Input, Recurrent, Span, StateArray};
@@ -110,8 +110,7 @@ impl UnaryFn for Forget {
 
 impl Recurrent for V6 {
     fn state(&self) -> Vec<StateArray> {
-        let wkv = StateArray::new("wkv", &[self.heads, self.head_dim, self.head_dim]);
-        vec![StateArray::new("shift", &[self.hidden]), wkv]
+        state_arrays(self.hidden, self.heads, self.head_dim)
     }
 
     fn forward(

@@ -5,7 +5,7 @@
 mod delta;
 
 use super::mix::{differences, mix};
-use super::{GROUP_EPS, Names, heads, load_mix};
+use super::{GROUP_EPS, Names, heads, load_mix, state_arrays};
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Matrix, Rows};
 use crate::mixer::{Input, Recurrent, Span, StateArray};
@@ -22,8 +22,8 @@ pub struct V7 {
     pub hidden: usize,
     pub heads: usize,
     pub head_dim: usize,
-    /// Token shifts, in the order of [`MIXES`].
-    pub mixes: Vec<Vec<f32>>,
+    /// Token shifts of receptance, decay, key, value, learning rate and gate.
+    pub mixes: [Vec<f32>; 6],
     pub receptance: Matrix,
     pub key: Matrix,
     pub value: Matrix,
@@ -39,8 +39,6 @@ pub struct V7 {
     pub group_norm: (Vec<f32>, Vec<f32>),
     pub output: Matrix,
 }
-
-const MIXES: [&str; 6] = ["r", "w", "k", "v", "a", "g"];
 
 /// A low-rank map `bias + W₂ f(W₁ x)`.
 #[derive(Debug)]
@@ -105,7 +103,7 @@ impl V7 {
     pub fn load(w: &Checkpoint, names: &Names, layer: usize, hidden: usize) -> Result<Self> {
         let name = |part: &str| names.time(layer, part);
         let (heads, head_dim) = heads(w, &name("r_k"), hidden)?;
-        let mix = |part: &&str| load_mix(w, &name(&format!("x_{part}")), hidden, 7);
+        let mix = |part: &str| load_mix(w, &name(&format!("x_{part}")), hidden, 7);
         let map = |part: &str| w.matrix(&name(part), hidden, hidden);
         let low_rank = |part: &str| LowRank::load(w, &name(part), hidden);
         let vector = |part: &str| w.tensor(&name(part), &[hidden]);
@@ -113,7 +111,7 @@ impl V7 {
             hidden,
             heads,
             head_dim,
-            mixes: MIXES.iter().map(mix).collect::<Result<_>>()?,
+            mixes: [mix("r")?, mix("w")?, mix("k")?, mix("v")?, mix("a")?, mix("g")?],
             receptance: map("receptance.weight")?,
             key: map("key.weight")?,
             value: map("value.weight")?,
@@ -149,8 +147,7 @@ impl V7 {
 
 impl Recurrent for V7 {
     fn state(&self) -> Vec<StateArray> {
-        let wkv = StateArray::new("wkv", &[self.heads, self.head_dim, self.head_dim]);
-        vec![StateArray::new("shift", &[self.hidden]), wkv]
+        state_arrays(self.hidden, self.heads, self.head_dim)
     }
 
     fn forward(
@@ -165,18 +162,19 @@ impl Recurrent for V7 {
         let [mut r, mut w, mut k, mut v, mut a, mut g] =
             [0; 6].map(|_| workspace.acquire(rows * hidden));
         differences(x, hidden, states, &mut shift);
-        for (part, weights) in MIXES.into_iter().zip(&self.mixes) {
-            mix(x.x, &shift, weights, &mut mixed);
-            let input = Rows::new(&mixed, hidden);
-            match part {
-                "r" => self.receptance.apply(input, &mut r),
-                "w" => self.decay.apply(&mixed, Some(Inner::Tanh), workspace, &mut w),
-                "k" => self.key.apply(input, &mut k),
-                "v" => self.values(&mixed, workspace, &mut v),
-                "a" => self.rate.apply(&mixed, None, workspace, &mut a),
-                _ => self.gate.apply(&mixed, Some(Inner::Sigmoid), workspace, &mut g),
-            }
-        }
+        let [mix_r, mix_w, mix_k, mix_v, mix_a, mix_g] = &self.mixes;
+        mix(x.x, &shift, mix_r, &mut mixed);
+        self.receptance.apply(Rows::new(&mixed, hidden), &mut r);
+        mix(x.x, &shift, mix_w, &mut mixed);
+        self.decay.apply(&mixed, Some(Inner::Tanh), workspace, &mut w);
+        mix(x.x, &shift, mix_k, &mut mixed);
+        self.key.apply(Rows::new(&mixed, hidden), &mut k);
+        mix(x.x, &shift, mix_v, &mut mixed);
+        self.values(&mixed, workspace, &mut v);
+        mix(x.x, &shift, mix_a, &mut mixed);
+        self.rate.apply(&mixed, None, workspace, &mut a);
+        mix(x.x, &shift, mix_g, &mut mixed);
+        self.gate.apply(&mixed, Some(Inner::Sigmoid), workspace, &mut g);
         map(Forget, &mut w);
         // From here on `shift` holds the removal key and `a` the added key.
         let removal_key = &mut shift;

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::Session;
 use crate::cuda::{Call, OnDevice};
-use crate::recurrent_state::{RecurrentState, SequenceStates};
+use crate::recurrent_state::RecurrentState;
 use candle_core::Tensor;
 use longctx_core::{Batch, CausalLm, Error, Logits, Result, SeqId};
 
@@ -36,7 +36,7 @@ impl Session {
     ) -> Result<Tensor> {
         for &seq in batch.seqs() {
             if !self.sequences.contains_key(&seq) {
-                self.states.set(seq, &self.recurrent_state(seq)?)?;
+                self.states.set(seq, self.recurrent_state(seq)?)?;
             }
         }
         let (mut outputs, mut order, mut done) = (Vec::new(), Vec::new(), Vec::new());
@@ -82,15 +82,12 @@ impl Session {
         // A snapshot after a single token is a copy of the resulting state.
         let snapshot_positions =
             if tokens > 1 { self.snapshot_positions(group[0].seq, tokens) } else { Vec::new() };
-        let SequenceStates::OnDevice(states) = &mut self.states else {
-            unreachable!("the model is on a device")
-        };
         let mut call = Call {
             batch: &batch,
             ids: &ids,
             logits,
             first: seen == 0,
-            states: states.contiguous(batch.seqs())?,
+            states: self.states.on_device()?.contiguous(batch.seqs())?,
             caches: &mut self.caches,
             snapshots: snapshot_positions.iter().map(|at| (at - seen, Vec::new())).collect(),
         };

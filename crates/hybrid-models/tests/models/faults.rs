@@ -90,7 +90,7 @@ fn settings_that_are_not_computed_are_refused_by_name() {
 }
 
 #[test]
-fn groups_that_are_left_out_are_those_of_transformers() {
+fn masked_expert_groups_are_those_of_transformers() {
     // 8 groups of 3 states are as wide as 1 group of 24, so no shape distinguishes them.
     let fixture = Fixture::open("mamba2");
     let mut config = config(&fixture);
@@ -198,7 +198,7 @@ fn sizes_that_no_model_has_are_errors() {
 }
 
 #[test]
-fn an_index_stays_in_its_folder_and_gives_way_to_one_file() {
+fn an_index_names_files_of_its_folder_and_a_single_file_precedes_it() {
     let fixture = Fixture::open("rwkv6");
     let outer = tempfile::tempdir().unwrap();
     let folder = outer.path().join("model");
@@ -216,7 +216,7 @@ fn an_index_stays_in_its_folder_and_gives_way_to_one_file() {
 }
 
 #[test]
-fn a_tokenizer_that_is_cut_is_an_error() {
+fn a_truncated_tokenizer_is_an_error() {
     let whole = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/../prompt-compress/tests/fixtures/tiny-llama/tokenizer.json"

@@ -1,11 +1,11 @@
-//! All models against public implementations and laws.
+//! All models against public implementations, and their properties.
 
 mod common;
 mod configs;
 mod errors;
 mod faults;
-mod laws;
 mod mixed;
+mod properties;
 mod reference;
 mod sequences;
 mod stack;

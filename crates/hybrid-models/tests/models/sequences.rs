@@ -50,7 +50,7 @@ fn bits(x: &Tensor) -> Vec<u32> {
 }
 
 #[test]
-fn a_batch_of_unequal_sequences_equals_each_alone() {
+fn a_batch_of_unequal_sequences_equals_them_one_by_one() {
     let mut largest = 0f32;
     for (name, model) in models() {
         // The second one is longer than a block of the prefill.
@@ -79,7 +79,7 @@ fn a_batch_of_unequal_sequences_equals_each_alone() {
 }
 
 #[test]
-fn forks_part_ways() {
+fn forks_are_independent() {
     for (name, model) in models() {
         let prefix = ids(6, 50);
         let mut session = session(&model);
@@ -96,7 +96,7 @@ fn forks_part_ways() {
 }
 
 #[test]
-fn a_removed_sequence_gives_its_memory_back_and_may_begin_again() {
+fn a_removed_sequence_frees_its_memory_and_can_start_again() {
     for (name, model) in models() {
         let mut session = session(&model);
         advance(&mut session, &[(0, &ids(7, 30)), (1, &ids(8, 10))], Logits::Last).unwrap();
@@ -111,7 +111,7 @@ fn a_removed_sequence_gives_its_memory_back_and_may_begin_again() {
 }
 
 #[test]
-fn without_snapshots_a_sequence_goes_back_to_nothing_alone() {
+fn without_snapshots_a_sequence_can_only_be_truncated_to_length_0() {
     for (name, model) in models() {
         let mut session = session(&model);
         advance(&mut session, &[(0, &[1, 2, 3])], Logits::Last).unwrap();
@@ -128,7 +128,7 @@ fn without_snapshots_a_sequence_goes_back_to_nothing_alone() {
 }
 
 #[test]
-fn a_sequence_goes_back_to_its_snapshots() {
+fn a_sequence_is_truncated_to_its_snapshots() {
     for (name, model) in models() {
         let (tokens, other) = (ids(9, 75), ids(10, 3));
         let mut session = session(&model).with_snapshots(16, 3).unwrap();
@@ -222,7 +222,7 @@ fn faulty() -> (Model, Session, Arc<AtomicBool>, Arc<AtomicBool>) {
 }
 
 #[test]
-fn after_a_fault_in_the_middle_the_sequences_are_as_they_were() {
+fn after_an_error_in_a_layer_the_sequences_are_unchanged() {
     let (model, mut session, attend, _) = faulty();
     advance(&mut session, &[(0, &[1, 2, 3]), (1, &[4])], Logits::Last).unwrap();
     let before = session.footprint();
@@ -238,7 +238,7 @@ fn after_a_fault_in_the_middle_the_sequences_are_as_they_were() {
 }
 
 #[test]
-fn a_sequence_whose_caches_cant_go_back_is_poisoned_until_removed() {
+fn a_sequence_whose_caches_cannot_be_truncated_is_poisoned_until_removed() {
     let (model, mut session, attend, truncate) = faulty();
     advance(&mut session, &[(0, &[1, 2, 3]), (1, &[4])], Logits::Last).unwrap();
     attend.store(true, Relaxed);

@@ -1,5 +1,5 @@
-//! Stacks of one family equal that family's public implementation. Stacks of all mixers obey the
-//! laws of each. Attention layers use any cache.
+//! Stacks of one family equal that family's public implementation. Stacks of all mixers have the
+//! properties of each. Attention layers use any cache.
 
 use std::path::Path;
 
@@ -159,7 +159,7 @@ fn of_recurrent_gemma() {
 }
 
 #[test]
-fn of_attention_alone_is_llama() {
+fn a_stack_of_attention_layers_is_llama() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../base-models/tests/fixtures/llama");
     let load = |file| candle_core::safetensors::load(folder.join(file), &Device::Cpu).unwrap();
     let layer = ["attention", "mlp"];

@@ -68,6 +68,7 @@ impl QuantStore {
     /// [`Error::Setting`] if the format does not fit the heads, or has keys
     /// [before RoPE](crate::KeyBasis::BeforeRope).
     pub fn new(shape: AttentionShape, format: Format) -> Result<Self> {
+        shape.check()?;
         let pool = Pool::new(pool_shape(&shape), format)?;
         Ok(Self { shape, storage: Storage::Host(Box::new(pool)) })
     }
@@ -76,8 +77,10 @@ impl QuantStore {
     /// are given after it.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the format or the embedding does not fit the heads.
+    /// [`Error::Setting`] if the shape is invalid, or if the format or the embedding does not fit
+    /// the heads.
     pub fn before_rope(shape: AttentionShape, format: Format, rotary: Arc<Rotary>) -> Result<Self> {
+        shape.check()?;
         let pool = Pool::before_rope(pool_shape(&shape), format, rotary)?;
         Ok(Self { shape, storage: Storage::Host(Box::new(pool)) })
     }

@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn pieces_go_over_seams_and_skip_what_is_broken() {
+    fn pieces_span_documents_and_skip_broken_characters() {
         let source = "alpha beta gamma é";
         let kept = [KeptRanges { ranges: vec![0..6, 11..19], ratio_offset: 0.0 }];
         let joined = JoinedText::new(Some("q"), &kept, source);

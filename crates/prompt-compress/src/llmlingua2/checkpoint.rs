@@ -106,7 +106,7 @@ impl Weights {
     /// [`Error::Unsupported`] naming unread tensors that may change the encoder's output.
     pub fn check_all_read(&self) -> Result<()> {
         let names = self.metadata.offset_keys();
-        self.read.check_all_read(&self.path, names.iter().map(String::as_str), is_harmless)
+        self.read.check_all_read(&self.path, names.iter().map(String::as_str), is_without_effect)
     }
 
     /// Returns the shape of a tensor, if it exists.
@@ -136,7 +136,7 @@ impl Weights {
 
 /// Returns whether a tensor is not part of a token classifier: the position ids, the pooler, and
 /// the pretraining heads.
-fn is_harmless(name: &str) -> bool {
+fn is_without_effect(name: &str) -> bool {
     name.ends_with("embeddings.position_ids")
         || name.contains(".pooler.")
         || name.starts_with("cls.")

@@ -207,8 +207,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok(())
     }
 
-    /// Updates the state of a sequence whose store has changed. `all` are the entries that are still
-    /// there if the eviction was postponed.
+    /// Updates the state of a sequence whose store has changed. `all` are the entries that are
+    /// still there if the eviction was postponed.
     fn update_state(&mut self, plan: Plan, all: Option<Selection>) -> Result<()> {
         let Plan { seq, tokens, queries, scores, keep, kept, .. } = plan;
         self.sequences.advance(seq, tokens);
@@ -263,8 +263,8 @@ struct Eviction {
     seq: SeqId,
     /// Entries to keep, of those in the store.
     keep: Selection,
-    /// Entries that the store holds if the eviction is postponed: of the old entries followed by the
-    /// call's tokens.
+    /// Entries that the store holds if the eviction is postponed: of the old entries followed by
+    /// the call's tokens.
     all: Selection,
 }
 

@@ -23,6 +23,10 @@ impl H2o {
         self.group = group;
         self
     }
+
+    fn reduced_sums(self) -> ReducedAttention {
+        ReducedAttention { heads: ReducedHeads::Group, reduction: self.group, newest: 0 }
+    }
 }
 
 impl EvictionPolicy for H2o {
@@ -35,16 +39,11 @@ impl EvictionPolicy for H2o {
     }
 
     fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
-        let scores = self.group.reduce(view.attention_sums()?)?;
-        match &view.previous_scores {
-            Some(previous) => Ok((previous + scores)?),
-            None => Ok(scores),
-        }
+        self.reduced_sums().score(view)
     }
 
     fn reduced_attention(&self) -> Option<ReducedAttention> {
-        let heads = ReducedHeads::Group;
-        Some(ReducedAttention { heads, reduction: self.group, newest: 0 })
+        Some(self.reduced_sums())
     }
 }
 

@@ -1,12 +1,11 @@
 //! TOVA: Oren et al., "Transformers are Multi-State RNNs", arXiv 2401.06104.
 
-use super::window::{equal_scores, protect_newest};
 use crate::{
     Budget, EvictionPolicy, GroupReduction, LayerView, Needs, ObservedQueries, PolicyCache,
     Protected, ReducedAttention, ReducedHeads, Settings,
 };
 use candle_core::Tensor;
-use longctx_core::{Error, KvStore, LayerSpec, Result};
+use longctx_core::{KvStore, LayerSpec, Result};
 
 /// Keeps the entries that the newest query attends to, averaged over all heads of the layer.
 ///
@@ -26,6 +25,18 @@ impl Tova {
         self.published_newest = true;
         self
     }
+
+    fn num_protected(self) -> usize {
+        usize::from(!self.published_newest)
+    }
+
+    fn reduced_sums(self) -> ReducedAttention {
+        ReducedAttention {
+            heads: ReducedHeads::Layer,
+            reduction: GroupReduction::Mean,
+            newest: self.num_protected(),
+        }
+    }
 }
 
 impl EvictionPolicy for Tova {
@@ -35,26 +46,11 @@ impl EvictionPolicy for Tova {
     }
 
     fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
-        let kv_heads = view.spec.shape.kv_heads;
-        if view.kv_heads.len() != kv_heads {
-            let what = "TOVA over kv heads that hold different numbers of entries";
-            return Err(Error::Unsupported(what.into()));
-        }
-        let sums = view.attention_sums()?;
-        let older = view.entries - usize::from(!self.published_newest);
-        if older == 0 {
-            return equal_scores(view, sums);
-        }
-        let mean = sums.flatten(0, 1)?.mean_keepdim(0)?.narrow(1, 0, older)?;
-        protect_newest(&mean.broadcast_as((kv_heads, mean.dim(1)?))?, view)
+        self.reduced_sums().score(view)
     }
 
     fn reduced_attention(&self) -> Option<ReducedAttention> {
-        Some(ReducedAttention {
-            heads: ReducedHeads::Layer,
-            reduction: GroupReduction::Mean,
-            newest: usize::from(!self.published_newest),
-        })
+        Some(self.reduced_sums())
     }
 }
 
@@ -65,7 +61,7 @@ impl<S: KvStore> PolicyCache<S, Tova> {
     /// As [`with_settings`](Self::with_settings).
     pub fn tova(spec: LayerSpec, store: S, policy: Tova, budget: Budget) -> Result<Self> {
         let settings = Settings {
-            protected: Protected::newest(usize::from(!policy.published_newest)),
+            protected: Protected::newest(policy.num_protected()),
             decode_step: Some(1),
             ..Settings::new(budget)
         };

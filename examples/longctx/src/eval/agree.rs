@@ -9,14 +9,14 @@ use longctx_eval::{Agreement, Passage, Setting, Subject, TeacherForced, report, 
 use longctx_examples::output::{check_writable, number};
 use longctx_examples::say;
 
-use super::chosen::Chosen;
 use super::method;
+use super::options::SettingOptions;
 use crate::MAX_COUNT;
 
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    chosen: Chosen,
+    options: SettingOptions,
     /// The text file. It is divided into passages: a prompt, followed by the words to predict
     #[arg(long)]
     text: PathBuf,
@@ -39,7 +39,7 @@ pub struct Args {
 
 pub fn agree(args: Args) -> Result<()> {
     check_writable(&args.out)?;
-    let models = args.chosen.models(1);
+    let models = args.options.models(1);
     let methods = method::all(&models, false);
     let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let count = text.split_whitespace().count();
@@ -55,7 +55,7 @@ pub fn agree(args: Args) -> Result<()> {
         args.prompt_words
     );
     let mut dense: Option<(String, Vec<Vec<TeacherForced>>)> = None;
-    for setting in args.chosen.settings(&methods)? {
+    for setting in args.options.settings(&methods)? {
         if report::has_agreement(&args.out, &setting.name, &what)? {
             say!("{:28} has a result", setting.name);
             continue;

@@ -11,10 +11,10 @@ use prompt_compress::{LlmLingua, llmlingua, llmlingua2};
 
 type Compressor = std::result::Result<Box<dyn PromptCompressor>, SubjectError>;
 /// Creates a prompt compressor, which may use the setting's model.
-type Shortener = fn(&Models, &Setting) -> Compressor;
+type NewCompressor = fn(&Models, &Setting) -> Compressor;
 
 /// Methods that compress the prompt.
-const BY_PROMPT: [(&str, Shortener); 7] = [
+const PROMPT_COMPRESSORS: [(&str, NewCompressor); 7] = [
     ("llmlingua2", |models, _| {
         Ok(Box::new(encoder::open(models.encoder(), llmlingua2::Settings::paper())?))
     }),
@@ -63,7 +63,7 @@ pub fn all(models: &Models, share_prefill: bool) -> Methods<'_> {
             });
             Ok(Box::new(reader?))
         });
-        for (name, compressor) in BY_PROMPT {
+        for (name, compressor) in PROMPT_COMPRESSORS {
             methods.register(format!("{name}-{times}x"), move |setting| {
                 if setting.server.is_some() {
                     let compressor = compressor(models, &of_tokenizer(setting))?;

@@ -141,7 +141,7 @@ if (data.agreement.length) {
 // Plots points against bytes, with the Pareto front.
 function scatter(place, points, { words, better, log }) {
   place.replaceChildren();
-  if (points.length < 2) { place.append(node("p", { class: "note" }, "Fewer than two settings tell their bytes.")); return; }
+  if (points.length < 2) { place.append(node("p", { class: "note" }, "Fewer than two settings report their bytes.")); return; }
   const [width, height, left, right, top, bottom] = [1080, 460, 56, 30, 16, 46];
   const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": words });
   const least = Math.min(...points.map(point => point.x)), widest = Math.max(...points.map(point => point.x), least * 1.1);

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use flate2::read::DeflateDecoder;
-use hf_hub::api::sync::ApiBuilder;
+use longctx_checkpoint::HubRepo;
 use zip::{CompressionMethod, ZipArchive};
 
 use crate::{Error, Result};
@@ -24,13 +24,8 @@ pub fn download(folder: impl AsRef<Path>, names: &[&str]) -> Result<()> {
     if names.iter().all(|name| file(folder.as_ref(), name).exists()) {
         return Ok(());
     }
-    let failed = |error| Error::Download {
-        what: format!("{DATASET}/{ARCHIVE}"),
-        reason: format!("{error}"),
-    };
-    let api = ApiBuilder::from_env().build().map_err(failed)?;
-    let archive = api.dataset(DATASET.to_owned()).get(ARCHIVE).map_err(failed)?;
-    unpack(&archive, folder.as_ref(), names)
+    let archive = HubRepo::dataset(DATASET).and_then(|repo| repo.get(ARCHIVE));
+    unpack(&archive.map_err(Error::Download)?, folder.as_ref(), names)
 }
 
 fn file(folder: &Path, name: &str) -> PathBuf {
@@ -71,7 +66,7 @@ mod tests {
     const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/longbench.zip");
 
     #[test]
-    fn files_come_out_of_the_archive_and_stay() {
+    fn files_are_extracted_from_the_archive_and_kept() {
         let folder = tempfile::tempdir().unwrap();
         let names: Vec<_> = super::super::names().collect();
         fs::write(folder.path().join("trec.jsonl"), "mine").unwrap();

@@ -20,8 +20,8 @@ const PART: usize = 64;
 const PER_WORD: usize = 4;
 
 /// Weights are multiplied by 2^60. The numbers of [`e4m3`] and [`e5m2`] are as small as 2^-113 and
-/// 2^-126: their products with the weights of softmax would be subnormal, which CPUs compute slowly.
-/// Weights up to 2^67 do not overflow.
+/// 2^-126: their products with the weights of softmax would be subnormal, which CPUs compute
+/// slowly. Weights up to 2^67 do not overflow.
 const RAISED: f32 = f32::from_bits((127 + 60) << 23);
 /// Corrects sums of [`e4m3`] numbers, which are 2^104 times too small.
 const E4M3_UNIT: f32 = f32::from_bits((127 + 104 - 60) << 23);

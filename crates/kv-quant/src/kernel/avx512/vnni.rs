@@ -34,7 +34,7 @@ struct Weights<const R: usize> {
     low: [[i32; PART / 4]; R],
     /// The weight of one unit.
     unit: [f32; R],
-    /// What the zero points and the first level add to every lane's sum.
+    /// The contribution of the zero points and the first level, the same for every lane.
     offset: [f32; R],
 }
 
@@ -121,14 +121,14 @@ impl<const R: usize> Weights<R> {
     ) {
         let mut weights = [_mm512_setzero_ps(); PART / 16];
         let mut largest = _mm512_set1_ps(f32::MIN_POSITIVE * MAX_WEIGHT);
-        let (mut total, mut of_zeros) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+        let (mut total, mut zero_point_sum) = (_mm512_setzero_ps(), _mm512_setzero_ps());
         let parts = x.chunks(16).zip(scales.chunks(16)).zip(zeros.chunks(16));
         for (weight, ((x, scales), zeros)) in weights.iter_mut().zip(parts) {
             let (x, scales, zeros) = (load_part(x), load_part(scales), load_part(zeros));
             *weight = _mm512_mul_ps(x, scales);
             largest = _mm512_max_ps(largest, _mm512_abs_ps(*weight));
             total = _mm512_add_ps(total, *weight);
-            of_zeros = _mm512_fmadd_ps(x, zeros, of_zeros);
+            zero_point_sum = _mm512_fmadd_ps(x, zeros, zero_point_sum);
         }
         let largest = _mm512_reduce_max_ps(largest);
         let inverse = _mm512_set1_ps(MAX_WEIGHT / largest);
@@ -152,7 +152,7 @@ impl<const R: usize> Weights<R> {
         // The error of the weights' total is known. With its correction, only the distances of
         // codes from the middle are multiplied by errors of weights.
         let middle = ((1 << BITS) - 1) as f32 / 2.0;
-        let exact = _mm512_fmadd_ps(total, _mm512_set1_ps(level + middle), of_zeros);
+        let exact = _mm512_fmadd_ps(total, _mm512_set1_ps(level + middle), zero_point_sum);
         let quantized = _mm512_cvtepi32_ps(quantized_total);
         let offset = _mm512_fnmadd_ps(quantized, _mm512_set1_ps(middle * unit), exact);
         self.unit[r] = unit;

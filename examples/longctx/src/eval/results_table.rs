@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use longctx_eval::statistics::{self, Decode, Difference, of_setting};
 use longctx_eval::{Event, Setting, records};
 
-pub struct Live {
+pub struct ResultsTable {
     folder: PathBuf,
     settings: Vec<String>,
     began: bool,
 }
 
-impl Live {
+impl ResultsTable {
     pub fn new(folder: &Path, settings: &[Setting]) -> Self {
         let settings = settings.iter().map(|setting| setting.name.clone()).collect();
         Self { folder: folder.into(), settings, began: false }

@@ -1,5 +1,5 @@
-//! Laws for every text: the model-based compressors keep a subsequence, report its source, and meet
-//! the rate. Invalid input gives an error that names it.
+//! Properties for every text: the model-based compressors keep a subsequence, report its source,
+//! and meet the rate. Invalid input gives an error that names it.
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
@@ -148,7 +148,7 @@ proptest! {
     }
 
     #[test]
-    fn protected_sections_come_through(which in 0..5usize, head in kept(), first in text(), middle in kept(), second in text(), tail in kept()) {
+    fn protected_sections_are_unchanged(which in 0..5usize, head in kept(), first in text(), middle in kept(), second in text(), tail in kept()) {
         let prompt = StructuredPrompt::new().keep(&*head).compress(&*first).keep(&*middle).compress(&*second).keep(&*tail);
         let (rate, question) = (Rate::new(0.3).unwrap(), "what is it?");
         let mut model = make(which);
@@ -166,7 +166,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn characters_of_several_tokens_stay_or_go_whole(
+    fn characters_of_several_tokens_are_kept_or_dropped_whole(
         text in string_regex(&format!("([{FOREIGN}]{{1,9}}[a-zé😀]{{0,3}}[ ,。\n]{{0,2}}){{4,60}}")).unwrap(),
         rate in 0.1..0.9f64,
         segment in 2..60usize,
@@ -269,7 +269,7 @@ fn short_texts_are_cut_too() {
 }
 
 #[test]
-fn white_space_alone_leaves_no_piece() {
+fn white_space_has_no_pieces() {
     let (model, tokenizer) = llama();
     let settings = llmlingua::Settings { segment: 8, ..llmlingua::Settings::llmlingua() };
     let mut lingua = LlmLingua::new(model, tokenizer, settings).unwrap();
@@ -387,7 +387,7 @@ fn segments_reuse_the_cache() {
 }
 
 #[test]
-fn batches_change_nothing() {
+fn batches_do_not_change_answers() {
     let text = "The council met at nine. Nobody was late, and the budget was read! ".repeat(120);
     let labels = |batch| {
         let model = llmlingua2(BERT, Settings { batch, ..Settings::paper() });
@@ -550,7 +550,7 @@ fn tensors_and_settings_that_are_not_read_are_named() {
 }
 
 #[test]
-fn a_tokenizer_that_is_cut_is_an_error() {
+fn a_truncated_tokenizer_is_an_error() {
     let folder = copy(BERT);
     let path = folder.path().join("tokenizer.json");
     let text = std::fs::read(&path).unwrap();

@@ -1,5 +1,5 @@
 //! The conditions of a run's manifest: values besides the settings that affect questions and
-//! answers. Only those on which the chosen settings and tasks depend are included, so that a run
+//! answers. Only those on which the selected settings and tasks depend are included, so that a run
 //! can be extended by others.
 
 use std::collections::BTreeMap;
@@ -10,11 +10,11 @@ use longctx_eval::{Category, Setting, Task, content_hash, ruler};
 use longctx_examples::methods::Compress;
 use longctx_examples::place::Place;
 
-use super::{Chosen, DATA, LONGBENCH_V2, NEEDLES, TaskArgs};
+use super::{DATA, LONGBENCH_V2, NEEDLES, SettingOptions, TaskOptions};
 
 type Conditions = BTreeMap<String, String>;
 
-impl Chosen {
+impl SettingOptions {
     /// Returns the conditions of the settings: the prefill chunk, the content of the models, and
     /// the methods' arguments.
     pub fn conditions(&self, settings: &[Setting]) -> Result<Conditions> {
@@ -49,7 +49,7 @@ impl Chosen {
     }
 }
 
-impl TaskArgs {
+impl TaskOptions {
     /// Returns the conditions of the tasks: the content of data and haystack, and values that
     /// samples' ids do not contain.
     pub fn conditions(&self, tasks: &[Box<dyn Task>], settings: &[Setting]) -> Result<Conditions> {

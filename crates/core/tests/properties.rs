@@ -1,6 +1,6 @@
-//! Laws of the dense store and cache. A batch equals its sequences alone, a fork equals a copy, and
-//! a truncated sequence equals one that never saw the rest. Random sequences of operations are
-//! compared with plain lists.
+//! Properties of the dense store and cache. A batch equals its sequences alone, a fork equals a
+//! copy, and a truncated sequence equals one that never saw the rest. Random sequences of
+//! operations are compared with plain lists.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -68,7 +68,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn a_batch_equals_each_of_its_sequences_alone(
+    fn a_batch_equals_its_sequences_one_by_one(
         lens in prop::collection::vec(1usize..90, 1..5),
         more in 1usize..3,
         dtype in prop::sample::select(vec![DType::F32, DType::F16, DType::BF16]),
@@ -86,7 +86,7 @@ proptest! {
     }
 
     #[test]
-    fn a_fork_equals_a_copy_and_a_truncated_sequence_one_that_never_saw_the_rest(
+    fn a_fork_equals_a_copy_and_truncation_equals_never_feeding_the_rest(
         len in 1usize..100, cut in 0usize..100, more in 1usize..70,
     ) {
         let cut = cut.min(len);
@@ -129,7 +129,7 @@ fn a_range_that_is_read_equals_the_part_of_all() {
 }
 
 #[test]
-fn a_sliding_window_goes_back_as_far_as_it_can_see() {
+fn a_sliding_window_can_be_truncated_within_its_window() {
     let windowed = LayerSpec { shape: AttentionShape { window: Some(8), ..shape() }, ..spec() };
     let mut cache = DenseCache::new(windowed.clone(), DType::F32).unwrap();
     feed(&mut cache, &[(0, 340)]).unwrap();
@@ -146,7 +146,7 @@ fn a_sliding_window_goes_back_as_far_as_it_can_see() {
 }
 
 #[test]
-fn prompts_may_be_attended_elsewhere() {
+fn attention_of_prompts_can_be_computed_elsewhere() {
     let mut cache = DenseCache::new(spec(), DType::F32).unwrap();
     let parts = [(0, 0, 40), (1, 0, 3)];
     let batch = Batch::new(&[(0, 40), (1, 3)]).unwrap();
@@ -161,7 +161,7 @@ fn prompts_may_be_attended_elsewhere() {
 }
 
 #[test]
-fn keys_that_come_rotated_are_left_alone() {
+fn rotated_keys_are_not_rotated_again() {
     let positions: Vec<i64> = (0..50).collect();
     let [q, k, v] = tensors(&[(0, 0, 50)]);
     let batch = Batch::single(0, 50).unwrap();

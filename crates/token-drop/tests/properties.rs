@@ -1,4 +1,4 @@
-//! Laws that hold for every method, store and text.
+//! Properties that hold for every method, store and text.
 
 mod common;
 
@@ -110,7 +110,7 @@ proptest! {
 
     /// Sequences of unequal length, some decoding while others are fed prompts.
     #[test]
-    fn a_batch_equals_each_of_its_sequences_alone(
+    fn a_batch_equals_its_sequences_one_by_one(
         rounds in prop::collection::vec(
             prop::collection::vec(prop::option::of(prop_oneof![Just(1usize), 2usize..30]), 3), 1..7,
         ),
@@ -168,7 +168,7 @@ proptest! {
 
     /// Where truncation is allowed, the sequence continues as if it had never seen the rest.
     #[test]
-    fn truncate_equals_never_fed(
+    fn truncation_equals_never_feeding(
         calls in calls(), rejected in prop::collection::vec(1usize..4, 1..4), more in calls(),
     ) {
         let kept: usize = calls.iter().sum();
@@ -202,7 +202,7 @@ proptest! {
 
     /// Prompts whose attention the engine computed leave every cache in the same state.
     #[test]
-    fn a_prompt_taken_in_equals_one_that_attends(prompt in 30usize..70, other in 1usize..40) {
+    fn an_appended_prompt_equals_an_attended_one(prompt in 30usize..70, other in 1usize..40) {
         let text = Input::random(prompt + other + 3);
         let batch = Batch::new(&[(0, prompt), (1, other)]).unwrap();
         let first = text.narrow(0, prompt + other);
@@ -237,7 +237,7 @@ proptest! {
     /// The output of each decoded token equals attention computed from the text over the positions
     /// that the cache reports, and over the token itself.
     #[test]
-    fn what_is_evicted_is_never_seen_again(prompt in 16usize..60, budget in 12usize..30) {
+    fn evicted_entries_are_never_attended_again(prompt in 16usize..60, budget in 12usize..30) {
         let text = Input::random(prompt + 12);
         for (name, make) in methods::<DenseStore>() {
             let cache = make(spec(), store(DType::F32), Budget::Tokens(budget)).unwrap();
@@ -273,7 +273,7 @@ fn exact(batch: &Batch, input: &Input) -> AttentionState {
 
 /// Which truncations are allowed: the law above would also hold if none were.
 #[test]
-fn drafts_are_taken_back() {
+fn drafts_are_rolled_back() {
     let allowed = |name: &str, calls: &[usize], len: usize| {
         let all = caches(|| store(DType::F32)).into_iter();
         let mut cache = all.into_iter().find(|(n, _)| *n == name).unwrap().1;
@@ -300,7 +300,7 @@ fn drafts_are_taken_back() {
 
 /// A draft of several tokens after a prompt of declared length is not a chunk of it.
 #[test]
-fn drafts_of_several_tokens_are_taken_back() {
+fn drafts_of_several_tokens_are_rolled_back() {
     let make = || {
         let snap_kv = SnapKv::new(8).unwrap();
         PolicyCache::snap_kv(spec(), store(DType::F32), snap_kv, Budget::Ratio(0.25)).unwrap()

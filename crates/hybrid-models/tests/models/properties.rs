@@ -1,4 +1,4 @@
-//! Laws of every model with any weights: see the name of each test.
+//! Properties of every model with any weights: see the name of each test.
 
 use crate::common::{Fixture, SAME, advance, feed, feed_on, relative_distance, session};
 use candle_core::{DType, Device, Tensor};
@@ -51,7 +51,7 @@ proptest! {
     }
 
     #[test]
-    fn a_saved_state_goes_on_bit_for_bit(
+    fn a_saved_state_continues_bit_for_bit(
         name in prop::sample::select(RECURRENT.as_slice()),
         (before, after) in (prop::collection::vec(0u32..96, 2..60), prop::collection::vec(0u32..96, 2..40)),
     ) {

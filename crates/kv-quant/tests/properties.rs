@@ -1,4 +1,4 @@
-//! Laws of the codec and of pools, on random shapes and numbers.
+//! Properties of the codec and of pools, on random shapes and numbers.
 
 mod reference_impl;
 
@@ -85,7 +85,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 96 }, ..Default::default() })]
 
     #[test]
-    fn what_comes_back_is_within_half_a_step((columns, x) in matrix(80), scheme in scheme(), lanes in axis()) {
+    fn dequantized_numbers_are_within_half_a_step((columns, x) in matrix(80), scheme in scheme(), lanes in axis()) {
         let packed = Packed::quantize(&x, columns, scheme, lanes).unwrap();
         let mut back = vec![0.0; x.len()];
         packed.dequantize(&mut back).unwrap();
@@ -106,7 +106,7 @@ proptest! {
     /// The error of numbers along channels is within the resolution of their codes: half a step for
     /// integers, half the distance of adjacent numbers for floating point.
     #[test]
-    fn what_comes_back_is_as_close_as_codes_allow((columns, x) in matrix(40), scheme in along_channels(), lanes in axis()) {
+    fn dequantized_numbers_are_within_the_resolution_of_their_codes((columns, x) in matrix(40), scheme in along_channels(), lanes in axis()) {
         let mut plain = scheme;
         plain.rotated = false;
         let packed = Packed::quantize(&x, columns, plain, lanes).unwrap();
@@ -142,7 +142,7 @@ proptest! {
 
     /// A rotation preserves the norm: the error equals that of the rotated rows' codes.
     #[test]
-    fn rotated_rows_lose_what_their_codes_lose((columns, x) in matrix(40), scheme in along_channels(), lanes in axis()) {
+    fn errors_of_rotated_rows_equal_those_of_their_codes((columns, x) in matrix(40), scheme in along_channels(), lanes in axis()) {
         let packed = Packed::quantize(&x, columns, scheme.rotated(), lanes).unwrap();
         let mut back = vec![0.0; x.len()];
         packed.dequantize(&mut back).unwrap();
@@ -290,7 +290,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_retained_is_untouched(format in format(), tokens in 1usize..300, keep in prop::collection::vec(any::<bool>(), 300)) {
+    fn retained_entries_are_unchanged(format in format(), tokens in 1usize..300, keep in prop::collection::vec(any::<bool>(), 300)) {
         let d = 24;
         let mut pool = pool(format, d, d, tokens);
         let (keys, values) = pool.read(1, 0).unwrap();

@@ -1,4 +1,4 @@
-//! The command line's choice of settings and tasks.
+//! The command-line options that select settings and tasks.
 
 mod conditions;
 
@@ -27,7 +27,7 @@ const DATA: &str = "data/longbench";
 const LONGBENCH_V2: &str = "longbench-v2.json";
 
 #[derive(clap::Args)]
-pub struct Chosen {
+pub struct SettingOptions {
     /// Names of settings of the paper or of --settings-file, or of methods; a final star matches
     /// any rest: "mistral-7b/*", "h2o-*"
     #[arg(long, value_delimiter = ',', required = true)]
@@ -62,7 +62,7 @@ pub struct Chosen {
     heads: Option<PathBuf>,
 }
 
-impl Chosen {
+impl SettingOptions {
     /// Returns the settings' models, which decode `batch` samples at a time.
     pub fn models(&self, batch: usize) -> Models {
         Models::new(Options {
@@ -92,17 +92,17 @@ impl Chosen {
             known.extend(methods.names().map(|name| Setting::of(name, model, context)));
         }
         let named = model.filter(|_| self.model.is_some());
-        let mut chosen: Vec<Setting> = Vec::new();
+        let mut selected: Vec<Setting> = Vec::new();
         for wanted in &self.settings {
             let found: Vec<_> = known.iter().filter(|one| fits(wanted, &one.name)).collect();
             ensure!(!found.is_empty(), "no setting or method {wanted:?}: see `longctx eval list`");
             for setting in found {
-                if chosen.iter().all(|other| other.name != setting.name) {
-                    chosen.push(self.adapted(setting.clone(), named.as_deref()));
+                if selected.iter().all(|other| other.name != setting.name) {
+                    selected.push(self.adapted(setting.clone(), named.as_deref()));
                 }
             }
         }
-        Ok(chosen)
+        Ok(selected)
     }
 
     /// Replaces the model by the command line's, if it has one, and applies the context limit.
@@ -125,7 +125,7 @@ fn fits(wanted: &str, name: &str) -> bool {
 }
 
 #[derive(clap::Args)]
-pub struct TaskArgs {
+pub struct TaskOptions {
     /// Names of tasks or groups: "longbench" (16 tasks), "longbench-e" (13, grouped by length),
     /// "ruler" (13), "long-generation" (tasks with long answers), "all" (longbench, the needle
     /// tests and long-generation)
@@ -197,7 +197,7 @@ pub fn task_groups() -> [(&'static str, Vec<String>); 6] {
 /// The groups of "all".
 const ALL: [&str; 3] = ["longbench", "needles", "long-generation"];
 
-impl TaskArgs {
+impl TaskOptions {
     /// Returns the tasks, in the order of the command line.
     pub fn open(&self, models: &Models, settings: &[Setting]) -> Result<Vec<Box<dyn Task>>> {
         let names = self.names()?;

@@ -1,7 +1,7 @@
 //! Groups of methods, with a description of each method, for `list`.
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum School {
+pub enum Group {
     Dense,
     Quantization,
     Eviction,
@@ -11,7 +11,7 @@ pub enum School {
     Other,
 }
 
-impl School {
+impl Group {
     pub fn title(self) -> &'static str {
         match self {
             Self::Dense => "Dense: all tokens, uncompressed",
@@ -25,10 +25,10 @@ impl School {
     }
 }
 
-use School::*;
+use Group::*;
 
 /// Prefixes of methods' names, longer ones before shorter ones.
-const LINES: [(&str, School, &str); 41] = [
+const DESCRIPTIONS: [(&str, Group, &str); 41] = [
     ("streaming-llm-4x-kivi", Both, "StreamingLLM over KIVI's store"),
     ("snap-kv-4x-kivi", Both, "SnapKV over KIVI's store"),
     ("dense-", Dense, "keys and values in this dtype"),
@@ -72,20 +72,20 @@ const LINES: [(&str, School, &str); 41] = [
     ("http", Other, "a server with OpenAI's API, from a settings file"),
 ];
 
-fn entry(name: &str) -> Option<&'static (&'static str, School, &'static str)> {
-    LINES.iter().find(|(start, _, _)| name.starts_with(start))
+fn entry(name: &str) -> Option<&'static (&'static str, Group, &'static str)> {
+    DESCRIPTIONS.iter().find(|(start, _, _)| name.starts_with(start))
 }
 
 /// Returns a method's group. Packed formats without an entry are quantization.
-pub fn school(name: &str) -> School {
+pub fn group(name: &str) -> Group {
     match entry(name) {
-        Some((_, school, _)) => *school,
+        Some((_, group, _)) => *group,
         None if name == "recurrent" => Other,
         None => Quantization,
     }
 }
 
-pub fn line(name: &str) -> &'static str {
+pub fn description(name: &str) -> &'static str {
     match entry(name) {
         Some((_, _, line)) => line,
         None if name == "recurrent" => "Mamba, RWKV and others: a state of fixed size",
