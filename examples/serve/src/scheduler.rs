@@ -527,6 +527,21 @@ mod tests {
     }
 
     #[test]
+    fn an_error_ends_the_poisoned_request_or_the_newest() {
+        let mut busy = scheduler("dense-f32", None, 0);
+        let mut all: Vec<_> = (0..3).map(|i| ask(&mut busy, prompt(i, 8), 20)).collect();
+        busy.step();
+        let seq = busy.running[1].seq;
+        busy.recover(&[0, 1, 2], &Error::Poisoned { seq, reason: "NaN".into() });
+        busy.recover(&[0, 1], &Error::Unsupported("this step".into()));
+        finish(&mut busy);
+        let ends: Vec<_> = all.iter_mut().map(|received| events(received).1.unwrap()).collect();
+        assert!(matches!(&ends[0], Event::Done { .. }), "{ends:?}");
+        assert!(matches!(&ends[1], Event::Failed(why) if why.contains("NaN")), "{ends:?}");
+        assert!(matches!(&ends[2], Event::Failed(why) if why.contains("this step")), "{ends:?}");
+    }
+
+    #[test]
     fn requests_wait_for_memory_and_one_that_never_fits_is_refused() {
         let mut small = scheduler("dense-f32", Some(40_000), 4);
         let mut all: Vec<_> = (0..6).map(|i| ask(&mut small, prompt(i, 40), 20)).collect();
