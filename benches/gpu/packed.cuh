@@ -95,7 +95,7 @@ __global__ void plain_scores(Plain a) {
 __global__ void plain_softmax(Plain a) {  // One block of 256 a column.
     __shared__ double part[256];
     double* s = a.scores + (i64)blockIdx.x * a.tokens;
-    auto join = [&](double x, bool add) {
+    auto merge = [&](double x, bool add) {
         part[threadIdx.x] = x;
         __syncthreads();
         for (int i = 128; i; i /= 2) {
@@ -108,9 +108,9 @@ __global__ void plain_softmax(Plain a) {  // One block of 256 a column.
     };
     double top = -INFINITY, sum = 0;
     for (int i = threadIdx.x; i < a.tokens; i += 256) top = fmax(top, s[i]);
-    top = join(top, false);
+    top = merge(top, false);
     for (int i = threadIdx.x; i < a.tokens; i += 256) sum += s[i] = exp(s[i] - top);
-    sum = join(sum, true);
+    sum = merge(sum, true);
     for (int i = threadIdx.x; i < a.tokens; i += 256) s[i] /= sum;
     if (threadIdx.x == 0) a.lse[blockIdx.x] = top + log(sum);
 }
@@ -242,7 +242,7 @@ std::function<void()> quantizer(const Config& c, const __half* k, const __half* 
         row.new_k = k + ((i64)r * pitch + in_ring) * c.d, row.new_v = v + ((i64)r * pitch + in_ring) * c.d;
         row.ring_k = ring_k.p + (i64)r * ring * c.d, row.ring_v = ring_v.p + (i64)r * ring * c.d, row.first_new = in_ring, row.shift = shift;
         row.table = table.p + (first + r) * records, row.status = counters.take(8);
-        row.fresh_record = INT_MAX, row.key_records = packed_k / c.group, row.value_tiles = tiles_v;
+        row.first_new_record = INT_MAX, row.key_records = packed_k / c.group, row.value_tiles = tiles_v;
     }
     OK(cudaMemcpy(fill_rows.take(rows), list.data(), rows * sizeof(FillRow), cudaMemcpyHostToDevice));
     dim3 grid(std::max(packed_k / c.group * c.k_parts, tiles_v), rows, 2);
@@ -271,13 +271,13 @@ std::vector<Work> heads_of(const Config& c, const Case& s, int packed_len, int r
 // Splits each kv head's records over `splits` blocks; one more block processes its ring.
 std::vector<Work> split(const Config& c, const Variant& v, const Case& s, const std::vector<Work>& heads, int splits) {
     std::vector<Work> all;
-    int join = 0;
+    int merge = 0;
     for (auto& head : heads)
-        for (int column = 0; column < s.per_kv * s.queries; column += 8 * v.n, join++)
+        for (int column = 0; column < s.per_kv * s.queries; column += 8 * v.n, merge++)
             for (int part = 0; part <= splits; part++) {
                 i64 records = (head.packed + c.group - 1) / c.group;
                 Work w = head;
-                w.first_column = column, w.first_part = join * (splits + 1), w.part = part, w.parts = splits + 1, w.join = join;
+                w.first_column = column, w.first_part = merge * (splits + 1), w.part = part, w.parts = splits + 1, w.merge = merge;
                 w.from = part < splits ? records * part / splits : -1, w.to = part < splits ? records * (part + 1) / splits : -1;
                 all.push_back(w);
             }

@@ -98,7 +98,7 @@ Kernels kernels_of(int d, bool bf16) {
 }
 
 // The same plan as in src/paged/plan.rs.
-void plan(const std::vector<AttendWork>& heads, int per, int columns, int slots, std::vector<AttendWork>& work, std::vector<AttendJoin>& joins, int& parts) {
+void plan(const std::vector<AttendWork>& heads, int per, int columns, int slots, std::vector<AttendWork>& work, std::vector<AttendMerge>& merges, int& parts) {
     std::vector<AttendWork> rows;
     i64 total = 0;
     auto pages = [](const AttendWork& w) { return (w.to - w.from + PAGE - 1) / PAGE; };
@@ -107,7 +107,7 @@ void plan(const std::vector<AttendWork>& heads, int per, int columns, int slots,
     parts = 0;
     for (auto& row : rows) {
         int n = pages(row), splits = std::max<i64>(1, std::min<i64>(std::max(1, n), ((i64)n * slots + total / 2) / std::max<i64>(1, total)));
-        joins.push_back({parts, splits, row.kv_head, row.queries, row.first_token, row.first_column});
+        merges.push_back({parts, splits, row.kv_head, row.queries, row.first_token, row.first_column});
         for (int s = 0; s < splits; s++) {
             AttendWork w = row;
             w.from = std::min(row.to, row.from + n * s / splits * PAGE), w.to = std::min(row.to, row.from + n * (s + 1) / splits * PAGE), w.part = parts + s;
@@ -165,9 +165,9 @@ void check(const Shape& s) {
     std::vector<int> held(rows, 0);
     for (int part = 0; part < 2; part++) {
         std::vector<AppendRow> list(rows);
-        std::vector<uint64_t> fresh;
+        std::vector<uint64_t> new_blocks;
         std::vector<uint32_t> selected;
-        std::vector<size_t> fresh_at(rows), selected_at(rows);
+        std::vector<size_t> new_blocks_at(rows), selected_at(rows);
         int longest = 0;
         for (int r = 0; r < rows; r++) {
             int seq = r / s.kv_heads, head = r % s.kv_heads, len = s.lens[seq] + 5, half = len / 2;
@@ -176,10 +176,10 @@ void check(const Shape& s) {
             std::vector<int> taken;
             if (!part) for (int t = 0; t < half; t++) taken.push_back(t);
             else for (int t = half; t < len; t++) if ((t + head) % 5 || len < 12) taken.push_back(t);
-            row.first = held[r], row.count = taken.size(), row.first_fresh = (held[r] + PAGE - 1) / PAGE;
-            row.first_row = (i64)starts[seq] * s.kv_heads + head, row.own = len;
-            fresh_at[r] = fresh.size(), selected_at[r] = selected.size();
-            for (int b = row.first_fresh; b * PAGE < held[r] + row.count; b++) fresh.push_back(address(r, b)), row.fresh_count++;
+            row.first = held[r], row.count = taken.size(), row.first_new_block = (held[r] + PAGE - 1) / PAGE;
+            row.first_row = (i64)starts[seq] * s.kv_heads + head, row.seqlen = len;
+            new_blocks_at[r] = new_blocks.size(), selected_at[r] = selected.size();
+            for (int b = row.first_new_block; b * PAGE < held[r] + row.count; b++) new_blocks.push_back(address(r, b)), row.new_block_count++;
             for (int t : taken) {
                 size_t at = ((size_t)(starts[seq] + t) * s.kv_heads + head) * d;
                 keys[r].insert(keys[r].end(), k_rows.begin() + at, k_rows.begin() + at + d), values[r].insert(values[r].end(), v_rows.begin() + at, v_rows.begin() + at + d);
@@ -187,9 +187,9 @@ void check(const Shape& s) {
             }
             held[r] += row.count, longest = std::max(longest, row.count);
         }
-        Array<uint64_t> fresh_on(fresh);
+        Array<uint64_t> new_blocks_on(new_blocks);
         Array<uint32_t> selected_on(selected);
-        for (int r = 0; r < rows; r++) list[r].table = table.p + r * most, list[r].fresh = fresh_on.p + fresh_at[r], list[r].tokens = part ? selected_on.p + selected_at[r] : nullptr;
+        for (int r = 0; r < rows; r++) list[r].table = table.p + r * most, list[r].new_blocks = new_blocks_on.p + new_blocks_at[r], list[r].tokens = part ? selected_on.p + selected_at[r] : nullptr;
         Array<AppendRow> on(list);
         AppendArgs a{k_on.p, v_on.p, on.p, s.kv_heads, pieces, 0};
         if (longest) paged_append<<<dim3((longest * pieces + APPEND_THREADS - 1) / APPEND_THREADS, rows, 2), APPEND_THREADS>>>(a);
@@ -245,23 +245,23 @@ void check(const Shape& s) {
     int columns = s.per * most_queries == 1 ? 1 : s.per * most_queries == 2 ? 2 : 4, parts = 0;
     auto attend_k = k.attend[columns / 2];
     std::vector<AttendWork> work;
-    std::vector<AttendJoin> joins;
-    plan(all, s.per, columns, slots_of(attend_k), work, joins, parts);
+    std::vector<AttendMerge> merges;
+    plan(all, s.per, columns, slots_of(attend_k), work, merges, parts);
     // Two work items and one merge more than needed, to test unused items.
-    work.resize(work.size() + 2), joins.resize(joins.size() + 1);
+    work.resize(work.size() + 2), merges.resize(merges.size() + 1);
     Array<AttendWork> work_on(work.size());
-    Array<AttendJoin> joins_on(joins.size());
-    OK(cudaMemset(work_on.p, 0, work.size() * sizeof(AttendWork))), OK(cudaMemset(joins_on.p, 0, joins.size() * sizeof(AttendJoin)));
+    Array<AttendMerge> merges_on(merges.size());
+    OK(cudaMemset(work_on.p, 0, work.size() * sizeof(AttendWork))), OK(cudaMemset(merges_on.p, 0, merges.size() * sizeof(AttendMerge)));
     Array<float> out((size_t)all_queries * heads * d), lse(all_queries * heads), part_out((size_t)parts * columns * d), part_max(parts * columns), part_sum(parts * columns), got_sums(sums_total);
-    AttendArgs a{q_on.p, out.p, lse.p, part_out.p, part_max.p, part_sum.p, work_on.p, joins_on.p, heads, s.per, columns, s.causal, s.window, 1.f / sqrtf(d), s.soft_cap, d};
+    AttendArgs a{q_on.p, out.p, lse.p, part_out.p, part_max.p, part_sum.p, work_on.p, merges_on.p, heads, s.per, columns, s.causal, s.window, 1.f / sqrtf(d), s.soft_cap, d};
     cudaStream_t stream;
     cudaGraph_t graph;
     cudaGraphExec_t ready;
     OK(cudaStreamCreate(&stream)), OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
     attend_k<<<work.size(), THREADS, 0, stream>>>(a);
-    paged_join<<<dim3(joins.size(), columns), (d + 31) / 32 * 32, 0, stream>>>(a);
+    paged_merge<<<dim3(merges.size(), columns), (d + 31) / 32 * 32, 0, stream>>>(a);
     OK(cudaStreamEndCapture(stream, &graph)), OK(cudaGraphInstantiate(&ready, graph, 0));
-    work_on.put(work), joins_on.put(joins);
+    work_on.put(work), merges_on.put(merges);
     OK(cudaGraphLaunch(ready, stream)), OK(cudaStreamSynchronize(stream));
     OK(cudaGraphExecDestroy(ready)), OK(cudaGraphDestroy(graph)), OK(cudaStreamDestroy(stream));
     Array<SumsWork> sums_on(sums_work);
@@ -343,24 +343,24 @@ void time_decode(const char* name, std::vector<int> lens, int kv_heads, int per,
     int columns = per == 1 ? 1 : per == 2 ? 2 : 4, parts = 0;
     auto attend_k = k.attend[columns / 2];
     std::vector<AttendWork> work;
-    size_t joins_of_copy = 0, work_of_copy = 0, at = 0;
-    std::vector<AttendJoin> joins;
+    size_t merges_of_copy = 0, work_of_copy = 0, at = 0;
+    std::vector<AttendMerge> merges;
     for (int copy = 0; copy < copies; copy++) {
         std::vector<AttendWork> all, one;
-        std::vector<AttendJoin> one_joins;
+        std::vector<AttendMerge> one_merges;
         for (int seq = 0; seq < seqs; seq++)
             for (int head = 0; head < kv_heads; head++) all.push_back({table_on.p + at, nullptr, lens[seq], 0, lens[seq], 0, head, 1, seq, 0}), at += (lens[seq] + PAGE - 1) / PAGE;
-        plan(all, per, columns, slots_of(attend_k), one, one_joins, parts);
-        work.insert(work.end(), one.begin(), one.end()), joins.insert(joins.end(), one_joins.begin(), one_joins.end());
-        work_of_copy = one.size(), joins_of_copy = one_joins.size();
+        plan(all, per, columns, slots_of(attend_k), one, one_merges, parts);
+        work.insert(work.end(), one.begin(), one.end()), merges.insert(merges.end(), one_merges.begin(), one_merges.end());
+        work_of_copy = one.size(), merges_of_copy = one_merges.size();
     }
     Array<AttendWork> work_on(work);
-    Array<AttendJoin> joins_on(joins);
+    Array<AttendMerge> merges_on(merges);
     Array<float> out((size_t)seqs * heads * d), lse(seqs * heads), part_out((size_t)parts * columns * d), part_max(parts * columns), part_sum(parts * columns);
     double ms = median_ms(40, [&](int i) {
-        AttendArgs a{q.p, out.p, lse.p, part_out.p, part_max.p, part_sum.p, work_on.p + i % copies * work_of_copy, joins_on.p + i % copies * joins_of_copy, heads, per, columns, 1, 0, .1f, 0.f, d};
+        AttendArgs a{q.p, out.p, lse.p, part_out.p, part_max.p, part_sum.p, work_on.p + i % copies * work_of_copy, merges_on.p + i % copies * merges_of_copy, heads, per, columns, 1, 0, .1f, 0.f, d};
         attend_k<<<work_of_copy, THREADS>>>(a);
-        paged_join<<<dim3(joins_of_copy, columns), (d + 31) / 32 * 32>>>(a);
+        paged_merge<<<dim3(merges_of_copy, columns), (d + 31) / 32 * 32>>>(a);
     });
     OK(cudaGetLastError());
     double gbs = entries * d * 4. / ms * 1e-6;

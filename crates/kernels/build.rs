@@ -4,6 +4,6 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     #[cfg(feature = "cuda")]
     longctx_cuda::build::compile(&[
-        "matvec", "paged", "prefill", "rms_norm", "rope", "silu_mul", "top",
+        "argmax", "matvec", "merge", "paged", "prefill", "rms_norm", "rope", "silu_mul", "top",
     ]);
 }

@@ -1,7 +1,8 @@
 //! The sequences of one call and the number of tokens of each.
 
+use std::any::Any;
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -36,7 +37,12 @@ struct Inner {
     cu_seqlens: Vec<usize>,
     /// `cu_seqlens` on the first device that asked for it.
     on_device: OnceLock<Tensor>,
+    /// See [`Batch::shared`]; the newest last.
+    shared: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
 }
+
+/// Number of values that [`Batch::shared`] keeps. Layers of a few kinds alternate in a model.
+const MAX_SHARED: usize = 8;
 
 impl Batch {
     /// Creates a batch from sequences and their numbers of tokens.
@@ -64,7 +70,8 @@ impl Batch {
             cu_seqlens.push(end.ok_or_else(overflow)?);
         }
         let seqs = seqs.iter().map(|(seq, _)| *seq).collect();
-        Ok(Self { inner: Arc::new(Inner { seqs, cu_seqlens, on_device: OnceLock::new() }) })
+        let (on_device, shared) = (OnceLock::new(), Mutex::default());
+        Ok(Self { inner: Arc::new(Inner { seqs, cu_seqlens, on_device, shared }) })
     }
 
     /// Creates a batch of one sequence with `tokens` tokens.
@@ -114,6 +121,32 @@ impl Batch {
         }
     }
 
+    /// Returns a value that several layers share, for example a plan of attention, which depends on
+    /// the lengths of the sequences only. Returns the newest value of type `T` that `fits`, or
+    /// creates one.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn shared<T: Any + Send + Sync>(
+        &self,
+        fits: impl Fn(&T) -> bool,
+        make: impl FnOnce() -> Result<T>,
+    ) -> Result<Arc<T>> {
+        let lock = || self.inner.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_type = |value: &Arc<dyn Any + Send + Sync>| value.clone().downcast::<T>().ok();
+        let found = lock().iter().rev().filter_map(of_type).find(|value| fits(value));
+        if let Some(found) = found {
+            return Ok(found);
+        }
+        let made = Arc::new(make()?);
+        let mut values = lock();
+        if values.len() == MAX_SHARED {
+            values.remove(0);
+        }
+        values.push(made.clone());
+        Ok(made)
+    }
+
     /// Iterates over the sequences and their token ranges.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (SeqId, Range<usize>)> + '_ {
         let ranges = self.inner.cu_seqlens.windows(2).map(|ends| ends[0]..ends[1]);
@@ -150,10 +183,37 @@ impl Batch {
     /// Returns the position of each token. `seen` returns the number of tokens before a sequence's
     /// first token of this batch.
     pub fn positions(&self, seen: impl Fn(SeqId) -> usize) -> Vec<i64> {
-        let of_seq = |(seq, tokens): (SeqId, Range<usize>)| {
+        let mut positions = Vec::with_capacity(self.tokens());
+        for (seq, tokens) in self.iter() {
             let first = seen(seq) as i64;
-            (first..).take(tokens.len())
+            positions.extend(first..first + tokens.len() as i64);
+        }
+        positions
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shared_value_is_made_once_for_each_type_and_condition() {
+        let batch = Batch::decode(&[3, 5]).unwrap();
+        let made = |wanted: u32| {
+            let mut count = 0;
+            let make = || {
+                count += 1;
+                Ok(wanted)
+            };
+            assert_eq!(*batch.shared(|&value| value == wanted, make).unwrap(), wanted);
+            count
         };
-        self.iter().flat_map(of_seq).collect()
+        assert_eq!([made(1), made(1), made(2), made(1), made(2)], [1, 0, 1, 0, 0]);
+        assert_eq!(*batch.shared(|_: &&str| true, || Ok("another type")).unwrap(), "another type");
+        let refused = batch.shared(|_: &u32| false, || Err(Error::UnknownSequence(3)));
+        assert!(refused.is_err());
+        // The oldest values are dropped.
+        (10..10 + MAX_SHARED as u32).for_each(|value| assert_eq!(made(value), 1));
+        assert_eq!(made(1), 1);
     }
 }

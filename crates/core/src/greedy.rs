@@ -34,6 +34,10 @@ impl Greedy {
             let rows = logits.to_vec2::<f32>()?;
             return Ok(rows.iter().map(|row| sampler.sample(row)).collect());
         }
+        #[cfg(feature = "cuda")]
+        if let candle_core::Device::Cuda(device) = logits.device() {
+            return on_cuda(device, logits);
+        }
         self.choose_on_device(logits)
     }
 
@@ -52,14 +56,44 @@ impl Greedy {
         let sums = logits.sum(D::Minus1)?.to_vec1::<f32>()?;
         self.ids = Some(ids);
         let checked = |(token, sum): (u32, f32)| match sum.is_nan() || token as usize >= vocab {
-            true => {
-                let position = "on the device".into();
-                Err(Error::NotFinite { what: "logits".into(), value: f32::NAN, position })
-            }
+            true => Err(nan_on_device()),
             false => Ok(token),
         };
         Ok(first.into_iter().zip(sums).map(checked).collect())
     }
+}
+
+fn nan_on_device() -> Error {
+    let position = "on the device".into();
+    Error::NotFinite { what: "logits".into(), value: f32::NAN, position }
+}
+
+/// As [`Greedy::choose`], in one kernel.
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)]
+fn on_cuda(device: &candle_core::CudaDevice, logits: &Tensor) -> Result<Vec<Result<u32>>> {
+    use crate::cuda::address;
+    use longctx_kernels::{ArgmaxArgs, argmax};
+
+    let (rows, vocab) = logits.dims2()?;
+    if logits.dtype() != DType::F32 {
+        return Err(Error::mismatch("dtype of the logits", "f32", logits.dtype().as_str()));
+    }
+    if rows == 0 {
+        return Ok(Vec::new());
+    }
+    let logits = logits.contiguous()?;
+    // SAFETY: the kernel writes every element.
+    let tokens = unsafe { Tensor::empty(rows, DType::U32, logits.device()) }?;
+    let args = ArgmaxArgs { x: address(&logits)?, out: address(&tokens)?, columns: vocab as i64 };
+    // SAFETY: the tensors have the shapes in `args`, and the stream frees no memory before this
+    // launch has used it.
+    unsafe { argmax(&device.cuda_stream(), rows, &args) }?;
+    let checked = |token| match token {
+        u32::MAX => Err(nan_on_device()),
+        token => Ok(token),
+    };
+    Ok(tokens.to_vec1::<u32>()?.into_iter().map(checked).collect())
 }
 
 #[cfg(test)]

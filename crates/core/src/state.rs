@@ -26,6 +26,10 @@ impl AttentionState {
         if rest.is_empty() {
             return Ok(first.clone());
         }
+        #[cfg(feature = "cuda")]
+        if let Some(merged) = on_cuda::merge(first, rest)? {
+            return Ok(merged);
+        }
         let lse = Tensor::stack(&parts.iter().map(|p| &p.lse).collect::<Vec<_>>(), 0)?;
         // A query that sees nothing in any part keeps a log-sum-exp of -inf and an output of zero.
         let max = lse.max(0)?.maximum(f32::MIN)?;
@@ -55,6 +59,73 @@ impl AttentionState {
         let lse = (max + sum.log()?)?;
         let share = (&self.lse - &lse)?.exp()?;
         Ok(AttentionState { out: self.out.broadcast_mul(&share.unsqueeze(D::Minus1)?)?, lse })
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)]
+mod on_cuda {
+    use super::AttentionState;
+    use crate::cuda::address;
+    use crate::{Error, Result};
+    use candle_core::{CudaDevice, DType, Device, Tensor};
+    use longctx_kernels::{MergeArgs, merge_states};
+
+    /// Merges parts one after the other, one kernel for each. Returns `None` for parts on another
+    /// device, and for outputs that the kernel does not support.
+    pub fn merge(
+        first: &AttentionState,
+        rest: &[AttentionState],
+    ) -> Result<Option<AttentionState>> {
+        let Device::Cuda(device) = first.out.device() else { return Ok(None) };
+        let columns = first.out.dims3()?.2;
+        let all = || std::iter::once(first).chain(rest);
+        let f32 = all().all(|part| [&part.out, &part.lse].iter().all(|x| x.dtype() == DType::F32));
+        if !f32 || !columns.is_multiple_of(4) || first.lse.elem_count() == 0 {
+            return Ok(None);
+        }
+        if let Some(other) = rest.iter().find(|part| {
+            part.out.shape() != first.out.shape() || part.lse.shape() != first.lse.shape()
+        }) {
+            let got = format!("{:?}", other.out.dims());
+            return Err(Error::mismatch(
+                "part of an attention",
+                format!("{:?}", first.out.dims()),
+                got,
+            ));
+        }
+        let mut merged = first.clone();
+        for part in rest {
+            merged = merge_two(device, &merged, part)?;
+        }
+        Ok(Some(merged))
+    }
+
+    fn merge_two(
+        device: &CudaDevice,
+        a: &AttentionState,
+        b: &AttentionState,
+    ) -> Result<AttentionState> {
+        let parts = [&a.out, &a.lse, &b.out, &b.lse].map(Tensor::contiguous);
+        let [out_a, lse_a, out_b, lse_b] = parts;
+        let (out_a, lse_a, out_b, lse_b) = (out_a?, lse_a?, out_b?, lse_b?);
+        // SAFETY: the kernel writes every element.
+        let (out, lse) = unsafe { (out_a.empty_like()?, lse_a.empty_like()?) };
+        let args = MergeArgs {
+            out_a: address(&out_a)?,
+            lse_a: address(&lse_a)?,
+            out_b: address(&out_b)?,
+            lse_b: address(&lse_b)?,
+            out: address(&out)?,
+            lse: address(&lse)?,
+            rows: lse.elem_count() as i64,
+            columns: out.dims3()?.2 as i32,
+            unused: 0,
+        };
+        // SAFETY: the tensors have the sizes in `args`, and the stream frees no memory before this
+        // launch has used it.
+        unsafe { merge_states(&device.cuda_stream(), &args) }?;
+        Ok(AttentionState { out, lse })
     }
 }
 

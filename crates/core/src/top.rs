@@ -76,7 +76,7 @@ mod on_device {
     use crate::cuda::address;
     use crate::{Error, Result, Selection};
     use candle_core::{CudaDevice, DType, Tensor};
-    use longctx_cuda::cudarc::driver::DevicePtr;
+    use longctx_cuda::upload;
     use longctx_kernels::{TopRow, top};
 
     pub fn top_entries(device: &CudaDevice, sequences: &[Candidates]) -> Result<Vec<TopEntries>> {
@@ -88,10 +88,10 @@ mod on_device {
             rows.extend(input.rows(output)?);
         }
         if !rows.is_empty() {
-            let on_device = stream.clone_htod(&rows)?;
+            let on_device = upload(&stream, &rows)?;
             // SAFETY: the arrays have these sizes, and the stream frees no memory before the launch
             // has used it.
-            unsafe { top(&stream, on_device.device_ptr(&stream).0, rows.len()) }?;
+            unsafe { top(&stream, on_device.address(), rows.len()) }?;
         }
         Ok(outputs)
     }

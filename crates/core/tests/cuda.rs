@@ -11,8 +11,8 @@ use candle_core::{DType, Device, Tensor};
 use common::{random, relative};
 use half::f16;
 use longctx_core::{
-    AttentionShape, Batch, DenseCache, KvCache, LayerSpec, Mask, Rope, RopeScaling, SeqId, Step,
-    add_rms_norm, attention, linear, silu_mul,
+    AttentionShape, AttentionState, Batch, DenseCache, Greedy, KvCache, LayerSpec, Mask, Rope,
+    RopeScaling, SeqId, Step, add_rms_norm, attention, linear, silu_mul,
 };
 use longctx_kernels::{Half, PAGE, PrefillArgs, prefill};
 
@@ -150,6 +150,62 @@ fn norms_are_as_on_the_cpu() {
                 assert!(relative(&got.1, &want.1) < bound, "{rows} x {columns}, {dtype:?}: norm");
             }
         }
+    }
+}
+
+#[test]
+fn parts_merge_as_on_the_cpu() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    for (tokens, heads, d) in [(2, 1, 64), (37, 6, 80), (300, 8, 128)] {
+        let part = |hidden: usize| {
+            let lse = Tensor::randn(0f32, 9.0, (tokens, heads), &Device::Cpu).unwrap();
+            let mut lse = lse.to_vec2::<f32>().unwrap();
+            // Some queries see nothing in this part, the first one in no part.
+            lse.iter_mut().step_by(hidden).for_each(|lse| lse.fill(f32::NEG_INFINITY));
+            let mut out = random(tokens, heads, d, DType::F32).to_vec3::<f32>().unwrap();
+            out.iter_mut().step_by(hidden).flatten().for_each(|out| out.fill(0.0));
+            let tensor = |device: &Device| AttentionState {
+                out: Tensor::new(out.clone(), device).unwrap(),
+                lse: Tensor::new(lse.clone(), device).unwrap(),
+            };
+            (tensor(&Device::Cpu), tensor(&device))
+        };
+        let (host, other): (Vec<_>, Vec<_>) = [2, 3, 5].map(part).into_iter().unzip();
+        for count in 1..=3 {
+            let want = AttentionState::merge(&host[..count]).unwrap();
+            let got = AttentionState::merge(&other[..count]).unwrap();
+            assert!(relative(&got.out, &want.out) < 1e-5);
+            let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            for (got, want) in numbers(&got.lse).into_iter().zip(numbers(&want.lse)) {
+                assert!(got == want || (got - want).abs() < 1e-4, "{got} instead of {want}");
+            }
+        }
+    }
+}
+
+#[test]
+fn greedy_tokens_are_the_cpus() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    for (rows, vocab) in [(1, 1), (3, 7), (2, 1023), (4, 1025), (70, 128_256)] {
+        // Rounded, so that rows have ties and both zeros.
+        let x = Tensor::randn(0f32, 1.0, (rows, vocab), &Device::Cpu).unwrap().round().unwrap();
+        let mut numbers = x.to_vec2::<f32>().unwrap();
+        if rows > 2 {
+            numbers[0].fill(f32::NEG_INFINITY);
+            numbers[1][vocab - 1] = -f32::NAN;
+            numbers[2][vocab / 2] = f32::INFINITY;
+        }
+        let x = Tensor::new(numbers, &Device::Cpu).unwrap();
+        let tokens = |x: &Tensor| -> Vec<Option<u32>> {
+            Greedy::default().choose(x).unwrap().into_iter().map(Result::ok).collect()
+        };
+        assert_eq!(tokens(&x.to_device(&device).unwrap()), tokens(&x), "{rows} x {vocab}");
     }
 }
 

@@ -30,4 +30,4 @@ pub use image::Image;
 #[cfg(feature = "driver")]
 pub use kernel::Kernel;
 #[cfg(feature = "driver")]
-pub use upload::Upload;
+pub use upload::{Upload, Uploaded, upload};

@@ -19,21 +19,21 @@ static DEVICES: Mutex<BTreeMap<usize, Ring>> = Mutex::new(BTreeMap::new());
 /// Buffers that are used in turn.
 #[derive(Default)]
 struct Ring {
-    buffers: Vec<PinnedHostSlice<u64>>,
+    buffers: Vec<PinnedHostSlice<u8>>,
     next: usize,
 }
 
 impl Ring {
-    /// Returns a buffer of at least `len` words.
+    /// Returns a buffer of at least `len` bytes.
     fn buffer(
         &mut self,
         context: &Arc<CudaContext>,
         len: usize,
-    ) -> Result<&mut PinnedHostSlice<u64>, DriverError> {
+    ) -> Result<&mut PinnedHostSlice<u8>, DriverError> {
         let place = self.next % BUFFERS;
         self.next += 1;
-        // SAFETY: the words are written before they are read.
-        let new = || unsafe { context.alloc_pinned::<u64>(len.next_power_of_two()) };
+        // SAFETY: the bytes are written before they are read.
+        let new = || unsafe { context.alloc_pinned::<u8>(len.next_power_of_two()) };
         match self.buffers.get(place) {
             None => self.buffers.push(new()?),
             Some(held) if held.len() < len => self.buffers[place] = new()?,
@@ -43,27 +43,27 @@ impl Ring {
     }
 }
 
-/// Copies words to new memory on the stream's device, without waiting for the stream's work.
-pub fn copy(stream: &Arc<CudaStream>, words: &[u64]) -> Result<CudaSlice<u64>, DriverError> {
-    if size_of_val(words) < MIN_BYTES {
-        return stream.clone_htod(words);
+/// Copies bytes to new memory on the stream's device, without waiting for the stream's work.
+pub fn copy(stream: &Arc<CudaStream>, bytes: &[u8]) -> Result<CudaSlice<u8>, DriverError> {
+    if bytes.len() < MIN_BYTES {
+        return stream.clone_htod(bytes);
     }
     let context = stream.context();
     let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
-    let buffer = devices.entry(context.ordinal()).or_default().buffer(context, words.len())?;
+    let buffer = devices.entry(context.ordinal()).or_default().buffer(context, bytes.len())?;
     // Waits for the copy that used the buffer before.
-    buffer.as_mut_slice()?[..words.len()].copy_from_slice(words);
-    stream.clone_htod(&Part { buffer, len: words.len() })
+    buffer.as_mut_slice()?[..bytes.len()].copy_from_slice(bytes);
+    stream.clone_htod(&Part { buffer, len: bytes.len() })
 }
 
-/// The first words of a buffer.
+/// The first bytes of a buffer.
 struct Part<'a> {
-    buffer: &'a mut PinnedHostSlice<u64>,
+    buffer: &'a mut PinnedHostSlice<u8>,
     len: usize,
 }
 
 // The safety of both slices is that of the buffer's: the caller uses them with `stream`.
-impl HostSlice<u64> for Part<'_> {
+impl HostSlice<u8> for Part<'_> {
     fn len(&self) -> usize {
         self.len
     }
@@ -71,7 +71,7 @@ impl HostSlice<u64> for Part<'_> {
     unsafe fn stream_synced_slice<'a>(
         &'a self,
         stream: &'a CudaStream,
-    ) -> (&'a [u64], SyncOnDrop<'a>) {
+    ) -> (&'a [u8], SyncOnDrop<'a>) {
         // SAFETY: the caller uses the slice with this stream.
         let (all, sync) = unsafe { self.buffer.stream_synced_slice(stream) };
         (&all[..self.len], sync)
@@ -80,7 +80,7 @@ impl HostSlice<u64> for Part<'_> {
     unsafe fn stream_synced_mut_slice<'a>(
         &'a mut self,
         stream: &'a CudaStream,
-    ) -> (&'a mut [u64], SyncOnDrop<'a>) {
+    ) -> (&'a mut [u8], SyncOnDrop<'a>) {
         // SAFETY: as above.
         let (all, sync) = unsafe { self.buffer.stream_synced_mut_slice(stream) };
         (&mut all[..self.len], sync)

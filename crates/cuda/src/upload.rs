@@ -1,15 +1,62 @@
-//! Several lists in one copy to the device.
+//! Copies of lists to the device.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
 
 use crate::staging;
-use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr, DriverError};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError};
+
+/// Lists on a device, in memory of the stream's pool.
+#[derive(Debug)]
+pub struct Uploaded {
+    /// `None` if there are no bytes.
+    bytes: Option<CudaSlice<u8>>,
+    address: u64,
+}
+
+impl Uploaded {
+    fn new(stream: &Arc<CudaStream>, bytes: &[u8]) -> Result<Self, DriverError> {
+        if bytes.is_empty() {
+            return Ok(Self { bytes: None, address: 0 });
+        }
+        let bytes = staging::copy(stream, bytes)?;
+        let address = bytes.device_ptr(stream).0;
+        Ok(Self { bytes: Some(bytes), address })
+    }
+
+    /// Returns the device address of the first list; 0 if all lists are empty.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Returns the number of bytes.
+    pub fn len(&self) -> usize {
+        self.bytes.as_ref().map_or(0, CudaSlice::len)
+    }
+
+    /// Returns whether all lists are empty.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_none()
+    }
+}
+
+/// Copies a list to the device, without waiting for the stream's work.
+///
+/// The elements are numbers or [`args!`](crate::args) structs.
+///
+/// # Errors
+/// Errors of the driver.
+pub fn upload<T: DeviceRepr + Copy>(
+    stream: &Arc<CudaStream>,
+    list: &[T],
+) -> Result<Uploaded, DriverError> {
+    Uploaded::new(stream, bytes_of(list))
+}
 
 /// Lists that are copied to a device together, because each copy has a cost of its own.
 #[derive(Debug, Default)]
 pub struct Upload {
-    words: Vec<u64>,
+    bytes: Vec<u8>,
 }
 
 impl Upload {
@@ -18,26 +65,25 @@ impl Upload {
     /// The elements are numbers or [`args!`](crate::args) structs of at most 8 bytes' alignment.
     pub fn push<T: DeviceRepr + Copy>(&mut self, list: &[T]) -> u64 {
         const { assert!(align_of::<T>() <= 8) };
-        let (first, bytes) = (self.words.len(), size_of_val(list));
-        self.words.resize(first + bytes.div_ceil(8), 0);
-        // SAFETY: the words from `first` on have room for the bytes, and the two do not overlap.
-        unsafe {
-            let to = self.words.as_mut_ptr().add(first).cast::<u8>();
-            std::ptr::copy_nonoverlapping(list.as_ptr().cast::<u8>(), to, bytes);
-        }
-        8 * first as u64
+        let first = self.bytes.len().next_multiple_of(8);
+        self.bytes.resize(first, 0);
+        self.bytes.extend_from_slice(bytes_of(list));
+        first as u64
     }
 
-    /// Copies the lists, without waiting for the stream's work. Returns `None` if all are empty.
+    /// Copies the lists, without waiting for the stream's work.
     ///
     /// # Errors
     /// Errors of the driver.
-    pub fn copy(&self, stream: &Arc<CudaStream>) -> Result<Option<CudaSlice<u64>>, DriverError> {
-        match self.words.is_empty() {
-            true => Ok(None),
-            false => staging::copy(stream, &self.words).map(Some),
-        }
+    pub fn copy(&self, stream: &Arc<CudaStream>) -> Result<Uploaded, DriverError> {
+        Uploaded::new(stream, &self.bytes)
     }
+}
+
+fn bytes_of<T: DeviceRepr + Copy>(list: &[T]) -> &[u8] {
+    // SAFETY: the elements are numbers or `args!` structs, which have no padding, so all bytes are
+    // initialized. The slice borrows the list.
+    unsafe { std::slice::from_raw_parts(list.as_ptr().cast(), size_of_val(list)) }
 }
 
 #[cfg(test)]
@@ -51,7 +97,8 @@ mod tests {
         assert_eq!(upload.push::<u64>(&[]), 16);
         assert_eq!(upload.push(&[7u64, 8]), 16);
         assert_eq!(upload.push(&[1.0f32]), 32);
-        let low = u64::from(1.0f32.to_bits());
-        assert_eq!(upload.words, [1 | 2 << 32, 3, 7, 8, low]);
+        let words = |from: usize| u64::from_ne_bytes(upload.bytes[from..][..8].try_into().unwrap());
+        assert_eq!([words(0), words(8), words(16), words(24)], [1 | 2 << 32, 3, 7, 8]);
+        assert_eq!(upload.bytes[32..], 1.0f32.to_ne_bytes());
     }
 }

@@ -22,4 +22,4 @@ FORMATS(128)
 FORMATS(192)
 FORMATS(256)
 
-extern "C" __global__ void paged_join(const AttendArgs a) { join(a); }
+extern "C" __global__ void paged_merge(const AttendArgs a) { merge(a); }

@@ -2,7 +2,9 @@
 #![cfg(feature = "cuda")]
 #![allow(unsafe_code)]
 
+mod argmax;
 mod matvec;
+mod merge;
 pub mod paged;
 mod prefill;
 mod rms_norm;
@@ -10,8 +12,10 @@ mod rope;
 mod silu_mul;
 mod top;
 
+pub use argmax::{ArgmaxArgs, argmax};
 pub use longctx_cuda::{self, Error, Result};
 pub use matvec::{MAX_ROWS, MatVecArgs, matvec};
+pub use merge::{MergeArgs, merge_states};
 pub use prefill::{Half, PAGE, PrefillArgs, has_prefill, prefill};
 pub use rms_norm::{RmsNormArgs, rms_norm};
 pub use rope::{RopeArgs, rope};

@@ -52,7 +52,7 @@ longctx_cuda::args! {
 
 longctx_cuda::args! {
     /// The partial results of a kv head and some columns. They have consecutive indices.
-    pub struct AttendJoin: 24 {
+    pub struct AttendMerge: 24 {
         /// Index of the first partial result.
         pub first_part: i32,
         /// Number of partial results.
@@ -85,8 +85,8 @@ longctx_cuda::args! {
         pub part_sum: u64,
         /// Array of [`AttendWork`].
         pub work: u64,
-        /// Array of [`AttendJoin`].
-        pub joins: u64,
+        /// Array of [`AttendMerge`].
+        pub merges: u64,
         /// Query heads.
         pub heads: i32,
         /// Query heads of a kv head.
@@ -160,21 +160,21 @@ longctx_cuda::args! {
         /// Block table of the kv head.
         pub table: u64,
         /// Addresses of newly taken blocks, u64. The kernel writes them to the block table.
-        pub fresh: u64,
+        pub new_blocks: u64,
         /// Tokens to append, u32, relative to the sequence's first token in this call. 0: all.
         pub tokens: u64,
         /// Row of the sequence's first token. The next token is `stride` rows later.
         pub first_row: i64,
         /// Block table index of the first new block.
-        pub first_fresh: i32,
+        pub first_new_block: i32,
         /// Number of new blocks.
-        pub fresh_count: i32,
+        pub new_block_count: i32,
         /// First entry to write.
         pub first: i32,
         /// Number of entries to write.
         pub count: i32,
         /// Number of tokens of the sequence in this call. No later token is read.
-        pub own: i32,
+        pub seqlen: i32,
         /// Padding.
         pub unused: i32,
     }
@@ -275,7 +275,7 @@ fn attend_kernel(
 }
 
 /// Launches attention of a few queries of many sequences: `count` work items, whose partial results
-/// `joins` merges into the outputs. Both lists are read from device memory, so a captured launch
+/// `merges` merges into the outputs. Both lists are read from device memory, so a captured launch
 /// can be replayed with other lists of the same lengths.
 ///
 /// # Errors
@@ -290,7 +290,7 @@ pub unsafe fn attend(
     half: Half,
     head_dim: usize,
     args: &AttendArgs,
-    (count, joins): (usize, usize),
+    (count, merges): (usize, usize),
 ) -> Result<()> {
     let context = stream.context();
     let columns = args.columns.max(0) as usize;
@@ -298,11 +298,11 @@ pub unsafe fn attend(
         return Err(Error::mismatch("head_dim of the arguments", head_dim, args.head_dim));
     }
     let kernel = attend_kernel(context, half, head_dim, columns)?;
-    let join = IMAGE.kernel(context, "paged_join", (head_dim as u32).next_multiple_of(32), 0)?;
+    let merge = IMAGE.kernel(context, "paged_merge", (head_dim as u32).next_multiple_of(32), 0)?;
     // SAFETY: the caller guarantees the addresses; the grids are those that the kernels expect.
     unsafe {
         kernel.launch(stream, [count, 1, 1], args)?;
-        join.launch(stream, [joins, columns, 1], args)?;
+        merge.launch(stream, [merges, columns, 1], args)?;
     }
     Ok(())
 }

@@ -18,7 +18,7 @@ struct Work {
     const unsigned long long* table;  // block table of the kv head: record addresses
     const void* ring_k;               // ring buffer [ring, D], f16 or bf16
     const void* ring_v;
-    const uint2* live;  // per 32 slots: a bit per entry, number of earlier entries; null: no holes
+    const uint2* valid;  // per 32 slots: a bit per entry, number of earlier entries; null: no holes
     long long sums;    // offset of the kv head's sums in `out`, for sums.cuh
     int packed;        // slots in records; later slots of the last record are not visible
     int residual;      // slots in the ring, newer than the packed ones
@@ -30,8 +30,8 @@ struct Work {
     int from, to;      // records of this item; from < 0: the ring
     int first_part;    // first partial result of this kv head and block of columns
     int part, parts;   // index and number of the partial results
-    int join;          // index in `arrived`
-    int live_slots;    // slots that `live` covers, a multiple of 32; later slots have no holes
+    int merge;          // index in `arrived`
+    int valid_slots;    // slots that `valid` covers, a multiple of 32; later slots have no holes
     int holes;
     int unused;
 };
@@ -43,7 +43,7 @@ struct AttendArgs {
     float* lse;         // [tokens, heads], natural logarithm; may be null. sums.cuh reads it
     float* part_out;    // [parts, columns, D]
     float* part_lse;    // [parts, columns], in base 2
-    unsigned* arrived;  // per join: 0 before and after the launch
+    unsigned* arrived;  // per merge: 0 before and after the launch
     const Work* work;   // one per thread block; in sums.cuh, one per kv head of a sequence
     int heads, heads_per_kv;
     int ring;        // capacity of a ring
@@ -68,12 +68,12 @@ __device__ __forceinline__ long long row_of(const AttendArgs& args, const Work& 
 __device__ __forceinline__ int entries_of(const Work& work) { return work.packed + work.residual - work.holes; }
 
 // Returns the bits and the count of 32 slots. The first slot is a multiple of 32.
-__device__ __forceinline__ uint2 live_at(const Work& work, int slot) {
-    return slot < work.live_slots ? __ldg(work.live + slot / 32) : make_uint2(FULL, slot - work.holes);
+__device__ __forceinline__ uint2 valid_at(const Work& work, int slot) {
+    return slot < work.valid_slots ? __ldg(work.valid + slot / 32) : make_uint2(FULL, slot - work.holes);
 }
 
 // Returns the number of the entry in one of 32 slots; -1 for a hole.
-__device__ __forceinline__ int entry_in(uint2 live, int i) { return live.x >> i & 1 ? int(live.y) + __popc(live.x & ((1u << i) - 1)) : -1; }
+__device__ __forceinline__ int entry_in(uint2 valid, int i) { return valid.x >> i & 1 ? int(valid.y) + __popc(valid.x & ((1u << i) - 1)) : -1; }
 
 constexpr int ROTATED_KEYS = 1, ROTATED_VALUES = 2;
 constexpr int MAX_SPLITS = 127;

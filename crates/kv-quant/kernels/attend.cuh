@@ -7,7 +7,7 @@
 // queries) are the small operand. Scales of keys multiply the queries or the scores, scales of
 // values the probabilities. Minima use a separate product, whose unused rows sum the probabilities.
 #pragma once
-#include "join.cuh"
+#include "merge.cuh"
 #include "scores.cuh"
 
 namespace kvq {
@@ -320,11 +320,11 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const Work work = args.work[blockIdx.x];
     if (work.queries == 0) return;
-    const int live = min(args.heads_per_kv * work.queries - work.first_column, 8 * N);
+    const int valid = min(args.heads_per_kv * work.queries - work.first_column, 8 * N);
     Columns<N> columns;
     const bool coded = work.from >= 0;
     auto ready = [&]() {
-        load_queries<D, N>(args, work, work.first_column, live, coded && args.rotated & ROTATED_KEYS, queries, factors);
+        load_queries<D, N>(args, work, work.first_column, valid, coded && args.rotated & ROTATED_KEYS, queries, factors);
         __syncthreads();
         columns = columns_of<N>(args, factors, work.queries, work.first_column, entries_of(work), lane);
     };
@@ -360,7 +360,7 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
         }
     __syncthreads();
     // The block's outputs replace warp 0's; `factors` receives their log-sum-exps.
-    for (int i = threadIdx.x; i < live * D; i += WARPS * 32) {
+    for (int i = threadIdx.x; i < valid * D; i += WARPS * 32) {
         int column = i / D, channel = i % D;
         float top = warp_max[0][column];
 #pragma unroll
@@ -376,7 +376,7 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
         if (channel == 0) factors[column] = sum > 0.f ? top + log2f(sum) : -INFINITY;
     }
     __syncthreads();
-    for (int column = warp; column < live; column += WARPS) {
+    for (int column = warp; column < valid; column += WARPS) {
         float x[D / 32];
 #pragma unroll
         for (int i = 0; i < D / 32; i++) x[i] = outs[column * PITCH + i * 32 + lane];
@@ -395,13 +395,13 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        last = atomicAdd(args.arrived + work.join, 1u) == work.parts - 1;
-        if (last) args.arrived[work.join] = 0;
+        last = atomicAdd(args.arrived + work.merge, 1u) == work.parts - 1;
+        if (last) args.arrived[work.merge] = 0;
     }
     __syncthreads();
     if (!last) return;
     __threadfence();
-    join_splits<D, N, WARPS>(args, work, live, shared, warp_max[0], warp_sum[0]);
+    merge_splits<D, N, WARPS>(args, work, valid, shared, warp_max[0], warp_sum[0]);
 }
 
 // Bytes of dynamic shared memory.

@@ -37,24 +37,24 @@ __device__ __forceinline__ void write_words(const unsigned char* codes, unsigned
 
 // Reduces V numbers of each lane over a warp, halving their number at each step. Lane l gets result
 // l V / 32.
-template <int HALF, int BIT, int V, class Join>
-__device__ __forceinline__ void scatter_step(float (&x)[V], Join join) {
+template <int HALF, int BIT, int V, class Combine>
+__device__ __forceinline__ void scatter_step(float (&x)[V], Combine combine) {
     if constexpr (HALF > 0) {
         const bool upper = threadIdx.x & BIT;
 #pragma unroll
         for (int i = 0; i < HALF; i++) {
             const float kept = upper ? x[i + HALF] : x[i], sent = upper ? x[i] : x[i + HALF];
-            x[i] = join(kept, __shfl_xor_sync(FULL, sent, BIT));
+            x[i] = combine(kept, __shfl_xor_sync(FULL, sent, BIT));
         }
     } else {
-        x[0] = join(x[0], __shfl_xor_sync(FULL, x[0], BIT));
+        x[0] = combine(x[0], __shfl_xor_sync(FULL, x[0], BIT));
     }
-    if constexpr (BIT > 1) scatter_step<HALF / 2, BIT / 2>(x, join);
+    if constexpr (BIT > 1) scatter_step<HALF / 2, BIT / 2>(x, combine);
 }
 
-template <int V, class Join>
-__device__ __forceinline__ float scatter_over_warp(float (&x)[V], Join join) {
-    scatter_step<V / 2, 16>(x, join);
+template <int V, class Combine>
+__device__ __forceinline__ float scatter_over_warp(float (&x)[V], Combine combine) {
+    scatter_step<V / 2, 16>(x, combine);
     return x[0];
 }
 
@@ -201,7 +201,7 @@ struct Balance {
     // Computes scales and minima from the extremes of rows (VALUES) or columns.
     template <bool VALUES>
     __device__ __forceinline__ void settle(const Own& own, float largest) {
-        auto join = [](float a, float b) { return fmaxf(a, b); };
+        auto combine = [](float a, float b) { return fmaxf(a, b); };
         float high = -INFINITY, low = -INFINITY;  // low is the maximum of the negated numbers
         if (VALUES) {
             float all[2 * ROWS];
@@ -211,7 +211,7 @@ struct Balance {
 #pragma unroll
                 for (int i = 0; i < SLICE; i++) all[r] = fmaxf(all[r], own.x[r][i]), all[ROWS + r] = fmaxf(all[ROWS + r], -own.x[r][i]);
             }
-            high = scatter_over_warp<2 * ROWS>(all, join);
+            high = scatter_over_warp<2 * ROWS>(all, combine);
             low = __shfl_sync(FULL, high, lane() | 16), high = __shfl_sync(FULL, high, lane() & 15);
         } else {
 #pragma unroll

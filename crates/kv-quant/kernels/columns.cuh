@@ -81,7 +81,7 @@ template <int N>
 __device__ __forceinline__ void restrict(float (&s)[2][N][4], const Columns<N>& columns, const Work& work, int at, int end, int lane) {
     // The ring's first slot may not be a multiple of 32.
     const bool aligned = at % TILE == 0;
-    uint2 live = aligned ? live_at(work, at) : make_uint2(at < work.live_slots ? 0 : FULL, at - work.holes);
+    uint2 valid = aligned ? valid_at(work, at) : make_uint2(at < work.valid_slots ? 0 : FULL, at - work.holes);
     if (columns.soft_cap > 0.f) {
 #pragma unroll
         for (int n = 0; n < N; n++)
@@ -95,13 +95,13 @@ __device__ __forceinline__ void restrict(float (&s)[2][N][4], const Columns<N>& 
                         s[r][n][e + h] = columns.soft_cap * tanhf(s[r][n][e + h] * natural / columns.soft_cap) / natural;
             }
     }
-    if (live.x == FULL && int(live.y) >= columns.from_max && int(live.y) + TILE <= columns.to_min && at + TILE <= end) return;
+    if (valid.x == FULL && int(valid.y) >= columns.from_max && int(valid.y) + TILE <= columns.to_min && at + TILE <= end) return;
 #pragma unroll
     for (int r = 0; r < 2; r++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const int i = 16 * r + 8 * h + lane / 4, slot = at + i;
-            int entry = aligned ? entry_in(live, i) : entry_in(live_at(work, slot & ~(TILE - 1)), slot % TILE);
+            int entry = aligned ? entry_in(valid, i) : entry_in(valid_at(work, slot & ~(TILE - 1)), slot % TILE);
             if (slot >= end) entry = -1;
 #pragma unroll
             for (int n = 0; n < N; n++)

@@ -14,12 +14,12 @@ struct FillRow {
     const void* new_k;      // rows of `stride` elements; the first is entry first_new
     const void* new_v;
     unsigned long long* table;        // record addresses
-    const unsigned long long* fresh;  // addresses of new records, which the kernel writes to the table
+    const unsigned long long* new_records;  // addresses of new records, which the kernel writes to the table
     unsigned long long* status;       // output: one group that is out of range, if any; see `report`
     unsigned long long tag;           // sequence and kv head, for the report
     int first_new, shift;
     int move_from, move_to;        // entries to copy into the ring
-    int fresh_record;              // first new record
+    int first_new_record;              // first new record
     int key_record, key_records;   // records whose keys are packed: first and count
     int value_tile, value_tiles;   // tiles of 32 entries whose values are packed: first and count
     int round;                     // whether dequantized keys are also written to the ring

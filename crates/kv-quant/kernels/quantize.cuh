@@ -46,7 +46,7 @@ struct Quantize {
     // Copies the entries from `entry` on, TOKENS x CHANNELS, to shared memory as f16. The 16-byte
     // pieces of a row are permuted to avoid bank conflicts.
     template <int TOKENS, int CHANNELS>
-    static __device__ __forceinline__ void load(unsigned char* source, const void* ring, const void* fresh, const FillArgs& args, const FillRow& row,
+    static __device__ __forceinline__ void load(unsigned char* source, const void* ring, const void* new_rows, const FillArgs& args, const FillRow& row,
                                                 int entry, int channel) {
         constexpr int PIECES = CHANNELS / 8, EACH = TOKENS * PIECES / THREADS;
         uint4 x[EACH];
@@ -55,7 +55,7 @@ struct Quantize {
             int piece = threadIdx.x + i * THREADS;
             int at = entry + piece / PIECES;
             const __half* from = at < row.first_new ? static_cast<const __half*>(ring) + (at + row.shift) % args.ring * D
-                                                    : static_cast<const __half*>(fresh) + (at - row.first_new) * args.stride;
+                                                    : static_cast<const __half*>(new_rows) + (at - row.first_new) * args.stride;
             x[i] = *reinterpret_cast<const uint4*>(from + channel + piece % PIECES * 8);
         }
 #pragma unroll
@@ -141,7 +141,7 @@ struct Quantize {
 
     // Returns the address of a record. New records are not in the table until the launch ends.
     static __device__ __forceinline__ unsigned char* record_of(const FillRow& row, int record) {
-        return reinterpret_cast<unsigned char*>(record < row.fresh_record ? row.table[record] : row.fresh[record - row.fresh_record]);
+        return reinterpret_cast<unsigned char*>(record < row.first_new_record ? row.table[record] : row.new_records[record - row.first_new_record]);
     }
 
     static __device__ __forceinline__ void keys(const FillArgs& args, const FillRow& row, int record, int channel, unsigned char* shared) {
@@ -181,7 +181,7 @@ struct Quantize {
         }
         __syncthreads();
         unsigned char* to = record_of(row, record);
-        if (record >= row.fresh_record && channel == 0 && threadIdx.x == 0) row.table[record] = reinterpret_cast<unsigned long long>(to);
+        if (record >= row.first_new_record && channel == 0 && threadIdx.x == 0) row.table[record] = reinterpret_cast<unsigned long long>(to);
         copy_out(to + L::K_SCALE + 2 * channel, out + UNITS * CODES, 2 * K_CHANNELS);
         copy_out(to + L::K_MIN + 2 * channel, out + UNITS * CODES + 2 * K_CHANNELS, 2 * K_CHANNELS);
 #pragma unroll

@@ -13,11 +13,11 @@ constexpr int SUM_WARPS = 4;
 
 // Adds the columns' probabilities of 32 tokens, given their scores.
 __device__ __forceinline__ void add_probabilities(float (&sum)[2][2][2], const float (&s)[2][1][4], const Columns<1>& columns, const AttendArgs& args,
-                                                  const Work& work, int first, int live, int lane) {
+                                                  const Work& work, int first, int valid, int lane) {
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         int column = lane % 4 * 2 + e;
-        float all = column < live ? args.lse[row_of(args, work, first + column)] * LOG2E : -INFINITY;
+        float all = column < valid ? args.lse[row_of(args, work, first + column)] * LOG2E : -INFINITY;
         if (all == -INFINITY) continue;  // An unused column, or a query that sees no entry.
 #pragma unroll
         for (int r = 0; r < 2; r++)
@@ -58,10 +58,10 @@ __device__ __forceinline__ void sums(const AttendArgs& args) {
     float sum[2][2][2] = {};  // [r][h][e]: token 16 r + 8 h + lane / 4, column 2 (lane % 4) + e
     const int last_column = by_head ? (first_head + 1) * work.queries : min(args.heads_per_kv, first_head + 8);
     for (int first = first_head * work.queries; first < last_column; first += 8) {
-        const int live = min(8, last_column - first);
+        const int valid = min(8, last_column - first);
         __syncthreads();  // The previous queries are no longer read.
-        load_queries<D, 1>(args, work, first, live, false, queries[0], factors[0]);
-        load_queries<D, 1>(args, work, first, live, args.rotated & ROTATED_KEYS, queries[1], factors[1]);
+        load_queries<D, 1>(args, work, first, valid, false, queries[0], factors[0]);
+        load_queries<D, 1>(args, work, first, valid, args.rotated & ROTATED_KEYS, queries[1], factors[1]);
         copy_wait<0>();
         __syncthreads();
         if (at >= end) continue;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void sums(const AttendArgs& args) {
             });
         }
         restrict<1>(s, columns, work, at, end, lane);
-        add_probabilities(sum, s, columns, args, work, first, live, lane);
+        add_probabilities(sum, s, columns, args, work, first, valid, lane);
     }
 
     float* out = static_cast<float*>(args.out) + work.sums + (long long)first_head * slots;

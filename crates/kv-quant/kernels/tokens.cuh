@@ -26,10 +26,10 @@ struct Rows {
     // Returns the index in the row of a lane's k-th number.
     static __device__ __forceinline__ int number_at(int k) { return k / 8 * (8 * LANES) + lane() * 8 + k % 8; }
 
-    template <class T, class Join>
-    static __device__ __forceinline__ T over_row(T x, Join join) {
+    template <class T, class Combine>
+    static __device__ __forceinline__ T over_row(T x, Combine combine) {
 #pragma unroll
-        for (int i = LANES / 2; i > 0; i /= 2) x = join(x, __shfl_xor_sync(FULL, x, i));
+        for (int i = LANES / 2; i > 0; i /= 2) x = combine(x, __shfl_xor_sync(FULL, x, i));
         return x;
     }
 
@@ -114,9 +114,9 @@ __device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c
 // Returns the address of a record. If the record is new, threads with `first` write it to the
 // table.
 __device__ __forceinline__ unsigned char* record_at(const FillRow& row, int record, bool first) {
-    const bool fresh = record >= row.fresh_record;
-    const unsigned long long at = fresh ? row.fresh[record - row.fresh_record] : row.table[record];
-    if (fresh && first) row.table[record] = at;
+    const bool is_new = record >= row.first_new_record;
+    const unsigned long long at = is_new ? row.new_records[record - row.first_new_record] : row.table[record];
+    if (is_new && first) row.table[record] = at;
     return reinterpret_cast<unsigned char*>(at);
 }
 

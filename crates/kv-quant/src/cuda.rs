@@ -14,7 +14,7 @@
 //!   token is packed.
 //!
 //! Tokens of a kv head are in *slots*, numbered from 0: first those in records, then those in the
-//! ring. A slot whose entry was evicted is a *hole*; see [`Work::live`].
+//! ring. A slot whose entry was evicted is a *hole*; see [`Work::valid`].
 //!
 //! # Calls
 //!
@@ -47,6 +47,8 @@ pub use layout::Layout;
 pub(crate) use layout::needs;
 pub use longctx_cuda::{self, Error, Result};
 pub use plan::Plan;
+#[cfg(feature = "candle")]
+pub(crate) use plan::Sizes;
 pub use report::Report;
 
 /// Tokens of a tile, the unit in which values are packed.

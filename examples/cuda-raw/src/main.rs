@@ -81,7 +81,7 @@ fn pack(
                 new_v: at(&v) + offset,
                 table: work.table,
                 status: at(&status),
-                fresh_record: i32::MAX, // All addresses are in the table.
+                first_new_record: i32::MAX, // All addresses are in the table.
                 key_records: blocks[seq] as i32,
                 value_tiles: work.packed / TILE as i32,
                 move_from: work.packed,

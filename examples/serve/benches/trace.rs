@@ -5,7 +5,8 @@
 //!
 //! Lengths of prompts and answers are log-normal. A fixed number of requests is open at a time; a
 //! request beyond the cache's memory waits in the scheduler. The time to the first token includes
-//! that wait.
+//! that wait. The last columns say how long the host launched the steps' work, and then waited for
+//! the device.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -93,9 +94,10 @@ fn main() -> Result<()> {
         total(|l| l.1)
     );
     println!(
-        "| cache | open at most | held at most | seconds | tokens/s | first token p50, s | p95, s |"
+        "| cache | open at most | held at most | seconds | tokens/s | first token p50, s | p95, s | \
+         steps | launching, s | waiting, s |"
     );
-    println!("|---|---:|---:|---:|---:|---:|---:|");
+    println!("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|");
     for method in &args.methods {
         let open = match args.concurrency.is_empty() {
             true => vec![args.requests],
@@ -162,11 +164,14 @@ fn run(
     first.sort_by(f64::total_cmp);
     let percentile = |p: f64| first[((first.len() - 1) as f64 * p).round() as usize];
     println!(
-        "| {} | {open} | {held} | {seconds:.1} | {:.0} | {:.2} | {:.2} |",
+        "| {} | {open} | {held} | {seconds:.1} | {:.0} | {:.2} | {:.2} | {} | {:.1} | {:.1} |",
         method.name(),
         metrics.written_tokens.get() as f64 / seconds,
         percentile(0.5),
         percentile(0.95),
+        metrics.steps.get(),
+        metrics.forward_seconds.get(),
+        metrics.sample_seconds.get(),
     );
     Ok(())
 }

@@ -1,10 +1,15 @@
 //! Prometheus metrics.
 
+use std::sync::atomic::AtomicU64;
+
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
+
+/// A sum of seconds.
+pub type Seconds = Counter<f64, AtomicU64>;
 
 /// The server's metrics.
 pub struct Metrics {
@@ -31,6 +36,13 @@ pub struct Metrics {
     pub kv_bytes: Gauge,
     /// Seconds from a request to its first token.
     pub first_token: Histogram,
+    /// Steps of the model.
+    pub steps: Counter,
+    /// Seconds of all steps until the model has returned: on a GPU, until all its work is queued.
+    pub forward_seconds: Seconds,
+    /// Seconds of all steps from then until their tokens are known: on a GPU, the wait for its
+    /// work.
+    pub sample_seconds: Seconds,
 }
 
 impl Default for Metrics {
@@ -61,6 +73,16 @@ impl Default for Metrics {
         let first_token = Histogram::new(exponential_buckets(0.01, 2.0, 14));
         let help = "Seconds from a request to its first token";
         registry.register("first_token_seconds", help, first_token.clone());
+        let steps = counter(&mut registry, "steps", "Steps of the model");
+        let [forward_seconds, sample_seconds] = [
+            ("forward_seconds", "Seconds of steps until the model has returned"),
+            ("sample_seconds", "Seconds of steps from then until their tokens are known"),
+        ]
+        .map(|(name, help)| {
+            let seconds = Seconds::default();
+            registry.register(name, help, seconds.clone());
+            seconds
+        });
         Self {
             registry,
             done,
@@ -74,6 +96,9 @@ impl Default for Metrics {
             sequences,
             kv_bytes,
             first_token,
+            steps,
+            forward_seconds,
+            sample_seconds,
         }
     }
 }

@@ -7,11 +7,13 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::metrics::Metrics;
 use crate::prefixes::Prefixes;
 use longctx_core::{
     Batch, CausalLm, Error, Footprint, Greedy, Logits, Result, Sampler, Sampling, SeqId,
+    candle_core::Tensor,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, error::TryRecvError};
 
@@ -98,6 +100,10 @@ enum Output {
     Logits(Vec<f32>),
 }
 
+/// Time between two measurements of the cache's bytes and, while memory is full, between two
+/// attempts to admit a request. Both visit every block table.
+const MEASURE_EVERY: Duration = Duration::from_millis(100);
+
 /// The scheduler of a model's requests.
 pub struct Scheduler {
     model: Box<dyn CausalLm + Send>,
@@ -108,6 +114,9 @@ pub struct Scheduler {
     next_seq: SeqId,
     greedy: Greedy,
     metrics: Arc<Metrics>,
+    /// Whether the oldest waiting request did not fit in memory, and no request has ended since.
+    full: bool,
+    measured: Instant,
 }
 
 impl Scheduler {
@@ -115,8 +124,19 @@ impl Scheduler {
     pub fn new(model: Box<dyn CausalLm + Send>, options: Options, metrics: Arc<Metrics>) -> Self {
         let prefixes = Prefixes::new(options.prefixes);
         let (waiting, running) = (VecDeque::new(), Vec::new());
-        let greedy = Greedy::default();
-        Self { model, options, waiting, running, prefixes, next_seq: 0, greedy, metrics }
+        let (greedy, full, measured) = (Greedy::default(), false, Instant::now());
+        Self {
+            model,
+            options,
+            waiting,
+            running,
+            prefixes,
+            next_seq: 0,
+            greedy,
+            metrics,
+            full,
+            measured,
+        }
     }
 
     /// Serves requests until all senders are dropped and the last request is done.
@@ -150,13 +170,18 @@ impl Scheduler {
         self.metrics.running.set(self.running.len() as i64);
         self.metrics.waiting.set(self.waiting.len() as i64);
         self.metrics.sequences.set(self.model.seqs().len() as i64);
-        let Footprint { payload, scales, residual, .. } = self.model.footprint();
-        self.metrics.kv_bytes.set((payload + scales + residual) as i64);
+        if self.running.is_empty() || self.measured.elapsed() > MEASURE_EVERY {
+            let Footprint { payload, scales, residual, .. } = self.model.footprint();
+            self.metrics.kv_bytes.set((payload + scales + residual) as i64);
+            self.measured = Instant::now();
+            // A cache that evicts may have freed memory.
+            self.full = false;
+        }
     }
 
     fn drop_cancelled(&mut self) {
         let (model, metrics) = (&mut self.model, &self.metrics);
-        let waited = self.waiting.len();
+        let (waited, ran) = (self.waiting.len(), self.running.len());
         self.waiting.retain(|request| !request.events.is_closed());
         metrics.cancelled.inc_by((waited - self.waiting.len()) as u64);
         self.running.retain(|running| {
@@ -167,12 +192,13 @@ impl Scheduler {
             }
             keep
         });
+        self.full &= (waited, ran) == (self.waiting.len(), self.running.len());
     }
 
     /// Starts waiting requests, the oldest first, as long as the memory suffices for all running
     /// requests up to their limits. Kept prefixes are removed before a request has to wait.
     fn admit(&mut self) {
-        while let Some(request) = self.waiting.front() {
+        while let Some(request) = self.waiting.front().filter(|_| !self.full) {
             let (prefix, cached) = match self.prefixes.find(&request.prompt) {
                 Some((seq, len)) => (Some(seq), len),
                 None => (None, 0),
@@ -189,7 +215,7 @@ impl Scheduler {
                     let message = "the prompt and its answer do not fit the server's memory";
                     self.refuse(message.into());
                 }
-                Ok(None) => return,
+                Ok(None) => self.full = true,
                 Err(error) => self.refuse(error.to_string()),
             }
         }
@@ -242,6 +268,7 @@ impl Scheduler {
     /// there was one.
     fn drop_prefix(&mut self, last: Option<SeqId>) -> bool {
         let oldest = self.prefixes.drop_oldest(last);
+        self.full &= oldest.is_none();
         oldest.is_some_and(|seq| self.model.remove(seq))
     }
 
@@ -277,22 +304,38 @@ impl Scheduler {
         seqs: &[(SeqId, usize)],
         ids: &[u32],
     ) -> Result<Vec<Output>> {
+        let start = Instant::now();
         let logits = self.model.forward(&Batch::new(seqs)?, ids, Logits::Last)?;
+        let returned = Instant::now();
+        self.metrics.steps.inc();
+        self.metrics.forward_seconds.inc_by((returned - start).as_secs_f64());
+        let outputs = self.sample(fed, &logits);
+        self.metrics.sample_seconds.inc_by(returned.elapsed().as_secs_f64());
+        outputs
+    }
+
+    /// Copies what sampling needs from the model's device.
+    fn sample(&mut self, fed: &[usize], logits: &Tensor) -> Result<Vec<Output>> {
         if fed.iter().all(|&i| self.running[i].request.sampling == Sampling::Greedy) {
-            let tokens = self.greedy.choose(&logits)?;
+            let tokens = self.greedy.choose(logits)?;
             return Ok(tokens.into_iter().map(Output::Token).collect());
         }
         Ok(logits.to_vec2()?.into_iter().map(Output::Logits).collect())
     }
 
-    /// Handles a failed step. A kept prefix is freed and the step is tried again. If there is none,
-    /// the newest request of the step fails, and the others continue.
+    /// Handles a failed step. If memory is missing, a kept prefix is freed and the step is tried
+    /// again. Otherwise one request fails and the others continue: that of a poisoned sequence, or
+    /// the newest of the step.
     fn recover(&mut self, fed: &[usize], error: &Error) {
         if matches!(error, Error::PoolFull { .. }) && self.drop_prefix(None) {
             return;
         }
-        let youngest = fed.iter().copied().max_by_key(|&i| self.running[i].seq);
-        if let Some(i) = youngest {
+        let poisoned = |&i: &usize| match error {
+            Error::Poisoned { seq, .. } => self.running[i].seq == *seq,
+            _ => false,
+        };
+        let newest = || fed.iter().copied().max_by_key(|&i| self.running[i].seq);
+        if let Some(i) = fed.iter().copied().find(poisoned).or_else(newest) {
             self.end(i, Event::Failed(error.to_string()));
         }
     }
@@ -362,6 +405,7 @@ impl Scheduler {
     fn end(&mut self, i: usize, event: Event) {
         let running = self.running.remove(i);
         self.model.remove(running.seq);
+        self.full = false;
         match event {
             Event::Failed(_) => self.metrics.failed.inc(),
             _ => self.metrics.done.inc(),
@@ -480,6 +524,21 @@ mod tests {
             let cached = |cached| Some(Event::Done { stopped: false, cached });
             assert_eq!(answers, [cached(0), cached(80), cached(80)], "{method}");
         }
+    }
+
+    #[test]
+    fn an_error_ends_the_poisoned_request_or_the_newest() {
+        let mut busy = scheduler("dense-f32", None, 0);
+        let mut all: Vec<_> = (0..3).map(|i| ask(&mut busy, prompt(i, 8), 20)).collect();
+        busy.step();
+        let seq = busy.running[1].seq;
+        busy.recover(&[0, 1, 2], &Error::Poisoned { seq, reason: "NaN".into() });
+        busy.recover(&[0, 1], &Error::Unsupported("this step".into()));
+        finish(&mut busy);
+        let ends: Vec<_> = all.iter_mut().map(|received| events(received).1.unwrap()).collect();
+        assert!(matches!(&ends[0], Event::Done { .. }), "{ends:?}");
+        assert!(matches!(&ends[1], Event::Failed(why) if why.contains("NaN")), "{ends:?}");
+        assert!(matches!(&ends[2], Event::Failed(why) if why.contains("this step")), "{ends:?}");
     }
 
     #[test]

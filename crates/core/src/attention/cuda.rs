@@ -9,7 +9,7 @@ pub use sums::{sums_of_call, sums_on_device};
 
 use std::sync::Once;
 
-use crate::{AttentionShape, AttentionState, Batch, Mask, Result};
+use crate::{AttentionShape, AttentionState, Batch, Error, Mask, Result};
 use candle_core::{CudaDevice, DType, Device, Tensor};
 
 /// Causal attention of each sequence's queries over the keys of the same tokens, in one launch. See
@@ -24,6 +24,37 @@ pub fn attend_batch(
     let Some(device) = supported_device(q, k, v, shape)? else { return Ok(None) };
     let lens = batch.cu_seqlens_on(q.device())?;
     prefill::attend(device, [q, k, v], (&lens, &lens), shape, Mask::Causal).map(Some)
+}
+
+/// Attention of each sequence's queries `[tokens, heads, head_dim]` over all keys of its past: keys
+/// and values `[past, kv_heads, head_dim]`, in which sequence `i` of the batch has the tokens
+/// `cu_seqlens_k[i]..cu_seqlens_k[i + 1]`. A sequence without past has outputs of zero and
+/// log-sum-exps of -inf. Returns `None` if no kernel supports the tensors.
+///
+/// # Errors
+/// [`Error::Mismatch`] if a tensor does not fit `shape`, the batch or the lengths.
+pub fn attend_past(
+    batch: &Batch,
+    q: &Tensor,
+    (k, v): (&Tensor, &Tensor),
+    cu_seqlens_k: &[u32],
+    shape: &AttentionShape,
+) -> Result<Option<AttentionState>> {
+    super::check_tokens(batch, shape.check_q(q)?)?;
+    let past = shape.check_kv(k, v)?;
+    let (seqs, last) = (batch.seqs().len(), cu_seqlens_k.last().map(|&last| last as usize));
+    if cu_seqlens_k.len() != seqs + 1 || !cu_seqlens_k.is_sorted() || last != Some(past) {
+        let expected = format!("{} increasing ends, the last of them {past}", seqs + 1);
+        return Err(Error::mismatch(
+            "cu_seqlens of the past",
+            expected,
+            format!("{cu_seqlens_k:?}"),
+        ));
+    }
+    let Some(device) = supported_device(q, k, v, shape)? else { return Ok(None) };
+    let lens = batch.cu_seqlens_on(q.device())?;
+    let lens_k = Tensor::new(cu_seqlens_k, q.device())?;
+    prefill::attend(device, [q, k, v], (&lens, &lens_k), shape, Mask::Full).map(Some)
 }
 
 /// Returns whether the device has kernels for keys and values of this dtype and shape. Without a

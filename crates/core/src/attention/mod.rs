@@ -27,6 +27,8 @@ mod tile;
 mod tests;
 
 #[cfg(feature = "cuda")]
+pub use cuda::attend_past;
+#[cfg(feature = "cuda")]
 pub(crate) use cuda::{has_kernels, sums_on_device};
 pub use element::{Element, with_slice};
 pub use tile::{Page, attend_pages, attention_sums_pages};

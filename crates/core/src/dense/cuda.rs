@@ -5,6 +5,7 @@
 mod append;
 mod attend;
 mod blocks;
+mod decode;
 mod edit;
 mod sums;
 

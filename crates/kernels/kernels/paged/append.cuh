@@ -16,16 +16,16 @@ __device__ __forceinline__ void append(const AppendArgs& a) {
     const AppendRow& row = a.rows[blockIdx.y];
     const bool value = blockIdx.z;
     if (blockIdx.x == 0 && !value)
-        for (int i = threadIdx.x; i < row.fresh_count; i += APPEND_THREADS) row.table[row.first_fresh + i] = row.fresh[i];
+        for (int i = threadIdx.x; i < row.new_block_count; i += APPEND_THREADS) row.table[row.first_new_block + i] = row.new_blocks[i];
     const long long at = blockIdx.x * (long long)APPEND_THREADS + threadIdx.x;
     const int i = int(at / a.pieces), piece = int(at % a.pieces);
     if (i >= row.count) return;
     // The host has not checked the list: an index beyond the sequence's tokens must not be read.
-    const int token = row.tokens ? min(row.tokens[i], uint32_t(row.own - 1)) : i;
+    const int token = row.tokens ? min(row.tokens[i], uint32_t(row.seqlen - 1)) : i;
     const long long source = row.first_row + token * a.stride;
     const int entry = row.first + i, block = entry / PAGE;
     // Other thread blocks may not have written this launch's new blocks to the table yet.
-    const uint64_t to = block < row.first_fresh ? row.table[block] : row.fresh[block - row.first_fresh];
+    const uint64_t to = block < row.first_new_block ? row.table[block] : row.new_blocks[block - row.first_new_block];
     *piece_at(to, value, entry, a.pieces, piece) = static_cast<const uint4*>(value ? a.v : a.k)[source * a.pieces + piece];
 }
 

@@ -13,7 +13,7 @@ constexpr int PAGE = 64;
 constexpr float LOG2E = 1.4426950408889634f;
 
 // A range of a kv head's entries for some columns. Column c is query c % queries of query head c /
-// queries of the kv head. Work and joins with `queries` 0 are skipped, so a list may have unused
+// queries of the kv head. Work and merges with `queries` 0 are skipped, so a list may have unused
 // items at its end.
 struct AttendWork {
     const uint64_t* table;
@@ -27,7 +27,7 @@ struct AttendWork {
 };
 
 // The partial results of a kv head and some columns, which are consecutive.
-struct AttendJoin {
+struct AttendMerge {
     int first_part, parts;
     int kv_head, queries, first_token, first_column;
 };
@@ -37,7 +37,7 @@ struct AttendArgs {
     float *out, *lse;                       // [tokens, heads, D] and [tokens, heads], natural logarithm
     float *part_out, *part_max, *part_sum;  // [parts, columns, D], [parts, columns], [parts, columns]
     const AttendWork* work;                 // one for each thread block
-    const AttendJoin* joins;
+    const AttendMerge* merges;
     int heads, heads_per_kv;
     int columns;         // of a thread block
     int causal, window;  // 1: the last `queries` entries are the queries' own; sliding window (0: none)
@@ -68,12 +68,12 @@ struct SumsArgs {
 // Rows of a call that are appended to a kv head.
 struct AppendRow {
     uint64_t* table;
-    const uint64_t* fresh;  // addresses of new blocks; the kernel writes them to the table
+    const uint64_t* new_blocks;  // addresses of new blocks; the kernel writes them to the table
     const uint32_t* tokens;  // indices of the tokens to append, in the sequence's own; null: all
     int64_t first_row;       // row of the sequence's first token; `stride` rows between tokens
-    int first_fresh, fresh_count;  // index of the first new block; number of new blocks
+    int first_new_block, new_block_count;  // index of the first new block; number of new blocks
     int first, count;              // index of the first new entry; number of new entries
-    int own, unused;               // number of the sequence's tokens in this call
+    int seqlen, unused;            // number of the sequence's tokens in this call
 };
 
 struct AppendArgs {
@@ -99,7 +99,7 @@ struct MoveArgs {
     int unused;
 };
 
-static_assert(sizeof(AttendWork) == 48 && offsetof(AttendWork, len) == 16 && sizeof(AttendJoin) == 24, "as in src/paged.rs");
+static_assert(sizeof(AttendWork) == 48 && offsetof(AttendWork, len) == 16 && sizeof(AttendMerge) == 24, "as in src/paged.rs");
 static_assert(sizeof(AttendArgs) == 96 && offsetof(AttendArgs, heads) == 64 && offsetof(AttendArgs, scale) == 84, "as in src/paged.rs");
 static_assert(sizeof(SumsWork) == 48 && offsetof(SumsWork, stride) == 16 && offsetof(SumsWork, len) == 32, "as in src/paged.rs");
 static_assert(sizeof(SumsArgs) == 56 && offsetof(SumsArgs, heads) == 32 && offsetof(SumsArgs, scale) == 48, "as in src/paged.rs");

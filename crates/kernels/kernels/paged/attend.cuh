@@ -1,5 +1,5 @@
 // Attention of a few queries of many sequences: flash decoding, which splits the entries into parts
-// and joins the partial results.
+// and merges the partial results.
 //
 // A group of LANES threads shares an entry. Each thread has 16 channels, which it reads with two
 // 16-byte loads. A group keeps a running softmax for all COLUMNS and strides through the entries of
@@ -161,31 +161,31 @@ __device__ __forceinline__ void attend(const AttendArgs& a) {
     }
 }
 
-// Grid: (joins, columns). One thread for each channel, in whole warps. A warp loads the weights of
+// Grid: (merges, columns). One thread for each channel, in whole warps. A warp loads the weights of
 // 32 parts at a time, one per lane.
-__device__ __forceinline__ void join(const AttendArgs& a) {
-    const AttendJoin& join = a.joins[blockIdx.x];
-    const int column = join.first_column + blockIdx.y, d = a.head_dim, channel = threadIdx.x, lane = threadIdx.x % 32;
-    if (column >= a.heads_per_kv * join.queries) return;
-    const long long first = (long long)join.first_part * a.columns + blockIdx.y;
+__device__ __forceinline__ void merge(const AttendArgs& a) {
+    const AttendMerge& merge = a.merges[blockIdx.x];
+    const int column = merge.first_column + blockIdx.y, d = a.head_dim, channel = threadIdx.x, lane = threadIdx.x % 32;
+    if (column >= a.heads_per_kv * merge.queries) return;
+    const long long first = (long long)merge.first_part * a.columns + blockIdx.y;
     float highest = -INFINITY, whole = 0.f, value = 0.f;
-    for (int s = lane; s < join.parts; s += 32) highest = fmaxf(highest, a.part_max[first + (long long)s * a.columns]);
+    for (int s = lane; s < merge.parts; s += 32) highest = fmaxf(highest, a.part_max[first + (long long)s * a.columns]);
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, i));
     // Threads beyond the last channel repeat it.
     const float* outs = a.part_out + first * d + min(channel, d - 1);
-    for (int start = 0; start < join.parts && highest > -INFINITY; start += 32) {
+    for (int start = 0; start < merge.parts && highest > -INFINITY; start += 32) {
         const long long at = first + (long long)(start + lane) * a.columns;
-        const float weight = start + lane < join.parts ? exp2f(a.part_max[at] - highest) : 0.f;
-        if (start + lane < join.parts) whole = fmaf(a.part_sum[at], weight, whole);
-        const int count = min(32, join.parts - start);
+        const float weight = start + lane < merge.parts ? exp2f(a.part_max[at] - highest) : 0.f;
+        if (start + lane < merge.parts) whole = fmaf(a.part_sum[at], weight, whole);
+        const int count = min(32, merge.parts - start);
 #pragma unroll 8
         for (int s = 0; s < count; s++) value = fmaf(outs[(long long)(start + s) * a.columns * d], __shfl_sync(~0u, weight, s), value);
     }
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) whole += __shfl_xor_sync(~0u, whole, i);
     if (channel >= d) return;
-    const int token = join.first_token + column % join.queries, head = join.kv_head * a.heads_per_kv + column / join.queries;
+    const int token = merge.first_token + column % merge.queries, head = merge.kv_head * a.heads_per_kv + column / merge.queries;
     const long long row = (long long)token * a.heads + head;
     a.out[row * d + channel] = whole > 0.f ? value / whole : 0.f;
     if (channel == 0) a.lse[row] = whole > 0.f ? (highest + log2f(whole)) / LOG2E : -INFINITY;

@@ -1,7 +1,7 @@
 //! Splits attention over the device's thread blocks. The plan is made on the host, from lengths
 //! known there.
 
-use super::{AttendJoin, AttendWork};
+use super::{AttendMerge, AttendWork};
 use crate::PAGE;
 
 /// The lists of a launch of [`attend`](super::attend).
@@ -10,7 +10,7 @@ pub struct Plan {
     /// The work items, largest first.
     pub work: Vec<AttendWork>,
     /// The partial results to merge.
-    pub joins: Vec<AttendJoin>,
+    pub merges: Vec<AttendMerge>,
     /// Number of partial results.
     pub parts: usize,
 }
@@ -38,7 +38,7 @@ impl Plan {
             // Rounds to the nearest: 1.5 shares take one block twice as long.
             let splits = (pages * slots + total / 2) / total.max(1);
             let splits = splits.clamp(1, pages.max(1));
-            plan.joins.push(AttendJoin {
+            plan.merges.push(AttendMerge {
                 first_part: plan.parts as i32,
                 parts: splits as i32,
                 kv_head: row.kv_head,
@@ -59,11 +59,11 @@ impl Plan {
         plan
     }
 
-    /// Pads the lists to `work` items and `joins` joins, for a launch captured with these lengths.
+    /// Pads the lists to `work` items and `merges` merges, for a launch captured with these lengths.
     #[must_use]
-    pub fn padded(mut self, work: usize, joins: usize) -> Self {
+    pub fn padded(mut self, work: usize, merges: usize) -> Self {
         self.work.resize(work.max(self.work.len()), AttendWork::default());
-        self.joins.resize(joins.max(self.joins.len()), AttendJoin::default());
+        self.merges.resize(merges.max(self.merges.len()), AttendMerge::default());
         self
     }
 }
@@ -84,8 +84,8 @@ mod tests {
         let mut parts: Vec<_> = plan.work.iter().map(|work| work.part as usize).collect();
         parts.sort_unstable();
         assert!(parts.into_iter().eq(0..plan.parts));
-        let joined: i32 = plan.joins.iter().map(|join| join.parts).sum();
-        assert_eq!(joined as usize, plan.parts);
+        let merged: i32 = plan.merges.iter().map(|merge| merge.parts).sum();
+        assert_eq!(merged as usize, plan.parts);
     }
 
     #[test]
@@ -113,6 +113,6 @@ mod tests {
         let plan = Plan::new(&[head(0)], 1, 1, 264);
         assert_eq!((plan.work.len(), plan.parts), (1, 1));
         let plan = plan.padded(3, 2);
-        assert_eq!((plan.work.len(), plan.work[2].queries, plan.joins.len()), (3, 0, 2));
+        assert_eq!((plan.work.len(), plan.work[2].queries, plan.merges.len()), (3, 0, 2));
     }
 }

@@ -258,12 +258,12 @@ impl KvCache for QuantCache {
 
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         step.check(&self.spec)?;
-        self.check_room(step)?;
         let (q, k) = step.rotate(&self.spec, |seq| self.seen(seq))?;
         let state = match self.order {
             Order::AttendFirst => match self.attend_in_store(step, &q, &k)? {
                 Some(state) => state,
                 None => {
+                    self.check_room(step)?;
                     let state = self.attend_exactly(step, &q, &k)?;
                     self.append(step, &k)?;
                     state

@@ -14,6 +14,7 @@ mod select;
 mod status;
 mod sums;
 mod tensors;
+mod unpacked;
 
 pub use half::CudaHalf;
 pub use pool::CudaPool;

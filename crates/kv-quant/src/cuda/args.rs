@@ -6,7 +6,7 @@ longctx_cuda::args! {
     /// queries is skipped, so that the list of a captured launch may be longer than needed.
     ///
     /// [`AttendKernel::plan`](super::AttendKernel::plan) makes the items from one for each kv head,
-    /// and sets the fields from `first_column` to `join`. [`Kernels::sums`](super::Kernels::sums)
+    /// and sets the fields from `first_column` to `merge`. [`Kernels::sums`](super::Kernels::sums)
     /// reads one item for each kv head.
     ///
     /// Addresses are device addresses; 0 means none.
@@ -19,7 +19,7 @@ longctx_cuda::args! {
         pub ring_v: u64,
         /// Which slots are not holes: for each 32 slots a u64, whose lower half has a bit per slot,
         /// and whose upper half is the number of entries before them. 0: there are no holes.
-        pub live: u64,
+        pub valid: u64,
         /// Offset of the kv head's sums in the output of [`Kernels::sums`](super::Kernels::sums),
         /// in elements.
         pub sums: i64,
@@ -48,9 +48,9 @@ longctx_cuda::args! {
         /// Their number.
         pub parts: i32,
         /// Index in [`AttendArgs::arrived`].
-        pub join: i32,
-        /// Slots that `live` covers, a multiple of 32. Later slots are not holes.
-        pub live_slots: i32,
+        pub merge: i32,
+        /// Slots that `valid` covers, a multiple of 32. Later slots are not holes.
+        pub valid_slots: i32,
         /// Number of holes.
         pub holes: i32,
         /// Padding.
@@ -63,7 +63,7 @@ longctx_cuda::args! {
     /// [`Kernels::sums`](super::Kernels::sums).
     ///
     /// `columns` is [`AttendKernel::columns`](super::AttendKernel::columns), and `parts` and
-    /// `joins` are those of the [`Plan`](super::Plan).
+    /// `merges` are those of the [`Plan`](super::Plan).
     pub struct AttendArgs: 104, heads at 56, scale at 84 {
         /// `[tokens, heads, head_dim]`, contiguous, of dtype `kind`.
         pub q: u64,
@@ -77,7 +77,7 @@ longctx_cuda::args! {
         pub part_out: u64,
         /// Workspace `[parts, columns]`, f32. Not used by sums.
         pub part_lse: u64,
-        /// Workspace `[joins]`, u32: 0 before and after the launch. Not used by sums.
+        /// Workspace `[merges]`, u32: 0 before and after the launch. Not used by sums.
         pub arrived: u64,
         /// Array of [`Work`].
         pub work: u64,
@@ -123,7 +123,7 @@ longctx_cuda::args! {
         /// Block table of the kv head.
         pub table: u64,
         /// Addresses of the new records, u64. Packing writes them to the block table.
-        pub fresh: u64,
+        pub new_records: u64,
         /// A word, u64, to which packing writes a [`Report`](super::Report) of a group that cannot
         /// be quantized. It can be in pinned host memory.
         pub status: u64,
@@ -138,7 +138,7 @@ longctx_cuda::args! {
         /// End of these slots (exclusive).
         pub move_to: i32,
         /// Block table index of the first new record. Earlier ones are in the table.
-        pub fresh_record: i32,
+        pub first_new_record: i32,
         /// First record whose keys are packed.
         pub key_record: i32,
         /// Number of these records.

@@ -119,21 +119,25 @@ impl AttendKernel {
     /// `heads` has one work item for each kv head of each sequence, over all its slots. `window` is
     /// the sliding window of causal attention: records before it are not read.
     pub fn plan(&self, heads: &[Work], heads_per_kv: usize, window: Option<usize>) -> Plan {
-        let sizes = Sizes {
+        Plan::new(heads, self.sizes(heads_per_kv, window))
+    }
+
+    /// Returns the sizes that determine a plan.
+    pub(crate) fn sizes(&self, heads_per_kv: usize, window: Option<usize>) -> Sizes {
+        Sizes {
             group: self.layout.group(),
             heads_per_kv,
             columns: self.columns,
             warps: self.warps,
             slots: self.slots,
             window,
-        };
-        Plan::new(heads, sizes)
+        }
     }
 
     /// Returns the largest number of work items, and of partial results, of a plan for `heads` kv
     /// heads of all sequences, each with `columns` query heads times queries: the length of the
     /// list of a captured launch. Such a plan has at most `heads * columns.div_ceil(self.columns())`
-    /// joins.
+    /// merges.
     pub fn max_work(&self, heads: usize, columns: usize) -> usize {
         self.slots + 2 * heads * columns.div_ceil(self.columns)
     }

@@ -19,12 +19,12 @@ pub struct Plan {
     /// Number of partial results.
     pub parts: usize,
     /// Number of sets of partial results to merge.
-    pub joins: usize,
+    pub merges: usize,
 }
 
-/// The sizes that determine a plan.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Sizes {
+/// The properties of a launch that determine its plan, besides the lengths.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Sizes {
     /// Entries per record.
     pub group: usize,
     /// Query heads per kv head.
@@ -52,7 +52,7 @@ impl Plan {
     /// over more of them, so that a long sequence among short ones does not dominate the time.
     /// Rings are last, because they take little time. They run concurrently with the records,
     /// unless half of the device would be idle for long.
-    pub(super) fn new(heads: &[Work], sizes: Sizes) -> Self {
+    pub(crate) fn new(heads: &[Work], sizes: Sizes) -> Self {
         let mut rows = Vec::with_capacity(heads.len());
         for head in heads {
             let (first, end) = records(head, sizes);
@@ -87,7 +87,7 @@ impl Plan {
             let work = Work {
                 first_part: plan.parts as i32,
                 parts: parts as i32,
-                join: plan.joins as i32,
+                merge: plan.merges as i32,
                 ..work
             };
             plan.work.extend((0..splits).map(|part| Work {
@@ -100,7 +100,7 @@ impl Plan {
                 rings.push(Work { from: -1, to: -1, part: splits as i32, ..work });
             }
             plan.parts += parts;
-            plan.joins += 1;
+            plan.merges += 1;
         }
         plan.work.append(&mut rings);
         plan
@@ -140,10 +140,10 @@ mod tests {
     /// once.
     fn check(heads: &[Work], plan: &Plan) {
         let mut seen = vec![0; plan.parts];
-        let mut records = vec![0; plan.joins];
+        let mut records = vec![0; plan.merges];
         for work in &plan.work {
             seen[(work.first_part + work.part) as usize] += 1;
-            records[work.join as usize] += (work.to - work.from) as usize;
+            records[work.merge as usize] += (work.to - work.from) as usize;
         }
         assert!(seen.iter().all(|&count| count == 1));
         let total: usize = heads.iter().map(|head| (head.packed as usize).div_ceil(32)).sum();

@@ -3,7 +3,7 @@
 use crate::cuda::address;
 use crate::{AttentionShape, AttentionSums, Batch, Error, Mask, Result};
 use candle_core::{CudaDevice, DType, Tensor};
-use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_cuda::upload;
 use longctx_kernels::{Half, paged};
 
 /// Returns the attention probability that each entry of each work item receives. There is a work
@@ -30,13 +30,13 @@ pub fn sums_on_device(
     // SAFETY: the kernel writes an element for every entry of every head.
     let out = unsafe { Tensor::empty(total.max(1), DType::F32, q.device()) }?;
     let most = |of: fn(&paged::SumsWork) -> i32| work.iter().map(of).max().unwrap_or(0) as usize;
-    let on_device = stream.clone_htod(&work)?;
+    let on_device = upload(&stream, &work)?;
     let causal = mask == Mask::Causal;
     let args = paged::SumsArgs {
         q: address(q)?,
         lse: address(&lse)?,
         out: address(&out)?,
-        work: on_device.device_ptr(&stream).0,
+        work: on_device.address(),
         heads: shape.heads as i32,
         heads_per_kv: group as i32,
         causal: causal.into(),

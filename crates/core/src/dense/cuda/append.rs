@@ -4,7 +4,7 @@ use super::{CudaPool, Sequence};
 use crate::cuda::address;
 use crate::{Batch, Result, Selection, SeqId};
 use candle_core::Tensor;
-use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
+use longctx_cuda::{Upload, upload};
 use longctx_kernels::paged;
 
 /// The blocks that one kv head takes for the tokens of a call.
@@ -117,10 +117,10 @@ impl CudaPool {
             uploaded.extend(selection.heads()?.iter().flatten());
         }
         let mut lists = Upload::default();
-        let (fresh, uploaded) = (lists.push(&addresses), lists.push(&uploaded));
+        let (first_block, first_token) = (lists.push(&addresses), lists.push(&uploaded));
         let lists = lists.copy(&stream)?;
-        let start = lists.as_ref().map_or(0, |lists| lists.device_ptr(&stream).0);
-        let (mut fresh_at, mut uploaded_at) = (start + fresh, start + uploaded);
+        let (mut new_blocks_at, mut uploaded_at) =
+            (lists.address() + first_block, lists.address() + first_token);
         let (mut rows, mut longest) = (Vec::new(), 0);
         for (i, ((seq, own), new_blocks)) in
             batch.iter().zip(new_blocks.chunks(kv_heads)).enumerate()
@@ -137,17 +137,17 @@ impl CudaPool {
                 }
                 rows.push(paged::AppendRow {
                     table: sequence.address(&stream, head),
-                    fresh: fresh_at,
+                    new_blocks: new_blocks_at,
                     tokens: selected,
                     first_row: (own.start * kv_heads + head) as i64,
-                    first_fresh: new.first as i32,
-                    fresh_count: new.blocks.len() as i32,
+                    first_new_block: new.first as i32,
+                    new_block_count: new.blocks.len() as i32,
                     first: table.len as i32,
                     count: new.count as i32,
-                    own: own.len() as i32,
+                    seqlen: own.len() as i32,
                     unused: 0,
                 });
-                fresh_at += 8 * new.blocks.len() as u64;
+                new_blocks_at += 8 * new.blocks.len() as u64;
                 if selected != 0 {
                     selected += 4 * new.count as u64;
                 }
@@ -157,11 +157,11 @@ impl CudaPool {
                 uploaded_at = selected;
             }
         }
-        let on_device = stream.clone_htod(&rows)?;
+        let on_device = upload(&stream, &rows)?;
         let args = paged::AppendArgs {
             k: address(k)?,
             v: address(v)?,
-            rows: on_device.device_ptr(&stream).0,
+            rows: on_device.address(),
             stride: kv_heads as i64,
             pieces: (self.shape.head_dim / 8) as i32,
             unused: 0,

@@ -1,12 +1,11 @@
-//! Attention over blocks: a few queries in one planned launch, many queries through the prefill
-//! kernels.
+//! Attention over blocks: many queries through the prefill kernels, a few as in
+//! [`decode`](super::decode).
 
 use super::CudaPool;
 use crate::cuda::address;
 use crate::{AttentionState, Batch, EntryRanges, Error, Mask, Result};
 use candle_core::{DType, Device, Tensor};
-use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
-use longctx_kernels::{PAGE, PrefillArgs, paged, prefill};
+use longctx_kernels::{PAGE, PrefillArgs, prefill};
 
 /// The largest number of query heads per kv head times queries for the decode kernel. It reads the
 /// keys once for every few columns; beyond this number, tiles that share the keys are faster.
@@ -92,83 +91,6 @@ impl CudaPool {
         ranges.heads().iter().enumerate().map(list).collect()
     }
 
-    /// One attention launch and one launch that merges its partial results. `q` has been checked.
-    fn decode(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
-        let (stream, shape) = (self.stream(), &self.shape);
-        let lists = match mask {
-            Mask::Entries(ranges) => self.lists(batch, ranges),
-            _ => Vec::new(),
-        };
-        let entries: Vec<u32> = lists.iter().flat_map(|(_, _, list)| list).copied().collect();
-        let mut upload = Upload::default();
-        upload.push(&entries);
-        let entries = upload.copy(&stream)?;
-        let mut entries_at = entries.as_ref().map_or(0, |list| list.device_ptr(&stream).0);
-        let window = shape.window.filter(|_| mask == Mask::Causal);
-        let mut heads = Vec::new();
-        for (seq, tokens) in batch.iter() {
-            for kv_head in 0..shape.kv_heads {
-                let mut work = paged::AttendWork {
-                    kv_head: kv_head as i32,
-                    queries: tokens.len() as i32,
-                    first_token: tokens.start as i32,
-                    ..Default::default()
-                };
-                if let Some(sequence) = self.seqs.get(&seq) {
-                    work.table = sequence.address(&stream, kv_head);
-                    work.len = sequence.heads[kv_head].len as i32;
-                }
-                if let Some((_, _, list)) = lists.get(heads.len()) {
-                    (work.entries, work.len) = (entries_at, list.len() as i32);
-                    entries_at += 4 * list.len() as u64;
-                }
-                let oldest = window.map_or(0, |window| {
-                    (work.len as usize + 1).saturating_sub(tokens.len() + window)
-                });
-                (work.from, work.to) = (oldest as i32, work.len);
-                heads.push(work);
-            }
-        }
-        let columns = shape.heads_per_kv() * batch.max_seqlen();
-        let columns = if columns == 1 { 1 } else { columns.next_power_of_two().min(4) };
-        let (half, d) = (self.half(), shape.head_dim);
-        let slots = paged::attend_slots(stream.context(), half, d, columns)?;
-        let plan = paged::Plan::new(&heads, shape.heads_per_kv(), columns, slots);
-        let (out, lse) = self.outputs(batch)?;
-        let parts = plan.parts * columns;
-        // SAFETY: the kernels write every element of these that is read.
-        let workspace = unsafe { stream.alloc::<f32>(parts * (d + 2)) }?;
-        let part_out = workspace.device_ptr(&stream).0;
-        let part_max = part_out + 4 * (parts * d) as u64;
-        let mut upload = Upload::default();
-        let (work, joins) = (upload.push(&plan.work), upload.push(&plan.joins));
-        let upload = upload.copy(&stream)?;
-        let start = upload.as_ref().map_or(0, |lists| lists.device_ptr(&stream).0);
-        let args = paged::AttendArgs {
-            q: address(q)?,
-            out: address(&out)?,
-            lse: address(&lse)?,
-            part_out,
-            part_max,
-            part_sum: part_max + 4 * parts as u64,
-            work: start + work,
-            joins: start + joins,
-            heads: shape.heads as i32,
-            heads_per_kv: shape.heads_per_kv() as i32,
-            columns: columns as i32,
-            causal: (mask == Mask::Causal).into(),
-            window: window.map_or(0, |window| window.min(1 << 30) as i32),
-            scale: shape.scale,
-            soft_cap: shape.soft_cap.unwrap_or(0.0),
-            head_dim: d as i32,
-        };
-        let counts = (plan.work.len(), plan.joins.len());
-        // SAFETY: the tables name blocks of the pool, all arrays have the sizes that the kernels
-        // expect, and the stream frees no memory before they have used it.
-        unsafe { paged::attend(&stream, half, d, &args, counts) }?;
-        Ok(AttentionState { out, lse })
-    }
-
     /// Returns the pool's blocks in place, without a copy.
     fn pages(&self, batch: &Batch) -> Pages {
         let (first, extent) = self.blocks.extent();
@@ -249,7 +171,7 @@ impl CudaPool {
     }
 
     /// Allocates outputs and log-sum-exps.
-    fn outputs(&self, batch: &Batch) -> Result<(Tensor, Tensor)> {
+    pub(super) fn outputs(&self, batch: &Batch) -> Result<(Tensor, Tensor)> {
         let (tokens, heads, d) = (batch.tokens(), self.shape.heads, self.shape.head_dim);
         let device = Device::Cuda(self.device.clone());
         // SAFETY: the kernels write every element of both.

@@ -3,7 +3,7 @@
 use super::{CudaPool, Sequence};
 use crate::{Result, Selection, SeqId};
 use candle_core::{DType, Device, Tensor};
-use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
+use longctx_cuda::{Upload, upload};
 use longctx_kernels::{PAGE, paged};
 
 /// The moves within a head when some of its entries are dropped.
@@ -122,8 +122,7 @@ impl CudaPool {
         let mut lists = Upload::default();
         let (entries, tables) = (lists.push(&entries), lists.push(&tables));
         let lists = lists.copy(&stream)?;
-        let start = lists.as_ref().map_or(0, |lists| lists.device_ptr(&stream).0);
-        let (mut entries_at, mut table_at) = (start + entries, start + tables);
+        let (mut entries_at, mut table_at) = (lists.address() + entries, lists.address() + tables);
         let mut rows = Vec::new();
         for ((seq, keep), moves) in keep.iter().zip(moves.chunks(kv_heads)) {
             let sequence = self.known(*seq)?;
@@ -152,11 +151,11 @@ impl CudaPool {
                 }
             }
         }
-        let on_device = stream.clone_htod(&rows)?;
-        let address = on_device.device_ptr(&stream).0;
+        let on_device = upload(&stream, &rows)?;
+        let (address, d) = (on_device.address(), self.shape.head_dim);
         // SAFETY: the tables name blocks of the pool, the entries exist, and none moves to a later
         // index.
-        Ok(unsafe { paged::move_entries(&stream, self.shape.head_dim, address, rows.len()) }?)
+        Ok(unsafe { paged::move_entries(&stream, d, address, rows.len()) }?)
     }
 
     /// Returns one head's keys and values in f32.
@@ -190,9 +189,8 @@ impl CudaPool {
         let start = crate::cuda::address(&out)?;
         let size = self.blocks.size() as u64;
         let addresses: Vec<u64> = (0..total as u64).map(|i| start + i * size).collect();
-        let (entries, addresses) = (stream.clone_htod(&entries)?, stream.clone_htod(&addresses)?);
-        let (mut entries_at, mut to) =
-            (entries.device_ptr(&stream).0, addresses.device_ptr(&stream).0);
+        let (entries, addresses) = (upload(&stream, &entries)?, upload(&stream, &addresses)?);
+        let (mut entries_at, mut to) = (entries.address(), addresses.address());
         let mut rows = Vec::new();
         for of @ (seq, head, list) in lists {
             let from = match self.seqs.get(seq) {
@@ -213,10 +211,10 @@ impl CudaPool {
             entries_at += 4 * list.len() as u64;
             to += 8 * blocks(of) as u64;
         }
-        let rows_on = stream.clone_htod(&rows)?;
-        let address = rows_on.device_ptr(&stream).0;
+        let on_device = upload(&stream, &rows)?;
+        let (address, d) = (on_device.address(), self.shape.head_dim);
         // SAFETY: the entries exist, and the tensor has room for them.
-        unsafe { paged::move_entries(&stream, self.shape.head_dim, address, rows.len()) }?;
+        unsafe { paged::move_entries(&stream, d, address, rows.len()) }?;
         Ok(out)
     }
 

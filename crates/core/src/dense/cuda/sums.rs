@@ -5,7 +5,7 @@ use crate::attention::sums_on_device;
 use crate::cuda::address;
 use crate::{AttentionSums, Batch, Mask, Result};
 use candle_core::{DType, Tensor};
-use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_cuda::upload;
 use longctx_kernels::{PAGE, paged};
 
 impl CudaPool {
@@ -52,8 +52,8 @@ impl CudaPool {
         let (start, size) = (address(&blocks)?, self.blocks.size() as u64);
         let addresses: Vec<u64> =
             (0..blocks.dim(0)? as u64).map(|block| start + block * size).collect();
-        let addresses = stream.clone_htod(&addresses)?;
-        let mut table = addresses.device_ptr(&stream).0;
+        let addresses = upload(&stream, &addresses)?;
+        let mut table = addresses.address();
         let mut work = Vec::new();
         for (i, (_, kv_head, list)) in lists.iter().enumerate() {
             let tokens = &batch.cu_seqlens()[i / kv_heads..];

@@ -1,11 +1,39 @@
 //! Attention over the records and rings of many sequences, in one launch.
 
 use super::CudaPool;
-use super::tensors::{address, kind, tensor};
-use crate::cuda::{AttendArgs, Work};
-use candle_core::{DType, Tensor};
+use super::tensors::{address, kind};
+use crate::cuda::{AttendArgs, Plan, Sizes, Work};
+use candle_core::{DType, Device, Tensor};
 use longctx_core::{AttentionState, Batch, Error, Mask, Result, SeqId};
-use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
+use longctx_cuda::{cudarc::driver::DevicePtr, upload};
+
+/// A plan for all layers with the same lengths. In its work items `table` is an index of a kv head,
+/// `[sequences * kv_heads]`, and the other addresses are 0, because each layer has its own.
+struct SharedPlan {
+    sizes: Sizes,
+    heads: Vec<Work>,
+    plan: Plan,
+}
+
+impl SharedPlan {
+    fn new(heads: Vec<Work>, sizes: Sizes) -> Self {
+        Self { plan: Plan::new(&heads, sizes), sizes, heads }
+    }
+
+    /// Returns the work items of a layer with these kv heads.
+    fn work(&self, heads: &[Work]) -> Vec<Work> {
+        let of_layer = |work: &Work| {
+            let Work { table, ring_k, ring_v, valid, .. } = heads[work.table as usize];
+            Work { table, ring_k, ring_v, valid, ..*work }
+        };
+        self.plan.work.iter().map(of_layer).collect()
+    }
+}
+
+/// Returns a kv head's work item with its index instead of addresses.
+fn numbered((i, head): (usize, &Work)) -> Work {
+    Work { table: i as u64, ring_k: 0, ring_v: 0, valid: 0, ..*head }
+}
 
 impl CudaPool {
     pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
@@ -14,42 +42,70 @@ impl CudaPool {
             Mask::Entries(ranges) => Some(self.select(batch, ranges, &mut heads)?),
             _ => None,
         };
-        let (stream, d) = (self.stream(), self.shape.head_dim);
-        let kernel = self.kernels.attend(self.shape.heads_per_kv() * batch.max_seqlen());
+        let unpacked = match mask {
+            Mask::Full => self.attend_unpacked(batch, &q, &mut heads)?,
+            _ => None,
+        };
+        let state = match unpacked {
+            Some(state) => state,
+            None => self.outputs(batch)?,
+        };
+        self.attend_records(batch, &q, mask, &heads, &state)?;
+        Ok(state)
+    }
+
+    /// Computes attention of the heads with queries over their records and rings.
+    fn attend_records(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        mask: Mask<'_>,
+        heads: &[Work],
+        state: &AttentionState,
+    ) -> Result<()> {
+        let queries = heads.iter().map(|head| head.queries as usize).max().unwrap_or(0);
+        if queries == 0 {
+            return Ok(());
+        }
+        let (stream, d, heads_per_kv) =
+            (self.stream(), self.shape.head_dim, self.shape.heads_per_kv());
+        let kernel = self.kernels.attend(heads_per_kv * queries);
         let window = self.shape.window.filter(|_| mask == Mask::Causal);
-        let plan = kernel.plan(&heads, self.shape.heads_per_kv(), window);
-        let rows = batch.tokens() * self.shape.heads;
+        let sizes = kernel.sizes(heads_per_kv, window);
+        let same = |of: &SharedPlan| {
+            of.sizes == sizes && heads.iter().enumerate().map(numbered).eq(of.heads.iter().copied())
+        };
+        let shared = batch.shared(same, || {
+            Ok(SharedPlan::new(heads.iter().enumerate().map(numbered).collect(), sizes))
+        })?;
+        let (plan, work) = (&shared.plan, upload(&stream, &shared.work(heads))?);
         let parts = plan.parts * kernel.columns();
         // SAFETY: the kernel writes every element that is read.
-        let (out, lse, part_out, part_lse) = unsafe {
-            (
-                stream.alloc::<f32>(rows * d)?,
-                stream.alloc::<f32>(rows)?,
-                stream.alloc::<f32>(parts * d)?,
-                stream.alloc::<f32>(parts)?,
-            )
-        };
-        let arrived = stream.alloc_zeros::<u32>(plan.joins)?;
-        let mut upload = Upload::default();
-        upload.push(&plan.work);
-        let work = upload.copy(&stream)?;
+        let workspace = unsafe { stream.alloc::<f32>(parts * (d + 1)) }?;
+        let part_out = workspace.device_ptr(&stream).0;
+        let arrived = stream.alloc_zeros::<u32>(plan.merges)?;
         let args = AttendArgs {
-            q: address(&q)?,
-            out: out.device_ptr(&stream).0,
-            lse: lse.device_ptr(&stream).0,
-            part_out: part_out.device_ptr(&stream).0,
-            part_lse: part_lse.device_ptr(&stream).0,
+            q: address(q)?,
+            out: address(&state.out)?,
+            lse: address(&state.lse)?,
+            part_out,
+            part_lse: part_out + 4 * (parts * d) as u64,
             arrived: arrived.device_ptr(&stream).0,
-            work: work.as_ref().map_or(0, |work| work.device_ptr(&stream).0),
+            work: work.address(),
             ..self.score_args(mask)
         };
         // SAFETY: the arrays have the sizes that the kernel expects, and a stream runs its
         // operations in order.
-        unsafe { kernel.launch(&stream, &args, plan.work.len())? };
-        Ok(AttentionState {
-            out: tensor(&self.device, out, &[batch.tokens(), self.shape.heads, d]),
-            lse: tensor(&self.device, lse, &[batch.tokens(), self.shape.heads]),
-        })
+        Ok(unsafe { kernel.launch(&stream, &args, plan.work.len()) }?)
+    }
+
+    /// Allocates outputs and log-sum-exps.
+    fn outputs(&self, batch: &Batch) -> Result<AttentionState> {
+        let (tokens, heads, d) = (batch.tokens(), self.shape.heads, self.shape.head_dim);
+        let device = Device::Cuda(self.device.clone());
+        // SAFETY: the kernel writes every element of both.
+        let empty = |dims: &[usize]| unsafe { Tensor::empty(dims, DType::F32, &device) };
+        Ok(AttentionState { out: empty(&[tokens, heads, d])?, lse: empty(&[tokens, heads])? })
     }
 
     /// Returns the checked queries in the pool's dtype, and their work items.

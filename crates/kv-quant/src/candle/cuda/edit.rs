@@ -1,10 +1,10 @@
 //! Fork, truncation, eviction and removal of sequences, as edits of block tables.
 
 use super::CudaPool;
-use super::head::{Cut, Head, Live};
+use super::head::{Head, Truncation, ValidityMask};
 use crate::cuda::{CompactRow, TILE};
 use longctx_core::{Error, Result, Selection, SeqId};
-use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_cuda::upload;
 
 impl CudaPool {
     /// Copies the tables and the ring; records are shared.
@@ -42,33 +42,41 @@ impl CudaPool {
     pub fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
         let (format, group) = (self.device_format, self.layout.group());
-        let cut = |head: &Head| {
+        let truncation = |head: &Head| {
             let last = len.checked_sub(1).map(std::iter::once);
-            let slots = last.and_then(|last| head.live.slots_of(last).next());
+            let slots = last.and_then(|last| head.valid.slots_of(last).next());
             let slots = slots.map_or(0, |slot| slot + 1);
-            (slots, head.cut(format, group, slots))
+            (slots, head.truncated(format, group, slots))
         };
-        let cuts: Vec<_> = self.sequence(seq)?.heads.iter().map(cut).collect();
-        let unpack =
-            |(kv_head, (_, cut)): (usize, &(usize, Cut))| self.unpack_to_ring(seq, kv_head, cut);
-        let done = cuts.iter().enumerate().try_for_each(unpack);
+        let truncations: Vec<_> = self.sequence(seq)?.heads.iter().map(truncation).collect();
+        let unpack = |(kv_head, (_, truncation)): (usize, &(usize, Truncation))| {
+            self.unpack_to_ring(seq, kv_head, truncation)
+        };
+        let done = truncations.iter().enumerate().try_for_each(unpack);
         let done = done.and_then(|()| {
-            let stays = |(head, (slots, cut)): (&Head, &(usize, Cut))| {
-                let live = |slot: &usize| head.live.contains(*slot);
-                Stays::new(cut.packed.keys, *slots, (cut.packed.keys..*slots).filter(live))
+            let kept = |(head, (slots, truncation)): (&Head, &(usize, Truncation))| {
+                let valid = |slot: &usize| head.valid.contains(*slot);
+                KeptSlots::new(
+                    truncation.packed.keys,
+                    *slots,
+                    (truncation.packed.keys..*slots).filter(valid),
+                )
             };
-            let stays = self.sequence(seq)?.heads.iter().zip(&cuts).map(stays).collect::<Vec<_>>();
-            self.close_rings(seq, &stays)?;
-            Ok(stays)
+            let kept =
+                self.sequence(seq)?.heads.iter().zip(&truncations).map(kept).collect::<Vec<_>>();
+            self.close_rings(seq, &kept)?;
+            Ok(kept)
         });
         let stream = self.stream();
         let Some(sequence) = self.seqs.get_mut(&seq) else { return Ok(()) };
-        let done = done.and_then(|stays| {
-            for ((head, (slots, cut)), stays) in sequence.heads.iter_mut().zip(cuts).zip(&stays) {
-                let keys = cut.packed.keys;
-                head.live = head.live.cut(&stream, keys, slots)?;
+        let done = done.and_then(|kept| {
+            for ((head, (slots, truncation)), kept) in
+                sequence.heads.iter_mut().zip(truncations).zip(&kept)
+            {
+                let keys = truncation.packed.keys;
+                head.valid = head.valid.truncated(&stream, keys, slots)?;
                 (head.slots, head.packed, head.ring_from) =
-                    (stays.end(), cut.packed, cut.ring_from);
+                    (kept.end(), truncation.packed, truncation.ring_from);
                 head.table.retain(|place| place < keys / group);
             }
             Ok(())
@@ -86,20 +94,20 @@ impl CudaPool {
         let sequence = self.sequence(seq)?;
         self.check(seq)?;
         let slots_of = |(head, keep): (&Head, &Vec<u32>)| {
-            head.live.slots_of(keep.iter().map(|&entry| entry as usize)).collect::<Vec<_>>()
+            head.valid.slots_of(keep.iter().map(|&entry| entry as usize)).collect::<Vec<_>>()
         };
         let slots: Vec<_> =
             sequence.heads.iter().zip(keep.check(&self.lens(seq))?).map(slots_of).collect();
-        let stays = |(head, slots): (&Head, &Vec<usize>)| {
+        let kept = |(head, slots): (&Head, &Vec<usize>)| {
             let packed = slots.partition_point(|&slot| slot < head.packed.keys);
-            Stays::new(head.packed.keys, head.slots, slots[packed..].iter().copied())
+            KeptSlots::new(head.packed.keys, head.slots, slots[packed..].iter().copied())
         };
-        let stays: Vec<_> = sequence.heads.iter().zip(&slots).map(stays).collect();
-        let done = self.close_rings(seq, &stays).and_then(|()| {
+        let kept: Vec<_> = sequence.heads.iter().zip(&slots).map(kept).collect();
+        let done = self.close_rings(seq, &kept).and_then(|()| {
             let changed = (0..slots.len())
                 .filter(|&i| self.seqs[&seq].heads[i].len() != slots[i].len())
                 .collect::<Vec<_>>();
-            changed.into_iter().try_for_each(|i| self.drop_slots(seq, i, &slots[i], &stays[i]))
+            changed.into_iter().try_for_each(|i| self.drop_slots(seq, i, &slots[i], &kept[i]))
         });
         if let (Err(error), Some(sequence)) = (&done, self.seqs.get_mut(&seq)) {
             sequence.poisoned = Some(error.to_string());
@@ -108,7 +116,13 @@ impl CudaPool {
     }
 
     /// Updates a head after the eviction: its kept slots, and its ring, which has been compacted.
-    fn drop_slots(&mut self, seq: SeqId, i: usize, slots: &[usize], stays: &Stays) -> Result<()> {
+    fn drop_slots(
+        &mut self,
+        seq: SeqId,
+        i: usize,
+        slots: &[usize],
+        kept: &KeptSlots,
+    ) -> Result<()> {
         let (stream, ring, group) = (self.stream(), self.ring_places(), self.layout.group());
         let Some(sequence) = self.seqs.get_mut(&seq) else { return Ok(()) };
         let head = &mut sequence.heads[i];
@@ -131,15 +145,15 @@ impl CudaPool {
             .collect();
         let gone = moved[whole];
         head.table.retain(|place| used.get(place).copied().unwrap_or(true));
-        head.slots = stays.end() - gone;
+        head.slots = kept.end() - gone;
         head.packed.keys -= gone;
         head.packed.values -= gone;
         head.packed.tiles -= gone / TILE;
         // Packed entries may no longer be in the ring as well.
         head.ring_from = head.packed.values;
         head.shift = (head.shift + gone) % ring;
-        let live = slots[..packed].iter().map(|&slot| slot - moved[(slot / group).min(whole)]);
-        head.live = Live::new(&stream, head.packed.keys, live)?;
+        let valid = slots[..packed].iter().map(|&slot| slot - moved[(slot / group).min(whole)]);
+        head.valid = ValidityMask::new(&stream, head.packed.keys, valid)?;
         if gone > 0 {
             sequence.upload(&stream, i)?;
         }
@@ -147,24 +161,24 @@ impl CudaPool {
     }
 
     /// Compacts the kept slots of a sequence's rings.
-    fn close_rings(&self, seq: SeqId, stays: &[Stays]) -> Result<()> {
+    fn close_rings(&self, seq: SeqId, kept: &[KeptSlots]) -> Result<()> {
         let (stream, sequence) = (self.stream(), self.sequence(seq)?);
-        let slots: Vec<u32> = stays.iter().flat_map(|stays| stays.moved.iter().copied()).collect();
+        let slots: Vec<u32> = kept.iter().flat_map(|kept| kept.moved.iter().copied()).collect();
         if slots.is_empty() {
             return Ok(());
         }
-        let slots = stream.clone_htod(&slots)?;
-        let mut address = slots.device_ptr(&stream).0;
+        let slots = upload(&stream, &slots)?;
+        let mut address = slots.address();
         let mut rows = Vec::new();
-        for (kv_head, (stays, head)) in stays.iter().zip(&sequence.heads).enumerate() {
+        for (kv_head, (kept, head)) in kept.iter().zip(&sequence.heads).enumerate() {
             let at = sequence.addresses(&stream, self.ring_numbers()).of_head(kv_head);
-            let count = stays.moved.len();
+            let count = kept.moved.len();
             rows.push(CompactRow {
                 ring_k: at.ring_k,
                 ring_v: at.ring_v,
                 slots: address,
                 count: count as i32,
-                first: stays.first as i32,
+                first: kept.first as i32,
                 shift: head.shift as i32,
                 ring: self.ring_places() as i32,
                 pieces: (self.shape.head_dim / 8) as i32,
@@ -172,10 +186,10 @@ impl CudaPool {
             });
             address += 4 * count as u64;
         }
-        let rows = stream.clone_htod(&rows)?;
+        let on_device = upload(&stream, &rows)?;
         // SAFETY: the slots are in the rings, and none moves to a later position.
         unsafe {
-            self.kernels.compact_rings(&stream, rows.device_ptr(&stream).0, rows.len())?;
+            self.kernels.compact_rings(&stream, on_device.address(), rows.len())?;
         }
         Ok(())
     }
@@ -186,14 +200,14 @@ impl CudaPool {
 }
 
 /// The kept slots of a range, which are compacted.
-struct Stays {
+struct KeptSlots {
     first: usize,
     count: usize,
     /// The slots, in order; empty if none moves.
     moved: Vec<u32>,
 }
 
-impl Stays {
+impl KeptSlots {
     /// Keeps those of `first..end` that are in `slots`.
     fn new(first: usize, end: usize, slots: impl Iterator<Item = usize>) -> Self {
         let moved: Vec<u32> = slots.map(|slot| slot as u32).collect();

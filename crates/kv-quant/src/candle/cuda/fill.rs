@@ -1,13 +1,13 @@
 //! Append: copies entries to the rings and packs them into records.
 
 use super::CudaPool;
-use super::head::Packed;
+use super::head::{Head, Packed};
 use super::status::Status;
 use super::tensors::{address, kind};
 use crate::cuda::{FillArgs, FillRow, TILE};
 use candle_core::{DType, Tensor};
-use longctx_core::{AttentionState, Batch, Error, Mask, Result, Selection};
-use longctx_cuda::{Upload, cudarc::driver::DevicePtr};
+use longctx_core::{AttentionState, Batch, Error, Mask, Result, Selection, SeqId};
+use longctx_cuda::upload;
 
 /// An index that no entry and no record has.
 const NONE: i32 = i32::MAX;
@@ -23,6 +23,12 @@ struct New {
     firsts: Vec<usize>,
     /// Number of tokens that each head appends, `[sequences * kv_heads]`.
     counts: Vec<usize>,
+}
+
+/// How far the heads of a sequence are to be packed, `[kv_heads]`.
+struct Goal {
+    seq: SeqId,
+    heads: Vec<Packed>,
 }
 
 impl CudaPool {
@@ -76,10 +82,6 @@ impl CudaPool {
         } else {
             self.append_many(batch, new)
         };
-        let done = done.and_then(|()| match new.counts.iter().any(|count| *count > 1) {
-            true => self.synchronize(),
-            false => Ok(()),
-        });
         let checked = done.and_then(|()| batch.seqs().iter().try_for_each(|&seq| self.check(seq)));
         if let Err(error) = &checked {
             self.poison(batch, &begun, error);
@@ -161,7 +163,7 @@ impl CudaPool {
     }
 
     fn fill(&mut self, batch: &Batch, new: &New) -> Result<()> {
-        let rows = self.rows(batch, Some(new), |_, _| {})?;
+        let rows = self.ring_rows(batch, new)?;
         self.launch_fill(rows, new.stride, &[], Step::Rings)?;
         self.advance(batch, &new.counts);
         Ok(())
@@ -180,21 +182,21 @@ impl CudaPool {
 
     /// Packs the entries of the rings that the format no longer keeps in full precision.
     fn pack(&mut self, batch: &Batch) -> Result<()> {
-        let goals = self.goals(batch, None);
-        let fresh = self.take(batch, &goals)?;
-        let (mut goal, mut taken) = (goals.iter(), 0);
-        let (group, mut firsts) = (self.layout.group(), Vec::new());
-        let rows = self.rows(batch, None, |head, row| {
-            let Some(goal) = goal.next() else { return };
-            set_packing(row, head.packed, *goal, group);
-            row.round = (goal.keys > goal.values) as i32;
-            firsts.push(taken);
-            taken += row.key_records as usize;
-        })?;
-        let mut rows = place_fresh(rows, &firsts);
-        rows.retain(|row| row.key_records + row.value_tiles > 0);
-        self.launch_fill(rows, 0, &fresh, Step::Records)?;
-        self.note(batch, &goals);
+        let mut goals = self.goals(batch, None);
+        goals.retain(|goal| self.seqs.get(&goal.seq).is_some_and(|of| goal.changes(&of.heads)));
+        let new_records = self.take(&goals)?;
+        let (group, mut rows, mut taken) = (self.layout.group(), Vec::new(), 0);
+        for Goal { seq, heads } in &goals {
+            self.for_each_head(*seq, |i, head, mut row| {
+                set_packing(&mut row, head.packed, heads[i], group, &mut taken);
+                row.round = (heads[i].keys > heads[i].values) as i32;
+                if row.key_records + row.value_tiles > 0 {
+                    rows.push(row);
+                }
+            });
+        }
+        self.launch_fill(rows, 0, &new_records, Step::Records)?;
+        self.note(goals);
         Ok(())
     }
 
@@ -202,31 +204,24 @@ impl CudaPool {
     /// the newest to the rings.
     fn append_many(&mut self, batch: &Batch, new: &New) -> Result<()> {
         let goals = self.goals(batch, Some(&new.counts));
-        let fresh = self.take(batch, &goals)?;
-        let (group, ring) = (self.layout.group(), self.ring_places());
-        let (mut goal, mut taken, mut firsts) = (goals.iter(), 0, Vec::new());
-        let rows = self.rows(batch, Some(new), |head, row| {
-            let Some(goal) = goal.next() else { return };
-            set_packing(row, head.packed, *goal, group);
+        let new_records = self.take(&goals)?;
+        let (group, ring, mut taken) = (self.layout.group(), self.ring_places(), 0);
+        let mut rows = self.ring_rows(batch, new)?;
+        let held = batch.seqs().iter().filter_map(|seq| self.seqs.get(seq));
+        let held = held.flat_map(|sequence| &sequence.heads);
+        let ends = goals.iter().flat_map(|goal| &goal.heads);
+        for ((row, head), end) in rows.iter_mut().zip(held).zip(ends.clone()) {
+            set_packing(row, head.packed, *end, group, &mut taken);
             row.move_from = row.move_from.max(row.move_to - ring as i32);
-            firsts.push(taken);
-            taken += row.key_records as usize;
-        })?;
-        let rows = self.launch_fill(
-            place_fresh(rows, &firsts),
-            new.stride,
-            &fresh,
-            Step::RecordsThenRings,
-        )?;
+        }
+        let rows = self.launch_fill(rows, new.stride, &new_records, Step::RecordsThenRings)?;
         // Keys that are packed before their values are in the ring with their quantized values.
-        let mut goal = goals.iter();
-        let ahead = rows.into_iter().map(|row| {
-            let Some(goal) = goal.next() else { return row };
+        let ahead = rows.into_iter().zip(ends).map(|(row, goal)| {
             let first = (goal.values / group).max(row.key_record as usize);
             let end = if goal.keys > goal.values { goal.keys / group } else { first };
             FillRow {
                 first_new: NONE,
-                fresh_record: NONE,
+                first_new_record: NONE,
                 key_record: first as i32,
                 key_records: end.saturating_sub(first) as i32,
                 value_tiles: 0,
@@ -234,97 +229,101 @@ impl CudaPool {
                 ..row
             }
         });
-        self.launch_fill(ahead.collect(), 0, &[], Step::Records)?;
+        let ahead = ahead.filter(|row| row.key_records > 0).collect();
+        self.launch_fill(ahead, 0, &[], Step::Records)?;
         self.advance(batch, &new.counts);
-        self.note(batch, &goals);
+        self.note(goals);
         Ok(())
     }
 
-    /// Returns how far each head is to be packed, with `more` further tokens per head if given.
-    fn goals(&self, batch: &Batch, more: Option<&[usize]>) -> Vec<Packed> {
-        let heads = batch.seqs().iter().filter_map(|seq| self.seqs.get(seq));
-        let heads = heads.flat_map(|sequence| &sequence.heads).enumerate();
-        let of = |(i, head): (usize, &super::head::Head)| {
-            head.packed_at(self.device_format, head.slots + more.map_or(0, |more| more[i]))
+    /// Returns how far the heads are to be packed, with `more` further tokens per head if given.
+    fn goals(&self, batch: &Batch, more: Option<&[usize]>) -> Vec<Goal> {
+        let kv_heads = self.shape.kv_heads;
+        let of = |(i, seq): (usize, &SeqId)| {
+            let heads = self.seqs.get(seq).map_or(&[][..], |of| &of.heads).iter().enumerate();
+            let more = |head: usize| more.map_or(0, |more| more[i * kv_heads + head]);
+            let of_head = |(i, head): (usize, &Head)| {
+                head.packed_at(self.device_format, head.slots + more(i))
+            };
+            Goal { seq: *seq, heads: heads.map(of_head).collect() }
         };
-        heads.map(of).collect()
+        batch.seqs().iter().enumerate().map(of).collect()
     }
 
     /// Takes the records that the goals need. Returns their addresses.
-    fn take(&mut self, batch: &Batch, goals: &[Packed]) -> Result<Vec<u64>> {
-        let (group, mut goals, mut fresh) = (self.layout.group(), goals.iter(), Vec::new());
-        for seq in batch.seqs() {
-            for head in self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads) {
-                let (held, goal) = (head.table.numbers().len(), goals.next());
-                let goal = goal.map_or(held, |goal| goal.keys / group);
-                head.table.take(goal - held)?;
-                fresh.extend(head.table.addresses(held));
+    fn take(&mut self, goals: &[Goal]) -> Result<Vec<u64>> {
+        let (group, mut new_records) = (self.layout.group(), Vec::new());
+        for Goal { seq, heads: goals } in goals {
+            let heads = self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads);
+            for (head, goal) in heads.zip(goals) {
+                let held = head.table.numbers().len();
+                if goal.keys / group > held {
+                    head.table.take(goal.keys / group - held)?;
+                    new_records.extend(head.table.addresses(held));
+                }
             }
         }
-        Ok(fresh)
+        Ok(new_records)
     }
 
-    fn note(&mut self, batch: &Batch, goals: &[Packed]) {
-        let mut goals = goals.iter();
-        for seq in batch.seqs() {
-            for head in self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads) {
-                head.packed = goals.next().copied().unwrap_or(head.packed);
-            }
+    fn note(&mut self, goals: Vec<Goal>) {
+        for Goal { seq, heads: goals } in goals {
+            let heads = self.seqs.get_mut(&seq).into_iter().flat_map(|of| &mut of.heads);
+            heads.zip(goals).for_each(|(head, goal)| head.packed = goal);
         }
     }
 
     /// Returns a row per kv head of the batch's sequences, which copies the call's tokens to the
     /// ring. All sequences exist.
-    fn rows(
-        &self,
-        batch: &Batch,
-        new: Option<&New>,
-        mut more: impl FnMut(&super::head::Head, &mut FillRow),
-    ) -> Result<Vec<FillRow>> {
-        let (stream, d, kv_heads) = (self.stream(), self.shape.head_dim, self.shape.kv_heads);
-        let starts = match new {
-            Some(new) => Some((address(&new.k)?, address(&new.v)?, new)),
-            None => None,
-        };
-        let mut rows = Vec::with_capacity(batch.seqs().len() * kv_heads);
-        for seq in batch.seqs() {
-            let Some(sequence) = self.seqs.get(seq) else { continue };
-            let all = sequence.addresses(&stream, self.ring_numbers());
-            for (kv_head, head) in sequence.heads.iter().enumerate() {
-                let at = all.of_head(kv_head);
-                let mut row = FillRow {
-                    ring_k: at.ring_k,
-                    ring_v: at.ring_v,
-                    table: at.table,
-                    status: self.status().address(sequence.number),
-                    tag: Status::tag(sequence.number, kv_head),
-                    first_new: NONE,
-                    shift: head.shift as i32,
-                    fresh_record: NONE,
-                    ..FillRow::default()
-                };
-                if let Some((k, v, new)) = starts {
-                    let (i, slots) = (rows.len(), head.slots as i32);
-                    let offset = 2 * (new.firsts[i] * d) as u64;
-                    (row.new_k, row.new_v) = (k + offset, v + offset);
-                    (row.first_new, row.move_from) = (slots, slots);
-                    row.move_to = slots + new.counts[i] as i32;
-                }
-                more(head, &mut row);
-                rows.push(row);
-            }
+    fn ring_rows(&self, batch: &Batch, new: &New) -> Result<Vec<FillRow>> {
+        let (k, v, d) = (address(&new.k)?, address(&new.v)?, self.shape.head_dim);
+        let mut rows = Vec::with_capacity(new.counts.len());
+        for &seq in batch.seqs() {
+            self.for_each_head(seq, |_, head, row| {
+                let (i, slots) = (rows.len(), head.slots as i32);
+                let offset = 2 * (new.firsts[i] * d) as u64;
+                rows.push(FillRow {
+                    new_k: k + offset,
+                    new_v: v + offset,
+                    first_new: slots,
+                    move_from: slots,
+                    move_to: slots + new.counts[i] as i32,
+                    ..row
+                });
+            });
         }
         Ok(rows)
     }
 
+    /// Calls `visit` with each kv head of a sequence, its index, and a row without entries.
+    fn for_each_head(&self, seq: SeqId, mut visit: impl FnMut(usize, &Head, FillRow)) {
+        let Some(sequence) = self.seqs.get(&seq) else { return };
+        let all = sequence.addresses(&self.stream(), self.ring_numbers());
+        for (kv_head, head) in sequence.heads.iter().enumerate() {
+            let at = all.of_head(kv_head);
+            let row = FillRow {
+                ring_k: at.ring_k,
+                ring_v: at.ring_v,
+                table: at.table,
+                status: self.status().address(sequence.number),
+                tag: Status::tag(sequence.number, kv_head),
+                first_new: NONE,
+                shift: head.shift as i32,
+                first_new_record: NONE,
+                ..FillRow::default()
+            };
+            visit(kv_head, head, row);
+        }
+    }
+
     /// Launches a step's kernels for all rows. `stride` is the number of rows of the call's tensors
-    /// from a head's token to its next. `fresh` has the addresses of all new records; the rows
+    /// from a head's token to its next. `new_records` has the addresses of all new records; the rows
     /// contain offsets into it.
     fn launch_fill(
         &self,
         mut rows: Vec<FillRow>,
         stride: usize,
-        fresh: &[u64],
+        new_records: &[u64],
         step: Step,
     ) -> Result<Vec<FillRow>> {
         let most = |of: fn(&FillRow) -> i32| rows.iter().map(of).max().unwrap_or(0).max(0) as usize;
@@ -336,16 +335,11 @@ impl CudaPool {
             return Ok(rows);
         }
         let stream = self.stream();
-        let mut upload = Upload::default();
-        upload.push(fresh);
-        let fresh = upload.copy(&stream)?;
-        let base = fresh.as_ref().map_or(0, |fresh| fresh.device_ptr(&stream).0);
-        rows.iter_mut().for_each(|row| row.fresh += base);
-        let mut upload = Upload::default();
-        upload.push(&rows);
-        let on_device = upload.copy(&stream)?;
+        let new_records = upload(&stream, new_records)?;
+        rows.iter_mut().for_each(|row| row.new_records += new_records.address());
+        let on_device = upload(&stream, &rows)?;
         let args = FillArgs {
-            rows: on_device.as_ref().map_or(0, |rows| rows.device_ptr(&stream).0),
+            rows: on_device.address(),
             stride: (stride * self.shape.head_dim) as i64,
             ring: self.ring_places() as i32,
             kind: kind(self.dtype.unwrap_or(DType::F16)),
@@ -373,18 +367,20 @@ enum Step {
     RecordsThenRings,
 }
 
-/// Sets the byte offsets of the rows' first new records.
-fn place_fresh(mut rows: Vec<FillRow>, firsts: &[usize]) -> Vec<FillRow> {
-    rows.iter_mut().zip(firsts).for_each(|(row, first)| row.fresh = 8 * *first as u64);
-    rows
+impl Goal {
+    fn changes(&self, heads: &[Head]) -> bool {
+        self.heads.iter().zip(heads).any(|(goal, head)| *goal != head.packed)
+    }
 }
 
-/// Packs the entries between `from` and `goal`.
-fn set_packing(row: &mut FillRow, from: Packed, goal: Packed, group: usize) {
-    row.fresh_record = (from.keys / group) as i32;
-    row.key_record = row.fresh_record;
+/// Packs the entries between `from` and `goal`. `taken` counts the new records of the rows so far.
+fn set_packing(row: &mut FillRow, from: Packed, goal: Packed, group: usize, taken: &mut u64) {
+    row.new_records = 8 * *taken;
+    row.first_new_record = (from.keys / group) as i32;
+    row.key_record = row.first_new_record;
     row.key_records = ((goal.keys - from.keys) / group) as i32;
     row.value_tile = from.tiles as i32;
     row.value_tiles = (goal.tiles - from.tiles) as i32;
+    *taken += row.key_records as u64;
     debug_assert!(goal.tiles * TILE <= goal.keys);
 }

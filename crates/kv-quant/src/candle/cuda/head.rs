@@ -5,6 +5,7 @@ use crate::cuda::{Layout, TILE};
 use crate::{Axis, Flush, Format};
 use longctx_core::Result;
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use longctx_cuda::{Uploaded, upload};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ pub struct Head {
     pub table: Table,
     /// Number of slots: entries and holes.
     pub slots: usize,
-    pub live: Live,
+    pub valid: ValidityMask,
     pub packed: Packed,
     /// First slot in the ring.
     pub ring_from: usize,
@@ -37,19 +38,20 @@ pub struct Packed {
 
 impl Head {
     fn new(records: &Shared) -> Self {
-        let (table, packed, live) = (Table::new(records), Packed::default(), Live::default());
-        Self { table, slots: 0, live, packed, ring_from: 0, shift: 0 }
+        let (table, packed, valid) =
+            (Table::new(records), Packed::default(), ValidityMask::default());
+        Self { table, slots: 0, valid, packed, ring_from: 0, shift: 0 }
     }
 
     /// Returns the number of entries.
     pub fn len(&self) -> usize {
-        self.slots - self.live.holes
+        self.slots - self.valid.holes
     }
 
     /// Returns the slots of all entries; `None` if there are no holes.
     pub fn entry_slots(&self) -> Option<Vec<u32>> {
-        let slots = || self.live.slots_of(0..self.len()).map(|slot| slot as u32).collect();
-        (self.live.holes > 0).then(slots)
+        let slots = || self.valid.slots_of(0..self.len()).map(|slot| slot as u32).collect();
+        (self.valid.holes > 0).then(slots)
     }
 
     /// Returns how far the head is packed when it has `slots` slots.
@@ -81,7 +83,7 @@ impl Head {
     /// With a rolling flush, groups that are still in the ring return to full precision. If a
     /// record of tokens that are packed one by one is divided, it is kept, and its other slots
     /// become holes. A divided record of keys along tokens is unpacked.
-    pub fn cut(&self, format: Format, group: usize, slots: usize) -> Cut {
+    pub fn truncated(&self, format: Format, group: usize, slots: usize) -> Truncation {
         let Packed { mut keys, values, tiles } = self.packed;
         if let Flush::Rolling(residual) = format.flush() {
             let missing = (keys + residual).saturating_sub(slots).next_multiple_of(group);
@@ -98,23 +100,23 @@ impl Head {
             unpacked = keys..values.min(slots);
         }
         let packed = Packed { keys, values: values.min(keys), tiles: tiles.min(keys / TILE) };
-        Cut { packed, unpacked, ring_from: ring_from.min(keys) }
+        Truncation { packed, unpacked, ring_from: ring_from.min(keys) }
     }
 }
 
 /// The slots that are not holes.
 #[derive(Debug, Clone, Default)]
-pub struct Live {
+pub struct ValidityMask {
     /// A bit per slot that was packed at the last eviction, set if the slot is not a hole. Later
     /// slots are not holes. Empty if there are no holes.
     bits: Vec<u32>,
     holes: usize,
-    /// For each word of `bits`, the word and the number of entries before its slots, as `live` in
+    /// For each word of `bits`, the word and the number of entries before its slots, as `valid` in
     /// kernels/args.cuh.
-    on_device: Option<Arc<CudaSlice<u64>>>,
+    on_device: Option<Arc<Uploaded>>,
 }
 
-impl Live {
+impl ValidityMask {
     /// Marks the listed slots among the first `slots` as entries; later slots are not holes either.
     pub fn new(
         stream: &Arc<CudaStream>,
@@ -130,12 +132,12 @@ impl Live {
         if count == slots {
             return Ok(Self::default());
         }
-        let on_device = Arc::new(stream.clone_htod(&words(&bits))?);
+        let on_device = Arc::new(upload(stream, &words(&bits))?);
         Ok(Self { bits, holes: slots - count, on_device: Some(on_device) })
     }
 
     /// Returns the bits of the first `packed` slots, in which the slots from `slots` on are holes.
-    pub fn cut(&self, stream: &Arc<CudaStream>, packed: usize, slots: usize) -> Result<Self> {
+    pub fn truncated(&self, stream: &Arc<CudaStream>, packed: usize, slots: usize) -> Result<Self> {
         if self.holes == 0 && packed <= slots {
             return Ok(Self::default());
         }
@@ -151,8 +153,8 @@ impl Live {
         32 * self.bits.len()
     }
 
-    pub fn address(&self, stream: &CudaStream) -> u64 {
-        self.on_device.as_ref().map_or(0, |words| words.device_ptr(stream).0)
+    pub fn address(&self) -> u64 {
+        self.on_device.as_ref().map_or(0, |words| words.address())
     }
 
     pub fn contains(&self, slot: usize) -> bool {
@@ -177,7 +179,7 @@ impl Live {
     }
 
     pub fn bytes(&self) -> usize {
-        4 * self.bits.len() + self.on_device.as_ref().map_or(0, |words| 8 * words.len())
+        4 * self.bits.len() + self.on_device.as_ref().map_or(0, |words| words.len())
     }
 }
 
@@ -202,7 +204,7 @@ fn nth_one(mut bits: u32, n: usize) -> usize {
 
 /// The effect of truncating a head.
 #[derive(Debug)]
-pub struct Cut {
+pub struct Truncation {
     pub packed: Packed,
     /// Slots that return from the divided record to the ring.
     pub unpacked: Range<usize>,
@@ -318,6 +320,13 @@ impl Sequence {
         Ok(stream.memcpy_htod(&addresses, &mut to)?)
     }
 
+    /// Returns whether all heads hold the same tokens, packed as far, without holes.
+    pub fn is_uniform(&self) -> bool {
+        let first = &self.heads[0];
+        let like = |head: &Head| head.is_like(first) && head.shift == first.shift;
+        self.heads.iter().all(|head| head.valid.holes == 0 && like(head))
+    }
+
     /// `ring`: elements of the ring of a kv head.
     pub fn addresses(&self, stream: &CudaStream, ring: usize) -> AllAddresses {
         let first = Addresses {
@@ -336,7 +345,7 @@ impl Sequence {
     /// Returns the bytes of the tables, on the device and on the host.
     pub fn table_bytes(&self) -> usize {
         let numbers: usize = self.heads.iter().map(|head| head.table.numbers().len()).sum();
-        let live: usize = self.heads.iter().map(|head| head.live.bytes()).sum();
-        8 * self.places * self.heads.len() + 4 * numbers + live + size_of::<Self>()
+        let valid: usize = self.heads.iter().map(|head| head.valid.bytes()).sum();
+        8 * self.places * self.heads.len() + 4 * numbers + valid + size_of::<Self>()
     }
 }

@@ -19,10 +19,9 @@ use std::sync::Arc;
 /// immediately pack when a block is complete. Attention reads records and rings of all sequences in
 /// one launch.
 ///
-/// Decoding never waits for the device. So NaN or infinity among the entries is reported by a later
-/// call, after they have been packed, and the sequence is then poisoned. [`append`](Self::append)
-/// with several tokens for a sequence waits and reports it immediately; so does
-/// [`fork`](Self::fork).
+/// Appending never waits for the device. So NaN or infinity among the entries is reported by a
+/// later call, after they have been packed, and the sequence is then poisoned.
+/// [`fork`](Self::fork) waits for the device, so it reports all numbers appended before.
 ///
 /// A clone shares the records. If one of the two poisons a shared sequence, it is poisoned in both.
 #[derive(Debug, Clone)]
@@ -288,9 +287,9 @@ impl CudaPool {
                     (own.table, own.ring_k, own.ring_v) = (at.table, at.ring_k, at.ring_v);
                     own.packed = head.packed.values as i32;
                     own.residual = head.residual() as i32;
-                    own.live = head.live.address(&stream);
-                    own.live_slots = head.live.slots() as i32;
-                    own.holes = head.live.holes() as i32;
+                    own.valid = head.valid.address();
+                    own.valid_slots = head.valid.slots() as i32;
+                    own.holes = head.valid.holes() as i32;
                     own.ring_start = ((head.packed.values + head.shift) % ring) as i32;
                 }
                 work.push(own);

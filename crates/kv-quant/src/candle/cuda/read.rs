@@ -1,12 +1,13 @@
 //! Reads entries, for policies and tests.
 
 use super::CudaPool;
-use super::head::Cut;
+use super::head::Truncation;
 use super::tensors::{kind, tensor};
 use crate::cuda::UnpackArgs;
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{Error, Result, SeqId};
 use longctx_cuda::cudarc::driver::{CudaSlice, DevicePtr};
+use std::ops::Range;
 
 /// The number of f32 in kernels/unpack.cuh.
 const F32: i32 = 2;
@@ -45,8 +46,8 @@ impl CudaPool {
             if in_ring.elem_count() == 0 {
                 return Ok(packed);
             }
-            let ring = self.ring_of(ring, kv_head)?.index_select(&in_ring, 0)?;
-            let ring = ring.to_dtype(DType::F32)?;
+            let ring = self.rings_of(ring, kv_head..kv_head + 1)?.squeeze(0)?;
+            let ring = ring.index_select(&in_ring, 0)?.to_dtype(DType::F32)?;
             if values == 0 {
                 return Ok(ring);
             }
@@ -59,11 +60,12 @@ impl CudaPool {
         }
     }
 
-    /// Returns a copy of a head's ring, `[places, head_dim]`.
-    fn ring_of(&self, ring: &CudaSlice<u16>, kv_head: usize) -> Result<Tensor> {
-        let (stream, numbers) = (self.stream(), self.ring_numbers());
-        let own = ring.slice(kv_head * numbers..(kv_head + 1) * numbers);
-        let dims = [self.ring_places(), self.shape.head_dim];
+    /// Returns a copy of some kv heads' rings, `[heads, places, head_dim]`.
+    pub(super) fn rings_of(&self, ring: &CudaSlice<u16>, heads: Range<usize>) -> Result<Tensor> {
+        let (stream, of_head) = (self.stream(), self.ring_numbers());
+        let dims = [heads.len(), self.ring_places(), self.shape.head_dim];
+        let numbers = heads.len() * of_head;
+        let own = ring.slice(heads.start * of_head..heads.end * of_head);
         // SAFETY: every pattern of 16 bits is valid in both formats.
         unsafe {
             Ok(match self.dtype {
@@ -80,7 +82,12 @@ impl CudaPool {
     }
 
     /// Writes the entries that a truncation unpacks from a record to the ring.
-    pub(super) fn unpack_to_ring(&self, seq: SeqId, kv_head: usize, cut: &Cut) -> Result<()> {
+    pub(super) fn unpack_to_ring(
+        &self,
+        seq: SeqId,
+        kv_head: usize,
+        truncation: &Truncation,
+    ) -> Result<()> {
         let sequence = self.sequence(seq)?;
         let (stream, ring) = (self.stream(), self.ring_numbers());
         let at = sequence.addresses(&stream, ring).of_head(kv_head);
@@ -88,8 +95,8 @@ impl CudaPool {
             table: at.table,
             k: at.ring_k,
             v: at.ring_v,
-            first: cut.unpacked.start as i32,
-            entries: cut.unpacked.len() as i32,
+            first: truncation.unpacked.start as i32,
+            entries: truncation.unpacked.len() as i32,
             ring: self.ring_places() as i32,
             shift: sequence.heads[kv_head].shift as i32,
             kind: kind(self.dtype.unwrap_or(DType::F16)),

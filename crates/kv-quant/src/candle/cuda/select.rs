@@ -5,7 +5,7 @@ use super::CudaPool;
 use super::head::{Head, words};
 use crate::cuda::Work;
 use longctx_core::{Batch, EntryRanges, Result};
-use longctx_cuda::cudarc::driver::{CudaSlice, DevicePtr};
+use longctx_cuda::{Uploaded, upload};
 use std::ops::Range;
 
 /// A bitmap of slots.
@@ -30,7 +30,7 @@ fn selected(head: &Head, ranges: &[Range<usize>], group: usize) -> (Vec<usize>, 
     let packed = head.packed.values;
     let (mut records, mut bits) = (Vec::<usize>::new(), Bits::default());
     let mut of_ring = Vec::new();
-    for slot in head.live.slots_of(ranges.iter().cloned().flatten()) {
+    for slot in head.valid.slots_of(ranges.iter().cloned().flatten()) {
         if slot >= packed {
             of_ring.push(slot - packed);
             continue;
@@ -55,7 +55,7 @@ impl CudaPool {
         batch: &Batch,
         ranges: &EntryRanges,
         work: &mut [Work],
-    ) -> Result<CudaSlice<u64>> {
+    ) -> Result<Uploaded> {
         let group = self.layout.group();
         let mut all = vec![0u64];
         let mut places = Vec::new();
@@ -68,7 +68,7 @@ impl CudaPool {
                 bits.0.resize((slots + head.residual()).div_ceil(32), 0);
                 all.extend(head.table.addresses_of(&records));
                 own.packed = slots as i32;
-                own.live_slots = (32 * bits.0.len()) as i32;
+                own.valid_slots = (32 * bits.0.len()) as i32;
                 own.holes = own.packed + own.residual - bits.count();
                 places.push((place, all.len()));
                 all.extend(words(&bits.0));
@@ -77,10 +77,10 @@ impl CudaPool {
             }
         }
         let stream = self.stream();
-        let on_device = stream.clone_htod(&all)?;
-        let start = on_device.device_ptr(&stream).0;
-        for (own, (table, live)) in work.iter_mut().zip(places) {
-            (own.table, own.live) = (start + 8 * table as u64, start + 8 * live as u64);
+        let on_device = upload(&stream, &all)?;
+        let start = on_device.address();
+        for (own, (table, valid)) in work.iter_mut().zip(places) {
+            (own.table, own.valid) = (start + 8 * table as u64, start + 8 * valid as u64);
         }
         Ok(on_device)
     }
@@ -91,7 +91,7 @@ impl CudaPool {
         batch: &Batch,
         ranges: &EntryRanges,
         work: &mut [Work],
-    ) -> Result<CudaSlice<u64>> {
+    ) -> Result<Uploaded> {
         let mut all = vec![0u64];
         let mut places = Vec::new();
         for (i, (own, ranges)) in work.iter_mut().zip(ranges.heads()).enumerate() {
@@ -100,19 +100,19 @@ impl CudaPool {
             if let Some(sequence) = self.seqs.get(&seq) {
                 let head = &sequence.heads[i % self.shape.kv_heads];
                 let mut bits = Bits::default();
-                let slots = head.live.slots_of(ranges.iter().cloned().flatten());
+                let slots = head.valid.slots_of(ranges.iter().cloned().flatten());
                 slots.for_each(|slot| bits.set(slot));
                 bits.0.resize(head.slots.div_ceil(32), 0);
-                own.live_slots = (32 * bits.0.len()) as i32;
+                own.valid_slots = (32 * bits.0.len()) as i32;
                 own.holes = own.packed + own.residual - bits.count();
                 all.extend(words(&bits.0));
             }
         }
         let stream = self.stream();
-        let on_device = stream.clone_htod(&all)?;
-        let start = on_device.device_ptr(&stream).0;
+        let on_device = upload(&stream, &all)?;
+        let start = on_device.address();
         for (own, place) in work.iter_mut().zip(places) {
-            own.live = start + 8 * place as u64;
+            own.valid = start + 8 * place as u64;
         }
         Ok(on_device)
     }

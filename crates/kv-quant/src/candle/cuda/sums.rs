@@ -6,7 +6,7 @@ use super::tensors::{address, tensor};
 use crate::cuda::{AttendArgs, TILE};
 use candle_core::{DType, Tensor};
 use longctx_core::{AttentionSums, Batch, Error, Mask, Result, SeqId};
-use longctx_cuda::cudarc::driver::DevicePtr;
+use longctx_cuda::{cudarc::driver::DevicePtr, upload};
 
 impl CudaPool {
     /// Returns the attention probabilities that the entries of each sequence receive.
@@ -38,12 +38,12 @@ impl CudaPool {
         }
         // SAFETY: the kernel writes an element for every entry of every head.
         let out = unsafe { stream.alloc::<f32>(total.max(1)) }?;
-        let on_device = stream.clone_htod(&work)?;
+        let on_device = upload(&stream, &work)?;
         let args = AttendArgs {
             q: address(&q)?,
             out: out.device_ptr(&stream).0,
             lse: address(&lse)?,
-            work: on_device.device_ptr(&stream).0,
+            work: on_device.address(),
             ..self.score_args(mask)
         };
         // SAFETY: the arrays have the sizes that the kernel expects.
@@ -64,7 +64,7 @@ impl CudaPool {
     /// Returns the sums of entries from those of all slots.
     fn without_holes(&self, seq: SeqId, sums: AttentionSums) -> Result<AttentionSums> {
         let heads = self.seqs.get(&seq).map_or(&[][..], |of| &of.heads);
-        if heads.iter().all(|head| head.live.holes() == 0) {
+        if heads.iter().all(|head| head.valid.holes() == 0) {
             return Ok(sums);
         }
         let of_entries = |(own, head): (Tensor, &Head)| match head.entry_slots() {

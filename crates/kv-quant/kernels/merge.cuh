@@ -14,14 +14,14 @@ __device__ __forceinline__ void finish(const AttendArgs& args, long long row, in
 // Merges the partial results of a kv head and a block of columns. The weights are stored in shared
 // memory first. If there are more threads than outputs, several threads compute one output.
 template <int D, int N, int WARPS>
-__device__ __forceinline__ void join_splits(const AttendArgs& args, const Work& work, int live, unsigned char* shared, float* tops, float* sums) {
+__device__ __forceinline__ void merge_splits(const AttendArgs& args, const Work& work, int valid, unsigned char* shared, float* tops, float* sums) {
     const long long first = (long long)work.first_part * (8 * N);
     const int splits = work.parts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const float* lses = args.part_lse + first;
     const float* parts = args.part_out + first * D;
     float* weights = reinterpret_cast<float*>(shared);
     float4* sliced = reinterpret_cast<float4*>(weights + (MAX_SPLITS + 1) * 8 * N);
-    for (int column = warp; column < live; column += WARPS) {
+    for (int column = warp; column < valid; column += WARPS) {
         float top = -INFINITY, sum = 0.f;
         for (int s = lane; s < splits; s += 32) top = fmaxf(top, lses[s * 8 * N + column]);
 #pragma unroll
@@ -35,7 +35,7 @@ __device__ __forceinline__ void join_splits(const AttendArgs& args, const Work& 
         if (lane == 0) tops[column] = top, sums[column] = sum;
     }
     __syncthreads();
-    const int items = live * (D / 4), slices = max(1, WARPS * 32 / items);
+    const int items = valid * (D / 4), slices = max(1, WARPS * 32 / items);
     auto write = [&](int item, float4 x) {
         int column = item / (D / 4), channel = item % (D / 4) * 4;
         float sum = sums[column], factor = sum > 0.f ? 1.f / sum : 0.f;
