@@ -112,6 +112,31 @@ fn contexts_lie_within_prompts() {
     }
 }
 
+/// A question with ten long documents gets these alone if ten fit and more do not, whatever size
+/// the first question's short documents gave.
+#[test]
+fn a_question_with_long_documents_gets_its_own_ones() {
+    let question = |name: &str, words: usize| {
+        let document = |i: usize| (format!("{name}{i}"), vec!["word ".repeat(words)]);
+        serde_json::json!({
+            "question": format!("Which {name}?"),
+            "answer": name,
+            "context": (0..10).map(document).collect::<Vec<_>>(),
+        })
+    };
+    let questions = [question("short", 20), question("long", 80)];
+    let data = tempfile::tempdir().unwrap();
+    std::fs::write(data.path().join("hotpotqa.json"), serde_json::to_vec(&questions).unwrap())
+        .unwrap();
+    let source = Source { folder: Some(data.path().into()), ..(*source(1000, 42, 2)).clone() };
+    let samples = ruler::task("qa_2", &Arc::new(source)).unwrap().samples().unwrap().samples;
+    let titles = |sample: &Sample, name: &str| {
+        sample.turns[0].lines().filter(|line| line.starts_with(name)).count()
+    };
+    assert!(titles(&samples[0], "short") == 10 && titles(&samples[0], "long") > 0);
+    assert_eq!((titles(&samples[1], "long"), titles(&samples[1], "short")), (10, 0));
+}
+
 #[test]
 fn missing_data_and_short_lengths_are_errors() {
     for name in ruler::names() {

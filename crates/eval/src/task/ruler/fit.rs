@@ -98,15 +98,20 @@ fn one(
 ) -> Result<Prompt> {
     let (step, mut size) = (make.step(), size);
     for _ in 0..TRIES {
-        if let Some(prompt) = make.prompt(sample, size) {
+        let prompt = make.prompt(sample, size);
+        let smaller = match &prompt {
+            _ if size > step => size - step,
+            // The decrement went below the smallest size. The original repeats this without end.
+            None => step,
+            Some(_) => size,
+        };
+        if let Some(prompt) = prompt {
             let prompt = make.with_example(prompt);
             if (room.count)(&prompt.text())? + room.new_tokens <= room.tokens {
                 return Ok(prompt);
             }
         }
-        if size > step {
-            size = size.saturating_sub(step);
-        }
+        size = smaller;
     }
     Err(room.error())
 }
