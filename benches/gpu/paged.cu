@@ -17,6 +17,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernels/paged.cu"
@@ -66,20 +67,21 @@ std::vector<uint16_t> noise(size_t n, bool bf16) {
 }
 
 struct Kernels {
-    void (*attend[3])(const AttendArgs);  // of 1, 2 and 4 columns
+    void (*attend[2])(const AttendArgs);  // of 8 and 16 columns
     void (*sums)(const SumsArgs);
-    int shared;
+    int threads, shared, sums_shared;
 };
 
-template <class Pair, int D, int COLUMNS>
-__global__ void __launch_bounds__(THREADS) attend_kernel(const AttendArgs a) { attend<Pair, D, COLUMNS>(a); }
+template <class Pair, int D, int N>
+__global__ void __launch_bounds__(Rings<D>::THREADS) attend_kernel(const AttendArgs a) { attend<Pair, D, N>(a); }
 template <class Pair, int D>
-__global__ void __launch_bounds__(THREADS) sums_kernel(const SumsArgs a) { sums<Pair, D>(a); }
+__global__ void __launch_bounds__(SUMS_THREADS) sums_kernel(const SumsArgs a) { sums<Pair, D>(a); }
 
 template <class Pair, int D>
 Kernels kernels() {
-    Kernels k{{attend_kernel<Pair, D, 1>, attend_kernel<Pair, D, 2>, attend_kernel<Pair, D, 4>}, sums_kernel<Pair, D>, 2 * 2 * PAGE * (D + 8)};
-    OK(cudaFuncSetAttribute(k.sums, cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared));
+    Kernels k{{attend_kernel<Pair, D, 1>, attend_kernel<Pair, D, 2>}, sums_kernel<Pair, D>, Rings<D>::THREADS, Rings<D>::BYTES, 2 * 2 * PAGE * (D + 8)};
+    OK(cudaFuncSetAttribute(k.sums, cudaFuncAttributeMaxDynamicSharedMemorySize, k.sums_shared));
+    for (auto attend : k.attend) OK(cudaFuncSetAttribute(attend, cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared));
     return k;
 }
 
@@ -97,31 +99,32 @@ Kernels kernels_of(int d, bool bf16) {
     }
 }
 
-// The same plan as in src/paged/plan.rs.
-void plan(const std::vector<AttendWork>& heads, int per, int columns, int slots, std::vector<AttendWork>& work, std::vector<AttendMerge>& merges, int& parts) {
+// The same plan as in src/paged/plan.rs. Returns the numbers of partial results and of merges.
+std::pair<int, int> plan(const std::vector<AttendWork>& heads, int per, int columns, int slots, std::vector<AttendWork>& work) {
     std::vector<AttendWork> rows;
     i64 total = 0;
     auto pages = [](const AttendWork& w) { return (w.to - w.from + PAGE - 1) / PAGE; };
     for (auto& head : heads)
         for (int c = 0; c < per * head.queries; c += columns) rows.push_back(head), rows.back().first_column = c, total += pages(head);
-    parts = 0;
+    int parts = 0, merge = 0;
     for (auto& row : rows) {
         int n = pages(row), splits = std::max<i64>(1, std::min<i64>(std::max(1, n), ((i64)n * slots + total / 2) / std::max<i64>(1, total)));
-        merges.push_back({parts, splits, row.kv_head, row.queries, row.first_token, row.first_column});
         for (int s = 0; s < splits; s++) {
             AttendWork w = row;
-            w.from = std::min(row.to, row.from + n * s / splits * PAGE), w.to = std::min(row.to, row.from + n * (s + 1) / splits * PAGE), w.part = parts + s;
+            w.from = std::min(row.to, row.from + n * s / splits * PAGE), w.to = std::min(row.to, row.from + n * (s + 1) / splits * PAGE);
+            w.first_part = parts, w.part = s, w.parts = splits, w.merge = merge;
             work.push_back(w);
         }
-        parts += splits;
+        parts += splits, merge++;
     }
     std::sort(work.begin(), work.end(), [](auto& a, auto& b) { return a.to - a.from > b.to - b.from; });
+    return {parts, merge};
 }
 
-int slots_of(void (*kernel)(const AttendArgs)) {
+int slots_of(const Kernels& k, void (*kernel)(const AttendArgs)) {
     int per_sm = 0, sms = 0;
     OK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
-    OK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, THREADS, 0));
+    OK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, k.threads, k.shared));
     return per_sm * sms;
 }
 
@@ -161,13 +164,16 @@ void check(const Shape& s) {
     Array<uint16_t> pool(order.size() * block);
     auto address = [&](int row, int place) { return (uint64_t)(pool.p + order[row * most + place] * block); };
     Array<uint64_t> table(rows * most);
+    std::vector<uint64_t*> tables(rows);
+    for (int r = 0; r < rows; r++) tables[r] = table.p + r * most;
+    Array<uint64_t*> tables_on(tables);
     // Two appends: the first half of the tokens, then four of every five of the others.
     std::vector<int> held(rows, 0);
     for (int part = 0; part < 2; part++) {
         std::vector<AppendRow> list(rows);
         std::vector<uint64_t> new_blocks;
         std::vector<uint32_t> selected;
-        std::vector<size_t> new_blocks_at(rows), selected_at(rows);
+        std::vector<size_t> selected_at(rows);
         int longest = 0;
         for (int r = 0; r < rows; r++) {
             int seq = r / s.kv_heads, head = r % s.kv_heads, len = s.lens[seq] + 5, half = len / 2;
@@ -177,8 +183,8 @@ void check(const Shape& s) {
             if (!part) for (int t = 0; t < half; t++) taken.push_back(t);
             else for (int t = half; t < len; t++) if ((t + head) % 5 || len < 12) taken.push_back(t);
             row.first = held[r], row.count = taken.size(), row.first_new_block = (held[r] + PAGE - 1) / PAGE;
-            row.first_row = (i64)starts[seq] * s.kv_heads + head, row.seqlen = len;
-            new_blocks_at[r] = new_blocks.size(), selected_at[r] = selected.size();
+            row.table = r, row.kv_head = head, row.first_token = starts[seq], row.seqlen = len;
+            row.new_blocks = new_blocks.size(), selected_at[r] = selected.size();
             for (int b = row.first_new_block; b * PAGE < held[r] + row.count; b++) new_blocks.push_back(address(r, b)), row.new_block_count++;
             for (int t : taken) {
                 size_t at = ((size_t)(starts[seq] + t) * s.kv_heads + head) * d;
@@ -189,9 +195,10 @@ void check(const Shape& s) {
         }
         Array<uint64_t> new_blocks_on(new_blocks);
         Array<uint32_t> selected_on(selected);
-        for (int r = 0; r < rows; r++) list[r].table = table.p + r * most, list[r].new_blocks = new_blocks_on.p + new_blocks_at[r], list[r].tokens = part ? selected_on.p + selected_at[r] : nullptr;
+        for (int r = 0; r < rows; r++) list[r].tokens = part ? selected_on.p + selected_at[r] : nullptr;
         Array<AppendRow> on(list);
-        AppendArgs a{k_on.p, v_on.p, on.p, s.kv_heads, pieces, 0};
+        const i64 token = s.kv_heads * pieces;
+        AppendArgs a{k_on.p, v_on.p, on.p, tables_on.p, new_blocks_on.p, token, pieces, token, pieces, pieces, 0};
         if (longest) paged_append<<<dim3((longest * pieces + APPEND_THREADS - 1) / APPEND_THREADS, rows, 2), APPEND_THREADS>>>(a);
         OK(cudaDeviceSynchronize());
     }
@@ -237,38 +244,40 @@ void check(const Shape& s) {
     int longest = 0, most_queries = 0;
     for (int r = 0; r < rows; r++) {
         int seq = r / s.kv_heads, len = lists[r].size(), q = s.queries[seq];
-        int from = s.causal && s.window ? std::max(0, len + 1 - q - s.window) : 0;
-        all.push_back({table.p + r * most, s.listed ? flat_on.p + flat_at : nullptr, len, from, len, 0, r % s.kv_heads, q, query_starts[seq], 0});
+        int from = s.causal && s.window ? std::max(0, len + 1 - q - s.window) / TILE * TILE : 0;
+        AttendWork one = {};
+        one.entries = s.listed ? flat_on.p + flat_at : nullptr, one.table = r, one.len = one.to = len, one.from = from;
+        one.kv_head = r % s.kv_heads, one.queries = q, one.first_token = query_starts[seq];
+        all.push_back(one);
         sums_work.push_back({table.p + r * most, nullptr, 0, sums_total, held[r], r % s.kv_heads, q, query_starts[seq]});
         sums_total += (i64)s.per * held[r], flat_at += len, longest = std::max(longest, held[r]), most_queries = std::max(most_queries, q);
     }
-    int columns = s.per * most_queries == 1 ? 1 : s.per * most_queries == 2 ? 2 : 4, parts = 0;
-    auto attend_k = k.attend[columns / 2];
+    const int n = s.per * most_queries > 8 ? 2 : 1, columns = 8 * n;
+    auto attend_k = k.attend[n - 1];
     std::vector<AttendWork> work;
-    std::vector<AttendMerge> merges;
-    plan(all, s.per, columns, slots_of(attend_k), work, merges, parts);
-    // Two work items and one merge more than needed, to test unused items.
-    work.resize(work.size() + 2), merges.resize(merges.size() + 1);
+    auto [parts, merges] = plan(all, s.per, columns, slots_of(k, attend_k), work);
+    // Two items more than needed, to test unused items.
+    work.resize(work.size() + 2);
     Array<AttendWork> work_on(work.size());
-    Array<AttendMerge> merges_on(merges.size());
-    OK(cudaMemset(work_on.p, 0, work.size() * sizeof(AttendWork))), OK(cudaMemset(merges_on.p, 0, merges.size() * sizeof(AttendMerge)));
+    OK(cudaMemset(work_on.p, 0, work.size() * sizeof(AttendWork)));
+    Array<unsigned> arrived(std::vector<unsigned>(merges, 0));
     Array<float> out((size_t)all_queries * heads * d), lse(all_queries * heads), part_out((size_t)parts * columns * d), part_max(parts * columns), part_sum(parts * columns), got_sums(sums_total);
-    AttendArgs a{q_on.p, out.p, lse.p, part_out.p, part_max.p, part_sum.p, work_on.p, merges_on.p, heads, s.per, columns, s.causal, s.window, 1.f / sqrtf(d), s.soft_cap, d};
+    AttendArgs a{q_on.p, out.p, lse.p, part_out.p, part_max.p, part_sum.p, arrived.p, work_on.p, tables_on.p, heads, s.per, s.causal, s.window, 1.f / sqrtf(d), s.soft_cap, d, 2};
     cudaStream_t stream;
     cudaGraph_t graph;
     cudaGraphExec_t ready;
     OK(cudaStreamCreate(&stream)), OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-    attend_k<<<work.size(), THREADS, 0, stream>>>(a);
-    paged_merge<<<dim3(merges.size(), columns), (d + 31) / 32 * 32, 0, stream>>>(a);
+    attend_k<<<work.size(), k.threads, k.shared, stream>>>(a);
     OK(cudaStreamEndCapture(stream, &graph)), OK(cudaGraphInstantiate(&ready, graph, 0));
-    work_on.put(work), merges_on.put(merges);
-    OK(cudaGraphLaunch(ready, stream)), OK(cudaStreamSynchronize(stream));
+    work_on.put(work);
+    // Twice: the first launch must leave `arrived` as it was.
+    for (int i = 0; i < 2; i++) OK(cudaGraphLaunch(ready, stream)), OK(cudaStreamSynchronize(stream));
     OK(cudaGraphExecDestroy(ready)), OK(cudaGraphDestroy(graph)), OK(cudaStreamDestroy(stream));
     Array<SumsWork> sums_on(sums_work);
     bool sums_too = !s.listed;
     if (sums_too) {
         SumsArgs b{q_on.p, lse.p, got_sums.p, sums_on.p, heads, s.per, s.causal, s.window, a.scale, s.soft_cap};
-        k.sums<<<dim3((longest + PAGE - 1) / PAGE, rows, most_queries > 1 ? s.per : 1), THREADS, k.shared>>>(b);
+        k.sums<<<dim3((longest + PAGE - 1) / PAGE, rows, most_queries > 1 ? s.per : 1), SUMS_THREADS, k.sums_shared>>>(b);
         OK(cudaDeviceSynchronize());
     }
     auto got = out.get(), got_lse = lse.get(), sums = got_sums.get();
@@ -340,27 +349,30 @@ void time_decode(const char* name, std::vector<int> lens, int kv_heads, int per,
     std::iota(order.begin(), order.end(), 0), std::shuffle(order.begin(), order.end(), draw);
     for (size_t i = 0; i < table.size(); i++) table[i] = (uint64_t)(pool.p + order[i] * block);
     Array<uint64_t> table_on(table);
-    int columns = per == 1 ? 1 : per == 2 ? 2 : 4, parts = 0;
-    auto attend_k = k.attend[columns / 2];
+    const int n = per > 8 ? 2 : 1, columns = 8 * n;
+    auto attend_k = k.attend[n - 1];
     std::vector<AttendWork> work;
-    size_t merges_of_copy = 0, work_of_copy = 0, at = 0;
-    std::vector<AttendMerge> merges;
+    std::vector<uint64_t*> tables;
+    size_t work_of_copy = 0, at = 0;
+    int parts = 0, merges = 0;
     for (int copy = 0; copy < copies; copy++) {
-        std::vector<AttendWork> all, one;
-        std::vector<AttendMerge> one_merges;
+        std::vector<AttendWork> all, part;
         for (int seq = 0; seq < seqs; seq++)
-            for (int head = 0; head < kv_heads; head++) all.push_back({table_on.p + at, nullptr, lens[seq], 0, lens[seq], 0, head, 1, seq, 0}), at += (lens[seq] + PAGE - 1) / PAGE;
-        plan(all, per, columns, slots_of(attend_k), one, one_merges, parts);
-        work.insert(work.end(), one.begin(), one.end()), merges.insert(merges.end(), one_merges.begin(), one_merges.end());
-        work_of_copy = one.size(), merges_of_copy = one_merges.size();
+            for (int head = 0; head < kv_heads; head++) {
+                AttendWork one = {};
+                one.table = tables.size(), one.len = one.to = lens[seq], one.kv_head = head, one.queries = 1, one.first_token = seq;
+                all.push_back(one), tables.push_back(table_on.p + at), at += (lens[seq] + PAGE - 1) / PAGE;
+            }
+        std::tie(parts, merges) = plan(all, per, columns, slots_of(k, attend_k), part);
+        work.insert(work.end(), part.begin(), part.end()), work_of_copy = part.size();
     }
     Array<AttendWork> work_on(work);
-    Array<AttendMerge> merges_on(merges);
+    Array<uint64_t*> tables_on(tables);
+    Array<unsigned> arrived(std::vector<unsigned>(merges, 0));
     Array<float> out((size_t)seqs * heads * d), lse(seqs * heads), part_out((size_t)parts * columns * d), part_max(parts * columns), part_sum(parts * columns);
     double ms = median_ms(40, [&](int i) {
-        AttendArgs a{q.p, out.p, lse.p, part_out.p, part_max.p, part_sum.p, work_on.p + i % copies * work_of_copy, merges_on.p + i % copies * merges_of_copy, heads, per, columns, 1, 0, .1f, 0.f, d};
-        attend_k<<<work_of_copy, THREADS>>>(a);
-        paged_merge<<<dim3(merges_of_copy, columns), (d + 31) / 32 * 32>>>(a);
+        AttendArgs a{q.p, out.p, lse.p, part_out.p, part_max.p, part_sum.p, arrived.p, work_on.p + i % copies * work_of_copy, tables_on.p, heads, per, 1, 0, .1f, 0.f, d, 2};
+        attend_k<<<work_of_copy, k.threads, k.shared>>>(a);
     });
     OK(cudaGetLastError());
     double gbs = entries * d * 4. / ms * 1e-6;

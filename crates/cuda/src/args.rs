@@ -8,6 +8,7 @@ impl Number for i64 {}
 impl Number for u32 {}
 impl Number for i32 {}
 impl Number for f32 {}
+impl<T: Number, const N: usize> Number for [T; N] {}
 
 /// Defines a struct of a kernel's arguments: numbers, and device addresses as `u64`.
 ///

@@ -1,7 +1,7 @@
 //! A loaded kernel and its launches.
 #![allow(unsafe_code)]
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as DYNAMIC;
 use cudarc::driver::{
@@ -14,6 +14,7 @@ pub struct Kernel {
     function: CudaFunction,
     threads: u32,
     shared_bytes: u32,
+    blocks_per_multiprocessor: Arc<OnceLock<usize>>,
 }
 
 impl Kernel {
@@ -26,22 +27,26 @@ impl Kernel {
         if function.get_attribute(DYNAMIC)? < shared_bytes as i32 {
             function.set_attribute(DYNAMIC, shared_bytes as i32)?;
         }
-        Ok(Self { function, threads, shared_bytes })
+        Ok(Self { function, threads, shared_bytes, blocks_per_multiprocessor: Arc::default() })
     }
 
     pub(crate) fn is(&self, threads: u32, shared_bytes: u32) -> bool {
         (self.threads, self.shared_bytes) == (threads, shared_bytes)
     }
 
-    /// Returns the number of thread blocks that a multiprocessor runs concurrently.
+    /// Returns the number of thread blocks that a multiprocessor runs concurrently. Only the first
+    /// call asks the driver.
     ///
     /// # Errors
     /// Errors of the driver.
     pub fn blocks_per_multiprocessor(&self) -> Result<usize, DriverError> {
+        if let Some(&blocks) = self.blocks_per_multiprocessor.get() {
+            return Ok(blocks);
+        }
         let (threads, shared) = (self.threads, self.shared_bytes as usize);
         let blocks =
             self.function.occupancy_max_active_blocks_per_multiprocessor(threads, shared, None)?;
-        Ok(blocks as usize)
+        Ok(*self.blocks_per_multiprocessor.get_or_init(|| blocks as usize))
     }
 
     /// Launches the kernel over a grid of thread blocks. An empty grid does nothing.

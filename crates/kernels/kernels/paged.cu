@@ -7,13 +7,13 @@
 extern "C" __global__ void __launch_bounds__(APPEND_THREADS) paged_append(const AppendArgs a) { append(a); }
 extern "C" __global__ void __launch_bounds__(MOVE_THREADS) paged_move(const MoveArgs a) { move(a); }
 
-#define ATTEND(NAME, PAIR, D, COLUMNS)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS) paged_attend_##NAME##_d##D##_c##COLUMNS(const AttendArgs a) { \
-        attend<PAIR, D, COLUMNS>(a);                                                                                            \
+#define ATTEND(NAME, PAIR, D, N)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(Rings<D>::THREADS) paged_attend_##NAME##_d##D##_n##N(const AttendArgs a) { \
+        attend<PAIR, D, N>(a);                                                                                                     \
     }
 #define SUMS(NAME, PAIR, D) \
-    extern "C" __global__ void __launch_bounds__(THREADS) paged_sums_##NAME##_d##D(const SumsArgs a) { sums<PAIR, D>(a); }
-#define KERNELS(NAME, PAIR, D) ATTEND(NAME, PAIR, D, 1) ATTEND(NAME, PAIR, D, 2) ATTEND(NAME, PAIR, D, 4) SUMS(NAME, PAIR, D)
+    extern "C" __global__ void __launch_bounds__(SUMS_THREADS) paged_sums_##NAME##_d##D(const SumsArgs a) { sums<PAIR, D>(a); }
+#define KERNELS(NAME, PAIR, D) ATTEND(NAME, PAIR, D, 1) ATTEND(NAME, PAIR, D, 2) SUMS(NAME, PAIR, D)
 #define FORMATS(D) KERNELS(f16, __half2, D) KERNELS(bf16, __nv_bfloat162, D)
 FORMATS(64)
 FORMATS(80)
@@ -21,5 +21,3 @@ FORMATS(96)
 FORMATS(128)
 FORMATS(192)
 FORMATS(256)
-
-extern "C" __global__ void paged_merge(const AttendArgs a) { merge(a); }

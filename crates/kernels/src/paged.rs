@@ -12,8 +12,13 @@ use longctx_cuda::{Image, Kernel, multiprocessors};
 
 static IMAGE: Image = longctx_cuda::image!("paged");
 
+/// Entries that a warp of [`attend`] reads at a time. Must equal the constant in
+/// kernels/paged/attend.cuh.
+pub const TILE: usize = 16;
 /// Must equal the constant in kernels/paged/attend.cuh.
-const THREADS: u32 = 128;
+const STAGES: usize = 3;
+/// Must equal the constant in kernels/paged/sums.cuh.
+const SUMS_THREADS: u32 = 128;
 /// Must equal the constants in kernels/paged/append.cuh.
 const APPEND_THREADS: u32 = 256;
 const MOVE_THREADS: u32 = 512;
@@ -22,23 +27,29 @@ const MOVE_PIECES: usize = 2;
 longctx_cuda::args! {
     /// One thread block's share of a kv head's entries, for a few columns. Column c is query `c %
     /// queries` of the kv head's query head `c / queries`. An item without queries is skipped, so
-    /// that the list of a captured launch may be longer than needed.
+    /// that the list of a captured launch may be longer than needed. A [`Plan`] makes the items from
+    /// one for each kv head, and sets the fields from `from` to `merge` and `first_column`.
     ///
     /// Addresses are device addresses; 0 means none.
-    pub struct AttendWork: 48, len at 16 {
-        /// Block table of the kv head: block addresses, u64. A block has keys `[PAGE, head_dim]`,
-        /// then values.
-        pub table: u64,
+    pub struct AttendWork: 64, len at 12 {
         /// Indices of the visible entries, increasing, u32. 0: all entries.
         pub entries: u64,
+        /// Index of the kv head's block table in [`AttendArgs::tables`].
+        pub table: i32,
         /// Number of entries, or of visible entries if `entries` is given.
         pub len: i32,
-        /// First entry of the share.
+        /// First entry of the share; a multiple of [`TILE`].
         pub from: i32,
         /// End of the share (exclusive).
         pub to: i32,
-        /// Index of its partial result.
+        /// Index of the first partial result of the kv head and columns.
+        pub first_part: i32,
+        /// The share's index among them.
         pub part: i32,
+        /// Their number.
+        pub parts: i32,
+        /// Index in [`AttendArgs::arrived`].
+        pub merge: i32,
         /// The kv head.
         pub kv_head: i32,
         /// Queries of the sequence.
@@ -47,35 +58,21 @@ longctx_cuda::args! {
         pub first_token: i32,
         /// First column.
         pub first_column: i32,
+        /// Padding.
+        pub unused: [i32; 2],
     }
 }
 
 longctx_cuda::args! {
-    /// The partial results of a kv head and some columns. They have consecutive indices.
-    pub struct AttendMerge: 24 {
-        /// Index of the first partial result.
-        pub first_part: i32,
-        /// Number of partial results.
-        pub parts: i32,
-        /// See [`AttendWork`].
-        pub kv_head: i32,
-        /// See [`AttendWork`].
-        pub queries: i32,
-        /// See [`AttendWork`].
-        pub first_token: i32,
-        /// See [`AttendWork`].
-        pub first_column: i32,
-    }
-}
-
-longctx_cuda::args! {
-    /// The arguments of [`attend`], with the same layout as in the kernels.
-    pub struct AttendArgs: 96, heads at 64, scale at 84 {
+    /// The arguments of [`attend`], with the same layout as in the kernels. `columns` is
+    /// [`columns`]; `parts` and `merges` are those of the [`Plan`].
+    pub struct AttendArgs: 104, heads at 72, scale at 88 {
         /// `[tokens, heads, head_dim]`, contiguous, in the dtype of keys and values.
         pub q: u64,
-        /// Output, `[tokens, heads, head_dim]`, f32.
+        /// Output, `[tokens, heads, head_dim]`, of dtype `out_kind`.
         pub out: u64,
-        /// Output, `[tokens, heads]`, f32: the natural log-sum-exp; -inf where nothing is seen.
+        /// Output, `[tokens, heads]`, f32: the natural log-sum-exp; -inf where nothing is seen. 0:
+        /// not written.
         pub lse: u64,
         /// Workspace `[parts, columns, head_dim]`, f32.
         pub part_out: u64,
@@ -83,16 +80,17 @@ longctx_cuda::args! {
         pub part_max: u64,
         /// Workspace `[parts, columns]`, f32.
         pub part_sum: u64,
+        /// Workspace `[merges]`, u32: 0 before and after the launch.
+        pub arrived: u64,
         /// Array of [`AttendWork`].
         pub work: u64,
-        /// Array of [`AttendMerge`].
-        pub merges: u64,
+        /// Addresses of the block tables of all kv heads, u64. A table lists block addresses, u64. A
+        /// block has keys `[PAGE, head_dim]`, then values.
+        pub tables: u64,
         /// Query heads.
         pub heads: i32,
         /// Query heads of a kv head.
         pub heads_per_kv: i32,
-        /// Columns of a thread block: 1, 2 or 4.
-        pub columns: i32,
         /// 1: causal mask; the last entries of a sequence belong to its queries.
         pub causal: i32,
         /// Sliding window: entries that a query sees up to its own, if causal. 0: no limit.
@@ -103,13 +101,15 @@ longctx_cuda::args! {
         pub soft_cap: f32,
         /// Channels of a head.
         pub head_dim: i32,
+        /// Dtype of the output. 0: f16; 1: bf16; 2: f32.
+        pub out_kind: i32,
     }
 }
 
 longctx_cuda::args! {
     /// The keys of a kv head and the queries of its sequence.
     pub struct SumsWork: 48, stride at 16, len at 32 {
-        /// Block table, see [`AttendWork`]. 0: the keys are the rows of `keys`.
+        /// Block table, see [`AttendArgs::tables`]. 0: the keys are the rows of `keys`.
         pub table: u64,
         /// Keys that are not in blocks.
         pub keys: u64,
@@ -155,43 +155,56 @@ longctx_cuda::args! {
 }
 
 longctx_cuda::args! {
-    /// Rows of a call to append to one kv head.
-    pub struct AppendRow: 56, first_row at 24 {
-        /// Block table of the kv head.
-        pub table: u64,
-        /// Addresses of newly taken blocks, u64. The kernel writes them to the block table.
-        pub new_blocks: u64,
+    /// Tokens of a call to append to one kv head. A row without tokens is skipped.
+    pub struct AppendRow: 48, first at 24 {
         /// Tokens to append, u32, relative to the sequence's first token in this call. 0: all.
         pub tokens: u64,
-        /// Row of the sequence's first token. The next token is `stride` rows later.
-        pub first_row: i64,
-        /// Block table index of the first new block.
-        pub first_new_block: i32,
-        /// Number of new blocks.
-        pub new_block_count: i32,
+        /// Index of the kv head's block table in [`AppendArgs::tables`].
+        pub table: i32,
+        /// The kv head.
+        pub kv_head: i32,
+        /// The sequence's first token in this call.
+        pub first_token: i32,
+        /// Number of tokens of the sequence in this call. No later token is read.
+        pub seqlen: i32,
         /// First entry to write.
         pub first: i32,
         /// Number of entries to write.
         pub count: i32,
-        /// Number of tokens of the sequence in this call. No later token is read.
-        pub seqlen: i32,
+        /// Block table index of the first new block.
+        pub first_new_block: i32,
+        /// Number of new blocks.
+        pub new_block_count: i32,
+        /// Index of the first new block's address in [`AppendArgs::new_blocks`].
+        pub new_blocks: i32,
         /// Padding.
         pub unused: i32,
     }
 }
 
 longctx_cuda::args! {
-    /// The arguments of [`append`], with the same layout as in the kernels.
-    pub struct AppendArgs: 40, stride at 24 {
-        /// Keys: rows of head_dim elements.
+    /// The arguments of [`append`], with the same layout as in the kernels. Strides count pieces of
+    /// 16 bytes.
+    pub struct AppendArgs: 80, k_token at 40, pieces at 72 {
+        /// Keys, `[tokens, kv_heads, head_dim]`.
         pub k: u64,
         /// Values.
         pub v: u64,
         /// Array of [`AppendRow`].
         pub rows: u64,
-        /// See [`AppendRow`].
-        pub stride: i64,
-        /// 16-byte pieces of a row.
+        /// See [`AttendArgs::tables`].
+        pub tables: u64,
+        /// Addresses of newly taken blocks, u64. The kernel writes them to the block tables.
+        pub new_blocks: u64,
+        /// Token stride of `k`.
+        pub k_token: i64,
+        /// Head stride of `k`.
+        pub k_head: i64,
+        /// Token stride of `v`.
+        pub v_token: i64,
+        /// Head stride of `v`.
+        pub v_head: i64,
+        /// Pieces of a row.
         pub pieces: i32,
         /// Padding.
         pub unused: i32,
@@ -244,12 +257,18 @@ fn check_head_dim(head_dim: usize) -> Result<()> {
     }
 }
 
+/// Returns the number of columns of a thread block of [`attend`], if the longest sequence has
+/// `queries` queries.
+pub fn columns(heads_per_kv: usize, queries: usize) -> usize {
+    if heads_per_kv * queries <= 8 { 8 } else { 16 }
+}
+
 /// Returns how many thread blocks of [`attend`] the device runs concurrently. A plan divides the
 /// work by this number.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a head size other than 64, 80, 96, 128, 192 and 256; an error of the
-/// CUDA driver.
+/// [`Error::Unsupported`] for a head size other than 64, 80, 96, 128, 192 and 256;
+/// [`Error::Mismatch`] for an unsupported number of columns; an error of the CUDA driver.
 pub fn attend_slots(
     context: &Arc<CudaContext>,
     half: Half,
@@ -267,19 +286,23 @@ fn attend_kernel(
     columns: usize,
 ) -> Result<Kernel> {
     check_head_dim(head_dim)?;
-    if !matches!(columns, 1 | 2 | 4) {
-        return Err(Error::mismatch("columns", "1, 2 or 4", columns));
+    if !matches!(columns, 8 | 16) {
+        return Err(Error::mismatch("columns", "8 or 16", columns));
     }
-    let name = format!("paged_attend_{}_d{head_dim}_c{columns}", name(half));
-    Ok(IMAGE.kernel(context, &name, THREADS, 0)?)
+    let name = format!("paged_attend_{}_d{head_dim}_n{}", name(half), columns / 8);
+    // As `Rings` in kernels/paged/attend.cuh.
+    let (warps, pieces) = (if head_dim > 128 { 2 } else { 4 }, head_dim / 8);
+    let row = if pieces.is_multiple_of(8) { pieces } else { pieces + 1 };
+    let shared = warps * STAGES * 2 * TILE * row * 16;
+    Ok(IMAGE.kernel(context, &name, 32 * warps as u32, shared as u32)?)
 }
 
-/// Launches attention of a few queries of many sequences: `count` work items, whose partial results
-/// `merges` merges into the outputs. Both lists are read from device memory, so a captured launch
-/// can be replayed with other lists of the same lengths.
+/// Launches attention of a few queries of many sequences: `count` work items for blocks of
+/// `columns` [`columns`](columns()). The list is read from device memory, so a captured launch can
+/// be replayed with another list of the same length.
 ///
 /// # Errors
-/// As [`attend_slots`]; [`Error::Mismatch`] for an unsupported number of columns.
+/// As [`attend_slots`].
 ///
 /// # Safety
 /// The addresses must be those of arrays on the stream's device, of the sizes and formats that the
@@ -288,22 +311,12 @@ fn attend_kernel(
 pub unsafe fn attend(
     stream: &Arc<CudaStream>,
     half: Half,
-    head_dim: usize,
     args: &AttendArgs,
-    (count, merges): (usize, usize),
+    (count, columns): (usize, usize),
 ) -> Result<()> {
-    let context = stream.context();
-    let columns = args.columns.max(0) as usize;
-    if args.head_dim as usize != head_dim {
-        return Err(Error::mismatch("head_dim of the arguments", head_dim, args.head_dim));
-    }
-    let kernel = attend_kernel(context, half, head_dim, columns)?;
-    let merge = IMAGE.kernel(context, "paged_merge", (head_dim as u32).next_multiple_of(32), 0)?;
-    // SAFETY: the caller guarantees the addresses; the grids are those that the kernels expect.
-    unsafe {
-        kernel.launch(stream, [count, 1, 1], args)?;
-        merge.launch(stream, [merges, columns, 1], args)?;
-    }
+    let kernel = attend_kernel(stream.context(), half, args.head_dim.max(0) as usize, columns)?;
+    // SAFETY: the caller guarantees the addresses; the grid is the one that the kernel expects.
+    unsafe { kernel.launch(stream, [count, 1, 1], args) }?;
     Ok(())
 }
 
@@ -326,7 +339,7 @@ pub unsafe fn sums(
     check_head_dim(head_dim)?;
     let kernel_name = format!("paged_sums_{}_d{head_dim}", name(half));
     let shared = 2 * 2 * PAGE * (head_dim + 8);
-    let kernel = IMAGE.kernel(stream.context(), &kernel_name, THREADS, shared as u32)?;
+    let kernel = IMAGE.kernel(stream.context(), &kernel_name, SUMS_THREADS, shared as u32)?;
     let heads = if most > 1 { args.heads_per_kv as usize } else { 1 };
     // SAFETY: the caller guarantees the addresses.
     unsafe { kernel.launch(stream, [longest.div_ceil(PAGE), rows, heads], args) }?;

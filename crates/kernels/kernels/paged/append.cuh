@@ -15,18 +15,20 @@ __device__ __forceinline__ uint4* piece_at(uint64_t block, bool value, int entry
 __device__ __forceinline__ void append(const AppendArgs& a) {
     const AppendRow& row = a.rows[blockIdx.y];
     const bool value = blockIdx.z;
+    uint64_t* table = a.tables[row.table];
+    const uint64_t* new_blocks = a.new_blocks + row.new_blocks;
     if (blockIdx.x == 0 && !value)
-        for (int i = threadIdx.x; i < row.new_block_count; i += APPEND_THREADS) row.table[row.first_new_block + i] = row.new_blocks[i];
+        for (int i = threadIdx.x; i < row.new_block_count; i += APPEND_THREADS) table[row.first_new_block + i] = new_blocks[i];
     const long long at = blockIdx.x * (long long)APPEND_THREADS + threadIdx.x;
     const int i = int(at / a.pieces), piece = int(at % a.pieces);
     if (i >= row.count) return;
     // The host has not checked the list: an index beyond the sequence's tokens must not be read.
-    const int token = row.tokens ? min(row.tokens[i], uint32_t(row.seqlen - 1)) : i;
-    const long long source = row.first_row + token * a.stride;
+    const long long token = row.first_token + (row.tokens ? min(row.tokens[i], uint32_t(row.seqlen - 1)) : i);
+    const long long source = value ? token * a.v_token + row.kv_head * a.v_head : token * a.k_token + row.kv_head * a.k_head;
     const int entry = row.first + i, block = entry / PAGE;
     // Other thread blocks may not have written this launch's new blocks to the table yet.
-    const uint64_t to = block < row.first_new_block ? row.table[block] : row.new_blocks[block - row.first_new_block];
-    *piece_at(to, value, entry, a.pieces, piece) = static_cast<const uint4*>(value ? a.v : a.k)[source * a.pieces + piece];
+    const uint64_t to = block < row.first_new_block ? table[block] : new_blocks[block - row.first_new_block];
+    *piece_at(to, value, entry, a.pieces, piece) = static_cast<const uint4*>(value ? a.v : a.k)[source + piece];
 }
 
 // Returns the index of the first entry that moves. Source entries increase, so entries before it

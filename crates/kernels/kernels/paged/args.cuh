@@ -3,6 +3,10 @@
 // A block holds PAGE entries of one kv head: keys [PAGE, D], then values [PAGE, D]. A block table
 // lists the addresses of a kv head's blocks. Lists, tables and lengths are in device memory, so
 // that a captured CUDA graph can be replayed with others.
+//
+// Lists of attention and append name a block table by its index in `tables`, [sequences *
+// kv_heads]. So layers whose sequences have equal lengths share the lists of a step, and only
+// `tables` differs.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -13,36 +17,35 @@ constexpr int PAGE = 64;
 constexpr float LOG2E = 1.4426950408889634f;
 
 // A range of a kv head's entries for some columns. Column c is query c % queries of query head c /
-// queries of the kv head. Work and merges with `queries` 0 are skipped, so a list may have unused
-// items at its end.
+// queries of the kv head. Work with `queries` 0 is skipped, so a list may have unused items at its
+// end.
 struct AttendWork {
-    const uint64_t* table;
     const uint32_t* entries;  // indices of the selected entries, increasing; null: all
+    int table;                // index of the kv head's block table
     int len;                  // number of entries, or of selected ones
-    int from, to;             // range that this thread block reads
-    int part;                 // index of its partial results
+    int from, to;             // range that this thread block reads; `from` is a multiple of TILE
+    int first_part;           // first partial result of this kv head and block of columns
+    int part, parts;          // index and number of the partial results
+    int merge;                // index in `arrived`
     int kv_head, queries;
     int first_token;  // the sequence's first query
     int first_column;
-};
-
-// The partial results of a kv head and some columns, which are consecutive.
-struct AttendMerge {
-    int first_part, parts;
-    int kv_head, queries, first_token, first_column;
+    int unused[2];
 };
 
 struct AttendArgs {
     const void* q;                          // [tokens, heads, D], in the dtype of keys and values
-    float *out, *lse;                       // [tokens, heads, D] and [tokens, heads], natural logarithm
+    void* out;                              // [tokens, heads, D], of dtype `out_kind`
+    float* lse;                             // [tokens, heads], natural logarithm; may be null
     float *part_out, *part_max, *part_sum;  // [parts, columns, D], [parts, columns], [parts, columns]
+    unsigned* arrived;                      // per merge: 0 before and after the launch
     const AttendWork* work;                 // one for each thread block
-    const AttendMerge* merges;
+    const uint64_t* const* tables;
     int heads, heads_per_kv;
-    int columns;         // of a thread block
     int causal, window;  // 1: the last `queries` entries are the queries' own; sliding window (0: none)
     float scale, soft_cap;  // soft_cap 0: none
     int head_dim;
+    int out_kind;  // 0 f16, 1 bf16, 2 f32
 };
 
 // A kv head's keys and the queries of its sequence.
@@ -65,22 +68,26 @@ struct SumsArgs {
     float scale, soft_cap;
 };
 
-// Rows of a call that are appended to a kv head.
+// Tokens of a call that are appended to a kv head.
 struct AppendRow {
-    uint64_t* table;
-    const uint64_t* new_blocks;  // addresses of new blocks; the kernel writes them to the table
     const uint32_t* tokens;  // indices of the tokens to append, in the sequence's own; null: all
-    int64_t first_row;       // row of the sequence's first token; `stride` rows between tokens
-    int first_new_block, new_block_count;  // index of the first new block; number of new blocks
+    int table;               // index of the kv head's block table
+    int kv_head;
+    int first_token;  // the sequence's first token in this call
+    int seqlen;       // number of the sequence's tokens in this call
     int first, count;              // index of the first new entry; number of new entries
-    int seqlen, unused;            // number of the sequence's tokens in this call
+    int first_new_block, new_block_count;  // block table index of the first new block; number of new blocks
+    int new_blocks;                        // index of the first new block's address in `new_blocks`
+    int unused;
 };
 
 struct AppendArgs {
-    const void *k, *v;  // rows of D elements
+    const void *k, *v;  // [tokens, kv_heads, D]
     const AppendRow* rows;
-    int64_t stride;
-    int pieces;  // pieces of 16 bytes in a row
+    uint64_t* const* tables;
+    const uint64_t* new_blocks;  // addresses of new blocks; the kernel writes them to the tables
+    int64_t k_token, k_head, v_token, v_head;  // strides in pieces of 16 bytes
+    int pieces;                                // pieces of 16 bytes in a row
     int unused;
 };
 
@@ -99,10 +106,10 @@ struct MoveArgs {
     int unused;
 };
 
-static_assert(sizeof(AttendWork) == 48 && offsetof(AttendWork, len) == 16 && sizeof(AttendMerge) == 24, "as in src/paged.rs");
-static_assert(sizeof(AttendArgs) == 96 && offsetof(AttendArgs, heads) == 64 && offsetof(AttendArgs, scale) == 84, "as in src/paged.rs");
+static_assert(sizeof(AttendWork) == 64 && offsetof(AttendWork, len) == 12, "as in src/paged.rs");
+static_assert(sizeof(AttendArgs) == 104 && offsetof(AttendArgs, heads) == 72 && offsetof(AttendArgs, scale) == 88, "as in src/paged.rs");
 static_assert(sizeof(SumsWork) == 48 && offsetof(SumsWork, stride) == 16 && offsetof(SumsWork, len) == 32, "as in src/paged.rs");
 static_assert(sizeof(SumsArgs) == 56 && offsetof(SumsArgs, heads) == 32 && offsetof(SumsArgs, scale) == 48, "as in src/paged.rs");
-static_assert(sizeof(AppendRow) == 56 && offsetof(AppendRow, first_row) == 24, "as in src/paged.rs");
-static_assert(sizeof(AppendArgs) == 40 && offsetof(AppendArgs, stride) == 24, "as in src/paged.rs");
+static_assert(sizeof(AppendRow) == 48 && offsetof(AppendRow, first) == 24, "as in src/paged.rs");
+static_assert(sizeof(AppendArgs) == 80 && offsetof(AppendArgs, k_token) == 40 && offsetof(AppendArgs, pieces) == 72, "as in src/paged.rs");
 static_assert(sizeof(MoveRow) == 40 && offsetof(MoveRow, first) == 24 && sizeof(MoveArgs) == 16, "as in src/paged.rs");

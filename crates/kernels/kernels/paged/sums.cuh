@@ -4,28 +4,11 @@
 // keys in shared memory and processes the queries that see any of them in tiles. So no array of
 // queries x entries exists, and the order of each sum is fixed.
 #pragma once
-#include "attend.cuh"
+#include "args.cuh"
+#include "mma.cuh"
 
+constexpr int SUMS_THREADS = 128;
 constexpr int QUERIES = 64;  // per tile: 16 for each warp
-
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half2) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat162) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Loads four 8x8 matrices. Lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(row))
-                 : "memory");
-}
 
 // Grid: (blocks of the longest kv head; kv heads of all sequences; query heads of a kv head, or 1
 // if no sequence has more than one query). With one query, the rows of a tile are the query heads
@@ -47,7 +30,7 @@ __device__ __forceinline__ void sums(const SumsArgs& a) {
     const __half* source = work.table ? reinterpret_cast<const __half*>(work.table[blockIdx.x])
                                       : static_cast<const __half*>(work.keys) + key * work.stride;
     const long long stride = work.table ? D : work.stride;
-    for (int i = threadIdx.x; i < PAGE * PIECES; i += THREADS) {
+    for (int i = threadIdx.x; i < PAGE * PIECES; i += SUMS_THREADS) {
         const int row = i / PIECES, piece = i % PIECES;
         uint4 x = make_uint4(0, 0, 0, 0);
         if (row < count) x = *reinterpret_cast<const uint4*>(source + row * stride + piece * 8);
@@ -62,7 +45,7 @@ __device__ __forceinline__ void sums(const SumsArgs& a) {
     for (int tile = first; tile < rows; tile += QUERIES) {
         if (a.causal && a.window && by_head && past + tile + 1 - a.window >= key + count) break;
         __syncthreads();  // All threads have read the previous queries.
-        for (int i = threadIdx.x; i < QUERIES * PIECES; i += THREADS) {
+        for (int i = threadIdx.x; i < QUERIES * PIECES; i += SUMS_THREADS) {
             const int row = i / PIECES, piece = i % PIECES;
             uint4 x = make_uint4(0, 0, 0, 0);
             if (tile + row < rows) x = *reinterpret_cast<const uint4*>(static_cast<const __half*>(a.q) + row_of(tile + row) * D + piece * 8);
@@ -73,11 +56,11 @@ __device__ __forceinline__ void sums(const SumsArgs& a) {
 #pragma unroll
         for (int c = 0; c < D; c += 16) {
             uint32_t q[4];
-            load_matrices(q, queries + (warp * 16 + lane % 16) * PITCH + c + lane / 16 * 8);
+            load_matrices(q, shared_address(queries + (warp * 16 + lane % 16) * PITCH + c + lane / 16 * 8));
 #pragma unroll
             for (int n = 0; n < 4; n++) {
                 uint32_t k[4];
-                load_matrices(k, keys + (n * 16 + lane / 16 * 8 + lane % 8) * PITCH + c + lane / 8 % 2 * 8);
+                load_matrices(k, shared_address(keys + (n * 16 + lane / 16 * 8 + lane % 8) * PITCH + c + lane / 8 % 2 * 8));
                 multiply(s[2 * n], q, k[0], k[1], Pair());
                 multiply(s[2 * n + 1], q, k[2], k[3], Pair());
             }
