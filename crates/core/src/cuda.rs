@@ -1,9 +1,13 @@
 //! Device addresses of candle's tensors, for launches of kernels over them.
 
-use crate::{Error, Result};
+use std::sync::Arc;
+
+use crate::{Batch, Error, Result};
 use candle_core::cuda::cudarc::driver::DevicePtr;
 use candle_core::{DType, Device, Storage, Tensor, backend::BackendStorage};
 use half::{bf16, f16};
+use longctx_cuda::cudarc::driver::{CudaStream, DeviceRepr};
+use longctx_cuda::{Uploaded, upload};
 use longctx_kernels::Half;
 
 /// Returns the device address of a tensor's first element. The dtype is u32, i64, f64, f32, f16 or
@@ -43,6 +47,40 @@ pub fn keep_freed_memory(device: &Device) -> Result<()> {
         longctx_cuda::keep_freed_memory(device.cuda_stream().context())?;
     }
     Ok(())
+}
+
+/// A list of a step on a device. Layers whose sequences have equal lengths share it.
+#[derive(Debug)]
+pub struct SharedList<T> {
+    device: usize,
+    list: Vec<T>,
+    uploaded: Uploaded,
+}
+
+impl<T: DeviceRepr + Copy + PartialEq + Send + Sync + 'static> SharedList<T> {
+    /// Returns the list that an earlier layer of the step has copied to the stream's device, if it
+    /// is equal; otherwise copies `list`.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    pub fn new(batch: &Batch, stream: &Arc<CudaStream>, list: Vec<T>) -> Result<Arc<Self>> {
+        let device = stream.context().ordinal();
+        let equal = |of: &Self| of.device == device && of.list == list;
+        batch.shared(equal, || {
+            let uploaded = upload(stream, &list)?;
+            Ok(Self { device, list: list.clone(), uploaded })
+        })
+    }
+
+    /// Returns the device address of the list.
+    pub fn address(&self) -> u64 {
+        self.uploaded.address()
+    }
+
+    /// Returns the elements.
+    pub fn list(&self) -> &[T] {
+        &self.list
+    }
 }
 
 /// Returns the kernels' name for a tensor's dtype; `None` if they do not support it.

@@ -59,8 +59,11 @@ impl StoreCache<DenseStore, DenseStrategy> {
 impl CacheStrategy<DenseStore> for DenseStrategy {
     fn attend(&self, spec: &LayerSpec, store: &mut DenseStore, step: &Step<'_>) -> Result<Tensor> {
         store.append(step.batch, step.k, step.v)?;
-        let state = store.attend(step.batch, step.q, Mask::Causal)?;
-        spec.output(state, step.q.dtype())
+        let dtype = step.q.dtype();
+        if spec.sink_logits.is_none() {
+            return store.attend_output(step.batch, step.q, Mask::Causal, dtype);
+        }
+        spec.output(store.attend(step.batch, step.q, Mask::Causal)?, dtype)
     }
 
     /// Drops entries that have left the sliding window.

@@ -8,6 +8,7 @@ mod blocks;
 mod decode;
 mod edit;
 mod sums;
+mod tables;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use blocks::Blocks;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use longctx_kernels::{Half, PAGE};
+use tables::LastTables;
 
 /// Keys and values of all sequences.
 #[derive(Debug)]
@@ -26,6 +28,7 @@ pub struct CudaPool {
     device: CudaDevice,
     blocks: Blocks,
     seqs: BTreeMap<SeqId, Sequence>,
+    last_tables: LastTables,
 }
 
 /// The block tables of a sequence.
@@ -61,8 +64,8 @@ impl CudaPool {
         }
         let size = 2 * 2 * PAGE * shape.head_dim;
         let blocks = Blocks::new(device.cuda_stream(), size, capacity);
-        let (device, seqs) = (device.clone(), BTreeMap::new());
-        Ok(Some(Self { shape: *shape, dtype, device, blocks, seqs }))
+        let (device, seqs, last_tables) = (device.clone(), BTreeMap::new(), LastTables::default());
+        Ok(Some(Self { shape: *shape, dtype, device, blocks, seqs, last_tables }))
     }
 
     fn stream(&self) -> Arc<CudaStream> {
@@ -79,11 +82,26 @@ impl CudaPool {
 
     /// Returns `x` as a contiguous tensor of the store's dtype.
     fn fit(&self, x: &Tensor) -> Result<Tensor> {
-        if !x.device().same_device(&Device::Cuda(self.device.clone())) {
-            let got = format!("one on {:?}", x.device().location());
-            return Err(Error::mismatch("tensor", "one on the store's device", got));
-        }
+        self.check_device(x)?;
         Ok(x.to_dtype(self.dtype)?.contiguous()?)
+    }
+
+    fn check_device(&self, x: &Tensor) -> Result<()> {
+        if x.device().same_device(&Device::Cuda(self.device.clone())) {
+            return Ok(());
+        }
+        let got = format!("one on {:?}", x.device().location());
+        Err(Error::mismatch("tensor", "one on the store's device", got))
+    }
+
+    /// Returns `x` `[tokens, heads, channels]` in the store's dtype with contiguous rows: a view
+    /// into a projection stays a view.
+    fn fit_rows(&self, x: &Tensor) -> Result<Tensor> {
+        self.check_device(x)?;
+        let x = x.to_dtype(self.dtype)?;
+        let starts = [x.layout().start_offset(), x.stride()[0], x.stride()[1]];
+        let in_pieces = starts.iter().all(|start| start.is_multiple_of(8));
+        if in_pieces && x.stride()[2] == 1 { Ok(x) } else { Ok(x.contiguous()?) }
     }
 
     pub fn contains(&self, seq: SeqId) -> bool {

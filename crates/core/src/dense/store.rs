@@ -84,6 +84,25 @@ impl DenseStore {
         self.dtype
     }
 
+    /// Computes attention as [`attend`](KvStore::attend), and returns only the output, in `dtype`.
+    /// On a CUDA device the kernel of decode steps writes this dtype directly.
+    ///
+    /// # Errors
+    /// As [`attend`](KvStore::attend).
+    pub fn attend_output(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        mask: Mask<'_>,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Storage::Cuda(pool) = &self.storage {
+            return pool.attend_output(batch, q, mask, dtype);
+        }
+        Ok(self.attend(batch, q, mask)?.out.to_dtype(dtype)?)
+    }
+
     fn known(&self, seq: SeqId) -> bool {
         on_pool!(&self.storage, pool => !pool.lens(seq).is_empty(), seqs => seqs.contains(seq))
     }

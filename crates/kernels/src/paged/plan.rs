@@ -1,18 +1,18 @@
 //! Splits attention over the device's thread blocks. The plan is made on the host, from lengths
 //! known there.
 
-use super::{AttendMerge, AttendWork};
+use super::AttendWork;
 use crate::PAGE;
 
-/// The lists of a launch of [`attend`](super::attend).
+/// The work items of a launch of [`attend`](super::attend).
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Plan {
     /// The work items, largest first.
     pub work: Vec<AttendWork>,
-    /// The partial results to merge.
-    pub merges: Vec<AttendMerge>,
     /// Number of partial results.
     pub parts: usize,
+    /// Number of merges of partial results: one for each kv head and block of columns.
+    pub merges: usize,
 }
 
 impl Plan {
@@ -38,32 +38,27 @@ impl Plan {
             // Rounds to the nearest: 1.5 shares take one block twice as long.
             let splits = (pages * slots + total / 2) / total.max(1);
             let splits = splits.clamp(1, pages.max(1));
-            plan.merges.push(AttendMerge {
-                first_part: plan.parts as i32,
-                parts: splits as i32,
-                kv_head: row.kv_head,
-                queries: row.queries,
-                first_token: row.first_token,
-                first_column: row.first_column,
-            });
             let at = |page: usize| (row.from + (page * PAGE) as i32).min(row.to);
             plan.work.extend((0..splits).map(|part| AttendWork {
                 from: at(pages * part / splits),
                 to: at(pages * (part + 1) / splits),
-                part: (plan.parts + part) as i32,
+                first_part: plan.parts as i32,
+                part: part as i32,
+                parts: splits as i32,
+                merge: plan.merges as i32,
                 ..row
             }));
             plan.parts += splits;
+            plan.merges += 1;
         }
         plan.work.sort_by_key(|work| std::cmp::Reverse(work.to - work.from));
         plan
     }
 
-    /// Pads the lists to `work` items and `merges` merges, for a launch captured with these lengths.
+    /// Pads the list to `work` items, for a launch captured with this length.
     #[must_use]
-    pub fn padded(mut self, work: usize, merges: usize) -> Self {
+    pub fn padded(mut self, work: usize) -> Self {
         self.work.resize(work.max(self.work.len()), AttendWork::default());
-        self.merges.resize(merges.max(self.merges.len()), AttendMerge::default());
         self
     }
 }
@@ -81,11 +76,15 @@ mod tests {
         let read: i32 = plan.work.iter().map(|work| work.to - work.from).sum();
         let all: i32 = heads.iter().map(|head| head.to - head.from).sum();
         assert_eq!(read, all * blocks as i32);
-        let mut parts: Vec<_> = plan.work.iter().map(|work| work.part as usize).collect();
+        let part = |work: &AttendWork| (work.first_part + work.part) as usize;
+        let mut parts: Vec<_> = plan.work.iter().map(part).collect();
         parts.sort_unstable();
         assert!(parts.into_iter().eq(0..plan.parts));
-        let merged: i32 = plan.merges.iter().map(|merge| merge.parts).sum();
-        assert_eq!(merged as usize, plan.parts);
+        let first = plan.work.iter().filter(|work| work.part == 0);
+        assert_eq!(first.clone().map(|work| work.parts as usize).sum::<usize>(), plan.parts);
+        let mut merges: Vec<_> = first.map(|work| work.merge as usize).collect();
+        merges.sort_unstable();
+        assert!(merges.into_iter().eq(0..plan.merges));
     }
 
     #[test]
@@ -112,7 +111,7 @@ mod tests {
     fn heads_without_entries_have_a_part() {
         let plan = Plan::new(&[head(0)], 1, 1, 264);
         assert_eq!((plan.work.len(), plan.parts), (1, 1));
-        let plan = plan.padded(3, 2);
-        assert_eq!((plan.work.len(), plan.work[2].queries, plan.merges.len()), (3, 0, 2));
+        let plan = plan.padded(3);
+        assert_eq!((plan.work.len(), plan.work[2].queries), (3, 0));
     }
 }

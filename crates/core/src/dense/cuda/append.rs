@@ -1,10 +1,10 @@
 //! Append: new tokens' keys and values are written to blocks.
 
 use super::{CudaPool, Sequence};
-use crate::cuda::address;
+use crate::cuda::{SharedList, address};
 use crate::{Batch, Result, Selection, SeqId};
 use candle_core::Tensor;
-use longctx_cuda::{Upload, upload};
+use longctx_cuda::Upload;
 use longctx_kernels::paged;
 
 /// The blocks that one kv head takes for the tokens of a call.
@@ -40,7 +40,7 @@ impl CudaPool {
         v: &Tensor,
         tokens: Option<&[Selection]>,
     ) -> Result<()> {
-        let (k, v) = (self.fit(k)?, self.fit(v)?);
+        let (k, v) = (self.fit_rows(k)?, self.fit_rows(v)?);
         let created: Vec<SeqId> =
             batch.seqs().iter().copied().filter(|seq| !self.contains(*seq)).collect();
         for &seq in &created {
@@ -112,62 +112,82 @@ impl CudaPool {
         let addresses = new_blocks.iter().flat_map(|new| &new.blocks);
         let addresses: Vec<u64> = addresses.map(|&block| self.blocks.address(block)).collect();
         // The concatenated selections of the host.
-        let mut uploaded: Vec<u32> = Vec::new();
+        let mut selected: Vec<u32> = Vec::new();
         for selection in tokens.into_iter().flatten().filter(|of| of.entries().is_none()) {
-            uploaded.extend(selection.heads()?.iter().flatten());
+            selected.extend(selection.heads()?.iter().flatten());
         }
         let mut lists = Upload::default();
-        let (first_block, first_token) = (lists.push(&addresses), lists.push(&uploaded));
+        let (first_block, first_token) = (lists.push(&addresses), lists.push(&selected));
         let lists = lists.copy(&stream)?;
-        let (mut new_blocks_at, mut uploaded_at) =
-            (lists.address() + first_block, lists.address() + first_token);
-        let (mut rows, mut longest) = (Vec::new(), 0);
-        for (i, ((seq, own), new_blocks)) in
-            batch.iter().zip(new_blocks.chunks(kv_heads)).enumerate()
-        {
-            let sequence = self.known(seq)?;
-            let (mut selected, on_host) = match tokens.map(|tokens| tokens[i].entries()) {
-                None => (0, false),
-                Some(None) => (uploaded_at, true),
-                Some(Some(entries)) => (address(entries)?, false),
-            };
-            for (head, (new, table)) in new_blocks.iter().zip(&sequence.heads).enumerate() {
-                if new.copies {
-                    self.blocks.copy(table.blocks[new.first], new.blocks[0])?;
-                }
-                rows.push(paged::AppendRow {
-                    table: sequence.address(&stream, head),
-                    new_blocks: new_blocks_at,
-                    tokens: selected,
-                    first_row: (own.start * kv_heads + head) as i64,
-                    first_new_block: new.first as i32,
-                    new_block_count: new.blocks.len() as i32,
-                    first: table.len as i32,
-                    count: new.count as i32,
-                    seqlen: own.len() as i32,
-                    unused: 0,
-                });
-                new_blocks_at += 8 * new.blocks.len() as u64;
-                if selected != 0 {
-                    selected += 4 * new.count as u64;
-                }
-                longest = longest.max(new.count);
-            }
-            if on_host {
-                uploaded_at = selected;
-            }
-        }
-        let on_device = upload(&stream, &rows)?;
+        let rows = self.rows(batch, tokens, new_blocks, lists.address() + first_token)?;
+        let rows = SharedList::new(batch, &stream, rows)?;
+        let longest = new_blocks.iter().map(|new| new.count).max().unwrap_or(0);
+        let tables = self.tables(batch)?;
+        let stride = |x: &Tensor, dim: usize| (x.stride()[dim] / 8) as i64;
         let args = paged::AppendArgs {
             k: address(k)?,
             v: address(v)?,
-            rows: on_device.address(),
-            stride: kv_heads as i64,
+            rows: rows.address(),
+            tables: tables.address(),
+            new_blocks: lists.address() + first_block,
+            k_token: stride(k, 0),
+            k_head: stride(k, 1),
+            v_token: stride(v, 0),
+            v_head: stride(v, 1),
             pieces: (self.shape.head_dim / 8) as i32,
             unused: 0,
         };
         // SAFETY: the tables have room for the blocks, the blocks have room for the entries, the
         // tensors have the rows, and the stream frees no memory before this launch has used it.
-        Ok(unsafe { paged::append(&stream, &args, (rows.len(), longest)) }?)
+        Ok(unsafe { paged::append(&stream, &args, (rows.list().len(), longest)) }?)
+    }
+
+    /// Returns a row for each kv head of the batch's sequences, and copies shared last blocks.
+    /// `selected`: device address of the selections of the host.
+    fn rows(
+        &self,
+        batch: &Batch,
+        tokens: Option<&[Selection]>,
+        new_blocks: &[NewBlocks],
+        mut selected: u64,
+    ) -> Result<Vec<paged::AppendRow>> {
+        let (kv_heads, mut taken) = (self.shape.kv_heads, 0);
+        let mut rows = Vec::with_capacity(new_blocks.len());
+        for (i, ((seq, own), new_blocks)) in
+            batch.iter().zip(new_blocks.chunks(kv_heads)).enumerate()
+        {
+            let (mut list, on_host) = match tokens.map(|tokens| tokens[i].entries()) {
+                None => (0, false),
+                Some(None) => (selected, true),
+                Some(Some(entries)) => (address(entries)?, false),
+            };
+            let tables = &self.known(seq)?.heads;
+            for (kv_head, (new, table)) in new_blocks.iter().zip(tables).enumerate() {
+                if new.copies {
+                    self.blocks.copy(table.blocks[new.first], new.blocks[0])?;
+                }
+                rows.push(paged::AppendRow {
+                    tokens: list,
+                    table: rows.len() as i32,
+                    kv_head: kv_head as i32,
+                    first_token: own.start as i32,
+                    seqlen: own.len() as i32,
+                    first: table.len as i32,
+                    count: new.count as i32,
+                    first_new_block: new.first as i32,
+                    new_block_count: new.blocks.len() as i32,
+                    new_blocks: taken,
+                    unused: 0,
+                });
+                taken += new.blocks.len() as i32;
+                if list != 0 {
+                    list += 4 * new.count as u64;
+                }
+            }
+            if on_host {
+                selected = list;
+            }
+        }
+        Ok(rows)
     }
 }

@@ -50,6 +50,26 @@ impl CudaPool {
         }
     }
 
+    /// Returns the output in `dtype`, without log-sum-exps.
+    pub fn attend_output(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        mask: Mask<'_>,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        let known = matches!(dtype, DType::F16 | DType::BF16 | DType::F32);
+        if !known || self.shape.heads_per_kv() * batch.max_seqlen() > MAX_COLUMNS {
+            return Ok(self.attend(batch, q, mask)?.out.to_dtype(dtype)?);
+        }
+        self.check_queries(batch, q, mask)?;
+        let q = self.fit(q)?;
+        // SAFETY: the kernel writes every element.
+        let out = unsafe { Tensor::empty(q.shape(), dtype, q.device()) }?;
+        self.launch_decode(batch, &q, mask, (&out, None))?;
+        Ok(out)
+    }
+
     pub(super) fn check_queries(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<()> {
         let tokens = self.shape.check_q(q)?;
         if tokens != batch.tokens() {

@@ -1,30 +1,47 @@
-//! Attention of a few queries over blocks: one launch that follows a plan, and one that merges its
-//! partial results.
+//! Attention of a few queries over blocks: one launch that follows a plan.
+
+use std::sync::Arc;
 
 use super::CudaPool;
 use crate::cuda::address;
 use crate::{AttentionState, Batch, Mask, Result};
-use candle_core::Tensor;
-use longctx_cuda::{Uploaded, cudarc::driver::DevicePtr, upload};
-use longctx_kernels::paged::{self, AttendWork, Plan};
+use candle_core::{DType, Tensor};
+use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use longctx_cuda::{Uploaded, upload};
+use longctx_kernels::paged::{self, AttendWork, Plan, TILE};
 
 /// The properties of a call that determine its plan, besides the lengths.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Sizes {
-    device: usize,
+    /// Address of the stream, whose order protects the workspace.
+    stream: usize,
     heads_per_kv: usize,
+    head_dim: usize,
     columns: usize,
     /// Thread blocks that the device runs concurrently.
     slots: usize,
 }
 
-/// A plan for all layers with the same lengths. The `table` of its work items is an index of a kv
-/// head, `[sequences * kv_heads]`, because each layer has its own block tables.
+/// A plan and its workspace for all layers with the same lengths.
 struct SharedPlan {
     sizes: Sizes,
     heads: Vec<AttendWork>,
     plan: Plan,
-    merges: Uploaded,
+    work: Uploaded,
+    parts: CudaSlice<f32>,
+    arrived: CudaSlice<u32>,
+}
+
+impl SharedPlan {
+    fn new(stream: &Arc<CudaStream>, sizes: Sizes, heads: Vec<AttendWork>) -> Result<Self> {
+        let plan = Plan::new(&heads, sizes.heads_per_kv, sizes.columns, sizes.slots);
+        let work = upload(stream, &plan.work)?;
+        let count = plan.parts * sizes.columns * (sizes.head_dim + 2);
+        // SAFETY: the kernel writes every element that it reads.
+        let parts = unsafe { stream.alloc::<f32>(count) }?;
+        let arrived = stream.alloc_zeros::<u32>(plan.merges)?;
+        Ok(Self { sizes, heads, plan, work, parts, arrived })
+    }
 }
 
 impl CudaPool {
@@ -35,7 +52,20 @@ impl CudaPool {
         q: &Tensor,
         mask: Mask<'_>,
     ) -> Result<AttentionState> {
-        let (stream, shape, d) = (self.stream(), &self.shape, self.shape.head_dim);
+        let (out, lse) = self.outputs(batch)?;
+        self.launch_decode(batch, q, mask, (&out, Some(&lse)))?;
+        Ok(AttentionState { out, lse })
+    }
+
+    /// Computes attention into an output of any dtype and, if given, the log-sum-exps.
+    pub(super) fn launch_decode(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        mask: Mask<'_>,
+        (out, lse): (&Tensor, Option<&Tensor>),
+    ) -> Result<()> {
+        let (stream, shape, head_dim) = (self.stream(), &self.shape, self.shape.head_dim);
         let lists = match mask {
             Mask::Entries(ranges) => self.lists(batch, ranges),
             _ => Vec::new(),
@@ -45,57 +75,52 @@ impl CudaPool {
         let lens: Vec<usize> = lists.iter().map(|(_, _, list)| list.len()).collect();
         let window = shape.window.filter(|_| mask == Mask::Causal);
         let heads = self.heads(batch, window, (entries.address(), &lens));
-        let columns = match shape.heads_per_kv() * batch.max_seqlen() {
-            1 => 1,
-            columns => columns.next_power_of_two().min(4),
-        };
+        let columns = paged::columns(shape.heads_per_kv(), batch.max_seqlen());
         let half = self.half();
         let sizes = Sizes {
-            device: stream.context().ordinal(),
+            stream: stream.cu_stream() as usize,
             heads_per_kv: shape.heads_per_kv(),
+            head_dim,
             columns,
-            slots: paged::attend_slots(stream.context(), half, d, columns)?,
+            slots: paged::attend_slots(stream.context(), half, head_dim, columns)?,
         };
         let fits = |of: &SharedPlan| of.sizes == sizes && of.heads == heads;
-        let shared = batch.shared(fits, || {
-            let plan = Plan::new(&heads, sizes.heads_per_kv, columns, sizes.slots);
-            let merges = upload(&stream, &plan.merges)?;
-            Ok(SharedPlan { sizes, heads: heads.clone(), plan, merges })
-        })?;
-        let work = upload(&stream, &self.with_tables(batch, &shared.plan.work))?;
-        let (out, lse) = self.outputs(batch)?;
-        let parts = shared.plan.parts * columns;
-        // SAFETY: the kernels write every element of these that is read.
-        let workspace = unsafe { stream.alloc::<f32>(parts * (d + 2)) }?;
-        let part_out = workspace.device_ptr(&stream).0;
-        let part_max = part_out + 4 * (parts * d) as u64;
+        let make = || SharedPlan::new(&stream, sizes, heads.clone());
+        let SharedPlan { plan, work, parts, arrived, .. } = &*batch.shared(fits, make)?;
+        let tables = self.tables(batch)?;
+        let part_out = parts.device_ptr(&stream).0;
+        let of_parts = 4 * (plan.parts * columns) as u64;
+        let part_max = part_out + head_dim as u64 * of_parts;
         let args = paged::AttendArgs {
             q: address(q)?,
-            out: address(&out)?,
-            lse: address(&lse)?,
+            out: address(out)?,
+            lse: lse.map_or(Ok(0), address)?,
             part_out,
             part_max,
-            part_sum: part_max + 4 * parts as u64,
+            part_sum: part_max + of_parts,
+            arrived: arrived.device_ptr(&stream).0,
             work: work.address(),
-            merges: shared.merges.address(),
+            tables: tables.address(),
             heads: shape.heads as i32,
             heads_per_kv: shape.heads_per_kv() as i32,
-            columns: columns as i32,
             causal: (mask == Mask::Causal).into(),
             window: window.map_or(0, |window| window.min(1 << 30) as i32),
             scale: shape.scale,
             soft_cap: shape.soft_cap.unwrap_or(0.0),
-            head_dim: d as i32,
+            head_dim: head_dim as i32,
+            out_kind: match out.dtype() {
+                DType::F16 => 0,
+                DType::BF16 => 1,
+                _ => 2,
+            },
         };
-        let counts = (shared.plan.work.len(), shared.plan.merges.len());
-        // SAFETY: the tables name blocks of the pool, all arrays have the sizes that the kernels
-        // expect, and the stream frees no memory before they have used it.
-        unsafe { paged::attend(&stream, half, d, &args, counts) }?;
-        Ok(AttentionState { out, lse })
+        // SAFETY: the tables name blocks of the pool, all arrays have the sizes that the kernel
+        // expects, and the stream frees no memory before it has used it.
+        Ok(unsafe { paged::attend(&stream, half, &args, (plan.work.len(), columns)) }?)
     }
 
-    /// Returns a work item for each kv head of the batch's sequences, whose `table` is its index.
-    /// If there are lists of entries, `lists` is their address and lengths.
+    /// Returns a work item for each kv head of the batch's sequences. If there are lists of entries,
+    /// `lists` is their address and lengths.
     fn heads(
         &self,
         batch: &Batch,
@@ -108,7 +133,7 @@ impl CudaPool {
             let sequence = self.seqs.get(&seq);
             for kv_head in 0..self.shape.kv_heads {
                 let mut work = AttendWork {
-                    table: heads.len() as u64,
+                    table: heads.len() as i32,
                     kv_head: kv_head as i32,
                     queries: tokens.len() as i32,
                     first_token: tokens.start as i32,
@@ -122,25 +147,10 @@ impl CudaPool {
                 let oldest = window.map_or(0, |window| {
                     (work.len as usize + 1).saturating_sub(tokens.len() + window)
                 });
-                (work.from, work.to) = (oldest as i32, work.len);
+                (work.from, work.to) = ((oldest / TILE * TILE) as i32, work.len);
                 heads.push(work);
             }
         }
         heads
-    }
-
-    /// Returns the work items with the addresses of this layer's block tables.
-    fn with_tables(&self, batch: &Batch, work: &[AttendWork]) -> Vec<AttendWork> {
-        let (stream, kv_heads) = (self.stream(), self.shape.kv_heads);
-        let table = |seq| match self.seqs.get(seq) {
-            Some(sequence) => (sequence.address(&stream, 0), 8 * sequence.max_blocks as u64),
-            None => (0, 0),
-        };
-        let tables: Vec<(u64, u64)> = batch.seqs().iter().map(table).collect();
-        let with_table = |work: &AttendWork| {
-            let (first, of_head) = tables[work.table as usize / kv_heads];
-            AttendWork { table: first + work.kv_head as u64 * of_head, ..*work }
-        };
-        work.iter().map(with_table).collect()
     }
 }
