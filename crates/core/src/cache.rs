@@ -54,8 +54,10 @@ impl Step<'_> {
         spec: &LayerSpec,
         seen: impl Fn(SeqId) -> usize,
     ) -> Result<(Tensor, Tensor)> {
-        let positions = self.batch.positions(seen);
-        Ok((spec.rotate(self.q, &positions)?, spec.rotate(self.k, &positions)?))
+        match &spec.rope {
+            Some(rope) => rope.apply_both(self.q, self.k, &self.batch.positions(seen)),
+            None => Ok((self.q.clone(), self.k.clone())),
+        }
     }
 }
 

@@ -115,6 +115,41 @@ impl Rope {
     /// # Errors
     /// [`Error::Mismatch`] if `x` has another shape or there is not one position per token.
     pub fn apply(&self, x: &Tensor, positions: &[i64]) -> Result<Tensor> {
+        self.check(x, positions)?;
+        if self.frequencies.is_empty() {
+            return Ok(x.clone());
+        }
+        #[cfg(feature = "cuda")]
+        if let Some([rotated]) = cuda::rotate(self, [x], positions)? {
+            return Ok(rotated);
+        }
+        let (cos, sin) = self.table(positions, x.dtype(), x.device())?;
+        self.rotate(x, &cos, &sin)
+    }
+
+    /// Rotates queries and keys of the same tokens, as [`apply`](Self::apply). On a CUDA device one
+    /// kernel rotates both.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply).
+    pub fn apply_both(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        positions: &[i64],
+    ) -> Result<(Tensor, Tensor)> {
+        #[cfg(feature = "cuda")]
+        if !self.frequencies.is_empty() {
+            self.check(q, positions)?;
+            self.check(k, positions)?;
+            if let Some([q, k]) = cuda::rotate(self, [q, k], positions)? {
+                return Ok((q, k));
+            }
+        }
+        Ok((self.apply(q, positions)?, self.apply(k, positions)?))
+    }
+
+    fn check(&self, x: &Tensor, positions: &[i64]) -> Result<()> {
         let tokens = match x.dims() {
             &[tokens, _, d] if d == self.head_dim => tokens,
             dims => {
@@ -126,15 +161,7 @@ impl Rope {
         if positions.len() != tokens {
             return Err(Error::mismatch("positions", format!("{tokens} of them"), positions.len()));
         }
-        if self.frequencies.is_empty() {
-            return Ok(x.clone());
-        }
-        #[cfg(feature = "cuda")]
-        if let Some(rotated) = cuda::rotate(self, x, positions)? {
-            return Ok(rotated);
-        }
-        let (cos, sin) = self.table(positions, x.dtype(), x.device())?;
-        self.rotate(x, &cos, &sin)
+        Ok(())
     }
 
     fn table(&self, positions: &[i64], dtype: DType, device: &Device) -> Result<(Tensor, Tensor)> {

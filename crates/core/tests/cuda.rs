@@ -244,10 +244,16 @@ fn rotary_embeddings_equal_the_cpus() {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             // A view into one projection of queries and keys, and the same positions twice.
             let both = random(tokens, 7, d, dtype);
-            for (first, heads) in [(0, 5), (5, 2)] {
+            let parts = [(0, 5), (5, 2)].map(|(first, heads)| {
+                both.to_device(&device).unwrap().narrow(1, first, heads).unwrap()
+            });
+            let rotated = rope.apply_both(&parts[0], &parts[1], &positions).unwrap();
+            for (first, heads, on_device, together) in
+                [(0, 5, &parts[0], &rotated.0), (5, 2, &parts[1], &rotated.1)]
+            {
                 let x = both.narrow(1, first, heads).unwrap();
-                let on_device = both.to_device(&device).unwrap().narrow(1, first, heads).unwrap();
-                let got = rope.apply(&on_device, &positions).unwrap();
+                let got = rope.apply(on_device, &positions).unwrap();
+                assert_eq!(relative(together, &got), 0.0);
                 let want = rope.apply(&x.to_dtype(DType::F32).unwrap(), &positions).unwrap();
                 let error = relative(&got, &want);
                 let bound = if dtype == DType::BF16 { 3e-3 } else { 5e-4 };

@@ -1,6 +1,6 @@
 // The rotary position embedding: channel i of a head is paired with channel i + rotary / 2.
 //
-// A thread block rotates all heads of one token. Angles are computed in f64 and reduced to one
+// A thread block rotates all heads of one token, in up to two tensors: queries and keys. Angles are computed in f64 and reduced to one
 // turn; their sines and cosines are computed in f32.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -8,16 +8,22 @@
 #include <cstdint>
 
 // Addresses are device addresses; strides count elements. All heads begin at multiples of 16 bytes.
+struct RopeTensor {
+    uint64_t x;    // [tokens, heads, head_dim], f16 or bf16
+    uint64_t out;  // Shape of x, contiguous
+    int64_t token, head;  // Strides of x
+    int64_t heads;        // 0: no tensor
+};
+
 struct RopeArgs {
-    uint64_t x;            // [tokens, heads, head_dim], f16 or bf16
-    uint64_t out;          // Shape of x, contiguous
+    RopeTensor tensors[2];
     uint64_t positions;    // [tokens], i64
     uint64_t frequencies;  // [rotary / 2], f64: radians per position
-    int64_t x_token, x_head;
-    int32_t tokens, heads, head_dim;
+    int32_t tokens, head_dim;
     int32_t rotary;  // Channels that rotate: a multiple of 16, at most 2 * MAX_PAIRS
+    int32_t unused;
 };
-static_assert(sizeof(RopeArgs) == 64 && offsetof(RopeArgs, x_token) == 32 && offsetof(RopeArgs, tokens) == 48, "as in src/rope.rs");
+static_assert(sizeof(RopeTensor) == 40 && sizeof(RopeArgs) == 112 && offsetof(RopeArgs, tokens) == 96, "as in src/rope.rs");
 
 constexpr int THREADS = 256, MAX_PAIRS = 128;
 
@@ -54,10 +60,13 @@ __device__ __forceinline__ void rope(const RopeArgs& a) {
     __syncthreads();
     // A head's pieces of 8 channels: rotated ones, each with its partner, then the others.
     const int turning = pairs / 8, pieces = turning + (a.head_dim - a.rotary) / 8;
-    for (int i = threadIdx.x; i < a.heads * pieces; i += THREADS) {
-        const int head = i / pieces, piece = i % pieces;
-        const uint4* x = reinterpret_cast<const uint4*>(a.x) + (token * a.x_token + head * a.x_head) / 8;
-        uint4* y = reinterpret_cast<uint4*>(a.out) + (token * a.heads + head) * (a.head_dim / 8);
+    const int first_heads = a.tensors[0].heads, heads = first_heads + a.tensors[1].heads;
+    for (int i = threadIdx.x; i < heads * pieces; i += THREADS) {
+        const int of_all = i / pieces, piece = i % pieces;
+        const RopeTensor& of = a.tensors[of_all >= first_heads];
+        const int head = of_all >= first_heads ? of_all - first_heads : of_all;
+        const uint4* x = reinterpret_cast<const uint4*>(of.x) + (token * of.token + head * of.head) / 8;
+        uint4* y = reinterpret_cast<uint4*>(of.out) + (token * of.heads + head) * (a.head_dim / 8);
         if (piece >= turning) {
             y[piece + turning] = x[piece + turning];
             continue;

@@ -18,6 +18,6 @@ pub use matvec::{MAX_ROWS, MatVecArgs, matvec};
 pub use merge::{MergeArgs, merge_states};
 pub use prefill::{Half, PAGE, PrefillArgs, has_prefill, prefill};
 pub use rms_norm::{RmsNormArgs, rms_norm};
-pub use rope::{RopeArgs, rope};
+pub use rope::{RopeArgs, RopeTensor, rope};
 pub use silu_mul::{SiluMulArgs, silu_mul};
 pub use top::{TopRow, top};

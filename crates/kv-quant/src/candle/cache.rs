@@ -3,7 +3,7 @@ use std::sync::Arc;
 use super::QuantStore;
 use super::sub_batch::SubBatch;
 use crate::{Format, KeyBasis, Rotary};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use longctx_core::{
     AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result, SeenTokens,
     SeqId, Step, attention, check_unseen,
@@ -217,10 +217,15 @@ impl QuantCache {
         q: &Tensor,
         k: &Tensor,
     ) -> Result<Option<AttentionState>> {
-        match self.sink_tokens {
-            0 => self.store.append_after_attention(step.batch, q, k, step.v),
-            _ => Ok(None),
+        if self.sink_tokens > 0 {
+            return Ok(None);
         }
+        let dtype = match step.q.dtype() {
+            // Sink logits are added to outputs in f32.
+            half @ (DType::F16 | DType::BF16) if self.spec.sink_logits.is_none() => half,
+            _ => DType::F32,
+        };
+        self.store.append_after_attention(step.batch, (q, k, step.v), dtype)
     }
 
     /// Attention of tokens that are already in the stores. `split` was made before they were

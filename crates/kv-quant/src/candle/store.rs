@@ -164,23 +164,23 @@ impl QuantStore {
     }
 
     /// Appends a batch's tokens and computes their causal attention, in full precision among them
-    /// and over the held entries; they are packed afterwards. Returns `None` and changes nothing if
-    /// the store cannot compute the attention among the tokens: on the CPU, or for many tokens.
+    /// and over the held entries; they are packed afterwards. The output has dtype `dtype`: f32, f16
+    /// or bf16. Returns `None` and changes nothing if the store cannot compute the attention among
+    /// the tokens: on the CPU, or for many tokens.
     pub(super) fn append_after_attention(
         &mut self,
         batch: &Batch,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        (q, k, v): (&Tensor, &Tensor, &Tensor),
+        dtype: DType,
     ) -> Result<Option<AttentionState>> {
         self.move_to_device(k.device())?;
         match &mut self.storage {
             Storage::Host(_) => {
-                _ = (batch, q, v);
+                _ = (batch, q, v, dtype);
                 Ok(None)
             }
             #[cfg(feature = "cuda")]
-            Storage::Cuda(pool) => pool.append_after_attention(batch, q, k, v),
+            Storage::Cuda(pool) => pool.append_after_attention(batch, (q, k, v), dtype),
             #[cfg(feature = "cuda")]
             Storage::CudaHalf(_) => Ok(None),
         }

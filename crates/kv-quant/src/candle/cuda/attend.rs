@@ -1,23 +1,42 @@
 //! Attention over the records and rings of many sequences, in one launch.
 
+use std::sync::Arc;
+
 use super::CudaPool;
 use super::tensors::{address, kind};
 use crate::cuda::{AttendArgs, Plan, Sizes, Work};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{AttentionState, Batch, Error, Mask, Result, SeqId};
-use longctx_cuda::{cudarc::driver::DevicePtr, upload};
+use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use longctx_cuda::upload;
 
-/// A plan for all layers with the same lengths. In its work items `table` is an index of a kv head,
-/// `[sequences * kv_heads]`, and the other addresses are 0, because each layer has its own.
+/// A plan and its workspace for all layers with the same lengths. In its work items `table` is an
+/// index of a kv head, `[sequences * kv_heads]`, and the other addresses are 0, because each layer
+/// has its own.
 struct SharedPlan {
+    /// Address of the stream, whose order protects the workspace.
+    stream: usize,
+    head_dim: usize,
     sizes: Sizes,
     heads: Vec<Work>,
     plan: Plan,
+    parts: CudaSlice<f32>,
+    arrived: CudaSlice<u32>,
 }
 
 impl SharedPlan {
-    fn new(heads: Vec<Work>, sizes: Sizes) -> Self {
-        Self { plan: Plan::new(&heads, sizes), sizes, heads }
+    fn new(
+        stream: &Arc<CudaStream>,
+        head_dim: usize,
+        heads: Vec<Work>,
+        sizes: Sizes,
+    ) -> Result<Self> {
+        let plan = Plan::new(&heads, sizes);
+        // SAFETY: the kernel writes every element that it reads.
+        let parts = unsafe { stream.alloc::<f32>(plan.parts * sizes.columns * (head_dim + 1)) }?;
+        let arrived = stream.alloc_zeros::<u32>(plan.merges)?;
+        let stream = stream.cu_stream() as usize;
+        Ok(Self { stream, head_dim, sizes, heads, plan, parts, arrived })
     }
 
     /// Returns the work items of a layer with these kv heads.
@@ -37,6 +56,17 @@ fn numbered((i, head): (usize, &Work)) -> Work {
 
 impl CudaPool {
     pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
+        self.attend_in(batch, q, mask, DType::F32)
+    }
+
+    /// As [`attend`](Self::attend), with an output of dtype f32, f16 or bf16.
+    pub(super) fn attend_in(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        mask: Mask<'_>,
+        dtype: DType,
+    ) -> Result<AttentionState> {
         let (q, mut heads) = self.queries(batch, q, mask)?;
         let _selected = match mask {
             Mask::Entries(ranges) => Some(self.select(batch, ranges, &mut heads)?),
@@ -48,7 +78,7 @@ impl CudaPool {
         };
         let state = match unpacked {
             Some(state) => state,
-            None => self.outputs(batch)?,
+            None => self.outputs(batch, dtype)?,
         };
         self.attend_records(batch, &q, mask, &heads, &state)?;
         Ok(state)
@@ -73,25 +103,28 @@ impl CudaPool {
         let window = self.shape.window.filter(|_| mask == Mask::Causal);
         let sizes = kernel.sizes(heads_per_kv, window);
         let same = |of: &SharedPlan| {
-            of.sizes == sizes && heads.iter().enumerate().map(numbered).eq(of.heads.iter().copied())
+            (of.stream, of.head_dim, of.sizes) == (stream.cu_stream() as usize, d, sizes)
+                && heads.iter().enumerate().map(numbered).eq(of.heads.iter().copied())
         };
         let shared = batch.shared(same, || {
-            Ok(SharedPlan::new(heads.iter().enumerate().map(numbered).collect(), sizes))
+            SharedPlan::new(&stream, d, heads.iter().enumerate().map(numbered).collect(), sizes)
         })?;
-        let (plan, work) = (&shared.plan, upload(&stream, &shared.work(heads))?);
-        let parts = plan.parts * kernel.columns();
-        // SAFETY: the kernel writes every element that is read.
-        let workspace = unsafe { stream.alloc::<f32>(parts * (d + 1)) }?;
-        let part_out = workspace.device_ptr(&stream).0;
-        let arrived = stream.alloc_zeros::<u32>(plan.merges)?;
+        let SharedPlan { plan, parts, arrived, .. } = &*shared;
+        let work = upload(&stream, &shared.work(heads))?;
+        let part_out = parts.device_ptr(&stream).0;
         let args = AttendArgs {
             q: address(q)?,
             out: address(&state.out)?,
             lse: address(&state.lse)?,
             part_out,
-            part_lse: part_out + 4 * (parts * d) as u64,
+            part_lse: part_out + 4 * (plan.parts * kernel.columns() * d) as u64,
             arrived: arrived.device_ptr(&stream).0,
             work: work.address(),
+            out_kind: match state.out.dtype() {
+                DType::F16 => 0,
+                DType::BF16 => 1,
+                _ => 2,
+            },
             ..self.score_args(mask)
         };
         // SAFETY: the arrays have the sizes that the kernel expects, and a stream runs its
@@ -100,12 +133,13 @@ impl CudaPool {
     }
 
     /// Allocates outputs and log-sum-exps.
-    fn outputs(&self, batch: &Batch) -> Result<AttentionState> {
+    fn outputs(&self, batch: &Batch, dtype: DType) -> Result<AttentionState> {
         let (tokens, heads, d) = (batch.tokens(), self.shape.heads, self.shape.head_dim);
         let device = Device::Cuda(self.device.clone());
         // SAFETY: the kernel writes every element of both.
-        let empty = |dims: &[usize]| unsafe { Tensor::empty(dims, DType::F32, &device) };
-        Ok(AttentionState { out: empty(&[tokens, heads, d])?, lse: empty(&[tokens, heads])? })
+        let empty = |dims: &[usize], dtype| unsafe { Tensor::empty(dims, dtype, &device) };
+        let (out, lse) = (empty(&[tokens, heads, d], dtype)?, empty(&[tokens, heads], DType::F32)?);
+        Ok(AttentionState { out, lse })
     }
 
     /// Returns the checked queries in the pool's dtype, and their work items.
@@ -159,7 +193,6 @@ impl CudaPool {
             causal: (mask == Mask::Causal) as i32,
             window: self.shape.window.unwrap_or(0) as i32,
             kind: kind(self.dtype.unwrap_or(DType::F16)),
-            out_kind: 2,
             scale: self.shape.scale,
             soft_cap: self.shape.soft_cap.unwrap_or(0.0),
             ..AttendArgs::default()

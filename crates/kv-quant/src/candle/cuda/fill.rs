@@ -90,14 +90,13 @@ impl CudaPool {
     }
 
     /// Appends tokens that [fit](Self::fits) to the rings, computes their causal attention in full
-    /// precision and over the held entries, and then packs them. Returns `None` and changes nothing
-    /// if they do not fit.
+    /// precision and over the held entries, and then packs them. The output has dtype `dtype`: f32,
+    /// f16 or bf16. Returns `None` and changes nothing if the tokens do not fit.
     pub fn append_after_attention(
         &mut self,
         batch: &Batch,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        (q, k, v): (&Tensor, &Tensor, &Tensor),
+        dtype: DType,
     ) -> Result<Option<AttentionState>> {
         if !self.fits(batch, &self.counts(batch)) {
             return Ok(None);
@@ -108,7 +107,7 @@ impl CudaPool {
         self.dtype = Some(new.k.dtype());
         let begun = self.make_room(batch, &new.counts)?;
         let done = self.fill(batch, &new).and_then(|()| {
-            let state = self.attend(batch, q, Mask::Causal)?;
+            let state = self.attend_in(batch, q, Mask::Causal, dtype)?;
             self.pack(batch)?;
             Ok(Some(state))
         });
