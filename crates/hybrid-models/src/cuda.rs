@@ -49,6 +49,7 @@ pub use v7::V7;
 
 use candle_core::Tensor;
 use longctx_core::{Error, Result};
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 
 /// The input rows of a mixer.
@@ -64,10 +65,13 @@ pub struct Input<'a> {
 }
 
 /// Values passed from a layer to those above it for the same rows: RWKV-7's values of the first
-/// layer.
+/// layer. All layers process the same blocks of tokens.
 #[derive(Default)]
 pub struct Carried {
-    pub first_values: Option<Tensor>,
+    /// The first token of the block that a mixer is called with.
+    pub block: usize,
+    /// The values of each block, by its first token.
+    pub first_values: BTreeMap<usize, Tensor>,
 }
 
 /// The device version of a [`Recurrent`](crate::mixer::Recurrent) mixer, with its weights on the

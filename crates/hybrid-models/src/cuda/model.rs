@@ -159,6 +159,7 @@ impl OnDevice {
                     in_blocks(&normed, batch, tokens.clone(), &cuts, |x, tokens| {
                         let first = first && tokens.start == 0;
                         let x = Input { x, batch, tokens: tokens.len(), first };
+                        carried.block = tokens.start;
                         let y = mixer.forward(x, state, &mut carried)?;
                         if let Some((_, copy)) =
                             call.snapshots.iter_mut().find(|(at, _)| *at == tokens.end)

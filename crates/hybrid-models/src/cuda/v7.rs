@@ -76,12 +76,12 @@ impl V7 {
     /// Returns the values, mixed with those of the first layer. The first layer stores its own for
     /// the others.
     fn values(&self, v: Tensor, mixed: &Tensor, carried: &mut Carried) -> Result<Tensor> {
-        match (&self.first_values, &carried.first_values) {
+        match (&self.first_values, carried.first_values.get(&carried.block)) {
             (Some((share, blend)), Some(first)) => {
                 blend.apply(&v, first, &share.apply(mixed, same)?)
             }
             _ => {
-                carried.first_values = Some(v.clone());
+                carried.first_values.insert(carried.block, v.clone());
                 Ok(v)
             }
         }
