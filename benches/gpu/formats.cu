@@ -156,7 +156,7 @@ void plain_side(const void* x, float* y, int rows, int tokens, int packed, int d
 // ---- Checks ----
 
 template <class L>
-__global__ void __launch_bounds__(token_threads<L>(), token_blocks<L>()) tokens_kernel(const FillArgs args) {
+__global__ void __launch_bounds__(TOKEN_THREADS, token_blocks<L>()) tokens_kernel(const FillArgs args) {
     quantize_tokens<L>(args);
 }
 
@@ -175,7 +175,7 @@ Config format(std::string name, std::vector<Variant> attend, int rotated = 0, bo
         c.quantize = balance_kernel<L>, c.quantize_threads = balance_threads<L>(), c.quantize_shared = balance_shared<L>(), c.k_parts = 1;
         OK(cudaFuncSetAttribute(c.quantize, cudaFuncAttributeMaxDynamicSharedMemorySize, c.quantize_shared));
     } else {
-        c.quantize = tokens_kernel<L>, c.quantize_threads = token_threads<L>(), c.quantize_shared = 0, c.k_parts = L::TILES;
+        c.quantize = tokens_kernel<L>, c.quantize_threads = TOKEN_THREADS, c.quantize_shared = 0, c.k_parts = L::TILES;
     }
     c.rotated = rotated, c.f16_steps = f16_steps, c.limit = 2e-2;
     if (K::PARAMS == Params::NONE) c.key_scale = 0.0173f;

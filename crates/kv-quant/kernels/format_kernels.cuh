@@ -8,7 +8,7 @@
 #include "sums.cuh"
 #include "unpack.cuh"
 
-#define TOKEN_BOUNDS(L) __launch_bounds__(kvq::token_threads<L>(), kvq::token_blocks<L>())
+#define TOKEN_BOUNDS(L) __launch_bounds__(kvq::TOKEN_THREADS, kvq::token_blocks<L>())
 #define BALANCE_BOUNDS(L) __launch_bounds__(kvq::balance_threads<L>())
 
 #define KERNELS(NAME, LAYOUT, D, BOUNDS, QUANTIZE)                                                                                                          \

@@ -1,11 +1,10 @@
 // Quantizes and packs tiles of 32 tokens of schemes with parameters per token, with the arithmetic
-// of src/quantize. D / 32 lanes process a token: they rotate it if the scheme does, and write its
-// codes to shared memory, as bytes in the order of a word's bytes. The codes are then packed into
-// words.
+// of src/quantize. A warp processes a tile: it copies the tile's numbers to shared memory and loads
+// them as fragments of the tensor cores. So each lane has the numbers whose codes it writes, and
+// the tensor cores compute four of the rotation's steps.
 #pragma once
 #include <cuda_fp8.h>
 #include <type_traits>
-#include <utility>
 #include "args.cuh"
 #include "levels.cuh"
 #include "quantize.cuh"
@@ -14,102 +13,11 @@ namespace kvq {
 
 constexpr float LARGEST = 32752.f;  // largest magnitude that can be packed, half of f16's range
 
-// Rows of D numbers in registers: LANES lanes have 32 numbers of a row each. Number 8 i + j of lane
-// l is number 8 LANES i + 8 l + j of the row.
-template <int D>
-struct Rows {
-    static constexpr int NUMBERS = 32, LANES = D / NUMBERS;
-    static_assert(LANES == 2 || LANES == 4 || LANES == 8);
-
-    static __device__ __forceinline__ int lane() { return threadIdx.x % LANES; }
-
-    // Returns the index in the row of a lane's k-th number.
-    static __device__ __forceinline__ int number_at(int k) { return k / 8 * (8 * LANES) + lane() * 8 + k % 8; }
-
-    template <class T, class Combine>
-    static __device__ __forceinline__ T over_row(T x, Combine combine) {
-#pragma unroll
-        for (int i = LANES / 2; i > 0; i /= 2) x = combine(x, __shfl_xor_sync(FULL, x, i));
-        return x;
-    }
-
-    static __device__ __forceinline__ float max(float x) { return over_row(x, [](float a, float b) { return fmaxf(a, b); }); }
-    static __device__ __forceinline__ float min(float x) { return over_row(x, [](float a, float b) { return fminf(a, b); }); }
-    static __device__ __forceinline__ float sum(float x) { return over_row(x, [](float a, float b) { return a + b; }); }
-
-    // The orthonormal Walsh-Hadamard transform, as in hadamard.cuh.
-    static __device__ __forceinline__ void hadamard(float (&x)[NUMBERS]) {
-        auto within = [&](int step) {
-#pragma unroll
-            for (int i = 0; i < NUMBERS; i++)
-                if (!(i & step)) {
-                    const float low = x[i], high = x[i + step];
-                    x[i] = low + high, x[i + step] = low - high;
-                }
-        };
-        within(1), within(2), within(4);
-#pragma unroll
-        for (int step = 1; step < LANES; step *= 2) {
-            const float sign = lane() & step ? -1.f : 1.f;
-#pragma unroll
-            for (int i = 0; i < NUMBERS; i++) x[i] = fmaf(x[i], sign, __shfl_xor_sync(FULL, x[i], step));
-        }
-        within(8), within(16);
-        const float norm = __frcp_rn(__fsqrt_rn(float(D)));
-#pragma unroll
-        for (int i = 0; i < NUMBERS; i++) x[i] *= norm;
-    }
-
-    // Loads a row of the call's tensors or of a ring. Returns its largest magnitude in this lane,
-    // or NaN if a number is NaN.
-    static __device__ __forceinline__ float load(float (&x)[NUMBERS], const FillArgs& args, const FillRow& row, bool values, int entry) {
-        const __half* from;
-        if (entry < row.first_new) from = static_cast<const __half*>(values ? row.ring_v : row.ring_k) + (long long)((entry + row.shift) % args.ring) * D;
-        else from = static_cast<const __half*>(values ? row.new_v : row.new_k) + (entry - row.first_new) * args.stride;
-        uint4 loaded[NUMBERS / 8];
-#pragma unroll
-        for (int i = 0; i < NUMBERS / 8; i++) loaded[i] = *reinterpret_cast<const uint4*>(from + number_at(8 * i));
-        return args.kind ? widen<__nv_bfloat162>(x, loaded) : widen<__half2>(x, loaded);
-    }
-
-  private:
-    static __device__ __forceinline__ float2 floats(__half2 x) { return __half22float2(x); }
-    static __device__ __forceinline__ float2 floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-
-    template <class Pair>
-    static __device__ __forceinline__ float widen(float (&x)[NUMBERS], const uint4 (&loaded)[NUMBERS / 8]) {
-        Pair largest;
-#pragma unroll
-        for (int i = 0; i < NUMBERS / 2; i++) {
-            const uint4& eight = loaded[i / 4];
-            const uint32_t word = i % 4 == 0 ? eight.x : i % 4 == 1 ? eight.y : i % 4 == 2 ? eight.z : eight.w;
-            const Pair pair = *reinterpret_cast<const Pair*>(&word);
-            const float2 two = floats(pair);
-            x[2 * i] = two.x, x[2 * i + 1] = two.y;
-            largest = i ? __hmax2_nan(largest, __habs2(pair)) : __habs2(pair);
-        }
-        const float2 two = floats(largest);
-        return two.x != two.x ? two.x : two.y != two.y ? two.y : fmaxf(two.x, two.y);
-    }
-};
-
 __device__ __forceinline__ float as_f16(float x) { return __half2float(__float2half_rn(x)); }
-
-template <int N>
-__device__ __forceinline__ float largest_of(const float (&x)[N]) {
-    float top = 0.f;
-#pragma unroll
-    for (int i = 0; i < N; i++) top = fmaxf(top, fabsf(x[i]));
-    return top;
-}
 
 // Returns a word whose low byte is the integer part of x, or the nearest integer. x is from 0 to
 // 255. Between 2^23 and 2^24 f32 numbers are integers, so the addition rounds.
 __device__ __forceinline__ uint32_t integer_part(float x) { return __float_as_uint(__fadd_rz(x, 8388608.f)); }
-__device__ __forceinline__ uint32_t nearest_integer(float x) { return __float_as_uint(__fadd_rn(x, 8388608.f)); }
-
-// Returns the low bytes of four words.
-__device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return permute(permute(a, b, 0x0040), permute(c, d, 0x0040), 0x5410); }
 
 // Returns the address of a record. If the record is new, threads with `first` write it to the
 // table.
@@ -120,248 +28,472 @@ __device__ __forceinline__ unsigned char* record_at(const FillRow& row, int reco
     return reinterpret_cast<unsigned char*>(at);
 }
 
-// The codes of a tile, as words of four bytes in the order of `Packing`'s: for keys, the four
-// columns of a token that share a word; for values, the four tokens of a channel that do.
-template <int D, bool VALUES>
-struct TileCodes {
-    // Multiples of 32 words plus 4 or 8, to avoid bank conflicts of `pack`.
-    static constexpr int ROWS = VALUES ? 8 : TILE, PITCH = VALUES ? D + 8 : D / 4 + 4;
-    uint32_t words[ROWS * PITCH];
+// A tile of f16 or bf16 numbers in shared memory, a row per token. The 16-byte pieces of a row are
+// permuted to avoid bank conflicts.
+template <int D>
+struct alignas(512) Source {
+    static constexpr int PIECES = D / 8, TOKENS = 32 / PIECES;  // 16-byte pieces of a token, tokens of a copy
+    unsigned char numbers[TILE * D * 2];
 
-    // Returns the token of this thread, of 32 LANES. Four tokens whose values share words are in
-    // lanes LANES apart; `place` is the token's byte.
-    static __device__ __forceinline__ int place() { return threadIdx.x / Rows<D>::LANES % 4; }
-    static __device__ __forceinline__ int row() { return threadIdx.x / Rows<D>::LANES / (VALUES ? 4 : 1) % ROWS; }
-    static __device__ __forceinline__ int token() { return VALUES ? row() / 4 * 16 + row() % 4 * 2 + place() / 2 + place() % 2 * 8 : row(); }
-
-    // Writes eight codes of the token, from channel `channel` on: `low` has the first four. All
-    // lanes of a warp call it.
-    __device__ __forceinline__ void write(uint32_t low, uint32_t high, int channel) {
-        if constexpr (VALUES) {
-            constexpr int STEP = Rows<D>::LANES;
-            const int p = place();
-            // Four channels of two tokens, then two channels of four tokens.
-            uint32_t kept = p & 2 ? high : low, got = __shfl_xor_sync(FULL, p & 2 ? low : high, 2 * STEP);
-            const uint32_t mine = permute(kept, got, p & 1 ? 0x7632 : 0x5410), sent = permute(kept, got, p & 1 ? 0x5410 : 0x7632);
-            got = __shfl_xor_sync(FULL, sent, STEP);
-            // Bytes 0 and 2 are of tokens p and p ^ 2 (`mine`), or p ^ 1 and p ^ 3 (`got`).
-            const uint32_t order = p == 0 ? 0x6240 : p == 1 ? 0x2604 : p == 2 ? 0x4062 : 0x0426;
-            *reinterpret_cast<uint2*>(words + row() * PITCH + channel + 2 * p) = make_uint2(permute(mine, got, order), permute(mine, got, order + 0x1111));
-        } else {
-            // The neighbor has the columns 8 apart.
-            const bool odd = threadIdx.x % 2;
-            const uint32_t kept = odd ? high : low, got = __shfl_xor_sync(FULL, odd ? low : high, 1);
-            *reinterpret_cast<uint2*>(words + row() * PITCH + channel / 4) = make_uint2(permute(kept, got, odd ? 0x1504 : 0x5140), permute(kept, got, odd ? 0x3726 : 0x7362));
+    // Starts copying the tokens from `entry` on, as two groups of copies of 16 tokens.
+    __device__ __forceinline__ void copy(const FillArgs& args, const FillRow& row, bool values, int entry, int lane) {
+        const int piece = lane % PIECES, first = lane / PIECES;
+        const __half* from = static_cast<const __half*>(values ? row.new_v : row.new_k) + (entry + first - row.first_new) * args.stride + piece * 8;
+        const __half* ring = static_cast<const __half*>(values ? row.ring_v : row.ring_k) + piece * 8;
+        const bool in_ring = entry < row.first_new;  // at least the first
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (!in_ring) {
+#pragma unroll
+                for (int i = 0; i < PIECES / 2; i++, from += TOKENS * args.stride) copy_piece(half * 16 + i * TOKENS + first, piece, from);
+            } else {
+#pragma unroll 1
+                for (int i = 0; i < PIECES / 2; i++, from += TOKENS * args.stride) {
+                    const int token = half * 16 + i * TOKENS + first, at = entry + token;
+                    copy_piece(token, piece, at < row.first_new ? ring + (long long)((at + row.shift) % args.ring) * D : from);
+                }
+            }
+            copy_commit();
         }
     }
 
-    // Packs the codes into a tile's words, as thread `thread` of `threads`.
-    template <int BITS>
-    __device__ __forceinline__ void pack(unsigned char* to, int thread, int threads) const {
-        using P = Packing<BITS>;
-        for (int item = thread; item < D / 16 / P::UNITS * LANES; item += threads) {
-            const int chunk = item / LANES, lane = item % LANES, g = lane / 4, t = lane % 4;
-            uint32_t packed[P::UNITS * P::WORDS];
-#pragma unroll
-            for (int u = 0; u < P::UNITS; u++) {
-                const int unit = chunk * P::UNITS + u;
-#pragma unroll
-                for (int w = 0; w < P::WORDS; w++) {
-                    uint32_t word = 0;
-#pragma unroll
-                    for (int i = 0; i < P::ROWS; i++) {
-                        const int row = (w * P::ROWS + i) * 8 + g;
-                        const int at = VALUES ? (unit / (D / 32) * 4 + t) * PITCH + unit % (D / 32) * 32 + row : row * PITCH + unit * 4 + t;
-                        word |= words[at] << (i * P::FIELD);
-                    }
-                    packed[u * P::WORDS + w] = word;
-                }
-            }
-            P::store(packed, to, chunk, lane);
-        }
+    __device__ __forceinline__ void copy_piece(int token, int piece, const __half* from) {
+        copy16(shared_address(numbers + (token * PIECES + (piece ^ token % 8)) * 16), from);
     }
 };
 
-// The codes, the scale and the minimum of a row.
-template <class S, int D>
-struct Row {
-    using R = Rows<D>;
-    static constexpr int N = R::NUMBERS;
-    uint32_t codes[N / 4];  // four codes each
-    float scale = 0.f, min = 0.f;
-    float largest;  // largest magnitude in this lane
-    bool bad = false;
+// Numbers of two tokens in each lane: of 16 tokens of keys, or of 8 tokens of values. They are
+// COUNT fragments of the tensor cores' results. With lane = 4 g + t, a fragment of
+//
+//     keys    2 j + n  has the tokens g (numbers 0, 1) and g + 8 (2, 3), and the channels
+//                      16 j + 8 n + 2 t (0, 2) and + 1 (1, 3)
+//     values  j        has the tokens 2 t (0, 2) and 2 t + 1 (1, 3), and the channels 16 j + g
+//                      (0, 1) and + 8 (2, 3)
+template <int D, bool VALUES>
+struct Numbers {
+    static constexpr int COUNT = VALUES ? D / 16 : D / 8;
+    float x[COUNT][4];
 
-    __device__ __forceinline__ Row(const float (&x)[N], bool f16_steps, float fixed) {
-        if constexpr (S::FLOATS) floats(x, fixed);
-        else if constexpr (S::CODES == Codes::LEVELS) levels(x);
-        else if constexpr (S::CODES == Codes::SIGNED) whole_signed(x);
-        else whole(x, f16_steps);
+    // Returns which of the lane's two tokens has number c of a fragment.
+    static __host__ __device__ constexpr int token_of(int c) { return VALUES ? c % 2 : c / 2; }
+
+    static __device__ __forceinline__ int channel_of(int i, int c) {
+        const int lane = threadIdx.x;
+        return VALUES ? 16 * i + lane / 4 + c / 2 * 8 : 8 * i + lane % 4 * 2 + c % 2;
     }
 
-    // Sets all codes; the low byte of `code(i)` is number i's.
-    template <class Code>
-    __device__ __forceinline__ void encode(Code code) {
+    // Combines numbers of each of the two tokens over all lanes that have the token.
+    template <class T, class Combine>
+    static __device__ __forceinline__ void over_token(T (&both)[2], Combine combine) {
 #pragma unroll
-        for (int i = 0; i < N; i += 4) codes[i / 4] = low_bytes(code(i), code(i + 1), code(i + 2), code(i + 3));
-    }
-
-    __device__ __forceinline__ void floats(const float (&x)[N], float fixed) {
-        constexpr bool E4 = S::CODES == Codes::E4M3;
-        largest = largest_of(x);
-        float divisor = fixed;  // 0 gives zeros for a row without a scale
-        if (S::PARAMS != Params::NONE) divisor = scale = as_f16(__fdiv_rn(R::max(largest), E4 ? 448.f : 57344.f));
-        const float reciprocal = divisor == 0.f ? 0.f : __frcp_rn(divisor);
-        auto pair = [&](int i) -> uint32_t {
-            const float2 two = make_float2(divide(x[i], divisor, reciprocal), divide(x[i + 1], divisor, reciprocal));
-            return __nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, E4 ? __NV_E4M3 : __NV_E5M2);
-        };
+        for (int i = VALUES ? 16 : 2; i >= (VALUES ? 4 : 1); i /= 2)
 #pragma unroll
-        for (int i = 0; i < N; i += 4) codes[i / 4] = permute(pair(i), pair(i + 2), 0x5410);
+            for (int e = 0; e < 2; e++) both[e] = combine(both[e], __shfl_xor_sync(FULL, both[e], i));
     }
 
-    static __host__ __device__ constexpr float positive(int i) { return level_at<S::BITS>(S::BITS == 4 ? i : 4 + i); }
-    template <int I>
-    static constexpr float POSITIVE = positive(I);
-    template <int I>
-    static constexpr float MIDDLE = (positive(I - 1) + positive(I)) / 2.f;
-    // An array in registers cannot be indexed at run time.
-    template <int... I>
-    static __device__ __forceinline__ float positive_at(int i, std::integer_sequence<int, I...>) {
-        float x = 0.f;
-        ((x = i == I ? POSITIVE<I> : x), ...);
-        return x;
+    // Loads the tokens from `token` of the tile on; rotated numbers are not yet multiplied by
+    // 1 / sqrt(D). Returns the largest magnitude in this lane before the rotation, or NaN if a
+    // number is NaN.
+    template <class Pair>
+    __device__ __forceinline__ float load(const Source<D>& source, int token, bool rotated, int lane) {
+        const int row = token + (VALUES ? 0 : lane / 8 % 2 * 8) + lane % 8, piece = VALUES ? lane / 8 : lane / 16;
+        const uint32_t at = shared_address(source.numbers + row * D * 2 + (piece ^ lane % 8) * 16);
+        Pair largest = pair_of<Pair>(0);
+        uint32_t loaded[COUNT][2];
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 2) {
+            uint32_t(&a)[2] = loaded[i], (&b)[2] = loaded[i + 1];
+            if (VALUES && !rotated) load_matrices<true>(a[0], a[1], b[0], b[1], at ^ i * 32);
+            else load_matrices<false>(a[0], a[1], b[0], b[1], at ^ i * (VALUES ? 32 : 16));
+#pragma unroll
+            for (int r = 0; r < 2; r++) largest = __hmax2_nan(__hmax2_nan(largest, __habs2(pair_of<Pair>(a[r]))), __habs2(pair_of<Pair>(b[r])));
+        }
+        if (rotated) rotate<Pair>(loaded, lane);
+        else
+#pragma unroll
+            for (int i = 0; i < COUNT; i++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const float2 two = floats(pair_of<Pair>(loaded[i][r]));
+                    x[i][2 * r] = two.x, x[i][2 * r + 1] = two.y;
+                }
+        const float2 two = floats(largest);
+        return two.x != two.x ? two.x : two.y != two.y ? two.y : fmaxf(two.x, two.y);
     }
 
-    // Returns the index of the positive level nearest to a magnitude, by binary search.
-    static __device__ __forceinline__ int place_of(float y) {
-        if constexpr (S::BITS == 3) {
-            const bool a = y >= MIDDLE<2>, b = y >= (a ? MIDDLE<3> : MIDDLE<1>);
-            return 2 * a + b;
+    template <class Function>
+    __device__ __forceinline__ void each(Function function) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) function(x[i][c], i, c);
+    }
+
+  private:
+    static __device__ __forceinline__ float2 floats(__half2 x) { return __half22float2(x); }
+    static __device__ __forceinline__ float2 floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+
+    template <class Pair>
+    static __device__ __forceinline__ Pair pair_of(uint32_t x) { return *reinterpret_cast<const Pair*>(&x); }
+
+    // The Walsh-Hadamard transform. Products with a matrix of 16 rows are the steps 1 to 8; larger
+    // steps are between fragments.
+    template <class Pair>
+    __device__ __forceinline__ void rotate(const uint32_t (&loaded)[COUNT][2], int lane) {
+        constexpr bool BF16 = std::is_same_v<Pair, __nv_bfloat162>;
+        const int g = lane / 4, t = lane % 4;
+        const uint32_t low = __popc(2 * t & g) % 2, high = __popc((2 * t + 1) & g) % 2;
+        const uint32_t plus = (BF16 ? 0x3f803f80 : 0x3c003c00) | low << 15 | high << 31, minus = plus ^ 0x80008000;
+        each([&](float, int i, int c) { x[i][c] = 0.f; });
+        if constexpr (VALUES) {
+            const uint32_t matrix[4] = {plus, plus, plus, minus};
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) mma<Pair>(x[i], matrix, loaded[i][0], loaded[i][1]);
         } else {
-            const bool a = y >= MIDDLE<4>, b = y >= (a ? MIDDLE<6> : MIDDLE<2>);
-            const bool c = y >= (a ? (b ? MIDDLE<7> : MIDDLE<5>) : (b ? MIDDLE<3> : MIDDLE<1>));
-            return 4 * a + 2 * b + c;
+#pragma unroll
+            for (int i = 0; i < COUNT; i += 2) {
+                const uint32_t rows[4] = {loaded[i][0], loaded[i][1], loaded[i + 1][0], loaded[i + 1][1]};
+                mma<Pair>(x[i], rows, plus, plus), mma<Pair>(x[i + 1], rows, plus, minus);
+            }
+        }
+#pragma unroll
+        for (int step = VALUES ? 1 : 2; step < COUNT; step *= 2)
+            each([&](float, int i, int c) {
+                if (i & step) return;
+                const float a = x[i][c], b = x[i + step][c];
+                x[i][c] = a + b, x[i + step][c] = a - b;
+            });
+    }
+};
+
+// The codes and parameters of two tokens in each lane.
+template <class S, int D, bool VALUES>
+struct Row {
+    using N = Numbers<D, VALUES>;
+    using P = Packing<S::BITS>;
+    static constexpr int COUNT = N::COUNT, PARTS = P::FIELD / 4;
+
+    // A fragment's codes at their positions in a word, or in two words if P::ROWS is 1. A word has
+    // the codes of two fragments, eight bits apart.
+    uint32_t parts[COUNT][PARTS];
+    float scale[2] = {}, min[2] = {};
+    bool bad;
+
+    // `unit` times the numbers are those to quantize.
+    __device__ __forceinline__ Row(const N& n, float unit, bool f16_steps, float fixed) {
+        if constexpr (S::FLOATS) floats(n, unit, fixed);
+        else if constexpr (S::CODES == Codes::LEVELS) levels(n, unit);
+        else if constexpr (S::CODES == Codes::SIGNED) whole_signed(n, unit);
+        else if (f16_steps) whole_in_f16(n, unit);
+        else whole(n, unit);
+    }
+
+    // Sets the codes of a fragment: words with number 0 or 2 in the lower half, and with number 1 or
+    // 3 in the upper half.
+    __device__ __forceinline__ void set(int i, uint32_t first, uint32_t second) {
+        if constexpr (PARTS == 1) parts[i][0] = (second << 4) + first;
+        else parts[i][0] = first, parts[i][1] = second;
+    }
+
+    // Sets all codes; the lower half of the word `code(x, c)` is number c's.
+    template <class Code>
+    __device__ __forceinline__ void encode(const N& n, Code code) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            uint32_t of[4];
+#pragma unroll
+            for (int c = 0; c < 4; c++) of[c] = code(n.x[i][c], N::token_of(c));
+            set(i, permute(of[0], of[1], 0x5410), permute(of[2], of[3], 0x5410));
         }
     }
 
-    __device__ __forceinline__ void levels(const float (&x)[N]) {
-        constexpr int LEVELS = S::BITS == 4 ? 8 : 4;
-        // This lane's level, which other lanes read by shuffles.
-        const float own = positive_at(threadIdx.x % LEVELS, std::make_integer_sequence<int, LEVELS>());
-        float sum = 0.f, held = 0.f;
-        largest = largest_of(x);
-#pragma unroll
-        for (int i = 0; i < N; i++) sum = fmaf(x[i], x[i], sum);
-        const float norm = __fsqrt_rn(R::sum(sum)), inverse = __fsqrt_rn(float(D)) / (norm + 1e-8f);
-        encode([&](int i) -> uint32_t {
-            const int place = place_of(fabsf(x[i]) * inverse);
-            const float level = __shfl_sync(FULL, own, place, LEVELS);
-            held = fmaf(level, level, held);
-            return S::BITS == 4 ? place | (x[i] < 0.f) << 3 : x[i] < 0.f ? 3 - place : 4 + place;
-        });
-        scale = fminf(as_f16(norm / __fsqrt_rn(R::sum(held))), 65504.f);
+    static __device__ __forceinline__ void largest(const N& n, float (&top)[2]) {
+        top[0] = top[1] = 0.f;
+        n.each([&](float x, int, int c) { top[N::token_of(c)] = fmaxf(top[N::token_of(c)], fabsf(x)); });
     }
 
-    __device__ __forceinline__ void extremes(const float (&x)[N], float& low, float& high) {
-        low = INFINITY, high = -INFINITY;
+    __device__ __forceinline__ void floats(const N& n, float unit, float fixed) {
+        constexpr bool E4 = S::CODES == Codes::E4M3;
+        float top[2], divisor[2], reciprocal[2];
+        largest(n, top);
+        bad = !(fmaxf(top[0], top[1]) * unit <= LARGEST);
+        if (S::PARAMS != Params::NONE) N::over_token(top, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
-        for (int i = 0; i < N; i++) low = fminf(low, x[i]), high = fmaxf(high, x[i]);
-        largest = fmaxf(high, -low);
-        low = R::min(low), high = R::max(high);
+        for (int e = 0; e < 2; e++) {
+            divisor[e] = fixed;  // 0 gives zeros for a row without a scale
+            if (S::PARAMS != Params::NONE) divisor[e] = scale[e] = as_f16(__fdiv_rn(top[e] * unit, E4 ? 448.f : 57344.f));
+            reciprocal[e] = divisor[e] == 0.f ? 0.f : __frcp_rn(divisor[e]);
+        }
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            uint32_t pairs[2];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int a = N::token_of(2 * r), b = N::token_of(2 * r + 1);
+                const float2 two = make_float2(divide(n.x[i][2 * r] * unit, divisor[a], reciprocal[a]), divide(n.x[i][2 * r + 1] * unit, divisor[b], reciprocal[b]));
+                pairs[r] = permute(__nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, E4 ? __NV_E4M3 : __NV_E5M2), 0, 0x4140);
+            }
+            set(i, pairs[0], pairs[1]);
+        }
     }
 
-    __device__ __forceinline__ void whole_signed(const float (&x)[N]) {
+    // Returns the index of the nearest level in the low bits. A polynomial replaces the search: it
+    // is an integer at each middle between two levels, and it increases between them. So the index
+    // is its value, rounded down, plus half the number of levels. `factor` divides the number by the
+    // standard deviation and by 6 (4 bits) or 5; beyond that the outermost level is the nearest.
+    static __device__ __forceinline__ uint32_t place_of(float x, float factor) {
+        constexpr bool FOUR = S::BITS == 4;
+        const float u = __saturatef(fmaf(x, factor, 0.5f)) - 0.5f, v = u * u;
+        float sum;
+        if constexpr (FOUR) {
+            sum = fmaf(v, -602.0375366210938f, 202.78228759765625f);
+            sum = fmaf(v, sum, 62.737335205078125f), sum = fmaf(v, sum, -109.81818389892578f), sum = fmaf(v, sum, 81.27457427978516f);
+            sum = fmaf(v, sum, -46.868106842041016f), sum = fmaf(v, sum, 23.31692886352539f);
+        } else {
+            sum = fmaf(v, 14.043428421020508f, -14.407890319824219f), sum = fmaf(v, sum, 10.136565208435059f);
+        }
+        return __float_as_uint(__fmaf_rd(u, sum, 12582912.f + (FOUR ? 8 : 4)));
+    }
+
+    // Returns byte `byte` of the squares of the magnitudes `first` to `first` + 3, in units of 2^-21.
+    static __host__ __device__ constexpr uint32_t square_bytes(int first, int byte) {
+        uint32_t bytes = 0;
+        for (int i = 0; i < 4; i++) {
+            const double x = level_at<S::BITS>(first + i);
+            bytes |= (uint32_t(x * x * (1 << 21) + 0.5) >> (8 * byte) & 0xff) << (8 * i);
+        }
+        return bytes;
+    }
+
+    __device__ __forceinline__ void levels(const N& n, float unit) {
+        static_assert(!VALUES && PARTS == 1);
+        constexpr float SPAN = S::BITS == 4 ? 6.f : 5.f;
+        float sums[2] = {}, factor[2];
+        n.each([&](float x, int, int c) { sums[N::token_of(c)] = fmaf(x, x, sums[N::token_of(c)]); });
+        N::over_token(sums, [](float a, float b) { return a + b; });
+        bad = false;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            scale[e] = __fsqrt_rn(sums[e]) * unit;
+            factor[e] = unit * __fdiv_rn(__fsqrt_rn(float(D)) / SPAN, scale[e] + 1e-8f);
+            if (!(scale[e] <= LARGEST)) bad = true;
+        }
+        if (bad) {  // The norm exceeds the limit; the numbers need not.
+            float top[2];
+            largest(n, top);
+            bad = !(fmaxf(top[0], top[1]) * unit <= LARGEST) || sums[0] != sums[0] || sums[1] != sums[1];
+        }
+        encode(n, [&](float x, int e) { return place_of(x, factor[e]); });
+        uint32_t squares[2][3] = {};
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 2) {
+            uint32_t word = (parts[i + 1][0] << 8) + parts[i][0];
+            if constexpr (S::BITS == 4) {
+                // From the index of a level to its magnitude's index and its sign.
+                const uint32_t negative = (word ^= 0x88888888u) & 0x88888888u;
+                word ^= negative - (negative >> 3);
+            }
+            parts[i][0] = word, parts[i + 1][0] = 0;
+            const uint32_t places = word & 0x77777777u;
+#pragma unroll
+            for (int byte = 0; byte < 3; byte++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const uint32_t found = permute(square_bytes(0, byte), square_bytes(4, byte), places >> 16 * half);
+                    squares[0][byte] = __dp4a(found, 0x00010001u, squares[0][byte]), squares[1][byte] = __dp4a(found, 0x01000100u, squares[1][byte]);
+                }
+        }
+        uint32_t held[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) held[e] = squares[e][0] + (squares[e][1] << 8) + (squares[e][2] << 16);
+        N::over_token(held, [](uint32_t a, uint32_t b) { return a + b; });
+#pragma unroll
+        for (int e = 0; e < 2; e++) scale[e] = fminf(as_f16(scale[e] / __fsqrt_rn(float(held[e]) * (1.f / (1 << 21)))), 65504.f);
+    }
+
+    // Computes the extremes of each token's numbers.
+    __device__ __forceinline__ void extremes(const N& n, float unit, float (&low)[2], float (&high)[2]) {
+        low[0] = low[1] = INFINITY, high[0] = high[1] = -INFINITY;
+        n.each([&](float x, int, int c) { low[N::token_of(c)] = fminf(low[N::token_of(c)], x), high[N::token_of(c)] = fmaxf(high[N::token_of(c)], x); });
+        N::over_token(low, [](float a, float b) { return fminf(a, b); }), N::over_token(high, [](float a, float b) { return fmaxf(a, b); });
+#pragma unroll
+        for (int e = 0; e < 2; e++) low[e] *= unit, high[e] *= unit;
+        bad = !(fmaxf(fmaxf(high[0], -low[0]), fmaxf(high[1], -low[1])) <= LARGEST);
+    }
+
+    __device__ __forceinline__ void whole_signed(const N& n, float unit) {
         constexpr float HALF = 1 << (S::BITS - 1);
-        float low, high;
-        extremes(x, low, high);
-        const float top = fmaxf(high, -low);
-        bool negative = -low > high;
-        const bool tied = high == -low && top > 0.f;
+        float low[2], high[2], factor[2];
+        bool negative[2], tied = false;
+        extremes(n, unit, low, high);
+#pragma unroll
+        for (int e = 0; e < 2; e++) negative[e] = -low[e] > high[e], tied |= high[e] == -low[e] && high[e] > 0.f;
         // The first number of the largest magnitude determines the sign.
         if (__any_sync(FULL, tied)) {
-            int first = INT_MAX;       // twice its index plus its sign bit
+            int first[2] = {INT_MAX, INT_MAX};  // twice its channel plus its sign bit
+            n.each([&](float x, int i, int c) {
+                const int e = N::token_of(c);
+                if (fabsf(x * unit) == high[e]) first[e] = min_of(first[e], 2 * N::channel_of(i, c) + (x < 0.f));
+            });
+            N::over_token(first, min_of);
 #pragma unroll
-            for (int i = 0; i < N; i++)
-                if (fabsf(x[i]) == top) first = min_of(first, 2 * R::number_at(i) + (x[i] < 0.f));
-            first = R::over_row(first, min_of);
-            if (tied) negative = first % 2;
+            for (int e = 0; e < 2; e++)
+                if (high[e] == -low[e]) negative[e] = first[e] % 2;
         }
-        const float exact = (negative ? -top : top) / -HALF, inverse = exact == 0.f ? 0.f : __frcp_rn(exact);
-        encode([&](int i) { return integer_part(fminf(__fadd_rn(__fmul_rn(x[i], inverse), HALF + 0.5f), 2.f * HALF - 1.f)); });
-        scale = exact;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            scale[e] = (negative[e] ? low[e] : high[e]) / -HALF;
+            factor[e] = scale[e] == 0.f ? 0.f : unit * __frcp_rn(scale[e]);
+        }
+        encode(n, [&](float x, int e) { return integer_part(fminf(__fadd_rn(__fmul_rn(x, factor[e]), HALF + 0.5f), 2.f * HALF - 1.f)); });
     }
     static __device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
 
-    __device__ __forceinline__ void whole(const float (&x)[N], bool f16_steps) {
+    __device__ __forceinline__ void whole(const N& n, float unit) {
         constexpr float TOP = (1 << S::BITS) - 1;
-        float low, high;
-        extremes(x, low, high);
-        if (f16_steps) {
-            min = low = as_f16(low), high = as_f16(high);
-            bad = high - low >= 65520.f;
-            scale = as_f16(__fdiv_rn(as_f16(high - low), TOP));
-            const float reciprocal = scale == 0.f ? 0.f : __frcp_rn(scale);
-            encode([&](int i) { return nearest_integer(fminf(as_f16(divide(as_f16(as_f16(x[i]) - low), scale, reciprocal)), TOP)); });
-        } else {
-            min = low;
-            scale = fmaxf(__fdiv_rn(high - low, TOP), 1e-8f);
-            const float reciprocal = __frcp_rn(scale);
-            encode([&](int i) { return integer_part(fminf(__fadd_rn(divide(x[i] - low, scale, reciprocal), 0.5f), TOP)); });
+        float high[2], reciprocal[2];
+        extremes(n, unit, min, high);
+#pragma unroll
+        for (int e = 0; e < 2; e++) scale[e] = fmaxf(__fdiv_rn(high[e] - min[e], TOP), 1e-8f), reciprocal[e] = __frcp_rn(scale[e]);
+        // A quotient exceeds TOP by at most its rounding.
+        encode(n, [&](float x, int e) { return integer_part(__fadd_rn(divide(x * unit - min[e], scale[e], reciprocal[e]), 0.5f)); });
+    }
+
+    __device__ __forceinline__ void whole_in_f16(const N& n, float unit) {
+        constexpr float TOP = (1 << S::BITS) - 1;
+        __half2 x[COUNT][2], low[2], high[2];
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                x[i][r] = __floats2half2_rn(n.x[i][2 * r] * unit, n.x[i][2 * r + 1] * unit);
+                low[r] = i ? __hmin2_nan(low[r], x[i][r]) : x[i][r], high[r] = i ? __hmax2_nan(high[r], x[i][r]) : x[i][r];
+            }
+        auto least = [](__half2 a, __half2 b) { return __hmin2_nan(a, b); };
+        auto most = [](__half2 a, __half2 b) { return __hmax2_nan(a, b); };
+        // Both pairs of a fragment's values are of the lane's two tokens; a pair of keys is of one.
+        if constexpr (VALUES) low[0] = low[1] = least(low[0], low[1]), high[0] = high[1] = most(high[0], high[1]);
+        else
+#pragma unroll
+            for (int e = 0; e < 2; e++) low[e] = least(low[e], __lowhigh2highlow(low[e])), high[e] = most(high[e], __lowhigh2highlow(high[e]));
+        N::over_token(low, least), N::over_token(high, most);
+        float2 step[2], reciprocal[2];
+        bad = false;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float2 range = __half22float2(__hsub2(high[r], low[r])), top = __half22float2(most(high[r], __hneg2(low[r])));
+            bad |= !(range.x < INFINITY) || !(range.y < INFINITY) || !(top.x <= LARGEST) || !(top.y <= LARGEST);
+            step[r] = make_float2(as_f16(__fdiv_rn(range.x, TOP)), as_f16(__fdiv_rn(range.y, TOP)));
+            reciprocal[r] = make_float2(step[r].x > 0.f ? __frcp_rn(step[r].x) : 0.f, step[r].y > 0.f ? __frcp_rn(step[r].y) : 0.f);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const float2 minimum = __half22float2(low[e]);
+            scale[e] = VALUES && e ? step[e].y : step[e].x, min[e] = VALUES && e ? minimum.y : minimum.x;
+        }
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            uint32_t pairs[2];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const float2 y = __half22float2(__hsub2(x[i][r], low[r]));
+                // A product with the reciprocal of an f16 number, rounded to f16, is the quotient.
+                const __half2 q = __hmin2(__floats2half2_rn(y.x * reciprocal[r].x, y.y * reciprocal[r].y), __float2half2_rn(TOP));
+                pairs[r] = bits(__hadd2(q, __float2half2_rn(1024.f))) & 0x00ff00ffu;
+            }
+            set(i, pairs[0], pairs[1]);
         }
     }
 };
 
-template <class L>
-__host__ __device__ constexpr int token_threads() {
-    return TILE * Rows<L::D>::LANES;
-}
+constexpr int TOKEN_THREADS = 32;
 
-// The number of thread blocks that a multiprocessor should be able to run: 1,024 threads, which
-// have 64 registers each.
+// The number of thread blocks that a multiprocessor should be able to run. A lane has up to 64
+// numbers of keys and their codes, or 128 at D = 256.
 template <class L>
 __host__ __device__ constexpr int token_blocks() {
-    return 1024 / token_threads<L>();
+    return L::D > 128 ? 8 : 16;
 }
 
 template <class L>
 struct QuantizeTokens {
     static constexpr int D = L::D;
-    using R = Rows<D>;
 
     template <bool VALUES>
-    static __device__ __forceinline__ void tile(const FillArgs& args, const FillRow& row, int at) {
+    static __device__ __forceinline__ void tile(const FillArgs& args, const FillRow& row, int at, Source<D>& source) {
         using S = std::conditional_t<VALUES, typename L::Values, typename L::Keys>;
+        using R = Row<S, D, VALUES>;
+        using P = Packing<S::BITS>;
         constexpr int SCALE = VALUES ? L::V_SCALE : L::KT_SCALE, MIN = VALUES ? L::V_MIN : L::KT_MIN;
+        constexpr int WORDS = D / 16 * R::PARTS;
         constexpr bool SCALES = S::PARAMS != Params::NONE, MINS = SCALES && S::CODES == Codes::INTEGERS;
-        __shared__ __align__(16) TileCodes<D, VALUES> codes;
-        __shared__ __half scales[TILE], mins[TILE];
-        const int token = codes.token(), entry = at * TILE + token;
-        float x[R::NUMBERS];
-        bool bad = !(R::load(x, args, row, VALUES, entry) <= LARGEST);
-        if (args.rotated & (VALUES ? ROTATED_VALUES : ROTATED_KEYS)) R::hadamard(x);
-        const Row<S, D> own(x, args.f16_steps, VALUES ? args.value_scale : args.key_scale);
-        bad |= !(own.largest <= LARGEST) || own.bad;
-        if (bad) report(row, VALUES, entry, R::number_at(0));
+        const int lane = threadIdx.x;
+        const bool rotated = args.rotated & (VALUES ? ROTATED_VALUES : ROTATED_KEYS);
+        const float unit = rotated ? __frcp_rn(__fsqrt_rn(float(D))) : 1.f;
+        source.copy(args, row, VALUES, at * TILE, lane);
+        unsigned char* to = record_at(row, at / L::TILES, !VALUES && at % L::TILES == 0 && lane == 0) + L::HEADER + at % L::TILES * L::TILE_BYTES;
+        // Words and parameters of 16 tokens each. The loops over tokens are not unrolled, so that
+        // the code stays small.
+        uint32_t words[2][WORDS];
+        __half2 scales[2][2], mins[2][2];
+#pragma unroll 1
+        for (int half = 0; half < 2; half++) {
+            if (half) copy_wait<0>();
+            else copy_wait<1>();
+            __syncwarp();
 #pragma unroll
-        for (int i = 0; i < R::NUMBERS / 8; i++) codes.write(own.codes[2 * i], own.codes[2 * i + 1], R::number_at(8 * i));
-        const int place = VALUES ? L::value_param_at(token, 0) : L::key_token_at(token);
-        if (R::lane() == 0) scales[place] = __float2half_rn(own.scale * (1 << S::UP)), mins[place] = __float2half_rn(own.min);
-        __syncthreads();
-        unsigned char* to = record_at(row, at / L::TILES, !VALUES && at % L::TILES == 0 && threadIdx.x == 0) + L::HEADER + at % L::TILES * L::TILE_BYTES;
-        codes.template pack<S::BITS>(to + (VALUES ? L::V_CODES : L::K_CODES), threadIdx.x, token_threads<L>());
-        if (threadIdx.x >= TILE) return;
-        if (SCALES) reinterpret_cast<__half*>(to + SCALE)[threadIdx.x] = scales[threadIdx.x];
-        if (MINS) reinterpret_cast<__half*>(to + MIN)[threadIdx.x] = mins[threadIdx.x];
+            for (int i = 0; i < WORDS; i++) words[0][i] = words[1][i];
+#pragma unroll
+            for (int i = 0; i < 2; i++) scales[0][i] = scales[1][i], mins[0][i] = mins[1][i];
+#pragma unroll 1
+            for (int lot = 0; lot < (VALUES ? 2 : 1); lot++) {
+                const int token = half * 16 + lot * 8;
+                Numbers<D, VALUES> numbers;
+                const float most = args.kind ? numbers.template load<__nv_bfloat162>(source, token, rotated, lane) : numbers.template load<__half2>(source, token, rotated, lane);
+                const R own(numbers, unit, args.f16_steps, VALUES ? args.value_scale : args.key_scale);
+                if (own.bad || !(most <= LARGEST)) report(row, VALUES, at * TILE + token + (VALUES ? lane % 4 * 2 : lane / 4), 0);
+                scales[1][0] = scales[1][1], mins[1][0] = mins[1][1];
+                scales[1][1] = __floats2half2_rn(own.scale[0] * (1 << S::UP), own.scale[1] * (1 << S::UP)), mins[1][1] = __floats2half2_rn(own.min[0], own.min[1]);
+#pragma unroll
+                for (int i = 0; i < WORDS; i++) {
+                    const int j = i / R::PARTS, r = i % R::PARTS;
+                    if constexpr (VALUES) words[1][i] = lot ? (own.parts[j][r] << 8) + words[1][i] : own.parts[j][r];
+                    else words[1][i] = (own.parts[2 * j + 1][r] << 8) + own.parts[2 * j][r];
+                }
+            }
+        }
+#pragma unroll
+        for (int chunk = 0; chunk < D / 16 / P::UNITS; chunk++) {
+            uint32_t packed[P::UNITS * P::WORDS];
+#pragma unroll
+            for (int i = 0; i < P::UNITS * P::WORDS; i++) {
+                const int unit = chunk * P::UNITS + i / P::WORDS, word = i % P::WORDS;
+                if constexpr (VALUES) packed[i] = words[unit / (D / 32)][unit % (D / 32) * P::WORDS + word];
+                else packed[i] = words[word / R::PARTS][unit * R::PARTS + word % R::PARTS];
+            }
+            P::store(packed, to + (VALUES ? L::V_CODES : L::K_CODES), chunk, lane);
+        }
+        // A lane has the parameters of four tokens whose places are adjacent; those of values twice.
+        if (VALUES ? lane >= 4 : lane % 4) return;
+#pragma unroll
+        for (int half = 0; half < (VALUES ? 2 : 1); half++) {
+            const int place = VALUES ? L::value_param_at(16 * half + 2 * lane, 0) : L::key_token_at(lane / 4);
+            auto put = [&](int offset, const __half2 (&x)[2][2]) {
+                *reinterpret_cast<uint2*>(to + offset + 2 * place) = make_uint2(bits(VALUES ? x[half][0] : x[0][1]), bits(x[VALUES ? half : 1][1]));
+            };
+            if (SCALES) put(SCALE, scales);
+            if (MINS) put(MIN, mins);
+        }
     }
 
     static __device__ __forceinline__ void run(const FillArgs& args) {
+        __shared__ Source<D> source;
         const FillRow& row = args.rows[blockIdx.y];
         const int block = blockIdx.x;
         if (blockIdx.z == 0) {
-            if (block < row.key_records * L::TILES) tile<false>(args, row, row.key_record * L::TILES + block);
+            if (block < row.key_records * L::TILES) tile<false>(args, row, row.key_record * L::TILES + block, source);
         } else if (block < row.value_tiles) {
-            tile<true>(args, row, row.value_tile + block);
+            tile<true>(args, row, row.value_tile + block, source);
         }
     }
 };

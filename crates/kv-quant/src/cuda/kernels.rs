@@ -20,6 +20,8 @@ static KVARN: Image = longctx_cuda::image!("kvarn");
 const SUM_WARPS: usize = 4;
 /// Must equal the constant in kernels/unpack.cuh.
 const UNPACK_THREADS: usize = 256;
+/// Must equal the constant in kernels/tokens.cuh.
+const TOKEN_THREADS: u32 = 32;
 /// Must equal the constant in kernels/fill.cuh.
 const KEEP_THREADS: u32 = 256;
 
@@ -67,8 +69,7 @@ impl Layout {
                 let shared = source + keys.max(self.tile() - self.key_codes());
                 (d / channels, 128, shared)
             }
-            // As token_threads in kernels/tokens.cuh.
-            Family::Tokens(_) => (group / TILE, d as u32, 0),
+            Family::Tokens(_) => (group / TILE, TOKEN_THREADS, 0),
             Family::Balanced(_) => {
                 let threads = if d > 128 { 512 } else { 256 };
                 let (warps, most) = (threads / 32, group.max(d));
