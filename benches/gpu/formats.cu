@@ -226,7 +226,12 @@ std::vector<Config> everything() {
     FORMAT("k8v4", K8V4, 0, false)
     FORMAT("k3v4_nc", K3V4Nc, ROTATED_KEYS, false)
     FORMAT("kvarn k4v4", Kvarn44, both, false)
+    FORMAT("kvarn k3v3", Kvarn33, both, false)
     FORMAT("kvarn k2v2", Kvarn22, both, false)
+    FORMAT("kvarn k4v4", Kvarn44Of64, both, false)
+    FORMAT("kvarn k4v2", Kvarn42Of64, both, false)
+    FORMAT("kvarn k3v3", Kvarn33Of64, both, false)
+    FORMAT("kvarn k2v2", Kvarn22Of64, both, false)
 #endif
     return all;
 }

@@ -12,5 +12,6 @@ fn main() {
         "rotated",
         "turboquant",
         "kvarn",
+        "kvarn64",
     ]);
 }

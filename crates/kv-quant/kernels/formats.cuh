@@ -30,9 +30,15 @@ template <int D> using K8V4 = Layout<FixedE4m3, Whole<4>, 64, D>;
 template <int D> using FourBitNc = Layout<Levels<4>, Whole<4>, 64, D>;
 template <int D> using K3V4Nc = Layout<Levels<3>, Whole<4>, 64, D>;
 template <int D> using ThreeBitNc = Layout<Levels<3>, Whole<3>, 64, D>;
+// KVarN with tiles of 128 tokens, and with tiles of 64.
 template <int D> using Kvarn44 = Layout<Balanced<4>, Balanced<4>, 128, D>;
 template <int D> using Kvarn42 = Layout<Balanced<4>, Balanced<2>, 128, D>;
+template <int D> using Kvarn33 = Layout<Balanced<3>, Balanced<3>, 128, D>;
 template <int D> using Kvarn22 = Layout<Balanced<2>, Balanced<2>, 128, D>;
+template <int D> using Kvarn44Of64 = Layout<Balanced<4>, Balanced<4>, 64, D>;
+template <int D> using Kvarn42Of64 = Layout<Balanced<4>, Balanced<2>, 64, D>;
+template <int D> using Kvarn33Of64 = Layout<Balanced<3>, Balanced<3>, 64, D>;
+template <int D> using Kvarn22Of64 = Layout<Balanced<2>, Balanced<2>, 64, D>;
 
 // The number of warps of an attention block, and of stages of a warp's ring.
 template <class L>

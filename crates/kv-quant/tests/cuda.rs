@@ -193,10 +193,15 @@ fn formats() -> Vec<Format> {
         formats.push(Format::kivi_rolling(bits, bits, 64, 0).unwrap());
     }
     formats.extend(immediate().into_iter().map(rolling));
-    for (keys, values) in
-        [(Bits::Four, Bits::Four), (Bits::Four, Bits::Two), (Bits::Two, Bits::Two)]
-    {
-        formats.push(Format::kvarn(keys, values, 128).unwrap());
+    for (keys, values) in [
+        (Bits::Four, Bits::Four),
+        (Bits::Four, Bits::Two),
+        (Bits::Three, Bits::Three),
+        (Bits::Two, Bits::Two),
+    ] {
+        for tile in [64, 128] {
+            formats.push(Format::kvarn(keys, values, tile).unwrap());
+        }
     }
     formats
 }

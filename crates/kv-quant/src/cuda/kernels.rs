@@ -15,6 +15,7 @@ static FLOAT8: Image = longctx_cuda::image!("float8");
 static ROTATED: Image = longctx_cuda::image!("rotated");
 static TURBOQUANT: Image = longctx_cuda::image!("turboquant");
 static KVARN: Image = longctx_cuda::image!("kvarn");
+static KVARN_64: Image = longctx_cuda::image!("kvarn64");
 
 /// Must equal the constant in kernels/sums.cuh.
 const SUM_WARPS: usize = 4;
@@ -32,6 +33,7 @@ impl Layout {
             Family::Kivi(2) => &ATTEND_2,
             Family::Kivi(4) => &ATTEND_4,
             Family::Kivi(_) => &ATTEND_8,
+            Family::Balanced(_) if self.group() == 64 => &KVARN_64,
             Family::Balanced(_) => &KVARN,
             Family::Tokens(name) if name.starts_with('e') => &FLOAT8,
             Family::Tokens("k8v4") => &TURBOQUANT,
@@ -53,7 +55,8 @@ impl Layout {
         let (group, d) = (self.group(), self.head_dim());
         match self.family {
             Family::Kivi(bits) => format!("b{bits}_g{group}_d{d}"),
-            Family::Tokens(name) | Family::Balanced(name) => format!("{name}_d{d}"),
+            Family::Tokens(name) => format!("{name}_d{d}"),
+            Family::Balanced(name) => format!("{name}_g{group}_d{d}"),
         }
     }
 

@@ -42,7 +42,7 @@ pub(super) enum Family {
     Kivi(usize),
     /// A scale per token, or one for all numbers; with the name of the kernels.
     Tokens(&'static str),
-    /// KVarN; with the name of the kernels.
+    /// KVarN; with the name of the kernels, without the tile.
     Balanced(&'static str),
 }
 
@@ -187,14 +187,15 @@ fn kivi(keys: Scheme, values: Scheme) -> Result<Family, &'static str> {
 }
 
 fn balanced(tile: usize, keys: Scheme, values: Scheme) -> Result<Family, &'static str> {
-    if tile != 128 || !matches!(values.codes, Codes::VarianceNormalized { .. }) {
-        return Err("variance-normalized keys and values in tiles of 128 tokens");
+    if !matches!(tile, 64 | 128) || !matches!(values.codes, Codes::VarianceNormalized { .. }) {
+        return Err("variance-normalized keys and values in tiles of 64 or 128 tokens");
     }
     match (keys.bits, values.bits) {
         (Bits::Four, Bits::Four) => Ok(Family::Balanced("kvarn44")),
         (Bits::Four, Bits::Two) => Ok(Family::Balanced("kvarn42")),
+        (Bits::Three, Bits::Three) => Ok(Family::Balanced("kvarn33")),
         (Bits::Two, Bits::Two) => Ok(Family::Balanced("kvarn22")),
-        _ => Err("variance-normalized keys and values of 4 and 4, 4 and 2, or 2 and 2 bits"),
+        _ => Err("variance-normalized keys and values of 4 and 4, 4 and 2, 3 and 3, or 2 and 2 bits"),
     }
 }
 
@@ -266,6 +267,7 @@ mod tests {
             Format::rotated_asymmetric(Three, Three),
             Format::turboquant(TurboQuant::FourBitNc),
             Format::kvarn(Four, Two, 128).unwrap(),
+            Format::kvarn(Three, Three, 64).unwrap(),
         ];
         for bits in [Two, Four, Eight] {
             for group in [32, 64, 128] {
@@ -286,9 +288,12 @@ mod tests {
     #[test]
     fn formats_without_kernels_are_refused() {
         let kivi = Format::kivi(Bits::Four, Bits::Four, 32, 128).unwrap();
-        for (format, head_dim, wanted) in
-            [(kivi, 80, "64, 128 or 256"), (kivi.with_rotated_keys(), 128, "not rotated")]
-        {
+        let kvarn = Format::kvarn(Bits::Four, Bits::Four, 32).unwrap();
+        for (format, head_dim, wanted) in [
+            (kivi, 80, "64, 128 or 256"),
+            (kivi.with_rotated_keys(), 128, "not rotated"),
+            (kvarn, 128, "tiles of 64 or 128"),
+        ] {
             let error = Layout::new(format, head_dim).unwrap_err();
             assert!(matches!(&error, Error::Unsupported(what) if what.contains(wanted)), "{error}");
         }
