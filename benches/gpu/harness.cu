@@ -91,7 +91,7 @@ void groups(std::vector<Config>& all) {
 std::vector<Config> everything() {
     std::vector<Config> all;
 #ifdef HEAD_DIM
-    groups<4, HEAD_DIM>(all), groups<2, HEAD_DIM>(all), groups<8, HEAD_DIM>(all);
+    groups<4, HEAD_DIM>(all), groups<3, HEAD_DIM>(all), groups<2, HEAD_DIM>(all), groups<8, HEAD_DIM>(all);
 #endif
     return all;
 }

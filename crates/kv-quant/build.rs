@@ -5,6 +5,7 @@ fn main() {
     #[cfg(feature = "cuda")]
     longctx_cuda::build::compile(&[
         "attend2",
+        "attend3",
         "attend4",
         "attend8",
         "pack",

@@ -15,5 +15,6 @@ extern "C" __global__ void __launch_bounds__(kvq::KEEP_THREADS) keep_ring(const 
 #define GROUPS(B, D) KERNELS(B, 32, D) KERNELS(B, 64, D) KERNELS(B, 128, D)
 #define HEAD_DIMS(B) GROUPS(B, 64) GROUPS(B, 128) GROUPS(B, 256)
 HEAD_DIMS(2)
+HEAD_DIMS(3)
 HEAD_DIMS(4)
 HEAD_DIMS(8)

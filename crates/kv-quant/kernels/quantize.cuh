@@ -34,12 +34,14 @@ __device__ __forceinline__ float divide(float x, float s, float reciprocal) {
 template <int BITS, int GROUP, int D>
 struct Quantize {
     using L = Kivi<BITS, GROUP, D>;
-    static constexpr int WORDS = L::KPack::WORDS;
+    using P = Packing<BITS>;
     static constexpr int THREADS = 128;
     static constexpr int K_CHANNELS = D < 8192 / GROUP ? D : 8192 / GROUP;
     static constexpr int K_PARTS = D / K_CHANNELS;
-    static constexpr int K_OUT = L::TILES * (K_CHANNELS * TILE * BITS / 8) + 4 * K_CHANNELS;
-    static constexpr int V_OUT = L::TILE_BYTES - L::V_CODES;
+    // Bytes in shared memory, where codes of 3 bits are 4-bit fields: the codes of a tile's keys and
+    // values, and all that a thread block writes.
+    static constexpr int K_CODES = TILE * K_CHANNELS * P::FIELD / 8, V_CODES = TILE * D * P::FIELD / 8;
+    static constexpr int K_OUT = L::TILES * K_CODES + 4 * K_CHANNELS, V_OUT = V_CODES + L::TILE_BYTES - L::V_SCALE;
     static constexpr int SOURCE = 2 * (GROUP * K_CHANNELS > TILE * D ? GROUP * K_CHANNELS : TILE * D);
     static constexpr int SHARED = SOURCE + (K_OUT > V_OUT ? K_OUT : V_OUT);
 
@@ -118,25 +120,38 @@ struct Quantize {
         }
     }
 
-    // Writes this lane's words of a unit to their positions in `code_at`'s layout.
+    // Writes this lane's words of a unit to shared memory, four words of a lane next to each other.
     static __device__ __forceinline__ void write_codes(unsigned char* codes, int unit, const uint32_t (&x)[4][2]) {
         const int lane = threadIdx.x % 32;
         uint32_t row[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) row[i] = x[i][0] | x[i][1] << 8;
 #pragma unroll
-        for (int w = 0; w < WORDS; w++) {
+        for (int w = 0; w < P::WORDS; w++) {
             uint32_t word = 0;
-            constexpr int ROWS = 8 / BITS;  // rows per word, of the 4
 #pragma unroll
-            for (int i = 0; i < ROWS; i++) word |= row[w * ROWS + i] << (BITS * i);
-            int at = unit * WORDS + w;
+            for (int i = 0; i < P::ROWS; i++) word |= row[w * P::ROWS + i] << (P::FIELD * i);
+            int at = unit * P::WORDS + w;
             *reinterpret_cast<uint32_t*>(codes + at / 4 * 512 + lane * 16 + at % 4 * 4) = word;
         }
     }
 
     static __device__ __forceinline__ void copy_out(unsigned char* to, const unsigned char* from, int bytes) {
         for (int i = threadIdx.x * 16; i < bytes; i += THREADS * 16) *reinterpret_cast<uint4*>(to + i) = load16(from + i);
+    }
+
+    // Copies the codes of `channels` channels of a tile.
+    static __device__ __forceinline__ void copy_codes(unsigned char* to, const unsigned char* from, int channels) {
+        if constexpr (BITS == 3) {
+            for (int i = threadIdx.x; i < channels / 16 / P::UNITS * LANES; i += THREADS) {
+                const int chunk = i / LANES, lane = i % LANES;
+                const uint4 x = load16(from + (2 * chunk * LANES + lane) * 16), y = load16(from + ((2 * chunk + 1) * LANES + lane) * 16);
+                const uint32_t words[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+                P::store(words, to, chunk, lane);
+            }
+        } else {
+            copy_out(to, from, TILE * channels * BITS / 8);
+        }
     }
 
     // Returns the address of a record. New records are not in the table until the launch ends.
@@ -146,9 +161,9 @@ struct Quantize {
 
     static __device__ __forceinline__ void keys(const FillArgs& args, const FillRow& row, int record, int channel, unsigned char* shared) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        constexpr int CODES = K_CHANNELS * TILE * BITS / 8, UNITS = L::TILES;
+        constexpr int UNITS = L::TILES;
         unsigned char* out = shared + SOURCE;
-        __half* params = reinterpret_cast<__half*>(out + UNITS * CODES);
+        __half* params = reinterpret_cast<__half*>(out + UNITS * K_CODES);
         load<GROUP, K_CHANNELS>(shared, row.ring_k, row.new_k, args, row, record * GROUP, channel);
         __syncthreads();
         for (int block = warp; block < K_CHANNELS / 16; block += THREADS / 32) {
@@ -160,7 +175,7 @@ struct Quantize {
             encode<UNITS>(x, scale, min, bad);
             if (bad) report(row, false, record * GROUP, channel + block * 16 + 2 * t);
 #pragma unroll
-            for (int u = 0; u < UNITS; u++) write_codes(out + u * CODES, block, x[u]);
+            for (int u = 0; u < UNITS; u++) write_codes(out + u * K_CODES, block, x[u]);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 int at = L::key_param_at(block * 16 + h * 8 + 2 * t);
@@ -182,19 +197,19 @@ struct Quantize {
         __syncthreads();
         unsigned char* to = record_of(row, record);
         if (record >= row.first_new_record && channel == 0 && threadIdx.x == 0) row.table[record] = reinterpret_cast<unsigned long long>(to);
-        copy_out(to + L::K_SCALE + 2 * channel, out + UNITS * CODES, 2 * K_CHANNELS);
-        copy_out(to + L::K_MIN + 2 * channel, out + UNITS * CODES + 2 * K_CHANNELS, 2 * K_CHANNELS);
+        copy_out(to + L::K_SCALE + 2 * channel, out + UNITS * K_CODES, 2 * K_CHANNELS);
+        copy_out(to + L::K_MIN + 2 * channel, out + UNITS * K_CODES + 2 * K_CHANNELS, 2 * K_CHANNELS);
 #pragma unroll
         for (int u = 0; u < UNITS; u++)
-            copy_out(to + L::HEADER + u * L::TILE_BYTES + L::K_CODES + channel * TILE * BITS / 8, out + u * CODES, CODES);
+            copy_codes(to + L::HEADER + u * L::TILE_BYTES + L::K_CODES + channel * TILE * BITS / 8, out + u * K_CODES, K_CHANNELS);
     }
 
     static __device__ __forceinline__ void values(const FillArgs& args, const FillRow& row, int tile, unsigned char* shared) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         constexpr int UNITS = L::VGROUP / 32;
         unsigned char* out = shared + SOURCE;
-        __half* scales = reinterpret_cast<__half*>(out + L::V_SCALE - L::V_CODES);
-        __half* minima = reinterpret_cast<__half*>(out + L::V_MIN - L::V_CODES);
+        __half* scales = reinterpret_cast<__half*>(out + V_CODES);
+        __half* minima = reinterpret_cast<__half*>(out + V_CODES + L::V_MIN - L::V_SCALE);
         load<TILE, D>(shared, row.ring_v, row.new_v, args, row, tile * TILE, 0);
         __syncthreads();
         for (int task = warp; task < 2 * L::VGROUPS; task += THREADS / 32) {
@@ -215,8 +230,9 @@ struct Quantize {
             }
         }
         __syncthreads();
-        unsigned char* to = record_of(row, tile / L::TILES);
-        copy_out(to + L::HEADER + tile % L::TILES * L::TILE_BYTES + L::V_CODES, out, V_OUT);
+        unsigned char* to = record_of(row, tile / L::TILES) + L::HEADER + tile % L::TILES * L::TILE_BYTES;
+        copy_codes(to + L::V_CODES, out, D);
+        copy_out(to + L::V_SCALE, out + V_CODES, L::TILE_BYTES - L::V_SCALE);
     }
 
     // Grid: (the largest number of key records * K_PARTS or of value tiles in a row, rows, 2).

@@ -185,7 +185,7 @@ impl Pair {
 
 fn formats() -> Vec<Format> {
     let mut formats = Vec::new();
-    for bits in [Bits::Two, Bits::Four, Bits::Eight] {
+    for bits in [Bits::Two, Bits::Three, Bits::Four, Bits::Eight] {
         for (group, residual) in [(32, 128), (64, 64), (128, 128)] {
             formats.push(Format::kivi(bits, bits, group, residual).unwrap());
         }

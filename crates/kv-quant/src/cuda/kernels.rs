@@ -8,6 +8,7 @@ use longctx_cuda::{Image, Kernel, max_shared_bytes, multiprocessors};
 use std::sync::Arc;
 
 static ATTEND_2: Image = longctx_cuda::image!("attend2");
+static ATTEND_3: Image = longctx_cuda::image!("attend3");
 static ATTEND_4: Image = longctx_cuda::image!("attend4");
 static ATTEND_8: Image = longctx_cuda::image!("attend8");
 static PACK: Image = longctx_cuda::image!("pack");
@@ -31,6 +32,7 @@ impl Layout {
     fn image(self) -> &'static Image {
         match self.family {
             Family::Kivi(2) => &ATTEND_2,
+            Family::Kivi(3) => &ATTEND_3,
             Family::Kivi(4) => &ATTEND_4,
             Family::Kivi(_) => &ATTEND_8,
             Family::Balanced(_) if self.group() == 64 => &KVARN_64,
@@ -65,12 +67,14 @@ impl Layout {
     fn quantize(self) -> (usize, u32, usize) {
         let (group, d) = (self.group(), self.head_dim());
         match self.family {
-            Family::Kivi(_) => {
+            Family::Kivi(bits) => {
+                // Codes of 3 bits are 4-bit fields in shared memory.
+                let codes = |channels| TILE * channels * if bits == 3 { 4 } else { bits } / 8;
                 let channels = d.min(8192 / group);
                 let source = 2 * (group * channels).max(TILE * d);
-                let keys = self.key_codes() / d * channels * (group / TILE) + 4 * channels;
-                let shared = source + keys.max(self.tile() - self.key_codes());
-                (d / channels, 128, shared)
+                let keys = codes(channels) * (group / TILE) + 4 * channels;
+                let values = codes(d) + self.value_params();
+                (d / channels, 128, source + keys.max(values))
             }
             Family::Tokens(_) => (group / TILE, TOKEN_THREADS, 0),
             Family::Balanced(_) => {

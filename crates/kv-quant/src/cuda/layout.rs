@@ -174,8 +174,8 @@ fn numbers(scheme: Scheme) -> usize {
 }
 
 fn kivi(keys: Scheme, values: Scheme) -> Result<Family, &'static str> {
-    if !matches!(keys.bits, Bits::Two | Bits::Four | Bits::Eight) || keys.bits != values.bits {
-        return Err("keys along tokens and values of the same 2, 4 or 8 bits");
+    if keys.bits != values.bits {
+        return Err("keys along tokens and values of the same bits");
     }
     if values.codes != Codes::Asymmetric || keys.group != values.group {
         return Err("keys quantized along tokens in groups as large as the values'");
@@ -195,7 +195,9 @@ fn balanced(tile: usize, keys: Scheme, values: Scheme) -> Result<Family, &'stati
         (Bits::Four, Bits::Two) => Ok(Family::Balanced("kvarn42")),
         (Bits::Three, Bits::Three) => Ok(Family::Balanced("kvarn33")),
         (Bits::Two, Bits::Two) => Ok(Family::Balanced("kvarn22")),
-        _ => Err("variance-normalized keys and values of 4 and 4, 4 and 2, 3 and 3, or 2 and 2 bits"),
+        _ => {
+            Err("variance-normalized keys and values of 4 and 4, 4 and 2, 3 and 3, or 2 and 2 bits")
+        }
     }
 }
 
@@ -269,7 +271,7 @@ mod tests {
             Format::kvarn(Four, Two, 128).unwrap(),
             Format::kvarn(Three, Three, 64).unwrap(),
         ];
-        for bits in [Two, Four, Eight] {
+        for bits in [Two, Three, Four, Eight] {
             for group in [32, 64, 128] {
                 formats.push(Format::kivi(bits, bits, group, 128).unwrap());
             }
