@@ -51,24 +51,25 @@ pub fn keep_freed_memory(device: &Device) -> Result<()> {
 
 /// A list of a step on a device. Layers whose sequences have equal lengths share it.
 #[derive(Debug)]
-pub struct SharedList<T> {
-    device: usize,
+pub(crate) struct SharedList<T> {
+    /// Address of the stream that copies the list.
+    stream: usize,
     list: Vec<T>,
     uploaded: Uploaded,
 }
 
 impl<T: DeviceRepr + Copy + PartialEq + Send + Sync + 'static> SharedList<T> {
-    /// Returns the list that an earlier layer of the step has copied to the stream's device, if it
-    /// is equal; otherwise copies `list`.
+    /// Returns the list that an earlier layer of the step has copied on the same stream, if it is
+    /// equal; otherwise copies `list`.
     ///
     /// # Errors
     /// Errors of the driver.
     pub fn new(batch: &Batch, stream: &Arc<CudaStream>, list: Vec<T>) -> Result<Arc<Self>> {
-        let device = stream.context().ordinal();
-        let equal = |of: &Self| of.device == device && of.list == list;
+        let address = stream.cu_stream() as usize;
+        let equal = |of: &Self| of.stream == address && of.list == list;
         batch.shared(equal, || {
             let uploaded = upload(stream, &list)?;
-            Ok(Self { device, list: list.clone(), uploaded })
+            Ok(Self { stream: address, list: list.clone(), uploaded })
         })
     }
 

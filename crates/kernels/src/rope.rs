@@ -63,7 +63,8 @@ longctx_cuda::args! {
 /// fields of [`RopeArgs`] give, until the launched work has finished.
 pub unsafe fn rope(stream: &Arc<CudaStream>, half: Half, args: &RopeArgs) -> Result<()> {
     let fits = |of: &RopeTensor| {
-        of.x % 16 == 0 && of.out % 16 == 0 && of.token % 8 == 0 && of.head % 8 == 0
+        let aligned = of.x.is_multiple_of(16) && of.out.is_multiple_of(16);
+        aligned && of.token % 8 == 0 && of.head % 8 == 0
     };
     let rotary =
         args.rotary % 16 == 0 && (16..=args.head_dim.min(MAX_ROTARY)).contains(&args.rotary);
