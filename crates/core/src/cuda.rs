@@ -93,6 +93,19 @@ pub fn half_of(x: &Tensor) -> Option<Half> {
     }
 }
 
+/// Returns the number of an output's dtype in the arguments of attention kernels.
+///
+/// # Errors
+/// [`Error::Mismatch`] unless it is f16, bf16 or f32.
+pub fn out_kind(out: &Tensor) -> Result<i32> {
+    match out.dtype() {
+        DType::F16 => Ok(0),
+        DType::BF16 => Ok(1),
+        DType::F32 => Ok(2),
+        other => Err(Error::mismatch("dtype of the output", "f16, bf16 or f32", other.as_str())),
+    }
+}
+
 /// Returns whether a tensor of a [half format](Half) is contiguous and aligned to 16 bytes.
 pub(crate) fn is_aligned(x: &Tensor) -> bool {
     x.is_contiguous() && x.layout().start_offset().is_multiple_of(8)

@@ -176,6 +176,7 @@ impl CudaPool {
     pub fn clear(&mut self) {
         self.seqs.clear();
         self.blocks.clear();
+        self.last_tables = LastTables::default();
     }
 }
 

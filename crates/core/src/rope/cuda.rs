@@ -37,7 +37,7 @@ pub fn rotate<const N: usize>(
     positions: &[i64],
 ) -> Result<Option<[Tensor; N]>> {
     const { assert!(N >= 1 && N <= 2) };
-    let [first, ..] = tensors.as_slice() else { return Ok(None) };
+    let first = tensors[0];
     let (Device::Cuda(device), Some(half)) = (first.device(), half_of(first)) else {
         return Ok(None);
     };

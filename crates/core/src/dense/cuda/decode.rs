@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::CudaPool;
-use crate::cuda::address;
+use crate::cuda::{address, out_kind};
 use crate::{AttentionState, Batch, Mask, Result};
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use longctx_cuda::{Uploaded, upload};
 use longctx_kernels::paged::{self, AttendWork, Plan, TILE};
@@ -57,7 +57,7 @@ impl CudaPool {
         Ok(AttentionState { out, lse })
     }
 
-    /// Computes attention into an output of any dtype and, if given, the log-sum-exps.
+    /// Computes attention into an output of f16, bf16 or f32 and, if given, the log-sum-exps.
     pub(super) fn launch_decode(
         &self,
         batch: &Batch,
@@ -108,11 +108,7 @@ impl CudaPool {
             scale: shape.scale,
             soft_cap: shape.soft_cap.unwrap_or(0.0),
             head_dim: head_dim as i32,
-            out_kind: match out.dtype() {
-                DType::F16 => 0,
-                DType::BF16 => 1,
-                _ => 2,
-            },
+            out_kind: out_kind(out)?,
         };
         // SAFETY: the tables name blocks of the pool, all arrays have the sizes that the kernel
         // expects, and the stream frees no memory before it has used it.

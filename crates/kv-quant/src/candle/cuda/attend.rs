@@ -6,6 +6,7 @@ use super::CudaPool;
 use super::tensors::{address, kind};
 use crate::cuda::{AttendArgs, Plan, Sizes, Work};
 use candle_core::{DType, Device, Tensor};
+use longctx_core::cuda::out_kind;
 use longctx_core::{AttentionState, Batch, Error, Mask, Result, SeqId};
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use longctx_cuda::upload;
@@ -120,11 +121,7 @@ impl CudaPool {
             part_lse: part_out + 4 * (plan.parts * kernel.columns() * d) as u64,
             arrived: arrived.device_ptr(&stream).0,
             work: work.address(),
-            out_kind: match state.out.dtype() {
-                DType::F16 => 0,
-                DType::BF16 => 1,
-                _ => 2,
-            },
+            out_kind: out_kind(&state.out)?,
             ..self.score_args(mask)
         };
         // SAFETY: the arrays have the sizes that the kernel expects, and a stream runs its
