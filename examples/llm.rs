@@ -3,7 +3,7 @@
 use crate::methods::Method;
 use crate::place::Place;
 use anyhow::{Result, bail};
-use base_models::Message;
+use base_models::{Message, Session};
 use longctx_core::{CausalLm, KvCache, LayerSpec};
 
 /// A model and its tokenizer.
@@ -40,7 +40,7 @@ impl Llm {
         make: impl Fn(&LayerSpec) -> longctx_core::Result<C>,
     ) -> Result<Box<dyn CausalLm + Send>> {
         Ok(match self {
-            Self::Transformer(llm) => Box::new(llm.model.session(make)?),
+            Self::Transformer(llm) => Box::new(replayed(llm.model.session(make)?)?),
             Self::Recurrent(llm) => Box::new(llm.model.session(make)?),
         })
     }
@@ -113,4 +113,13 @@ impl Llm {
             Self::Recurrent(llm) => llm.tokenizer.decode(tokens)?,
         })
     }
+}
+
+/// Returns a session that replays decode steps from CUDA graphs, if it is on a CUDA device.
+pub fn replayed(session: Session) -> Result<Session> {
+    #[cfg(feature = "cuda")]
+    if session.model().device().is_cuda() {
+        return Ok(session.with_cuda_graphs()?);
+    }
+    Ok(session)
 }

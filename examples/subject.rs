@@ -7,6 +7,7 @@ use std::rc::Rc;
 
 use crate::encoder;
 use crate::heads::Heads;
+use crate::llm::replayed;
 use crate::methods::{Compress, Method};
 use crate::place::Place;
 use crate::shared_prefill::SharedPrefill;
@@ -110,8 +111,8 @@ impl Models {
         make: impl Fn(&LayerSpec) -> longctx_core::Result<C>,
     ) -> Result<Reader, SubjectError> {
         let llm = self.get(&setting.model)?;
-        let reader =
-            Reader::new(llm.model.session(make)?, text(&llm, &setting.template)?, setting.context);
+        let session = replayed(llm.model.session(make)?)?;
+        let reader = Reader::new(session, text(&llm, &setting.template)?, setting.context);
         Ok(self.reading(reader).with_dense_bytes(dense_bytes(&llm)?))
     }
 

@@ -197,7 +197,9 @@ Buffer<unsigned char> packed;
 Buffer<unsigned> arrived;
 Buffer<unsigned long long> counters, table;
 Buffer<FillRow> fill_rows;
+Buffer<KvHead> fill_heads, kv_heads;
 Buffer<Work> work;
+std::vector<KvHead> new_heads;  // of `heads_of`, until `prepare` copies them to the device
 
 unsigned blocks(i64 n) { return unsigned((n + 255) / 256); }
 
@@ -236,17 +238,19 @@ std::function<void()> quantizer(const Config& c, const __half* k, const __half* 
         to_rings<<<dim3(64, rows), 256>>>(k, ring_k.take(n), pitch, in_ring, c.d, ring, shift), to_rings<<<dim3(64, rows), 256>>>(v, ring_v.take(n), pitch, in_ring, c.d, ring, shift);
     }
     std::vector<FillRow> list(rows);
+    std::vector<KvHead> heads(rows);
     for (int r = 0; r < rows; r++) {
+        heads[r] = {table.p + (first + r) * records, ring_k.p + (i64)r * ring * c.d, ring_v.p + (i64)r * ring * c.d, nullptr};
         FillRow& row = list[r];
         row = {};
-        row.new_k = k + ((i64)r * pitch + in_ring) * c.d, row.new_v = v + ((i64)r * pitch + in_ring) * c.d;
-        row.ring_k = ring_k.p + (i64)r * ring * c.d, row.ring_v = ring_v.p + (i64)r * ring * c.d, row.first_new = in_ring, row.shift = shift;
-        row.table = table.p + (first + r) * records, row.status = counters.take(8);
+        row.head = r, row.kv_head = r, row.first_token = in_ring, row.first_new = in_ring, row.shift = shift;
         row.first_new_record = INT_MAX, row.key_records = packed_k / c.group, row.value_tiles = tiles_v;
     }
     OK(cudaMemcpy(fill_rows.take(rows), list.data(), rows * sizeof(FillRow), cudaMemcpyHostToDevice));
+    OK(cudaMemcpy(fill_heads.take(rows), heads.data(), rows * sizeof(KvHead), cudaMemcpyHostToDevice));
     dim3 grid(std::max(packed_k / c.group * c.k_parts, tiles_v), rows, 2);
-    FillArgs args{fill_rows.p, c.d, ring, kind, c.d / 8, c.rotated, c.f16_steps, c.key_scale, c.value_scale, 0};
+    const i64 head = (i64)pitch * c.d;
+    FillArgs args{fill_rows.p, fill_heads.p, k, v, nullptr, counters.take(8), c.d, head, c.d, head, ring, kind, c.d / 8, c.rotated, c.f16_steps, c.key_scale, c.value_scale, 0};
     return [=, &c] {
         if (grid.x) c.quantize<<<grid, c.quantize_threads, c.quantize_shared>>>(args);
         OK(cudaGetLastError());
@@ -259,8 +263,8 @@ std::vector<Work> heads_of(const Config& c, const Case& s, int packed_len, int r
     for (int r = 0; r < (int)heads.size(); r++) {
         Work& w = heads[r];
         w = {};
-        w.table = table.p + (first + r) * records;
-        w.ring_k = ring_k.p + (i64)r * ring * c.d, w.ring_v = ring_v.p + (i64)r * ring * c.d;
+        w.head = (int)new_heads.size();
+        new_heads.push_back({table.p + (first + r) * records, ring_k.p + (i64)r * ring * c.d, ring_v.p + (i64)r * ring * c.d, nullptr});
         w.sums = (i64)r * s.per_kv * (packed_len + residual);
         w.packed = packed_len, w.residual = residual, w.ring_start = start, w.queries = s.queries;
         w.kv_head = r % s.kv_heads, w.first_token = r / s.kv_heads * s.queries;
@@ -296,6 +300,9 @@ AttendArgs prepare(const Config& c, const Variant& v, const Case& s, int ring, c
     OK(cudaMemset(a.part_out, 0xff, parts * c.d * 4)), OK(cudaMemset(a.part_lse, 0xff, parts * 4));
     a.work = work.take(all.size());
     OK(cudaMemcpy(work.p, all.data(), all.size() * sizeof(Work), cudaMemcpyHostToDevice));
+    a.kv_heads = kv_heads.take(new_heads.size());
+    OK(cudaMemcpy(kv_heads.p, new_heads.data(), new_heads.size() * sizeof(KvHead), cudaMemcpyHostToDevice));
+    new_heads.clear();
     a.heads = s.kv_heads * s.per_kv, a.heads_per_kv = s.per_kv, a.ring = ring;
     a.causal = s.causal, a.window = s.window, a.kind = s.kind, a.out_kind = s.kind;
     a.scale = 1.f / sqrtf(c.d), a.soft_cap = s.soft_cap;

@@ -12,6 +12,7 @@ use base_models::Pretrained;
 use candle_core::{D, DType, Tensor};
 use candle_nn::ops::log_softmax;
 use longctx_core::{Batch, CausalLm, Logits};
+use longctx_examples::llm::replayed;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -90,8 +91,8 @@ fn run(
     tokens: usize,
 ) -> Result<Outcome> {
     let dense = Subject::named(reference)?;
-    let mut dense = llm.model.session(|spec| dense.cache(spec))?;
-    let mut packed = llm.model.session(|spec| method.cache(spec))?;
+    let mut dense = replayed(llm.model.session(|spec| dense.cache(spec))?)?;
+    let mut packed = replayed(llm.model.session(|spec| method.cache(spec))?)?;
     let seqs: Vec<u64> = (0..prompts.len() as u64).collect();
     let prompt = prompts[0].len();
     let mut batch = Batch::new(&seqs.iter().map(|&seq| (seq, prompt)).collect::<Vec<_>>())?;

@@ -133,17 +133,17 @@ impl Transformer {
         }
     }
 
-    /// Returns the logits of a batch whose ids have been checked. After an error, some of the
+    /// Returns the logits of a batch whose ids `[tokens]` (u32) have been checked. After an error, some of the
     /// caches have advanced.
     pub(crate) fn forward(
         &self,
         caches: &mut [Box<dyn KvCache>],
         batch: &Batch,
-        ids: &[u32],
+        ids: &Tensor,
         logits: Logits,
     ) -> Result<Tensor> {
         let Inner { config, device, dtype, embedding, layers, norm, head, .. } = &*self.inner;
-        let mut x = embedding.embed(&Tensor::new(ids, device)?, *dtype)?;
+        let mut x = embedding.embed(ids, *dtype)?;
         if config.embedding_scale != 1.0 {
             x = (x * config.embedding_scale)?;
         }

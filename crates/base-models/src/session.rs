@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use crate::decoder::Transformer;
 use candle_core::{Device, Tensor};
+#[cfg(feature = "cuda")]
+use longctx_core::cuda::DecodeGraphs;
 use longctx_core::{
     Batch, CausalLm, Error, Footprint, KvCache, LayerCaches, Logits, Result, SeqId,
 };
@@ -17,6 +19,8 @@ pub struct Session {
     model: Transformer,
     caches: LayerCaches,
     sequences: BTreeMap<SeqId, Sequence>,
+    #[cfg(feature = "cuda")]
+    graphs: Option<DecodeGraphs>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -34,7 +38,46 @@ impl Session {
                 return Err(Error::setting(name, "the layer's rotary embedding", "none"));
             }
         }
-        Ok(Self { model, caches: LayerCaches::new(caches), sequences: BTreeMap::new() })
+        Ok(Self {
+            model,
+            caches: LayerCaches::new(caches),
+            sequences: BTreeMap::new(),
+            #[cfg(feature = "cuda")]
+            graphs: None,
+        })
+    }
+
+    /// Captures decode steps in CUDA graphs, one for each number of sequences, and replays them.
+    /// Steps whose caches or layers do not support it run as usual.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if the model is not on a CUDA device.
+    #[cfg(feature = "cuda")]
+    pub fn with_cuda_graphs(self) -> Result<Self> {
+        let graphs = Some(DecodeGraphs::new(self.model.device())?);
+        Ok(Self { graphs, ..self })
+    }
+
+    /// Returns the number of decode steps that were replayed from a CUDA graph.
+    #[cfg(feature = "cuda")]
+    pub fn replayed_steps(&self) -> u64 {
+        self.graphs.as_ref().map_or(0, DecodeGraphs::replayed)
+    }
+
+    /// Runs the model on ids that have been checked.
+    fn run(&mut self, batch: &Batch, ids: &[u32], logits: Logits) -> Result<Tensor> {
+        let model = &self.model;
+        #[cfg(feature = "cuda")]
+        if let Some(graphs) = &mut self.graphs
+            && batch.max_seqlen() == 1
+            && batch.seqs().iter().all(|seq| self.sequences.contains_key(seq))
+        {
+            return graphs.step(batch, ids, &mut self.caches, &mut |caches, batch, ids| {
+                model.forward(caches, batch, ids, logits)
+            });
+        }
+        let ids = Tensor::new(ids, model.device())?;
+        model.forward(&mut self.caches, batch, &ids, logits)
     }
 
     /// Returns the weights.
@@ -87,7 +130,7 @@ impl Session {
 impl CausalLm for Session {
     fn forward(&mut self, batch: &Batch, ids: &[u32], logits: Logits) -> Result<Tensor> {
         self.check(batch, ids)?;
-        let out = self.model.forward(&mut self.caches, batch, ids, logits);
+        let out = self.run(batch, ids, logits);
         match &out {
             Ok(_) => {
                 for (seq, tokens) in batch.iter() {

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::{Error, Result};
+use crate::{Error, PreparedStep, Result};
 use candle_core::{Device, Tensor};
 
 /// A sequence's identifier, chosen by the engine.
@@ -29,6 +29,7 @@ pub type SeqId = u64;
 #[derive(Debug, Clone)]
 pub struct Batch {
     inner: Arc<Inner>,
+    prepared: Option<PreparedStep>,
 }
 
 #[derive(Debug)]
@@ -71,7 +72,8 @@ impl Batch {
         }
         let seqs = seqs.iter().map(|(seq, _)| *seq).collect();
         let (on_device, shared) = (OnceLock::new(), Mutex::default());
-        Ok(Self { inner: Arc::new(Inner { seqs, cu_seqlens, on_device, shared }) })
+        let inner = Arc::new(Inner { seqs, cu_seqlens, on_device, shared });
+        Ok(Self { inner, prepared: None })
     }
 
     /// Creates a batch of one sequence with `tokens` tokens.
@@ -88,6 +90,18 @@ impl Batch {
     /// As [`new`](Self::new).
     pub fn decode(seqs: &[SeqId]) -> Result<Self> {
         Self::new(&seqs.iter().map(|&seq| (seq, 1)).collect::<Vec<_>>())
+    }
+
+    /// Returns the batch of a decode step whose lists have been
+    /// [prepared](crate::PreparedDecode::prepare_decode).
+    #[must_use]
+    pub fn with_prepared(&self, step: PreparedStep) -> Self {
+        Self { inner: self.inner.clone(), prepared: Some(step) }
+    }
+
+    /// Returns the memory of a prepared step. If there is one, caches only launch kernels.
+    pub fn prepared(&self) -> Option<PreparedStep> {
+        self.prepared
     }
 
     /// Returns the sequences, in the order of their tokens.

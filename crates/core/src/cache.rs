@@ -1,6 +1,6 @@
 //! The cache of one attention layer for many sequences, as a model sees it.
 
-use crate::{Batch, Error, Footprint, LayerSpec, Result, SeqId, finite};
+use crate::{Batch, Error, Footprint, LayerSpec, PreparedDecode, Result, SeqId, finite};
 use candle_core::Tensor;
 
 /// The tensors of one call for an attention layer. The tokens of all sequences are concatenated.
@@ -59,6 +59,19 @@ impl Step<'_> {
             None => Ok((self.q.clone(), self.k.clone())),
         }
     }
+
+    /// As [`rotate`](Self::rotate) in a prepared step, with positions (i64, one per token) at a
+    /// device address.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if no CUDA kernel rotates these tensors; errors of the driver.
+    #[cfg(feature = "cuda")]
+    pub fn rotate_at(&self, spec: &LayerSpec, positions: u64) -> Result<(Tensor, Tensor)> {
+        match &spec.rope {
+            Some(rope) => rope.apply_both_at(self.q, self.k, positions),
+            None => Ok((self.q.clone(), self.k.clone())),
+        }
+    }
 }
 
 /// The cache of one attention layer for many sequences: dense, quantized, with eviction or with
@@ -92,6 +105,12 @@ pub trait KvCache: Send {
     /// As [`attend`](Self::attend), and [`Error::Mismatch`] if a sequence has tokens already, or
     /// `lse` is missing where it is needed.
     fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()>;
+
+    /// Returns the cache's part in decode steps with CUDA graphs; `None` if such a step is not
+    /// possible, or not with the sequences that it holds now.
+    fn prepared_decode(&mut self) -> Option<&mut dyn PreparedDecode> {
+        None
+    }
 
     /// Returns whether [`append_prompt`](Self::append_prompt) needs the log-sum-exp.
     fn needs_lse(&self) -> bool;
@@ -207,6 +226,11 @@ macro_rules! forward_kv_cache {
             $to.append_prompt(step, lse)
         }
     };
+    (@prepared_decode $self:ident, $to:expr) => {
+        fn prepared_decode(&mut $self) -> Option<&mut dyn $crate::PreparedDecode> {
+            $to.prepared_decode()
+        }
+    };
     (@needs_lse $self:ident, $to:expr) => {
         fn needs_lse(&$self) -> bool {
             $to.needs_lse()
@@ -271,12 +295,12 @@ macro_rules! forward_kv_cache {
 
 impl<C: KvCache + ?Sized> KvCache for Box<C> {
     forward_kv_cache!(self => (**self);
-        spec, attend, append_prompt, needs_lse, fork, check_truncate, truncate, remove, seqs, seen,
-        held, can_append, footprint, seq_footprint, clear);
+        spec, attend, append_prompt, prepared_decode, needs_lse, fork, check_truncate, truncate,
+        remove, seqs, seen, held, can_append, footprint, seq_footprint, clear);
 }
 
 impl<C: KvCache + ?Sized> KvCache for &mut C {
     forward_kv_cache!(self => (**self);
-        spec, attend, append_prompt, needs_lse, fork, check_truncate, truncate, remove, seqs, seen,
-        held, can_append, footprint, seq_footprint, clear);
+        spec, attend, append_prompt, prepared_decode, needs_lse, fork, check_truncate, truncate,
+        remove, seqs, seen, held, can_append, footprint, seq_footprint, clear);
 }

@@ -1,6 +1,10 @@
 //! Device addresses of candle's tensors, for launches of kernels over them.
 
+mod graphs;
+
 use std::sync::Arc;
+
+pub use graphs::{DecodeGraphs, Forward};
 
 use crate::{Batch, Error, Result};
 use candle_core::cuda::cudarc::driver::DevicePtr;
@@ -51,7 +55,7 @@ pub fn keep_freed_memory(device: &Device) -> Result<()> {
 
 /// A list of a step on a device. Layers whose sequences have equal lengths share it.
 #[derive(Debug)]
-pub(crate) struct SharedList<T> {
+pub struct SharedList<T> {
     /// Address of the stream that copies the list.
     stream: usize,
     list: Vec<T>,

@@ -120,7 +120,7 @@ impl Rope {
             return Ok(x.clone());
         }
         #[cfg(feature = "cuda")]
-        if let Some([rotated]) = cuda::rotate(self, [x], positions)? {
+        if let Some([rotated]) = cuda::rotate(self, [x], cuda::Positions::OnHost(positions))? {
             return Ok(rotated);
         }
         let (cos, sin) = self.table(positions, x.dtype(), x.device())?;
@@ -142,11 +142,32 @@ impl Rope {
         if !self.frequencies.is_empty() {
             self.check(q, positions)?;
             self.check(k, positions)?;
+            let positions = cuda::Positions::OnHost(positions);
             if let Some([q, k]) = cuda::rotate(self, [q, k], positions)? {
                 return Ok((q, k));
             }
         }
         Ok((self.apply(q, positions)?, self.apply(k, positions)?))
+    }
+
+    /// As [`apply_both`](Self::apply_both), with positions (i64, one per token) at a device address.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn apply_both_at(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        positions: u64,
+    ) -> Result<(Tensor, Tensor)> {
+        if self.frequencies.is_empty() {
+            return Ok((q.clone(), k.clone()));
+        }
+        match cuda::rotate(self, [q, k], cuda::Positions::OnDevice(positions))? {
+            Some([q, k]) => Ok((q, k)),
+            None => {
+                let what = format!("a captured rotation of {:?} by {self:?}", q.dims());
+                Err(Error::Unsupported(what))
+            }
+        }
     }
 
     fn check(&self, x: &Tensor, positions: &[i64]) -> Result<()> {

@@ -1,8 +1,8 @@
 //! A cache over one store: the part that exact, windowed and latent caches share.
 
 use crate::{
-    Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Result, SeenTokens, Selection, SeqId,
-    Step, check_unseen,
+    Batch, Error, Footprint, KvCache, KvStore, LayerSpec, PreparedDecode, Result, SeenTokens,
+    Selection, SeqId, Step, StepLists, check_unseen,
 };
 use candle_core::Tensor;
 
@@ -36,6 +36,20 @@ pub trait CacheStrategy<S: KvStore>: Send {
     /// Returns whether the store has room for a batch.
     fn can_append(&self, store: &S, batch: &Batch) -> bool {
         store.can_append(batch)
+    }
+
+    /// Returns whether [`prepare_decode`](Self::prepare_decode) is possible with the store as it is.
+    fn prepares_decode(&self, _: &LayerSpec, _: &S) -> bool {
+        false
+    }
+
+    /// The store's part of [`PreparedDecode::prepare_decode`]. In the prepared step
+    /// [`attend`](Self::attend) only launches kernels, and [`evict`](Self::evict) is not called.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] unless [`prepares_decode`](Self::prepares_decode); errors of the store.
+    fn prepare_decode(&self, _: &LayerSpec, _: &mut S, _: &Batch, _: &mut StepLists) -> Result<()> {
+        Err(Error::Unsupported("a prepared decode step".into()))
     }
 }
 
@@ -83,6 +97,8 @@ pub struct StoreCache<S, C> {
     store: S,
     strategy: C,
     seen: SeenTokens,
+    /// Offset of the positions in the lists of the last prepared step.
+    positions: u64,
 }
 
 impl<S: KvStore, C: CacheStrategy<S>> StoreCache<S, C> {
@@ -97,7 +113,7 @@ impl<S: KvStore, C: CacheStrategy<S>> StoreCache<S, C> {
             return Err(Error::mismatch("the store's shape", expected, got));
         }
         match store.seqs().len() {
-            0 => Ok(Self { spec, store, strategy, seen: SeenTokens::default() }),
+            0 => Ok(Self { spec, store, strategy, seen: SeenTokens::default(), positions: 0 }),
             n => Err(Error::setting("store", "an empty store", format!("{n} sequences"))),
         }
     }
@@ -124,6 +140,13 @@ impl<S: KvStore, C: CacheStrategy<S>> StoreCache<S, C> {
         }
     }
 
+    /// Launches the attention of a prepared step.
+    #[cfg(feature = "cuda")]
+    fn attend_prepared(&mut self, step: &Step<'_>, lists: u64) -> Result<Tensor> {
+        let (q, k) = step.rotate_at(&self.spec, lists + self.positions)?;
+        self.strategy.attend(&self.spec, &mut self.store, &Step { q: &q, k: &k, ..*step })
+    }
+
     /// Counts the tokens of a batch as seen, and drops entries.
     fn advance(&mut self, batch: &Batch) -> Result<()> {
         self.seen.advance(batch);
@@ -138,6 +161,10 @@ impl<S: KvStore, C: CacheStrategy<S>> KvCache for StoreCache<S, C> {
 
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         step.check(&self.spec)?;
+        #[cfg(feature = "cuda")]
+        if let Some(prepared) = step.batch.prepared() {
+            return self.attend_prepared(step, prepared.lists);
+        }
         let (q, k) = step.rotate(&self.spec, |seq| self.seen(seq))?;
         let rotated = Step { q: &q, k: &k, ..*step };
         let lens: Vec<_> = step.batch.seqs().iter().map(|&seq| self.store.len(seq)).collect();
@@ -157,6 +184,10 @@ impl<S: KvStore, C: CacheStrategy<S>> KvCache for StoreCache<S, C> {
         let rotated = Step { k: &k, ..*step };
         self.strategy.append_prompt(&self.spec, &mut self.store, &rotated)?;
         self.advance(step.batch)
+    }
+
+    fn prepared_decode(&mut self) -> Option<&mut dyn PreparedDecode> {
+        self.strategy.prepares_decode(&self.spec, &self.store).then_some(self)
     }
 
     fn needs_lse(&self) -> bool {
@@ -228,6 +259,17 @@ impl<S: KvStore, C: CacheStrategy<S>> KvCache for StoreCache<S, C> {
     fn clear(&mut self) {
         self.store.clear();
         self.seen.clear();
+    }
+}
+
+impl<S: KvStore, C: CacheStrategy<S>> PreparedDecode for StoreCache<S, C> {
+    fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
+        self.strategy.prepare_decode(&self.spec, &mut self.store, batch, lists)?;
+        let positions = batch.positions(|seq| self.seen(seq));
+        let bytes: Vec<u8> = positions.iter().flat_map(|position| position.to_ne_bytes()).collect();
+        self.positions = lists.push_shared(&bytes, bytes.len());
+        self.seen.advance(batch);
+        Ok(())
     }
 }
 

@@ -30,4 +30,6 @@ pub use image::Image;
 #[cfg(feature = "driver")]
 pub use kernel::Kernel;
 #[cfg(feature = "driver")]
-pub use upload::{Upload, Uploaded, upload};
+pub use staging::copy_to;
+#[cfg(feature = "driver")]
+pub use upload::{Upload, Uploaded, bytes_of, upload};

@@ -56,6 +56,23 @@ pub fn copy(stream: &Arc<CudaStream>, bytes: &[u8]) -> Result<CudaSlice<u8>, Dri
     stream.clone_htod(&Part { buffer, len: bytes.len() })
 }
 
+/// Copies bytes to the start of `to`, on the stream, without waiting for the stream's work.
+///
+/// # Errors
+/// Errors of the driver.
+pub fn copy_to(
+    stream: &Arc<CudaStream>,
+    bytes: &[u8],
+    to: &mut CudaSlice<u8>,
+) -> Result<(), DriverError> {
+    let context = stream.context();
+    let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
+    let buffer = devices.entry(context.ordinal()).or_default().buffer(context, bytes.len())?;
+    // Waits for the copy that used the buffer before.
+    buffer.as_mut_slice()?[..bytes.len()].copy_from_slice(bytes);
+    stream.memcpy_htod(&Part { buffer, len: bytes.len() }, to)
+}
+
 /// The first bytes of a buffer.
 struct Part<'a> {
     buffer: &'a mut PinnedHostSlice<u8>,

@@ -80,7 +80,8 @@ impl Upload {
     }
 }
 
-fn bytes_of<T: DeviceRepr + Copy>(list: &[T]) -> &[u8] {
+/// Returns the bytes of a list of numbers or [`args!`](crate::args) structs.
+pub fn bytes_of<T: DeviceRepr + Copy>(list: &[T]) -> &[u8] {
     // SAFETY: the elements are numbers or `args!` structs, which have no padding, so all bytes are
     // initialized. The slice borrows the list.
     unsafe { std::slice::from_raw_parts(list.as_ptr().cast(), size_of_val(list)) }

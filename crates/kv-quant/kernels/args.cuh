@@ -6,6 +6,16 @@
 
 namespace kvq {
 
+// The memory of a sequence's kv head. Mirrored by `KvHead` in src/cuda/args.rs.
+struct KvHead {
+    unsigned long long* table;  // block table: record addresses
+    void* ring_k;               // ring buffer [ring, D], f16 or bf16
+    void* ring_v;
+    const uint2* valid;  // per 32 slots: a bit per entry, number of earlier entries; null: no holes
+};
+
+static_assert(sizeof(KvHead) == 32 && offsetof(KvHead, valid) == 24, "as in src/cuda/args.rs");
+
 // The work item of a thread block: some records of a sequence's kv head, or its ring, for 8 N
 // columns. The host makes the list of items, and splits long sequences over more thread blocks than
 // short ones. Items without queries are skipped, so a list may have unused items at its end.
@@ -15,11 +25,8 @@ namespace kvq {
 // slot whose entry was evicted or is not selected is a hole. Entries are the other slots, numbered
 // in order.
 struct Work {
-    const unsigned long long* table;  // block table of the kv head: record addresses
-    const void* ring_k;               // ring buffer [ring, D], f16 or bf16
-    const void* ring_v;
-    const uint2* valid;  // per 32 slots: a bit per entry, number of earlier entries; null: no holes
     long long sums;    // offset of the kv head's sums in `out`, for sums.cuh
+    int head;          // index in `kv_heads`
     int packed;        // slots in records; later slots of the last record are not visible
     int residual;      // slots in the ring, newer than the packed ones
     int ring_start;    // ring position of the oldest one
@@ -33,7 +40,6 @@ struct Work {
     int merge;          // index in `arrived`
     int valid_slots;    // slots that `valid` covers, a multiple of 32; later slots have no holes
     int holes;
-    int unused;
 };
 
 // Mirrored by `AttendArgs` in src/cuda/args.rs.
@@ -45,6 +51,7 @@ struct AttendArgs {
     float* part_lse;    // [parts, columns], in base 2
     unsigned* arrived;  // per merge: 0 before and after the launch
     const Work* work;   // one per thread block; in sums.cuh, one per kv head of a sequence
+    const KvHead* kv_heads;  // of all sequences
     int heads, heads_per_kv;
     int ring;        // capacity of a ring
     int causal;      // 1: the last entries of a sequence belong to its queries
@@ -57,8 +64,13 @@ struct AttendArgs {
     float key_scale, value_scale;  // the scales of schemes without stored scales
 };
 
-static_assert(sizeof(Work) == 104 && offsetof(Work, sums) == 32 && offsetof(Work, packed) == 40, "as in src/cuda/args.rs");
-static_assert(sizeof(AttendArgs) == 104 && offsetof(AttendArgs, heads) == 56 && offsetof(AttendArgs, scale) == 84, "as in src/cuda/args.rs");
+static_assert(sizeof(Work) == 72 && offsetof(Work, head) == 8 && offsetof(Work, holes) == 68, "as in src/cuda/args.rs");
+static_assert(sizeof(AttendArgs) == 112 && offsetof(AttendArgs, heads) == 64 && offsetof(AttendArgs, scale) == 92, "as in src/cuda/args.rs");
+
+// A work item and its kv head's memory.
+struct HeadWork : Work, KvHead {
+    __device__ __forceinline__ HeadWork(const AttendArgs& args, int i) : Work(args.work[i]), KvHead(args.kv_heads[head]) {}
+};
 
 // Returns the row of q, out and lse for a column.
 __device__ __forceinline__ long long row_of(const AttendArgs& args, const Work& work, int column) {
@@ -68,7 +80,7 @@ __device__ __forceinline__ long long row_of(const AttendArgs& args, const Work& 
 __device__ __forceinline__ int entries_of(const Work& work) { return work.packed + work.residual - work.holes; }
 
 // Returns the bits and the count of 32 slots. The first slot is a multiple of 32.
-__device__ __forceinline__ uint2 valid_at(const Work& work, int slot) {
+__device__ __forceinline__ uint2 valid_at(const HeadWork& work, int slot) {
     return slot < work.valid_slots ? __ldg(work.valid + slot / 32) : make_uint2(FULL, slot - work.holes);
 }
 

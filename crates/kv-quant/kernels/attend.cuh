@@ -193,7 +193,7 @@ __device__ __forceinline__ void balanced_values(Running<L::D, N>& running, const
 // `ready`, which initialises queries and columns, after the first copies have started. Each lane
 // prefetches the address of every 32nd of these records from the table.
 template <class L, int N, int STAGES, class Ready>
-__device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Columns<N>& columns, const Work& work, float key_scale,
+__device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Columns<N>& columns, const HeadWork& work, float key_scale,
                                             const unsigned char* queries, unsigned char* ring, int warp, int warps, int lane, Ready ready) {
     const int record = work.from + warp, end = work.to, packed = work.packed;
     constexpr int STAGE = L::HEADER + L::TILE_BYTES;
@@ -271,7 +271,7 @@ __device__ __forceinline__ void packed_loop(Running<L::D, N>& running, const Col
 
 // Processes a warp's share of the residual: every `warps`-th tile of 32 tokens.
 template <int D, int N>
-__device__ __forceinline__ void residual_loop(Running<D, N>& running, const Columns<N>& columns, const AttendArgs& args, const Work& work,
+__device__ __forceinline__ void residual_loop(Running<D, N>& running, const Columns<N>& columns, const AttendArgs& args, const HeadWork& work,
                                               const unsigned char* queries, int warp, int warps, int lane) {
     const int g = lane / 4, t = lane % 4, packed = work.packed, len = work.residual;
     for (int at = warp * TILE; at < len; at += warps * TILE) {
@@ -318,7 +318,7 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     unsigned char* queries = shared;
     unsigned char* ring = shared + QUERIES + threadIdx.x / 32 * (STAGES * STAGE);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const Work work = args.work[blockIdx.x];
+    const HeadWork work(args, blockIdx.x);
     if (work.queries == 0) return;
     const int valid = min(args.heads_per_kv * work.queries - work.first_column, 8 * N);
     Columns<N> columns;

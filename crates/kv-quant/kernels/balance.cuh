@@ -261,13 +261,13 @@ struct Balance {
     }
 
     template <bool VALUES>
-    __device__ __forceinline__ void load(Own& own, const FillArgs& args, const FillRow& row, int record) {
+    __device__ __forceinline__ void load(Own& own, const FillArgs& args, const HeadRow& row, int record) {
         const int entry = record * T + warp() * ROWS;
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const bool in_ring = entry + r < row.first_new;
-            const void* from = in_ring ? (VALUES ? row.ring_v : row.ring_k) : (VALUES ? row.new_v : row.new_k);
-            const long long at = in_ring ? (entry + r + row.shift) % args.ring * D : (entry + r - row.first_new) * args.stride;
+            const void* from = in_ring ? (VALUES ? row.ring_v : row.ring_k) : static_cast<const void*>(VALUES ? row.new_v : row.new_k);
+            const long long at = in_ring ? (entry + r + row.shift) % args.ring * D : (entry + r - row.first_new) * (VALUES ? args.v_token : args.k_token);
 #pragma unroll
             for (int i = 0; i < SLICE; i++) own.x[r][i] = load_as_float(from, at + 32 * i + lane(), args.kind);
         }
@@ -275,7 +275,7 @@ struct Balance {
             bool bad = false;
 #pragma unroll
             for (int i = 0; i < SLICE; i++) bad |= !(fabsf(own.x[r][i]) <= LARGEST);
-            if (bad) report(row, VALUES, entry + r, lane());
+            if (bad) report(args, row, VALUES, entry + r, lane());
         };
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
@@ -288,13 +288,13 @@ struct Balance {
     }
 
     template <bool VALUES>
-    __device__ __forceinline__ void record(const FillArgs& args, const FillRow& row, int record) {
+    __device__ __forceinline__ void record(const FillArgs& args, const HeadRow& row, int record) {
         using S = std::conditional_t<VALUES, typename L::Values, typename L::Keys>;
         Own own;
         load<VALUES>(own, args, row, record);
         find<VALUES>(own);
         encode<VALUES>(own, (1 << S::BITS) - 1);
-        unsigned char* to = record_at(row, record, !VALUES && threadIdx.x == 0);
+        unsigned char* to = record_at(args, row, record, !VALUES && threadIdx.x == 0);
         for (int t = 0; t < L::TILES; t++) write_words<L, VALUES>(codes + t * TILE * PITCH, to + L::HEADER + t * L::TILE_BYTES, PITCH);
         auto half_at = [](unsigned char* p, int i) -> __half& { return reinterpret_cast<__half*>(p)[i]; };
         for (int r = threadIdx.x; r < T; r += blockDim.x) {
@@ -320,7 +320,7 @@ struct Balance {
     }
 
     __device__ __forceinline__ void run(const FillArgs& args) {
-        const FillRow& row = args.rows[blockIdx.y];
+        const HeadRow row(args, blockIdx.y);
         const int block = blockIdx.x;
         if (blockIdx.z == 0) {
             if (block < row.key_records) record<false>(args, row, row.key_record + block);

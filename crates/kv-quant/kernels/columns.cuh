@@ -78,7 +78,7 @@ __device__ __forceinline__ Columns<N> columns_of(const AttendArgs& args, const f
 // Applies the soft cap and the mask to the scores of 32 slots from `at` on. Slots from `end` on are
 // masked.
 template <int N>
-__device__ __forceinline__ void restrict(float (&s)[2][N][4], const Columns<N>& columns, const Work& work, int at, int end, int lane) {
+__device__ __forceinline__ void restrict(float (&s)[2][N][4], const Columns<N>& columns, const HeadWork& work, int at, int end, int lane) {
     // The ring's first slot may not be a multiple of 32.
     const bool aligned = at % TILE == 0;
     uint2 valid = aligned ? valid_at(work, at) : make_uint2(at < work.valid_slots ? 0 : FULL, at - work.holes);

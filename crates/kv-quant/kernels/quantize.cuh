@@ -16,11 +16,11 @@ namespace kvq {
 
 // Reports a group that contains NaN or infinity, or whose range exceeds f16's: bit 63, then 1 for
 // values or 0 for keys, the row's tag, the entry (24 bits), the channel (9 bits).
-__device__ __forceinline__ void report(const FillRow& row, bool values, int entry, int channel) {
+__device__ __forceinline__ void report(const FillArgs& args, const FillRow& row, bool values, int entry, int channel) {
     unsigned long long at = 1ull << 63 | (unsigned long long)values << 62 | row.tag | (unsigned long long)(entry & 0xffffff) << 9 | channel;
     // The word can be in host memory, where some machines have no atomics. A store of eight bytes
     // is atomic everywhere.
-    *reinterpret_cast<volatile unsigned long long*>(row.status) = at;
+    *reinterpret_cast<volatile unsigned long long*>(args.status + row.status) = at;
 }
 
 // Returns x / s with the same f16 rounding as an f32 division. A quotient of f16 numbers is never
@@ -48,7 +48,7 @@ struct Quantize {
     // Copies the entries from `entry` on, TOKENS x CHANNELS, to shared memory as f16. The 16-byte
     // pieces of a row are permuted to avoid bank conflicts.
     template <int TOKENS, int CHANNELS>
-    static __device__ __forceinline__ void load(unsigned char* source, const void* ring, const void* new_rows, const FillArgs& args, const FillRow& row,
+    static __device__ __forceinline__ void load(unsigned char* source, const void* ring, const __half* new_rows, long long stride, const FillArgs& args, const FillRow& row,
                                                 int entry, int channel) {
         constexpr int PIECES = CHANNELS / 8, EACH = TOKENS * PIECES / THREADS;
         uint4 x[EACH];
@@ -57,7 +57,7 @@ struct Quantize {
             int piece = threadIdx.x + i * THREADS;
             int at = entry + piece / PIECES;
             const __half* from = at < row.first_new ? static_cast<const __half*>(ring) + (at + row.shift) % args.ring * D
-                                                    : static_cast<const __half*>(new_rows) + (at - row.first_new) * args.stride;
+                                                    : new_rows + (at - row.first_new) * stride;
             x[i] = *reinterpret_cast<const uint4*>(from + channel + piece % PIECES * 8);
         }
 #pragma unroll
@@ -155,16 +155,16 @@ struct Quantize {
     }
 
     // Returns the address of a record. New records are not in the table until the launch ends.
-    static __device__ __forceinline__ unsigned char* record_of(const FillRow& row, int record) {
-        return reinterpret_cast<unsigned char*>(record < row.first_new_record ? row.table[record] : row.new_records[record - row.first_new_record]);
+    static __device__ __forceinline__ unsigned char* record_of(const FillArgs& args, const HeadRow& row, int record) {
+        return reinterpret_cast<unsigned char*>(record < row.first_new_record ? row.table[record] : args.new_records[row.new_records + record - row.first_new_record]);
     }
 
-    static __device__ __forceinline__ void keys(const FillArgs& args, const FillRow& row, int record, int channel, unsigned char* shared) {
+    static __device__ __forceinline__ void keys(const FillArgs& args, const HeadRow& row, int record, int channel, unsigned char* shared) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         constexpr int UNITS = L::TILES;
         unsigned char* out = shared + SOURCE;
         __half* params = reinterpret_cast<__half*>(out + UNITS * K_CODES);
-        load<GROUP, K_CHANNELS>(shared, row.ring_k, row.new_k, args, row, record * GROUP, channel);
+        load<GROUP, K_CHANNELS>(shared, row.ring_k, row.new_k, args.k_token, args, row, record * GROUP, channel);
         __syncthreads();
         for (int block = warp; block < K_CHANNELS / 16; block += THREADS / 32) {
             uint32_t x[UNITS][4][2];
@@ -173,7 +173,7 @@ struct Quantize {
 #pragma unroll
             for (int u = 0; u < UNITS; u++) unit<K_CHANNELS, false>(x[u], shared, u * TILE, block * 16);
             encode<UNITS>(x, scale, min, bad);
-            if (bad) report(row, false, record * GROUP, channel + block * 16 + 2 * t);
+            if (bad) report(args, row, false, record * GROUP, channel + block * 16 + 2 * t);
 #pragma unroll
             for (int u = 0; u < UNITS; u++) write_codes(out + u * K_CODES, block, x[u]);
 #pragma unroll
@@ -195,7 +195,7 @@ struct Quantize {
             }
         }
         __syncthreads();
-        unsigned char* to = record_of(row, record);
+        unsigned char* to = record_of(args, row, record);
         if (record >= row.first_new_record && channel == 0 && threadIdx.x == 0) row.table[record] = reinterpret_cast<unsigned long long>(to);
         copy_out(to + L::K_SCALE + 2 * channel, out + UNITS * K_CODES, 2 * K_CHANNELS);
         copy_out(to + L::K_MIN + 2 * channel, out + UNITS * K_CODES + 2 * K_CHANNELS, 2 * K_CHANNELS);
@@ -204,13 +204,13 @@ struct Quantize {
             copy_codes(to + L::HEADER + u * L::TILE_BYTES + L::K_CODES + channel * TILE * BITS / 8, out + u * K_CODES, K_CHANNELS);
     }
 
-    static __device__ __forceinline__ void values(const FillArgs& args, const FillRow& row, int tile, unsigned char* shared) {
+    static __device__ __forceinline__ void values(const FillArgs& args, const HeadRow& row, int tile, unsigned char* shared) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         constexpr int UNITS = L::VGROUP / 32;
         unsigned char* out = shared + SOURCE;
         __half* scales = reinterpret_cast<__half*>(out + V_CODES);
         __half* minima = reinterpret_cast<__half*>(out + V_CODES + L::V_MIN - L::V_SCALE);
-        load<TILE, D>(shared, row.ring_v, row.new_v, args, row, tile * TILE, 0);
+        load<TILE, D>(shared, row.ring_v, row.new_v, args.v_token, args, row, tile * TILE, 0);
         __syncthreads();
         for (int task = warp; task < 2 * L::VGROUPS; task += THREADS / 32) {
             int half = task / L::VGROUPS, group = task % L::VGROUPS;
@@ -220,7 +220,7 @@ struct Quantize {
 #pragma unroll
             for (int u = 0; u < UNITS; u++) unit<D, true>(x[u], shared, group * L::VGROUP + u * 32, half * 16);
             encode<UNITS>(x, scale, min, bad);
-            if (bad) report(row, true, tile * TILE + half * 16 + 2 * t, group * L::VGROUP);
+            if (bad) report(args, row, true, tile * TILE + half * 16 + 2 * t, group * L::VGROUP);
 #pragma unroll
             for (int u = 0; u < UNITS; u++) write_codes(out, half * (D / 32) + group * UNITS + u, x[u]);
 #pragma unroll
@@ -230,7 +230,7 @@ struct Quantize {
             }
         }
         __syncthreads();
-        unsigned char* to = record_of(row, tile / L::TILES) + L::HEADER + tile % L::TILES * L::TILE_BYTES;
+        unsigned char* to = record_of(args, row, tile / L::TILES) + L::HEADER + tile % L::TILES * L::TILE_BYTES;
         copy_codes(to + L::V_CODES, out, D);
         copy_out(to + L::V_SCALE, out + V_CODES, L::TILE_BYTES - L::V_SCALE);
     }
@@ -238,7 +238,7 @@ struct Quantize {
     // Grid: (the largest number of key records * K_PARTS or of value tiles in a row, rows, 2).
     static __device__ __forceinline__ void run(const FillArgs& args) {
         extern __shared__ __align__(128) unsigned char shared[];
-        const FillRow row = args.rows[blockIdx.y];
+        const HeadRow row(args, blockIdx.y);
         const int block = blockIdx.x;
         if (blockIdx.z == 0) {
             if (block < row.key_records * K_PARTS) keys(args, row, row.key_record + block / K_PARTS, block % K_PARTS * K_CHANNELS, shared);

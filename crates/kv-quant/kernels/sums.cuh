@@ -37,7 +37,7 @@ __device__ __forceinline__ void sums(const AttendArgs& args) {
     extern __shared__ __align__(128) unsigned char sources[];
     __shared__ float factors[2][8];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Work work = args.work[blockIdx.y];
+    const HeadWork work(args, blockIdx.y);
     const int packed = work.packed, slots = packed + work.residual, packed_tiles = (packed + TILE - 1) / TILE;
     const int tile = blockIdx.x * SUM_WARPS + warp;
     const bool coded = tile < packed_tiles;

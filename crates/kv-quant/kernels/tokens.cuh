@@ -21,9 +21,9 @@ __device__ __forceinline__ uint32_t integer_part(float x) { return __float_as_ui
 
 // Returns the address of a record. If the record is new, threads with `first` write it to the
 // table.
-__device__ __forceinline__ unsigned char* record_at(const FillRow& row, int record, bool first) {
+__device__ __forceinline__ unsigned char* record_at(const FillArgs& args, const HeadRow& row, int record, bool first) {
     const bool is_new = record >= row.first_new_record;
-    const unsigned long long at = is_new ? row.new_records[record - row.first_new_record] : row.table[record];
+    const unsigned long long at = is_new ? args.new_records[row.new_records + record - row.first_new_record] : row.table[record];
     if (is_new && first) row.table[record] = at;
     return reinterpret_cast<unsigned char*>(at);
 }
@@ -36,19 +36,20 @@ struct alignas(512) Source {
     unsigned char numbers[TILE * D * 2];
 
     // Starts copying the tokens from `entry` on, as two groups of copies of 16 tokens.
-    __device__ __forceinline__ void copy(const FillArgs& args, const FillRow& row, bool values, int entry, int lane) {
+    __device__ __forceinline__ void copy(const FillArgs& args, const HeadRow& row, bool values, int entry, int lane) {
         const int piece = lane % PIECES, first = lane / PIECES;
-        const __half* from = static_cast<const __half*>(values ? row.new_v : row.new_k) + (entry + first - row.first_new) * args.stride + piece * 8;
+        const long long stride = values ? args.v_token : args.k_token;
+        const __half* from = (values ? row.new_v : row.new_k) + (entry + first - row.first_new) * stride + piece * 8;
         const __half* ring = static_cast<const __half*>(values ? row.ring_v : row.ring_k) + piece * 8;
         const bool in_ring = entry < row.first_new;  // at least the first
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             if (!in_ring) {
 #pragma unroll
-                for (int i = 0; i < PIECES / 2; i++, from += TOKENS * args.stride) copy_piece(half * 16 + i * TOKENS + first, piece, from);
+                for (int i = 0; i < PIECES / 2; i++, from += TOKENS * stride) copy_piece(half * 16 + i * TOKENS + first, piece, from);
             } else {
 #pragma unroll 1
-                for (int i = 0; i < PIECES / 2; i++, from += TOKENS * args.stride) {
+                for (int i = 0; i < PIECES / 2; i++, from += TOKENS * stride) {
                     const int token = half * 16 + i * TOKENS + first, at = entry + token;
                     copy_piece(token, piece, at < row.first_new ? ring + (long long)((at + row.shift) % args.ring) * D : from);
                 }
@@ -420,7 +421,7 @@ struct QuantizeTokens {
     static constexpr int D = L::D;
 
     template <bool VALUES>
-    static __device__ __forceinline__ void tile(const FillArgs& args, const FillRow& row, int at, Source<D>& source) {
+    static __device__ __forceinline__ void tile(const FillArgs& args, const HeadRow& row, int at, Source<D>& source) {
         using S = std::conditional_t<VALUES, typename L::Values, typename L::Keys>;
         using R = Row<S, D, VALUES>;
         using P = Packing<S::BITS>;
@@ -431,7 +432,7 @@ struct QuantizeTokens {
         const bool rotated = args.rotated & (VALUES ? ROTATED_VALUES : ROTATED_KEYS);
         const float unit = rotated ? __frcp_rn(__fsqrt_rn(float(D))) : 1.f;
         source.copy(args, row, VALUES, at * TILE, lane);
-        unsigned char* to = record_at(row, at / L::TILES, !VALUES && at % L::TILES == 0 && lane == 0) + L::HEADER + at % L::TILES * L::TILE_BYTES;
+        unsigned char* to = record_at(args, row, at / L::TILES, !VALUES && at % L::TILES == 0 && lane == 0) + L::HEADER + at % L::TILES * L::TILE_BYTES;
         // Words and parameters of 16 tokens each. The loops over tokens are not unrolled, so that
         // the code stays small.
         uint32_t words[2][WORDS];
@@ -451,7 +452,7 @@ struct QuantizeTokens {
                 Numbers<D, VALUES> numbers;
                 const float most = args.kind ? numbers.template load<__nv_bfloat162>(source, token, rotated, lane) : numbers.template load<__half2>(source, token, rotated, lane);
                 const R own(numbers, unit, args.f16_steps, VALUES ? args.value_scale : args.key_scale);
-                if (own.bad || !(most <= LARGEST)) report(row, VALUES, at * TILE + token + (VALUES ? lane % 4 * 2 : lane / 4), 0);
+                if (own.bad || !(most <= LARGEST)) report(args, row, VALUES, at * TILE + token + (VALUES ? lane % 4 * 2 : lane / 4), 0);
                 scales[1][0] = scales[1][1], mins[1][0] = mins[1][1];
                 scales[1][1] = __floats2half2_rn(own.scale[0] * (1 << S::UP), own.scale[1] * (1 << S::UP)), mins[1][1] = __floats2half2_rn(own.min[0], own.min[1]);
 #pragma unroll
@@ -488,7 +489,7 @@ struct QuantizeTokens {
 
     static __device__ __forceinline__ void run(const FillArgs& args) {
         __shared__ Source<D> source;
-        const FillRow& row = args.rows[blockIdx.y];
+        const HeadRow row(args, blockIdx.y);
         const int block = blockIdx.x;
         if (blockIdx.z == 0) {
             if (block < row.key_records * L::TILES) tile<false>(args, row, row.key_record * L::TILES + block, source);

@@ -14,7 +14,7 @@
 //!   token is packed.
 //!
 //! Tokens of a kv head are in *slots*, numbered from 0: first those in records, then those in the
-//! ring. A slot whose entry was evicted is a *hole*; see [`Work::valid`].
+//! ring. A slot whose entry was evicted is a *hole*; see [`KvHead::valid`].
 //!
 //! # Calls
 //!
@@ -40,7 +40,7 @@ mod layout;
 mod plan;
 mod report;
 
-pub use args::{AttendArgs, CompactRow, FillArgs, FillRow, UnpackArgs, Work};
+pub use args::{AttendArgs, CompactRow, FillArgs, FillRow, KvHead, UnpackArgs, Work};
 pub use kernels::{AttendKernel, Kernels};
 pub use layout::Layout;
 #[cfg(feature = "candle")]

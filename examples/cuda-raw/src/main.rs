@@ -12,7 +12,7 @@ use half::{f16, slice::HalfFloatSliceExt};
 use kv_quant::cuda::longctx_cuda::cudarc::driver::{
     CudaContext, CudaSlice, CudaStream, DevicePtr, sys,
 };
-use kv_quant::cuda::{AttendArgs, FillArgs, FillRow, Kernels, Layout, Report, TILE, Work};
+use kv_quant::cuda::{AttendArgs, FillArgs, FillRow, Kernels, KvHead, Layout, Report, TILE, Work};
 use kv_quant::{Bits, Format, Mask, Pool, PoolShape, Queries};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -37,12 +37,12 @@ fn worst(got: &[f32], want: &[f32]) -> f32 {
 }
 
 /// Packs the whole groups of each sequence, and copies its other tokens to the rings. Returns a
-/// work item for each kv head, and the memory to which the items point.
+/// work item for each kv head, the heads' memory, and what that points to.
 fn pack(
     stream: &Arc<CudaStream>,
     kernels: &Kernels,
     tokens: &[[Vec<f16>; 2]],
-) -> Result<(Vec<Work>, impl Sized + use<>)> {
+) -> Result<(Vec<Work>, CudaSlice<KvHead>, impl Sized + use<>)> {
     let (layout, rows) = (kernels.layout(), LENS.len() * KV_HEADS);
     let (group, blocks) = (layout.group(), LENS.map(|len| len / layout.group()));
     let most = blocks.into_iter().max().unwrap_or(0);
@@ -57,17 +57,19 @@ fn pack(
     let tables = stream.clone_htod(&tables)?;
     let ring = || stream.alloc_zeros::<u16>(rows * group * D);
     let (rings, status) = ([ring()?, ring()?], stream.alloc_zeros::<u64>(1)?);
-    let (mut fill, mut heads, mut new) = (Vec::new(), Vec::new(), Vec::new());
-    for (seq, [k, v]) in tokens.iter().enumerate() {
-        let upload = |x: &[f16]| stream.clone_htod::<u16, _>(x.reinterpret_cast());
-        let [k, v] = [upload(k)?, upload(v)?];
+    let (mut fill, mut heads, mut memory) = (Vec::new(), Vec::new(), Vec::new());
+    for seq in 0..LENS.len() {
         for kv_head in 0..KV_HEADS {
-            let (row, offset) = (heads.len(), (2 * kv_head * D) as u64);
+            let row = heads.len();
             let of_ring = |ring| at(ring) + (2 * row * group * D) as u64;
-            let work = Work {
+            memory.push(KvHead {
                 table: at(&tables) + (8 * row * most) as u64,
                 ring_k: of_ring(&rings[0]),
                 ring_v: of_ring(&rings[1]),
+                valid: 0,
+            });
+            let work = Work {
+                head: row as i32,
                 packed: (blocks[seq] * group) as i32,
                 residual: (LENS[seq] % group) as i32,
                 kv_head: kv_head as i32,
@@ -75,12 +77,9 @@ fn pack(
                 ..Work::default()
             };
             fill.push(FillRow {
-                ring_k: work.ring_k,
-                ring_v: work.ring_v,
-                new_k: at(&k) + offset,
-                new_v: at(&v) + offset,
-                table: work.table,
-                status: at(&status),
+                head: row as i32,
+                kv_head: kv_head as i32,
+                first_token: LENS[..seq].iter().sum::<usize>() as i32,
                 first_new_record: i32::MAX, // All addresses are in the table.
                 key_records: blocks[seq] as i32,
                 value_tiles: work.packed / TILE as i32,
@@ -90,11 +89,25 @@ fn pack(
             });
             heads.push(work);
         }
-        new.push([k, v]);
     }
-    let fill = stream.clone_htod(&fill)?;
-    let stride = (KV_HEADS * D) as i64;
-    let args = FillArgs { rows: at(&fill), stride, ring: group as i32, ..FillArgs::default() };
+    let of = |i: usize| tokens.iter().flat_map(|kv| &kv[i]).copied().collect::<Vec<f16>>();
+    let upload = |x: Vec<f16>| stream.clone_htod::<u16, _>(x.reinterpret_cast());
+    let (k, v) = (upload(of(0))?, upload(of(1))?);
+    let (fill, memory) = (stream.clone_htod(&fill)?, stream.clone_htod(&memory)?);
+    let (token, head) = ((KV_HEADS * D) as i64, D as i64);
+    let args = FillArgs {
+        rows: at(&fill),
+        kv_heads: at(&memory),
+        new_k: at(&k),
+        new_v: at(&v),
+        status: at(&status),
+        k_token: token,
+        k_head: head,
+        v_token: token,
+        v_head: head,
+        ring: group as i32,
+        ..FillArgs::default()
+    };
     // SAFETY: the rows describe the arrays above, which are freed in the order of the stream.
     unsafe {
         kernels.pack(stream, &args, (rows, most, most * group / TILE))?;
@@ -102,7 +115,7 @@ fn pack(
     }
     let report = Report::decode(stream.clone_dtoh(&status)?[0]);
     ensure!(report.is_none(), "numbers that cannot be packed: {report:?}");
-    Ok((heads, (records, tables, rings)))
+    Ok((heads, memory, (records, tables, rings)))
 }
 
 fn main() -> Result<()> {
@@ -115,7 +128,7 @@ fn main() -> Result<()> {
     for (seq, [k, v]) in tokens.iter().enumerate() {
         pool.append(&[seq as u64], &[0, LENS[seq]], k, v)?;
     }
-    let (held, _memory) = pack(&stream, &kernels, &tokens)?;
+    let (held, kv_heads, _memory) = pack(&stream, &kernels, &tokens)?;
 
     // Memory for a call with any two sequences.
     let attend = kernels.attend(PER_KV);
@@ -135,6 +148,7 @@ fn main() -> Result<()> {
         part_lse: at(&part_lse),
         arrived: at(&arrived),
         work: at(&work),
+        kv_heads: at(&kv_heads),
         heads: HEADS as i32,
         heads_per_kv: PER_KV as i32,
         ring: kernels.layout().group() as i32,

@@ -17,6 +17,7 @@ use base_models::{Config, LoadOptions, Transformer};
 use candle_core::{DType, Device};
 use clap::Parser;
 use longctx_core::Sampling;
+use longctx_examples::llm::replayed;
 use longctx_examples::methods::Method;
 use longctx_examples::shapes::llama_3_8b;
 use longctx_serve::metrics::Metrics;
@@ -62,6 +63,9 @@ struct Args {
     /// Tokens of a step at which no further prompt is added to it
     #[arg(long, default_value_t = 4096)]
     step_tokens: usize,
+    /// Launches the kernels of decode steps one by one, instead of replaying CUDA graphs
+    #[arg(long)]
+    no_graphs: bool,
     /// Seed of lengths and tokens
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -145,6 +149,7 @@ fn run(
 ) -> Result<()> {
     let of_layer = (args.cache_mib << 20) / model.config().layers;
     let session = model.session(|spec| method.cache_within(spec, Some(of_layer)))?;
+    let session = if args.no_graphs { session } else { replayed(session)? };
     let options = Options {
         prefill_chunk: Some(args.prefill_chunk),
         step_tokens: args.step_tokens,

@@ -1,4 +1,6 @@
 use super::DenseStore;
+#[cfg(feature = "cuda")]
+use crate::StepLists;
 use crate::store_cache::drop_oldest;
 use crate::{Batch, CacheStrategy, KvStore, LayerSpec, Mask, Result, Step, StoreCache};
 use candle_core::{DType, Tensor};
@@ -64,6 +66,24 @@ impl CacheStrategy<DenseStore> for DenseStrategy {
             return store.attend_output(step.batch, step.q, Mask::Causal, dtype);
         }
         spec.output(store.attend(step.batch, step.q, Mask::Causal)?, dtype)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn prepares_decode(&self, _: &LayerSpec, store: &DenseStore) -> bool {
+        store.prepares_decode()
+    }
+
+    /// Drops the entries that the step before left beyond the sliding window.
+    #[cfg(feature = "cuda")]
+    fn prepare_decode(
+        &self,
+        spec: &LayerSpec,
+        store: &mut DenseStore,
+        batch: &Batch,
+        lists: &mut StepLists,
+    ) -> Result<()> {
+        self.evict(spec, store, batch)?;
+        store.prepare_decode(batch, lists)
     }
 
     /// Drops entries that have left the sliding window.

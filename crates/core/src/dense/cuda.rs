@@ -7,6 +7,7 @@ mod attend;
 mod blocks;
 mod decode;
 mod edit;
+mod prepared;
 mod sums;
 mod tables;
 
@@ -18,6 +19,7 @@ use blocks::Blocks;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use longctx_kernels::{Half, PAGE};
+use prepared::Prepared;
 use tables::LastTables;
 
 /// Keys and values of all sequences.
@@ -29,6 +31,8 @@ pub struct CudaPool {
     blocks: Blocks,
     seqs: BTreeMap<SeqId, Sequence>,
     last_tables: LastTables,
+    /// The last prepared decode step.
+    prepared: Option<Prepared>,
 }
 
 /// The block tables of a sequence.
@@ -65,7 +69,7 @@ impl CudaPool {
         let size = 2 * 2 * PAGE * shape.head_dim;
         let blocks = Blocks::new(device.cuda_stream(), size, capacity);
         let (device, seqs, last_tables) = (device.clone(), BTreeMap::new(), LastTables::default());
-        Ok(Some(Self { shape: *shape, dtype, device, blocks, seqs, last_tables }))
+        Ok(Some(Self { shape: *shape, dtype, device, blocks, seqs, last_tables, prepared: None }))
     }
 
     fn stream(&self) -> Arc<CudaStream> {

@@ -103,6 +103,28 @@ impl DenseStore {
         Ok(self.attend(batch, q, mask)?.out.to_dtype(dtype)?)
     }
 
+    /// Returns whether [`prepare_decode`](Self::prepare_decode) is possible: on a CUDA device with
+    /// kernels, for at most 16 query heads per kv head.
+    #[cfg(feature = "cuda")]
+    pub fn prepares_decode(&self) -> bool {
+        matches!(&self.storage, Storage::Cuda(pool) if pool.prepares_decode())
+    }
+
+    /// Takes memory for one token of each sequence and adds the lists that the kernels read. Then
+    /// an append and attention of the batch [with the prepared lists](Batch::with_prepared) only
+    /// launch kernels.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] unless [`prepares_decode`](Self::prepares_decode);
+    /// [`Error::PoolFull`]; errors of the driver. Nothing has changed then.
+    #[cfg(feature = "cuda")]
+    pub fn prepare_decode(&mut self, batch: &Batch, lists: &mut crate::StepLists) -> Result<()> {
+        match &mut self.storage {
+            Storage::Cuda(pool) if pool.prepares_decode() => pool.prepare_decode(batch, lists),
+            _ => Err(Error::Unsupported("a prepared decode step of this store".into())),
+        }
+    }
+
     fn known(&self, seq: SeqId) -> bool {
         on_pool!(&self.storage, pool => !pool.lens(seq).is_empty(), seqs => seqs.contains(seq))
     }

@@ -7,26 +7,39 @@ use crate::cuda::{address, half_of};
 use candle_core::{Device, Tensor};
 use longctx_kernels::{RopeArgs, RopeTensor, rope};
 
-/// The kernel's device arrays: positions and frequencies.
+/// The kernel's device arrays.
 #[derive(Debug, Clone)]
 pub struct OnDevice {
-    host_positions: Vec<i64>,
-    positions: Tensor,
     frequencies: Tensor,
+    /// The last call's positions on the host and on the device.
+    positions: Option<(Vec<i64>, Tensor)>,
 }
 
 impl OnDevice {
-    fn new(frequencies: &[f64], positions: &[i64], device: &Device) -> Result<Self> {
-        Ok(Self {
-            host_positions: positions.to_vec(),
-            positions: Tensor::new(positions, device)?,
-            frequencies: Tensor::new(frequencies, device)?,
-        })
+    fn new(of: &Rope, device: &Device) -> Result<Self> {
+        Ok(Self { frequencies: Tensor::new(of.frequencies.as_slice(), device)?, positions: None })
     }
 
-    fn serves(&self, positions: &[i64], device: &Device) -> bool {
-        self.host_positions == positions && self.positions.device().same_device(device)
+    /// Returns the device address of the positions, which are kept until the next call with others.
+    fn positions(&mut self, positions: &[i64]) -> Result<u64> {
+        let last = self.positions.take().filter(|(last, _)| last == positions);
+        let (_, on_device) = match last {
+            Some(last) => self.positions.insert(last),
+            None => {
+                let on_device = Tensor::new(positions, self.frequencies.device())?;
+                self.positions.insert((positions.to_vec(), on_device))
+            }
+        };
+        address(on_device)
     }
+}
+
+/// One position per token.
+#[derive(Debug, Clone, Copy)]
+pub enum Positions<'a> {
+    OnHost(&'a [i64]),
+    /// The device address of a list of i64.
+    OnDevice(u64),
 }
 
 /// Returns one or two tensors `[tokens, heads, head_dim]` rotated, in one launch; `None` if the
@@ -34,7 +47,7 @@ impl OnDevice {
 pub fn rotate<const N: usize>(
     of: &Rope,
     tensors: [&Tensor; N],
-    positions: &[i64],
+    positions: Positions<'_>,
 ) -> Result<Option<[Tensor; N]>> {
     const { assert!(N >= 1 && N <= 2) };
     let first = tensors[0];
@@ -50,17 +63,20 @@ pub fn rotate<const N: usize>(
     if !tensors.iter().all(fits) || !rotary.is_multiple_of(16) || rotary > 256 {
         return Ok(None);
     }
-    let on_device = {
-        let mut last = of.cached_on_device.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        match &*last {
-            Some(last) if last.serves(positions, first.device()) => last.clone(),
-            _ => last.insert(OnDevice::new(&of.frequencies, positions, first.device())?).clone(),
-        }
+    let mut cached = of.cached_on_device.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let here = |of: &OnDevice| of.frequencies.device().same_device(first.device());
+    let on_device = match &mut *cached {
+        Some(cached) if here(cached) => cached,
+        cached => cached.insert(OnDevice::new(of, first.device())?),
+    };
+    let positions = match positions {
+        Positions::OnHost(positions) => on_device.positions(positions)?,
+        Positions::OnDevice(address) => address,
     };
     let mut args = RopeArgs {
-        positions: address(&on_device.positions)?,
+        positions,
         frequencies: address(&on_device.frequencies)?,
-        tokens: positions.len() as i32,
+        tokens: first.dims()[0] as i32,
         head_dim: of.head_dim as i32,
         rotary: rotary as i32,
         ..RopeArgs::default()

@@ -5,8 +5,8 @@ use super::sub_batch::SubBatch;
 use crate::{Format, KeyBasis, Rotary};
 use candle_core::{DType, Tensor};
 use longctx_core::{
-    AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result, SeenTokens,
-    SeqId, Step, attention, check_unseen,
+    AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, PreparedDecode,
+    Result, SeenTokens, SeqId, Step, StepLists, attention, check_unseen,
 };
 
 /// When a call's tokens are quantized.
@@ -60,6 +60,8 @@ pub struct QuantCache {
     sink_tokens: usize,
     store: QuantStore,
     seen: SeenTokens,
+    /// Offset of the positions in the lists of the last prepared step.
+    positions: u64,
 }
 
 impl QuantCache {
@@ -77,7 +79,7 @@ impl QuantCache {
         let store = Self::make_store(&spec, format, 0)?;
         let sinks = QuantStore::new(spec.shape, Format::f16())?;
         let (order, seen) = (Order::default(), SeenTokens::default());
-        Ok(Self { spec, format, order, sinks, sink_tokens: 0, store, seen })
+        Ok(Self { spec, format, order, sinks, sink_tokens: 0, store, seen, positions: 0 })
     }
 
     /// Creates the store of the tokens after the first `sinks`.
@@ -228,6 +230,15 @@ impl QuantCache {
         self.store.append_after_attention(step.batch, (q, k, step.v), dtype)
     }
 
+    /// Launches the attention of a prepared step.
+    #[cfg(feature = "cuda")]
+    fn attend_prepared(&mut self, step: &Step<'_>, lists: u64) -> Result<Tensor> {
+        let (q, k) = step.rotate_at(&self.spec, lists + self.positions)?;
+        let unprepared = || Error::Unsupported("a prepared decode step of this cache".into());
+        let state = self.attend_in_store(step, &q, &k)?.ok_or_else(unprepared)?;
+        self.spec.output(state, step.q.dtype())
+    }
+
     /// Attention of tokens that are already in the stores. `split` was made before they were
     /// appended.
     fn attend_packed(
@@ -263,6 +274,10 @@ impl KvCache for QuantCache {
 
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         step.check(&self.spec)?;
+        #[cfg(feature = "cuda")]
+        if let Some(prepared) = step.batch.prepared() {
+            return self.attend_prepared(step, prepared.lists);
+        }
         let (q, k) = step.rotate(&self.spec, |seq| self.seen(seq))?;
         let state = match self.order {
             Order::AttendFirst => match self.attend_in_store(step, &q, &k)? {
@@ -292,6 +307,13 @@ impl KvCache for QuantCache {
         self.append(step, &k)?;
         self.seen.advance(step.batch);
         Ok(())
+    }
+
+    fn prepared_decode(&mut self) -> Option<&mut dyn PreparedDecode> {
+        let prepares = self.order == Order::AttendFirst
+            && self.sink_tokens == 0
+            && self.store.prepares_decode();
+        prepares.then_some(self)
     }
 
     fn needs_lse(&self) -> bool {
@@ -368,5 +390,16 @@ impl KvCache for QuantCache {
         self.sinks.clear();
         self.store.clear();
         self.seen.clear();
+    }
+}
+
+impl PreparedDecode for QuantCache {
+    fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
+        self.store.prepare_decode(batch, lists)?;
+        let positions = batch.positions(|seq| self.seen(seq));
+        let bytes: Vec<u8> = positions.iter().flat_map(|position| position.to_ne_bytes()).collect();
+        self.positions = lists.push_shared(&bytes, bytes.len());
+        self.seen.advance(batch);
+        Ok(())
     }
 }

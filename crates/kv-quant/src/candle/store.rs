@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use longctx_core::attention::with_slice;
 use longctx_core::{
     AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Result,
-    Selection, SeqId, check_range, check_selections,
+    Selection, SeqId, StepLists, check_range, check_selections,
 };
 
 /// Packed keys and values of one layer for many sequences: a [`Pool`] with longctx-core's
@@ -183,6 +183,29 @@ impl QuantStore {
             Storage::Cuda(pool) => pool.append_after_attention(batch, (q, k, v), dtype),
             #[cfg(feature = "cuda")]
             Storage::CudaHalf(_) => Ok(None),
+        }
+    }
+
+    /// Returns whether [`prepare_decode`](Self::prepare_decode) is possible: for packed formats on a
+    /// CUDA device.
+    pub(super) fn prepares_decode(&self) -> bool {
+        match &self.storage {
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(_) => true,
+            _ => false,
+        }
+    }
+
+    /// Takes memory for a token of each sequence, and adds the lists that the kernels of
+    /// [`append_after_attention`](Self::append_after_attention) read.
+    pub(super) fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
+        match &mut self.storage {
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(pool) => pool.prepare_decode(batch, lists),
+            _ => {
+                _ = (batch, lists);
+                Err(Error::Unsupported("a prepared decode step of this store".into()))
+            }
         }
     }
 

@@ -1,17 +1,9 @@
 //! The kernels' arguments, with the fields of the structs in kernels/*.cuh.
 
 longctx_cuda::args! {
-    /// One thread block's share of a kv head: some of its records, or its ring, for a few columns.
-    /// Column c is query `c % queries` of the kv head's query head `c / queries`. An item without
-    /// queries is skipped, so that the list of a captured launch may be longer than needed.
-    ///
-    /// [`AttendKernel::plan`](super::AttendKernel::plan) makes the items from one for each kv head,
-    /// and sets the fields from `first_column` to `merge`. [`Kernels::sums`](super::Kernels::sums)
-    /// reads one item for each kv head.
-    ///
-    /// Addresses are device addresses; 0 means none.
-    pub struct Work: 104, sums at 32, packed at 40 {
-        /// Block table of the kv head: record addresses, u64.
+    /// The memory of a sequence's kv head, by device addresses.
+    pub struct KvHead: 32, valid at 24 {
+        /// Block table: record addresses, u64.
         pub table: u64,
         /// The ring's keys, `[ring, head_dim]`, in the dtype of the queries.
         pub ring_k: u64,
@@ -20,9 +12,23 @@ longctx_cuda::args! {
         /// Which slots are not holes: for each 32 slots a u64, whose lower half has a bit per slot,
         /// and whose upper half is the number of entries before them. 0: there are no holes.
         pub valid: u64,
+    }
+}
+
+longctx_cuda::args! {
+    /// One thread block's share of a kv head: some of its records, or its ring, for a few columns.
+    /// Column c is query `c % queries` of the kv head's query head `c / queries`. An item without
+    /// queries is skipped, so that the list of a captured launch may be longer than needed.
+    ///
+    /// [`AttendKernel::plan`](super::AttendKernel::plan) makes the items from one for each kv head,
+    /// and sets the fields from `first_column` to `merge`. [`Kernels::sums`](super::Kernels::sums)
+    /// reads one item for each kv head.
+    pub struct Work: 72, head at 8, holes at 68 {
         /// Offset of the kv head's sums in the output of [`Kernels::sums`](super::Kernels::sums),
         /// in elements.
         pub sums: i64,
+        /// Index of the kv head's memory in [`AttendArgs::kv_heads`].
+        pub head: i32,
         /// Slots in records.
         pub packed: i32,
         /// Slots in the ring.
@@ -49,12 +55,10 @@ longctx_cuda::args! {
         pub parts: i32,
         /// Index in [`AttendArgs::arrived`].
         pub merge: i32,
-        /// Slots that `valid` covers, a multiple of 32. Later slots are not holes.
+        /// Slots that [`KvHead::valid`] covers, a multiple of 32. Later slots are not holes.
         pub valid_slots: i32,
         /// Number of holes.
         pub holes: i32,
-        /// Padding.
-        pub unused: i32,
     }
 }
 
@@ -64,7 +68,9 @@ longctx_cuda::args! {
     ///
     /// `columns` is [`AttendKernel::columns`](super::AttendKernel::columns), and `parts` and
     /// `merges` are those of the [`Plan`](super::Plan).
-    pub struct AttendArgs: 104, heads at 56, scale at 84 {
+    ///
+    /// Addresses are device addresses; 0 means none.
+    pub struct AttendArgs: 112, heads at 64, scale at 92 {
         /// `[tokens, heads, head_dim]`, contiguous, of dtype `kind`.
         pub q: u64,
         /// Output, `[tokens, heads, head_dim]`, of dtype `out_kind`. Sums: f32, `[heads_per_kv,
@@ -81,6 +87,8 @@ longctx_cuda::args! {
         pub arrived: u64,
         /// Array of [`Work`].
         pub work: u64,
+        /// Array of [`KvHead`], one for each kv head of each sequence.
+        pub kv_heads: u64,
         /// Query heads.
         pub heads: i32,
         /// Query heads of a kv head.
@@ -109,27 +117,20 @@ longctx_cuda::args! {
 }
 
 longctx_cuda::args! {
-    /// The entries to append to a kv head. Slots from `first_new` on are in `new_k` and `new_v`,
+    /// The entries to append to a kv head. Slots from `first_new` on are in the call's tensors,
     /// earlier ones in the ring. Slot s has ring position `(s + shift) % ring`.
-    pub struct FillRow: 104, first_new at 64 {
-        /// The ring's keys, see [`Work::ring_k`].
-        pub ring_k: u64,
-        /// The ring's values.
-        pub ring_v: u64,
-        /// New keys: head_dim elements each, in the dtype of the ring.
-        pub new_k: u64,
-        /// New values.
-        pub new_v: u64,
-        /// Block table of the kv head.
-        pub table: u64,
-        /// Addresses of the new records, u64. Packing writes them to the block table.
-        pub new_records: u64,
-        /// A word, u64, to which packing writes a [`Report`](super::Report) of a group that cannot
-        /// be quantized. It can be in pinned host memory.
-        pub status: u64,
+    pub struct FillRow: 72, first_new at 24 {
         /// Bits for the report, within [`Report::TAG`](super::Report::TAG).
         pub tag: u64,
-        /// First slot in `new_k` and `new_v`.
+        /// Index of the kv head's memory in [`FillArgs::kv_heads`].
+        pub head: i32,
+        /// Index of the sequence's word in [`FillArgs::status`].
+        pub status: i32,
+        /// The kv head in the call's tensors.
+        pub kv_head: i32,
+        /// Token of slot `first_new` in the call's tensors.
+        pub first_token: i32,
+        /// First slot in the call's tensors.
         pub first_new: i32,
         /// See above.
         pub shift: i32,
@@ -139,6 +140,8 @@ longctx_cuda::args! {
         pub move_to: i32,
         /// Block table index of the first new record. Earlier ones are in the table.
         pub first_new_record: i32,
+        /// Index of its address in [`FillArgs::new_records`].
+        pub new_records: i32,
         /// First record whose keys are packed.
         pub key_record: i32,
         /// Number of these records.
@@ -150,17 +153,37 @@ longctx_cuda::args! {
         /// 1: the packed keys are also written back to the ring as they are dequantized. Used for
         /// keys that are packed before their values.
         pub round: i32,
+        /// Padding.
+        pub unused: i32,
     }
 }
 
 longctx_cuda::args! {
     /// The arguments of [`Kernels::pack`](super::Kernels::pack) and
     /// [`Kernels::fill_rings`](super::Kernels::fill_rings).
-    pub struct FillArgs: 48, ring at 16 {
+    /// Addresses and strides, which count elements, are multiples of 16 bytes.
+    pub struct FillArgs: 112, ring at 80 {
         /// Array of [`FillRow`], one for each kv head of each sequence.
         pub rows: u64,
-        /// Stride of the tokens in `new_k` and `new_v`, in elements; a multiple of 8.
-        pub stride: i64,
+        /// Array of [`KvHead`].
+        pub kv_heads: u64,
+        /// New keys, `[tokens, kv_heads, head_dim]`, in the dtype of the rings.
+        pub new_k: u64,
+        /// New values.
+        pub new_v: u64,
+        /// Addresses of the new records, u64. Packing writes them to the block tables.
+        pub new_records: u64,
+        /// Words, u64, to which packing writes a [`Report`](super::Report) of a sequence's group
+        /// that cannot be quantized. They can be in pinned host memory.
+        pub status: u64,
+        /// Token stride of `new_k`.
+        pub k_token: i64,
+        /// Head stride of `new_k`.
+        pub k_head: i64,
+        /// Token stride of `new_v`.
+        pub v_token: i64,
+        /// Head stride of `new_v`.
+        pub v_head: i64,
         /// Capacity of a ring.
         pub ring: i32,
         /// Dtype of new entries and rings. 0: f16; 1: bf16.
@@ -212,7 +235,7 @@ longctx_cuda::args! {
 longctx_cuda::args! {
     /// The slots of a ring that [`Kernels::compact_rings`](super::Kernels::compact_rings) keeps.
     pub struct CompactRow: 48, count at 24 {
-        /// The ring's keys, see [`Work::ring_k`].
+        /// The ring's keys, see [`KvHead::ring_k`].
         pub ring_k: u64,
         /// The ring's values.
         pub ring_v: u64,

@@ -157,7 +157,7 @@ impl AttendKernel {
     ///
     /// # Safety
     /// The addresses must be those of arrays on the stream's device, of the sizes and formats that
-    /// the fields of [`AttendArgs`] and [`Work`] give, until the launched work has finished. Tables
+    /// the fields of [`AttendArgs`], [`Work`] and [`KvHead`](super::KvHead) give, until the launched work has finished. Tables
     /// and lengths must stay within the arrays that they describe.
     pub unsafe fn launch(
         &self,
@@ -283,8 +283,9 @@ impl Kernels {
     /// Checks the arguments and sets those that the layout determines.
     fn with_layout(&self, args: &FillArgs) -> Result<FillArgs> {
         check_kind("dtype of the entries", args.kind, 1)?;
-        if args.stride % 8 != 0 {
-            return Err(Error::mismatch("stride of the entries", "a multiple of 8", args.stride));
+        let strides = [args.k_token, args.k_head, args.v_token, args.v_head];
+        if let Some(stride) = strides.into_iter().find(|stride| stride % 8 != 0) {
+            return Err(Error::mismatch("stride of the entries", "a multiple of 8", stride));
         }
         let (key_scale, value_scale) = self.layout.fixed_scales();
         Ok(FillArgs {

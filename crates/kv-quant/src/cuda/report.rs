@@ -1,10 +1,10 @@
 //! Reports of numbers that cannot be quantized.
 
 /// A group with NaN, an infinity or a range beyond f16's, as [`Kernels::pack`] reports it in the
-/// word at [`FillRow::status`].
+/// word of [`FillArgs::status`].
 ///
 /// [`Kernels::pack`]: super::Kernels::pack
-/// [`FillRow::status`]: super::FillRow::status
+/// [`FillArgs::status`]: super::FillArgs::status
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Report {

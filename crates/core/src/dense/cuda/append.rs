@@ -7,8 +7,16 @@ use candle_core::Tensor;
 use longctx_cuda::Upload;
 use longctx_kernels::paged;
 
+/// The device addresses of an append's lists.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct AppendLists {
+    pub rows: u64,
+    pub tables: u64,
+    pub new_blocks: u64,
+}
+
 /// The blocks that one kv head takes for the tokens of a call.
-struct NewBlocks {
+pub(super) struct NewBlocks {
     /// Block table index of the first block that the head takes.
     first: usize,
     /// The blocks taken. The first may be a copy of the head's shared last block.
@@ -19,7 +27,13 @@ struct NewBlocks {
 
 impl CudaPool {
     pub fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
-        self.append_rows(batch, k, v, None)
+        match self.prepared_for(batch)? {
+            Some(prepared) => {
+                let (k, v) = (self.fit_rows(k)?, self.fit_rows(v)?);
+                self.launch_append((&k, &v), prepared.append, (prepared.heads, 1))
+            }
+            None => self.append_rows(batch, k, v, None),
+        }
     }
 
     pub fn append_selected(
@@ -52,8 +66,7 @@ impl CudaPool {
             match self.write(batch, (&k, &v), tokens, &new_blocks) {
                 Ok(()) => Ok(new_blocks),
                 Err(error) => {
-                    let taken = new_blocks.iter().flat_map(|new| &new.blocks);
-                    taken.for_each(|&block| self.blocks.release(block));
+                    self.give_back(&new_blocks);
                     Err(error)
                 }
             }
@@ -61,6 +74,18 @@ impl CudaPool {
         let new_blocks = done.inspect_err(|_| {
             created.iter().for_each(|seq| drop(self.seqs.remove(seq)));
         })?;
+        self.add_blocks(batch, new_blocks);
+        Ok(())
+    }
+
+    /// Releases blocks that no table names.
+    pub(super) fn give_back(&mut self, new_blocks: &[NewBlocks]) {
+        let taken = new_blocks.iter().flat_map(|new| &new.blocks);
+        taken.for_each(|&block| self.blocks.release(block));
+    }
+
+    /// Adds blocks to the tables of the host, and counts the tokens.
+    pub(super) fn add_blocks(&mut self, batch: &Batch, new_blocks: Vec<NewBlocks>) {
         let mut new_blocks = new_blocks.into_iter();
         for seq in batch.seqs() {
             let tables = self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads);
@@ -70,11 +95,14 @@ impl CudaPool {
                 table.len += new.count;
             }
         }
-        Ok(())
     }
 
     /// Takes the blocks that each kv head of the batch's sequences needs, `[sequences * kv_heads]`.
-    fn grow(&mut self, batch: &Batch, tokens: Option<&[Selection]>) -> Result<Vec<NewBlocks>> {
+    pub(super) fn grow(
+        &mut self,
+        batch: &Batch,
+        tokens: Option<&[Selection]>,
+    ) -> Result<Vec<NewBlocks>> {
         let mut new_blocks = Vec::new();
         for (i, (seq, own)) in batch.iter().enumerate() {
             let counts = tokens.map(|tokens| tokens[i].lens());
@@ -102,15 +130,9 @@ impl CudaPool {
         tokens: Option<&[Selection]>,
         new_blocks: &[NewBlocks],
     ) -> Result<()> {
-        let (stream, kv_heads) = (self.stream(), self.shape.kv_heads);
-        for (seq, new_blocks) in batch.seqs().iter().zip(new_blocks.chunks(kv_heads)) {
-            let blocks = new_blocks.iter().map(|new| new.first + new.blocks.len()).max();
-            if let Some(sequence) = self.seqs.get_mut(seq) {
-                sequence.reserve(&stream, blocks.unwrap_or(0))?;
-            }
-        }
-        let addresses = new_blocks.iter().flat_map(|new| &new.blocks);
-        let addresses: Vec<u64> = addresses.map(|&block| self.blocks.address(block)).collect();
+        let stream = self.stream();
+        self.reserve_tables(batch, new_blocks)?;
+        let addresses = self.new_addresses(new_blocks);
         // The concatenated selections of the host.
         let mut selected: Vec<u32> = Vec::new();
         for selection in tokens.into_iter().flatten().filter(|of| of.entries().is_none()) {
@@ -123,13 +145,47 @@ impl CudaPool {
         let rows = SharedList::new(batch, &stream, rows)?;
         let longest = new_blocks.iter().map(|new| new.count).max().unwrap_or(0);
         let tables = self.tables(batch)?;
+        let of = AppendLists {
+            rows: rows.address(),
+            tables: tables.address(),
+            new_blocks: lists.address() + first_block,
+        };
+        self.launch_append((k, v), of, (rows.list().len(), longest))
+    }
+
+    /// Makes room in the device's tables for new blocks.
+    pub(super) fn reserve_tables(&mut self, batch: &Batch, new_blocks: &[NewBlocks]) -> Result<()> {
+        let (stream, kv_heads) = (self.stream(), self.shape.kv_heads);
+        for (seq, new_blocks) in batch.seqs().iter().zip(new_blocks.chunks(kv_heads)) {
+            let blocks = new_blocks.iter().map(|new| new.first + new.blocks.len()).max();
+            if let Some(sequence) = self.seqs.get_mut(seq) {
+                sequence.reserve(&stream, blocks.unwrap_or(0))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the addresses of all new blocks.
+    pub(super) fn new_addresses(&self, new_blocks: &[NewBlocks]) -> Vec<u64> {
+        let blocks = new_blocks.iter().flat_map(|new| &new.blocks);
+        blocks.map(|&block| self.blocks.address(block)).collect()
+    }
+
+    /// Launches the append of rows of `k` and `v`. `rows`: their number; `longest`: the largest
+    /// number of tokens of one.
+    fn launch_append(
+        &self,
+        (k, v): (&Tensor, &Tensor),
+        lists: AppendLists,
+        (rows, longest): (usize, usize),
+    ) -> Result<()> {
         let stride = |x: &Tensor, dim: usize| (x.stride()[dim] / 8) as i64;
         let args = paged::AppendArgs {
             k: address(k)?,
             v: address(v)?,
-            rows: rows.address(),
-            tables: tables.address(),
-            new_blocks: lists.address() + first_block,
+            rows: lists.rows,
+            tables: lists.tables,
+            new_blocks: lists.new_blocks,
             k_token: stride(k, 0),
             k_head: stride(k, 1),
             v_token: stride(v, 0),
@@ -139,12 +195,12 @@ impl CudaPool {
         };
         // SAFETY: the tables have room for the blocks, the blocks have room for the entries, the
         // tensors have the rows, and the stream frees no memory before this launch has used it.
-        Ok(unsafe { paged::append(&stream, &args, (rows.list().len(), longest)) }?)
+        Ok(unsafe { paged::append(&self.stream(), &args, (rows, longest)) }?)
     }
 
     /// Returns a row for each kv head of the batch's sequences, and copies shared last blocks.
     /// `selected`: device address of the selections of the host.
-    fn rows(
+    pub(super) fn rows(
         &self,
         batch: &Batch,
         tokens: Option<&[Selection]>,

@@ -9,7 +9,7 @@ use longctx_kernels::{PAGE, PrefillArgs, prefill};
 
 /// The largest number of query heads per kv head times queries for the decode kernel. It reads the
 /// keys once for every few columns; beyond this number, tiles that share the keys are faster.
-const MAX_COLUMNS: usize = 16;
+pub(super) const MAX_COLUMNS: usize = 16;
 
 /// Keys and values of each sequence and kv head, as the prefill kernels read them.
 struct Pages {

@@ -1,6 +1,6 @@
 //! Attention of a few queries over blocks: one launch that follows a plan.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::CudaPool;
 use crate::cuda::{address, out_kind};
@@ -12,7 +12,7 @@ use longctx_kernels::paged::{self, AttendWork, Plan, TILE};
 
 /// The properties of a call that determine its plan, besides the lengths.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Sizes {
+pub(super) struct Sizes {
     /// Address of the stream, whose order protects the workspace.
     stream: usize,
     heads_per_kv: usize,
@@ -22,26 +22,77 @@ struct Sizes {
     slots: usize,
 }
 
-/// A plan and its workspace for all layers with the same lengths.
-struct SharedPlan {
+/// A plan for all layers with the same lengths.
+pub(super) struct SharedPlan {
     sizes: Sizes,
     heads: Vec<AttendWork>,
-    plan: Plan,
+    pub plan: Plan,
+    on_device: OnceLock<OnDevice>,
+}
+
+/// A plan's list and workspace.
+struct OnDevice {
     work: Uploaded,
     parts: CudaSlice<f32>,
     arrived: CudaSlice<u32>,
 }
 
 impl SharedPlan {
-    fn new(stream: &Arc<CudaStream>, sizes: Sizes, heads: Vec<AttendWork>) -> Result<Self> {
+    fn new(sizes: Sizes, heads: Vec<AttendWork>) -> Self {
         let plan = Plan::new(&heads, sizes.heads_per_kv, sizes.columns, sizes.slots);
-        let work = upload(stream, &plan.work)?;
-        let count = plan.parts * sizes.columns * (sizes.head_dim + 2);
-        // SAFETY: the kernel writes every element that it reads.
-        let parts = unsafe { stream.alloc::<f32>(count) }?;
-        let arrived = stream.alloc_zeros::<u32>(plan.merges)?;
-        Ok(Self { sizes, heads, plan, work, parts, arrived })
+        Self { sizes, heads, plan, on_device: OnceLock::new() }
     }
+
+    pub fn columns(&self) -> usize {
+        self.sizes.columns
+    }
+
+    /// Returns the largest numbers of work items and merges of a plan for as many heads.
+    pub fn limits(&self) -> (usize, usize) {
+        let merges = self.heads.len() * self.sizes.heads_per_kv.div_ceil(self.sizes.columns);
+        (self.sizes.slots + merges, merges)
+    }
+
+    /// Returns the addresses of the list and the workspace, which the first call creates.
+    fn launch(&self, stream: &Arc<CudaStream>) -> Result<AttendLaunch> {
+        let Sizes { columns, head_dim, .. } = self.sizes;
+        let on_device = match self.on_device.get() {
+            Some(on_device) => on_device,
+            None => {
+                let work = upload(stream, &self.plan.work)?;
+                let count = parts_len(self.plan.parts, columns, head_dim);
+                // SAFETY: the kernel writes every element that it reads.
+                let parts = unsafe { stream.alloc::<f32>(count) }?;
+                let arrived = stream.alloc_zeros::<u32>(self.plan.merges)?;
+                self.on_device.get_or_init(|| OnDevice { work, parts, arrived })
+            }
+        };
+        Ok(AttendLaunch {
+            work: on_device.work.address(),
+            items: self.plan.work.len(),
+            arrived: on_device.arrived.device_ptr(stream).0,
+            parts: on_device.parts.device_ptr(stream).0,
+            max_parts: self.plan.parts,
+            columns,
+        })
+    }
+}
+
+/// Returns the elements of a workspace for `parts` partial results.
+pub(super) fn parts_len(parts: usize, columns: usize, head_dim: usize) -> usize {
+    parts * columns * (head_dim + 2)
+}
+
+/// The work list and the workspace of a launch, by device addresses.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct AttendLaunch {
+    pub work: u64,
+    pub items: usize,
+    pub arrived: u64,
+    pub parts: u64,
+    /// Partial results that the workspace has room for.
+    pub max_parts: usize,
+    pub columns: usize,
 }
 
 impl CudaPool {
@@ -65,7 +116,11 @@ impl CudaPool {
         mask: Mask<'_>,
         (out, lse): (&Tensor, Option<&Tensor>),
     ) -> Result<()> {
-        let (stream, shape, head_dim) = (self.stream(), &self.shape, self.shape.head_dim);
+        if let Some(prepared) = self.prepared_for(batch)? {
+            let (launch, tables) = (prepared.attend, prepared.append.tables);
+            return self.launch_attend(q, mask, (out, lse), launch, tables);
+        }
+        let stream = self.stream();
         let lists = match mask {
             Mask::Entries(ranges) => self.lists(batch, ranges),
             _ => Vec::new(),
@@ -73,38 +128,69 @@ impl CudaPool {
         let entries: Vec<u32> = lists.iter().flat_map(|(_, _, list)| list).copied().collect();
         let entries = upload(&stream, &entries)?;
         let lens: Vec<usize> = lists.iter().map(|(_, _, list)| list.len()).collect();
-        let window = shape.window.filter(|_| mask == Mask::Causal);
-        let heads = self.heads(batch, window, (entries.address(), &lens));
+        let plan = self.plan(batch, mask, (entries.address(), &lens))?;
+        let tables = self.tables(batch)?;
+        self.launch_attend(q, mask, (out, lse), plan.launch(&stream)?, tables.address())
+    }
+
+    /// Returns the plan of attention, which layers with equal lengths share. If there are lists of
+    /// entries, `lists` is their address and lengths.
+    pub(super) fn plan(
+        &self,
+        batch: &Batch,
+        mask: Mask<'_>,
+        lists: (u64, &[usize]),
+    ) -> Result<Arc<SharedPlan>> {
+        let heads = self.heads(batch, self.window(mask), lists);
+        let sizes = self.sizes(batch)?;
+        let fits = |of: &SharedPlan| of.sizes == sizes && of.heads == heads;
+        batch.shared(fits, || Ok(SharedPlan::new(sizes, heads.clone())))
+    }
+
+    /// Returns the properties of a plan. Once it has succeeded for a number of columns it does not
+    /// fail for the same.
+    pub(super) fn sizes(&self, batch: &Batch) -> Result<Sizes> {
+        let (stream, shape, head_dim) = (self.stream(), &self.shape, self.shape.head_dim);
         let columns = paged::columns(shape.heads_per_kv(), batch.max_seqlen());
-        let half = self.half();
-        let sizes = Sizes {
+        Ok(Sizes {
             stream: stream.cu_stream() as usize,
             heads_per_kv: shape.heads_per_kv(),
             head_dim,
             columns,
-            slots: paged::attend_slots(stream.context(), half, head_dim, columns)?,
-        };
-        let fits = |of: &SharedPlan| of.sizes == sizes && of.heads == heads;
-        let make = || SharedPlan::new(&stream, sizes, heads.clone());
-        let SharedPlan { plan, work, parts, arrived, .. } = &*batch.shared(fits, make)?;
-        let tables = self.tables(batch)?;
-        let part_out = parts.device_ptr(&stream).0;
-        let of_parts = 4 * (plan.parts * columns) as u64;
-        let part_max = part_out + head_dim as u64 * of_parts;
+            slots: paged::attend_slots(stream.context(), self.half(), head_dim, columns)?,
+        })
+    }
+
+    /// Returns the sliding window of a call, if it has one.
+    fn window(&self, mask: Mask<'_>) -> Option<usize> {
+        self.shape.window.filter(|_| mask == Mask::Causal)
+    }
+
+    fn launch_attend(
+        &self,
+        q: &Tensor,
+        mask: Mask<'_>,
+        (out, lse): (&Tensor, Option<&Tensor>),
+        launch: AttendLaunch,
+        tables: u64,
+    ) -> Result<()> {
+        let (shape, head_dim) = (&self.shape, self.shape.head_dim);
+        let of_parts = 4 * (launch.max_parts * launch.columns) as u64;
+        let part_max = launch.parts + head_dim as u64 * of_parts;
         let args = paged::AttendArgs {
             q: address(q)?,
             out: address(out)?,
             lse: lse.map_or(Ok(0), address)?,
-            part_out,
+            part_out: launch.parts,
             part_max,
             part_sum: part_max + of_parts,
-            arrived: arrived.device_ptr(&stream).0,
-            work: work.address(),
-            tables: tables.address(),
+            arrived: launch.arrived,
+            work: launch.work,
+            tables,
             heads: shape.heads as i32,
             heads_per_kv: shape.heads_per_kv() as i32,
             causal: (mask == Mask::Causal).into(),
-            window: window.map_or(0, |window| window.min(1 << 30) as i32),
+            window: self.window(mask).map_or(0, |window| window.min(1 << 30) as i32),
             scale: shape.scale,
             soft_cap: shape.soft_cap.unwrap_or(0.0),
             head_dim: head_dim as i32,
@@ -112,7 +198,8 @@ impl CudaPool {
         };
         // SAFETY: the tables name blocks of the pool, all arrays have the sizes that the kernel
         // expects, and the stream frees no memory before it has used it.
-        Ok(unsafe { paged::attend(&stream, half, &args, (plan.work.len(), columns)) }?)
+        let size = (launch.items, launch.columns);
+        Ok(unsafe { paged::attend(&self.stream(), self.half(), &args, size) }?)
     }
 
     /// Returns a work item for each kv head of the batch's sequences. If there are lists of entries,

@@ -29,20 +29,29 @@ impl CudaPool {
     /// Returns the tables of a batch. Copies them to the device if they are not those of the last
     /// call.
     pub(super) fn tables(&self, batch: &Batch) -> Result<Arc<Tables>> {
+        let of_seqs = self.seq_tables(batch);
+        let mut last = self.last_tables.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(last) = last.as_ref().filter(|last| last.of_seqs == of_seqs) {
+            return Ok(last.clone());
+        }
+        let uploaded = upload(&self.stream(), &self.head_tables(&of_seqs))?;
+        Ok(last.insert(Arc::new(Tables { of_seqs, uploaded })).clone())
+    }
+
+    /// Returns the address of each sequence's first table and the bytes of a table.
+    pub(super) fn seq_tables(&self, batch: &Batch) -> Vec<(u64, u64)> {
         let stream = self.stream();
         let of_seq = |seq| match self.seqs.get(seq) {
             Some(sequence) => (sequence.address(&stream, 0), 8 * sequence.max_blocks as u64),
             None => (0, 0),
         };
-        let of_seqs: Vec<_> = batch.seqs().iter().map(of_seq).collect();
-        let mut last = self.last_tables.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(last) = last.as_ref().filter(|last| last.of_seqs == of_seqs) {
-            return Ok(last.clone());
-        }
+        batch.seqs().iter().map(of_seq).collect()
+    }
+
+    /// Returns the address of each kv head's table.
+    pub(super) fn head_tables(&self, of_seqs: &[(u64, u64)]) -> Vec<u64> {
         let heads = 0..self.shape.kv_heads as u64;
         let of_heads = |&(first, bytes): &(u64, u64)| heads.clone().map(move |i| first + i * bytes);
-        let addresses: Vec<u64> = of_seqs.iter().flat_map(of_heads).collect();
-        let uploaded = upload(&stream, &addresses)?;
-        Ok(last.insert(Arc::new(Tables { of_seqs, uploaded })).clone())
+        of_seqs.iter().flat_map(of_heads).collect()
     }
 }

@@ -1,58 +1,74 @@
 //! Attention over the records and rings of many sequences, in one launch.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::CudaPool;
+use super::memory::Heads;
 use super::tensors::{address, kind};
-use crate::cuda::{AttendArgs, Plan, Sizes, Work};
+use crate::cuda::{AttendArgs, AttendKernel, Plan, Sizes, Work};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::cuda::out_kind;
 use longctx_core::{AttentionState, Batch, Error, Mask, Result, SeqId};
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
-use longctx_cuda::upload;
+use longctx_cuda::{Uploaded, upload};
 
-/// A plan and its workspace for all layers with the same lengths. In its work items `table` is an
-/// index of a kv head, `[sequences * kv_heads]`, and the other addresses are 0, because each layer
-/// has its own.
-struct SharedPlan {
+/// A plan for all layers with the same lengths.
+pub(super) struct SharedPlan {
     /// Address of the stream, whose order protects the workspace.
     stream: usize,
     head_dim: usize,
     sizes: Sizes,
     heads: Vec<Work>,
-    plan: Plan,
+    pub plan: Plan,
+    on_device: OnceLock<OnDevice>,
+}
+
+/// A plan's list and workspace.
+struct OnDevice {
+    work: Uploaded,
     parts: CudaSlice<f32>,
     arrived: CudaSlice<u32>,
 }
 
 impl SharedPlan {
-    fn new(
-        stream: &Arc<CudaStream>,
-        head_dim: usize,
-        heads: Vec<Work>,
-        sizes: Sizes,
-    ) -> Result<Self> {
-        let plan = Plan::new(&heads, sizes);
-        // SAFETY: the kernel writes every element that it reads.
-        let parts = unsafe { stream.alloc::<f32>(plan.parts * sizes.columns * (head_dim + 1)) }?;
-        let arrived = stream.alloc_zeros::<u32>(plan.merges)?;
-        let stream = stream.cu_stream() as usize;
-        Ok(Self { stream, head_dim, sizes, heads, plan, parts, arrived })
-    }
-
-    /// Returns the work items of a layer with these kv heads.
-    fn work(&self, heads: &[Work]) -> Vec<Work> {
-        let of_layer = |work: &Work| {
-            let Work { table, ring_k, ring_v, valid, .. } = heads[work.table as usize];
-            Work { table, ring_k, ring_v, valid, ..*work }
+    /// Returns the addresses of the list and the workspace, which the first call creates.
+    fn launch(&self, stream: &Arc<CudaStream>) -> Result<AttendLaunch> {
+        let columns = self.sizes.columns;
+        let on_device = match self.on_device.get() {
+            Some(on_device) => on_device,
+            None => {
+                let work = upload(stream, &self.plan.work)?;
+                let count = parts_len(self.plan.parts, columns, self.head_dim);
+                // SAFETY: the kernel writes every element that it reads.
+                let parts = unsafe { stream.alloc::<f32>(count) }?;
+                let arrived = stream.alloc_zeros::<u32>(self.plan.merges)?;
+                self.on_device.get_or_init(|| OnDevice { work, parts, arrived })
+            }
         };
-        self.plan.work.iter().map(of_layer).collect()
+        Ok(AttendLaunch {
+            work: on_device.work.address(),
+            items: self.plan.work.len(),
+            arrived: on_device.arrived.device_ptr(stream).0,
+            parts: on_device.parts.device_ptr(stream).0,
+            max_parts: self.plan.parts,
+        })
     }
 }
 
-/// Returns a kv head's work item with its index instead of addresses.
-fn numbered((i, head): (usize, &Work)) -> Work {
-    Work { table: i as u64, ring_k: 0, ring_v: 0, valid: 0, ..*head }
+/// Returns the elements of a workspace for `parts` partial results.
+pub(super) fn parts_len(parts: usize, columns: usize, head_dim: usize) -> usize {
+    parts * columns * (head_dim + 1)
+}
+
+/// The work list and the workspace of a launch, by device addresses.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct AttendLaunch {
+    pub work: u64,
+    pub items: usize,
+    pub arrived: u64,
+    pub parts: u64,
+    /// Partial results that the workspace has room for.
+    pub max_parts: usize,
 }
 
 impl CudaPool {
@@ -74,7 +90,7 @@ impl CudaPool {
             _ => None,
         };
         let unpacked = match mask {
-            Mask::Full => self.attend_unpacked(batch, &q, &mut heads)?,
+            Mask::Full => self.attend_unpacked(batch, &q, &mut heads.work)?,
             _ => None,
         };
         let state = match unpacked {
@@ -91,46 +107,68 @@ impl CudaPool {
         batch: &Batch,
         q: &Tensor,
         mask: Mask<'_>,
-        heads: &[Work],
+        heads: &Heads,
         state: &AttentionState,
     ) -> Result<()> {
-        let queries = heads.iter().map(|head| head.queries as usize).max().unwrap_or(0);
+        let queries = heads.work.iter().map(|head| head.queries as usize).max().unwrap_or(0);
         if queries == 0 {
             return Ok(());
         }
-        let (stream, d, heads_per_kv) =
-            (self.stream(), self.shape.head_dim, self.shape.heads_per_kv());
-        let kernel = self.kernels.attend(heads_per_kv * queries);
+        let kernel = self.kernels.attend(self.shape.heads_per_kv() * queries);
+        let launch = self.plan(batch, kernel, mask, &heads.work)?.launch(&self.stream())?;
+        let memory = self.memory_on_device(&heads.memory)?;
+        self.launch_attend(kernel, q, mask, state, (launch, memory.address()))
+    }
+
+    /// Returns the plan of attention, which layers with equal lengths share.
+    pub(super) fn plan(
+        &self,
+        batch: &Batch,
+        kernel: &AttendKernel,
+        mask: Mask<'_>,
+        heads: &[Work],
+    ) -> Result<Arc<SharedPlan>> {
         let window = self.shape.window.filter(|_| mask == Mask::Causal);
-        let sizes = kernel.sizes(heads_per_kv, window);
+        let sizes = kernel.sizes(self.shape.heads_per_kv(), window);
+        let (stream, head_dim) = (self.stream().cu_stream() as usize, self.shape.head_dim);
         let same = |of: &SharedPlan| {
-            (of.stream, of.head_dim, of.sizes) == (stream.cu_stream() as usize, d, sizes)
-                && heads.iter().enumerate().map(numbered).eq(of.heads.iter().copied())
+            (of.stream, of.head_dim, of.sizes) == (stream, head_dim, sizes) && of.heads == heads
         };
-        let shared = batch.shared(same, || {
-            SharedPlan::new(&stream, d, heads.iter().enumerate().map(numbered).collect(), sizes)
-        })?;
-        let SharedPlan { plan, parts, arrived, .. } = &*shared;
-        let work = upload(&stream, &shared.work(heads))?;
-        let part_out = parts.device_ptr(&stream).0;
+        batch.shared(same, || {
+            let (plan, on_device) = (Plan::new(heads, sizes), OnceLock::new());
+            Ok(SharedPlan { stream, head_dim, sizes, heads: heads.to_vec(), plan, on_device })
+        })
+    }
+
+    /// Launches attention with a work list and the heads' memory.
+    pub(super) fn launch_attend(
+        &self,
+        kernel: &AttendKernel,
+        q: &Tensor,
+        mask: Mask<'_>,
+        state: &AttentionState,
+        (launch, kv_heads): (AttendLaunch, u64),
+    ) -> Result<()> {
+        let of_outs = 4 * (launch.max_parts * kernel.columns() * self.shape.head_dim) as u64;
         let args = AttendArgs {
             q: address(q)?,
             out: address(&state.out)?,
             lse: address(&state.lse)?,
-            part_out,
-            part_lse: part_out + 4 * (plan.parts * kernel.columns() * d) as u64,
-            arrived: arrived.device_ptr(&stream).0,
-            work: work.address(),
+            part_out: launch.parts,
+            part_lse: launch.parts + of_outs,
+            arrived: launch.arrived,
+            work: launch.work,
+            kv_heads,
             out_kind: out_kind(&state.out)?,
             ..self.score_args(mask)
         };
         // SAFETY: the arrays have the sizes that the kernel expects, and a stream runs its
         // operations in order.
-        Ok(unsafe { kernel.launch(&stream, &args, plan.work.len()) }?)
+        Ok(unsafe { kernel.launch(&self.stream(), &args, launch.items) }?)
     }
 
     /// Allocates outputs and log-sum-exps.
-    fn outputs(&self, batch: &Batch, dtype: DType) -> Result<AttentionState> {
+    pub(super) fn outputs(&self, batch: &Batch, dtype: DType) -> Result<AttentionState> {
         let (tokens, heads, d) = (batch.tokens(), self.shape.heads, self.shape.head_dim);
         let device = Device::Cuda(self.device.clone());
         // SAFETY: the kernel writes every element of both.
@@ -139,13 +177,13 @@ impl CudaPool {
         Ok(AttentionState { out, lse })
     }
 
-    /// Returns the checked queries in the pool's dtype, and their work items.
+    /// Returns the checked queries in the pool's dtype, and the heads of their sequences.
     pub(super) fn queries(
         &self,
         batch: &Batch,
         q: &Tensor,
         mask: Mask<'_>,
-    ) -> Result<(Tensor, Vec<Work>)> {
+    ) -> Result<(Tensor, Heads)> {
         let tokens = self.shape.check_q(q)?;
         if tokens != batch.tokens() {
             return Err(Error::mismatch("tokens of q", batch.tokens(), tokens));

@@ -6,6 +6,7 @@ use super::status::Status;
 use super::tensors::{address, kind};
 use crate::cuda::{FillArgs, FillRow, TILE};
 use candle_core::{DType, Tensor};
+use longctx_core::cuda::SharedList;
 use longctx_core::{AttentionState, Batch, Error, Mask, Result, Selection, SeqId};
 use longctx_cuda::upload;
 
@@ -14,21 +15,44 @@ const NONE: i32 = i32::MAX;
 
 /// A call's keys and values in the pool's dtype, and the tokens that each head appends.
 struct New {
-    /// Keys, in rows of head_dim elements.
+    /// Keys, `[tokens, kv_heads, head_dim]`.
     k: Tensor,
     v: Tensor,
-    /// Number of rows from a head's token to its next.
-    stride: usize,
-    /// The first row that each head appends, `[sequences * kv_heads]`.
-    firsts: Vec<usize>,
-    /// Number of tokens that each head appends, `[sequences * kv_heads]`.
-    counts: Vec<usize>,
+    tokens: Tokens,
+}
+
+/// The tokens that each head appends, `[sequences * kv_heads]`.
+pub(super) struct Tokens {
+    /// The first token and the kv head in the call's tensors.
+    firsts: Vec<(usize, usize)>,
+    pub counts: Vec<usize>,
 }
 
 /// How far the heads of a sequence are to be packed, `[kv_heads]`.
-struct Goal {
+pub(super) struct Goal {
     seq: SeqId,
+    /// Index of the sequence in the batch.
+    index: usize,
     heads: Vec<Packed>,
+}
+
+/// The rows that pack entries of the rings.
+pub(super) struct Packing {
+    pub rows: Vec<FillRow>,
+    /// Addresses of the new records.
+    pub new_records: Vec<u64>,
+    pub goals: Vec<Goal>,
+}
+
+/// The size of a launch.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct FillSizes {
+    pub rows: usize,
+    /// The largest numbers of key records and value tiles that a row packs.
+    pub records: usize,
+    pub tiles: usize,
+    /// The largest number of entries that a row copies to a ring.
+    pub entries: usize,
 }
 
 impl CudaPool {
@@ -55,7 +79,7 @@ impl CudaPool {
         for ((_, own), selection) in batch.iter().zip(tokens) {
             let lists = selection.check(&vec![own.len(); kv_heads])?;
             for (head, list) in lists.iter().enumerate() {
-                firsts.push(rows.len());
+                firsts.push((rows.len(), 0));
                 counts.push(list.len());
                 let row = |&token: &u32| ((own.start + token as usize) * kv_heads + head) as u32;
                 rows.extend(list.iter().map(row));
@@ -68,16 +92,16 @@ impl CudaPool {
         let dtype = self.dtype_of(k);
         let gather = |x: &Tensor| -> Result<Tensor> {
             let x = x.contiguous()?.reshape(((), self.shape.head_dim))?.index_select(&rows, 0)?;
-            self.fit(&x, dtype)
+            self.fit(&x.unsqueeze(1)?, dtype)
         };
         let (k, v) = (gather(k)?, gather(v)?);
-        self.append_new(batch, &New { k, v, stride: 1, firsts, counts })
+        self.append_new(batch, &New { k, v, tokens: Tokens { firsts, counts } })
     }
 
     fn append_new(&mut self, batch: &Batch, new: &New) -> Result<()> {
         self.dtype = Some(new.k.dtype());
-        let begun = self.make_room(batch, &new.counts)?;
-        let done = if self.fits(batch, &new.counts) {
+        let begun = self.make_room(batch, &new.tokens.counts)?;
+        let done = if self.fits(batch, &new.tokens.counts) {
             self.fill(batch, new).and_then(|()| self.pack(batch))
         } else {
             self.append_many(batch, new)
@@ -98,6 +122,9 @@ impl CudaPool {
         (q, k, v): (&Tensor, &Tensor, &Tensor),
         dtype: DType,
     ) -> Result<Option<AttentionState>> {
+        if let Some(prepared) = self.prepared_for(batch)? {
+            return Ok(Some(self.run_prepared(batch, &prepared, (q, k, v), dtype)?));
+        }
         if !self.fits(batch, &self.counts(batch)) {
             return Ok(None);
         }
@@ -105,7 +132,7 @@ impl CudaPool {
         let new = self.all(batch, k, v)?;
         self.shape.check_q(q)?;
         self.dtype = Some(new.k.dtype());
-        let begun = self.make_room(batch, &new.counts)?;
+        let begun = self.make_room(batch, &new.tokens.counts)?;
         let done = self.fill(batch, &new).and_then(|()| {
             let state = self.attend_in(batch, q, Mask::Causal, dtype)?;
             self.pack(batch)?;
@@ -138,7 +165,7 @@ impl CudaPool {
     }
 
     /// Returns the dtype in which a call's entries are held.
-    fn dtype_of(&self, k: &Tensor) -> DType {
+    pub(super) fn dtype_of(&self, k: &Tensor) -> DType {
         match self.dtype {
             Some(dtype) if !self.seqs.is_empty() => dtype,
             _ if k.dtype() == DType::BF16 => DType::BF16,
@@ -148,28 +175,28 @@ impl CudaPool {
 
     /// Returns all tokens of a call, for every head.
     fn all(&self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<New> {
-        let (dtype, kv_heads) = (self.dtype_of(k), self.shape.kv_heads);
-        let of_seq = |(_, tokens): (u64, std::ops::Range<usize>)| {
-            (0..kv_heads).map(move |head| tokens.start * kv_heads + head)
+        let dtype = self.dtype_of(k);
+        let (k, v) = (self.fit_rows(k, dtype)?, self.fit_rows(v, dtype)?);
+        Ok(New { k, v, tokens: self.all_tokens(batch) })
+    }
+
+    pub(super) fn all_tokens(&self, batch: &Batch) -> Tokens {
+        let kv_heads = self.shape.kv_heads;
+        let of_seq = |(_, tokens): (SeqId, std::ops::Range<usize>)| {
+            (0..kv_heads).map(move |head| (tokens.start, head))
         };
-        Ok(New {
-            k: self.fit(k, dtype)?,
-            v: self.fit(v, dtype)?,
-            stride: kv_heads,
-            firsts: batch.iter().flat_map(of_seq).collect(),
-            counts: self.counts(batch),
-        })
+        Tokens { firsts: batch.iter().flat_map(of_seq).collect(), counts: self.counts(batch) }
     }
 
     fn fill(&mut self, batch: &Batch, new: &New) -> Result<()> {
-        let rows = self.ring_rows(batch, new)?;
-        self.launch_fill(rows, new.stride, &[], Step::Rings)?;
-        self.advance(batch, &new.counts);
+        let rows = self.ring_rows(batch, &new.tokens);
+        self.fill_from(batch, rows, Some(new), &[], Step::Rings)?;
+        self.advance(batch, &new.tokens.counts);
         Ok(())
     }
 
     /// Counts a call's tokens.
-    fn advance(&mut self, batch: &Batch, counts: &[usize]) {
+    pub(super) fn advance(&mut self, batch: &Batch, counts: &[usize]) {
         let (ring, mut counts) = (self.ring_places(), counts.iter());
         for seq in batch.seqs() {
             for head in self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads) {
@@ -181,12 +208,20 @@ impl CudaPool {
 
     /// Packs the entries of the rings that the format no longer keeps in full precision.
     fn pack(&mut self, batch: &Batch) -> Result<()> {
+        let Packing { rows, new_records, goals } = self.packing(batch)?;
+        self.fill_from(batch, rows, None, &new_records, Step::Records)?;
+        self.note(goals);
+        Ok(())
+    }
+
+    /// Returns the rows that pack entries of the rings, and takes their records.
+    pub(super) fn packing(&mut self, batch: &Batch) -> Result<Packing> {
         let mut goals = self.goals(batch, None);
         goals.retain(|goal| self.seqs.get(&goal.seq).is_some_and(|of| goal.changes(&of.heads)));
         let new_records = self.take(&goals)?;
         let (group, mut rows, mut taken) = (self.layout.group(), Vec::new(), 0);
-        for Goal { seq, heads } in &goals {
-            self.for_each_head(*seq, |i, head, mut row| {
+        for Goal { seq, index, heads } in &goals {
+            self.for_each_head(*seq, *index, |i, head, mut row| {
                 set_packing(&mut row, head.packed, heads[i], group, &mut taken);
                 row.round = (heads[i].keys > heads[i].values) as i32;
                 if row.key_records + row.value_tiles > 0 {
@@ -194,18 +229,16 @@ impl CudaPool {
                 }
             });
         }
-        self.launch_fill(rows, 0, &new_records, Step::Records)?;
-        self.note(goals);
-        Ok(())
+        Ok(Packing { rows, new_records, goals })
     }
 
     /// Appends more tokens than fit in the rings: packs them from the call's tensors, and copies
     /// the newest to the rings.
     fn append_many(&mut self, batch: &Batch, new: &New) -> Result<()> {
-        let goals = self.goals(batch, Some(&new.counts));
+        let goals = self.goals(batch, Some(&new.tokens.counts));
         let new_records = self.take(&goals)?;
         let (group, ring, mut taken) = (self.layout.group(), self.ring_places(), 0);
-        let mut rows = self.ring_rows(batch, new)?;
+        let mut rows = self.ring_rows(batch, &new.tokens);
         let held = batch.seqs().iter().filter_map(|seq| self.seqs.get(seq));
         let held = held.flat_map(|sequence| &sequence.heads);
         let ends = goals.iter().flat_map(|goal| &goal.heads);
@@ -213,7 +246,8 @@ impl CudaPool {
             set_packing(row, head.packed, *end, group, &mut taken);
             row.move_from = row.move_from.max(row.move_to - ring as i32);
         }
-        let rows = self.launch_fill(rows, new.stride, &new_records, Step::RecordsThenRings)?;
+        let step = Step::RecordsThenRings;
+        self.fill_from(batch, rows.clone(), Some(new), &new_records, step)?;
         // Keys that are packed before their values are in the ring with their quantized values.
         let ahead = rows.into_iter().zip(ends).map(|(row, goal)| {
             let first = (goal.values / group).max(row.key_record as usize);
@@ -229,8 +263,8 @@ impl CudaPool {
             }
         });
         let ahead = ahead.filter(|row| row.key_records > 0).collect();
-        self.launch_fill(ahead, 0, &[], Step::Records)?;
-        self.advance(batch, &new.counts);
+        self.fill_from(batch, ahead, None, &[], Step::Records)?;
+        self.advance(batch, &new.tokens.counts);
         self.note(goals);
         Ok(())
     }
@@ -244,7 +278,7 @@ impl CudaPool {
             let of_head = |(i, head): (usize, &Head)| {
                 head.packed_at(self.device_format, head.slots + more(i))
             };
-            Goal { seq: *seq, heads: heads.map(of_head).collect() }
+            Goal { seq: *seq, index: i, heads: heads.map(of_head).collect() }
         };
         batch.seqs().iter().enumerate().map(of).collect()
     }
@@ -252,7 +286,7 @@ impl CudaPool {
     /// Takes the records that the goals need. Returns their addresses.
     fn take(&mut self, goals: &[Goal]) -> Result<Vec<u64>> {
         let (group, mut new_records) = (self.layout.group(), Vec::new());
-        for Goal { seq, heads: goals } in goals {
+        for Goal { seq, heads: goals, .. } in goals {
             let heads = self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads);
             for (head, goal) in heads.zip(goals) {
                 let held = head.table.numbers().len();
@@ -265,8 +299,9 @@ impl CudaPool {
         Ok(new_records)
     }
 
-    fn note(&mut self, goals: Vec<Goal>) {
-        for Goal { seq, heads: goals } in goals {
+    /// Counts the entries that are packed.
+    pub(super) fn note(&mut self, goals: Vec<Goal>) {
+        for Goal { seq, heads: goals, .. } in goals {
             let heads = self.seqs.get_mut(&seq).into_iter().flat_map(|of| &mut of.heads);
             heads.zip(goals).for_each(|(head, goal)| head.packed = goal);
         }
@@ -274,38 +309,39 @@ impl CudaPool {
 
     /// Returns a row per kv head of the batch's sequences, which copies the call's tokens to the
     /// ring. All sequences exist.
-    fn ring_rows(&self, batch: &Batch, new: &New) -> Result<Vec<FillRow>> {
-        let (k, v, d) = (address(&new.k)?, address(&new.v)?, self.shape.head_dim);
-        let mut rows = Vec::with_capacity(new.counts.len());
-        for &seq in batch.seqs() {
-            self.for_each_head(seq, |_, head, row| {
+    pub(super) fn ring_rows(&self, batch: &Batch, tokens: &Tokens) -> Vec<FillRow> {
+        let mut rows = Vec::with_capacity(tokens.counts.len());
+        for (index, &seq) in batch.seqs().iter().enumerate() {
+            self.for_each_head(seq, index, |_, head, row| {
                 let (i, slots) = (rows.len(), head.slots as i32);
-                let offset = 2 * (new.firsts[i] * d) as u64;
+                let (first_token, kv_head) = tokens.firsts[i];
                 rows.push(FillRow {
-                    new_k: k + offset,
-                    new_v: v + offset,
+                    first_token: first_token as i32,
+                    kv_head: kv_head as i32,
                     first_new: slots,
                     move_from: slots,
-                    move_to: slots + new.counts[i] as i32,
+                    move_to: slots + tokens.counts[i] as i32,
                     ..row
                 });
             });
         }
-        Ok(rows)
+        rows
     }
 
-    /// Calls `visit` with each kv head of a sequence, its index, and a row without entries.
-    fn for_each_head(&self, seq: SeqId, mut visit: impl FnMut(usize, &Head, FillRow)) {
+    /// Calls `visit` with each kv head of the batch's sequence `index`, its index in the sequence,
+    /// and a row without entries.
+    fn for_each_head(
+        &self,
+        seq: SeqId,
+        index: usize,
+        mut visit: impl FnMut(usize, &Head, FillRow),
+    ) {
         let Some(sequence) = self.seqs.get(&seq) else { return };
-        let all = sequence.addresses(&self.stream(), self.ring_numbers());
         for (kv_head, head) in sequence.heads.iter().enumerate() {
-            let at = all.of_head(kv_head);
             let row = FillRow {
-                ring_k: at.ring_k,
-                ring_v: at.ring_v,
-                table: at.table,
-                status: self.status().address(sequence.number),
                 tag: Status::tag(sequence.number, kv_head),
+                head: (index * self.shape.kv_heads + kv_head) as i32,
+                status: Status::index(sequence.number) as i32,
                 first_new: NONE,
                 shift: head.shift as i32,
                 first_new_record: NONE,
@@ -315,50 +351,80 @@ impl CudaPool {
         }
     }
 
-    /// Launches a step's kernels for all rows. `stride` is the number of rows of the call's tensors
-    /// from a head's token to its next. `new_records` has the addresses of all new records; the rows
-    /// contain offsets into it.
-    fn launch_fill(
+    /// Copies the lists of a step to the device and launches its kernels. `new_records` has the
+    /// addresses of all new records.
+    fn fill_from(
         &self,
-        mut rows: Vec<FillRow>,
-        stride: usize,
+        batch: &Batch,
+        rows: Vec<FillRow>,
+        new: Option<&New>,
         new_records: &[u64],
         step: Step,
-    ) -> Result<Vec<FillRow>> {
+    ) -> Result<()> {
         let most = |of: fn(&FillRow) -> i32| rows.iter().map(of).max().unwrap_or(0).max(0) as usize;
-        let (records, tiles) = (most(|row| row.key_records), most(|row| row.value_tiles));
-        let entries = most(|row| row.move_to - row.move_from);
-        let packs = step != Step::Rings && records + tiles > 0;
-        let moves = step != Step::Records && entries > 0;
-        if !packs && !moves {
-            return Ok(rows);
+        let (packs, moves) = (step != Step::Rings, step != Step::Records);
+        let sizes = FillSizes {
+            rows: rows.len(),
+            records: if packs { most(|row| row.key_records) } else { 0 },
+            tiles: if packs { most(|row| row.value_tiles) } else { 0 },
+            entries: if moves { most(|row| row.move_to - row.move_from) } else { 0 },
+        };
+        if sizes.records + sizes.tiles + sizes.entries == 0 {
+            return Ok(());
         }
         let stream = self.stream();
         let new_records = upload(&stream, new_records)?;
-        rows.iter_mut().for_each(|row| row.new_records += new_records.address());
-        let on_device = upload(&stream, &rows)?;
+        let rows = SharedList::new(batch, &stream, rows)?;
+        let memory = self.memory_on_device(&self.memory_of(batch))?;
         let args = FillArgs {
-            rows: on_device.address(),
-            stride: (stride * self.shape.head_dim) as i64,
+            rows: rows.address(),
+            kv_heads: memory.address(),
+            new_records: new_records.address(),
+            ..self.fill_args(new.map(|new| (&new.k, &new.v)))?
+        };
+        self.launch_fill(&args, sizes)
+    }
+
+    /// Returns the arguments that do not depend on the lists, with the call's tensors if it has
+    /// any.
+    pub(super) fn fill_args(&self, new: Option<(&Tensor, &Tensor)>) -> Result<FillArgs> {
+        let mut args = FillArgs {
+            status: self.status().address(),
             ring: self.ring_places() as i32,
             kind: kind(self.dtype.unwrap_or(DType::F16)),
             ..FillArgs::default()
         };
+        if let Some((k, v)) = new {
+            // The stride of a dimension of size 1 can be any number.
+            let stride = |x: &Tensor, dim: usize| match x.dims()[dim] {
+                1 => 0,
+                _ => x.stride()[dim] as i64,
+            };
+            (args.new_k, args.new_v) = (address(k)?, address(v)?);
+            (args.k_token, args.k_head) = (stride(k, 0), stride(k, 1));
+            (args.v_token, args.v_head) = (stride(v, 0), stride(v, 1));
+        }
+        Ok(args)
+    }
+
+    /// Launches the packing of records, and then the copy to the rings.
+    pub(super) fn launch_fill(&self, args: &FillArgs, sizes: FillSizes) -> Result<()> {
+        let (stream, FillSizes { rows, records, tiles, entries }) = (self.stream(), sizes);
         // SAFETY: the rows' tensors, rings and tables have room for their entries and records, and
         // a stream runs its operations in order.
         unsafe {
-            if packs {
-                self.kernels.pack(&stream, &args, (rows.len(), records, tiles))?;
+            if records + tiles > 0 {
+                self.kernels.pack(&stream, args, (rows, records, tiles))?;
             }
-            if moves {
-                self.kernels.fill_rings(&stream, &args, (rows.len(), entries))?;
+            if entries > 0 {
+                self.kernels.fill_rings(&stream, args, (rows, entries))?;
             }
         }
-        Ok(rows)
+        Ok(())
     }
 }
 
-/// The kernels to launch.
+/// The kernels that a call launches.
 #[derive(Clone, Copy, PartialEq)]
 enum Step {
     Rings,
@@ -373,13 +439,13 @@ impl Goal {
 }
 
 /// Packs the entries between `from` and `goal`. `taken` counts the new records of the rows so far.
-fn set_packing(row: &mut FillRow, from: Packed, goal: Packed, group: usize, taken: &mut u64) {
-    row.new_records = 8 * *taken;
+fn set_packing(row: &mut FillRow, from: Packed, goal: Packed, group: usize, taken: &mut i32) {
+    row.new_records = *taken;
     row.first_new_record = (from.keys / group) as i32;
     row.key_record = row.first_new_record;
     row.key_records = ((goal.keys - from.keys) / group) as i32;
     row.value_tile = from.tiles as i32;
     row.value_tiles = (goal.tiles - from.tiles) as i32;
-    *taken += row.key_records as u64;
+    *taken += row.key_records;
     debug_assert!(goal.tiles * TILE <= goal.keys);
 }

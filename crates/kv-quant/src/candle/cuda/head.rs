@@ -1,7 +1,7 @@
 //! A sequence on the device: for each kv head a block table and a ring of its newest entries.
 
 use super::records::{Shared, Table};
-use crate::cuda::{Layout, TILE};
+use crate::cuda::{KvHead, Layout, TILE};
 use crate::{Axis, Flush, Format};
 use longctx_core::Result;
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
@@ -221,6 +221,15 @@ pub fn ring_places(format: Format, layout: Layout) -> usize {
     residual + layout.group() + format.residual_overlap()
 }
 
+/// Returns the largest numbers of key records and of value tiles that one token completes.
+pub fn completed_by_token(format: Format, layout: Layout) -> (usize, usize) {
+    match format.flush() {
+        Flush::Staggered(residual) => (residual / layout.group(), 1),
+        Flush::Rolling(_) => (1, layout.group() / TILE),
+        Flush::Immediate | Flush::Never => (0, 0),
+    }
+}
+
 /// Number of records per head in the table of a new sequence.
 const PLACES: usize = 16;
 
@@ -240,30 +249,24 @@ pub struct Sequence {
     pub poisoned: Option<String>,
 }
 
-/// The device addresses of a head's parts.
-#[derive(Debug, Clone, Copy)]
-pub struct Addresses {
-    pub table: u64,
-    pub ring_k: u64,
-    pub ring_v: u64,
-}
-
-/// The device addresses of all heads' parts.
+/// The memory of all heads.
 #[derive(Debug, Clone, Copy)]
 pub struct AllAddresses {
-    first: Addresses,
+    first: KvHead,
     /// Bytes from a head's table to the next head's, and from ring to ring.
     table: u64,
     ring: u64,
 }
 
 impl AllAddresses {
-    pub fn of_head(&self, head: usize) -> Addresses {
+    /// Returns a head's memory, without the bits of its holes.
+    pub fn of_head(&self, head: usize) -> KvHead {
         let head = head as u64;
-        Addresses {
+        KvHead {
             table: self.first.table + head * self.table,
             ring_k: self.first.ring_k + head * self.ring,
             ring_v: self.first.ring_v + head * self.ring,
+            valid: 0,
         }
     }
 }
@@ -329,7 +332,8 @@ impl Sequence {
 
     /// `ring`: elements of the ring of a kv head.
     pub fn addresses(&self, stream: &CudaStream, ring: usize) -> AllAddresses {
-        let first = Addresses {
+        let first = KvHead {
+            valid: 0,
             table: self.table.device_ptr(stream).0,
             ring_k: self.ring_k.device_ptr(stream).0,
             ring_v: self.ring_v.device_ptr(stream).0,

@@ -1,9 +1,11 @@
 //! Packed keys and values of one layer for many sequences on a CUDA device.
 
 use super::head::{Head, Sequence, ring_places};
+use super::memory::LastHeads;
+use super::prepared::Prepared;
 use super::records::{Records, Shared, lock};
 use super::status::Status;
-use crate::cuda::{Kernels, Layout, TILE, Work, needs};
+use crate::cuda::{Kernels, Layout, TILE, needs};
 use crate::{Axis, Codes, Flush, Format};
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_core::{AttentionShape, Batch, Error, Footprint, Result, SeqId};
@@ -40,6 +42,9 @@ pub struct CudaPool {
     capacity: Option<usize>,
     pub(super) records: Shared,
     pub(super) seqs: BTreeMap<SeqId, Sequence>,
+    pub(super) last_heads: LastHeads,
+    /// The last prepared decode step.
+    pub(super) prepared: Option<Prepared>,
 }
 
 /// Returns the format that a device uses instead of `format`. Tokens that the CPU packs immediately
@@ -87,6 +92,8 @@ impl CudaPool {
             capacity,
             records,
             seqs: BTreeMap::new(),
+            last_heads: LastHeads::default(),
+            prepared: None,
         })
     }
 
@@ -148,6 +155,17 @@ impl CudaPool {
         }
         let got = format!("one on {:?}", x.device().location());
         Err(Error::mismatch("tensor", "one on the store's device", got))
+    }
+
+    /// Returns a tensor `[tokens, heads, channels]` in `dtype` with contiguous rows: a view into a
+    /// projection stays a view. An error if it is not on the pool's device.
+    pub(super) fn fit_rows(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
+        let starts = [x.layout().start_offset(), x.stride()[0], x.stride()[1]];
+        let in_pieces = starts.iter().all(|start| start.is_multiple_of(8));
+        match in_pieces && x.stride()[2] == 1 && x.dtype() == dtype && self.is_on(x.device()) {
+            true => Ok(x.clone()),
+            false => self.fit(x, dtype),
+        }
     }
 
     /// Returns the number of tokens of the batch for each kv head of its sequences.
@@ -266,38 +284,6 @@ impl CudaPool {
         }
     }
 
-    /// Returns one work item per kv head of the batch's sequences, over all its entries.
-    pub(super) fn heads_of(&self, batch: &Batch) -> Result<Vec<Work>> {
-        let (stream, ring) = (self.stream(), self.ring_places());
-        let mut work = Vec::with_capacity(batch.seqs().len() * self.shape.kv_heads);
-        for (seq, tokens) in batch.iter() {
-            self.check(seq)?;
-            let sequence = self.seqs.get(&seq);
-            let all = sequence.map(|of| of.addresses(&stream, self.ring_numbers()));
-            for kv_head in 0..self.shape.kv_heads {
-                let mut own = Work {
-                    kv_head: kv_head as i32,
-                    queries: tokens.len() as i32,
-                    first_token: tokens.start as i32,
-                    ..Work::default()
-                };
-                if let (Some(sequence), Some(all)) = (sequence, all) {
-                    let head = &sequence.heads[kv_head];
-                    let at = all.of_head(kv_head);
-                    (own.table, own.ring_k, own.ring_v) = (at.table, at.ring_k, at.ring_v);
-                    own.packed = head.packed.values as i32;
-                    own.residual = head.residual() as i32;
-                    own.valid = head.valid.address();
-                    own.valid_slots = head.valid.slots() as i32;
-                    own.holes = head.valid.holes() as i32;
-                    own.ring_start = ((head.packed.values + head.shift) % ring) as i32;
-                }
-                work.push(own);
-            }
-        }
-        Ok(work)
-    }
-
     pub fn contains(&self, seq: SeqId) -> bool {
         self.seqs.contains_key(&seq)
     }
@@ -314,7 +300,7 @@ impl CudaPool {
     pub fn clear(&mut self) {
         self.seqs.clear();
         lock(&self.records).shrink();
-        self.dtype = None;
+        (self.dtype, self.last_heads) = (None, LastHeads::default());
     }
 
     /// Returns the bytes of the codes and of the scales in a head's records.

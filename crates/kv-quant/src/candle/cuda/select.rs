@@ -3,7 +3,7 @@
 
 use super::CudaPool;
 use super::head::{Head, words};
-use crate::cuda::Work;
+use super::memory::Heads;
 use longctx_core::{Batch, EntryRanges, Result};
 use longctx_cuda::{Uploaded, upload};
 use std::ops::Range;
@@ -54,12 +54,12 @@ impl CudaPool {
         &self,
         batch: &Batch,
         ranges: &EntryRanges,
-        work: &mut [Work],
+        heads: &mut Heads,
     ) -> Result<Uploaded> {
         let group = self.layout.group();
         let mut all = vec![0u64];
         let mut places = Vec::new();
-        for (i, (own, ranges)) in work.iter_mut().zip(ranges.heads()).enumerate() {
+        for (i, (own, ranges)) in heads.work.iter_mut().zip(ranges.heads()).enumerate() {
             let place = all.len();
             let seq = batch.seqs()[i / self.shape.kv_heads];
             if let Some(sequence) = self.seqs.get(&seq) {
@@ -79,7 +79,7 @@ impl CudaPool {
         let stream = self.stream();
         let on_device = upload(&stream, &all)?;
         let start = on_device.address();
-        for (own, (table, valid)) in work.iter_mut().zip(places) {
+        for (own, (table, valid)) in heads.memory.iter_mut().zip(places) {
             (own.table, own.valid) = (start + 8 * table as u64, start + 8 * valid as u64);
         }
         Ok(on_device)
@@ -90,11 +90,11 @@ impl CudaPool {
         &self,
         batch: &Batch,
         ranges: &EntryRanges,
-        work: &mut [Work],
+        heads: &mut Heads,
     ) -> Result<Uploaded> {
         let mut all = vec![0u64];
         let mut places = Vec::new();
-        for (i, (own, ranges)) in work.iter_mut().zip(ranges.heads()).enumerate() {
+        for (i, (own, ranges)) in heads.work.iter_mut().zip(ranges.heads()).enumerate() {
             places.push(all.len());
             let seq = batch.seqs()[i / self.shape.kv_heads];
             if let Some(sequence) = self.seqs.get(&seq) {
@@ -111,7 +111,7 @@ impl CudaPool {
         let stream = self.stream();
         let on_device = upload(&stream, &all)?;
         let start = on_device.address();
-        for (own, place) in work.iter_mut().zip(places) {
+        for (own, place) in heads.memory.iter_mut().zip(places) {
             own.valid = start + 8 * place as u64;
         }
         Ok(on_device)

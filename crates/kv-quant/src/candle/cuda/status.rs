@@ -51,7 +51,12 @@ impl Status {
 
     fn word(&self, number: u64) -> *mut u64 {
         // SAFETY: the index is below the number of words.
-        unsafe { self.words.add((number % WORDS) as usize) }
+        unsafe { self.words.add(Self::index(number)) }
+    }
+
+    /// Returns the index of a sequence's word.
+    pub fn index(number: u64) -> usize {
+        (number % WORDS) as usize
     }
 
     /// Returns a number for a new sequence.
@@ -65,9 +70,9 @@ impl Status {
         number
     }
 
-    /// Returns the address of a sequence's word, which is the same on the device and on the host.
-    pub fn address(&self, number: u64) -> u64 {
-        self.word(number) as u64
+    /// Returns the address of the words, which is the same on the device and on the host.
+    pub fn address(&self) -> u64 {
+        self.words as u64
     }
 
     /// Returns the bits of a report for a sequence and a kv head.

@@ -17,9 +17,9 @@ impl CudaPool {
         lse: &Tensor,
         mask: Mask<'_>,
     ) -> Result<Vec<AttentionSums>> {
-        let (q, mut work) = self.queries(batch, q, mask)?;
+        let (q, mut heads) = self.queries(batch, q, mask)?;
         let _selected = match mask {
-            Mask::Entries(ranges) => Some(self.mark(batch, ranges, &mut work)?),
+            Mask::Entries(ranges) => Some(self.mark(batch, ranges, &mut heads)?),
             _ => None,
         };
         let (stream, per) = (self.stream(), self.shape.heads_per_kv());
@@ -29,7 +29,7 @@ impl CudaPool {
         }
         let lse = self.fit(lse, DType::F32)?;
         let (mut lens, mut total, mut tiles) = (Vec::new(), 0, 0);
-        for head in &mut work {
+        for head in &mut heads.work {
             let (packed, residual) = (head.packed as usize, head.residual as usize);
             head.sums = total as i64;
             total += per * (packed + residual);
@@ -38,16 +38,20 @@ impl CudaPool {
         }
         // SAFETY: the kernel writes an element for every entry of every head.
         let out = unsafe { stream.alloc::<f32>(total.max(1)) }?;
-        let on_device = upload(&stream, &work)?;
+        let memory = self.memory_on_device(&heads.memory)?;
+        let on_device = upload(&stream, &heads.work)?;
         let args = AttendArgs {
             q: address(&q)?,
             out: out.device_ptr(&stream).0,
             lse: address(&lse)?,
             work: on_device.address(),
+            kv_heads: memory.address(),
             ..self.score_args(mask)
         };
         // SAFETY: the arrays have the sizes that the kernel expects.
-        unsafe { self.kernels.sums(&stream, &args, (work.len(), tiles, batch.max_seqlen()))? };
+        unsafe {
+            self.kernels.sums(&stream, &args, (heads.work.len(), tiles, batch.max_seqlen()))?
+        };
         let all = tensor(&self.device, out, &[total.max(1)]);
         let mut lens = lens.chunks(self.shape.kv_heads);
         let mut first = 0;

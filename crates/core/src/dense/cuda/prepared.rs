@@ -1,0 +1,106 @@
+//! Decode steps with CUDA graphs: the host's part of an append and of attention.
+
+use super::CudaPool;
+use super::append::{AppendLists, NewBlocks};
+use super::attend::MAX_COLUMNS;
+use super::decode::{AttendLaunch, parts_len};
+use crate::{Batch, Error, Mask, PreparedStep, Result, StepLists};
+use longctx_cuda::bytes_of;
+
+/// The lists of a prepared step. The addresses are offsets in its [`StepLists`] and its workspace.
+#[derive(Debug, Clone, Copy)]
+pub struct Prepared {
+    /// Kv heads of all sequences.
+    pub heads: usize,
+    pub append: AppendLists,
+    pub attend: AttendLaunch,
+}
+
+impl Prepared {
+    /// Returns the lists with device addresses.
+    fn at(mut self, step: PreparedStep) -> Self {
+        let Self { append, attend, .. } = &mut self;
+        for list in [&mut append.rows, &mut append.tables, &mut append.new_blocks] {
+            *list += step.lists;
+        }
+        attend.work += step.lists;
+        attend.arrived += step.lists;
+        attend.parts += step.workspace;
+        self
+    }
+}
+
+impl CudaPool {
+    /// Returns whether one query per sequence runs through the decode kernel.
+    pub fn prepares_decode(&self) -> bool {
+        self.shape.heads_per_kv() <= MAX_COLUMNS
+    }
+
+    /// Takes memory for a token of each sequence, and adds the lists of its append and of causal
+    /// attention after it. All sequences exist.
+    pub fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
+        // The plan, after the tokens have been counted, cannot fail if this does not.
+        self.sizes(batch)?;
+        let new_blocks = self.grow(batch, None)?;
+        let append = match self.append_lists(batch, &new_blocks, lists) {
+            Ok(append) => append,
+            Err(error) => {
+                self.give_back(&new_blocks);
+                return Err(error);
+            }
+        };
+        self.add_blocks(batch, new_blocks);
+        let heads = batch.seqs().len() * self.shape.kv_heads;
+        self.prepared = Some(Prepared { heads, append, attend: self.attend_lists(batch, lists)? });
+        Ok(())
+    }
+
+    fn append_lists(
+        &mut self,
+        batch: &Batch,
+        new_blocks: &[NewBlocks],
+        lists: &mut StepLists,
+    ) -> Result<AppendLists> {
+        self.reserve_tables(batch, new_blocks)?;
+        let rows = self.rows(batch, None, new_blocks, 0)?;
+        let tables = self.head_tables(&self.seq_tables(batch));
+        let addresses = self.new_addresses(new_blocks);
+        let (rows, tables) = (bytes_of(&rows), bytes_of(&tables));
+        Ok(AppendLists {
+            rows: lists.push_shared(rows, rows.len()),
+            // A head takes at most one block, new or a copy.
+            new_blocks: lists.push(bytes_of(&addresses), tables.len()),
+            tables: lists.push(tables, tables.len()),
+        })
+    }
+
+    fn attend_lists(&self, batch: &Batch, lists: &mut StepLists) -> Result<AttendLaunch> {
+        let plan = self.plan(batch, Mask::Causal, (0, &[]))?;
+        let (items, merges) = plan.limits();
+        let columns = plan.columns();
+        lists.require_workspace(4 * parts_len(items, columns, self.shape.head_dim));
+        let work = bytes_of(&plan.plan.work);
+        let item = work.len() / plan.plan.work.len().max(1);
+        Ok(AttendLaunch {
+            work: lists.push_shared(work, items * item),
+            items,
+            arrived: lists.push_shared(&[], 4 * merges),
+            parts: 0,
+            max_parts: items,
+            columns,
+        })
+    }
+
+    /// Returns the lists of a prepared step; `None` if the batch is not prepared.
+    pub(super) fn prepared_for(&self, batch: &Batch) -> Result<Option<Prepared>> {
+        let Some(step) = batch.prepared() else { return Ok(None) };
+        let heads = batch.seqs().len() * self.shape.kv_heads;
+        match self.prepared {
+            Some(prepared) if prepared.heads == heads => Ok(Some(prepared.at(step))),
+            _ => {
+                let got = self.prepared.map_or(0, |of| of.heads / self.shape.kv_heads);
+                Err(Error::mismatch("sequences of the prepared step", batch.seqs().len(), got))
+            }
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Decode steps in two parts: the host's part, and launches that were captured in a CUDA graph.
+
+use std::ops::Range;
+
+use crate::{Batch, Result};
+
+/// The part of a cache that decode steps with CUDA graphs need: a step's work on the host, apart
+/// from its launches.
+///
+/// [`KvCache::attend`](crate::KvCache::attend) usually does both. To replay a captured step, an
+/// engine calls [`prepare_decode`](Self::prepare_decode) of all layers, copies the lists to the
+/// device, and launches the graph. To capture one, it calls `attend` between these two with a batch
+/// [with prepared lists](Batch::with_prepared), which then only launches kernels.
+pub trait PreparedDecode {
+    /// Takes memory for one token of each sequence, counts the tokens, and adds the lists that the
+    /// kernels read. All sequences have tokens.
+    ///
+    /// # Errors
+    /// [`Error::PoolFull`](crate::Error::PoolFull), and errors of the driver. The cache has not
+    /// changed then.
+    fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()>;
+}
+
+/// The device memory of a prepared step: addresses for [`StepLists`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PreparedStep {
+    /// Address of the lists.
+    pub lists: u64,
+    /// Address of the workspace.
+    pub workspace: u64,
+}
+
+/// The lists of a prepared step, to be copied to the device together. A list's offset depends only
+/// on the capacities of the lists before it, so captured launches find the lists of a later step at
+/// the same addresses.
+///
+/// ```
+/// use longctx_core::StepLists;
+///
+/// let mut lists = StepLists::default();
+/// assert_eq!(lists.push(&[1, 2, 3], 20), 0);
+/// assert_eq!(lists.push_shared(&[7, 8], 2), 32);
+/// // The next layer has the same list.
+/// assert_eq!(lists.push_shared(&[7, 8], 2), 32);
+/// assert_eq!(lists.bytes()[..4], [1, 2, 3, 0]);
+/// ```
+#[derive(Debug, Default)]
+pub struct StepLists {
+    bytes: Vec<u8>,
+    /// Offset of each list, and sizes of launches.
+    layout: Vec<usize>,
+    shared: Vec<Range<usize>>,
+    workspace: usize,
+}
+
+/// Alignment of each list, in bytes.
+const ALIGNMENT: usize = 16;
+
+impl StepLists {
+    /// Removes all lists.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.layout.clear();
+        self.shared.clear();
+        self.workspace = 0;
+    }
+
+    /// Adds a list, followed by zeros up to `capacity` bytes. Returns its offset in bytes.
+    pub fn push(&mut self, list: &[u8], capacity: usize) -> u64 {
+        let first = self.bytes.len().next_multiple_of(ALIGNMENT);
+        self.bytes.resize(first, 0);
+        self.bytes.extend_from_slice(list);
+        self.bytes.resize(first + capacity.max(list.len()), 0);
+        self.layout.push(first);
+        first as u64
+    }
+
+    /// As [`push`](Self::push). Layers that push equal lists share one.
+    pub fn push_shared(&mut self, list: &[u8], capacity: usize) -> u64 {
+        let size = capacity.max(list.len());
+        let equal = |range: &&Range<usize>| {
+            let held = &self.bytes[range.start..range.end];
+            held.len() == size
+                && held.starts_with(list)
+                && held[list.len()..].iter().all(|&byte| byte == 0)
+        };
+        if let Some(range) = self.shared.iter().rev().find(equal) {
+            return range.start as u64;
+        }
+        let first = self.push(list, capacity);
+        self.shared.push(first as usize..first as usize + size);
+        first
+    }
+
+    /// Adds the size of a launch to the layout: a step with another size needs another launch.
+    pub fn push_size(&mut self, size: usize) {
+        self.layout.push(size);
+    }
+
+    /// Requires a workspace of at least `bytes` bytes. All layers share it: a kernel's results there
+    /// are valid until the next layer's kernels.
+    pub fn require_workspace(&mut self, bytes: usize) {
+        self.workspace = self.workspace.max(bytes);
+    }
+
+    /// Returns the lists.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Returns the offset of each list and the sizes of launches. Steps with equal layouts can share
+    /// captured launches.
+    pub fn layout(&self) -> &[usize] {
+        &self.layout
+    }
+
+    /// Returns the bytes of the workspace.
+    pub fn workspace(&self) -> usize {
+        self.workspace
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offsets_depend_on_capacities_only() {
+        let mut lists = StepLists::default();
+        let mut layout = |list: &[u8]| {
+            lists.clear();
+            lists.push(list, 40);
+            lists.push_shared(list, 8);
+            lists.push(&[1], 1);
+            lists.require_workspace(100);
+            lists.push_size(3);
+            (lists.layout().to_vec(), lists.workspace())
+        };
+        let first = layout(&[1, 2, 3]);
+        assert_eq!(first, (vec![0, 48, 64, 3], 100));
+        assert_eq!(layout(&[9; 8]), first);
+        // A list beyond its capacity moves the later ones.
+        assert_ne!(layout(&[9; 41]), first);
+    }
+
+    #[test]
+    fn only_equal_lists_are_shared() {
+        let mut lists = StepLists::default();
+        let own = lists.push(&[5, 6], 2);
+        let shared = lists.push_shared(&[5, 6], 2);
+        assert_ne!(own, shared);
+        assert_ne!(lists.push_shared(&[5, 7], 2), shared);
+        assert_ne!(lists.push_shared(&[5, 6], 3), shared);
+        assert_eq!(lists.push_shared(&[5, 6], 2), shared);
+        assert_ne!(lists.push_shared(&[], 2), shared);
+        assert_ne!(lists.push_shared(&[5], 2), shared);
+    }
+}

@@ -1,0 +1,154 @@
+//! Decode steps with CUDA graphs: the host's part of an append and of attention before packing.
+
+use super::CudaPool;
+use super::attend::{AttendLaunch, parts_len};
+use super::fill::{FillSizes, Packing};
+use super::head::completed_by_token;
+use crate::cuda::{FillArgs, FillRow, Work};
+use candle_core::{DType, Tensor};
+use longctx_core::{AttentionState, Batch, Error, Mask, PreparedStep, Result, StepLists};
+use longctx_cuda::bytes_of;
+
+/// The lists of a prepared step. The addresses are offsets in its [`StepLists`] and its workspace.
+#[derive(Debug, Clone, Copy)]
+pub struct Prepared {
+    /// Kv heads of all sequences.
+    heads: usize,
+    /// Their memory.
+    kv_heads: u64,
+    ring_rows: u64,
+    pack_rows: u64,
+    new_records: u64,
+    attend: AttendLaunch,
+    /// The largest numbers of key records and value tiles that a head packs.
+    records: usize,
+    tiles: usize,
+}
+
+impl Prepared {
+    /// Returns the lists with device addresses.
+    fn at(mut self, step: PreparedStep) -> Self {
+        let Self { kv_heads, ring_rows, pack_rows, new_records, attend, .. } = &mut self;
+        let of_attend = [&mut attend.work, &mut attend.arrived];
+        for list in [kv_heads, ring_rows, pack_rows, new_records].into_iter().chain(of_attend) {
+            *list += step.lists;
+        }
+        attend.parts += step.workspace;
+        self
+    }
+}
+
+impl CudaPool {
+    /// Takes memory for a token of each sequence, and adds the lists of its append, of causal
+    /// attention, and of packing after it. All sequences exist. After an error nothing has changed,
+    /// or the batch's sequences are poisoned.
+    pub fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
+        batch.seqs().iter().try_for_each(|&seq| self.check(seq))?;
+        let tokens = self.all_tokens(batch);
+        self.make_room(batch, &tokens.counts)?;
+        let rows = self.ring_rows(batch, &tokens);
+        self.advance(batch, &tokens.counts);
+        let prepared = self.prepare_lists(batch, &rows, lists);
+        match prepared {
+            Ok(prepared) => self.prepared = Some(prepared),
+            Err(error) => {
+                self.poison(batch, &[], &error);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn prepare_lists(
+        &mut self,
+        batch: &Batch,
+        rows: &[FillRow],
+        lists: &mut StepLists,
+    ) -> Result<Prepared> {
+        let heads = self.heads_of(batch)?;
+        let (kv_heads, ring_rows) = (bytes_of(&heads.memory), bytes_of(rows));
+        let kv_heads = lists.push(kv_heads, kv_heads.len());
+        let attend = self.attend_lists(batch, &heads.work, lists)?;
+        let Packing { rows, new_records, goals } = self.packing(batch)?;
+        let heads = heads.work.len();
+        let usual = completed_by_token(self.device_format, self.layout);
+        let records = rows.iter().map(|row| row.key_records as usize).fold(usual.0, usize::max);
+        let tiles = rows.iter().map(|row| row.value_tiles as usize).fold(usual.1, usize::max);
+        [records, tiles].map(|size| lists.push_size(size));
+        let prepared = Prepared {
+            heads,
+            kv_heads,
+            ring_rows: lists.push_shared(ring_rows, ring_rows.len()),
+            // Rows without entries are skipped.
+            pack_rows: lists.push_shared(bytes_of(&rows), ring_rows.len()),
+            new_records: lists.push(bytes_of(&new_records), 8 * heads * records),
+            attend,
+            records,
+            tiles,
+        };
+        self.note(goals);
+        Ok(prepared)
+    }
+
+    fn attend_lists(
+        &self,
+        batch: &Batch,
+        heads: &[Work],
+        lists: &mut StepLists,
+    ) -> Result<AttendLaunch> {
+        let per = self.shape.heads_per_kv();
+        let kernel = self.kernels.attend(per);
+        let plan = self.plan(batch, kernel, Mask::Causal, heads)?;
+        let items = kernel.max_work(heads.len(), per);
+        let merges = heads.len() * per.div_ceil(kernel.columns());
+        lists.require_workspace(4 * parts_len(items, kernel.columns(), self.shape.head_dim));
+        Ok(AttendLaunch {
+            work: lists.push_shared(bytes_of(&plan.plan.work), items * size_of::<Work>()),
+            items,
+            arrived: lists.push_shared(&[], 4 * merges),
+            parts: 0,
+            max_parts: items,
+        })
+    }
+
+    /// Returns the lists of a prepared step; `None` if the batch is not prepared.
+    pub(super) fn prepared_for(&self, batch: &Batch) -> Result<Option<Prepared>> {
+        let Some(step) = batch.prepared() else { return Ok(None) };
+        let heads = batch.seqs().len() * self.shape.kv_heads;
+        match self.prepared {
+            Some(prepared) if prepared.heads == heads => Ok(Some(prepared.at(step))),
+            _ => {
+                let got = self.prepared.map_or(0, |of| of.heads / self.shape.kv_heads);
+                Err(Error::mismatch("sequences of the prepared step", batch.seqs().len(), got))
+            }
+        }
+    }
+
+    /// Launches a prepared step: copies the tokens to the rings, computes attention, and packs.
+    pub(super) fn run_prepared(
+        &self,
+        batch: &Batch,
+        prepared: &Prepared,
+        (q, k, v): (&Tensor, &Tensor, &Tensor),
+        dtype: DType,
+    ) -> Result<AttentionState> {
+        let held = self.dtype_of(k);
+        let (q, k, v) = (self.fit(q, held)?, self.fit_rows(k, held)?, self.fit_rows(v, held)?);
+        let args = FillArgs {
+            rows: prepared.ring_rows,
+            kv_heads: prepared.kv_heads,
+            new_records: prepared.new_records,
+            ..self.fill_args(Some((&k, &v)))?
+        };
+        let rows = prepared.heads;
+        self.launch_fill(&args, FillSizes { rows, entries: 1, ..FillSizes::default() })?;
+        let state = self.outputs(batch, dtype)?;
+        let kernel = self.kernels.attend(self.shape.heads_per_kv());
+        let lists = (prepared.attend, prepared.kv_heads);
+        self.launch_attend(kernel, &q, Mask::Causal, &state, lists)?;
+        let args = FillArgs { rows: prepared.pack_rows, ..args };
+        let &Prepared { records, tiles, .. } = prepared;
+        self.launch_fill(&args, FillSizes { rows, records, tiles, entries: 0 })?;
+        Ok(state)
+    }
+}

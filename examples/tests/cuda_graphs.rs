@@ -1,0 +1,122 @@
+//! Decode steps replayed from CUDA graphs, compared with steps that launch their kernels one by
+//! one. Skipped without a CUDA device.
+#![cfg(feature = "cuda")]
+
+use base_models::{Config, LoadOptions, Session, Transformer};
+use candle_core::{DType, Device, Tensor};
+use longctx_core::{Batch, CausalLm, Logits, SeqId};
+use longctx_examples::methods::Method;
+use longctx_examples::shapes::llama_3_8b;
+
+/// A model with Llama's layers.
+fn model(device: &Device, heads: usize, head_dim: usize, windows: &[Option<usize>]) -> Transformer {
+    let config = Config {
+        vocab_size: 512,
+        hidden_size: heads * head_dim,
+        intermediate_size: 512,
+        layers: 3,
+        heads,
+        kv_heads: 2,
+        head_dim,
+        windows: windows.to_vec(),
+        ..llama_3_8b()
+    };
+    let options =
+        LoadOptions { device: device.clone(), dtype: DType::F16, ..LoadOptions::default() };
+    Transformer::random(config, &options).unwrap()
+}
+
+/// Feeds both sessions the same tokens. Returns the next tokens.
+fn step(both: &mut [Session; 2], tokens: &[(SeqId, usize)], ids: &[u32], what: &str) -> Vec<u32> {
+    let batch = Batch::new(tokens).unwrap();
+    let of = |session: &mut Session| {
+        let logits: Tensor = session.forward(&batch, ids, Logits::Last).unwrap();
+        logits.to_vec2::<f32>().unwrap()
+    };
+    let [plain, graphs] = both;
+    let (want, got) = (of(plain), of(graphs));
+    assert_eq!(got, want, "{what}");
+    let largest = |row: &Vec<f32>| {
+        let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+        best.map_or(0, |(token, _)| token as u32)
+    };
+    want.iter().map(largest).collect()
+}
+
+/// Runs sequences of unequal lengths that start, fork, go back and end, over several blocks.
+fn check(model: &Transformer, method: &str) {
+    let named = Method::named(method).unwrap();
+    let session = || model.session(|spec| named.cache(spec)).unwrap();
+    let mut both = [session(), session().with_cuda_graphs().unwrap()];
+    let lens = [(0, 250), (1, 61), (2, 229)];
+    let total: usize = lens.iter().map(|(_, len)| len).sum();
+    let ids: Vec<u32> = (0..total as u32).map(|i| i * 37 % 512).collect();
+    let mut next = step(&mut both, &lens, &ids, method);
+    let mut seqs: Vec<SeqId> = vec![0, 1, 2];
+    let mut decoded = 0;
+    for i in 0..160 {
+        match i {
+            40 => {
+                both.iter_mut().for_each(|session| session.fork(1, 7).unwrap());
+                seqs.push(7);
+                next.push(11);
+            }
+            80 => {
+                assert!(both.iter_mut().all(|session| session.remove(0)));
+                seqs.remove(0);
+                next.remove(0);
+            }
+            100 => {
+                let len = both[0].seen(2) - 1;
+                both.iter_mut().for_each(|session| session.truncate(2, len).unwrap());
+            }
+            120 => {
+                let tokens: Vec<u32> = (0..33).collect();
+                next.extend(step(&mut both, &[(9, 33)], &tokens, method));
+                seqs.push(9);
+            }
+            _ => {}
+        }
+        let batch: Vec<_> = seqs.iter().map(|&seq| (seq, 1)).collect();
+        next = step(&mut both, &batch, &next, &format!("{method}, step {i}"));
+        decoded += 1;
+    }
+    // Each of the two numbers of sequences has a step that loads kernels.
+    assert_eq!(both[1].replayed_steps(), decoded - 2, "{method}");
+}
+
+#[test]
+fn replayed_steps_equal_plain_ones() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    for (heads, head_dim) in [(8, 128), (4, 64)] {
+        let model = model(&device, heads, head_dim, &[]);
+        let formats = ["kivi-4", "kivi-2", "kivi-3", "fp8", "int4-rotated", "turboquant-3bit-nc"];
+        for method in ["dense-f16"].iter().chain(&formats).chain(&["kvarn-k4v2"]) {
+            check(&model, method);
+        }
+    }
+    // Layers with windows drop entries.
+    check(&model(&device, 8, 128, &[Some(100), None, Some(60)]), "dense-f16");
+}
+
+/// A cache without prepared steps runs as usual.
+#[test]
+fn other_caches_are_not_captured() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let model = model(&device, 8, 128, &[]);
+    let named = Method::named("snap-kv-4x").unwrap();
+    let session = || model.session(|spec| named.cache(spec)).unwrap();
+    let mut both = [session(), session().with_cuda_graphs().unwrap()];
+    let ids: Vec<u32> = (0..300).collect();
+    let mut next = step(&mut both, &[(0, 300)], &ids, "prompt");
+    for i in 0..4 {
+        next = step(&mut both, &[(0, 1)], &next, &format!("step {i}"));
+    }
+    assert_eq!(both[1].replayed_steps(), 0);
+}
