@@ -41,7 +41,15 @@ impl Llm {
     ) -> Result<Box<dyn CausalLm + Send>> {
         Ok(match self {
             Self::Transformer(llm) => Box::new(replayed(llm.model.session(make)?)?),
-            Self::Recurrent(llm) => Box::new(llm.model.session(make)?),
+            Self::Recurrent(llm) => {
+                let session = llm.model.session(make)?;
+                #[cfg(feature = "cuda")]
+                let session = match llm.model.device().is_cuda() {
+                    true => session.with_cuda_graphs()?,
+                    false => session,
+                };
+                Box::new(session)
+            }
         })
     }
 

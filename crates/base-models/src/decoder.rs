@@ -88,6 +88,12 @@ impl Transformer {
         &self.inner.device
     }
 
+    /// Returns whether activations are f16 or bf16.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn is_half(&self) -> bool {
+        matches!(self.inner.dtype, DType::F16 | DType::BF16)
+    }
+
     /// Creates a session on these weights: a [`CausalLm`](longctx_core::CausalLm) with the caches
     /// that `make` creates, one per layer. The caches apply the rotary embedding of the layer's
     /// [`LayerSpec`] to queries and keys.

@@ -48,7 +48,7 @@ impl Session {
     }
 
     /// Captures decode steps in CUDA graphs, one for each number of sequences, and replays them.
-    /// Steps whose caches or layers do not support it run as usual.
+    /// Models in f32, and steps whose caches or layers do not support it, run as usual.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if the model is not on a CUDA device.
@@ -69,12 +69,14 @@ impl Session {
         let model = &self.model;
         #[cfg(feature = "cuda")]
         if let Some(graphs) = &mut self.graphs
+            && model.is_half()
             && batch.max_seqlen() == 1
             && batch.seqs().iter().all(|seq| self.sequences.contains_key(seq))
         {
-            return graphs.step(batch, ids, &mut self.caches, &mut |caches, batch, ids| {
+            let mut forward = |caches: &mut [Box<dyn KvCache>], batch: &Batch, ids: &Tensor| {
                 model.forward(caches, batch, ids, logits)
-            });
+            };
+            return graphs.step(batch, ids, &mut self.caches, &[], &mut forward);
         }
         let ids = Tensor::new(ids, model.device())?;
         model.forward(&mut self.caches, batch, &ids, logits)

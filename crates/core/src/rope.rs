@@ -104,6 +104,11 @@ impl Rope {
         2 * self.frequencies.len()
     }
 
+    /// Returns whether there is a CUDA kernel for the rotation of f16 and bf16 heads.
+    pub fn has_cuda_kernel(&self) -> bool {
+        self.rotary_dims().is_multiple_of(16) && self.rotary_dims() <= 256
+    }
+
     /// Returns radians per position, one for each rotated pair of channels, including scaling.
     pub fn frequencies(&self) -> &[f64] {
         &self.frequencies

@@ -187,7 +187,8 @@ impl<S: KvStore, C: CacheStrategy<S>> KvCache for StoreCache<S, C> {
     }
 
     fn prepared_decode(&mut self) -> Option<&mut dyn PreparedDecode> {
-        self.strategy.prepares_decode(&self.spec, &self.store).then_some(self)
+        let rotates = self.spec.rope.as_ref().is_none_or(|rope| rope.has_cuda_kernel());
+        (rotates && self.strategy.prepares_decode(&self.spec, &self.store)).then_some(self)
     }
 
     fn needs_lse(&self) -> bool {

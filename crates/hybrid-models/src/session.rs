@@ -37,6 +37,8 @@ pub struct Session {
     sequences: BTreeMap<SeqId, Sequence>,
     snapshots: Option<Snapshots>,
     workspace: Workspace,
+    #[cfg(feature = "cuda")]
+    graphs: Option<longctx_core::cuda::DecodeGraphs>,
 }
 
 /// The interval of snapshots, and the number of snapshots kept per sequence.
@@ -70,7 +72,34 @@ impl Session {
         let states = SequenceStates::new(model.device());
         let (sequences, workspace) = (BTreeMap::new(), Workspace::default());
         let caches = LayerCaches::new(caches);
-        Self { model, states, caches, sequences, snapshots: None, workspace }
+        Self {
+            model,
+            states,
+            caches,
+            sequences,
+            snapshots: None,
+            workspace,
+            #[cfg(feature = "cuda")]
+            graphs: None,
+        }
+    }
+
+    /// Captures decode steps in CUDA graphs, one for each number of sequences, and replays them
+    /// while the same sequences decode. Models in f32, and attention layers whose caches do not
+    /// support it, run as usual.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if the model is not on a CUDA device.
+    #[cfg(feature = "cuda")]
+    pub fn with_cuda_graphs(self) -> Result<Self> {
+        let graphs = Some(longctx_core::cuda::DecodeGraphs::new(self.model.device())?);
+        Ok(Self { graphs, ..self })
+    }
+
+    /// Returns the number of decode steps that were replayed from a CUDA graph.
+    #[cfg(feature = "cuda")]
+    pub fn replayed_steps(&self) -> u64 {
+        self.graphs.as_ref().map_or(0, |graphs| graphs.replayed())
     }
 
     /// Copies each sequence's state after every `every` tokens and keeps the newest `keep` copies

@@ -221,6 +221,38 @@ fn many_sequences_equal_the_host() {
     }
 }
 
+/// Decode steps replayed from CUDA graphs have the logits of plain ones, bit for bit.
+#[test]
+fn replayed_steps_equal_plain_ones() {
+    let Some(device) = device() else { return };
+    let ids: Vec<u32> = (0..60).map(|i| (i * i * 7 + i * 3) % 50).collect();
+    for name in FAMILIES {
+        let options = on(&device, DType::F16);
+        let model = Model::from_folder(&Fixture::open(name).folder, &options).unwrap();
+        let run = |mut session: hybrid_models::Session| {
+            let mut logits = Vec::new();
+            let mut step = |session: &mut hybrid_models::Session, parts: &[(u64, &[u32])]| {
+                let rows = on_host(advance(session, parts, Logits::Last).unwrap());
+                logits.push(rows.to_vec2::<f32>().unwrap());
+            };
+            step(&mut session, &[(0, &ids[..40]), (1, &ids[7..24])]);
+            for i in 0..12 {
+                step(&mut session, &[(0, &ids[i..i + 1]), (1, &ids[40 - i..41 - i])]);
+            }
+            session.fork(0, 2).unwrap();
+            for i in 0..6 {
+                let token = &ids[20 + i..21 + i];
+                step(&mut session, &[(0, token), (1, &ids[i..i + 1]), (2, token)]);
+            }
+            (logits, session.replayed_steps())
+        };
+        let (want, _) = run(session(&model));
+        let (got, replayed) = run(session(&model).with_cuda_graphs().unwrap());
+        println!("{name}: {replayed} of 18 steps replayed");
+        assert!(got == want, "{name}");
+    }
+}
+
 #[test]
 fn wrong_tokens_are_named_on_the_device_too() {
     let Some(device) = device() else { return };

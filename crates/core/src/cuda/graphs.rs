@@ -18,9 +18,9 @@ const MEMORY: usize = 1 << 16;
 
 /// The decode steps of a model, captured in CUDA graphs: one for each number of sequences.
 ///
-/// The first step with a number of sequences runs as usual, and loads the kernels. The second one is
-/// captured. Later ones are replayed: the caches [prepare](crate::PreparedDecode) lists, one copy
-/// brings them to the device, and one launch runs the step.
+/// The first step with a number of sequences launches its kernels one by one, which loads them. The
+/// second one is captured. Later ones are replayed: the caches [prepare](crate::PreparedDecode)
+/// lists, one copy brings them to the device, and one launch runs the step.
 pub struct DecodeGraphs {
     device: CudaDevice,
     lists: StepLists,
@@ -31,14 +31,17 @@ pub struct DecodeGraphs {
     replayed: u64,
 }
 
+/// The graph of a number of sequences.
 struct Graph {
     last_used: u64,
+    layout: Vec<usize>,
+    memory: PreparedStep,
     state: State,
 }
 
 enum State {
-    /// One step has run.
-    Warm,
+    /// A step with this layout has run.
+    Ready,
     Captured(Captured),
     /// The model's step cannot be captured.
     Refused,
@@ -46,8 +49,6 @@ enum State {
 
 struct Captured {
     graph: CudaGraph,
-    layout: Vec<usize>,
-    memory: PreparedStep,
     /// The graph's input, `[sequences]`, which it copies from the lists.
     _ids: Tensor,
     /// The graph's output, overwritten by each launch.
@@ -86,10 +87,11 @@ impl DecodeGraphs {
         self.replayed
     }
 
-    /// Runs a decode step of sequences that have tokens, and returns its logits.
+    /// Runs a decode step of sequences that have tokens, and returns its logits. `states`: device
+    /// addresses that `forward` uses besides the caches, and that can differ between steps.
     ///
-    /// It runs as usual if a cache has no [prepared steps](KvCache::prepared_decode) or no memory,
-    /// or if `forward` cannot be captured.
+    /// The step runs as usual if a cache has no [prepared steps](KvCache::prepared_decode) or no
+    /// memory, or if `forward` cannot be captured.
     ///
     /// # Errors
     /// Those of `forward` and of the caches. Some of the caches may have advanced then.
@@ -98,46 +100,44 @@ impl DecodeGraphs {
         batch: &Batch,
         ids: &[u32],
         caches: &mut [Box<dyn KvCache>],
+        states: &[u64],
         forward: &mut Forward<'_>,
     ) -> Result<Tensor> {
-        self.steps += 1;
-        let (seqs, now) = (batch.seqs().len(), self.steps);
-        // Shapes and strides that candle copies to the device are kept for captured kernels.
-        let device = self.device.clone();
-        let _kept = device.enable_cuda_graph_htod_cache();
-        let known = self.graphs.get_mut(&seqs);
-        let warm = known.is_some_and(|graph| {
-            graph.last_used = now;
-            !matches!(graph.state, State::Refused)
-        });
+        let seqs = batch.seqs().len();
+        let refused = self.graphs.get(&seqs).is_some_and(|of| matches!(of.state, State::Refused));
         let prepares = |cache: &mut Box<dyn KvCache>| {
             cache.can_append(batch) && cache.prepared_decode().is_some()
         };
-        if !warm || !caches.iter_mut().all(prepares) {
-            self.graphs.entry(seqs).or_insert(Graph { last_used: now, state: State::Warm });
+        let ids_on = |device: &CudaDevice| Tensor::new(ids, &Device::Cuda(device.clone()));
+        if refused || !caches.iter_mut().all(prepares) {
+            return forward(caches, batch, &ids_on(&self.device)?);
+        }
+        let memory = self.prepare(batch, ids, caches, states)?;
+        let batch = batch.with_prepared(memory);
+        self.steps += 1;
+        let known = self.graphs.get_mut(&seqs);
+        let equal = |of: &&mut Graph| of.memory == memory && of.layout == self.lists.layout();
+        let Some(known) = known.filter(equal) else {
+            let (last_used, layout) = (self.steps, self.lists.layout().to_vec());
+            self.graphs.insert(seqs, Graph { last_used, layout, memory, state: State::Ready });
             self.drop_oldest();
-            return forward(caches, batch, &Tensor::new(ids, &Device::Cuda(device))?);
-        }
-        let memory = self.prepare(batch, ids, caches)?;
-        if !self.has_captured(seqs, memory) {
-            let captured = self.capture(&batch.with_prepared(memory), caches, forward)?;
-            if let Some(logits) = captured {
-                return Ok(logits);
-            }
-        }
-        let Some(State::Captured(step)) = self.graphs.get(&seqs).map(|graph| &graph.state) else {
-            return Err(Error::Unsupported("a step without a graph".into()));
+            let ids = ids_on(&self.device)?;
+            // Shapes and strides that candle copies to the device are kept for the capture.
+            let _kept = self.device.enable_cuda_graph_htod_cache();
+            return forward(caches, &batch, &ids);
         };
-        step.graph.launch()?;
-        self.replayed += 1;
-        Ok(step.logits.copy()?)
-    }
-
-    /// Returns whether there is a graph for lists with this layout in this memory.
-    fn has_captured(&self, seqs: usize, memory: PreparedStep) -> bool {
-        let state = self.graphs.get(&seqs).map(|graph| &graph.state);
-        matches!(state, Some(State::Captured(step))
-            if step.memory == memory && step.layout == self.lists.layout())
+        known.last_used = self.steps;
+        if let State::Ready = known.state {
+            known.state = capture(&self.device, &batch, memory, caches, forward)?;
+        }
+        match &known.state {
+            State::Captured(step) => {
+                step.graph.launch()?;
+                self.replayed += 1;
+                Ok(step.logits.copy()?)
+            }
+            _ => forward(caches, &batch, &ids_on(&self.device)?),
+        }
     }
 
     /// Prepares all caches, and copies their lists to the device.
@@ -146,9 +146,11 @@ impl DecodeGraphs {
         batch: &Batch,
         ids: &[u32],
         caches: &mut [Box<dyn KvCache>],
+        states: &[u64],
     ) -> Result<PreparedStep> {
         self.lists.clear();
         self.lists.push(bytes_of(ids), size_of_val(ids));
+        states.iter().for_each(|&address| self.lists.push_size(address as usize));
         for cache in caches {
             let unprepared = || Error::Unsupported("a prepared decode step of this cache".into());
             let cache = cache.prepared_decode().ok_or_else(unprepared)?;
@@ -164,45 +166,6 @@ impl DecodeGraphs {
         })
     }
 
-    /// Captures a prepared step. If that is not possible, runs the step and returns its logits.
-    fn capture(
-        &mut self,
-        batch: &Batch,
-        caches: &mut [Box<dyn KvCache>],
-        forward: &mut Forward<'_>,
-    ) -> Result<Option<Tensor>> {
-        let (seqs, stream) = (batch.seqs().len(), self.device.cuda_stream());
-        let ids = Tensor::zeros(seqs, DType::U32, &Device::Cuda(self.device.clone()))?;
-        let Some(memory) = batch.prepared() else {
-            return Err(Error::mismatch("batch to capture", "a prepared one", "another"));
-        };
-        let mut run = |caches: &mut [Box<dyn KvCache>]| {
-            let (to, stream) = (address(&ids)?, stream.cu_stream());
-            // SAFETY: both hold an id per sequence, and the stream orders the copy.
-            unsafe { result::memcpy_dtod_async(to, memory.lists, 4 * seqs, stream) }?;
-            forward(caches, batch, &ids)
-        };
-        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-        let logits = run(caches);
-        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = stream.end_capture(flags);
-        let now = self.steps;
-        let state = match (logits, graph) {
-            (Ok(logits), Ok(Some(graph))) => {
-                let layout = self.lists.layout().to_vec();
-                State::Captured(Captured { graph, layout, memory, _ids: ids.clone(), logits })
-            }
-            _ => {
-                // Errors of the capture are of no further use.
-                _ = stream.context().check_err();
-                self.graphs.insert(seqs, Graph { last_used: now, state: State::Refused });
-                return run(caches).map(Some);
-            }
-        };
-        self.graphs.insert(seqs, Graph { last_used: now, state });
-        Ok(None)
-    }
-
     /// Drops the least recently used graph if there are too many.
     fn drop_oldest(&mut self) {
         if self.graphs.len() <= MAX_GRAPHS {
@@ -211,6 +174,35 @@ impl DecodeGraphs {
         let oldest = self.graphs.iter().min_by_key(|(_, graph)| graph.last_used);
         if let Some(seqs) = oldest.map(|(&seqs, _)| seqs) {
             self.graphs.remove(&seqs);
+        }
+    }
+}
+
+/// Captures a prepared step. The lists start with the token ids.
+fn capture(
+    device: &CudaDevice,
+    batch: &Batch,
+    memory: PreparedStep,
+    caches: &mut [Box<dyn KvCache>],
+    forward: &mut Forward<'_>,
+) -> Result<State> {
+    let (seqs, stream) = (batch.seqs().len(), device.cuda_stream());
+    let ids = Tensor::zeros(seqs, DType::U32, &Device::Cuda(device.clone()))?;
+    let _kept = device.enable_cuda_graph_htod_cache();
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+    let logits = (|| {
+        let (to, stream) = (address(&ids)?, stream.cu_stream());
+        // SAFETY: both hold an id per sequence, and the stream orders the copy.
+        unsafe { result::memcpy_dtod_async(to, memory.lists, 4 * seqs, stream) }?;
+        forward(caches, batch, &ids)
+    })();
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    match (logits, stream.end_capture(flags)) {
+        (Ok(logits), Ok(Some(graph))) => Ok(State::Captured(Captured { graph, _ids: ids, logits })),
+        _ => {
+            // The step runs without a graph, so the errors of the capture are of no further use.
+            _ = stream.context().check_err();
+            Ok(State::Refused)
         }
     }
 }

@@ -60,7 +60,7 @@ pub fn rotate<const N: usize>(
         let in_pieces = starts.iter().all(|n| n.is_multiple_of(8)) && x.stride()[2] == 1;
         in_pieces && x.dtype() == first.dtype() && x.elem_count() > 0
     };
-    if !tensors.iter().all(fits) || !rotary.is_multiple_of(16) || rotary > 256 {
+    if !tensors.iter().all(fits) || !of.has_cuda_kernel() {
         return Ok(None);
     }
     let mut cached = of.cached_on_device.lock().unwrap_or_else(|poisoned| poisoned.into_inner());

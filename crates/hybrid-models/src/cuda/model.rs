@@ -47,7 +47,8 @@ enum Kind {
 pub struct Call<'a> {
     /// Equally many tokens for each sequence.
     pub batch: &'a Batch,
-    pub ids: &'a [u32],
+    /// Token ids, `[tokens]`, u32.
+    pub ids: &'a Tensor,
     pub logits: Logits,
     /// Whether the tokens are the first ones of the sequences.
     pub first: bool,
@@ -99,15 +100,20 @@ impl OnDevice {
         &self.device
     }
 
+    /// Returns whether the weights are f16 or bf16.
+    pub fn is_half(&self) -> bool {
+        matches!(self.embedding.dtype(), DType::F16 | DType::BF16)
+    }
+
     /// Returns the logits of a call, row by row, in f32.
     pub fn forward(&self, call: &mut Call<'_>) -> Result<Tensor> {
         let batch = call.sequences();
-        let count = call.ids.len() / batch;
+        let count = call.ids.elem_count() / batch;
         let wanted = match call.logits {
             Logits::Last => 1,
             Logits::All => count,
         };
-        let ids = Tensor::from_slice(call.ids, (batch, count), &self.device)?;
+        let ids = call.ids.reshape((batch, count))?;
         // Attention layers receive the whole prompt in one call, so that a cache may compress it
         // after exact attention.
         let block = if call.caches.is_empty() { block(batch) } else { count };

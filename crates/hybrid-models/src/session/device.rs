@@ -7,7 +7,8 @@ use super::Session;
 use crate::cuda::{Call, OnDevice};
 use crate::recurrent_state::RecurrentState;
 use candle_core::Tensor;
-use longctx_core::{Batch, CausalLm, Error, Logits, Result, SeqId};
+use longctx_core::cuda::address;
+use longctx_core::{Batch, CausalLm, Error, KvCache, Logits, Result, SeqId};
 
 /// One sequence's part of a batch.
 struct GroupEntry {
@@ -78,10 +79,16 @@ impl Session {
         let batch = Batch::new(&group.iter().map(|part| (part.seq, tokens)).collect::<Vec<_>>())?;
         let ids: Vec<u32> =
             group.iter().flat_map(|part| &ids[part.rows.clone()]).copied().collect();
+        if tokens == 1
+            && let Some(output) = self.replay(model, &batch, &ids, logits)?
+        {
+            self.finish_step(group, done)?;
+            return Ok(output);
+        }
         let seen = self.seen(group[0].seq);
-        // A snapshot after a single token is a copy of the resulting state.
         let snapshot_positions =
             if tokens > 1 { self.snapshot_positions(group[0].seq, tokens) } else { Vec::new() };
+        let ids = Tensor::new(ids, self.model.device())?;
         let mut call = Call {
             batch: &batch,
             ids: &ids,
@@ -92,18 +99,59 @@ impl Session {
             snapshots: snapshot_positions.iter().map(|at| (at - seen, Vec::new())).collect(),
         };
         let output = model.forward(&mut call)?;
+        if tokens == 1 {
+            self.finish_step(group, done)?;
+            return Ok(output);
+        }
         let copies = call.snapshots.into_iter();
         let mut copies: Vec<_> =
             copies.map(|(at, copy)| (seen + at, RecurrentState::OnDevice(copy))).collect();
         for &GroupEntry { seq, .. } in group {
-            if tokens == 1
-                && let [at] = self.snapshot_positions(seq, 1)[..]
-            {
-                copies.push((at, self.states.copy(seq)?));
-            }
             done.push(SequenceResult { seq, tokens, snapshots: std::mem::take(&mut copies) });
         }
         Ok(output)
+    }
+
+    /// Runs a decode step of known sequences in a CUDA graph, if the session has graphs.
+    fn replay(
+        &mut self,
+        model: &OnDevice,
+        batch: &Batch,
+        ids: &[u32],
+        logits: Logits,
+    ) -> Result<Option<Tensor>> {
+        let known = |seq: &SeqId| self.sequences.get(seq).is_some_and(|of| of.seen > 0);
+        let known = batch.seqs().iter().all(known);
+        let Some(graphs) = self.graphs.as_mut().filter(|_| known && model.is_half()) else {
+            return Ok(None);
+        };
+        let states = self.states.on_device()?.contiguous(batch.seqs())?;
+        let addresses = states.iter().map(address).collect::<Result<Vec<_>>>()?;
+        let mut forward = |caches: &mut [Box<dyn KvCache>], batch: &Batch, ids: &Tensor| {
+            let (first, snapshots) = (false, Vec::new());
+            model.forward(&mut Call {
+                batch,
+                ids,
+                logits,
+                first,
+                states: &mut *states,
+                caches,
+                snapshots,
+            })
+        };
+        graphs.step(batch, ids, &mut self.caches, &addresses, &mut forward).map(Some)
+    }
+
+    /// Records a decoded token of each sequence. A snapshot is a copy of the resulting state.
+    fn finish_step(&self, group: &[GroupEntry], done: &mut Vec<SequenceResult>) -> Result<()> {
+        for &GroupEntry { seq, .. } in group {
+            let snapshots = match self.snapshot_positions(seq, 1)[..] {
+                [at] => vec![(at, self.states.copy(seq)?)],
+                _ => Vec::new(),
+            };
+            done.push(SequenceResult { seq, tokens: 1, snapshots });
+        }
+        Ok(())
     }
 }
 

@@ -310,7 +310,8 @@ impl KvCache for QuantCache {
     }
 
     fn prepared_decode(&mut self) -> Option<&mut dyn PreparedDecode> {
-        let prepares = self.order == Order::AttendFirst
+        let prepares = self.spec.rope.as_ref().is_none_or(|rope| rope.has_cuda_kernel())
+            && self.order == Order::AttendFirst
             && self.sink_tokens == 0
             && self.store.prepares_decode();
         prepares.then_some(self)

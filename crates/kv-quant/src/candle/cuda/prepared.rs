@@ -74,7 +74,7 @@ impl CudaPool {
         let usual = completed_by_token(self.device_format, self.layout);
         let records = rows.iter().map(|row| row.key_records as usize).fold(usual.0, usize::max);
         let tiles = rows.iter().map(|row| row.value_tiles as usize).fold(usual.1, usize::max);
-        [records, tiles].map(|size| lists.push_size(size));
+        [records, tiles].into_iter().for_each(|size| lists.push_size(size));
         let prepared = Prepared {
             heads,
             kv_heads,
