@@ -6,6 +6,11 @@ use anyhow::{Result, bail};
 use base_models::{Message, Session};
 use longctx_core::{CausalLm, KvCache, LayerSpec};
 
+/// The largest number of sequences of a step in a CUDA graph. With more sequences the kernels are
+/// faster when they are launched one by one (`docs/cuda.md`).
+#[cfg(feature = "cuda")]
+const MAX_REPLAYED: usize = 8;
+
 /// A model and its tokenizer.
 pub enum Llm {
     /// A transformer, in which every layer has a cache.
@@ -45,7 +50,7 @@ impl Llm {
                 let session = llm.model.session(make)?;
                 #[cfg(feature = "cuda")]
                 let session = match llm.model.device().is_cuda() {
-                    true => session.with_cuda_graphs()?,
+                    true => session.with_cuda_graphs(MAX_REPLAYED)?,
                     false => session,
                 };
                 Box::new(session)
@@ -127,7 +132,7 @@ impl Llm {
 pub fn replayed(session: Session) -> Result<Session> {
     #[cfg(feature = "cuda")]
     if session.model().device().is_cuda() {
-        return Ok(session.with_cuda_graphs()?);
+        return Ok(session.with_cuda_graphs(MAX_REPLAYED)?);
     }
     Ok(session)
 }

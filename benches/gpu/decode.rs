@@ -80,7 +80,7 @@ fn decode(model: &Transformer, lens: &[usize], method: &Method, bandwidth: f64) 
     }
     let mut session = model.session(|spec| filled(method.cache(spec)?, lens, model.device()))?;
     let launched = median_step(&mut session, lens.len())?;
-    let mut session = session.with_cuda_graphs()?;
+    let mut session = session.with_cuda_graphs(64)?;
     let replayed = median_step(&mut session, lens.len())?;
     if session.replayed_steps() < STEPS as u64 - 4 {
         println!("{} steps of {} were replayed", session.replayed_steps(), method.name());

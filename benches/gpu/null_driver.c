@@ -82,12 +82,16 @@ DOES_NOTHING(cuEventDestroy_v2)
 DOES_NOTHING(cuEventRecord)
 DOES_NOTHING(cuEventSynchronize)
 DOES_NOTHING(cuFuncSetAttribute)
+DOES_NOTHING(cuGraphDestroy)
+DOES_NOTHING(cuGraphExecDestroy)
+DOES_NOTHING(cuGraphLaunch)
 DOES_NOTHING(cuInit)
 DOES_NOTHING(cuMemPoolSetAttribute)
 DOES_NOTHING(cuMemcpyDtoDAsync_v2)
 DOES_NOTHING(cuMemcpyPeerAsync)
 DOES_NOTHING(cuMemsetD8Async)
 DOES_NOTHING(cuModuleUnload)
+DOES_NOTHING(cuStreamBeginCapture_v2)
 DOES_NOTHING(cuStreamDestroy_v2)
 DOES_NOTHING(cuStreamWaitEvent)
 DOES_NOTHING(cuTensorMapEncodeTiled)
@@ -112,7 +116,10 @@ DOES_NOTHING(__cudaUnregisterFatBinary)
 
 void* __cudaRegisterFatBinary() { return &something; }
 int cuStreamIsCapturing(void* stream, int* status) { *status = 0; return 0; }
+int cuStreamEndCapture(void* stream, void** graph) { *graph = &something; return 0; }
+int cuGraphInstantiateWithFlags(void** graph) { *graph = &something; return 0; }
 int cuFuncGetAttribute(int* value, int attribute, void* function) { *value = attribute == 8 ? 0 : 1024; return 0; }
+int cuMemGetInfo_v2(size_t* free, size_t* total) { *free = *total = (size_t)140 << 30; return 0; }
 int cuGetErrorString(int error, const char** text) { *text = "an error of the null driver"; return 0; }
 int cuLaunchKernel() { launches++; return 0; }
 int cuMemAlloc_v2(Address* out, size_t bytes) { *out = allocate(bytes); return 0; }

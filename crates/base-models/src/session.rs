@@ -47,14 +47,15 @@ impl Session {
         })
     }
 
-    /// Captures decode steps in CUDA graphs, one for each number of sequences, and replays them.
+    /// Captures decode steps of at most `max_seqs` sequences in CUDA graphs, one for each number of
+    /// sequences, and replays them.
     /// Models in f32, and steps whose caches or layers do not support it, run as usual.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if the model is not on a CUDA device.
     #[cfg(feature = "cuda")]
-    pub fn with_cuda_graphs(self) -> Result<Self> {
-        let graphs = Some(DecodeGraphs::new(self.model.device())?);
+    pub fn with_cuda_graphs(self, max_seqs: usize) -> Result<Self> {
+        let graphs = Some(DecodeGraphs::new(self.model.device(), max_seqs)?);
         Ok(Self { graphs, ..self })
     }
 

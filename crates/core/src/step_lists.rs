@@ -80,9 +80,7 @@ impl StepLists {
         let size = capacity.max(list.len());
         let equal = |range: &&Range<usize>| {
             let held = &self.bytes[range.start..range.end];
-            held.len() == size
-                && held.starts_with(list)
-                && held[list.len()..].iter().all(|&byte| byte == 0)
+            held.len() == size && held.starts_with(list) && is_zero(&held[list.len()..])
         };
         if let Some(range) = self.shared.iter().rev().find(equal) {
             return range.start as u64;
@@ -118,6 +116,11 @@ impl StepLists {
     pub fn workspace(&self) -> usize {
         self.workspace
     }
+}
+
+/// Returns whether all bytes are 0.
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.chunks(64).all(|chunk| chunk.iter().fold(0, |any, byte| any | byte) == 0)
 }
 
 #[cfg(test)]

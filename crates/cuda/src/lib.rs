@@ -30,6 +30,6 @@ pub use image::Image;
 #[cfg(feature = "driver")]
 pub use kernel::Kernel;
 #[cfg(feature = "driver")]
-pub use staging::copy_to;
+pub use staging::Staging;
 #[cfg(feature = "driver")]
 pub use upload::{Upload, Uploaded, bytes_of, upload};

@@ -14,23 +14,39 @@ const MIN_BYTES: usize = 1 << 14;
 const BUFFERS: usize = 256;
 
 /// The buffers of each device, by ordinal. They keep its context alive.
-static DEVICES: Mutex<BTreeMap<usize, Ring>> = Mutex::new(BTreeMap::new());
+static DEVICES: Mutex<BTreeMap<usize, Staging>> = Mutex::new(BTreeMap::new());
 
-/// Buffers that are used in turn.
-#[derive(Default)]
-struct Ring {
+/// Page-locked buffers on the host that are used in turn for copies to a device.
+#[derive(Debug)]
+pub struct Staging {
     buffers: Vec<PinnedHostSlice<u8>>,
+    count: usize,
     next: usize,
 }
 
-impl Ring {
-    /// Returns a buffer of at least `len` bytes.
-    fn buffer(
+impl Staging {
+    /// Creates a set of `count` buffers, which are allocated when they are needed.
+    pub fn new(count: usize) -> Self {
+        Self { buffers: Vec::new(), count: count.max(1), next: 0 }
+    }
+
+    /// Copies bytes to the start of `to` without waiting for the stream's work, except for the copy
+    /// that last used the same buffer.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    pub fn copy(
         &mut self,
-        context: &Arc<CudaContext>,
-        len: usize,
-    ) -> Result<&mut PinnedHostSlice<u8>, DriverError> {
-        let place = self.next % BUFFERS;
+        stream: &Arc<CudaStream>,
+        bytes: &[u8],
+        to: &mut CudaSlice<u8>,
+    ) -> Result<(), DriverError> {
+        stream.memcpy_htod(&self.part(stream.context(), bytes)?, to)
+    }
+
+    /// Returns a buffer that contains the bytes.
+    fn part(&mut self, context: &Arc<CudaContext>, bytes: &[u8]) -> Result<Part<'_>, DriverError> {
+        let (place, len) = (self.next % self.count, bytes.len());
         self.next += 1;
         // SAFETY: the bytes are written before they are read.
         let new = || unsafe { context.alloc_pinned::<u8>(len.next_power_of_two()) };
@@ -39,7 +55,10 @@ impl Ring {
             Some(held) if held.len() < len => self.buffers[place] = new()?,
             Some(_) => {}
         }
-        Ok(&mut self.buffers[place])
+        let buffer = &mut self.buffers[place];
+        // Waits for the copy that used the buffer before.
+        buffer.as_mut_slice()?[..len].copy_from_slice(bytes);
+        Ok(Part { buffer, len })
     }
 }
 
@@ -50,27 +69,8 @@ pub fn copy(stream: &Arc<CudaStream>, bytes: &[u8]) -> Result<CudaSlice<u8>, Dri
     }
     let context = stream.context();
     let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
-    let buffer = devices.entry(context.ordinal()).or_default().buffer(context, bytes.len())?;
-    // Waits for the copy that used the buffer before.
-    buffer.as_mut_slice()?[..bytes.len()].copy_from_slice(bytes);
-    stream.clone_htod(&Part { buffer, len: bytes.len() })
-}
-
-/// Copies bytes to the start of `to`, on the stream, without waiting for the stream's work.
-///
-/// # Errors
-/// Errors of the driver.
-pub fn copy_to(
-    stream: &Arc<CudaStream>,
-    bytes: &[u8],
-    to: &mut CudaSlice<u8>,
-) -> Result<(), DriverError> {
-    let context = stream.context();
-    let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
-    let buffer = devices.entry(context.ordinal()).or_default().buffer(context, bytes.len())?;
-    // Waits for the copy that used the buffer before.
-    buffer.as_mut_slice()?[..bytes.len()].copy_from_slice(bytes);
-    stream.memcpy_htod(&Part { buffer, len: bytes.len() }, to)
+    let staging = devices.entry(context.ordinal()).or_insert_with(|| Staging::new(BUFFERS));
+    stream.clone_htod(&staging.part(context, bytes)?)
 }
 
 /// The first bytes of a buffer.

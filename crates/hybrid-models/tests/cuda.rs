@@ -247,7 +247,7 @@ fn replayed_steps_equal_plain_ones() {
             (logits, session.replayed_steps())
         };
         let (want, _) = run(session(&model));
-        let (got, replayed) = run(session(&model).with_cuda_graphs().unwrap());
+        let (got, replayed) = run(session(&model).with_cuda_graphs(64).unwrap());
         println!("{name}: {replayed} of 18 steps replayed");
         assert!(got == want, "{name}");
     }

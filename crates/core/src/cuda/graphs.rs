@@ -9,7 +9,7 @@ use crate::{Batch, Error, KvCache, PreparedStep, Result, StepLists};
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use longctx_cuda::cudarc::driver::{CudaGraph, CudaSlice, CudaStream, DevicePtr, result};
-use longctx_cuda::{bytes_of, copy_to};
+use longctx_cuda::{Staging, bytes_of};
 
 /// Graphs that are kept. The least recently used one is dropped.
 const MAX_GRAPHS: usize = 64;
@@ -21,9 +21,15 @@ const MEMORY: usize = 1 << 16;
 /// The first step with a number of sequences launches its kernels one by one, which loads them. The
 /// second one is captured. Later ones are replayed: the caches [prepare](crate::PreparedDecode)
 /// lists, one copy brings them to the device, and one launch runs the step.
+///
+/// Kernels that are launched one by one start while the host makes the lists of later layers. A
+/// graph starts after all lists have been made. So graphs are for few sequences, whose lists are
+/// short.
 pub struct DecodeGraphs {
     device: CudaDevice,
+    max_seqs: usize,
     lists: StepLists,
+    staging: Staging,
     on_device: CudaSlice<u8>,
     workspace: CudaSlice<u8>,
     graphs: BTreeMap<usize, Graph>,
@@ -62,18 +68,21 @@ unsafe impl Send for Captured {}
 pub type Forward<'a> = dyn FnMut(&mut [Box<dyn KvCache>], &Batch, &Tensor) -> Result<Tensor> + 'a;
 
 impl DecodeGraphs {
-    /// Creates an empty set of graphs.
+    /// Creates an empty set of graphs for steps of at most `max_seqs` sequences.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if the device is not a CUDA device.
-    pub fn new(device: &Device) -> Result<Self> {
+    pub fn new(device: &Device, max_seqs: usize) -> Result<Self> {
         let Device::Cuda(device) = device else {
             return Err(Error::mismatch("device of CUDA graphs", "a CUDA device", "another"));
         };
         let memory = || device.cuda_stream().alloc_zeros(MEMORY);
         Ok(Self {
             device: device.clone(),
+            max_seqs,
             lists: StepLists::default(),
+            // A step's copy can run while the next step's lists are made.
+            staging: Staging::new(2),
             on_device: memory()?,
             workspace: memory()?,
             graphs: BTreeMap::new(),
@@ -90,8 +99,8 @@ impl DecodeGraphs {
     /// Runs a decode step of sequences that have tokens, and returns its logits. `states`: device
     /// addresses that `forward` uses besides the caches, and that can differ between steps.
     ///
-    /// The step runs as usual if a cache has no [prepared steps](KvCache::prepared_decode) or no
-    /// memory, or if `forward` cannot be captured.
+    /// The step runs as usual if it has too many sequences, if a cache has no [prepared
+    /// steps](KvCache::prepared_decode) or no memory, or if `forward` cannot be captured.
     ///
     /// # Errors
     /// Those of `forward` and of the caches. Some of the caches may have advanced then.
@@ -109,7 +118,7 @@ impl DecodeGraphs {
             cache.can_append(batch) && cache.prepared_decode().is_some()
         };
         let ids_on = |device: &CudaDevice| Tensor::new(ids, &Device::Cuda(device.clone()));
-        if refused || !caches.iter_mut().all(prepares) {
+        if seqs > self.max_seqs || refused || !caches.iter_mut().all(prepares) {
             return forward(caches, batch, &ids_on(&self.device)?);
         }
         let memory = self.prepare(batch, ids, caches, states)?;
@@ -159,7 +168,7 @@ impl DecodeGraphs {
         let stream = self.device.cuda_stream();
         reserve(&mut self.on_device, self.lists.bytes().len(), &stream)?;
         reserve(&mut self.workspace, self.lists.workspace(), &stream)?;
-        copy_to(&stream, self.lists.bytes(), &mut self.on_device)?;
+        self.staging.copy(&stream, self.lists.bytes(), &mut self.on_device)?;
         Ok(PreparedStep {
             lists: self.on_device.device_ptr(&stream).0,
             workspace: self.workspace.device_ptr(&stream).0,

@@ -25,7 +25,7 @@ __device__ void shift_of(const Shift& p) {
     }
 #pragma unroll
     for (int r = 0; r < SHIFT_RUN; r++) {
-        if (start + r == p.tokens - 1) store<WHOLE>(p.last + state, count, rows[r + 1]);
+        if (p.last && start + r == p.tokens - 1) store<WHOLE>(p.last + state, count, rows[r + 1]);
     }
     const long long of_mix = (long long)gridDim.z * p.tokens * p.channels;
     for (int mix = 0; mix < p.mixes; mix++) {

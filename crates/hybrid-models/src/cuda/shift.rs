@@ -9,6 +9,9 @@ use super::kernels::{Kernel, address};
 use candle_core::{DType, Tensor};
 use longctx_core::Result;
 
+/// Rows of a thread. Must equal the kernel's constant.
+const RUN: usize = 4;
+
 /// Several mixes of the same rows, each with a weight per channel.
 #[derive(Debug)]
 pub struct Shift {
@@ -32,29 +35,43 @@ impl Shift {
     /// Returns the mixes `[mixes, rows, channels]` of f32 rows. The state `[batch, channels]` holds
     /// the row before each sequence's first one and is updated to its last.
     pub fn apply(&self, x: &Input<'_>, state: &mut Tensor) -> Result<Tensor> {
-        let (mixed, last) = self.mix(x, state, None)?;
+        self.apply_with(x, state, None)
+    }
+
+    /// As [`apply`](Self::apply). `more`, `[mixes, rows, channels]`, is added to the weights.
+    pub fn apply_with(
+        &self,
+        x: &Input<'_>,
+        state: &mut Tensor,
+        more: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let last = match x.tokens <= RUN {
+            // A thread reads the row before its run, and then writes it.
+            true => state.clone(),
+            // SAFETY: the launch writes every element.
+            false => unsafe { Tensor::empty(state.shape(), DType::F32, state.device()) }?,
+        };
+        let mixed = self.mix(x, state, Some(&last), more)?;
         *state = last;
         Ok(mixed)
     }
 
-    /// Returns the mixes and each sequence's last row. `before` holds the rows before the
-    /// sequences' first ones. `more`, `[mixes, rows, channels]`, is added to the weights.
+    /// Returns the mixes. `before` holds the rows before the sequences' first ones; their last rows
+    /// are written to `last`, if it is given.
     pub fn mix(
         &self,
         x: &Input<'_>,
         before: &Tensor,
+        last: Option<&Tensor>,
         more: Option<&Tensor>,
-    ) -> Result<(Tensor, Tensor)> {
+    ) -> Result<Tensor> {
         let (mixes, (rows, channels)) = (self.weights.dim(0)?, x.x.dims2()?);
-        // SAFETY: the launch below writes every element of both.
-        let (y, last) = unsafe {
-            let y = Tensor::empty((mixes, rows, channels), self.dtype, x.x.device())?;
-            (y, Tensor::empty((x.batch, channels), DType::F32, x.x.device())?)
-        };
+        // SAFETY: the launch below writes every element.
+        let y = unsafe { Tensor::empty((mixes, rows, channels), self.dtype, x.x.device()) }?;
         let args = args::Shift {
             x: address(x.x)?,
             before: address(before)?,
-            last: address(&last)?,
+            last: last.map_or(Ok(0), address)?,
             weights: address(&self.weights)?,
             more: more.map_or(Ok(0), address)?,
             y: address(&y)?,
@@ -62,10 +79,10 @@ impl Shift {
             channels: channels as i32,
             mixes: mixes as i32,
         };
-        let grid = (channels.div_ceil(1024), x.tokens.div_ceil(4), x.batch);
+        let grid = (channels.div_ceil(1024), x.tokens.div_ceil(RUN), x.batch);
         // SAFETY: the sizes are those of the contiguous tensors, which live until the end of this
         // function.
         unsafe { self.kernel.launch(grid, &args)? };
-        Ok((y, last))
+        Ok(y)
     }
 }

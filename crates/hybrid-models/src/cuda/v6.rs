@@ -45,12 +45,11 @@ impl V6 {
 
     /// Returns the five mixes `[5, rows, hidden]`, whose weights depend on the rows.
     fn mixes(&self, x: &Input<'_>, state: &mut Tensor) -> Result<Tensor> {
-        let (mixed, _) = self.shift_mix.mix(x, state, None)?;
+        let mixed = self.shift_mix.mix(x, state, None, None)?;
         let bottlenecks = self.shift_in.apply(&mixed.get(0)?)?.tanh()?;
         let bottlenecks = bottlenecks.reshape((x.x.dim(0)?, self.shift_out.count(), ()))?;
         let more = self.shift_out.apply(&bottlenecks.transpose(0, 1)?)?;
-        let (mixed, last) = self.shift.mix(x, state, Some(&more))?;
-        *state = last;
+        let mixed = self.shift.apply_with(x, state, Some(&more))?;
         Ok(mixed)
     }
 }
