@@ -2,7 +2,7 @@
 //! one. Skipped without a CUDA device.
 #![cfg(feature = "cuda")]
 
-use base_models::{Config, LoadOptions, Session, Transformer};
+use base_models::{Config, LoadOptions, RopeSettings, Session, Transformer};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{Batch, CausalLm, Logits, SeqId};
 use longctx_examples::methods::Method;
@@ -10,6 +10,7 @@ use longctx_examples::shapes::llama_3_8b;
 
 /// A model with Llama's layers.
 fn model(device: &Device, heads: usize, head_dim: usize, windows: &[Option<usize>]) -> Transformer {
+    let shape = llama_3_8b();
     let config = Config {
         vocab_size: 512,
         hidden_size: heads * head_dim,
@@ -19,7 +20,8 @@ fn model(device: &Device, heads: usize, head_dim: usize, windows: &[Option<usize
         kv_heads: 2,
         head_dim,
         windows: windows.to_vec(),
-        ..llama_3_8b()
+        rope: RopeSettings { rotary_dims: head_dim, ..shape.rope.clone() },
+        ..shape
     };
     let options =
         LoadOptions { device: device.clone(), dtype: DType::F16, ..LoadOptions::default() };
