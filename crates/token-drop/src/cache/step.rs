@@ -150,8 +150,9 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             let (k, v) = self.head_keys_values(call, head)?;
             let rows = Tensor::new(kept.as_slice(), k.device())?;
             let moves: Vec<_> = (0..).zip(kept).map(|(to, &from)| to - i64::from(from)).collect();
-            keys.push(rope.apply(&k.index_select(&rows, 0)?.unsqueeze(1)?, &moves)?);
-            values.push(v.index_select(&rows, 0)?.unsqueeze(1)?);
+            let kept = |x: &Tensor| x.contiguous()?.index_select(&rows, 0)?.unsqueeze(1);
+            keys.push(rope.apply(&kept(&k)?, &moves)?);
+            values.push(kept(&v)?);
         }
         let device = call.k.device();
         Ok((Tensor::cat(&keys, 1)?.to_device(device)?, Tensor::cat(&values, 1)?.to_device(device)?))

@@ -221,8 +221,9 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         let tokens =
             |s: &ChunkSeq| s.leaving.start + 1 - s.window_start..s.leaving.end - s.window_start;
         let (k, v) = self.read_leaving(chunk, &part, &self.window, tokens)?;
-        let q = part.rows(&chunk.q)?.index_select(&order, 0)?;
-        let (k, v) = (k.index_select(&order, 0)?, v.index_select(&order, 0)?);
+        // A device selects rows of contiguous tensors only.
+        let reverse = |x: &Tensor| x.contiguous()?.index_select(&order, 0);
+        let (q, k, v) = (reverse(&part.rows(&chunk.q)?)?, reverse(&k)?, reverse(&v)?);
         Ok(Some(Reversed { part, order, q, k, v }))
     }
 
