@@ -208,8 +208,10 @@ fn capture(
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     match (logits, stream.end_capture(flags)) {
         (Ok(logits), Ok(Some(graph))) => Ok(State::Captured(Captured { graph, _ids: ids, logits })),
-        _ => {
-            // The step runs without a graph, so the errors of the capture are of no further use.
+        (logits, _) => {
+            // The step runs without a graph, so the errors of the capture, and of freeing its
+            // memory, are of no further use.
+            drop(logits);
             _ = stream.context().check_err();
             Ok(State::Refused)
         }
