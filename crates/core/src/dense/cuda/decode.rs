@@ -196,9 +196,9 @@ impl CudaPool {
             head_dim: head_dim as i32,
             out_kind: out_kind(out)?,
         };
+        let size = (launch.items, launch.columns);
         // SAFETY: the tables name blocks of the pool, all arrays have the sizes that the kernel
         // expects, and the stream frees no memory before it has used it.
-        let size = (launch.items, launch.columns);
         Ok(unsafe { paged::attend(&self.stream(), self.half(), &args, size) }?)
     }
 
