@@ -139,8 +139,8 @@ impl Transformer {
         }
     }
 
-    /// Returns the logits of a batch whose ids `[tokens]` (u32) have been checked. After an error, some of the
-    /// caches have advanced.
+    /// Returns the logits of a batch whose ids `[tokens]` (u32) have been checked. After an error, some
+    /// of the caches have advanced.
     pub(crate) fn forward(
         &self,
         caches: &mut [Box<dyn KvCache>],

@@ -48,8 +48,8 @@ impl Session {
     }
 
     /// Captures decode steps of at most `max_seqs` sequences in CUDA graphs, one for each number of
-    /// sequences, and replays them.
-    /// Models in f32, and steps whose caches or layers do not support it, run as usual.
+    /// sequences, and replays them. Models in f32, and steps whose caches or layers do not support
+    /// it, run as usual.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if the model is not on a CUDA device.

@@ -47,7 +47,7 @@ pub struct PreparedStep {
 #[derive(Debug, Default)]
 pub struct StepLists {
     bytes: Vec<u8>,
-    /// Offset of each list, and sizes of launches.
+    /// Every offset that was returned, and sizes of launches.
     layout: Vec<usize>,
     shared: Vec<Range<usize>>,
     workspace: usize,
@@ -83,6 +83,8 @@ impl StepLists {
             held.len() == size && held.starts_with(list) && is_zero(&held[list.len()..])
         };
         if let Some(range) = self.shared.iter().rev().find(equal) {
+            // In another step the caller may share another list.
+            self.layout.push(range.start);
             return range.start as u64;
         }
         let first = self.push(list, capacity);
@@ -106,8 +108,8 @@ impl StepLists {
         &self.bytes
     }
 
-    /// Returns the offset of each list and the sizes of launches. Steps with equal layouts can share
-    /// captured launches.
+    /// Returns the offset of the list of each push, and the sizes of launches. Steps with equal layouts
+    /// can share captured launches.
     pub fn layout(&self) -> &[usize] {
         &self.layout
     }
@@ -144,6 +146,18 @@ mod tests {
         assert_eq!(layout(&[9; 8]), first);
         // A list beyond its capacity moves the later ones.
         assert_ne!(layout(&[9; 41]), first);
+    }
+
+    #[test]
+    fn the_layout_tells_which_list_is_shared() {
+        let layout = |third: u8| {
+            let mut lists = StepLists::default();
+            for list in [1, 2, third] {
+                lists.push_shared(&[list], 1);
+            }
+            lists.layout().to_vec()
+        };
+        assert_eq!((layout(1), layout(2)), (vec![0, 16, 0], vec![0, 16, 16]));
     }
 
     #[test]
