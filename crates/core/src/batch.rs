@@ -104,6 +104,21 @@ impl Batch {
         self.prepared
     }
 
+    /// Returns the memory of a prepared step, for a store that has prepared a step of `seqs`
+    /// sequences; `None` if the batch is not prepared.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if the store has prepared none, or one of another number of sequences.
+    pub fn prepared_for(&self, seqs: Option<usize>) -> Result<Option<PreparedStep>> {
+        match self.prepared {
+            Some(_) if seqs != Some(self.seqs().len()) => {
+                let (expected, got) = (self.seqs().len(), seqs.unwrap_or(0));
+                Err(Error::mismatch("sequences of the prepared step", expected, got))
+            }
+            prepared => Ok(prepared),
+        }
+    }
+
     /// Returns the sequences, in the order of their tokens.
     pub fn seqs(&self) -> &[SeqId] {
         &self.inner.seqs

@@ -1,10 +1,12 @@
 //! Device addresses of candle's tensors, for launches of kernels over them.
 
 mod graphs;
+mod plan_memory;
 
 use std::sync::Arc;
 
 pub use graphs::{DecodeGraphs, Forward};
+pub use plan_memory::{PlanLaunch, PlanMemory};
 
 use crate::{Batch, Error, Result};
 use candle_core::cuda::cudarc::driver::DevicePtr;

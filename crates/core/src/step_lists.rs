@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{Batch, Result};
+use crate::{Batch, Result, SeqId};
 
 /// The part of a cache that decode steps with CUDA graphs need: a step's work on the host, apart
 /// from its launches.
@@ -90,6 +90,13 @@ impl StepLists {
         let first = self.push(list, capacity);
         self.shared.push(first as usize..first as usize + size);
         first
+    }
+
+    /// Adds the position of each token of a batch, i64, as [`Batch::positions`] returns them.
+    pub fn push_positions(&mut self, batch: &Batch, seen: impl Fn(SeqId) -> usize) -> u64 {
+        let positions = batch.positions(seen);
+        let bytes: Vec<u8> = positions.iter().flat_map(|position| position.to_ne_bytes()).collect();
+        self.push_shared(&bytes, bytes.len())
     }
 
     /// Adds the size of a launch to the layout: a step with another size needs another launch.

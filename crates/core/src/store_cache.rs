@@ -266,9 +266,7 @@ impl<S: KvStore, C: CacheStrategy<S>> KvCache for StoreCache<S, C> {
 impl<S: KvStore, C: CacheStrategy<S>> PreparedDecode for StoreCache<S, C> {
     fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
         self.strategy.prepare_decode(&self.spec, &mut self.store, batch, lists)?;
-        let positions = batch.positions(|seq| self.seen(seq));
-        let bytes: Vec<u8> = positions.iter().flat_map(|position| position.to_ne_bytes()).collect();
-        self.positions = lists.push_shared(&bytes, bytes.len());
+        self.positions = lists.push_positions(batch, |seq| self.seen(seq));
         self.seen.advance(batch);
         Ok(())
     }

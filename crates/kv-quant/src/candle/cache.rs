@@ -397,9 +397,7 @@ impl KvCache for QuantCache {
 impl PreparedDecode for QuantCache {
     fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
         self.store.prepare_decode(batch, lists)?;
-        let positions = batch.positions(|seq| self.seen(seq));
-        let bytes: Vec<u8> = positions.iter().flat_map(|position| position.to_ne_bytes()).collect();
-        self.positions = lists.push_shared(&bytes, bytes.len());
+        self.positions = lists.push_positions(batch, |seq| self.seen(seq));
         self.seen.advance(batch);
         Ok(())
     }

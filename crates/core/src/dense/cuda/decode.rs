@@ -1,13 +1,13 @@
 //! Attention of a few queries over blocks: one launch that follows a plan.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use super::CudaPool;
-use crate::cuda::{address, out_kind};
+use crate::cuda::{PlanLaunch, PlanMemory, address, out_kind};
 use crate::{AttentionState, Batch, Mask, Result};
 use candle_core::Tensor;
-use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
-use longctx_cuda::{Uploaded, upload};
+use longctx_cuda::cudarc::driver::CudaStream;
+use longctx_cuda::upload;
 use longctx_kernels::paged::{self, AttendWork, Plan, TILE};
 
 /// The properties of a call that determine its plan, besides the lengths.
@@ -27,20 +27,13 @@ pub(super) struct SharedPlan {
     sizes: Sizes,
     heads: Vec<AttendWork>,
     pub plan: Plan,
-    on_device: OnceLock<OnDevice>,
-}
-
-/// A plan's list and workspace.
-struct OnDevice {
-    work: Uploaded,
-    parts: CudaSlice<f32>,
-    arrived: CudaSlice<u32>,
+    memory: PlanMemory,
 }
 
 impl SharedPlan {
     fn new(sizes: Sizes, heads: Vec<AttendWork>) -> Self {
         let plan = Plan::new(&heads, sizes.heads_per_kv, sizes.columns, sizes.slots);
-        Self { sizes, heads, plan, on_device: OnceLock::new() }
+        Self { sizes, heads, plan, memory: PlanMemory::default() }
     }
 
     pub fn columns(&self) -> usize {
@@ -53,46 +46,17 @@ impl SharedPlan {
         (self.sizes.slots + merges, merges)
     }
 
-    /// Returns the addresses of the list and the workspace, which the first call creates.
-    fn launch(&self, stream: &Arc<CudaStream>) -> Result<AttendLaunch> {
-        let Sizes { columns, head_dim, .. } = self.sizes;
-        let on_device = match self.on_device.get() {
-            Some(on_device) => on_device,
-            None => {
-                let work = upload(stream, &self.plan.work)?;
-                let count = parts_len(self.plan.parts, columns, head_dim);
-                // SAFETY: the kernel writes every element that it reads.
-                let parts = unsafe { stream.alloc::<f32>(count) }?;
-                let arrived = stream.alloc_zeros::<u32>(self.plan.merges)?;
-                self.on_device.get_or_init(|| OnDevice { work, parts, arrived })
-            }
-        };
-        Ok(AttendLaunch {
-            work: on_device.work.address(),
-            items: self.plan.work.len(),
-            arrived: on_device.arrived.device_ptr(stream).0,
-            parts: on_device.parts.device_ptr(stream).0,
-            max_parts: self.plan.parts,
-            columns,
-        })
+    /// Returns the addresses of the list and the workspace.
+    fn launch(&self, stream: &Arc<CudaStream>) -> Result<PlanLaunch> {
+        let Self { sizes, plan, memory, .. } = self;
+        let parts = (plan.parts, part_len(sizes.columns, sizes.head_dim));
+        memory.launch(stream, &plan.work, parts, plan.merges)
     }
 }
 
-/// Returns the elements of a workspace for `parts` partial results.
-pub(super) fn parts_len(parts: usize, columns: usize, head_dim: usize) -> usize {
-    parts * columns * (head_dim + 2)
-}
-
-/// The work list and the workspace of a launch, by device addresses.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct AttendLaunch {
-    pub work: u64,
-    pub items: usize,
-    pub arrived: u64,
-    pub parts: u64,
-    /// Partial results that the workspace has room for.
-    pub max_parts: usize,
-    pub columns: usize,
+/// Returns the elements of a partial result.
+pub(super) fn part_len(columns: usize, head_dim: usize) -> usize {
+    columns * (head_dim + 2)
 }
 
 impl CudaPool {
@@ -117,8 +81,8 @@ impl CudaPool {
         (out, lse): (&Tensor, Option<&Tensor>),
     ) -> Result<()> {
         if let Some(prepared) = self.prepared_for(batch)? {
-            let (launch, tables) = (prepared.attend, prepared.append.tables);
-            return self.launch_attend(q, mask, (out, lse), launch, tables);
+            let launch = (prepared.attend, prepared.columns);
+            return self.launch_attend(q, mask, (out, lse), launch, prepared.append.tables);
         }
         let stream = self.stream();
         let lists = match mask {
@@ -130,7 +94,8 @@ impl CudaPool {
         let lens: Vec<usize> = lists.iter().map(|(_, _, list)| list.len()).collect();
         let plan = self.plan(batch, mask, (entries.address(), &lens))?;
         let tables = self.tables(batch)?;
-        self.launch_attend(q, mask, (out, lse), plan.launch(&stream)?, tables.address())
+        let launch = (plan.launch(&stream)?, plan.columns());
+        self.launch_attend(q, mask, (out, lse), launch, tables.address())
     }
 
     /// Returns the plan of attention, which layers with equal lengths share. If there are lists of
@@ -171,11 +136,11 @@ impl CudaPool {
         q: &Tensor,
         mask: Mask<'_>,
         (out, lse): (&Tensor, Option<&Tensor>),
-        launch: AttendLaunch,
+        (launch, columns): (PlanLaunch, usize),
         tables: u64,
     ) -> Result<()> {
         let (shape, head_dim) = (&self.shape, self.shape.head_dim);
-        let of_parts = 4 * (launch.max_parts * launch.columns) as u64;
+        let of_parts = 4 * (launch.max_parts * columns) as u64;
         let part_max = launch.parts + head_dim as u64 * of_parts;
         let args = paged::AttendArgs {
             q: address(q)?,
@@ -196,7 +161,7 @@ impl CudaPool {
             head_dim: head_dim as i32,
             out_kind: out_kind(out)?,
         };
-        let size = (launch.items, launch.columns);
+        let size = (launch.items, columns);
         // SAFETY: the tables name blocks of the pool, all arrays have the sizes that the kernel
         // expects, and the stream frees no memory before it has used it.
         Ok(unsafe { paged::attend(&self.stream(), self.half(), &args, size) }?)

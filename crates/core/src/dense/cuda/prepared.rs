@@ -3,8 +3,9 @@
 use super::CudaPool;
 use super::append::{AppendLists, NewBlocks};
 use super::attend::MAX_COLUMNS;
-use super::decode::{AttendLaunch, parts_len};
-use crate::{Batch, Error, Mask, PreparedStep, Result, StepLists};
+use super::decode::part_len;
+use crate::cuda::PlanLaunch;
+use crate::{Batch, Mask, PreparedStep, Result, StepLists};
 use longctx_cuda::bytes_of;
 
 /// The lists of a prepared step. The addresses are offsets in its [`StepLists`] and its workspace.
@@ -13,20 +14,19 @@ pub struct Prepared {
     /// Kv heads of all sequences.
     pub heads: usize,
     pub append: AppendLists,
-    pub attend: AttendLaunch,
+    pub attend: PlanLaunch,
+    /// Columns of a thread block of attention.
+    pub columns: usize,
 }
 
 impl Prepared {
     /// Returns the lists with device addresses.
     fn at(mut self, step: PreparedStep) -> Self {
-        let Self { append, attend, .. } = &mut self;
+        let append = &mut self.append;
         for list in [&mut append.rows, &mut append.tables, &mut append.new_blocks] {
             *list += step.lists;
         }
-        attend.work += step.lists;
-        attend.arrived += step.lists;
-        attend.parts += step.workspace;
-        self
+        Self { attend: self.attend.at(step), ..self }
     }
 }
 
@@ -51,7 +51,8 @@ impl CudaPool {
         };
         self.add_blocks(batch, new_blocks);
         let heads = batch.seqs().len() * self.shape.kv_heads;
-        self.prepared = Some(Prepared { heads, append, attend: self.attend_lists(batch, lists)? });
+        let (attend, columns) = self.attend_lists(batch, lists)?;
+        self.prepared = Some(Prepared { heads, append, attend, columns });
         Ok(())
     }
 
@@ -74,33 +75,27 @@ impl CudaPool {
         })
     }
 
-    fn attend_lists(&self, batch: &Batch, lists: &mut StepLists) -> Result<AttendLaunch> {
+    fn attend_lists(&self, batch: &Batch, lists: &mut StepLists) -> Result<(PlanLaunch, usize)> {
         let plan = self.plan(batch, Mask::Causal, (0, &[]))?;
         let (items, merges) = plan.limits();
         let columns = plan.columns();
-        lists.require_workspace(4 * parts_len(items, columns, self.shape.head_dim));
+        lists.require_workspace(4 * items * part_len(columns, self.shape.head_dim));
         let work = bytes_of(&plan.plan.work);
         let item = work.len() / plan.plan.work.len().max(1);
-        Ok(AttendLaunch {
+        let launch = PlanLaunch {
             work: lists.push_shared(work, items * item),
             items,
             arrived: lists.push_shared(&[], 4 * merges),
             parts: 0,
             max_parts: items,
-            columns,
-        })
+        };
+        Ok((launch, columns))
     }
 
     /// Returns the lists of a prepared step; `None` if the batch is not prepared.
     pub(super) fn prepared_for(&self, batch: &Batch) -> Result<Option<Prepared>> {
-        let Some(step) = batch.prepared() else { return Ok(None) };
-        let heads = batch.seqs().len() * self.shape.kv_heads;
-        match self.prepared {
-            Some(prepared) if prepared.heads == heads => Ok(Some(prepared.at(step))),
-            _ => {
-                let got = self.prepared.map_or(0, |of| of.heads / self.shape.kv_heads);
-                Err(Error::mismatch("sequences of the prepared step", batch.seqs().len(), got))
-            }
-        }
+        let seqs = self.prepared.map(|prepared| prepared.heads / self.shape.kv_heads);
+        let step = batch.prepared_for(seqs)?;
+        Ok(self.prepared.zip(step).map(|(prepared, step)| prepared.at(step)))
     }
 }

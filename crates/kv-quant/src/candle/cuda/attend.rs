@@ -1,16 +1,15 @@
 //! Attention over the records and rings of many sequences, in one launch.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use super::CudaPool;
 use super::memory::Heads;
 use super::tensors::{address, kind};
 use crate::cuda::{AttendArgs, AttendKernel, Plan, Sizes, Work};
 use candle_core::{DType, Device, Tensor};
-use longctx_core::cuda::out_kind;
+use longctx_core::cuda::{PlanLaunch, PlanMemory, out_kind};
 use longctx_core::{AttentionState, Batch, Error, Mask, Result, SeqId};
-use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
-use longctx_cuda::{Uploaded, upload};
+use longctx_cuda::cudarc::driver::CudaStream;
 
 /// A plan for all layers with the same lengths.
 pub(super) struct SharedPlan {
@@ -20,55 +19,21 @@ pub(super) struct SharedPlan {
     sizes: Sizes,
     heads: Vec<Work>,
     pub plan: Plan,
-    on_device: OnceLock<OnDevice>,
-}
-
-/// A plan's list and workspace.
-struct OnDevice {
-    work: Uploaded,
-    parts: CudaSlice<f32>,
-    arrived: CudaSlice<u32>,
+    memory: PlanMemory,
 }
 
 impl SharedPlan {
-    /// Returns the addresses of the list and the workspace, which the first call creates.
-    fn launch(&self, stream: &Arc<CudaStream>) -> Result<AttendLaunch> {
-        let columns = self.sizes.columns;
-        let on_device = match self.on_device.get() {
-            Some(on_device) => on_device,
-            None => {
-                let work = upload(stream, &self.plan.work)?;
-                let count = parts_len(self.plan.parts, columns, self.head_dim);
-                // SAFETY: the kernel writes every element that it reads.
-                let parts = unsafe { stream.alloc::<f32>(count) }?;
-                let arrived = stream.alloc_zeros::<u32>(self.plan.merges)?;
-                self.on_device.get_or_init(|| OnDevice { work, parts, arrived })
-            }
-        };
-        Ok(AttendLaunch {
-            work: on_device.work.address(),
-            items: self.plan.work.len(),
-            arrived: on_device.arrived.device_ptr(stream).0,
-            parts: on_device.parts.device_ptr(stream).0,
-            max_parts: self.plan.parts,
-        })
+    /// Returns the addresses of the list and the workspace.
+    fn launch(&self, stream: &Arc<CudaStream>) -> Result<PlanLaunch> {
+        let Self { head_dim, sizes, plan, memory, .. } = self;
+        let parts = (plan.parts, part_len(sizes.columns, *head_dim));
+        memory.launch(stream, &plan.work, parts, plan.merges)
     }
 }
 
-/// Returns the elements of a workspace for `parts` partial results.
-pub(super) fn parts_len(parts: usize, columns: usize, head_dim: usize) -> usize {
-    parts * columns * (head_dim + 1)
-}
-
-/// The work list and the workspace of a launch, by device addresses.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct AttendLaunch {
-    pub work: u64,
-    pub items: usize,
-    pub arrived: u64,
-    pub parts: u64,
-    /// Partial results that the workspace has room for.
-    pub max_parts: usize,
+/// Returns the elements of a partial result.
+pub(super) fn part_len(columns: usize, head_dim: usize) -> usize {
+    columns * (head_dim + 1)
 }
 
 impl CudaPool {
@@ -135,8 +100,8 @@ impl CudaPool {
             (of.stream, of.head_dim, of.sizes) == (stream, head_dim, sizes) && of.heads == heads
         };
         batch.shared(same, || {
-            let (plan, on_device) = (Plan::new(heads, sizes), OnceLock::new());
-            Ok(SharedPlan { stream, head_dim, sizes, heads: heads.to_vec(), plan, on_device })
+            let (plan, memory) = (Plan::new(heads, sizes), PlanMemory::default());
+            Ok(SharedPlan { stream, head_dim, sizes, heads: heads.to_vec(), plan, memory })
         })
     }
 
@@ -147,7 +112,7 @@ impl CudaPool {
         q: &Tensor,
         mask: Mask<'_>,
         state: &AttentionState,
-        (launch, kv_heads): (AttendLaunch, u64),
+        (launch, kv_heads): (PlanLaunch, u64),
     ) -> Result<()> {
         let of_outs = 4 * (launch.max_parts * kernel.columns() * self.shape.head_dim) as u64;
         let args = AttendArgs {

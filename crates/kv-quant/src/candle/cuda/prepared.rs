@@ -1,12 +1,13 @@
 //! Decode steps with CUDA graphs: the host's part of an append and of attention before packing.
 
 use super::CudaPool;
-use super::attend::{AttendLaunch, parts_len};
+use super::attend::part_len;
 use super::fill::{FillSizes, Packing};
 use super::head::completed_by_token;
 use crate::cuda::{FillArgs, FillRow, Work};
 use candle_core::{DType, Tensor};
-use longctx_core::{AttentionState, Batch, Error, Mask, PreparedStep, Result, StepLists};
+use longctx_core::cuda::PlanLaunch;
+use longctx_core::{AttentionState, Batch, Mask, PreparedStep, Result, StepLists};
 use longctx_cuda::bytes_of;
 
 /// The lists of a prepared step. The addresses are offsets in its [`StepLists`] and its workspace.
@@ -19,7 +20,7 @@ pub struct Prepared {
     ring_rows: u64,
     pack_rows: u64,
     new_records: u64,
-    attend: AttendLaunch,
+    attend: PlanLaunch,
     /// The largest numbers of key records and value tiles that a head packs.
     records: usize,
     tiles: usize,
@@ -28,13 +29,11 @@ pub struct Prepared {
 impl Prepared {
     /// Returns the lists with device addresses.
     fn at(mut self, step: PreparedStep) -> Self {
-        let Self { kv_heads, ring_rows, pack_rows, new_records, attend, .. } = &mut self;
-        let of_attend = [&mut attend.work, &mut attend.arrived];
-        for list in [kv_heads, ring_rows, pack_rows, new_records].into_iter().chain(of_attend) {
+        let Self { kv_heads, ring_rows, pack_rows, new_records, .. } = &mut self;
+        for list in [kv_heads, ring_rows, pack_rows, new_records] {
             *list += step.lists;
         }
-        attend.parts += step.workspace;
-        self
+        Self { attend: self.attend.at(step), ..self }
     }
 }
 
@@ -95,14 +94,14 @@ impl CudaPool {
         batch: &Batch,
         heads: &[Work],
         lists: &mut StepLists,
-    ) -> Result<AttendLaunch> {
+    ) -> Result<PlanLaunch> {
         let per = self.shape.heads_per_kv();
         let kernel = self.kernels.attend(per);
         let plan = self.plan(batch, kernel, Mask::Causal, heads)?;
         let items = kernel.max_work(heads.len(), per);
         let merges = heads.len() * per.div_ceil(kernel.columns());
-        lists.require_workspace(4 * parts_len(items, kernel.columns(), self.shape.head_dim));
-        Ok(AttendLaunch {
+        lists.require_workspace(4 * items * part_len(kernel.columns(), self.shape.head_dim));
+        Ok(PlanLaunch {
             work: lists.push_shared(bytes_of(&plan.plan.work), items * size_of::<Work>()),
             items,
             arrived: lists.push_shared(&[], 4 * merges),
@@ -113,15 +112,9 @@ impl CudaPool {
 
     /// Returns the lists of a prepared step; `None` if the batch is not prepared.
     pub(super) fn prepared_for(&self, batch: &Batch) -> Result<Option<Prepared>> {
-        let Some(step) = batch.prepared() else { return Ok(None) };
-        let heads = batch.seqs().len() * self.shape.kv_heads;
-        match self.prepared {
-            Some(prepared) if prepared.heads == heads => Ok(Some(prepared.at(step))),
-            _ => {
-                let got = self.prepared.map_or(0, |of| of.heads / self.shape.kv_heads);
-                Err(Error::mismatch("sequences of the prepared step", batch.seqs().len(), got))
-            }
-        }
+        let seqs = self.prepared.map(|prepared| prepared.heads / self.shape.kv_heads);
+        let step = batch.prepared_for(seqs)?;
+        Ok(self.prepared.zip(step).map(|(prepared, step)| prepared.at(step)))
     }
 
     /// Launches a prepared step: copies the tokens to the rings, computes attention, and packs.
