@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 mod append;
+mod append_step;
 mod attend;
 mod blocks;
 mod decode;

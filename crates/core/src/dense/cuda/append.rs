@@ -1,7 +1,10 @@
 //! Append: new tokens' keys and values are written to blocks.
 
+use std::sync::Arc;
+
+use super::append_step::AppendStep;
 use super::{CudaPool, Sequence};
-use crate::cuda::{SharedList, address};
+use crate::cuda::address;
 use crate::{Batch, Result, Selection, SeqId};
 use candle_core::Tensor;
 use longctx_cuda::Upload;
@@ -15,25 +18,19 @@ pub(super) struct AppendLists {
     pub new_blocks: u64,
 }
 
-/// The blocks that one kv head takes for the tokens of a call.
-pub(super) struct NewBlocks {
-    /// Block table index of the first block that the head takes.
-    first: usize,
-    /// The blocks taken. The first may be a copy of the head's shared last block.
-    blocks: Vec<u32>,
-    copies: bool,
-    count: usize,
-}
-
 impl CudaPool {
     pub fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
-        match self.prepared_for(batch)? {
-            Some(prepared) => {
-                let (k, v) = (self.fit_rows(k)?, self.fit_rows(v)?);
-                self.launch_append((&k, &v), prepared.append, (prepared.heads, 1))
-            }
-            None => self.append_rows(batch, k, v, None),
+        let (k, v) = (self.fit_rows(k)?, self.fit_rows(v)?);
+        if let Some(prepared) = self.prepared_for(batch)? {
+            return self.launch_append((&k, &v), prepared.append, (prepared.heads, 1));
         }
+        self.append_step(batch, |pool, blocks| {
+            let step = pool.step(batch)?;
+            pool.reserve_tables(&step)?;
+            blocks.extend(pool.blocks.take(step.blocks)?);
+            pool.write(batch, (&k, &v), &step, blocks, None)?;
+            Ok(step)
+        })
     }
 
     pub fn append_selected(
@@ -43,132 +40,122 @@ impl CudaPool {
         v: &Tensor,
         tokens: &[Selection],
     ) -> Result<()> {
-        self.append_rows(batch, k, v, Some(tokens))
+        let (k, v) = (self.fit_rows(k)?, self.fit_rows(v)?);
+        self.append_step(batch, |pool, blocks| {
+            let counts: Vec<_> = tokens.iter().flat_map(Selection::lens).collect();
+            let step = Arc::new(pool.new_step(batch, &counts)?);
+            pool.reserve_tables(&step)?;
+            blocks.extend(pool.blocks.take(step.blocks)?);
+            pool.write(batch, (&k, &v), &step, blocks, Some(tokens))?;
+            Ok(step)
+        })
     }
 
-    /// Appends all tokens or the selected ones. After an error nothing has changed.
-    fn append_rows(
+    /// Creates unknown sequences, runs `write`, which takes blocks and launches kernels, and then
+    /// adds the blocks to the tables of the host and counts the tokens. After an error nothing has
+    /// changed.
+    fn append_step(
         &mut self,
         batch: &Batch,
-        k: &Tensor,
-        v: &Tensor,
-        tokens: Option<&[Selection]>,
+        write: impl FnOnce(&mut Self, &mut Vec<u32>) -> Result<Arc<AppendStep>>,
     ) -> Result<()> {
-        let (k, v) = (self.fit_rows(k)?, self.fit_rows(v)?);
         let created: Vec<SeqId> =
             batch.seqs().iter().copied().filter(|seq| !self.contains(*seq)).collect();
-        for &seq in &created {
+        let mut blocks = Vec::new();
+        let done = created.iter().try_for_each(|&seq| {
             let sequence = Sequence::new(&self.stream(), self.shape.kv_heads)?;
             self.seqs.insert(seq, sequence);
-        }
-        let new_blocks = self.grow(batch, tokens);
-        let done = new_blocks.and_then(|new_blocks| {
-            match self.write(batch, (&k, &v), tokens, &new_blocks) {
-                Ok(()) => Ok(new_blocks),
-                Err(error) => {
-                    self.give_back(&new_blocks);
-                    Err(error)
-                }
-            }
+            Ok(())
         });
-        let new_blocks = done.inspect_err(|_| {
-            created.iter().for_each(|seq| drop(self.seqs.remove(seq)));
-        })?;
-        self.add_blocks(batch, new_blocks);
+        match done.and_then(|()| write(self, &mut blocks)) {
+            Ok(step) => {
+                self.advance(batch, &step, &blocks);
+                Ok(())
+            }
+            Err(error) => {
+                blocks.into_iter().for_each(|block| self.blocks.release(block));
+                created.iter().for_each(|seq| drop(self.seqs.remove(seq)));
+                Err(error)
+            }
+        }
+    }
+
+    /// Adds the blocks of a step to the tables of the host, and counts its tokens.
+    pub(super) fn advance(&mut self, batch: &Batch, step: &AppendStep, mut blocks: &[u32]) {
+        for take in &step.takes {
+            let (own, rest) = blocks.split_at(take.count);
+            blocks = rest;
+            if let Some(sequence) = self.seqs.get_mut(&take.seq) {
+                let table = &mut sequence.heads[take.kv_head];
+                table.blocks.drain(take.first..).for_each(|block| self.blocks.release(block));
+                table.blocks.extend(own);
+            }
+        }
+        let mut rows = step.rows().iter();
+        for seq in batch.seqs() {
+            let heads = self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads);
+            heads.zip(&mut rows).for_each(|(table, row)| table.len += row.count as usize);
+        }
+    }
+
+    /// Makes room in the device's tables for new blocks.
+    pub(super) fn reserve_tables(&mut self, step: &AppendStep) -> Result<()> {
+        let stream = self.stream();
+        for take in &step.takes {
+            if let Some(sequence) = self.seqs.get_mut(&take.seq) {
+                sequence.reserve(&stream, take.first + take.count)?;
+            }
+        }
         Ok(())
     }
 
-    /// Releases blocks that no table names.
-    pub(super) fn give_back(&mut self, new_blocks: &[NewBlocks]) {
-        let taken = new_blocks.iter().flat_map(|new| &new.blocks);
-        taken.for_each(|&block| self.blocks.release(block));
+    /// Returns the addresses of blocks.
+    pub(super) fn addresses(&self, blocks: &[u32]) -> Vec<u64> {
+        blocks.iter().map(|&block| self.blocks.address(block)).collect()
     }
 
-    /// Adds blocks to the tables of the host, and counts the tokens.
-    pub(super) fn add_blocks(&mut self, batch: &Batch, new_blocks: Vec<NewBlocks>) {
-        let mut new_blocks = new_blocks.into_iter();
-        for seq in batch.seqs() {
-            let tables = self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads);
-            for (table, new) in tables.zip(&mut new_blocks) {
-                table.blocks.drain(new.first..).for_each(|block| self.blocks.release(block));
-                table.blocks.extend(new.blocks);
-                table.len += new.count;
+    /// Copies the shared last blocks to the new blocks that replace them.
+    pub(super) fn copy_shared(&self, step: &AppendStep, mut blocks: &[u32]) -> Result<()> {
+        for take in &step.takes {
+            let (own, rest) = blocks.split_at(take.count);
+            blocks = rest;
+            if take.copies {
+                let table = &self.known(take.seq)?.heads[take.kv_head];
+                self.blocks.copy(table.blocks[take.first], own[0])?;
             }
         }
+        Ok(())
     }
 
-    /// Takes the blocks that each kv head of the batch's sequences needs, `[sequences * kv_heads]`.
-    pub(super) fn grow(
-        &mut self,
-        batch: &Batch,
-        tokens: Option<&[Selection]>,
-    ) -> Result<Vec<NewBlocks>> {
-        let mut new_blocks = Vec::new();
-        for (i, (seq, own)) in batch.iter().enumerate() {
-            let counts = tokens.map(|tokens| tokens[i].lens());
-            for (head, table) in self.known(seq)?.heads.iter().enumerate() {
-                let count = counts.as_ref().map_or(own.len(), |counts| counts[head]);
-                let copies = self.copies_last(table, count);
-                let first = table.blocks.len() - usize::from(copies);
-                let needed = self.blocks_needed(table, count);
-                new_blocks.push((needed, NewBlocks { first, blocks: Vec::new(), copies, count }));
-            }
-        }
-        let mut taken = self.blocks.take(new_blocks.iter().map(|(needed, _)| needed).sum())?;
-        let give = |(needed, new): (usize, NewBlocks)| NewBlocks {
-            blocks: taken.split_off(taken.len() - needed),
-            ..new
-        };
-        Ok(new_blocks.into_iter().map(give).collect())
-    }
-
-    /// Writes keys, values and block tables to the device.
+    /// Writes keys, values and block tables to the device. `tokens`: the selected ones; `None`: all.
     fn write(
-        &mut self,
+        &self,
         batch: &Batch,
-        (k, v): (&Tensor, &Tensor),
+        kv: (&Tensor, &Tensor),
+        step: &AppendStep,
+        blocks: &[u32],
         tokens: Option<&[Selection]>,
-        new_blocks: &[NewBlocks],
     ) -> Result<()> {
         let stream = self.stream();
-        self.reserve_tables(batch, new_blocks)?;
-        let addresses = self.new_addresses(new_blocks);
+        self.copy_shared(step, blocks)?;
+        let mut lists = Upload::default();
+        let new_blocks = lists.push(&self.addresses(blocks));
         // The concatenated selections of the host.
         let mut selected: Vec<u32> = Vec::new();
         for selection in tokens.into_iter().flatten().filter(|of| of.entries().is_none()) {
             selected.extend(selection.heads()?.iter().flatten());
         }
-        let mut lists = Upload::default();
-        let (first_block, first_token) = (lists.push(&addresses), lists.push(&selected));
+        let selected = lists.push(&selected);
         let lists = lists.copy(&stream)?;
-        let rows = self.rows(batch, tokens, new_blocks, lists.address() + first_token)?;
-        let rows = SharedList::new(batch, &stream, rows)?;
-        let longest = new_blocks.iter().map(|new| new.count).max().unwrap_or(0);
-        let tables = self.tables(batch)?;
+        let selected = lists.address() + selected;
+        let rows = tokens.map(|tokens| selected_rows(step.rows(), tokens, selected)).transpose()?;
+        let rows = rows.map(|rows| longctx_cuda::upload(&stream, &rows)).transpose()?;
         let of = AppendLists {
-            rows: rows.address(),
-            tables: tables.address(),
-            new_blocks: lists.address() + first_block,
+            rows: rows.as_ref().map_or_else(|| step.address(&stream), |rows| Ok(rows.address()))?,
+            tables: self.tables(batch)?.address(),
+            new_blocks: lists.address() + new_blocks,
         };
-        self.launch_append((k, v), of, (rows.list().len(), longest))
-    }
-
-    /// Makes room in the device's tables for new blocks.
-    pub(super) fn reserve_tables(&mut self, batch: &Batch, new_blocks: &[NewBlocks]) -> Result<()> {
-        let (stream, kv_heads) = (self.stream(), self.shape.kv_heads);
-        for (seq, new_blocks) in batch.seqs().iter().zip(new_blocks.chunks(kv_heads)) {
-            let blocks = new_blocks.iter().map(|new| new.first + new.blocks.len()).max();
-            if let Some(sequence) = self.seqs.get_mut(seq) {
-                sequence.reserve(&stream, blocks.unwrap_or(0))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Returns the addresses of all new blocks.
-    pub(super) fn new_addresses(&self, new_blocks: &[NewBlocks]) -> Vec<u64> {
-        let blocks = new_blocks.iter().flat_map(|new| &new.blocks);
-        blocks.map(|&block| self.blocks.address(block)).collect()
+        self.launch_append(kv, of, (step.rows().len(), step.longest))
     }
 
     /// Launches the append of rows of `k` and `v`. `rows`: their number; `longest`: the largest
@@ -197,53 +184,24 @@ impl CudaPool {
         // tensors have the rows, and the stream frees no memory before this launch has used it.
         Ok(unsafe { paged::append(&self.stream(), &args, (rows, longest)) }?)
     }
+}
 
-    /// Returns a row for each kv head of the batch's sequences, and copies shared last blocks.
-    /// `selected`: device address of the selections of the host.
-    pub(super) fn rows(
-        &self,
-        batch: &Batch,
-        tokens: Option<&[Selection]>,
-        new_blocks: &[NewBlocks],
-        mut selected: u64,
-    ) -> Result<Vec<paged::AppendRow>> {
-        let (kv_heads, mut taken) = (self.shape.kv_heads, 0);
-        let mut rows = Vec::with_capacity(new_blocks.len());
-        for (i, ((seq, own), new_blocks)) in
-            batch.iter().zip(new_blocks.chunks(kv_heads)).enumerate()
-        {
-            let (mut list, on_host) = match tokens.map(|tokens| tokens[i].entries()) {
-                None => (0, false),
-                Some(None) => (selected, true),
-                Some(Some(entries)) => (address(entries)?, false),
-            };
-            let tables = &self.known(seq)?.heads;
-            for (kv_head, (new, table)) in new_blocks.iter().zip(tables).enumerate() {
-                if new.copies {
-                    self.blocks.copy(table.blocks[new.first], new.blocks[0])?;
-                }
-                rows.push(paged::AppendRow {
-                    tokens: list,
-                    table: rows.len() as i32,
-                    kv_head: kv_head as i32,
-                    first_token: own.start as i32,
-                    seqlen: own.len() as i32,
-                    first: table.len as i32,
-                    count: new.count as i32,
-                    first_new_block: new.first as i32,
-                    new_block_count: new.blocks.len() as i32,
-                    new_blocks: taken,
-                    unused: 0,
-                });
-                taken += new.blocks.len() as i32;
-                if list != 0 {
-                    list += 4 * new.count as u64;
-                }
-            }
-            if on_host {
-                selected = list;
-            }
+/// Returns the rows of a call, with the addresses of the tokens selected for each head. `on_host`:
+/// address of the copied selections of the host.
+fn selected_rows(
+    rows: &[paged::AppendRow],
+    tokens: &[Selection],
+    mut on_host: u64,
+) -> Result<Vec<paged::AppendRow>> {
+    let mut selected = Vec::with_capacity(rows.len());
+    let kv_heads = rows.len() / tokens.len().max(1);
+    for (selection, rows) in tokens.iter().zip(rows.chunks(kv_heads.max(1))) {
+        let mut on_device = selection.entries().map(address).transpose()?;
+        for row in rows {
+            let list = on_device.as_mut().unwrap_or(&mut on_host);
+            selected.push(paged::AppendRow { tokens: *list, ..*row });
+            *list += 4 * row.count as u64;
         }
-        Ok(rows)
     }
+    Ok(selected)
 }

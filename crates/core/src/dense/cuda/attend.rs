@@ -1,5 +1,5 @@
-//! Attention over blocks: many queries through the prefill kernels, a few as in
-//! [`decode`](super::decode).
+//! Attention over blocks: sequences with many queries through the prefill kernels, those with a few
+//! as in [`decode`](super::decode).
 
 use super::CudaPool;
 use crate::cuda::address;
@@ -9,7 +9,7 @@ use longctx_kernels::{PAGE, PrefillArgs, prefill};
 
 /// The largest number of query heads per kv head times queries for the decode kernel. It reads the
 /// keys once for every few columns; beyond this number, tiles that share the keys are faster.
-pub(super) const MAX_COLUMNS: usize = 16;
+const MAX_COLUMNS: usize = 16;
 
 /// Keys and values of each sequence and kv head, as the prefill kernels read them.
 struct Pages {
@@ -23,31 +23,55 @@ struct Pages {
 }
 
 impl CudaPool {
+    /// Sequences with many queries use the prefill kernels, others the decode kernel: a chunk of a
+    /// prompt does not slow the decoding sequences of its batch down.
     pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
         self.check_queries(batch, q, mask)?;
         let q = self.fit(q)?;
-        if self.shape.heads_per_kv() * batch.max_seqlen() <= MAX_COLUMNS {
+        let long = batch.iter().filter(|(_, tokens)| !self.decodes(tokens.len())).count();
+        if long == 0 {
             return self.decode(batch, &q, mask);
         }
-        match mask {
-            Mask::Entries(ranges) => {
-                let lists = self.lists(batch, ranges);
-                let blocks = self.gather(&lists)?;
-                let mut next = 0;
-                let table = |len: usize| {
-                    let first = next;
-                    next += len.div_ceil(PAGE) as u32;
-                    (first..next).collect()
-                };
-                let lens: Vec<_> = lists.iter().map(|(_, _, list)| list.len()).collect();
-                let tables = lens.iter().copied().map(table).collect();
-                let lens = lens.into_iter().map(|len| len as u32).collect();
-                let pages =
-                    Pages { first: address(&blocks)?, extent: blocks.dim(0)?, tables, lens };
-                self.prefill(batch, &q, &pages, mask)
-            }
-            _ => self.prefill(batch, &q, &self.pages(batch), mask),
+        let state = match mask {
+            Mask::Entries(ranges) => self.prefill_entries(batch, &q, ranges, mask)?,
+            _ => self.prefill(batch, &q, &self.pages(batch), mask)?,
+        };
+        if long < batch.seqs().len() {
+            self.launch_decode(batch, &q, mask, (&state.out, Some(&state.lse)))?;
         }
+        Ok(state)
+    }
+
+    /// Returns whether a sequence with `queries` queries uses the decode kernel.
+    pub(super) fn decodes(&self, queries: usize) -> bool {
+        self.shape.heads_per_kv() * queries <= MAX_COLUMNS
+    }
+
+    /// Copies selected entries of the sequences with many queries to contiguous blocks for the
+    /// prefill kernels.
+    fn prefill_entries(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        ranges: &EntryRanges,
+        mask: Mask<'_>,
+    ) -> Result<AttentionState> {
+        let mut lists = self.lists(batch, ranges);
+        let of_seqs = lists.chunks_mut(self.shape.kv_heads).zip(batch.iter());
+        let short = of_seqs.filter(|(_, (_, tokens))| self.decodes(tokens.len()));
+        short.flat_map(|(lists, _)| lists).for_each(|(_, _, list)| list.clear());
+        let blocks = self.gather(&lists)?;
+        let mut next = 0;
+        let table = |len: usize| {
+            let first = next;
+            next += len.div_ceil(PAGE) as u32;
+            (first..next).collect()
+        };
+        let lens: Vec<_> = lists.iter().map(|(_, _, list)| list.len()).collect();
+        let tables = lens.iter().copied().map(table).collect();
+        let lens = lens.into_iter().map(|len| len as u32).collect();
+        let pages = Pages { first: address(&blocks)?, extent: blocks.dim(0)?, tables, lens };
+        self.prefill(batch, q, &pages, mask)
     }
 
     /// Returns the output in `dtype`, without log-sum-exps.
@@ -59,7 +83,7 @@ impl CudaPool {
         dtype: DType,
     ) -> Result<Tensor> {
         let known = matches!(dtype, DType::F16 | DType::BF16 | DType::F32);
-        if !known || self.shape.heads_per_kv() * batch.max_seqlen() > MAX_COLUMNS {
+        if !known || !self.decodes(batch.max_seqlen()) {
             return Ok(self.attend(batch, q, mask)?.out.to_dtype(dtype)?);
         }
         self.check_queries(batch, q, mask)?;
@@ -86,7 +110,8 @@ impl CudaPool {
                 ranges.check(&lens.collect::<Vec<_>>())
             }
             Mask::Causal => batch.iter().try_for_each(|(seq, tokens)| {
-                let shortest = self.lens(seq).into_iter().min().unwrap_or(0);
+                let heads = self.seqs.get(&seq).into_iter().flat_map(|of| &of.heads);
+                let shortest = heads.map(|table| table.len).min().unwrap_or(0);
                 if shortest < tokens.len() {
                     let what = format!("entries of sequence {seq}");
                     let expected = format!("at least its {} own", tokens.len());
@@ -111,15 +136,16 @@ impl CudaPool {
         ranges.heads().iter().enumerate().map(list).collect()
     }
 
-    /// Returns the pool's blocks in place, without a copy.
+    /// Returns the pool's blocks in place, without a copy. Sequences with few queries have none.
     fn pages(&self, batch: &Batch) -> Pages {
         let (first, extent) = self.blocks.extent();
         let size = self.blocks.size() as u64;
         let number = |&block: &u32| ((self.blocks.address(block) - first) / size) as u32;
         let (mut tables, mut lens) = (Vec::new(), Vec::new());
-        for seq in batch.seqs() {
+        for (seq, tokens) in batch.iter() {
+            let sequence = self.seqs.get(&seq).filter(|_| !self.decodes(tokens.len()));
             for head in 0..self.shape.kv_heads {
-                let table = self.seqs.get(seq).map(|sequence| &sequence.heads[head]);
+                let table = sequence.map(|sequence| &sequence.heads[head]);
                 let blocks = table.map_or(&[][..], |table| &table.blocks);
                 tables.push(blocks.iter().map(number).collect());
                 lens.push(table.map_or(0, |table| table.len as u32));

@@ -1,5 +1,6 @@
 //! Attention of a few queries over blocks: one launch that follows a plan.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::CudaPool;
@@ -106,17 +107,32 @@ impl CudaPool {
         mask: Mask<'_>,
         lists: (u64, &[usize]),
     ) -> Result<Arc<SharedPlan>> {
-        let heads = self.heads(batch, self.window(mask), lists);
-        let sizes = self.sizes(batch)?;
-        let fits = |of: &SharedPlan| of.sizes == sizes && of.heads == heads;
-        batch.shared(fits, || Ok(SharedPlan::new(sizes, heads.clone())))
+        let (sizes, window) = (self.sizes(batch)?, self.window(mask));
+        let make = || SharedPlan::new(sizes, self.heads(batch, window, lists));
+        if !lists.1.is_empty() {
+            return Ok(Arc::new(make()));
+        }
+        let kv_heads = self.shape.kv_heads;
+        let same = |of: &SharedPlan| {
+            let mut seqs = batch.iter().zip(of.heads.chunks(kv_heads)).enumerate();
+            seqs.all(|(i, ((seq, tokens), works))| {
+                let tables = self.seqs.get(&seq).map(|of| &of.heads);
+                works.iter().enumerate().all(|(kv_head, work)| {
+                    let len = tables.map_or(0, |tables| tables[kv_head].len);
+                    *work == self.work((i * kv_heads, kv_head), &tokens, (0, len), window)
+                })
+            })
+        };
+        batch.shared(|of: &SharedPlan| of.sizes == sizes && same(of), || Ok(make()))
     }
 
     /// Returns the properties of a plan. Once it has succeeded for a number of columns it does not
     /// fail for the same.
     pub(super) fn sizes(&self, batch: &Batch) -> Result<Sizes> {
         let (stream, shape, head_dim) = (self.stream(), &self.shape, self.shape.head_dim);
-        let columns = paged::columns(shape.heads_per_kv(), batch.max_seqlen());
+        let queries = batch.iter().map(|(_, tokens)| tokens.len());
+        let most = queries.filter(|&queries| self.decodes(queries)).max().unwrap_or(1);
+        let columns = paged::columns(shape.heads_per_kv(), most);
         Ok(Sizes {
             stream: stream.cu_stream() as usize,
             heads_per_kv: shape.heads_per_kv(),
@@ -167,38 +183,50 @@ impl CudaPool {
         Ok(unsafe { paged::attend(&self.stream(), self.half(), &args, size) }?)
     }
 
-    /// Returns a work item for each kv head of the batch's sequences. If there are lists of entries,
-    /// `lists` is their address and lengths.
+    /// Returns the work items of the kv heads of the batch's sequences. If there are lists of
+    /// entries, `lists` is their address and lengths.
     fn heads(
         &self,
         batch: &Batch,
         window: Option<usize>,
-        lists: (u64, &[usize]),
+        (mut entries, lens): (u64, &[usize]),
     ) -> Vec<AttendWork> {
-        let (mut entries, lens) = lists;
         let mut heads = Vec::with_capacity(batch.seqs().len() * self.shape.kv_heads);
         for (seq, tokens) in batch.iter() {
-            let sequence = self.seqs.get(&seq);
+            let (first, tables) = (heads.len(), self.seqs.get(&seq).map(|of| &of.heads));
             for kv_head in 0..self.shape.kv_heads {
-                let mut work = AttendWork {
-                    table: heads.len() as i32,
-                    kv_head: kv_head as i32,
-                    queries: tokens.len() as i32,
-                    first_token: tokens.start as i32,
-                    len: sequence.map_or(0, |sequence| sequence.heads[kv_head].len as i32),
-                    ..Default::default()
-                };
-                if let Some(&len) = lens.get(heads.len()) {
-                    (work.entries, work.len) = (entries, len as i32);
-                    entries += 4 * len as u64;
-                }
-                let oldest = window.map_or(0, |window| {
-                    (work.len as usize + 1).saturating_sub(tokens.len() + window)
-                });
-                (work.from, work.to) = ((oldest / TILE * TILE) as i32, work.len);
-                heads.push(work);
+                let held = tables.map_or(0, |tables| tables[kv_head].len);
+                let len = lens.get(heads.len()).copied();
+                let list = (if len.is_some() { entries } else { 0 }, len.unwrap_or(held));
+                heads.push(self.work((first, kv_head), &tokens, list, window));
+                entries += 4 * len.unwrap_or(0) as u64;
             }
         }
         heads
+    }
+
+    /// Returns the work item of a kv head. `first`: index of the sequence's first head in the
+    /// batch; `entries` and `len`: address of a list and number of entries. A sequence with many
+    /// queries has none here.
+    fn work(
+        &self,
+        (first, kv_head): (usize, usize),
+        tokens: &Range<usize>,
+        (entries, len): (u64, usize),
+        window: Option<usize>,
+    ) -> AttendWork {
+        let queries = if self.decodes(tokens.len()) { tokens.len() } else { 0 };
+        let oldest = window.map_or(0, |window| (len + 1).saturating_sub(queries + window));
+        AttendWork {
+            entries,
+            table: (first + kv_head) as i32,
+            kv_head: kv_head as i32,
+            queries: queries as i32,
+            first_token: tokens.start as i32,
+            len: len as i32,
+            from: (oldest / TILE * TILE) as i32,
+            to: len as i32,
+            ..AttendWork::default()
+        }
     }
 }

@@ -1,8 +1,8 @@
 //! Decode steps with CUDA graphs: the host's part of an append and of attention.
 
 use super::CudaPool;
-use super::append::{AppendLists, NewBlocks};
-use super::attend::MAX_COLUMNS;
+use super::append::AppendLists;
+use super::append_step::AppendStep;
 use super::decode::part_len;
 use crate::cuda::PlanLaunch;
 use crate::{Batch, Mask, PreparedStep, Result, StepLists};
@@ -33,7 +33,7 @@ impl Prepared {
 impl CudaPool {
     /// Returns whether one query per sequence runs through the decode kernel.
     pub fn prepares_decode(&self) -> bool {
-        self.shape.heads_per_kv() <= MAX_COLUMNS
+        self.decodes(1)
     }
 
     /// Takes memory for a token of each sequence, and adds the lists of its append and of causal
@@ -41,15 +41,16 @@ impl CudaPool {
     pub fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
         // The plan, after the tokens have been counted, cannot fail if this does not.
         self.sizes(batch)?;
-        let new_blocks = self.grow(batch, None)?;
-        let append = match self.append_lists(batch, &new_blocks, lists) {
+        let step = self.step(batch)?;
+        let blocks = self.blocks.take(step.blocks)?;
+        let append = match self.append_lists(batch, &step, &blocks, lists) {
             Ok(append) => append,
             Err(error) => {
-                self.give_back(&new_blocks);
+                blocks.into_iter().for_each(|block| self.blocks.release(block));
                 return Err(error);
             }
         };
-        self.add_blocks(batch, new_blocks);
+        self.advance(batch, &step, &blocks);
         let heads = batch.seqs().len() * self.shape.kv_heads;
         let (attend, columns) = self.attend_lists(batch, lists)?;
         self.prepared = Some(Prepared { heads, append, attend, columns });
@@ -59,14 +60,15 @@ impl CudaPool {
     fn append_lists(
         &mut self,
         batch: &Batch,
-        new_blocks: &[NewBlocks],
+        step: &AppendStep,
+        blocks: &[u32],
         lists: &mut StepLists,
     ) -> Result<AppendLists> {
-        self.reserve_tables(batch, new_blocks)?;
-        let rows = self.rows(batch, None, new_blocks, 0)?;
+        self.reserve_tables(step)?;
+        self.copy_shared(step, blocks)?;
         let tables = self.head_tables(&self.seq_tables(batch));
-        let addresses = self.new_addresses(new_blocks);
-        let (rows, tables) = (bytes_of(&rows), bytes_of(&tables));
+        let addresses = self.addresses(blocks);
+        let (rows, tables) = (bytes_of(step.rows()), bytes_of(&tables));
         Ok(AppendLists {
             rows: lists.push_shared(rows, rows.len()),
             // A head takes at most one block, new or a copy.

@@ -24,7 +24,7 @@ pub(super) struct SharedPlan {
 
 impl SharedPlan {
     /// Returns the addresses of the list and the workspace.
-    fn launch(&self, stream: &Arc<CudaStream>) -> Result<PlanLaunch> {
+    pub fn launch(&self, stream: &Arc<CudaStream>) -> Result<PlanLaunch> {
         let Self { head_dim, sizes, plan, memory, .. } = self;
         let parts = (plan.parts, part_len(sizes.columns, *head_dim));
         memory.launch(stream, &plan.work, parts, plan.merges)
@@ -38,17 +38,6 @@ pub(super) fn part_len(columns: usize, head_dim: usize) -> usize {
 
 impl CudaPool {
     pub fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
-        self.attend_in(batch, q, mask, DType::F32)
-    }
-
-    /// As [`attend`](Self::attend), with an output of dtype f32, f16 or bf16.
-    pub(super) fn attend_in(
-        &self,
-        batch: &Batch,
-        q: &Tensor,
-        mask: Mask<'_>,
-        dtype: DType,
-    ) -> Result<AttentionState> {
         let (q, mut heads) = self.queries(batch, q, mask)?;
         let _selected = match mask {
             Mask::Entries(ranges) => Some(self.select(batch, ranges, &mut heads)?),
@@ -60,7 +49,7 @@ impl CudaPool {
         };
         let state = match unpacked {
             Some(state) => state,
-            None => self.outputs(batch, dtype)?,
+            None => self.outputs(batch, DType::F32)?,
         };
         self.attend_records(batch, &q, mask, &heads, &state)?;
         Ok(state)
@@ -85,6 +74,12 @@ impl CudaPool {
         self.launch_attend(kernel, q, mask, state, (launch, memory.address()))
     }
 
+    /// Returns the sizes that determine a plan.
+    pub(super) fn sizes(&self, kernel: &AttendKernel, mask: Mask<'_>) -> Sizes {
+        let window = self.shape.window.filter(|_| mask == Mask::Causal);
+        kernel.sizes(self.shape.heads_per_kv(), window)
+    }
+
     /// Returns the plan of attention, which layers with equal lengths share.
     pub(super) fn plan(
         &self,
@@ -93,8 +88,7 @@ impl CudaPool {
         mask: Mask<'_>,
         heads: &[Work],
     ) -> Result<Arc<SharedPlan>> {
-        let window = self.shape.window.filter(|_| mask == Mask::Causal);
-        let sizes = kernel.sizes(self.shape.heads_per_kv(), window);
+        let sizes = self.sizes(kernel, mask);
         let (stream, head_dim) = (self.stream().cu_stream() as usize, self.shape.head_dim);
         let same = |of: &SharedPlan| {
             (of.stream, of.head_dim, of.sizes) == (stream, head_dim, sizes) && of.heads == heads
@@ -149,10 +143,7 @@ impl CudaPool {
         q: &Tensor,
         mask: Mask<'_>,
     ) -> Result<(Tensor, Heads)> {
-        let tokens = self.shape.check_q(q)?;
-        if tokens != batch.tokens() {
-            return Err(Error::mismatch("tokens of q", batch.tokens(), tokens));
-        }
+        self.check_q(batch, q)?;
         match mask {
             Mask::Full => {}
             Mask::Causal => self.check_own(batch)?,
@@ -166,6 +157,15 @@ impl CudaPool {
         }
         let q = self.fit(q, self.dtype.unwrap_or(DType::F16))?;
         Ok((q, self.heads_of(batch)?))
+    }
+
+    /// Checks the shape of a batch's queries.
+    pub(super) fn check_q(&self, batch: &Batch, q: &Tensor) -> Result<()> {
+        let tokens = self.shape.check_q(q)?;
+        if tokens != batch.tokens() {
+            return Err(Error::mismatch("tokens of q", batch.tokens(), tokens));
+        }
+        Ok(())
     }
 
     /// Checks that every head holds the entries of the queries' own tokens.

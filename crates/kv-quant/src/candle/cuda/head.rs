@@ -54,23 +54,10 @@ impl Head {
         (self.valid.holes > 0).then(slots)
     }
 
-    /// Returns how far the head is packed when it has `slots` slots.
-    pub fn packed_at(&self, format: Format, slots: usize) -> Packed {
-        let Packed { keys, values, tiles } = self.packed;
-        let ready = format.ready(slots - keys, slots - values);
-        let (keys, values) = (keys + ready.0, values + ready.1);
-        Packed { keys, values, tiles: tiles.max(values.div_ceil(TILE)) }
-    }
-
     /// Returns whether another head holds as many slots, packed as far.
     pub fn is_like(&self, other: &Self) -> bool {
         let records = |head: &Self| head.table.numbers().len();
         (self.slots, self.packed, records(self)) == (other.slots, other.packed, records(other))
-    }
-
-    /// Returns the number of records that the head takes for `more` entries.
-    pub fn need(&self, format: Format, group: usize, more: usize) -> usize {
-        self.packed_at(format, self.slots + more).keys / group - self.table.numbers().len()
     }
 
     /// Returns the number of slots that are read from the ring.

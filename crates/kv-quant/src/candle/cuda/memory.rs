@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::CudaPool;
+use super::lens::HeadLens;
 use crate::cuda::{KvHead, Work};
 use longctx_core::{Batch, Result};
 use longctx_cuda::{Uploaded, upload};
@@ -27,30 +28,13 @@ impl Clone for LastHeads {
 impl CudaPool {
     /// Returns the heads of a batch's sequences. An unknown sequence has empty ones.
     pub(super) fn heads_of(&self, batch: &Batch) -> Result<Heads> {
-        let ring = self.ring_places();
-        let mut work = Vec::with_capacity(batch.seqs().len() * self.shape.kv_heads);
-        for (seq, tokens) in batch.iter() {
-            self.check(seq)?;
-            let sequence = self.seqs.get(&seq);
-            for kv_head in 0..self.shape.kv_heads {
-                let mut own = Work {
-                    head: work.len() as i32,
-                    kv_head: kv_head as i32,
-                    queries: tokens.len() as i32,
-                    first_token: tokens.start as i32,
-                    ..Work::default()
-                };
-                if let Some(sequence) = sequence {
-                    let head = &sequence.heads[kv_head];
-                    own.packed = head.packed.values as i32;
-                    own.residual = head.residual() as i32;
-                    own.valid_slots = head.valid.slots() as i32;
-                    own.holes = head.valid.holes() as i32;
-                    own.ring_start = ((head.packed.values + head.shift) % ring) as i32;
-                }
-                work.push(own);
-            }
-        }
+        self.check_all(batch)?;
+        let (kv_heads, ring, ends) = (self.shape.kv_heads, self.ring_places(), batch.cu_seqlens());
+        let work = |(index, head): (usize, HeadLens)| {
+            let seq = index / kv_heads;
+            head.work(index, index % kv_heads, &(ends[seq]..ends[seq + 1]), ring)
+        };
+        let work = self.lens_of(batch).into_iter().enumerate().map(work).collect();
         Ok(Heads { work, memory: self.memory_of(batch) })
     }
 

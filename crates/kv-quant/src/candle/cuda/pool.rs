@@ -1,10 +1,12 @@
 //! Packed keys and values of one layer for many sequences on a CUDA device.
 
 use super::head::{Head, Sequence, ring_places};
+use super::lens::HeadLens;
 use super::memory::LastHeads;
 use super::prepared::Prepared;
 use super::records::{Records, Shared, lock};
 use super::status::Status;
+use super::step::Step;
 use crate::cuda::{Kernels, Layout, TILE, needs};
 use crate::{Axis, Codes, Flush, Format};
 use candle_core::{CudaDevice, DType, Device, Tensor};
@@ -144,6 +146,11 @@ impl CudaPool {
         }
     }
 
+    /// Checks that no sequence of a batch is poisoned.
+    pub(super) fn check_all(&self, batch: &Batch) -> Result<()> {
+        batch.seqs().iter().try_for_each(|&seq| self.check(seq))
+    }
+
     pub fn is_on(&self, device: &Device) -> bool {
         device.same_device(&Device::Cuda(self.device.clone()))
     }
@@ -168,38 +175,27 @@ impl CudaPool {
         }
     }
 
-    /// Returns the number of tokens of the batch for each kv head of its sequences.
-    pub(super) fn counts(&self, batch: &Batch) -> Vec<usize> {
-        batch.iter().flat_map(|(_, own)| vec![own.len(); self.shape.kv_heads]).collect()
-    }
-
-    /// Returns the numbers of records and sequences that `counts` tokens per head add.
-    fn need(&self, batch: &Batch, counts: &[usize]) -> (usize, usize) {
+    /// Returns the numbers of records and sequences that a batch adds.
+    fn need(&self, batch: &Batch) -> (usize, usize) {
         let (format, group) = (self.device_format, self.layout.group());
         let mut need = (0, 0);
-        for (seq, counts) in batch.seqs().iter().zip(counts.chunks(self.shape.kv_heads)) {
-            match self.seqs.get(seq) {
-                Some(sequence) => {
-                    // Without evictions, all heads need the same.
-                    let mut last: Option<(&Head, usize, usize)> = None;
-                    for (head, &count) in sequence.heads.iter().zip(counts) {
-                        let records = match last {
-                            Some((other, same, records))
-                                if same == count && head.is_like(other) =>
-                            {
-                                records
-                            }
-                            _ => head.need(format, group, count),
-                        };
-                        last = Some((head, count, records));
-                        need.0 += records;
-                    }
-                }
-                None => {
-                    let of = |&count: &usize| format.ready(count, count).0 / group;
-                    need.0 += counts.iter().map(of).sum::<usize>();
-                    need.1 += 1;
-                }
+        for (seq, tokens) in batch.iter() {
+            let Some(sequence) = self.seqs.get(&seq) else {
+                need.0 +=
+                    self.shape.kv_heads * (format.ready(tokens.len(), tokens.len()).0 / group);
+                need.1 += 1;
+                continue;
+            };
+            let mut last: Option<(HeadLens, usize)> = None;
+            for head in &sequence.heads {
+                let lens = HeadLens::new(head, sequence.number);
+                // Without evictions, all heads need the same.
+                let records = match last {
+                    Some((other, records)) if other == lens => records,
+                    _ => lens.need(format, group, tokens.len()),
+                };
+                last = Some((lens, records));
+                need.0 += records;
             }
         }
         need
@@ -220,52 +216,52 @@ impl CudaPool {
         Ok(free)
     }
 
-    /// Checks that there is room for the batch's tokens. Returns the number of records that they
-    /// take, and of free bytes.
-    fn room_for(&self, batch: &Batch, counts: &[usize]) -> Result<(usize, usize)> {
-        let (records, seqs) = self.need(batch, counts);
-        let free = self.check_room(records * self.layout.record() + seqs * self.ring_bytes())?;
-        Ok((records, free))
-    }
-
     pub fn check_append(&self, batch: &Batch) -> Result<()> {
-        self.room_for(batch, &self.counts(batch)).map(|_| ())
+        let (records, seqs) = self.need(batch);
+        self.check_room(records * self.layout.record() + seqs * self.ring_bytes()).map(drop)
     }
 
     pub fn can_append(&self, batch: &Batch) -> bool {
-        self.room_for(batch, &self.counts(batch)).is_ok()
+        self.check_append(batch).is_ok()
     }
 
-    /// Makes room for `counts` tokens per head, and creates unknown sequences. Returns these.
-    pub(super) fn make_room(&mut self, batch: &Batch, counts: &[usize]) -> Result<Vec<SeqId>> {
-        let (count, free) = self.room_for(batch, counts)?;
-        lock(&self.records).reserve(count, free / self.layout.record())?;
-        let mut new = Vec::new();
-        for (&seq, counts) in batch.seqs().iter().zip(counts.chunks(self.shape.kv_heads)) {
-            let done = self.make_room_for(seq, counts, &mut new);
-            if let Err(error) = done {
-                self.forget(&new);
-                return Err(error);
+    /// Creates the unknown sequences of a batch, and returns them. After an error there are none.
+    pub(super) fn create(&mut self, batch: &Batch) -> Result<Vec<SeqId>> {
+        let unknown: Vec<_> =
+            batch.seqs().iter().copied().filter(|seq| !self.contains(*seq)).collect();
+        if unknown.is_empty() {
+            return Ok(unknown);
+        }
+        self.check_room(unknown.len() * self.ring_bytes())?;
+        let sizes = (self.shape.kv_heads, self.ring_numbers());
+        for &seq in &unknown {
+            let number = self.status.begin();
+            match Sequence::new(&self.stream(), &self.records, sizes, number) {
+                Ok(sequence) => drop(self.seqs.insert(seq, sequence)),
+                Err(error) => {
+                    self.forget(&unknown);
+                    return Err(error);
+                }
             }
         }
-        Ok(new)
+        Ok(unknown)
     }
 
-    fn make_room_for(&mut self, seq: SeqId, counts: &[usize], new: &mut Vec<SeqId>) -> Result<()> {
-        let (stream, format, group) = (self.stream(), self.device_format, self.layout.group());
-        if !self.seqs.contains_key(&seq) {
-            let (heads, number) = (self.shape.kv_heads, self.status.begin());
-            let sizes = (heads, self.ring_numbers());
-            let sequence = Sequence::new(&stream, &self.records, sizes, number)?;
-            self.seqs.insert(seq, sequence);
-            new.push(seq);
+    /// Makes room for the records of a step and for their addresses.
+    pub(super) fn make_room(&mut self, step: &Step) -> Result<()> {
+        let count = step.takes.iter().map(|take| take.count).sum::<usize>();
+        if count == 0 {
+            return Ok(());
         }
-        let Some(sequence) = self.seqs.get_mut(&seq) else { return Ok(()) };
-        let records = |(head, count): (&Head, &usize)| {
-            head.packed_at(format, head.slots + count).keys / group
-        };
-        let records = sequence.heads.iter().zip(counts).map(records).max().unwrap_or(0);
-        sequence.reserve(&stream, records)
+        let free = self.check_room(count * self.layout.record())?;
+        lock(&self.records).reserve(count, free / self.layout.record())?;
+        let stream = self.stream();
+        for take in &step.takes {
+            if let Some(sequence) = self.seqs.get_mut(&take.seq) {
+                sequence.reserve(&stream, take.held + take.count)?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes the sequences that a failed call created.

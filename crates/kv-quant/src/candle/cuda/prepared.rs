@@ -2,9 +2,9 @@
 
 use super::CudaPool;
 use super::attend::part_len;
-use super::fill::{FillSizes, Packing};
 use super::head::completed_by_token;
-use crate::cuda::{FillArgs, FillRow, Work};
+use super::step::{FillSizes, Step, Tokens};
+use crate::cuda::{FillArgs, Work};
 use candle_core::{DType, Tensor};
 use longctx_core::cuda::PlanLaunch;
 use longctx_core::{AttentionState, Batch, Mask, PreparedStep, Result, StepLists};
@@ -42,64 +42,58 @@ impl CudaPool {
     /// attention, and of packing after it. All sequences exist. After an error nothing has changed,
     /// or the batch's sequences are poisoned.
     pub fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
-        batch.seqs().iter().try_for_each(|&seq| self.check(seq))?;
-        let tokens = self.all_tokens(batch);
-        self.make_room(batch, &tokens.counts)?;
-        let rows = self.ring_rows(batch, &tokens);
-        self.advance(batch, &tokens.counts);
-        let prepared = self.prepare_lists(batch, &rows, lists);
-        match prepared {
+        self.check_all(batch)?;
+        let (step, _) = self.begin(batch, &Tokens::All)?;
+        match self.prepare_lists(batch, &step, lists) {
             Ok(prepared) => self.prepared = Some(prepared),
             Err(error) => {
                 self.poison(batch, &[], &error);
                 return Err(error);
             }
         }
+        self.advance(batch, &step);
         Ok(())
     }
 
     fn prepare_lists(
         &mut self,
         batch: &Batch,
-        rows: &[FillRow],
+        step: &Step,
         lists: &mut StepLists,
     ) -> Result<Prepared> {
-        let heads = self.heads_of(batch)?;
-        let (kv_heads, ring_rows) = (bytes_of(&heads.memory), bytes_of(rows));
-        let kv_heads = lists.push(kv_heads, kv_heads.len());
-        let attend = self.attend_lists(batch, &heads.work, lists)?;
-        let Packing { rows, new_records, goals } = self.packing(batch)?;
-        let heads = heads.work.len();
+        let new_records = self.take(step)?;
+        let memory = self.memory_of(batch);
+        let kv_heads = lists.push(bytes_of(&memory), size_of_val(&memory[..]));
+        let attend = self.attend_lists(batch, step, lists)?;
+        let (heads, ring_rows) = (step.work.len(), bytes_of(&step.first.rows));
         let usual = completed_by_token(self.device_format, self.layout);
-        let records = rows.iter().map(|row| row.key_records as usize).fold(usual.0, usize::max);
-        let tiles = rows.iter().map(|row| row.value_tiles as usize).fold(usual.1, usize::max);
+        let records = step.second.sizes.records.max(usual.0);
+        let tiles = step.second.sizes.tiles.max(usual.1);
         [records, tiles].into_iter().for_each(|size| lists.push_size(size));
-        let prepared = Prepared {
+        Ok(Prepared {
             heads,
             kv_heads,
             ring_rows: lists.push_shared(ring_rows, ring_rows.len()),
             // Rows without entries are skipped.
-            pack_rows: lists.push_shared(bytes_of(&rows), ring_rows.len()),
+            pack_rows: lists.push_shared(bytes_of(&step.second.rows), ring_rows.len()),
             new_records: lists.push(bytes_of(&new_records), 8 * heads * records),
             attend,
             records,
             tiles,
-        };
-        self.note(goals);
-        Ok(prepared)
+        })
     }
 
     fn attend_lists(
         &self,
         batch: &Batch,
-        heads: &[Work],
+        step: &Step,
         lists: &mut StepLists,
     ) -> Result<PlanLaunch> {
-        let per = self.shape.heads_per_kv();
+        let (per, heads) = (self.shape.heads_per_kv(), step.work.len());
         let kernel = self.kernels.attend(per);
-        let plan = self.plan(batch, kernel, Mask::Causal, heads)?;
-        let items = kernel.max_work(heads.len(), per);
-        let merges = heads.len() * per.div_ceil(kernel.columns());
+        let plan = self.step_plan(batch, kernel, step)?;
+        let items = kernel.max_work(heads, per);
+        let merges = heads * per.div_ceil(kernel.columns());
         lists.require_workspace(4 * items * part_len(kernel.columns(), self.shape.head_dim));
         Ok(PlanLaunch {
             work: lists.push_shared(bytes_of(&plan.plan.work), items * size_of::<Work>()),
@@ -131,7 +125,7 @@ impl CudaPool {
             rows: prepared.ring_rows,
             kv_heads: prepared.kv_heads,
             new_records: prepared.new_records,
-            ..self.fill_args(Some((&k, &v)))?
+            ..self.fill_args((&k, &v))?
         };
         let rows = prepared.heads;
         self.launch_fill(&args, FillSizes { rows, entries: 1, ..FillSizes::default() })?;
