@@ -3,7 +3,8 @@
 //! compares packed attention over that model's keys and values with the host's. `launched` is the
 //! time of steps whose kernels are launched one by one, `replayed` of steps in CUDA graphs.
 //!
-//!     cargo bench -p longctx-benches --features cuda --bench cuda_decode -- [model.gguf] [method …]
+//!     cargo bench -p longctx-benches --features cuda --bench cuda_decode -- [model.gguf] [method …] \
+//!         [sequences x tokens, as 8x4096 …]
 
 mod real_keys;
 
@@ -31,7 +32,9 @@ fn main() -> Result<()> {
     longctx_core::cuda::keep_freed_memory(&device)?;
     // `cargo bench` passes `--bench`.
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
-    let (files, names): (Vec<_>, Vec<_>) = args.into_iter().partition(|a| a.ends_with(".gguf"));
+    let (files, args): (Vec<_>, Vec<_>) = args.into_iter().partition(|a| a.ends_with(".gguf"));
+    let (batches, names): (Vec<_>, Vec<_>) =
+        args.into_iter().partition(|a| equal_batch(a).is_some());
     for gguf in files {
         real_keys::check(Path::new(&gguf), &device)?;
     }
@@ -47,14 +50,21 @@ fn main() -> Result<()> {
     );
     println!("|---|---|---:|---:|---:|---:|---:|---:|---:|");
     let unequal = [vec![131_072], vec![2_048; 31]].concat();
-    for lens in
-        [vec![4_096], vec![32_768], vec![131_072], vec![16_384; 16], vec![16_384; 32], unequal]
-    {
+    let usual =
+        vec![vec![4_096], vec![32_768], vec![131_072], vec![16_384; 16], vec![16_384; 32], unequal];
+    let given: Vec<_> = batches.iter().filter_map(|of| equal_batch(of)).collect();
+    for lens in if given.is_empty() { usual } else { given } {
         for name in &names {
             decode(&model, &lens, &Method::named(name)?, bandwidth)?;
         }
     }
     Ok(())
+}
+
+/// Returns the lengths of a batch that is given as `sequences x tokens`, without spaces.
+fn equal_batch(text: &str) -> Option<Vec<usize>> {
+    let (seqs, tokens) = text.split_once('x')?;
+    Some(vec![tokens.parse().ok()?; seqs.parse().ok()?])
 }
 
 /// Prints the median time of steps after a random past. The floor is the time of copying as many

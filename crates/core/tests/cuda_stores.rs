@@ -183,6 +183,37 @@ fn blocks_hold_and_attend_as_on_the_cpu() {
 }
 
 #[test]
+fn layers_share_the_lists_of_equal_lengths_only() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let shape = AttentionShape::new(8, 2, 64).unwrap();
+    let layers = || [0; 3].map(|_| DenseStore::new(shape, DType::F16).unwrap());
+    let (mut sharing, mut alone) = (layers(), layers());
+    let decode = vec![(1, 1), (0, 1)];
+    let steps = [vec![(0, 400), (1, 70)]].into_iter().chain(vec![decode; 70]);
+    for (i, parts) in steps.chain([vec![(2, 5), (0, 200), (1, 1)]]).enumerate() {
+        let batch = Batch::new(&parts).unwrap();
+        for (layer, (shared, own)) in sharing.iter_mut().zip(&mut alone).enumerate() {
+            if (i, layer) == (1, 2) {
+                shared.truncate(1, 3).unwrap();
+                own.truncate(1, 3).unwrap();
+            }
+            let random = |heads| random(batch.tokens(), heads, 64, DType::F16);
+            let [q, k, v] = [8, 2, 2].map(|heads| random(heads).to_device(&device).unwrap());
+            let attend = |store: &mut DenseStore, batch: &Batch| {
+                store.append(batch, &k, &v).unwrap();
+                store.attend(batch, &q, Mask::Causal).unwrap().out
+            };
+            let got = attend(shared, &batch);
+            let want = attend(own, &Batch::new(&parts).unwrap());
+            assert_eq!(relative(&got, &want), 0.0, "step {i}, layer {layer}");
+        }
+    }
+}
+
+#[test]
 fn a_full_pool_of_blocks_changes_nothing() {
     let Ok(device) = Device::new_cuda(0) else {
         println!("skipped: no CUDA device");

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 
 use candle_core::{DType, Device, Tensor};
 use kv_quant::{
-    Bits, Codes, Float8, Flush, Format, QuantCache, QuantStore, StaticScale, TurboQuant,
+    Bits, Codes, Float8, Flush, Format, Order, QuantCache, QuantStore, StaticScale, TurboQuant,
 };
 use longctx_core::{
     AttentionShape, AttentionSums, Batch, EntryRanges, Error, KvCache, KvStore, LayerSpec, Mask,
@@ -483,6 +483,39 @@ fn check_cache(device: &Device, mut host: QuantCache) {
         assert!(error <= 2e-3, "{parts:?}: {error}");
     }
     assert_eq!((other.held(0), other.held(1), other.held(2)), (461, 8, 31));
+}
+
+#[test]
+fn layers_share_the_lists_of_equal_lengths_only() {
+    let Some(device) = device() else { return };
+    let spec = LayerSpec::new(AttentionShape::new(8, 2, 64).unwrap());
+    let cache = |bits, order| {
+        let format = Format::kivi(bits, bits, 32, 64).unwrap();
+        QuantCache::new(spec.clone(), format).unwrap().with_order(order)
+    };
+    for order in [Order::AttendFirst, Order::QuantizeFirst] {
+        let bits = [Bits::Four, Bits::Four, Bits::Two, Bits::Four];
+        let mut sharing = bits.map(|bits| cache(bits, order));
+        let mut alone = sharing.clone();
+        let decode = vec![(1, 1), (0, 1)];
+        let steps = [vec![(0, 400), (1, 70)]].into_iter().chain(vec![decode; 80]);
+        for (i, parts) in steps.chain([vec![(2, 5), (0, 200), (1, 1)]]).enumerate() {
+            let batch = Batch::new(&parts).unwrap();
+            for (layer, (shared, own)) in sharing.iter_mut().zip(&mut alone).enumerate() {
+                if (i, layer) == (1, 3) {
+                    shared.truncate(1, 3).unwrap();
+                    own.truncate(1, 3).unwrap();
+                }
+                let [k, v] = [0; 2].map(|_| numbers(batch.tokens(), 2, 64));
+                let q = numbers(batch.tokens(), 8, 64);
+                let [k, v, q] = [k, v, q].map(|x| x.to_device(&device).unwrap());
+                let step = |batch| Step { batch, q: &q, k: &k, v: &v };
+                let got = shared.attend(&step(&batch)).unwrap();
+                let want = own.attend(&step(&Batch::new(&parts).unwrap())).unwrap();
+                assert_eq!(relative(&got, &want), 0.0, "{order:?}, step {i}, layer {layer}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -46,7 +46,7 @@ impl SubBatch {
         match &self.rows {
             Some(rows) => {
                 let rows = Tensor::new(rows.as_slice(), x.device())?;
-                Ok(x.contiguous()?.index_select(&rows, 0)?)
+                select_rows(x, &rows)
             }
             None => Ok(x.clone()),
         }
@@ -64,8 +64,8 @@ impl SubBatch {
         let zeros = Tensor::zeros((1, heads, value_dim), state.out.dtype(), device)?;
         let none = Tensor::full(f32::NEG_INFINITY, (1, heads), device)?;
         Ok(AttentionState {
-            out: Tensor::cat(&[&state.out, &zeros], 0)?.index_select(&row_indices, 0)?,
-            lse: Tensor::cat(&[&state.lse, &none], 0)?.index_select(&row_indices, 0)?,
+            out: select_rows(&Tensor::cat(&[&state.out, &zeros], 0)?, &row_indices)?,
+            lse: select_rows(&Tensor::cat(&[&state.lse, &none], 0)?, &row_indices)?,
         })
     }
 }
@@ -83,7 +83,12 @@ pub fn assemble(parts: &[(&SubBatch, AttentionState)], tokens: usize) -> Result<
     let gather = |x: fn(&AttentionState) -> &Tensor| -> Result<Tensor> {
         let all: Vec<_> = parts.iter().map(|(_, state)| x(state)).collect();
         let all = Tensor::cat(&all, 0)?;
-        Ok(all.index_select(&Tensor::new(row_indices.as_slice(), all.device())?, 0)?)
+        select_rows(&all, &Tensor::new(row_indices.as_slice(), all.device())?)
     };
     Ok(AttentionState { out: gather(|s| &s.out)?, lse: gather(|s| &s.lse)? })
+}
+
+/// Returns the rows of some indices. A device selects rows of contiguous tensors only.
+pub(crate) fn select_rows(x: &Tensor, rows: &Tensor) -> Result<Tensor> {
+    Ok(x.contiguous()?.index_select(rows, 0)?)
 }

@@ -6,7 +6,7 @@ use super::state::SeqState;
 use super::unrotated_rows::UnrotatedRows;
 use super::{InfLlm, missing_state};
 use crate::storage::lse_with_sink_logits;
-use crate::sub_batch::{SubBatch, assemble};
+use crate::sub_batch::{SubBatch, assemble, select_rows};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{
     AttentionState, AttentionSums, Batch, EntryRanges, Error, KvCache, KvStore, Mask, Result,
@@ -152,7 +152,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         }
         if let Some(Reversed { part, order, q, k, v }) = reversed {
             let AttentionState { out, lse } = attention::attend(&part.batch, q, k, v, shape)?;
-            let (out, lse) = (out.index_select(order, 0)?, lse.index_select(order, 0)?);
+            let (out, lse) = (select_rows(&out, order)?, select_rows(&lse, order)?);
             states.push(part.scatter(AttentionState { out, lse }, batch.tokens())?);
         }
         Ok(states)
@@ -221,8 +221,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         let tokens =
             |s: &ChunkSeq| s.leaving.start + 1 - s.window_start..s.leaving.end - s.window_start;
         let (k, v) = self.read_leaving(chunk, &part, &self.window, tokens)?;
-        // A device selects rows of contiguous tensors only.
-        let reverse = |x: &Tensor| x.contiguous()?.index_select(&order, 0);
+        let reverse = |x: &Tensor| select_rows(x, &order);
         let (q, k, v) = (reverse(&part.rows(&chunk.q)?)?, reverse(&k)?, reverse(&v)?);
         Ok(Some(Reversed { part, order, q, k, v }))
     }
@@ -312,7 +311,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
             add(&part.batch, by_head(sums)?, |s| s.window_start);
         }
         if let Some(Reversed { part, order, q, k, .. }) = reversed {
-            let lse = part.rows(lse)?.index_select(order, 0)?;
+            let lse = select_rows(&part.rows(lse)?, order)?;
             let batch = &part.batch;
             let mut sums = by_head(attention::attention_sums(batch, k, batch, q, &lse, shape)?)?;
             sums.iter_mut().for_each(|sums| sums.reverse());
