@@ -5,8 +5,8 @@
 //     $compile -DTIMES -o times && ./times time
 //     $compile -DHEAD_DIM=128 -DPACKING -o packing && ./packing check && ./packing time ordered
 //
-// With PACKING, packing alone is checked and timed. With -DONLY=4,2, only these bits of keys
-// and values are compiled.
+// With PACKING, packing alone is checked and timed. With -DONLY_KEYS=4 -DONLY_VALUES=2, only
+// these bits are compiled.
 //
 // `small` instead of `check` runs only short lengths, for compute-sanitizer. Records are in random
 // order; with `time ordered` they are consecutive.
@@ -91,8 +91,8 @@ void groups(std::vector<Config>& all) {
 
 std::vector<Config> everything() {
     std::vector<Config> all;
-#if defined(HEAD_DIM) && defined(ONLY)
-    groups<ONLY, HEAD_DIM>(all);
+#if defined(HEAD_DIM) && defined(ONLY_KEYS)
+    groups<ONLY_KEYS, ONLY_VALUES, HEAD_DIM>(all);
 #elif defined(HEAD_DIM)
     groups<4, 4, HEAD_DIM>(all), groups<3, 3, HEAD_DIM>(all), groups<2, 2, HEAD_DIM>(all), groups<8, 8, HEAD_DIM>(all);
     groups<4, 2, HEAD_DIM>(all), groups<2, 4, HEAD_DIM>(all);
@@ -108,8 +108,8 @@ Config timed() {
 }
 
 std::vector<Config> timed_formats() {
-#ifdef ONLY
-    return {timed<ONLY>()};
+#ifdef ONLY_KEYS
+    return {timed<ONLY_KEYS, ONLY_VALUES>()};
 #else
     return {timed<4, 4>(), timed<2, 2>(), timed<8, 8>(), timed<4, 2>(), timed<2, 4>()};
 #endif
