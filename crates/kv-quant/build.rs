@@ -4,10 +4,12 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     #[cfg(feature = "cuda")]
     longctx_cuda::build::compile(&[
-        "attend2",
-        "attend3",
-        "attend4",
-        "attend8",
+        "attend22",
+        "attend33",
+        "attend44",
+        "attend88",
+        "attend42",
+        "attend24",
         "pack",
         "float8",
         "rotated",

@@ -7,8 +7,8 @@
 //              factors of the values f16 [D]
 //     tile     scales of the keys    f16 [32]          one for each token          } GROUP / 32 of these
 //              minima of the keys    f16 [32]                                      }
-//              codes of the keys     BITS each         32 tokens x D channels      }
-//              codes of the values   BITS each         D channels x 32 tokens      }
+//              codes of the keys     their bits each   32 tokens x D channels      }
+//              codes of the values   their bits each   D channels x 32 tokens      }
 //              scales of the values  f16 [32][VGROUPS] one for each token and VGROUP channels
 //              minima of the values  f16 [32][VGROUPS]
 //
@@ -170,8 +170,8 @@ struct Layout {
 };
 
 // KIVI's layout: parameters of keys per channel, of values per token.
-template <int BITS, int GROUP, int D>
-using Kivi = Layout<Scheme<Codes::INTEGERS, BITS, Params::CHANNELS>, Scheme<Codes::INTEGERS, BITS, Params::TOKENS>, GROUP, D>;
+template <int KEY_BITS, int VALUE_BITS, int GROUP, int D>
+using Kivi = Layout<Scheme<Codes::INTEGERS, KEY_BITS, Params::CHANNELS>, Scheme<Codes::INTEGERS, VALUE_BITS, Params::TOKENS>, GROUP, D>;
 
 // Returns the factor of products of codes, for rows g + 8 `i` of a unit. A masked word of integer
 // codes, read as two f16, is a pair of subnormal numbers code * 2^(shift - 24), which the tensor

@@ -31,16 +31,15 @@ __device__ __forceinline__ float divide(float x, float s, float reciprocal) {
     return fmaf(fmaf(-q, s, x), reciprocal, q);
 }
 
-template <int BITS, int GROUP, int D>
+template <int KEY_BITS, int VALUE_BITS, int GROUP, int D>
 struct Quantize {
-    using L = Kivi<BITS, GROUP, D>;
-    using P = Packing<BITS>;
+    using L = Kivi<KEY_BITS, VALUE_BITS, GROUP, D>;
     static constexpr int THREADS = 128;
     static constexpr int K_CHANNELS = D < 8192 / GROUP ? D : 8192 / GROUP;
     static constexpr int K_PARTS = D / K_CHANNELS;
     // Bytes in shared memory, where codes of 3 bits are 4-bit fields: the codes of a tile's keys and
     // values, and all that a thread block writes.
-    static constexpr int K_CODES = TILE * K_CHANNELS * P::FIELD / 8, V_CODES = TILE * D * P::FIELD / 8;
+    static constexpr int K_CODES = TILE * K_CHANNELS * L::KPack::FIELD / 8, V_CODES = TILE * D * L::VPack::FIELD / 8;
     static constexpr int K_OUT = L::TILES * K_CODES + 4 * K_CHANNELS, V_OUT = V_CODES + L::TILE_BYTES - L::V_SCALE;
     static constexpr int SOURCE = 2 * (GROUP * K_CHANNELS > TILE * D ? GROUP * K_CHANNELS : TILE * D);
     static constexpr int SHARED = SOURCE + (K_OUT > V_OUT ? K_OUT : V_OUT);
@@ -85,7 +84,7 @@ struct Quantize {
 
     // Computes the parameters of a lane's 4 columns (two pairs) over `UNITS` units of rows, and
     // replaces the numbers by codes.
-    template <int UNITS>
+    template <int BITS, int UNITS>
     static __device__ __forceinline__ void encode(uint32_t (&x)[UNITS][4][2], __half2 (&scale)[2], __half2 (&min)[2], bool& bad) {
         constexpr float LARGEST = (1 << BITS) - 1;
 #pragma unroll
@@ -121,6 +120,7 @@ struct Quantize {
     }
 
     // Writes this lane's words of a unit to shared memory, four words of a lane next to each other.
+    template <class P>
     static __device__ __forceinline__ void write_codes(unsigned char* codes, int unit, const uint32_t (&x)[4][2]) {
         const int lane = threadIdx.x % 32;
         uint32_t row[4];
@@ -141,8 +141,10 @@ struct Quantize {
     }
 
     // Copies the codes of `channels` channels of a tile.
+    template <int BITS>
     static __device__ __forceinline__ void copy_codes(unsigned char* to, const unsigned char* from, int channels) {
         if constexpr (BITS == 3) {
+            using P = Packing<BITS>;
             for (int i = threadIdx.x; i < channels / 16 / P::UNITS * LANES; i += THREADS) {
                 const int chunk = i / LANES, lane = i % LANES;
                 const uint4 x = load16(from + (2 * chunk * LANES + lane) * 16), y = load16(from + ((2 * chunk + 1) * LANES + lane) * 16);
@@ -172,10 +174,10 @@ struct Quantize {
             bool bad = false;
 #pragma unroll
             for (int u = 0; u < UNITS; u++) unit<K_CHANNELS, false>(x[u], shared, u * TILE, block * 16);
-            encode<UNITS>(x, scale, min, bad);
+            encode<KEY_BITS, UNITS>(x, scale, min, bad);
             if (bad) report(args, row, false, record * GROUP, channel + block * 16 + 2 * t);
 #pragma unroll
-            for (int u = 0; u < UNITS; u++) write_codes(out + u * K_CODES, block, x[u]);
+            for (int u = 0; u < UNITS; u++) write_codes<typename L::KPack>(out + u * K_CODES, block, x[u]);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 int at = L::key_param_at(block * 16 + h * 8 + 2 * t);
@@ -201,7 +203,7 @@ struct Quantize {
         copy_out(to + L::K_MIN + 2 * channel, out + UNITS * K_CODES + 2 * K_CHANNELS, 2 * K_CHANNELS);
 #pragma unroll
         for (int u = 0; u < UNITS; u++)
-            copy_codes(to + L::HEADER + u * L::TILE_BYTES + L::K_CODES + channel * TILE * BITS / 8, out + u * K_CODES, K_CHANNELS);
+            copy_codes<KEY_BITS>(to + L::HEADER + u * L::TILE_BYTES + L::K_CODES + channel * TILE * KEY_BITS / 8, out + u * K_CODES, K_CHANNELS);
     }
 
     static __device__ __forceinline__ void values(const FillArgs& args, const HeadRow& row, int tile, unsigned char* shared) {
@@ -219,10 +221,10 @@ struct Quantize {
             bool bad = false;
 #pragma unroll
             for (int u = 0; u < UNITS; u++) unit<D, true>(x[u], shared, group * L::VGROUP + u * 32, half * 16);
-            encode<UNITS>(x, scale, min, bad);
+            encode<VALUE_BITS, UNITS>(x, scale, min, bad);
             if (bad) report(args, row, true, tile * TILE + half * 16 + 2 * t, group * L::VGROUP);
 #pragma unroll
-            for (int u = 0; u < UNITS; u++) write_codes(out, half * (D / 32) + group * UNITS + u, x[u]);
+            for (int u = 0; u < UNITS; u++) write_codes<typename L::VPack>(out, half * (D / 32) + group * UNITS + u, x[u]);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 int at = L::value_param_at(half * 16 + h * 8 + 2 * t, group);
@@ -231,7 +233,7 @@ struct Quantize {
         }
         __syncthreads();
         unsigned char* to = record_of(args, row, tile / L::TILES) + L::HEADER + tile % L::TILES * L::TILE_BYTES;
-        copy_codes(to + L::V_CODES, out, D);
+        copy_codes<VALUE_BITS>(to + L::V_CODES, out, D);
         copy_out(to + L::V_SCALE, out + V_CODES, L::TILE_BYTES - L::V_SCALE);
     }
 

@@ -185,12 +185,19 @@ impl Pair {
 
 fn formats() -> Vec<Format> {
     let mut formats = Vec::new();
-    for bits in [Bits::Two, Bits::Three, Bits::Four, Bits::Eight] {
+    for (keys, values) in [
+        (Bits::Two, Bits::Two),
+        (Bits::Three, Bits::Three),
+        (Bits::Four, Bits::Four),
+        (Bits::Eight, Bits::Eight),
+        (Bits::Four, Bits::Two),
+        (Bits::Two, Bits::Four),
+    ] {
         for (group, residual) in [(32, 128), (64, 64), (128, 128)] {
-            formats.push(Format::kivi(bits, bits, group, residual).unwrap());
+            formats.push(Format::kivi(keys, values, group, residual).unwrap());
         }
-        formats.push(Format::kivi_rolling(bits, bits, 32, 64).unwrap());
-        formats.push(Format::kivi_rolling(bits, bits, 64, 0).unwrap());
+        formats.push(Format::kivi_rolling(keys, values, 32, 64).unwrap());
+        formats.push(Format::kivi_rolling(keys, values, 64, 0).unwrap());
     }
     formats.extend(immediate().into_iter().map(rolling));
     for (keys, values) in [
@@ -525,7 +532,8 @@ fn formats_without_kernels_are_refused() {
     let x = |d| numbers(3, 2, d).to_device(&device).unwrap();
     let flexgen = Format::flexgen(Bits::Four, Bits::Four, 32).unwrap();
     let kivi = Format::kivi(Bits::Four, Bits::Four, 32, 128).unwrap();
-    for (format, d) in [(flexgen, 64), (kivi, 96)] {
+    let other_bits = Format::kivi(Bits::Eight, Bits::Four, 32, 128).unwrap();
+    for (format, d) in [(flexgen, 64), (kivi, 96), (other_bits, 64)] {
         let mut store = QuantStore::new(AttentionShape::new(2, 2, d).unwrap(), format).unwrap();
         let error = store.append(&batch, &x(d), &x(d)).unwrap_err();
         assert!(matches!(error, Error::Unsupported(_)), "{error}");

@@ -7,10 +7,12 @@ use longctx_cuda::cudarc::driver::{CudaContext, CudaStream};
 use longctx_cuda::{Image, Kernel, max_shared_bytes, multiprocessors};
 use std::sync::Arc;
 
-static ATTEND_2: Image = longctx_cuda::image!("attend2");
-static ATTEND_3: Image = longctx_cuda::image!("attend3");
-static ATTEND_4: Image = longctx_cuda::image!("attend4");
-static ATTEND_8: Image = longctx_cuda::image!("attend8");
+static ATTEND_22: Image = longctx_cuda::image!("attend22");
+static ATTEND_33: Image = longctx_cuda::image!("attend33");
+static ATTEND_44: Image = longctx_cuda::image!("attend44");
+static ATTEND_88: Image = longctx_cuda::image!("attend88");
+static ATTEND_42: Image = longctx_cuda::image!("attend42");
+static ATTEND_24: Image = longctx_cuda::image!("attend24");
 static PACK: Image = longctx_cuda::image!("pack");
 static FLOAT8: Image = longctx_cuda::image!("float8");
 static ROTATED: Image = longctx_cuda::image!("rotated");
@@ -31,10 +33,12 @@ impl Layout {
     /// Returns the image of the kernels, except those that pack and unpack KIVI's records.
     fn image(self) -> &'static Image {
         match self.family {
-            Family::Kivi(2) => &ATTEND_2,
-            Family::Kivi(3) => &ATTEND_3,
-            Family::Kivi(4) => &ATTEND_4,
-            Family::Kivi(_) => &ATTEND_8,
+            Family::Kivi("kivi22") => &ATTEND_22,
+            Family::Kivi("kivi33") => &ATTEND_33,
+            Family::Kivi("kivi44") => &ATTEND_44,
+            Family::Kivi("kivi42") => &ATTEND_42,
+            Family::Kivi("kivi24") => &ATTEND_24,
+            Family::Kivi(_) => &ATTEND_88,
             Family::Balanced(_) if self.group() == 64 => &KVARN_64,
             Family::Balanced(_) => &KVARN,
             Family::Tokens(name) if name.starts_with('e') => &FLOAT8,
@@ -56,9 +60,8 @@ impl Layout {
     fn suffix(self) -> String {
         let (group, d) = (self.group(), self.head_dim());
         match self.family {
-            Family::Kivi(bits) => format!("b{bits}_g{group}_d{d}"),
             Family::Tokens(name) => format!("{name}_d{d}"),
-            Family::Balanced(name) => format!("{name}_g{group}_d{d}"),
+            Family::Kivi(name) | Family::Balanced(name) => format!("{name}_g{group}_d{d}"),
         }
     }
 
@@ -67,13 +70,13 @@ impl Layout {
     fn quantize(self) -> (usize, u32, usize) {
         let (group, d) = (self.group(), self.head_dim());
         match self.family {
-            Family::Kivi(bits) => {
+            Family::Kivi(_) => {
                 // Codes of 3 bits are 4-bit fields in shared memory.
-                let codes = |channels| TILE * channels * if bits == 3 { 4 } else { bits } / 8;
+                let codes = |bits, channels| TILE * channels * if bits == 3 { 4 } else { bits } / 8;
                 let channels = d.min(8192 / group);
                 let source = 2 * (group * channels).max(TILE * d);
-                let keys = codes(channels) * (group / TILE) + 4 * channels;
-                let values = codes(d) + self.value_params();
+                let keys = codes(self.key_bits(), channels) * (group / TILE) + 4 * channels;
+                let values = codes(self.value_bits(), d) + self.value_params();
                 (d / channels, 128, source + keys.max(values))
             }
             Family::Tokens(_) => (group / TILE, TOKEN_THREADS, 0),

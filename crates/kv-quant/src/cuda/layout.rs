@@ -38,8 +38,8 @@ pub struct Layout {
 /// Kernels with the same layout.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Family {
-    /// KIVI with this number of bits: keys have a scale per channel.
-    Kivi(usize),
+    /// KIVI: keys have a scale per channel; with the name of the kernels, without the group.
+    Kivi(&'static str),
     /// A scale per token, or one for all numbers; with the name of the kernels.
     Tokens(&'static str),
     /// KVarN; with the name of the kernels, without the tile.
@@ -89,14 +89,24 @@ impl Layout {
         self.head_dim.div_ceil(self.values.group)
     }
 
+    /// Returns the bits of a key's code.
+    pub(super) fn key_bits(self) -> usize {
+        self.keys.bits.count()
+    }
+
+    /// Returns the bits of a value's code.
+    pub(super) fn value_bits(self) -> usize {
+        self.values.bits.count()
+    }
+
     /// Returns the bytes of the codes of 32 tokens' keys.
     pub fn key_codes(self) -> usize {
-        TILE * self.head_dim * self.keys.bits.count() / 8
+        TILE * self.head_dim * self.key_bits() / 8
     }
 
     /// Returns the bytes of the codes of 32 tokens' values.
     pub fn value_codes(self) -> usize {
-        TILE * self.head_dim * self.values.bits.count() / 8
+        TILE * self.head_dim * self.value_bits() / 8
     }
 
     /// Returns the bytes of scales, minima and factors of a record's channels.
@@ -155,7 +165,7 @@ impl Layout {
     /// columns, as in kernels/attend*.cu and kernels/formats.cuh.
     pub(super) fn warps_and_stages(self, n: usize) -> (usize, usize) {
         match (self.family, self.head_dim) {
-            (_, 256) | (Family::Kivi(8), _) => (4, 3),
+            (_, 256) | (Family::Kivi("kivi88"), _) => (4, 3),
             (Family::Kivi(_), 128) if n == 2 => (4, 4),
             (Family::Kivi(_), _) => (8, 3),
             _ => (8, 2),
@@ -174,16 +184,21 @@ fn numbers(scheme: Scheme) -> usize {
 }
 
 fn kivi(keys: Scheme, values: Scheme) -> Result<Family, &'static str> {
-    if keys.bits != values.bits {
-        return Err("keys along tokens and values of the same bits");
-    }
     if values.codes != Codes::Asymmetric || keys.group != values.group {
         return Err("keys quantized along tokens in groups as large as the values'");
     }
     if keys.rotated || values.rotated {
         return Err("keys along tokens and their values not rotated");
     }
-    Ok(Family::Kivi(keys.bits.count()))
+    match (keys.bits, values.bits) {
+        (Bits::Two, Bits::Two) => Ok(Family::Kivi("kivi22")),
+        (Bits::Three, Bits::Three) => Ok(Family::Kivi("kivi33")),
+        (Bits::Four, Bits::Four) => Ok(Family::Kivi("kivi44")),
+        (Bits::Eight, Bits::Eight) => Ok(Family::Kivi("kivi88")),
+        (Bits::Four, Bits::Two) => Ok(Family::Kivi("kivi42")),
+        (Bits::Two, Bits::Four) => Ok(Family::Kivi("kivi24")),
+        _ => Err("keys along tokens and values of the same bits, or of 4 and 2, or 2 and 4 bits"),
+    }
 }
 
 fn balanced(tile: usize, keys: Scheme, values: Scheme) -> Result<Family, &'static str> {
@@ -271,9 +286,12 @@ mod tests {
             Format::kvarn(Four, Two, 128).unwrap(),
             Format::kvarn(Three, Three, 64).unwrap(),
         ];
-        for bits in [Two, Three, Four, Eight] {
+        for (keys, values) in [(Four, Two), (Two, Four)]
+            .into_iter()
+            .chain([Two, Three, Four, Eight].map(|bits| (bits, bits)))
+        {
             for group in [32, 64, 128] {
-                formats.push(Format::kivi(bits, bits, group, 128).unwrap());
+                formats.push(Format::kivi(keys, values, group, 128).unwrap());
             }
         }
         for format in formats {
@@ -290,10 +308,12 @@ mod tests {
     #[test]
     fn formats_without_kernels_are_refused() {
         let kivi = Format::kivi(Bits::Four, Bits::Four, 32, 128).unwrap();
+        let other_bits = Format::kivi(Bits::Eight, Bits::Four, 32, 128).unwrap();
         let kvarn = Format::kvarn(Bits::Four, Bits::Four, 32).unwrap();
         for (format, head_dim, wanted) in [
             (kivi, 80, "64, 128 or 256"),
             (kivi.with_rotated_keys(), 128, "not rotated"),
+            (other_bits, 128, "of 4 and 2, or 2 and 4 bits"),
             (kvarn, 128, "tiles of 64 or 128"),
         ] {
             let error = Layout::new(format, head_dim).unwrap_err();

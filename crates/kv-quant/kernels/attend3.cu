@@ -1,8 +1,0 @@
-#include "kernels.cuh"
-
-ATTEND_GROUPS(3, 64, 1, 8, 3)
-ATTEND_GROUPS(3, 64, 2, 8, 3)
-ATTEND_GROUPS(3, 128, 1, 8, 3)
-ATTEND_GROUPS(3, 128, 2, 4, 4)
-ATTEND_GROUPS(3, 256, 1, 4, 3)
-SUMS(3)

@@ -1,8 +1,0 @@
-#include "kernels.cuh"
-
-ATTEND_GROUPS(4, 64, 1, 8, 3)
-ATTEND_GROUPS(4, 64, 2, 8, 3)
-ATTEND_GROUPS(4, 128, 1, 8, 3)
-ATTEND_GROUPS(4, 128, 2, 4, 4)
-ATTEND_GROUPS(4, 256, 1, 4, 3)
-SUMS(4)

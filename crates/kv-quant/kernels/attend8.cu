@@ -1,8 +1,0 @@
-#include "kernels.cuh"
-
-ATTEND_GROUPS(8, 64, 1, 4, 3)
-ATTEND_GROUPS(8, 64, 2, 4, 3)
-ATTEND_GROUPS(8, 128, 1, 4, 3)
-ATTEND_GROUPS(8, 128, 2, 4, 3)
-ATTEND_GROUPS(8, 256, 1, 4, 3)
-SUMS(8)

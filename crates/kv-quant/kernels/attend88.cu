@@ -1,0 +1,8 @@
+#include "kernels.cuh"
+
+ATTEND_GROUPS(8, 8, 64, 1, 4, 3)
+ATTEND_GROUPS(8, 8, 64, 2, 4, 3)
+ATTEND_GROUPS(8, 8, 128, 1, 4, 3)
+ATTEND_GROUPS(8, 8, 128, 2, 4, 3)
+ATTEND_GROUPS(8, 8, 256, 1, 4, 3)
+SUMS(8, 8)
