@@ -131,7 +131,7 @@ fn main() -> Result<()> {
     let (held, kv_heads, _memory) = pack(&stream, &kernels, &tokens)?;
 
     // Memory for a call with any two sequences.
-    let attend = kernels.attend(PER_KV);
+    let attend = kernels.attend(PER_KV, 2 * KV_HEADS);
     let parts = attend.max_work(2 * KV_HEADS, PER_KV);
     let mut work = stream.clone_htod(&vec![Work::default(); parts])?;
     let mut q = stream.alloc_zeros::<u16>(2 * HEADS * D)?;

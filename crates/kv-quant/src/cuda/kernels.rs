@@ -20,6 +20,11 @@ static TURBOQUANT: Image = longctx_cuda::image!("turboquant");
 static KVARN: Image = longctx_cuda::image!("kvarn");
 static KVARN_64: Image = longctx_cuda::image!("kvarn64");
 
+/// From this number of kv heads on, small thread blocks are faster: more of them share a
+/// multiprocessor, and one streams while another begins or merges its results.
+const MANY_HEADS: usize = 16;
+/// Those of the kernels for few heads, as in kernels/attend*.cu.
+const FEW_WARPS_AND_STAGES: (usize, usize) = (8, 3);
 /// Must equal the constant in kernels/sums.cuh.
 const SUM_WARPS: usize = 4;
 /// Must equal the constant in kernels/unpack.cuh.
@@ -101,10 +106,15 @@ pub struct AttendKernel {
 }
 
 impl AttendKernel {
-    /// Loads the kernel for `8 n` columns; `None` if the device has too little shared memory.
-    fn load(context: &Arc<CudaContext>, layout: Layout, n: usize) -> Result<Option<Self>> {
+    /// Loads the kernel for `8 n` columns, or the one for few heads; `None` if the device has too
+    /// little shared memory.
+    fn load(
+        context: &Arc<CudaContext>,
+        layout: Layout,
+        (n, few): (usize, bool),
+    ) -> Result<Option<Self>> {
         let head_dim = layout.head_dim();
-        let (warps, stages) = layout.warps_and_stages(n);
+        let (warps, stages) = if few { FEW_WARPS_AND_STAGES } else { layout.warps_and_stages(n) };
         let ring = n * 16 * head_dim + warps * stages * (layout.header() + layout.tile());
         let outs = warps * 8 * n * (head_dim + 4) * 4;
         let shared = ring.max(outs) as u32;
@@ -112,6 +122,7 @@ impl AttendKernel {
             return Ok(None);
         }
         let name = match layout.family {
+            Family::Kivi(_) if few => format!("attend_{}_few", layout.suffix()),
             Family::Kivi(_) => format!("attend_{}_n{n}", layout.suffix()),
             _ => format!("attend_{}", layout.suffix()),
         };
@@ -198,6 +209,8 @@ fn check_kind(what: &str, kind: i32, last: i32) -> Result<()> {
 pub struct Kernels {
     /// The attention kernel for 8 columns.
     narrow: AttendKernel,
+    /// The one for 8 columns and few heads, if it exists.
+    few: Option<AttendKernel>,
     /// The one for 16 columns, if it exists.
     wide: Option<AttendKernel>,
     sums: Kernel,
@@ -216,11 +229,13 @@ impl Kernels {
     /// driver.
     pub fn load(context: &Arc<CudaContext>, layout: Layout) -> Result<Self> {
         let small = || needs("more shared memory than this device has");
-        let narrow = AttendKernel::load(context, layout, 1)?.ok_or_else(small)?;
+        let load = |n, few| AttendKernel::load(context, layout, (n, few));
+        let narrow = load(1, false)?.ok_or_else(small)?;
         let wide = match layout.family {
-            Family::Kivi(_) if layout.head_dim() < 256 => AttendKernel::load(context, layout, 2)?,
+            Family::Kivi(_) if layout.head_dim() < 256 => load(2, false)?,
             _ => None,
         };
+        let few = if layout.has_kernel_for_few_heads() { load(1, true)? } else { None };
         let (_, quantize_threads, quantize_shared) = layout.quantize();
         if max_shared_bytes(context)? < quantize_shared as u32 {
             return Err(small());
@@ -234,6 +249,7 @@ impl Kernels {
             pack.kernel(context, &of("quantize"), quantize_threads, quantize_shared as u32)?;
         Ok(Self {
             narrow,
+            few,
             wide,
             sums,
             quantize,
@@ -250,10 +266,11 @@ impl Kernels {
     }
 
     /// Returns the attention kernel for `columns` columns: query heads of a kv head times the
-    /// largest number of queries of a sequence.
-    pub fn attend(&self, columns: usize) -> &AttendKernel {
-        match &self.wide {
-            Some(wide) if columns > self.narrow.columns => wide,
+    /// largest number of queries of a sequence. `heads`: kv heads of all sequences.
+    pub fn attend(&self, columns: usize, heads: usize) -> &AttendKernel {
+        match (&self.wide, &self.few) {
+            (Some(wide), _) if columns > self.narrow.columns => wide,
+            (_, Some(few)) if heads < MANY_HEADS => few,
             _ => &self.narrow,
         }
     }

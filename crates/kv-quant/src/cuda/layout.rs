@@ -161,6 +161,11 @@ impl Layout {
         (of(self.keys), of(self.values))
     }
 
+    /// Returns whether there is another attention kernel for few kv heads.
+    pub(super) fn has_kernel_for_few_heads(self) -> bool {
+        matches!(self.family, Family::Kivi(name) if name != "kivi88") && self.head_dim == 128
+    }
+
     /// Returns the warps of an attention block and the stages of a warp's ring, for `n` blocks of 8
     /// columns, as in kernels/attend*.cu and kernels/formats.cuh.
     pub(super) fn warps_and_stages(self, n: usize) -> (usize, usize) {

@@ -68,10 +68,16 @@ impl CudaPool {
         if queries == 0 {
             return Ok(());
         }
-        let kernel = self.kernels.attend(self.shape.heads_per_kv() * queries);
+        let kernel = self.kernel(batch, queries);
         let launch = self.plan(batch, kernel, mask, &heads.work)?.launch(&self.stream())?;
         let memory = self.memory_on_device(&heads.memory)?;
         self.launch_attend(kernel, q, mask, state, (launch, memory.address()))
+    }
+
+    /// Returns the kernel for a batch of which no sequence has more than `queries` queries.
+    pub(super) fn kernel(&self, batch: &Batch, queries: usize) -> &AttendKernel {
+        let heads = batch.seqs().len() * self.shape.kv_heads;
+        self.kernels.attend(self.shape.heads_per_kv() * queries, heads)
     }
 
     /// Returns the sizes that determine a plan.

@@ -95,8 +95,7 @@ impl CudaPool {
         self.dtype = Some(new.k.dtype());
         let done = self.run(batch, &step, &new, |pool, kv_heads| {
             let state = pool.outputs(batch, dtype)?;
-            let columns = pool.shape.heads_per_kv() * batch.max_seqlen();
-            let kernel = pool.kernels.attend(columns);
+            let kernel = pool.kernel(batch, batch.max_seqlen());
             let launch = pool.step_plan(batch, kernel, &step)?.launch(&pool.stream())?;
             pool.launch_attend(kernel, &q, Mask::Causal, &state, (launch, kv_heads))?;
             Ok(state)

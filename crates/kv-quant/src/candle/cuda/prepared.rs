@@ -90,7 +90,7 @@ impl CudaPool {
         lists: &mut StepLists,
     ) -> Result<PlanLaunch> {
         let (per, heads) = (self.shape.heads_per_kv(), step.work.len());
-        let kernel = self.kernels.attend(per);
+        let kernel = self.kernel(batch, 1);
         let plan = self.step_plan(batch, kernel, step)?;
         let items = kernel.max_work(heads, per);
         let merges = heads * per.div_ceil(kernel.columns());
@@ -130,7 +130,7 @@ impl CudaPool {
         let rows = prepared.heads;
         self.launch_fill(&args, FillSizes { rows, entries: 1, ..FillSizes::default() })?;
         let state = self.outputs(batch, dtype)?;
-        let kernel = self.kernels.attend(self.shape.heads_per_kv());
+        let kernel = self.kernel(batch, 1);
         let lists = (prepared.attend, prepared.kv_heads);
         self.launch_attend(kernel, &q, Mask::Causal, &state, lists)?;
         let args = FillArgs { rows: prepared.pack_rows, ..args };

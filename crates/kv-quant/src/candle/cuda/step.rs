@@ -137,13 +137,12 @@ pub(super) struct Step {
 impl CudaPool {
     /// Returns the lists of a call, which layers with equal lengths share. All sequences exist.
     pub(super) fn step(&self, batch: &Batch, tokens: &Tokens) -> Result<Arc<Step>> {
-        let columns = self.shape.heads_per_kv() * batch.max_seqlen();
         let key = Key {
             stream: self.stream().cu_stream() as usize,
             format: self.device_format,
             kv_heads: self.shape.kv_heads,
             head_dim: self.shape.head_dim,
-            sizes: self.sizes(self.kernels.attend(columns), Mask::Causal),
+            sizes: self.sizes(self.kernel(batch, batch.max_seqlen()), Mask::Causal),
         };
         let equal = |step: &Step| {
             step.key == key && step.tokens == *tokens && self.has_lens(batch, &step.lens)
