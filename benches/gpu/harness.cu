@@ -104,7 +104,7 @@ std::vector<Config> everything() {
 // With the warps and stages of src/cuda/layout.rs.
 template <int K, int V>
 Config timed() {
-    return kivi<K, V, 32, 128>({variant<Kivi<K, V, 32, 128>, 1, K == 8 ? 4 : 8, 3>()});
+    return kivi<K, V, 32, 128>({variant<Kivi<K, V, 32, 128>, 1, 4, 3>()});
 }
 
 std::vector<Config> timed_formats() {
@@ -147,6 +147,8 @@ int main(int count, char** words) {
             for (int t : {131072, 32768, 4096})
                 for (auto [kv, per] : {std::pair{32, 1}, {8, 4}})
                     for (auto& c : all) time_attend(c, c.attend[0], batch, kv, per, t);
+        for (auto [batch, t] : BATCHES)
+            for (auto& c : all) time_attend(c, c.attend[0], batch, 8, 4, t);
     }
 #endif
     OK(cudaDeviceSynchronize());

@@ -463,8 +463,13 @@ int default_splits(const Config& c, const Variant& v, int rows, int z, int recor
     int per_sm = 0, sms = 0;
     OK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
     OK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, v.kernel, v.warps * 32, v.shared));
-    int blocks = per_sm * sms, all = rows * z, splits = std::max(blocks - all, blocks * 4 / 5) / all;
-    if ((i64)all * records * c.group >= blocks * 32768ll && 2 * all * splits <= blocks) splits = blocks / all;
+    const int blocks = per_sm * sms, all = rows * z;
+    int splits = std::max(1, std::max(blocks - all, blocks * 4 / 5) / all);
+    for (int waves : {1, 2}) {
+        const int used = all * splits, more = waves * blocks / all;
+        const bool idle = waves == 1 ? 2 * used <= blocks : 5 * used < 4 * blocks * ((used + blocks - 1) / blocks);
+        if (idle && more > splits && (i64)records * c.group >= 4096ll * more) splits = more;
+    }
     splits = std::min(splits, (records + v.warps - 1) / v.warps);
     return std::max(1, std::min(MAX_SPLITS, splits));
 }
@@ -494,6 +499,9 @@ double copy_bandwidth() {
 double copy_gbs;
 
 __global__ void empty() {}
+
+// Batches of a server's sequences: their number and tokens.
+const std::pair<int, int> BATCHES[] = {{64, 2048}, {96, 4096}, {16, 16384}, {32, 16384}, {8, 32768}};
 
 void time_attend(const Config& c, const Variant& v, int batch, int kv, int per, int t) {
     Case s{batch, kv, per, t, 128, 1, 1, 0, 0, 0.f, false};

@@ -95,10 +95,13 @@ __device__ __forceinline__ float load_as_float(const void* p, long long i, int k
     return kind ? __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]) : __half2float(static_cast<const __half*>(p)[i]);
 }
 
-// Loads two adjacent elements as f16; i is even.
-__device__ __forceinline__ uint32_t load_pair(const void* p, long long i, int kind) {
-    uint32_t x = *reinterpret_cast<const uint32_t*>(static_cast<const __half*>(p) + i);
-    return kind ? bits(__float22half2_rn(__bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x)))) : x;
+// Loads eight adjacent elements of 16 bits; i is a multiple of 8.
+__device__ __forceinline__ uint4 load_eight(const void* p, long long i) { return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + i); }
+
+// Converts eight elements of a kind to f16.
+__device__ __forceinline__ uint4 to_f16(uint4 x, int kind) {
+    if (kind) x = make_uint4(f16_of_bf16(x.x), f16_of_bf16(x.y), f16_of_bf16(x.z), f16_of_bf16(x.w));
+    return x;
 }
 
 __device__ __forceinline__ void store(void* p, long long i, int kind, float x) {

@@ -284,24 +284,33 @@ __device__ __forceinline__ void residual_loop(Running<D, N>& running, const Colu
         restrict<N>(s, columns, work, packed + at, packed + len, lane);
         uint32_t p[2][N][2];
         running.step(s, columns, p);
+        // Row g of a product is channel 2 c of the D / 8 channels of lanes 4 g to 4 g + 3, row g + 8
+        // the next one: a lane reads all its channels of a token at once.
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            long long from[4];
+            uint4 rows[4][D / 64];
 #pragma unroll
-            for (int i = 0; i < 4; i++) from[i] = place(16 * r + 2 * t + i / 2 * 8 + i % 2) + g;
+            for (int i = 0; i < 4; i++)
+#pragma unroll
+                for (int j = 0; j < D / 64; j++) rows[i][j] = load_eight(work.ring_v, place(16 * r + 2 * t + i / 2 * 8 + i % 2) + g * (D / 8) + 8 * j);
 #pragma unroll
             for (int n = 0; n < N; n++) mma(running.zero[n], {0u, ONES, 0u, ONES}, p[r][n][0], p[r][n][1]);
 #pragma unroll
-            for (int c = 0; c < D / 16; c++) {
-                uint32_t a[4];
+            for (int j = 0; j < D / 64; j++) {
+                uint32_t words[4][4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    int channel = 16 * c + i % 2 * 8;
-                    a[i] = bits(__floats2half2_rn(load_as_float(work.ring_v, from[i / 2 * 2] + channel, args.kind),
-                                                  load_as_float(work.ring_v, from[i / 2 * 2 + 1] + channel, args.kind)));
+                    const uint4 x = to_f16(rows[i][j], args.kind);
+                    words[i][0] = x.x, words[i][1] = x.y, words[i][2] = x.z, words[i][3] = x.w;
                 }
 #pragma unroll
-                for (int n = 0; n < N; n++) mma(running.out[c][n], a, p[r][n][0], p[r][n][1]);
+                for (int w = 0; w < 4; w++) {
+                    uint32_t a[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) a[i] = permute(words[i / 2 * 2][w], words[i / 2 * 2 + 1][w], i % 2 ? 0x7632 : 0x5410);
+#pragma unroll
+                    for (int n = 0; n < N; n++) mma(running.out[4 * j + w][n], a, p[r][n][0], p[r][n][1]);
+                }
             }
         }
     }
@@ -354,7 +363,8 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
                 for (int h = 0; h < 2; h++) {
                     float factor = coded && !L::V_FACTORS ? unscale<typename L::Values>(2 * c + h) : 1.f;
                     if (!L::V_BY_TOKEN && coded) factor *= args.value_scale;
-                    outs[(warp * 8 * N + column) * PITCH + 16 * c + 8 * h + g] = fmaf(running.out[c][n][e + 2 * h], factor, zero);
+                    const int channel = coded ? 16 * c + 8 * h + g : D / 8 * g + 2 * c + h;
+                    outs[(warp * 8 * N + column) * PITCH + channel] = fmaf(running.out[c][n][e + 2 * h], factor, zero);
                 }
             }
         }

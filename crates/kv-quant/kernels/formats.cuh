@@ -40,14 +40,15 @@ template <int D> using Kvarn42Of64 = Layout<Balanced<4>, Balanced<2>, 64, D>;
 template <int D> using Kvarn33Of64 = Layout<Balanced<3>, Balanced<3>, 64, D>;
 template <int D> using Kvarn22Of64 = Layout<Balanced<2>, Balanced<2>, 64, D>;
 
-// The number of warps of an attention block, and of stages of a warp's ring.
+// The number of warps of an attention block, and of stages of a warp's ring. Three small blocks
+// share a multiprocessor, so that one streams while others begin or merge their results.
 template <class L>
 __host__ __device__ constexpr int attend_warps() {
-    return L::D <= 128 ? 8 : 4;
+    return L::D == 64 || (L::D == 128 && L::Keys::BITS == 8) ? 8 : 4;
 }
 template <class L>
 __host__ __device__ constexpr int attend_stages() {
-    return L::D <= 128 ? 2 : 3;
+    return attend_warps<L>() == 8 ? 2 : 3;
 }
 
 }  // namespace kvq

@@ -115,29 +115,30 @@ __device__ __forceinline__ void packed_scores(float (&s)[2][N][4], const uint32_
 }
 
 // Computes the scores of 32 tokens of the residual, which is short and is read directly from global
-// memory. `place` returns the offset of a token's key.
+// memory. `place` returns the offset of a token's key. A lane reads 8 channels of a token at once:
+// the order of the channels is free, if it is that of the queries.
 template <int D, int N, class Place>
 __device__ __forceinline__ void residual_scores(float (&s)[2][N][4], const void* keys, int kind, const unsigned char* queries, int lane, Place place) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        long long low = place(16 * r + g) + 2 * t, high = place(16 * r + g + 8) + 2 * t;
+        uint4 low[D / 32], high[D / 32];
 #pragma unroll
         for (int j = 0; j < D / 32; j++) {
-            uint32_t a[2][4];
+            low[j] = load_eight(keys, place(16 * r + g) + 32 * j + 8 * t);
+            high[j] = load_eight(keys, place(16 * r + g + 8) + 32 * j + 8 * t);
+        }
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                int channel = 32 * j + 16 * h;
-                a[h][0] = load_pair(keys, low + channel, kind);
-                a[h][1] = load_pair(keys, high + channel, kind);
-                a[h][2] = load_pair(keys, low + channel + 8, kind);
-                a[h][3] = load_pair(keys, high + channel + 8, kind);
-            }
+        for (int j = 0; j < D / 32; j++) {
+            low[j] = to_f16(low[j], kind), high[j] = to_f16(high[j], kind);
 #pragma unroll
             for (int n = 0; n < N; n++) {
-                uint4 q = load16(queries + (n * (D / 32) + j) * 512 + lane * 16);
-                mma(s[r][n], a[0], q.x, q.y);
-                mma(s[r][n], a[1], q.z, q.w);
+                // Channels 8 t + 2 i of the block of 32 are word t of lane 4 g + i.
+                uint32_t q[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) q[i] = *reinterpret_cast<const uint32_t*>(queries + (n * (D / 32) + j) * 512 + (4 * g + i) * 16 + 4 * t);
+                mma(s[r][n], {low[j].x, high[j].x, low[j].y, high[j].y}, q[0], q[1]);
+                mma(s[r][n], {low[j].z, high[j].z, low[j].w, high[j].w}, q[2], q[3]);
             }
         }
     }

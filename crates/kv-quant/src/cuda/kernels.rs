@@ -150,7 +150,7 @@ impl AttendKernel {
     /// list of a captured launch. Such a plan has at most `heads * columns.div_ceil(self.columns())`
     /// merges.
     pub fn max_work(&self, heads: usize, columns: usize) -> usize {
-        self.slots + 2 * heads * columns.div_ceil(self.columns)
+        2 * self.slots + 2 * heads * columns.div_ceil(self.columns)
     }
 
     /// Launches attention for the `count` work items of a [`Plan`].

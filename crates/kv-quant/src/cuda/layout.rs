@@ -167,8 +167,10 @@ impl Layout {
         match (self.family, self.head_dim) {
             (_, 256) | (Family::Kivi("kivi88"), _) => (4, 3),
             (Family::Kivi(_), 128) if n == 2 => (4, 4),
-            (Family::Kivi(_), _) => (8, 3),
-            _ => (8, 2),
+            (Family::Kivi(_), 64) => (8, 3),
+            (_, 64) => (8, 2),
+            (Family::Tokens(_), _) if self.keys.bits == Bits::Eight => (8, 2),
+            _ => (4, 3),
         }
     }
 }

@@ -6,9 +6,9 @@ use super::Work;
 /// Must equal the constant in kernels/args.cuh.
 const MAX_SPLITS: usize = 127;
 
-/// Number of entries per thread block from which on a second wave of rings costs less than idle
+/// Number of entries per thread block from which on a further split costs less than idle
 /// multiprocessors.
-const LONG: usize = 32_768;
+const MIN_ENTRIES: usize = 4096;
 
 /// The work items of a launch of attention. See
 /// [`AttendKernel::plan`](super::AttendKernel::plan).
@@ -50,8 +50,9 @@ struct Row {
 impl Plan {
     /// Splits the records of all rows evenly over the concurrent thread blocks, and longer rows
     /// over more of them, so that a long sequence among short ones does not dominate the time.
-    /// Rings are last, because they take little time. They run concurrently with the records,
-    /// unless half of the device would be idle for long.
+    /// Rings are last, because they take little time. They run concurrently with the records, unless
+    /// half of the device would be idle for long. Records take two waves if one would leave a fifth
+    /// of the device idle for long.
     pub(crate) fn new(heads: &[Work], sizes: Sizes) -> Self {
         let mut rows = Vec::with_capacity(heads.len());
         for head in heads {
@@ -65,9 +66,20 @@ impl Plan {
         let total: usize = rows.iter().map(|row| row.end - row.first).sum();
         let at_once = sizes.slots.saturating_sub(rows.len()).max(sizes.slots * 4 / 5);
         let splits_of = |records: usize, budget: usize| records * budget / total.max(1);
-        let used: usize = rows.iter().map(|row| splits_of(row.end - row.first, at_once)).sum();
-        let long = total * sizes.group >= sizes.slots * LONG;
-        let budget = if long && 2 * used <= sizes.slots { sizes.slots } else { at_once };
+        let used = |budget: usize| -> usize {
+            rows.iter().map(|row| splits_of(row.end - row.first, budget).max(1)).sum()
+        };
+        let (mut budget, mut blocks) = (at_once, used(at_once));
+        for waves in [1, 2] {
+            let more = waves * sizes.slots;
+            let idle = match waves {
+                1 => 2 * blocks <= sizes.slots,
+                _ => 5 * blocks < 4 * blocks.next_multiple_of(sizes.slots),
+            };
+            if idle && total * sizes.group >= MIN_ENTRIES * used(more) && used(more) > blocks {
+                (budget, blocks) = (more, used(more));
+            }
+        }
         let mut order: Vec<u32> = (0..rows.len() as u32).collect();
         order.sort_by_key(|&row| {
             let Row { first, end, .. } = rows[row as usize];
@@ -161,13 +173,20 @@ mod tests {
     }
 
     #[test]
-    fn half_a_wave_of_long_heads_is_split() {
-        let slots = 132;
-        for (entries, pieces) in [(3968, 1), (32_640, 1), (130_944, 2)] {
-            let heads = vec![head(entries); 64];
-            let plan = Plan::new(&heads, Sizes { slots, ..sizes() });
+    fn long_heads_fill_one_wave_or_two() {
+        // (heads, entries, thread blocks per head)
+        for (rows, entries, pieces) in [
+            (64, 3968, 1),
+            (64, 32_640, 2),
+            (128, 16_256, 1),
+            (256, 130_944, 1),
+            (160, 130_944, 1),
+            (85, 130_944, 3),
+        ] {
+            let heads = vec![head(entries); rows];
+            let plan = Plan::new(&heads, Sizes { slots: 132, ..sizes() });
             check(&heads, &plan);
-            assert_eq!(plan.work.len(), 64 * (pieces + 1), "{entries}");
+            assert_eq!(plan.work.len(), rows * (pieces + 1), "{rows} x {entries}");
         }
     }
 
