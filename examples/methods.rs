@@ -98,7 +98,7 @@ impl Method {
     pub fn has_exact_prefill(&self) -> bool {
         let make = match self.kind {
             Kind::Dense(dtype) => return dtype == DType::F32,
-            Kind::Policy(policy, ..) => return policy != Policy::Quest,
+            Kind::Policy(policy, ..) => return !matches!(policy, Policy::Quest | Policy::InfLlm),
             Kind::Packed(make) => make,
         };
         let spec = || -> longctx_core::Result<LayerSpec> {
@@ -426,6 +426,32 @@ mod tests {
             let cache = Method::named(name).unwrap().cache_within(&spec(), Some(1 << 16)).unwrap();
             assert!(cache.can_append(&Batch::single(0, 16).unwrap()), "{name}");
             assert!(!cache.can_append(&Batch::single(0, 100_000).unwrap()), "{name}");
+        }
+    }
+
+    /// With a prompt longer than any window, the outputs of one call equal those of an f32 cache,
+    /// which attends exactly, for the methods that say so and for no others.
+    #[test]
+    fn only_methods_with_an_exact_prefill_equal_exact_attention() {
+        let batch = Batch::single(0, 1300).unwrap();
+        let x = |heads: usize, shift: f32| {
+            let wave = |i: usize| (i as f32 * 0.37 + shift).sin();
+            let values: Vec<f32> = (0..batch.tokens() * heads * 64).map(wave).collect();
+            Tensor::from_vec(values, (batch.tokens(), heads, 64), &Device::Cpu).unwrap()
+        };
+        let (q, k, v) = (x(4, 0.0), x(2, 1.0), x(2, 2.0));
+        let outputs = |name: &str| {
+            let mut cache = Method::named(name).unwrap().cache(&spec()).unwrap();
+            let out = cache.attend(&Step { batch: &batch, q: &q, k: &k, v: &v }).unwrap();
+            out.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let exact = outputs("dense-f32");
+        for name in ["kivi-2", "h2o-4x", "streaming-llm-4x", "infllm-4x", "quest-512", "flexgen-4"]
+        {
+            let pairs = outputs(name).into_iter().zip(&exact);
+            let worst = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let is_exact = Method::named(name).unwrap().has_exact_prefill();
+            assert_eq!(worst < 1e-4, is_exact, "{name}: {worst}");
         }
     }
 
