@@ -2,6 +2,7 @@
 //! [`crate::cuda`].
 #![allow(unsafe_code)]
 
+mod append_step;
 mod attend;
 mod edit;
 mod fill;
@@ -15,7 +16,6 @@ mod read;
 mod records;
 mod select;
 mod status;
-mod step;
 mod sums;
 mod tensors;
 mod unpacked;

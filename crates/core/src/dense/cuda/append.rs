@@ -24,13 +24,7 @@ impl CudaPool {
         if let Some(prepared) = self.prepared_for(batch)? {
             return self.launch_append((&k, &v), prepared.append, (prepared.heads, 1));
         }
-        self.append_step(batch, |pool, blocks| {
-            let step = pool.step(batch)?;
-            pool.reserve_tables(&step)?;
-            blocks.extend(pool.blocks.take(step.blocks)?);
-            pool.write(batch, (&k, &v), &step, blocks, None)?;
-            Ok(step)
-        })
+        self.append_tokens(batch, (&k, &v), None)
     }
 
     pub fn append_selected(
@@ -41,33 +35,24 @@ impl CudaPool {
         tokens: &[Selection],
     ) -> Result<()> {
         let (k, v) = (self.fit_rows(k)?, self.fit_rows(v)?);
-        self.append_step(batch, |pool, blocks| {
-            let counts: Vec<_> = tokens.iter().flat_map(Selection::lens).collect();
-            let step = Arc::new(pool.new_step(batch, &counts)?);
-            pool.reserve_tables(&step)?;
-            blocks.extend(pool.blocks.take(step.blocks)?);
-            pool.write(batch, (&k, &v), &step, blocks, Some(tokens))?;
-            Ok(step)
-        })
+        self.append_tokens(batch, (&k, &v), Some(tokens))
     }
 
-    /// Creates unknown sequences, runs `write`, which takes blocks and launches kernels, and then
-    /// adds the blocks to the tables of the host and counts the tokens. After an error nothing has
-    /// changed.
-    fn append_step(
+    /// Appends all tokens or the selected ones, also to unknown sequences. After an error nothing
+    /// has changed.
+    fn append_tokens(
         &mut self,
         batch: &Batch,
-        write: impl FnOnce(&mut Self, &mut Vec<u32>) -> Result<Arc<AppendStep>>,
+        kv: (&Tensor, &Tensor),
+        tokens: Option<&[Selection]>,
     ) -> Result<()> {
         let created: Vec<SeqId> =
             batch.seqs().iter().copied().filter(|seq| !self.contains(*seq)).collect();
         let mut blocks = Vec::new();
-        let done = created.iter().try_for_each(|&seq| {
-            let sequence = Sequence::new(&self.stream(), self.shape.kv_heads)?;
-            self.seqs.insert(seq, sequence);
-            Ok(())
-        });
-        match done.and_then(|()| write(self, &mut blocks)) {
+        let done = self
+            .create(&created)
+            .and_then(|()| self.take_and_write(batch, kv, tokens, &mut blocks));
+        match done {
             Ok(step) => {
                 self.advance(batch, &step, &blocks);
                 Ok(())
@@ -78,6 +63,35 @@ impl CudaPool {
                 Err(error)
             }
         }
+    }
+
+    fn create(&mut self, seqs: &[SeqId]) -> Result<()> {
+        for &seq in seqs {
+            let sequence = Sequence::new(&self.stream(), self.shape.kv_heads)?;
+            self.seqs.insert(seq, sequence);
+        }
+        Ok(())
+    }
+
+    /// Takes the blocks of an append and launches it.
+    fn take_and_write(
+        &mut self,
+        batch: &Batch,
+        kv: (&Tensor, &Tensor),
+        tokens: Option<&[Selection]>,
+        blocks: &mut Vec<u32>,
+    ) -> Result<Arc<AppendStep>> {
+        let step = match tokens {
+            None => self.step(batch)?,
+            Some(tokens) => {
+                let counts: Vec<_> = tokens.iter().flat_map(Selection::lens).collect();
+                Arc::new(self.new_step(batch, &counts)?)
+            }
+        };
+        self.reserve_tables(&step)?;
+        blocks.extend(self.blocks.take(step.blocks)?);
+        self.write(batch, kv, &step, blocks, tokens)?;
+        Ok(step)
     }
 
     /// Adds the blocks of a step to the tables of the host, and counts its tokens.

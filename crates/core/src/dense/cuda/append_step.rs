@@ -118,13 +118,13 @@ impl CudaPool {
         })
     }
 
+    /// Returns whether the kv heads of a batch's sequences have these lengths.
     fn has_lens(&self, batch: &Batch, lens: &[TableLens]) -> bool {
-        let all = batch.seqs().iter().zip(lens.chunks(self.shape.kv_heads));
         let same = |heads: &[BlockTable], lens: &[TableLens]| {
             heads.iter().zip(lens).all(|(table, lens)| self.lens_of(table) == *lens)
         };
-        all.into_iter()
-            .all(|(seq, lens)| self.seqs.get(seq).is_some_and(|of| same(&of.heads, lens)))
+        let mut all = batch.seqs().iter().zip(lens.chunks(self.shape.kv_heads));
+        all.all(|(seq, lens)| self.seqs.get(seq).is_some_and(|of| same(&of.heads, lens)))
     }
 
     fn lens_of(&self, table: &BlockTable) -> TableLens {

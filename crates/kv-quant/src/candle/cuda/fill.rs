@@ -1,7 +1,7 @@
 //! Append: copies entries to the rings and packs them into records.
 
 use super::CudaPool;
-use super::step::{FillSizes, HeadTokens, Rows, Step, Tokens};
+use super::append_step::{AppendStep, FillSizes, HeadTokens, Rows, Tokens};
 use super::tensors::{address, kind};
 use crate::cuda::FillArgs;
 use candle_core::{DType, Tensor};
@@ -134,7 +134,7 @@ impl CudaPool {
         &mut self,
         batch: &Batch,
         tokens: &Tokens,
-    ) -> Result<(Arc<Step>, Vec<SeqId>)> {
+    ) -> Result<(Arc<AppendStep>, Vec<SeqId>)> {
         let created = self.create(batch)?;
         let step = self.step(batch, tokens).and_then(|step| {
             self.make_room(&step)?;
@@ -154,7 +154,7 @@ impl CudaPool {
     fn run<T>(
         &mut self,
         batch: &Batch,
-        step: &Step,
+        step: &AppendStep,
         new: &New,
         attend: impl FnOnce(&Self, u64) -> Result<T>,
     ) -> Result<T> {
@@ -183,7 +183,7 @@ impl CudaPool {
     }
 
     /// Takes the records of a step. Returns their addresses.
-    pub(super) fn take(&mut self, step: &Step) -> Result<Vec<u64>> {
+    pub(super) fn take(&mut self, step: &AppendStep) -> Result<Vec<u64>> {
         let mut new_records = Vec::new();
         for take in &step.takes {
             if let Some(sequence) = self.seqs.get_mut(&take.seq) {
@@ -196,7 +196,7 @@ impl CudaPool {
     }
 
     /// Counts a call's tokens, and the entries that are packed.
-    pub(super) fn advance(&mut self, batch: &Batch, step: &Step) {
+    pub(super) fn advance(&mut self, batch: &Batch, step: &AppendStep) {
         let (ring, mut ends) = (self.ring_places(), step.ends.iter());
         for seq in batch.seqs() {
             let heads = self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads);

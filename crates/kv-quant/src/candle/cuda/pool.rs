@@ -1,12 +1,12 @@
 //! Packed keys and values of one layer for many sequences on a CUDA device.
 
+use super::append_step::AppendStep;
 use super::head::{Head, Sequence, ring_places};
 use super::lens::HeadLens;
 use super::memory::LastHeads;
 use super::prepared::Prepared;
 use super::records::{Records, Shared, lock};
 use super::status::Status;
-use super::step::Step;
 use crate::cuda::{Kernels, Layout, TILE, needs};
 use crate::{Axis, Codes, Flush, Format};
 use candle_core::{CudaDevice, DType, Device, Tensor};
@@ -248,7 +248,7 @@ impl CudaPool {
     }
 
     /// Makes room for the records of a step and for their addresses.
-    pub(super) fn make_room(&mut self, step: &Step) -> Result<()> {
+    pub(super) fn make_room(&mut self, step: &AppendStep) -> Result<()> {
         let count = step.takes.iter().map(|take| take.count).sum::<usize>();
         if count == 0 {
             return Ok(());

@@ -1,9 +1,9 @@
 //! Decode steps with CUDA graphs: the host's part of an append and of attention before packing.
 
 use super::CudaPool;
+use super::append_step::{AppendStep, FillSizes, Tokens};
 use super::attend::part_len;
 use super::head::completed_by_token;
-use super::step::{FillSizes, Step, Tokens};
 use crate::cuda::{FillArgs, Work};
 use candle_core::{DType, Tensor};
 use longctx_core::cuda::PlanLaunch;
@@ -58,7 +58,7 @@ impl CudaPool {
     fn prepare_lists(
         &mut self,
         batch: &Batch,
-        step: &Step,
+        step: &AppendStep,
         lists: &mut StepLists,
     ) -> Result<Prepared> {
         let new_records = self.take(step)?;
@@ -86,7 +86,7 @@ impl CudaPool {
     fn attend_lists(
         &self,
         batch: &Batch,
-        step: &Step,
+        step: &AppendStep,
         lists: &mut StepLists,
     ) -> Result<PlanLaunch> {
         let (per, heads) = (self.shape.heads_per_kv(), step.work.len());

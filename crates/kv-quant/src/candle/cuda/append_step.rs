@@ -114,7 +114,7 @@ struct Key {
 }
 
 /// A call's lists.
-pub(super) struct Step {
+pub(super) struct AppendStep {
     key: Key,
     tokens: Tokens,
     /// The lengths before the call.
@@ -136,7 +136,7 @@ pub(super) struct Step {
 
 impl CudaPool {
     /// Returns the lists of a call, which layers with equal lengths share. All sequences exist.
-    pub(super) fn step(&self, batch: &Batch, tokens: &Tokens) -> Result<Arc<Step>> {
+    pub(super) fn step(&self, batch: &Batch, tokens: &Tokens) -> Result<Arc<AppendStep>> {
         let key = Key {
             stream: self.stream().cu_stream() as usize,
             format: self.device_format,
@@ -144,13 +144,13 @@ impl CudaPool {
             head_dim: self.shape.head_dim,
             sizes: self.sizes(self.kernel(batch, batch.max_seqlen()), Mask::Causal),
         };
-        let equal = |step: &Step| {
+        let equal = |step: &AppendStep| {
             step.key == key && step.tokens == *tokens && self.has_lens(batch, &step.lens)
         };
         batch.shared(equal, || Ok(self.new_step(batch, tokens, key)))
     }
 
-    fn new_step(&self, batch: &Batch, tokens: &Tokens, key: Key) -> Step {
+    fn new_step(&self, batch: &Batch, tokens: &Tokens, key: Key) -> AppendStep {
         let (kv_heads, group, ring) = (key.kv_heads, self.layout.group(), self.ring_places());
         let lens = self.lens_of(batch);
         let heads = tokens.each(batch, kv_heads);
@@ -167,7 +167,7 @@ impl CudaPool {
         }
         let fits = after().all(|head| head.residual() <= ring);
         let (first, second) = self.fill_rows(&lens, &heads, &goals, fits);
-        Step {
+        AppendStep {
             key,
             tokens: tokens.clone(),
             fits,
@@ -231,7 +231,7 @@ impl CudaPool {
         &self,
         batch: &Batch,
         kernel: &AttendKernel,
-        step: &Step,
+        step: &AppendStep,
     ) -> Result<Arc<SharedPlan>> {
         if let Some(plan) = step.plan.get() {
             return Ok(plan.clone());
