@@ -468,7 +468,7 @@ int default_splits(const Config& c, const Variant& v, int rows, int z, int recor
     for (int waves : {1, 2}) {
         const int used = all * splits, more = waves * blocks / all;
         const bool idle = waves == 1 ? 2 * used <= blocks : 5 * used < 4 * blocks * ((used + blocks - 1) / blocks);
-        if (idle && more > splits && (i64)records * c.group >= 4096ll * more) splits = more;
+        if (idle && more > splits && (i64)records * c.group >= 4096ll * waves * more) splits = more;
     }
     splits = std::min(splits, (records + v.warps - 1) / v.warps);
     return std::max(1, std::min(MAX_SPLITS, splits));

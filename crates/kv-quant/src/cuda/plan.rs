@@ -6,7 +6,7 @@ use super::Work;
 /// Must equal the constant in kernels/args.cuh.
 const MAX_SPLITS: usize = 127;
 
-/// Number of entries per thread block from which on a further split costs less than idle
+/// Number of entries per thread block and wave from which on a further split costs less than idle
 /// multiprocessors.
 const MIN_ENTRIES: usize = 4096;
 
@@ -76,7 +76,8 @@ impl Plan {
                 1 => 2 * blocks <= sizes.slots,
                 _ => 5 * blocks < 4 * blocks.next_multiple_of(sizes.slots),
             };
-            if idle && total * sizes.group >= MIN_ENTRIES * used(more) && used(more) > blocks {
+            let entries = waves * MIN_ENTRIES * used(more);
+            if idle && total * sizes.group >= entries && used(more) > blocks {
                 (budget, blocks) = (more, used(more));
             }
         }
