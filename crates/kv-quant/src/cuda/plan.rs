@@ -50,9 +50,7 @@ struct Row {
 impl Plan {
     /// Splits the records of all rows evenly over the concurrent thread blocks, and longer rows
     /// over more of them, so that a long sequence among short ones does not dominate the time.
-    /// Rings are last, because they take little time. They run concurrently with the records, unless
-    /// half of the device would be idle for long. Records take two waves if one would leave a fifth
-    /// of the device idle for long.
+    /// Rings are last, because they take little time.
     pub(crate) fn new(heads: &[Work], sizes: Sizes) -> Self {
         let mut rows = Vec::with_capacity(heads.len());
         for head in heads {
@@ -64,35 +62,19 @@ impl Plan {
             }
         }
         let total: usize = rows.iter().map(|row| row.end - row.first).sum();
-        let at_once = sizes.slots.saturating_sub(rows.len()).max(sizes.slots * 4 / 5);
-        let splits_of = |records: usize, budget: usize| records * budget / total.max(1);
-        let used = |budget: usize| -> usize {
-            rows.iter().map(|row| splits_of(row.end - row.first, budget).max(1)).sum()
-        };
-        let (mut budget, mut blocks) = (at_once, used(at_once));
-        for waves in [1, 2] {
-            let more = waves * sizes.slots;
-            let idle = match waves {
-                1 => 2 * blocks <= sizes.slots,
-                _ => 5 * blocks < 4 * blocks.next_multiple_of(sizes.slots),
-            };
-            let entries = waves * MIN_ENTRIES * used(more);
-            if idle && total * sizes.group >= entries && used(more) > blocks {
-                (budget, blocks) = (more, used(more));
-            }
-        }
+        let budget = budget(&rows, total, sizes);
         let mut order: Vec<u32> = (0..rows.len() as u32).collect();
         order.sort_by_key(|&row| {
             let Row { first, end, .. } = rows[row as usize];
             std::cmp::Reverse(end - first)
         });
         let mut plan = Self::default();
-        plan.work.reserve(at_once + 2 * rows.len());
+        plan.work.reserve(budget + 2 * rows.len());
         let mut rings = Vec::with_capacity(rows.len());
         for row in order {
             let Row { work, first, end } = rows[row as usize];
             let records = end - first;
-            let splits = splits_of(records, budget).min(records.div_ceil(sizes.warps));
+            let splits = splits_of(records, budget, total).min(records.div_ceil(sizes.warps));
             let splits = splits.clamp(usize::from(records > 0), MAX_SPLITS);
             // A row without entries also has a work item, which writes an empty result.
             let ring = work.residual > 0 || splits == 0;
@@ -125,6 +107,34 @@ impl Plan {
         self.work.resize(count.max(self.work.len()), Work::default());
         self
     }
+}
+
+/// Returns the number of thread blocks for the records of all rows.
+///
+/// Rings run concurrently with the records, unless half of the device would be idle for long.
+/// Records take two waves if one would leave a fifth of the device idle for long.
+fn budget(rows: &[Row], total: usize, sizes: Sizes) -> usize {
+    let used = |budget: usize| -> usize {
+        rows.iter().map(|row| splits_of(row.end - row.first, budget, total).max(1)).sum()
+    };
+    let mut budget = sizes.slots.saturating_sub(rows.len()).max(sizes.slots * 4 / 5);
+    for waves in [1, 2] {
+        let (blocks, more) = (used(budget), waves * sizes.slots);
+        let idle = match waves {
+            1 => 2 * blocks <= sizes.slots,
+            _ => 5 * blocks < 4 * blocks.next_multiple_of(sizes.slots),
+        };
+        let entries = waves * MIN_ENTRIES * used(more);
+        if idle && total * sizes.group >= entries && used(more) > blocks {
+            budget = more;
+        }
+    }
+    budget
+}
+
+/// Returns the thread blocks of a row with some of the `total` records.
+fn splits_of(records: usize, budget: usize, total: usize) -> usize {
+    records * budget / total.max(1)
 }
 
 /// Returns the range of records that contain entries visible to a head's queries.
