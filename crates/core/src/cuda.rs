@@ -3,12 +3,12 @@
 mod graphs;
 mod plan_memory;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use graphs::{DecodeGraphs, Forward};
 pub use plan_memory::{PlanLaunch, PlanMemory};
 
-use crate::{Batch, Error, Result};
+use crate::{Error, Result};
 use candle_core::cuda::cudarc::driver::DevicePtr;
 use candle_core::{DType, Device, Storage, Tensor, backend::BackendStorage};
 use half::{bf16, f16};
@@ -55,33 +55,30 @@ pub fn keep_freed_memory(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// A list of a step on a device. Layers whose sequences have equal lengths share it.
+/// A list that layers with equal lengths share. The first of them copies it to the device.
 #[derive(Debug)]
 pub struct SharedList<T> {
-    /// Address of the stream that copies the list.
-    stream: usize,
     list: Vec<T>,
-    uploaded: Uploaded,
+    uploaded: OnceLock<Uploaded>,
 }
 
-impl<T: DeviceRepr + Copy + PartialEq + Send + Sync + 'static> SharedList<T> {
-    /// Returns the list that an earlier layer of the step has copied on the same stream, if it is
-    /// equal; otherwise copies `list`.
+impl<T: DeviceRepr + Copy> SharedList<T> {
+    /// Creates a list that is not on a device yet.
+    pub fn new(list: Vec<T>) -> Self {
+        Self { list, uploaded: OnceLock::new() }
+    }
+
+    /// Returns the device address of the list. All calls use the same stream, whose order protects
+    /// the memory.
     ///
     /// # Errors
     /// Errors of the driver.
-    pub fn new(batch: &Batch, stream: &Arc<CudaStream>, list: Vec<T>) -> Result<Arc<Self>> {
-        let address = stream.cu_stream() as usize;
-        let equal = |of: &Self| of.stream == address && of.list == list;
-        batch.shared(equal, || {
-            let uploaded = upload(stream, &list)?;
-            Ok(Self { stream: address, list: list.clone(), uploaded })
-        })
-    }
-
-    /// Returns the device address of the list.
-    pub fn address(&self) -> u64 {
-        self.uploaded.address()
+    pub fn address(&self, stream: &Arc<CudaStream>) -> Result<u64> {
+        if let Some(uploaded) = self.uploaded.get() {
+            return Ok(uploaded.address());
+        }
+        let uploaded = upload(stream, &self.list)?;
+        Ok(self.uploaded.get_or_init(|| uploaded).address())
     }
 
     /// Returns the elements.

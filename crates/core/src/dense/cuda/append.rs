@@ -105,7 +105,7 @@ impl CudaPool {
                 table.blocks.extend(own);
             }
         }
-        let mut rows = step.rows().iter();
+        let mut rows = step.rows.list().iter();
         for seq in batch.seqs() {
             let heads = self.seqs.get_mut(seq).into_iter().flat_map(|of| &mut of.heads);
             heads.zip(&mut rows).for_each(|(table, row)| table.len += row.count as usize);
@@ -162,14 +162,17 @@ impl CudaPool {
         let selected = lists.push(&selected);
         let lists = lists.copy(&stream)?;
         let selected = lists.address() + selected;
-        let rows = tokens.map(|tokens| selected_rows(step.rows(), tokens, selected)).transpose()?;
+        let rows =
+            tokens.map(|tokens| selected_rows(step.rows.list(), tokens, selected)).transpose()?;
         let rows = rows.map(|rows| longctx_cuda::upload(&stream, &rows)).transpose()?;
         let of = AppendLists {
-            rows: rows.as_ref().map_or_else(|| step.address(&stream), |rows| Ok(rows.address()))?,
+            rows: rows
+                .as_ref()
+                .map_or_else(|| step.rows.address(&stream), |rows| Ok(rows.address()))?,
             tables: self.tables(batch)?.address(),
             new_blocks: lists.address() + new_blocks,
         };
-        self.launch_append(kv, of, (step.rows().len(), step.longest))
+        self.launch_append(kv, of, (step.rows.list().len(), step.longest))
     }
 
     /// Launches the append of rows of `k` and `v`. `rows`: their number; `longest`: the largest

@@ -1,11 +1,10 @@
 //! The lists of an append. They depend on lengths only, so the layers of a model share them.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use super::{BlockTable, CudaPool};
+use crate::cuda::SharedList;
 use crate::{Batch, Result, SeqId};
-use longctx_cuda::cudarc::driver::CudaStream;
-use longctx_cuda::{Uploaded, upload};
 use longctx_kernels::paged::AppendRow;
 
 /// The lengths of a kv head before an append.
@@ -35,29 +34,13 @@ pub(super) struct AppendStep {
     /// Address of the stream, whose order protects the rows on the device.
     stream: usize,
     lens: Vec<TableLens>,
-    rows: Vec<AppendRow>,
-    on_device: OnceLock<Uploaded>,
+    /// A row for each kv head of the batch's sequences.
+    pub rows: SharedList<AppendRow>,
     pub takes: Vec<Take>,
     /// The number of blocks that all heads take.
     pub blocks: usize,
     /// The largest number of tokens of a head.
     pub longest: usize,
-}
-
-impl AppendStep {
-    /// Returns a row for each kv head of the batch's sequences.
-    pub fn rows(&self) -> &[AppendRow] {
-        &self.rows
-    }
-
-    /// Returns the device address of the rows. The first layer copies them.
-    pub fn address(&self, stream: &Arc<CudaStream>) -> Result<u64> {
-        if let Some(rows) = self.on_device.get() {
-            return Ok(rows.address());
-        }
-        let rows = upload(stream, &self.rows)?;
-        Ok(self.on_device.get_or_init(|| rows).address())
-    }
 }
 
 impl CudaPool {
@@ -110,8 +93,7 @@ impl CudaPool {
         Ok(AppendStep {
             stream: self.stream().cu_stream() as usize,
             lens,
-            rows,
-            on_device: OnceLock::new(),
+            rows: SharedList::new(rows),
             takes,
             blocks,
             longest: counts.iter().copied().max().unwrap_or(0),

@@ -68,7 +68,7 @@ impl CudaPool {
         self.copy_shared(step, blocks)?;
         let tables = self.head_tables(&self.seq_tables(batch));
         let addresses = self.addresses(blocks);
-        let (rows, tables) = (bytes_of(step.rows()), bytes_of(&tables));
+        let (rows, tables) = (bytes_of(step.rows.list()), bytes_of(&tables));
         Ok(AppendLists {
             rows: lists.push_shared(rows, rows.len()),
             // A head takes at most one block, new or a copy.

@@ -9,9 +9,8 @@ use super::head::Packed;
 use super::lens::HeadLens;
 use crate::Format;
 use crate::cuda::{AttendKernel, FillRow, Sizes, TILE, Work};
+use longctx_core::cuda::SharedList;
 use longctx_core::{Batch, Mask, Result, SeqId};
-use longctx_cuda::cudarc::driver::CudaStream;
-use longctx_cuda::{Uploaded, upload};
 
 /// The tokens that the heads append.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,11 +50,10 @@ impl Tokens {
 }
 
 /// The rows of a launch that packs entries and copies tokens to rings.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Rows {
-    pub rows: Vec<FillRow>,
+    pub rows: SharedList<FillRow>,
     pub sizes: FillSizes,
-    on_device: OnceLock<Uploaded>,
 }
 
 /// The size of a launch.
@@ -78,16 +76,7 @@ impl Rows {
             tiles: most(|row| row.value_tiles),
             entries: most(|row| row.move_to - row.move_from),
         };
-        Self { rows, sizes, on_device: OnceLock::new() }
-    }
-
-    /// Returns the device address. The first layer copies the rows.
-    pub fn address(&self, stream: &Arc<CudaStream>) -> Result<u64> {
-        if let Some(rows) = self.on_device.get() {
-            return Ok(rows.address());
-        }
-        let rows = upload(stream, &self.rows)?;
-        Ok(self.on_device.get_or_init(|| rows).address())
+        Self { rows: SharedList::new(rows), sizes }
     }
 }
 

@@ -167,10 +167,10 @@ impl CudaPool {
             ..self.fill_args((&new.k, &new.v))?
         };
         let launch = |pool: &Self, rows: &Rows| -> Result<()> {
-            match rows.rows.is_empty() {
+            match rows.rows.list().is_empty() {
                 true => Ok(()),
                 false => {
-                    let args = FillArgs { rows: rows.address(&stream)?, ..args };
+                    let args = FillArgs { rows: rows.rows.address(&stream)?, ..args };
                     pool.launch_fill(&args, rows.sizes)
                 }
             }

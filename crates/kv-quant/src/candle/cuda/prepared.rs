@@ -65,7 +65,7 @@ impl CudaPool {
         let memory = self.memory_of(batch);
         let kv_heads = lists.push(bytes_of(&memory), size_of_val(&memory[..]));
         let attend = self.attend_lists(batch, step, lists)?;
-        let (heads, ring_rows) = (step.work.len(), bytes_of(&step.first.rows));
+        let (heads, ring_rows) = (step.work.len(), bytes_of(step.first.rows.list()));
         let usual = completed_by_token(self.device_format, self.layout);
         let records = step.second.sizes.records.max(usual.0);
         let tiles = step.second.sizes.tiles.max(usual.1);
@@ -75,7 +75,7 @@ impl CudaPool {
             kv_heads,
             ring_rows: lists.push_shared(ring_rows, ring_rows.len()),
             // Rows without entries are skipped.
-            pack_rows: lists.push_shared(bytes_of(&step.second.rows), ring_rows.len()),
+            pack_rows: lists.push_shared(bytes_of(step.second.rows.list()), ring_rows.len()),
             new_records: lists.push(bytes_of(&new_records), 8 * heads * records),
             attend,
             records,
