@@ -2,12 +2,15 @@
 //! dense cache and with compressing caches. `benches/gpu/model_prefill.py` measures the same model
 //! in PyTorch.
 //!
-//!     cargo bench -p longctx-benches --features cuda --bench cuda_model_prefill -- [method …]
+//!     cargo bench -p longctx-benches --features cuda --bench cuda_model_prefill -- [method | tokens …]
+//!
+//! A step of a policy that keeps a quarter compares with that of `dense-f16` after a quarter of the
+//! tokens.
 
 use std::time::Instant;
 
 use anyhow::Result;
-use base_models::{LoadOptions, Transformer};
+use base_models::{LoadOptions, Session, Transformer};
 use candle_core::{DType, Device};
 use longctx_benches::ids;
 use longctx_core::{Batch, CausalLm, Logits, SeqId};
@@ -27,20 +30,27 @@ fn main() -> Result<()> {
     let options = LoadOptions { device, dtype: DType::F16, ..Default::default() };
     let model = Transformer::random(llama_3_8b(), &options)?;
     // `cargo bench` passes `--bench`.
-    let named: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
-    let all = if named.is_empty() { vec!["dense-f16".into(), "kivi-4".into()] } else { named };
-    println!("| tokens | cache | prefill, s | a step after it, ms |");
-    println!("|---:|---|---:|---:|");
-    for tokens in [8_192, 32_768, 131_072] {
-        for name in &all {
+    let args = std::env::args().skip(1).filter(|arg| !arg.starts_with('-'));
+    let (lens, mut methods): (Vec<_>, Vec<_>) = args.partition(|arg| arg.parse::<usize>().is_ok());
+    let mut lens = lens.iter().map(|len| len.parse()).collect::<Result<Vec<usize>, _>>()?;
+    if lens.is_empty() {
+        lens = vec![8_192, 32_768, 131_072];
+    }
+    if methods.is_empty() {
+        methods = vec!["dense-f16".into(), "kivi-4".into()];
+    }
+    println!("| tokens | cache | prefill, s | a step after it, ms | replayed, ms |");
+    println!("|---:|---|---:|---:|---:|");
+    for tokens in lens {
+        for name in &methods {
             prefill(&model, tokens, &Method::named(name)?)?;
         }
     }
     Ok(())
 }
 
-/// Prints the median times of a prompt and of the steps after it; at the longest length, of two
-/// prompts.
+/// Prints the median times of a prompt and of the steps after it, launched and replayed; at the
+/// longest length, the time of one prompt.
 fn prefill(model: &Transformer, tokens: usize, method: &Method) -> Result<()> {
     let mut session = model.session(|spec| method.cache(spec))?;
     let prompt = ids(tokens, 128_000);
@@ -53,10 +63,22 @@ fn prefill(model: &Transformer, tokens: usize, method: &Method) -> Result<()> {
             prompts.push(seconds);
         }
     }
-    let steps = (0..STEPS).map(|_| forward(&mut session, &[42])).collect::<Result<Vec<_>>>()?;
-    let (prompt, step) = (median(prompts), 1e3 * median(steps));
-    println!("| {tokens} | {} | {prompt:.4} | {step:.2} |", method.name());
+    let launched = steps(&mut session)?;
+    let mut session = session.with_cuda_graphs(1)?;
+    let replayed = steps(&mut session)?;
+    let replayed = match session.replayed_steps() {
+        0 => String::new(),
+        _ => format!("{replayed:.2}"),
+    };
+    let (prompt, name) = (median(prompts), method.name());
+    println!("| {tokens} | {name} | {prompt:.4} | {launched:.2} | {replayed} |");
     Ok(())
+}
+
+/// Returns the median time of a decode step, in ms.
+fn steps(session: &mut Session) -> Result<f64> {
+    let steps = (0..STEPS).map(|_| forward(session, &[42])).collect::<Result<Vec<_>>>()?;
+    Ok(1e3 * median(steps))
 }
 
 /// Returns the seconds of a call, including the choice of the next token, which waits for the

@@ -50,7 +50,8 @@ fn check(model: &Transformer, method: &str) {
     let named = Method::named(method).unwrap();
     let session = || model.session(|spec| named.cache(spec)).unwrap();
     let mut both = [session(), session().with_cuda_graphs(64).unwrap()];
-    let lens = [(0, 250), (1, 61), (2, 229)];
+    // KVarN's sinks are the first 128 tokens; a step is prepared once all of them have come.
+    let lens = [(0, 250), (1, 161), (2, 229)];
     let total: usize = lens.iter().map(|(_, len)| len).sum();
     let ids: Vec<u32> = (0..total as u32).map(|i| i * 37 % 512).collect();
     let mut next = step(&mut both, &lens, &ids, method);
@@ -73,8 +74,8 @@ fn check(model: &Transformer, method: &str) {
                 both.iter_mut().for_each(|session| session.truncate(2, len).unwrap());
             }
             120 => {
-                let tokens: Vec<u32> = (0..33).collect();
-                next.extend(step(&mut both, &[(9, 33)], &tokens, method));
+                let tokens: Vec<u32> = (0..133).collect();
+                next.extend(step(&mut both, &[(9, 133)], &tokens, method));
                 seqs.push(9);
             }
             _ => {}
@@ -95,8 +96,20 @@ fn replayed_steps_equal_plain_ones() {
     };
     for (heads, head_dim) in [(8, 128), (4, 64)] {
         let model = model(&device, heads, head_dim, &[]);
-        let formats = ["kivi-4", "kivi-2", "kivi-3", "fp8", "int4-rotated", "turboquant-3bit-nc"];
-        for method in ["dense-f16"].iter().chain(&formats) {
+        let formats = [
+            "kivi-4",
+            "kivi-2",
+            "kivi-3",
+            "fp8",
+            "int4-rotated",
+            "turboquant-3bit-nc",
+            // With sinks.
+            "kvarn-k4v2",
+            "kivi-4-sinks",
+        ];
+        // Policies that evict after the prompt only.
+        let policies = ["snap-kv-4x", "lag-kv-2x", "ada-snap-kv-4x", "rerotated-snap-kv-4x"];
+        for method in ["dense-f16"].iter().chain(&formats).chain(&policies) {
             check(&model, method);
         }
     }
@@ -104,7 +117,7 @@ fn replayed_steps_equal_plain_ones() {
     check(&model(&device, 8, 128, &[Some(100), None, Some(60)]), "dense-f16");
 }
 
-/// Caches without prepared steps run as usual: a policy, and a format with sinks.
+/// Caches without prepared steps run as usual: policies that evict or select in every step.
 #[test]
 fn other_caches_are_not_captured() {
     let Ok(device) = Device::new_cuda(0) else {
@@ -112,7 +125,7 @@ fn other_caches_are_not_captured() {
         return;
     };
     let model = model(&device, 8, 128, &[]);
-    for method in ["snap-kv-4x", "kvarn-k4v2"] {
+    for method in ["h2o-4x", "quest-64"] {
         let named = Method::named(method).unwrap();
         let session = || model.session(|spec| named.cache(spec)).unwrap();
         let mut both = [session(), session().with_cuda_graphs(64).unwrap()];

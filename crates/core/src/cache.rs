@@ -107,8 +107,8 @@ pub trait KvCache: Send {
     fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()>;
 
     /// Returns the cache's part in decode steps with CUDA graphs; `None` if such a step is not
-    /// possible, or not with the sequences that it holds now.
-    fn prepared_decode(&mut self) -> Option<&mut dyn PreparedDecode> {
+    /// possible for this batch.
+    fn prepared_decode(&mut self, _: &Batch) -> Option<&mut dyn PreparedDecode> {
         None
     }
 
@@ -227,8 +227,11 @@ macro_rules! forward_kv_cache {
         }
     };
     (@prepared_decode $self:ident, $to:expr) => {
-        fn prepared_decode(&mut $self) -> Option<&mut dyn $crate::PreparedDecode> {
-            $to.prepared_decode()
+        fn prepared_decode(
+            &mut $self,
+            batch: &$crate::Batch,
+        ) -> Option<&mut dyn $crate::PreparedDecode> {
+            $to.prepared_decode(batch)
         }
     };
     (@needs_lse $self:ident, $to:expr) => {

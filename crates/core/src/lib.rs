@@ -54,7 +54,7 @@ pub use shape::{AttentionShape, LayerSpec};
 pub use state::AttentionState;
 pub use step_lists::{PreparedDecode, PreparedStep, StepLists};
 pub use store::{EntryRanges, KvStore, Mask, check_range};
-pub use store_cache::{CacheStrategy, StoreCache};
+pub use store_cache::{CacheStrategy, StoreCache, append_and_attend};
 pub use sums::AttentionSums;
 pub use top::{Candidates, RowReduction, TopEntries, top_entries};
 pub use window::{WindowCache, WindowStrategy, by_layer_type};

@@ -73,6 +73,23 @@ impl Rope {
         Ok(Self::of(head_dim, frequencies))
     }
 
+    /// Creates an embedding with these frequencies, in radians per position, one for each rotated
+    /// pair of channels.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if there are more frequencies than pairs of channels;
+    /// [`Error::Setting`] if one is not finite.
+    pub fn with_frequencies(head_dim: usize, frequencies: &[f64]) -> Result<Self> {
+        if 2 * frequencies.len() > head_dim {
+            let expected = format!("at most {} of them", head_dim / 2);
+            return Err(Error::mismatch("frequencies", expected, frequencies.len()));
+        }
+        match frequencies.iter().find(|frequency| !frequency.is_finite()) {
+            Some(bad) => Err(Error::setting("frequency", "a finite number", bad)),
+            None => Ok(Self::of(head_dim, frequencies.to_vec())),
+        }
+    }
+
     fn of(head_dim: usize, frequencies: Vec<f64>) -> Self {
         Self {
             head_dim,

@@ -180,6 +180,12 @@ impl LayerSpec {
         self.rope.as_ref().ok_or_else(missing)
     }
 
+    /// Returns whether a [prepared step](crate::PreparedDecode) can rotate: there is a CUDA kernel
+    /// for the embedding, or no embedding.
+    pub fn rotates_on_cuda(&self) -> bool {
+        self.rope.as_ref().is_none_or(|rope| rope.has_cuda_kernel())
+    }
+
     /// Rotates `[tokens, heads, head_dim]` to positions; returns it unchanged if there is no
     /// embedding.
     ///

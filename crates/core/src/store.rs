@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use crate::{
     AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, Result, Selection,
-    SeqId,
+    SeqId, StepLists,
 };
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 /// Stores keys and values per sequence and kv head, and computes attention over them.
 ///
@@ -48,6 +48,38 @@ pub trait KvStore: Send {
     /// # Errors
     /// [`Error::Mismatch`] if `q` or `mask` does not fit the stored entries.
     fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState>;
+
+    /// Computes attention as [`attend`](Self::attend), and returns only the output, in `dtype`. The
+    /// default implementation converts it. Stores whose kernels write other dtypes override it.
+    ///
+    /// # Errors
+    /// As [`attend`](Self::attend).
+    fn attend_output(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        mask: Mask<'_>,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        Ok(self.attend(batch, q, mask)?.out.to_dtype(dtype)?)
+    }
+
+    /// Returns whether [`prepare_decode`](Self::prepare_decode) is possible with the sequences that
+    /// the store holds now.
+    fn prepares_decode(&self) -> bool {
+        false
+    }
+
+    /// Takes memory for one token of each sequence, and adds the lists that the kernels read. Then
+    /// an append and causal attention of the batch [with the prepared lists](Batch::with_prepared)
+    /// only launch kernels.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] unless [`prepares_decode`](Self::prepares_decode);
+    /// [`Error::PoolFull`]; errors of the driver.
+    fn prepare_decode(&mut self, _: &Batch, _: &mut StepLists) -> Result<()> {
+        Err(Error::Unsupported("a prepared decode step of this store".into()))
+    }
 
     /// Returns the attention probability that each entry receives, summed over the queries, for
     /// each sequence of the batch, on the store's device.

@@ -1,7 +1,7 @@
 //! A cache over one store: the part that exact, windowed and latent caches share.
 
 use crate::{
-    Batch, Error, Footprint, KvCache, KvStore, LayerSpec, PreparedDecode, Result, SeenTokens,
+    Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, PreparedDecode, Result, SeenTokens,
     Selection, SeqId, Step, StepLists, check_unseen,
 };
 use candle_core::Tensor;
@@ -186,9 +186,9 @@ impl<S: KvStore, C: CacheStrategy<S>> KvCache for StoreCache<S, C> {
         self.advance(step.batch)
     }
 
-    fn prepared_decode(&mut self) -> Option<&mut dyn PreparedDecode> {
-        let rotates = self.spec.rope.as_ref().is_none_or(|rope| rope.has_cuda_kernel());
-        (rotates && self.strategy.prepares_decode(&self.spec, &self.store)).then_some(self)
+    fn prepared_decode(&mut self, _: &Batch) -> Option<&mut dyn PreparedDecode> {
+        (self.spec.rotates_on_cuda() && self.strategy.prepares_decode(&self.spec, &self.store))
+            .then_some(self)
     }
 
     fn needs_lse(&self) -> bool {
@@ -272,6 +272,24 @@ impl<S: KvStore, C: CacheStrategy<S>> PreparedDecode for StoreCache<S, C> {
     }
 }
 
+/// Appends the tokens of a call, and returns their attention output over all entries in the dtype of
+/// `q`. The queries and keys are rotated.
+///
+/// # Errors
+/// Those of the store. The tokens may have been appended then.
+pub fn append_and_attend<S: KvStore>(
+    spec: &LayerSpec,
+    store: &mut S,
+    step: &Step<'_>,
+) -> Result<Tensor> {
+    store.append(step.batch, step.k, step.v)?;
+    let dtype = step.q.dtype();
+    match spec.sink_logits {
+        None => store.attend_output(step.batch, step.q, Mask::Causal, dtype),
+        Some(_) => spec.output(store.attend(step.batch, step.q, Mask::Causal)?, dtype),
+    }
+}
+
 /// Drops the first `count` entries of every head.
 ///
 /// Dropping may need blocks for copies of shared ones. Without room for them the entries stay until
@@ -288,7 +306,7 @@ pub(crate) fn drop_oldest<S: KvStore>(store: &mut S, seq: SeqId, count: usize) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{AttentionShape, DenseStore, Mask};
+    use crate::{AttentionShape, DenseStore};
     use candle_core::{DType, Device};
 
     /// Attends to everything; fails after appending while `broken`.

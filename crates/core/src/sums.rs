@@ -1,5 +1,6 @@
 //! Attention probabilities accumulated per entry.
 
+use std::iter::repeat_n;
 use std::ops::Range;
 
 use crate::{Error, Result};
@@ -86,6 +87,29 @@ impl AttentionSums {
     /// If a tensor operation fails.
     pub fn split(&self) -> Result<Vec<Tensor>> {
         (0..self.lens.len()).map(|kv_head| self.head(kv_head)).collect()
+    }
+
+    /// Returns the sums of several sequences on the host, one list per query head. Copies once
+    /// from the device.
+    ///
+    /// # Errors
+    /// If the copy fails.
+    pub fn to_lists(all: &[Self]) -> Result<Vec<Vec<f32>>> {
+        let flat =
+            |sums: &Self| sums.sums.narrow(0, 0, sums.group * sums.lens.iter().sum::<usize>());
+        let flat = all.iter().map(flat).collect::<candle_core::Result<Vec<_>>>()?;
+        if flat.is_empty() {
+            return Ok(Vec::new());
+        }
+        let numbers = Tensor::cat(&flat, 0)?.to_vec1()?;
+        let lens = all.iter().flat_map(|sums| sums.lens.iter().map(|&len| (sums.group, len)));
+        let mut rest = numbers.as_slice();
+        let take = |len| {
+            let (list, after) = rest.split_at(len);
+            rest = after;
+            list.to_vec()
+        };
+        Ok(lens.flat_map(|(group, len)| repeat_n(len, group)).map(take).collect())
     }
 
     /// Returns the sums of kv heads that have the same number of entries, `[kv_heads, group,

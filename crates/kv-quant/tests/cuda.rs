@@ -3,14 +3,16 @@
 #![cfg(all(feature = "candle", feature = "cuda"))]
 
 use std::cell::RefCell;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use kv_quant::{
-    Bits, Codes, Float8, Flush, Format, Order, QuantCache, QuantStore, StaticScale, TurboQuant,
+    Bits, Codes, Float8, Flush, Format, KeyBasis, Order, QuantCache, QuantStore, Rotary,
+    StaticScale, TurboQuant,
 };
 use longctx_core::{
     AttentionShape, AttentionSums, Batch, EntryRanges, Error, KvCache, KvStore, LayerSpec, Mask,
-    Selection, SeqId, Step,
+    Rope, RopeScaling, Selection, SeqId, Step,
 };
 
 fn device() -> Option<Device> {
@@ -472,12 +474,46 @@ fn caches_attend_as_on_the_cpu() {
     let Some(device) = device() else { return };
     let spec = LayerSpec::new(AttentionShape::new(8, 2, 64).unwrap());
     let format = Format::kivi(Bits::Four, Bits::Four, 32, 128).unwrap();
-    for sinks in [0, 4] {
-        check_cache(
-            &device,
-            QuantCache::new(spec.clone(), format).unwrap().with_sinks(sinks).unwrap(),
-        );
+    let rope = Rope::new(64, 48, 10_000.0, RopeScaling::None).unwrap();
+    let rotated = spec.clone().with_rope(Arc::new(rope));
+    let before_rope = format.with_key_basis(KeyBasis::BeforeRope);
+    for (spec, format) in [(&spec, format), (&rotated, before_rope)] {
+        for (sinks, order) in
+            [(0, Order::AttendFirst), (4, Order::AttendFirst), (4, Order::QuantizeFirst)]
+        {
+            let cache = QuantCache::new(spec.clone(), format).unwrap();
+            check_cache(&device, cache.with_order(order).with_sinks(sinks).unwrap());
+        }
     }
+}
+
+#[test]
+fn keys_before_rope_are_read_rotated_and_all_kept() {
+    let Some(device) = device() else { return };
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let rotary = Arc::new(Rotary::new(&[0.7, 0.01], 3).unwrap());
+    let format = Format::kivi(Bits::Four, Bits::Two, 32, 64).unwrap();
+    let store = || QuantStore::before_rope(shape, format, rotary.clone()).unwrap();
+    let (mut host, mut other) = (store(), store());
+    let batch = Batch::new(&[(0, 150), (1, 20)]).unwrap();
+    let [k, v] = [0; 2].map(|_| numbers(170, 2, 64));
+    host.append(&batch, &k, &v).unwrap();
+    other.append(&batch, &k.to_device(&device).unwrap(), &v.to_device(&device).unwrap()).unwrap();
+    for (seq, len) in [(0, 150), (1, 20)] {
+        host.truncate(seq, len - 2).unwrap();
+        other.truncate(seq, len - 2).unwrap();
+        let ((k, v), (dk, dv)) = (host.read(seq, 1).unwrap(), other.read(seq, 1).unwrap());
+        let error = relative(&dk, &k).max(relative(&dv, &v));
+        assert!(error < 1e-3, "{error}");
+    }
+    let keep = |len| Selection::uniform(2, (0..len).collect());
+    other.retain(1, &keep(18)).unwrap();
+    let error = other.retain(1, &keep(17)).unwrap_err();
+    assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+    // A batch without entries sees nothing.
+    let q = numbers(1, 4, 64).to_device(&device).unwrap();
+    let state = other.attend(&Batch::single(7, 1).unwrap(), &q, Mask::Full).unwrap();
+    assert_eq!(state.lse.to_vec2::<f32>().unwrap(), [[f32::NEG_INFINITY; 4]]);
 }
 
 fn check_cache(device: &Device, mut host: QuantCache) {

@@ -78,7 +78,8 @@ proptest! {
         compressed.check(&text).unwrap();
         prop_assert!(is_in_order(compressed));
         prop_assert_eq!(got.compressed_tokens, cl100k_tokens(&compressed.text));
-        if text.chars().all(|c| c.is_ascii() || KNOWN.contains(c)) {
+        let is_plain = |c: char| c.is_ascii() && (c == '\n' || !c.is_control());
+        if text.chars().all(|c| is_plain(c) || KNOWN.contains(c)) {
             // Without characters that normalisation changes, pieces equal the bytes of the source.
             for piece in &compressed.pieces {
                 prop_assert_eq!(&text[piece.source.clone()], &compressed.text[piece.output.clone()]);

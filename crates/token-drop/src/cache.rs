@@ -1,5 +1,6 @@
 //! The cache that applies an eviction policy: one layer, any store, many sequences.
 
+mod append;
 mod decoded;
 mod plan;
 mod score;
@@ -14,7 +15,8 @@ use crate::{
 };
 use candle_core::Tensor;
 use longctx_core::{
-    Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Result, SeqId, Step, check_unseen,
+    Batch, Error, Footprint, KvCache, KvStore, LayerSpec, PreparedDecode, Result, SeqId, Step,
+    check_unseen,
 };
 
 /// A cache that keeps, in any store, the entries that a policy selects within a budget, separately
@@ -65,6 +67,8 @@ pub struct PolicyCache<S, P> {
     needs: Needs,
     settings: Settings,
     sequences: Sequences<SeqState>,
+    /// Offset of the positions in the lists of the last prepared step.
+    positions: u64,
 }
 
 /// The state of a sequence outside the store.
@@ -98,7 +102,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         check_store(&spec, &store, "an eviction policy")?;
         let needs = policy.needs();
         settings.check(&spec, &needs)?;
-        Ok(Self { spec, store, policy, needs, settings, sequences: Sequences::default() })
+        let sequences = Sequences::default();
+        Ok(Self { spec, store, policy, needs, settings, sequences, positions: 0 })
     }
 
     /// Sets how the model's layers share the budget.
@@ -182,8 +187,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     where
         P: 'static,
     {
-        let Self { spec, store, policy, needs, settings, sequences } = self;
-        PolicyCache { spec, store, policy: Box::new(policy), needs, settings, sequences }
+        let Self { spec, store, policy, needs, settings, sequences, positions } = self;
+        PolicyCache { spec, store, policy: Box::new(policy), needs, settings, sequences, positions }
     }
 
     /// Declares that the first `tokens` tokens of a sequence are its prompt, so that a budget that
@@ -248,11 +253,17 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
 
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         self.check(step)?;
-        let lens = self.begin(step.batch);
-        match self.attend_and_evict(step) {
-            Ok(out) => Ok(out),
-            Err(error) => Err(self.roll_back(step.batch, &lens, error)),
+        #[cfg(feature = "cuda")]
+        if let Some(prepared) = step.batch.prepared() {
+            return self.attend_prepared(step, prepared.lists);
         }
+        let only_appends = self.only_appends(step.batch);
+        let lens = self.begin(step.batch);
+        let out = match only_appends {
+            true => self.append_and_attend(step),
+            false => self.attend_and_evict(step),
+        };
+        out.map_err(|error| self.roll_back(step.batch, &lens, error))
     }
 
     fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
@@ -263,6 +274,10 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
         }
         let lens = self.begin(step.batch);
         self.append_attended(step, lse).map_err(|error| self.roll_back(step.batch, &lens, error))
+    }
+
+    fn prepared_decode(&mut self, batch: &Batch) -> Option<&mut dyn PreparedDecode> {
+        self.prepares_decode(batch).then_some(self)
     }
 
     fn needs_lse(&self) -> bool {

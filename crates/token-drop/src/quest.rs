@@ -6,7 +6,7 @@ mod bounds;
 use crate::sequences::Sequences;
 use crate::storage::{check_store, truncate_heads};
 use crate::sub_batch::{SubBatch, assemble};
-use bounds::PageBounds;
+use bounds::{PageBounds, reduce_pages};
 use candle_core::{DType, Device, Tensor};
 use longctx_core::{
     AttentionState, Batch, EntryRanges, Error, Footprint, KvCache, KvStore, LayerSpec, Mask,
@@ -145,21 +145,25 @@ impl<S: KvStore> Quest<S> {
         EntryRanges::new(ranges)
     }
 
-    /// Adds a call's keys, `[kv_heads, tokens, head_dim]` on the CPU in f32, to the bounds.
+    /// Adds a call's keys, `[tokens, kv_heads, head_dim]`, to the bounds. Copies once from the
+    /// device.
     fn update_bounds(&mut self, batch: &Batch, keys: &Tensor) -> Result<()> {
-        let (kv_heads, page_size, d) =
-            (self.spec.shape.kv_heads, self.page_size, self.spec.shape.head_dim);
-        for &seq in batch.seqs() {
-            self.sequences.begin(seq, || PageBounds::new(kv_heads, page_size, d));
+        let keys = keys.flatten_from(1)?.to_dtype(DType::F32)?;
+        let (mut rows, mut pages) = (Vec::new(), Vec::new());
+        for (seq, own) in batch.iter() {
+            let keys = keys.narrow(0, own.start, own.len())?;
+            let (of_seq, pages_of_seq) = reduce_pages(&keys, self.seen(seq), self.page_size)?;
+            rows.push(of_seq);
+            pages.push(pages_of_seq);
         }
-        for (seq, tokens) in batch.iter() {
-            let own = keys.narrow(1, tokens.start, tokens.len())?;
-            let Some(sequence) = self.sequences.get_mut(seq) else { continue };
-            for head in 0..kv_heads {
-                let keys = own.get(head)?.flatten_all()?.to_vec1::<f32>()?;
-                sequence.state.add(head, sequence.seen, &keys);
-            }
-            self.sequences.advance(seq, tokens.len());
+        let rows = Tensor::cat(&rows, 0)?.to_vec2::<f32>()?;
+        let mut rows = rows.iter();
+        let (page_size, shape) = (self.page_size, self.spec.shape);
+        for ((seq, own), pages) in batch.iter().zip(pages) {
+            let new = || PageBounds::new(shape.kv_heads, page_size, shape.head_dim);
+            let sequence = self.sequences.begin(seq, new);
+            pages.into_iter().zip(&mut rows).for_each(|(page, row)| sequence.state.add(page, row));
+            self.sequences.advance(seq, own.len());
         }
         Ok(())
     }
@@ -167,8 +171,6 @@ impl<S: KvStore> Quest<S> {
     /// Appends a call's tokens and, if `attends`, computes their attention.
     fn append_and_attend(&mut self, step: &Step<'_>, attends: bool) -> Result<Option<Tensor>> {
         let (q, k) = step.rotate(&self.spec, |seq| self.sequences.seen(seq))?;
-        let cpu = |x: &Tensor| x.to_dtype(DType::F32)?.to_device(&Device::Cpu);
-        let keys = cpu(&k)?.transpose(0, 1)?.contiguous()?;
         self.store.append(step.batch, &k, step.v)?;
         let out = match attends {
             true => {
@@ -177,7 +179,7 @@ impl<S: KvStore> Quest<S> {
             }
             false => None,
         };
-        self.update_bounds(step.batch, &keys)
+        self.update_bounds(step.batch, &k)
             .map_err(|error| self.sequences.poison(step.batch, error))?;
         Ok(out)
     }
@@ -244,7 +246,9 @@ impl<S: KvStore> KvCache for Quest<S> {
         let first = sequence.state.truncate(len);
         for head in 0..self.spec.shape.kv_heads {
             let (keys, _) = self.store.read_range(seq, head, first..len)?;
-            sequence.state.add(head, first, &keys.flatten_all()?.to_vec1::<f32>()?);
+            for (token, key) in (first..).zip(keys.to_vec2::<f32>()?) {
+                sequence.state.add_to_head(head, token / self.page_size, &key);
+            }
         }
         Ok(())
     }

@@ -31,7 +31,7 @@ const MIN_SINKS: usize = 4;
 ///   the cache.
 ///
 /// The two parts of the attention are merged without loss. So the window may be in any store,
-/// packed ones included; the few sinks are in f32.
+/// packed ones included; the few sinks have the dtype of the first keys.
 ///
 /// A whole prompt in one call has exact attention; tokens are dropped afterwards.
 ///
@@ -219,6 +219,9 @@ impl<S: KvStore> StreamingLlm<S> {
     ) -> Result<()> {
         let first = |seq, _| if appends(seq) { 0..updates[&seq].new_sinks } else { 0..0 };
         if let Some(part) = SubBatch::new(step.batch, first)? {
+            if self.sinks.seqs().is_empty() && self.sinks.dtype() != k.dtype() {
+                self.sinks = DenseStore::new(self.spec.shape, k.dtype())?;
+            }
             self.sinks.append(&part.batch, &part.rows(k)?, &part.rows(step.v)?)?;
         }
         let newest = |seq, tokens| match updates[&seq] {

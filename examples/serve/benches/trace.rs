@@ -5,11 +5,14 @@
 //!
 //! Lengths of prompts and answers are log-normal. A fixed number of requests is open at a time; a
 //! request beyond the cache's memory waits in the scheduler. The time to the first token includes
-//! that wait. The last columns say how long the host launched the steps' work, and then waited for
-//! the device.
+//! that wait.
+//!
+//! `tokens/s` is that of the whole run, with its start, and its end, when the last answers are
+//! written and the memory empties. `full` is that of the time between: from when 90 % of the largest
+//! number of sequences are held to when the last request has been admitted. The last columns say how
+//! long the host launched the steps' work, and then waited for the device.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -25,8 +28,8 @@ use longctx_serve::scheduler::{Event, Options, Request, Scheduler};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rand_distr::{Distribution, LogNormal};
-use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::sync::{Semaphore, oneshot};
 
 #[derive(Parser, Clone)]
 struct Args {
@@ -98,10 +101,10 @@ fn main() -> Result<()> {
         total(|l| l.1)
     );
     println!(
-        "| cache | open at most | held at most | seconds | tokens/s | first token p50, s | p95, s | \
-         steps | launching, s | waiting, s |"
+        "| cache | open at most | held at most | seconds | tokens/s | full, tokens/s | \
+         first token p50, s | p95, s | steps | launching, s | waiting, s |"
     );
-    println!("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|");
+    println!("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|");
     for method in &args.methods {
         let open = match args.concurrency.is_empty() {
             true => vec![args.requests],
@@ -160,7 +163,7 @@ fn run(
     let (requests, received) = unbounded_channel();
     let serving = std::thread::spawn(move || scheduler.run(received));
     let started = Instant::now();
-    let (mut first, held) = tokio::runtime::Runtime::new()?
+    let (mut first, samples) = tokio::runtime::Runtime::new()?
         .block_on(send(args, vocab, open, lengths, requests, &metrics))?;
     let seconds = started.elapsed().as_secs_f64();
     if serving.join().is_err() {
@@ -168,8 +171,10 @@ fn run(
     }
     first.sort_by(f64::total_cmp);
     let percentile = |p: f64| first[((first.len() - 1) as f64 * p).round() as usize];
+    let held = samples.iter().map(|sample| sample.held).max().unwrap_or(0);
+    let full = while_full(&samples, held).map_or("never".into(), |rate| format!("{rate:.0}"));
     println!(
-        "| {} | {open} | {held} | {seconds:.1} | {:.0} | {:.2} | {:.2} | {} | {:.1} | {:.1} |",
+        "| {} | {open} | {held} | {seconds:.1} | {:.0} | {full} | {:.2} | {:.2} | {} | {:.1} | {:.1} |",
         method.name(),
         metrics.written_tokens.get() as f64 / seconds,
         percentile(0.5),
@@ -181,8 +186,8 @@ fn run(
     Ok(())
 }
 
-/// Sends the requests, at most `open` at a time. Returns the seconds to each first token and the
-/// largest number of sequences held at once.
+/// Sends the requests, at most `open` at a time. Returns the seconds to each first token, and
+/// samples of the metrics.
 async fn send(
     args: &Args,
     vocab: u32,
@@ -190,10 +195,10 @@ async fn send(
     lengths: &[Lengths],
     requests: UnboundedSender<Request>,
     metrics: &Arc<Metrics>,
-) -> Result<(Vec<f64>, i64)> {
+) -> Result<(Vec<f64>, Vec<Sample>)> {
     let places = Arc::new(Semaphore::new(open));
-    let held = Arc::new(AtomicI64::new(0));
-    let watch = tokio::spawn(watch(metrics.clone(), held.clone()));
+    let (done, ended) = oneshot::channel();
+    let watch = tokio::spawn(watch(metrics.clone(), ended));
     let mut random = StdRng::seed_from_u64(args.seed + 1);
     let mut waiting = Vec::new();
     for &(prompt, answer) in lengths {
@@ -220,14 +225,38 @@ async fn send(
     for request in waiting {
         first.push(request.await??);
     }
-    watch.abort();
-    Ok((first, held.load(Ordering::Relaxed)))
+    drop(done);
+    Ok((first, watch.await?))
 }
 
-/// Keeps the largest number of sequences held.
-async fn watch(metrics: Arc<Metrics>, held: Arc<AtomicI64>) {
-    loop {
-        held.fetch_max(metrics.sequences.get(), Ordering::Relaxed);
+/// The metrics at a time.
+struct Sample {
+    at: Instant,
+    written_tokens: u64,
+    waiting: i64,
+    held: i64,
+}
+
+/// Samples the metrics until the other end of `ended` is dropped.
+async fn watch(metrics: Arc<Metrics>, mut ended: oneshot::Receiver<()>) -> Vec<Sample> {
+    let mut samples = Vec::new();
+    while let Err(oneshot::error::TryRecvError::Empty) = ended.try_recv() {
+        samples.push(Sample {
+            at: Instant::now(),
+            written_tokens: metrics.written_tokens.get(),
+            waiting: metrics.waiting.get(),
+            held: metrics.sequences.get(),
+        });
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    samples
+}
+
+/// Returns the tokens per second while the memory is full; `None` if it never is.
+fn while_full(samples: &[Sample], most: i64) -> Option<f64> {
+    let first = samples.iter().position(|sample| 10 * sample.held >= 9 * most)?;
+    let last =
+        samples.iter().rposition(|sample| sample.waiting > 0).filter(|&last| last > first)?;
+    let tokens = samples[last].written_tokens - samples[first].written_tokens;
+    Some(tokens as f64 / (samples[last].at - samples[first].at).as_secs_f64())
 }

@@ -26,20 +26,26 @@ pub fn attend_batch(
     prefill::attend(device, [q, k, v], (&lens, &lens), shape, Mask::Causal).map(Some)
 }
 
-/// Attention of each sequence's queries `[tokens, heads, head_dim]` over all keys of its past: keys
-/// and values `[past, kv_heads, head_dim]`, in which sequence `i` of the batch has the tokens
-/// `cu_seqlens_k[i]..cu_seqlens_k[i + 1]`. A sequence without past has outputs of zero and
-/// log-sum-exps of -inf. Returns `None` if no kernel supports the tensors.
+/// Attention of each sequence's queries `[tokens, heads, head_dim]` over its past: keys and values
+/// `[past, kv_heads, head_dim]`, in which sequence `i` of the batch has the tokens
+/// `cu_seqlens_k[i]..cu_seqlens_k[i + 1]`. With a causal mask the last of them are the queries' own
+/// tokens. A sequence without past has outputs of zero and log-sum-exps of -inf. Returns `None` if
+/// no kernel supports the tensors.
 ///
 /// # Errors
-/// [`Error::Mismatch`] if a tensor does not fit `shape`, the batch or the lengths.
+/// [`Error::Mismatch`] if a tensor does not fit `shape`, the batch or the lengths, or the mask is a
+/// selection of entries.
 pub fn attend_past(
     batch: &Batch,
     q: &Tensor,
     (k, v): (&Tensor, &Tensor),
     cu_seqlens_k: &[u32],
     shape: &AttentionShape,
+    mask: Mask<'_>,
 ) -> Result<Option<AttentionState>> {
+    if let Mask::Entries(_) = mask {
+        return Err(Error::mismatch("mask", "a full or a causal one", "a selection of entries"));
+    }
     super::check_tokens(batch, shape.check_q(q)?)?;
     let past = shape.check_kv(k, v)?;
     let (seqs, last) = (batch.seqs().len(), cu_seqlens_k.last().map(|&last| last as usize));
@@ -54,7 +60,7 @@ pub fn attend_past(
     let Some(device) = supported_device(q, k, v, shape)? else { return Ok(None) };
     let lens = batch.cu_seqlens_on(q.device())?;
     let lens_k = Tensor::new(cu_seqlens_k, q.device())?;
-    prefill::attend(device, [q, k, v], (&lens, &lens_k), shape, Mask::Full).map(Some)
+    prefill::attend(device, [q, k, v], (&lens, &lens_k), shape, mask).map(Some)
 }
 
 /// Returns whether the device has kernels for keys and values of this dtype and shape. Without a

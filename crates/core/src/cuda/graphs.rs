@@ -115,7 +115,7 @@ impl DecodeGraphs {
         let seqs = batch.seqs().len();
         let refused = self.graphs.get(&seqs).is_some_and(|of| matches!(of.state, State::Refused));
         let prepares = |cache: &mut Box<dyn KvCache>| {
-            cache.can_append(batch) && cache.prepared_decode().is_some()
+            cache.can_append(batch) && cache.prepared_decode(batch).is_some()
         };
         let ids_on = |device: &CudaDevice| Tensor::new(ids, &Device::Cuda(device.clone()));
         if seqs > self.max_seqs || refused || !caches.iter_mut().all(prepares) {
@@ -162,7 +162,7 @@ impl DecodeGraphs {
         states.iter().for_each(|&address| self.lists.push_size(address as usize));
         for cache in caches {
             let unprepared = || Error::Unsupported("a prepared decode step of this cache".into());
-            let cache = cache.prepared_decode().ok_or_else(unprepared)?;
+            let cache = cache.prepared_decode(batch).ok_or_else(unprepared)?;
             cache.prepare_decode(batch, &mut self.lists)?;
         }
         let stream = self.device.cuda_stream();

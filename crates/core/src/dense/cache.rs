@@ -1,8 +1,6 @@
 use super::DenseStore;
-#[cfg(feature = "cuda")]
-use crate::StepLists;
-use crate::store_cache::drop_oldest;
-use crate::{Batch, CacheStrategy, KvStore, LayerSpec, Mask, Result, Step, StoreCache};
+use crate::store_cache::{append_and_attend, drop_oldest};
+use crate::{Batch, CacheStrategy, KvStore, LayerSpec, Result, Step, StepLists, StoreCache};
 use candle_core::{DType, Tensor};
 
 /// Entries beyond a sliding window that a sequence may hold before they are dropped.
@@ -60,21 +58,14 @@ impl StoreCache<DenseStore, DenseStrategy> {
 
 impl CacheStrategy<DenseStore> for DenseStrategy {
     fn attend(&self, spec: &LayerSpec, store: &mut DenseStore, step: &Step<'_>) -> Result<Tensor> {
-        store.append(step.batch, step.k, step.v)?;
-        let dtype = step.q.dtype();
-        if spec.sink_logits.is_none() {
-            return store.attend_output(step.batch, step.q, Mask::Causal, dtype);
-        }
-        spec.output(store.attend(step.batch, step.q, Mask::Causal)?, dtype)
+        append_and_attend(spec, store, step)
     }
 
-    #[cfg(feature = "cuda")]
     fn prepares_decode(&self, _: &LayerSpec, store: &DenseStore) -> bool {
         store.prepares_decode()
     }
 
     /// Drops the entries that the step before left beyond the sliding window.
-    #[cfg(feature = "cuda")]
     fn prepare_decode(
         &self,
         spec: &LayerSpec,

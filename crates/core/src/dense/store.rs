@@ -84,44 +84,18 @@ impl DenseStore {
         self.dtype
     }
 
-    /// Computes attention as [`attend`](KvStore::attend), and returns only the output, in `dtype`.
-    /// On a CUDA device the kernel of decode steps writes this dtype directly.
+    /// Adds the lists that attention of one query per sequence over all its entries reads. Then
+    /// [`attend`](KvStore::attend) of the batch [with the prepared lists](Batch::with_prepared) only
+    /// launches kernels.
     ///
     /// # Errors
-    /// As [`attend`](KvStore::attend).
-    pub fn attend_output(
-        &self,
-        batch: &Batch,
-        q: &Tensor,
-        mask: Mask<'_>,
-        dtype: DType,
-    ) -> Result<Tensor> {
-        #[cfg(feature = "cuda")]
-        if let Storage::Cuda(pool) = &self.storage {
-            return pool.attend_output(batch, q, mask, dtype);
-        }
-        Ok(self.attend(batch, q, mask)?.out.to_dtype(dtype)?)
-    }
-
-    /// Returns whether [`prepare_decode`](Self::prepare_decode) is possible: on a CUDA device with
-    /// kernels, for at most 16 query heads per kv head.
+    /// [`Error::Unsupported`] unless the store [prepares decode
+    /// steps](KvStore::prepares_decode); errors of the driver.
     #[cfg(feature = "cuda")]
-    pub fn prepares_decode(&self) -> bool {
-        matches!(&self.storage, Storage::Cuda(pool) if pool.prepares_decode())
-    }
-
-    /// Takes memory for one token of each sequence and adds the lists that the kernels read. Then
-    /// an append and attention of the batch [with the prepared lists](Batch::with_prepared) only
-    /// launch kernels.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] unless [`prepares_decode`](Self::prepares_decode);
-    /// [`Error::PoolFull`]; errors of the driver. Nothing has changed then.
-    #[cfg(feature = "cuda")]
-    pub fn prepare_decode(&mut self, batch: &Batch, lists: &mut crate::StepLists) -> Result<()> {
+    pub fn prepare_attend(&mut self, batch: &Batch, lists: &mut crate::StepLists) -> Result<()> {
         match &mut self.storage {
-            Storage::Cuda(pool) if pool.prepares_decode() => pool.prepare_decode(batch, lists),
-            _ => Err(Error::Unsupported("a prepared decode step of this store".into())),
+            Storage::Cuda(pool) if pool.prepares_decode() => pool.prepare_attend(batch, lists),
+            _ => Err(Error::Unsupported("prepared attention of this store".into())),
         }
     }
 
@@ -229,6 +203,36 @@ impl KvStore for DenseStore {
                 attention::attend_pages(batch, q, &pages, &self.shape, mask)
             },
             seqs => seqs.attend(batch, q, mask))
+    }
+
+    /// On a CUDA device the kernel of decode steps writes `dtype` directly.
+    #[cfg(feature = "cuda")]
+    fn attend_output(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        mask: Mask<'_>,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        match &self.storage {
+            Storage::Cuda(pool) => pool.attend_output(batch, q, mask, dtype),
+            _ => Ok(self.attend(batch, q, mask)?.out.to_dtype(dtype)?),
+        }
+    }
+
+    /// Possible on a CUDA device with kernels, for at most 16 query heads per kv head.
+    #[cfg(feature = "cuda")]
+    fn prepares_decode(&self) -> bool {
+        matches!(&self.storage, Storage::Cuda(pool) if pool.prepares_decode())
+    }
+
+    /// After an error nothing has changed.
+    #[cfg(feature = "cuda")]
+    fn prepare_decode(&mut self, batch: &Batch, lists: &mut crate::StepLists) -> Result<()> {
+        match &mut self.storage {
+            Storage::Cuda(pool) if pool.prepares_decode() => pool.prepare_decode(batch, lists),
+            _ => Err(Error::Unsupported("a prepared decode step of this store".into())),
+        }
     }
 
     fn attention_sums(

@@ -219,15 +219,26 @@ impl QuantCache {
         q: &Tensor,
         k: &Tensor,
     ) -> Result<Option<AttentionState>> {
-        if self.sink_tokens > 0 {
-            return Ok(None);
-        }
+        // Attention over two stores is merged, and sink logits are added, in f32.
+        let merges = self.sink_tokens > 0 || self.spec.sink_logits.is_some();
         let dtype = match step.q.dtype() {
-            // Sink logits are added to outputs in f32.
-            half @ (DType::F16 | DType::BF16) if self.spec.sink_logits.is_none() => half,
+            half @ (DType::F16 | DType::BF16) if !merges => half,
             _ => DType::F32,
         };
-        self.store.append_after_attention(step.batch, (q, k, step.v), dtype)
+        if self.sink_tokens == 0 {
+            return self.store.append_after_attention(step.batch, (q, k, step.v), dtype);
+        }
+        if k.device().is_cpu() || !self.holds_sinks(step.batch) {
+            return Ok(None);
+        }
+        let sinks = self.sinks.attend(step.batch, q, Mask::Full)?;
+        let rest = self.store.append_after_attention(step.batch, (q, k, step.v), dtype)?;
+        rest.map(|rest| AttentionState::merge(&[sinks, rest])).transpose()
+    }
+
+    /// Returns whether all sinks of a batch's sequences have come.
+    fn holds_sinks(&self, batch: &Batch) -> bool {
+        batch.seqs().iter().all(|&seq| self.seen(seq) >= self.sink_tokens)
     }
 
     /// Launches the attention of a prepared step.
@@ -309,11 +320,13 @@ impl KvCache for QuantCache {
         Ok(())
     }
 
-    fn prepared_decode(&mut self) -> Option<&mut dyn PreparedDecode> {
-        let prepares = self.spec.rope.as_ref().is_none_or(|rope| rope.has_cuda_kernel())
+    fn prepared_decode(&mut self, batch: &Batch) -> Option<&mut dyn PreparedDecode> {
+        let sinks =
+            self.sink_tokens == 0 || (self.sinks.prepares_attend() && self.holds_sinks(batch));
+        let prepares = self.spec.rotates_on_cuda()
             && self.order == Order::AttendFirst
-            && self.sink_tokens == 0
-            && self.store.prepares_decode();
+            && sinks
+            && self.store.prepares_append_after_attention();
         prepares.then_some(self)
     }
 
@@ -396,7 +409,10 @@ impl KvCache for QuantCache {
 
 impl PreparedDecode for QuantCache {
     fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
-        self.store.prepare_decode(batch, lists)?;
+        if self.sink_tokens > 0 {
+            self.sinks.prepare_attend(batch, lists)?;
+        }
+        self.store.prepare_append_after_attention(batch, lists)?;
         self.positions = lists.push_positions(batch, |seq| self.seen(seq));
         self.seen.advance(batch);
         Ok(())

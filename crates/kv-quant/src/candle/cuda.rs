@@ -4,6 +4,7 @@
 
 mod append_step;
 mod attend;
+mod before_rope;
 mod edit;
 mod fill;
 mod half;
@@ -20,5 +21,6 @@ mod sums;
 mod tensors;
 mod unpacked;
 
+pub use before_rope::CudaBeforeRope;
 pub use half::CudaHalf;
 pub use pool::CudaPool;

@@ -2,7 +2,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 #[cfg(feature = "cuda")]
-use super::cuda::{CudaHalf, CudaPool};
+use super::cuda::{CudaBeforeRope, CudaHalf, CudaPool};
 use crate::{AttentionOutput, Format, Mask, Pool, PoolBytes, PoolShape, Queries, Rotary};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -29,6 +29,8 @@ enum Storage {
     Host(Box<Pool>),
     #[cfg(feature = "cuda")]
     Cuda(Box<CudaPool>),
+    #[cfg(feature = "cuda")]
+    CudaBeforeRope(Box<CudaBeforeRope>),
     /// Entries in f16 that are never packed.
     #[cfg(feature = "cuda")]
     CudaHalf(Box<CudaHalf>),
@@ -44,6 +46,8 @@ macro_rules! on_pool {
             Storage::Host($host) => $on_host,
             #[cfg(feature = "cuda")]
             Storage::Cuda($cuda) => $on_cuda,
+            #[cfg(feature = "cuda")]
+            Storage::CudaBeforeRope($cuda) => $on_cuda,
             #[cfg(feature = "cuda")]
             Storage::CudaHalf($cuda) => $on_cuda,
         }
@@ -94,6 +98,10 @@ impl QuantStore {
             #[cfg(feature = "cuda")]
             Storage::Cuda(pool) => Storage::Cuda(Box::new(pool.with_capacity(bytes))),
             #[cfg(feature = "cuda")]
+            Storage::CudaBeforeRope(pool) => {
+                Storage::CudaBeforeRope(Box::new(pool.with_capacity(bytes)))
+            }
+            #[cfg(feature = "cuda")]
             Storage::CudaHalf(half) => Storage::CudaHalf(Box::new(half.with_capacity(bytes))),
         };
         Self { storage, ..self }
@@ -107,6 +115,17 @@ impl QuantStore {
     /// Returns the format of keys and values.
     pub fn format(&self) -> Format {
         on_pool!(&self.storage, pool => pool.format())
+    }
+
+    /// Returns the rotary embedding of keys given before RoPE.
+    fn rotary(&self) -> Option<Arc<Rotary>> {
+        match &self.storage {
+            Storage::Host(pool) => pool.rotary().cloned(),
+            #[cfg(feature = "cuda")]
+            Storage::CudaBeforeRope(pool) => Some(pool.rotary().clone()),
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(_) | Storage::CudaHalf(_) => None,
+        }
     }
 
     /// Returns the pool of packed keys and values on the CPU; `None` if they are on another device.
@@ -137,20 +156,28 @@ impl QuantStore {
             let got = format!("{:?}", device.location());
             return Err(Error::mismatch("device of k and v", "that of the entries held", got));
         }
+        let (format, capacity, rotary) = (self.format(), self.capacity(), self.rotary());
         self.storage = match device {
             #[cfg(feature = "cuda")]
-            Device::Cuda(device) => {
-                let (format, capacity) = (self.format(), self.capacity());
-                if format == Format::f16() {
-                    let half = CudaHalf::new(self.shape, device, capacity)?;
-                    self.storage = Storage::CudaHalf(Box::new(half));
-                    return Ok(());
+            Device::Cuda(device) => match rotary {
+                _ if format == Format::f16() => {
+                    Storage::CudaHalf(Box::new(CudaHalf::new(self.shape, device, capacity)?))
                 }
-                Storage::Cuda(Box::new(CudaPool::new(self.shape, format, device, capacity)?))
-            }
+                Some(rotary) => {
+                    let pool = CudaBeforeRope::new(self.shape, format, &rotary, device, capacity);
+                    Storage::CudaBeforeRope(Box::new(pool?))
+                }
+                None => {
+                    Storage::Cuda(Box::new(CudaPool::new(self.shape, format, device, capacity)?))
+                }
+            },
             Device::Cpu => {
-                let pool = Pool::new(pool_shape(&self.shape), self.format())?;
-                Storage::Host(Box::new(match self.capacity() {
+                let shape = pool_shape(&self.shape);
+                let pool = match rotary {
+                    Some(rotary) => Pool::before_rope(shape, format, rotary)?,
+                    None => Pool::new(shape, format)?,
+                };
+                Storage::Host(Box::new(match capacity {
                     Some(bytes) => pool.with_capacity(bytes),
                     None => pool,
                 }))
@@ -182,13 +209,13 @@ impl QuantStore {
             #[cfg(feature = "cuda")]
             Storage::Cuda(pool) => pool.append_after_attention(batch, (q, k, v), dtype),
             #[cfg(feature = "cuda")]
-            Storage::CudaHalf(_) => Ok(None),
+            Storage::CudaBeforeRope(_) | Storage::CudaHalf(_) => Ok(None),
         }
     }
 
-    /// Returns whether [`prepare_decode`](Self::prepare_decode) is possible: for packed formats on a
-    /// CUDA device.
-    pub(super) fn prepares_decode(&self) -> bool {
+    /// Returns whether [`prepare_append_after_attention`](Self::prepare_append_after_attention) is
+    /// possible: for packed formats on a CUDA device.
+    pub(super) fn prepares_append_after_attention(&self) -> bool {
         match &self.storage {
             #[cfg(feature = "cuda")]
             Storage::Cuda(_) => true,
@@ -198,13 +225,39 @@ impl QuantStore {
 
     /// Takes memory for a token of each sequence, and adds the lists that the kernels of
     /// [`append_after_attention`](Self::append_after_attention) read.
-    pub(super) fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
+    pub(super) fn prepare_append_after_attention(
+        &mut self,
+        batch: &Batch,
+        lists: &mut StepLists,
+    ) -> Result<()> {
         match &mut self.storage {
             #[cfg(feature = "cuda")]
             Storage::Cuda(pool) => pool.prepare_decode(batch, lists),
             _ => {
                 _ = (batch, lists);
                 Err(Error::Unsupported("a prepared decode step of this store".into()))
+            }
+        }
+    }
+
+    /// Returns whether [`prepare_attend`](Self::prepare_attend) is possible: for f16 on a CUDA
+    /// device.
+    pub(super) fn prepares_attend(&self) -> bool {
+        match &self.storage {
+            #[cfg(feature = "cuda")]
+            Storage::CudaHalf(half) => half.prepares_decode(),
+            _ => false,
+        }
+    }
+
+    /// Adds the lists of attention of one query per sequence over all its entries.
+    pub(super) fn prepare_attend(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
+        match &mut self.storage {
+            #[cfg(feature = "cuda")]
+            Storage::CudaHalf(half) => half.prepare_attend(batch, lists),
+            _ => {
+                _ = (batch, lists);
+                Err(Error::Unsupported("prepared attention of this store".into()))
             }
         }
     }

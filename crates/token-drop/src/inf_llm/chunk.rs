@@ -7,7 +7,7 @@ use super::unrotated_rows::UnrotatedRows;
 use super::{InfLlm, missing_state};
 use crate::storage::lse_with_sink_logits;
 use crate::sub_batch::{SubBatch, assemble, select_rows};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use longctx_core::{
     AttentionState, AttentionSums, Batch, EntryRanges, Error, KvCache, KvStore, Mask, Result,
     Selection, SeqId, attention,
@@ -118,20 +118,19 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
             far.resize(own.end, local as i64 - 1);
         }
         let q_far = self.spec.rotate(&rows.q, &far)?;
-        let of_seq = |(seq, own): (SeqId, Range<usize>)| -> Result<ChunkSeq> {
+        let means = mean_queries(&rows.batch, &q_far)?;
+        let of_seq = |((seq, own), mean): ((SeqId, Range<usize>), &Vec<f32>)| {
             let (state, start) = (self.state(seq).ok_or_else(missing_state)?, self.seen(seq));
-            let mean = q_far.narrow(0, own.start, own.len())?.to_dtype(DType::F32)?.mean(0)?;
-            let mean = mean.flatten_all()?.to_device(&Device::Cpu)?.to_vec1::<f32>()?;
             Ok(ChunkSeq {
                 seq,
                 start,
                 count: own.len(),
                 leaving: state.leaving(start + own.len()),
                 window_start: start - self.window.len(seq),
-                selected: state.blocks.select(&mean, state.sizes.top_blocks),
+                selected: state.blocks.select(mean, state.sizes.top_blocks),
             })
         };
-        let seqs = rows.batch.iter().map(of_seq).collect::<Result<_>>()?;
+        let seqs = rows.batch.iter().zip(&means).map(of_seq).collect::<Result<_>>()?;
         let (q, k) =
             (self.spec.rotate(&rows.q, &positions)?, self.spec.rotate(&rows.k, &positions)?);
         Ok(Chunk { rows, q, k, q_far, seqs })
@@ -227,7 +226,8 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     }
 
     /// Reads keys and values of ranges of a store's entries, concatenated over the sequences of a
-    /// part: `[tokens, kv_heads, channels]`.
+    /// part: `[tokens, kv_heads, channels]` in the dtype of the queries, for which a device has
+    /// kernels.
     fn read_leaving(
         &self,
         chunk: &Chunk<'_>,
@@ -235,7 +235,6 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         store: &impl KvStore,
         entries: impl Fn(&ChunkSeq) -> Range<usize>,
     ) -> Result<(Tensor, Tensor)> {
-        let device = chunk.q.device();
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for &seq in part.batch.seqs() {
             let range = entries(chunk.seq(seq));
@@ -248,7 +247,11 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
             keys.push(Tensor::cat(&k, 1)?);
             values.push(Tensor::cat(&v, 1)?);
         }
-        Ok((Tensor::cat(&keys, 0)?.to_device(device)?, Tensor::cat(&values, 0)?.to_device(device)?))
+        let all = |of_seqs: &[Tensor]| -> Result<Tensor> {
+            let all = Tensor::cat(of_seqs, 0)?.to_device(chunk.q.device())?;
+            Ok(all.to_dtype(chunk.q.dtype())?)
+        };
+        Ok((all(&keys)?, all(&values)?))
     }
 
     /// Attention over everything outside the window, all of it at the same distance.
@@ -286,38 +289,44 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         lse: &Tensor,
     ) -> Result<Vec<Received>> {
         let (batch, shape) = (&chunk.rows.batch, &self.spec.shape);
-        let mut all = Vec::new();
-        let mut add = |batch: &Batch, sums: Vec<Vec<f32>>, first: fn(&ChunkSeq) -> usize| {
-            for (&seq, sums) in batch.seqs().iter().zip(sums.chunks(shape.heads)) {
-                all.push((seq, first(chunk.seq(seq)), sums.to_vec()));
-            }
-        };
-        // The tokens that represent a block are selected on the host.
-        let by_head = |sums: Vec<AttentionSums>| -> Result<Vec<Vec<f32>>> {
-            let mut rows = Vec::new();
-            for heads in sums.iter().map(AttentionSums::split) {
-                for head in heads? {
-                    rows.extend(head.to_vec2()?);
-                }
-            }
-            Ok(rows)
-        };
+        let mut parts = Parts::default();
         let sums = attention::attention_sums(batch, &chunk.k, batch, &chunk.q, lse, shape)?;
-        add(batch, by_head(sums)?, |s| s.start);
+        parts.add(batch, sums, |seq, _| {
+            let s = chunk.seq(seq);
+            (s.start, 0..s.count)
+        });
         for (part, ranges) in self.window_parts(chunk)? {
             let (q, lse) = (part.rows(&chunk.q)?, part.rows(lse)?);
-            let mask = Mask::Entries(&ranges);
+            let visible = |i: usize| {
+                let ranges = &ranges.heads()[i * shape.kv_heads];
+                ranges.first().map_or(0..0, Range::clone)
+            };
+            // If most entries are visible, it is faster to compute the sums of all than to gather
+            // these.
+            let most = |(i, &seq): (usize, &SeqId)| 2 * visible(i).len() >= self.window.len(seq);
+            let mask = match part.batch.seqs().iter().enumerate().all(most) {
+                true => Mask::Full,
+                false => Mask::Entries(&ranges),
+            };
             let sums = self.window.attention_sums(&part.batch, &q, &lse, mask)?;
-            add(&part.batch, by_head(sums)?, |s| s.window_start);
+            parts.add(&part.batch, sums, |seq, i| {
+                (chunk.seq(seq).window_start + visible(i).start, visible(i))
+            });
         }
+        let in_order = parts.seqs.len();
         if let Some(Reversed { part, order, q, k, .. }) = reversed {
             let lse = select_rows(&part.rows(lse)?, order)?;
-            let batch = &part.batch;
-            let mut sums = by_head(attention::attention_sums(batch, k, batch, q, &lse, shape)?)?;
-            sums.iter_mut().for_each(|sums| sums.reverse());
-            add(batch, sums, |s| s.leaving.start + 1);
+            let sums = attention::attention_sums(&part.batch, k, &part.batch, q, &lse, shape)?;
+            parts.add(&part.batch, sums, |seq, _| {
+                let leaving = &chunk.seq(seq).leaving;
+                (leaving.start + 1, 0..leaving.len() - 1)
+            });
         }
-        Ok(all)
+        let mut received = parts.received(shape.heads)?;
+        for (.., heads) in &mut received[in_order..] {
+            heads.iter_mut().for_each(|sums| sums.reverse());
+        }
+        Ok(received)
     }
 
     /// Moves tokens from the window to the past, and shortens the window's store.
@@ -332,37 +341,92 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         }
         for s in &chunk.seqs {
             let blocks = self.state_mut(s.seq)?.leave_window(s.leaving.end);
-            for block in blocks {
-                let keys = (0..self.spec.shape.kv_heads).map(|head| {
-                    let (keys, _) = self.past.read_range(s.seq, head, block.clone())?;
-                    Ok(keys.flatten_all()?.to_vec1()?)
-                });
-                let keys = keys.collect::<Result<Vec<_>>>()?;
+            for keys in self.keys_of_blocks(s.seq, &blocks)? {
                 self.state_mut(s.seq)?.add_block(&keys);
             }
             let tokens = call.iter().find(|(seq, _)| *seq == s.seq).map_or(0, |(_, own)| own.len());
             self.sequences.advance_part(s.seq, s.count, tokens);
-            self.trim_window(s)?;
         }
-        Ok(())
+        let in_window: Vec<_> = chunk.seqs.iter().filter_map(|s| self.newest(s)).collect();
+        if in_window.is_empty() {
+            return Ok(());
+        }
+        // Without room for copies of shared blocks the entries stay until a later call.
+        self.window.retain_each(&in_window).map(drop)
     }
 
-    /// Drops tokens outside the window once there are more than `EVICTION_STEP` of them.
-    fn trim_window(&mut self, s: &ChunkSeq) -> Result<()> {
+    /// Returns the unrotated keys of blocks, a list per kv head for each. Copies once from the
+    /// device.
+    fn keys_of_blocks(&self, seq: SeqId, blocks: &[Range<usize>]) -> Result<Vec<Vec<Vec<f32>>>> {
+        let kv_heads = self.spec.shape.kv_heads;
+        let mut keys = Vec::new();
+        for block in blocks {
+            for head in 0..kv_heads {
+                keys.push(self.past.read_range(seq, head, block.clone())?.0.flatten_all()?);
+            }
+        }
+        if keys.is_empty() {
+            return Ok(Vec::new());
+        }
+        let keys = Tensor::stack(&keys, 0)?.to_vec2()?;
+        Ok(keys.chunks(kv_heads).map(<[_]>::to_vec).collect())
+    }
+
+    /// Returns the entries within the window once more than `EVICTION_STEP` are outside it.
+    fn newest(&self, s: &ChunkSeq) -> Option<(SeqId, Selection)> {
         let len = self.window.len(s.seq);
         let inside = s.start + s.count - s.leaving.end;
         let overhang = if s.count > 1 { 0 } else { EVICTION_STEP };
-        if len > inside + overhang {
-            let newest = (len - inside) as u32..len as u32;
-            let keep = Selection::uniform(self.spec.shape.kv_heads, newest.collect());
-            self.window.retain_each(&[(s.seq, keep)])?;
-        }
-        Ok(())
+        let newest = (len > inside + overhang).then(|| (len - inside) as u32..len as u32)?;
+        Some((s.seq, Selection::uniform(self.spec.shape.kv_heads, newest.collect())))
     }
 
     fn state_mut(&mut self, seq: SeqId) -> Result<&mut SeqState> {
         let sequence = self.sequences.get_mut(seq);
         sequence.map(|sequence| &mut sequence.state).ok_or(Error::UnknownSequence(seq))
+    }
+}
+
+/// Returns each sequence's mean query, `[heads * head_dim]`. Blocks are selected on the host.
+fn mean_queries(batch: &Batch, q: &Tensor) -> Result<Vec<Vec<f32>>> {
+    let q = q.to_dtype(DType::F32)?.flatten_from(1)?;
+    let mean = |(_, own): (SeqId, Range<usize>)| q.narrow(0, own.start, own.len())?.mean_keepdim(0);
+    let means = batch.iter().map(mean).collect::<candle_core::Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&means, 0)?.to_vec2()?)
+}
+
+/// Attention sums of parts of a chunk, which are copied to the host together: the tokens that
+/// represent a block are selected there.
+#[derive(Default)]
+struct Parts {
+    /// Each sequence, the range of its sums that count, and the token of the first of them.
+    seqs: Vec<(SeqId, Range<usize>, usize)>,
+    sums: Vec<AttentionSums>,
+}
+
+impl Parts {
+    /// Adds the sums of a batch. `tokens` returns the first token and the range of sums of a
+    /// sequence, given its index in the batch.
+    fn add(
+        &mut self,
+        batch: &Batch,
+        sums: Vec<AttentionSums>,
+        tokens: impl Fn(SeqId, usize) -> (usize, Range<usize>),
+    ) {
+        for (i, &seq) in batch.seqs().iter().enumerate() {
+            let (first, range) = tokens(seq, i);
+            self.seqs.push((seq, range, first));
+        }
+        self.sums.extend(sums);
+    }
+
+    fn received(self, heads: usize) -> Result<Vec<Received>> {
+        let lists = AttentionSums::to_lists(&self.sums)?;
+        let of_seq = self.seqs.into_iter().zip(lists.chunks(heads));
+        let received = |((seq, range, first), lists): ((_, Range<usize>, _), &[Vec<f32>])| {
+            (seq, first, lists.iter().map(|sums| sums[range.clone()].to_vec()).collect())
+        };
+        Ok(of_seq.map(received).collect())
     }
 }
 

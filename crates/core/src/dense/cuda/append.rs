@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::append_step::AppendStep;
 use super::{CudaPool, Sequence};
 use crate::cuda::address;
-use crate::{Batch, Result, Selection, SeqId};
+use crate::{Batch, Error, Result, Selection, SeqId};
 use candle_core::Tensor;
 use longctx_cuda::Upload;
 use longctx_kernels::paged;
@@ -22,7 +22,10 @@ impl CudaPool {
     pub fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
         let (k, v) = (self.fit_rows(k)?, self.fit_rows(v)?);
         if let Some(prepared) = self.prepared_for(batch)? {
-            return self.launch_append((&k, &v), prepared.append, (prepared.heads, 1));
+            let attends_only =
+                || Error::Unsupported("an append in a step that attends only".into());
+            let lists = prepared.append.ok_or_else(attends_only)?;
+            return self.launch_append((&k, &v), lists, (prepared.heads, 1));
         }
         self.append_tokens(batch, (&k, &v), None)
     }

@@ -83,7 +83,7 @@ impl CudaPool {
     ) -> Result<()> {
         if let Some(prepared) = self.prepared_for(batch)? {
             let launch = (prepared.attend, prepared.columns);
-            return self.launch_attend(q, mask, (out, lse), launch, prepared.append.tables);
+            return self.launch_attend(q, mask, (out, lse), launch, prepared.tables);
         }
         let stream = self.stream();
         let lists = match mask {

@@ -13,7 +13,10 @@ use longctx_cuda::bytes_of;
 pub struct Prepared {
     /// Kv heads of all sequences.
     pub heads: usize,
-    pub append: AppendLists,
+    /// Their block tables.
+    pub tables: u64,
+    /// `None` if the step only attends.
+    pub append: Option<AppendLists>,
     pub attend: PlanLaunch,
     /// Columns of a thread block of attention.
     pub columns: usize,
@@ -22,9 +25,9 @@ pub struct Prepared {
 impl Prepared {
     /// Returns the lists with device addresses.
     fn at(mut self, step: PreparedStep) -> Self {
-        let append = &mut self.append;
-        for list in [&mut append.rows, &mut append.tables, &mut append.new_blocks] {
-            *list += step.lists;
+        self.tables += step.lists;
+        if let Some(AppendLists { rows, tables, new_blocks }) = &mut self.append {
+            [rows, tables, new_blocks].into_iter().for_each(|list| *list += step.lists);
         }
         Self { attend: self.attend.at(step), ..self }
     }
@@ -53,7 +56,19 @@ impl CudaPool {
         self.advance(batch, &step, &blocks);
         let heads = batch.seqs().len() * self.shape.kv_heads;
         let (attend, columns) = self.attend_lists(batch, lists)?;
-        self.prepared = Some(Prepared { heads, append, attend, columns });
+        let tables = append.tables;
+        self.prepared = Some(Prepared { heads, tables, append: Some(append), attend, columns });
+        Ok(())
+    }
+
+    /// Adds the lists of attention of one query per sequence over all its entries. All sequences
+    /// exist.
+    pub fn prepare_attend(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
+        let tables = self.head_tables(&self.seq_tables(batch));
+        let tables = lists.push(bytes_of(&tables), size_of_val(&tables[..]));
+        let heads = batch.seqs().len() * self.shape.kv_heads;
+        let (attend, columns) = self.attend_lists(batch, lists)?;
+        self.prepared = Some(Prepared { heads, tables, append: None, attend, columns });
         Ok(())
     }
 

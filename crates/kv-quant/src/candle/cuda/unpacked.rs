@@ -7,7 +7,7 @@ use super::head::Sequence;
 use super::tensors::{address, kind};
 use crate::cuda::{UnpackArgs, Work};
 use candle_core::{DType, Device, Tensor};
-use longctx_core::{AttentionState, Batch, Result, attention};
+use longctx_core::{AttentionState, Batch, Mask, Result, SeqId, attention};
 use longctx_cuda::cudarc::driver::CudaSlice;
 
 /// Number of columns (query heads of a kv head times queries) from which on entries are unpacked.
@@ -38,13 +38,27 @@ impl CudaPool {
         }
         let (k, v) = self.unpack_all(&unpacked, &ends, total)?;
         let (k, v) = (k.transpose(0, 1)?, v.transpose(0, 1)?);
-        let state = attention::attend_past(batch, q, (&k, &v), &ends, &self.shape)?;
+        let state = attention::attend_past(batch, q, (&k, &v), &ends, &self.shape, Mask::Full)?;
         if state.is_some() {
             let of_seqs = heads.chunks_mut(self.shape.kv_heads).zip(&unpacked);
             let done = of_seqs.filter(|(_, sequence)| sequence.is_some());
             done.flat_map(|(heads, _)| heads).for_each(|work| work.queries = 0);
         }
         Ok(state)
+    }
+
+    /// Returns keys and values of a batch's sequences, which have no holes, `[kv_heads, total,
+    /// head_dim]` in f16. Also returns the ends: sequence i has the entries `ends[i]..ends[i + 1]`.
+    pub(super) fn unpack_batch(&self, batch: &Batch) -> Result<(Tensor, Tensor, Vec<u32>)> {
+        let sequence = |seq: &SeqId| self.seqs.get(seq);
+        let sequences: Vec<_> = batch.seqs().iter().map(sequence).collect();
+        let mut ends = vec![0u32];
+        for sequence in &sequences {
+            let len = sequence.map_or(0, |of| of.heads[0].slots as u32);
+            ends.push(ends[ends.len() - 1] + len);
+        }
+        let (k, v) = self.unpack_all(&sequences, &ends, ends[ends.len() - 1] as usize)?;
+        Ok((k, v, ends))
     }
 
     /// Returns keys and values of sequences without holes, `[kv_heads, total, head_dim]`. Sequence i

@@ -1,0 +1,55 @@
+//! Decoded tokens after which nothing is evicted: their step only appends and attends.
+
+use super::PolicyCache;
+use crate::EvictionPolicy;
+use candle_core::Tensor;
+use longctx_core::{
+    Batch, KvStore, PreparedDecode, Result, SeqId, Step, StepLists, append_and_attend,
+};
+
+impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
+    /// Returns whether a call only appends entries: it has one token of each sequence, after the
+    /// prompts, and decoded tokens are neither scored nor evicted.
+    pub(super) fn only_appends(&self, batch: &Batch) -> bool {
+        let decoded = |(seq, own): (SeqId, std::ops::Range<usize>)| {
+            let seen = self.sequences.seen(seq);
+            self.appends_first(seq, own.len())
+                && !self.sequences.prompt(seq).contains_call(own.len(), seen)
+        };
+        let unscored = self.settings.decode_step.is_none() && !self.needs.previous_scores;
+        unscored && batch.iter().all(decoded)
+    }
+
+    /// Appends and attends. Nothing is evicted.
+    pub(super) fn append_and_attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
+        let (q, k) = step.rotate(&self.spec, |seq| self.next_position(seq))?;
+        let rotated = Step { q: &q, k: &k, ..*step };
+        let out = append_and_attend(&self.spec, &mut self.store, &rotated)?;
+        step.batch.seqs().iter().for_each(|&seq| self.sequences.advance(seq, 1));
+        Ok(out)
+    }
+
+    /// Launches the kernels of a prepared step, whose lists are at this address.
+    #[cfg(feature = "cuda")]
+    pub(super) fn attend_prepared(&mut self, step: &Step<'_>, lists: u64) -> Result<Tensor> {
+        let (q, k) = step.rotate_at(&self.spec, lists + self.positions)?;
+        append_and_attend(&self.spec, &mut self.store, &Step { q: &q, k: &k, ..*step })
+    }
+
+    pub(super) fn prepares_decode(&self, batch: &Batch) -> bool {
+        self.spec.rotates_on_cuda()
+            && self.store.prepares_decode()
+            && self.sequences.check(batch).is_ok()
+            && self.only_appends(batch)
+    }
+}
+
+impl<S: KvStore, P: EvictionPolicy> PreparedDecode for PolicyCache<S, P> {
+    fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
+        self.positions = lists.push_positions(batch, |seq| self.next_position(seq));
+        self.store.prepare_decode(batch, lists)?;
+        self.begin(batch);
+        batch.seqs().iter().for_each(|&seq| self.sequences.advance(seq, 1));
+        Ok(())
+    }
+}
