@@ -108,7 +108,7 @@ fn replayed_steps_equal_plain_ones() {
             "kivi-4-sinks",
         ];
         // Policies that evict after the prompt only.
-        let policies = ["snap-kv-4x", "lag-kv-2x", "ada-snap-kv-4x", "rerotated-snap-kv-4x"];
+        let policies = ["snap-kv-4x", "ada-snap-kv-4x", "rerotated-snap-kv-4x", "expected-attention-2x"];
         for method in ["dense-f16"].iter().chain(&formats).chain(&policies) {
             check(&model, method);
         }
@@ -117,7 +117,7 @@ fn replayed_steps_equal_plain_ones() {
     check(&model(&device, 8, 128, &[Some(100), None, Some(60)]), "dense-f16");
 }
 
-/// Caches without prepared steps run as usual: policies that evict or select in every step.
+/// Caches without prepared steps run as usual: policies that evict or select while decoding.
 #[test]
 fn other_caches_are_not_captured() {
     let Ok(device) = Device::new_cuda(0) else {
@@ -125,7 +125,7 @@ fn other_caches_are_not_captured() {
         return;
     };
     let model = model(&device, 8, 128, &[]);
-    for method in ["h2o-4x", "quest-64"] {
+    for method in ["h2o-4x", "lag-kv-4x", "quest-64"] {
         let named = Method::named(method).unwrap();
         let session = || model.session(|spec| named.cache(spec)).unwrap();
         let mut both = [session(), session().with_cuda_graphs(64).unwrap()];
