@@ -108,7 +108,8 @@ fn replayed_steps_equal_plain_ones() {
             "kivi-4-sinks",
         ];
         // Policies that evict after the prompt only.
-        let policies = ["snap-kv-4x", "ada-snap-kv-4x", "rerotated-snap-kv-4x", "expected-attention-2x"];
+        let policies =
+            ["snap-kv-4x", "ada-snap-kv-4x", "rerotated-snap-kv-4x", "expected-attention-2x"];
         for method in ["dense-f16"].iter().chain(&formats).chain(&policies) {
             check(&model, method);
         }

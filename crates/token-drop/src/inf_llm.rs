@@ -3,6 +3,7 @@
 
 mod block_index;
 mod chunk;
+mod received;
 mod settings;
 mod state;
 mod unrotated_rows;

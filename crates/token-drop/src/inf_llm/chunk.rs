@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::received::Received;
 use super::state::SeqState;
 use super::unrotated_rows::UnrotatedRows;
 use super::{InfLlm, missing_state};
@@ -9,51 +10,47 @@ use crate::storage::lse_with_sink_logits;
 use crate::sub_batch::{SubBatch, assemble, select_rows};
 use candle_core::{DType, Tensor};
 use longctx_core::{
-    AttentionState, AttentionSums, Batch, EntryRanges, Error, KvCache, KvStore, Mask, Result,
-    Selection, SeqId, attention,
+    AttentionState, Batch, EntryRanges, Error, KvCache, KvStore, Mask, Result, Selection, SeqId,
+    attention,
 };
 
 /// Decoded tokens beyond the window that the window's store may hold before they are dropped.
 const EVICTION_STEP: usize = 256;
 
 /// A chunk's rotated rows, and the tokens that each of its sequences sees.
-struct Chunk<'a> {
-    rows: &'a UnrotatedRows,
-    q: Tensor,
-    k: Tensor,
+pub(super) struct Chunk<'a> {
+    pub rows: &'a UnrotatedRows,
+    pub q: Tensor,
+    pub k: Tensor,
     /// Queries rotated to the clipped distance of the past.
-    q_far: Tensor,
-    seqs: Vec<ChunkSeq>,
+    pub q_far: Tensor,
+    pub seqs: Vec<ChunkSeq>,
 }
 
 /// One sequence of a chunk.
-struct ChunkSeq {
-    seq: SeqId,
+pub(super) struct ChunkSeq {
+    pub seq: SeqId,
     /// Index of the chunk's first token.
-    start: usize,
-    count: usize,
+    pub start: usize,
+    pub count: usize,
     /// Tokens that leave the window within the chunk: one with each of the last queries.
-    leaving: Range<usize>,
+    pub leaving: Range<usize>,
     /// Token of the window store's first entry.
-    window_start: usize,
+    pub window_start: usize,
     /// Blocks that the chunk retrieves, best first.
-    selected: Vec<usize>,
+    pub selected: Vec<usize>,
 }
-
-/// Attention that tokens received: a sequence, the first of these tokens, and a list per query head
-/// that starts at it.
-type Received = (SeqId, usize, Vec<Vec<f32>>);
 
 /// Late queries and the leaving tokens that they still see, both in reverse order. The first of
 /// these queries sees all of the tokens, each next one fewer: in reverse order that is a causal
 /// mask.
-struct Reversed {
-    part: SubBatch,
+pub(super) struct Reversed {
+    pub part: SubBatch,
     /// The reversed index of each row. The permutation is its own inverse.
-    order: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    pub order: Tensor,
+    pub q: Tensor,
+    pub k: Tensor,
+    pub v: Tensor,
 }
 
 impl<S: KvStore, W: KvStore> InfLlm<S, W> {
@@ -159,7 +156,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
 
     /// Returns which queries read which entries of the window's store. All queries read the tokens
     /// that stay in the window. Queries before the first token leaves also read the leaving tokens.
-    fn window_parts(&self, chunk: &Chunk<'_>) -> Result<Vec<(SubBatch, EntryRanges)>> {
+    pub(super) fn window_parts(&self, chunk: &Chunk<'_>) -> Result<Vec<(SubBatch, EntryRanges)>> {
         let batch = &chunk.rows.batch;
         let early = |seq| {
             let s = chunk.seq(seq);
@@ -281,54 +278,6 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         Ok(states)
     }
 
-    /// Returns the attention that the window's tokens and the chunk's own tokens received.
-    fn received(
-        &self,
-        chunk: &Chunk<'_>,
-        reversed: Option<&Reversed>,
-        lse: &Tensor,
-    ) -> Result<Vec<Received>> {
-        let (batch, shape) = (&chunk.rows.batch, &self.spec.shape);
-        let mut parts = Parts::default();
-        let sums = attention::attention_sums(batch, &chunk.k, batch, &chunk.q, lse, shape)?;
-        parts.add(batch, sums, |seq, _| {
-            let s = chunk.seq(seq);
-            (s.start, 0..s.count)
-        });
-        for (part, ranges) in self.window_parts(chunk)? {
-            let (q, lse) = (part.rows(&chunk.q)?, part.rows(lse)?);
-            let visible = |i: usize| {
-                let ranges = &ranges.heads()[i * shape.kv_heads];
-                ranges.first().map_or(0..0, Range::clone)
-            };
-            // If most entries are visible, it is faster to compute the sums of all than to gather
-            // these.
-            let most = |(i, &seq): (usize, &SeqId)| 2 * visible(i).len() >= self.window.len(seq);
-            let mask = match part.batch.seqs().iter().enumerate().all(most) {
-                true => Mask::Full,
-                false => Mask::Entries(&ranges),
-            };
-            let sums = self.window.attention_sums(&part.batch, &q, &lse, mask)?;
-            parts.add(&part.batch, sums, |seq, i| {
-                (chunk.seq(seq).window_start + visible(i).start, visible(i))
-            });
-        }
-        let in_order = parts.seqs.len();
-        if let Some(Reversed { part, order, q, k, .. }) = reversed {
-            let lse = select_rows(&part.rows(lse)?, order)?;
-            let sums = attention::attention_sums(&part.batch, k, &part.batch, q, &lse, shape)?;
-            parts.add(&part.batch, sums, |seq, _| {
-                let leaving = &chunk.seq(seq).leaving;
-                (leaving.start + 1, 0..leaving.len() - 1)
-            });
-        }
-        let mut received = parts.received(shape.heads)?;
-        for (.., heads) in &mut received[in_order..] {
-            heads.iter_mut().for_each(|sums| sums.reverse());
-        }
-        Ok(received)
-    }
-
     /// Moves tokens from the window to the past, and shortens the window's store.
     fn commit(&mut self, chunk: &Chunk<'_>, received: Vec<Received>, call: &Batch) -> Result<()> {
         for s in &chunk.seqs {
@@ -395,43 +344,8 @@ fn mean_queries(batch: &Batch, q: &Tensor) -> Result<Vec<Vec<f32>>> {
     Ok(Tensor::cat(&means, 0)?.to_vec2()?)
 }
 
-/// Attention sums of parts of a chunk, which are copied to the host together: the tokens that
-/// represent a block are selected there.
-#[derive(Default)]
-struct Parts {
-    /// Each sequence, the range of its sums that count, and the token of the first of them.
-    seqs: Vec<(SeqId, Range<usize>, usize)>,
-    sums: Vec<AttentionSums>,
-}
-
-impl Parts {
-    /// Adds the sums of a batch. `tokens` returns the first token and the range of sums of a
-    /// sequence, given its index in the batch.
-    fn add(
-        &mut self,
-        batch: &Batch,
-        sums: Vec<AttentionSums>,
-        tokens: impl Fn(SeqId, usize) -> (usize, Range<usize>),
-    ) {
-        for (i, &seq) in batch.seqs().iter().enumerate() {
-            let (first, range) = tokens(seq, i);
-            self.seqs.push((seq, range, first));
-        }
-        self.sums.extend(sums);
-    }
-
-    fn received(self, heads: usize) -> Result<Vec<Received>> {
-        let lists = AttentionSums::to_lists(&self.sums)?;
-        let of_seq = self.seqs.into_iter().zip(lists.chunks(heads));
-        let received = |((seq, range, first), lists): ((_, Range<usize>, _), &[Vec<f32>])| {
-            (seq, first, lists.iter().map(|sums| sums[range.clone()].to_vec()).collect())
-        };
-        Ok(of_seq.map(received).collect())
-    }
-}
-
 impl Chunk<'_> {
-    fn seq(&self, seq: SeqId) -> &ChunkSeq {
+    pub fn seq(&self, seq: SeqId) -> &ChunkSeq {
         let found = self.seqs.iter().find(|s| s.seq == seq);
         found.unwrap_or_else(|| unreachable!("a chunk knows its sequences"))
     }
